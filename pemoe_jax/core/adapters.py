@@ -1,0 +1,228 @@
+"""Adapters: mixtures of vectors ((IA)³, MoV) and of low-rank pairs (LoRA, MoLORA) at a layer's sites.
+
+At a site some `x` produced some `y`; an adapter maps `(x, y) -> y`. Shapes are read off `x` and `y`,
+so the same settings serve a model of any size. Sources: (IA)³ arXiv 2205.05638, LoRA arXiv
+2106.09685, MoV and MoLORA arXiv 2309.05444.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning as nn_partitioning
+
+from pemoe_jax.core import routing
+
+# A site's logical axes: of the last axis of x, and of y's axes after batch and length.
+SITES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "query": ("embed", ("heads", "kv")),
+    "key": ("embed", ("heads", "kv")),
+    "value": ("embed", ("heads", "kv")),
+    "out": ("joined_kv", ("embed",)),
+    "wi_0": ("embed", ("mlp",)),
+    "wi_1": ("embed", ("mlp",)),
+    "gate": ("embed", ("mlp",)),
+    "wo": ("mlp", ("embed",)),
+}
+
+
+def _check_experts(module: nn.Module, num_experts: int, router: Any) -> None:
+    if num_experts < 1:
+        raise ValueError(f"{type(module).__name__}: num_experts must be >= 1, found {num_experts}")
+    if router is None and num_experts != 1:
+        raise ValueError(
+            f"{type(module).__name__}: {num_experts} experts need a router; without one num_experts must be 1"
+        )
+
+
+class VectorExperts(nn.Module):
+    """`y * Σ_e p_e l_e`: (IA)³ without a router, MoV with one that reads `y`.
+
+    Attributes:
+      num_experts: E.
+      router: factory of the router, or None for the plain method.
+      x_axis, y_axes: logical axis names of the site; the layer sets them.
+
+    Parameters: `vectors` [H, E, K] at query, key and value, else [E, D or F]; ones at the start.
+    """
+
+    num_experts: int = 1
+    router: routing.RouterFactory | None = None
+    x_axis: str = "embed"
+    y_axes: tuple[str, ...] = ("mlp",)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """x [B, L, ...], y [B, L, H, K] or [B, L, D or F] -> y's shape and dtype."""
+        del x  # the vectors scale, and their router reads, what the projection produced
+        _check_experts(self, self.num_experts, self.router)
+        *heads, features = y.shape[2:]
+        vectors = nn_partitioning.param_with_axes(
+            "vectors",
+            nn.initializers.ones_init(),
+            (*heads, self.num_experts, features),
+            jnp.float32,
+            axes=(*self.y_axes[:-1], "expert", self.y_axes[-1]),
+        )
+        if self.router is None:
+            return y * vectors[..., 0, :].astype(y.dtype)
+        router = self.router(
+            num_experts=self.num_experts, feature_axis=self.y_axes[-1], name="router"
+        )
+        probs = router(y)  # [B, L, H, E] or [B, L, E]
+        self.sow("intermediates", "probs", probs)
+        scale = jnp.einsum("bl...e,...ek->bl...k", probs, vectors)
+        return y * scale.astype(y.dtype)
+
+
+class LoRAExperts(nn.Module):
+    """`y + (α/R) Σ_e p_e B_e A_e x`: LoRA without a router, MoLORA with one that reads `x`.
+
+    The probabilities are folded into the rank axis, `((x @ A[D, E·R]) * p) @ B[E·R, D]`, so no
+    tensor of an expert's output ([B, L, E, D]) is ever formed.
+
+    Attributes:
+      num_experts: E.
+      rank: R of one expert.
+      alpha: α; the product is scaled by α / R.
+      router: factory of the router, or None for the plain method.
+      x_axis, y_axes: logical axis names of the site; the layer sets them.
+
+    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02), `lora_b` [E, R, Dout] = 0 (heads joined).
+    """
+
+    num_experts: int = 1
+    rank: int = 4
+    alpha: float = 16.0
+    router: routing.RouterFactory | None = None
+    x_axis: str = "embed"
+    y_axes: tuple[str, ...] = ("mlp",)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """x [B, L, Din], y [B, L, ...] -> y's shape and dtype."""
+        _check_experts(self, self.num_experts, self.router)
+        if self.rank < 1:
+            raise ValueError(f"LoRAExperts: rank must be >= 1, found {self.rank}")
+        experts, rank = self.num_experts, self.rank
+        x_features = x.shape[-1]
+        y_features = 1
+        for size in y.shape[2:]:
+            y_features *= size
+        y_axis = "joined_kv" if len(self.y_axes) > 1 else self.y_axes[0]
+        lora_a = nn_partitioning.param_with_axes(
+            "lora_a",
+            nn.initializers.normal(stddev=0.02),
+            (x_features, experts, rank),
+            jnp.float32,
+            axes=(self.x_axis, "expert", "rank"),
+        )
+        lora_b = nn_partitioning.param_with_axes(
+            "lora_b",
+            nn.initializers.zeros_init(),
+            (experts, rank, y_features),
+            jnp.float32,
+            axes=("expert", "rank", y_axis),
+        )
+        dtype = y.dtype
+        low = jnp.matmul(x.astype(dtype), lora_a.reshape(x_features, experts * rank).astype(dtype))
+        if self.router is not None:
+            router = self.router(num_experts=experts, feature_axis=self.x_axis, name="router")
+            probs = router(x)  # [B, L, E]
+            self.sow("intermediates", "probs", probs)
+            low = (low.reshape(*low.shape[:-1], experts, rank) * probs[..., None]).reshape(low.shape)
+        scale = self.alpha / rank
+        low = (low * scale).astype(dtype)  # [B, L, E·R]
+        delta = jnp.matmul(low, lora_b.reshape(experts * rank, y_features).astype(dtype))
+        return y + delta.reshape(y.shape)
+
+
+AdapterFactory = Callable[..., nn.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Which adapter sits at which site: factories, never instances; None leaves a site alone.
+
+    One module instance handed to two layers would silently share its parameters, hence factories.
+    """
+
+    query: AdapterFactory | None = None
+    key: AdapterFactory | None = None
+    value: AdapterFactory | None = None
+    out: AdapterFactory | None = None
+    wi_0: AdapterFactory | None = None
+    wi_1: AdapterFactory | None = None
+    gate: AdapterFactory | None = None
+    wo: AdapterFactory | None = None
+
+    def __post_init__(self) -> None:
+        for site in SITES:
+            factory = getattr(self, site)
+            if isinstance(factory, nn.Module) or not (factory is None or callable(factory)):
+                raise ValueError(
+                    f"Adapters.{site}: expected a factory (a class or a partial of one),"
+                    f" found an instance of {type(factory).__name__}"
+                )
+
+    def sites(self) -> tuple[str, ...]:
+        """The sites that carry an adapter."""
+        return tuple(site for site in SITES if getattr(self, site) is not None)
+
+    def adapt(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Applies the site's adapter; call it inside a layer's compact method."""
+        factory = getattr(self, site)
+        if factory is None:
+            return y
+        x_axis, y_axes = SITES[site]
+        return factory(x_axis=x_axis, y_axes=y_axes, name=f"{site}_adapter")(x, y)
+
+
+_KINDS: dict[str, type[nn.Module]] = {
+    "VectorExperts": VectorExperts,
+    "LoRAExperts": LoRAExperts,
+    "Router": routing.Router,
+}
+_SET_BY_LAYER = ("x_axis", "y_axes", "feature_axis", "kernel_init", "parent", "name")
+
+
+def _describe_factory(factory: Callable[..., nn.Module], **given: Any) -> dict[str, Any]:
+    module = factory(**given)
+    kind = next((k for k, cls in _KINDS.items() if isinstance(module, cls)), None)
+    if kind is None:
+        raise ValueError(
+            f"cannot describe {type(module).__name__}: expected one of {sorted(_KINDS)}"
+        )
+    record: dict[str, Any] = {"kind": kind}
+    for field in dataclasses.fields(module):
+        if field.name in _SET_BY_LAYER or field.name in given:
+            continue
+        value = getattr(module, field.name)
+        if field.name == "router" and value is not None:
+            value = _describe_factory(value, num_experts=getattr(module, "num_experts", 1))
+        record[field.name] = value
+    return record
+
+
+def describe(adapters: Adapters) -> dict[str, dict[str, Any]]:
+    """The record as plain JSON-able data by site, for checkpoints; `from_description` reads it back."""
+    return {site: _describe_factory(getattr(adapters, site)) for site in adapters.sites()}
+
+
+def _factory_from(record: dict[str, Any]) -> Callable[..., nn.Module]:
+    fields = dict(record)
+    kind = fields.pop("kind")
+    if kind not in _KINDS:
+        raise ValueError(f"unknown adapter kind {kind!r}: expected one of {sorted(_KINDS)}")
+    if fields.get("router") is not None:
+        fields["router"] = _factory_from(fields["router"])
+    return functools.partial(_KINDS[kind], **fields)
+
+
+def from_description(description: dict[str, dict[str, Any]]) -> Adapters:
+    """The inverse of `describe`."""
+    return Adapters(**{site: _factory_from(record) for site, record in description.items()})

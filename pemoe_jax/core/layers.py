@@ -1,0 +1,303 @@
+"""T5's layers, with parameter names and shapes of T5X's minimal T5, and adapters at eight sites."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning as nn_partitioning
+
+from pemoe_jax.core.adapters import Adapters
+
+Array = jax.Array
+Initializer = jax.nn.initializers.Initializer
+
+NEG_INF = -1e10  # finite, so that a row with nothing to attend to gives a mean and not NaN
+
+
+class Dense(nn.Module):
+    """A matrix without bias; heads are joined in the kernel, as in T5X's checkpoints."""
+
+    features: int
+    kernel_axes: tuple[str, str]
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """[..., in] -> [..., features]."""
+        kernel = nn_partitioning.param_with_axes(
+            "kernel",
+            self.kernel_init,
+            (inputs.shape[-1], self.features),
+            jnp.float32,
+            axes=self.kernel_axes,
+        )
+        return jnp.matmul(inputs.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class Embed(nn.Module):
+    """Token embedding [V, D]."""
+
+    num_embeddings: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        """Token ids [B, L] -> [B, L, D]."""
+        embedding = nn_partitioning.param_with_axes(
+            "embedding",
+            nn.initializers.normal(stddev=1.0),
+            (self.num_embeddings, self.features),
+            jnp.float32,
+            axes=("vocab", "embed"),
+        )
+        return jnp.take(embedding.astype(self.dtype), tokens, axis=0)
+
+
+class LayerNorm(nn.Module):
+    """T5's norm: root mean square, a scale, no mean and no bias (arXiv 1910.07467)."""
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]; the statistics are float32."""
+        scale = nn_partitioning.param_with_axes(
+            "scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32, axes=("embed",)
+        )
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        y = (x * jax.lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
+        return y * scale.astype(self.dtype)
+
+
+def relative_position_bucket(
+    relative_position: np.ndarray,
+    bidirectional: bool,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> np.ndarray:
+    """T5's buckets of `key position - query position`: exact when near, logarithmic when far.
+
+    Args:
+      relative_position: int array of any shape.
+      bidirectional: whether keys to the right have buckets of their own (the encoder).
+      num_buckets: the number of buckets over both directions.
+      max_distance: distances from here on share the last bucket.
+
+    Returns:
+      int32 array of the same shape, values in [0, num_buckets).
+    """
+    bucket = np.zeros_like(relative_position, dtype=np.int32)
+    distance = -relative_position
+    if bidirectional:
+        num_buckets //= 2
+        bucket += (distance < 0).astype(np.int32) * num_buckets
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(distance, 0)
+    exact = num_buckets // 2
+    # float32, as T5X and T5 compute it: at the edges of a bucket the rounding decides
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.log(
+        max_distance / exact
+    )
+    far = exact + (ratio * (num_buckets - exact)).astype(np.int32)
+    far = np.minimum(far, num_buckets - 1)
+    return (bucket + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+class RelativePositionBiases(nn.Module):
+    """A learnt bias per head and bucket of distance, shared by the layers of a stack."""
+
+    num_heads: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> Array:
+        """-> [1, H, query_length, key_length]."""
+        rel_embedding = nn_partitioning.param_with_axes(
+            "rel_embedding",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            (self.num_heads, self.num_buckets),
+            jnp.float32,
+            axes=("heads", "relpos_buckets"),
+        )
+        relative = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
+        buckets = relative_position_bucket(
+            relative, bidirectional, self.num_buckets, self.max_distance
+        )
+        return jnp.take(rel_embedding.astype(self.dtype), buckets, axis=1)[None]
+
+
+class MultiHeadDotProductAttention(nn.Module):
+    """Attention without scaling of the logits (T5 folds it into the initialisation), four sites.
+
+    When the batch of the queries is C times that of the keys (answer choices of one input), rows
+    `b*C .. b*C + C-1` read row b: the keys and values of an input are projected and kept once.
+    """
+
+    num_heads: int
+    head_dim: int
+    dtype: Any = jnp.float32
+    dropout_rate: float = 0.0
+    adapters: Adapters = Adapters()
+
+    def _project(self, site: str, inputs: Array) -> Array:
+        init = nn.initializers.variance_scaling(
+            1.0 / self.head_dim if site == "query" else 1.0, "fan_in", "normal"
+        )
+        dense = Dense(
+            self.num_heads * self.head_dim,
+            ("embed", "joined_kv"),
+            dtype=self.dtype,
+            kernel_init=init,
+            name=site,
+        )
+        y = dense(inputs)
+        y = y.reshape(*y.shape[:2], self.num_heads, self.head_dim)  # [B, L, H, K]
+        return self.adapters.adapt(site, inputs, y)
+
+    def _cached_cross(self, inputs_kv: Array) -> tuple[Array, Array]:
+        """Keys and values of the encoder's output, projected at the first call alone.
+
+        They live in a collection of their own, `cross_cache`, which a caller makes mutable to have
+        them kept (T5X's decoding does not ask for it, and gets them computed at each step).
+        """
+        if self.has_variable("cross_cache", "key"):
+            return self.get_variable("cross_cache", "key"), self.get_variable("cross_cache", "value")
+        key, value = self._project("key", inputs_kv), self._project("value", inputs_kv)
+        if self.is_mutable_collection("cross_cache"):
+            self.put_variable("cross_cache", "key", key)
+            self.put_variable("cross_cache", "value", value)
+        return key, value
+
+    def _cached_self(
+        self, key: Array, value: Array, bias: Array | None
+    ) -> tuple[Array, Array, Array | None, Array | None]:
+        """Puts one step's key and value into the cache; the first call only makes the cache.
+
+        Returns keys and values so far [B, T, H, K], the mask of filled places and this step's bias.
+        """
+        is_made = self.has_variable("cache", "cached_key")
+        cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
+        cached_value = self.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
+        index = self.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))
+        if not is_made:
+            return key, value, None, bias
+        if key.shape[1] != 1:
+            raise ValueError(f"cached decoding takes one token a step, found {key.shape[1]}")
+        position = index.value
+        cached_key.value = jax.lax.dynamic_update_slice_in_dim(cached_key.value, key, position, 1)
+        cached_value.value = jax.lax.dynamic_update_slice_in_dim(
+            cached_value.value, value, position, 1
+        )
+        index.value = position + 1
+        filled = jnp.arange(cached_key.value.shape[1]) <= position
+        if bias is not None:
+            bias = jax.lax.dynamic_slice_in_dim(bias, position, 1, axis=-2)
+        return cached_key.value, cached_value.value, filled[None, None, None, :], bias
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Array,
+        inputs_kv: Array,
+        mask: Array | None = None,
+        bias: Array | None = None,
+        *,
+        decode: bool = False,
+        deterministic: bool = False,
+    ) -> Array:
+        """[B, Lq, D], [B, Lk, D] -> [B, Lq, D].
+
+        Args:
+          inputs_q: what asks.
+          inputs_kv: what is read; the same array as inputs_q in self-attention.
+          mask: bool, True may be read; broadcasts to [B, H, Lq, Lk].
+          bias: added to the logits; broadcasts to [B, H, Lq, Lk].
+          decode: one step at a time over a cache.
+          deterministic: no dropout.
+        """
+        query = self._project("query", inputs_q)
+        if decode and inputs_q is not inputs_kv:
+            key, value = self._cached_cross(inputs_kv)
+        else:
+            key, value = self._project("key", inputs_kv), self._project("value", inputs_kv)
+            if decode:
+                key, value, mask, bias = self._cached_self(key, value, bias)
+        attended = self._attend(query, key, value, mask, bias, deterministic)
+        joined = attended.reshape(*inputs_q.shape[:2], self.num_heads * self.head_dim)
+        out = Dense(
+            inputs_q.shape[-1],
+            ("joined_kv", "embed"),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+            name="out",
+        )
+        return self.adapters.adapt("out", joined, out(joined))
+
+    def _attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Array | None,
+        bias: Array | None,
+        deterministic: bool,
+    ) -> Array:
+        batch = key.shape[0]
+        if query.shape[0] != batch:  # [B·C, Lq, H, K] -> [B, C·Lq, H, K]
+            query = query.reshape(batch, -1, self.num_heads, self.head_dim)
+        logits = jnp.einsum(
+            "bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32
+        )  # [B, H, Lq, Lk]
+        if bias is not None:
+            logits += bias.astype(jnp.float32)
+        if mask is not None:
+            logits = jnp.where(mask, logits, NEG_INF)
+        probs = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        if not deterministic and self.dropout_rate > 0.0:
+            # T5X drops the same key for all queries of a head
+            probs = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(probs, deterministic=False)
+        return jnp.einsum("bhqm,bmhk->bqhk", probs, value)
+
+
+class MlpBlock(nn.Module):
+    """T5 v1.1's gated GELU (tanh approximation): `wo(gelu(wi_0 x) * wi_1 x)`, four sites."""
+
+    mlp_dim: int
+    dtype: Any = jnp.float32
+    dropout_rate: float = 0.0
+    adapters: Adapters = Adapters()
+
+    @nn.compact
+    def __call__(self, x: Array, *, deterministic: bool = False) -> Array:
+        """[B, L, D] -> [B, L, D]."""
+
+        def wi(name: str) -> Array:
+            dense = Dense(self.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name=name)
+            return self.adapters.adapt(name, x, dense(x))
+
+        gate = self.adapters.adapt("gate", x, nn.gelu(wi("wi_0"), approximate=True))
+        hidden = gate * wi("wi_1")  # [B, L, F]
+        hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+            hidden, deterministic=deterministic
+        )
+        wo = Dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="wo")
+        return self.adapters.adapt("wo", hidden, wo(hidden))
+
+
+def make_attention_mask(query_valid: Array, key_valid: Array) -> Array:
+    """Bool [B, Lq] and [B, Lk] -> bool [B, 1, Lq, Lk]."""
+    return (query_valid[:, None, :, None] & key_valid[:, None, None, :]).astype(bool)
+
+
+def make_segment_mask(query_segments: Array, key_segments: Array) -> Array:
+    """Packed rows: a token reads its own segment. [B, Lq] and [B, Lk] -> bool [B, 1, Lq, Lk]."""
+    return query_segments[:, None, :, None] == key_segments[:, None, None, :]

@@ -1,0 +1,300 @@
+"""T5 v1.1: encoder, decoder, and `Transformer` with the signatures that T5X calls."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pemoe_jax.core import layers
+from pemoe_jax.core.adapters import Adapters
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Dimensions of a T5 v1.1 (arXiv 1910.10683, the v1.1 release), under T5X's names.
+
+    Attributes:
+      vocab_size: V, rows of the embedding (32,128 in the public checkpoints).
+      dtype: of activations, 'float32' or 'bfloat16'; parameters are created in float32.
+      emb_dim: D. num_heads: H. head_dim: K. mlp_dim: F.
+      dropout_rate: for embeddings, attention, MLP and residual branches alike.
+    """
+
+    vocab_size: int = 32128
+    dtype: str = "float32"
+    emb_dim: int = 512
+    num_heads: int = 6
+    num_encoder_layers: int = 8
+    num_decoder_layers: int = 8
+    head_dim: int = 64
+    mlp_dim: int = 1024
+    dropout_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if jnp.dtype(self.dtype) not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+            raise ValueError(f"T5Config.dtype: expected float32 or bfloat16, found {self.dtype!r}")
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(
+                f"T5Config.dropout_rate: expected a share in [0, 1), found {self.dropout_rate}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; `T5Config(**d)` reads it back."""
+        return {**dataclasses.asdict(self), "dtype": jnp.dtype(self.dtype).name}
+
+
+class _Block(nn.Module):
+    """What encoder and decoder layers share: factories of their parts, with the config filled in."""
+
+    config: T5Config
+    adapters: Adapters = Adapters()
+
+    def attention(self, name: str) -> layers.MultiHeadDotProductAttention:
+        cfg = self.config
+        return layers.MultiHeadDotProductAttention(
+            num_heads=cfg.num_heads,
+            head_dim=cfg.head_dim,
+            dtype=cfg.dtype,
+            dropout_rate=cfg.dropout_rate,
+            adapters=self.adapters,
+            name=name,
+        )
+
+    def norm(self, name: str) -> layers.LayerNorm:
+        return layers.LayerNorm(dtype=self.config.dtype, name=name)
+
+    def residual(self, x: Array, y: Array, deterministic: bool) -> Array:
+        dropout = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
+        return x + dropout(y, deterministic=deterministic)
+
+    def mlp_branch(self, x: Array, deterministic: bool) -> Array:
+        cfg = self.config
+        mlp = layers.MlpBlock(
+            mlp_dim=cfg.mlp_dim,
+            dtype=cfg.dtype,
+            dropout_rate=cfg.dropout_rate,
+            adapters=self.adapters,
+            name="mlp",
+        )
+        y = mlp(self.norm("pre_mlp_layer_norm")(x), deterministic=deterministic)
+        return self.residual(x, y, deterministic)
+
+
+class EncoderLayer(_Block):
+    """Self-attention and MLP, each behind a norm and beside a residual."""
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, bias: Array, deterministic: bool) -> Array:
+        """[B, L, D] -> [B, L, D]; mask bool [B, 1, L, L], bias [1, H, L, L]."""
+        h = self.norm("pre_attention_layer_norm")(x)
+        h = self.attention("attention")(h, h, mask, bias, deterministic=deterministic)
+        x = self.residual(x, h, deterministic)
+        return self.mlp_branch(x, deterministic)
+
+
+class DecoderLayer(_Block):
+    """Causal self-attention, attention to the encoder, and MLP."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        encoded: Array,
+        decoder_mask: Array | None,
+        cross_mask: Array,
+        bias: Array,
+        deterministic: bool,
+        decode: bool,
+    ) -> Array:
+        """x [B·C, L, D], encoded [B, Le, D] -> [B·C, L, D]."""
+        h = self.norm("pre_self_attention_layer_norm")(x)
+        h = self.attention("self_attention")(
+            h, h, decoder_mask, bias, decode=decode, deterministic=deterministic
+        )
+        x = self.residual(x, h, deterministic)
+        h = self.norm("pre_cross_attention_layer_norm")(x)
+        h = self.attention("encoder_decoder_attention")(
+            h, encoded, cross_mask, decode=decode, deterministic=deterministic
+        )
+        x = self.residual(x, h, deterministic)
+        return self.mlp_branch(x, deterministic)
+
+
+class Encoder(nn.Module):
+    """The encoder stack."""
+
+    config: T5Config
+    adapters: Adapters = Adapters()
+
+    @nn.compact
+    def __call__(self, embedded: Array, mask: Array, deterministic: bool) -> Array:
+        """Embedded tokens [B, L, D] -> [B, L, D]."""
+        cfg = self.config
+        length = embedded.shape[1]
+        dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        x = dropout(embedded, deterministic=deterministic)
+        bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
+            length, length, bidirectional=True
+        )
+        for i in range(cfg.num_encoder_layers):
+            layer = EncoderLayer(cfg, self.adapters, name=f"layers_{i}")
+            x = layer(x, mask, bias, deterministic)
+        x = layers.LayerNorm(dtype=cfg.dtype, name="encoder_norm")(x)
+        return dropout(x, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+    """The decoder stack and the logits."""
+
+    config: T5Config
+    adapters: Adapters = Adapters()
+
+    @nn.compact
+    def __call__(
+        self,
+        embedded: Array,
+        encoded: Array,
+        decoder_mask: Array | None,
+        cross_mask: Array,
+        deterministic: bool,
+        decode: bool,
+        max_decode_length: int | None,
+    ) -> Array:
+        """Embedded tokens [B·C, L, D], encoded [B, Le, D] -> logits [B·C, L, V], float32."""
+        cfg = self.config
+        length = embedded.shape[1]
+        if decode and max_decode_length:
+            length = max_decode_length
+        dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        x = dropout(embedded, deterministic=deterministic)
+        bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
+            length, length, bidirectional=False
+        )
+        for i in range(cfg.num_decoder_layers):
+            layer = DecoderLayer(cfg, self.adapters, name=f"layers_{i}")
+            x = layer(x, encoded, decoder_mask, cross_mask, bias, deterministic, decode)
+        x = layers.LayerNorm(dtype=cfg.dtype, name="decoder_norm")(x)
+        x = dropout(x, deterministic=deterministic)
+        # T5 v1.1 unties the logits from the embedding and does not scale them
+        logits = layers.Dense(
+            cfg.vocab_size, ("embed", "vocab"), dtype=jnp.float32, name="logits_dense"
+        )
+        return logits(x)
+
+
+class Transformer(nn.Module):
+    """T5 v1.1 with adapters; `encode`, `decode` and `__call__` as T5X's models call them.
+
+    The parameter tree is that of T5X's minimal T5; adapters add `<site>_adapter/...` beside a
+    site's parameters and nothing else. Token 0 is padding.
+    """
+
+    config: T5Config
+    adapters: Adapters = Adapters()
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.token_embedder = layers.Embed(cfg.vocab_size, cfg.emb_dim, dtype=cfg.dtype)
+        self.encoder = Encoder(cfg, self.adapters)
+        self.decoder = Decoder(cfg, self.adapters)
+
+    def encode(
+        self,
+        encoder_input_tokens: Array,
+        encoder_segment_ids: Array | None = None,
+        enable_dropout: bool = True,
+    ) -> Array:
+        """Token ids [B, L] -> [B, L, D]."""
+        valid = encoder_input_tokens > 0
+        mask = layers.make_attention_mask(valid, valid)
+        if encoder_segment_ids is not None:
+            mask &= layers.make_segment_mask(encoder_segment_ids, encoder_segment_ids)
+        embedded = self.token_embedder(encoder_input_tokens)
+        return self.encoder(embedded, mask, not enable_dropout)
+
+    def decode(
+        self,
+        encoded: Array,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        decoder_target_tokens: Array,
+        encoder_segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
+        decoder_positions: Array | None = None,
+        enable_dropout: bool = True,
+        decode: bool = False,
+        max_decode_length: int | None = None,
+    ) -> Array:
+        """Logits [B·C, L, V] of the decoder; C > 1 where several choices read one input.
+
+        Args:
+          encoded: [B, Le, D] from `encode`.
+          encoder_input_tokens: [B, Le], for its padding.
+          decoder_input_tokens: [B·C, L], targets shifted right; [B, 1] in a step of decoding.
+          decoder_target_tokens: [B·C, L], for its padding; not read while decoding.
+          encoder_segment_ids, decoder_segment_ids: of packed rows (C = 1).
+          decoder_positions: unused: relative positions need none, T5X hands them over.
+          enable_dropout: for training.
+          decode: one token a step, over the collections `cache` and, if mutable, `cross_cache`.
+          max_decode_length: length of the cache in a step of decoding.
+        """
+        del decoder_positions
+        readable = encoder_input_tokens > 0
+        cross_mask = readable[:, None, None, :]  # [B, 1, 1, Le]
+        decoder_mask = None
+        if not decode:
+            valid = decoder_target_tokens > 0
+            length = decoder_target_tokens.shape[1]
+            causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+            decoder_mask = layers.make_attention_mask(valid, valid) & causal
+            if decoder_segment_ids is not None:
+                decoder_mask &= layers.make_segment_mask(decoder_segment_ids, decoder_segment_ids)
+        if encoder_segment_ids is not None and decoder_segment_ids is not None:
+            cross_mask &= layers.make_segment_mask(decoder_segment_ids, encoder_segment_ids)
+        embedded = self.token_embedder(decoder_input_tokens)
+        return self.decoder(
+            embedded,
+            encoded,
+            decoder_mask,
+            cross_mask,
+            not enable_dropout,
+            decode,
+            max_decode_length,
+        )
+
+    def __call__(
+        self,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        decoder_target_tokens: Array,
+        encoder_segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
+        encoder_positions: Array | None = None,
+        decoder_positions: Array | None = None,
+        *,
+        enable_dropout: bool = True,
+        decode: bool = False,
+    ) -> Array:
+        """Logits [B, L, V], float32; arguments as for `encode` and `decode`."""
+        del encoder_positions  # relative positions need none
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
+        return self.decode(
+            encoded,
+            encoder_input_tokens,
+            decoder_input_tokens,
+            decoder_target_tokens,
+            encoder_segment_ids,
+            decoder_segment_ids,
+            decoder_positions,
+            enable_dropout=enable_dropout,
+            decode=decode,
+        )
+
+
+def without_adapters(model: Transformer) -> Transformer:
+    """The same network with every site left alone."""
+    return Transformer(config=model.config)

@@ -1,0 +1,100 @@
+"""Optimisers and learning-rate schedules, with T5X's settings as defaults."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pemoe_jax.core.errors import InputError
+
+Schedule = Callable[[Any], Any]
+OptimizerFactory = Callable[[Schedule], optax.GradientTransformation]
+
+
+def adafactor(
+    learning_rate: Schedule,
+    decay_rate: float = 0.8,
+    clipping_threshold: float | None = 1.0,
+    multiply_by_parameter_scale: bool = True,
+    min_dim_size_to_factor: int = 128,
+    weight_decay_rate: float | None = None,
+) -> optax.GradientTransformation:
+    """Adafactor (arXiv 1804.04235) as T5 was trained: no momentum, factored from 128 on.
+
+    A step is relative to the root mean square of the parameter, at least 1e-3, where
+    `multiply_by_parameter_scale` is set: LoRA's B, which starts at zero, then starts slowly.
+    """
+    return optax.adafactor(
+        learning_rate=learning_rate,
+        min_dim_size_to_factor=min_dim_size_to_factor,
+        decay_rate=decay_rate,
+        multiply_by_parameter_scale=multiply_by_parameter_scale,
+        clipping_threshold=clipping_threshold,
+        weight_decay_rate=weight_decay_rate,
+    )
+
+
+def adamw(
+    learning_rate: Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101); plain Adam by default; `clip_norm` bounds the gradient's norm."""
+    optimizer = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    if clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def create_learning_rate_scheduler(
+    factors: str = "constant",
+    base_learning_rate: float = 1e-3,
+    warmup_steps: int = 0,
+    total_steps: int | None = None,
+) -> Schedule:
+    """A product of named factors, as T5X writes schedules.
+
+    Args:
+      factors: names joined by `*`: constant (the base rate), linear_warmup (0 to 1 over
+        warmup_steps), rsqrt_decay (1 / sqrt(max(step, warmup_steps, 1))), linear_decay and
+        cosine_decay (1 to 0 from the end of the warm-up to total_steps).
+      base_learning_rate: what `constant` stands for.
+      warmup_steps: steps of the warm-up.
+      total_steps: where the decays end.
+
+    Returns:
+      step -> learning rate.
+
+    Raises:
+      InputError: an unknown factor, or a decay without total_steps.
+    """
+    names = [name.strip() for name in factors.split("*")]
+    known = ("constant", "linear_warmup", "rsqrt_decay", "linear_decay", "cosine_decay")
+    for name in names:
+        if name not in known:
+            raise InputError(f"schedule factor {name!r} is unknown: expected one of {known}")
+        if name in ("linear_decay", "cosine_decay") and total_steps is None:
+            raise InputError(f"schedule factor {name!r} needs total_steps, found None")
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        decay_steps = max((total_steps or 0) - warmup_steps, 1)
+        progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+        values = {
+            "constant": lambda: base_learning_rate,
+            "linear_warmup": lambda: jnp.minimum(1.0, step / max(warmup_steps, 1)),
+            "rsqrt_decay": lambda: jax.lax.rsqrt(jnp.maximum(step, max(warmup_steps, 1))),
+            "linear_decay": lambda: 1.0 - progress,
+            "cosine_decay": lambda: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+        }
+        rate = jnp.asarray(1.0, jnp.float32)
+        for name in names:
+            rate = rate * values[name]()
+        return rate
+
+    return schedule

@@ -1,0 +1,287 @@
+"""The loss, and the train, eval and score steps over batches of numpy arrays.
+
+Gradients are taken with respect to the trainable parameters alone: the frozen ones are an argument
+of their own, so no gradient of them is ever formed. Source of loss and normalisation: T5X.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from pemoe_jax.core import params as params_lib
+from pemoe_jax.core.errors import InputError
+
+Array = jax.Array
+Batch = Mapping[str, Any]
+Metrics = dict[str, Array]
+
+NORMALIZERS = ("NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a run changes: the step, the trainable parameters, the optimiser's state."""
+
+    step: Array
+    params: Any
+    opt_state: Any
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Settings of the loss, under T5X's names.
+
+    Attributes:
+      z_loss: coefficient of log(Z)², which keeps the logits' normaliser near 1.
+      label_smoothing: share of the target's mass spread over the other V - 1 tokens.
+      loss_normalizing_factor: what the summed loss is divided by: None (nothing: a sum), a number,
+        NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS (padding counted) or AVERAGE_PER_SEQUENCE
+        (the mean over a sequence's tokens, then over sequences, packed ones told apart).
+    """
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    loss_normalizing_factor: float | str | None = "NUM_REAL_TARGET_TOKENS"
+
+    def __post_init__(self) -> None:
+        factor = self.loss_normalizing_factor
+        if isinstance(factor, str) and factor not in NORMALIZERS:
+            raise InputError(
+                f"LOSS_NORMALIZING_FACTOR: expected None, a number or one of {NORMALIZERS},"
+                f" found {factor!r}"
+            )
+
+
+def token_losses(
+    logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Array, Array]:
+    """Cross-entropy and z-loss of each token.
+
+    Args:
+      logits: [..., V]. targets: int [...].
+      label_smoothing, z_loss: see `Loss`. As in T5X, the entropy of the smoothed target is taken
+        off, so that a perfect prediction costs nothing.
+
+    Returns:
+      (cross-entropy [...], z-loss [...]), float32, in nats.
+    """
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if label_smoothing == 0.0:
+        nll = log_z - picked
+    else:
+        vocab = logits.shape[-1]
+        confidence = 1.0 - label_smoothing
+        low = label_smoothing / (vocab - 1)
+        entropy = -(confidence * jnp.log(confidence) + (vocab - 1) * low * jnp.log(low + 1e-20))
+        expected = (confidence - low) * picked + low * jnp.sum(logits, axis=-1)
+        nll = log_z - expected - entropy
+    return nll, z_loss * jnp.square(log_z)
+
+
+def _token_weights(batch: Batch) -> Array:
+    weights = batch.get("decoder_loss_weights")
+    if weights is None:
+        weights = batch["decoder_target_tokens"] > 0
+    return jnp.asarray(weights, jnp.float32)
+
+
+def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Array, Array]:
+    """Token weights [B, L] and the number that their weighted sum of losses is divided by."""
+    weights = _token_weights(batch)
+    if factor is None:
+        return weights, jnp.ones(())
+    if not isinstance(factor, str):
+        return weights, jnp.asarray(factor, jnp.float32)
+    if factor == "NUM_REAL_TARGET_TOKENS":
+        return weights, jnp.maximum(jnp.sum(weights), 1.0)
+    if factor == "NUM_TOTAL_TARGET_TOKENS":
+        return weights, jnp.asarray(weights.size, jnp.float32)
+    segments = batch.get("decoder_segment_ids")
+    if segments is None:
+        segments = jnp.ones(weights.shape, jnp.int32)
+    # [B, L, L]: how much weight a token's own sequence has in all
+    same = (segments[:, :, None] == segments[:, None, :]).astype(jnp.float32)
+    per_sequence = jnp.einsum("blm,bm->bl", same, weights)
+    weights = jnp.where(per_sequence > 0, weights / jnp.maximum(per_sequence, 1e-9), 0.0)
+    return weights, jnp.maximum(jnp.sum(weights), 1.0)  # its sum is the number of sequences
+
+
+def apply_model(model: Any, params: Any, batch: Batch, dropout_rng: Array | None) -> Array:
+    """Logits [B, L, V] of a batch in T5X's names, packed or not; dropout where a key is given."""
+    return model.apply(
+        {"params": params},
+        batch["encoder_input_tokens"],
+        batch["decoder_input_tokens"],
+        batch["decoder_target_tokens"],
+        encoder_segment_ids=batch.get("encoder_segment_ids"),
+        decoder_segment_ids=batch.get("decoder_segment_ids"),
+        encoder_positions=batch.get("encoder_positions"),
+        decoder_positions=batch.get("decoder_positions"),
+        enable_dropout=dropout_rng is not None,
+        rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+    )
+
+
+def _loss_sums(
+    model: Any, loss: Loss, params: Any, batch: Batch, weights: Array, rng: Array | None
+) -> tuple[Array, Metrics]:
+    """Weighted sum of losses over a batch, and the sums that metrics are made of."""
+    logits = apply_model(model, params, batch, rng)
+    targets = batch["decoder_target_tokens"]
+    nll, z = token_losses(logits, targets, loss.label_smoothing, loss.z_loss)
+    real = _token_weights(batch)
+    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    sums = {
+        "nll": jnp.sum(nll * real),
+        "z": jnp.sum(z * real),
+        "correct": jnp.sum(correct * real),
+        "tokens": jnp.sum(real),
+    }
+    return jnp.sum((nll + z) * weights), sums
+
+
+def _metrics(total: Array, sums: Metrics) -> Metrics:
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    return {
+        "loss": total,
+        "cross_ent_loss": sums["nll"] / tokens,
+        "z_loss": sums["z"] / tokens,
+        "accuracy": sums["correct"] / tokens,
+        "tokens": sums["tokens"],
+    }
+
+
+def loss_and_grads(
+    model: Any,
+    loss: Loss,
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    rng: Array | None = None,
+    microbatches: int = 1,
+) -> tuple[Any, Metrics]:
+    """Gradients with respect to `trainable`, and metrics, of one batch.
+
+    The batch's normaliser divides the sum over microbatches, so accumulated gradients equal those
+    of the whole batch however its tokens are spread.
+
+    Args:
+      trainable, frozen: the two halves of the parameters.
+      batch: arrays [B, L] in T5X's names.
+      rng: dropout key; None for no dropout.
+      microbatches: in how many pieces the batch is run, one after another.
+    """
+    weights, normalizer = weights_and_normalizer(batch, loss.loss_normalizing_factor)
+
+    def loss_fn(trainable: Any, piece: Batch, weights: Array, rng: Array | None) -> Any:
+        params = params_lib.merge(trainable, frozen)
+        total, sums = _loss_sums(model, loss, params, piece, weights, rng)
+        return total / normalizer, sums
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if microbatches == 1:
+        (total, sums), grads = grad_fn(trainable, batch, weights, rng)
+        return grads, _metrics(total, sums)
+
+    size = weights.shape[0]
+    if size % microbatches:
+        raise InputError(f"MICROBATCHES {microbatches} does not divide the batch of {size} rows")
+    # every microbatch takes every n-th row, so that each device keeps the rows it holds
+    pieces = jax.tree.map(
+        lambda a: jnp.swapaxes(a.reshape(size // microbatches, microbatches, *a.shape[1:]), 0, 1),
+        (dict(batch), weights),
+    )
+
+    def accumulate(carry: Any, item: Any) -> tuple[Any, None]:
+        index, (piece, piece_weights) = item
+        piece_rng = None if rng is None else jax.random.fold_in(rng, index)
+        (total, sums), grads = grad_fn(trainable, piece, piece_weights, piece_rng)
+        return jax.tree.map(jnp.add, carry, (total, sums, grads)), None
+
+    shapes = jax.eval_shape(
+        lambda: grad_fn(trainable, jax.tree.map(lambda a: a[0], pieces[0]), pieces[1][0], rng)
+    )
+    (total, sums), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (total, sums, grads), _ = jax.lax.scan(
+        accumulate, (total, sums, grads), (jnp.arange(microbatches), pieces)
+    )
+    return grads, _metrics(total, sums)
+
+
+StepFn = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    microbatches: int = 1,
+    use_dropout: bool = True,
+) -> StepFn:
+    """-> step(state, frozen, batch, rng) -> (state, metrics); jitted, the state is donated.
+
+    `rng` is the run's key; the step folds its number in, so a resumed run draws the same masks.
+    """
+
+    def step(state: TrainState, frozen: Any, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
+        dropout_rng = jax.random.fold_in(rng, state.step) if use_dropout else None
+        grads, metrics = loss_and_grads(
+            model, loss, state.params, frozen, batch, dropout_rng, microbatches
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return jax.jit(step, donate_argnums=(0,))
+
+
+def make_eval_step(model: Any, loss: Loss) -> Callable[[Any, Any, Batch], Metrics]:
+    """-> step(trainable, frozen, batch) -> sums of nll, z, correct and tokens; no dropout."""
+
+    def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
+        params = params_lib.merge(trainable, frozen)
+        _, sums = _loss_sums(model, loss, params, batch, _token_weights(batch), None)
+        return sums
+
+    return jax.jit(step)
+
+
+def score_choices(model: Any, params: Any, batch: Batch) -> Array:
+    """Log-probability of every answer choice, each input encoded once for all its choices.
+
+    Args:
+      batch: encoder_input_tokens [B, L]; decoder_input_tokens and decoder_target_tokens
+        [B, C, Lt]. A choice that only fills a row up is all zeros.
+
+    Returns:
+      [B, C] float32: the sum over the target's tokens, in nats, not normalised by length.
+    """
+    inputs = batch["encoder_input_tokens"]
+    targets = batch["decoder_target_tokens"]
+    rows, choices, length = targets.shape
+    flat_targets = targets.reshape(rows * choices, length)
+    encoded = model.apply({"params": params}, inputs, enable_dropout=False, method=model.encode)
+    logits = model.apply(
+        {"params": params},
+        encoded,
+        inputs,
+        batch["decoder_input_tokens"].reshape(rows * choices, length),
+        flat_targets,
+        enable_dropout=False,
+        method=model.decode,
+    )
+    nll, _ = token_losses(logits, flat_targets)
+    scores = -jnp.sum(nll * (flat_targets > 0), axis=-1)
+    return scores.reshape(rows, choices)
