@@ -1,6 +1,7 @@
 """T5 v1.1: encoder, decoder, and `Transformer` with the signatures that T5X calls."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pemoe_jax.core import layers
+from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
 
 Array = jax.Array
@@ -295,6 +297,27 @@ class Transformer(nn.Module):
         )
 
 
-def without_adapters(model: Transformer) -> Transformer:
-    """The same network with every site left alone."""
-    return Transformer(config=model.config)
+def init_params(model: Transformer, seed: int, keep: Callable[[str], bool]) -> dict[str, Any]:
+    """Random parameters, float32: those whose path `keep` accepts; the others are never computed.
+
+    A parameter's value depends on its path and the seed alone, so a base drawn without adapters
+    and one drawn with them are the same.
+
+    Args:
+      model: the network.
+      seed: of the draw.
+      keep: 'a/b/c' -> bool.
+    """
+
+    def init() -> dict[str, Any]:
+        tokens = jnp.ones((1, 1), jnp.int32)
+        key = jax.random.key(seed)
+        tree = model.init(key, tokens, tokens, tokens, enable_dropout=False)["params"]
+        return params_lib.select(tree, keep)
+
+    return jax.jit(init)()
+
+
+def param_shapes(model: Transformer, keep: Callable[[str], bool] = lambda _: True) -> dict[str, Any]:
+    """The tree of `jax.ShapeDtypeStruct`; nothing is allocated."""
+    return jax.eval_shape(lambda: init_params(model, 0, keep))

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,21 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 def count(tree: Tree) -> int:
     """Number of scalars in a tree of arrays or of shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def select(tree: Tree, keep: Callable[[str], bool]) -> dict[str, Any]:
+    """The leaves whose path `keep` accepts."""
+    return unflatten({path: leaf for path, leaf in flatten(tree).items() if keep(path)})
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a path belongs to an adapter: the one pattern of the house."""
+    return re.fullmatch(ADAPTER_PATTERN, path) is not None
+
+
+def is_base(path: str) -> bool:
+    """Whether a path belongs to the base model."""
+    return not is_adapter(path)
 
 
 def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:

@@ -17,13 +17,13 @@ def make_mesh() -> Mesh:
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Raises InputError where a batch does not divide into the devices' microbatches."""
     devices = mesh.shape["data"]
-    if batch_size < 1 or batch_size % (devices * microbatches):
+    if not isinstance(batch_size, int) or batch_size < 1 or batch_size % (devices * microbatches):
         pieces = f"{devices} devices" + (
             f" × {microbatches} microbatches" if microbatches > 1 else ""
         )
         raise InputError(
             f"BATCH_SIZE {batch_size} does not divide over {pieces}:"
-            f" expected a multiple of {devices * microbatches}"
+            f" expected a positive multiple of {devices * microbatches}"
         )
 
 

@@ -241,7 +241,7 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return jax.jit(step, donate_argnums=(0,))
@@ -285,3 +285,38 @@ def score_choices(model: Any, params: Any, batch: Batch) -> Array:
     nll, _ = token_losses(logits, flat_targets)
     scores = -jnp.sum(nll * (flat_targets > 0), axis=-1)
     return scores.reshape(rows, choices)
+
+
+def routing_by_example(model: Any, params: Any, batch: Batch) -> dict[str, Array]:
+    """Each example's mean routing probabilities, over its real tokens (and heads), at every router.
+
+    Args:
+      batch: unpacked, in T5X's names.
+
+    Returns:
+      {'encoder/layers_0/mlp/gate_adapter': [B, E], …}; empty for a method without routers.
+    """
+    _, collected = model.apply(
+        {"params": params},
+        batch["encoder_input_tokens"],
+        batch["decoder_input_tokens"],
+        batch["decoder_target_tokens"],
+        enable_dropout=False,
+        mutable=["intermediates"],
+    )
+    valid = {
+        True: jnp.asarray(batch["encoder_input_tokens"] > 0, jnp.float32),
+        False: jnp.asarray(batch["decoder_target_tokens"] > 0, jnp.float32),
+    }
+    result = {}
+    for path, (probs,) in params_lib.flatten(collected.get("intermediates", {})).items():
+        site = path.removesuffix("/probs")
+        if probs.ndim == 4:  # [B, L, H, E]
+            probs = jnp.mean(probs, axis=2)
+        reads_encoder = site.startswith("encoder/") or site.endswith(
+            ("encoder_decoder_attention/key_adapter", "encoder_decoder_attention/value_adapter")
+        )
+        weights = valid[reads_encoder]
+        total = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
+        result[site] = jnp.einsum("ble,bl->be", probs, weights) / total
+    return result

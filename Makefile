@@ -1,0 +1,44 @@
+# make quickstart   installs into .venv, fine-tunes MoV on the bundled base, scores it zero-shot
+# make test         lint, types and the fast tests;  make test-all: the slow tests too
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: quickstart test test-slow test-all lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m pemoe_jax.train --gin_file=runs/quickstart.gin
+	$(BIN)/python -m pemoe_jax.evaluate --gin_file=runs/quickstart_evaluate.gin
+
+test: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -m slow
+
+test-all: test
+	$(MAKE) test-slow
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# An environment is made again only when what it is made from has changed. Bytecode is compiled at
+# the first import, of what is imported, and not of all that is installed: 20 s less.
+$(VENV)/.installed: setup.py constraints.txt pyproject.toml
+	$(call install,.)
+	@touch $@
+
+$(VENV)/.installed-test: setup.py constraints.txt pyproject.toml
+	$(call install,.[test])
+	@touch $(VENV)/.installed $@
+
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; name another: make PYTHON=python3.11 ...")'
+	@echo "Installing into $(VENV): a minute or two, about 3.3 GB"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '$(1)'
+endef

@@ -1,0 +1,152 @@
+"""Checkpoints of a run: what trains, its optimiser's state, and a record of what it belongs to.
+
+    MODEL_DIR/checkpoint_<step>/state    orbax: step, params (the trainable ones), opt_state
+    MODEL_DIR/checkpoint_<step>/record   JSON: `Record`
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from pemoe_jax.core import adapters as adapters_lib
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.network import T5Config, Transformer
+
+PREFIX = "checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself, enough to build the model again without its gin files.
+
+    Attributes:
+      method: name of the method (mov, lora, …).
+      trainable: the patterns of what trains.
+      config: dimensions (`T5Config.as_dict`).
+      adapters: `adapters.describe`.
+      base: path (None: random weights), seed and fingerprint of the base, and whether the
+        checkpoint needs it (False where everything trained).
+      counts: trainable and total parameters.
+      versions: of the packages that wrote it.
+    """
+
+    method: str
+    trainable: list[str]
+    config: dict[str, Any]
+    adapters: dict[str, Any]
+    base: dict[str, Any]
+    counts: dict[str, int]
+    versions: dict[str, str]
+
+    def model(self) -> Transformer:
+        """The network with its adapters."""
+        return Transformer(
+            config=T5Config(**self.config),
+            adapters=adapters_lib.from_description(self.adapters),
+        )
+
+
+class RunCheckpoints:
+    """The checkpoints in a MODEL_DIR; saves are asynchronous and appear whole or not at all."""
+
+    def __init__(self, model_dir: str, keep: int | None = 1) -> None:
+        options = ocp.CheckpointManagerOptions(
+            step_prefix=PREFIX,
+            max_to_keep=keep,
+            create=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(
+            Path(model_dir).absolute(), options=options, item_names=("state", "record")
+        )
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: Any, record: Record) -> None:
+        """Saves the state's step; one that is there already stays."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_as_tree(state)),
+            record=ocp.args.JsonSave(dataclasses.asdict(record)),
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, state: Any) -> Any:
+        """The saved state with the shapes, types and sharding of `state`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        tree = self._manager.restore(step, args=args)["state"]
+        return dataclasses.replace(state, **tree)
+
+    def close(self) -> None:
+        """Waits for saves under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _as_tree(state: Any) -> dict[str, Any]:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def resolve(path: str) -> tuple[Path, int]:
+    """A run's folder (its newest checkpoint) or one checkpoint's -> (folder of the run, step).
+
+    Raises:
+      InputError: nothing is there, or nothing that is a checkpoint.
+    """
+    folder = Path(path).absolute()
+    named = re.fullmatch(rf"{PREFIX}_(\d+)", folder.name)
+    if not folder.is_dir():
+        raise InputError(f"checkpoint {path}: no such folder")
+    if named:
+        if not (folder / "record").is_dir():
+            raise InputError(f"checkpoint {path}: expected a folder `record` in it, found none")
+        return folder.parent, int(named.group(1))
+    steps = [
+        int(match.group(1))
+        for child in folder.iterdir()
+        if (match := re.fullmatch(rf"{PREFIX}_(\d+)", child.name)) and (child / "record").is_dir()
+    ]
+    if not steps:
+        raise InputError(f"checkpoint {path}: expected a folder {PREFIX}_<step> in it, found none")
+    return folder, max(steps)
+
+
+def read_record(path: str) -> Record:
+    """The record of a checkpoint; `path` as for `resolve`."""
+    folder, step = resolve(path)
+    file = folder / f"{PREFIX}_{step}" / "record" / "metadata"
+    try:
+        return Record(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"checkpoint {path}: unreadable record {file}: {error}") from error
+
+
+def load_trainable(path: str) -> tuple[dict[str, Any], Record, int]:
+    """The trained parameters of a checkpoint, its record and its step."""
+    folder, step = resolve(path)
+    record = read_record(path)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        item = folder / f"{PREFIX}_{step}" / "state"
+        metadata = checkpointer.metadata(item).item_metadata.tree
+        wanted = {"params": metadata["params"]}
+        tree = checkpointer.restore(
+            item,
+            args=ocp.args.PyTreeRestore(
+                item=wanted,
+                partial_restore=True,
+                restore_args=jax.tree.map(
+                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+                ),
+            ),
+        )
+    return tree["params"], record, step

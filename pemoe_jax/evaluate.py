@@ -1,0 +1,226 @@
+"""Zero-shot evaluation by rank classification: `python -m pemoe_jax.evaluate --help`."""
+
+import collections
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pemoe_jax import config
+from pemoe_jax.core.errors import InputError
+
+if TYPE_CHECKING:
+    from pemoe_jax.core import network
+
+FLAGS = config.parser(
+    "evaluate",
+    "Scores held-out tasks by rank classification and writes results.json, results.md and\n"
+    "predictions to EVAL_OUTPUT_DIR. Checkpoints say themselves what model they are of.",
+    example="""\
+  python -m pemoe_jax.evaluate --gin_file=runs/evaluate.gin \\
+    --gin.CHECKPOINT_PATH="['base.safetensors', '/tmp/mov', '/tmp/lora']" \\
+    --gin.EVAL_OUTPUT_DIR=/tmp/results --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
+""",
+    macros="""\
+  CHECKPOINT_PATH           a run (its newest checkpoint), a checkpoint_<step>, a base, or a list of these
+  EVAL_OUTPUT_DIR           where results go
+  INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
+  MIXTURE_OR_TASK_NAME      what is scored (jsonl_score_eval)
+  JSONL_DIR, VOCAB_PATH, EVAL_TASKS, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
+  TASK_FEATURE_LENGTHS, BATCH_SIZE, ROUTING_PICTURE
+""",
+)
+
+
+def evaluate(
+    checkpoint_path: str | Sequence[str],
+    output_dir: str,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int = 32,
+    register: Callable[[], Any] | None = None,
+    model: "network.Transformer | None" = None,
+    initial_checkpoint_path: str | None = None,
+    use_cached_tasks: bool = False,
+    max_examples: int | None = None,
+    routing_picture: bool = False,
+) -> dict[str, Any]:
+    """Scores every checkpoint on every task, each input encoded once for all its choices.
+
+    Args:
+      checkpoint_path: runs, checkpoints or bases; one row of the table each.
+      output_dir: gets results.json, results.md, predictions/<run>/<task>.jsonl, routing_<run>.png.
+      mixture_or_task_name: `_score_eval` tasks, or a mixture of them.
+      task_feature_lengths: tokens of 'inputs' and 'targets'; longer ones are cut and counted.
+      batch_size: inputs at a time over all devices.
+      register: registers the tasks.
+      model: dimensions of a base that does not state them.
+      initial_checkpoint_path: in place of the base that a checkpoint names.
+      use_cached_tasks: seqio's offline caches.
+      max_examples: of a task; None: all.
+      routing_picture: draw what each expert is used for, for methods with routers.
+
+    Returns:
+      The results, as in results.json.
+
+    Raises:
+      InputError: anything the user can mend.
+    """
+    from pemoe_jax import data, progress
+    from pemoe_jax.checkpoints import models
+    from pemoe_jax.core import partitioning
+    from pemoe_jax.reports import results as results_lib
+    from pemoe_jax.reports import tables
+
+    mesh = partitioning.make_mesh()
+    partitioning.check_batch_size(batch_size, mesh)
+    opened = models.open_models(checkpoint_path, model, initial_checkpoint_path)
+    registered = register() if register is not None else None
+    if registered is not None:
+        print("\n".join(registered.lines()), flush=True)
+    names = data.subtasks(mixture_or_task_name)
+    for one in opened:
+        data.check_vocabulary(names[0], one.model.config.vocab_size)
+
+    def read(name: str) -> list[Any]:
+        return data.choice_groups(
+            name, task_feature_lengths, max_examples=max_examples, use_cached=use_cached_tasks
+        )
+
+    groups = {name: read(name) for name in names}
+    everything = [group for members in groups.values() for group in members]
+    labels = registered.datasets if registered is not None else {}
+    folder = Path(output_dir)
+    results: dict[str, Any] = {"runs": []}
+    for one in opened:
+        params = partitioning.replicate(one.load(), mesh)
+        bar = progress.Progress(f"scoring {one.name}", len(everything))
+        predicted = _score(one.model, params, everything, batch_size, mesh, bar)
+        bar.close()
+        tasks = {
+            name: results_lib.task_result(
+                correct=[group.is_correct[predicted[id(group)][0]] for group in members],
+                chance=[sum(group.is_correct) / len(group.choices) for group in members],
+                dataset=labels.get(name, name),
+                odd=[kind for group in members for kind in group.odd],
+            )
+            for name, members in groups.items()
+        }
+        _write_predictions(folder / "predictions" / one.name, groups, predicted)
+        results["runs"].append({**one.about(), **results_lib.summarise(tasks), "tasks": tasks})
+        if routing_picture and registered is not None:
+            _draw_routing(one, params, groups, registered, folder / f"routing_{one.name}.png", read)
+        del params
+    _write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    _write(folder / "results.md", tables.to_markdown(results))
+    tables.print_table(results)
+    print(f"results in {folder}/results.md, predictions in {folder}/predictions")
+    return results
+
+
+def _score(
+    model: Any, params: Any, groups: Sequence[Any], batch_size: int, mesh: Any, bar: Any
+) -> dict[int, tuple[int, list[float]]]:
+    """id(group) -> (index of the best choice, score of each)."""
+    import functools
+
+    import jax
+    import numpy as np
+
+    from pemoe_jax import data
+    from pemoe_jax.core import partitioning, steps
+
+    score = jax.jit(functools.partial(steps.score_choices, model))
+    devices = mesh.shape["data"]
+    found: dict[int, tuple[int, list[float]]] = {}
+    waiting: collections.deque[tuple[Any, list[Any]]] = collections.deque()
+
+    def collect() -> None:
+        scores, members = waiting.popleft()
+        rows = np.asarray(scores)
+        for row, group in zip(rows, members, strict=False):
+            own = row[: len(group.choices)]
+            found[id(group)] = (int(np.argmax(own)), [float(s) for s in own])
+        bar.advance(len(found))
+
+    for batch, members in data.prefetch(
+        data.score_batches(groups, batch_size, multiple_of=devices)
+    ):
+        waiting.append((score(params, partitioning.shard_batch(batch, mesh)), members))
+        if len(waiting) > 2:  # a few in flight keep the device busy
+            collect()
+    while waiting:
+        collect()
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    """Beside and renamed, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text)
+    beside.rename(path)
+
+
+def _write_predictions(
+    folder: Path, groups: Mapping[str, Sequence[Any]], predicted: Mapping[int, tuple[int, Any]]
+) -> None:
+    for name, members in groups.items():
+        lines = []
+        for group in members:
+            best, scores = predicted[id(group)]
+            row = {
+                "idx": group.idx,
+                "inputs": group.input_text,
+                "answer_choices": group.choice_texts,
+                "scores": [round(score, 5) for score in scores],
+                "prediction": group.choice_texts[best],
+                "correct": group.is_correct[best],
+                "odd": group.odd,
+            }
+            lines.append(json.dumps(row, ensure_ascii=False))
+        _write(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+
+
+def _draw_routing(
+    opened: Any,
+    params: Any,
+    groups: Mapping[str, Sequence[Any]],
+    registered: Any,
+    png: Path,
+    read: Callable[[str], Sequence[Any]],
+) -> None:
+    """A picture of where tasks are routed, one prompt of each data set, trained on and held out."""
+    from pemoe_jax import data, routes
+    from pemoe_jax.reports import plots
+
+    shown = _one_prompt_each({name: registered.datasets[name] for name in groups})
+    trained = {
+        f"{name}_score_eval": registered.datasets[name]
+        for name in registered.train_tasks
+        if name not in registered.no_eval_split and f"{name}_score_eval" in registered.datasets
+    }
+    seen = {name: read(name) for name in _one_prompt_each(trained)}
+    probs = routes.by_task(opened.model, params, {**seen, **{n: groups[n] for n in shown}})
+    if probs:
+        chosen = routes.last_decoder_block(probs, opened.model.config.num_decoder_layers)
+        plots.routing_map(chosen, png, held_out=shown, title=f"Where tasks are routed: {opened.name}")
+
+
+def _one_prompt_each(datasets: Mapping[str, str]) -> list[str]:
+    first: dict[str, str] = {}
+    for name, dataset in datasets.items():
+        first.setdefault(dataset, name)
+    return list(first.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return config.run(FLAGS, evaluate, argv)
+
+
+if __name__ == "__main__":
+    from pemoe_jax.evaluate import main as _main
+
+    sys.exit(_main())

@@ -1,0 +1,89 @@
+"""What a run tells while it goes: a progress bar or lines, JSON lines and TensorBoard."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def duration(seconds: float) -> str:
+    """Seconds -> '1:02:03' or '2:03'."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def thousands(number: float) -> str:
+    """12345 -> '12.3k'."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+class Metrics:
+    """Scalars by step, to `metrics.jsonl` and to TensorBoard, both under `model_dir`."""
+
+    def __init__(self, model_dir: Path) -> None:
+        from clu import metric_writers
+
+        self._file = (model_dir / "metrics.jsonl").open("a")
+        self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        self._tensorboard.write_scalars(step, scalars)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+class Progress:
+    """A bar on a terminal, a line at each report elsewhere; both with speed and time left."""
+
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
+        self._label, self._total, self._first = label, total, done
+        self._start = time.monotonic()
+        self._bar: Any = None
+        if sys.stdout.isatty():
+            from rich import progress
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(label, total=total, completed=done, note="compiling")
+
+    def advance(self, done: int) -> None:
+        """Moves the bar; no line is printed."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def report(self, done: int, note: str) -> None:
+        """Says how far the run is and how it goes."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        pace = (time.monotonic() - self._start) / max(done - self._first, 1)
+        left = duration(pace * (self._total - done))
+        print(f"{self._label} {done}/{self._total}  {note}  left {left}", flush=True)
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,1 @@
+"""Tables (`reports.tables`) and pictures (`reports.plots`) of what runs measured."""

@@ -1,0 +1,373 @@
+"""Trains adapters (or a whole model) by gin files: `python -m pemoe_jax.train --help`."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pemoe_jax import config
+from pemoe_jax.core.errors import InputError
+
+if TYPE_CHECKING:
+    from pemoe_jax.checkpoints import runs
+    from pemoe_jax.core import network, optim, steps
+
+FLAGS = config.parser(
+    "train",
+    "Trains adapters on a frozen T5, or the whole of it, and writes checkpoints to MODEL_DIR.\n"
+    "The same command again goes on from the newest checkpoint.",
+    example="""\
+  python -m pemoe_jax.train \\
+    --gin_file=models/t5_1_1_large.gin --gin_file=methods/mov.gin --gin_file=runs/finetune.gin \\
+    --gin.MODEL_DIR=/tmp/mov --gin.INITIAL_CHECKPOINT_PATH=base.safetensors \\
+    --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model --gin.TRAIN_STEPS=1000
+""",
+    macros="""\
+  MODEL_DIR                 where checkpoints and metrics go
+  INITIAL_CHECKPOINT_PATH   the base; None: random weights
+  JSONL_DIR, VOCAB_PATH     a folder of <task>/<split>.jsonl, and the SentencePiece file
+  TRAIN_TASKS, EVAL_TASKS   name patterns, e.g. "['rte_*']"; None: by INDEX.json
+  MIXTURE_OR_TASK_NAME, MIXTURE_OR_TASK_MODULE   a seqio name, and the module that registers it
+  TASK_FEATURE_LENGTHS, BATCH_SIZE, MICROBATCHES, PACK, SEED, TRAIN_STEPS
+  OPTIMIZER, LEARNING_RATE, SCHEDULE, WARMUP_STEPS, DROPOUT_RATE
+  LOSS_NORMALIZING_FACTOR, Z_LOSS, LABEL_SMOOTHING
+  NUM_EXPERTS, RANK, ALPHA (by method), LOG_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_CHECKPOINTS
+""",
+)
+
+
+def train(
+    model: "network.Transformer | None",
+    method: str,
+    trainable: Sequence[str],
+    model_dir: str,
+    initial_checkpoint_path: str | None,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    total_steps: int,
+    optimizer: "optim.OptimizerFactory",
+    schedule: "optim.Schedule",
+    loss: "steps.Loss",
+    register: Callable[[], Any] | None = None,
+    use_cached_tasks: bool = False,
+    microbatches: int = 1,
+    pack: bool = True,
+    seed: int = 0,
+    log_period: int = 50,
+    eval_period: int = 0,
+    eval_batches: int = 10,
+    checkpoint_period: int = 1000,
+    keep_checkpoints: int | None = 1,
+) -> None:
+    """Trains, from the newest checkpoint in `model_dir` where there is one.
+
+    Args:
+      model: network with its adapters.
+      method: its name, for tables.
+      trainable: patterns of the parameters that train; each must match something.
+      model_dir: gets config.gin, metrics.jsonl, tensorboard/ and checkpoint_<step>/.
+      initial_checkpoint_path: the base, None for random weights.
+      mixture_or_task_name: what seqio knows the training data by.
+      task_feature_lengths: tokens of 'inputs' and 'targets'.
+      batch_size: rows of a step over all devices.
+      total_steps: the step to stop at.
+      optimizer: schedule -> optax transformation.
+      schedule: step -> learning rate.
+      loss: its settings.
+      register: registers the tasks and returns what it has to say of them.
+      use_cached_tasks: seqio's offline caches.
+      microbatches: pieces a batch is run in.
+      pack: several examples in a row.
+      seed: of adapters, data order and dropout.
+      log_period, checkpoint_period, eval_period: in steps; eval_period 0: never.
+      eval_batches: most batches of an evaluation of the loss.
+      keep_checkpoints: how many are kept; None: all.
+
+    Raises:
+      InputError: anything the user can mend.
+    """
+    if model is None:
+        raise InputError("no model: expected --gin_file=models/… before the run file")
+    if not trainable:
+        raise InputError("TRAINABLE is not set: expected --gin_file=methods/… before the run file")
+    for name, value in (("TRAIN_STEPS", total_steps), ("LOG_PERIOD", log_period)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be a positive integer, found {value!r}")
+
+    import jax
+
+    from pemoe_jax import data
+    from pemoe_jax.core import partitioning, steps
+    from pemoe_jax.reports import plots
+
+    mesh = partitioning.make_mesh()
+    partitioning.check_batch_size(batch_size, mesh, microbatches)
+    registered = register() if register is not None else None
+    data.check_vocabulary(mixture_or_task_name, model.config.vocab_size)
+
+    state, frozen, record, optimizer = _prepare(
+        model, method, trainable, initial_checkpoint_path, optimizer(schedule), seed
+    )
+    print(_summary(state.params, frozen, record, registered, len(jax.devices())), flush=True)
+
+    folder = Path(model_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    state, checkpoints = _restore(folder, state, record, keep_checkpoints)
+    state, frozen = partitioning.replicate((state, frozen), mesh)
+    first = int(state.step)
+    if first >= total_steps:
+        print(f"{model_dir} is at step {first}; TRAIN_STEPS is {total_steps}: nothing to do")
+        checkpoints.close()
+        return
+    _write_config(folder)
+
+    batches = data.prefetch(
+        data.train_batches(
+            mixture_or_task_name,
+            task_feature_lengths,
+            batch_size,
+            seed=seed,
+            pack=pack,
+            skip=first,
+            use_cached=use_cached_tasks,
+        )
+    )
+    evaluation: list[Any] = []
+    if eval_period:
+        evaluation = list(
+            data.eval_batches(mixture_or_task_name, task_feature_lengths, batch_size, eval_batches)
+        )
+    loop = _Loop(
+        train_step=steps.make_train_step(
+            model, optimizer, loss, microbatches, model.config.dropout_rate > 0
+        ),
+        eval_step=steps.make_eval_step(model, loss),
+        mesh=mesh,
+        folder=folder,
+        schedule=schedule,
+        rng=jax.random.key(seed + 1),
+        total_steps=total_steps,
+        log_period=log_period,
+        eval_period=eval_period,
+        evaluation=evaluation,
+        save=lambda state: checkpoints.save(state, record),
+        save_period=checkpoint_period,
+    )
+    try:
+        loop.run(state, frozen, batches)
+    finally:
+        checkpoints.close()
+    plots.loss_curve(folder / "metrics.jsonl", folder / "loss.png", title=f"Training: {folder.name}")
+    print(f"trained to step {total_steps}: {folder}/checkpoint_{total_steps}, {folder}/loss.png")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a checkpoint means."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from pemoe_jax import __version__
+
+    found = {"pemoe_jax": __version__}
+    for package in ("jax", "flax", "optax", "orbax-checkpoint"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _prepare(
+    model: "network.Transformer",
+    method: str,
+    trainable: Sequence[str],
+    base_path: str | None,
+    optimizer: Any,
+    seed: int,
+) -> "tuple[steps.TrainState, Any, runs.Record, Any]":
+    """Base, adapters, their split into what trains and what does not, and the run's record."""
+    from pemoe_jax.checkpoints import base as base_lib
+    from pemoe_jax.checkpoints import runs
+    from pemoe_jax.core import adapters, network, steps
+    from pemoe_jax.core import params as params_lib
+
+    shapes = params_lib.flatten(network.param_shapes(model))
+    params_lib.trainable_paths(shapes, trainable)  # a bad pattern fails before the base is read
+    base, identity = base_lib.load_or_init(model, base_path, seed)
+    added = network.init_params(model, seed, params_lib.is_adapter)
+    trained, frozen = params_lib.split(params_lib.merge(added, base), trainable)
+    frozen = params_lib.cast_frozen(frozen, model.config.dtype)
+    record = runs.Record(
+        method=method,
+        trainable=list(trainable),
+        config=model.config.as_dict(),
+        adapters=adapters.describe(model.adapters),
+        base={**identity, "needed": bool(frozen)},
+        counts={"trainable": params_lib.count(trained), "total": params_lib.count(shapes)},
+        versions=versions(),
+    )
+    return steps.TrainState.create(trained, optimizer), frozen, record, optimizer
+
+
+def _summary(trainable: Any, frozen: Any, record: Any, registered: Any, devices: int) -> str:
+    from pemoe_jax.core import params as params_lib
+    from pemoe_jax.reports import tables
+
+    identity = record.base
+    base = identity["path"] or f"RANDOM WEIGHTS (INITIAL_CHECKPOINT_PATH=None, seed {identity['seed']})"
+    text = tables.parameter_summary(
+        params_lib.flatten(trainable),
+        params_lib.flatten(frozen),
+        base=f"{base}, fingerprint {identity['fingerprint']}",
+        method=record.method,
+        extra={"devices": str(devices), "activations": record.config["dtype"]},
+    )
+    lines = registered.lines() if registered is not None else []
+    return "\n".join([text, *lines])
+
+
+def _restore(folder: Path, state: Any, record: Any, keep: int | None) -> Any:
+    """The newest checkpoint's state, if there is one; it must belong to this base and method."""
+    from pemoe_jax.checkpoints import runs
+
+    checkpoints = runs.RunCheckpoints(str(folder), keep)
+    step = checkpoints.latest()
+    if step is None:
+        return state, checkpoints
+    found = runs.read_record(str(folder))
+    expected = {"method": found.method, "adapters": found.adapters, "TRAINABLE": found.trainable}
+    given = {"method": record.method, "adapters": record.adapters, "TRAINABLE": record.trainable}
+    expected |= {f"T5Config.{k}": v for k, v in found.config.items() if k != "dropout_rate"}
+    given |= {f"T5Config.{k}": v for k, v in record.config.items() if k != "dropout_rate"}
+    if found.base["needed"]:
+        expected["base fingerprint"] = found.base["fingerprint"]
+        given["base fingerprint"] = record.base["fingerprint"]
+    for name, value in expected.items():
+        if given.get(name) != value:
+            raise InputError(
+                f"{folder} holds a run with {name} {value!r}, expected the same to go on,"
+                f" found {given.get(name)!r}: choose another MODEL_DIR or mend the setting"
+            )
+    print(f"resuming from {folder}/checkpoint_{step}")
+    return checkpoints.restore(step, state), checkpoints
+
+
+def _write_config(folder: Path) -> None:
+    import gin
+
+    beside = folder / ".config.gin"
+    beside.write_text(gin.config_str())
+    beside.rename(folder / "config.gin")
+
+
+class _Loop:
+    """The steps, and what is said and written between them."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.__dict__.update(settings)
+
+    def run(self, state: Any, frozen: Any, batches: Any) -> None:
+        from pemoe_jax import progress
+        from pemoe_jax.core import partitioning
+
+        first = int(state.step)
+        bar = progress.Progress("step", self.total_steps, first)
+        metrics = progress.Metrics(self.folder)
+        window: list[tuple[Any, int]] = []
+        clock = time.monotonic()
+        try:
+            for step, batch in zip(range(first + 1, self.total_steps + 1), batches, strict=False):
+                tokens = _real_tokens(batch)
+                state, step_metrics = self.train_step(
+                    state, frozen, partitioning.shard_batch(batch, self.mesh), self.rng
+                )
+                window.append((step_metrics, tokens))
+                bar.advance(step)
+                last = step == self.total_steps
+                if step % self.log_period == 0 or last or step == first + 1:
+                    means = _means(window)
+                    now = time.monotonic()
+                    means["tokens_per_second"] = sum(t for _, t in window) / (now - clock)
+                    means["steps_per_second"] = len(window) / (now - clock)
+                    means["learning_rate"] = float(self.schedule(step - 1))
+                    window, clock = [], now
+                    metrics.write(step, {f"train/{k}": v for k, v in means.items()})
+                    bar.report(step, _note(means))
+                    _check_finite(means, step)
+                if self.eval_period and (step % self.eval_period == 0 or last):
+                    scalars = self._evaluate(state, frozen)
+                    metrics.write(step, {f"eval/{k}": v for k, v in scalars.items()})
+                    bar.say(
+                        f"step {step}  validation loss {scalars['loss']:.4f}"
+                        f"  accuracy {scalars['accuracy']:.3f} (tokens)"
+                    )
+                    clock = time.monotonic()
+                if step % self.save_period == 0 or last:
+                    self.save(state)
+                    clock = time.monotonic()
+            if int(state.step) < self.total_steps:
+                raise InputError(
+                    f"the training data ended at step {int(state.step)} of {self.total_steps}"
+                )
+        except KeyboardInterrupt:
+            if not state.step.is_deleted():  # else it fell into the step that took the state over
+                bar.say(f"interrupted: saving step {int(state.step)}")
+                self.save(state)
+            raise
+        finally:
+            batches.close()
+            bar.close()
+            metrics.close()
+
+    def _evaluate(self, state: Any, frozen: Any) -> dict[str, float]:
+        from pemoe_jax.core import partitioning
+
+        sums = [
+            self.eval_step(state.params, frozen, partitioning.shard_batch(batch, self.mesh))
+            for batch in self.evaluation
+        ]
+        total = {k: sum(float(s[k]) for s in sums) for k in sums[0]}
+        tokens = max(total["tokens"], 1.0)
+        return {"loss": total["nll"] / tokens, "accuracy": total["correct"] / tokens}
+
+
+def _real_tokens(batch: Mapping[str, Any]) -> int:
+    return sum(int((batch[k] > 0).sum()) for k in ("encoder_input_tokens", "decoder_target_tokens"))
+
+
+def _means(window: list[tuple[Any, int]]) -> dict[str, float]:
+    import jax
+
+    fetched = jax.device_get([metrics for metrics, _ in window])
+    return {name: sum(float(m[name]) for m in fetched) / len(fetched) for name in fetched[0]}
+
+
+def _note(means: Mapping[str, float]) -> str:
+    from pemoe_jax import progress
+
+    return (
+        f"loss {means['loss']:.4f}  accuracy {means['accuracy']:.3f}"
+        f"  {progress.thousands(means['tokens_per_second'])} tokens/s"
+    )
+
+
+def _check_finite(means: Mapping[str, float], step: int) -> None:
+    if not math.isfinite(means["loss"]):
+        raise InputError(
+            f"the loss is {means['loss']} at step {step} (learning rate {means['learning_rate']:g}):"
+            " lower LEARNING_RATE and go on from the last checkpoint"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return config.run(FLAGS, train, argv)
+
+
+if __name__ == "__main__":
+    # imported by its name, so that gin files configure this very module and not a second copy
+    from pemoe_jax.train import main as _main
+
+    sys.exit(_main())

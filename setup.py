@@ -1,0 +1,63 @@
+"""Installs pemoe_jax: `pip install -c constraints.txt -e .` (`.[test]`, `.[gpu]`, `.[tpu]`)."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "pemoe_jax/__init__.py").read_text(), re.M)
+assert VERSION
+
+# `pemoe_jax/tasks` and `pemoe_jax/gin` are symbolic links to `tasks/` and `gin/`, so that
+# `pemoe_jax.tasks` and the gin files are found alike from the clone's root without an install,
+# from an editable install, and from a wheel (which holds real files).
+setup(
+    name="pemoe-jax",
+    version=VERSION.group(1),
+    description="Mixtures of tiny experts (MoV, MoLORA) on a frozen T5, in JAX",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        "pemoe_jax",
+        "pemoe_jax.checkpoints",
+        "pemoe_jax.core",
+        "pemoe_jax.reports",
+        "pemoe_jax.tasks",
+        "pemoe_jax.tasks.quickstart",
+    ],
+    package_data={
+        "pemoe_jax": ["gin/**/*.gin"],
+        "pemoe_jax.tasks.quickstart": [
+            "**/*.json",
+            "**/*.jsonl",
+            "**/*.model",
+            "**/*.safetensors",
+        ],
+    },
+    zip_safe=False,
+    # constraints.txt holds the versions that were tested.
+    install_requires=[
+        "absl-py",
+        "clu",
+        "flax",
+        "gin-config",
+        "jax",
+        "matplotlib",
+        "numpy",
+        "optax",
+        "orbax-checkpoint",
+        "rich",
+        "safetensors",
+        "seqio",  # brings tensorflow, through tensorflow-text; do not list tensorflow-cpu beside it
+        "tensorboard",  # clu.metric_writers imports it
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "test": ["mypy", "pytest", "pytest-xdist", "ruff"],
+    },
+)

@@ -1,0 +1,155 @@
+"""Writes what the quickstart is made of: the sample, the vocabulary and the pretraining text.
+
+    python -m pemoe_jax.tasks.quickstart.generate OUT_DIR
+
+`OUT_DIR/sample/<task>/<split>.jsonl` with an `INDEX.json`, `OUT_DIR/corpus.txt`, and `OUT_DIR/vocab.model` (the last only where no
+vocabulary is there yet, or with `--vocab`: SentencePiece does not promise equal files over its versions). Equal seeds give equal files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import string
+from typing import Any
+
+from pemoe_jax.tasks.quickstart import corpus
+from pemoe_jax.tasks.quickstart.prompts import DATA_SETS, DataSet, Prompt
+from pemoe_jax.tasks.quickstart.world import NAMES, TOPIC_NAMES, TOPICS, Dice, capital, detail, opinion, story
+
+CORPUS_LINES = 150_000
+SIZES = {False: {"train": 130, "validation": 30}, True: {"validation": 100}}  # examples per prompt, by held out
+
+Line = dict[str, Any]
+
+
+def _rows(data_set: DataSet, prompt: Prompt, split: str, n: int, taken: set[str], seed: int) -> list[Line]:
+    """`n` examples whose inputs are not in `taken` (and are added to it)."""
+    dice = Dice(f"sample {seed} {data_set.name} {prompt.name} {split}")
+    lines: list[Line] = []
+    tries = 0
+    while len(lines) < n and tries < 50 * n:
+        tries += 1
+        line = prompt.render(data_set.draw(dice))
+        key = json.dumps(line, sort_keys=True)
+        if key not in taken:
+            taken.add(key)
+            lines.append(line)
+    return lines
+
+
+def odd_rows(seed: int) -> dict[str, list[Line]]:
+    """Rows as real data has them, by `<task>/<split>`: they must be counted and reported, and crash nothing."""
+    dice = Dice(f"odd {seed}")
+    topic = TOPICS[0]
+    long_text = " ".join(detail(dice, topic) for _ in range(300)).split()
+    long_story = " ".join(long_text[:2000])
+    fifty = [f"{capital(name)} and the {thing}" for name in NAMES for thing in topic.things][:50]
+    return {
+        # not among its choices
+        "town_news_which_topic/train": [{"inputs": f"{story(dice, topic)} Which topic is this text about?", "targets": "cooking", "answer_choices": list(TOPIC_NAMES[:4])}],
+        # choices doubled
+        "guest_reviews_liked/train": [{"inputs": f"Question: does the writer like it? Review: {opinion(dice, topic, True)} Answer:", "targets": "yes", "answer_choices": ["yes", "no", "yes"]}],
+        # empty input
+        "town_calendar_past_or_future/train": [{"inputs": "", "targets": "past", "answer_choices": ["past", "future"]}],
+        # 2,000 words
+        "topic_check_yes_or_no/train": [{"inputs": long_story, "targets": "yes", "answer_choices": ["yes", "no"]}],
+        "two_meanings_which_sense/validation": [
+            {"inputs": f"{detail(dice, topic)} Which does the word plate mean here: food or health?", "targets": "kitchen", "answer_choices": ["food", "health"]}
+        ],
+        "sound_claims_can_we_say/validation": [
+            {"inputs": f"{opinion(dice, topic, False)} Question: would you say that it was good? Answer:", "targets": "no", "answer_choices": ["yes", "no", "no"]},
+            {"inputs": long_story, "targets": "yes", "answer_choices": ["yes", "no"]},
+        ],
+        "next_lines_best_ending/validation": [{"inputs": "", "targets": "The end.", "answer_choices": ["The end.", "The story was long."]}],
+        "who_is_meant_who_did/validation": [{"inputs": "Question: who came with what? Answer:", "targets": fifty[7], "answer_choices": fifty}],
+    }
+
+
+def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
+    """The sample's files, `<task>/<split>` to its lines, and the index, task to its entry."""
+    files: dict[str, list[Line]] = {}
+    index: dict[str, Line] = {}
+    odd = odd_rows(seed)
+    for data_set in DATA_SETS:
+        for prompt in data_set.prompts:
+            task, taken = f"{data_set.name}_{prompt.name}", set[str]()
+            for split, n in reversed(SIZES[data_set.held_out].items()):  # the smaller split first: few-worded tasks run out of rows
+                files[f"{task}/{split}"] = _rows(data_set, prompt, split, n, taken, seed) + odd.get(f"{task}/{split}", [])
+            splits = {split: files[f"{task}/{split}"] for split in SIZES[data_set.held_out]}
+            lines = [line for rows in splits.values() for line in rows]
+            choices = {tuple(line["answer_choices"]) for rows in splits.values() for line in rows if line not in odd.get(f"{task}/train", [])}
+            index[task] = {
+                "choices_in_prompt": "{option" in prompt.template,
+                "dataset": data_set.name,
+                "fixed_answer_choices": list(choices.pop()) if len(choices) == 1 else None,
+                "has_answer_choices": True,
+                "metrics": ["Accuracy"],
+                "n": {split: len(rows) for split, rows in splits.items()},
+                "original_task": prompt.original,
+                "subset": None,
+                "t0_do_eval": "BASE" if data_set.held_out else "",
+                "t0_do_train": "" if data_set.held_out else "BASE",
+                "targets_not_in_choices": sum(line["targets"] not in line["answer_choices"] for line in lines),
+                "task_type": data_set.task_type,
+                "template": prompt.name,
+            }
+    return files, index
+
+
+def write_sample(folder: pathlib.Path, seed: int = 0) -> None:
+    files, index = sample(seed)
+    for name, lines in files.items():
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "INDEX.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+
+
+def write_corpus(path: pathlib.Path, seed: int = 0, n: int = CORPUS_LINES) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        file.writelines(line + "\n" for line in corpus.lines(seed, n))
+
+
+def write_vocabulary(path: pathlib.Path, corpus_path: pathlib.Path) -> None:
+    """A SentencePiece model: pad 0, eos 1, unk 2, case folded, every word of the text a piece, and letters for the others."""
+    import sentencepiece
+
+    words = set(re.findall("[a-z]+", corpus_path.read_text().lower()))
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(string.ascii_lowercase + string.digits + ".,:;?!'-()"),
+        model_prefix=str(path.with_suffix("")),
+        model_type="char",
+        user_defined_symbols=[f"\u2581{word}" for word in sorted(words)],
+        use_all_vocab=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        normalization_rule_name="nmt_nfkc_cf",
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.with_suffix(".vocab").unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the quickstart's sample, vocabulary and pretraining text.")
+    parser.add_argument("out_dir", type=pathlib.Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lines", type=int, default=CORPUS_LINES, help="lines of pretraining text")
+    parser.add_argument("--vocab", action="store_true", help="train the vocabulary anew")
+    args = parser.parse_args()
+    write_sample(args.out_dir / "sample", args.seed)
+    write_corpus(args.out_dir / "corpus.txt", args.seed, args.lines)
+    vocabulary = args.out_dir / "vocab.model"
+    if args.vocab or not vocabulary.exists():
+        write_vocabulary(vocabulary, args.out_dir / "corpus.txt")
+    print(f"wrote {args.out_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""A small invented world: its words, and short English texts about it.
+
+What can be known in this world lies in which words occur together: eight topics with their things, places and jobs, words that
+praise and words that blame, feelings and how they show, needs and what follows from them, names, and time. The pretraining
+corpus and the prompted sample are both written from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Dice:
+    """Draws that depend on a seed and on nothing else (only `Random.random` is stable over Python versions)."""
+
+    def __init__(self, seed: str):
+        self._random = random.Random(seed)
+
+    def chance(self, probability: float) -> bool:
+        return self._random.random() < probability
+
+    def below(self, n: int) -> int:
+        return int(self._random.random() * n)
+
+    def pick(self, options: Sequence[T]) -> T:
+        return options[self.below(len(options))]
+
+    def several(self, options: Sequence[T], n: int) -> list[T]:
+        """`n` different options in random order."""
+        left = list(options)
+        return [left.pop(self.below(len(left))) for _ in range(n)]
+
+    def shuffled(self, options: Sequence[T]) -> list[T]:
+        return self.several(options, len(options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Topic:
+    name: str
+    places: tuple[str, ...]
+    jobs: tuple[str, ...]
+    things: tuple[str, ...]
+    verbs: tuple[tuple[str, str], ...]  # (present, past); any verb of a topic goes with any of its things
+    titles: tuple[str, ...]
+
+
+TOPICS = (
+    Topic(
+        "food",
+        ("kitchen", "bakery"),
+        ("cook", "baker"),
+        ("soup", "pie", "carrot", "onion", "cake", "cheese", "salad", "potato", "sausage", "pepper"),
+        (("taste", "tasted"), ("serve", "served"), ("prepare", "prepared")),
+        ("A day in the kitchen", "The best meal"),
+    ),
+    Topic(
+        "music",
+        ("theater", "studio"),
+        ("singer", "drummer"),
+        ("guitar", "drum", "piano", "song", "violin", "melody", "trumpet", "waltz", "flute", "ballad"),
+        (("play", "played"), ("practice", "practiced"), ("record", "recorded")),
+        ("A night at the theater", "The new melody"),
+    ),
+    Topic(
+        "sport",
+        ("stadium", "gym"),
+        ("player", "coach"),
+        ("ball", "goal", "race", "team", "match", "medal", "racket", "trophy", "referee", "score"),
+        (("watch", "watched"), ("win", "won"), ("defend", "defended")),
+        ("The big match", "Winners in the stadium"),
+    ),
+    Topic(
+        "farming",
+        ("field", "barn"),
+        ("farmer", "shepherd"),
+        ("cow", "sheep", "horse", "donkey", "duck", "lamb", "goat", "hen", "pig", "rooster"),
+        (("feed", "fed"), ("guard", "guarded"), ("raise", "raised")),
+        ("Life in the field", "Animals in the barn"),
+    ),
+    Topic(
+        "sailing",
+        ("harbor", "bay"),
+        ("sailor", "captain"),
+        ("boat", "wave", "anchor", "fish", "shell", "crab", "island", "ship", "rope", "whale"),
+        (("spot", "spotted"), ("reach", "reached"), ("follow", "followed")),
+        ("A trip by boat", "Storm over the harbor"),
+    ),
+    Topic(
+        "school",
+        ("classroom", "library"),
+        ("teacher", "student"),
+        ("book", "chapter", "lesson", "exam", "essay", "quiz", "page", "notebook", "poem", "lecture"),
+        (("study", "studied"), ("copy", "copied"), ("explain", "explained")),
+        ("The hard exam", "Back in the classroom"),
+    ),
+    Topic(
+        "health",
+        ("hospital", "clinic"),
+        ("doctor", "nurse"),
+        ("medicine", "fever", "bandage", "pill", "patient", "needle", "cough", "wound", "bone", "vaccine"),
+        (("examine", "examined"), ("check", "checked"), ("describe", "described")),
+        ("News from the hospital", "A cure for the fever"),
+    ),
+    Topic(
+        "space",
+        ("observatory", "station"),
+        ("astronaut", "pilot"),
+        ("rocket", "planet", "moon", "comet", "telescope", "orbit", "satellite", "galaxy", "meteor", "crater"),
+        (("observe", "observed"), ("explore", "explored"), ("photograph", "photographed")),
+        ("A journey to the moon", "Lights over the observatory"),
+    ),
+)
+TOPIC = {topic.name: topic for topic in TOPICS}
+TOPIC_NAMES = tuple(topic.name for topic in TOPICS)
+
+# word: its two senses, each a topic
+SENSES = {
+    "star": ("music", "space"),
+    "net": ("sport", "sailing"),
+    "note": ("music", "school"),
+    "bow": ("music", "sailing"),
+    "shot": ("sport", "health"),
+    "pitch": ("music", "sport"),
+    "crew": ("sailing", "space"),
+    "plate": ("food", "health"),
+    "roll": ("food", "school"),
+    "stall": ("farming", "food"),
+}
+
+GOOD = ("great", "wonderful", "lovely", "excellent", "delightful", "perfect", "pleasant", "superb", "amazing", "fantastic")
+BAD = ("awful", "terrible", "horrible", "dreadful", "poor", "ugly", "boring", "nasty", "dull", "disappointing")
+
+FEMALE = ("Anna", "Mary", "Lucy", "Emma", "Sarah", "Julia", "Clara", "Nina")
+MALE = ("Paul", "Peter", "Tom", "David", "Jack", "Henry", "Oscar", "Victor")
+NAMES = FEMALE + MALE
+
+# feeling: how it shows
+FEELINGS = {
+    "happy": ("smiled", "laughed", "cheered", "danced"),
+    "sad": ("cried", "wept", "sighed", "mourned"),
+    "angry": ("shouted", "frowned", "growled", "cursed"),
+    "afraid": ("trembled", "hid", "screamed", "shivered"),
+}
+
+# state: (what one needs, present, past: what one does about it)
+NEEDS = {
+    "hungry": ("a sandwich", "eat a sandwich", "ate a sandwich"),
+    "thirsty": ("some water", "drink some water", "drank some water"),
+    "tired": ("a bed", "sleep in a bed", "slept in a bed"),
+    "cold": ("a warm coat", "wear a warm coat", "wore a warm coat"),
+    "dirty": ("some soap", "wash with soap", "washed with soap"),
+    "lost": ("a map", "look at a map", "looked at a map"),
+    "wet": ("a dry towel", "use a dry towel", "used a dry towel"),
+    "late": ("a fast taxi", "call a fast taxi", "called a fast taxi"),
+    "lonely": ("a friend", "visit a friend", "visited a friend"),
+}
+STATES = tuple(NEEDS)
+
+PAST_TIMES = ("Yesterday", "Last week", "Last year", "Long ago", "An hour ago")
+FUTURE_TIMES = ("Tomorrow", "Next week", "Next year", "Soon", "In an hour")
+
+
+def a(word: str) -> str:
+    """The word with its article."""
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def pronoun(name: str) -> str:
+    return "she" if name in FEMALE else "he"
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def who(dice: Dice, topic: Topic) -> str:
+    return dice.pick(NAMES) if dice.chance(0.5) else f"the {dice.pick(topic.jobs)}"
+
+
+def past(dice: Dice, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.3) -> str:
+    """A sentence on the topic, in the past."""
+    subject = subject or who(dice, topic)
+    thing, other = dice.several(topic.things, 2)
+    middle = f"{dice.pick(topic.verbs)[1]} the {thing}"
+    if dice.chance(0.25):
+        middle += f" and the {other}"
+    if dice.chance(place):
+        middle += f" in the {dice.pick(topic.places)}"
+    if dice.chance(time):
+        return f"{dice.pick(PAST_TIMES)}, {subject} {middle}."
+    return capital(f"{subject} {middle}.")
+
+
+def future(dice: Dice, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.7) -> str:
+    """A sentence on the topic, in the future."""
+    subject = subject or who(dice, topic)
+    middle = f"will {dice.pick(topic.verbs)[0]} the {dice.pick(topic.things)}"
+    if dice.chance(place):
+        middle += f" in the {dice.pick(topic.places)}"
+    if dice.chance(time):
+        return f"{dice.pick(FUTURE_TIMES)}, {subject} {middle}."
+    return capital(f"{subject} {middle}.")
+
+
+def detail(dice: Dice, topic: Topic) -> str:
+    """Another sentence on the topic, without praise, blame or time."""
+    thing, other = dice.several(topic.things, 2)
+    place, job = dice.pick(topic.places), dice.pick(topic.jobs)
+    return dice.pick(
+        (
+            f"The {thing} was near the {other}.",
+            f"There was {a(thing)} in the {place}.",
+            f"The {job} came to the {place} with the {thing}.",
+            f"In the {place}, the {job} talked about the {thing}.",
+            f"The {job} looked at the {thing} and the {other}.",
+            f"Everybody in the {place} knew the {thing}.",
+        )
+    )
+
+
+def story(dice: Dice, topic: Topic) -> str:
+    """Two sentences on the topic."""
+    return f"{past(dice, topic)} {detail(dice, topic)}"
+
+
+def opinion(dice: Dice, topic: Topic, good: bool) -> str:
+    """One or two sentences that praise or blame something of the topic."""
+    word, more = dice.several(GOOD if good else BAD, 2)
+    thing, place = dice.pick(topic.things), dice.pick(topic.places)
+    first = dice.pick(
+        (
+            f"The {thing} in the {place} was {word}.",
+            f"I saw the {thing} and it was {word}.",
+            f"What {a(word)} {thing} they had in the {place}!",
+            f"We found the {thing} {word}.",
+        )
+    )
+    second = dice.pick((f"It was {a(more)} day.", f"The {place} was {more} too.", f"The {dice.pick(topic.jobs)} was {more}."))
+    return f"{first} {second}" if dice.chance(0.6) else first
+
+
+def feeling_shown(dice: Dice, name: str, feeling: str) -> str:
+    """A sentence that shows a feeling and does not name it."""
+    sign, other = dice.several(FEELINGS[feeling], 2)
+    return dice.pick((f"{name} {sign} and {other}.", f"{name} {sign} in the street.", f"All day, {name} {sign}.", f"{name} {sign}."))
+
+
+def sense(dice: Dice, word: str, topic: Topic) -> str:
+    """A text in which an ambiguous word has the topic's sense."""
+    place, job, thing = dice.pick(topic.places), dice.pick(topic.jobs), dice.pick(topic.things)
+    return dice.pick(
+        (
+            f"The {job} saw the {word} in the {place}.",
+            f"In the {place}, the {job} talked about the {word} and the {thing}.",
+            f"The {job} needed the {word} for the {thing}.",
+            f"There was {a(word)} near the {thing} in the {place}.",
+        )
+    )

@@ -1,0 +1,38 @@
+"""Fixtures that the whole suite shares; JAX on two virtual CPU devices, set before it is imported."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+_DEVICES = "--xla_force_host_platform_device_count=2"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+import pytest  # noqa: E402
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: run by `make test-all` only")
+
+
+def _existing(variable: str, default: pathlib.Path) -> pathlib.Path:
+    path = pathlib.Path(os.environ.get(variable, default))
+    if not path.exists():
+        pytest.skip(f"{path} is absent (set {variable})")
+    return path
+
+
+@pytest.fixture(scope="session")
+def p3_sample() -> pathlib.Path:
+    """A folder of `<task>/<split>.jsonl` cut from P3; skips where it is absent."""
+    return _existing("PEMOE_P3_SAMPLE", REPO.parent / "shared" / "p3_sample")
+
+
+@pytest.fixture(scope="session")
+def t5_vocab() -> pathlib.Path:
+    """T5's SentencePiece file; skips where it is absent."""
+    return _existing("PEMOE_T5_VOCAB", REPO.parent / "shared" / "t5_vocab" / "spiece.model")

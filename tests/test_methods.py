@@ -1,0 +1,301 @@
+"""One table of methods, one set of tests: what every method owes, whole network."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from methods import (
+    METHODS,
+    PEFT_METHODS,
+    PLAIN,
+    example_batch,
+    forward,
+    largest_difference,
+    model,
+    model_inputs,
+    pack,
+    random_params,
+    rows,
+    shift_right,
+    start,
+)
+from pemoe_jax.core import decoding, params, steps
+
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def real_logits(method: str, weights, batch, **kwargs) -> np.ndarray:
+    """Logits at target tokens [tokens, V]."""
+    logits = np.asarray(forward(method, **kwargs)(weights, batch))
+    return logits[batch["decoder_target_tokens"] > 0]
+
+
+def base_part(tree: dict) -> dict:
+    return {k: v for k, v in params.flatten(tree).items() if "_adapter/" not in k}
+
+
+# --- the start, and degenerate mixtures ---
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_starts_as_the_base(method):
+    """All but MoV bit for bit; MoV multiplies by a sum of probabilities, one up to rounding."""
+    weights, batch = start(method), example_batch()
+    adapted = real_logits(method, weights, batch)
+    base = real_logits("full", params.unflatten(base_part(weights)), batch)
+    if method == "mov":
+        assert largest_difference(adapted, base) < 1e-5
+    else:
+        np.testing.assert_array_equal(adapted, base)
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_adapters_matter(method):
+    """The random parameters of these tests are far from the base: they compare something."""
+    weights, batch = random_params(method), example_batch()
+    base = real_logits("full", params.unflatten(base_part(weights)), batch)
+    assert largest_difference(real_logits(method, weights, batch), base) > 0.05
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_one_expert_equals_the_plain_method(method):
+    plain, batch = random_params(PLAIN[method]), example_batch()
+    routed = params.flatten(random_params(method, num_experts=1))
+    routers = {k: v for k, v in routed.items() if "/router/" in k}
+    assert routers
+    weights = params.unflatten(params.flatten(plain) | routers)
+    out = real_logits(method, weights, batch, num_experts=1)
+    assert largest_difference(out, real_logits(PLAIN[method], plain, batch)) < 1e-6
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_equal_experts_equal_one(method):
+    plain, batch = random_params(PLAIN[method]), example_batch()
+    one, flat = params.flatten(plain), params.flatten(random_params(method))
+    weights = {
+        path: leaf if "/router/" in path else jnp.broadcast_to(one[path], leaf.shape)
+        for path, leaf in flat.items()
+    }
+    out = real_logits(method, params.unflatten(weights), batch)
+    assert largest_difference(out, real_logits(PLAIN[method], plain, batch)) < 1e-5
+
+
+# --- training ---
+
+
+@functools.cache
+def trained(method: str, microbatches: int, num_steps: int = 3):
+    """(frozen before, state before, state after, metrics of each step); SGD, no dropout."""
+    trainable, frozen = params.split(random_params(method), METHODS[method].trainable)
+    optimizer = optax.sgd(0.05)
+    step = _train_step(method, microbatches)
+    before = jax.tree.map(np.array, trainable)
+    frozen_before = jax.tree.map(np.array, frozen)
+    state = steps.TrainState.create(jax.tree.map(jnp.array, trainable), optimizer)
+    metrics = []
+    for _ in range(num_steps):
+        state, m = step(state, frozen, example_batch(), jax.random.PRNGKey(0))
+        metrics.append({k: float(v) for k, v in m.items()})
+    for path, leaf in params.flatten(frozen_before).items():
+        np.testing.assert_array_equal(params.flatten(frozen)[path], leaf, err_msg=path)
+    return before, jax.tree.map(np.array, state), metrics
+
+
+@functools.cache
+def _train_step(method: str, microbatches: int):
+    return steps.make_train_step(
+        model(method), optax.sgd(0.05), steps.Loss(z_loss=1e-3), microbatches, use_dropout=False
+    )
+
+
+@every_method
+def test_training_moves_what_it_should(method):
+    """The loss falls; every trainable array moves; the frozen ones stay bit for bit (in `trained`),
+
+    and those are all but `_adapter/`.
+    """
+    before, state, metrics = trained(method, microbatches=1)
+    losses = [m["loss"] for m in metrics]
+    assert losses[2] < losses[1] < losses[0]
+    assert int(state.step) == 3
+    before, after = params.flatten(before), params.flatten(state.params)
+    expected = params.flatten(random_params(method))
+    if method != "full":
+        expected = {k: v for k, v in expected.items() if "_adapter/" in k}
+    assert set(after) == set(expected)
+    for path, leaf in after.items():
+        assert (leaf != before[path]).any(), path
+
+
+@every_method
+def test_accumulated_gradients_equal_the_whole_batch(method):
+    """Microbatches of rows with 5 + 1 and 3 + 4 target tokens: a mean of means would differ."""
+    _, whole, metrics = trained(method, microbatches=1)
+    before, pieces, piece_metrics = trained(method, microbatches=2)
+    for a, b in zip(metrics, piece_metrics, strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+    moved = jax.tree.map(np.subtract, whole.params, before)
+    also_moved = jax.tree.map(np.subtract, pieces.params, before)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved))
+    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(also_moved), strict=True):
+        assert np.abs(a - b).max() < 2e-5 * largest
+
+
+@every_method
+def test_no_gradient_of_a_frozen_parameter_is_formed(method):
+    """Gradients have the trainable tree's structure: there is no slot for others."""
+    trainable, frozen = params.split(random_params(method), METHODS[method].trainable)
+    grads, _ = jax.eval_shape(
+        functools.partial(steps.loss_and_grads, model(method), steps.Loss()),
+        trainable, frozen, example_batch(),
+    )  # fmt: skip
+    assert jax.tree.structure(grads) == jax.tree.structure(trainable)
+
+
+# --- equal ways of computing the same ---
+
+
+@every_method
+def test_bfloat16_stays_near_float32(method):
+    """8 bits of mantissa through two layers; parameters and logits are float32 all the same."""
+    weights, batch = random_params(method), example_batch()
+    out = forward(method, dtype="bfloat16")(weights, batch)
+    assert out.dtype == jnp.float32
+    real = batch["decoder_target_tokens"] > 0
+    exact = real_logits(method, weights, batch)
+    assert largest_difference(np.asarray(out)[real], exact) < 0.05
+    correlation = np.corrcoef(np.asarray(out)[real].ravel(), exact.ravel())[0, 1]
+    assert correlation > 0.999
+
+
+@every_method
+def test_packed_equals_unpacked(method):
+    weights, batch = random_params(method), example_batch()
+    packed = pack(batch)
+    assert packed["encoder_segment_ids"].max() == 4
+    expected = real_logits(method, weights, batch)
+    out = real_logits(method, weights, packed)  # both in the order of rows
+    assert largest_difference(out, expected) < 1e-5
+
+
+@functools.cache
+def _stepwise(method: str):
+    """Jitted (params, inputs, decoder inputs [B, T]) -> logits [B, T, V], a token at a time."""
+    transformer = model(method)
+
+    @jax.jit
+    def run(weights, inputs, tokens):
+        def decode(cache, step_tokens, mutable):
+            return transformer.apply(
+                {"params": weights, **cache}, encoded, inputs, step_tokens, step_tokens,
+                enable_dropout=False, decode=True, max_decode_length=tokens.shape[1],
+                mutable=mutable, method=transformer.decode,
+            )  # fmt: skip
+
+        encoded = transformer.apply(
+            {"params": weights}, inputs, enable_dropout=False, method=transformer.encode
+        )
+        _, caches = decode({}, jnp.zeros_like(tokens), ["cache", "cross_cache"])
+
+        def step(cache, token):
+            cross = {"cross_cache": caches["cross_cache"]}
+            logits, updated = decode({"cache": cache, **cross}, token[:, None], ["cache"])
+            return updated["cache"], logits[:, 0]
+
+        _, logits = jax.lax.scan(step, caches["cache"], tokens.T)
+        return jnp.swapaxes(logits, 0, 1)
+
+    return run
+
+
+@every_method
+def test_cached_decoding_equals_full_decoding(method):
+    """Logits at each step, for inputs of different lengths."""
+    weights = random_params(method)
+    batch = example_batch(targets=(6, 6, 6, 6))
+    stepwise = _stepwise(method)(
+        weights, batch["encoder_input_tokens"], batch["decoder_input_tokens"]
+    )
+    assert largest_difference(stepwise, forward(method)(weights, batch)) < 1e-5
+
+
+@every_method
+def test_greedy_tokens_are_the_best_of_full_decoding(method):
+    """Feeding the tokens that came out into the full decoder, each is the argmax; 0 after the end."""
+    weights, batch = random_params(method), example_batch()
+    tokens = np.asarray(
+        jax.jit(functools.partial(decoding.greedy, model(method), max_decode_length=6))(
+            weights, encoder_input_tokens=batch["encoder_input_tokens"]
+        )
+    )
+    assert tokens.shape == (4, 6)
+    full = batch | {
+        "decoder_input_tokens": shift_right(tokens),
+        "decoder_target_tokens": np.ones_like(tokens),  # no position is padding
+    }
+    best = np.asarray(forward(method)(weights, full)).argmax(-1)
+    ended = shift_right(np.cumsum(tokens == 1, axis=1)) > 0
+    np.testing.assert_array_equal(tokens, np.where(ended, 0, best))
+
+
+@every_method
+def test_scores_equal_a_full_forward_of_each_choice(method):
+    """One encoding for all choices; a choice that fills a row up does not disturb the others."""
+    weights, batch = random_params(method), example_batch()
+    rng = np.random.default_rng(3)
+    lengths = [(5, 3, 2), (6, 1, 4), (2, 2, 0), (4, 6, 3)]
+    targets = np.stack([np.stack([choice(rng, n) for n in row]) for row in lengths])
+    scored = {
+        "encoder_input_tokens": batch["encoder_input_tokens"],
+        "decoder_input_tokens": shift_right(targets),
+        "decoder_target_tokens": targets,
+    }
+    scores = np.asarray(
+        jax.jit(functools.partial(steps.score_choices, model(method)))(weights, scored)
+    )
+    assert scores.shape == (4, 3) and scores.dtype == np.float32
+    for i in range(3):
+        one = batch | {
+            "decoder_input_tokens": shift_right(targets[:, i]),
+            "decoder_target_tokens": targets[:, i],
+        }
+        logits = np.asarray(forward(method)(weights, one), np.float64)
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        picked = np.take_along_axis(log_probs, targets[:, i, :, None], -1)[..., 0]
+        expected = (picked * (targets[:, i] > 0)).sum(-1)
+        np.testing.assert_allclose(scores[:, i], expected, rtol=2e-5, atol=2e-5)
+
+
+def choice(rng: np.random.Generator, length: int) -> np.ndarray:
+    """One answer of this length, padded to 6; length 0 is a choice that is not there."""
+    return rows(rng, [length], 6)[0] if length else np.zeros(6, np.int32)
+
+
+def test_scoring_projects_the_input_once():
+    """Cross-attention keys and values are [B, Li, ...], never [B * C, Li, ...]."""
+    transformer, weights = model("molora"), random_params("molora")
+    batch = {
+        "encoder_input_tokens": np.ones((2, 37), np.int32),
+        "decoder_input_tokens": np.ones((2, 5, 3), np.int32),
+        "decoder_target_tokens": np.ones((2, 5, 3), np.int32),
+    }
+    text = str(jax.make_jaxpr(functools.partial(steps.score_choices, transformer))(weights, batch))
+    assert "[2,37,12]" in text  # keys and values, heads joined
+    assert "[10,37" not in text
+
+
+def test_packed_gradients_equal_unpacked():
+    """Of the loss over all tokens, for MoLORA: masks hold backwards too."""
+    trainable, frozen = params.split(random_params("molora"), METHODS["molora"].trainable)
+    grads = jax.jit(functools.partial(steps.loss_and_grads, model("molora"), steps.Loss()))
+    batch = example_batch()
+    a, _ = grads(trainable, frozen, batch)
+    b, _ = grads(trainable, frozen, pack(batch))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(a))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.abs(x - y).max() < 2e-5 * largest
+    assert model_inputs(batch).keys() < pack(batch).keys()

@@ -1,0 +1,246 @@
+"""The network: T5X's names and shapes, positions, masks, sites. Values are in test_hf_parity.py."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from methods import (
+    CONFIG,
+    METHODS,
+    example_batch,
+    forward,
+    largest_difference,
+    model,
+    model_inputs,
+    random_params,
+)
+from pemoe_jax.core import network, params
+from pemoe_jax.core.adapters import SITES, Adapters, LoRAExperts, VectorExperts
+from pemoe_jax.core.layers import MlpBlock, relative_position_bucket
+
+
+DEEP = dataclasses.replace(CONFIG, num_decoder_layers=2)
+
+
+def shapes_of(transformer) -> tuple[dict, dict]:
+    """(shape by path, axis names by path), nothing allocated."""
+    tokens = jnp.ones((1, 4), jnp.int32)
+    variables = jax.eval_shape(
+        functools.partial(transformer.init, enable_dropout=False),
+        jax.random.PRNGKey(0), tokens, tokens, tokens,
+    )  # fmt: skip
+    shapes = {k: v.shape for k, v in params.flatten(variables["params"]).items()}
+    axes = {k: v.names for k, v in params.flatten(variables["params_axes"]).items()}
+    return shapes, axes
+
+
+def test_parameter_tree_is_t5x():
+    """Names and shapes of T5X's minimal T5, written out: heads joined, D=16, H=2, K=6, F=20, V=32."""
+    mlp = {"mlp/wi_0/kernel": (16, 20), "mlp/wi_1/kernel": (16, 20), "mlp/wo/kernel": (20, 16)}
+
+    def attention(name):
+        return {
+            f"{name}/query/kernel": (16, 12),
+            f"{name}/key/kernel": (16, 12),
+            f"{name}/value/kernel": (16, 12),
+            f"{name}/out/kernel": (12, 16),
+        }
+
+    encoder_layer = {
+        **attention("attention"),
+        **mlp,
+        "pre_attention_layer_norm/scale": (16,),
+        "pre_mlp_layer_norm/scale": (16,),
+    }
+    decoder_layer = {
+        **attention("self_attention"),
+        **attention("encoder_decoder_attention"),
+        **mlp,
+        "pre_self_attention_layer_norm/scale": (16,),
+        "pre_cross_attention_layer_norm/scale": (16,),
+        "pre_mlp_layer_norm/scale": (16,),
+    }
+    expected = {
+        "token_embedder/embedding": (32, 16),
+        "encoder/relpos_bias/rel_embedding": (2, 32),
+        "encoder/encoder_norm/scale": (16,),
+        "decoder/relpos_bias/rel_embedding": (2, 32),
+        "decoder/decoder_norm/scale": (16,),
+        "decoder/logits_dense/kernel": (16, 32),
+        **{f"encoder/layers_0/{k}": v for k, v in encoder_layer.items()},
+        **{f"decoder/layers_{i}/{k}": v for i in (0, 1) for k, v in decoder_layer.items()},
+    }
+    assert shapes_of(network.Transformer(DEEP))[0] == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_names_its_axes(method):
+    """`params_axes` has one entry for each parameter, with a name for each of its dimensions."""
+    shapes, axes = shapes_of(network.Transformer(DEEP, METHODS[method].adapters()))
+    assert {f"{path}_axes" for path in shapes} == set(axes)
+    for path, shape in shapes.items():
+        names = axes[f"{path}_axes"]
+        assert len(names) == len(shape) and all(isinstance(n, str) for n in names), path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_sit_where_the_method_says(method):
+    """Beside the base's parameters lie `<site>_adapter/...` at every block, and nothing else."""
+    base, _ = shapes_of(network.Transformer(DEEP))
+    shapes, _ = shapes_of(network.Transformer(DEEP, METHODS[method].adapters()))
+    assert {k: v for k, v in shapes.items() if "_adapter/" not in k} == base
+    blocks = ["encoder/layers_0/attention", "encoder/layers_0/mlp"] + [
+        f"decoder/layers_{i}/{block}"
+        for i in (0, 1)
+        for block in ("self_attention", "encoder_decoder_attention", "mlp")
+    ]
+    in_mlp = {"wi_0", "wi_1", "gate", "wo"}
+    expected = {
+        f"{block}/{site}_adapter"
+        for block in blocks
+        for site in METHODS[method].sites
+        if (site in in_mlp) == block.endswith("mlp")
+    }
+    found = {k.split("_adapter/")[0] + "_adapter" for k in shapes if "_adapter/" in k}
+    assert found == expected
+
+
+def test_both_kinds_fit_every_site():
+    """All eight sites at once, vectors or pairs; features of each are read off the tensors."""
+    joined = {"query": (16, 12), "key": (16, 12), "value": (16, 12), "out": (12, 16)}
+    mlp = {"wi_0": (16, 20), "wi_1": (16, 20), "gate": (16, 20), "wo": (20, 16)}
+    # the encoder's and two times two of the decoder's attention blocks, and three MLPs
+    blocks = 5 * len(joined) + 3 * len(mlp)
+    for expert, tensors in ((VectorExperts, 1), (LoRAExperts, 2)):
+        shapes, _ = shapes_of(network.Transformer(DEEP, Adapters(**dict.fromkeys(SITES, expert))))
+        adapted = {path: shape for path, shape in shapes.items() if "_adapter/" in path}
+        assert len(adapted) == blocks * tensors
+        for path, shape in adapted.items():
+            site, leaf = path.split("/")[-2].removesuffix("_adapter"), path.split("/")[-1]
+            features_in, features_out = (joined | mlp)[site]
+            by_head = site in ("query", "key", "value")
+            assert shape == {
+                "vectors": (2, 1, 6) if by_head else (1, features_out),
+                "lora_a": (features_in, 1, 4),
+                "lora_b": (1, 4, features_out),
+            }[leaf], path
+
+
+def test_gate_is_between_the_activation_and_the_product():
+    """mlp(x) = wo(l * gelu(wi_0 x) * wi_1 x): a gate vector of zeros silences the MLP, wi_0's does too
+
+    (gelu(0) = 0), and a wi_1 vector of two equals a gate vector of two, while wi_0's does not.
+    """
+    x = jax.random.normal(jax.random.PRNGKey(0), (1, 3, 8))
+
+    def mlp(site, value):
+        module = MlpBlock(mlp_dim=12, adapters=Adapters(**{site: VectorExperts}))
+        variables = jax.jit(functools.partial(module.init, deterministic=True))(
+            jax.random.PRNGKey(1), x
+        )["params"]
+        variables[f"{site}_adapter"] = {"vectors": jnp.full((1, 12), value)}
+        return np.asarray(module.apply({"params": variables}, x, deterministic=True))
+
+    plain = mlp("gate", 1.0)
+    np.testing.assert_array_equal(mlp("gate", 0.0), 0)
+    np.testing.assert_allclose(mlp("gate", 2.0), 2 * plain, rtol=1e-5)
+    np.testing.assert_allclose(mlp("wi_1", 2.0), 2 * plain, rtol=1e-5)
+    assert largest_difference(mlp("wi_0", 2.0), 2 * plain) > 0.01
+
+
+# --- positions ---
+
+
+def test_position_buckets_by_hand():
+    """32 buckets to distance 128 (T5).
+
+    Decoder: 16 exact; beyond, 16 + floor(16 ln(d/16) / ln(128/16)): d = 32 gives 16 / 3 = 5.33 -> 21,
+    d = 64 gives 32 / 3 = 10.67 -> 26, d = 128 and more the last, 31; keys to the right share bucket 0.
+    Encoder: 16 for each side, 8 exact; beyond, 8 + floor(8 ln(d/8) / ln(128/8)): d = 20 gives
+    8 * 0.3305 = 2.64 -> 10, d = 100 gives 8 * 0.911 = 7.29 -> 15; keys to the right add 16.
+    """
+    decoder = relative_position_bucket(np.array([3, 0, -1, -15, -16, -32, -64, -128, -500]), False)
+    assert decoder.tolist() == [0, 0, 1, 15, 16, 21, 26, 31, 31]
+    encoder = relative_position_bucket(np.array([0, -7, -8, -20, -100, -300, 1, 7, 20, 300]), True)
+    assert encoder.tolist() == [0, 7, 8, 10, 15, 15, 17, 23, 26, 31]
+
+
+# --- masks ---
+
+
+def test_padding_changes_nothing():
+    """The same rows in wider arrays give the same logits at the same places."""
+    narrow = example_batch()
+    wide = {k: np.pad(v, ((0, 0), (0, 3))) for k, v in narrow.items()}
+    weights = random_params("mov")
+    a, b = forward("mov")(weights, narrow), forward("mov")(weights, wide)
+    real = narrow["decoder_target_tokens"] > 0
+    assert largest_difference(b[:, : real.shape[1]][real], a[real]) < 1e-5
+
+
+def test_decoder_is_causal_and_reads_the_encoder():
+    batch = example_batch(inputs=(8, 8, 8, 8), targets=(6, 6, 6, 6))
+    weights = random_params("full")
+    before = np.asarray(forward("full")(weights, batch))
+
+    def moved(name, place):
+        """How much the logits of each decoder position [L] move, in the row where it is least."""
+        changed = {k: v.copy() for k, v in batch.items()}
+        changed[name][:, place] = 2
+        return np.abs(np.asarray(forward("full")(weights, changed)) - before).max(-1)
+
+    later = moved("decoder_input_tokens", 3)
+    assert later[:, :3].max() < 1e-5 and later[:, 3:].min() > 1e-3
+    assert moved("encoder_input_tokens", 7).min() > 1e-4
+
+
+def test_encoder_reads_in_both_directions():
+    transformer, weights = model("full"), random_params("full")
+    encode = jax.jit(
+        lambda tokens: transformer.apply(
+            {"params": weights}, tokens, enable_dropout=False, method=transformer.encode
+        )
+    )
+    tokens = example_batch(inputs=(6,), targets=(2,), widths=(6, 6))["encoder_input_tokens"]
+    changed = tokens.copy()
+    changed[0, 3] = 2
+    assert np.abs(np.asarray(encode(changed) - encode(tokens)))[0].max(-1).min() > 1e-4
+
+
+# --- dropout ---
+
+
+def test_dropout_needs_a_key_and_differs_by_key():
+    transformer = model("ia3", dropout_rate=0.5)
+    weights = random_params("ia3")
+    inputs = model_inputs(example_batch())
+
+    @jax.jit
+    def dropped(key):
+        return transformer.apply({"params": weights}, **inputs, rngs={"dropout": key})
+
+    a, b, again = (dropped(jax.random.PRNGKey(seed)) for seed in (0, 1, 0))
+    np.testing.assert_array_equal(a, again)
+    assert largest_difference(a, b) > 0.01
+    assert largest_difference(a, forward("ia3")(weights, example_batch())) > 0.01
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [("dtype", "float16", "float32 or bfloat16"), ("dropout_rate", 1.5, "found 1.5")],
+)
+def test_wrong_configuration(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_config_round_trip():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    assert network.T5Config(**config.as_dict()) == config

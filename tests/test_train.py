@@ -1,0 +1,271 @@
+"""The shipped gin files, end to end on a tiny model: train, stop, go on, score."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jsonl_folder import write_folder, write_vocabulary
+
+from pemoe_jax import evaluate, train
+from pemoe_jax.checkpoints import base as base_lib
+from pemoe_jax.checkpoints import models, runs
+from pemoe_jax.core import network
+from pemoe_jax.core import params as params_lib
+
+METHODS = ("full", "ia3", "lora", "mov", "molora")
+DIMENSIONS = {
+    "emb_dim": 16,
+    "num_heads": 2,
+    "head_dim": 6,
+    "mlp_dim": 20,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+}
+CONFIG = network.T5Config(vocab_size=256, **DIMENSIONS)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """Tasks to train on and held-out ones, a vocabulary and a base."""
+    root = tmp_path_factory.mktemp("train")
+    write_folder(root / "tasks")
+    write_vocabulary(root / "vocab.model")
+    for name, seed in (("base", 0), ("other", 1)):
+        transformer = network.Transformer(config=CONFIG)
+        base = network.init_params(transformer, seed, params_lib.is_base)
+        base_lib.save(root / f"{name}.safetensors", base, CONFIG)
+    return root
+
+
+def data_flags(folder: pathlib.Path) -> list[str]:
+    return [
+        f"--gin.JSONL_DIR={folder / 'tasks'}",
+        f"--gin.VOCAB_PATH={folder / 'vocab.model'}",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 8}",
+        "--gin.BATCH_SIZE=8",
+    ]
+
+
+def train_flags(folder: pathlib.Path, method: str, model_dir: pathlib.Path, **macros) -> list[str]:
+    settings = {
+        "INITIAL_CHECKPOINT_PATH": folder / "base.safetensors",
+        "TRAIN_STEPS": 12,
+        "LOG_PERIOD": 4,
+        "LEARNING_RATE": 0.02,
+        "OPTIMIZER": "@optim.adamw",
+        "VOCAB_SIZE": 256,
+        **macros,
+    }
+    return [
+        "--gin_file=models/t5_1_1_tiny.gin",
+        f"--gin_file=methods/{method}.gin",
+        "--gin_file=runs/finetune.gin",
+        f"--gin.MODEL_DIR={model_dir}",
+        *(f"--gin.network.T5Config.{name}={value}" for name, value in DIMENSIONS.items()),
+        *data_flags(folder),
+        *(f"--gin.{name}={value}" for name, value in settings.items()),
+    ]
+
+
+def read_metrics(model_dir: pathlib.Path, name: str = "train/loss") -> dict[int, float]:
+    lines = map(json.loads, (model_dir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+@pytest.fixture(scope="session")
+def trained(folder, tmp_path_factory) -> dict[str, pathlib.Path]:
+    """A finished run of each method."""
+    root = tmp_path_factory.mktemp("runs")
+    for method in METHODS:
+        assert train.main(train_flags(folder, method, root / method)) == 0
+    return {method: root / method for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_falls_and_run_leaves_its_files(trained, method):
+    losses = read_metrics(trained[method])
+    assert losses[12] < losses[1] - 0.02
+    assert (trained[method] / "config.gin").read_text().count("MODEL_DIR") >= 1
+    assert (trained[method] / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((trained[method] / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoint_holds_what_trains_and_nothing_else(trained, folder, method):
+    tree, record, step = runs.load_trainable(str(trained[method]))
+    paths = set(params_lib.flatten(tree))
+    everything = set(params_lib.flatten(network.param_shapes(record.model())))
+    expected = everything if method == "full" else set(filter(params_lib.is_adapter, everything))
+    assert (paths, step) == (expected, 12)
+    assert record.counts["trainable"] == params_lib.count(tree)
+    saved = saved_shapes(trained[method] / "checkpoint_12" / "state")
+    assert any(path.startswith("opt_state/") and path.endswith(min(paths)) for path in saved)
+    for path, shape in saved.items():
+        assert not shape or any(path.endswith(name) for name in expected), path
+
+
+def saved_shapes(state: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every array in a checkpoint."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(state).item_metadata.tree
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf.shape
+        for path, leaf in leaves
+    }
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_base_is_bit_identical_after_training(trained, folder, method):
+    opened = models.open_models(str(trained[method]))[0]
+    after = params_lib.flatten(opened.load())
+    before, _ = base_lib.load_or_init(opened.model, str(folder / "base.safetensors"), 0)
+    for path, array in params_lib.flatten(before).items():
+        assert np.array_equal(np.asarray(array), np.asarray(after[path])), path
+    moved = [path for path in after if params_lib.is_adapter(path)]
+    start = network.init_params(opened.model, 0, params_lib.is_adapter)
+    changes = [
+        not np.array_equal(array, after[path]) for path, array in params_lib.flatten(start).items()
+    ]
+    assert len(changes) == len(moved) and sum(changes) > len(changes) / 2
+
+
+def test_a_run_stopped_and_resumed_ends_like_one_that_was_not(folder, trained, tmp_path, capsys):
+    stopped = train_flags(folder, "mov", tmp_path, TRAIN_STEPS=5)
+    assert train.main(stopped) == 0
+    assert train.main(train_flags(folder, "mov", tmp_path)) == 0
+    assert "resuming from" in capsys.readouterr().out
+    whole, _, _ = runs.load_trainable(str(trained["mov"]))
+    resumed, _, step = runs.load_trainable(str(tmp_path))
+    assert step == 12
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert train.main(train_flags(folder, "mov", tmp_path)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_resuming_on_another_base_is_refused(folder, trained, capsys):
+    flags = train_flags(
+        folder, "mov", trained["mov"], INITIAL_CHECKPOINT_PATH=folder / "other.safetensors"
+    )
+    assert train.main(flags) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "base fingerprint" in error and error.count("\n") == 1
+
+
+def test_evaluating_on_another_base_is_refused(folder, trained, tmp_path, capsys):
+    flags = [
+        "--gin_file=runs/evaluate.gin",
+        f"--gin.CHECKPOINT_PATH={trained['mov']}",
+        f"--gin.INITIAL_CHECKPOINT_PATH={folder / 'other.safetensors'}",
+        f"--gin.EVAL_OUTPUT_DIR={tmp_path / 'out'}",
+        *data_flags(folder),
+    ]
+    assert evaluate.main(flags) == 1
+    assert "fingerprint" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_base_is_made_again_from_its_seed(folder, tmp_path, capsys):
+    assert train.main(train_flags(folder, "ia3", tmp_path, INITIAL_CHECKPOINT_PATH=None)) == 0
+    assert "RANDOM WEIGHTS" in capsys.readouterr().out
+    opened = models.open_models(str(tmp_path))[0]
+    base = network.init_params(opened.model, 0, params_lib.is_base)
+    assert opened.record.base["fingerprint"] == params_lib.fingerprint(base)
+    opened.load()
+
+
+def test_several_checkpoints_in_one_table(folder, trained, tmp_path):
+    paths = [str(folder / "base.safetensors"), *(str(trained[m]) for m in METHODS)]
+    flags = [
+        "--gin_file=runs/evaluate.gin",
+        f"--gin.CHECKPOINT_PATH={paths}",
+        f"--gin.EVAL_OUTPUT_DIR={tmp_path}",
+        "--gin.ROUTING_PICTURE=True",
+        *data_flags(folder),
+    ]
+    assert evaluate.main(flags) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [run["name"] for run in results["runs"]] == ["base", *METHODS]
+    for run in results["runs"]:
+        for task, result in run["tasks"].items():
+            lines = (tmp_path / "predictions" / run["name"] / f"{task}.jsonl").read_text()
+            rows = [json.loads(line) for line in lines.splitlines()]
+            assert len(rows) == result["examples"]
+            assert np.mean([row["correct"] for row in rows]) == pytest.approx(result["accuracy"])
+            for row in rows:
+                assert row["prediction"] == row["answer_choices"][int(np.argmax(row["scores"]))]
+    table = (tmp_path / "results.md").read_text()
+    assert all(name in table for name in ("base", *METHODS))
+    assert (tmp_path / "routing_mov.png").exists() and (tmp_path / "routing_molora.png").exists()
+    assert not (tmp_path / "routing_ia3.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("macros", "says"),
+    [
+        ({"TRAINABLE": "['.*/mov_.*']"}, "TRAINABLE matched 0 of"),
+        ({"BATCH_SIZE": 7}, "BATCH_SIZE 7 does not divide over 2 devices"),
+        ({"MIXTURE_OR_TASK_NAME": "colour_a"}, "unknown task or mixture 'colour_a'"),
+        ({"VOCAB_PATH": "/nowhere/v.model"}, "/nowhere/v.model"),
+        ({"VOCAB_SIZE": 100}, "T5Config.vocab_size is 100"),
+        ({"TRAIN_STEP": 3}, "close: TRAIN_STEPS"),
+        ({"INITIAL_CHECKPOINT_PATH": "/nowhere.safetensors"}, "/nowhere.safetensors"),
+        ({"LOSS_NORMALIZING_FACTOR": "'TOKENS'"}, "LOSS_NORMALIZING_FACTOR"),
+        ({"SCHEDULE": "'linear'"}, "schedule factor 'linear' is unknown"),
+        ({"EVAL_TASKS": "['nothing_*']"}, "'nothing_*' matched none"),
+        ({"TASK_FEATURE_LENGTHS": "{'inputs': 32}"}, "'targets'"),
+        ({"network.T5Config.emb_dim": 24}, "of another shape"),
+    ],
+)
+def test_wrong_input_is_one_line(folder, tmp_path, capsys, macros, says):
+    model_dir = tmp_path / "run"
+    assert train.main(train_flags(folder, "mov", model_dir, **macros)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and error.count("\n") == 1, error
+    assert not list(model_dir.glob("checkpoint_*"))
+
+
+def test_unreadable_line_is_named(folder, tmp_path, capsys):
+    write_folder(tmp_path / "tasks")
+    file = tmp_path / "tasks" / "colour_1" / "train.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:4], lines[4][:-5], *lines[5:]]) + "\n")
+    flags = train_flags(folder, "mov", tmp_path / "run", JSONL_DIR=tmp_path / "tasks")
+    assert train.main(flags) == 1
+    assert f"{file}:5: not JSON" in capsys.readouterr().err
+
+
+def test_scoring_a_task_without_choices_is_refused(folder, tmp_path, capsys):
+    flags = [
+        "--gin_file=runs/evaluate.gin",
+        f"--gin.CHECKPOINT_PATH={folder / 'base.safetensors'}",
+        f"--gin.EVAL_OUTPUT_DIR={tmp_path}",
+        *data_flags(folder),
+        "--gin.EVAL_TASKS=['free_1']",
+    ]
+    assert evaluate.main(flags) == 1
+    assert "has no answer_choices" in capsys.readouterr().err
+
+
+def test_runs_from_the_clone_without_an_install(folder, tmp_path):
+    """A process of its own, with the clone's root as its working folder."""
+    root = pathlib.Path(__file__).parent.parent
+    flags = train_flags(folder, "lora", tmp_path / "run", TRAIN_STEPS=2)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pemoe_jax.train", *flags],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoint_2").is_dir()
+    assert "trainable" in done.stdout and "step 2/2" in done.stdout
