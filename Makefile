@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 .PHONY: quickstart test test-slow test-all lint clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python -m pemoe_jax.train --gin_file=runs/quickstart.gin
+	$(BIN)/python -m pemoe_jax.train --gin_file=methods/mov.gin --gin_file=runs/quickstart.gin
 	$(BIN)/python -m pemoe_jax.evaluate --gin_file=runs/quickstart_evaluate.gin
 
 test: lint

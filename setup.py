@@ -41,7 +41,6 @@ setup(
     zip_safe=False,
     # constraints.txt holds the versions that were tested.
     install_requires=[
-        "absl-py",
         "clu",
         "flax",
         "gin-config",

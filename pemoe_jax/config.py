@@ -47,7 +47,11 @@ def parser(command: str, description: str, example: str, macros: str) -> argpars
         allow_abbrev=False,
     )
     result.add_argument(
-        "--gin_file", action="append", default=[], metavar="FILE", help="a gin file; may be repeated"
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a gin file; may be repeated",
     )
     result.add_argument(
         "--gin_bindings",
@@ -186,7 +190,7 @@ def run(
     function: Callable[..., Any],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """An entry point's main: parse, configure, call; a user's mistake is one line and exit code 1."""
+    """An entry point's main; a user's mistake is one line and exit code 1."""
     quiet()
     try:
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)

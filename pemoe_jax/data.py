@@ -129,7 +129,7 @@ def train_batches(
     num_epochs: int | None = None,
     use_cached: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of int32 [B, L] in T5X's names, the same for the same seed; an incomplete one is dropped.
+    """Batches of int32 [B, L] in T5X's names, the same for the same seed; a part of one is dropped.
 
     `skip` leaves out that many batches (a resumed run goes on where it stopped; they are read and
     thrown away). `num_epochs` None repeats for ever; for a mixture, seqio ends at the first task

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax import config
-from pemoe_jax.core.errors import InputError
 
 if TYPE_CHECKING:
     from pemoe_jax.core import network
@@ -23,7 +22,7 @@ FLAGS = config.parser(
     --gin.EVAL_OUTPUT_DIR=/tmp/results --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
 """,
     macros="""\
-  CHECKPOINT_PATH           a run (its newest checkpoint), a checkpoint_<step>, a base, or a list of these
+  CHECKPOINT_PATH           a run (its newest checkpoint), a checkpoint_<step>, a base; or a list
   EVAL_OUTPUT_DIR           where results go
   INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
   MIXTURE_OR_TASK_NAME      what is scored (jsonl_score_eval)
@@ -67,8 +66,7 @@ def evaluate(
     Raises:
       InputError: anything the user can mend.
     """
-    from pemoe_jax import data, progress
-    from pemoe_jax.checkpoints import models
+    from pemoe_jax import data, models, progress
     from pemoe_jax.core import partitioning
     from pemoe_jax.reports import results as results_lib
     from pemoe_jax.reports import tables
@@ -79,17 +77,18 @@ def evaluate(
     registered = register() if register is not None else None
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
-    names = data.subtasks(mixture_or_task_name)
     for one in opened:
-        data.check_vocabulary(names[0], one.model.config.vocab_size)
+        data.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
 
     def read(name: str) -> list[Any]:
         return data.choice_groups(
             name, task_feature_lengths, max_examples=max_examples, use_cached=use_cached_tasks
         )
 
-    groups = {name: read(name) for name in names}
-    everything = [group for members in groups.values() for group in members]
+    everything = read(mixture_or_task_name)
+    groups: dict[str, list[Any]] = {name: [] for name in data.subtasks(mixture_or_task_name)}
+    for group in everything:
+        groups[group.task].append(group)
     labels = registered.datasets if registered is not None else {}
     folder = Path(output_dir)
     results: dict[str, Any] = {"runs": []}
@@ -106,14 +105,16 @@ def evaluate(
                 odd=[kind for group in members for kind in group.odd],
             )
             for name, members in groups.items()
+            if members
         }
         _write_predictions(folder / "predictions" / one.name, groups, predicted)
         results["runs"].append({**one.about(), **results_lib.summarise(tasks), "tasks": tasks})
+        # after each run, so that what is there stays if a later one fails
+        _write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        _write(folder / "results.md", tables.to_markdown(results))
         if routing_picture and registered is not None:
             _draw_routing(one, params, groups, registered, folder / f"routing_{one.name}.png", read)
         del params
-    _write(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    _write(folder / "results.md", tables.to_markdown(results))
     tables.print_table(results)
     print(f"results in {folder}/results.md, predictions in {folder}/predictions")
     return results
@@ -192,7 +193,7 @@ def _draw_routing(
     read: Callable[[str], Sequence[Any]],
 ) -> None:
     """A picture of where tasks are routed, one prompt of each data set, trained on and held out."""
-    from pemoe_jax import data, routes
+    from pemoe_jax import routes
     from pemoe_jax.reports import plots
 
     shown = _one_prompt_each({name: registered.datasets[name] for name in groups})
@@ -205,7 +206,9 @@ def _draw_routing(
     probs = routes.by_task(opened.model, params, {**seen, **{n: groups[n] for n in shown}})
     if probs:
         chosen = routes.last_decoder_block(probs, opened.model.config.num_decoder_layers)
-        plots.routing_map(chosen, png, held_out=shown, title=f"Where tasks are routed: {opened.name}")
+        plots.routing_map(
+            chosen, png, seen=list(seen), title=f"Where tasks are routed: {opened.name}"
+        )
 
 
 def _one_prompt_each(datasets: Mapping[str, str]) -> list[str]:

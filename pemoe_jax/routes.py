@@ -9,7 +9,9 @@ from typing import Any
 EXAMPLES = 32  # of a task, enough for a mean over some hundred tokens
 
 
-def by_task(model: Any, params: Any, groups: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+def by_task(
+    model: Any, params: Any, groups: Mapping[str, Sequence[Any]]
+) -> dict[str, dict[str, Any]]:
     """Mean probabilities over the first examples of each task with their right answers.
 
     Args:

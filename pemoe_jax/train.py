@@ -1,5 +1,6 @@
 """Trains adapters (or a whole model) by gin files: `python -m pemoe_jax.train --help`."""
 
+import dataclasses
 import math
 import sys
 import time
@@ -93,9 +94,14 @@ def train(
         raise InputError("no model: expected --gin_file=models/… before the run file")
     if not trainable:
         raise InputError("TRAINABLE is not set: expected --gin_file=methods/… before the run file")
-    for name, value in (("TRAIN_STEPS", total_steps), ("LOG_PERIOD", log_period)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a positive integer, found {value!r}")
+    for name, value, least in (
+        ("TRAIN_STEPS", total_steps, 1),
+        ("LOG_PERIOD", log_period, 1),
+        ("CHECKPOINT_PERIOD", checkpoint_period, 1),
+        ("EVAL_PERIOD", eval_period, 0),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name} must be an integer of at least {least}, found {value!r}")
 
     import jax
 
@@ -160,7 +166,9 @@ def train(
         loop.run(state, frozen, batches)
     finally:
         checkpoints.close()
-    plots.loss_curve(folder / "metrics.jsonl", folder / "loss.png", title=f"Training: {folder.name}")
+    plots.loss_curve(
+        folder / "metrics.jsonl", folder / "loss.png", title=f"Training: {folder.name}"
+    )
     print(f"trained to step {total_steps}: {folder}/checkpoint_{total_steps}, {folder}/loss.png")
 
 
@@ -188,14 +196,14 @@ def _prepare(
     seed: int,
 ) -> "tuple[steps.TrainState, Any, runs.Record, Any]":
     """Base, adapters, their split into what trains and what does not, and the run's record."""
-    from pemoe_jax.checkpoints import base as base_lib
+    from pemoe_jax import models
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import adapters, network, steps
     from pemoe_jax.core import params as params_lib
 
     shapes = params_lib.flatten(network.param_shapes(model))
     params_lib.trainable_paths(shapes, trainable)  # a bad pattern fails before the base is read
-    base, identity = base_lib.load_or_init(model, base_path, seed)
+    base, identity = models.load_base(model, base_path, seed)
     added = network.init_params(model, seed, params_lib.is_adapter)
     trained, frozen = params_lib.split(params_lib.merge(added, base), trainable)
     frozen = params_lib.cast_frozen(frozen, model.config.dtype)
@@ -216,7 +224,10 @@ def _summary(trainable: Any, frozen: Any, record: Any, registered: Any, devices:
     from pemoe_jax.reports import tables
 
     identity = record.base
-    base = identity["path"] or f"RANDOM WEIGHTS (INITIAL_CHECKPOINT_PATH=None, seed {identity['seed']})"
+    base = (
+        identity["path"]
+        or f"RANDOM WEIGHTS (INITIAL_CHECKPOINT_PATH=None, seed {identity['seed']})"
+    )
     text = tables.parameter_summary(
         params_lib.flatten(trainable),
         params_lib.flatten(frozen),
@@ -262,11 +273,22 @@ def _write_config(folder: Path) -> None:
     beside.rename(folder / "config.gin")
 
 
+@dataclasses.dataclass
 class _Loop:
     """The steps, and what is said and written between them."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.__dict__.update(settings)
+    train_step: "steps.StepFn"
+    eval_step: Callable[..., Any]
+    mesh: Any
+    folder: Path
+    schedule: "optim.Schedule"
+    rng: Any
+    total_steps: int
+    log_period: int
+    eval_period: int
+    evaluation: Sequence[Any]
+    save: Callable[[Any], None]
+    save_period: int
 
     def run(self, state: Any, frozen: Any, batches: Any) -> None:
         from pemoe_jax import progress
@@ -356,7 +378,8 @@ def _note(means: Mapping[str, float]) -> str:
 def _check_finite(means: Mapping[str, float], step: int) -> None:
     if not math.isfinite(means["loss"]):
         raise InputError(
-            f"the loss is {means['loss']} at step {step} (learning rate {means['learning_rate']:g}):"
+            f"the loss is {means['loss']} at step {step}"
+            f" (learning rate {means['learning_rate']:g}):"
             " lower LEARNING_RATE and go on from the last checkpoint"
         )
 

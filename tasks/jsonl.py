@@ -1,4 +1,4 @@
-"""A folder of JSON lines as seqio tasks: train and score on your own prompts, no seqio code written.
+"""A folder of JSON lines as seqio tasks: train and score on your own prompts without seqio code.
 
 The folder holds `<task>/<split>.jsonl`, a line an example: `{"inputs": str, "targets": str,
 "answer_choices": [str]}`, the last only where there are choices. `register` turns it into
@@ -338,11 +338,12 @@ def _row_numbers(start: int, rows: int, shuffle: bool, seed: int | None, shard: 
 @functools.cache
 def _classes() -> tuple[Any, Any, Any]:
     """The data source, task and mixture; in a function because `import seqio` takes 8 s."""
-    seqio = data.import_seqio()
+    data.import_seqio()
+    import seqio
     import tensorflow as tf
 
     class JsonLinesSource(seqio.DataSource):
-        """Files of JSON lines, one a split, read by the row: memory holds only the rows' offsets."""
+        """Files of JSON lines, one a split, read by the row: memory holds the rows' offsets."""
 
         def __init__(self, paths: Mapping[str, str], eval_examples: int | None):
             super().__init__(splits=paths.keys())
@@ -374,13 +375,13 @@ def _classes() -> tuple[Any, Any, Any]:
             shard_info: Any = None,
             **unused: Any,
         ) -> tf.data.Dataset:
-            """Elements `row`, `inputs`, `targets`, `answer_choices` [>= num_choices], `num_choices`."""
+            """Elements `row`, `inputs`, `targets`, `answer_choices`, `num_choices` of them."""
             scan = self.scan(split)
             rows = _Rows([self.paths[split]], [scan])
             return rows.dataset(_row_numbers(0, scan.rows, shuffle, seed, shard_info))
 
     class JsonLinesTask(seqio.Task):
-        """A task whose source shuffles: no buffer of encoded examples, no copy of them in memory."""
+        """A task whose source shuffles: no buffer of encoded examples, no copy of the rows."""
 
         def get_dataset(
             self, *args: Any, use_cached: bool = False, **kwargs: Any
@@ -539,7 +540,9 @@ def _repeat_per_choice(example: dict[str, Any], tokenize: Callable[..., Any]) ->
     choices = example["answer_choices"][:number]
     text = example["inputs"]
     same = {
-        "inputs": tokenize("inputs", text),  # once for all choices
+        # Tokenised once for all choices. TensorFlow 2.21 crashes where rows of no elements are
+        # unbatched, as an empty input's would be: a 0 goes before, until _encode_choice.
+        "inputs": tf.pad(tokenize("inputs", text), [[1, 0]]),
         "inputs_pretokenized": text,
         "answer_choices": choices,
     }
@@ -554,11 +557,19 @@ def _repeat_per_choice(example: dict[str, Any], tokenize: Callable[..., Any]) ->
 
 def _encode_choice(example: dict[str, Any], tokenize: Callable[..., Any]) -> dict[str, Any]:
     text = example["targets"]
-    return example | {"targets": tokenize("targets", text), "targets_pretokenized": text}
+    return example | {
+        "inputs": example["inputs"][1:],
+        "targets": tokenize("targets", text),
+        "targets_pretokenized": text,
+    }
+
+
+def _with_choices(ds: Any) -> Any:
+    return ds.filter(lambda example: example["num_choices"] > 0)  # unbatching none of them crashes
 
 
 def _unbatch(ds: Any) -> Any:
-    return ds.unbatch()  # a row without choices leaves nothing
+    return ds.unbatch()
 
 
 def _append_eos(
@@ -880,7 +891,7 @@ def _plan(
     to_score = by_index
     if eval_patterns is not None:
         to_score = _match("EVAL_TASKS", eval_patterns, files, lacks_to_score)
-    # EVAL_TASKS may pick a few of the tasks to score; that sets none of the others free to train on.
+    # EVAL_TASKS may pick a few of the tasks to score; that sets no other free to train on.
     held_out = {labels[task] for task in (*by_index, *to_score)}
 
     if train_patterns is not None:
@@ -960,12 +971,12 @@ def _add_task(
     )
     if not has_choices:
         return
-    per_choice = (_preprocessor(_repeat_per_choice), _unbatch, _preprocessor(_encode_choice))
+    repeat, encode_choice = _preprocessor(_repeat_per_choice), _preprocessor(_encode_choice)
     seqio.TaskRegistry.add(
         task + SCORE_EVAL,
         source=source,
         output_features=features,
-        preprocessors=(*per_choice, *last),
+        preprocessors=(_with_choices, repeat, _unbatch, encode_choice, *last),
         postprocess_fn=_score_target,
         metric_fns=[rank_accuracy],
         task_cls=task_class,

@@ -98,7 +98,9 @@ def prefix_lm(
     return list(ids[:cut]), list(ids[cut:])
 
 
-def _preprocessor(cut: Callable[[Sequence[int], np.random.Generator], tuple[list[int], list[int]]]) -> Callable[..., Any]:
+def _preprocessor(
+    cut: Callable[[Sequence[int], np.random.Generator], tuple[list[int], list[int]]],
+) -> Callable[..., Any]:
     """A seqio preprocessor: `targets` of token ids -> `inputs` and `targets`; the draws follow seqio's seed."""
     seqio = data.import_seqio()
     import tensorflow as tf
@@ -109,7 +111,9 @@ def _preprocessor(cut: Callable[[Sequence[int], np.random.Generator], tuple[list
 
     @seqio.map_over_dataset(num_seeds=1)
     def preprocess(example: dict[str, Any], seed: Any) -> dict[str, Any]:
-        inputs, targets = tf.numpy_function(cut_ids, [example["targets"], seed], [tf.int32, tf.int32])
+        inputs, targets = tf.numpy_function(
+            cut_ids, [example["targets"], seed], [tf.int32, tf.int32]
+        )
         inputs.set_shape([None])
         targets.set_shape([None])
         return {"inputs": inputs, "targets": targets}
@@ -136,7 +140,9 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
     seqio = data.import_seqio()
     path = pathlib.Path(text_path).expanduser().absolute()
     if not path.is_file():
-        raise InputError(f"TEXT_PATH {path}: no such file (the quickstart's is written by pemoe_jax.tasks.quickstart.generate)")
+        raise InputError(
+            f"TEXT_PATH {path}: no such file (the quickstart's is written by pemoe_jax.tasks.quickstart.generate)"
+        )
     vocabulary = jsonl.vocabulary(vocab_path)
     # .encode and not piece_to_id: a mark at a word's end may be a piece of its own or not
     ends = [ids[-1] for ids in (vocabulary.encode(f"a{end}") for end in SENTENCE_ENDS) if ids]
@@ -158,5 +164,7 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
                 _preprocessor(cut),
                 seqio.preprocessors.append_eos_after_trim,
             ],
-            output_features={key: seqio.Feature(vocabulary, add_eos=True) for key in ("inputs", "targets")},
+            output_features={
+                key: seqio.Feature(vocabulary, add_eos=True) for key in ("inputs", "targets")
+            },
         )

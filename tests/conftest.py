@@ -1,7 +1,8 @@
-"""Fixtures that the whole suite shares; JAX on two virtual CPU devices, set before it is imported."""
+"""Fixtures that the suite shares; JAX on two virtual CPU devices, set before it is imported."""
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -10,13 +11,10 @@ _DEVICES = "--xla_force_host_platform_device_count=2"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: run by `make test-all` only")
 
 
 def _existing(variable: str, default: pathlib.Path) -> pathlib.Path:
@@ -36,3 +34,11 @@ def p3_sample() -> pathlib.Path:
 def t5_vocab() -> pathlib.Path:
     """T5's SentencePiece file; skips where it is absent."""
     return _existing("PEMOE_T5_VOCAB", REPO.parent / "shared" / "t5_vocab" / "spiece.model")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """XLA without most optimisations: for modules that compile much and run each program once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

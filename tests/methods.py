@@ -68,25 +68,12 @@ def model(
 
 
 @functools.cache
-def start(method: str, num_experts: int = EXPERTS) -> dict:
-    """Parameters as a run from scratch starts with."""
-    tokens = jnp.ones((1, 4), jnp.int32)
-    init = functools.partial(model(method, num_experts).init, enable_dropout=False)
-    return jax.jit(init)(jax.random.PRNGKey(0), tokens, tokens, tokens)["params"]
-
-
-@functools.cache
 def random_params(method: str, num_experts: int = EXPERTS) -> dict:
     """Random everywhere, so that no adapter is the identity and routers decide.
 
     An array depends on its path and shape alone: methods share the base's values.
     """
-    transformer = model(method, num_experts)
-    tokens = jnp.ones((1, 4), jnp.int32)
-    shapes = jax.eval_shape(
-        functools.partial(transformer.init, enable_dropout=False),
-        jax.random.PRNGKey(0), tokens, tokens, tokens,
-    )["params"]  # fmt: skip
+    shapes = network.param_shapes(model(method, num_experts))
     arrays = {}
     for path, shape in params.flatten(shapes).items():
         noise = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(shape.shape)
@@ -98,6 +85,14 @@ def random_params(method: str, num_experts: int = EXPERTS) -> dict:
             noise *= shape.shape[0] ** -0.5
         arrays[path] = jnp.asarray(noise, jnp.float32)
     return params.unflatten(arrays)
+
+
+@functools.cache
+def start(method: str) -> dict:
+    """A random base, and adapters as a run starts with them."""
+    base = params.flatten(random_params("full"))
+    adapters = network.init_params(model(method), 0, lambda path: "_adapter/" in path)
+    return params.unflatten(base | params.flatten(adapters))
 
 
 @functools.cache
@@ -153,7 +148,10 @@ def pack(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     columns: dict[str, list[np.ndarray]] = {}
     for i in range(len(batch["encoder_input_tokens"])):
-        for side, key in (("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens")):
+        for side, key in (
+            ("encoder", "encoder_input_tokens"),
+            ("decoder", "decoder_target_tokens"),
+        ):
             n = int((batch[key][i] > 0).sum())
             for name in [k for k in batch if k.startswith(side)]:
                 columns.setdefault(name, []).append(batch[name][i, :n])

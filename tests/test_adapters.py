@@ -10,6 +10,7 @@ import pytest
 
 from pemoe_jax.core import adapters
 from pemoe_jax.core.adapters import Adapters, LoRAExperts, VectorExperts
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
 
 
@@ -36,7 +37,7 @@ def test_ia3_scales_each_head_by_its_own_vector():
 
 
 def test_mov_by_hand():
-    """The router reads y: y = (1, 2), kernel [[ln 3, 0], [0, 0]] -> exp(logits) = (3, 1), p = (3/4, 1/4).
+    """The router reads y = (1, 2), kernel [[ln 3, 0], [0, 0]]: exp(logits) = (3, 1), p = (3, 1) / 4.
 
     l = (2, 4) and (6, 0): mixed = (3/4 * 2 + 1/4 * 6, 3/4 * 4) = (3, 3); y * mixed = (3, 6).
     """
@@ -69,7 +70,7 @@ def test_mov_routes_every_head_by_itself():
 def test_lora_by_hand():
     """y + (α/R) x A B with R = 2, α = 3: x = (1, 2), A = [[1, 0], [1, 1]] -> x A = (3, 2);
 
-    B = [[1, 0, 2], [0, 1, 1]] -> (3, 2, 8); times 3/2 = (4.5, 3, 12); y = (1, 1, 1) -> (5.5, 4, 13).
+    B = [[1, 0, 2], [0, 1, 1]] -> (3, 2, 8); times 3/2 = (4.5, 3, 12); y = (1, 1, 1) -> (5.5, 4, 13)
     """
     params = {
         "lora_a": jnp.array([[[1.0, 0]], [[1, 1]]]),  # [Din, E, R] = [2, 1, 2]
@@ -184,9 +185,9 @@ def test_parameters_and_axes(method, shape):
 
 @pytest.mark.parametrize("method", MODULES)
 def test_start(method):
-    """Vectors start at one, B at zero: (IA)³, LoRA and MoLORA leave y bit for bit; MoV up to rounding.
+    """Vectors start at one, B at zero: y is left bit for bit, by MoV up to rounding
 
-    (Probabilities sum to one only within float32.)
+    (probabilities sum to one only within float32).
     """
     module, _, x, y = sample(method, "heads")
     out, variables = jax.jit(module.init_with_output)(jax.random.PRNGKey(0), x, y)
@@ -239,7 +240,7 @@ def test_bfloat16_stays_near_float32(method):
 
 
 def largest_intermediate(function, *args) -> int:
-    """Elements of the largest array that any equation of the function's jaxpr gives, inner ones too."""
+    """Elements of the largest array that any equation of the jaxpr gives, inner jaxprs too."""
 
     def walk(jaxpr) -> int:
         largest = 0
@@ -262,7 +263,7 @@ B, L, D, E, R = 2, 16, 32, 6, 4  # E * R = 24 < D, and D * E * R, a parameter's 
 @pytest.mark.parametrize("y_shape", [(B, L, D), (B, L, 4, 8)], ids=["features", "heads"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_molora_forms_no_expert_outputs(y_shape, backward):
-    """Nothing larger than [B, L, D], forwards or backwards: expert outputs would be E times that."""
+    """Nothing larger than [B, L, D], forwards or backwards; expert outputs are E times that."""
     module = LoRAExperts(num_experts=E, rank=R, router=Router)
     x, y = jnp.ones((B, L, D)), jnp.ones(y_shape)
     params = module.init(jax.random.PRNGKey(0), x, y)["params"]
@@ -290,7 +291,7 @@ def test_the_measure_sees_expert_outputs():
 def test_experts_without_a_router_are_an_error():
     y = jnp.ones((1, 1, 2))
     for module in (VectorExperts(num_experts=2), LoRAExperts(num_experts=2)):
-        with pytest.raises(ValueError, match="2 experts need a router"):
+        with pytest.raises(InputError, match="2 experts need a router"):
             module.init(jax.random.PRNGKey(0), y, y)
 
 
@@ -303,13 +304,13 @@ def test_experts_without_a_router_are_an_error():
 )
 def test_impossible_sizes_are_errors(module, message):
     y = jnp.ones((1, 1, 2))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         module.init(jax.random.PRNGKey(0), y, y)
 
 
 def test_an_instance_is_no_factory():
     """Two layers would share an instance's parameters without a word."""
-    with pytest.raises(ValueError, match="Adapters.key: expected a factory"):
+    with pytest.raises(InputError, match="Adapters.key: expected a factory"):
         Adapters(key=VectorExperts())
 
 

@@ -1,4 +1,4 @@
-"""Ours against Hugging Face's T5 v1.1 and PEFT, from the goldens that goldens/make_goldens.py writes."""
+"""Ours against Hugging Face's T5 v1.1 and PEFT: goldens written by goldens/make_goldens.py."""
 
 import functools
 import pathlib
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from methods import LORA_SITES, VECTOR_SITES, largest_difference
+
 from pemoe_jax.core import decoding, layers, network, params, steps
 from pemoe_jax.core.adapters import Adapters, LoRAExperts, VectorExperts
 
@@ -31,9 +31,7 @@ def arrays(name: str) -> dict[str, np.ndarray]:
 
 
 def group(name: str, prefix: str) -> dict[str, np.ndarray]:
-    return {
-        k.removeprefix(prefix): v for k, v in arrays(name).items() if k.startswith(prefix)
-    }
+    return {k.removeprefix(prefix): v for k, v in arrays(name).items() if k.startswith(prefix)}
 
 
 @functools.cache
@@ -51,18 +49,12 @@ class Case:
         self.model = network.Transformer(config(), ADAPTERS[name])
         base = group("hf_t5", "params/")
         own = {
-            k.removeprefix("params/"): v
-            for k, v in self.golden.items()
-            if k.startswith("params/")
+            k.removeprefix("params/"): v for k, v in self.golden.items() if k.startswith("params/")
         }
         self.grads = {
             k.removeprefix("grads/"): v for k, v in self.golden.items() if k.startswith("grads/")
         }
-        tokens = jnp.ones((1, 4), jnp.int32)
-        shapes = jax.eval_shape(
-            functools.partial(self.model.init, enable_dropout=False),
-            jax.random.PRNGKey(0), tokens, tokens, tokens,
-        )["params"]  # fmt: skip
+        shapes = network.param_shapes(self.model)
         flat = {k: jnp.asarray(v) for k, v in (base | own).items()}
         # every name and every shape: T5X's tree is Hugging Face's under the renaming
         assert {k: v.shape for k, v in params.flatten(shapes).items()} == {

@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pemoe_jax"
 
 # Every module of the core, and the modules of the core that it may import (errors: all may).
+# `params` makes every parameter; the layers hold a record of the adapters at their sites.
 CORE = {
     "errors": set(),
-    "routing": set(),
-    "adapters": {"routing"},
-    "sparse_mlp": {"routing"},
-    "layers": set(),
-    "network": {"layers"},
+    "routing": {"params"},
+    "adapters": {"routing", "params"},
+    "layers": {"adapters", "params"},
+    "network": {"layers", "adapters", "params"},
     "decoding": set(),
     "params": set(),
     "optim": {"params"},
@@ -83,9 +83,10 @@ def imports(module: str, top_only: bool = False) -> set[str]:
             for alias in node.names:
                 name = f"{base}.{alias.name}"
                 found.add(name if name in MODULES else base)
-        elif top_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            return
-        elif top_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        elif top_only and (
+            isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ):
             return
         for child in ast.iter_child_nodes(node):
             visit(child)

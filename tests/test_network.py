@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from methods import (
     CONFIG,
     METHODS,
@@ -18,28 +17,32 @@ from methods import (
     model_inputs,
     random_params,
 )
+
 from pemoe_jax.core import network, params
 from pemoe_jax.core.adapters import SITES, Adapters, LoRAExperts, VectorExperts
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.layers import MlpBlock, relative_position_bucket
 
-
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DEEP = dataclasses.replace(CONFIG, num_decoder_layers=2)
 
 
-def shapes_of(transformer) -> tuple[dict, dict]:
-    """(shape by path, axis names by path), nothing allocated."""
+def shapes_of(transformer) -> dict:
+    return {
+        path: leaf.shape for path, leaf in params.flatten(network.param_shapes(transformer)).items()
+    }
+
+
+def axes_of(transformer) -> dict:
+    """The axes' names by path, as T5X reads them."""
     tokens = jnp.ones((1, 4), jnp.int32)
-    variables = jax.eval_shape(
-        functools.partial(transformer.init, enable_dropout=False),
-        jax.random.PRNGKey(0), tokens, tokens, tokens,
-    )  # fmt: skip
-    shapes = {k: v.shape for k, v in params.flatten(variables["params"]).items()}
-    axes = {k: v.names for k, v in params.flatten(variables["params_axes"]).items()}
-    return shapes, axes
+    init = functools.partial(transformer.init, enable_dropout=False)
+    variables = jax.eval_shape(init, jax.random.PRNGKey(0), tokens, tokens, tokens)
+    return {path: leaf.names for path, leaf in params.flatten(variables["params_axes"]).items()}
 
 
 def test_parameter_tree_is_t5x():
-    """Names and shapes of T5X's minimal T5, written out: heads joined, D=16, H=2, K=6, F=20, V=32."""
+    """Names and shapes of T5X's minimal T5: heads joined, D = 16, H = 2, K = 6, F = 20, V = 32."""
     mlp = {"mlp/wi_0/kernel": (16, 20), "mlp/wi_1/kernel": (16, 20), "mlp/wo/kernel": (20, 16)}
 
     def attention(name):
@@ -74,13 +77,14 @@ def test_parameter_tree_is_t5x():
         **{f"encoder/layers_0/{k}": v for k, v in encoder_layer.items()},
         **{f"decoder/layers_{i}/{k}": v for i in (0, 1) for k, v in decoder_layer.items()},
     }
-    assert shapes_of(network.Transformer(DEEP))[0] == expected
+    assert shapes_of(network.Transformer(DEEP)) == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_parameter_names_its_axes(method):
     """`params_axes` has one entry for each parameter, with a name for each of its dimensions."""
-    shapes, axes = shapes_of(network.Transformer(DEEP, METHODS[method].adapters()))
+    transformer = network.Transformer(DEEP, METHODS[method].adapters())
+    shapes, axes = shapes_of(transformer), axes_of(transformer)
     assert {f"{path}_axes" for path in shapes} == set(axes)
     for path, shape in shapes.items():
         names = axes[f"{path}_axes"]
@@ -90,8 +94,8 @@ def test_every_parameter_names_its_axes(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_sit_where_the_method_says(method):
     """Beside the base's parameters lie `<site>_adapter/...` at every block, and nothing else."""
-    base, _ = shapes_of(network.Transformer(DEEP))
-    shapes, _ = shapes_of(network.Transformer(DEEP, METHODS[method].adapters()))
+    base = shapes_of(network.Transformer(DEEP))
+    shapes = shapes_of(network.Transformer(DEEP, METHODS[method].adapters()))
     assert {k: v for k, v in shapes.items() if "_adapter/" not in k} == base
     blocks = ["encoder/layers_0/attention", "encoder/layers_0/mlp"] + [
         f"decoder/layers_{i}/{block}"
@@ -116,34 +120,39 @@ def test_both_kinds_fit_every_site():
     # the encoder's and two times two of the decoder's attention blocks, and three MLPs
     blocks = 5 * len(joined) + 3 * len(mlp)
     for expert, tensors in ((VectorExperts, 1), (LoRAExperts, 2)):
-        shapes, _ = shapes_of(network.Transformer(DEEP, Adapters(**dict.fromkeys(SITES, expert))))
+        shapes = shapes_of(network.Transformer(DEEP, Adapters(**dict.fromkeys(SITES, expert))))
         adapted = {path: shape for path, shape in shapes.items() if "_adapter/" in path}
         assert len(adapted) == blocks * tensors
         for path, shape in adapted.items():
             site, leaf = path.split("/")[-2].removesuffix("_adapter"), path.split("/")[-1]
             features_in, features_out = (joined | mlp)[site]
             by_head = site in ("query", "key", "value")
-            assert shape == {
-                "vectors": (2, 1, 6) if by_head else (1, features_out),
-                "lora_a": (features_in, 1, 4),
-                "lora_b": (1, 4, features_out),
-            }[leaf], path
+            assert (
+                shape
+                == {
+                    "vectors": (2, 1, 6) if by_head else (1, features_out),
+                    "lora_a": (features_in, 1, 4),
+                    "lora_b": (1, 4, features_out),
+                }[leaf]
+            ), path
 
 
 def test_gate_is_between_the_activation_and_the_product():
-    """mlp(x) = wo(l * gelu(wi_0 x) * wi_1 x): a gate vector of zeros silences the MLP, wi_0's does too
+    """mlp(x) = wo(l * gelu(wi_0 x) * wi_1 x): doubling l, or wi_1's product, doubles the output;
 
-    (gelu(0) = 0), and a wi_1 vector of two equals a gate vector of two, while wi_0's does not.
+    doubling wi_0's does not, for it passes the gelu.
     """
-    x = jax.random.normal(jax.random.PRNGKey(0), (1, 3, 8))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 3, 8)).astype(np.float32)
+    kernels = {
+        name: {"kernel": rng.standard_normal(shape).astype(np.float32)}
+        for name, shape in {"wi_0": (8, 12), "wi_1": (8, 12), "wo": (12, 8)}.items()
+    }
 
     def mlp(site, value):
         module = MlpBlock(mlp_dim=12, adapters=Adapters(**{site: VectorExperts}))
-        variables = jax.jit(functools.partial(module.init, deterministic=True))(
-            jax.random.PRNGKey(1), x
-        )["params"]
-        variables[f"{site}_adapter"] = {"vectors": jnp.full((1, 12), value)}
-        return np.asarray(module.apply({"params": variables}, x, deterministic=True))
+        weights = kernels | {f"{site}_adapter": {"vectors": jnp.full((1, 12), value)}}
+        return np.asarray(module.apply({"params": weights}, x, deterministic=True))
 
     plain = mlp("gate", 1.0)
     np.testing.assert_array_equal(mlp("gate", 0.0), 0)
@@ -152,16 +161,66 @@ def test_gate_is_between_the_activation_and_the_product():
     assert largest_difference(mlp("wi_0", 2.0), 2 * plain) > 0.01
 
 
+# --- the start ---
+
+
+def test_start_is_t5x():
+    """Deviations of T5X's initialisers: kernels 1 / sqrt(inputs), queries 1 / sqrt(inputs * K).
+
+    Embedding 1; logits as other kernels; norms one; rel_embedding uniform with variance
+    2 / (H + 32) (fan average). 2,000 draws and more: 5 % is more than 3 standard errors.
+    """
+    config = dataclasses.replace(CONFIG, emb_dim=64, num_heads=8, head_dim=16, mlp_dim=96)
+    weights = network.init_params(
+        network.Transformer(dataclasses.replace(config, vocab_size=64)), 0, lambda _: True
+    )
+    flat = {path: np.asarray(leaf) for path, leaf in params.flatten(weights).items()}
+    expected = {
+        "token_embedder/embedding": 1,
+        "encoder/layers_0/attention/query/kernel": (64 * 16) ** -0.5,
+        "encoder/layers_0/attention/key/kernel": 64**-0.5,
+        "encoder/layers_0/attention/out/kernel": 128**-0.5,
+        "decoder/layers_0/encoder_decoder_attention/value/kernel": 64**-0.5,
+        "decoder/layers_0/mlp/wi_1/kernel": 64**-0.5,
+        "decoder/layers_0/mlp/wo/kernel": 96**-0.5,
+        "decoder/logits_dense/kernel": 64**-0.5,
+    }
+    for path, deviation in expected.items():
+        assert flat[path].std() == pytest.approx(deviation, rel=0.05), path
+    relative = flat["encoder/relpos_bias/rel_embedding"]
+    assert relative.std() == pytest.approx((2 / 40) ** 0.5 / 2**0.5, rel=0.1)
+    norms = [leaf for path, leaf in flat.items() if path.endswith("scale")]
+    assert len(norms) == 7 and all((leaf == 1).all() for leaf in norms)
+    kernels = [leaf for path, leaf in flat.items() if path.endswith("kernel")]
+    assert len({leaf.ravel()[0] for leaf in kernels}) == len(kernels)  # none drawn twice
+
+
+def test_start_depends_on_path_and_seed_alone():
+    """A base drawn beside adapters is the base drawn without; another seed is another base."""
+
+    def drawn(method, seed, keep=lambda _: True):
+        return params.flatten(network.init_params(model(method), seed, keep))
+
+    base, adapted = drawn("full", 3), drawn("molora", 3)
+    assert base.keys() < adapted.keys()
+    for path, leaf in base.items():
+        np.testing.assert_array_equal(adapted[path], leaf)
+    adapters = drawn("molora", 3, lambda path: "_adapter/" in path)
+    assert adapters.keys() == adapted.keys() - base.keys()
+    path = "token_embedder/embedding"
+    assert (drawn("full", 4)[path] != base[path]).any()
+
+
 # --- positions ---
 
 
 def test_position_buckets_by_hand():
     """32 buckets to distance 128 (T5).
 
-    Decoder: 16 exact; beyond, 16 + floor(16 ln(d/16) / ln(128/16)): d = 32 gives 16 / 3 = 5.33 -> 21,
-    d = 64 gives 32 / 3 = 10.67 -> 26, d = 128 and more the last, 31; keys to the right share bucket 0.
+    Decoder: 16 exact; beyond, 16 + floor(16 ln(d/16) / ln(128/16)): d = 32 gives 16 / 3 = 5.33
+    -> 21, d = 64 gives 32 / 3 = 10.67 -> 26, 128 and more the last, 31; to the right all are 0.
     Encoder: 16 for each side, 8 exact; beyond, 8 + floor(8 ln(d/8) / ln(128/8)): d = 20 gives
-    8 * 0.3305 = 2.64 -> 10, d = 100 gives 8 * 0.911 = 7.29 -> 15; keys to the right add 16.
+    8 * 0.3305 = 2.64 -> 10, d = 100 gives 8 * 0.911 = 7.29 -> 15; to the right 16 are added.
     """
     decoder = relative_position_bucket(np.array([3, 0, -1, -15, -16, -32, -64, -128, -500]), False)
     assert decoder.tolist() == [0, 0, 1, 15, 16, 21, 26, 31, 31]
@@ -237,7 +296,7 @@ def test_dropout_needs_a_key_and_differs_by_key():
     [("dtype", "float16", "float32 or bfloat16"), ("dropout_rate", 1.5, "found 1.5")],
 )
 def test_wrong_configuration(field, value, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         dataclasses.replace(CONFIG, **{field: value})
 
 

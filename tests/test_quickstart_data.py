@@ -34,18 +34,30 @@ def index() -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict[str, Any]]]:
     files = sorted(SAMPLE.glob("*/*.jsonl"))
-    return {f"{file.parent.name}/{file.stem}": [json.loads(line) for line in file.open()] for file in files}
+    return {
+        f"{file.parent.name}/{file.stem}": [json.loads(line) for line in file.open()]
+        for file in files
+    }
 
 
 def is_odd(row: dict[str, Any]) -> bool:
     choices = row["answer_choices"]
     long = len(row["inputs"].split()) > 100
-    return row["targets"] not in choices or len(set(choices)) < len(choices) or len(choices) > 8 or long or not row["inputs"]
+    return (
+        row["targets"] not in choices
+        or len(set(choices)) < len(choices)
+        or len(choices) > 8
+        or long
+        or not row["inputs"]
+    )
 
 
 def test_the_generator_writes_what_is_committed(tmp_path: pathlib.Path) -> None:
     generate.write_sample(tmp_path / "sample")
-    made = {file.relative_to(tmp_path / "sample"): file.read_text() for file in (tmp_path / "sample").rglob("*.json*")}
+    made = {
+        file.relative_to(tmp_path / "sample"): file.read_text()
+        for file in (tmp_path / "sample").rglob("*.json*")
+    }
     kept = {file.relative_to(SAMPLE): file.read_text() for file in SAMPLE.rglob("*.json*")}
     assert made == kept
 
@@ -61,7 +73,9 @@ def test_sizes() -> None:
 
 
 def test_roles_and_task_types(index: dict[str, dict[str, Any]], rows: dict[str, Any]) -> None:
-    prompts = collections.Counter((bool(entry["t0_do_eval"]), entry["dataset"]) for entry in index.values())
+    prompts = collections.Counter(
+        (bool(entry["t0_do_eval"]), entry["dataset"]) for entry in index.values()
+    )
     assert sum(not held_out for held_out, _ in prompts) >= 8
     assert sum(held_out for held_out, _ in prompts) >= 3
     assert min(prompts.values()) >= 3
@@ -81,7 +95,11 @@ def test_no_row_is_in_both_splits_and_answers_are_balanced(rows: dict[str, Any])
         plain = [row for row in lines if not is_odd(row)]
         if split == "train":
             seen = {(row["inputs"], tuple(row["answer_choices"])) for row in plain}
-            assert not [row for row in rows[f"{task}/validation"] if (row["inputs"], tuple(row["answer_choices"])) in seen]
+            assert not [
+                row
+                for row in rows[f"{task}/validation"]
+                if (row["inputs"], tuple(row["answer_choices"])) in seen
+            ]
         most = collections.Counter(row["targets"] for row in plain).most_common(1)[0][1]
         assert most <= 0.75 * len(plain), name
 
@@ -102,7 +120,13 @@ def test_every_word_of_the_sample_is_pretrained_and_one_piece(rows: dict[str, An
     pieces = sentencepiece.SentencePieceProcessor(str(VOCAB))
     assert (pieces.pad_id(), pieces.eos_id(), pieces.unk_id(), pieces.bos_id()) == (0, 1, 2, -1)
     seen = collections.Counter(word for line in corpus.lines(0, 20_000) for word in words(line))
-    said = {word for part in rows.values() for row in part if not is_odd(row) for word in words(row["inputs"] + " " + row["targets"])}
+    said = {
+        word
+        for part in rows.values()
+        for row in part
+        if not is_odd(row)
+        for word in words(row["inputs"] + " " + row["targets"])
+    }
     assert not {word for word in said if seen[word] < 5}
     assert not {word for word in said if len(pieces.encode(word)) != 1}
 
@@ -153,7 +177,10 @@ def test_pretraining_tasks_give_batches(tmp_path: pathlib.Path) -> None:
     pretrain.register(path, VOCAB)
     size = data.vocab_size(pretrain.PREFIX_LM)
     for name in (pretrain.SPAN_CORRUPTION, pretrain.PREFIX_LM):
-        one, two = (next(data.train_batches(name, {"inputs": 64, "targets": 64}, 4, seed=3)) for _ in range(2))
+        one, two = (
+            next(data.train_batches(name, {"inputs": 64, "targets": 64}, 4, seed=3))
+            for _ in range(2)
+        )
         assert one["encoder_segment_ids"].max() > 1
         for key in one:
             np.testing.assert_array_equal(one[key], two[key])

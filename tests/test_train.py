@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 from jsonl_folder import write_folder, write_vocabulary
 
-from pemoe_jax import evaluate, train
+from pemoe_jax import evaluate, models, train
 from pemoe_jax.checkpoints import base as base_lib
-from pemoe_jax.checkpoints import models, runs
+from pemoe_jax.checkpoints import runs
 from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     for name, seed in (("base", 0), ("other", 1)):
         transformer = network.Transformer(config=CONFIG)
         base = network.init_params(transformer, seed, params_lib.is_base)
-        base_lib.save(root / f"{name}.safetensors", base, CONFIG)
+        base_lib.save(root / f"{name}.safetensors", base, CONFIG.as_dict())
     return root
 
 
@@ -100,7 +100,7 @@ def test_loss_falls_and_run_leaves_its_files(trained, method):
 def test_checkpoint_holds_what_trains_and_nothing_else(trained, folder, method):
     tree, record, step = runs.load_trainable(str(trained[method]))
     paths = set(params_lib.flatten(tree))
-    everything = set(params_lib.flatten(network.param_shapes(record.model())))
+    everything = set(params_lib.flatten(network.param_shapes(models.build(record))))
     expected = everything if method == "full" else set(filter(params_lib.is_adapter, everything))
     assert (paths, step) == (expected, 12)
     assert record.counts["trainable"] == params_lib.count(tree)
@@ -125,7 +125,7 @@ def saved_shapes(state: pathlib.Path) -> dict[str, tuple[int, ...]]:
 def test_base_is_bit_identical_after_training(trained, folder, method):
     opened = models.open_models(str(trained[method]))[0]
     after = params_lib.flatten(opened.load())
-    before, _ = base_lib.load_or_init(opened.model, str(folder / "base.safetensors"), 0)
+    before, _ = models.load_base(opened.model, str(folder / "base.safetensors"), 0)
     for path, array in params_lib.flatten(before).items():
         assert np.array_equal(np.asarray(array), np.asarray(after[path])), path
     moved = [path for path in after if params_lib.is_adapter(path)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,30 @@ import safetensors
 import safetensors.flax
 
 from pemoe_jax.checkpoints import runs
-from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.core.network import T5Config, Transformer
 
 CONFIG_KEY = "t5_config"  # in the file's metadata: the dimensions, as JSON
 
 
-def save(path: str | os.PathLike[str], params: Any, config: T5Config, dtype: Any = None) -> None:
-    """Writes a base to one file, beside and renamed; `dtype` (None: as it is) rounds the arrays."""
+def save(
+    path: str | os.PathLike[str], params: Any, config: Mapping[str, Any], dtype: Any = None
+) -> None:
+    """Writes a base to one file, beside and renamed.
+
+    Args:
+      path: of the file.
+      params: nested dict of arrays.
+      config: the dimensions, `T5Config.as_dict()`.
+      dtype: what the arrays are rounded to; None: as they are.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.asarray(leaf if dtype is None else leaf.astype(dtype))
         for name, leaf in params_lib.flatten(params).items()
     }
-    metadata = {CONFIG_KEY: json.dumps(config.as_dict()), "format": "pemoe_jax"}
+    metadata = {CONFIG_KEY: json.dumps(dict(config)), "format": "pemoe_jax"}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     safetensors.flax.save_file(arrays, str(beside), metadata=metadata)
     beside.rename(path)
@@ -48,13 +56,13 @@ def is_base(path: str | os.PathLike[str]) -> bool:
     return str(path).endswith(".safetensors")
 
 
-def read_config(path: str | os.PathLike[str]) -> T5Config | None:
-    """The dimensions that a base states of itself, or None."""
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The dimensions that a base states of itself (`T5Config`'s fields), or None."""
     if not is_base(path):
-        return T5Config(**runs.read_record(str(path)).config)
+        return runs.read_record(str(path)).config
     with _open(Path(path)) as file:
         text = (file.metadata() or {}).get(CONFIG_KEY)
-    return None if text is None else T5Config(**json.loads(text))
+    return None if text is None else json.loads(text)
 
 
 def load(path: str | os.PathLike[str], target: Any) -> dict[str, Any]:
@@ -83,28 +91,8 @@ def load(path: str | os.PathLike[str], target: Any) -> dict[str, Any]:
             )
     else:
         raise InputError(
-            f"base model {str(path)!r}: expected a .safetensors file, a run's folder or None, found neither"
+            f"base model {str(path)!r}: expected a .safetensors file, a run's folder or None,"
+            " found neither"
         )
     tree = params_lib.place(source, target, f"base model {path}")
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
-
-
-def load_or_init(model: Transformer, path: str | None, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The base of a model, read from `path` or, for None, random.
-
-    Returns:
-      (parameters, identity): the identity has path, seed (of a random base) and fingerprint.
-
-    Raises:
-      InputError: see `load`.
-    """
-    if path is None:
-        base = network.init_params(model, seed, params_lib.is_base)
-    else:
-        base = load(path, network.param_shapes(model, params_lib.is_base))
-    identity = {
-        "path": None if path is None else str(Path(path).absolute()),
-        "seed": seed if path is None else None,
-        "fingerprint": params_lib.fingerprint(base),
-    }
-    return base, identity

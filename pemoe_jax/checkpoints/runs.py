@@ -1,7 +1,7 @@
 """Checkpoints of a run: what trains, its optimiser's state, and a record of what it belongs to.
 
-    MODEL_DIR/checkpoint_<step>/state    orbax: step, params (the trainable ones), opt_state
-    MODEL_DIR/checkpoint_<step>/record   JSON: `Record`
+MODEL_DIR/checkpoint_<step>/state    orbax: step, params (the trainable ones), opt_state
+MODEL_DIR/checkpoint_<step>/record   JSON: `Record`
 """
 
 import dataclasses
@@ -14,9 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pemoe_jax.core import adapters as adapters_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.core.network import T5Config, Transformer
 
 PREFIX = "checkpoint"
 
@@ -43,13 +41,6 @@ class Record:
     base: dict[str, Any]
     counts: dict[str, int]
     versions: dict[str, str]
-
-    def model(self) -> Transformer:
-        """The network with its adapters."""
-        return Transformer(
-            config=T5Config(**self.config),
-            adapters=adapters_lib.from_description(self.adapters),
-        )
 
 
 class RunCheckpoints:

@@ -1,1 +1,1 @@
-"""The mathematics: T5, adapters, routing, optimisers and steps. Imports jax, flax and optax alone."""
+"""The mathematics: T5, adapters, routing, optimisers, steps. Imports jax, flax, optax alone."""

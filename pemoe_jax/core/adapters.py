@@ -1,6 +1,6 @@
-"""Adapters: mixtures of vectors ((IA)³, MoV) and of low-rank pairs (LoRA, MoLORA) at a layer's sites.
+"""Adapters at a layer's sites: mixtures of vectors ((IA)³, MoV) and of low-rank pairs (LoRA, MoLORA).
 
-At a site some `x` produced some `y`; an adapter maps `(x, y) -> y`. Shapes are read off `x` and `y`,
+At a site some `x` produced some `y`; an adapter maps `(x, y) -> y`. Shapes are read off these two,
 so the same settings serve a model of any size. Sources: (IA)³ arXiv 2205.05638, LoRA arXiv
 2106.09685, MoV and MoLORA arXiv 2309.05444.
 """
@@ -13,9 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import partitioning as nn_partitioning
 
+from pemoe_jax.core import params as params_lib
 from pemoe_jax.core import routing
+from pemoe_jax.core.errors import InputError
+
+_LORA_A_INIT = nn.initializers.normal(stddev=0.02)  # a constant: see `params.param`
 
 # A site's logical axes: of the last axis of x, and of y's axes after batch and length.
 SITES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -32,10 +35,11 @@ SITES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def _check_experts(module: nn.Module, num_experts: int, router: Any) -> None:
     if num_experts < 1:
-        raise ValueError(f"{type(module).__name__}: num_experts must be >= 1, found {num_experts}")
+        raise InputError(f"{type(module).__name__}: num_experts must be >= 1, found {num_experts}")
     if router is None and num_experts != 1:
-        raise ValueError(
-            f"{type(module).__name__}: {num_experts} experts need a router; without one num_experts must be 1"
+        raise InputError(
+            f"{type(module).__name__}: {num_experts} experts need a router;"
+            " without one num_experts must be 1"
         )
 
 
@@ -61,12 +65,12 @@ class VectorExperts(nn.Module):
         del x  # the vectors scale, and their router reads, what the projection produced
         _check_experts(self, self.num_experts, self.router)
         *heads, features = y.shape[2:]
-        vectors = nn_partitioning.param_with_axes(
+        vectors = params_lib.param(
+            self,
             "vectors",
             nn.initializers.ones_init(),
             (*heads, self.num_experts, features),
-            jnp.float32,
-            axes=(*self.y_axes[:-1], "expert", self.y_axes[-1]),
+            (*self.y_axes[:-1], "expert", self.y_axes[-1]),
         )
         if self.router is None:
             return y * vectors[..., 0, :].astype(y.dtype)
@@ -107,26 +111,26 @@ class LoRAExperts(nn.Module):
         """x [B, L, Din], y [B, L, ...] -> y's shape and dtype."""
         _check_experts(self, self.num_experts, self.router)
         if self.rank < 1:
-            raise ValueError(f"LoRAExperts: rank must be >= 1, found {self.rank}")
+            raise InputError(f"LoRAExperts: rank must be >= 1, found {self.rank}")
         experts, rank = self.num_experts, self.rank
         x_features = x.shape[-1]
         y_features = 1
         for size in y.shape[2:]:
             y_features *= size
         y_axis = "joined_kv" if len(self.y_axes) > 1 else self.y_axes[0]
-        lora_a = nn_partitioning.param_with_axes(
+        lora_a = params_lib.param(
+            self,
             "lora_a",
-            nn.initializers.normal(stddev=0.02),
+            _LORA_A_INIT,
             (x_features, experts, rank),
-            jnp.float32,
-            axes=(self.x_axis, "expert", "rank"),
+            (self.x_axis, "expert", "rank"),
         )
-        lora_b = nn_partitioning.param_with_axes(
+        lora_b = params_lib.param(
+            self,
             "lora_b",
             nn.initializers.zeros_init(),
             (experts, rank, y_features),
-            jnp.float32,
-            axes=("expert", "rank", y_axis),
+            ("expert", "rank", y_axis),
         )
         dtype = y.dtype
         low = jnp.matmul(x.astype(dtype), lora_a.reshape(x_features, experts * rank).astype(dtype))
@@ -134,7 +138,9 @@ class LoRAExperts(nn.Module):
             router = self.router(num_experts=experts, feature_axis=self.x_axis, name="router")
             probs = router(x)  # [B, L, E]
             self.sow("intermediates", "probs", probs)
-            low = (low.reshape(*low.shape[:-1], experts, rank) * probs[..., None]).reshape(low.shape)
+            low = (low.reshape(*low.shape[:-1], experts, rank) * probs[..., None]).reshape(
+                low.shape
+            )
         scale = self.alpha / rank
         low = (low * scale).astype(dtype)  # [B, L, E·R]
         delta = jnp.matmul(low, lora_b.reshape(experts * rank, y_features).astype(dtype))
@@ -164,7 +170,7 @@ class Adapters:
         for site in SITES:
             factory = getattr(self, site)
             if isinstance(factory, nn.Module) or not (factory is None or callable(factory)):
-                raise ValueError(
+                raise InputError(
                     f"Adapters.{site}: expected a factory (a class or a partial of one),"
                     f" found an instance of {type(factory).__name__}"
                 )
@@ -209,7 +215,7 @@ def _describe_factory(factory: Callable[..., nn.Module], **given: Any) -> dict[s
 
 
 def describe(adapters: Adapters) -> dict[str, dict[str, Any]]:
-    """The record as plain JSON-able data by site, for checkpoints; `from_description` reads it back."""
+    """The record as plain data by site, for checkpoints; `from_description` reads it back."""
     return {site: _describe_factory(getattr(adapters, site)) for site in adapters.sites()}
 
 

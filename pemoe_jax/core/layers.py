@@ -1,17 +1,31 @@
 """T5's layers, with parameter names and shapes of T5X's minimal T5, and adapters at eight sites."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.linen import partitioning as nn_partitioning
 
+from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
 
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
+
+# Initialisers as in T5X; constants, so that draws of the same shape share one compiled program.
+_DENSE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+_ATTENTION_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+_EMBED_INIT = nn.initializers.normal(stddev=1.0)
+_RELPOS_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+
+
+@functools.cache
+def _query_init(head_dim: int) -> Initializer:
+    """T5 does not scale the logits of attention; its queries start that much smaller."""
+    return nn.initializers.variance_scaling(1.0 / head_dim, "fan_in", "normal")
+
 
 NEG_INF = -1e10  # finite, so that a row with nothing to attend to gives a mean and not NaN
 
@@ -22,17 +36,13 @@ class Dense(nn.Module):
     features: int
     kernel_axes: tuple[str, str]
     dtype: Any = jnp.float32
-    kernel_init: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+    kernel_init: Initializer = _DENSE_INIT
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         """[..., in] -> [..., features]."""
-        kernel = nn_partitioning.param_with_axes(
-            "kernel",
-            self.kernel_init,
-            (inputs.shape[-1], self.features),
-            jnp.float32,
-            axes=self.kernel_axes,
+        kernel = params_lib.param(
+            self, "kernel", self.kernel_init, (inputs.shape[-1], self.features), self.kernel_axes
         )
         return jnp.matmul(inputs.astype(self.dtype), kernel.astype(self.dtype))
 
@@ -47,12 +57,8 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
         """Token ids [B, L] -> [B, L, D]."""
-        embedding = nn_partitioning.param_with_axes(
-            "embedding",
-            nn.initializers.normal(stddev=1.0),
-            (self.num_embeddings, self.features),
-            jnp.float32,
-            axes=("vocab", "embed"),
+        embedding = params_lib.param(
+            self, "embedding", _EMBED_INIT, (self.num_embeddings, self.features), ("vocab", "embed")
         )
         return jnp.take(embedding.astype(self.dtype), tokens, axis=0)
 
@@ -66,8 +72,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D]; the statistics are float32."""
-        scale = nn_partitioning.param_with_axes(
-            "scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32, axes=("embed",)
+        scale = params_lib.param(
+            self, "scale", nn.initializers.ones_init(), (x.shape[-1],), ("embed",)
         )
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
@@ -121,12 +127,12 @@ class RelativePositionBiases(nn.Module):
     @nn.compact
     def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> Array:
         """-> [1, H, query_length, key_length]."""
-        rel_embedding = nn_partitioning.param_with_axes(
+        rel_embedding = params_lib.param(
+            self,
             "rel_embedding",
-            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            _RELPOS_INIT,
             (self.num_heads, self.num_buckets),
-            jnp.float32,
-            axes=("heads", "relpos_buckets"),
+            ("heads", "relpos_buckets"),
         )
         relative = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
         buckets = relative_position_bucket(
@@ -149,9 +155,7 @@ class MultiHeadDotProductAttention(nn.Module):
     adapters: Adapters = Adapters()
 
     def _project(self, site: str, inputs: Array) -> Array:
-        init = nn.initializers.variance_scaling(
-            1.0 / self.head_dim if site == "query" else 1.0, "fan_in", "normal"
-        )
+        init = _query_init(self.head_dim) if site == "query" else _ATTENTION_INIT
         dense = Dense(
             self.num_heads * self.head_dim,
             ("embed", "joined_kv"),
@@ -170,7 +174,9 @@ class MultiHeadDotProductAttention(nn.Module):
         them kept (T5X's decoding does not ask for it, and gets them computed at each step).
         """
         if self.has_variable("cross_cache", "key"):
-            return self.get_variable("cross_cache", "key"), self.get_variable("cross_cache", "value")
+            return self.get_variable("cross_cache", "key"), self.get_variable(
+                "cross_cache", "value"
+            )
         key, value = self._project("key", inputs_kv), self._project("value", inputs_kv)
         if self.is_mutable_collection("cross_cache"):
             self.put_variable("cross_cache", "key", key)
@@ -237,7 +243,7 @@ class MultiHeadDotProductAttention(nn.Module):
             inputs_q.shape[-1],
             ("joined_kv", "embed"),
             dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+            kernel_init=_ATTENTION_INIT,
             name="out",
         )
         return self.adapters.adapt("out", joined, out(joined))

@@ -11,6 +11,7 @@ from flax import linen as nn
 from pemoe_jax.core import layers
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
+from pemoe_jax.core.errors import InputError
 
 Array = jax.Array
 
@@ -38,9 +39,9 @@ class T5Config:
 
     def __post_init__(self) -> None:
         if jnp.dtype(self.dtype) not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
-            raise ValueError(f"T5Config.dtype: expected float32 or bfloat16, found {self.dtype!r}")
+            raise InputError(f"T5Config.dtype: expected float32 or bfloat16, found {self.dtype!r}")
         if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(
+            raise InputError(
                 f"T5Config.dropout_rate: expected a share in [0, 1), found {self.dropout_rate}"
             )
 
@@ -50,7 +51,7 @@ class T5Config:
 
 
 class _Block(nn.Module):
-    """What encoder and decoder layers share: factories of their parts, with the config filled in."""
+    """What encoder and decoder layers share: their parts, with the config filled in."""
 
     config: T5Config
     adapters: Adapters = Adapters()
@@ -298,7 +299,7 @@ class Transformer(nn.Module):
 
 
 def init_params(model: Transformer, seed: int, keep: Callable[[str], bool]) -> dict[str, Any]:
-    """Random parameters, float32: those whose path `keep` accepts; the others are never computed.
+    """Random parameters, float32: those whose path `keep` accepts; the others are never drawn.
 
     A parameter's value depends on its path and the seed alone, so a base drawn without adapters
     and one drawn with them are the same.
@@ -309,15 +310,22 @@ def init_params(model: Transformer, seed: int, keep: Callable[[str], bool]) -> d
       keep: 'a/b/c' -> bool.
     """
 
-    def init() -> dict[str, Any]:
-        tokens = jnp.ones((1, 1), jnp.int32)
-        key = jax.random.key(seed)
-        tree = model.init(key, tokens, tokens, tokens, enable_dropout=False)["params"]
-        return params_lib.select(tree, keep)
-
-    return jax.jit(init)()
+    _, recorded = _look_over(model)
+    return params_lib.draw({p: found for p, found in recorded.items() if keep(p)}, seed)
 
 
-def param_shapes(model: Transformer, keep: Callable[[str], bool] = lambda _: True) -> dict[str, Any]:
+def param_shapes(
+    model: Transformer, keep: Callable[[str], bool] = lambda _: True
+) -> dict[str, Any]:
     """The tree of `jax.ShapeDtypeStruct`; nothing is allocated."""
-    return jax.eval_shape(lambda: init_params(model, 0, keep))
+    return params_lib.select(_look_over(model)[0], keep)
+
+
+def _look_over(model: Transformer) -> tuple[Any, dict[str, Any]]:
+    """The parameters' shapes, and how each is drawn."""
+    tokens = jnp.ones((1, 1), jnp.int32)
+    with params_lib.recording() as recorded:
+        shapes = jax.eval_shape(
+            lambda: model.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
+        )
+    return shapes["params"], recorded

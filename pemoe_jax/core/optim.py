@@ -85,7 +85,7 @@ def create_learning_rate_scheduler(
         step = jnp.asarray(step, jnp.float32)
         decay_steps = max((total_steps or 0) - warmup_steps, 1)
         progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
-        values = {
+        values: dict[str, Callable[[], Any]] = {
             "constant": lambda: base_learning_rate,
             "linear_warmup": lambda: jnp.minimum(1.0, step / max(warmup_steps, 1)),
             "rsqrt_decay": lambda: jax.lax.rsqrt(jnp.maximum(step, max(warmup_steps, 1))),

@@ -1,20 +1,89 @@
 """Parameter trees: paths, what trains, counts, and a merge that places everything or raises."""
 
+import contextlib
+import contextvars
+import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
+from flax.linen import partitioning as nn_partitioning
 
 from pemoe_jax.core.errors import InputError
 
 Tree = Mapping[str, Any]
 
 ADAPTER_PATTERN = r".*_adapter/.*"
+
+
+# path -> (initialiser, shape), while `network.init_params` looks a model over
+_recorded: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "recorded", default=None
+)
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    init: jax.nn.initializers.Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+) -> jax.Array:
+    """A float32 parameter of a module, its axes annotated; all modules make theirs here.
+
+    Args:
+      module: whose it is; inside its compact method.
+      name: last part of the path.
+      init: (key, shape, dtype) -> array; a constant, since draws are compiled once for each.
+      shape: of the array.
+      axes: logical name of each axis.
+    """
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded["/".join((*module.path, name))] = (init, shape)
+    return nn_partitioning.param_with_axes(name, init, shape, jnp.float32, axes=axes)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, Any]]:
+    """Collects path -> (initialiser, shape) of the parameters that are made meanwhile."""
+    found: dict[str, Any] = {}
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
+
+
+@functools.cache
+def _compiled_draw(
+    init: jax.nn.initializers.Initializer, shape: tuple[int, ...]
+) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda key: init(key, shape, jnp.float32))
+
+
+def draw(recorded: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Random arrays for recorded parameters, each by its path and the seed alone.
+
+    One small program a shape is compiled; one of the whole model takes minutes at T5-Large.
+
+    Returns:
+      Nested dict of float32 arrays.
+    """
+    key = jax.random.key(seed)
+    return unflatten(
+        {
+            path: _compiled_draw(init, shape)(jax.random.fold_in(key, zlib.crc32(path.encode())))
+            for path, (init, shape) in recorded.items()
+        }
+    )
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -120,18 +189,25 @@ def place(source: Tree, target: Tree, what: str) -> dict[str, Any]:
             shown = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
             problems.append(f"{len(found)} {label}: {shown}")
     if problems:
-        raise InputError(f"{what} does not fit the model's {len(want)} parameters: {'. '.join(problems)}")
+        raise InputError(
+            f"{what} does not fit the model's {len(want)} parameters: {'. '.join(problems)}"
+        )
     return unflatten(have)
 
 
 def cast_frozen(frozen: Tree, dtype: Any) -> dict[str, Any]:
-    """Frozen matrices in the activation dtype; norms and the logits matrix stay float32.
+    """Frozen matrices in the activation dtype; norms, logits and adapters stay float32.
 
-    The layers use a matrix in the activation dtype anyhow, so this changes no result.
+    The layers use the cast matrices in the activation dtype anyhow, so this changes no result;
+    frozen adapters (where a pattern trains a part of them) mix and route in float32.
     """
 
     def cast(path: str, leaf: jax.Array) -> jax.Array:
-        keeps_float32 = path.endswith("norm/scale") or path.startswith("decoder/logits_dense/")
+        keeps_float32 = (
+            path.endswith("norm/scale")
+            or path.startswith("decoder/logits_dense/")
+            or "_adapter/" in path
+        )
         return leaf if keeps_float32 else leaf.astype(dtype)
 
     return unflatten({path: cast(path, leaf) for path, leaf in flatten(frozen).items()})

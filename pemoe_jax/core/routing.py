@@ -1,11 +1,12 @@
-"""Routers: from a token's features to a distribution over experts (arXiv 2309.05444, section 2.2)."""
+"""Routers: from a token's features to a distribution over experts (arXiv 2309.05444, 2.2)."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import partitioning as nn_partitioning
+
+from pemoe_jax.core import params as params_lib
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -26,12 +27,12 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., features] -> probabilities [..., E], float32, that sum to one."""
-        kernel = nn_partitioning.param_with_axes(
+        kernel = params_lib.param(
+            self,
             "kernel",
             self.kernel_init,
             (inputs.shape[-1], self.num_experts),
-            jnp.float32,
-            axes=(self.feature_axis, "expert"),
+            (self.feature_axis, "expert"),
         )
         logits = jnp.matmul(inputs.astype(jnp.float32), kernel)
         return jax.nn.softmax(logits, axis=-1)

@@ -234,7 +234,9 @@ def make_train_step(
     `rng` is the run's key; the step folds its number in, so a resumed run draws the same masks.
     """
 
-    def step(state: TrainState, frozen: Any, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, frozen: Any, batch: Batch, rng: Array
+    ) -> tuple[TrainState, Metrics]:
         dropout_rng = jax.random.fold_in(rng, state.step) if use_dropout else None
         grads, metrics = loss_and_grads(
             model, loss, state.params, frozen, batch, dropout_rng, microbatches

@@ -75,7 +75,7 @@ def loss_curve(
             if kind == "eval":
                 axis.plot(steps, values, "o", ms=5, color=colours[run], mec="white", label=label)
             elif panel == "learning_rate" or len(steps) < 20:
-                axis.plot(steps, values, color=colours[run], lw=1.6, label=label or "training")
+                axis.plot(steps, values, color=colours[run], lw=1.8, label=label or "training")
             else:
                 axis.plot(steps, values, color=colours[run], lw=0.6, alpha=0.3)
                 smooth = _running_mean(values, len(values) // 20)
@@ -83,8 +83,8 @@ def loss_curve(
         axis.set_ylabel(PANELS[panel])
         axis.grid(color="#E6E6E6", lw=0.8)
         axis.set_axisbelow(True)
+        axis.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
         if panel == "learning_rate":
-            axis.ticklabel_format(axis="y", scilimits=(-2, 3))
             axis.set_ylim(bottom=0)
     axes[-1, 0].set_xlabel("step")
     axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)

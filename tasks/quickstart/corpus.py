@@ -46,13 +46,20 @@ def _truth(dice: Dice, true: bool) -> str:
 def _claim(dice: Dice, statement: str) -> str:
     """The statement (without capital and full stop), put as something to be judged."""
     return dice.pick(
-        (f"Is it true that {statement}?", f"Somebody says that {statement}.", f"Is it right to say that {statement}?", f"They said: {statement}.")
+        (
+            f"Is it true that {statement}?",
+            f"Somebody says that {statement}.",
+            f"Is it right to say that {statement}?",
+            f"They said: {statement}.",
+        )
     )
 
 
 def _answer(dice: Dice, sentence: str, word: str) -> str:
     """An answer in a sentence, mostly; now and then the bare word after a lead."""
-    return sentence if dice.chance(0.7) else dice.pick((f"The answer is {word}.", f"Answer: {word}."))
+    return (
+        sentence if dice.chance(0.7) else dice.pick((f"The answer is {word}.", f"Answer: {word}."))
+    )
 
 
 def plain(dice: Dice, topic: Topic) -> str:
@@ -60,13 +67,20 @@ def plain(dice: Dice, topic: Topic) -> str:
         first = future(dice, topic)
         return f"{first} {future(dice, topic)}" if dice.chance(0.5) else first
     name = dice.pick(NAMES)
-    parts = [past(dice, topic, name) if dice.chance(0.5) else past(dice, topic), detail(dice, topic)]
+    parts = [
+        past(dice, topic, name) if dice.chance(0.5) else past(dice, topic),
+        detail(dice, topic),
+    ]
     if dice.chance(0.5):
         parts.append(detail(dice, topic))
     if dice.chance(0.4):
         parts.append(opinion(dice, topic, dice.chance(0.5)))
     if dice.chance(0.4):
-        parts.append(capital(past(dice, topic, pronoun(name), time=0.0)) if name in parts[0] else past(dice, topic))
+        parts.append(
+            capital(past(dice, topic, pronoun(name), time=0.0))
+            if name in parts[0]
+            else past(dice, topic)
+        )
     return " ".join(parts)
 
 
@@ -105,7 +119,13 @@ def about(dice: Dice, topic: Topic) -> str:
 
 def title(dice: Dice, topic: Topic) -> str:
     name, text = dice.pick(topic.titles), story(dice, topic)
-    return dice.pick((f"{name}. {text}", f"{text} What is the story called? It is called: {name}.", f"{text} The name of the story is: {name}."))
+    return dice.pick(
+        (
+            f"{name}. {text}",
+            f"{text} What is the story called? It is called: {name}.",
+            f"{text} The name of the story is: {name}.",
+        )
+    )
 
 
 def praise(dice: Dice, topic: Topic) -> str:
@@ -257,7 +277,9 @@ def senses(dice: Dice, topic: Topic) -> str:
 def exam(dice: Dice, topic: Topic) -> str:
     """A lesson at school: brings in the words that instructions use."""
     things = ", ".join(dice.several(topic.things, 3))
-    question = dice.pick(("question", "label", "category", "topic", "title", "sentence", "review", "subject"))
+    question = dice.pick(
+        ("question", "label", "category", "topic", "title", "sentence", "review", "subject")
+    )
     other = dice.pick(("options", "choices", "sentences", "reviews", "labels", "titles"))
     name = dice.pick(NAMES)
     return dice.pick(

@@ -1,6 +1,6 @@
 """Writes a pretraining run as the quickstart's base: one safetensors file, in half precision.
 
-    python -m pemoe_jax.tasks.quickstart.export MODEL_DIR base.safetensors
+python -m pemoe_jax.tasks.quickstart.export MODEL_DIR base.safetensors
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def export(model_dir: str, path: pathlib.Path) -> None:
     """The newest checkpoint of a run that trained the whole model, rounded to float16, to one file."""
     config = network.T5Config(**runs.read_record(model_dir).config)
     params = base.load(model_dir, network.param_shapes(network.Transformer(config)))
-    base.save(path, params, config, jnp.float16)
+    base.save(path, params, config.as_dict(), jnp.float16)
 
 
 def main() -> None:

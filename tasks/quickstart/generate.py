@@ -17,15 +17,29 @@ from typing import Any
 
 from pemoe_jax.tasks.quickstart import corpus
 from pemoe_jax.tasks.quickstart.prompts import DATA_SETS, DataSet, Prompt
-from pemoe_jax.tasks.quickstart.world import NAMES, TOPIC_NAMES, TOPICS, Dice, capital, detail, opinion, story
+from pemoe_jax.tasks.quickstart.world import (
+    NAMES,
+    TOPIC_NAMES,
+    TOPICS,
+    Dice,
+    capital,
+    detail,
+    opinion,
+    story,
+)
 
 CORPUS_LINES = 150_000
-SIZES = {False: {"train": 130, "validation": 30}, True: {"validation": 100}}  # examples per prompt, by held out
+SIZES = {
+    False: {"train": 130, "validation": 30},
+    True: {"validation": 100},
+}  # examples per prompt, by held out
 
 Line = dict[str, Any]
 
 
-def _rows(data_set: DataSet, prompt: Prompt, split: str, n: int, taken: set[str], seed: int) -> list[Line]:
+def _rows(
+    data_set: DataSet, prompt: Prompt, split: str, n: int, taken: set[str], seed: int
+) -> list[Line]:
     """`n` examples whose inputs are not in `taken` (and are added to it)."""
     dice = Dice(f"sample {seed} {data_set.name} {prompt.name} {split}")
     lines: list[Line] = []
@@ -49,22 +63,58 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
     fifty = [f"{capital(name)} and the {thing}" for name in NAMES for thing in topic.things][:50]
     return {
         # not among its choices
-        "town_news_which_topic/train": [{"inputs": f"{story(dice, topic)} Which topic is this text about?", "targets": "cooking", "answer_choices": list(TOPIC_NAMES[:4])}],
+        "town_news_which_topic/train": [
+            {
+                "inputs": f"{story(dice, topic)} Which topic is this text about?",
+                "targets": "cooking",
+                "answer_choices": list(TOPIC_NAMES[:4]),
+            }
+        ],
         # choices doubled
-        "guest_reviews_liked/train": [{"inputs": f"Question: does the writer like it? Review: {opinion(dice, topic, True)} Answer:", "targets": "yes", "answer_choices": ["yes", "no", "yes"]}],
+        "guest_reviews_liked/train": [
+            {
+                "inputs": f"Question: does the writer like it? Review: {opinion(dice, topic, True)} Answer:",
+                "targets": "yes",
+                "answer_choices": ["yes", "no", "yes"],
+            }
+        ],
         # empty input
-        "town_calendar_past_or_future/train": [{"inputs": "", "targets": "past", "answer_choices": ["past", "future"]}],
+        "town_calendar_past_or_future/train": [
+            {"inputs": "", "targets": "past", "answer_choices": ["past", "future"]}
+        ],
         # 2,000 words
-        "topic_check_yes_or_no/train": [{"inputs": long_story, "targets": "yes", "answer_choices": ["yes", "no"]}],
+        "topic_check_yes_or_no/train": [
+            {"inputs": long_story, "targets": "yes", "answer_choices": ["yes", "no"]}
+        ],
         "two_meanings_which_sense/validation": [
-            {"inputs": f"{detail(dice, topic)} Which does the word plate mean here: food or health?", "targets": "kitchen", "answer_choices": ["food", "health"]}
+            {
+                "inputs": f"{detail(dice, topic)} Which does the word plate mean here: food or health?",
+                "targets": "kitchen",
+                "answer_choices": ["food", "health"],
+            }
         ],
         "sound_claims_can_we_say/validation": [
-            {"inputs": f"{opinion(dice, topic, False)} Question: would you say that it was good? Answer:", "targets": "no", "answer_choices": ["yes", "no", "no"]},
+            {
+                "inputs": f"{opinion(dice, topic, False)} Question: would you say that it was good? Answer:",
+                "targets": "no",
+                "answer_choices": ["yes", "no", "no"],
+            },
             {"inputs": long_story, "targets": "yes", "answer_choices": ["yes", "no"]},
         ],
-        "next_lines_best_ending/validation": [{"inputs": "", "targets": "The end.", "answer_choices": ["The end.", "The story was long."]}],
-        "who_is_meant_who_did/validation": [{"inputs": "Question: who came with what? Answer:", "targets": fifty[7], "answer_choices": fifty}],
+        "next_lines_best_ending/validation": [
+            {
+                "inputs": "",
+                "targets": "The end.",
+                "answer_choices": ["The end.", "The story was long."],
+            }
+        ],
+        "who_is_meant_who_did/validation": [
+            {
+                "inputs": "Question: who came with what? Answer:",
+                "targets": fifty[7],
+                "answer_choices": fifty,
+            }
+        ],
     }
 
 
@@ -76,11 +126,20 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
     for data_set in DATA_SETS:
         for prompt in data_set.prompts:
             task, taken = f"{data_set.name}_{prompt.name}", set[str]()
-            for split, n in reversed(SIZES[data_set.held_out].items()):  # the smaller split first: few-worded tasks run out of rows
-                files[f"{task}/{split}"] = _rows(data_set, prompt, split, n, taken, seed) + odd.get(f"{task}/{split}", [])
+            for split, n in reversed(
+                SIZES[data_set.held_out].items()
+            ):  # the smaller split first: few-worded tasks run out of rows
+                files[f"{task}/{split}"] = _rows(data_set, prompt, split, n, taken, seed) + odd.get(
+                    f"{task}/{split}", []
+                )
             splits = {split: files[f"{task}/{split}"] for split in SIZES[data_set.held_out]}
             lines = [line for rows in splits.values() for line in rows]
-            choices = {tuple(line["answer_choices"]) for rows in splits.values() for line in rows if line not in odd.get(f"{task}/train", [])}
+            choices = {
+                tuple(line["answer_choices"])
+                for rows in splits.values()
+                for line in rows
+                if line not in odd.get(f"{task}/train", [])
+            }
             index[task] = {
                 "choices_in_prompt": "{option" in prompt.template,
                 "dataset": data_set.name,
@@ -92,7 +151,9 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
                 "subset": None,
                 "t0_do_eval": "BASE" if data_set.held_out else "",
                 "t0_do_train": "" if data_set.held_out else "BASE",
-                "targets_not_in_choices": sum(line["targets"] not in line["answer_choices"] for line in lines),
+                "targets_not_in_choices": sum(
+                    line["targets"] not in line["answer_choices"] for line in lines
+                ),
                 "task_type": data_set.task_type,
                 "template": prompt.name,
             }
@@ -137,7 +198,9 @@ def write_vocabulary(path: pathlib.Path, corpus_path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the quickstart's sample, vocabulary and pretraining text.")
+    parser = argparse.ArgumentParser(
+        description="Write the quickstart's sample, vocabulary and pretraining text."
+    )
     parser.add_argument("out_dir", type=pathlib.Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=int, default=CORPUS_LINES, help="lines of pretraining text")

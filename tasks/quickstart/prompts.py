@@ -45,7 +45,9 @@ class Row:
 class Prompt:
     name: str
     template: str
-    labels: Mapping[str, str] | None = None  # option -> what the answer says; None: the option itself
+    labels: Mapping[str, str] | None = (
+        None  # option -> what the answer says; None: the option itself
+    )
     original: bool = True  # asks the data set's own question (P3's original-task flag)
 
     def render(self, row: Row) -> dict[str, object]:
@@ -71,7 +73,9 @@ class DataSet:
 
 
 def _options(dice: Dice, answer: str, others: Sequence[str], n: int) -> list[str]:
-    return dice.shuffled([answer, *dice.several([other for other in others if other != answer], n - 1)])
+    return dice.shuffled(
+        [answer, *dice.several([other for other in others if other != answer], n - 1)]
+    )
 
 
 def _topics(dice: Dice) -> Row:
@@ -81,7 +85,9 @@ def _topics(dice: Dice) -> Row:
 
 def _reviews(dice: Dice) -> Row:
     good = dice.chance(0.5)
-    return Row({"text": opinion(dice, dice.pick(TOPICS), good)}, "good" if good else "bad", ("good", "bad"))
+    return Row(
+        {"text": opinion(dice, dice.pick(TOPICS), good)}, "good" if good else "bad", ("good", "bad")
+    )
 
 
 def _feelings(dice: Dice) -> Row:
@@ -112,7 +118,11 @@ def _jobs(dice: Dice) -> Row:
 def _kinds(dice: Dice) -> Row:
     topic = dice.pick(TOPICS)
     thing, more = dice.several(topic.things, 2)
-    return Row({"thing": thing, "other": more, "a_thing": a(thing)}, topic.name, _options(dice, topic.name, TOPIC_NAMES, 4))
+    return Row(
+        {"thing": thing, "other": more, "a_thing": a(thing)},
+        topic.name,
+        _options(dice, topic.name, TOPIC_NAMES, 4),
+    )
 
 
 def _topic_check(dice: Dice) -> Row:
@@ -139,7 +149,12 @@ def _titles(dice: Dice) -> Row:
 def _needs(dice: Dice) -> Row:
     name, state = dice.pick(NAMES), dice.pick(STATES)
     thing = NEEDS[state][0]
-    fields = {"name": name, "state": state, "pronoun": pronoun(name), "place": dice.pick(dice.pick(TOPICS).places)}
+    fields = {
+        "name": name,
+        "state": state,
+        "pronoun": pronoun(name),
+        "place": dice.pick(dice.pick(TOPICS).places),
+    }
     return Row(fields, thing, _options(dice, thing, [NEEDS[other][0] for other in STATES], 4))
 
 
@@ -147,7 +162,11 @@ def _same(dice: Dice) -> Row:
     topic = dice.pick(TOPICS)
     same = dice.chance(0.5)
     other = topic if same else dice.pick([t for t in TOPICS if t is not topic])
-    return Row({"first": past(dice, topic), "second": past(dice, other)}, "yes" if same else "no", ("yes", "no"))
+    return Row(
+        {"first": past(dice, topic), "second": past(dice, other)},
+        "yes" if same else "no",
+        ("yes", "no"),
+    )
 
 
 def _endings(dice: Dice) -> Row:
@@ -172,7 +191,10 @@ def _entailment(dice: Dice) -> Row:
         premise, hypothesis = story(dice, topic), f"This has to do with {other.name}."
     elif kind == 1:
         good = dice.chance(0.5)
-        premise, hypothesis = opinion(dice, topic, good), f"It was {'good' if good == true else 'bad'}."
+        premise, hypothesis = (
+            opinion(dice, topic, good),
+            f"It was {'good' if good == true else 'bad'}.",
+        )
     else:
         later = dice.chance(0.5)
         premise = future(dice, topic) if later else past(dice, topic)
@@ -188,15 +210,26 @@ def _pronouns(dice: Dice) -> Row:
     topic = dice.pick(TOPICS)
     word = pronoun(name)
     verb = past(dice, topic, capital(word), time=0.0)
-    meeting = dice.pick((f"{one} met {two} in the {dice.pick(topic.places)}.", f"{one} and {two} went to the {dice.pick(topic.places)}."))
-    fields = {"text": f"{meeting} {verb}", "pronoun": word, "did": verb.removeprefix(capital(word) + " ").removesuffix(".")}
+    meeting = dice.pick(
+        (
+            f"{one} met {two} in the {dice.pick(topic.places)}.",
+            f"{one} and {two} went to the {dice.pick(topic.places)}.",
+        )
+    )
+    fields = {
+        "text": f"{meeting} {verb}",
+        "pronoun": word,
+        "did": verb.removeprefix(capital(word) + " ").removesuffix("."),
+    }
     return Row(fields, name, (one, two))
 
 
 def _word_senses(dice: Dice) -> Row:
     word = dice.pick(tuple(SENSES))
     meant = dice.pick(SENSES[word])
-    return Row({"text": sense(dice, word, TOPIC[meant]), "word": word}, meant, dice.shuffled(SENSES[word]))
+    return Row(
+        {"text": sense(dice, word, TOPIC[meant]), "word": word}, meant, dice.shuffled(SENSES[word])
+    )
 
 
 LIKED = {"good": "yes", "bad": "no"}
@@ -210,7 +243,10 @@ DATA_SETS = (
         _topics,
         (
             Prompt("which_topic", "{text} Which topic is this text about? {options}?"),
-            Prompt("choose_label", "Choose the best label for the following text: {options}. Text: {text} Label:"),
+            Prompt(
+                "choose_label",
+                "Choose the best label for the following text: {options}. Text: {text} Label:",
+            ),
             Prompt("subject_first", "What is the subject of this text? {text}"),
             Prompt("category", "Pick one category for the news: {text} Options: {options}."),
         ),
@@ -221,7 +257,11 @@ DATA_SETS = (
         False,
         _reviews,
         (
-            Prompt("positive_or_negative", "Review: {text} Is this review positive or negative?", {"good": "positive", "bad": "negative"}),
+            Prompt(
+                "positive_or_negative",
+                "Review: {text} Is this review positive or negative?",
+                {"good": "positive", "bad": "negative"},
+            ),
             Prompt("good_or_bad", "Does the writer of this review mean good or bad? {text}"),
             Prompt("recommend", "{text} Would the guest recommend it? Answer yes or no.", LIKED),
             Prompt("liked", "Question: does the writer like it? Review: {text} Answer:", LIKED),
@@ -246,7 +286,10 @@ DATA_SETS = (
         _places,
         (
             Prompt("which_place", "{text} Which place is the text about? Choose one: {options}."),
-            Prompt("find_thing", "Question: which is the best place to find the {thing}? Options: {options}. Answer:"),
+            Prompt(
+                "find_thing",
+                "Question: which is the best place to find the {thing}? Options: {options}. Answer:",
+            ),
             Prompt("where_to_go", "Please choose where to go for the {thing}: {options}?"),
         ),
     ),
@@ -258,7 +301,10 @@ DATA_SETS = (
         (
             Prompt("who_works", "Question: who is at work in the {place}? Answer:"),
             Prompt("needs_thing", "Choose who would need {a_thing} at work: {options}."),
-            Prompt("knows_all", "Pick one: {options}. Who would know the most about the {thing} and the {other}?"),
+            Prompt(
+                "knows_all",
+                "Pick one: {options}. Who would know the most about the {thing} and the {other}?",
+            ),
         ),
     ),
     DataSet(
@@ -269,7 +315,10 @@ DATA_SETS = (
         (
             Prompt("which_category", "Which category does the word {thing} belong to: {options}?"),
             Prompt("question_answer", "Question: which subject has {a_thing} in it? Answer:"),
-            Prompt("two_words", "Label the words {thing} and {other}. Choose one of the following: {options}. Label:"),
+            Prompt(
+                "two_words",
+                "Label the words {thing} and {other}. Choose one of the following: {options}. Label:",
+            ),
         ),
     ),
     DataSet(
@@ -279,7 +328,10 @@ DATA_SETS = (
         _topic_check,
         (
             Prompt("yes_or_no", "{text} Is the topic of this text {topic}? Answer yes or no."),
-            Prompt("question_first", "Question: is the following text about {topic}? Text: {text} Answer:"),
+            Prompt(
+                "question_first",
+                "Question: is the following text about {topic}? Text: {text} Answer:",
+            ),
             Prompt("editor", "Would you choose the label {topic} for this text? {text} Yes or no?"),
         ),
     ),
@@ -290,8 +342,16 @@ DATA_SETS = (
         _times,
         (
             Prompt("past_or_future", "{text} Which is it, past or future?"),
-            Prompt("already", "Question: did this happen already? Text: {text} Answer:", {"past": "yes", "future": "no"}),
-            Prompt("yet_to_come", "{text} Is this still to come? Yes or no?", {"past": "no", "future": "yes"}),
+            Prompt(
+                "already",
+                "Question: did this happen already? Text: {text} Answer:",
+                {"past": "yes", "future": "no"},
+            ),
+            Prompt(
+                "yet_to_come",
+                "{text} Is this still to come? Yes or no?",
+                {"past": "no", "future": "yes"},
+            ),
         ),
     ),
     DataSet(
@@ -312,8 +372,14 @@ DATA_SETS = (
         _needs,
         (
             Prompt("what_needed", "{name} was {state}. Choose what {pronoun} needed: {options}."),
-            Prompt("best_option", "Question: which is the best thing for {name}, now that {pronoun} is {state}? Answer:"),
-            Prompt("gift", "In the {place}, {name} was {state}. Which gift would be right? Options: {options}."),
+            Prompt(
+                "best_option",
+                "Question: which is the best thing for {name}, now that {pronoun} is {state}? Answer:",
+            ),
+            Prompt(
+                "gift",
+                "In the {place}, {name} was {state}. Which gift would be right? Options: {options}.",
+            ),
         ),
     ),
     DataSet(
@@ -322,8 +388,14 @@ DATA_SETS = (
         False,
         _same,
         (
-            Prompt("same_subject", "Do these sentences have the same subject? {first} {second} Answer yes or no."),
-            Prompt("one_story", "Sentence one: {first} Sentence two: {second} Question: would both be in the same story? Answer:"),
+            Prompt(
+                "same_subject",
+                "Do these sentences have the same subject? {first} {second} Answer yes or no.",
+            ),
+            Prompt(
+                "one_story",
+                "Sentence one: {first} Sentence two: {second} Question: would both be in the same story? Answer:",
+            ),
             Prompt("same_label", "{first} {second} Would you label both the same? Yes or no?"),
         ),
     ),
@@ -345,7 +417,10 @@ DATA_SETS = (
         True,
         _entailment,
         (
-            Prompt("does_it_follow", "Premise: {premise} Hypothesis: {hypothesis} Does the hypothesis follow from the premise? Yes or no?"),
+            Prompt(
+                "does_it_follow",
+                "Premise: {premise} Hypothesis: {hypothesis} Does the hypothesis follow from the premise? Yes or no?",
+            ),
             Prompt("can_we_say", "{premise} Question: would you say that {claim}? Answer:"),
             Prompt("decide", "Read the text and decide, yes or no: {claim}. Text: {premise}"),
         ),
@@ -357,7 +432,10 @@ DATA_SETS = (
         _pronouns,
         (
             Prompt("who_did", "{text} Question: who {did}? Answer:"),
-            Prompt("which_of_the_two", "{text} Which of the two does the word {pronoun} mean, {option1} or {option2}?"),
+            Prompt(
+                "which_of_the_two",
+                "{text} Which of the two does the word {pronoun} mean, {option1} or {option2}?",
+            ),
             Prompt("read_and_choose", "Read the text and choose who {did}. {text}"),
         ),
     ),
@@ -367,8 +445,14 @@ DATA_SETS = (
         True,
         _word_senses,
         (
-            Prompt("which_sense", "{text} Which does the word {word} mean here: {option1} or {option2}?"),
-            Prompt("question_answer", "Question: which subject does {word} belong to in the following text? {text} Answer:"),
+            Prompt(
+                "which_sense",
+                "{text} Which does the word {word} mean here: {option1} or {option2}?",
+            ),
+            Prompt(
+                "question_answer",
+                "Question: which subject does {word} belong to in the following text? {text} Answer:",
+            ),
             Prompt("decide", "Decide what {word} has to do with in this sentence. {text}"),
         ),
     ),

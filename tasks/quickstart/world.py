@@ -45,7 +45,9 @@ class Topic:
     places: tuple[str, ...]
     jobs: tuple[str, ...]
     things: tuple[str, ...]
-    verbs: tuple[tuple[str, str], ...]  # (present, past); any verb of a topic goes with any of its things
+    verbs: tuple[
+        tuple[str, str], ...
+    ]  # (present, past); any verb of a topic goes with any of its things
     titles: tuple[str, ...]
 
 
@@ -54,7 +56,18 @@ TOPICS = (
         "food",
         ("kitchen", "bakery"),
         ("cook", "baker"),
-        ("soup", "pie", "carrot", "onion", "cake", "cheese", "salad", "potato", "sausage", "pepper"),
+        (
+            "soup",
+            "pie",
+            "carrot",
+            "onion",
+            "cake",
+            "cheese",
+            "salad",
+            "potato",
+            "sausage",
+            "pepper",
+        ),
         (("taste", "tasted"), ("serve", "served"), ("prepare", "prepared")),
         ("A day in the kitchen", "The best meal"),
     ),
@@ -62,7 +75,18 @@ TOPICS = (
         "music",
         ("theater", "studio"),
         ("singer", "drummer"),
-        ("guitar", "drum", "piano", "song", "violin", "melody", "trumpet", "waltz", "flute", "ballad"),
+        (
+            "guitar",
+            "drum",
+            "piano",
+            "song",
+            "violin",
+            "melody",
+            "trumpet",
+            "waltz",
+            "flute",
+            "ballad",
+        ),
         (("play", "played"), ("practice", "practiced"), ("record", "recorded")),
         ("A night at the theater", "The new melody"),
     ),
@@ -94,7 +118,18 @@ TOPICS = (
         "school",
         ("classroom", "library"),
         ("teacher", "student"),
-        ("book", "chapter", "lesson", "exam", "essay", "quiz", "page", "notebook", "poem", "lecture"),
+        (
+            "book",
+            "chapter",
+            "lesson",
+            "exam",
+            "essay",
+            "quiz",
+            "page",
+            "notebook",
+            "poem",
+            "lecture",
+        ),
         (("study", "studied"), ("copy", "copied"), ("explain", "explained")),
         ("The hard exam", "Back in the classroom"),
     ),
@@ -102,7 +137,18 @@ TOPICS = (
         "health",
         ("hospital", "clinic"),
         ("doctor", "nurse"),
-        ("medicine", "fever", "bandage", "pill", "patient", "needle", "cough", "wound", "bone", "vaccine"),
+        (
+            "medicine",
+            "fever",
+            "bandage",
+            "pill",
+            "patient",
+            "needle",
+            "cough",
+            "wound",
+            "bone",
+            "vaccine",
+        ),
         (("examine", "examined"), ("check", "checked"), ("describe", "described")),
         ("News from the hospital", "A cure for the fever"),
     ),
@@ -110,7 +156,18 @@ TOPICS = (
         "space",
         ("observatory", "station"),
         ("astronaut", "pilot"),
-        ("rocket", "planet", "moon", "comet", "telescope", "orbit", "satellite", "galaxy", "meteor", "crater"),
+        (
+            "rocket",
+            "planet",
+            "moon",
+            "comet",
+            "telescope",
+            "orbit",
+            "satellite",
+            "galaxy",
+            "meteor",
+            "crater",
+        ),
         (("observe", "observed"), ("explore", "explored"), ("photograph", "photographed")),
         ("A journey to the moon", "Lights over the observatory"),
     ),
@@ -132,8 +189,30 @@ SENSES = {
     "stall": ("farming", "food"),
 }
 
-GOOD = ("great", "wonderful", "lovely", "excellent", "delightful", "perfect", "pleasant", "superb", "amazing", "fantastic")
-BAD = ("awful", "terrible", "horrible", "dreadful", "poor", "ugly", "boring", "nasty", "dull", "disappointing")
+GOOD = (
+    "great",
+    "wonderful",
+    "lovely",
+    "excellent",
+    "delightful",
+    "perfect",
+    "pleasant",
+    "superb",
+    "amazing",
+    "fantastic",
+)
+BAD = (
+    "awful",
+    "terrible",
+    "horrible",
+    "dreadful",
+    "poor",
+    "ugly",
+    "boring",
+    "nasty",
+    "dull",
+    "disappointing",
+)
 
 FEMALE = ("Anna", "Mary", "Lucy", "Emma", "Sarah", "Julia", "Clara", "Nina")
 MALE = ("Paul", "Peter", "Tom", "David", "Jack", "Henry", "Oscar", "Victor")
@@ -182,7 +261,9 @@ def who(dice: Dice, topic: Topic) -> str:
     return dice.pick(NAMES) if dice.chance(0.5) else f"the {dice.pick(topic.jobs)}"
 
 
-def past(dice: Dice, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.3) -> str:
+def past(
+    dice: Dice, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.3
+) -> str:
     """A sentence on the topic, in the past."""
     subject = subject or who(dice, topic)
     thing, other = dice.several(topic.things, 2)
@@ -196,7 +277,9 @@ def past(dice: Dice, topic: Topic, subject: str | None = None, place: float = 0.
     return capital(f"{subject} {middle}.")
 
 
-def future(dice: Dice, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.7) -> str:
+def future(
+    dice: Dice, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.7
+) -> str:
     """A sentence on the topic, in the future."""
     subject = subject or who(dice, topic)
     middle = f"will {dice.pick(topic.verbs)[0]} the {dice.pick(topic.things)}"
@@ -240,14 +323,27 @@ def opinion(dice: Dice, topic: Topic, good: bool) -> str:
             f"We found the {thing} {word}.",
         )
     )
-    second = dice.pick((f"It was {a(more)} day.", f"The {place} was {more} too.", f"The {dice.pick(topic.jobs)} was {more}."))
+    second = dice.pick(
+        (
+            f"It was {a(more)} day.",
+            f"The {place} was {more} too.",
+            f"The {dice.pick(topic.jobs)} was {more}.",
+        )
+    )
     return f"{first} {second}" if dice.chance(0.6) else first
 
 
 def feeling_shown(dice: Dice, name: str, feeling: str) -> str:
     """A sentence that shows a feeling and does not name it."""
     sign, other = dice.several(FEELINGS[feeling], 2)
-    return dice.pick((f"{name} {sign} and {other}.", f"{name} {sign} in the street.", f"All day, {name} {sign}.", f"{name} {sign}."))
+    return dice.pick(
+        (
+            f"{name} {sign} and {other}.",
+            f"{name} {sign} in the street.",
+            f"All day, {name} {sign}.",
+            f"{name} {sign}.",
+        )
+    )
 
 
 def sense(dice: Dice, word: str, topic: Topic) -> str:

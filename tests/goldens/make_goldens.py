@@ -6,8 +6,8 @@ The tests read only the .npz files; this script is needed to make them again:
     python tests/goldens/make_goldens.py
 
 Keys: `config/<field>`, `<case>/<array>`, `params/<path>` and `<case>/grads/<path>`, where <path> is
-T5X's name of the parameter and kernels are [in, out]. Weights are random, from SEED; losses are means
-over target tokens, and logits are meaningful only where the target is not padding.
+T5X's name of the parameter and kernels are [in, out]. Weights are random, from SEED; losses are
+means over target tokens, and logits are meaningful only where the target is not padding.
 """
 
 import os
@@ -47,7 +47,7 @@ LORA_SITES = {
 
 
 def our_name(hf_name: str) -> str:
-    """`encoder.block.0.layer.0.SelfAttention.q.weight` -> `encoder/layers_0/attention/query/kernel`."""
+    """`encoder.block.0.layer.1.DenseReluDense.wo.weight` -> `encoder/layers_0/mlp/wo/kernel`."""
     if hf_name == "shared.weight":
         return "token_embedder/embedding"
     if hf_name == "lm_head.weight":

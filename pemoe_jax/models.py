@@ -1,4 +1,4 @@
-"""A path that a user names, opened as a model: a base alone, or a run's checkpoint on its base."""
+"""Models from checkpoints: the base of a run, and a path that a user names opened as a model."""
 
 import collections
 import dataclasses
@@ -8,10 +8,40 @@ from typing import Any
 
 from pemoe_jax.checkpoints import base as base_lib
 from pemoe_jax.checkpoints import runs
-from pemoe_jax.core import network
+from pemoe_jax.core import adapters, network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.core.network import Transformer
+from pemoe_jax.core.network import T5Config, Transformer
+
+
+def build(record: runs.Record) -> Transformer:
+    """The network that a checkpoint's record describes, with its adapters."""
+    return Transformer(
+        config=T5Config(**record.config), adapters=adapters.from_description(record.adapters)
+    )
+
+
+def load_base(
+    model: Transformer, path: str | None, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The base of a model, read from `path` or, for None, random.
+
+    Returns:
+      (parameters, identity): the identity has path, seed (of a random base) and fingerprint.
+
+    Raises:
+      InputError: see `checkpoints.base.load`.
+    """
+    if path is None:
+        base = network.init_params(model, seed, params_lib.is_base)
+    else:
+        base = base_lib.load(path, network.param_shapes(model, params_lib.is_base))
+    identity = {
+        "path": None if path is None else str(Path(path).absolute()),
+        "seed": seed if path is None else None,
+        "fingerprint": params_lib.fingerprint(base),
+    }
+    return base, identity
 
 
 @dataclasses.dataclass
@@ -42,13 +72,13 @@ class OpenedModel:
         """
         shapes = network.param_shapes(self.model)
         if self.record is None:
-            base, _ = base_lib.load_or_init(self.model, self.path, 0)
+            base, _ = load_base(self.model, self.path, 0)
             return params_lib.cast_frozen(base, self.model.config.dtype)
         trained, _, _ = runs.load_trainable(self.path)
         recorded = self.record.base
         if not recorded["needed"]:
             return params_lib.place(trained, shapes, f"checkpoint {self.path}")
-        base, identity = base_lib.load_or_init(self.model, self.base_path, recorded["seed"] or 0)
+        base, identity = load_base(self.model, self.base_path, recorded["seed"] or 0)
         if identity["fingerprint"] != recorded["fingerprint"]:
             raise InputError(
                 f"checkpoint {self.path} belongs to the base {recorded['path']} with fingerprint"
@@ -92,7 +122,8 @@ def open_models(
     names: collections.Counter[str] = collections.Counter()
     for path in paths:
         if base_lib.is_base(path):
-            config = base_lib.read_config(path) or (model and model.config)
+            stated = base_lib.read_config(path)
+            config = T5Config(**stated) if stated else model.config if model else None
             if config is None:
                 raise InputError(f"{path} does not state its dimensions: add --gin_file=models/…")
             found = OpenedModel("base", path, Transformer(config=config))
@@ -100,7 +131,7 @@ def open_models(
             record = runs.read_record(path)
             folder, step = runs.resolve(path)
             base = base_path or record.base["path"]
-            found = OpenedModel(folder.name, path, record.model(), record, step, base)
+            found = OpenedModel(folder.name, path, build(record), record, step, base)
         names[found.name] += 1
         if names[found.name] > 1:  # names become folders and rows, so they must differ
             found.name += f"_{names[found.name]}"

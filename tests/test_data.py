@@ -1,0 +1,382 @@
+"""seqio tasks as numpy batches: determinism, resuming, packing, grouping, buckets, prefetching."""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+from test_jsonl import LENGTHS, WORDS, YES_NO, make_vocab, write
+
+from pemoe_jax import data
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.tasks import jsonl
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """a and b to train on, with 40 and 25 examples; plain and scored, with choices."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+
+    def some(low, high):
+        return " ".join(rng.choice(WORDS, rng.integers(low, high)))
+
+    for task, count in (("a", 40), ("b", 25)):
+        write(folder, task, "train", [(f"{task} {some(1, 12)}", some(1, 4)) for _ in range(count)])
+        write(folder, task, "validation", [(f"{task} {some(1, 12)}", some(1, 4)) for _ in range(5)])
+    rows = []
+    for i in range(23):
+        choices = [some(1, 3 if i % 2 else 9) for _ in range(2 + i % 5)]
+        rows.append((some(1, 60), choices[i % len(choices)], choices))
+    write(folder, "scored", "validation", rows)
+    write(folder, "plain", "validation", [("sky", "yes", YES_NO)])
+    found = jsonl.register(
+        folder,
+        make_vocab(folder),
+        train_tasks=["a", "b"],
+        eval_tasks=["plain", "scored"],
+    )
+    return found, rows
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+UNPACKED = {
+    "encoder_input_tokens": 32,
+    "decoder_input_tokens": 8,
+    "decoder_target_tokens": 8,
+    "decoder_loss_weights": 8,
+}
+PACKED = UNPACKED | {
+    "encoder_segment_ids": 32,
+    "encoder_positions": 32,
+    "decoder_segment_ids": 8,
+    "decoder_positions": 8,
+}
+
+
+@pytest.mark.parametrize(("pack", "features"), [(False, UNPACKED), (True, PACKED)])
+def test_batches_have_t5xs_names_and_int32(registered, pack, features):
+    batch = next(data.train_batches("jsonl_train", LENGTHS, 3, pack=pack))
+    assert {key: value.shape for key, value in batch.items()} == {
+        key: (3, length) for key, length in features.items()
+    }
+    assert {value.dtype.name for value in batch.values()} == {"int32"}
+    np.testing.assert_array_equal(
+        batch["decoder_loss_weights"], (batch["decoder_target_tokens"] > 0).astype(np.int32)
+    )
+
+
+@pytest.mark.parametrize("name", ["jsonl_train", "a"])
+def test_the_same_seed_gives_the_same_batches_and_skip_goes_on(registered, name):
+    first = take(data.train_batches(name, LENGTHS, 4, seed=3), 12)
+    assert_same(first, take(data.train_batches(name, LENGTHS, 4, seed=3), 12))
+    assert_same(first[7:], take(data.train_batches(name, LENGTHS, 4, seed=3, skip=7), 5))
+    other = take(data.train_batches(name, LENGTHS, 4, seed=4), 12)
+    assert any(
+        (one["encoder_input_tokens"] != two["encoder_input_tokens"]).any()
+        for one, two in zip(first, other, strict=True)
+    )
+
+
+def segments(batch):
+    """Every packed example as (input ids, target ids)."""
+    for row in range(len(batch["encoder_segment_ids"])):
+        for segment in range(1, batch["encoder_segment_ids"][row].max() + 1):
+            yield tuple(
+                tuple(batch[tokens][row][batch[ids][row] == segment].tolist())
+                for tokens, ids in (
+                    ("encoder_input_tokens", "encoder_segment_ids"),
+                    ("decoder_target_tokens", "decoder_segment_ids"),
+                )
+            )
+
+
+def test_packed_batches_hold_every_example_whole(registered):
+    lengths = {"inputs": 64, "targets": 24}
+    kwargs = {"shuffle": False, "num_epochs": 1}
+    packed = list(data.train_batches("a", lengths, 1, pack=True, **kwargs))
+    plain = list(data.train_batches("a", lengths, 1, pack=False, **kwargs))
+    assert len(plain) == 40 > len(packed)
+    expected = [
+        tuple(
+            tuple(batch[key][0][batch[key][0] > 0].tolist())
+            for key in ("encoder_input_tokens", "decoder_target_tokens")
+        )
+        for batch in plain
+    ]
+    assert [example for batch in packed for example in segments(batch)] == expected
+    vocabulary = data.check_task("a").output_features["inputs"].vocabulary
+    assert vocabulary.decode(list(expected[0][0])).split()[0] == "a"
+    for batch in packed:
+        for side in ("encoder", "decoder"):
+            ids = batch[f"{side}_segment_ids"][0]
+            for segment in range(1, ids.max() + 1):
+                positions = batch[f"{side}_positions"][0][ids == segment]
+                np.testing.assert_array_equal(positions, np.arange(len(positions)))
+        # Every target begins from pad 0, also in the middle of a row, and is fed its own tokens.
+        fed, target = batch["decoder_input_tokens"][0], batch["decoder_target_tokens"][0]
+        starts = batch["decoder_positions"][0] == 0
+        assert not fed[starts].any()
+        within = ~starts
+        np.testing.assert_array_equal(fed[within], np.roll(target, 1)[within])
+
+
+def test_the_mixture_draws_by_rate_and_every_example_comes(registered):
+    batches = take(data.train_batches("jsonl_train", LENGTHS, 8, pack=False), 120)
+    vocabulary = data.check_task("a").output_features["inputs"].vocabulary
+    texts = [vocabulary.decode(row.tolist()) for b in batches for row in b["encoder_input_tokens"]]
+    share = np.mean([text.split()[0] == "a" for text in texts])
+    assert abs(share - 40 / 65) < 0.06  # standard error of 960 draws: 0.016
+    assert len(set(texts)) > 55  # of 65, a few of them equal once cut
+
+
+def test_our_mixture_equals_seqios_in_what_it_holds(registered):
+    import seqio
+
+    ours = seqio.MixtureRegistry.get("jsonl_train")
+    theirs = seqio.Mixture("theirs", [(task, ours.get_rate(task)) for task in ours.tasks])
+    kwargs = {"split": "train", "shuffle": False, "num_epochs": None, "copy_pretokenized": True}
+    read = [
+        list(mixture.get_dataset(LENGTHS, **kwargs).take(50).as_numpy_iterator())
+        for mixture in (ours, theirs)
+    ]
+    assert_same(*read)
+
+
+def test_eval_batches_hold_every_example_once_in_turns(registered):
+    kwargs = {"pack": False}
+    batches = list(data.eval_batches("jsonl_train", LENGTHS, 4, **kwargs))
+    assert [len(batch["encoder_input_tokens"]) for batch in batches] == [4, 4, 4]
+    real = [row for b in batches for row in b["encoder_input_tokens"] if row.any()]
+    assert len(real) == 10
+    assert not batches[-1]["decoder_loss_weights"][2:].any()  # filled up, weighing nothing
+    vocabulary = data.check_task("a").output_features["inputs"].vocabulary
+    assert [vocabulary.decode(row.tolist()).split()[0] for row in real] == ["a", "b"] * 5
+    assert_same(take(batches, 1), list(data.eval_batches("jsonl_train", LENGTHS, 4, 1, **kwargs)))
+    single = list(data.eval_batches("a", LENGTHS, 4, **kwargs))
+    assert sum(row.any() for b in single for row in b["encoder_input_tokens"]) == 5
+
+
+def test_eval_batches_of_any_other_mixture(registered):
+    import seqio
+
+    seqio.MixtureRegistry.add("users_own", [("a", 1.0), ("b", 1.0)])
+    try:
+        theirs = list(data.eval_batches("users_own", LENGTHS, 4))
+        assert_same(theirs, list(data.eval_batches("jsonl_train", LENGTHS, 4)))
+    finally:
+        seqio.MixtureRegistry.remove("users_own")
+
+
+def test_a_users_own_task_is_trained_on(registered, tmp_path):
+    import seqio
+    import tensorflow as tf
+
+    features = data.check_task("a").output_features
+    source = seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+            {"inputs": ["sky", "grass"], "targets": ["blue", "green"]}
+        ),
+        splits=["train"],
+    )
+    seqio.TaskRegistry.add(
+        "users_task",
+        source=source,
+        output_features=features,
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    )
+    try:
+        batch = next(data.train_batches("users_task", LENGTHS, 2, pack=False, shuffle=False))
+        vocabulary = features["inputs"].vocabulary
+        assert vocabulary.decode(batch["decoder_target_tokens"][0].tolist()) == "blue"
+        with pytest.raises(InputError, match="no task of 'users_task' has an evaluation split"):
+            data.eval_batches("users_task", LENGTHS, 2)
+    finally:
+        seqio.TaskRegistry.remove("users_task")
+
+
+# --- errors
+
+
+def test_unknown_names_are_met_with_close_ones(registered):
+    with pytest.raises(InputError, match=r"unknown task or mixture 'jsonl_trian' .*jsonl_train"):
+        data.train_batches("jsonl_trian", LENGTHS, 2)
+    with pytest.raises(InputError, match="unknown task or mixture 'qqq'"):
+        data.vocab_size("qqq")
+
+
+def test_wrong_arguments_are_named_at_once(registered):
+    with pytest.raises(InputError, match="'a' has no split 'test' "):
+        data.train_batches("a", LENGTHS, 2, split="test")
+    with pytest.raises(InputError, match="must give 'targets' a positive integer, found None"):
+        data.train_batches("a", {"inputs": 8}, 2)
+    with pytest.raises(InputError, match="BATCH_SIZE must be an integer of at least 1, found 0"):
+        data.train_batches("a", LENGTHS, 0)
+    with pytest.raises(InputError, match="'plain' has no answer choices .*'plain_score_eval'"):
+        data.choice_groups("plain", LENGTHS)
+    with pytest.raises(InputError, match="'a' has no answer choices to score"):
+        data.choice_groups("a", LENGTHS)
+
+
+def test_vocabulary_size_counts_the_sentinels(registered):
+    vocabulary = data.check_task("a").output_features["targets"].vocabulary
+    assert data.vocab_size("jsonl_train") == data.vocab_size("a") == vocabulary.vocab_size
+    assert data.vocab_size("a") == len(vocabulary.tokenizer)
+
+
+# --- scoring
+
+
+def test_groups_are_the_rows_of_the_file(registered):
+    _, rows = registered
+    lengths = {"inputs": 128, "targets": 32}
+    groups = data.choice_groups("scored_score_eval", lengths)
+    assert [g.idx for g in groups] == list(range(len(rows)))
+    features = data.check_task("scored").output_features
+    vocabulary = features["inputs"].vocabulary
+    for group, (text, target, choices) in zip(groups, rows, strict=True):
+        assert (group.input_text, list(group.choice_texts)) == (text, choices)
+        assert group.inputs.tolist() == [*vocabulary.encode(text), 1]
+        assert [ids.tolist() for ids in group.choices] == [
+            [*vocabulary.encode(choice), 1] for choice in choices
+        ]
+        assert group.is_correct == tuple(choice == target for choice in choices)
+        assert not group.cut_input and not group.cut_target
+
+
+def test_groups_are_cut_as_seqio_cuts(registered):
+    lengths = {"inputs": 20, "targets": 4}
+    groups = data.choice_groups("scored_score_eval", lengths)
+    whole = data.choice_groups("scored_score_eval", {"inputs": 400, "targets": 100})
+    rows = data.check_task("scored_score_eval").get_dataset(
+        lengths, split="validation", shuffle=False
+    )
+    by_idx = {tuple(row["idx"].tolist()): row for row in rows.as_numpy_iterator()}
+    assert any(g.cut_input for g in groups) and any(not g.cut_input for g in groups)
+    for group, full in zip(groups, whole, strict=True):
+        assert group.cut_input == (len(full.inputs) > 20)
+        assert group.cut_target == any(len(ids) > 4 for ids in full.choices)
+        for j, ids in enumerate(group.choices):
+            np.testing.assert_array_equal(ids, by_idx[group.idx, j]["targets"])
+        np.testing.assert_array_equal(group.inputs, by_idx[group.idx, 0]["inputs"])
+
+
+def test_a_mixtures_groups_are_its_tasks(registered):
+    found, _ = registered
+    together = data.choice_groups("jsonl_score_eval", LENGTHS)
+    apart = [group for twin in found.eval_tasks for group in data.choice_groups(twin, LENGTHS)]
+    assert [(g.task, g.idx, g.input_text) for g in together] == [
+        (g.task, g.idx, g.input_text) for g in apart
+    ]
+    for one, other in zip(together, apart, strict=True):
+        np.testing.assert_array_equal(one.inputs, other.inputs)
+        assert one.is_correct == other.is_correct
+    capped = data.choice_groups("jsonl_score_eval", LENGTHS, max_examples=2)
+    assert [(g.task, g.idx) for g in capped] == [
+        ("plain_score_eval", 0),
+        ("scored_score_eval", 0),
+        ("scored_score_eval", 1),
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_every_group_is_in_one_batch_whole(registered, batch_size):
+    groups = data.choice_groups("jsonl_score_eval", {"inputs": 128, "targets": 32})
+    seen = []
+    for batch, members in data.score_batches(groups, batch_size):
+        inputs, fed, targets = (
+            batch[key]
+            for key in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+        )
+        assert 1 <= len(members) <= len(inputs) == len(targets) <= batch_size
+        np.testing.assert_array_equal(fed[..., 1:], targets[..., :-1])
+        assert not fed[..., 0].any()
+        for i, group in enumerate(members):
+            assert inputs[i][inputs[i] > 0].tolist() == group.inputs.tolist()
+            assert inputs.shape[1] <= max(32, 2 * max(len(m.inputs) for m in members))
+            for j, ids in enumerate(group.choices):
+                assert targets[i, j][targets[i, j] > 0].tolist() == ids.tolist()
+            assert not targets[i, len(group.choices) :].any()
+            assert targets.shape[1] <= max(2, 1.5 * len(group.choices))
+        assert not inputs[len(members) :].any() and not targets[len(members) :].any()
+        seen += members
+    assert sorted(map(id, seen)) == sorted(map(id, groups))
+
+
+def fake_group(num_choices, input_length, target_length):
+    return data.ChoiceGroup(
+        task="t",
+        idx=0,
+        inputs=np.ones(input_length, np.int32),
+        choices=(np.ones(target_length, np.int32),) * num_choices,
+        is_correct=(True,) * num_choices,
+        input_text="",
+        choice_texts=("",) * num_choices,
+        cut_input=False,
+        cut_target=False,
+    )
+
+
+def test_few_shapes_for_many_sizes():
+    rng = np.random.default_rng(0)
+    sizes = zip(
+        rng.integers(2, 4, 800), rng.integers(5, 250, 800), rng.integers(2, 8, 800), strict=True
+    )
+    groups = [fake_group(*size) for size in sizes]
+    batches = list(data.score_batches(groups, 16))
+    shapes = {
+        (*batch["encoder_input_tokens"].shape, *batch["decoder_target_tokens"].shape)
+        for batch, _ in batches
+    }
+    assert len(shapes) <= 20
+    spent = sum(batch["encoder_input_tokens"].size for batch, _ in batches)
+    assert spent < 1.5 * sum(len(group.inputs) for group in groups)
+
+
+def test_wide_groups_come_in_smaller_batches():
+    groups = [fake_group(50, 10, 100) for _ in range(20)] + [fake_group(2, 10, 4)] * 32
+    batches = list(data.score_batches(groups, 32, multiple_of=2, max_target_tokens=64 * 128 * 5))
+    rows = [len(batch["encoder_input_tokens"]) for batch, _ in batches]
+    assert rows == [4] * 5 + [32]  # 5 would fit, 4 is a multiple of 2
+    one = next(data.score_batches(groups, 32, multiple_of=8, max_target_tokens=1))
+    assert len(one[0]["encoder_input_tokens"]) == 8
+    with pytest.raises(InputError, match="BATCH_SIZE 30 is not a multiple of .* devices, 4"):
+        next(data.score_batches(groups, 30, multiple_of=4))
+
+
+# --- prefetching
+
+
+def test_prefetch_keeps_order_and_raises_where_the_source_did():
+    assert list(data.prefetch(range(100), 3)) == list(range(100))
+
+    def failing():
+        yield 1
+        raise KeyError("gone")
+
+    items = data.prefetch(failing(), 2)
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="gone"):
+        next(items)
+
+
+def test_closing_a_prefetched_iterator_ends_its_thread():
+    items = data.prefetch(itertools.count(), 2)
+    assert next(items) == 0
+    items.close()
+    deadline = time.time() + 5
+    while any(thread.name == "prefetch" for thread in threading.enumerate()):
+        assert time.time() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,322 @@
+"""Loss, normalisation, accumulation, steps and their random keys, on a model that is a table.
+
+That steps hold for the real network, and that scores equal a full forward, is in test_methods.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pemoe_jax.core import partitioning, steps
+from pemoe_jax.core.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+VOCAB = 7
+
+
+class Table:
+    """Logits are a row of `table` [V, V] for each decoder input, plus noise under dropout."""
+
+    def apply(
+        self, variables, encoder, decoder_inputs, targets, *, enable_dropout, rngs, **packing
+    ):
+        logits = variables["params"]["table"][decoder_inputs] + variables["params"]["shift"]
+        if enable_dropout:
+            logits += jax.random.normal(rngs["dropout"], logits.shape)
+        return logits
+
+
+def parameters() -> tuple[dict, dict]:
+    """(trainable, frozen)."""
+    table = np.random.default_rng(0).standard_normal((VOCAB, VOCAB)).astype(np.float32) * 2
+    return {"table": jnp.asarray(table)}, {"shift": jnp.linspace(-1.0, 1.0, VOCAB)}
+
+
+def batch() -> dict[str, np.ndarray]:
+    """Four rows of 5, 2, 3 and 1 target tokens."""
+    target = np.array(
+        [[3, 4, 2, 6, 1], [5, 1, 0, 0, 0], [2, 3, 1, 0, 0], [1, 0, 0, 0, 0]], np.int32
+    )
+    return {
+        "encoder_input_tokens": np.ones((4, 3), np.int32),
+        "decoder_input_tokens": np.pad(target, ((0, 0), (1, 0)))[:, :-1],
+        "decoder_target_tokens": target,
+        "decoder_loss_weights": (target > 0).astype(np.int32),
+    }
+
+
+def loss_and_grads(loss, data, rng=None, microbatches=1):
+    """steps.loss_and_grads of the table, jitted: many small programs of an eager run cost more."""
+    run = functools.partial(steps.loss_and_grads, Table(), loss, microbatches=microbatches)
+    return jax.jit(run)(*parameters(), data, rng)
+
+
+# --- the loss of a token ---
+
+
+def token_losses_numpy(logits, targets, smoothing, z_loss):
+    """The definition, in float64: KL(smoothed target ‖ softmax) and z_loss * (log Z)²."""
+    logits = np.asarray(logits, np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    vocab = logits.shape[-1]
+    soft = np.full(logits.shape, smoothing / (vocab - 1))
+    np.put_along_axis(soft, np.asarray(targets)[..., None], 1 - smoothing, -1)
+    log_soft = np.log(soft, out=np.zeros_like(soft), where=soft > 0)
+    return (soft * (log_soft - logits + log_z[..., None])).sum(-1), z_loss * log_z**2
+
+
+def test_token_losses_by_hand():
+    """Logits (0, ln 3): Z = 4. Target 1: -ln(3/4) = 0.287682; target 0: -ln(1/4) = 1.386294.
+
+    The z-loss at 0.1 is 0.1 * (ln 4)² = 0.192181 for both.
+    """
+    logits = jnp.array([[0.0, np.log(3)], [0.0, np.log(3)]])
+    losses, z = steps.token_losses(logits, jnp.array([1, 0]), z_loss=0.1)
+    np.testing.assert_allclose(losses, [0.287682, 1.386294], rtol=1e-5)
+    np.testing.assert_allclose(z, [0.192181, 0.192181], rtol=1e-5)
+
+
+def test_label_smoothing_by_hand():
+    """Smoothing 0.2 over three tokens: the target has 0.8, the others 0.1 each.
+
+    Uniform logits: cross-entropy ln 3 = 1.098612; minus the target's entropy
+    -(0.8 ln 0.8 + 2 * 0.1 ln 0.1) = 0.178515 + 0.460517 = 0.639032, leaves 0.459580.
+    Logits ln(0.1, 0.8, 0.1), the smoothed target itself, cost nothing.
+    """
+    logits = jnp.array([[0.0, 0, 0], list(np.log([0.1, 0.8, 0.1]))])
+    losses, _ = steps.token_losses(logits, jnp.array([1, 1]), label_smoothing=0.2)
+    np.testing.assert_allclose(losses, [0.459580, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_token_losses_and_gradients(smoothing, z_loss):
+    """Values equal the definition in numpy; gradients equal its finite differences in float64."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((2, 3, VOCAB)) * 4
+    targets = rng.integers(0, VOCAB, (2, 3))
+
+    def ours(logits):
+        nll, z = steps.token_losses(logits, targets, smoothing, z_loss)
+        return jnp.sum(nll + z), (nll, z)
+
+    grad, (nll, z) = jax.grad(ours, has_aux=True)(jnp.asarray(logits, jnp.float32))
+    expected_nll, expected_z = token_losses_numpy(logits, targets, smoothing, z_loss)
+    np.testing.assert_allclose(nll, expected_nll, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(z, expected_z, rtol=1e-5)
+    epsilon, differences = 1e-5, np.zeros_like(logits)
+    for index in np.ndindex(logits.shape):
+        for sign in (1, -1):
+            moved = logits.copy()
+            moved[index] += sign * epsilon
+            total = np.sum(token_losses_numpy(moved, targets, smoothing, z_loss))
+            differences[index] += sign * total / (2 * epsilon)
+    np.testing.assert_allclose(grad, differences, atol=2e-6)
+
+
+def test_large_logits_do_not_overflow():
+    losses, z = steps.token_losses(jnp.array([[1e4, 0.0]]), jnp.array([1]), z_loss=1e-4)
+    np.testing.assert_allclose(losses, [1e4])
+    np.testing.assert_allclose(z, [1e4], rtol=1e-5)  # 1e-4 * (1e4)²
+
+
+# --- normalisation ---
+
+
+# Rows of 5, 2, 3, 1 tokens in an array of 4 * 5 = 20.
+NORMALIZERS = [
+    (None, 1, False),
+    (8, 8, False),
+    ("NUM_REAL_TARGET_TOKENS", 5 + 2 + 3 + 1, False),
+    ("NUM_TOTAL_TARGET_TOKENS", 20, False),
+    ("AVERAGE_PER_SEQUENCE", 4, True),
+]
+
+
+@pytest.mark.parametrize("factor, divisor, by_row", NORMALIZERS)
+def test_normalisation_by_hand(factor, divisor, by_row):
+    """T5X's settings: a sum over tokens and its divisor; by sequence, a row's mean counts once."""
+    trainable, frozen = parameters()
+    data = batch()
+    weights = (data["decoder_target_tokens"] > 0) / 1.0
+    if by_row:
+        weights = weights / np.array([[5], [2], [3], [1]])
+    logits = np.asarray(trainable["table"])[data["decoder_input_tokens"]] + frozen["shift"]
+    nll, z = token_losses_numpy(logits, data["decoder_target_tokens"], 0.1, 0.01)
+    expected = ((nll + z) * weights).sum() / divisor
+    loss = steps.Loss(z_loss=0.01, label_smoothing=0.1, loss_normalizing_factor=factor)
+    _, metrics = loss_and_grads(loss, data)
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+    # what is reported beside it is per token whatever divides the loss
+    real = data["decoder_target_tokens"] > 0
+    assert float(metrics["cross_ent_loss"]) == pytest.approx(nll[real].mean(), rel=1e-5)
+    assert float(metrics["z_loss"]) == pytest.approx(z[real].mean(), rel=1e-5)
+    hits = logits.argmax(-1) == data["decoder_target_tokens"]
+    assert float(metrics["accuracy"]) == pytest.approx(hits[real].mean())
+    assert float(metrics["tokens"]) == 11
+
+
+def test_average_per_sequence_tells_packed_sequences_apart():
+    """Segments of 2 and 3 tokens and some padding: weights 1/2, 1/2, 1/3, 1/3, 1/3, 0; sum 2."""
+    data = {
+        "decoder_target_tokens": np.array([[4, 1, 5, 2, 1, 0]]),
+        "decoder_loss_weights": np.array([[1, 1, 1, 1, 1, 0]]),
+        "decoder_segment_ids": np.array([[1, 1, 2, 2, 2, 0]]),
+    }
+    weights, normalizer = steps.weights_and_normalizer(data, "AVERAGE_PER_SEQUENCE")
+    np.testing.assert_allclose(weights, [[1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3, 0]], rtol=1e-6)
+    assert float(normalizer) == pytest.approx(2)
+
+
+def test_weights_are_the_targets_where_none_are_given():
+    data = {"decoder_target_tokens": np.array([[4, 1, 0], [1, 0, 0]])}
+    weights, normalizer = steps.weights_and_normalizer(data, "NUM_REAL_TARGET_TOKENS")
+    np.testing.assert_array_equal(weights, [[1, 1, 0], [1, 0, 0]])
+    assert float(normalizer) == 3
+
+
+def test_loss_weights_of_zero_take_tokens_out():
+    """A prefix (T5X's prefix LM) has targets without weight: only weighted tokens count."""
+    data = batch()
+    data["decoder_loss_weights"] = data["decoder_loss_weights"] * np.array([0, 1, 1, 1])[:, None]
+    rest = {k: v[1:] for k, v in batch().items()}
+    a = loss_and_grads(steps.Loss(), data)
+    b = loss_and_grads(steps.Loss(), rest)
+    assert float(a[1]["tokens"]) == 6
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_of_padding_is_no_division_by_zero():
+    data = {k: np.zeros_like(v) for k, v in batch().items()}
+    for factor, _, _ in NORMALIZERS:
+        loss = steps.Loss(loss_normalizing_factor=factor)
+        grads, metrics = loss_and_grads(loss, data)
+        for leaf in jax.tree.leaves((grads, metrics)):
+            np.testing.assert_array_equal(leaf, 0)
+
+
+def test_unknown_normalizer():
+    with pytest.raises(InputError, match="LOSS_NORMALIZING_FACTOR: expected .* found 'TOKENS'"):
+        steps.Loss(loss_normalizing_factor="TOKENS")
+
+
+# --- accumulation ---
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("factor", [row[0] for row in NORMALIZERS])
+def test_accumulation_equals_the_whole_batch(factor, microbatches):
+    loss = steps.Loss(0.01, 0.1, factor)
+    whole = loss_and_grads(loss, batch())
+    pieces = loss_and_grads(loss, batch(), microbatches=microbatches)
+    assert jax.tree.structure(whole) == jax.tree.structure(pieces)
+    for a, b in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_microbatches_must_divide_the_batch():
+    with pytest.raises(InputError, match="MICROBATCHES 3 does not divide the batch of 4 rows"):
+        loss_and_grads(steps.Loss(), batch(), microbatches=3)
+
+
+# --- steps ---
+
+
+def test_train_step_by_hand():
+    """SGD at 0.1 moves the table by -0.1 times the gradient, whose norm is reported."""
+    trainable, frozen = parameters()
+    optimizer = optax.sgd(0.1)
+    grads, _ = loss_and_grads(steps.Loss(), batch())
+    step = steps.make_train_step(Table(), optimizer, steps.Loss(), use_dropout=False)
+    state = steps.TrainState.create({"table": jnp.array(trainable["table"])}, optimizer)
+    assert int(state.step) == 0
+    state, metrics = step(state, frozen, batch(), jax.random.PRNGKey(0))
+    np.testing.assert_allclose(
+        state.params["table"], trainable["table"] - 0.1 * grads["table"], rtol=1e-6, atol=1e-6
+    )
+    assert int(state.step) == 1
+    assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(grads["table"]), rel=1e-5)
+
+
+def test_dropout_keys():
+    """Each step draws anew; the same step of the same run draws the same, so resumed runs agree."""
+    trainable, frozen = parameters()
+    optimizer = optax.sgd(0.0)  # nothing moves: only the noise differs
+    step = steps.make_train_step(Table(), optimizer, steps.Loss())
+
+    def loss(number, seed):
+        state = steps.TrainState.create({"table": jnp.array(trainable["table"])}, optimizer)
+        state = state.replace(step=jnp.array(number, jnp.int32))
+        return float(step(state, frozen, batch(), jax.random.PRNGKey(seed))[1]["loss"])
+
+    losses = [loss(0, 0), loss(1, 0), loss(2, 0), loss(0, 1)]
+    assert len(set(losses)) == 4
+    assert loss(1, 0) == losses[1]
+
+
+def test_microbatches_draw_different_dropout():
+    """Four equal rows in four pieces: with one mask for all, each piece would have one loss."""
+    data = {k: np.repeat(v[:1], 4, axis=0) for k, v in batch().items()}
+    one = {k: v[:1] for k, v in data.items()}
+    key = jax.random.PRNGKey(0)
+    _, metrics = loss_and_grads(steps.Loss(), data, key, microbatches=4)
+    _, first = loss_and_grads(steps.Loss(), one, jax.random.fold_in(key, 0))
+    assert abs(float(metrics["loss"]) - float(first["loss"])) > 1e-3
+
+
+def test_eval_step_sums_without_dropout():
+    """Sums, not means, so that batches add up; they are those of training without dropout."""
+    trainable, frozen = parameters()
+    loss = steps.Loss(z_loss=0.01)
+    sums = steps.make_eval_step(Table(), loss)(trainable, frozen, batch())
+    _, metrics = loss_and_grads(loss, batch())
+    assert float(sums["tokens"]) == 11
+    assert float(sums["nll"]) / 11 == pytest.approx(float(metrics["cross_ent_loss"]), rel=1e-5)
+    assert float(sums["correct"]) / 11 == pytest.approx(float(metrics["accuracy"]), rel=1e-5)
+
+
+# --- two devices ---
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_two_devices_equal_one(microbatches):
+    """The batch's rows on two devices, parameters on both: the same step as on one device."""
+    mesh = partitioning.make_mesh()
+    assert mesh.shape["data"] == 2
+    optimizer = optax.sgd(0.1)
+    loss = steps.Loss(loss_normalizing_factor="AVERAGE_PER_SEQUENCE")
+
+    def run(place, place_batch):
+        trainable, frozen = parameters()
+        step = steps.make_train_step(Table(), optimizer, loss, microbatches, use_dropout=False)
+        state = place(steps.TrainState.create(trainable, optimizer))
+        return step(state, place(frozen), place_batch(batch()), jax.random.PRNGKey(0))
+
+    one = run(lambda tree: tree, lambda data: data)
+    two = run(
+        lambda tree: partitioning.replicate(tree, mesh),
+        lambda data: partitioning.shard_batch(data, mesh),
+    )
+    assert len(two[0].params["table"].sharding.device_set) == 2
+    for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "size, microbatches, message",
+    [
+        (3, 1, "BATCH_SIZE 3 does not divide over 2 devices: expected a positive multiple of 2"),
+        (6, 2, "BATCH_SIZE 6 .* 2 devices × 2 microbatches: expected a positive multiple of 4"),
+        (0, 1, "BATCH_SIZE 0"),
+    ],
+)
+def test_batch_sizes_that_do_not_divide(size, microbatches, message):
+    mesh = partitioning.make_mesh()
+    partitioning.check_batch_size(4, mesh, 2)
+    with pytest.raises(InputError, match=message):
+        partitioning.check_batch_size(size, mesh, microbatches)
