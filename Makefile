@@ -11,10 +11,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m pemoe_jax.evaluate --gin_file=runs/quickstart_evaluate.gin
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-all: test
 	$(MAKE) test-slow

@@ -15,8 +15,11 @@ import functools
 import itertools
 import os
 import queue
+import re
+import sys
+import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,18 +35,51 @@ EVAL_SPLITS = ("validation", "val", "test")  # the first that exists is a task's
 unregistered: dict[str, str] = {}
 
 
+# What TensorFlow says of itself before its log level counts: oneDNN is on, there is no CUDA.
+_CHATTER = re.compile(rb"WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:")
+_stderr_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Withholds what is written to file descriptor 2 and then writes it, less the chatter.
+
+    Where the block raises, all of it is written. Descriptor 2 is the process's: what other threads
+    write comes late, but it comes.
+    """
+    with _stderr_lock, tempfile.TemporaryFile() as withheld:
+        stderr = os.dup(2)
+        os.dup2(withheld.fileno(), 2)
+        chatter = None
+        try:
+            yield
+            chatter = _CHATTER
+        finally:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+            os.dup2(stderr, 2)
+            withheld.seek(0)
+            for line in withheld:
+                if chatter is None or not chatter.match(line):
+                    os.write(stderr, line)
+            os.close(stderr)
+
+
 @functools.cache
 def import_seqio() -> Any:
-    """seqio (8 s at the first call), with GPUs hidden from the TensorFlow that comes with it."""
-    os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "3"
-    )  # else cuInit's failure is printed on every CPU machine
-    import tensorflow as tf
+    """seqio (8 s at the first call), with GPUs hidden from the TensorFlow that comes with it.
 
-    # Where the caller has started TensorFlow already, what it may see is the caller's business.
-    with contextlib.suppress(RuntimeError):
-        tf.config.set_visible_devices([], "GPU")
-    import seqio
+    Environment: TF_CPP_MIN_LOG_LEVEL=0 shows all that TensorFlow writes to stderr, as it comes.
+    """
+    # Below 3, cuInit's failure is printed on every CPU machine.
+    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with contextlib.nullcontext() if level == "0" else _without_chatter():
+        import tensorflow as tf
+
+        # Where the caller has started TensorFlow already, what it may see is the caller's business.
+        with contextlib.suppress(RuntimeError):
+            tf.config.set_visible_devices([], "GPU")
+        import seqio
 
     return seqio
 
@@ -403,7 +439,7 @@ def score_batches(
             yield batch, part
 
 
-def prefetch(iterator: Iterable[T], size: int = 2) -> Iterator[T]:
+def prefetch(iterator: Iterable[T], size: int = 2) -> Generator[T, None, None]:
     """The same items, made up to `size` ahead by a thread; its exceptions are raised here.
 
     Closing the returned generator ends the thread.

@@ -197,17 +197,22 @@ def _draw_routing(
     from pemoe_jax.reports import plots
 
     shown = _one_prompt_each({name: registered.datasets[name] for name in groups})
-    trained = {
-        f"{name}_score_eval": registered.datasets[name]
-        for name in registered.train_tasks
-        if name not in registered.no_eval_split and f"{name}_score_eval" in registered.datasets
-    }
-    seen = {name: read(name) for name in _one_prompt_each(trained)}
-    probs = routes.by_task(opened.model, params, {**seen, **{n: groups[n] for n in shown}})
+    trained = {name: registered.datasets[name] for name in registered.train_score_tasks}
+    seen = _one_prompt_each(trained)
+    probs = routes.by_task(
+        opened.model,
+        params,
+        {
+            **{name.removesuffix("_score_eval"): read(name) for name in seen},
+            **{name.removesuffix("_score_eval"): groups[name] for name in shown},
+        },
+    )
     if probs:
-        chosen = routes.last_decoder_block(probs, opened.model.config.num_decoder_layers)
         plots.routing_map(
-            chosen, png, seen=list(seen), title=f"Where tasks are routed: {opened.name}"
+            routes.last_decoder_block(probs, opened.model.config.num_decoder_layers),
+            png,
+            seen=[name.removesuffix("_score_eval") for name in seen],
+            title=f"Where tasks are routed: {opened.name}",
         )
 
 

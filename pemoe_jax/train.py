@@ -106,6 +106,7 @@ def train(
     import jax
 
     from pemoe_jax import data
+    from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import partitioning, steps
     from pemoe_jax.reports import plots
 
@@ -120,32 +121,31 @@ def train(
     print(_summary(state.params, frozen, record, registered, len(jax.devices())), flush=True)
 
     folder = Path(model_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    state, checkpoints = _restore(folder, state, record, keep_checkpoints)
-    state, frozen = partitioning.replicate((state, frozen), mesh)
-    first = int(state.step)
+    first = _step_to_go_on_from(folder, record)
     if first >= total_steps:
-        print(f"{model_dir} is at step {first}; TRAIN_STEPS is {total_steps}: nothing to do")
-        checkpoints.close()
+        print(f"{folder} is at step {first}; TRAIN_STEPS is {total_steps}: nothing to do")
         return
-    _write_config(folder)
-
-    batches = data.prefetch(
-        data.train_batches(
-            mixture_or_task_name,
-            task_feature_lengths,
-            batch_size,
-            seed=seed,
-            pack=pack,
-            skip=first,
-            use_cached=use_cached_tasks,
-        )
+    batches = data.train_batches(
+        mixture_or_task_name,
+        task_feature_lengths,
+        batch_size,
+        seed=seed,
+        pack=pack,
+        skip=first,
+        use_cached=use_cached_tasks,
     )
     evaluation: list[Any] = []
     if eval_period:
         evaluation = list(
             data.eval_batches(mixture_or_task_name, task_feature_lengths, batch_size, eval_batches)
         )
+    # nothing has been written so far, and what the user can have got wrong has been looked at
+    checkpoints = runs.RunCheckpoints(str(folder), keep_checkpoints)
+    if first:
+        state = checkpoints.restore(first, state)
+        print(f"resuming from {folder}/checkpoint_{first}")
+    _write_config(folder)
+    state, frozen = partitioning.replicate((state, frozen), mesh)
     loop = _Loop(
         train_step=steps.make_train_step(
             model, optimizer, loss, microbatches, model.config.dropout_rate > 0
@@ -163,7 +163,7 @@ def train(
         save_period=checkpoint_period,
     )
     try:
-        loop.run(state, frozen, batches)
+        loop.run(state, frozen, data.prefetch(batches))
     finally:
         checkpoints.close()
     plots.loss_curve(
@@ -239,30 +239,35 @@ def _summary(trainable: Any, frozen: Any, record: Any, registered: Any, devices:
     return "\n".join([text, *lines])
 
 
-def _restore(folder: Path, state: Any, record: Any, keep: int | None) -> Any:
-    """The newest checkpoint's state, if there is one; it must belong to this base and method."""
+def _step_to_go_on_from(folder: Path, record: "runs.Record") -> int:
+    """The newest checkpoint's step, 0 where there is none; it must be of this base and method."""
     from pemoe_jax.checkpoints import runs
 
-    checkpoints = runs.RunCheckpoints(str(folder), keep)
-    step = checkpoints.latest()
-    if step is None:
-        return state, checkpoints
+    saved = runs.saved_steps(folder)
+    if not saved:
+        return 0
     found = runs.read_record(str(folder))
-    expected = {"method": found.method, "adapters": found.adapters, "TRAINABLE": found.trainable}
-    given = {"method": record.method, "adapters": record.adapters, "TRAINABLE": record.trainable}
-    expected |= {f"T5Config.{k}": v for k, v in found.config.items() if k != "dropout_rate"}
-    given |= {f"T5Config.{k}": v for k, v in record.config.items() if k != "dropout_rate"}
-    if found.base["needed"]:
-        expected["base fingerprint"] = found.base["fingerprint"]
-        given["base fingerprint"] = record.base["fingerprint"]
-    for name, value in expected.items():
-        if given.get(name) != value:
+    before, now = (_identity(one, found.base["needed"]) for one in (found, record))
+    for name, value in before.items():
+        if now.get(name) != value:
             raise InputError(
                 f"{folder} holds a run with {name} {value!r}, expected the same to go on,"
-                f" found {given.get(name)!r}: choose another MODEL_DIR or mend the setting"
+                f" found {now.get(name)!r}: choose another MODEL_DIR or mend the setting"
             )
-    print(f"resuming from {folder}/checkpoint_{step}")
-    return checkpoints.restore(step, state), checkpoints
+    return saved[-1]
+
+
+def _identity(record: "runs.Record", with_base: bool) -> dict[str, Any]:
+    """What must not change from one part of a run to the next, by the names that users know."""
+    identity: dict[str, Any] = {
+        "method": record.method,
+        "adapters": record.adapters,
+        "TRAINABLE": record.trainable,
+        **{f"T5Config.{k}": v for k, v in record.config.items() if k != "dropout_rate"},
+    }
+    if with_base:
+        identity["base fingerprint"] = record.base["fingerprint"]
+    return identity
 
 
 def _write_config(folder: Path) -> None:

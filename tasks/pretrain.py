@@ -2,10 +2,10 @@
 
 `register(text_path, vocab_path)` makes, of a file with a text a line,
 
-- `pretrain_span_corruption`: spans of the line are cut out, each for a sentinel; the targets name sentinels and spans
-  (arXiv 1910.10683, section 3.1.4);
-- `pretrain_prefix_lm`: the line is cut in two; the second part is predicted from the first. Half of the cuts
-  lie before the last sentence, which is where a question has its answer.
+- `pretrain_span_corruption`: spans of the line are cut out, each for a sentinel; the targets name
+  sentinels and spans (arXiv 1910.10683, section 3.1.4);
+- `pretrain_prefix_lm`: the line is cut in two, and the second part is predicted from the first.
+  Half of the cuts lie before the last sentence, which is where a question has its answer.
 
 Each line is an example of its own, and where it is cut is drawn anew every time it is read.
 """
@@ -30,7 +30,7 @@ SENTENCE_ENDS = (".", "?", "!", ":")
 
 def _lengths(total: int, parts: int, rng: np.random.Generator) -> list[int]:
     """`parts` positive numbers that sum to `total`, all such ways equally likely."""
-    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1 if parts > 1 else []
+    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff([0, *cuts, total]).astype(int).tolist()
 
 
@@ -47,8 +47,8 @@ def span_corruption(
       ids: a text of at least two tokens, without EOS.
       rng: where the draws come from.
       first_sentinel: id of the first sentinel; the next ones count down from it.
-      noise_density: share of the tokens that is cut out. T5 has 0.15 and spans of 3, on texts of 512 tokens; of a sentence that
-        would leave one span to learn from.
+      noise_density: share of the tokens that is cut out. T5 has 0.15 and spans of 3, on 512
+        tokens; of a sentence that would leave one span to learn from.
       mean_span_length: in tokens.
 
     Returns:
@@ -81,8 +81,9 @@ def prefix_lm(
       ids: a text of at least two tokens, without EOS.
       rng: where the draws come from.
       sentence_ends: ids of full stops and the like.
-      at_last_end: probability of a cut before the last sentence (so that it answers the ones before).
-      at_an_end: probability of a cut after any sentence. Otherwise, or where there is one sentence only, anywhere.
+      at_last_end: probability of a cut before the last sentence (it answers the ones before).
+      at_an_end: probability of a cut after any sentence. Otherwise, or where there is one sentence
+        only, anywhere.
 
     Returns:
       (inputs, targets), neither empty, without EOS.
@@ -101,7 +102,7 @@ def prefix_lm(
 def _preprocessor(
     cut: Callable[[Sequence[int], np.random.Generator], tuple[list[int], list[int]]],
 ) -> Callable[..., Any]:
-    """A seqio preprocessor: `targets` of token ids -> `inputs` and `targets`; the draws follow seqio's seed."""
+    """A seqio preprocessor: ids in `targets` -> `inputs`, `targets`; draws follow seqio's seed."""
     seqio = data.import_seqio()
     import tensorflow as tf
 
@@ -141,7 +142,8 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
     path = pathlib.Path(text_path).expanduser().absolute()
     if not path.is_file():
         raise InputError(
-            f"TEXT_PATH {path}: no such file (the quickstart's is written by pemoe_jax.tasks.quickstart.generate)"
+            f"TEXT_PATH {path}: no such file"
+            " (pemoe_jax.tasks.quickstart.generate writes the quickstart's)"
         )
     vocabulary = jsonl.vocabulary(vocab_path)
     # .encode and not piece_to_id: a mark at a word's end may be a piece of its own or not

@@ -37,7 +37,7 @@ def test_ia3_scales_each_head_by_its_own_vector():
 
 
 def test_mov_by_hand():
-    """The router reads y = (1, 2), kernel [[ln 3, 0], [0, 0]]: exp(logits) = (3, 1), p = (3, 1) / 4.
+    """The router reads y = (1, 2), kernel [[ln 3, 0], [0, 0]]: exp(logits) = (3, 1), p = (3, 1)/4.
 
     l = (2, 4) and (6, 0): mixed = (3/4 * 2 + 1/4 * 6, 3/4 * 4) = (3, 3); y * mixed = (3, 6).
     """

@@ -1,6 +1,10 @@
 """seqio tasks as numpy batches: determinism, resuming, packing, grouping, buckets, prefetching."""
 
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 
@@ -105,9 +109,10 @@ def segments(batch):
 
 def test_packed_batches_hold_every_example_whole(registered):
     lengths = {"inputs": 64, "targets": 24}
-    kwargs = {"shuffle": False, "num_epochs": 1}
-    packed = list(data.train_batches("a", lengths, 1, pack=True, **kwargs))
-    plain = list(data.train_batches("a", lengths, 1, pack=False, **kwargs))
+    packed, plain = (
+        list(data.train_batches("a", lengths, 1, pack=pack, shuffle=False, num_epochs=1))
+        for pack in (True, False)
+    )
     assert len(plain) == 40 > len(packed)
     expected = [
         tuple(
@@ -156,16 +161,15 @@ def test_our_mixture_equals_seqios_in_what_it_holds(registered):
 
 
 def test_eval_batches_hold_every_example_once_in_turns(registered):
-    kwargs = {"pack": False}
-    batches = list(data.eval_batches("jsonl_train", LENGTHS, 4, **kwargs))
+    batches = list(data.eval_batches("jsonl_train", LENGTHS, 4, pack=False))
     assert [len(batch["encoder_input_tokens"]) for batch in batches] == [4, 4, 4]
     real = [row for b in batches for row in b["encoder_input_tokens"] if row.any()]
     assert len(real) == 10
     assert not batches[-1]["decoder_loss_weights"][2:].any()  # filled up, weighing nothing
     vocabulary = data.check_task("a").output_features["inputs"].vocabulary
     assert [vocabulary.decode(row.tolist()).split()[0] for row in real] == ["a", "b"] * 5
-    assert_same(take(batches, 1), list(data.eval_batches("jsonl_train", LENGTHS, 4, 1, **kwargs)))
-    single = list(data.eval_batches("a", LENGTHS, 4, **kwargs))
+    assert_same(take(batches, 1), list(data.eval_batches("jsonl_train", LENGTHS, 4, 1, pack=False)))
+    single = list(data.eval_batches("a", LENGTHS, 4, pack=False))
     assert sum(row.any() for b in single for row in b["encoder_input_tokens"]) == 5
 
 
@@ -205,6 +209,65 @@ def test_a_users_own_task_is_trained_on(registered, tmp_path):
             data.eval_batches("users_task", LENGTHS, 2)
     finally:
         seqio.TaskRegistry.remove("users_task")
+
+
+# --- importing seqio
+
+
+def import_seqio(folder=None, then="", **variables):
+    """import_seqio() in a process of its own, with the modules in `folder` before all others."""
+    path = [str(pathlib.Path(data.__file__).parent.parent), *([str(folder)] if folder else [])]
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    environment |= {"PYTHONPATH": os.pathsep.join(reversed(path))} | variables
+    command = f"from pemoe_jax import data; data.import_seqio(); {then}"
+    return subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True
+    )
+
+
+def test_importing_seqio_says_nothing():
+    then = "import tensorflow as tf, tensorflow_text, os; print(tf.constant(1) + 1)"
+    done = import_seqio(then=then + "; os.write(2, b'after')")
+    assert (done.returncode, done.stderr) == (0, "after")
+
+
+CHATTER = "I0000 00:00:1795314241.148746   29132 port.cc:153] oneDNN custom operations are on."
+FAKE = f"""
+import os, types
+os.write(2, b"{CHATTER}\\n")
+os.write(2, b"from another thread\\n")
+config = types.SimpleNamespace(set_visible_devices=lambda *_: None)
+"""
+
+
+def test_only_chatter_is_kept_from_stderr(tmp_path):
+    (tmp_path / "tensorflow.py").write_text(FAKE)
+    (tmp_path / "seqio.py").write_text("")
+    done = import_seqio(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "from another thread\n")
+    assert CHATTER in import_seqio(tmp_path, TF_CPP_MIN_LOG_LEVEL="0").stderr
+
+
+def test_what_a_failing_import_says_is_not_lost(tmp_path):
+    (tmp_path / "tensorflow.py").write_text(FAKE)
+    (tmp_path / "seqio.py").write_text("raise ImportError('a library is missing')")
+    done = import_seqio(tmp_path)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[:2] == [CHATTER, "from another thread"]
+    assert lines[-1] == "ImportError: a library is missing"
+
+
+def test_threads_may_import_seqio_at_once(tmp_path):
+    (tmp_path / "tensorflow.py").write_text(FAKE + "import time; time.sleep(0.2)")
+    (tmp_path / "seqio.py").write_text("")
+    then = """
+import os, threading
+data.import_seqio.cache_clear()
+threads = [threading.Thread(target=data.import_seqio.__wrapped__) for _ in range(4)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+os.write(2, b"after")"""
+    assert import_seqio(tmp_path, then=then).stderr == "from another thread\nafter"
 
 
 # --- errors

@@ -224,6 +224,36 @@ def test_patterns_override_roles(folder, vocab):
     assert jsonl.register(folder, vocab, eval_tasks=[]).eval_tasks == []
 
 
+def test_training_tasks_are_scored_in_a_mixture_of_their_own(folder, vocab):
+    index(
+        folder,
+        nli_a=role("nli", "BASE"),
+        nli_b=role("rte", "", "BASE"),
+        colour_say=role("colour", "BASE"),  # no choices
+        colour_ask=role("colour", "BASE"),
+        free=role("free", "BASE"),
+    )
+    write(folder, "free", "train", [("what was it", "good", ["good", "bad"])])  # nowhere to score
+    found = jsonl.register(folder, vocab)
+    assert found.eval_tasks == ["nli_b_score_eval"]
+    assert found.train_score_tasks == ["nli_a_score_eval"]
+    assert found.held_out == ["rte"]
+    assert data.subtasks("jsonl_train_score_eval") == ["nli_a_score_eval"]
+    assert [g.task for g in data.choice_groups("jsonl_train_score_eval", LENGTHS)] == [
+        "nli_a_score_eval",
+        "nli_a_score_eval",
+    ]
+    lines = found.lines()
+    assert "scoring: 1 tasks of 1 data sets, 2 examples (jsonl_score_eval): rte" in lines
+    line = "scoring of training tasks: 1 tasks of 1 data sets, 2 examples"
+    assert f"{line} (jsonl_train_score_eval): nli" in lines
+    found = jsonl.register(folder, vocab, train_tasks=["colour_*"])
+    assert found.train_score_tasks == []
+    assert not any("scoring of training tasks" in line for line in found.lines())
+    with pytest.raises(InputError, match="no task to train on that has answer choices and an eval"):
+        data.check_task("jsonl_train_score_eval")
+
+
 def test_evaluation_split_is_the_first_of_three(tmp_path, vocab):
     for task, splits in {"a": ["test", "val"], "b": ["test"], "c": ["validation", "val"]}.items():
         for split in ["train", *splits]:
@@ -485,6 +515,23 @@ def test_use_reads_only_what_is_used(folder, vocab):
     found = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval",))
     assert set(found.examples) == {"nli_a_score_eval"}
     assert "free/train.jsonl:2: not JSON" in error(folder, vocab, eval_tasks=["nli_a"])
+    found = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval", "train_eval"))
+    assert set(found.examples) == {"nli_a_score_eval", "nli_b_score_eval"}
+    path = folder / "nli_b" / "test.jsonl"
+    path.write_text(path.read_text() + "nonsense\n")
+    jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval",))
+    message = error(folder, vocab, eval_tasks=["nli_a"], use=("train_eval",))
+    assert message.startswith(f"{path}:3: not JSON")
+    for wrong in ("train_eval", ["test"]):
+        message = error(folder, vocab, use=wrong)
+        assert message.startswith("use must be a list of 'train', 'eval', 'train_eval', found")
+
+
+def test_a_file_both_trained_on_and_scored_is_counted_once(tmp_path, vocab):
+    for split in ("train", "validation"):
+        write(tmp_path, "t", split, [("sky", "red", YES_NO)])
+    found = jsonl.register(tmp_path, vocab, train_tasks=["t"], eval_tasks=["t"])
+    assert [(odd.split, odd.count) for odd in found.odd] == [("train", 1), ("validation", 1)]
 
 
 def test_a_byte_order_mark_is_no_error(folder, vocab):
@@ -589,6 +636,13 @@ def test_the_p3_sample_registers_and_reads(p3_sample, t5_vocab):
     assert set(found.train_tasks) == train and len(train) == 248
     assert {twin.removesuffix("_score_eval") for twin in found.eval_tasks} == score
     assert len(score) == 51
+    score_train = {
+        task
+        for task in train
+        if entries[task]["has_answer_choices"]
+        and {"validation", "val", "test"} & set(entries[task]["n"])
+    }
+    assert {twin.removesuffix("_score_eval") for twin in found.train_score_tasks} == score_train
     assert found.held_out == ["cb", "copa", "hellaswag", "rte", "wic"]
     assert found.held_out_trained == []
     for task in train:

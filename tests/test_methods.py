@@ -93,8 +93,9 @@ def trained(method: str, microbatches: int = 1, packed: bool = False):
     trainable, frozen = params.split(random_params(method), METHODS[method].trainable)
     before = jax.tree.map(np.array, trainable)
     frozen_before = jax.tree.map(np.array, frozen)
-    # small steps: gradients of norm 24 and large ones would magnify rounding from step to step
-    optimizer, loss = optax.sgd(0.005), steps.Loss(z_loss=1e-3)
+    # small steps: at random LoRA pairs (gradients of norm 12) larger ones magnify rounding a
+    # hundredfold from step to step
+    optimizer, loss = optax.sgd(0.001), steps.Loss(z_loss=1e-3)
     step = steps.make_train_step(model(method), optimizer, loss, microbatches, use_dropout=False)
     # a copy, because the step gives the state's memory away
     state = steps.TrainState.create(jax.tree.map(jnp.array, trainable), optimizer)

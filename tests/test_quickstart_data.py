@@ -62,6 +62,20 @@ def test_the_generator_writes_what_is_committed(tmp_path: pathlib.Path) -> None:
     assert made == kept
 
 
+def test_the_vocabulary_is_the_corpus_s(tmp_path: pathlib.Path) -> None:
+    import sentencepiece
+
+    generate.write_corpus(tmp_path / "corpus.txt", n=20_000)
+    generate.write_vocabulary(tmp_path / "vocab.model", tmp_path / "corpus.txt")
+    made, kept = (
+        sentencepiece.SentencePieceProcessor(str(path))
+        for path in (tmp_path / "vocab.model", VOCAB)
+    )
+    assert [made.id_to_piece(n) for n in range(len(made))] == [
+        kept.id_to_piece(n) for n in range(len(kept))
+    ]
+
+
 def test_another_seed_gives_another_sample() -> None:
     assert generate.sample(1)[0] != generate.sample(0)[0]
 
@@ -163,7 +177,8 @@ def test_prefix_lm_cuts_at_sentence_ends() -> None:
         inputs, targets = pretrain.prefix_lm(ids, rng, sentence_ends=[9])
         assert inputs + targets == ids and inputs and targets
         cuts[len(inputs)] += 1
-    # after the last inner 9 with 0.5 + 0.25 / 2 + 0.25 / 8 = 0.65625 of 400 = 262, after the first with 0.15625 = 62
+    # after the last inner 9 with 0.5 + 0.25 / 2 + 0.25 / 8 = 0.65625 of 400 = 262,
+    # after the first with 0.25 / 2 + 0.25 / 8 = 0.15625 = 62
     assert 230 <= cuts[4] <= 295
     assert 40 <= cuts[2] <= 90
     assert set(cuts) == set(range(1, 9))
@@ -202,4 +217,4 @@ def test_the_base_fits_the_vocabulary() -> None:
     config = base.read_config(BASE)
     assert config is not None
     ids = len(sentencepiece.SentencePieceProcessor(str(VOCAB))) + 100
-    assert ids <= config.vocab_size < ids + 128
+    assert ids <= config["vocab_size"] < ids + 128

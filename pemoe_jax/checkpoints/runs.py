@@ -88,6 +88,14 @@ def _as_tree(state: Any) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the finished checkpoints in a run's folder; empty where there is no folder."""
+    names = {child.name for child in folder.glob(f"{PREFIX}_*") if (child / "record").is_dir()}
+    return sorted(
+        int(found[1]) for name in names if (found := re.fullmatch(rf"{PREFIX}_(\d+)", name))
+    )
+
+
 def resolve(path: str) -> tuple[Path, int]:
     """A run's folder (its newest checkpoint) or one checkpoint's -> (folder of the run, step).
 
@@ -102,11 +110,7 @@ def resolve(path: str) -> tuple[Path, int]:
         if not (folder / "record").is_dir():
             raise InputError(f"checkpoint {path}: expected a folder `record` in it, found none")
         return folder.parent, int(named.group(1))
-    steps = [
-        int(match.group(1))
-        for child in folder.iterdir()
-        if (match := re.fullmatch(rf"{PREFIX}_(\d+)", child.name)) and (child / "record").is_dir()
-    ]
+    steps = saved_steps(folder)
     if not steps:
         raise InputError(f"checkpoint {path}: expected a folder {PREFIX}_<step> in it, found none")
     return folder, max(steps)

@@ -1,4 +1,4 @@
-"""Adapters at a layer's sites: mixtures of vectors ((IA)³, MoV) and of low-rank pairs (LoRA, MoLORA).
+"""Adapters at a layer's sites: mixtures of vectors ((IA)³, MoV) and low-rank pairs (LoRA, MoLORA).
 
 At a site some `x` produced some `y`; an adapter maps `(x, y) -> y`. Shapes are read off these two,
 so the same settings serve a model of any size. Sources: (IA)³ arXiv 2205.05638, LoRA arXiv
