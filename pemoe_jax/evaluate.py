@@ -143,7 +143,7 @@ def _score(
         for row, group in zip(rows, members, strict=False):
             own = row[: len(group.choices)]
             found[id(group)] = (int(np.argmax(own)), [float(s) for s in own])
-        bar.advance(len(found))
+        bar.report_if_due(len(found), "inputs")
 
     for batch, members in data.prefetch(
         data.score_batches(groups, batch_size, multiple_of=devices)

@@ -47,7 +47,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, done: int = 0) -> None:
         self._label, self._total, self._first = label, total, done
-        self._start = time.monotonic()
+        self._start = self._said = time.monotonic()
         self._bar: Any = None
         if sys.stdout.isatty():
             from rich import progress
@@ -64,9 +64,18 @@ class Progress:
             self._task = self._bar.add_task(label, total=total, completed=done, note="compiling")
 
     def advance(self, done: int) -> None:
-        """Moves the bar; no line is printed."""
+        """Moves the bar."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
+
+    def report_if_due(self, done: int, note: str) -> None:
+        """Says how it goes where nothing was said for ten seconds, or at the end."""
+        now = time.monotonic()
+        if done == self._total or now - self._said >= 10:
+            self._said = now
+            self.report(done, note)
+        else:
+            self.advance(done)
 
     def report(self, done: int, note: str) -> None:
         """Says how far the run is and how it goes."""

@@ -221,14 +221,21 @@ def describe(adapters: Adapters) -> dict[str, dict[str, Any]]:
 
 def _factory_from(record: dict[str, Any]) -> Callable[..., nn.Module]:
     fields = dict(record)
-    kind = fields.pop("kind")
+    kind = fields.pop("kind", None)
     if kind not in _KINDS:
-        raise ValueError(f"unknown adapter kind {kind!r}: expected one of {sorted(_KINDS)}")
+        raise InputError(f"unknown adapter kind {kind!r}: expected one of {sorted(_KINDS)}")
+    known = {field.name for field in dataclasses.fields(_KINDS[kind])}
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise InputError(f"{kind} has no settings {unknown}: written by another version?")
     if fields.get("router") is not None:
         fields["router"] = _factory_from(fields["router"])
     return functools.partial(_KINDS[kind], **fields)
 
 
 def from_description(description: dict[str, dict[str, Any]]) -> Adapters:
-    """The inverse of `describe`."""
+    """The inverse of `describe`; InputError where it names what does not exist."""
+    unknown = sorted(description.keys() - SITES.keys())
+    if unknown:
+        raise InputError(f"unknown adapter sites {unknown}: expected some of {list(SITES)}")
     return Adapters(**{site: _factory_from(record) for site, record in description.items()})

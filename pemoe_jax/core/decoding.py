@@ -1,5 +1,6 @@
 """Greedy decoding over a cache of keys and values."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("model", "max_decode_length"))
 def greedy(
     model: Any,
     params: Any,
     encoder_input_tokens: Array,
     max_decode_length: int,
-    eos_id: int = 1,
+    eos_id: int | Array = 1,
 ) -> Array:
     """The most likely next token, again and again, until every row has ended.
 

@@ -198,6 +198,11 @@ class MultiHeadDotProductAttention(nn.Module):
             return key, value, None, bias
         if key.shape[1] != 1:
             raise ValueError(f"cached decoding takes one token a step, found {key.shape[1]}")
+        if bias is not None and bias.shape[-1] != cached_key.value.shape[1]:
+            raise ValueError(
+                f"a step of decoding needs max_decode_length {cached_key.value.shape[1]},"
+                f" the length of its cache, found a bias of length {bias.shape[-1]}"
+            )
         position = index.value
         cached_key.value = jax.lax.dynamic_update_slice_in_dim(cached_key.value, key, position, 1)
         cached_value.value = jax.lax.dynamic_update_slice_in_dim(
@@ -258,6 +263,8 @@ class MultiHeadDotProductAttention(nn.Module):
         deterministic: bool,
     ) -> Array:
         batch = key.shape[0]
+        if query.shape[0] % batch:
+            raise ValueError(f"{query.shape[0]} rows of queries cannot share {batch} rows of keys")
         if query.shape[0] != batch:  # [B·C, Lq, H, K] -> [B, C·Lq, H, K]
             query = query.reshape(batch, -1, self.num_heads, self.head_dim)
         logits = jnp.einsum(

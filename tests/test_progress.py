@@ -1,0 +1,22 @@
+"""What is told while something runs, where there is no terminal."""
+
+from pemoe_jax import progress
+
+
+def test_durations_and_thousands():
+    assert progress.duration(59.9) == "0:59"
+    assert progress.duration(3723) == "1:02:03"  # 3600 + 2 * 60 + 3
+    assert [progress.thousands(n) for n in (999, 12_345, 2_500_000)] == ["999", "12.3k", "2.5M"]
+
+
+def test_lines_say_how_far_and_how_long(capsys, monkeypatch):
+    clock = iter([100.0, 105.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    bar = progress.Progress("step", total=50, done=10)
+    bar.report_if_due(20, "early")  # 5 s after the start: nothing yet
+    clock = iter([111.0, 111.0])
+    bar.report_if_due(32, "loss 1.0")  # 11 s for 22 steps: half a second each, 18 steps left
+    assert capsys.readouterr().out == "step 32/50  loss 1.0  left 0:09\n"
+    clock = iter([112.0, 112.0])
+    bar.report_if_due(50, "done")  # the end is always told
+    assert "step 50/50  done  left 0:00" in capsys.readouterr().out
