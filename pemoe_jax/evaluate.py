@@ -90,6 +90,7 @@ def evaluate(
     for group in everything:
         groups[group.task].append(group)
     labels = registered.datasets if registered is not None else {}
+    splits = registered.eval_splits if registered is not None else {}
     folder = Path(output_dir)
     results: dict[str, Any] = {"runs": []}
     for one in opened:
@@ -102,6 +103,7 @@ def evaluate(
                 correct=[group.is_correct[predicted[id(group)][0]] for group in members],
                 chance=[sum(group.is_correct) / len(group.choices) for group in members],
                 dataset=labels.get(name, name),
+                split=splits.get(name.removesuffix("_score_eval")) or data.eval_split(name) or "",
                 odd=[kind for group in members for kind in group.odd],
             )
             for name, members in groups.items()

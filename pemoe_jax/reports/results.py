@@ -7,7 +7,7 @@ from typing import Any
 
 
 def task_result(
-    correct: Sequence[bool], chance: Sequence[float], dataset: str, odd: Sequence[str]
+    correct: Sequence[bool], chance: Sequence[float], dataset: str, split: str, odd: Sequence[str]
 ) -> dict[str, Any]:
     """One prompt.
 
@@ -15,10 +15,12 @@ def task_result(
       correct: of each example, whether the chosen answer is the target.
       chance: of each example, the share of its choices that are the target.
       dataset: whose prompt it is.
+      split: of which the examples are.
       odd: what was odd, once for each example.
     """
     return {
         "dataset": dataset,
+        "split": split,
         "accuracy": statistics.fmean(correct),
         "chance": statistics.fmean(chance),
         "examples": len(correct),

@@ -52,7 +52,7 @@ def print_table(results: Results, console: Any = None) -> None:
     console = console or Console()
     for table in _tables(results)[:2]:
         rows = [table.columns, *table.rows, *table.below]
-        width = sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
+        width = 2 + sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True))
         turned = width > console.width  # then one column a run, one row a data set
         if turned:
             rows = [list(column) for column in zip(*rows, strict=True)]
