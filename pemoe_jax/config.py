@@ -109,6 +109,8 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     Raises:
       InputError: a file is missing, a line does not parse, or it binds what does not exist.
     """
+    import importlib.util  # noqa: F401  gin uses it without importing it
+
     import gin
 
     if not args.gin_file:

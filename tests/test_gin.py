@@ -1,0 +1,121 @@
+"""The shipped gin files: sizes, methods, and what flags do to them."""
+
+import pathlib
+
+import gin
+import pytest
+
+from pemoe_jax import config, train
+from pemoe_jax.core import network, params
+from pemoe_jax.core.errors import InputError
+
+GIN = pathlib.Path(config.GIN_DIR)
+RUN = ["--gin.MODEL_DIR=x", "--gin.INITIAL_CHECKPOINT_PATH=None", "--gin.TRAIN_STEPS=1"]
+
+
+def configure(*flags: str) -> None:
+    rest, bindings = config.split_bindings([*flags, *RUN])
+    config.load(train.FLAGS.parse_args(rest), bindings)
+
+
+def configured_model(size: str, method: str, *flags: str) -> network.Transformer:
+    files = (f"models/{size}.gin", f"methods/{method}.gin", "runs/finetune.gin")
+    configure(*(f"--gin_file={file}" for file in files), *flags)
+    return gin.get_configurable(network.Transformer)()
+
+
+def count(model: network.Transformer, keep=lambda _: True) -> int:
+    return params.count(network.param_shapes(model, keep))
+
+
+# The published sizes. Of one model, with D, H·K, F, V and N layers a side: attention 4·D·H·K, three
+# of them a pair of layers; MLP 3·D·F, two; norms 2·D and 3·D and one D a stack; 2·V·D; 2·32·H.
+# XL: D = HK = 2048, F 5120, N 24: 24·(3·4·2048² + 2·3·2048·5120 + 5·2048) + 2·2048
+# + 2·32128·2048 + 64·32 = 2,849,757,184.
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ("t5_1_1_small", 76_961_152),
+        ("t5_1_1_base", 247_577_856),
+        ("t5_1_1_large", 783_150_080),
+        ("t5_1_1_xl", 2_849_757_184),
+        ("t5_1_1_xxl", 11_135_332_352),
+    ],
+)
+def test_sizes_are_those_published(size, parameters):
+    assert count(configured_model(size, "full")) == parameters
+
+
+# At XL, 72 attentions and 48 MLPs:
+# (IA)³: 72·2·2048 + 48·5120.
+# MoV-10: 72·2·(10·2048 + 64·10) + 48·(10·5120 + 5120·10).
+# LoRA: 72·4·4·(2048 + 2048) + 48·2·4·(2048 + 5120).
+# MoLORA-10: ten times LoRA, and routers 72·4·2048·10 + 48·(2048 + 5120)·10.
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("ia3", 540_672),
+        ("mov", 7_956_480),
+        ("lora", 7_471_104),
+        ("molora", 84_049_920),
+    ],
+)
+def test_adapters_at_xl(method, parameters):
+    assert count(configured_model("t5_1_1_xl", method), params.is_adapter) == parameters
+
+
+def test_flags_reach_the_model():
+    model = configured_model(
+        "t5_1_1_tiny",
+        "molora",
+        "--gin.NUM_EXPERTS=3",
+        "--gin.RANK=2",
+        "--gin.DTYPE=bfloat16",
+        "--gin.adapters.Adapters.wi_1=@adapters.LoRAExperts",
+    )
+    shapes = params.flatten(network.param_shapes(model))
+    assert shapes["encoder/layers_0/mlp/wi_1_adapter/lora_a"].shape == (64, 3, 2)
+    assert model.config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/tmp/a b", "'/tmp/a b'"),
+        ("12", "12"),
+        ("None", "None"),
+        ("'quoted'", "'quoted'"),
+        ("['a', 'b']", "['a', 'b']"),
+        ("@optim.adamw", "@optim.adamw"),
+        ("%MACRO", "%MACRO"),
+        ("1e-3", "1e-3"),
+    ],
+)
+def test_values_of_flags(value, expected):
+    assert config.split_bindings([f"--gin.A={value}", "--other"]) == (
+        ["--other"],
+        [f"A = {expected}"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--gin_file=models/no_such.gin"], "no_such.gin"),
+        (["--gin_file=runs/finetune.gin", "--gin.TRAIN_STEP=1"], "close: TRAIN_STEPS"),
+        (["--gin_file=runs/finetune.gin", "--gin.train.train.speed=1"], "'speed'"),
+        (["--gin_file=runs/evaluate.gin"], "MODEL_DIR: no gin file has a macro"),
+        ([], "no gin file"),
+    ],
+)
+def test_wrong_flags(flags, says):
+    with pytest.raises(InputError, match=says):
+        configure(*flags)
+
+
+def test_every_file_says_what_it_is_and_none_is_python():
+    files = sorted(GIN.rglob("*.gin"))
+    assert len(files) > 15
+    for file in files:
+        assert file.read_text().startswith("# "), file
+    assert not list(GIN.rglob("*.py"))
