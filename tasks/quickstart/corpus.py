@@ -1,8 +1,9 @@
-"""The pretraining text: stories of the small world, what is known in it, and talk with questions and answers.
+"""The pretraining text: stories of the small world, what is known in it, questions and answers.
 
-No line uses a prompt of the sample. The questions here are asked and answered in whole sentences ("What is it about? It is about
-music."), while the sample's prompts instruct, name their choices and want a bare label. Every word of the sample's prompts
-occurs here, because the embeddings stay frozen when adapters are trained.
+No line uses a prompt of the sample. The questions here are asked and mostly answered in whole
+sentences ("What is it about? It is about music."), while the sample's prompts instruct, name their
+choices and want a bare label. Every word of the sample's prompts occurs here, because embeddings
+stay frozen when adapters are trained.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def _answer(dice: Dice, sentence: str, word: str) -> str:
 
 
 def plain(dice: Dice, topic: Topic) -> str:
+    """A story."""
     if dice.chance(0.3):
         first = future(dice, topic)
         return f"{first} {future(dice, topic)}" if dice.chance(0.5) else first
@@ -103,6 +105,7 @@ def known(dice: Dice, topic: Topic) -> str:
 
 
 def about(dice: Dice, topic: Topic) -> str:
+    """A story, and what it is about."""
     text = story(dice, topic) if dice.chance(0.7) else future(dice, topic)
     if dice.chance(0.4):
         told = topic.name if dice.chance(0.5) else dice.pick(TOPIC_NAMES)
@@ -112,12 +115,14 @@ def about(dice: Dice, topic: Topic) -> str:
             f"{text} What is it about? {_answer(dice, f'It is about {topic.name}.', topic.name)}",
             f"A story about {topic.name}: {text}",
             f"{text} It was a story about {topic.name}.",
-            f"{text} What kind of story is it? {_answer(dice, f'It is a story about {topic.name}.', topic.name)}",
+            f"{text} What kind of story is it? "
+            f"{_answer(dice, f'It is a story about {topic.name}.', topic.name)}",
         )
     )
 
 
 def title(dice: Dice, topic: Topic) -> str:
+    """A story and its title."""
     name, text = dice.pick(topic.titles), story(dice, topic)
     return dice.pick(
         (
@@ -129,13 +134,17 @@ def title(dice: Dice, topic: Topic) -> str:
 
 
 def praise(dice: Dice, topic: Topic) -> str:
+    """An opinion, and whether it is a good one."""
     good = dice.chance(0.5)
     text = opinion(dice, topic, good)
     word = "good" if good else "bad"
     like = "liked" if good else "hated"
     if dice.chance(0.3):
         says = dice.chance(0.5)
-        return f"{text} {_claim(dice, 'it was ' + ('good' if says else 'bad'))} {_truth(dice, says == good)}"
+        return (
+            f"{text} {_claim(dice, 'it was ' + ('good' if says else 'bad'))} "
+            f"{_truth(dice, says == good)}"
+        )
     return dice.pick(
         (
             f"{text} How was it? {_answer(dice, f'It was {word}.', word)}",
@@ -143,12 +152,14 @@ def praise(dice: Dice, topic: Topic) -> str:
             f"{text} {capital(dice.pick(NAMES))} {like} the {dice.pick(topic.things)}.",
             f"{text} These are {'positive' if good else 'negative'} words.",
             f"{text} The guests {'will come back' if good else 'will not come back'}.",
-            f"The words {' and '.join(dice.several(GOOD if good else BAD, 2))} are {'positive' if good else 'negative'} and mean {word}.",
+            f"The words {' and '.join(dice.several(GOOD if good else BAD, 2))} are "
+            f"{'positive' if good else 'negative'} and mean {word}.",
         )
     )
 
 
 def feeling(dice: Dice, topic: Topic) -> str:
+    """How a feeling shows, and which it is."""
     name, felt = dice.pick(NAMES), dice.pick(tuple(FEELINGS))
     text = feeling_shown(dice, name, felt)
     if dice.chance(0.4):
@@ -157,40 +168,55 @@ def feeling(dice: Dice, topic: Topic) -> str:
         (
             f"{text} {capital(pronoun(name))} was {felt}.",
             f"{name} was {felt}. {text}",
-            f"{text} How did {name} feel? {_answer(dice, f'{capital(pronoun(name))} felt {felt}.', felt)}",
+            f"{text} How did {name} feel? "
+            f"{_answer(dice, f'{capital(pronoun(name))} felt {felt}.', felt)}",
             f"{name} {dice.pick(FEELINGS[felt])} because {pronoun(name)} was {felt}.",
         )
     )
 
 
 def place(dice: Dice, topic: Topic) -> str:
+    """Where things, jobs and stories belong."""
     where, thing, job = dice.pick(topic.places), dice.pick(topic.things), dice.pick(topic.jobs)
     return dice.pick(
         (
-            f"{past(dice, topic, place=0.0)} Where was it? {_answer(dice, f'It was in the {where}.', where)}",
+            f"{past(dice, topic, place=0.0)} Where was it? "
+            f"{_answer(dice, f'It was in the {where}.', where)}",
             f"Where is the {thing}? {_answer(dice, f'It is in the {where}.', where)}",
             f"Where is the {job}? {_answer(dice, f'The {job} works in the {where}.', where)}",
-            f"Somebody works in the {where} with {a(thing)}. Who is it? {_answer(dice, f'It is the {job}.', job)}",
+            f"Somebody works in the {where} with {a(thing)}. Who is it? "
+            f"{_answer(dice, f'It is the {job}.', job)}",
             f"What is there in the {where}? {_answer(dice, f'There is {a(thing)}.', thing)}",
         )
     )
 
 
 def belongs(dice: Dice, topic: Topic) -> str:
+    """Which topic a thing belongs to."""
     thing = dice.pick(topic.things)
     if dice.chance(0.4):
         told = topic.name if dice.chance(0.5) else dice.pick(TOPIC_NAMES)
-        return f"{_claim(dice, f'{a(thing)} has to do with {told}')} {_truth(dice, told == topic.name)}"
-    return f"What does {a(thing)} belong to? {_answer(dice, f'It belongs to {topic.name}.', topic.name)}"
+        return (
+            f"{_claim(dice, f'{a(thing)} has to do with {told}')} "
+            f"{_truth(dice, told == topic.name)}"
+        )
+    return (
+        f"What does {a(thing)} belong to? "
+        f"{_answer(dice, f'It belongs to {topic.name}.', topic.name)}"
+    )
 
 
 def time(dice: Dice, topic: Topic) -> str:
+    """A story, and whether it is past or to come."""
     later = dice.chance(0.5)
     text = future(dice, topic) if later else past(dice, topic)
     word = "future" if later else "past"
     if dice.chance(0.3):
         told = dice.chance(0.5)
-        return f"{text} {_claim(dice, 'this is in the ' + ('future' if told else 'past'))} {_truth(dice, told == later)}"
+        return (
+            f"{text} {_claim(dice, 'this is in the ' + ('future' if told else 'past'))} "
+            f"{_truth(dice, told == later)}"
+        )
     return dice.pick(
         (
             f"{text} When is it? {_answer(dice, f'It is in the {word}.', f'the {word}')}",
@@ -211,10 +237,13 @@ def persons(dice: Dice, topic: Topic) -> str:
     did = doing.removeprefix(word + " ").removesuffix(".")
     return dice.pick(
         (
-            f"{one} and {two} went to the {dice.pick(topic.places)}. {doing} It was {name} who {did}.",
-            f"{one} met {two} in the {dice.pick(topic.places)}. {doing} Who {did}? {_answer(dice, f'It was {name}.', name)}",
+            f"{one} and {two} went to the {dice.pick(topic.places)}. {doing} It was {name} who "
+            f"{did}.",
+            f"{one} met {two} in the {dice.pick(topic.places)}. {doing} Who {did}? "
+            f"{_answer(dice, f'It was {name}.', name)}",
             f"{name} was in the {dice.pick(topic.places)}. {doing}",
-            f"{past(dice, topic, name)} {past(dice, topic, word)} Who was it? {_answer(dice, f'It was {name}.', name)}",
+            f"{past(dice, topic, name)} {past(dice, topic, word)} Who was it? "
+            f"{_answer(dice, f'It was {name}.', name)}",
             f"{doing.replace(word, name, 1)} Who {did}? {_answer(dice, f'{name} {did}.', name)}",
             f"{she} is a woman and {he} is a man.",
         )
@@ -222,6 +251,7 @@ def persons(dice: Dice, topic: Topic) -> str:
 
 
 def needs(dice: Dice, topic: Topic) -> str:
+    """A need and what follows from it."""
     name, state = dice.pick(NAMES), dice.pick(STATES)
     thing, do, did = NEEDS[state]
     p = pronoun(name)
@@ -231,9 +261,11 @@ def needs(dice: Dice, topic: Topic) -> str:
             f"{name} was {state} in the {dice.pick(topic.places)}. Then {p} {did}.",
             f"{name} {did} because {p} was {state}.",
             f"{name} is {state}. {capital(p)} will {do}.",
-            f"{name} is {state}. What does {name} need? {_answer(dice, f'{capital(p)} needs {thing}.', thing)}",
+            f"{name} is {state}. What does {name} need? "
+            f"{_answer(dice, f'{capital(p)} needs {thing}.', thing)}",
             f"When you are {state}, you need {thing}.",
-            f"{name} {did}. Why did {p} do it? {_answer(dice, f'{capital(p)} was {state}.', state)}",
+            f"{name} {did}. Why did {p} do it? "
+            f"{_answer(dice, f'{capital(p)} was {state}.', state)}",
         )
     )
 
@@ -257,10 +289,14 @@ def again(dice: Dice, topic: Topic) -> str:
         second = f"There was {other.name} in the {dice.pick(other.places)}."
     if fits and dice.chance(0.5):
         return f"{first} {dice.pick(('In other words:', 'Also:', 'This means:'))} {second}"
-    return f"{first} {second} {'Both have to do with the same thing.' if fits else 'These are two different things.'}"
+    return (
+        f"{first} {second} "
+        f"{'Both have to do with the same thing.' if fits else 'These are two different things.'}"
+    )
 
 
 def senses(dice: Dice, topic: Topic) -> str:
+    """An ambiguous word in one of its senses."""
     word = dice.pick(tuple(SENSES))
     meant = dice.pick(SENSES[word])
     text = sense(dice, word, TOPIC[meant])
@@ -287,16 +323,22 @@ def exam(dice: Dice, topic: Topic) -> str:
             f"The teacher read the following text to the class. {story(dice, topic)}",
             f"{name} had to choose one of these {other}: {things}.",
             f"Please pick the best {question} for the text, said the teacher to {name}.",
-            f"Which of the {other} does {name} mean? {name} would decide on the {question} tomorrow.",
+            f"Which of the {other} does {name} mean? {name} would decide on the {question} "
+            "tomorrow.",
             f"Read the {question} and answer it, yes or no, {name}.",
             f"Would {name} recommend the {dice.pick(topic.things)}? Yes or no?",
-            f"Is the {dice.pick(topic.things)} in the {dice.pick(topic.places)}? {dice.pick(('Yes, it is.', 'No, it is not.'))}",
+            f"Is the {dice.pick(topic.things)} in the {dice.pick(topic.places)}? "
+            f"{dice.pick(('Yes, it is.', 'No, it is not.'))}",
             f"The {question} of the text is: {topic.name}. {story(dice, topic)}",
-            f"Does the writer like the {dice.pick(topic.things)}? {dice.pick(('Yes, very much.', 'No, not at all.'))}",
-            f"The premise and the hypothesis follow from each other, wrote the {dice.pick(topic.jobs)}.",
+            f"Does the writer like the {dice.pick(topic.things)}? "
+            f"{dice.pick(('Yes, very much.', 'No, not at all.'))}",
+            "The premise and the hypothesis follow from each other, wrote the "
+            f"{dice.pick(topic.jobs)}.",
             f"What happens next in the story? {past(dice, topic)}",
-            f"The {dice.pick(topic.jobs)} will know most about {topic.name} and go to work in the {dice.pick(topic.places)}.",
-            f"This is still the {dice.pick(('end', 'ending'))} of the {question}, and {name} knows what follows.",
+            f"The {dice.pick(topic.jobs)} will know most about {topic.name} and go to work in "
+            f"the {dice.pick(topic.places)}.",
+            f"This is still the {dice.pick(('end', 'ending'))} of the {question}, and {name} "
+            "knows what follows.",
             f"Now the guest will be in the {dice.pick(topic.places)} with a gift for {name}.",
             f"{name} gave a short summary of the {question}: {detail(dice, topic)}",
         )

@@ -15,7 +15,7 @@ from pemoe_jax.core import network
 
 
 def export(model_dir: str, path: pathlib.Path) -> None:
-    """The newest checkpoint of a run that trained the whole model, rounded to float16, to one file."""
+    """The newest checkpoint of a run that trained the whole model, in float16, to one file."""
     config = network.T5Config(**runs.read_record(model_dir).config)
     params = base.load(model_dir, network.param_shapes(network.Transformer(config)))
     base.save(path, params, config.as_dict(), jnp.float16)

@@ -2,14 +2,18 @@
 
     python -m pemoe_jax.tasks.quickstart.generate OUT_DIR
 
-`OUT_DIR/sample/<task>/<split>.jsonl` with an `INDEX.json`, `OUT_DIR/corpus.txt`, and `OUT_DIR/vocab.model` (the last only where no
-vocabulary is there yet, or with `--vocab`: SentencePiece does not promise equal files over its versions). Equal seeds give equal files.
+`OUT_DIR/sample/<task>/<split>.jsonl` with an `INDEX.json`, `OUT_DIR/corpus.txt`, and
+`OUT_DIR/vocab.model` (the last only where there is none yet, or with `--vocab`). Equal seeds give
+equal files.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import io
 import json
+import math
 import pathlib
 import re
 import string
@@ -29,10 +33,8 @@ from pemoe_jax.tasks.quickstart.world import (
 )
 
 CORPUS_LINES = 150_000
-SIZES = {
-    False: {"train": 130, "validation": 30},
-    True: {"validation": 100},
-}  # examples per prompt, by held out
+# examples per prompt, by whether its data set is held out
+SIZES = {False: {"train": 130, "validation": 30}, True: {"validation": 100}}
 
 Line = dict[str, Any]
 
@@ -40,22 +42,25 @@ Line = dict[str, Any]
 def _rows(
     data_set: DataSet, prompt: Prompt, split: str, n: int, taken: set[str], seed: int
 ) -> list[Line]:
-    """`n` examples whose inputs are not in `taken` (and are added to it)."""
+    """`n` examples not in `taken` (and added to it), no answer more frequent than by chance."""
     dice = Dice(f"sample {seed} {data_set.name} {prompt.name} {split}")
     lines: list[Line] = []
-    tries = 0
-    while len(lines) < n and tries < 50 * n:
-        tries += 1
+    answers: collections.Counter[str] = collections.Counter()
+    for _ in range(100 * n):  # enough for the data sets of few words
+        if len(lines) == n:
+            break
         line = prompt.render(data_set.draw(dice))
         key = json.dumps(line, sort_keys=True)
-        if key not in taken:
+        most = math.ceil(n / len(line["answer_choices"]))
+        if key not in taken and answers[line["targets"]] < most:
             taken.add(key)
+            answers[line["targets"]] += 1
             lines.append(line)
     return lines
 
 
 def odd_rows(seed: int) -> dict[str, list[Line]]:
-    """Rows as real data has them, by `<task>/<split>`: they must be counted and reported, and crash nothing."""
+    """Rows as real data has them, by `<task>/<split>`: counted and reported, never a crash."""
     dice = Dice(f"odd {seed}")
     topic = TOPICS[0]
     long_text = " ".join(detail(dice, topic) for _ in range(300)).split()
@@ -73,7 +78,10 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
         # choices doubled
         "guest_reviews_liked/train": [
             {
-                "inputs": f"Question: does the writer like it? Review: {opinion(dice, topic, True)} Answer:",
+                "inputs": (
+                    "Question: does the writer like it? Review: "
+                    f"{opinion(dice, topic, True)} Answer:"
+                ),
                 "targets": "yes",
                 "answer_choices": ["yes", "no", "yes"],
             }
@@ -88,14 +96,19 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
         ],
         "two_meanings_which_sense/validation": [
             {
-                "inputs": f"{detail(dice, topic)} Which does the word plate mean here: food or health?",
+                "inputs": (
+                    f"{detail(dice, topic)} Which does the word plate mean here: food or health?"
+                ),
                 "targets": "kitchen",
                 "answer_choices": ["food", "health"],
             }
         ],
         "sound_claims_can_we_say/validation": [
             {
-                "inputs": f"{opinion(dice, topic, False)} Question: would you say that it was good? Answer:",
+                "inputs": (
+                    f"{opinion(dice, topic, False)} Question: would you say that it was "
+                    "good? Answer:"
+                ),
                 "targets": "no",
                 "answer_choices": ["yes", "no", "no"],
             },
@@ -147,7 +160,7 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
                 "has_answer_choices": True,
                 "metrics": ["Accuracy"],
                 "n": {split: len(rows) for split, rows in splits.items()},
-                "original_task": prompt.original,
+                "original_task": True,
                 "subset": None,
                 "t0_do_eval": "BASE" if data_set.held_out else "",
                 "t0_do_train": "" if data_set.held_out else "BASE",
@@ -161,6 +174,7 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
 
 
 def write_sample(folder: pathlib.Path, seed: int = 0) -> None:
+    """The sample and its index."""
     files, index = sample(seed)
     for name, lines in files.items():
         path = folder / f"{name}.jsonl"
@@ -170,19 +184,21 @@ def write_sample(folder: pathlib.Path, seed: int = 0) -> None:
 
 
 def write_corpus(path: pathlib.Path, seed: int = 0, n: int = CORPUS_LINES) -> None:
+    """The pretraining text, a text a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         file.writelines(line + "\n" for line in corpus.lines(seed, n))
 
 
 def write_vocabulary(path: pathlib.Path, corpus_path: pathlib.Path) -> None:
-    """A SentencePiece model: pad 0, eos 1, unk 2, case folded, every word of the text a piece, and letters for the others."""
+    """A SentencePiece model: case folded, a piece for each word of the text, letters for others."""
     import sentencepiece
 
     words = set(re.findall("[a-z]+", corpus_path.read_text().lower()))
+    model = io.BytesIO()  # a file's name would be written into it
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(string.ascii_lowercase + string.digits + ".,:;?!'-()"),
-        model_prefix=str(path.with_suffix("")),
+        model_writer=model,
         model_type="char",
         user_defined_symbols=[f"\u2581{word}" for word in sorted(words)],
         use_all_vocab=True,
@@ -194,10 +210,11 @@ def write_vocabulary(path: pathlib.Path, corpus_path: pathlib.Path) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    path.with_suffix(".vocab").unlink()
+    path.write_bytes(model.getvalue())
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(
         description="Write the quickstart's sample, vocabulary and pretraining text."
     )

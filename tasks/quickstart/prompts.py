@@ -1,13 +1,14 @@
 """The sample's data sets and their prompts.
 
-A data set draws a row: the fields of its templates, the options and the right one. A prompt renders it: a template, and the
-words in which its answers are given where they are not the options themselves.
+A data set draws a row: the fields of its templates, the options and the right one. A prompt renders
+it: a template, and the words in which its answers are given where they are not the options.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from pemoe_jax.tasks.quickstart.world import (
     FEELINGS,
@@ -36,6 +37,8 @@ from pemoe_jax.tasks.quickstart.world import (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+    """Fields of the templates, the right option, and all options."""
+
     fields: Mapping[str, str]
     answer: str
     options: Sequence[str]
@@ -43,6 +46,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
+    """A way of asking."""
+
     name: str
     template: str
     labels: Mapping[str, str] | None = (
@@ -50,7 +55,8 @@ class Prompt:
     )
     original: bool = True  # asks the data set's own question (P3's original-task flag)
 
-    def render(self, row: Row) -> dict[str, object]:
+    def render(self, row: Row) -> dict[str, Any]:
+        """The row as a line of the sample."""
         fields = dict(row.fields)
         for n, option in enumerate(row.options, 1):
             fields[f"option{n}"] = option
@@ -65,6 +71,8 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
+    """How rows are drawn, and the prompts that ask about them."""
+
     name: str
     task_type: str
     held_out: bool
@@ -94,7 +102,8 @@ def _feelings(dice: Dice) -> Row:
     name, felt = dice.pick(NAMES), dice.pick(tuple(FEELINGS))
     text = feeling_shown(dice, name, felt)
     if dice.chance(0.5):
-        text = f"{past(dice, dice.pick(TOPICS), name)} {capital(feeling_shown(dice, pronoun(name), felt))}"
+        first = past(dice, dice.pick(TOPICS), name)
+        text = f"{first} {capital(feeling_shown(dice, pronoun(name), felt))}"
     return Row({"text": text, "name": name}, felt, tuple(FEELINGS))
 
 
@@ -288,7 +297,8 @@ DATA_SETS = (
             Prompt("which_place", "{text} Which place is the text about? Choose one: {options}."),
             Prompt(
                 "find_thing",
-                "Question: which is the best place to find the {thing}? Options: {options}. Answer:",
+                "Question: which is the best place to find the {thing}? Options: {options}. "
+                "Answer:",
             ),
             Prompt("where_to_go", "Please choose where to go for the {thing}: {options}?"),
         ),
@@ -317,7 +327,8 @@ DATA_SETS = (
             Prompt("question_answer", "Question: which subject has {a_thing} in it? Answer:"),
             Prompt(
                 "two_words",
-                "Label the words {thing} and {other}. Choose one of the following: {options}. Label:",
+                "Label the words {thing} and {other}. Choose one of the following: {options}. "
+                "Label:",
             ),
         ),
     ),
@@ -374,11 +385,13 @@ DATA_SETS = (
             Prompt("what_needed", "{name} was {state}. Choose what {pronoun} needed: {options}."),
             Prompt(
                 "best_option",
-                "Question: which is the best thing for {name}, now that {pronoun} is {state}? Answer:",
+                "Question: which is the best thing for {name}, now that {pronoun} is {state}? "
+                "Answer:",
             ),
             Prompt(
                 "gift",
-                "In the {place}, {name} was {state}. Which gift would be right? Options: {options}.",
+                "In the {place}, {name} was {state}. Which gift would be right? Options: "
+                "{options}.",
             ),
         ),
     ),
@@ -394,7 +407,8 @@ DATA_SETS = (
             ),
             Prompt(
                 "one_story",
-                "Sentence one: {first} Sentence two: {second} Question: would both be in the same story? Answer:",
+                "Sentence one: {first} Sentence two: {second} Question: would both be in the "
+                "same story? Answer:",
             ),
             Prompt("same_label", "{first} {second} Would you label both the same? Yes or no?"),
         ),
@@ -419,7 +433,8 @@ DATA_SETS = (
         (
             Prompt(
                 "does_it_follow",
-                "Premise: {premise} Hypothesis: {hypothesis} Does the hypothesis follow from the premise? Yes or no?",
+                "Premise: {premise} Hypothesis: {hypothesis} Does the hypothesis follow from "
+                "the premise? Yes or no?",
             ),
             Prompt("can_we_say", "{premise} Question: would you say that {claim}? Answer:"),
             Prompt("decide", "Read the text and decide, yes or no: {claim}. Text: {premise}"),
@@ -451,7 +466,8 @@ DATA_SETS = (
             ),
             Prompt(
                 "question_answer",
-                "Question: which subject does {word} belong to in the following text? {text} Answer:",
+                "Question: which subject does {word} belong to in the following text? {text} "
+                "Answer:",
             ),
             Prompt("decide", "Decide what {word} has to do with in this sentence. {text}"),
         ),

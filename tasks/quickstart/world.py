@@ -1,8 +1,8 @@
 """A small invented world: its words, and short English texts about it.
 
-What can be known in this world lies in which words occur together: eight topics with their things, places and jobs, words that
-praise and words that blame, feelings and how they show, needs and what follows from them, names, and time. The pretraining
-corpus and the prompted sample are both written from it.
+What can be known in this world lies in which words occur together: eight topics with their things,
+places and jobs, words that praise and words that blame, feelings and how they show, needs and what
+follows from them, names, and time. The pretraining text and the sample are both written from it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Dice:
-    """Draws that depend on a seed and on nothing else (only `Random.random` is stable over Python versions)."""
+    """Draws that depend on a seed alone (`Random.random` is what Python keeps stable)."""
 
     def __init__(self, seed: str):
         self._random = random.Random(seed)
@@ -39,15 +39,20 @@ class Dice:
         return self.several(options, len(options))
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 @dataclasses.dataclass(frozen=True)
 class Topic:
+    """A field of life, and what is found in it."""
+
     name: str
     places: tuple[str, ...]
     jobs: tuple[str, ...]
     things: tuple[str, ...]
-    verbs: tuple[
-        tuple[str, str], ...
-    ]  # (present, past); any verb of a topic goes with any of its things
+    # (present, past); any verb of a topic goes with any of its things
+    verbs: tuple[tuple[str, str], ...]
     titles: tuple[str, ...]
 
 
@@ -56,18 +61,7 @@ TOPICS = (
         "food",
         ("kitchen", "bakery"),
         ("cook", "baker"),
-        (
-            "soup",
-            "pie",
-            "carrot",
-            "onion",
-            "cake",
-            "cheese",
-            "salad",
-            "potato",
-            "sausage",
-            "pepper",
-        ),
+        _words("soup pie carrot onion cake cheese salad potato sausage pepper"),
         (("taste", "tasted"), ("serve", "served"), ("prepare", "prepared")),
         ("A day in the kitchen", "The best meal"),
     ),
@@ -75,18 +69,7 @@ TOPICS = (
         "music",
         ("theater", "studio"),
         ("singer", "drummer"),
-        (
-            "guitar",
-            "drum",
-            "piano",
-            "song",
-            "violin",
-            "melody",
-            "trumpet",
-            "waltz",
-            "flute",
-            "ballad",
-        ),
+        _words("guitar drum piano song violin melody trumpet waltz flute ballad"),
         (("play", "played"), ("practice", "practiced"), ("record", "recorded")),
         ("A night at the theater", "The new melody"),
     ),
@@ -94,7 +77,7 @@ TOPICS = (
         "sport",
         ("stadium", "gym"),
         ("player", "coach"),
-        ("ball", "goal", "race", "team", "match", "medal", "racket", "trophy", "referee", "score"),
+        _words("ball goal race team match medal racket trophy referee score"),
         (("watch", "watched"), ("win", "won"), ("defend", "defended")),
         ("The big match", "Winners in the stadium"),
     ),
@@ -102,7 +85,7 @@ TOPICS = (
         "farming",
         ("field", "barn"),
         ("farmer", "shepherd"),
-        ("cow", "sheep", "horse", "donkey", "duck", "lamb", "goat", "hen", "pig", "rooster"),
+        _words("cow sheep horse donkey duck lamb goat hen pig rooster"),
         (("feed", "fed"), ("guard", "guarded"), ("raise", "raised")),
         ("Life in the field", "Animals in the barn"),
     ),
@@ -110,7 +93,7 @@ TOPICS = (
         "sailing",
         ("harbor", "bay"),
         ("sailor", "captain"),
-        ("boat", "wave", "anchor", "fish", "shell", "crab", "island", "ship", "rope", "whale"),
+        _words("boat wave anchor fish shell crab island ship rope whale"),
         (("spot", "spotted"), ("reach", "reached"), ("follow", "followed")),
         ("A trip by boat", "Storm over the harbor"),
     ),
@@ -118,18 +101,7 @@ TOPICS = (
         "school",
         ("classroom", "library"),
         ("teacher", "student"),
-        (
-            "book",
-            "chapter",
-            "lesson",
-            "exam",
-            "essay",
-            "quiz",
-            "page",
-            "notebook",
-            "poem",
-            "lecture",
-        ),
+        _words("book chapter lesson exam essay quiz page notebook poem lecture"),
         (("study", "studied"), ("copy", "copied"), ("explain", "explained")),
         ("The hard exam", "Back in the classroom"),
     ),
@@ -137,18 +109,7 @@ TOPICS = (
         "health",
         ("hospital", "clinic"),
         ("doctor", "nurse"),
-        (
-            "medicine",
-            "fever",
-            "bandage",
-            "pill",
-            "patient",
-            "needle",
-            "cough",
-            "wound",
-            "bone",
-            "vaccine",
-        ),
+        _words("medicine fever bandage pill patient needle cough wound bone vaccine"),
         (("examine", "examined"), ("check", "checked"), ("describe", "described")),
         ("News from the hospital", "A cure for the fever"),
     ),
@@ -156,18 +117,7 @@ TOPICS = (
         "space",
         ("observatory", "station"),
         ("astronaut", "pilot"),
-        (
-            "rocket",
-            "planet",
-            "moon",
-            "comet",
-            "telescope",
-            "orbit",
-            "satellite",
-            "galaxy",
-            "meteor",
-            "crater",
-        ),
+        _words("rocket planet moon comet telescope orbit satellite galaxy meteor crater"),
         (("observe", "observed"), ("explore", "explored"), ("photograph", "photographed")),
         ("A journey to the moon", "Lights over the observatory"),
     ),
@@ -189,30 +139,10 @@ SENSES = {
     "stall": ("farming", "food"),
 }
 
-GOOD = (
-    "great",
-    "wonderful",
-    "lovely",
-    "excellent",
-    "delightful",
-    "perfect",
-    "pleasant",
-    "superb",
-    "amazing",
-    "fantastic",
+GOOD = _words(
+    "great wonderful lovely excellent delightful perfect pleasant superb amazing fantastic"
 )
-BAD = (
-    "awful",
-    "terrible",
-    "horrible",
-    "dreadful",
-    "poor",
-    "ugly",
-    "boring",
-    "nasty",
-    "dull",
-    "disappointing",
-)
+BAD = _words("awful terrible horrible dreadful poor ugly boring nasty dull disappointing")
 
 FEMALE = ("Anna", "Mary", "Lucy", "Emma", "Sarah", "Julia", "Clara", "Nina")
 MALE = ("Paul", "Peter", "Tom", "David", "Jack", "Henry", "Oscar", "Victor")
@@ -250,14 +180,17 @@ def a(word: str) -> str:
 
 
 def pronoun(name: str) -> str:
+    """He or she."""
     return "she" if name in FEMALE else "he"
 
 
 def capital(text: str) -> str:
+    """The text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
 def who(dice: Dice, topic: Topic) -> str:
+    """A name, or somebody of the topic by their job."""
     return dice.pick(NAMES) if dice.chance(0.5) else f"the {dice.pick(topic.jobs)}"
 
 
