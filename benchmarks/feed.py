@@ -48,7 +48,7 @@ class Peak:
 
 def measure(args: argparse.Namespace, start: int) -> dict[str, float]:
     """One column of the table."""
-    from pemoe_jax import data
+    from pemoe_jax import data, feed
     from pemoe_jax.tasks import jsonl
 
     clock = time.monotonic()
@@ -59,18 +59,18 @@ def measure(args: argparse.Namespace, start: int) -> dict[str, float]:
     filled = batches = 0
     with Peak() as peak:
         clock = time.monotonic()
-        feed = data.train_batches(
+        made = feed.train_batches(
             "jsonl_train", lengths, args.batch_size, start={"examples": start}
         )
-        next(feed)
+        next(made)
         first = time.monotonic() - clock
-        before = feed.position["examples"]
+        before = made.position["examples"]
         clock = time.monotonic()
         while (seconds := time.monotonic() - clock) < args.seconds:
-            batch = next(feed)
+            batch = next(made)
             batches += 1
             filled += int((batch["encoder_input_tokens"] > 0).sum())
-    examples = feed.position["examples"] - before
+    examples = made.position["examples"] - before
     rows = batches * args.batch_size
     return {
         "imports and reading the files through, s": ready,

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pemoe_jax import config
+from pemoe_jax import config, data
 from pemoe_jax.core.errors import InputError
 
 _DESCRIPTION = """\
 Writes tasks of P3 as tfrecords, in the layout of the published caches, which P3_DIR and seqio
 (USE_CACHED_TASKS, --seqio_additional_cache_dirs) read: from Parquet as the hub serves it, from JSON
-lines, or from prompt templates and a data set's examples. The same command again does what is not
-done yet."""
+lines, or from prompt templates and a data set's examples (docs/p3.md says in which forms). The same
+command again does what is not done yet."""
 _EPILOG = """\
 example:
   python -m pemoe_jax.cache_tasks --tasks='super_glue_rte_*' --p3_dir=parquet --output=cache
@@ -56,6 +56,9 @@ FLAGS.add_argument(
 )
 FLAGS.add_argument(
     "--shard_rows", type=int, default=1_000_000, metavar="N", help="most rows of a file"
+)
+config.add_cache_dirs_flag(
+    FLAGS, "folders that are looked into too, joined by commas: what is cached there is left out"
 )
 
 
@@ -152,16 +155,27 @@ def _to_write(context: _Context, patterns: Sequence[str]) -> tuple[str, dict[str
         there = {name: found for name in matched if (found := folder.find(name)) is not None}
         for bad in folder.unreadable.values():
             raise InputError(bad)
+        lacking = [f"{name}: {folder.lacking[name]}" for name in matched if name in folder.lacking]
         if not there:
             raise InputError(
                 f"--tasks {pattern!r}: {folder.path} has none of the {len(matched)} tasks"
+                + (f"; {lacking[0]}" if lacking else "")
             )
+        if lacking:
+            more = f" (and {len(lacking) - 1} more tasks)" if len(lacking) > 1 else ""
+            print(f"left out: {lacking[0]}{more}", flush=True)
         for name, found in there.items():
-            if found.form != CACHE and found.splits:
+            if found.form != CACHE and found.splits and not _is_cached(name):
                 wanted[name] = sorted(found.splits)
     if not wanted:
-        raise InputError(f"{folder.path}: all tasks that match are tfrecord caches already")
+        where = ", ".join([str(folder.path), *data.added_cache_dirs])
+        raise InputError(f"{where}: all tasks that match are tfrecord caches already")
     return str(folder.path), wanted
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a task is in one of --seqio_additional_cache_dirs."""
+    return any(os.path.exists(f"{folder}/{name}/COMPLETED") for folder in data.added_cache_dirs)
 
 
 def _results(context: _Context, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:

@@ -1,7 +1,7 @@
-"""seqio tasks as numpy batches: packed ones to train on, answer choices grouped to be ranked.
+"""seqio's tasks looked up and read as numpy: answer choices grouped and batched to be ranked.
 
-Everything here works for any registered seqio task or mixture. TensorFlow does the reading and
-never sees a GPU. Shapes: `B` batch, `L` length, `C` answer choices.
+Everything here works for any registered seqio task or mixture; `feed` has batches to train on.
+TensorFlow does the reading and never sees a GPU. Shapes: `B` batch, `L` length, `C` answer choices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import difflib
 import functools
 import itertools
 import os
-import queue
 import re
 import sys
 import tempfile
@@ -33,8 +32,13 @@ T = TypeVar("T")
 
 EVAL_SPLITS = ("validation", "val", "test")  # the first that exists is a task's evaluation split
 
+SENTENCE = "sentence_embedding"  # a feature [S] that a task may have, for routers that read it
+
 # Names that a user may well ask for and that could not be registered, with the reason.
 unregistered: dict[str, str] = {}
+
+# Folders of seqio's offline caches, made known to it when it is imported.
+added_cache_dirs: list[str] = []
 
 
 # What TensorFlow says of itself before its log level counts: oneDNN is on, there is no CUDA.
@@ -83,7 +87,32 @@ def import_seqio() -> Any:
             tf.config.set_visible_devices([], "GPU")
         import seqio
 
+    if added_cache_dirs:
+        seqio.add_global_cache_dirs(added_cache_dirs)
     return seqio
+
+
+def add_cache_dirs(folders: Iterable[str]) -> None:
+    """Makes folders known to seqio in which tasks' offline caches are; does not import it.
+
+    Raises:
+      InputError: one of them is not there.
+    """
+    found = [f if "://" in f else os.path.abspath(os.path.expanduser(f)) for f in folders]
+    for folder in found:
+        if "://" not in folder and not os.path.isdir(folder):
+            what = "a file" if os.path.exists(folder) else "nothing there"
+            raise InputError(
+                f"--seqio_additional_cache_dirs: {folder} must be a folder, found {what}"
+            )
+    added_cache_dirs.extend(folder for folder in found if folder not in added_cache_dirs)
+    if import_seqio.cache_info().currsize:
+        import_seqio().add_global_cache_dirs(added_cache_dirs)
+
+
+def cache_dirs() -> list[str]:
+    """The folders of offline caches that seqio knows; imports it where there can be any."""
+    return list(import_seqio().utils.get_global_cache_dirs())
 
 
 def check_task(name: str) -> Any:
@@ -143,197 +172,48 @@ def checked_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
     return lengths
 
 
-def _check_files(tasks: Iterable[str], split: str | None) -> None:
+def check_files(tasks: Iterable[str], split: str | None) -> None:
     """Lets sources that count their rows find what is wrong before seqio logs it at length."""
     for task in map(check_task, tasks):
         if split in task.splits:
             task.num_input_examples(split)
 
 
-def _check_count(what: str, value: Any, least: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise InputError(f"{what} must be an integer of at least {least}, found {value!r}")
+def cached_subtasks(name: str) -> list[str]:
+    """The names of a mixture's tasks, sorted, or the task itself: those that caches are read of.
 
-
-Example = tuple[np.ndarray, np.ndarray]  # ids of inputs and targets, [Li] and [Lt]
-
-
-class Feed(Iterator[Batch]):
-    """Batches to train on, and how far into the data they have come.
-
-    Examples fill rows in the order in which they come: one that does not fit begins the next row.
-    So the rows from any example on that began one depend on nothing before it, and going on at
-    `position` gives what would have come.
-
-    Args:
-      examples: from the one that `start` stands for on.
-      lengths: of rows of 'inputs' and 'targets'; longer examples are cut.
-      batch_size: rows.
-      pack: several examples in a row.
-      start: examples consumed before.
-    """
-
-    def __init__(
-        self,
-        examples: Iterable[Example],
-        lengths: Mapping[str, int],
-        batch_size: int,
-        pack: bool,
-        start: int = 0,
-    ) -> None:
-        self._lengths = lengths["inputs"], lengths["targets"]
-        self._batch_size, self._pack = batch_size, pack
-        self._rows = _filled_rows(examples, self._lengths, pack)
-        self._consumed = start
-
-    @property
-    def position(self) -> dict[str, int]:
-        """For `train_batches`: where the next batch begins."""
-        return {"examples": self._consumed}
-
-    def __next__(self) -> Batch:
-        """A batch, int32 [B, L] in T5X's names; a part of one at the end is dropped."""
-        rows = list(itertools.islice(self._rows, self._batch_size))
-        if len(rows) < self._batch_size:
-            raise StopIteration
-        self._consumed += sum(map(len, rows))
-        inputs, targets = (
-            _lay_out([[example[side] for example in row] for row in rows], self._lengths[side])
-            for side in (0, 1)
-        )
-        shifted = np.pad(targets["tokens"][:, :-1], ((0, 0), (1, 0)))
-        batch = {
-            "encoder_input_tokens": inputs["tokens"],
-            "decoder_target_tokens": targets["tokens"],
-            "decoder_input_tokens": shifted,
-            "decoder_loss_weights": (targets["tokens"] > 0).astype(np.int32),
-        }
-        if self._pack:
-            batch["decoder_input_tokens"] = np.where(targets["positions"] > 0, shifted, 0)
-            for side, found in (("encoder", inputs), ("decoder", targets)):
-                batch[f"{side}_segment_ids"] = found["segment_ids"]
-                batch[f"{side}_positions"] = found["positions"]
-        return batch
-
-
-def _filled_rows(
-    examples: Iterable[Example], lengths: tuple[int, int], pack: bool
-) -> Iterator[list[Example]]:
-    row: list[Example] = []
-    room_inputs, room_targets = lengths
-    for whole in examples:
-        inputs, targets = whole[0][: lengths[0]], whole[1][: lengths[1]]
-        fits = len(inputs) <= room_inputs and len(targets) <= room_targets
-        if row and not (fits and pack):
-            yield row
-            row, (room_inputs, room_targets) = [], lengths
-        row.append((inputs, targets))
-        room_inputs, room_targets = room_inputs - len(inputs), room_targets - len(targets)
-    if row:
-        yield row
-
-
-def _lay_out(rows: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:
-    """Rows of pieces -> their `tokens`, `segment_ids` from 1 on and `positions`: int32 [B, L]."""
-    pieces = [piece for row in rows for piece in row]
-    counts = np.array([len(row) for row in rows])
-    row_of = np.repeat(np.arange(len(rows)), counts)  # [N], of each piece
-    first = np.cumsum(counts) - counts  # [B], each row's first piece
-    sizes = np.array([len(piece) for piece in pieces])
-    begins = np.cumsum(sizes) - sizes
-    in_row = begins - begins[first][row_of]  # [N], where each piece begins in its row
-    positions = np.arange(sizes.sum()) - np.repeat(begins, sizes)
-    at = np.repeat(row_of * length + in_row, sizes) + positions
-    values = {
-        "tokens": np.concatenate(pieces),
-        "segment_ids": np.repeat(np.arange(len(pieces)) - first[row_of] + 1, sizes),
-        "positions": positions,
-    }
-    found = {}
-    for name, value in values.items():
-        found[name] = np.zeros((len(rows), length), np.int32)
-        found[name].reshape(-1)[at] = value
-    return found
-
-
-def train_batches(
-    name: str,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
-    *,
-    split: str = "train",
-    seed: int = 0,
-    pack: bool = True,
-    shuffle: bool = True,
-    start: Mapping[str, int] | None = None,
-    num_epochs: int | None = None,
-    use_cached: bool = False,
-    shard: tuple[int, int] = (0, 1),
-) -> Feed:
-    """Batches of int32 [B, L] in T5X's names, the same for the same seed.
-
-    Args:
-      name: of a seqio task or mixture.
-      task_feature_lengths: of rows of 'inputs' and 'targets'.
-      batch_size: rows.
-      split: of the tasks.
-      seed: of the order.
-      pack: several examples in a row.
-      shuffle: of each task's examples.
-      start: an earlier feed's `position`, to go on there. A provider that has a method
-        `examples_from` (see `tasks.jsonl_source.JsonLinesMixture`) begins there; of any other the
-        examples before are read and thrown away.
-      num_epochs: None: for ever; a mixture ends at the first task that is used up.
-      use_cached: seqio's offline caches.
-      shard: (index, count): every count-th example; `start` counts these.
+    A mixture that `leaves_out` tasks is read without those that have no cache, which is said once.
 
     Raises:
-      InputError: for whatever is wrong, by the call and not by the first `next`.
+      InputError: a task that could be cached has no cache in any folder.
     """
-    import_seqio()
-    lengths = checked_lengths(task_feature_lengths)
-    _check_count("BATCH_SIZE", batch_size, 1)
-    begin = 0 if start is None else start.get("examples")
-    _check_count("start['examples']", begin, 0)
-    splits = check_task(name).splits
-    if split not in splits:
-        raise InputError(f"{name!r} has no split {split!r} (it has: {', '.join(sorted(splits))})")
-    if not use_cached:
-        _check_files(subtasks(name), split)
-    settings = {"seed": seed, "shuffle": shuffle, "num_epochs": num_epochs}
-    ds = _unpacked(name, lengths, split, int(begin or 0), use_cached, shard, settings)
-    return Feed(_examples_of(ds), lengths, batch_size, pack, int(begin or 0))
-
-
-def _unpacked(
-    name: str,
-    lengths: Mapping[str, int],
-    split: str,
-    start: int,
-    use_cached: bool,
-    shard: tuple[int, int],
-    settings: Mapping[str, Any],
-) -> Any:
-    """A dataset of a shard's single examples, from the start-th on."""
-    seqio = import_seqio()
     provider = check_task(name)
-    missing = [key for key in lengths if key not in provider.output_features]
-    if missing:
-        found = ", ".join(sorted(provider.output_features))
-        raise InputError(f"{name!r} has no feature {missing[0]!r} to train on (it has: {found})")
-    if hasattr(provider, "examples_from") and not use_cached:
-        return provider.examples_from(lengths, split, start=start, shard=shard, **settings)
-    info = seqio.ShardInfo(*shard) if shard[1] > 1 else None
-    ds = provider.get_dataset(
-        lengths, split=split, use_cached=use_cached, shard_info=info, **settings
-    )
-    return ds.skip(start)
+    tasks = import_seqio().get_subtasks(provider)
+    missing = [task.name for task in tasks if task.supports_caching and not task.cache_dir]
+    if not missing:
+        return [task.name for task in tasks]
+    of = f"{len(missing)} of {len(tasks)} tasks, " if len(tasks) > 1 else ""
+    if len(missing) == len(tasks) or not getattr(provider, "leaves_out", False):
+        raise InputError(
+            f"USE_CACHED_TASKS: no cache of {of}{missing[0]!r}: expected {missing[0]}/COMPLETED in"
+            f" one of --seqio_additional_cache_dirs, found {', '.join(cache_dirs()) or 'none'}"
+        )
+    from pemoe_jax.tasks import p3_rows
+
+    p3_rows.told(f"{name}: no cache of {of}{', '.join(missing[:3])}{', …' * (len(missing) > 3)}")
+    return [task.name for task in tasks if task.name not in missing]
+
+
+def check_count(what: str, value: Any, least: int) -> None:
+    """InputError where a setting is no integer of at least so much."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise InputError(f"{what} must be an integer of at least {least}, found {value!r}")
 
 
 _open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
-def _closed_at_exit(generator: Generator[T, None, None]) -> Generator[T, None, None]:
+def closed_at_exit(generator: Generator[T, None, None]) -> Generator[T, None, None]:
     """A generator that is closed before Python ends, if it is still there then.
 
     Where Python is ending TensorFlow may wait for ever for what a pipeline has under way: Python
@@ -351,86 +231,90 @@ def _close_all() -> None:
                 generator.close()
 
 
-def _arrays(ds: Any) -> Generator[Any, None, None]:
-    yield from ds.as_numpy_iterator()
+def arrays(
+    ds: Any, name: str, split: str | None = None, use_cached: bool = False
+) -> Generator[Any, None, None]:
+    """The elements of a pipeline as numpy; it is closed before Python ends.
 
+    Args:
+      ds: the pipeline.
+      name, split, use_cached: what it reads, as of `reading`.
 
-_BLOCK = 256  # examples that TensorFlow hands over at a time: one by one takes several times longer
-
-
-def _examples_of(ds: Any) -> Iterator[Example]:
-    import tensorflow as tf
-
-    def flat(block: Mapping[str, Any]) -> list[Any]:
-        return [
-            (tf.cast(block[key].values, tf.int32), block[key].row_splits)
-            for key in ("inputs", "targets")
-        ]
-
-    ds = ds.map(lambda example: {key: example[key] for key in ("inputs", "targets")})
-    blocks = ds.ragged_batch(_BLOCK).map(lambda block: tuple(flat(block))).prefetch(2)
-    for block in _closed_at_exit(_arrays(blocks)):
-        yield from zip(*(np.split(ids, ends[1:-1]) for ids, ends in block), strict=True)
-
-
-def eval_batches(
-    name: str,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
-    max_batches: int | None = None,
-    *,
-    pack: bool = True,
-    use_cached: bool = False,
-) -> Iterator[Batch]:
-    """Every example of the evaluation splits once; tasks take turns, so the first batches show all.
-
-    Tasks without an evaluation split are left out (InputError where none has one). The last batch
-    is filled up with zeros, which weigh nothing. Building it costs some milliseconds a task: keep
-    the list for repeated use.
+    Raises:
+      InputError: see `reading`.
     """
-    seqio = import_seqio()
+
+    def pulled() -> Generator[Any, None, None]:
+        with reading(name, split, use_cached):
+            yield from ds.as_numpy_iterator()
+
+    return closed_at_exit(pulled())
+
+
+_OURS = re.compile(r"\bInputError: (.+)")
+_OFFSET = re.compile(r"(?:corrupted|truncated) record at (\d+)")
+
+
+@contextlib.contextmanager
+def reading(name: str, split: str | None = None, use_cached: bool = False) -> Iterator[None]:
+    """Makes one line of it where TensorFlow fails to read a task's or mixture's files.
+
+    What a source's own Python function raised passes, unless it is an InputError: it is a bug.
+
+    Args:
+      name: of the task or mixture.
+      split: of its tasks; None: their evaluation splits.
+      use_cached: whether seqio's offline caches are read.
+
+    Raises:
+      InputError: what a source of ours raised in the pipeline; else what TensorFlow says, with the
+        damaged tfrecord where that can be found.
+    """
     import tensorflow as tf
 
-    lengths = checked_lengths(task_feature_lengths)
-    _check_count("BATCH_SIZE", batch_size, 1)
-    splits = {task: eval_split(task) for task in subtasks(name)}
-    splits = {task: split for task, split in splits.items() if split is not None}
-    if not splits:
-        raise InputError(f"no task of {name!r} has an evaluation split ({', '.join(EVAL_SPLITS)})")
-
-    def only(example: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: example[key] for key in ("inputs", "targets")}
-
-    provider = check_task(name)
-    if hasattr(provider, "every_example") and not use_cached:
-        ds, _ = provider.every_example(lengths, in_turns=True)  # one pipeline instead of one a task
-        ds = ds.map(only)
-    else:
-        datasets = [
-            check_task(task)
-            .get_dataset(
-                lengths, split=split, use_cached=use_cached, shuffle=False, seed=0, num_epochs=1
-            )
-            .map(only)
-            for task, split in splits.items()
-        ]
-        turns = tf.data.Dataset.range(len(datasets)).repeat()
-        ds = tf.data.Dataset.choose_from_datasets(datasets, turns, stop_on_empty_dataset=False)
-    ds = seqio.EncDecFeatureConverter(pack=pack)(ds, task_feature_lengths=lengths).batch(batch_size)
-    if max_batches is not None:
-        _check_count("max_batches", max_batches, 1)
-        ds = ds.take(max_batches)
-
-    def fill(batch: Batch) -> Batch:
-        missing = batch_size - len(batch["decoder_target_tokens"])
-        return {key: np.pad(value, ((0, missing), (0, 0))) for key, value in batch.items()}
-
-    return map(fill, _as_int32(ds))
+    try:
+        yield
+    except tf.errors.OpError as error:
+        message = str(error.message)
+        ours = _OURS.search(message)
+        if ours:
+            raise InputError(ours[1]) from error
+        if "Traceback (most recent call last)" in message:
+            raise
+        at = _OFFSET.search(message)
+        damaged = _damaged_file(name, split, use_cached, int(at[1])) if at else ""
+        raise InputError(damaged or f"reading {name!r}: {_first_line(message)}") from error
+    except UnicodeDecodeError as error:  # TensorFlow quotes data that it cannot parse
+        quoted = error.object.decode("ascii", "replace")
+        raise InputError(f"reading {name!r}: {_first_line(quoted)}") from error
 
 
-def _as_int32(ds: Any) -> Iterator[Batch]:
-    for batch in _closed_at_exit(_arrays(ds)):
-        yield {key: np.asarray(value, np.int32) for key, value in batch.items()}
+def _first_line(message: str) -> str:
+    """Of what TensorFlow says, less where in its graph it was."""
+    line = message.strip().splitlines()[0]
+    where = r"^\{\{.*?\}\} |Error in user-defined .* with iterator: \S+ | \[Op:.*$"
+    return re.sub(where, "", line)[:200]
+
+
+def _damaged_file(name: str, split: str | None, use_cached: bool, offset: int) -> str:
+    """What is wrong with the tfrecord that is damaged at a byte; '' where none is found."""
+    seqio = import_seqio()
+    from pemoe_jax.tasks import p3_records
+
+    for task in map(check_task, cached_subtasks(name) if use_cached else subtasks(name)):
+        wanted = split or eval_split(task.name)
+        if wanted is None or wanted not in task.splits:
+            continue
+        cached = use_cached and task.supports_caching
+        source = task._get_cached_source(wanted) if cached else task.source
+        if not isinstance(source, seqio.FileDataSource):
+            continue
+        for path in filter(os.path.isfile, source.list_shards(wanted)):
+            try:
+                p3_records.RecordFile(path).check_at(offset)
+            except InputError as error:
+                return str(error)
+    return ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -448,6 +332,7 @@ class ChoiceGroup:
     choice_texts: tuple[str, ...]
     cut_input: bool
     cut_target: bool
+    sentence: np.ndarray | None = None  # [S], for routers that read it
 
     @property
     def odd(self) -> tuple[str, ...]:
@@ -479,10 +364,11 @@ def choice_groups(
     seqio = import_seqio()
     lengths = checked_lengths(task_feature_lengths)
     if max_examples is not None:
-        _check_count("max_examples", max_examples, 1)
+        check_count("max_examples", max_examples, 1)
     # One token more than allowed: so one that has to be cut can be told from one that just fits.
     longer = {key: length + 1 for key, length in lengths.items()}
     provider = check_task(name)
+    names = cached_subtasks(name) if use_cached else subtasks(name)
     if not isinstance(provider, seqio.Mixture):
         found = split or eval_split(name)
         if found not in provider.splits:
@@ -491,10 +377,11 @@ def choice_groups(
                 f"{name!r} has no {wanted} split (it has: {', '.join(sorted(provider.splits))})"
             )
         if not use_cached:
-            _check_files([name], found)
-        ds = provider.get_dataset(
-            longer, split=found, use_cached=use_cached, shuffle=False, seed=0, num_epochs=1
-        )
+            check_files([name], found)
+        with reading(name, found, use_cached):
+            ds = provider.get_dataset(
+                longer, split=found, use_cached=use_cached, shuffle=False, seed=0, num_epochs=1
+            )
         starts = [(name, 0)]
     elif hasattr(provider, "every_example") and split is None and not use_cached:
         ds, starts = provider.every_example(longer, in_turns=False)
@@ -502,7 +389,7 @@ def choice_groups(
         of_task = functools.partial(
             choice_groups, split=split, max_examples=max_examples, use_cached=use_cached
         )
-        return [group for task in subtasks(name) for group in of_task(task, lengths)]
+        return [group for task in names for group in of_task(task, lengths)]
     missing = [key for key in ("idx", "is_correct") if key not in ds.element_spec]
     if missing:
         twin = f"{name}_score_eval"
@@ -516,7 +403,7 @@ def choice_groups(
     groups = []
     counts: collections.Counter[str] = collections.Counter()
     first_rows = [start for _, start in starts]
-    stream = ds.as_numpy_iterator()
+    stream: Iterator[Any] = arrays(ds, name, split, use_cached)
     if use_cached:  # seqio's own caches are shuffled, choices of one example apart
         stream = iter(sorted(stream, key=lambda row: tuple(row["idx"])))
     for number, members in itertools.groupby(stream, key=lambda row: int(row["idx"][0])):
@@ -540,6 +427,7 @@ def choice_groups(
                 choice_texts=tuple(text_of(features, row, "targets") for row in rows),
                 cut_input=cut_input,
                 cut_target=any(was_cut for _, was_cut in targets),
+                sentence=rows[0].get(SENTENCE),
             )
         )
     return groups
@@ -639,7 +527,7 @@ def _buckets(
     max_programs: int,
 ) -> Iterator[tuple[Shape, int, list[int]]]:
     """Of each batch its shape, its rows, and the numbers of the sizes in it; the largest first."""
-    _check_count("BATCH_SIZE", batch_size, 1)
+    check_count("BATCH_SIZE", batch_size, 1)
     if batch_size % multiple_of:
         raise InputError(
             f"BATCH_SIZE {batch_size} is not a multiple of the number of devices, {multiple_of}"
@@ -701,17 +589,22 @@ def score_batches(
 
 
 def _filled(groups: Sequence[ChoiceGroup], rows: int, shape: Shape) -> Batch:
-    """The groups and rows of zeros, in T5X's names."""
+    """The groups and rows of zeros, in T5X's names; sentence embeddings where all have one."""
     input_length, num_choices, target_length = shape
     targets = np.zeros((rows, num_choices, target_length), np.int32)
     for i, group in enumerate(groups):
         for j, ids in enumerate(group.choices):
             targets[i, j, : len(ids)] = ids
-    return {
+    batch = {
         "encoder_input_tokens": _padded([group.inputs for group in groups], rows, input_length),
         "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
         "decoder_target_tokens": targets,
     }
+    sentences = [group.sentence for group in groups if group.sentence is not None]
+    if len(sentences) == len(groups):
+        missing = ((0, rows - len(groups)), (0, 0))
+        batch["sentence_embeddings"] = np.pad(np.stack(sentences, dtype=np.float32), missing)
+    return batch
 
 
 def _padded(sequences: Sequence[np.ndarray], rows: int, length: int) -> np.ndarray:
@@ -747,72 +640,3 @@ def input_batches(
     for shape, rows, numbers in _buckets(sizes, batch_size, *limits):
         last = [inputs[numbers[-1]]] * (rows - len(numbers))
         yield _padded([inputs[number] for number in numbers] + last, rows, shape[0]), numbers
-
-
-class Prefetched(Iterator[T]):
-    """What `prefetch` returns: the items, and the position that belongs to the last of them."""
-
-    def __init__(self, source: Iterable[T], size: int) -> None:
-        self._queue: queue.Queue[tuple[str, Any, Any]] = queue.Queue(max(1, size))
-        self._items = _closed_at_exit(_from_thread(source, self._queue))
-        self.position: Any = getattr(source, "position", None)
-
-    @property
-    def ready(self) -> bool:
-        """Whether the next item is made already."""
-        return not self._queue.empty()
-
-    def __next__(self) -> T:
-        item, self.position = next(self._items)
-        return item
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._items.close()
-
-
-def prefetch(source: Iterable[T], size: int = 4) -> Prefetched[T]:
-    """The same items, made up to `size` ahead by a thread; its exceptions are raised here.
-
-    Where the source has a `position` (`Feed`), the result has that of the item it gave last, not of
-    those that lie ready. Closing it, or forgetting it, ends the thread.
-    """
-    return Prefetched(source, size)
-
-
-def _from_thread(
-    source: Iterable[T], items: queue.Queue[tuple[str, Any, Any]]
-) -> Generator[tuple[T, Any], None, None]:
-    stop = threading.Event()
-
-    def put(*entry: Any) -> bool:
-        while not stop.is_set():
-            try:
-                items.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in source:
-                if not put("item", item, getattr(source, "position", None)):
-                    return
-            put("end", None, None)
-        except BaseException as error:  # whatever it is belongs to the reader of the items
-            put("error", error, None)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value, position = items.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value, position
-    finally:
-        stop.set()
-        thread.join(timeout=5)

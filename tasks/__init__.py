@@ -4,6 +4,7 @@ import importlib
 import os
 from typing import Any
 
+from pemoe_jax import data
 from pemoe_jax.core.errors import InputError
 
 T5_VOCAB_PATH = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
@@ -29,7 +30,7 @@ def register(
       vocab_path: the SentencePiece file (VOCAB_PATH).
       module: name of a module to import (MIXTURE_OR_TASK_MODULE), or None.
       p3_dir: folder of P3 (P3_DIR); None: where nothing else is given, the environment's
-        PEMOE_P3_DIR.
+        PEMOE_P3_DIR, or else the caches in --seqio_additional_cache_dirs.
       inputs_eos: whether P3's inputs end in EOS (P3_INPUTS_EOS), see `p3.register`.
       **settings: further arguments of `jsonl.register`; of `eval_examples` P3 takes account too.
 
@@ -48,7 +49,8 @@ def register(
             raise InputError(f"MIXTURE_OR_TASK_MODULE {module!r}: no such module") from error
     if jsonl_dir is None and module is None:
         p3_dir = p3_dir or os.environ.get("PEMOE_P3_DIR")
-    if p3_dir:
+    only_caches = jsonl_dir is None and module is None and bool(data.added_cache_dirs)
+    if p3_dir or only_caches:
         if jsonl_dir is not None:
             raise InputError(f"expected JSONL_DIR or P3_DIR, found both: {jsonl_dir}, {p3_dir}")
         for macro in ("train_tasks", "eval_tasks"):
@@ -63,7 +65,8 @@ def register(
     if jsonl_dir is None:
         if module is None:
             raise InputError(
-                "no data: set JSONL_DIR and VOCAB_PATH, or P3_DIR, or MIXTURE_OR_TASK_MODULE"
+                "no data: set JSONL_DIR and VOCAB_PATH, or P3_DIR (or give"
+                " --seqio_additional_cache_dirs), or MIXTURE_OR_TASK_MODULE"
             )
         return None
     if vocab_path is None:

@@ -15,19 +15,19 @@ import numpy as np
 from pemoe_jax import data
 from pemoe_jax.tasks.jsonl_files import FileScan, Rows, scan_file
 from pemoe_jax.tasks.order import Order
+from pemoe_jax.tasks.pipelines import READ, cached_examples, number_blocks
 
 data.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
 import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import tensorflow_text as tf_text  # noqa: E402
 
-_READ = 128  # rows read at a time
 Tokenize = Callable[[str, Any], Any]  # of a feature's name and a text
 
 
 def _read_rows(rows: Rows, numbers: tf.data.Dataset) -> tf.data.Dataset:
     """Elements `row`, `inputs`, `targets`, `answer_choices`, `num_choices` of them, by number."""
-    return _read_blocks(rows, numbers.batch(_READ)).unbatch()
+    return _read_blocks(rows, numbers.batch(READ)).unbatch()
 
 
 def _read_blocks(rows: Rows, blocks: tf.data.Dataset) -> tf.data.Dataset:
@@ -48,24 +48,6 @@ def _read_blocks(rows: Rows, blocks: tf.data.Dataset) -> tf.data.Dataset:
         return dict(zip(kinds, tensors, strict=True))
 
     return blocks.map(read)
-
-
-def number_blocks(
-    order: Order, start: int, shard: tuple[int, int] | None = None
-) -> tf.data.Dataset:
-    """Row numbers of an order (a shard of it) from example `start` on: blocks, int64 [N], N > 0."""
-
-    @tf.autograph.experimental.do_not_convert
-    def block(first: tf.Tensor) -> tf.Tensor:
-        numbers = tf.numpy_function(
-            lambda first: order.numbers(int(first), int(first) + _READ, shard or (0, 1)),
-            [first],
-            tf.int64,
-        )
-        return tf.ensure_shape(numbers, [None])
-
-    firsts = tf.data.Dataset.range(start, np.iinfo(np.int64).max - _READ, _READ)
-    return firsts.map(block).take_while(lambda numbers: tf.size(numbers) > 0)
 
 
 def _row_numbers(start: int, rows: int, shuffle: bool, seed: int | None, shard: Any) -> Any:
@@ -130,6 +112,12 @@ class JsonLinesTask(seqio.Task):
     ) -> tf.data.Dataset:
         """See JsonLinesMixture.examples_from, of this task alone."""
         return _examples([self], [1.0], sequence_length, split, **kwargs)
+
+    def cached_examples_from(
+        self, sequence_length: Mapping[str, int], split: str, **kwargs: Any
+    ) -> tf.data.Dataset | None:
+        """See JsonLinesMixture.cached_examples_from, of this task alone."""
+        return cached_examples([self], [1.0], sequence_length, split, **kwargs)
 
 
 class JsonLinesTwin(JsonLinesTask):
@@ -196,6 +184,15 @@ class JsonLinesMixture(seqio.Mixture):
         tasks = [task for task in self.tasks if split in task.splits]
         rates = [self.get_rate(task) for task in tasks]
         return _examples(tasks, rates, sequence_length, split, **kwargs)
+
+    def cached_examples_from(
+        self, sequence_length: Mapping[str, int], split: str, **kwargs: Any
+    ) -> tf.data.Dataset | None:
+        """The same of the tasks' offline caches; None where one of them is not on this machine."""
+        names = data.cached_subtasks(self.name)
+        tasks = [task for task in self.tasks if task.name in names and split in task.splits]
+        rates = [self.get_rate(task) for task in tasks]
+        return cached_examples(tasks, rates, sequence_length, split, **kwargs)
 
     def every_example(
         self, sequence_length: Mapping[str, int], in_turns: bool

@@ -6,9 +6,9 @@
   `t0_train_all_og_prompts`, `t0_eval_score_eval` and `t0_train_score_eval`; and one for each data
   set (`super_glue_rte`, and `super_glue_rte_score_eval` of its twins; ANLI's rounds too).
 
-Nothing is read but the table beside this file. Rows come from seqio's caches (`use_cached`), or
-from a folder P3_DIR (by `register`, or the environment's PEMOE_P3_DIR), which `p3_folder`
-describes.
+Nothing is read but the table beside this file. Rows come from seqio's caches (`use_cached`, in
+--seqio_additional_cache_dirs), or from a folder P3_DIR (by `register`, or the environment's
+PEMOE_P3_DIR), which `p3_folder` describes.
 
 T0 caches twins of its training tasks that are not published, to see how training goes; such twins
 are made here of the tasks' answer choices. They are in `t0_train_score_eval`, and `register` gives
@@ -70,17 +70,27 @@ def _features(inputs_eos: bool) -> dict[str, Any]:
 _PREPROCESSORS = (seqio.CacheDatasetPlaceholder(), p3_source.end_in_eos)
 
 
+def _remove_everything() -> None:
+    """Takes it all out of seqio's registries."""
+    global _registered_for
+    for task in p3_table.tasks().values():
+        for name in _names(task):
+            seqio.TaskRegistry.remove(name)
+    for name in p3_table.made_twins():
+        seqio.TaskRegistry.remove(name)
+    for name in p3_table.mixtures():
+        seqio.MixtureRegistry.remove(name)
+    _registered_for = None
+
+
 def _add_everything(inputs_eos: bool) -> None:
     """Registers it all, in place of what an earlier call has registered."""
     global _registered_for
+    if _registered_for is not None:
+        _remove_everything()
     names = [name for task in p3_table.tasks().values() for name in _names(task)]
     made = p3_table.made_twins()
     mixtures = p3_table.mixtures()
-    if _registered_for is not None:
-        for name in [*names, *made]:
-            seqio.TaskRegistry.remove(name)
-        for name in mixtures:
-            seqio.MixtureRegistry.remove(name)
     features = _features(inputs_eos)
     for name in names:
         seqio.TaskRegistry.add_provider(name, _task(name, features))
@@ -194,14 +204,14 @@ def register(
 def _summary(path: str | None) -> list[str]:
     published = [name for task in p3_table.tasks().values() for name in _names(task)]
     if path is None:
-        return [f"P3: {len(published)} tasks and twins, to be read from seqio's caches"]
+        return [_cached_summary(published)]
     if "://" in path:
         return [f"P3: {len(published)} tasks and twins, to be read from the cache {path}"]
     folder = settings.folder
     found = {name: there for name in published if (there := folder.find(name)) is not None}
     if not found:
-        bad = next(iter(folder.unreadable.values()), "")
-        raise InputError(bad or _nothing_in(folder))
+        bad = [*folder.unreadable.values(), *folder.lacking.values()]
+        raise InputError(bad[0] if bad else _nothing_in(folder))
     tasks = [name for name in found if not name.endswith(SCORE_EVAL)]
     forms = [there.form for there in found.values()]
     counts = ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))
@@ -226,7 +236,34 @@ def _summary(path: str | None) -> list[str]:
             f"no evaluation split ({', '.join(data.EVAL_SPLITS)}): {len(no_eval)} tasks"
             f" ({few(no_eval, 3)})"
         )
+    lacking = [f"{name}: {why}" for name, why in folder.lacking.items()]
+    if lacking:
+        more = f" (and {len(lacking) - 1} more tasks)" if len(lacking) > 1 else ""
+        lines.append(f"left out: {lacking[0]}{more}")
     return [*lines, *(f"left out: {line}" for line in folder.unreadable.values())]
+
+
+def _cached_summary(published: Sequence[str]) -> str:
+    """What seqio's folders of caches have, of those that are on this machine."""
+    folders = data.cache_dirs()
+    if not folders or any("://" in folder for folder in folders):
+        return f"P3: {len(published)} tasks and twins, to be read from seqio's caches"
+    there = [
+        name
+        for name in published
+        if any(os.path.exists(os.path.join(folder, name, "COMPLETED")) for folder in folders)
+    ]
+    where = ", ".join(folders)
+    if not there:
+        raise InputError(
+            f"no cache of P3 in {where}: expected <task>/COMPLETED of a published name"
+        )
+    twins = sum(name.endswith(SCORE_EVAL) for name in there)
+    tasks = len(p3_table.tasks())
+    return (
+        f"P3, cached in {where}: {len(there) - twins} of {tasks} tasks,"
+        f" {twins} of {len(published) - tasks} twins (USE_CACHED_TASKS=True reads them)"
+    )
 
 
 def _nothing_in(folder: Folder) -> str:

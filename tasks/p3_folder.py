@@ -3,7 +3,7 @@
 (a) `<task>/<split>.tfrecord-*` with `info.<split>.json` and `COMPLETED`: the published seqio cache;
 (b) `<task>/<split>*.parquet`, `<task>/<split>/*.parquet` or `<task>/<split>.jsonl`: prompted rows;
 (c) `<dataset>[/<subset>]/templates.yaml`, in the folder or in its `templates/`, and the data set's
-    examples beside it or in `raw/<dataset>[/<subset>]/`, as `<split>*.parquet` or `<split>.jsonl`.
+    examples beside it or in `raw/`, `huggingface/` or `tfds/`, in a form that `p3_raw` describes.
 
 Tasks may lie in `data/` too, as in a clone of the hub's repository. A folder may hold several
 forms; of a task the first is read. A twin that is not there is made of its task's answer choices.
@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Mapping
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.tasks import p3_table, templates
+from pemoe_jax.tasks import p3_raw, p3_table, templates
 from pemoe_jax.tasks.p3_prompted import OnTheFly
 from pemoe_jax.tasks.p3_records import Records
 from pemoe_jax.tasks.p3_rows import Choices, Encode, Reader
@@ -36,6 +36,13 @@ class Found:
     splits: Mapping[str, list[pathlib.Path]]  # split -> its files
     folder: pathlib.Path
     template: templates.Template | None = None
+    raw: p3_raw.Raw | None = None  # the data set that the template is for
+
+
+def cached_splits(folder: pathlib.Path) -> list[str]:
+    """The splits of a task's tfrecord cache."""
+    names = sorted(path.name for path in folder.glob("info.*.json"))
+    return [name.removeprefix("info.").removesuffix(".json") for name in names]
 
 
 class Folder:
@@ -53,6 +60,7 @@ class Folder:
         self._found: dict[str, Found | None] = {}
         self._readers: dict[tuple[str, str], Reader] = {}
         self.unreadable: dict[str, str] = {}  # path of a templates.yaml -> what is wrong with it
+        self.lacking: dict[str, str] = {}  # task with a template -> why it cannot be made
 
     @functools.cached_property
     def _homes(self) -> dict[str, pathlib.Path]:
@@ -93,10 +101,9 @@ class Folder:
     def _look_for(self, name: str) -> Found | None:
         home = self._homes.get(name)
         if home is not None:
-            infos = sorted(home.glob("info.*.json"))
-            if infos or list(home.glob("*.tfrecord-*")):
-                splits = [path.name.removeprefix("info.").removesuffix(".json") for path in infos]
-                return Found(CACHE, {split: [] for split in splits}, home)
+            cached = cached_splits(home)
+            if cached or any(home.glob("*.tfrecord-*")):
+                return Found(CACHE, {split: [] for split in cached}, home)
             files = table_splits(home)
             if files:
                 return Found(PROMPTED, files, home)
@@ -111,16 +118,32 @@ class Folder:
         template = self._templates_of(task.dataset, task.subset).get(task.template)
         if template is None:
             return None
-        beside = self._yaml[task.dataset, task.subset].parent
-        raw = self.path / "raw" / task.dataset / task.subset
-        folder = raw if raw.is_dir() else beside
-        files = table_splits(folder)
+        try:
+            raw = self._raw_of(task.dataset, task.subset)
+            missing = raw.lacks(template.fields) if raw is not None else []
+        except (InputError, templates.TemplateError) as error:
+            self.lacking[task.name] = str(error)
+            return None
+        if raw is None:
+            how = p3_raw.how_to_get(self.path, task.dataset, task.subset)
+            self.lacking[task.name] = f"its template is there, its data set is not: {how}"
+            return None
+        if missing:
+            self.lacking[task.name] = (
+                f"its template reads {missing[0]!r}, which the builder"
+                f" {raw.builder.name if raw.builder else ''!r} of tensorflow-datasets does not have"
+            )
+            return None
         splits = {
-            split: files[task.raw_split(split)]
+            split: list(raw.splits[task.raw_split(split)])
             for split in task.splits
-            if task.raw_split(split) in files
+            if task.raw_split(split) in raw.splits
         }
-        return Found(TEMPLATES, splits, folder, template) if splits else None
+        return Found(TEMPLATES, splits, raw.folder, template, raw) if splits else None
+
+    @functools.cache  # noqa: B019  a folder lives as long as the process
+    def _raw_of(self, dataset: str, subset: str) -> p3_raw.Raw | None:
+        return p3_raw.find(self.path, dataset, subset, self._yaml[dataset, subset].parent)
 
     def reader(self, name: str, split: str, encode: Encode) -> Reader:
         """The rows of a split of a task or twin.
@@ -135,7 +158,9 @@ class Folder:
     def _open(self, name: str, split: str, encode: Encode) -> Reader:
         found = self.find(name)
         if found is None:
-            bad = next(iter(self.unreadable.values()), "")
+            bad = self.lacking.get(name.removesuffix(SCORE_EVAL)) or next(
+                iter(self.unreadable.values()), ""
+            )
             raise InputError(
                 f"P3_DIR {self.path} has no task {name!r}"
                 + (f"; {bad}" if bad else " (expected tfrecords, Parquet or templates of it)")
@@ -153,7 +178,8 @@ class Folder:
             return Records(found.folder, split)
         if found.form == MADE:
             return Choices(self.reader(name.removesuffix(SCORE_EVAL), split, encode), encode)
-        table = open_table(found.splits[split])
-        if found.template is not None:
+        if found.template is not None and found.raw is not None:
+            task = p3_table.tasks()[name]
+            table = found.raw.table(task.raw_split(split))
             return OnTheFly(table, found.template, f"{name} {split}", encode)
-        return Prompted(table, encode, name.endswith(SCORE_EVAL))
+        return Prompted(open_table(found.splits[split]), encode, name.endswith(SCORE_EVAL))

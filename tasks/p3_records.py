@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.tasks import crc32c
 from pemoe_jax.tasks.p3_rows import CHUNK, Reader, Row, parse
 
 _BLOCK = 1 << 22  # bytes looked through at a time
@@ -28,6 +29,7 @@ _HEADER = 12  # length of the data, and its checksum
 _FRAME = 16  # header, and the checksum of the data behind it
 _LFS = b"version https://git-lfs"
 _LENGTH = struct.Struct("<Q")
+_CHECKSUM = struct.Struct("<I")
 
 
 class RecordFile:
@@ -56,7 +58,7 @@ class RecordFile:
             return len(self._starts)
 
     def read(self, numbers: Sequence[int]) -> list[bytes]:
-        """The records of these rows.
+        """The records of these rows, whose checksums are verified.
 
         Raises:
           InputError: the file is damaged, or has fewer rows.
@@ -73,13 +75,32 @@ class RecordFile:
                     )
                 file.seek(self._starts[number])
                 length = _LENGTH.unpack(file.read(_HEADER)[:8])[0]
-                records.append(file.read(length))
+                record = file.read(length)
+                if file.read(4) != _CHECKSUM.pack(crc32c.masked(record)):
+                    raise InputError(
+                        f"{self.path}: damaged at byte {self._starts[number]:,}: the checksum of"
+                        f" row {number + 1:,} is wrong"
+                    )
+                records.append(record)
         return records
 
-    def _look_through(self, rows: int | None) -> None:
-        """Finds where rows begin, until so many are known (None: all)."""
+    def check_at(self, offset: int) -> None:
+        """Verifies the row that begins at a byte, or whose data does, if there is one.
+
+        Raises:
+          InputError: it is damaged, or what is before it.
+        """
+        with self._lock:
+            self._look_through(None, offset)
+        number = int(np.searchsorted(self._starts, offset, side="right")) - 1
+        if number >= 0 and offset - self._starts[number] in (0, _HEADER):
+            self.read([number])
+
+    def _look_through(self, rows: int | None, offset: int | None = None) -> None:
+        """Finds where rows begin, until so many are known, or those up to a byte (None: all)."""
+        end = self._size if offset is None else min(self._size, offset + 1)
         with open(self.path, "rb") as file:
-            while self._next < self._size and (rows is None or len(self._starts) < rows):
+            while self._next < end and (rows is None or len(self._starts) < rows):
                 file.seek(self._next)
                 self._look_at(file.read(_BLOCK))
 

@@ -16,16 +16,15 @@ import numpy as np
 from pemoe_jax import data
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.tasks import jsonl_source, p3_table
-from pemoe_jax.tasks.order import Order
-from pemoe_jax.tasks.p3_folder import Folder, Found
+from pemoe_jax.tasks.jsonl_files import few
+from pemoe_jax.tasks.p3_folder import Folder, Found, cached_splits
 from pemoe_jax.tasks.p3_rows import TEXTS, Encode, Reader, told
 from pemoe_jax.tasks.p3_table import SCORE_EVAL
+from pemoe_jax.tasks.pipelines import READ, examples, local_cache, read_blocks
 
 data.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
 import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
-
-_READ = 128  # rows read at a time
 
 
 @dataclasses.dataclass
@@ -70,19 +69,19 @@ class P3Source(seqio.DataSource):
     """The rows of a published task or twin, of whatever form the folder P3_DIR holds."""
 
     def __init__(self, name: str, settings: Settings) -> None:
-        self._name, self._settings = name, settings
+        self._name, self.settings = name, settings
         self._published = p3_table.tasks()[name.removesuffix(SCORE_EVAL)].splits
         super().__init__(splits=self._published)
 
     @property
     def found(self) -> Found | None:
         """What the folder has of it; None where there is nothing, or no folder."""
-        return self._settings.folder.find(self._name) if self._settings.p3_dir else None
+        return self.settings.folder.find(self._name) if self.settings.p3_dir else None
 
     @property
     def splits(self) -> Sequence[str]:
         """Those in the folder; those published where the folder does not have the task."""
-        local = self._settings.p3_dir is not None and "://" not in self._settings.p3_dir
+        local = self.settings.p3_dir is not None and "://" not in self.settings.p3_dir
         found = self.found if local else None
         return tuple(self._published if found is None else found.splits)
 
@@ -97,21 +96,21 @@ class P3Source(seqio.DataSource):
 
     def reader(self, split: str) -> Reader:
         """The rows of a split; InputError where it is not there."""
-        return self._settings.folder.reader(self._name, split, self._encode)
+        return self.settings.folder.reader(self._name, split, self._encode)
 
     @property
     def _encode(self) -> Encode:
-        return self._settings.encode
+        return self.settings.encode
 
     def num_input_examples(self, split: str) -> int:
         """Rows in the folder; as published where the folder does not have the task."""
-        if self._settings.p3_dir is None or self.found is None:
+        if self.settings.p3_dir is None or self.found is None:
             return self._published[split]
         return self.reader(split).rows
 
     def most(self, split: str) -> int | None:
         """The most examples that are used of a split, None: all."""
-        return None if split == "train" else self._settings.eval_examples
+        return None if split == "train" else self.settings.eval_examples
 
     def in_order(self, split: str) -> np.ndarray:
         """Numbers of the rows used of a split, a twin's example after example: int64."""
@@ -134,28 +133,9 @@ class P3Source(seqio.DataSource):
             numbers = np.random.default_rng(seed).permutation(numbers)
         if shard_info:
             numbers = numbers[shard_info.index :: shard_info.num_shards]
-        blocks = tf.data.Dataset.from_tensor_slices(numbers).batch(_READ)
-        records = _read_blocks([self.reader(split)], blocks).unbatch()
+        blocks = tf.data.Dataset.from_tensor_slices(numbers).batch(READ)
+        records = read_blocks([self.reader(split)], blocks).unbatch()
         return records.map(_parser(self._name), num_parallel_calls=tf.data.AUTOTUNE)
-
-
-def _read_blocks(readers: Sequence[Reader], blocks: tf.data.Dataset) -> tf.data.Dataset:
-    """Blocks of row numbers, all readers' rows laid end to end -> blocks of tf.train.Examples."""
-    starts = np.cumsum([0, *(reader.rows for reader in readers[:-1])])
-
-    def read_numbers(numbers: np.ndarray) -> np.ndarray:
-        which = np.searchsorted(starts, numbers, side="right") - 1
-        records = np.full(len(numbers), b"", object)
-        for owner in np.unique(which):
-            places = np.flatnonzero(which == owner)
-            records[places] = readers[owner].read((numbers[places] - starts[owner]).tolist())
-        return records
-
-    @tf.autograph.experimental.do_not_convert
-    def read(numbers: tf.Tensor) -> tf.Tensor:
-        return tf.ensure_shape(tf.numpy_function(read_numbers, [numbers], tf.string), [None])
-
-    return blocks.map(read)
 
 
 def _parser(name: str) -> Any:
@@ -211,58 +191,6 @@ def end_in_eos(
     return ds.map(end, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _examples(
-    tasks: Sequence[P3Task],
-    rates: Sequence[float],
-    sequence_length: Mapping[str, int] | None,
-    split: str,
-    *,
-    seed: int,
-    start: int = 0,
-    shuffle: bool = True,
-    num_epochs: int | None = None,
-    shard: tuple[int, int] | None = None,
-    texts: bool = False,
-) -> tf.data.Dataset:
-    """See P3Mixture.examples_from; with `texts` also `inputs_pretokenized` and so on."""
-    readers = [task.source.reader(split) for task in tasks]
-    order = Order(
-        [reader.rows for reader in readers],
-        rates,
-        seed,
-        shuffle,
-        num_epochs is None,
-        num_epochs or 1,
-    )
-    blocks = _read_blocks(readers, jsonl_source.number_blocks(order, start, shard))
-    kinds: dict[str, Any] = {key: tf.io.RaggedFeature(tf.int64) for key in TEXTS}
-    names = [f"{key}_{kind}" for key in TEXTS for kind in ("pretokenized", "plaintext")]
-    kinds |= {name: tf.io.FixedLenFeature([], tf.string, "") for name in names if texts}
-
-    @tf.autograph.experimental.do_not_convert
-    def parse(records: tf.Tensor) -> dict[str, Any]:
-        rows = tf.io.parse_example(records, kinds)
-        found = {}
-        for key in TEXTS:
-            # with a 0 before, until they are taken apart: TensorFlow 2.21 crashes where a row of no
-            # elements is unbatched
-            ids = tf.cast(rows[key], tf.int32)
-            found[key] = tf.concat([tf.fill([tf.size(records), 1], 0), ids], axis=1)
-            if texts:
-                found[f"{key}_pretokenized"] = (
-                    rows[f"{key}_pretokenized"] + rows[f"{key}_plaintext"]
-                )
-        return found
-
-    @tf.autograph.experimental.do_not_convert
-    def dense(example: dict[str, Any]) -> dict[str, tf.Tensor]:
-        return example | {key: tf.convert_to_tensor(example[key])[1:] for key in TEXTS}
-
-    ds = blocks.map(parse).unbatch().map(dense)
-    ds = tasks[0].preprocess_postcache(ds, sequence_length=sequence_length, seed=0)
-    return ds.prefetch(_READ)
-
-
 def _seed(seed: int | None, shuffle: bool) -> int:
     if seed is not None:
         return seed
@@ -276,16 +204,26 @@ class P3Task(jsonl_source.JsonLinesTask):
         self, sequence_length: Mapping[str, int], split: str, **kwargs: Any
     ) -> tf.data.Dataset:
         """See P3Mixture.examples_from, of this task alone."""
-        return _examples([self], [1.0], sequence_length, split, **kwargs)
+        return examples([self.source.reader(split)], [1.0], self, sequence_length, **kwargs)
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """Those in the folder P3_DIR, or else in the task's cache; as published without either."""
+        if self.source.settings.p3_dir is None:
+            folder = local_cache(self)
+            if folder is not None:
+                return cached_splits(folder)
+        return tuple(self.source.splits)
 
 
-class P3Mixture(seqio.Mixture):
+class P3Mixture(jsonl_source.JsonLinesMixture):
     """A mixture of published tasks, read in one pipeline where the folder P3_DIR is read.
 
     Tasks that the folder does not have, or that have no rows, are left out, which is said once.
-    Their order is `order.Order`'s, and can be entered anywhere. With seqio's caches
-    (`use_cached`) it is seqio's own mixture.
+    Their order is `order.Order`'s, and can be entered anywhere.
     """
+
+    leaves_out = True  # tasks without a cache too, see data.cached_subtasks
 
     def get_dataset(
         self,
@@ -330,7 +268,8 @@ class P3Mixture(seqio.Mixture):
         """
         tasks = self._there(split)
         rates = [self.get_rate(task) for task in tasks]
-        return _examples(tasks, rates, sequence_length, split, **kwargs)
+        readers = [task.source.reader(split) for task in tasks]
+        return examples(readers, rates, tasks[0], sequence_length, **kwargs)
 
     def every_example(
         self, sequence_length: Mapping[str, int], in_turns: bool
@@ -355,8 +294,8 @@ class P3Mixture(seqio.Mixture):
         if in_turns:
             turns = np.argsort(np.concatenate([np.arange(len(p)) for p in numbers]), kind="stable")
             of_all, added = of_all[turns], added[turns]
-        blocks = tf.data.Dataset.from_tensor_slices(of_all).batch(_READ)
-        records = _read_blocks(readers, blocks).unbatch()
+        blocks = tf.data.Dataset.from_tensor_slices(of_all).batch(READ)
+        records = read_blocks(readers, blocks).unbatch()
         parse = _parser(tasks[0].name)
 
         @tf.autograph.experimental.do_not_convert
@@ -371,7 +310,7 @@ class P3Mixture(seqio.Mixture):
         ds = ds.map(parse_and_count, num_parallel_calls=tf.data.AUTOTUNE)
         ds = tasks[0].preprocess_postcache(ds, sequence_length=sequence_length, seed=0)
         names = [(task.name, int(start)) for task, start in zip(tasks, starts, strict=True)]
-        return ds.prefetch(_READ), names
+        return ds.prefetch(READ), names
 
     def _there(self, split: str | None) -> list[P3Task]:
         """The tasks that have rows of this split (None: an evaluation split) in the folder."""
@@ -385,7 +324,7 @@ class P3Mixture(seqio.Mixture):
                 left_out.append(task.name)
         what = f"{split!r}" if split else "evaluation"
         if not there:
-            folder = self.tasks[0].source._settings.folder.path  # raises where it is not set
+            folder = self.tasks[0].source.settings.folder.path  # raises where it is not set
             raise InputError(
                 f"P3_DIR {folder} has a {what} split of none of {len(left_out)} tasks of"
                 f" {self.name!r}"
@@ -393,8 +332,7 @@ class P3Mixture(seqio.Mixture):
         if left_out:
             told(
                 f"{self.name}: no {what} split in P3_DIR of {len(left_out)} of"
-                f" {len(self.tasks)} tasks: {', '.join(left_out[:3])}"
-                + (", …" if len(left_out) > 3 else "")
+                f" {len(self.tasks)} tasks: {few(left_out, 3)}"
             )
         return there
 

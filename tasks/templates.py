@@ -61,6 +61,25 @@ class Template:
     original_task: bool
     metrics: tuple[str, ...]
 
+    @functools.cached_property
+    def fields(self) -> set[str]:
+        """The fields of an example that it reads, with hyphens as underscores.
+
+        Raises:
+          TemplateError: jinja cannot read it.
+        """
+        import jinja2
+        from jinja2 import meta
+
+        environment = _environment()
+        found: set[str] = set()
+        try:
+            for text in (self.jinja, self.answer_choices or ""):
+                found |= meta.find_undeclared_variables(environment.parse(text))
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"{type(error).__name__}: {_first_line(error)}") from None
+        return found - {"answer_choices", *environment.globals}
+
     def apply(self, example: Mapping[str, Any], number: int = 0) -> Prompt | None:
         """The prompt of an example, None where there is none for it.
 

@@ -1,9 +1,10 @@
-"""The same 1,000 invented examples of P3 in its three forms: a cache, Parquet, templates."""
+"""The same 1,000 invented examples of P3 in each form: cache, Parquet, templates and raw data."""
 
 import json
 import pathlib
 from collections.abc import Callable
 
+import archives
 import numpy as np
 
 from pemoe_jax.tasks import p3_table
@@ -192,15 +193,90 @@ def write_parquet(folder: pathlib.Path, encode: Callable[[str], list[int]]) -> N
             parquet.write_table(pyarrow.Table.from_pylist(part), path, row_group_size=40)
 
 
+def write_yaml(folder: pathlib.Path) -> None:
+    """The templates, without examples."""
+    for (dataset, subset), yaml in YAML.items():
+        home = folder / "templates" / dataset / subset
+        home.mkdir(parents=True)
+        (home / "templates.yaml").write_text(yaml, encoding="utf-8")
+
+
+def write_datasets(folder: pathlib.Path) -> None:
+    """Form (c) over what Hugging Face's `datasets` wrote: its cache, and save_to_disk."""
+    write_yaml(folder)
+    archives.unpack("datasets", folder)
+
+
+def write_tfds(folder: pathlib.Path) -> None:
+    """Form (c) over prepared tensorflow-datasets, with the builders' own names and fields."""
+    import tensorflow_datasets as tfds
+
+    write_yaml(folder)
+    text, label = tfds.features.Text, tfds.features.ClassLabel
+
+    def news(row: dict) -> dict:
+        title, _, description = row["text"].partition(" ")
+        return {"title": title, "description": description, "label": row["label"]}
+
+    def of_fields(**kinds: str):
+        return lambda row: {theirs: row[ours] for theirs, ours in kinds.items()}
+
+    nli = {"premise": "premise", "hypothesis": "hypothesis", "label": "label"}
+    for task, name, config, made in (
+        ("super_glue_rte_GPT_3_style", "super_glue", "rte", of_fields(**nli)),
+        (
+            "super_glue_copa_C1_or_C2_premise_so_because_",
+            "super_glue",
+            "copa",
+            of_fields(premise="premise", choice1="choice1", choice2="choice2", label="label"),
+        ),
+        (
+            "anli_GPT_3_style_r1",
+            "anli",
+            "r1",
+            of_fields(context="premise", hypothesis="hypothesis", label="label"),
+        ),
+        ("ag_news_recommend", "ag_news_subset", None, news),
+    ):
+        splits = {split: list(map(made, rows)) for split, rows in raw_splits(task).items()}
+        labels = LABELS[p3_table.tasks()[task].dataset_name]
+        kinds = {
+            key: label(num_classes=labels) if key == "label" else text()
+            for key in next(iter(splits.values()))[0]
+        }
+        prepare(folder / "tfds", name, config, tfds.features.FeaturesDict(kinds), splits)
+
+
+def prepare(
+    data_dir: pathlib.Path, dataset: str, config: str | None, features: object, splits: dict
+) -> None:
+    """Has tensorflow-datasets write examples as one of its own builders would."""
+    import tensorflow_datasets as tfds
+
+    class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = dataset
+        VERSION = tfds.core.Version("1.0.2")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config, version="1.0.2")] * bool(config)
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            # in the order of the other forms
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, manager: object) -> dict:
+            return {split: enumerate(rows) for split, rows in splits.items()}
+
+        def _generate_examples(self) -> None:
+            raise NotImplementedError
+
+    Made(data_dir=str(data_dir), config=config).download_and_prepare()
+
+
 def write_templates(folder: pathlib.Path) -> None:
     """Form (c): templates.yaml, and the examples beside it or in raw/, one of them as Parquet."""
     import pyarrow
     from pyarrow import parquet
 
-    for (dataset, subset), yaml in YAML.items():
-        home = folder / "templates" / dataset / subset
-        home.mkdir(parents=True)
-        (home / "templates.yaml").write_text(yaml, encoding="utf-8")
+    write_yaml(folder)
     for task in RENDERED:
         published = p3_table.tasks()[task]
         where = "templates" if task.startswith("ag_news") else "raw"

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from pemoe_jax import data
+from pemoe_jax import data, feed
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.tasks import jsonl
 
@@ -469,7 +469,7 @@ def test_odd_rows_are_counted_and_never_a_crash(tmp_path, vocab):
     ]
     assert groups[2].is_correct == (True, True, False)
     assert len(groups[4].choices) == 50 and len(groups[4].inputs) == LENGTHS["inputs"]
-    assert next(data.train_batches("jsonl_train", LENGTHS, 4))["decoder_target_tokens"].any()
+    assert next(feed.train_batches("jsonl_train", LENGTHS, 4))["decoder_target_tokens"].any()
 
 
 # --- errors
@@ -507,7 +507,7 @@ def test_a_malformed_line_is_named(folder, vocab, line, message):
     assert error(folder, vocab) == f"{path}:3: {message}"
     assert data.subtasks("jsonl_train") == ["free"]
     with pytest.raises(InputError, match=re.escape(f"{path}:3: {message}")):
-        data.train_batches("colour_say", LENGTHS, 2)
+        feed.train_batches("colour_say", LENGTHS, 2)
 
 
 def test_use_reads_only_what_is_used(folder, vocab):
@@ -681,9 +681,9 @@ def test_the_p3_sample_registers_and_reads(p3_sample, t5_vocab):
     assert odd[("imdb_Negation_template_for_positive_and_negative", "train")] == 200
     assert found.max_choices == 50
     assert data.vocab_size("jsonl_train") == 32100
-    batch = next(data.train_batches("jsonl_train", {"inputs": 256, "targets": 64}, 8))
+    batch = next(feed.train_batches("jsonl_train", {"inputs": 256, "targets": 64}, 8))
     assert batch["encoder_input_tokens"].shape == (8, 256)
-    evaluation = list(data.eval_batches("jsonl_train", {"inputs": 256, "targets": 64}, 8, 2))
+    evaluation = list(feed.eval_batches("jsonl_train", {"inputs": 256, "targets": 64}, 8, 2))
     assert len(evaluation) == 2
 
 

@@ -1,4 +1,4 @@
-"""P3's registry, and its three sources: the same examples whatever form they come in."""
+"""P3's registry, and its sources: the same examples whatever form they come in."""
 
 import csv
 import json
@@ -11,14 +11,14 @@ import numpy as np
 import p3_forms
 import pytest
 
-from pemoe_jax import data, tasks
+from pemoe_jax import data, feed, tasks
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.tasks import p3_rows, p3_table
 
 LENGTHS = {"inputs": 128, "targets": 32}
 VOCAB = pathlib.Path(tasks.__file__).parent / "quickstart" / "vocab.model"
 RTE, GPT = "super_glue_rte_can_we_infer", "super_glue_rte_GPT_3_style"
-FORMS = ("cache", "parquet", "templates")
+FORMS = ("cache", "parquet", "templates", "datasets", "tfds")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,8 @@ def forms(tmp_path_factory, encode):
     p3_forms.write_cache(root / "cache", encode)
     p3_forms.write_parquet(root / "parquet", encode)
     p3_forms.write_templates(root / "templates")
+    p3_forms.write_datasets(root / "datasets")
+    p3_forms.write_tfds(root / "tfds")
     return {form: root / form for form in FORMS}
 
 
@@ -177,7 +179,7 @@ def test_metrics_are_those_of_the_table(p3):
     assert twin.score_metric_fns == [jsonl_source.rank_accuracy]
 
 
-# --- three forms, the same examples
+# --- five forms, the same examples
 
 
 def ids(name: str, split: str) -> list[tuple[list[int], list[int]]]:
@@ -273,9 +275,9 @@ def test_training_goes_on_anywhere_and_takes_every_row_once(p3, forms):
 
 def test_train_and_eval_batches(p3, forms):
     register(forms["parquet"])
-    batch = next(iter(data.train_batches("t0_train", LENGTHS, 2, seed=1)))
+    batch = next(iter(feed.train_batches("t0_train", LENGTHS, 2, seed=1)))
     assert batch["encoder_input_tokens"].shape == (2, 128)
-    batches = list(data.eval_batches("super_glue_rte", LENGTHS, 4))
+    batches = list(feed.eval_batches("super_glue_rte", LENGTHS, 4))
     examples = sum(int(np.sum(np.max(batch["decoder_segment_ids"], axis=1))) for batch in batches)
     assert examples == 100
 
@@ -391,7 +393,7 @@ def test_missing_things_are_named(p3, tmp_path, forms, monkeypatch):
     with pytest.raises(InputError) as error:
         data.choice_groups("super_glue_wic_same_sense_score_eval", LENGTHS)
     with pytest.raises(InputError) as error:
-        data.train_batches(RTE, LENGTHS, 2, split="test")
+        feed.train_batches(RTE, LENGTHS, 2, split="test")
     assert "'test'" in one_line(error)
     with pytest.raises(InputError) as error:
         tasks.register(p3_dir=str(forms["parquet"]), jsonl_dir="x", vocab_path=str(VOCAB))
@@ -409,7 +411,7 @@ def test_without_a_folder_it_says_what_is_missing(p3):
     p3.register(vocab_path=str(VOCAB))
     for name in (RTE, "t0_train"):
         with pytest.raises(InputError, match="P3_DIR is not set"):
-            data.train_batches(name, LENGTHS, 2)
+            feed.train_batches(name, LENGTHS, 2)
     with pytest.raises(InputError, match="P3_DIR is not set"):
         data.choice_groups("t0_eval_score_eval", LENGTHS)
 

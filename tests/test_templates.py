@@ -190,3 +190,13 @@ def test_folders(tmp_path):
         (tmp_path / name / "templates.yaml").touch()
     found = templates.find_templates(tmp_path)
     assert set(found) == {("imdb", ""), ("super_glue", "rte"), ("anli", "")}
+
+
+def test_fields_are_those_that_are_read():
+    jinja = (
+        "{% set x = premise %}{% for n in names %}{{n}}{% endfor %}{{x}}{{range(2)}} ||| {{c-d}}"
+    )
+    template = Template("t", jinja, "{{ zip(a, [1]) | choice }} ||| {{answer}}", True, ())
+    assert template.fields == {"premise", "names", "c", "d", "a", "answer"}
+    with pytest.raises(TemplateError, match="unexpected"):
+        _ = Template("t", "{{ ", None, True, ()).fields

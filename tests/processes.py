@@ -1,0 +1,23 @@
+"""seqio imported in a process of its own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+from pemoe_jax import data
+
+
+def import_seqio(folder=None, then="", timeout=None, **variables):
+    """import_seqio() in a process of its own, with the modules in `folder` before all others."""
+    path = [str(pathlib.Path(data.__file__).parent.parent), *([str(folder)] if folder else [])]
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    environment |= {"PYTHONPATH": os.pathsep.join(reversed(path))} | variables
+    command = f"from pemoe_jax import data; data.import_seqio(); {then}"
+    return subprocess.run(
+        [sys.executable, "-c", command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
