@@ -1,4 +1,4 @@
-"""Installs pemoe_jax: `pip install -c constraints.txt -e .` (`.[test]`, `.[gpu]`, `.[tpu]`)."""
+"""Installs pemoe_jax: `pip install -c constraints.txt -e .` (`.[test,gpu,tpu,t5x]`)."""
 
 import re
 from pathlib import Path
@@ -26,11 +26,13 @@ setup(
         "pemoe_jax.checkpoints",
         "pemoe_jax.core",
         "pemoe_jax.reports",
+        "pemoe_jax.t5x_bridge",
         "pemoe_jax.tasks",
         "pemoe_jax.tasks.quickstart",
     ],
     package_data={
-        "pemoe_jax": ["gin/**/*.gin"],
+        "pemoe_jax": ["gin/**/*.gin", "gin/**/*.txt"],
+        "pemoe_jax.reports": ["*.html"],
         "pemoe_jax.tasks": ["*.csv"],
         "pemoe_jax.tasks.quickstart": [
             "**/*.json",
@@ -63,6 +65,18 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        # What T5X imports beside these; it is on GitHub alone, and `make t5x` adds it.
+        "t5x": [
+            "array-record",
+            "cached_property",
+            "chex",
+            "cloudpickle",
+            "fiddle",
+            "grain",
+            "jaxtyping",
+            "more-itertools",
+            "portpicker",
+        ],
         "test": ["mypy", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pemoe_jax import processes
 from pemoe_jax.core.errors import InputError
 
 GIN_DIR = Path(__file__).parent / "gin"
@@ -20,8 +21,10 @@ _SET_BY_MODEL_AND_METHOD = ("MODEL", "METHOD", "TRAINABLE", "LEARNING_RATE")
 # what --gin.… may refer to: gin's imports hold for one file each
 _IMPORTS = """\
 from __gin__ import dynamic_registration
+from pemoe_jax import embed
 from pemoe_jax import evaluate
 from pemoe_jax import infer
+from pemoe_jax import routes
 from pemoe_jax import tasks
 from pemoe_jax import train
 from pemoe_jax.core import adapters
@@ -30,6 +33,8 @@ from pemoe_jax.core import optim
 from pemoe_jax.core import routing
 from pemoe_jax.core import steps
 """
+
+_READ_TASKS = ("train", "evaluate", "infer", "embed", "routes")  # commands
 
 _EPILOG = """\
 gin files are looked for in the working folder, then in --gin_search_paths, then among the
@@ -67,7 +72,17 @@ def parser(command: str, description: str, example: str, macros: str) -> argpars
         metavar="DIR,DIR",
         help="folders in which gin files are looked for, joined by commas",
     )
+    if command in _READ_TASKS:
+        add_cache_dirs_flag(
+            result,
+            "folders of seqio's offline caches, joined by commas; USE_CACHED_TASKS=True reads them",
+        )
     return result
+
+
+def add_cache_dirs_flag(flags: argparse.ArgumentParser, text: str) -> None:
+    """Adds the flag of folders of seqio's offline caches, which `attempt` acts on."""
+    flags.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR,DIR", help=text)
 
 
 def _as_gin_value(text: str) -> str:
@@ -203,6 +218,14 @@ def run(
     return attempt(flags, load_and_call, argv)
 
 
+def _add_cache_dirs(args: argparse.Namespace) -> None:
+    folders = [*filter(None, getattr(args, "seqio_additional_cache_dirs", "").split(","))]
+    if folders:
+        from pemoe_jax import data
+
+        data.add_cache_dirs(folders)
+
+
 def attempt(
     flags: argparse.ArgumentParser,
     work: Callable[[argparse.Namespace, Sequence[str]], None],
@@ -215,10 +238,20 @@ def attempt(
       work: called with the parsed flags and the gin bindings among them.
       argv: the arguments; None: those of the process.
     """
+    return processes.end(_attempt(flags, work, argv))
+
+
+def _attempt(
+    flags: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace, Sequence[str]], None],
+    argv: Sequence[str] | None,
+) -> int:
     quiet()
     try:
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
-        work(flags.parse_args(rest), bindings)
+        args = flags.parse_args(rest)
+        _add_cache_dirs(args)
+        work(args, bindings)
     except InputError as error:
         print(f"error: {_first_line(error)}", file=sys.stderr)
         return 1
@@ -231,4 +264,10 @@ def attempt(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        told = processes.told_of_others(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 1
     return 0

@@ -28,7 +28,8 @@ FLAGS = config.parser(
   INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
   MIXTURE_OR_TASK_NAME      what is scored (jsonl_score_eval)
   JSONL_DIR, VOCAB_PATH, EVAL_TASKS, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
-  TASK_FEATURE_LENGTHS, BATCH_SIZE, ROUTING_PICTURE
+  TASK_FEATURE_LENGTHS, BATCH_SIZE, ROUTING_PICTURE, MODEL_PARALLELISM, FSDP
+  SENTENCE_EMBEDDINGS       table of python -m pemoe_jax.embed, for models trained with one
 """,
 )
 
@@ -44,7 +45,10 @@ def evaluate(
     initial_checkpoint_path: str | None = None,
     use_cached_tasks: bool = False,
     max_examples: int | None = None,
+    sentence_embeddings: str | None = None,
     routing_picture: bool = False,
+    model_parallelism: int = 1,
+    fsdp: bool = False,
 ) -> dict[str, Any]:
     """Scores every checkpoint on every task, each input encoded once for all its choices.
 
@@ -59,7 +63,9 @@ def evaluate(
       initial_checkpoint_path: in place of the base that a checkpoint names.
       use_cached_tasks: seqio's offline caches.
       max_examples: of a task; None: all.
+      sentence_embeddings: table for routers that read them; None: the tasks' own feature.
       routing_picture: draw what each expert is used for, for methods with routers.
+      model_parallelism, fsdp: as of `train.train`.
 
     Returns:
       The results, as in results.json.
@@ -67,15 +73,17 @@ def evaluate(
     Raises:
       InputError: anything the user can mend.
     """
-    from pemoe_jax import data, models, progress
+    from pemoe_jax import data, models, processes, progress, sentences
     from pemoe_jax.checkpoints import files
     from pemoe_jax.core import partitioning
     from pemoe_jax.reports import results as results_lib
     from pemoe_jax.reports import tables
 
-    mesh = partitioning.make_mesh()
-    partitioning.check_batch_size(batch_size, mesh)
     folder = files.local(output_dir, "EVAL_OUTPUT_DIR")
+    processes.start()
+    folder = processes.folder_to_write(folder)
+    mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
+    partitioning.check_batch_size(batch_size, mesh)
     opened = models.open_models(checkpoint_path, model, initial_checkpoint_path)
     registered = register() if register is not None else None
     if registered is not None:
@@ -83,10 +91,19 @@ def evaluate(
     for one in opened:
         data.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
 
+    embedded = sentences.for_models(
+        opened,
+        sentence_embeddings,
+        mixture_or_task_name,
+        data.checked_lengths(task_feature_lengths)["inputs"],
+        use_cached_tasks,
+    )
+
     def read(name: str) -> list[Any]:
-        return data.choice_groups(
+        found = data.choice_groups(
             name, task_feature_lengths, max_examples=max_examples, use_cached=use_cached_tasks
         )
+        return found if embedded is None else embedded.given_to(found)
 
     everything = read(mixture_or_task_name)
     groups: dict[str, list[Any]] = {name: [] for name in data.subtasks(mixture_or_task_name)}
@@ -96,9 +113,10 @@ def evaluate(
     splits = registered.eval_splits if registered is not None else {}
     results: dict[str, Any] = {"runs": []}
     for one in opened:
-        params = one.load(partitioning.replicated(mesh))
+        params = one.load(one.shardings(mesh, rules))
         bar = progress.Progress(f"scoring {one.name}", len(everything))
-        predicted = _score(one.model, params, everything, batch_size, mesh, bar)
+        with partitioning.scope(mesh, rules):
+            predicted = _score(one.model, params, everything, batch_size, mesh, bar)
         bar.close()
         tasks = {
             name: results_lib.task_result(
@@ -118,7 +136,8 @@ def evaluate(
         files.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
         files.write_text(folder / "results.md", tables.to_markdown(results))
         if routing_picture and registered is not None:
-            _draw_routing(one, params, groups, registered, folder / f"routing_{one.name}.png", read)
+            png = folder / f"routing_{one.name}.png"
+            _draw_routing(one, params, groups, registered, png, read, batch_size, mesh)
         del params
     tables.print_table(results)
     print(f"results in {folder}/results.md, predictions in {folder}/predictions")
@@ -128,15 +147,24 @@ def evaluate(
 def _about(opened: Any, scored: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a run: its variant ('mov-30'), and the scored data sets it was trained on.
 
-    Without `trained_datasets` it is not known which it was trained on.
+    Without `trained_datasets` it is not known which it was trained on; without `settings` not which
+    runs differ from it by `seed` only.
     """
-    from pemoe_jax.core import network, params
-    from pemoe_jax.reports import counts
+    from pemoe_jax.checkpoints import runs
+    from pemoe_jax.core import adapters, network, params
+    from pemoe_jax.reports import counts, settings
 
     about = opened.about()
     about["variant"] = counts.label(
-        about["method"], params.flatten(network.param_shapes(opened.model))
+        about["method"],
+        params.flatten(network.param_shapes(opened.model)),
+        adapters.describe(opened.model.adapters),
     )
+    if opened.record is not None and runs.is_run(opened.path):
+        config_file = runs.resolve(opened.path)[0] / "config.gin"
+        if config_file.is_file():
+            about["seed"] = opened.record.seed
+            about["settings"] = settings.fingerprint(settings.read(config_file.read_text()))
     trained = getattr(opened.record, "trained_datasets", None)
     if trained is not None:
         about["trained_datasets"] = sorted(set(trained) & set(scored))
@@ -152,10 +180,12 @@ def _score(
     import jax
     import numpy as np
 
-    from pemoe_jax import data
+    from pemoe_jax import data, feed
     from pemoe_jax.core import partitioning, steps
 
-    score = jax.jit(functools.partial(steps.score_choices, model))
+    score = jax.jit(
+        functools.partial(steps.score_choices, model), out_shardings=partitioning.replicated(mesh)
+    )
     devices = mesh.shape["data"]
     found: dict[int, tuple[int, list[float]]] = {}
     waiting: collections.deque[tuple[Any, list[Any]]] = collections.deque()
@@ -168,7 +198,7 @@ def _score(
             found[id(group)] = (int(np.argmax(own)), [float(s) for s in own])
         bar.report_if_due(len(found), "inputs")
 
-    for batch, members in data.prefetch(
+    for batch, members in feed.prefetch(
         data.score_batches(groups, batch_size, multiple_of=devices)
     ):
         waiting.append((score(params, partitioning.shard_batch(batch, mesh)), members))
@@ -208,36 +238,34 @@ def _draw_routing(
     registered: Any,
     png: Path,
     read: Callable[[str], Sequence[Any]],
+    batch_size: int,
+    mesh: Any,
 ) -> None:
     """A picture of where tasks are routed, one prompt of each data set, trained on and held out."""
-    from pemoe_jax import routes
+    from pemoe_jax import routed
+    from pemoe_jax.core import routing_probe
     from pemoe_jax.reports import plots
 
-    shown = _one_prompt_each({name: registered.datasets[name] for name in groups})
-    trained = {name: registered.datasets[name] for name in registered.train_score_tasks}
-    seen = _one_prompt_each(trained)
-    probs = routes.by_task(
-        opened.model,
-        params,
-        {
-            **{name.removesuffix("_score_eval"): read(name) for name in seen},
-            **{name.removesuffix("_score_eval"): groups[name] for name in shown},
-        },
+    experts = routing_probe.experts(opened.model)
+    if not experts:
+        return
+    labels = registered.datasets
+    shown = routed.one_a_dataset({name: labels[name] for name in groups})
+    others = routed.one_a_dataset({name: labels[name] for name in registered.train_score_tasks})
+    members = {name: read(name) for name in others} | {name: groups[name] for name in shown}
+    members = {
+        name.removesuffix("_score_eval"): of[: routed.EXAMPLES] for name, of in members.items()
+    }
+    means = routed.means(
+        routed.measure(opened.model, params, members, batch_size, mesh), list(members)
     )
-    if probs:
-        plots.routing_map(
-            routes.last_decoder_block(probs, opened.model.config.num_decoder_layers),
-            png,
-            seen=[name.removesuffix("_score_eval") for name in seen],
-            title=f"Where tasks are routed: {opened.name}",
-        )
-
-
-def _one_prompt_each(datasets: Mapping[str, str]) -> list[str]:
-    first: dict[str, str] = {}
-    for name, dataset in datasets.items():
-        first.setdefault(dataset, name)
-    return list(first.values())
+    trained = routed.trained_datasets(opened, registered) or set()
+    plots.routing_map(
+        {site: means[site] for site in routed.choose_sites(None, experts)},
+        png,
+        seen=[name for name in members if labels[name] in trained],
+        title=f"Where tasks are routed: {opened.name}",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,8 @@ FLAGS = config.parser(
   MIXTURE_OR_TASK_NAME      what is decoded (jsonl_train); for <task>_score_eval the <task>
   JSONL_DIR or P3_DIR, VOCAB_PATH, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
   TASK_FEATURE_LENGTHS      its 'targets': most tokens that are decoded
-  BATCH_SIZE
+  BATCH_SIZE, MODEL_PARALLELISM, FSDP
+  SENTENCE_EMBEDDINGS       table of python -m pemoe_jax.embed, for models trained with one
 """,
 )
 
@@ -51,6 +52,7 @@ class _Task:
     input_texts: list[str]
     target_texts: list[str]
     cut: list[bool]
+    sentences: list[Any]  # [S] each, for routers that read them; or nothing
 
 
 def infer(
@@ -64,6 +66,9 @@ def infer(
     initial_checkpoint_path: str | None = None,
     use_cached_tasks: bool = False,
     max_examples: int | None = None,
+    sentence_embeddings: str | None = None,
+    model_parallelism: int = 1,
+    fsdp: bool = False,
 ) -> dict[str, Any]:
     """Decodes every task with every checkpoint and measures it by seqio's Evaluator.
 
@@ -79,6 +84,8 @@ def infer(
       initial_checkpoint_path: in place of the base that a checkpoint names.
       use_cached_tasks: seqio's offline caches.
       max_examples: of a task; None: all.
+      sentence_embeddings: table for routers that read them; None: the tasks' own feature.
+      model_parallelism, fsdp: as of `train.train`.
 
     Returns:
       The results, as in results.json: figures in per cent.
@@ -86,26 +93,39 @@ def infer(
     Raises:
       InputError: anything the user can mend.
     """
-    from pemoe_jax import data, models
+    from pemoe_jax import data, models, processes, sentences
     from pemoe_jax.checkpoints import files
     from pemoe_jax.core import partitioning
     from pemoe_jax.reports import layout
 
     lengths = data.checked_lengths(task_feature_lengths)
-    mesh = partitioning.make_mesh()
-    partitioning.check_batch_size(batch_size, mesh)
     folder = files.local(output_dir, "EVAL_OUTPUT_DIR")
+    processes.start()
+    folder = processes.folder_to_write(folder)
+    mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
+    partitioning.check_batch_size(batch_size, mesh)
     opened = models.open_models(checkpoint_path, model, initial_checkpoint_path)
     registered = register() if register is not None else None
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
     for one in opened:
         data.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
+    embedded = sentences.for_models(
+        opened,
+        sentence_embeddings,
+        mixture_or_task_name,
+        lengths["inputs"],
+        use_cached_tasks,
+    )
     tasks = _read(mixture_or_task_name, lengths, registered, use_cached_tasks, max_examples)
+    if embedded is not None and embedded.table is not None:
+        for task in tasks:
+            task.sentences = embedded.vectors(task.inputs, task.name)
     results: dict[str, Any] = {"runs": []}
     for one in opened:
-        params = one.load(partitioning.replicated(mesh))
-        tokens = _decode(one, params, tasks, batch_size, lengths["targets"], mesh)
+        params = one.load(one.shardings(mesh, rules))
+        with partitioning.scope(mesh, rules):
+            tokens = _decode(one, params, tasks, batch_size, lengths["targets"], mesh)
         del params
         found = {}
         for task in tasks:
@@ -157,7 +177,8 @@ def _read(
     tasks = []
     try:
         for task, split in splits.items():
-            found = _examples(task, split, lengths, use_cached, max_examples)
+            with data.reading(task, split, use_cached):
+                found = _examples(task, split, lengths, use_cached, max_examples)
             found.dataset, found.split = labels.get(task, task), behind.get(task) or split
             tasks.append(found)
             bar.report_if_late(len(tasks), "tasks")
@@ -244,13 +265,15 @@ def _examples(
     )
     features = data.check_task(name).output_features
     eos_id = features["inputs"].vocabulary.eos_id
-    task = _Task(name, name, split, evaluator, features["targets"].vocabulary, [], [], [], [])
+    task = _Task(name, name, split, evaluator, features["targets"].vocabulary, [], [], [], [], [])
     for row in evaluator.cached_task_datasets[name].as_numpy_iterator():
         ids, was_cut = data.cut(row["inputs"], lengths["inputs"], eos_id)
         task.inputs.append(ids)
         task.cut.append(was_cut)
         task.input_texts.append(data.text_of(features, row, "inputs"))
         task.target_texts.append(data.text_of(features, row, "targets"))
+        if data.SENTENCE in row:
+            task.sentences.append(row[data.SENTENCE])
     return task
 
 
@@ -263,10 +286,11 @@ def _decode(
     """The tokens [length] of every example, tasks one after the other."""
     import numpy as np
 
-    from pemoe_jax import data, progress
+    from pemoe_jax import data, feed, progress
     from pemoe_jax.core import decoding, partitioning
 
     inputs = [ids for task in tasks for ids in task.inputs]
+    sentences = [vector for task in tasks for vector in task.sentences]
     eos_id = tasks[0].vocabulary.eos_id
     bar = progress.Progress(f"decoding {opened.name}", len(inputs))
     found: dict[int, Any] = {}
@@ -274,13 +298,20 @@ def _decode(
 
     def collect() -> None:
         tokens, numbers = waiting.popleft()
-        found.update(zip(numbers, np.asarray(tokens), strict=False))
+        found.update(zip(numbers, partitioning.gather(tokens), strict=False))
         bar.report_if_due(len(found), "inputs")
 
     batches = data.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
-    for tokens, numbers in data.prefetch(batches):
-        sharded = partitioning.shard_batch({"inputs": tokens}, mesh)["inputs"]
-        waiting.append((decoding.greedy(opened.model, params, sharded, length, eos_id), numbers))
+    for tokens, numbers in feed.prefetch(batches):
+        batch = {"inputs": tokens}
+        if len(sentences) == len(inputs):
+            last = [numbers[-1]] * (len(tokens) - len(numbers))  # as `tokens` is filled up
+            batch["sentences"] = np.stack([sentences[n] for n in numbers + last], dtype=np.float32)
+        given = partitioning.shard_batch(batch, mesh)
+        decoded = decoding.greedy(
+            opened.model, params, given["inputs"], length, eos_id, given.get("sentences")
+        )
+        waiting.append((decoded, numbers))
         if len(waiting) > 2:  # a few in flight keep the device busy
             collect()
     while waiting:

@@ -4,20 +4,37 @@ import collections
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pemoe_jax import progress
-from pemoe_jax.checkpoints import adapter_file, files, peft, runs, stored
+from pemoe_jax.checkpoints import adapter_file, files, peft, runs, stored, t5x_run
 from pemoe_jax.checkpoints import base as base_lib
 from pemoe_jax.checkpoints.stored import Stored
-from pemoe_jax.core import adapters, network
+from pemoe_jax.core import adapters, network, partitioning
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import T5Config, Transformer
+
+# Of all arrays, or path -> of each; None: the default device.
+Shardings = jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None
+
+
+def _of(shardings: Shardings, path: str) -> jax.sharding.Sharding | None:
+    return shardings[path] if isinstance(shardings, Mapping) else shardings
+
+
+def place(tree: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
+    """Parameters that all processes have alike, placed."""
+    if shardings is None:
+        return dict(tree)
+    flat = params_lib.flatten(tree)
+    return partitioning.place(
+        dict(tree), params_lib.unflatten({path: _of(shardings, path) for path in flat})
+    )
 
 
 def build(record: runs.Record) -> Transformer:
@@ -40,7 +57,7 @@ def load_base(
     path: str | None,
     seed: int,
     trains: Callable[[str], bool] = lambda _: False,
-    sharding: jax.sharding.Sharding | None = None,
+    shardings: Shardings = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The base of a model, read from `path` or, for None, random.
 
@@ -49,7 +66,7 @@ def load_base(
       path: of a base in any format that `checkpoints.base` knows.
       seed: of random weights.
       trains: path -> whether the parameter trains, and is float32.
-      sharding: of every array; None: the default device.
+      shardings: where arrays lie.
 
     Returns:
       (parameters, identity): path, format, seed (of a random base) and fingerprint.
@@ -65,12 +82,12 @@ def load_base(
     if path is None:
         drawn = params_lib.flatten(network.init_params(model, seed, params_lib.is_base))
         base = params_lib.unflatten({k: v.astype(dtype_of(k)) for k, v in drawn.items()})
-        base = base if sharding is None else jax.device_put(base, sharding)
+        base = place(base, shardings)
         identity: dict[str, Any] = {"path": None, "format": "random", "seed": seed}
     else:
         shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
         target = {
-            name: jax.ShapeDtypeStruct(leaf.shape, dtype_of(name), sharding=sharding)
+            name: jax.ShapeDtypeStruct(leaf.shape, dtype_of(name), sharding=_of(shardings, name))
             for name, leaf in shapes.items()
         }
         found = base_lib.open_base(path)
@@ -112,24 +129,24 @@ class OpenedModel:
         """Whether arrays that a run did not train are read from a base."""
         return self.record is not None and self.record.base["needed"]
 
-    def load(self, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
+    def load(self, shardings: Shardings = None) -> dict[str, Any]:
         """All parameters, frozen matrices in the activation dtype.
 
         Args:
-          sharding: of every array; None: the default device.
+          shardings: where arrays lie.
 
         Raises:
           InputError: the base is missing, or not the one that the adapters were trained on, or
             arrays are missing, of another shape or not finite.
         """
         if self.record is None:
-            return load_base(self.model, self.path, 0, sharding=sharding)[0]
-        trained = self.load_trained(sharding)
+            return load_base(self.model, self.path, 0, shardings=shardings)[0]
+        trained = self.load_trained(shardings)
         recorded = self.record.base
         if not self.needs_base:
             return trained
         base, identity = load_base(
-            self.model, self.base_path, recorded["seed"] or 0, sharding=sharding
+            self.model, self.base_path, recorded["seed"] or 0, shardings=shardings
         )
         self.check_base(identity["fingerprint"])
         paths = params_lib.flatten(trained)
@@ -137,13 +154,19 @@ class OpenedModel:
         drawn = network.init_params(
             self.model, self.record.seed, lambda p: params_lib.is_adapter(p) and p not in paths
         )
-        drawn = drawn if sharding is None else jax.device_put(drawn, sharding)
+        drawn = place(drawn, shardings)
         frozen = params_lib.select(params_lib.merge(drawn, base), lambda path: path not in paths)
         whole = params_lib.merge(trained, frozen)
         shapes = network.param_shapes(self.model)
         return params_lib.place(whole, shapes, f"checkpoint {self.path} and its base")
 
-    def load_trained(self, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
+    def shardings(self, mesh: Any, rules: partitioning.Rules) -> dict[str, Any]:
+        """Where its parameters lie on a mesh, for `load`."""
+        shapes = params_lib.flatten(network.param_shapes(self.model))
+        axes = network.param_axes(self.model)
+        return dict(partitioning.param_shardings(mesh, rules, axes, shapes))
+
+    def load_trained(self, shardings: Shardings = None) -> dict[str, Any]:
         """What the run trained, float32.
 
         Raises:
@@ -153,7 +176,9 @@ class OpenedModel:
         shapes = params_lib.flatten(network.param_shapes(self.model))
         chosen = params_lib.trainable_paths(shapes, self.record.trainable)
         target = {
-            path: jax.ShapeDtypeStruct(shapes[path].shape, jnp.float32, sharding=sharding)
+            path: jax.ShapeDtypeStruct(
+                shapes[path].shape, jnp.float32, sharding=_of(shardings, path)
+            )
             for path in shapes
             if path in chosen
         }
@@ -231,6 +256,9 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
     elif runs.is_run(path):
         trained, record, step = runs.open_trainable(path)
         name = runs.resolve(path)[0].name
+    elif t5x_run.is_run(path):
+        trained, record, step = t5x_run.open_trainable(path)
+        name = t5x_run.folder(path).name
     else:
         try:
             found = base_lib.open_base(path)

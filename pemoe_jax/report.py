@@ -17,7 +17,8 @@ Prints the zero-shot table of arXiv 2309.05444: a row a run, accuracies in % by
 data set (ANLI CB RTE WSC WiC COPA WNG HS, and others by their own names),
 median and mean over prompts, with 95 % intervals. A RUN is a results.json that
 evaluate wrote, or a folder with one; the runs in several are put together, of
-equal ones (name, checkpoint, step) the last.
+equal ones (name, checkpoint, step) the last. Runs that differ by their seed
+only are one row: the mean over seeds ± their standard deviation.
 """
 
 _EPILOG = """\
@@ -31,6 +32,7 @@ examples:
   python -m pemoe_jax.report /tmp/results
   python -m pemoe_jax.report /tmp/mov_results /tmp/lora_results --with_paper \\
     --output=report
+  python -m pemoe_jax.report /tmp/sweep/*/results
   python -m pemoe_jax.report /tmp/results --format=csv > table.csv
 """
 
@@ -48,6 +50,7 @@ FLAGS.add_argument(
     "--only", action="append", default=[], metavar="NAME", help="this run alone; may be repeated"
 )
 FLAGS.add_argument("--with_paper", action="store_true", help="published rows below ours")
+FLAGS.add_argument("--seeds_apart", action="store_true", help="a row a run, whatever its seed")
 FLAGS.add_argument(
     "--format", choices=FORMATS, default="table", help="of what is printed (default: table)"
 )
@@ -74,9 +77,10 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
         if getattr(args, flag) < 0:
             raise InputError(f"--{flag} must be at least 0, found {getattr(args, flag)}")
     runs = tables.merge(saved.load(path) for path in args.runs)["runs"]
-    found = zero_shot.report(_chosen(runs, args.only), args.draws, args.seed, args.with_paper)
+    chosen = _chosen(runs, args.only)
+    found = zero_shot.report(chosen, args.draws, args.seed, args.with_paper, args.seeds_apart)
     if args.output:
-        _write(found, Path(args.output))
+        write(found, Path(args.output))
     _print(found, args.format)
     if args.output:
         files = ", ".join(f"report.{kind}" for kind in ("md", "csv", "json", "png"))
@@ -103,8 +107,12 @@ def _print(found: "zero_shot.Report", kind: str) -> None:
         print(written(found), end="")
 
 
-def _write(found: "zero_shot.Report", folder: Path) -> None:
-    """Each file beside and renamed, so that none is ever half there."""
+def write(found: "zero_shot.Report", folder: Path) -> None:
+    """Writes report.md, .csv, .json and .png, each beside and renamed, so never half there.
+
+    Raises:
+      InputError: the folder cannot be written to.
+    """
     from pemoe_jax.reports import layout, zero_shot_tables
 
     markdown = layout.to_markdown(zero_shot_tables.to_tables(found))

@@ -33,9 +33,12 @@ FLAGS = config.parser(
   TRAIN_TASKS, EVAL_TASKS   name patterns, e.g. "['rte_*']"; None: by INDEX.json
   MIXTURE_OR_TASK_NAME, MIXTURE_OR_TASK_MODULE   a seqio name, and the module that registers it
   TASK_FEATURE_LENGTHS, BATCH_SIZE, MICROBATCHES, PACK, SEED, TRAIN_STEPS
+  SENTENCE_EMBEDDINGS       table of python -m pemoe_jax.embed, for routing/sentence.gin
   OPTIMIZER, LEARNING_RATE, SCHEDULE, WARMUP_STEPS, DROPOUT_RATE
   LOSS_NORMALIZING_FACTOR, Z_LOSS, LABEL_SMOOTHING
-  NUM_EXPERTS, RANK, ALPHA (by method), LOG_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_CHECKPOINTS
+  NUM_EXPERTS, RANK, ALPHA (by method), ROUTER_METRICS
+  LOG_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_CHECKPOINTS
+  MODEL_PARALLELISM, FSDP   devices that a matrix is spread over; parameters over the others too
 """,
 )
 
@@ -61,8 +64,12 @@ def train(
     log_period: int = 50,
     eval_period: int = 0,
     eval_batches: int = 10,
+    router_metrics: str | None = "sites",
+    sentence_embeddings: str | None = None,
     checkpoint_period: int = 1000,
     keep_checkpoints: int | None = 1,
+    model_parallelism: int = 1,
+    fsdp: bool = False,
 ) -> None:
     """Trains, from the newest checkpoint in `model_dir` where there is one.
 
@@ -86,7 +93,12 @@ def train(
       seed: of adapters, data order and dropout.
       log_period, checkpoint_period, eval_period: in steps; eval_period 0: never.
       eval_batches: most batches of an evaluation of the loss.
+      router_metrics: what is told of the routers: 'sites' (each site, over the layers), 'layers'
+        (each router), None (nothing).
+      sentence_embeddings: table for routers that read them; None: the tasks' own feature.
       keep_checkpoints: how many are kept; None: all.
+      model_parallelism: over how many devices each matrix is spread; the others share the batch.
+      fsdp: parameters are spread over the devices that share the batch, too.
 
     Raises:
       InputError: anything the user can mend.
@@ -103,25 +115,43 @@ def train(
     ):
         if not isinstance(value, int) or value < least:
             raise InputError(f"{name} must be an integer of at least {least}, found {value!r}")
+    if router_metrics not in (None, "sites", "layers"):
+        raise InputError(
+            f"ROUTER_METRICS: expected 'sites', 'layers' or None, found {router_metrics!r}"
+        )
 
     import jax
 
-    from pemoe_jax import data
+    from pemoe_jax import data, feed, processes, sentences
     from pemoe_jax.checkpoints import files, runs
-    from pemoe_jax.core import partitioning, steps
+    from pemoe_jax.core import adapters, partitioning, steps
     from pemoe_jax.reports import plots
 
     folder = files.local(model_dir, "MODEL_DIR")
-    mesh = partitioning.make_mesh()
+    processes.start()
+    mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh, microbatches)
     registered = register() if register is not None else None
     data.check_vocabulary(mixture_or_task_name, model.config.vocab_size)
+    embedded = sentences.for_training(
+        adapters.describe(model.adapters),
+        sentence_embeddings,
+        mixture_or_task_name,
+        data.checked_lengths(task_feature_lengths)["inputs"],
+        pack,
+        use_cached_tasks,
+    )
+    if embedded is not None:
+        model = model.clone(config=dataclasses.replace(model.config, sentence_dim=embedded.dim))
 
-    state, frozen, record, optimizer = _prepare(
-        model, method, trainable, initial_checkpoint_path, optimizer(schedule), seed, mesh
+    transformation = optimizer(schedule)
+    state, frozen, record = _prepare(
+        model, method, trainable, initial_checkpoint_path, transformation, seed, mesh, rules
     )
     record = dataclasses.replace(
-        record, trained_datasets=_datasets(data.subtasks(mixture_or_task_name), registered)
+        record,
+        trained_datasets=_datasets(data.subtasks(mixture_or_task_name), registered),
+        sentence_encoder=None if embedded is None else dict(embedded.encoder),
     )
     print(_summary(state.params, frozen, record, registered, len(jax.devices())), flush=True)
 
@@ -129,21 +159,30 @@ def train(
     if first >= total_steps:
         print(f"{folder} is at step {first}; TRAIN_STEPS is {total_steps}: nothing to do")
         return
-    consumed = runs.read_feed(str(folder), jax.process_count()) if first else [0]
-    batches = data.train_batches(
+    share, shares = partitioning.feed_share(mesh)
+    consumed = runs.read_feed(str(folder), shares) if first else [0] * shares
+    batches = feed.train_batches(
         mixture_or_task_name,
         task_feature_lengths,
-        batch_size // jax.process_count(),
+        batch_size // shares,
         seed=seed,
         pack=pack,
-        start={"examples": consumed[jax.process_index()]} if first and consumed else None,
+        start={"examples": consumed[share]} if consumed else None,
         use_cached=use_cached_tasks,
-        shard=(jax.process_index(), jax.process_count()),
+        shard=(share, shares),
+        sentences=embedded,
     )
     evaluation: list[Any] = []
     if eval_period:
         evaluation = list(
-            data.eval_batches(mixture_or_task_name, task_feature_lengths, batch_size, eval_batches)
+            feed.eval_batches(
+                mixture_or_task_name,
+                task_feature_lengths,
+                batch_size,
+                eval_batches,
+                use_cached=use_cached_tasks,
+                sentences=embedded,
+            )
         )
     # nothing has been written so far, and what the user can have got wrong has been looked at
     checkpoints = runs.RunCheckpoints(str(folder), keep_checkpoints)
@@ -154,30 +193,38 @@ def train(
             print(f"it does not say where in the data it was: reading past {first} batches")
             for _ in itertools.islice(batches, first):
                 pass
-    _write_config(folder)
-    state, frozen = partitioning.replicate((state, frozen), mesh)
+    written = processes.folder_to_write(folder)
+    _write_config(written)
     loop = _Loop(
         train_step=steps.make_train_step(
-            model, optimizer, loss, microbatches, model.config.dropout_rate > 0
+            model,
+            transformation,
+            loss,
+            microbatches,
+            router_metrics is not None,
+            jax.tree.map(lambda leaf: leaf.sharding, state),
         ),
         eval_step=steps.make_eval_step(model, loss),
         mesh=mesh,
-        folder=folder,
+        folder=written,
         schedule=schedule,
         rng=jax.random.key(seed + 1),
         total_steps=total_steps,
         log_period=log_period,
         eval_period=eval_period,
         evaluation=evaluation,
-        save=lambda state, position: checkpoints.save(state, record, _of_processes(position)),
+        routers=steps.router_paths(model) if router_metrics else [],
+        router_detail=router_metrics or "",
+        save=lambda state, position: checkpoints.save(state, record, _of_shares(position, mesh)),
         save_period=checkpoint_period,
     )
     try:
-        loop.run(state, frozen, data.prefetch(batches))
+        with partitioning.scope(mesh, rules):
+            loop.run(state, frozen, feed.prefetch(batches))
     finally:
         checkpoints.close()
     plots.loss_curve(
-        folder / "metrics.jsonl", folder / "loss.png", title=f"Training: {folder.name}"
+        written / "metrics.jsonl", written / "loss.png", title=f"Training: {folder.name}"
     )
     print(f"trained to step {total_steps}: {folder}/checkpoint_{total_steps}, {folder}/loss.png")
 
@@ -190,8 +237,11 @@ def _prepare(
     optimizer: Any,
     seed: int,
     mesh: Any,
-) -> "tuple[steps.TrainState, Any, runs.Record, Any]":
-    """Base, adapters, their split into what trains and what does not, and the run's record."""
+    rules: Any,
+) -> "tuple[steps.TrainState, Any, runs.Record]":
+    """What trains with its optimiser's state, what does not, both placed, and the run's record."""
+    import jax
+
     from pemoe_jax import models
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import adapters, network, partitioning, steps
@@ -199,10 +249,9 @@ def _prepare(
 
     shapes = params_lib.flatten(network.param_shapes(model))
     trains = params_lib.trainable_paths(shapes, trainable)  # fails before the base is read
-    base, identity = models.load_base(
-        model, base_path, seed, trains.__contains__, partitioning.replicated(mesh)
-    )
-    added = network.init_params(model, seed, params_lib.is_adapter)
+    lies = partitioning.param_shardings(mesh, rules, network.param_axes(model), shapes)
+    base, identity = models.load_base(model, base_path, seed, trains.__contains__, lies)
+    added = models.place(network.init_params(model, seed, params_lib.is_adapter), lies)
     trained, frozen = params_lib.split(params_lib.merge(added, base), trainable)
     record = runs.Record(
         method=method,
@@ -214,7 +263,12 @@ def _prepare(
         versions=runs.versions(),
         seed=seed,
     )
-    return steps.TrainState.create(trained, optimizer), frozen, record, optimizer
+
+    def create(trained: Any) -> steps.TrainState:
+        return steps.TrainState.create(trained, optimizer)
+
+    of_state = partitioning.state_shardings(jax.eval_shape(create, trained), lies, mesh)
+    return jax.jit(create, out_shardings=of_state)(trained), frozen, record
 
 
 def _summary(trainable: Any, frozen: Any, record: Any, registered: Any, devices: int) -> str:
@@ -245,12 +299,14 @@ def _datasets(tasks: Sequence[str], registered: Any) -> list[str]:
 
 def _step_to_go_on_from(folder: Path, record: "runs.Record") -> int:
     """The newest checkpoint's step, 0 where there is none; it must be of this base and method."""
+    from pemoe_jax import sentence_table
     from pemoe_jax.checkpoints import runs
 
     saved = runs.saved_steps(folder)
     if not saved:
         return 0
     found = runs.read_record(str(folder))
+    sentence_table.check_encoder(str(folder), found.sentence_encoder, record.sentence_encoder)
     before, now = (_identity(one, found.base["needed"]) for one in (found, record))
     for name, value in before.items():
         if now.get(name) != value:
@@ -261,8 +317,8 @@ def _step_to_go_on_from(folder: Path, record: "runs.Record") -> int:
     return saved[-1]
 
 
-def _of_processes(position: Mapping[str, int]) -> dict[str, list[int]]:
-    """A feed's position -> those of all processes, in their order."""
+def _of_shares(position: Mapping[str, int], mesh: Any) -> dict[str, list[int]]:
+    """A feed's position -> those of all shares, in their order."""
     import jax
 
     if jax.process_count() == 1:
@@ -270,10 +326,15 @@ def _of_processes(position: Mapping[str, int]) -> dict[str, list[int]]:
     import numpy as np
     from jax.experimental import multihost_utils
 
-    return {
-        name: multihost_utils.process_allgather(np.array(count)).tolist()
-        for name, count in position.items()
-    }
+    from pemoe_jax.core import partitioning
+
+    share, shares = partitioning.feed_share(mesh)
+    of_shares = {}
+    for name, count in position.items():
+        told = multihost_utils.process_allgather(np.array([share, count]))  # [processes, 2]
+        by_share = dict(told.tolist())
+        of_shares[name] = [by_share[share] for share in range(shares)]
+    return of_shares
 
 
 def _identity(record: "runs.Record", with_base: bool) -> dict[str, Any]:
@@ -311,12 +372,16 @@ class _Loop:
     log_period: int
     eval_period: int
     evaluation: Sequence[Any]
+    routers: Sequence[str]
+    router_detail: str
     save: Callable[[Any, Any], None]
     save_period: int
 
     def run(self, state: Any, frozen: Any, batches: Any) -> None:
+        import jax
+
         from pemoe_jax import progress
-        from pemoe_jax.core import partitioning
+        from pemoe_jax.core import partitioning, routing
 
         first = int(state.step)
         bar = progress.Progress("step", self.total_steps, first)
@@ -338,7 +403,7 @@ class _Loop:
                 positions = {step - 1: positions[step - 1], step: batches.position}
                 tokens = _real_tokens(batch)
                 state, step_metrics = self.train_step(
-                    state, frozen, partitioning.shard_batch(batch, self.mesh), self.rng
+                    state, frozen, partitioning.join_batch(batch, self.mesh), self.rng
                 )
                 window.append((step_metrics, tokens))
                 bar.advance(step)
@@ -351,7 +416,12 @@ class _Loop:
                     means["wait_share"] = waited / (now - clock)
                     means["learning_rate"] = float(self.schedule(step - 1))
                     window, waited, clock = [], 0.0, now
-                    metrics.write(step, {f"train/{k}": v for k, v in means.items()})
+                    told = means.pop("routers", None)
+                    scalars = {f"train/{k}": v for k, v in means.items()}
+                    if told is not None:
+                        found = routing.scalars(self.routers, told, self.router_detail)
+                        scalars |= {f"router/{k}": v for k, v in found.items()}
+                    metrics.write(step, scalars)
                     bar.report(step, _note(means))
                     _check_finite(means, step)
                 paused = time.monotonic()
@@ -366,7 +436,9 @@ class _Loop:
                     self.save(state, positions[step])
                 clock += time.monotonic() - paused
         except KeyboardInterrupt:
-            if not state.step.is_deleted():  # else it fell into the step that took the state over
+            # not where it fell into the step that took the state over, nor where other processes,
+            # which would have to save too, know nothing of it
+            if not state.step.is_deleted() and jax.process_count() == 1:
                 step = int(state.step)
                 bar.say(f"interrupted: saving step {step}")
                 self.save(state, positions[step])
@@ -403,14 +475,17 @@ def _real_tokens(batch: Mapping[str, Any]) -> int:
     return sum(int((batch[k] > 0).sum()) for k in ("encoder_input_tokens", "decoder_target_tokens"))
 
 
-def _means(window: list[tuple[Any, int]]) -> dict[str, float]:
+def _means(window: list[tuple[Any, int]]) -> dict[str, Any]:
+    """Of scalars, and of the routers' arrays."""
     import jax
+    import numpy as np
 
     fetched = jax.device_get([metrics for metrics, _ in window])
-    return {name: sum(float(m[name]) for m in fetched) / len(fetched) for name in fetched[0]}
+    means = {name: np.mean([m[name] for m in fetched], axis=0) for name in fetched[0]}
+    return {name: mean if mean.ndim else float(mean) for name, mean in means.items()}
 
 
-def _note(means: Mapping[str, float]) -> str:
+def _note(means: Mapping[str, Any]) -> str:
     from pemoe_jax import progress
 
     share = means["wait_share"]
@@ -421,7 +496,7 @@ def _note(means: Mapping[str, float]) -> str:
     )
 
 
-def _check_finite(means: Mapping[str, float], step: int) -> None:
+def _check_finite(means: Mapping[str, Any], step: int) -> None:
     if not math.isfinite(means["loss"]):
         raise InputError(
             f"the loss is {means['loss']} at step {step}"

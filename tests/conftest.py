@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -42,3 +43,16 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered_tasks_go_with_the_module() -> Iterator[None]:
+    """P3's names may be P3's own tasks in one module, and a folder of JSON lines in the next."""
+    yield
+    jsonl = sys.modules.get("pemoe_jax.tasks.jsonl")
+    if jsonl is not None and jsonl._state.tasks:
+        jsonl._remove()
+    p3 = sys.modules.pop("pemoe_jax.tasks.p3", None)  # registers what it has when it is imported
+    if p3 is not None:
+        p3._remove_everything()
+        del sys.modules["pemoe_jax.tasks"].p3

@@ -19,22 +19,23 @@ CORE = {
     "errors": set(),
     "routing": {"params"},
     "adapters": {"routing", "params"},
-    "layers": {"adapters", "params"},
+    "layers": {"adapters", "params", "routing"},
     "merging": set(),
-    "network": {"layers", "adapters", "params"},
+    "network": {"layers", "adapters", "params", "routing"},
     "decoding": set(),
-    "params": set(),
+    "params": {"partitioning"},
     "optim": {"params"},
-    "steps": {"optim", "params"},
+    "steps": {"optim", "params", "network", "routing"},
+    "routing_probe": {"adapters", "params", "network", "steps"},
     "partitioning": set(),
 }
 STDLIB = set(sys.stdlib_module_names)
 MATHS = {"jax", "jaxlib", "flax", "optax", "numpy"}
 STORAGE = {"orbax", "tensorstore", "safetensors", "etils", "msgpack", "ml_dtypes"}
 HEAVY = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "t5", "t5x"}
-DATA = {"seqio", "tensorflow", "tensorflow_text", "sentencepiece", "numpy"}
+DATA = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "sentencepiece", "numpy"}
 DATA |= {"pyarrow", "jinja2", "yaml", "rouge_score", "sacrebleu"}
-DRAWING = {"matplotlib", "rich"}
+DRAWING = {"matplotlib", "rich", "scipy", "jinja2"}
 # Import name to distribution name, where they differ; None: comes with another that is listed.
 DISTRIBUTIONS = {
     "gin": "gin-config",
@@ -45,11 +46,13 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "tensorflow": None,  # seqio, through tensorflow-text
     "tensorflow_text": None,  # seqio
+    "tensorflow_datasets": None,  # seqio
     "sentencepiece": None,  # seqio
     "tensorstore": None,  # orbax-checkpoint
     "etils": None,  # orbax-checkpoint
     "msgpack": None,  # flax
     "ml_dtypes": None,  # jax
+    "scipy": None,  # jax
     "t5x": None,  # not on PyPI; t5x_bridge can say that it is missing
 }
 
@@ -145,11 +148,17 @@ def test_checkpoints(module):
     }
 
 
-@pytest.mark.parametrize("module", [*in_folder("data"), *in_folder("tasks")])
-def test_data_and_tasks(module):
+SENTENCES = [*in_folder("sentences"), *in_folder("sentence_table")]
+READERS = [*in_folder("data"), *in_folder("feed"), *SENTENCES, *in_folder("tasks")]
+
+
+@pytest.mark.parametrize("module", READERS)
+def test_data_feed_and_tasks(module):
     assert of_others(module) <= DATA
-    allowed = {"pemoe_jax.core.errors", *in_folder("data"), *in_folder("tasks")}
-    assert of_ours(module) <= allowed
+    allowed = {"pemoe_jax.core.errors", *in_folder("data"), *SENTENCES, *in_folder("tasks")}
+    assert of_ours(module) <= allowed  # nobody but the entry points builds on the feed
+    if module in in_folder("sentence_table"):
+        assert of_ours(module) == {"pemoe_jax.core.errors"}
 
 
 @pytest.mark.parametrize("module", in_folder("reports"))
@@ -159,9 +168,17 @@ def test_reports(module):
     assert not {name.split(".")[0] for name in imports(module, top_only=True)} & DRAWING
 
 
+@pytest.mark.parametrize("module", in_folder("t5x_bridge"))
+def test_t5x_bridge(module):
+    """Its package and its command answer where T5X is not installed."""
+    assert of_others(module) <= MATHS | {"t5x", "clu", "etils"}
+    if module.rpartition(".")[2] in ("t5x_bridge", "__main__", "installed"):
+        assert "t5x" not in of_others(module)
+
+
 def entry_points() -> list[str]:
     rooms = [*in_folder("core"), *in_folder("checkpoints"), *in_folder("reports")]
-    others = {"pemoe_jax", *rooms, *in_folder("data"), *in_folder("tasks")}
+    others = {"pemoe_jax", *rooms, *READERS, *in_folder("t5x_bridge")}
     return [module for module in MODULES if module not in others]
 
 
@@ -175,9 +192,8 @@ def test_entry_points_load_seqio_inside_functions_only(module):
         names = imports(at, top_only=True)
         assert not {name.split(".")[0] for name in names} & HEAVY, f"{module} loads {at}"
         waiting += [name for name in names if name in MODULES and name not in seen]
-    if module != "pemoe_jax.t5x_bridge":
-        assert "t5x" not in of_others(module)
-        assert "pemoe_jax.t5x_bridge" not in of_ours(module)
+    assert "t5x" not in of_others(module)
+    assert not of_ours(module) & set(in_folder("t5x_bridge"))
 
 
 def test_what_is_imported_is_required_by_setup():

@@ -96,14 +96,14 @@ def trained(method: str, microbatches: int = 1, packed: bool = False):
     # small steps: at random LoRA pairs (gradients of norm 12) larger ones magnify rounding a
     # hundredfold from step to step
     optimizer, loss = optax.sgd(0.001), steps.Loss(z_loss=1e-3)
-    step = steps.make_train_step(model(method), optimizer, loss, microbatches, use_dropout=False)
+    step = steps.make_train_step(model(method), optimizer, loss, microbatches)
     # a copy, because the step gives the state's memory away
     state = steps.TrainState.create(jax.tree.map(jnp.array, trainable), optimizer)
     batch = pack(example_batch()) if packed else example_batch()
     metrics = []
     for _ in range(3):
         state, values = step(state, frozen, batch, jax.random.PRNGKey(0))
-        metrics.append({name: float(value) for name, value in values.items()})
+        metrics.append({name: np.asarray(value) for name, value in values.items()})
     for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(frozen_before), strict=True):
         np.testing.assert_array_equal(a, b)
     return before, jax.tree.map(np.array, state), metrics
@@ -113,7 +113,9 @@ def assert_same_training(a, b) -> None:
     """Two results of `trained` from one start moved every parameter alike."""
     (before, state, metrics), (_, other, other_metrics) = a, b
     for values, other_values in zip(metrics, other_metrics, strict=True):
-        assert values == pytest.approx(other_values, rel=2e-5)
+        for name, value in values.items():
+            if name != "routers":  # means over microbatches are not those of the batch
+                np.testing.assert_allclose(value, other_values[name], rtol=2e-5, err_msg=name)
     moved = jax.tree.map(np.subtract, state.params, before)
     also_moved = jax.tree.map(np.subtract, other.params, before)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved))

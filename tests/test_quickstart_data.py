@@ -185,7 +185,7 @@ def test_prefix_lm_cuts_at_sentence_ends() -> None:
 
 
 def test_pretraining_tasks_give_batches(tmp_path: pathlib.Path) -> None:
-    from pemoe_jax import data
+    from pemoe_jax import data, feed
 
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{line}\n" for line in corpus.lines(0, 300)))
@@ -193,7 +193,7 @@ def test_pretraining_tasks_give_batches(tmp_path: pathlib.Path) -> None:
     size = data.vocab_size(pretrain.PREFIX_LM)
     for name in (pretrain.SPAN_CORRUPTION, pretrain.PREFIX_LM):
         one, two = (
-            next(data.train_batches(name, {"inputs": 64, "targets": 64}, 4, seed=3))
+            next(feed.train_batches(name, {"inputs": 64, "targets": 64}, 4, seed=3))
             for _ in range(2)
         )
         assert one["encoder_segment_ids"].max() > 1

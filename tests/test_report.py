@@ -1,6 +1,7 @@
 """`python -m pemoe_jax.report`: the table by hand, intervals, marks, files, and what is refused."""
 
 import csv
+import functools
 import io
 import json
 import re
@@ -15,9 +16,9 @@ import pytest
 from methods import CONFIG, METHODS
 
 from pemoe_jax import evaluate, report
-from pemoe_jax.core import network
+from pemoe_jax.core import adapters, network, params, routing
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.reports import bars, bootstrap, counts, paper, results, saved, zero_shot
+from pemoe_jax.reports import bars, bootstrap, counts, paper, results, saved, settings, zero_shot
 from pemoe_jax.reports import zero_shot_tables as drawn
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +233,134 @@ def test_without_predictions_there_are_no_intervals(tmp_path, capsys):
     assert found["one"]["RTE"] != "–" and found["two"]["average"] != "–"
     report.main([str(tmp_path), "--format=markdown"])
     assert "predictions are missing: one." in capsys.readouterr().out
+
+
+# --- seeds ---
+
+
+def seeded(folder: Path, rights: dict[int, int], settings: str = "abc", **about) -> list[Path]:
+    """An evaluation for each seed; all eight data sets with so many of ten right."""
+    return [
+        write(
+            folder / f"{settings}{seed}",
+            {f"one-seed{seed}": eight(right)},
+            **{"seed": seed, "settings": settings, **about},
+        )
+        for seed, right in rights.items()
+    ]
+
+
+def test_runs_that_differ_by_seed_are_a_row(tmp_path, capsys):
+    """Mean 60, deviation (n - 1) sqrt((100 + 0 + 100) / 2) = 10."""
+    folders = seeded(tmp_path, {0: 5, 1: 6, 4: 7})
+    other = write(tmp_path / "other", {"two": eight(9)})
+    found = printed(capsys, *folders, other)
+    medians, means = table(found, "median"), table(found, "mean")
+    assert list(medians) == ["one", "two", "chance", "prompts", "examples"]
+    for column in ("CB", "average"):
+        assert medians["one"][column] == means["one"][column] == "60.0 ±10.0"
+        assert medians["two"][column] == "90.0"
+    assert (medians["one"]["seeds"], medians["two"]["seeds"]) == ("3", "1")
+    by_seed = found["Average of the medians, seed by seed"]
+    assert list(by_seed) == ["one"]
+    assert by_seed["one"] == {"run": "one", "seed 0": "50.0", "seed 1": "60.0", "seed 4": "70.0"}
+    low, high = map(float, found["95 % interval of the median"]["one"]["CB"].split("–"))
+    assert low < 60 < high  # the same draws of examples for all seeds
+    assert high - low > 40  # ten examples: 2 · 1.96 · sqrt(0.24 / 10) = 61 for each seed
+
+
+def test_seeds_in_csv_and_json(tmp_path):
+    runs = [run for folder in seeded(tmp_path, {0: 5, 1: 8}) for run in load(folder)]
+    found = zero_shot.report(runs)
+    (line,) = csv.DictReader(io.StringIO(drawn.to_csv(found)))
+    (row,) = json.loads(drawn.to_json(found))["rows"]
+    assert line["run"] == row["run"] == "one"
+    assert line["CB"] == "65.0" and row["scores"]["CB"]["median"] == 65.0
+    # 15 · sqrt(2) = 21.2132
+    assert line["CB_median_sd"] == "21.2132" and row["average"]["mean_sd"] == 21.2132
+    assert (line["average_mean_least"], line["average_mean_greatest"]) == ("50.0", "80.0")
+    assert row["seeds"] == [0, 1] and line["seeds"] == "0 1"
+    assert row["average"]["median_seeds"] == [50.0, 80.0]
+    assert "; " in line["checkpoint"]
+
+
+def load(folder: Path) -> list[dict]:
+    return saved.load(str(folder))["runs"]
+
+
+def test_what_is_kept_apart(tmp_path):
+    def names(*folders: Path, **flags) -> list[str]:
+        runs = [run for folder in folders for run in load(folder)]
+        return [row.name for row in zero_shot.report(runs, draws=0, **flags).rows]
+
+    one = seeded(tmp_path / "1", {0: 5, 1: 6})
+    assert names(*one) == ["one"]
+    assert names(*one, seeds_apart=True) == ["one-seed0", "one-seed1"]
+    assert names(one[0]) == ["one-seed0"]
+    # other settings, another step, an older evaluation, the same seed twice
+    assert len(names(*one, *seeded(tmp_path / "2", {2: 5}, settings="b"))) == 2
+    assert len(names(*one, *seeded(tmp_path / "3", {2: 5}, step=6))) == 2
+    assert len(names(*one, *seeded(tmp_path / "4", {2: 5}, seed=None))) == 2
+    again = seeded(tmp_path / "5", {1: 9}, checkpoint="elsewhere")
+    assert len(names(*one, *again)) == 3
+    part = write(tmp_path / "6", {"one-seed2": {"cb_a": ("cb", [1, 0])}}, seed=2, settings="abc")
+    assert len(names(*one, part)) == 2
+
+
+def test_two_rows_of_a_name_are_told_apart(tmp_path, capsys):
+    one, two = seeded(tmp_path, {0: 5, 1: 6}), seeded(tmp_path, {0: 7, 1: 8}, settings="b", step=7)
+    medians = table(printed(capsys, *one, *two), "median")
+    assert medians["one (step 5)"]["average"] == "55.0 ±7.1"
+    assert medians["one (step 7)"]["average"] == "75.0 ±7.1"
+
+
+def test_seeds_are_dots_on_their_bar(tmp_path, monkeypatch):
+    seen = []
+    save = bars.plots.save
+
+    def look(figure, png):
+        for axis in figure.axes:
+            dots = [point.get_offsets().tolist() for point in axis.collections]
+            seen.append((axis.get_title(loc="left"), dots, [b.get_width() for b in axis.patches]))
+        seen.append(figure.texts[-1].get_text())
+        return save(figure, png)
+
+    monkeypatch.setattr(bars.plots, "save", look)
+    runs = [run for folder in seeded(tmp_path, {0: 5, 1: 8}) for run in load(folder)]
+    drawn.draw(zero_shot.report(runs), tmp_path / "a.png")
+    title, dots, widths = seen[0]
+    assert title == "ANLI" and widths == [65.0]
+    assert dots == [[[50.0, 0.0], [80.0, 0.0]]]
+    assert "dots: seeds" in seen[-1]
+
+
+def test_settings_of_a_run():
+    """What names a run, or says how often it tells of itself, is no setting of its result."""
+    text = """\
+from __gin__ import dynamic_registration
+# Macros:
+BATCH_SIZE = 8
+LOG_PERIOD = 25
+MODEL_DIR = \\
+    '/a/b'
+SEED = 3
+TASK_FEATURE_LENGTHS = \\
+    {'inputs': 128,
+     'targets': 32}
+
+routing.Router.top_k = 2
+"""
+    found = settings.read(text)
+    assert found == {
+        "BATCH_SIZE": "8",
+        "SEED": "3",
+        "TASK_FEATURE_LENGTHS": "{'inputs': 128, 'targets': 32}",
+        "routing.Router.top_k": "2",
+    }
+    other = settings.read(text.replace("SEED = 3", "SEED = 4").replace("/a/b", "/c"))
+    assert settings.fingerprint(found) == settings.fingerprint(other)
+    third = settings.read(text.replace("top_k = 2", "top_k = 1"))
+    assert settings.fingerprint(found) != settings.fingerprint(third)
 
 
 # --- published rows ---
@@ -457,8 +586,49 @@ def test_evaluate_records_the_variant_and_what_was_trained_on(trained, expected)
     opened = types.SimpleNamespace(
         model=network.Transformer(CONFIG, method.adapters(num_experts=3)),
         record=record,
+        path="no run's",
         about=lambda: {"name": "one", "method": "mov"},
     )
     about = evaluate._about(opened, {"cb": {}, "rte": {}, "wic": {}})
     assert (about["method"], about["variant"]) == ("mov", "mov-3")
     assert about.get("trained_datasets") == expected
+    assert "settings" not in about  # it has no folder with a config.gin
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "expected"),
+    [
+        ("mov", {}, "mov-3"),
+        ("mov", {"top_k": 1}, "mov-3 top-1"),
+        ("mov", {"top_k": 2, "balance_loss": 1e-2}, "mov-3 top-2 balanced"),
+        ("mov", {"top_k": 2, "balance_loss": 0.1}, "mov-3 top-2 balanced 0.1"),
+        (
+            "mov",
+            {"top_k": 2, "renormalize": True, "straight_through": True},
+            "mov-3 top-2 renormalized straight-through",
+        ),
+        ("mov", {"reads": "y"}, "mov-3"),  # its own
+        ("mov", {"reads": "x"}, "mov-3 x"),
+        ("molora", {"reads": "x"}, "molora-3 r4"),
+        ("molora", {"reads": "y", "z_loss": 1e-3}, "molora-3 r4 z-loss y"),
+        ("molora", {"reads": "sentence", "jitter_noise": 1e-2}, "molora-3 r4 jitter sentence"),
+        ("mov", {"temperature": 0.5}, "mov-3 temperature 0.5"),
+    ],
+)
+def test_a_variant_tells_of_its_routing(method, fields, expected):
+    router = functools.partial(routing.Router, **fields)
+    expert = functools.partial(METHODS[method].expert, num_experts=3, router=router)
+    made = adapters.Adapters(**{site: expert for site in METHODS[method].sites})
+    shapes = params.flatten(network.param_shapes(network.Transformer(CONFIG, made)))
+    assert counts.label(method, shapes, adapters.describe(made)) == expected
+    assert expected.startswith(counts.label(method, shapes))
+
+
+def test_routing_that_differs_by_site():
+    sites = {
+        "key": {"kind": "VectorExperts", "router": {"top_k": 2}},
+        "gate": {"kind": "VectorExperts", "router": {"top_k": None}},
+        "wo": {"kind": "LoRAExperts", "router": None},
+    }
+    assert counts.routing(sites) == "top-2/soft"
+    assert counts.routing({"gate": sites["gate"], "wo": sites["wo"]}) == ""

@@ -255,6 +255,8 @@ def test_routing_lines():
     assert plots._lines(encoder + decoder, 5) == [encoder, decoder]
     assert plots._lines(encoder + decoder, 3) == [encoder[:2], encoder[2:], decoder]
     assert plots._lines(encoder, 1) == [[site] for site in encoder]
+    many = [f"decoder/layers_0/mlp/{i}" for i in range(10)]
+    assert list(map(len, plots._lines(many, 9))) == [5, 5]  # rather than 9 and 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_hand_derived_probabilities():
     """
     kernel = jnp.array([[np.log(2), 0, 0], [0, np.log(3) / 2, np.log(2)]], jnp.float32)
     x = jnp.array([[[1.0, 0], [0, 2], [1, 2], [0, 0]]])
-    probs = Router(num_experts=3).apply({"params": {"kernel": kernel}}, x)
+    probs, _ = Router(num_experts=3).apply({"params": {"kernel": kernel}}, x)
     expected = [[[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 8, 4 / 8], [2 / 9, 3 / 9, 4 / 9], [1 / 3] * 3]]
     np.testing.assert_allclose(probs, expected, rtol=1e-6)
 
@@ -30,7 +30,7 @@ def test_probabilities_are_float32_and_sum_to_one(shape, dtype):
     """One kernel [features, E] whether or not there are heads; bfloat16 in, float32 out."""
     x = jax.random.normal(jax.random.PRNGKey(0), shape).astype(dtype) * 10
     router = Router(num_experts=7)
-    probs, variables = router.init_with_output(jax.random.PRNGKey(1), x)
+    (probs, _), variables = router.init_with_output(jax.random.PRNGKey(1), x)
     assert variables["params"]["kernel"].shape == (5, 7)
     assert variables["params"]["kernel"].dtype == jnp.float32
     assert probs.shape == (*shape[:-1], 7) and probs.dtype == jnp.float32
@@ -46,13 +46,13 @@ def test_bfloat16_input_is_routed_in_float32():
     """
     kernel = jnp.array([[1 + 2**-10, 1.0]], jnp.float32)
     x = jnp.full((1, 1, 1), 64, jnp.bfloat16)
-    probs = Router(num_experts=2).apply({"params": {"kernel": kernel}}, x)
+    probs, _ = Router(num_experts=2).apply({"params": {"kernel": kernel}}, x)
     np.testing.assert_allclose(probs[0, 0], [0.51562, 0.48438], atol=1e-5)
 
 
 def test_large_logits_do_not_overflow():
     """exp(1e4) overflows float32: the softmax has to subtract the maximum first."""
-    probs = Router(num_experts=2).apply(
+    probs, _ = Router(num_experts=2).apply(
         {"params": {"kernel": jnp.array([[1e4, 0.0]])}}, jnp.ones((1, 1, 1))
     )
     np.testing.assert_array_equal(probs, [[[1.0, 0.0]]])
@@ -73,7 +73,7 @@ def test_gradient_by_hand():
     x = 2, kernel 0: p = (1/2, 1/2) -> dp_0/dkernel = 2 * (1/4, -1/4) = (1/2, -1/2).
     """
     x = jnp.full((1, 1, 1), 2.0)
-    grad = jax.grad(lambda k: Router(num_experts=2).apply({"params": {"kernel": k}}, x)[0, 0, 0])(
-        jnp.zeros((1, 2))
-    )
+    grad = jax.grad(
+        lambda k: Router(num_experts=2).apply({"params": {"kernel": k}}, x)[0][0, 0, 0]
+    )(jnp.zeros((1, 2)))
     np.testing.assert_allclose(grad, [[0.5, -0.5]], rtol=1e-6)

@@ -21,13 +21,25 @@ VOCAB = 7
 class Table:
     """Logits are a row of `table` [V, V] for each decoder input, plus noise under dropout."""
 
+    def __init__(self, noisy: bool = False):
+        self.noisy = noisy
+
     def apply(
-        self, variables, encoder, decoder_inputs, targets, *, enable_dropout, rngs, **packing
+        self,
+        variables,
+        encoder,
+        decoder_inputs,
+        targets,
+        *,
+        enable_dropout,
+        rngs,
+        mutable=(),
+        **packing,
     ):
         logits = variables["params"]["table"][decoder_inputs] + variables["params"]["shift"]
-        if enable_dropout:
+        if enable_dropout and self.noisy:
             logits += jax.random.normal(rngs["dropout"], logits.shape)
-        return logits
+        return (logits, {}) if mutable else logits
 
 
 def parameters() -> tuple[dict, dict]:
@@ -51,7 +63,9 @@ def batch() -> dict[str, np.ndarray]:
 
 def loss_and_grads(loss, data, rng=None, microbatches=1):
     """steps.loss_and_grads of the table, jitted: many small programs of an eager run cost more."""
-    run = functools.partial(steps.loss_and_grads, Table(), loss, microbatches=microbatches)
+    run = functools.partial(
+        steps.loss_and_grads, Table(rng is not None), loss, microbatches=microbatches
+    )
     return jax.jit(run)(*parameters(), data, rng)
 
 
@@ -232,7 +246,7 @@ def test_train_step_by_hand():
     trainable, frozen = parameters()
     optimizer = optax.sgd(0.1)
     grads, _ = loss_and_grads(steps.Loss(), batch())
-    step = steps.make_train_step(Table(), optimizer, steps.Loss(), use_dropout=False)
+    step = steps.make_train_step(Table(), optimizer, steps.Loss())
     state = steps.TrainState.create({"table": jnp.array(trainable["table"])}, optimizer)
     assert int(state.step) == 0
     state, metrics = step(state, frozen, batch(), jax.random.PRNGKey(0))
@@ -247,7 +261,7 @@ def test_dropout_keys():
     """Each step draws anew; the same step of the same run draws the same, so resumed runs agree."""
     trainable, frozen = parameters()
     optimizer = optax.sgd(0.0)  # nothing moves: only the noise differs
-    step = steps.make_train_step(Table(), optimizer, steps.Loss())
+    step = steps.make_train_step(Table(noisy=True), optimizer, steps.Loss())
 
     def loss(number, seed):
         state = steps.TrainState.create({"table": jnp.array(trainable["table"])}, optimizer)
@@ -265,7 +279,7 @@ def test_microbatches_draw_different_dropout():
     one = {k: v[:1] for k, v in data.items()}
     key = jax.random.PRNGKey(0)
     _, metrics = loss_and_grads(steps.Loss(), data, key, microbatches=4)
-    run = jax.jit(functools.partial(steps.loss_and_grads, Table(), steps.Loss()))
+    run = jax.jit(functools.partial(steps.loss_and_grads, Table(noisy=True), steps.Loss()))
     losses = [
         float(run(*parameters(), one, jax.random.fold_in(key, i))[1]["loss"]) for i in range(4)
     ]
@@ -277,7 +291,7 @@ def test_eval_step_sums_without_dropout():
     """Sums, not means, so that batches add up; they are those of training without dropout."""
     trainable, frozen = parameters()
     loss = steps.Loss(z_loss=0.01)
-    sums = steps.make_eval_step(Table(), loss)(trainable, frozen, batch())
+    sums = steps.make_eval_step(Table(noisy=True), loss)(trainable, frozen, batch())
     _, metrics = loss_and_grads(loss, batch())
     assert float(sums["tokens"]) == 11
     assert float(sums["nll"]) / 11 == pytest.approx(float(metrics["cross_ent_loss"]), rel=1e-5)
@@ -297,7 +311,7 @@ def test_two_devices_equal_one(microbatches):
 
     def run(place, place_batch):
         trainable, frozen = parameters()
-        step = steps.make_train_step(Table(), optimizer, loss, microbatches, use_dropout=False)
+        step = steps.make_train_step(Table(), optimizer, loss, microbatches)
         state = place(steps.TrainState.create(trainable, optimizer))
         return step(state, place(frozen), place_batch(batch()), jax.random.PRNGKey(0))
 

@@ -93,7 +93,7 @@ def test_types_and_shardings(checkpoints, name):
         str(checkpoints[name]),
         0,
         trains=lambda path: "layers_1" in path,
-        sharding=sharding,
+        shardings=sharding,
     )
     for path, leaf in params.flatten(weights).items():
         float32 = "layers_1" in path or "norm" in path or "logits" in path

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jsonl_folder import write_folder, write_vocabulary
 
-from pemoe_jax import data, evaluate, models, train
+from pemoe_jax import evaluate, feed, models, train
 from pemoe_jax.checkpoints import base as base_lib
 from pemoe_jax.checkpoints import runs
 from pemoe_jax.core import network
@@ -174,7 +174,7 @@ def test_a_run_stopped_at_an_odd_step_ends_like_one_that_was_not(folder, tmp_pat
         settings["TRAIN_STEPS"] = steps
         assert train.main(train_flags(folder, "ia3", tmp_path / "parts", **settings)) == 0
     assert_ends_alike(tmp_path / "whole", tmp_path / "parts")
-    assert runs.read_feed(str(tmp_path / "whole"))[0] > 2 * data._BLOCK
+    assert runs.read_feed(str(tmp_path / "whole"))[0] > 2 * feed._BLOCK
 
 
 def test_an_interrupted_run_goes_on_where_it_was(folder, trained, tmp_path, monkeypatch, capsys):
@@ -197,18 +197,24 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, trained, tmp_path, monk
     assert_ends_alike(trained["mov"], tmp_path)
 
 
-def test_positions_of_other_processes_are_refused_and_without_one_the_step_counts(
-    folder, trained, tmp_path, capsys
-):
+def test_positions_of_another_number_of_shares(folder, trained, tmp_path):
+    """Of two shares one is at example 6 = 2 · 3, the other at 9 = 2 · 4 + 1: all go on at 6.
+
+    Of four shares the first two had their second (4, 5), the others their first (2, 3).
+    """
+    assert train.main(train_flags(folder, "mov", tmp_path, TRAIN_STEPS=1)) == 0
+    (tmp_path / "checkpoint_1" / "feed" / "metadata").write_text('{"examples": [3, 4]}')
+    assert runs.read_feed(str(tmp_path), 2) == [3, 4]
+    assert runs.read_feed(str(tmp_path), 1) == [6]
+    assert runs.read_feed(str(tmp_path), 4) == [2, 2, 1, 1]
+
+
+def test_positions_that_are_not_there_or_no_list(folder, trained, tmp_path, capsys):
     assert train.main(train_flags(folder, "mov", tmp_path, TRAIN_STEPS=5)) == 0
     file = tmp_path / "checkpoint_5" / "feed" / "metadata"
-    for text, says in (
-        ('{"examples": [3, 4]}', "the run had 2 processes, expected the same to go on, found 1"),
-        ('{"examples": 3}', "examples: expected a list of integers, found 3"),
-    ):
-        file.write_text(text)
-        assert train.main(train_flags(folder, "mov", tmp_path)) == 1
-        assert says in capsys.readouterr().err
+    file.write_text('{"examples": 3}')
+    assert train.main(train_flags(folder, "mov", tmp_path)) == 1
+    assert "examples: expected a list of integers, found 3" in capsys.readouterr().err
     shutil.rmtree(file.parent)
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert "reading past 5 batches" in capsys.readouterr().out
@@ -219,8 +225,8 @@ def test_waiting_for_data_is_measured(folder, trained, tmp_path, monkeypatch, ca
     shares = read_metrics(trained["mov"], "train/wait_share")
     assert shares.keys() == {1, 4, 8, 12} and all(0 <= share < 1 for share in shares.values())
 
-    plain = data.Feed.__next__
-    monkeypatch.setattr(data.Feed, "__next__", lambda feed: time.sleep(0.3) or plain(feed))
+    plain = feed.Feed.__next__
+    monkeypatch.setattr(feed.Feed, "__next__", lambda one: time.sleep(0.3) or plain(one))
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert read_metrics(tmp_path, "train/wait_share")[12] > 0.5
     assert "waiting for data" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DATA = {".csv", ".gin", ".json", ".jsonl", ".model", ".safetensors"}
+DATA = {".csv", ".gin", ".json", ".jsonl", ".model", ".safetensors", ".txt"}
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +63,7 @@ def test_content(wheel):
         for room in ("core", "checkpoints", "reports")
         for path in (ROOT / "pemoe_jax" / room).glob("**/*.py")
     } | {f"pemoe_jax/{path.name}" for path in (ROOT / "pemoe_jax").glob("*.py")}
+    expected.add("pemoe_jax/reports/routes.html")
     for folder in ("gin", "tasks"):
         for path in (ROOT / folder).glob("**/*"):
             if path.suffix in DATA or (path.suffix == ".py" and folder == "tasks"):

@@ -38,6 +38,8 @@ class Record:
       versions: of the packages that wrote it.
       seed: that adapters were drawn from, those among them that do not train.
       trained_datasets: what it was trained on, under the names of tables; None: not known.
+      sentence_encoder: what made the sentence embeddings that routers read (name, dim, fingerprint
+        or probe: `sentence_table.same_encoder`); None: they read none.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Record:
     versions: dict[str, str]
     seed: int = 0
     trained_datasets: list[str] | None = None
+    sentence_encoder: dict[str, Any] | None = None
 
 
 class RunCheckpoints:
@@ -154,11 +157,14 @@ def read_record(path: str) -> Record:
     return record_from(files.read_json(file), os.fspath(file))
 
 
-def read_feed(path: str, processes: int = 1) -> list[int] | None:
-    """The examples that each process had consumed; None where the checkpoint does not say.
+def read_feed(path: str, shares: int = 1) -> list[int] | None:
+    """The examples that each share of the feed had consumed; None where a checkpoint does not say.
+
+    A run that goes on with another number of shares begins them at the first example that had not
+    been consumed: none is left out, those that other shares had gone on to come again.
 
     Raises:
-      InputError: it was written by another number of processes, or is unreadable.
+      InputError: it is unreadable.
     """
     folder, step = resolve(path)
     file = files.at(folder / f"{PREFIX}_{step}" / "feed" / "metadata")
@@ -167,12 +173,11 @@ def read_feed(path: str, processes: int = 1) -> list[int] | None:
     examples = files.read_json(file).get("examples")
     if not isinstance(examples, list) or not all(isinstance(n, int) for n in examples):
         raise InputError(f"{file}: examples: expected a list of integers, found {examples!r:.80}")
-    if len(examples) != processes:
-        raise InputError(
-            f"{file}: the run had {len(examples)} processes, expected the same to go on,"
-            f" found {processes}"
-        )
-    return examples
+    if len(examples) == shares:
+        return examples
+    # share i of n has the examples i, i + n, i + 2n, …
+    first = min(consumed * len(examples) + share for share, consumed in enumerate(examples))
+    return [max(0, -(-(first - share) // shares)) for share in range(shares)]
 
 
 _KINDS = {"method": str, "trainable": list, "seed": int, "trained_datasets": list}
@@ -192,7 +197,7 @@ def record_from(found: Mapping[str, Any], where: str) -> Record:
     ]
     for name in known:
         kind = _KINDS.get(name, dict)
-        absent = name == "trained_datasets" and found[name] is None
+        absent = name in ("trained_datasets", "sentence_encoder") and found[name] is None
         if not absent and not isinstance(found.get(name), kind):
             raise InputError(
                 f"{where}: {name}: expected {_KIND_NAMES[kind]}, found {found.get(name)!r:.80}"

@@ -33,6 +33,41 @@ SITES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def _route(
+    module: Any, reads: str, seen: dict[str, tuple[jax.Array, str]], tokens: routing.Tokens | None
+) -> jax.Array:
+    """Probabilities of an expert module's router, [B, L or 1, (H,) E].
+
+    They and the router's statistics are sown, for whoever makes these collections mutable.
+
+    Args:
+      module: inside its compact method.
+      reads: what its router reads unless it says otherwise.
+      seen: of x and y, the features [B, L, ...] as the router is to see them, and their axis' name.
+      tokens: of the features.
+    """
+    factory = functools.partial(module.router, num_experts=module.num_experts)
+    reads = factory(parent=None).reads or reads
+    if reads != "sentence":
+        features, axis = seen[reads]
+    elif tokens is not None and tokens.sentence is not None:
+        features, axis = tokens.sentence, "embed"
+    else:
+        raise InputError(
+            "a router reads sentence embeddings and the batch has none: expected"
+            " SENTENCE_EMBEDDINGS to name a table of them (python -m pemoe_jax.embed)"
+        )
+    probs, told = factory(feature_axis=axis, name="router")(features, tokens)
+    if not module.is_initializing():  # T5X takes what `init` makes for variables to keep
+        module.sow("routers", "statistics", told)
+    if reads == "sentence":
+        probs = probs[:, None]
+    length = seen["x"][0].shape[1]
+    everywhere = (probs.shape[0], length, *probs.shape[2:])
+    module.sow("intermediates", "probs", jnp.broadcast_to(probs, everywhere))
+    return probs
+
+
 def _check_experts(module: nn.Module, num_experts: int, router: Any) -> None:
     if num_experts < 1:
         raise InputError(f"{type(module).__name__}: num_experts must be >= 1, found {num_experts}")
@@ -44,7 +79,7 @@ def _check_experts(module: nn.Module, num_experts: int, router: Any) -> None:
 
 
 class VectorExperts(nn.Module):
-    """`y * Σ_e p_e l_e`: (IA)³ without a router, MoV with one that reads `y`.
+    """`y * Σ_e p_e l_e`: (IA)³ without a router, MoV with one, which reads `y` head by head.
 
     Attributes:
       num_experts: E.
@@ -60,9 +95,10 @@ class VectorExperts(nn.Module):
     y_axes: tuple[str, ...] = ("mlp",)
 
     @nn.compact
-    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """x [B, L, ...], y [B, L, H, K] or [B, L, D or F] -> y's shape and dtype."""
-        del x  # the vectors scale, and their router reads, what the projection produced
+    def __call__(
+        self, x: jax.Array, y: jax.Array, tokens: routing.Tokens | None = None
+    ) -> jax.Array:
+        """x [B, L, Din], y [B, L, H, K] or [B, L, D or F] -> y's shape and dtype."""
         _check_experts(self, self.num_experts, self.router)
         *heads, features = y.shape[2:]
         vectors = params_lib.param(
@@ -74,17 +110,15 @@ class VectorExperts(nn.Module):
         )
         if self.router is None:
             return y * vectors[..., 0, :].astype(y.dtype)
-        router = self.router(
-            num_experts=self.num_experts, feature_axis=self.y_axes[-1], name="router"
-        )
-        probs = router(y)  # [B, L, H, E] or [B, L, E]
-        self.sow("intermediates", "probs", probs)
+        probs = _route(self, "y", {"x": (x, self.x_axis), "y": (y, self.y_axes[-1])}, tokens)
+        if probs.ndim < y.ndim:  # one distribution for all heads: [B, L, 1, E]
+            probs = probs[:, :, None]
         scale = jnp.einsum("bl...e,...ek->bl...k", probs, vectors)
         return y * scale.astype(y.dtype)
 
 
 class LoRAExperts(nn.Module):
-    """`y + (α/R) Σ_e p_e B_e A_e x`: LoRA without a router, MoLORA with one that reads `x`.
+    """`y + (α/R) Σ_e p_e B_e A_e x`: LoRA without a router, MoLORA with one, which reads `x`.
 
     The probabilities are folded into the rank axis, `((x @ A[D, E·R]) * p) @ B[E·R, D]`, so no
     tensor of an expert's output ([B, L, E, D]) is ever formed.
@@ -107,7 +141,9 @@ class LoRAExperts(nn.Module):
     y_axes: tuple[str, ...] = ("mlp",)
 
     @nn.compact
-    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, y: jax.Array, tokens: routing.Tokens | None = None
+    ) -> jax.Array:
         """x [B, L, Din], y [B, L, ...] -> y's shape and dtype."""
         _check_experts(self, self.num_experts, self.router)
         if self.rank < 1:
@@ -135,9 +171,8 @@ class LoRAExperts(nn.Module):
         dtype = y.dtype
         low = jnp.matmul(x.astype(dtype), lora_a.reshape(x_features, experts * rank).astype(dtype))
         if self.router is not None:
-            router = self.router(num_experts=experts, feature_axis=self.x_axis, name="router")
-            probs = router(x)  # [B, L, E]
-            self.sow("intermediates", "probs", probs)
+            joined = y.reshape(*y.shape[:2], y_features)
+            probs = _route(self, "x", {"x": (x, self.x_axis), "y": (joined, y_axis)}, tokens)
             low = (low.reshape(*low.shape[:-1], experts, rank) * probs[..., None]).reshape(
                 low.shape
             )
@@ -179,13 +214,21 @@ class Adapters:
         """The sites that carry an adapter."""
         return tuple(site for site in SITES if getattr(self, site) is not None)
 
-    def adapt(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Applies the site's adapter; call it inside a layer's compact method."""
+    def adapt(
+        self, site: str, x: jax.Array, y: jax.Array, tokens: routing.Tokens | None = None
+    ) -> jax.Array:
+        """Applies the site's adapter; call it inside a layer's compact method.
+
+        Args:
+          site: its name.
+          x, y: what the site's projection read, and what it produced.
+          tokens: of x and y.
+        """
         factory = getattr(self, site)
         if factory is None:
             return y
         x_axis, y_axes = SITES[site]
-        return factory(x_axis=x_axis, y_axes=y_axes, name=f"{site}_adapter")(x, y)
+        return factory(x_axis=x_axis, y_axes=y_axes, name=f"{site}_adapter")(x, y, tokens)
 
 
 _KINDS: dict[str, type[nn.Module]] = {

@@ -16,6 +16,7 @@ def greedy(
     encoder_input_tokens: Array,
     max_decode_length: int,
     eos_id: int | Array = 1,
+    sentence_embeddings: Array | None = None,
 ) -> Array:
     """The most likely next token, again and again, until every row has ended.
 
@@ -25,6 +26,7 @@ def greedy(
       encoder_input_tokens: int [B, L], padded with 0.
       max_decode_length: most tokens a row gets, T.
       eos_id: the token that ends a row.
+      sentence_embeddings: [B, S], for routers that read them.
 
     Returns:
       int32 [B, T]; the end token is kept, what follows it is 0.
@@ -32,7 +34,8 @@ def greedy(
     inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
     batch = inputs.shape[0]
     variables = {"params": params}
-    encoded = model.apply(variables, inputs, enable_dropout=False, method=model.encode)
+    given = {"enable_dropout": False, "sentence_embeddings": sentence_embeddings}
+    encoded = model.apply(variables, inputs, method=model.encode, **given)
     blank = jnp.zeros((batch, max_decode_length), jnp.int32)
     # makes the caches; the encoder's keys and values are projected here, once
     _, caches = model.apply(
@@ -41,7 +44,7 @@ def greedy(
         inputs,
         blank,
         blank,
-        enable_dropout=False,
+        **given,
         decode=True,
         max_decode_length=max_decode_length,
         mutable=["cache", "cross_cache"],
@@ -61,7 +64,7 @@ def greedy(
             inputs,
             last[:, None],
             last[:, None],
-            enable_dropout=False,
+            **given,
             decode=True,
             max_decode_length=max_decode_length,
             mutable=["cache"],

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
+from pemoe_jax.core.routing import Tokens
 
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
@@ -28,6 +29,14 @@ def _query_init(head_dim: int) -> Initializer:
 
 
 NEG_INF = -1e10  # finite, so that a row with nothing to attend to gives a mean and not NaN
+
+
+def constrain(x: Array, axes: tuple[str, ...]) -> Array:
+    """Says where an activation lies, by the names of its axes; outside of a mesh it says nothing.
+
+    Without it XLA may spread the residual stream as parameters are spread, and gather it again.
+    """
+    return nn.with_logical_constraint(x, axes)
 
 
 class Dense(nn.Module):
@@ -154,7 +163,7 @@ class MultiHeadDotProductAttention(nn.Module):
     dropout_rate: float = 0.0
     adapters: Adapters = Adapters()
 
-    def _project(self, site: str, inputs: Array) -> Array:
+    def _project(self, site: str, inputs: Array, tokens: Tokens | None) -> Array:
         init = _query_init(self.head_dim) if site == "query" else _ATTENTION_INIT
         dense = Dense(
             self.num_heads * self.head_dim,
@@ -165,9 +174,12 @@ class MultiHeadDotProductAttention(nn.Module):
         )
         y = dense(inputs)
         y = y.reshape(*y.shape[:2], self.num_heads, self.head_dim)  # [B, L, H, K]
-        return self.adapters.adapt(site, inputs, y)
+        return self.adapters.adapt(site, inputs, y, tokens)
 
-    def _cached_cross(self, inputs_kv: Array) -> tuple[Array, Array]:
+    def _project_kv(self, inputs_kv: Array, tokens: Tokens | None) -> tuple[Array, Array]:
+        return self._project("key", inputs_kv, tokens), self._project("value", inputs_kv, tokens)
+
+    def _cached_cross(self, inputs_kv: Array, tokens: Tokens | None) -> tuple[Array, Array]:
         """Keys and values of the encoder's output, projected at the first call alone.
 
         They live in a collection of their own, `cross_cache`, which a caller makes mutable to have
@@ -177,7 +189,7 @@ class MultiHeadDotProductAttention(nn.Module):
             return self.get_variable("cross_cache", "key"), self.get_variable(
                 "cross_cache", "value"
             )
-        key, value = self._project("key", inputs_kv), self._project("value", inputs_kv)
+        key, value = self._project_kv(inputs_kv, tokens)
         if self.is_mutable_collection("cross_cache"):
             self.put_variable("cross_cache", "key", key)
             self.put_variable("cross_cache", "value", value)
@@ -222,8 +234,9 @@ class MultiHeadDotProductAttention(nn.Module):
         mask: Array | None = None,
         bias: Array | None = None,
         *,
+        tokens_q: Tokens | None = None,
+        tokens_kv: Tokens | None = None,
         decode: bool = False,
-        deterministic: bool = False,
     ) -> Array:
         """[B, Lq, D], [B, Lk, D] -> [B, Lq, D].
 
@@ -232,16 +245,17 @@ class MultiHeadDotProductAttention(nn.Module):
           inputs_kv: what is read; the same array as inputs_q in self-attention.
           mask: bool, True may be read; broadcasts to [B, H, Lq, Lk].
           bias: added to the logits; broadcasts to [B, H, Lq, Lk].
+          tokens_q, tokens_kv: of inputs_q and inputs_kv, for routers; whether there is dropout.
           decode: one step at a time over a cache.
-          deterministic: no dropout.
         """
-        query = self._project("query", inputs_q)
+        query = self._project("query", inputs_q, tokens_q)
         if decode and inputs_q is not inputs_kv:
-            key, value = self._cached_cross(inputs_kv)
+            key, value = self._cached_cross(inputs_kv, tokens_kv)
         else:
-            key, value = self._project("key", inputs_kv), self._project("value", inputs_kv)
+            key, value = self._project_kv(inputs_kv, tokens_kv)
             if decode:
                 key, value, mask, bias = self._cached_self(key, value, bias)
+        deterministic = tokens_q is None or tokens_q.deterministic
         attended = self._attend(query, key, value, mask, bias, deterministic)
         joined = attended.reshape(*inputs_q.shape[:2], self.num_heads * self.head_dim)
         out = Dense(
@@ -251,7 +265,7 @@ class MultiHeadDotProductAttention(nn.Module):
             kernel_init=_ATTENTION_INIT,
             name="out",
         )
-        return self.adapters.adapt("out", joined, out(joined))
+        return self.adapters.adapt("out", joined, out(joined), tokens_q)
 
     def _attend(
         self,
@@ -290,20 +304,21 @@ class MlpBlock(nn.Module):
     adapters: Adapters = Adapters()
 
     @nn.compact
-    def __call__(self, x: Array, *, deterministic: bool = False) -> Array:
-        """[B, L, D] -> [B, L, D]."""
+    def __call__(self, x: Array, tokens: Tokens | None = None) -> Array:
+        """[B, L, D] -> [B, L, D]; `tokens` are those of x."""
 
         def wi(name: str) -> Array:
             dense = Dense(self.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name=name)
-            return self.adapters.adapt(name, x, dense(x))
+            return self.adapters.adapt(name, x, dense(x), tokens)
 
-        gate = self.adapters.adapt("gate", x, nn.gelu(wi("wi_0"), approximate=True))
+        gate = self.adapters.adapt("gate", x, nn.gelu(wi("wi_0"), approximate=True), tokens)
         hidden = gate * wi("wi_1")  # [B, L, F]
+        deterministic = tokens is None or tokens.deterministic
         hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
             hidden, deterministic=deterministic
         )
         wo = Dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="wo")
-        return self.adapters.adapt("wo", hidden, wo(hidden))
+        return self.adapters.adapt("wo", hidden, wo(hidden), tokens)
 
 
 def make_attention_mask(query_valid: Array, key_valid: Array) -> Array:

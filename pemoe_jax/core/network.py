@@ -13,6 +13,7 @@ from pemoe_jax.core import layers
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.routing import Tokens
 
 Array = jax.Array
 
@@ -26,6 +27,7 @@ class T5Config:
       dtype: of activations, 'float32' or 'bfloat16'; parameters are created in float32.
       emb_dim: D. num_heads: H. head_dim: K. mlp_dim: F.
       dropout_rate: for embeddings, attention, MLP and residual branches alike.
+      sentence_dim: S of the sentence embeddings that routers may read; None: D.
     """
 
     vocab_size: int = 32128
@@ -37,6 +39,7 @@ class T5Config:
     head_dim: int = 64
     mlp_dim: int = 1024
     dropout_rate: float = 0.0
+    sentence_dim: int | None = None
 
     def __post_init__(self) -> None:
         if jnp.dtype(self.dtype) not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
@@ -71,11 +74,12 @@ class _Block(nn.Module):
     def norm(self, name: str) -> layers.LayerNorm:
         return layers.LayerNorm(dtype=self.config.dtype, name=name)
 
-    def residual(self, x: Array, y: Array, deterministic: bool) -> Array:
+    def residual(self, x: Array, y: Array, tokens: Tokens) -> Array:
         dropout = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
-        return x + dropout(y, deterministic=deterministic)
+        y = dropout(y, deterministic=tokens.deterministic)
+        return layers.constrain(x + y, ("batch", "length", "embed"))
 
-    def mlp_branch(self, x: Array, deterministic: bool) -> Array:
+    def mlp_branch(self, x: Array, tokens: Tokens) -> Array:
         cfg = self.config
         mlp = layers.MlpBlock(
             mlp_dim=cfg.mlp_dim,
@@ -84,20 +88,20 @@ class _Block(nn.Module):
             adapters=self.adapters,
             name="mlp",
         )
-        y = mlp(self.norm("pre_mlp_layer_norm")(x), deterministic=deterministic)
-        return self.residual(x, y, deterministic)
+        y = mlp(self.norm("pre_mlp_layer_norm")(x), tokens)
+        return self.residual(x, y, tokens)
 
 
 class EncoderLayer(_Block):
     """Self-attention and MLP, each behind a norm and beside a residual."""
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, bias: Array, deterministic: bool) -> Array:
+    def __call__(self, x: Array, mask: Array, bias: Array, tokens: Tokens) -> Array:
         """[B, L, D] -> [B, L, D]; mask bool [B, 1, L, L], bias [1, H, L, L]."""
         h = self.norm("pre_attention_layer_norm")(x)
-        h = self.attention("attention")(h, h, mask, bias, deterministic=deterministic)
-        x = self.residual(x, h, deterministic)
-        return self.mlp_branch(x, deterministic)
+        h = self.attention("attention")(h, h, mask, bias, tokens_q=tokens, tokens_kv=tokens)
+        x = self.residual(x, h, tokens)
+        return self.mlp_branch(x, tokens)
 
 
 class DecoderLayer(_Block):
@@ -111,21 +115,33 @@ class DecoderLayer(_Block):
         decoder_mask: Array | None,
         cross_mask: Array,
         bias: Array,
-        deterministic: bool,
+        tokens: Tokens,
+        encoded_tokens: Tokens,
         decode: bool,
     ) -> Array:
         """x [B·C, L, D], encoded [B, Le, D] -> [B·C, L, D]."""
         h = self.norm("pre_self_attention_layer_norm")(x)
         h = self.attention("self_attention")(
-            h, h, decoder_mask, bias, decode=decode, deterministic=deterministic
+            h,
+            h,
+            decoder_mask,
+            bias,
+            tokens_q=tokens,
+            tokens_kv=tokens,
+            decode=decode,
         )
-        x = self.residual(x, h, deterministic)
+        x = self.residual(x, h, tokens)
         h = self.norm("pre_cross_attention_layer_norm")(x)
         h = self.attention("encoder_decoder_attention")(
-            h, encoded, cross_mask, decode=decode, deterministic=deterministic
+            h,
+            encoded,
+            cross_mask,
+            tokens_q=tokens,
+            tokens_kv=encoded_tokens,
+            decode=decode,
         )
-        x = self.residual(x, h, deterministic)
-        return self.mlp_branch(x, deterministic)
+        x = self.residual(x, h, tokens)
+        return self.mlp_branch(x, tokens)
 
 
 class Encoder(nn.Module):
@@ -135,9 +151,9 @@ class Encoder(nn.Module):
     adapters: Adapters = Adapters()
 
     @nn.compact
-    def __call__(self, embedded: Array, mask: Array, deterministic: bool) -> Array:
+    def __call__(self, embedded: Array, mask: Array, tokens: Tokens) -> Array:
         """Embedded tokens [B, L, D] -> [B, L, D]."""
-        cfg = self.config
+        cfg, deterministic = self.config, tokens.deterministic
         length = embedded.shape[1]
         dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         x = dropout(embedded, deterministic=deterministic)
@@ -146,7 +162,7 @@ class Encoder(nn.Module):
         )
         for i in range(cfg.num_encoder_layers):
             layer = EncoderLayer(cfg, self.adapters, name=f"layers_{i}")
-            x = layer(x, mask, bias, deterministic)
+            x = layer(x, mask, bias, tokens)
         x = layers.LayerNorm(dtype=cfg.dtype, name="encoder_norm")(x)
         return dropout(x, deterministic=deterministic)
 
@@ -164,12 +180,13 @@ class Decoder(nn.Module):
         encoded: Array,
         decoder_mask: Array | None,
         cross_mask: Array,
-        deterministic: bool,
+        tokens: Tokens,
+        encoded_tokens: Tokens,
         decode: bool,
         max_decode_length: int | None,
     ) -> Array:
         """Embedded tokens [B·C, L, D], encoded [B, Le, D] -> logits [B·C, L, V], float32."""
-        cfg = self.config
+        cfg, deterministic = self.config, tokens.deterministic
         length = embedded.shape[1]
         if decode and max_decode_length:
             length = max_decode_length
@@ -180,7 +197,7 @@ class Decoder(nn.Module):
         )
         for i in range(cfg.num_decoder_layers):
             layer = DecoderLayer(cfg, self.adapters, name=f"layers_{i}")
-            x = layer(x, encoded, decoder_mask, cross_mask, bias, deterministic, decode)
+            x = layer(x, encoded, decoder_mask, cross_mask, bias, tokens, encoded_tokens, decode)
         x = layers.LayerNorm(dtype=cfg.dtype, name="decoder_norm")(x)
         x = dropout(x, deterministic=deterministic)
         # T5 v1.1 unties the logits from the embedding and does not scale them
@@ -211,14 +228,15 @@ class Transformer(nn.Module):
         encoder_input_tokens: Array,
         encoder_segment_ids: Array | None = None,
         enable_dropout: bool = True,
+        sentence_embeddings: Array | None = None,
     ) -> Array:
-        """Token ids [B, L] -> [B, L, D]."""
+        """Token ids [B, L] -> [B, L, D]; `sentence_embeddings` [B, S] are for routers."""
         valid = encoder_input_tokens > 0
         mask = layers.make_attention_mask(valid, valid)
         if encoder_segment_ids is not None:
             mask &= layers.make_segment_mask(encoder_segment_ids, encoder_segment_ids)
         embedded = self.token_embedder(encoder_input_tokens)
-        return self.encoder(embedded, mask, not enable_dropout)
+        return self.encoder(embedded, mask, Tokens(valid, sentence_embeddings, not enable_dropout))
 
     def decode(
         self,
@@ -232,6 +250,7 @@ class Transformer(nn.Module):
         enable_dropout: bool = True,
         decode: bool = False,
         max_decode_length: int | None = None,
+        sentence_embeddings: Array | None = None,
     ) -> Array:
         """Logits [B·C, L, V] of the decoder; C > 1 where several choices read one input.
 
@@ -245,11 +264,12 @@ class Transformer(nn.Module):
           enable_dropout: for training.
           decode: one token a step, over the collections `cache` and, if mutable, `cross_cache`.
           max_decode_length: length of the cache in a step of decoding.
+          sentence_embeddings: [B, S], for routers that read them.
         """
         del decoder_positions
         readable = encoder_input_tokens > 0
         cross_mask = readable[:, None, None, :]  # [B, 1, 1, Le]
-        decoder_mask = None
+        decoder_mask = valid = None
         if not decode:
             valid = decoder_target_tokens > 0
             length = decoder_target_tokens.shape[1]
@@ -260,12 +280,17 @@ class Transformer(nn.Module):
         if encoder_segment_ids is not None and decoder_segment_ids is not None:
             cross_mask &= layers.make_segment_mask(decoder_segment_ids, encoder_segment_ids)
         embedded = self.token_embedder(decoder_input_tokens)
+        encoded_tokens = Tokens(readable, sentence_embeddings, not enable_dropout)
+        own = sentence_embeddings
+        if own is not None:  # [B·C, S]
+            own = jnp.repeat(own, embedded.shape[0] // own.shape[0], axis=0)
         return self.decoder(
             embedded,
             encoded,
             decoder_mask,
             cross_mask,
-            not enable_dropout,
+            Tokens(valid, own, not enable_dropout),
+            encoded_tokens,
             decode,
             max_decode_length,
         )
@@ -282,10 +307,13 @@ class Transformer(nn.Module):
         *,
         enable_dropout: bool = True,
         decode: bool = False,
+        sentence_embeddings: Array | None = None,
     ) -> Array:
         """Logits [B, L, V], float32; arguments as for `encode` and `decode`."""
         del encoder_positions  # relative positions need none
-        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
+        encoded = self.encode(
+            encoder_input_tokens, encoder_segment_ids, enable_dropout, sentence_embeddings
+        )
         return self.decode(
             encoded,
             encoder_input_tokens,
@@ -296,6 +324,7 @@ class Transformer(nn.Module):
             decoder_positions,
             enable_dropout=enable_dropout,
             decode=decode,
+            sentence_embeddings=sentence_embeddings,
         )
 
 
@@ -322,8 +351,13 @@ def param_shapes(
     return params_lib.select(_look_over(model)[0], keep)
 
 
+def param_axes(model: Transformer) -> dict[str, tuple[str, ...]]:
+    """path -> names of the parameter's axes, as ('embed', 'joined_kv')."""
+    return {path: axes for path, (_, _, axes) in _look_over(model)[1].items()}
+
+
 def _look_over(model: Transformer) -> tuple[Any, dict[str, Any]]:
-    """The parameters' shapes, and how each is drawn; no device is touched.
+    """The parameters' shapes, and (initialiser, shape, axes) of each; no device is touched.
 
     The layers of a stack are one module under different names, so one of each stack is traced and
     what is found under `layers_0` holds for all: T5 XXL takes a tenth of a second instead of two.
@@ -339,8 +373,12 @@ def _look_over(model: Transformer) -> tuple[Any, dict[str, Any]]:
     )
     init = functools.partial(model.clone(config=shallow).init, enable_dropout=False)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    sentence_dim = model.config.sentence_dim or model.config.emb_dim
+    sentence = jax.ShapeDtypeStruct((1, sentence_dim), jnp.float32)
     with params_lib.recording() as recorded:
-        shapes = jax.eval_shape(lambda t: init(jax.random.key(0), t, t, t), tokens)
+        shapes = jax.eval_shape(
+            lambda t, s: init(jax.random.key(0), t, t, t, sentence_embeddings=s), tokens, sentence
+        )
     flat = params_lib.flatten(shapes["params"])
     return params_lib.unflatten(_repeat(flat, depths)), _repeat(recorded, depths)
 

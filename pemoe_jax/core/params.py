@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.linen import partitioning as nn_partitioning
 
+from pemoe_jax.core import partitioning
 from pemoe_jax.core.errors import InputError
 
 Tree = Mapping[str, Any]
@@ -23,7 +24,7 @@ Tree = Mapping[str, Any]
 ADAPTER_PATTERN = r".*_adapter/.*"
 
 
-# path -> (initialiser, shape), while `network.init_params` looks a model over
+# path -> (initialiser, shape, names of axes), while `network` looks a model over
 _recorded: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
     "recorded", default=None
 )
@@ -47,13 +48,13 @@ def param(
     """
     recorded = _recorded.get()
     if recorded is not None:
-        recorded["/".join((*module.path, name))] = (init, shape)
+        recorded["/".join((*module.path, name))] = (init, shape, axes)
     return nn_partitioning.param_with_axes(name, init, shape, jnp.float32, axes=axes)
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[dict[str, Any]]:
-    """Collects path -> (initialiser, shape) of the parameters that are made meanwhile."""
+    """Collects path -> (initialiser, shape, axes) of the parameters that are made meanwhile."""
     found: dict[str, Any] = {}
     token = _recorded.set(found)
     try:
@@ -81,7 +82,7 @@ def draw(recorded: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return unflatten(
         {
             path: _compiled_draw(init, shape)(jax.random.fold_in(key, zlib.crc32(path.encode())))
-            for path, (init, shape) in recorded.items()
+            for path, (init, shape, _) in recorded.items()
         }
     )
 
@@ -258,7 +259,7 @@ def fingerprint(params: Tree) -> str:
       16 hexadecimal digits.
     """
     flat = flatten(params)
-    samples = jax.device_get({path: sample(leaf) for path, leaf in flat.items()})
+    samples = partitioning.gather({path: sample(leaf) for path, leaf in flat.items()})
     return fingerprint_of({path: (leaf.shape, samples[path]) for path, leaf in flat.items()})
 
 

@@ -1,17 +1,132 @@
-"""The device mesh, and where batches and parameters lie on it."""
+"""The device mesh, `data` × `model`, and where batches, parameters and their states lie on it.
 
+Parameters and activations name their axes; rules say which axis of the mesh each name lies on
+(as T5X's: arXiv 2203.17189). XLA derives the rest, and the communication.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pemoe_jax.core.errors import InputError
 
+Rules = tuple[tuple[str, str | None], ...]
 
-def make_mesh() -> Mesh:
-    """All devices in one axis, `data`."""
-    return Mesh(np.array(jax.devices()), ("data",))
+_RULES: Rules = (
+    ("batch", "data"),
+    ("vocab", "model"),
+    ("mlp", "model"),
+    ("heads", "model"),
+    ("joined_kv", "model"),
+    ("embed", None),
+    ("length", None),
+    ("kv", None),
+    ("expert", None),
+    ("rank", None),
+    ("relpos_buckets", None),
+)
+
+
+def make_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices of all processes, or those given, as `data` × `model`.
+
+    Args:
+      model_parallelism: over how many devices each matrix is spread.
+      devices: None: all.
+
+    Raises:
+      InputError: it does not divide the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    count = len(devices)
+    if not isinstance(model_parallelism, int) or model_parallelism < 1 or count % model_parallelism:
+        raise InputError(
+            f"MODEL_PARALLELISM: expected a divisor of the {count} devices,"
+            f" found {model_parallelism!r}"
+        )
+    shape = (count // model_parallelism, model_parallelism)
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, ("data", "model"))
+
+
+def axis_rules(fsdp: bool = False) -> Rules:
+    """(name of a parameter's or activation's axis, axis of the mesh); the first rule counts.
+
+    Args:
+      fsdp: parameters are spread over `data` too, along D (as ZeRO-3, arXiv 1910.02054).
+    """
+    return tuple((name, "data" if fsdp and name == "embed" else axis) for name, axis in _RULES)
+
+
+def sharding_of(
+    mesh: Mesh, rules: Rules, axes: Sequence[str], shape: Sequence[int]
+) -> NamedSharding:
+    """Of an array whose axes are named; an axis that does not divide evenly is not spread."""
+    spec: list[str | None] = [None] * len(axes)
+    for name, mesh_axis in rules:  # in the order of the rules, each mesh axis once
+        if mesh_axis is None or mesh_axis in spec or mesh.shape[mesh_axis] == 1:
+            continue
+        for i, axis in enumerate(axes):
+            if axis == name and spec[i] is None and shape[i] % mesh.shape[mesh_axis] == 0:
+                spec[i] = mesh_axis
+                break
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def param_shardings(
+    mesh: Mesh, rules: Rules, axes: Mapping[str, Sequence[str]], shapes: Mapping[str, Any]
+) -> dict[str, NamedSharding]:
+    """path -> sharding, of every parameter.
+
+    Args:
+      axes: path -> names of its axes (`network.param_axes`).
+      shapes: path -> anything with a shape.
+    """
+    return {path: sharding_of(mesh, rules, axes[path], leaf.shape) for path, leaf in shapes.items()}
+
+
+def state_shardings(abstract: Any, of_params: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+    """Of a tree that holds states of parameters: a leaf lies as the parameter it ends in.
+
+    Leaves of other shapes than that parameter's (factored moments, counts) are whole everywhere.
+
+    Args:
+      abstract: tree of `jax.ShapeDtypeStruct`, as of an optimiser's state.
+      of_params: path -> sharding of the parameters.
+    """
+    whole = replicated(mesh)
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        keys = [str(getattr(key, "key", getattr(key, "name", None))) for key in path]
+        for start in range(len(keys)):
+            found = of_params.get("/".join(keys[start:]))
+            if found is not None:
+                return found if _fits(found, leaf.shape) else whole
+        return whole
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _fits(sharding: NamedSharding, shape: Sequence[int]) -> bool:
+    if len(sharding.spec) != len(shape):
+        return False
+    return all(
+        axis is None or size % sharding.mesh.shape[axis] == 0
+        for axis, size in zip(sharding.spec, shape, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def scope(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """What is traced in it has its activations spread by the rules (`layers.constrain`)."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
@@ -27,10 +142,53 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
         )
 
 
-def shard_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Numpy arrays -> device arrays, rows spread over `data`."""
+def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """Numpy arrays that all processes have alike -> device arrays, rows spread over `data`."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+    return place(dict(batch), jax.tree.map(lambda _: sharding, dict(batch)))
+
+
+def join_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """As `shard_batch`, from the rows of this process's share alone (`feed_share`)."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    count = feed_share(mesh)[1]
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, np.asarray(array), (len(array) * count, *array.shape[1:])
+        )
+        for name, array in batch.items()
+    }
+
+
+def feed_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which share of a batch's rows this process gives, of how many shares.
+
+    Processes whose devices lie in the same rows of `data` give the same share.
+    """
+    rows: dict[int, set[int]] = {}
+    for row, devices in enumerate(mesh.devices):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(found)) for found in rows.values()})
+    if len({row for share in shares for row in share}) != sum(map(len, shares)):
+        raise InputError(
+            "MODEL_PARALLELISM: the processes' devices overlap in part: expected a divisor or a"
+            f" multiple of the {len(jax.local_devices())} devices of a process,"
+            f" found {mesh.shape['model']}"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that all processes have alike -> device arrays of the given shardings."""
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -40,4 +198,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Every array whole on every device."""
-    return jax.device_put(tree, replicated(mesh))
+    return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
+def gather(tree: Any) -> Any:
+    """Device arrays, however they lie -> numpy arrays, whole, in every process."""
+
+    def whole(array: Any) -> np.ndarray:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            mesh: Any = getattr(array.sharding, "mesh", None)
+            array = jax.jit(lambda a: a, out_shardings=replicated(mesh))(array)
+        return np.asarray(array)
+
+    return jax.tree.map(whole, tree)

@@ -1,41 +1,213 @@
 """Routers: from a token's features to a distribution over experts (arXiv 2309.05444, 2.2)."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.core.errors import InputError
 
+Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
+
+READS = ("x", "y", "sentence")
+
+# What a router tells of a batch, in the order of the vector that `Router` returns.
+STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "objective")
+# An expert is called dead where its share of the load is below this share of an even one.
+DEAD = 0.01
+
+
+@flax.struct.dataclass
+class Tokens:
+    """What routers know of the tokens at a site, beside their features.
+
+    Attributes:
+      valid: [B, L], False or 0 at padding, which no statistic counts; None: all count.
+      sentence: [B, S], an embedding of each row's example, for routers that read it.
+      deterministic: no noise.
+    """
+
+    valid: Array | None = None
+    sentence: Array | None = None
+    deterministic: bool = flax.struct.field(pytree_node=False, default=True)
 
 
 class Router(nn.Module):
-    """Soft router: softmax over experts of one dense layer without bias, in float32.
+    """Softmax over experts of one dense layer without bias, in float32; soft unless `top_k` is set.
 
     Attributes:
       num_experts: E.
+      top_k: how many of the largest probabilities are kept, the others being zero; None: all.
+      renormalize: whether the kept ones are made to sum to one (the paper's code does not).
+      straight_through: whether gradients are those of the soft router (arXiv 1308.3432).
+      temperature: the logits are divided by it.
+      jitter_noise: in training, features are multiplied by U(1 - it, 1 + it) (arXiv 2101.03961).
+      balance_loss: α of the load-balance loss α·E·Σ f_i P_i (arXiv 2101.03961).
+      z_loss: coefficient of the mean of log(Z)² (arXiv 2202.08906).
+      reads: 'x' (the hidden state that the site's projection read), 'y' (what it produced) or
+        'sentence' (an embedding of the example: one distribution for all its tokens); None: what
+        the paper has for the kind of expert, y for vectors and x for low-rank pairs.
       kernel_init: the paper's code draws the kernel from N(0, 0.02).
       feature_axis: logical name of the axis that is read.
+
+    Raises:
+      InputError: a setting is out of its range.
     """
 
     num_experts: int
+    top_k: int | None = None
+    renormalize: bool = False
+    straight_through: bool = False
+    temperature: float = 1.0
+    jitter_noise: float = 0.0
+    balance_loss: float = 0.0
+    z_loss: float = 0.0
+    reads: str | None = None
     kernel_init: Initializer = nn.initializers.normal(stddev=0.02)
     feature_axis: str = "embed"
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """[..., features] -> probabilities [..., E], float32, that sum to one."""
+    def __call__(self, features: Array, tokens: Tokens | None = None) -> tuple[Array, Array]:
+        """[B, L, ..., features] or, of a sentence, [B, features] -> (probabilities, statistics).
+
+        Returns:
+          ([..., E], float32, which sum to one where `top_k` is None or `renormalize` is set; and
+          `STATISTICS` [6] of the batch's real tokens, see `statistics`).
+        """
+        self._check()
+        tokens = tokens or Tokens()
         kernel = params_lib.param(
             self,
             "kernel",
             self.kernel_init,
-            (inputs.shape[-1], self.num_experts),
+            (features.shape[-1], self.num_experts),
             (self.feature_axis, "expert"),
         )
-        logits = jnp.matmul(inputs.astype(jnp.float32), kernel)
-        return jax.nn.softmax(logits, axis=-1)
+        features = features.astype(jnp.float32)
+        if self.jitter_noise and not tokens.deterministic:
+            low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
+            features *= jax.random.uniform(
+                self.make_rng("dropout"), features.shape, minval=low, maxval=high
+            )
+        logits = jnp.matmul(features, kernel) / self.temperature
+        soft = jax.nn.softmax(logits, axis=-1)
+        probs = soft
+        if self.top_k is not None and self.top_k < self.num_experts:
+            probs = _largest(soft, self.top_k)
+            if self.renormalize:
+                probs /= jnp.sum(probs, axis=-1, keepdims=True)
+            if self.straight_through:
+                probs = soft + jax.lax.stop_gradient(probs - soft)
+        told = statistics(logits, soft, probs, _weights(logits, tokens.valid))
+        objective = self.balance_loss * told[3] + self.z_loss * told[4]
+        return probs, jnp.append(told, objective)
+
+    def _check(self) -> None:
+        top_k, num_experts = self.top_k, self.num_experts
+        if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= num_experts):
+            raise InputError(
+                f"Router.top_k: expected None or 1 to num_experts ({num_experts}), found {top_k!r}"
+            )
+        if self.reads not in (None, *READS):
+            raise InputError(f"Router.reads: expected one of {READS}, found {self.reads!r}")
+        if not self.temperature > 0:
+            raise InputError(f"Router.temperature: must be above 0, found {self.temperature!r}")
+        if not 0 <= self.jitter_noise < 1:
+            raise InputError(f"Router.jitter_noise: expected [0, 1), found {self.jitter_noise!r}")
+
+
+def _largest(probs: Array, k: int) -> Array:
+    """The k largest of the last axis, ties to the first of them; zeros in place of the others."""
+    _, indices = jax.lax.top_k(jax.lax.stop_gradient(probs), k)
+    kept = jnp.sum(jax.nn.one_hot(indices, probs.shape[-1], dtype=probs.dtype), axis=-2)
+    return probs * kept
+
+
+def _weights(logits: Array, valid: Array | None) -> Array:
+    """How much each distribution of logits [B, L, ..., E] or [B, E] counts, of shape [..., 1]."""
+    if valid is None:
+        return jnp.ones((*logits.shape[:-1], 1), jnp.float32)
+    valid = valid.astype(jnp.float32)
+    if logits.ndim == 2:  # of sentences: as often as they have tokens
+        return jnp.sum(valid, axis=1, keepdims=True)
+    valid = valid.reshape(*valid.shape, *([1] * (logits.ndim - 2)))
+    return jnp.broadcast_to(valid, (*logits.shape[:-1], 1))
+
+
+def statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Array:
+    """The first five of `STATISTICS`, float32: means over distributions by their weights.
+
+    - entropy: of the softmax, in nats; log E where all experts are alike.
+    - load: the most used expert's share of the mixture over an even share; 1 to E.
+    - dead: the share of experts whose share of the mixture is below `DEAD` of an even one.
+    - balance_loss: E·Σ f_i P_i, f_i the share of tokens whose largest probability is i's and P_i
+      its mean probability; 1 where either is even (arXiv 2101.03961, eq. 4).
+    - z_loss: log(Σ exp(logits))² (arXiv 2202.08906, eq. 5).
+
+    Args:
+      logits: [..., E]. soft: their softmax. probs: what mixes the experts. weights: [..., 1].
+    """
+    experts = logits.shape[-1]
+    total = jnp.maximum(jnp.sum(weights), 1e-9)
+    axes = tuple(range(logits.ndim - 1))
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    entropy = log_z - jnp.sum(soft * logits, axis=-1, keepdims=True)
+    mean = jnp.sum(soft * weights, axis=axes) / total  # [E]
+    first = jax.nn.one_hot(jnp.argmax(logits, axis=-1), experts)
+    chosen = jnp.sum(first * weights, axis=axes) / total
+    load = jnp.sum(probs * weights, axis=axes)
+    load = load * experts / jnp.maximum(jnp.sum(load), 1e-9)  # 1 where even
+    return jnp.stack(
+        [
+            jnp.sum(entropy * weights) / total,
+            jnp.max(load),
+            jnp.mean((load < DEAD).astype(jnp.float32)),
+            experts * jnp.sum(chosen * mean),
+            jnp.sum(jnp.square(log_z) * weights) / total,
+        ]
+    )
+
+
+DETAILS = ("sites", "layers")
+
+
+def scalars(paths: Sequence[str], told: np.ndarray, detail: str) -> dict[str, float]:
+    """Routers' statistics by name, for metrics.
+
+    Args:
+      paths: of the routers, e.g. 'encoder/layers_3/mlp/gate_adapter'.
+      told: [len(paths), 6], `STATISTICS` of each.
+      detail: 'sites' (over the layers of a stack) or 'layers' (each router).
+
+    Returns:
+      'entropy', … over all routers, and 'encoder/mlp/gate/entropy', … of each site or router: the
+      means, and of the load the largest.
+    """
+    rows: dict[str, list[int]] = {"": list(range(len(paths)))}
+    for number, path in enumerate(paths):
+        name = path.removesuffix("_adapter")
+        rows.setdefault(name if detail == "layers" else site(name), []).append(number)
+    found = {}
+    for name, members in rows.items():
+        part = told[members]
+        for column, statistic in enumerate(STATISTICS):
+            if name and statistic == "objective":
+                continue
+            of = np.max if statistic == "load" else np.mean
+            found[f"{name}/{statistic}".lstrip("/")] = float(of(part[:, column]))
+    return found
+
+
+def site(path: str) -> str:
+    """'encoder/layers_3/mlp/gate_adapter' -> 'encoder/mlp/gate': its name in any layer."""
+    return re.sub(r"/layers_\d+/", "/", path).removesuffix("_adapter")
 
 
 RouterFactory = Any  # callable(num_experts=..., feature_axis=..., name=...) -> Router

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pemoe_jax.core import network, routing
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 
@@ -117,8 +118,14 @@ def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Ar
     return weights, jnp.maximum(jnp.sum(weights), 1.0)  # its sum is the number of sequences
 
 
-def apply_model(model: Any, params: Any, batch: Batch, dropout_rng: Array | None) -> Array:
-    """Logits [B, L, V] of a batch in T5X's names, packed or not; dropout where a key is given."""
+def apply_model(
+    model: Any, params: Any, batch: Batch, dropout_rng: Array | None, **options: Any
+) -> Any:
+    """Logits [B, L, V] of a batch in T5X's names, packed or not; dropout where a key is given.
+
+    Args:
+      options: of Linen's `apply`; with `mutable` its collections are returned beside the logits.
+    """
     return model.apply(
         {"params": params},
         batch["encoder_input_tokens"],
@@ -130,30 +137,63 @@ def apply_model(model: Any, params: Any, batch: Batch, dropout_rng: Array | None
         decoder_positions=batch.get("decoder_positions"),
         enable_dropout=dropout_rng is not None,
         rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+        **_sentences(batch),
+        **options,
     )
+
+
+def _sentences(batch: Batch) -> dict[str, Any]:
+    """What the model is given of sentence embeddings [B, S], where the batch has any."""
+    found = batch.get("sentence_embeddings")
+    return {} if found is None else {"sentence_embeddings": found}
 
 
 def _loss_sums(
     model: Any, loss: Loss, params: Any, batch: Batch, weights: Array, rng: Array | None
 ) -> tuple[Array, Metrics]:
-    """Weighted sum of losses over a batch, and the sums that metrics are made of."""
-    logits = apply_model(model, params, batch, rng)
+    """Weighted sum of losses over a batch, and the sums that metrics are made of.
+
+    The routers' losses, a mean over routers, count as the losses of a token do: so their weight
+    beside it does not hang on how the sum is normalised.
+    """
+    logits, told = apply_model(model, params, batch, rng, mutable=["routers"])
     targets = batch["decoder_target_tokens"]
     nll, z = token_losses(logits, targets, loss.label_smoothing, loss.z_loss)
     real = _token_weights(batch)
     correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    tokens = jnp.sum(real)
     sums = {
         "nll": jnp.sum(nll * real),
         "z": jnp.sum(z * real),
         "correct": jnp.sum(correct * real),
-        "tokens": jnp.sum(real),
+        "tokens": tokens,
     }
-    return jnp.sum((nll + z) * weights), sums
+    total = jnp.sum((nll + z) * weights)
+    routers = params_lib.flatten(told.get("routers", {}))
+    if routers:
+        statistics = jnp.stack([statistic for _, (statistic,) in sorted(routers.items())])
+        sums["routers"] = statistics * tokens
+        objective = routing.STATISTICS.index("objective")
+        total += jnp.mean(statistics[:, objective]) * jnp.sum(weights)
+    return total, sums
+
+
+def router_paths(model: Any) -> list[str]:
+    """Where the routers are, in the order of the rows of a step's `routers`.
+
+    Returns:
+      e.g. ['decoder/layers_0/mlp/gate_adapter', …].
+    """
+    end = "/router/kernel"
+    paths = params_lib.flatten(network.param_shapes(model))
+    return sorted(path.removesuffix(end) for path in paths if path.endswith(end))
 
 
 def _metrics(total: Array, sums: Metrics) -> Metrics:
     tokens = jnp.maximum(sums["tokens"], 1.0)
+    routers = {"routers": sums["routers"] / tokens} if "routers" in sums else {}
     return {
+        **routers,
         "loss": total,
         "cross_ent_loss": sums["nll"] / tokens,
         "z_loss": sums["z"] / tokens,
@@ -227,26 +267,34 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     loss: Loss,
     microbatches: int = 1,
-    use_dropout: bool = True,
+    router_metrics: bool = True,
+    state_sharding: Any = None,
 ) -> StepFn:
     """-> step(state, frozen, batch, rng) -> (state, metrics); jitted, the state is donated.
 
     `rng` is the run's key; the step folds its number in, so a resumed run draws the same masks.
+    All metrics are scalars but `routers`, [routers, 6]: `routing.STATISTICS` of each of
+    `router_paths`; without `router_metrics` what no loss needs of it is not computed. The new
+    state lies as `state_sharding` says (see `partitioning.state_shardings`); None: as XLA likes.
     """
 
     def step(
         state: TrainState, frozen: Any, batch: Batch, rng: Array
     ) -> tuple[TrainState, Metrics]:
-        dropout_rng = jax.random.fold_in(rng, state.step) if use_dropout else None
+        dropout_rng = jax.random.fold_in(rng, state.step)
         grads, metrics = loss_and_grads(
             model, loss, state.params, frozen, batch, dropout_rng, microbatches
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
+        if not router_metrics:
+            metrics.pop("routers", None)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return jax.jit(step, donate_argnums=(0,))
+    if state_sharding is None:
+        return jax.jit(step, donate_argnums=(0,))
+    return jax.jit(step, donate_argnums=(0,), out_shardings=(state_sharding, state_sharding.step))
 
 
 def make_eval_step(model: Any, loss: Loss) -> Callable[[Any, Any, Batch], Metrics]:
@@ -255,6 +303,7 @@ def make_eval_step(model: Any, loss: Loss) -> Callable[[Any, Any, Batch], Metric
     def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
         params = params_lib.merge(trainable, frozen)
         _, sums = _loss_sums(model, loss, params, batch, _token_weights(batch), None)
+        sums.pop("routers", None)
         return sums
 
     return jax.jit(step)
@@ -265,7 +314,8 @@ def score_choices(model: Any, params: Any, batch: Batch) -> Array:
 
     Args:
       batch: encoder_input_tokens [B, L]; decoder_input_tokens and decoder_target_tokens
-        [B, C, Lt]. A choice that only fills a row up is all zeros.
+        [B, C, Lt]; sentence_embeddings [B, S] for routers that read them. A choice that only fills
+        a row up is all zeros.
 
     Returns:
       [B, C] float32: the sum over the target's tokens, in nats, not normalised by length.
@@ -274,7 +324,10 @@ def score_choices(model: Any, params: Any, batch: Batch) -> Array:
     targets = batch["decoder_target_tokens"]
     rows, choices, length = targets.shape
     flat_targets = targets.reshape(rows * choices, length)
-    encoded = model.apply({"params": params}, inputs, enable_dropout=False, method=model.encode)
+    sentences = _sentences(batch)
+    encoded = model.apply(
+        {"params": params}, inputs, enable_dropout=False, method=model.encode, **sentences
+    )
     logits = model.apply(
         {"params": params},
         encoded,
@@ -283,42 +336,8 @@ def score_choices(model: Any, params: Any, batch: Batch) -> Array:
         flat_targets,
         enable_dropout=False,
         method=model.decode,
+        **sentences,
     )
     nll, _ = token_losses(logits, flat_targets)
     scores = -jnp.sum(nll * (flat_targets > 0), axis=-1)
     return scores.reshape(rows, choices)
-
-
-def routing_by_example(model: Any, params: Any, batch: Batch) -> dict[str, Array]:
-    """Each example's mean routing probabilities, over its real tokens (and heads), at every router.
-
-    Args:
-      batch: unpacked, in T5X's names.
-
-    Returns:
-      {'encoder/layers_0/mlp/gate_adapter': [B, E], …}; empty for a method without routers.
-    """
-    _, collected = model.apply(
-        {"params": params},
-        batch["encoder_input_tokens"],
-        batch["decoder_input_tokens"],
-        batch["decoder_target_tokens"],
-        enable_dropout=False,
-        mutable=["intermediates"],
-    )
-    valid = {
-        True: jnp.asarray(batch["encoder_input_tokens"] > 0, jnp.float32),
-        False: jnp.asarray(batch["decoder_target_tokens"] > 0, jnp.float32),
-    }
-    result = {}
-    for path, (probs,) in params_lib.flatten(collected.get("intermediates", {})).items():
-        site = path.removesuffix("/probs")
-        if probs.ndim == 4:  # [B, L, H, E]
-            probs = jnp.mean(probs, axis=2)
-        reads_encoder = site.startswith("encoder/") or site.endswith(
-            ("encoder_decoder_attention/key_adapter", "encoder_decoder_attention/value_adapter")
-        )
-        weights = valid[reads_encoder]
-        total = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
-        result[site] = jnp.einsum("ble,bl->be", probs, weights) / total
-    return result

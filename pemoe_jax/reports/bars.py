@@ -14,6 +14,7 @@ _MOST = 5  # panels in a line
 _LEGEND = (
     ("dashed: chance", "any"),
     ("line at the end: 95 % interval over examples", "interval"),
+    ("dots: seeds, the bar is their mean", "seeds"),
     ("hatched: trained on it", "hatched"),
     ("grey: published", "pale"),
     ("†: average over fewer data sets", "mark"),
@@ -22,13 +23,14 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Bar:
-    """A value in %, its interval, how it is drawn, and a mark behind the value."""
+    """A value in %, its interval, how it is drawn, a mark behind it, and what seeds have of it."""
 
     value: float
     interval: tuple[float, float] | None = None
     hatched: bool = False
     pale: bool = False
     mark: str = ""
+    seeds: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
             low, high = bar.interval
             axis.plot([low, high], [row, row], color=plots.INK, lw=1.2, solid_capstyle="butt")
             end = max(end, high)
+        if bar.seeds:
+            ring = {"s": 11, "facecolor": "white", "edgecolor": plots.INK, "linewidth": 0.9}
+            axis.scatter(bar.seeds, [row] * len(bar.seeds), zorder=3, **ring)
+            end = max(end, *bar.seeds) + 2  # a ring's half
         text = f"{bar.value:.1f} {bar.mark}".strip()
         ground = {"fc": "white", "ec": "none", "pad": 0.3}  # the line of chance ends at the text
         axis.text(end + 2, row, text, size=8, va="center", c=plots.INK, bbox=ground)

@@ -22,6 +22,7 @@ _NOTE_ON_SHARE = (
     "share: trainable / total, where total is base and adapters together, as in a run's summary;"
     " of base: trainable / base."
 )
+_READS = {"VectorExperts": "y", "LoRAExperts": "x"}  # what their routers read by default
 _NOTE_ON_SITES = "Sites count vectors or pairs, in all blocks; routers are those of all sites."
 # The arithmetic is in tests/test_count.py. 9.1M: the code of arXiv 2205.05638 (r-three/t-few,
 # configs/lora.json) adapts every linear layer and trains the norms, 9,097,216 parameters at XL.
@@ -162,15 +163,58 @@ def _at_sites(name: str, counts: Sequence[Count]) -> list[tables.Table]:
     ]
 
 
-def label(method: str, shapes: Mapping[str, Any]) -> str:
-    """The method with its experts and rank; several where sites differ."""
+def label(
+    method: str, shapes: Mapping[str, Any], adapters: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """The method with its experts, rank and routing: 'mov-10 top-2'; several where sites differ.
+
+    Args:
+      method: its name.
+      shapes: path -> anything with a shape, of all parameters.
+      adapters: as `core.adapters.describe` gives them; None: nothing is said of the routing.
+    """
 
     def sizes(ending: str) -> str:
         leaves = {leaf.shape[-1] for path, leaf in shapes.items() if path.endswith(ending)}
         return "/".join(map(str, sorted(leaves)))
 
     experts, rank = sizes("_adapter/router/kernel"), sizes("_adapter/lora_a")
-    return method + (f"-{experts}" if experts else "") + (f" r{rank}" if rank else "")
+    named = method + (f"-{experts}" if experts else "") + (f" r{rank}" if rank else "")
+    return f"{named} {routing(adapters or {})}".rstrip()
+
+
+def routing(adapters: Mapping[str, Mapping[str, Any]]) -> str:
+    """What is unlike the paper's soft routing: 'top-2 balanced', 'sentence'; '' where nothing is.
+
+    Args:
+      adapters: as `core.adapters.describe` gives them.
+    """
+    found = [
+        _routing(adapter["router"], _READS[adapter["kind"]])
+        for adapter in adapters.values()
+        if adapter.get("router")
+    ]
+    return "/".join(one or "soft" for one in dict.fromkeys(found)) if any(found) else ""
+
+
+def _routing(router: Mapping[str, Any], reads: str) -> str:
+    """Of one router; `reads` is what it reads unless it says otherwise."""
+
+    def unless(name: str, usual: float, word: str, shipped: float) -> str:
+        value = router.get(name, usual)
+        return "" if value == usual else word if value == shipped else f"{word} {value:g}"
+
+    words = [
+        f"top-{router['top_k']}" if router.get("top_k") else "",
+        "renormalized" if router.get("renormalize") else "",
+        "straight-through" if router.get("straight_through") else "",
+        unless("balance_loss", 0.0, "balanced", 1e-2),
+        unless("z_loss", 0.0, "z-loss", 1e-3),
+        unless("jitter_noise", 0.0, "jitter", 1e-2),
+        unless("temperature", 1.0, "temperature", 1.0),
+        router["reads"] if router.get("reads") not in (None, reads) else "",
+    ]
+    return " ".join(filter(None, words))
 
 
 def _printed(one: Count) -> str | None:

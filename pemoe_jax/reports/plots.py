@@ -102,14 +102,15 @@ def routing_map(
     seen: Collection[str] | None = None,
     fold: float | None = 4.0,
     title: str = "Where each task is routed",
+    measure: str = "mean probability",
 ) -> Path:
     """Draws mean routing probabilities: a panel a site, a row a task, a column an expert.
 
     `probs` is {site: {task: [E]}}, sites named by their parameters' path or in any other way;
     with `seen`, the tasks trained on, the others stand apart below them. Colours tell a
     probability as a multiple of the uniform 1/E, on a log scale from 1/`fold` to `fold` that all
-    panels share; `None` takes the narrowest of a few scales that holds all values. Raises
-    InputError for probabilities that are not all of one length.
+    panels share; `None` takes the narrowest of a few scales that holds all values. `measure` says
+    what the colours tell. Raises InputError for probabilities that are not all of one length.
     """
     lengths = {np.shape(p) for by_task in probs.values() for p in by_task.values()}
     if len(lengths) != 1 or len(next(iter(lengths))) != 1:
@@ -182,9 +183,7 @@ def routing_map(
     colour_bar.set_ticks(list(ticks), labels=[f"{2**t / experts:.3g}" for t in ticks])
     colour_bar.outline.set_visible(False)
     bar.tick_params(labelsize=8, length=2)
-    bar.set_title(
-        f"mean probability (uniform: {1 / experts:.3g})", size=9, loc="left", c=INK, pad=4
-    )
+    bar.set_title(f"{measure} (uniform: {1 / experts:.3g})", size=9, loc="left", c=INK, pad=4)
     return save(figure, png)
 
 
@@ -209,7 +208,8 @@ def _lines(sites: Sequence[str], fitting: int) -> list[list[str]]:
         if lines and stack == last and len(lines[-1]) + len(of_layer) <= fitting:
             lines[-1] += of_layer
         else:
-            lines += [of_layer[i : i + fitting] for i in range(0, len(of_layer), fitting)]
+            each = -(-len(of_layer) // -(-len(of_layer) // fitting))  # lines of like length
+            lines += [of_layer[i : i + each] for i in range(0, len(of_layer), each)]
         last = stack
     return lines
 

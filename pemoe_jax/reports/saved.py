@@ -104,6 +104,8 @@ def _check_run(run: dict[str, Any], where: str) -> None:
     for key in ("trainable", "total"):
         if not isinstance(run.get(key), int | None):
             raise InputError(f"{where}: expected {key!r} to be a number, found {run[key]!r}")
+    if not isinstance(run.get("seed"), int | None):
+        raise InputError(f"{where}: expected 'seed' to be a number, found {run['seed']!r}")
     trained = run.get("trained_datasets")
     is_list = isinstance(trained, list) and all(isinstance(name, str) for name in trained)
     if trained is not None and not is_list:

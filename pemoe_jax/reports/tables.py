@@ -20,6 +20,8 @@ from pemoe_jax.core.errors import InputError
 Results = dict[str, Any]
 
 NONE = "–"
+TEXT_COLUMNS = {"run", "method", "data set", "prompt", "split", "site", "seen", "tokens by share"}
+TEXT_COLUMNS |= {"held-out task", "nearest trained on"}  # to the left, figures to the right
 ADAPTER = re.compile(r"(?:^|/)(\w+)_adapter/(router/)?")
 
 
@@ -265,8 +267,7 @@ def _size(leaf: Any) -> int:
 def markdown_table(table: Table) -> str:
     """A table without its title and notes; padded, so that it reads as well unrendered."""
     rows = [[_escape(cell) for cell in row] for row in [table.columns, *table.rows, *table.below]]
-    text_columns = {"run", "method", "data set", "prompt", "split", "site"}
-    left = [name in text_columns for name in table.columns]
+    left = [name in TEXT_COLUMNS for name in table.columns]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(table.columns))]
     rule = [
         ":".ljust(w, "-") if at else ":".rjust(w, "-") for w, at in zip(widths, left, strict=True)

@@ -5,10 +5,13 @@ mean. ANLI's three rounds are one column, as in the paper: median and mean over 
 rounds together, 45 in P3, each counting alike. Data sets that the paper does not have stand behind
 the average and are not in it; where a report has none of the paper's, the average is over all.
 Everything is in per cent.
+
+Runs that differ by their seed only, as `evaluate` records it, are one row: the mean over seeds.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pemoe_jax.reports import bootstrap, paper, saved, tables
+from pemoe_jax.reports import bootstrap, paper, saved, seeds, tables
 
 AVERAGE = "average"
 MEASURES = ("median", "mean")
@@ -47,6 +50,7 @@ class Score:
       intervals: by measure the least and the greatest of the middle 95 % of the bootstrap.
       prompts, examples: how many; examples are summed over prompts.
       trained: the run was trained on the data set, or on one of them; None: not known.
+      seeds: by measure what each run has, where several runs are one row.
     """
 
     median: float | None = None
@@ -56,11 +60,17 @@ class Score:
     prompts: int | None = None
     examples: int | None = None
     trained: bool | None = None
+    seeds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def deviation(self, measure: str) -> float | None:
+        """The standard deviation over seeds (n - 1); None where there is one run."""
+        values = self.seeds.get(measure, ())
+        return statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run, or a published row.
+    """A run, several that differ by seed only, or a published row.
 
     Attributes:
       name: unlike those of other runs.
@@ -72,6 +82,7 @@ class Row:
       complete: it has all of them.
       source: where a published row was read; '' for a run.
       about: step, checkpoint, trainable and total of a run.
+      seeds: of the runs, where there are several.
     """
 
     name: str
@@ -83,6 +94,7 @@ class Row:
     complete: bool = True
     source: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,11 @@ def column(dataset: str) -> str:
 
 
 def report(
-    runs: Sequence[dict[str, Any]], draws: int = 1000, seed: int = 0, with_paper: bool = False
+    runs: Sequence[dict[str, Any]],
+    draws: int = 1000,
+    seed: int = 0,
+    with_paper: bool = False,
+    seeds_apart: bool = False,
 ) -> Report:
     """Puts runs together.
 
@@ -118,19 +134,29 @@ def report(
       draws: of the bootstrap; 0: no intervals.
       seed: of the draws.
       with_paper: published rows too, `paper.ROWS`.
+      seeds_apart: a row a run, even where runs differ by seed only.
 
     Raises:
       InputError: predictions are not those of the results.
     """
-    grouped = [_by_column(run) for run in runs]
-    found = {name for columns in grouped for name in columns}
+    tasks = [_by_column(run) for run in runs]
+    found = {name for columns in tasks for name in columns}
     known = [name for name in paper.COLUMNS if name in found or with_paper]
     columns = known + sorted(found - set(known))
     averaged = known or columns
-    rows = [
-        _row(name, run, tasks, averaged, draws, seed)
-        for name, run, tasks in zip(tables.run_labels(list(runs)), runs, grouped, strict=True)
-    ]
+    groups = [[number] for number in range(len(runs))] if seeds_apart else seeds.groups(runs)
+    names = tables.run_labels([seeds.named([runs[i] for i in group]) for group in groups])
+    rows = []
+    for name, group in zip(names, groups, strict=True):
+        drawn = [_all_drawn(runs[i], tasks[i], draws, seed) for i in group]
+        members = [
+            _row(name, runs[i], tasks[i], averaged, one)
+            for i, one in zip(group, drawn, strict=True)
+        ]
+        if len(group) == 1:
+            rows.append(members[0])
+        else:
+            rows.append(_over_seeds(members, [runs[i]["seed"] for i in group], averaged, drawn))
     if with_paper:
         rows += [_published(one) for one in paper.ROWS]
     return Report(columns, averaged, rows, draws, seed)
@@ -144,19 +170,27 @@ def _by_column(run: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     return grouped
 
 
+def _all_drawn(
+    run: dict[str, Any],
+    grouped: Mapping[str, Mapping[str, dict[str, Any]]],
+    draws: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """column -> [2, draws], of those that have all their predictions."""
+    return {
+        key: found
+        for key, tasks in grouped.items()
+        if draws and (found := _drawn(run, tasks, draws, seed, key)) is not None
+    }
+
+
 def _row(
     name: str,
     run: dict[str, Any],
     grouped: Mapping[str, Mapping[str, dict[str, Any]]],
     averaged: Sequence[str],
-    draws: int,
-    seed: int,
+    drawn: Mapping[str, np.ndarray],
 ) -> Row:
-    drawn = {
-        key: found
-        for key, tasks in grouped.items()
-        if draws and (found := _drawn(run, tasks, draws, seed, key)) is not None
-    }
     names = run.get("trained_datasets")
     trained = None if names is None else {column(dataset) for dataset in names}
     scores = {
@@ -173,6 +207,56 @@ def _row(
         average=_average(scores, drawn, [key for key in averaged if key in scores]),
         complete=set(averaged) <= set(scores),
         about={key: run.get(key) for key in ("step", "checkpoint", "trainable", "total")},
+    )
+
+
+def _over_seeds(
+    members: Sequence[Row],
+    numbers: Sequence[int],
+    averaged: Sequence[str],
+    drawn: Sequence[Mapping[str, np.ndarray]],
+) -> Row:
+    """Runs as one row: means over seeds, and intervals of these means under redrawn examples."""
+    first = members[0]
+    means = {
+        key: np.mean([one[key] for one in drawn], axis=0)
+        for key in first.scores
+        if all(key in one for one in drawn)
+    }
+    averages = [means[key] for key in averaged if key in means]
+    whole = len(averages) == len([key for key in averaged if key in first.scores])
+    checkpoints = [str(row.about["checkpoint"]) for row in members]
+    return dataclasses.replace(
+        first,
+        scores={
+            key: _mean_score([row.scores[key] for row in members], means.get(key))
+            for key in first.scores
+        },
+        average=_mean_score(
+            [row.average for row in members],
+            np.mean(averages, axis=0) if averages and whole else None,
+        ),
+        about={**first.about, "checkpoint": "; ".join(checkpoints)},
+        seeds=tuple(numbers),
+    )
+
+
+def _mean_score(members: Sequence[Score], drawn: np.ndarray | None) -> Score:
+    values = {
+        measure: tuple(
+            getattr(one, measure) for one in members if getattr(one, measure) is not None
+        )
+        for measure in MEASURES
+    }
+    means = {name: statistics.fmean(found) for name, found in values.items() if found}
+    trained = [one.trained for one in members]
+    return dataclasses.replace(
+        members[0],
+        median=means.get("median"),
+        mean=means.get("mean"),
+        intervals=_intervals(drawn),
+        trained=None if None in trained else any(trained),
+        seeds=values,
     )
 
 

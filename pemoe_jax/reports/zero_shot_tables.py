@@ -18,6 +18,10 @@ _NOTE_ON_ANLI = "ANLI: over the prompts of its three rounds together, each count
 _NOTE_ON_PARTIAL = (
     "† Average over those data sets alone on which the run was scored, so not to be compared."
 )
+_NOTE_ON_SEEDS = (
+    "±: of runs that differ by their seed only, the mean over seeds and the standard deviation"
+    " (n - 1); the intervals are those of the mean, under other examples and the same seeds."
+)
 _NOTE_ON_TRAINED = "* The run was trained on this data set, or on one of an average: not zero-shot."
 
 
@@ -28,6 +32,8 @@ def to_tables(report: Report) -> list[Table]:
         found.append(_accuracies(report, measure))
         if any(row.average.intervals or _has_intervals(row) for row in report.rows):
             found.append(_interval_table(report, measure))
+    if _seeded(report):
+        found.append(_by_seed(report))
     if _counts_differ(report):
         found.append(_counts(report))
     found[0].notes += _notes(report)
@@ -38,18 +44,20 @@ def to_csv(report: Report) -> str:
     """A line a row of the table: the medians, then by data set all that is known.
 
     Columns `<data set>_mean`, `_chance`, `_prompts`, `_examples`, `_trained`, and `_median_low`,
-    `_median_high`, `_mean_low`, `_mean_high` of the intervals. All in per cent, `parameters`
-    too; what is not known is empty.
+    `_median_high`, `_mean_low`, `_mean_high` of the intervals; `_median_sd`, `_median_least`,
+    `_median_greatest` and the same of the mean over seeds, where a row has several. All in per
+    cent, `parameters` too; what is not known is empty.
     """
     keys = [*report.columns, AVERAGE]
     known = [key for key in _CELL if key != "median"]
     ends = [f"{measure}_{end}" for measure in MEASURES for end in ("low", "high")]
+    ends += [f"{measure}_{end}" for measure in MEASURES for end in ("sd", "least", "greatest")]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(
         ["run", "method", "parameters", *keys]
         + [f"{key}_{name}" for key in keys for name in [*known, *ends]]
-        + ["step", "checkpoint", "trainable", "total", "complete", "source"]
+        + ["step", "checkpoint", "trainable", "total", "complete", "source", "seeds"]
     )
     for row in report.rows:
         scores = [_of(row, key) for key in keys]
@@ -60,9 +68,14 @@ def to_csv(report: Report) -> str:
             + [
                 _plain(value)
                 for score in scores
-                for value in [*(getattr(score, name) for name in known), *_ends(score)]
+                for value in [
+                    *(getattr(score, name) for name in known),
+                    *_ends(score),
+                    *_spread(score),
+                ]
             ]
             + [*map(_plain, about), "" if row.source else _plain(row.complete), row.source]
+            + [" ".join(map(str, row.seeds))]
         )
     return text.getvalue()
 
@@ -73,10 +86,14 @@ def to_json(report: Report) -> str:
     def score(one: Score) -> dict[str, Any]:
         cell = {name: _rounded(getattr(one, name)) for name in _CELL}
         cell = {name: value for name, value in cell.items() if value is not None}
-        return cell | {
+        cell |= {
             f"{measure}_interval": [_rounded(end) for end in one.intervals[measure]]
             for measure in one.intervals
         }
+        for measure in one.seeds:
+            cell[f"{measure}_seeds"] = [_rounded(value) for value in one.seeds[measure]]
+            cell[f"{measure}_sd"] = _rounded(one.deviation(measure))
+        return cell
 
     rows = [
         {
@@ -85,6 +102,7 @@ def to_json(report: Report) -> str:
             "parameters": row.percent,
             **row.about,
             **({"source": row.source} if row.source else {"complete": row.complete}),
+            **({"seeds": list(row.seeds)} if row.seeds else {}),
             "scores": {key: score(row.scores[key]) for key in report.columns if key in row.scores},
             AVERAGE: score(row.average),
         }
@@ -128,6 +146,7 @@ def _bar(row: Row, key: str) -> bars.Bar | None:
     return bars.Bar(
         score.median,
         score.intervals.get("median"),
+        seeds=score.seeds.get("median", ()),
         hatched=bool(score.trained),
         pale=bool(row.source),
         mark="†" if key == AVERAGE and not row.complete else "",
@@ -149,14 +168,43 @@ def _accuracies(report: Report, measure: str) -> Table:
         ]
     return Table(
         f"Zero-shot accuracy in %: {measure} over the prompts of a data set",
-        ["run", "method", "parameters", *_around(report, report.columns, AVERAGE)],
+        [*_opening(report), *_around(report, report.columns, AVERAGE)],
         [
-            [row.name, row.method, row.share, *cells(row)]
+            [*_opening(report, row), *cells(row)]
             for row in report.rows
             if any(getattr(score, measure) is not None for score in _scores(row))
         ],
         below=below,
     )
+
+
+def _opening(report: Report, row: Row | None = None) -> list[str]:
+    """The first cells of a row, or their columns; of seeds only where there are several."""
+    if row is None:
+        cells = ["run", "method", "parameters", "seeds"]
+    else:
+        number = "" if row.source else str(len(row.seeds) or 1)
+        cells = [row.name, row.method, row.share, number]
+    return cells if _seeded(report) else cells[:-1]
+
+
+def _by_seed(report: Report) -> Table:
+    """What the average of the medians is, run by run."""
+    numbers = sorted({number for row in report.rows for number in row.seeds})
+
+    def cells(row: Row) -> list[str]:
+        known = dict(zip(row.seeds, row.average.seeds.get("median", ()), strict=False))
+        return [f"{known[number]:.1f}" if number in known else NONE for number in numbers]
+
+    return Table(
+        "Average of the medians, seed by seed",
+        ["run", *(f"seed {number}" for number in numbers)],
+        [[row.name, *cells(row)] for row in report.rows if row.seeds],
+    )
+
+
+def _seeded(report: Report) -> bool:
+    return any(row.seeds for row in report.rows)
 
 
 def _interval_table(report: Report, measure: str) -> Table:
@@ -197,6 +245,8 @@ def _notes(report: Report) -> list[str]:
         notes.append(_NOTE_ON_ANLI)
     if any(not row.complete for row in ours):
         notes.append(_NOTE_ON_PARTIAL)
+    if _seeded(report):
+        notes.append(_NOTE_ON_SEEDS)
     if any(score.trained for row in ours for score in _scores(row)):
         notes.append(_NOTE_ON_TRAINED)
     if any(_has_intervals(row) for row in ours):
@@ -236,7 +286,11 @@ def _around(report: Report, cells: Sequence[str], average: str) -> list[str]:
 
 def _marked(score: Score, measure: str) -> str:
     value = getattr(score, measure)
-    return NONE if value is None else f"{value:.1f}" + (" *" if score.trained else "")
+    if value is None:
+        return NONE
+    deviation = score.deviation(measure)
+    spread = "" if deviation is None else f" ±{deviation:.1f}"
+    return f"{value:.1f}{spread}" + (" *" if score.trained else "")
 
 
 def _interval(score: Score, measure: str) -> str:
@@ -256,7 +310,8 @@ def _below(report: Report, name: str, show: Callable[[Any], str]) -> list[str]:
 
     found = [span([getattr(_of(row, key), name) for row in ours]) for key in report.columns]
     averages = [getattr(row.average, name) for row in ours if row.complete]
-    return [name, "", "", *_around(report, found, span(averages) if name == "chance" else "")]
+    blank = [""] * (len(_opening(report)) - 1)
+    return [name, *blank, *_around(report, found, span(averages) if name == "chance" else "")]
 
 
 def _counts_differ(report: Report) -> bool:
@@ -276,6 +331,15 @@ def _counts_differ(report: Report) -> bool:
 
 def _ends(score: Score) -> list[float | None]:
     return [end for measure in MEASURES for end in score.intervals.get(measure, (None, None))]
+
+
+def _spread(score: Score) -> list[float | None]:
+    """Of each measure over seeds: standard deviation, the least and the greatest."""
+    found: list[float | None] = []
+    for measure in MEASURES:
+        values = score.seeds.get(measure, ())
+        found += [score.deviation(measure), min(values, default=None), max(values, default=None)]
+    return found
 
 
 def _rounded(value: Any) -> Any:

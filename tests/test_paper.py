@@ -1,0 +1,169 @@
+"""gin/paper: what each documented command configures; gin/sweeps: the runs of each list."""
+
+import pathlib
+import re
+import shlex
+
+import gin
+import pytest
+
+from pemoe_jax import config, evaluate, sweep, train
+from pemoe_jax.core import adapters, network, params
+
+PAPER = pathlib.Path(config.GIN_DIR) / "paper"
+
+# At XL, see test_gin.py for the arithmetic: (IA)³ 540,672, LoRA of rank 4 7,471,104. Routers:
+# MoV 72·2·64 + 48·5120 = 254,976 an expert, MoLORA 72·4·2048 + 48·(2048 + 5120) = 933,888.
+MOV = 540_672 + 254_976
+MOLORA = 7_471_104 + 933_888
+# Reading an embedding of 2048 at all 72·2 + 48 sites: 10·(540,672 + 192·2048).
+SENTENCE = 9_338_880
+SOFT = {"top_k": None, "balance_loss": 0.0, "reads": None}
+
+# file -> (method, experts, rank, trainable at 3B, routing unlike the soft one, macros unlike)
+TABLE: dict[str, tuple[str, int, int | None, int, dict, dict]] = {
+    "full": ("full", 1, None, 2_849_757_184, {}, {"BATCH_SIZE": 256, "TRAIN_STEPS": 10_000}),
+    "ia3": ("ia3", 1, None, 540_672, {}, {}),
+    **{f"lora_{r}": ("lora", 1, r, 7_471_104 * r // 4, {}, {}) for r in (4, 8, 16)},
+    **{f"mov_{e}": ("mov", e, None, MOV * e, {}, {}) for e in (1, 2, 5, 10, 20, 30, 60)},
+    **{f"molora_{e}": ("molora", e, 4, MOLORA * e, {}, {}) for e in (2, 5, 10, 15)},
+    "mov_10_top_1": ("mov", 10, None, MOV * 10, {"top_k": 1}, {}),
+    "mov_10_top_2": ("mov", 10, None, MOV * 10, {"top_k": 2}, {}),
+    "mov_10_top_2_balanced": (
+        *("mov", 10, None, MOV * 10),
+        {"top_k": 2, "balance_loss": 1e-2},
+        {},
+    ),
+    "mov_10_sentence": ("mov", 10, None, SENTENCE, {"reads": "sentence"}, {"PACK": False}),
+    "mov_10_batch_256": ("mov", 10, None, MOV * 10, {}, {"BATCH_SIZE": 256}),
+    "mov_10_batch_2048": ("mov", 10, None, MOV * 10, {}, {"BATCH_SIZE": 2048}),
+    "mov_10_rate_1e-4": ("mov", 10, None, MOV * 10, {}, {"LEARNING_RATE": 1e-4}),
+    "mov_10_rate_1e-3": ("mov", 10, None, MOV * 10, {}, {"LEARNING_RATE": 1e-3}),
+    "mov_10_steps": ("mov", 10, None, MOV * 10, {}, {"KEEP_CHECKPOINTS": None}),
+}
+NO_EXPERIMENTS = {"settings", "evaluate", "size_770m", "size_3b", "size_11b"}
+# the paper's code: configs/*.gin, scripts/*_train.sh
+SHARED = {
+    "BATCH_SIZE": 32,
+    "TRAIN_STEPS": 500_000,
+    "LOSS_NORMALIZING_FACTOR": "AVERAGE_PER_SEQUENCE",
+    "TASK_FEATURE_LENGTHS": {"inputs": 1024, "targets": 256},
+    "MIXTURE_OR_TASK_NAME": "t0_train",
+    "LEARNING_RATE": 3e-4,
+    "SCHEDULE": "constant",
+    "PACK": True,
+    "Z_LOSS": 1e-4,
+    "DTYPE": "bfloat16",
+}
+
+
+def header(file: pathlib.Path) -> dict[str, str]:
+    """What: …, Command: …, Cost: … and Paper: …, each as one line."""
+    found: dict[str, str] = {}
+    for line in file.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        opening = re.match(r"# (\w+): (.*)", line)
+        if opening:
+            name = opening[1]
+            found[name] = opening[2]
+        else:
+            found[name] += f" {line[1:].strip()}"
+    return found
+
+
+def load(command: str, *flags: str) -> None:
+    """Parses the command of a header, and more flags."""
+    python, m, module, *given = shlex.split(command.replace(" \\ ", " "))
+    assert (python, m) == ("python", "-m")
+    rest, bindings = config.split_bindings([*given, *flags])
+    known = {"pemoe_jax.train": train.FLAGS, "pemoe_jax.evaluate": evaluate.FLAGS}[module]
+    config.load(known.parse_args(rest), bindings)
+
+
+def macro(name: str):
+    return gin.query_parameter(f"{name}/macro.value")
+
+
+def test_the_table_has_all_files():
+    assert {file.stem for file in PAPER.glob("*")} == set(TABLE) | NO_EXPERIMENTS
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_experiment(name):
+    method, experts, rank, trainable, routing, macros = TABLE[name]
+    about = header(PAPER / f"{name}.gin")
+    assert list(about)[:3] == ["What", "Command", "Cost"] and "Paper" in about
+    load(about["Command"])
+    assert f"{trainable:,} trainable parameters at 3B" in about["Cost"]
+    assert macro("METHOD") == method and macro("MODEL_DIR") == f"runs/{name}"
+    rates = {"LEARNING_RATE": 1e-3} if method == "full" else {}
+    for setting, value in {**SHARED, **rates, **macros}.items():
+        assert macro(setting) == value, setting
+    transformer = gin.get_configurable(network.Transformer)()
+    config_ = transformer.config
+    assert (config_.emb_dim, config_.num_heads, config_.mlp_dim) == (2048, 32, 5120)
+    described = adapters.describe(transformer.adapters)
+    assert bool(described) == (method != "full")
+    for site in described.values():
+        assert site["num_experts"] == experts
+        assert site.get("rank") == rank
+        assert (site["router"] is not None) == method.startswith("mo")
+        if site["router"]:
+            found = {key: site["router"][key] for key in SOFT}
+            assert found == {**SOFT, **routing}
+
+
+@pytest.mark.parametrize("name", ["mov_30", "molora_2", "mov_10_sentence"])
+def test_trainable_parameters_are_those_of_the_header(name):
+    """Of one file each way of counting; the others are the same times a number."""
+    load(header(PAPER / f"{name}.gin")["Command"])
+    transformer = gin.get_configurable(network.Transformer)()
+    counted = params.count(network.param_shapes(transformer, params.is_adapter))
+    assert counted == TABLE[name][3]
+
+
+@pytest.mark.parametrize(("size", "width"), [("770m", 1024), ("11b", 4096)])
+def test_another_size(size, width):
+    load(header(PAPER / "mov_10.gin")["Command"], f"--gin_file=paper/size_{size}.gin")
+    transformer = gin.get_configurable(network.Transformer)()
+    assert transformer.config.emb_dim == width and transformer.config.dtype == "bfloat16"
+    assert macro("BATCH_SIZE") == 32
+
+
+def test_scoring():
+    load(header(PAPER / "evaluate.gin")["Command"])
+    assert macro("MIXTURE_OR_TASK_NAME") == "t0_eval_score_eval"
+
+
+def test_no_figure_without_a_source():
+    for name in TABLE:
+        told = header(PAPER / f"{name}.gin")["Paper"]
+        figures = re.findall(r"\d+\.\d+", re.sub(r"arXiv \d+\.\d+", "", told))
+        sourced = "pemoe_jax/reports/paper.py" in told or "openreview.net" in told
+        assert sourced or not figures, name
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [
+        # a base each
+        ("quickstart_routing", 1 + 5 * 3),
+        ("paper_experts", 1 + 11),
+        ("paper_routing", 1 + 4),
+        ("paper_sensitivity", 1 + 5),
+    ],
+)
+def test_lists(name, runs, tmp_path):
+    more = [] if name.startswith("quickstart") else ["--gin.INITIAL_CHECKPOINT_PATH=x"]
+    given = sweep.expand([f"@sweeps/{name}.txt", f"--output={tmp_path}", *more])
+    rest, bindings = config.split_bindings(given)
+    planned = sweep.plan(sweep.FLAGS.parse_args(rest), bindings)
+    assert len(planned) == runs
+    assert f"@sweeps/{name}.txt" in (PAPER.parent / "sweeps" / f"{name}.txt").read_text()
+
+
+def test_every_list_is_tested():
+    assert {file.stem for file in (PAPER.parent / "sweeps").glob("*")} == {
+        *("quickstart_routing", "paper_experts", "paper_routing", "paper_sensitivity")
+    }

@@ -1,0 +1,144 @@
+"""Two processes of two virtual devices each, over loopback: as one process on one device."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_train import data_flags, train_flags
+from test_train import folder as folder  # a fixture
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+SCRIPT = REPO / "launch" / "local_processes.sh"
+MESHES = {"4x1": 1, "2x2": 2, "1x4": 4}
+# packed rows hold other examples where examples are shared out; dropout is drawn as on one device
+SETTINGS = {"PACK": False, "LOG_PERIOD": 1, "CHECKPOINT_PERIOD": 2, "KEEP_CHECKPOINTS": None}
+
+pytestmark = pytest.mark.slow
+
+
+def command(kind: str, flags: list[str]) -> list[str]:
+    return [sys.executable, "-m", f"pemoe_jax.{kind}", *flags]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return {**kept, "JAX_PLATFORMS": "cpu", **more}
+
+
+def run_alone(kind: str, flags: list[str]) -> None:
+    subprocess.run(command(kind, flags), env=environment(), check=True, cwd=REPO)
+
+
+def run_in_two(kind: str, flags: list[str]) -> None:
+    subprocess.run(
+        [str(SCRIPT), "2", *command(kind, flags)],
+        env=environment(DEVICES_PER_PROCESS="2"),
+        check=True,
+        cwd=REPO,
+        timeout=600,
+    )
+
+
+def flags_of(folder, model_dir, **macros) -> list[str]:
+    return train_flags(folder, "mov", model_dir, **{**SETTINGS, "TRAIN_STEPS": 4, **macros})
+
+
+def losses(model_dir: pathlib.Path) -> dict[int, float]:
+    rows = map(json.loads, (model_dir / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["train/loss"] for row in rows}
+
+
+def scores(output: pathlib.Path) -> np.ndarray:
+    files = sorted((output / "predictions").glob("*/*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert lines
+    return np.array([score for line in lines for score in line["scores"]])
+
+
+def evaluation(folder, checkpoint, output, **macros) -> list[str]:
+    return [
+        "--gin_file=runs/evaluate.gin",
+        f"--gin.CHECKPOINT_PATH={checkpoint}",
+        f"--gin.EVAL_OUTPUT_DIR={output}",
+        *data_flags(folder),
+        *(f"--gin.{name}={value}" for name, value in macros.items()),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory) -> pathlib.Path:
+    """A run of one process on one device, and its scores."""
+    root = tmp_path_factory.mktemp("alone")
+    run_alone("train", flags_of(folder, root / "run"))
+    run_alone("evaluate", evaluation(folder, root / "run", root / "scores"))
+    return root
+
+
+@pytest.mark.parametrize("mesh", [*MESHES, "fsdp"])
+def test_two_processes_equal_one(folder, alone, tmp_path, mesh):
+    macros = {"FSDP": True} if mesh == "fsdp" else {"MODEL_PARALLELISM": MESHES[mesh]}
+    run_in_two("train", flags_of(folder, tmp_path / "run", **macros))
+    found, expected = losses(tmp_path / "run"), losses(alone / "run")
+    assert found.keys() == expected.keys() == {1, 2, 3, 4}
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5), step
+    run_in_two("evaluate", evaluation(folder, tmp_path / "run", tmp_path / "scores", **macros))
+    np.testing.assert_allclose(
+        scores(tmp_path / "scores"), scores(alone / "scores"), rtol=1e-5, atol=2e-5
+    )
+
+
+def test_a_checkpoint_goes_on_elsewhere(folder, alone, tmp_path):
+    """Two steps on 4 × 1, one on 1 × 4, the last by one process: losses as of a run of one."""
+    run = tmp_path / "run"
+    run_in_two("train", flags_of(folder, run, TRAIN_STEPS=2))
+    run_in_two("train", flags_of(folder, run, TRAIN_STEPS=3, MODEL_PARALLELISM=4))
+    run_alone("train", flags_of(folder, run))
+    found, expected = losses(run), losses(alone / "run")
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5), step
+
+
+def test_one_that_is_killed_ends_the_other(folder, tmp_path):
+    """Within a bounded time, with one line; started again they go on from the last checkpoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    run = tmp_path / "run"
+    flags = flags_of(folder, run, TRAIN_STEPS=100_000, KEEP_CHECKPOINTS=2)
+    both = [
+        subprocess.Popen(
+            command("train", flags),
+            env=environment(
+                JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(number)
+            ),
+            cwd=REPO,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    try:
+        deadline = time.monotonic() + 300
+        while len(list(run.glob("checkpoint_*/record"))) < 2:
+            assert time.monotonic() < deadline and both[0].poll() is None, "no checkpoint"
+            time.sleep(0.5)
+        both[1].send_signal(signal.SIGKILL)
+        _, said = both[0].communicate(timeout=90)
+    finally:
+        for process in both:
+            process.kill()
+    assert both[0].returncode != 0
+    assert "another process of the run has ended" in said or "distributed service" in said, said
+    steps = [int(path.name.partition("_")[2]) for path in run.glob("checkpoint_*") if path.is_dir()]
+    last = max(steps)
+    run_in_two("train", flags_of(folder, run, TRAIN_STEPS=last + 1))
+    assert max(losses(run)) == last + 1

@@ -1,0 +1,317 @@
+"""Kinds of routing by hand: masks, losses, statistics, gradients, and what routers read."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pemoe_jax.core import routing
+from pemoe_jax.core.adapters import LoRAExperts, VectorExperts
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.routing import Router, Tokens
+
+# Logits are x @ I = x, so with logarithms in x the softmax is a ratio of whole numbers.
+RATIOS = np.array([[[4, 1, 3, 2], [1, 2, 3, 4]]])  # [1, 2, 4]: probabilities are tenths of these
+X = np.log(RATIOS)
+IDENTITY = {"params": {"kernel": np.eye(4, dtype=np.float32)}}
+
+
+def route(x=X, tokens=None, **settings):
+    probs, told = Router(num_experts=4, **settings).apply(IDENTITY, jnp.asarray(x), tokens)
+    return np.asarray(probs), dict(zip(routing.STATISTICS, np.asarray(told), strict=True))
+
+
+# --- what is kept ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [[4, 1, 3, 2], [1, 2, 3, 4]]),
+        ({"top_k": 1}, [[4, 0, 0, 0], [0, 0, 0, 4]]),
+        ({"top_k": 2}, [[4, 0, 3, 0], [0, 0, 3, 4]]),
+        ({"top_k": 3}, [[4, 0, 3, 2], [0, 2, 3, 4]]),
+        # 4/7, 3/7
+        ({"top_k": 2, "renormalize": True}, [[40 / 7, 0, 30 / 7, 0], [0, 0, 30 / 7, 40 / 7]]),
+        ({"top_k": 2, "straight_through": True}, [[4, 0, 3, 0], [0, 0, 3, 4]]),
+        # temperature 1/2 squares: 16, 1, 9, 4 of 30
+        ({"temperature": 0.5}, [[16 / 3, 1 / 3, 3, 4 / 3], [1 / 3, 4 / 3, 3, 16 / 3]]),
+    ],
+)
+def test_what_is_kept(settings, expected):
+    """The mask is not renormalised unless asked for: top-2 of (.4, .1, .3, .2) sums to .7."""
+    probs, _ = route(**settings)
+    np.testing.assert_allclose(probs, np.array([expected]) / 10, rtol=1e-5, atol=1e-7)
+
+
+def test_all_experts_are_soft_routing():
+    np.testing.assert_array_equal(route(top_k=4)[0], route()[0])
+
+
+def test_of_equal_probabilities_the_first_are_kept():
+    """No more than k, whatever ties there are."""
+    probs, _ = route(x=np.zeros((1, 1, 4)), top_k=2)
+    np.testing.assert_allclose(probs, [[[0.25, 0.25, 0, 0]]])
+
+
+# --- statistics and losses ---
+
+
+def test_statistics_by_hand():
+    """Tokens (.4, .1, .3, .2) and (.1, .2, .3, .4).
+
+    Mean P = (.25, .15, .3, .3); largest: experts 0 and 3, f = (1/2, 0, 0, 1/2).
+    Balance: 4 · (.25/2 + .3/2) = 1.1. Load: the most used has .3, an even share is .25: 1.2.
+    Z = 10 for both: z-loss (ln 10)² = 5.30190.
+    Entropy of either: -(.4 ln .4 + .3 ln .3 + .2 ln .2 + .1 ln .1) = 1.279854.
+    """
+    _, told = route(balance_loss=0.01, z_loss=0.001)
+    expected = {
+        "entropy": 1.279854,
+        "load": 1.2,
+        "dead": 0.0,
+        "balance_loss": 1.1,
+        "z_loss": 5.30190,
+        "objective": 0.01 * 1.1 + 0.001 * 5.30190,
+    }
+    assert told == pytest.approx(expected, rel=1e-5)
+
+
+def test_load_is_of_what_mixes():
+    """Top-1 of the two tokens: experts 0 and 3 share the mixture, 0.4 each; two are dead.
+
+    Load: half of the mixture over a quarter: 2. The balance loss stays that of the softmax.
+    """
+    _, told = route(top_k=1)
+    assert told["load"] == pytest.approx(2.0)
+    assert told["dead"] == pytest.approx(0.5)
+    assert told["balance_loss"] == pytest.approx(1.1, rel=1e-5)
+    assert told["entropy"] == pytest.approx(1.279854, rel=1e-5)
+
+
+def test_balance_loss_is_one_where_even_and_more_where_skewed():
+    """Even in either of two ways: all alike, or each expert sure of its share of tokens.
+
+    Skewed: all four tokens sure of expert 0: f_0 = P_0 = 1, so 4 · 1 = 4, the most there is.
+    """
+    sure = 100.0 * np.eye(4)[None]
+    assert route(x=np.zeros((1, 4, 4)))[1]["balance_loss"] == pytest.approx(1.0)
+    assert route(x=sure)[1]["balance_loss"] == pytest.approx(1.0)
+    skewed = route(x=np.repeat(sure[:, :1], 4, axis=1))[1]
+    assert skewed["balance_loss"] == pytest.approx(4.0)
+    assert skewed["load"] == pytest.approx(4.0)
+    assert skewed["dead"] == pytest.approx(0.75)
+    assert skewed["entropy"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 1}], ids=["soft", "top_1"])
+@pytest.mark.parametrize("heads", [(), (3,)], ids=["joined", "heads"])
+def test_padding_never_counts(settings, heads):
+    """Statistics of a padded batch are those of its real tokens, with or without heads."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 5, *heads, 4)) * 3
+    valid = np.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
+    _, padded = route(x, Tokens(valid=jnp.asarray(valid)), **settings)
+    _, alone = route(x[valid][None], **settings)
+    assert padded == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    _, other = route(np.where(valid.reshape(2, 5, *[1] * (len(heads) + 1)), x, 9.0), **settings)
+    assert other["entropy"] != pytest.approx(padded["entropy"], rel=1e-3)  # padding would show
+
+
+def test_nothing_but_padding_is_no_division_by_zero():
+    _, told = route(X, Tokens(valid=jnp.zeros((1, 2), bool)))
+    assert np.isfinite(list(told.values())).all()
+
+
+def test_a_sentence_counts_as_often_as_it_has_tokens():
+    """Sentences of 3 tokens and of 1: P = (3 · (.4, .1, .3, .2) + (.1, .2, .3, .4)) / 4."""
+    valid = jnp.asarray([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
+    _, told = route(X[0], Tokens(valid=valid))
+    _, spelt_out = route(X[:, [0, 0, 0, 1]])
+    assert told == pytest.approx(spelt_out, rel=1e-6)
+
+
+def test_scalars_by_site_and_by_layer():
+    paths = ["encoder/layers_0/mlp/gate_adapter", "encoder/layers_1/mlp/gate_adapter"]
+    told = np.array([[1.0, 2, 0, 1, 4, 0.5], [3.0, 1, 0.5, 2, 6, 0.7]])
+    by_site = routing.scalars(paths, told, "sites")
+    expected = {"entropy": 2.0, "load": 2.0, "dead": 0.25, "balance_loss": 1.5, "z_loss": 5.0}
+    assert by_site == pytest.approx(
+        {**expected, "objective": 0.6, **{f"encoder/mlp/gate/{k}": v for k, v in expected.items()}}
+    )
+    by_layer = routing.scalars(paths, told, "layers")
+    assert by_layer["encoder/layers_1/mlp/gate/load"] == 1.0
+    assert "encoder/mlp/gate/load" not in by_layer
+
+
+# --- noise ---
+
+
+def test_jitter_is_of_training_alone_and_within_its_bounds():
+    """Features are scaled by 1 ± 0.1, so logits ln 2 lie in 0.9 to 1.1 times ln 2."""
+    router = Router(num_experts=4, jitter_noise=0.1)
+    x = jnp.full((1, 2000, 4), np.log(2.0))
+    plain, _ = Router(num_experts=4).apply(IDENTITY, x)
+
+    def noisy(seed):
+        rngs = {"dropout": jax.random.PRNGKey(seed)}
+        probs, _ = router.apply(IDENTITY, x, Tokens(deterministic=False), rngs=rngs)
+        return np.log(np.asarray(probs)[..., :1] / np.asarray(probs)) / np.log(2.0)
+
+    np.testing.assert_array_equal(router.apply(IDENTITY, x, Tokens())[0], plain)
+    differences = noisy(0)[..., 1:]  # of two factors: within 0.2 of 0
+    assert np.abs(differences).max() <= 0.2 + 1e-5
+    # U(-a, a) - U(-a, a) has variance 2 a² / 3: a deviation of 0.0816; 6,000 draws, within 5 %
+    assert differences.std() == pytest.approx(0.0816, rel=0.05)
+    assert (noisy(0) != noisy(1)).any()
+
+
+# --- gradients ---
+
+KINDS = {
+    "soft": {},
+    "top_1": {"top_k": 1},
+    "top_2": {"top_k": 2},
+    "renormalized": {"top_k": 2, "renormalize": True},
+    "balanced": {"top_k": 2, "balance_loss": 0.5},
+    "z_loss": {"z_loss": 0.3},
+    "temperature": {"temperature": 0.7},
+    "straight_through": {"top_k": 2, "straight_through": True},
+}
+
+
+def router_numpy(kernel, x, valid, top_k=None, renormalize=False, balance_loss=0.0, z_loss=0.0,
+                 temperature=1.0, straight_through=False):  # fmt: skip
+    """The definition in float64 -> (probabilities, objective)."""
+    logits = x @ kernel / temperature
+    z = np.exp(logits).sum(-1, keepdims=True)
+    soft = np.exp(logits) / z
+    probs = soft
+    if top_k is not None and not straight_through:  # its gradients are the soft router's
+        least = np.sort(soft, axis=-1)[..., -top_k:].min(-1, keepdims=True)
+        probs = np.where(soft >= least, soft, 0)
+        if renormalize:
+            probs = probs / probs.sum(-1, keepdims=True)
+    experts = kernel.shape[1]
+    real = soft[valid]
+    share = np.eye(experts)[real.argmax(-1)].mean(0)
+    balance = experts * (share * real.mean(0)).sum()
+    return probs, balance_loss * balance + z_loss * (np.log(z[..., 0]) ** 2)[valid].mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_match_finite_differences(kind):
+    """Central differences of the definition in float64; a step that changes no argmax."""
+    rng = np.random.default_rng(1)
+    kernel, x = rng.standard_normal((5, 4)), rng.standard_normal((2, 3, 5))
+    valid = np.array([[1, 1, 0], [1, 1, 1]], bool)
+    mixed = rng.standard_normal((2, 3, 4))  # what the probabilities are used for
+    settings = KINDS[kind]
+
+    def ours(kernel, x):
+        probs, told = Router(num_experts=4, **settings).apply(
+            {"params": {"kernel": kernel}}, x, Tokens(valid=jnp.asarray(valid))
+        )
+        return jnp.sum(probs * mixed) + told[-1]
+
+    def theirs(kernel, x):
+        probs, objective = router_numpy(kernel, x, valid, **settings)
+        return (probs * mixed).sum() + objective
+
+    def numeric(f, at):
+        gradient = np.zeros_like(at)
+        for index in np.ndindex(at.shape):
+            step = np.zeros_like(at)
+            step[index] = 1e-6
+            gradient[index] = (f(at + step) - f(at - step)) / 2e-6
+        return gradient
+
+    if kind != "straight_through":
+        assert float(ours(*map(jnp.float32, (kernel, x)))) == pytest.approx(
+            theirs(kernel, x), rel=1e-5
+        )
+    by_kernel, by_x = jax.grad(ours, (0, 1))(jnp.float32(kernel), jnp.float32(x))
+    np.testing.assert_allclose(
+        by_kernel, numeric(lambda k: theirs(k, x), kernel), rtol=2e-4, atol=2e-5
+    )
+    np.testing.assert_allclose(by_x, numeric(lambda x: theirs(kernel, x), x), rtol=2e-4, atol=2e-5)
+
+
+# --- what routers read ---
+
+
+def adapted(expert, reads, x, y, tokens=None):
+    """(output, kernel, probabilities) of an expert module with random parameters."""
+    module = expert(num_experts=3, router=functools.partial(Router, reads=reads))
+    variables = module.init(jax.random.PRNGKey(0), x, y, tokens)
+    noise = np.random.default_rng(2)
+    weights = jax.tree.map(
+        lambda a: jnp.asarray(noise.standard_normal(a.shape), jnp.float32), variables["params"]
+    )
+    out, sown = module.apply({"params": weights}, x, y, tokens, mutable=["intermediates"])
+    return out, weights, np.asarray(sown["intermediates"]["probs"][0])
+
+
+def softmax(logits):
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+X4, Y4 = (
+    np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    for shape in [(2, 5, 7), (2, 5, 2, 3)]
+)
+SENTENCE = np.random.default_rng(4).standard_normal((2, 6)).astype(np.float32)
+
+
+@pytest.mark.parametrize("expert", [VectorExperts, LoRAExperts])
+@pytest.mark.parametrize("reads", ["x", "y", "sentence"])
+def test_what_is_read_decides(expert, reads):
+    """x [B, L, D]; y head by head for vectors [B, L, H, K], heads joined for pairs; a sentence."""
+    tokens = Tokens(sentence=jnp.asarray(SENTENCE))
+    out, weights, probs = adapted(expert, reads, X4, Y4, tokens)
+    seen = {
+        "x": X4,
+        "y": Y4 if expert is VectorExperts else Y4.reshape(2, 5, 6),
+        "sentence": np.repeat(SENTENCE[:, None], 5, axis=1),
+    }[reads]
+    expected = softmax(seen @ np.asarray(weights["router"]["kernel"]))
+    np.testing.assert_allclose(probs, expected, rtol=1e-4, atol=1e-6)
+    if expert is VectorExperts:
+        mixed = expected if expected.ndim == 4 else expected[:, :, None]
+        scale = np.einsum(
+            "blhe,hek->blhk", np.broadcast_to(mixed, (2, 5, 2, 3)), weights["vectors"]
+        )
+        wanted = Y4 * scale
+    else:
+        low = np.einsum("bld,der->bler", X4, weights["lora_a"]) * expected[..., None]
+        wanted = Y4 + 16 / 4 * np.einsum("bler,ero->blo", low, weights["lora_b"]).reshape(Y4.shape)
+    np.testing.assert_allclose(out, wanted, rtol=2e-4, atol=2e-4)
+
+
+def test_default_is_the_papers():
+    """Vectors are routed by y, pairs by x."""
+    assert adapted(VectorExperts, None, X4, Y4)[1]["router"]["kernel"].shape == (3, 3)  # K
+    assert adapted(LoRAExperts, None, X4, Y4)[1]["router"]["kernel"].shape == (7, 3)  # D
+
+
+def test_a_sentence_that_is_not_there():
+    with pytest.raises(InputError, match="the batch has none: expected SENTENCE_EMBEDDINGS"):
+        adapted(VectorExperts, "sentence", X4, Y4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"top_k": 0}, r"top_k: expected None or 1 to num_experts \(4\), found 0"),
+        ({"top_k": 5}, "found 5"),
+        ({"reads": "z"}, r"reads: expected one of \('x', 'y', 'sentence'\), found 'z'"),
+        ({"temperature": 0.0}, "temperature: must be above 0, found 0.0"),
+        ({"jitter_noise": 1.0}, r"jitter_noise: expected \[0, 1\), found 1.0"),
+    ],
+)
+def test_wrong_settings(settings, says):
+    with pytest.raises(InputError, match=says):
+        route(**settings)
