@@ -1,10 +1,11 @@
 # make quickstart   installs into .venv, fine-tunes MoV on the bundled base, scores it zero-shot
 # make test         lint, types and the fast tests;  make test-all: the slow tests too
+# make t5x          adds T5X, at a tested commit;  make test-t5x: the tests inside T5X
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-all lint clean
+.PHONY: quickstart test test-slow test-all lint clean t5x t5x-install test-t5x
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m pemoe_jax.train --gin_file=methods/mov.gin --gin_file=runs/quickstart.gin
@@ -22,6 +23,19 @@ test-all: test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Changes nothing where all of it is there; VENV=… names another environment.
+t5x:
+	@$(BIN)/python -m pemoe_jax.t5x_bridge --check 2>/dev/null || $(MAKE) --no-print-directory t5x-install
+
+t5x-install:
+	$(call install,.[test,t5x])
+	@$(BIN)/python -m pemoe_jax.t5x_bridge --requirements > $(VENV)/t5x.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $(VENV)/t5x.txt
+	@$(BIN)/python -m pemoe_jax.t5x_bridge --check
+
+test-t5x: t5x
+	$(BIN)/python -m pytest tests/t5x
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

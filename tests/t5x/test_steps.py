@@ -1,0 +1,239 @@
+"""One step in T5X and one of our own runner's, from the same parameters and batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import methods
+import numpy as np
+import pytest
+from programs import flat
+
+from pemoe_jax.core import network, optim, params, steps
+from pemoe_jax.core.adapters import Adapters
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.routing import Router
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+RATE = 0.02
+ROUTING = {
+    "soft": {},
+    "top_2_balanced": {"top_k": 2, "balance_loss": 0.05, "z_loss": 0.01},
+}
+
+
+class Vocabulary:
+    """As much of seqio's as a model looks at."""
+
+    vocab_size = methods.CONFIG.vocab_size
+    eos_id = 1
+
+
+@functools.cache
+def module(method: str, routing: str = "soft", dtype: str = "float32") -> network.Transformer:
+    chosen = methods.METHODS[method]
+    kwargs = {}
+    if chosen.routed:
+        router = functools.partial(Router, **ROUTING[routing])
+        kwargs = {"num_experts": methods.EXPERTS, "router": router}
+    adapters = Adapters(
+        **{site: functools.partial(chosen.expert, **kwargs) for site in chosen.sites}
+    )
+    return methods.model("full", dtype=dtype).clone(adapters=adapters)
+
+
+def model(net, optimizer=optim.adafactor, trainable=(methods.ADAPTER,), **settings):
+    """Our network in T5X."""
+    from pemoe_jax.t5x_bridge.model import EncoderDecoderModel
+    from pemoe_jax.t5x_bridge.optimizer import FrozenBase
+
+    definition = FrozenBase(optimizer, trainable)
+    return EncoderDecoderModel(
+        net, Vocabulary(), Vocabulary(), definition, trainable=trainable, **settings
+    )
+
+
+def batches() -> dict[str, dict]:
+    plain = methods.example_batch()
+    return {"plain": plain, "packed": methods.pack(plain)}
+
+
+@pytest.mark.parametrize(
+    ("method", "factor", "batch"),
+    [
+        ("lora", None, "plain"),
+        ("molora", 7.0, "packed"),
+        *(("mov", factor, batch) for factor in steps.NORMALIZERS for batch in ("plain", "packed")),
+    ],
+)
+def test_loss_and_gradients(method, factor, batch):
+    """1e-6 of each array's largest magnitude; routers by all their settings.
+
+    A router's gradient is what is left of the experts' after their mean is taken off: in float32
+    that leaves some more of the last bits.
+    """
+    net, batch = module(method, "top_2_balanced"), batches()[batch]
+    start = methods.random_params(method)
+    settings = {"z_loss": 1e-3, "label_smoothing": 0.1, "loss_normalizing_factor": factor}
+    trained, frozen = params.split(start, [methods.ADAPTER])
+    loss = steps.Loss(**settings)
+    expected, told = jax.jit(functools.partial(steps.loss_and_grads, net, loss))(
+        trained, frozen, batch
+    )
+
+    bridged = model(net, **settings)
+    theirs = jax.jit(jax.value_and_grad(bridged.loss_fn, has_aux=True), static_argnums=2)
+    (loss, metrics), grads = theirs(start, batch, None)
+    assert float(loss) == pytest.approx(float(told["loss"]), rel=1e-6)
+    assert float(metrics["loss"].compute()) == pytest.approx(float(told["loss"]), rel=1e-6)
+    found = flat(grads)
+    for path, gradient in flat(expected).items():
+        bound = 5e-6 if "/router/" in path else 1e-6
+        assert methods.largest_difference(found.pop(path), gradient) < bound, path
+    assert found and not any(gradient.any() for gradient in found.values())
+
+
+# Adam scales a gradient that is zero but for rounding to a whole step, unless eps is above it.
+ADAMW = functools.partial(optim.adamw, eps=0.1)
+
+
+@pytest.mark.parametrize("optimizer", [optim.adafactor, ADAMW], ids=["adafactor", "adamw"])
+@pytest.mark.parametrize("method", ["full", "lora", "mov"])
+def test_updates(method, optimizer):
+    """Two steps, since the first one's states are zeros."""
+    from t5x import trainer
+
+    trainable = list(methods.METHODS[method].trainable)
+    net, batch = module(method), methods.example_batch()
+    start = methods.random_params(method)
+    trained, frozen = params.split(start, trainable)
+    transformation = optimizer(lambda _: RATE)
+    state = steps.TrainState.create(trained, transformation)
+    step = jax.jit(functools.partial(_step, net, transformation, steps.Loss()))
+    bridged = model(net, optimizer, trainable, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
+    theirs = _t5x_state(bridged, start)
+    train = jax.jit(lambda state: trainer.train_with_lr(state, batch, RATE, None, bridged, None)[0])
+    for _ in range(2):
+        state = step(state, frozen, batch)
+        theirs = train(theirs)
+    found = flat(theirs.params)
+    for path, array in flat(state.params).items():
+        moved = np.abs(array - flat(trained)[path]).max()
+        assert moved > 0.0
+        assert np.abs(found[path] - array).max() < 1e-5 * moved + 1e-7 * np.abs(array).max(), path
+    for path, array in flat(frozen).items():
+        assert array.tobytes() == found[path].tobytes(), path
+    assert int(theirs.step) == 2
+
+
+def _step(net, transformation, loss, state, frozen, batch):
+    grads, _ = steps.loss_and_grads(net, loss, state.params, frozen, batch)
+    updates, opt_state = transformation.update(grads, state.opt_state, state.params)
+    changed = jax.tree.map(jnp.add, state.params, updates)
+    return steps.TrainState(step=state.step + 1, params=changed, opt_state=opt_state)
+
+
+def _t5x_state(bridged, start):
+    from flax.core import freeze
+    from t5x import train_state
+
+    variables = bridged.get_initial_variables(None, {})
+    state = train_state.FlaxOptimTrainState.create(bridged.optimizer_def, variables)
+    return state.replace_params(freeze(start))
+
+
+@pytest.mark.parametrize("microbatches", [None, 2])
+def test_no_gradient_of_the_base_is_formed(microbatches):
+    """A step of T5X's trainer takes as many operations as ours, where all of it trains more."""
+    from t5x import trainer
+
+    def operations(trainable):
+        bridged = model(module("lora"), trainable=trainable)
+        state = _t5x_state(bridged, methods.random_params("lora"))
+        step = jax.jit(
+            lambda state: trainer.train_with_lr(
+                state, methods.example_batch(), RATE, jax.random.key(0), bridged, microbatches
+            )[0]
+        )
+        return step.lower(state).compile().cost_analysis()["flops"]
+
+    net, loss = module("lora"), steps.Loss()
+    trained, frozen = params.split(methods.random_params("lora"), [methods.ADAPTER])
+    grads = jax.jit(
+        lambda trained: steps.loss_and_grads(
+            net,
+            loss,
+            trained,
+            frozen,
+            methods.example_batch(),
+            jax.random.key(0),
+            microbatches or 1,
+        )[0]
+    )
+    ours = grads.lower(trained).compile().cost_analysis()["flops"]
+    assert operations([methods.ADAPTER]) < 1.15 * ours
+    assert operations([".*"]) > 1.25 * ours
+
+
+def test_parameters_are_drawn_as_ours():
+    net = module("molora", dtype="bfloat16")
+    bridged = model(net, seed=3)
+    found = flat(bridged.get_initial_variables(jax.random.key(7), {})["params"])
+    expected = flat(network.init_params(net, 3, lambda _: True))
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        kept = jnp.float32 if params.is_adapter(path) else params.frozen_dtype(path, "bfloat16")
+        assert found[path].dtype == kept
+        np.testing.assert_array_equal(found[path], array.astype(kept))
+
+
+def test_axes_of_states_are_those_of_their_parameters():
+    from flax.core import freeze
+    from jax.sharding import PartitionSpec
+
+    definition = model(module("lora"), optim.adamw).optimizer_def
+    start = methods.random_params("lora")
+    axes = {
+        path: PartitionSpec(*names) for path, names in network.param_axes(module("lora")).items()
+    }
+    optimizer = definition.create(freeze(start))
+    derived = definition.derive_logical_axes(optimizer, freeze(params.unflatten(axes)))
+    assert flat_axes(derived.target) == axes
+    adapters = {path: names for path, names in axes.items() if params.is_adapter(path)}
+    assert flat_axes(derived.state.param_states[0].mu) == adapters
+    assert derived.state.param_states[0].count is None and derived.state.step is None
+
+
+def flat_axes(tree):
+    return params.flatten(tree)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"router_metrics": "all"}, "ROUTER_METRICS: expected 'sites', 'layers' or None"),
+        ({"trainable": ["no_such/.*"]}, "TRAINABLE matched 0 of"),
+    ],
+)
+def test_wrong_settings(settings, says):
+    with pytest.raises(InputError, match=says):
+        _ = model(module("mov"), **settings).trainable_paths
+
+
+def test_sentence_routers_are_refused():
+    router = functools.partial(Router, reads="sentence")
+    expert = functools.partial(
+        methods.METHODS["mov"].expert, num_experts=methods.EXPERTS, router=router
+    )
+    net = methods.model("full").clone(adapters=Adapters(key=expert))
+    with pytest.raises(InputError, match="router at key reads sentence embeddings"):
+        model(net)
+
+
+def test_a_vocabulary_beyond_the_embedding_is_refused():
+    from pemoe_jax.t5x_bridge.model import EncoderDecoderModel
+
+    larger = type("Larger", (Vocabulary,), {"vocab_size": 33})()
+    with pytest.raises(InputError, match="has 33 ids, .* T5Config.vocab_size is 32"):
+        EncoderDecoderModel(module("ia3"), larger, larger)

