@@ -111,6 +111,8 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     from pemoe_jax import planned
 
     step, method = _step(args, bindings, lengths)
+    for one in layouts:
+        planned.mesh_of(step, one)  # before minutes are spent on those before it
     found = []
     for one in layouts:
         start = time.perf_counter()
@@ -142,6 +144,7 @@ def _step(
     model, method, trainable, optimizer = config.call(configured)
     step = planned.Step(model, trainable, optimizer, args.batch_size, lengths, args.microbatches)
     shapes = params.flatten(network.param_shapes(model))
+    params.trainable_paths(shapes, trainable)  # fails before anything is compiled
     return step, counts.label(method, shapes, adapters.describe(model.adapters))
 
 

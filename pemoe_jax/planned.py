@@ -81,15 +81,9 @@ def plan(step: Step, layout: plans.Layout, every_layer: bool = False) -> plans.P
       every_layer: compile the whole model whatever its depth.
 
     Raises:
-      InputError: the batch does not divide over the devices, or there are too few of these.
+      InputError: see `mesh_of`.
     """
-    devices = jax.devices("cpu")
-    if len(devices) < layout.devices:
-        raise InputError(
-            f"--mesh {layout} needs {layout.devices} devices: jax was started with {len(devices)}"
-        )
-    mesh = partitioning.make_mesh(layout.model, devices[: layout.devices])
-    partitioning.check_batch_size(step.batch_size, mesh, step.microbatches)
+    mesh = mesh_of(step, layout)
     whole = arguments(step, mesh, layout.fsdp)
     points = depths(step.model.config, every_layer)
     measured = [_measure(step.with_layers(*point), mesh, layout.fsdp) for point in points]
@@ -115,6 +109,22 @@ def plan(step: Step, layout: plans.Layout, every_layer: bool = False) -> plans.P
         tokens=step.batch_size * sum(step.lengths),
         compiled=_in_words(points, step.model.config),
     )
+
+
+def mesh_of(step: Step, layout: plans.Layout) -> Mesh:
+    """The layout's mesh of virtual devices.
+
+    Raises:
+      InputError: the batch does not divide over the devices, or there are too few of these.
+    """
+    devices = jax.devices("cpu")
+    if len(devices) < layout.devices:
+        raise InputError(
+            f"--mesh {layout} needs {layout.devices} devices: jax was started with {len(devices)}"
+        )
+    mesh = partitioning.make_mesh(layout.model, devices[: layout.devices])
+    partitioning.check_batch_size(step.batch_size, mesh, step.microbatches)
+    return mesh
 
 
 def arguments(step: Step, mesh: Mesh, fsdp: bool = False) -> Arguments:

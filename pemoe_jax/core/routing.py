@@ -106,8 +106,13 @@ class Router(nn.Module):
             if self.straight_through:
                 probs = soft + jax.lax.stop_gradient(probs - soft)
         told = statistics(logits, soft, probs, _weights(logits, tokens.valid))
-        objective = self.balance_loss * told[3] + self.z_loss * told[4]
-        return probs, jnp.append(told, objective)
+        objective = jnp.zeros(())
+        if self.balance_loss:  # 0 · x is no constant to XLA: x and its gradient would be computed
+            objective += self.balance_loss * told[3]
+        if self.z_loss:
+            objective += self.z_loss * told[4]
+        # what is told has no gradient; zeros for it would still be multiplied through the network
+        return probs, jnp.append(jax.lax.stop_gradient(told), objective)
 
     def _check(self) -> None:
         top_k, num_experts = self.top_k, self.num_experts
@@ -157,11 +162,15 @@ def statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Arra
     experts = logits.shape[-1]
     total = jnp.maximum(jnp.sum(weights), 1e-9)
     axes = tuple(range(logits.ndim - 1))
-    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # By the largest alone, as the softmax is there: no exponentials a second time, and no argmax,
+    # which takes as long as all the rest. So ties share.
+    largest = jnp.max(soft, axis=-1, keepdims=True)
+    log_z = jnp.max(logits, axis=-1, keepdims=True) - jnp.log(largest)
     entropy = log_z - jnp.sum(soft * logits, axis=-1, keepdims=True)
     mean = jnp.sum(soft * weights, axis=axes) / total  # [E]
-    first = jax.nn.one_hot(jnp.argmax(logits, axis=-1), experts)
-    chosen = jnp.sum(first * weights, axis=axes) / total
+    first = jax.lax.stop_gradient((soft >= largest).astype(jnp.float32))
+    chosen = jnp.sum(first * weights, axis=axes)
+    chosen /= jnp.maximum(jnp.sum(chosen), 1e-9)
     load = jnp.sum(probs * weights, axis=axes)
     load = load * experts / jnp.maximum(jnp.sum(load), 1e-9)  # 1 where even
     return jnp.stack(

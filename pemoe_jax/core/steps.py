@@ -171,10 +171,12 @@ def _loss_sums(
     total = jnp.sum((nll + z) * weights)
     routers = params_lib.flatten(told.get("routers", {}))
     if routers:
-        statistics = jnp.stack([statistic for _, (statistic,) in sorted(routers.items())])
-        sums["routers"] = statistics * tokens
+        statistics = [statistic for _, (statistic,) in sorted(routers.items())]
+        sums["routers"] = jnp.stack(statistics) * tokens
+        # taken before they are stacked: then XLA sees what nobody asked for, and drops it
         objective = routing.STATISTICS.index("objective")
-        total += jnp.mean(statistics[:, objective]) * jnp.sum(weights)
+        objectives = [jax.lax.index_in_dim(one, objective, keepdims=False) for one in statistics]
+        total += jnp.mean(jnp.stack(objectives)) * jnp.sum(weights)
     return total, sums
 
 

@@ -114,7 +114,7 @@ def test_the_whole_model_trains_and_goes_on(common, tmp_path):
 def test_the_legacy_format_goes_on_and_is_read(common, plain, tmp_path):
     from pemoe_jax.checkpoints import t5x_run
 
-    settings = common | {"train.use_orbax": False}
+    settings = common | {"train_script.train.use_orbax": False}
     train(tmp_path / "run", settings | {"TRAIN_STEPS": 1})
     _, state = train(tmp_path / "run", settings)
     found = flat(state.params)

@@ -90,7 +90,6 @@ def test_the_loss_is_that_of_our_own_runner(run):
     for step in found:  # the last bits of a step are in all that come after it
         loss = pytest.approx(expected[step]["train/loss"], rel=1e-6 if step == 1 else 1e-5)
         assert found[step]["loss"] == loss
-    assert found[STEPS]["loss"] < found[1]["loss"]
 
 
 def test_adapters_are_those_of_our_own_runner(run):
@@ -128,6 +127,8 @@ def test_checkpoints_hold_what_trains(run):
     assert record.trained_datasets == ["colour", "free"]
     earlier, _, step = t5x_run.open_trainable(run.folder / "whole" / f"checkpoint_{HALF}")
     assert step == HALF and earlier.keys() == arrays.keys()
+    for path, array in earlier.items():
+        assert not np.array_equal(array.read(), arrays[path].read()), path
 
 
 def test_routers_are_logged_under_our_names(run):
