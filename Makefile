@@ -22,6 +22,7 @@ test-all: test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck launch/*
 	$(BIN)/mypy
 
 # Changes nothing where all of it is there; VENV=… names another environment.

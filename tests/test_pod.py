@@ -14,6 +14,8 @@ import pytest
 from test_train import data_flags, train_flags
 from test_train import folder as folder  # a fixture
 
+from pemoe_jax.checkpoints import runs
+
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "launch" / "local_processes.sh"
 MESHES = {"4x1": 1, "2x2": 2, "1x4": 4}
@@ -138,7 +140,6 @@ def test_one_that_is_killed_ends_the_other(folder, tmp_path):
             process.kill()
     assert both[0].returncode != 0
     assert "another process of the run has ended" in said or "distributed service" in said, said
-    steps = [int(path.name.partition("_")[2]) for path in run.glob("checkpoint_*") if path.is_dir()]
-    last = max(steps)
+    last = max(runs.saved_steps(run))
     run_in_two("train", flags_of(folder, run, TRAIN_STEPS=last + 1))
     assert max(losses(run)) == last + 1

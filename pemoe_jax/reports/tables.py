@@ -21,7 +21,7 @@ Results = dict[str, Any]
 
 NONE = "–"
 TEXT_COLUMNS = {"run", "method", "data set", "prompt", "split", "site", "seen", "tokens by share"}
-TEXT_COLUMNS |= {"held-out task", "nearest trained on"}  # to the left, figures to the right
+TEXT_COLUMNS |= {"held-out task", "nearest trained on", "on each device", "part"}  # to the left, figures to the right
 ADAPTER = re.compile(r"(?:^|/)(\w+)_adapter/(router/)?")
 
 
