@@ -20,8 +20,9 @@ from pemoe_jax.core.errors import InputError
 Results = dict[str, Any]
 
 NONE = "–"
+# To the left; figures stand to the right.
 TEXT_COLUMNS = {"run", "method", "data set", "prompt", "split", "site", "seen", "tokens by share"}
-TEXT_COLUMNS |= {"held-out task", "nearest trained on", "on each device", "part"}  # to the left, figures to the right
+TEXT_COLUMNS |= {"held-out task", "nearest trained on", "on each device", "part"}
 ADAPTER = re.compile(r"(?:^|/)(\w+)_adapter/(router/)?")
 
 
