@@ -8,7 +8,6 @@ data set on the hub). Files are mapped into memory, not read into it.
 from __future__ import annotations
 
 import functools
-import itertools
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.tasks.p3_records import read_json
-from pemoe_jax.tasks.p3_tables import Example
+from pemoe_jax.tasks.p3_tables import Example, take_by_part
 
 _SHARD = re.compile(r"(?P<name>.+)-(?P<split>[\w.]+)-\d{5}-of-(?P<count>\d{5})\.arrow")
 _WHOLE = re.compile(r"(?P<name>.+)-(?P<split>[\w.]+)\.arrow")
@@ -121,20 +120,14 @@ class ArrowTable:
 
     def take(self, numbers: Sequence[int]) -> list[Example]:
         """See Table."""
-        which = np.searchsorted(self._firsts, np.asarray(numbers), side="right") - 1
-        found: list[Example] = [{}] * len(which)
-        order = np.argsort(which, kind="stable")
-        for batch, members in itertools.groupby(order, key=lambda place: int(which[place])):
-            places = list(members)
-            inside = [int(numbers[place] - self._firsts[batch]) for place in places]
-            try:
-                examples = self._batches[batch].take(inside).to_pylist()
-            except (OSError, ValueError, IndexError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise InputError(f"{self.where}: damaged: {reason}") from None
-            for place, example in zip(places, examples, strict=True):
-                found[place] = example
-        return found
+        return take_by_part(self._firsts, numbers, self._take_of)
+
+    def _take_of(self, batch: int, inside: list[int]) -> Sequence[Example]:
+        try:
+            return self._batches[batch].take(inside).to_pylist()
+        except (OSError, ValueError, IndexError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{self.where}: damaged: {reason}") from None
 
 
 def _batches_of(path: pathlib.Path) -> Iterator[Any]:

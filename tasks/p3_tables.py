@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +37,27 @@ class Table(Protocol):
 
     def take(self, numbers: Sequence[int]) -> list[Example]:
         """The examples of these numbers, in this order."""
+
+
+def take_by_part(
+    firsts: np.ndarray, numbers: Sequence[int], take: Callable[[int, list[int]], Sequence[Example]]
+) -> list[Example]:
+    """Rows of a table in parts, each part asked once.
+
+    Args:
+      firsts: [parts + 1], where each part begins and the last one ends.
+      numbers: of rows, in any order.
+      take: (part, numbers in it) -> its rows.
+    """
+    which = np.searchsorted(firsts, np.asarray(numbers), side="right") - 1
+    found: list[Example] = [{}] * len(which)
+    order = np.argsort(which, kind="stable")
+    for part, members in itertools.groupby(order, key=lambda place: int(which[place])):
+        places = list(members)
+        inside = [int(numbers[place] - firsts[part]) for place in places]
+        for place, example in zip(places, take(part, inside), strict=True):
+            found[place] = example
+    return found
 
 
 class JsonLinesTable:
@@ -143,20 +164,15 @@ class ParquetTable:
 
     def take(self, numbers: Sequence[int]) -> list[Example]:
         """See Table."""
-        which = np.searchsorted(self._firsts, np.asarray(numbers), side="right") - 1
-        found: list[Example] = [{}] * len(which)
-        order = np.argsort(which, kind="stable")
-        for group, members in itertools.groupby(order, key=lambda place: int(which[place])):
-            places = list(members)
-            path, number, file, _ = self._groups[group]
-            try:
-                table = _row_groups.get(path, number, file)
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-            inside = [int(numbers[place] - self._firsts[group]) for place in places]
-            for place, example in zip(places, table.take(inside).to_pylist(), strict=True):
-                found[place] = example
-        return found
+        return take_by_part(self._firsts, numbers, self._take_of)
+
+    def _take_of(self, group: int, inside: list[int]) -> Sequence[Example]:
+        path, number, file, _ = self._groups[group]
+        try:
+            table = _row_groups.get(path, number, file)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
+        return table.take(inside).to_pylist()
 
 
 def open_table(paths: Sequence[pathlib.Path]) -> Table:

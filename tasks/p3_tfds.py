@@ -17,7 +17,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import itertools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.tasks.p3_records import RecordFile, read_json
-from pemoe_jax.tasks.p3_tables import Example
+from pemoe_jax.tasks.p3_tables import Example, take_by_part
 
 _FIELD = re.compile(r"(?P<made>\w+)=(?:(?P<how>join|name|text)\()?(?P<of>[\w,]+)\)?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -171,15 +170,11 @@ class PreparedTable:
 
     def take(self, numbers: Sequence[int]) -> list[Example]:
         """See Table."""
-        which = np.searchsorted(self._firsts, np.asarray(numbers), side="right") - 1
-        found: list[Example] = [{}] * len(which)
-        order = np.argsort(which, kind="stable")
-        for shard, members in itertools.groupby(order, key=lambda place: int(which[place])):
-            places = list(members)
-            inside = [int(numbers[place] - self._firsts[shard]) for place in places]
-            for place, record in zip(places, self._files[shard].read(inside), strict=True):
-                found[place] = self._example(record, self._paths[shard])
-        return found
+        return take_by_part(self._firsts, numbers, self._take_of)
+
+    def _take_of(self, shard: int, inside: list[int]) -> Sequence[Example]:
+        path = self._paths[shard]
+        return [self._example(record, path) for record in self._files[shard].read(inside)]
 
     def _example(self, record: bytes, path: pathlib.Path) -> Example:
         try:
