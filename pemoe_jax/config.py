@@ -119,8 +119,15 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
+def load(
+    args: argparse.Namespace, bindings: Sequence[str], macros: Sequence[str] = ()
+) -> None:
     """Parses the gin files and bindings.
+
+    Args:
+      args: parsed flags.
+      bindings: of `--gin.NAME=value`.
+      macros: 'NAME = value' of macros that the command has itself, before any file.
 
     Raises:
       InputError: a file is missing, a line does not parse, or it binds what does not exist.
@@ -139,7 +146,8 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     try:
         # run files read these; the files and flags that the user gives come after and win
         gin.parse_config([f"{macro} = None" for macro in _SET_BY_MODEL_AND_METHOD])
-        gin.parse_config("DROPOUT_RATE = 0.0")  # models read it, for commands without a run file
+        # models read the first of them, for commands without a run file
+        gin.parse_config(["DROPOUT_RATE = 0.0", *macros])
         gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macros(bindings)
         gin.parse_config_files_and_bindings([], [_IMPORTS, *args.gin_bindings, *bindings])
