@@ -20,10 +20,20 @@ from pemoe_jax.core.errors import InputError
 
 Array = jax.Array
 
+
+
+def _all_but_copies(primitive: Any, *of: Any, **settings: Any) -> bool:
+    if primitive.name == "convert_element_type":
+        return bool(settings["new_dtype"].itemsize <= of[0].dtype.itemsize)
+    return primitive.name not in ("sharding_constraint", "broadcast_in_dim", "reshape")
+
+
 # What the backward pass finds of a layer, beside what the layer read, under T5X's names: all that
 # it needs; what its matrices gave; nothing. It computes the rest again.
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "none": None,
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+    # A constraint of where a parameter lies would be kept as an array of its own, and a loop would
+    # so keep a second copy of all its weights.
+    "none": _all_but_copies,
     "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -61,7 +71,7 @@ def through_layers(
     policy = REMAT_POLICIES[remat_policy]
     if scan and count:
         return _scanned(stack, make, count, call, x, policy)
-    if policy is not None:
+    if remat_policy != "none":
         call = nn.remat(call, policy=policy)
     for i in range(count):
         x = call(make(name=f"layers_{i}"), x)
@@ -74,7 +84,7 @@ def _scanned(
     count: int,
     call: Callable[[Any, Array], Array],
     x: Array,
-    policy: Callable[..., bool] | None,
+    policy: Callable[..., bool],
 ) -> Array:
     layer = make(parent=None)
     told_of = [name for name in _COLLECTIONS if stack.is_mutable_collection(name)]
@@ -86,8 +96,8 @@ def _scanned(
         rngs = None if key is None else {"dropout": key}
         return nn.apply(call, layer, mutable=told_of)({"params": params}, x, rngs=rngs)
 
-    if policy is not None:
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    # in a loop the forward pass is out of the backward pass' reach: no barrier between the two
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     x, told = jax.lax.scan(body, x, (params, keys))
     for name, tree in told.items():
         for i in range(count):
