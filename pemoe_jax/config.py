@@ -119,9 +119,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def load(
-    args: argparse.Namespace, bindings: Sequence[str], macros: Sequence[str] = ()
-) -> None:
+def load(args: argparse.Namespace, bindings: Sequence[str], macros: Sequence[str] = ()) -> None:
     """Parses the gin files and bindings.
 
     Args:

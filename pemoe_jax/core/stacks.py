@@ -21,7 +21,6 @@ from pemoe_jax.core.errors import InputError
 Array = jax.Array
 
 
-
 def _all_but_copies(primitive: Any, *of: Any, **settings: Any) -> bool:
     if primitive.name == "convert_element_type":
         return bool(settings["new_dtype"].itemsize <= of[0].dtype.itemsize)
@@ -111,7 +110,7 @@ def stacked(
     depth_of: Callable[[str], int],
     join: Callable[[list[Any]], Any] = jnp.stack,
 ) -> dict[str, Any]:
-    """Parameters with those of `layers_0`, `layers_1`, … joined under `layers`, as a loop reads them.
+    """Parameters with those of `layers_0`, `layers_1`, … joined under `layers`, for a loop.
 
     What only some layers of a stack have here (where a part of them trains) stays where it is.
 
