@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pemoe_jax.core import cross_entropy, steps
 from pemoe_jax.core import network as network_lib
-from pemoe_jax.core import steps
 
 SIZE = "models/t5_1_1_small.gin"
 INPUT_LENGTH, TARGET_LENGTH = 256, 8
@@ -72,7 +72,7 @@ def as_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def score_rows(model: Any, params: Any, rows: dict[str, Any]) -> jax.Array:
     """Log-probability of every row's target, the whole network run over each row: [rows]."""
     logits = steps.apply_model(model, params, rows, None)
-    nll, _ = steps.token_losses(logits, rows["decoder_target_tokens"])
+    nll, _ = cross_entropy.token_losses(logits, rows["decoder_target_tokens"])
     return -jnp.sum(nll * (rows["decoder_target_tokens"] > 0), axis=-1)
 
 

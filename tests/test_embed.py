@@ -30,7 +30,7 @@ from pemoe_jax import (
 )
 from pemoe_jax.checkpoints import base as base_lib
 from pemoe_jax.checkpoints import runs
-from pemoe_jax.core import decoding, network, routing_probe, steps
+from pemoe_jax.core import cross_entropy, decoding, network, routing_probe, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 
@@ -512,7 +512,7 @@ def test_choices_scored_together_are_as_scored_one_by_one(folder, trained, metho
     vocabulary = data.check_task("check_1").output_features["inputs"].vocabulary
     lines = (tmp_path / "predictions" / method / "check_1_score_eval.jsonl").read_text()
     losses = jax.jit(
-        lambda batch: steps.token_losses(
+        lambda batch: cross_entropy.token_losses(
             steps.apply_model(opened.model, params, batch, None), batch["decoder_target_tokens"]
         )[0]
     )

@@ -25,7 +25,8 @@ CORE = {
     "decoding": set(),
     "params": {"partitioning"},
     "optim": {"params"},
-    "steps": {"optim", "params", "network", "routing"},
+    "steps": {"cross_entropy", "optim", "params", "network", "routing"},
+    "cross_entropy": set(),
     "routing_probe": {"adapters", "params", "network", "steps"},
     "partitioning": set(),
 }
