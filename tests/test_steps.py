@@ -19,7 +19,10 @@ VOCAB = 7
 
 
 class Table:
-    """Logits are a row of `table` [V, V] for each decoder input, plus noise under dropout."""
+    """Logits are a row of `table` [V, V] for each decoder input, plus noise under dropout.
+
+    They are what its logits' matrix reads, too: that is an identity.
+    """
 
     def __init__(self, noisy: bool = False):
         self.noisy = noisy
@@ -33,6 +36,7 @@ class Table:
         *,
         enable_dropout,
         rngs,
+        return_hidden=False,
         mutable=(),
         **packing,
     ):
@@ -45,7 +49,11 @@ class Table:
 def parameters() -> tuple[dict, dict]:
     """(trainable, frozen)."""
     table = np.random.default_rng(0).standard_normal((VOCAB, VOCAB)).astype(np.float32) * 2
-    return {"table": jnp.asarray(table)}, {"shift": jnp.linspace(-1.0, 1.0, VOCAB)}
+    identity = {"logits_dense": {"kernel": jnp.eye(VOCAB)}}
+    return {"table": jnp.asarray(table)}, {
+        "shift": jnp.linspace(-1.0, 1.0, VOCAB),
+        "decoder": identity,
+    }
 
 
 def batch() -> dict[str, np.ndarray]:
