@@ -149,7 +149,7 @@ def test_one_that_is_killed_ends_the_other(folder, tmp_path):
     flags = flags_of(folder, run, TRAIN_STEPS=100_000, KEEP_CHECKPOINTS=2)
     both = start_two(command("train", flags), tmp_path)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while len(runs.saved_steps(run)) < 2:
             assert time.monotonic() < deadline and both[0].poll() is None, "no checkpoint"
             time.sleep(0.5)
