@@ -257,6 +257,7 @@ def _attempt(
         return 1
     except OSError as error:  # no permission, no space, a file where a folder should be
         if error.strerror is None:
+            processes.end_at(error)
             raise
         where = error.filename2 or error.filename
         print(f"error: {where or 'writing'}: {error.strerror}", file=sys.stderr)
@@ -265,9 +266,6 @@ def _attempt(
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        told = processes.told_of_others(error)
-        if told is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
-        return 1
+        processes.end_at(error)
+        raise
     return 0

@@ -221,8 +221,12 @@ def train(
     try:
         with partitioning.scope(mesh, rules):
             loop.run(state, frozen, feed.prefetch(batches))
-    finally:
-        checkpoints.close()
+    except BaseException as error:
+        # a save under way needs all processes, of which one may have gone
+        if isinstance(error, InputError) or jax.process_count() == 1:
+            checkpoints.close()
+        raise
+    checkpoints.close()
     plots.loss_curve(
         written / "metrics.jsonl", written / "loss.png", title=f"Training: {folder.name}"
     )
@@ -385,7 +389,7 @@ class _Loop:
 
         first = int(state.step)
         bar = progress.Progress("step", self.total_steps, first)
-        metrics = progress.Metrics(self.folder)
+        metrics = progress.Metrics(self.folder, first)
         window: list[tuple[Any, int]] = []
         waited, clock = 0.0, time.monotonic()
         # by step, so that an interrupted run saves the one that belongs to its state
