@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pemoe_jax import bindings as bindings_lib
 from pemoe_jax import processes
 from pemoe_jax.core.errors import InputError
 
@@ -123,7 +124,8 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     """Parses the gin files and bindings.
 
     Raises:
-      InputError: a file is missing, a line does not parse, or it binds what does not exist.
+      InputError: a file is missing, a line does not parse, or it binds what does not exist or
+        what is of another type.
     """
     import importlib.util  # noqa: F401  gin uses it without importing it
 
@@ -149,6 +151,7 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         raise InputError(f"gin: {_first_line(error)}") from error
     except (ValueError, SyntaxError, ImportError, AttributeError, NameError, TypeError) as error:
         raise InputError(_told(error)) from error
+    bindings_lib.check(_SET_BY_MODEL_AND_METHOD)
 
 
 def _told(error: Exception) -> str:

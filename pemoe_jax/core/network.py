@@ -42,7 +42,7 @@ class T5Config:
     sentence_dim: int | None = None
 
     def __post_init__(self) -> None:
-        if jnp.dtype(self.dtype) not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+        if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
             raise InputError(f"T5Config.dtype: expected float32 or bfloat16, found {self.dtype!r}")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise InputError(
