@@ -141,7 +141,9 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     try:
         # run files read these; the files and flags that the user gives come after and win
         gin.parse_config([f"{macro} = None" for macro in _SET_BY_MODEL_AND_METHOD])
-        gin.parse_config("DROPOUT_RATE = 0.0")  # models read it, for commands without a run file
+        # models read the first, for commands without a run file; run files the second, which
+        # model files set
+        gin.parse_config(["DROPOUT_RATE = 0.0", "DTYPE = None"])
         gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macros(bindings)
         gin.parse_config_files_and_bindings([], [_IMPORTS, *args.gin_bindings, *bindings])

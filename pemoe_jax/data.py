@@ -204,6 +204,16 @@ def cached_subtasks(name: str) -> list[str]:
     return [task.name for task in tasks if task.name not in missing]
 
 
+def is_there(name: str, use_cached: bool) -> bool:
+    """False of tasks without a cache, and of P3's published ones that a folder P3_DIR has not."""
+    task = check_task(name)
+    if use_cached:
+        return not task.supports_caching or bool(task.cache_dir)
+    source = getattr(task, "source", None)
+    folder = getattr(getattr(source, "settings", None), "p3_dir", None)
+    return folder is None or "://" in folder or getattr(source, "found", True) is not None
+
+
 def check_count(what: str, value: Any, least: int) -> None:
     """InputError where a setting is no integer of at least so much."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:

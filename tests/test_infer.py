@@ -221,7 +221,7 @@ def test_a_task_with_metrics_of_scores_is_told_of(folder, tmp_path, capsys):
     seqio.TaskRegistry.add_provider("users_scored", scored)
     try:
         macros = {"EVAL_EXAMPLES": 1, "MIXTURE_OR_TASK_NAME": "users_scored"}
-        assert infer.main(flags(folder, tmp_path, **macros)) == 1
+        assert infer.main(flags(folder, tmp_path / "out", **macros)) == 1
     finally:
         seqio.TaskRegistry.remove("users_scored")
     assert "'users_scored' has a metric of SCORE" in capsys.readouterr().err
