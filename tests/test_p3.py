@@ -292,15 +292,14 @@ def test_all_313_tasks_are_entered_anywhere(p3, tmp_path):
         found = itertools.islice(batches, count)
         return [tuple(batch[key].tobytes() for key in keys) for batch in found]
 
-    first = read(0, 20_000)
-    met = {inputs for inputs, _ in first}
-    # the rarest, the 35 of 1,000 rows or fewer, come once in 8,000 examples
-    assert 270 < len(met) <= 313
-    for start in (1, 312, 12_345):
+    first = read(0, 2_000)
+    # the rarest have 1,941 of 17,277,798 rows: by the rates 257.4 tasks are to be met, ± 6
+    assert 234 < len({inputs for inputs, _ in first}) < 281
+    for start in (1, 312, 1_579):
         assert read(start, 60) == first[start : start + 60]
-    far = read(100_000_000, 300)
-    assert read(100_000_240, 60) == far[240:]
-    assert len(set(far)) > 100
+    far = read(100_000_000, 100)
+    assert read(100_000_040, 60) == far[40:]
+    assert len(set(far)) > 30
 
 
 def test_decoding_leaves_out_what_is_not_there(p3, forms, tmp_path, capsys):
