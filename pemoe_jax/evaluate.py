@@ -186,7 +186,7 @@ def _score(
     import jax
     import numpy as np
 
-    from pemoe_jax import data, feed
+    from pemoe_jax import buckets, feed
     from pemoe_jax.core import partitioning, steps
 
     score = jax.jit(
@@ -205,7 +205,7 @@ def _score(
         bar.report_if_due(len(found), "inputs")
 
     for batch, members in feed.prefetch(
-        data.score_batches(groups, batch_size, multiple_of=devices)
+        buckets.score_batches(groups, batch_size, multiple_of=devices)
     ):
         waiting.append((score(params, partitioning.shard_batch(batch, mesh)), members))
         if len(waiting) > 2:  # a few in flight keep the device busy

@@ -242,7 +242,7 @@ def _give_metrics(names: Sequence[str], registered: Any) -> None:
 
 @functools.cache
 def _converter() -> Any:
-    """Leaves examples as they are: what is decoded from is made by `data.input_batches`.
+    """Leaves examples as they are: what is decoded from is made by `buckets.input_batches`.
 
     seqio's own takes most of the time that reading a task does.
     """
@@ -300,7 +300,7 @@ def _decode(
     """The tokens [length] of every example, tasks one after the other."""
     import numpy as np
 
-    from pemoe_jax import data, feed, progress
+    from pemoe_jax import buckets, feed, progress
     from pemoe_jax.core import decoding, partitioning
 
     inputs = [ids for task in tasks for ids in task.inputs]
@@ -315,7 +315,7 @@ def _decode(
         found.update(zip(numbers, partitioning.gather(tokens), strict=False))
         bar.report_if_due(len(found), "inputs")
 
-    batches = data.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
+    batches = buckets.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
     for tokens, numbers in feed.prefetch(batches):
         batch = {"inputs": tokens}
         if len(sentences) == len(inputs):

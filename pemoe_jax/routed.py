@@ -251,7 +251,7 @@ def measure(
     import jax
     import numpy as np
 
-    from pemoe_jax import data, feed
+    from pemoe_jax import buckets, feed
     from pemoe_jax.core import partitioning, routing_probe
 
     rows = [(n, answered(group)) for n, members in enumerate(groups.values()) for group in members]
@@ -259,7 +259,7 @@ def measure(
     probe = routing_probe.make_probe(model)
     sums = routing_probe.start(model, len(groups), token_sites)
     sums = partitioning.replicate(sums, mesh)
-    batches = data.score_batches(
+    batches = buckets.score_batches(
         [group for _, group in rows], batch_size, multiple_of=mesh.shape["data"]
     )
     done = 0
