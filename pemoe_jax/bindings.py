@@ -10,24 +10,26 @@ from typing import Any
 
 from pemoe_jax.core.errors import InputError
 
-_SCALARS = {
+_WORDS = {
     int: "a whole number",
     float: "a number",
     str: "a text",
     bool: "True or False",
     type(None): "None",
-}
-_CONTAINERS = {
     collections.abc.Sequence: "a list",
     collections.abc.Mapping: "a dict",
+    list: "a list",
+    tuple: "a list",
+    dict: "a dict",
 }
+_ANY = (Any, object, inspect.Parameter.empty)
 
 
 def check(unset: Collection[str] = ()) -> None:
     """Looks at every value of the parsed configuration that is a literal.
 
-    Only annotations made of plain types and of lists and dicts are looked at: what takes anything
-    else has to look itself.
+    A literal is never an object or a function, which are given by reference. What is in lists and
+    dicts is not looked at.
 
     Args:
       unset: macros for which None means that no file has set them.
@@ -70,7 +72,7 @@ def _is_literal(value: Any) -> bool:
 
 
 def _kinds(function: Any) -> dict[str, Any]:
-    """Parameter -> its type; those whose annotation cannot be read here are left out."""
+    """Parameter -> its type; a function's where it is of a module that is loaded later."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -83,7 +85,7 @@ def _kinds(function: Any) -> dict[str, Any]:
             try:
                 kind = eval(kind, dict(names))
             except NameError:  # imported for type checkers alone
-                continue
+                kind = types.FunctionType | None
         found[parameter.name] = kind
     return found
 
@@ -97,23 +99,17 @@ def _members(kind: Any) -> tuple[Any, ...]:
 def _fits(value: Any, kind: Any) -> bool:
     for member in _members(kind):
         origin = typing.get_origin(member) or member
-        if origin in _CONTAINERS or origin in (list, tuple, dict):
-            if isinstance(value, origin) and not isinstance(value, str):
-                return True
-        elif origin is float:
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return True
-        elif origin is int:
-            if isinstance(value, int) and not isinstance(value, bool):
-                return True
-        elif origin not in _SCALARS or isinstance(value, origin):
+        if not isinstance(origin, type) or origin in _ANY:
+            return True
+        if isinstance(value, (bool, str)) or getattr(origin, "_is_protocol", False):
+            fits = origin is type(value)  # neither a number nor a list of letters
+        else:
+            fits = isinstance(value, (int, float) if origin is float else origin)
+        if fits:
             return True
     return False
 
 
 def _words(kind: Any) -> str:
-    words = []
-    for member in _members(kind):
-        origin = typing.get_origin(member) or member
-        words.append(_SCALARS.get(origin) or _CONTAINERS.get(origin) or origin.__name__)
-    return " or ".join(dict.fromkeys(words))
+    origins = [typing.get_origin(member) or member for member in _members(kind)]
+    return " or ".join(dict.fromkeys(_WORDS.get(origin, "a reference (@…)") for origin in origins))

@@ -2,12 +2,13 @@
 
 import collections.abc
 import inspect
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from pemoe_jax import bindings, config, evaluate, train
+from pemoe_jax import bindings, config, embed, evaluate, train
 
 FILES = ("models/t5_1_1_tiny.gin", "methods/molora.gin", "runs/finetune.gin")
 FLAGS = [f"--gin_file={name}" for name in FILES] + [
@@ -39,6 +40,15 @@ EVALUATE += ["--gin.EVAL_OUTPUT_DIR=/nowhere/out"]
             ["--gin.routing.Router.top_k=two"],
             "routing.Router.top_k: expected a whole number or None, found 'two'",
         ),
+        (["--gin.OPTIMIZER=adamw"], "OPTIMIZER: expected a reference (@…) or None, found 'adamw'"),
+        (["--gin.MODEL=x"], "MODEL: expected a reference (@…) or None, found 'x'"),
+        (
+            ["--gin.adapters.Adapters.wi_1=LoRAExperts"],
+            "adapters.Adapters.wi_1: expected a reference (@…) or None, found 'LoRAExperts'",
+        ),
+        (["--gin.MICROBATCHES=0"], "MICROBATCHES must be an integer of at least 1, found 0"),
+        (["--gin.KEEP_CHECKPOINTS=0"], "KEEP_CHECKPOINTS must be an integer of at least 1"),
+        (["--gin.network.T5Config.emb_dim=0"], "T5Config.emb_dim: must be at least 1, found 0"),
         (["--gin.DTYPE=abc"], "T5Config.dtype: expected float32 or bfloat16, found 'abc'"),
     ],
 )
@@ -73,7 +83,10 @@ def test_what_is_right_passes():
         (collections.abc.Mapping[str, int], [{"a": 1}], [["a"], "a"]),
         (float | str | None, [1, "a", None], [[1], True]),
         (Any, [1, "a", None], []),
-        (Callable[[], Any], [1, "a"], []),  # looks itself
+        (object, [1, "a", None], []),
+        (Callable[[], Any], [], [1, "a", None]),
+        (pathlib.Path | None, [None], [1, "a"]),
+        (embed.Encoder, [], [1, "a", ["a"]]),
         (inspect.Parameter.empty, [1, "a"], []),
         (Mapping, [{}], [[]]),
     ],
