@@ -58,11 +58,15 @@ def _followed(name: str, value: Any, bound: Any) -> tuple[str, Any]:
     """The value that macros stand for, and the name of the last of them."""
     import gin
 
+    seen: set[str] = set()
     while isinstance(value, gin.config.ConfigurableReference) and str(value)[0] == "%":
         name = str(value)[1:]
         macro = bound.get((name, "gin.macro"))
         if macro is None:  # gin.REQUIRED, or a constant
             break
+        if name in seen:
+            raise InputError(f"{name}: expected a value, found itself")
+        seen.add(name)
         value = macro["value"]
     return name, value
 
@@ -72,7 +76,10 @@ def _is_literal(value: Any) -> bool:
 
 
 def _kinds(function: Any) -> dict[str, Any]:
-    """Parameter -> its type; a function's where it is of a module that is loaded later."""
+    """Parameter -> its type, where that can be known.
+
+    Ours of modules that are loaded later are all of objects and functions: as good as a function's.
+    """
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -85,7 +92,11 @@ def _kinds(function: Any) -> dict[str, Any]:
             try:
                 kind = eval(kind, dict(names))
             except NameError:  # imported for type checkers alone
+                if not function.__module__.startswith("pemoe_jax."):
+                    continue
                 kind = types.FunctionType | None
+            except (AttributeError, SyntaxError, TypeError):
+                continue
         found[parameter.name] = kind
     return found
 

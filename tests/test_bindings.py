@@ -49,6 +49,7 @@ EVALUATE += ["--gin.EVAL_OUTPUT_DIR=/nowhere/out"]
         (["--gin.MICROBATCHES=0"], "MICROBATCHES must be an integer of at least 1, found 0"),
         (["--gin.KEEP_CHECKPOINTS=0"], "KEEP_CHECKPOINTS must be an integer of at least 1"),
         (["--gin.network.T5Config.emb_dim=0"], "T5Config.emb_dim: must be at least 1, found 0"),
+        (["--gin.RANK=%ALPHA", "--gin.ALPHA=%RANK"], "expected a value, found itself"),
         (["--gin.DTYPE=abc"], "T5Config.dtype: expected float32 or bfloat16, found 'abc'"),
     ],
 )
