@@ -225,6 +225,8 @@ def train(
             loop.run(state, frozen, feed.prefetch(batches))
     finally:
         checkpoints.close()
+    if batches.cuts.inputs or batches.cuts.targets:
+        print(batches.cuts)
     plots.loss_curve(
         written / "metrics.jsonl", written / "loss.png", title=f"Training: {folder.name}"
     )

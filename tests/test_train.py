@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -230,6 +231,15 @@ def test_waiting_for_data_is_measured(folder, trained, tmp_path, monkeypatch, ca
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert read_metrics(tmp_path, "train/wait_share")[12] > 0.5
     assert "waiting for data" in capsys.readouterr().out
+
+
+def test_long_examples_are_told_of(folder, tmp_path, capsys):
+    short = {"TASK_FEATURE_LENGTHS": "{'inputs': 5, 'targets': 8}", "TRAIN_STEPS": 1}
+    assert train.main(train_flags(folder, "ia3", tmp_path, **short)) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\n[1-9]\d* inputs and 0 targets of \d+ examples read were longer", said), (
+        said
+    )
 
 
 def test_resuming_on_another_base_is_refused(folder, trained, capsys):
