@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pemoe_jax import bindings as bindings_lib
 from pemoe_jax import processes
 from pemoe_jax.core.errors import InputError
 
@@ -123,7 +124,8 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     """Parses the gin files and bindings.
 
     Raises:
-      InputError: a file is missing, a line does not parse, or it binds what does not exist.
+      InputError: a file is missing, a line does not parse, or it binds what does not exist or
+        what is of another type.
     """
     import importlib.util  # noqa: F401  gin uses it without importing it
 
@@ -139,7 +141,9 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     try:
         # run files read these; the files and flags that the user gives come after and win
         gin.parse_config([f"{macro} = None" for macro in _SET_BY_MODEL_AND_METHOD])
-        gin.parse_config("DROPOUT_RATE = 0.0")  # models read it, for commands without a run file
+        # models read the first, for commands without a run file; run files the second, which
+        # model files set
+        gin.parse_config(["DROPOUT_RATE = 0.0", "DTYPE = None"])
         gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macros(bindings)
         gin.parse_config_files_and_bindings([], [_IMPORTS, *args.gin_bindings, *bindings])
@@ -149,6 +153,7 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         raise InputError(f"gin: {_first_line(error)}") from error
     except (ValueError, SyntaxError, ImportError, AttributeError, NameError, TypeError) as error:
         raise InputError(_told(error)) from error
+    bindings_lib.check(_SET_BY_MODEL_AND_METHOD)
 
 
 def _told(error: Exception) -> str:

@@ -109,6 +109,8 @@ def train(
         raise InputError("TRAINABLE is not set: expected --gin_file=methods/… before the run file")
     for name, value, least in (
         ("TRAIN_STEPS", total_steps, 1),
+        ("MICROBATCHES", microbatches, 1),
+        ("KEEP_CHECKPOINTS", 1 if keep_checkpoints is None else keep_checkpoints, 1),
         ("LOG_PERIOD", log_period, 1),
         ("CHECKPOINT_PERIOD", checkpoint_period, 1),
         ("EVAL_PERIOD", eval_period, 0),
@@ -227,6 +229,8 @@ def train(
             checkpoints.close()
         raise
     checkpoints.close()
+    if batches.cuts.inputs or batches.cuts.targets:
+        print(batches.cuts)
     plots.loss_curve(
         written / "metrics.jsonl", written / "loss.png", title=f"Training: {folder.name}"
     )

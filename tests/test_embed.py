@@ -17,6 +17,7 @@ from jsonl_folder import write_folder, write_vocabulary
 from test_train import CONFIG, DIMENSIONS, data_flags, read_metrics, train_flags
 
 from pemoe_jax import (
+    buckets,
     convert,
     data,
     embed,
@@ -475,7 +476,7 @@ def test_probabilities_are_of_examples_and_not_of_tokens(folder, trained, method
     params = opened.load()
     groups = data.choice_groups("jsonl_score_eval", {"inputs": 32, "targets": 8})
     source = sentences.for_models([opened], str(folder / "table"), "jsonl_score_eval", 32)
-    batch, members = next(data.score_batches(source.given_to(groups), 8))
+    batch, members = next(buckets.score_batches(source.given_to(groups), 8))
     batch = {k: v[:, 0] if v.ndim == 3 else v for k, v in batch.items()}
     _, told = steps.apply_model(opened.model, params, batch, None, mutable=["intermediates"])
     sites = params_lib.flatten(told["intermediates"])

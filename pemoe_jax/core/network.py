@@ -42,8 +42,12 @@ class T5Config:
     sentence_dim: int | None = None
 
     def __post_init__(self) -> None:
-        if jnp.dtype(self.dtype) not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+        if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
             raise InputError(f"T5Config.dtype: expected float32 or bfloat16, found {self.dtype!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise InputError(f"T5Config.{field.name}: must be at least 1, found {value}")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise InputError(
                 f"T5Config.dropout_rate: expected a share in [0, 1), found {self.dropout_rate}"
