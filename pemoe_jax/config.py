@@ -120,8 +120,13 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
+def load(args: argparse.Namespace, bindings: Sequence[str], macros: Sequence[str] = ()) -> None:
     """Parses the gin files and bindings.
+
+    Args:
+      args: parsed flags.
+      bindings: of `--gin.NAME=value`.
+      macros: 'NAME = value' of macros that the command has itself, before any file.
 
     Raises:
       InputError: a file is missing, a line does not parse, or it binds what does not exist or
@@ -143,7 +148,7 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         gin.parse_config([f"{macro} = None" for macro in _SET_BY_MODEL_AND_METHOD])
         # models read the first, for commands without a run file; run files the second, which
         # model files set
-        gin.parse_config(["DROPOUT_RATE = 0.0", "DTYPE = None"])
+        gin.parse_config(["DROPOUT_RATE = 0.0", "DTYPE = None", *macros])
         gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macros(bindings)
         gin.parse_config_files_and_bindings([], [_IMPORTS, *args.gin_bindings, *bindings])

@@ -39,6 +39,7 @@ FLAGS = config.parser(
   NUM_EXPERTS, RANK, ALPHA (by method), ROUTER_METRICS
   LOG_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_CHECKPOINTS
   MODEL_PARALLELISM, FSDP   devices that a matrix is spread over; parameters over the others too
+  SCAN_LAYERS, REMAT_POLICY layers as one loop; activations computed again: 'minimal', 'full'
 """,
 )
 
@@ -126,7 +127,7 @@ def train(
 
     from pemoe_jax import data, feed, processes, sentences
     from pemoe_jax.checkpoints import files, runs
-    from pemoe_jax.core import adapters, partitioning, steps
+    from pemoe_jax.core import adapters, network, partitioning, stacks, steps
     from pemoe_jax.reports import plots
 
     folder = files.local(model_dir, "MODEL_DIR")
@@ -195,6 +196,8 @@ def train(
             print(f"it does not say where in the data it was: reading past {first} batches")
             for _ in itertools.islice(batches, first):
                 pass
+    if model.config.scan_layers:
+        frozen = network.stacked(model, frozen, stacks.join_and_free)
     written = processes.folder_to_write(folder)
     _write_config(written)
     loop = _Loop(

@@ -153,6 +153,19 @@ def test_a_run_stopped_and_resumed_ends_like_one_that_was_not(folder, trained, t
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_in_another_form(folder, trained, tmp_path, capsys):
+    """As a loop with remat, on two devices and with parameters spread, then unrolled: one run."""
+    loop = {"SCAN_LAYERS": True, "REMAT_POLICY": "minimal", "FSDP": True}
+    assert train.main(train_flags(folder, "mov", tmp_path, TRAIN_STEPS=5, **loop)) == 0
+    assert train.main(train_flags(folder, "mov", tmp_path)) == 0
+    assert "resuming from" in capsys.readouterr().out
+    whole, record, _ = runs.open_trainable(str(trained["mov"]))
+    found, of_loop, _ = runs.open_trainable(str(tmp_path))
+    assert of_loop.config == record.config and whole.keys() == found.keys()
+    for path, array in whole.items():
+        np.testing.assert_allclose(array.read(), found[path].read(), rtol=1e-4, atol=1e-4)
+
+
 def assert_ends_alike(one: pathlib.Path, other: pathlib.Path) -> None:
     """Trained parameters, and how much of the data was consumed, bit for bit."""
     first, _, step = runs.open_trainable(str(one))
@@ -332,6 +345,7 @@ def test_results_are_replaced_by_their_like_alone(folder, trained, tmp_path, cap
         ({"MIXTURE_OR_TASK_NAME": "colour_a"}, "unknown task or mixture 'colour_a'"),
         ({"VOCAB_PATH": "/nowhere/v.model"}, "/nowhere/v.model"),
         ({"VOCAB_SIZE": 100}, "T5Config.vocab_size is 100"),
+        ({"REMAT_POLICY": "most"}, "REMAT_POLICY: expected one of ['none', 'minimal', 'full']"),
         ({"TRAIN_STEP": 3}, "close: TRAIN_STEPS"),
         ({"INITIAL_CHECKPOINT_PATH": "/nowhere.safetensors"}, "/nowhere.safetensors"),
         ({"LOSS_NORMALIZING_FACTOR": "'TOKENS'"}, "LOSS_NORMALIZING_FACTOR"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pemoe_jax.core import layers
+from pemoe_jax.core import layers, stacks
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
 from pemoe_jax.core.errors import InputError
@@ -28,6 +28,10 @@ class T5Config:
       emb_dim: D. num_heads: H. head_dim: K. mlp_dim: F.
       dropout_rate: for embeddings, attention, MLP and residual branches alike.
       sentence_dim: S of the sentence embeddings that routers may read; None: D.
+      scan_layers: whether a stack runs as one loop over its layers, compiled once.
+      remat_policy: what is kept of a layer for its gradients, see `stacks.REMAT_POLICIES`.
+
+    The last two change how a step is computed and not what the model is.
     """
 
     vocab_size: int = 32128
@@ -40,6 +44,8 @@ class T5Config:
     mlp_dim: int = 1024
     dropout_rate: float = 0.0
     sentence_dim: int | None = None
+    scan_layers: bool = False
+    remat_policy: str = "none"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
@@ -52,10 +58,17 @@ class T5Config:
             raise InputError(
                 f"T5Config.dropout_rate: expected a share in [0, 1), found {self.dropout_rate}"
             )
+        if not isinstance(self.scan_layers, bool):
+            raise InputError(f"SCAN_LAYERS: expected True or False, found {self.scan_layers!r}")
+        stacks.check_remat_policy(self.remat_policy)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; `T5Config(**d)` reads it back."""
-        return {**dataclasses.asdict(self), "dtype": jnp.dtype(self.dtype).name}
+        """What the model is, as plain data; `T5Config(**d)` reads it back."""
+        found = {**dataclasses.asdict(self), "dtype": jnp.dtype(self.dtype).name}
+        return {name: value for name, value in found.items() if name not in _HOW_NOT_WHAT}
+
+
+_HOW_NOT_WHAT = ("scan_layers", "remat_policy")
 
 
 class _Block(nn.Module):
@@ -148,6 +161,13 @@ class DecoderLayer(_Block):
         return self.mlp_branch(x, tokens)
 
 
+def _how(stack: "Encoder | Decoder") -> dict[str, Any]:
+    """How layers are run where they are trained; all are made, and decode, one by one."""
+    if stack.is_initializing():
+        return {}
+    return {"scan": stack.config.scan_layers, "remat_policy": stack.config.remat_policy}
+
+
 class Encoder(nn.Module):
     """The encoder stack."""
 
@@ -164,9 +184,14 @@ class Encoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=True
         )
-        for i in range(cfg.num_encoder_layers):
-            layer = EncoderLayer(cfg, self.adapters, name=f"layers_{i}")
-            x = layer(x, mask, bias, tokens)
+        x = stacks.through_layers(
+            self,
+            functools.partial(EncoderLayer, cfg, self.adapters),
+            cfg.num_encoder_layers,
+            lambda layer, x: layer(x, mask, bias, tokens),
+            x,
+            **_how(self),
+        )
         x = layers.LayerNorm(dtype=cfg.dtype, name="encoder_norm")(x)
         return dropout(x, deterministic=deterministic)
 
@@ -203,9 +228,16 @@ class Decoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=False
         )
-        for i in range(cfg.num_decoder_layers):
-            layer = DecoderLayer(cfg, self.adapters, name=f"layers_{i}")
-            x = layer(x, encoded, decoder_mask, cross_mask, bias, tokens, encoded_tokens, decode)
+        x = stacks.through_layers(
+            self,
+            functools.partial(DecoderLayer, cfg, self.adapters),
+            cfg.num_decoder_layers,
+            lambda layer, x: layer(
+                x, encoded, decoder_mask, cross_mask, bias, tokens, encoded_tokens, decode
+            ),
+            x,
+            **({} if decode else _how(self)),
+        )
         x = layers.LayerNorm(dtype=cfg.dtype, name="decoder_norm")(x)
         x = dropout(x, deterministic=deterministic)
         if return_hidden:
@@ -375,6 +407,23 @@ def param_shapes(
 def param_axes(model: Transformer) -> dict[str, tuple[str, ...]]:
     """path -> names of the parameter's axes, as ('embed', 'joined_kv')."""
     return {path: axes for path, (_, _, axes) in _look_over(model)[1].items()}
+
+
+def stacked(
+    model: Transformer, params: Mapping[str, Any], join: Callable[[list[Any]], Any]
+) -> dict[str, Any]:
+    """Parameters as a model with `scan_layers` reads them best, see `stacks.stacked`.
+
+    Args:
+      model: the network.
+      params: its parameters, or some of them.
+      join: `stacks.join_and_free` or `stacks.join_abstract`.
+    """
+    depths = {
+        "encoder/": model.config.num_encoder_layers,
+        "decoder/": model.config.num_decoder_layers,
+    }
+    return stacks.stacked(params, depths.__getitem__, join)
 
 
 def _look_over(model: Transformer) -> tuple[Any, dict[str, Any]]:
