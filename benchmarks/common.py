@@ -256,6 +256,26 @@ def alternate(sides: Sequence[Side], rounds: int) -> float:
     return others
 
 
+def in_turn(ways: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[list[Side], float]:
+    """As `alternate`, of functions of this process that wait until they are done and are warm.
+
+    Returns:
+      (a side for each, the share of the cores that others used meanwhile).
+    """
+    sides = [Side(name, "", {}) for name in ways]
+    works = list(ways.values())
+    before, clock, start = busy_seconds(), time.perf_counter(), time.process_time()
+    for number in range(rounds):
+        for place in range(len(sides)):
+            which = (number + place) % len(sides)
+            begun, cpu = time.perf_counter(), time.process_time()
+            works[which]()
+            sides[which].times.append((time.perf_counter() - begun, time.process_time() - cpu))
+    own, passed = time.process_time() - start, time.perf_counter() - clock
+    others = max(0.0, busy_seconds() - before - own) / (passed * (os.cpu_count() or 1))
+    return sides, others
+
+
 def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
     """The ends of the middle half, and the median between them."""
     if len(numbers) == 1:
