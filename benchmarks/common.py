@@ -15,6 +15,7 @@ import pathlib
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,13 +30,13 @@ VOCABULARY = 32128
 MEGABYTE = 1e6
 
 
-def parser(doc: str | None, rounds: int = 9) -> argparse.ArgumentParser:
+def parser(doc: str | None, rounds: int = 9, size: str = "small") -> argparse.ArgumentParser:
     """The flags that all scripts have."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--rounds", default=rounds, type=int, help="steps that each side takes")
-    made.add_argument("--size", default="small", help="dimensions: gin/models/t5_1_1_SIZE.gin")
+    made.add_argument("--size", default=size, help="dimensions: gin/models/t5_1_1_SIZE.gin")
     made.add_argument("--gpu", action="store_true", help="on the GPU, not on two CPU threads")
     made.add_argument("--json", type=pathlib.Path, help="a file to write the rows to")
     return made
@@ -233,12 +234,20 @@ class Side:
         }
 
 
-def alternate(sides: Sequence[Side], rounds: int) -> float:
+def alternate(sides: Sequence[Side], rounds: int, one_after_another: bool = False) -> float:
     """Has the sides take `rounds` steps each, in turn, in an order that turns too.
+
+    Args:
+      sides: not started yet.
+      rounds: their number.
+      one_after_another: all steps of one side and then all of the next, where the memory of a GPU
+        would not do for both; nothing else runs there, and its clock is steady.
 
     Returns:
       The share of the cores that others used meanwhile.
     """
+    if one_after_another and len(sides) > 1:
+        return statistics.mean(alternate([side], rounds) for side in sides)
     for side in sides:  # all load and compile at once: no time of this is told
         side.start()
     for side in sides:
@@ -276,6 +285,18 @@ def in_turn(ways: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[list[Si
     return sides, others
 
 
+def fastest(make: Callable[[str], Side], ways: Sequence[str], rounds: int) -> str:
+    """Tries a peer's ways, one after another, says what they take, and returns the fastest."""
+    taken = {}
+    for way in ways:
+        side = make(way)
+        alternate([side], rounds)
+        taken[way] = quartiles(side.seconds)[1]
+        peak = side.told["peak"] / MEGABYTE
+        print(f"{side.name}: {taken[way]:.3f} s, least {min(side.seconds):.3f}, {peak:.0f} MB")
+    return min(taken, key=lambda way: taken[way])
+
+
 def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
     """The ends of the middle half, and the median between them."""
     if len(numbers) == 1:
@@ -296,7 +317,7 @@ def peer_python(name: str) -> str:
 
 def check_peer(python: str, flag: str) -> None:
     """Ends the script in a line where a peer's interpreter is not there."""
-    if not pathlib.Path(python).exists():
+    if shutil.which(python) is None:
         raise SystemExit(f"--{flag}: {python} is not there: make bench-peers makes it")
 
 

@@ -13,12 +13,9 @@ import pairs
 def main() -> None:
     """Measures as the flags say."""
     args = common.parser(__doc__).parse_args()
-    pairs.compare(
-        args,
-        "molora_against_lora",
-        ("MoLORA-10, rank 4", "molora", ["NUM_EXPERTS=10", "RANK=4"]),
-        ("LoRA, rank 40", "lora", ["RANK=40"]),
-    )
+    molora = {"method": "molora", "experts": 10, "rank": 4}
+    ways = {"MoLORA-10, rank 4": molora, "LoRA, rank 40": {"method": "lora", "rank": 40}}
+    pairs.compare(args, "molora_against_lora", ways)
 
 
 if __name__ == "__main__":

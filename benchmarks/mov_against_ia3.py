@@ -13,12 +13,8 @@ import pairs
 def main() -> None:
     """Measures as the flags say."""
     args = common.parser(__doc__).parse_args()
-    pairs.compare(
-        args,
-        "mov_against_ia3",
-        ("MoV-30", "mov", ["NUM_EXPERTS=30"]),
-        ("(IA)³", "ia3", []),
-    )
+    ways = {"MoV-30": {"method": "mov", "experts": 30}, "(IA)³": {"method": "ia3"}}
+    pairs.compare(args, "mov_against_ia3", ways)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,26 @@
 """Two methods of ours against one another: what their scripts share."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import common
 import floors
 
-Way = tuple[str, str, list[str]]  # name, method, bindings of gin
-
 
 def shape(args: argparse.Namespace) -> dict[str, Any]:
-    """The rows of a step: of the table's CPU rows, or of its GPU rows."""
+    """Size and rows of a step: of the table's CPU rows, or of its GPU rows."""
+    found: dict[str, Any] = {"dimensions": common.dimensions(args.size)}
     if not args.gpu:
-        return {"size": args.size, "rows": 8, "lengths": [128, 32]}
+        return {**found, "rows": 8, "lengths": [128, 32]}
     many = {"rows": 16, "lengths": [1024, 256], "dtype": "bfloat16", "packed": True}
-    return {"size": args.size, "gpu": True, "steps": 5, **many}
+    return {**found, **many, "gpu": True, "steps": 5}
 
 
-def compare(args: argparse.Namespace, name: str, ours: Way, peer: Way) -> None:
-    """Measures one against the other and writes the row."""
-    sides = [
-        common.Side(label, "ours.py", {**shape(args), "method": method, "bindings": bindings})
-        for label, method, bindings in (ours, peer)
-    ]
-    others = common.alternate(sides, args.rounds)
-    mine, other = sides
-    floor = floors.together(mine.told["floor"], mine.told["rates"], other.told["rates"])
+def compare(args: argparse.Namespace, name: str, ways: Mapping[str, Mapping[str, Any]]) -> None:
+    """Measures the first against the second and writes the row."""
+    sides = [common.Side(label, "ours.py", {**shape(args), **way}) for label, way in ways.items()]
+    others = common.alternate(sides, args.rounds, args.gpu)
+    floor = floors.together(sides[0].told["floor"], *(side.told["rates"] for side in sides))
     where = "gpu" if args.gpu else "cpu"
-    common.write([common.row(f"{name}/{where}", mine, other, others, floor)], args.json)
+    common.write([common.row(f"{name}/{where}", *sides, others, floor)], args.json)

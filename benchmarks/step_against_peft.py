@@ -9,6 +9,7 @@ known to `torch_peer.py` for some steps, found it fastest. `make bench-peers` ma
 """
 
 import argparse
+import functools
 
 import common
 import floors
@@ -21,20 +22,8 @@ FASTEST = "sdpa compile"
 
 def peer(args: argparse.Namespace, method: str, way: str) -> common.Side:
     """torch, as `way` says."""
-    spec = {**pairs.shape(args), "dimensions": common.dimensions(args.size), "method": method}
-    name = f"PEFT {NAMES[method]}, {way}"
-    return common.Side(name, "torch_peer.py", {**spec, "way": way, "rank": 4}, args.torch)
-
-
-def fastest_way(args: argparse.Namespace, method: str) -> str:
-    """Tries all ways, prints what they take, and returns the fastest."""
-    taken = {}
-    for way in WAYS:
-        side = peer(args, method, way)
-        common.alternate([side], args.rounds)
-        taken[way] = common.quartiles(side.seconds)[1]
-        print(f"{side.name}: {taken[way]:.3f} s, least {min(side.seconds):.3f} s", flush=True)
-    return min(taken, key=lambda way: taken[way])
+    spec = {**pairs.shape(args), "method": method, "rank": 4, "way": way}
+    return common.Side(f"PEFT {NAMES[method]}, {way}", "torch_peer.py", spec, args.torch)
 
 
 def main() -> None:
@@ -48,7 +37,9 @@ def main() -> None:
     common.check_peer(args.torch, "torch")
     rows = []
     for method in args.methods:
-        way = fastest_way(args, method) if args.search else args.way
+        way = args.way
+        if args.search:
+            way = common.fastest(functools.partial(peer, args, method), WAYS, args.rounds)
         spec = {**pairs.shape(args), "method": method, "optimizer": "adamw"}
         ours, other = common.Side(NAMES[method], "ours.py", spec), peer(args, method, way)
         others = common.alternate([ours, other], args.rounds)

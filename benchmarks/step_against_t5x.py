@@ -23,10 +23,9 @@ def main() -> None:
     common.check_peer(args.t5x, "t5x")
     rows = []
     for method in args.methods:
-        spec = {**pairs.shape(args), "method": method}
-        theirs = {**spec, "dimensions": common.dimensions(args.size), "rank": 4}
+        spec = {**pairs.shape(args), "method": method, "rank": 4}
         ours = common.Side(NAMES[method], "ours.py", spec)
-        peer = common.Side(f"T5X, {NAMES[method]}", "t5x_peer.py", theirs, args.t5x)
+        peer = common.Side(f"T5X, {NAMES[method]}", "t5x_peer.py", spec, args.t5x)
         others = common.alternate([ours, peer], args.rounds)
         floor = floors.together(ours.told["floor"], ours.told["rates"])
         rows.append(common.row(f"step_against_t5x/{method}", ours, peer, others, floor))

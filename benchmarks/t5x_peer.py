@@ -155,10 +155,10 @@ def main() -> None:
     held = [state]
     del state
 
-    def step() -> float:
+    def step() -> Any:
         held[0], metrics = compiled(held[0], batch)
         jax.block_until_ready((held[0].params, metrics))
-        return float(metrics["loss"].compute())
+        return metrics["loss"].total / metrics["loss"].steps
 
     flat = traverse(held[0].params)
     told = {

@@ -3,10 +3,11 @@
 Its spec, beside `gpu`: `dimensions` by T5Config's names, `method` (ia3, lora, full) with `rank`,
 `rows`, `lengths` of inputs and targets, `dtype`, `steps`, and `way`, words of:
 
-- eager, sdpa: the attention;
-- compile: torch.compile of the model; `autotune` tries kernels, `wrapper` has inductor call them
-  from C++;
-- fused: AdamW in one kernel a tensor (else torch's own choice).
+- eager, sdpa, flex: the attention;
+- compile: torch.compile of the model, or with `blocks` of each block by itself, which is sooner
+  done; `autotune` tries kernels, `wrapper` has inductor call them from C++, `graphs` uses CUDA's;
+- fused: AdamW in one kernel a tensor (else torch's own choice);
+- checkpoint: activations are computed again.
 
 Nothing of this project is imported: it runs in an environment of its own,
 `benchmarks/environments/torch.txt`.
@@ -14,7 +15,7 @@ Nothing of this project is imported: it runs in an environment of its own,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import common
@@ -45,7 +46,9 @@ def network(spec: Mapping[str, Any]) -> Any:
     with device:
         model = T5ForConditionalGeneration(config)
     model = model.to(getattr(torch, spec.get("dtype", "float32")))
-    model.set_attn_implementation("eager" if "eager" in spec["way"].split() else "sdpa")
+    ways = spec["way"].split()
+    kind = "eager" if "eager" in ways else "flex_attention" if "flex" in ways else "sdpa"
+    model.set_attn_implementation(kind)
     return model
 
 
@@ -84,14 +87,7 @@ def main() -> None:
     model = with_adapters(network(spec), spec["method"], spec.get("rank", 4)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True if "fused" in ways else None)
-    run = model
-    if "compile" in ways:
-        options: dict[str, Any] = {}
-        if "autotune" in ways:
-            options["max_autotune"] = True
-        if "wrapper" in ways:
-            options["cpp_wrapper"] = True
-        run = torch.compile(model, options=options or None)
+    run = compiled(model, ways)
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     inputs, targets = (
@@ -115,15 +111,38 @@ def main() -> None:
     told = {
         "before": before,
         "trained": sum(p.numel() for p in trained),
+        "tokens": spec["rows"] * sum(spec["lengths"]),
         "versions": common.versions("torch", "transformers", "peft"),
     }
 
-    def at_the_end() -> dict[str, Any]:
-        if spec.get("gpu"):
-            return {"device peak": torch.cuda.max_memory_allocated()}
-        return {"rates": rates()}
+    service.run(step, told, lambda: told_at_the_end(spec))
 
-    service.run(step, told, at_the_end)
+
+def compiled(model: Any, ways: Sequence[str]) -> Any:
+    """The model, or what torch makes of it."""
+    import torch
+
+    if "checkpoint" in ways:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if "compile" not in ways:
+        return model
+    words = {"autotune": "max_autotune", "wrapper": "cpp_wrapper", "graphs": "triton.cudagraphs"}
+    options = {option: True for word, option in words.items() if word in ways} or None
+    if "blocks" not in ways:
+        return torch.compile(model, options=options)
+    for module in model.modules():
+        if type(module).__name__ == "T5Block":
+            module.compile(options=options)
+    return model
+
+
+def told_at_the_end(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The device's memory, or the machine's rates."""
+    import torch
+
+    if spec.get("gpu"):
+        return {"device peak": torch.cuda.max_memory_allocated()}
+    return {"rates": rates()}
 
 
 def rates() -> dict[str, float]:
