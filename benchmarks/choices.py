@@ -60,7 +60,7 @@ def main() -> None:
     import jax
 
     from pemoe_jax.core import params as params_lib
-    from pemoe_jax.core import cross_entropy, steps
+    from pemoe_jax.core import steps
 
     model = ours.transformer(spec)
     before = common.memory("VmRSS")
