@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pemoe_jax import bindings as bindings_lib
-from pemoe_jax import processes
+from pemoe_jax import compile_cache, host_memory, processes
 from pemoe_jax.core.errors import InputError
 
 GIN_DIR = Path(__file__).parent / "gin"
@@ -35,7 +35,7 @@ from pemoe_jax.core import routing
 from pemoe_jax.core import steps
 """
 
-_READ_TASKS = ("train", "evaluate", "infer", "embed", "routes")  # commands
+_RUN_MODELS = ("train", "evaluate", "infer", "embed", "routes")  # commands, on tasks
 
 _EPILOG = """\
 gin files are looked for in the working folder, then in --gin_search_paths, then among the
@@ -73,7 +73,7 @@ def parser(command: str, description: str, example: str, macros: str) -> argpars
         metavar="DIR,DIR",
         help="folders in which gin files are looked for, joined by commas",
     )
-    if command in _READ_TASKS:
+    if command in _RUN_MODELS:
         add_cache_dirs_flag(
             result,
             "folders of seqio's offline caches, joined by commas; USE_CACHED_TASKS=True reads them",
@@ -260,6 +260,9 @@ def _attempt(
     try:
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
         args = flags.parse_args(rest)
+        if flags.prog.rpartition(".")[2] in _RUN_MODELS and "jax" not in sys.modules:
+            compile_cache.start()
+            host_memory.keep()
         _add_cache_dirs(args)
         work(args, bindings)
     except InputError as error:
