@@ -145,7 +145,7 @@ ROWS = [
 HEAD = """\
 # What was measured
 
-Made by `python benchmarks/results.py` from `benchmarks/results/`, which `make bench` fills on a CPU.
+Made by `python benchmarks/results.py` from `benchmarks/results/`, which `make bench` fills.
 Time and speed are ratios to the peer: the median over rounds in which the two take turns, and the
 middle half of the rounds' ratios. The floor is the least that the operations (of a frozen base:
 forward and the gradients of activations) or the bytes moved take at the rates measured beside
