@@ -30,14 +30,25 @@ VOCABULARY = 32128
 MEGABYTE = 1e6
 
 
-def parser(doc: str | None, rounds: int = 9, size: str = "small") -> argparse.ArgumentParser:
-    """The flags that all scripts have."""
+def parser(
+    doc: str | None, rounds: int = 9, size: str | None = None, gpu: bool = False
+) -> argparse.ArgumentParser:
+    """The flags that scripts have in common.
+
+    Args:
+      doc: the script's.
+      rounds: steps that a side takes unless the flag says otherwise.
+      size: the size unless the flag says otherwise; None: there is no such flag.
+      gpu: whether there is a flag for the GPU.
+    """
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--rounds", default=rounds, type=int, help="steps that each side takes")
-    made.add_argument("--size", default=size, help="dimensions: gin/models/t5_1_1_SIZE.gin")
-    made.add_argument("--gpu", action="store_true", help="on the GPU, not on two CPU threads")
+    if size is not None:
+        made.add_argument("--size", default=size, help="dimensions: gin/models/t5_1_1_SIZE.gin")
+    if gpu:
+        made.add_argument("--gpu", action="store_true", help="on the GPU, not on two CPU threads")
     made.add_argument("--json", type=pathlib.Path, help="a file to write the rows to")
     return made
 
@@ -320,8 +331,9 @@ def paired(ours: Sequence[float], peers: Sequence[float]) -> tuple[float, float,
 
 
 def peer_python(name: str) -> str:
-    """Where `make bench-peers` puts a peer's interpreter."""
-    return str(REPO / f".venv-{name}" / "bin" / "python")
+    """Where `make bench-peers` puts a peer's interpreter, or where the environment says it is."""
+    default = str(REPO / f".venv-{name}" / "bin" / "python")
+    return os.environ.get(f"PEMOE_{name.upper()}_PYTHON", default)
 
 
 def check_peer(python: str, flag: str) -> None:

@@ -32,7 +32,8 @@ def of_step(
     Operations are those of the matrix products (`reports.flops`): of what is frozen the forward
     pass and the gradients of activations, of what trains its own gradient too. Bytes:
 
-    - every matrix is read forward and again backward; of the embedding the rows of the batch;
+    - every parameter is read forward and again backward; of the embedding the batch's rows are
+      read and written;
     - what trains: its gradient is written and read, and it and two moments are read and written,
       float32;
     - of every product [tokens, m] x [m, n] forward the input is read and the output written, and
@@ -61,7 +62,7 @@ def of_step(
         own = 4 if path in trains else params_lib.frozen_dtype(path, config.dtype).itemsize
         if path in trains:
             moved += size * 4 * (2 + 6)
-        if path.endswith("embedding"):
+        if path.startswith("token_embedder"):
             moved += 2 * sum(tokens.values()) * leaf.shape[1] * own
             continue
         moved += 2 * size * own
@@ -97,7 +98,7 @@ def of_scoring(
     moved = 0
     for path, leaf in shapes.items():
         own = params_lib.frozen_dtype(path, config.dtype).itemsize
-        if path.endswith("embedding"):
+        if path.startswith("token_embedder"):
             moved += sum(tokens.values()) * leaf.shape[1] * own
             continue
         moved += math.prod(leaf.shape) * own

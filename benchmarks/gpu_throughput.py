@@ -60,7 +60,7 @@ def floor_of(side: common.Side) -> dict[str, float]:
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__, rounds=5, size="xl")
+    parser = common.parser(__doc__, rounds=5, size="xl", gpu=True)
     add_flags(parser, rows=16)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--peer_rows", default=16, type=int)
@@ -68,7 +68,8 @@ def main() -> None:
     parser.add_argument("--way", default=WAYS[0], help="settings of torch")
     parser.add_argument("--search", action="store_true", help="try all settings of torch first")
     args = parser.parse_args()
-    common.check_peer(args.torch, "torch")
+    if {*args.methods} != {"mov"}:
+        common.check_peer(args.torch, "torch")
     found = []
     for method in args.methods:
 

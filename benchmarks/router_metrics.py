@@ -16,6 +16,7 @@ Printed are the medians, and the median over rounds of a way's time over that of
 time that the process had on the CPU, which others on the machine disturb less.
 """
 
+import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -81,7 +82,11 @@ def compare(method: str, rounds: int, size: str) -> None:
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__, rounds=21)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", default=21, type=int)
+    parser.add_argument("--size", default="small")
     parser.add_argument("--methods", nargs="+", default=["mov", "molora"])
     args = parser.parse_args()
     common.pin()

@@ -33,7 +33,7 @@ def specs(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, size="small", gpu=True)
     parser.add_argument("--inputs", default=16, type=int)
     parser.add_argument("--choices", default=4, type=int)
     parser.add_argument("--lengths", default=[256, 8], type=int, nargs=2)

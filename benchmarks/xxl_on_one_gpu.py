@@ -14,7 +14,7 @@ import gpu_throughput
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__, rounds=3, size="xxl")
+    parser = common.parser(__doc__, rounds=3, size="xxl", gpu=True)
     gpu_throughput.add_flags(parser, rows=8)
     parser.set_defaults(scan=True, remat="full", microbatches=8)
     args = parser.parse_args()
