@@ -96,7 +96,7 @@ def random_params(model: Transformer, trains: Collection[str]) -> dict[str, Any]
         dtype = jnp.dtype(jnp.float32) if path in trains else frozen
         if path.endswith(("scale", "vectors")):
             return jnp.ones(shape, dtype)
-        size = 1.0 if path.endswith("embedding") else 1 / math.sqrt(shape[-2])
+        size = 1.0 if path.startswith("token_embedder") else 1 / math.sqrt(shape[-2])
         return normal(jax.random.key(zlib.crc32(path.encode())), shape, dtype, size)
 
     shapes = params_lib.flatten(network.param_shapes(model))
