@@ -3,7 +3,8 @@
 Each side of a comparison is a process of its own: it loads, compiles, warms up, and then takes one
 step at each line that it is sent, so that single steps alternate and one side sleeps while the
 other works. A peer may so live in another Python. Worker programs: `ours.py`, `torch_peer.py`,
-`t5x_peer.py`. This module needs the standard library alone.
+`t5x_peer.py`. This module and what it imports need the standard
+library alone.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from pemoe_jax import host_memory
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CORES = 2  # of a comparison on CPU
@@ -139,6 +142,7 @@ class Service:
         os.dup2(2, 1)
         if not self.spec.get("gpu"):
             pin()
+            host_memory.start()  # peers too: it serves them as well
 
     def run(
         self,

@@ -127,6 +127,7 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
+    from pemoe_jax import host_memory
     from pemoe_jax.core import network, optim, steps
     from pemoe_jax.core import params as params_lib
 
@@ -156,6 +157,7 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     )
     rest = (frozen, batch, jax.random.key(0))
     compiled = function.lower(state, *rest).compile()
+    host_memory.give_back()
     told = {
         "before": before,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
