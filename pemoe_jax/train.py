@@ -110,6 +110,8 @@ def train(
         raise InputError("TRAINABLE is not set: expected --gin_file=methods/… before the run file")
     for name, value, least in (
         ("TRAIN_STEPS", total_steps, 1),
+        ("MICROBATCHES", microbatches, 1),
+        ("KEEP_CHECKPOINTS", 1 if keep_checkpoints is None else keep_checkpoints, 1),
         ("LOG_PERIOD", log_period, 1),
         ("CHECKPOINT_PERIOD", checkpoint_period, 1),
         ("EVAL_PERIOD", eval_period, 0),
@@ -224,8 +226,14 @@ def train(
     try:
         with partitioning.scope(mesh, rules):
             loop.run(state, frozen, feed.prefetch(batches))
-    finally:
-        checkpoints.close()
+    except BaseException as error:
+        # a save under way needs all processes, of which one may have gone
+        if isinstance(error, InputError) or jax.process_count() == 1:
+            checkpoints.close()
+        raise
+    checkpoints.close()
+    if batches.cuts.inputs or batches.cuts.targets:
+        print(batches.cuts)
     plots.loss_curve(
         written / "metrics.jsonl", written / "loss.png", title=f"Training: {folder.name}"
     )
@@ -388,7 +396,7 @@ class _Loop:
 
         first = int(state.step)
         bar = progress.Progress("step", self.total_steps, first)
-        metrics = progress.Metrics(self.folder)
+        metrics = progress.Metrics(self.folder, first)
         window: list[tuple[Any, int]] = []
         waited, clock = 0.0, time.monotonic()
         # by step, so that an interrupted run saves the one that belongs to its state

@@ -48,8 +48,12 @@ class T5Config:
     remat_policy: str = "none"
 
     def __post_init__(self) -> None:
-        if jnp.dtype(self.dtype) not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+        if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
             raise InputError(f"T5Config.dtype: expected float32 or bfloat16, found {self.dtype!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise InputError(f"T5Config.{field.name}: must be at least 1, found {value}")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise InputError(
                 f"T5Config.dropout_rate: expected a share in [0, 1), found {self.dropout_rate}"
@@ -209,8 +213,12 @@ class Decoder(nn.Module):
         encoded_tokens: Tokens,
         decode: bool,
         max_decode_length: int | None,
+        return_hidden: bool = False,
     ) -> Array:
-        """Embedded tokens [B·C, L, D], encoded [B, Le, D] -> logits [B·C, L, V], float32."""
+        """Embedded tokens [B·C, L, D], encoded [B, Le, D] -> logits [B·C, L, V], float32.
+
+        With `return_hidden` what the logits' matrix reads, [B·C, L, D] in float32.
+        """
         cfg, deterministic = self.config, tokens.deterministic
         length = embedded.shape[1]
         if decode and max_decode_length:
@@ -232,6 +240,8 @@ class Decoder(nn.Module):
         )
         x = layers.LayerNorm(dtype=cfg.dtype, name="decoder_norm")(x)
         x = dropout(x, deterministic=deterministic)
+        if return_hidden:
+            return x.astype(jnp.float32)
         # T5 v1.1 unties the logits from the embedding and does not scale them
         logits = layers.Dense(
             cfg.vocab_size, ("embed", "vocab"), dtype=jnp.float32, name="logits_dense"
@@ -283,6 +293,7 @@ class Transformer(nn.Module):
         decode: bool = False,
         max_decode_length: int | None = None,
         sentence_embeddings: Array | None = None,
+        return_hidden: bool = False,
     ) -> Array:
         """Logits [B·C, L, V] of the decoder; C > 1 where several choices read one input.
 
@@ -297,6 +308,8 @@ class Transformer(nn.Module):
           decode: one token a step, over the collections `cache` and, if mutable, `cross_cache`.
           max_decode_length: length of the cache in a step of decoding.
           sentence_embeddings: [B, S], for routers that read them.
+          return_hidden: what the logits' matrix reads [B·C, L, D], float32, in place of logits: for
+            `cross_entropy.of_hidden` with `logits_kernel`.
         """
         del decoder_positions
         readable = encoder_input_tokens > 0
@@ -325,6 +338,7 @@ class Transformer(nn.Module):
             encoded_tokens,
             decode,
             max_decode_length,
+            return_hidden,
         )
 
     def __call__(
@@ -340,6 +354,7 @@ class Transformer(nn.Module):
         enable_dropout: bool = True,
         decode: bool = False,
         sentence_embeddings: Array | None = None,
+        return_hidden: bool = False,
     ) -> Array:
         """Logits [B, L, V], float32; arguments as for `encode` and `decode`."""
         del encoder_positions  # relative positions need none
@@ -357,7 +372,13 @@ class Transformer(nn.Module):
             enable_dropout=enable_dropout,
             decode=decode,
             sentence_embeddings=sentence_embeddings,
+            return_hidden=return_hidden,
         )
+
+
+def logits_kernel(params: Mapping[str, Any]) -> Array:
+    """The matrix [D, V] that makes logits of what the decoder gives with `return_hidden`."""
+    return params["decoder"]["logits_dense"]["kernel"]
 
 
 def init_params(model: Transformer, seed: int, keep: Callable[[str], bool]) -> dict[str, Any]:
