@@ -220,7 +220,7 @@ def train(
     )
     try:
         with partitioning.scope(mesh, rules):
-            loop.run(state, frozen, feed.prefetch(batches))
+            loop.run(state, frozen, feed.prefetch(batches, made=loop.placed))
     finally:
         checkpoints.close()
     plots.loss_curve(
@@ -377,11 +377,18 @@ class _Loop:
     save: Callable[[Any, Any], None]
     save_period: int
 
+    def placed(self, batch: Mapping[str, Any]) -> tuple[Any, int]:
+        """A batch of this process's share, on the devices, and its number of real tokens."""
+        from pemoe_jax.core import partitioning
+
+        return partitioning.join_batch(batch, self.mesh), _real_tokens(batch)
+
     def run(self, state: Any, frozen: Any, batches: Any) -> None:
+        """Trains on `placed` batches."""
         import jax
 
         from pemoe_jax import progress
-        from pemoe_jax.core import partitioning, routing
+        from pemoe_jax.core import routing
 
         first = int(state.step)
         bar = progress.Progress("step", self.total_steps, first)
@@ -401,10 +408,8 @@ class _Loop:
                         f"the training data ended at step {step - 1} of {self.total_steps}"
                     )
                 positions = {step - 1: positions[step - 1], step: batches.position}
-                tokens = _real_tokens(batch)
-                state, step_metrics = self.train_step(
-                    state, frozen, partitioning.join_batch(batch, self.mesh), self.rng
-                )
+                arrays, tokens = batch
+                state, step_metrics = self.train_step(state, frozen, arrays, self.rng)
                 window.append((step_metrics, tokens))
                 bar.advance(step)
                 last = step == self.total_steps
