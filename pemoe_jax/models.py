@@ -195,19 +195,28 @@ class OpenedModel:
             )
 
     def about(self) -> dict[str, Any]:
-        """Name, method, checkpoint, step and parameter counts, for tables."""
+        """Name, method, checkpoint, step, dtype, counts and an adapter's base, for tables."""
         counts = {"trainable": 0, "total": params_lib.count(network.param_shapes(self.model))}
         return {
             "name": self.name,
             "method": "none" if self.record is None else self.record.method,
             "checkpoint": os.fspath(files.at(self.path)),
             "step": self.step,
+            "dtype": self.model.config.dtype,
             **(counts if self.record is None else self.record.counts),
+            **({"base": self._base_in_words()} if self.needs_base else {}),
         }
+
+    def _base_in_words(self) -> str:
+        assert self.record is not None
+        return self.base_path or f"random weights, seed {self.record.base['seed'] or 0}"
 
 
 def open_models(
-    paths: str | Sequence[str], model: Transformer | None = None, base_path: str | None = None
+    paths: str | Sequence[str],
+    model: Transformer | None = None,
+    base_path: str | None = None,
+    dtype: str | None = None,
 ) -> list[OpenedModel]:
     """Opens each path: a base, a run's folder (its newest checkpoint), a checkpoint or an adapter.
 
@@ -215,6 +224,7 @@ def open_models(
       paths: one or several.
       model: its activation dtype is that of bases that state none.
       base_path: read in place of the base that a run or an adapter names.
+      dtype: of activations, in place of what checkpoints say; None: as they say.
 
     Raises:
       InputError: nothing is there, or it is none of these.
@@ -228,6 +238,9 @@ def open_models(
         place = files.at(path)
         with files.reaching(place):
             found = _open(path, model, base_path)
+        if dtype is not None:
+            config = dataclasses.replace(found.model.config, dtype=dtype)
+            found.model = found.model.clone(config=config)
         names[found.name] += 1
         if names[found.name] > 1:  # names become folders and rows, so they must differ
             found.name += f"_{names[found.name]}"

@@ -27,6 +27,7 @@ FLAGS = config.parser(
 """,
     macros="""\
   DTYPE, DROPOUT_RATE, NUM_EXPERTS, RANK (by method), TRAINABLE, VOCAB_SIZE
+  SCAN_LAYERS, REMAT_POLICY as a run's
 """,
 )
 FLAGS.add_argument(
@@ -59,11 +60,16 @@ CHIPS = {"v2": 8, "v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 8
 
 _WIRING = """\
 from pemoe_jax import plan
+from pemoe_jax.core import network
 from pemoe_jax.core import optim
+network.T5Config.scan_layers = %SCAN_LAYERS
+network.T5Config.remat_policy = %REMAT_POLICY
 plan.configured.model = %MODEL
 plan.configured.method = %METHOD
 plan.configured.trainable = %TRAINABLE
 plan.configured.optimizer = @optim."""
+
+_MACROS = ("SCAN_LAYERS = False", "REMAT_POLICY = 'none'")  # where no run file has them
 
 
 def configured(
@@ -140,7 +146,7 @@ def _step(
     from pemoe_jax.reports import counts
 
     args.gin_bindings = [_WIRING + args.optimizer, *args.gin_bindings]
-    config.load(args, bindings)
+    config.load(args, bindings, _MACROS)
     model, method, trainable, optimizer = config.call(configured)
     step = planned.Step(model, trainable, optimizer, args.batch_size, lengths, args.microbatches)
     shapes = params.flatten(network.param_shapes(model))

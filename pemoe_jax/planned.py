@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pemoe_jax.core import adapters, network, partitioning, steps
+from pemoe_jax.core import adapters, network, partitioning, stacks, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.reports import flops, hlo, plans
@@ -143,6 +143,8 @@ def arguments(step: Step, mesh: Mesh, fsdp: bool = False) -> Arguments:
 
     trained = params_lib.unflatten({path: abstract(path) for path in shapes if path in trains})
     frozen = params_lib.unflatten({path: abstract(path) for path in shapes if path not in trains})
+    if model.config.scan_layers:
+        frozen = network.stacked(model, frozen, stacks.join_abstract)
     state = jax.eval_shape(lambda p: steps.TrainState.create(p, step.optimizer), trained)
     state = _placed(state, partitioning.state_shardings(state, lie, mesh))
     return Arguments(state, frozen, _batch(step, mesh))
@@ -245,7 +247,8 @@ def _measure(step: Step, mesh: Mesh, fsdp: bool) -> dict[str, float]:
 def depths(config: network.T5Config, every_layer: bool = False) -> list[tuple[int, int]]:
     """(encoder, decoder layers) of the models to compile: one, or as many as tell of each stack."""
     encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
-    if every_layer or max(encoder, decoder) <= DEEPER:
+    # a loop over layers is compiled at once, however many there are
+    if every_layer or config.scan_layers or max(encoder, decoder) <= DEEPER:
         return [(encoder, decoder)]
     shallow = (min(encoder, SHALLOW), min(decoder, SHALLOW))
     if encoder == decoder:

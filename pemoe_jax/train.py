@@ -39,6 +39,7 @@ FLAGS = config.parser(
   NUM_EXPERTS, RANK, ALPHA (by method), ROUTER_METRICS
   LOG_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_CHECKPOINTS
   MODEL_PARALLELISM, FSDP   devices that a matrix is spread over; parameters over the others too
+  SCAN_LAYERS, REMAT_POLICY layers as one loop; activations computed again: 'minimal', 'full'
 """,
 )
 
@@ -109,6 +110,8 @@ def train(
         raise InputError("TRAINABLE is not set: expected --gin_file=methods/… before the run file")
     for name, value, least in (
         ("TRAIN_STEPS", total_steps, 1),
+        ("MICROBATCHES", microbatches, 1),
+        ("KEEP_CHECKPOINTS", 1 if keep_checkpoints is None else keep_checkpoints, 1),
         ("LOG_PERIOD", log_period, 1),
         ("CHECKPOINT_PERIOD", checkpoint_period, 1),
         ("EVAL_PERIOD", eval_period, 0),
@@ -124,7 +127,7 @@ def train(
 
     from pemoe_jax import data, feed, processes, sentences
     from pemoe_jax.checkpoints import files, runs
-    from pemoe_jax.core import adapters, partitioning, steps
+    from pemoe_jax.core import adapters, network, partitioning, stacks, steps
     from pemoe_jax.reports import plots
 
     folder = files.local(model_dir, "MODEL_DIR")
@@ -193,6 +196,8 @@ def train(
             print(f"it does not say where in the data it was: reading past {first} batches")
             for _ in itertools.islice(batches, first):
                 pass
+    if model.config.scan_layers:
+        frozen = network.stacked(model, frozen, stacks.join_and_free)
     written = processes.folder_to_write(folder)
     _write_config(written)
     loop = _Loop(
@@ -221,8 +226,14 @@ def train(
     try:
         with partitioning.scope(mesh, rules):
             loop.run(state, frozen, feed.prefetch(batches, made=loop.placed))
-    finally:
-        checkpoints.close()
+    except BaseException as error:
+        # a save under way needs all processes, of which one may have gone
+        if isinstance(error, InputError) or jax.process_count() == 1:
+            checkpoints.close()
+        raise
+    checkpoints.close()
+    if batches.cuts.inputs or batches.cuts.targets:
+        print(batches.cuts)
     plots.loss_curve(
         written / "metrics.jsonl", written / "loss.png", title=f"Training: {folder.name}"
     )
@@ -392,7 +403,7 @@ class _Loop:
 
         first = int(state.step)
         bar = progress.Progress("step", self.total_steps, first)
-        metrics = progress.Metrics(self.folder)
+        metrics = progress.Metrics(self.folder, first)
         window: list[tuple[Any, int]] = []
         waited, clock = 0.0, time.monotonic()
         # by step, so that an interrupted run saves the one that belongs to its state
