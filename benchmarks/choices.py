@@ -57,6 +57,7 @@ def main() -> None:
     """Serves."""
     service = common.Service()
     spec = service.spec
+    import floors
     import jax
 
     from pemoe_jax.core import params as params_lib
@@ -81,7 +82,17 @@ def main() -> None:
         scores = [np.asarray(compiled(params, piece)).ravel() for piece in pieces]
         return float(np.square(np.concatenate(scores)).mean())
 
-    told = {"before": before, "temporaries": compiled.memory_analysis().temp_size_in_bytes}
+    told = {
+        "before": before,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "floor": floors.of_scoring(
+            model,
+            params_lib.flatten(params),
+            spec["inputs"],
+            spec["choices"],
+            spec["lengths"],
+        ),
+    }
     told |= ours.told_of_device(spec)
     service.run(step, told, functools.partial(ours.told_at_the_end, spec))
 

@@ -3,7 +3,8 @@
 Each side of a comparison is a process of its own: it loads, compiles, warms up, and then takes one
 step at each line that it is sent, so that single steps alternate and one side sleeps while the
 other works. A peer may so live in another Python. Worker programs: `ours.py`, `torch_peer.py`,
-`t5x_peer.py`. This module needs the standard library alone.
+`t5x_peer.py`. This module and what it imports need the standard
+library alone.
 """
 
 import argparse
@@ -24,20 +25,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pemoe_jax import host_memory
+
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CORES = 2  # of a comparison on CPU
 VOCABULARY = 32128
 MEGABYTE = 1e6
 
 
-def parser(doc: str | None, rounds: int = 9, size: str = "small") -> argparse.ArgumentParser:
-    """The flags that all scripts have."""
+def parser(
+    doc: str | None, rounds: int = 9, size: str | None = None, gpu: bool = False
+) -> argparse.ArgumentParser:
+    """The flags that scripts have in common.
+
+    Args:
+      doc: the script's.
+      rounds: steps that a side takes unless the flag says otherwise.
+      size: the size unless the flag says otherwise; None: there is no such flag.
+      gpu: whether there is a flag for the GPU.
+    """
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--rounds", default=rounds, type=int, help="steps that each side takes")
-    made.add_argument("--size", default=size, help="dimensions: gin/models/t5_1_1_SIZE.gin")
-    made.add_argument("--gpu", action="store_true", help="on the GPU, not on two CPU threads")
+    if size is not None:
+        made.add_argument("--size", default=size, help="dimensions: gin/models/t5_1_1_SIZE.gin")
+    if gpu:
+        made.add_argument("--gpu", action="store_true", help="on the GPU, not on two CPU threads")
     made.add_argument("--json", type=pathlib.Path, help="a file to write the rows to")
     return made
 
@@ -95,6 +109,18 @@ def busy_seconds() -> float:
     return (sum(used[:8]) - used[3] - used[4]) / os.sysconf("SC_CLK_TCK")
 
 
+class Others:
+    """How busy other processes keep the cores from here on."""
+
+    def __init__(self) -> None:
+        self._before, self._clock = busy_seconds(), time.perf_counter()
+
+    def share(self, own: float) -> float:
+        """Of all cores, where `own` are the CPU seconds that were used on purpose meanwhile."""
+        passed = (time.perf_counter() - self._clock) * (os.cpu_count() or 1)
+        return max(0.0, busy_seconds() - self._before - own) / passed
+
+
 # --- a worker's side ---
 
 
@@ -116,6 +142,7 @@ class Service:
         os.dup2(2, 1)
         if not self.spec.get("gpu"):
             pin()
+            host_memory.start()  # peers too: it serves them as well
 
     def run(
         self,
@@ -252,17 +279,16 @@ def alternate(sides: Sequence[Side], rounds: int, one_after_another: bool = Fals
         side.start()
     for side in sides:
         side.wait()
-    before, clock = busy_seconds(), time.perf_counter()
+    others = Others()
     for number in range(rounds):
         for place in range(len(sides)):
             time.sleep(0.05)  # until the threads of the last one sleep
             sides[(number + place) % len(sides)].step()
-    own = sum(cpu for side in sides for _, cpu in side.times)
-    passed = time.perf_counter() - clock
-    others = max(0.0, busy_seconds() - before - own) / (passed * (os.cpu_count() or 1))
+    own = [side.spec.get("steps", 1) * cpu for side in sides for _, cpu in side.times]
+    share = others.share(sum(own))
     for side in sides:
         side.end()
-    return others
+    return share
 
 
 def in_turn(ways: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[list[Side], float]:
@@ -273,16 +299,14 @@ def in_turn(ways: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[list[Si
     """
     sides = [Side(name, "", {}) for name in ways]
     works = list(ways.values())
-    before, clock, start = busy_seconds(), time.perf_counter(), time.process_time()
+    others, start = Others(), time.process_time()
     for number in range(rounds):
         for place in range(len(sides)):
             which = (number + place) % len(sides)
             begun, cpu = time.perf_counter(), time.process_time()
             works[which]()
             sides[which].times.append((time.perf_counter() - begun, time.process_time() - cpu))
-    own, passed = time.process_time() - start, time.perf_counter() - clock
-    others = max(0.0, busy_seconds() - before - own) / (passed * (os.cpu_count() or 1))
-    return sides, others
+    return sides, others.share(time.process_time() - start)
 
 
 def fastest(make: Callable[[str], Side], ways: Sequence[str], rounds: int) -> str:
@@ -311,8 +335,9 @@ def paired(ours: Sequence[float], peers: Sequence[float]) -> tuple[float, float,
 
 
 def peer_python(name: str) -> str:
-    """Where `make bench-peers` puts a peer's interpreter."""
-    return str(REPO / f".venv-{name}" / "bin" / "python")
+    """Where `make bench-peers` puts a peer's interpreter, or where the environment says it is."""
+    default = str(REPO / f".venv-{name}" / "bin" / "python")
+    return os.environ.get(f"PEMOE_{name.upper()}_PYTHON", default)
 
 
 def check_peer(python: str, flag: str) -> None:
@@ -334,15 +359,24 @@ def machine() -> str:
 
 
 def row(
-    name: str, ours: Side, peer: Side, others: float, floor: Mapping[str, Any] | None = None
+    name: str,
+    ours: Side,
+    peer: Side | None,
+    others: float,
+    floor: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What the table has of one comparison; `name` is that of `results.ROWS`."""
+    """What the table has of one comparison, or of ours alone; `name` is that of `results.ROWS`.
+
+    Ratios are of seconds a token where the two sides' steps are of different size.
+    """
+    found: dict[str, Any] = {"row": name, "ours": ours.as_dict()}
+    if peer is not None:
+        scale = ours.told.get("tokens", 1) / peer.told.get("tokens", ours.told.get("tokens", 1))
+        clock, cpu = zip(*ours.times, strict=True), zip(*peer.times, strict=True)
+        ratios = [paired(a, [b * scale for b in p]) for a, p in zip(clock, cpu, strict=True)]
+        found |= {"peer": peer.as_dict(), "ratio": ratios[0], "cpu ratio": ratios[1]}
     return {
-        "row": name,
-        "ours": ours.as_dict(),
-        "peer": peer.as_dict(),
-        "ratio": paired(ours.seconds, peer.seconds),
-        "cpu ratio": paired([cpu for _, cpu in ours.times], [cpu for _, cpu in peer.times]),
+        **found,
         "floor": dict(floor or {}),
         "rounds": len(ours.times),
         "others used": others,
@@ -374,22 +408,32 @@ def write(rows: Sequence[Mapping[str, Any]], to: pathlib.Path | None) -> None:
 
 def in_words(one: Mapping[str, Any]) -> str:
     """A row as some lines."""
-    low, middle, high = one["ratio"]
-    lines = [
-        f"{one['row']}: {middle:.3f} of the peer's time, middle half {low:.3f}–{high:.3f},"
-        f" of its CPU time {one['cpu ratio'][1]:.3f} ({one['rounds']} rounds, others used"
-        f" {one['others used']:.0%} of the cores meanwhile)"
-    ]
-    for key in ("ours", "peer"):
-        side = one[key]
-        told = [f"{side['seconds'] * 1e3:.1f} ms a step", f"fastest {side['fastest'] * 1e3:.1f}"]
-        for field in ("peak", "peak of steps", "before", "temporaries", "device peak"):
-            if side.get(field) is not None:
-                told.append(f"{field} {side[field] / MEGABYTE:.0f} MB")
-        lines.append(f"  {side['name']}: {', '.join(told)}; {side.get('versions', '')}")
+    lines = [f"{one['row']}: {one['rounds']} rounds, others used {one['others used']:.0%}"]
+    if "ratio" in one:
+        low, middle, high = one["ratio"]
+        lines[0] += (
+            f"; {middle:.3f} of the peer's time, middle half {low:.3f}–{high:.3f},"
+            f" of its CPU time {one['cpu ratio'][1]:.3f}"
+        )
+    for side in (one["ours"], one.get("peer")):
+        if side is not None:
+            lines.append(f"  {side['name']}: {side_in_words(side)}; {side.get('versions', '')}")
     if one["floor"]:
         lines.append(f"  floor: {floor_in_words(one['floor'])}")
     return "\n".join([*lines, f"  {one['machine']}; {one['command']}"])
+
+
+def side_in_words(side: Mapping[str, Any]) -> str:
+    """Time and memory of one side."""
+    told = [f"{side['seconds'] * 1e3:.4g} ms a step", f"fastest {side['fastest'] * 1e3:.4g}"]
+    for field in ("peak", "peak of steps", "before", "temporaries", "device peak"):
+        if side.get(field) is not None:
+            told.append(f"{field} {side[field] / MEGABYTE:.0f} MB")
+    if "tokens" in side:
+        told.append(f"{side['tokens'] / side['seconds']:.0f} tokens/s")
+    if "utilisation" in side:
+        told.append(f"utilisation {side['utilisation']:.1%}")
+    return ", ".join(told)
 
 
 def floor_in_words(floor: Mapping[str, Any]) -> str:

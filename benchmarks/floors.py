@@ -32,7 +32,8 @@ def of_step(
     Operations are those of the matrix products (`reports.flops`): of what is frozen the forward
     pass and the gradients of activations, of what trains its own gradient too. Bytes:
 
-    - every matrix is read forward and again backward; of the embedding the rows of the batch;
+    - every parameter is read forward and again backward; of the embedding the batch's rows are
+      read and written;
     - what trains: its gradient is written and read, and it and two moments are read and written,
       float32;
     - of every product [tokens, m] x [m, n] forward the input is read and the output written, and
@@ -61,18 +62,57 @@ def of_step(
         own = 4 if path in trains else params_lib.frozen_dtype(path, config.dtype).itemsize
         if path in trains:
             moved += size * 4 * (2 + 6)
-        if path.endswith("embedding"):
+        if path.startswith("token_embedder"):
             moved += 2 * sum(tokens.values()) * leaf.shape[1] * own
             continue
         moved += 2 * size * own
         if path.endswith("kernel") and "_adapter/" not in path:
-            reads_encoder = path.startswith("encoder/") or re.search(
-                "encoder_decoder_attention/(key|value)/", path
-            )
-            many = tokens["encoder" if reads_encoder else "decoder"]
+            many = tokens["encoder" if _reads_encoder(path) else "decoder"]
             outputs = 0 if "logits_dense" in path else leaf.shape[1]
             moved += 2 * many * (leaf.shape[0] + outputs) * width
     return {"flops": operations, "bytes": moved}
+
+
+def of_scoring(
+    model: Transformer,
+    shapes: Mapping[str, Any],
+    inputs: int,
+    choices: int,
+    lengths: Sequence[int],
+) -> dict[str, int]:
+    """Operations and bytes of scoring every choice of some inputs, each encoded once.
+
+    As in `of_step`, forward alone: the encoder and the keys and values that the decoder reads of it
+    go over the inputs' tokens, all else of the decoder over the choices'.
+    """
+    import jax.numpy as jnp
+
+    from pemoe_jax.core import params as params_lib
+
+    config, (length, of_target) = model.config, lengths
+    width = jnp.dtype(config.dtype).itemsize
+    tokens = {True: inputs * length, False: inputs * choices * of_target}
+    pairs = config.num_encoder_layers * inputs * length**2
+    pairs += config.num_decoder_layers * tokens[False] * (of_target + length)
+    operations = 4 * pairs * config.num_heads * config.head_dim
+    moved = 0
+    for path, leaf in shapes.items():
+        own = params_lib.frozen_dtype(path, config.dtype).itemsize
+        if path.startswith("token_embedder"):
+            moved += sum(tokens.values()) * leaf.shape[1] * own
+            continue
+        moved += math.prod(leaf.shape) * own
+        if path.endswith("kernel"):
+            many = tokens[_reads_encoder(path)]
+            operations += 2 * math.prod(leaf.shape) * many
+            outputs = 0 if "logits_dense" in path else leaf.shape[1]
+            moved += many * (leaf.shape[0] + outputs) * width
+    return {"flops": operations, "bytes": moved}
+
+
+def _reads_encoder(path: str) -> bool:
+    of_cross = re.search("encoder_decoder_attention/(key|value)/", path)
+    return path.startswith("encoder/") or of_cross is not None
 
 
 def rates(dtype: str) -> dict[str, float]:

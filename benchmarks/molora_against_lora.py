@@ -12,7 +12,7 @@ import pairs
 
 def main() -> None:
     """Measures as the flags say."""
-    args = common.parser(__doc__).parse_args()
+    args = common.parser(__doc__, size="small", gpu=True).parse_args()
     molora = {"method": "molora", "experts": 10, "rank": 4}
     ways = {"MoLORA-10, rank 4": molora, "LoRA, rank 40": {"method": "lora", "rank": 40}}
     pairs.compare(args, "molora_against_lora", ways)

@@ -33,7 +33,7 @@ def paper(params: Any, x: Any, y: Any) -> Any:
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__, rounds=15)
+    parser = common.parser(__doc__, rounds=15, gpu=True)
     parser.add_argument("--experts", default=30, type=int)
     parser.add_argument("--shape", nargs=3, type=int, metavar=("B", "L", "D"))
     args = parser.parse_args()

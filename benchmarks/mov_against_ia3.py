@@ -12,7 +12,7 @@ import pairs
 
 def main() -> None:
     """Measures as the flags say."""
-    args = common.parser(__doc__).parse_args()
+    args = common.parser(__doc__, size="small", gpu=True).parse_args()
     ways = {"MoV-30": {"method": "mov", "experts": 30}, "(IA)³": {"method": "ia3"}}
     pairs.compare(args, "mov_against_ia3", ways)
 

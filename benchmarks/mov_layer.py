@@ -22,7 +22,7 @@ COPIES = {"forward": 1.0, "both": 2.5}
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__, rounds=15)
+    parser = common.parser(__doc__, rounds=15, gpu=True)
     parser.add_argument("--experts", default=30, type=int)
     parser.add_argument("--rows", type=int)
     args = parser.parse_args()

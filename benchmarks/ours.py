@@ -96,7 +96,7 @@ def random_params(model: Transformer, trains: Collection[str]) -> dict[str, Any]
         dtype = jnp.dtype(jnp.float32) if path in trains else frozen
         if path.endswith(("scale", "vectors")):
             return jnp.ones(shape, dtype)
-        size = 1.0 if path.endswith("embedding") else 1 / math.sqrt(shape[-2])
+        size = 1.0 if path.startswith("token_embedder") else 1 / math.sqrt(shape[-2])
         return normal(jax.random.key(zlib.crc32(path.encode())), shape, dtype, size)
 
     shapes = params_lib.flatten(network.param_shapes(model))
@@ -127,6 +127,7 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
+    from pemoe_jax import host_memory
     from pemoe_jax.core import network, optim, steps
     from pemoe_jax.core import params as params_lib
 
@@ -156,6 +157,7 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     )
     rest = (frozen, batch, jax.random.key(0))
     compiled = function.lower(state, *rest).compile()
+    host_memory.give_back()
     told = {
         "before": before,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,

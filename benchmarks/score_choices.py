@@ -14,6 +14,7 @@ import shutil
 from typing import Any
 
 import common
+import floors
 
 WAYS = ("sdpa", "sdpa compile", "sdpa compile freezing")
 FASTEST = "sdpa compile freezing"
@@ -32,7 +33,7 @@ def specs(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, size="small", gpu=True)
     parser.add_argument("--inputs", default=16, type=int)
     parser.add_argument("--choices", default=4, type=int)
     parser.add_argument("--lengths", default=[256, 8], type=int, nargs=2)
@@ -65,9 +66,11 @@ def main() -> None:
         if apart > (1e-2 if args.gpu else 1e-4):
             raise SystemExit(f"the scores differ: {side.name}, by {apart:.1e} of their square")
     plain = min((rows, pieces), key=lambda side: common.quartiles(side.seconds)[1])
-    found = [common.row(f"score_choices/{where} passes", ours, plain, others)]
+    rates = [side.told["rates"] for side in sides if "rates" in side.told]
+    floor = floors.together(ours.told["floor"], *rates)
+    found = [common.row(f"score_choices/{where} passes", ours, plain, others, floor)]
     if len(sides) > 3:
-        found.append(common.row(f"score_choices/{where} torch", ours, sides[3], others))
+        found.append(common.row(f"score_choices/{where} torch", ours, sides[3], others, floor))
     else:
         print(f"no torch: {args.torch} is not there (make bench-peers)")
     common.write(found, args.json)

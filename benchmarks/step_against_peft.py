@@ -22,13 +22,13 @@ FASTEST = "sdpa compile"
 
 def peer(args: argparse.Namespace, method: str, way: str) -> common.Side:
     """torch, as `way` says."""
-    spec = {**pairs.shape(args), "method": method, "rank": 4, "way": way}
+    spec = {**pairs.shape(args.size), "method": method, "rank": 4, "way": way}
     return common.Side(f"PEFT {NAMES[method]}, {way}", "torch_peer.py", spec, args.torch)
 
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, size="small")
     parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--torch", default=common.peer_python("torch"), help="its Python")
     parser.add_argument("--way", default=FASTEST, help="settings of torch")
@@ -40,7 +40,7 @@ def main() -> None:
         way = args.way
         if args.search:
             way = common.fastest(functools.partial(peer, args, method), WAYS, args.rounds)
-        spec = {**pairs.shape(args), "method": method, "optimizer": "adamw"}
+        spec = {**pairs.shape(args.size), "method": method, "optimizer": "adamw"}
         ours, other = common.Side(NAMES[method], "ours.py", spec), peer(args, method, way)
         others = common.alternate([ours, other], args.rounds)
         floor = floors.together(ours.told["floor"], ours.told["rates"], other.told["rates"])

@@ -16,14 +16,14 @@ NAMES = {"ia3": "(IA)³", "lora": "LoRA, rank 4"}
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, size="small")
     parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--t5x", default=common.peer_python("t5x"), help="its Python")
     args = parser.parse_args()
     common.check_peer(args.t5x, "t5x")
     rows = []
     for method in args.methods:
-        spec = {**pairs.shape(args), "method": method, "rank": 4}
+        spec = {**pairs.shape(args.size), "method": method, "rank": 4}
         ours = common.Side(NAMES[method], "ours.py", spec)
         peer = common.Side(f"T5X, {NAMES[method]}", "t5x_peer.py", spec, args.t5x)
         others = common.alternate([ours, peer], args.rounds)

@@ -6,7 +6,8 @@ matrices go, gets (IA)³'s vector or LoRA's pair at the sites of ours, and the r
 model, loss, `trainer.train_with_lr`, its Adafactor and its partitioner. XLA drops what gradients of
 the base nobody asks for; of this project nothing is imported.
 
-Its spec: `dimensions`, `method` (ia3, lora) with `rank`, `rows`, `lengths`.
+Its spec: `dimensions`, `method` (ia3, lora) with `rank`, `rows`, `lengths`. Its environment is that
+of `make t5x VENV=.venv-t5x`.
 """
 
 from __future__ import annotations
@@ -105,8 +106,7 @@ def main() -> None:
     import numpy as np
     from t5x import partitioning, trainer, utils
 
-    if spec["method"] != "full":
-        add_adapters(spec["method"], spec.get("rank", 4))
+    add_adapters(spec["method"], spec.get("rank", 4))
     rng = np.random.default_rng(0)
     inputs, targets = (
         rng.integers(3, common.VOCABULARY, (spec["rows"], length)).astype(np.int32)
@@ -179,10 +179,10 @@ def traverse(params: Any) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """T5X's, as its environment's file has it."""
-    text = (common.REPO / "benchmarks" / "environments" / "t5x.txt").read_text()
-    (found,) = re.findall(r"google-research/t5x@(\w{10})", text)
-    return found
+    """Of T5X, as `make t5x` installs it."""
+    text = (common.REPO / "pemoe_jax" / "t5x_bridge" / "installed.py").read_text()
+    found = re.search(r"google-research/t5x\W+(\w{10})", text)
+    return found[1] if found else "an unknown commit"
 
 
 if __name__ == "__main__":

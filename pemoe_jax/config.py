@@ -262,7 +262,7 @@ def _attempt(
         args = flags.parse_args(rest)
         if flags.prog.rpartition(".")[2] in _RUN_MODELS and "jax" not in sys.modules:
             compile_cache.start()
-            host_memory.keep()
+            host_memory.start()
         _add_cache_dirs(args)
         work(args, bindings)
     except InputError as error:
