@@ -17,8 +17,9 @@ PACKAGE = ROOT / "pemoe_jax"
 # `params` makes every parameter; the layers hold a record of the adapters at their sites.
 CORE = {
     "errors": set(),
-    "routing": {"params"},
-    "adapters": {"routing", "params"},
+    "products": set(),
+    "routing": {"params", "products"},
+    "adapters": {"routing", "params", "products"},
     "layers": {"adapters", "params", "quantized", "routing"},
     "merging": set(),
     "network": {"layers", "stacks", "adapters", "params", "routing"},
