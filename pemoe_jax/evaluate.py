@@ -27,6 +27,7 @@ FLAGS = config.parser(
   EVAL_OUTPUT_DIR           where results go
   INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
   DTYPE                     of activations: float32 or bfloat16; None: as trained
+  FROZEN_DTYPE              of frozen matrices: activations, int8 or float8_e4m3fn; None: as trained
   MIXTURE_OR_TASK_NAME      what is scored (jsonl_score_eval)
   JSONL_DIR, VOCAB_PATH, EVAL_TASKS, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
   TASK_FEATURE_LENGTHS, BATCH_SIZE, ROUTING_PICTURE, MODEL_PARALLELISM, FSDP
@@ -51,6 +52,7 @@ def evaluate(
     routing_picture: bool = False,
     model_parallelism: int = 1,
     fsdp: bool = False,
+    frozen_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Scores every checkpoint on every task, each input encoded once for all its choices.
 
@@ -64,6 +66,7 @@ def evaluate(
       model: dimensions of a base that does not state them.
       initial_checkpoint_path: in place of the base that a checkpoint names.
       dtype: of activations, in place of what checkpoints say.
+      frozen_dtype: of frozen matrices, in place of what checkpoints say.
       use_cached_tasks: seqio's offline caches.
       max_examples: of a task; None: all.
       sentence_embeddings: table for routers that read them; None: the tasks' own feature.
@@ -87,7 +90,9 @@ def evaluate(
     folder = processes.folder_to_write(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
-    opened = models.open_models(checkpoint_path, model, initial_checkpoint_path, dtype)
+    opened = models.open_models(
+        checkpoint_path, model, initial_checkpoint_path, dtype, frozen_dtype
+    )
     registered = register() if register is not None else None
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)

@@ -9,8 +9,8 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,8 +20,6 @@ from pemoe_jax.data import Batch
 
 if TYPE_CHECKING:
     from pemoe_jax.sentences import Source
-
-T = TypeVar("T")
 
 # ids of inputs and targets, [Li] and [Lt], and where routers read it a sentence embedding, [S]
 Example = tuple[np.ndarray, ...]
@@ -370,12 +368,12 @@ def _as_int32(ds: Any, name: str, use_cached: bool) -> Iterator[Batch]:
         yield {key: np.asarray(value, np.int32) for key, value in batch.items()}
 
 
-class Prefetched(Iterator[T]):
+class Prefetched(Iterator[Any]):
     """What `prefetch` returns: the items, and the position that belongs to the last of them."""
 
-    def __init__(self, source: Iterable[T], size: int) -> None:
+    def __init__(self, source: Iterable[Any], size: int, made: Callable[[Any], Any]) -> None:
         self._queue: queue.Queue[tuple[str, Any, Any]] = queue.Queue(max(1, size))
-        self._items = data.closed_at_exit(_from_thread(source, self._queue))
+        self._items = data.closed_at_exit(_from_thread(source, self._queue, made))
         self.position: Any = getattr(source, "position", None)
 
     @property
@@ -383,7 +381,7 @@ class Prefetched(Iterator[T]):
         """Whether the next item is made already."""
         return not self._queue.empty()
 
-    def __next__(self) -> T:
+    def __next__(self) -> Any:
         item, self.position = next(self._items)
         return item
 
@@ -392,18 +390,20 @@ class Prefetched(Iterator[T]):
         self._items.close()
 
 
-def prefetch(source: Iterable[T], size: int = 4) -> Prefetched[T]:
-    """The same items, made up to `size` ahead by a thread; its exceptions are raised here.
+def prefetch(
+    source: Iterable[Any], size: int = 4, made: Callable[[Any], Any] = lambda item: item
+) -> Prefetched:
+    """What is `made` of each item, up to `size` ahead by a thread; its exceptions are raised here.
 
     Where the source has a `position` (`Feed`), the result has that of the item it gave last, not of
     those that lie ready. Closing it, or forgetting it, ends the thread.
     """
-    return Prefetched(source, size)
+    return Prefetched(source, size, made)
 
 
 def _from_thread(
-    source: Iterable[T], items: queue.Queue[tuple[str, Any, Any]]
-) -> Generator[tuple[T, Any], None, None]:
+    source: Iterable[Any], items: queue.Queue[tuple[str, Any, Any]], made: Callable[[Any], Any]
+) -> Generator[tuple[Any, Any], None, None]:
     stop = threading.Event()
 
     def put(*entry: Any) -> bool:
@@ -418,7 +418,7 @@ def _from_thread(
     def work() -> None:
         try:
             for item in source:
-                if not put("item", item, getattr(source, "position", None)):
+                if not put("item", made(item), getattr(source, "position", None)):
                     return
             put("end", None, None)
         except BaseException as error:  # whatever it is belongs to the reader of the items

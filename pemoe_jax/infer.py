@@ -31,6 +31,7 @@ FLAGS = config.parser(
   EVAL_OUTPUT_DIR           where predictions and results go
   INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
   DTYPE                     of activations: float32 or bfloat16; None: as trained
+  FROZEN_DTYPE              of frozen matrices: activations, int8 or float8_e4m3fn; None: as trained
   MIXTURE_OR_TASK_NAME      what is decoded (jsonl_train); for <task>_score_eval the <task>
   JSONL_DIR or P3_DIR, VOCAB_PATH, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
   TASK_FEATURE_LENGTHS      its 'targets': most tokens that are decoded
@@ -71,6 +72,7 @@ def infer(
     sentence_embeddings: str | None = None,
     model_parallelism: int = 1,
     fsdp: bool = False,
+    frozen_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Decodes every task with every checkpoint and measures it by seqio's Evaluator.
 
@@ -85,6 +87,7 @@ def infer(
       model: dimensions of a base that does not state them.
       initial_checkpoint_path: in place of the base that a checkpoint names.
       dtype: of activations, in place of what checkpoints say.
+      frozen_dtype: of frozen matrices, in place of what checkpoints say.
       use_cached_tasks: seqio's offline caches.
       max_examples: of a task; None: all.
       sentence_embeddings: table for routers that read them; None: the tasks' own feature.
@@ -108,7 +111,9 @@ def infer(
     folder = processes.folder_to_write(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
-    opened = models.open_models(checkpoint_path, model, initial_checkpoint_path, dtype)
+    opened = models.open_models(
+        checkpoint_path, model, initial_checkpoint_path, dtype, frozen_dtype
+    )
     registered = register() if register is not None else None
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)

@@ -343,6 +343,7 @@ def test_wrong_arguments_are_named_at_once(registered):
 
 def test_prefetch_keeps_order_and_raises_where_the_source_did():
     assert list(feed.prefetch(range(100), 3)) == list(range(100))
+    assert list(feed.prefetch(range(100), made=lambda i: -i)) == [-i for i in range(100)]
 
     def failing():
         yield 1

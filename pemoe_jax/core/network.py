@@ -381,7 +381,12 @@ def logits_kernel(params: Mapping[str, Any]) -> Array:
     return params["decoder"]["logits_dense"]["kernel"]
 
 
-def init_params(model: Transformer, seed: int, keep: Callable[[str], bool]) -> dict[str, Any]:
+def init_params(
+    model: Transformer,
+    seed: int,
+    keep: Callable[[str], bool],
+    made: Callable[[str, jax.Array], Any] = params_lib.as_it_is,
+) -> dict[str, Any]:
     """Random parameters, float32: those whose path `keep` accepts; the others are never drawn.
 
     A parameter's value depends on its path and the seed alone, so a base drawn without adapters
@@ -391,10 +396,11 @@ def init_params(model: Transformer, seed: int, keep: Callable[[str], bool]) -> d
       model: the network.
       seed: of the draw.
       keep: 'a/b/c' -> bool.
+      made: (path, array) -> what it is kept as.
     """
 
     _, recorded = _look_over(model)
-    return params_lib.draw({p: found for p, found in recorded.items() if keep(p)}, seed)
+    return params_lib.draw({p: found for p, found in recorded.items() if keep(p)}, seed, made)
 
 
 def param_shapes(

@@ -129,7 +129,9 @@ def stacked(
             of_layers.setdefault((match[1], match[3]), {})[int(match[2])] = leaf
     for (before, rest), leaves in of_layers.items():
         if len(leaves) == depth_of(before):
-            found[f"{before}layers/{rest}"] = join([leaves[i] for i in sorted(leaves)])
+            ordered = [leaves[i] for i in sorted(leaves)]
+            # a quantized matrix has two arrays
+            found[f"{before}layers/{rest}"] = jax.tree.map(lambda *one: join([*one]), *ordered)
         else:
             found |= {f"{before}layers_{i}/{rest}": leaf for i, leaf in leaves.items()}
     return params_lib.unflatten(found)

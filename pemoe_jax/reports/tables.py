@@ -187,11 +187,15 @@ def origins(runs: list[dict]) -> Table:
                 str(run.get("checkpoint") or NONE),
                 _integer(run.get("step")),
                 str(run.get("base") or NONE),
-                str(run.get("dtype") or NONE),
+                " ".join([run.get("dtype") or NONE, *_frozen(run)]),
             ]
             for label, run in zip(run_labels(runs), runs, strict=True)
         ],
     )
+
+
+def _frozen(run: dict) -> list[str]:
+    return [f"(frozen {run['frozen']})"] if run.get("frozen") else []
 
 
 def _prompts(runs: list[dict], labels: list[str]) -> Table:
