@@ -1,11 +1,12 @@
 # make quickstart   installs into .venv, fine-tunes MoV on the bundled base, scores it zero-shot
 # make test         lint, types and the fast tests;  make test-all: the slow tests too
 # make t5x          adds T5X, at a tested commit;  make test-t5x: the tests inside T5X
+# make bench        measures against the peers on a CPU, a quarter of an hour; once before: bench-peers
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-all lint clean t5x t5x-install test-t5x
+.PHONY: quickstart test test-slow test-all lint clean t5x t5x-install test-t5x bench bench-peers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m pemoe_jax.train --gin_file=methods/mov.gin --gin_file=runs/quickstart.gin
@@ -38,8 +39,23 @@ t5x-install:
 test-t5x: t5x
 	$(BIN)/python -m pytest tests/t5x
 
+# The rows of benchmarks/RESULTS.md that need no GPU; nothing else should run meanwhile.
+bench: $(VENV)/.installed
+	for script in molora_against_lora mov_against_ia3 mov_layer molora_formulation step_against_peft step_against_t5x score_choices startup; do \
+	  $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; done
+	$(BIN)/python benchmarks/results.py
+
+# Other Pythons are named by PEMOE_TORCH_PYTHON and PEMOE_T5X_PYTHON.
+bench-peers: .venv-torch/.installed
+	$(MAKE) t5x VENV=.venv-t5x
+
+.venv-torch/.installed: benchmarks/environments/torch.txt
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-torch .venv-t5x build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # An environment is made again only when what it is made from has changed. Bytecode is compiled at
 # the first import, of what is imported, and not of all that is installed: 20 s less.

@@ -11,39 +11,11 @@ of the process's anonymous memory while batches were made, less what it had befo
 
 import argparse
 import json
-import pathlib
 import subprocess
 import sys
-import threading
 import time
-from typing import Any
 
-
-def anonymous_megabytes() -> float:
-    """What the process holds that is no mapped file (Linux)."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("RssAnon"))
-    return int(kilobytes) / 1024
-
-
-class Peak:
-    """The highest memory of a block, less what there was before it."""
-
-    def __enter__(self) -> "Peak":
-        self.before = self.highest = anonymous_megabytes()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.02):
-            self.highest = max(self.highest, anonymous_megabytes())
-
-    def __exit__(self, *unused: Any) -> None:
-        self._over.set()
-        self._thread.join()
-        self.added = self.highest - self.before
+import common
 
 
 def measure(args: argparse.Namespace, start: int) -> dict[str, float]:
@@ -57,7 +29,7 @@ def measure(args: argparse.Namespace, start: int) -> dict[str, float]:
     ready = time.monotonic() - clock
     lengths = {"inputs": args.inputs, "targets": args.targets}
     filled = batches = 0
-    with Peak() as peak:
+    with common.Peak() as peak:
         clock = time.monotonic()
         made = feed.train_batches(
             "jsonl_train", lengths, args.batch_size, start={"examples": start}
@@ -81,7 +53,7 @@ def measure(args: argparse.Namespace, start: int) -> dict[str, float]:
         "input tokens/s": filled / seconds,
         "examples in a row": examples / rows,
         "input places filled, %": 100 * filled / rows / args.inputs,
-        "memory added, MB": peak.added,
+        "memory added, MB": peak.added / common.MEGABYTE,
     }
 
 

@@ -18,10 +18,11 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+import common
 
 SIZE = "models/t5_1_1_base.gin"
 FOLDERS = {
@@ -164,35 +165,18 @@ def library(path: str, dtype: str) -> Callable[[], Any]:
     return lambda: checkpointer.restore(pathlib.Path(path) / "state")
 
 
-def anonymous_bytes() -> int:
-    """The process's own memory, without mapped files."""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("RssAnon"))
-    return 1024 * int(line.split()[1])
-
-
 def measure(load: Callable[[], Any]) -> dict[str, float]:
     """Seconds, and the peak above the memory before, sampled every 2 ms."""
-    before = peak = anonymous_bytes()
-    done = threading.Event()
+    with common.Peak(every=0.002) as peak:
+        start = time.perf_counter()
+        held = load()
+        if type(held) is dict:
+            import jax
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    held = load()
-    if type(held) is dict:
-        import jax
-
-        jax.block_until_ready(held)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    return {"seconds": seconds, "bytes": peak - before, "kept": anonymous_bytes() - before}
+            jax.block_until_ready(held)
+        seconds = time.perf_counter() - start
+    kept = common.memory("RssAnon") - peak.before
+    return {"seconds": seconds, "bytes": peak.added, "kept": kept}
 
 
 # --- the table ---

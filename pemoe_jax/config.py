@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pemoe_jax import processes
+from pemoe_jax import bindings as bindings_lib
+from pemoe_jax import compile_cache, host_memory, processes
 from pemoe_jax.core.errors import InputError
 
 GIN_DIR = Path(__file__).parent / "gin"
@@ -34,7 +35,7 @@ from pemoe_jax.core import routing
 from pemoe_jax.core import steps
 """
 
-_READ_TASKS = ("train", "evaluate", "infer", "embed", "routes")  # commands
+_RUN_MODELS = ("train", "evaluate", "infer", "embed", "routes")  # commands, on tasks
 
 _EPILOG = """\
 gin files are looked for in the working folder, then in --gin_search_paths, then among the
@@ -72,7 +73,7 @@ def parser(command: str, description: str, example: str, macros: str) -> argpars
         metavar="DIR,DIR",
         help="folders in which gin files are looked for, joined by commas",
     )
-    if command in _READ_TASKS:
+    if command in _RUN_MODELS:
         add_cache_dirs_flag(
             result,
             "folders of seqio's offline caches, joined by commas; USE_CACHED_TASKS=True reads them",
@@ -119,11 +120,17 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
+def load(args: argparse.Namespace, bindings: Sequence[str], macros: Sequence[str] = ()) -> None:
     """Parses the gin files and bindings.
 
+    Args:
+      args: parsed flags.
+      bindings: of `--gin.NAME=value`.
+      macros: 'NAME = value' of macros that the command has itself, before any file.
+
     Raises:
-      InputError: a file is missing, a line does not parse, or it binds what does not exist.
+      InputError: a file is missing, a line does not parse, or it binds what does not exist or
+        what is of another type.
     """
     import importlib.util  # noqa: F401  gin uses it without importing it
 
@@ -139,7 +146,9 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     try:
         # run files read these; the files and flags that the user gives come after and win
         gin.parse_config([f"{macro} = None" for macro in _SET_BY_MODEL_AND_METHOD])
-        gin.parse_config("DROPOUT_RATE = 0.0")  # models read it, for commands without a run file
+        # models read the first, for commands without a run file; run files the second, which
+        # model files set
+        gin.parse_config(["DROPOUT_RATE = 0.0", "DTYPE = None", *macros])
         gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macros(bindings)
         gin.parse_config_files_and_bindings([], [_IMPORTS, *args.gin_bindings, *bindings])
@@ -149,6 +158,7 @@ def load(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         raise InputError(f"gin: {_first_line(error)}") from error
     except (ValueError, SyntaxError, ImportError, AttributeError, NameError, TypeError) as error:
         raise InputError(_told(error)) from error
+    bindings_lib.check(_SET_BY_MODEL_AND_METHOD)
 
 
 def _told(error: Exception) -> str:
@@ -250,6 +260,9 @@ def _attempt(
     try:
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
         args = flags.parse_args(rest)
+        if flags.prog.rpartition(".")[2] in _RUN_MODELS and "jax" not in sys.modules:
+            compile_cache.start()
+            host_memory.start()
         _add_cache_dirs(args)
         work(args, bindings)
     except InputError as error:
@@ -257,6 +270,7 @@ def _attempt(
         return 1
     except OSError as error:  # no permission, no space, a file where a folder should be
         if error.strerror is None:
+            processes.end_at(error)
             raise
         where = error.filename2 or error.filename
         print(f"error: {where or 'writing'}: {error.strerror}", file=sys.stderr)
@@ -265,9 +279,6 @@ def _attempt(
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        told = processes.told_of_others(error)
-        if told is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
-        return 1
+        processes.end_at(error)
+        raise
     return 0

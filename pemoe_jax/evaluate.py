@@ -26,6 +26,8 @@ FLAGS = config.parser(
                             PEFT's), a base; or a list of these
   EVAL_OUTPUT_DIR           where results go
   INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
+  DTYPE                     of activations: float32 or bfloat16; None: as trained
+  FROZEN_DTYPE              of frozen matrices: activations, int8 or float8_e4m3fn; None: as trained
   MIXTURE_OR_TASK_NAME      what is scored (jsonl_score_eval)
   JSONL_DIR, VOCAB_PATH, EVAL_TASKS, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
   TASK_FEATURE_LENGTHS, BATCH_SIZE, ROUTING_PICTURE, MODEL_PARALLELISM, FSDP
@@ -43,12 +45,14 @@ def evaluate(
     register: Callable[[], Any] | None = None,
     model: "network.Transformer | None" = None,
     initial_checkpoint_path: str | None = None,
+    dtype: str | None = None,
     use_cached_tasks: bool = False,
     max_examples: int | None = None,
     sentence_embeddings: str | None = None,
     routing_picture: bool = False,
     model_parallelism: int = 1,
     fsdp: bool = False,
+    frozen_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Scores every checkpoint on every task, each input encoded once for all its choices.
 
@@ -61,6 +65,8 @@ def evaluate(
       register: registers the tasks.
       model: dimensions of a base that does not state them.
       initial_checkpoint_path: in place of the base that a checkpoint names.
+      dtype: of activations, in place of what checkpoints say.
+      frozen_dtype: of frozen matrices, in place of what checkpoints say.
       use_cached_tasks: seqio's offline caches.
       max_examples: of a task; None: all.
       sentence_embeddings: table for routers that read them; None: the tasks' own feature.
@@ -79,17 +85,22 @@ def evaluate(
     from pemoe_jax.reports import results as results_lib
     from pemoe_jax.reports import tables
 
-    folder = files.local(output_dir, "EVAL_OUTPUT_DIR")
+    output = files.local(output_dir, "EVAL_OUTPUT_DIR")
     processes.start()
-    folder = processes.folder_to_write(folder)
+    folder = processes.folder_to_write(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
-    opened = models.open_models(checkpoint_path, model, initial_checkpoint_path)
+    opened = models.open_models(
+        checkpoint_path, model, initial_checkpoint_path, dtype, frozen_dtype
+    )
     registered = register() if register is not None else None
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
     for one in opened:
         data.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
+    names = data.subtasks(mixture_or_task_name)
+    if results_lib.check_replaced(output, [one.path for one in opened], names):
+        print(f"replacing the results in {output}", flush=True)
 
     embedded = sentences.for_models(
         opened,
@@ -106,7 +117,7 @@ def evaluate(
         return found if embedded is None else embedded.given_to(found)
 
     everything = read(mixture_or_task_name)
-    groups: dict[str, list[Any]] = {name: [] for name in data.subtasks(mixture_or_task_name)}
+    groups: dict[str, list[Any]] = {name: [] for name in names}
     for group in everything:
         groups[group.task].append(group)
     labels = registered.datasets if registered is not None else {}
@@ -180,7 +191,7 @@ def _score(
     import jax
     import numpy as np
 
-    from pemoe_jax import data, feed
+    from pemoe_jax import buckets, feed
     from pemoe_jax.core import partitioning, steps
 
     score = jax.jit(
@@ -199,7 +210,7 @@ def _score(
         bar.report_if_due(len(found), "inputs")
 
     for batch, members in feed.prefetch(
-        data.score_batches(groups, batch_size, multiple_of=devices)
+        buckets.score_batches(groups, batch_size, multiple_of=devices)
     ):
         waiting.append((score(params, partitioning.shard_batch(batch, mesh)), members))
         if len(waiting) > 2:  # a few in flight keep the device busy

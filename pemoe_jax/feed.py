@@ -5,11 +5,12 @@ Everything here works for any registered task or mixture. Shapes: `B` batch, `L`
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,10 +21,25 @@ from pemoe_jax.data import Batch
 if TYPE_CHECKING:
     from pemoe_jax.sentences import Source
 
-T = TypeVar("T")
-
 # ids of inputs and targets, [Li] and [Lt], and where routers read it a sentence embedding, [S]
 Example = tuple[np.ndarray, ...]
+# of several: ids of inputs, of targets, and the embeddings where the tasks themselves give them
+Block = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]
+
+
+@dataclasses.dataclass
+class Cuts:
+    """Of the examples that were read, some of which may lie ready, those cut to their length."""
+
+    examples: int = 0
+    inputs: int = 0
+    targets: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.inputs:,} inputs and {self.targets:,} targets of {self.examples:,} examples"
+            " read were longer than TASK_FEATURE_LENGTHS, and cut"
+        )
 
 
 class Feed(Iterator[Batch]):
@@ -40,6 +56,7 @@ class Feed(Iterator[Batch]):
       pack: several examples in a row.
       start: examples consumed before.
       fill: a part of a batch at the end is filled up with zeros, and not dropped.
+      cuts: counted by who makes `examples`.
     """
 
     def __init__(
@@ -50,11 +67,13 @@ class Feed(Iterator[Batch]):
         pack: bool,
         start: int = 0,
         fill: bool = False,
+        cuts: Cuts | None = None,
     ) -> None:
         self._lengths = lengths["inputs"], lengths["targets"]
         self._batch_size, self._pack = batch_size, pack
         self._rows = _filled_rows(examples, self._lengths, pack)
         self._consumed, self._fill = start, fill
+        self.cuts = cuts or Cuts()
 
     @property
     def position(self) -> dict[str, int]:
@@ -184,8 +203,10 @@ def train_batches(
     settings = {"seed": seed, "shuffle": shuffle, "num_epochs": num_epochs}
     with data.reading(name, split, use_cached):
         ds = _unpacked(name, lengths, split, int(begin or 0), use_cached, shard, settings)
-    examples = _examples_of(ds, name, split, use_cached, sentences)
-    return Feed(examples, lengths, batch_size, pack, int(begin or 0))
+    cuts = Cuts()
+    blocks = _cut_blocks(_blocks_of(ds, name, split, use_cached, sentences), name, lengths, cuts)
+    examples = _examples_of(blocks, name, sentences)
+    return Feed(examples, lengths, batch_size, pack, int(begin or 0), cuts=cuts)
 
 
 def _unpacked(
@@ -197,7 +218,12 @@ def _unpacked(
     shard: tuple[int, int],
     settings: Mapping[str, Any],
 ) -> Any:
-    """A dataset of a shard's single examples, from the start-th on."""
+    """A dataset of a shard's single examples, from the start-th on.
+
+    Those of our own sources are cut to one token more than `lengths`, so that one that has to be
+    cut can be told from one that just fits. What another's preprocessors make of the lengths is not
+    known, so its are given as they are.
+    """
     seqio = data.import_seqio()
     provider = data.check_task(name)
     missing = [key for key in lengths if key not in provider.output_features]
@@ -210,7 +236,8 @@ def _unpacked(
         data.check_files(data.subtasks(name), split)
     method = "cached_examples_from" if use_cached else "examples_from"
     if hasattr(provider, method):
-        ds = getattr(provider, method)(lengths, split, start=start, shard=shard, **settings)
+        longer = {key: length + 1 for key, length in lengths.items()}
+        ds = getattr(provider, method)(longer, split, start=start, shard=shard, **settings)
         if ds is not None:
             return ds
     info = seqio.ShardInfo(*shard) if shard[1] > 1 else None
@@ -223,13 +250,9 @@ def _unpacked(
 _BLOCK = 256  # examples that TensorFlow hands over at a time: one by one takes several times longer
 
 
-def _examples_of(
-    ds: Any,
-    name: str,
-    split: str | None,
-    use_cached: bool,
-    sentences: Source | None = None,
-) -> Iterator[Example]:
+def _blocks_of(
+    ds: Any, name: str, split: str | None, use_cached: bool, sentences: Source | None
+) -> Iterator[Block]:
     import tensorflow as tf
 
     given = sentences is not None and sentences.table is None  # by the tasks themselves
@@ -249,9 +272,31 @@ def _examples_of(
 
     blocks = ds.map(kept).ragged_batch(_BLOCK).map(flat).prefetch(2)
     for ids, vectors in data.arrays(blocks, name, split, use_cached):
-        columns = [np.split(column, ends[1:-1]) for column, ends in ids]
+        inputs, targets = (np.split(column, ends[1:-1]) for column, ends in ids)
+        yield inputs, targets, list(vectors)
+
+
+def _cut_blocks(
+    blocks: Iterable[Block], name: str, lengths: Mapping[str, int], cuts: Cuts
+) -> Iterator[Block]:
+    """Each sequence at most its length, an EOS at its end kept; counts those that were cut."""
+    features = data.check_task(name).output_features
+    eos_ids = {key: features[key].vocabulary.eos_id for key in lengths}
+    for inputs, targets, vectors in blocks:
+        kept = []
+        for key, column in (("inputs", inputs), ("targets", targets)):
+            found = [data.cut(ids, lengths[key], eos_ids[key]) for ids in column]
+            kept.append([ids for ids, _ in found])
+            setattr(cuts, key, getattr(cuts, key) + sum(was_cut for _, was_cut in found))
+        cuts.examples += len(inputs)
+        yield kept[0], kept[1], vectors
+
+
+def _examples_of(blocks: Iterable[Block], name: str, sentences: Source | None) -> Iterator[Example]:
+    for inputs, targets, vectors in blocks:
+        columns = [inputs, targets]
         if sentences is not None:
-            columns.append(list(vectors) if given else sentences.vectors(columns[0], name))
+            columns.append(vectors or sentences.vectors(inputs, name))
         yield from zip(*columns, strict=True)
 
 
@@ -309,7 +354,8 @@ def eval_batches(
     if max_batches is not None:
         data.check_count("max_batches", max_batches, 1)
     if sentences is not None:  # seqio's converter leaves away what it does not know
-        examples = _examples_of(ds, name, None, use_cached, sentences)
+        blocks = _blocks_of(ds, name, None, use_cached, sentences)
+        examples = _examples_of(blocks, name, sentences)
         return itertools.islice(Feed(examples, lengths, batch_size, False, fill=True), max_batches)
     ds = seqio.EncDecFeatureConverter(pack=pack)(ds, task_feature_lengths=lengths).batch(batch_size)
     if max_batches is not None:
@@ -322,12 +368,12 @@ def _as_int32(ds: Any, name: str, use_cached: bool) -> Iterator[Batch]:
         yield {key: np.asarray(value, np.int32) for key, value in batch.items()}
 
 
-class Prefetched(Iterator[T]):
+class Prefetched(Iterator[Any]):
     """What `prefetch` returns: the items, and the position that belongs to the last of them."""
 
-    def __init__(self, source: Iterable[T], size: int) -> None:
+    def __init__(self, source: Iterable[Any], size: int, made: Callable[[Any], Any]) -> None:
         self._queue: queue.Queue[tuple[str, Any, Any]] = queue.Queue(max(1, size))
-        self._items = data.closed_at_exit(_from_thread(source, self._queue))
+        self._items = data.closed_at_exit(_from_thread(source, self._queue, made))
         self.position: Any = getattr(source, "position", None)
 
     @property
@@ -335,7 +381,7 @@ class Prefetched(Iterator[T]):
         """Whether the next item is made already."""
         return not self._queue.empty()
 
-    def __next__(self) -> T:
+    def __next__(self) -> Any:
         item, self.position = next(self._items)
         return item
 
@@ -344,18 +390,20 @@ class Prefetched(Iterator[T]):
         self._items.close()
 
 
-def prefetch(source: Iterable[T], size: int = 4) -> Prefetched[T]:
-    """The same items, made up to `size` ahead by a thread; its exceptions are raised here.
+def prefetch(
+    source: Iterable[Any], size: int = 4, made: Callable[[Any], Any] = lambda item: item
+) -> Prefetched:
+    """What is `made` of each item, up to `size` ahead by a thread; its exceptions are raised here.
 
     Where the source has a `position` (`Feed`), the result has that of the item it gave last, not of
     those that lie ready. Closing it, or forgetting it, ends the thread.
     """
-    return Prefetched(source, size)
+    return Prefetched(source, size, made)
 
 
 def _from_thread(
-    source: Iterable[T], items: queue.Queue[tuple[str, Any, Any]]
-) -> Generator[tuple[T, Any], None, None]:
+    source: Iterable[Any], items: queue.Queue[tuple[str, Any, Any]], made: Callable[[Any], Any]
+) -> Generator[tuple[Any, Any], None, None]:
     stop = threading.Event()
 
     def put(*entry: Any) -> bool:
@@ -370,7 +418,7 @@ def _from_thread(
     def work() -> None:
         try:
             for item in source:
-                if not put("item", item, getattr(source, "position", None)):
+                if not put("item", made(item), getattr(source, "position", None)):
                     return
             put("end", None, None)
         except BaseException as error:  # whatever it is belongs to the reader of the items

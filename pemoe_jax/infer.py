@@ -30,6 +30,8 @@ FLAGS = config.parser(
   CHECKPOINT_PATH           a run (its newest checkpoint), a checkpoint_<step>, a base; or a list
   EVAL_OUTPUT_DIR           where predictions and results go
   INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
+  DTYPE                     of activations: float32 or bfloat16; None: as trained
+  FROZEN_DTYPE              of frozen matrices: activations, int8 or float8_e4m3fn; None: as trained
   MIXTURE_OR_TASK_NAME      what is decoded (jsonl_train); for <task>_score_eval the <task>
   JSONL_DIR or P3_DIR, VOCAB_PATH, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
   TASK_FEATURE_LENGTHS      its 'targets': most tokens that are decoded
@@ -64,11 +66,13 @@ def infer(
     register: Callable[[], Any] | None = None,
     model: "network.Transformer | None" = None,
     initial_checkpoint_path: str | None = None,
+    dtype: str | None = None,
     use_cached_tasks: bool = False,
     max_examples: int | None = None,
     sentence_embeddings: str | None = None,
     model_parallelism: int = 1,
     fsdp: bool = False,
+    frozen_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Decodes every task with every checkpoint and measures it by seqio's Evaluator.
 
@@ -82,6 +86,8 @@ def infer(
       register: registers the tasks.
       model: dimensions of a base that does not state them.
       initial_checkpoint_path: in place of the base that a checkpoint names.
+      dtype: of activations, in place of what checkpoints say.
+      frozen_dtype: of frozen matrices, in place of what checkpoints say.
       use_cached_tasks: seqio's offline caches.
       max_examples: of a task; None: all.
       sentence_embeddings: table for routers that read them; None: the tasks' own feature.
@@ -96,20 +102,26 @@ def infer(
     from pemoe_jax import data, models, processes, sentences
     from pemoe_jax.checkpoints import files
     from pemoe_jax.core import partitioning
-    from pemoe_jax.reports import layout
+    from pemoe_jax.reports import layout, tables
+    from pemoe_jax.reports import results as results_lib
 
     lengths = data.checked_lengths(task_feature_lengths)
-    folder = files.local(output_dir, "EVAL_OUTPUT_DIR")
+    output = files.local(output_dir, "EVAL_OUTPUT_DIR")
     processes.start()
-    folder = processes.folder_to_write(folder)
+    folder = processes.folder_to_write(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
-    opened = models.open_models(checkpoint_path, model, initial_checkpoint_path)
+    opened = models.open_models(
+        checkpoint_path, model, initial_checkpoint_path, dtype, frozen_dtype
+    )
     registered = register() if register is not None else None
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
     for one in opened:
         data.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
+    names = _plain_names(mixture_or_task_name)
+    if results_lib.check_replaced(output, [one.path for one in opened], names):
+        print(f"replacing the results in {output}", flush=True)
     embedded = sentences.for_models(
         opened,
         sentence_embeddings,
@@ -137,8 +149,9 @@ def infer(
         results["runs"].append({**one.about(), "tasks": found})
         # after each run, so that what is there stays if a later one fails
         files.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        both = [table for prompts in (False, True) for table in _tables(results, prompts)]
-        files.write_text(folder / "results.md", layout.to_markdown(both))
+        found_tables = [*_tables(results, prompts=False), *_tables(results, prompts=True)]
+        found_tables.append(tables.origins(results["runs"]))
+        files.write_text(folder / "results.md", layout.to_markdown(found_tables))
     layout.print_tables(_tables(results, prompts=False))
     print(f"results in {folder}/results.md, predictions in {folder}/predictions")
     return results
@@ -154,22 +167,22 @@ def _read(
     use_cached: bool,
     max_examples: int | None,
 ) -> list[_Task]:
-    """The tasks with their examples; those without an evaluation split are told of."""
+    """The tasks with their examples; of a mixture, those that are not there are told of."""
     from pemoe_jax import data, progress
 
     names = _plain_names(name)
+    there = [task for task in names if data.is_there(task, use_cached)]
+    if use_cached and not there:
+        data.cached_subtasks(names[0])  # raises
+    _tell_left_out("no data", [task for task in names if there and task not in there])
+    names = there or names  # of one that is not there its source says what is missing
     splits = {task: split for task in names if (split := data.eval_split(task)) is not None}
     without = [task for task in names if task not in splits]
     if not splits:
         raise InputError(
             f"no task of {name!r} has an evaluation split ({', '.join(data.EVAL_SPLITS)})"
         )
-    if without:
-        more = f", … {len(without) - 3} more" if len(without) > 3 else ""
-        print(
-            f"no evaluation split, so not decoded: {len(without)} tasks"
-            f" ({', '.join(without[:3])}{more})"
-        )
+    _tell_left_out("no evaluation split", without)
     _give_metrics(list(splits), registered)
     labels = registered.datasets if registered is not None else {}
     behind = registered.eval_splits if registered is not None else {}
@@ -185,6 +198,12 @@ def _read(
     finally:
         bar.close()
     return tasks
+
+
+def _tell_left_out(why: str, tasks: Sequence[str]) -> None:
+    if tasks:
+        more = f", … {len(tasks) - 3} more" if len(tasks) > 3 else ""
+        print(f"{why}, so not decoded: {len(tasks)} tasks ({', '.join(tasks[:3])}{more})")
 
 
 def _plain_names(name: str) -> list[str]:
@@ -228,7 +247,7 @@ def _give_metrics(names: Sequence[str], registered: Any) -> None:
 
 @functools.cache
 def _converter() -> Any:
-    """Leaves examples as they are: what is decoded from is made by `data.input_batches`.
+    """Leaves examples as they are: what is decoded from is made by `buckets.input_batches`.
 
     seqio's own takes most of the time that reading a task does.
     """
@@ -286,7 +305,7 @@ def _decode(
     """The tokens [length] of every example, tasks one after the other."""
     import numpy as np
 
-    from pemoe_jax import data, feed, progress
+    from pemoe_jax import buckets, feed, progress
     from pemoe_jax.core import decoding, partitioning
 
     inputs = [ids for task in tasks for ids in task.inputs]
@@ -301,7 +320,7 @@ def _decode(
         found.update(zip(numbers, partitioning.gather(tokens), strict=False))
         bar.report_if_due(len(found), "inputs")
 
-    batches = data.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
+    batches = buckets.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
     for tokens, numbers in feed.prefetch(batches):
         batch = {"inputs": tokens}
         if len(sentences) == len(inputs):

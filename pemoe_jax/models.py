@@ -14,7 +14,7 @@ from pemoe_jax import progress
 from pemoe_jax.checkpoints import adapter_file, files, peft, runs, stored, t5x_run
 from pemoe_jax.checkpoints import base as base_lib
 from pemoe_jax.checkpoints.stored import Stored
-from pemoe_jax.core import adapters, network, partitioning
+from pemoe_jax.core import adapters, network, partitioning, quantized
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import T5Config, Transformer
@@ -58,6 +58,7 @@ def load_base(
     seed: int,
     trains: Callable[[str], bool] = lambda _: False,
     shardings: Shardings = None,
+    frozen_dtype: str = quantized.ACTIVATIONS,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The base of a model, read from `path` or, for None, random.
 
@@ -67,22 +68,40 @@ def load_base(
       seed: of random weights.
       trains: path -> whether the parameter trains, and is float32.
       shardings: where arrays lie.
+      frozen_dtype: one of `quantized.FROZEN_DTYPES`: what frozen matrices of attention and MLPs
+        are kept as. Arrays are quantized one by one, from float32.
 
     Returns:
-      (parameters, identity): path, format, seed (of a random base) and fingerprint.
+      (parameters, identity): path, format, seed (of a random base) and fingerprint, which is that
+      of the arrays as they are stored.
 
     Raises:
       InputError: see `checkpoints.base`.
     """
 
+    def quantizes(name: str) -> bool:
+        is_kept = frozen_dtype == quantized.ACTIVATIONS or trains(name)
+        return not is_kept and params_lib.is_matrix(name)
+
     def dtype_of(name: str) -> Any:
         frozen = params_lib.frozen_dtype(name, model.config.dtype)
-        return jnp.dtype(jnp.float32) if trains(name) else frozen
+        return jnp.dtype(jnp.float32) if trains(name) or quantizes(name) else frozen
+
+    samples: dict[str, Any] = {}
+
+    def made(name: str, array: jax.Array) -> Any:
+        samples[name] = (array.shape, params_lib.sample(array))
+        if not quantizes(name):
+            return array
+        # before the next one is there: else several would be on the device in float32
+        return jax.block_until_ready(quantized.quantize(array, frozen_dtype))
+
+    def made_of_drawn(name: str, array: jax.Array) -> Any:
+        array, sharding = array.astype(dtype_of(name)), _of(shardings, name)
+        return made(name, array if sharding is None else partitioning.place(array, sharding))
 
     if path is None:
-        drawn = params_lib.flatten(network.init_params(model, seed, params_lib.is_base))
-        base = params_lib.unflatten({k: v.astype(dtype_of(k)) for k, v in drawn.items()})
-        base = place(base, shardings)
+        base = network.init_params(model, seed, params_lib.is_base, made_of_drawn)
         identity: dict[str, Any] = {"path": None, "format": "random", "seed": seed}
     else:
         shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
@@ -94,12 +113,16 @@ def load_base(
         bar = progress.Progress("reading the base", len(target), note="arrays")
         try:
             base = found.load(
-                params_lib.unflatten(target), lambda done: bar.report_if_late(done, "arrays")
+                params_lib.unflatten(target),
+                lambda done: bar.report_if_late(done, "arrays"),
+                made,
             )
         finally:
             bar.close()
         identity = {"path": found.path, "format": found.format, "seed": None}
-    return base, {**identity, "fingerprint": params_lib.fingerprint(base)}
+    bits = partitioning.gather({name: sampled for name, (_, sampled) in samples.items()})
+    of_each = {name: (shape, bits[name]) for name, (shape, _) in samples.items()}
+    return base, {**identity, "fingerprint": params_lib.fingerprint_of(of_each)}
 
 
 @dataclasses.dataclass
@@ -114,6 +137,7 @@ class OpenedModel:
       step: of the checkpoint.
       trained: path -> array, of a run or an adapter.
       base_path: what the adapters' base is read from.
+      frozen_dtype: what the base's matrices are kept as, see `load_base`.
     """
 
     name: str
@@ -123,6 +147,7 @@ class OpenedModel:
     step: int = 0
     trained: dict[str, Stored] = dataclasses.field(default_factory=dict)
     base_path: str | None = None
+    frozen_dtype: str = quantized.ACTIVATIONS
 
     @property
     def needs_base(self) -> bool:
@@ -130,7 +155,7 @@ class OpenedModel:
         return self.record is not None and self.record.base["needed"]
 
     def load(self, shardings: Shardings = None) -> dict[str, Any]:
-        """All parameters, frozen matrices in the activation dtype.
+        """All parameters, frozen matrices as `frozen_dtype` says.
 
         Args:
           shardings: where arrays lie.
@@ -140,16 +165,23 @@ class OpenedModel:
             arrays are missing, of another shape or not finite.
         """
         if self.record is None:
-            return load_base(self.model, self.path, 0, shardings=shardings)[0]
+            return load_base(
+                self.model, self.path, 0, shardings=shardings, frozen_dtype=self.frozen_dtype
+            )[0]
         trained = self.load_trained(shardings)
         recorded = self.record.base
         if not self.needs_base:
             return trained
+        paths = params_lib.flatten(trained)
         base, identity = load_base(
-            self.model, self.base_path, recorded["seed"] or 0, shardings=shardings
+            self.model,
+            self.base_path,
+            recorded["seed"] or 0,
+            paths.__contains__,
+            shardings,
+            self.frozen_dtype,
         )
         self.check_base(identity["fingerprint"])
-        paths = params_lib.flatten(trained)
         # adapters that did not train are not in the checkpoint: they are what the seed gives
         drawn = network.init_params(
             self.model, self.record.seed, lambda p: params_lib.is_adapter(p) and p not in paths
@@ -195,19 +227,30 @@ class OpenedModel:
             )
 
     def about(self) -> dict[str, Any]:
-        """Name, method, checkpoint, step and parameter counts, for tables."""
+        """Name, method, checkpoint, step, dtype, counts and an adapter's base, for tables."""
         counts = {"trainable": 0, "total": params_lib.count(network.param_shapes(self.model))}
         return {
             "name": self.name,
             "method": "none" if self.record is None else self.record.method,
             "checkpoint": os.fspath(files.at(self.path)),
             "step": self.step,
+            "dtype": self.model.config.dtype,
+            **({} if self.frozen_dtype == quantized.ACTIVATIONS else {"frozen": self.frozen_dtype}),
             **(counts if self.record is None else self.record.counts),
+            **({"base": self._base_in_words()} if self.needs_base else {}),
         }
+
+    def _base_in_words(self) -> str:
+        assert self.record is not None
+        return self.base_path or f"random weights, seed {self.record.base['seed'] or 0}"
 
 
 def open_models(
-    paths: str | Sequence[str], model: Transformer | None = None, base_path: str | None = None
+    paths: str | Sequence[str],
+    model: Transformer | None = None,
+    base_path: str | None = None,
+    dtype: str | None = None,
+    frozen_dtype: str | None = None,
 ) -> list[OpenedModel]:
     """Opens each path: a base, a run's folder (its newest checkpoint), a checkpoint or an adapter.
 
@@ -215,10 +258,15 @@ def open_models(
       paths: one or several.
       model: its activation dtype is that of bases that state none.
       base_path: read in place of the base that a run or an adapter names.
+      dtype: of activations, in place of what checkpoints say; None: as they say.
+      frozen_dtype: of frozen matrices (`quantized.FROZEN_DTYPES`); None: as a run was trained, and
+        those of a base in the activations' type.
 
     Raises:
       InputError: nothing is there, or it is none of these.
     """
+    if frozen_dtype is not None:
+        quantized.check(frozen_dtype)
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, (list, tuple)) or not paths:
         raise InputError(f"CHECKPOINT_PATH: expected a path or a list of some, found {paths!r}")
@@ -228,6 +276,16 @@ def open_models(
         place = files.at(path)
         with files.reaching(place):
             found = _open(path, model, base_path)
+        if dtype is not None:
+            config = dataclasses.replace(found.model.config, dtype=dtype)
+            found.model = found.model.clone(config=config)
+        if frozen_dtype is not None:
+            if found.record is not None and not found.needs_base:
+                raise InputError(
+                    f"FROZEN_DTYPE {frozen_dtype!r}: {path} trained the whole model, in float32:"
+                    " expected None"
+                )
+            found.frozen_dtype = frozen_dtype
         names[found.name] += 1
         if names[found.name] > 1:  # names become folders and rows, so they must differ
             found.name += f"_{names[found.name]}"
@@ -276,7 +334,9 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
                 f"{path} belongs to the base {base_path}, which is not there: name a copy"
                 " (INITIAL_CHECKPOINT_PATH, or --base of convert)"
             )
-    return OpenedModel(name, path, build(record), record, step, trained, base_path)
+    model = build(record)
+    kept = record.base.get("frozen_dtype", quantized.ACTIVATIONS)
+    return OpenedModel(name, path, model, record, step, trained, base_path, kept)
 
 
 def _base_name(path: str) -> str:

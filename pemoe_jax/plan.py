@@ -27,6 +27,7 @@ FLAGS = config.parser(
 """,
     macros="""\
   DTYPE, DROPOUT_RATE, NUM_EXPERTS, RANK (by method), TRAINABLE, VOCAB_SIZE
+  SCAN_LAYERS, REMAT_POLICY, FROZEN_DTYPE as a run's
 """,
 )
 FLAGS.add_argument(
@@ -59,11 +60,18 @@ CHIPS = {"v2": 8, "v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 8
 
 _WIRING = """\
 from pemoe_jax import plan
+from pemoe_jax.core import network
 from pemoe_jax.core import optim
+network.T5Config.scan_layers = %SCAN_LAYERS
+network.T5Config.remat_policy = %REMAT_POLICY
 plan.configured.model = %MODEL
 plan.configured.method = %METHOD
 plan.configured.trainable = %TRAINABLE
+plan.configured.frozen_dtype = %FROZEN_DTYPE
 plan.configured.optimizer = @optim."""
+
+# where no run file has them
+_MACROS = ("SCAN_LAYERS = False", "REMAT_POLICY = 'none'", "FROZEN_DTYPE = 'activations'")
 
 
 def configured(
@@ -71,14 +79,16 @@ def configured(
     method: str | None,
     trainable: Sequence[str] | None,
     optimizer: Any,
-) -> "tuple[network.Transformer, str, Sequence[str], Any]":
-    """What the gin files configure: the model, its method's name, what trains, the optimizer.
+    frozen_dtype: str,
+) -> "tuple[network.Transformer, str, Sequence[str], Any, str]":
+    """What the gin files configure: the arguments, with the optimizer's transformation.
 
     Args:
       model: network with its adapters.
       method: its name.
       trainable: patterns of the parameters that train.
       optimizer: schedule -> optax transformation.
+      frozen_dtype: of frozen matrices, one of `quantized.FROZEN_DTYPES`.
 
     Raises:
       InputError: there is no model or no method.
@@ -88,7 +98,7 @@ def configured(
     if not trainable:
         raise InputError("TRAINABLE is not set: expected --gin_file=methods/…")
     # any rate: it changes no shape
-    return model, method or "custom", trainable, optimizer(lambda step: 1e-3)
+    return model, method or "custom", trainable, optimizer(lambda step: 1e-3), frozen_dtype
 
 
 def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
@@ -136,13 +146,15 @@ def _step(
 ) -> "tuple[planned.Step, str]":
     """What the gin files and flags describe, and the method's label."""
     from pemoe_jax import planned
-    from pemoe_jax.core import adapters, network, params
+    from pemoe_jax.core import adapters, network, params, quantized
     from pemoe_jax.reports import counts
 
     args.gin_bindings = [_WIRING + args.optimizer, *args.gin_bindings]
-    config.load(args, bindings)
-    model, method, trainable, optimizer = config.call(configured)
-    step = planned.Step(model, trainable, optimizer, args.batch_size, lengths, args.microbatches)
+    config.load(args, bindings, _MACROS)
+    model, method, trainable, optimizer, frozen_dtype = config.call(configured)
+    quantized.check(frozen_dtype)
+    rows = args.batch_size
+    step = planned.Step(model, trainable, optimizer, rows, lengths, args.microbatches, frozen_dtype)
     shapes = params.flatten(network.param_shapes(model))
     params.trainable_paths(shapes, trainable)  # fails before anything is compiled
     return step, counts.label(method, shapes, adapters.describe(model.adapters))

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pemoe_jax.core import adapters, network, partitioning, steps
+from pemoe_jax.core import adapters, network, partitioning, quantized, stacks, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.reports import flops, hlo, plans
@@ -43,6 +43,7 @@ class Step:
       batch_size: B, over all devices.
       lengths: of inputs and targets; rows are packed.
       microbatches: pieces that a batch is run in.
+      frozen_dtype: of frozen matrices, one of `quantized.FROZEN_DTYPES`.
     """
 
     model: network.Transformer
@@ -51,6 +52,7 @@ class Step:
     batch_size: int
     lengths: tuple[int, int]
     microbatches: int = 1
+    frozen_dtype: str = quantized.ACTIVATIONS
 
     def with_layers(self, encoder: int, decoder: int) -> Step:
         """The same with so many layers."""
@@ -136,13 +138,18 @@ def arguments(step: Step, mesh: Mesh, fsdp: bool = False) -> Arguments:
     )
     trains = params_lib.trainable_paths(shapes, step.trainable)
 
-    def abstract(path: str) -> jax.ShapeDtypeStruct:
+    def abstract(path: str) -> Any:
         frozen = params_lib.frozen_dtype(path, model.config.dtype)
         dtype = jnp.dtype(jnp.float32) if path in trains else frozen
-        return jax.ShapeDtypeStruct(shapes[path].shape, dtype, sharding=lie[path])
+        found = jax.ShapeDtypeStruct(shapes[path].shape, dtype, sharding=lie[path])
+        if path in trains or not params_lib.is_matrix(path):
+            return found
+        return quantized.abstract(found, step.frozen_dtype)
 
     trained = params_lib.unflatten({path: abstract(path) for path in shapes if path in trains})
     frozen = params_lib.unflatten({path: abstract(path) for path in shapes if path not in trains})
+    if model.config.scan_layers:
+        frozen = network.stacked(model, frozen, stacks.join_abstract)
     state = jax.eval_shape(lambda p: steps.TrainState.create(p, step.optimizer), trained)
     state = _placed(state, partitioning.state_shardings(state, lie, mesh))
     return Arguments(state, frozen, _batch(step, mesh))
@@ -245,7 +252,8 @@ def _measure(step: Step, mesh: Mesh, fsdp: bool) -> dict[str, float]:
 def depths(config: network.T5Config, every_layer: bool = False) -> list[tuple[int, int]]:
     """(encoder, decoder layers) of the models to compile: one, or as many as tell of each stack."""
     encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
-    if every_layer or max(encoder, decoder) <= DEEPER:
+    # a loop over layers is compiled at once, however many there are
+    if every_layer or config.scan_layers or max(encoder, decoder) <= DEEPER:
         return [(encoder, decoder)]
     shallow = (min(encoder, SHALLOW), min(decoder, SHALLOW))
     if encoder == decoder:

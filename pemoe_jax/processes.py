@@ -1,10 +1,14 @@
 """Several processes as one run: on a TPU pod, under Slurm or Open MPI, or by hand."""
 
 import atexit
+import contextlib
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,16 @@ from pemoe_jax.core.errors import InputError
 
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECONDS = 30  # after as long without a sign of life of one, the others end
+
+_OTHERS = (
+    "another process of the run has ended or cannot be reached: start all of them again; the run"
+    " goes on from its last checkpoint"
+)
+# What XLA says, in a JaxRuntimeError or a ValueError, where processes work together. Of other codes
+# (RESOURCE_EXHAUSTED, INVALID_ARGUMENT, …) a process is guilty by itself.
+_OF_OTHERS = re.compile(
+    "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
+)
 
 
 def start() -> None:
@@ -29,13 +43,10 @@ def start() -> None:
     arguments = _arguments(os.environ)
     if arguments is None:
         return
+    _leave_last_words()
     import jax
 
-    jax.distributed.initialize(
-        **arguments,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it lives as long as the process
 
@@ -81,24 +92,68 @@ def folder_to_write(folder: Path) -> Path:
     return elsewhere
 
 
+_last_words: list[int] = []  # of this process, if it is one of several: a pipe's end to write to
+
+
+def _leave_last_words() -> None:
+    """Has a line said if this process is ended from outside, or by JAX.
+
+    JAX ends a process from a thread of its own, with signal SIGABRT and a stack trace, where its
+    service says that another has gone. No code of ours runs then: a shell waits for it.
+    """
+    read, write = os.pipe()
+    line = f"error: this process was killed, or {_OTHERS}"
+    subprocess.Popen(
+        ["sh", "-c", 'read -r ended || printf "%s\\n" "$0" >&2', line],
+        stdin=read,
+        stdout=subprocess.DEVNULL,
+    )
+    os.close(read)
+    _last_words.append(write)
+    atexit.register(_ends_by_itself)  # before those of jax, so called after them: they may fail
+
+
+def _ends_by_itself() -> None:
+    while _last_words:
+        with contextlib.suppress(BrokenPipeError):  # a signal to the whole group: the shell is gone
+            os.write(_last_words.pop(), b"\n")
+
+
 def end(code: int) -> int:
     """Ends a process of several at once, so that the others notice; one by itself returns."""
-    jax = sys.modules.get("jax")
-    if code and jax is not None and jax.distributed.is_initialized():
+    if code and _is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
+        _ends_by_itself()
         os._exit(code)  # else it would wait for the others, and they for it
     return code
 
 
-def told_of_others(error: BaseException) -> str | None:
-    """One line where an error says that another process has gone; else None."""
+def end_at(error: BaseException) -> None:
+    """Ends one of several processes at an error; one by itself returns.
+
+    With one line where it tells that another has gone, else with a stack trace.
+    """
+    if not _is_one_of_several():
+        return
+    told = _told_of_others(error)
+    if told is None:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {_OTHERS} ({told})", file=sys.stderr)
+    end(1)
+
+
+def _is_one_of_several() -> bool:
     jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized():
-        return None
-    if not isinstance(error, jax.errors.JaxRuntimeError):
-        return None
-    return (
-        "another process of the run has ended or cannot be reached: start all of them again; the"
-        f" run goes on from its last checkpoint ({str(error).splitlines()[0][:200]})"
-    )
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _told_of_others(error: BaseException) -> str | None:
+    """What XLA says of other processes in an error, or in what that came of; else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (RuntimeError, ValueError)) and _OF_OTHERS.match(str(cause)):
+            return str(cause).splitlines()[0][:200]
+        cause = cause.__cause__ or cause.__context__
+    return None

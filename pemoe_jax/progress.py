@@ -24,12 +24,24 @@ def thousands(number: float) -> str:
 
 
 class Metrics:
-    """Scalars by step, to `metrics.jsonl` and to TensorBoard, both under `model_dir`."""
+    """Scalars by step, to `metrics.jsonl` and to TensorBoard, both under `model_dir`.
 
-    def __init__(self, model_dir: Path) -> None:
+    A run goes on from step `first`: lines of later steps, which a killed run had told after its
+    last checkpoint, are left out, and so is a line that it did not finish.
+    """
+
+    def __init__(self, model_dir: Path, first: int = 0) -> None:
         from clu import metric_writers
 
-        self._file = (model_dir / "metrics.jsonl").open("a")
+        from pemoe_jax.checkpoints import files
+
+        file = model_dir / "metrics.jsonl"
+        if file.exists():
+            told = file.read_text()
+            kept = "".join(f"{line}\n" for line in told.splitlines() if _is_of(line, first))
+            if kept != told:
+                files.write_text(file, kept)
+        self._file = file.open("a")
         self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -40,6 +52,14 @@ class Metrics:
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
+
+
+def _is_of(line: str, last: int) -> bool:
+    """Whether a line of metrics is whole and of a step up to `last`."""
+    try:
+        return json.loads(line)["step"] <= last
+    except json.JSONDecodeError:
+        return False
 
 
 class Progress:

@@ -85,22 +85,10 @@ def _there(names: Sequence[str], use_cached: bool) -> list[str]:
     found: dict[str, None] = {}
     for name in names:
         for one in (name.removesuffix(_TWIN), name):
-            if one in registered and _is_there(one, use_cached):
+            if one in registered and data.is_there(one, use_cached):
                 found[one] = None
                 break
     return list(found)
-
-
-def _is_there(name: str, use_cached: bool) -> bool:
-    """False of tasks without a cache, and of P3's published ones that a folder P3_DIR has not."""
-    from pemoe_jax import data
-
-    task = data.check_task(name)
-    if use_cached:
-        return not task.supports_caching or bool(task.cache_dir)
-    source = getattr(task, "source", None)
-    folder = getattr(getattr(source, "settings", None), "p3_dir", None)
-    return folder is None or "://" in folder or getattr(source, "found", True) is not None
 
 
 def _by_role(registered: Any, use_cached: bool) -> list[str]:
@@ -263,7 +251,7 @@ def measure(
     import jax
     import numpy as np
 
-    from pemoe_jax import data, feed
+    from pemoe_jax import buckets, feed
     from pemoe_jax.core import partitioning, routing_probe
 
     rows = [(n, answered(group)) for n, members in enumerate(groups.values()) for group in members]
@@ -271,7 +259,7 @@ def measure(
     probe = routing_probe.make_probe(model)
     sums = routing_probe.start(model, len(groups), token_sites)
     sums = partitioning.replicate(sums, mesh)
-    batches = data.score_batches(
+    batches = buckets.score_batches(
         [group for _, group in rows], batch_size, multiple_of=mesh.shape["data"]
     )
     done = 0

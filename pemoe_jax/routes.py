@@ -31,6 +31,7 @@ FLAGS = config.parser(
   ROUTES_SITES              e.g. ['*/mlp/gate']; None: all of the last decoder block
   ROUTES_EXAMPLES           of a task (32)
   INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
+  DTYPE                     of activations: float32 or bfloat16; None: as trained
   JSONL_DIR or P3_DIR, VOCAB_PATH, MIXTURE_OR_TASK_MODULE, TASK_FEATURE_LENGTHS, BATCH_SIZE
   SENTENCE_EMBEDDINGS       table of python -m pemoe_jax.embed, for models trained with one
 """,
@@ -63,6 +64,7 @@ def routes(
     batch_size: int = 32,
     register: Callable[[], Any] | None = None,
     initial_checkpoint_path: str | None = None,
+    dtype: str | None = None,
     use_cached_tasks: bool = False,
     sentence_embeddings: str | None = None,
     min_count: int = 5,
@@ -79,6 +81,7 @@ def routes(
       batch_size: examples at a time over all devices.
       register: registers the tasks.
       initial_checkpoint_path: in place of the base that a checkpoint names.
+      dtype: of activations, in place of what checkpoints say.
       use_cached_tasks: seqio's offline caches.
       sentence_embeddings: table for routers that read them; None: the tasks' own feature.
       min_count: a token met less often is no top token.
@@ -96,7 +99,7 @@ def routes(
     mesh = partitioning.make_mesh()
     partitioning.check_batch_size(batch_size, mesh)
     folder = files.local(output_dir, "ROUTES_OUTPUT_DIR")
-    opened = models.open_models(checkpoint_path, None, initial_checkpoint_path)
+    opened = models.open_models(checkpoint_path, None, initial_checkpoint_path, dtype)
     chosen = [_sites(one, sites) for one in opened]
     registered = register() if register is not None else None
     if registered is not None:

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -355,6 +356,8 @@ def _run_one(run: Run, state: dict[str, Any], lock: int, opening: str) -> str:
     for name, flags in run.commands():
         if state[name]:
             continue
+        if name == "evaluate":  # which would not write over what it does not make again
+            shutil.rmtree(run.results, ignore_errors=True)
         log = run.folder / f"{name}.log"
         live = _live(opening, name, log)
         next(live)

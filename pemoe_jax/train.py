@@ -39,6 +39,8 @@ FLAGS = config.parser(
   NUM_EXPERTS, RANK, ALPHA (by method), ROUTER_METRICS
   LOG_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_CHECKPOINTS
   MODEL_PARALLELISM, FSDP   devices that a matrix is spread over; parameters over the others too
+  FROZEN_DTYPE              of frozen matrices: 'activations' (as these), 'int8', 'float8_e4m3fn'
+  SCAN_LAYERS, REMAT_POLICY layers as one loop; activations computed again: 'minimal', 'full'
 """,
 )
 
@@ -70,6 +72,7 @@ def train(
     keep_checkpoints: int | None = 1,
     model_parallelism: int = 1,
     fsdp: bool = False,
+    frozen_dtype: str = "activations",
 ) -> None:
     """Trains, from the newest checkpoint in `model_dir` where there is one.
 
@@ -99,6 +102,7 @@ def train(
       keep_checkpoints: how many are kept; None: all.
       model_parallelism: over how many devices each matrix is spread; the others share the batch.
       fsdp: parameters are spread over the devices that share the batch, too.
+      frozen_dtype: what frozen matrices are kept as, one of `quantized.FROZEN_DTYPES`.
 
     Raises:
       InputError: anything the user can mend.
@@ -109,6 +113,8 @@ def train(
         raise InputError("TRAINABLE is not set: expected --gin_file=methods/… before the run file")
     for name, value, least in (
         ("TRAIN_STEPS", total_steps, 1),
+        ("MICROBATCHES", microbatches, 1),
+        ("KEEP_CHECKPOINTS", 1 if keep_checkpoints is None else keep_checkpoints, 1),
         ("LOG_PERIOD", log_period, 1),
         ("CHECKPOINT_PERIOD", checkpoint_period, 1),
         ("EVAL_PERIOD", eval_period, 0),
@@ -124,9 +130,10 @@ def train(
 
     from pemoe_jax import data, feed, processes, sentences
     from pemoe_jax.checkpoints import files, runs
-    from pemoe_jax.core import adapters, partitioning, steps
+    from pemoe_jax.core import adapters, network, partitioning, quantized, stacks, steps
     from pemoe_jax.reports import plots
 
+    quantized.check(frozen_dtype)
     folder = files.local(model_dir, "MODEL_DIR")
     processes.start()
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
@@ -146,7 +153,15 @@ def train(
 
     transformation = optimizer(schedule)
     state, frozen, record = _prepare(
-        model, method, trainable, initial_checkpoint_path, transformation, seed, mesh, rules
+        model,
+        method,
+        trainable,
+        initial_checkpoint_path,
+        frozen_dtype,
+        transformation,
+        seed,
+        mesh,
+        rules,
     )
     record = dataclasses.replace(
         record,
@@ -193,6 +208,8 @@ def train(
             print(f"it does not say where in the data it was: reading past {first} batches")
             for _ in itertools.islice(batches, first):
                 pass
+    if model.config.scan_layers:
+        frozen = network.stacked(model, frozen, stacks.join_and_free)
     written = processes.folder_to_write(folder)
     _write_config(written)
     loop = _Loop(
@@ -220,9 +237,15 @@ def train(
     )
     try:
         with partitioning.scope(mesh, rules):
-            loop.run(state, frozen, feed.prefetch(batches))
-    finally:
-        checkpoints.close()
+            loop.run(state, frozen, feed.prefetch(batches, made=loop.placed))
+    except BaseException as error:
+        # a save under way needs all processes, of which one may have gone
+        if isinstance(error, InputError) or jax.process_count() == 1:
+            checkpoints.close()
+        raise
+    checkpoints.close()
+    if batches.cuts.inputs or batches.cuts.targets:
+        print(batches.cuts)
     plots.loss_curve(
         written / "metrics.jsonl", written / "loss.png", title=f"Training: {folder.name}"
     )
@@ -234,6 +257,7 @@ def _prepare(
     method: str,
     trainable: Sequence[str],
     base_path: str | None,
+    frozen_dtype: str,
     optimizer: Any,
     seed: int,
     mesh: Any,
@@ -244,13 +268,21 @@ def _prepare(
 
     from pemoe_jax import models
     from pemoe_jax.checkpoints import runs
-    from pemoe_jax.core import adapters, network, partitioning, steps
+    from pemoe_jax.core import adapters, network, partitioning, quantized, steps
     from pemoe_jax.core import params as params_lib
 
     shapes = params_lib.flatten(network.param_shapes(model))
     trains = params_lib.trainable_paths(shapes, trainable)  # fails before the base is read
     lies = partitioning.param_shardings(mesh, rules, network.param_axes(model), shapes)
-    base, identity = models.load_base(model, base_path, seed, trains.__contains__, lies)
+    if frozen_dtype != quantized.ACTIVATIONS and not any(
+        params_lib.is_matrix(path) for path in shapes.keys() - trains
+    ):
+        raise InputError(
+            f"FROZEN_DTYPE {frozen_dtype!r}: {method} trains all matrices: expected 'activations'"
+        )
+    base, identity = models.load_base(
+        model, base_path, seed, trains.__contains__, lies, frozen_dtype
+    )
     added = models.place(network.init_params(model, seed, params_lib.is_adapter), lies)
     trained, frozen = params_lib.split(params_lib.merge(added, base), trainable)
     record = runs.Record(
@@ -258,7 +290,7 @@ def _prepare(
         trainable=list(trainable),
         config=model.config.as_dict(),
         adapters=adapters.describe(model.adapters),
-        base={**identity, "needed": bool(frozen)},
+        base={**identity, "needed": bool(frozen), "frozen_dtype": frozen_dtype},
         counts={"trainable": params_lib.count(trained), "total": params_lib.count(shapes)},
         versions=runs.versions(),
         seed=seed,
@@ -285,7 +317,11 @@ def _summary(trainable: Any, frozen: Any, record: Any, registered: Any, devices:
         params_lib.flatten(frozen),
         base=f"{base}, fingerprint {identity['fingerprint']}",
         method=record.method,
-        extra={"devices": str(devices), "activations": record.config["dtype"]},
+        extra={
+            "devices": str(devices),
+            "activations": record.config["dtype"],
+            "matrices": f"{identity['frozen_dtype']}, where frozen",
+        },
     )
     lines = registered.lines() if registered is not None else []
     return "\n".join([text, *lines])
@@ -347,6 +383,7 @@ def _identity(record: "runs.Record", with_base: bool) -> dict[str, Any]:
     }
     if with_base:
         identity["base fingerprint"] = record.base["fingerprint"]
+        identity["FROZEN_DTYPE"] = record.base.get("frozen_dtype", "activations")
     return identity
 
 
@@ -362,7 +399,7 @@ def _write_config(folder: Path) -> None:
 class _Loop:
     """The steps, and what is said and written between them."""
 
-    train_step: "steps.StepFn"
+    train_step: Any  # `steps.make_train_step`
     eval_step: Callable[..., Any]
     mesh: Any
     folder: Path
@@ -377,15 +414,22 @@ class _Loop:
     save: Callable[[Any, Any], None]
     save_period: int
 
+    def placed(self, batch: Mapping[str, Any]) -> tuple[Any, int]:
+        """A batch of this process's share, on the devices, and its number of real tokens."""
+        from pemoe_jax.core import partitioning
+
+        return partitioning.join_batch(batch, self.mesh), _real_tokens(batch)
+
     def run(self, state: Any, frozen: Any, batches: Any) -> None:
+        """Trains on `placed` batches."""
         import jax
 
-        from pemoe_jax import progress
-        from pemoe_jax.core import partitioning, routing
+        from pemoe_jax import host_memory, progress
+        from pemoe_jax.core import routing
 
         first = int(state.step)
         bar = progress.Progress("step", self.total_steps, first)
-        metrics = progress.Metrics(self.folder)
+        metrics = progress.Metrics(self.folder, first)
         window: list[tuple[Any, int]] = []
         waited, clock = 0.0, time.monotonic()
         # by step, so that an interrupted run saves the one that belongs to its state
@@ -401,10 +445,11 @@ class _Loop:
                         f"the training data ended at step {step - 1} of {self.total_steps}"
                     )
                 positions = {step - 1: positions[step - 1], step: batches.position}
-                tokens = _real_tokens(batch)
-                state, step_metrics = self.train_step(
-                    state, frozen, partitioning.join_batch(batch, self.mesh), self.rng
-                )
+                arrays, tokens = batch
+                if step == first + 1:  # by itself, so that its memory is free for the step's
+                    taken = self.train_step.lower(state, frozen, arrays, self.rng).compile()
+                    host_memory.give_back()
+                state, step_metrics = taken(state, frozen, arrays, self.rng)
                 window.append((step_metrics, tokens))
                 bar.advance(step)
                 last = step == self.total_steps

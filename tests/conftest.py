@@ -8,6 +8,7 @@ from collections.abc import Iterator
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # each run compiles: none hangs on what ran before
 _DEVICES = "--xla_force_host_platform_device_count=2"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()

@@ -69,13 +69,16 @@ def model(
 
 @functools.cache
 def random_params(method: str, num_experts: int = EXPERTS) -> dict:
+    return random_params_of(model(method, num_experts))
+
+
+def random_params_of(transformer: network.Transformer) -> dict:
     """Random everywhere, so that no adapter is the identity and routers decide.
 
     An array depends on its path and shape alone: methods share the base's values.
     """
-    shapes = network.param_shapes(model(method, num_experts))
     arrays = {}
-    for path, shape in params.flatten(shapes).items():
+    for path, shape in params.flatten(network.param_shapes(transformer)).items():
         noise = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(shape.shape)
         if path.endswith(("scale", "vectors")):
             noise = 1 + 0.3 * noise

@@ -17,6 +17,7 @@ from jsonl_folder import write_folder, write_vocabulary
 from test_train import CONFIG, DIMENSIONS, data_flags, read_metrics, train_flags
 
 from pemoe_jax import (
+    buckets,
     convert,
     data,
     embed,
@@ -30,7 +31,7 @@ from pemoe_jax import (
 )
 from pemoe_jax.checkpoints import base as base_lib
 from pemoe_jax.checkpoints import runs
-from pemoe_jax.core import decoding, network, routing_probe, steps
+from pemoe_jax.core import cross_entropy, decoding, network, routing_probe, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 
@@ -475,7 +476,7 @@ def test_probabilities_are_of_examples_and_not_of_tokens(folder, trained, method
     params = opened.load()
     groups = data.choice_groups("jsonl_score_eval", {"inputs": 32, "targets": 8})
     source = sentences.for_models([opened], str(folder / "table"), "jsonl_score_eval", 32)
-    batch, members = next(data.score_batches(source.given_to(groups), 8))
+    batch, members = next(buckets.score_batches(source.given_to(groups), 8))
     batch = {k: v[:, 0] if v.ndim == 3 else v for k, v in batch.items()}
     _, told = steps.apply_model(opened.model, params, batch, None, mutable=["intermediates"])
     sites = params_lib.flatten(told["intermediates"])
@@ -512,7 +513,7 @@ def test_choices_scored_together_are_as_scored_one_by_one(folder, trained, metho
     vocabulary = data.check_task("check_1").output_features["inputs"].vocabulary
     lines = (tmp_path / "predictions" / method / "check_1_score_eval.jsonl").read_text()
     losses = jax.jit(
-        lambda batch: steps.token_losses(
+        lambda batch: cross_entropy.token_losses(
             steps.apply_model(opened.model, params, batch, None), batch["decoder_target_tokens"]
         )[0]
     )

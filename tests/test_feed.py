@@ -166,6 +166,27 @@ def test_what_does_not_fit_begins_a_row_and_what_is_too_long_is_cut():
     assert positions == [11, 12, 13, 15, 16]
 
 
+@pytest.mark.parametrize("name", ["jsonl_train", "a"])
+def test_what_is_cut_is_counted(registered, name):
+    """Every example of one epoch, cut and as long as it is; what just fits is not counted."""
+
+    def examples(lengths):
+        batches = feed.train_batches(name, lengths, 1, pack=False, num_epochs=1, shuffle=False)
+        keys = ("encoder_input_tokens", "decoder_target_tokens")
+        found = [[batch[key][0] for key in keys] for batch in batches]
+        return batches.cuts, [[row[row > 0].tolist() for row in pair] for pair in found]
+
+    none, whole = examples({"inputs": 500, "targets": 100})
+    assert (none.inputs, none.targets, none.examples) == (0, 0, len(whole))
+    limit = sorted(len(inputs) for inputs, _ in whole)[len(whole) // 2]
+    cuts, cut = examples({"inputs": limit, "targets": 100})
+    longer = [inputs for inputs, _ in whole if len(inputs) > limit]
+    assert cuts.inputs == len(longer) > 0 and cuts.targets == 0
+    assert any(len(inputs) == limit for inputs, _ in whole)
+    expected = [i if len(i) <= limit else [*i[: limit - 1], 1] for i, _ in whole]
+    assert [inputs for inputs, _ in cut] == expected
+
+
 def segments(batch):
     """Every packed example as (input ids, target ids)."""
     for row in range(len(batch["encoder_segment_ids"])):
@@ -322,6 +343,7 @@ def test_wrong_arguments_are_named_at_once(registered):
 
 def test_prefetch_keeps_order_and_raises_where_the_source_did():
     assert list(feed.prefetch(range(100), 3)) == list(range(100))
+    assert list(feed.prefetch(range(100), made=lambda i: -i)) == [-i for i in range(100)]
 
     def failing():
         yield 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from methods import LORA_SITES, VECTOR_SITES, largest_difference
 
-from pemoe_jax.core import decoding, layers, network, params, steps
+from pemoe_jax.core import cross_entropy, decoding, layers, network, params
 from pemoe_jax.core.adapters import Adapters, LoRAExperts, VectorExperts
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -78,7 +78,7 @@ class Case:
                 {"params": params.unflatten(flat)}, **batch, enable_dropout=False
             )
             target = batch["decoder_target_tokens"]
-            losses, _ = steps.token_losses(logits, target)
+            losses, _ = cross_entropy.token_losses(logits, target)
             return jnp.sum(losses * (target > 0)) / jnp.sum(target > 0), logits
 
         return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(self.train, self.batch)

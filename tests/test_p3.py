@@ -1,6 +1,7 @@
 """P3's registry, and its sources: the same examples whatever form they come in."""
 
 import csv
+import itertools
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import numpy as np
 import p3_forms
 import pytest
 
-from pemoe_jax import data, feed, tasks
+from pemoe_jax import data, feed, infer, tasks
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.tasks import p3_rows, p3_table
 
@@ -271,6 +272,45 @@ def test_training_goes_on_anywhere_and_takes_every_row_once(p3, forms):
         ds = data.check_task(RTE).examples_from(LENGTHS, "train", seed=1, num_epochs=1)
         found = [row["inputs"].tolist() for row in ds.as_numpy_iterator()]
         assert sorted(found) == sorted(row[0] for row in ids(RTE, "train"))
+
+
+def test_all_313_tasks_are_entered_anywhere(p3, tmp_path):
+    """Near the start, and a hundred million examples in; all tasks come, by rates that differ."""
+    names = p3_table.mixtures()["t0_train"]
+    for number, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        lines = [{"inputs": f"{number}", "targets": f"{row}"} for row in range(1 + number % 7)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "train.jsonl").write_text(text)
+    register(tmp_path)
+
+    def read(start, count):
+        batches = feed.train_batches(
+            "t0_train", LENGTHS, 1, pack=False, seed=5, start={"examples": start}
+        )
+        keys = ("encoder_input_tokens", "decoder_target_tokens")
+        found = itertools.islice(batches, count)
+        return [tuple(batch[key].tobytes() for key in keys) for batch in found]
+
+    first = read(0, 2_000)
+    # the rarest have 1,941 of 17,277,798 rows: by the rates 257.4 tasks are to be met, ± 6
+    assert 234 < len({inputs for inputs, _ in first}) < 281
+    for start in (1, 312, 1_579):
+        assert read(start, 60) == first[start : start + 60]
+    far = read(100_000_000, 100)
+    assert read(100_000_040, 60) == far[40:]
+    assert len(set(far)) > 30
+
+
+def test_decoding_leaves_out_what_is_not_there(p3, forms, tmp_path, capsys):
+    registered = register(forms["parquet"])
+    found = infer._read("t0_train", LENGTHS, registered, False, 2)
+    assert [(task.name, len(task.inputs)) for task in found] == [("ag_news_recommend", 2)]
+    assert "no data, so not decoded: 312 tasks (" in capsys.readouterr().out
+    with pytest.raises(InputError, match="has no task 'super_glue_wic_same_sense'"):
+        infer._read("super_glue_wic_same_sense", LENGTHS, registered, False, 2)
+    with pytest.raises(InputError, match="USE_CACHED_TASKS: no cache of "):
+        infer._read("super_glue_wic", LENGTHS, registered, True, 2)
 
 
 def test_train_and_eval_batches(p3, forms):

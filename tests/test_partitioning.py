@@ -253,3 +253,20 @@ def test_gather_gives_whole_arrays():
     found = partitioning.gather(tree)
     np.testing.assert_array_equal(found["a"], np.arange(4))
     assert isinstance(found["a"], np.ndarray)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: reset by peer\nIn call to train"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout."), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("Unknown: a word"), False),
+    ],
+)
+def test_what_tells_of_other_processes(error, told):
+    """By itself, and as what orbax's own error came of."""
+    around = TimeoutError("Timed out while waiting for a barrier.")
+    around.__cause__ = error
+    expected = str(error).splitlines()[0] if told else None
+    assert processes._told_of_others(error) == processes._told_of_others(around) == expected

@@ -282,6 +282,17 @@ def test_compiled_products_are_those_by_hand():
     assert once == whole == by_hand("full").together
 
 
+def test_a_loop_over_layers_is_compiled_whole():
+    """Its products are those of three and of five layers, by hand; nothing is reckoned up."""
+    config = dataclasses.replace(
+        CONFIG, num_encoder_layers=3, num_decoder_layers=5, scan_layers=True
+    )
+    one = step("full", config=config)
+    assert planned.depths(config) == [(3, 5)]
+    once, whole = hlo.products(hlo.parse(planned.compile_step(one, mesh_of(1, 1)).as_text()))
+    assert once < whole == planned.model_flops(one).together
+
+
 # --- programs as text ---
 
 PROGRAM = """\
@@ -419,6 +430,7 @@ TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=methods/mov.gin"]
         (["--output=plan.txt"], "--output: expected a file that ends in .md or .json"),
         (["--output=/no/such/folder/plan.md"], "expected a file in a folder that exists"),
         (["--gin.TRAINABLE=['nothing']"], "TRAINABLE matched 0"),
+        (["--gin.REMAT_POLICY=some"], "REMAT_POLICY: expected one of ['none', 'minimal', 'full']"),
         (["--gin.NO_SUCH=1"], "no gin file has a macro of this name"),
     ],
 )

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from test_train import data_flags, train_flags
 from test_train import folder as folder  # a fixture
 
+from pemoe_jax import processes
 from pemoe_jax.checkpoints import runs
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -108,38 +108,84 @@ def test_a_checkpoint_goes_on_elsewhere(folder, alone, tmp_path):
         assert found[step] == pytest.approx(loss, rel=1e-5), step
 
 
-def test_one_that_is_killed_ends_the_other(folder, tmp_path):
-    """Within a bounded time, with one line; started again they go on from the last checkpoint."""
+OTHERS = "another process of the run has ended or cannot be reached: start all of them again"
+PATIENCE = processes.HEARTBEAT_SECONDS + 60  # to notice, and to end on a machine that is busy
+
+
+def start_two(arguments: list[str], folder: pathlib.Path) -> list[subprocess.Popen]:
+    """Each with its errors in `errors_<number>`: a pipe that nobody reads would hold it up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = []
+    for number in (0, 1):
+        variables = environment(
+            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(number)
+        )
+        with (folder / f"errors_{number}").open("w") as errors:
+            both.append(
+                subprocess.Popen(
+                    arguments, env=variables, cwd=REPO, stdout=subprocess.DEVNULL, stderr=errors
+                )
+            )
+    return both
+
+
+def last_words(file: pathlib.Path) -> str:
+    """The line of ours that errors end with, and no other is among them."""
+    for _ in range(100):  # what says it may outlive the process by a moment
+        lines = file.read_text().splitlines()
+        ours = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+        if ours:
+            break
+        time.sleep(0.1)
+    assert ours == [len(lines) - 1], "\n".join(lines)
+    return lines[-1]
+
+
+def test_one_that_is_killed_ends_the_other(folder, tmp_path):
+    """Within a bounded time, with one line; started again they go on from the last checkpoint."""
     run = tmp_path / "run"
     flags = flags_of(folder, run, TRAIN_STEPS=100_000, KEEP_CHECKPOINTS=2)
-    both = [
-        subprocess.Popen(
-            command("train", flags),
-            env=environment(
-                JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(number)
-            ),
-            cwd=REPO,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in (0, 1)
-    ]
+    both = start_two(command("train", flags), tmp_path)
     try:
-        deadline = time.monotonic() + 300
-        while len(list(run.glob("checkpoint_*/record"))) < 2:
+        deadline = time.monotonic() + 600
+        while len(runs.saved_steps(run)) < 2:
             assert time.monotonic() < deadline and both[0].poll() is None, "no checkpoint"
             time.sleep(0.5)
-        both[1].send_signal(signal.SIGKILL)
-        _, said = both[0].communicate(timeout=90)
+        both[1].kill()
+        code = both[0].wait(PATIENCE)
     finally:
         for process in both:
             process.kill()
-    assert both[0].returncode != 0
-    assert "another process of the run has ended" in said or "distributed service" in said, said
+    assert code != 0 and OTHERS in last_words(tmp_path / "errors_0")
     last = max(runs.saved_steps(run))
     run_in_two("train", flags_of(folder, run, TRAIN_STEPS=last + 1))
-    assert max(losses(run)) == last + 1
+    assert list(losses(run)) == list(range(1, last + 2))
+
+
+WAIT = """
+import pathlib, sys, time
+from pemoe_jax import processes
+processes.HEARTBEAT_SECONDS = 10
+processes.start()
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_that_waits_notices_too(tmp_path, killed):
+    """The first, where jax's service is, or another: jax ends what is left, we say why."""
+    both = start_two([sys.executable, "-c", WAIT, str(tmp_path / "up")], tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "up").exists():
+            assert time.monotonic() < deadline, "not up"
+            time.sleep(0.1)
+        both[killed].kill()
+        code = both[1 - killed].wait(PATIENCE)
+    finally:
+        for process in both:
+            process.kill()
+    assert code != 0 and OTHERS in last_words(tmp_path / f"errors_{1 - killed}")

@@ -1,5 +1,7 @@
 """What is told while something runs, where there is no terminal."""
 
+import json
+
 from pemoe_jax import progress
 
 
@@ -26,3 +28,17 @@ def test_lines_say_how_far_and_how_long(capsys, monkeypatch):
     assert "reading 20/50  arrays  left 0:16" in capsys.readouterr().out  # 11 s for 20, 30 left
     bar.report_if_late(50, "arrays")  # what is over need not be told
     assert capsys.readouterr().out == ""
+
+
+def test_metrics_go_on_from_a_checkpoint(tmp_path):
+    """What a killed run told after step 2, and the line in which it was killed, are told again."""
+    file = tmp_path / "metrics.jsonl"
+    told = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3))
+    file.write_text(told + '{"step": 4, "lo')
+    metrics = progress.Metrics(tmp_path, first=2)
+    metrics.write(3, {"loss": 0.5})
+    metrics.close()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows == [{"step": s, "loss": loss} for s, loss in ((1, 1.0), (2, 1.0), (3, 0.5))]
+    progress.Metrics(tmp_path).close()  # from the start
+    assert file.read_text() == ""

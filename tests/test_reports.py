@@ -38,6 +38,7 @@ def base():
 def mov():
     return {
         "name": "mov-10", "method": "mov", "checkpoint": "runs/mov", "step": 300,
+        "base": "/bases/b.safetensors", "dtype": "bfloat16",
         "trainable": 3_200, "total": 1_000_000,
         "datasets": {"rte": dataset(0.55, 0.5412, examples=1000)},
         "average": {"median": 0.55, "mean": 0.5412, "chance": 0.5},
@@ -55,7 +56,7 @@ def rows(markdown):
 
 
 def test_markdown(base, mov):
-    medians, means, _ = rows(tables.to_markdown({"runs": [base, mov]}))
+    medians, means, _, origins = rows(tables.to_markdown({"runs": [base, mov]}))
     assert medians["run"] == ["method", "trainable", "rte", "cb", "average"]
     assert medians["base"] == ["–", "0 %", "50.0", "25.0", "37.5"]
     assert medians["mov-10"] == ["mov", "0.32 %", "55.0", "–", "55.0 †"]  # it was not scored on cb
@@ -64,6 +65,8 @@ def test_markdown(base, mov):
     assert medians["examples"] == ["", "", "100–1,000", "100", ""]
     assert means["base"] == ["49.0", "26.0", "37.5"]
     assert means["mov-10"] == ["54.1", "–", "54.1 †"]
+    assert origins["base"] == ["base", "0", "–", "–"]  # of an older version
+    assert origins["mov-10"] == ["runs/mov", "300", "/bases/b.safetensors", "bfloat16"]
 
 
 def test_markdown_names_prompts_and_odd_examples(base, mov):

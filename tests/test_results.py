@@ -1,7 +1,10 @@
 """Accuracies of prompts, data sets and all of them, by hand."""
 
+import json
+
 import pytest
 
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.reports import results
 
 
@@ -46,3 +49,22 @@ def test_data_sets_and_their_average():
     assert found["average"]["median"] == pytest.approx((0.2 + 0.5) / 2)
     assert found["average"]["mean"] == pytest.approx((0.4 + 0.5) / 2)
     assert found["average"]["chance"] == 0.5
+
+
+def test_what_would_be_lost_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not results.check_replaced(tmp_path, ["run"], ["a"])  # nothing there
+    runs = [
+        {"checkpoint": "base", "step": 0, "tasks": {"a": {}, "b": {}}},
+        {"checkpoint": str(tmp_path / "run"), "step": 3, "tasks": {"a": {}}},
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
+    assert results.check_replaced(tmp_path, ["run", "base", "new"], ["a", "b", "c"])
+    with pytest.raises(InputError, match=r"holds results .* lost: base on a and 1 more: choose"):
+        results.check_replaced(tmp_path, ["run"], ["a", "b"])
+    with pytest.raises(InputError, match=r"lost: base on b: choose another EVAL_OUTPUT_DIR"):
+        results.check_replaced(tmp_path, ["run", "base"], ["a", "a_score_eval"])
+    for text in ("{", '{"results": 3}', '{"runs": [{"name": "x"}]}', "[]"):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(InputError, match="results.json is in the way, and not of an eval"):
+            results.check_replaced(tmp_path, ["run"], ["a"])

@@ -10,7 +10,7 @@ import pytest
 from methods import CONFIG, METHODS
 from test_jsonl import WORDS, make_vocab, write
 
-from pemoe_jax import data, evaluate, progress
+from pemoe_jax import buckets, data, evaluate, progress
 from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.reports import results as results_lib
 from pemoe_jax.tasks import jsonl
@@ -133,10 +133,10 @@ def test_the_batches_had_remainders_and_ragged_choices(twins):
     assert any(group.cut_input for group in groups) and any(group.cut_target for group in groups)
     assert sum("doubled_choices" in group.odd for group in groups) >= 3
     for batch_size in (4, 32):
-        batches = list(data.score_batches(groups, batch_size, multiple_of=2))
+        batches = list(buckets.score_batches(groups, batch_size, multiple_of=2))
         rows = [batch["decoder_target_tokens"] for batch, _ in batches]
         assert any((part.sum(-1) == 0).any() for part in rows)  # fewer choices than the batch has
-    _, members = list(data.score_batches(groups[:3], 4, multiple_of=2))[0]
+    _, members = list(buckets.score_batches(groups[:3], 4, multiple_of=2))[0]
     assert len(members) == 3  # of 4 rows
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from pemoe_jax.core import partitioning, steps
+from pemoe_jax.core import cross_entropy, partitioning, steps
 from pemoe_jax.core.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -19,7 +19,10 @@ VOCAB = 7
 
 
 class Table:
-    """Logits are a row of `table` [V, V] for each decoder input, plus noise under dropout."""
+    """Logits are a row of `table` [V, V] for each decoder input, plus noise under dropout.
+
+    They are what its logits' matrix reads, too: that is an identity.
+    """
 
     def __init__(self, noisy: bool = False):
         self.noisy = noisy
@@ -33,6 +36,7 @@ class Table:
         *,
         enable_dropout,
         rngs,
+        return_hidden=False,
         mutable=(),
         **packing,
     ):
@@ -45,7 +49,11 @@ class Table:
 def parameters() -> tuple[dict, dict]:
     """(trainable, frozen)."""
     table = np.random.default_rng(0).standard_normal((VOCAB, VOCAB)).astype(np.float32) * 2
-    return {"table": jnp.asarray(table)}, {"shift": jnp.linspace(-1.0, 1.0, VOCAB)}
+    identity = {"logits_dense": {"kernel": jnp.eye(VOCAB)}}
+    return {"table": jnp.asarray(table)}, {
+        "shift": jnp.linspace(-1.0, 1.0, VOCAB),
+        "decoder": identity,
+    }
 
 
 def batch() -> dict[str, np.ndarray]:
@@ -89,7 +97,7 @@ def test_token_losses_by_hand():
     The z-loss at 0.1 is 0.1 * (ln 4)² = 0.192181 for both.
     """
     logits = jnp.array([[0.0, np.log(3)], [0.0, np.log(3)]])
-    losses, z = steps.token_losses(logits, jnp.array([1, 0]), z_loss=0.1)
+    losses, z = cross_entropy.token_losses(logits, jnp.array([1, 0]), z_loss=0.1)
     np.testing.assert_allclose(losses, [0.287682, 1.386294], rtol=1e-5)
     np.testing.assert_allclose(z, [0.192181, 0.192181], rtol=1e-5)
 
@@ -102,7 +110,7 @@ def test_label_smoothing_by_hand():
     Logits ln(0.1, 0.8, 0.1), the smoothed target itself, cost nothing.
     """
     logits = jnp.array([[0.0, 0, 0], list(np.log([0.1, 0.8, 0.1]))])
-    losses, _ = steps.token_losses(logits, jnp.array([1, 1]), label_smoothing=0.2)
+    losses, _ = cross_entropy.token_losses(logits, jnp.array([1, 1]), label_smoothing=0.2)
     np.testing.assert_allclose(losses, [0.459580, 0.0], atol=1e-6)
 
 
@@ -115,7 +123,7 @@ def test_token_losses_and_gradients(smoothing, z_loss):
     targets = rng.integers(0, VOCAB, (2, 3))
 
     def ours(logits):
-        nll, z = steps.token_losses(logits, targets, smoothing, z_loss)
+        nll, z = cross_entropy.token_losses(logits, targets, smoothing, z_loss)
         return jnp.sum(nll + z), (nll, z)
 
     grad, (nll, z) = jax.grad(ours, has_aux=True)(jnp.asarray(logits, jnp.float32))
@@ -133,7 +141,7 @@ def test_token_losses_and_gradients(smoothing, z_loss):
 
 
 def test_large_logits_do_not_overflow():
-    losses, z = steps.token_losses(jnp.array([[1e4, 0.0]]), jnp.array([1]), z_loss=1e-4)
+    losses, z = cross_entropy.token_losses(jnp.array([[1e4, 0.0]]), jnp.array([1]), z_loss=1e-4)
     np.testing.assert_allclose(losses, [1e4])
     np.testing.assert_allclose(z, [1e4], rtol=1e-5)  # 1e-4 * (1e4)²
 

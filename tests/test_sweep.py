@@ -308,9 +308,11 @@ def test_other_settings_are_refused_and_another_scoring_is_done(
     # what no result hangs on may change
     assert sweep.main(flags_of(output, "--gin.LOG_PERIOD=3")) == 0
     assert capsys.readouterr().out.count("finished before") == 3
+    (output / "mov-seed0" / "results" / "of_before").touch()
     assert sweep.main(flags_of(output, "--evaluate=runs/evaluate.gin+EVAL_EXAMPLES=4")) == 0
     assert "finished before" not in capsys.readouterr().out
     assert len(steps(output).split()) == 20  # scored again, not trained again
+    assert not (output / "mov-seed0" / "results" / "of_before").exists()
 
 
 def test_a_folder_of_something_else_is_refused(stand_ins, tmp_path, capsys):

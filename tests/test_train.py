@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,19 @@ def test_a_run_stopped_and_resumed_ends_like_one_that_was_not(folder, trained, t
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_in_another_form(folder, trained, tmp_path, capsys):
+    """As a loop with remat, on two devices and with parameters spread, then unrolled: one run."""
+    loop = {"SCAN_LAYERS": True, "REMAT_POLICY": "minimal", "FSDP": True}
+    assert train.main(train_flags(folder, "mov", tmp_path, TRAIN_STEPS=5, **loop)) == 0
+    assert train.main(train_flags(folder, "mov", tmp_path)) == 0
+    assert "resuming from" in capsys.readouterr().out
+    whole, record, _ = runs.open_trainable(str(trained["mov"]))
+    found, of_loop, _ = runs.open_trainable(str(tmp_path))
+    assert of_loop.config == record.config and whole.keys() == found.keys()
+    for path, array in whole.items():
+        np.testing.assert_allclose(array.read(), found[path].read(), rtol=1e-4, atol=1e-4)
+
+
 def assert_ends_alike(one: pathlib.Path, other: pathlib.Path) -> None:
     """Trained parameters, and how much of the data was consumed, bit for bit."""
     first, _, step = runs.open_trainable(str(one))
@@ -232,6 +246,15 @@ def test_waiting_for_data_is_measured(folder, trained, tmp_path, monkeypatch, ca
     assert "waiting for data" in capsys.readouterr().out
 
 
+def test_long_examples_are_told_of(folder, tmp_path, capsys):
+    short = {"TASK_FEATURE_LENGTHS": "{'inputs': 5, 'targets': 8}", "TRAIN_STEPS": 1}
+    assert train.main(train_flags(folder, "ia3", tmp_path, **short)) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\n[1-9]\d* inputs and 0 targets of \d+ examples read were longer", said), (
+        said
+    )
+
+
 def test_resuming_on_another_base_is_refused(folder, trained, capsys):
     flags = train_flags(
         folder, "mov", trained["mov"], INITIAL_CHECKPOINT_PATH=folder / "other.safetensors"
@@ -285,8 +308,33 @@ def test_several_checkpoints_in_one_table(folder, trained, tmp_path):
                 assert row["prediction"] == row["answer_choices"][int(np.argmax(row["scores"]))]
     table = (tmp_path / "results.md").read_text()
     assert all(name in table for name in ("base", *METHODS))
+    assert table.count(f"| {folder / 'base.safetensors'} | float32") == 4  # of the adapters
     assert (tmp_path / "routing_mov.png").exists() and (tmp_path / "routing_molora.png").exists()
     assert not (tmp_path / "routing_ia3.png").exists()
+
+
+def test_results_are_replaced_by_their_like_alone(folder, trained, tmp_path, capsys):
+    """And DTYPE is what is computed in, whatever was trained in."""
+
+    def evaluated(run: str, **macros) -> int:
+        flags = [f"--gin.CHECKPOINT_PATH={trained[run]}", f"--gin.EVAL_OUTPUT_DIR={tmp_path}"]
+        flags += [f"--gin.{name}={value}" for name, value in macros.items()]
+        return evaluate.main(["--gin_file=runs/evaluate.gin", *flags, *data_flags(folder)])
+
+    assert evaluated("mov") == 0
+    assert "replacing" not in capsys.readouterr().out
+    first = json.loads((tmp_path / "results.json").read_text())["runs"][0]
+    assert evaluated("lora") == 1
+    error = capsys.readouterr().err
+    assert f"holds results that would be lost: {trained['mov']} on " in error
+    assert error.count("\n") == 1
+    assert evaluated("mov", DTYPE="bfloat16") == 0
+    assert f"replacing the results in {tmp_path}" in capsys.readouterr().out
+    second = json.loads((tmp_path / "results.json").read_text())["runs"][0]
+    assert (first["dtype"], second["dtype"]) == ("float32", "bfloat16")
+    assert first["tasks"].keys() == second["tasks"].keys()
+    assert evaluated("mov", DTYPE="float16") == 1
+    assert "expected float32 or bfloat16, found 'float16'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -297,6 +345,7 @@ def test_several_checkpoints_in_one_table(folder, trained, tmp_path):
         ({"MIXTURE_OR_TASK_NAME": "colour_a"}, "unknown task or mixture 'colour_a'"),
         ({"VOCAB_PATH": "/nowhere/v.model"}, "/nowhere/v.model"),
         ({"VOCAB_SIZE": 100}, "T5Config.vocab_size is 100"),
+        ({"REMAT_POLICY": "most"}, "REMAT_POLICY: expected one of ['none', 'minimal', 'full']"),
         ({"TRAIN_STEP": 3}, "close: TRAIN_STEPS"),
         ({"INITIAL_CHECKPOINT_PATH": "/nowhere.safetensors"}, "/nowhere.safetensors"),
         ({"LOSS_NORMALIZING_FACTOR": "'TOKENS'"}, "LOSS_NORMALIZING_FACTOR"),

@@ -61,18 +61,24 @@ class Base:
         """Path -> shape."""
         return {path: array.shape for path, array in self.arrays.items()}
 
-    def load(self, target: Any, report: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    def load(
+        self,
+        target: Any,
+        report: Callable[[int], None] = lambda _: None,
+        made: Callable[[str, Any], Any] = params_lib.as_it_is,
+    ) -> dict[str, Any]:
         """Every parameter of `target`, in its type and sharding, and no other.
 
         Args:
           target: tree of `jax.ShapeDtypeStruct`.
           report: called with the number of arrays that are read.
+          made: (path, array) -> what it is kept as.
 
         Raises:
           InputError: names what is missing, extra, of another shape, unreadable or not finite.
         """
         self._check_dimensions(target)
-        return stored.load(self.arrays, target, str(self), report)
+        return stored.load(self.arrays, target, str(self), report, made)
 
     def fingerprint(self) -> str:
         """`params.fingerprint` of the arrays, read one by one."""

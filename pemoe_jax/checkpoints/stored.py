@@ -54,6 +54,7 @@ def load(
     target: Any,
     what: str,
     report: Callable[[int], None] = lambda _: None,
+    made: Callable[[str, jax.Array], Any] = params_lib.as_it_is,
 ) -> dict[str, Any]:
     """Reads a checkpoint's arrays, one by one, into the types and shardings of `target`.
 
@@ -65,9 +66,10 @@ def load(
       target: tree of `jax.ShapeDtypeStruct`; without a sharding: on the default device.
       what: names the checkpoint in errors.
       report: called with the number of arrays that are read.
+      made: (path, array) -> what it is kept as, before the next array is placed.
 
     Returns:
-      Nested dict of jax arrays.
+      Nested dict of what is made of jax arrays.
 
     Raises:
       InputError: a name is missing, extra or of another shape; an array cannot be read or holds
@@ -80,11 +82,11 @@ def load(
             raise InputError(f"{what}: {path}: expected floats, found {arrays[path].dtype}")
     # the largest first: what reading takes beside the arrays is little where memory is fullest
     order = sorted(wanted, key=lambda path: -arrays[path].nbytes)
-    placed: dict[str, jax.Array] = {}
+    placed: dict[str, Any] = {}
     for path, pieces in _read_ahead({path: (arrays[path], wanted[path]) for path in order}):
         if not all(map(params_lib.all_finite, pieces.values())):
             raise InputError(f"{what}: {path} holds NaN or infinity")
-        placed[path] = _assemble(pieces, wanted[path])
+        placed[path] = made(path, _assemble(pieces, wanted[path]))
         pieces.clear()  # the array holds the values now
         report(len(placed))
     return params_lib.unflatten({path: placed[path] for path in wanted})

@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.core import quantized
 from pemoe_jax.core.adapters import Adapters
 from pemoe_jax.core.routing import Tokens
 
@@ -50,6 +51,9 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         """[..., in] -> [..., features]."""
+        kept: Any = self.get_variable("params", "kernel")
+        if isinstance(kept, quantized.Quantized):
+            return quantized.matmul(inputs, kept, self.dtype)
         kernel = params_lib.param(
             self, "kernel", self.kernel_init, (inputs.shape[-1], self.features), self.kernel_axes
         )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pemoe_jax.core import layers
+from pemoe_jax.core import layers, stacks
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
 from pemoe_jax.core.errors import InputError
@@ -28,6 +28,10 @@ class T5Config:
       emb_dim: D. num_heads: H. head_dim: K. mlp_dim: F.
       dropout_rate: for embeddings, attention, MLP and residual branches alike.
       sentence_dim: S of the sentence embeddings that routers may read; None: D.
+      scan_layers: whether a stack runs as one loop over its layers, compiled once.
+      remat_policy: what is kept of a layer for its gradients, see `stacks.REMAT_POLICIES`.
+
+    The last two change how a step is computed and not what the model is.
     """
 
     vocab_size: int = 32128
@@ -40,18 +44,31 @@ class T5Config:
     mlp_dim: int = 1024
     dropout_rate: float = 0.0
     sentence_dim: int | None = None
+    scan_layers: bool = False
+    remat_policy: str = "none"
 
     def __post_init__(self) -> None:
-        if jnp.dtype(self.dtype) not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+        if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
             raise InputError(f"T5Config.dtype: expected float32 or bfloat16, found {self.dtype!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise InputError(f"T5Config.{field.name}: must be at least 1, found {value}")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise InputError(
                 f"T5Config.dropout_rate: expected a share in [0, 1), found {self.dropout_rate}"
             )
+        if not isinstance(self.scan_layers, bool):
+            raise InputError(f"SCAN_LAYERS: expected True or False, found {self.scan_layers!r}")
+        stacks.check_remat_policy(self.remat_policy)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; `T5Config(**d)` reads it back."""
-        return {**dataclasses.asdict(self), "dtype": jnp.dtype(self.dtype).name}
+        """What the model is, as plain data; `T5Config(**d)` reads it back."""
+        found = {**dataclasses.asdict(self), "dtype": jnp.dtype(self.dtype).name}
+        return {name: value for name, value in found.items() if name not in _HOW_NOT_WHAT}
+
+
+_HOW_NOT_WHAT = ("scan_layers", "remat_policy")
 
 
 class _Block(nn.Module):
@@ -144,6 +161,13 @@ class DecoderLayer(_Block):
         return self.mlp_branch(x, tokens)
 
 
+def _how(stack: "Encoder | Decoder") -> dict[str, Any]:
+    """How layers are run where they are trained; all are made, and decode, one by one."""
+    if stack.is_initializing():
+        return {}
+    return {"scan": stack.config.scan_layers, "remat_policy": stack.config.remat_policy}
+
+
 class Encoder(nn.Module):
     """The encoder stack."""
 
@@ -160,9 +184,14 @@ class Encoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=True
         )
-        for i in range(cfg.num_encoder_layers):
-            layer = EncoderLayer(cfg, self.adapters, name=f"layers_{i}")
-            x = layer(x, mask, bias, tokens)
+        x = stacks.through_layers(
+            self,
+            functools.partial(EncoderLayer, cfg, self.adapters),
+            cfg.num_encoder_layers,
+            lambda layer, x: layer(x, mask, bias, tokens),
+            x,
+            **_how(self),
+        )
         x = layers.LayerNorm(dtype=cfg.dtype, name="encoder_norm")(x)
         return dropout(x, deterministic=deterministic)
 
@@ -184,8 +213,12 @@ class Decoder(nn.Module):
         encoded_tokens: Tokens,
         decode: bool,
         max_decode_length: int | None,
+        return_hidden: bool = False,
     ) -> Array:
-        """Embedded tokens [B·C, L, D], encoded [B, Le, D] -> logits [B·C, L, V], float32."""
+        """Embedded tokens [B·C, L, D], encoded [B, Le, D] -> logits [B·C, L, V], float32.
+
+        With `return_hidden` what the logits' matrix reads, [B·C, L, D] in float32.
+        """
         cfg, deterministic = self.config, tokens.deterministic
         length = embedded.shape[1]
         if decode and max_decode_length:
@@ -195,11 +228,20 @@ class Decoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=False
         )
-        for i in range(cfg.num_decoder_layers):
-            layer = DecoderLayer(cfg, self.adapters, name=f"layers_{i}")
-            x = layer(x, encoded, decoder_mask, cross_mask, bias, tokens, encoded_tokens, decode)
+        x = stacks.through_layers(
+            self,
+            functools.partial(DecoderLayer, cfg, self.adapters),
+            cfg.num_decoder_layers,
+            lambda layer, x: layer(
+                x, encoded, decoder_mask, cross_mask, bias, tokens, encoded_tokens, decode
+            ),
+            x,
+            **({} if decode else _how(self)),
+        )
         x = layers.LayerNorm(dtype=cfg.dtype, name="decoder_norm")(x)
         x = dropout(x, deterministic=deterministic)
+        if return_hidden:
+            return x.astype(jnp.float32)
         # T5 v1.1 unties the logits from the embedding and does not scale them
         logits = layers.Dense(
             cfg.vocab_size, ("embed", "vocab"), dtype=jnp.float32, name="logits_dense"
@@ -251,6 +293,7 @@ class Transformer(nn.Module):
         decode: bool = False,
         max_decode_length: int | None = None,
         sentence_embeddings: Array | None = None,
+        return_hidden: bool = False,
     ) -> Array:
         """Logits [B·C, L, V] of the decoder; C > 1 where several choices read one input.
 
@@ -265,6 +308,8 @@ class Transformer(nn.Module):
           decode: one token a step, over the collections `cache` and, if mutable, `cross_cache`.
           max_decode_length: length of the cache in a step of decoding.
           sentence_embeddings: [B, S], for routers that read them.
+          return_hidden: what the logits' matrix reads [B·C, L, D], float32, in place of logits: for
+            `cross_entropy.of_hidden` with `logits_kernel`.
         """
         del decoder_positions
         readable = encoder_input_tokens > 0
@@ -293,6 +338,7 @@ class Transformer(nn.Module):
             encoded_tokens,
             decode,
             max_decode_length,
+            return_hidden,
         )
 
     def __call__(
@@ -308,6 +354,7 @@ class Transformer(nn.Module):
         enable_dropout: bool = True,
         decode: bool = False,
         sentence_embeddings: Array | None = None,
+        return_hidden: bool = False,
     ) -> Array:
         """Logits [B, L, V], float32; arguments as for `encode` and `decode`."""
         del encoder_positions  # relative positions need none
@@ -325,10 +372,21 @@ class Transformer(nn.Module):
             enable_dropout=enable_dropout,
             decode=decode,
             sentence_embeddings=sentence_embeddings,
+            return_hidden=return_hidden,
         )
 
 
-def init_params(model: Transformer, seed: int, keep: Callable[[str], bool]) -> dict[str, Any]:
+def logits_kernel(params: Mapping[str, Any]) -> Array:
+    """The matrix [D, V] that makes logits of what the decoder gives with `return_hidden`."""
+    return params["decoder"]["logits_dense"]["kernel"]
+
+
+def init_params(
+    model: Transformer,
+    seed: int,
+    keep: Callable[[str], bool],
+    made: Callable[[str, jax.Array], Any] = params_lib.as_it_is,
+) -> dict[str, Any]:
     """Random parameters, float32: those whose path `keep` accepts; the others are never drawn.
 
     A parameter's value depends on its path and the seed alone, so a base drawn without adapters
@@ -338,10 +396,11 @@ def init_params(model: Transformer, seed: int, keep: Callable[[str], bool]) -> d
       model: the network.
       seed: of the draw.
       keep: 'a/b/c' -> bool.
+      made: (path, array) -> what it is kept as.
     """
 
     _, recorded = _look_over(model)
-    return params_lib.draw({p: found for p, found in recorded.items() if keep(p)}, seed)
+    return params_lib.draw({p: found for p, found in recorded.items() if keep(p)}, seed, made)
 
 
 def param_shapes(
@@ -354,6 +413,23 @@ def param_shapes(
 def param_axes(model: Transformer) -> dict[str, tuple[str, ...]]:
     """path -> names of the parameter's axes, as ('embed', 'joined_kv')."""
     return {path: axes for path, (_, _, axes) in _look_over(model)[1].items()}
+
+
+def stacked(
+    model: Transformer, params: Mapping[str, Any], join: Callable[[list[Any]], Any]
+) -> dict[str, Any]:
+    """Parameters as a model with `scan_layers` reads them best, see `stacks.stacked`.
+
+    Args:
+      model: the network.
+      params: its parameters, or some of them.
+      join: `stacks.join_and_free` or `stacks.join_abstract`.
+    """
+    depths = {
+        "encoder/": model.config.num_encoder_layers,
+        "decoder/": model.config.num_decoder_layers,
+    }
+    return stacks.stacked(params, depths.__getitem__, join)
 
 
 def _look_over(model: Transformer) -> tuple[Any, dict[str, Any]]:

@@ -70,21 +70,28 @@ def _compiled_draw(
     return jax.jit(lambda key: init(key, shape, jnp.float32))
 
 
-def draw(recorded: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def as_it_is(path: str, array: jax.Array) -> Any:
+    """What becomes of an array that is drawn or read, where nothing is to be made of it."""
+    return array
+
+
+def draw(
+    recorded: Mapping[str, Any], seed: int, made: Callable[[str, jax.Array], Any] = as_it_is
+) -> dict[str, Any]:
     """Random arrays for recorded parameters, each by its path and the seed alone.
 
     One small program a shape is compiled; one of the whole model takes minutes at T5-Large.
 
     Returns:
-      Nested dict of float32 arrays.
+      Nested dict of what is `made` of float32 arrays, one after another.
     """
     key = jax.random.key(seed)
-    return unflatten(
-        {
-            path: _compiled_draw(init, shape)(jax.random.fold_in(key, zlib.crc32(path.encode())))
-            for path, (init, shape, _) in recorded.items()
-        }
-    )
+
+    def drawn(path: str, init: Any, shape: tuple[int, ...]) -> Any:
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return made(path, _compiled_draw(init, shape)(own))
+
+    return unflatten({path: drawn(path, *found[:2]) for path, found in recorded.items()})
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -226,6 +233,11 @@ def frozen_dtype(path: str, dtype: Any) -> Any:
         or "_adapter/" in path
     )
     return jnp.dtype(jnp.float32 if keeps_float32 else dtype)
+
+
+def is_matrix(path: str) -> bool:
+    """Whether a parameter is a matrix [in, out] of the base's attention or MLPs."""
+    return path.endswith("/kernel") and is_base(path) and not path.startswith("decoder/logits")
 
 
 _SAMPLED = 64  # values of an array

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pemoe_jax.core import network, routing
+from pemoe_jax.core import cross_entropy, network, routing
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 
@@ -62,34 +62,6 @@ class Loss:
             )
 
 
-def token_losses(
-    logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[Array, Array]:
-    """Cross-entropy and z-loss of each token.
-
-    Args:
-      logits: [..., V]. targets: int [...].
-      label_smoothing, z_loss: see `Loss`. As in T5X, the entropy of the smoothed target is taken
-        off, so that a perfect prediction costs nothing.
-
-    Returns:
-      (cross-entropy [...], z-loss [...]), float32, in nats.
-    """
-    logits = logits.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    if label_smoothing == 0.0:
-        nll = log_z - picked
-    else:
-        vocab = logits.shape[-1]
-        confidence = 1.0 - label_smoothing
-        low = label_smoothing / (vocab - 1)
-        entropy = -(confidence * jnp.log(confidence) + (vocab - 1) * low * jnp.log(low + 1e-20))
-        expected = (confidence - low) * picked + low * jnp.sum(logits, axis=-1)
-        nll = log_z - expected - entropy
-    return nll, z_loss * jnp.square(log_z)
-
-
 def _token_weights(batch: Batch) -> Array:
     weights = batch.get("decoder_loss_weights")
     if weights is None:
@@ -124,7 +96,8 @@ def apply_model(
     """Logits [B, L, V] of a batch in T5X's names, packed or not; dropout where a key is given.
 
     Args:
-      options: of Linen's `apply`; with `mutable` its collections are returned beside the logits.
+      options: of the network, or of Linen's `apply`: with `mutable` its collections are returned
+        beside the logits.
     """
     return model.apply(
         {"params": params},
@@ -156,19 +129,19 @@ def _loss_sums(
     The routers' losses, a mean over routers, count as the losses of a token do: so their weight
     beside it does not hang on how the sum is normalised.
     """
-    logits, told = apply_model(model, params, batch, rng, mutable=["routers"])
-    targets = batch["decoder_target_tokens"]
-    nll, z = token_losses(logits, targets, loss.label_smoothing, loss.z_loss)
+    hidden, told = apply_model(model, params, batch, rng, return_hidden=True, mutable=["routers"])
+    total, of_tokens = cross_entropy.of_hidden(
+        hidden,
+        network.logits_kernel(params),
+        batch["decoder_target_tokens"],
+        weights,
+        loss.label_smoothing,
+        loss.z_loss,
+    )
     real = _token_weights(batch)
-    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     tokens = jnp.sum(real)
-    sums = {
-        "nll": jnp.sum(nll * real),
-        "z": jnp.sum(z * real),
-        "correct": jnp.sum(correct * real),
-        "tokens": tokens,
-    }
-    total = jnp.sum((nll + z) * weights)
+    sums = {name: jnp.sum(value * real) for name, value in of_tokens.items()}
+    sums["tokens"] = tokens
     routers = params_lib.flatten(told.get("routers", {}))
     if routers:
         statistics = [statistic for _, (statistic,) in sorted(routers.items())]
@@ -330,16 +303,19 @@ def score_choices(model: Any, params: Any, batch: Batch) -> Array:
     encoded = model.apply(
         {"params": params}, inputs, enable_dropout=False, method=model.encode, **sentences
     )
-    logits = model.apply(
+    real = (flat_targets > 0).astype(jnp.float32)
+    hidden = model.apply(
         {"params": params},
         encoded,
         inputs,
         batch["decoder_input_tokens"].reshape(rows * choices, length),
         flat_targets,
         enable_dropout=False,
+        return_hidden=True,
         method=model.decode,
         **sentences,
     )
-    nll, _ = token_losses(logits, flat_targets)
-    scores = -jnp.sum(nll * (flat_targets > 0), axis=-1)
+    kernel = network.logits_kernel(params)
+    _, of_tokens = cross_entropy.of_hidden(hidden, kernel, flat_targets, real)
+    scores = -jnp.sum(of_tokens["nll"] * real, axis=-1)
     return scores.reshape(rows, choices)

@@ -23,6 +23,7 @@ NONE = "–"
 # To the left; figures stand to the right.
 TEXT_COLUMNS = {"run", "method", "data set", "prompt", "split", "site", "seen", "tokens by share"}
 TEXT_COLUMNS |= {"held-out task", "nearest trained on", "on each device", "part"}
+TEXT_COLUMNS |= {"checkpoint", "base", "activations"}
 ADAPTER = re.compile(r"(?:^|/)(\w+)_adapter/(router/)?")
 
 
@@ -36,9 +37,12 @@ def merge(results: Iterable[Results]) -> Results:
 
 
 def to_markdown(results: Results) -> str:
-    """The result tables as Markdown: medians, means, prompts one by one, and what was odd."""
+    """The result tables as Markdown: medians, means, prompts one by one, and what was odd.
+
+    At the end what each run is.
+    """
     parts = []
-    for table in _tables(results):
+    for table in [*_tables(results), origins(_runs(results))]:
         parts.append(f"## {table.title}")
         parts.append(markdown_table(table))
         parts += table.notes
@@ -170,6 +174,28 @@ def _tables(results: Results) -> list[Table]:
         rows("mean", lambda run: []),
     )
     return [medians, means, _prompts(runs, labels)]
+
+
+def origins(runs: list[dict]) -> Table:
+    """Of each run its checkpoint, the base that this is an adapter of, and how it was computed."""
+    return Table(
+        "Checkpoints",
+        ["run", "checkpoint", "step", "base", "activations"],
+        [
+            [
+                label,
+                str(run.get("checkpoint") or NONE),
+                _integer(run.get("step")),
+                str(run.get("base") or NONE),
+                " ".join([run.get("dtype") or NONE, *_frozen(run)]),
+            ]
+            for label, run in zip(run_labels(runs), runs, strict=True)
+        ],
+    )
+
+
+def _frozen(run: dict) -> list[str]:
+    return [f"(frozen {run['frozen']})"] if run.get("frozen") else []
 
 
 def _prompts(runs: list[dict], labels: list[str]) -> Table:

@@ -1,0 +1,189 @@
+"""A worker: the training step of T5X on its minimal T5 (see `common.Service`).
+
+T5X has no adapters. Its user adds them to the modules of the T5 and freezes the base by a
+`MultiOptimizer`, as the MoV paper's code does: so here. `DenseGeneral`, through which all of T5X's
+matrices go, gets (IA)³'s vector or LoRA's pair at the sites of ours, and the rest is T5X's own:
+model, loss, `trainer.train_with_lr`, its Adafactor and its partitioner. XLA drops what gradients of
+the base nobody asks for; of this project nothing is imported.
+
+Its spec: `dimensions`, `method` (ia3, lora) with `rank`, `rows`, `lengths`. Its environment is that
+of `make t5x VENV=.venv-t5x`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import common
+
+
+def add_adapters(method: str, rank: int) -> None:
+    """Puts adapters into `t5x.examples.t5.layers`."""
+    import jax.numpy as jnp
+    from flax import linen as nn
+    from t5x.examples.t5 import layers
+
+    plain = layers.DenseGeneral
+    # (IA)³'s vector at wi_1 is that at the gate: their outputs are multiplied
+    sites = {
+        "ia3": ("key", "value", "wi_1"),
+        "lora": ("query", "key", "value", "out", "wi_0", "wo"),
+    }[method]
+
+    class WithAdapter(plain):  # type: ignore[misc, valid-type]
+        @nn.compact
+        def __call__(self, inputs: Any) -> Any:
+            outputs = super().__call__(inputs)
+            if self.name not in sites:
+                return outputs
+            start = inputs.ndim - len(layers._canonicalize_tuple(self.axis))
+            read, made = inputs.shape[start:], outputs.shape[start:]
+            size_in, size_out = (1, 1)
+            for size in read:
+                size_in *= size
+            for size in made:
+                size_out *= size
+            ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+            if method == "ia3":
+                vector = layers.param_with_axes(
+                    "vector_adapter", ones, (size_out,), jnp.float32, axes=self.kernel_axes[1:]
+                )
+                return outputs * jnp.asarray(vector, self.dtype).reshape(made)
+            normal = nn.initializers.normal(0.02)
+            into = layers.param_with_axes(
+                "a_adapter", normal, (size_in, rank), jnp.float32, axes=("embed", "stack")
+            )
+            out = layers.param_with_axes(
+                "b_adapter", zeros, (rank, size_out), jnp.float32, axes=("stack", "embed")
+            )
+            low = inputs.reshape(*inputs.shape[:start], size_in) @ jnp.asarray(into, self.dtype)
+            delta = low @ jnp.asarray(out, self.dtype) * (16 / rank)
+            return outputs + delta.reshape(outputs.shape)
+
+    layers.DenseGeneral = WithAdapter
+
+
+def model_of(spec: Mapping[str, Any]) -> Any:
+    """T5X's model with what trains."""
+    import seqio
+    from flax import traverse_util
+    from t5x import adafactor, models, optimizers
+    from t5x.examples.t5 import network
+
+    of_adapters = traverse_util.ModelParamTraversal(lambda path, _: "_adapter" in path)
+    optimizer = optimizers.MultiOptimizer(
+        [
+            (
+                of_adapters,
+                adafactor.Adafactor(
+                    decay_rate=0.8,
+                    step_offset=0,
+                    logical_factor_rules=adafactor.standard_logical_factor_rules(),
+                ),
+            )
+        ]
+    )
+    config = network.T5Config(
+        vocab_size=common.VOCABULARY,
+        mlp_activations=("gelu", "linear"),
+        dropout_rate=0.0,
+        **spec["dimensions"],
+    )
+    vocabulary = seqio.PassThroughVocabulary(common.VOCABULARY)
+    return models.EncoderDecoderModel(
+        network.Transformer(config), vocabulary, vocabulary, optimizer_def=optimizer
+    )
+
+
+def main() -> None:
+    """Serves."""
+    service = common.Service()
+    spec = service.spec
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from t5x import partitioning, trainer, utils
+
+    add_adapters(spec["method"], spec.get("rank", 4))
+    rng = np.random.default_rng(0)
+    inputs, targets = (
+        rng.integers(3, common.VOCABULARY, (spec["rows"], length)).astype(np.int32)
+        for length in spec["lengths"]
+    )
+    batch = {
+        "encoder_input_tokens": inputs,
+        "decoder_target_tokens": targets,
+        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+        "decoder_loss_weights": np.ones_like(targets),
+    }
+    before = common.memory("VmRSS")
+    model = model_of(spec)
+    partitioner = partitioning.PjitPartitioner(
+        num_partitions=1, logical_axis_rules=partitioning.standard_logical_axis_rules()
+    )
+    initializer = utils.TrainStateInitializer(
+        optimizer_def=model.optimizer_def,
+        init_fn=model.get_initial_variables,
+        input_shapes={name: array.shape for name, array in batch.items()},
+        input_types={name: array.dtype for name, array in batch.items()},
+        partitioner=partitioner,
+    )
+    state = initializer.from_scratch(jax.random.PRNGKey(0))
+    axes = initializer.train_state_axes
+
+    def train_step(state: Any, batch: Any) -> Any:
+        return trainer.train_with_lr(
+            state,
+            batch,
+            learning_rate=jnp.asarray(3e-4),
+            dropout_rng=jax.random.fold_in(jax.random.PRNGKey(0), state.step),
+            model=model,
+            num_microbatches=None,
+            data_partition_spec=partitioner.data_partition_spec,
+        )
+
+    partitioned = partitioner.partition(
+        train_step,
+        in_axis_resources=(axes, partitioner.data_partition_spec),
+        out_axis_resources=(axes, None),
+        donate_argnums=(0,),
+    )
+    batch = jax.device_put(batch)
+    compiled = partitioner.compile(partitioned, state, batch)
+    held = [state]
+    del state
+
+    def step() -> Any:
+        held[0], metrics = compiled(held[0], batch)
+        jax.block_until_ready((held[0].params, metrics))
+        return metrics["loss"].total / metrics["loss"].steps
+
+    flat = traverse(held[0].params)
+    told = {
+        "before": before,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "trained": sum(array.size for path, array in flat.items() if "_adapter" in path),
+        "versions": common.versions("jax", "jaxlib", "flax") + ", T5X at " + commit(),
+    }
+    service.run(step, told)
+
+
+def traverse(params: Any) -> dict[str, Any]:
+    """path -> array."""
+    from flax import traverse_util
+    from flax.core import unfreeze
+
+    return traverse_util.flatten_dict(unfreeze(params), sep="/")
+
+
+def commit() -> str:
+    """Of T5X, as `make t5x` installs it."""
+    text = (common.REPO / "pemoe_jax" / "t5x_bridge" / "installed.py").read_text()
+    found = re.search(r"google-research/t5x\W+(\w{10})", text)
+    return found[1] if found else "an unknown commit"
+
+
+if __name__ == "__main__":
+    main()

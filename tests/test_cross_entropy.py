@@ -1,0 +1,78 @@
+"""The loss from what the logits' matrix reads, against the losses of logits that are all there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pemoe_jax.core import cross_entropy
+
+SETTINGS = [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)]
+
+
+def inputs(rows=3, length=7, features=5, vocab=11):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((rows, length, features)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((features, vocab)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocab, (rows, length)))
+    weights = jnp.asarray(rng.random((rows, length)) * (rng.random((rows, length)) > 0.3))
+    return x, kernel, targets, weights.astype(jnp.float32)
+
+
+def plain(x, kernel, targets, weights, smoothing, z_loss):
+    nll, z = cross_entropy.token_losses(x @ kernel, targets, smoothing, z_loss)
+    return jnp.sum((nll + z) * weights), (nll, z)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])  # 7 tokens in pieces of 7, 3 and 1
+@pytest.mark.parametrize(("smoothing", "z_loss"), SETTINGS)
+def test_equals_the_plain_form(monkeypatch, count, smoothing, z_loss):
+    monkeypatch.setattr(cross_entropy, "chunks", lambda *_: count)
+    x, kernel, targets, weights = inputs()
+    wanted = (0, 1)
+    (expected, (nll, z)), expected_grads = jax.value_and_grad(plain, wanted, has_aux=True)(
+        x, kernel, targets, weights, smoothing, z_loss
+    )
+
+    @jax.jit
+    def scaled(x, kernel):  # what comes after the loss scales its gradients
+        total, told = cross_entropy.of_hidden(x, kernel, targets, weights, smoothing, z_loss)
+        return 3.0 * total, told
+
+    (total, told), grads = jax.value_and_grad(scaled, wanted, has_aux=True)(x, kernel)
+    np.testing.assert_allclose(total, 3.0 * expected, rtol=1e-6)
+    np.testing.assert_allclose(told["nll"], nll, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(told["z"], z, rtol=1e-5, atol=1e-6)
+    for found, wanted_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(found, 3.0 * wanted_grad, rtol=1e-5, atol=1e-5)
+    # what is frozen has no gradient, and without gradients the values are the same
+    np.testing.assert_allclose(jax.grad(lambda x: scaled(x, kernel)[0])(x), grads[0], rtol=1e-6)
+    np.testing.assert_allclose(scaled(x, kernel)[0], total, rtol=1e-6)
+
+
+def test_correct_by_hand():
+    """Logits are the rows of the kernel: 1 is largest in the first, 0 and 2 tie in the second."""
+    kernel = jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 3.0]])
+    x = jnp.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
+    targets = jnp.array([[1, 2, 2, 1]])
+    _, told = cross_entropy.of_hidden(x, kernel, targets, jnp.ones((1, 4)))
+    assert told["correct"].tolist() == [[1.0, 0.0, 1.0, 0.0]]
+
+
+def test_nothing_of_the_vocabulary_is_kept():
+    """Between forward and backward: the gradient of x alone, [2, 4, 3]; no logits, of 50 tokens."""
+    x, kernel, targets, weights = inputs(2, 4, 3, 50)
+    _, pullback = jax.vjp(lambda x: cross_entropy.of_hidden(x, kernel, targets, weights)[0], x)
+    kept = [leaf.shape for leaf in jax.tree.leaves(pullback)]
+    assert (2, 4, 3) in kept
+    assert not [shape for shape in kept if 50 in shape]
+
+
+def test_chunks_by_hand():
+    """16 × 256 tokens of 32,128 logits in float32 are 526 MB: four pieces of at most 134 MB."""
+    assert cross_entropy.chunks(16, 256, 32_128) == 4
+    assert cross_entropy.chunks(8, 32, 32_128) == 1
+    assert cross_entropy.chunks(1_000_000, 5, 32_128) == 5
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    with jax.set_mesh(mesh):
+        assert cross_entropy.chunks(16, 256, 32_128) == 4

@@ -1,0 +1,64 @@
+"""Memory of programs on the CPU, in processes of their own: settings of a C library stay."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pemoe_jax import host_memory
+
+# 64 MB of temporaries a run, 16,384 pages
+FAULTS = """
+import resource
+{before}
+import jax, jax.numpy as jnp
+run = jax.jit(lambda x: jnp.sum(jnp.sin(x @ x.T) @ x))
+x = jnp.ones((4096, 4))
+run(x).block_until_ready(), run(x).block_until_ready()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+start = faults()
+for _ in range(4):
+    run(x).block_until_ready()
+print((faults() - start) // 4)
+"""
+
+
+def faults(before: str) -> int:
+    """Page faults of a run."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS.format(before=before)],
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(bool(host_memory.accelerators()), reason="nothing is done on a GPU machine")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_pages_are_kept_between_runs():
+    start = "from pemoe_jax import host_memory; assert host_memory.start()"
+    assert faults(start) < 1000 < 10_000 < faults("")
+
+
+def test_flags_of_the_user_stay(monkeypatch):
+    monkeypatch.setattr(host_memory, "accelerators", lambda: ["/dev/nvidia0"])
+    environment = {"XLA_FLAGS": "--a=1"}
+    assert not host_memory.start(environment)
+    assert environment == {"XLA_FLAGS": "--a=1"}
+    monkeypatch.setattr(host_memory, "accelerators", lambda: [])
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())  # as musl: no mallopt
+    monkeypatch.setattr(host_memory.sys, "platform", "linux")
+    name = "--xla_cpu_enable_concurrency_optimized_scheduler"
+    for given, expected in (
+        ("--a=1", f"--a=1 {name}=false"),
+        ("", f"{name}=false"),
+        (f"{name}=true", f"{name}=true"),
+    ):
+        environment = {"XLA_FLAGS": given}
+        assert not host_memory.start(environment)
+        assert environment == {"XLA_FLAGS": expected}
+    host_memory.give_back()  # does nothing there
