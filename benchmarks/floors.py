@@ -26,6 +26,7 @@ def of_step(
     trains: set[str],
     rows: int,
     lengths: Sequence[int],
+    frozen_dtype: str = "activations",
 ) -> dict[str, int]:
     """Operations and bytes of one training step.
 
@@ -60,6 +61,8 @@ def of_step(
     for path, leaf in shapes.items():
         size = math.prod(leaf.shape)
         own = 4 if path in trains else params_lib.frozen_dtype(path, config.dtype).itemsize
+        if frozen_dtype != "activations" and path not in trains and params_lib.is_matrix(path):
+            own = 1
         if path in trains:
             moved += size * 4 * (2 + 6)
         if path.startswith("token_embedder"):

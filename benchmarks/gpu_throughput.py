@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_throughput.py --gpu [--size xl] [--methods ia3 lora mov] [--rows 16]
         [--peer_rows 16] [--way 'sdpa compile blocks fused'] [--search] [--torch python3]
-        [--scan] [--remat none] [--microbatches 1] [--rounds 5] [--json FILE]
+        [--scan] [--remat none] [--frozen int8] [--microbatches 1] [--rounds 5] [--json FILE]
 
 Rows of 1024 and 256 tokens in bfloat16, AdamW, no dropout; ours are packed, of four examples each
 and so masked, torch's are of one example each and need no mask. Each side may have a batch of its
@@ -39,6 +39,9 @@ def ours_of(args: argparse.Namespace, method: str) -> common.Side:
     if args.remat != "none":
         spec["remat_policy"] = args.remat
     how = f"{args.rows} rows{', scan' * args.scan}, remat {args.remat}"
+    if args.frozen != "activations":
+        spec["frozen_dtype"] = args.frozen
+        how += f", base in {args.frozen}"
     return common.Side(f"{METHODS[method]}, {how}", "ours.py", spec)
 
 
@@ -48,6 +51,9 @@ def add_flags(parser: argparse.ArgumentParser, rows: int) -> None:
     parser.add_argument("--microbatches", default=1, type=int)
     parser.add_argument("--scan", action="store_true", help="layers as one loop")
     parser.add_argument("--remat", default="none", choices=("none", "minimal", "full"))
+    parser.add_argument(
+        "--frozen", default="activations", choices=("activations", "int8", "float8_e4m3fn")
+    )
 
 
 def floor_of(side: common.Side) -> dict[str, float]:
@@ -74,7 +80,7 @@ def main() -> None:
     for method in args.methods:
 
         def torch(way: str, method: str = method) -> common.Side:
-            spec = {**step_of(args, method, args.peer_rows), "way": way}
+            spec = {**step_of(args, method, args.peer_rows), "way": way, "mask": False}
             name = f"PEFT {METHODS[method]}, {args.peer_rows} rows, {way}"
             return common.Side(name, "torch_peer.py", spec, args.torch)
 

@@ -1,10 +1,10 @@
 """A worker: our training step over random rows (see `common.Service`), from the core alone.
 
 Its spec, beside `gpu`: `dimensions` by T5Config's names, and what else of T5Config is not as it is
-by default (`dtype`, `scan_layers`, `remat_policy`); `method` with `experts`, `rank` and settings of
-its `router`; `rows` and `lengths` of inputs and targets; `optimizer`, `packed`, `microbatches`,
-`router_metrics`; `steps`, which one take is made of (a step of a GPU is too short to be waited
-for).
+by default (`dtype`, `scan_layers`, `remat_policy`); `frozen_dtype`; `method` with `experts`, `rank`
+and settings of its `router`; `rows` and `lengths` of inputs and targets; `optimizer`, `packed`,
+`microbatches`, `router_metrics`; `steps`, which one take is made of (a step of a GPU is too short
+to be waited for).
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def random_batch(
     return {name: np.asarray(array, np.int32) for name, array in batch.items()}
 
 
-def random_params(model: Transformer, trains: Collection[str]) -> dict[str, Any]:
+def random_params(
+    model: Transformer, trains: Collection[str], frozen_dtype: str = "activations"
+) -> dict[str, Any]:
     """Path -> array: what trains in float32, the rest in the type that a run keeps it in.
 
     Drawn array by array, each in its own type: 11 billion parameters never are float32.
@@ -84,20 +86,23 @@ def random_params(model: Transformer, trains: Collection[str]) -> dict[str, Any]
     import jax
     import jax.numpy as jnp
 
-    from pemoe_jax.core import network
+    from pemoe_jax.core import network, quantized
     from pemoe_jax.core import params as params_lib
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def normal(key: Any, shape: tuple[int, ...], dtype: Any, size: float) -> jax.Array:
         return jax.random.normal(key, shape, dtype) * jnp.asarray(size, dtype)
 
-    def draw(path: str, shape: tuple[int, ...]) -> jax.Array:
+    def draw(path: str, shape: tuple[int, ...]) -> Any:
         frozen = params_lib.frozen_dtype(path, model.config.dtype)
         dtype = jnp.dtype(jnp.float32) if path in trains else frozen
         if path.endswith(("scale", "vectors")):
             return jnp.ones(shape, dtype)
         size = 1.0 if path.startswith("token_embedder") else 1 / math.sqrt(shape[-2])
-        return normal(jax.random.key(zlib.crc32(path.encode())), shape, dtype, size)
+        drawn = normal(jax.random.key(zlib.crc32(path.encode())), shape, dtype, size)
+        if frozen_dtype == "activations" or path in trains or not params_lib.is_matrix(path):
+            return drawn
+        return quantized.quantize(drawn, frozen_dtype)
 
     shapes = params_lib.flatten(network.param_shapes(model))
     return {path: draw(path, leaf.shape) for path, leaf in shapes.items()}
@@ -136,7 +141,8 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     shapes = params_lib.flatten(network.param_shapes(model))
     trains = params_lib.trainable_paths(shapes, patterns)
     before = common.memory("VmRSS")
-    flat = random_params(model, trains)
+    frozen_dtype = spec.get("frozen_dtype", "activations")
+    flat = random_params(model, trains, frozen_dtype)
     trained = params_lib.unflatten({path: flat[path] for path in flat if path in trains})
     frozen = params_lib.unflatten({path: flat[path] for path in flat if path not in trains})
     del flat
@@ -163,7 +169,7 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "trained": sum(math.prod(shapes[path].shape) for path in trains),
         "tokens": rows * sum(lengths),
-        "floor": floors.of_step(model, shapes, trains, rows, lengths),
+        "floor": floors.of_step(model, shapes, trains, rows, lengths, frozen_dtype),
     }
     return Step(compiled, state, rest, spec.get("steps", 1)), told
 

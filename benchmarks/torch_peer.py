@@ -1,7 +1,8 @@
 """A worker: the training step of Hugging Face's T5 with PEFT (see `common.Service`).
 
 Its spec, beside `gpu`: `dimensions` by T5Config's names, `method` (ia3, lora, full) with `rank`,
-`rows`, `lengths` of inputs and targets, `dtype`, `steps`, and `way`, words of:
+`rows`, `lengths` of inputs and targets, `dtype`, `steps`, whether rows have a `mask` (of ones, as a
+batch that could have padding has), and `way`, words of:
 
 - eager, sdpa, flex: the attention;
 - compile: torch.compile of the model, or with `blocks` of each block by itself, which is sooner
@@ -94,7 +95,7 @@ def main() -> None:
         torch.randint(3, common.VOCABULARY, (spec["rows"], length), generator=generator).to(device)
         for length in spec["lengths"]
     )
-    mask = torch.ones_like(inputs)
+    mask = torch.ones_like(inputs) if spec.get("mask", True) else None
 
     def one() -> Any:
         optimizer.zero_grad(set_to_none=True)

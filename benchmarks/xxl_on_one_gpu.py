@@ -1,11 +1,11 @@
 """T5 v1.1 XXL, 11 billion parameters, with MoV-10 on one GPU of 80 GB: does it train, how fast?
 
     python benchmarks/xxl_on_one_gpu.py --gpu [--rows 8] [--microbatches 8] [--remat full]
-        [--rounds 3] [--json FILE]
+        [--frozen int8] [--rounds 3] [--json FILE]
 
-Packed rows of 1024 and 256 tokens, the base frozen in bfloat16 (22 GB), Adafactor; layers run as
-one loop. Memory is the device's own peak. Without --gpu a small step is taken on two CPU threads,
-to try the script: its row is in no table.
+Packed rows of 1024 and 256 tokens, the base frozen in bfloat16 (22 GB; --frozen: 11 GB),
+Adafactor; layers run as one loop. Memory is the device's own peak. Without --gpu a small step is
+taken on two CPU threads, to try the script: its row is in no table.
 """
 
 import common

@@ -174,7 +174,7 @@ def test_packed_rows_hold_four_examples():
         ("gpu_throughput", "--size tiny --methods mov --rows 2", ["gpu_throughput/trial mov"]),
         (
             "xxl_on_one_gpu",
-            "--size tiny --rows 2 --microbatches 2",
+            "--size tiny --rows 2 --microbatches 2 --frozen int8",
             ["xxl_on_one_gpu/trial"],
         ),
         ("startup", "", ["startup/cpu"]),
