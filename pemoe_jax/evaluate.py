@@ -84,6 +84,7 @@ def evaluate(
     folder = processes.folder_to_write(folder)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
+    partitioning.connect(mesh)
     opened = models.open_models(checkpoint_path, model, initial_checkpoint_path)
     registered = register() if register is not None else None
     if registered is not None:
