@@ -111,6 +111,7 @@ def infer(
     folder = processes.folder_to_write(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
+    partitioning.connect(mesh)
     opened = models.open_models(
         checkpoint_path, model, initial_checkpoint_path, dtype, frozen_dtype
     )

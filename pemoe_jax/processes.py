@@ -41,7 +41,7 @@ def start() -> None:
       InputError: some of the three variables are set, or one is no number.
     """
     arguments = _arguments(os.environ)
-    if arguments is None:
+    if arguments is None or _is_one_of_several():  # a command called after another, say
         return
     _leave_last_words()
     import jax

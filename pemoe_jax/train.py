@@ -138,6 +138,7 @@ def train(
     processes.start()
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh, microbatches)
+    partitioning.connect(mesh)
     registered = register() if register is not None else None
     data.check_vocabulary(mixture_or_task_name, model.config.vocab_size)
     embedded = sentences.for_training(

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,6 +13,12 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # each run compiles: none hangs on
 _DEVICES = "--xla_force_host_platform_device_count=2"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+# What one test has compiled others need not: many train the same model, in processes of their own
+# too. The folder is new in each session; xdist's workers have it of the process that starts them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="pemoe_jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

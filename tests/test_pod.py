@@ -18,33 +18,49 @@ from pemoe_jax.checkpoints import runs
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "launch" / "local_processes.sh"
-MESHES = {"4x1": 1, "2x2": 2, "1x4": 4}
+MESHES = {
+    "4x1": {"MODEL_PARALLELISM": 1},
+    "2x2": {"MODEL_PARALLELISM": 2},
+    "1x4": {"MODEL_PARALLELISM": 4},
+    "fsdp": {"FSDP": True},
+}
 # packed rows hold other examples where examples are shared out; dropout is drawn as on one device
 SETTINGS = {"PACK": False, "LOG_PERIOD": 1, "CHECKPOINT_PERIOD": 2, "KEEP_CHECKPOINTS": None}
 
 pytestmark = pytest.mark.slow
 
 
-def command(kind: str, flags: list[str]) -> list[str]:
-    return [sys.executable, "-m", f"pemoe_jax.{kind}", *flags]
+Command = tuple[str, list[str]]  # of the package, and its flags
+
+# One after another in one process: most of a command's time goes to imports.
+IN_TURN = """
+import importlib, json, sys
+for name, flags in json.loads(sys.argv[1]):
+    assert importlib.import_module(f"pemoe_jax.{name}").main(flags) == 0
+"""
+
+
+def in_turn(*commands: Command) -> list[str]:
+    return [sys.executable, "-c", IN_TURN, json.dumps(commands)]
 
 
 def environment(**more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {**kept, "JAX_PLATFORMS": "cpu", **more}
+    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return {**kept, **quick, **more}
 
 
-def run_alone(kind: str, flags: list[str]) -> None:
-    subprocess.run(command(kind, flags), env=environment(), check=True, cwd=REPO)
+def run_alone(*commands: Command) -> None:
+    subprocess.run(in_turn(*commands), env=environment(), check=True, cwd=REPO)
 
 
-def run_in_two(kind: str, flags: list[str]) -> None:
+def run_in_two(command: list[str]) -> None:
     subprocess.run(
-        [str(SCRIPT), "2", *command(kind, flags)],
+        [str(SCRIPT), "2", *command],
         env=environment(DEVICES_PER_PROCESS="2"),
         check=True,
         cwd=REPO,
-        timeout=600,
+        timeout=900,
     )
 
 
@@ -78,32 +94,50 @@ def evaluation(folder, checkpoint, output, **macros) -> list[str]:
 def alone(folder, tmp_path_factory) -> pathlib.Path:
     """A run of one process on one device, and its scores."""
     root = tmp_path_factory.mktemp("alone")
-    run_alone("train", flags_of(folder, root / "run"))
-    run_alone("evaluate", evaluation(folder, root / "run", root / "scores"))
+    run_alone(
+        ("train", flags_of(folder, root / "run")),
+        ("evaluate", evaluation(folder, root / "run", root / "scores")),
+    )
     return root
 
 
-@pytest.mark.parametrize("mesh", [*MESHES, "fsdp"])
-def test_two_processes_equal_one(folder, alone, tmp_path, mesh):
-    macros = {"FSDP": True} if mesh == "fsdp" else {"MODEL_PARALLELISM": MESHES[mesh]}
-    run_in_two("train", flags_of(folder, tmp_path / "run", **macros))
-    found, expected = losses(tmp_path / "run"), losses(alone / "run")
+@pytest.fixture(scope="module")
+def in_two(folder, tmp_path_factory) -> pathlib.Path:
+    """The same of two processes on each mesh, and a run that changes its mesh after two steps."""
+    root = tmp_path_factory.mktemp("in_two")
+    commands: list[Command] = []
+    for mesh, macros in MESHES.items():
+        run = root / mesh / "run"
+        commands += [
+            ("train", flags_of(folder, run, **macros)),
+            ("evaluate", evaluation(folder, run, root / mesh / "scores", **macros)),
+        ]
+    changes = root / "changes"
+    commands += [
+        ("train", flags_of(folder, changes, **MESHES["4x1"], TRAIN_STEPS=2)),
+        ("train", flags_of(folder, changes, **MESHES["1x4"], TRAIN_STEPS=3)),
+    ]
+    run_in_two(in_turn(*commands))
+    return root
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_two_processes_equal_one(alone, in_two, mesh):
+    found, expected = losses(in_two / mesh / "run"), losses(alone / "run")
     assert found.keys() == expected.keys() == {1, 2, 3, 4}
     for step, loss in expected.items():
         assert found[step] == pytest.approx(loss, rel=1e-5), step
-    run_in_two("evaluate", evaluation(folder, tmp_path / "run", tmp_path / "scores", **macros))
     np.testing.assert_allclose(
-        scores(tmp_path / "scores"), scores(alone / "scores"), rtol=1e-5, atol=2e-5
+        scores(in_two / mesh / "scores"), scores(alone / "scores"), rtol=1e-5, atol=2e-5
     )
 
 
-def test_a_checkpoint_goes_on_elsewhere(folder, alone, tmp_path):
+def test_a_checkpoint_goes_on_elsewhere(folder, alone, in_two):
     """Two steps on 4 × 1, one on 1 × 4, the last by one process: losses as of a run of one."""
-    run = tmp_path / "run"
-    run_in_two("train", flags_of(folder, run, TRAIN_STEPS=2))
-    run_in_two("train", flags_of(folder, run, TRAIN_STEPS=3, MODEL_PARALLELISM=4))
-    run_alone("train", flags_of(folder, run))
+    run = in_two / "changes"
+    run_alone(("train", flags_of(folder, run)))
     found, expected = losses(run), losses(alone / "run")
+    assert found.keys() == expected.keys()
     for step, loss in expected.items():
         assert found[step] == pytest.approx(loss, rel=1e-5), step
 
@@ -147,7 +181,8 @@ def test_one_that_is_killed_ends_the_other(folder, tmp_path):
     """Within a bounded time, with one line; started again they go on from the last checkpoint."""
     run = tmp_path / "run"
     flags = flags_of(folder, run, TRAIN_STEPS=100_000, KEEP_CHECKPOINTS=2)
-    both = start_two(command("train", flags), tmp_path)
+    train = [sys.executable, "-m", "pemoe_jax.train"]
+    both = start_two([*train, *flags], tmp_path)
     try:
         deadline = time.monotonic() + 600
         while len(runs.saved_steps(run)) < 2:
@@ -160,7 +195,7 @@ def test_one_that_is_killed_ends_the_other(folder, tmp_path):
             process.kill()
     assert code != 0 and OTHERS in last_words(tmp_path / "errors_0")
     last = max(runs.saved_steps(run))
-    run_in_two("train", flags_of(folder, run, TRAIN_STEPS=last + 1))
+    run_in_two([*train, *flags_of(folder, run, TRAIN_STEPS=last + 1)])
     assert list(losses(run)) == list(range(1, last + 2))
 
 

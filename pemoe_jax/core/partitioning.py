@@ -55,6 +55,26 @@ def make_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
     return Mesh(grid, ("data", "model"))
 
 
+def connect(mesh: Mesh) -> None:
+    """Has several processes reach each other along each axis of a mesh; one by itself does nothing.
+
+    On CPUs XLA connects them at a program's first collective, and an error ends the run where one
+    comes to it half a minute after another: it compiled for longer, or read a base. To be called
+    while all are at the same place.
+    """
+    if jax.process_count() == 1:
+        return
+
+    def sums(ones: jax.Array) -> list[jax.Array]:
+        return [jax.lax.psum(ones, axes) for axes in (*mesh.axis_names, mesh.axis_names)]
+
+    spread, whole = PartitionSpec(*mesh.axis_names), PartitionSpec()
+    placed = NamedSharding(mesh, spread)
+    ones = jax.make_array_from_callback(mesh.devices.shape, placed, lambda i: np.ones((1, 1)))
+    sum_all = jax.shard_map(sums, mesh=mesh, in_specs=spread, out_specs=whole, check_vma=False)
+    jax.block_until_ready(jax.jit(sum_all)(ones))
+
+
 def axis_rules(fsdp: bool = False) -> Rules:
     """(name of a parameter's or activation's axis, axis of the mesh); the first rule counts.
 
@@ -201,13 +221,17 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
+def _same(array: jax.Array) -> jax.Array:
+    return array  # a function of its own, so that arrays of one shape share a program
+
+
 def gather(tree: Any) -> Any:
     """Device arrays, however they lie -> numpy arrays, whole, in every process."""
 
     def whole(array: Any) -> np.ndarray:
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             mesh: Any = getattr(array.sharding, "mesh", None)
-            array = jax.jit(lambda a: a, out_shardings=replicated(mesh))(array)
+            array = jax.jit(_same, out_shardings=replicated(mesh))(array)
         return np.asarray(array)
 
     return jax.tree.map(whole, tree)
