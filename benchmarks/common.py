@@ -3,8 +3,7 @@
 Each side of a comparison is a process of its own: it loads, compiles, warms up, and then takes one
 step at each line that it is sent, so that single steps alternate and one side sleeps while the
 other works. A peer may so live in another Python. Worker programs: `ours.py`, `torch_peer.py`,
-`t5x_peer.py`. This module and what it imports need the standard
-library alone.
+`t5x_peer.py`. This module needs the standard library alone, and so does what it imports.
 """
 
 import argparse
@@ -159,6 +158,7 @@ class Service:
         """
         clock = time.perf_counter()
         first = float(step())
+        host_memory.give_back()  # what compilation took, which peers do now
         step()
         warm_up = time.perf_counter() - clock
         building = memory("VmHWM")

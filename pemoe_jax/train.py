@@ -399,7 +399,7 @@ def _write_config(folder: Path) -> None:
 class _Loop:
     """The steps, and what is said and written between them."""
 
-    train_step: "steps.StepFn"
+    train_step: Any  # `steps.make_train_step`
     eval_step: Callable[..., Any]
     mesh: Any
     folder: Path
@@ -424,7 +424,7 @@ class _Loop:
         """Trains on `placed` batches."""
         import jax
 
-        from pemoe_jax import progress
+        from pemoe_jax import host_memory, progress
         from pemoe_jax.core import routing
 
         first = int(state.step)
@@ -446,7 +446,10 @@ class _Loop:
                     )
                 positions = {step - 1: positions[step - 1], step: batches.position}
                 arrays, tokens = batch
-                state, step_metrics = self.train_step(state, frozen, arrays, self.rng)
+                if step == first + 1:  # by itself, so that its memory is free for the step's
+                    taken = self.train_step.lower(state, frozen, arrays, self.rng).compile()
+                    host_memory.give_back()
+                state, step_metrics = taken(state, frozen, arrays, self.rng)
                 window.append((step_metrics, tokens))
                 bar.advance(step)
                 last = step == self.total_steps

@@ -17,12 +17,13 @@ PACKAGE = ROOT / "pemoe_jax"
 # `params` makes every parameter; the layers hold a record of the adapters at their sites.
 CORE = {
     "errors": set(),
-    "routing": {"params"},
-    "adapters": {"routing", "params"},
+    "products": set(),
+    "routing": {"params", "products"},
+    "adapters": {"routing", "params", "products"},
     "layers": {"adapters", "params", "quantized", "routing"},
     "merging": set(),
     "network": {"layers", "stacks", "adapters", "params", "routing"},
-    "stacks": {"params"},
+    "stacks": {"params", "quantized"},
     "decoding": set(),
     "params": {"partitioning"},
     "quantized": set(),

@@ -18,7 +18,7 @@ from methods import (
 )
 
 from pemoe_jax import planned
-from pemoe_jax.core import network, optim, params, partitioning, stacks, steps
+from pemoe_jax.core import network, optim, params, partitioning, quantized, stacks, steps
 from pemoe_jax.core.adapters import Adapters, VectorExperts
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # stacks of different depths: layers of one cannot pass for the other's
 DEEP = dataclasses.replace(CONFIG, num_encoder_layers=2, num_decoder_layers=3)
+SLOW = pytest.mark.slow
 UNROLLED = (False, "none")
 WAYS = [(False, "minimal"), (False, "full"), (True, "none"), (True, "minimal"), (True, "full")]
 
@@ -75,16 +76,21 @@ def assert_same(found, expected, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(found[1][name], value, rtol=tolerance, atol=tolerance)
 
 
-def cases():
-    """All ways with MoV and one way with every method are fast, the others slow."""
-    for method in METHODS:
-        for way in WAYS:
-            fast = method == "mov" or way == (True, "minimal")
-            name = f"{method}-{'scan' if way[0] else 'layers'}-{way[1]}"
-            yield pytest.param(method, way, marks=() if fast else pytest.mark.slow, id=name)
+FAST = [
+    ("mov", (False, "full")),
+    ("mov", (True, "none")),
+    ("molora", (True, "minimal")),
+    ("full", (True, "full")),
+]
 
 
-@pytest.mark.parametrize(("method", "way"), cases())
+def case(method: str, way: tuple[bool, str]):
+    marks = () if (method, way) in FAST else SLOW
+    name = f"{method}-{'scan' if way[0] else 'layers'}-{way[1]}"
+    return pytest.param(method, way, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(("method", "way"), [case(m, way) for m in METHODS for way in WAYS])
 def test_equals_the_unrolled_form(method, way):
     """Loss, gradients and each router's statistics, of packed rows in two pieces."""
     found = run(deep(method, way), *halves(method))
@@ -94,7 +100,7 @@ def test_equals_the_unrolled_form(method, way):
         assert len({tuple(row) for row in rows.round(6).tolist()}) == len(rows) > 10
 
 
-@pytest.mark.parametrize("way", [(False, "full"), (True, "minimal")])
+@pytest.mark.parametrize("way", [pytest.param((False, "full"), marks=SLOW), (True, "minimal")])
 def test_losses_of_routers_reach_the_parameters(way):
     """Balance and z-losses of top-2 routers, whose gradients come by the routers' statistics."""
     router = functools.partial(Router, top_k=2, balance_loss=0.1, z_loss=0.01)
@@ -112,13 +118,19 @@ def test_losses_of_routers_reach_the_parameters(way):
     assert (objective > 0.1).all()
 
 
-@pytest.mark.parametrize("method", ["mov", pytest.param("molora", marks=pytest.mark.slow)])
-def test_bfloat16_is_within_its_rounding(method):
-    """Both round at 2^-9 a step, here and there in another order; by gradients' largest values."""
-    settings = {"dtype": "bfloat16"}
-    found = run(deep(method, (True, "minimal"), **settings), *halves(method))
-    expected = run(deep(method, **settings), *halves(method))
-    assert_same(found, expected, 0.05)
+@SLOW
+def test_bfloat16_is_as_near_to_float32():
+    """Both forms round, at other places: all gradients together are 5 to 7 % from float32's."""
+    exact, _ = unrolled("mov")
+    size = np.sqrt(sum(np.sum(np.square(gradient)) for gradient in exact.values()))
+    distances, losses = [], []
+    for way in (UNROLLED, (True, "minimal")):
+        found, metrics = run(deep("mov", way, dtype="bfloat16"), *halves("mov"))
+        squares = sum(np.sum(np.square(found[path] - exact[path])) for path in exact)
+        distances.append(np.sqrt(squares) / size)
+        losses.append(float(metrics["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert max(distances) < 0.1 and distances[1] < 1.5 * distances[0], distances
 
 
 def test_dropout():
@@ -136,11 +148,9 @@ def test_dropout():
     assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
+@SLOW
 def test_layers_of_a_loop_draw_masks_of_their_own():
-    """Layers of zeros but for the embedding: what is dropped differs by layer through the noise.
-
-    With adapters alike in all layers, jitter alone makes the routers' entropies differ.
-    """
+    """Layers alike that add nothing to what passes: noise alone tells their routers apart."""
     router = functools.partial(Router, jitter_noise=0.5)
     expert = functools.partial(VectorExperts, num_experts=3, router=router)
     model = deep("mov", (True, "none"), Adapters(gate=expert), dropout_rate=0.1)
@@ -191,6 +201,20 @@ def test_stacked_and_unrolled_parameters_give_the_same():
     assert_same(run(model, trainable, stacked), unrolled("mov"))
 
 
+def test_quantized_matrices_are_stacked():
+    """Values and scales each by themselves; beside one that trains they are widened."""
+    matrix = jnp.asarray([[127.0, -2.0], [3.0, 4.0]])  # scales 1 and 4 / 127
+    kept = quantized.quantize(matrix, "int8")
+    layers = {"layers_0": {"kernel": kept}, "layers_1": {"kernel": kept}}
+    both = stacks.stacked(layers, lambda _: 2)["layers"]["kernel"]
+    assert both.values.shape == (2, 2, 2) and both.scale.shape == (2, 2)
+    layers["layers_1"] = {"kernel": matrix}
+    mixed = stacks.stacked(layers, lambda _: 2)["layers"]["kernel"]
+    np.testing.assert_array_equal(mixed, np.stack([quantized.dequantize(kept), matrix]))
+    np.testing.assert_allclose(mixed[0], mixed[1], atol=0.02)
+
+
+@SLOW
 def test_a_part_of_a_stack_trains():
     patterns = [r"encoder/layers_1/.*_adapter/.*"]
     trainable, frozen = params.split(random_params_of(deep("ia3")), patterns)
@@ -250,11 +274,11 @@ def test_a_loop_keeps_no_copy_of_its_weights():
     """Nothing of the shape of stacked weights is written into, as residuals of the loop are."""
     text = planned.compile_step(planned_step((True, "none")), partitioning.make_mesh(2)).as_text()
     written = [line for line in text.splitlines() if "dynamic-update-slice(" in line]
-    assert any("f32[4,2,64,10]" in line for line in written)  # [N, B, L, F/2]: activations are
+    assert any("f32[4,4,64,10]" in line for line in written)  # [N, B, L, F/2]: activations are
     assert not any("f32[4,16,10]" in line for line in written)  # [N, D, F/2]: weights are not
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=SLOW), True])
 def test_memory_of_activations_falls(scan):
     """Policies in the order of what they keep; the whole without remat at least twice the least."""
     mesh = partitioning.make_mesh(1, jax.devices()[:1])
@@ -267,7 +291,9 @@ def test_memory_of_activations_falls(scan):
     assert none > minimal > full and none > 2 * full
 
 
-@pytest.mark.parametrize("kind", ["data", "model", "fsdp"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=SLOW) for k in ("data", "model")), "fsdp"]
+)
 def test_training_on_a_mesh(kind):
     """Two steps of a loop on two devices are those of the unrolled form on one."""
     optimizer = optax.sgd(1e-2, momentum=0.9)
@@ -284,7 +310,8 @@ def test_training_on_a_mesh(kind):
         if model.config.scan_layers:
             frozen = network.stacked(model, frozen, stacks.join_and_free)
             kernel = frozen["encoder"]["layers"]["mlp"]["wo"]["kernel"]
-            assert kernel.sharding.spec[1:] == lies["encoder/layers_0/mlp/wo/kernel"].spec
+            of_layer = lies["encoder/layers_0/mlp/wo/kernel"].spec
+            assert tuple(kernel.sharding.spec) == (None, *of_layer)
         step = steps.make_train_step(model, optimizer, steps.Loss(), state_sharding=of_state)
         losses = []
         with partitioning.scope(mesh, rules):

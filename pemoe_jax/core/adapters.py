@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pemoe_jax.core import params as params_lib
-from pemoe_jax.core import routing
+from pemoe_jax.core import products, routing
 from pemoe_jax.core.errors import InputError
 
 _LORA_A_INIT = nn.initializers.normal(stddev=0.02)  # a constant: see `params.param`
@@ -111,9 +111,11 @@ class VectorExperts(nn.Module):
         if self.router is None:
             return y * vectors[..., 0, :].astype(y.dtype)
         probs = _route(self, "y", {"x": (x, self.x_axis), "y": (y, self.y_axes[-1])}, tokens)
-        if probs.ndim < y.ndim:  # one distribution for all heads: [B, L, 1, E]
-            probs = probs[:, :, None]
-        scale = jnp.einsum("bl...e,...ek->bl...k", probs, vectors)
+        if probs.ndim == y.ndim and heads:
+            scale = products.mix(probs, vectors)
+        else:  # one distribution for all of them
+            joined = jnp.moveaxis(vectors, -2, 0).reshape(self.num_experts, -1)  # [E, H·K or F]
+            scale = products.thin_matmul(probs, joined).reshape(*probs.shape[:2], *y.shape[2:])
         return y * scale.astype(y.dtype)
 
 
@@ -169,7 +171,9 @@ class LoRAExperts(nn.Module):
             ("expert", "rank", y_axis),
         )
         dtype = y.dtype
-        low = jnp.matmul(x.astype(dtype), lora_a.reshape(x_features, experts * rank).astype(dtype))
+        low = products.thin_matmul(
+            x.astype(dtype), lora_a.reshape(x_features, experts * rank).astype(dtype)
+        )
         if self.router is not None:
             joined = y.reshape(*y.shape[:2], y_features)
             probs = _route(self, "x", {"x": (x, self.x_axis), "y": (joined, y_axis)}, tokens)
@@ -178,7 +182,7 @@ class LoRAExperts(nn.Module):
             )
         scale = self.alpha / rank
         low = (low * scale).astype(dtype)  # [B, L, E·R]
-        delta = jnp.matmul(low, lora_b.reshape(experts * rank, y_features).astype(dtype))
+        delta = products.thin_matmul(low, lora_b.reshape(experts * rank, y_features).astype(dtype))
         return y + delta.reshape(y.shape)
 
 

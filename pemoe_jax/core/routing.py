@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.core import products
 from pemoe_jax.core.errors import InputError
 
 Array = jax.Array
@@ -96,7 +97,7 @@ class Router(nn.Module):
             features *= jax.random.uniform(
                 self.make_rng("dropout"), features.shape, minval=low, maxval=high
             )
-        logits = jnp.matmul(features, kernel) / self.temperature
+        logits = products.thin_matmul(features, kernel) / self.temperature
         soft = jax.nn.softmax(logits, axis=-1)
         probs = soft
         if self.top_k is not None and self.top_k < self.num_experts:

@@ -1,5 +1,6 @@
 """One step in T5X and one of our own runner's, from the same parameters and batch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -92,6 +93,25 @@ def test_loss_and_gradients(method, factor, batch):
         bound = 5e-6 if "/router/" in path else 1e-6
         assert methods.largest_difference(found.pop(path), gradient) < bound, path
     assert found and not any(gradient.any() for gradient in found.values())
+
+
+def test_layers_as_a_loop():
+    """T5X hands parameters over layer by layer; they are stacked within its step."""
+    net, batch, start = module("mov"), batches()["packed"], methods.random_params("mov")
+    config = dataclasses.replace(net.config, scan_layers=True, remat_policy="minimal")
+    (expected, of_layers), (loss, of_loop) = (
+        jax.jit(jax.value_and_grad(lambda p, b, one=one: model(one).loss_fn(p, b, None)[0]))(
+            start, batch
+        )
+        for one in (net, net.clone(config=config))
+    )
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    found = flat(of_loop)
+    for path, gradient in flat(of_layers).items():
+        if gradient.any():
+            assert methods.largest_difference(found[path], gradient) < 1e-5, path
+        else:
+            assert not found[path].any(), path
 
 
 # Adam scales a gradient that is zero but for rounding to a whole step, unless eps is above it.
