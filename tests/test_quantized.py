@@ -122,9 +122,9 @@ def _model(method: str, **settings) -> network.Transformer:
     return network.Transformer(config, METHODS[method].adapters())
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("float8_e4m3fn", 0.08)])
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.03), ("float8_e4m3fn", 0.12)])
 def test_logits_are_near_those_of_the_base(kind, bound):
-    """By the largest logit; in float32, and with what bfloat16 itself rounds."""
+    """By the largest logit; measured 1.6 % and 7.8 %; bfloat16 activations alone have 1.7 %."""
     batch = example_batch()
     expected = forward("mov")(random_params("mov"), batch)
     kept = of_tree(random_params("mov"), kind)
