@@ -1,6 +1,6 @@
 """How much faster answer choices are scored when an input is encoded once for all of them.
 
-    python benchmarks/score_choices.py [--inputs 16] [--choices 4] [--rounds 9] [--size small]
+    python benchmarks/score_choices.py [--inputs 16] [--choices 4] [--rounds 5] [--size small]
         [--torch .venv-torch/bin/python] [--search] [--gpu] [--json FILE]
 
 Random inputs of 256 tokens with choices of 8, T5 v1.1 Small with random weights in float32 (with
@@ -33,7 +33,7 @@ def specs(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__, size="small", gpu=True)
+    parser = common.parser(__doc__, rounds=5, size="small", gpu=True)
     parser.add_argument("--inputs", default=16, type=int)
     parser.add_argument("--choices", default=4, type=int)
     parser.add_argument("--lengths", default=[256, 8], type=int, nargs=2)

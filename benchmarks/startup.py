@@ -1,6 +1,6 @@
 """From the start of the process to the end of the first step: `python -m pemoe_jax.train`.
 
-    python benchmarks/startup.py [--rounds 5] [--size tiny] [--json FILE]
+    python benchmarks/startup.py [--rounds 3] [--size tiny] [--json FILE]
 
 A tiny T5 v1.1 with random weights and MoV, the quickstart's sample and vocabulary, 8 rows of 64 and
 16 tokens, on two CPU threads. A first run, which is not counted, fills the cache of compiled
@@ -60,7 +60,7 @@ def timed(
 
 def main() -> None:
     """Measures as the flags say."""
-    args = common.parser(__doc__, rounds=5, size="tiny").parse_args()
+    args = common.parser(__doc__, rounds=3, size="tiny").parse_args()
     common.pin()
     os.environ["PYTHONPATH"] = str(common.REPO)
     with tempfile.TemporaryDirectory() as folder:

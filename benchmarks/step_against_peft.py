@@ -1,6 +1,6 @@
 """A training step against Hugging Face's T5 with PEFT on torch: (IA)³, LoRA of rank 4, full.
 
-    python benchmarks/step_against_peft.py [--methods ia3 lora full] [--rounds 9] [--search]
+    python benchmarks/step_against_peft.py [--methods ia3 lora full] [--rounds 7] [--search]
         [--torch .venv-torch/bin/python] [--json FILE]
 
 T5 v1.1 Small, 8 rows of 128 and 32 tokens without padding, float32, AdamW, no dropout, two CPU
@@ -28,7 +28,7 @@ def peer(args: argparse.Namespace, method: str, way: str) -> common.Side:
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__, size="small")
+    parser = common.parser(__doc__, rounds=7, size="small")
     parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--torch", default=common.peer_python("torch"), help="its Python")
     parser.add_argument("--way", default=FASTEST, help="settings of torch")

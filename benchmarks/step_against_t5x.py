@@ -1,6 +1,6 @@
 """A training step against T5X's own, with (IA)³ and LoRA of rank 4 added to its minimal T5.
 
-    python benchmarks/step_against_t5x.py [--methods ia3 lora] [--rounds 9]
+    python benchmarks/step_against_t5x.py [--methods ia3 lora] [--rounds 7]
         [--t5x .venv-t5x/bin/python] [--json FILE]
 
 T5 v1.1 Small, 8 rows of 128 and 32 tokens without padding, float32, Adafactor, no dropout, two CPU
@@ -16,7 +16,7 @@ NAMES = {"ia3": "(IA)³", "lora": "LoRA, rank 4"}
 
 def main() -> None:
     """Measures as the flags say."""
-    parser = common.parser(__doc__, size="small")
+    parser = common.parser(__doc__, rounds=7, size="small")
     parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--t5x", default=common.peer_python("t5x"), help="its Python")
     args = parser.parse_args()
