@@ -153,10 +153,15 @@ def test_a_run_stopped_and_resumed_ends_like_one_that_was_not(folder, trained, t
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_form(folder, trained, tmp_path, capsys):
-    """As a loop with remat, on two devices and with parameters spread, then unrolled: one run."""
-    loop = {"SCAN_LAYERS": True, "REMAT_POLICY": "minimal", "FSDP": True}
-    assert train.main(train_flags(folder, "mov", tmp_path, TRAIN_STEPS=5, **loop)) == 0
+    """As a loop with remat on 2 × 2 devices and parameters spread, then unrolled on 2: one run."""
+    other = {"SCAN_LAYERS": True, "REMAT_POLICY": "minimal", "FSDP": True, "MODEL_PARALLELISM": 2}
+    flags = train_flags(folder, "mov", tmp_path, TRAIN_STEPS=5, **other)
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-m", "pemoe_jax.train", *flags]
+    done = subprocess.run(command, env=os.environ | devices, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert "resuming from" in capsys.readouterr().out
     whole, record, _ = runs.open_trainable(str(trained["mov"]))
