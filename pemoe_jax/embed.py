@@ -80,7 +80,7 @@ def embed(
     encoder: Any,
     register: Callable[[], Any] | None = None,
     use_cached_tasks: bool = False,
-    splits: Sequence[str] = _SPLITS,
+    splits: str | Sequence[str] = _SPLITS,
     batch_size: int = 32,
     dtype: str = "float16",
 ) -> None:

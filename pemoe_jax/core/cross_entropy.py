@@ -196,7 +196,7 @@ def _chunk(
         of_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None]
         of_logits -= share * weights[..., None]
         if wanted[0]:
-            of_x = jnp.matmul(of_logits, kernel.T)
+            of_x = jnp.einsum("blv,dv->bld", of_logits, kernel)  # spread, it is gathered once
         if wanted[1]:
             of_kernel = jnp.einsum("bld,blv->dv", x, of_logits)
     return jnp.sum((nll + z) * weights), told, (of_x, of_kernel)
