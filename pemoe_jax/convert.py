@@ -123,6 +123,11 @@ def convert(args: argparse.Namespace) -> None:
         "huggingface": _to_huggingface,
         "base": _to_base,
     }[args.direction]
+    if args.direction in ("base", "huggingface") and source.frozen_dtype != "activations":
+        print(
+            f"{args.source} was trained with its base kept in {source.frozen_dtype}: what is"
+            " written has the base as it is stored, and may score otherwise"
+        )
     write(source, args)
     print(f"{args.output}: {_size(output)}")
 

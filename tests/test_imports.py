@@ -23,7 +23,7 @@ CORE = {
     "layers": {"adapters", "params", "quantized", "routing"},
     "merging": set(),
     "network": {"layers", "stacks", "adapters", "params", "routing"},
-    "stacks": {"params"},
+    "stacks": {"params", "quantized"},
     "decoding": set(),
     "params": {"partitioning"},
     "quantized": set(),

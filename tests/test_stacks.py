@@ -18,7 +18,7 @@ from methods import (
 )
 
 from pemoe_jax import planned
-from pemoe_jax.core import network, optim, params, partitioning, stacks, steps
+from pemoe_jax.core import network, optim, params, partitioning, quantized, stacks, steps
 from pemoe_jax.core.adapters import Adapters, VectorExperts
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
@@ -199,6 +199,19 @@ def test_stacked_and_unrolled_parameters_give_the_same():
     copied = jax.tree.map(jnp.array, frozen)
     stacked = network.stacked(model, copied, stacks.join_and_free)
     assert_same(run(model, trainable, stacked), unrolled("mov"))
+
+
+def test_quantized_matrices_are_stacked():
+    """Values and scales each by themselves; beside one that trains they are widened."""
+    matrix = jnp.asarray([[127.0, -2.0], [3.0, 4.0]])  # scales 1 and 4 / 127
+    kept = quantized.quantize(matrix, "int8")
+    layers = {"layers_0": {"kernel": kept}, "layers_1": {"kernel": kept}}
+    both = stacks.stacked(layers, lambda _: 2)["layers"]["kernel"]
+    assert both.values.shape == (2, 2, 2) and both.scale.shape == (2, 2)
+    layers["layers_1"] = {"kernel": matrix}
+    mixed = stacks.stacked(layers, lambda _: 2)["layers"]["kernel"]
+    np.testing.assert_array_equal(mixed, np.stack([quantized.dequantize(kept), matrix]))
+    np.testing.assert_allclose(mixed[0], mixed[1], atol=0.02)
 
 
 @SLOW

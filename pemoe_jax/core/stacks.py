@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.core import quantized
 from pemoe_jax.core.errors import InputError
 
 Array = jax.Array
@@ -130,6 +131,12 @@ def stacked(
     for (before, rest), leaves in of_layers.items():
         if len(leaves) == depth_of(before):
             ordered = [leaves[i] for i in sorted(leaves)]
+            if len({jax.tree.structure(leaf) for leaf in ordered}) > 1:
+                # some train, the others are quantized
+                ordered = [
+                    quantized.dequantize(leaf) if isinstance(leaf, quantized.Quantized) else leaf
+                    for leaf in ordered
+                ]
             # a quantized matrix has two arrays
             found[f"{before}layers/{rest}"] = jax.tree.map(lambda *one: join([*one]), *ordered)
         else:
