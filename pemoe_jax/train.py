@@ -37,6 +37,7 @@ FLAGS = config.parser(
   OPTIMIZER, LEARNING_RATE, SCHEDULE, WARMUP_STEPS, DROPOUT_RATE
   LOSS_NORMALIZING_FACTOR, Z_LOSS, LABEL_SMOOTHING
   NUM_EXPERTS, RANK, ALPHA (by method), ROUTER_METRICS
+  FUSED_MOV                 MoV's layer in kernels of its own, on a single GPU
   LOG_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_CHECKPOINTS
   MODEL_PARALLELISM, FSDP   devices that a matrix is spread over; parameters over the others too
   FROZEN_DTYPE              of frozen matrices: 'activations' (as these), 'int8', 'float8_e4m3fn'

@@ -18,8 +18,9 @@ PACKAGE = ROOT / "pemoe_jax"
 CORE = {
     "errors": set(),
     "products": set(),
+    "fused_mov": set(),
     "routing": {"params", "products"},
-    "adapters": {"routing", "params", "products"},
+    "adapters": {"routing", "params", "products", "fused_mov"},
     "layers": {"adapters", "params", "quantized", "routing"},
     "merging": set(),
     "network": {"layers", "stacks", "adapters", "params", "routing"},

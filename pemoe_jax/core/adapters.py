@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pemoe_jax.core import fused_mov, products, routing
 from pemoe_jax.core import params as params_lib
-from pemoe_jax.core import products, routing
 from pemoe_jax.core.errors import InputError
 
 _LORA_A_INIT = nn.initializers.normal(stddev=0.02)  # a constant: see `params.param`
@@ -35,8 +35,8 @@ SITES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def _route(
     module: Any, reads: str, seen: dict[str, tuple[jax.Array, str]], tokens: routing.Tokens | None
-) -> jax.Array:
-    """Probabilities of an expert module's router, [B, L or 1, (H,) E].
+) -> tuple[jax.Array, routing.Router]:
+    """Probabilities of an expert module's router, [B, L or 1, (H,) E], and the router.
 
     They and the router's statistics are sown, for whoever makes these collections mutable.
 
@@ -57,7 +57,8 @@ def _route(
             "a router reads sentence embeddings and the batch has none: expected"
             " SENTENCE_EMBEDDINGS to name a table of them (python -m pemoe_jax.embed)"
         )
-    probs, told = factory(feature_axis=axis, name="router")(features, tokens)
+    router = factory(feature_axis=axis, name="router")
+    probs, told = router(features, tokens)
     if not module.is_initializing():  # T5X takes what `init` makes for variables to keep
         module.sow("routers", "statistics", told)
     if reads == "sentence":
@@ -65,7 +66,7 @@ def _route(
     length = seen["x"][0].shape[1]
     everywhere = (probs.shape[0], length, *probs.shape[2:])
     module.sow("intermediates", "probs", jnp.broadcast_to(probs, everywhere))
-    return probs
+    return probs, router
 
 
 def _check_experts(module: nn.Module, num_experts: int, router: Any) -> None:
@@ -84,6 +85,8 @@ class VectorExperts(nn.Module):
     Attributes:
       num_experts: E.
       router: factory of the router, or None for the plain method.
+      fused: whether soft routing by y runs in the kernels of `fused_mov` where those can run: on a
+        GPU that is the only device. They were never timed yet.
       x_axis, y_axes: logical axis names of the site; the layer sets them.
 
     Parameters: `vectors` [H, E, K] at query, key and value, else [E, D or F]; ones at the start.
@@ -91,6 +94,7 @@ class VectorExperts(nn.Module):
 
     num_experts: int = 1
     router: routing.RouterFactory | None = None
+    fused: bool = False
     x_axis: str = "embed"
     y_axes: tuple[str, ...] = ("mlp",)
 
@@ -110,7 +114,13 @@ class VectorExperts(nn.Module):
         )
         if self.router is None:
             return y * vectors[..., 0, :].astype(y.dtype)
-        probs = _route(self, "y", {"x": (x, self.x_axis), "y": (y, self.y_axes[-1])}, tokens)
+        seen = {"x": (x, self.x_axis), "y": (y, self.y_axes[-1])}
+        probs, router = _route(self, "y", seen, tokens)
+        by_y = router.reads in (None, "y")
+        if self.fused and by_y and router.is_soft(tokens) and fused_mov.runs_here():
+            # XLA drops the probabilities above where nobody asks for them or their statistics
+            kernel = router.variables["params"]["kernel"] / router.temperature
+            return fused_mov.route_and_scale(y, kernel, vectors)
         if probs.ndim == y.ndim and heads:
             scale = products.mix(probs, vectors)
         else:  # one distribution for all of them
@@ -176,7 +186,7 @@ class LoRAExperts(nn.Module):
         )
         if self.router is not None:
             joined = y.reshape(*y.shape[:2], y_features)
-            probs = _route(self, "x", {"x": (x, self.x_axis), "y": (joined, y_axis)}, tokens)
+            probs, _ = _route(self, "x", {"x": (x, self.x_axis), "y": (joined, y_axis)}, tokens)
             low = (low.reshape(*low.shape[:-1], experts, rank) * probs[..., None]).reshape(
                 low.shape
             )
@@ -240,7 +250,8 @@ _KINDS: dict[str, type[nn.Module]] = {
     "LoRAExperts": LoRAExperts,
     "Router": routing.Router,
 }
-_SET_BY_LAYER = ("x_axis", "y_axes", "feature_axis", "kernel_init", "parent", "name")
+# What layers set, how parameters start, how it is computed: not what an adapter is.
+_UNDESCRIBED = ("x_axis", "y_axes", "feature_axis", "kernel_init", "fused", "parent", "name")
 
 
 def _describe_factory(factory: Callable[..., nn.Module], **given: Any) -> dict[str, Any]:
@@ -252,7 +263,7 @@ def _describe_factory(factory: Callable[..., nn.Module], **given: Any) -> dict[s
         )
     record: dict[str, Any] = {"kind": kind}
     for field in dataclasses.fields(module):
-        if field.name in _SET_BY_LAYER or field.name in given:
+        if field.name in _UNDESCRIBED or field.name in given:
             continue
         value = getattr(module, field.name)
         if field.name == "router" and value is not None:

@@ -55,7 +55,7 @@ def route_and_scale(y: Array, kernel: Array, vectors: Array, interpret: bool = F
 def _saved(
     y: Array, kernel: Array, vectors: Array, interpret: bool
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return route_and_scale(y, kernel, vectors, interpret), (y, kernel, vectors)
+    return _Layer(y, kernel, interpret).forward(y, kernel, vectors), (y, kernel, vectors)
 
 
 def _gradients(

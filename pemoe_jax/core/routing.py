@@ -115,6 +115,11 @@ class Router(nn.Module):
         # what is told has no gradient; zeros for it would still be multiplied through the network
         return probs, jnp.append(jax.lax.stop_gradient(told), objective)
 
+    def is_soft(self, tokens: Tokens | None = None) -> bool:
+        """Whether the probabilities are the softmax itself, of the features as they are."""
+        noisy = self.jitter_noise and tokens is not None and not tokens.deterministic
+        return not noisy and (self.top_k is None or self.top_k >= self.num_experts)
+
     def _check(self) -> None:
         top_k, num_experts = self.top_k, self.num_experts
         if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= num_experts):
