@@ -64,6 +64,7 @@ from pemoe_jax.core import network
 from pemoe_jax.core import optim
 network.T5Config.scan_layers = %SCAN_LAYERS
 network.T5Config.remat_policy = %REMAT_POLICY
+network.T5Config.attention = %ATTENTION
 plan.configured.model = %MODEL
 plan.configured.method = %METHOD
 plan.configured.trainable = %TRAINABLE
@@ -71,7 +72,12 @@ plan.configured.frozen_dtype = %FROZEN_DTYPE
 plan.configured.optimizer = @optim."""
 
 # where no run file has them
-_MACROS = ("SCAN_LAYERS = False", "REMAT_POLICY = 'none'", "FROZEN_DTYPE = 'activations'")
+_MACROS = (
+    "SCAN_LAYERS = False",
+    "REMAT_POLICY = 'none'",
+    "ATTENTION = 'plain'",
+    "FROZEN_DTYPE = 'activations'",
+)
 
 
 def configured(

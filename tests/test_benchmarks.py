@@ -45,7 +45,7 @@ def test_sides_take_turns_and_ends_are_told():
     sides, others = common.in_turn(ways, rounds=2)
     assert taken == ["a", "b", "c", "b", "c", "a"]
     assert [len(side.times) for side in sides] == [2, 2, 2]
-    assert 0 <= others <= 1.1
+    assert others >= 0  # so short a time is read too coarsely for more
 
 
 def test_steps_of_different_size_are_compared_by_the_token():

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from pemoe_jax.core import attention, quantized
 from pemoe_jax.core import params as params_lib
-from pemoe_jax.core import quantized
 from pemoe_jax.core.adapters import Adapters
 from pemoe_jax.core.routing import Tokens
 
@@ -27,9 +27,6 @@ _RELPOS_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 def _query_init(head_dim: int) -> Initializer:
     """T5 does not scale the logits of attention; its queries start that much smaller."""
     return nn.initializers.variance_scaling(1.0 / head_dim, "fan_in", "normal")
-
-
-NEG_INF = -1e10  # finite, so that a row with nothing to attend to gives a mean and not NaN
 
 
 def constrain(x: Array, axes: tuple[str, ...]) -> Array:
@@ -165,6 +162,7 @@ class MultiHeadDotProductAttention(nn.Module):
     head_dim: int
     dtype: Any = jnp.float32
     dropout_rate: float = 0.0
+    way: str = "plain"  # of `attention.WAYS`
     adapters: Adapters = Adapters()
 
     def _project(self, site: str, inputs: Array, tokens: Tokens | None) -> Array:
@@ -285,18 +283,12 @@ class MultiHeadDotProductAttention(nn.Module):
             raise ValueError(f"{query.shape[0]} rows of queries cannot share {batch} rows of keys")
         if query.shape[0] != batch:  # [B·C, Lq, H, K] -> [B, C·Lq, H, K]
             query = query.reshape(batch, -1, self.num_heads, self.head_dim)
-        logits = jnp.einsum(
-            "bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32
-        )  # [B, H, Lq, Lk]
-        if bias is not None:
-            logits += bias.astype(jnp.float32)
-        if mask is not None:
-            logits = jnp.where(mask, logits, NEG_INF)
-        probs = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        kept = None
         if not deterministic and self.dropout_rate > 0.0:
             # T5X drops the same key for all queries of a head
-            probs = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(probs, deterministic=False)
-        return jnp.einsum("bhqm,bmhk->bqhk", probs, value)
+            ones = jnp.ones((batch, self.num_heads, 1, key.shape[1]))
+            kept = nn.Dropout(self.dropout_rate)(ones, deterministic=False)
+        return attention.attend(query, key, value, mask, bias, kept, self.way)
 
 
 class MlpBlock(nn.Module):

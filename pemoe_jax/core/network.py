@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pemoe_jax.core import layers, stacks
+from pemoe_jax.core import attention, layers, stacks
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
 from pemoe_jax.core.errors import InputError
@@ -30,8 +30,9 @@ class T5Config:
       sentence_dim: S of the sentence embeddings that routers may read; None: D.
       scan_layers: whether a stack runs as one loop over its layers, compiled once.
       remat_policy: what is kept of a layer for its gradients, see `stacks.REMAT_POLICIES`.
+      attention: how it is computed, see `attention.attend`.
 
-    The last two change how a step is computed and not what the model is.
+    The last three change how a step is computed and not what the model is.
     """
 
     vocab_size: int = 32128
@@ -46,6 +47,7 @@ class T5Config:
     sentence_dim: int | None = None
     scan_layers: bool = False
     remat_policy: str = "none"
+    attention: str = "plain"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
@@ -61,6 +63,7 @@ class T5Config:
         if not isinstance(self.scan_layers, bool):
             raise InputError(f"SCAN_LAYERS: expected True or False, found {self.scan_layers!r}")
         stacks.check_remat_policy(self.remat_policy)
+        attention.check(self.attention, self.dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """What the model is, as plain data; `T5Config(**d)` reads it back."""
@@ -68,7 +71,7 @@ class T5Config:
         return {name: value for name, value in found.items() if name not in _HOW_NOT_WHAT}
 
 
-_HOW_NOT_WHAT = ("scan_layers", "remat_policy")
+_HOW_NOT_WHAT = ("scan_layers", "remat_policy", "attention")
 
 
 class _Block(nn.Module):
@@ -84,6 +87,7 @@ class _Block(nn.Module):
             head_dim=cfg.head_dim,
             dtype=cfg.dtype,
             dropout_rate=cfg.dropout_rate,
+            way=cfg.attention,
             adapters=self.adapters,
             name=name,
         )

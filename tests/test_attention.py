@@ -1,0 +1,167 @@
+"""Ways of computing attention: equal values and gradients, and memory."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from methods import CONFIG, METHODS, example_batch, largest_difference, pack, random_params
+
+from pemoe_jax.core import attention, network, params, steps
+from pemoe_jax.core.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+B, H, K = 2, 3, 4
+
+
+def arrays(queries: int, keys: int, dtype=jnp.float32):
+    """query, key, value, mask, bias and dropout's factors, the first row masked whole."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    mask = jnp.asarray(rng.random((B, 1, queries, keys)) < 0.7).at[0, 0, 0].set(False)
+    kept = jnp.asarray(rng.random((B, H, 1, keys)) < 0.8, jnp.float32) / 0.8
+    return (
+        draw(B, queries, H, K), draw(B, keys, H, K), draw(B, keys, H, K), mask,
+        draw(1, H, queries, keys), kept,
+    )  # fmt: skip
+
+
+def by_definition(query, key, value, mask, bias, kept):
+    """float64, a head and a query at a time."""
+    found = np.zeros(query.shape)
+    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+    for b, h, i in np.ndindex(B, H, query.shape[1]):
+        logits = k[b, :, h] @ q[b, i, h]
+        logits = logits + (0 if bias is None else np.asarray(bias)[0, h, i])
+        if mask is not None:
+            row = np.asarray(mask)[b, 0, i if mask.shape[2] > 1 else 0]
+            logits = np.where(row, logits, -1e10)
+        probs = np.exp(logits - logits.max())
+        probs /= probs.sum()
+        found[b, i, h] = (probs * (1 if kept is None else np.asarray(kept)[b, h, 0])) @ v[b, :, h]
+    return found
+
+
+def run(way, *of):
+    """(values, gradients of query, key, value and bias, where there is one) of a sum of squares."""
+    query, key, value, mask, bias, kept = of
+
+    def total(*some):
+        query, key, value, *rest = some
+        given = rest[0] if rest else None
+        found = attention.attend(query, key, value, mask, given, kept, way)
+        return jnp.sum(jnp.square(found.astype(jnp.float32))), found
+
+    given = (query, key, value) if bias is None else (query, key, value, bias)
+    step = jax.value_and_grad(total, argnums=tuple(range(len(given))), has_aux=True)
+    (_, found), grads = jax.jit(step)(*given)
+    return found, grads
+
+
+@pytest.mark.parametrize("way", ["plain", "chunked"])
+@pytest.mark.parametrize("queries", [8, 11, 3])
+@pytest.mark.parametrize("without", [(), (3,), (4, 5)])
+def test_equals_the_definition(monkeypatch, way, queries, without):
+    """Four queries at a time: lengths that divide, that do not, and less than one chunk."""
+    monkeypatch.setattr(attention, "CHUNK", 4)
+    of = [None if i in without else x for i, x in enumerate(arrays(queries, 5))]
+    found, grads = run(way, *of)
+    np.testing.assert_allclose(found, by_definition(*of), rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, run("plain", *of)[1], strict=True):
+        assert largest_difference(a, b) < 1e-5
+
+
+def test_a_mask_of_keys_alone(monkeypatch):
+    """[B, 1, 1, Lk], as cross-attention has it of rows that are not packed."""
+    monkeypatch.setattr(attention, "CHUNK", 4)
+    query, key, value, mask, _, _ = arrays(10, 5)
+    of = (query, key, value, mask[:, :, 1:2], None, None)
+    np.testing.assert_allclose(run("chunked", *of)[0], by_definition(*of), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16(monkeypatch):
+    """Values are those of plain; gradients of keys and values are sums of rounded parts."""
+    monkeypatch.setattr(attention, "CHUNK", 4)
+    of = arrays(11, 5, jnp.bfloat16)
+    (found, grads), (expected, plain) = run("chunked", *of), run("plain", *of)
+    assert found.dtype == jnp.bfloat16
+    assert largest_difference(found, expected) < 2**-8
+    for a, b in zip(grads, plain, strict=True):
+        assert largest_difference(a, b) < 0.02
+
+
+def test_memory_falls():
+    """1024 queries and keys: the logits [1, 8, 1024, 1024] in float32 are 34 MB, a chunk's 8 MB."""
+    shape = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.float32)
+
+    def temporaries(way):
+        def total(*of):
+            return jnp.sum(attention.attend(*of, None, None, None, way))
+
+        lowered = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(shape, shape, shape)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    plain, chunked = temporaries("plain"), temporaries("chunked")
+    assert plain > 2 * 33.5e6 and chunked < 0.6 * plain
+
+
+@pytest.mark.parametrize("loop", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_whole_network(monkeypatch, loop):
+    """Packed rows with dropout: the same masks, loss and gradients; in a loop with remat too."""
+    monkeypatch.setattr(attention, "CHUNK", 5)
+    batch, rng = pack(example_batch()), jax.random.key(0)
+    trainable, frozen = params.split(random_params("mov"), METHODS["mov"].trainable)
+    how = {"scan_layers": True, "remat_policy": "minimal"} if loop else {}
+    grads, losses = [], []
+    for way in ("plain", "chunked"):
+        config = dataclasses.replace(CONFIG, dropout_rate=0.2, attention=way, **how)
+        model = network.Transformer(config, METHODS["mov"].adapters())
+        step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
+        found, metrics = step(trainable, frozen, batch, rng)
+        grads.append(params.flatten(found))
+        losses.append(float(metrics["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for path, gradient in grads[0].items():
+        assert largest_difference(grads[1][path], gradient) < 1e-5, path
+
+
+def test_what_cudnn_is_given(monkeypatch):
+    """The kernel's own stand-in for CPUs, given what the kernel would be: not the kernel itself."""
+    theirs = jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return theirs(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    query, key, value, mask, bias, _ = arrays(11, 5)
+    of = (query, key, value, mask.at[0, 0, 0].set(True), bias, None)
+    np.testing.assert_allclose(run("cudnn", *of)[0], by_definition(*of), rtol=1e-5, atol=1e-5)
+    with_dropout = arrays(11, 5)
+    found = run("cudnn", *with_dropout)[0]
+    np.testing.assert_allclose(found, by_definition(*with_dropout), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"attention": "flash"}, r"ATTENTION: expected one of \['plain', 'chunked', 'cudnn'\]"),
+        ({"attention": "cudnn"}, "ATTENTION 'cudnn' is for DTYPE 'bfloat16', found 'float32'"),
+    ],
+)
+def test_wrong_settings(settings, says):
+    with pytest.raises(InputError, match=says):
+        dataclasses.replace(CONFIG, **settings)
+
+
+def test_cudnn_without_a_gpu():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", attention="cudnn")
+    with pytest.raises(InputError, match="ATTENTION 'cudnn' needs an NVIDIA GPU, found cpu"):
+        network.param_shapes(network.Transformer(config))
