@@ -1,10 +1,10 @@
 """A worker: our training step over random rows (see `common.Service`), from the core alone.
 
 Its spec, beside `gpu`: `dimensions` by T5Config's names, and what else of T5Config is not as it is
-by default (`dtype`, `scan_layers`, `remat_policy`); `frozen_dtype`; `method` with `experts`, `rank`
-and settings of its `router`; `rows` and `lengths` of inputs and targets; `optimizer`, `packed`,
-`microbatches`, `router_metrics`; `steps`, which one take is made of (a step of a GPU is too short
-to be waited for).
+by default (`dtype`, `scan_layers`, `remat_policy`, `attention`); `frozen_dtype`; `method` with
+`experts`, `rank`, settings of its `router` and whether MoV is `fused`; `rows` and `lengths` of
+inputs and targets; `optimizer`, `packed`, `microbatches`, `router_metrics`; `steps`, which one take
+is made of (a step of a GPU is too short to be waited for).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def adapters_of(spec: Mapping[str, Any]) -> Adapters:
         router = functools.partial(routing.Router, **spec.get("router", {}))
         settings = {"num_experts": spec.get("experts", 10), "router": router}
     if method in ("ia3", "mov"):
+        settings["fused"] = spec.get("fused", False)
         factory = functools.partial(adapters.VectorExperts, **settings)
         return adapters.Adapters(**dict.fromkeys(VECTOR_SITES, factory))
     if method in ("lora", "molora"):
@@ -49,7 +50,8 @@ def transformer(spec: Mapping[str, Any]) -> Transformer:
     """The network of a spec."""
     from pemoe_jax.core import network
 
-    how = {name: spec[name] for name in ("dtype", "scan_layers", "remat_policy") if name in spec}
+    names = ("dtype", "scan_layers", "remat_policy", "attention")
+    how = {name: spec[name] for name in names if name in spec}
     return network.Transformer(
         network.T5Config(**spec["dimensions"], **how), adapters=adapters_of(spec)
     )

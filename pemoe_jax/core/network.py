@@ -117,8 +117,8 @@ class EncoderLayer(_Block):
     """Self-attention and MLP, each behind a norm and beside a residual."""
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, bias: Array, tokens: Tokens) -> Array:
-        """[B, L, D] -> [B, L, D]; mask bool [B, 1, L, L], bias [1, H, L, L]."""
+    def __call__(self, x: Array, mask: Array | None, bias: Array, tokens: Tokens) -> Array:
+        """[B, L, D] -> [B, L, D]; mask and bias as `attention.prepare` gives them."""
         h = self.norm("pre_attention_layer_norm")(x)
         h = self.attention("attention")(h, h, mask, bias, tokens_q=tokens, tokens_kv=tokens)
         x = self.residual(x, h, tokens)
@@ -134,8 +134,9 @@ class DecoderLayer(_Block):
         x: Array,
         encoded: Array,
         decoder_mask: Array | None,
-        cross_mask: Array,
+        cross_mask: Array | None,
         bias: Array,
+        cross_bias: Array | None,
         tokens: Tokens,
         encoded_tokens: Tokens,
         decode: bool,
@@ -157,6 +158,7 @@ class DecoderLayer(_Block):
             h,
             encoded,
             cross_mask,
+            cross_bias,
             tokens_q=tokens,
             tokens_kv=encoded_tokens,
             decode=decode,
@@ -188,6 +190,7 @@ class Encoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=True
         )
+        mask, bias = attention.prepare(cfg.attention, mask, bias)
         x = stacks.through_layers(
             self,
             functools.partial(EncoderLayer, cfg, self.adapters),
@@ -232,12 +235,24 @@ class Decoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=False
         )
+        cross_bias = None
+        if not decode:
+            decoder_mask, bias = attention.prepare(cfg.attention, decoder_mask, bias)
+            cross_mask, cross_bias = attention.prepare(cfg.attention, cross_mask, None)
         x = stacks.through_layers(
             self,
             functools.partial(DecoderLayer, cfg, self.adapters),
             cfg.num_decoder_layers,
             lambda layer, x: layer(
-                x, encoded, decoder_mask, cross_mask, bias, tokens, encoded_tokens, decode
+                x,
+                encoded,
+                decoder_mask,
+                cross_mask,
+                bias,
+                cross_bias,
+                tokens,
+                encoded_tokens,
+                decode,
             ),
             x,
             **({} if decode else _how(self)),

@@ -1,0 +1,135 @@
+"""The kernels that only a GPU runs, against the plain forms: `python -m pytest tests/test_gpu.py`.
+
+It needs an NVIDIA GPU, jax, flax and optax; `--noconftest` where nothing else is installed.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pemoe_jax.core import adapters, attention, fused_mov, network, params, routing, steps
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
+
+EXACT = jax.default_matmul_precision("highest")
+
+
+def relative(found, wanted):
+    """The largest difference over the largest value."""
+    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
+    return np.max(np.abs(found - wanted)) / np.max(np.abs(wanted))
+
+
+def packed_mask(rows, queries, keys):
+    """Some segments a row, and padding at the end of the keys."""
+    rng = np.random.default_rng(0)
+    of_queries, of_keys = (np.sort(rng.integers(0, 3, (rows, n)), axis=1) for n in (queries, keys))
+    of_keys[:, 0] = of_queries[:, 0]
+    same = of_queries[:, :, None] == of_keys[:, None, :]
+    same[:, :, 0] = True  # nobody is without a key
+    same[:, :, -3:] = False
+    return jnp.asarray(same[:, None])
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads"), [(64, 64, 4), (1024, 1024, 2), (34, 98, 3), (33, 64, 2)]
+)
+def test_attention_by_cudnn(queries, keys, heads):
+    """bfloat16 against the plain form in float32: within 2 % of the largest value."""
+    draw = [
+        jax.random.normal(jax.random.key(i), (3, n, heads, 64))
+        for i, n in enumerate((queries, keys, keys, queries))
+    ]
+    q, k, v, g = (x.astype(jnp.bfloat16) for x in (draw[0] / 8, *draw[1:]))
+    mask = packed_mask(3, queries, keys)
+    bias = jax.random.normal(jax.random.key(9), (1, heads, queries, keys)).astype(jnp.bfloat16)
+
+    def run(way, *of):
+        seen, added = attention.prepare(way, mask, bias)
+        out, pull = jax.vjp(lambda *of: attention.attend(*of, seen, added, None, way), *of)
+        return out, *pull(g.astype(out.dtype))
+
+    with EXACT:
+        wanted = jax.jit(functools.partial(run, "plain"))(
+            *(x.astype(jnp.float32) for x in (q, k, v))
+        )
+    found = jax.jit(functools.partial(run, "cudnn"))(q, k, v)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert relative(one, other) < 0.02
+
+
+@pytest.mark.parametrize("features", [(96,), (2816,), (3, 64), (2, 40)])
+@pytest.mark.parametrize("experts", [2, 10, 30])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_mov(features, experts, dtype):
+    """float32 within 1e-5 of the plain form; bfloat16 within 1 % of it in float32."""
+    shape = (3, 77, *features)
+    y, g = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in range(2))
+    kernel = jax.random.normal(jax.random.key(2), (features[-1], experts)) / features[-1] ** 0.5
+    vectors = jax.random.normal(jax.random.key(3), (*features[:-1], experts, features[-1]))
+
+    def plain(y, kernel, vectors):
+        probs = jax.nn.softmax(y @ kernel)
+        names = "blhe,hek->blhk" if len(features) == 2 else "ble,ek->blk"
+        return y * jnp.einsum(names, probs, vectors)
+
+    def run(way, g, *of):
+        out, pull = jax.vjp(way, *of)
+        return out, *pull(g)
+
+    f32 = (y.astype(jnp.float32), kernel, vectors)
+    with EXACT:
+        wanted = jax.jit(functools.partial(run, plain))(g.astype(jnp.float32), *f32)
+    found = jax.jit(functools.partial(run, fused_mov.route_and_scale))(g, y, kernel, vectors)
+    bound = 1e-5 if dtype == "float32" else 0.01
+    for one, other in zip(found, wanted, strict=True):
+        assert relative(one, other) < bound
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_whole_step(scan):
+    """A step of MoV, packed, bfloat16: loss and gradients of the kernels are those of plain."""
+    config = network.T5Config(
+        vocab_size=512,
+        emb_dim=128,
+        num_heads=2,
+        mlp_dim=256,
+        dtype="bfloat16",
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+    )
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, 512, (4, 64)).astype(np.int32)
+    segments = np.sort(rng.integers(1, 4, (4, 64)), axis=1).astype(np.int32)
+    batch = {
+        name: tokens
+        for name in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+    }
+    batch |= {f"{side}_segment_ids": segments for side in ("encoder", "decoder")}
+
+    def run(**how):
+        fused = how.pop("fused", False)
+        factory = functools.partial(
+            adapters.VectorExperts, num_experts=10, router=routing.Router, fused=fused
+        )
+        sites = adapters.Adapters(**dict.fromkeys(("key", "value", "gate"), factory))
+        model = network.Transformer(dataclasses.replace(config, **how), sites)
+        both = network.init_params(model, 0, lambda path: True)
+        trains, frozen = params.split(both, [params.ADAPTER_PATTERN])
+        keys = iter(jax.random.split(jax.random.key(1), 99))
+        trains = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), trains)
+        frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
+        step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
+        grads, metrics = step(trains, frozen, batch)
+        return float(metrics["loss"]), params.flatten(grads)
+
+    loss, grads = run(attention="cudnn", fused=True, scan_layers=scan)
+    plain_loss, plain_grads = run()
+    assert loss == pytest.approx(plain_loss, rel=5e-3)
+    for path, wanted in plain_grads.items():
+        assert np.linalg.norm(grads[path] - wanted) < 0.1 * np.linalg.norm(wanted), path
