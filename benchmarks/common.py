@@ -210,6 +210,8 @@ class Side:
         """Starts the worker; `wait` says when it is ready."""
         program = pathlib.Path(__file__).with_name(self.program)
         ours = {"PYTHONPATH": str(REPO), "TF_CPP_MIN_LOG_LEVEL": "2"}
+        if self.spec.get("gpu"):  # both sides have their memory at the same time
+            ours["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         self.process = subprocess.Popen(
             [self.python, str(program), json.dumps(self.spec)],
             stdin=subprocess.PIPE,

@@ -3,14 +3,16 @@
 import functools
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
+from pemoe_jax.core import fused_attention
 from pemoe_jax.core.errors import InputError
 
 Array = jax.Array
 
-WAYS = ("plain", "chunked", "cudnn")
+WAYS = ("plain", "chunked", "fused", "cudnn")
 CHUNK = 256  # queries at a time
 NEG_INF = -1e10  # finite, so that a row with nothing to attend to gives a mean and not NaN
 
@@ -23,14 +25,46 @@ def check(way: str, dtype: str) -> None:
         raise InputError(f"ATTENTION 'cudnn' is for DTYPE 'bfloat16', found {dtype!r}")
 
 
-def prepare(way: str, mask: Array | None, bias: Array | None) -> tuple[Array | None, Array | None]:
+@flax.struct.dataclass
+class Readable:
+    """Which keys a query may read: those of its own number, of a batch's rows.
+
+    Attributes:
+      queries: int32 [B, Lq]; None: every query reads every key whose number is not 0.
+      keys: int32 [B, Lk]; keys of number 0, padding, are read by none.
+      causal: whether no query reads a key to its right.
+    """
+
+    queries: Array | None
+    keys: Array
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def mask(self) -> Array:
+        """Bool [B, 1, Lq or 1, Lk], True may be read."""
+        keys = self.keys[:, None, None, :]
+        mask = keys > 0
+        if self.queries is not None:
+            mask &= self.queries[:, None, :, None] == keys
+        if self.causal:
+            mask &= jnp.tril(jnp.ones((self.keys.shape[1],) * 2, bool))
+        return mask
+
+
+Mask = Array | Readable
+
+
+def prepare(way: str, mask: Mask | None, bias: Array | None) -> tuple[Mask | None, Array | None]:
     """Mask and bias as `attend` is best given them by all layers of a stack that share them.
 
-    'cudnn' reads one array that has both: made here it is made once, and not by every layer.
+    What a way makes of them is made here once, and not by every layer.
 
     Raises:
-      InputError: where a gradient of the bias is wanted and 'cudnn' has none.
+      InputError: where a gradient of the bias is wanted and the way has none.
     """
+    if way == "fused":
+        return mask, None if bias is None else _without_gradient(bias)
+    if isinstance(mask, Readable):
+        mask = mask.mask()
     if way != "cudnn":
         return mask, bias
     if bias is not None:
@@ -49,7 +83,7 @@ def _without_gradient(bias: Array) -> Array:
 def _refused(bias: Any) -> tuple[Array, None]:
     if bias.perturbed:
         raise InputError(
-            "ATTENTION 'cudnn' has no gradient of the relative position biases: expected them"
+            "ATTENTION 'fused' has no gradient of the relative position biases: expected them"
             " frozen, found that they train; 'chunked' has one"
         )
     return bias.value, None
@@ -62,7 +96,7 @@ def attend(
     query: Array,
     key: Array,
     value: Array,
-    mask: Array | None,
+    mask: Mask | None,
     bias: Array | None,
     kept: Array | None,
     way: str = "plain",
@@ -86,6 +120,11 @@ def attend(
       InputError: 'cudnn' where there is no GPU.
     """
     length, of_keys = query.shape[1], key.shape[1]
+    if isinstance(mask, Readable):
+        # a single query, a step of decoding, is no work for a matrix unit
+        if way == "fused" and length > 1 and fused_attention.takes(query.shape[3], query.dtype):
+            return _fused(query, key, value, mask, bias, kept)
+        mask = mask.mask()
     if way == "cudnn" and jax.default_backend() != "gpu":
         raise InputError(
             "ATTENTION 'cudnn' needs an NVIDIA GPU, found"
@@ -122,6 +161,17 @@ def attend(
     if not rest:
         return found
     return jnp.concatenate([found, of_rows(whole * CHUNK, rest)], axis=1)
+
+
+def _fused(
+    query: Array, key: Array, value: Array, mask: Readable, bias: Array | None, kept: Array | None
+) -> Array:
+    if kept is not None:  # a key that is dropped weighs nothing, and still takes its share
+        value = (value * jnp.moveaxis(kept, (2, 3), (3, 1))).astype(value.dtype)
+    of_queries, of_keys = mask.queries, mask.keys
+    if of_queries is None:
+        of_queries, of_keys = jnp.ones(query.shape[:2], jnp.int32), jnp.minimum(of_keys, 1)
+    return fused_attention.attend(query, key, value, of_queries, of_keys, bias, mask.causal)
 
 
 def _of_queries(
