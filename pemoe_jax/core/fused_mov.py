@@ -351,21 +351,21 @@ def _parts(ref: Any, features: Any = slice(None)) -> list[Array]:
     return [ref[part, features, :] for part in range(ref.shape[0])]
 
 
-def _softmax(logits: Array, experts: int) -> tuple[Array, Array, Array]:
-    """Probabilities, and of each row the largest and log(Z), [rows, 1]."""
+def _softmax(logits: Array, experts: int) -> tuple[Array, Array]:
+    """Probabilities, and of each row log(Z), [rows, 1]."""
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     logits = jnp.where(column < experts, logits, -jnp.inf)
     top = jnp.max(logits, axis=1, keepdims=True)
     terms = jnp.exp(logits - top)
     total = jnp.sum(terms, axis=1, keepdims=True)
-    return terms / total, 1.0 / total, top + jnp.log(total)
+    return terms / total, top + jnp.log(total)
 
 
 def _routed(logits: Array, weights: Array, experts: int) -> tuple[Array, tuple[Array, ...]]:
     """Probabilities, and what `route_and_scale` sums over rows: [rows, columns] and [rows, 1]."""
-    probs, largest, log_z = _softmax(logits, experts)
+    probs, log_z = _softmax(logits, experts)
     entropy = log_z - jnp.sum(probs * logits, axis=1, keepdims=True)
-    first = (probs >= largest).astype(jnp.float32)
+    first = (probs >= jnp.max(probs, axis=1, keepdims=True)).astype(jnp.float32)
     return probs, tuple(x * weights for x in (probs, first, entropy, log_z * log_z))
 
 
@@ -413,7 +413,7 @@ def _backward_one(
 
     def add(rows: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         tile, back = y[rows, :], g[rows, :]
-        probs, _, _ = _softmax(program.times(tile, k, 0), program.experts)
+        probs, _ = _softmax(program.times(tile, k, 0), program.experts)
         d_logits = _to_logits(probs, program.times(_product(back, tile), v, 0))
         d_logits, probs = d_logits.astype(tile.dtype), probs.astype(tile.dtype)
         dy[rows, :] = _through(program, back, probs, d_logits, k, v).astype(dy.dtype)
