@@ -63,31 +63,46 @@ def test_attention_by_cudnn(queries, keys, heads):
         assert relative(one, other) < 0.02
 
 
-@pytest.mark.parametrize("features", [(96,), (2816,), (3, 64), (2, 40)])
-@pytest.mark.parametrize("experts", [2, 10, 30])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fused_mov(features, experts, dtype):
-    """float32 within 1e-5 of the plain form; bfloat16 within 1 % of it in float32."""
-    shape = (3, 77, *features)
+@pytest.mark.parametrize("features", [(96,), (2816,), (16, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "experts"),
+    [("float32", 2), ("float32", 30), ("bfloat16", 10), ("bfloat16", 60)],
+)
+def test_fused_mov(features, dtype, experts):
+    """float32 within 2e-5 of the plain form; bfloat16 within 1 % of it in float32.
+
+    Of so many tokens that programs sum over several tiles of rows, and some over fewer.
+    """
+    shape = (5, 777, *features)
     y, g = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in range(2))
     kernel = jax.random.normal(jax.random.key(2), (features[-1], experts)) / features[-1] ** 0.5
     vectors = jax.random.normal(jax.random.key(3), (*features[:-1], experts, features[-1]))
+    weights = (jax.random.uniform(jax.random.key(4), shape[:2]) < 0.7).astype(jnp.float32)
+    total = jnp.sum(weights)[None] * (features[0] if len(features) == 2 else 1)
 
     def plain(y, kernel, vectors):
-        probs = jax.nn.softmax(y @ kernel)
+        logits = y @ kernel
+        probs = jax.nn.softmax(logits)
         names = "blhe,hek->blhk" if len(features) == 2 else "ble,ek->blk"
-        return y * jnp.einsum(names, probs, vectors)
+        counts = jnp.broadcast_to(jnp.expand_dims(weights, range(2, y.ndim)), (*y.shape[:-1], 1))
+        told = routing.statistics(logits, probs, probs, counts)
+        return y * jnp.einsum(names, probs, vectors), told
+
+    def fused(y, kernel, vectors):
+        out, (soft, chosen, entropy, z) = fused_mov.route_and_scale(y, kernel, vectors, weights)
+        return out, routing.of_sums(routing.Sums(soft, chosen, soft, entropy, z, total))
 
     def run(way, g, *of):
-        out, pull = jax.vjp(way, *of)
-        return out, *pull(g)
+        out, pull, told = jax.vjp(way, *of, has_aux=True)
+        return told, out, *pull(g)
 
     f32 = (y.astype(jnp.float32), kernel, vectors)
     with EXACT:
         wanted = jax.jit(functools.partial(run, plain))(g.astype(jnp.float32), *f32)
-    found = jax.jit(functools.partial(run, fused_mov.route_and_scale))(g, y, kernel, vectors)
-    bound = 1e-5 if dtype == "float32" else 0.01
-    for one, other in zip(found, wanted, strict=True):
+    found = jax.jit(functools.partial(run, fused))(g, y, kernel, vectors)
+    bound = 2e-5 if dtype == "float32" else 0.01
+    assert np.max(np.abs(found[0] - wanted[0])) < 1e-3  # statistics
+    for one, other in zip(found[1:], wanted[1:], strict=True):
         assert relative(one, other) < bound
 
 
