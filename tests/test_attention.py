@@ -161,15 +161,15 @@ def test_wrong_settings(settings, says):
         dataclasses.replace(CONFIG, **settings)
 
 
-def test_what_cudnn_has_no_gradient_of():
+def test_what_fused_has_no_gradient_of():
     """Biases that train are refused; frozen ones, with a gradient beside them, are not."""
     mask, bias = jnp.ones((1, 1, 4, 4), bool), jnp.zeros((1, 2, 4, 4))
 
     def total(bias, other):
-        return jnp.sum(attention.prepare("cudnn", mask, bias)[1].astype(jnp.float32) * other)
+        return jnp.sum(attention.prepare("fused", mask, bias)[1].astype(jnp.float32) * other)
 
     assert jax.grad(total, argnums=1)(bias, 2.0) == 0
-    with pytest.raises(InputError, match="ATTENTION 'cudnn' has no gradient of the relative pos"):
+    with pytest.raises(InputError, match="ATTENTION .fused. has no gradient of the relative pos"):
         jax.grad(total)(bias, 2.0)
 
 
