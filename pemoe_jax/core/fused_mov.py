@@ -34,6 +34,7 @@ _FEATURE_BYTES = 256  # of a tile's row
 _LEAST = 16  # the shortest side of a product; all sides are powers of two
 _FORWARD_TILES = 4  # of rows that a program scales: it loads the parameters once for them
 _PROGRAMS = 256  # about two for each of an H100's 132 processors, where sums over rows are split
+_WARPS_OF_SUMS = 8  # there, at wide sites: the gradients of both parameters fill many registers
 
 
 def runs_here() -> bool:
@@ -164,8 +165,9 @@ class _Layer:
             (d_logits,) = run(y, g, probs, vectors)
             inputs = ["y", "y", "probs", "d_logits", "kernel", "vectors"]
             grid = "rows", "heads", "features"
-            # the gradients of both parameters fill the registers of four warps
-            run = self._call(_backward_scale, grid, self.summed, inputs, outputs, warps=8)
+            run = self._call(
+                _backward_scale, grid, self.summed, inputs, outputs, warps=_WARPS_OF_SUMS
+            )
             dy, d_kernel, d_vectors = run(y, g, probs, d_logits, kernel, vectors)
         d_kernel = jnp.sum(d_kernel, (0, 1))[: self.features, : self.experts]
         d_vectors = jnp.sum(d_vectors, 0)[:, : self.features, : self.experts]
