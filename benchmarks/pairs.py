@@ -10,9 +10,7 @@ import floors
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """How ours runs on a GPU; by default as was fastest on an H200."""
-    parser.add_argument(
-        "--attention", default="fused", choices=("plain", "chunked", "fused", "cudnn")
-    )
+    parser.add_argument("--attention", default="fused", choices=("plain", "chunked", "fused"))
     parser.add_argument("--scan", action="store_true", help="layers as one loop")
     parser.add_argument("--remat", default="none", choices=("none", "minimal", "full"))
     parser.add_argument("--plain_mov", action="store_true", help="MoV by XLA, not in our kernels")

@@ -12,7 +12,7 @@ from pemoe_jax.core.errors import InputError
 
 Array = jax.Array
 
-WAYS = ("plain", "chunked", "fused", "cudnn")
+WAYS = ("plain", "chunked", "fused")
 CHUNK = 256  # queries at a time
 NEG_INF = -1e10  # finite, so that a row with nothing to attend to gives a mean and not NaN
 
@@ -21,8 +21,8 @@ def check(way: str, dtype: str) -> None:
     """Raises InputError where there is no such way, or it does not know the activations' type."""
     if way not in WAYS:
         raise InputError(f"ATTENTION: expected one of {[*WAYS]}, found {way!r}")
-    if way == "cudnn" and jnp.dtype(dtype) != jnp.bfloat16:
-        raise InputError(f"ATTENTION 'cudnn' is for DTYPE 'bfloat16', found {dtype!r}")
+    if way == "fused" and jnp.dtype(dtype) != jnp.bfloat16:
+        raise InputError(f"ATTENTION 'fused' is for DTYPE 'bfloat16', found {dtype!r}")
 
 
 @flax.struct.dataclass
@@ -65,14 +65,7 @@ def prepare(way: str, mask: Mask | None, bias: Array | None) -> tuple[Mask | Non
         return mask, None if bias is None else _without_gradient(bias)
     if isinstance(mask, Readable):
         mask = mask.mask()
-    if way != "cudnn":
-        return mask, bias
-    if bias is not None:
-        bias = _without_gradient(bias.astype(jnp.bfloat16))
-    if mask is None:
-        return None, bias
-    low = jnp.asarray(NEG_INF, jnp.bfloat16)
-    return None, jnp.where(mask, jnp.zeros((), jnp.bfloat16) if bias is None else bias, low)
+    return mask, bias
 
 
 @jax.custom_vjp
@@ -104,41 +97,22 @@ def attend(
     """-> [B, Lq, H, K], of value's type; logits are not scaled, and float32 as their softmax is.
 
     'plain' makes all of [B, H, Lq, Lk] at once. 'chunked' makes it for `CHUNK` queries at a time,
-    and again in the backward pass, so that it is never whole. 'cudnn' never writes it to memory: a
-    kernel of NVIDIA's library, of bfloat16 on GPUs alone; under dropout, and of an odd number of
-    queries or keys, which it does not take, 'chunked' stands in for it.
+    and again in the backward pass, so that it is never whole. 'fused' never writes it to memory:
+    see `fused_attention`, for bfloat16 on one GPU; 'chunked' stands in for it elsewhere.
 
     Args:
       query: [B, Lq, H, K]. key, value: [B, Lk, H, K].
-      mask: bool, True may be read; broadcasts to [B, H, Lq, Lk].
-      bias: added to the logits; broadcasts to [B, H, Lq, Lk]. Of 'cudnn' mask and bias are those
-        that `prepare` gave.
+      mask: bool that broadcasts to [B, H, Lq, Lk], True may be read, or what `prepare` gave.
+      bias: added to the logits; broadcasts to [B, H, Lq, Lk].
       kept: float32 [B, H, 1, Lk], what probabilities are multiplied by, for dropout.
       way: one of `WAYS`.
-
-    Raises:
-      InputError: 'cudnn' where there is no GPU.
     """
-    length, of_keys = query.shape[1], key.shape[1]
+    length = query.shape[1]
     if isinstance(mask, Readable):
         # a single query, a step of decoding, is no work for a matrix unit
         if way == "fused" and length > 1 and fused_attention.takes(query.shape[3], query.dtype):
             return _fused(query, key, value, mask, bias, kept)
         mask = mask.mask()
-    if way == "cudnn" and jax.default_backend() != "gpu":
-        raise InputError(
-            "ATTENTION 'cudnn' needs an NVIDIA GPU, found"
-            f" {jax.default_backend()}: 'chunked' runs everywhere"
-        )
-    if way == "cudnn" and kept is None and length % 2 == of_keys % 2 == 0:
-        # it does not broadcast to the lengths
-        if bias is not None:
-            bias = jnp.broadcast_to(bias, (*bias.shape[:2], length, of_keys)).astype(query.dtype)
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, of_keys))
-        return jax.nn.dot_product_attention(
-            query, key, value, bias, mask, scale=1.0, implementation="cudnn"
-        )
     if way == "plain" or length <= CHUNK:
         return _of_queries(query, key, value, mask, bias, kept)
 

@@ -9,7 +9,6 @@ Products are of bfloat16 and summed in float32, and so is the softmax. Each grad
 one program in a fixed order, so two runs give the same bits. The bias has no gradient.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,20 +23,7 @@ _LOW = -1e10  # of a pair that may not be read; finite, so that a row of them gi
 _LEAST = 16  # the shortest side of a product
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Queries and keys of a tile, and warps and stages of a program's pipeline."""
-
-    queries: int
-    keys: int
-    warps: int = 4
-    stages: int = 3
-
-
-# The fastest of some on an H200, for heads of 64.
-FORWARD = Tiles(128, 64)
-TO_QUERIES = Tiles(64, 64)
-TO_KEYS = Tiles(64, 64)
+_TILE = 64  # queries, and keys; of 32 to 128 the fastest on an H200, for all three kernels
 
 
 def takes(head_dim: int, dtype: Any) -> bool:
@@ -80,7 +66,7 @@ def _forward(
     causal: bool,
     interpret: bool,
 ) -> tuple[Array, tuple[Any, ...]]:
-    run = _Call(FORWARD, query, key, bias is not None, causal, interpret)
+    run = _Call(query, key, causal, interpret)
     out, normalizer = run(
         _forward_kernel, "queries", ["out", "row"],
         q=query, of_q=of_queries, k=key, v=value, of_k=of_keys, bias=bias,
@@ -99,12 +85,10 @@ def _backward(causal: bool, interpret: bool, saved: Any, d_out: Array) -> tuple[
         "q": query, "of_q": of_queries, "g": d_out, "row": normalizer, "mean": mean,
         "k": key, "v": value, "of_k": of_keys,
     }  # fmt: skip
-    settings = (query, key, bias is not None, causal, interpret)
-    (d_query,) = _Call(TO_QUERIES, *settings)(
-        _to_queries_kernel, "queries", ["out"], **of, bias=bias
-    )
+    settings = (query, key, causal, interpret)
+    (d_query,) = _Call(*settings)(_to_queries_kernel, "queries", ["out"], **of, bias=bias)
     turned = None if bias is None else jnp.swapaxes(bias, 2, 3)
-    d_key, d_value = _Call(TO_KEYS, *settings)(
+    d_key, d_value = _Call(*settings)(
         _to_keys_kernel, "keys", ["of keys", "of keys"], **of, turned=turned
     )
     return d_query, d_key, d_value, None, None, None
@@ -119,20 +103,18 @@ class _Call:
     Lengths are padded to whole tiles; what is padded has the number 0 and nothing reads it.
     """
 
-    def __init__(
-        self, tiles: Tiles, query: Array, key: Array, biased: bool, causal: bool, interpret: bool
-    ):
+    def __init__(self, query: Array, key: Array, causal: bool, interpret: bool):
         self.batch, self.queries, self.heads, self.size = query.shape
         self.keys = key.shape[1]
         self.tile = {
-            "queries": min(tiles.queries, _power(self.queries)),
-            "keys": min(tiles.keys, _power(self.keys)),
+            "queries": min(_TILE, _power(self.queries)),
+            "keys": min(_TILE, _power(self.keys)),
         }
         self.length = {
             "queries": _whole(self.queries, self.tile["queries"]),
             "keys": _whole(self.keys, self.tile["keys"]),
         }
-        self.tiles, self.biased, self.causal, self.interpret = tiles, biased, causal, interpret
+        self.causal, self.interpret = causal, interpret
 
     def __call__(
         self, kernel: Callable[..., None], over: str, outputs: list[str], **given: Array | None
@@ -157,9 +139,7 @@ class _Call:
             in_specs=list(specs.values()),
             out_specs=[self._spec(name, over, pl) for name in outputs],
             out_shape=shapes,
-            compiler_params=triton.CompilerParams(
-                num_warps=self.tiles.warps, num_stages=self.tiles.stages
-            ),
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
             interpret=self.interpret,
             name=kernel.__name__.strip("_"),
         )(*arrays.values())
