@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from methods import CONFIG, METHODS, example_batch, largest_difference, pack
 
-from pemoe_jax.core import attention, fused_attention, network, params, steps
+from pemoe_jax.core import attention, fused_attention, network, params, partitioning, steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -24,7 +24,8 @@ def interpreted(monkeypatch):
         return kernels(*args, True)
 
     monkeypatch.setattr(fused_attention, "attend", attend)
-    monkeypatch.setattr(fused_attention, "takes", lambda size, dtype: dtype == jnp.bfloat16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     return ran
 
 
@@ -98,6 +99,34 @@ def test_keys_that_all_may_read_and_dropout(interpreted):
     assert len(interpreted) == 1
     for one, other in zip(found, wanted, strict=True):
         assert largest_difference(one, other) < 0.01 * jnp.max(jnp.abs(other))
+
+
+@pytest.mark.parametrize(("model_parallelism", "ran"), [(1, (1, 2)), (2, (2, 1))])
+def test_two_devices(interpreted, model_parallelism, ran):
+    """Each has rows, or heads, of its own: as one device, but for a last bit."""
+    of, g, bias, numbers = arrays(130, 130)
+    readable = attention.Readable(*numbers, True)
+
+    def attend(*of):
+        return attention.attend(*of, readable, bias, None, "fused")
+
+    step = jax.jit(functools.partial(run, attend, readable, g))
+    wanted = step(*of)
+    mesh = partitioning.make_mesh(model_parallelism, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        found = jax.jit(functools.partial(run, attend, readable, g))(*of)
+    (rows, _, heads, _) = interpreted[-1]
+    assert (rows, heads) == ran
+    for one, other in zip(found, wanted, strict=True):
+        assert largest_difference(one, other) < 2**-8 * jnp.max(jnp.abs(other))
+
+
+def test_what_a_mesh_does_not_share_out_evenly(interpreted):
+    of, _, _, numbers = arrays(20, 20, heads=3)
+    mesh = partitioning.make_mesh(2, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        attention.attend(*of, attention.Readable(*numbers), None, None, "fused")
+    assert not interpreted
 
 
 def test_tiles_that_have_nothing_in_common_are_not_visited():

@@ -98,7 +98,7 @@ def attend(
 
     'plain' makes all of [B, H, Lq, Lk] at once. 'chunked' makes it for `CHUNK` queries at a time,
     and again in the backward pass, so that it is never whole. 'fused' never writes it to memory:
-    see `fused_attention`, for bfloat16 on one GPU; 'chunked' stands in for it elsewhere.
+    see `fused_attention`, for bfloat16 on GPUs; 'chunked' stands in for it elsewhere.
 
     Args:
       query: [B, Lq, H, K]. key, value: [B, Lk, H, K].
@@ -110,7 +110,7 @@ def attend(
     length = query.shape[1]
     if isinstance(mask, Readable):
         # a single query, a step of decoding, is no work for a matrix unit
-        if way == "fused" and length > 1 and fused_attention.takes(query.shape[3], query.dtype):
+        if way == "fused" and length > 1 and fused_attention.takes(query):
             return _fused(query, key, value, mask, bias, kept)
         mask = mask.mask()
     if way == "plain" or length <= CHUNK:
@@ -145,7 +145,8 @@ def _fused(
     of_queries, of_keys = mask.queries, mask.keys
     if of_queries is None:
         of_queries, of_keys = jnp.ones(query.shape[:2], jnp.int32), jnp.minimum(of_keys, 1)
-    return fused_attention.attend(query, key, value, of_queries, of_keys, bias, mask.causal)
+    of = query, key, value, of_queries, of_keys, bias
+    return fused_attention.attend_on_mesh(*of, causal=mask.causal)
 
 
 def _of_queries(

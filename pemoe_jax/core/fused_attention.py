@@ -1,4 +1,4 @@
-"""T5's attention in fused kernels for one GPU: the logits of all pairs are never in memory.
+"""T5's attention in fused kernels for GPUs: the logits of all pairs are never in memory.
 
 As flash attention (arXiv 2205.14135, 2307.08691) with what T5 adds: the bias of relative positions
 is read where a tile of logits is made, one for all rows of the batch. Who may read whom is told by
@@ -10,12 +10,14 @@ one program in a fixed order, so two runs give the same bits. The bias has no gr
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 Array = jax.Array
 
@@ -26,10 +28,33 @@ _LEAST = 16  # the shortest side of a product
 _TILE = 64  # queries, and keys; of 32 to 128 the fastest on an H200, for all three kernels
 
 
-def takes(head_dim: int, dtype: Any) -> bool:
-    """Whether there is one GPU, heads are of a size that its matrix units take, and bfloat16."""
-    one = jax.default_backend() == "gpu" and jax.device_count() == 1
-    return one and dtype == jnp.bfloat16 and head_dim in (16, 32, 64, 128)
+def takes(query: Array) -> bool:
+    """Whether the kernels run here, and take these queries, [B, Lq, H, K].
+
+    On GPUs, one or a mesh that shares out rows and heads evenly; of bfloat16, and of heads of a
+    size that matrix units take.
+    """
+    rows, _, heads, size = query.shape
+    mesh = jax.sharding.get_abstract_mesh().shape
+    if jax.device_count() > 1 and not mesh:
+        return False
+    even = rows % mesh.get("data", 1) == heads % mesh.get("model", 1) == 0
+    fits = query.dtype == jnp.bfloat16 and size in (16, 32, 64, 128)
+    return jax.default_backend() == "gpu" and even and fits
+
+
+def attend_on_mesh(*of: Any, causal: bool) -> Array:
+    """As `attend`: each device of the mesh in scope has rows and heads of its own."""
+    run = functools.partial(_attend, causal)
+    if math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1:
+        tokens, numbers = PartitionSpec("data", None, "model"), PartitionSpec("data")
+        specs = (tokens, tokens, tokens, numbers, numbers, PartitionSpec(None, "model"))
+        run = jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)
+    return run(*of)
+
+
+def _attend(causal: bool, *of: Any) -> Array:
+    return attend(*of, causal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
