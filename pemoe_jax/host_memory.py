@@ -1,6 +1,7 @@
 """Memory of programs that run on the CPU: kept between steps, and no more of it than needed."""
 
 import ctypes
+import gc
 import glob
 import os
 import sys
@@ -13,6 +14,8 @@ _TOP_PAD_BYTES = 64 * 2**20
 # The other schedule orders a program for independent operations to run side by side: with as many
 # threads in each operation it gains nothing, and what REMAT_POLICY saves is computed again at once.
 _SCHEDULE = "--xla_cpu_enable_concurrency_optimized_scheduler"
+# Pieces that code is made of side by side: those beyond the cores only take memory.
+_PIECES, _MOST_PIECES = "--xla_cpu_parallel_codegen_split_count", 32
 
 
 def start(environment: MutableMapping[str, str] = os.environ) -> bool:
@@ -25,16 +28,18 @@ def start(environment: MutableMapping[str, str] = os.environ) -> bool:
     their own), nor to memory where there is another C library.
 
     Args:
-      environment: XLA_FLAGS are added to; what they say of the schedule already counts.
+      environment: XLA_FLAGS are added to; what they say already counts.
 
     Returns:
       Whether freed memory is kept.
     """
     if not sys.platform.startswith("linux") or accelerators():
         return False
-    flags = environment.get("XLA_FLAGS", "")
-    if _SCHEDULE not in flags:
-        environment["XLA_FLAGS"] = f"{flags} {_SCHEDULE}=false".strip()
+    pieces = min(_MOST_PIECES, len(os.sched_getaffinity(0)))
+    for flag, value in ((_SCHEDULE, "false"), (_PIECES, pieces)):
+        flags = environment.get("XLA_FLAGS", "")
+        if flag not in flags:
+            environment["XLA_FLAGS"] = f"{flags} {flag}={value}".strip()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
@@ -49,6 +54,7 @@ def start(environment: MutableMapping[str, str] = os.environ) -> bool:
 
 def give_back() -> None:
     """What is free goes back to the system now: after what is done once, as compilation."""
+    gc.collect()  # what traced a program hangs together in cycles
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
