@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 # A name, since a comma would end the argument of `call`.
 T5X = .[test,t5x]
 
-.PHONY: quickstart test test-slow test-all lint clean t5x t5x-install test-t5x bench bench-peers
+.PHONY: quickstart test test-all lint clean t5x t5x-install test-t5x bench bench-peers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m pemoe_jax.train --gin_file=methods/mov.gin --gin_file=runs/quickstart.gin
@@ -17,11 +17,8 @@ quickstart: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
-
-test-all: test
-	$(MAKE) test-slow
+test-all: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

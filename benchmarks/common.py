@@ -158,6 +158,7 @@ class Service:
         """
         clock = time.perf_counter()
         first = float(step())
+        time.sleep(0.2)  # a step's temporaries are free only some time after its results are there
         host_memory.give_back()  # what compilation took, which peers do now
         step()
         warm_up = time.perf_counter() - clock
@@ -210,6 +211,8 @@ class Side:
         """Starts the worker; `wait` says when it is ready."""
         program = pathlib.Path(__file__).with_name(self.program)
         ours = {"PYTHONPATH": str(REPO), "TF_CPP_MIN_LOG_LEVEL": "2"}
+        if self.spec.get("gpu"):  # both sides have their memory at the same time
+            ours["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         self.process = subprocess.Popen(
             [self.python, str(program), json.dumps(self.spec)],
             stdin=subprocess.PIPE,

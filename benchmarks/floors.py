@@ -27,8 +27,9 @@ def of_step(
     rows: int,
     lengths: Sequence[int],
     frozen_dtype: str = "activations",
+    examples: int = 1,
 ) -> dict[str, int]:
-    """Operations and bytes of one training step.
+    """Operations and bytes of one training step, of so many packed `examples` a row.
 
     Operations are those of the matrix products (`reports.flops`): of what is frozen the forward
     pass and the gradients of activations, of what trains its own gradient too. Bytes:
@@ -54,7 +55,8 @@ def of_step(
     config = model.config
     described = adapters.describe(model.adapters)
     reads = {site: one["router"]["reads"] for site, one in described.items() if one.get("router")}
-    operations = flops.of_step(config, shapes, trains, rows, tuple(lengths), reads).together
+    found = flops.of_step(config, shapes, trains, rows, tuple(lengths), reads, examples)
+    operations = found.together
     width = jnp.dtype(config.dtype).itemsize
     tokens = {"encoder": rows * lengths[0], "decoder": rows * lengths[1]}
     moved = 0

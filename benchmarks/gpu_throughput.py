@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_throughput.py --gpu [--size xl] [--methods ia3 lora mov] [--rows 16]
         [--peer_rows 16] [--way 'sdpa compile blocks fused'] [--search] [--torch python3]
-        [--scan] [--remat none] [--frozen int8] [--microbatches 1] [--rounds 5] [--json FILE]
+        [--attention fused] [--scan] [--remat none] [--plain_mov] [--frozen int8]
+        [--microbatches 1] [--one_by_one] [--rounds 5] [--json FILE]
 
 Rows of 1024 and 256 tokens in bfloat16, AdamW, no dropout; ours are packed, of four examples each
 and so masked, torch's are of one example each and need no mask. Each side may have a batch of its
@@ -17,6 +18,7 @@ from typing import Any
 
 import common
 import floors
+import pairs
 
 METHODS = {"ia3": "(IA)³", "lora": "LoRA, rank 4", "mov": "MoV-10"}
 WAYS = ("sdpa compile blocks fused", "flex compile blocks fused", "sdpa compile fused")
@@ -32,28 +34,19 @@ def step_of(args: argparse.Namespace, method: str, rows: int) -> dict[str, Any]:
 
 
 def ours_of(args: argparse.Namespace, method: str) -> common.Side:
-    """Ours, with what the flags say of scan, remat and microbatches."""
+    """Ours, as the flags say."""
     spec = {**step_of(args, method, args.rows), "packed": True, "microbatches": args.microbatches}
-    if args.scan:
-        spec["scan_layers"] = True
-    if args.remat != "none":
-        spec["remat_policy"] = args.remat
-    how = f"{args.rows} rows{', scan' * args.scan}, remat {args.remat}"
-    if args.frozen != "activations":
-        spec["frozen_dtype"] = args.frozen
-        how += f", base in {args.frozen}"
-    return common.Side(f"{METHODS[method]}, {how}", "ours.py", spec)
+    if args.gpu:
+        spec |= pairs.how(args)
+    name = f"{METHODS[method]}, {args.rows} rows, {pairs.how_in_words(args)}"
+    return common.Side(name, "ours.py", spec)
 
 
 def add_flags(parser: argparse.ArgumentParser, rows: int) -> None:
     """Those of ours."""
     parser.add_argument("--rows", default=rows, type=int)
     parser.add_argument("--microbatches", default=1, type=int)
-    parser.add_argument("--scan", action="store_true", help="layers as one loop")
-    parser.add_argument("--remat", default="none", choices=("none", "minimal", "full"))
-    parser.add_argument(
-        "--frozen", default="activations", choices=("activations", "int8", "float8_e4m3fn")
-    )
+    pairs.add_flags(parser)
 
 
 def floor_of(side: common.Side) -> dict[str, float]:
@@ -73,6 +66,9 @@ def main() -> None:
     parser.add_argument("--torch", default=common.peer_python("torch"), help="its Python")
     parser.add_argument("--way", default=WAYS[0], help="settings of torch")
     parser.add_argument("--search", action="store_true", help="try all settings of torch first")
+    parser.add_argument(
+        "--one_by_one", action="store_true", help="where the GPU has no room for both sides"
+    )
     args = parser.parse_args()
     if {*args.methods} != {"mov"}:
         common.check_peer(args.torch, "torch")
@@ -88,7 +84,7 @@ def main() -> None:
         if method != "mov":
             way = common.fastest(torch, WAYS, args.rounds) if args.search else args.way
             sides.append(torch(way))
-        others = common.alternate(sides, args.rounds, args.gpu)
+        others = common.alternate(sides, args.rounds, args.one_by_one)
         floor = floor_of(sides[0])
         name = f"gpu_throughput/{args.size if args.gpu else 'trial'} {method}"
         peer = sides[1] if len(sides) > 1 else None

@@ -12,7 +12,9 @@ import pairs
 
 def main() -> None:
     """Measures as the flags say."""
-    args = common.parser(__doc__, size="small", gpu=True).parse_args()
+    parser = common.parser(__doc__, size="small", gpu=True)
+    pairs.add_flags(parser)
+    args = parser.parse_args()
     molora = {"method": "molora", "experts": 10, "rank": 4}
     ways = {"MoLORA-10, rank 4": molora, "LoRA, rank 40": {"method": "lora", "rank": 40}}
     pairs.compare(args, "molora_against_lora", ways)

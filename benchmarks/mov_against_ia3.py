@@ -12,7 +12,9 @@ import pairs
 
 def main() -> None:
     """Measures as the flags say."""
-    args = common.parser(__doc__, size="small", gpu=True).parse_args()
+    parser = common.parser(__doc__, size="small", gpu=True)
+    pairs.add_flags(parser)
+    args = parser.parse_args()
     ways = {"MoV-30": {"method": "mov", "experts": 30}, "(IA)³": {"method": "ia3"}}
     pairs.compare(args, "mov_against_ia3", ways)
 

@@ -1,6 +1,6 @@
 """The MoV layer, forward and backward, against copies of its tensor: one read and one write each.
 
-    python benchmarks/mov_layer.py [--experts 30] [--rounds 15] [--gpu] [--json FILE]
+    python benchmarks/mov_layer.py [--experts 30] [--rounds 15] [--gpu] [--plain_mov] [--json FILE]
 
 The layers of T5 v1.1 Large: `gate` [B, L, 2816] and `key` [B, L, 16, 64], on a GPU 16 rows of 1024
 in bfloat16, on two CPU threads 8 rows of 128 in float32. Forward cannot take less than a read and a
@@ -25,6 +25,7 @@ def main() -> None:
     parser = common.parser(__doc__, rounds=15, gpu=True)
     parser.add_argument("--experts", default=30, type=int)
     parser.add_argument("--rows", type=int)
+    parser.add_argument("--plain_mov", action="store_true", help="by XLA, not in our kernels")
     args = parser.parse_args()
     if not args.gpu:
         common.pin()
@@ -41,8 +42,11 @@ def main() -> None:
             jax.random.normal(jax.random.key(i), (batch, length, *features), dtype)
             for i in range(2)
         )
-        ways, temporaries = prepared(args.experts, y, wanted, 50 if args.gpu else 1)
+        many = 50 if args.gpu else 1
+        ways, temporaries = prepared(args.experts, not args.plain_mov, y, wanted, many)
         sides, others = common.in_turn(ways, args.rounds)
+        for side in sides:
+            side.times = [(clock / many, cpu / many) for clock, cpu in side.times]
         copy = sides[0]
         copy.name = "copies of the tensor"
         for side in sides[1:]:
@@ -72,7 +76,7 @@ def main() -> None:
 
 
 def prepared(
-    experts: int, y: Any, wanted: Any, many: int
+    experts: int, fused: bool, y: Any, wanted: Any, many: int
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
     """Compiled ways, each of `many` runs over the number of runs, and their temporaries."""
     import jax
@@ -80,7 +84,7 @@ def prepared(
 
     from pemoe_jax.core import adapters, routing
 
-    layer = adapters.VectorExperts(num_experts=experts, router=routing.Router)
+    layer = adapters.VectorExperts(num_experts=experts, router=routing.Router, fused=fused)
     x = jnp.zeros((*y.shape[:2], 1), y.dtype)  # which MoV's own routers do not read
     params = layer.init(jax.random.key(0), x, y)["params"]
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pemoe_jax.core.network import Transformer
 
 VECTOR_SITES = ("key", "value", "gate")
+PACKED = 4  # examples in a packed row
 LORA_SITES = ("query", "key", "value", "out", "wi_0", "wo")
 
 
@@ -60,7 +61,7 @@ def transformer(spec: Mapping[str, Any]) -> Transformer:
 def random_batch(
     rows: int, lengths: Sequence[int], packed: bool = False, vocabulary: int = common.VOCABULARY
 ) -> dict[str, np.ndarray]:
-    """Rows without padding, [rows, length] int32; packed ones are of four examples each."""
+    """Rows without padding, [rows, length] int32; packed ones are of `PACKED` examples each."""
     rng = np.random.default_rng(0)
     inputs, targets = (rng.integers(3, vocabulary, (rows, length)) for length in lengths)
     batch = {
@@ -71,7 +72,7 @@ def random_batch(
     if packed:
         for side, length in zip(("encoder", "decoder"), lengths, strict=True):
             place = np.arange(length)
-            segments = 1 + 4 * place // length
+            segments = 1 + PACKED * place // length
             starts = np.searchsorted(segments, segments)
             batch[f"{side}_segment_ids"] = np.broadcast_to(segments, (rows, length))
             batch[f"{side}_positions"] = np.broadcast_to(place - starts, (rows, length))
@@ -166,12 +167,13 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     rest = (frozen, batch, jax.random.key(0))
     compiled = function.lower(state, *rest).compile()
     host_memory.give_back()
+    examples = PACKED if spec.get("packed") else 1
     told = {
         "before": before,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "trained": sum(math.prod(shapes[path].shape) for path in trains),
         "tokens": rows * sum(lengths),
-        "floor": floors.of_step(model, shapes, trains, rows, lengths, frozen_dtype),
+        "floor": floors.of_step(model, shapes, trains, rows, lengths, frozen_dtype, examples),
     }
     return Step(compiled, state, rest, spec.get("steps", 1)), told
 

@@ -1,7 +1,7 @@
 """A training step against Hugging Face's T5 with PEFT on torch: (IA)³, LoRA of rank 4, full.
 
-    python benchmarks/step_against_peft.py [--methods ia3 lora full] [--rounds 7] [--search]
-        [--torch .venv-torch/bin/python] [--json FILE]
+    python benchmarks/step_against_peft.py [--methods ia3 lora full] [--rounds 7] [--remat minimal]
+        [--scan] [--search] [--torch .venv-torch/bin/python] [--json FILE]
 
 T5 v1.1 Small, 8 rows of 128 and 32 tokens without padding, float32, AdamW, no dropout, two CPU
 threads a side. torch runs as `--way` says, by default as --search, which tries all ways that are
@@ -30,6 +30,8 @@ def main() -> None:
     """Measures as the flags say."""
     parser = common.parser(__doc__, rounds=7, size="small")
     parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--remat", default="none", choices=("none", "minimal", "full"))
+    parser.add_argument("--scan", action="store_true", help="our layers as one loop")
     parser.add_argument("--torch", default=common.peer_python("torch"), help="its Python")
     parser.add_argument("--way", default=FASTEST, help="settings of torch")
     parser.add_argument("--search", action="store_true", help="try all settings first")
@@ -41,7 +43,9 @@ def main() -> None:
         if args.search:
             way = common.fastest(functools.partial(peer, args, method), WAYS, args.rounds)
         spec = {**pairs.shape(args.size), "method": method, "optimizer": "adamw"}
-        ours, other = common.Side(NAMES[method], "ours.py", spec), peer(args, method, way)
+        spec |= {"remat_policy": args.remat, "scan_layers": args.scan}
+        name = f"{NAMES[method]}, remat {args.remat}{', scan' * args.scan}"
+        ours, other = common.Side(name, "ours.py", spec), peer(args, method, way)
         others = common.alternate([ours, other], args.rounds)
         floor = floors.together(ours.told["floor"], ours.told["rates"], other.told["rates"])
         rows.append(common.row(f"step_against_peft/{method}", ours, other, others, floor))

@@ -42,7 +42,7 @@ FLAGS = config.parser(
   MODEL_PARALLELISM, FSDP   devices that a matrix is spread over; parameters over the others too
   FROZEN_DTYPE              of frozen matrices: 'activations' (as these), 'int8', 'float8_e4m3fn'
   SCAN_LAYERS, REMAT_POLICY layers as one loop; activations computed again: 'minimal', 'full'
-  ATTENTION                 'chunked', 'cudnn' (bfloat16 on GPUs): long inputs in less memory
+  ATTENTION                 'fused' (bfloat16 on a GPU), 'chunked': long inputs in less memory
 """,
 )
 

@@ -131,29 +131,11 @@ def test_whole_network(monkeypatch, loop):
         assert largest_difference(grads[1][path], gradient) < 1e-5, path
 
 
-def test_what_cudnn_is_given(monkeypatch):
-    """The kernel's own stand-in for CPUs, given what the kernel would be: not the kernel itself."""
-    theirs = jax.nn.dot_product_attention
-
-    def stand_in(*args, implementation, **kwargs):
-        assert implementation == "cudnn"
-        return theirs(*args, implementation="xla", **kwargs)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    query, key, value, mask, bias, _ = arrays(11, 5)
-    of = (query, key, value, mask.at[0, 0, 0].set(True), bias, None)
-    np.testing.assert_allclose(run("cudnn", *of)[0], by_definition(*of), rtol=1e-5, atol=1e-5)
-    with_dropout = arrays(11, 5)
-    found = run("cudnn", *with_dropout)[0]
-    np.testing.assert_allclose(found, by_definition(*with_dropout), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"attention": "flash"}, r"ATTENTION: expected one of \['plain', 'chunked', 'cudnn'\]"),
-        ({"attention": "cudnn"}, "ATTENTION 'cudnn' is for DTYPE 'bfloat16', found 'float32'"),
+        ({"attention": "flash"}, "ATTENTION: expected one of .*'chunked', 'fused'"),
+        ({"attention": "fused"}, "ATTENTION 'fused' is for DTYPE 'bfloat16', found 'float32'"),
     ],
 )
 def test_wrong_settings(settings, says):
@@ -161,19 +143,13 @@ def test_wrong_settings(settings, says):
         dataclasses.replace(CONFIG, **settings)
 
 
-def test_what_cudnn_has_no_gradient_of():
+def test_what_fused_has_no_gradient_of():
     """Biases that train are refused; frozen ones, with a gradient beside them, are not."""
     mask, bias = jnp.ones((1, 1, 4, 4), bool), jnp.zeros((1, 2, 4, 4))
 
     def total(bias, other):
-        return jnp.sum(attention.prepare("cudnn", mask, bias)[1].astype(jnp.float32) * other)
+        return jnp.sum(attention.prepare("fused", mask, bias)[1].astype(jnp.float32) * other)
 
     assert jax.grad(total, argnums=1)(bias, 2.0) == 0
-    with pytest.raises(InputError, match="ATTENTION 'cudnn' has no gradient of the relative pos"):
+    with pytest.raises(InputError, match="ATTENTION .fused. has no gradient of the relative pos"):
         jax.grad(total)(bias, 2.0)
-
-
-def test_cudnn_without_a_gpu():
-    config = dataclasses.replace(CONFIG, dtype="bfloat16", attention="cudnn")
-    with pytest.raises(InputError, match="ATTENTION 'cudnn' needs an NVIDIA GPU, found cpu"):
-        network.param_shapes(network.Transformer(config))

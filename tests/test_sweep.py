@@ -346,8 +346,8 @@ def test_killed_trainings_end_like_undisturbed_ones(processes, tmp_path):
     flags += ["--gin.INITIAL_CHECKPOINT_PATH=None", "--gin.LEARNING_RATE=0.02"]
     flags += [f"--gin.JSONL_DIR={tmp_path / 'tasks'}", f"--gin.VOCAB_PATH={tmp_path}/vocab.model"]
     flags += ["--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 8}", "--gin.BATCH_SIZE=8"]
-    flags += ["--gin.VOCAB_SIZE=256", "--gin.TRAIN_STEPS=400", "--gin.LOG_PERIOD=20"]
-    flags += ["--gin.CHECKPOINT_PERIOD=40"]
+    flags += ["--gin.VOCAB_SIZE=256", "--gin.TRAIN_STEPS=160", "--gin.LOG_PERIOD=20"]
+    flags += ["--gin.CHECKPOINT_PERIOD=20"]
 
     def command(name: str) -> list[str]:
         output = f"--output={tmp_path / name}"
@@ -359,19 +359,19 @@ def test_killed_trainings_end_like_undisturbed_ones(processes, tmp_path):
     wait_for(lambda: checkpoints.saved_steps(parts / "mov-seed0"), process)
     process.kill()
     process.wait()
-    assert checkpoints.saved_steps(parts / "mov-seed0") != [400]
+    assert checkpoints.saved_steps(parts / "mov-seed0") != [160]
     process = processes(command("parts"))
     wait_for(lambda: checkpoints.saved_steps(parts / "mov-seed1"), process)
     (training,) = children(process.pid)
     os.kill(training, signal.SIGKILL)
     assert process.wait() == 1
-    assert checkpoints.saved_steps(parts / "mov-seed1") != [400]
+    assert checkpoints.saved_steps(parts / "mov-seed1") != [160]
     assert processes(command("parts")).wait() == 0
 
     for name in ("mov-seed0", "mov-seed1"):
         whole, _, _ = checkpoints.open_trainable(str(tmp_path / "whole" / name))
         other, _, step = checkpoints.open_trainable(str(parts / name))
-        assert step == 400 and whole.keys() == other.keys()
+        assert step == 160 and whole.keys() == other.keys()
         for path, array in whole.items():
             assert (array.read() == other[path].read()).all(), path
     tables = [

@@ -7,6 +7,7 @@ so the same settings serve a model of any size. Sources: (IA)³ arXiv 2205.05638
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -85,8 +86,8 @@ class VectorExperts(nn.Module):
     Attributes:
       num_experts: E.
       router: factory of the router, or None for the plain method.
-      fused: whether soft routing by y runs in the kernels of `fused_mov` where those can run: on a
-        GPU that is the only device. They were never timed yet.
+      fused: whether soft routing by y without losses of its own runs in the kernels of `fused_mov`
+        where those can run, on a GPU that is the only device, and nobody asks for probabilities.
       x_axis, y_axes: logical axis names of the site; the layer sets them.
 
     Parameters: `vectors` [H, E, K] at query, key and value, else [E, D or F]; ones at the start.
@@ -115,18 +116,45 @@ class VectorExperts(nn.Module):
         if self.router is None:
             return y * vectors[..., 0, :].astype(y.dtype)
         seen = {"x": (x, self.x_axis), "y": (y, self.y_axes[-1])}
-        probs, router = _route(self, "y", seen, tokens)
-        by_y = router.reads in (None, "y")
-        if self.fused and by_y and router.is_soft(tokens) and fused_mov.runs_here():
-            # XLA drops the probabilities above where nobody asks for them or their statistics
-            kernel = router.variables["params"]["kernel"] / router.temperature
-            return fused_mov.route_and_scale(y, kernel, vectors)
+        factory = functools.partial(self.router, num_experts=self.num_experts)
+        if self.fused and self._fits_kernels(factory(parent=None), tokens):
+            return self._scaled(y, vectors, factory(name="router"), tokens)
+        probs, _ = _route(self, "y", seen, tokens)
         if probs.ndim == y.ndim and heads:
             scale = products.mix(probs, vectors)
         else:  # one distribution for all of them
             joined = jnp.moveaxis(vectors, -2, 0).reshape(self.num_experts, -1)  # [E, H·K or F]
             scale = products.thin_matmul(probs, joined).reshape(*probs.shape[:2], *y.shape[2:])
         return y * scale.astype(y.dtype)
+
+    def _fits_kernels(self, router: routing.Router, tokens: routing.Tokens | None) -> bool:
+        """Whether the kernels do what is asked for: no losses of routers, no probabilities told."""
+        return (
+            router.reads in (None, "y")
+            and router.is_soft(tokens)
+            and not (router.balance_loss or router.z_loss)
+            and not self.is_initializing()
+            and not self.is_mutable_collection("intermediates")
+            and fused_mov.runs_here()
+        )
+
+    def _scaled(
+        self,
+        y: jax.Array,
+        vectors: jax.Array,
+        router: routing.Router,
+        tokens: routing.Tokens | None,
+    ) -> jax.Array:
+        """As in `__call__`, by the kernels, which sum up the router's statistics as well."""
+        kernel = router.variables["params"]["kernel"] / router.temperature
+        valid = None if tokens is None else tokens.valid
+        weights = jnp.ones(y.shape[:2]) if valid is None else valid.astype(jnp.float32)
+        out, sums = fused_mov.route_and_scale(y, kernel, vectors, weights)
+        soft, chosen, entropy, z = jax.lax.stop_gradient(sums)
+        total = jnp.sum(weights, keepdims=True)[0] * math.prod(y.shape[2:-1])
+        told = routing.of_sums(routing.Sums(soft, chosen, soft, entropy, z, total))
+        self.sow("routers", "statistics", jnp.append(told, 0.0))  # no objective
+        return out
 
 
 class LoRAExperts(nn.Module):

@@ -3,14 +3,16 @@
 import functools
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
+from pemoe_jax.core import fused_attention
 from pemoe_jax.core.errors import InputError
 
 Array = jax.Array
 
-WAYS = ("plain", "chunked", "cudnn")
+WAYS = ("plain", "chunked", "fused")
 CHUNK = 256  # queries at a time
 NEG_INF = -1e10  # finite, so that a row with nothing to attend to gives a mean and not NaN
 
@@ -19,26 +21,51 @@ def check(way: str, dtype: str) -> None:
     """Raises InputError where there is no such way, or it does not know the activations' type."""
     if way not in WAYS:
         raise InputError(f"ATTENTION: expected one of {[*WAYS]}, found {way!r}")
-    if way == "cudnn" and jnp.dtype(dtype) != jnp.bfloat16:
-        raise InputError(f"ATTENTION 'cudnn' is for DTYPE 'bfloat16', found {dtype!r}")
+    if way == "fused" and jnp.dtype(dtype) != jnp.bfloat16:
+        raise InputError(f"ATTENTION 'fused' is for DTYPE 'bfloat16', found {dtype!r}")
 
 
-def prepare(way: str, mask: Array | None, bias: Array | None) -> tuple[Array | None, Array | None]:
+@flax.struct.dataclass
+class Readable:
+    """Which keys a query may read: those of its own number, of a batch's rows.
+
+    Attributes:
+      queries: int32 [B, Lq]; None: every query reads every key whose number is not 0.
+      keys: int32 [B, Lk]; keys of number 0, padding, are read by none.
+      causal: whether no query reads a key to its right.
+    """
+
+    queries: Array | None
+    keys: Array
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def mask(self) -> Array:
+        """Bool [B, 1, Lq or 1, Lk], True may be read."""
+        keys = self.keys[:, None, None, :]
+        mask = keys > 0
+        if self.queries is not None:
+            mask &= self.queries[:, None, :, None] == keys
+        if self.causal:
+            mask &= jnp.tril(jnp.ones((self.keys.shape[1],) * 2, bool))
+        return mask
+
+
+Mask = Array | Readable
+
+
+def prepare(way: str, mask: Mask | None, bias: Array | None) -> tuple[Mask | None, Array | None]:
     """Mask and bias as `attend` is best given them by all layers of a stack that share them.
 
-    'cudnn' reads one array that has both: made here it is made once, and not by every layer.
+    What a way makes of them is made here once, and not by every layer.
 
     Raises:
-      InputError: where a gradient of the bias is wanted and 'cudnn' has none.
+      InputError: where a gradient of the bias is wanted and the way has none.
     """
-    if way != "cudnn":
-        return mask, bias
-    if bias is not None:
-        bias = _without_gradient(bias.astype(jnp.bfloat16))
-    if mask is None:
-        return None, bias
-    low = jnp.asarray(NEG_INF, jnp.bfloat16)
-    return None, jnp.where(mask, jnp.zeros((), jnp.bfloat16) if bias is None else bias, low)
+    if way == "fused":
+        return mask, None if bias is None else _without_gradient(bias)
+    if isinstance(mask, Readable):
+        mask = mask.mask()
+    return mask, bias
 
 
 @jax.custom_vjp
@@ -49,7 +76,7 @@ def _without_gradient(bias: Array) -> Array:
 def _refused(bias: Any) -> tuple[Array, None]:
     if bias.perturbed:
         raise InputError(
-            "ATTENTION 'cudnn' has no gradient of the relative position biases: expected them"
+            "ATTENTION 'fused' has no gradient of the relative position biases: expected them"
             " frozen, found that they train; 'chunked' has one"
         )
     return bias.value, None
@@ -62,7 +89,7 @@ def attend(
     query: Array,
     key: Array,
     value: Array,
-    mask: Array | None,
+    mask: Mask | None,
     bias: Array | None,
     kept: Array | None,
     way: str = "plain",
@@ -70,36 +97,22 @@ def attend(
     """-> [B, Lq, H, K], of value's type; logits are not scaled, and float32 as their softmax is.
 
     'plain' makes all of [B, H, Lq, Lk] at once. 'chunked' makes it for `CHUNK` queries at a time,
-    and again in the backward pass, so that it is never whole. 'cudnn' never writes it to memory: a
-    kernel of NVIDIA's library, of bfloat16 on GPUs alone; under dropout, and of an odd number of
-    queries or keys, which it does not take, 'chunked' stands in for it.
+    and again in the backward pass, so that it is never whole. 'fused' never writes it to memory:
+    see `fused_attention`, for bfloat16 on GPUs; 'chunked' stands in for it elsewhere.
 
     Args:
       query: [B, Lq, H, K]. key, value: [B, Lk, H, K].
-      mask: bool, True may be read; broadcasts to [B, H, Lq, Lk].
-      bias: added to the logits; broadcasts to [B, H, Lq, Lk]. Of 'cudnn' mask and bias are those
-        that `prepare` gave.
+      mask: bool that broadcasts to [B, H, Lq, Lk], True may be read, or what `prepare` gave.
+      bias: added to the logits; broadcasts to [B, H, Lq, Lk].
       kept: float32 [B, H, 1, Lk], what probabilities are multiplied by, for dropout.
       way: one of `WAYS`.
-
-    Raises:
-      InputError: 'cudnn' where there is no GPU.
     """
-    length, of_keys = query.shape[1], key.shape[1]
-    if way == "cudnn" and jax.default_backend() != "gpu":
-        raise InputError(
-            "ATTENTION 'cudnn' needs an NVIDIA GPU, found"
-            f" {jax.default_backend()}: 'chunked' runs everywhere"
-        )
-    if way == "cudnn" and kept is None and length % 2 == of_keys % 2 == 0:
-        # it does not broadcast to the lengths
-        if bias is not None:
-            bias = jnp.broadcast_to(bias, (*bias.shape[:2], length, of_keys)).astype(query.dtype)
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, of_keys))
-        return jax.nn.dot_product_attention(
-            query, key, value, bias, mask, scale=1.0, implementation="cudnn"
-        )
+    length = query.shape[1]
+    if isinstance(mask, Readable):
+        # a single query, a step of decoding, is no work for a matrix unit
+        if way == "fused" and length > 1 and fused_attention.takes(query):
+            return _fused(query, key, value, mask, bias, kept)
+        mask = mask.mask()
     if way == "plain" or length <= CHUNK:
         return _of_queries(query, key, value, mask, bias, kept)
 
@@ -122,6 +135,18 @@ def attend(
     if not rest:
         return found
     return jnp.concatenate([found, of_rows(whole * CHUNK, rest)], axis=1)
+
+
+def _fused(
+    query: Array, key: Array, value: Array, mask: Readable, bias: Array | None, kept: Array | None
+) -> Array:
+    if kept is not None:  # a key that is dropped weighs nothing, and still takes its share
+        value = (value * jnp.moveaxis(kept, (2, 3), (3, 1))).astype(value.dtype)
+    of_queries, of_keys = mask.queries, mask.keys
+    if of_queries is None:
+        of_queries, of_keys = jnp.ones(query.shape[:2], jnp.int32), jnp.minimum(of_keys, 1)
+    of = query, key, value, of_queries, of_keys, bias
+    return fused_attention.attend_on_mesh(*of, causal=mask.causal)
 
 
 def _of_queries(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from pemoe_jax.core import attention, quantized
 from pemoe_jax.core import params as params_lib
@@ -50,11 +51,12 @@ class Dense(nn.Module):
         """[..., in] -> [..., features]."""
         kept: Any = self.get_variable("params", "kernel")
         if isinstance(kept, quantized.Quantized):
-            return quantized.matmul(inputs, kept, self.dtype)
+            return checkpoint_name(quantized.matmul(inputs, kept, self.dtype), "product")
         kernel = params_lib.param(
             self, "kernel", self.kernel_init, (inputs.shape[-1], self.features), self.kernel_axes
         )
-        return jnp.matmul(inputs.astype(self.dtype), kernel.astype(self.dtype))
+        product = jnp.matmul(inputs.astype(self.dtype), kernel.astype(self.dtype))
+        return checkpoint_name(product, "product")  # for `stacks.REMAT_POLICIES`
 
 
 class Embed(nn.Module):
@@ -233,7 +235,7 @@ class MultiHeadDotProductAttention(nn.Module):
         self,
         inputs_q: Array,
         inputs_kv: Array,
-        mask: Array | None = None,
+        mask: attention.Mask | None = None,
         bias: Array | None = None,
         *,
         tokens_q: Tokens | None = None,
@@ -245,7 +247,7 @@ class MultiHeadDotProductAttention(nn.Module):
         Args:
           inputs_q: what asks.
           inputs_kv: what is read; the same array as inputs_q in self-attention.
-          mask: bool, True may be read; broadcasts to [B, H, Lq, Lk].
+          mask: which keys may be read: bool that broadcasts to [B, H, Lq, Lk], or `Readable`.
           bias: added to the logits; broadcasts to [B, H, Lq, Lk].
           tokens_q, tokens_kv: of inputs_q and inputs_kv, for routers; whether there is dropout.
           decode: one step at a time over a cache.
@@ -274,7 +276,7 @@ class MultiHeadDotProductAttention(nn.Module):
         query: Array,
         key: Array,
         value: Array,
-        mask: Array | None,
+        mask: attention.Mask | None,
         bias: Array | None,
         deterministic: bool,
     ) -> Array:
@@ -315,13 +317,3 @@ class MlpBlock(nn.Module):
         )
         wo = Dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="wo")
         return self.adapters.adapt("wo", hidden, wo(hidden), tokens)
-
-
-def make_attention_mask(query_valid: Array, key_valid: Array) -> Array:
-    """Bool [B, Lq] and [B, Lk] -> bool [B, 1, Lq, Lk]."""
-    return (query_valid[:, None, :, None] & key_valid[:, None, None, :]).astype(bool)
-
-
-def make_segment_mask(query_segments: Array, key_segments: Array) -> Array:
-    """Packed rows: a token reads its own segment. [B, Lq] and [B, Lk] -> bool [B, 1, Lq, Lk]."""
-    return query_segments[:, None, :, None] == key_segments[:, None, None, :]

@@ -117,7 +117,9 @@ class EncoderLayer(_Block):
     """Self-attention and MLP, each behind a norm and beside a residual."""
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None, bias: Array, tokens: Tokens) -> Array:
+    def __call__(
+        self, x: Array, mask: attention.Mask | None, bias: Array | None, tokens: Tokens
+    ) -> Array:
         """[B, L, D] -> [B, L, D]; mask and bias as `attention.prepare` gives them."""
         h = self.norm("pre_attention_layer_norm")(x)
         h = self.attention("attention")(h, h, mask, bias, tokens_q=tokens, tokens_kv=tokens)
@@ -133,9 +135,9 @@ class DecoderLayer(_Block):
         self,
         x: Array,
         encoded: Array,
-        decoder_mask: Array | None,
-        cross_mask: Array | None,
-        bias: Array,
+        decoder_mask: attention.Mask | None,
+        bias: Array | None,
+        cross_mask: attention.Mask | None,
         cross_bias: Array | None,
         tokens: Tokens,
         encoded_tokens: Tokens,
@@ -181,7 +183,7 @@ class Encoder(nn.Module):
     adapters: Adapters = Adapters()
 
     @nn.compact
-    def __call__(self, embedded: Array, mask: Array, tokens: Tokens) -> Array:
+    def __call__(self, embedded: Array, mask: attention.Readable, tokens: Tokens) -> Array:
         """Embedded tokens [B, L, D] -> [B, L, D]."""
         cfg, deterministic = self.config, tokens.deterministic
         length = embedded.shape[1]
@@ -190,12 +192,12 @@ class Encoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=True
         )
-        mask, bias = attention.prepare(cfg.attention, mask, bias)
+        of_all = attention.prepare(cfg.attention, mask, bias)
         x = stacks.through_layers(
             self,
             functools.partial(EncoderLayer, cfg, self.adapters),
             cfg.num_encoder_layers,
-            lambda layer, x: layer(x, mask, bias, tokens),
+            lambda layer, x: layer(x, *of_all, tokens),
             x,
             **_how(self),
         )
@@ -214,8 +216,8 @@ class Decoder(nn.Module):
         self,
         embedded: Array,
         encoded: Array,
-        decoder_mask: Array | None,
-        cross_mask: Array,
+        decoder_mask: attention.Readable | None,
+        cross_mask: attention.Readable,
         tokens: Tokens,
         encoded_tokens: Tokens,
         decode: bool,
@@ -235,24 +237,14 @@ class Decoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=False
         )
-        cross_bias = None
-        if not decode:
-            decoder_mask, bias = attention.prepare(cfg.attention, decoder_mask, bias)
-            cross_mask, cross_bias = attention.prepare(cfg.attention, cross_mask, None)
+        of_own = attention.prepare(cfg.attention, decoder_mask, bias)
+        of_encoded = attention.prepare(cfg.attention, cross_mask, None)
         x = stacks.through_layers(
             self,
             functools.partial(DecoderLayer, cfg, self.adapters),
             cfg.num_decoder_layers,
             lambda layer, x: layer(
-                x,
-                encoded,
-                decoder_mask,
-                cross_mask,
-                bias,
-                cross_bias,
-                tokens,
-                encoded_tokens,
-                decode,
+                x, encoded, *of_own, *of_encoded, tokens, encoded_tokens, decode
             ),
             x,
             **({} if decode else _how(self)),
@@ -293,9 +285,8 @@ class Transformer(nn.Module):
     ) -> Array:
         """Token ids [B, L] -> [B, L, D]; `sentence_embeddings` [B, S] are for routers."""
         valid = encoder_input_tokens > 0
-        mask = layers.make_attention_mask(valid, valid)
-        if encoder_segment_ids is not None:
-            mask &= layers.make_segment_mask(encoder_segment_ids, encoder_segment_ids)
+        numbers = _numbers(valid, encoder_segment_ids)
+        mask = attention.Readable(numbers, numbers)
         embedded = self.token_embedder(encoder_input_tokens)
         return self.encoder(embedded, mask, Tokens(valid, sentence_embeddings, not enable_dropout))
 
@@ -332,17 +323,16 @@ class Transformer(nn.Module):
         """
         del decoder_positions
         readable = encoder_input_tokens > 0
-        cross_mask = readable[:, None, None, :]  # [B, 1, 1, Le]
+        if decoder_segment_ids is None:
+            encoder_segment_ids = None  # rows that are not packed read all of their input
+        of_keys = _numbers(readable, encoder_segment_ids)
+        of_queries = None if encoder_segment_ids is None else decoder_segment_ids
+        cross_mask = attention.Readable(of_queries, of_keys)
         decoder_mask = valid = None
         if not decode:
             valid = decoder_target_tokens > 0
-            length = decoder_target_tokens.shape[1]
-            causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-            decoder_mask = layers.make_attention_mask(valid, valid) & causal
-            if decoder_segment_ids is not None:
-                decoder_mask &= layers.make_segment_mask(decoder_segment_ids, decoder_segment_ids)
-        if encoder_segment_ids is not None and decoder_segment_ids is not None:
-            cross_mask &= layers.make_segment_mask(decoder_segment_ids, encoder_segment_ids)
+            numbers = _numbers(valid, decoder_segment_ids)
+            decoder_mask = attention.Readable(numbers, numbers, causal=True)
         embedded = self.token_embedder(decoder_input_tokens)
         encoded_tokens = Tokens(readable, sentence_embeddings, not enable_dropout)
         own = sentence_embeddings
@@ -393,6 +383,11 @@ class Transformer(nn.Module):
             sentence_embeddings=sentence_embeddings,
             return_hidden=return_hidden,
         )
+
+
+def _numbers(valid: Array, segments: Array | None) -> Array:
+    """Int32 [B, L] for `attention.Readable`: a token's segment, or 1, and 0 at padding."""
+    return jnp.where(valid, 1 if segments is None else segments, 0).astype(jnp.int32)
 
 
 def logits_kernel(params: Mapping[str, Any]) -> Array:

@@ -1,8 +1,9 @@
 """Routers: from a token's features to a distribution over experts (arXiv 2309.05444, 2.2)."""
 
+import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -23,6 +24,7 @@ READS = ("x", "y", "sentence")
 STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "objective")
 # An expert is called dead where its share of the load is below this share of an even one.
 DEAD = 0.01
+_WIDE = 1024  # a row's most numbers in sums over rows
 
 
 @flax.struct.dataclass
@@ -165,27 +167,59 @@ def statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Arra
     Args:
       logits: [..., E]. soft: their softmax. probs: what mixes the experts. weights: [..., 1].
     """
-    experts = logits.shape[-1]
-    total = jnp.maximum(jnp.sum(weights), 1e-9)
-    axes = tuple(range(logits.ndim - 1))
     # By the largest alone, as the softmax is there: no exponentials a second time, and no argmax,
     # which takes as long as all the rest. So ties share.
     largest = jnp.max(soft, axis=-1, keepdims=True)
     log_z = jnp.max(logits, axis=-1, keepdims=True) - jnp.log(largest)
     entropy = log_z - jnp.sum(soft * logits, axis=-1, keepdims=True)
-    mean = jnp.sum(soft * weights, axis=axes) / total  # [E]
     first = jax.lax.stop_gradient((soft >= largest).astype(jnp.float32))
-    chosen = jnp.sum(first * weights, axis=axes)
-    chosen /= jnp.maximum(jnp.sum(chosen), 1e-9)
-    load = jnp.sum(probs * weights, axis=axes)
-    load = load * experts / jnp.maximum(jnp.sum(load), 1e-9)  # 1 where even
+    terms = soft, first, probs, entropy, jnp.square(log_z), jnp.ones_like(entropy)
+    return of_sums(Sums(*(_over_rows(term * weights) for term in terms)))
+
+
+def _over_rows(x: Array) -> Array:
+    """Sum over all axes but the last, [..., rows, n] -> [n]."""
+    *outer, rows, n = x.shape
+    # Experts are few, and on GPUs sums over rows as narrow are slow: some rows are joined to one.
+    # Only of the axis beside them, so that no axis that is split among devices ends up inside.
+    joined = rows if rows * n <= _WIDE else math.gcd(rows, 1 << max(1, _WIDE // n).bit_length() - 1)
+    x = x.reshape(*outer, rows // joined, joined * n)
+    x = jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+    return jnp.sum(x.reshape(joined, n), axis=0)
+
+
+class Sums(NamedTuple):
+    """Of routers' distributions by their weights, float32: what `statistics` is made of.
+
+    Attributes:
+      soft: [E], of softmaxes.
+      chosen: [E], of ones where these are largest.
+      mixed: [E], of what mixes the experts.
+      entropy, z: [1], of the softmaxes' entropies and of log(Σ exp(logits))².
+      total: [1], of the weights.
+    """
+
+    soft: Array
+    chosen: Array
+    mixed: Array
+    entropy: Array
+    z: Array
+    total: Array
+
+
+def of_sums(sums: Sums) -> Array:
+    """The first five of `STATISTICS`, see `statistics`."""
+    experts = sums.soft.shape[0]
+    total = jnp.maximum(sums.total[0], 1e-9)
+    chosen = sums.chosen / jnp.maximum(jnp.sum(sums.chosen), 1e-9)
+    load = sums.mixed * experts / jnp.maximum(jnp.sum(sums.mixed), 1e-9)  # 1 where even
     return jnp.stack(
         [
-            jnp.sum(entropy * weights) / total,
+            sums.entropy[0] / total,
             jnp.max(load),
             jnp.mean((load < DEAD).astype(jnp.float32)),
-            experts * jnp.sum(chosen * mean),
-            jnp.sum(jnp.square(log_z) * weights) / total,
+            experts * jnp.sum(chosen * sums.soft) / total,
+            sums.z[0] / total,
         ]
     )
 

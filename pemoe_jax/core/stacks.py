@@ -29,12 +29,13 @@ def _all_but_copies(primitive: Any, *of: Any, **settings: Any) -> bool:
 
 
 # What the backward pass finds of a layer, beside what the layer read, under T5X's names: all that
-# it needs; what its matrices gave; nothing. It computes the rest again.
+# it needs; what its frozen matrices gave and the fused attention, but nothing that adapters made of
+# these; nothing. It computes the rest again.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     # A constraint of where a parameter lies would be kept as an array of its own, and a loop would
     # so keep a second copy of all its weights.
     "none": _all_but_copies,
-    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "minimal": jax.checkpoint_policies.save_only_these_names("product", "attended"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

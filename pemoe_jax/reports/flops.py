@@ -47,6 +47,7 @@ def of_step(
     rows: int,
     lengths: tuple[int, int],
     router_reads: Mapping[str, str | None],
+    examples: int = 1,
 ) -> Flops:
     """FLOPs of a train step.
 
@@ -57,6 +58,7 @@ def of_step(
       rows: B.
       lengths: of inputs and targets.
       router_reads: site -> 'x', 'y', 'sentence' or None (the kind's own), of adapters' routers.
+      examples: how many of one length are packed into a row; attention is of each to itself.
     """
     tokens = (rows * lengths[0], rows * lengths[1])
     forward = weights = adapters = 0
@@ -67,7 +69,7 @@ def of_step(
             continue
         forward += flops
         weights += flops if path in trainable else 0
-    attention = _attention(config, rows, lengths)
+    attention = _attention(config, rows, lengths) // examples
     return Flops(forward + attention, forward + 2 * attention, weights, adapters)
 
 
