@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# A name, since a comma would end the argument of `call`.
+T5X = .[test,t5x]
 
 .PHONY: quickstart test test-all lint clean t5x t5x-install test-t5x bench bench-peers
 
@@ -28,7 +30,7 @@ t5x:
 	@$(BIN)/python -m pemoe_jax.t5x_bridge --check 2>/dev/null || $(MAKE) --no-print-directory t5x-install
 
 t5x-install:
-	$(call install,.[test,t5x])
+	$(call install,$(T5X))
 	@$(BIN)/python -m pemoe_jax.t5x_bridge --requirements > $(VENV)/t5x.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $(VENV)/t5x.txt
 	@$(BIN)/python -m pemoe_jax.t5x_bridge --check

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -480,6 +481,51 @@ def test_table():
     assert ["of 1 GB", "150 %, too much"] in small.rows
     as_data = json.loads(plans.to_json("t", [one], plans.Chip("1 GB", 10**9)))
     assert as_data["plans"][0]["peak"] == 1_500_000_000 and not as_data["plans"][0]["fits"]
+
+
+def cells(markdown: str) -> dict[str, list[str]]:
+    """Name -> what stands behind it, of the first table of layouts."""
+    lines = markdown[markdown.index("| on each device ") :].split("\n\n")[0].splitlines()
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {name: values for name, *values in rows}
+
+
+def figure(cell: str) -> tuple[float, str]:
+    """The last number of a cell, and what is written around it: units and whether it fits."""
+    number = re.findall(r"[0-9][0-9.,]*", cell)[-1]
+    return float(number.replace(",", "")), cell.replace(number, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", ["README.md", "docs/pods.md"])
+def test_tables_of_documents_are_what_their_command_prints(xxl, document):
+    """Weights and products exactly; temporaries and what is sent, the compiler's, within 3 %."""
+    text = (ROOT / document).read_text()
+    assert XXL in text
+    shown = cells(text)
+    assert shown.keys() == xxl.keys() and shown["on each device"] == xxl["on each device"]
+    estimates = {"activations and temporaries", "peak", "of 32 GB (v4)"}
+    for name in shown.keys() - {"on each device"}:
+        for found, expected in zip(shown[name], xxl[name], strict=True):
+            if name not in estimates:
+                assert found == expected, name
+                continue
+            (value, around), (other, of_other) = figure(found), figure(expected)
+            assert around == of_other and value == pytest.approx(other, rel=0.03), name
+
+
+XXL = r"""python -m pemoe_jax.plan --gin_file=models/t5_1_1_xxl.gin --gin_file=methods/mov.gin \
+  --gin.NUM_EXPERTS=60 --gin.DTYPE=bfloat16 --mesh 32x1:fsdp --mesh 4x8 --mesh 1x32 --hbm v4
+"""
+
+
+@pytest.fixture(scope="module")
+def xxl() -> dict[str, list[str]]:
+    """XXL with MoV-60 on 32 devices: FSDP, model parallelism and both, as the documents ask."""
+    command = [sys.executable, *XXL.replace("\\\n", "").split()[1:], "--markdown"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr
+    return cells(done.stdout)
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 import importlib.util
 import pathlib
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 import types
 
@@ -90,6 +93,17 @@ def test_the_extra_is_what_is_checked():
     assert {name.replace("-", "_") for name in re.findall(r'"([\w-]+)"', extra)} == set(
         installed.EXTRA
     )
+
+
+def test_make_asks_pip_for_both_extras():
+    """A comma in an argument of make's `call` would cut the list after the first."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    command = ["make", "--dry-run", "t5x-install", "VENV=/no/such"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [shlex.split(line) for line in done.stdout.splitlines() if " -m pip install" in line]
+    assert [line[-2:] for line in lines] == [["-e", ".[test,t5x]"], ["-r", "/no/such/t5x.txt"]]
+    assert "--no-deps" in lines[1]
 
 
 def test_names_for_gin_are_told_apart_from_misspellings():

@@ -7,7 +7,6 @@ import types
 import numpy as np
 import pytest
 from jsonl_folder import write_folder, write_vocabulary
-from methods import largest_difference
 from programs import DIMENSIONS, flat, logged, metrics, ours, t5x
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -93,12 +92,26 @@ def test_the_loss_is_that_of_our_own_runner(run):
 
 
 def test_adapters_are_those_of_our_own_runner(run):
-    from pemoe_jax import models
+    """Within 2e-5 of what each moved and its last bits.
 
-    expected = flat(models.open_model(str(run.folder / "ours")).load_trained())
+    A soft router whose experts are still nearly alike is held to 2e-3 of it: its gradient is a
+    small difference of large terms. Our own runner compiled with all of XLA's optimisations differs
+    from itself compiled without by up to 2.4e-4 there, T5X by 4.9e-4. Gradients where experts
+    differ are held to 5e-6 in test_t5x_steps.py.
+    """
+    from pemoe_jax import models
+    from pemoe_jax.core import network, params
+
+    opened = models.open_model(str(run.folder / "ours"))
+    expected = flat(opened.load_trained())
     assert expected.keys() == {path for path in run.params if "_adapter/" in path}
+    start = flat(network.init_params(opened.model, 0, params.is_adapter))
     for path, array in expected.items():
-        assert largest_difference(run.params[path], array) < 1e-5, path
+        moved = np.abs(array - start[path]).max()
+        assert moved > 0.0, path
+        nearly_alike = run.method == "mov" and "/router/" in path
+        bound = (2e-3 if nearly_alike else 2e-5) * moved + 2e-7 * np.abs(array).max()
+        assert np.abs(run.params[path] - array).max() < bound, path
 
 
 def test_a_resumed_run_goes_on_as_an_undisturbed_one(run):
