@@ -4,9 +4,8 @@
         [--torch .venv-torch/bin/python] [--json FILE]
 
 T5 v1.1 Small, 8 rows of 128 and 32 tokens without padding, float32, AdamW, no dropout, two CPU
-threads a side. Ours runs as is fastest within the memory that is aimed at. torch runs as `--way`
-says, by default as --search, which tries all ways that are known to `torch_peer.py` for some steps,
-found it fastest. `make bench-peers` makes its environment.
+threads a side. torch runs as `--way` says, by default as --search, which tries all ways that are
+known to `torch_peer.py` for some steps, found it fastest. `make bench-peers` makes its environment.
 """
 
 import argparse
@@ -42,9 +41,7 @@ def main() -> None:
         if args.search:
             way = common.fastest(functools.partial(peer, args, method), WAYS, args.rounds)
         spec = {**pairs.shape(args.size), "method": method, "optimizer": "adamw"}
-        spec |= {"remat_policy": "minimal", "scan_layers": method == "lora"}
-        name = f"{NAMES[method]}, remat minimal{', scan' * spec['scan_layers']}"
-        ours, other = common.Side(name, "ours.py", spec), peer(args, method, way)
+        ours, other = common.Side(NAMES[method], "ours.py", spec), peer(args, method, way)
         others = common.alternate([ours, other], args.rounds)
         floor = floors.together(ours.told["floor"], ours.told["rates"], other.told["rates"])
         rows.append(common.row(f"step_against_peft/{method}", ours, other, others, floor))

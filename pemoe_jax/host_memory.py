@@ -11,15 +11,12 @@ from collections.abc import MutableMapping
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _TOP_PAD_BYTES = 64 * 2**20
 
-# The other schedule orders a program for independent operations to run side by side: with as many
-# threads in each operation it gains nothing, and what REMAT_POLICY saves is computed again at once.
-_SCHEDULE = "--xla_cpu_enable_concurrency_optimized_scheduler"
 # Pieces that code is made of side by side: those beyond the cores only take memory.
 _PIECES, _MOST_PIECES = "--xla_cpu_parallel_codegen_split_count", 32
 
 
 def start(environment: MutableMapping[str, str] = os.environ) -> bool:
-    """Has freed memory kept for later, and programs ordered to need little; before jax is imported.
+    """Has freed memory kept for later, and programs compiled in less; before jax is imported.
 
     XLA asks for the temporaries of a program at each run, hundreds of MB, and as glibc comes they
     go back to the system each time: a step of T5 v1.1 Small then took 120,000 page faults and a
@@ -35,11 +32,10 @@ def start(environment: MutableMapping[str, str] = os.environ) -> bool:
     """
     if not sys.platform.startswith("linux") or accelerators():
         return False
-    pieces = min(_MOST_PIECES, len(os.sched_getaffinity(0)))
-    for flag, value in ((_SCHEDULE, "false"), (_PIECES, pieces)):
-        flags = environment.get("XLA_FLAGS", "")
-        if flag not in flags:
-            environment["XLA_FLAGS"] = f"{flags} {flag}={value}".strip()
+    flags = environment.get("XLA_FLAGS", "")
+    if _PIECES not in flags:
+        pieces = min(_MOST_PIECES, len(os.sched_getaffinity(0)))
+        environment["XLA_FLAGS"] = f"{flags} {_PIECES}={pieces}".strip()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

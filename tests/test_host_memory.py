@@ -55,12 +55,11 @@ def test_flags_of_the_user_stay(monkeypatch):
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())  # as musl: no mallopt
     monkeypatch.setattr(host_memory.sys, "platform", "linux")
     monkeypatch.setattr(host_memory.os, "sched_getaffinity", lambda _: {0, 1, 2})
-    name = "--xla_cpu_enable_concurrency_optimized_scheduler"
-    pieces = "--xla_cpu_parallel_codegen_split_count"
+    name = "--xla_cpu_parallel_codegen_split_count"
     for given, expected in (
-        ("--a=1", f"--a=1 {name}=false {pieces}=3"),
-        ("", f"{name}=false {pieces}=3"),
-        (f"{name}=true {pieces}=9", f"{name}=true {pieces}=9"),
+        ("--a=1", f"--a=1 {name}=3"),
+        ("", f"{name}=3"),
+        (f"{name}=9", f"{name}=9"),
     ):
         environment = {"XLA_FLAGS": given}
         assert not host_memory.start(environment)

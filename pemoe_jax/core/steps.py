@@ -267,9 +267,15 @@ def make_train_step(
             metrics.pop("routers", None)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    if state_sharding is None:
-        return jax.jit(step, donate_argnums=(0,))
-    return jax.jit(step, donate_argnums=(0,), out_shardings=(state_sharding, state_sharding.step))
+    options: dict[str, Any] = {"donate_argnums": (0,)}
+    if state_sharding is not None:
+        options["out_shardings"] = (state_sharding, state_sharding.step)
+    if model.config.remat_policy != "none" and jax.default_backend() == "cpu":
+        # the schedule that CPUs have otherwise is for operations side by side: 4 to 10 % faster,
+        # but it computes all that is to be computed again at once
+        schedule = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        options["compiler_options"] = schedule
+    return jax.jit(step, **options)
 
 
 def make_eval_step(model: Any, loss: Loss) -> Callable[[Any, Any, Batch], Metrics]:
