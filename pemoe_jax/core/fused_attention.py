@@ -23,8 +23,6 @@ Array = jax.Array
 
 _LOW = -1e10  # of a pair that may not be read; finite, so that a row of them gives no NaN
 _LEAST = 16  # the shortest side of a product
-
-
 _TILE = 64  # queries, and keys; of 32 to 128 the fastest on an H200, for all three kernels
 
 
@@ -170,7 +168,7 @@ class _Call:
         )(*arrays.values())
         return [self._cut(name, x) for name, x in zip(outputs, made, strict=True)]
 
-    def _axes(self, name: str) -> tuple[str | None, ...]:
+    def _axes(self, name: str) -> tuple[str, ...]:
         """Of an array, what each axis is: rows of the batch, heads, tokens of a side, or itself."""
         return {
             "q": ("batch", "queries", "heads", "size"),
@@ -191,18 +189,17 @@ class _Call:
 
     def _padded(self, name: str, x: Array) -> Array:
         wanted = [
-            self.length.get(axis or "", n)
-            for axis, n in zip(self._axes(name), x.shape, strict=True)
+            self.length.get(axis, n) for axis, n in zip(self._axes(name), x.shape, strict=True)
         ]
         return jnp.pad(x, [(0, to - n) for n, to in zip(x.shape, wanted, strict=True)])
 
     def _cut(self, name: str, x: Array) -> Array:
         own = {"queries": self.queries, "keys": self.keys}
-        return x[tuple(slice(own.get(axis or "")) for axis in self._axes(name))]
+        return x[tuple(slice(own.get(axis)) for axis in self._axes(name))]
 
     def _shape(self, name: str) -> jax.ShapeDtypeStruct:
         sizes = {"batch": self.batch, "heads": self.heads, "size": self.size, **self.length}
-        shape = tuple(sizes[axis or ""] for axis in self._axes(name))
+        shape = tuple(sizes[axis] for axis in self._axes(name))
         return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "row" else jnp.bfloat16)
 
     def _spec(self, name: str, over: str, pl: Any) -> Any:
@@ -216,7 +213,7 @@ class _Call:
 
         def place(tile: Any, row: Any, head: Any) -> tuple[Any, ...]:
             at = {"batch": row, "heads": head, "tile": tile, over: tile}
-            return tuple(at.get(axis or "", 0) for axis in self._axes(name))
+            return tuple(at.get(axis, 0) for axis in self._axes(name))
 
         return pl.BlockSpec(tuple(part), place)
 
