@@ -270,7 +270,9 @@ def make_train_step(
     options: dict[str, Any] = {"donate_argnums": (0,)}
     if state_sharding is not None:
         options["out_shardings"] = (state_sharding, state_sharding.step)
-    if model.config.remat_policy != "none" and jax.default_backend() == "cpu":
+    # any module with the network's signature may be trained, and need have no config
+    remat_policy = getattr(getattr(model, "config", None), "remat_policy", "none")
+    if remat_policy != "none" and jax.default_backend() == "cpu":
         # the schedule that CPUs have otherwise is for operations side by side: 4 to 10 % faster,
         # but it computes all that is to be computed again at once
         schedule = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
