@@ -36,8 +36,8 @@ SITES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def _route(
     module: Any, reads: str, seen: dict[str, tuple[jax.Array, str]], tokens: routing.Tokens | None
-) -> tuple[jax.Array, routing.Router]:
-    """Probabilities of an expert module's router, [B, L or 1, (H,) E], and the router.
+) -> jax.Array:
+    """Probabilities of an expert module's router, [B, L or 1, (H,) E].
 
     They and the router's statistics are sown, for whoever makes these collections mutable.
 
@@ -58,8 +58,7 @@ def _route(
             "a router reads sentence embeddings and the batch has none: expected"
             " SENTENCE_EMBEDDINGS to name a table of them (python -m pemoe_jax.embed)"
         )
-    router = factory(feature_axis=axis, name="router")
-    probs, told = router(features, tokens)
+    probs, told = factory(feature_axis=axis, name="router")(features, tokens)
     if not module.is_initializing():  # T5X takes what `init` makes for variables to keep
         module.sow("routers", "statistics", told)
     if reads == "sentence":
@@ -67,7 +66,7 @@ def _route(
     length = seen["x"][0].shape[1]
     everywhere = (probs.shape[0], length, *probs.shape[2:])
     module.sow("intermediates", "probs", jnp.broadcast_to(probs, everywhere))
-    return probs, router
+    return probs
 
 
 def _check_experts(module: nn.Module, num_experts: int, router: Any) -> None:
@@ -119,7 +118,7 @@ class VectorExperts(nn.Module):
         factory = functools.partial(self.router, num_experts=self.num_experts)
         if self.fused and self._fits_kernels(factory(parent=None), tokens):
             return self._scaled(y, vectors, factory(name="router"), tokens)
-        probs, _ = _route(self, "y", seen, tokens)
+        probs = _route(self, "y", seen, tokens)
         if probs.ndim == y.ndim and heads:
             scale = products.mix(probs, vectors)
         else:  # one distribution for all of them
@@ -214,7 +213,7 @@ class LoRAExperts(nn.Module):
         )
         if self.router is not None:
             joined = y.reshape(*y.shape[:2], y_features)
-            probs, _ = _route(self, "x", {"x": (x, self.x_axis), "y": (joined, y_axis)}, tokens)
+            probs = _route(self, "x", {"x": (x, self.x_axis), "y": (joined, y_axis)}, tokens)
             low = (low.reshape(*low.shape[:-1], experts, rank) * probs[..., None]).reshape(
                 low.shape
             )

@@ -43,16 +43,15 @@ def takes(query: Array) -> bool:
 
 def attend_on_mesh(*of: Any, causal: bool) -> Array:
     """As `attend`: each device of the mesh in scope has rows and heads of its own."""
-    run = functools.partial(_attend, causal)
+
+    def run(*of: Any) -> Array:
+        return attend(*of, causal)
+
     if math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1:
         tokens, numbers = PartitionSpec("data", None, "model"), PartitionSpec("data")
         specs = (tokens, tokens, tokens, numbers, numbers, PartitionSpec(None, "model"))
-        run = jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)
+        return jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)(*of)
     return run(*of)
-
-
-def _attend(causal: bool, *of: Any) -> Array:
-    return attend(*of, causal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
