@@ -9,6 +9,7 @@ other works. A peer may so live in another Python. Worker programs: `ours.py`, `
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -142,6 +143,8 @@ class Service:
         if not self.spec.get("gpu"):
             pin()
             host_memory.start()  # peers too: it serves them as well
+            if importlib.util.find_spec("jax"):
+                host_memory.one_after_another()
 
     def run(
         self,
@@ -158,7 +161,6 @@ class Service:
         """
         clock = time.perf_counter()
         first = float(step())
-        time.sleep(0.2)  # a step's temporaries are free only some time after its results are there
         host_memory.give_back()  # what compilation took, which peers do now
         step()
         warm_up = time.perf_counter() - clock

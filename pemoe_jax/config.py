@@ -263,6 +263,7 @@ def _attempt(
         if flags.prog.rpartition(".")[2] in _RUN_MODELS and "jax" not in sys.modules:
             compile_cache.start()
             host_memory.start()
+            host_memory.one_after_another()
         _add_cache_dirs(args)
         work(args, bindings)
     except InputError as error:

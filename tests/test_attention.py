@@ -85,6 +85,23 @@ def test_a_mask_of_keys_alone(monkeypatch):
     np.testing.assert_allclose(run("chunked", *of)[0], by_definition(*of), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 3, 5, 7), (2, 1, 1, 7), (1, 3, 1, 7)])
+def test_the_gradient_of_a_bias_is_that_of_a_sum(shape):
+    rng = np.random.default_rng(0)
+    logits, weights = (jnp.asarray(rng.standard_normal((2, 3, 5, 7)), jnp.float32) for _ in "ab")
+    bias = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    def total(add, logits, bias):
+        return jnp.sum(weights * jnp.sin(add(logits, bias)))
+
+    one, two = (
+        jax.grad(lambda *of, add=add: total(add, *of), argnums=(0, 1))(logits, bias)
+        for add in (attention._with_bias, jnp.add)
+    )
+    np.testing.assert_allclose(one[0], two[0], rtol=1e-6)
+    np.testing.assert_allclose(one[1], two[1], rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16(monkeypatch):
     """Values are those of plain; gradients of keys and values are sums of rounded parts."""
     monkeypatch.setattr(attention, "CHUNK", 4)

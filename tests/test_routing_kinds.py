@@ -19,7 +19,7 @@ IDENTITY = {"params": {"kernel": np.eye(4, dtype=np.float32)}}
 
 
 def route(x=X, tokens=None, **settings):
-    probs, told = Router(num_experts=4, **settings).apply(IDENTITY, jnp.asarray(x), tokens)
+    probs, told, _ = Router(num_experts=4, **settings).apply(IDENTITY, jnp.asarray(x), tokens)
     return np.asarray(probs), dict(zip(routing.STATISTICS, np.asarray(told), strict=True))
 
 
@@ -153,11 +153,11 @@ def test_jitter_is_of_training_alone_and_within_its_bounds():
     """Features are scaled by 1 ± 0.1, so logits ln 2 lie in 0.9 to 1.1 times ln 2."""
     router = Router(num_experts=4, jitter_noise=0.1)
     x = jnp.full((1, 2000, 4), np.log(2.0))
-    plain, _ = Router(num_experts=4).apply(IDENTITY, x)
+    plain, *_ = Router(num_experts=4).apply(IDENTITY, x)
 
     def noisy(seed):
         rngs = {"dropout": jax.random.PRNGKey(seed)}
-        probs, _ = router.apply(IDENTITY, x, Tokens(deterministic=False), rngs=rngs)
+        probs, *_ = router.apply(IDENTITY, x, Tokens(deterministic=False), rngs=rngs)
         return np.log(np.asarray(probs)[..., :1] / np.asarray(probs)) / np.log(2.0)
 
     np.testing.assert_array_equal(router.apply(IDENTITY, x, Tokens())[0], plain)
@@ -211,7 +211,7 @@ def test_gradients_match_finite_differences(kind):
     settings = KINDS[kind]
 
     def ours(kernel, x):
-        probs, told = Router(num_experts=4, **settings).apply(
+        probs, told, _ = Router(num_experts=4, **settings).apply(
             {"params": {"kernel": kernel}}, x, Tokens(valid=jnp.asarray(valid))
         )
         return jnp.sum(probs * mixed) + told[-1]

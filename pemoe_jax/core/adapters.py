@@ -35,9 +35,13 @@ SITES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def _route(
-    module: Any, reads: str, seen: dict[str, tuple[jax.Array, str]], tokens: routing.Tokens | None
-) -> jax.Array:
-    """Probabilities of an expert module's router, [B, L or 1, (H,) E].
+    module: Any,
+    reads: str,
+    seen: dict[str, tuple[jax.Array, str]],
+    tokens: routing.Tokens | None,
+    of_x: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Probabilities of an expert module's router, [B, L or 1, (H,) E], and x by `of_x`, if given.
 
     They and the router's statistics are sown, for whoever makes these collections mutable.
 
@@ -46,6 +50,7 @@ def _route(
       reads: what its router reads unless it says otherwise.
       seen: of x and y, the features [B, L, ...] as the router is to see them, and their axis' name.
       tokens: of the features.
+      of_x: [Din, n], which x is to be multiplied by.
     """
     factory = functools.partial(module.router, num_experts=module.num_experts)
     reads = factory(parent=None).reads or reads
@@ -58,7 +63,10 @@ def _route(
             "a router reads sentence embeddings and the batch has none: expected"
             " SENTENCE_EMBEDDINGS to name a table of them (python -m pemoe_jax.embed)"
         )
-    probs, told = factory(feature_axis=axis, name="router")(features, tokens)
+    beside = of_x if reads == "x" else None
+    probs, told, product = factory(feature_axis=axis, name="router")(features, tokens, beside)
+    if of_x is not None and product is None:
+        product = products.thin_matmul(seen["x"][0].astype(of_x.dtype), of_x)
     if not module.is_initializing():  # T5X takes what `init` makes for variables to keep
         module.sow("routers", "statistics", told)
     if reads == "sentence":
@@ -66,7 +74,7 @@ def _route(
     length = seen["x"][0].shape[1]
     everywhere = (probs.shape[0], length, *probs.shape[2:])
     module.sow("intermediates", "probs", jnp.broadcast_to(probs, everywhere))
-    return probs
+    return probs, product
 
 
 def _check_experts(module: nn.Module, num_experts: int, router: Any) -> None:
@@ -118,7 +126,7 @@ class VectorExperts(nn.Module):
         factory = functools.partial(self.router, num_experts=self.num_experts)
         if self.fused and self._fits_kernels(factory(parent=None), tokens):
             return self._scaled(y, vectors, factory(name="router"), tokens)
-        probs = _route(self, "y", seen, tokens)
+        probs, _ = _route(self, "y", seen, tokens)
         if probs.ndim == y.ndim and heads:
             scale = products.mix(probs, vectors)
         else:  # one distribution for all of them
@@ -208,15 +216,16 @@ class LoRAExperts(nn.Module):
             ("expert", "rank", y_axis),
         )
         dtype = y.dtype
-        low = products.thin_matmul(
-            x.astype(dtype), lora_a.reshape(x_features, experts * rank).astype(dtype)
-        )
-        if self.router is not None:
+        first = lora_a.reshape(x_features, experts * rank).astype(dtype)
+        if self.router is None:
+            low = products.thin_matmul(x.astype(dtype), first)
+        else:
             joined = y.reshape(*y.shape[:2], y_features)
-            probs = _route(self, "x", {"x": (x, self.x_axis), "y": (joined, y_axis)}, tokens)
-            low = (low.reshape(*low.shape[:-1], experts, rank) * probs[..., None]).reshape(
-                low.shape
-            )
+            seen = {"x": (x, self.x_axis), "y": (joined, y_axis)}
+            probs, product = _route(self, "x", seen, tokens, of_x=first)
+            assert product is not None
+            of_experts = product.reshape(*product.shape[:-1], experts, rank)
+            low = (of_experts * probs[..., None]).reshape(product.shape)
         scale = self.alpha / rank
         low = (low * scale).astype(dtype)  # [B, L, E·R]
         delta = products.thin_matmul(low, lora_b.reshape(experts * rank, y_features).astype(dtype))

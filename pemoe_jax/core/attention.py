@@ -149,6 +149,31 @@ def _fused(
     return fused_attention.attend_on_mesh(*of, causal=mask.causal)
 
 
+@jax.custom_vjp
+def _with_bias(logits: Array, bias: Array) -> Array:
+    """`logits + bias`; of the bias' gradient rows are summed up by a product.
+
+    XLA's CPU compiler makes the sums of all layers one loop that skips through memory, a thirtieth
+    of a step of T5 v1.1 Small.
+    """
+    return logits + bias
+
+
+def _with_bias_forward(logits: Array, bias: Array) -> tuple[Array, tuple[int, ...]]:
+    return logits + bias, bias.shape
+
+
+def _with_bias_backward(shape: tuple[int, ...], g: Array) -> tuple[Array, Array]:
+    if shape == (1, *g.shape[1:]):
+        rows = jnp.ones(g.shape[0], g.dtype)
+        return g, jnp.einsum("b,bhqm->hqm", rows, g, precision="highest")[None]
+    joined = tuple(axis for axis, size in enumerate(shape) if size < g.shape[axis])
+    return g, jnp.sum(g, axis=joined, keepdims=True)
+
+
+_with_bias.defvjp(_with_bias_forward, _with_bias_backward)
+
+
 def _of_queries(
     query: Array,
     key: Array,
@@ -161,7 +186,7 @@ def _of_queries(
         "bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32
     )  # [B, H, Lq, Lk]
     if bias is not None:
-        logits += bias.astype(jnp.float32)
+        logits = _with_bias(logits, bias.astype(jnp.float32))
     if mask is not None:
         logits = jnp.where(mask, logits, NEG_INF)
     probs = jax.nn.softmax(logits, axis=-1)

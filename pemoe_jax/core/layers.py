@@ -55,7 +55,11 @@ class Dense(nn.Module):
         kernel = params_lib.param(
             self, "kernel", self.kernel_init, (inputs.shape[-1], self.features), self.kernel_axes
         )
-        product = jnp.matmul(inputs.astype(self.dtype), kernel.astype(self.dtype))
+        # Tokens as one axis: of two, XLA's CPU compiler transposes the gradient of the output by a
+        # copy for the kernel's (which takes as long again), for it does not see through the reshape
+        rows = inputs.astype(self.dtype).reshape(-1, inputs.shape[-1])
+        product = jnp.matmul(rows, kernel.astype(self.dtype))
+        product = product.reshape(*inputs.shape[:-1], self.features)
         return checkpoint_name(product, "product")  # for `stacks.REMAT_POLICIES`
 
 

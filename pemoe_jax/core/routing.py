@@ -42,6 +42,20 @@ class Tokens:
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
 
 
+class Routed(NamedTuple):
+    """What a router gives.
+
+    Attributes:
+      probs: [..., E], float32; they sum to one where `top_k` is None or `renormalize` is set.
+      told: `STATISTICS` [6] of the batch's real tokens, see `statistics`.
+      beside: [..., n], the features' product with the matrix `beside`, where there is one.
+    """
+
+    probs: Array
+    told: Array
+    beside: Array | None = None
+
+
 class Router(nn.Module):
     """Softmax over experts of one dense layer without bias, in float32; soft unless `top_k` is set.
 
@@ -77,12 +91,15 @@ class Router(nn.Module):
     feature_axis: str = "embed"
 
     @nn.compact
-    def __call__(self, features: Array, tokens: Tokens | None = None) -> tuple[Array, Array]:
-        """[B, L, ..., features] or, of a sentence, [B, features] -> (probabilities, statistics).
+    def __call__(
+        self, features: Array, tokens: Tokens | None = None, beside: Array | None = None
+    ) -> "Routed":
+        """Of features [B, L, ..., features] or, of a sentence, [B, features].
 
-        Returns:
-          ([..., E], float32, which sum to one where `top_k` is None or `renormalize` is set; and
-          `STATISTICS` [6] of the batch's real tokens, see `statistics`).
+        Args:
+          tokens: of the features.
+          beside: [features, n], another matrix that the features are multiplied by: in the product
+            that the router makes of them where both are float32, which saves a pass over them.
         """
         self._check()
         tokens = tokens or Tokens()
@@ -93,13 +110,22 @@ class Router(nn.Module):
             (features.shape[-1], self.num_experts),
             (self.feature_axis, "expert"),
         )
-        features = features.astype(jnp.float32)
-        if self.jitter_noise and not tokens.deterministic:
-            low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
-            features *= jax.random.uniform(
-                self.make_rng("dropout"), features.shape, minval=low, maxval=high
-            )
-        logits = products.thin_matmul(features, kernel) / self.temperature
+        noisy = bool(self.jitter_noise) and not tokens.deterministic
+        product = None
+        if beside is not None and not noisy and features.dtype == beside.dtype == jnp.float32:
+            both = products.thin_matmul(features, jnp.concatenate([kernel, beside], axis=1))
+            logits, product = jnp.split(both, [self.num_experts], axis=-1)
+        else:
+            if beside is not None:
+                product = products.thin_matmul(features.astype(beside.dtype), beside)
+            features = features.astype(jnp.float32)
+            if noisy:
+                low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
+                features *= jax.random.uniform(
+                    self.make_rng("dropout"), features.shape, minval=low, maxval=high
+                )
+            logits = products.thin_matmul(features, kernel)
+        logits /= self.temperature
         soft = jax.nn.softmax(logits, axis=-1)
         probs = soft
         if self.top_k is not None and self.top_k < self.num_experts:
@@ -115,7 +141,7 @@ class Router(nn.Module):
         if self.z_loss:
             objective += self.z_loss * told[4]
         # what is told has no gradient; zeros for it would still be multiplied through the network
-        return probs, jnp.append(jax.lax.stop_gradient(told), objective)
+        return Routed(probs, jnp.append(jax.lax.stop_gradient(told), objective), product)
 
     def is_soft(self, tokens: Tokens | None = None) -> bool:
         """Whether the probabilities are the softmax itself, of the features as they are."""
