@@ -315,3 +315,14 @@ def test_a_sentence_that_is_not_there():
 def test_wrong_settings(settings, says):
     with pytest.raises(InputError, match=says):
         route(**settings)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 10), (2, 700, 3, 10), (5, 10)])
+def test_sums_over_rows_are_the_same_on_accelerators(monkeypatch, shape):
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.random(shape), jnp.float32)
+    weights = jnp.asarray(rng.random((*shape[:-1], 1)) < 0.6, jnp.float32)
+    expected = (np.asarray(x, np.float64) * np.asarray(weights)).reshape(-1, 10).sum(0)
+    np.testing.assert_allclose(routing._over_rows(x, weights), expected, rtol=1e-5)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(routing._over_rows(x, weights), expected, rtol=1e-5)

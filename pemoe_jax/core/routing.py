@@ -2,6 +2,7 @@
 
 import math
 import re
+import string
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -193,18 +194,28 @@ def statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Arra
     Args:
       logits: [..., E]. soft: their softmax. probs: what mixes the experts. weights: [..., 1].
     """
-    # By the largest alone, as the softmax is there: no exponentials a second time, and no argmax,
-    # which takes as long as all the rest. So ties share.
-    largest = jnp.max(soft, axis=-1, keepdims=True)
-    log_z = jnp.max(logits, axis=-1, keepdims=True) - jnp.log(largest)
-    entropy = log_z - jnp.sum(soft * logits, axis=-1, keepdims=True)
-    first = jax.lax.stop_gradient((soft >= largest).astype(jnp.float32))
-    terms = soft, first, probs, entropy, jnp.square(log_z), jnp.ones_like(entropy)
-    return of_sums(Sums(*(_over_rows(term * weights) for term in terms)))
+    # Of parts that the softmax is made of as well, so that nothing is computed a second time; and
+    # no argmax, which takes as long as all the rest, so ties share.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    shifted = logits - largest
+    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+    first = jax.lax.stop_gradient((shifted >= 0).astype(jnp.float32))
+    of_all = _over_rows(soft, weights)
+    mixed = of_all if probs is soft else _over_rows(probs, weights)
+    parts = [log_sum, jnp.square(largest + log_sum), jnp.ones_like(log_sum)]
+    log_sums, z, total = jnp.split(_over_rows(jnp.concatenate(parts, axis=-1), weights), 3)
+    entropy = log_sums - jnp.sum(_over_rows(soft * shifted, weights))
+    return of_sums(Sums(of_all, _over_rows(first, weights), mixed, entropy, z, total))
 
 
-def _over_rows(x: Array) -> Array:
-    """Sum over all axes but the last, [..., rows, n] -> [n]."""
+def _over_rows(x: Array, weights: Array) -> Array:
+    """Sum by weights [..., 1] over all axes but the last, [..., rows, n] -> [n]."""
+    if jax.default_backend() == "cpu":
+        # there a product is one operation where a sum is several, each with code of its own
+        axes = string.ascii_lowercase[: x.ndim - 1]
+        of = f"{axes},{axes}z->z"
+        return jnp.einsum(of, weights[..., 0], x, precision=jax.lax.Precision.HIGHEST)
+    x = x * weights
     *outer, rows, n = x.shape
     # Experts are few, and on GPUs sums over rows as narrow are slow: some rows are joined to one.
     # Only of the axis beside them, so that no axis that is split among devices ends up inside.
