@@ -1,5 +1,6 @@
 """Fixtures that the suite shares; JAX on two virtual CPU devices, set before it is imported."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -33,6 +34,18 @@ def _existing(variable: str, default: pathlib.Path) -> pathlib.Path:
     return path
 
 
+# Files that take longest, begun first: two workers then end together.
+LONGEST = (
+    *("test_train", "test_sweep", "test_stacks", "test_pod", "test_p3", "test_benchmarks"),
+    *("test_routers", "test_fused_attention", "test_quantized", "test_plan", "test_embed"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def p3_sample() -> pathlib.Path:
     """A folder of `<task>/<split>.jsonl` cut from P3; skips where it is absent."""
@@ -51,6 +64,14 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_go_with_the_module() -> Iterator[None]:
+    """Thousands of them would be some GB, and all of it looked through at each collection."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)

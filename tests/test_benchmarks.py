@@ -154,7 +154,6 @@ def test_packed_rows_hold_four_examples():
 @pytest.mark.parametrize(
     ("script", "flags", "rows"),
     [
-        ("molora_against_lora", "--size tiny", ["molora_against_lora/cpu"]),
         ("mov_against_ia3", "--size tiny", ["mov_against_ia3/cpu"]),
         (
             "molora_formulation",
