@@ -65,7 +65,7 @@ def _route(
         )
     beside = of_x if reads == "x" else None
     probs, told, product = factory(feature_axis=axis, name="router")(features, tokens, beside)
-    if of_x is not None and product is None:
+    if of_x is not None and reads != "x":
         product = products.thin_matmul(seen["x"][0].astype(of_x.dtype), of_x)
     if not module.is_initializing():  # T5X takes what `init` makes for variables to keep
         module.sow("routers", "statistics", told)

@@ -94,7 +94,7 @@ class Router(nn.Module):
     @nn.compact
     def __call__(
         self, features: Array, tokens: Tokens | None = None, beside: Array | None = None
-    ) -> "Routed":
+    ) -> Routed:
         """Of features [B, L, ..., features] or, of a sentence, [B, features].
 
         Args:
