@@ -449,6 +449,18 @@ def stacked(
 def _look_over(model: Transformer) -> tuple[Any, dict[str, Any]]:
     """The parameters' shapes, and (initialiser, shape, axes) of each; no device is touched.
 
+    A run asks some ten times, so a model keeps its own. Not by equality: partials of gin's that
+    are equal may have been configured differently since.
+    """
+    kept = vars(model)
+    if "_looked_over" not in kept:
+        kept["_looked_over"] = _trace(model)
+    return kept["_looked_over"]
+
+
+def _trace(model: Transformer) -> tuple[Any, dict[str, Any]]:
+    """What `_look_over` gives.
+
     The layers of a stack are one module under different names, so one of each stack is traced and
     what is found under `layers_0` holds for all: T5 XXL takes a tenth of a second instead of two.
     """
