@@ -12,8 +12,6 @@ from methods import CONFIG, METHODS, example_batch, largest_difference, pack, ra
 from pemoe_jax.core import attention, network, params, steps
 from pemoe_jax.core.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, H, K = 2, 3, 4
 
 

@@ -5,12 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from methods import example_batch, model, random_params
 
 from pemoe_jax.core import decoding, params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 INPUTS = example_batch()["encoder_input_tokens"]
 
 

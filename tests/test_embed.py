@@ -35,8 +35,6 @@ from pemoe_jax.core import cross_entropy, decoding, network, routing_probe, step
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ENCODER = {"name": "some", "dim": 3, "fingerprint": "f0"}
 
 

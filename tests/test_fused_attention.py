@@ -11,8 +11,6 @@ from methods import CONFIG, METHODS, example_batch, largest_difference, pack
 
 from pemoe_jax.core import attention, fused_attention, network, params, partitioning, steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def interpreted(monkeypatch):

@@ -24,7 +24,6 @@ from methods import (
 
 from pemoe_jax.core import decoding, params, steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 every_method = pytest.mark.parametrize("method", METHODS)
 
 

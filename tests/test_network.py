@@ -24,7 +24,6 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.layers import MlpBlock, relative_position_bucket
 from pemoe_jax.core.routing import Router
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 DEEP = dataclasses.replace(CONFIG, num_decoder_layers=2)
 
 

@@ -15,8 +15,6 @@ from pemoe_jax import processes
 from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.core.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MESHES = {"data": (1, False), "model": (2, False), "fsdp": (1, True)}
 
 

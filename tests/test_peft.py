@@ -42,8 +42,6 @@ CASES = {
     "lora_patterns": Adapters(query=lora(1, 8.0), value=lora(2, 24.0), wo=lora(5, 8.0)),
 }
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory) -> pathlib.Path:

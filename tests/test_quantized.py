@@ -29,8 +29,6 @@ from pemoe_jax.checkpoints import runs
 from pemoe_jax.core import network, optim, params, partitioning, quantized, stacks, steps
 from pemoe_jax.core.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KINDS = ("int8", "float8_e4m3fn")
 
 

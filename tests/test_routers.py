@@ -17,8 +17,6 @@ from pemoe_jax import config, models, train
 from pemoe_jax.checkpoints import runs
 from pemoe_jax.core import adapters, network, params, partitioning, steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EXPERTS = 4
 STEPS = 6
 ROUTINGS = sorted(path.stem for path in (config.GIN_DIR / "routing").glob("*.gin"))

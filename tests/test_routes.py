@@ -26,7 +26,6 @@ from pemoe_jax.reports import plots, routing_page, routing_plots
 from pemoe_jax.reports import routing_numbers as numbers
 from pemoe_jax.tasks import jsonl
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 GATES = ["encoder/layers_0/mlp/gate", "decoder/layers_0/mlp/gate"]
 
 

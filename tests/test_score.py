@@ -15,7 +15,6 @@ from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.reports import results as results_lib
 from pemoe_jax.tasks import jsonl
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LENGTHS = {"inputs": 32, "targets": 8}
 
 

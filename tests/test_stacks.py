@@ -23,8 +23,6 @@ from pemoe_jax.core.adapters import Adapters, VectorExperts
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # stacks of different depths: layers of one cannot pass for the other's
 DEEP = dataclasses.replace(CONFIG, num_encoder_layers=2, num_decoder_layers=3)
 SLOW = pytest.mark.slow

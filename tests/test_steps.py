@@ -14,7 +14,6 @@ import pytest
 from pemoe_jax.core import cross_entropy, partitioning, steps
 from pemoe_jax.core.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCAB = 7
 
 

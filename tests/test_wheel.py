@@ -19,8 +19,9 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command, cwd):
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # each program runs a step or two
+    """As a user runs it: compiled as it comes, too, where other tests have quicker settings."""
+    of_tests = ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")
+    environment = {k: v for k, v in os.environ.items() if k not in of_tests}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

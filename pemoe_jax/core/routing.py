@@ -1,5 +1,6 @@
 """Routers: from a token's features to a distribution over experts (arXiv 2309.05444, 2.2)."""
 
+import functools
 import math
 import re
 import string
@@ -126,23 +127,17 @@ class Router(nn.Module):
                     self.make_rng("dropout"), features.shape, minval=low, maxval=high
                 )
             logits = products.thin_matmul(features, kernel)
-        logits /= self.temperature
-        soft = jax.nn.softmax(logits, axis=-1)
-        probs = soft
-        if self.top_k is not None and self.top_k < self.num_experts:
-            probs = _largest(soft, self.top_k)
-            if self.renormalize:
-                probs /= jnp.sum(probs, axis=-1, keepdims=True)
-            if self.straight_through:
-                probs = soft + jax.lax.stop_gradient(probs - soft)
-        told = statistics(logits, soft, probs, _weights(logits, tokens.valid))
-        objective = jnp.zeros(())
-        if self.balance_loss:  # 0 · x is no constant to XLA: x and its gradient would be computed
-            objective += self.balance_loss * told[3]
-        if self.z_loss:
-            objective += self.z_loss * told[4]
-        # what is told has no gradient; zeros for it would still be multiplied through the network
-        return Routed(probs, jnp.append(jax.lax.stop_gradient(told), objective), product)
+        probs, told = _mixture(
+            logits,
+            tokens.valid,
+            temperature=self.temperature,
+            top_k=None if self.top_k is None else min(self.top_k, self.num_experts),
+            renormalize=self.renormalize,
+            straight_through=self.straight_through,
+            balance_loss=self.balance_loss,
+            z_loss=self.z_loss,
+        )
+        return Routed(probs, told, product)
 
     def is_soft(self, tokens: Tokens | None = None) -> bool:
         """Whether the probabilities are the softmax itself, of the features as they are."""
@@ -161,6 +156,47 @@ class Router(nn.Module):
             raise InputError(f"Router.temperature: must be above 0, found {self.temperature!r}")
         if not 0 <= self.jitter_noise < 1:
             raise InputError(f"Router.jitter_noise: expected [0, 1), found {self.jitter_noise!r}")
+
+
+@functools.partial(
+    jax.jit,
+    inline=True,  # in the program as if it were written there
+    static_argnames=(
+        *("temperature", "top_k", "renormalize", "straight_through", "balance_loss", "z_loss"),
+    ),
+)
+def _mixture(
+    logits: Array,
+    valid: Array | None,
+    *,
+    temperature: float,
+    top_k: int | None,
+    renormalize: bool,
+    straight_through: bool,
+    balance_loss: float,
+    z_loss: float,
+) -> tuple[Array, Array]:
+    """What `Router` makes of logits [..., E]: probs and told, see `Routed`.
+
+    Traced once for all routers of a shape: dozens of operations, of hundreds of routers.
+    """
+    logits /= temperature
+    soft = jax.nn.softmax(logits, axis=-1)
+    probs = soft
+    if top_k is not None and top_k < logits.shape[-1]:
+        probs = _largest(soft, top_k)
+        if renormalize:
+            probs /= jnp.sum(probs, axis=-1, keepdims=True)
+        if straight_through:
+            probs = soft + jax.lax.stop_gradient(probs - soft)
+    told = statistics(logits, soft, probs, _weights(logits, valid))
+    objective = jnp.zeros(())
+    if balance_loss:  # 0 · x is no constant to XLA: x and its gradient would be computed
+        objective += balance_loss * told[3]
+    if z_loss:
+        objective += z_loss * told[4]
+    # what is told has no gradient; zeros for it would still be multiplied through the network
+    return probs, jnp.append(jax.lax.stop_gradient(told), objective)
 
 
 def _largest(probs: Array, k: int) -> Array:

@@ -15,8 +15,6 @@ MODEL = "models/t5_1_1_tiny.gin"
 METHOD = ["methods/lora.gin"]
 RUN = {"TRAIN_STEPS": 2, "BATCH_SIZE": 4, "LOG_PERIOD": 1, "LEARNING_RATE": 1e-2}
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory) -> dict:
@@ -41,7 +39,7 @@ def train(model_dir: pathlib.Path, settings: dict, method: list[str] = METHOD):
 
 
 @pytest.fixture(scope="module")
-def plain(common, tmp_path_factory, quick_compilation):
+def plain(common, tmp_path_factory):
     """A run on two devices; on CPUs T5X spreads matrices over a process' devices, and no data."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     _, state = train(folder, common)

@@ -9,7 +9,6 @@ import pytest
 from jsonl_folder import write_folder, write_vocabulary
 from programs import DIMENSIONS, flat, logged, metrics, ours, t5x
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODEL = "models/t5_1_1_tiny.gin"
 METHODS = {
     "ia3": ["methods/ia3.gin"],
@@ -38,7 +37,7 @@ def train_settings(place, method: str, model_dir: pathlib.Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, quick_compilation) -> types.SimpleNamespace:
+def place(tmp_path_factory) -> types.SimpleNamespace:
     """A folder of tasks, a vocabulary, and a base with random weights."""
     from pemoe_jax.checkpoints import base
     from pemoe_jax.core import network, params

@@ -15,8 +15,6 @@ from pemoe_jax.core.adapters import Adapters
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RATE = 0.02
 EXACT = 1e-13  # of numbers in double precision
 ROUTING = {
