@@ -71,6 +71,8 @@ def test_equals_the_definition(monkeypatch, way, queries, without):
     of = [None if i in without else x for i, x in enumerate(arrays(queries, 5))]
     found, grads = run(way, *of)
     np.testing.assert_allclose(found, by_definition(*of), rtol=1e-5, atol=1e-5)
+    alone = jax.jit(functools.partial(attention.attend, way=way))(*of)  # no gradient is asked for
+    np.testing.assert_allclose(alone, by_definition(*of), rtol=1e-5, atol=1e-5)
     for a, b in zip(grads, run("plain", *of)[1], strict=True):
         assert largest_difference(a, b) < 1e-5
 
