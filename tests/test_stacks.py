@@ -51,11 +51,14 @@ def packed_batch() -> dict[str, np.ndarray]:
 def run(model, trainable, frozen, rng=None, microbatches=2, batch=None):
     """(gradients by path, metrics) of a packed batch in two pieces."""
     batch = packed_batch() if batch is None else batch
-    step = functools.partial(
-        steps.loss_and_grads, model, steps.Loss(z_loss=1e-3), microbatches=microbatches
-    )
-    grads, metrics = jax.jit(step)(trainable, frozen, batch, rng)
+    grads, metrics = _step(model, microbatches, trainable, frozen, batch, rng)
     return params.flatten(grads), metrics
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(model, microbatches, trainable, frozen, batch, rng):
+    loss = steps.Loss(z_loss=1e-3)
+    return steps.loss_and_grads(model, loss, trainable, frozen, batch, rng, microbatches)
 
 
 @functools.cache

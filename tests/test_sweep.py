@@ -347,6 +347,7 @@ def test_killed_trainings_end_like_undisturbed_ones(processes, tmp_path):
     flags += [f"--gin.JSONL_DIR={tmp_path / 'tasks'}", f"--gin.VOCAB_PATH={tmp_path}/vocab.model"]
     flags += ["--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 8}", "--gin.BATCH_SIZE=8"]
     flags += ["--gin.VOCAB_SIZE=256", "--gin.TRAIN_STEPS=160", "--gin.LOG_PERIOD=20"]
+    flags += [f"--gin.network.T5Config.num_{stack}_layers=1" for stack in ("encoder", "decoder")]
     flags += ["--gin.CHECKPOINT_PERIOD=20"]
 
     def command(name: str) -> list[str]:

@@ -449,7 +449,7 @@ def stacked(
 def _look_over(model: Transformer) -> tuple[Any, dict[str, Any]]:
     """The parameters' shapes, and (initialiser, shape, axes) of each; no device is touched.
 
-    A run asks some ten times, so a model keeps its own. Not by equality: partials of gin's that
+    A run asks five times, so a model keeps its own. Not by equality: partials of gin's that
     are equal may have been configured differently since.
     """
     kept = vars(model)
