@@ -131,7 +131,7 @@ class Router(nn.Module):
             logits,
             tokens.valid,
             temperature=self.temperature,
-            top_k=None if self.top_k is None else min(self.top_k, self.num_experts),
+            top_k=self.top_k,
             renormalize=self.renormalize,
             straight_through=self.straight_through,
             balance_loss=self.balance_loss,
@@ -158,13 +158,11 @@ class Router(nn.Module):
             raise InputError(f"Router.jitter_noise: expected [0, 1), found {self.jitter_noise!r}")
 
 
-@functools.partial(
-    jax.jit,
-    inline=True,  # in the program as if it were written there
-    static_argnames=(
-        *("temperature", "top_k", "renormalize", "straight_through", "balance_loss", "z_loss"),
-    ),
-)
+_SETTINGS = ("temperature", "top_k", "renormalize", "straight_through", "balance_loss", "z_loss")
+
+
+# `inline`: in the program as if it were written there
+@functools.partial(jax.jit, inline=True, static_argnames=_SETTINGS)
 def _mixture(
     logits: Array,
     valid: Array | None,
