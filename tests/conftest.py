@@ -20,10 +20,9 @@ _XLA_FLAGS = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=2",
 )
-_GIVEN = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join(
-    [*_GIVEN.split(), *(flag for flag in _XLA_FLAGS if flag.partition("=")[0] not in _GIVEN)]
-)
+_GIVEN = os.environ.get("XLA_FLAGS", "").split()
+# behind what is given, for of two XLA takes the last
+os.environ["XLA_FLAGS"] = " ".join([*_GIVEN, *(flag for flag in _XLA_FLAGS if flag not in _GIVEN)])
 # What one test has compiled others need not: many train the same model, in processes of their own
 # too. The folder is new in each session; xdist's workers have it of the process that starts them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -72,7 +71,7 @@ def t5_vocab() -> pathlib.Path:
 def programs_go_with_the_module() -> Iterator[None]:
     """Thousands of them would be some GB, and all of it looked through at each collection.
 
-    What is left, a million objects of imports, is not looked through again.
+    What is left, a million objects of imports, is not looked through until the next module ends.
     """
     yield
     jax.clear_caches()
