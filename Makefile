@@ -11,8 +11,8 @@ T5X = .[test,t5x]
 .PHONY: quickstart test test-all lint clean t5x t5x-install test-t5x bench bench-peers
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python -m pemoe_jax.train --gin_file=methods/mov.gin --gin_file=runs/quickstart.gin
-	$(BIN)/python -m pemoe_jax.evaluate --gin_file=runs/quickstart_evaluate.gin
+	$(BIN)/pemoe train --gin_file=methods/mov.gin --gin_file=runs/quickstart.gin
+	$(BIN)/pemoe evaluate --gin_file=runs/quickstart_evaluate.gin
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
@@ -36,7 +36,7 @@ t5x-install:
 	@$(BIN)/python -m pemoe_jax.t5x_bridge --check
 
 test-t5x: t5x
-	$(BIN)/python -m pytest tests/t5x
+	$(BIN)/python -m pytest tests/t5x_bridge
 
 # The rows of benchmarks/RESULTS.md that need no GPU; nothing else should run meanwhile.
 bench: $(VENV)/.installed

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pemoe_jax import host_memory
+from pemoe_jax.runtime import host_memory
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CORES = 2  # of a comparison on CPU

@@ -48,9 +48,9 @@ def of_step(
     """
     import jax.numpy as jnp
 
+    from pemoe_jax.analysis.planning import flops
     from pemoe_jax.core import adapters
     from pemoe_jax.core import params as params_lib
-    from pemoe_jax.reports import flops
 
     config = model.config
     described = adapters.describe(model.adapters)

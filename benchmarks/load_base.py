@@ -39,10 +39,11 @@ def network() -> Any:
     """The size's network, through its gin file."""
     import gin
 
-    from pemoe_jax import config, train
+    from pemoe_jax import train
     from pemoe_jax.core import network
+    from pemoe_jax.runtime import gin_flags
 
-    config.load(train.FLAGS.parse_args([f"--gin_file={SIZE}"]), ["DROPOUT_RATE = 0.0"])
+    gin_flags.load(train.FLAGS.parse_args([f"--gin_file={SIZE}"]), ["DROPOUT_RATE = 0.0"])
     return gin.get_configurable(network.Transformer)()
 
 
@@ -53,7 +54,7 @@ def write_all(folder: pathlib.Path) -> None:
     """Every format, each once."""
     import jax
 
-    from pemoe_jax.checkpoints import base, huggingface, stored
+    from pemoe_jax.checkpoints import base_model, huggingface, lazy_array
     from pemoe_jax.core import network as network_lib
     from pemoe_jax.core import params as params_lib
 
@@ -64,8 +65,8 @@ def write_all(folder: pathlib.Path) -> None:
             network_lib.init_params(model, 0, params_lib.is_base)
         ).items()
     }
-    arrays = {path: stored.of_array(array) for path, array in flat.items()}
-    base.save(folder / FOLDERS["own"], params_lib.unflatten(flat), model.config.as_dict())
+    arrays = {path: lazy_array.of_array(array) for path, array in flat.items()}
+    base_model.save(folder / FOLDERS["own"], params_lib.unflatten(flat), model.config.as_dict())
     huggingface.save_folder(folder / FOLDERS["huggingface"], arrays)
     shards = folder / FOLDERS["huggingface, 5 shards"]
     huggingface.save_folder(shards, arrays, shard_bytes=200_000_000)
@@ -136,7 +137,7 @@ def ours(path: str, dtype: str) -> Callable[[], Any]:
 
     import jax.numpy as jnp
 
-    from pemoe_jax import models
+    from pemoe_jax.checkpoints import models
     from pemoe_jax.core import network as network_lib
     from pemoe_jax.core import params as params_lib
 

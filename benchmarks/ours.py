@@ -135,9 +135,9 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from pemoe_jax import host_memory
     from pemoe_jax.core import network, optim, steps
     from pemoe_jax.core import params as params_lib
+    from pemoe_jax.runtime import host_memory
 
     rows, lengths, model = spec["rows"], spec["lengths"], transformer(spec)
     patterns = [".*"] if spec["method"] == "full" else [params_lib.ADAPTER_PATTERN]

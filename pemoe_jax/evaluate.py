@@ -1,4 +1,4 @@
-"""Zero-shot evaluation by rank classification: `python -m pemoe_jax.evaluate --help`."""
+"""Zero-shot evaluation by rank classification: `pemoe evaluate --help`."""
 
 import collections
 import json
@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pemoe_jax import config
+from pemoe_jax.runtime import gin_flags
 
 if TYPE_CHECKING:
     from pemoe_jax.core import network
 
-FLAGS = config.parser(
+FLAGS = gin_flags.parser(
     "evaluate",
     "Scores held-out tasks by rank classification and writes results.json, results.md and\n"
     "predictions to EVAL_OUTPUT_DIR. Checkpoints say themselves what model they are of.",
     example="""\
-  python -m pemoe_jax.evaluate --gin_file=runs/evaluate.gin \\
+  pemoe evaluate --gin_file=runs/evaluate.gin \\
     --gin.CHECKPOINT_PATH="['base.safetensors', '/tmp/mov', '/tmp/lora']" \\
     --gin.EVAL_OUTPUT_DIR=/tmp/results --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
 """,
@@ -31,7 +31,7 @@ FLAGS = config.parser(
   MIXTURE_OR_TASK_NAME      what is scored (jsonl_score_eval)
   JSONL_DIR, VOCAB_PATH, EVAL_TASKS, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
   TASK_FEATURE_LENGTHS, BATCH_SIZE, ROUTING_PICTURE, MODEL_PARALLELISM, FSDP
-  SENTENCE_EMBEDDINGS       table of python -m pemoe_jax.embed, for models trained with one
+  SENTENCE_EMBEDDINGS       table of pemoe embed, for models trained with one
 """,
 )
 
@@ -79,15 +79,16 @@ def evaluate(
     Raises:
       InputError: anything the user can mend.
     """
-    from pemoe_jax import data, models, processes, progress, sentences
-    from pemoe_jax.checkpoints import files
+    from pemoe_jax.analysis import tables
+    from pemoe_jax.analysis.zero_shot import scores as results_lib
+    from pemoe_jax.checkpoints import models
     from pemoe_jax.core import partitioning
-    from pemoe_jax.reports import results as results_lib
-    from pemoe_jax.reports import tables
+    from pemoe_jax.data import sentences, seqio_tasks
+    from pemoe_jax.runtime import atomic_write, distributed, progress
 
-    output = files.local(output_dir, "EVAL_OUTPUT_DIR")
-    processes.start()
-    folder = processes.folder_to_write(output)
+    output = atomic_write.local(output_dir, "EVAL_OUTPUT_DIR")
+    distributed.start()
+    folder = distributed.folder_to_write(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
     partitioning.connect(mesh)
@@ -98,8 +99,8 @@ def evaluate(
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
     for one in opened:
-        data.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
-    names = data.subtasks(mixture_or_task_name)
+        seqio_tasks.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
+    names = seqio_tasks.subtasks(mixture_or_task_name)
     if results_lib.check_replaced(output, [one.path for one in opened], names):
         print(f"replacing the results in {output}", flush=True)
 
@@ -107,12 +108,12 @@ def evaluate(
         opened,
         sentence_embeddings,
         mixture_or_task_name,
-        data.checked_lengths(task_feature_lengths)["inputs"],
+        seqio_tasks.checked_lengths(task_feature_lengths)["inputs"],
         use_cached_tasks,
     )
 
     def read(name: str) -> list[Any]:
-        found = data.choice_groups(
+        found = seqio_tasks.choice_groups(
             name, task_feature_lengths, max_examples=max_examples, use_cached=use_cached_tasks
         )
         return found if embedded is None else embedded.given_to(found)
@@ -135,7 +136,9 @@ def evaluate(
                 correct=[group.is_correct[predicted[id(group)][0]] for group in members],
                 chance=[sum(group.is_correct) / len(group.choices) for group in members],
                 dataset=labels.get(name, name),
-                split=splits.get(name.removesuffix("_score_eval")) or data.eval_split(name) or "",
+                split=splits.get(name.removesuffix("_score_eval"))
+                or seqio_tasks.eval_split(name)
+                or "",
                 odd=[kind for group in members for kind in group.odd],
             )
             for name, members in groups.items()
@@ -145,8 +148,8 @@ def evaluate(
         summary = results_lib.summarise(tasks)
         results["runs"].append({**_about(one, summary["datasets"]), **summary, "tasks": tasks})
         # after each run, so that what is there stays if a later one fails
-        files.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        files.write_text(folder / "results.md", tables.to_markdown(results))
+        atomic_write.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        atomic_write.write_text(folder / "results.md", tables.to_markdown(results))
         if routing_picture and registered is not None:
             png = folder / f"routing_{one.name}.png"
             _draw_routing(one, params, groups, registered, png, read, batch_size, mesh)
@@ -162,9 +165,10 @@ def _about(opened: Any, scored: Mapping[str, Any]) -> dict[str, Any]:
     Without `trained_datasets` it is not known which it was trained on; without `settings` not which
     runs differ from it by `seed` only.
     """
+    from pemoe_jax.analysis import counts
+    from pemoe_jax.analysis.zero_shot import settings
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import adapters, network, params
-    from pemoe_jax.reports import counts, settings
 
     about = opened.about()
     about["variant"] = counts.label(
@@ -173,7 +177,7 @@ def _about(opened: Any, scored: Mapping[str, Any]) -> dict[str, Any]:
         adapters.describe(opened.model.adapters),
     )
     if opened.record is not None and runs.is_run(opened.path):
-        config_file = runs.resolve(opened.path)[0] / "config.gin"
+        config_file = runs.resolve(opened.path)[0] / "gin_flags.gin"
         if config_file.is_file():
             about["seed"] = opened.record.seed
             about["settings"] = settings.fingerprint(settings.read(config_file.read_text()))
@@ -192,8 +196,8 @@ def _score(
     import jax
     import numpy as np
 
-    from pemoe_jax import buckets, feed
     from pemoe_jax.core import partitioning, steps
+    from pemoe_jax.data import batching, feed
 
     score = jax.jit(
         functools.partial(steps.score_choices, model), out_shardings=partitioning.replicated(mesh)
@@ -211,7 +215,7 @@ def _score(
         bar.report_if_due(len(found), "inputs")
 
     for batch, members in feed.prefetch(
-        buckets.score_batches(groups, batch_size, multiple_of=devices)
+        batching.score_batches(groups, batch_size, multiple_of=devices)
     ):
         waiting.append((score(params, partitioning.shard_batch(batch, mesh)), members))
         if len(waiting) > 2:  # a few in flight keep the device busy
@@ -224,7 +228,7 @@ def _score(
 def _write_predictions(
     folder: Path, groups: Mapping[str, Sequence[Any]], predicted: Mapping[int, tuple[int, Any]]
 ) -> None:
-    from pemoe_jax.checkpoints import files
+    from pemoe_jax.runtime import atomic_write
 
     for name, members in groups.items():
         lines = []
@@ -240,7 +244,7 @@ def _write_predictions(
                 "odd": group.odd,
             }
             lines.append(json.dumps(row, ensure_ascii=False))
-        files.write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        atomic_write.write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
 def _draw_routing(
@@ -254,26 +258,25 @@ def _draw_routing(
     mesh: Any,
 ) -> None:
     """A picture of where tasks are routed, one prompt of each data set, trained on and held out."""
-    from pemoe_jax import routed
-    from pemoe_jax.core import routing_probe
-    from pemoe_jax.reports import plots
+    from pemoe_jax.analysis import plots
+    from pemoe_jax.analysis.routing import measure, probe
 
-    experts = routing_probe.experts(opened.model)
+    experts = probe.experts(opened.model)
     if not experts:
         return
     labels = registered.datasets
-    shown = routed.one_a_dataset({name: labels[name] for name in groups})
-    others = routed.one_a_dataset({name: labels[name] for name in registered.train_score_tasks})
+    shown = measure.one_a_dataset({name: labels[name] for name in groups})
+    others = measure.one_a_dataset({name: labels[name] for name in registered.train_score_tasks})
     members = {name: read(name) for name in others} | {name: groups[name] for name in shown}
     members = {
-        name.removesuffix("_score_eval"): of[: routed.EXAMPLES] for name, of in members.items()
+        name.removesuffix("_score_eval"): of[: measure.EXAMPLES] for name, of in members.items()
     }
-    means = routed.means(
-        routed.measure(opened.model, params, members, batch_size, mesh), list(members)
+    means = measure.means(
+        measure.measure(opened.model, params, members, batch_size, mesh), list(members)
     )
-    trained = routed.trained_datasets(opened, registered) or set()
+    trained = measure.trained_datasets(opened, registered) or set()
     plots.routing_map(
-        {site: means[site] for site in routed.choose_sites(None, experts)},
+        {site: means[site] for site in measure.choose_sites(None, experts)},
         png,
         seen=[name for name in members if labels[name] in trained],
         title=f"Where tasks are routed: {opened.name}",
@@ -282,7 +285,7 @@ def _draw_routing(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return config.run(FLAGS, evaluate, argv)
+    return gin_flags.run(FLAGS, evaluate, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Greedy decoding and metrics of what comes out: `python -m pemoe_jax.infer --help`."""
+"""Greedy decoding and metrics of what comes out: `pemoe infer --help`."""
 
 import collections
 import dataclasses
@@ -10,20 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pemoe_jax import config
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import gin_flags
 
 if TYPE_CHECKING:
     from pemoe_jax.core import network
 
-FLAGS = config.parser(
+FLAGS = gin_flags.parser(
     "infer",
     "Decodes the evaluation split of tasks greedily and writes predictions, results.json and\n"
     "results.md to EVAL_OUTPUT_DIR. A task's metrics are its own as registered, those that P3's\n"
     "table or the folder's INDEX.json name (Accuracy, BLEU, ROUGE, Squad, Spearman Correlation),\n"
     "or else accuracy: how many predictions are the target to the letter.",
     example="""\
-  python -m pemoe_jax.infer --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/mov \\
+  pemoe infer --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/mov \\
     --gin.EVAL_OUTPUT_DIR=/tmp/decoded --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
 """,
     macros="""\
@@ -36,7 +36,7 @@ FLAGS = config.parser(
   JSONL_DIR or P3_DIR, VOCAB_PATH, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
   TASK_FEATURE_LENGTHS      its 'targets': most tokens that are decoded
   BATCH_SIZE, MODEL_PARALLELISM, FSDP
-  SENTENCE_EMBEDDINGS       table of python -m pemoe_jax.embed, for models trained with one
+  SENTENCE_EMBEDDINGS       table of pemoe embed, for models trained with one
 """,
 )
 
@@ -99,16 +99,17 @@ def infer(
     Raises:
       InputError: anything the user can mend.
     """
-    from pemoe_jax import data, models, processes, sentences
-    from pemoe_jax.checkpoints import files
+    from pemoe_jax.analysis import layout, tables
+    from pemoe_jax.analysis.zero_shot import scores as results_lib
+    from pemoe_jax.checkpoints import models
     from pemoe_jax.core import partitioning
-    from pemoe_jax.reports import layout, tables
-    from pemoe_jax.reports import results as results_lib
+    from pemoe_jax.data import sentences, seqio_tasks
+    from pemoe_jax.runtime import atomic_write, distributed
 
-    lengths = data.checked_lengths(task_feature_lengths)
-    output = files.local(output_dir, "EVAL_OUTPUT_DIR")
-    processes.start()
-    folder = processes.folder_to_write(output)
+    lengths = seqio_tasks.checked_lengths(task_feature_lengths)
+    output = atomic_write.local(output_dir, "EVAL_OUTPUT_DIR")
+    distributed.start()
+    folder = distributed.folder_to_write(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
     partitioning.connect(mesh)
@@ -119,7 +120,7 @@ def infer(
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
     for one in opened:
-        data.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
+        seqio_tasks.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
     names = _plain_names(mixture_or_task_name)
     if results_lib.check_replaced(output, [one.path for one in opened], names):
         print(f"replacing the results in {output}", flush=True)
@@ -144,15 +145,15 @@ def infer(
         for task in tasks:
             rows = [tokens.popleft() for _ in task.inputs]
             found[task.name] = _measure(task, rows, one.step)
-            files.write_text(
+            atomic_write.write_text(
                 folder / "predictions" / one.name / f"{task.name}.jsonl", _lines(task, rows)
             )
         results["runs"].append({**one.about(), "tasks": found})
         # after each run, so that what is there stays if a later one fails
-        files.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        atomic_write.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
         found_tables = [*_tables(results, prompts=False), *_tables(results, prompts=True)]
         found_tables.append(tables.origins(results["runs"]))
-        files.write_text(folder / "results.md", layout.to_markdown(found_tables))
+        atomic_write.write_text(folder / "results.md", layout.to_markdown(found_tables))
     layout.print_tables(_tables(results, prompts=False))
     print(f"results in {folder}/results.md, predictions in {folder}/predictions")
     return results
@@ -169,19 +170,20 @@ def _read(
     max_examples: int | None,
 ) -> list[_Task]:
     """The tasks with their examples; of a mixture, those that are not there are told of."""
-    from pemoe_jax import data, progress
+    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.runtime import progress
 
     names = _plain_names(name)
-    there = [task for task in names if data.is_there(task, use_cached)]
+    there = [task for task in names if seqio_tasks.is_there(task, use_cached)]
     if use_cached and not there:
-        data.cached_subtasks(names[0])  # raises
+        seqio_tasks.cached_subtasks(names[0])  # raises
     _tell_left_out("no data", [task for task in names if there and task not in there])
     names = there or names  # of one that is not there its source says what is missing
-    splits = {task: split for task in names if (split := data.eval_split(task)) is not None}
+    splits = {task: split for task in names if (split := seqio_tasks.eval_split(task)) is not None}
     without = [task for task in names if task not in splits]
     if not splits:
         raise InputError(
-            f"no task of {name!r} has an evaluation split ({', '.join(data.EVAL_SPLITS)})"
+            f"no task of {name!r} has an evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"
         )
     _tell_left_out("no evaluation split", without)
     _give_metrics(list(splits), registered)
@@ -191,7 +193,7 @@ def _read(
     tasks = []
     try:
         for task, split in splits.items():
-            with data.reading(task, split, use_cached):
+            with seqio_tasks.reading(task, split, use_cached):
                 found = _examples(task, split, lengths, use_cached, max_examples)
             found.dataset, found.split = labels.get(task, task), behind.get(task) or split
             tasks.append(found)
@@ -209,12 +211,12 @@ def _tell_left_out(why: str, tasks: Sequence[str]) -> None:
 
 def _plain_names(name: str) -> list[str]:
     """The tasks of a name; in place of a twin, whose rows are choices, the task it is of."""
-    from pemoe_jax import data
+    from pemoe_jax.data import seqio_tasks
 
     plain = []
-    for task in data.subtasks(name):
+    for task in seqio_tasks.subtasks(name):
         base = task.removesuffix("_score_eval")
-        if base != task and base not in data.import_seqio().TaskRegistry.names():
+        if base != task and base not in seqio_tasks.import_seqio().TaskRegistry.names():
             raise InputError(
                 f"{task!r} has a row for each answer choice, which pemoe_jax.evaluate scores;"
                 f" expected a task to decode, found no {base!r}"
@@ -224,20 +226,21 @@ def _plain_names(name: str) -> list[str]:
 
 
 def _give_metrics(names: Sequence[str], registered: Any) -> None:
-    from pemoe_jax import data
-    from pemoe_jax.tasks import jsonl_files, jsonl_roles, metrics
+    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.tasks import metrics
+    from pemoe_jax.tasks.jsonl import files, roles
 
-    seqio = data.import_seqio()
+    seqio = seqio_tasks.import_seqio()
     of_lines: Mapping[str, Any] = {}
     index, where = {}, ""
-    if isinstance(registered, jsonl_roles.Registered):
+    if isinstance(registered, roles.Registered):
         of_lines = registered.datasets
         path = Path(registered.folder) / "INDEX.json"
-        index, where = jsonl_files.read_index(path) or {}, str(path)
+        index, where = files.read_index(path) or {}, str(path)
     for name in names:
         found = metrics.names_of(name, index if name in of_lines else None, where)
         metrics.give(name, found)
-        kinds = {metric.model_output_type for metric in data.check_task(name).metric_objs}
+        kinds = {metric.model_output_type for metric in seqio_tasks.check_task(name).metric_objs}
         other = kinds - {seqio.metrics.ModelOutputType.PREDICTION}
         if other:
             raise InputError(
@@ -252,9 +255,9 @@ def _converter() -> Any:
 
     seqio's own takes most of the time that reading a task does.
     """
-    from pemoe_jax import data
+    from pemoe_jax.data import seqio_tasks
 
-    seqio = data.import_seqio()
+    seqio = seqio_tasks.import_seqio()
 
     class Unconverted(seqio.EncDecFeatureConverter):  # type: ignore[name-defined]
         def __call__(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
@@ -270,9 +273,9 @@ def _examples(
     use_cached: bool,
     max_examples: int | None,
 ) -> _Task:
-    from pemoe_jax import data
+    from pemoe_jax.data import seqio_tasks
 
-    seqio = data.import_seqio()
+    seqio = seqio_tasks.import_seqio()
     evaluator = seqio.Evaluator(
         name,
         _converter(),
@@ -283,17 +286,17 @@ def _examples(
         num_examples=max_examples,
         async_compute_metrics=False,
     )
-    features = data.check_task(name).output_features
+    features = seqio_tasks.check_task(name).output_features
     eos_id = features["inputs"].vocabulary.eos_id
     task = _Task(name, name, split, evaluator, features["targets"].vocabulary, [], [], [], [], [])
     for row in evaluator.cached_task_datasets[name].as_numpy_iterator():
-        ids, was_cut = data.cut(row["inputs"], lengths["inputs"], eos_id)
+        ids, was_cut = seqio_tasks.cut(row["inputs"], lengths["inputs"], eos_id)
         task.inputs.append(ids)
         task.cut.append(was_cut)
-        task.input_texts.append(data.text_of(features, row, "inputs"))
-        task.target_texts.append(data.text_of(features, row, "targets"))
-        if data.SENTENCE in row:
-            task.sentences.append(row[data.SENTENCE])
+        task.input_texts.append(seqio_tasks.text_of(features, row, "inputs"))
+        task.target_texts.append(seqio_tasks.text_of(features, row, "targets"))
+        if seqio_tasks.SENTENCE in row:
+            task.sentences.append(row[seqio_tasks.SENTENCE])
     return task
 
 
@@ -306,8 +309,9 @@ def _decode(
     """The tokens [length] of every example, tasks one after the other."""
     import numpy as np
 
-    from pemoe_jax import buckets, feed, progress
     from pemoe_jax.core import decoding, partitioning
+    from pemoe_jax.data import batching, feed
+    from pemoe_jax.runtime import progress
 
     inputs = [ids for task in tasks for ids in task.inputs]
     sentences = [vector for task in tasks for vector in task.sentences]
@@ -321,7 +325,7 @@ def _decode(
         found.update(zip(numbers, partitioning.gather(tokens), strict=False))
         bar.report_if_due(len(found), "inputs")
 
-    batches = buckets.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
+    batches = batching.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
     for tokens, numbers in feed.prefetch(batches):
         batch = {"inputs": tokens}
         if len(sentences) == len(inputs):
@@ -387,7 +391,7 @@ def _mean_of(tasks: Sequence[Mapping[str, Any]], metric: str) -> str:
 
 
 def _by_dataset(run: str, tasks: Mapping[str, Any]) -> Any:
-    from pemoe_jax.reports import tables
+    from pemoe_jax.analysis import tables
 
     names = _metrics_of(tasks)
     groups: dict[str, list[Any]] = collections.defaultdict(list)
@@ -403,7 +407,7 @@ def _by_dataset(run: str, tasks: Mapping[str, Any]) -> Any:
 
 
 def _by_task(run: str, tasks: Mapping[str, Any]) -> Any:
-    from pemoe_jax.reports import tables
+    from pemoe_jax.analysis import tables
 
     names = _metrics_of(tasks)
     rows = [
@@ -417,7 +421,7 @@ def _by_task(run: str, tasks: Mapping[str, Any]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return config.run(FLAGS, infer, argv)
+    return gin_flags.run(FLAGS, infer, argv)
 
 
 if __name__ == "__main__":

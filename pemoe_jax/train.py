@@ -1,4 +1,4 @@
-"""Trains adapters (or a whole model) by gin files: `python -m pemoe_jax.train --help`."""
+"""Trains adapters (or a whole model) by gin files: `pemoe train --help`."""
 
 import dataclasses
 import itertools
@@ -9,19 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pemoe_jax import config
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import gin_flags
 
 if TYPE_CHECKING:
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import network, optim, steps
 
-FLAGS = config.parser(
+FLAGS = gin_flags.parser(
     "train",
     "Trains adapters on a frozen T5, or the whole of it, and writes checkpoints to MODEL_DIR.\n"
     "The same command again goes on from the newest checkpoint.",
     example="""\
-  python -m pemoe_jax.train \\
+  pemoe train \\
     --gin_file=models/t5_1_1_large.gin --gin_file=methods/mov.gin --gin_file=runs/finetune.gin \\
     --gin.MODEL_DIR=/tmp/mov --gin.INITIAL_CHECKPOINT_PATH=base.safetensors \\
     --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model --gin.TRAIN_STEPS=1000
@@ -33,7 +33,7 @@ FLAGS = config.parser(
   TRAIN_TASKS, EVAL_TASKS   name patterns, e.g. "['rte_*']"; None: by INDEX.json
   MIXTURE_OR_TASK_NAME, MIXTURE_OR_TASK_MODULE   a seqio name, and the module that registers it
   TASK_FEATURE_LENGTHS, BATCH_SIZE, MICROBATCHES, PACK, SEED, TRAIN_STEPS
-  SENTENCE_EMBEDDINGS       table of python -m pemoe_jax.embed, for routing/sentence.gin
+  SENTENCE_EMBEDDINGS       table of pemoe embed, for routing/sentence.gin
   OPTIMIZER, LEARNING_RATE, SCHEDULE, WARMUP_STEPS, DROPOUT_RATE
   LOSS_NORMALIZING_FACTOR, Z_LOSS, LABEL_SMOOTHING
   NUM_EXPERTS, RANK, ALPHA (by method), ROUTER_METRICS
@@ -130,24 +130,25 @@ def train(
 
     import jax
 
-    from pemoe_jax import data, feed, processes, sentences
-    from pemoe_jax.checkpoints import files, runs
+    from pemoe_jax.analysis import plots
+    from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import adapters, network, partitioning, quantized, stacks, steps
-    from pemoe_jax.reports import plots
+    from pemoe_jax.data import feed, sentences, seqio_tasks
+    from pemoe_jax.runtime import atomic_write, distributed
 
     quantized.check(frozen_dtype)
-    folder = files.local(model_dir, "MODEL_DIR")
-    processes.start()
+    folder = atomic_write.local(model_dir, "MODEL_DIR")
+    distributed.start()
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh, microbatches)
     partitioning.connect(mesh)
     registered = register() if register is not None else None
-    data.check_vocabulary(mixture_or_task_name, model.config.vocab_size)
+    seqio_tasks.check_vocabulary(mixture_or_task_name, model.config.vocab_size)
     embedded = sentences.for_training(
         adapters.describe(model.adapters),
         sentence_embeddings,
         mixture_or_task_name,
-        data.checked_lengths(task_feature_lengths)["inputs"],
+        seqio_tasks.checked_lengths(task_feature_lengths)["inputs"],
         pack,
         use_cached_tasks,
     )
@@ -168,7 +169,7 @@ def train(
     )
     record = dataclasses.replace(
         record,
-        trained_datasets=_datasets(data.subtasks(mixture_or_task_name), registered),
+        trained_datasets=_datasets(seqio_tasks.subtasks(mixture_or_task_name), registered),
         sentence_encoder=None if embedded is None else dict(embedded.encoder),
     )
     print(_summary(state.params, frozen, record, registered, len(jax.devices())), flush=True)
@@ -213,7 +214,7 @@ def train(
                 pass
     if model.config.scan_layers:
         frozen = network.stacked(model, frozen, stacks.join_and_free)
-    written = processes.folder_to_write(folder)
+    written = distributed.folder_to_write(folder)
     _write_config(written)
     loop = _Loop(
         train_step=steps.make_train_step(
@@ -269,8 +270,7 @@ def _prepare(
     """What trains with its optimiser's state, what does not, both placed, and the run's record."""
     import jax
 
-    from pemoe_jax import models
-    from pemoe_jax.checkpoints import runs
+    from pemoe_jax.checkpoints import models, runs
     from pemoe_jax.core import adapters, network, partitioning, quantized, steps
     from pemoe_jax.core import params as params_lib
 
@@ -307,8 +307,8 @@ def _prepare(
 
 
 def _summary(trainable: Any, frozen: Any, record: Any, registered: Any, devices: int) -> str:
+    from pemoe_jax.analysis import tables
     from pemoe_jax.core import params as params_lib
-    from pemoe_jax.reports import tables
 
     identity = record.base
     base = (
@@ -338,8 +338,8 @@ def _datasets(tasks: Sequence[str], registered: Any) -> list[str]:
 
 def _step_to_go_on_from(folder: Path, record: "runs.Record") -> int:
     """The newest checkpoint's step, 0 where there is none; it must be of this base and method."""
-    from pemoe_jax import sentence_table
     from pemoe_jax.checkpoints import runs
+    from pemoe_jax.data import sentence_table
 
     saved = runs.saved_steps(folder)
     if not saved:
@@ -395,7 +395,7 @@ def _write_config(folder: Path) -> None:
 
     beside = folder / ".config.gin"
     beside.write_text(gin.config_str())
-    beside.rename(folder / "config.gin")
+    beside.rename(folder / "gin_flags.gin")
 
 
 @dataclasses.dataclass
@@ -427,8 +427,8 @@ class _Loop:
         """Trains on `placed` batches."""
         import jax
 
-        from pemoe_jax import host_memory, progress
         from pemoe_jax.core import routing
+        from pemoe_jax.runtime import host_memory, progress
 
         first = int(state.step)
         bar = progress.Progress("step", self.total_steps, first)
@@ -534,7 +534,7 @@ def _means(window: list[tuple[Any, int]]) -> dict[str, Any]:
 
 
 def _note(means: Mapping[str, Any]) -> str:
-    from pemoe_jax import progress
+    from pemoe_jax.runtime import progress
 
     share = means["wait_share"]
     waiting = f"  waiting for data {share:.0%} of the time" if share > 0.05 else ""
@@ -555,7 +555,7 @@ def _check_finite(means: Mapping[str, Any], step: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return config.run(FLAGS, train, argv)
+    return gin_flags.run(FLAGS, train, argv)
 
 
 if __name__ == "__main__":

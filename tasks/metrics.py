@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from pemoe_jax import data
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.tasks import p3_table
+from pemoe_jax.data import seqio_tasks
+from pemoe_jax.tasks.p3 import published
 
 MetricFn = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
 
@@ -166,7 +166,7 @@ def names_of(task: str, index: Mapping[str, Any] | None = None, where: str = "")
       InputError: `metrics` of the index is not a list of known names.
     """
     if index is None:
-        known = p3_table.tasks().get(task)
+        known = published.tasks().get(task)
         return known.metrics if known is not None else DEFAULT
     names = index.get(task, {}).get("metrics", DEFAULT)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -177,7 +177,7 @@ def names_of(task: str, index: Mapping[str, Any] | None = None, where: str = "")
 
 def give(task: str, names: Sequence[str]) -> None:
     """Gives a registered task without metrics of predictions those of these names."""
-    found = data.check_task(task)
+    found = seqio_tasks.check_task(task)
     if found.predict_metric_fns or found.metric_objs:
         return
     # Task.replace makes a plain Task of any class of tasks, so the task itself is changed

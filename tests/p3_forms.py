@@ -7,7 +7,7 @@ from collections.abc import Callable
 import archives
 import numpy as np
 
-from pemoe_jax.tasks import p3_table
+from pemoe_jax.tasks.p3 import published as published_lib
 
 NAMES = ["Ann", "Bo", "Cy", "Dee", "Eli"]
 THINGS = ["bread", "a kite", "two eggs", "the | bar", "hay", "é and ü"]
@@ -127,7 +127,7 @@ LABELS = {"super_glue_rte": 2, "super_glue_copa": 2, "anli": 3, "ag_news": 4}
 
 def raw_splits(task: str) -> dict[str, list[dict]]:
     """Split -> the data set's examples; 1,000 prompted rows over the five tasks."""
-    dataset = p3_table.tasks()[task].dataset_name
+    dataset = published_lib.tasks()[task].dataset_name
     seed, labels = sorted(LABELS).index(dataset), LABELS[dataset]
     return {"train": raw(150, labels, seed), EVAL_SPLIT[task]: raw(50, labels, seed + 100)}
 
@@ -166,7 +166,7 @@ def all_rows() -> dict[tuple[str, str], list[dict]]:
     for task in RENDERED:
         for split in ("train", EVAL_SPLIT[task]):
             found[task, split] = plain_rows(task, split)
-            if p3_table.tasks()[task].has_twin:
+            if published_lib.tasks()[task].has_twin:
                 found[f"{task}_score_eval", split] = twin_rows(task, split)
     return found
 
@@ -239,7 +239,7 @@ def write_tfds(folder: pathlib.Path) -> None:
         ("ag_news_recommend", "ag_news_subset", None, news),
     ):
         splits = {split: list(map(made, rows)) for split, rows in raw_splits(task).items()}
-        labels = LABELS[p3_table.tasks()[task].dataset_name]
+        labels = LABELS[published_lib.tasks()[task].dataset_name]
         kinds = {
             key: label(num_classes=labels) if key == "label" else text()
             for key in next(iter(splits.values()))[0]
@@ -278,7 +278,7 @@ def write_templates(folder: pathlib.Path) -> None:
 
     write_yaml(folder)
     for task in RENDERED:
-        published = p3_table.tasks()[task]
+        published = published_lib.tasks()[task]
         where = "templates" if task.startswith("ag_news") else "raw"
         home = folder / where / published.dataset / published.subset
         home.mkdir(parents=True, exist_ok=True)

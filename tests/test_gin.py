@@ -5,17 +5,18 @@ import pathlib
 import gin
 import pytest
 
-from pemoe_jax import config, train
+from pemoe_jax import train
 from pemoe_jax.core import network, params
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import gin_flags
 
-GIN = pathlib.Path(config.GIN_DIR)
+GIN = pathlib.Path(gin_flags.GIN_DIR)
 RUN = ["--gin.MODEL_DIR=x", "--gin.INITIAL_CHECKPOINT_PATH=None", "--gin.TRAIN_STEPS=1"]
 
 
 def configure(*flags: str) -> None:
-    rest, bindings = config.split_bindings([*flags, *RUN])
-    config.load(train.FLAGS.parse_args(rest), bindings)
+    rest, bindings = gin_flags.split_bindings([*flags, *RUN])
+    gin_flags.load(train.FLAGS.parse_args(rest), bindings)
 
 
 def configured_model(size: str, method: str, *flags: str) -> network.Transformer:
@@ -92,7 +93,7 @@ def test_flags_reach_the_model():
     ],
 )
 def test_values_of_flags(value, expected):
-    assert config.split_bindings([f"--gin.A={value}", "--other"]) == (
+    assert gin_flags.split_bindings([f"--gin.A={value}", "--other"]) == (
         ["--other"],
         [f"A = {expected}"],
     )

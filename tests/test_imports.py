@@ -1,4 +1,4 @@
-"""Who may import whom: read off the source, so that nothing needs to be installed for it."""
+"""Checks the import rules of docs/architecture.md by reading the source; imports nothing itself."""
 
 import ast
 import os
@@ -13,19 +13,39 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pemoe_jax"
 
-# Every module of the core, and the modules of the core that it may import (errors: all may).
-# `params` makes every parameter; the layers hold a record of the adapters at their sites.
+# Each part of the package, and the parts that it may import. `pemoe_jax.tasks` is the link to the
+# top-level folder `tasks/`. Only `__main__` may import everything.
+PARTS = {
+    "core": set(),
+    "runtime": {"core"},
+    "data": {"core", "runtime"},
+    "checkpoints": {"core", "runtime", "data"},
+    "tasks": {"core", "runtime", "data"},
+    "analysis": {"core", "runtime", "data", "checkpoints", "tasks"},
+    "train": {"core", "runtime", "data", "checkpoints", "tasks", "analysis"},
+    "evaluate": {"core", "runtime", "data", "checkpoints", "tasks", "analysis"},
+    "infer": {"core", "runtime", "data", "checkpoints", "tasks", "analysis"},
+    "tools": {
+        *("core", "runtime", "data", "checkpoints", "tasks", "analysis"),
+        *("train", "evaluate", "infer"),
+    },
+    "t5x_bridge": {"core", "runtime", "data", "checkpoints", "tasks"},
+}
+
+# Each module of the core, and the modules of the core that it may import; all may import `errors`.
+# `params` creates every parameter.
 CORE = {
     "errors": set(),
-    "products": set(),
-    "fused_mov": set(),
-    "fused_attention": set(),
-    "routing": {"params", "products"},
-    "adapters": {"routing", "params", "products", "fused_mov"},
+    "kernels": set(),
+    "kernels.thin_matmul": set(),
+    "kernels.mov": set(),
+    "kernels.attention": set(),
+    "routing": {"params", "kernels.thin_matmul"},
+    "adapters": {"routing", "params", "kernels.thin_matmul", "kernels.mov"},
     "layers": {"attention", "adapters", "params", "quantized", "routing"},
     "merging": set(),
     "network": {"attention", "layers", "stacks", "adapters", "params", "routing"},
-    "attention": {"fused_attention"},
+    "attention": {"kernels.attention"},
     "stacks": {"params", "quantized"},
     "decoding": set(),
     "params": {"partitioning"},
@@ -33,11 +53,10 @@ CORE = {
     "optim": {"params"},
     "steps": {"cross_entropy", "optim", "params", "network", "routing"},
     "cross_entropy": set(),
-    "routing_probe": {"adapters", "params", "network", "steps"},
     "partitioning": set(),
 }
 STDLIB = set(sys.stdlib_module_names)
-MATHS = {"jax", "jaxlib", "flax", "optax", "numpy"}
+NUMERICS = {"jax", "jaxlib", "flax", "optax", "numpy"}
 STORAGE = {"orbax", "tensorstore", "safetensors", "etils", "msgpack", "ml_dtypes"}
 HEAVY = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "t5", "t5x"}
 DATA = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "sentencepiece", "numpy"}
@@ -79,22 +98,23 @@ MODULES = sources()
 
 
 def imports(module: str, top_only: bool = False) -> set[str]:
-    """Dotted names that a module imports, `from a import b` as `a.b` where that is a module.
+    """Returns the dotted names that a module imports, `from a import b` as `a.b` for a module b.
 
-    With `top_only` those that importing it imports: not in functions, not for type checkers alone.
+    With `top_only`, only what importing the module imports: nothing inside functions, nothing under
+    TYPE_CHECKING.
     """
-    found = set()
+    names: set[str] = set()
     package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             up = package.split(".")[: len(package.split(".")) - node.level + 1]
             base = ".".join([*(up if node.level else []), *filter(None, [node.module])])
             for alias in node.names:
                 name = f"{base}.{alias.name}"
-                found.add(name if name in MODULES else base)
+                names.add(name if name in MODULES else base)
         elif top_only and (
             isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
             or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
@@ -104,110 +124,137 @@ def imports(module: str, top_only: bool = False) -> set[str]:
             visit(child)
 
     visit(ast.parse(MODULES[module].read_text()))
-    return found
+    return names
 
 
-def of_ours(module: str) -> set[str]:
+def own_imports(module: str) -> set[str]:
     return {name for name in imports(module) if name.split(".")[0] == "pemoe_jax"}
 
 
-def of_others(module: str) -> set[str]:
+def other_imports(module: str) -> set[str]:
     return {name.split(".")[0] for name in imports(module)} - STDLIB - {"pemoe_jax"}
 
 
-def in_folder(name: str) -> list[str]:
+def in_part(name: str) -> list[str]:
     prefix = f"pemoe_jax.{name}"
     return [m for m in MODULES if m == prefix or m.startswith(prefix + ".")]
 
 
 def test_the_reader_sees_imports():
-    # the test of the test: a reader that finds nothing would let everything pass
-    assert "numpy" in imports("pemoe_jax.reports.plots")
-    assert "matplotlib" in imports("pemoe_jax.reports.plots")
-    assert "matplotlib" not in imports("pemoe_jax.reports.plots", top_only=True)
-    assert "pemoe_jax.core.errors" in of_ours("pemoe_jax.reports.plots")
+    # The test of the test: a reader that finds nothing would let everything pass.
+    plots = "pemoe_jax.analysis.plots"
+    assert "numpy" in imports(plots)
+    assert "matplotlib" in imports(plots)
+    assert "matplotlib" not in imports(plots, top_only=True)
+    assert "pemoe_jax.core.errors" in own_imports(plots)
     assert "pemoe_jax.tasks" in MODULES
 
 
-def test_package_itself_imports_nothing_but_the_standard_library():
-    assert not of_ours("pemoe_jax") and not of_others("pemoe_jax")
+def test_the_package_imports_only_the_standard_library():
+    assert not own_imports("pemoe_jax") and not other_imports("pemoe_jax")
 
 
-@pytest.mark.parametrize("module", in_folder("core"))
+def part(module: str) -> str:
+    """'pemoe_jax.core.kernels.mov' -> 'core'; '' for the package itself."""
+    return module.removeprefix("pemoe_jax").lstrip(".").partition(".")[0]
+
+
+def test_the_package_has_these_parts():
+    assert {part(module) for module in MODULES} == {*PARTS, "__main__", ""}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_upward_import(module):
+    if part(module) in ("", "__main__"):
+        return
+    imported = {name: part(name) for name in own_imports(module)}
+    allowed = {part(module), "", *PARTS[part(module)]}
+    assert not {name for name, target in imported.items() if target not in allowed}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_private_name_of_another_module(module):
+    """Neither `from a import _b` nor `a._b` for an imported module a."""
+    tree = ast.parse(MODULES[module].read_text())
+    aliases = set()
+    private = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pemoe_jax"):
+            aliases |= {
+                alias.asname or alias.name
+                for alias in node.names
+                if f"{node.module}.{alias.name}" in MODULES
+            }
+            private |= {a.name for a in node.names if re.match("_(?!_)", a.name)}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in aliases
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
+        ):
+            private.add(f"{node.value.id}.{node.attr}")
+    assert not private
+
+
+@pytest.mark.parametrize("module", in_part("core"))
 def test_core(module):
-    assert of_others(module) <= MATHS
+    assert other_imports(module) <= NUMERICS
     name = module.removeprefix("pemoe_jax.core").lstrip(".")
     if not name:  # core/__init__.py: importing one module must not import the others
-        assert not of_ours(module)
+        assert not own_imports(module)
         return
     assert name in CORE, f"{module}: not in the table; add its line to CORE"
     allowed = {f"pemoe_jax.core.{other}" for other in CORE[name] | {"errors"}}
-    assert of_ours(module) <= allowed
+    assert own_imports(module) <= allowed
 
 
-@pytest.mark.parametrize("module", in_folder("checkpoints"))
+@pytest.mark.parametrize("module", in_part("checkpoints"))
 def test_checkpoints(module):
-    assert of_others(module) <= MATHS | STORAGE
-    assert of_ours(module) - set(in_folder("checkpoints")) <= {
-        "pemoe_jax",
-        "pemoe_jax.core.params",
-        "pemoe_jax.core.errors",
-    }
+    assert other_imports(module) <= NUMERICS | STORAGE
 
 
-SENTENCES = [*in_folder("sentences"), *in_folder("sentence_table")]
-READERS = [*in_folder("data"), *in_folder("feed"), *in_folder("buckets"), *SENTENCES]
-READERS += in_folder("tasks")
+@pytest.mark.parametrize("module", [*in_part("data"), *in_part("tasks")])
+def test_data_and_tasks(module):
+    assert other_imports(module) <= DATA
 
 
-@pytest.mark.parametrize("module", READERS)
-def test_data_feed_and_tasks(module):
-    assert of_others(module) <= DATA
-    allowed = {"pemoe_jax.core.errors", *in_folder("data"), *SENTENCES, *in_folder("tasks")}
-    assert of_ours(module) <= allowed  # nobody but the entry points builds on batches
-    if module in in_folder("sentence_table"):
-        assert of_ours(module) == {"pemoe_jax.core.errors"}
-
-
-@pytest.mark.parametrize("module", in_folder("reports"))
-def test_reports(module):
-    assert of_others(module) <= {"numpy", *DRAWING}
-    assert of_ours(module) <= {*in_folder("core"), *in_folder("reports")}
+@pytest.mark.parametrize("module", in_part("analysis"))
+def test_analysis(module):
+    assert other_imports(module) <= NUMERICS | DRAWING
     assert not {name.split(".")[0] for name in imports(module, top_only=True)} & DRAWING
 
 
-@pytest.mark.parametrize("module", in_folder("t5x_bridge"))
+@pytest.mark.parametrize("module", in_part("t5x_bridge"))
 def test_t5x_bridge(module):
     """Its package and its command answer where T5X is not installed."""
-    assert of_others(module) <= MATHS | {"t5x", "clu", "etils"}
+    assert other_imports(module) <= NUMERICS | {"t5x", "clu", "etils"}
     if module.rpartition(".")[2] in ("t5x_bridge", "__main__", "installed"):
-        assert "t5x" not in of_others(module)
+        assert "t5x" not in other_imports(module)
 
 
-def entry_points() -> list[str]:
-    rooms = [*in_folder("core"), *in_folder("checkpoints"), *in_folder("reports")]
-    others = {"pemoe_jax", *rooms, *READERS, *in_folder("t5x_bridge")}
-    return [module for module in MODULES if module not in others]
+COMMANDS = ["pemoe_jax.__main__", "pemoe_jax.train", "pemoe_jax.evaluate", "pemoe_jax.infer"]
 
 
-@pytest.mark.parametrize("module", entry_points())
-def test_entry_points_load_seqio_inside_functions_only(module):
+@pytest.mark.parametrize("module", [*COMMANDS, *in_part("tools"), *in_part("runtime")])
+def test_commands_import_seqio_inside_functions_only(module):
     """Neither they nor what they import at once: `import seqio` takes 7 to 8 s."""
     seen, waiting = set(), [module]
     while waiting:
-        at = waiting.pop()
-        seen.add(at)
-        names = imports(at, top_only=True)
-        assert not {name.split(".")[0] for name in names} & HEAVY, f"{module} loads {at}"
+        current = waiting.pop()
+        seen.add(current)
+        names = imports(current, top_only=True)
+        assert not {name.split(".")[0] for name in names} & HEAVY, f"{module} loads {current}"
         waiting += [name for name in names if name in MODULES and name not in seen]
-    assert "t5x" not in of_others(module)
-    assert not of_ours(module) & set(in_folder("t5x_bridge"))
+    assert "t5x" not in other_imports(module)
+    assert not own_imports(module) & set(in_part("t5x_bridge"))
 
 
 def test_what_is_imported_is_required_by_setup():
     required = (ROOT / "setup.py").read_text().split("install_requires")[1].split("]")[0]
     listed = set(re.findall(r'"([\w-]+)', required))
-    imported = set().union(*map(of_others, MODULES))
+    imported = set().union(*map(other_imports, MODULES))
     needed = {DISTRIBUTIONS.get(name, name) for name in imported} - {None}
     assert needed <= listed
     assert not any(name.startswith("tensorflow") for name in listed)  # a second copy over the first

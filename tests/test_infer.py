@@ -1,4 +1,4 @@
-"""`python -m pemoe_jax.infer` end to end on a tiny model: predictions, metrics, wrong input."""
+"""`pemoe infer` end to end on a tiny model: predictions, metrics, wrong input."""
 
 import json
 import pathlib
@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from jsonl_folder import write_folder, write_vocabulary
 
-from pemoe_jax import data, infer, models
-from pemoe_jax.checkpoints import base as base_lib
+from pemoe_jax import infer
+from pemoe_jax.checkpoints import base_model as base_lib
+from pemoe_jax.checkpoints import models
 from pemoe_jax.core import decoding, network
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.data import seqio_tasks
 
 CONFIG = network.T5Config(
     vocab_size=256,
@@ -85,7 +87,7 @@ def test_predictions_are_those_of_greedy_decoding(folder, decoded):
         opened = models.open_model(str(folder / f"{run}.safetensors"))
         params = opened.load()
         for task in TASKS:
-            features = data.check_task(task).output_features
+            features = seqio_tasks.check_task(task).output_features
             vocabulary = features["inputs"].vocabulary
             lines = read(decoded, task, run)
             assert len(lines) == 6
@@ -119,7 +121,7 @@ def test_results(decoded):
 
 def test_long_inputs_are_cut_and_counted(decoded):
     tasks = json.loads((decoded / "results.json").read_text())["runs"][0]["tasks"]
-    vocabulary = data.check_task("colour_1").output_features["inputs"].vocabulary
+    vocabulary = seqio_tasks.check_task("colour_1").output_features["inputs"].vocabulary
     for task in TASKS:
         lines = read(decoded, task)
         long = [len(vocabulary.encode(line["inputs"])) + 1 > 8 for line in lines]
@@ -201,7 +203,7 @@ def test_a_task_with_metrics_of_scores_is_told_of(folder, tmp_path, capsys):
 
     assert infer.main(flags(folder, tmp_path, EVAL_EXAMPLES=1)) == 0
     capsys.readouterr()
-    plain = data.check_task("free_1")
+    plain = seqio_tasks.check_task("free_1")
     scored = plain.replace(name="users_scored", metric_fns=[of_scores])
     seqio.TaskRegistry.add_provider("users_scored", scored)
     try:

@@ -7,10 +7,12 @@ import shlex
 import gin
 import pytest
 
-from pemoe_jax import config, evaluate, sweep, train
+from pemoe_jax import evaluate, train
 from pemoe_jax.core import adapters, network, params
+from pemoe_jax.runtime import gin_flags
+from pemoe_jax.tools import sweep
 
-PAPER = pathlib.Path(config.GIN_DIR) / "paper"
+PAPER = pathlib.Path(gin_flags.GIN_DIR) / "paper"
 
 # At XL, see test_gin.py for the arithmetic: (IA)³ 540,672, LoRA of rank 4 7,471,104. Routers:
 # MoV 72·2·64 + 48·5120 = 254,976 an expert, MoLORA 72·4·2048 + 48·(2048 + 5120) = 933,888.
@@ -74,11 +76,11 @@ def header(file: pathlib.Path) -> dict[str, str]:
 
 def load(command: str, *flags: str) -> None:
     """Parses the command of a header, and more flags."""
-    python, m, module, *given = shlex.split(command.replace(" \\ ", " "))
-    assert (python, m) == ("python", "-m")
-    rest, bindings = config.split_bindings([*given, *flags])
-    known = {"pemoe_jax.train": train.FLAGS, "pemoe_jax.evaluate": evaluate.FLAGS}[module]
-    config.load(known.parse_args(rest), bindings)
+    program, name, *given = shlex.split(command.replace(" \\ ", " "))
+    assert program == "pemoe"
+    rest, bindings = gin_flags.split_bindings([*given, *flags])
+    known = {"train": train.FLAGS, "evaluate": evaluate.FLAGS}[name]
+    gin_flags.load(known.parse_args(rest), bindings)
 
 
 def macro(name: str):
@@ -140,7 +142,7 @@ def test_no_figure_without_a_source():
     for name in TABLE:
         told = header(PAPER / f"{name}.gin")["Paper"]
         figures = re.findall(r"\d+\.\d+", re.sub(r"arXiv \d+\.\d+", "", told))
-        sourced = "pemoe_jax/reports/paper.py" in told or "openreview.net" in told
+        sourced = "pemoe_jax/analysis/paper.py" in told or "openreview.net" in told
         assert sourced or not figures, name
 
 
@@ -157,7 +159,7 @@ def test_no_figure_without_a_source():
 def test_lists(name, runs, tmp_path):
     more = [] if name.startswith("quickstart") else ["--gin.INITIAL_CHECKPOINT_PATH=x"]
     given = sweep.expand([f"@sweeps/{name}.txt", f"--output={tmp_path}", *more])
-    rest, bindings = config.split_bindings(given)
+    rest, bindings = gin_flags.split_bindings(given)
     planned = sweep.plan(sweep.FLAGS.parse_args(rest), bindings)
     assert len(planned) == runs
     assert f"@sweeps/{name}.txt" in (PAPER.parent / "sweeps" / f"{name}.txt").read_text()

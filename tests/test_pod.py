@@ -14,8 +14,8 @@ import pytest
 from test_train import assert_moved_alike, data_flags, train_flags
 from test_train import folder as folder  # a fixture
 
-from pemoe_jax import processes
 from pemoe_jax.checkpoints import runs
+from pemoe_jax.runtime import distributed
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "launch" / "local_processes.sh"
@@ -147,7 +147,7 @@ def test_a_checkpoint_goes_on_elsewhere(folder, alone, in_two):
 
 
 OTHERS = "another process of the run has ended or cannot be reached: start all of them again"
-PATIENCE = processes.HEARTBEAT_SECONDS + 60  # to notice, and to end on a machine that is busy
+PATIENCE = distributed.HEARTBEAT_SECONDS + 60  # to notice, and to end on a machine that is busy
 
 
 def start_two(arguments: list[str], folder: pathlib.Path) -> list[subprocess.Popen]:

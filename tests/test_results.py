@@ -4,18 +4,18 @@ import json
 
 import pytest
 
+from pemoe_jax.analysis.zero_shot import scores
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.reports import results
 
 
 def prompt(right: int, wrong: int, dataset: str) -> dict:
     correct = [True] * right + [False] * wrong
     chance = [0.5] * len(correct)
-    return results.task_result(correct, chance, dataset, "validation", odd=["empty_input"] * wrong)
+    return scores.task_result(correct, chance, dataset, "validation", odd=["empty_input"] * wrong)
 
 
 def test_a_prompt():
-    task = results.task_result(
+    task = scores.task_result(
         correct=[True, False, True, True],
         chance=[0.5, 0.25, 0.5, 0.75],
         dataset="a",
@@ -40,7 +40,7 @@ def test_data_sets_and_their_average():
         "b_1": prompt(3, 1, "b"),  # 0.75
         "b_2": prompt(1, 3, "b"),  # 0.25: median and mean 0.5
     }
-    found = results.summarise(tasks)
+    found = scores.summarise(tasks)
     a, b = found["datasets"]["a"], found["datasets"]["b"]
     assert (a["median"], a["prompts"], a["examples"]) == (0.2, 3, 30)
     assert a["mean"] == pytest.approx(0.4)
@@ -53,18 +53,18 @@ def test_data_sets_and_their_average():
 
 def test_what_would_be_lost_is_not_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert not results.check_replaced(tmp_path, ["run"], ["a"])  # nothing there
+    assert not scores.check_replaced(tmp_path, ["run"], ["a"])  # nothing there
     runs = [
         {"checkpoint": "base", "step": 0, "tasks": {"a": {}, "b": {}}},
         {"checkpoint": str(tmp_path / "run"), "step": 3, "tasks": {"a": {}}},
     ]
-    (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
-    assert results.check_replaced(tmp_path, ["run", "base", "new"], ["a", "b", "c"])
+    (tmp_path / "scores.json").write_text(json.dumps({"runs": runs}))
+    assert scores.check_replaced(tmp_path, ["run", "base", "new"], ["a", "b", "c"])
     with pytest.raises(InputError, match=r"holds results .* lost: base on a and 1 more: choose"):
-        results.check_replaced(tmp_path, ["run"], ["a", "b"])
+        scores.check_replaced(tmp_path, ["run"], ["a", "b"])
     with pytest.raises(InputError, match=r"lost: base on b: choose another EVAL_OUTPUT_DIR"):
-        results.check_replaced(tmp_path, ["run", "base"], ["a", "a_score_eval"])
+        scores.check_replaced(tmp_path, ["run", "base"], ["a", "a_score_eval"])
     for text in ("{", '{"results": 3}', '{"runs": [{"name": "x"}]}', "[]"):
-        (tmp_path / "results.json").write_text(text)
+        (tmp_path / "scores.json").write_text(text)
         with pytest.raises(InputError, match="results.json is in the way, and not of an eval"):
-            results.check_replaced(tmp_path, ["run"], ["a"])
+            scores.check_replaced(tmp_path, ["run"], ["a"])

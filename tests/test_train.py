@@ -15,11 +15,12 @@ import orbax.checkpoint as ocp
 import pytest
 from jsonl_folder import write_folder, write_vocabulary
 
-from pemoe_jax import evaluate, feed, models, train
-from pemoe_jax.checkpoints import base as base_lib
-from pemoe_jax.checkpoints import runs
+from pemoe_jax import evaluate, train
+from pemoe_jax.checkpoints import base_model as base_lib
+from pemoe_jax.checkpoints import models, runs
 from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.data import feed
 
 METHODS = ("full", "ia3", "lora", "mov", "molora")
 DIMENSIONS = {

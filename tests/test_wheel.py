@@ -63,7 +63,7 @@ def test_content(wheel):
     expected = {  # links are not followed
         str(path.relative_to(ROOT)) for path in (ROOT / "pemoe_jax").glob("**/*.py")
     }
-    expected.add("pemoe_jax/reports/routes.html")
+    expected.add("pemoe_jax/analysis/routing/page.html")
     for folder in ("gin", "tasks"):
         for path in (ROOT / folder).glob("**/*"):
             if path.suffix in DATA or (path.suffix == ".py" and folder == "tasks"):

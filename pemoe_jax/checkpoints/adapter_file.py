@@ -12,10 +12,11 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from pemoe_jax.checkpoints import files, runs, tensors
+from pemoe_jax.checkpoints import runs, safetensors_file
+from pemoe_jax.checkpoints.lazy_array import Stored
 from pemoe_jax.checkpoints.runs import Record
-from pemoe_jax.checkpoints.stored import Stored
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import atomic_write
 
 WEIGHTS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
@@ -24,7 +25,7 @@ VERSION = 1
 
 
 def _folder(path: str | os.PathLike[str]) -> epath.Path:
-    place = files.at(path)
+    place = atomic_write.at(path)
     return place.parent if place.name == WEIGHTS else place
 
 
@@ -34,7 +35,7 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     if (folder / WEIGHTS).exists():
         return True
     config = folder / CONFIG  # PEFT calls its own by the same name
-    return config.exists() and files.read_json(config).get("format") == FORMAT
+    return config.exists() and atomic_write.read_json(config).get("format") == FORMAT
 
 
 def save(
@@ -62,14 +63,14 @@ def save(
         "step": step,
         **dataclasses.asdict(record),
     }
-    with files.writing(path, overwrite) as beside:
+    with atomic_write.writing(path, overwrite) as beside:
         beside.mkdir()
         safetensors.numpy.save_file(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()},
             str(beside / WEIGHTS),
             metadata={"format": FORMAT},
         )
-        files.write_json(beside / CONFIG, config)
+        atomic_write.write_json(beside / CONFIG, config)
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], Record, int]:
@@ -79,7 +80,7 @@ def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], Recor
       InputError: a file is missing or unreadable.
     """
     folder = _folder(path)
-    config = files.read_json(folder / CONFIG)
+    config = atomic_write.read_json(folder / CONFIG)
     if config.get("format") != FORMAT or config.get("format_version") != VERSION:
         raise InputError(
             f"{folder / CONFIG}: expected format {FORMAT!r}, version {VERSION},"
@@ -89,5 +90,5 @@ def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], Recor
     if not isinstance(step, int):
         raise InputError(f"{folder / CONFIG}: step: expected an integer, found {step!r}")
     record = runs.record_from(config, os.fspath(folder / CONFIG))
-    arrays, _ = tensors.open_file(folder / WEIGHTS)
+    arrays, _ = safetensors_file.open_file(folder / WEIGHTS)
     return arrays, record, step

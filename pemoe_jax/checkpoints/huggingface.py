@@ -17,10 +17,11 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from pemoe_jax.checkpoints import dimensions, files, tensors, torch_file
-from pemoe_jax.checkpoints.stored import Index, Stored
+from pemoe_jax.checkpoints import dimensions, safetensors_file, torch_pickle
+from pemoe_jax.checkpoints.lazy_array import Index, Stored
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import atomic_write
 
 _CONFIG = "config.json"
 _SAFETENSORS = "model.safetensors"
@@ -74,7 +75,7 @@ def open_folder(folder: epath.Path) -> dict[str, Stored]:
     Raises:
       InputError: not a T5 v1.1, or a file is missing, cut short, or of other arrays.
     """
-    config = files.read_json(folder / _CONFIG)
+    config = atomic_write.read_json(folder / _CONFIG)
     _check_config(folder / _CONFIG, config)
     found = _open_arrays(folder)
     found.pop(_LEFTOVER, None)
@@ -138,7 +139,7 @@ def _check_config(path: epath.Path, config: Mapping[str, Any]) -> None:
 
 def _open_arrays(folder: epath.Path) -> dict[str, Stored]:
     """Their name -> array, from the first of the four forms that is there."""
-    for name, open_one in ((_SAFETENSORS, _open_safetensors), (_TORCH, torch_file.open_file)):
+    for name, open_one in ((_SAFETENSORS, _open_safetensors), (_TORCH, torch_pickle.open_file)):
         if (folder / name).is_file():
             return open_one(folder / name)
         if (folder / f"{name}.index.json").is_file():
@@ -147,18 +148,18 @@ def _open_arrays(folder: epath.Path) -> dict[str, Stored]:
 
 
 def _open_safetensors(path: epath.Path) -> dict[str, Stored]:
-    return tensors.open_file(path)[0]
+    return safetensors_file.open_file(path)[0]
 
 
 def _open_shards(
     folder: epath.Path, index: str, open_one: Callable[[epath.Path], dict[str, Stored]]
 ) -> dict[str, Stored]:
-    places = files.read_json(folder / index).get("weight_map")
+    places = atomic_write.read_json(folder / index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError(f"{folder / index}: expected a weight_map of names to files, found none")
     named: dict[str, set[str]] = {}
     for name, file in places.items():
-        named.setdefault(files.inside(folder, file, index).name, set()).add(name)
+        named.setdefault(atomic_write.inside(folder, file, index).name, set()).add(name)
     arrays: dict[str, Stored] = {}
     for file, names in sorted(named.items()):
         held = open_one(folder / file)
@@ -273,10 +274,10 @@ def save_folder(
         for name, ours in table.items()
     }
     shards = _split(sizes, shard_bytes)
-    with files.writing(path) as folder:
+    with atomic_write.writing(path) as folder:
         folder.mkdir()
         widest = max(types.values(), key=lambda found: found.itemsize)
-        files.write_json(folder / _CONFIG, _config(dims, dropout_rate, widest.name))
+        atomic_write.write_json(folder / _CONFIG, _config(dims, dropout_rate, widest.name))
         written = 0
         for file, names in shards.items():
             shard = {name: _read(table[name], arrays, types) for name in names}
@@ -287,7 +288,7 @@ def save_folder(
         if len(shards) > 1:
             places = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-            files.write_json(folder / f"{_SAFETENSORS}.index.json", index)
+            atomic_write.write_json(folder / f"{_SAFETENSORS}.index.json", index)
 
 
 def _shape(ours: str, dims: Mapping[str, int]) -> tuple[int, ...]:

@@ -16,9 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from pemoe_jax import __version__
-from pemoe_jax.checkpoints import files, zarr
-from pemoe_jax.checkpoints.stored import Stored
+from pemoe_jax.checkpoints import tensorstore_file
+from pemoe_jax.checkpoints.lazy_array import Stored
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import atomic_write
 
 PREFIX = "checkpoint"
 
@@ -115,7 +116,7 @@ def resolve(path: str) -> tuple[Path, int]:
     Raises:
       InputError: nothing is there, or nothing that is a checkpoint.
     """
-    folder = Path(files.at(path))
+    folder = Path(atomic_write.at(path))
     named = re.fullmatch(rf"{PREFIX}_(\d+)", folder.name)
     if not folder.is_dir():
         raise InputError(f"checkpoint {path}: no such folder")
@@ -131,7 +132,7 @@ def resolve(path: str) -> tuple[Path, int]:
 
 def is_run(path: str) -> bool:
     """Whether a path names a run's folder with a checkpoint in it, or one checkpoint of a run."""
-    folder = files.at(path)
+    folder = atomic_write.at(path)
     if "://" in os.fspath(folder):  # runs are written to local folders
         return False
     return (folder / "record").is_dir() or bool(saved_steps(Path(folder)))
@@ -153,8 +154,8 @@ def versions() -> dict[str, str]:
 def read_record(path: str) -> Record:
     """The record of a checkpoint; `path` as for `resolve`."""
     folder, step = resolve(path)
-    file = files.at(folder / f"{PREFIX}_{step}" / "record" / "metadata")
-    return record_from(files.read_json(file), os.fspath(file))
+    file = atomic_write.at(folder / f"{PREFIX}_{step}" / "record" / "metadata")
+    return record_from(atomic_write.read_json(file), os.fspath(file))
 
 
 def read_feed(path: str, shares: int = 1) -> list[int] | None:
@@ -167,10 +168,10 @@ def read_feed(path: str, shares: int = 1) -> list[int] | None:
       InputError: it is unreadable.
     """
     folder, step = resolve(path)
-    file = files.at(folder / f"{PREFIX}_{step}" / "feed" / "metadata")
+    file = atomic_write.at(folder / f"{PREFIX}_{step}" / "feed" / "metadata")
     if not file.exists():
         return None
-    examples = files.read_json(file).get("examples")
+    examples = atomic_write.read_json(file).get("examples")
     if not isinstance(examples, list) or not all(isinstance(n, int) for n in examples):
         raise InputError(f"{file}: examples: expected a list of integers, found {examples!r:.80}")
     if len(examples) == shares:
@@ -215,5 +216,5 @@ def open_trainable(path: str) -> tuple[dict[str, Stored], Record, int]:
       InputError: no such checkpoint, or it is unreadable.
     """
     folder, step = resolve(path)
-    state = files.at(folder / f"{PREFIX}_{step}" / "state")
-    return zarr.open_orbax(state, "params"), read_record(path), step
+    state = atomic_write.at(folder / f"{PREFIX}_{step}" / "state")
+    return tensorstore_file.open_orbax(state, "params"), read_record(path), step

@@ -17,9 +17,10 @@ import numpy as np
 from etils import epath
 from flax import serialization
 
-from pemoe_jax.checkpoints import files, stored, zarr
-from pemoe_jax.checkpoints.stored import Stored
+from pemoe_jax.checkpoints import lazy_array, tensorstore_file
+from pemoe_jax.checkpoints.lazy_array import Stored
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import atomic_write
 
 _INDEX = "checkpoint"
 _PLACEHOLDER = "PLACEHOLDER://"
@@ -27,7 +28,7 @@ _PLACEHOLDER = "PLACEHOLDER://"
 
 def is_legacy(folder: epath.Path) -> bool:
     """Whether a folder is a checkpoint of the legacy format."""
-    return zarr.orbax_state(folder) is None and (folder / _INDEX).is_file()
+    return tensorstore_file.orbax_state(folder) is None and (folder / _INDEX).is_file()
 
 
 def open_orbax(folder: epath.Path) -> dict[str, Stored]:
@@ -36,10 +37,10 @@ def open_orbax(folder: epath.Path) -> dict[str, Stored]:
     Raises:
       InputError: it is unreadable or has no `target`.
     """
-    state = zarr.orbax_state(folder)
+    state = tensorstore_file.orbax_state(folder)
     if state is None:
         raise InputError(f"{folder}: expected an Orbax checkpoint, found none")
-    return zarr.open_orbax(state, "target")
+    return tensorstore_file.open_orbax(state, "target")
 
 
 def open_legacy(folder: epath.Path) -> dict[str, Stored]:
@@ -61,10 +62,10 @@ def open_legacy(folder: epath.Path) -> dict[str, Stored]:
     arrays: dict[str, Stored] = {}
     for path, leaf in _leaves(target):
         if isinstance(leaf, np.ndarray):
-            arrays[path] = stored.of_array(leaf)
+            arrays[path] = lazy_array.of_array(leaf)
         else:
-            named[path] = files.inside(folder, _zarr_name(leaf, index, path), _INDEX).name
-    return arrays | zarr.open_arrays(folder, files.url(folder), named, "zarr")
+            named[path] = atomic_write.inside(folder, _zarr_name(leaf, index, path), _INDEX).name
+    return arrays | tensorstore_file.open_arrays(folder, atomic_write.url(folder), named, "zarr")
 
 
 def _leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

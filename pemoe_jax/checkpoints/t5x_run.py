@@ -10,17 +10,18 @@ import re
 
 from etils import epath
 
-from pemoe_jax.checkpoints import files, runs, t5x
+from pemoe_jax.checkpoints import runs, t5x
+from pemoe_jax.checkpoints.lazy_array import Stored
 from pemoe_jax.checkpoints.runs import Record
-from pemoe_jax.checkpoints.stored import Stored
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import atomic_write
 
 RECORD = "pemoe_record.json"
 
 
 def folder(path: str | os.PathLike[str]) -> epath.Path:
     """The run's, of its own path or of one of its checkpoints'."""
-    place = files.at(path)
+    place = atomic_write.at(path)
     return place.parent if re.fullmatch(r"checkpoint_\d+", place.name) else place
 
 
@@ -31,9 +32,9 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 
 def write_record(model_dir: str | os.PathLike[str], record: Record) -> None:
     """Beside the checkpoints."""
-    path = files.local(model_dir, "MODEL_DIR") / RECORD
-    with files.writing(path, overwrite=True) as beside:
-        files.write_json(beside, dataclasses.asdict(record))
+    path = atomic_write.local(model_dir, "MODEL_DIR") / RECORD
+    with atomic_write.writing(path, overwrite=True) as beside:
+        atomic_write.write_json(beside, dataclasses.asdict(record))
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
@@ -43,7 +44,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
       InputError: it is missing or unreadable.
     """
     file = folder(path) / RECORD
-    return runs.record_from(files.read_json(file), os.fspath(file))
+    return runs.record_from(atomic_write.read_json(file), os.fspath(file))
 
 
 def open_trainable(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], Record, int]:
@@ -52,7 +53,7 @@ def open_trainable(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], Rec
     Raises:
       InputError: there is no finished checkpoint, or it is unreadable.
     """
-    run, place = folder(path), files.at(path)
+    run, place = folder(path), atomic_write.at(path)
     if place == run:
         steps = t5x.steps(run)
         if not steps:

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pemoe_jax.core import fused_mov, products, routing
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.core import routing
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.kernels import mov, thin_matmul
 
 _LORA_A_INIT = nn.initializers.normal(stddev=0.02)  # a constant: see `params.param`
 
@@ -61,12 +62,12 @@ def _route(
     else:
         raise InputError(
             "a router reads sentence embeddings and the batch has none: expected"
-            " SENTENCE_EMBEDDINGS to name a table of them (python -m pemoe_jax.embed)"
+            " SENTENCE_EMBEDDINGS to name a table of them (pemoe embed)"
         )
     beside = of_x if reads == "x" else None
     probs, told, product = factory(feature_axis=axis, name="router")(features, tokens, beside)
     if of_x is not None and reads != "x":
-        product = products.thin_matmul(seen["x"][0].astype(of_x.dtype), of_x)
+        product = thin_matmul.thin_matmul(seen["x"][0].astype(of_x.dtype), of_x)
     if not module.is_initializing():  # T5X takes what `init` makes for variables to keep
         module.sow("routers", "statistics", told)
     if reads == "sentence":
@@ -128,10 +129,10 @@ class VectorExperts(nn.Module):
             return self._scaled(y, vectors, factory(name="router"), tokens)
         probs, _ = _route(self, "y", seen, tokens)
         if probs.ndim == y.ndim and heads:
-            scale = products.mix(probs, vectors)
+            scale = thin_matmul.mix(probs, vectors)
         else:  # one distribution for all of them
             joined = jnp.moveaxis(vectors, -2, 0).reshape(self.num_experts, -1)  # [E, H·K or F]
-            scale = products.thin_matmul(probs, joined).reshape(*probs.shape[:2], *y.shape[2:])
+            scale = thin_matmul.thin_matmul(probs, joined).reshape(*probs.shape[:2], *y.shape[2:])
         return y * scale.astype(y.dtype)
 
     def _fits_kernels(self, router: routing.Router, tokens: routing.Tokens | None) -> bool:
@@ -142,7 +143,7 @@ class VectorExperts(nn.Module):
             and not (router.balance_loss or router.z_loss)
             and not self.is_initializing()
             and not self.is_mutable_collection("intermediates")
-            and fused_mov.runs_here()
+            and mov.runs_here()
         )
 
     def _scaled(
@@ -156,7 +157,7 @@ class VectorExperts(nn.Module):
         kernel = router.variables["params"]["kernel"] / router.temperature
         valid = None if tokens is None else tokens.valid
         weights = jnp.ones(y.shape[:2]) if valid is None else valid.astype(jnp.float32)
-        out, sums = fused_mov.route_and_scale(y, kernel, vectors, weights)
+        out, sums = mov.route_and_scale(y, kernel, vectors, weights)
         soft, chosen, entropy, z = jax.lax.stop_gradient(sums)
         total = jnp.sum(weights, keepdims=True)[0] * math.prod(y.shape[2:-1])
         told = routing.of_sums(routing.Sums(soft, chosen, soft, entropy, z, total))
@@ -218,7 +219,7 @@ class LoRAExperts(nn.Module):
         dtype = y.dtype
         first = lora_a.reshape(x_features, experts * rank).astype(dtype)
         if self.router is None:
-            low = products.thin_matmul(x.astype(dtype), first)
+            low = thin_matmul.thin_matmul(x.astype(dtype), first)
         else:
             joined = y.reshape(*y.shape[:2], y_features)
             seen = {"x": (x, self.x_axis), "y": (joined, y_axis)}
@@ -228,7 +229,9 @@ class LoRAExperts(nn.Module):
             low = (of_experts * probs[..., None]).reshape(product.shape)
         scale = self.alpha / rank
         low = (low * scale).astype(dtype)  # [B, L, E·R]
-        delta = products.thin_matmul(low, lora_b.reshape(experts * rank, y_features).astype(dtype))
+        delta = thin_matmul.thin_matmul(
+            low, lora_b.reshape(experts * rank, y_features).astype(dtype)
+        )
         return y + delta.reshape(y.shape)
 
 

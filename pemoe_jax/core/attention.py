@@ -7,8 +7,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pemoe_jax.core import fused_attention
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.kernels import attention
 
 Array = jax.Array
 
@@ -110,7 +110,7 @@ def attend(
     length = query.shape[1]
     if isinstance(mask, Readable):
         # a single query, a step of decoding, is no work for a matrix unit
-        if way == "fused" and length > 1 and fused_attention.takes(query):
+        if way == "fused" and length > 1 and attention.takes(query):
             return _fused(query, key, value, mask, bias, kept)
         mask = mask.mask()
     if way == "plain" or length <= CHUNK:
@@ -146,7 +146,7 @@ def _fused(
     if of_queries is None:
         of_queries, of_keys = jnp.ones(query.shape[:2], jnp.int32), jnp.minimum(of_keys, 1)
     of = query, key, value, of_queries, of_keys, bias
-    return fused_attention.attend_on_mesh(*of, causal=mask.causal)
+    return attention.attend_on_mesh(*of, causal=mask.causal)
 
 
 @jax.custom_vjp

@@ -14,8 +14,8 @@ import numpy as np
 from flax import linen as nn
 
 from pemoe_jax.core import params as params_lib
-from pemoe_jax.core import products
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.kernels import thin_matmul
 
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
@@ -115,18 +115,18 @@ class Router(nn.Module):
         noisy = bool(self.jitter_noise) and not tokens.deterministic
         product = None
         if beside is not None and not noisy and features.dtype == beside.dtype == jnp.float32:
-            both = products.thin_matmul(features, jnp.concatenate([kernel, beside], axis=1))
+            both = thin_matmul.thin_matmul(features, jnp.concatenate([kernel, beside], axis=1))
             logits, product = jnp.split(both, [self.num_experts], axis=-1)
         else:
             if beside is not None:
-                product = products.thin_matmul(features.astype(beside.dtype), beside)
+                product = thin_matmul.thin_matmul(features.astype(beside.dtype), beside)
             features = features.astype(jnp.float32)
             if noisy:
                 low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
                 features *= jax.random.uniform(
                     self.make_rng("dropout"), features.shape, minval=low, maxval=high
                 )
-            logits = products.thin_matmul(features, kernel)
+            logits = thin_matmul.thin_matmul(features, kernel)
         probs, told = _mixture(
             logits,
             tokens.valid,

@@ -58,7 +58,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         if readers:
             raise InputError(
                 f"the router at {readers[0]} reads sentence embeddings, which T5X's batches do not"
-                " hold: expected another routing file, or python -m pemoe_jax.train"
+                " hold: expected another routing file, or pemoe train"
             )
         ids = output_vocabulary.vocab_size
         if ids > module.config.vocab_size:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax.core import freeze
 
-from pemoe_jax import models
+from pemoe_jax.checkpoints import models
 from pemoe_jax.core import adapters, network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError

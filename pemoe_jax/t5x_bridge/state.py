@@ -14,11 +14,11 @@ from flax.core import freeze
 from t5x import train_state as t5x_train_state
 from t5x import utils
 
-from pemoe_jax import models
-from pemoe_jax.checkpoints import files, runs, t5x_run
+from pemoe_jax.checkpoints import models, runs, t5x_run
 from pemoe_jax.core import adapters, network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import atomic_write
 from pemoe_jax.t5x_bridge import data, parameters
 
 
@@ -200,6 +200,7 @@ def _check_same_run(model_dir: str, before: runs.Record, now: runs.Record) -> No
     }.items():
         if of(before) != of(now):
             raise InputError(
-                f"{files.at(model_dir)} holds a run with {name} {of(before)!r}, expected the same"
+                f"{atomic_write.at(model_dir)} holds a run with {name} {of(before)!r},"
+                " expected the same"
                 f" to go on, found {of(now)!r}: choose another MODEL_DIR or mend the setting"
             )

@@ -1,0 +1,63 @@
+"""The command `pemoe`, also `python -m pemoe_jax`: lists the commands and runs them."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Command -> its module and what it does. The modules are imported when their command runs, so that
+# the list prints at once.
+COMMANDS = {
+    "train": ("pemoe_jax.train", "train adapters, or all parameters, on a base model"),
+    "evaluate": ("pemoe_jax.evaluate", "score held-out tasks by rank classification"),
+    "infer": ("pemoe_jax.infer", "generate answers and compute each task's metrics"),
+    "report": ("pemoe_jax.tools.report", "print the zero-shot table of several evaluations"),
+    "routes": ("pemoe_jax.tools.routes", "show which experts tasks and tokens use"),
+    "count": ("pemoe_jax.tools.count", "count trainable and total parameters"),
+    "plan": ("pemoe_jax.tools.plan", "estimate memory and communication on many devices"),
+    "sweep": ("pemoe_jax.tools.sweep", "run and resume a list of trainings and evaluations"),
+    "convert": ("pemoe_jax.tools.convert", "export adapters and models, also to PEFT and HF"),
+    "embed": ("pemoe_jax.tools.embed", "write sentence embeddings for sentence routing"),
+    "cache_tasks": ("pemoe_jax.tools.cache_tasks", "cache P3 tasks offline"),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: pemoe COMMAND [options]",
+            "",
+            "Instruction tuning of T5 with mixtures of parameter-efficient experts.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "pemoe COMMAND --help describes a command; pemoe --version prints the version.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the named command and returns its exit code; 2 for an unknown command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    command, *rest = arguments
+    if command == "--version":
+        from pemoe_jax import __version__
+
+        print(f"pemoe_jax {__version__}")
+        return 0
+    if command not in COMMANDS:
+        expected = ", ".join(COMMANDS)
+        print(f"error: unknown command {command!r}: expected one of {expected}", file=sys.stderr)
+        return 2
+    # Imported by name, so that gin configures this very module and not a second copy of it.
+    return importlib.import_module(COMMANDS[command][0]).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

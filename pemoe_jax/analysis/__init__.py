@@ -1,0 +1,1 @@
+"""What runs measured: tables, plots, counts, and the pages that show them."""

@@ -1,0 +1,1 @@
+"""What a run on many devices would need: compiled programs, their collectives, FLOPs and memory."""

@@ -1,0 +1,1 @@
+"""Zero-shot accuracy: results files, comparisons, the paper's table."""

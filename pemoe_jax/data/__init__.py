@@ -1,0 +1,1 @@
+"""seqio tasks to numpy batches: reading, packing, answer choices, prefetching, embeddings."""

@@ -1,1 +1,0 @@
-"""Tables (`reports.tables`) and pictures (`reports.plots`) of what runs measured."""

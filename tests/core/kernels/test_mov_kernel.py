@@ -1,0 +1,247 @@
+"""MoV's fused kernels, in interpret mode, against the layer as array operations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pemoe_jax.core import routing
+from pemoe_jax.core.adapters import VectorExperts
+from pemoe_jax.core.kernels import mov
+from pemoe_jax.core.routing import Router
+
+
+def fused(y, kernel, vectors, weights=None):
+    """The product alone; all tokens count."""
+    weights = jnp.ones(y.shape[:2]) if weights is None else weights
+    return mov.route_and_scale(y, kernel, vectors, weights, True)[0]
+
+
+def plain(y, kernel, vectors):
+    probs = jax.nn.softmax(y.astype(jnp.float32) @ kernel)
+    scale = jnp.einsum("bl...e,...ek->bl...k", probs, vectors)
+    return y * scale.astype(y.dtype)
+
+
+def draw(shape, experts, dtype=jnp.float32):
+    """y, the router's kernel, vectors, and a cotangent of y."""
+    rng = np.random.default_rng(0)
+    *heads, features = shape[2:]
+    shapes = shape, (features, experts), (*heads, experts, features), shape
+    y, kernel, vectors, g = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes)
+    return y.astype(dtype), 0.3 * kernel, vectors, g.astype(dtype)
+
+
+def value_and_gradients(function, y, kernel, vectors, g):
+    out, backward = jax.vjp(function, y, kernel, vectors)
+    return out, *backward(g)
+
+
+def assert_close(found, expected, tolerance):
+    """Within a share of the largest element; bfloat16 and float32 alike in shapes and types."""
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max() + 1e-6
+
+
+# One tile of features (as at key and value) and several (as at gate), nothing a power of two.
+@pytest.mark.parametrize("experts", [1, 10, 30])
+@pytest.mark.parametrize("shape", [(2, 37, 3, 24), (1, 70, 2, 200), (1, 5, 300)], ids=str)
+def test_equals_the_plain_form(shape, experts):
+    args = draw(shape, experts)
+    found = jax.jit(functools.partial(value_and_gradients, fused))(*args)
+    assert_close(found, value_and_gradients(plain, *args), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 37, 3, 24), (2, 37, 300)], ids=["heads", "features"])
+def test_bfloat16(shape):
+    """Bounded by 2⁻⁶ of the largest against the plain form, which rounds as often, and by 2⁻⁷
+    against the exact one: gradients are rounded to 8 bits on the way and at the end.
+    """
+    args = draw(shape, 10, jnp.bfloat16)
+    found = jax.jit(functools.partial(value_and_gradients, fused))(*args)
+    assert_close(found, value_and_gradients(plain, *args), 2**-6)
+    exact = [a.astype(jnp.float32) for a in args]
+    for a, b in zip(found, value_and_gradients(plain, *exact), strict=True):
+        assert np.abs(np.asarray(a, np.float32) - b).max() <= 2**-7 * np.abs(b).max()
+
+
+def test_sums_over_rows_in_parts(monkeypatch):
+    """9 tiles of rows: programs sum over 3 or 5 each, and the last one over what is left."""
+    monkeypatch.setattr(mov, "_PROGRAMS", 6)
+    for shape in ((3, 180, 2, 8), (3, 180, 260)):
+        args = draw(shape, 3)
+        found = jax.jit(functools.partial(value_and_gradients, fused))(*args)
+        assert_close(found, value_and_gradients(plain, *args), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 137, 3, 24), (2, 37, 300)], ids=["heads", "features"])
+def test_sums_are_those_of_the_statistics(shape):
+    """Over several tiles of rows, some tokens not counted; and without any gradient."""
+    y, kernel, vectors, g = draw(shape, 10)
+    weights = jnp.asarray(np.random.default_rng(1).random(shape[:2]) < 0.7, jnp.float32)
+
+    def run(y, kernel, vectors):
+        return mov.route_and_scale(y, kernel, vectors, weights, True)
+
+    (_, sums), backward = jax.vjp(run, y, kernel, vectors)
+    total = jnp.sum(weights)[None] * (shape[2] if len(shape) == 4 else 1)
+    soft, chosen, entropy, z = sums
+    found = routing.of_sums(routing.Sums(soft, chosen, soft, entropy, z, total))
+    logits = y @ kernel
+    probs = jax.nn.softmax(logits)
+    counts = jnp.broadcast_to(jnp.expand_dims(weights, range(2, y.ndim)), (*y.shape[:-1], 1))
+    expected = routing.statistics(logits, probs, probs, counts)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    for a, b in zip(backward((g, sums)), backward((g, jnp.zeros_like(sums))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("around", ["grad", "scan", "remat"])
+def test_under_transformations(around):
+    """Gradients with respect to y, kernel and vectors, through three layers one after another."""
+
+    def loss(function, y, kernel, vectors):
+        if around == "remat":
+            function = jax.checkpoint(function)
+        if around == "scan":
+            y, _ = jax.lax.scan(
+                lambda y, _: (function(y, kernel, vectors), None), y, None, length=3
+            )
+        else:
+            for _ in range(3):
+                y = function(y, kernel, vectors)
+        return jnp.sum(jnp.sin(y))
+
+    *args, _ = draw((2, 5, 2, 8), 3)
+    gradients = [
+        jax.jit(jax.grad(functools.partial(loss, function), argnums=(0, 1, 2)))(*args)
+        for function in (fused, plain)
+    ]
+    assert_close(*gradients, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("experts", [10, 30, 60])
+@pytest.mark.parametrize("features", [(16, 64), (64, 64), (2816,), (5120,), (10240,)], ids=str)
+def test_lowers_for_a_gpu(features, experts, dtype):
+    """T5 v1.1's layers, Large to XXL, become Triton kernels: one forward and one backward, or two.
+
+    Of as many tokens as some programs have less to do than others. Where tiles divide the sizes
+    y is not copied into a padded one.
+    """
+    y = jax.ShapeDtypeStruct((7, 1024, *features), dtype)
+    kernel = jax.ShapeDtypeStruct((features[-1], experts), jnp.float32)
+    vectors = jax.ShapeDtypeStruct((*features[:-1], experts, features[-1]), jnp.float32)
+
+    def product(y, kernel, vectors):
+        return mov.route_and_scale(y, kernel, vectors, jnp.ones(y.shape[:2]))[0]
+
+    traced = jax.jit(functools.partial(value_and_gradients, product)).trace(y, kernel, vectors, y)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == (2 if len(features) == 2 else 4)
+    padded = [line for line in text.splitlines() if "stablehlo.pad" in line]
+    assert not [line for line in padded if "tensor<7168x" in line.split("->")[-1]]
+
+
+# --- the module that uses them ---
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As if there were one; counts the calls."""
+    calls = []
+    function = functools.partial(mov.route_and_scale, interpret=True)
+
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    monkeypatch.setattr(mov, "runs_here", lambda: True)
+    monkeypatch.setattr(mov, "route_and_scale", counted)
+    return calls
+
+
+def layer(shape, **settings):
+    axes = ("heads", "kv") if len(shape) == 4 else ("mlp",)
+    return VectorExperts(
+        num_experts=4, router=functools.partial(Router, **settings), fused=True, y_axes=axes
+    )
+
+
+def outcome(module, shape, told=("routers",)):
+    """The module's value, gradients, statistics and whatever else it told."""
+    rng = np.random.default_rng(0)
+    x, y = jnp.ones((2, 3, 5)), jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    tokens = routing.Tokens(valid=jnp.asarray([[1, 1, 0], [1, 0, 0]]))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, y)["params"]
+    params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), shapes)
+
+    def loss(params, y):
+        out, found = module.apply({"params": params}, x, y, tokens, mutable=told)
+        (statistics,) = found["routers"]["statistics"]
+        return jnp.sum(jnp.sin(out)) + statistics[-1], (out, statistics, found)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, y)
+
+
+SOFT = [{}, {"temperature": 0.5}, {"reads": "y"}, {"top_k": 4}]
+
+
+@pytest.mark.parametrize("settings", SOFT, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 2, 7), (2, 3, 7)], ids=["heads", "features"])
+def test_soft_routers_use_the_kernels(shape, settings, on_a_gpu):
+    """And tell what they do without them."""
+    found = outcome(layer(shape, **settings), shape)
+    assert on_a_gpu
+    expected = outcome(layer(shape, **settings).clone(fused=False), shape)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+    )
+
+
+OTHERS = [{"top_k": 2}, {"reads": "x"}, {"balance_loss": 0.1}, {"z_loss": 0.1}]
+
+
+@pytest.mark.parametrize("settings", OTHERS, ids=str)
+def test_other_routers_do_not(settings, on_a_gpu):
+    outcome(layer((2, 3, 2, 7), **settings), (2, 3, 2, 7))
+    assert not on_a_gpu
+
+
+def test_who_asks_for_probabilities_gets_them_without_the_kernels(on_a_gpu):
+    _, found = outcome(layer((2, 3, 2, 7)), (2, 3, 2, 7), told=("routers", "intermediates"))[0]
+    (probs,) = found[-1]["intermediates"]["probs"]
+    assert probs.shape == (2, 3, 2, 4) and not on_a_gpu
+
+
+def test_the_routers_own_pass_is_not_run_beside_the_kernels(on_a_gpu):
+    """What is traced holds no softmax but theirs."""
+    module, shape = layer((2, 3, 7)), (2, 3, 7)
+    x, y = jnp.ones((2, 3, 5)), jnp.ones(shape)
+    params = jax.eval_shape(module.init, jax.random.key(0), x, y)["params"]
+
+    def run(params, y):
+        return module.apply({"params": params}, x, y, mutable=["routers"])
+
+    outside = [equation.primitive.name for equation in jax.make_jaxpr(run)(params, y).eqns]
+    assert on_a_gpu and "exp" not in outside and "dot_general" not in outside
+
+
+def test_jitter_is_noise_in_training_alone():
+    from pemoe_jax.core.routing import Tokens
+
+    router = Router(num_experts=4, jitter_noise=0.1)
+    assert router.is_soft() and router.is_soft(Tokens())
+    assert not router.is_soft(Tokens(deterministic=False))
+
+
+def test_without_a_gpu_the_setting_changes_nothing():
+    assert not mov.runs_here()
+    found, expected = (
+        outcome(layer((2, 3, 7)).clone(fused=fused), (2, 3, 7)) for fused in (True, False)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

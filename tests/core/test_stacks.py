@@ -1,0 +1,368 @@
+"""Stacks as loops and with activations computed again: the same results, states and checkpoints."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from methods import (
+    CONFIG,
+    METHODS,
+    example_batch,
+    largest_difference,
+    pack,
+    random_params_of,
+)
+
+from pemoe_jax.analysis.planning import compile
+from pemoe_jax.core import network, optim, params, partitioning, quantized, stacks, steps
+from pemoe_jax.core.adapters import Adapters, VectorExperts
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.routing import Router
+
+# stacks of different depths: layers of one cannot pass for the other's
+DEEP = dataclasses.replace(CONFIG, num_encoder_layers=2, num_decoder_layers=3)
+SLOW = pytest.mark.slow
+UNROLLED = (False, "none")
+WAYS = [(False, "minimal"), (False, "full"), (True, "none"), (True, "minimal"), (True, "full")]
+
+
+def deep(method: str, way=UNROLLED, adapters: Adapters | None = None, **settings):
+    scan, remat = way
+    config = dataclasses.replace(DEEP, scan_layers=scan, remat_policy=remat, **settings)
+    return network.Transformer(config, adapters or METHODS[method].adapters())
+
+
+@functools.cache
+def halves(method: str):
+    """(trainable, frozen), random."""
+    return params.split(random_params_of(deep(method)), METHODS[method].trainable)
+
+
+def packed_batch() -> dict[str, np.ndarray]:
+    """Two rows, four sequences each."""
+    rows = [pack(example_batch(seed=seed)) for seed in (0, 1)]
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def run(model, trainable, frozen, rng=None, microbatches=2, batch=None):
+    """(gradients by path, metrics) of a packed batch in two pieces."""
+    batch = packed_batch() if batch is None else batch
+    grads, metrics = _step(model, microbatches, trainable, frozen, batch, rng)
+    return params.flatten(grads), metrics
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(model, microbatches, trainable, frozen, batch, rng):
+    loss = steps.Loss(z_loss=1e-3)
+    return steps.loss_and_grads(model, loss, trainable, frozen, batch, rng, microbatches)
+
+
+@functools.cache
+def unrolled(method: str, dropout_rate: float = 0.0):
+    rng = jax.random.key(0) if dropout_rate else None
+    return run(deep(method, dropout_rate=dropout_rate), *halves(method), rng)
+
+
+def assert_same(found, expected, tolerance: float = 1e-5) -> None:
+    """Gradients and metrics, each array by its largest value."""
+    assert found[0].keys() == expected[0].keys()
+    for path, gradient in expected[0].items():
+        assert largest_difference(found[0][path], gradient) < tolerance, path
+    assert found[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=tolerance, atol=tolerance)
+
+
+FAST = [
+    ("mov", (False, "full")),
+    ("mov", (True, "none")),
+    ("molora", (True, "minimal")),
+    ("full", (True, "full")),
+]
+# every way with MoV, every method in one way at least: ways are of layers, whatever is in them
+CASES = [
+    *(("mov", way) for way in WAYS),
+    ("molora", (True, "minimal")),
+    ("molora", (False, "minimal")),
+    ("full", (True, "full")),
+    ("full", (False, "minimal")),
+    ("ia3", (True, "none")),
+    ("lora", (False, "full")),
+]
+
+
+def case(method: str, way: tuple[bool, str]):
+    marks = () if (method, way) in FAST else SLOW
+    name = f"{method}-{'scan' if way[0] else 'layers'}-{way[1]}"
+    return pytest.param(method, way, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(("method", "way"), [case(*one) for one in CASES])
+def test_equals_the_unrolled_form(method, way):
+    """Loss, gradients and each router's statistics, of packed rows in two pieces."""
+    found = run(deep(method, way), *halves(method))
+    assert_same(found, unrolled(method))
+    if METHODS[method].routed:  # a router's row is its own: all differ
+        rows = np.asarray(found[1]["routers"])
+        assert len({tuple(row) for row in rows.round(6).tolist()}) == len(rows) > 10
+
+
+@pytest.mark.parametrize("way", [pytest.param((False, "full"), marks=SLOW), (True, "minimal")])
+def test_losses_of_routers_reach_the_parameters(way):
+    """Balance and z-losses of top-2 routers, whose gradients come by the routers' statistics."""
+    router = functools.partial(Router, top_k=2, balance_loss=0.1, z_loss=0.01)
+    expert = functools.partial(VectorExperts, num_experts=3, router=router)
+    adapters = Adapters(key=expert, gate=expert)
+    trainable, frozen = params.split(
+        random_params_of(deep("mov", adapters=adapters)), METHODS["mov"].trainable
+    )
+    found, expected = (
+        run(deep("mov", one, adapters), trainable, frozen, microbatches=1)
+        for one in (way, UNROLLED)
+    )
+    assert_same(found, expected)
+    objective = np.asarray(expected[1]["routers"])[:, -1]
+    assert (objective > 0.1).all()
+
+
+@SLOW
+def test_bfloat16_is_as_near_to_float32():
+    """Both forms round, at other places: all gradients together are 5 to 7 % from float32's."""
+    exact, _ = unrolled("mov")
+    size = np.sqrt(sum(np.sum(np.square(gradient)) for gradient in exact.values()))
+    distances, losses = [], []
+    for way in (UNROLLED, (True, "minimal")):
+        found, metrics = run(deep("mov", way, dtype="bfloat16"), *halves("mov"))
+        squares = sum(np.sum(np.square(found[path] - exact[path])) for path in exact)
+        distances.append(np.sqrt(squares) / size)
+        losses.append(float(metrics["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert max(distances) < 0.1 and distances[1] < 1.5 * distances[0], distances
+
+
+def test_dropout():
+    """Computed again the masks are the same; in a loop they are others."""
+    rng = jax.random.key(0)
+    assert_same(
+        run(deep("mov", (False, "full"), dropout_rate=0.2), *halves("mov"), rng),
+        unrolled("mov", 0.2),
+    )
+    loop = deep("mov", (True, "full"), dropout_rate=0.2)
+    _, first = run(loop, *halves("mov"), rng)
+    _, again = run(loop, *halves("mov"), rng)
+    _, other = run(loop, *halves("mov"), jax.random.key(1))
+    losses = [float(one["loss"]) for one in (first, again, other, unrolled("mov", 0.2)[1])]
+    assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
+@SLOW
+def test_layers_of_a_loop_draw_masks_of_their_own():
+    """Layers alike that add nothing to what passes: noise alone tells their routers apart."""
+    router = functools.partial(Router, jitter_noise=0.5)
+    expert = functools.partial(VectorExperts, num_experts=3, router=router)
+    model = deep("mov", (True, "none"), Adapters(gate=expert), dropout_rate=0.1)
+    whole = params.flatten(random_params_of(model))
+    alike = {
+        path: whole[path.replace("layers_1", "layers_0").replace("layers_2", "layers_0")]
+        * (0 if path.endswith(("out/kernel", "wo/kernel")) else 1)
+        for path in whole
+    }
+    trainable, frozen = params.split(params.unflatten(alike), METHODS["mov"].trainable)
+    _, told = run(model, trainable, frozen, jax.random.key(0), microbatches=1)
+    entropies = np.asarray(told["routers"])[:, 0]
+    assert len(set(entropies.round(6).tolist())) == 5
+
+
+# --- parameters ---
+
+
+def test_frozen_parameters_are_stacked_once():
+    """[N, …] under 'layers'; what trains in part stays; the arrays that were joined are gone."""
+    model = deep("mov", (True, "none"))
+    whole = jax.tree.map(jnp.array, random_params_of(model))
+    _, frozen = params.split(whole, [r"encoder/layers_1/mlp/.*", r"decoder/.*_adapter/.*"])
+    flat = params.flatten(frozen)
+    queries = [
+        np.asarray(flat[f"decoder/layers_{i}/self_attention/query/kernel"]) for i in range(3)
+    ]
+    stacked = params.flatten(network.stacked(model, frozen, stacks.join_and_free))
+    found = stacked["decoder/layers/self_attention/query/kernel"]
+    np.testing.assert_array_equal(found, np.stack(queries))
+    assert stacked["encoder/layers/attention/query/kernel"].shape == (2, 16, 12)
+    assert stacked["encoder/layers_0/mlp/wo/kernel"] is flat["encoder/layers_0/mlp/wo/kernel"]
+    assert params.count(stacked) == params.count(frozen)
+    for path, leaf in flat.items():
+        assert leaf.is_deleted() == ("/layers_" in path and path not in stacked), path
+    abstract = params.flatten(
+        network.stacked(model, params.unflatten(stacked), stacks.join_abstract)
+    )
+    assert abstract.keys() == stacked.keys()  # nothing is left to stack
+
+
+def test_stacked_and_unrolled_parameters_give_the_same():
+    """As a run stacks them, and with a part of a stack that trains."""
+    model = deep("mov", (True, "minimal"))
+    trainable, frozen = halves("mov")
+    copied = jax.tree.map(jnp.array, frozen)
+    stacked = network.stacked(model, copied, stacks.join_and_free)
+    assert_same(run(model, trainable, stacked), unrolled("mov"))
+
+
+def test_quantized_matrices_are_stacked():
+    """Values and scales each by themselves; beside one that trains they are widened."""
+    matrix = jnp.asarray([[127.0, -2.0], [3.0, 4.0]])  # scales 1 and 4 / 127
+    kept = quantized.quantize(matrix, "int8")
+    layers = {"layers_0": {"kernel": kept}, "layers_1": {"kernel": kept}}
+    both = stacks.stacked(layers, lambda _: 2)["layers"]["kernel"]
+    assert both.values.shape == (2, 2, 2) and both.scale.shape == (2, 2)
+    layers["layers_1"] = {"kernel": matrix}
+    mixed = stacks.stacked(layers, lambda _: 2)["layers"]["kernel"]
+    np.testing.assert_array_equal(mixed, np.stack([quantized.dequantize(kept), matrix]))
+    np.testing.assert_allclose(mixed[0], mixed[1], atol=0.02)
+
+
+@SLOW
+def test_a_part_of_a_stack_trains():
+    patterns = [r"encoder/layers_1/.*_adapter/.*"]
+    trainable, frozen = params.split(random_params_of(deep("ia3")), patterns)
+    expected = run(deep("ia3"), trainable, frozen)
+    assert_same(run(deep("ia3", (True, "full")), trainable, frozen), expected)
+    assert all(path.startswith("encoder/layers_1/") for path in expected[0])
+
+
+def test_init_and_decoding_are_unrolled():
+    """A loop's model is made with the same tree and values, and fills the same caches."""
+    loop, plain = deep("mov", (True, "full")), deep("mov")
+    tokens = jnp.ones((1, 4), jnp.int32)
+    made = [model.init(jax.random.key(0), tokens, tokens, tokens) for model in (loop, plain)]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *made))
+    weights = random_params_of(plain)
+
+    def decode(model):
+        encoded = model.apply({"params": weights}, tokens, enable_dropout=False, method="encode")
+        return model.apply(
+            {"params": weights}, encoded, tokens, tokens, tokens, enable_dropout=False,
+            decode=True, max_decode_length=4, mutable=["cache", "cross_cache"], method="decode",
+        )  # fmt: skip
+
+    for a, b in zip(jax.tree.leaves(decode(loop)), jax.tree.leaves(decode(plain)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# --- on a mesh, and memory ---
+
+
+def planned_step(way, method="mov", layers=4, dtype="float32"):
+    scan, remat = way
+    config = dataclasses.replace(
+        CONFIG,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        dtype=dtype,
+        scan_layers=scan,
+        remat_policy=remat,
+    )
+    model = network.Transformer(config, METHODS[method].adapters())
+    return compile.Step(model, METHODS[method].trainable, optim.adamw(lambda _: 1e-3), 4, (64, 32))
+
+
+def test_shapes_of_a_planned_loop():
+    """Frozen parameters lie stacked, the axis of layers whole; states and bytes are as ever."""
+    mesh = partitioning.make_mesh(2)
+    loop, plain = (compile.arguments(planned_step((s, "none")), mesh) for s in (True, False))
+    query = loop.frozen["encoder"]["layers"]["attention"]["query"]["kernel"]
+    assert query.shape == (4, 16, 12)
+    assert tuple(query.sharding.spec) == (None, None, "model")
+    assert loop.state == plain.state
+    assert compile.bytes_on_device(loop.frozen) == compile.bytes_on_device(plain.frozen)
+
+
+def test_a_loop_keeps_no_copy_of_its_weights():
+    """Nothing of the shape of stacked weights is written into, as residuals of the loop are."""
+    text = compile.compile_step(planned_step((True, "none")), partitioning.make_mesh(2)).as_text()
+    written = [line for line in text.splitlines() if "dynamic-update-slice(" in line]
+    assert any("f32[4,4,64,10]" in line for line in written)  # [N, B, L, F/2]: activations are
+    assert not any("f32[4,16,10]" in line for line in written)  # [N, D, F/2]: weights are not
+
+
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=SLOW), True])
+def test_memory_of_activations_falls(scan):
+    """Policies in the order of what they keep; the whole without remat at least twice the least."""
+    mesh = partitioning.make_mesh(1, jax.devices()[:1])
+    none, minimal, full = (
+        compile.compile_step(planned_step((scan, policy)), mesh)
+        .memory_analysis()
+        .temp_size_in_bytes
+        for policy in stacks.REMAT_POLICIES
+    )
+    assert none > minimal > full and none > 2 * full
+
+
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=SLOW) for k in ("data", "model")), "fsdp"]
+)
+def test_training_on_a_mesh(kind):
+    """Two steps of a loop on two devices are those of the unrolled form on one."""
+    optimizer = optax.sgd(1e-3, momentum=0.9)
+
+    def trained(model, mesh, rules):
+        axes, shapes = network.param_axes(model), params.flatten(network.param_shapes(model))
+        lies = partitioning.param_shardings(mesh, rules, axes, shapes)
+        trainable, frozen = (jax.tree.map(np.asarray, half) for half in halves("mov"))
+        state = steps.TrainState.create(trainable, optimizer)
+        of_state = partitioning.state_shardings(jax.eval_shape(lambda: state), lies, mesh)
+        state = partitioning.place(state, of_state)
+        of_frozen = params.unflatten({path: lies[path] for path in params.flatten(frozen)})
+        frozen = partitioning.place(frozen, of_frozen)
+        if model.config.scan_layers:
+            frozen = network.stacked(model, frozen, stacks.join_and_free)
+            kernel = frozen["encoder"]["layers"]["mlp"]["wo"]["kernel"]
+            of_layer = lies["encoder/layers_0/mlp/wo/kernel"].spec
+            assert tuple(kernel.sharding.spec) == (None, *of_layer)
+        step = steps.make_train_step(model, optimizer, steps.Loss(), state_sharding=of_state)
+        losses = []
+        with partitioning.scope(mesh, rules):
+            for _ in range(2):
+                batch = partitioning.shard_batch(packed_batch(), mesh)
+                state, metrics = step(state, frozen, batch, jax.random.key(0))
+                losses.append(float(metrics["loss"]))
+        return losses, jax.tree.map(np.asarray, state.params)
+
+    one = partitioning.make_mesh(1, jax.devices()[:1])
+    expected = trained(deep("mov"), one, partitioning.axis_rules())
+    mesh = partitioning.make_mesh(2 if kind == "model" else 1)
+    rules = partitioning.axis_rules(kind == "fsdp")
+    losses, found = trained(deep("mov", (True, "minimal")), mesh, rules)
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# --- settings ---
+
+
+def test_how_a_step_is_computed_is_no_part_of_what_the_model_is():
+    """So a run goes on in another form, and evaluation knows nothing of it."""
+    loop = dataclasses.replace(DEEP, scan_layers=True, remat_policy="full")
+    assert loop.as_dict() == DEEP.as_dict()
+    assert network.T5Config(**loop.as_dict()) == DEEP
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"scan_layers": 1}, "SCAN_LAYERS: expected True or False, found 1"),
+        (
+            {"remat_policy": "some"},
+            r"REMAT_POLICY: expected one of \['none', 'minimal', 'full'\], found 'some'",
+        ),
+        ({"remat_policy": None}, "REMAT_POLICY: expected one of .*, found None"),
+    ],
+)
+def test_wrong_settings(settings, says):
+    with pytest.raises(InputError, match=says):
+        dataclasses.replace(DEEP, **settings)

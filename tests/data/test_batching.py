@@ -1,0 +1,124 @@
+"""Batches of few shapes: every group and input in one of them, little padding, even sizes."""
+
+import data_tasks
+import numpy as np
+import pytest
+
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.data import batching, seqio_tasks
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    return data_tasks.register(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_every_group_is_in_one_batch_whole(registered, batch_size):
+    groups = seqio_tasks.choice_groups("jsonl_score_eval", {"inputs": 128, "targets": 32})
+    seen = []
+    for batch, members in batching.score_batches(groups, batch_size):
+        inputs, fed, targets = (
+            batch[key]
+            for key in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+        )
+        assert 1 <= len(members) <= len(inputs) == len(targets) <= batch_size
+        np.testing.assert_array_equal(fed[..., 1:], targets[..., :-1])
+        assert not fed[..., 0].any()
+        for i, group in enumerate(members):
+            assert inputs[i][inputs[i] > 0].tolist() == group.inputs.tolist()
+            for j, ids in enumerate(group.choices):
+                assert targets[i, j][targets[i, j] > 0].tolist() == ids.tolist()
+            assert not targets[i, len(group.choices) :].any()
+        assert not inputs[len(members) :].any() and not targets[len(members) :].any()
+        seen += members
+    assert sorted(map(id, seen)) == sorted(map(id, groups))
+
+
+def fake_group(num_choices, input_length, target_length):
+    return seqio_tasks.ChoiceGroup(
+        task="t",
+        idx=0,
+        inputs=np.ones(input_length, np.int32),
+        choices=(np.ones(target_length, np.int32),) * num_choices,
+        is_correct=(True,) * num_choices,
+        input_text="",
+        choice_texts=("",) * num_choices,
+        cut_input=False,
+        cut_target=False,
+    )
+
+
+def some_groups():
+    rng = np.random.default_rng(0)
+    sizes = zip(
+        rng.integers(2, 4, 800), rng.integers(5, 250, 800), rng.integers(2, 8, 800), strict=True
+    )
+    return [fake_group(*size) for size in sizes]
+
+
+def shapes_and_padding(groups, batch_size, **settings):
+    """The shapes of the batches, and tokens of inputs and choices over those that are real."""
+    batches = [batch for batch, _ in batching.score_batches(groups, batch_size, **settings)]
+    keys = ("encoder_input_tokens", "decoder_target_tokens")
+    shapes = {tuple(batch[key].shape for key in keys) for batch in batches}
+    spent = [sum(batch[key].size for batch in batches) for key in keys]
+    real = [
+        sum(len(group.inputs) for group in groups),
+        sum(len(ids) for group in groups for ids in group.choices),
+    ]
+    return shapes, spent[0] / real[0], spent[1] / real[1]
+
+
+def test_few_shapes_for_many_sizes():
+    shapes, inputs, choices = shapes_and_padding(some_groups(), 16)
+    assert len(shapes) <= 3 and inputs < 1.4 and choices < 2.5
+
+
+def test_a_shape_is_compiled_where_that_saves_more_padding_than_it_costs():
+    groups = some_groups()
+    many, tight, _ = shapes_and_padding(groups, 16, program_cost=0, max_programs=100)
+    few, loose, _ = shapes_and_padding(groups, 16, program_cost=0, max_programs=3)
+    one, all_padded, _ = shapes_and_padding(groups, 16, program_cost=1 << 30)
+    assert len(many) > len(few) == 3 > len(one) == 1
+    assert tight < loose < all_padded
+    assert tight < 1.2
+
+
+def test_batches_of_a_shape_are_of_even_size():
+    """33 groups of one shape: two batches of 17, not one of 32 and one of 32 for the last."""
+    batches = list(batching.score_batches([fake_group(2, 10, 4)] * 33, 32))
+    assert [len(batch["encoder_input_tokens"]) for batch, _ in batches] == [17, 17]
+    assert [len(members) for _, members in batches] == [17, 16]
+
+
+def test_no_groups_give_no_batches():
+    assert list(batching.score_batches([], 4)) == []
+
+
+def test_wide_groups_come_in_smaller_batches():
+    groups = [fake_group(50, 10, 100) for _ in range(20)] + [fake_group(2, 10, 4)] * 32
+    batches = list(
+        batching.score_batches(groups, 32, multiple_of=4, max_target_tokens=56 * 112 * 6)
+    )
+    rows = [len(batch["encoder_input_tokens"]) for batch, _ in batches]
+    assert rows == [4] * 5 + [32]  # 6 would fit, 4 is a multiple of 4
+    one = next(batching.score_batches(groups, 32, multiple_of=8, max_target_tokens=1))
+    assert len(one[0]["encoder_input_tokens"]) == 8
+    with pytest.raises(InputError, match="BATCH_SIZE 30 is not a multiple of .* devices, 4"):
+        next(batching.score_batches(groups, 30, multiple_of=4))
+
+
+def test_input_batches_hold_every_input_once():
+    rng = np.random.default_rng(0)
+    inputs = [rng.integers(1, 9, n).astype(np.int32) for n in rng.integers(1, 70, 41)]
+    seen = []
+    for tokens, numbers in batching.input_batches(inputs, 8, multiple_of=2, program_cost=100):
+        assert len(tokens) % 2 == 0 and len(numbers) <= len(tokens) <= 8
+        for row, number in zip(tokens, numbers, strict=False):
+            np.testing.assert_array_equal(row[: len(inputs[number])], inputs[number])
+            assert not row[len(inputs[number]) :].any()
+        for row in tokens[len(numbers) :]:
+            np.testing.assert_array_equal(row, tokens[len(numbers) - 1])
+        seen += numbers
+    assert sorted(seen) == list(range(41))

@@ -1,0 +1,704 @@
+"""Folders of JSON lines as seqio tasks: rows, roles, held-out data sets, errors, the P3 sample."""
+
+import io
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.data import feed, seqio_tasks
+from pemoe_jax.tasks import jsonl
+
+LENGTHS = {"inputs": 32, "targets": 8}
+WORDS = [
+    "yes",
+    "no",
+    "maybe",
+    "red",
+    "green",
+    "blue",
+    "is",
+    "the",
+    "sky",
+    "grass",
+    "sea",
+    "what",
+    "colour",
+    "of",
+    "a",
+    "good",
+    "bad",
+    "film",
+    "it",
+    "was",
+]
+
+
+def make_vocab(folder: pathlib.Path, **settings) -> pathlib.Path:
+    """A SentencePiece model of a few dozen pieces."""
+    import sentencepiece
+
+    settings = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | settings
+    model = io.BytesIO()
+    rng = np.random.default_rng(0)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(rng.choice(WORDS, 8)) for _ in range(200)),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **settings,
+    )
+    path = folder / "spiece.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def write(folder: pathlib.Path, task: str, split: str, rows: list) -> pathlib.Path:
+    """Rows (dicts, or (inputs, targets[, choices])) as <folder>/<task>/<split>.jsonl."""
+    path = folder / task / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in rows:
+        if not isinstance(row, dict):
+            row = dict(zip(("inputs", "targets", "answer_choices"), row, strict=False))
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def vocab(tmp_path_factory) -> pathlib.Path:
+    return make_vocab(tmp_path_factory.mktemp("vocab"))
+
+
+YES_NO = ["yes", "no"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    """colour_{ask,say} (train, validation), nli_{a,b} (choices), free (train only, no choices)."""
+    for task in ("colour_ask", "colour_say"):
+        write(tmp_path, task, "train", [("sky", "blue"), ("grass", "green"), ("sea", "blue")])
+        write(tmp_path, task, "validation", [("the sky", "blue")])
+    for task in ("nli_a", "nli_b"):
+        write(tmp_path, task, "train", [("sky is blue", "yes", YES_NO)] * 4)
+        rows = [("the sky is blue", "yes", YES_NO), ("the sky is green", "no", YES_NO)]
+        write(tmp_path, task, "test", rows)
+    write(tmp_path, "free", "train", [("what was it", "a good film")])
+    return tmp_path
+
+
+def index(folder: pathlib.Path, **entries: dict) -> None:
+    (folder / "INDEX.json").write_text(json.dumps(entries))
+
+
+def role(dataset: str, train: str = "", evaluate: str = "", **more) -> dict:
+    return {"dataset": dataset, "t0_do_train": train, "t0_do_eval": evaluate} | more
+
+
+def error(*args, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        jsonl.register(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what is registered
+
+
+def test_without_an_index_all_that_is_not_scored_is_trained_on(folder, vocab):
+    found = jsonl.register(folder, vocab)
+    assert found.train_tasks == ["colour_ask", "colour_say", "free", "nli_a", "nli_b"]
+    assert found.eval_tasks == []
+    assert found.no_eval_split == ["free"]
+    assert found.eval_splits == {
+        "colour_ask": "validation",
+        "colour_say": "validation",
+        "nli_a": "test",
+        "nli_b": "test",
+    }
+    with pytest.raises(
+        InputError, match="'jsonl_score_eval' is not registered: .* no task to score"
+    ):
+        seqio_tasks.check_task("jsonl_score_eval")
+    found = jsonl.register(folder, vocab, eval_tasks=["nli_*"])
+    assert found.train_tasks == ["colour_ask", "colour_say", "free"]
+    assert found.eval_tasks == ["nli_a_score_eval", "nli_b_score_eval"]
+    assert seqio_tasks.subtasks("jsonl_score_eval") == found.eval_tasks
+    assert seqio_tasks.subtasks("jsonl_train") == found.train_tasks
+    assert found.examples == {
+        "colour_ask": 3,
+        "colour_say": 3,
+        "free": 1,
+        "nli_a_score_eval": 2,
+        "nli_b_score_eval": 2,
+    }
+    # Without an index a data set is a task: nli_b is not held out because nli_a is.
+    assert "nli_b" in jsonl.register(folder, vocab, eval_tasks=["nli_a"]).train_tasks
+
+
+def test_twins_are_there_for_every_task_with_choices(folder, vocab):
+    import seqio
+
+    jsonl.register(folder, vocab)
+    names = set(seqio.TaskRegistry.names())
+    assert {"nli_a_score_eval", "nli_b_score_eval"} <= names
+    assert not {"free_score_eval", "colour_ask_score_eval"} & names
+
+
+def test_roles_of_an_index(folder, vocab):
+    index(
+        folder,
+        colour_ask=role("colour", "BASE"),
+        colour_say=role("colour", "GPT_EVAL"),
+        nli_a=role("super_glue", "", "BASE", subset="rte"),
+        nli_b=role("super_glue", "BASE", "", subset="rte"),
+        free=role("free", "BASE", t0_blacklisted=True),
+    )
+    found = jsonl.register(folder, vocab)
+    assert found.has_index
+    assert found.train_tasks == ["colour_ask"]
+    assert found.eval_tasks == ["nli_a_score_eval"]
+    assert found.held_out == ["rte"]
+    assert found.held_out_skipped == ["nli_b"]  # a training role, but of a held-out data set
+    assert found.datasets["nli_b"] == found.datasets["nli_a_score_eval"] == "rte"
+    assert found.datasets["colour_ask"] == "colour"
+
+
+@pytest.mark.parametrize("change", [{"original_task": False}, {"t0_do_eval": "BIAS_FAIRNESS"}])
+def test_evaluation_role_needs_base_and_the_original_task(folder, vocab, change):
+    entry = role("nli", "", "BASE", original_task=True)
+    index(folder, nli_a=entry | change, nli_b=entry)
+    assert jsonl.register(folder, vocab).eval_tasks == ["nli_b_score_eval"]
+    index(folder, colour_ask=entry, nli_b=entry)  # colour_ask has no choices
+    assert jsonl.register(folder, vocab).eval_tasks == ["nli_b_score_eval"]
+
+
+def test_an_index_may_say_only_the_data_set_or_leave_tasks_out(folder, vocab):
+    index(folder, nli_a={"dataset": "nli"}, nli_b={"dataset": "nli", "subset": "x"})
+    found = jsonl.register(folder, vocab)
+    assert found.train_tasks == ["colour_ask", "colour_say", "free", "nli_a", "nli_b"]
+    assert (found.datasets["nli_a"], found.datasets["nli_b"]) == ("nli", "nli_x")
+    assert found.datasets["free"] == "free"
+    assert found.not_in_index == ["colour_ask", "colour_say", "free"]
+
+
+def test_held_out_data_sets_are_trained_on_only_when_asked_to(folder, vocab):
+    entries = {
+        "colour_ask": role("colour", "BASE"),
+        "colour_say": role("colour", "BASE"),
+        "nli_a": role("nli", "", "BASE"),
+        "nli_b": role("nli", "BASE", ""),
+    }
+    index(folder, **entries)
+    # EVAL_TASKS picks another one; the index's own stays held out.
+    write(folder, "colour_ask", "validation", [("sky", "blue", ["blue", "red"])])
+    found = jsonl.register(folder, vocab, eval_tasks=["colour_ask"])
+    assert found.held_out == ["colour", "nli"]
+    assert found.eval_tasks == ["colour_ask_score_eval"]
+    assert found.train_tasks == ["free"]
+    assert found.held_out_skipped == ["colour_say", "nli_b"]
+    assert found.held_out_trained == []
+    found = jsonl.register(folder, vocab, train_tasks=["nli_*", "free"])
+    assert found.train_tasks == ["free", "nli_a", "nli_b"]
+    assert found.held_out_trained == ["nli_a", "nli_b"]
+    assert any("WARNING: held out, yet trained on" in line for line in found.lines())
+    assert found.eval_tasks == ["nli_a_score_eval"]  # TRAIN_TASKS leaves evaluation as it is
+
+
+def test_patterns_override_roles(folder, vocab):
+    index(folder, nli_a=role("nli", "", ""), nli_b=role("nli", "", ""), free=role("free", "", ""))
+    found = jsonl.register(folder, vocab, train_tasks=["f*"], eval_tasks=["nli_[b-z]_score_eval"])
+    assert (found.train_tasks, found.eval_tasks) == (["free"], ["nli_b_score_eval"])
+    found = jsonl.register(folder, vocab, eval_tasks=["*"])  # those without choices are left out
+    assert found.eval_tasks == ["nli_a_score_eval", "nli_b_score_eval"]
+    assert found.no_choices == ["colour_ask", "colour_say", "free"]
+    assert found.train_tasks == []
+    with pytest.raises(InputError, match="no task to train on"):
+        seqio_tasks.check_task("jsonl_train")
+    assert jsonl.register(folder, vocab, eval_tasks=[]).eval_tasks == []
+
+
+def test_training_tasks_are_scored_in_a_mixture_of_their_own(folder, vocab):
+    index(
+        folder,
+        nli_a=role("nli", "BASE"),
+        nli_b=role("rte", "", "BASE"),
+        colour_say=role("colour", "BASE"),  # no choices
+        colour_ask=role("colour", "BASE"),
+        free=role("free", "BASE"),
+    )
+    write(folder, "free", "train", [("what was it", "good", ["good", "bad"])])  # nowhere to score
+    found = jsonl.register(folder, vocab)
+    assert found.eval_tasks == ["nli_b_score_eval"]
+    assert found.train_score_tasks == ["nli_a_score_eval"]
+    assert found.held_out == ["rte"]
+    assert seqio_tasks.subtasks("jsonl_train_score_eval") == ["nli_a_score_eval"]
+    assert [g.task for g in seqio_tasks.choice_groups("jsonl_train_score_eval", LENGTHS)] == [
+        "nli_a_score_eval",
+        "nli_a_score_eval",
+    ]
+    lines = found.lines()
+    assert "scoring: 1 tasks of 1 data sets, 2 examples (jsonl_score_eval): rte" in lines
+    line = "scoring of training tasks: 1 tasks of 1 data sets, 2 examples"
+    assert f"{line} (jsonl_train_score_eval): nli" in lines
+    found = jsonl.register(folder, vocab, train_tasks=["colour_*"])
+    assert found.train_score_tasks == []
+    assert not any("scoring of training tasks" in line for line in found.lines())
+    with pytest.raises(InputError, match="no task to train on that has answer choices and an eval"):
+        seqio_tasks.check_task("jsonl_train_score_eval")
+
+
+def test_evaluation_split_is_the_first_of_three(tmp_path, vocab):
+    for task, splits in {"a": ["test", "val"], "b": ["test"], "c": ["validation", "val"]}.items():
+        for split in ["train", *splits]:
+            write(tmp_path, task, split, [(split, "yes", YES_NO)])
+    found = jsonl.register(tmp_path, vocab, eval_tasks=["*"])
+    assert found.eval_splits == {"a": "val", "b": "test", "c": "validation"}
+    texts = {g.task: g.input_text for g in seqio_tasks.choice_groups("jsonl_score_eval", LENGTHS)}
+    assert texts == {"a_score_eval": "val", "b_score_eval": "test", "c_score_eval": "validation"}
+    assert seqio_tasks.choice_groups("a_score_eval", LENGTHS, split="test")[0].input_text == "test"
+
+
+def test_rate_is_the_number_of_examples_capped_as_t0(folder, vocab, monkeypatch):
+    import seqio
+
+    index(folder, nli_a={"dataset": "nli"}, nli_b={"dataset": "nli"})
+    jsonl.register(folder, vocab)
+    mixture = seqio.MixtureRegistry.get("jsonl_train")
+    rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
+    assert rates == {"colour_ask": 3, "colour_say": 3, "free": 1, "nli_a": 4, "nli_b": 4}
+    monkeypatch.setattr(jsonl, "MAX_RATE", 3)  # 4 > 3: 3 shared by two templates
+    assert mixture.get_rate(seqio.TaskRegistry.get("nli_a")) == 1.5
+    assert mixture.get_rate(seqio.TaskRegistry.get("colour_ask")) == 3
+
+
+def test_eval_examples_caps_every_split_but_train(folder, vocab):
+    found = jsonl.register(folder, vocab, eval_tasks=["nli_a"], eval_examples=1)
+    assert found.examples["nli_a_score_eval"] == 1
+    assert [g.idx for g in seqio_tasks.choice_groups("nli_a_score_eval", LENGTHS)] == [0]
+    assert seqio_tasks.check_task("nli_b").num_input_examples("train") == 4
+    for wrong in (0, -1, "3"):
+        assert "EVAL_EXAMPLES" in error(folder, vocab, eval_examples=wrong)
+
+
+def test_registering_twice_changes_nothing_and_anew_replaces(folder, vocab):
+    import seqio
+
+    found = jsonl.register(folder, vocab, eval_tasks=["nli_a"])
+    task = seqio.TaskRegistry.get("nli_a")
+    assert jsonl.register(folder, str(vocab), eval_tasks=["nli_a"]) is found
+    assert seqio.TaskRegistry.get("nli_a") is task
+    assert jsonl.register(folder, vocab, eval_tasks=["nli_b"]).eval_tasks == ["nli_b_score_eval"]
+    assert seqio_tasks.subtasks("jsonl_score_eval") == ["nli_b_score_eval"]
+    write(folder, "new", "train", [("sky", "blue")])  # the folder has changed
+    assert "new" in jsonl.register(folder, vocab, eval_tasks=["nli_b"]).train_tasks
+    other = folder / "other"
+    write(other, "only", "train", [("sky", "blue")])
+    jsonl.register(other, vocab)
+    assert "nli_a" not in seqio.TaskRegistry.names()
+    assert "nli_a_score_eval" not in seqio.TaskRegistry.names()
+
+
+def test_one_vocabulary_a_file(vocab, tmp_path):
+    assert jsonl.vocabulary(vocab) is jsonl.vocabulary(str(vocab))
+    import seqio
+
+    plain = seqio.SentencePieceVocabulary(str(vocab), extra_ids=100)
+    assert jsonl.vocabulary(vocab) == plain  # so a user's own tasks mix with these
+    assert jsonl.vocabulary(vocab).vocab_size == plain.vocab_size
+
+
+# --- what the tasks read
+
+
+def test_ids_are_the_vocabularys_with_eos_and_cut_sequences_keep_it(tmp_path, vocab):
+    text = "the sky is blue what colour is the sea"
+    write(tmp_path, "t", "train", [(text, "red green blue red green blue")])
+    jsonl.register(tmp_path, vocab)
+    ids = jsonl.vocabulary(vocab).encode(text)
+    (row,) = (
+        seqio_tasks.check_task("t")
+        .get_dataset(None, split="train", shuffle=False)
+        .as_numpy_iterator()
+    )
+    assert row["inputs"].tolist() == [*ids, 1]
+    assert row["inputs_pretokenized"] == text.encode()
+    (row,) = (
+        seqio_tasks.check_task("t")
+        .get_dataset({"inputs": 6, "targets": 3}, split="train", shuffle=False)
+        .as_numpy_iterator()
+    )
+    assert row["inputs"].tolist() == [*ids[:5], 1]
+    assert len(row["targets"]) == 3 and row["targets"][-1] == 1
+
+
+def test_a_twin_has_p3s_columns(tmp_path, vocab):
+    rows = [("sky", "blue", ["red", "blue", "green"]), ("what", "no", YES_NO)]
+    write(tmp_path, "t", "validation", rows)
+    jsonl.register(tmp_path, vocab, eval_tasks=["t"])
+    twin = seqio_tasks.check_task("t_score_eval")
+    found = list(twin.get_dataset(LENGTHS, split="validation", shuffle=False).as_numpy_iterator())
+    assert [row["idx"].tolist() for row in found] == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
+    assert [bool(row["is_correct"]) for row in found] == [False, True, False, False, True]
+    assert [row["weight"] for row in found] == [1.0] * 5
+    assert [row["targets_pretokenized"] for row in found[:3]] == [b"red", b"blue", b"green"]
+    assert found[1]["answer_choices"].tolist() == [b"red", b"blue", b"green"]
+    spec = twin.get_dataset(LENGTHS, split="validation", shuffle=False).element_spec
+    kinds = {key: value.dtype.name for key, value in spec.items()}
+    assert kinds == {
+        "inputs": "int32",
+        "targets": "int32",
+        "inputs_pretokenized": "string",
+        "targets_pretokenized": "string",
+        "answer_choices": "string",
+        "idx": "int32",
+        "is_correct": "bool",
+        "weight": "float32",
+    }
+
+
+def test_seqios_evaluator_scores_a_twin(tmp_path, vocab):
+    import seqio
+
+    rows = [
+        ("sky", "blue", ["red", "blue"]),
+        ("grass", "green", ["green", "red"]),
+        ("sea", "blue", ["blue", "blue", "red"]),  # doubled: either will do
+        ("film", "good", ["red", "blue"]),  # the target is not among them: wrong
+    ]
+    write(tmp_path, "t", "test", rows)
+    jsonl.register(tmp_path, vocab, eval_tasks=["t"])
+    evaluator = seqio.Evaluator(
+        "t_score_eval",
+        seqio.EncDecFeatureConverter(pack=False),
+        eval_split="validation",
+        sequence_length=LENGTHS,
+    )
+    blue = jsonl.vocabulary(vocab).encode("blue")
+
+    def score(dataset):  # likes blue best, and the first of equals
+        return [
+            (i, float(row["decoder_target_tokens"][: len(blue)].tolist() == blue))
+            for i, row in dataset.as_numpy_iterator()
+        ]
+
+    metrics, _ = evaluator.evaluate(compute_metrics=True, score_fn=score, step=0)
+    # sky: blue, right; grass: a tie, the first is right; sea: right; film: wrong.
+    assert metrics.result()["t_score_eval"]["accuracy"] == pytest.approx(0.75)
+
+
+def test_reading_shuffles_whole_files_anew_each_epoch(tmp_path, vocab):
+    write(tmp_path, "t", "train", [(f"{i}", "yes") for i in range(300)])
+    jsonl.register(tmp_path, vocab)
+    task = seqio_tasks.check_task("t")
+
+    def read(seed):
+        ds = task.get_dataset(LENGTHS, split="train", shuffle=True, seed=seed, num_epochs=2)
+        texts = [int(row["inputs_pretokenized"]) for row in ds.as_numpy_iterator()]
+        return texts[:300], texts[300:]
+
+    first, second = read(0)
+    assert sorted(first) == sorted(second) == list(range(300))
+    assert first != second
+    assert (first, second) == read(0)
+    assert first != read(1)[0]
+    assert np.mean(first[:100]) > 90  # not only from the file's beginning (its mean would be 50)
+
+
+def test_shards_are_disjoint_and_complete(tmp_path, vocab):
+    import seqio
+
+    write(tmp_path, "t", "train", [(f"{i}", "yes") for i in range(5)])
+    jsonl.register(tmp_path, vocab)
+
+    def read(name, **kwargs):
+        ds = seqio_tasks.check_task(name).get_dataset(LENGTHS, split="train", seed=0, **kwargs)
+        return [int(row["inputs_pretokenized"]) for row in ds.as_numpy_iterator()]
+
+    parts = [read("t", shuffle=False, shard_info=seqio.ShardInfo(i, 2)) for i in range(2)]
+    assert parts == [[0, 2, 4], [1, 3]]
+    small = [read("t", shuffle=True, shard_info=seqio.ShardInfo(i, 8)) for i in range(8)]
+    assert all(len(part) == 1 for part in small)  # none is empty, which would end a mixture
+
+
+# --- odd rows
+
+
+def test_odd_rows_are_counted_and_never_a_crash(tmp_path, vocab):
+    many = [str(i) for i in range(50)]
+    rows = [
+        ("sky", "blue", ["red", "blue"]),
+        ("film", "good", ["red", "blue"]),  # 2: target not among them
+        ("sea", "blue", ["blue", " blue", "red"]),  # 3: doubled
+        ("", "red", ["red", "blue"]),  # 4: empty
+        ("word " * 2000, "49", many),  # 5: cut
+        ("grass", "green"),  # 6: no choices
+        ("grass", "", ["", "red"]),  # 7: empty target
+    ]
+    path = write(tmp_path, "t", "validation", rows)
+    path.write_text(path.read_text() + "\n\n")  # blank lines at the end
+    write(tmp_path, "t", "train", rows)
+    found = jsonl.register(tmp_path, vocab, eval_tasks=["t"], train_tasks=["t"])
+    expected = {
+        "target_not_in_choices": (1, 2),
+        "doubled_choices": (1, 3),
+        "empty_input": (1, 4),
+        "no_choices": (1, 6),
+        "empty_target": (1, 7),
+    }
+    for split in ("train", "validation"):
+        odd = {o.kind: (o.count, o.line) for o in found.odd if o.split == split}
+        assert odd == expected
+    assert (found.max_choices, found.max_words) == (50, 2000)
+    text = "\n".join(found.lines())
+    assert "targets not among their choices (t/train.jsonl:2" in text
+    assert "longest input: 2,000 words; up to 50 choices" in text
+    groups = seqio_tasks.choice_groups("t_score_eval", LENGTHS)
+    assert [g.idx for g in groups] == [0, 1, 2, 3, 4, 6]  # row 5 (0-based) has no choices
+    assert [g.odd for g in groups] == [
+        (),
+        ("target_not_in_choices",),
+        ("doubled_choices",) if groups[2].choice_texts[0] == groups[2].choice_texts[1] else (),
+        ("empty_input",),
+        ("cut_input",),
+        (),
+    ]
+    assert groups[2].is_correct == (True, True, False)
+    assert len(groups[4].choices) == 50 and len(groups[4].inputs) == LENGTHS["inputs"]
+    assert next(feed.train_batches("jsonl_train", LENGTHS, 4))["decoder_target_tokens"].any()
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"inputs": "a" "targets"', "not JSON: Expecting ',' delimiter at column 16"),
+        (b"[1, 2]", "expected an object, found list [1, 2]"),
+        (b'{"inputs": "a", "label": 1}', "no field 'targets' (found: inputs, label)"),
+        (b'{"inputs": 5, "targets": "a"}', "'inputs' must be a string, found int 5"),
+        (b'{"inputs": "a", "targets": null}', "'targets' must be a string, found NoneType null"),
+        (
+            b'{"inputs": "a", "targets": "b", "answer_choices": ["x", 1]}',
+            "'answer_choices' must be a list of strings, found list [\"x\", 1]",
+        ),
+        (
+            b'{"inputs": "a", "targets": "b", "answer_choices": "xy"}',
+            "'answer_choices' must be a list of strings, found str \"xy\"",
+        ),
+        (b'{"inputs": "\xff", "targets": "b"}', "not UTF-8: invalid start byte at byte 12"),
+        (
+            b'{"inputs": "\\ud800", "targets": "b"}',
+            "half a surrogate pair, \\ud800, is no character",
+        ),
+    ],
+)
+def test_a_malformed_line_is_named(folder, vocab, line, message):
+    path = folder / "colour_say" / "train.jsonl"
+    path.write_bytes(b'{"inputs": "a", "targets": "b"}\n\n' + line + b"\n")
+    assert error(folder, vocab) == f"{path}:3: {message}"
+    # What is not used is not read through; the tasks registered before stay.
+    jsonl.register(folder, vocab, train_tasks=["free"])
+    assert error(folder, vocab) == f"{path}:3: {message}"
+    assert seqio_tasks.subtasks("jsonl_train") == ["free"]
+    with pytest.raises(InputError, match=re.escape(f"{path}:3: {message}")):
+        feed.train_batches("colour_say", LENGTHS, 2)
+
+
+def test_use_reads_only_what_is_used(folder, vocab):
+    (folder / "free" / "train.jsonl").write_text('{"inputs": "a", "targets": "b"}\nnonsense\n')
+    found = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval",))
+    assert set(found.examples) == {"nli_a_score_eval"}
+    assert "free/train.jsonl:2: not JSON" in error(folder, vocab, eval_tasks=["nli_a"])
+    found = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval", "train_eval"))
+    assert set(found.examples) == {"nli_a_score_eval", "nli_b_score_eval"}
+    path = folder / "nli_b" / "test.jsonl"
+    path.write_text(path.read_text() + "nonsense\n")
+    jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval",))
+    message = error(folder, vocab, eval_tasks=["nli_a"], use=("train_eval",))
+    assert message.startswith(f"{path}:3: not JSON")
+    for wrong in ("train_eval", ["test"]):
+        message = error(folder, vocab, use=wrong)
+        assert message.startswith("use must be a list of 'train', 'eval', 'train_eval', found")
+
+
+def test_a_file_both_trained_on_and_scored_is_counted_once(tmp_path, vocab):
+    for split in ("train", "validation"):
+        write(tmp_path, "t", split, [("sky", "red", YES_NO)])
+    found = jsonl.register(tmp_path, vocab, train_tasks=["t"], eval_tasks=["t"])
+    assert [(odd.split, odd.count) for odd in found.odd] == [("train", 1), ("validation", 1)]
+
+
+def test_a_byte_order_mark_is_no_error(folder, vocab):
+    path = folder / "free" / "train.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert "free" in jsonl.register(folder, vocab).train_tasks
+
+
+def test_folder_errors(tmp_path, vocab):
+    missing = tmp_path / "missing"
+    assert error(missing, vocab) == f"JSONL_DIR {missing} does not exist"
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    wanted = f"JSONL_DIR {loose} must hold <task>/<split>.jsonl"
+    assert error(loose, vocab) == f"{wanted}; found none"
+    (loose / "train.jsonl").write_text("{}")
+    assert error(loose, vocab) == f"{wanted}; found train.jsonl directly in it"
+    assert "found a file" in error(loose / "train.jsonl", vocab)
+    empty = write(tmp_path / "empty", "t", "train", [])
+    assert error(tmp_path / "empty", vocab) == f"{empty}: no rows in it"
+    write(tmp_path / "name", "a b", "train", [("a", "b")])
+    assert "may hold letters, digits" in error(tmp_path / "name", vocab)
+    write(tmp_path / "twin", "t", "train", [("a", "b")])
+    write(tmp_path / "twin", "t_score_eval", "train", [("a", "b")])
+    assert "is the name that register gives" in error(tmp_path / "twin", vocab)
+
+
+def test_vocabulary_errors(folder, tmp_path, vocab):
+    missing = tmp_path / "none.model"
+    message = f"VOCAB_PATH must be a SentencePiece model file; there is none at {missing}"
+    assert error(folder, missing) == message
+    broken = tmp_path / "broken.model"
+    broken.write_bytes(b"this is no model")
+    assert f"VOCAB_PATH {broken} is not a SentencePiece model" in error(folder, broken)
+    other = tmp_path / "other"
+    other.mkdir()
+    path = make_vocab(other, pad_id=3, unk_id=0)
+    assert "expected pad, eos, unk at ids (0, 1, 2), found" in error(folder, path)
+
+
+def test_default_vocabulary(monkeypatch):
+    """The public file of T5, unless the environment names another."""
+    from pemoe_jax import tasks
+
+    monkeypatch.delenv("PEMOE_VOCAB_PATH", raising=False)
+    public = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+    assert tasks.default_vocab_path() == public
+    monkeypatch.setenv("PEMOE_VOCAB_PATH", "/a/spiece.model")
+    assert tasks.default_vocab_path() == "/a/spiece.model"
+
+
+def test_a_remote_vocabulary_is_read_where_it_is(folder, vocab):
+    """Through the file systems that tensorflow knows; told in one line where it is not reached."""
+    import tensorflow as tf
+
+    tf.io.gfile.copy(str(vocab), "ram://vocabulary/spiece.model", overwrite=True)
+    assert jsonl.vocabulary("ram://vocabulary/spiece.model").vocab_size == (
+        jsonl.vocabulary(vocab).vocab_size
+    )
+    says = error(folder, "ram://nowhere/spiece.model")
+    assert "VOCAB_PATH ram://nowhere/spiece.model cannot be read" in says
+    assert "PEMOE_VOCAB_PATH" in says
+
+
+def test_pattern_errors(folder, vocab):
+    message = error(folder, vocab, eval_tasks=["nli_*", "nil_a"])
+    assert message == "EVAL_TASKS pattern 'nil_a' matched none of 5 tasks; close: nli_a, nli_b"
+    message = error(folder, vocab, train_tasks=["zzz*"])
+    assert message == "TRAIN_TASKS pattern 'zzz*' matched none of 5 tasks"
+    message = error(folder, vocab, eval_tasks=["free"])
+    assert message == "EVAL_TASKS names 'free', which has no answer_choices and cannot be scored"
+    message = error(folder, vocab, eval_tasks=["colour_*"])
+    assert message.startswith(
+        "EVAL_TASKS pattern 'colour_*': each of 2 tasks has no answer_choices"
+    )
+    (folder / "nli_a" / "test.jsonl").unlink()
+    assert "'nli_a', which has no evaluation split" in error(folder, vocab, eval_tasks=["nli_a"])
+    (folder / "nli_b" / "train.jsonl").unlink()
+    assert "'nli_b', which has no train split" in error(folder, vocab, train_tasks=["nli_b"])
+    assert "must be a list of name patterns" in error(folder, vocab, eval_tasks=5)
+
+
+def test_index_errors(folder, vocab):
+    path = folder / "INDEX.json"
+    path.write_text('{"a": {},\n "b": }')
+    assert error(folder, vocab) == f"{path}:2: not JSON: Expecting value at column 7"
+    path.write_text("[]")
+    assert error(folder, vocab) == f"{path}: expected an object of tasks, found list []"
+    index(folder, free={"t0_blacklisted": "no"})
+    message = f"{path}: 'free': 't0_blacklisted' must be bool, found str \"no\""
+    assert error(folder, vocab) == message
+
+
+def test_a_name_that_another_task_has_is_refused(folder, vocab):
+    import seqio
+
+    other = seqio.TaskRegistry.add(
+        "taken",
+        source=seqio.FunctionDataSource(lambda split, shuffle_files: None, splits=["train"]),
+        output_features={},
+    )
+    try:
+        write(folder, "taken", "train", [("a", "b")])
+        assert "another seqio task 'taken' is registered already" in error(folder, vocab)
+        assert seqio.TaskRegistry.get("taken") is other
+    finally:
+        seqio.TaskRegistry.remove("taken")
+
+
+# --- the P3 sample
+
+
+def test_the_p3_sample_registers_and_reads(p3_sample, t5_vocab):
+    entries = json.loads((p3_sample / "INDEX.json").read_text())
+    found = jsonl.register(p3_sample, t5_vocab)
+    score = {
+        task
+        for task, entry in entries.items()
+        if entry["t0_do_eval"] == "BASE" and entry["original_task"] and entry["has_answer_choices"]
+    }
+    train = {
+        task
+        for task, entry in entries.items()
+        if entry["t0_do_train"] == "BASE" and not entry["t0_blacklisted"] and "train" in entry["n"]
+    }
+    assert set(found.train_tasks) == train and len(train) == 248
+    assert {twin.removesuffix("_score_eval") for twin in found.eval_tasks} == score
+    assert len(score) == 51
+    score_train = {
+        task
+        for task in train
+        if entries[task]["has_answer_choices"]
+        and {"validation", "val", "test"} & set(entries[task]["n"])
+    }
+    assert {twin.removesuffix("_score_eval") for twin in found.train_score_tasks} == score_train
+    assert found.held_out == ["cb", "copa", "hellaswag", "rte", "wic"]
+    assert found.held_out_trained == []
+    for task in train:
+        assert found.examples[task] == entries[task]["n"]["train"]
+    no_eval = {
+        task
+        for task in train | score
+        if not {"validation", "val", "test"} & set(entries[task]["n"])
+    }
+    assert set(found.no_eval_split) == no_eval and len(no_eval) == 27
+    odd = {(o.task, o.split): o.count for o in found.odd if o.kind == "target_not_in_choices"}
+    assert odd[("imdb_Negation_template_for_positive_and_negative", "train")] == 200
+    assert found.max_choices == 50
+    assert seqio_tasks.vocab_size("jsonl_train") == 32100
+    batch = next(feed.train_batches("jsonl_train", {"inputs": 256, "targets": 64}, 8))
+    assert batch["encoder_input_tokens"].shape == (8, 256)
+    evaluation = list(feed.eval_batches("jsonl_train", {"inputs": 256, "targets": 64}, 8, 2))
+    assert len(evaluation) == 2
+
+
+def test_every_twin_of_the_p3_sample_is_scored(p3_sample, t5_vocab):
+    found = jsonl.register(p3_sample, t5_vocab, eval_examples=3)
+    groups = seqio_tasks.choice_groups("jsonl_score_eval", {"inputs": 512, "targets": 128})
+    per_task = {twin: [g for g in groups if g.task == twin] for twin in found.eval_tasks}
+    entries = json.loads((p3_sample / "INDEX.json").read_text())
+    for twin, members in per_task.items():
+        path = p3_sample / twin.removesuffix("_score_eval") / "validation.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()[:3]]
+        assert entries[twin.removesuffix("_score_eval")]["n"]["validation"] >= len(rows)
+        assert [g.input_text for g in members] == [row["inputs"] for row in rows]
+        assert [list(g.choice_texts) for g in members] == [row["answer_choices"] for row in rows]
+        for group, row in zip(members, rows, strict=True):
+            assert list(group.is_correct) == [c == row["targets"] for c in row["answer_choices"]]

@@ -1,0 +1,539 @@
+"""P3's registry, and its sources: the same examples whatever form they come in."""
+
+import csv
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import p3_forms
+import pytest
+
+from pemoe_jax import infer, tasks
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.data import feed, seqio_tasks
+from pemoe_jax.data import rows as rows_lib
+from pemoe_jax.tasks.p3 import published as published_lib
+
+LENGTHS = {"inputs": 128, "targets": 32}
+VOCAB = pathlib.Path(tasks.__file__).parent / "quickstart" / "vocab.model"
+RTE, GPT = "super_glue_rte_can_we_infer", "super_glue_rte_GPT_3_style"
+FORMS = ("cache", "parquet", "templates", "datasets", "tfds")
+
+
+@pytest.fixture(scope="module")
+def p3():
+    from pemoe_jax.tasks import p3
+
+    return p3
+
+
+@pytest.fixture(scope="module")
+def encode():
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(VOCAB)).encode
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory, encode):
+    """Name of a form -> its folder."""
+    root = tmp_path_factory.mktemp("p3")
+    p3_forms.write_cache(root / "cache", encode)
+    p3_forms.write_parquet(root / "parquet", encode)
+    p3_forms.write_templates(root / "templates")
+    p3_forms.write_datasets(root / "datasets")
+    p3_forms.write_tfds(root / "tfds")
+    return {form: root / form for form in FORMS}
+
+
+@pytest.fixture(autouse=True)
+def no_caches(monkeypatch):
+    seqio = seqio_tasks.import_seqio()
+    seqio.set_global_cache_dirs([])
+    monkeypatch.delenv("PEMOE_P3_DIR", raising=False)
+    rows_lib._said.clear()
+
+
+def register(folder, **settings):
+    return tasks.register(p3_dir=str(folder), vocab_path=str(VOCAB), **settings)
+
+
+# --- what is published
+
+
+def test_counts_of_the_table():
+    published = published_lib.tasks()
+    assert len(published) == 544
+    assert sum(task.has_twin for task in published.values()) == 116
+    sizes = {name: len(names) for name, names in published_lib.mixtures().items()}
+    assert sizes["t0_train"] == 313
+    assert sizes["t0+_train"] == 313 + 79
+    assert sizes["t0++_train"] == 313 + 79 + 72
+    assert sizes["t0_eval_score_eval"] == 111
+    scored = [
+        published[name.removesuffix("_score_eval")]
+        for name in published_lib.mixtures()["t0_eval_score_eval"]
+    ]
+    labels = [task.label for task in scored]
+    assert {label: labels.count(label) for label in labels} == {
+        "anli": 45,
+        "cb": 15,
+        "copa": 12,
+        "hellaswag": 4,
+        "rte": 10,
+        "wic": 10,
+        "winogrande_winogrande_xl": 5,
+        "wsc.fixed": 10,
+    }
+    assert [sizes[f"anli_r{r}_score_eval"] for r in (1, 2, 3)] == [15, 15, 15]
+    # 43 tasks of T0+ and T0++ are of data sets that are scored
+    both = {task.name for task in published.values() if task.do_train and task.do_eval}
+    assert len(both) == 43
+    # 38 data sets, of which app_reviews, kilt_tasks and quarel have no prompt of the original task
+    assert sizes["t0_train_one_og_prompt"] == 35
+    firsts = published_lib.mixtures()["t0_train_one_og_prompt"]
+    assert len({published[name].dataset_name for name in firsts}) == 35
+    assert "imdb_Movie_Expressed_Sentiment" in firsts
+    assert all(
+        published[name].original_task
+        for name in published_lib.mixtures()["t0_train_all_og_prompts"]
+    )
+
+
+def test_names_follow_from_data_set_and_template():
+    for name, task in published_lib.tasks().items():
+        assert (
+            published_lib.task_name(task.dataset, task.subset, task.template, task.anli_round)
+            == name
+        )
+
+
+@pytest.mark.parametrize(
+    ("task", "rate"),
+    [
+        ("super_glue_rte_can_we_infer", 2490),  # its train split
+        ("app_reviews_generate_review", 288065),
+        ("anli_can_we_infer_r2", 162865),  # of the three rounds
+        ("amazon_polarity_would_you_buy", 55555),  # 3,600,000 > 500,000: 500,000 // 9 templates
+        ("dbpedia_14_given_a_choice_of_categories_", 125000),  # 560,000: 500,000 // 4
+        ("yelp_review_full_so_i_would", 71428),  # 650,000: 500,000 // 7
+        ("wiki_bio_who", 100000),  # 582,659: 500,000 // 5
+        ("super_glue_copa_exercise_score_eval", 400),
+    ],
+)
+def test_rates(task, rate):
+    assert published_lib.rate(task) == rate
+
+
+def test_table_is_that_of_the_published_tasks():
+    path = pathlib.Path(__file__).parents[3] / "shared" / "p3" / "tasks.csv"
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    with path.open(newline="") as file:
+        rows = {row["task"]: row for row in csv.DictReader(file)}
+    assert set(rows) == set(published_lib.tasks())
+    for name, task in published_lib.tasks().items():
+        row = rows[name]
+        assert (task.dataset, task.subset, task.template) == (
+            row["dataset"],
+            row["subset"],
+            row["template"],
+        )
+        assert (task.do_train, task.do_eval) == (row["do_train"], row["do_eval"])
+        assert task.splits.get("validation", 0) == int(row["validation"] or 0)
+
+
+def test_import_registers_everything_quickly_and_reads_the_table_alone():
+    program = """
+import builtins, io, os, sys, time
+from pemoe_jax.data import seqio_tasks
+seqio_tasks.import_seqio()
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+started = time.perf_counter()
+from pemoe_jax.tasks import p3
+seconds = time.perf_counter() - started
+files = {name for name in opened if not name.endswith((".py", ".pyc", ".so"))}
+files = filter(os.path.isfile, files)
+import seqio
+names = seqio.TaskRegistry.names()
+twins = [name for name in names if name.endswith("_score_eval")]
+print(seconds, len(names) - len(twins), len(twins), *map(os.path.basename, files))
+print(len(seqio.MixtureRegistry.get("t0_train").tasks))
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PEMOE_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    first, second = done.stdout.splitlines() or [done.stderr, ""]
+    seconds, plain, twins, *files = first.split()
+    assert (plain, twins) == ("544", "116")
+    assert float(seconds) < 2
+    assert files == ["tasks.csv"]
+    assert second == "313"
+
+
+def test_metrics_are_those_of_the_table(p3):
+    from pemoe_jax.tasks import metrics
+    from pemoe_jax.tasks.jsonl import source
+
+    task = seqio_tasks.check_task("adversarial_qa_dbert_generate_question")  # BLEU;ROUGE
+    assert task.predict_metric_fns == [metrics.bleu, metrics.rouge]
+    twin = seqio_tasks.check_task(f"{RTE}_score_eval")
+    assert twin.score_metric_fns == [source.rank_accuracy]
+
+
+# --- five forms, the same examples
+
+
+def ids(name: str, split: str) -> list[tuple[list[int], list[int]]]:
+    ds = seqio_tasks.check_task(name).get_dataset(LENGTHS, split=split, shuffle=False, num_epochs=1)
+    return [(row["inputs"].tolist(), row["targets"].tolist()) for row in ds.as_numpy_iterator()]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_thousand_examples_have_the_same_ids_in_each_form(p3, forms, encode, form):
+    register(forms[form])
+    count = 0
+    for (name, split), rows in p3_forms.all_rows().items():
+        expected = [p3_forms.with_ids(row, encode, True) for row in rows]
+        assert ids(name, split) == [(row["inputs"], row["targets"]) for row in expected]
+        count += 0 if name.endswith("_score_eval") else len(rows)
+    assert count == 1000
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_choice_groups_are_the_same_in_each_form(p3, forms, encode, form):
+    registered = register(forms[form])
+    assert registered.datasets[f"{RTE}_score_eval"] == "rte"
+    groups = seqio_tasks.choice_groups("t0_eval_score_eval", LENGTHS)
+    of_task: dict[str, list] = {}
+    for group in groups:
+        of_task.setdefault(group.task.removesuffix("_score_eval"), []).append(group)
+    assert set(of_task) == {task for task in p3_forms.RENDERED if "ag_news" not in task}
+    for task, found in of_task.items():
+        expected = p3_forms.plain_rows(task, "validation")
+        assert [group.idx for group in found] == list(range(50))
+        for group, row in zip(found, expected, strict=True):
+            assert group.input_text == row["inputs_pretokenized"]
+            assert group.inputs.tolist() == [*encode(row["inputs_pretokenized"]), 1]
+            assert list(group.choice_texts) == row["answer_choices"]
+            assert [c.tolist() for c in group.choices] == [
+                [*encode(choice), 1] for choice in row["answer_choices"]
+            ]
+            target = row["targets_pretokenized"]
+            assert group.is_correct == tuple(c == target for c in row["answer_choices"])
+    # a task by itself, and fewer of its examples
+    register(forms[form], eval_examples=7)
+    assert len(seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)) == 7
+    assert len(seqio_tasks.choice_groups("super_glue_rte_score_eval", LENGTHS)) == 14
+
+
+def test_the_cache_is_read_by_seqio_itself(p3, forms, encode):
+    register(forms["cache"])
+    for name in (RTE, f"{RTE}_score_eval"):
+        ds = seqio_tasks.check_task(name).get_dataset(
+            LENGTHS, split="validation", use_cached=True, shuffle=False
+        )
+        found = {(tuple(row["inputs"]), tuple(row["targets"])) for row in ds.as_numpy_iterator()}
+        assert found == {(tuple(a), tuple(b)) for a, b in ids(name, "validation")}
+
+
+@pytest.mark.parametrize("inputs_eos", [True, False])
+def test_inputs_end_in_eos_if_asked_in_each_form(p3, forms, encode, inputs_eos):
+    row = p3_forms.plain_rows(RTE, "validation")[0]
+    expected = encode(row["inputs_pretokenized"]) + [1] * inputs_eos
+    for form in FORMS:
+        register(forms[form], inputs_eos=inputs_eos)
+        assert ids(RTE, "validation")[0][0] == expected
+        assert (
+            seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)[0].inputs.tolist() == expected
+        )
+
+
+def test_training_goes_on_anywhere_and_takes_every_row_once(p3, forms):
+    expected = None
+    for form in FORMS:
+        register(forms[form])
+        mixture = seqio_tasks.check_task("t0+_train")  # of the five tasks ag_news is in it
+        assert [task.name for task in mixture.tasks if task.source.found] == ["ag_news_recommend"]
+        mixture = seqio_tasks.check_task("super_glue_rte")
+
+        def read(start, count, shard=None, mixture=mixture):
+            ds = mixture.examples_from(LENGTHS, "train", seed=3, start=start, shard=shard)
+            return [
+                (row["inputs"].tolist(), row["targets"].tolist())
+                for row in ds.take(count).as_numpy_iterator()
+            ]
+
+        first = read(0, 400)
+        assert read(150, 250) == first[150:]
+        assert read(0, 100, (1, 2)) == first[1:200:2]
+        rows = [*ids(RTE, "train"), *ids(GPT, "train")]
+        assert {str(row) for row in first} <= {str(row) for row in rows}
+        assert first != rows[:400]
+        expected = expected or first
+        assert first == expected  # the order does not depend on the form
+        ds = seqio_tasks.check_task(RTE).examples_from(LENGTHS, "train", seed=1, num_epochs=1)
+        found = [row["inputs"].tolist() for row in ds.as_numpy_iterator()]
+        assert sorted(found) == sorted(row[0] for row in ids(RTE, "train"))
+
+
+def test_all_313_tasks_are_entered_anywhere(p3, tmp_path):
+    """Near the start, and a hundred million examples in; all tasks come, by rates that differ."""
+    names = published_lib.mixtures()["t0_train"]
+    for number, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        lines = [{"inputs": f"{number}", "targets": f"{row}"} for row in range(1 + number % 7)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "train.jsonl").write_text(text)
+    register(tmp_path)
+
+    def read(start, count):
+        batches = feed.train_batches(
+            "t0_train", LENGTHS, 1, pack=False, seed=5, start={"examples": start}
+        )
+        keys = ("encoder_input_tokens", "decoder_target_tokens")
+        found = itertools.islice(batches, count)
+        return [tuple(batch[key].tobytes() for key in keys) for batch in found]
+
+    first = read(0, 2_000)
+    # the rarest have 1,941 of 17,277,798 rows: by the rates 257.4 tasks are to be met, ± 6
+    assert 234 < len({inputs for inputs, _ in first}) < 281
+    for start in (1, 312, 1_579):
+        assert read(start, 60) == first[start : start + 60]
+    far = read(100_000_000, 100)
+    assert read(100_000_040, 60) == far[40:]
+    assert len(set(far)) > 30
+
+
+def test_decoding_leaves_out_what_is_not_there(p3, forms, tmp_path, capsys):
+    registered = register(forms["parquet"])
+    found = infer._read("t0_train", LENGTHS, registered, False, 2)
+    assert [(task.name, len(task.inputs)) for task in found] == [("ag_news_recommend", 2)]
+    assert "no data, so not decoded: 312 tasks (" in capsys.readouterr().out
+    with pytest.raises(InputError, match="has no task 'super_glue_wic_same_sense'"):
+        infer._read("super_glue_wic_same_sense", LENGTHS, registered, False, 2)
+    with pytest.raises(InputError, match="USE_CACHED_TASKS: no cache of "):
+        infer._read("super_glue_wic", LENGTHS, registered, True, 2)
+
+
+def test_train_and_eval_batches(p3, forms):
+    register(forms["parquet"])
+    batch = next(iter(feed.train_batches("t0_train", LENGTHS, 2, seed=1)))
+    assert batch["encoder_input_tokens"].shape == (2, 128)
+    batches = list(feed.eval_batches("super_glue_rte", LENGTHS, 4))
+    examples = sum(int(np.sum(np.max(batch["decoder_segment_ids"], axis=1))) for batch in batches)
+    assert examples == 100
+
+
+def test_made_twins_of_training_tasks(p3, forms):
+    registered = register(forms["cache"])
+    assert registered.train_score_tasks == ["ag_news_recommend_score_eval"]
+    groups = seqio_tasks.choice_groups("t0_train_score_eval", LENGTHS)
+    assert len(groups) == 50
+    assert groups[3].choice_texts == ("Politician", "Athlete", "Manager", "Scientist")
+    assert registered.eval_splits["ag_news_recommend"] == "test"
+
+
+# --- trouble
+
+
+def odd_rows(encode) -> list[dict]:
+    rows = [
+        {"inputs_pretokenized": "", "targets_pretokenized": "Yes", "answer_choices": ["Yes", "No"]},
+        {"inputs_pretokenized": "a", "targets_pretokenized": "x", "answer_choices": ["Yes", "No"]},
+        {"inputs_pretokenized": "b", "targets_pretokenized": "No", "answer_choices": ["No", "No"]},
+        {
+            "inputs_pretokenized": "bread " * 300,
+            "targets_pretokenized": "No",
+            "answer_choices": ["No", "Yes"],
+        },
+        {"inputs_pretokenized": "c", "targets_pretokenized": "Yes", "answer_choices": ["Yes"]},
+    ]
+    return [p3_forms.with_ids(row, encode, False) for row in rows]
+
+
+def test_odd_rows_are_survived_and_counted(p3, tmp_path, encode):
+    p3_forms.write_cache_split(tmp_path / RTE, "validation", odd_rows(encode))
+    p3_forms.write_cache_split(tmp_path / RTE, "train", odd_rows(encode)[:1])  # one row
+    (tmp_path / RTE / "COMPLETED").touch()
+    register(tmp_path)
+    groups = seqio_tasks.choice_groups("t0_eval_score_eval", LENGTHS)
+    assert [group.odd for group in groups] == [
+        ("empty_input",),
+        ("target_not_in_choices",),
+        ("doubled_choices",),
+        ("cut_input",),
+        (),
+    ]
+    assert [len(group.inputs) for group in groups[::3]] == [1, 128]
+    assert groups[3].inputs[-1] == 1
+    assert len(groups[4].choices) == 1
+    ds = seqio_tasks.check_task("super_glue_rte").examples_from(LENGTHS, "train", seed=0)
+    assert [row["inputs"].tolist() for row in ds.take(3).as_numpy_iterator()] == [[1]] * 3
+    for shard in range(2):  # a row for each of two processes: the same one, in turns
+        ds = seqio_tasks.check_task(RTE).examples_from(LENGTHS, "train", seed=0, shard=(shard, 2))
+        assert len(list(ds.take(2))) == 2
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_damaged_tfrecords_are_named(p3, tmp_path, forms):
+    import shutil
+
+    shutil.copytree(forms["cache"] / f"{RTE}_score_eval", tmp_path / f"{RTE}_score_eval")
+    path = tmp_path / f"{RTE}_score_eval" / "validation.tfrecord-00000-of-00001"
+    whole = path.read_bytes()
+
+    def score():
+        register(tmp_path)
+        with pytest.raises(InputError) as error:
+            seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)
+        return one_line(error)
+
+    path.write_bytes(whole[:-7])
+    assert str(path) in score() and "damaged at byte" in score()
+    path.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])  # a bit of the data
+    assert str(path) in score() and "damaged" in score()
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    assert "Git LFS pointer" in score()
+    path.unlink()
+    assert str(path) in score()
+    path.write_bytes(whole)
+    (path.parent / "stats.validation.json").write_text('{"examples": 3}')
+    assert "100 rows, expected 3" in score()
+    (path.parent / "COMPLETED").unlink()
+    assert "COMPLETED" in score()
+
+
+def test_rows_are_found_in_a_file_bigger_than_a_block(tmp_path, monkeypatch, encode):
+    from pemoe_jax.data import tfrecords
+
+    monkeypatch.setattr(tfrecords, "_BLOCK", 64)  # smaller than a record
+    rows = [p3_forms.with_ids(row, encode, True) for row in p3_forms.plain_rows(RTE, "train")]
+    p3_forms.write_cache_split(tmp_path, "train", rows, shards=3)
+    reader = tfrecords.Records(tmp_path, "train")
+    found = reader.rows_at([149, 0, 75, 49, 50])
+    assert [row["inputs"] for row in found] == [rows[i]["inputs"] for i in (149, 0, 75, 49, 50)]
+
+
+def test_missing_things_are_named(p3, tmp_path, forms, monkeypatch):
+    with pytest.raises(InputError) as error:
+        register(tmp_path / "nowhere")
+    assert "nowhere" in one_line(error)
+    with pytest.raises(InputError) as error:
+        register(tmp_path)
+    assert "holds nothing of P3" in one_line(error)
+    registered = register(forms["parquet"])
+    assert registered.lines()[0].endswith("5 of 544 tasks, 4 of 116 twins (9 rows)")
+    assert "not in P3_DIR: 539 tasks" in registered.lines()[1]
+    with pytest.raises(InputError) as error:
+        seqio_tasks.choice_groups("super_glue_wic_score_eval", LENGTHS)
+    assert "none of 10 tasks" in one_line(error)
+    with pytest.raises(InputError) as error:
+        seqio_tasks.choice_groups("super_glue_wic_same_sense_score_eval", LENGTHS)
+    with pytest.raises(InputError) as error:
+        feed.train_batches(RTE, LENGTHS, 2, split="test")
+    assert "'test'" in one_line(error)
+    with pytest.raises(InputError) as error:
+        tasks.register(p3_dir=str(forms["parquet"]), jsonl_dir="x", vocab_path=str(VOCAB))
+    assert "found both" in one_line(error)
+    with pytest.raises(InputError) as error:
+        register(forms["parquet"], eval_tasks=["rte_*"])
+    assert "EVAL_TASKS" in one_line(error)
+    with pytest.raises(InputError, match="bias_fairness.*none of its tasks is published"):
+        seqio_tasks.check_task("bias_fairness_eval_score_eval")
+    monkeypatch.setenv("PEMOE_P3_DIR", str(forms["parquet"]))
+    assert tasks.register(vocab_path=str(VOCAB)).folder == str(forms["parquet"])
+
+
+def test_without_a_folder_it_says_what_is_missing(p3):
+    p3.register(vocab_path=str(VOCAB))
+    for name in (RTE, "t0_train"):
+        with pytest.raises(InputError, match="P3_DIR is not set"):
+            feed.train_batches(name, LENGTHS, 2)
+    with pytest.raises(InputError, match="P3_DIR is not set"):
+        seqio_tasks.choice_groups("t0_eval_score_eval", LENGTHS)
+
+
+def test_wrong_tables_are_named(p3, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    home = tmp_path / RTE
+    home.mkdir()
+    path = home / "validation-00000-of-00001.parquet"
+    twin = tmp_path / f"{RTE}_score_eval" / path.name
+    twin.parent.mkdir()
+
+    def score():
+        register(tmp_path)
+        with pytest.raises(InputError) as error:
+            seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)
+        return one_line(error)
+
+    parquet.write_table(pyarrow.table({"inputs": [[1]], "text": ["a"]}), twin)
+    assert f"{twin}: no column 'targets'" in score() and "inputs, text" in score()
+    parquet.write_table(pyarrow.table({"inputs": [[1]], "targets": [[2]]}), twin)
+    assert "no column 'idx'" in score()
+    twin.write_bytes(b"PAR1 is no Parquet")
+    assert f"{twin}: not a Parquet file" in score()
+    twin.unlink()
+    twin.parent.rmdir()
+    (home / "validation.jsonl").write_text('{"inputs": "a"}\n')
+    assert "validation.jsonl: row 1: no 'targets'" in score()
+    (home / "validation.jsonl").write_text("{\n")
+    assert "validation.jsonl: row 1: not JSON" in score()
+
+
+def test_templates_that_fail(p3, tmp_path, forms, capsys):
+    import shutil
+
+    folder = tmp_path / "p3"
+    shutil.copytree(forms["templates"], folder)
+    raw = folder / "raw" / "super_glue" / "rte" / "validation.jsonl"
+    lines = raw.read_text().splitlines()
+    examples = [json.loads(line) for line in lines]
+    examples[4]["label"] = "seven"  # a list has no such place
+    examples[6]["label"] = -1  # hidden: one template leaves the target empty
+    raw.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    register(folder)
+    groups = seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)
+    told = capsys.readouterr().err
+    # jinja gives nothing for a place that is not there: both are examples without a label
+    assert len(groups) == 50
+    assert [g.idx for g in groups if not any(g.is_correct)] == [4, 6]
+    assert told == ""
+    yaml = folder / "templates" / "super_glue" / "rte" / "templates.yaml"
+    whole = yaml.read_text()
+    yaml.write_text(whole.replace("{{premise}} Can", "{{(label + 1)}} Can"))
+    register(folder)
+    assert (
+        len(seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)) == 49
+    )  # less the one with text
+    told = capsys.readouterr().err
+    assert "1 of 50 examples" in told and "number 5: TypeError: can only concatenate" in told
+    yaml.write_text(whole.replace("metadata: !TemplateMetadata", "metadata: [", 1))
+    registered = register(folder)
+    assert any("templates.yaml" in line and "not YAML" in line for line in registered.lines())
+    with pytest.raises(InputError, match=r"no task .*templates.yaml:\d+: not YAML"):
+        seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)
+
+
+def test_rows_with_the_same_idx_are_an_error(p3, tmp_path, encode):
+    rows = [p3_forms.with_ids(row, encode, True) for row in p3_forms.twin_rows(RTE, "validation")]
+    rows[3]["idx"] = [0, 0]
+    p3_forms.write_cache_split(tmp_path / f"{RTE}_score_eval", "validation", rows)
+    (tmp_path / f"{RTE}_score_eval" / "COMPLETED").touch()
+    register(tmp_path)
+    with pytest.raises(InputError, match="two rows with the same 'idx'"):
+        seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)

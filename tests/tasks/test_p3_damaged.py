@@ -1,0 +1,247 @@
+"""Files that turn out to be damaged when a run is well under way: one line, nothing lost."""
+
+import pathlib
+import shutil
+
+import data_tasks
+import numpy as np
+import p3_forms
+import pytest
+from p3_runs import VOCAB, train_flags
+from test_jsonl import LENGTHS
+
+from pemoe_jax import infer, tasks, train
+from pemoe_jax.checkpoints import runs
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.data import crc32c, feed, seqio_tasks
+from pemoe_jax.data.order import Order
+
+TASK = "ag_news_recommend"
+ROWS = 3000
+
+
+@pytest.fixture(scope="module")
+def encode():
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(VOCAB)).encode
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, encode) -> pathlib.Path:
+    """A training task of 3,000 rows."""
+    folder = tmp_path_factory.mktemp("p3")
+    row = {"targets_pretokenized": "Politician", "answer_choices": ["Politician", "Athlete"]}
+    rows = [
+        p3_forms.with_ids(row | {"inputs_pretokenized": f"Who reads {n}?"}, encode, True)
+        for n in range(ROWS)
+    ]
+    p3_forms.write_cache_split(folder / TASK, "train", rows)
+    p3_forms.write_cache_split(folder / TASK, "test", rows[:50])
+    (folder / TASK / "COMPLETED").touch()
+    return folder
+
+
+@pytest.fixture
+def copy(cache, tmp_path) -> pathlib.Path:
+    shutil.copytree(cache, tmp_path / "p3")
+    return tmp_path / "p3"
+
+
+@pytest.fixture(autouse=True)
+def no_caches():
+    seqio_tasks.import_seqio().set_global_cache_dirs([])
+
+
+def frames(path: pathlib.Path) -> list[int]:
+    """Where each record begins."""
+    content, starts = path.read_bytes(), [0]
+    while starts[-1] < len(content):
+        length = int.from_bytes(content[starts[-1] : starts[-1] + 8], "little")
+        starts.append(starts[-1] + length + 16)
+    return starts[:-1]
+
+
+def flip(path: pathlib.Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("data_of_p3", ["folder", "cache"])
+def test_training_stops_with_one_line_and_goes_on_when_it_is_mended(copy, capsys, data_of_p3):
+    """A bit of the 1,001st example's record: of step 16, in the fourth block that is read."""
+    path = copy / TASK / "train.tfrecord-00000-of-00001"
+    whole = path.read_bytes()
+    number = int(Order([ROWS], [1.0], 0, True, True, 1).numbers(0, 1001)[1000])
+    flip(path, frames(path)[number] + 30)
+    flags = train_flags(copy / "run", TASK)
+    if data_of_p3 == "folder":
+        flags.append(f"--gin.P3_DIR={copy}")
+    else:
+        flags += ["--gin.USE_CACHED_TASKS=True", f"--seqio_additional_cache_dirs={copy}"]
+    assert train.main(flags) == 1
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: {path}: damaged at byte {frames(path)[number]:,}:"
+        f" the checksum of row {number + 1:,} is wrong\n"
+    )
+    last = runs.saved_steps(copy / "run")
+    assert last == [10]
+    arrays, _, step = runs.open_trainable(str(copy / "run"))
+    assert step == 10 and all(np.isfinite(array.read()).all() for array in arrays.values())
+    path.write_bytes(whole)
+    assert train.main(flags) == 0
+    assert "resuming from" in capsys.readouterr().out
+    assert runs.read_feed(str(copy / "run")) == [30 * 64]
+
+
+@pytest.fixture
+def users_task(copy):
+    """A task of seqio's own kind over the same file."""
+    import seqio
+    import tensorflow as tf
+
+    path = copy / TASK / "train.tfrecord-00000-of-00001"
+    tasks.register(p3_dir=str(copy), vocab_path=str(VOCAB))
+    features = seqio_tasks.check_task(TASK).output_features
+    kinds = {key: tf.io.FixedLenSequenceFeature([], tf.int64, True) for key in features}
+    seqio.TaskRegistry.add(
+        "users_task",
+        source=seqio.TFExampleDataSource({"train": str(path)}, kinds),
+        preprocessors=[
+            lambda ds: ds.map(lambda row: {k: tf.cast(v, tf.int32) for k, v in row.items()})
+        ],
+        output_features=features,
+    )
+    yield path
+    seqio.TaskRegistry.remove("users_task")
+
+
+def read_all(name: str) -> tuple[int, str]:
+    """How many batches of 64 came (the last one waits for the next example), and the error."""
+    batches = feed.train_batches(name, LENGTHS, 64, pack=False, shuffle=False, num_epochs=1)
+    came = 0
+    with pytest.raises(InputError) as error:
+        for _ in batches:
+            came += 1
+    return came, one_line(error)
+
+
+def test_a_users_tfrecord_is_named(users_task):
+    starts = frames(users_task)
+    whole = users_task.read_bytes()
+    flip(users_task, starts[2000] + 30)
+    came, said = read_all("users_task")
+    assert 20 < came < 32 and said.startswith(f"{users_task}: damaged at byte {starts[2000]:,}: ")
+    users_task.write_bytes(whole[: starts[2000] + 30])
+    came, said = read_all("users_task")
+    assert 20 < came < 32 and said.startswith(f"{users_task}: damaged at byte {starts[2000]:,}: ")
+
+
+def test_a_record_that_is_no_example_is_told_of_in_one_line(users_task):
+    record = b"\x93" * 40
+    frame = (40).to_bytes(8, "little")
+    frame += crc32c.masked(frame).to_bytes(4, "little") + record
+    frame += crc32c.masked(record).to_bytes(4, "little")
+    users_task.write_bytes(users_task.read_bytes()[: frames(users_task)[2000]] + frame)
+    came, said = read_all("users_task")
+    assert came > 20
+    assert said.startswith("reading 'users_task': Could not parse example input, value: ")
+
+
+def test_a_users_own_bug_is_not_made_a_line_of(registered_jsonl):
+    import tensorflow as tf
+
+    def bug(number):
+        raise KeyError("of the user's")
+
+    ds = tf.data.Dataset.range(3).map(lambda n: tf.numpy_function(bug, [n], tf.int64))
+    with pytest.raises(tf.errors.UnknownError, match="of the user's"):
+        list(seqio_tasks.arrays(ds, "a"))
+
+
+@pytest.fixture
+def registered_jsonl(tmp_path):
+    data_tasks.register(tmp_path)
+    return tmp_path
+
+
+def test_a_line_that_changes_while_it_is_read_is_named(registered_jsonl):
+    path = registered_jsonl / "a" / "train.jsonl"
+    batches = feed.train_batches("a", LENGTHS, 4, shuffle=False)
+    lines = path.read_text().splitlines(keepends=True)
+    lines[30] = "x" * (len(lines[30]) - 1) + "\n"
+    path.write_text("".join(lines))
+    with pytest.raises(InputError) as error:
+        list(batches)
+    at = sum(len(line.encode()) for line in lines[:30])
+    assert one_line(error).startswith(f"{path}, byte {at}: not JSON")
+
+
+def test_a_damaged_page_of_parquet_is_named(tmp_path, encode):
+    import pyarrow
+    from pyarrow import parquet
+
+    rng = np.random.default_rng(0)
+    rows = [
+        p3_forms.with_ids(
+            {"inputs_pretokenized": str(rng.integers(1 << 60)), "targets_pretokenized": "x"},
+            encode,
+            True,
+        )
+        for _ in range(600)
+    ]
+    path = tmp_path / TASK / "train-00000-of-00001.parquet"
+    path.parent.mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100)
+    content = bytearray(path.read_bytes())
+    group = parquet.ParquetFile(path).metadata.row_group(4)
+    begin = group.column(0).data_page_offset
+    content[begin : begin + 60] = b"\xff" * 60
+    path.write_bytes(content)
+    tasks.register(p3_dir=str(tmp_path), vocab_path=str(VOCAB))
+    came, said = read_all(TASK)
+    assert came == 3 and said.startswith(f"{path}: damaged: ")
+
+
+def test_evaluation_and_decoding_say_it_in_one_line_too(copy):
+    path = copy / TASK / "test.tfrecord-00000-of-00001"
+    flip(path, frames(path)[40] + 30)
+    for use_cached in (False, True):
+        tasks.register(p3_dir=str(copy), vocab_path=str(VOCAB))
+        with pytest.raises(InputError) as error:
+            list(feed.eval_batches(TASK, LENGTHS, 4, use_cached=use_cached))
+        assert one_line(error).startswith(f"{path}: damaged at byte")
+        with pytest.raises(InputError) as error:
+            infer._read(TASK, LENGTHS, None, use_cached, None)
+        assert one_line(error).startswith(f"{path}: damaged at byte")
+    with pytest.raises(InputError) as error:
+        seqio_tasks.choice_groups("t0_train_score_eval", LENGTHS)
+    assert one_line(error).startswith(f"{path}: damaged")
+
+
+def test_checksums_are_those_of_rfc_3720():
+    """Its appendix B.4, and lengths around the table's, byte by byte."""
+    assert crc32c.checksum(bytes(32)) == 0x8A9136AA
+    assert crc32c.checksum(b"\xff" * 32) == 0x62A8AB43
+    assert crc32c.checksum(bytes(range(32))) == 0x46DD794E
+    assert crc32c.checksum(bytes(range(31, -1, -1))) == 0x113FDB5C
+
+    def plain(data: bytes) -> int:
+        state = 0xFFFFFFFF
+        for byte in data:
+            state ^= byte
+            for _ in range(8):
+                state = state >> 1 ^ (0x82F63B78 if state & 1 else 0)
+        return state ^ 0xFFFFFFFF
+
+    content = np.random.default_rng(0).bytes(5000)
+    for size in (0, 1, 3, 4, 5, 2047, 2048, 2049, 2051, 5000):
+        assert crc32c.checksum(content[:size]) == plain(content[:size])

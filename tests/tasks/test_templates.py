@@ -1,0 +1,204 @@
+"""Our reader of promptsource's templates: expected strings worked out by hand from its rules."""
+
+import pytest
+
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.tasks.p3 import published, templates
+from pemoe_jax.tasks.p3.templates import Prompt, Template, TemplateError
+
+EXAMPLE = {"premise": "It rains.", "label": 1, "names": ["b", "a", "b", "c", "c"], "a-b": "x"}
+
+
+def apply(jinja: str, choices: str | None = None, number: int = 0, **fields) -> Prompt | None:
+    template = Template("t", jinja, choices, True, ())
+    return template.apply({**EXAMPLE, **fields}, number)
+
+
+@pytest.mark.parametrize(
+    ("jinja", "choices", "inputs", "targets"),
+    [
+        # both parts are stripped, not what is inside
+        ("  {{premise}}  Wet?\n ||| \n yes ", None, "It rains.  Wet?", "yes"),
+        # choices: a template cut at |||, each stripped, a list for the other template
+        (
+            "{{answer_choices[1]}} ||| {{answer_choices[label]}}",
+            "No ||| Yes, wet ",
+            "Yes, wet",
+            "Yes, wet",
+        ),
+        (
+            '{{answer_choices | join(" or ")}}? ||| b',
+            "{{names[0]}} ||| {{names[1]}}",
+            "b or a?",
+            "b",
+        ),
+        ("{{answer_choices}} ||| b", None, "None", "b"),
+        # hyphens of fields are underscores
+        ("{{a_b}} ||| y", None, "x", "y"),
+        # fields that are not there are nothing
+        ("a{{other}}b ||| y", None, "ab", "y"),
+        # a condition without a target leaves <NO LABEL>
+        ("{{premise}} ||| {% if label == 0 %} no {% endif %}", None, "It rains.", "<NO LABEL>"),
+        ("{{names | most_frequent | join(',')}} ||| y", None, "b,c", "y"),
+        ("{{'it' | highlight}} ||| y", None, "<span style='color: #F08080'>it</span>", "y"),
+        ("{% for x, y in zip(names, [1, 2]) %}{{x}}{{y}}{% endfor %} ||| y", None, "b1a2", "y"),
+        ("{{premise.lower() | replace('.', '!')}} ||| y", None, "it rains!", "y"),
+        # no HTML escapes
+        ("{{'<&>'}} ||| y", None, "<&>", "y"),
+    ],
+)
+def test_rendering(jinja, choices, inputs, targets):
+    prompt = apply(jinja, choices)
+    assert prompt is not None
+    assert (prompt.inputs, prompt.targets) == (inputs, targets)
+
+
+def test_choices_are_those_of_the_example():
+    assert apply("a ||| b", "x ||| {{premise}}").answer_choices == ["x", "It rains."]
+    assert apply("a ||| b").answer_choices == []
+
+
+def test_bars_of_the_example_do_not_cut():
+    prompt = apply("{{premise}} ||| {{premise}}", "{{premise}} ||| no", premise="a ||| b")
+    assert prompt == Prompt("a ||| b", "a ||| b", ["a ||| b", "no"])
+
+
+@pytest.mark.parametrize(
+    "jinja", ["no target", "a ||| b ||| c", " ||| b", "{% if 0 %}a ||| b{% endif %}"]
+)
+def test_what_is_not_an_input_and_a_target_is_no_prompt(jinja):
+    assert apply(jinja) is None
+
+
+def test_long_fields_are_cut_at_a_word_after_2048_characters():
+    words = "word " * 1000  # 5,000 characters
+    prompt = apply("{{premise}}! ||| {{premise}}", premise=words)
+    # jinja's truncate: 2,045 characters, back to the last space, and three dots: 409 words
+    expected = "word " * 408 + "word..."
+    assert prompt.inputs == expected + "!"
+    assert len(expected) == 2047 and prompt.targets == expected
+    # 2,053 are within truncate's leeway of 5
+    assert apply("{{premise}} ||| y", premise="x" * 2053).inputs == "x" * 2053
+    # only the last term is cut: the filter binds to it
+    assert apply("{{premise ~ 'end'}} ||| y", premise=words).inputs == (words + "end")
+    # choices are not
+    assert apply("a ||| b", "{{premise}}", premise=words).answer_choices == [words.strip()]
+
+
+def test_draws_are_the_same_for_the_same_example():
+    jinja = "{{['a', 'b', 'c', 'd'] | choice}} ||| y"
+    first = [apply(jinja, number=number).inputs for number in range(20)]
+    assert [apply(jinja, number=number).inputs for number in range(20)] == first
+    assert len(set(first)) > 1
+
+
+@pytest.mark.parametrize(
+    ("jinja", "why"),
+    [
+        ("{{premise", "TemplateSyntaxError"),
+        ("{{label + names}} ||| a", "TypeError"),
+        ("{{other.more}} ||| a", "UndefinedError"),
+        ("{{premise | nothing}} ||| a", "TemplateAssertionError"),
+        ("{{premise.__class__.__mro__}} ||| a", "SecurityError"),
+        ("{{().__class__.__base__.__subclasses__()}} ||| a", "SecurityError"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %} ||| a", "OverflowError"),
+    ],
+)
+def test_what_cannot_be_rendered(jinja, why):
+    with pytest.raises(TemplateError, match=why):
+        apply(jinja)
+
+
+def test_an_example_may_not_have_a_field_answer_choices():
+    with pytest.raises(TemplateError, match="answer_choices"):
+        apply("a ||| b", answer_choices=["x"])
+
+
+YAML = """\
+dataset: super_glue
+subset: rte
+templates:
+  abc: !Template
+    answer_choices: Yes ||| No
+    id: abc
+    jinja: 'Say {{premise}}
+
+      |||
+
+      {{ answer_choices[label] }}'
+    metadata: !TemplateMetadata
+      choices_in_prompt: false
+      languages:
+      - en
+      metrics:
+      - Accuracy
+      - BLEU
+      original_task: true
+    name: "what's it? (new)"
+    reference: ''
+  abd: !Template
+    answer_choices: null
+    jinja: a ||| b
+    metadata: !TemplateMetadata {}
+    name: plain
+"""
+
+
+def test_reading_yaml(tmp_path):
+    path = tmp_path / "templates.yaml"
+    path.write_text(YAML)
+    found = templates.read_templates(path)
+    template = found["what's it? (new)"]
+    assert (template.original_task, template.metrics) == (True, ("Accuracy", "BLEU"))
+    assert template.apply(EXAMPLE) == Prompt("Say It rains.", "No", ["Yes", "No"])
+    assert found["plain"].answer_choices is None
+    assert (
+        published.task_name("super_glue", "rte", template.name) == "super_glue_rte_what_s_it_new_"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("templates: [", "templates.yaml:2: not YAML"),
+        ("templates:\n  a: !!python/object/apply:os.system ['true']\n", "could not determine"),
+        ("templates:\n  a: !Other {}\n", "could not determine a constructor"),
+        ("- a\n", "expected an object with 'templates'"),
+        ("templates:\n  a: 3\n", "template 'a': expected an object"),
+        ("templates:\n  a: !Template {name: x}\n", "'jinja' must be a string, found None"),
+        (
+            "templates:\n  a: !Template {name: x, jinja: y, answer_choices: [z]}\n",
+            "'answer_choices'",
+        ),
+        (
+            "templates:\n  a: !Template {name: x, jinja: y}\n  b: !Template {name: x, jinja: z}\n",
+            "two templates are named 'x'",
+        ),
+    ],
+)
+def test_what_is_wrong_in_yaml_is_named_in_one_line(tmp_path, text, message):
+    path = tmp_path / "templates.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        templates.read_templates(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_folders(tmp_path):
+    for name in ("imdb", "super_glue/rte", "anli"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "templates.yaml").touch()
+    found = templates.find_templates(tmp_path)
+    assert set(found) == {("imdb", ""), ("super_glue", "rte"), ("anli", "")}
+
+
+def test_fields_are_those_that_are_read():
+    jinja = (
+        "{% set x = premise %}{% for n in names %}{{n}}{% endfor %}{{x}}{{range(2)}} ||| {{c-d}}"
+    )
+    template = Template("t", jinja, "{{ zip(a, [1]) | choice }} ||| {{answer}}", True, ())
+    assert template.fields == {"premise", "names", "c", "d", "a", "answer"}
+    with pytest.raises(TemplateError, match="unexpected"):
+        _ = Template("t", "{{ ", None, True, ()).fields

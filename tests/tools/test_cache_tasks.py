@@ -1,0 +1,172 @@
+"""`pemoe cache_tasks`: what it writes is read by P3_DIR and by seqio itself."""
+
+import json
+import pathlib
+
+import p3_forms
+import pytest
+
+from pemoe_jax import tasks
+from pemoe_jax.data import seqio_tasks
+from pemoe_jax.tools import cache_tasks
+
+VOCAB = pathlib.Path(tasks.__file__).parent / "quickstart" / "vocab.model"
+LENGTHS = {"inputs": 128, "targets": 32}
+RTE = "super_glue_rte_can_we_infer"
+
+
+@pytest.fixture(scope="module")
+def encode():
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(VOCAB)).encode
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory, encode):
+    root = tmp_path_factory.mktemp("p3")
+    p3_forms.write_parquet(root / "parquet", encode)
+    p3_forms.write_templates(root / "templates")
+    return root
+
+
+def run(source, output, *flags) -> int:
+    return cache_tasks.main(
+        [f"--p3_dir={source}", f"--output={output}", f"--vocab_path={VOCAB}", *flags]
+    )
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def cached_ids(name: str, split: str, use_cached: bool) -> list:
+    ds = seqio_tasks.check_task(name).get_dataset(
+        LENGTHS, split=split, shuffle=False, use_cached=use_cached
+    )
+    return [(row["inputs"].tolist(), row["targets"].tolist()) for row in ds.as_numpy_iterator()]
+
+
+def test_caches_of_either_form_are_the_same_and_are_read(forms, tmp_path, encode, capsys):
+    seqio = seqio_tasks.import_seqio()
+    for form in ("parquet", "templates"):
+        assert run(forms / form, tmp_path / form, "--tasks=super_glue_*,anli_*") == 0
+    assert "9/9" not in capsys.readouterr().err
+    written = files(tmp_path / "templates")
+    assert set(written) == {
+        f"{name}/{file}"
+        for name, split in p3_forms.all_rows()
+        if "ag_news" not in name
+        for file in (
+            f"{split}.tfrecord-00000-of-00001",
+            f"info.{split}.json",
+            f"stats.{split}.json",
+            "COMPLETED",
+        )
+    }
+    for name, found in files(tmp_path / "parquet").items():
+        if not name.endswith("json"):
+            continue
+        assert json.loads(found) == json.loads(written[name])
+    stats = json.loads(written[f"{RTE}/stats.train.json"])
+    rows = [p3_forms.with_ids(row, encode, True) for row in p3_forms.plain_rows(RTE, "train")]
+    assert stats == {
+        "examples": 150,
+        "inputs_tokens": sum(len(row["inputs"]) for row in rows),
+        "inputs_max_tokens": max(len(row["inputs"]) for row in rows),
+        "targets_tokens": sum(len(row["targets"]) for row in rows),
+        "targets_max_tokens": max(len(row["targets"]) for row in rows),
+    }
+    for form in ("parquet", "templates"):
+        seqio.set_global_cache_dirs([])
+        tasks.register(p3_dir=str(tmp_path / form), vocab_path=str(VOCAB))
+        for name in (RTE, f"{RTE}_score_eval"):
+            expected = [
+                (row["inputs"], row["targets"])
+                for row in (
+                    p3_forms.with_ids(row, encode, True)
+                    for row in p3_forms.all_rows()[name, "validation"]
+                )
+            ]
+            assert cached_ids(name, "validation", True) == expected
+            assert cached_ids(name, "validation", False) == expected
+    seqio.set_global_cache_dirs([])
+
+
+def test_it_goes_on_where_it_was_stopped(forms, tmp_path, monkeypatch, capsys):
+    whole = tmp_path / "whole"
+    assert run(forms / "parquet", whole, f"--tasks={RTE}*") == 0
+    part = tmp_path / "part"
+    calls = []
+    real = cache_tasks._write_shards
+
+    def stop_at_the_third(reader, folder, shard_rows):
+        calls.append(folder)
+        if len(calls) == 3:
+            (folder / "00000").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return real(reader, folder, shard_rows)
+
+    monkeypatch.setattr(cache_tasks, "_write_shards", stop_at_the_third)
+    assert run(forms / "parquet", part, f"--tasks={RTE}*") == 130
+    assert (part / RTE / "COMPLETED").exists()
+    assert not (part / f"{RTE}_score_eval" / "COMPLETED").exists()
+    assert not list((part / f"{RTE}_score_eval").glob("*.tfrecord-*"))
+    assert run(forms / "parquet", part, f"--tasks={RTE}*") == 0
+    assert "1 of them done before" in capsys.readouterr().out
+    assert len(calls) == 3 + 2  # the two splits of the twin
+    assert files(part) == files(whole)
+
+
+def test_workers_and_shards(forms, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEMOE_P3_DIR", str(forms / "templates"))
+    flags = [f"--output={tmp_path}", f"--vocab_path={VOCAB}"]
+    assert cache_tasks.main([*flags, f"--tasks={RTE}", "--workers=2", "--shard_rows=60"]) == 0
+    names = sorted(path.name for path in (tmp_path / RTE).glob("train.tfrecord*"))
+    assert names == [f"train.tfrecord-{shard:05d}-of-00003" for shard in range(3)]
+    tasks.register(p3_dir=str(tmp_path), vocab_path=str(VOCAB))
+    assert len(cached_ids(RTE, "train", False)) == 150
+    again = files(tmp_path)
+    assert cache_tasks.main([*flags, f"--tasks={RTE}"]) == 0
+    assert files(tmp_path) == again
+
+
+def test_the_twin_of_a_training_task_can_be_asked_for(forms, tmp_path):
+    assert run(forms / "parquet", tmp_path, "--tasks=t0_train_score_eval") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["ag_news_recommend_score_eval"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks=nothing_*"], "'nothing_*' matched none of"),
+        (["--tasks=super_glue_wic_*"], "has none of the 20 tasks"),
+        (["--workers=0"], "--workers must be a positive integer, found 0"),
+        (["--p3_dir=/nowhere"], "P3_DIR /nowhere must be a folder, found nothing there"),
+        (["--vocab_path=/nowhere", f"--tasks={RTE}"], "there is none at /nowhere"),
+        (["--gin.X=1"], "no gin bindings"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(forms, tmp_path, capsys, flags, message):
+    assert run(forms / "parquet", tmp_path / "out", *flags) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_column_that_is_missing_is_named_and_the_rest_stays(forms, tmp_path, capsys):
+    import shutil
+
+    import pyarrow
+    from pyarrow import parquet
+
+    source = tmp_path / "source"
+    shutil.copytree(forms / "parquet" / "ag_news_recommend", source / "ag_news_recommend")
+    path = source / "ag_news_recommend" / "test-00000-of-00001.parquet"
+    parquet.write_table(pyarrow.table({"inputs": [[1]]}), path)
+    assert run(source, tmp_path / "out", "--workers=1") == 1
+    assert f"{path}: no column 'targets'" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "ag_news_recommend" / "COMPLETED").exists()

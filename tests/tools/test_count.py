@@ -1,0 +1,332 @@
+"""`pemoe count`: its figures by hand, what its flags do, its width and its memory."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pemoe_jax.analysis import counts
+from pemoe_jax.runtime import gin_flags
+from pemoe_jax.tools import count
+
+ROOT = Path(__file__).parents[2]
+XL = ["--gin_file=models/t5_1_1_xl.gin"]
+METHOD_FILES = ("full", "ia3", "lora", "mov", "molora")
+
+
+def number(cell: str) -> int:
+    return 0 if cell in ("–", "") else int(cell.replace(",", ""))
+
+
+def read(markdown: str) -> dict[str, dict[str, dict[str, str]]]:
+    """{title: {first cell of a row: {column: cell}}}."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for part in markdown.split("## ")[1:]:
+        title, *lines = part.splitlines()
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+        columns, _rule, *rows = rows
+        found[title] = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
+    return found
+
+
+@pytest.fixture(scope="module")
+def everything() -> str:
+    """The Markdown of all sizes and methods."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pemoe_jax", "count", "--markdown"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sizes(everything) -> dict[str, list[dict[str, dict[str, str]]]]:
+    """{size: [table of methods, table of their sites]}."""
+    found: dict[str, list[dict[str, dict[str, str]]]] = {}
+    for title, rows in read(everything).items():
+        found.setdefault(title.partition(":")[0], []).append(rows)
+    return found
+
+
+def printed_by(capsys, *flags: str) -> dict[str, dict[str, dict[str, str]]]:
+    assert count.main([*flags, "--markdown"]) == 0, capsys.readouterr().err
+    return read(capsys.readouterr().out)
+
+
+# --- the figures ---
+
+# T5 v1.1 XL: D = H·K = 2048, K = 64, F = 5120; 72 attention and 48 MLP blocks.
+VECTORS = 72 * 2 * 2048 + 48 * 5120  # (IA)³ at key, value and gate: 540,672
+VECTOR_ROUTERS = 72 * 2 * 64 + 48 * 5120  # of one expert; by head at key and value
+PAIRS = 72 * 4 * 4 * (2048 + 2048) + 48 * 2 * 4 * (2048 + 5120)  # LoRA of rank 4: 7,471,104
+PAIR_ROUTERS = 72 * 4 * 2048 + 48 * (2048 + 5120)
+BASE = 2_849_757_184  # by hand in test_gin.py
+
+
+@pytest.mark.parametrize(
+    ("method", "trainable"),
+    [
+        ("full", BASE),
+        ("ia3", VECTORS),
+        ("lora r4", PAIRS),
+        ("mov-10", 10 * (VECTORS + VECTOR_ROUTERS)),
+        ("mov-30", 30 * (VECTORS + VECTOR_ROUTERS)),
+        ("mov-60", 60 * (VECTORS + VECTOR_ROUTERS)),
+        ("molora-10 r4", 10 * (PAIRS + PAIR_ROUTERS)),
+        ("molora-15 r4", 15 * (PAIRS + PAIR_ROUTERS)),
+    ],
+)
+def test_xl_by_hand(sizes, method, trainable):
+    row = sizes["t5_1_1_xl"][0][method]
+    assert number(row["trainable"]) == trainable
+    assert number(row["total"]) == BASE + (0 if method == "full" else trainable)
+
+
+def test_sites_of_xl_by_hand(sizes):
+    """mov-30: key 72·2048·30, gate 48·5120·30, routers 30·(72·2·64 + 48·5120)."""
+    row = sizes["t5_1_1_xl"][1]["mov-30"]
+    assert {site: number(cell) for site, cell in row.items() if site != "method"} == {
+        "query": 0,
+        "key": 4_423_680,
+        "value": 4_423_680,
+        "out": 0,
+        "wi_0": 0,
+        "gate": 7_372_800,
+        "wo": 0,
+        "routers": 7_649_280,
+    }
+
+
+def test_sites_and_routers_add_up(sizes):
+    for size, (methods, sites) in sizes.items():
+        assert set(methods) - set(sites) == {"full"}, size
+        for method, row in sites.items():
+            together = sum(number(cell) for name, cell in row.items() if name != "method")
+            assert together == number(methods[method]["trainable"]), (size, method)
+
+
+def test_shares(sizes):
+    """Of base and adapters together: 540,672 / 2,850,297,856 = 0.01897 %."""
+    shares = {method: row["share"] for method, row in sizes["t5_1_1_xl"][0].items()}
+    assert shares["ia3"] == "0.0190 %"
+    assert shares["mov-10"] == "0.278 %"  # 7,956,480 / 2,857,713,664 = 0.27842 %
+    assert shares["molora-15 r4"] == "4.24 %"  # 126,074,880 / 2,975,832,064 = 4.23662 %
+    of_base = {method: row["of base"] for method, row in sizes["t5_1_1_xl"][0].items()}
+    assert of_base["mov-10"] == "0.279 %"  # 7,956,480 / 2,849,757,184 = 0.27920 %
+    assert of_base["molora-15 r4"] == "4.42 %"  # 126,074,880 / 2,849,757,184 = 4.42406 %
+    assert [methods["full"]["share"] for methods, _ in sizes.values()] == ["100 %"] * 5
+
+
+def test_every_size_and_method_file_is_in_the_table(sizes):
+    models = {file.stem for file in (gin_flags.GIN_DIR / "models").glob("t5_1_1_*.gin")}
+    assert set(sizes) == models - {"t5_1_1_tiny"}
+    files = {file.stem for file in (gin_flags.GIN_DIR / "methods").glob("*.gin")}
+    assert set(METHOD_FILES) <= files
+    assert {method for method, _ in count.METHODS} == set(METHOD_FILES)
+    for methods, _ in sizes.values():
+        assert len(methods) == len(count.METHODS)
+
+
+# --- what the paper prints ---
+
+
+def test_printed_figures_stand_where_they_have_a_source(sizes):
+    found = {
+        (size, method): row["paper"]
+        for size, (methods, _) in sizes.items()
+        for method, row in methods.items()
+        if row.get("paper", "–") != "–"
+    }
+    assert found == {
+        ("t5_1_1_xl", "ia3"): "0.018 %",
+        ("t5_1_1_xl", "lora r4"): "0.3 %",
+        ("t5_1_1_xl", "mov-10"): "0.32 %",
+        ("t5_1_1_xl", "mov-30"): "0.68 %",
+        ("t5_1_1_xl", "molora-15 r4"): "4.69 %",
+        ("t5_1_1_xxl", "mov-60"): "0.86 %",
+    }
+    assert "paper" not in sizes["t5_1_1_large"][0]["ia3"]
+
+
+# What arXiv 2205.05638 states for one adapter at T5 3B (its appendix), and the same by hand: (IA)³,
+# and LoRA of rank 4 at q, k, v, o, wi_0, wi_1, wo with all norms, 2·D and 3·D a layer, D a stack.
+STATED_VECTORS, STATED_PAIRS = 540e3, 9.1e6
+PAIRS_AND_NORMS = PAIRS + 48 * 4 * (2048 + 5120) + 24 * 5 * 2048 + 2 * 2048
+
+
+def test_the_note_on_printed_figures_holds():
+    assert round(VECTORS, -4) == STATED_VECTORS
+    assert PAIRS_AND_NORMS == 9_097_216 and round(PAIRS_AND_NORMS, -5) == STATED_PAIRS
+
+    def fits(figure, experts, one, routers=4.2e6):
+        digits = len(figure.partition(".")[2])
+        return f"{100 * (experts * one + routers) / 3e9:.{digits}f}" == figure
+
+    assert fits("0.018", 1, STATED_VECTORS, 0) and fits("0.3", 1, STATED_PAIRS, 0)
+    assert fits("0.32", 10, STATED_VECTORS) and fits("0.68", 30, STATED_VECTORS)
+    assert fits("4.69", 15, STATED_PAIRS)
+    # routers as they are in the code do not fit
+    assert not fits("0.32", 10, STATED_VECTORS, 10 * VECTOR_ROUTERS)
+    assert not fits("0.68", 30, STATED_VECTORS, 30 * VECTOR_ROUTERS)
+    # XXL: D = H·K = 4096, F = 10240
+    routers = 60 * (72 * 2 * 64 + 48 * 10240)
+    assert f"{100 * (60 * (72 * 2 * 4096 + 48 * 10240) + routers) / 11e9:.2f}" == "0.86"
+
+
+# --- one configuration ---
+
+
+def test_flags_reach_the_count(capsys):
+    """LoRA of rank 16 at wi_1 too: 48·16·(2048 + 5120) = 5,505,024."""
+    summary, sites = printed_by(
+        capsys,
+        *XL,
+        "--gin_file=methods/lora.gin",
+        "--gin.RANK=16",
+        "--gin.adapters.Adapters.wi_1=@adapters.LoRAExperts",
+    ).values()
+    assert number(summary["lora r16"]["trainable"]) == 4 * PAIRS + 5_505_024
+    assert sites["wi_1"] == {
+        "site": "wi_1",
+        "blocks": "48",
+        "experts": "5,505,024",
+        "routers": "–",
+        "trainable": "5,505,024",
+    }
+    assert list(sites) == ["query", "key", "value", "out", "wi_0", "wi_1", "wo", "together"]
+
+
+def test_one_configuration_has_its_sites_and_routers(capsys):
+    summary, sites = printed_by(
+        capsys, *XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERTS=30"
+    ).values()
+    assert summary["mov-30"]["paper"] == "0.68 %"
+    gate = 48 * 30 * 5120
+    assert [number(sites["gate"][c]) for c in ("blocks", "experts", "routers", "trainable")] == [
+        48,
+        gate,
+        gate,
+        2 * gate,
+    ]
+    for column in ("experts", "routers", "trainable"):
+        parts = [number(row[column]) for site, row in sites.items() if site != "together"]
+        assert number(sites["together"][column]) == sum(parts)
+
+
+def test_what_is_not_the_papers_has_no_printed_figure(capsys):
+    """Another site, or norms that train beside the adapters: 24·5·2048 + 2·2048 = 249,856."""
+    wi_1 = "--gin.adapters.Adapters.wi_1=@adapters.LoRAExperts"
+    (summary, _) = printed_by(capsys, *XL, "--gin_file=methods/lora.gin", wi_1).values()
+    assert "paper" not in summary["lora r4"]
+    norms = "--gin.TRAINABLE=['.*_adapter/.*', '.*norm/scale']"
+    summary, sites = printed_by(capsys, *XL, "--gin_file=methods/ia3.gin", norms).values()
+    assert "paper" not in summary["ia3"]
+    assert number(sites["base"]["trainable"]) == 249_856
+    assert number(sites["together"]["trainable"]) == VECTORS + 249_856
+
+
+def test_full_fine_tuning_has_no_sites(capsys):
+    (summary,) = printed_by(capsys, *XL, "--gin_file=methods/full.gin").values()
+    assert summary["full"]["share"] == "100 %"
+
+
+def test_a_run_file_may_be_given(capsys):
+    flags = ["--gin_file=methods/mov.gin", "--gin_file=runs/quickstart.gin"]
+    (summary, _) = printed_by(capsys, *flags).values()
+    assert number(summary["mov-10"]["trainable"]) == 59_520  # docs/quickstart.md
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (XL, "TRAINABLE is not set: expected --gin_file=methods/…"),
+        (["--gin_file=methods/mov.gin"], "no model: expected --gin_file=models/…"),
+        (["--gin.NUM_EXPERTS=3"], "no gin file"),
+        (["--gin_file=models/no_such.gin"], "no_such.gin"),
+        ([*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERT=3"], "close: NUM_EXPERTS"),
+        ([*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERTS=0"], "num_experts must be >= 1"),
+        ([*XL, "--gin_file=methods/mov.gin", "--gin.TRAINABLE=['x']"], "TRAINABLE matched 0 of"),
+    ],
+)
+def test_wrong_flags_are_one_line(capsys, flags, says):
+    assert count.main(flags) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and says in err
+    assert err.count("\n") == 1
+
+
+# --- the terminal ---
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_fit_the_terminal(capsys, monkeypatch, width):
+    """No line is wider, and each number stands on one line."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    flags = ["--gin_file=models/t5_1_1_xxl.gin", "--gin_file=methods/molora.gin"]
+    assert count.main(flags) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= width
+    assert "11,303,432,192" in out and "168,099,840" in out
+
+
+def test_a_wide_table_is_cut_and_loses_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    one = counts.Count(
+        "molora-15 r4",
+        10**9,
+        2 * 10**9,
+        10**9,
+        {s: counts.Site(72, 10**8, 0) for s in counts.SITES},
+    )
+    counts.print_tables(counts.by_method("size", [one]))
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line.split() for line in lines if line.startswith("method ")]
+    assert len(heads) == 3  # the methods, and two halves of their sites
+    assert [name for head in heads[1:] for name in head[1:]] == [*counts.SITES, "routers", "base"]
+    assert max(map(len, lines)) <= 80
+    assert sum(line.count("100,000,000") for line in lines) == len(counts.SITES)
+
+
+# --- the process ---
+
+
+def test_xxl_needs_no_weights():
+    """11B parameters, 44 GB in float32, counted within 1 GB; seconds, with a wide margin.
+
+    The process reads its own high water mark: rusage's begins with that of the process that forks.
+    """
+    script = (
+        "import sys, time; from pemoe_jax.tools import count\n"
+        "code = count.main(sys.argv[1:])\n"
+        "status = open('/proc/self/status').read()\n"
+        "print('VmHWM', status.split('VmHWM:')[1].split()[0], time.process_time())\n"
+        "sys.exit(code)"
+    )
+    flags = ["--gin_file=models/t5_1_1_xxl.gin", "--gin_file=methods/mov.gin"]
+    command = [sys.executable, "-c", script, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "11,135,332,352" in done.stdout
+    kilobytes, seconds = map(float, done.stdout.rsplit("VmHWM", 1)[1].split())
+    assert 1e4 < kilobytes < 1e6
+    assert seconds < 10
+
+
+def test_help_loads_nothing_heavy():
+    script = (
+        "import sys; from pemoe_jax.tools import count\n"
+        "try: count.main(['--help'])\n"
+        "finally: print(sorted({'jax', 'flax', 'gin', 'rich', 'seqio'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.rstrip().endswith("[]")
+    assert "usage: pemoe count" in done.stdout
+    for expected in ("--gin_file", "--markdown", "NUM_EXPERTS", "models/t5_1_1_xxl.gin"):
+        assert expected in done.stdout
+    assert re.search(r"^example:$", done.stdout, re.MULTILINE)

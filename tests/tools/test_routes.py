@@ -1,0 +1,586 @@
+"""Expert specialisation: sums over tasks and tokens, their figures, the page, the command."""
+
+import collections
+import dataclasses
+import functools
+import html.parser
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jsonl_folder import write_folder, write_vocabulary
+from methods import CONFIG, EXPERTS, METHODS, example_batch, model, random_params
+
+from pemoe_jax.analysis import plots
+from pemoe_jax.analysis.routing import measure, numbers, probe
+from pemoe_jax.analysis.routing import page as page_lib
+from pemoe_jax.analysis.routing import plots as plots_lib
+from pemoe_jax.checkpoints import adapter_file, models, runs
+from pemoe_jax.checkpoints import base_model as base_lib
+from pemoe_jax.core import network, params, steps
+from pemoe_jax.core.adapters import Adapters, VectorExperts, describe
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.routing import Router
+from pemoe_jax.data import seqio_tasks
+from pemoe_jax.tasks import jsonl
+from pemoe_jax.tools import routes
+
+GATES = ["encoder/layers_0/mlp/gate", "decoder/layers_0/mlp/gate"]
+
+
+# --- sums on the device
+
+
+@functools.cache
+def sentence_model(**router) -> tuple[network.Transformer, dict]:
+    """Routers at both gates that read a sentence [2], and so give what is asked of them.
+
+    Of the embedding (1, 0) the kernel makes (1, 2, 5) / 8, of (0, 1) it makes (2, 1, 1) / 4.
+    """
+    factory = functools.partial(Router, reads="sentence", **router)
+    adapters = Adapters(gate=functools.partial(VectorExperts, num_experts=3, router=factory))
+    transformer = network.Transformer(dataclasses.replace(CONFIG, sentence_dim=2), adapters)
+    flat = params.flatten(network.init_params(transformer, 0, lambda _: True))
+    for path in flat:
+        if path.endswith("router/kernel"):
+            flat[path] = np.log(np.array([[1.0, 2.0, 5.0], [2.0, 1.0, 1.0]], np.float32))
+    return transformer, params.unflatten(flat)
+
+
+# Rows of 7, 4, 2 and 5 input tokens and 5, 3, 1 and 4 target tokens; the last is padding.
+BATCH = example_batch()
+BATCH["sentence_embeddings"] = np.array([[1, 0], [0, 1], [1, 0], [0, 1]], np.float32)
+TASKS = np.array([0, 0, 1, 0], np.int32)
+for _name in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens"):
+    BATCH[_name][3] = 0
+
+
+probe_of = functools.cache(probe.make_probe)
+
+
+def probed(transformer, weights, batch=BATCH, tasks=TASKS, sites=(), sums=None):
+    sums = probe.start(transformer, 2, sites) if sums is None else sums
+    return probe_of(transformer)(weights, batch, tasks, sums)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mixtures(transformer, weights, batch) -> dict:
+    """{site_adapter/probs: [B, L, (H,) E]}"""
+    _, told = steps.apply_model(transformer, weights, batch, None, mutable=["intermediates"])
+    return {path: probs for path, (probs,) in params.flatten(told["intermediates"]).items()}
+
+
+def test_sums_are_those_derived_by_hand():
+    sums = probed(*sentence_model(), sites=GATES)
+    one, other = np.array([1, 2, 5]) / 8, np.array([2, 1, 1]) / 4
+    # H(1/8, 2/8, 5/8) = 3·ln 2/8 + 2·2·ln 2/8 + 5/8·ln(8/5); H(1/2, 1/4, 1/4) = 1.5·ln 2
+    h_one = (3 + 4) / 8 * np.log(2) + 5 / 8 * np.log(8 / 5)
+    h_other = 1.5 * np.log(2)
+    for site, tokens in zip(GATES, ((7, 4, 2), (5, 3, 1)), strict=True):
+        of_tasks = [tokens[0] * one + tokens[1] * other, tokens[2] * one]
+        np.testing.assert_allclose(sums.probs[site], of_tasks, rtol=1e-5)
+        entropies = [tokens[0] * h_one + tokens[1] * h_other, tokens[2] * h_one]
+        np.testing.assert_allclose(sums.entropy[site], entropies, rtol=1e-5)
+        stack = probe.stack_of(site)
+        np.testing.assert_array_equal(sums.tokens[stack], [tokens[0] + tokens[1], tokens[2]])
+    # EOS (1) ends each of the three real inputs; the decoder reads the start (0) in each
+    np.testing.assert_allclose(sums.by_token[GATES[0]][1], 2 * one + other, rtol=1e-5)
+    np.testing.assert_allclose(sums.by_token[GATES[1]][0], 2 * one + other, rtol=1e-5)
+    assert sums.token_counts["encoder"][1] == sums.token_counts["decoder"][0] == 3
+    assert sums.token_counts["encoder"][0] == 0  # padding
+    assert float(sums.token_counts["encoder"].sum()) == 13
+
+
+def test_sums_of_top_1_are_of_what_is_kept():
+    sums = probed(*sentence_model(top_k=1))
+    # 5/8 is kept of (1, 2, 5)/8 and 1/2 of (2, 1, 1)/4
+    expected = [[4 / 2, 0, 7 * 5 / 8], [0, 0, 2 * 5 / 8]]
+    np.testing.assert_allclose(sums.probs[GATES[0]], expected, rtol=1e-5)
+    np.testing.assert_allclose(sums.entropy[GATES[0]], 0, atol=1e-6)
+    np.testing.assert_allclose(numbers.shares(sums, GATES[0])[1], [0, 0, 1])
+
+
+def test_head_wise_sums_are_means_over_heads_and_add_up():
+    """MoV's keys and values, where each head has its own distribution, token by token in numpy."""
+    transformer, weights = model("mov"), random_params("mov")
+    batch = {k: v for k, v in BATCH.items() if k != "sentence_embeddings"}
+    sites = list(probe.experts(transformer))
+    whole = probed(transformer, weights, batch, sites=sites)
+    for path, found in mixtures(transformer, weights, batch).items():
+        site = path.removesuffix("_adapter/probs")
+        stack = probe.stack_of(site)
+        real = batch["encoder_input_tokens" if stack == "encoder" else "decoder_target_tokens"] > 0
+        read = batch[f"{stack}_input_tokens"]
+        probs, entropy = np.zeros((2, EXPERTS)), np.zeros(2)
+        by_token = np.zeros((CONFIG.vocab_size, EXPERTS))
+        for row, column in zip(*np.nonzero(real), strict=True):
+            p = np.asarray(found[row, column], np.float64).reshape(-1, EXPERTS)  # [H or 1, E]
+            probs[TASKS[row]] += p.mean(axis=0)
+            entropy[TASKS[row]] -= (p * np.log(p)).sum(axis=-1).mean()
+            by_token[read[row, column]] += p.mean(axis=0)
+        np.testing.assert_allclose(whole.probs[site], probs, rtol=1e-4)
+        np.testing.assert_allclose(whole.entropy[site], entropy, rtol=1e-4)
+        np.testing.assert_allclose(whole.by_token[site], by_token, rtol=1e-4, atol=1e-6)
+
+    twice = probed(transformer, weights, batch, sites=sites, sums=jax.tree.map(jnp.copy, whole))
+    for one, other in zip(jax.tree.leaves(twice), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, 2 * other, rtol=1e-5, atol=1e-6)
+
+
+def test_sites_are_in_the_order_of_the_network():
+    experts = probe.experts(model("mov"))
+    assert list(experts)[-5:] == [
+        "decoder/layers_0/self_attention/key",
+        "decoder/layers_0/self_attention/value",
+        "decoder/layers_0/encoder_decoder_attention/key",
+        "decoder/layers_0/encoder_decoder_attention/value",
+        "decoder/layers_0/mlp/gate",
+    ]
+    assert set(experts.values()) == {EXPERTS}
+    assert not probe.experts(model("lora"))
+    assert probe.stack_of("decoder/layers_0/encoder_decoder_attention/key") == "encoder"
+    assert probe.stack_of("decoder/layers_0/encoder_decoder_attention/query") == "decoder"
+
+
+# --- figures
+
+
+def routing(probs, entropy=None, by_token=None, counts=None, **settings) -> numbers.Routing:
+    """Of tasks with ten tokens each: {site: [T, E]} mean distributions."""
+    tasks, experts = np.shape(next(iter(probs.values())))
+    names = settings.pop("names", [f"task_{i}" for i in range(tasks)])
+    seen = settings.pop("seen", [True] * tasks)
+    vocab = len(counts) if counts is not None else 4
+    if by_token is None:  # a little more of the first expert
+        by_token = np.full((vocab, experts), 9.0) + np.eye(experts)[0]
+    sums = probe.Sums(
+        probs={site: 10 * np.asarray(p, np.float64) for site, p in probs.items()},
+        entropy={site: 10 * np.asarray((entropy or {}).get(site, [0.5] * tasks)) for site in probs},
+        tokens={stack: np.full(tasks, 10.0) for stack in probe.STACKS},
+        by_token=dict.fromkeys(probs, by_token),
+        token_counts={
+            stack: np.full(vocab, 9.0) if counts is None else np.asarray(counts)
+            for stack in probe.STACKS
+        },
+    )
+    about = {"name": "mov", "method": "mov", "checkpoint": "/runs/mov", "step": 3}
+    return numbers.Routing(
+        about={**about, "trainable": 10, "total": 100},
+        tasks=[
+            numbers.Task(name, f"set of {name}", is_seen, "validation", 2)
+            for name, is_seen in zip(names, seen, strict=True)
+        ],
+        sums=sums,
+        experts=dict.fromkeys(probs, experts),
+        sites=list(probs),
+        pieces=settings.pop("pieces", {i: f"▁w{i}" for i in range(vocab)}),
+        **settings,
+    )
+
+
+SITE = "decoder/layers_3/mlp/gate"
+OTHER = "decoder/layers_3/self_attention/key"
+
+
+def test_divergences_and_distances():
+    found = numbers.divergences(np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]))
+    # of (1, 0) and (1/2, 1/2): H(3/4, 1/4) - H(1/2, 1/2) / 2 = 0.8112781 - 0.5
+    expected = [[0, 1, 0.3112781], [1, 0, 0.3112781], [0.3112781, 0.3112781, 0]]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    # at the other site all tasks are alike: half the divergence, its root the distance
+    both = routing({SITE: [[1, 0], [0, 1], [0.5, 0.5]], OTHER: [[0.5, 0.5]] * 3})
+    np.testing.assert_allclose(numbers.distances(both), np.sqrt(np.array(expected) / 2), atol=1e-7)
+
+
+def test_distances_are_of_shares():
+    """A top-k router that keeps half of the probability is compared as if it kept all."""
+    kept = routing({SITE: [[0.5, 0.0], [0.0, 0.25]]})
+    np.testing.assert_allclose(numbers.distances(kept), [[0, 1], [1, 0]], atol=1e-7)
+    assert numbers.layers(kept)[0].kept == pytest.approx(0.375)
+
+
+def test_layer_entropies():
+    # tasks (1, 0, 0, 0) and (0, 1, 0, 0): each decided, their mean (1/2, 1/2, 0, 0) has 1 of 2 bits
+    # and all of it is lost within tasks; tokens' mean entropy 0.5 nats of ln 4
+    (layer,) = numbers.layers(routing({SITE: [[1, 0, 0, 0], [0, 1, 0, 0]]}))
+    assert (layer.stack, layer.layer, layer.kind) == ("decoder", 3, "gate")
+    assert layer.of_mean == pytest.approx(0.5) and layer.between_tasks == pytest.approx(1.0)
+    assert layer.per_token == pytest.approx(0.5 / np.log(4)) and layer.kept == pytest.approx(1)
+    (alike,) = numbers.layers(routing({SITE: [[0.25] * 4] * 2}, {SITE: [np.log(4)] * 2}))
+    assert alike.of_mean == pytest.approx(1) and alike.per_token == pytest.approx(1)
+    assert alike.between_tasks == pytest.approx(0, abs=1e-12)
+    (single,) = numbers.layers(routing({SITE: [[1.0], [1.0]]}, {SITE: [0, 0]}))
+    assert (single.of_mean, single.per_token) == (0, 0)  # of one expert: no 0/0
+
+
+def test_nearest_seen():
+    found = routing(
+        {SITE: [[1, 0], [0.2, 0.8], [0, 1]]}, names=["a", "b", "c"], seen=[True, True, False]
+    )
+    (near,) = numbers.nearest_seen(found).items()
+    assert near[0] == "c" and near[1][0] == "b"
+    assert near[1][1] == pytest.approx(numbers.distances(found)[2, 1])
+    assert numbers.nearest_seen(routing({SITE: [[1, 0]]}, seen=[False])) == {}
+    assert numbers.nearest_seen(routing({SITE: [[1, 0]]}, seen=[None])) == {}
+
+
+def test_top_tokens():
+    # sums over 8, 8, 2 and 40 tokens: shares (3/4, 1/4), (1/4, 3/4), (1, 0), (3/5, 2/5)
+    by_token = np.array([[6.0, 2], [2, 6], [2, 0], [24, 16]])
+    found = routing({SITE: [[0.5, 0.5]]}, by_token=by_token, counts=[8, 8, 2, 40], min_count=5)
+    first, second = numbers.top_tokens(found, SITE, most=2)
+    assert [(token.piece, token.count) for token in first] == [("▁w0", 8), ("▁w3", 40)]
+    assert [token.ratio for token in first] == pytest.approx([1.5, 1.2])  # times E = 2
+    assert [token.piece for token in second] == ["▁w1"]  # of the others it has less than half
+    rare = dataclasses.replace(found, min_count=1)
+    assert numbers.top_tokens(rare, SITE, most=1)[0][0].piece == "▁w2"
+
+
+# --- pictures
+
+
+def figure_of(monkeypatch, draw, *args, **kwargs):
+    """The figure that is drawn, as it is when it is saved."""
+    found = []
+    monkeypatch.setattr(plots, "save", lambda figure, png: found.append(figure))
+    draw(*args, **kwargs)
+    return found[0]
+
+
+def test_entropies_are_drawn_by_layer(monkeypatch):
+    layers = [
+        numbers.Layer(f"{stack}/x", stack, i, kind, 0.1 * i + 0.2, 0.9, 0.0, 1.0)
+        for stack, kinds in (("encoder", ["gate"]), ("decoder", ["gate", "cross key"]))
+        for i in range(3)
+        for kind in kinds
+    ]
+    figure = figure_of(monkeypatch, plots_lib.entropies, layers, "x.png", title="t")
+    drawn = {
+        (axis.get_title(loc="left"), line.get_label()): (
+            list(line.get_xdata()),
+            list(line.get_ydata()),
+        )
+        for axis in figure.axes
+        for line in axis.get_lines()
+        if not line.get_label().startswith("_")
+    }
+    assert len(figure.axes) == 4 and len(drawn) == 2 * 3
+    steps_of, values = drawn["decoder, each token (low: it decides)", "cross key"]
+    assert steps_of == [0, 1, 2] and values == pytest.approx([0.2, 0.3, 0.4])
+    assert drawn["encoder, mean over all (low: few are used)", "gate"][1] == [0.9] * 3
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["gate", "cross key"]
+    for axis in figure.axes:  # all values are within the picture
+        low, high = axis.get_ylim()
+        assert all(low < y < high for line in axis.get_lines() for y in line.get_ydata())
+
+
+def test_dendrogram(monkeypatch):
+    # a and c join at 0.1; both join b at the mean of 0.4 and 0.6
+    distances = np.array([[0, 0.4, 0.1], [0.4, 0, 0.6], [0.1, 0.6, 0]])
+    draw = functools.partial(plots_lib.dendrogram, distances, ["a", "b", "c"], title="t")
+    figure = figure_of(monkeypatch, draw, "x.png", seen=["a", "b"])
+    (axis,) = figure.axes
+    labels = {label.get_text(): label.get_color() for label in axis.get_yticklabels()}
+    assert labels == {"a": plots.INK, "b": plots.INK, "c": plots.ACCENT}
+    branches = [path.vertices for of in axis.collections for path in of.get_paths()]
+    ends = set(np.round(np.concatenate(branches)[:, 0], 6).tolist())
+    assert ends == {0.0, 0.1, 0.5}
+    alike = figure_of(
+        monkeypatch, plots_lib.dendrogram, np.zeros((2, 2)), ["a", "b"], "x.png", title="t"
+    )
+    assert {label.get_color() for label in alike.axes[0].get_yticklabels()} == {plots.INK}
+    with pytest.raises(InputError, match="two tasks at least, found 1"):
+        plots_lib.dendrogram(np.zeros((1, 1)), ["a"], "x.png", title="t")
+
+
+# --- the page
+
+
+class _Page(html.parser.HTMLParser):
+    """What a page has: elements with their attributes, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def check_self_contained(page: _Page, pictures: int) -> None:
+    images = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
+    assert len(images) == pictures
+    assert all(image.startswith("data:image/png;base64,iVBOR") for image in images)
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.elements}
+    for tag, attributes in page.elements:
+        assert attributes.get("href", "#").startswith("#")
+        assert tag == "img" or "src" not in attributes
+        assert not any(name.startswith("on") for name in attributes)
+    assert "url(" not in page.text and "@import" not in page.text  # of the style sheet
+
+
+def test_page_is_self_contained_and_escapes(tmp_path):
+    name = "<b>bold</b> & <script>alert(1)</script>"
+    found = routing(
+        {SITE: [[0.7, 0.3], [0.2, 0.8]]},
+        names=[name, "plain"],
+        seen=[True, False],
+        pieces={0: "<start>", 1: "<i>", 2: '"', 3: "`|*"},
+    )
+    page_lib.draw(found, tmp_path)
+    files = page_lib.texts([found], tmp_path)
+    assert set(files) == {
+        "routes.html", "routes.md", "routes.json", "routes.csv", "distances.csv",
+    }  # fmt: skip
+    page = _Page(files["routes.html"])
+    check_self_contained(page, pictures=3)
+    assert not {"b", "i", "start"} & {tag for tag, _ in page.elements}
+    for text in (name, "<start>", "<i>", "held out", "trained on", "0.700", SITE):
+        assert text in page.text
+    assert "`<start>" in files["routes.md"] and "`'\\|*" not in files["routes.md"].split("`")[0]
+    assert json.loads(files["routes.json"])["runs"][0]["tasks"][0]["name"] == name
+
+
+def test_files_hold_the_numbers(tmp_path):
+    found = routing(
+        {SITE: [[0.7, 0.3], [0.2, 0.8]]}, names=["a", "b"], seen=[True, False], min_count=1
+    )
+    page_lib.draw(found, tmp_path)
+    files = page_lib.texts([found], tmp_path)
+    lines = files["routes.csv"].splitlines()
+    assert lines[0] == "run,site,task,dataset,seen,expert,probability"
+    assert lines[1:] == [
+        f"mov,{SITE},a,set of a,1,1,0.7",
+        f"mov,{SITE},a,set of a,1,2,0.3",
+        f"mov,{SITE},b,set of b,0,1,0.2",
+        f"mov,{SITE},b,set of b,0,2,0.8",
+    ]
+    whole = json.loads(files["routes.json"])
+    (run,) = whole["runs"]
+    assert run["sites"][SITE]["means"] == {"a": [0.7, 0.3], "b": [0.2, 0.8]}
+    (pair,) = files["distances.csv"].splitlines()[1:]
+    assert pair.startswith("mov,a,b,")
+    assert float(pair.split(",")[3]) == pytest.approx(run["distances"][0][1], abs=1e-6)
+    assert run["nearest_seen"]["b"]["task"] == "a"
+    assert run["measure"] == "mean probability"
+    assert len(run["sites"][SITE]["top_tokens"]) == 2
+    assert re.search(r"\| a +\| set of a +\| trained on \| +10 \| 0.700 \|", files["routes.md"])
+
+
+def test_page_of_one_task_and_of_unknown_roles(tmp_path):
+    found = routing({SITE: [[0.1, 0.1]]}, seen=[None])  # of a top-k router: 0.2 is kept
+    page_lib.draw(found, tmp_path)
+    files = page_lib.texts([found], tmp_path)
+    check_self_contained(_Page(files["routes.html"]), pictures=2)  # no tree of one
+    assert "mean share of the mixture" in files["routes.html"] and "0.200" in files["routes.md"]
+    page = _Page(files["routes.html"])
+    assert "held" not in {attributes.get("class") for tag, attributes in page.elements}
+
+
+# --- the command
+
+LENGTHS = {"inputs": 32, "targets": 8}
+TINY = dataclasses.replace(CONFIG, vocab_size=256, num_encoder_layers=2, num_decoder_layers=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """Tasks, a vocabulary, a base, and adapters of some methods, random ones so routers decide."""
+    root = tmp_path_factory.mktemp("routes")
+    write_folder(root / "tasks")
+    write_vocabulary(root / "vocab.model")
+    base = network.init_params(network.Transformer(TINY), 0, params.is_base)
+    base_lib.save(root / "base.safetensors", base, TINY.as_dict())
+    for method in ("ia3", "mov", "molora"):
+        made = METHODS[method].adapters()
+        drawn = params.flatten(
+            network.init_params(network.Transformer(TINY, made), 1, params.is_adapter)
+        )
+        rng = np.random.default_rng(0)
+        arrays = {p: a + rng.standard_normal(a.shape, np.float32) for p, a in drawn.items()}
+        record = runs.Record(
+            method=method,
+            trainable=[params.ADAPTER_PATTERN],
+            config=TINY.as_dict(),
+            adapters=describe(made),
+            base={
+                "path": str(root / "base.safetensors"),
+                "seed": None,
+                "fingerprint": None,
+                "needed": True,
+            },
+            counts={"trainable": params.count(arrays), "total": 9999},
+            versions={},
+            trained_datasets=["colour", "free"],
+        )
+        adapter_file.save(root / method, arrays, record, step=2)
+    return root
+
+
+def data_flags(root: pathlib.Path) -> list[str]:
+    return [
+        f"--gin.JSONL_DIR={root / 'tasks'}",
+        f"--gin.VOCAB_PATH={root / 'vocab.model'}",
+        f"--gin.TASK_FEATURE_LENGTHS={LENGTHS}",
+        "--gin.BATCH_SIZE=8",
+    ]
+
+
+def test_end_to_end(folder, tmp_path, capsys):
+    """Every task's means are those of its examples run one by one."""
+    out = tmp_path / "page"
+    flags = ["--tasks", "colour_*", "free_1", "check_1", "--examples=5", f"--output={out}"]
+    assert routes.main([str(folder / "mov"), *flags, *data_flags(folder)]) == 0
+    assert "routes.html" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {
+        "routes.html", "routes.md", "routes.json", "routes.csv", "distances.csv",
+        "mov_map.png", "mov_entropy.png", "mov_tasks.png",
+    }  # fmt: skip
+    check_self_contained(_Page((out / "routes.html").read_text()), pictures=3)
+    (run,) = json.loads((out / "routes.json").read_text())["runs"]
+    seen = {task["name"]: task["seen"] for task in run["tasks"]}
+    assert seen == {"colour_1": True, "colour_2": True, "free_1": True, "check_1": False}
+    assert {task["examples"] for task in run["tasks"]} == {5}
+    assert list(run["sites"]) == [
+        f"decoder/layers_1/{site}"
+        for site in (
+            "self_attention/key", "self_attention/value", "encoder_decoder_attention/key",
+            "encoder_decoder_attention/value", "mlp/gate",
+        )
+    ]  # fmt: skip
+    assert len(run["entropies"]) == 2 * 3 + 2 * 5
+
+    opened = models.open_model(str(folder / "mov"))
+    weights = opened.load()
+    for name in seen:
+        lines = (folder / "tasks" / name / "validation.jsonl").read_text().splitlines()[:5]
+        sums = collections.Counter()
+        for row in map(json.loads, lines):
+            found, real = alone(opened.model, weights, name, row)
+            for path, probs in found.items():
+                site = path.removesuffix("_adapter/probs")
+                tokens = real[probe.stack_of(site)]
+                sums[site] += np.asarray(probs[0, :tokens]).reshape(tokens, -1, 3).mean(1).sum(0)
+        for site, entry in run["sites"].items():
+            expected = sums[site] / sums[site].sum()
+            np.testing.assert_allclose(entry["means"][name], expected, atol=2e-6)
+            assert np.ptp(expected) > 0.01, "the router should decide something"
+
+
+def alone(transformer, weights, task, row) -> tuple[dict, dict]:
+    """An example by itself, without the package's reading and batches; its real tokens."""
+    vocabulary = seqio_tasks.check_task(task).output_features["inputs"].vocabulary
+    ids, targets = ([*vocabulary.encode(row[key]), 1] for key in ("inputs", "targets"))
+    target = np.pad(targets, (0, 8 - len(targets)))[None]
+    batch = {
+        "encoder_input_tokens": np.pad(ids, (0, 32 - len(ids)))[None],
+        "decoder_target_tokens": target,
+        "decoder_input_tokens": np.pad(target[:, :-1], ((0, 0), (1, 0))),
+    }
+    return mixtures(transformer, weights, batch), {"encoder": len(ids), "decoder": len(targets)}
+
+
+def test_sites_and_default_tasks_of_two_runs(folder, tmp_path):
+    runs_of = [str(folder / "mov"), str(folder / "molora")]
+    flags = [f"--output={tmp_path}", "--sites", "*/layers_1/*/value", "--examples=1"]
+    assert routes.main([*runs_of, *flags, *data_flags(folder)]) == 0
+    found = json.loads((tmp_path / "routes.json").read_text())["runs"]
+    assert [run["name"] for run in found] == ["mov", "molora"]
+    for run in found:
+        assert list(run["sites"]) == [
+            "encoder/layers_1/attention/value",
+            "decoder/layers_1/self_attention/value",
+            "decoder/layers_1/encoder_decoder_attention/value",
+        ]
+        # a prompt of each data set, those trained on first
+        assert [task["name"] for task in run["tasks"]] == ["colour_1", "free_1", "check_1"]
+        assert [task["examples"] for task in run["tasks"]] == [1, 1, 1]
+    check_self_contained(_Page((tmp_path / "routes.html").read_text()), pictures=6)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "flags", "message"),
+    [
+        ("base.safetensors", [], r"its method \(none\) has no routers: expected a run of mov"),
+        ("ia3", [], r"its method \(ia3\) has no routers: expected a run of mov"),
+        ("mov", ["--sites", "decoder/layers_1/mlp/gat"], r"layers_1/mlp/gat' matched none of 16"),
+        ("mov", ["--tasks", "colour_9"], r"'colour_9' matched none of 5 tasks; close: colour_"),
+        ("mov", ["--examples=0"], "ROUTES_EXAMPLES must be an integer of at least 1, found 0"),
+        (None, [], "CHECKPOINT_PATH is not set"),
+        ("nothing", [], "nothing"),
+    ],
+)
+def test_mistakes_are_one_line(folder, tmp_path, capsys, checkpoint, flags, message):
+    given = [str(folder / checkpoint)] if checkpoint else []
+    code = routes.main([*given, f"--output={tmp_path / 'out'}", *flags, *data_flags(folder)])
+    error = capsys.readouterr().err
+    assert code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def registered(folder):
+    return jsonl.register(folder / "tasks", folder / "vocab.model", use=())
+
+
+def test_chosen_tasks(registered):
+    assert measure.choose(["check_*"], registered) == ["check_1", "check_2"]
+    assert measure.choose("check_2_score_eval", registered) == ["check_2"]  # its twin
+    assert measure.choose(["free_1", "colour_2", "*"], registered)[:2] == ["free_1", "colour_2"]
+    assert measure.choose(["jsonl_score_eval"], registered) == ["check_1", "check_2"]
+    assert "colour_1" in measure.choose(["colour_1"], None)
+    for patterns, message in (
+        ([], "names no task"),
+        ([3], "must be a list of name patterns"),
+        (["check_1", "x*"], r"'x\*' matched none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            measure.choose(patterns, registered)
+    with pytest.raises(InputError, match="ROUTES_TASKS is not set"):
+        measure.choose(None, None)
+
+
+def test_a_task_and_its_twin_read_alike(registered):
+    plain = measure.read("colour_1", LENGTHS, 3)
+    twin = measure.read("colour_1_score_eval", LENGTHS, 3)
+    assert len(plain) == len(twin) == 3
+    for one, other in zip(plain, twin, strict=True):
+        np.testing.assert_array_equal(one.inputs, other.inputs)
+        np.testing.assert_array_equal(one.choices[0], other.choices[0])
+        assert one.choice_texts == other.choice_texts and len(other.choices) == 1
+    (cut,) = measure.read("colour_1", {"inputs": 3, "targets": 8}, 1)
+    assert len(cut.inputs) == 3 and cut.cut_input
+
+
+def test_seen_is_by_the_record_then_by_roles(registered):
+    @dataclasses.dataclass
+    class Opened:
+        record: object
+
+    @dataclasses.dataclass
+    class Record:
+        trained_datasets: list[str] | None
+
+    assert measure.trained_datasets(Opened(Record(["check"])), registered) == {"check"}
+    assert measure.trained_datasets(Opened(Record(None)), registered) == {"colour", "free"}
+    assert measure.trained_datasets(Opened(None), None) is None
+
+
+def test_sites_of_different_sizes_are_refused():
+    experts = {"encoder/layers_0/mlp/gate": 3, "decoder/layers_0/mlp/gate": 5}
+    assert measure.choose_sites(None, experts) == ["decoder/layers_0/mlp/gate"]
+    with pytest.raises(InputError, match=r"one number of experts.*\[3, 5\]"):
+        measure.choose_sites(["*"], experts)
+    with pytest.raises(InputError, match="at least one site"):
+        measure.choose_sites([], experts)
