@@ -142,9 +142,9 @@ class Service:
         os.dup2(2, 1)
         if not self.spec.get("gpu"):
             pin()
-            host_memory.start()  # peers too: it serves them as well
+            host_memory.configure()  # peers too: it serves them as well
             if importlib.util.find_spec("jax"):
-                host_memory.one_after_another()
+                host_memory.disable_async_dispatch()
 
     def run(
         self,
@@ -161,7 +161,7 @@ class Service:
         """
         clock = time.perf_counter()
         first = float(step())
-        host_memory.give_back()  # what compilation took, which peers do now
+        host_memory.trim_heap()  # what compilation took, which peers do now
         step()
         warm_up = time.perf_counter() - clock
         building = memory("VmHWM")

@@ -43,7 +43,7 @@ def network() -> Any:
     from pemoe_jax.core import network
     from pemoe_jax.runtime import gin_flags
 
-    gin_flags.load(train.FLAGS.parse_args([f"--gin_file={SIZE}"]), ["DROPOUT_RATE = 0.0"])
+    gin_flags.load_config(train.FLAGS.parse_args([f"--gin_file={SIZE}"]), ["DROPOUT_RATE = 0.0"])
     return gin.get_configurable(network.Transformer)()
 
 

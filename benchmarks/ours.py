@@ -166,7 +166,7 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     )
     rest = (frozen, batch, jax.random.key(0))
     compiled = function.lower(state, *rest).compile()
-    host_memory.give_back()
+    host_memory.trim_heap()
     examples = PACKED if spec.get("packed") else 1
     told = {
         "before": before,

@@ -12,7 +12,7 @@ from pemoe_jax.runtime import gin_flags
 if TYPE_CHECKING:
     from pemoe_jax.core import network
 
-FLAGS = gin_flags.parser(
+FLAGS = gin_flags.make_parser(
     "evaluate",
     "Scores held-out tasks by rank classification and writes results.json, results.md and\n"
     "predictions to EVAL_OUTPUT_DIR. Checkpoints say themselves what model they are of.",
@@ -87,8 +87,8 @@ def evaluate(
     from pemoe_jax.runtime import atomic_write, distributed, progress
 
     output = atomic_write.local(output_dir, "EVAL_OUTPUT_DIR")
-    distributed.start()
-    folder = distributed.folder_to_write(output)
+    distributed.initialize()
+    folder = distributed.output_folder(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
     partitioning.connect(mesh)
@@ -285,7 +285,7 @@ def _draw_routing(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return gin_flags.run(FLAGS, evaluate, argv)
+    return gin_flags.run_configured(FLAGS, evaluate, argv)
 
 
 if __name__ == "__main__":

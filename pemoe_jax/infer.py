@@ -16,7 +16,7 @@ from pemoe_jax.runtime import gin_flags
 if TYPE_CHECKING:
     from pemoe_jax.core import network
 
-FLAGS = gin_flags.parser(
+FLAGS = gin_flags.make_parser(
     "infer",
     "Decodes the evaluation split of tasks greedily and writes predictions, results.json and\n"
     "results.md to EVAL_OUTPUT_DIR. A task's metrics are its own as registered, those that P3's\n"
@@ -108,8 +108,8 @@ def infer(
 
     lengths = seqio_tasks.checked_lengths(task_feature_lengths)
     output = atomic_write.local(output_dir, "EVAL_OUTPUT_DIR")
-    distributed.start()
-    folder = distributed.folder_to_write(output)
+    distributed.initialize()
+    folder = distributed.output_folder(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
     partitioning.connect(mesh)
@@ -197,7 +197,7 @@ def _read(
                 found = _examples(task, split, lengths, use_cached, max_examples)
             found.dataset, found.split = labels.get(task, task), behind.get(task) or split
             tasks.append(found)
-            bar.report_if_late(len(tasks), "tasks")
+            bar.report_if_slow(len(tasks), "tasks")
     finally:
         bar.close()
     return tasks
@@ -421,7 +421,7 @@ def _by_task(run: str, tasks: Mapping[str, Any]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return gin_flags.run(FLAGS, infer, argv)
+    return gin_flags.run_configured(FLAGS, infer, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import network, optim, steps
 
-FLAGS = gin_flags.parser(
+FLAGS = gin_flags.make_parser(
     "train",
     "Trains adapters on a frozen T5, or the whole of it, and writes checkpoints to MODEL_DIR.\n"
     "The same command again goes on from the newest checkpoint.",
@@ -138,7 +138,7 @@ def train(
 
     quantized.check(frozen_dtype)
     folder = atomic_write.local(model_dir, "MODEL_DIR")
-    distributed.start()
+    distributed.initialize()
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh, microbatches)
     partitioning.connect(mesh)
@@ -214,7 +214,7 @@ def train(
                 pass
     if model.config.scan_layers:
         frozen = network.stacked(model, frozen, stacks.join_and_free)
-    written = distributed.folder_to_write(folder)
+    written = distributed.output_folder(folder)
     _write_config(written)
     loop = _Loop(
         train_step=steps.make_train_step(
@@ -432,7 +432,7 @@ class _Loop:
 
         first = int(state.step)
         bar = progress.Progress("step", self.total_steps, first)
-        metrics = progress.Metrics(self.folder, first)
+        metrics = progress.MetricWriter(self.folder, first)
         window: list[tuple[Any, int]] = []
         waited, clock = 0.0, time.monotonic()
         # by step, so that an interrupted run saves the one that belongs to its state
@@ -451,7 +451,7 @@ class _Loop:
                 arrays, tokens = batch
                 if step == first + 1:  # by itself, so that its memory is free for the step's
                     taken = self.train_step.lower(state, frozen, arrays, self.rng).compile()
-                    host_memory.give_back()
+                    host_memory.trim_heap()
                 state, step_metrics = taken(state, frozen, arrays, self.rng)
                 window.append((step_metrics, tokens))
                 bar.advance(step)
@@ -476,7 +476,7 @@ class _Loop:
                 if self.eval_period and (step % self.eval_period == 0 or last):
                     scalars = self._evaluate(state, frozen)
                     metrics.write(step, {f"eval/{k}": v for k, v in scalars.items()})
-                    bar.say(
+                    bar.print_line(
                         f"step {step}  validation loss {scalars['loss']:.4f}"
                         f"  accuracy {scalars['accuracy']:.3f} (tokens)"
                     )
@@ -488,7 +488,7 @@ class _Loop:
             # which would have to save too, know nothing of it
             if not state.step.is_deleted() and jax.process_count() == 1:
                 step = int(state.step)
-                bar.say(f"interrupted: saving step {step}")
+                bar.print_line(f"interrupted: saving step {step}")
                 self.save(state, positions[step])
             raise
         finally:
@@ -540,7 +540,7 @@ def _note(means: Mapping[str, Any]) -> str:
     waiting = f"  waiting for data {share:.0%} of the time" if share > 0.05 else ""
     return (
         f"loss {means['loss']:.4f}  accuracy {means['accuracy']:.3f}"
-        f"  {progress.thousands(means['tokens_per_second'])} tokens/s{waiting}"
+        f"  {progress.format_count(means['tokens_per_second'])} tokens/s{waiting}"
     )
 
 
@@ -555,7 +555,7 @@ def _check_finite(means: Mapping[str, Any], step: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return gin_flags.run(FLAGS, train, argv)
+    return gin_flags.run_configured(FLAGS, train, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ RUN = ["--gin.MODEL_DIR=x", "--gin.INITIAL_CHECKPOINT_PATH=None", "--gin.TRAIN_S
 
 def configure(*flags: str) -> None:
     rest, bindings = gin_flags.split_bindings([*flags, *RUN])
-    gin_flags.load(train.FLAGS.parse_args(rest), bindings)
+    gin_flags.load_config(train.FLAGS.parse_args(rest), bindings)
 
 
 def configured_model(size: str, method: str, *flags: str) -> network.Transformer:

@@ -80,7 +80,7 @@ def load(command: str, *flags: str) -> None:
     assert program == "pemoe"
     rest, bindings = gin_flags.split_bindings([*given, *flags])
     known = {"train": train.FLAGS, "evaluate": evaluate.FLAGS}[name]
-    gin_flags.load(known.parse_args(rest), bindings)
+    gin_flags.load_config(known.parse_args(rest), bindings)
 
 
 def macro(name: str):

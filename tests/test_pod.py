@@ -205,9 +205,9 @@ def test_one_that_is_killed_ends_the_other(folder, tmp_path):
 
 WAIT = """
 import pathlib, sys, time
-from pemoe_jax import processes
-processes.HEARTBEAT_SECONDS = 10
-processes.start()
+from pemoe_jax.runtime import distributed
+distributed.HEARTBEAT_SECONDS = 10
+distributed.initialize()
 pathlib.Path(sys.argv[1]).touch()
 time.sleep(600)
 """

@@ -114,7 +114,7 @@ def load_base(
         try:
             base = found.load(
                 params_lib.unflatten(target),
-                lambda done: bar.report_if_late(done, "arrays"),
+                lambda done: bar.report_if_slow(done, "arrays"),
                 made,
             )
         finally:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
-KEPT_DAYS = 30
+CACHE_DIR_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+MAX_AGE_DAYS = 30
 
 
-def start(environment: MutableMapping[str, str] = os.environ) -> None:
+def enable(environment: MutableMapping[str, str] = os.environ) -> None:
     """Turns the cache on by JAX's own variables; to be called before jax is imported.
 
     JAX_COMPILATION_CACHE_DIR names another folder or, set to nothing, turns it off. A folder that
@@ -20,7 +20,7 @@ def start(environment: MutableMapping[str, str] = os.environ) -> None:
     Args:
       environment: is changed.
     """
-    if DIRECTORY not in environment:
+    if CACHE_DIR_VARIABLE not in environment:
         try:
             folder = default_folder(environment)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what is in it will be run
@@ -30,12 +30,12 @@ def start(environment: MutableMapping[str, str] = os.environ) -> None:
         except (OSError, RuntimeError) as error:
             print(
                 f"warning: compiled programs are not kept: {error}"
-                f" ({DIRECTORY} names another folder; empty, it ends this warning)",
+                f" ({CACHE_DIR_VARIABLE} names another folder; empty, it ends this warning)",
                 file=sys.stderr,
             )
             return
-        environment[DIRECTORY] = str(folder)
-    if environment[DIRECTORY]:
+        environment[CACHE_DIR_VARIABLE] = str(folder)
+    if environment[CACHE_DIR_VARIABLE]:
         # jax keeps what took a second; dozens of small programs take longer than that together
         environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
@@ -49,7 +49,7 @@ def default_folder(environment: Mapping[str, str]) -> Path:
 
 def _forget_old(folder: Path) -> None:
     """Deletes what has not been read for a month: each version and setting leaves its own."""
-    oldest = time.time() - KEPT_DAYS * 24 * 3600
+    oldest = time.time() - MAX_AGE_DAYS * 24 * 3600
     for file in folder.glob("*-cache"):
         try:
             found = file.stat()

@@ -15,7 +15,7 @@ from typing import Any
 
 from pemoe_jax.core.errors import InputError
 
-BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+COORDINATOR_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECONDS = 30  # after as long without a sign of life of one, the others end
 
 _OTHERS = (
@@ -29,7 +29,7 @@ _OF_OTHERS = re.compile(
 )
 
 
-def start() -> None:
+def initialize() -> None:
     """Joins the other processes of the run, where there are any; before any device is touched.
 
     A run has several processes where JAX_COORDINATOR_ADDRESS (host:port of process 0),
@@ -53,16 +53,16 @@ def start() -> None:
 
 def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """For `jax.distributed.initialize`; None: a process by itself."""
-    given = {name: environment[name] for name in BY_HAND if environment.get(name)}
+    given = {name: environment[name] for name in COORDINATOR_VARIABLES if environment.get(name)}
     if given:
-        missing = [name for name in BY_HAND if name not in given]
+        missing = [name for name in COORDINATOR_VARIABLES if name not in given]
         if missing:
             raise InputError(f"{next(iter(given))} is set: expected {missing[0]} beside it")
-        count, number = (_number(name, given[name]) for name in BY_HAND[1:])
+        count, number = (_number(name, given[name]) for name in COORDINATOR_VARIABLES[1:])
         if not 0 <= number < count:
             raise InputError(f"JAX_PROCESS_ID: expected 0 to {count - 1}, found {number}")
         return {
-            "coordinator_address": given[BY_HAND[0]],
+            "coordinator_address": given[COORDINATOR_VARIABLES[0]],
             "num_processes": count,
             "process_id": number,
         }
@@ -78,7 +78,7 @@ def _number(name: str, text: str) -> int:
     return int(text)
 
 
-def folder_to_write(folder: Path) -> Path:
+def output_folder(folder: Path) -> Path:
     """Where this process writes what a run writes once: the folder, or one that is thrown away.
 
     All but the first process have the second.
@@ -119,7 +119,7 @@ def _ends_by_itself() -> None:
             os.write(_last_words.pop(), b"\n")
 
 
-def end(code: int) -> int:
+def exit_process(code: int) -> int:
     """Ends a process of several at once, so that the others notice; one by itself returns."""
     if code and _is_one_of_several():
         sys.stdout.flush()
@@ -129,7 +129,7 @@ def end(code: int) -> int:
     return code
 
 
-def end_at(error: BaseException) -> None:
+def exit_on_error(error: BaseException) -> None:
     """Ends one of several processes at an error; one by itself returns.
 
     With one line where it tells that another has gone, else with a stack trace.
@@ -141,7 +141,7 @@ def end_at(error: BaseException) -> None:
         traceback.print_exception(error)
     else:
         print(f"error: {_OTHERS} ({told})", file=sys.stderr)
-    end(1)
+    exit_process(1)
 
 
 def _is_one_of_several() -> bool:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import compile_cache, distributed, host_memory
-from pemoe_jax.runtime import gin_types as bindings_lib
+from pemoe_jax.runtime import compile_cache, distributed, gin_types, host_memory
 
 GIN_DIR = Path(__file__).parent.parent / "gin"
 
@@ -44,7 +43,9 @@ literal is taken as a string. --gin.MODULE.FUNCTION.PARAMETER=value sets any oth
 """
 
 
-def parser(command: str, description: str, example: str, macros: str) -> argparse.ArgumentParser:
+def make_parser(
+    command: str, description: str, example: str, macros: str
+) -> argparse.ArgumentParser:
     """The flags that all entry points have."""
     result = argparse.ArgumentParser(
         prog=f"pemoe {command}",
@@ -120,7 +121,9 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def load(args: argparse.Namespace, bindings: Sequence[str], macros: Sequence[str] = ()) -> None:
+def load_config(
+    args: argparse.Namespace, bindings: Sequence[str], macros: Sequence[str] = ()
+) -> None:
     """Parses the gin files and bindings.
 
     Args:
@@ -158,7 +161,7 @@ def load(args: argparse.Namespace, bindings: Sequence[str], macros: Sequence[str
         raise InputError(f"gin: {_first_line(error)}") from error
     except (ValueError, SyntaxError, ImportError, AttributeError, NameError, TypeError) as error:
         raise InputError(_told(error)) from error
-    bindings_lib.check(_SET_BY_MODEL_AND_METHOD)
+    gin_types.check_bindings(_SET_BY_MODEL_AND_METHOD)
 
 
 def _told(error: Exception) -> str:
@@ -183,7 +186,7 @@ def _check_macros(bindings: Sequence[str]) -> None:
             raise InputError(f"--gin.{name}: no gin file has a macro of this name{hint}")
 
 
-def call(function: Callable[..., Any]) -> Any:
+def call_configured(function: Callable[..., Any]) -> Any:
     """Calls a function with what gin binds to it; gin's complaints become one line."""
     import gin
 
@@ -204,7 +207,7 @@ def call(function: Callable[..., Any]) -> Any:
         raise
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Keeps the libraries' chatter off the terminal; to be called before they are imported."""
     # gin logs an error for each place that it looks in before it finds a file
     logging.getLogger().addFilter(lambda record: "Path not found" not in record.getMessage())
@@ -214,7 +217,7 @@ def quiet() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
-def run(
+def run_configured(
     flags: argparse.ArgumentParser,
     function: Callable[..., Any],
     argv: Sequence[str] | None = None,
@@ -222,10 +225,10 @@ def run(
     """An entry point's main: calls the function with what gin files and flags bind to it."""
 
     def load_and_call(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-        load(args, bindings)
-        call(function)
+        load_config(args, bindings)
+        call_configured(function)
 
-    return attempt(flags, load_and_call, argv)
+    return run_command(flags, load_and_call, argv)
 
 
 def _add_cache_dirs(args: argparse.Namespace) -> None:
@@ -236,7 +239,7 @@ def _add_cache_dirs(args: argparse.Namespace) -> None:
         seqio_tasks.add_cache_dirs(folders)
 
 
-def attempt(
+def run_command(
     flags: argparse.ArgumentParser,
     work: Callable[[argparse.Namespace, Sequence[str]], None],
     argv: Sequence[str] | None = None,
@@ -248,7 +251,7 @@ def attempt(
       work: called with the parsed flags and the gin bindings among them.
       argv: the arguments; None: those of the process.
     """
-    return distributed.end(_attempt(flags, work, argv))
+    return distributed.exit_process(_attempt(flags, work, argv))
 
 
 def _attempt(
@@ -256,14 +259,14 @@ def _attempt(
     work: Callable[[argparse.Namespace, Sequence[str]], None],
     argv: Sequence[str] | None,
 ) -> int:
-    quiet()
+    silence_libraries()
     try:
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
         args = flags.parse_args(rest)
         if flags.prog.rpartition(" ")[2] in _RUN_MODELS and "jax" not in sys.modules:
-            compile_cache.start()
-            host_memory.start()
-            host_memory.one_after_another()
+            compile_cache.enable()
+            host_memory.configure()
+            host_memory.disable_async_dispatch()
         _add_cache_dirs(args)
         work(args, bindings)
     except InputError as error:
@@ -271,7 +274,7 @@ def _attempt(
         return 1
     except OSError as error:  # no permission, no space, a file where a folder should be
         if error.strerror is None:
-            distributed.end_at(error)
+            distributed.exit_on_error(error)
             raise
         where = error.filename2 or error.filename
         print(f"error: {where or 'writing'}: {error.strerror}", file=sys.stderr)
@@ -280,6 +283,6 @@ def _attempt(
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        distributed.end_at(error)
+        distributed.exit_on_error(error)
         raise
     return 0

@@ -25,7 +25,7 @@ _WORDS = {
 _ANY = (Any, object, inspect.Parameter.empty)
 
 
-def check(unset: Collection[str] = ()) -> None:
+def check_bindings(unset: Collection[str] = ()) -> None:
     """Looks at every value of the parsed configuration that is a literal.
 
     A literal is never an object or a function, which are given by reference. What is in lists and

@@ -15,7 +15,7 @@ _TOP_PAD_BYTES = 64 * 2**20
 _PIECES, _MOST_PIECES = "--xla_cpu_parallel_codegen_split_count", 32
 
 
-def start(environment: MutableMapping[str, str] = os.environ) -> bool:
+def configure(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Has freed memory kept for later, and programs compiled in less; before jax is imported.
 
     XLA asks for the temporaries of a program at each run, hundreds of MB, and as glibc comes they
@@ -48,7 +48,7 @@ def start(environment: MutableMapping[str, str] = os.environ) -> bool:
     return all([mallopt(*setting) for setting in settings])
 
 
-def one_after_another() -> None:
+def disable_async_dispatch() -> None:
     """Has a program of the CPU run in the thread that calls it; before jax has its devices.
 
     In a thread of its own, as it comes, a step gives its temporaries back a moment after its
@@ -60,7 +60,7 @@ def one_after_another() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """What is free goes back to the system now: after what is done once, as compilation."""
     gc.collect()  # what traced a program hangs together in cycles
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

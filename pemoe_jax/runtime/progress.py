@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds -> '1:02:03' or '2:03'."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def thousands(number: float) -> str:
+def format_count(number: float) -> str:
     """12345 -> '12.3k'."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -23,7 +23,7 @@ def thousands(number: float) -> str:
     return f"{number:.0f}"
 
 
-class Metrics:
+class MetricWriter:
     """Scalars by step, to `metrics.jsonl` and to TensorBoard, both under `model_dir`.
 
     A run goes on from step `first`: lines of later steps, which a killed run had told after its
@@ -97,7 +97,7 @@ class Progress:
         else:
             self.advance(done)
 
-    def report_if_late(self, done: int, note: str) -> None:
+    def report_if_slow(self, done: int, note: str) -> None:
         """As `report_if_due`, and not at the end: of what is quick nothing is said."""
         if done < self._total:
             self.report_if_due(done, note)
@@ -110,10 +110,10 @@ class Progress:
             self._bar.update(self._task, completed=done, note=note)
             return
         pace = (time.monotonic() - self._start) / max(done - self._first, 1)
-        left = duration(pace * (self._total - done))
+        left = format_duration(pace * (self._total - done))
         print(f"{self._label} {done}/{self._total}  {note}  left {left}", flush=True)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Prints a line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, markup=False)

@@ -132,7 +132,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
             done.setdefault(job.task, set()).add(job.split)
             if done[job.task] == set(splits[job.task]):
                 _complete(context.output / job.task)
-            bar.report_if_due(number, f"{progress.thousands(rows)} rows")
+            bar.report_if_due(number, f"{progress.format_count(rows)} rows")
     finally:
         bar.close()
     print(f"{len(splits)} tasks in {context.output}", flush=True)
@@ -228,7 +228,7 @@ def write_split(context: _Context, job: Job) -> int:
 @functools.cache
 def _readers(context: _Context) -> Callable[[str, str], Any]:
     """Task and split -> their rows; made once in each process."""
-    gin_flags.quiet()
+    gin_flags.silence_libraries()
     from pemoe_jax.tasks import p3
 
     p3.register(context.p3_dir, context.vocab_path)
@@ -295,4 +295,4 @@ def _complete(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return gin_flags.attempt(FLAGS, cache_tasks, argv)
+    return gin_flags.run_command(FLAGS, cache_tasks, argv)

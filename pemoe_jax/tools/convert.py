@@ -223,7 +223,7 @@ def _progress(label: str, arrays: int) -> Iterator[Callable[[int], None]]:
 
     bar = progress.Progress(label, arrays, note="arrays")
     try:
-        yield lambda done: bar.report_if_late(done, "arrays")
+        yield lambda done: bar.report_if_slow(done, "arrays")
     finally:
         bar.close()
 
@@ -299,4 +299,4 @@ def _written(path: str, array: "Stored", fold: Callable[[Any], Any] | None, dtyp
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return gin_flags.attempt(flags(), lambda args, _: convert(args), argv)
+    return gin_flags.run_command(flags(), lambda args, _: convert(args), argv)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pemoe_jax.analysis import counts, tables
     from pemoe_jax.core import network
 
-FLAGS = gin_flags.parser(
+FLAGS = gin_flags.make_parser(
     "count",
     "Prints how many parameters a method trains, of how many, at which sites.\n"
     "Without gin files: every size with every method, beside what the papers print.",
@@ -112,10 +112,10 @@ def _load(
         gin_search_paths=args.gin_search_paths,
         gin_bindings=[_WIRING, *args.gin_bindings],
     )
-    gin_flags.load(wired, bindings)
-    return gin_flags.call(configured)
+    gin_flags.load_config(wired, bindings)
+    return gin_flags.call_configured(configured)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return gin_flags.attempt(FLAGS, count, argv)
+    return gin_flags.run_command(FLAGS, count, argv)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pemoe_jax.core import network
 
-FLAGS = gin_flags.parser(
+FLAGS = gin_flags.make_parser(
     "embed",
     "Writes a vector for each different input of some tasks to the folder SENTENCE_EMBEDDINGS;\n"
     "train, evaluate and infer give them to routers that read sentences (routing/sentence.gin).\n"
@@ -162,7 +162,7 @@ def _add(
     before, done = len(writer.known), 0
 
     def note() -> str:
-        return f"{progress.thousands(len(writer.known) + len(new) - before)} new inputs"
+        return f"{progress.format_count(len(writer.known) + len(new) - before)} new inputs"
 
     for part in parts:
         for seen, one in enumerate(read(part), 1):
@@ -172,9 +172,9 @@ def _add(
             if len(new) >= _CHUNK:
                 encode()
             if seen % _BLOCK == 0:
-                bar.report_if_late(done + min(seen, part.examples), note())
+                bar.report_if_slow(done + min(seen, part.examples), note())
         done += part.examples
-        bar.report_if_late(done, note())
+        bar.report_if_slow(done, note())
     encode()
 
 
@@ -519,4 +519,4 @@ def as_encoder(given: Any) -> Encoder:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return gin_flags.run(FLAGS, embed, argv)
+    return gin_flags.run_configured(FLAGS, embed, argv)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pemoe_jax.analysis.planning import compile
     from pemoe_jax.core import network
 
-FLAGS = gin_flags.parser(
+FLAGS = gin_flags.make_parser(
     "plan",
     "Compiles the train step of any size for any number of devices, on this machine's CPU and\n"
     "without weights, and prints what it takes on each: memory, communication, FLOPs.",
@@ -157,8 +157,8 @@ def _step(
     from pemoe_jax.core import adapters, network, params, quantized
 
     args.gin_bindings = [_WIRING + args.optimizer, *args.gin_bindings]
-    gin_flags.load(args, bindings, _MACROS)
-    model, method, trainable, optimizer, frozen_dtype = gin_flags.call(configured)
+    gin_flags.load_config(args, bindings, _MACROS)
+    model, method, trainable, optimizer, frozen_dtype = gin_flags.call_configured(configured)
     quantized.check(frozen_dtype)
     rows = args.batch_size
     step = compile.Step(model, trainable, optimizer, rows, lengths, args.microbatches, frozen_dtype)
@@ -224,4 +224,4 @@ def _write(path: Path, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return gin_flags.attempt(FLAGS, plan, argv)
+    return gin_flags.run_command(FLAGS, plan, argv)

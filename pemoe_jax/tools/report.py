@@ -139,4 +139,4 @@ def write(found: "report_lib.Report", folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return gin_flags.attempt(FLAGS, report, argv)
+    return gin_flags.run_command(FLAGS, report, argv)

@@ -11,7 +11,7 @@ from pemoe_jax.runtime import gin_flags
 if TYPE_CHECKING:
     from pemoe_jax.analysis.routing.numbers import Routing
 
-FLAGS = gin_flags.parser(
+FLAGS = gin_flags.make_parser(
     "routes",
     "Shows what the experts of a run do with tasks that it was trained on and with others: each\n"
     "task's mean probabilities over experts (a map), how decided the routers are by layer, which\n"
@@ -147,7 +147,7 @@ def _read(
     try:
         for name in names:
             groups[name] = measure.read(name, lengths, examples, use_cached)
-            bar.report_if_late(len(groups), "tasks")
+            bar.report_if_slow(len(groups), "tasks")
     finally:
         bar.close()
     return groups
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         args.gin_file = args.gin_file or ["runs/routes.gin"]
-        gin_flags.load(args, [*_bindings(args), *bindings])
-        gin_flags.call(routes)
+        gin_flags.load_config(args, [*_bindings(args), *bindings])
+        gin_flags.call_configured(routes)
 
-    return gin_flags.attempt(FLAGS, work, argv)
+    return gin_flags.run_command(FLAGS, work, argv)

@@ -260,7 +260,7 @@ def _parsed(command: str, flags: Sequence[str], where: str) -> dict[str, str]:
     known = {"train": train.FLAGS, "evaluate": evaluate.FLAGS}[command]
     rest, bindings = gin_flags.split_bindings(flags)
     try:
-        gin_flags.load(known.parse_args(rest), bindings)
+        gin_flags.load_config(known.parse_args(rest), bindings)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     found = settings.read(gin.config_str())
@@ -278,7 +278,7 @@ def _base(where: str) -> str | None:
     try:
         with gin.unlock_config():
             gin.parse_config(_WIRING)
-        return gin_flags.call(base_of)
+        return gin_flags.call_configured(base_of)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -337,7 +337,9 @@ def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool) -> list[str]
                 if stop_at_failure:
                     break
                 continue
-            spent = [f"{name} {progress.duration(state[name])}" for name, _ in run.commands()]
+            spent = [
+                f"{name} {progress.format_duration(state[name])}" for name, _ in run.commands()
+            ]
             left = _left(runs[:number], runs[number:])
             print("  ".join([opening, *spent, _score(run), *left]), flush=True)
     return failed
@@ -348,7 +350,7 @@ def _left(before: Sequence[Run], after: Sequence[Run]) -> list[str]:
     states = [_state(run) for run in before if run.train]
     took = [state["train"] + state["evaluate"] for state in states if state["evaluate"]]
     waiting = sum(not _state(run)["evaluate"] for run in after)
-    return [f"left {progress.duration(sum(took) / len(took) * waiting)}"] if took else []
+    return [f"left {progress.format_duration(sum(took) / len(took) * waiting)}"] if took else []
 
 
 def _run_one(run: Run, state: dict[str, Any], lock: int, opening: str) -> str:
@@ -380,7 +382,7 @@ def _live(opening: str, name: str, log: Path) -> Generator[None, None, None]:
     try:
         while True:
             if sys.stdout.isatty():
-                spent = progress.duration(time.monotonic() - start)
+                spent = progress.format_duration(time.monotonic() - start)
                 line = f"{opening}  {name} {spent}  {subprocesses.last_line(log)}"
                 print(f"\r\x1b[K{line[:100]}", end="", flush=True)
             yield
@@ -427,4 +429,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return gin_flags.attempt(FLAGS, sweep, given)
+    return gin_flags.run_command(FLAGS, sweep, given)

@@ -34,7 +34,7 @@ def shipped_adapters(routing: str, method: str) -> adapters.Adapters:
     flags = [*(f"--gin_file={name}" for name in files), f"--gin.NUM_EXPERTS={EXPERTS}"]
     flags += [f"--gin.routing.Router.{option}=True"] if option else []
     rest, bindings = gin_flags.split_bindings(flags)
-    gin_flags.load(train.FLAGS.parse_args(rest), bindings)
+    gin_flags.load_config(train.FLAGS.parse_args(rest), bindings)
     made = gin.get_configurable(adapters.Adapters)()
     return adapters.from_description(adapters.describe(made))  # free of gin's scope
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def started(**given: str) -> dict[str, str]:
-    compile_cache.start(given)
+    compile_cache.enable(given)
     return given
 
 

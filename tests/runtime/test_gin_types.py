@@ -71,7 +71,7 @@ def test_evaluation(capsys):
 def test_what_is_right_passes():
     flags = ["--gin.ALPHA=16", "--gin.KEEP_CHECKPOINTS=None", "--gin.RANK=%NUM_EXPERTS"]
     rest, bound = gin_flags.split_bindings([*FLAGS, *flags])
-    gin_flags.load(train.FLAGS.parse_args(rest), bound)  # raises nothing
+    gin_flags.load_config(train.FLAGS.parse_args(rest), bound)  # raises nothing
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pemoe_jax.runtime import host_memory
 RUNS = 40
 FAULTS = """
 import resource
-from pemoe_jax import host_memory
+from pemoe_jax.runtime import host_memory
 {before}
 import jax, jax.numpy as jnp
 run = jax.jit(lambda x: jnp.sum(jnp.sin(x @ x.T) @ x))
@@ -50,7 +50,7 @@ def test_pages_are_kept_between_runs():
     off at its end has gone to something small: up to 4 of 60 runs took new pages in a process that
     does little else, and of a training none.
     """
-    start = "assert host_memory.start(); host_memory.one_after_another()"
+    start = "assert host_memory.configure(); host_memory.disable_async_dispatch()"
     assert sum(count > 1000 for count in faults(start)) <= 8
     assert min(faults("")) > 10_000
 
@@ -58,7 +58,7 @@ def test_pages_are_kept_between_runs():
 def test_flags_of_the_user_stay(monkeypatch):
     monkeypatch.setattr(host_memory, "accelerators", lambda: ["/dev/nvidia0"])
     environment = {"XLA_FLAGS": "--a=1"}
-    assert not host_memory.start(environment)
+    assert not host_memory.configure(environment)
     assert environment == {"XLA_FLAGS": "--a=1"}
     monkeypatch.setattr(host_memory, "accelerators", lambda: [])
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())  # as musl: no mallopt
@@ -71,6 +71,6 @@ def test_flags_of_the_user_stay(monkeypatch):
         (f"{name}=9", f"{name}=9"),
     ):
         environment = {"XLA_FLAGS": given}
-        assert not host_memory.start(environment)
+        assert not host_memory.configure(environment)
         assert environment == {"XLA_FLAGS": expected}
-    host_memory.give_back()  # does nothing there
+    host_memory.trim_heap()  # does nothing there

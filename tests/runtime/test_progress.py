@@ -6,9 +6,9 @@ from pemoe_jax.runtime import progress
 
 
 def test_durations_and_thousands():
-    assert progress.duration(59.9) == "0:59"
-    assert progress.duration(3723) == "1:02:03"  # 3600 + 2 * 60 + 3
-    assert [progress.thousands(n) for n in (999, 12_345, 2_500_000)] == ["999", "12.3k", "2.5M"]
+    assert progress.format_duration(59.9) == "0:59"
+    assert progress.format_duration(3723) == "1:02:03"  # 3600 + 2 * 60 + 3
+    assert [progress.format_count(n) for n in (999, 12_345, 2_500_000)] == ["999", "12.3k", "2.5M"]
 
 
 def test_lines_say_how_far_and_how_long(capsys, monkeypatch):
@@ -24,9 +24,9 @@ def test_lines_say_how_far_and_how_long(capsys, monkeypatch):
     assert "step 50/50  done  left 0:00" in capsys.readouterr().out
     clock = iter([100.0, 111.0, 111.0])
     bar = progress.Progress("reading", total=50)
-    bar.report_if_late(20, "arrays")
+    bar.report_if_slow(20, "arrays")
     assert "reading 20/50  arrays  left 0:16" in capsys.readouterr().out  # 11 s for 20, 30 left
-    bar.report_if_late(50, "arrays")  # what is over need not be told
+    bar.report_if_slow(50, "arrays")  # what is over need not be told
     assert capsys.readouterr().out == ""
 
 
@@ -35,10 +35,10 @@ def test_metrics_go_on_from_a_checkpoint(tmp_path):
     file = tmp_path / "metrics.jsonl"
     told = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3))
     file.write_text(told + '{"step": 4, "lo')
-    metrics = progress.Metrics(tmp_path, first=2)
+    metrics = progress.MetricWriter(tmp_path, first=2)
     metrics.write(3, {"loss": 0.5})
     metrics.close()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows == [{"step": s, "loss": loss} for s, loss in ((1, 1.0), (2, 1.0), (3, 0.5))]
-    progress.Metrics(tmp_path).close()  # from the start
+    progress.MetricWriter(tmp_path).close()  # from the start
     assert file.read_text() == ""
