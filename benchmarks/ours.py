@@ -152,7 +152,7 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     if spec.get("scan_layers"):
         from pemoe_jax.core import stacks
 
-        frozen = network.stacked(model, frozen, stacks.join_and_free)
+        frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
     optimizer = getattr(optim, spec.get("optimizer", "adafactor"))(lambda step: jnp.asarray(3e-4))
     state = jax.jit(lambda p: steps.TrainState.create(p, optimizer))(trained)
     del trained

@@ -91,7 +91,7 @@ def evaluate(
     folder = distributed.output_folder(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
-    partitioning.connect(mesh)
+    partitioning.connect_processes(mesh)
     opened = models.open_models(
         checkpoint_path, model, initial_checkpoint_path, dtype, frozen_dtype
     )
@@ -128,7 +128,7 @@ def evaluate(
     for one in opened:
         params = one.load(one.shardings(mesh, rules))
         bar = progress.Progress(f"scoring {one.name}", len(everything))
-        with partitioning.scope(mesh, rules):
+        with partitioning.use_mesh(mesh, rules):
             predicted = _score(one.model, params, everything, batch_size, mesh, bar)
         bar.close()
         tasks = {
@@ -200,7 +200,8 @@ def _score(
     from pemoe_jax.data import batching, feed
 
     score = jax.jit(
-        functools.partial(steps.score_choices, model), out_shardings=partitioning.replicated(mesh)
+        functools.partial(steps.score_choices, model),
+        out_shardings=partitioning.replicated_sharding(mesh),
     )
     devices = mesh.shape["data"]
     found: dict[int, tuple[int, list[float]]] = {}

@@ -112,7 +112,7 @@ def infer(
     folder = distributed.output_folder(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh)
-    partitioning.connect(mesh)
+    partitioning.connect_processes(mesh)
     opened = models.open_models(
         checkpoint_path, model, initial_checkpoint_path, dtype, frozen_dtype
     )
@@ -138,7 +138,7 @@ def infer(
     results: dict[str, Any] = {"runs": []}
     for one in opened:
         params = one.load(one.shardings(mesh, rules))
-        with partitioning.scope(mesh, rules):
+        with partitioning.use_mesh(mesh, rules):
             tokens = _decode(one, params, tasks, batch_size, lengths["targets"], mesh)
         del params
         found = {}
@@ -332,7 +332,7 @@ def _decode(
             last = [numbers[-1]] * (len(tokens) - len(numbers))  # as `tokens` is filled up
             batch["sentences"] = np.stack([sentences[n] for n in numbers + last], dtype=np.float32)
         given = partitioning.shard_batch(batch, mesh)
-        decoded = decoding.greedy(
+        decoded = decoding.greedy_decode(
             opened.model, params, given["inputs"], length, eos_id, given.get("sentences")
         )
         waiting.append((decoded, numbers))

@@ -136,12 +136,12 @@ def train(
     from pemoe_jax.data import feed, sentences, seqio_tasks
     from pemoe_jax.runtime import atomic_write, distributed
 
-    quantized.check(frozen_dtype)
+    quantized.check_frozen_dtype(frozen_dtype)
     folder = atomic_write.local(model_dir, "MODEL_DIR")
     distributed.initialize()
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh, microbatches)
-    partitioning.connect(mesh)
+    partitioning.connect_processes(mesh)
     registered = register() if register is not None else None
     seqio_tasks.check_vocabulary(mixture_or_task_name, model.config.vocab_size)
     embedded = sentences.for_training(
@@ -178,7 +178,7 @@ def train(
     if first >= total_steps:
         print(f"{folder} is at step {first}; TRAIN_STEPS is {total_steps}: nothing to do")
         return
-    share, shares = partitioning.feed_share(mesh)
+    share, shares = partitioning.data_shard(mesh)
     consumed = runs.read_feed(str(folder), shares) if first else [0] * shares
     batches = feed.train_batches(
         mixture_or_task_name,
@@ -213,7 +213,7 @@ def train(
             for _ in itertools.islice(batches, first):
                 pass
     if model.config.scan_layers:
-        frozen = network.stacked(model, frozen, stacks.join_and_free)
+        frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
     written = distributed.output_folder(folder)
     _write_config(written)
     loop = _Loop(
@@ -240,7 +240,7 @@ def train(
         save_period=checkpoint_period,
     )
     try:
-        with partitioning.scope(mesh, rules):
+        with partitioning.use_mesh(mesh, rules):
             loop.run(state, frozen, feed.prefetch(batches, made=loop.placed))
     except BaseException as error:
         # a save under way needs all processes, of which one may have gone
@@ -367,7 +367,7 @@ def _of_shares(position: Mapping[str, int], mesh: Any) -> dict[str, list[int]]:
 
     from pemoe_jax.core import partitioning
 
-    share, shares = partitioning.feed_share(mesh)
+    share, shares = partitioning.data_shard(mesh)
     of_shares = {}
     for name, count in position.items():
         told = multihost_utils.process_allgather(np.array([share, count]))  # [processes, 2]
@@ -421,7 +421,7 @@ class _Loop:
         """A batch of this process's share, on the devices, and its number of real tokens."""
         from pemoe_jax.core import partitioning
 
-        return partitioning.join_batch(batch, self.mesh), _real_tokens(batch)
+        return partitioning.make_global_batch(batch, self.mesh), _real_tokens(batch)
 
     def run(self, state: Any, frozen: Any, batches: Any) -> None:
         """Trains on `placed` batches."""

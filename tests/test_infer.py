@@ -93,7 +93,9 @@ def test_predictions_are_those_of_greedy_decoding(folder, decoded):
             assert len(lines) == 6
             for line in lines:
                 ids = vocabulary.encode(line["inputs"])[: LENGTHS["inputs"] - 1] + [1]
-                tokens = decoding.greedy(opened.model, params, np.array([ids]), LENGTHS["targets"])
+                tokens = decoding.greedy_decode(
+                    opened.model, params, np.array([ids]), LENGTHS["targets"]
+                )
                 assert vocabulary.decode(np.asarray(tokens)[0].tolist()) == line["prediction"]
                 texts.add(line["prediction"])
     assert len(texts) > 4, "the model should say different things"

@@ -65,7 +65,7 @@ class Base:
         self,
         target: Any,
         report: Callable[[int], None] = lambda _: None,
-        made: Callable[[str, Any], Any] = params_lib.as_it_is,
+        made: Callable[[str, Any], Any] = params_lib.identity,
     ) -> dict[str, Any]:
         """Every parameter of `target`, in its type and sharding, and no other.
 
@@ -82,9 +82,9 @@ class Base:
 
     def fingerprint(self) -> str:
         """`params.fingerprint` of the arrays, read one by one."""
-        return params_lib.fingerprint_of(
+        return params_lib.fingerprint_samples(
             {
-                path: (array.shape, params_lib.sample(array.read()))
+                path: (array.shape, params_lib.sample_array(array.read()))
                 for path, array in self.arrays.items()
             }
         )

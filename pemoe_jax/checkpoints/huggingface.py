@@ -263,7 +263,7 @@ def save_folder(
     expected = {
         ours: jax.ShapeDtypeStruct(_shape(ours, dims), np.float32) for ours in table.values()
     }
-    params_lib.place(
+    params_lib.check_matches(
         params_lib.unflatten(arrays), params_lib.unflatten(expected), f"what is written to {path}"
     )
     types = {

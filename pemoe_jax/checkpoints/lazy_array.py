@@ -54,7 +54,7 @@ def load(
     target: Any,
     what: str,
     report: Callable[[int], None] = lambda _: None,
-    made: Callable[[str, jax.Array], Any] = params_lib.as_it_is,
+    made: Callable[[str, jax.Array], Any] = params_lib.identity,
 ) -> dict[str, Any]:
     """Reads a checkpoint's arrays, one by one, into the types and shardings of `target`.
 
@@ -75,7 +75,7 @@ def load(
       InputError: a name is missing, extra or of another shape; an array cannot be read or holds
         values that are not finite.
     """
-    params_lib.place(params_lib.unflatten(arrays), target, what)
+    params_lib.check_matches(params_lib.unflatten(arrays), target, what)
     wanted = params_lib.flatten(target)
     for path in wanted:
         if not jax.numpy.issubdtype(arrays[path].dtype, jax.numpy.floating):

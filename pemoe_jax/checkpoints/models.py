@@ -32,7 +32,7 @@ def place(tree: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
     if shardings is None:
         return dict(tree)
     flat = params_lib.flatten(tree)
-    return partitioning.place(
+    return partitioning.device_put(
         dict(tree), params_lib.unflatten({path: _of(shardings, path) for path in flat})
     )
 
@@ -90,7 +90,7 @@ def load_base(
     samples: dict[str, Any] = {}
 
     def made(name: str, array: jax.Array) -> Any:
-        samples[name] = (array.shape, params_lib.sample(array))
+        samples[name] = (array.shape, params_lib.sample_array(array))
         if not quantizes(name):
             return array
         # before the next one is there: else several would be on the device in float32
@@ -98,7 +98,7 @@ def load_base(
 
     def made_of_drawn(name: str, array: jax.Array) -> Any:
         array, sharding = array.astype(dtype_of(name)), _of(shardings, name)
-        return made(name, array if sharding is None else partitioning.place(array, sharding))
+        return made(name, array if sharding is None else partitioning.device_put(array, sharding))
 
     if path is None:
         base = network.init_params(model, seed, params_lib.is_base, made_of_drawn)
@@ -122,7 +122,7 @@ def load_base(
         identity = {"path": found.path, "format": found.format, "seed": None}
     bits = partitioning.gather({name: sampled for name, (_, sampled) in samples.items()})
     of_each = {name: (shape, bits[name]) for name, (shape, _) in samples.items()}
-    return base, {**identity, "fingerprint": params_lib.fingerprint_of(of_each)}
+    return base, {**identity, "fingerprint": params_lib.fingerprint_samples(of_each)}
 
 
 @dataclasses.dataclass
@@ -190,7 +190,7 @@ class OpenedModel:
         frozen = params_lib.select(params_lib.merge(drawn, base), lambda path: path not in paths)
         whole = params_lib.merge(trained, frozen)
         shapes = network.param_shapes(self.model)
-        return params_lib.place(whole, shapes, f"checkpoint {self.path} and its base")
+        return params_lib.check_matches(whole, shapes, f"checkpoint {self.path} and its base")
 
     def shardings(self, mesh: Any, rules: partitioning.Rules) -> dict[str, Any]:
         """Where its parameters lie on a mesh, for `load`."""
@@ -268,7 +268,7 @@ def open_models(
       InputError: nothing is there, or it is none of these.
     """
     if frozen_dtype is not None:
-        quantized.check(frozen_dtype)
+        quantized.check_frozen_dtype(frozen_dtype)
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, (list, tuple)) or not paths:
         raise InputError(f"CHECKPOINT_PATH: expected a path or a list of some, found {paths!r}")

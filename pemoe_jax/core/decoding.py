@@ -10,7 +10,7 @@ Array = jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_decode_length"))
-def greedy(
+def greedy_decode(
     model: Any,
     params: Any,
     encoder_input_tokens: Array,

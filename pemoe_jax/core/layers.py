@@ -30,7 +30,7 @@ def _query_init(head_dim: int) -> Initializer:
     return nn.initializers.variance_scaling(1.0 / head_dim, "fan_in", "normal")
 
 
-def constrain(x: Array, axes: tuple[str, ...]) -> Array:
+def constrain_sharding(x: Array, axes: tuple[str, ...]) -> Array:
     """Says where an activation lies, by the names of its axes; outside of a mesh it says nothing.
 
     Without it XLA may spread the residual stream as parameters are spread, and gather it again.
@@ -50,7 +50,7 @@ class Dense(nn.Module):
     def __call__(self, inputs: Array) -> Array:
         """[..., in] -> [..., features]."""
         kept: Any = self.get_variable("params", "kernel")
-        if isinstance(kept, quantized.Quantized):
+        if isinstance(kept, quantized.QuantizedMatrix):
             return checkpoint_name(quantized.matmul(inputs, kept, self.dtype), "product")
         kernel = params_lib.param(
             self, "kernel", self.kernel_init, (inputs.shape[-1], self.features), self.kernel_axes

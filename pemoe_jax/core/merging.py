@@ -7,7 +7,7 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 
-Fold = Callable[[np.ndarray], np.ndarray]
+KernelUpdate = Callable[[np.ndarray], np.ndarray]
 
 
 def check_mergeable(description: Mapping[str, Mapping[str, Any]]) -> None:
@@ -26,9 +26,9 @@ def check_mergeable(description: Mapping[str, Mapping[str, Any]]) -> None:
             raise InputError("LoRA at gate is added behind an activation: no matrix can hold it")
 
 
-def folds(
+def kernel_updates(
     description: Mapping[str, Mapping[str, Any]], arrays: Mapping[str, Any]
-) -> dict[str, Fold]:
+) -> dict[str, KernelUpdate]:
     """What merging does to each matrix: path of a kernel -> (float32 kernel -> float32 kernel).
 
     Args:
@@ -39,8 +39,8 @@ def folds(
       InputError: see `check_mergeable`.
     """
     check_mergeable(description)
-    added: dict[str, Fold] = {}
-    scaled: dict[str, list[Fold]] = {}
+    added: dict[str, KernelUpdate] = {}
+    scaled: dict[str, list[KernelUpdate]] = {}
     for path, array in arrays.items():
         module, site, leaf = _parts(path)
         # gelu(wi_0 x)·l · wi_1 x = gelu(wi_0 x) · (wi_1 x)·l
@@ -64,17 +64,17 @@ def _parts(path: str) -> tuple[str, str, str]:
     return module, adapter.removesuffix("_adapter"), leaf
 
 
-def _scale(vectors: np.ndarray) -> Fold:
+def _scale(vectors: np.ndarray) -> KernelUpdate:
     """[H, 1, K] or [1, D or F], over the columns of the kernel [in, out]."""
     return lambda kernel: kernel * vectors.reshape(-1)
 
 
-def _add(lora_a: np.ndarray, lora_b: np.ndarray, factor: float) -> Fold:
+def _add(lora_a: np.ndarray, lora_b: np.ndarray, factor: float) -> KernelUpdate:
     """[in, 1, R] and [1, R, out]."""
     return lambda kernel: kernel + factor * (lora_a[:, 0] @ lora_b[0])
 
 
-def _chain(parts: list[Fold]) -> Fold:
+def _chain(parts: list[KernelUpdate]) -> KernelUpdate:
     def fold(kernel: np.ndarray) -> np.ndarray:
         for part in parts:
             kernel = part(kernel)

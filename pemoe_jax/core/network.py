@@ -98,7 +98,7 @@ class _Block(nn.Module):
     def residual(self, x: Array, y: Array, tokens: Tokens) -> Array:
         dropout = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
         y = dropout(y, deterministic=tokens.deterministic)
-        return layers.constrain(x + y, ("batch", "length", "embed"))
+        return layers.constrain_sharding(x + y, ("batch", "length", "embed"))
 
     def mlp_branch(self, x: Array, tokens: Tokens) -> Array:
         cfg = self.config
@@ -193,7 +193,7 @@ class Encoder(nn.Module):
             length, length, bidirectional=True
         )
         of_all = attention.prepare(cfg.attention, mask, bias)
-        x = stacks.through_layers(
+        x = stacks.apply_layers(
             self,
             functools.partial(EncoderLayer, cfg, self.adapters),
             cfg.num_encoder_layers,
@@ -239,7 +239,7 @@ class Decoder(nn.Module):
         )
         of_own = attention.prepare(cfg.attention, decoder_mask, bias)
         of_encoded = attention.prepare(cfg.attention, cross_mask, None)
-        x = stacks.through_layers(
+        x = stacks.apply_layers(
             self,
             functools.partial(DecoderLayer, cfg, self.adapters),
             cfg.num_decoder_layers,
@@ -399,7 +399,7 @@ def init_params(
     model: Transformer,
     seed: int,
     keep: Callable[[str], bool],
-    made: Callable[[str, jax.Array], Any] = params_lib.as_it_is,
+    made: Callable[[str, jax.Array], Any] = params_lib.identity,
 ) -> dict[str, Any]:
     """Random parameters, float32: those whose path `keep` accepts; the others are never drawn.
 
@@ -414,7 +414,7 @@ def init_params(
     """
 
     _, recorded = _look_over(model)
-    return params_lib.draw({p: found for p, found in recorded.items() if keep(p)}, seed, made)
+    return params_lib.initialize({p: found for p, found in recorded.items() if keep(p)}, seed, made)
 
 
 def param_shapes(
@@ -429,21 +429,21 @@ def param_axes(model: Transformer) -> dict[str, tuple[str, ...]]:
     return {path: axes for path, (_, _, axes) in _look_over(model)[1].items()}
 
 
-def stacked(
+def stack_layers(
     model: Transformer, params: Mapping[str, Any], join: Callable[[list[Any]], Any]
 ) -> dict[str, Any]:
-    """Parameters as a model with `scan_layers` reads them best, see `stacks.stacked`.
+    """Parameters as a model with `scan_layers` reads them best, see `stacks.stack_layers`.
 
     Args:
       model: the network.
       params: its parameters, or some of them.
-      join: `stacks.join_and_free` or `stacks.join_abstract`.
+      join: `stacks.stack_and_delete` or `stacks.stack_abstract`.
     """
     depths = {
         "encoder/": model.config.num_encoder_layers,
         "decoder/": model.config.num_decoder_layers,
     }
-    return stacks.stacked(params, depths.__getitem__, join)
+    return stacks.stack_layers(params, depths.__getitem__, join)
 
 
 def _look_over(model: Transformer) -> tuple[Any, dict[str, Any]]:
@@ -477,7 +477,7 @@ def _trace(model: Transformer) -> tuple[Any, dict[str, Any]]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     sentence_dim = model.config.sentence_dim or model.config.emb_dim
     sentence = jax.ShapeDtypeStruct((1, sentence_dim), jnp.float32)
-    with params_lib.recording() as recorded:
+    with params_lib.record_specs() as recorded:
         shapes = jax.eval_shape(
             lambda t, s: init(jax.random.key(0), t, t, t, sentence_embeddings=s), tokens, sentence
         )

@@ -7,7 +7,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ from flax.linen import partitioning as nn_partitioning
 from pemoe_jax.core import partitioning
 from pemoe_jax.core.errors import InputError
 
-Tree = Mapping[str, Any]
+# Any tree of arrays that jax.tree maps over; jax has no type of its own for it.
+PyTree: TypeAlias = Any
+Params: TypeAlias = Mapping[str, PyTree]
 
 ADAPTER_PATTERN = r".*_adapter/.*"
 
@@ -53,7 +55,7 @@ def param(
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[dict[str, Any]]:
+def record_specs() -> Iterator[dict[str, Any]]:
     """Collects path -> (initialiser, shape, axes) of the parameters that are made meanwhile."""
     found: dict[str, Any] = {}
     token = _recorded.set(found)
@@ -70,13 +72,13 @@ def _compiled_draw(
     return jax.jit(lambda key: init(key, shape, jnp.float32))
 
 
-def as_it_is(path: str, array: jax.Array) -> Any:
+def identity(path: str, array: jax.Array) -> Any:
     """What becomes of an array that is drawn or read, where nothing is to be made of it."""
     return array
 
 
-def draw(
-    recorded: Mapping[str, Any], seed: int, made: Callable[[str, jax.Array], Any] = as_it_is
+def initialize(
+    recorded: Mapping[str, Any], seed: int, made: Callable[[str, jax.Array], Any] = identity
 ) -> dict[str, Any]:
     """Random arrays for recorded parameters, each by its path and the seed alone.
 
@@ -94,7 +96,7 @@ def draw(
     return unflatten({path: drawn(path, *found[:2]) for path, found in recorded.items()})
 
 
-def flatten(tree: Tree) -> dict[str, Any]:
+def flatten(tree: Params) -> dict[str, Any]:
     """{'encoder': {'layers_0': ...}} -> {'encoder/layers_0/...': leaf}."""
     return traverse_util.flatten_dict(dict(tree), sep="/")
 
@@ -104,12 +106,12 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
-def count(tree: Tree) -> int:
+def count(tree: Params) -> int:
     """Number of scalars in a tree of arrays or of shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def select(tree: Tree, keep: Callable[[str], bool]) -> dict[str, Any]:
+def select(tree: Params, keep: Callable[[str], bool]) -> dict[str, Any]:
     """The leaves whose path `keep` accepts."""
     return unflatten({path: leaf for path, leaf in flatten(tree).items() if keep(path)})
 
@@ -151,7 +153,7 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
     return chosen
 
 
-def split(params: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(params: Params, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen): two trees that `merge` puts together again."""
     flat = flatten(params)
     chosen = trainable_paths(flat, patterns)
@@ -160,7 +162,7 @@ def split(params: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[s
     return unflatten(trainable), unflatten(frozen)
 
 
-def merge(trainable: Tree, frozen: Tree) -> dict[str, Any]:
+def merge(trainable: Params, frozen: Params) -> dict[str, Any]:
     """One tree of both; a parameter in both is an error."""
     a, b = flatten(trainable), flatten(frozen)
     both = sorted(a.keys() & b.keys())
@@ -169,7 +171,7 @@ def merge(trainable: Tree, frozen: Tree) -> dict[str, Any]:
     return unflatten({**b, **a})
 
 
-def place(source: Tree, target: Tree, what: str) -> dict[str, Any]:
+def check_matches(source: Params, target: Params, what: str) -> dict[str, Any]:
     """Checks that `source` holds every array of `target`, of its shape, and no other.
 
     Args:
@@ -213,7 +215,7 @@ def all_finite(array: np.ndarray) -> bool:
     return all(bool(np.isfinite(flat[i : i + _FINITE_AT_A_TIME]).all()) for i in starts)
 
 
-def check_finite(tree: Tree, what: str) -> None:
+def check_finite(tree: Params, what: str) -> None:
     """Raises InputError where a numpy array holds NaN or infinity, and names it."""
     for path, array in flatten(tree).items():
         if not all_finite(array):
@@ -243,7 +245,7 @@ def is_matrix(path: str) -> bool:
 _SAMPLED = 64  # values of an array
 
 
-def sample(leaf: Any) -> Any:
+def sample_array(leaf: Any) -> Any:
     """Values spread evenly over an array, from first to last, as bfloat16's bits: uint16 [<= 64].
 
     Of a jax array they are picked where it lives; of a numpy array on the host.
@@ -261,7 +263,7 @@ def _sample_bits(leaf: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(_pick(leaf), jnp.uint16)
 
 
-def fingerprint(params: Tree) -> str:
+def fingerprint(params: Params) -> str:
     """A short name for a tree of parameters: its paths, shapes and a sample of each array.
 
     It is cheap at any size, computed where the arrays live, the same however they are sharded, and
@@ -271,11 +273,11 @@ def fingerprint(params: Tree) -> str:
       16 hexadecimal digits.
     """
     flat = flatten(params)
-    samples = partitioning.gather({path: sample(leaf) for path, leaf in flat.items()})
-    return fingerprint_of({path: (leaf.shape, samples[path]) for path, leaf in flat.items()})
+    samples = partitioning.gather({path: sample_array(leaf) for path, leaf in flat.items()})
+    return fingerprint_samples({path: (leaf.shape, samples[path]) for path, leaf in flat.items()})
 
 
-def fingerprint_of(samples: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) -> str:
+def fingerprint_samples(samples: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) -> str:
     """`fingerprint` by path -> (shape, `sample`), where the arrays are not in memory together."""
     digest = hashlib.sha256()
     for path, (shape, bits) in sorted(samples.items()):

@@ -5,6 +5,7 @@ Parameters and activations name their axes; rules say which axis of the mesh eac
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,28 @@ _RULES: Rules = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How a run is spread over its devices.
+
+    Attributes:
+      model_parallelism: tensor-parallel size: the number of devices that share each matrix. It must
+        divide the number of devices; the others share the batch.
+      fsdp: also shard parameters and optimizer states over the data axis (ZeRO-3).
+    """
+
+    model_parallelism: int = 1
+    fsdp: bool = False
+
+    def make_mesh(self) -> Mesh:
+        """Returns the mesh of all devices, `data` × `model`."""
+        return make_mesh(self.model_parallelism)
+
+    def axis_rules(self) -> Rules:
+        """Returns the rules that map logical axis names to axes of the mesh."""
+        return axis_rules(self.fsdp)
+
+
 def make_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices of all processes, or those given, as `data` × `model`.
 
@@ -55,7 +78,7 @@ def make_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
     return Mesh(grid, ("data", "model"))
 
 
-def connect(mesh: Mesh) -> None:
+def connect_processes(mesh: Mesh) -> None:
     """Has several processes reach each other along each axis of a mesh; one by itself does nothing.
 
     On CPUs XLA connects them at a program's first collective, and an error ends the run where one
@@ -84,7 +107,7 @@ def axis_rules(fsdp: bool = False) -> Rules:
     return tuple((name, "data" if fsdp and name == "embed" else axis) for name, axis in _RULES)
 
 
-def sharding_of(
+def logical_to_mesh_sharding(
     mesh: Mesh, rules: Rules, axes: Sequence[str], shape: Sequence[int]
 ) -> NamedSharding:
     """Of an array whose axes are named; an axis that does not divide evenly is not spread."""
@@ -108,7 +131,10 @@ def param_shardings(
       axes: path -> names of its axes (`network.param_axes`).
       shapes: path -> anything with a shape.
     """
-    return {path: sharding_of(mesh, rules, axes[path], leaf.shape) for path, leaf in shapes.items()}
+    return {
+        path: logical_to_mesh_sharding(mesh, rules, axes[path], leaf.shape)
+        for path, leaf in shapes.items()
+    }
 
 
 def state_shardings(abstract: Any, of_params: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
@@ -120,7 +146,7 @@ def state_shardings(abstract: Any, of_params: Mapping[str, NamedSharding], mesh:
       abstract: tree of `jax.ShapeDtypeStruct`, as of an optimiser's state.
       of_params: path -> sharding of the parameters.
     """
-    whole = replicated(mesh)
+    whole = replicated_sharding(mesh)
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         keys = [str(getattr(key, "key", getattr(key, "name", None))) for key in path]
@@ -143,8 +169,8 @@ def _fits(sharding: NamedSharding, shape: Sequence[int]) -> bool:
 
 
 @contextlib.contextmanager
-def scope(mesh: Mesh, rules: Rules) -> Iterator[None]:
-    """What is traced in it has its activations spread by the rules (`layers.constrain`)."""
+def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """Context in which traced functions shard activations (`layers.constrain_sharding`)."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
 
@@ -165,13 +191,13 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
 def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Numpy arrays that all processes have alike -> device arrays, rows spread over `data`."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return place(dict(batch), jax.tree.map(lambda _: sharding, dict(batch)))
+    return device_put(dict(batch), jax.tree.map(lambda _: sharding, dict(batch)))
 
 
-def join_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """As `shard_batch`, from the rows of this process's share alone (`feed_share`)."""
+def make_global_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """As `shard_batch`, from the rows of this process's share alone (`data_shard`)."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    count = feed_share(mesh)[1]
+    count = data_shard(mesh)[1]
     return {
         name: jax.make_array_from_process_local_data(
             sharding, np.asarray(array), (len(array) * count, *array.shape[1:])
@@ -180,7 +206,7 @@ def join_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
-def feed_share(mesh: Mesh) -> tuple[int, int]:
+def data_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which share of a batch's rows this process gives, of how many shares.
 
     Processes whose devices lie in the same rows of `data` give the same share.
@@ -199,7 +225,7 @@ def feed_share(mesh: Mesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def device_put(tree: Any, shardings: Any) -> Any:
     """Arrays that all processes have alike -> device arrays of the given shardings."""
 
     def put(array: Any, sharding: NamedSharding) -> jax.Array:
@@ -211,14 +237,14 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Every array whole on every device."""
-    return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+    return device_put(tree, jax.tree.map(lambda _: replicated_sharding(mesh), tree))
 
 
 def _same(array: jax.Array) -> jax.Array:
@@ -231,7 +257,7 @@ def gather(tree: Any) -> Any:
     def whole(array: Any) -> np.ndarray:
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             mesh: Any = getattr(array.sharding, "mesh", None)
-            array = jax.jit(_same, out_shardings=replicated(mesh))(array)
+            array = jax.jit(_same, out_shardings=replicated_sharding(mesh))(array)
         return np.asarray(array)
 
     return jax.tree.map(whole, tree)

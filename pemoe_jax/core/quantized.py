@@ -23,7 +23,7 @@ FROZEN_DTYPES = (ACTIVATIONS, "int8", "float8_e4m3fn")
     jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
-class Quantized:
+class QuantizedMatrix:
     """A matrix [in, out]: `values * scale`. A leaf of a tree of parameters by its path.
 
     Attributes:
@@ -51,7 +51,7 @@ class Quantized:
         return int(self.values.size)
 
 
-def check(frozen_dtype: Any) -> None:
+def check_frozen_dtype(frozen_dtype: Any) -> None:
     """Raises InputError where there is no such way of keeping frozen matrices."""
     if frozen_dtype not in FROZEN_DTYPES:
         raise InputError(
@@ -59,7 +59,7 @@ def check(frozen_dtype: Any) -> None:
         )
 
 
-def quantize(matrix: jax.Array, dtype: str) -> Quantized:
+def quantize(matrix: jax.Array, dtype: str) -> QuantizedMatrix:
     """The nearest values: of int8 half a scale away at most, of float8 1/16 of themselves.
 
     Args:
@@ -70,46 +70,50 @@ def quantize(matrix: jax.Array, dtype: str) -> Quantized:
     return _quantizer(dtype, sharding if isinstance(sharding, NamedSharding) else None)(matrix)
 
 
-def abstract(matrix: jax.ShapeDtypeStruct, frozen_dtype: str) -> Any:
+def quantized_shape(matrix: jax.ShapeDtypeStruct, frozen_dtype: str) -> Any:
     """What `quantize` gives, as shapes; the matrix itself where it is kept as it is."""
     if frozen_dtype == ACTIVATIONS:
         return matrix
     lies = _shardings(matrix.sharding)
-    return Quantized(
+    return QuantizedMatrix(
         jax.ShapeDtypeStruct(matrix.shape, jnp.dtype(frozen_dtype), sharding=lies.values),
         jax.ShapeDtypeStruct(matrix.shape[1:], jnp.float32, sharding=lies.scale),
     )
 
 
 @functools.cache
-def _quantizer(dtype: str, sharding: NamedSharding | None) -> Callable[[jax.Array], Quantized]:
+def _quantizer(
+    dtype: str, sharding: NamedSharding | None
+) -> Callable[[jax.Array], QuantizedMatrix]:
     largest = float(jnp.iinfo(dtype).max if dtype == "int8" else jnp.finfo(dtype).max)
 
-    def quantized(matrix: jax.Array) -> Quantized:
+    def quantized(matrix: jax.Array) -> QuantizedMatrix:
         matrix = matrix.astype(jnp.float32)
         scale = jnp.max(jnp.abs(matrix), axis=0) / largest  # [out]
         scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
         scale = jnp.where(scale > 0, scale, 1.0)
         # a scale that was rounded down leaves the largest value a quarter beyond its end
         scaled = jnp.clip(matrix / scale, -largest, largest)
-        return Quantized((jnp.round(scaled) if dtype == "int8" else scaled).astype(dtype), scale)
+        return QuantizedMatrix(
+            (jnp.round(scaled) if dtype == "int8" else scaled).astype(dtype), scale
+        )
 
     return jax.jit(quantized, out_shardings=None if sharding is None else _shardings(sharding))
 
 
-def _shardings(sharding: Any) -> Quantized:
+def _shardings(sharding: Any) -> QuantizedMatrix:
     """Where both parts lie: the scale as the matrix's last axis."""
     if not isinstance(sharding, NamedSharding):
-        return Quantized(sharding, sharding)
+        return QuantizedMatrix(sharding, sharding)
     last = PartitionSpec(*sharding.spec[1:])
-    return Quantized(sharding, NamedSharding(sharding.mesh, last))
+    return QuantizedMatrix(sharding, NamedSharding(sharding.mesh, last))
 
 
-def dequantize(matrix: Quantized) -> jax.Array:
+def dequantize(matrix: QuantizedMatrix) -> jax.Array:
     """float32 [in, out]."""
     return matrix.values.astype(jnp.float32) * matrix.scale
 
 
-def matmul(x: jax.Array, matrix: Quantized, dtype: Any) -> jax.Array:
+def matmul(x: jax.Array, matrix: QuantizedMatrix, dtype: Any) -> jax.Array:
     """[..., in] -> [..., out], in the activations' type, which holds all values as they are."""
     return jnp.matmul(x.astype(dtype), matrix.values.astype(dtype)) * matrix.scale.astype(dtype)

@@ -49,7 +49,7 @@ def check_remat_policy(name: Any) -> None:
         raise InputError(f"REMAT_POLICY: expected one of {[*REMAT_POLICIES]}, found {name!r}")
 
 
-def through_layers(
+def apply_layers(
     stack: nn.Module,
     make: Callable[..., nn.Module],
     count: int,
@@ -90,7 +90,7 @@ def _scanned(
     layer = make(parent=None)
     told_of = [name for name in _COLLECTIONS if stack.is_mutable_collection(name)]
     keys = jax.random.split(stack.make_rng("dropout"), count) if stack.has_rng("dropout") else None
-    params = stacked(stack.variables["params"], lambda _: count)["layers"]
+    params = stack_layers(stack.variables["params"], lambda _: count)["layers"]
 
     def body(x: Array, of_layer: Any) -> Any:
         params, key = of_layer
@@ -107,7 +107,7 @@ def _scanned(
     return x
 
 
-def stacked(
+def stack_layers(
     params: Mapping[str, Any],
     depth_of: Callable[[str], int],
     join: Callable[[list[Any]], Any] = jnp.stack,
@@ -135,7 +135,9 @@ def stacked(
             if len({jax.tree.structure(leaf) for leaf in ordered}) > 1:
                 # some train, the others are quantized
                 ordered = [
-                    quantized.dequantize(leaf) if isinstance(leaf, quantized.Quantized) else leaf
+                    quantized.dequantize(leaf)
+                    if isinstance(leaf, quantized.QuantizedMatrix)
+                    else leaf
                     for leaf in ordered
                 ]
             # a quantized matrix has two arrays
@@ -145,7 +147,7 @@ def stacked(
     return params_lib.unflatten(found)
 
 
-def join_and_free(leaves: list[jax.Array]) -> jax.Array:
+def stack_and_delete(leaves: list[jax.Array]) -> jax.Array:
     """[N] arrays -> one, spread as they are; the N are deleted, so that there is one copy too many
     of one parameter at a time and never of the model."""
     whole = _join(_stacked_sharding(leaves[0].sharding))(leaves)
@@ -155,8 +157,8 @@ def join_and_free(leaves: list[jax.Array]) -> jax.Array:
     return whole
 
 
-def join_abstract(leaves: list[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
-    """What `join_and_free` gives, as a shape."""
+def stack_abstract(leaves: list[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
+    """What `stack_and_delete` gives, as a shape."""
     shape, dtype = (len(leaves), *leaves[0].shape), leaves[0].dtype
     return jax.ShapeDtypeStruct(shape, dtype, sharding=_stacked_sharding(leaves[0].sharding))
 

@@ -55,7 +55,7 @@ class Checkpoints:
         del directory, settings
         self._state, self._module, self._base_path = train_state, module, base_path
         axes = partitioner.get_mesh_axes(train_state).params
-        self._places = parameters.places(partitioner.mesh, axes)
+        self._places = parameters.shardings(partitioner.mesh, axes)
 
     def restore(self, path: str, **settings: Any) -> Any:
         """The state with the parameters at a path of `checkpoint_path`, and their step.

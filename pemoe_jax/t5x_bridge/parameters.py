@@ -11,10 +11,10 @@ from pemoe_jax.core import adapters, network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 
-Places = dict[str, jax.sharding.Sharding]
+Shardings = dict[str, jax.sharding.Sharding]
 
 
-def places(mesh: jax.sharding.Mesh, axes: Any) -> Places:
+def shardings(mesh: jax.sharding.Mesh, axes: Any) -> Shardings:
     """Path -> sharding, of the tree of `PartitionSpec` that a partitioner makes."""
     return {
         path: jax.sharding.NamedSharding(mesh, spec)
@@ -22,8 +22,8 @@ def places(mesh: jax.sharding.Mesh, axes: Any) -> Places:
     }
 
 
-def drawn(
-    module: network.Transformer, seed: int, paths: set[str], where: Places
+def init_params(
+    module: network.Transformer, seed: int, paths: set[str], where: Shardings
 ) -> dict[str, jax.Array]:
     """Path -> random parameter, float32, as our own runner draws it."""
     found = network.init_params(module, seed, paths.__contains__)
@@ -31,7 +31,7 @@ def drawn(
 
 
 def read_model(
-    module: network.Transformer, path: str, base_path: str | None, where: Places
+    module: network.Transformer, path: str, base_path: str | None, where: Shardings
 ) -> tuple[Any, int]:
     """All parameters that a path names, frozen ones in the network's type, and their step.
 

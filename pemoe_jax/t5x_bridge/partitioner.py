@@ -28,7 +28,9 @@ class PjitPartitioner(t5x_partitioning.PjitPartitioner):
             if names is None:
                 return None
             rules = self.logical_axis_rules
-            return partitioning.sharding_of(self.mesh, rules, tuple(names), leaf.shape).spec
+            return partitioning.logical_to_mesh_sharding(
+                self.mesh, rules, tuple(names), leaf.shape
+            ).spec
 
         # the names of axes are in the other tree, and are no part of a state's arrays
         arrays = train_state.replace(params_axes=None, flax_mutables_axes=None)

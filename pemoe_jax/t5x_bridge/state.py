@@ -22,7 +22,7 @@ from pemoe_jax.runtime import atomic_write
 from pemoe_jax.t5x_bridge import data, parameters
 
 
-class Frozen:
+class FrozenParams:
     """The parameters that checkpoints leave out, and where they are read from again.
 
     Attributes:
@@ -41,10 +41,10 @@ class TrainState(t5x_train_state.FlaxOptimTrainState):
       frozen: of the others; None: checkpoints hold all.
     """
 
-    frozen: Frozen | None = flax.struct.field(pytree_node=False, default=None)
+    frozen: FrozenParams | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def of(cls, state: Any, frozen: Frozen | None) -> "TrainState":
+    def of(cls, state: Any, frozen: FrozenParams | None) -> "TrainState":
         """A state of T5X's, as one of these."""
         return cls(
             _optimizer=state._optimizer,
@@ -123,17 +123,19 @@ class TrainStateInitializer(utils.TrainStateInitializer):
             )
         shapes = self.global_train_state_shape
         self._frozen = set(params_lib.flatten(shapes.params)) - self._model.trainable_paths
-        frozen = Frozen(self._frozen, self._read_frozen) if self._frozen else None
+        frozen = FrozenParams(self._frozen, self._read_frozen) if self._frozen else None
         self.global_train_state_shape = TrainState.of(shapes, frozen)
         self.train_state_axes = partitioner.get_mesh_axes(self.global_train_state_shape)
-        self._places = parameters.places(partitioner.mesh, self.train_state_axes.params)
+        self._places = parameters.shardings(partitioner.mesh, self.train_state_axes.params)
 
     def from_scratch(self, init_rng: Any) -> TrainState:
         """The base and new adapters, step 0; the key does not matter, the model's seed does."""
         del init_rng
         module, seed = self._model.module, self._model.seed
         base = self._read_base(new_run=True)
-        added = parameters.drawn(module, seed, self._places.keys() - base.keys(), self._places)
+        added = parameters.init_params(
+            module, seed, self._places.keys() - base.keys(), self._places
+        )
         create = self._partitioner.partition(
             self._first_state,
             in_axis_resources=(self.train_state_axes.params,),
@@ -168,7 +170,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         module, seed = self._model.module, self._model.seed
         base = self._read_base(new_run=False)
         untrained = {path for path in self._frozen if params_lib.is_adapter(path)}
-        added = parameters.drawn(module, seed, untrained, self._places)
+        added = parameters.init_params(module, seed, untrained, self._places)
         return {path: leaf for path, leaf in (base | added).items() if path in self._frozen}
 
     def _record(self, identity: Mapping[str, Any]) -> runs.Record:

@@ -268,7 +268,7 @@ def whole_model(source: "OpenedModel", dtype: Any = None) -> "dict[str, Stored]"
     if source.record is not None:
         trained = params_lib.flatten(source.load_trained())
         own = {path: array for path, array in trained.items() if params_lib.is_adapter(path)}
-        folds = merging.folds(source.record.adapters, own)
+        folds = merging.kernel_updates(source.record.adapters, own)
         others = trained.keys() - own.keys()
         arrays = arrays | {path: lazy_array.of_array(np.asarray(trained[path])) for path in others}
     missing = sorted(folds.keys() - arrays.keys())

@@ -318,7 +318,10 @@ class MeanPooled:
 
         self.model = network.Transformer(dataclasses.replace(self.model.config, dropout_rate=0.0))
         base, identity = models.load_base(
-            self.model, self.base_path, self.seed, shardings=partitioning.replicated(self._mesh)
+            self.model,
+            self.base_path,
+            self.seed,
+            shardings=partitioning.replicated_sharding(self._mesh),
         )
         return params_lib.select(base, lambda path: not path.startswith("decoder/")), identity
 

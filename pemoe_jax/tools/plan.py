@@ -159,7 +159,7 @@ def _step(
     args.gin_bindings = [_WIRING + args.optimizer, *args.gin_bindings]
     gin_flags.load_config(args, bindings, _MACROS)
     model, method, trainable, optimizer, frozen_dtype = gin_flags.call_configured(configured)
-    quantized.check(frozen_dtype)
+    quantized.check_frozen_dtype(frozen_dtype)
     rows = args.batch_size
     step = compile.Step(model, trainable, optimizer, rows, lengths, args.microbatches, frozen_dtype)
     shapes = params.flatten(network.param_shapes(model))

@@ -170,7 +170,7 @@ def _routing(
 
     for name in groups:
         seqio_tasks.check_vocabulary(name, opened.model.config.vocab_size)
-    params = opened.load(partitioning.replicated(mesh))
+    params = opened.load(partitioning.replicated_sharding(mesh))
     bar = progress.Progress(f"routing {opened.name}", sum(map(len, groups.values())))
     try:
         sums = measure.measure(opened.model, params, groups, batch_size, mesh, sites, bar)

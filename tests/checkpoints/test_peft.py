@@ -74,7 +74,9 @@ def our_logits(base, config, which: Adapters, arrays: dict[str, np.ndarray]) -> 
     tree = params.unflatten(
         {k: jnp.asarray(v) for k, v in (under(base, "params/") | arrays).items()}
     )
-    params.place(tree, network.param_shapes(model), "test")  # every adapter, and nothing else
+    params.check_matches(
+        tree, network.param_shapes(model), "test"
+    )  # every adapter, and nothing else
     return np.asarray(model.apply({"params": tree}, **tokens(base), enable_dropout=False))
 
 

@@ -87,7 +87,7 @@ def test_types_and_shardings(checkpoints, name):
     from pemoe_jax.core import partitioning
 
     config = {**model().config.as_dict(), "dtype": "bfloat16"}
-    sharding = partitioning.replicated(partitioning.make_mesh())
+    sharding = partitioning.replicated_sharding(partitioning.make_mesh())
     weights, _ = models.load_base(
         network.Transformer(network.T5Config(**config)),
         str(checkpoints[name]),

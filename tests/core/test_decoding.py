@@ -15,7 +15,9 @@ INPUTS = example_batch()["encoder_input_tokens"]
 @functools.cache
 def decode(max_decode_length: int):
     """Jitted (params, inputs, eos_id) -> tokens of MoV."""
-    greedy = functools.partial(decoding.greedy, model("mov"), max_decode_length=max_decode_length)
+    greedy = functools.partial(
+        decoding.greedy_decode, model("mov"), max_decode_length=max_decode_length
+    )
     return jax.jit(lambda p, x, eos: greedy(p, encoder_input_tokens=x, eos_id=eos))
 
 

@@ -114,7 +114,7 @@ def test_gradients(case):
 
 def test_greedy_tokens(case):
     expected = case.golden["greedy"]
-    tokens = decoding.greedy(
+    tokens = decoding.greedy_decode(
         case.model, case.params, case.batch["encoder_input_tokens"], expected.shape[1]
     )
     np.testing.assert_array_equal(tokens, expected)

@@ -232,7 +232,7 @@ def test_greedy_tokens_are_the_best_of_full_decoding(method):
     """Fed into the full decoder, the tokens that came out are its argmax; 0 after the end."""
     weights, batch = random_params(method), example_batch()
     tokens = np.asarray(
-        jax.jit(functools.partial(decoding.greedy, model(method), max_decode_length=6))(
+        jax.jit(functools.partial(decoding.greedy_decode, model(method), max_decode_length=6))(
             weights, encoder_input_tokens=batch["encoder_input_tokens"]
         )
     )

@@ -220,13 +220,13 @@ def test_one_layer_of_a_stack_stands_for_all():
     transformer = network.Transformer(config, Adapters(key=vectors, gate=vectors, out=pairs))
     tokens = jnp.ones((1, 1), jnp.int32)
     init = functools.partial(transformer.init, enable_dropout=False)
-    with params.recording() as recorded:
+    with params.record_specs() as recorded:
         whole = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)["params"]
 
     assert network.param_shapes(transformer) == whole
     # seven attentions (3 and 2 · 2) with key and out, five MLPs with gate; vectors, pairs, routers
     assert sum("_adapter/" in path for path in params.flatten(whole)) == 7 * 2 + 7 * 3 + 5 * 2
-    expected = params.flatten(params.draw(recorded, 5))
+    expected = params.flatten(params.initialize(recorded, 5))
     drawn = params.flatten(network.init_params(transformer, 5, lambda _: True))
     assert drawn.keys() == expected.keys() == params.flatten(whole).keys()
     for path, leaf in drawn.items():

@@ -99,7 +99,7 @@ def test_merge_refuses_a_parameter_in_both():
 def test_place_names_every_misfit():
     """Missing, extra and misshapen arrays are told in one line; a full fit comes back as it was."""
     target = jax.eval_shape(lambda: TREE)
-    placed = params.place(TREE, target, "base.npz")
+    placed = params.check_matches(TREE, target, "base.npz")
     assert params.flatten(placed).keys() == set(PATHS)
     flat = params.flatten(TREE)
     wrong = {
@@ -108,7 +108,7 @@ def test_place_names_every_misfit():
         "encoder/stray": np.zeros(1),
     }
     with pytest.raises(InputError) as caught:
-        params.place(params.unflatten(wrong), target, "base.npz")
+        params.check_matches(params.unflatten(wrong), target, "base.npz")
     message = str(caught.value)
     for part in (
         "base.npz does not fit the model's 3 parameters",
@@ -173,9 +173,9 @@ def test_fingerprint():
 def test_fingerprint_reads_a_sample():
     """Of a large array some values decide, on a device as on the host, the last among them."""
     large = np.random.default_rng(0).standard_normal((300, 7)).astype(np.float32)
-    samples = {"a": (large.shape, params.sample(large))}
-    assert params.sample(large).shape == (64,)
+    samples = {"a": (large.shape, params.sample_array(large))}
+    assert params.sample_array(large).shape == (64,)
     name = params.fingerprint({"a": jnp.asarray(large)})
-    assert params.fingerprint_of(samples) == params.fingerprint({"a": large}) == name
+    assert params.fingerprint_samples(samples) == params.fingerprint({"a": large}) == name
     large[-1, -1] += 1
     assert params.fingerprint({"a": large}) != name

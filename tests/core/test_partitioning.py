@@ -54,15 +54,17 @@ def test_where_parameters_lie():
 def test_what_does_not_divide_is_whole():
     mesh = partitioning.make_mesh(2)
     rules = partitioning.axis_rules()
-    even = partitioning.sharding_of(mesh, rules, ("heads", "kv"), (6, 5))
-    odd = partitioning.sharding_of(mesh, rules, ("heads", "kv"), (7, 5))
+    even = partitioning.logical_to_mesh_sharding(mesh, rules, ("heads", "kv"), (6, 5))
+    odd = partitioning.logical_to_mesh_sharding(mesh, rules, ("heads", "kv"), (7, 5))
     assert (even.spec, odd.spec) == (PartitionSpec("model", None), PartitionSpec(None, None))
 
 
 def test_an_axis_of_the_mesh_is_used_once():
     """vocab comes first in the rules, so that of [F, V] the vocabulary is spread."""
     mesh = partitioning.make_mesh(2)
-    found = partitioning.sharding_of(mesh, partitioning.axis_rules(), ("mlp", "vocab"), (20, 32))
+    found = partitioning.logical_to_mesh_sharding(
+        mesh, partitioning.axis_rules(), ("mlp", "vocab"), (20, 32)
+    )
     assert found.spec == PartitionSpec(None, "model")
 
 
@@ -99,18 +101,18 @@ def test_training_does_not_depend_on_the_mesh(method):
         rules = partitioning.axis_rules(MESHES[kind or "data"][1])
         if kind is None:
             mesh = partitioning.make_mesh(1, jax.devices()[:1])
-            found = {path: partitioning.replicated(mesh) for path in found}
+            found = {path: partitioning.replicated_sharding(mesh) for path in found}
         whole = jax.tree.map(np.asarray, random_params(method))  # a step takes its state over
         trainable, frozen = params.split(whole, METHODS[method].trainable)
         optimizer = optax.sgd(1e-3, momentum=0.9)
         state = steps.TrainState.create(trainable, optimizer)
         lies = partitioning.state_shardings(jax.eval_shape(lambda: state), found, mesh)
-        state = partitioning.place(state, lies)
+        state = partitioning.device_put(state, lies)
         of_frozen = {path: found[path] for path in params.flatten(frozen)}
-        frozen = partitioning.place(frozen, params.unflatten(of_frozen))
+        frozen = partitioning.device_put(frozen, params.unflatten(of_frozen))
         step = steps.make_train_step(model, optimizer, steps.Loss(), state_sharding=lies)
         losses = []
-        with partitioning.scope(mesh, rules):
+        with partitioning.use_mesh(mesh, rules):
             for _ in range(3):
                 batch = partitioning.shard_batch(example_batch(), mesh)
                 state, metrics = step(state, frozen, batch, jax.random.key(0))
@@ -138,8 +140,8 @@ def test_scores_do_not_depend_on_the_mesh():
     for kind in MESHES:
         model, mesh, found = shardings_of("mov", kind)
         weights = network.init_params(model, 0, lambda _: True)
-        weights = partitioning.place(weights, params.unflatten(found))
-        with partitioning.scope(mesh, partitioning.axis_rules(MESHES[kind][1])):
+        weights = partitioning.device_put(weights, params.unflatten(found))
+        with partitioning.use_mesh(mesh, partitioning.axis_rules(MESHES[kind][1])):
             scores = jax.jit(functools.partial(steps.score_choices, model))(
                 weights, partitioning.shard_batch(scored, mesh)
             )
@@ -151,8 +153,8 @@ def test_shares_of_a_batch():
     """One process gives all rows, whichever way its devices lie."""
     for model_parallelism in (1, 2):
         mesh = partitioning.make_mesh(model_parallelism)
-        assert partitioning.feed_share(mesh) == (0, 1)
-        batch = partitioning.join_batch({"a": np.arange(8).reshape(4, 2)}, mesh)
+        assert partitioning.data_shard(mesh) == (0, 1)
+        batch = partitioning.make_global_batch({"a": np.arange(8).reshape(4, 2)}, mesh)
         np.testing.assert_array_equal(batch["a"], np.arange(8).reshape(4, 2))
 
 
@@ -178,7 +180,7 @@ def test_shares_of_two_processes(processes_of, expected):
         devices = grid
         shape = {"data": grid.shape[0], "model": grid.shape[1]}
 
-    assert partitioning.feed_share(Mesh) == expected
+    assert partitioning.data_shard(Mesh) == expected
 
 
 def test_shares_that_overlap_in_part():
@@ -190,7 +192,7 @@ def test_shares_that_overlap_in_part():
         shape = {"data": 3, "model": 2}
 
     with pytest.raises(InputError, match="MODEL_PARALLELISM: the processes' devices overlap"):
-        partitioning.feed_share(Mesh)
+        partitioning.data_shard(Mesh)
 
 
 @pytest.mark.parametrize("value", [0, 3, "2"])
@@ -246,7 +248,7 @@ def test_environments_that_say_half(environment, says):
 
 def test_gather_gives_whole_arrays():
     mesh = partitioning.make_mesh(2)
-    spread = partitioning.sharding_of(mesh, partitioning.axis_rules(), ("mlp",), (4,))
+    spread = partitioning.logical_to_mesh_sharding(mesh, partitioning.axis_rules(), ("mlp",), (4,))
     tree = {"a": jax.device_put(jnp.arange(4), spread), "b": np.ones(2)}
     found = partitioning.gather(tree)
     np.testing.assert_array_equal(found["a"], np.arange(4))

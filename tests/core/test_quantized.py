@@ -147,7 +147,7 @@ def test_loops_and_what_is_computed_again(kind):
     )[0]
     loop = _model("mov", **deep, scan_layers=True, remat_policy="minimal")
     copies = jax.tree.map(jnp.copy, frozen)
-    stacked = network.stacked(loop, copies, stacks.join_and_free)
+    stacked = network.stack_layers(loop, copies, stacks.stack_and_delete)
     kernel = params.flatten(stacked)["decoder/layers/mlp/wo/kernel"]
     assert kernel.values.shape == (3, 20, 16) and kernel.scale.shape == (3, 16)
     for half in (frozen, stacked):
@@ -263,7 +263,7 @@ def test_it_lies_as_the_matrix_lies(base_path, from_file, fsdp):
     shards = (wi.values.addressable_shards[0], wi.scale.addressable_shards[0])
     assert tuple(shard.data.shape for shard in shards) == half
     batch = example_batch()
-    with partitioning.scope(mesh, rules):
+    with partitioning.use_mesh(mesh, rules):
         found = steps.make_eval_step(transformer, steps.Loss())({}, spread, batch)
     alone = steps.make_eval_step(transformer, steps.Loss())({}, whole, batch)
     np.testing.assert_allclose(found["nll"], alone["nll"], rtol=1e-6)

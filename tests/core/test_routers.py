@@ -114,7 +114,7 @@ def test_router(routing, method, tmp_path):
     checkpoints.save(state, record)
     checkpoints.close()
     opened = models.open_model(str(tmp_path / "run"))
-    restored = opened.load(partitioning.replicated(mesh))
+    restored = opened.load(partitioning.replicated_sharding(mesh))
     assert opened.model.adapters.sites() == model.adapters.sites()
 
     # evaluates: as what was trained, which is not as the start

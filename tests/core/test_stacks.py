@@ -189,7 +189,7 @@ def test_frozen_parameters_are_stacked_once():
     queries = [
         np.asarray(flat[f"decoder/layers_{i}/self_attention/query/kernel"]) for i in range(3)
     ]
-    stacked = params.flatten(network.stacked(model, frozen, stacks.join_and_free))
+    stacked = params.flatten(network.stack_layers(model, frozen, stacks.stack_and_delete))
     found = stacked["decoder/layers/self_attention/query/kernel"]
     np.testing.assert_array_equal(found, np.stack(queries))
     assert stacked["encoder/layers/attention/query/kernel"].shape == (2, 16, 12)
@@ -198,7 +198,7 @@ def test_frozen_parameters_are_stacked_once():
     for path, leaf in flat.items():
         assert leaf.is_deleted() == ("/layers_" in path and path not in stacked), path
     abstract = params.flatten(
-        network.stacked(model, params.unflatten(stacked), stacks.join_abstract)
+        network.stack_layers(model, params.unflatten(stacked), stacks.stack_abstract)
     )
     assert abstract.keys() == stacked.keys()  # nothing is left to stack
 
@@ -208,7 +208,7 @@ def test_stacked_and_unrolled_parameters_give_the_same():
     model = deep("mov", (True, "minimal"))
     trainable, frozen = halves("mov")
     copied = jax.tree.map(jnp.array, frozen)
-    stacked = network.stacked(model, copied, stacks.join_and_free)
+    stacked = network.stack_layers(model, copied, stacks.stack_and_delete)
     assert_same(run(model, trainable, stacked), unrolled("mov"))
 
 
@@ -217,10 +217,10 @@ def test_quantized_matrices_are_stacked():
     matrix = jnp.asarray([[127.0, -2.0], [3.0, 4.0]])  # scales 1 and 4 / 127
     kept = quantized.quantize(matrix, "int8")
     layers = {"layers_0": {"kernel": kept}, "layers_1": {"kernel": kept}}
-    both = stacks.stacked(layers, lambda _: 2)["layers"]["kernel"]
+    both = stacks.stack_layers(layers, lambda _: 2)["layers"]["kernel"]
     assert both.values.shape == (2, 2, 2) and both.scale.shape == (2, 2)
     layers["layers_1"] = {"kernel": matrix}
-    mixed = stacks.stacked(layers, lambda _: 2)["layers"]["kernel"]
+    mixed = stacks.stack_layers(layers, lambda _: 2)["layers"]["kernel"]
     np.testing.assert_array_equal(mixed, np.stack([quantized.dequantize(kept), matrix]))
     np.testing.assert_allclose(mixed[0], mixed[1], atol=0.02)
 
@@ -315,17 +315,17 @@ def test_training_on_a_mesh(kind):
         trainable, frozen = (jax.tree.map(np.asarray, half) for half in halves("mov"))
         state = steps.TrainState.create(trainable, optimizer)
         of_state = partitioning.state_shardings(jax.eval_shape(lambda: state), lies, mesh)
-        state = partitioning.place(state, of_state)
+        state = partitioning.device_put(state, of_state)
         of_frozen = params.unflatten({path: lies[path] for path in params.flatten(frozen)})
-        frozen = partitioning.place(frozen, of_frozen)
+        frozen = partitioning.device_put(frozen, of_frozen)
         if model.config.scan_layers:
-            frozen = network.stacked(model, frozen, stacks.join_and_free)
+            frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
             kernel = frozen["encoder"]["layers"]["mlp"]["wo"]["kernel"]
             of_layer = lies["encoder/layers_0/mlp/wo/kernel"].spec
             assert tuple(kernel.sharding.spec) == (None, *of_layer)
         step = steps.make_train_step(model, optimizer, steps.Loss(), state_sharding=of_state)
         losses = []
-        with partitioning.scope(mesh, rules):
+        with partitioning.use_mesh(mesh, rules):
             for _ in range(2):
                 batch = partitioning.shard_batch(packed_batch(), mesh)
                 state, metrics = step(state, frozen, batch, jax.random.key(0))

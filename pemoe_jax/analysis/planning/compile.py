@@ -144,12 +144,12 @@ def arguments(step: Step, mesh: Mesh, fsdp: bool = False) -> Arguments:
         found = jax.ShapeDtypeStruct(shapes[path].shape, dtype, sharding=lie[path])
         if path in trains or not params_lib.is_matrix(path):
             return found
-        return quantized.abstract(found, step.frozen_dtype)
+        return quantized.quantized_shape(found, step.frozen_dtype)
 
     trained = params_lib.unflatten({path: abstract(path) for path in shapes if path in trains})
     frozen = params_lib.unflatten({path: abstract(path) for path in shapes if path not in trains})
     if model.config.scan_layers:
-        frozen = network.stacked(model, frozen, stacks.join_abstract)
+        frozen = network.stack_layers(model, frozen, stacks.stack_abstract)
     state = jax.eval_shape(lambda p: steps.TrainState.create(p, step.optimizer), trained)
     state = _placed(state, partitioning.state_shardings(state, lie, mesh))
     return Arguments(state, frozen, _batch(step, mesh))
@@ -209,8 +209,10 @@ def compile_step(step: Step, mesh: Mesh, fsdp: bool = False, **options: Any) -> 
         state_sharding=jax.tree.map(lambda leaf: leaf.sharding, given.state),
     )
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=partitioning.replicated(mesh))
-    with partitioning.scope(mesh, partitioning.axis_rules(fsdp)):
+    rng = jax.ShapeDtypeStruct(
+        rng.shape, rng.dtype, sharding=partitioning.replicated_sharding(mesh)
+    )
+    with partitioning.use_mesh(mesh, partitioning.axis_rules(fsdp)):
         lowered = function.lower(given.state, given.frozen, given.batch, rng)
         return compile_lowered(lowered, **options)
 

@@ -88,7 +88,7 @@ def read(
         "mlp": dimensions["mlp_dim"],
     }
     shapes = {array.theirs: array.their_shape(sizes) for array in listed}
-    params_lib.place(found, _targets(shapes), f"adapter {place}")
+    params_lib.check_matches(found, _targets(shapes), f"adapter {place}")
     read_arrays = {name: _read(place, name, stored) for name, stored in found.items()}
     params_lib.check_finite(read_arrays, f"adapter {place}")
     arrays = {a.ours: a.to_ours(read_arrays[a.theirs], sizes) for a in listed}
@@ -143,7 +143,7 @@ def write(
     listed = names.arrays(description, _depths(arrays))
     sizes = _sizes(listed, arrays)
     shapes = {array.ours: array.our_shape(sizes) for array in listed}
-    params_lib.place(arrays, _targets(shapes), "adapter to write")
+    params_lib.check_matches(arrays, _targets(shapes), "adapter to write")
     params_lib.check_finite(arrays, "adapter to write")
     converted = {a.theirs: a.to_theirs(np.asarray(arrays[a.ours], np.float32)) for a in listed}
     with atomic_write.writing(path) as beside:
