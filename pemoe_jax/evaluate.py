@@ -262,22 +262,25 @@ def _draw_routing(
     from pemoe_jax.analysis import plots
     from pemoe_jax.analysis.routing import measure, probe
 
-    experts = probe.experts(opened.model)
+    experts = probe.expert_counts(opened.model)
     if not experts:
         return
     labels = registered.datasets
-    shown = measure.one_a_dataset({name: labels[name] for name in groups})
-    others = measure.one_a_dataset({name: labels[name] for name in registered.train_score_tasks})
+    shown = measure.first_task_per_dataset({name: labels[name] for name in groups})
+    others = measure.first_task_per_dataset(
+        {name: labels[name] for name in registered.train_score_tasks}
+    )
     members = {name: read(name) for name in others} | {name: groups[name] for name in shown}
     members = {
-        name.removesuffix("_score_eval"): of[: measure.EXAMPLES] for name, of in members.items()
+        name.removesuffix("_score_eval"): of[: measure.DEFAULT_EXAMPLES]
+        for name, of in members.items()
     }
-    means = measure.means(
-        measure.measure(opened.model, params, members, batch_size, mesh), list(members)
+    means = measure.mean_probs(
+        measure.measure_routing(opened.model, params, members, batch_size, mesh), list(members)
     )
     trained = measure.trained_datasets(opened, registered) or set()
     plots.routing_map(
-        {site: means[site] for site in measure.choose_sites(None, experts)},
+        {site: means[site] for site in measure.select_sites(None, experts)},
         png,
         seen=[name for name in members if labels[name] in trained],
         title=f"Where tasks are routed: {opened.name}",

@@ -158,9 +158,9 @@ def test_no_figure_without_a_source():
 )
 def test_lists(name, runs, tmp_path):
     more = [] if name.startswith("quickstart") else ["--gin.INITIAL_CHECKPOINT_PATH=x"]
-    given = sweep.expand([f"@sweeps/{name}.txt", f"--output={tmp_path}", *more])
+    given = sweep.expand_argument_files([f"@sweeps/{name}.txt", f"--output={tmp_path}", *more])
     rest, bindings = gin_flags.split_bindings(given)
-    planned = sweep.plan(sweep.FLAGS.parse_args(rest), bindings)
+    planned = sweep.plan_runs(sweep.FLAGS.parse_args(rest), bindings)
     assert len(planned) == runs
     assert f"@sweeps/{name}.txt" in (PAPER.parent / "sweeps" / f"{name}.txt").read_text()
 

@@ -9,7 +9,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
 
 if TYPE_CHECKING:
-    from pemoe_jax.analysis.routing.numbers import Routing
+    from pemoe_jax.analysis.routing.metrics import ProbeResult
 
 FLAGS = gin_flags.make_parser(
     "routes",
@@ -60,7 +60,7 @@ def routes(
     task_feature_lengths: Mapping[str, int],
     tasks: Sequence[str] | None = None,
     sites: Sequence[str] | None = None,
-    examples: int = measure.EXAMPLES,
+    examples: int = measure.DEFAULT_EXAMPLES,
     batch_size: int = 32,
     register: Callable[[], Any] | None = None,
     initial_checkpoint_path: str | None = None,
@@ -75,8 +75,8 @@ def routes(
       checkpoint_path: runs, checkpoints or adapters; a part of the page each.
       output_dir: gets the page, tables and pictures.
       task_feature_lengths: tokens of 'inputs' and 'targets'; longer ones are cut.
-      tasks: names, patterns or mixtures, see `routed.choose`.
-      sites: patterns of sites, see `routed.choose_sites`.
+      tasks: names, patterns or mixtures, see `measure.select_tasks`.
+      sites: patterns of sites, see `measure.select_sites`.
       examples: most of a task, the first of its evaluation split (or else of `train`).
       batch_size: examples at a time over all devices.
       register: registers the tasks.
@@ -105,19 +105,19 @@ def routes(
     registered = register() if register is not None else None
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
-    names = measure.choose(tasks, registered, use_cached_tasks)
+    names = measure.select_tasks(tasks, registered, use_cached_tasks)
     embedded = sentences.for_models(
         opened, sentence_embeddings, names[0], lengths["inputs"], use_cached_tasks
     )
     groups = _read(names, lengths, examples, use_cached_tasks)
     if embedded is not None:
         groups = {name: embedded.given_to(members) for name, members in groups.items()}
-    found: list[Routing] = []
+    found: list[ProbeResult] = []
     for one, its_sites in zip(opened, chosen, strict=True):
         found.append(_routing(one, its_sites, groups, registered, batch_size, mesh, min_count))
-        page.draw(found[-1], folder)
+        page.draw_plots(found[-1], folder)
         # after each run, so that what is there stays if a later one fails
-        for name, text in page.texts(found, folder).items():
+        for name, text in page.render_files(found, folder).items():
             atomic_write.write_text(folder / name, text)
     print(page.summary(found))
     print(f"page in {folder}/routes.html")
@@ -127,14 +127,14 @@ def _sites(opened: Any, patterns: Sequence[str] | None) -> list[str]:
     """The sites of a model that are looked at closely."""
     from pemoe_jax.analysis.routing import probe
 
-    experts = probe.experts(opened.model)
+    experts = probe.expert_counts(opened.model)
     if not experts:
         method = opened.about()["method"]
         raise InputError(
             f"{opened.path}: its method ({method}) has no routers: expected a run of mov, molora"
             " or another method with routers"
         )
-    return measure.choose_sites(patterns, experts)
+    return measure.select_sites(patterns, experts)
 
 
 def _read(
@@ -146,7 +146,7 @@ def _read(
     groups = {}
     try:
         for name in names:
-            groups[name] = measure.read(name, lengths, examples, use_cached)
+            groups[name] = measure.read_examples(name, lengths, examples, use_cached)
             bar.report_if_slow(len(groups), "tasks")
     finally:
         bar.close()
@@ -161,9 +161,9 @@ def _routing(
     batch_size: int,
     mesh: Any,
     min_count: int,
-) -> "Routing":
+) -> "ProbeResult":
     """What one run's routers do with the examples."""
-    from pemoe_jax.analysis.routing import numbers, probe
+    from pemoe_jax.analysis.routing import metrics, probe
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import seqio_tasks
     from pemoe_jax.runtime import progress
@@ -173,13 +173,13 @@ def _routing(
     params = opened.load(partitioning.replicated_sharding(mesh))
     bar = progress.Progress(f"routing {opened.name}", sum(map(len, groups.values())))
     try:
-        sums = measure.measure(opened.model, params, groups, batch_size, mesh, sites, bar)
+        totals = measure.measure_routing(opened.model, params, groups, batch_size, mesh, sites, bar)
     finally:
         bar.close()
     trained = measure.trained_datasets(opened, registered)
     labels = registered.datasets if registered is not None else {}
     tasks = [
-        numbers.Task(
+        metrics.ProbedTask(
             name=name,
             dataset=labels.get(name, name),
             seen=None if trained is None else labels.get(name, name) in trained,
@@ -188,25 +188,25 @@ def _routing(
         )
         for name, members in groups.items()
     ]
-    return numbers.Routing(
+    return metrics.ProbeResult(
         about=opened.about(),
         tasks=tasks,
-        sums=sums,
-        experts=probe.experts(opened.model),
+        totals=totals,
+        experts=probe.expert_counts(opened.model),
         sites=sites,
-        pieces=_pieces(next(iter(groups)), sums),
+        pieces=_pieces(next(iter(groups)), totals),
         min_count=min_count,
     )
 
 
 def _split(name: str, registered: Any) -> str:
     """The file's split, where seqio knows it by another name."""
-    split = measure.split_of(name)
+    split = measure.task_split(name)
     behind = registered.eval_splits if registered is not None else {}
     return split if split == "train" else behind.get(name) or split
 
 
-def _pieces(task: str, sums: Any) -> dict[int, str]:
+def _pieces(task: str, totals: Any) -> dict[int, str]:
     """The vocabulary's text of every token id that was met."""
     import numpy as np
 
@@ -214,7 +214,7 @@ def _pieces(task: str, sums: Any) -> dict[int, str]:
 
     vocabulary = seqio_tasks.check_task(task).output_features["inputs"].vocabulary
     tokenizer: Any = getattr(vocabulary, "tokenizer", None)
-    met = np.flatnonzero(sum(np.asarray(counts) for counts in sums.token_counts.values()))
+    met = np.flatnonzero(sum(np.asarray(counts) for counts in totals.token_counts.values()))
     pieces = {}
     for token in met.tolist():
         if hasattr(tokenizer, "id_to_piece") and token < vocabulary.vocab_size:

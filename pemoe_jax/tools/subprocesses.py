@@ -29,7 +29,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 
 
-def run(
+def run_module(
     module: str,
     flags: Sequence[str],
     log: Path,
@@ -79,7 +79,7 @@ def run(
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, patience: float = 15.0) -> Iterator[int]:
+def exclusive_lock(folder: Path, patience: float = 15.0) -> Iterator[int]:
     """Holds a lock on a folder, which is made; gives its file descriptor.
 
     Args:
@@ -118,7 +118,7 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def why(code: int, log: Path) -> str:
+def describe_exit(code: int, log: Path) -> str:
     """An exit code in words, with the error that the log ends with."""
     if code < 0:
         name = signal.Signals(-code).name

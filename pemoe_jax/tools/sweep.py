@@ -87,7 +87,7 @@ _OF_A_PLACE = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _WIRING = """\
 from __gin__ import dynamic_registration
 from pemoe_jax.tools import sweep
-sweep.base_of.path = %INITIAL_CHECKPOINT_PATH
+sweep.resolve_base.path = %INITIAL_CHECKPOINT_PATH
 """
 
 
@@ -120,7 +120,7 @@ class Run:
         return [(name, flags) for name, flags in found if flags]
 
 
-def base_of(path: str | None) -> str | None:
+def resolve_base(path: str | None) -> str | None:
     """What gin gives it: the path of an experiment's base."""
     return path
 
@@ -132,7 +132,7 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
       InputError: a flag or an experiment is wrong, found before anything is started; or runs
         failed, after the others were reported.
     """
-    runs = plan(args, bindings)
+    runs = plan_runs(args, bindings)
     if args.dry_run:
         for run in runs:
             for name, flags in run.commands():
@@ -142,7 +142,7 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         _state(run)  # raises where a folder holds something else
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that children save
     try:
-        with subprocesses.alone_in(Path(args.output)) as lock:
+        with subprocesses.exclusive_lock(Path(args.output)) as lock:
             failed = _run_all(runs, lock, args.stop_at_failure)
             done = [run for run in runs if _state(run)["evaluate"]]
             if done:
@@ -159,7 +159,7 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         )
 
 
-def plan(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
+def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
     """The runs that the flags ask for, every configuration parsed.
 
     Raises:
@@ -278,7 +278,7 @@ def _base(where: str) -> str | None:
     try:
         with gin.unlock_config():
             gin.parse_config(_WIRING)
-        return gin_flags.call_configured(base_of)
+        return gin_flags.call_configured(resolve_base)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -366,11 +366,13 @@ def _run_one(run: Run, state: dict[str, Any], lock: int, opening: str) -> str:
         next(live)
         start = time.monotonic()
         try:
-            code = subprocesses.run(_MODULES[name], flags, log, lock, functools.partial(next, live))
+            code = subprocesses.run_module(
+                _MODULES[name], flags, log, lock, functools.partial(next, live)
+            )
         finally:
             live.close()
         if code:
-            return f"in {name}, {subprocesses.why(code, log)} (log: {log})"
+            return f"in {name}, {subprocesses.describe_exit(code, log)} (log: {log})"
         state[name] = max(0.1, round(time.monotonic() - start, 1))
         _save(run, state)
     return ""
@@ -403,7 +405,7 @@ def _report(runs: Sequence[Run], args: argparse.Namespace) -> None:
     report.report(report.FLAGS.parse_args([*(str(run.results) for run in runs), *flags]))
 
 
-def expand(argv: Sequence[str]) -> list[str]:
+def expand_argument_files(argv: Sequence[str]) -> list[str]:
     """The arguments, with those of a file in place of @FILE.
 
     Raises:
@@ -425,7 +427,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     try:
-        given = expand(sys.argv[1:] if argv is None else argv)
+        given = expand_argument_files(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -20,12 +20,12 @@ import string
 from typing import Any
 
 from pemoe_jax.tasks.quickstart import corpus
-from pemoe_jax.tasks.quickstart.prompts import DATA_SETS, DataSet, Prompt
+from pemoe_jax.tasks.quickstart.prompts import DATASETS, Dataset, Prompt
 from pemoe_jax.tasks.quickstart.world import (
     NAMES,
     TOPIC_NAMES,
     TOPICS,
-    Dice,
+    Rng,
     capital,
     detail,
     opinion,
@@ -40,16 +40,16 @@ Line = dict[str, Any]
 
 
 def _rows(
-    data_set: DataSet, prompt: Prompt, split: str, n: int, taken: set[str], seed: int
+    dataset: Dataset, prompt: Prompt, split: str, n: int, taken: set[str], seed: int
 ) -> list[Line]:
     """`n` examples not in `taken` (and added to it), no answer more frequent than by chance."""
-    dice = Dice(f"sample {seed} {data_set.name} {prompt.name} {split}")
+    rng = Rng(f"sample {seed} {dataset.name} {prompt.name} {split}")
     lines: list[Line] = []
     answers: collections.Counter[str] = collections.Counter()
     for _ in range(100 * n):  # enough for the data sets of few words
         if len(lines) == n:
             break
-        line = prompt.render(data_set.draw(dice))
+        line = prompt.render(dataset.draw(rng))
         key = json.dumps(line, sort_keys=True)
         most = math.ceil(n / len(line["answer_choices"]))
         if key not in taken and answers[line["targets"]] < most:
@@ -61,16 +61,16 @@ def _rows(
 
 def odd_rows(seed: int) -> dict[str, list[Line]]:
     """Rows as real data has them, by `<task>/<split>`: counted and reported, never a crash."""
-    dice = Dice(f"odd {seed}")
+    rng = Rng(f"odd {seed}")
     topic = TOPICS[0]
-    long_text = " ".join(detail(dice, topic) for _ in range(300)).split()
+    long_text = " ".join(detail(rng, topic) for _ in range(300)).split()
     long_story = " ".join(long_text[:2000])
     fifty = [f"{capital(name)} and the {thing}" for name in NAMES for thing in topic.things][:50]
     return {
         # not among its choices
         "town_news_which_topic/train": [
             {
-                "inputs": f"{story(dice, topic)} Which topic is this text about?",
+                "inputs": f"{story(rng, topic)} Which topic is this text about?",
                 "targets": "cooking",
                 "answer_choices": list(TOPIC_NAMES[:4]),
             }
@@ -80,7 +80,7 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
             {
                 "inputs": (
                     "Question: does the writer like it? Review: "
-                    f"{opinion(dice, topic, True)} Answer:"
+                    f"{opinion(rng, topic, True)} Answer:"
                 ),
                 "targets": "yes",
                 "answer_choices": ["yes", "no", "yes"],
@@ -97,7 +97,7 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
         "two_meanings_which_sense/validation": [
             {
                 "inputs": (
-                    f"{detail(dice, topic)} Which does the word plate mean here: food or health?"
+                    f"{detail(rng, topic)} Which does the word plate mean here: food or health?"
                 ),
                 "targets": "kitchen",
                 "answer_choices": ["food", "health"],
@@ -106,7 +106,7 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
         "sound_claims_can_we_say/validation": [
             {
                 "inputs": (
-                    f"{opinion(dice, topic, False)} Question: would you say that it was "
+                    f"{opinion(rng, topic, False)} Question: would you say that it was "
                     "good? Answer:"
                 ),
                 "targets": "no",
@@ -136,16 +136,16 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
     files: dict[str, list[Line]] = {}
     index: dict[str, Line] = {}
     odd = odd_rows(seed)
-    for data_set in DATA_SETS:
-        for prompt in data_set.prompts:
-            task, taken = f"{data_set.name}_{prompt.name}", set[str]()
+    for dataset in DATASETS:
+        for prompt in dataset.prompts:
+            task, taken = f"{dataset.name}_{prompt.name}", set[str]()
             for split, n in reversed(
-                SIZES[data_set.held_out].items()
+                SIZES[dataset.held_out].items()
             ):  # the smaller split first: few-worded tasks run out of rows
-                files[f"{task}/{split}"] = _rows(data_set, prompt, split, n, taken, seed) + odd.get(
+                files[f"{task}/{split}"] = _rows(dataset, prompt, split, n, taken, seed) + odd.get(
                     f"{task}/{split}", []
                 )
-            splits = {split: files[f"{task}/{split}"] for split in SIZES[data_set.held_out]}
+            splits = {split: files[f"{task}/{split}"] for split in SIZES[dataset.held_out]}
             lines = [line for rows in splits.values() for line in rows]
             choices = {
                 tuple(line["answer_choices"])
@@ -155,19 +155,19 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
             }
             index[task] = {
                 "choices_in_prompt": "{option" in prompt.template,
-                "dataset": data_set.name,
+                "dataset": dataset.name,
                 "fixed_answer_choices": list(choices.pop()) if len(choices) == 1 else None,
                 "has_answer_choices": True,
                 "metrics": ["Accuracy"],
                 "n": {split: len(rows) for split, rows in splits.items()},
                 "original_task": True,
                 "subset": None,
-                "t0_do_eval": "BASE" if data_set.held_out else "",
-                "t0_do_train": "" if data_set.held_out else "BASE",
+                "t0_do_eval": "BASE" if dataset.held_out else "",
+                "t0_do_train": "" if dataset.held_out else "BASE",
                 "targets_not_in_choices": sum(
                     line["targets"] not in line["answer_choices"] for line in lines
                 ),
-                "task_type": data_set.task_type,
+                "task_type": dataset.task_type,
                 "template": prompt.name,
             }
     return files, index

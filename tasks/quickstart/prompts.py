@@ -21,7 +21,7 @@ from pemoe_jax.tasks.quickstart.world import (
     TOPIC,
     TOPIC_NAMES,
     TOPICS,
-    Dice,
+    Rng,
     a,
     capital,
     detail,
@@ -70,159 +70,159 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSet:
+class Dataset:
     """How rows are drawn, and the prompts that ask about them."""
 
     name: str
     task_type: str
     held_out: bool
-    draw: Callable[[Dice], Row]
+    draw: Callable[[Rng], Row]
     prompts: tuple[Prompt, ...]
 
 
-def _options(dice: Dice, answer: str, others: Sequence[str], n: int) -> list[str]:
-    return dice.shuffled(
-        [answer, *dice.several([other for other in others if other != answer], n - 1)]
+def _options(rng: Rng, answer: str, others: Sequence[str], n: int) -> list[str]:
+    return rng.shuffled(
+        [answer, *rng.several([other for other in others if other != answer], n - 1)]
     )
 
 
-def _topics(dice: Dice) -> Row:
-    topic = dice.pick(TOPICS)
-    return Row({"text": story(dice, topic)}, topic.name, _options(dice, topic.name, TOPIC_NAMES, 4))
+def _topics(rng: Rng) -> Row:
+    topic = rng.pick(TOPICS)
+    return Row({"text": story(rng, topic)}, topic.name, _options(rng, topic.name, TOPIC_NAMES, 4))
 
 
-def _reviews(dice: Dice) -> Row:
-    good = dice.chance(0.5)
+def _reviews(rng: Rng) -> Row:
+    good = rng.chance(0.5)
     return Row(
-        {"text": opinion(dice, dice.pick(TOPICS), good)}, "good" if good else "bad", ("good", "bad")
+        {"text": opinion(rng, rng.pick(TOPICS), good)}, "good" if good else "bad", ("good", "bad")
     )
 
 
-def _feelings(dice: Dice) -> Row:
-    name, felt = dice.pick(NAMES), dice.pick(tuple(FEELINGS))
-    text = feeling_shown(dice, name, felt)
-    if dice.chance(0.5):
-        first = past(dice, dice.pick(TOPICS), name)
-        text = f"{first} {capital(feeling_shown(dice, pronoun(name), felt))}"
+def _feelings(rng: Rng) -> Row:
+    name, felt = rng.pick(NAMES), rng.pick(tuple(FEELINGS))
+    text = feeling_shown(rng, name, felt)
+    if rng.chance(0.5):
+        first = past(rng, rng.pick(TOPICS), name)
+        text = f"{first} {capital(feeling_shown(rng, pronoun(name), felt))}"
     return Row({"text": text, "name": name}, felt, tuple(FEELINGS))
 
 
-def _places(dice: Dice) -> Row:
-    topic = dice.pick(TOPICS)
-    place = dice.pick(topic.places)
-    others = [dice.pick(other.places) for other in TOPICS if other is not topic]
-    fields = {"text": past(dice, topic, place=0.0), "thing": dice.pick(topic.things)}
-    return Row(fields, place, _options(dice, place, others, 4))
+def _places(rng: Rng) -> Row:
+    topic = rng.pick(TOPICS)
+    place = rng.pick(topic.places)
+    others = [rng.pick(other.places) for other in TOPICS if other is not topic]
+    fields = {"text": past(rng, topic, place=0.0), "thing": rng.pick(topic.things)}
+    return Row(fields, place, _options(rng, place, others, 4))
 
 
-def _jobs(dice: Dice) -> Row:
-    topic = dice.pick(TOPICS)
-    job = dice.pick(topic.jobs)
-    others = [dice.pick(other.jobs) for other in TOPICS if other is not topic]
-    thing, more = dice.several(topic.things, 2)
-    fields = {"place": dice.pick(topic.places), "thing": thing, "other": more, "a_thing": a(thing)}
-    return Row(fields, job, _options(dice, job, others, 4))
+def _jobs(rng: Rng) -> Row:
+    topic = rng.pick(TOPICS)
+    job = rng.pick(topic.jobs)
+    others = [rng.pick(other.jobs) for other in TOPICS if other is not topic]
+    thing, more = rng.several(topic.things, 2)
+    fields = {"place": rng.pick(topic.places), "thing": thing, "other": more, "a_thing": a(thing)}
+    return Row(fields, job, _options(rng, job, others, 4))
 
 
-def _kinds(dice: Dice) -> Row:
-    topic = dice.pick(TOPICS)
-    thing, more = dice.several(topic.things, 2)
+def _kinds(rng: Rng) -> Row:
+    topic = rng.pick(TOPICS)
+    thing, more = rng.several(topic.things, 2)
     return Row(
         {"thing": thing, "other": more, "a_thing": a(thing)},
         topic.name,
-        _options(dice, topic.name, TOPIC_NAMES, 4),
+        _options(rng, topic.name, TOPIC_NAMES, 4),
     )
 
 
-def _topic_check(dice: Dice) -> Row:
-    topic = dice.pick(TOPICS)
-    true = dice.chance(0.5)
-    told = topic.name if true else dice.pick([name for name in TOPIC_NAMES if name != topic.name])
-    return Row({"text": story(dice, topic), "topic": told}, "yes" if true else "no", ("yes", "no"))
+def _topic_check(rng: Rng) -> Row:
+    topic = rng.pick(TOPICS)
+    true = rng.chance(0.5)
+    told = topic.name if true else rng.pick([name for name in TOPIC_NAMES if name != topic.name])
+    return Row({"text": story(rng, topic), "topic": told}, "yes" if true else "no", ("yes", "no"))
 
 
-def _times(dice: Dice) -> Row:
-    later = dice.chance(0.5)
-    topic = dice.pick(TOPICS)
-    text = future(dice, topic) if later else past(dice, topic)
+def _times(rng: Rng) -> Row:
+    later = rng.chance(0.5)
+    topic = rng.pick(TOPICS)
+    text = future(rng, topic) if later else past(rng, topic)
     return Row({"text": text}, "future" if later else "past", ("past", "future"))
 
 
-def _titles(dice: Dice) -> Row:
-    topic = dice.pick(TOPICS)
-    title = dice.pick(topic.titles)
-    others = [dice.pick(other.titles) for other in TOPICS if other is not topic]
-    return Row({"text": story(dice, topic)}, title, _options(dice, title, others, 4))
+def _titles(rng: Rng) -> Row:
+    topic = rng.pick(TOPICS)
+    title = rng.pick(topic.titles)
+    others = [rng.pick(other.titles) for other in TOPICS if other is not topic]
+    return Row({"text": story(rng, topic)}, title, _options(rng, title, others, 4))
 
 
-def _needs(dice: Dice) -> Row:
-    name, state = dice.pick(NAMES), dice.pick(STATES)
+def _needs(rng: Rng) -> Row:
+    name, state = rng.pick(NAMES), rng.pick(STATES)
     thing = NEEDS[state][0]
     fields = {
         "name": name,
         "state": state,
         "pronoun": pronoun(name),
-        "place": dice.pick(dice.pick(TOPICS).places),
+        "place": rng.pick(rng.pick(TOPICS).places),
     }
-    return Row(fields, thing, _options(dice, thing, [NEEDS[other][0] for other in STATES], 4))
+    return Row(fields, thing, _options(rng, thing, [NEEDS[other][0] for other in STATES], 4))
 
 
-def _same(dice: Dice) -> Row:
-    topic = dice.pick(TOPICS)
-    same = dice.chance(0.5)
-    other = topic if same else dice.pick([t for t in TOPICS if t is not topic])
+def _same(rng: Rng) -> Row:
+    topic = rng.pick(TOPICS)
+    same = rng.chance(0.5)
+    other = topic if same else rng.pick([t for t in TOPICS if t is not topic])
     return Row(
-        {"first": past(dice, topic), "second": past(dice, other)},
+        {"first": past(rng, topic), "second": past(rng, other)},
         "yes" if same else "no",
         ("yes", "no"),
     )
 
 
-def _endings(dice: Dice) -> Row:
-    name = dice.pick(NAMES)
-    topic = dice.pick(TOPICS)
-    text = f"{name} went to the {dice.pick(topic.places)} with the {dice.pick(topic.jobs)}."
-    if dice.chance(0.5):
-        text += f" {detail(dice, topic)}"
+def _endings(rng: Rng) -> Row:
+    name = rng.pick(NAMES)
+    topic = rng.pick(TOPICS)
+    text = f"{name} went to the {rng.pick(topic.places)} with the {rng.pick(topic.jobs)}."
+    if rng.chance(0.5):
+        text += f" {detail(rng, topic)}"
     word = capital(pronoun(name))
-    right = past(dice, topic, word, place=0.0, time=0.0)
-    wrong = past(dice, dice.pick([t for t in TOPICS if t is not topic]), word, place=0.0, time=0.0)
-    return Row({"text": text}, right, dice.shuffled((right, wrong)))
+    right = past(rng, topic, word, place=0.0, time=0.0)
+    wrong = past(rng, rng.pick([t for t in TOPICS if t is not topic]), word, place=0.0, time=0.0)
+    return Row({"text": text}, right, rng.shuffled((right, wrong)))
 
 
-def _entailment(dice: Dice) -> Row:
+def _entailment(rng: Rng) -> Row:
     """Does the hypothesis follow from the premise? About what happened, how it was, or when."""
-    topic = dice.pick(TOPICS)
-    true = dice.chance(0.5)
-    kind = dice.below(3)
+    topic = rng.pick(TOPICS)
+    true = rng.chance(0.5)
+    kind = rng.below(3)
     if kind == 0:
-        other = topic if true else dice.pick([t for t in TOPICS if t is not topic])
-        premise, hypothesis = story(dice, topic), f"This has to do with {other.name}."
+        other = topic if true else rng.pick([t for t in TOPICS if t is not topic])
+        premise, hypothesis = story(rng, topic), f"This has to do with {other.name}."
     elif kind == 1:
-        good = dice.chance(0.5)
+        good = rng.chance(0.5)
         premise, hypothesis = (
-            opinion(dice, topic, good),
+            opinion(rng, topic, good),
             f"It was {'good' if good == true else 'bad'}.",
         )
     else:
-        later = dice.chance(0.5)
-        premise = future(dice, topic) if later else past(dice, topic)
+        later = rng.chance(0.5)
+        premise = future(rng, topic) if later else past(rng, topic)
         hypothesis = f"This is in the {'future' if later == true else 'past'}."
     claim = hypothesis.removesuffix(".")
     fields = {"premise": premise, "hypothesis": hypothesis, "claim": claim[0].lower() + claim[1:]}
     return Row(fields, "yes" if true else "no", ("yes", "no"))
 
 
-def _pronouns(dice: Dice) -> Row:
-    one, two = dice.shuffled((dice.pick(FEMALE), dice.pick(MALE)))
-    name = dice.pick((one, two))
-    topic = dice.pick(TOPICS)
+def _pronouns(rng: Rng) -> Row:
+    one, two = rng.shuffled((rng.pick(FEMALE), rng.pick(MALE)))
+    name = rng.pick((one, two))
+    topic = rng.pick(TOPICS)
     word = pronoun(name)
-    verb = past(dice, topic, capital(word), time=0.0)
-    meeting = dice.pick(
+    verb = past(rng, topic, capital(word), time=0.0)
+    meeting = rng.pick(
         (
-            f"{one} met {two} in the {dice.pick(topic.places)}.",
-            f"{one} and {two} went to the {dice.pick(topic.places)}.",
+            f"{one} met {two} in the {rng.pick(topic.places)}.",
+            f"{one} and {two} went to the {rng.pick(topic.places)}.",
         )
     )
     fields = {
@@ -233,19 +233,19 @@ def _pronouns(dice: Dice) -> Row:
     return Row(fields, name, (one, two))
 
 
-def _word_senses(dice: Dice) -> Row:
-    word = dice.pick(tuple(SENSES))
-    meant = dice.pick(SENSES[word])
+def _word_senses(rng: Rng) -> Row:
+    word = rng.pick(tuple(SENSES))
+    meant = rng.pick(SENSES[word])
     return Row(
-        {"text": sense(dice, word, TOPIC[meant]), "word": word}, meant, dice.shuffled(SENSES[word])
+        {"text": sense(rng, word, TOPIC[meant]), "word": word}, meant, rng.shuffled(SENSES[word])
     )
 
 
 LIKED = {"good": "yes", "bad": "no"}
 HATED = {"good": "no", "bad": "yes"}
 
-DATA_SETS = (
-    DataSet(
+DATASETS = (
+    Dataset(
         "town_news",
         "topic_classification",
         False,
@@ -260,7 +260,7 @@ DATA_SETS = (
             Prompt("category", "Pick one category for the news: {text} Options: {options}."),
         ),
     ),
-    DataSet(
+    Dataset(
         "guest_reviews",
         "sentiment",
         False,
@@ -277,7 +277,7 @@ DATA_SETS = (
             Prompt("hated", "Read the review and decide: is the writer negative? {text}", HATED),
         ),
     ),
-    DataSet(
+    Dataset(
         "diary_pages",
         "emotion",
         False,
@@ -288,7 +288,7 @@ DATA_SETS = (
             Prompt("question_first", "Question: how does {name} feel? Text: {text} Answer:"),
         ),
     ),
-    DataSet(
+    Dataset(
         "town_map",
         "multiple_choice_qa",
         False,
@@ -303,7 +303,7 @@ DATA_SETS = (
             Prompt("where_to_go", "Please choose where to go for the {thing}: {options}?"),
         ),
     ),
-    DataSet(
+    Dataset(
         "job_board",
         "closed_book_qa",
         False,
@@ -317,7 +317,7 @@ DATA_SETS = (
             ),
         ),
     ),
-    DataSet(
+    Dataset(
         "word_list",
         "word_classification",
         False,
@@ -332,7 +332,7 @@ DATA_SETS = (
             ),
         ),
     ),
-    DataSet(
+    Dataset(
         "topic_check",
         "topic_verification",
         False,
@@ -346,7 +346,7 @@ DATA_SETS = (
             Prompt("editor", "Would you choose the label {topic} for this text? {text} Yes or no?"),
         ),
     ),
-    DataSet(
+    Dataset(
         "town_calendar",
         "time_classification",
         False,
@@ -365,7 +365,7 @@ DATA_SETS = (
             ),
         ),
     ),
-    DataSet(
+    Dataset(
         "story_titles",
         "title_choice",
         False,
@@ -376,7 +376,7 @@ DATA_SETS = (
             Prompt("summary", "Which of these is a short summary of the text? {text} Summary:"),
         ),
     ),
-    DataSet(
+    Dataset(
         "daily_needs",
         "commonsense_qa",
         False,
@@ -395,7 +395,7 @@ DATA_SETS = (
             ),
         ),
     ),
-    DataSet(
+    Dataset(
         "twin_sentences",
         "sentence_comparison",
         False,
@@ -414,7 +414,7 @@ DATA_SETS = (
         ),
     ),
     # Held out: none of these task types is trained on.
-    DataSet(
+    Dataset(
         "next_lines",
         "sentence_completion",
         True,
@@ -425,7 +425,7 @@ DATA_SETS = (
             Prompt("question_first", "Question: what would happen next? Text: {text} Answer:"),
         ),
     ),
-    DataSet(
+    Dataset(
         "sound_claims",
         "natural_language_inference",
         True,
@@ -440,7 +440,7 @@ DATA_SETS = (
             Prompt("decide", "Read the text and decide, yes or no: {claim}. Text: {premise}"),
         ),
     ),
-    DataSet(
+    Dataset(
         "who_is_meant",
         "coreference",
         True,
@@ -454,7 +454,7 @@ DATA_SETS = (
             Prompt("read_and_choose", "Read the text and choose who {did}. {text}"),
         ),
     ),
-    DataSet(
+    Dataset(
         "two_meanings",
         "word_sense",
         True,

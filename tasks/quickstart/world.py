@@ -15,7 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Dice:
+class Rng:
     """Draws that depend on a seed alone (`Random.random` is what Python keeps stable)."""
 
     def __init__(self, seed: str):
@@ -189,45 +189,45 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def who(dice: Dice, topic: Topic) -> str:
+def who(rng: Rng, topic: Topic) -> str:
     """A name, or somebody of the topic by their job."""
-    return dice.pick(NAMES) if dice.chance(0.5) else f"the {dice.pick(topic.jobs)}"
+    return rng.pick(NAMES) if rng.chance(0.5) else f"the {rng.pick(topic.jobs)}"
 
 
 def past(
-    dice: Dice, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.3
+    rng: Rng, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.3
 ) -> str:
     """A sentence on the topic, in the past."""
-    subject = subject or who(dice, topic)
-    thing, other = dice.several(topic.things, 2)
-    middle = f"{dice.pick(topic.verbs)[1]} the {thing}"
-    if dice.chance(0.25):
+    subject = subject or who(rng, topic)
+    thing, other = rng.several(topic.things, 2)
+    middle = f"{rng.pick(topic.verbs)[1]} the {thing}"
+    if rng.chance(0.25):
         middle += f" and the {other}"
-    if dice.chance(place):
-        middle += f" in the {dice.pick(topic.places)}"
-    if dice.chance(time):
-        return f"{dice.pick(PAST_TIMES)}, {subject} {middle}."
+    if rng.chance(place):
+        middle += f" in the {rng.pick(topic.places)}"
+    if rng.chance(time):
+        return f"{rng.pick(PAST_TIMES)}, {subject} {middle}."
     return capital(f"{subject} {middle}.")
 
 
 def future(
-    dice: Dice, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.7
+    rng: Rng, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.7
 ) -> str:
     """A sentence on the topic, in the future."""
-    subject = subject or who(dice, topic)
-    middle = f"will {dice.pick(topic.verbs)[0]} the {dice.pick(topic.things)}"
-    if dice.chance(place):
-        middle += f" in the {dice.pick(topic.places)}"
-    if dice.chance(time):
-        return f"{dice.pick(FUTURE_TIMES)}, {subject} {middle}."
+    subject = subject or who(rng, topic)
+    middle = f"will {rng.pick(topic.verbs)[0]} the {rng.pick(topic.things)}"
+    if rng.chance(place):
+        middle += f" in the {rng.pick(topic.places)}"
+    if rng.chance(time):
+        return f"{rng.pick(FUTURE_TIMES)}, {subject} {middle}."
     return capital(f"{subject} {middle}.")
 
 
-def detail(dice: Dice, topic: Topic) -> str:
+def detail(rng: Rng, topic: Topic) -> str:
     """Another sentence on the topic, without praise, blame or time."""
-    thing, other = dice.several(topic.things, 2)
-    place, job = dice.pick(topic.places), dice.pick(topic.jobs)
-    return dice.pick(
+    thing, other = rng.several(topic.things, 2)
+    place, job = rng.pick(topic.places), rng.pick(topic.jobs)
+    return rng.pick(
         (
             f"The {thing} was near the {other}.",
             f"There was {a(thing)} in the {place}.",
@@ -239,16 +239,16 @@ def detail(dice: Dice, topic: Topic) -> str:
     )
 
 
-def story(dice: Dice, topic: Topic) -> str:
+def story(rng: Rng, topic: Topic) -> str:
     """Two sentences on the topic."""
-    return f"{past(dice, topic)} {detail(dice, topic)}"
+    return f"{past(rng, topic)} {detail(rng, topic)}"
 
 
-def opinion(dice: Dice, topic: Topic, good: bool) -> str:
+def opinion(rng: Rng, topic: Topic, good: bool) -> str:
     """One or two sentences that praise or blame something of the topic."""
-    word, more = dice.several(GOOD if good else BAD, 2)
-    thing, place = dice.pick(topic.things), dice.pick(topic.places)
-    first = dice.pick(
+    word, more = rng.several(GOOD if good else BAD, 2)
+    thing, place = rng.pick(topic.things), rng.pick(topic.places)
+    first = rng.pick(
         (
             f"The {thing} in the {place} was {word}.",
             f"I saw the {thing} and it was {word}.",
@@ -256,20 +256,20 @@ def opinion(dice: Dice, topic: Topic, good: bool) -> str:
             f"We found the {thing} {word}.",
         )
     )
-    second = dice.pick(
+    second = rng.pick(
         (
             f"It was {a(more)} day.",
             f"The {place} was {more} too.",
-            f"The {dice.pick(topic.jobs)} was {more}.",
+            f"The {rng.pick(topic.jobs)} was {more}.",
         )
     )
-    return f"{first} {second}" if dice.chance(0.6) else first
+    return f"{first} {second}" if rng.chance(0.6) else first
 
 
-def feeling_shown(dice: Dice, name: str, feeling: str) -> str:
+def feeling_shown(rng: Rng, name: str, feeling: str) -> str:
     """A sentence that shows a feeling and does not name it."""
-    sign, other = dice.several(FEELINGS[feeling], 2)
-    return dice.pick(
+    sign, other = rng.several(FEELINGS[feeling], 2)
+    return rng.pick(
         (
             f"{name} {sign} and {other}.",
             f"{name} {sign} in the street.",
@@ -279,10 +279,10 @@ def feeling_shown(dice: Dice, name: str, feeling: str) -> str:
     )
 
 
-def sense(dice: Dice, word: str, topic: Topic) -> str:
+def sense(rng: Rng, word: str, topic: Topic) -> str:
     """A text in which an ambiguous word has the topic's sense."""
-    place, job, thing = dice.pick(topic.places), dice.pick(topic.jobs), dice.pick(topic.things)
-    return dice.pick(
+    place, job, thing = rng.pick(topic.places), rng.pick(topic.jobs), rng.pick(topic.things)
+    return rng.pick(
         (
             f"The {job} saw the {word} in the {place}.",
             f"In the {place}, the {job} talked about the {word} and the {thing}.",

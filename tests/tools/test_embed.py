@@ -475,13 +475,13 @@ def test_probabilities_are_of_examples_and_not_of_tokens(folder, trained, method
         assert probs.shape[-1] == 3
         np.testing.assert_array_equal(probs, np.broadcast_to(probs[:, :1], probs.shape))
         assert np.ptp(probs[:, 0], axis=0).max() > 1e-3
-    zeros = probe_lib.start(opened.model, len(members))
+    zeros = probe_lib.init_totals(opened.model, len(members))
     rows = len(batch["encoder_input_tokens"])
     by_example = np.minimum(np.arange(rows), len(members) - 1)  # rows below are padding
     sums = probe_lib.make_probe(opened.model)(params, batch, by_example, zeros)
     for site, probs in sums.probs.items():
         np.testing.assert_allclose(
-            np.asarray(probs / sums.tokens[probe_lib.stack_of(site)][:, None]),
+            np.asarray(probs / sums.num_tokens[probe_lib.token_stack(site)][:, None]),
             np.asarray(sites[f"{site}_adapter/probs"][0])[: len(members), 0],
             atol=1e-6,
         )

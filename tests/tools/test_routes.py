@@ -1,4 +1,4 @@
-"""Expert specialisation: sums over tasks and tokens, their figures, the page, the command."""
+"""Expert specialisation: totals over tasks and tokens, their figures, the page, the command."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ from jsonl_folder import write_folder, write_vocabulary
 from methods import CONFIG, EXPERTS, METHODS, example_batch, model, random_params
 
 from pemoe_jax.analysis import plots
-from pemoe_jax.analysis.routing import measure, numbers, probe
+from pemoe_jax.analysis.routing import measure, metrics, probe
 from pemoe_jax.analysis.routing import page as page_lib
 from pemoe_jax.analysis.routing import plots as plots_lib
 from pemoe_jax.checkpoints import adapter_file, models, runs
@@ -32,7 +32,7 @@ from pemoe_jax.tools import routes
 GATES = ["encoder/layers_0/mlp/gate", "decoder/layers_0/mlp/gate"]
 
 
-# --- sums on the device
+# --- totals on the device
 
 
 @functools.cache
@@ -62,9 +62,9 @@ for _name in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_to
 probe_of = functools.cache(probe.make_probe)
 
 
-def probed(transformer, weights, batch=BATCH, tasks=TASKS, sites=(), sums=None):
-    sums = probe.start(transformer, 2, sites) if sums is None else sums
-    return probe_of(transformer)(weights, batch, tasks, sums)
+def probed(transformer, weights, batch=BATCH, tasks=TASKS, sites=(), totals=None):
+    totals = probe.init_totals(transformer, 2, sites) if totals is None else totals
+    return probe_of(transformer)(weights, batch, tasks, totals)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -75,64 +75,64 @@ def mixtures(transformer, weights, batch) -> dict:
 
 
 def test_sums_are_those_derived_by_hand():
-    sums = probed(*sentence_model(), sites=GATES)
+    totals = probed(*sentence_model(), sites=GATES)
     one, other = np.array([1, 2, 5]) / 8, np.array([2, 1, 1]) / 4
     # H(1/8, 2/8, 5/8) = 3·ln 2/8 + 2·2·ln 2/8 + 5/8·ln(8/5); H(1/2, 1/4, 1/4) = 1.5·ln 2
     h_one = (3 + 4) / 8 * np.log(2) + 5 / 8 * np.log(8 / 5)
     h_other = 1.5 * np.log(2)
     for site, tokens in zip(GATES, ((7, 4, 2), (5, 3, 1)), strict=True):
         of_tasks = [tokens[0] * one + tokens[1] * other, tokens[2] * one]
-        np.testing.assert_allclose(sums.probs[site], of_tasks, rtol=1e-5)
+        np.testing.assert_allclose(totals.probs[site], of_tasks, rtol=1e-5)
         entropies = [tokens[0] * h_one + tokens[1] * h_other, tokens[2] * h_one]
-        np.testing.assert_allclose(sums.entropy[site], entropies, rtol=1e-5)
-        stack = probe.stack_of(site)
-        np.testing.assert_array_equal(sums.tokens[stack], [tokens[0] + tokens[1], tokens[2]])
+        np.testing.assert_allclose(totals.entropy[site], entropies, rtol=1e-5)
+        stack = probe.token_stack(site)
+        np.testing.assert_array_equal(totals.num_tokens[stack], [tokens[0] + tokens[1], tokens[2]])
     # EOS (1) ends each of the three real inputs; the decoder reads the start (0) in each
-    np.testing.assert_allclose(sums.by_token[GATES[0]][1], 2 * one + other, rtol=1e-5)
-    np.testing.assert_allclose(sums.by_token[GATES[1]][0], 2 * one + other, rtol=1e-5)
-    assert sums.token_counts["encoder"][1] == sums.token_counts["decoder"][0] == 3
-    assert sums.token_counts["encoder"][0] == 0  # padding
-    assert float(sums.token_counts["encoder"].sum()) == 13
+    np.testing.assert_allclose(totals.token_probs[GATES[0]][1], 2 * one + other, rtol=1e-5)
+    np.testing.assert_allclose(totals.token_probs[GATES[1]][0], 2 * one + other, rtol=1e-5)
+    assert totals.token_counts["encoder"][1] == totals.token_counts["decoder"][0] == 3
+    assert totals.token_counts["encoder"][0] == 0  # padding
+    assert float(totals.token_counts["encoder"].sum()) == 13
 
 
 def test_sums_of_top_1_are_of_what_is_kept():
-    sums = probed(*sentence_model(top_k=1))
+    totals = probed(*sentence_model(top_k=1))
     # 5/8 is kept of (1, 2, 5)/8 and 1/2 of (2, 1, 1)/4
     expected = [[4 / 2, 0, 7 * 5 / 8], [0, 0, 2 * 5 / 8]]
-    np.testing.assert_allclose(sums.probs[GATES[0]], expected, rtol=1e-5)
-    np.testing.assert_allclose(sums.entropy[GATES[0]], 0, atol=1e-6)
-    np.testing.assert_allclose(numbers.shares(sums, GATES[0])[1], [0, 0, 1])
+    np.testing.assert_allclose(totals.probs[GATES[0]], expected, rtol=1e-5)
+    np.testing.assert_allclose(totals.entropy[GATES[0]], 0, atol=1e-6)
+    np.testing.assert_allclose(metrics.mean_distributions(totals, GATES[0])[1], [0, 0, 1])
 
 
 def test_head_wise_sums_are_means_over_heads_and_add_up():
     """MoV's keys and values, where each head has its own distribution, token by token in numpy."""
     transformer, weights = model("mov"), random_params("mov")
     batch = {k: v for k, v in BATCH.items() if k != "sentence_embeddings"}
-    sites = list(probe.experts(transformer))
+    sites = list(probe.expert_counts(transformer))
     whole = probed(transformer, weights, batch, sites=sites)
     for path, found in mixtures(transformer, weights, batch).items():
         site = path.removesuffix("_adapter/probs")
-        stack = probe.stack_of(site)
+        stack = probe.token_stack(site)
         real = batch["encoder_input_tokens" if stack == "encoder" else "decoder_target_tokens"] > 0
         read = batch[f"{stack}_input_tokens"]
         probs, entropy = np.zeros((2, EXPERTS)), np.zeros(2)
-        by_token = np.zeros((CONFIG.vocab_size, EXPERTS))
+        token_probs = np.zeros((CONFIG.vocab_size, EXPERTS))
         for row, column in zip(*np.nonzero(real), strict=True):
             p = np.asarray(found[row, column], np.float64).reshape(-1, EXPERTS)  # [H or 1, E]
             probs[TASKS[row]] += p.mean(axis=0)
             entropy[TASKS[row]] -= (p * np.log(p)).sum(axis=-1).mean()
-            by_token[read[row, column]] += p.mean(axis=0)
+            token_probs[read[row, column]] += p.mean(axis=0)
         np.testing.assert_allclose(whole.probs[site], probs, rtol=1e-4)
         np.testing.assert_allclose(whole.entropy[site], entropy, rtol=1e-4)
-        np.testing.assert_allclose(whole.by_token[site], by_token, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(whole.token_probs[site], token_probs, rtol=1e-4, atol=1e-6)
 
-    twice = probed(transformer, weights, batch, sites=sites, sums=jax.tree.map(jnp.copy, whole))
+    twice = probed(transformer, weights, batch, sites=sites, totals=jax.tree.map(jnp.copy, whole))
     for one, other in zip(jax.tree.leaves(twice), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(one, 2 * other, rtol=1e-5, atol=1e-6)
 
 
 def test_sites_are_in_the_order_of_the_network():
-    experts = probe.experts(model("mov"))
+    experts = probe.expert_counts(model("mov"))
     assert list(experts)[-5:] == [
         "decoder/layers_0/self_attention/key",
         "decoder/layers_0/self_attention/value",
@@ -141,40 +141,40 @@ def test_sites_are_in_the_order_of_the_network():
         "decoder/layers_0/mlp/gate",
     ]
     assert set(experts.values()) == {EXPERTS}
-    assert not probe.experts(model("lora"))
-    assert probe.stack_of("decoder/layers_0/encoder_decoder_attention/key") == "encoder"
-    assert probe.stack_of("decoder/layers_0/encoder_decoder_attention/query") == "decoder"
+    assert not probe.expert_counts(model("lora"))
+    assert probe.token_stack("decoder/layers_0/encoder_decoder_attention/key") == "encoder"
+    assert probe.token_stack("decoder/layers_0/encoder_decoder_attention/query") == "decoder"
 
 
 # --- figures
 
 
-def routing(probs, entropy=None, by_token=None, counts=None, **settings) -> numbers.Routing:
+def routing(probs, entropy=None, token_probs=None, counts=None, **settings) -> metrics.ProbeResult:
     """Of tasks with ten tokens each: {site: [T, E]} mean distributions."""
     tasks, experts = np.shape(next(iter(probs.values())))
     names = settings.pop("names", [f"task_{i}" for i in range(tasks)])
     seen = settings.pop("seen", [True] * tasks)
     vocab = len(counts) if counts is not None else 4
-    if by_token is None:  # a little more of the first expert
-        by_token = np.full((vocab, experts), 9.0) + np.eye(experts)[0]
-    sums = probe.Sums(
+    if token_probs is None:  # a little more of the first expert
+        token_probs = np.full((vocab, experts), 9.0) + np.eye(experts)[0]
+    totals = probe.ProbeTotals(
         probs={site: 10 * np.asarray(p, np.float64) for site, p in probs.items()},
         entropy={site: 10 * np.asarray((entropy or {}).get(site, [0.5] * tasks)) for site in probs},
-        tokens={stack: np.full(tasks, 10.0) for stack in probe.STACKS},
-        by_token=dict.fromkeys(probs, by_token),
+        num_tokens={stack: np.full(tasks, 10.0) for stack in probe.STACKS},
+        token_probs=dict.fromkeys(probs, token_probs),
         token_counts={
             stack: np.full(vocab, 9.0) if counts is None else np.asarray(counts)
             for stack in probe.STACKS
         },
     )
     about = {"name": "mov", "method": "mov", "checkpoint": "/runs/mov", "step": 3}
-    return numbers.Routing(
+    return metrics.ProbeResult(
         about={**about, "trainable": 10, "total": 100},
         tasks=[
-            numbers.Task(name, f"set of {name}", is_seen, "validation", 2)
+            metrics.ProbedTask(name, f"set of {name}", is_seen, "validation", 2)
             for name, is_seen in zip(names, seen, strict=True)
         ],
-        sums=sums,
+        totals=totals,
         experts=dict.fromkeys(probs, experts),
         sites=list(probs),
         pieces=settings.pop("pieces", {i: f"▁w{i}" for i in range(vocab)}),
@@ -187,57 +187,61 @@ OTHER = "decoder/layers_3/self_attention/key"
 
 
 def test_divergences_and_distances():
-    found = numbers.divergences(np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]))
+    found = metrics.jensen_shannon(np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]))
     # of (1, 0) and (1/2, 1/2): H(3/4, 1/4) - H(1/2, 1/2) / 2 = 0.8112781 - 0.5
     expected = [[0, 1, 0.3112781], [1, 0, 0.3112781], [0.3112781, 0.3112781, 0]]
     np.testing.assert_allclose(found, expected, atol=1e-7)
     # at the other site all tasks are alike: half the divergence, its root the distance
     both = routing({SITE: [[1, 0], [0, 1], [0.5, 0.5]], OTHER: [[0.5, 0.5]] * 3})
-    np.testing.assert_allclose(numbers.distances(both), np.sqrt(np.array(expected) / 2), atol=1e-7)
+    np.testing.assert_allclose(
+        metrics.task_distances(both), np.sqrt(np.array(expected) / 2), atol=1e-7
+    )
 
 
 def test_distances_are_of_shares():
     """A top-k router that keeps half of the probability is compared as if it kept all."""
     kept = routing({SITE: [[0.5, 0.0], [0.0, 0.25]]})
-    np.testing.assert_allclose(numbers.distances(kept), [[0, 1], [1, 0]], atol=1e-7)
-    assert numbers.layers(kept)[0].kept == pytest.approx(0.375)
+    np.testing.assert_allclose(metrics.task_distances(kept), [[0, 1], [1, 0]], atol=1e-7)
+    assert metrics.router_entropies(kept)[0].mass == pytest.approx(0.375)
 
 
 def test_layer_entropies():
     # tasks (1, 0, 0, 0) and (0, 1, 0, 0): each decided, their mean (1/2, 1/2, 0, 0) has 1 of 2 bits
     # and all of it is lost within tasks; tokens' mean entropy 0.5 nats of ln 4
-    (layer,) = numbers.layers(routing({SITE: [[1, 0, 0, 0], [0, 1, 0, 0]]}))
+    (layer,) = metrics.router_entropies(routing({SITE: [[1, 0, 0, 0], [0, 1, 0, 0]]}))
     assert (layer.stack, layer.layer, layer.kind) == ("decoder", 3, "gate")
-    assert layer.of_mean == pytest.approx(0.5) and layer.between_tasks == pytest.approx(1.0)
-    assert layer.per_token == pytest.approx(0.5 / np.log(4)) and layer.kept == pytest.approx(1)
-    (alike,) = numbers.layers(routing({SITE: [[0.25] * 4] * 2}, {SITE: [np.log(4)] * 2}))
-    assert alike.of_mean == pytest.approx(1) and alike.per_token == pytest.approx(1)
-    assert alike.between_tasks == pytest.approx(0, abs=1e-12)
-    (single,) = numbers.layers(routing({SITE: [[1.0], [1.0]]}, {SITE: [0, 0]}))
-    assert (single.of_mean, single.per_token) == (0, 0)  # of one expert: no 0/0
+    assert layer.mean_entropy == pytest.approx(0.5) and layer.task_bits == pytest.approx(1.0)
+    assert layer.token_entropy == pytest.approx(0.5 / np.log(4)) and layer.mass == pytest.approx(1)
+    (alike,) = metrics.router_entropies(routing({SITE: [[0.25] * 4] * 2}, {SITE: [np.log(4)] * 2}))
+    assert alike.mean_entropy == pytest.approx(1) and alike.token_entropy == pytest.approx(1)
+    assert alike.task_bits == pytest.approx(0, abs=1e-12)
+    (single,) = metrics.router_entropies(routing({SITE: [[1.0], [1.0]]}, {SITE: [0, 0]}))
+    assert (single.mean_entropy, single.token_entropy) == (0, 0)  # of one expert: no 0/0
 
 
 def test_nearest_seen():
     found = routing(
         {SITE: [[1, 0], [0.2, 0.8], [0, 1]]}, names=["a", "b", "c"], seen=[True, True, False]
     )
-    (near,) = numbers.nearest_seen(found).items()
+    (near,) = metrics.nearest_trained(found).items()
     assert near[0] == "c" and near[1][0] == "b"
-    assert near[1][1] == pytest.approx(numbers.distances(found)[2, 1])
-    assert numbers.nearest_seen(routing({SITE: [[1, 0]]}, seen=[False])) == {}
-    assert numbers.nearest_seen(routing({SITE: [[1, 0]]}, seen=[None])) == {}
+    assert near[1][1] == pytest.approx(metrics.task_distances(found)[2, 1])
+    assert metrics.nearest_trained(routing({SITE: [[1, 0]]}, seen=[False])) == {}
+    assert metrics.nearest_trained(routing({SITE: [[1, 0]]}, seen=[None])) == {}
 
 
 def test_top_tokens():
-    # sums over 8, 8, 2 and 40 tokens: shares (3/4, 1/4), (1/4, 3/4), (1, 0), (3/5, 2/5)
-    by_token = np.array([[6.0, 2], [2, 6], [2, 0], [24, 16]])
-    found = routing({SITE: [[0.5, 0.5]]}, by_token=by_token, counts=[8, 8, 2, 40], min_count=5)
-    first, second = numbers.top_tokens(found, SITE, most=2)
+    # totals over 8, 8, 2 and 40 tokens: shares (3/4, 1/4), (1/4, 3/4), (1, 0), (3/5, 2/5)
+    token_probs = np.array([[6.0, 2], [2, 6], [2, 0], [24, 16]])
+    found = routing(
+        {SITE: [[0.5, 0.5]]}, token_probs=token_probs, counts=[8, 8, 2, 40], min_count=5
+    )
+    first, second = metrics.top_tokens(found, SITE, most=2)
     assert [(token.piece, token.count) for token in first] == [("▁w0", 8), ("▁w3", 40)]
     assert [token.ratio for token in first] == pytest.approx([1.5, 1.2])  # times E = 2
     assert [token.piece for token in second] == ["▁w1"]  # of the others it has less than half
     rare = dataclasses.replace(found, min_count=1)
-    assert numbers.top_tokens(rare, SITE, most=1)[0][0].piece == "▁w2"
+    assert metrics.top_tokens(rare, SITE, most=1)[0][0].piece == "▁w2"
 
 
 # --- pictures
@@ -253,12 +257,12 @@ def figure_of(monkeypatch, draw, *args, **kwargs):
 
 def test_entropies_are_drawn_by_layer(monkeypatch):
     layers = [
-        numbers.Layer(f"{stack}/x", stack, i, kind, 0.1 * i + 0.2, 0.9, 0.0, 1.0)
+        metrics.RouterEntropy(f"{stack}/x", stack, i, kind, 0.1 * i + 0.2, 0.9, 0.0, 1.0)
         for stack, kinds in (("encoder", ["gate"]), ("decoder", ["gate", "cross key"]))
         for i in range(3)
         for kind in kinds
     ]
-    figure = figure_of(monkeypatch, plots_lib.entropies, layers, "x.png", title="t")
+    figure = figure_of(monkeypatch, plots_lib.plot_entropies, layers, "x.png", title="t")
     drawn = {
         (axis.get_title(loc="left"), line.get_label()): (
             list(line.get_xdata()),
@@ -282,7 +286,7 @@ def test_entropies_are_drawn_by_layer(monkeypatch):
 def test_dendrogram(monkeypatch):
     # a and c join at 0.1; both join b at the mean of 0.4 and 0.6
     distances = np.array([[0, 0.4, 0.1], [0.4, 0, 0.6], [0.1, 0.6, 0]])
-    draw = functools.partial(plots_lib.dendrogram, distances, ["a", "b", "c"], title="t")
+    draw = functools.partial(plots_lib.plot_dendrogram, distances, ["a", "b", "c"], title="t")
     figure = figure_of(monkeypatch, draw, "x.png", seen=["a", "b"])
     (axis,) = figure.axes
     labels = {label.get_text(): label.get_color() for label in axis.get_yticklabels()}
@@ -291,11 +295,11 @@ def test_dendrogram(monkeypatch):
     ends = set(np.round(np.concatenate(branches)[:, 0], 6).tolist())
     assert ends == {0.0, 0.1, 0.5}
     alike = figure_of(
-        monkeypatch, plots_lib.dendrogram, np.zeros((2, 2)), ["a", "b"], "x.png", title="t"
+        monkeypatch, plots_lib.plot_dendrogram, np.zeros((2, 2)), ["a", "b"], "x.png", title="t"
     )
     assert {label.get_color() for label in alike.axes[0].get_yticklabels()} == {plots.INK}
     with pytest.raises(InputError, match="two tasks at least, found 1"):
-        plots_lib.dendrogram(np.zeros((1, 1)), ["a"], "x.png", title="t")
+        plots_lib.plot_dendrogram(np.zeros((1, 1)), ["a"], "x.png", title="t")
 
 
 # --- the page
@@ -337,8 +341,8 @@ def test_page_is_self_contained_and_escapes(tmp_path):
         seen=[True, False],
         pieces={0: "<start>", 1: "<i>", 2: '"', 3: "`|*"},
     )
-    page_lib.draw(found, tmp_path)
-    files = page_lib.texts([found], tmp_path)
+    page_lib.draw_plots(found, tmp_path)
+    files = page_lib.render_files([found], tmp_path)
     assert set(files) == {
         "routes.html", "routes.md", "routes.json", "routes.csv", "distances.csv",
     }  # fmt: skip
@@ -355,8 +359,8 @@ def test_files_hold_the_numbers(tmp_path):
     found = routing(
         {SITE: [[0.7, 0.3], [0.2, 0.8]]}, names=["a", "b"], seen=[True, False], min_count=1
     )
-    page_lib.draw(found, tmp_path)
-    files = page_lib.texts([found], tmp_path)
+    page_lib.draw_plots(found, tmp_path)
+    files = page_lib.render_files([found], tmp_path)
     lines = files["routes.csv"].splitlines()
     assert lines[0] == "run,site,task,dataset,seen,expert,probability"
     assert lines[1:] == [
@@ -379,8 +383,8 @@ def test_files_hold_the_numbers(tmp_path):
 
 def test_page_of_one_task_and_of_unknown_roles(tmp_path):
     found = routing({SITE: [[0.1, 0.1]]}, seen=[None])  # of a top-k router: 0.2 is kept
-    page_lib.draw(found, tmp_path)
-    files = page_lib.texts([found], tmp_path)
+    page_lib.draw_plots(found, tmp_path)
+    files = page_lib.render_files([found], tmp_path)
     check_self_contained(_Page(files["routes.html"]), pictures=2)  # no tree of one
     assert "mean share of the mixture" in files["routes.html"] and "0.200" in files["routes.md"]
     page = _Page(files["routes.html"])
@@ -464,15 +468,15 @@ def test_end_to_end(folder, tmp_path, capsys):
     weights = opened.load()
     for name in seen:
         lines = (folder / "tasks" / name / "validation.jsonl").read_text().splitlines()[:5]
-        sums = collections.Counter()
+        totals = collections.Counter()
         for row in map(json.loads, lines):
             found, real = alone(opened.model, weights, name, row)
             for path, probs in found.items():
                 site = path.removesuffix("_adapter/probs")
-                tokens = real[probe.stack_of(site)]
-                sums[site] += np.asarray(probs[0, :tokens]).reshape(tokens, -1, 3).mean(1).sum(0)
+                tokens = real[probe.token_stack(site)]
+                totals[site] += np.asarray(probs[0, :tokens]).reshape(tokens, -1, 3).mean(1).sum(0)
         for site, entry in run["sites"].items():
-            expected = sums[site] / sums[site].sum()
+            expected = totals[site] / totals[site].sum()
             np.testing.assert_allclose(entry["means"][name], expected, atol=2e-6)
             assert np.ptp(expected) > 0.01, "the router should decide something"
 
@@ -535,31 +539,34 @@ def registered(folder):
 
 
 def test_chosen_tasks(registered):
-    assert measure.choose(["check_*"], registered) == ["check_1", "check_2"]
-    assert measure.choose("check_2_score_eval", registered) == ["check_2"]  # its twin
-    assert measure.choose(["free_1", "colour_2", "*"], registered)[:2] == ["free_1", "colour_2"]
-    assert measure.choose(["jsonl_score_eval"], registered) == ["check_1", "check_2"]
-    assert "colour_1" in measure.choose(["colour_1"], None)
+    assert measure.select_tasks(["check_*"], registered) == ["check_1", "check_2"]
+    assert measure.select_tasks("check_2_score_eval", registered) == ["check_2"]  # its twin
+    assert measure.select_tasks(["free_1", "colour_2", "*"], registered)[:2] == [
+        "free_1",
+        "colour_2",
+    ]
+    assert measure.select_tasks(["jsonl_score_eval"], registered) == ["check_1", "check_2"]
+    assert "colour_1" in measure.select_tasks(["colour_1"], None)
     for patterns, message in (
         ([], "names no task"),
         ([3], "must be a list of name patterns"),
         (["check_1", "x*"], r"'x\*' matched none"),
     ):
         with pytest.raises(InputError, match=message):
-            measure.choose(patterns, registered)
+            measure.select_tasks(patterns, registered)
     with pytest.raises(InputError, match="ROUTES_TASKS is not set"):
-        measure.choose(None, None)
+        measure.select_tasks(None, None)
 
 
 def test_a_task_and_its_twin_read_alike(registered):
-    plain = measure.read("colour_1", LENGTHS, 3)
-    twin = measure.read("colour_1_score_eval", LENGTHS, 3)
+    plain = measure.read_examples("colour_1", LENGTHS, 3)
+    twin = measure.read_examples("colour_1_score_eval", LENGTHS, 3)
     assert len(plain) == len(twin) == 3
     for one, other in zip(plain, twin, strict=True):
         np.testing.assert_array_equal(one.inputs, other.inputs)
         np.testing.assert_array_equal(one.choices[0], other.choices[0])
         assert one.choice_texts == other.choice_texts and len(other.choices) == 1
-    (cut,) = measure.read("colour_1", {"inputs": 3, "targets": 8}, 1)
+    (cut,) = measure.read_examples("colour_1", {"inputs": 3, "targets": 8}, 1)
     assert len(cut.inputs) == 3 and cut.cut_input
 
 
@@ -579,8 +586,8 @@ def test_seen_is_by_the_record_then_by_roles(registered):
 
 def test_sites_of_different_sizes_are_refused():
     experts = {"encoder/layers_0/mlp/gate": 3, "decoder/layers_0/mlp/gate": 5}
-    assert measure.choose_sites(None, experts) == ["decoder/layers_0/mlp/gate"]
+    assert measure.select_sites(None, experts) == ["decoder/layers_0/mlp/gate"]
     with pytest.raises(InputError, match=r"one number of experts.*\[3, 5\]"):
-        measure.choose_sites(["*"], experts)
+        measure.select_sites(["*"], experts)
     with pytest.raises(InputError, match="at least one site"):
-        measure.choose_sites([], experts)
+        measure.select_sites([], experts)

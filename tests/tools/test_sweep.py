@@ -26,8 +26,8 @@ FLAGS += ["--gin.INITIAL_CHECKPOINT_PATH=base.safetensors"]
 
 
 def plan(*flags: str) -> list[sweep.Run]:
-    rest, bindings = gin_flags.split_bindings(sweep.expand(flags))
-    return sweep.plan(sweep.FLAGS.parse_args(rest), bindings)
+    rest, bindings = gin_flags.split_bindings(sweep.expand_argument_files(flags))
+    return sweep.plan_runs(sweep.FLAGS.parse_args(rest), bindings)
 
 
 # --- the plan ---
@@ -73,7 +73,7 @@ def test_where_data_are_goes_to_scoring_too():
 def test_arguments_from_a_file(tmp_path):
     file = tmp_path / "list.txt"
     file.write_text("# a comment\nmethods/mov.gin 'methods/ia3.gin'  # another\n--seeds=1,2\n")
-    assert sweep.expand(["a", f"@{file}", "b"]) == [
+    assert sweep.expand_argument_files(["a", f"@{file}", "b"]) == [
         *("a", "methods/mov.gin", "methods/ia3.gin", "--seeds=1,2", "b")
     ]
 
@@ -326,12 +326,12 @@ def test_a_folder_of_something_else_is_refused(stand_ins, tmp_path, capsys):
 
 def test_two_sweeps_in_a_folder_are_refused(tmp_path):
     with (
-        subprocesses.alone_in(tmp_path / "out"),
+        subprocesses.exclusive_lock(tmp_path / "out"),
         pytest.raises(InputError, match="another sweep"),
-        subprocesses.alone_in(tmp_path / "out", patience=0.3),
+        subprocesses.exclusive_lock(tmp_path / "out", patience=0.3),
     ):
         pass
-    with subprocesses.alone_in(tmp_path / "out", patience=0):  # free again
+    with subprocesses.exclusive_lock(tmp_path / "out", patience=0):  # free again
         pass
 
 

@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from pemoe_jax.analysis.routing import probe as probe_lib
     from pemoe_jax.runtime import progress
 
-EXAMPLES = 32  # of a task, enough for a mean over some hundred tokens
+DEFAULT_EXAMPLES = 32  # of a task, enough for a mean over some hundred tokens
 _TWIN = "_score_eval"
 
 
 # --- which tasks
 
 
-def choose(patterns: Sequence[str] | None, registered: Any, use_cached: bool = False) -> list[str]:
+def select_tasks(
+    patterns: Sequence[str] | None, registered: Any, use_cached: bool = False
+) -> list[str]:
     """Names of tasks by patterns, in their order; a twin stands for the task that it is of.
 
     Args:
@@ -101,7 +103,7 @@ def _by_role(registered: Any, use_cached: bool) -> list[str]:
     names: dict[str, None] = {}
     for role in (trained, scored):
         of = {name: registered.datasets[name] for name in _there(role, use_cached)}
-        names |= dict.fromkeys(one_a_dataset(of))
+        names |= dict.fromkeys(first_task_per_dataset(of))
     if not names:
         raise InputError("no task to train on or to score: expected ROUTES_TASKS to name some")
     return list(names)
@@ -117,7 +119,7 @@ def _roles(registered: Any) -> tuple[list[str], list[str]]:
     return seqio_tasks.subtasks("t0_train"), seqio_tasks.subtasks(published.EVAL_MIXTURE)
 
 
-def one_a_dataset(datasets: Mapping[str, str]) -> list[str]:
+def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
     """Of {task: its data set} the first task of each."""
     first: dict[str, str] = {}
     for name, dataset in datasets.items():
@@ -138,7 +140,7 @@ def trained_datasets(opened: Any, registered: Any) -> set[str] | None:
 # --- their examples
 
 
-def split_of(name: str) -> str:
+def task_split(name: str) -> str:
     """The split of a task that is looked at: its evaluation split, or else `train`.
 
     Raises:
@@ -153,7 +155,7 @@ def split_of(name: str) -> str:
     return split or "train"
 
 
-def read(
+def read_examples(
     name: str, task_feature_lengths: Mapping[str, int], most: int, use_cached: bool = False
 ) -> list[Any]:
     """The first examples of a task as `data.ChoiceGroup`s that have the right answer alone.
@@ -169,7 +171,7 @@ def read(
     """
     from pemoe_jax.data import seqio_tasks
 
-    split, task = split_of(name), seqio_tasks.check_task(name)
+    split, task = task_split(name), seqio_tasks.check_task(name)
     if use_cached:
         seqio_tasks.cached_subtasks(name)  # there is a cache, or one clear line
     else:
@@ -184,7 +186,7 @@ def read(
         found = seqio_tasks.choice_groups(
             name, lengths, split=split, max_examples=most, use_cached=use_cached
         )
-        groups = [answered(group) for group in found]
+        groups = [keep_correct_choice(group) for group in found]
     else:
         rows = seqio_tasks.arrays(ds.take(most), name, split, use_cached)
         groups = [_group(task, number, row, lengths) for number, row in enumerate(rows)]
@@ -214,7 +216,7 @@ def _group(task: Any, number: int, row: Mapping[str, Any], lengths: Mapping[str,
     )
 
 
-def answered(group: Any) -> Any:
+def keep_correct_choice(group: Any) -> Any:
     """A group of choices with the right one alone, the first where none is."""
     best = group.is_correct.index(True) if any(group.is_correct) else 0
     return dataclasses.replace(
@@ -228,7 +230,7 @@ def answered(group: Any) -> Any:
 # --- what the routers do with them
 
 
-def measure(
+def measure_routing(
     model: Any,
     params: Any,
     groups: Mapping[str, Sequence[Any]],
@@ -242,10 +244,10 @@ def measure(
     Args:
       model: with routers.
       params: its parameters, whole on every device.
-      groups: {task: its `data.ChoiceGroup`s}; rows of the sums are in this order.
+      groups: {task: its `data.ChoiceGroup`s}; rows of the totals are in this order.
       batch_size: examples at a time over all devices.
       mesh: the devices.
-      token_sites: where sums by token are wanted.
+      token_sites: where totals by token are wanted.
       bar: told how many examples are done.
     """
     import jax
@@ -255,11 +257,15 @@ def measure(
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import batching, feed
 
-    rows = [(n, answered(group)) for n, members in enumerate(groups.values()) for group in members]
+    rows = [
+        (n, keep_correct_choice(group))
+        for n, members in enumerate(groups.values())
+        for group in members
+    ]
     number_of = {id(group): number for number, group in rows}
     probe = probe_lib.make_probe(model)
-    sums = probe_lib.start(model, len(groups), token_sites)
-    sums = partitioning.replicate(sums, mesh)
+    totals = probe_lib.init_totals(model, len(groups), token_sites)
+    totals = partitioning.replicate(totals, mesh)
     batches = batching.score_batches(
         [group for _, group in rows], batch_size, multiple_of=mesh.shape["data"]
     )
@@ -270,21 +276,24 @@ def measure(
         flat["tasks"] = np.zeros(len(flat["encoder_input_tokens"]), np.int32)
         flat["tasks"][: len(members)] = [number_of[id(group)] for group in members]
         sharded = partitioning.shard_batch(flat, mesh)
-        sums = probe(params, sharded, sharded.pop("tasks"), sums)
+        totals = probe(params, sharded, sharded.pop("tasks"), totals)
         done += len(members)
         if bar is not None:
             bar.report_if_due(done, "examples")
-    return jax.device_get(sums)
+    return jax.device_get(totals)
 
 
-def means(sums: "probe_lib.Sums", tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+def mean_probs(totals: "probe_lib.Sums", tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """{site: {task: [E]}}: each task's mean distribution over experts at every router."""
-    from pemoe_jax.analysis.routing import numbers
+    from pemoe_jax.analysis.routing import metrics
 
-    return {site: dict(zip(tasks, numbers.shares(sums, site), strict=True)) for site in sums.probs}
+    return {
+        site: dict(zip(tasks, metrics.mean_distributions(totals, site), strict=True))
+        for site in totals.probs
+    }
 
 
-def choose_sites(patterns: Sequence[str] | None, experts: Mapping[str, int]) -> list[str]:
+def select_sites(patterns: Sequence[str] | None, experts: Mapping[str, int]) -> list[str]:
     """Sites by patterns, in the order of layers.
 
     Args:

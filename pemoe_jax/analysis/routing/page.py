@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pemoe_jax.analysis import plots, tables
-from pemoe_jax.analysis.routing import numbers
+from pemoe_jax.analysis.routing import metrics
 from pemoe_jax.analysis.routing import plots as plots_lib
 from pemoe_jax.analysis.routing import tables as tables_lib
-from pemoe_jax.analysis.routing.numbers import Routing
+from pemoe_jax.analysis.routing.metrics import ProbeResult
 from pemoe_jax.analysis.tables import Table
 
 _DPI = 150  # of the pictures, see `plots.pyplot`; a page has 96 pixels an inch
@@ -25,28 +25,30 @@ _ALT = {
 }
 
 
-def draw(routing: Routing, folder: Path) -> None:
+def draw_plots(routing: ProbeResult, folder: Path) -> None:
     """Writes <run>_map.png, <run>_entropy.png and, of several tasks, <run>_tasks.png."""
     name = routing.about["name"]
     plots.routing_map(
         {
-            site: dict(zip(routing.names, numbers.shares(routing.sums, site), strict=True))
+            site: dict(
+                zip(routing.names, metrics.mean_distributions(routing.totals, site), strict=True)
+            )
             for site in routing.sites
         },
         _png(routing, folder, _MAP),
         seen=routing.seen,
         fold=None,
         title=f"Where tasks are routed: {name}",
-        measure=tables_lib.measure(routing),
+        measure=tables_lib.value_name(routing),
     )
-    plots_lib.entropies(
-        numbers.layers(routing),
+    plots_lib.plot_entropies(
+        metrics.router_entropies(routing),
         _png(routing, folder, _ENTROPY),
         title=f"Entropy of the routers by layer: {name}",
     )
     if len(routing.tasks) > 1:
-        plots_lib.dendrogram(
-            numbers.distances(routing),
+        plots_lib.plot_dendrogram(
+            metrics.task_distances(routing),
             routing.names,
             _png(routing, folder, _TREE),
             seen=routing.seen,
@@ -54,21 +56,21 @@ def draw(routing: Routing, folder: Path) -> None:
         )
 
 
-def _png(routing: Routing, folder: Path, kind: str) -> Path:
+def _png(routing: ProbeResult, folder: Path, kind: str) -> Path:
     return folder / f"{routing.about['name']}_{kind}.png"
 
 
-def _kinds(routing: Routing) -> list[str]:
+def _kinds(routing: ProbeResult) -> list[str]:
     return [_MAP, _ENTROPY, *([_TREE] if len(routing.tasks) > 1 else [])]
 
 
-def texts(routings: Sequence[Routing], folder: Path) -> dict[str, str]:
+def render_files(routings: Sequence[ProbeResult], folder: Path) -> dict[str, str]:
     """{name: content} of the files beside the pictures, which `draw` has written to the folder."""
     return {
         "routes.html": to_html(routings, folder),
         "routes.md": to_markdown(routings, folder),
         "routes.json": tables_lib.to_json(routings),
-        "routes.csv": tables_lib.to_csv(routings),
+        "routes.csv": tables_lib.distributions_csv(routings),
         "distances.csv": tables_lib.distances_csv(routings),
     }
 
@@ -86,7 +88,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Part:
+class RunSection:
     """A run's part of the page."""
 
     anchor: str
@@ -97,17 +99,17 @@ class Part:
     by_site: Mapping[str, Table]
     entropies: Table
     nearest: Table | None
-    top_tokens: Mapping[str, list[tuple[int, list[numbers.Token]]]]
+    top_tokens: Mapping[str, list[tuple[int, list[metrics.TopToken]]]]
     min_count: int
 
 
-def to_html(routings: Sequence[Routing], folder: Path) -> str:
+def to_html(routings: Sequence[ProbeResult], folder: Path) -> str:
     """The page; nothing in it is read from anywhere else."""
     page: str = _template().render(
         title="What the experts do: " + ", ".join(str(one.about["name"]) for one in routings),
-        runs=tables_lib.about(routings),
+        runs=tables_lib.runs_table(routings),
         parts=[_part(i, one, folder) for i, one in enumerate(routings)],
-        distance=numbers.DISTANCE,
+        distance=metrics.DISTANCE_DEFINITION,
         text_columns=tables.TEXT_COLUMNS,
     )
     return page
@@ -127,18 +129,18 @@ def _template() -> Any:
     return environment.get_template("page.html")
 
 
-def _part(number: int, routing: Routing, folder: Path) -> Part:
-    return Part(
+def _part(number: int, routing: ProbeResult, folder: Path) -> RunSection:
+    return RunSection(
         anchor=f"run-{number + 1}",
         name=str(routing.about["name"]),
         checkpoint=str(routing.about["checkpoint"]),
-        measure=tables_lib.measure(routing),
+        measure=tables_lib.value_name(routing),
         pictures={kind: _picture(_png(routing, folder, kind), kind) for kind in _kinds(routing)},
-        by_site=tables_lib.by_site(routing),
-        entropies=tables_lib.entropies(routing),
-        nearest=tables_lib.nearest(routing),
+        by_site=tables_lib.site_tables(routing),
+        entropies=tables_lib.entropy_table(routing),
+        nearest=tables_lib.nearest_table(routing),
         top_tokens={
-            site: list(enumerate(numbers.top_tokens(routing, site), 1)) for site in routing.sites
+            site: list(enumerate(metrics.top_tokens(routing, site), 1)) for site in routing.sites
         },
         min_count=routing.min_count,
     )
@@ -154,23 +156,23 @@ def _picture(png: Path, kind: str) -> Picture:
 # --- as text
 
 
-def to_markdown(routings: Sequence[Routing], folder: Path) -> str:
+def to_markdown(routings: Sequence[ProbeResult], folder: Path) -> str:
     """The tables, and links to the pictures beside."""
-    parts = ["# What the experts do", tables.markdown_table(tables_lib.about(routings))]
+    parts = ["# What the experts do", tables.markdown_table(tables_lib.runs_table(routings))]
     for one in routings:
         parts.append(f"# {one.about['name']}")
         for kind in _kinds(one):
             parts.append(f"![{_ALT[kind]}]({_png(one, folder, kind).name})")
-        near = tables_lib.nearest(one)
+        near = tables_lib.nearest_table(one)
         found = [
-            *tables_lib.by_site(one).values(),
-            tables_lib.entropies(one),
+            *tables_lib.site_tables(one).values(),
+            tables_lib.entropy_table(one),
             *([near] if near else []),
-            *map(_in_code, tables_lib.top_tokens(one).values()),
+            *map(_in_code, tables_lib.token_tables(one).values()),
         ]
         for table in found:
             parts += [f"## {table.title}", tables.markdown_table(table), *table.notes]
-        parts.append(f"Distance: {numbers.DISTANCE}.")
+        parts.append(f"Distance: {metrics.DISTANCE_DEFINITION}.")
         parts.append(f"Tokens: those met {one.min_count} times at least, with shares above 1/E.")
     return "\n\n".join(parts) + "\n"
 
@@ -181,16 +183,16 @@ def _in_code(table: Table) -> Table:
     return Table(table.title, table.columns, rows)
 
 
-def summary(routings: Sequence[Routing]) -> str:
+def summary(routings: Sequence[ProbeResult]) -> str:
     """What the command prints: of each run how decided its routers are at the sites looked at."""
     lines = []
     for one in routings:
-        at = [layer for layer in numbers.layers(one) if layer.site in one.sites]
+        at = [layer for layer in metrics.router_entropies(one) if layer.site in one.sites]
         width = max(len(layer.site) for layer in at)
         lines.append(f"{one.about['name']}: entropy of each token, of the mean; bits by task")
         lines += [
-            f"  {layer.site:<{width}}  {layer.per_token:.3f}  {layer.of_mean:.3f}"
-            f"  {layer.between_tasks:.4f}"
+            f"  {layer.site:<{width}}  {layer.token_entropy:.3f}  {layer.mean_entropy:.3f}"
+            f"  {layer.task_bits:.4f}"
             for layer in at
         ]
     return "\n".join(lines)

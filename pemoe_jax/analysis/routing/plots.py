@@ -13,7 +13,7 @@ import numpy as np
 
 from pemoe_jax.analysis import plots
 from pemoe_jax.analysis.routing import probe
-from pemoe_jax.analysis.routing.numbers import Layer
+from pemoe_jax.analysis.routing.metrics import RouterEntropy
 from pemoe_jax.core.errors import InputError
 
 # By kind of site: a colour for what is projected, a line for where.
@@ -21,12 +21,12 @@ _NAMES = {"key": 0, "value": 1, "gate": 2, "query": 3, "out": 4, "wi_0": 5, "wi_
 _LINES = {"self": "-", "cross": (0, (4, 2)), "": "-"}
 _MARKS = {"self": "o", "cross": "s", "": "D"}
 _MEASURES = (
-    ("per_token", "each token (low: it decides)"),
-    ("of_mean", "mean over all (low: few are used)"),
+    ("token_entropy", "each token (low: it decides)"),
+    ("mean_entropy", "mean over all (low: few are used)"),
 )
 
 
-def entropies(layers: Sequence[Layer], png: str | Path, *, title: str) -> Path:
+def plot_entropies(layers: Sequence[RouterEntropy], png: str | Path, *, title: str) -> Path:
     """Draws routers' entropies by layer: encoder beside decoder, tokens' above the mean's.
 
     Where the upper ones are low routers decide; where the lower ones are low experts lie idle. The
@@ -81,7 +81,7 @@ def entropies(layers: Sequence[Layer], png: str | Path, *, title: str) -> Path:
     return plots.save(figure, png)
 
 
-def _line(axis: Any, layers: Sequence[Layer], measure: str) -> None:
+def _line(axis: Any, layers: Sequence[RouterEntropy], measure: str) -> None:
     if not layers:
         return
     where, _, name = layers[0].kind.rpartition(" ")
@@ -97,7 +97,7 @@ def _line(axis: Any, layers: Sequence[Layer], measure: str) -> None:
     )
 
 
-def dendrogram(
+def plot_dendrogram(
     distances: np.ndarray,
     tasks: Sequence[str],
     png: str | Path,

@@ -1,4 +1,4 @@
-"""What routers do with tasks and with tokens: sums over batches, which stay on the device.
+"""What routers do with tasks and with tokens: totals over batches, which stay on the device.
 
 Shapes: `T` tasks, `V` token ids, `E` experts of a site. A site is named by its path in the
 parameters, e.g. 'decoder/layers_3/mlp/gate'.
@@ -27,28 +27,28 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @flax.struct.dataclass
-class Sums:
+class ProbeTotals:
     """Sums over real tokens, of head-wise routers the mean over heads; all float32.
 
     Attributes:
       probs: {site: [T, E]} of what mixes the experts, at every router.
       entropy: {site: [T]} of the entropies of what mixes them, scaled to sum to one, in nats.
-      tokens: {stack: [T]} how many there are.
-      by_token: {site: [V, E]} as `probs`, by the token's id, at the sites that were asked for.
+      num_tokens: {stack: [T]} how many there are.
+      token_probs: {site: [V, E]} as `probs`, by the token's id, at the sites that were asked for.
       token_counts: {stack: [V]} how many there are of each id.
     """
 
     probs: dict[str, Any]
     entropy: dict[str, Any]
-    tokens: dict[str, Any]
-    by_token: dict[str, Any]
+    num_tokens: dict[str, Any]
+    token_probs: dict[str, Any]
     token_counts: dict[str, Any]
 
 
-Probe = Callable[[Any, Any, Array, Sums], Sums]
+Probe = Callable[[Any, Any, Array, ProbeTotals], ProbeTotals]
 
 
-def experts(model: network.Transformer) -> dict[str, int]:
+def expert_counts(model: network.Transformer) -> dict[str, int]:
     """{site: E} of every router, in the order of the layers; empty for a method without any."""
     shapes = params_lib.flatten(network.param_shapes(model))
     return {
@@ -63,7 +63,7 @@ def _by_layer(path: str) -> tuple[int, int, int, int]:
     return STACKS.index(stack), int(layer.removeprefix("layers_")), *order
 
 
-def stack_of(site: str) -> str:
+def token_stack(site: str) -> str:
     """Whose tokens are routed there: cross-attention's keys and values are the encoder's."""
     of_encoder = site.startswith("encoder/") or site.endswith(
         ("encoder_decoder_attention/key", "encoder_decoder_attention/value")
@@ -71,40 +71,42 @@ def stack_of(site: str) -> str:
     return STACKS[0] if of_encoder else STACKS[1]
 
 
-def start(model: network.Transformer, tasks: int, token_sites: Collection[str] = ()) -> Sums:
+def init_totals(
+    model: network.Transformer, tasks: int, token_sites: Collection[str] = ()
+) -> ProbeTotals:
     """Zeros to begin with.
 
     Args:
       model: with routers.
       tasks: T.
-      token_sites: where sums by token are wanted.
+      token_sites: where totals by token are wanted.
 
     Raises:
       InputError: there is no router at one of them.
     """
-    found = experts(model)
+    found = expert_counts(model)
     missing = [site for site in token_sites if site not in found]
     if missing:
         raise InputError(f"no router at {missing[0]!r}: expected some of {list(found)}")
     vocab = model.config.vocab_size
-    return Sums(
+    return ProbeTotals(
         probs={site: jnp.zeros((tasks, size)) for site, size in found.items()},
         entropy={site: jnp.zeros(tasks) for site in found},
-        tokens={stack: jnp.zeros(tasks) for stack in STACKS},
-        by_token={site: jnp.zeros((vocab, found[site])) for site in token_sites},
+        num_tokens={stack: jnp.zeros(tasks) for stack in STACKS},
+        token_probs={site: jnp.zeros((vocab, found[site])) for site in token_sites},
         token_counts={stack: jnp.zeros(vocab) for stack in STACKS},
     )
 
 
 def make_probe(model: network.Transformer) -> Probe:
-    """-> probe(params, batch, tasks, sums) -> sums with the batch's; jitted, `sums` is donated.
+    """Returns the jitted probe(params, batch, tasks, totals) -> totals; `totals` is donated.
 
     The batch is unpacked, in T5X's names, with the right answers as targets, and `tasks` int [B]
     has each row's number below T. Where decoder sites are asked by token, it is the token that the
     decoder reads (0: the start), not the one that it predicts.
     """
 
-    def probe(params: Any, batch: Any, tasks: Array, sums: Sums) -> Sums:
+    def probe(params: Any, batch: Any, tasks: Array, totals: ProbeTotals) -> ProbeTotals:
         _, told = steps.apply_model(model, params, batch, None, mutable=["intermediates"])
         read = {
             STACKS[0]: batch["encoder_input_tokens"],
@@ -115,24 +117,26 @@ def make_probe(model: network.Transformer) -> Probe:
             STACKS[1]: batch["decoder_target_tokens"] > 0,
         }
         weights = {stack: valid.astype(jnp.float32) for stack, valid in real.items()}
-        rows = jax.nn.one_hot(tasks, sums.tokens[STACKS[0]].shape[0])  # [B, T]
-        probs, entropy = dict(sums.probs), dict(sums.entropy)
-        by_token = dict(sums.by_token)
+        rows = jax.nn.one_hot(tasks, totals.num_tokens[STACKS[0]].shape[0])  # [B, T]
+        probs, entropy = dict(totals.probs), dict(totals.entropy)
+        token_probs = dict(totals.token_probs)
         for path, (p,) in params_lib.flatten(told["intermediates"]).items():
             site = path.removesuffix(_SUFFIX)
-            stack = stack_of(site)
+            stack = token_stack(site)
             p, h = _over_heads(p)
             weight = weights[stack]
             probs[site] += _einsum("bt,ble,bl->te", rows, p, weight)
             entropy[site] += _einsum("bt,bl,bl->t", rows, h, weight)
-            if site in by_token:
-                by_token[site] = by_token[site].at[read[stack]].add(p * weight[..., None])
-        return Sums(
+            if site in token_probs:
+                token_probs[site] = token_probs[site].at[read[stack]].add(p * weight[..., None])
+        return ProbeTotals(
             probs=probs,
             entropy=entropy,
-            tokens={s: sums.tokens[s] + _einsum("bt,bl->t", rows, weights[s]) for s in STACKS},
-            by_token=by_token,
-            token_counts={s: sums.token_counts[s].at[read[s]].add(weights[s]) for s in STACKS},
+            num_tokens={
+                s: totals.num_tokens[s] + _einsum("bt,bl->t", rows, weights[s]) for s in STACKS
+            },
+            token_probs=token_probs,
+            token_counts={s: totals.token_counts[s].at[read[s]].add(weights[s]) for s in STACKS},
         )
 
     return jax.jit(probe, donate_argnums=(3,))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pemoe_jax.analysis.routing import numbers, probe
-from pemoe_jax.analysis.routing.numbers import Routing
+from pemoe_jax.analysis.routing import metrics, probe
+from pemoe_jax.analysis.routing.metrics import ProbeResult
 from pemoe_jax.analysis.tables import NONE, Table
 
 _SEEN = {True: "trained on", False: "held out", None: NONE}
@@ -27,18 +27,18 @@ _KEPT_NOTE = (
 )
 
 
-def measure(routing: Routing) -> str:
+def value_name(routing: ProbeResult) -> str:
     """What a mean distribution is called: probabilities are scaled where some are masked."""
-    whole = all(layer.kept > 0.999 for layer in numbers.layers(routing))
+    whole = all(layer.mass > 0.999 for layer in metrics.router_entropies(routing))
     return "mean probability" if whole else "mean share of the mixture"
 
 
-def about(routings: Sequence[Routing]) -> Table:
+def runs_table(routings: Sequence[ProbeResult]) -> Table:
     """The runs and what they were shown."""
     rows = []
     for one in routings:
         seen = [task.seen for task in one.tasks]
-        tokens = {stack: int(np.sum(one.sums.tokens[stack])) for stack in probe.STACKS}
+        tokens = {stack: int(np.sum(one.totals.num_tokens[stack])) for stack in probe.STACKS}
         rows.append(
             [
                 str(one.about["name"]),
@@ -56,12 +56,12 @@ def about(routings: Sequence[Routing]) -> Table:
     return Table("Runs", [*columns, "examples", "tokens in + out"], rows)
 
 
-def by_site(routing: Routing) -> dict[str, Table]:
+def site_tables(routing: ProbeResult) -> dict[str, Table]:
     """{site: its mean distributions, a row a task, a column an expert}."""
     found = {}
     for site in routing.sites:
-        shares = numbers.shares(routing.sums, site)
-        tokens = routing.sums.tokens[probe.stack_of(site)]
+        shares = metrics.mean_distributions(routing.totals, site)
+        tokens = routing.totals.num_tokens[probe.token_stack(site)]
         rows = [
             [task.name, task.dataset, _SEEN[task.seen], f"{int(count):,}"]
             + [f"{value:.3f}" for value in row]
@@ -71,7 +71,7 @@ def by_site(routing: Routing) -> dict[str, Table]:
         even = [f"{1 / len(experts):.3f}"] * len(experts)
         mean = [f"{value:.3f}" for value in shares.mean(axis=0)]
         found[site] = Table(
-            f"{site}: {measure(routing)} by expert",
+            f"{site}: {value_name(routing)} by expert",
             ["prompt", "data set", "seen", "tokens", *experts],
             rows,
             below=[["mean over tasks", "", "", "", *mean], ["all alike", "", "", "", *even]],
@@ -79,13 +79,18 @@ def by_site(routing: Routing) -> dict[str, Table]:
     return found
 
 
-def entropies(routing: Routing) -> Table:
+def entropy_table(routing: ProbeResult) -> Table:
     """A row a router, of all layers."""
-    layers = numbers.layers(routing)
-    partly = any(layer.kept <= 0.999 for layer in layers)
+    layers = metrics.router_entropies(routing)
+    partly = any(layer.mass <= 0.999 for layer in layers)
     rows = [
-        [layer.site, f"{layer.per_token:.4f}", f"{layer.of_mean:.4f}", f"{layer.between_tasks:.4f}"]
-        + ([f"{layer.kept:.3f}"] if partly else [])
+        [
+            layer.site,
+            f"{layer.token_entropy:.4f}",
+            f"{layer.mean_entropy:.4f}",
+            f"{layer.task_bits:.4f}",
+        ]
+        + ([f"{layer.mass:.3f}"] if partly else [])
         for layer in layers
     ]
     columns = ["site", "each token", "mean", "tasks (bits)", *(["kept"] if partly else [])]
@@ -93,9 +98,9 @@ def entropies(routing: Routing) -> Table:
     return Table("Entropy of the routers", columns, rows, notes=notes)
 
 
-def nearest(routing: Routing) -> Table | None:
+def nearest_table(routing: ProbeResult) -> Table | None:
     """Of each held-out task the trained one that is routed most alike; None where none is."""
-    found = numbers.nearest_seen(routing)
+    found = metrics.nearest_trained(routing)
     if not found:
         return None
     rows = [[name, near, f"{far:.4f}"] for name, (near, far) in found.items()]
@@ -103,16 +108,16 @@ def nearest(routing: Routing) -> Table | None:
     return Table("Held-out tasks and the trained ones that are routed most alike", columns, rows)
 
 
-def top_tokens(routing: Routing) -> dict[str, Table]:
+def token_tables(routing: ProbeResult) -> dict[str, Table]:
     """{site: a row an expert, its tokens with their shares as multiples of 1/E}."""
     found = {}
     for site in routing.sites:
         rows = [
             [str(number), "  ".join(f"{token.piece} {token.ratio:.2f}" for token in tokens) or NONE]
-            for number, tokens in enumerate(numbers.top_tokens(routing, site), 1)
+            for number, tokens in enumerate(metrics.top_tokens(routing, site), 1)
         ]
         read = {"encoder": "of the input", "decoder": "that the decoder reads"}
-        stack = probe.stack_of(site)
+        stack = probe.token_stack(site)
         found[site] = Table(
             f"{site}: tokens {read[stack]}, by expert",
             ["expert", "tokens by share"],
@@ -121,12 +126,14 @@ def top_tokens(routing: Routing) -> dict[str, Table]:
     return found
 
 
-def to_csv(routings: Sequence[Routing]) -> str:
+def distributions_csv(routings: Sequence[ProbeResult]) -> str:
     """A line a run, site, task and expert."""
     lines: list[list[Any]] = [["run", "site", "task", "dataset", "seen", "expert", "probability"]]
     for one in routings:
         for site in one.sites:
-            for task, row in zip(one.tasks, numbers.shares(one.sums, site), strict=True):
+            for task, row in zip(
+                one.tasks, metrics.mean_distributions(one.totals, site), strict=True
+            ):
                 seen = "" if task.seen is None else int(task.seen)
                 lines += [
                     [one.about["name"], site, task.name, task.dataset, seen, e, f"{value:.6g}"]
@@ -135,11 +142,11 @@ def to_csv(routings: Sequence[Routing]) -> str:
     return _csv(lines)
 
 
-def distances_csv(routings: Sequence[Routing]) -> str:
+def distances_csv(routings: Sequence[ProbeResult]) -> str:
     """A line a run and pair of tasks, each pair once."""
     lines: list[list[Any]] = [["run", "task", "other", "distance"]]
     for one in routings:
-        found, names = numbers.distances(one), one.names
+        found, names = metrics.task_distances(one), one.names
         lines += [
             [one.about["name"], names[i], names[j], f"{found[i, j]:.6g}"]
             for i in range(len(names))
@@ -154,14 +161,14 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def to_json(routings: Sequence[Routing]) -> str:
+def to_json(routings: Sequence[ProbeResult]) -> str:
     """All of it."""
-    whole = {"distance": numbers.DISTANCE, "runs": [_as_dict(one) for one in routings]}
+    whole = {"distance": metrics.DISTANCE_DEFINITION, "runs": [_as_dict(one) for one in routings]}
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
 
-def _as_dict(one: Routing) -> dict[str, Any]:
-    counts = {stack: np.asarray(one.sums.tokens[stack]) for stack in probe.STACKS}
+def _as_dict(one: ProbeResult) -> dict[str, Any]:
+    counts = {stack: np.asarray(one.totals.num_tokens[stack]) for stack in probe.STACKS}
     tasks = [
         dataclasses.asdict(task)
         | {f"{stack}_tokens": int(counts[stack][i]) for stack in probe.STACKS}
@@ -170,27 +177,42 @@ def _as_dict(one: Routing) -> dict[str, Any]:
     return {
         **one.about,
         "tasks": tasks,
-        "measure": measure(one),
+        "measure": value_name(one),
         "sites": {
             site: {
                 "experts": one.experts[site],
                 "means": {
                     name: _rounded(row)
-                    for name, row in zip(one.names, numbers.shares(one.sums, site), strict=True)
+                    for name, row in zip(
+                        one.names, metrics.mean_distributions(one.totals, site), strict=True
+                    )
                 },
                 "top_tokens": [
                     [dataclasses.asdict(token) | {"ratio": round(token.ratio, 4)} for token in of]
-                    for of in numbers.top_tokens(one, site)
+                    for of in metrics.top_tokens(one, site)
                 ],
             }
             for site in one.sites
         },
-        "entropies": [dataclasses.asdict(layer) for layer in numbers.layers(one)],
-        "distances": [_rounded(row) for row in numbers.distances(one)],
+        "entropies": [_entropy_entry(entropy) for entropy in metrics.router_entropies(one)],
+        "distances": [_rounded(row) for row in metrics.task_distances(one)],
         "nearest_seen": {
             name: {"task": near, "distance": round(far, 6)}
-            for name, (near, far) in numbers.nearest_seen(one).items()
+            for name, (near, far) in metrics.nearest_trained(one).items()
         },
+    }
+
+
+def _entropy_entry(entropy: metrics.RouterEntropy) -> dict[str, Any]:
+    return {
+        "site": entropy.site,
+        "stack": entropy.stack,
+        "layer": entropy.layer,
+        "kind": entropy.kind,
+        "per_token": entropy.token_entropy,
+        "of_mean": entropy.mean_entropy,
+        "between_tasks": entropy.task_bits,
+        "kept": entropy.mass,
     }
 
 

@@ -17,15 +17,15 @@ import numpy as np
 
 from pemoe_jax.analysis.routing import probe
 
-TOP_TOKENS = 10
-DISTANCE = (
+MAX_TOP_TOKENS = 10
+DISTANCE_DEFINITION = (
     "square root of the Jensen-Shannon divergence (base 2, so 0 to 1) of two tasks' mean"
     " distributions over experts, the divergence being the mean over the sites"
 )
 
 
 @dataclass(frozen=True)
-class Task:
+class ProbedTask:
     """A task that was looked at; `seen`: trained on; None: not known."""
 
     name: str
@@ -36,13 +36,13 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Routing:
+class ProbeResult:
     """What the routers of one run did.
 
     Attributes:
       about: of the run: name, method, checkpoint, step, …
-      tasks: T of them, in the order of the rows of `sums`.
-      sums: as numpy arrays.
+      tasks: T of them, in the order of the rows of `totals`.
+      totals: as numpy arrays.
       experts: {site: E} of every router, in the order of layers.
       sites: those that tables, maps, distances and tokens are of.
       pieces: the text of the token ids that were met.
@@ -50,8 +50,8 @@ class Routing:
     """
 
     about: dict[str, Any]
-    tasks: list[Task]
-    sums: probe.Sums
+    tasks: list[ProbedTask]
+    totals: probe.ProbeTotals
     experts: dict[str, int]
     sites: list[str]
     pieces: dict[int, str]
@@ -71,62 +71,62 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Layer:
+class RouterEntropy:
     """A router's entropies as shares of log E, each task counting alike.
 
     Attributes:
       site, stack, layer, kind: 'decoder/layers_3/mlp/gate', 'decoder', 3, 'gate'.
-      per_token: the mean of single distributions' entropies: 0 decided, 1 undecided.
-      of_mean: the entropy of their mean: 0 one expert does it all, 1 all are used alike.
-      between_tasks: what of it is lost within tasks, in bits: 0 where the mixture does not hang on
+      token_entropy: the mean of single distributions' entropies: 0 decided, 1 undecided.
+      mean_entropy: the entropy of their mean: 0 one expert does it all, 1 all are used alike.
+      task_bits: what of it is lost within tasks, in bits: 0 where the mixture does not hang on
         the task, at most log2 of the lesser of T and E (the Jensen-Shannon divergence of all).
-      kept: the mean sum of the probabilities; 1 but for a top-k router that does not renormalise.
+      mass: the mean sum of the probabilities; 1 but for a top-k router that does not renormalise.
     """
 
     site: str
     stack: str
     layer: int
     kind: str
-    per_token: float
-    of_mean: float
-    between_tasks: float
-    kept: float
+    token_entropy: float
+    mean_entropy: float
+    task_bits: float
+    mass: float
 
 
-def shares(sums: probe.Sums, site: str) -> np.ndarray:
+def mean_distributions(totals: probe.ProbeTotals, site: str) -> np.ndarray:
     """[T, E] each task's mean distribution over experts; of a task without tokens zeros."""
-    return _scaled(sums.probs[site])
+    return _scaled(totals.probs[site])
 
 
-def _scaled(sums: np.ndarray) -> np.ndarray:
-    sums = np.asarray(sums, np.float64)
-    return sums / np.maximum(sums.sum(axis=-1, keepdims=True), 1e-30)
+def _scaled(totals: np.ndarray) -> np.ndarray:
+    totals = np.asarray(totals, np.float64)
+    return totals / np.maximum(totals.sum(axis=-1, keepdims=True), 1e-30)
 
 
-def entropy(probs: np.ndarray) -> np.ndarray:
+def entropy_bits(probs: np.ndarray) -> np.ndarray:
     """Distributions [..., E] -> [...] in bits."""
     logs = np.log2(probs, where=probs > 0, out=np.zeros_like(probs, dtype=np.float64))
     return np.maximum(-(probs * logs).sum(axis=-1), 0.0)
 
 
-def divergences(probs: np.ndarray) -> np.ndarray:
+def jensen_shannon(probs: np.ndarray) -> np.ndarray:
     """[T, E] -> [T, T] Jensen-Shannon divergences in bits, 0 to 1."""
-    middle = entropy((probs[:, None] + probs[None]) / 2)
-    own = entropy(probs)
+    middle = entropy_bits((probs[:, None] + probs[None]) / 2)
+    own = entropy_bits(probs)
     found = np.clip(middle - (own[:, None] + own[None]) / 2, 0.0, 1.0)
     np.fill_diagonal(found, 0.0)
     return found
 
 
-def distances(routing: Routing) -> np.ndarray:
+def task_distances(routing: ProbeResult) -> np.ndarray:
     """[T, T], see `DISTANCE`; it is a metric."""
-    parts = [divergences(shares(routing.sums, site)) for site in routing.sites]
+    parts = [jensen_shannon(mean_distributions(routing.totals, site)) for site in routing.sites]
     return np.sqrt(np.mean(parts, axis=0))
 
 
-def nearest_seen(routing: Routing) -> dict[str, tuple[str, float]]:
+def nearest_trained(routing: ProbeResult) -> dict[str, tuple[str, float]]:
     """{unseen task: (the nearest seen one, its distance)}; empty where one kind is missing."""
-    found = distances(routing)
+    found = task_distances(routing)
     seen = [i for i, task in enumerate(routing.tasks) if task.seen]
     unseen = [i for i, task in enumerate(routing.tasks) if task.seen is False]
     if not seen:
@@ -136,33 +136,33 @@ def nearest_seen(routing: Routing) -> dict[str, tuple[str, float]]:
     return {names[i]: (names[j], float(found[i, j])) for i, j in nearest.items()}
 
 
-def layers(routing: Routing) -> list[Layer]:
+def router_entropies(routing: ProbeResult) -> list[RouterEntropy]:
     """Entropies of every router, in the order of layers."""
     return [_layer(routing, site, size) for site, size in routing.experts.items()]
 
 
-def _layer(routing: Routing, site: str, experts: int) -> Layer:
-    sums, stack = routing.sums, probe.stack_of(site)
-    tokens = np.asarray(sums.tokens[stack], np.float64)
+def _layer(routing: ProbeResult, site: str, experts: int) -> RouterEntropy:
+    totals, stack = routing.totals, probe.token_stack(site)
+    tokens = np.asarray(totals.num_tokens[stack], np.float64)
     there = tokens > 0
     most = np.log2(experts) or 1.0  # of one expert all entropies are 0
-    probs = shares(sums, site)[there]
-    single = np.asarray(sums.entropy[site], np.float64)[there] / tokens[there] / np.log(2)
-    of_mean = float(entropy(probs.mean(axis=0)))
-    place, layer, kind = parts(site)
-    return Layer(
+    probs = mean_distributions(totals, site)[there]
+    single = np.asarray(totals.entropy[site], np.float64)[there] / tokens[there] / np.log(2)
+    mean_entropy = float(entropy_bits(probs.mean(axis=0)))
+    place, layer, kind = split_site(site)
+    return RouterEntropy(
         site=site,
         stack=place,
         layer=layer,
         kind=kind,
-        per_token=float(single.mean() / most),
-        of_mean=of_mean / most,
-        between_tasks=max(0.0, of_mean - float(entropy(probs).mean())),
-        kept=float((np.asarray(sums.probs[site]).sum(axis=-1)[there] / tokens[there]).mean()),
+        token_entropy=float(single.mean() / most),
+        mean_entropy=mean_entropy / most,
+        task_bits=max(0.0, mean_entropy - float(entropy_bits(probs).mean())),
+        mass=float((np.asarray(totals.probs[site]).sum(axis=-1)[there] / tokens[there]).mean()),
     )
 
 
-def parts(site: str) -> tuple[str, int, str]:
+def split_site(site: str) -> tuple[str, int, str]:
     """'decoder/layers_3/encoder_decoder_attention/key' -> ('decoder', 3, 'cross key')."""
     stack, layer, module, name = site.split("/")
     prefix = "cross " if module == "encoder_decoder_attention" else "self "
@@ -171,7 +171,7 @@ def parts(site: str) -> tuple[str, int, str]:
 
 
 @dataclass(frozen=True)
-class Token:
+class TopToken:
     """A token that an expert has more of than an even share; `ratio` is its share times E."""
 
     id: int
@@ -180,21 +180,21 @@ class Token:
     ratio: float
 
 
-def top_tokens(routing: Routing, site: str, most: int = TOP_TOKENS) -> list[list[Token]]:
+def top_tokens(routing: ProbeResult, site: str, most: int = MAX_TOP_TOKENS) -> list[list[TopToken]]:
     """Of each of E experts the tokens with its largest share, where that is above an even one.
 
     Tokens met less often than `min_count` are left out.
     """
-    counts = np.asarray(routing.sums.token_counts[probe.stack_of(site)])
+    counts = np.asarray(routing.totals.token_counts[probe.token_stack(site)])
     ids = np.flatnonzero(counts >= routing.min_count)
-    ratios = _scaled(np.asarray(routing.sums.by_token[site])[ids]) * routing.experts[site]
+    ratios = _scaled(np.asarray(routing.totals.token_probs[site])[ids]) * routing.experts[site]
     found = []
     for column in ratios.T:
         order = np.lexsort((-counts[ids], -column))[:most]
         order = order[column[order] > 1]
         found.append(
             [
-                Token(int(ids[i]), _piece(routing.pieces, int(ids[i])), int(counts[ids[i]]), r)
+                TopToken(int(ids[i]), _piece(routing.pieces, int(ids[i])), int(counts[ids[i]]), r)
                 for i, r in zip(order, column[order].tolist(), strict=True)
             ]
         )
