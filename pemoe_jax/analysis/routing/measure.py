@@ -238,7 +238,7 @@ def measure_routing(
     mesh: Any,
     token_sites: Collection[str] = (),
     bar: "progress.Progress | None" = None,
-) -> "probe_lib.Sums":
+) -> "probe_lib.ProbeTotals":
     """Sums over the examples of tasks with their right answers, as numpy arrays.
 
     Args:
@@ -283,7 +283,7 @@ def measure_routing(
     return jax.device_get(totals)
 
 
-def mean_probs(totals: "probe_lib.Sums", tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+def mean_probs(totals: "probe_lib.ProbeTotals", tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """{site: {task: [E]}}: each task's mean distribution over experts at every router."""
     from pemoe_jax.analysis.routing import metrics
 
