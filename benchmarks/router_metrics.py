@@ -38,7 +38,7 @@ def untold(bare: bool) -> Iterator[None]:
     zeros = jnp.zeros(len(routing.STATISTICS) - 1)
     with contextlib.ExitStack() as stack:
         if bare:
-            stack.enter_context(mock.patch.object(routing, "statistics", lambda *_: zeros))
+            stack.enter_context(mock.patch.object(routing, "compute_statistics", lambda *_: zeros))
         yield
 
 

@@ -467,7 +467,7 @@ class _Loop:
                     told = means.pop("routers", None)
                     scalars = {f"train/{k}": v for k, v in means.items()}
                     if told is not None:
-                        found = routing.scalars(self.routers, told, self.router_detail)
+                        found = routing.summarize_statistics(self.routers, told, self.router_detail)
                         scalars |= {f"router/{k}": v for k, v in found.items()}
                     metrics.write(step, scalars)
                     bar.report(step, _note(means))

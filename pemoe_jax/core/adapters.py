@@ -129,7 +129,7 @@ class VectorExperts(nn.Module):
             return self._scaled(y, vectors, factory(name="router"), tokens)
         probs, _ = _route(self, "y", seen, tokens)
         if probs.ndim == y.ndim and heads:
-            scale = thin_matmul.mix(probs, vectors)
+            scale = thin_matmul.mix_vectors(probs, vectors)
         else:  # one distribution for all of them
             joined = jnp.moveaxis(vectors, -2, 0).reshape(self.num_experts, -1)  # [E, H·K or F]
             scale = thin_matmul.thin_matmul(probs, joined).reshape(*probs.shape[:2], *y.shape[2:])
@@ -143,7 +143,7 @@ class VectorExperts(nn.Module):
             and not (router.balance_loss or router.z_loss)
             and not self.is_initializing()
             and not self.is_mutable_collection("intermediates")
-            and mov.runs_here()
+            and mov.is_supported()
         )
 
     def _scaled(
@@ -160,7 +160,9 @@ class VectorExperts(nn.Module):
         out, sums = mov.route_and_scale(y, kernel, vectors, weights)
         soft, chosen, entropy, z = jax.lax.stop_gradient(sums)
         total = jnp.sum(weights, keepdims=True)[0] * math.prod(y.shape[2:-1])
-        told = routing.of_sums(routing.Sums(soft, chosen, soft, entropy, z, total))
+        told = routing.statistics_from_sums(
+            routing.StatisticSums(soft, chosen, soft, entropy, z, total)
+        )
         self.sow("routers", "statistics", jnp.append(told, 0.0))  # no objective
         return out
 

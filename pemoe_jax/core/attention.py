@@ -12,59 +12,63 @@ from pemoe_jax.core.kernels import attention
 
 Array = jax.Array
 
-WAYS = ("plain", "chunked", "fused")
-CHUNK = 256  # queries at a time
+IMPLEMENTATIONS = ("plain", "chunked", "fused")
+QUERY_CHUNK = 256  # queries at a time
 NEG_INF = -1e10  # finite, so that a row with nothing to attend to gives a mean and not NaN
 
 
-def check(way: str, dtype: str) -> None:
-    """Raises InputError where there is no such way, or it does not know the activations' type."""
-    if way not in WAYS:
-        raise InputError(f"ATTENTION: expected one of {[*WAYS]}, found {way!r}")
-    if way == "fused" and jnp.dtype(dtype) != jnp.bfloat16:
+def check_implementation(implementation: str, dtype: str) -> None:
+    """Raises InputError where there is no such implementation, or it does not know the activations' type."""
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"ATTENTION: expected one of {[*IMPLEMENTATIONS]}, found {implementation!r}"
+        )
+    if implementation == "fused" and jnp.dtype(dtype) != jnp.bfloat16:
         raise InputError(f"ATTENTION 'fused' is for DTYPE 'bfloat16', found {dtype!r}")
 
 
 @flax.struct.dataclass
-class Readable:
+class SegmentMask:
     """Which keys a query may read: those of its own number, of a batch's rows.
 
     Attributes:
-      queries: int32 [B, Lq]; None: every query reads every key whose number is not 0.
-      keys: int32 [B, Lk]; keys of number 0, padding, are read by none.
+      query_segment_ids: int32 [B, Lq]; None: every query reads every key whose number is not 0.
+      key_segment_ids: int32 [B, Lk]; keys of number 0, padding, are read by none.
       causal: whether no query reads a key to its right.
     """
 
-    queries: Array | None
-    keys: Array
+    query_segment_ids: Array | None
+    key_segment_ids: Array
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def mask(self) -> Array:
+    def to_bool(self) -> Array:
         """Bool [B, 1, Lq or 1, Lk], True may be read."""
-        keys = self.keys[:, None, None, :]
+        keys = self.key_segment_ids[:, None, None, :]
         mask = keys > 0
-        if self.queries is not None:
-            mask &= self.queries[:, None, :, None] == keys
+        if self.query_segment_ids is not None:
+            mask &= self.query_segment_ids[:, None, :, None] == keys
         if self.causal:
-            mask &= jnp.tril(jnp.ones((self.keys.shape[1],) * 2, bool))
+            mask &= jnp.tril(jnp.ones((self.key_segment_ids.shape[1],) * 2, bool))
         return mask
 
 
-Mask = Array | Readable
+Mask = Array | SegmentMask
 
 
-def prepare(way: str, mask: Mask | None, bias: Array | None) -> tuple[Mask | None, Array | None]:
+def prepare_mask_and_bias(
+    implementation: str, mask: Mask | None, bias: Array | None
+) -> tuple[Mask | None, Array | None]:
     """Mask and bias as `attend` is best given them by all layers of a stack that share them.
 
-    What a way makes of them is made here once, and not by every layer.
+    What a implementation makes of them is made here once, and not by every layer.
 
     Raises:
-      InputError: where a gradient of the bias is wanted and the way has none.
+      InputError: where a gradient of the bias is wanted and the implementation has none.
     """
-    if way == "fused":
+    if implementation == "fused":
         return mask, None if bias is None else _without_gradient(bias)
-    if isinstance(mask, Readable):
-        mask = mask.mask()
+    if isinstance(mask, SegmentMask):
+        mask = mask.to_bool()
     return mask, bias
 
 
@@ -85,14 +89,14 @@ def _refused(bias: Any) -> tuple[Array, None]:
 _without_gradient.defvjp(_refused, lambda _, g: (None,), symbolic_zeros=True)
 
 
-def attend(
+def dot_product_attention(
     query: Array,
     key: Array,
     value: Array,
     mask: Mask | None,
     bias: Array | None,
-    kept: Array | None,
-    way: str = "plain",
+    dropout_mask: Array | None,
+    implementation: str = "plain",
 ) -> Array:
     """-> [B, Lq, H, K], of value's type; logits are not scaled, and float32 as their softmax is.
 
@@ -104,17 +108,17 @@ def attend(
       query: [B, Lq, H, K]. key, value: [B, Lk, H, K].
       mask: bool that broadcasts to [B, H, Lq, Lk], True may be read, or what `prepare` gave.
       bias: added to the logits; broadcasts to [B, H, Lq, Lk].
-      kept: float32 [B, H, 1, Lk], what probabilities are multiplied by, for dropout.
-      way: one of `WAYS`.
+      dropout_mask: float32 [B, H, 1, Lk], what probabilities are multiplied by, for dropout.
+      implementation: one of `WAYS`.
     """
     length = query.shape[1]
-    if isinstance(mask, Readable):
+    if isinstance(mask, SegmentMask):
         # a single query, a step of decoding, is no work for a matrix unit
-        if way == "fused" and length > 1 and attention.takes(query):
-            return _fused(query, key, value, mask, bias, kept)
-        mask = mask.mask()
-    if way == "plain" or length <= CHUNK:
-        return _of_queries(query, key, value, mask, bias, kept)
+        if implementation == "fused" and length > 1 and attention.supports(query):
+            return _fused(query, key, value, mask, bias, dropout_mask)
+        mask = mask.to_bool()
+    if implementation == "plain" or length <= QUERY_CHUNK:
+        return _of_queries(query, key, value, mask, bias, dropout_mask)
 
     @functools.partial(jax.checkpoint, static_argnums=(1,))
     def of_rows(start: Array | int, count: int) -> Array:
@@ -125,28 +129,33 @@ def attend(
 
         some = rows(query, 1)
         assert some is not None
-        return _of_queries(some, key, value, rows(mask, 2), rows(bias, 2), kept)
+        return _of_queries(some, key, value, rows(mask, 2), rows(bias, 2), dropout_mask)
 
-    whole, rest = divmod(length, CHUNK)
-    starts = jnp.arange(whole) * CHUNK
+    whole, rest = divmod(length, QUERY_CHUNK)
+    starts = jnp.arange(whole) * QUERY_CHUNK
     # [chunks, B, CHUNK, H, K] -> [B, chunks · CHUNK, H, K]
-    found = jnp.moveaxis(jax.lax.map(lambda start: of_rows(start, CHUNK), starts), 0, 1)
-    found = found.reshape(query.shape[0], whole * CHUNK, *value.shape[2:])
+    found = jnp.moveaxis(jax.lax.map(lambda start: of_rows(start, QUERY_CHUNK), starts), 0, 1)
+    found = found.reshape(query.shape[0], whole * QUERY_CHUNK, *value.shape[2:])
     if not rest:
         return found
-    return jnp.concatenate([found, of_rows(whole * CHUNK, rest)], axis=1)
+    return jnp.concatenate([found, of_rows(whole * QUERY_CHUNK, rest)], axis=1)
 
 
 def _fused(
-    query: Array, key: Array, value: Array, mask: Readable, bias: Array | None, kept: Array | None
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: SegmentMask,
+    bias: Array | None,
+    dropout_mask: Array | None,
 ) -> Array:
-    if kept is not None:  # a key that is dropped weighs nothing, and still takes its share
-        value = (value * jnp.moveaxis(kept, (2, 3), (3, 1))).astype(value.dtype)
-    of_queries, of_keys = mask.queries, mask.keys
+    if dropout_mask is not None:  # a key that is dropped weighs nothing, and still takes its share
+        value = (value * jnp.moveaxis(dropout_mask, (2, 3), (3, 1))).astype(value.dtype)
+    of_queries, of_keys = mask.query_segment_ids, mask.key_segment_ids
     if of_queries is None:
         of_queries, of_keys = jnp.ones(query.shape[:2], jnp.int32), jnp.minimum(of_keys, 1)
     of = query, key, value, of_queries, of_keys, bias
-    return attention.attend_on_mesh(*of, causal=mask.causal)
+    return attention.fused_attention_on_mesh(*of, causal=mask.causal)
 
 
 @jax.custom_vjp
@@ -180,11 +189,11 @@ def _of_queries(
     value: Array,
     mask: Array | None,
     bias: Array | None,
-    kept: Array | None,
+    dropout_mask: Array | None,
 ) -> Array:
-    if kept is None and query.dtype == jnp.float32 and jax.default_backend() == "cpu":
+    if dropout_mask is None and query.dtype == jnp.float32 and jax.default_backend() == "cpu":
         return _of_queries_on_cpus(query, key, value, mask, bias)
-    return _by_softmax(query, key, value, mask, bias, kept)
+    return _by_softmax(query, key, value, mask, bias, dropout_mask)
 
 
 def _by_softmax(
@@ -193,11 +202,11 @@ def _by_softmax(
     value: Array,
     mask: Array | None,
     bias: Array | None,
-    kept: Array | None,
+    dropout_mask: Array | None,
 ) -> Array:
     probs = jax.nn.softmax(_logits(query, key, mask, bias), axis=-1)
-    if kept is not None:
-        probs *= kept
+    if dropout_mask is not None:
+        probs *= dropout_mask
     return jnp.einsum("bhqm,bmhk->bqhk", probs.astype(value.dtype), value)
 
 

@@ -168,7 +168,7 @@ class MultiHeadDotProductAttention(nn.Module):
     head_dim: int
     dtype: Any = jnp.float32
     dropout_rate: float = 0.0
-    way: str = "plain"  # of `attention.WAYS`
+    implementation: str = "plain"  # one of `attention.IMPLEMENTATIONS`
     adapters: Adapters = Adapters()
 
     def _project(self, site: str, inputs: Array, tokens: Tokens | None) -> Array:
@@ -251,7 +251,7 @@ class MultiHeadDotProductAttention(nn.Module):
         Args:
           inputs_q: what asks.
           inputs_kv: what is read; the same array as inputs_q in self-attention.
-          mask: which keys may be read: bool that broadcasts to [B, H, Lq, Lk], or `Readable`.
+          mask: which keys may be read: bool that broadcasts to [B, H, Lq, Lk], or `SegmentMask`.
           bias: added to the logits; broadcasts to [B, H, Lq, Lk].
           tokens_q, tokens_kv: of inputs_q and inputs_kv, for routers; whether there is dropout.
           decode: one step at a time over a cache.
@@ -289,12 +289,14 @@ class MultiHeadDotProductAttention(nn.Module):
             raise ValueError(f"{query.shape[0]} rows of queries cannot share {batch} rows of keys")
         if query.shape[0] != batch:  # [B·C, Lq, H, K] -> [B, C·Lq, H, K]
             query = query.reshape(batch, -1, self.num_heads, self.head_dim)
-        kept = None
+        dropout_mask = None
         if not deterministic and self.dropout_rate > 0.0:
             # T5X drops the same key for all queries of a head
             ones = jnp.ones((batch, self.num_heads, 1, key.shape[1]))
-            kept = nn.Dropout(self.dropout_rate)(ones, deterministic=False)
-        return attention.attend(query, key, value, mask, bias, kept, self.way)
+            dropout_mask = nn.Dropout(self.dropout_rate)(ones, deterministic=False)
+        return attention.dot_product_attention(
+            query, key, value, mask, bias, dropout_mask, self.implementation
+        )
 
 
 class MlpBlock(nn.Module):

@@ -30,7 +30,7 @@ class T5Config:
       sentence_dim: S of the sentence embeddings that routers may read; None: D.
       scan_layers: whether a stack runs as one loop over its layers, compiled once.
       remat_policy: what is kept of a layer for its gradients, see `stacks.REMAT_POLICIES`.
-      attention: how it is computed, see `attention.attend`.
+      attention: how it is computed, see `attention.dot_product_attention`.
 
     The last three change how a step is computed and not what the model is.
     """
@@ -63,7 +63,7 @@ class T5Config:
         if not isinstance(self.scan_layers, bool):
             raise InputError(f"SCAN_LAYERS: expected True or False, found {self.scan_layers!r}")
         stacks.check_remat_policy(self.remat_policy)
-        attention.check(self.attention, self.dtype)
+        attention.check_implementation(self.attention, self.dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """What the model is, as plain data; `T5Config(**d)` reads it back."""
@@ -87,7 +87,7 @@ class _Block(nn.Module):
             head_dim=cfg.head_dim,
             dtype=cfg.dtype,
             dropout_rate=cfg.dropout_rate,
-            way=cfg.attention,
+            implementation=cfg.attention,
             adapters=self.adapters,
             name=name,
         )
@@ -120,7 +120,7 @@ class EncoderLayer(_Block):
     def __call__(
         self, x: Array, mask: attention.Mask | None, bias: Array | None, tokens: Tokens
     ) -> Array:
-        """[B, L, D] -> [B, L, D]; mask and bias as `attention.prepare` gives them."""
+        """[B, L, D] -> [B, L, D]; mask and bias as `attention.prepare_mask_and_bias` gives them."""
         h = self.norm("pre_attention_layer_norm")(x)
         h = self.attention("attention")(h, h, mask, bias, tokens_q=tokens, tokens_kv=tokens)
         x = self.residual(x, h, tokens)
@@ -183,7 +183,7 @@ class Encoder(nn.Module):
     adapters: Adapters = Adapters()
 
     @nn.compact
-    def __call__(self, embedded: Array, mask: attention.Readable, tokens: Tokens) -> Array:
+    def __call__(self, embedded: Array, mask: attention.SegmentMask, tokens: Tokens) -> Array:
         """Embedded tokens [B, L, D] -> [B, L, D]."""
         cfg, deterministic = self.config, tokens.deterministic
         length = embedded.shape[1]
@@ -192,7 +192,7 @@ class Encoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=True
         )
-        of_all = attention.prepare(cfg.attention, mask, bias)
+        of_all = attention.prepare_mask_and_bias(cfg.attention, mask, bias)
         x = stacks.apply_layers(
             self,
             functools.partial(EncoderLayer, cfg, self.adapters),
@@ -216,8 +216,8 @@ class Decoder(nn.Module):
         self,
         embedded: Array,
         encoded: Array,
-        decoder_mask: attention.Readable | None,
-        cross_mask: attention.Readable,
+        decoder_mask: attention.SegmentMask | None,
+        cross_mask: attention.SegmentMask,
         tokens: Tokens,
         encoded_tokens: Tokens,
         decode: bool,
@@ -237,8 +237,8 @@ class Decoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=False
         )
-        of_own = attention.prepare(cfg.attention, decoder_mask, bias)
-        of_encoded = attention.prepare(cfg.attention, cross_mask, None)
+        of_own = attention.prepare_mask_and_bias(cfg.attention, decoder_mask, bias)
+        of_encoded = attention.prepare_mask_and_bias(cfg.attention, cross_mask, None)
         x = stacks.apply_layers(
             self,
             functools.partial(DecoderLayer, cfg, self.adapters),
@@ -286,7 +286,7 @@ class Transformer(nn.Module):
         """Token ids [B, L] -> [B, L, D]; `sentence_embeddings` [B, S] are for routers."""
         valid = encoder_input_tokens > 0
         numbers = _numbers(valid, encoder_segment_ids)
-        mask = attention.Readable(numbers, numbers)
+        mask = attention.SegmentMask(numbers, numbers)
         embedded = self.token_embedder(encoder_input_tokens)
         return self.encoder(embedded, mask, Tokens(valid, sentence_embeddings, not enable_dropout))
 
@@ -319,7 +319,7 @@ class Transformer(nn.Module):
           max_decode_length: length of the cache in a step of decoding.
           sentence_embeddings: [B, S], for routers that read them.
           return_hidden: what the logits' matrix reads [B·C, L, D], float32, in place of logits: for
-            `cross_entropy.of_hidden` with `logits_kernel`.
+            `cross_entropy.chunked_cross_entropy` with `logits_kernel`.
         """
         del decoder_positions
         readable = encoder_input_tokens > 0
@@ -327,12 +327,12 @@ class Transformer(nn.Module):
             encoder_segment_ids = None  # rows that are not packed read all of their input
         of_keys = _numbers(readable, encoder_segment_ids)
         of_queries = None if encoder_segment_ids is None else decoder_segment_ids
-        cross_mask = attention.Readable(of_queries, of_keys)
+        cross_mask = attention.SegmentMask(of_queries, of_keys)
         decoder_mask = valid = None
         if not decode:
             valid = decoder_target_tokens > 0
             numbers = _numbers(valid, decoder_segment_ids)
-            decoder_mask = attention.Readable(numbers, numbers, causal=True)
+            decoder_mask = attention.SegmentMask(numbers, numbers, causal=True)
         embedded = self.token_embedder(decoder_input_tokens)
         encoded_tokens = Tokens(readable, sentence_embeddings, not enable_dropout)
         own = sentence_embeddings
@@ -386,7 +386,7 @@ class Transformer(nn.Module):
 
 
 def _numbers(valid: Array, segments: Array | None) -> Array:
-    """Int32 [B, L] for `attention.Readable`: a token's segment, or 1, and 0 at padding."""
+    """Int32 [B, L] for `attention.SegmentMask`: a token's segment, or 1, and 0 at padding."""
     return jnp.where(valid, 1 if segments is None else segments, 0).astype(jnp.int32)
 
 

@@ -25,7 +25,7 @@ READS = ("x", "y", "sentence")
 # What a router tells of a batch, in the order of the vector that `Router` returns.
 STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "objective")
 # An expert is called dead where its share of the load is below this share of an even one.
-DEAD = 0.01
+DEAD_LOAD = 0.01
 _WIDE = 1024  # a row's most numbers in sums over rows
 
 
@@ -44,7 +44,7 @@ class Tokens:
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
 
 
-class Routed(NamedTuple):
+class RouterOutput(NamedTuple):
     """What a router gives.
 
     Attributes:
@@ -95,7 +95,7 @@ class Router(nn.Module):
     @nn.compact
     def __call__(
         self, features: Array, tokens: Tokens | None = None, beside: Array | None = None
-    ) -> Routed:
+    ) -> RouterOutput:
         """Of features [B, L, ..., features] or, of a sentence, [B, features].
 
         Args:
@@ -137,7 +137,7 @@ class Router(nn.Module):
             balance_loss=self.balance_loss,
             z_loss=self.z_loss,
         )
-        return Routed(probs, told, product)
+        return RouterOutput(probs, told, product)
 
     def is_soft(self, tokens: Tokens | None = None) -> bool:
         """Whether the probabilities are the softmax itself, of the features as they are."""
@@ -187,7 +187,7 @@ def _mixture(
             probs /= jnp.sum(probs, axis=-1, keepdims=True)
         if straight_through:
             probs = soft + jax.lax.stop_gradient(probs - soft)
-    told = statistics(logits, soft, probs, _weights(logits, valid))
+    told = compute_statistics(logits, soft, probs, _weights(logits, valid))
     objective = jnp.zeros(())
     if balance_loss:  # 0 · x is no constant to XLA: x and its gradient would be computed
         objective += balance_loss * told[3]
@@ -215,7 +215,7 @@ def _weights(logits: Array, valid: Array | None) -> Array:
     return jnp.broadcast_to(valid, (*logits.shape[:-1], 1))
 
 
-def statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Array:
+def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Array:
     """The first five of `STATISTICS`, float32: means over distributions by their weights.
 
     - entropy: of the softmax, in nats; log E where all experts are alike.
@@ -239,7 +239,9 @@ def statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Arra
     parts = [log_sum, jnp.square(largest + log_sum), jnp.ones_like(log_sum)]
     log_sums, z, total = jnp.split(_over_rows(jnp.concatenate(parts, axis=-1), weights), 3)
     entropy = log_sums - jnp.sum(_over_rows(soft * shifted, weights))
-    return of_sums(Sums(of_all, _over_rows(first, weights), mixed, entropy, z, total))
+    return statistics_from_sums(
+        StatisticSums(of_all, _over_rows(first, weights), mixed, entropy, z, total)
+    )
 
 
 def _over_rows(x: Array, weights: Array) -> Array:
@@ -259,7 +261,7 @@ def _over_rows(x: Array, weights: Array) -> Array:
     return jnp.sum(x.reshape(joined, n), axis=0)
 
 
-class Sums(NamedTuple):
+class StatisticSums(NamedTuple):
     """Of routers' distributions by their weights, float32: what `statistics` is made of.
 
     Attributes:
@@ -278,7 +280,7 @@ class Sums(NamedTuple):
     total: Array
 
 
-def of_sums(sums: Sums) -> Array:
+def statistics_from_sums(sums: StatisticSums) -> Array:
     """The first five of `STATISTICS`, see `statistics`."""
     experts = sums.soft.shape[0]
     total = jnp.maximum(sums.total[0], 1e-9)
@@ -288,17 +290,17 @@ def of_sums(sums: Sums) -> Array:
         [
             sums.entropy[0] / total,
             jnp.max(load),
-            jnp.mean((load < DEAD).astype(jnp.float32)),
+            jnp.mean((load < DEAD_LOAD).astype(jnp.float32)),
             experts * jnp.sum(chosen * sums.soft) / total,
             sums.z[0] / total,
         ]
     )
 
 
-DETAILS = ("sites", "layers")
+DETAIL_LEVELS = ("sites", "layers")
 
 
-def scalars(paths: Sequence[str], told: np.ndarray, detail: str) -> dict[str, float]:
+def summarize_statistics(paths: Sequence[str], told: np.ndarray, detail: str) -> dict[str, float]:
     """Routers' statistics by name, for metrics.
 
     Args:
@@ -313,7 +315,7 @@ def scalars(paths: Sequence[str], told: np.ndarray, detail: str) -> dict[str, fl
     rows: dict[str, list[int]] = {"": list(range(len(paths)))}
     for number, path in enumerate(paths):
         name = path.removesuffix("_adapter")
-        rows.setdefault(name if detail == "layers" else site(name), []).append(number)
+        rows.setdefault(name if detail == "layers" else site_name(name), []).append(number)
     found = {}
     for name, members in rows.items():
         part = told[members]
@@ -325,7 +327,7 @@ def scalars(paths: Sequence[str], told: np.ndarray, detail: str) -> dict[str, fl
     return found
 
 
-def site(path: str) -> str:
+def site_name(path: str) -> str:
     """'encoder/layers_3/mlp/gate_adapter' -> 'encoder/mlp/gate': its name in any layer."""
     return re.sub(r"/layers_\d+/", "/", path).removesuffix("_adapter")
 

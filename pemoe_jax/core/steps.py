@@ -130,7 +130,7 @@ def _loss_sums(
     beside it does not hang on how the sum is normalised.
     """
     hidden, told = apply_model(model, params, batch, rng, return_hidden=True, mutable=["routers"])
-    total, of_tokens = cross_entropy.of_hidden(
+    total, of_tokens = cross_entropy.chunked_cross_entropy(
         hidden,
         network.logits_kernel(params),
         batch["decoder_target_tokens"],
@@ -324,6 +324,6 @@ def score_choices(model: Any, params: Any, batch: Batch) -> Array:
         **sentences,
     )
     kernel = network.logits_kernel(params)
-    _, of_tokens = cross_entropy.of_hidden(hidden, kernel, flat_targets, real)
+    _, of_tokens = cross_entropy.chunked_cross_entropy(hidden, kernel, flat_targets, real)
     scores = -jnp.sum(of_tokens["nll"] * real, axis=-1)
     return scores.reshape(rows, choices)

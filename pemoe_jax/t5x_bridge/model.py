@@ -49,7 +49,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         router_metrics: str | None = "sites",
         **settings: Any,
     ) -> None:
-        if router_metrics not in (None, *routing.DETAILS):
+        if router_metrics not in (None, *routing.DETAIL_LEVELS):
             raise InputError(
                 f"ROUTER_METRICS: expected 'sites', 'layers' or None, found {router_metrics!r}"
             )
@@ -177,13 +177,13 @@ def _segments(batch: Batch) -> dict[str, Any]:
 
 
 def _router_metrics(paths: Sequence[str], told: jax.Array, detail: str) -> dict[str, Any]:
-    """`routing.scalars` of traced statistics [routers, 6], under `router/`.
+    """`routing.summarize_statistics` of traced statistics [routers, 6], under `router/`.
 
     They are means over steps and microbatches (T5X divides its AveragePerStep by steps alone).
     """
     rows: dict[str, list[int]] = {"": list(range(len(paths)))}
     for number, path in enumerate(paths):
-        name = path.removesuffix("_adapter") if detail == "layers" else routing.site(path)
+        name = path.removesuffix("_adapter") if detail == "layers" else routing.site_name(path)
         rows.setdefault(name, []).append(number)
     found = {}
     for name, members in rows.items():

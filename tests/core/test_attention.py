@@ -23,14 +23,14 @@ def arrays(queries: int, keys: int, dtype=jnp.float32):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     mask = jnp.asarray(rng.random((B, 1, queries, keys)) < 0.7).at[0, 0, 0].set(False)
-    kept = jnp.asarray(rng.random((B, H, 1, keys)) < 0.8, jnp.float32) / 0.8
+    dropout_mask = jnp.asarray(rng.random((B, H, 1, keys)) < 0.8, jnp.float32) / 0.8
     return (
         draw(B, queries, H, K), draw(B, keys, H, K), draw(B, keys, H, K), mask,
-        draw(1, H, queries, keys), kept,
+        draw(1, H, queries, keys), dropout_mask,
     )  # fmt: skip
 
 
-def by_definition(query, key, value, mask, bias, kept):
+def by_definition(query, key, value, mask, bias, dropout_mask):
     """float64, a head and a query at a time."""
     found = np.zeros(query.shape)
     q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
@@ -42,18 +42,22 @@ def by_definition(query, key, value, mask, bias, kept):
             logits = np.where(row, logits, -1e10)
         probs = np.exp(logits - logits.max())
         probs /= probs.sum()
-        found[b, i, h] = (probs * (1 if kept is None else np.asarray(kept)[b, h, 0])) @ v[b, :, h]
+        found[b, i, h] = (
+            probs * (1 if dropout_mask is None else np.asarray(dropout_mask)[b, h, 0])
+        ) @ v[b, :, h]
     return found
 
 
-def run(way, *of):
+def run(implementation, *of):
     """(values, gradients of query, key, value and bias, where there is one) of a sum of squares."""
-    query, key, value, mask, bias, kept = of
+    query, key, value, mask, bias, dropout_mask = of
 
     def total(*some):
         query, key, value, *rest = some
         given = rest[0] if rest else None
-        found = attention.attend(query, key, value, mask, given, kept, way)
+        found = attention.dot_product_attention(
+            query, key, value, mask, given, dropout_mask, implementation
+        )
         return jnp.sum(jnp.square(found.astype(jnp.float32))), found
 
     given = (query, key, value) if bias is None else (query, key, value, bias)
@@ -62,16 +66,18 @@ def run(way, *of):
     return found, grads
 
 
-@pytest.mark.parametrize("way", ["plain", "chunked"])
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
 @pytest.mark.parametrize("queries", [8, 11, 3])
 @pytest.mark.parametrize("without", [(), (3,), (4, 5)])
-def test_equals_the_definition(monkeypatch, way, queries, without):
+def test_equals_the_definition(monkeypatch, implementation, queries, without):
     """Four queries at a time: lengths that divide, that do not, and less than one chunk."""
-    monkeypatch.setattr(attention, "CHUNK", 4)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     of = [None if i in without else x for i, x in enumerate(arrays(queries, 5))]
-    found, grads = run(way, *of)
+    found, grads = run(implementation, *of)
     np.testing.assert_allclose(found, by_definition(*of), rtol=1e-5, atol=1e-5)
-    alone = jax.jit(functools.partial(attention.attend, way=way))(*of)  # no gradient is asked for
+    alone = jax.jit(
+        functools.partial(attention.dot_product_attention, implementation=implementation)
+    )(*of)  # no gradient is asked for
     np.testing.assert_allclose(alone, by_definition(*of), rtol=1e-5, atol=1e-5)
     for a, b in zip(grads, run("plain", *of)[1], strict=True):
         assert largest_difference(a, b) < 1e-5
@@ -79,7 +85,7 @@ def test_equals_the_definition(monkeypatch, way, queries, without):
 
 def test_a_mask_of_keys_alone(monkeypatch):
     """[B, 1, 1, Lk], as cross-attention has it of rows that are not packed."""
-    monkeypatch.setattr(attention, "CHUNK", 4)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     query, key, value, mask, _, _ = arrays(10, 5)
     of = (query, key, value, mask[:, :, 1:2], None, None)
     np.testing.assert_allclose(run("chunked", *of)[0], by_definition(*of), rtol=1e-5, atol=1e-5)
@@ -104,7 +110,7 @@ def test_the_gradient_of_a_bias_is_that_of_a_sum(shape):
 
 def test_bfloat16(monkeypatch):
     """Values are those of plain; gradients of keys and values are sums of rounded parts."""
-    monkeypatch.setattr(attention, "CHUNK", 4)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     of = arrays(11, 5, jnp.bfloat16)
     (found, grads), (expected, plain) = run("chunked", *of), run("plain", *of)
     assert found.dtype == jnp.bfloat16
@@ -117,9 +123,9 @@ def test_memory_falls():
     """1024 queries and keys: the logits [1, 8, 1024, 1024] in float32 are 34 MB, a chunk's 8 MB."""
     shape = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.float32)
 
-    def temporaries(way):
+    def temporaries(implementation):
         def total(*of):
-            return jnp.sum(attention.attend(*of, None, None, None, way))
+            return jnp.sum(attention.dot_product_attention(*of, None, None, None, implementation))
 
         lowered = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(shape, shape, shape)
         return lowered.compile().memory_analysis().temp_size_in_bytes
@@ -131,13 +137,13 @@ def test_memory_falls():
 @pytest.mark.parametrize("loop", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_whole_network(monkeypatch, loop):
     """Packed rows with dropout: the same masks, loss and gradients; in a loop with remat too."""
-    monkeypatch.setattr(attention, "CHUNK", 5)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 5)
     batch, rng = pack(example_batch()), jax.random.key(0)
     trainable, frozen = params.split(random_params("mov"), METHODS["mov"].trainable)
     how = {"scan_layers": True, "remat_policy": "minimal"} if loop else {}
     grads, losses = [], []
-    for way in ("plain", "chunked"):
-        config = dataclasses.replace(CONFIG, dropout_rate=0.2, attention=way, **how)
+    for implementation in ("plain", "chunked"):
+        config = dataclasses.replace(CONFIG, dropout_rate=0.2, attention=implementation, **how)
         model = network.Transformer(config, METHODS["mov"].adapters())
         step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
         found, metrics = step(trainable, frozen, batch, rng)
@@ -165,7 +171,9 @@ def test_what_fused_has_no_gradient_of():
     mask, bias = jnp.ones((1, 1, 4, 4), bool), jnp.zeros((1, 2, 4, 4))
 
     def total(bias, other):
-        return jnp.sum(attention.prepare("fused", mask, bias)[1].astype(jnp.float32) * other)
+        return jnp.sum(
+            attention.prepare_mask_and_bias("fused", mask, bias)[1].astype(jnp.float32) * other
+        )
 
     assert jax.grad(total, argnums=1)(bias, 2.0) == 0
     with pytest.raises(InputError, match="ATTENTION .fused. has no gradient of the relative pos"):

@@ -27,7 +27,7 @@ def plain(x, kernel, targets, weights, smoothing, z_loss):
 @pytest.mark.parametrize("count", [1, 3, 7])  # 7 tokens in pieces of 7, 3 and 1
 @pytest.mark.parametrize(("smoothing", "z_loss"), SETTINGS)
 def test_equals_the_plain_form(monkeypatch, count, smoothing, z_loss):
-    monkeypatch.setattr(cross_entropy, "chunks", lambda *_: count)
+    monkeypatch.setattr(cross_entropy, "num_chunks", lambda *_: count)
     x, kernel, targets, weights = inputs()
     wanted = (0, 1)
     (expected, (nll, z)), expected_grads = jax.value_and_grad(plain, wanted, has_aux=True)(
@@ -36,7 +36,9 @@ def test_equals_the_plain_form(monkeypatch, count, smoothing, z_loss):
 
     @jax.jit
     def scaled(x, kernel):  # what comes after the loss scales its gradients
-        total, told = cross_entropy.of_hidden(x, kernel, targets, weights, smoothing, z_loss)
+        total, told = cross_entropy.chunked_cross_entropy(
+            x, kernel, targets, weights, smoothing, z_loss
+        )
         return 3.0 * total, told
 
     (total, told), grads = jax.value_and_grad(scaled, wanted, has_aux=True)(x, kernel)
@@ -55,14 +57,16 @@ def test_correct_by_hand():
     kernel = jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 3.0]])
     x = jnp.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
     targets = jnp.array([[1, 2, 2, 1]])
-    _, told = cross_entropy.of_hidden(x, kernel, targets, jnp.ones((1, 4)))
+    _, told = cross_entropy.chunked_cross_entropy(x, kernel, targets, jnp.ones((1, 4)))
     assert told["correct"].tolist() == [[1.0, 0.0, 1.0, 0.0]]
 
 
 def test_nothing_of_the_vocabulary_is_kept():
     """Between forward and backward: the gradient of x alone, [2, 4, 3]; no logits, of 50 tokens."""
     x, kernel, targets, weights = inputs(2, 4, 3, 50)
-    _, pullback = jax.vjp(lambda x: cross_entropy.of_hidden(x, kernel, targets, weights)[0], x)
+    _, pullback = jax.vjp(
+        lambda x: cross_entropy.chunked_cross_entropy(x, kernel, targets, weights)[0], x
+    )
     kept = [leaf.shape for leaf in jax.tree.leaves(pullback)]
     assert (2, 4, 3) in kept
     assert not [shape for shape in kept if 50 in shape]
@@ -70,9 +74,9 @@ def test_nothing_of_the_vocabulary_is_kept():
 
 def test_chunks_by_hand():
     """16 × 256 tokens of 32,128 logits in float32 are 526 MB: four pieces of at most 134 MB."""
-    assert cross_entropy.chunks(16, 256, 32_128) == 4
-    assert cross_entropy.chunks(8, 32, 32_128) == 1
-    assert cross_entropy.chunks(1_000_000, 5, 32_128) == 5
+    assert cross_entropy.num_chunks(16, 256, 32_128) == 4
+    assert cross_entropy.num_chunks(8, 32, 32_128) == 1
+    assert cross_entropy.num_chunks(1_000_000, 5, 32_128) == 5
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     with jax.set_mesh(mesh):
-        assert cross_entropy.chunks(16, 256, 32_128) == 4
+        assert cross_entropy.num_chunks(16, 256, 32_128) == 4

@@ -28,7 +28,7 @@ def relative(found, wanted):
 
 
 def numbers(rows, queries, keys):
-    """Of some examples a row, and padding at the end, for `attention.Readable`."""
+    """Of some examples a row, and padding at the end, for `attention.SegmentMask`."""
     rng = np.random.default_rng(0)
     of_queries, of_keys = (np.sort(rng.integers(1, 4, (rows, n)), axis=1) for n in (queries, keys))
     of_queries[:, -3:] = of_keys[:, -3:] = 0
@@ -52,16 +52,18 @@ def test_fused_attention(queries, keys, heads, causal, biased):
         for i, n in enumerate((queries, keys, keys, queries))
     )
     q /= 8
-    readable = attention.Readable(*numbers(3, queries, keys), causal)
-    has = jnp.any(readable.mask(), axis=(1, 3))[:, :, None, None]
+    readable = attention.SegmentMask(*numbers(3, queries, keys), causal)
+    has = jnp.any(readable.to_bool(), axis=(1, 3))[:, :, None, None]
     g = jnp.where(has, g, 0)  # rows without a key have no gradient in a network either
     bias = None
     if biased:
         bias = jax.random.normal(jax.random.key(9), (1, heads, queries, keys)).astype(jnp.bfloat16)
 
     def run(way, *of):
-        mask, added = attention.prepare(way, readable, bias)
-        out, pull = jax.vjp(lambda *of: attention.attend(*of, mask, added, None, way), *of)
+        mask, added = attention.prepare_mask_and_bias(way, readable, bias)
+        out, pull = jax.vjp(
+            lambda *of: attention.dot_product_attention(*of, mask, added, None, way), *of
+        )
         return jnp.where(has, out, 0), *pull(g.astype(out.dtype))
 
     with EXACT:
@@ -97,12 +99,14 @@ def test_fused_mov(features, dtype, experts):
         probs = jax.nn.softmax(logits)
         names = "blhe,hek->blhk" if len(features) == 2 else "ble,ek->blk"
         counts = jnp.broadcast_to(jnp.expand_dims(weights, range(2, y.ndim)), (*y.shape[:-1], 1))
-        told = routing.statistics(logits, probs, probs, counts)
+        told = routing.compute_statistics(logits, probs, probs, counts)
         return y * jnp.einsum(names, probs, vectors), told
 
     def fused(y, kernel, vectors):
         out, (soft, chosen, entropy, z) = mov.route_and_scale(y, kernel, vectors, weights)
-        return out, routing.of_sums(routing.Sums(soft, chosen, soft, entropy, z, total))
+        return out, routing.statistics_from_sums(
+            routing.StatisticSums(soft, chosen, soft, entropy, z, total)
+        )
 
     def run(way, g, *of):
         out, pull, told = jax.vjp(way, *of, has_aux=True)

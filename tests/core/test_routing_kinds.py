@@ -136,12 +136,12 @@ def test_a_sentence_counts_as_often_as_it_has_tokens():
 def test_scalars_by_site_and_by_layer():
     paths = ["encoder/layers_0/mlp/gate_adapter", "encoder/layers_1/mlp/gate_adapter"]
     told = np.array([[1.0, 2, 0, 1, 4, 0.5], [3.0, 1, 0.5, 2, 6, 0.7]])
-    by_site = routing.scalars(paths, told, "sites")
+    by_site = routing.summarize_statistics(paths, told, "sites")
     expected = {"entropy": 2.0, "load": 2.0, "dead": 0.25, "balance_loss": 1.5, "z_loss": 5.0}
     assert by_site == pytest.approx(
         {**expected, "objective": 0.6, **{f"encoder/mlp/gate/{k}": v for k, v in expected.items()}}
     )
-    by_layer = routing.scalars(paths, told, "layers")
+    by_layer = routing.summarize_statistics(paths, told, "layers")
     assert by_layer["encoder/layers_1/mlp/gate/load"] == 1.0
     assert "encoder/mlp/gate/load" not in by_layer
 

@@ -16,13 +16,13 @@ from pemoe_jax.core.kernels import attention as attention_lib
 @pytest.fixture
 def interpreted(monkeypatch):
     """The kernels run here, and tell how often."""
-    ran, kernels = [], attention_lib.attend
+    ran, kernels = [], attention_lib.fused_attention
 
     def attend(*args):
         ran.append(args[0].shape)
         return kernels(*args, True)
 
-    monkeypatch.setattr(attention_lib, "attend", attend)
+    monkeypatch.setattr(attention_lib, "fused_attention", attend)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     return ran
@@ -48,7 +48,7 @@ def arrays(queries, keys, heads=2, size=16, packed=True):
 
 def run(attend, readable, g, *of):
     """Values and gradients of queries that have a key to read; the others have neither."""
-    has = jnp.any(readable.mask(), axis=(1, 3))[:, :, None, None]
+    has = jnp.any(readable.to_bool(), axis=(1, 3))[:, :, None, None]
     out, pull = jax.vjp(attend, *of)
     return jnp.where(has, out, 0), *pull(jnp.where(has, g, 0).astype(out.dtype))
 
@@ -68,10 +68,15 @@ def run(attend, readable, g, *of):
 def test_equals_plain(interpreted, queries, keys, causal, biased, packed):
     """bfloat16 against plain in float32: within 1 % of the largest value, one tile or several."""
     of, g, bias, numbers = arrays(queries, keys, packed=packed)
-    readable, bias = attention.Readable(*numbers, causal), bias if biased else None
+    readable, bias = attention.SegmentMask(*numbers, causal), bias if biased else None
 
-    def attend(way, *of):
-        return attention.attend(*of, *attention.prepare(way, readable, bias), None, way)
+    def attend(implementation, *of):
+        return attention.dot_product_attention(
+            *of,
+            *attention.prepare_mask_and_bias(implementation, readable, bias),
+            None,
+            implementation,
+        )
 
     f32 = [x.astype(jnp.float32) for x in of]
     wanted = run(functools.partial(attend, "plain"), readable, g, *f32)
@@ -85,12 +90,12 @@ def test_equals_plain(interpreted, queries, keys, causal, biased, packed):
 def test_keys_that_all_may_read_and_dropout(interpreted):
     """Cross-attention of rows that are not packed; what is dropped still takes its share."""
     of, g, _, (_, keys) = arrays(40, 90)
-    readable = attention.Readable(None, keys)
+    readable = attention.SegmentMask(None, keys)
     rng = np.random.default_rng(0)
-    kept = jnp.asarray(rng.random((2, 2, 1, 90)) < 0.7, jnp.float32) / 0.7
+    dropout_mask = jnp.asarray(rng.random((2, 2, 1, 90)) < 0.7, jnp.float32) / 0.7
 
-    def attend(way, *of):
-        return attention.attend(*of, readable, None, kept, way)
+    def attend(implementation, *of):
+        return attention.dot_product_attention(*of, readable, None, dropout_mask, implementation)
 
     f32 = [x.astype(jnp.float32) for x in of]
     wanted = run(functools.partial(attend, "plain"), readable, g, *f32)
@@ -104,10 +109,10 @@ def test_keys_that_all_may_read_and_dropout(interpreted):
 def test_two_devices(interpreted, model_parallelism, ran):
     """Each has rows, or heads, of its own: as one device, but for a last bit."""
     of, g, bias, numbers = arrays(130, 130)
-    readable = attention.Readable(*numbers, True)
+    readable = attention.SegmentMask(*numbers, True)
 
     def attend(*of):
-        return attention.attend(*of, readable, bias, None, "fused")
+        return attention.dot_product_attention(*of, readable, bias, None, "fused")
 
     step = jax.jit(functools.partial(run, attend, readable, g))
     wanted = step(*of)
@@ -124,7 +129,7 @@ def test_what_a_mesh_does_not_share_out_evenly(interpreted):
     of, _, _, numbers = arrays(20, 20, heads=3)
     mesh = partitioning.make_mesh(2, jax.devices()[:2])
     with jax.set_mesh(mesh):
-        attention.attend(*of, attention.Readable(*numbers), None, None, "fused")
+        attention.dot_product_attention(*of, attention.SegmentMask(*numbers), None, None, "fused")
     assert not interpreted
 
 
@@ -179,7 +184,10 @@ def test_lowers_for_a_gpu(rows, queries, keys, heads, causal, biased):
 
     def both(q, k, v, g, of_queries, of_keys, bias):
         out, pull = jax.vjp(
-            lambda *of: attention_lib.attend(*of, of_queries, of_keys, bias, causal), q, k, v
+            lambda *of: attention_lib.fused_attention(*of, of_queries, of_keys, bias, causal),
+            q,
+            k,
+            v,
         )
         return out, pull(g)
 

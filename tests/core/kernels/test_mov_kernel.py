@@ -90,11 +90,13 @@ def test_sums_are_those_of_the_statistics(shape):
     (_, sums), backward = jax.vjp(run, y, kernel, vectors)
     total = jnp.sum(weights)[None] * (shape[2] if len(shape) == 4 else 1)
     soft, chosen, entropy, z = sums
-    found = routing.of_sums(routing.Sums(soft, chosen, soft, entropy, z, total))
+    found = routing.statistics_from_sums(
+        routing.StatisticSums(soft, chosen, soft, entropy, z, total)
+    )
     logits = y @ kernel
     probs = jax.nn.softmax(logits)
     counts = jnp.broadcast_to(jnp.expand_dims(weights, range(2, y.ndim)), (*y.shape[:-1], 1))
-    expected = routing.statistics(logits, probs, probs, counts)
+    expected = routing.compute_statistics(logits, probs, probs, counts)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     for a, b in zip(backward((g, sums)), backward((g, jnp.zeros_like(sums))), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -160,7 +162,7 @@ def on_a_gpu(monkeypatch):
         calls.append(args)
         return function(*args)
 
-    monkeypatch.setattr(mov, "runs_here", lambda: True)
+    monkeypatch.setattr(mov, "is_supported", lambda: True)
     monkeypatch.setattr(mov, "route_and_scale", counted)
     return calls
 
@@ -240,7 +242,7 @@ def test_jitter_is_noise_in_training_alone():
 
 
 def test_without_a_gpu_the_setting_changes_nothing():
-    assert not mov.runs_here()
+    assert not mov.is_supported()
     found, expected = (
         outcome(layer((2, 3, 7)).clone(fused=fused), (2, 3, 7)) for fused in (True, False)
     )
