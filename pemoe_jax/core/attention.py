@@ -18,7 +18,7 @@ NEG_INF = -1e10  # finite, so that a row with nothing to attend to gives a mean 
 
 
 def check_implementation(implementation: str, dtype: str) -> None:
-    """Raises InputError where there is no such implementation, or it does not know the activations' type."""
+    """Raises InputError for an unknown implementation, or a dtype it does not support."""
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"ATTENTION: expected one of {[*IMPLEMENTATIONS]}, found {implementation!r}"

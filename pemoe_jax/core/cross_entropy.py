@@ -71,7 +71,7 @@ def _smoothed(label_smoothing: float, vocab: int) -> tuple[float, float]:
     return 1.0 - label_smoothing, label_smoothing / (vocab - 1)
 
 
-def of_hidden(
+def chunked_cross_entropy(
     x: Array,
     kernel: Array,
     targets: Array,
@@ -91,11 +91,11 @@ def of_hidden(
       (Σ weights · (cross-entropy + z-loss), {'nll', 'z', 'correct'}: [B, L] each, `correct` being
       1 where no logit is above the target's), float32.
     """
-    return _of_hidden(x, kernel, targets, weights, label_smoothing, z_loss)
+    return _chunked_cross_entropy(x, kernel, targets, weights, label_smoothing, z_loss)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _of_hidden(
+def _chunked_cross_entropy(
     x: Array, kernel: Array, targets: Array, weights: Array, label_smoothing: float, z_loss: float
 ) -> tuple[Array, dict[str, Array]]:
     return _in_chunks(x, kernel, targets, weights, label_smoothing, z_loss, (False, False))[:2]
@@ -118,7 +118,7 @@ def _backward(label_smoothing: float, z_loss: float, gradients: Any, given: Any)
     return of_x, of_kernel, None, None
 
 
-_of_hidden.defvjp(_forward, _backward, symbolic_zeros=True)
+_chunked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _in_chunks(
@@ -135,7 +135,7 @@ def _in_chunks(
     chunk = functools.partial(
         _chunk, kernel=kernel, label_smoothing=label_smoothing, z_loss=z_loss, wanted=wanted
     )
-    count = chunks(x.shape[0], length, kernel.shape[1])
+    count = num_chunks(x.shape[0], length, kernel.shape[1])
     if count == 1:
         return chunk(x, targets, weights)
 
@@ -153,7 +153,7 @@ def _in_chunks(
     return total, told, (of_x, of_kernel)
 
 
-def chunks(rows: int, length: int, vocab: int) -> int:
+def num_chunks(rows: int, length: int, vocab: int) -> int:
     """In how many pieces logits [rows, length, vocab] are computed, on the mesh in scope."""
     devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
     size = 4 * rows * length * vocab / devices

@@ -26,7 +26,7 @@ _LEAST = 16  # the shortest side of a product
 _TILE = 64  # queries, and keys; of 32 to 128 the fastest on an H200, for all three kernels
 
 
-def takes(query: Array) -> bool:
+def supports(query: Array) -> bool:
     """Whether the kernels run here, and take these queries, [B, Lq, H, K].
 
     On GPUs, one or a mesh that shares out rows and heads evenly; of bfloat16, and of heads of a
@@ -41,11 +41,11 @@ def takes(query: Array) -> bool:
     return jax.default_backend() == "gpu" and even and fits
 
 
-def attend_on_mesh(*of: Any, causal: bool) -> Array:
-    """As `attend`: each device of the mesh in scope has rows and heads of its own."""
+def fused_attention_on_mesh(*of: Any, causal: bool) -> Array:
+    """As `fused_attention`: each device of the mesh in scope has rows and heads of its own."""
 
     def run(*of: Any) -> Array:
-        return attend(*of, causal)
+        return fused_attention(*of, causal)
 
     if math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1:
         tokens, numbers = PartitionSpec("data", None, "model"), PartitionSpec("data")
@@ -55,7 +55,7 @@ def attend_on_mesh(*of: Any, causal: bool) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def attend(
+def fused_attention(
     query: Array,
     key: Array,
     value: Array,
@@ -116,7 +116,7 @@ def _backward(causal: bool, interpret: bool, saved: Any, d_out: Array) -> tuple[
     return d_query, d_key, d_value, None, None, None
 
 
-attend.defvjp(_forward, _backward)
+fused_attention.defvjp(_forward, _backward)
 
 
 class _Call:

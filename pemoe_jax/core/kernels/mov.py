@@ -35,7 +35,7 @@ _FORWARD_TILES = 4  # of rows that a program scales: it loads the parameters onc
 _PROGRAMS = 1056  # eight for each of an H100's 132 processors, where sums over rows are split
 
 
-def runs_here() -> bool:
+def is_supported() -> bool:
     """Whether there is one device and it is a GPU: XLA cannot split a kernel over several."""
     return jax.default_backend() == "gpu" and jax.device_count() == 1
 

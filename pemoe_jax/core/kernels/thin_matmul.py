@@ -41,7 +41,7 @@ thin_matmul.defvjp(_thin_forward, _thin_backward)
 
 
 @jax.custom_vjp
-def mix(probs: Array, vectors: Array) -> Array:
+def mix_vectors(probs: Array, vectors: Array) -> Array:
     """`Σ_e p_e l_e` head by head; reverse mode only.
 
     Args:
@@ -64,7 +64,7 @@ def _heads_last(x: Array, rows: tuple[int, ...]) -> Array:
 
 
 def _mix_forward(probs: Array, vectors: Array) -> tuple[Array, tuple[Array, Array]]:
-    return mix(probs, vectors), (probs, vectors)
+    return mix_vectors(probs, vectors), (probs, vectors)
 
 
 def _mix_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -75,4 +75,4 @@ def _mix_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     return _heads_last(to_probs, probs.shape[:2]), jax.lax.optimization_barrier(to_vectors)
 
 
-mix.defvjp(_mix_forward, _mix_backward)
+mix_vectors.defvjp(_mix_forward, _mix_backward)
