@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pemoe_jax.runtime import host_memory
+from pemoe_jax.runtime import atomic_write, host_memory
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CORES = 2  # of a comparison on CPU
@@ -405,10 +405,7 @@ def write(rows: Sequence[Mapping[str, Any]], to: pathlib.Path | None) -> None:
     for one in rows:
         print(in_words(one), flush=True)
     if to is not None:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        beside = to.with_suffix(".tmp")
-        beside.write_text(json.dumps(list(rows), indent=1) + "\n")
-        beside.rename(to)
+        atomic_write.write_text(to, json.dumps(list(rows), indent=1) + "\n")
 
 
 def in_words(one: Mapping[str, Any]) -> str:

@@ -65,11 +65,13 @@ def write_all(folder: pathlib.Path) -> None:
             network_lib.init_params(model, 0, params_lib.is_base)
         ).items()
     }
-    arrays = {path: lazy_array.of_array(array) for path, array in flat.items()}
-    base_model.save(folder / FOLDERS["own"], params_lib.unflatten(flat), model.config.as_dict())
-    huggingface.save_folder(folder / FOLDERS["huggingface"], arrays)
+    arrays = {path: lazy_array.from_numpy(array) for path, array in flat.items()}
+    base_model.save_base(
+        folder / FOLDERS["own"], params_lib.unflatten(flat), model.config.as_dict()
+    )
+    huggingface.save_checkpoint(folder / FOLDERS["huggingface"], arrays)
     shards = folder / FOLDERS["huggingface, 5 shards"]
-    huggingface.save_folder(shards, arrays, shard_bytes=200_000_000)
+    huggingface.save_checkpoint(shards, arrays, shard_bytes=200_000_000)
     if importlib.util.find_spec("torch"):
         write_bin(folder / FOLDERS["huggingface"], folder / FOLDERS["pytorch_model.bin"])
     write_legacy(folder / FOLDERS["T5X legacy"], flat)

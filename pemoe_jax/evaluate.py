@@ -84,9 +84,9 @@ def evaluate(
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
-    from pemoe_jax.runtime import atomic_write, distributed, progress
+    from pemoe_jax.runtime import atomic_write, distributed, file_io, progress
 
-    output = atomic_write.local(output_dir, "EVAL_OUTPUT_DIR")
+    output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
     distributed.initialize()
     folder = distributed.output_folder(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)

@@ -104,10 +104,10 @@ def infer(
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
-    from pemoe_jax.runtime import atomic_write, distributed
+    from pemoe_jax.runtime import atomic_write, distributed, file_io
 
     lengths = seqio_tasks.checked_lengths(task_feature_lengths)
-    output = atomic_write.local(output_dir, "EVAL_OUTPUT_DIR")
+    output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
     distributed.initialize()
     folder = distributed.output_folder(output)
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)

@@ -134,10 +134,10 @@ def train(
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import adapters, network, partitioning, quantized, stacks, steps
     from pemoe_jax.data import feed, sentences, seqio_tasks
-    from pemoe_jax.runtime import atomic_write, distributed
+    from pemoe_jax.runtime import distributed, file_io
 
     quantized.check_frozen_dtype(frozen_dtype)
-    folder = atomic_write.local(model_dir, "MODEL_DIR")
+    folder = file_io.resolve_local(model_dir, "MODEL_DIR")
     distributed.initialize()
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     partitioning.check_batch_size(batch_size, mesh, microbatches)
@@ -179,7 +179,7 @@ def train(
         print(f"{folder} is at step {first}; TRAIN_STEPS is {total_steps}: nothing to do")
         return
     share, shares = partitioning.data_shard(mesh)
-    consumed = runs.read_feed(str(folder), shares) if first else [0] * shares
+    consumed = runs.read_data_position(str(folder), shares) if first else [0] * shares
     batches = feed.train_batches(
         mixture_or_task_name,
         task_feature_lengths,
@@ -286,7 +286,7 @@ def _prepare(
     base, identity = models.load_base(
         model, base_path, seed, trains.__contains__, lies, frozen_dtype
     )
-    added = models.place(network.init_params(model, seed, params_lib.is_adapter), lies)
+    added = models.device_put(network.init_params(model, seed, params_lib.is_adapter), lies)
     trained, frozen = params_lib.split(params_lib.merge(added, base), trainable)
     record = runs.Record(
         method=method,
@@ -295,7 +295,7 @@ def _prepare(
         adapters=adapters.describe(model.adapters),
         base={**identity, "needed": bool(frozen), "frozen_dtype": frozen_dtype},
         counts={"trainable": params_lib.count(trained), "total": params_lib.count(shapes)},
-        versions=runs.versions(),
+        versions=runs.package_versions(),
         seed=seed,
     )
 
@@ -393,9 +393,9 @@ def _identity(record: "runs.Record", with_base: bool) -> dict[str, Any]:
 def _write_config(folder: Path) -> None:
     import gin
 
-    beside = folder / ".config.gin"
-    beside.write_text(gin.config_str())
-    beside.rename(folder / "gin_flags.gin")
+    from pemoe_jax.runtime import atomic_write
+
+    atomic_write.write_text(folder / "gin_flags.gin", gin.config_str())
 
 
 @dataclasses.dataclass

@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
         kernel = np.array(flat["decoder/logits_dense/kernel"])
         kernel[:, 70:] = 0
         flat["decoder/logits_dense/kernel"] = kernel
-        base_lib.save(
+        base_lib.save_base(
             root / f"base_{seed}.safetensors", params_lib.unflatten(flat), CONFIG.as_dict()
         )
     return root

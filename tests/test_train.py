@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     for name, seed in (("base", 0), ("other", 1)):
         transformer = network.Transformer(config=CONFIG)
         base = network.init_params(transformer, seed, params_lib.is_base)
-        base_lib.save(root / f"{name}.safetensors", base, CONFIG.as_dict())
+        base_lib.save_base(root / f"{name}.safetensors", base, CONFIG.as_dict())
     return root
 
 
@@ -104,7 +104,7 @@ def test_loss_falls_and_run_leaves_its_files(trained, method):
 def test_checkpoint_holds_what_trains_and_nothing_else(trained, folder, method):
     arrays, record, step = runs.open_trainable(str(trained[method]))
     paths = set(arrays)
-    everything = set(params_lib.flatten(network.param_shapes(models.build(record))))
+    everything = set(params_lib.flatten(network.param_shapes(models.build_model(record))))
     expected = everything if method == "full" else set(filter(params_lib.is_adapter, everything))
     assert (paths, step) == (expected, 12)
     assert record.counts["trainable"] == params_lib.count(arrays)
@@ -189,7 +189,9 @@ def assert_moved_alike(one: pathlib.Path, other: pathlib.Path) -> None:
         runs.open_trainable, map(str, (one, other))
     )
     assert step == other_step and first.keys() == second.keys()
-    start = params_lib.flatten(network.init_params(models.build(record), 0, params_lib.is_adapter))
+    start = params_lib.flatten(
+        network.init_params(models.build_model(record), 0, params_lib.is_adapter)
+    )
     for path, stored in first.items():
         array = stored.read()
         moved = np.abs(array - start[path]).max()
@@ -205,7 +207,7 @@ def assert_ends_alike(one: pathlib.Path, other: pathlib.Path) -> None:
     assert step == other_step and first.keys() == second.keys()
     for path, array in first.items():
         np.testing.assert_array_equal(array.read(), second[path].read())
-    assert runs.read_feed(str(one)) == runs.read_feed(str(other)) != [0]
+    assert runs.read_data_position(str(one)) == runs.read_data_position(str(other)) != [0]
 
 
 def test_a_run_stopped_at_an_odd_step_ends_like_one_that_was_not(folder, tmp_path):
@@ -220,7 +222,7 @@ def test_a_run_stopped_at_an_odd_step_ends_like_one_that_was_not(folder, tmp_pat
         settings["TRAIN_STEPS"] = steps
         assert train.main(train_flags(folder, "ia3", tmp_path / "parts", **settings)) == 0
     assert_ends_alike(tmp_path / "whole", tmp_path / "parts")
-    assert runs.read_feed(str(tmp_path / "whole"))[0] > 2 * feed._BLOCK
+    assert runs.read_data_position(str(tmp_path / "whole"))[0] > 2 * feed._BLOCK
 
 
 def test_an_interrupted_run_goes_on_where_it_was(folder, trained, tmp_path, monkeypatch, capsys):
@@ -250,9 +252,9 @@ def test_positions_of_another_number_of_shares(folder, trained, tmp_path):
     """
     assert train.main(train_flags(folder, "mov", tmp_path, TRAIN_STEPS=1)) == 0
     (tmp_path / "checkpoint_1" / "feed" / "metadata").write_text('{"examples": [3, 4]}')
-    assert runs.read_feed(str(tmp_path), 2) == [3, 4]
-    assert runs.read_feed(str(tmp_path), 1) == [6]
-    assert runs.read_feed(str(tmp_path), 4) == [2, 2, 1, 1]
+    assert runs.read_data_position(str(tmp_path), 2) == [3, 4]
+    assert runs.read_data_position(str(tmp_path), 1) == [6]
+    assert runs.read_data_position(str(tmp_path), 4) == [2, 2, 1, 1]
 
 
 def test_positions_that_are_not_there_or_no_list(folder, trained, tmp_path, capsys):

@@ -8,15 +8,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from pemoe_jax.checkpoints import runs, safetensors_file
-from pemoe_jax.checkpoints.lazy_array import Stored
+from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.checkpoints.runs import Record
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import atomic_write, file_io
 
 WEIGHTS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
@@ -25,7 +23,7 @@ VERSION = 1
 
 
 def _folder(path: str | os.PathLike[str]) -> epath.Path:
-    place = atomic_write.at(path)
+    place = file_io.resolve(path)
     return place.parent if place.name == WEIGHTS else place
 
 
@@ -35,10 +33,10 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     if (folder / WEIGHTS).exists():
         return True
     config = folder / CONFIG  # PEFT calls its own by the same name
-    return config.exists() and atomic_write.read_json(config).get("format") == FORMAT
+    return config.exists() and file_io.read_json(config).get("format") == FORMAT
 
 
-def save(
+def save_adapter(
     path: str | os.PathLike[str],
     arrays: Mapping[str, Any],
     record: Record,
@@ -63,24 +61,20 @@ def save(
         "step": step,
         **dataclasses.asdict(record),
     }
-    with atomic_write.writing(path, overwrite) as beside:
+    with atomic_write.temporary_path(path, overwrite) as beside:
         beside.mkdir()
-        safetensors.numpy.save_file(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            str(beside / WEIGHTS),
-            metadata={"format": FORMAT},
-        )
+        safetensors_file.save_file(beside / WEIGHTS, arrays, {"format": FORMAT})
         atomic_write.write_json(beside / CONFIG, config)
 
 
-def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], Record, int]:
+def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
     """Path -> array, the record and the step; no array is read.
 
     Raises:
       InputError: a file is missing or unreadable.
     """
     folder = _folder(path)
-    config = atomic_write.read_json(folder / CONFIG)
+    config = file_io.read_json(folder / CONFIG)
     if config.get("format") != FORMAT or config.get("format_version") != VERSION:
         raise InputError(
             f"{folder / CONFIG}: expected format {FORMAT!r}, version {VERSION},"
@@ -89,6 +83,6 @@ def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], Recor
     step = config.get("step")
     if not isinstance(step, int):
         raise InputError(f"{folder / CONFIG}: step: expected an integer, found {step!r}")
-    record = runs.record_from(config, os.fspath(folder / CONFIG))
+    record = runs.parse_record(config, os.fspath(folder / CONFIG))
     arrays, _ = safetensors_file.open_file(folder / WEIGHTS)
     return arrays, record, step

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from pemoe_jax.checkpoints import (
@@ -24,10 +23,10 @@ from pemoe_jax.checkpoints import (
     t5x,
     tensorstore_file,
 )
-from pemoe_jax.checkpoints.lazy_array import Stored
+from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import atomic_write, file_io
 
 CONFIG_KEY = "t5_config"  # in our file's metadata: the dimensions, as JSON
 EXPECTED = (
@@ -37,7 +36,7 @@ EXPECTED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
+class BaseModel:
     """A base that has been found and not read.
 
     Attributes:
@@ -49,7 +48,7 @@ class Base:
 
     path: str
     format: str
-    arrays: dict[str, Stored]
+    arrays: dict[str, LazyArray]
     stated: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
@@ -78,7 +77,7 @@ class Base:
           InputError: names what is missing, extra, of another shape, unreadable or not finite.
         """
         self._check_dimensions(target)
-        return lazy_array.load(self.arrays, target, str(self), report, made)
+        return lazy_array.load_arrays(self.arrays, target, str(self), report, made)
 
     def fingerprint(self) -> str:
         """`params.fingerprint` of the arrays, read one by one."""
@@ -105,40 +104,40 @@ class Base:
         return f"base model {self.path} ({self.format})"
 
 
-def open_base(path: str | os.PathLike[str]) -> Base:
+def open_base(path: str | os.PathLike[str]) -> BaseModel:
     """Finds out what a path holds; no parameter is read.
 
     Raises:
       InputError: nothing is there, or nothing that is a base, or it cannot be reached.
     """
-    place = atomic_write.at(path)
-    with atomic_write.reaching(place):
+    place = file_io.resolve(path)
+    with file_io.remote_errors(place):
         if not place.exists():
-            raise NotABase(f"base model {path}: no such file or folder{_hub_hint(path)}")
+            raise NotABaseModel(f"base model {path}: no such file or folder{_hub_hint(path)}")
         return _open(place)
 
 
-class NotABase(InputError):
+class NotABaseModel(InputError):
     """There is nothing that is a base, nor a damaged one."""
 
 
-def _open(place: epath.Path) -> Base:
+def _open(place: epath.Path) -> BaseModel:
     if not place.is_dir():
         if place.suffix == ".safetensors":
             return _own_file(place)
         hint = f": {_FOLDER_INSTEAD}" if place.suffix == ".bin" else ""
-        raise NotABase(f"base model {place}: expected {EXPECTED}, found a file{hint}")
+        raise NotABaseModel(f"base model {place}: expected {EXPECTED}, found a file{hint}")
     if (place / "record").is_dir():
         return _run(place)
-    if huggingface.is_folder(place):
-        return Base(os.fspath(place), "Hugging Face", huggingface.open_folder(place))
-    if tensorstore_file.orbax_state(place) is not None:
-        return Base(os.fspath(place), "T5X, Orbax", t5x.open_orbax(place))
+    if huggingface.is_checkpoint(place):
+        return BaseModel(os.fspath(place), "Hugging Face", huggingface.open_checkpoint(place))
+    if tensorstore_file.orbax_state_folder(place) is not None:
+        return BaseModel(os.fspath(place), "T5X, Orbax", t5x.open_orbax(place))
     if t5x.is_legacy(place):
-        return Base(os.fspath(place), "T5X, legacy", t5x.open_legacy(place))
-    if steps := t5x.steps(place):
+        return BaseModel(os.fspath(place), "T5X, legacy", t5x.open_legacy(place))
+    if steps := t5x.checkpoint_steps(place):
         return _open(place / f"checkpoint_{steps[-1]}")
-    raise NotABase(f"base model {place}: expected {EXPECTED}, found {_what_else(place)}")
+    raise NotABaseModel(f"base model {place}: expected {EXPECTED}, found {_what_else(place)}")
 
 
 _FOLDER_INSTEAD = "name the folder that it is in"
@@ -163,38 +162,38 @@ def _hub_hint(path: str | os.PathLike[str]) -> str:
     return f" (a name on the Hugging Face Hub? hf download {text} --local-dir DIR, then name DIR)"
 
 
-def _own_file(path: epath.Path) -> Base:
+def _own_file(path: epath.Path) -> BaseModel:
     if path.name == adapter_file.WEIGHTS:
-        raise NotABase(f"base model {path}: expected {EXPECTED}, found an adapter")
+        raise NotABaseModel(f"base model {path}: expected {EXPECTED}, found an adapter")
     arrays, metadata = safetensors_file.open_file(path)
     if CONFIG_KEY not in metadata:
         if any(name.startswith("base_model.model.") for name in arrays):
-            raise NotABase(f"base model {path}: found an adapter of PEFT's: {_FOLDER_INSTEAD}")
+            raise NotABaseModel(f"base model {path}: found an adapter of PEFT's: {_FOLDER_INSTEAD}")
         if "shared.weight" in arrays:
-            raise NotABase(f"base model {path}: a file of Hugging Face's: {_FOLDER_INSTEAD}")
+            raise NotABaseModel(f"base model {path}: a file of Hugging Face's: {_FOLDER_INSTEAD}")
         if arrays and all(map(params_lib.is_adapter, arrays)):
-            raise NotABase(
+            raise NotABaseModel(
                 f"base model {path}: found an adapter: name the folder that"
                 f" {adapter_file.WEIGHTS} is in"
             )
     try:
         config = json.loads(metadata.get(CONFIG_KEY, "{}"))
-        return Base(os.fspath(path), "pemoe_jax", arrays, dict(config))
+        return BaseModel(os.fspath(path), "pemoe_jax", arrays, dict(config))
     except (ValueError, TypeError) as error:
         raise InputError(f"base model {path}: unreadable {CONFIG_KEY} ({error})") from error
 
 
-def _run(folder: epath.Path) -> Base:
+def _run(folder: epath.Path) -> BaseModel:
     arrays, record, _ = runs.open_trainable(os.fspath(folder))
     if record.adapters:
         raise InputError(
             f"base model {folder}: expected a run of the whole model,"
             f" found one of method {record.method!r}, which holds adapters only"
         )
-    return Base(os.fspath(folder), f"run of {record.method}", arrays, record.config)
+    return BaseModel(os.fspath(folder), f"run of {record.method}", arrays, record.config)
 
 
-def save(
+def save_base(
     path: str | os.PathLike[str],
     params: Any,
     config: Mapping[str, Any],
@@ -214,9 +213,9 @@ def save(
       InputError: something is there, without `overwrite`.
     """
     arrays = {
-        name: np.ascontiguousarray(np.asarray(leaf if dtype is None else leaf.astype(dtype)))
+        name: np.asarray(leaf if dtype is None else leaf.astype(dtype))
         for name, leaf in params_lib.flatten(params).items()
     }
     metadata = {CONFIG_KEY: json.dumps(dict(config)), "format": "pemoe_jax"}
-    with atomic_write.writing(path, overwrite) as beside:
-        safetensors.numpy.save_file(arrays, str(beside), metadata=metadata)
+    with atomic_write.temporary_path(path, overwrite) as beside:
+        safetensors_file.save_file(beside, arrays, metadata)

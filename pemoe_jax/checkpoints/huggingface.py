@@ -14,14 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from pemoe_jax.checkpoints import dimensions, safetensors_file, torch_pickle
-from pemoe_jax.checkpoints.lazy_array import Index, Stored
+from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import atomic_write, file_io
 
 _CONFIG = "config.json"
 _SAFETENSORS = "model.safetensors"
@@ -60,13 +59,13 @@ _ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
 _MLP = {"wi_0": "wi_0", "wi_1": "wi_1", "wo": "wo"}
 
 
-def is_folder(folder: epath.Path) -> bool:
+def is_checkpoint(folder: epath.Path) -> bool:
     """Whether a folder is of this format."""
     names = (_SAFETENSORS, f"{_SAFETENSORS}.index.json", _TORCH, f"{_TORCH}.index.json")
     return (folder / _CONFIG).is_file() and any((folder / name).is_file() for name in names)
 
 
-def open_folder(folder: epath.Path) -> dict[str, Stored]:
+def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
     """Path -> array under our names; reads config.json and the files' headers.
 
     The logits' kernel is what transformers 5.23 computes with: a head of its own or the embedding,
@@ -75,7 +74,7 @@ def open_folder(folder: epath.Path) -> dict[str, Stored]:
     Raises:
       InputError: not a T5 v1.1, or a file is missing, cut short, or of other arrays.
     """
-    config = atomic_write.read_json(folder / _CONFIG)
+    config = file_io.read_json(folder / _CONFIG)
     _check_config(folder / _CONFIG, config)
     found = _open_arrays(folder)
     found.pop(_LEFTOVER, None)
@@ -110,7 +109,7 @@ _DIMENSIONS = {
 
 
 def _check_dimensions(
-    folder: epath.Path, config: Mapping[str, Any], arrays: Mapping[str, Stored]
+    folder: epath.Path, config: Mapping[str, Any], arrays: Mapping[str, LazyArray]
 ) -> None:
     """What config.json says against what the arrays are."""
     dims = dimensions.infer({path: array.shape for path, array in arrays.items()}, f"{folder}")
@@ -137,7 +136,7 @@ def _check_config(path: epath.Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _open_arrays(folder: epath.Path) -> dict[str, Stored]:
+def _open_arrays(folder: epath.Path) -> dict[str, LazyArray]:
     """Their name -> array, from the first of the four forms that is there."""
     for name, open_one in ((_SAFETENSORS, _open_safetensors), (_TORCH, torch_pickle.open_file)):
         if (folder / name).is_file():
@@ -147,20 +146,20 @@ def _open_arrays(folder: epath.Path) -> dict[str, Stored]:
     raise InputError(f"{folder}: expected {_SAFETENSORS}, {_TORCH} or an index of either")
 
 
-def _open_safetensors(path: epath.Path) -> dict[str, Stored]:
+def _open_safetensors(path: epath.Path) -> dict[str, LazyArray]:
     return safetensors_file.open_file(path)[0]
 
 
 def _open_shards(
-    folder: epath.Path, index: str, open_one: Callable[[epath.Path], dict[str, Stored]]
-) -> dict[str, Stored]:
-    places = atomic_write.read_json(folder / index).get("weight_map")
+    folder: epath.Path, index: str, open_one: Callable[[epath.Path], dict[str, LazyArray]]
+) -> dict[str, LazyArray]:
+    places = file_io.read_json(folder / index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError(f"{folder / index}: expected a weight_map of names to files, found none")
     named: dict[str, set[str]] = {}
     for name, file in places.items():
-        named.setdefault(atomic_write.inside(folder, file, index).name, set()).add(name)
-    arrays: dict[str, Stored] = {}
+        named.setdefault(file_io.child_path(folder, file, index).name, set()).add(name)
+    arrays: dict[str, LazyArray] = {}
     for file, names in sorted(named.items()):
         held = open_one(folder / file)
         for lacks, where in (
@@ -197,12 +196,14 @@ def _names(encoder_layers: int, decoder_layers: int) -> dict[str, str]:
     return names
 
 
-def _turned(path: str, array: Stored) -> Stored:
+def _turned(path: str, array: LazyArray) -> LazyArray:
     """From one layout to the other, either way."""
     return array.T if path.endswith(("/kernel", "/rel_embedding")) else array
 
 
-def _head(folder: epath.Path, config: Mapping[str, Any], found: Mapping[str, Stored]) -> Stored:
+def _head(
+    folder: epath.Path, config: Mapping[str, Any], found: Mapping[str, LazyArray]
+) -> LazyArray:
     """The logits' kernel [D, V].
 
     transformers 5 ties lm_head to the embedding where a folder lacks it, whatever the config says,
@@ -224,19 +225,19 @@ def _head(folder: epath.Path, config: Mapping[str, Any], found: Mapping[str, Sto
     return _scaled(array.T) if scaled else array.T
 
 
-def _scaled(kernel: Stored) -> Stored:
+def _scaled(kernel: LazyArray) -> LazyArray:
     """A kernel [D, V] times D**-0.5, in float32."""
     factor = np.float32(kernel.shape[0] ** -0.5)
 
     def read_slice(index: Index) -> np.ndarray:
         return kernel.read_slice(index).astype(np.float32) * factor
 
-    return Stored(kernel.shape, np.dtype(np.float32), read_slice)
+    return LazyArray(kernel.shape, np.dtype(np.float32), read_slice)
 
 
-def save_folder(
+def save_checkpoint(
     path: str | os.PathLike[str],
-    arrays: Mapping[str, Stored],
+    arrays: Mapping[str, LazyArray],
     *,
     dropout_rate: float = 0.1,
     dtype: Any = None,
@@ -274,14 +275,14 @@ def save_folder(
         for name, ours in table.items()
     }
     shards = _split(sizes, shard_bytes)
-    with atomic_write.writing(path) as folder:
+    with atomic_write.temporary_path(path) as folder:
         folder.mkdir()
         widest = max(types.values(), key=lambda found: found.itemsize)
         atomic_write.write_json(folder / _CONFIG, _config(dims, dropout_rate, widest.name))
         written = 0
         for file, names in shards.items():
             shard = {name: _read(table[name], arrays, types) for name in names}
-            safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+            safetensors_file.save_file(folder / file, shard, {"format": "pt"})
             del shard  # before the next is read
             written += len(names)
             report(written)
@@ -324,7 +325,7 @@ def _split(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
     }
 
 
-def _read(ours: str, arrays: Mapping[str, Stored], types: Mapping[str, np.dtype]) -> np.ndarray:
+def _read(ours: str, arrays: Mapping[str, LazyArray], types: Mapping[str, np.dtype]) -> np.ndarray:
     # the library writes memory as it lies: of a transposed view it would write another array
     array = _turned(ours, arrays[ours]).read().astype(types[ours], copy=False)
     return np.ascontiguousarray(array)

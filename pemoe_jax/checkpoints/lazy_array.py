@@ -11,13 +11,13 @@ import numpy as np
 
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 
 Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class LazyArray:
     """An array that has not been read.
 
     Attributes:
@@ -39,18 +39,18 @@ class Stored:
         return self.read_slice((slice(None),) * len(self.shape))
 
     @property
-    def T(self) -> "Stored":
+    def T(self) -> "LazyArray":
         """Its transpose; reading it copies nothing more."""
-        return Stored(self.shape[::-1], self.dtype, lambda index: self.read_slice(index[::-1]).T)
+        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read_slice(index[::-1]).T)
 
 
-def of_array(array: np.ndarray) -> Stored:
+def from_numpy(array: np.ndarray) -> LazyArray:
     """An array that is in memory already."""
-    return Stored(array.shape, array.dtype, lambda index: array[index])
+    return LazyArray(array.shape, array.dtype, lambda index: array[index])
 
 
-def load(
-    arrays: Mapping[str, Stored],
+def load_arrays(
+    arrays: Mapping[str, LazyArray],
     target: Any,
     what: str,
     report: Callable[[int], None] = lambda _: None,
@@ -96,7 +96,7 @@ _Pieces = dict[tuple[tuple[int, int], ...], np.ndarray]
 
 
 def _read_ahead(
-    wanted: Mapping[str, tuple[Stored, jax.ShapeDtypeStruct]],
+    wanted: Mapping[str, tuple[LazyArray, jax.ShapeDtypeStruct]],
 ) -> Iterator[tuple[str, _Pieces]]:
     """(path, its pieces in the wanted type), in order, read by threads within a limit of bytes.
 
@@ -124,7 +124,7 @@ def _first(waiting: list[tuple[str, int, Any]]) -> tuple[str, _Pieces]:
     return path, pieces
 
 
-def _read_pieces(stored: Stored, want: jax.ShapeDtypeStruct) -> _Pieces:
+def _read_pieces(stored: LazyArray, want: jax.ShapeDtypeStruct) -> _Pieces:
     """What this process's devices hold of an array, each part read once."""
     whole = (slice(None),) * len(want.shape)
     indices = [whole]
@@ -144,7 +144,7 @@ def _row_by_row(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The array in a type, its rows one after the other; a transposed one is turned in blocks."""
     if array.flags.c_contiguous or array.ndim != 2:
         return array.astype(dtype, copy=False)
-    turned = atomic_write.empty(array.shape, dtype)
+    turned = file_io.aligned_empty(array.shape, dtype)
     for i in range(0, array.shape[1], _BLOCK):
         turned[:, i : i + _BLOCK] = array[:, i : i + _BLOCK]
     return turned

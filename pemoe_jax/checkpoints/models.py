@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from pemoe_jax.checkpoints import adapter_file, lazy_array, peft, runs, t5x_run
 from pemoe_jax.checkpoints import base_model as base_lib
-from pemoe_jax.checkpoints.lazy_array import Stored
+from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import adapters, network, partitioning, quantized
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import T5Config, Transformer
-from pemoe_jax.runtime import atomic_write, progress
+from pemoe_jax.runtime import file_io, progress
 
 # Of all arrays, or path -> of each; None: the default device.
 Shardings = jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None
@@ -27,7 +27,7 @@ def _of(shardings: Shardings, path: str) -> jax.sharding.Sharding | None:
     return shardings[path] if isinstance(shardings, Mapping) else shardings
 
 
-def place(tree: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
+def device_put(tree: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
     """Parameters that all processes have alike, placed."""
     if shardings is None:
         return dict(tree)
@@ -37,7 +37,7 @@ def place(tree: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
     )
 
 
-def build(record: runs.Record) -> Transformer:
+def build_model(record: runs.Record) -> Transformer:
     """The network that a checkpoint's record describes, with its adapters.
 
     Raises:
@@ -145,7 +145,7 @@ class OpenedModel:
     model: Transformer
     record: runs.Record | None = None
     step: int = 0
-    trained: dict[str, Stored] = dataclasses.field(default_factory=dict)
+    trained: dict[str, LazyArray] = dataclasses.field(default_factory=dict)
     base_path: str | None = None
     frozen_dtype: str = quantized.ACTIVATIONS
 
@@ -186,7 +186,7 @@ class OpenedModel:
         drawn = network.init_params(
             self.model, self.record.seed, lambda p: params_lib.is_adapter(p) and p not in paths
         )
-        drawn = place(drawn, shardings)
+        drawn = device_put(drawn, shardings)
         frozen = params_lib.select(params_lib.merge(drawn, base), lambda path: path not in paths)
         whole = params_lib.merge(trained, frozen)
         shapes = network.param_shapes(self.model)
@@ -214,7 +214,7 @@ class OpenedModel:
             for path in shapes
             if path in chosen
         }
-        return lazy_array.load(
+        return lazy_array.load_arrays(
             self.trained, params_lib.unflatten(target), f"checkpoint {self.path}"
         )
 
@@ -234,7 +234,7 @@ class OpenedModel:
         return {
             "name": self.name,
             "method": "none" if self.record is None else self.record.method,
-            "checkpoint": os.fspath(atomic_write.at(self.path)),
+            "checkpoint": os.fspath(file_io.resolve(self.path)),
             "step": self.step,
             "dtype": self.model.config.dtype,
             **({} if self.frozen_dtype == quantized.ACTIVATIONS else {"frozen": self.frozen_dtype}),
@@ -275,8 +275,8 @@ def open_models(
     opened: list[OpenedModel] = []
     names: collections.Counter[str] = collections.Counter()
     for path in paths:
-        place = atomic_write.at(path)
-        with atomic_write.reaching(place):
+        place = file_io.resolve(path)
+        with file_io.remote_errors(place):
             found = _open(path, model, base_path)
         if dtype is not None:
             config = dataclasses.replace(found.model.config, dtype=dtype)
@@ -310,23 +310,23 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
     if adapter_file.is_adapter(path):
         trained, record, step = adapter_file.open_adapter(path)
         name = (
-            atomic_write.at(path).name
-            if atomic_write.at(path).is_dir()
-            else atomic_write.at(path).parent.name
+            file_io.resolve(path).name
+            if file_io.resolve(path).is_dir()
+            else file_io.resolve(path).parent.name
         )
-    elif peft.is_folder(path):
+    elif peft.is_adapter(path):
         trained, record, step = _open_peft(path, base_path)
-        name = atomic_write.at(path).name
+        name = file_io.resolve(path).name
     elif runs.is_run(path):
         trained, record, step = runs.open_trainable(path)
         name = runs.resolve(path)[0].name
     elif t5x_run.is_run(path):
         trained, record, step = t5x_run.open_trainable(path)
-        name = t5x_run.folder(path).name
+        name = t5x_run.run_folder(path).name
     else:
         try:
             found = base_lib.open_base(path)
-        except base_lib.NotABase as error:
+        except base_lib.NotABaseModel as error:
             said = str(error).removeprefix("base model ")
             said = said.replace("expected a T5X", "expected a run, an adapter, a T5X")
             raise InputError(said) from error
@@ -335,38 +335,38 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
         return OpenedModel(_base_name(found.path), path, Transformer(config))
     if record.base["needed"] and base_path is None:
         base_path = record.base["path"]
-        if base_path is not None and not atomic_write.at(base_path).exists():
+        if base_path is not None and not file_io.resolve(base_path).exists():
             raise InputError(
                 f"{path} belongs to the base {base_path}, which is not there: name a copy"
                 " (INITIAL_CHECKPOINT_PATH, or --base of convert)"
             )
-    model = build(record)
+    model = build_model(record)
     kept = record.base.get("frozen_dtype", quantized.ACTIVATIONS)
     return OpenedModel(name, path, model, record, step, trained, base_path, kept)
 
 
 def _base_name(path: str) -> str:
     """Of a file its stem; of a folder its name, or that of the folder a checkpoint_<step> is in."""
-    place = atomic_write.at(path)
+    place = file_io.resolve(path)
     if place.parent.name == "snapshots":  # of Hugging Face's cache
         return place.parent.parent.name.rpartition("--")[2]
     return place.parent.name if re.fullmatch(r"checkpoint_\d+", place.name) else place.stem
 
 
-def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, Stored], runs.Record, int]:
+def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], runs.Record, int]:
     """An adapter of PEFT's, with the record that a run of ours would have written."""
-    named = base_path or peft.base_name(path)
+    named = base_path or peft.base_model_name(path)
     try:
         base = base_lib.open_base(named)
     except InputError as error:
         hint = "" if base_path else ": name its base (INITIAL_CHECKPOINT_PATH, --base of convert)"
         raise InputError(f"{path}, an adapter of PEFT's{hint}: {error}") from error
     config = T5Config(**base.config())
-    description, arrays = peft.read(path, config.as_dict())
+    description, arrays = peft.load_adapter(path, config.as_dict())
     model = Transformer(config, adapters.from_description(description))
     shapes = network.param_shapes(model)
     record = runs.Record(
-        method=peft.method(description),
+        method=peft.method_name(description),
         trainable=[params_lib.ADAPTER_PATTERN],
         config=config.as_dict(),
         adapters=description,
@@ -376,6 +376,6 @@ def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, Stored], run
             "trainable": params_lib.count(params_lib.select(shapes, params_lib.is_adapter)),
             "total": params_lib.count(shapes),
         },
-        versions=runs.versions(),
+        versions=runs.package_versions(),
     )
-    return {name: lazy_array.of_array(array) for name, array in arrays.items()}, record, 0
+    return {name: lazy_array.from_numpy(array) for name, array in arrays.items()}, record, 0

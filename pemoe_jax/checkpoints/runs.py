@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 
 from pemoe_jax import __version__
 from pemoe_jax.checkpoints import tensorstore_file
-from pemoe_jax.checkpoints.lazy_array import Stored
+from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 
 PREFIX = "checkpoint"
 
@@ -116,7 +116,7 @@ def resolve(path: str) -> tuple[Path, int]:
     Raises:
       InputError: nothing is there, or nothing that is a checkpoint.
     """
-    folder = Path(atomic_write.at(path))
+    folder = Path(file_io.resolve(path))
     named = re.fullmatch(rf"{PREFIX}_(\d+)", folder.name)
     if not folder.is_dir():
         raise InputError(f"checkpoint {path}: no such folder")
@@ -132,13 +132,13 @@ def resolve(path: str) -> tuple[Path, int]:
 
 def is_run(path: str) -> bool:
     """Whether a path names a run's folder with a checkpoint in it, or one checkpoint of a run."""
-    folder = atomic_write.at(path)
+    folder = file_io.resolve(path)
     if "://" in os.fspath(folder):  # runs are written to local folders
         return False
     return (folder / "record").is_dir() or bool(saved_steps(Path(folder)))
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of the packages that decide what a checkpoint means."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -154,11 +154,11 @@ def versions() -> dict[str, str]:
 def read_record(path: str) -> Record:
     """The record of a checkpoint; `path` as for `resolve`."""
     folder, step = resolve(path)
-    file = atomic_write.at(folder / f"{PREFIX}_{step}" / "record" / "metadata")
-    return record_from(atomic_write.read_json(file), os.fspath(file))
+    file = file_io.resolve(folder / f"{PREFIX}_{step}" / "record" / "metadata")
+    return parse_record(file_io.read_json(file), os.fspath(file))
 
 
-def read_feed(path: str, shares: int = 1) -> list[int] | None:
+def read_data_position(path: str, shares: int = 1) -> list[int] | None:
     """The examples that each share of the feed had consumed; None where a checkpoint does not say.
 
     A run that goes on with another number of shares begins them at the first example that had not
@@ -168,10 +168,10 @@ def read_feed(path: str, shares: int = 1) -> list[int] | None:
       InputError: it is unreadable.
     """
     folder, step = resolve(path)
-    file = atomic_write.at(folder / f"{PREFIX}_{step}" / "feed" / "metadata")
+    file = file_io.resolve(folder / f"{PREFIX}_{step}" / "feed" / "metadata")
     if not file.exists():
         return None
-    examples = atomic_write.read_json(file).get("examples")
+    examples = file_io.read_json(file).get("examples")
     if not isinstance(examples, list) or not all(isinstance(n, int) for n in examples):
         raise InputError(f"{file}: examples: expected a list of integers, found {examples!r:.80}")
     if len(examples) == shares:
@@ -185,7 +185,7 @@ _KINDS = {"method": str, "trainable": list, "seed": int, "trained_datasets": lis
 _KIND_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
 
-def record_from(found: Mapping[str, Any], where: str) -> Record:
+def parse_record(found: Mapping[str, Any], where: str) -> Record:
     """The record in a JSON object.
 
     Raises:
@@ -209,12 +209,12 @@ def record_from(found: Mapping[str, Any], where: str) -> Record:
     return Record(**{name: found[name] for name in known})
 
 
-def open_trainable(path: str) -> tuple[dict[str, Stored], Record, int]:
+def open_trainable(path: str) -> tuple[dict[str, LazyArray], Record, int]:
     """The trained parameters of a checkpoint (path -> array, not read), its record and its step.
 
     Raises:
       InputError: no such checkpoint, or it is unreadable.
     """
     folder, step = resolve(path)
-    state = atomic_write.at(folder / f"{PREFIX}_{step}" / "state")
+    state = file_io.resolve(folder / f"{PREFIX}_{step}" / "state")
     return tensorstore_file.open_orbax(state, "params"), read_record(path), step

@@ -1,110 +1,143 @@
-"""Safetensors files, opened for reading array by array, local or `gs://`.
+"""Safetensors files, local or `gs://`: opened for reading array by array, and written.
 
-The library reads local files alone; writing is the library's.
+The safetensors library reads local files only, so the header is parsed here. Format:
+https://github.com/huggingface/safetensors#format
 """
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 from etils import epath
 
-from pemoe_jax.checkpoints.lazy_array import Index, Stored
+from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 
-_DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
 }
-_MOST_HEADER = 100_000_000  # the library's own limit
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 
-def open_file(path: epath.Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Name -> array, and the file's metadata; reads the header alone.
+def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
+    """Opens a file; reads its header only.
+
+    Returns:
+      (name -> array, the file's metadata).
 
     Raises:
-      InputError: no such file, not safetensors, or shorter than its header says.
+      InputError: the file is missing, is not a safetensors file, or is truncated.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file")
-    size = path.stat().length
-    if size < 8:
-        raise InputError(f"{path}: expected a safetensors file, found {size} bytes")
-    (length,) = struct.unpack("<Q", atomic_write.read_range(path, 0, 8).tobytes())
-    if length > min(size - 8, _MOST_HEADER):
+    file_bytes = path.stat().length
+    if file_bytes < 8:
+        raise InputError(f"{path}: expected a safetensors file, got {file_bytes} bytes")
+    (header_bytes,) = struct.unpack("<Q", file_io.read_range(path, 0, 8).tobytes())
+    # Checked before the header is read: a damaged length must not allocate terabytes.
+    if header_bytes > min(file_bytes - 8, _MAX_HEADER_BYTES):
         raise InputError(
-            f"{path}: cut short, or not a safetensors file: its header has {length:,} bytes,"
-            f" the file {size:,}"
+            f"{path}: truncated, or not a safetensors file: its header claims {header_bytes:,}"
+            f" bytes, the file has {file_bytes:,}"
         )
     try:
-        header: dict[str, Any] = json.loads(atomic_write.read_range(path, 8, length).tobytes())
+        header = json.loads(file_io.read_range(path, 8, header_bytes).tobytes())
         metadata = header.pop("__metadata__", {})
-        arrays = {name: _stored(path, name, said, 8 + length) for name, said in header.items()}
+        data_start = 8 + header_bytes
+        arrays = {name: _parse_entry(path, name, e, data_start) for name, e in header.items()}
         if not isinstance(metadata, dict) or not all(name.isprintable() for name in header):
-            raise ValueError("its metadata is no object, or a name no line of text")
+            raise ValueError("metadata that is not an object, or an unprintable name")
+        data_end = data_start + max((e["data_offsets"][1] for e in header.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a safetensors file ({error!r:.200})") from error
-    end = 8 + length + max((said["data_offsets"][1] for said in header.values()), default=0)
-    if end != size:
-        cut = "cut short" if end > size else "longer than it says"
-        raise InputError(f"{path}: {cut}: its header speaks of {end:,} bytes, it has {size:,}")
+    if data_end != file_bytes:
+        problem = "truncated" if data_end > file_bytes else "too long"
+        raise InputError(
+            f"{path}: {problem}: expected {data_end:,} bytes by its header, got {file_bytes:,}"
+        )
     return arrays, metadata
 
 
-def _stored(path: epath.Path, name: str, said: Mapping[str, Any], start: int) -> Stored:
-    """An array by what the header says of it."""
-    if said["dtype"] not in _DTYPES:
-        found = ascii(said["dtype"]).strip("'")  # of one line, whatever it is
+def _parse_entry(
+    path: epath.Path, name: str, entry: Mapping[str, Any], data_start: int
+) -> LazyArray:
+    if entry["dtype"] not in _DTYPES:
+        dtype_text = ascii(entry["dtype"]).strip("'")  # keeps the message on one line
         raise InputError(
-            f"{path}: {name!r:.100} is of type {found:.20}: expected one of {sorted(_DTYPES)}"
+            f"{path}: {name!r:.100}: expected a dtype of {sorted(_DTYPES)}, got {dtype_text:.20}"
         )
-    dtype = np.dtype(_DTYPES[said["dtype"]])
-    shape = tuple(said["shape"])
-    begin, end = said["data_offsets"]
+    dtype = _DTYPES[entry["dtype"]]
+    shape = tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    # `type(n) is int`: JSON's true would pass as 1, and huge numbers would overflow numpy.
     if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
-        raise ValueError("sizes are no numbers >= 0")
-    needed = math.prod(shape) * dtype.itemsize
-    if end - begin != needed:
+        raise ValueError("sizes that are not integers >= 0")
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if end - begin != num_bytes:
         raise InputError(
-            f"{path}: {name!r:.100} {shape!s:.80} takes {needed:,} bytes,"
-            f" the header gives {end - begin:,}"
+            f"{path}: {name!r:.100} {shape!s:.80}: expected {num_bytes:,} bytes,"
+            f" got {end - begin:,} by the header"
         )
-    return Stored(shape, dtype, lambda index: read_rows(path, start + begin, shape, dtype, index))
+    offset = data_start + begin
+    return LazyArray(shape, dtype, lambda index: read_rows(path, offset, shape, dtype, index))
 
 
 def read_rows(
     path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, index: Index
 ) -> np.ndarray:
-    """A part of an array that lies in a file row after row; of the first axis only what is asked.
+    """Reads a slice of an array stored in row-major order; skips the rows outside of it.
 
     Args:
-      path: of the file.
-      offset: of the array's first byte.
-      shape: of the whole array.
-      dtype: as stored, little-endian.
-      index: one slice an axis.
+      path: the file.
+      offset: position of the array's first byte.
+      shape: shape of the whole array.
+      dtype: stored dtype, little-endian.
+      index: one slice per axis.
 
     Raises:
-      InputError: the file is shorter.
+      InputError: the file is truncated.
     """
     if not shape:
-        return atomic_write.read_range(path, offset, dtype.itemsize).view(dtype).reshape(())
+        return file_io.read_range(path, offset, dtype.itemsize).view(dtype).reshape(())
     first, last, _ = index[0].indices(shape[0])
-    row = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-    data = atomic_write.read_range(path, offset + first * row, (last - first) * row)
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    data = file_io.read_range(path, offset + first * row_bytes, (last - first) * row_bytes)
     return data.view(dtype).reshape(last - first, *shape[1:])[(slice(None), *index[1:])]
+
+
+def save_file(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a file with the usual permissions.
+
+    Raises:
+      InputError: the file cannot be written, because the disk is full for example.
+    """
+    # The library writes an array's memory as it is: a transposed view would be saved transposed.
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    try:
+        safetensors.numpy.save_file(contiguous, path, metadata=dict(metadata))
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: cannot be written: {error}") from error
+    # The library creates files that only their owner can read. The umask can only be read by
+    # setting it.
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)

@@ -18,9 +18,9 @@ from etils import epath
 from flax import serialization
 
 from pemoe_jax.checkpoints import lazy_array, tensorstore_file
-from pemoe_jax.checkpoints.lazy_array import Stored
+from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 
 _INDEX = "checkpoint"
 _PLACEHOLDER = "PLACEHOLDER://"
@@ -28,22 +28,22 @@ _PLACEHOLDER = "PLACEHOLDER://"
 
 def is_legacy(folder: epath.Path) -> bool:
     """Whether a folder is a checkpoint of the legacy format."""
-    return tensorstore_file.orbax_state(folder) is None and (folder / _INDEX).is_file()
+    return tensorstore_file.orbax_state_folder(folder) is None and (folder / _INDEX).is_file()
 
 
-def open_orbax(folder: epath.Path) -> dict[str, Stored]:
+def open_orbax(folder: epath.Path) -> dict[str, LazyArray]:
     """Path -> array, of the `target` in an Orbax checkpoint.
 
     Raises:
       InputError: it is unreadable or has no `target`.
     """
-    state = tensorstore_file.orbax_state(folder)
+    state = tensorstore_file.orbax_state_folder(folder)
     if state is None:
         raise InputError(f"{folder}: expected an Orbax checkpoint, found none")
     return tensorstore_file.open_orbax(state, "target")
 
 
-def open_legacy(folder: epath.Path) -> dict[str, Stored]:
+def open_legacy(folder: epath.Path) -> dict[str, LazyArray]:
     """Path -> array, of the `target` in a checkpoint of the legacy format.
 
     Raises:
@@ -59,13 +59,13 @@ def open_legacy(folder: epath.Path) -> dict[str, Stored]:
             f" ({type(error).__name__}: {error})"
         ) from error
     named: dict[str, str] = {}
-    arrays: dict[str, Stored] = {}
+    arrays: dict[str, LazyArray] = {}
     for path, leaf in _leaves(target):
         if isinstance(leaf, np.ndarray):
-            arrays[path] = lazy_array.of_array(leaf)
+            arrays[path] = lazy_array.from_numpy(leaf)
         else:
-            named[path] = atomic_write.inside(folder, _zarr_name(leaf, index, path), _INDEX).name
-    return arrays | tensorstore_file.open_arrays(folder, atomic_write.url(folder), named, "zarr")
+            named[path] = file_io.child_path(folder, _zarr_name(leaf, index, path), _INDEX).name
+    return arrays | tensorstore_file.open_arrays(folder, file_io.url(folder), named, "zarr")
 
 
 def _leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -89,7 +89,7 @@ def _zarr_name(leaf: Any, index: epath.Path, path: str) -> Any:
         raise InputError(f"{index}: {path}: expected an array, found {leaf!r:.80}") from error
 
 
-def steps(folder: epath.Path) -> list[int]:
+def checkpoint_steps(folder: epath.Path) -> list[int]:
     """The steps of the checkpoints in a folder, by their names."""
     names = (os.fspath(child.name) for child in folder.iterdir())
     return sorted(

@@ -11,30 +11,29 @@ import re
 from etils import epath
 
 from pemoe_jax.checkpoints import runs, t5x
-from pemoe_jax.checkpoints.lazy_array import Stored
+from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.checkpoints.runs import Record
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import atomic_write, file_io
 
 RECORD = "pemoe_record.json"
 
 
-def folder(path: str | os.PathLike[str]) -> epath.Path:
+def run_folder(path: str | os.PathLike[str]) -> epath.Path:
     """The run's, of its own path or of one of its checkpoints'."""
-    place = atomic_write.at(path)
+    place = file_io.resolve(path)
     return place.parent if re.fullmatch(r"checkpoint_\d+", place.name) else place
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
     """Whether a path names such a run's folder, or one checkpoint of it."""
-    return (folder(path) / RECORD).exists()
+    return (run_folder(path) / RECORD).exists()
 
 
 def write_record(model_dir: str | os.PathLike[str], record: Record) -> None:
     """Beside the checkpoints."""
-    path = atomic_write.local(model_dir, "MODEL_DIR") / RECORD
-    with atomic_write.writing(path, overwrite=True) as beside:
-        atomic_write.write_json(beside, dataclasses.asdict(record))
+    path = file_io.resolve_local(model_dir, "MODEL_DIR") / RECORD
+    atomic_write.write_json(path, dataclasses.asdict(record))
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
@@ -43,19 +42,19 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     Raises:
       InputError: it is missing or unreadable.
     """
-    file = folder(path) / RECORD
-    return runs.record_from(atomic_write.read_json(file), os.fspath(file))
+    file = run_folder(path) / RECORD
+    return runs.parse_record(file_io.read_json(file), os.fspath(file))
 
 
-def open_trainable(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], Record, int]:
+def open_trainable(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
     """What trained (path -> array, not read), the record and the step, the newest of a run's.
 
     Raises:
       InputError: there is no finished checkpoint, or it is unreadable.
     """
-    run, place = folder(path), atomic_write.at(path)
+    run, place = run_folder(path), file_io.resolve(path)
     if place == run:
-        steps = t5x.steps(run)
+        steps = t5x.checkpoint_steps(run)
         if not steps:
             raise InputError(f"checkpoint {path}: expected a folder checkpoint_<step> in it")
         place = run / f"checkpoint_{steps[-1]}"

@@ -12,14 +12,14 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from pemoe_jax.checkpoints.lazy_array import Index, Stored
+from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 
 _SUFFIXES = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
 
 
-def orbax_state(folder: epath.Path) -> epath.Path | None:
+def orbax_state_folder(folder: epath.Path) -> epath.Path | None:
     """The folder of the arrays, where `folder` is an Orbax checkpoint or that folder itself."""
     for found in (folder / "state", folder):
         if any((found / name).exists() for name in ("_METADATA", "manifest.ocdbt")):
@@ -27,7 +27,7 @@ def orbax_state(folder: epath.Path) -> epath.Path | None:
     return None
 
 
-def open_orbax(state: epath.Path, item: str) -> dict[str, Stored]:
+def open_orbax(state: epath.Path, item: str) -> dict[str, LazyArray]:
     """Path -> array, of one item of an Orbax checkpoint.
 
     Args:
@@ -37,7 +37,7 @@ def open_orbax(state: epath.Path, item: str) -> dict[str, Stored]:
     Raises:
       InputError: the store is unreadable, or has no such item.
     """
-    base = atomic_write.url(state)
+    base = file_io.url(state)
     ocdbt = (state / "manifest.ocdbt").exists()
     kvstore: Any = {"driver": "ocdbt", "base": base, "path": ""} if ocdbt else base
     try:
@@ -56,7 +56,7 @@ def open_orbax(state: epath.Path, item: str) -> dict[str, Stored]:
 
 def open_arrays(
     folder: epath.Path, kvstore: Any, named: Mapping[str, str], driver: str
-) -> dict[str, Stored]:
+) -> dict[str, LazyArray]:
     """Path -> array; all are opened at once, since each is a wait where they are far away.
 
     Args:
@@ -90,12 +90,12 @@ def _below(kvstore: Any, name: str) -> Any:
     return kvstore + name if isinstance(kvstore, str) else {**kvstore, "path": name}
 
 
-def _stored(path: epath.Path, future: Any) -> Stored:
+def _stored(path: epath.Path, future: Any) -> LazyArray:
     try:
         array = future.result()
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: unreadable: {_short(error)}") from error
-    return Stored(
+    return LazyArray(
         tuple(array.shape), array.dtype.numpy_dtype, functools.partial(_read, array, path)
     )
 

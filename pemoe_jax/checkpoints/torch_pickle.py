@@ -21,10 +21,10 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from pemoe_jax.checkpoints.lazy_array import Index, Stored
+from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.checkpoints.safetensors_file import read_rows
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 
 _STORAGES: dict[str, Any] = {
     "torch.DoubleStorage": np.float64,
@@ -48,7 +48,7 @@ _MOST = 2**63  # of sizes, offsets and strides, in values
 _RESAVE = "torch.save(torch.load(path, weights_only=True), path)"
 
 
-def open_file(path: epath.Path) -> dict[str, Stored]:
+def open_file(path: epath.Path) -> dict[str, LazyArray]:
     """Name -> array; reads the zip's directory and the pickle, and no tensor.
 
     Raises:
@@ -71,13 +71,13 @@ def open_file(path: epath.Path) -> dict[str, Stored]:
     for name, value in found.items():
         if not name.isprintable():
             raise InputError(f"{path}: expected names of one line, found {name!r:.80}")
-        if not isinstance(value, Stored):
+        if not isinstance(value, LazyArray):
             raise InputError(f"{path}: {name!r:.80}: expected a tensor, found {_kind(value)}")
     return found
 
 
 def _kind(value: Any) -> str:
-    return "tensor" if isinstance(value, Stored) else type(value).__name__.lstrip("_")
+    return "tensor" if isinstance(value, LazyArray) else type(value).__name__.lstrip("_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Archive:
     def start(self, name: str) -> int:
         """Of an entry's first byte in the file: behind a header that each entry has."""
         offset = self.entry(name).header_offset
-        header = atomic_write.read_range(self.path, offset, 30).tobytes()
+        header = file_io.read_range(self.path, offset, 30).tobytes()
         signature, name_size, extra_size = struct.unpack("<4s22x2H", header)
         if signature != b"PK\x03\x04":
             raise InputError(f"{self.path}: {name!r:.80}: expected its zip header, found none")
@@ -111,9 +111,7 @@ class _Archive:
     def read(self, name: str, default: bytes | None = None) -> bytes:
         if default is not None and name not in self.entries:
             return default
-        return atomic_write.read_range(
-            self.path, self.start(name), self.entry(name).file_size
-        ).tobytes()
+        return file_io.read_range(self.path, self.start(name), self.entry(name).file_size).tobytes()
 
 
 def _open_archive(path: epath.Path) -> _Archive:
@@ -291,7 +289,7 @@ class _Pickle:
                 name == _TENSOR and more in ([], [None], [{}])  # else: bits for conjugate, negative
             ):
                 self.stack.append(_tensor(self.archive, storage, offset, shape, strides))
-            case _Global(name), (Stored() as tensor, _, _) if name == _PARAMETER:
+            case _Global(name), (LazyArray() as tensor, _, _) if name == _PARAMETER:
                 self.stack.append(tensor)
             case _Global(name), _:
                 self.refuse(f"{name} of something else than a tensor's parts")
@@ -331,7 +329,9 @@ _OPERATIONS: dict[str, Callable[[_Pickle], None]] = {
 }
 
 
-def _tensor(archive: _Archive, storage: _Storage, offset: Any, shape: Any, strides: Any) -> Stored:
+def _tensor(
+    archive: _Archive, storage: _Storage, offset: Any, shape: Any, strides: Any
+) -> LazyArray:
     """A tensor in a storage; offset and strides count values, strides are never negative."""
     path = archive.path
     for numbers in ((offset,), shape, strides):
@@ -345,12 +345,12 @@ def _tensor(archive: _Archive, storage: _Storage, offset: Any, shape: Any, strid
             f" reaches out of its storage {storage.key!r:.80} of {storage.size:,} values"
         )
     if not count:
-        return Stored(shape, storage.dtype, lambda index: np.empty(shape, storage.dtype)[index])
+        return LazyArray(shape, storage.dtype, lambda index: np.empty(shape, storage.dtype)[index])
     rows = functools.partial(_read_rows, archive, storage, offset)
     if _is_contiguous(shape, strides):
-        return Stored(shape, storage.dtype, functools.partial(rows, shape))
+        return LazyArray(shape, storage.dtype, functools.partial(rows, shape))
     if _is_contiguous(shape[::-1], strides[::-1]):
-        return Stored(shape[::-1], storage.dtype, functools.partial(rows, shape[::-1])).T
+        return LazyArray(shape[::-1], storage.dtype, functools.partial(rows, shape[::-1])).T
     span = last + 1 - offset
     # of an axis of one the stride may be any number, too large for numpy even
     steps = tuple(
@@ -362,7 +362,7 @@ def _tensor(archive: _Archive, storage: _Storage, offset: Any, shape: Any, strid
         data = rows((span,), (slice(None),))
         return np.lib.stride_tricks.as_strided(data, shape, steps, writeable=False)[index].copy()
 
-    return Stored(shape, storage.dtype, read)
+    return LazyArray(shape, storage.dtype, read)
 
 
 def _is_size(number: Any) -> bool:

@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     Entry points print the message without a stack trace and exit non-zero.
     """
+
+
+def first_line(error: BaseException | str) -> str:
+    """Returns the first line of a message that is not blank; without one, the error's class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import atomic_write
 
 FORMAT = "pemoe_jax sentence embeddings"
 VERSION = 1
@@ -306,9 +307,7 @@ class Writer:
         self._waiting, self._written = [], time.monotonic()
 
     def _write_about(self) -> None:
-        beside = self.path / ".about.json"
-        beside.write_text(json.dumps(self._about, indent=1) + "\n")
-        beside.replace(self.path / "about.json")
+        atomic_write.write_json(self.path / "about.json", self._about)
 
 
 def _checked(about: dict[str, Any], now: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
@@ -339,10 +338,11 @@ def _split(found: np.ndarray) -> list[bytes]:
 
 
 def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
-    beside = path.with_name(f".{path.name}")
-    with beside.open("wb") as file:
+    with (
+        atomic_write.temporary_path(path, overwrite=True) as temporary,
+        temporary.open("wb") as file,
+    ):
         np.save(file, array)
-    beside.replace(path)
 
 
 def _locked(folder: pathlib.Path) -> int:

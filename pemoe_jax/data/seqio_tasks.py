@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, first_line
 
 Batch = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -310,17 +310,16 @@ def reading(name: str, split: str | None = None, use_cached: bool = False) -> It
             raise
         at = _OFFSET.search(message)
         damaged = _damaged_file(name, split, use_cached, int(at[1])) if at else ""
-        raise InputError(damaged or f"reading {name!r}: {_first_line(message)}") from error
+        raise InputError(damaged or f"reading {name!r}: {_tensorflow_message(message)}") from error
     except UnicodeDecodeError as error:  # TensorFlow quotes data that it cannot parse
         quoted = error.object.decode("ascii", "replace")
-        raise InputError(f"reading {name!r}: {_first_line(quoted)}") from error
+        raise InputError(f"reading {name!r}: {_tensorflow_message(quoted)}") from error
 
 
-def _first_line(message: str) -> str:
-    """Of what TensorFlow says, less where in its graph it was."""
-    line = message.strip().splitlines()[0]
+def _tensorflow_message(message: str) -> str:
+    """Returns the first line of TensorFlow's message without the place in its graph."""
     where = r"^\{\{.*?\}\} |Error in user-defined .* with iterator: \S+ | \[Op:.*$"
-    return re.sub(where, "", line)[:200]
+    return re.sub(where, "", first_line(message))[:200]
 
 
 def _damaged_file(name: str, split: str | None, use_cached: bool, offset: int) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import array
 import functools
-import json
 import os
 import pathlib
 import struct
@@ -20,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.data import crc32c
 from pemoe_jax.data.rows import CHUNK, Reader, Row, parse
+from pemoe_jax.runtime import file_io
 
 _BLOCK = 1 << 22  # bytes looked through at a time
 _HEADER = 12  # length of the data, and its checksum
@@ -137,7 +137,7 @@ class Records(Reader):
         Raises:
           InputError: one is missing, or does not begin with a record.
         """
-        info = read_json(self._folder / f"info.{self._split}.json")
+        info = file_io.read_json(self._folder / f"info.{self._split}.json")
         shards = info.get("num_shards")
         if not isinstance(shards, int) or shards < 1:
             raise InputError(
@@ -162,7 +162,7 @@ class Records(Reader):
         files = self.files
         stats = self._folder / f"stats.{self._split}.json"
         if stats.exists():
-            examples = read_json(stats).get("examples")
+            examples = file_io.read_json(stats).get("examples")
             if isinstance(examples, int) and examples >= 0:
                 return examples
             raise InputError(f"{stats}: 'examples' must be a number of rows, found {examples!r}")
@@ -222,17 +222,4 @@ class Records(Reader):
 
 
 def _reason(error: Any) -> str:
-    return str(error.message).strip().splitlines()[0].split(" [Op:")[0]
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """An object of a JSON file; InputError where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
+    return first_line(error.message).split(" [Op:")[0]

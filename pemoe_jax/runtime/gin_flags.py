@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.runtime import compile_cache, distributed, gin_types, host_memory
 
 GIN_DIR = Path(__file__).parent.parent / "gin"
@@ -115,12 +115,6 @@ def split_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, bindings
 
 
-def _first_line(error: BaseException) -> str:
-    """Gin appends where it was; the user's line is the first that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 def load_config(
     args: argparse.Namespace, bindings: Sequence[str], macros: Sequence[str] = ()
 ) -> None:
@@ -158,7 +152,7 @@ def load_config(
     except InputError:
         raise
     except OSError as error:
-        raise InputError(f"gin: {_first_line(error)}") from error
+        raise InputError(f"gin: {first_line(error)}") from error
     except (ValueError, SyntaxError, ImportError, AttributeError, NameError, TypeError) as error:
         raise InputError(_told(error)) from error
     gin_types.check_bindings(_SET_BY_MODEL_AND_METHOD)
@@ -166,7 +160,7 @@ def load_config(
 
 def _told(error: Exception) -> str:
     """What gin complains of, in the user's words."""
-    line = _first_line(error)
+    line = first_line(error)
     required = re.match(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", line)
     if required:
         return f"{required[1]} is not set: expected --gin.{required[1]}=…"
@@ -203,7 +197,7 @@ def call_configured(function: Callable[..., Any]) -> Any:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
         if "Required bindings" in str(error) or "gin.REQUIRED" in str(error):
-            raise InputError(_first_line(error)) from error
+            raise InputError(first_line(error)) from error
         raise
 
 
@@ -270,7 +264,7 @@ def _attempt(
         _add_cache_dirs(args)
         work(args, bindings)
     except InputError as error:
-        print(f"error: {_first_line(error)}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 1
     except OSError as error:  # no permission, no space, a file where a folder should be
         if error.strerror is None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pemoe_jax.checkpoints import models
 from pemoe_jax.core import network
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 from pemoe_jax.t5x_bridge import parameters
 
 
@@ -24,10 +24,10 @@ def checkpoint_path(path: str | Sequence[str]) -> str | list[str]:
     """
     if not isinstance(path, str):
         return [str(checkpoint_path(one)) for one in path]
-    place = os.fspath(atomic_write.at(path))
+    place = os.fspath(file_io.resolve(path))
     if re.search(r"checkpoint_\d+$", place):
         return place
-    step = models.open_model(place).step if atomic_write.at(place).exists() else 0
+    step = models.open_model(place).step if file_io.resolve(place).exists() else 0
     return f"{place}/checkpoint_{step}"
 
 
@@ -64,7 +64,7 @@ class Checkpoints:
           InputError: see `parameters.read_model`.
         """
         del settings
-        there = atomic_write.at(path).exists()
+        there = file_io.resolve(path).exists()
         params, step = parameters.read_model(
             self._module, path if there else os.path.dirname(path), self._base_path, self._places
         )

@@ -27,7 +27,7 @@ def init_params(
 ) -> dict[str, jax.Array]:
     """Path -> random parameter, float32, as our own runner draws it."""
     found = network.init_params(module, seed, paths.__contains__)
-    return params_lib.flatten(models.place(found, where))
+    return params_lib.flatten(models.device_put(found, where))
 
 
 def read_model(

@@ -18,7 +18,7 @@ from pemoe_jax.checkpoints import models, runs, t5x_run
 from pemoe_jax.core import adapters, network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 from pemoe_jax.t5x_bridge import data, parameters
 
 
@@ -184,7 +184,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
             adapters=adapters.describe(module.adapters),
             base={**identity, "needed": bool(self._frozen)},
             counts={"trainable": params_lib.count(trained), "total": params_lib.count(shapes)},
-            versions=runs.versions(),
+            versions=runs.package_versions(),
             seed=self._model.seed,
             trained_datasets=None if self._name is None else data.datasets(self._name),
         )
@@ -202,7 +202,7 @@ def _check_same_run(model_dir: str, before: runs.Record, now: runs.Record) -> No
     }.items():
         if of(before) != of(now):
             raise InputError(
-                f"{atomic_write.at(model_dir)} holds a run with {name} {of(before)!r},"
+                f"{file_io.resolve(model_dir)} holds a run with {name} {of(before)!r},"
                 " expected the same"
                 f" to go on, found {of(now)!r}: choose another MODEL_DIR or mend the setting"
             )

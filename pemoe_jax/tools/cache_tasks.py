@@ -5,7 +5,6 @@ import concurrent.futures
 import dataclasses
 import fnmatch
 import functools
-import json
 import multiprocessing
 import os
 import shutil
@@ -216,11 +215,11 @@ def write_split(context: _Context, job: Job) -> int:
         path.rename(target / f"{job.split}.tfrecord-{number:05d}-of-{len(shards):05d}")
     from seqio import __version__ as seqio_version
 
+    from pemoe_jax.runtime import atomic_write
+
     info = {"num_shards": len(shards), "features": features, "seqio_version": seqio_version}
     for path, found in ((target / f"stats.{job.split}.json", stats), (info_path, info)):
-        written = beside / path.name
-        written.write_text(json.dumps(found) + "\n")
-        written.rename(path)
+        atomic_write.write_json(path, found, indent=None)
     beside.rmdir()
     return int(stats["examples"])
 

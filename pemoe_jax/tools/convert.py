@@ -10,7 +10,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
 
 if TYPE_CHECKING:
-    from pemoe_jax.checkpoints.lazy_array import Stored
+    from pemoe_jax.checkpoints.lazy_array import LazyArray
     from pemoe_jax.checkpoints.models import OpenedModel
 
 _DESCRIPTION = """\
@@ -103,9 +103,9 @@ def convert(args: argparse.Namespace) -> None:
       InputError: the source is none that this direction takes, or OUTPUT is there already.
     """
     from pemoe_jax.checkpoints import models
-    from pemoe_jax.runtime import atomic_write
+    from pemoe_jax.runtime import file_io
 
-    output = atomic_write.local(args.output, "OUTPUT")
+    output = file_io.resolve_local(args.output, "OUTPUT")
     if output.exists():
         raise InputError(f"{args.output} is there already: expected a new path")
     if (output.suffix == ".safetensors") != (args.direction == "base"):
@@ -176,7 +176,7 @@ def _to_adapter(source: "OpenedModel", args: argparse.Namespace) -> None:
         fingerprint = base_lib.open_base(source.base_path).fingerprint()
         identity = {**identity, "fingerprint": fingerprint}
     record = dataclasses.replace(source.record, base=identity)
-    adapter_file.save(args.output, arrays, record, source.step)
+    adapter_file.save_adapter(args.output, arrays, record, source.step)
 
 
 def _to_peft(source: "OpenedModel", args: argparse.Namespace) -> None:
@@ -189,16 +189,16 @@ def _to_peft(source: "OpenedModel", args: argparse.Namespace) -> None:
     if others:
         raise InputError(f"{source.path} trained {others[0]} too: PEFT's format cannot hold it")
     name = args.base_name or source.base_path
-    peft.write(args.output, source.record.adapters, arrays, name)
+    peft.save_adapter(args.output, source.record.adapters, arrays, name)
 
 
 def _to_huggingface(source: "OpenedModel", args: argparse.Namespace) -> None:
     from pemoe_jax.checkpoints import huggingface
 
     dtype = _dtype(args.dtype)
-    arrays = whole_model(source, dtype)
+    arrays = merged_arrays(source, dtype)
     with _progress("writing", len(arrays)) as report:
-        huggingface.save_folder(args.output, arrays, dtype=dtype, report=report)
+        huggingface.save_checkpoint(args.output, arrays, dtype=dtype, report=report)
 
 
 def _to_base(source: "OpenedModel", args: argparse.Namespace) -> None:
@@ -206,14 +206,14 @@ def _to_base(source: "OpenedModel", args: argparse.Namespace) -> None:
     from pemoe_jax.core import params as params_lib
 
     dtype = _dtype(args.dtype)
-    found = whole_model(source, dtype)
+    found = merged_arrays(source, dtype)
     arrays = {}
     with _progress("reading", len(found)) as report:
         for path, array in found.items():
             arrays[path] = array.read()
             report(len(arrays))
     config = source.model.config.as_dict()
-    base_lib.save(args.output, params_lib.unflatten(arrays), config, overwrite=False)
+    base_lib.save_base(args.output, params_lib.unflatten(arrays), config, overwrite=False)
 
 
 @contextlib.contextmanager
@@ -234,7 +234,7 @@ def _dtype(name: str | None) -> Any:
     return None if name is None else jnp.dtype(name)
 
 
-def whole_model(source: "OpenedModel", dtype: Any = None) -> "dict[str, Stored]":
+def merged_arrays(source: "OpenedModel", dtype: Any = None) -> "dict[str, LazyArray]":
     """Path -> array of a model without adapters: (IA)³ and LoRA are merged as arrays are read.
 
     Args:
@@ -251,7 +251,7 @@ def whole_model(source: "OpenedModel", dtype: Any = None) -> "dict[str, Stored]"
     from pemoe_jax.core import merging
     from pemoe_jax.core import params as params_lib
 
-    arrays: dict[str, Stored] = {}
+    arrays: dict[str, LazyArray] = {}
     if source.record is None:
         arrays = base_lib.open_base(source.path).arrays
     elif source.needs_base:
@@ -270,18 +270,22 @@ def whole_model(source: "OpenedModel", dtype: Any = None) -> "dict[str, Stored]"
         own = {path: array for path, array in trained.items() if params_lib.is_adapter(path)}
         folds = merging.kernel_updates(source.record.adapters, own)
         others = trained.keys() - own.keys()
-        arrays = arrays | {path: lazy_array.of_array(np.asarray(trained[path])) for path in others}
+        arrays = arrays | {
+            path: lazy_array.from_numpy(np.asarray(trained[path])) for path in others
+        }
     missing = sorted(folds.keys() - arrays.keys())
     if missing:
         raise InputError(f"{source.path}: expected {missing[0]} in its base, found none")
     return {path: _written(path, arrays[path], folds.get(path), dtype) for path in arrays}
 
 
-def _written(path: str, array: "Stored", fold: Callable[[Any], Any] | None, dtype: Any) -> "Stored":
+def _written(
+    path: str, array: "LazyArray", fold: Callable[[Any], Any] | None, dtype: Any
+) -> "LazyArray":
     """An array as it is written: merged in float32 when it is read, rounded once, and finite."""
     import numpy as np
 
-    from pemoe_jax.checkpoints.lazy_array import Stored
+    from pemoe_jax.checkpoints.lazy_array import LazyArray
     from pemoe_jax.core import params as params_lib
 
     rounded = np.dtype(array.dtype if dtype is None else dtype)
@@ -294,7 +298,7 @@ def _written(path: str, array: "Stored", fold: Callable[[Any], Any] | None, dtyp
             raise InputError(f"{path}: NaN or infinity as {rounded}: not written")
         return found[index]
 
-    return Stored(array.shape, rounded, read_slice)
+    return LazyArray(array.shape, rounded, read_slice)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

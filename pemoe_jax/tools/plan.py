@@ -145,7 +145,10 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     if args.output:
         path = Path(args.output)
         as_json = tables.to_json(title, found, tables.Chip(*chip) if chip else None)
-        _write(path, as_json if path.suffix == ".json" else layout.to_markdown(shown))
+        from pemoe_jax.runtime import atomic_write
+
+        text = as_json if path.suffix == ".json" else layout.to_markdown(shown)
+        atomic_write.write_text(path, text)
 
 
 def _step(
@@ -214,12 +217,6 @@ def _check_output(path: str | None) -> None:
         raise InputError(f"--output: expected a file that ends in .md or .json, found {path!r}")
     if not Path(path).absolute().parent.is_dir():
         raise InputError(f"--output={path}: expected a file in a folder that exists")
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

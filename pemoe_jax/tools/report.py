@@ -117,6 +117,7 @@ def write(found: "report_lib.Report", folder: Path) -> None:
     """
     from pemoe_jax.analysis import layout
     from pemoe_jax.analysis.zero_shot import tables
+    from pemoe_jax.runtime import atomic_write
 
     markdown = layout.to_markdown(tables.to_tables(found))
     texts = {
@@ -128,9 +129,7 @@ def write(found: "report_lib.Report", folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tables.draw(found, folder / "report.png")
         for name, text in texts.items():
-            beside = folder / f".{name}.part"
-            beside.write_text(text)
-            beside.replace(folder / name)
+            atomic_write.write_text(folder / name, text)
     except OSError as error:
         raise InputError(
             f"--output={folder}: expected a folder to write to, found {error.strerror}"

@@ -93,13 +93,13 @@ def routes(
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
-    from pemoe_jax.runtime import atomic_write
+    from pemoe_jax.runtime import atomic_write, file_io
 
     seqio_tasks.check_count("ROUTES_EXAMPLES", examples, 1)
     lengths = seqio_tasks.checked_lengths(task_feature_lengths)
     mesh = partitioning.make_mesh()
     partitioning.check_batch_size(batch_size, mesh)
-    folder = atomic_write.local(output_dir, "ROUTES_OUTPUT_DIR")
+    folder = file_io.resolve_local(output_dir, "ROUTES_OUTPUT_DIR")
     opened = models.open_models(checkpoint_path, None, initial_checkpoint_path, dtype)
     chosen = [_sites(one, sites) for one in opened]
     registered = register() if register is not None else None

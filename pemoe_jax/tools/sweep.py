@@ -313,10 +313,9 @@ def _state(run: Run) -> dict[str, Any]:
 
 
 def _save(run: Run, state: Mapping[str, Any]) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    beside = run.folder / f".{_STATE}.part"
-    beside.write_text(json.dumps(state, indent=1) + "\n")
-    beside.replace(run.folder / _STATE)
+    from pemoe_jax.runtime import atomic_write
+
+    atomic_write.write_json(run.folder / _STATE, state)
 
 
 def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool) -> list[str]:

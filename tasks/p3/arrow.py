@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.tfrecords import read_json
+from pemoe_jax.runtime.file_io import read_json
 from pemoe_jax.tasks.p3.row_files import Example, take_by_part
 
 _SHARD = re.compile(r"(?P<name>.+)-(?P<split>[\w.]+)-\d{5}-of-(?P<count>\d{5})\.arrow")

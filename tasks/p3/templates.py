@@ -30,7 +30,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, first_line
 
 MAX_CHARACTERS = 2048
 NO_LABEL = "<NO LABEL>"
@@ -77,7 +77,7 @@ class Template:
             for text in (self.jinja, self.answer_choices or ""):
                 found |= meta.find_undeclared_variables(environment.parse(text))
         except jinja2.TemplateError as error:
-            raise TemplateError(f"{type(error).__name__}: {_first_line(error)}") from None
+            raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
         return found - {"answer_choices", *environment.globals}
 
     def apply(self, example: Mapping[str, Any], number: int = 0) -> Prompt | None:
@@ -105,17 +105,13 @@ class Template:
                 text = self.jinja.replace("}}", f" | string | truncate({MAX_CHARACTERS}) }}}}")
                 rendered = _compiled(text).render(**fields, answer_choices=choices)
         except jinja2.TemplateError as error:
-            raise TemplateError(f"{type(error).__name__}: {_first_line(error)}") from None
+            raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
         except Exception as error:  # whatever an expression in it does with the example
-            raise TemplateError(f"{type(error).__name__}: {_first_line(error)}") from None
+            raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
         parts = [_show_bars(part).strip() for part in rendered.split(_BAR)]
         if len(parts) != 2 or not parts[0]:
             return None
         return Prompt(parts[0], parts[1] or NO_LABEL, choices or [])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _hide_bars(value: Any) -> Any:
@@ -186,7 +182,7 @@ def read_templates(path: pathlib.Path) -> dict[str, Template]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or _first_line(error)
+        problem = getattr(error, "problem", None) or first_line(error)
         raise InputError(f"{path}{line}: not YAML of templates: {problem}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None

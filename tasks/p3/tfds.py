@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.tfrecords import RecordFile, read_json
+from pemoe_jax.data.tfrecords import RecordFile
+from pemoe_jax.runtime.file_io import read_json
 from pemoe_jax.tasks.p3.row_files import Example, take_by_part
 
 _FIELD = re.compile(r"(?P<made>\w+)=(?:(?P<how>join|name|text)\()?(?P<of>[\w,]+)\)?")

@@ -15,10 +15,10 @@ import safetensors.numpy
 from methods import largest_difference
 
 from pemoe_jax.checkpoints import dimensions, huggingface, lazy_array
-from pemoe_jax.checkpoints.lazy_array import Stored
+from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import network, params
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 
 TOLERANCE = 2e-4  # of the largest logit, float32
 HEADS = {  # what the logits are made with, by folder
@@ -46,11 +46,11 @@ def copy(goldens, tmp_path):
     return lambda name: pathlib.Path(shutil.copytree(goldens / name, tmp_path / name))
 
 
-def open_folder(path) -> dict[str, Stored]:
-    return huggingface.open_folder(atomic_write.at(path))
+def open_folder(path) -> dict[str, LazyArray]:
+    return huggingface.open_checkpoint(file_io.resolve(path))
 
 
-def shapes(arrays: dict[str, Stored]) -> dict[str, tuple[int, ...]]:
+def shapes(arrays: dict[str, LazyArray]) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in arrays.items()}
 
 
@@ -59,10 +59,10 @@ def model(dims: tuple) -> network.Transformer:
     return network.Transformer(network.T5Config(**dict(dims), dropout_rate=0.0))
 
 
-def load(arrays: dict[str, Stored], dims=None):
+def load(arrays: dict[str, LazyArray], dims=None):
     """(model, its parameters in float32)."""
     made = model(tuple((dims or dimensions.infer(shapes(arrays))).items()))
-    return made, lazy_array.load(arrays, network.param_shapes(made), "the folder")
+    return made, lazy_array.load_arrays(arrays, network.param_shapes(made), "the folder")
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def forward(made: network.Transformer):
     return jax.jit(lambda p, batch: made.apply({"params": p}, **batch, enable_dropout=False))
 
 
-def logits(arrays: dict[str, Stored], goldens: pathlib.Path) -> np.ndarray:
+def logits(arrays: dict[str, LazyArray], goldens: pathlib.Path) -> np.ndarray:
     made, weights = load(arrays)
     with np.load(goldens / "logits.npz") as file:
         encoder, decoder = file["input_ids"], file["decoder_input_ids"]
@@ -89,7 +89,7 @@ def expected_logits(name: str, goldens: pathlib.Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_logits_of_transformers(name, goldens):
-    assert huggingface.is_folder(atomic_write.at(goldens / name))
+    assert huggingface.is_checkpoint(file_io.resolve(goldens / name))
     found = logits(open_folder(goldens / name), goldens)
     assert largest_difference(found, expected_logits(name, goldens)) < TOLERANCE
 
@@ -155,7 +155,7 @@ def test_safetensors_come_first(copy, goldens):
 
 def export(path, arrays, **options) -> dict[str, np.ndarray]:
     """What `safetensors` reads of what we write."""
-    huggingface.save_folder(path, arrays, **options)
+    huggingface.save_checkpoint(path, arrays, **options)
     found: dict[str, np.ndarray] = {}
     for file in path.glob("*.safetensors"):
         held = safetensors.numpy.load_file(file)
@@ -232,12 +232,12 @@ def test_one_shard_in_memory(goldens, tmp_path):
     """Arrays are read shard by shard, each once."""
     order = []
 
-    def noting(name: str, array: Stored) -> Stored:
+    def noting(name: str, array: LazyArray) -> LazyArray:
         def read_slice(index):
             order.append((name, len(list(tmp_path.glob(".out.*/*.safetensors")))))
             return array.read_slice(index)
 
-        return Stored(array.shape, array.dtype, read_slice)
+        return LazyArray(array.shape, array.dtype, read_slice)
 
     arrays = {n: noting(n, array) for n, array in open_folder(goldens / "single").items()}
     export(tmp_path / "out", arrays, shard_bytes=8_000)
@@ -253,18 +253,18 @@ def test_nothing_is_left_of_a_failure(goldens, tmp_path):
         raise InputError("cut short")
 
     last = "decoder/layers_1/mlp/wo/kernel"
-    broken = arrays | {last: Stored(arrays[last].shape, arrays[last].dtype, fail)}
+    broken = arrays | {last: LazyArray(arrays[last].shape, arrays[last].dtype, fail)}
     with pytest.raises(InputError, match="cut short"):
-        huggingface.save_folder(tmp_path / "out", broken, shard_bytes=8_000)
+        huggingface.save_checkpoint(tmp_path / "out", broken, shard_bytes=8_000)
     assert not list(tmp_path.iterdir())
-    huggingface.save_folder(tmp_path / "out", arrays)
+    huggingface.save_checkpoint(tmp_path / "out", arrays)
     with pytest.raises(InputError, match="is there already"):
-        huggingface.save_folder(tmp_path / "out", arrays)
+        huggingface.save_checkpoint(tmp_path / "out", arrays)
 
 
 def test_only_whole_models_are_written(goldens, tmp_path):
     arrays = open_folder(goldens / "single")
-    vectors = lazy_array.of_array(np.ones((2, 1, 5), np.float32))
+    vectors = lazy_array.from_numpy(np.ones((2, 1, 5), np.float32))
     wrong = {
         "1 extra: encoder/layers_0/attention/key_adapter/vectors": (
             arrays | {"encoder/layers_0/attention/key_adapter/vectors": vectors}
@@ -278,7 +278,7 @@ def test_only_whole_models_are_written(goldens, tmp_path):
     }
     for message, given in wrong.items():
         with pytest.raises(InputError, match=message):
-            huggingface.save_folder(tmp_path / "out", given)
+            huggingface.save_checkpoint(tmp_path / "out", given)
         assert not list(tmp_path.iterdir())
 
 
@@ -291,7 +291,7 @@ def test_only_whole_models_are_written(goldens, tmp_path):
 def test_ours_in_transformers(options, goldens, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     arrays = open_folder(goldens / "single")
-    huggingface.save_folder(tmp_path / "out", arrays, dropout_rate=0.05, **options)
+    huggingface.save_checkpoint(tmp_path / "out", arrays, dropout_rate=0.05, **options)
     loaded, info = transformers.T5ForConditionalGeneration.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
@@ -371,9 +371,9 @@ def test_a_head_that_is_neither_there_nor_tied(copy):
 
 def test_no_such_folder(tmp_path):
     refused(tmp_path / "none", "no such file")
-    assert not huggingface.is_folder(atomic_write.at(tmp_path / "none"))
+    assert not huggingface.is_checkpoint(file_io.resolve(tmp_path / "none"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mt5"}))
-    assert not huggingface.is_folder(atomic_write.at(tmp_path))
+    assert not huggingface.is_checkpoint(file_io.resolve(tmp_path))
     refused(tmp_path, "expected model.safetensors, pytorch_model.bin or an index of either")
     (tmp_path / "config.json").write_text("{")
     refused(tmp_path, "expected JSON")

@@ -12,10 +12,10 @@ import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pemoe_jax.checkpoints import lazy_array, safetensors_file
-from pemoe_jax.checkpoints.lazy_array import Stored
+from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import params
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import atomic_write, file_io
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -31,8 +31,8 @@ def target(**given) -> dict:
     )
 
 
-def sources() -> dict[str, Stored]:
-    return {name: lazy_array.of_array(array) for name, array in ARRAYS.items()}
+def sources() -> dict[str, LazyArray]:
+    return {name: lazy_array.from_numpy(array) for name, array in ARRAYS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def file(tmp_path_factory):
 
 def test_slices_of_a_file(file):
     """A slice of the file's rows is the array's, transposed or not; scalars and bfloat16 too."""
-    arrays, metadata = safetensors_file.open_file(atomic_write.at(file))
+    arrays, metadata = safetensors_file.open_file(file_io.resolve(file))
     assert metadata == {"k": "v"}
     array, whole = arrays["a/kernel"], ARRAYS["a/kernel"]
     np.testing.assert_array_equal(array.read(), whole)
@@ -64,10 +64,10 @@ def test_slices_of_a_file(file):
 
 def test_rows_alone_are_read(file, monkeypatch):
     asked = []
-    read_range = atomic_write.read_range
-    array = safetensors_file.open_file(atomic_write.at(file))[0]["a/kernel"]
+    read_range = file_io.read_range
+    array = safetensors_file.open_file(file_io.resolve(file))[0]["a/kernel"]
     monkeypatch.setattr(
-        atomic_write, "read_range", lambda *args: asked.append(args[2]) or read_range(*args)
+        file_io, "read_range", lambda *args: asked.append(args[2]) or read_range(*args)
     )
     array.read_slice((slice(3, 5), slice(0, 2)))
     assert asked == [2 * 6 * 4]
@@ -76,7 +76,7 @@ def test_rows_alone_are_read(file, monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_load(dtype):
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), target())
-    loaded = params.flatten(lazy_array.load(sources(), wanted, "x"))
+    loaded = params.flatten(lazy_array.load_arrays(sources(), wanted, "x"))
     assert loaded.keys() == ARRAYS.keys()
     for name, leaf in loaded.items():
         assert isinstance(leaf, jax.Array) and leaf.dtype == dtype
@@ -87,12 +87,12 @@ def test_load_onto_a_mesh():
     """Each device's part is read once, and a replicated array once."""
     asked: list[tuple] = []
 
-    def counted(array: np.ndarray) -> Stored:
+    def counted(array: np.ndarray) -> LazyArray:
         def read_slice(index):
             asked.append(index)
             return array[index]
 
-        return Stored(array.shape, array.dtype, read_slice)
+        return LazyArray(array.shape, array.dtype, read_slice)
 
     mesh = Mesh(np.array(jax.devices()), ("data",))
     assert mesh.size == 2
@@ -101,7 +101,7 @@ def test_load_onto_a_mesh():
         sharding = NamedSharding(mesh, spec)
         array = ARRAYS["a/kernel"]
         wanted = {"k": jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=sharding)}
-        leaf = lazy_array.load({"k": counted(array)}, wanted, "x")["k"]
+        leaf = lazy_array.load_arrays({"k": counted(array)}, wanted, "x")["k"]
         assert leaf.sharding == sharding and len(asked) == parts
         np.testing.assert_array_equal(leaf, array)
 
@@ -112,7 +112,7 @@ def test_reading_ahead_stays_within_the_largest_array():
     lock = threading.Lock()
     now, most, together = 0, 0, 0
 
-    def source(size: int) -> Stored:
+    def source(size: int) -> LazyArray:
         def read_slice(index):
             nonlocal now, most, together
             with lock:
@@ -124,11 +124,11 @@ def test_reading_ahead_stays_within_the_largest_array():
                 now -= 4 * size
             return np.full(size, size, np.float32)[index]
 
-        return Stored((size,), np.dtype(np.float32), read_slice)
+        return LazyArray((size,), np.dtype(np.float32), read_slice)
 
     arrays = {f"{i:02}": source(size) for i, size in enumerate(sizes)}
     wanted = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in arrays.items()}
-    loaded = lazy_array.load(arrays, wanted, "x")
+    loaded = lazy_array.load_arrays(arrays, wanted, "x")
     assert [leaf.shape[0] for leaf in loaded.values()] == sizes
     assert [float(leaf[0]) for leaf in loaded.values()] == sizes
     assert most <= 4 * max(sizes)
@@ -147,10 +147,10 @@ def test_an_error_ends_the_reading():
         return np.zeros(1000, np.float32)[index]
 
     shape, dtype = (1000,), np.dtype(np.float32)
-    arrays = {f"{i}": Stored(shape, dtype, slow if i else broken) for i in range(50)}
+    arrays = {f"{i}": LazyArray(shape, dtype, slow if i else broken) for i in range(50)}
     wanted = {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k in arrays}
     with pytest.raises(InputError, match="x/b: cut short"):
-        lazy_array.load(arrays, wanted, "x")
+        lazy_array.load_arrays(arrays, wanted, "x")
     assert len(started) < 25
 
 
@@ -158,12 +158,12 @@ def test_names_and_shapes_come_before_the_reading():
     def never(index):
         raise AssertionError("read")
 
-    arrays = {name: Stored(a.shape, a.dtype, never) for name, a in ARRAYS.items()}
+    arrays = {name: LazyArray(a.shape, a.dtype, never) for name, a in ARRAYS.items()}
     del arrays["a/scale"]
     arrays["b/kernel"] = arrays["b/kernel"].T
     arrays["c"] = arrays["a/kernel"]
     with pytest.raises(InputError) as caught:
-        lazy_array.load(arrays, target(), "the file")
+        lazy_array.load_arrays(arrays, target(), "the file")
     assert str(caught.value) == (
         "the file does not fit the model's 3 parameters: 1 missing: a/scale. 1 extra: c."
         " 1 of another shape: b/kernel (4, 3), expected (3, 4)"
@@ -174,9 +174,9 @@ def test_values_that_are_not_finite():
     arrays = sources()
     bad = ARRAYS["a/kernel"].copy()
     bad[3, 2] = np.nan
-    arrays["a/kernel"] = lazy_array.of_array(bad)
+    arrays["a/kernel"] = lazy_array.from_numpy(bad)
     with pytest.raises(InputError, match="the file: a/kernel holds NaN or infinity"):
-        lazy_array.load(arrays, target(), "the file")
+        lazy_array.load_arrays(arrays, target(), "the file")
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,14 @@ def test_damaged_files(file, tmp_path, damage, says):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(damage(file.read_bytes()))
     with pytest.raises(InputError, match=says) as caught:
-        safetensors_file.open_file(atomic_write.at(path))
+        safetensors_file.open_file(file_io.resolve(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_file_that_shrinks_after_it_was_opened(file, tmp_path):
     path = tmp_path / "shrinks.safetensors"
     path.write_bytes(file.read_bytes())
-    arrays, _ = safetensors_file.open_file(atomic_write.at(path))
+    arrays, _ = safetensors_file.open_file(file_io.resolve(path))
     path.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(InputError, match="cut short: expected"):
         for array in arrays.values():
@@ -213,32 +213,35 @@ def test_a_file_that_shrinks_after_it_was_opened(file, tmp_path):
 
 def test_writing_leaves_nothing_behind(tmp_path):
     path = tmp_path / "out"
-    with pytest.raises(RuntimeError), atomic_write.writing(path) as beside:
+    with pytest.raises(RuntimeError), atomic_write.temporary_path(path) as beside:
         beside.mkdir()
         (beside / "half").write_text("x")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
-    with atomic_write.writing(path) as beside:
+    with atomic_write.temporary_path(path) as beside:
         beside.write_text("one")
-    with pytest.raises(InputError, match="is there already"), atomic_write.writing(path):
+    with pytest.raises(InputError, match="is there already"), atomic_write.temporary_path(path):
         raise AssertionError
-    with atomic_write.writing(path, overwrite=True) as beside:
+    with atomic_write.temporary_path(path, overwrite=True) as beside:
         beside.mkdir()
     assert path.is_dir() and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(InputError, match="expected a local path"), atomic_write.writing("gs://b/x"):
+    with (
+        pytest.raises(InputError, match="expected a local path"),
+        atomic_write.temporary_path("gs://b/x"),
+    ):
         raise AssertionError
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0", 3])
 def test_names_outside_a_folder(tmp_path, name):
     with pytest.raises(InputError, match="expected names of files in its own folder"):
-        atomic_write.inside(atomic_write.at(tmp_path), name, "index.json")
+        file_io.child_path(file_io.resolve(tmp_path), name, "index.json")
 
 
 def test_written_files_have_the_usual_mode(tmp_path):
     """The safetensors library makes them readable by their owner alone."""
     (tmp_path / "usual").write_text("")
-    with atomic_write.writing(tmp_path / "out") as beside:
+    with atomic_write.temporary_path(tmp_path / "out") as beside:
         beside.mkdir()
         safetensors.numpy.save_file({"a": np.ones(2)}, beside / "a.safetensors")
     usual = (tmp_path / "usual").stat().st_mode

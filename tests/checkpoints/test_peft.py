@@ -112,7 +112,7 @@ def test_goldens_are_far_from_the_base(saved, base):
 
 @pytest.mark.parametrize("case", CASES)
 def test_read(saved, base, config, case):
-    description, arrays = peft.read(saved / case, config.as_dict())
+    description, arrays = peft.load_adapter(saved / case, config.as_dict())
     assert description == adapters.describe(CASES[case])
     assert all(array.dtype == np.float32 for array in arrays.values())
     logits = our_logits(base, config, adapters.from_description(description), arrays)
@@ -120,8 +120,8 @@ def test_read(saved, base, config, case):
 
 
 def test_pickled_is_the_same(saved, config):
-    description, arrays = peft.read(saved / "ia3", config.as_dict())
-    again, pickled = peft.read(saved / "ia3_bin", config.as_dict())
+    description, arrays = peft.load_adapter(saved / "ia3", config.as_dict())
+    again, pickled = peft.load_adapter(saved / "ia3_bin", config.as_dict())
     assert again == description and pickled.keys() == arrays.keys()
     for path, array in arrays.items():
         np.testing.assert_array_equal(pickled[path], array)
@@ -135,7 +135,9 @@ def scaling(said: dict, module: str) -> float:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "ia3_bin"])
 def test_written_is_what_peft_wrote(saved, config, tmp_path, case):
-    peft.write(tmp_path / "out", *peft.read(saved / case, config.as_dict()), "google/t5")
+    peft.save_adapter(
+        tmp_path / "out", *peft.load_adapter(saved / case, config.as_dict()), "google/t5"
+    )
     written, golden = tensors_of(tmp_path / "out"), tensors_of(saved / case)
     assert written.keys() == golden.keys()
     for name, tensor in golden.items():
@@ -143,7 +145,7 @@ def test_written_is_what_peft_wrote(saved, config, tmp_path, case):
         np.testing.assert_array_equal(written[name], tensor, err_msg=name, strict=True)
     ours, theirs = config_of(tmp_path / "out"), config_of(saved / case)
     assert ours.keys() <= theirs.keys()
-    assert ours["base_model_name_or_path"] == "google/t5" == peft.base_name(tmp_path / "out")
+    assert ours["base_model_name_or_path"] == "google/t5" == peft.base_model_name(tmp_path / "out")
     for key in ("target_modules", "feedforward_modules"):
         assert set(ours.get(key, ())) == set(theirs.get(key, ()))
     same = ("peft_type", "task_type", "inference_mode", "fan_in_fan_out", "modules_to_save", "bias")
@@ -154,18 +156,20 @@ def test_written_is_what_peft_wrote(saved, config, tmp_path, case):
 
 
 def test_plain_alphas_are_written_as_integers(saved, config, tmp_path):
-    peft.write(tmp_path / "out", *peft.read(saved / "lora_paper", config.as_dict()), None)
+    peft.save_adapter(
+        tmp_path / "out", *peft.load_adapter(saved / "lora_paper", config.as_dict()), None
+    )
     said = config_of(tmp_path / "out")
     assert (said["r"], said["rank_pattern"], said["alpha_pattern"]) == (4, {}, {})
     assert said["lora_alpha"] == 16 and isinstance(said["lora_alpha"], int)
 
 
 def test_what_it_is(saved, config):
-    assert peft.is_folder(saved / "ia3") and not peft.is_folder(saved)
-    assert peft.method(peft.read(saved / "ia3", config.as_dict())[0]) == "ia3"
-    assert peft.method(peft.read(saved / "lora_all", config.as_dict())[0]) == "lora"
+    assert peft.is_adapter(saved / "ia3") and not peft.is_adapter(saved)
+    assert peft.method_name(peft.load_adapter(saved / "ia3", config.as_dict())[0]) == "ia3"
+    assert peft.method_name(peft.load_adapter(saved / "lora_all", config.as_dict())[0]) == "lora"
     with pytest.raises(InputError, match="base_model_name_or_path: expected .* found None"):
-        peft.base_name(saved / "ia3")
+        peft.base_model_name(saved / "ia3")
 
 
 # -- files that are not quite as PEFT writes them today -----------------------------------------
@@ -205,7 +209,10 @@ def same_arrays(found, expected) -> None:
 def test_names_with_the_adapters_name(saved, config, edited, case, old, new):
     folder = edited(case, tensors=lambda t: {k.replace(old, new): v for k, v in t.items()})
     assert not tensors_of(folder).keys() & tensors_of(saved / case).keys()
-    same_arrays(peft.read(folder, config.as_dict()), peft.read(saved / case, config.as_dict()))
+    same_arrays(
+        peft.load_adapter(folder, config.as_dict()),
+        peft.load_adapter(saved / case, config.as_dict()),
+    )
 
 
 def full_names(saved, case: str) -> list[str]:
@@ -232,8 +239,8 @@ def test_ways_to_name_the_targets(saved, config, edited, case, form):
         wo = [name for name in full if name.endswith("wo")]
         settings["feedforward_modules"] = wo if form == "full names" else r".*\.wo"
     same_arrays(
-        peft.read(edited(case, settings), config.as_dict()),
-        peft.read(saved / case, config.as_dict()),
+        peft.load_adapter(edited(case, settings), config.as_dict()),
+        peft.load_adapter(saved / case, config.as_dict()),
     )
 
 
@@ -251,9 +258,10 @@ def test_settings_of_training_do_not_matter(saved, config, edited):
     }
     folder = edited("lora_paper", harmless)
     same_arrays(
-        peft.read(folder, config.as_dict()), peft.read(saved / "lora_paper", config.as_dict())
+        peft.load_adapter(folder, config.as_dict()),
+        peft.load_adapter(saved / "lora_paper", config.as_dict()),
     )
-    assert peft.base_name(folder) == "google/t5-large-lm-adapt"
+    assert peft.base_model_name(folder) == "google/t5-large-lm-adapt"
 
 
 def test_an_early_config_lacks_later_settings(saved, config, edited):
@@ -262,15 +270,16 @@ def test_an_early_config_lacks_later_settings(saved, config, edited):
     said = {key: value for key, value in config_of(folder).items() if key in kept}
     (folder / "adapter_config.json").write_text(json.dumps(said))
     same_arrays(
-        peft.read(folder, config.as_dict()), peft.read(saved / "lora_paper", config.as_dict())
+        peft.load_adapter(folder, config.as_dict()),
+        peft.load_adapter(saved / "lora_paper", config.as_dict()),
     )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_floats(saved, config, edited, dtype):
     folder = edited("lora_paper", tensors=lambda t: {k: v.astype(dtype) for k, v in t.items()})
-    _, arrays = peft.read(folder, config.as_dict())
-    _, expected = peft.read(saved / "lora_paper", config.as_dict())
+    _, arrays = peft.load_adapter(folder, config.as_dict())
+    _, expected = peft.load_adapter(saved / "lora_paper", config.as_dict())
     for path, array in expected.items():
         assert arrays[path].dtype == np.float32
         np.testing.assert_array_equal(arrays[path], array.astype(dtype).astype(np.float32))
@@ -341,7 +350,7 @@ def test_settings_that_are_refused(config, edited, case, key, value):
     folder = edited(case, {key: value})
     shown = repr(value)
     refused(
-        lambda: peft.read(folder, config.as_dict()),
+        lambda: peft.load_adapter(folder, config.as_dict()),
         str(folder / "adapter_config.json"),
         f"{key}: expected",
         f"found {shown}",
@@ -406,12 +415,14 @@ def poisoned(name, value):
 )
 def test_tensors_that_are_refused(config, edited, case, change, part):
     folder = edited(case, tensors=change)
-    refused(lambda: peft.read(folder, config.as_dict()), str(folder), part)
+    refused(lambda: peft.load_adapter(folder, config.as_dict()), str(folder), part)
 
 
 def test_float64_beyond_float32_is_refused(config, edited):
     change = with_(**{K: np.full((18, 1), 1e300)})
-    refused(lambda: peft.read(edited("ia3", tensors=change), config.as_dict()), "infinity", K)
+    refused(
+        lambda: peft.load_adapter(edited("ia3", tensors=change), config.as_dict()), "infinity", K
+    )
 
 
 def test_ranks_that_differ_within_a_site_are_refused(config, edited):
@@ -420,26 +431,29 @@ def test_ranks_that_differ_within_a_site_are_refused(config, edited):
         return {**tensors, A: np.ones((5, 18), np.float32), b: np.ones((20, 5), np.float32)}
 
     refused(
-        lambda: peft.read(edited("lora_paper", tensors=wider), config.as_dict()), "2 of another"
+        lambda: peft.load_adapter(edited("lora_paper", tensors=wider), config.as_dict()),
+        "2 of another",
     )
 
 
 def test_another_base_is_refused(saved, config):
     smaller = {**config.as_dict(), "emb_dim": 24, "num_decoder_layers": 2}
-    refused(lambda: peft.read(saved / "lora_paper", smaller), "of another shape", "extra")
+    refused(lambda: peft.load_adapter(saved / "lora_paper", smaller), "of another shape", "extra")
 
 
 def test_files_that_are_refused(saved, config, tmp_path, edited):
-    refused(lambda: peft.read(tmp_path / "none", config.as_dict()), "no such file")
+    refused(lambda: peft.load_adapter(tmp_path / "none", config.as_dict()), "no such file")
     folder = edited("ia3")
     weights = folder / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-40])
-    refused(lambda: peft.read(folder, config.as_dict()), str(weights), "cut short")
+    refused(lambda: peft.load_adapter(folder, config.as_dict()), str(weights), "cut short")
     weights.unlink()
-    refused(lambda: peft.read(folder, config.as_dict()), "adapter_model.safetensors", "neither")
+    refused(
+        lambda: peft.load_adapter(folder, config.as_dict()), "adapter_model.safetensors", "neither"
+    )
     (folder / "adapter_config.json").write_text("[]")
-    refused(lambda: peft.read(folder, config.as_dict()), "expected a JSON object")
+    refused(lambda: peft.load_adapter(folder, config.as_dict()), "expected a JSON object")
 
 
 def routed(num_experts: int) -> functools.partial:
@@ -466,7 +480,9 @@ def routed(num_experts: int) -> functools.partial:
 )
 def test_adapters_that_peft_cannot_express(config, tmp_path, which, parts):
     arrays = random_arrays(config, which)
-    refused(lambda: peft.write(tmp_path / "out", adapters.describe(which), arrays, None), *parts)
+    refused(
+        lambda: peft.save_adapter(tmp_path / "out", adapters.describe(which), arrays, None), *parts
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -477,7 +493,7 @@ def test_arrays_that_are_not_written(config, tmp_path):
 
     def written(**changed):
         changed = {k: v for k, v in {**arrays, **changed}.items() if v is not None}
-        return lambda: peft.write(tmp_path / "out", adapters.describe(which), changed, None)
+        return lambda: peft.save_adapter(tmp_path / "out", adapters.describe(which), changed, None)
 
     refused(written(**{path: None}), f"1 missing: {path}")
     router = path.replace("vectors", "router/kernel")
@@ -486,7 +502,9 @@ def test_arrays_that_are_not_written(config, tmp_path):
     refused(written(**{path: arrays[path] * np.nan}), path, "holds NaN or infinity")
     lora_arrays = random_arrays(config, Adapters(key=lora(2, 8.0)))
     wrong = adapters.describe(Adapters(key=lora(3, 8.0)))
-    refused(lambda: peft.write(tmp_path / "out", wrong, lora_arrays, None), "of another shape")
+    refused(
+        lambda: peft.save_adapter(tmp_path / "out", wrong, lora_arrays, None), "of another shape"
+    )
     assert not list(tmp_path.iterdir())
     written()()
     refused(written(), "is there already")
@@ -523,7 +541,7 @@ def test_written_loads_in_peft(goldens_module, base, config, tmp_path, placement
 
     which = PLACEMENTS[placement]
     arrays = random_arrays(config, which)
-    peft.write(tmp_path / "out", adapters.describe(which), arrays, None)
+    peft.save_adapter(tmp_path / "out", adapters.describe(which), arrays, None)
 
     model = goldens_module.base()
     with torch.no_grad():

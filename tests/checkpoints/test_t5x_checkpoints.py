@@ -16,7 +16,7 @@ from methods import largest_difference
 from pemoe_jax.checkpoints import base_model, models, t5x, tensorstore_file
 from pemoe_jax.core import network, params
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 
 FORMATS = ("legacy", "orbax")
 WO = "encoder/layers_0/mlp/wo/kernel"
@@ -109,8 +109,8 @@ def test_the_optimisers_state_is_not_read(copies):
         shutil.rmtree(folder)
     models.load_base(model(), str(copies["legacy"]), 0)
 
-    store = tensorstore_file.orbax_state(atomic_write.at(copies["orbax"]))
-    kvstore = ts.KvStore.open({"driver": "ocdbt", "base": atomic_write.url(store)}).result()
+    store = tensorstore_file.orbax_state_folder(file_io.resolve(copies["orbax"]))
+    kvstore = ts.KvStore.open({"driver": "ocdbt", "base": file_io.url(store)}).result()
     keys = kvstore.list().result()
     states = [key for key in keys if key.startswith(b"state.")]
     assert len(states) > 100
@@ -145,7 +145,7 @@ def test_orbax_without_ocdbt(checkpoints, tmp_path, driver):
     """Arrays in folders of their own, as Orbax writes where OCDBT is off; zarr 2 and 3."""
     state = tmp_path / "checkpoint_3" / "state"
     for path, array in base_model.open_base(checkpoints["orbax"]).arrays.items():
-        url = f"{atomic_write.url(atomic_write.at(state))}target.{path.replace('/', '.')}/"
+        url = f"{file_io.url(file_io.resolve(state))}target.{path.replace('/', '.')}/"
         spec = {"driver": driver, "kvstore": url}
         dtype = ts.dtype(array.dtype)
         ts.open(spec, create=True, dtype=dtype, shape=array.shape).result()[...] = array.read()
@@ -218,19 +218,17 @@ def test_damaged_orbax(copies):
 
 
 def test_an_orbax_checkpoint_of_something_else(copies):
-    state = tensorstore_file.orbax_state(atomic_write.at(copies["orbax"]))
+    state = tensorstore_file.orbax_state_folder(file_io.resolve(copies["orbax"]))
     with pytest.raises(InputError, match="expected arrays named weights.…, found none"):
         tensorstore_file.open_orbax(state, "weights")
     with pytest.raises(InputError, match="expected an Orbax checkpoint"):
-        t5x.open_orbax(atomic_write.at(copies["legacy"]))
+        t5x.open_orbax(file_io.resolve(copies["legacy"]))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_not_finite(copies, name):
     """A NaN in one place of one array."""
-    url = atomic_write.url(
-        atomic_write.at(copies[name] / "state" if name == "orbax" else copies[name])
-    )
+    url = file_io.url(file_io.resolve(copies[name] / "state" if name == "orbax" else copies[name]))
     kvstore = {"driver": "ocdbt", "base": url} if name == "orbax" else {"driver": "file"}
     folder = "" if name == "orbax" else f"{copies[name]}/"
     spec = {**kvstore, "path": f"{folder}target.{WO.replace('/', '.')}/"}
@@ -275,10 +273,9 @@ def test_what_is_no_base(tmp_path):
 def test_remote_paths(checkpoints):
     """A store is named alike wherever it lies; one that is not reached is told in one line."""
     assert (
-        atomic_write.url(atomic_write.at("gs://bucket/a/checkpoint_1"))
-        == "gs://bucket/a/checkpoint_1/"
+        file_io.url(file_io.resolve("gs://bucket/a/checkpoint_1")) == "gs://bucket/a/checkpoint_1/"
     )
-    assert atomic_write.url(atomic_write.at("/tmp/a b")) == "file:///tmp/a%20b/"
+    assert file_io.url(file_io.resolve("/tmp/a b")) == "file:///tmp/a%20b/"
     spec = ts.KvStore.Spec("gs://bucket/a/checkpoint_1/").to_json()
     assert spec == {"driver": "gcs", "bucket": "bucket", "path": "a/checkpoint_1/"}
 

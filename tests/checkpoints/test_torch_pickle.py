@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from pemoe_jax.checkpoints import torch_pickle
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import file_io
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,13 @@ def goldens(tmp_path_factory) -> pathlib.Path:
 
 def read(path) -> dict[str, np.ndarray]:
     return {
-        name: array.read() for name, array in torch_pickle.open_file(atomic_write.at(path)).items()
+        name: array.read() for name, array in torch_pickle.open_file(file_io.resolve(path)).items()
     }
 
 
 def test_tensors_of_all_types_shapes_and_strides(goldens):
     expected = safetensors.numpy.load_file(goldens / "tensors.safetensors")
-    found = torch_pickle.open_file(atomic_write.at(goldens / "tensors.bin"))
+    found = torch_pickle.open_file(file_io.resolve(goldens / "tensors.bin"))
     assert found.keys() == expected.keys() and len(found) > 100
     assert {array.dtype for array in found.values()} >= {np.dtype(ml_dtypes.bfloat16)}
     draw = random.Random(0)
@@ -58,12 +58,10 @@ def test_a_later_pickle_protocol(goldens):
 
 
 def test_nothing_is_read_but_what_is_asked_for(goldens, monkeypatch):
-    array = torch_pickle.open_file(atomic_write.at(goldens / "tensors.bin"))["table"]
+    array = torch_pickle.open_file(file_io.resolve(goldens / "tensors.bin"))["table"]
     sizes = []
-    whole = atomic_write.read_range
-    monkeypatch.setattr(
-        atomic_write, "read_range", lambda p, o, n: sizes.append(n) or whole(p, o, n)
-    )
+    whole = file_io.read_range
+    monkeypatch.setattr(file_io, "read_range", lambda p, o, n: sizes.append(n) or whole(p, o, n))
     array.read_slice((slice(2, 4), slice(0, 1)))
     assert sizes == [30, 2 * 8 * 4]  # the entry's header, two rows of the six
 
@@ -145,7 +143,7 @@ def test_a_good_file_put_together_by_hand(tmp_path):
 def refused(path: pathlib.Path, message: str) -> None:
     """Opening raises one line."""
     with pytest.raises(InputError, match=message) as error:
-        torch_pickle.open_file(atomic_write.at(path))
+        torch_pickle.open_file(file_io.resolve(path))
     assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
     assert len(str(error.value)) < 600
 

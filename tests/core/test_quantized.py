@@ -183,7 +183,7 @@ def test_adapters_train_and_nothing_else_moves(method):
 @pytest.fixture(scope="module")
 def base_path(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    base_lib.save(path, random_params("full"), CONFIG.as_dict())
+    base_lib.save_base(path, random_params("full"), CONFIG.as_dict())
     return str(path)
 
 
@@ -302,7 +302,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     write_vocabulary(root / "vocab.model")
     config = dataclasses.replace(CONFIG, vocab_size=256)
     whole = network.init_params(network.Transformer(config), 0, params.is_base)
-    base_lib.save(root / "base.safetensors", whole, config.as_dict())
+    base_lib.save_base(root / "base.safetensors", whole, config.as_dict())
     return root
 
 

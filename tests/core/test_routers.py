@@ -107,7 +107,7 @@ def test_router(routing, method, tmp_path):
         adapters=adapters.describe(model.adapters),
         base={**identity, "needed": True},
         counts={"trainable": params.count(trained), "total": params.count(state.params)},
-        versions=runs.versions(),
+        versions=runs.package_versions(),
         seed=1,
     )
     checkpoints = runs.RunCheckpoints(str(tmp_path / "run"))

@@ -48,7 +48,7 @@ def place(tmp_path_factory) -> types.SimpleNamespace:
     dimensions = {name.rpartition(".")[2].lower(): value for name, value in DIMENSIONS.items()}
     config = network.T5Config(**dimensions)
     drawn = network.init_params(network.Transformer(config), 5, params.is_base)
-    base_model.save(folder / "base_model.safetensors", drawn, config.as_dict())
+    base_model.save_base(folder / "base_model.safetensors", drawn, config.as_dict())
     return types.SimpleNamespace(
         folder=folder,
         base=folder / "base_model.safetensors",

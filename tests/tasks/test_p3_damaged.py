@@ -99,7 +99,7 @@ def test_training_stops_with_one_line_and_goes_on_when_it_is_mended(copy, capsys
     path.write_bytes(whole)
     assert train.main(flags) == 0
     assert "resuming from" in capsys.readouterr().out
-    assert runs.read_feed(str(copy / "run")) == [30 * 64]
+    assert runs.read_data_position(str(copy / "run")) == [30 * 64]
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_damaged_arrow_files_are_named(datasets, tmp_path):
             every(arrow.ArrowTable([path]))
         assert one_line(error).startswith(f"{path}: not a whole Arrow stream: ")
     state = tmp_path / "state.json"
-    for found, says in (({}, "'_data_files'"), ([], "expected an object")):
+    for found, says in (({}, "'_data_files'"), ([], "expected a JSON object")):
         state.write_text(json.dumps(found))
         with pytest.raises(InputError, match=says):
             arrow.saved_splits(tmp_path)

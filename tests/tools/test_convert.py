@@ -44,7 +44,7 @@ def write_run(folder: pathlib.Path, method: str, base_path: pathlib.Path) -> pat
         adapters=adapters.describe(model(method).adapters),
         base={**identity, "needed": bool(frozen)},
         counts={"trainable": params.count(trained), "total": params.count(values)},
-        versions=runs.versions(),
+        versions=runs.package_versions(),
     )
     write_checkpoint(folder, trained, record)
     return folder
@@ -61,9 +61,9 @@ def made(tmp_path_factory) -> dict[str, pathlib.Path]:
     """Name -> a base, another base, and a run of every method on the first."""
     root = tmp_path_factory.mktemp("convert")
     made = {name: root / f"{name}.safetensors" for name in ("base", "other")}
-    base_model.save(made["base"], random_params("full"), CONFIG.as_dict())
+    base_model.save_base(made["base"], random_params("full"), CONFIG.as_dict())
     other = jax.tree.map(lambda leaf: leaf + 0.5, random_params("full"))
-    base_model.save(made["other"], other, CONFIG.as_dict())
+    base_model.save_base(made["other"], other, CONFIG.as_dict())
     return made | {name: write_run(root / name, name, made["base"]) for name in METHODS}
 
 
@@ -245,7 +245,7 @@ def test_what_is_not_finite_is_not_written(made, tmp_path, capsys, value):
     flat = dict(params.flatten(random_params("full")))
     path = "encoder/layers_0/mlp/wo/kernel"
     flat[path] = flat[path].at[0, 0].set(value)
-    base_model.save(tmp_path / "bad.safetensors", params.unflatten(flat), CONFIG.as_dict())
+    base_model.save_base(tmp_path / "bad.safetensors", params.unflatten(flat), CONFIG.as_dict())
     for direction, out in (("base", "o.safetensors"), ("huggingface", "o")):
         assert run(direction, tmp_path / "bad.safetensors", tmp_path / out, "--dtype=float16") == 1
         assert f"{path}: NaN or infinity as float16: not written" in told(capsys)

@@ -326,7 +326,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     write_vocabulary(root / "vocab.model")
     for name, seed in (("base", 0), ("other", 1)):
         base = network.init_params(network.Transformer(CONFIG), seed, params_lib.is_base)
-        base_lib.save(root / f"{name}.safetensors", base, CONFIG.as_dict())
+        base_lib.save_base(root / f"{name}.safetensors", base, CONFIG.as_dict())
     assert embed.main(embed_flags(root, root / "table")) == 0
     return root
 
@@ -593,9 +593,9 @@ def test_records_without_the_field_open(trained):
     record = models.open_model(str(trained["mov"])).record
     fields = dataclasses.asdict(record)
     del fields["sentence_encoder"]
-    assert runs.record_from(fields, "x").sentence_encoder is None
+    assert runs.parse_record(fields, "x").sentence_encoder is None
     with pytest.raises(InputError, match="sentence_encoder: expected an object, found 3"):
-        runs.record_from({**fields, "sentence_encoder": 3}, "x")
+        runs.parse_record({**fields, "sentence_encoder": 3}, "x")
 
 
 def test_what_training_refuses_before_the_base_is_read(folder, tmp_path, capsys):

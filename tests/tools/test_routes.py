@@ -404,7 +404,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     write_folder(root / "tasks")
     write_vocabulary(root / "vocab.model")
     base = network.init_params(network.Transformer(TINY), 0, params.is_base)
-    base_lib.save(root / "base.safetensors", base, TINY.as_dict())
+    base_lib.save_base(root / "base.safetensors", base, TINY.as_dict())
     for method in ("ia3", "mov", "molora"):
         made = METHODS[method].adapters()
         drawn = params.flatten(
@@ -427,7 +427,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
             versions={},
             trained_datasets=["colour", "free"],
         )
-        adapter_file.save(root / method, arrays, record, step=2)
+        adapter_file.save_adapter(root / method, arrays, record, step=2)
     return root
 
 

@@ -12,16 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from pemoe_jax.checkpoints import safetensors_file, torch_pickle
-from pemoe_jax.checkpoints.lazy_array import Stored
+from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.checkpoints.peft import config as config_lib
 from pemoe_jax.checkpoints.peft import names
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import atomic_write, file_io
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -30,19 +29,19 @@ PICKLED = "adapter_model.bin"
 Description = Mapping[str, Mapping[str, Any]]
 
 
-def is_folder(path: str | os.PathLike[str]) -> bool:
+def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder with an adapter's configuration."""
-    return (atomic_write.at(path) / CONFIG).exists()
+    return (file_io.resolve(path) / CONFIG).exists()
 
 
-def base_name(folder: str | os.PathLike[str]) -> str:
+def base_model_name(folder: str | os.PathLike[str]) -> str:
     """What the adapter says that its base is: a path, or a name on Hugging Face's hub.
 
     Raises:
       InputError: it says nothing.
     """
-    config = atomic_write.at(folder) / CONFIG
-    name = atomic_write.read_json(config).get("base_model_name_or_path")
+    config = file_io.resolve(folder) / CONFIG
+    name = file_io.read_json(config).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(
             f"{config}: base_model_name_or_path: expected the base's path, found {name!r}:"
@@ -51,13 +50,13 @@ def base_name(folder: str | os.PathLike[str]) -> str:
     return name
 
 
-def method(description: Description) -> str:
+def method_name(description: Description) -> str:
     """Name of the method, 'ia3' or 'lora', of a description that `read` gave."""
     kinds = {record["kind"] for record in description.values()}
     return "ia3" if kinds == {"VectorExperts"} else "lora"
 
 
-def read(
+def load_adapter(
     folder: str | os.PathLike[str], dimensions: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """An adapter as data of ours.
@@ -74,8 +73,8 @@ def read(
       InputError: a setting that our adapters cannot express; a tensor that is missing in some
         layer, left over, of another shape, unreadable or not finite.
     """
-    place = atomic_write.at(folder)
-    config = config_lib.check(place / CONFIG, atomic_write.read_json(place / CONFIG))
+    place = file_io.resolve(folder)
+    config = config_lib.check(place / CONFIG, file_io.read_json(place / CONFIG))
     found = _open_tensors(place)
     layers = {stack: dimensions[f"num_{stack}_layers"] for stack in names.STACKS}
     description = config_lib.describe(place / CONFIG, config, found, layers)
@@ -95,7 +94,7 @@ def read(
     return description, arrays
 
 
-def _open_tensors(folder: epath.Path) -> dict[str, Stored]:
+def _open_tensors(folder: epath.Path) -> dict[str, LazyArray]:
     """Name -> tensor; the safetensors file where there are both, as PEFT does."""
     if (folder / WEIGHTS).exists():
         found, _ = safetensors_file.open_file(folder / WEIGHTS)
@@ -114,14 +113,14 @@ def _targets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeS
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
 
-def _read(folder: epath.Path, name: str, stored: Stored) -> np.ndarray:
+def _read(folder: epath.Path, name: str, stored: LazyArray) -> np.ndarray:
     if not jnp.issubdtype(stored.dtype, jnp.floating):
         raise InputError(f"adapter {folder}: {name}: expected floats, found {stored.dtype}")
     with np.errstate(over="ignore"):  # infinity is refused with the tensor's name
         return stored.read().astype(np.float32)
 
 
-def write(
+def save_adapter(
     path: str | os.PathLike[str],
     description: Description,
     arrays: Mapping[str, Any],
@@ -146,9 +145,9 @@ def write(
     params_lib.check_matches(arrays, _targets(shapes), "adapter to write")
     params_lib.check_finite(arrays, "adapter to write")
     converted = {a.theirs: a.to_theirs(np.asarray(arrays[a.ours], np.float32)) for a in listed}
-    with atomic_write.writing(path) as beside:
+    with atomic_write.temporary_path(path) as beside:
         beside.mkdir()
-        safetensors.numpy.save_file(converted, str(beside / WEIGHTS), metadata={"format": "pt"})
+        safetensors_file.save_file(beside / WEIGHTS, converted, {"format": "pt"})
         atomic_write.write_json(beside / CONFIG, _config(description, base_name))
 
 
@@ -202,7 +201,7 @@ def _config(description: Description, base_name: str | None) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "modules_to_save": None,
     }
-    if method(description) == "ia3":
+    if method_name(description) == "ia3":
         feedforward = ["wo"] if "gate" in description else []
         return {"peft_type": "IA3", **common, "feedforward_modules": feedforward}
     ranks = {name: record["rank"] for name, record in modules.items()}

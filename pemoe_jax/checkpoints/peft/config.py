@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from pemoe_jax.checkpoints.lazy_array import Stored
+from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.checkpoints.peft import names
 from pemoe_jax.core.errors import InputError
 
@@ -95,7 +95,7 @@ def _is_names(value: Any) -> bool:
 def describe(
     path: epath.Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, LazyArray],
     layers: Mapping[str, int],
 ) -> dict[str, dict[str, Any]]:
     """The adapters as `core.adapters.describe` gives them.

@@ -1,0 +1,132 @@
+"""Paths that are local or `gs://`, and reading from them: byte ranges and JSON."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from pemoe_jax.core.errors import InputError, first_line
+
+
+def resolve(path: str | os.PathLike[str]) -> epath.Path:
+    """Returns the absolute path; a `gs://` path is returned unchanged.
+
+    Raises:
+      InputError: `path` is not a path, or has another scheme.
+    """
+    text = _path_text(path)
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme != "gs":
+        raise InputError(f"{text}: expected a local path or gs://…, got {scheme}://")
+    return epath.Path(text if separator else os.path.abspath(os.path.expanduser(text)))
+
+
+def resolve_local(path: str | os.PathLike[str], setting: str) -> Path:
+    """Returns the absolute path of an output.
+
+    Raises:
+      InputError: `path` is not a path, or is remote; names the `setting` that it comes from.
+    """
+    text = _path_text(path, f"{setting}: ")
+    if "://" in text:
+        raise InputError(f"{setting} must be a local path, got {text}")
+    return Path(text).expanduser().absolute()
+
+
+def _path_text(path: object, prefix: str = "") -> str:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        # gin reads a name of digits alone as a number
+        hint = f" (a name of digits alone needs quotes: \"'{path}'\")" if path else ""
+        raise InputError(f"{prefix}expected a path, got {path!r}{hint}")
+    return os.fspath(path)
+
+
+@contextlib.contextmanager
+def remote_errors(path: epath.Path) -> Iterator[None]:
+    """Raises errors of a remote path as an `InputError` of one line; local ones pass unchanged."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # tensorflow and fsspec raise classes of their own
+        if "://" not in os.fspath(path):
+            raise
+        raise InputError(f"{path}: cannot be reached: {first_line(error)}") from error
+
+
+def url(folder: epath.Path) -> str:
+    """Returns a folder's URL as tensorstore writes it: `file:///…/` or `gs://…/`."""
+    text = os.fspath(folder)
+    return (text if "://" in text else Path(text).as_uri()).rstrip("/") + "/"
+
+
+def child_path(folder: epath.Path, name: object, index: str) -> epath.Path:
+    """Returns the path of a file that an index file in `folder` names.
+
+    Raises:
+      InputError: the name leads out of the folder, as that of a malicious index would.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
+        raise InputError(
+            f"{folder / index}: expected names of files in its own folder, got {name!r}"
+        )
+    return folder / name
+
+
+# jax uses a numpy array on CPUs without a copy if it starts at a multiple of 64 bytes.
+_ALIGNMENT = 64
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns `np.empty` in memory that jax uses without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def read_range(path: epath.Path, offset: int, size: int) -> np.ndarray:
+    """Reads `size` bytes from `offset` on into a new uint8 array [size].
+
+    Raises:
+      InputError: the file is shorter.
+    """
+    data = aligned_empty((size,), np.dtype(np.uint8))
+    with path.open("rb") as file:
+        file.seek(offset)
+        if hasattr(file, "readinto"):
+            num_read = file.readinto(data)
+        else:  # tensorflow's remote files lack readinto
+            content = file.read(size)
+            num_read = len(content)
+            data[:num_read] = np.frombuffer(content, np.uint8)
+    if num_read != size:
+        raise InputError(
+            f"{path}: truncated: expected {size:,} bytes at {offset:,}, got {num_read:,}"
+        )
+    return data
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      InputError: the file is missing, cannot be read, is not JSON, or is JSON but not an object.
+    """
+    try:
+        value = json.loads(epath.Path(path).read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got something else ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
