@@ -177,7 +177,7 @@ def _about(opened: Any, scored: Mapping[str, Any]) -> dict[str, Any]:
         adapters.describe(opened.model.adapters),
     )
     if opened.record is not None and runs.is_run(opened.path):
-        config_file = runs.resolve(opened.path)[0] / "gin_flags.gin"
+        config_file = runs.resolve(opened.path)[0] / "config.gin"
         if config_file.is_file():
             about["seed"] = opened.record.seed
             about["settings"] = settings.fingerprint(settings.read(config_file.read_text()))

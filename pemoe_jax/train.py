@@ -395,7 +395,7 @@ def _write_config(folder: Path) -> None:
 
     from pemoe_jax.runtime import atomic_write
 
-    atomic_write.write_text(folder / "gin_flags.gin", gin.config_str())
+    atomic_write.write_text(folder / "config.gin", gin.config_str())
 
 
 @dataclasses.dataclass

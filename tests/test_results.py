@@ -58,13 +58,13 @@ def test_what_would_be_lost_is_not_written_over(tmp_path, monkeypatch):
         {"checkpoint": "base", "step": 0, "tasks": {"a": {}, "b": {}}},
         {"checkpoint": str(tmp_path / "run"), "step": 3, "tasks": {"a": {}}},
     ]
-    (tmp_path / "scores.json").write_text(json.dumps({"runs": runs}))
+    (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
     assert scores.check_replaced(tmp_path, ["run", "base", "new"], ["a", "b", "c"])
     with pytest.raises(InputError, match=r"holds results .* lost: base on a and 1 more: choose"):
         scores.check_replaced(tmp_path, ["run"], ["a", "b"])
     with pytest.raises(InputError, match=r"lost: base on b: choose another EVAL_OUTPUT_DIR"):
         scores.check_replaced(tmp_path, ["run", "base"], ["a", "a_score_eval"])
     for text in ("{", '{"results": 3}', '{"runs": [{"name": "x"}]}', "[]"):
-        (tmp_path / "scores.json").write_text(text)
+        (tmp_path / "results.json").write_text(text)
         with pytest.raises(InputError, match="results.json is in the way, and not of an eval"):
             scores.check_replaced(tmp_path, ["run"], ["a"])

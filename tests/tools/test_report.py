@@ -58,7 +58,7 @@ def write(folder: Path, runs: dict[str, dict[str, tuple[str, list[int]]]], **abo
         run = {"name": name, "method": "mov", "variant": "mov-10", "checkpoint": f"runs/{name}"}
         run |= {"step": 5, "trainable": 32, "total": 10_000, **about}
         found.append({**run, **scores_lib.summarise(tasks), "tasks": tasks})
-    (folder / "scores_lib.json").write_text(json.dumps({"runs": found}))
+    (folder / "results.json").write_text(json.dumps({"runs": found}))
     return folder
 
 
@@ -156,7 +156,7 @@ def test_runs_are_merged_and_chosen(tmp_path, capsys):
     one = write(tmp_path / "a", {"x": eight(6), "y": eight(7)})
     two = write(tmp_path / "b", {"x": eight(8)})  # the same name, checkpoint and step: the last
     other = write(tmp_path / "c", {"x": eight(9)}, step=10)
-    medians = table(printed(capsys, one, two / "scores_lib.json", other), "median")
+    medians = table(printed(capsys, one, two / "results.json", other), "median")
     averages = {name: row["average"] for name, row in medians.items()}
     assert averages["x (step 5)"] == "80.0" and averages["x (step 10)"] == "90.0"
     assert set(table(printed(capsys, one, "--only=y"), "median")) >= {"y", "chance"}
@@ -503,7 +503,7 @@ def test_help_answers_at_once():
 
 def broken(folder: Path, change) -> str:
     write(folder, {"one": eight(6)})
-    file = folder / "scores_lib.json"
+    file = folder / "results.json"
     found = json.loads(file.read_text())
     change(found["runs"][0])
     file.write_text(json.dumps(found))
@@ -542,7 +542,7 @@ def test_wrong_results_are_one_line(tmp_path, capsys, change, says):
     ],
 )
 def test_not_results(tmp_path, text, says):
-    (tmp_path / "scores_lib.json").write_text(text)
+    (tmp_path / "results.json").write_text(text)
     with pytest.raises(InputError, match=re.escape(says)):
         results_file.load(str(tmp_path))
 
@@ -560,11 +560,11 @@ def test_a_broken_prediction_names_its_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["{}/none"], "scores_lib.json.*No such file"),
+        (["{}/none"], "results.json.*No such file"),
         (["{}", "--only=mov"], r"--only=mov: no such run \(there are: one\)"),
         (["{}", "--draws=-1"], "--draws must be at least 0, found -1"),
         (["{}", "--gin.RUN=3"], "--gin.RUN: report takes no gin flags"),
-        (["{}", "--output={}/scores_lib.json"], "--output=.*expected a folder"),
+        (["{}", "--output={}/results.json"], "--output=.*expected a folder"),
     ],
 )
 def test_wrong_flags_are_one_line(tmp_path, capsys, flags, says):
