@@ -21,18 +21,7 @@ FLAGS = gin_flags.make_parser(
     --gin.CHECKPOINT_PATH="['base.safetensors', '/tmp/mov', '/tmp/lora']" \\
     --gin.EVAL_OUTPUT_DIR=/tmp/results --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
 """,
-    macros="""\
-  CHECKPOINT_PATH           a run (its newest checkpoint), a checkpoint_<step>, an adapter (ours or
-                            PEFT's), a base; or a list of these
-  EVAL_OUTPUT_DIR           where results go
-  INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
-  DTYPE                     of activations: float32 or bfloat16; None: as trained
-  FROZEN_DTYPE              of frozen matrices: activations, int8 or float8_e4m3fn; None: as trained
-  MIXTURE_OR_TASK_NAME      what is scored (jsonl_score_eval)
-  JSONL_DIR, VOCAB_PATH, EVAL_TASKS, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
-  TASK_FEATURE_LENGTHS, BATCH_SIZE, ROUTING_PICTURE, MODEL_PARALLELISM, FSDP
-  SENTENCE_EMBEDDINGS       table of pemoe embed, for models trained with one
-""",
+    macros=["runs/evaluate.gin"],
 )
 
 

@@ -26,18 +26,7 @@ FLAGS = gin_flags.make_parser(
   pemoe infer --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/mov \\
     --gin.EVAL_OUTPUT_DIR=/tmp/decoded --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
 """,
-    macros="""\
-  CHECKPOINT_PATH           a run (its newest checkpoint), a checkpoint_<step>, a base; or a list
-  EVAL_OUTPUT_DIR           where predictions and results go
-  INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
-  DTYPE                     of activations: float32 or bfloat16; None: as trained
-  FROZEN_DTYPE              of frozen matrices: activations, int8 or float8_e4m3fn; None: as trained
-  MIXTURE_OR_TASK_NAME      what is decoded (jsonl_train); for <task>_score_eval the <task>
-  JSONL_DIR or P3_DIR, VOCAB_PATH, EVAL_EXAMPLES, MIXTURE_OR_TASK_MODULE
-  TASK_FEATURE_LENGTHS      its 'targets': most tokens that are decoded
-  BATCH_SIZE, MODEL_PARALLELISM, FSDP
-  SENTENCE_EMBEDDINGS       table of pemoe embed, for models trained with one
-""",
+    macros=["runs/infer.gin"],
 )
 
 

@@ -26,24 +26,7 @@ FLAGS = gin_flags.make_parser(
     --gin.MODEL_DIR=/tmp/mov --gin.INITIAL_CHECKPOINT_PATH=base.safetensors \\
     --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model --gin.TRAIN_STEPS=1000
 """,
-    macros="""\
-  MODEL_DIR                 where checkpoints and metrics go
-  INITIAL_CHECKPOINT_PATH   the base: of T5X, Hugging Face or ours; None: random weights
-  JSONL_DIR, VOCAB_PATH     a folder of <task>/<split>.jsonl, and the SentencePiece file
-  TRAIN_TASKS, EVAL_TASKS   name patterns, e.g. "['rte_*']"; None: by INDEX.json
-  MIXTURE_OR_TASK_NAME, MIXTURE_OR_TASK_MODULE   a seqio name, and the module that registers it
-  TASK_FEATURE_LENGTHS, BATCH_SIZE, MICROBATCHES, PACK, SEED, TRAIN_STEPS
-  SENTENCE_EMBEDDINGS       table of pemoe embed, for routing/sentence.gin
-  OPTIMIZER, LEARNING_RATE, SCHEDULE, WARMUP_STEPS, DROPOUT_RATE
-  LOSS_NORMALIZING_FACTOR, Z_LOSS, LABEL_SMOOTHING
-  NUM_EXPERTS, RANK, ALPHA (by method), ROUTER_METRICS
-  FUSED_MOV                 MoV's layer in kernels of its own, on a single GPU
-  LOG_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD, KEEP_CHECKPOINTS
-  MODEL_PARALLELISM, FSDP   devices that a matrix is spread over; parameters over the others too
-  FROZEN_DTYPE              of frozen matrices: 'activations' (as these), 'int8', 'float8_e4m3fn'
-  SCAN_LAYERS, REMAT_POLICY layers as one loop; activations computed again: 'minimal', 'full'
-  ATTENTION                 'fused' (bfloat16 on a GPU), 'chunked': long inputs in less memory
-""",
+    macros=(*gin_flags.MODEL_AND_METHOD_FILES, "runs/finetune.gin"),
 )
 
 

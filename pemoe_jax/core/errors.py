@@ -1,5 +1,7 @@
 """The one exception that means "the user gave something wrong"."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """A user's mistake, told in one line: what was wrong, what was expected, what was found.
@@ -12,3 +14,17 @@ def first_line(error: BaseException | str) -> str:
     """Returns the first line of a message that is not blank; without one, the error's class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def check_integer(name: str, value: object, minimum: int = 1) -> None:
+    """Raises InputError unless a setting is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        expected = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
+        raise InputError(f"{name} must be {expected}, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises InputError unless a setting is one of `choices`."""
+    if value not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise InputError(f"{name} must be one of {expected}, got {value!r}")

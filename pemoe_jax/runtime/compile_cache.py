@@ -1,4 +1,4 @@
-"""Compiled programs, kept from one process to the next by JAX's persistent compilation cache."""
+"""JAX's persistent compilation cache, shared by all runs of a user."""
 
 import os
 import sys
@@ -11,49 +11,55 @@ MAX_AGE_DAYS = 30
 
 
 def enable(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Turns the cache on by JAX's own variables; to be called before jax is imported.
+    """Turns the cache on through JAX's own variables; must be called before jax is imported.
 
-    JAX_COMPILATION_CACHE_DIR names another folder or, set to nothing, turns it off. A folder that
-    cannot be written to is told of on stderr, and nothing is kept. JAX's key of a program has its
-    version and the processor's instructions in it, so different machines may share a home.
+    JAX_COMPILATION_CACHE_DIR selects another folder; set to an empty string it turns the cache off.
+    A folder that is not writable gives a warning on stderr and no cache. JAX's cache keys include
+    its version and the CPU's features, so different machines can share a home directory.
 
     Args:
-      environment: is changed.
+      environment: environment variables, modified in place.
     """
     if CACHE_DIR_VARIABLE not in environment:
         try:
             folder = default_folder(environment)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what is in it will be run
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds executable code
             if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(f"{folder} cannot be written to")
-            _forget_old(folder)
+                raise PermissionError(f"{folder} is not writable")
+            _delete_old_programs(folder)
         except (OSError, RuntimeError) as error:
             print(
-                f"warning: compiled programs are not kept: {error}"
-                f" ({CACHE_DIR_VARIABLE} names another folder; empty, it ends this warning)",
+                f"warning: compiled programs are not cached: {error}"
+                f" ({CACHE_DIR_VARIABLE} selects another folder; an empty value silences this)",
                 file=sys.stderr,
             )
             return
         environment[CACHE_DIR_VARIABLE] = str(folder)
     if environment[CACHE_DIR_VARIABLE]:
-        # jax keeps what took a second; dozens of small programs take longer than that together
+        # By default jax caches programs that took over a second to compile. A start also compiles
+        # dozens of small ones, which take longer than that together.
         environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def default_folder(environment: Mapping[str, str]) -> Path:
-    """Below the user's folder of caches; RuntimeError where there is no home."""
-    given = environment.get("XDG_CACHE_HOME", "")  # its standard: a relative one does not count
-    caches = Path(given) if os.path.isabs(given) else Path("~/.cache").expanduser()
+    """Returns `pemoe_jax/compiled` in the user's cache folder.
+
+    Raises:
+      RuntimeError: the user has no home directory.
+    """
+    xdg = environment.get("XDG_CACHE_HOME", "")  # the XDG standard ignores relative paths
+    caches = Path(xdg) if os.path.isabs(xdg) else Path("~/.cache").expanduser()
     return caches / "pemoe_jax" / "compiled"
 
 
-def _forget_old(folder: Path) -> None:
-    """Deletes what has not been read for a month: each version and setting leaves its own."""
+def _delete_old_programs(folder: Path) -> None:
+    # JAX only bounds the cache by size. Each version of a program leaves a file of its own, and
+    # files that no run has read for a month belong to old versions.
     oldest = time.time() - MAX_AGE_DAYS * 24 * 3600
     for file in folder.glob("*-cache"):
         try:
-            found = file.stat()
-            if max(found.st_atime, found.st_mtime) < oldest:
+            stat = file.stat()
+            if max(stat.st_atime, stat.st_mtime) < oldest:
                 file.unlink()
-        except FileNotFoundError:  # another process has done it
+        except FileNotFoundError:  # deleted by another process
             continue

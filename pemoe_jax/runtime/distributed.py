@@ -1,4 +1,4 @@
-"""Several processes as one run: on a TPU pod, under Slurm or Open MPI, or by hand."""
+"""Several processes as one run: on a TPU pod, under Slurm or Open MPI, or started by hand."""
 
 import atexit
 import contextlib
@@ -16,144 +16,151 @@ from typing import Any
 from pemoe_jax.core.errors import InputError
 
 COORDINATOR_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-HEARTBEAT_SECONDS = 30  # after as long without a sign of life of one, the others end
+HEARTBEAT_SECONDS = 30  # a process that is silent for longer ends the run
 
-_OTHERS = (
+_PEER_FAILED = (
     "another process of the run has ended or cannot be reached: start all of them again; the run"
-    " goes on from its last checkpoint"
+    " resumes from its last checkpoint"
 )
-# What XLA says, in a JaxRuntimeError or a ValueError, where processes work together. Of other codes
-# (RESOURCE_EXHAUSTED, INVALID_ARGUMENT, …) a process is guilty by itself.
-_OF_OTHERS = re.compile(
+# Status codes of XLA's errors that point at another process. The others (RESOURCE_EXHAUSTED,
+# INVALID_ARGUMENT, …) come from this process and need their stack trace.
+_PEER_ERROR = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
 
 
 def initialize() -> None:
-    """Joins the other processes of the run, where there are any; before any device is touched.
+    """Joins the other processes of the run; a no-op for a single process.
 
-    A run has several processes where JAX_COORDINATOR_ADDRESS (host:port of process 0),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, under Slurm or Open MPI with several tasks, and on
-    a TPU pod where PEMOE_DISTRIBUTED=1 (`launch/tpu_pod.sh` sets it). From then on only the first
-    process prints to stdout; errors of each go to its stderr.
+    A run has several processes if JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, under Slurm or Open MPI with several tasks, and on
+    a TPU pod with PEMOE_DISTRIBUTED=1 (set by `launch/tpu_pod.sh`). It must be called before jax
+    looks for devices. Afterwards only process 0 prints to stdout; errors of every process go to its
+    own stderr.
 
     Raises:
-      InputError: some of the three variables are set, or one is no number.
+      InputError: only some of the three variables are set, or one is not a number.
     """
-    arguments = _arguments(os.environ)
-    if arguments is None or _is_one_of_several():  # a command called after another, say
+    arguments = _jax_arguments(os.environ)
+    if arguments is None or _is_initialized():  # one process may run several commands
         return
-    _leave_last_words()
+    _report_if_killed()
     import jax
 
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it lives as long as the process
+        # Open until the process ends: everything printed later goes to it.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """For `jax.distributed.initialize`; None: a process by itself."""
-    given = {name: environment[name] for name in COORDINATOR_VARIABLES if environment.get(name)}
-    if given:
-        missing = [name for name in COORDINATOR_VARIABLES if name not in given]
+def _jax_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Returns the arguments of `jax.distributed.initialize`; None for a single process."""
+    variables = {name: environment[name] for name in COORDINATOR_VARIABLES if environment.get(name)}
+    if variables:
+        missing = [name for name in COORDINATOR_VARIABLES if name not in variables]
         if missing:
-            raise InputError(f"{next(iter(given))} is set: expected {missing[0]} beside it")
-        count, number = (_number(name, given[name]) for name in COORDINATOR_VARIABLES[1:])
-        if not 0 <= number < count:
-            raise InputError(f"JAX_PROCESS_ID: expected 0 to {count - 1}, found {number}")
+            raise InputError(f"{missing[0]} is not set, but {next(iter(variables))} is: set both")
+        count, index = (_parse_number(name, variables[name]) for name in COORDINATOR_VARIABLES[1:])
+        if not 0 <= index < count:
+            raise InputError(f"JAX_PROCESS_ID must be between 0 and {count - 1}, got {index}")
         return {
-            "coordinator_address": given[COORDINATOR_VARIABLES[0]],
+            "coordinator_address": variables[COORDINATOR_VARIABLES[0]],
             "num_processes": count,
-            "process_id": number,
+            "process_id": index,
         }
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("OMPI_COMM_WORLD_SIZE")
     if (tasks and int(tasks) > 1) or environment.get("PEMOE_DISTRIBUTED") == "1":
-        return {}  # jax finds the rest in the same environment
+        return {}  # jax detects the cluster from the same environment
     return None
 
 
-def _number(name: str, text: str) -> int:
+def _parse_number(name: str, text: str) -> int:
     if not text.isdecimal():
-        raise InputError(f"{name}: expected a number, found {text!r}")
+        raise InputError(f"{name} must be a number, got {text!r}")
     return int(text)
 
 
 def output_folder(folder: Path) -> Path:
-    """Where this process writes what a run writes once: the folder, or one that is thrown away.
-
-    All but the first process have the second.
-    """
+    """Returns the folder for files that a run writes once: temporary in all but process 0."""
     import jax
 
     if jax.process_index() == 0:
         return folder
-    elsewhere = Path(tempfile.mkdtemp(prefix="pemoe_jax-"))
-    atexit.register(shutil.rmtree, elsewhere, ignore_errors=True)
-    return elsewhere
+    temporary = Path(tempfile.mkdtemp(prefix="pemoe_jax-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
 
 
-_last_words: list[int] = []  # of this process, if it is one of several: a pipe's end to write to
+_watchdog_pipes: list[int] = []  # write end of the pipe to this process's watchdog, if it has one
 
 
-def _leave_last_words() -> None:
-    """Has a line said if this process is ended from outside, or by JAX.
+def _report_if_killed() -> None:
+    """Prints an error line to stderr if this process is killed, by the system or by JAX.
 
-    JAX ends a process from a thread of its own, with signal SIGABRT and a stack trace, where its
-    service says that another has gone. No code of ours runs then: a shell waits for it.
+    When a peer is lost, JAX aborts the process (SIGABRT) from a thread of C++, after a stack trace.
+    jax 0.10 has no callback for it and no Python code runs any more, so a child process waits for
+    the pipe to close: a line that arrives first means that the process ended by itself.
     """
-    read, write = os.pipe()
-    line = f"error: this process was killed, or {_OTHERS}"
+    read_end, write_end = os.pipe()
+    line = f"error: this process was killed, or {_PEER_FAILED}"
     subprocess.Popen(
         ["sh", "-c", 'read -r ended || printf "%s\\n" "$0" >&2', line],
-        stdin=read,
+        stdin=read_end,
         stdout=subprocess.DEVNULL,
     )
-    os.close(read)
-    _last_words.append(write)
-    atexit.register(_ends_by_itself)  # before those of jax, so called after them: they may fail
+    os.close(read_end)
+    _watchdog_pipes.append(write_end)
+    # Registered before jax registers its own functions, so called after them: those may abort too.
+    atexit.register(_dismiss_watchdog)
 
 
-def _ends_by_itself() -> None:
-    while _last_words:
-        with contextlib.suppress(BrokenPipeError):  # a signal to the whole group: the shell is gone
-            os.write(_last_words.pop(), b"\n")
+def _dismiss_watchdog() -> None:
+    while _watchdog_pipes:
+        # The watchdog may be gone: signals to a process group, such as Ctrl-C, reach it as well.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(_watchdog_pipes.pop(), b"\n")
 
 
 def exit_process(code: int) -> int:
-    """Ends a process of several at once, so that the others notice; one by itself returns."""
-    if code and _is_one_of_several():
+    """Ends one of several processes at once if `code` is not 0; otherwise returns `code`.
+
+    A normal exit would wait at jax's shutdown barrier for the other processes, and they in a
+    collective for this one.
+    """
+    if code and _is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        _ends_by_itself()
-        os._exit(code)  # else it would wait for the others, and they for it
+        _dismiss_watchdog()
+        os._exit(code)
     return code
 
 
 def exit_on_error(error: BaseException) -> None:
-    """Ends one of several processes at an error; one by itself returns.
+    """Ends one of several processes after an error; returns in a single process.
 
-    With one line where it tells that another has gone, else with a stack trace.
+    Prints one line if the error is about another process, else a stack trace.
     """
-    if not _is_one_of_several():
+    if not _is_initialized():
         return
-    told = _told_of_others(error)
-    if told is None:
+    message = _peer_error_message(error)
+    if message is None:
         traceback.print_exception(error)
     else:
-        print(f"error: {_OTHERS} ({told})", file=sys.stderr)
+        print(f"error: {_PEER_FAILED} ({message})", file=sys.stderr)
     exit_process(1)
 
 
-def _is_one_of_several() -> bool:
+def _is_initialized() -> bool:
+    # Without importing jax: a command that has not needed it must not pay for the import.
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
-def _told_of_others(error: BaseException) -> str | None:
-    """What XLA says of other processes in an error, or in what that came of; else None."""
+def _peer_error_message(error: BaseException) -> str | None:
+    """Returns XLA's message about another process, from the error or its causes; None without."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, (RuntimeError, ValueError)) and _OF_OTHERS.match(str(cause)):
+        if isinstance(cause, (RuntimeError, ValueError)) and _PEER_ERROR.match(str(cause)):
             return str(cause).splitlines()[0][:200]
         cause = cause.__cause__ or cause.__context__
     return None

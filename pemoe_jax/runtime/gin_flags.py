@@ -1,4 +1,4 @@
-"""Flags and gin files of the entry points, as T5X's users know them."""
+"""The flags and gin files of the commands, with T5X's names."""
 
 import argparse
 import ast
@@ -8,87 +8,118 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pemoe_jax.core.errors import InputError, first_line
-from pemoe_jax.runtime import compile_cache, distributed, gin_types, host_memory
+from pemoe_jax.runtime import compile_cache, distributed, gin_help, gin_types, host_memory
 
-GIN_DIR = Path(__file__).parent.parent / "gin"
+T = TypeVar("T")
 
+GIN_DIR = gin_help.GIN_DIR  # the package's gin files
+
+# Run files read these macros; model and method files set them. None: not set.
 _SET_BY_MODEL_AND_METHOD = ("MODEL", "METHOD", "TRAINABLE", "LEARNING_RATE")
 
-# what --gin.… may refer to: gin's imports hold for one file each
+# Model files read DROPOUT_RATE, for commands without a run file; some run files read DTYPE, which
+# model files set.
+_DEFAULTS = "DROPOUT_RATE = 0.0\nDTYPE = None\n"
+
+# Modules that --gin.… can name: gin's imports hold for one file each.
 _IMPORTS = """\
 from __gin__ import dynamic_registration
-from pemoe_jax.tools import embed
 from pemoe_jax import evaluate
 from pemoe_jax import infer
-from pemoe_jax.tools import routes
 from pemoe_jax import tasks
 from pemoe_jax import train
 from pemoe_jax.core import adapters
 from pemoe_jax.core import network
 from pemoe_jax.core import optim
+from pemoe_jax.core import partitioning
 from pemoe_jax.core import routing
 from pemoe_jax.core import steps
+from pemoe_jax.runtime import options
+from pemoe_jax.tools import embed
+from pemoe_jax.tools import routes
 """
 
-_RUN_MODELS = ("train", "evaluate", "infer", "embed", "routes")  # commands, on tasks
+# Files whose macros `--help` lists for commands that take model and method files.
+MODEL_AND_METHOD_FILES = ("models/t5_1_1.gin", "methods/molora.gin", "methods/mov.gin")
+
+_RUN_MODELS = ("train", "evaluate", "infer", "embed", "routes")  # commands that read tasks
 
 _EPILOG = """\
-gin files are looked for in the working folder, then in --gin_search_paths, then among the
-package's own. Macros of the run files are set with --gin.MACRO=value; a value that is no gin
-literal is taken as a string. --gin.MODULE.FUNCTION.PARAMETER=value sets any other parameter.
+gin files are searched in the working folder, in --gin_search_paths and in the package's gin/.
+--gin.MACRO=value sets a macro; a value that is not a gin literal is a string.
+--gin.MODULE.FUNCTION.PARAMETER=value sets any other parameter.
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that lists macros; it reads them when `--help` is asked for."""
+
+    macro_texts: Sequence[str] = ()
+    example = ""
+
+    def format_help(self) -> str:
+        macros = gin_help.describe_macros([_DEFAULTS, *self.macro_texts])
+        self.epilog = f"macros:\n{macros}\n\n{_EPILOG}\nexample:\n{self.example}"
+        return super().format_help()
 
 
 def make_parser(
-    command: str, description: str, example: str, macros: str
+    command: str, description: str, example: str, macros: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """The flags that all entry points have."""
-    result = argparse.ArgumentParser(
+    """Returns a parser with the flags that all commands share.
+
+    Args:
+      command: its name.
+      description: what it does, for `--help`.
+      example: command lines, for `--help`.
+      macros: gin texts or files of the package that set the macros to list in `--help`.
+    """
+    parser = _Parser(
         prog=f"pemoe {command}",
         description=description,
-        epilog=f"macros:\n{macros}\n{_EPILOG}\nexample:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    result.add_argument(
+    parser.macro_texts, parser.example = macros, example
+    parser.add_argument(
         "--gin_file",
         action="append",
         default=[],
         metavar="FILE",
         help="a gin file; may be repeated",
     )
-    result.add_argument(
+    parser.add_argument(
         "--gin_bindings",
         action="append",
         default=[],
         metavar="BINDING",
         help="a line of gin, e.g. 'MODEL_DIR = \"/tmp/run\"'; may be repeated",
     )
-    result.add_argument(
+    parser.add_argument(
         "--gin_search_paths",
         default="",
         metavar="DIR,DIR",
-        help="folders in which gin files are looked for, joined by commas",
+        help="folders to search for gin files, separated by commas",
     )
     if command in _RUN_MODELS:
         add_cache_dirs_flag(
-            result,
-            "folders of seqio's offline caches, joined by commas; USE_CACHED_TASKS=True reads them",
+            parser,
+            "folders of seqio's offline caches, separated by commas; USE_CACHED_TASKS=True reads"
+            " them",
         )
-    return result
+    return parser
 
 
 def add_cache_dirs_flag(flags: argparse.ArgumentParser, text: str) -> None:
-    """Adds the flag of folders of seqio's offline caches, which `attempt` acts on."""
+    """Adds the flag for folders of seqio's offline caches, which `run_command` handles."""
     flags.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR,DIR", help=text)
 
 
 def _as_gin_value(text: str) -> str:
-    """Gin's own literals, macros and references stay; anything else becomes a string."""
+    """Returns gin literals, macros and references unchanged, anything else as a quoted string."""
     stripped = text.strip()
     if stripped[:1] in ("@", "%"):
         return stripped
@@ -102,13 +133,13 @@ def _as_gin_value(text: str) -> str:
 
 
 def split_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Takes `--gin.NAME=value` out of the arguments -> (other arguments, gin bindings)."""
+    """Separates `--gin.NAME=value` -> (other arguments, gin bindings)."""
     rest, bindings = [], []
     for argument in argv:
         if argument.startswith("--gin."):
             name, equals, value = argument[len("--gin.") :].partition("=")
             if not equals:
-                raise InputError(f"{argument}: expected --gin.NAME=value, found no '='")
+                raise InputError(f"{argument}: expected --gin.NAME=value, got no '='")
             bindings.append(f"{name} = {_as_gin_value(value)}")
         else:
             rest.append(argument)
@@ -122,12 +153,12 @@ def load_config(
 
     Args:
       args: parsed flags.
-      bindings: of `--gin.NAME=value`.
-      macros: 'NAME = value' of macros that the command has itself, before any file.
+      bindings: from `--gin.NAME=value`.
+      macros: 'NAME = value' of the command's own macros, parsed before any file.
 
     Raises:
-      InputError: a file is missing, a line does not parse, or it binds what does not exist or
-        what is of another type.
+      InputError: a file is missing, a line does not parse, a name does not exist, or a value is of
+        the wrong type.
     """
     import importlib.util  # noqa: F401  gin uses it without importing it
 
@@ -135,40 +166,38 @@ def load_config(
 
     if not args.gin_file:
         raise InputError(
-            "no gin file: expected --gin_file=… of a model, a method and a run, see --help"
+            "no gin file: pass --gin_file=… for a model, a method and a run (see --help)"
         )
     gin.clear_config()
     for folder in [*filter(None, args.gin_search_paths.split(",")), str(GIN_DIR)]:
         gin.add_config_file_search_path(folder)
     try:
-        # run files read these; the files and flags that the user gives come after and win
+        # Later values win: defaults, then files, then flags.
         gin.parse_config([f"{macro} = None" for macro in _SET_BY_MODEL_AND_METHOD])
-        # models read the first, for commands without a run file; run files the second, which
-        # model files set
-        gin.parse_config(["DROPOUT_RATE = 0.0", "DTYPE = None", *macros])
+        gin.parse_config([_DEFAULTS, *macros])
         gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
-        _check_macros(bindings)
+        _check_macro_names(bindings)
         gin.parse_config_files_and_bindings([], [_IMPORTS, *args.gin_bindings, *bindings])
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"gin: {first_line(error)}") from error
     except (ValueError, SyntaxError, ImportError, AttributeError, NameError, TypeError) as error:
-        raise InputError(_told(error)) from error
+        raise InputError(_user_message(error)) from error
     gin_types.check_bindings(_SET_BY_MODEL_AND_METHOD)
 
 
-def _told(error: Exception) -> str:
-    """What gin complains of, in the user's words."""
+def _user_message(error: Exception) -> str:
+    """Returns gin's message in the user's terms."""
     line = first_line(error)
     required = re.match(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", line)
     if required:
-        return f"{required[1]} is not set: expected --gin.{required[1]}=…"
+        return f"{required[1]} is not set: pass --gin.{required[1]}=…"
     return f"gin: {line}"
 
 
-def _check_macros(bindings: Sequence[str]) -> None:
-    """A macro that no file mentions would be set and never read: a misspelling."""
+def _check_macro_names(bindings: Sequence[str]) -> None:
+    """Raises InputError for a macro that no file sets: gin would accept a misspelling silently."""
     import gin
 
     known = set(re.findall(r"^\s*([A-Z][A-Z0-9_]*)\s*=", gin.config_str(), re.MULTILINE))
@@ -176,12 +205,12 @@ def _check_macros(bindings: Sequence[str]) -> None:
         name = binding.partition("=")[0].strip()
         if re.fullmatch(r"[A-Za-z_]\w*", name) and name not in known:
             close = difflib.get_close_matches(name, known, n=2)
-            hint = f"; close: {', '.join(close)}" if close else ""
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise InputError(f"--gin.{name}: no gin file has a macro of this name{hint}")
 
 
-def call_configured(function: Callable[..., Any]) -> Any:
-    """Calls a function with what gin binds to it; gin's complaints become one line."""
+def call_configured(function: Callable[..., T]) -> T:
+    """Calls a function with the arguments that gin binds; gin's errors become an InputError."""
     import gin
 
     try:
@@ -189,7 +218,7 @@ def call_configured(function: Callable[..., Any]) -> Any:
     except ValueError as error:
         name = f"{function.__module__}.{function.__name__}"
         raise InputError(
-            f"no gin file configures {name}: expected a run file, e.g. --gin_file=runs/finetune.gin"
+            f"no gin file configures {name}: pass a run file, e.g. --gin_file=runs/finetune.gin"
         ) from error
     try:
         return configured()
@@ -197,15 +226,16 @@ def call_configured(function: Callable[..., Any]) -> Any:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
         if "Required bindings" in str(error) or "gin.REQUIRED" in str(error):
-            raise InputError(first_line(error)) from error
+            raise InputError(_user_message(error)) from error
         raise
 
 
 def silence_libraries() -> None:
-    """Keeps the libraries' chatter off the terminal; to be called before they are imported."""
-    # gin logs an error for each place that it looks in before it finds a file
+    """Keeps the libraries' log messages off the terminal; must be called before their import."""
+    # gin logs an error for each search path without the file.
     logging.getLogger().addFilter(lambda record: "Path not found" not in record.getMessage())
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's advice on settings that are right
+    # orbax warns about settings that are as intended, such as saving without a `custom metadata`.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -213,10 +243,10 @@ def silence_libraries() -> None:
 
 def run_configured(
     flags: argparse.ArgumentParser,
-    function: Callable[..., Any],
+    function: Callable[..., object],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """An entry point's main: calls the function with what gin files and flags bind to it."""
+    """Runs a command that is one function configured by gin; returns its exit code."""
 
     def load_and_call(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         load_config(args, bindings)
@@ -238,17 +268,19 @@ def run_command(
     work: Callable[[argparse.Namespace, Sequence[str]], None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses the flags and works; a user's mistake is one line and exit code 1.
+    """Parses the flags and runs a command; returns its exit code.
+
+    A user's mistake gives one line on stderr and exit code 1.
 
     Args:
-      flags: of the command.
-      work: called with the parsed flags and the gin bindings among them.
-      argv: the arguments; None: those of the process.
+      flags: the command's parser.
+      work: called with the parsed flags and the gin bindings among the arguments.
+      argv: the arguments; None: `sys.argv`.
     """
-    return distributed.exit_process(_attempt(flags, work, argv))
+    return distributed.exit_process(_exit_code(flags, work, argv))
 
 
-def _attempt(
+def _exit_code(
     flags: argparse.ArgumentParser,
     work: Callable[[argparse.Namespace, Sequence[str]], None],
     argv: Sequence[str] | None,
@@ -257,6 +289,7 @@ def _attempt(
     try:
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
         args = flags.parse_args(rest)
+        # Only in a process of the command's own: these settings hold for the whole process.
         if flags.prog.rpartition(" ")[2] in _RUN_MODELS and "jax" not in sys.modules:
             compile_cache.enable()
             host_memory.configure()
@@ -266,12 +299,13 @@ def _attempt(
     except InputError as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 1
-    except OSError as error:  # no permission, no space, a file where a folder should be
+    except OSError as error:
+        # With an errno it is the user's: no permission, no space, a file instead of a folder.
         if error.strerror is None:
             distributed.exit_on_error(error)
             raise
-        where = error.filename2 or error.filename
-        print(f"error: {where or 'writing'}: {error.strerror}", file=sys.stderr)
+        path = error.filename2 or error.filename
+        print(f"error: {path or 'writing'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,19 +1,22 @@
-"""What gin binds, held against the types of the parameters that it is bound to."""
+"""Checks the literals that gin binds against the annotated types of their parameters."""
 
 import collections.abc
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
 
 from pemoe_jax.core.errors import InputError
 
-_WORDS = {
-    int: "a whole number",
+# An annotation: a class, a generic alias, a union. Python has no common type for these.
+Type: TypeAlias = Any
+
+_TYPE_NAMES: dict[object, str] = {
+    int: "an integer",
     float: "a number",
-    str: "a text",
+    str: "a string",
     bool: "True or False",
     type(None): "None",
     collections.abc.Sequence: "a list",
@@ -22,105 +25,104 @@ _WORDS = {
     tuple: "a list",
     dict: "a dict",
 }
-_ANY = (Any, object, inspect.Parameter.empty)
+_UNCHECKED = (Any, object, inspect.Parameter.empty)
 
 
-def check_bindings(unset: Collection[str] = ()) -> None:
-    """Looks at every value of the parsed configuration that is a literal.
+def check_bindings(optional_macros: Collection[str] = ()) -> None:
+    """Checks every literal of the parsed gin configuration.
 
-    A literal is never an object or a function, which are given by reference. What is in lists and
-    dicts is not looked at.
+    Objects and functions are bound by reference, so a literal never fits a parameter of such a
+    type. The contents of lists and dicts are not checked.
 
     Args:
-      unset: macros for which None means that no file has set them.
+      optional_macros: macros that may be None whatever the type: no gin file has set them.
 
     Raises:
-      InputError: a parameter does not take its value; named by the macro that holds it, if any.
+      InputError: a value does not fit its parameter; named by the macro that holds it, if any.
     """
     import gin
 
-    # gin has no public way from a binding to the function it is of
-    bound, registry = gin.config._CONFIG, gin.config._REGISTRY
-    for (_, selector), values in bound.items():
+    # gin's public interface maps a name to its value, not a binding to its function.
+    bindings, registry = gin.config._CONFIG, gin.config._REGISTRY
+    for (_, selector), values in bindings.items():
         if selector == "gin.macro":
             continue
-        kinds = _kinds(registry[selector].wrapped)
-        for parameter, given in values.items():
-            name, value = _followed(f"{selector}.{parameter}", given, bound)
-            kind = kinds.get(parameter)
-            if kind is None or not _is_literal(value) or (value is None and name in unset):
+        annotations = _parameter_types(registry[selector].wrapped)
+        for parameter, bound in values.items():
+            name, value = _resolve_macro(f"{selector}.{parameter}", bound, bindings)
+            annotation = annotations.get(parameter)
+            is_literal = isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))
+            if annotation is None or not is_literal or (value is None and name in optional_macros):
                 continue
-            if not _fits(value, kind):
-                raise InputError(f"{name}: expected {_words(kind)}, found {value!r}")
+            if not _matches(value, annotation):
+                raise InputError(f"{name} must be {_describe(annotation)}, got {value!r}")
 
 
-def _followed(name: str, value: Any, bound: Any) -> tuple[str, Any]:
-    """The value that macros stand for, and the name of the last of them."""
+def _resolve_macro(
+    name: str, value: object, bindings: Mapping[tuple[str, str], Mapping[str, object]]
+) -> tuple[str, object]:
+    """Follows references to macros -> (name of the last macro, its value)."""
     import gin
 
-    seen: set[str] = set()
+    visited: set[str] = set()
     while isinstance(value, gin.config.ConfigurableReference) and str(value)[0] == "%":
         name = str(value)[1:]
-        macro = bound.get((name, "gin.macro"))
-        if macro is None:  # gin.REQUIRED, or a constant
+        macro = bindings.get((name, "gin.macro"))
+        if macro is None:  # gin.REQUIRED or a constant
             break
-        if name in seen:
-            raise InputError(f"{name}: expected a value, found itself")
-        seen.add(name)
+        if name in visited:
+            raise InputError(f"{name} must be a value, got a reference to itself")
+        visited.add(name)
         value = macro["value"]
     return name, value
 
 
-def _is_literal(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
-
-
-def _kinds(function: Any) -> dict[str, Any]:
-    """Parameter -> its type, where that can be known.
-
-    Ours of modules that are loaded later are all of objects and functions: as good as a function's.
-    """
+def _parameter_types(function: Callable[..., object]) -> dict[str, Type]:
+    """Returns the type of each parameter whose annotation can be evaluated."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return {}
     names = vars(sys.modules[function.__module__])
-    found = {}
+    annotations = {}
     for parameter in parameters.values():
-        kind = parameter.annotation
-        if isinstance(kind, str):
+        annotation = parameter.annotation
+        if isinstance(annotation, str):
             try:
-                kind = eval(kind, dict(names))
-            except NameError:  # imported for type checkers alone
+                annotation = eval(annotation, dict(names))
+            except NameError:  # imported under TYPE_CHECKING
                 if not function.__module__.startswith("pemoe_jax."):
                     continue
-                kind = types.FunctionType | None
+                # This package imports only classes so, which gin binds by reference.
+                annotation = types.FunctionType | None
             except (AttributeError, SyntaxError, TypeError):
                 continue
-        found[parameter.name] = kind
-    return found
+        annotations[parameter.name] = annotation
+    return annotations
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    members = typing.get_args(kind) if is_union else (kind,)
+def _union_members(annotation: Type) -> tuple[Type, ...]:
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if is_union else (annotation,)
     return tuple(type(None) if member is None else member for member in members)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    for member in _members(kind):
+def _matches(value: object, annotation: Type) -> bool:
+    for member in _union_members(annotation):
         origin = typing.get_origin(member) or member
-        if not isinstance(origin, type) or origin in _ANY:
+        if not isinstance(origin, type) or origin in _UNCHECKED:
             return True
         if isinstance(value, (bool, str)) or getattr(origin, "_is_protocol", False):
-            fits = origin is type(value)  # neither a number nor a list of letters
+            # isinstance would accept a bool as an int and a string as a sequence.
+            matches = origin is type(value)
         else:
-            fits = isinstance(value, (int, float) if origin is float else origin)
-        if fits:
+            matches = isinstance(value, (int, float) if origin is float else origin)
+        if matches:
             return True
     return False
 
 
-def _words(kind: Any) -> str:
-    origins = [typing.get_origin(member) or member for member in _members(kind)]
-    return " or ".join(dict.fromkeys(_WORDS.get(origin, "a reference (@…)") for origin in origins))
+def _describe(annotation: Type) -> str:
+    origins = [typing.get_origin(member) or member for member in _union_members(annotation)]
+    names = [_TYPE_NAMES.get(origin, "a reference (@…)") for origin in origins]
+    return " or ".join(dict.fromkeys(names))

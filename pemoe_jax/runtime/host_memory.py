@@ -1,4 +1,4 @@
-"""Memory of programs that run on the CPU: kept between steps, and no more of it than needed."""
+"""Memory of programs that run on the CPU: reused between steps, returned after compilation."""
 
 import ctypes
 import gc
@@ -7,53 +7,54 @@ import os
 import sys
 from collections.abc import MutableMapping
 
-# glibc's mallopt, malloc.h
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+# Parameters of glibc's mallopt, from malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _TOP_PAD_BYTES = 64 * 2**20
 
-# Pieces that code is made of side by side: those beyond the cores only take memory.
-_PIECES, _MOST_PIECES = "--xla_cpu_parallel_codegen_split_count", 32
+# XLA splits a module into this many pieces to compile in parallel, 32 by default. Pieces beyond the
+# number of cores only take memory.
+_CODEGEN_SPLIT_FLAG, _MAX_CODEGEN_SPLITS = "--xla_cpu_parallel_codegen_split_count", 32
 
 
 def configure(environment: MutableMapping[str, str] = os.environ) -> bool:
-    """Has freed memory kept for later, and programs compiled in less; before jax is imported.
+    """Configures XLA and glibc for steps on the CPU; must be called before jax is imported.
 
-    XLA asks for the temporaries of a program at each run, hundreds of MB, and as glibc comes they
-    go back to the system each time: a step of T5 v1.1 Small then took 120,000 page faults and a
-    seventh of its time for them. Blocks of that size are kept in the one heap that can grow, so
-    all threads use it. Nothing is done where there are accelerators (their programs' memory is
-    their own), nor to memory where there is another C library.
+    A no-op on machines with accelerators, whose programs allocate their own memory.
 
     Args:
-      environment: XLA_FLAGS are added to; what they say already counts.
+      environment: XLA_FLAGS in it are extended; flags that the user set are left alone.
 
     Returns:
-      Whether freed memory is kept.
+      Whether freed memory is kept for reuse: False without glibc.
     """
     if not sys.platform.startswith("linux") or accelerators():
         return False
     flags = environment.get("XLA_FLAGS", "")
-    if _PIECES not in flags:
-        pieces = min(_MOST_PIECES, len(os.sched_getaffinity(0)))
-        environment["XLA_FLAGS"] = f"{flags} {_PIECES}={pieces}".strip()
+    if _CODEGEN_SPLIT_FLAG not in flags:
+        splits = min(_MAX_CODEGEN_SPLITS, len(os.sched_getaffinity(0)))
+        environment["XLA_FLAGS"] = f"{flags} {_CODEGEN_SPLIT_FLAG}={splits}".strip()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
+    # XLA allocates a program's temporaries, hundreds of MB, at each run. By default glibc maps
+    # blocks of that size and returns them to the system: a step of T5 v1.1 Small took 120,000 page
+    # faults, a seventh of its time. Without mmap the blocks stay in the heap; only the main arena
+    # can grow to that size, so all threads share it.
     settings = (
-        (_ARENA_MAX, 1),
-        (_MMAP_MAX, 0),
-        (_TRIM_THRESHOLD, 2**31 - 1),
-        (_TOP_PAD, _TOP_PAD_BYTES),
+        (_M_ARENA_MAX, 1),
+        (_M_MMAP_MAX, 0),
+        (_M_TRIM_THRESHOLD, 2**31 - 1),
+        (_M_TOP_PAD, _TOP_PAD_BYTES),
     )
     return all([mallopt(*setting) for setting in settings])
 
 
 def disable_async_dispatch() -> None:
-    """Has a program of the CPU run in the thread that calls it; before jax has its devices.
+    """Runs CPU programs in the calling thread; must be called before jax initializes its devices.
 
-    In a thread of its own, as it comes, a step gives its temporaries back a moment after its
-    results are there, when the next has asked for as much again: the heap then held two or three
-    times the temporaries of a step. Nothing changes for accelerators.
+    With asynchronous dispatch a step frees its temporaries shortly after its results are ready,
+    when the next step has allocated its own: the heap then holds two or three times the temporaries
+    of a step. Accelerators are not affected.
     """
     import jax
 
@@ -61,13 +62,13 @@ def disable_async_dispatch() -> None:
 
 
 def trim_heap() -> None:
-    """What is free goes back to the system now: after what is done once, as compilation."""
-    gc.collect()  # what traced a program hangs together in cycles
+    """Returns free memory to the system, for use after one-time work such as compilation."""
+    gc.collect()  # tracing leaves reference cycles
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def accelerators() -> list[str]:
-    """Devices of GPUs and TPUs that the system has."""
+    """Returns the device files of the system's GPUs and TPUs."""
     return [*glob.glob("/dev/nvidia[0-9]*"), *glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/*")]

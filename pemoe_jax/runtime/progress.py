@@ -1,22 +1,27 @@
-"""What a run tells while it goes: a progress bar or lines, JSON lines and TensorBoard."""
+"""Progress of a run: a bar or lines on stdout, metrics as JSON lines and in TensorBoard."""
 
 import json
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich import progress as rich_progress
+
+REPORT_SECONDS = 10  # between two lines of `Progress.report_if_due`
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds -> '1:02:03' or '2:03'."""
+    """Formats seconds as '1:02:03' or '2:03'."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def format_count(number: float) -> str:
-    """12345 -> '12.3k'."""
+    """Formats 12345 as '12.3k'."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.1f}{unit}"
@@ -24,22 +29,22 @@ def format_count(number: float) -> str:
 
 
 class MetricWriter:
-    """Scalars by step, to `metrics.jsonl` and to TensorBoard, both under `model_dir`.
+    """Writes scalars by step to `metrics.jsonl` and to TensorBoard, both in `model_dir`.
 
-    A run goes on from step `first`: lines of later steps, which a killed run had told after its
-    last checkpoint, are left out, and so is a line that it did not finish.
+    A run that resumes from step `first_step` first deletes the lines of later steps, which a killed
+    run wrote after its last checkpoint, and an unfinished last line.
     """
 
-    def __init__(self, model_dir: Path, first: int = 0) -> None:
+    def __init__(self, model_dir: Path, first_step: int = 0) -> None:
         from clu import metric_writers
 
         from pemoe_jax.runtime import atomic_write
 
         file = model_dir / "metrics.jsonl"
         if file.exists():
-            told = file.read_text()
-            kept = "".join(f"{line}\n" for line in told.splitlines() if _is_of(line, first))
-            if kept != told:
+            text = file.read_text()
+            kept = "".join(f"{x}\n" for x in text.splitlines() if _is_up_to(x, first_step))
+            if kept != text:
                 atomic_write.write_text(file, kept)
         self._file = file.open("a")
         self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
@@ -54,21 +59,28 @@ class MetricWriter:
         self._tensorboard.close()
 
 
-def _is_of(line: str, last: int) -> bool:
-    """Whether a line of metrics is whole and of a step up to `last`."""
+def _is_up_to(line: str, last_step: int) -> bool:
+    """Returns whether a line of metrics is complete and of a step up to `last_step`."""
     try:
-        return json.loads(line)["step"] <= last
+        return json.loads(line)["step"] <= last_step
     except json.JSONDecodeError:
         return False
 
 
 class Progress:
-    """A bar on a terminal, a line at each report elsewhere; both with speed and time left."""
+    """A bar on a terminal, one line per report elsewhere; both with the remaining time.
+
+    Args:
+      label: what is counted, e.g. 'step'.
+      total: count at the end.
+      done: count at the start.
+      note: text beside the bar before the first report.
+    """
 
     def __init__(self, label: str, total: int, done: int = 0, note: str = "compiling") -> None:
         self._label, self._total, self._first = label, total, done
-        self._start = self._said = time.monotonic()
-        self._bar: Any = None
+        self._start = self._last_report = time.monotonic()
+        self._bar: rich_progress.Progress | None = None
         if sys.stdout.isatty():
             from rich import progress
 
@@ -84,28 +96,28 @@ class Progress:
             self._task = self._bar.add_task(label, total=total, completed=done, note=note)
 
     def advance(self, done: int) -> None:
-        """Moves the bar."""
+        """Moves the bar; prints nothing without a terminal."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
 
     def report_if_due(self, done: int, note: str) -> None:
-        """Says how it goes where nothing was said for ten seconds, or at the end."""
+        """Reports at the end and otherwise at most every `REPORT_SECONDS`."""
         now = time.monotonic()
-        if done == self._total or now - self._said >= 10:
-            self._said = now
+        if done == self._total or now - self._last_report >= REPORT_SECONDS:
+            self._last_report = now
             self.report(done, note)
         else:
             self.advance(done)
 
     def report_if_slow(self, done: int, note: str) -> None:
-        """As `report_if_due`, and not at the end: of what is quick nothing is said."""
+        """As `report_if_due` but not at the end, so that quick work prints nothing."""
         if done < self._total:
             self.report_if_due(done, note)
         else:
             self.advance(done)
 
     def report(self, done: int, note: str) -> None:
-        """Says how far the run is and how it goes."""
+        """Shows the count, the note and an estimate of the remaining time."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
@@ -114,7 +126,7 @@ class Progress:
         print(f"{self._label} {done}/{self._total}  {note}  left {left}", flush=True)
 
     def print_line(self, line: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, markup=False)
         else:

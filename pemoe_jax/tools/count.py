@@ -22,9 +22,7 @@ FLAGS = gin_flags.make_parser(
   pemoe count --gin_file=models/t5_1_1_xl.gin --gin_file=methods/lora.gin \\
     --gin.RANK=16 --gin.adapters.Adapters.wi_1=@adapters.LoRAExperts
 """,
-    macros="""\
-  NUM_EXPERTS, RANK (by method), TRAINABLE, VOCAB_SIZE
-""",
+    macros=gin_flags.MODEL_AND_METHOD_FILES,
 )
 FLAGS.add_argument("--markdown", action="store_true", help="print Markdown")
 

@@ -26,18 +26,7 @@ FLAGS = gin_flags.make_parser(
     --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model \\
     --gin.MIXTURE_OR_TASK_NAME="['jsonl_train', 'jsonl_score_eval']"
 """,
-    macros="""\
-  SENTENCE_EMBEDDINGS       the folder of the table
-  MIXTURE_OR_TASK_NAME      whose inputs: a seqio name or a list (jsonl_train)
-  EMBED_SPLITS              ('train', 'evaluation') or one of them
-  SENTENCE_ENCODER          @embed.mean_pooled(): of the base's own encoder, the mean over tokens;
-                            or 'module.function', yours: list of texts -> array [N, S]
-  INITIAL_CHECKPOINT_PATH   the base, for mean_pooled
-  EMBEDDING_DTYPE           of the vectors on disk: float16, float32
-  JSONL_DIR or P3_DIR, VOCAB_PATH, MIXTURE_OR_TASK_MODULE
-  TASK_FEATURE_LENGTHS      as of the run that will read the table
-  BATCH_SIZE                inputs at a time
-""",
+    macros=["runs/embed.gin"],
 )
 
 _SPLITS = ("train", "evaluation")

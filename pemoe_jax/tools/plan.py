@@ -16,6 +16,27 @@ if TYPE_CHECKING:
     from pemoe_jax.analysis.planning import compile
     from pemoe_jax.core import network
 
+_WIRING = """\
+from pemoe_jax.tools import plan
+from pemoe_jax.core import network
+from pemoe_jax.core import optim
+network.T5Config.scan_layers = %SCAN_LAYERS
+network.T5Config.remat_policy = %REMAT_POLICY
+network.T5Config.attention = %ATTENTION
+plan.configured.model = %MODEL
+plan.configured.method = %METHOD
+plan.configured.trainable = %TRAINABLE
+plan.configured.frozen_dtype = %FROZEN_DTYPE
+plan.configured.optimizer = @optim."""
+
+# where no run file has them
+_MACROS = (
+    "SCAN_LAYERS = False",
+    "REMAT_POLICY = 'none'",
+    "ATTENTION = 'plain'",
+    "FROZEN_DTYPE = 'activations'",
+)
+
 FLAGS = gin_flags.make_parser(
     "plan",
     "Compiles the train step of any size for any number of devices, on this machine's CPU and\n"
@@ -25,10 +46,7 @@ FLAGS = gin_flags.make_parser(
     --gin.NUM_EXPERTS=60 --gin.DTYPE=bfloat16 \\
     --mesh 32x1:fsdp --mesh 4x8 --mesh 1x32 --hbm v4
 """,
-    macros="""\
-  DTYPE, DROPOUT_RATE, NUM_EXPERTS, RANK (by method), TRAINABLE, VOCAB_SIZE
-  SCAN_LAYERS, REMAT_POLICY, FROZEN_DTYPE as a run's
-""",
+    macros=(*gin_flags.MODEL_AND_METHOD_FILES, "\n".join([*_MACROS, _WIRING])),
 )
 FLAGS.add_argument(
     "--mesh",
@@ -57,27 +75,6 @@ FLAGS.add_argument("--output", metavar="FILE", help="write the plan there, by it
 
 # Memory of a device as jax counts them: of TPU v2 and v3 a core, of the others a chip.
 CHIPS = {"v2": 8, "v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 80}
-
-_WIRING = """\
-from pemoe_jax.tools import plan
-from pemoe_jax.core import network
-from pemoe_jax.core import optim
-network.T5Config.scan_layers = %SCAN_LAYERS
-network.T5Config.remat_policy = %REMAT_POLICY
-network.T5Config.attention = %ATTENTION
-plan.configured.model = %MODEL
-plan.configured.method = %METHOD
-plan.configured.trainable = %TRAINABLE
-plan.configured.frozen_dtype = %FROZEN_DTYPE
-plan.configured.optimizer = @optim."""
-
-# where no run file has them
-_MACROS = (
-    "SCAN_LAYERS = False",
-    "REMAT_POLICY = 'none'",
-    "ATTENTION = 'plain'",
-    "FROZEN_DTYPE = 'activations'",
-)
 
 
 def configured(

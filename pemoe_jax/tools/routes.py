@@ -23,18 +23,7 @@ FLAGS = gin_flags.make_parser(
     --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
   pemoe routes --gin_file=runs/quickstart_routes.gin
 """,
-    macros="""\
-  CHECKPOINT_PATH           a run (its newest checkpoint), a checkpoint_<step>, an adapter; or some
-  ROUTES_OUTPUT_DIR         where the page goes
-  ROUTES_TASKS              tasks, patterns (*) of their names, mixtures; None: by the data's roles
-                            a prompt of each data set, trained on and held out
-  ROUTES_SITES              e.g. ['*/mlp/gate']; None: all of the last decoder block
-  ROUTES_EXAMPLES           of a task (32)
-  INITIAL_CHECKPOINT_PATH   the adapters' base, where it has moved since; None: as recorded
-  DTYPE                     of activations: float32 or bfloat16; None: as trained
-  JSONL_DIR or P3_DIR, VOCAB_PATH, MIXTURE_OR_TASK_MODULE, TASK_FEATURE_LENGTHS, BATCH_SIZE
-  SENTENCE_EMBEDDINGS       table of pemoe embed, for models trained with one
-""",
+    macros=["runs/routes.gin"],
 )
 _SHORT = {  # flag -> macro
     "checkpoints": "CHECKPOINT_PATH",

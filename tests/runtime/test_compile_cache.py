@@ -1,4 +1,4 @@
-"""Compiled programs are kept for the next process, where that can be, and never in the way."""
+"""The compilation cache: its folder, its settings, and that a second process compiles nothing."""
 
 import json
 import os
@@ -15,16 +15,17 @@ from pemoe_jax.runtime import compile_cache
 ROOT = Path(__file__).parents[2]
 
 
-def started(**given: str) -> dict[str, str]:
-    compile_cache.enable(given)
-    return given
+def enabled(**variables: str) -> dict[str, str]:
+    """Returns the environment after `enable`."""
+    compile_cache.enable(variables)
+    return variables
 
 
-def test_it_lies_in_the_users_folder_of_caches(tmp_path, monkeypatch):
-    set_by_us = started(XDG_CACHE_HOME=str(tmp_path))
+def test_the_cache_is_in_the_users_cache_folder(tmp_path, monkeypatch):
+    environment = enabled(XDG_CACHE_HOME=str(tmp_path))
     folder = tmp_path / "pemoe_jax" / "compiled"
-    assert set_by_us["JAX_COMPILATION_CACHE_DIR"] == str(folder)
-    assert set_by_us["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0"
+    assert environment["JAX_COMPILATION_CACHE_DIR"] == str(folder)
+    assert environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0"
     assert folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     home = tmp_path / "home" / ".cache" / "pemoe_jax" / "compiled"
@@ -32,34 +33,34 @@ def test_it_lies_in_the_users_folder_of_caches(tmp_path, monkeypatch):
     assert compile_cache.default_folder({"XDG_CACHE_HOME": "relative"}) == home
 
 
-def test_jaxs_own_variables_count(tmp_path):
-    given = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
-    assert started(**given) == given
-    given |= {
+def test_variables_of_jax_take_precedence(tmp_path):
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
+    assert enabled(**environment) == environment
+    environment |= {
         "JAX_COMPILATION_CACHE_DIR": "gs://elsewhere",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "3",
     }
-    assert started(**given) == given
+    assert enabled(**environment) == environment
     assert not list(tmp_path.iterdir())
 
 
-def test_where_nothing_can_be_kept_one_line_says_so(tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_gives_a_warning(tmp_path, capsys):
     (tmp_path / "pemoe_jax").write_text("a file")
-    given = {"XDG_CACHE_HOME": str(tmp_path)}
-    assert started(**given) == given
-    said = capsys.readouterr().err
-    assert said.startswith("warning: compiled programs are not kept: ") and said.count("\n") == 1
-    assert str(tmp_path / "pemoe_jax") in said
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert enabled(**environment) == environment
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: compiled programs are not cached: ")
+    assert str(tmp_path / "pemoe_jax") in warning and warning.count("\n") == 1
 
 
-def test_what_nobody_reads_is_forgotten(tmp_path):
+def test_programs_unread_for_a_month_are_deleted(tmp_path):
     folder = tmp_path / "pemoe_jax" / "compiled"
     folder.mkdir(parents=True)
     now = time.time()
     for name, days in (("old-cache", 31), ("read-cache", 29), ("notes.txt", 31)):
         (folder / name).write_text("")
         os.utime(folder / name, (now - days * 86400, now - 31 * 86400))
-    started(XDG_CACHE_HOME=str(tmp_path))
+    enabled(XDG_CACHE_HOME=str(tmp_path))
     assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "read-cache"]
 
 
@@ -82,20 +83,20 @@ def train(root: Path, name: str) -> subprocess.Popen:
 def losses(process: subprocess.Popen, folder: Path) -> list[float]:
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert not err  # XLA has much to say of machines when it reads a program
+    assert not err  # XLA may warn about CPU features when it loads a program
     return [json.loads(line)["train/loss"] for line in (folder / "metrics.jsonl").open()]
 
 
 @pytest.mark.slow
 def test_the_next_process_compiles_nothing_and_computes_the_same(tmp_path):
-    """Two at once fill the folder, and take it from each other; the third finds all in it."""
+    """Two processes fill the folder at the same time; a third finds all programs in it."""
     write_folder(tmp_path / "tasks")
     write_vocabulary(tmp_path / "vocab.model")
-    first, beside = train(tmp_path, "first"), train(tmp_path, "beside")
-    told = losses(first, tmp_path / "first")
-    assert len(told) == 3 and losses(beside, tmp_path / "beside") == told
+    first, second = train(tmp_path, "first"), train(tmp_path, "second")
+    expected = losses(first, tmp_path / "first")
+    assert len(expected) == 3 and losses(second, tmp_path / "second") == expected
     folder = tmp_path / "caches" / "pemoe_jax" / "compiled"
-    kept = sorted(path.name for path in folder.iterdir())
-    assert any(name.startswith("jit_step-") for name in kept)
-    assert losses(train(tmp_path, "again"), tmp_path / "again") == told
-    assert sorted(path.name for path in folder.iterdir()) == kept
+    programs = sorted(path.name for path in folder.iterdir())
+    assert any(name.startswith("jit_step-") for name in programs)
+    assert losses(train(tmp_path, "third"), tmp_path / "third") == expected
+    assert sorted(path.name for path in folder.iterdir()) == programs

@@ -1,4 +1,4 @@
-"""Memory of programs on the CPU, in processes of their own: settings of a C library stay."""
+"""Memory of programs on the CPU; in subprocesses, as settings of the C library are permanent."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from pemoe_jax.runtime import host_memory
 
-# 64 MB of temporaries a run, 16,384 pages
+# Each run has 64 MB of temporaries, 16,384 pages.
 RUNS = 40
 FAULTS = """
 import resource
@@ -19,17 +19,17 @@ run = jax.jit(lambda x: jnp.sum(jnp.sin(x @ x.T) @ x))
 x = jnp.ones((4096, 4))
 run(x).block_until_ready(), run(x).block_until_ready()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-found = []
+counts = []
 for _ in range({runs}):
     start = faults()
     run(x).block_until_ready()
-    found.append(faults() - start)
-print(*found)
+    counts.append(faults() - start)
+print(*counts)
 """
 
 
 def faults(before: str) -> list[int]:
-    """Page faults of each of `RUNS` runs."""
+    """Returns the page faults of each of `RUNS` runs."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
         [sys.executable, "-c", FAULTS.format(before=before, runs=RUNS)],
@@ -41,36 +41,37 @@ def faults(before: str) -> list[int]:
     return [int(count) for count in done.stdout.split()]
 
 
-@pytest.mark.skipif(bool(host_memory.accelerators()), reason="nothing is done on a GPU machine")
+@pytest.mark.skipif(
+    bool(host_memory.accelerators()), reason="a no-op on machines with accelerators"
+)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
-def test_pages_are_kept_between_runs():
-    """All but a few runs take no new pages, where each does without the settings.
+def test_pages_are_reused_between_runs():
+    """Almost no run takes new pages; without the settings every run does.
 
-    An aligned block that was freed may be a few bytes short for the next one, when the piece cut
-    off at its end has gone to something small: up to 4 of 60 runs took new pages in a process that
-    does little else, and of a training none.
+    A freed block may be a few bytes short for the next one when a small allocation took the end of
+    it: up to 4 of 60 runs took new pages in a process that does little else, none of a training.
     """
-    start = "assert host_memory.configure(); host_memory.disable_async_dispatch()"
-    assert sum(count > 1000 for count in faults(start)) <= 8
+    settings = "assert host_memory.configure(); host_memory.disable_async_dispatch()"
+    assert sum(count > 1000 for count in faults(settings)) <= 8
     assert min(faults("")) > 10_000
 
 
-def test_flags_of_the_user_stay(monkeypatch):
+def test_xla_flags_of_the_user_are_not_replaced(monkeypatch):
     monkeypatch.setattr(host_memory, "accelerators", lambda: ["/dev/nvidia0"])
     environment = {"XLA_FLAGS": "--a=1"}
     assert not host_memory.configure(environment)
     assert environment == {"XLA_FLAGS": "--a=1"}
     monkeypatch.setattr(host_memory, "accelerators", lambda: [])
-    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())  # as musl: no mallopt
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())  # musl has no mallopt
     monkeypatch.setattr(host_memory.sys, "platform", "linux")
     monkeypatch.setattr(host_memory.os, "sched_getaffinity", lambda _: {0, 1, 2})
     name = "--xla_cpu_parallel_codegen_split_count"
-    for given, expected in (
+    for flags, expected in (
         ("--a=1", f"--a=1 {name}=3"),
         ("", f"{name}=3"),
         (f"{name}=9", f"{name}=9"),
     ):
-        environment = {"XLA_FLAGS": given}
+        environment = {"XLA_FLAGS": flags}
         assert not host_memory.configure(environment)
         assert environment == {"XLA_FLAGS": expected}
-    host_memory.trim_heap()  # does nothing there
+    host_memory.trim_heap()  # a no-op without glibc

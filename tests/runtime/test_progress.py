@@ -1,4 +1,4 @@
-"""What is told while something runs, where there is no terminal."""
+"""Progress lines without a terminal, and the file of metrics."""
 
 import json
 
@@ -11,7 +11,7 @@ def test_durations_and_thousands():
     assert [progress.format_count(n) for n in (999, 12_345, 2_500_000)] == ["999", "12.3k", "2.5M"]
 
 
-def test_lines_say_how_far_and_how_long(capsys, monkeypatch):
+def test_lines_show_the_count_and_the_remaining_time(capsys, monkeypatch):
     clock = iter([100.0, 105.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     bar = progress.Progress("step", total=50, done=10)
@@ -20,25 +20,25 @@ def test_lines_say_how_far_and_how_long(capsys, monkeypatch):
     bar.report_if_due(32, "loss 1.0")  # 11 s for 22 steps: half a second each, 18 steps left
     assert capsys.readouterr().out == "step 32/50  loss 1.0  left 0:09\n"
     clock = iter([112.0, 112.0])
-    bar.report_if_due(50, "done")  # the end is always told
+    bar.report_if_due(50, "done")  # the end is always reported
     assert "step 50/50  done  left 0:00" in capsys.readouterr().out
     clock = iter([100.0, 111.0, 111.0])
     bar = progress.Progress("reading", total=50)
     bar.report_if_slow(20, "arrays")
     assert "reading 20/50  arrays  left 0:16" in capsys.readouterr().out  # 11 s for 20, 30 left
-    bar.report_if_slow(50, "arrays")  # what is over need not be told
+    bar.report_if_slow(50, "arrays")  # not at the end
     assert capsys.readouterr().out == ""
 
 
-def test_metrics_go_on_from_a_checkpoint(tmp_path):
-    """What a killed run told after step 2, and the line in which it was killed, are told again."""
+def test_metrics_resume_from_a_checkpoint(tmp_path):
+    """Lines after the checkpoint's step and an unfinished line are deleted."""
     file = tmp_path / "metrics.jsonl"
-    told = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3))
-    file.write_text(told + '{"step": 4, "lo')
-    metrics = progress.MetricWriter(tmp_path, first=2)
+    lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3))
+    file.write_text(lines + '{"step": 4, "lo')
+    metrics = progress.MetricWriter(tmp_path, first_step=2)
     metrics.write(3, {"loss": 0.5})
     metrics.close()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows == [{"step": s, "loss": loss} for s, loss in ((1, 1.0), (2, 1.0), (3, 0.5))]
-    progress.MetricWriter(tmp_path).close()  # from the start
+    progress.MetricWriter(tmp_path).close()  # a run from step 0
     assert file.read_text() == ""

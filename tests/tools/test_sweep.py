@@ -83,7 +83,10 @@ def test_arguments_from_a_file(tmp_path):
     [
         (["methods/none.gin"], "methods/none.gin: gin: .*methods/none.gin"),
         (["methods/mov.gin+top_1"], "expected gin files and NAME=value"),
-        (["methods/mov.gin+NUM_EXPERT=2"], "NUM_EXPERT: no gin file has .* close: NUM_EXPERTS"),
+        (
+            ["methods/mov.gin+NUM_EXPERT=2"],
+            "NUM_EXPERT: no gin file has .* did you mean NUM_EXPERTS",
+        ),
         (["methods/mov.gin", "./methods/mov.gin"], "another experiment has the name mov"),
         (["routing/soft.gin"], "expected a model and a method"),
         (["methods/mov.gin", "--seeds=0;1"], "whole numbers joined by commas, found '0;1'"),

@@ -1,0 +1,121 @@
+"""The macros of gin files as help text, read from the text of files.
+
+Nothing is imported or configured, so that `--help` answers at once: a macro's default is read from
+the gin file that sets it, and its description from the docstring of the parameter it is bound to.
+"""
+
+import ast
+import dataclasses
+import functools
+import re
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent
+GIN_DIR = PACKAGE / "gin"
+
+_WIDTH, _INDENT = 100, 34
+
+
+@dataclasses.dataclass
+class Macro:
+    """A macro of gin files.
+
+    Attributes:
+      name: e.g. BATCH_SIZE.
+      default: its value as gin text; '%gin.REQUIRED' if the user must set it.
+      description: what it does, from the docstring, else from the comment behind its default.
+    """
+
+    name: str
+    default: str
+    description: str = ""
+
+
+def describe_macros(texts: Iterable[str]) -> str:
+    """Returns a line or more for each macro that gin texts set, in the order of the texts.
+
+    Args:
+      texts: gin texts, or names of files in the package's `gin/`. Later values replace earlier
+        ones, as in gin.
+    """
+    lines = []
+    for macro in read_macros(texts):
+        default = "(required)" if macro.default == "%gin.REQUIRED" else f"= {macro.default}"
+        head = f"  {macro.name} {default}"
+        body = textwrap.wrap(macro.description, _WIDTH - _INDENT) or [""]
+        if len(head) >= _INDENT:  # as argparse: a long head has its own line
+            lines.append(head)
+            head = ""
+        lines.append(f"{head:<{_INDENT}}{body[0]}".rstrip())
+        lines += [" " * _INDENT + line for line in body[1:]]
+    return "\n".join(lines)
+
+
+def read_macros(texts: Iterable[str]) -> list[Macro]:
+    """Returns the macros that gin texts set; see `describe_macros`."""
+    macros: dict[str, Macro] = {}
+    descriptions: dict[str, str] = {}
+    modules: dict[str, str] = {}
+    selector = ""
+    for line in (line for text in texts for line in _lines(text)):
+        if match := re.match(r"from (\S+) import (\w+)", line):
+            modules[match[2]] = f"{match[1]}.{match[2]}"
+        elif match := re.match(r"([A-Z][A-Z0-9_]*) = (.*?)(?:\s+# (.*))?$", line):
+            macro = macros.setdefault(match[1], Macro(match[1], ""))
+            macro.default, macro.description = match[2], match[3] or macro.description
+        elif match := re.match(r"([\w.]+):$", line):
+            selector = match[1]
+        elif match := re.match(r"(?:  |([\w.]+)\.)(\w+) = %([A-Z][A-Z0-9_]*)\b", line):
+            description = _describe_parameter(match[1] or selector, match[2], modules)
+            if description:  # the first binding of a macro describes it
+                descriptions.setdefault(match[3], description)
+    for name, macro in macros.items():
+        macro.description = descriptions.get(name, macro.description)
+    return list(macros.values())
+
+
+def _lines(text: str) -> Iterable[str]:
+    """Yields the lines of a gin text or of a file by name, with those of the files it includes."""
+    if "\n" not in text:
+        text = (GIN_DIR / text).read_text()
+    for line in text.splitlines():
+        if match := re.match(r"include '(.*)'", line):
+            yield from _lines(match[1])
+        else:
+            yield line
+
+
+def _describe_parameter(selector: str, parameter: str, modules: dict[str, str]) -> str:
+    alias, _, function = selector.rpartition(".")
+    module = modules.get(alias, "")
+    return _documented(module).get(function, {}).get(parameter, "")
+
+
+@functools.cache
+def _documented(module: str) -> dict[str, dict[str, str]]:
+    """Returns {function or class: {parameter: description}} of a module of this package."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not module.startswith("pemoe_jax.") or not path.is_file():
+        return {}
+    return {
+        node.name: _parameters(ast.get_docstring(node) or "")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+
+
+def _parameters(docstring: str) -> dict[str, str]:
+    """Returns the entries of a docstring's section `Args:` or `Attributes:`."""
+    section = re.search(r"^(?:Args|Attributes):\n((?:  .*\n?|\n)*)", docstring, re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.split(r"^  (?=[\w*])", section[1], flags=re.MULTILINE)[1:]
+    descriptions = {}
+    for entry in entries:
+        names, _, text = entry.partition(": ")
+        for name in names.split(", "):
+            descriptions[name.strip("*")] = " ".join(text.split())
+    return descriptions

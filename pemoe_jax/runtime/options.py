@@ -1,0 +1,157 @@
+"""Options of the commands, grouped into records that gin builds and commands take whole.
+
+A new option is one field with its line in the docstring, one macro and one line in a run file.
+`--help` shows the docstring's line beside the macro and its default (`gin_help`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pemoe_jax.core.errors import InputError, check_choice, check_integer
+
+if TYPE_CHECKING:
+    from pemoe_jax.core import network
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The tasks that a command reads, and its batches.
+
+    Attributes:
+      mixture_or_task_name: a seqio task or mixture; for `pemoe embed` also a list of them.
+      task_feature_lengths: maximum number of tokens of 'inputs' and 'targets'; longer examples are
+        truncated and counted.
+      batch_size: rows of a batch over all devices.
+      microbatches: number of pieces that a training batch is split into, to save memory.
+      pack: whether a training row holds several examples.
+      register: registers the tasks with seqio and returns a summary of them.
+      use_cached_tasks: whether to read seqio's offline caches.
+      sentence_embeddings: table of `pemoe embed` for routers that read sentence embeddings; None:
+        the tasks' own feature.
+      max_examples: maximum number of examples of each evaluated task; None: all.
+    """
+
+    mixture_or_task_name: str | Sequence[str] = ""
+    task_feature_lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    batch_size: int = 32
+    microbatches: int = 1
+    pack: bool = True
+    register: Callable[[], Any] | None = None
+    use_cached_tasks: bool = False
+    sentence_embeddings: str | None = None
+    max_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("BATCH_SIZE", self.batch_size)
+        check_integer("MICROBATCHES", self.microbatches)
+        if self.max_examples is not None:
+            check_integer("EVAL_EXAMPLES", self.max_examples)
+
+    @property
+    def name(self) -> str:
+        """The one task or mixture.
+
+        Raises:
+          InputError: it is a list.
+        """
+        if not isinstance(self.mixture_or_task_name, str):
+            raise InputError(
+                f"MIXTURE_OR_TASK_NAME must be a string, got {self.mixture_or_task_name!r}"
+            )
+        return self.mixture_or_task_name
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks and mixtures as a list."""
+        names = self.mixture_or_task_name
+        return [names] if isinstance(names, str) else list(names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What trains.
+
+    Attributes:
+      name: name of the method in tables and records.
+      trainable: regular expressions of the paths of trainable parameters; each must match one.
+      frozen_dtype: dtype of frozen matrices: 'activations' (the dtype of activations), 'int8' or
+        'float8_e4m3fn'.
+    """
+
+    name: str
+    trainable: Sequence[str]
+    frozen_dtype: str = "activations"
+
+    def __post_init__(self) -> None:
+        if not self.trainable:
+            raise InputError("TRAINABLE is not set: pass --gin_file=methods/… before the run file")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointing:
+    """Where a training starts and where it saves.
+
+    Attributes:
+      model_dir: folder of the run: config.gin, metrics.jsonl, tensorboard/ and checkpoint_<step>/;
+        training resumes from the newest checkpoint in it.
+      initial_checkpoint_path: base model, in the format of T5X, Hugging Face or this package; None:
+        random weights.
+      period: steps between two checkpoints.
+      keep: number of checkpoints to keep; None: all.
+    """
+
+    model_dir: str
+    initial_checkpoint_path: str | None
+    period: int = 1000
+    keep: int | None = 1
+
+    def __post_init__(self) -> None:
+        check_integer("CHECKPOINT_PERIOD", self.period)
+        if self.keep is not None:
+            check_integer("KEEP_CHECKPOINTS", self.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """What a training reports and how often.
+
+    Attributes:
+      log_period: steps between two reports of the training loss.
+      eval_period: steps between two evaluations of the loss on the evaluation splits; 0: never.
+      eval_batches: maximum number of batches of such an evaluation.
+      router_metrics: router metrics: 'sites' (each site, averaged over layers), 'layers' (each
+        router) or None.
+    """
+
+    log_period: int = 50
+    eval_period: int = 0
+    eval_batches: int = 10
+    router_metrics: str | None = "sites"
+
+    def __post_init__(self) -> None:
+        check_integer("LOG_PERIOD", self.log_period)
+        check_integer("EVAL_PERIOD", self.eval_period, minimum=0)
+        check_integer("EVAL_BATCHES", self.eval_batches)
+        check_choice("ROUTER_METRICS", self.router_metrics, ("sites", "layers", None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The models that a command reads.
+
+    Attributes:
+      checkpoint_path: a run (its newest checkpoint), a checkpoint_<step>, an adapter of this
+        package or of PEFT, or a base model; or a list of these.
+      initial_checkpoint_path: base model to use instead of the recorded one, such as a moved copy.
+      dtype: dtype of activations, 'float32' or 'bfloat16'; None: as trained.
+      frozen_dtype: dtype of frozen matrices: 'activations', 'int8' or 'float8_e4m3fn'; None: as
+        trained.
+      model: dimensions of a base model that does not state them.
+    """
+
+    checkpoint_path: str | Sequence[str]
+    initial_checkpoint_path: str | None = None
+    dtype: str | None = None
+    frozen_dtype: str | None = None
+    model: "network.Transformer | None" = None
