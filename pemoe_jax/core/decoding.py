@@ -1,50 +1,58 @@
-"""Greedy decoding over a cache of keys and values."""
+"""Greedy decoding with a cache of keys and values."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from pemoe_jax.core.params import Params, PyTree
+
+if TYPE_CHECKING:
+    from pemoe_jax.core.network import Transformer
+
 Array = jax.Array
+# (position, tokens [B, T], last token [B], finished [B], cache)
+_Carry: TypeAlias = tuple[Array, Array, Array, Array, PyTree]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_decode_length"))
 def greedy_decode(
-    model: Any,
-    params: Any,
+    model: "Transformer",
+    params: Params,
     encoder_input_tokens: Array,
     max_decode_length: int,
     eos_id: int | Array = 1,
     sentence_embeddings: Array | None = None,
 ) -> Array:
-    """The most likely next token, again and again, until every row has ended.
+    """Decodes the most likely token at each step until every row has ended.
 
     Args:
-      model: a `Transformer`.
+      model: the network.
       params: its parameters.
       encoder_input_tokens: int [B, L], padded with 0.
-      max_decode_length: most tokens a row gets, T.
+      max_decode_length: T, the number of tokens to decode at most.
       eos_id: the token that ends a row.
       sentence_embeddings: [B, S], for routers that read them.
 
     Returns:
-      int32 [B, T]; the end token is kept, what follows it is 0.
+      int32 [B, T]; a row holds its end token, and 0 after it.
     """
     inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
     batch = inputs.shape[0]
     variables = {"params": params}
-    given = {"enable_dropout": False, "sentence_embeddings": sentence_embeddings}
-    encoded = model.apply(variables, inputs, method=model.encode, **given)
+    apply = functools.partial(
+        model.apply, enable_dropout=False, sentence_embeddings=sentence_embeddings
+    )
+    encoded = apply(variables, inputs, method=model.encode)
     blank = jnp.zeros((batch, max_decode_length), jnp.int32)
-    # makes the caches; the encoder's keys and values are projected here, once
-    _, caches = model.apply(
+    # The first call creates the caches, and projects the encoder's keys and values for all steps.
+    _, caches = apply(
         variables,
         encoded,
         inputs,
         blank,
         blank,
-        **given,
         decode=True,
         max_decode_length=max_decode_length,
         mutable=["cache", "cross_cache"],
@@ -52,29 +60,28 @@ def greedy_decode(
     )
     cross = {"cross_cache": caches["cross_cache"]}
 
-    def unfinished(carry: Any) -> Array:
-        position, _, _, done, _ = carry
-        return (position < max_decode_length) & ~jnp.all(done)
+    def is_unfinished(carry: _Carry) -> Array:
+        position, _, _, finished, _ = carry
+        return (position < max_decode_length) & ~jnp.all(finished)
 
-    def step(carry: Any) -> Any:
-        position, tokens, last, done, cache = carry
-        logits, updated = model.apply(
+    def step(carry: _Carry) -> _Carry:
+        position, tokens, last, finished, cache = carry
+        logits, updated = apply(
             {**variables, **cross, "cache": cache},
             encoded,
             inputs,
             last[:, None],
             last[:, None],
-            **given,
             decode=True,
             max_decode_length=max_decode_length,
             mutable=["cache"],
             method=model.decode,
         )
         best = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-        best = jnp.where(done, 0, best)
+        best = jnp.where(finished, 0, best)
         tokens = tokens.at[:, position].set(best)
-        return position + 1, tokens, best, done | (best == eos_id), updated["cache"]
+        return position + 1, tokens, best, finished | (best == eos_id), updated["cache"]
 
-    start = jnp.zeros((batch,), jnp.int32)  # the decoder starts with padding
+    start = jnp.zeros((batch,), jnp.int32)  # the decoder's start token is padding
     carry = (jnp.array(0), blank, start, jnp.zeros((batch,), bool), caches["cache"])
-    return jax.lax.while_loop(unfinished, step, carry)[1]
+    return jax.lax.while_loop(is_unfinished, step, carry)[1]

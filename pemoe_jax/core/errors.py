@@ -1,12 +1,12 @@
-"""The one exception that means "the user gave something wrong"."""
+"""The exception for mistakes of the user."""
 
 from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """A user's mistake, told in one line: what was wrong, what was expected, what was found.
+    """A user's mistake, in one line: the setting or file, what was expected, what it got instead.
 
-    Entry points print the message without a stack trace and exit non-zero.
+    Commands print the message without a stack trace and exit with a non-zero code.
     """
 
 

@@ -1,7 +1,7 @@
-"""Optimisers and learning-rate schedules, with T5X's settings as defaults."""
+"""Optimizers and learning-rate schedules, with T5X's settings as defaults."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,9 @@ import optax
 
 from pemoe_jax.core.errors import InputError
 
-Schedule = Callable[[Any], Any]
-OptimizerFactory = Callable[[Schedule], optax.GradientTransformation]
+Step: TypeAlias = jax.typing.ArrayLike
+Schedule: TypeAlias = Callable[[Step], jax.Array | float]
+OptimizerFactory: TypeAlias = Callable[[Schedule], optax.GradientTransformation]
 
 
 def adafactor(
@@ -21,10 +22,10 @@ def adafactor(
     min_dim_size_to_factor: int = 128,
     weight_decay_rate: float | None = None,
 ) -> optax.GradientTransformation:
-    """Adafactor (arXiv 1804.04235) as T5 was trained: no momentum, factored from 128 on.
+    """Adafactor (arXiv 1804.04235) as T5 was trained with it: without momentum.
 
-    A step is relative to the root mean square of the parameter, at least 1e-3, where
-    `multiply_by_parameter_scale` is set: LoRA's B, which starts at zero, then starts slowly.
+    With `multiply_by_parameter_scale` the step is relative to the root mean square of the
+    parameter, which counts as 1e-3 at least: LoRA's B, which starts at zero, then starts slowly.
     """
     return optax.adafactor(
         learning_rate=learning_rate,
@@ -44,11 +45,17 @@ def adamw(
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101); plain Adam by default; `clip_norm` bounds the gradient's norm."""
+    """AdamW (arXiv 1711.05101), without weight decay by default.
+
+    `clip_norm` is a bound of the gradient's global norm; None does not clip.
+    """
     optimizer = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+_FACTORS = ("constant", "linear_warmup", "rsqrt_decay", "linear_decay", "cosine_decay")
 
 
 def create_learning_rate_scheduler(
@@ -57,35 +64,34 @@ def create_learning_rate_scheduler(
     warmup_steps: int = 0,
     total_steps: int | None = None,
 ) -> Schedule:
-    """A product of named factors, as T5X writes schedules.
+    """Returns a product of named factors, which is how T5X writes schedules.
 
     Args:
-      factors: names joined by `*`: constant (the base rate), linear_warmup (0 to 1 over
+      factors: names joined by `*`: constant (the base learning rate), linear_warmup (0 to 1 over
         warmup_steps), rsqrt_decay (1 / sqrt(max(step, warmup_steps, 1))), linear_decay and
         cosine_decay (1 to 0 from the end of the warm-up to total_steps).
-      base_learning_rate: what `constant` stands for.
-      warmup_steps: steps of the warm-up.
-      total_steps: where the decays end.
+      base_learning_rate: the factor `constant`.
+      warmup_steps: number of warm-up steps.
+      total_steps: step at which the decays end.
 
     Returns:
       step -> learning rate.
 
     Raises:
-      InputError: an unknown factor, or a decay without total_steps.
+      InputError: a factor is unknown, or a decay has no total_steps.
     """
     names = [name.strip() for name in factors.split("*")]
-    known = ("constant", "linear_warmup", "rsqrt_decay", "linear_decay", "cosine_decay")
     for name in names:
-        if name not in known:
-            raise InputError(f"schedule factor {name!r} is unknown: expected one of {known}")
+        if name not in _FACTORS:
+            raise InputError(f"SCHEDULE must be a product of {[*_FACTORS]}, got factor {name!r}")
         if name in ("linear_decay", "cosine_decay") and total_steps is None:
-            raise InputError(f"schedule factor {name!r} needs total_steps, found None")
+            raise InputError(f"SCHEDULE factor {name!r} needs total_steps, got None")
 
-    def schedule(step: Any) -> jax.Array:
+    def schedule(step: Step) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         decay_steps = max((total_steps or 0) - warmup_steps, 1)
         progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
-        values: dict[str, Callable[[], Any]] = {
+        values: dict[str, Callable[[], jax.Array | float]] = {
             "constant": lambda: base_learning_rate,
             "linear_warmup": lambda: jnp.minimum(1.0, step / max(warmup_steps, 1)),
             "rsqrt_decay": lambda: jax.lax.rsqrt(jnp.maximum(step, max(warmup_steps, 1))),

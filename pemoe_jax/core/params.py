@@ -1,4 +1,7 @@
-"""Parameter trees: paths, what trains, counts, and a merge that places everything or raises."""
+"""Parameter trees: creation, paths, the trainable part, strict comparison, fingerprints.
+
+A tree is a nested dict of arrays as Flax holds it. A path joins its keys: 'encoder/layers_0/…'.
+"""
 
 import contextlib
 import contextvars
@@ -7,7 +10,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +22,28 @@ from flax.linen import partitioning as nn_partitioning
 from pemoe_jax.core import partitioning
 from pemoe_jax.core.errors import InputError
 
-# Any tree of arrays that jax.tree maps over; jax has no type of its own for it.
+# A leaf or a tree of arrays, shapes or shardings; jax has no type for it.
 PyTree: TypeAlias = Any
 Params: TypeAlias = Mapping[str, PyTree]
+# (path, array) -> the leaf to store, such as the array cast, sharded or quantized.
+Transform: TypeAlias = Callable[[str, jax.Array], PyTree]
 
+# Everything that adapters add is under `<site>_adapter/`, so this one pattern serves all methods.
 ADAPTER_PATTERN = r".*_adapter/.*"
 
 
-# path -> (initialiser, shape, names of axes), while `network` looks a model over
-_recorded: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
-    "recorded", default=None
+class ParamSpec(NamedTuple):
+    """How a parameter is created: initializer, shape, and logical name of each axis."""
+
+    init: Callable[..., jax.Array]
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+# Specs by path while `record_specs` is active; a context variable, so that one thread does not
+# record what another traces.
+_specs: contextvars.ContextVar[dict[str, ParamSpec] | None] = contextvars.ContextVar(
+    "specs", default=None
 )
 
 
@@ -39,85 +54,92 @@ def param(
     shape: tuple[int, ...],
     axes: tuple[str, ...],
 ) -> jax.Array:
-    """A float32 parameter of a module, its axes annotated; all modules make theirs here.
+    """Creates or reads a float32 parameter of a module and annotates its axes.
+
+    Every parameter of the package is created here.
 
     Args:
-      module: whose it is; inside its compact method.
-      name: last part of the path.
-      init: (key, shape, dtype) -> array; a constant, since draws are compiled once for each.
-      shape: of the array.
+      module: the module, inside its compact method.
+      name: last part of the parameter's path.
+      init: (key, shape, dtype) -> array. A module-level constant: `initialize` compiles one program
+        for each initializer and shape.
+      shape: shape of the parameter.
       axes: logical name of each axis.
     """
-    recorded = _recorded.get()
-    if recorded is not None:
-        recorded["/".join((*module.path, name))] = (init, shape, axes)
+    specs = _specs.get()
+    if specs is not None:
+        specs["/".join((*module.path, name))] = ParamSpec(init, shape, axes)
     return nn_partitioning.param_with_axes(name, init, shape, jnp.float32, axes=axes)
 
 
 @contextlib.contextmanager
-def record_specs() -> Iterator[dict[str, Any]]:
-    """Collects path -> (initialiser, shape, axes) of the parameters that are made meanwhile."""
-    found: dict[str, Any] = {}
-    token = _recorded.set(found)
+def record_specs() -> Iterator[dict[str, ParamSpec]]:
+    """Collects path -> spec of the parameters that are created inside the context."""
+    specs: dict[str, ParamSpec] = {}
+    token = _specs.set(specs)
     try:
-        yield found
+        yield specs
     finally:
-        _recorded.reset(token)
+        _specs.reset(token)
 
 
 @functools.cache
-def _compiled_draw(
-    init: jax.nn.initializers.Initializer, shape: tuple[int, ...]
+def _compiled_init(
+    init: Callable[..., jax.Array], shape: tuple[int, ...]
 ) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda key: init(key, shape, jnp.float32))
 
 
-def identity(path: str, array: jax.Array) -> Any:
-    """What becomes of an array that is drawn or read, where nothing is to be made of it."""
+def identity(path: str, array: jax.Array) -> PyTree:
+    """Identity transform: keeps an array as it was drawn or read."""
     return array
 
 
 def initialize(
-    recorded: Mapping[str, Any], seed: int, made: Callable[[str, jax.Array], Any] = identity
-) -> dict[str, Any]:
-    """Random arrays for recorded parameters, each by its path and the seed alone.
+    specs: Mapping[str, ParamSpec], seed: int, transform: Transform = identity
+) -> dict[str, PyTree]:
+    """Draws random parameters; each depends on its path and the seed alone.
 
-    One small program a shape is compiled; one of the whole model takes minutes at T5-Large.
+    Args:
+      specs: path -> spec.
+      seed: seed of all draws.
+      transform: applied to each float32 array before the next is drawn, so that one float32 array
+        at a time is in memory.
 
     Returns:
-      Nested dict of what is `made` of float32 arrays, one after another.
+      Nested dict of the transformed arrays.
     """
     key = jax.random.key(seed)
+    arrays = {}
+    for path, spec in specs.items():
+        path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        # A small program for each shape: one for the model compiles for minutes at T5-Large.
+        arrays[path] = transform(path, _compiled_init(spec.init, spec.shape)(path_key))
+    return unflatten(arrays)
 
-    def drawn(path: str, init: Any, shape: tuple[int, ...]) -> Any:
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return made(path, _compiled_draw(init, shape)(own))
 
-    return unflatten({path: drawn(path, *found[:2]) for path, found in recorded.items()})
-
-
-def flatten(tree: Params) -> dict[str, Any]:
+def flatten(tree: Params) -> dict[str, PyTree]:
     """{'encoder': {'layers_0': ...}} -> {'encoder/layers_0/...': leaf}."""
     return traverse_util.flatten_dict(dict(tree), sep="/")
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+def unflatten(flat: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def count(tree: Params) -> int:
-    """Number of scalars in a tree of arrays or of shapes."""
+    """Returns the number of scalars in a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def select(tree: Params, keep: Callable[[str], bool]) -> dict[str, Any]:
-    """The leaves whose path `keep` accepts."""
-    return unflatten({path: leaf for path, leaf in flatten(tree).items() if keep(path)})
+def select(tree: Params, predicate: Callable[[str], bool]) -> dict[str, PyTree]:
+    """Returns the leaves whose path satisfies the predicate, as a nested dict."""
+    return unflatten({path: leaf for path, leaf in flatten(tree).items() if predicate(path)})
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a path belongs to an adapter: the one pattern of the house."""
+    """Whether a path belongs to an adapter."""
     return re.fullmatch(ADAPTER_PATTERN, path) is not None
 
 
@@ -127,10 +149,14 @@ def is_base(path: str) -> bool:
 
 
 def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
-    """The paths that a pattern matches whole (regular expressions over 'a/b/c').
+    """Returns the paths that at least one pattern matches in full.
+
+    Args:
+      paths: all paths of a model.
+      patterns: regular expressions over 'a/b/c'.
 
     Raises:
-      InputError: a pattern is no regular expression, or one matches no parameter.
+      InputError: a pattern is not a regular expression, or matches no parameter.
     """
     paths = list(paths)
     if isinstance(patterns, str):
@@ -140,12 +166,14 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
         try:
             compiled = re.compile(pattern)
         except re.error as error:
-            raise InputError(f"TRAINABLE: {pattern!r} is no regular expression: {error}") from error
+            raise InputError(
+                f"TRAINABLE must hold regular expressions, got {pattern!r}: {error}"
+            ) from error
         matched = {path for path in paths if compiled.fullmatch(path)}
         if not matched:
             raise InputError(
                 f"TRAINABLE matched 0 of {len(paths)} parameters: {[pattern]}"
-                f" (they look like {paths[0] if paths else 'nothing'!r})"
+                f" (an example of a parameter is {paths[0] if paths else None!r})"
             )
         chosen |= matched
     if not chosen:
@@ -153,8 +181,8 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
     return chosen
 
 
-def split(params: Params, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trainable, frozen): two trees that `merge` puts together again."""
+def split(params: Params, patterns: Sequence[str]) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Splits parameters into (trainable, frozen) by `trainable_paths`; `merge` is the inverse."""
     flat = flatten(params)
     chosen = trainable_paths(flat, patterns)
     trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
@@ -162,112 +190,121 @@ def split(params: Params, patterns: Sequence[str]) -> tuple[dict[str, Any], dict
     return unflatten(trainable), unflatten(frozen)
 
 
-def merge(trainable: Params, frozen: Params) -> dict[str, Any]:
-    """One tree of both; a parameter in both is an error."""
-    a, b = flatten(trainable), flatten(frozen)
-    both = sorted(a.keys() & b.keys())
+def merge(trainable: Params, frozen: Params) -> dict[str, PyTree]:
+    """Merges two trees into one.
+
+    Raises:
+      ValueError: a parameter is in both.
+    """
+    flat_trainable, flat_frozen = flatten(trainable), flatten(frozen)
+    both = sorted(flat_trainable.keys() & flat_frozen.keys())
     if both:
         raise ValueError(f"{len(both)} parameters are both trainable and frozen: {both[:3]}")
-    return unflatten({**b, **a})
+    return unflatten({**flat_frozen, **flat_trainable})
 
 
-def check_matches(source: Params, target: Params, what: str) -> dict[str, Any]:
-    """Checks that `source` holds every array of `target`, of its shape, and no other.
+def check_matches(source: Params, target: Params, source_name: str) -> dict[str, PyTree]:
+    """Checks that `source` has the paths and shapes of `target`, no fewer and no more.
 
     Args:
       source: tree of arrays, as read.
       target: tree of arrays or shapes, as expected.
-      what: names the source in the error.
+      source_name: name of the source in the error.
 
     Returns:
       The source as a nested dict.
 
     Raises:
-      InputError: names what is missing, extra or of another shape.
+      InputError: names the arrays that are missing, extra or of another shape.
     """
-    have, want = flatten(source), flatten(target)
-    problems = []
-    missing = sorted(want.keys() - have.keys())
-    extra = sorted(have.keys() - want.keys())
+    flat, expected = flatten(source), flatten(target)
+    missing = sorted(expected.keys() - flat.keys())
+    extra = sorted(flat.keys() - expected.keys())
     shapes = [
-        f"{path} {tuple(have[path].shape)}, expected {tuple(want[path].shape)}"
-        for path in sorted(want.keys() & have.keys())
-        if tuple(have[path].shape) != tuple(want[path].shape)
+        f"{path}: expected {tuple(expected[path].shape)}, got {tuple(flat[path].shape)}"
+        for path in sorted(expected.keys() & flat.keys())
+        if tuple(flat[path].shape) != tuple(expected[path].shape)
     ]
-    for label, found in (("missing", missing), ("extra", extra), ("of another shape", shapes)):
-        if found:
-            shown = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
-            problems.append(f"{len(found)} {label}: {shown}")
+    problems = [
+        f"{len(items)} {label}: {'; '.join(items[:3])}{'; …' if len(items) > 3 else ''}"
+        for label, items in (("missing", missing), ("extra", extra), ("of another shape", shapes))
+        if items
+    ]
     if problems:
         raise InputError(
-            f"{what} does not fit the model's {len(want)} parameters: {'. '.join(problems)}"
+            f"{source_name} does not fit the model's {len(expected)} parameters:"
+            f" {'. '.join(problems)}"
         )
-    return unflatten(have)
+    return unflatten(flat)
 
 
-_FINITE_AT_A_TIME = 1 << 20  # values
+_FINITE_CHUNK = 1 << 20  # values
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether an array holds neither NaN nor infinity; takes no memory to speak of."""
-    flat = array.ravel(order="K")  # a view, of a transposed array too
-    starts = range(0, flat.size, _FINITE_AT_A_TIME)
-    return all(bool(np.isfinite(flat[i : i + _FINITE_AT_A_TIME]).all()) for i in starts)
+    """Whether an array holds neither NaN nor infinity."""
+    # In chunks, for `np.isfinite` of a whole embedding allocates a mask of a quarter of its size.
+    flat = array.ravel(order="K")  # a view for transposed arrays too
+    starts = range(0, flat.size, _FINITE_CHUNK)
+    return all(bool(np.isfinite(flat[i : i + _FINITE_CHUNK]).all()) for i in starts)
 
 
-def check_finite(tree: Params, what: str) -> None:
-    """Raises InputError where a numpy array holds NaN or infinity, and names it."""
+def check_finite(tree: Params, source_name: str) -> None:
+    """Raises InputError if a numpy array holds NaN or infinity."""
     for path, array in flatten(tree).items():
         if not all_finite(array):
-            raise InputError(f"{what}: {path} holds NaN or infinity")
+            raise InputError(f"{source_name}: {path} holds NaN or infinity")
 
 
-def frozen_dtype(path: str, dtype: Any) -> Any:
-    """The type that a frozen parameter is kept in: the activations', or float32.
-
-    Norms, logits and adapters stay float32. The layers use the other matrices in the activation
-    dtype anyhow, so this changes no result; frozen adapters (where a pattern trains a part of them)
-    mix and route in float32.
-    """
-    keeps_float32 = (
+def frozen_dtype(path: str, dtype: jax.typing.DTypeLike) -> np.dtype:
+    """Returns the dtype to keep a frozen parameter in: that of the activations, or float32."""
+    # Norms, logits and adapters compute in float32. The layers cast the other matrices to the
+    # activation dtype anyway, so storing them in it changes no result. Adapters can be frozen: a
+    # pattern may train a part of them.
+    keep_float32 = (
         path.endswith("norm/scale")
         or path.startswith("decoder/logits_dense/")
         or "_adapter/" in path
     )
-    return jnp.dtype(jnp.float32 if keeps_float32 else dtype)
+    return jnp.dtype(jnp.float32 if keep_float32 else dtype)
 
 
 def is_matrix(path: str) -> bool:
-    """Whether a parameter is a matrix [in, out] of the base's attention or MLPs."""
+    """Whether a parameter is a matrix [in, out] of the base model's attention or MLPs."""
     return path.endswith("/kernel") and is_base(path) and not path.startswith("decoder/logits")
 
 
-_SAMPLED = 64  # values of an array
+_SAMPLE_SIZE = 64  # values of an array
 
 
-def sample_array(leaf: Any) -> Any:
-    """Values spread evenly over an array, from first to last, as bfloat16's bits: uint16 [<= 64].
+def sample_array(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Samples evenly spaced values of an array, first and last included.
 
-    Of a jax array they are picked where it lives; of a numpy array on the host.
+    Returns:
+      uint16 [<= 64], the bits of the values as bfloat16; on the array's device, or in host memory
+      for a numpy array.
     """
-    return _sample_bits(leaf) if isinstance(leaf, jax.Array) else _pick(leaf).view(np.uint16)
+    if isinstance(leaf, jax.Array):
+        return _sample_on_device(leaf)
+    return _sample_bfloat16(leaf).view(np.uint16)
 
 
-def _pick(leaf: Any) -> Any:
-    flat = np.linspace(0, leaf.size - 1, min(_SAMPLED, leaf.size)).astype(np.int64)
+def _sample_bfloat16(leaf: PyTree) -> PyTree:
+    flat = np.linspace(0, leaf.size - 1, min(_SAMPLE_SIZE, leaf.size)).astype(np.int64)
     return leaf[np.unravel_index(flat, leaf.shape)].astype(jnp.bfloat16)
 
 
 @jax.jit
-def _sample_bits(leaf: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(_pick(leaf), jnp.uint16)
+def _sample_on_device(leaf: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(_sample_bfloat16(leaf), jnp.uint16)
 
 
 def fingerprint(params: Params) -> str:
-    """A short name for a tree of parameters: its paths, shapes and a sample of each array.
+    """Returns a short identity of a tree: a hash of its paths, shapes and a sample of each array.
 
-    It is cheap at any size, computed where the arrays live, the same however they are sharded, and
-    the same for float32 and for its bfloat16 rounding: adapters fit either copy of a base.
+    It costs next to nothing at any size, is computed where the arrays are, and does not depend on
+    their sharding. It is the same for float32 and its bfloat16 rounding: an adapter fits either
+    copy of a base model.
 
     Returns:
       16 hexadecimal digits.
@@ -277,8 +314,10 @@ def fingerprint(params: Params) -> str:
     return fingerprint_samples({path: (leaf.shape, samples[path]) for path, leaf in flat.items()})
 
 
-def fingerprint_samples(samples: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) -> str:
-    """`fingerprint` by path -> (shape, `sample`), where the arrays are not in memory together."""
+def fingerprint_samples(
+    samples: Mapping[str, tuple[tuple[int, ...], jax.Array | np.ndarray]],
+) -> str:
+    """`fingerprint` from path -> (shape, sample), for arrays that are never in memory together."""
     digest = hashlib.sha256()
     for path, (shape, bits) in sorted(samples.items()):
         digest.update(f"{path} {tuple(shape)} {bits.tolist()}\n".encode())

@@ -1,13 +1,13 @@
-"""The device mesh, `data` × `model`, and where batches, parameters and their states lie on it.
+"""The device mesh, `data` × `model`, and the shardings of batches, parameters and their states.
 
-Parameters and activations name their axes; rules say which axis of the mesh each name lies on
-(as T5X's: arXiv 2203.17189). XLA derives the rest, and the communication.
+Parameters and activations name their axes; rules map each name to an axis of the mesh, as in T5X
+(arXiv 2203.17189). XLA derives the other shardings and the communication.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -17,8 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pemoe_jax.core.errors import InputError
 
+if TYPE_CHECKING:
+    from pemoe_jax.core.params import PyTree  # which imports this module
+
 Rules = tuple[tuple[str, str | None], ...]
 
+# The order is a priority: with FSDP both `batch` and `embed` map to `data`, and an activation
+# [batch, length, embed] is sharded by its batch.
 _RULES: Rules = (
     ("batch", "data"),
     ("vocab", "model"),
@@ -36,12 +41,12 @@ _RULES: Rules = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How a run is spread over its devices.
+    """How a run uses its devices.
 
     Attributes:
       model_parallelism: tensor-parallel size: the number of devices that share each matrix. It must
         divide the number of devices; the others share the batch.
-      fsdp: also shard parameters and optimizer states over the data axis (ZeRO-3).
+      fsdp: also shard parameters and optimizer states over the data axis.
     """
 
     model_parallelism: int = 1
@@ -57,21 +62,20 @@ class MeshConfig:
 
 
 def make_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices of all processes, or those given, as `data` × `model`.
+    """Returns a mesh `data` × `model` of the devices.
 
     Args:
-      model_parallelism: over how many devices each matrix is spread.
-      devices: None: all.
+      model_parallelism: size of the `model` axis, the number of devices that share each matrix.
+      devices: None for all devices of all processes.
 
     Raises:
-      InputError: it does not divide the number of devices.
+      InputError: model_parallelism does not divide the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
     if not isinstance(model_parallelism, int) or model_parallelism < 1 or count % model_parallelism:
         raise InputError(
-            f"MODEL_PARALLELISM: expected a divisor of the {count} devices,"
-            f" found {model_parallelism!r}"
+            f"MODEL_PARALLELISM must be a divisor of the {count} devices, got {model_parallelism!r}"
         )
     shape = (count // model_parallelism, model_parallelism)
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -79,30 +83,34 @@ def make_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
 
 
 def connect_processes(mesh: Mesh) -> None:
-    """Has several processes reach each other along each axis of a mesh; one by itself does nothing.
+    """Opens the connections between processes along each axis of a mesh.
 
-    On CPUs XLA connects them at a program's first collective, and an error ends the run where one
-    comes to it half a minute after another: it compiled for longer, or read a base. To be called
-    while all are at the same place.
+    Call it where all processes arrive at about the same time. A no-op in a single process.
     """
+    # On CPUs XLA connects processes at a program's first collective, and fails if one of them
+    # arrives 30 seconds after another, because it compiled for longer or read a base model. So run
+    # a small collective over each axis, and over both, before any such work.
     if jax.process_count() == 1:
         return
 
     def sums(ones: jax.Array) -> list[jax.Array]:
         return [jax.lax.psum(ones, axes) for axes in (*mesh.axis_names, mesh.axis_names)]
 
-    spread, whole = PartitionSpec(*mesh.axis_names), PartitionSpec()
-    placed = NamedSharding(mesh, spread)
-    ones = jax.make_array_from_callback(mesh.devices.shape, placed, lambda i: np.ones((1, 1)))
-    sum_all = jax.shard_map(sums, mesh=mesh, in_specs=spread, out_specs=whole, check_vma=False)
+    spec = PartitionSpec(*mesh.axis_names)
+    ones = jax.make_array_from_callback(
+        mesh.devices.shape, NamedSharding(mesh, spec), lambda index: np.ones((1, 1))
+    )
+    sum_all = jax.shard_map(
+        sums, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False
+    )
     jax.block_until_ready(jax.jit(sum_all)(ones))
 
 
 def axis_rules(fsdp: bool = False) -> Rules:
-    """(name of a parameter's or activation's axis, axis of the mesh); the first rule counts.
+    """Returns the pairs (logical axis name, mesh axis or None); the first that applies wins.
 
     Args:
-      fsdp: parameters are spread over `data` too, along D (as ZeRO-3, arXiv 1910.02054).
+      fsdp: whether parameters are also sharded over `data`, along D (as ZeRO-3, arXiv 1910.02054).
     """
     return tuple((name, "data" if fsdp and name == "embed" else axis) for name, axis in _RULES)
 
@@ -110,9 +118,12 @@ def axis_rules(fsdp: bool = False) -> Rules:
 def logical_to_mesh_sharding(
     mesh: Mesh, rules: Rules, axes: Sequence[str], shape: Sequence[int]
 ) -> NamedSharding:
-    """Of an array whose axes are named; an axis that does not divide evenly is not spread."""
+    """Returns the sharding of an array with named axes; each mesh axis shards one axis at most.
+
+    An axis whose size is not a multiple of the mesh axis is replicated.
+    """
     spec: list[str | None] = [None] * len(axes)
-    for name, mesh_axis in rules:  # in the order of the rules, each mesh axis once
+    for name, mesh_axis in rules:
         if mesh_axis is None or mesh_axis in spec or mesh.shape[mesh_axis] == 1:
             continue
         for i, axis in enumerate(axes):
@@ -123,13 +134,18 @@ def logical_to_mesh_sharding(
 
 
 def param_shardings(
-    mesh: Mesh, rules: Rules, axes: Mapping[str, Sequence[str]], shapes: Mapping[str, Any]
+    mesh: Mesh,
+    rules: Rules,
+    axes: Mapping[str, Sequence[str]],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, NamedSharding]:
-    """path -> sharding, of every parameter.
+    """Returns path -> sharding of every parameter.
 
     Args:
-      axes: path -> names of its axes (`network.param_axes`).
-      shapes: path -> anything with a shape.
+      mesh: the mesh.
+      rules: `axis_rules`.
+      axes: path -> names of the axes (`network.param_axes`).
+      shapes: path -> shape.
     """
     return {
         path: logical_to_mesh_sharding(mesh, rules, axes[path], leaf.shape)
@@ -137,26 +153,35 @@ def param_shardings(
     }
 
 
-def state_shardings(abstract: Any, of_params: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
-    """Of a tree that holds states of parameters: a leaf lies as the parameter it ends in.
+def state_shardings(
+    abstract: "PyTree", param_shardings: Mapping[str, NamedSharding], mesh: Mesh
+) -> "PyTree":
+    """Returns the shardings of a tree that holds states of parameters, such as Adam's moments.
 
-    Leaves of other shapes than that parameter's (factored moments, counts) are whole everywhere.
+    A leaf is sharded as the parameter whose path its own path ends in. A leaf that does not have
+    that parameter's shape (factored moments, counts) is replicated.
 
     Args:
-      abstract: tree of `jax.ShapeDtypeStruct`, as of an optimiser's state.
-      of_params: path -> sharding of the parameters.
+      abstract: tree of `jax.ShapeDtypeStruct`, such as the train state's.
+      param_shardings: path -> sharding of the parameters.
+      mesh: the mesh.
     """
-    whole = replicated_sharding(mesh)
+    replicated = replicated_sharding(mesh)
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        keys = [str(getattr(key, "key", getattr(key, "name", None))) for key in path]
+    def leaf_sharding(key_path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        keys = key_names(key_path)
         for start in range(len(keys)):
-            found = of_params.get("/".join(keys[start:]))
-            if found is not None:
-                return found if _fits(found, leaf.shape) else whole
-        return whole
+            sharding = param_shardings.get("/".join(keys[start:]))
+            if sharding is not None:
+                return sharding if _fits(sharding, leaf.shape) else replicated
+        return replicated
 
-    return jax.tree_util.tree_map_with_path(place, abstract)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, abstract)
+
+
+def key_names(key_path: jax.tree_util.KeyPath) -> list[str]:
+    """Returns the keys and attribute names of a path in a pytree; 'None' for other entries."""
+    return [str(getattr(key, "key", getattr(key, "name", None))) for key in key_path]
 
 
 def _fits(sharding: NamedSharding, shape: Sequence[int]) -> bool:
@@ -176,88 +201,90 @@ def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
-    """Raises InputError where a batch does not divide into the devices' microbatches."""
+    """Raises InputError if a batch does not divide into the devices' microbatches."""
     devices = mesh.shape["data"]
     if not isinstance(batch_size, int) or batch_size < 1 or batch_size % (devices * microbatches):
-        pieces = f"{devices} devices" + (
-            f" × {microbatches} microbatches" if microbatches > 1 else ""
-        )
+        pieces = f" × {microbatches} microbatches" if microbatches > 1 else ""
         raise InputError(
-            f"BATCH_SIZE {batch_size} does not divide over {pieces}:"
-            f" expected a positive multiple of {devices * microbatches}"
+            f"BATCH_SIZE must be a positive multiple of {devices * microbatches}"
+            f" ({devices} devices{pieces}), got {batch_size!r}"
         )
 
 
-def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Numpy arrays that all processes have alike -> device arrays, rows spread over `data`."""
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Shards the rows of a batch over `data`; every process passes the whole batch."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return device_put(dict(batch), jax.tree.map(lambda _: sharding, dict(batch)))
 
 
-def make_global_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """As `shard_batch`, from the rows of this process's share alone (`data_shard`)."""
+def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Shards the rows of a batch over `data`; every process passes its `data_shard` alone."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    count = data_shard(mesh)[1]
+    num_shards = data_shard(mesh)[1]
     return {
         name: jax.make_array_from_process_local_data(
-            sharding, np.asarray(array), (len(array) * count, *array.shape[1:])
+            sharding, np.asarray(array), (len(array) * num_shards, *array.shape[1:])
         )
         for name, array in batch.items()
     }
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which share of a batch's rows this process gives, of how many shares.
+    """Returns (shard id, number of shards): the part of each batch that this process reads.
 
-    Processes whose devices lie in the same rows of `data` give the same share.
+    Processes whose devices are in the same rows of the mesh read the same shard.
+
+    Raises:
+      InputError: the rows of two processes overlap, but are not the same.
     """
     rows: dict[int, set[int]] = {}
     for row, devices in enumerate(mesh.devices):
         for device in devices:
             rows.setdefault(device.process_index, set()).add(row)
-    shares = sorted({tuple(sorted(found)) for found in rows.values()})
-    if len({row for share in shares for row in share}) != sum(map(len, shares)):
+    shards = sorted({tuple(sorted(shard)) for shard in rows.values()})
+    if len({row for shard in shards for row in shard}) != sum(map(len, shards)):
         raise InputError(
-            "MODEL_PARALLELISM: the processes' devices overlap in part: expected a divisor or a"
-            f" multiple of the {len(jax.local_devices())} devices of a process,"
-            f" found {mesh.shape['model']}"
+            "MODEL_PARALLELISM must be a divisor or a multiple of the"
+            f" {len(jax.local_devices())} devices of a process, got {mesh.shape['model']}"
         )
-    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+    return shards.index(tuple(sorted(rows[jax.process_index()]))), len(shards)
 
 
-def device_put(tree: Any, shardings: Any) -> Any:
-    """Arrays that all processes have alike -> device arrays of the given shardings."""
+def device_put(tree: "PyTree", shardings: "PyTree") -> "PyTree":
+    """Moves arrays that every process holds to the devices of their shardings."""
 
-    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    def put(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:
             return jax.device_put(array, sharding)
+        # `jax.device_put` onto devices of other processes would compare the arrays of all of them.
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, tree, shardings)
 
 
-def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """Of an array that is whole on every device."""
+def replicated_sharding(mesh: Mesh | jax.sharding.AbstractMesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Every array whole on every device."""
+def replicate(tree: "PyTree", mesh: Mesh) -> "PyTree":
+    """Copies every array to every device."""
     return device_put(tree, jax.tree.map(lambda _: replicated_sharding(mesh), tree))
 
 
-def _same(array: jax.Array) -> jax.Array:
-    return array  # a function of its own, so that arrays of one shape share a program
+def _identity(array: jax.Array) -> jax.Array:
+    return array  # one function object, so that `gather` compiles once for each shape
 
 
-def gather(tree: Any) -> Any:
-    """Device arrays, however they lie -> numpy arrays, whole, in every process."""
+def gather(tree: "PyTree") -> "PyTree":
+    """Returns a tree of device arrays as whole numpy arrays, in every process."""
 
-    def whole(array: Any) -> np.ndarray:
+    def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            mesh: Any = getattr(array.sharding, "mesh", None)
-            array = jax.jit(_same, out_shardings=replicated_sharding(mesh))(array)
+            assert isinstance(array.sharding, NamedSharding)
+            out_sharding = replicated_sharding(array.sharding.mesh)
+            array = jax.jit(_identity, out_shardings=out_sharding)(array)
         return np.asarray(array)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(to_host, tree)

@@ -1,7 +1,8 @@
-"""Frozen matrices kept in one byte a value, with a scale for each output channel (weight-only).
+"""Frozen matrices in one byte a value, with a scale for each output channel (weight-only).
 
-They are widened to the activations' type where they are used. LLM.int8() (arXiv 2208.07339) has the
-absolute maximum of a vector as the scale, FP8 Formats for Deep Learning (arXiv 2209.05433) e4m3.
+A matrix is cast to the activation dtype where it is used. The scale is the absolute maximum of a
+vector as in LLM.int8() (arXiv 2208.07339); e4m3 is that of FP8 Formats for Deep Learning (arXiv
+2209.05433).
 """
 
 import dataclasses
@@ -11,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pemoe_jax.core.errors import InputError
 
-ACTIVATIONS = "activations"  # frozen matrices are kept in their type, as they are
+ACTIVATIONS = "activations"  # not quantized: in the activation dtype
 FROZEN_DTYPES = (ACTIVATIONS, "int8", "float8_e4m3fn")
 
 
@@ -24,25 +26,25 @@ FROZEN_DTYPES = (ACTIVATIONS, "int8", "float8_e4m3fn")
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedMatrix:
-    """A matrix [in, out]: `values * scale`. A leaf of a tree of parameters by its path.
+    """A matrix [in, out] as `values * scale`; takes the place of a kernel in a parameter tree.
 
     Attributes:
       values: int8 or float8_e4m3fn [in, out].
-      scale: float32 [out], each rounded to bfloat16, so that it is the same in either type of
-        activations.
+      scale: float32 [out], with bfloat16 values.
     """
 
+    # As a pytree it also holds shapes and shardings in place of the arrays.
     values: Any
     scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix."""
+        """Shape of the matrix."""
         return tuple(self.values.shape)
 
     @property
-    def dtype(self) -> Any:
-        """Of the values."""
+    def dtype(self) -> np.dtype:
+        """Dtype of the values."""
         return self.values.dtype
 
     @property
@@ -51,33 +53,33 @@ class QuantizedMatrix:
         return int(self.values.size)
 
 
-def check_frozen_dtype(frozen_dtype: Any) -> None:
-    """Raises InputError where there is no such way of keeping frozen matrices."""
+def check_frozen_dtype(frozen_dtype: object) -> None:
+    """Raises InputError if the setting is not one of `FROZEN_DTYPES`."""
     if frozen_dtype not in FROZEN_DTYPES:
-        raise InputError(
-            f"FROZEN_DTYPE: expected one of {[*FROZEN_DTYPES]}, found {frozen_dtype!r}"
-        )
+        raise InputError(f"FROZEN_DTYPE must be one of {[*FROZEN_DTYPES]}, got {frozen_dtype!r}")
 
 
 def quantize(matrix: jax.Array, dtype: str) -> QuantizedMatrix:
-    """The nearest values: of int8 half a scale away at most, of float8 1/16 of themselves.
+    """Rounds a matrix to the nearest values, with an error of at most scale / 2 (int8) or 1/16.
 
     Args:
-      matrix: float32 [in, out]; the result lies as it does.
+      matrix: float32 [in, out]; the result keeps its sharding.
       dtype: 'int8' or 'float8_e4m3fn'.
     """
     sharding = matrix.sharding
     return _quantizer(dtype, sharding if isinstance(sharding, NamedSharding) else None)(matrix)
 
 
-def quantized_shape(matrix: jax.ShapeDtypeStruct, frozen_dtype: str) -> Any:
-    """What `quantize` gives, as shapes; the matrix itself where it is kept as it is."""
+def quantized_shape(
+    matrix: jax.ShapeDtypeStruct, frozen_dtype: str
+) -> QuantizedMatrix | jax.ShapeDtypeStruct:
+    """Returns the shapes and shardings of `quantize`; the matrix itself if not quantized."""
     if frozen_dtype == ACTIVATIONS:
         return matrix
-    lies = _shardings(matrix.sharding)
+    shardings = _shardings(matrix.sharding)
     return QuantizedMatrix(
-        jax.ShapeDtypeStruct(matrix.shape, jnp.dtype(frozen_dtype), sharding=lies.values),
-        jax.ShapeDtypeStruct(matrix.shape[1:], jnp.float32, sharding=lies.scale),
+        jax.ShapeDtypeStruct(matrix.shape, jnp.dtype(frozen_dtype), sharding=shardings.values),
+        jax.ShapeDtypeStruct(matrix.shape[1:], jnp.float32, sharding=shardings.scale),
     )
 
 
@@ -87,33 +89,36 @@ def _quantizer(
 ) -> Callable[[jax.Array], QuantizedMatrix]:
     largest = float(jnp.iinfo(dtype).max if dtype == "int8" else jnp.finfo(dtype).max)
 
-    def quantized(matrix: jax.Array) -> QuantizedMatrix:
+    def quantize_matrix(matrix: jax.Array) -> QuantizedMatrix:
         matrix = matrix.astype(jnp.float32)
         scale = jnp.max(jnp.abs(matrix), axis=0) / largest  # [out]
+        # Rounded to bfloat16, so that float32 and bfloat16 activations use the same scale.
         scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
         scale = jnp.where(scale > 0, scale, 1.0)
-        # a scale that was rounded down leaves the largest value a quarter beyond its end
+        # A scale that was rounded down leaves the largest value just beyond the range.
         scaled = jnp.clip(matrix / scale, -largest, largest)
-        return QuantizedMatrix(
-            (jnp.round(scaled) if dtype == "int8" else scaled).astype(dtype), scale
-        )
+        values = (jnp.round(scaled) if dtype == "int8" else scaled).astype(dtype)
+        return QuantizedMatrix(values, scale)
 
-    return jax.jit(quantized, out_shardings=None if sharding is None else _shardings(sharding))
+    out_shardings = None if sharding is None else _shardings(sharding)
+    return jax.jit(quantize_matrix, out_shardings=out_shardings)
 
 
-def _shardings(sharding: Any) -> QuantizedMatrix:
-    """Where both parts lie: the scale as the matrix's last axis."""
+def _shardings(sharding: jax.sharding.Sharding | None) -> QuantizedMatrix:
+    """Returns the shardings of values and scale; the scale is sharded as the last axis."""
     if not isinstance(sharding, NamedSharding):
         return QuantizedMatrix(sharding, sharding)
-    last = PartitionSpec(*sharding.spec[1:])
-    return QuantizedMatrix(sharding, NamedSharding(sharding.mesh, last))
+    scale_spec = PartitionSpec(*sharding.spec[1:])
+    return QuantizedMatrix(sharding, NamedSharding(sharding.mesh, scale_spec))
 
 
 def dequantize(matrix: QuantizedMatrix) -> jax.Array:
-    """float32 [in, out]."""
+    """Returns the matrix in float32 [in, out]."""
     return matrix.values.astype(jnp.float32) * matrix.scale
 
 
-def matmul(x: jax.Array, matrix: QuantizedMatrix, dtype: Any) -> jax.Array:
-    """[..., in] -> [..., out], in the activations' type, which holds all values as they are."""
+def matmul(x: jax.Array, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x [..., in] -> [..., out] in the activation dtype."""
+    # The cast is exact: bfloat16 holds every int8 and every float8_e4m3fn value. The scale comes
+    # after the product, which is a pass over [..., out] in place of one over the matrix.
     return jnp.matmul(x.astype(dtype), matrix.values.astype(dtype)) * matrix.scale.astype(dtype)

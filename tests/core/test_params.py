@@ -137,7 +137,7 @@ def test_check_finite():
 
 def test_finite_arrays_of_all_kinds(monkeypatch):
     """Piece by piece, transposed, sliced, empty, of half precision."""
-    monkeypatch.setattr(params, "_FINITE_AT_A_TIME", 7)
+    monkeypatch.setattr(params, "_FINITE_CHUNK", 7)
     array = np.arange(60, dtype=np.float32).reshape(6, 10)
     for kind in (array, array.T, array[:, 2:5], array[:0], array.astype(jnp.bfloat16)):
         assert params.all_finite(kind)
