@@ -167,7 +167,7 @@ def test_a_held_out_mixture_and_a_few_examples(folder, tmp_path):
     [
         ({"MIXTURE_OR_TASK_NAME": "colour"}, "unknown task or mixture 'colour'"),
         ({"CHECKPOINT_PATH": "/no/such"}, "/no/such"),
-        ({"BATCH_SIZE": 3}, "BATCH_SIZE 3 does not divide over 2 devices"),
+        ({"BATCH_SIZE": 3}, "BATCH_SIZE must be a positive multiple of 2 (2 devices), got 3"),
         ({"JSONL_DIR": None}, "no data"),
         ({"TASK_FEATURE_LENGTHS": "{'inputs': 8}"}, "'targets' a positive integer"),
         ({"EVAL_EXAMPLES": 0}, "EVAL_EXAMPLES must be a positive integer"),

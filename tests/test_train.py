@@ -383,7 +383,7 @@ def test_results_are_replaced_by_their_like_alone(folder, trained, tmp_path, cap
         ({"TRAIN_STEP": 3}, "did you mean TRAIN_STEPS"),
         ({"INITIAL_CHECKPOINT_PATH": "/nowhere.safetensors"}, "/nowhere.safetensors"),
         ({"LOSS_NORMALIZING_FACTOR": "'TOKENS'"}, "LOSS_NORMALIZING_FACTOR"),
-        ({"SCHEDULE": "'linear'"}, "schedule factor 'linear' is unknown"),
+        ({"SCHEDULE": "'linear'"}, "SCHEDULE must be a product of ['constant',"),
         ({"EVAL_TASKS": "['nothing_*']"}, "'nothing_*' matched none"),
         ({"TASK_FEATURE_LENGTHS": "{'inputs': 32}"}, "'targets'"),
         ({"network.T5Config.emb_dim": 24}, "of another size: expected emb_dim 24, found 16"),

@@ -166,7 +166,7 @@ def test_names_and_shapes_come_before_the_reading():
         lazy_array.load_arrays(arrays, target(), "the file")
     assert str(caught.value) == (
         "the file does not fit the model's 3 parameters: 1 missing: a/scale. 1 extra: c."
-        " 1 of another shape: b/kernel (4, 3), expected (3, 4)"
+        " 1 of another shape: b/kernel: expected (3, 4), got (4, 3)"
     )
 
 

@@ -177,8 +177,11 @@ def test_schedule_by_hand(factors, warmup, total, expected):
 @pytest.mark.parametrize(
     "factors, message",
     [
-        ("constant * linear_warmpu", "'linear_warmpu' is unknown: expected one of .*linear_warmup"),
-        ("constant * cosine_decay", "'cosine_decay' needs total_steps, found None"),
+        (
+            "constant * linear_warmpu",
+            "SCHEDULE must be a product of .*linear_warmup.*, got factor 'linear_warmpu'",
+        ),
+        ("constant * cosine_decay", "'cosine_decay' needs total_steps, got None"),
     ],
 )
 def test_wrong_schedule(factors, message):

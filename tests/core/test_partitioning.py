@@ -191,13 +191,15 @@ def test_shares_that_overlap_in_part():
         devices = np.array(grid, object)
         shape = {"data": 3, "model": 2}
 
-    with pytest.raises(InputError, match="MODEL_PARALLELISM: the processes' devices overlap"):
+    with pytest.raises(
+        InputError, match="MODEL_PARALLELISM must be a divisor or a multiple of the"
+    ):
         partitioning.data_shard(Mesh)
 
 
 @pytest.mark.parametrize("value", [0, 3, "2"])
 def test_meshes_that_do_not_divide(value):
-    with pytest.raises(InputError, match="MODEL_PARALLELISM: expected a divisor of the 2 devices"):
+    with pytest.raises(InputError, match="MODEL_PARALLELISM must be a divisor of the 2 devices"):
         partitioning.make_mesh(value)
 
 

@@ -386,7 +386,7 @@ def test_a_run_says_how_its_base_was_kept_and_is_evaluated_so(folder, tmp_path, 
     ("method", "frozen_dtype", "says"),
     [
         ("full", "int8", "FROZEN_DTYPE 'int8': full trains all matrices: expected 'activations'"),
-        ("mov", "int4", "FROZEN_DTYPE: expected one of ['activations', 'int8', 'float8_e4m3fn']"),
+        ("mov", "int4", "FROZEN_DTYPE must be one of ['activations', 'int8', 'float8_e4m3fn']"),
     ],
 )
 def test_what_cannot_be_is_one_line(folder, tmp_path, capsys, method, frozen_dtype, says):

@@ -335,9 +335,9 @@ def test_two_devices_equal_one(microbatches):
 @pytest.mark.parametrize(
     "size, microbatches, message",
     [
-        (3, 1, "BATCH_SIZE 3 does not divide over 2 devices: expected a positive multiple of 2"),
-        (6, 2, "BATCH_SIZE 6 .* 2 devices × 2 microbatches: expected a positive multiple of 4"),
-        (0, 1, "BATCH_SIZE 0"),
+        (3, 1, "BATCH_SIZE must be a positive multiple of 2 .2 devices., got 3"),
+        (6, 2, "BATCH_SIZE must be a .* of 4 .2 devices × 2 microbatches., got 6"),
+        (0, 1, "BATCH_SIZE must be a positive multiple of 2 .*, got 0"),
     ],
 )
 def test_batch_sizes_that_do_not_divide(size, microbatches, message):

@@ -426,8 +426,14 @@ TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=methods/mov.gin"]
         (["--mesh=4"], "--mesh: expected DATAxMODEL or DATAxMODEL:fsdp, found '4'"),
         (["--mesh=0x2"], "found '0x2'"),
         (["--mesh=2x1:zero"], "found '2x1:zero'"),
-        (["--mesh=2x1", "--batch_size=3"], "BATCH_SIZE 3 does not divide over 2 devices"),
-        (["--mesh=1x1", "--mesh=2x1", "--batch_size=3"], "BATCH_SIZE 3 does not divide over 2"),
+        (
+            ["--mesh=2x1", "--batch_size=3"],
+            "BATCH_SIZE must be a positive multiple of 2 (2 devices), got 3",
+        ),
+        (
+            ["--mesh=1x1", "--mesh=2x1", "--batch_size=3"],
+            "BATCH_SIZE must be a positive multiple of 2",
+        ),
         (["--mesh=64x1"], "--mesh 64x1 needs 64 devices: jax was started with 2"),
         (["--batch_size=0"], "--batch_size: expected at least 1, found 0"),
         (["--microbatches=0"], "--microbatches: expected at least 1, found 0"),
