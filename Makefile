@@ -1,11 +1,11 @@
-# make quickstart   installs into .venv, fine-tunes MoV on the bundled base, scores it zero-shot
-# make test         lint, types and the fast tests;  make test-all: the slow tests too
+# make quickstart   installs into .venv, fine-tunes MoV on the bundled base model, evaluates it
+# make test         lint, types and the fast tests;  make test-all: also the slow tests
 # make t5x          adds T5X, at a tested commit;  make test-t5x: the tests inside T5X
-# make bench        measures against the peers on a CPU, a quarter of an hour; once before: bench-peers
+# make bench        measures against the peers on a CPU, a quarter of an hour; first: bench-peers
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# A name, since a comma would end the argument of `call`.
+# A variable, because a comma would end the argument of `call`.
 T5X = .[test,t5x]
 
 .PHONY: quickstart test test-all lint clean t5x t5x-install test-t5x bench bench-peers
@@ -22,10 +22,11 @@ test-all: lint
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck launch/*
 	$(BIN)/mypy
 
-# Changes nothing where all of it is there; VENV=… names another environment.
+# Does nothing if T5X is installed. VENV=… selects another environment.
 t5x:
 	@$(BIN)/python -m pemoe_jax.t5x_bridge --check 2>/dev/null || $(MAKE) --no-print-directory t5x-install
 
@@ -38,13 +39,13 @@ t5x-install:
 test-t5x: t5x
 	$(BIN)/python -m pytest tests/t5x_bridge
 
-# The rows of benchmarks/RESULTS.md that need no GPU; nothing else should run meanwhile.
+# The rows of benchmarks/RESULTS.md that need no GPU. Run it on an idle machine.
 bench: $(VENV)/.installed
 	for script in molora_against_lora mov_against_ia3 mov_layer molora_formulation step_against_peft step_against_t5x score_choices startup; do \
 	  $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; done
 	$(BIN)/python benchmarks/results.py
 
-# Other Pythons are named by PEMOE_TORCH_PYTHON and PEMOE_T5X_PYTHON.
+# PEMOE_TORCH_PYTHON and PEMOE_T5X_PYTHON select other interpreters for the peers.
 bench-peers: .venv-torch/.installed
 	$(MAKE) t5x VENV=.venv-t5x
 
@@ -56,8 +57,8 @@ bench-peers: .venv-torch/.installed
 clean:
 	rm -rf $(VENV) .venv-torch .venv-t5x build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# An environment is made again only when what it is made from has changed. Bytecode is compiled at
-# the first import, of what is imported, and not of all that is installed: 20 s less.
+# The environment is rebuilt when its sources change. --no-compile: modules are compiled when they
+# are first imported, which saves 20 s of installation.
 $(VENV)/.installed: setup.py constraints.txt pyproject.toml
 	$(call install,.)
 	@touch $@

@@ -9,13 +9,13 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "pemoe_jax/__init__.py").read_text(), re.M)
 assert VERSION
 
-# `pemoe_jax/tasks` and `pemoe_jax/gin` are symbolic links to `tasks/` and `gin/`, so that
-# `pemoe_jax.tasks` and the gin files are found alike from the clone's root without an install,
+# `pemoe_jax/tasks` and `pemoe_jax/gin` are symbolic links to `tasks/` and `gin/`. So
+# `pemoe_jax.tasks` and the gin files are found from the root of a clone without installation,
 # from an editable install, and from a wheel (which holds real files).
 setup(
     name="pemoe-jax",
     version=VERSION.group(1),
-    description="Mixtures of tiny experts (MoV, MoLORA) on a frozen T5, in JAX",
+    description="Parameter-efficient mixture-of-experts instruction tuning of T5 in JAX",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -53,7 +53,7 @@ setup(
     },
     entry_points={"console_scripts": ["pemoe = pemoe_jax.__main__:main"]},
     zip_safe=False,
-    # constraints.txt holds the versions that were tested.
+    # constraints.txt pins the tested versions.
     install_requires=[
         "clu",
         "flax",
@@ -76,7 +76,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        # What T5X imports beside these; it is on GitHub alone, and `make t5x` adds it.
+        # What T5X imports in addition. T5X itself is only on GitHub; `make t5x` adds it.
         "t5x": [
             "array-record",
             "cached_property",

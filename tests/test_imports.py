@@ -1,6 +1,7 @@
 """Checks the import rules of docs/architecture.md by reading the source; imports nothing itself."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -290,3 +291,13 @@ def test_help_answers_at_once():
         if min(times) <= 2:
             return
     raise AssertionError(f"--help took {min(times):.1f} s at best")
+
+
+def test_the_picture_of_the_parts_shows_this_table():
+    """docs/architecture.svg is what `python docs/draw_architecture.py` writes."""
+    specification = importlib.util.spec_from_file_location(
+        "draw_architecture", ROOT / "docs/draw_architecture.py"
+    )
+    drawing = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(drawing)
+    assert (ROOT / "docs/architecture.svg").read_text() == drawing.draw(PARTS)
