@@ -1,1 +1,1 @@
-"""Which experts tasks and tokens use: measurement, tables, plots and the HTML page."""
+"""Which experts tasks and tokens use: measurement, metrics, tables, plots and the HTML page."""

@@ -1,4 +1,4 @@
-"""Tasks' examples through a model's routers: which are read, and what the routers did with them."""
+"""Selects tasks and router sites, reads examples and runs them through a model's probe."""
 
 import collections
 import dataclasses
@@ -7,110 +7,128 @@ import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pemoe_jax.core.errors import InputError
 
 if TYPE_CHECKING:
+    import jax
+    import seqio
+
     from pemoe_jax.analysis.routing import probe as probe_lib
+    from pemoe_jax.checkpoints import models
+    from pemoe_jax.core import network
+    from pemoe_jax.core.params import Params
+    from pemoe_jax.data.seqio_tasks import ChoiceGroup
     from pemoe_jax.runtime import progress
 
-DEFAULT_EXAMPLES = 32  # of a task, enough for a mean over some hundred tokens
-_TWIN = "_score_eval"
+DEFAULT_EXAMPLES = 32  # a task's mean then covers some hundred tokens
+_SCORE_SUFFIX = "_score_eval"
 
 
-# --- which tasks
+# --- tasks ---
 
 
 def select_tasks(
     patterns: Sequence[str] | None, registered: Any, use_cached: bool = False
 ) -> list[str]:
-    """Names of tasks by patterns, in their order; a twin stands for the task that it is of.
+    """Returns the names of the tasks that match, in the order of the patterns.
+
+    A `_score_eval` task is replaced by the task that it scores, unless only the former has data.
 
     Args:
-      patterns: names of tasks or mixtures, or shell-style patterns of tasks' names; None: by their
-        roles, a prompt of each data set, those trained on first.
-      registered: what `tasks.register` gave.
-      use_cached: whether seqio's offline caches are read, and so only those tasks are there.
+      patterns: names of tasks or mixtures, or shell-style patterns of task names. None: the first
+        prompt of each dataset, of the training tasks and then of the held-out ones.
+      registered: return value of `tasks.register`.
+      use_cached: whether tasks are read from seqio's offline caches.
 
     Raises:
-      InputError: one matches nothing, or there are no roles to go by.
+      InputError: a pattern matches nothing, or the tasks have no training and evaluation roles.
     """
     if patterns is None:
-        return _by_role(registered, use_cached)
+        return _tasks_by_role(registered, use_cached)
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise InputError(f"ROUTES_TASKS must be a list of name patterns, found {patterns!r}")
-    pool = _pool(registered)
-    found: dict[str, None] = {}
+        raise InputError(f"ROUTES_TASKS must be a list of name patterns, got {patterns!r}")
+    names = _task_names(registered)
+    # A dict serves as an ordered set: a task keeps the place of the first pattern that names it.
+    selected: dict[str, None] = {}
     for pattern in patterns:
-        found |= dict.fromkeys(_matching(pattern, pool, use_cached))
-    if not found:
-        raise InputError("ROUTES_TASKS names no task: expected at least one")
-    return list(found)
+        selected |= dict.fromkeys(_match_tasks(pattern, names, use_cached))
+    if not selected:
+        raise InputError("ROUTES_TASKS must name at least one task, got []")
+    return list(selected)
 
 
-def _matching(pattern: str, pool: Sequence[str], use_cached: bool) -> list[str]:
+def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[str]:
     from pemoe_jax.data import seqio_tasks
 
     if pattern in seqio_tasks.import_seqio().MixtureRegistry.names():
-        names = seqio_tasks.subtasks(pattern)
+        matches = seqio_tasks.subtasks(pattern)
     else:
-        wanted = pattern if pattern in pool else pattern.removesuffix(_TWIN)
-        names = [name for name in pool if fnmatch.fnmatchcase(name, wanted)]
-    if not names:
-        close = difflib.get_close_matches(pattern.strip("*"), pool, n=2)
-        hint = f"; close: {', '.join(close)}" if close else ""
-        raise InputError(f"ROUTES_TASKS {pattern!r} matched none of {len(pool)} tasks{hint}")
-    there = _there(names, use_cached)
-    if not there:
-        where = "seqio's caches have" if use_cached else "P3_DIR has"
-        raise InputError(f"ROUTES_TASKS {pattern!r}: {where} none of the {len(names)} tasks")
-    return there
+        glob = pattern if pattern in names else pattern.removesuffix(_SCORE_SUFFIX)
+        matches = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+    if not matches:
+        close = difflib.get_close_matches(pattern.strip("*"), names, n=2)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise InputError(f"ROUTES_TASKS: {pattern!r} matches none of {len(names)} tasks{hint}")
+    available = _available_tasks(matches, use_cached)
+    if not available:
+        source = "seqio's caches contain" if use_cached else "P3_DIR contains"
+        raise InputError(f"ROUTES_TASKS: {source} none of the {len(matches)} tasks of {pattern!r}")
+    return available
 
 
-def _pool(registered: Any) -> list[str]:
-    """All tasks that could be looked at, less the twins of others among them."""
+def _task_names(registered: Any) -> list[str]:
+    """Returns all registered tasks, without the `_score_eval` tasks of others among them."""
     from pemoe_jax.data import seqio_tasks
 
-    names = set(seqio_tasks.import_seqio().TaskRegistry.names())
-    known = sorted(names) if registered is None else [n for n in registered.datasets if n in names]
-    return [n for n in known if not (n.endswith(_TWIN) and n.removesuffix(_TWIN) in names)]
+    registry = set(seqio_tasks.import_seqio().TaskRegistry.names())
+    names = (
+        sorted(registry)
+        if registered is None
+        else filter(registry.__contains__, registered.datasets)
+    )
+    return [
+        name
+        for name in names
+        if not (name.endswith(_SCORE_SUFFIX) and name.removesuffix(_SCORE_SUFFIX) in registry)
+    ]
 
 
-def _there(names: Sequence[str], use_cached: bool) -> list[str]:
-    """Those that there is data of; for a twin the task that it is of, whose target is the answer.
-
-    A twin stays where its task is not there.
-    """
+def _available_tasks(names: Sequence[str], use_cached: bool) -> list[str]:
+    """Returns the tasks that have data, the scored task in place of its `_score_eval` task."""
     from pemoe_jax.data import seqio_tasks
 
-    registered = seqio_tasks.import_seqio().TaskRegistry.names()
-    found: dict[str, None] = {}
+    registry = seqio_tasks.import_seqio().TaskRegistry.names()
+    available: dict[str, None] = {}
     for name in names:
-        for one in (name.removesuffix(_TWIN), name):
-            if one in registered and seqio_tasks.is_there(one, use_cached):
-                found[one] = None
+        for candidate in (name.removesuffix(_SCORE_SUFFIX), name):
+            if candidate in registry and seqio_tasks.is_there(candidate, use_cached):
+                available[candidate] = None
                 break
-    return list(found)
+    return list(available)
 
 
-def _by_role(registered: Any, use_cached: bool) -> list[str]:
+def _tasks_by_role(registered: Any, use_cached: bool) -> list[str]:
     if registered is None:
         raise InputError(
-            "ROUTES_TASKS is not set: expected names of tasks or mixtures (MIXTURE_OR_TASK_MODULE's"
-            " have no roles to choose by)"
+            "ROUTES_TASKS is not set: pass names of tasks or mixtures (the tasks of"
+            " MIXTURE_OR_TASK_MODULE have no roles to select them by)"
         )
-    trained, scored = _roles(registered)
     names: dict[str, None] = {}
-    for role in (trained, scored):
-        of = {name: registered.datasets[name] for name in _there(role, use_cached)}
-        names |= dict.fromkeys(first_task_per_dataset(of))
+    for role_tasks in _role_tasks(registered):
+        datasets = {
+            name: registered.datasets[name] for name in _available_tasks(role_tasks, use_cached)
+        }
+        names |= dict.fromkeys(first_task_per_dataset(datasets))
     if not names:
-        raise InputError("no task to train on or to score: expected ROUTES_TASKS to name some")
+        raise InputError("ROUTES_TASKS is not set, and no task has a training or evaluation role")
     return list(names)
 
 
-def _roles(registered: Any) -> tuple[list[str], list[str]]:
-    """The tasks that the data say are trained on, and those to be scored."""
+def _role_tasks(registered: Any) -> tuple[list[str], list[str]]:
+    """Returns the training tasks and the evaluation tasks."""
     if hasattr(registered, "train_tasks"):
         return registered.train_tasks, registered.eval_tasks
     from pemoe_jax.data import seqio_tasks
@@ -120,82 +138,89 @@ def _roles(registered: Any) -> tuple[list[str], list[str]]:
 
 
 def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
-    """Of {task: its data set} the first task of each."""
+    """Returns the first task of each dataset of {task: dataset}."""
     first: dict[str, str] = {}
     for name, dataset in datasets.items():
         first.setdefault(dataset, name)
     return list(first.values())
 
 
-def trained_datasets(opened: Any, registered: Any) -> set[str] | None:
-    """The data sets that a run was trained on: by its record, else by roles; None: not known."""
+def trained_datasets(opened: "models.OpenedModel", registered: Any) -> set[str] | None:
+    """Returns the datasets that a run was trained on; None if unknown."""
+    # Runs record their datasets; adapters of other tools and base models have no such record.
     recorded = getattr(opened.record, "trained_datasets", None)
     if recorded is not None:
         return set(recorded)
     if registered is None:
         return None
-    return {registered.datasets[name] for name in _roles(registered)[0]}
+    return {registered.datasets[name] for name in _role_tasks(registered)[0]}
 
 
-# --- their examples
+# --- examples ---
 
 
 def task_split(name: str) -> str:
-    """The split of a task that is looked at: its evaluation split, or else `train`.
+    """Returns a task's evaluation split, or `train` if it has none.
 
     Raises:
-      InputError: it has neither.
+      InputError: the task has neither.
     """
     from pemoe_jax.data import seqio_tasks
 
     split = seqio_tasks.eval_split(name)
     splits = seqio_tasks.check_task(name).splits
     if split is None and "train" not in splits:
-        raise InputError(f"{name!r} has no evaluation split and no train split, but {splits}")
+        raise InputError(f"{name}: expected an evaluation or train split, got {list(splits)}")
     return split or "train"
 
 
 def read_examples(
-    name: str, task_feature_lengths: Mapping[str, int], most: int, use_cached: bool = False
-) -> list[Any]:
-    """The first examples of a task as `data.ChoiceGroup`s that have the right answer alone.
+    name: str,
+    task_feature_lengths: Mapping[str, int],
+    max_examples: int,
+    use_cached: bool = False,
+) -> "list[ChoiceGroup]":
+    """Returns a task's first examples as choice groups that hold the correct answer alone.
 
     Args:
-      name: of a task; a twin's rows are grouped.
-      task_feature_lengths: tokens of inputs and targets; longer ones are cut.
-      most: at most so many.
-      use_cached: seqio's offline caches.
+      name: a task; the rows of a `_score_eval` task are grouped by example.
+      task_feature_lengths: tokens of 'inputs' and 'targets'; longer ones are truncated.
+      max_examples: number of examples to read at most.
+      use_cached: whether to read seqio's offline caches.
 
     Raises:
-      InputError: it cannot be read, or has no example.
+      InputError: the task cannot be read or has no examples.
     """
     from pemoe_jax.data import seqio_tasks
 
     split, task = task_split(name), seqio_tasks.check_task(name)
     if use_cached:
-        seqio_tasks.cached_subtasks(name)  # there is a cache, or one clear line
+        seqio_tasks.cached_subtasks(name)  # raises if the task has no cache
     else:
         seqio_tasks.check_files([name], split)
     lengths = seqio_tasks.checked_lengths(task_feature_lengths)
+    # One token more than allowed, to tell truncated sequences from those that just fit.
     longer = {key: length + 1 for key, length in lengths.items()}
     with seqio_tasks.reading(name, split, use_cached):
         ds = task.get_dataset(
             longer, split=split, use_cached=use_cached, shuffle=False, seed=0, num_epochs=1
         )
     if "is_correct" in ds.element_spec:
-        found = seqio_tasks.choice_groups(
-            name, lengths, split=split, max_examples=most, use_cached=use_cached
+        groups = seqio_tasks.choice_groups(
+            name, lengths, split=split, max_examples=max_examples, use_cached=use_cached
         )
-        groups = [keep_correct_choice(group) for group in found]
+        groups = [keep_correct_choice(group) for group in groups]
     else:
-        rows = seqio_tasks.arrays(ds.take(most), name, split, use_cached)
-        groups = [_group(task, number, row, lengths) for number, row in enumerate(rows)]
+        rows = seqio_tasks.arrays(ds.take(max_examples), name, split, use_cached)
+        groups = [_make_group(task, index, row, lengths) for index, row in enumerate(rows)]
     if not groups:
-        raise InputError(f"{name!r} has no example in its split {split!r}")
+        raise InputError(f"{name}: expected examples in the split {split!r}, got none")
     return groups
 
 
-def _group(task: Any, number: int, row: Mapping[str, Any], lengths: Mapping[str, int]) -> Any:
+def _make_group(
+    task: "seqio.Task", index: int, row: Mapping[str, Any], lengths: Mapping[str, int]
+) -> "ChoiceGroup":
     from pemoe_jax.data import seqio_tasks
 
     ids, was_cut = {}, {}
@@ -204,7 +229,7 @@ def _group(task: Any, number: int, row: Mapping[str, Any], lengths: Mapping[str,
         ids[key], was_cut[key] = seqio_tasks.cut(row[key], length, eos_id)
     return seqio_tasks.ChoiceGroup(
         task=task.name,
-        idx=number,
+        idx=index,
         inputs=ids["inputs"],
         choices=(ids["targets"],),
         is_correct=(True,),
@@ -216,8 +241,8 @@ def _group(task: Any, number: int, row: Mapping[str, Any], lengths: Mapping[str,
     )
 
 
-def keep_correct_choice(group: Any) -> Any:
-    """A group of choices with the right one alone, the first where none is."""
+def keep_correct_choice(group: "ChoiceGroup") -> "ChoiceGroup":
+    """Returns the group with its correct choice alone, or the first if none is correct."""
     best = group.is_correct.index(True) if any(group.is_correct) else 0
     return dataclasses.replace(
         group,
@@ -227,64 +252,64 @@ def keep_correct_choice(group: Any) -> Any:
     )
 
 
-# --- what the routers do with them
+# --- the probe ---
 
 
 def measure_routing(
-    model: Any,
-    params: Any,
-    groups: Mapping[str, Sequence[Any]],
+    model: "network.Transformer",
+    params: "Params",
+    groups: "Mapping[str, Sequence[ChoiceGroup]]",
     batch_size: int,
-    mesh: Any,
+    mesh: "jax.sharding.Mesh",
     token_sites: Collection[str] = (),
     bar: "progress.Progress | None" = None,
 ) -> "probe_lib.ProbeTotals":
-    """Sums over the examples of tasks with their right answers, as numpy arrays.
+    """Returns totals over the examples of tasks with their correct answers, as NumPy arrays.
 
     Args:
-      model: with routers.
-      params: its parameters, whole on every device.
-      groups: {task: its `data.ChoiceGroup`s}; rows of the totals are in this order.
-      batch_size: examples at a time over all devices.
+      model: network with routers.
+      params: its parameters, replicated on every device.
+      groups: {task: its examples}; the rows of the totals follow this order.
+      batch_size: examples per batch, over all devices.
       mesh: the devices.
-      token_sites: where totals by token are wanted.
-      bar: told how many examples are done.
+      token_sites: sites whose probabilities are also summed by token.
+      bar: advanced by the number of examples.
     """
     import jax
-    import numpy as np
 
     from pemoe_jax.analysis.routing import probe as probe_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import batching, feed
 
-    rows = [
-        (n, keep_correct_choice(group))
-        for n, members in enumerate(groups.values())
-        for group in members
-    ]
-    number_of = {id(group): number for number, group in rows}
+    members = {task: [keep_correct_choice(group) for group in groups[task]] for task in groups}
+    # `score_batches` sorts by length; identity leads from a group in a batch back to its task.
+    task_ids = {id(g): number for number, of_task in enumerate(members.values()) for g in of_task}
     probe = probe_lib.make_probe(model)
-    totals = probe_lib.init_totals(model, len(groups), token_sites)
-    totals = partitioning.replicate(totals, mesh)
+    totals = partitioning.replicate(probe_lib.init_totals(model, len(groups), token_sites), mesh)
     batches = batching.score_batches(
-        [group for _, group in rows], batch_size, multiple_of=mesh.shape["data"]
+        [group for of_task in members.values() for group in of_task],
+        batch_size,
+        multiple_of=mesh.shape["data"],
     )
     done = 0
-    for batch, members in feed.prefetch(batches):
-        # one choice a row: [B, 1, Lt] -> [B, Lt]
+    for batch, batch_groups in feed.prefetch(batches):
+        # a single choice per example: [B, 1, Lt] -> [B, Lt]
         flat = {name: array[:, 0] if array.ndim == 3 else array for name, array in batch.items()}
+        # Padding rows have no tokens, so the task 0 that they are assigned gains nothing.
         flat["tasks"] = np.zeros(len(flat["encoder_input_tokens"]), np.int32)
-        flat["tasks"][: len(members)] = [number_of[id(group)] for group in members]
+        flat["tasks"][: len(batch_groups)] = [task_ids[id(group)] for group in batch_groups]
         sharded = partitioning.shard_batch(flat, mesh)
         totals = probe(params, sharded, sharded.pop("tasks"), totals)
-        done += len(members)
+        done += len(batch_groups)
         if bar is not None:
             bar.report_if_due(done, "examples")
     return jax.device_get(totals)
 
 
-def mean_probs(totals: "probe_lib.ProbeTotals", tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """{site: {task: [E]}}: each task's mean distribution over experts at every router."""
+def mean_probs(
+    totals: "probe_lib.ProbeTotals", tasks: Sequence[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Returns {site: {task: [E]}}, each task's mean distribution over experts at every router."""
     from pemoe_jax.analysis.routing import metrics
 
     return {
@@ -294,36 +319,37 @@ def mean_probs(totals: "probe_lib.ProbeTotals", tasks: Sequence[str]) -> dict[st
 
 
 def select_sites(patterns: Sequence[str] | None, experts: Mapping[str, int]) -> list[str]:
-    """Sites by patterns, in the order of layers.
+    """Returns the sites that match, in layer order.
 
     Args:
-      patterns: shell-style, of names such as 'decoder/layers_3/mlp/gate'; None: all of the last
-        block that has routers (of the decoder, as arXiv 2309.05444 looks at).
+      patterns: shell-style patterns of names such as 'decoder/layers_3/mlp/gate'. None: all sites
+        of the last block with routers (the last decoder block, as in arXiv 2309.05444).
       experts: {site: E} of every router.
 
     Raises:
-      InputError: one matches nothing, or the sites differ in E.
+      InputError: a pattern matches nothing, or the sites differ in E.
     """
     if patterns is None:
         last = list(experts)[-1].split("/")[:2]
         return [site for site in experts if site.split("/")[:2] == last]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise InputError(f"ROUTES_SITES must be a list of patterns of sites, found {patterns!r}")
-    found = set()
+        raise InputError(f"ROUTES_SITES must be a list of site patterns, got {patterns!r}")
+    selected = set()
     for pattern in patterns:
-        sites = [site for site in experts if fnmatch.fnmatchcase(site, pattern)]
-        if not sites:
+        matches = [site for site in experts if fnmatch.fnmatchcase(site, pattern)]
+        if not matches:
             close = difflib.get_close_matches(pattern.strip("*"), experts, n=1, cutoff=0.0)
             raise InputError(
-                f"ROUTES_SITES {pattern!r} matched none of {len(experts)} sites with routers;"
-                f" they have names such as {close[0]!r}"
+                f"ROUTES_SITES: {pattern!r} matches none of {len(experts)} sites with routers, for"
+                f" example {close[0]!r}"
             )
-        found.update(sites)
-    sizes = collections.Counter(experts[site] for site in found)
+        selected.update(matches)
+    # Maps and distances share a column per expert across sites.
+    sizes = collections.Counter(experts[site] for site in selected)
     if len(sizes) != 1:
         raise InputError(
-            "ROUTES_SITES: expected sites of one number of experts, or at least one site, found"
-            f" sites of {sorted(sizes)} experts"
+            "ROUTES_SITES must select one or more sites of the same number of experts, got sites of"
+            f" {sorted(sizes)} experts"
         )
-    return [site for site in experts if site in found]
+    return [site for site in experts if site in selected]

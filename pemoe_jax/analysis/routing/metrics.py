@@ -1,17 +1,15 @@
-"""What routers did, in numbers: shares of experts, entropies, distances of tasks, top tokens.
+"""Metrics of probed routers: expert distributions, entropies, task distances, top tokens.
 
-An expert's share of a mixture is its probability as a part of the sum of all: the same for soft
-routers, whose probabilities sum to one, and comparable for a top-k router that keeps less.
+A mean distribution divides each expert's total probability by the total over all experts. It sums
+to one for soft routers and for top-k routers, which keep only a part of the probability.
 
-Shapes: `T` tasks, `E` experts. A site is 'decoder/layers_3/mlp/gate'.
+Shapes: `T` tasks, `E` experts. A site is a path such as 'decoder/layers_3/mlp/gate'.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -20,13 +18,13 @@ from pemoe_jax.analysis.routing import probe
 MAX_TOP_TOKENS = 10
 DISTANCE_DEFINITION = (
     "square root of the Jensen-Shannon divergence (base 2, so 0 to 1) of two tasks' mean"
-    " distributions over experts, the divergence being the mean over the sites"
+    " distributions over experts, with the divergence averaged over the sites"
 )
 
 
 @dataclass(frozen=True)
 class ProbedTask:
-    """A task that was looked at; `seen`: trained on; None: not known."""
+    """A probed task; `seen`: whether the run was trained on its dataset, None if unknown."""
 
     name: str
     dataset: str
@@ -37,19 +35,19 @@ class ProbedTask:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the routers of one run did.
+    """The probe's totals for one run, with the names needed to read them.
 
     Attributes:
-      about: of the run: name, method, checkpoint, step, …
-      tasks: T of them, in the order of the rows of `totals`.
-      totals: as numpy arrays.
-      experts: {site: E} of every router, in the order of layers.
-      sites: those that tables, maps, distances and tokens are of.
-      pieces: the text of the token ids that were met.
-      min_count: tokens met less often are no top tokens.
+      about: the run's name, method, checkpoint, step and parameter counts.
+      tasks: T tasks, in the order of the rows of `totals`.
+      totals: totals as NumPy arrays.
+      experts: {site: E} of every router, in layer order.
+      sites: sites shown in maps, distances and token tables.
+      pieces: {token id: text} of the tokens that occurred.
+      min_count: top tokens must occur at least this often.
     """
 
-    about: dict[str, Any]
+    about: dict[str, object]
     tasks: list[ProbedTask]
     totals: probe.ProbeTotals
     experts: dict[str, int]
@@ -58,29 +56,38 @@ class ProbeResult:
     min_count: int = 5
 
     @property
-    def names(self) -> list[str]:
-        """The tasks' names."""
+    def task_names(self) -> list[str]:
         return [task.name for task in self.tasks]
 
     @property
-    def seen(self) -> list[str] | None:
-        """The names of tasks that were trained on; None: not known."""
+    def seen_tasks(self) -> list[str] | None:
+        """Names of the tasks that the run was trained on; None if unknown."""
         if any(task.seen is None for task in self.tasks):
             return None
         return [task.name for task in self.tasks if task.seen]
 
+    def distributions(self, site: str) -> np.ndarray:
+        """Returns each task's mean distribution over experts [T, E]; zeros without tokens."""
+        return mean_distributions(self.totals, site)
+
 
 @dataclass(frozen=True)
 class RouterEntropy:
-    """A router's entropies as shares of log E, each task counting alike.
+    """Entropies of one router, with every task weighted equally.
 
     Attributes:
-      site, stack, layer, kind: 'decoder/layers_3/mlp/gate', 'decoder', 3, 'gate'.
-      token_entropy: the mean of single distributions' entropies: 0 decided, 1 undecided.
-      mean_entropy: the entropy of their mean: 0 one expert does it all, 1 all are used alike.
-      task_bits: what of it is lost within tasks, in bits: 0 where the mixture does not hang on
-        the task, at most log2 of the lesser of T and E (the Jensen-Shannon divergence of all).
-      mass: the mean sum of the probabilities; 1 but for a top-k router that does not renormalise.
+      site: 'decoder/layers_3/mlp/gate'.
+      stack: 'decoder'.
+      layer: 3.
+      kind: 'gate'.
+      token_entropy: mean entropy of single tokens' distributions over log E; 0: each token uses one
+        expert, 1: each token uses all experts equally.
+      mean_entropy: entropy of the mean distribution over log E; 0: one expert serves all tokens,
+        1: all experts are used equally.
+      task_bits: Jensen-Shannon divergence of all tasks in bits, at most log2(min(T, E)); 0: the
+        mixture does not depend on the task.
+      mass: mean sum of a token's probabilities; below 1 only for a top-k router that does not
+        renormalize.
     """
 
     site: str
@@ -94,75 +101,77 @@ class RouterEntropy:
 
 
 def mean_distributions(totals: probe.ProbeTotals, site: str) -> np.ndarray:
-    """[T, E] each task's mean distribution over experts; of a task without tokens zeros."""
-    return _scaled(totals.probs[site])
+    """Returns mean distributions over experts [T, E]; zeros for a task without tokens."""
+    return _normalize(np.asarray(totals.probs[site]))
 
 
-def _scaled(totals: np.ndarray) -> np.ndarray:
-    totals = np.asarray(totals, np.float64)
-    return totals / np.maximum(totals.sum(axis=-1, keepdims=True), 1e-30)
+def _normalize(sums: np.ndarray) -> np.ndarray:
+    sums = sums.astype(np.float64)
+    return sums / np.maximum(sums.sum(axis=-1, keepdims=True), 1e-30)
 
 
 def entropy_bits(probs: np.ndarray) -> np.ndarray:
-    """Distributions [..., E] -> [...] in bits."""
+    """Returns the entropies in bits of distributions [..., E]."""
     logs = np.log2(probs, where=probs > 0, out=np.zeros_like(probs, dtype=np.float64))
     return np.maximum(-(probs * logs).sum(axis=-1), 0.0)
 
 
 def jensen_shannon(probs: np.ndarray) -> np.ndarray:
-    """[T, E] -> [T, T] Jensen-Shannon divergences in bits, 0 to 1."""
-    middle = entropy_bits((probs[:, None] + probs[None]) / 2)
-    own = entropy_bits(probs)
-    found = np.clip(middle - (own[:, None] + own[None]) / 2, 0.0, 1.0)
-    np.fill_diagonal(found, 0.0)
-    return found
+    """Returns the pairwise Jensen-Shannon divergences [T, T] in bits of distributions [T, E]."""
+    entropy = entropy_bits(probs)
+    midpoint = entropy_bits((probs[:, None] + probs[None]) / 2)
+    divergences = np.clip(midpoint - (entropy[:, None] + entropy[None]) / 2, 0.0, 1.0)
+    # Rounding leaves about 1e-16 there, whose square root would be a visible distance.
+    np.fill_diagonal(divergences, 0.0)
+    return divergences
 
 
-def task_distances(routing: ProbeResult) -> np.ndarray:
-    """[T, T], see `DISTANCE`; it is a metric."""
-    parts = [jensen_shannon(mean_distributions(routing.totals, site)) for site in routing.sites]
-    return np.sqrt(np.mean(parts, axis=0))
+def task_distances(result: ProbeResult) -> np.ndarray:
+    """Returns the distances [T, T] of `DISTANCE_DEFINITION`."""
+    # The root makes it a metric (Endres and Schindelin, 2003), as average linkage expects.
+    divergences = [jensen_shannon(result.distributions(site)) for site in result.sites]
+    return np.sqrt(np.mean(divergences, axis=0))
 
 
-def nearest_trained(routing: ProbeResult) -> dict[str, tuple[str, float]]:
-    """{unseen task: (the nearest seen one, its distance)}; empty where one kind is missing."""
-    found = task_distances(routing)
-    seen = [i for i, task in enumerate(routing.tasks) if task.seen]
-    unseen = [i for i, task in enumerate(routing.tasks) if task.seen is False]
-    if not seen:
+def nearest_trained(result: ProbeResult) -> dict[str, tuple[str, float]]:
+    """Returns {held-out task: (nearest trained task, distance)}; empty without both kinds."""
+    distances, names = task_distances(result), result.task_names
+    trained = [i for i, task in enumerate(result.tasks) if task.seen]
+    held_out = [i for i, task in enumerate(result.tasks) if task.seen is False]
+    if not trained:
         return {}
-    nearest = {i: min(seen, key=lambda j, i=i: found[i, j]) for i in unseen}  # type: ignore[misc]
-    names = routing.names
-    return {names[i]: (names[j], float(found[i, j])) for i, j in nearest.items()}
+    nearest = {i: trained[int(np.argmin(distances[i, trained]))] for i in held_out}
+    return {names[i]: (names[j], float(distances[i, j])) for i, j in nearest.items()}
 
 
-def router_entropies(routing: ProbeResult) -> list[RouterEntropy]:
-    """Entropies of every router, in the order of layers."""
-    return [_layer(routing, site, size) for site, size in routing.experts.items()]
+def router_entropies(result: ProbeResult) -> list[RouterEntropy]:
+    """Returns the entropies of every router, in layer order."""
+    return [_router_entropy(result.totals, *item) for item in result.experts.items()]
 
 
-def _layer(routing: ProbeResult, site: str, experts: int) -> RouterEntropy:
-    totals, stack = routing.totals, probe.token_stack(site)
-    tokens = np.asarray(totals.num_tokens[stack], np.float64)
-    there = tokens > 0
-    most = np.log2(experts) or 1.0  # of one expert all entropies are 0
-    probs = mean_distributions(totals, site)[there]
-    single = np.asarray(totals.entropy[site], np.float64)[there] / tokens[there] / np.log(2)
-    mean_entropy = float(entropy_bits(probs.mean(axis=0)))
-    place, layer, kind = split_site(site)
+def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> RouterEntropy:
+    num_tokens = np.asarray(totals.num_tokens[probe.token_stack(site)], np.float64)
+    has_tokens = num_tokens > 0
+    num_tokens = num_tokens[has_tokens]
+    max_bits = np.log2(num_experts) or 1.0  # all entropies of a single expert are 0
+    distributions = mean_distributions(totals, site)[has_tokens]
+    token_bits = np.asarray(totals.entropy[site], np.float64)[has_tokens] / num_tokens / np.log(2)
+    mean_bits = float(entropy_bits(distributions.mean(axis=0)))
+    masses = np.asarray(totals.probs[site]).sum(axis=-1)[has_tokens] / num_tokens
+    stack, layer, kind = _split_site(site)
     return RouterEntropy(
         site=site,
-        stack=place,
+        stack=stack,
         layer=layer,
         kind=kind,
-        token_entropy=float(single.mean() / most),
-        mean_entropy=mean_entropy / most,
-        task_bits=max(0.0, mean_entropy - float(entropy_bits(probs).mean())),
-        mass=float((np.asarray(totals.probs[site]).sum(axis=-1)[there] / tokens[there]).mean()),
+        token_entropy=float(token_bits.mean() / max_bits),
+        mean_entropy=mean_bits / max_bits,
+        task_bits=max(0.0, mean_bits - float(entropy_bits(distributions).mean())),
+        mass=float(masses.mean()),
     )
 
 
-def split_site(site: str) -> tuple[str, int, str]:
+def _split_site(site: str) -> tuple[str, int, str]:
     """'decoder/layers_3/encoder_decoder_attention/key' -> ('decoder', 3, 'cross key')."""
     stack, layer, module, name = site.split("/")
     prefix = "cross " if module == "encoder_decoder_attention" else "self "
@@ -172,7 +181,7 @@ def split_site(site: str) -> tuple[str, int, str]:
 
 @dataclass(frozen=True)
 class TopToken:
-    """A token that an expert has more of than an even share; `ratio` is its share times E."""
+    """A token with its count; `ratio` is its mean probability of an expert as a multiple of 1/E."""
 
     id: int
     piece: str
@@ -180,26 +189,22 @@ class TopToken:
     ratio: float
 
 
-def top_tokens(routing: ProbeResult, site: str, most: int = MAX_TOP_TOKENS) -> list[list[TopToken]]:
-    """Of each of E experts the tokens with its largest share, where that is above an even one.
+def top_tokens(result: ProbeResult, site: str, limit: int = MAX_TOP_TOKENS) -> list[list[TopToken]]:
+    """Returns, for each of E experts, the tokens with the largest ratios above 1.
 
-    Tokens met less often than `min_count` are left out.
+    Tokens that occur fewer than `min_count` times are left out.
     """
-    counts = np.asarray(routing.totals.token_counts[probe.token_stack(site)])
-    ids = np.flatnonzero(counts >= routing.min_count)
-    ratios = _scaled(np.asarray(routing.totals.token_probs[site])[ids]) * routing.experts[site]
-    found = []
-    for column in ratios.T:
-        order = np.lexsort((-counts[ids], -column))[:most]
-        order = order[column[order] > 1]
-        found.append(
+    counts = np.asarray(result.totals.token_counts[probe.token_stack(site)])
+    ids = np.flatnonzero(counts >= result.min_count)
+    probs = _normalize(np.asarray(result.totals.token_probs[site])[ids])  # [ids, E]
+    tokens_by_expert = []
+    for ratios in (probs * result.experts[site]).T:
+        order = np.lexsort((-counts[ids], -ratios))[:limit]  # ties: the more frequent token first
+        tokens_by_expert.append(
             [
-                TopToken(int(ids[i]), _piece(routing.pieces, int(ids[i])), int(counts[ids[i]]), r)
-                for i, r in zip(order, column[order].tolist(), strict=True)
+                TopToken(token, result.pieces.get(token, f"<{token}>"), int(counts[token]), ratio)
+                for token, ratio in zip(ids[order].tolist(), ratios[order].tolist(), strict=True)
+                if ratio > 1
             ]
         )
-    return found
-
-
-def _piece(pieces: Mapping[int, str], token: int) -> str:
-    return pieces.get(token, f"<{token}>")
+    return tokens_by_expert

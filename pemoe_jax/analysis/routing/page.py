@@ -1,4 +1,4 @@
-"""What routers did as one HTML page that holds its pictures, as Markdown, and as files."""
+"""Routing results as files: one self-contained HTML page, Markdown, JSON, CSV and pictures."""
 
 from __future__ import annotations
 
@@ -7,80 +7,82 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pemoe_jax.analysis import plots, tables
 from pemoe_jax.analysis.routing import metrics
-from pemoe_jax.analysis.routing import plots as plots_lib
-from pemoe_jax.analysis.routing import tables as tables_lib
+from pemoe_jax.analysis.routing import plots as routing_plots
+from pemoe_jax.analysis.routing import tables as routing_tables
 from pemoe_jax.analysis.routing.metrics import ProbeResult
 from pemoe_jax.analysis.tables import Table
 
-_DPI = 150  # of the pictures, see `plots.pyplot`; a page has 96 pixels an inch
+if TYPE_CHECKING:
+    import jinja2
+
+_PNG_DPI = 150  # of `plots.pyplot`
+_CSS_DPI = 96
 _MAP, _ENTROPY, _TREE = "map", "entropy", "tasks"
 _ALT = {
     _MAP: "Map: mean probability of each expert for each task",
     _ENTROPY: "Entropy of the routers by layer",
-    _TREE: "Tree of tasks by the distance of their routing",
+    _TREE: "Dendrogram of tasks by the distance of their routing",
 }
 
 
-def draw_plots(routing: ProbeResult, folder: Path) -> None:
-    """Writes <run>_map.png, <run>_entropy.png and, of several tasks, <run>_tasks.png."""
-    name = routing.about["name"]
+def draw_plots(result: ProbeResult, folder: Path) -> None:
+    """Writes <run>_map.png, <run>_entropy.png and, for several tasks, <run>_tasks.png."""
+    name = result.about["name"]
     plots.routing_map(
         {
-            site: dict(
-                zip(routing.names, metrics.mean_distributions(routing.totals, site), strict=True)
-            )
-            for site in routing.sites
+            site: dict(zip(result.task_names, result.distributions(site), strict=True))
+            for site in result.sites
         },
-        _png(routing, folder, _MAP),
-        seen=routing.seen,
+        _png(result, folder, _MAP),
+        seen=result.seen_tasks,
         fold=None,
         title=f"Where tasks are routed: {name}",
-        measure=tables_lib.value_name(routing),
+        measure=routing_tables.value_name(result),
     )
-    plots_lib.plot_entropies(
-        metrics.router_entropies(routing),
-        _png(routing, folder, _ENTROPY),
+    routing_plots.plot_entropies(
+        metrics.router_entropies(result),
+        _png(result, folder, _ENTROPY),
         title=f"Entropy of the routers by layer: {name}",
     )
-    if len(routing.tasks) > 1:
-        plots_lib.plot_dendrogram(
-            metrics.task_distances(routing),
-            routing.names,
-            _png(routing, folder, _TREE),
-            seen=routing.seen,
+    if len(result.tasks) > 1:
+        routing_plots.plot_dendrogram(
+            metrics.task_distances(result),
+            result.task_names,
+            _png(result, folder, _TREE),
+            seen=result.seen_tasks,
             title=f"Which tasks are routed alike: {name}",
         )
 
 
-def _png(routing: ProbeResult, folder: Path, kind: str) -> Path:
-    return folder / f"{routing.about['name']}_{kind}.png"
+def _png(result: ProbeResult, folder: Path, kind: str) -> Path:
+    return folder / f"{result.about['name']}_{kind}.png"
 
 
-def _kinds(routing: ProbeResult) -> list[str]:
-    return [_MAP, _ENTROPY, *([_TREE] if len(routing.tasks) > 1 else [])]
+def _plot_kinds(result: ProbeResult) -> list[str]:
+    return [_MAP, _ENTROPY, _TREE] if len(result.tasks) > 1 else [_MAP, _ENTROPY]
 
 
-def render_files(routings: Sequence[ProbeResult], folder: Path) -> dict[str, str]:
-    """{name: content} of the files beside the pictures, which `draw` has written to the folder."""
+def render_files(results: Sequence[ProbeResult], folder: Path) -> dict[str, str]:
+    """Returns {file name: content}; `draw_plots` must have written the pictures to `folder`."""
     return {
-        "routes.html": to_html(routings, folder),
-        "routes.md": to_markdown(routings, folder),
-        "routes.json": tables_lib.to_json(routings),
-        "routes.csv": tables_lib.distributions_csv(routings),
-        "distances.csv": tables_lib.distances_csv(routings),
+        "routes.html": to_html(results, folder),
+        "routes.md": to_markdown(results, folder),
+        "routes.json": routing_tables.to_json(results),
+        "routes.csv": routing_tables.distributions_csv(results),
+        "distances.csv": routing_tables.distances_csv(results),
     }
 
 
-# --- the page
+# --- HTML ---
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file as a data URI; width in the page's pixels."""
+    """A PNG file as a data URI, with its width in CSS pixels."""
 
     uri: str
     width: int
@@ -89,7 +91,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class RunSection:
-    """A run's part of the page."""
+    """A run's section of the page."""
 
     anchor: str
     name: str
@@ -99,16 +101,16 @@ class RunSection:
     by_site: Mapping[str, Table]
     entropies: Table
     nearest: Table | None
-    top_tokens: Mapping[str, list[tuple[int, list[metrics.TopToken]]]]
+    top_tokens: Mapping[str, list[list[metrics.TopToken]]]
     min_count: int
 
 
-def to_html(routings: Sequence[ProbeResult], folder: Path) -> str:
-    """The page; nothing in it is read from anywhere else."""
+def to_html(results: Sequence[ProbeResult], folder: Path) -> str:
+    """Returns the page; it embeds its pictures, so that the file can be sent on its own."""
     page: str = _template().render(
-        title="What the experts do: " + ", ".join(str(one.about["name"]) for one in routings),
-        runs=tables_lib.runs_table(routings),
-        parts=[_part(i, one, folder) for i, one in enumerate(routings)],
+        title="What the experts do: " + ", ".join(str(r.about["name"]) for r in results),
+        runs=routing_tables.runs_table(results),
+        sections=[_section(i, result, folder) for i, result in enumerate(results, 1)],
         distance=metrics.DISTANCE_DEFINITION,
         text_columns=tables.TEXT_COLUMNS,
     )
@@ -116,12 +118,12 @@ def to_html(routings: Sequence[ProbeResult], folder: Path) -> str:
 
 
 @functools.cache
-def _template() -> Any:
+def _template() -> jinja2.Template:
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=True,  # names of tasks and tokens come from data
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -129,70 +131,71 @@ def _template() -> Any:
     return environment.get_template("page.html")
 
 
-def _part(number: int, routing: ProbeResult, folder: Path) -> RunSection:
+def _section(number: int, result: ProbeResult, folder: Path) -> RunSection:
     return RunSection(
-        anchor=f"run-{number + 1}",
-        name=str(routing.about["name"]),
-        checkpoint=str(routing.about["checkpoint"]),
-        measure=tables_lib.value_name(routing),
-        pictures={kind: _picture(_png(routing, folder, kind), kind) for kind in _kinds(routing)},
-        by_site=tables_lib.site_tables(routing),
-        entropies=tables_lib.entropy_table(routing),
-        nearest=tables_lib.nearest_table(routing),
-        top_tokens={
-            site: list(enumerate(metrics.top_tokens(routing, site), 1)) for site in routing.sites
-        },
-        min_count=routing.min_count,
+        anchor=f"run-{number}",
+        name=str(result.about["name"]),
+        checkpoint=str(result.about["checkpoint"]),
+        measure=routing_tables.value_name(result),
+        pictures={kind: _picture(_png(result, folder, kind), kind) for kind in _plot_kinds(result)},
+        by_site=routing_tables.site_tables(result),
+        entropies=routing_tables.entropy_table(result),
+        nearest=routing_tables.nearest_table(result),
+        top_tokens={site: metrics.top_tokens(result, site) for site in result.sites},
+        min_count=result.min_count,
     )
 
 
 def _picture(png: Path, kind: str) -> Picture:
     content = png.read_bytes()
-    pixels = int.from_bytes(content[16:20], "big")  # of PNG's first chunk, IHDR
+    pixels = int.from_bytes(content[16:20], "big")  # the width in PNG's first chunk, IHDR
     uri = "data:image/png;base64," + base64.b64encode(content).decode()
-    return Picture(uri, round(pixels * 96 / _DPI), _ALT[kind])
+    return Picture(uri, round(pixels * _CSS_DPI / _PNG_DPI), _ALT[kind])
 
 
-# --- as text
+# --- text ---
 
 
-def to_markdown(routings: Sequence[ProbeResult], folder: Path) -> str:
-    """The tables, and links to the pictures beside."""
-    parts = ["# What the experts do", tables.markdown_table(tables_lib.runs_table(routings))]
-    for one in routings:
-        parts.append(f"# {one.about['name']}")
-        for kind in _kinds(one):
-            parts.append(f"![{_ALT[kind]}]({_png(one, folder, kind).name})")
-        near = tables_lib.nearest_table(one)
-        found = [
-            *tables_lib.site_tables(one).values(),
-            tables_lib.entropy_table(one),
-            *([near] if near else []),
-            *map(_in_code, tables_lib.token_tables(one).values()),
-        ]
-        for table in found:
+def to_markdown(results: Sequence[ProbeResult], folder: Path) -> str:
+    """Returns the tables, with links to the pictures in the same folder."""
+    parts = ["# What the experts do", tables.markdown_table(routing_tables.runs_table(results))]
+    for result in results:
+        parts.append(f"# {result.about['name']}")
+        for kind in _plot_kinds(result):
+            parts.append(f"![{_ALT[kind]}]({_png(result, folder, kind).name})")
+        nearest = routing_tables.nearest_table(result)
+        for table in [
+            *routing_tables.site_tables(result).values(),
+            routing_tables.entropy_table(result),
+            *([nearest] if nearest else []),
+            *map(_tokens_as_code, routing_tables.token_tables(result).values()),
+        ]:
             parts += [f"## {table.title}", tables.markdown_table(table), *table.notes]
         parts.append(f"Distance: {metrics.DISTANCE_DEFINITION}.")
-        parts.append(f"Tokens: those met {one.min_count} times at least, with shares above 1/E.")
+        parts.append(
+            f"Tokens: occurring at least {result.min_count} times, with a mean share above 1/E."
+        )
     return "\n\n".join(parts) + "\n"
 
 
-def _in_code(table: Table) -> Table:
-    """Tokens as code: Markdown would take `<start>` for a tag and `*` for emphasis."""
+def _tokens_as_code(table: Table) -> Table:
+    # Markdown would take `<start>` for a tag and `*` for emphasis.
     rows = [[number, "`" + tokens.replace("`", "'") + "`"] for number, tokens in table.rows]
     return Table(table.title, table.columns, rows)
 
 
-def summary(routings: Sequence[ProbeResult]) -> str:
-    """What the command prints: of each run how decided its routers are at the sites looked at."""
+def summary(results: Sequence[ProbeResult]) -> str:
+    """Returns the command's output: the entropies at each run's sites."""
     lines = []
-    for one in routings:
-        at = [layer for layer in metrics.router_entropies(one) if layer.site in one.sites]
-        width = max(len(layer.site) for layer in at)
-        lines.append(f"{one.about['name']}: entropy of each token, of the mean; bits by task")
+    for result in results:
+        routers = [r for r in metrics.router_entropies(result) if r.site in result.sites]
+        width = max(len(router.site) for router in routers)
+        lines.append(
+            f"{result.about['name']}: entropy of each token, entropy of the mean, bits by task"
+        )
         lines += [
-            f"  {layer.site:<{width}}  {layer.token_entropy:.3f}  {layer.mean_entropy:.3f}"
-            f"  {layer.task_bits:.4f}"
-            for layer in at
+            f"  {router.site:<{width}}  {router.token_entropy:.3f}  {router.mean_entropy:.3f}"
+            f"  {router.task_bits:.4f}"
+            for router in routers
         ]
     return "\n".join(lines)

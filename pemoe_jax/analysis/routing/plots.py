@@ -1,13 +1,13 @@
-"""Pictures of routing as PNG files: entropies by layer, and which tasks are routed alike.
+"""Plots of routing as PNG files: entropies by layer and a dendrogram of tasks.
 
-`plots.routing_map` draws the map of tasks and experts.
+`analysis.plots.routing_map` draws the map of tasks and experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,63 +16,73 @@ from pemoe_jax.analysis.routing import probe
 from pemoe_jax.analysis.routing.metrics import RouterEntropy
 from pemoe_jax.core.errors import InputError
 
-# By kind of site: a colour for what is projected, a line for where.
-_NAMES = {"key": 0, "value": 1, "gate": 2, "query": 3, "out": 4, "wi_0": 5, "wi_1": 2, "wo": 6}
+if TYPE_CHECKING:
+    import matplotlib.axes
+
+# A site's projection sets the color, its attention the line: self and cross keys look related.
+_COLOR_INDEX = {
+    "key": 0,
+    "value": 1,
+    "gate": 2,
+    "query": 3,
+    "out": 4,
+    "wi_0": 5,
+    "wi_1": 2,
+    "wo": 6,
+}
 _LINES = {"self": "-", "cross": (0, (4, 2)), "": "-"}
-_MARKS = {"self": "o", "cross": "s", "": "D"}
-_MEASURES = (
+_MARKERS = {"self": "o", "cross": "s", "": "D"}
+_ROWS = (
     ("token_entropy", "each token (low: it decides)"),
     ("mean_entropy", "mean over all (low: few are used)"),
 )
+_GRID = "#E6E6E6"
 
 
-def plot_entropies(layers: Sequence[RouterEntropy], png: str | Path, *, title: str) -> Path:
-    """Draws routers' entropies by layer: encoder beside decoder, tokens' above the mean's.
-
-    Where the upper ones are low routers decide; where the lower ones are low experts lie idle. The
-    two rows have scales of their own, which end at 1.
+def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: str) -> Path:
+    """Draws router entropies by layer: encoder left, decoder right; tokens above, mean below.
 
     Args:
-      layers: of all routers of a model.
-      png: the file.
-      title: of the picture.
+      routers: all routers of a model.
+      png: output file.
+      title: title of the figure.
     """
     plt = plots.pyplot()
-    stacks = [s for s in probe.STACKS if any(one.stack == s for one in layers)]
-    kinds = list(dict.fromkeys(one.kind for one in layers))
-    legend = 0.55 + max(plots.inches(kind, 9) for kind in kinds)
-    width = max(0.9 + 3.2 * len(stacks) + legend, 0.5 + plots.inches(title, 13))
+    stacks = [stack for stack in probe.STACKS if any(r.stack == stack for r in routers)]
+    kinds = list(dict.fromkeys(r.kind for r in routers))
+    legend_width = 0.55 + max(plots.inches(kind, 9) for kind in kinds)
+    width = max(0.9 + 3.2 * len(stacks) + legend_width, 0.5 + plots.inches(title, 13))
     figure, axes = plt.subplots(
         2, len(stacks), sharey="row", squeeze=False, figsize=(width, 5.2), layout="constrained"
     )
     for column, stack in enumerate(stacks):
-        for row, (measure, meaning) in enumerate(_MEASURES):
+        for row, (attribute, meaning) in enumerate(_ROWS):
             axis = axes[row, column]
             for kind in kinds:
-                _line(axis, [o for o in layers if (o.stack, o.kind) == (stack, kind)], measure)
+                line = [r for r in routers if (r.stack, r.kind) == (stack, kind)]
+                _plot_line(axis, line, attribute)
             axis.axhline(1, color=plots.FAINT, lw=0.8, ls=(0, (1, 2)))
             axis.set_title(f"{stack}, {meaning}", size=9.5, loc="left")
-            axis.grid(color="#E6E6E6", lw=0.8)
+            axis.grid(color=_GRID, lw=0.8)
             axis.set_axisbelow(True)
             axis.margins(x=0.08)
             axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axis.ticklabel_format(axis="y", useOffset=False)
             axis.tick_params(labelsize=9)
         axes[-1, column].set_xlabel("layer", size=9)
-    for (measure, _), axis in zip(_MEASURES, axes[:, 0], strict=True):
-        least = min(getattr(one, measure) for one in layers)
-        bottom = max(-0.02, 1 - 1.15 * max(1 - least, 0.02))
+    # Each row has its own scale: token entropies may differ from 1 by a thousandth only.
+    for (attribute, _), axis in zip(_ROWS, axes[:, 0], strict=True):
+        lowest = min(getattr(r, attribute) for r in routers)
+        bottom = max(-0.02, 1 - 1.15 * max(1 - lowest, 0.02))
         axis.set_ylim(bottom, 1 + 0.05 * (1 - bottom))
     figure.supylabel("entropy as a share of log E", size=9.5, color=plots.INK)
     figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", color=plots.INK)
-    found: dict[str, Any] = {}
+    handles: dict[str, object] = {}
     for axis in axes.flat:
-        handles, labels = axis.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    ordered = [kind for kind in kinds if kind in found]
+        handles |= {line.get_label(): line for line in axis.get_legend_handles_labels()[0]}
     figure.legend(
-        [found[kind] for kind in ordered],
-        ordered,
+        [handles[kind] for kind in kinds],
+        kinds,
         loc="outside right upper",
         frameon=False,
         fontsize=9,
@@ -81,19 +91,21 @@ def plot_entropies(layers: Sequence[RouterEntropy], png: str | Path, *, title: s
     return plots.save(figure, png)
 
 
-def _line(axis: Any, layers: Sequence[RouterEntropy], measure: str) -> None:
-    if not layers:
+def _plot_line(
+    axis: matplotlib.axes.Axes, routers: Sequence[RouterEntropy], attribute: str
+) -> None:
+    if not routers:
         return
-    where, _, name = layers[0].kind.rpartition(" ")
+    attention, _, name = routers[0].kind.rpartition(" ")
     axis.plot(
-        [one.layer for one in layers],
-        [getattr(one, measure) for one in layers],
-        color=plots.COLOURS[_NAMES.get(name, len(_NAMES)) % len(plots.COLOURS)],
-        ls=_LINES.get(where, "-"),
-        marker=_MARKS.get(where, "D"),
-        ms=4.5 if len(layers) <= 12 else 3,
+        [r.layer for r in routers],
+        [getattr(r, attribute) for r in routers],
+        color=plots.COLOURS[_COLOR_INDEX[name]],
+        ls=_LINES[attention],
+        marker=_MARKERS[attention],
+        ms=4.5 if len(routers) <= 12 else 3,
         lw=1.6,
-        label=layers[0].kind,
+        label=routers[0].kind,
     )
 
 
@@ -105,31 +117,32 @@ def plot_dendrogram(
     seen: Collection[str] | None = None,
     title: str,
 ) -> Path:
-    """Draws tasks as leaves of a tree that joins the nearest first (average linkage).
+    """Draws the dendrogram of tasks with average linkage.
 
     Args:
       distances: [T, T].
       tasks: T names, at least two.
-      png: the file.
-      seen: those trained on; the others are coloured.
-      title: of the picture.
+      png: output file.
+      seen: tasks trained on; the others are colored.
+      title: title of the figure.
 
     Raises:
       InputError: there are fewer than two tasks.
     """
     if len(tasks) < 2:
-        raise InputError(f"dendrogram: expected two tasks at least, found {len(tasks)}")
+        raise InputError(f"a dendrogram needs at least 2 tasks, got {len(tasks)}")
     from scipy.cluster import hierarchy
     from scipy.spatial import distance
 
-    joined = hierarchy.linkage(
+    linkage = hierarchy.linkage(
         distance.squareform(distances, checks=False), "average", optimal_ordering=True
     )
-    joined[:, 2] = np.maximum(joined[:, 2], 1e-6)  # no axis of no length where all are alike
+    linkage[:, 2] = np.maximum(linkage[:, 2], 1e-6)  # equal tasks would leave an axis of length 0
     plt = plots.pyplot()
-    row, left, bottom, tree = 0.19, 0.2, 0.75, 5.0  # inches
-    coloured = seen is not None and 0 < sum(task in seen for task in tasks) < len(tasks)
-    top = 0.85 if coloured else 0.6
+    # In inches, so that labels and rows keep their size for any number of tasks.
+    row, left, bottom, tree = 0.19, 0.2, 0.75, 5.0
+    is_colored = seen is not None and 0 < sum(task in seen for task in tasks) < len(tasks)
+    top = 0.85 if is_colored else 0.6
     labels = 0.2 + max(plots.inches(task, 8) for task in tasks)
     width = max(left + tree + labels, 0.5 + plots.inches(title, 13))
     height = top + row * len(tasks) + bottom
@@ -137,15 +150,14 @@ def plot_dendrogram(
     figure.text(
         0.15 / width, 1 - 0.3 / height, title, size=12, weight="bold", va="center", c=plots.INK
     )
-    if coloured:
-        kinds = (("trained on", plots.INK), ("held out", plots.ACCENT))
+    if is_colored:
         x = 0.15
-        for text, colour in kinds:
-            figure.text(x / width, 1 - 0.58 / height, text, size=9, va="center", c=colour)
+        for text, color in (("trained on", plots.INK), ("held out", plots.ACCENT)):
+            figure.text(x / width, 1 - 0.58 / height, text, size=9, va="center", c=color)
             x += plots.inches(text, 9) + 0.2
     axis = figure.add_axes((left / width, bottom / height, tree / width, row * len(tasks) / height))
     drawn = hierarchy.dendrogram(
-        joined,
+        linkage,
         orientation="left",
         labels=list(tasks),
         ax=axis,
@@ -153,12 +165,12 @@ def plot_dendrogram(
         leaf_font_size=8,
     )
     for task, label in zip(drawn["ivl"], axis.get_yticklabels(), strict=True):
-        label.set_color(plots.ACCENT if coloured and seen and task not in seen else plots.INK)
-    axis.set_xlim(left=joined[-1, 2] * 1.03, right=0)
+        label.set_color(plots.ACCENT if is_colored and seen and task not in seen else plots.INK)
+    axis.set_xlim(left=linkage[-1, 2] * 1.03, right=0)
     axis.tick_params(axis="y", length=0, pad=4)
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["left"]].set_visible(False)
-    axis.set_xlabel("distance at which they join (0: routed alike, 1: by other experts)", size=9)
-    axis.grid(axis="x", color="#E6E6E6", lw=0.8)
+    axis.set_xlabel("distance of the merge (0: same routing, 1: no expert in common)", size=9)
+    axis.grid(axis="x", color=_GRID, lw=0.8)
     axis.set_axisbelow(True)
     return plots.save(figure, png)

@@ -1,12 +1,11 @@
-"""What routers do with tasks and with tokens: totals over batches, which stay on the device.
+"""Totals of router probabilities by task and by token, accumulated on the device.
 
-Shapes: `T` tasks, `V` token ids, `E` experts of a site. A site is named by its path in the
-parameters, e.g. 'decoder/layers_3/mlp/gate'.
+Shapes: `T` tasks, `V` vocabulary, `E` experts of a site. A site is the parameter path of a router's
+adapter without its suffix, e.g. 'decoder/layers_3/mlp/gate'.
 """
 
 import functools
 from collections.abc import Callable, Collection
-from typing import Any
 
 import flax.struct
 import jax
@@ -22,130 +21,135 @@ STACKS = ("encoder", "decoder")
 _MODULES = ("attention", "self_attention", "encoder_decoder_attention", "mlp")
 _SUFFIX = "_adapter/probs"
 
-# Sums stay exact where products of matrices are of fewer bits by default (GPU, TPU).
+# GPUs and TPUs multiply float32 matrices with fewer bits by default, which would round the counts.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @flax.struct.dataclass
 class ProbeTotals:
-    """Sums over real tokens, of head-wise routers the mean over heads; all float32.
+    """Sums over non-padding tokens, all float32; head-wise routers are averaged over their heads.
 
     Attributes:
-      probs: {site: [T, E]} of what mixes the experts, at every router.
-      entropy: {site: [T]} of the entropies of what mixes them, scaled to sum to one, in nats.
-      num_tokens: {stack: [T]} how many there are.
-      token_probs: {site: [V, E]} as `probs`, by the token's id, at the sites that were asked for.
-      token_counts: {stack: [V]} how many there are of each id.
+      probs: {site: [T, E]} router probabilities, at every router.
+      entropy: {site: [T]} entropies in nats of the probabilities normalized to sum to one.
+      num_tokens: {stack: [T]} number of tokens.
+      token_probs: {site: [V, E]} router probabilities by token id, at the requested sites.
+      token_counts: {stack: [V]} number of tokens by token id.
     """
 
-    probs: dict[str, Any]
-    entropy: dict[str, Any]
-    num_tokens: dict[str, Any]
-    token_probs: dict[str, Any]
-    token_counts: dict[str, Any]
+    probs: dict[str, Array]
+    entropy: dict[str, Array]
+    num_tokens: dict[str, Array]
+    token_probs: dict[str, Array]
+    token_counts: dict[str, Array]
 
 
-Probe = Callable[[Any, Any, Array, ProbeTotals], ProbeTotals]
+Probe = Callable[[params_lib.Params, steps.Batch, Array, ProbeTotals], ProbeTotals]
 
 
 def expert_counts(model: network.Transformer) -> dict[str, int]:
-    """{site: E} of every router, in the order of the layers; empty for a method without any."""
+    """Returns {site: E} of every router in layer order; empty if the method has no routers."""
     shapes = params_lib.flatten(network.param_shapes(model))
     return {
         path.removesuffix("_adapter"): shapes[f"{path}/router/kernel"].shape[-1]
-        for path in sorted(steps.router_paths(model), key=_by_layer)
+        for path in sorted(steps.router_paths(model), key=_layer_order)
     }
 
 
-def _by_layer(path: str) -> tuple[int, int, int, int]:
+def _layer_order(path: str) -> tuple[int, int, int, int]:
     stack, layer, module, site = path.removesuffix("_adapter").split("/")
     order = _MODULES.index(module), list(adapters.SITES).index(site)
     return STACKS.index(stack), int(layer.removeprefix("layers_")), *order
 
 
 def token_stack(site: str) -> str:
-    """Whose tokens are routed there: cross-attention's keys and values are the encoder's."""
-    of_encoder = site.startswith("encoder/") or site.endswith(
+    """Returns the stack whose tokens a site's router reads."""
+    # Cross-attention projects the encoder's output to keys and values.
+    reads_encoder = site.startswith("encoder/") or site.endswith(
         ("encoder_decoder_attention/key", "encoder_decoder_attention/value")
     )
-    return STACKS[0] if of_encoder else STACKS[1]
+    return STACKS[0] if reads_encoder else STACKS[1]
 
 
 def init_totals(
-    model: network.Transformer, tasks: int, token_sites: Collection[str] = ()
+    model: network.Transformer, num_tasks: int, token_sites: Collection[str] = ()
 ) -> ProbeTotals:
-    """Zeros to begin with.
+    """Returns totals of zeros.
 
     Args:
-      model: with routers.
-      tasks: T.
-      token_sites: where totals by token are wanted.
+      model: network with routers.
+      num_tasks: T.
+      token_sites: sites whose probabilities are also summed by token id.
 
     Raises:
-      InputError: there is no router at one of them.
+      InputError: a token site has no router.
     """
-    found = expert_counts(model)
-    missing = [site for site in token_sites if site not in found]
-    if missing:
-        raise InputError(f"no router at {missing[0]!r}: expected some of {list(found)}")
-    vocab = model.config.vocab_size
+    counts = expert_counts(model)
+    unknown = [site for site in token_sites if site not in counts]
+    if unknown:
+        raise InputError(f"token_sites must be among {list(counts)}, got {unknown[0]!r}")
+    vocab_size = model.config.vocab_size
     return ProbeTotals(
-        probs={site: jnp.zeros((tasks, size)) for site, size in found.items()},
-        entropy={site: jnp.zeros(tasks) for site in found},
-        num_tokens={stack: jnp.zeros(tasks) for stack in STACKS},
-        token_probs={site: jnp.zeros((vocab, found[site])) for site in token_sites},
-        token_counts={stack: jnp.zeros(vocab) for stack in STACKS},
+        probs={site: jnp.zeros((num_tasks, size)) for site, size in counts.items()},
+        entropy={site: jnp.zeros(num_tasks) for site in counts},
+        num_tokens={stack: jnp.zeros(num_tasks) for stack in STACKS},
+        token_probs={site: jnp.zeros((vocab_size, counts[site])) for site in token_sites},
+        token_counts={stack: jnp.zeros(vocab_size) for stack in STACKS},
     )
 
 
 def make_probe(model: network.Transformer) -> Probe:
-    """Returns the jitted probe(params, batch, tasks, totals) -> totals; `totals` is donated.
+    """Returns the jitted `probe(params, batch, task_ids, totals) -> totals`; donates `totals`.
 
-    The batch is unpacked, in T5X's names, with the right answers as targets, and `tasks` int [B]
-    has each row's number below T. Where decoder sites are asked by token, it is the token that the
-    decoder reads (0: the start), not the one that it predicts.
+    `batch` is an unpacked batch under T5X's names with the correct answers as targets; `task_ids`
+    int32 [B] holds each row's task, below T. Decoder totals are keyed by the token that the decoder
+    reads (0: the start token), not by the one it predicts.
     """
 
-    def probe(params: Any, batch: Any, tasks: Array, totals: ProbeTotals) -> ProbeTotals:
-        _, told = steps.apply_model(model, params, batch, None, mutable=["intermediates"])
-        read = {
-            STACKS[0]: batch["encoder_input_tokens"],
-            STACKS[1]: batch["decoder_input_tokens"],
+    def probe(
+        params: params_lib.Params, batch: steps.Batch, task_ids: Array, totals: ProbeTotals
+    ) -> ProbeTotals:
+        _, collections = steps.apply_model(model, params, batch, None, mutable=["intermediates"])
+        token_ids = {stack: batch[f"{stack}_input_tokens"] for stack in STACKS}
+        # The decoder's first input token has the id of padding, so its mask comes from the targets.
+        masks = {
+            "encoder": (batch["encoder_input_tokens"] > 0).astype(jnp.float32),
+            "decoder": (batch["decoder_target_tokens"] > 0).astype(jnp.float32),
         }
-        real = {
-            STACKS[0]: batch["encoder_input_tokens"] > 0,
-            STACKS[1]: batch["decoder_target_tokens"] > 0,
-        }
-        weights = {stack: valid.astype(jnp.float32) for stack, valid in real.items()}
-        rows = jax.nn.one_hot(tasks, totals.num_tokens[STACKS[0]].shape[0])  # [B, T]
+        task_one_hot = jax.nn.one_hot(task_ids, totals.num_tokens["encoder"].shape[0])  # [B, T]
         probs, entropy = dict(totals.probs), dict(totals.entropy)
         token_probs = dict(totals.token_probs)
-        for path, (p,) in params_lib.flatten(told["intermediates"]).items():
+        for path, (site_probs,) in params_lib.flatten(collections["intermediates"]).items():
             site = path.removesuffix(_SUFFIX)
             stack = token_stack(site)
-            p, h = _over_heads(p)
-            weight = weights[stack]
-            probs[site] += _einsum("bt,ble,bl->te", rows, p, weight)
-            entropy[site] += _einsum("bt,bl,bl->t", rows, h, weight)
+            p, h = _average_heads(site_probs)
+            probs[site] += _einsum("bt,ble,bl->te", task_one_hot, p, masks[stack])
+            entropy[site] += _einsum("bt,bl,bl->t", task_one_hot, h, masks[stack])
             if site in token_probs:
-                token_probs[site] = token_probs[site].at[read[stack]].add(p * weight[..., None])
+                masked = p * masks[stack][..., None]  # [B, L, E]
+                token_probs[site] = token_probs[site].at[token_ids[stack]].add(masked)
         return ProbeTotals(
             probs=probs,
             entropy=entropy,
             num_tokens={
-                s: totals.num_tokens[s] + _einsum("bt,bl->t", rows, weights[s]) for s in STACKS
+                stack: count + _einsum("bt,bl->t", task_one_hot, masks[stack])
+                for stack, count in totals.num_tokens.items()
             },
             token_probs=token_probs,
-            token_counts={s: totals.token_counts[s].at[read[s]].add(weights[s]) for s in STACKS},
+            token_counts={
+                stack: count.at[token_ids[stack]].add(masks[stack])
+                for stack, count in totals.token_counts.items()
+            },
         )
 
     return jax.jit(probe, donate_argnums=(3,))
 
 
-def _over_heads(probs: Array) -> tuple[Array, Array]:
-    """[B, L, (H,) E] -> (probabilities [B, L, E], entropies in nats [B, L]), means over heads."""
-    share = probs / jnp.maximum(jnp.sum(probs, axis=-1, keepdims=True), 1e-9)
-    entropy = jnp.sum(jax.scipy.special.entr(share), axis=-1)
-    if probs.ndim == 4:
-        probs, entropy = jnp.mean(probs, axis=2), jnp.mean(entropy, axis=2)
+def _average_heads(probs: Array) -> tuple[Array, Array]:
+    """[B, L, (H,) E] -> probabilities [B, L, E] and entropies in nats [B, L]."""
+    # Top-k routers keep less than the full probability; the entropy is that of the mixture.
+    normalized = probs / jnp.maximum(jnp.sum(probs, axis=-1, keepdims=True), 1e-9)
+    entropy = jnp.sum(jax.scipy.special.entr(normalized), axis=-1)
+    if probs.ndim == 4:  # [B, L, H, E]
+        return jnp.mean(probs, axis=2), jnp.mean(entropy, axis=2)
     return probs, entropy

@@ -1,4 +1,4 @@
-"""What routers did as tables, CSV and JSON."""
+"""Routing metrics as tables, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,203 +15,196 @@ from pemoe_jax.analysis.routing.metrics import ProbeResult
 from pemoe_jax.analysis.tables import NONE, Table
 
 _SEEN = {True: "trained on", False: "held out", None: NONE}
+_READS = {"encoder": "input tokens", "decoder": "tokens that the decoder reads"}
+_FULL_MASS = 0.999  # float32 sums of a full distribution stay above it
 _ENTROPY_NOTE = (
-    "Entropies as shares of log E, tasks counting alike. Each token: 0 where it takes one expert, 1"
-    " where it takes all alike. Mean: of the mean over tokens and tasks; 0 where one expert does it"
-    " all. Tasks: how many bits less the entropy is within tasks (0: tasks are routed alike)."
+    "Entropies are fractions of log E; every task has the same weight. Each token: 0 if it uses"
+    " one expert, 1 if it uses all equally. Mean: the entropy of the mean over tokens and tasks; 0"
+    " if one expert serves everything. Tasks: how many bits lower the entropy is within tasks (0:"
+    " routing does not depend on the task)."
 )
-_KEPT_NOTE = (
-    "Kept: the mean sum of a token's probabilities, of which the other ones are masked. All other"
-    " figures are of the probabilities scaled to sum to one."
+_MASS_NOTE = (
+    "Kept: the mean sum of a token's probabilities after top-k. All other columns refer to"
+    " probabilities normalized to sum to one."
 )
 
 
-def value_name(routing: ProbeResult) -> str:
-    """What a mean distribution is called: probabilities are scaled where some are masked."""
-    whole = all(layer.mass > 0.999 for layer in metrics.router_entropies(routing))
-    return "mean probability" if whole else "mean share of the mixture"
+def value_name(result: ProbeResult) -> str:
+    """Returns what the values of mean distributions are: top-k probabilities are normalized."""
+    is_normalized = any(router.mass <= _FULL_MASS for router in metrics.router_entropies(result))
+    return "mean share of the mixture" if is_normalized else "mean probability"
 
 
-def runs_table(routings: Sequence[ProbeResult]) -> Table:
-    """The runs and what they were shown."""
+def runs_table(results: Sequence[ProbeResult]) -> Table:
+    """Returns a row per run: the run and the examples it was probed with."""
     rows = []
-    for one in routings:
-        seen = [task.seen for task in one.tasks]
-        tokens = {stack: int(np.sum(one.totals.num_tokens[stack])) for stack in probe.STACKS}
+    for result in results:
+        seen = [task.seen for task in result.tasks]
+        is_known = None not in seen
+        tokens = [int(np.sum(result.totals.num_tokens[stack])) for stack in probe.STACKS]
         rows.append(
             [
-                str(one.about["name"]),
-                str(one.about["method"]),
-                f"{one.about['step']:,}",
-                "–".join(dict.fromkeys(map(str, sorted(set(one.experts.values()))))),
-                f"{one.about['trainable']:,}",
-                str(seen.count(True)) if None not in seen else NONE,
-                str(seen.count(False)) if None not in seen else NONE,
-                f"{sum(task.examples for task in one.tasks):,}",
-                f"{tokens['encoder']:,} + {tokens['decoder']:,}",
+                str(result.about["name"]),
+                str(result.about["method"]),
+                f"{result.about['step']:,}",
+                "–".join(map(str, sorted(set(result.experts.values())))),
+                f"{result.about['trainable']:,}",
+                str(seen.count(True)) if is_known else NONE,
+                str(seen.count(False)) if is_known else NONE,
+                f"{sum(task.examples for task in result.tasks):,}",
+                f"{tokens[0]:,} + {tokens[1]:,}",
             ]
         )
     columns = ["run", "method", "step", "experts", "trainable", "tasks trained on", "held out"]
     return Table("Runs", [*columns, "examples", "tokens in + out"], rows)
 
 
-def site_tables(routing: ProbeResult) -> dict[str, Table]:
-    """{site: its mean distributions, a row a task, a column an expert}."""
-    found = {}
-    for site in routing.sites:
-        shares = metrics.mean_distributions(routing.totals, site)
-        tokens = routing.totals.num_tokens[probe.token_stack(site)]
+def site_tables(result: ProbeResult) -> dict[str, Table]:
+    """Returns {site: table of mean distributions}, with a row per task and a column per expert."""
+    tables = {}
+    for site in result.sites:
+        distributions = result.distributions(site)
+        num_tokens = result.totals.num_tokens[probe.token_stack(site)]
         rows = [
-            [task.name, task.dataset, _SEEN[task.seen], f"{int(count):,}"]
-            + [f"{value:.3f}" for value in row]
-            for task, row, count in zip(routing.tasks, shares, tokens, strict=True)
+            [task.name, task.dataset, _SEEN[task.seen], f"{int(count):,}", *_decimals(row)]
+            for task, row, count in zip(result.tasks, distributions, num_tokens, strict=True)
         ]
-        experts = [str(number + 1) for number in range(shares.shape[1])]
-        even = [f"{1 / len(experts):.3f}"] * len(experts)
-        mean = [f"{value:.3f}" for value in shares.mean(axis=0)]
-        found[site] = Table(
-            f"{site}: {value_name(routing)} by expert",
+        num_experts = result.experts[site]
+        mean, uniform = distributions.mean(axis=0), np.full(num_experts, 1 / num_experts)
+        experts = [str(number + 1) for number in range(num_experts)]
+        tables[site] = Table(
+            f"{site}: {value_name(result)} by expert",
             ["prompt", "data set", "seen", "tokens", *experts],
             rows,
-            below=[["mean over tasks", "", "", "", *mean], ["all alike", "", "", "", *even]],
+            below=[
+                ["mean over tasks", "", "", "", *_decimals(mean)],
+                ["uniform", "", "", "", *_decimals(uniform)],
+            ],
         )
-    return found
+    return tables
 
 
-def entropy_table(routing: ProbeResult) -> Table:
-    """A row a router, of all layers."""
-    layers = metrics.router_entropies(routing)
-    partly = any(layer.mass <= 0.999 for layer in layers)
-    rows = [
-        [
-            layer.site,
-            f"{layer.token_entropy:.4f}",
-            f"{layer.mean_entropy:.4f}",
-            f"{layer.task_bits:.4f}",
-        ]
-        + ([f"{layer.mass:.3f}"] if partly else [])
-        for layer in layers
-    ]
-    columns = ["site", "each token", "mean", "tasks (bits)", *(["kept"] if partly else [])]
-    notes = [_ENTROPY_NOTE, *([_KEPT_NOTE] if partly else [])]
+def _decimals(values: np.ndarray) -> list[str]:
+    return [f"{value:.3f}" for value in values]
+
+
+def entropy_table(result: ProbeResult) -> Table:
+    """Returns a row per router, of all layers."""
+    routers = metrics.router_entropies(result)
+    shows_mass = any(router.mass <= _FULL_MASS for router in routers)
+    rows = []
+    for router in routers:
+        values = [router.token_entropy, router.mean_entropy, router.task_bits]
+        mass = [f"{router.mass:.3f}"] if shows_mass else []
+        rows.append([router.site, *(f"{value:.4f}" for value in values), *mass])
+    columns = ["site", "each token", "mean", "tasks (bits)", *(["kept"] if shows_mass else [])]
+    notes = [_ENTROPY_NOTE, *([_MASS_NOTE] if shows_mass else [])]
     return Table("Entropy of the routers", columns, rows, notes=notes)
 
 
-def nearest_table(routing: ProbeResult) -> Table | None:
-    """Of each held-out task the trained one that is routed most alike; None where none is."""
-    found = metrics.nearest_trained(routing)
-    if not found:
+def nearest_table(result: ProbeResult) -> Table | None:
+    """Returns the nearest training task of each held-out task; None without tasks of both kinds."""
+    nearest = metrics.nearest_trained(result)
+    if not nearest:
         return None
-    rows = [[name, near, f"{far:.4f}"] for name, (near, far) in found.items()]
+    rows = [[name, other, f"{distance:.4f}"] for name, (other, distance) in nearest.items()]
     columns = ["held-out task", "nearest trained on", "distance"]
-    return Table("Held-out tasks and the trained ones that are routed most alike", columns, rows)
+    return Table("Held-out tasks and their nearest training tasks by routing", columns, rows)
 
 
-def token_tables(routing: ProbeResult) -> dict[str, Table]:
-    """{site: a row an expert, its tokens with their shares as multiples of 1/E}."""
-    found = {}
-    for site in routing.sites:
-        rows = [
-            [str(number), "  ".join(f"{token.piece} {token.ratio:.2f}" for token in tokens) or NONE]
-            for number, tokens in enumerate(metrics.top_tokens(routing, site), 1)
-        ]
-        read = {"encoder": "of the input", "decoder": "that the decoder reads"}
-        stack = probe.token_stack(site)
-        found[site] = Table(
-            f"{site}: tokens {read[stack]}, by expert",
-            ["expert", "tokens by share"],
-            rows,
-        )
-    return found
+def token_tables(result: ProbeResult) -> dict[str, Table]:
+    """Returns {site: table of top tokens} with a row per expert; ratios are multiples of 1/E."""
+    tables = {}
+    for site in result.sites:
+        rows = []
+        for number, tokens in enumerate(metrics.top_tokens(result, site), 1):
+            cells = [f"{token.piece} {token.ratio:.2f}" for token in tokens]
+            rows.append([str(number), "  ".join(cells) or NONE])
+        title = f"{site}: {_READS[probe.token_stack(site)]} by expert"
+        tables[site] = Table(title, ["expert", "tokens by share"], rows)
+    return tables
 
 
-def distributions_csv(routings: Sequence[ProbeResult]) -> str:
-    """A line a run, site, task and expert."""
-    lines: list[list[Any]] = [["run", "site", "task", "dataset", "seen", "expert", "probability"]]
-    for one in routings:
-        for site in one.sites:
-            for task, row in zip(
-                one.tasks, metrics.mean_distributions(one.totals, site), strict=True
-            ):
+def distributions_csv(results: Sequence[ProbeResult]) -> str:
+    """Returns CSV with a line per run, site, task and expert."""
+    lines: list[list[object]] = [
+        ["run", "site", "task", "dataset", "seen", "expert", "probability"]
+    ]
+    for result in results:
+        for site in result.sites:
+            for task, row in zip(result.tasks, result.distributions(site), strict=True):
                 seen = "" if task.seen is None else int(task.seen)
-                lines += [
-                    [one.about["name"], site, task.name, task.dataset, seen, e, f"{value:.6g}"]
-                    for e, value in enumerate(row, 1)
-                ]
-    return _csv(lines)
+                key = [result.about["name"], site, task.name, task.dataset, seen]
+                lines += [[*key, expert, f"{value:.6g}"] for expert, value in enumerate(row, 1)]
+    return _to_csv(lines)
 
 
-def distances_csv(routings: Sequence[ProbeResult]) -> str:
-    """A line a run and pair of tasks, each pair once."""
-    lines: list[list[Any]] = [["run", "task", "other", "distance"]]
-    for one in routings:
-        found, names = metrics.task_distances(one), one.names
+def distances_csv(results: Sequence[ProbeResult]) -> str:
+    """Returns CSV with a line per run and pair of tasks, each pair once."""
+    lines: list[list[object]] = [["run", "task", "other", "distance"]]
+    for result in results:
+        distances, names = metrics.task_distances(result), result.task_names
         lines += [
-            [one.about["name"], names[i], names[j], f"{found[i, j]:.6g}"]
+            [result.about["name"], names[i], names[j], f"{distances[i, j]:.6g}"]
             for i in range(len(names))
             for j in range(i + 1, len(names))
         ]
-    return _csv(lines)
+    return _to_csv(lines)
 
 
-def _csv(lines: Sequence[Sequence[Any]]) -> str:
+def _to_csv(lines: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()
 
 
-def to_json(routings: Sequence[ProbeResult]) -> str:
-    """All of it."""
-    whole = {"distance": metrics.DISTANCE_DEFINITION, "runs": [_as_dict(one) for one in routings]}
+def to_json(results: Sequence[ProbeResult]) -> str:
+    """Returns all metrics of all runs as JSON."""
+    whole = {"distance": metrics.DISTANCE_DEFINITION, "runs": [_run_entry(r) for r in results]}
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
 
-def _as_dict(one: ProbeResult) -> dict[str, Any]:
-    counts = {stack: np.asarray(one.totals.num_tokens[stack]) for stack in probe.STACKS}
-    tasks = [
-        dataclasses.asdict(task)
-        | {f"{stack}_tokens": int(counts[stack][i]) for stack in probe.STACKS}
-        for i, task in enumerate(one.tasks)
-    ]
+def _run_entry(result: ProbeResult) -> dict[str, object]:
+    num_tokens = {f"{stack}_tokens": result.totals.num_tokens[stack] for stack in probe.STACKS}
     return {
-        **one.about,
-        "tasks": tasks,
-        "measure": value_name(one),
-        "sites": {
-            site: {
-                "experts": one.experts[site],
-                "means": {
-                    name: _rounded(row)
-                    for name, row in zip(
-                        one.names, metrics.mean_distributions(one.totals, site), strict=True
-                    )
-                },
-                "top_tokens": [
-                    [dataclasses.asdict(token) | {"ratio": round(token.ratio, 4)} for token in of]
-                    for of in metrics.top_tokens(one, site)
-                ],
+        **result.about,
+        "tasks": [
+            {**dataclasses.asdict(task), **{key: int(n[i]) for key, n in num_tokens.items()}}
+            for i, task in enumerate(result.tasks)
+        ],
+        "measure": value_name(result),
+        "sites": {site: _site_entry(result, site) for site in result.sites},
+        # the keys of files that earlier versions wrote
+        "entropies": [
+            {
+                "site": router.site,
+                "stack": router.stack,
+                "layer": router.layer,
+                "kind": router.kind,
+                "per_token": router.token_entropy,
+                "of_mean": router.mean_entropy,
+                "between_tasks": router.task_bits,
+                "kept": router.mass,
             }
-            for site in one.sites
-        },
-        "entropies": [_entropy_entry(entropy) for entropy in metrics.router_entropies(one)],
-        "distances": [_rounded(row) for row in metrics.task_distances(one)],
+            for router in metrics.router_entropies(result)
+        ],
+        "distances": [_rounded(row) for row in metrics.task_distances(result)],
         "nearest_seen": {
-            name: {"task": near, "distance": round(far, 6)}
-            for name, (near, far) in metrics.nearest_trained(one).items()
+            name: {"task": other, "distance": round(distance, 6)}
+            for name, (other, distance) in metrics.nearest_trained(result).items()
         },
     }
 
 
-def _entropy_entry(entropy: metrics.RouterEntropy) -> dict[str, Any]:
+def _site_entry(result: ProbeResult, site: str) -> dict[str, object]:
+    means = zip(result.task_names, result.distributions(site), strict=True)
     return {
-        "site": entropy.site,
-        "stack": entropy.stack,
-        "layer": entropy.layer,
-        "kind": entropy.kind,
-        "per_token": entropy.token_entropy,
-        "of_mean": entropy.mean_entropy,
-        "between_tasks": entropy.task_bits,
-        "kept": entropy.mass,
+        "experts": result.experts[site],
+        "means": {name: _rounded(row) for name, row in means},
+        "top_tokens": [
+            [{**dataclasses.asdict(token), "ratio": round(token.ratio, 4)} for token in tokens]
+            for tokens in metrics.top_tokens(result, site)
+        ],
     }
 
 
