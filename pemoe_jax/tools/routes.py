@@ -89,7 +89,7 @@ def routes(
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
-    from pemoe_jax.runtime import file_io, file_io
+    from pemoe_jax.runtime import atomic_write, file_io
 
     seqio_tasks.check_count("ROUTES_EXAMPLES", examples, 1)
     lengths = seqio_tasks.checked_lengths(task_feature_lengths)
@@ -117,7 +117,7 @@ def routes(
         page.draw_plots(results[-1], folder)
         # After each run, so that a failure in a later one leaves a page of the earlier ones.
         for name, text in page.render_files(results, folder).items():
-            file_io.write_text(folder / name, text)
+            atomic_write.write_text(folder / name, text)
     print(page.summary(results))
     print(f"page in {folder}/routes.html")
 
@@ -166,7 +166,7 @@ def _probe_run(
 
     for name in groups:
         seqio_tasks.check_vocabulary(name, opened.model.config.vocab_size)
-    params = opened.load(partitioning.replicated(mesh))
+    params = opened.load(partitioning.replicated_sharding(mesh))
     bar = progress.Progress(f"routing {opened.name}", sum(map(len, groups.values())))
     try:
         totals = measure.measure_routing(opened.model, params, groups, batch_size, mesh, sites, bar)
@@ -206,7 +206,7 @@ def _token_texts(task: str, totals: "ProbeTotals") -> dict[int, str]:
     from pemoe_jax.data import seqio_tasks
 
     vocabulary = seqio_tasks.check_task(task).output_features["inputs"].vocabulary
-    tokenizer = getattr(vocabulary, "tokenizer", None)
+    tokenizer: Any = getattr(vocabulary, "tokenizer", None)
     counts = sum(np.asarray(counts) for counts in totals.token_counts.values())
     texts = {}
     for token in np.flatnonzero(counts).tolist():

@@ -1,4 +1,4 @@
-"""Expert specialisation: totals over tasks and tokens, their figures, the page, the command."""
+"""`pemoe routes`: probe totals, metrics, plots, the page and the command."""
 
 import collections
 import dataclasses
@@ -18,7 +18,8 @@ from methods import CONFIG, EXPERTS, METHODS, example_batch, model, random_param
 from pemoe_jax.analysis import plots
 from pemoe_jax.analysis.routing import measure, metrics, probe
 from pemoe_jax.analysis.routing import page as page_lib
-from pemoe_jax.analysis.routing import plots as plots_lib
+from pemoe_jax.analysis.routing import plots as routing_plots
+from pemoe_jax.analysis.routing.metrics import ProbeResult
 from pemoe_jax.checkpoints import adapter_file, models, runs
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.core import network, params, steps
@@ -32,14 +33,14 @@ from pemoe_jax.tools import routes
 GATES = ["encoder/layers_0/mlp/gate", "decoder/layers_0/mlp/gate"]
 
 
-# --- totals on the device
+# --- totals on the device ---
 
 
 @functools.cache
 def sentence_model(**router) -> tuple[network.Transformer, dict]:
-    """Routers at both gates that read a sentence [2], and so give what is asked of them.
+    """Returns a model with routers at both gates whose probabilities the sentence [2] selects.
 
-    Of the embedding (1, 0) the kernel makes (1, 2, 5) / 8, of (0, 1) it makes (2, 1, 1) / 4.
+    The probabilities are (1, 2, 5) / 8 for the embedding (1, 0) and (2, 1, 1) / 4 for (0, 1).
     """
     factory = functools.partial(Router, reads="sentence", **router)
     adapters = Adapters(gate=functools.partial(VectorExperts, num_experts=3, router=factory))
@@ -59,79 +60,84 @@ for _name in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_to
     BATCH[_name][3] = 0
 
 
-probe_of = functools.cache(probe.make_probe)
+cached_probe = functools.cache(probe.make_probe)
 
 
-def probed(transformer, weights, batch=BATCH, tasks=TASKS, sites=(), totals=None):
+def run_probe(transformer, weights, batch=BATCH, tasks=TASKS, sites=(), totals=None):
     totals = probe.init_totals(transformer, 2, sites) if totals is None else totals
-    return probe_of(transformer)(weights, batch, tasks, totals)
+    return cached_probe(transformer)(weights, batch, tasks, totals)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def mixtures(transformer, weights, batch) -> dict:
-    """{site_adapter/probs: [B, L, (H,) E]}"""
-    _, told = steps.apply_model(transformer, weights, batch, None, mutable=["intermediates"])
-    return {path: probs for path, (probs,) in params.flatten(told["intermediates"]).items()}
+def router_probs(transformer, weights, batch) -> dict:
+    """Returns {<site>_adapter/probs: [B, L, (H,) E]}."""
+    _, collections = steps.apply_model(transformer, weights, batch, None, mutable=["intermediates"])
+    return {path: probs for path, (probs,) in params.flatten(collections["intermediates"]).items()}
 
 
-def test_sums_are_those_derived_by_hand():
-    totals = probed(*sentence_model(), sites=GATES)
-    one, other = np.array([1, 2, 5]) / 8, np.array([2, 1, 1]) / 4
+def test_totals_match_hand_derivation():
+    totals = run_probe(*sentence_model(), sites=GATES)
+    first, second = np.array([1, 2, 5]) / 8, np.array([2, 1, 1]) / 4
     # H(1/8, 2/8, 5/8) = 3·ln 2/8 + 2·2·ln 2/8 + 5/8·ln(8/5); H(1/2, 1/4, 1/4) = 1.5·ln 2
-    h_one = (3 + 4) / 8 * np.log(2) + 5 / 8 * np.log(8 / 5)
-    h_other = 1.5 * np.log(2)
+    first_entropy = (3 + 4) / 8 * np.log(2) + 5 / 8 * np.log(8 / 5)
+    second_entropy = 1.5 * np.log(2)
     for site, tokens in zip(GATES, ((7, 4, 2), (5, 3, 1)), strict=True):
-        of_tasks = [tokens[0] * one + tokens[1] * other, tokens[2] * one]
-        np.testing.assert_allclose(totals.probs[site], of_tasks, rtol=1e-5)
-        entropies = [tokens[0] * h_one + tokens[1] * h_other, tokens[2] * h_one]
+        probs = [tokens[0] * first + tokens[1] * second, tokens[2] * first]
+        np.testing.assert_allclose(totals.probs[site], probs, rtol=1e-5)
+        entropies = [
+            tokens[0] * first_entropy + tokens[1] * second_entropy,
+            tokens[2] * first_entropy,
+        ]
         np.testing.assert_allclose(totals.entropy[site], entropies, rtol=1e-5)
         stack = probe.token_stack(site)
         np.testing.assert_array_equal(totals.num_tokens[stack], [tokens[0] + tokens[1], tokens[2]])
-    # EOS (1) ends each of the three real inputs; the decoder reads the start (0) in each
-    np.testing.assert_allclose(totals.token_probs[GATES[0]][1], 2 * one + other, rtol=1e-5)
-    np.testing.assert_allclose(totals.token_probs[GATES[1]][0], 2 * one + other, rtol=1e-5)
+    # EOS (1) ends each of the three inputs; the decoder reads the start token (0) in each
+    np.testing.assert_allclose(totals.token_probs[GATES[0]][1], 2 * first + second, rtol=1e-5)
+    np.testing.assert_allclose(totals.token_probs[GATES[1]][0], 2 * first + second, rtol=1e-5)
     assert totals.token_counts["encoder"][1] == totals.token_counts["decoder"][0] == 3
     assert totals.token_counts["encoder"][0] == 0  # padding
     assert float(totals.token_counts["encoder"].sum()) == 13
 
 
-def test_sums_of_top_1_are_of_what_is_kept():
-    totals = probed(*sentence_model(top_k=1))
-    # 5/8 is kept of (1, 2, 5)/8 and 1/2 of (2, 1, 1)/4
+def test_top_1_totals_count_the_remaining_probability():
+    totals = run_probe(*sentence_model(top_k=1))
+    # top-1 leaves 5/8 of (1, 2, 5)/8 and 1/2 of (2, 1, 1)/4
     expected = [[4 / 2, 0, 7 * 5 / 8], [0, 0, 2 * 5 / 8]]
     np.testing.assert_allclose(totals.probs[GATES[0]], expected, rtol=1e-5)
     np.testing.assert_allclose(totals.entropy[GATES[0]], 0, atol=1e-6)
     np.testing.assert_allclose(metrics.mean_distributions(totals, GATES[0])[1], [0, 0, 1])
 
 
-def test_head_wise_sums_are_means_over_heads_and_add_up():
-    """MoV's keys and values, where each head has its own distribution, token by token in numpy."""
+def test_head_wise_totals_are_means_over_heads_and_accumulate():
+    """Compares MoV's keys and values, with a distribution per head, to a NumPy loop over tokens."""
     transformer, weights = model("mov"), random_params("mov")
     batch = {k: v for k, v in BATCH.items() if k != "sentence_embeddings"}
     sites = list(probe.expert_counts(transformer))
-    whole = probed(transformer, weights, batch, sites=sites)
-    for path, found in mixtures(transformer, weights, batch).items():
+    whole = run_probe(transformer, weights, batch, sites=sites)
+    for path, site_probs in router_probs(transformer, weights, batch).items():
         site = path.removesuffix("_adapter/probs")
         stack = probe.token_stack(site)
-        real = batch["encoder_input_tokens" if stack == "encoder" else "decoder_target_tokens"] > 0
-        read = batch[f"{stack}_input_tokens"]
+        mask = batch["encoder_input_tokens" if stack == "encoder" else "decoder_target_tokens"] > 0
+        token_ids = batch[f"{stack}_input_tokens"]
         probs, entropy = np.zeros((2, EXPERTS)), np.zeros(2)
         token_probs = np.zeros((CONFIG.vocab_size, EXPERTS))
-        for row, column in zip(*np.nonzero(real), strict=True):
-            p = np.asarray(found[row, column], np.float64).reshape(-1, EXPERTS)  # [H or 1, E]
+        for row, column in zip(*np.nonzero(mask), strict=True):
+            p = np.asarray(site_probs[row, column], np.float64).reshape(-1, EXPERTS)  # [H or 1, E]
             probs[TASKS[row]] += p.mean(axis=0)
             entropy[TASKS[row]] -= (p * np.log(p)).sum(axis=-1).mean()
-            token_probs[read[row, column]] += p.mean(axis=0)
+            token_probs[token_ids[row, column]] += p.mean(axis=0)
         np.testing.assert_allclose(whole.probs[site], probs, rtol=1e-4)
         np.testing.assert_allclose(whole.entropy[site], entropy, rtol=1e-4)
         np.testing.assert_allclose(whole.token_probs[site], token_probs, rtol=1e-4, atol=1e-6)
 
-    twice = probed(transformer, weights, batch, sites=sites, totals=jax.tree.map(jnp.copy, whole))
-    for one, other in zip(jax.tree.leaves(twice), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(one, 2 * other, rtol=1e-5, atol=1e-6)
+    twice = run_probe(
+        transformer, weights, batch, sites=sites, totals=jax.tree.map(jnp.copy, whole)
+    )
+    for double, single in zip(jax.tree.leaves(twice), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(double, 2 * single, rtol=1e-5, atol=1e-6)
 
 
-def test_sites_are_in_the_order_of_the_network():
+def test_sites_are_in_layer_order():
     experts = probe.expert_counts(model("mov"))
     assert list(experts)[-5:] == [
         "decoder/layers_0/self_attention/key",
@@ -146,38 +152,37 @@ def test_sites_are_in_the_order_of_the_network():
     assert probe.token_stack("decoder/layers_0/encoder_decoder_attention/query") == "decoder"
 
 
-# --- figures
+# --- metrics ---
 
 
-def routing(probs, entropy=None, token_probs=None, counts=None, **settings) -> metrics.ProbeResult:
-    """Of tasks with ten tokens each: {site: [T, E]} mean distributions."""
-    tasks, experts = np.shape(next(iter(probs.values())))
-    names = settings.pop("names", [f"task_{i}" for i in range(tasks)])
-    seen = settings.pop("seen", [True] * tasks)
-    vocab = len(counts) if counts is not None else 4
-    if token_probs is None:  # a little more of the first expert
-        token_probs = np.full((vocab, experts), 9.0) + np.eye(experts)[0]
+def make_result(probs, entropy=None, token_probs=None, counts=None, **settings) -> ProbeResult:
+    """Returns the result of tasks with ten tokens each and mean distributions {site: [T, E]}."""
+    num_tasks, num_experts = np.shape(next(iter(probs.values())))
+    names = settings.pop("names", [f"task_{i}" for i in range(num_tasks)])
+    seen = settings.pop("seen", [True] * num_tasks)
+    vocab_size = len(counts) if counts is not None else 4
+    if token_probs is None:  # slightly above uniform for the first expert
+        token_probs = np.full((vocab_size, num_experts), 9.0) + np.eye(num_experts)[0]
+    entropy = entropy or dict.fromkeys(probs, [0.5] * num_tasks)
+    counts = np.full(vocab_size, 9.0) if counts is None else np.asarray(counts)
     totals = probe.ProbeTotals(
         probs={site: 10 * np.asarray(p, np.float64) for site, p in probs.items()},
-        entropy={site: 10 * np.asarray((entropy or {}).get(site, [0.5] * tasks)) for site in probs},
-        num_tokens={stack: np.full(tasks, 10.0) for stack in probe.STACKS},
+        entropy={site: 10 * np.asarray(values) for site, values in entropy.items()},
+        num_tokens={stack: np.full(num_tasks, 10.0) for stack in probe.STACKS},
         token_probs=dict.fromkeys(probs, token_probs),
-        token_counts={
-            stack: np.full(vocab, 9.0) if counts is None else np.asarray(counts)
-            for stack in probe.STACKS
-        },
+        token_counts=dict.fromkeys(probe.STACKS, counts),
     )
     about = {"name": "mov", "method": "mov", "checkpoint": "/runs/mov", "step": 3}
-    return metrics.ProbeResult(
+    return ProbeResult(
         about={**about, "trainable": 10, "total": 100},
         tasks=[
             metrics.ProbedTask(name, f"set of {name}", is_seen, "validation", 2)
             for name, is_seen in zip(names, seen, strict=True)
         ],
         totals=totals,
-        experts=dict.fromkeys(probs, experts),
+        experts=dict.fromkeys(probs, num_experts),
         sites=list(probs),
-        pieces=settings.pop("pieces", {i: f"▁w{i}" for i in range(vocab)}),
+        pieces=settings.pop("pieces", {i: f"▁w{i}" for i in range(vocab_size)}),
         **settings,
     )
 
@@ -187,82 +192,84 @@ OTHER = "decoder/layers_3/self_attention/key"
 
 
 def test_divergences_and_distances():
-    found = metrics.jensen_shannon(np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]))
-    # of (1, 0) and (1/2, 1/2): H(3/4, 1/4) - H(1/2, 1/2) / 2 = 0.8112781 - 0.5
+    divergences = metrics.jensen_shannon(np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]))
+    # (1, 0) and (1/2, 1/2): H(3/4, 1/4) - H(1/2, 1/2) / 2 = 0.8112781 - 0.5
     expected = [[0, 1, 0.3112781], [1, 0, 0.3112781], [0.3112781, 0.3112781, 0]]
-    np.testing.assert_allclose(found, expected, atol=1e-7)
-    # at the other site all tasks are alike: half the divergence, its root the distance
-    both = routing({SITE: [[1, 0], [0, 1], [0.5, 0.5]], OTHER: [[0.5, 0.5]] * 3})
+    np.testing.assert_allclose(divergences, expected, atol=1e-7)
+    # all tasks agree at the other site, which halves the divergence
+    both = make_result({SITE: [[1, 0], [0, 1], [0.5, 0.5]], OTHER: [[0.5, 0.5]] * 3})
     np.testing.assert_allclose(
         metrics.task_distances(both), np.sqrt(np.array(expected) / 2), atol=1e-7
     )
 
 
-def test_distances_are_of_shares():
-    """A top-k router that keeps half of the probability is compared as if it kept all."""
-    kept = routing({SITE: [[0.5, 0.0], [0.0, 0.25]]})
-    np.testing.assert_allclose(metrics.task_distances(kept), [[0, 1], [1, 0]], atol=1e-7)
-    assert metrics.router_entropies(kept)[0].mass == pytest.approx(0.375)
+def test_distances_compare_normalized_distributions():
+    """A top-k router that keeps half of the probability equals one that keeps all of it."""
+    result = make_result({SITE: [[0.5, 0.0], [0.0, 0.25]]})
+    np.testing.assert_allclose(metrics.task_distances(result), [[0, 1], [1, 0]], atol=1e-7)
+    assert metrics.router_entropies(result)[0].mass == pytest.approx(0.375)
 
 
-def test_layer_entropies():
-    # tasks (1, 0, 0, 0) and (0, 1, 0, 0): each decided, their mean (1/2, 1/2, 0, 0) has 1 of 2 bits
-    # and all of it is lost within tasks; tokens' mean entropy 0.5 nats of ln 4
-    (layer,) = metrics.router_entropies(routing({SITE: [[1, 0, 0, 0], [0, 1, 0, 0]]}))
+def test_router_entropies():
+    # tasks (1, 0, 0, 0) and (0, 1, 0, 0): no entropy within either, their mean (1/2, 1/2, 0, 0) has
+    # 1 of 2 bits; the tokens' mean entropy is 0.5 nats of ln 4
+    (layer,) = metrics.router_entropies(make_result({SITE: [[1, 0, 0, 0], [0, 1, 0, 0]]}))
     assert (layer.stack, layer.layer, layer.kind) == ("decoder", 3, "gate")
     assert layer.mean_entropy == pytest.approx(0.5) and layer.task_bits == pytest.approx(1.0)
     assert layer.token_entropy == pytest.approx(0.5 / np.log(4)) and layer.mass == pytest.approx(1)
-    (alike,) = metrics.router_entropies(routing({SITE: [[0.25] * 4] * 2}, {SITE: [np.log(4)] * 2}))
+    (alike,) = metrics.router_entropies(
+        make_result({SITE: [[0.25] * 4] * 2}, {SITE: [np.log(4)] * 2})
+    )
     assert alike.mean_entropy == pytest.approx(1) and alike.token_entropy == pytest.approx(1)
     assert alike.task_bits == pytest.approx(0, abs=1e-12)
-    (single,) = metrics.router_entropies(routing({SITE: [[1.0], [1.0]]}, {SITE: [0, 0]}))
-    assert (single.mean_entropy, single.token_entropy) == (0, 0)  # of one expert: no 0/0
+    (single,) = metrics.router_entropies(make_result({SITE: [[1.0], [1.0]]}, {SITE: [0, 0]}))
+    assert (single.mean_entropy, single.token_entropy) == (0, 0)  # a single expert: no 0/0
 
 
-def test_nearest_seen():
-    found = routing(
+def test_nearest_trained_task():
+    result = make_result(
         {SITE: [[1, 0], [0.2, 0.8], [0, 1]]}, names=["a", "b", "c"], seen=[True, True, False]
     )
-    (near,) = metrics.nearest_trained(found).items()
+    (near,) = metrics.nearest_trained(result).items()
     assert near[0] == "c" and near[1][0] == "b"
-    assert near[1][1] == pytest.approx(metrics.task_distances(found)[2, 1])
-    assert metrics.nearest_trained(routing({SITE: [[1, 0]]}, seen=[False])) == {}
-    assert metrics.nearest_trained(routing({SITE: [[1, 0]]}, seen=[None])) == {}
+    assert near[1][1] == pytest.approx(metrics.task_distances(result)[2, 1])
+    assert metrics.nearest_trained(make_result({SITE: [[1, 0]]}, seen=[False])) == {}
+    assert metrics.nearest_trained(make_result({SITE: [[1, 0]]}, seen=[None])) == {}
 
 
 def test_top_tokens():
-    # totals over 8, 8, 2 and 40 tokens: shares (3/4, 1/4), (1/4, 3/4), (1, 0), (3/5, 2/5)
+    # totals over 8, 8, 2 and 40 tokens: distributions (3/4, 1/4), (1/4, 3/4), (1, 0), (3/5, 2/5)
     token_probs = np.array([[6.0, 2], [2, 6], [2, 0], [24, 16]])
-    found = routing(
+    result = make_result(
         {SITE: [[0.5, 0.5]]}, token_probs=token_probs, counts=[8, 8, 2, 40], min_count=5
     )
-    first, second = metrics.top_tokens(found, SITE, most=2)
+    first, second = metrics.top_tokens(result, SITE, limit=2)
     assert [(token.piece, token.count) for token in first] == [("▁w0", 8), ("▁w3", 40)]
     assert [token.ratio for token in first] == pytest.approx([1.5, 1.2])  # times E = 2
-    assert [token.piece for token in second] == ["▁w1"]  # of the others it has less than half
-    rare = dataclasses.replace(found, min_count=1)
-    assert metrics.top_tokens(rare, SITE, most=1)[0][0].piece == "▁w2"
+    assert [token.piece for token in second] == ["▁w1"]  # all others are below 1/E
+    rare = dataclasses.replace(result, min_count=1)
+    assert metrics.top_tokens(rare, SITE, limit=1)[0][0].piece == "▁w2"
 
 
-# --- pictures
+# --- plots ---
 
 
-def figure_of(monkeypatch, draw, *args, **kwargs):
-    """The figure that is drawn, as it is when it is saved."""
-    found = []
-    monkeypatch.setattr(plots, "save", lambda figure, png: found.append(figure))
+def draw_figure(monkeypatch, draw, *args, **kwargs):
+    """Returns the figure that `draw` saves."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, png: figures.append(figure))
     draw(*args, **kwargs)
-    return found[0]
+    return figures[0]
 
 
 def test_entropies_are_drawn_by_layer(monkeypatch):
-    layers = [
+    routers = [
         metrics.RouterEntropy(f"{stack}/x", stack, i, kind, 0.1 * i + 0.2, 0.9, 0.0, 1.0)
         for stack, kinds in (("encoder", ["gate"]), ("decoder", ["gate", "cross key"]))
         for i in range(3)
         for kind in kinds
     ]
-    figure = figure_of(monkeypatch, plots_lib.plot_entropies, layers, "x.png", title="t")
+    figure = draw_figure(monkeypatch, routing_plots.plot_entropies, routers, "x.png", title="t")
     drawn = {
         (axis.get_title(loc="left"), line.get_label()): (
             list(line.get_xdata()),
@@ -273,40 +280,40 @@ def test_entropies_are_drawn_by_layer(monkeypatch):
         if not line.get_label().startswith("_")
     }
     assert len(figure.axes) == 4 and len(drawn) == 2 * 3
-    steps_of, values = drawn["decoder, each token (low: it decides)", "cross key"]
-    assert steps_of == [0, 1, 2] and values == pytest.approx([0.2, 0.3, 0.4])
+    layers, values = drawn["decoder, each token (low: it decides)", "cross key"]
+    assert layers == [0, 1, 2] and values == pytest.approx([0.2, 0.3, 0.4])
     assert drawn["encoder, mean over all (low: few are used)", "gate"][1] == [0.9] * 3
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["gate", "cross key"]
-    for axis in figure.axes:  # all values are within the picture
+    for axis in figure.axes:  # all values are inside the axes
         low, high = axis.get_ylim()
         assert all(low < y < high for line in axis.get_lines() for y in line.get_ydata())
 
 
 def test_dendrogram(monkeypatch):
-    # a and c join at 0.1; both join b at the mean of 0.4 and 0.6
+    # a and c merge at 0.1; both merge with b at the mean of 0.4 and 0.6
     distances = np.array([[0, 0.4, 0.1], [0.4, 0, 0.6], [0.1, 0.6, 0]])
-    draw = functools.partial(plots_lib.plot_dendrogram, distances, ["a", "b", "c"], title="t")
-    figure = figure_of(monkeypatch, draw, "x.png", seen=["a", "b"])
+    draw = functools.partial(routing_plots.plot_dendrogram, distances, ["a", "b", "c"], title="t")
+    figure = draw_figure(monkeypatch, draw, "x.png", seen=["a", "b"])
     (axis,) = figure.axes
     labels = {label.get_text(): label.get_color() for label in axis.get_yticklabels()}
     assert labels == {"a": plots.INK, "b": plots.INK, "c": plots.ACCENT}
-    branches = [path.vertices for of in axis.collections for path in of.get_paths()]
+    branches = [path.vertices for lines in axis.collections for path in lines.get_paths()]
     ends = set(np.round(np.concatenate(branches)[:, 0], 6).tolist())
     assert ends == {0.0, 0.1, 0.5}
-    alike = figure_of(
-        monkeypatch, plots_lib.plot_dendrogram, np.zeros((2, 2)), ["a", "b"], "x.png", title="t"
+    equal = draw_figure(
+        monkeypatch, routing_plots.plot_dendrogram, np.zeros((2, 2)), ["a", "b"], "x.png", title="t"
     )
-    assert {label.get_color() for label in alike.axes[0].get_yticklabels()} == {plots.INK}
-    with pytest.raises(InputError, match="two tasks at least, found 1"):
-        plots_lib.plot_dendrogram(np.zeros((1, 1)), ["a"], "x.png", title="t")
+    assert {label.get_color() for label in equal.axes[0].get_yticklabels()} == {plots.INK}
+    with pytest.raises(InputError, match="at least 2 tasks, got 1"):
+        routing_plots.plot_dendrogram(np.zeros((1, 1)), ["a"], "x.png", title="t")
 
 
-# --- the page
+# --- the page ---
 
 
 class _Page(html.parser.HTMLParser):
-    """What a page has: elements with their attributes, and its text."""
+    """A page's elements with their attributes, and its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -330,19 +337,19 @@ def check_self_contained(page: _Page, pictures: int) -> None:
         assert attributes.get("href", "#").startswith("#")
         assert tag == "img" or "src" not in attributes
         assert not any(name.startswith("on") for name in attributes)
-    assert "url(" not in page.text and "@import" not in page.text  # of the style sheet
+    assert "url(" not in page.text and "@import" not in page.text  # in the style sheet
 
 
-def test_page_is_self_contained_and_escapes(tmp_path):
+def test_page_is_self_contained_and_escapes_names(tmp_path):
     name = "<b>bold</b> & <script>alert(1)</script>"
-    found = routing(
+    result = make_result(
         {SITE: [[0.7, 0.3], [0.2, 0.8]]},
         names=[name, "plain"],
         seen=[True, False],
         pieces={0: "<start>", 1: "<i>", 2: '"', 3: "`|*"},
     )
-    page_lib.draw_plots(found, tmp_path)
-    files = page_lib.render_files([found], tmp_path)
+    page_lib.draw_plots(result, tmp_path)
+    files = page_lib.render_files([result], tmp_path)
     assert set(files) == {
         "routes.html", "routes.md", "routes.json", "routes.csv", "distances.csv",
     }  # fmt: skip
@@ -355,12 +362,12 @@ def test_page_is_self_contained_and_escapes(tmp_path):
     assert json.loads(files["routes.json"])["runs"][0]["tasks"][0]["name"] == name
 
 
-def test_files_hold_the_numbers(tmp_path):
-    found = routing(
+def test_files_contain_the_metrics(tmp_path):
+    result = make_result(
         {SITE: [[0.7, 0.3], [0.2, 0.8]]}, names=["a", "b"], seen=[True, False], min_count=1
     )
-    page_lib.draw_plots(found, tmp_path)
-    files = page_lib.render_files([found], tmp_path)
+    page_lib.draw_plots(result, tmp_path)
+    files = page_lib.render_files([result], tmp_path)
     lines = files["routes.csv"].splitlines()
     assert lines[0] == "run,site,task,dataset,seen,expert,probability"
     assert lines[1:] == [
@@ -381,17 +388,17 @@ def test_files_hold_the_numbers(tmp_path):
     assert re.search(r"\| a +\| set of a +\| trained on \| +10 \| 0.700 \|", files["routes.md"])
 
 
-def test_page_of_one_task_and_of_unknown_roles(tmp_path):
-    found = routing({SITE: [[0.1, 0.1]]}, seen=[None])  # of a top-k router: 0.2 is kept
-    page_lib.draw_plots(found, tmp_path)
-    files = page_lib.render_files([found], tmp_path)
-    check_self_contained(_Page(files["routes.html"]), pictures=2)  # no tree of one
+def test_page_with_one_task_and_unknown_roles(tmp_path):
+    result = make_result({SITE: [[0.1, 0.1]]}, seen=[None])  # top-k, with 0.2 of the probability
+    page_lib.draw_plots(result, tmp_path)
+    files = page_lib.render_files([result], tmp_path)
+    check_self_contained(_Page(files["routes.html"]), pictures=2)  # no dendrogram of one task
     assert "mean share of the mixture" in files["routes.html"] and "0.200" in files["routes.md"]
     page = _Page(files["routes.html"])
     assert "held" not in {attributes.get("class") for tag, attributes in page.elements}
 
 
-# --- the command
+# --- the command ---
 
 LENGTHS = {"inputs": 32, "targets": 8}
 TINY = dataclasses.replace(CONFIG, vocab_size=256, num_encoder_layers=2, num_decoder_layers=2)
@@ -399,24 +406,24 @@ TINY = dataclasses.replace(CONFIG, vocab_size=256, num_encoder_layers=2, num_dec
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """Tasks, a vocabulary, a base, and adapters of some methods, random ones so routers decide."""
+    """A folder of tasks, a vocabulary, a base model, and adapters with random weights."""
     root = tmp_path_factory.mktemp("routes")
     write_folder(root / "tasks")
     write_vocabulary(root / "vocab.model")
     base = network.init_params(network.Transformer(TINY), 0, params.is_base)
     base_lib.save_base(root / "base.safetensors", base, TINY.as_dict())
     for method in ("ia3", "mov", "molora"):
-        made = METHODS[method].adapters()
-        drawn = params.flatten(
-            network.init_params(network.Transformer(TINY, made), 1, params.is_adapter)
+        adapters = METHODS[method].adapters()
+        initial = params.flatten(
+            network.init_params(network.Transformer(TINY, adapters), 1, params.is_adapter)
         )
         rng = np.random.default_rng(0)
-        arrays = {p: a + rng.standard_normal(a.shape, np.float32) for p, a in drawn.items()}
+        arrays = {p: a + rng.standard_normal(a.shape, np.float32) for p, a in initial.items()}
         record = runs.Record(
             method=method,
             trainable=[params.ADAPTER_PATTERN],
             config=TINY.as_dict(),
-            adapters=describe(made),
+            adapters=describe(adapters),
             base={
                 "path": str(root / "base.safetensors"),
                 "seed": None,
@@ -440,10 +447,9 @@ def data_flags(root: pathlib.Path) -> list[str]:
     ]
 
 
-def test_end_to_end(folder, tmp_path, capsys):
-    """Every task's means are those of its examples run one by one."""
+def test_means_match_examples_run_one_by_one(folder, tmp_path, capsys):
     out = tmp_path / "page"
-    flags = ["--tasks", "colour_*", "free_1", "check_1", "--examples=5", f"--output={out}"]
+    flags = ["--tasks", "colour_*", "free_1", "check_1", "--examples=3", f"--output={out}"]
     assert routes.main([str(folder / "mov"), *flags, *data_flags(folder)]) == 0
     assert "routes.html" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
@@ -454,7 +460,7 @@ def test_end_to_end(folder, tmp_path, capsys):
     (run,) = json.loads((out / "routes.json").read_text())["runs"]
     seen = {task["name"]: task["seen"] for task in run["tasks"]}
     assert seen == {"colour_1": True, "colour_2": True, "free_1": True, "check_1": False}
-    assert {task["examples"] for task in run["tasks"]} == {5}
+    assert {task["examples"] for task in run["tasks"]} == {3}
     assert list(run["sites"]) == [
         f"decoder/layers_1/{site}"
         for site in (
@@ -467,22 +473,22 @@ def test_end_to_end(folder, tmp_path, capsys):
     opened = models.open_model(str(folder / "mov"))
     weights = opened.load()
     for name in seen:
-        lines = (folder / "tasks" / name / "validation.jsonl").read_text().splitlines()[:5]
+        lines = (folder / "tasks" / name / "validation.jsonl").read_text().splitlines()[:3]
         totals = collections.Counter()
         for row in map(json.loads, lines):
-            found, real = alone(opened.model, weights, name, row)
-            for path, probs in found.items():
+            site_probs, lengths = run_alone(opened.model, weights, name, row)
+            for path, probs in site_probs.items():
                 site = path.removesuffix("_adapter/probs")
-                tokens = real[probe.token_stack(site)]
+                tokens = lengths[probe.token_stack(site)]
                 totals[site] += np.asarray(probs[0, :tokens]).reshape(tokens, -1, 3).mean(1).sum(0)
         for site, entry in run["sites"].items():
             expected = totals[site] / totals[site].sum()
             np.testing.assert_allclose(entry["means"][name], expected, atol=2e-6)
-            assert np.ptp(expected) > 0.01, "the router should decide something"
+            assert np.ptp(expected) > 0.01, "routing should depend on the token"
 
 
-def alone(transformer, weights, task, row) -> tuple[dict, dict]:
-    """An example by itself, without the package's reading and batches; its real tokens."""
+def run_alone(transformer, weights, task, row) -> tuple[dict, dict]:
+    """Returns one example's router probabilities and lengths, without the package's batching."""
     vocabulary = seqio_tasks.check_task(task).output_features["inputs"].vocabulary
     ids, targets = ([*vocabulary.encode(row[key]), 1] for key in ("inputs", "targets"))
     target = np.pad(targets, (0, 8 - len(targets)))[None]
@@ -491,22 +497,22 @@ def alone(transformer, weights, task, row) -> tuple[dict, dict]:
         "decoder_target_tokens": target,
         "decoder_input_tokens": np.pad(target[:, :-1], ((0, 0), (1, 0))),
     }
-    return mixtures(transformer, weights, batch), {"encoder": len(ids), "decoder": len(targets)}
+    return router_probs(transformer, weights, batch), {"encoder": len(ids), "decoder": len(targets)}
 
 
 def test_sites_and_default_tasks_of_two_runs(folder, tmp_path):
-    runs_of = [str(folder / "mov"), str(folder / "molora")]
+    checkpoints = [str(folder / "mov"), str(folder / "molora")]
     flags = [f"--output={tmp_path}", "--sites", "*/layers_1/*/value", "--examples=1"]
-    assert routes.main([*runs_of, *flags, *data_flags(folder)]) == 0
-    found = json.loads((tmp_path / "routes.json").read_text())["runs"]
-    assert [run["name"] for run in found] == ["mov", "molora"]
-    for run in found:
+    assert routes.main([*checkpoints, *flags, *data_flags(folder)]) == 0
+    results = json.loads((tmp_path / "routes.json").read_text())["runs"]
+    assert [run["name"] for run in results] == ["mov", "molora"]
+    for run in results:
         assert list(run["sites"]) == [
             "encoder/layers_1/attention/value",
             "decoder/layers_1/self_attention/value",
             "decoder/layers_1/encoder_decoder_attention/value",
         ]
-        # a prompt of each data set, those trained on first
+        # a prompt of each dataset, training tasks first
         assert [task["name"] for task in run["tasks"]] == ["colour_1", "free_1", "check_1"]
         assert [task["examples"] for task in run["tasks"]] == [1, 1, 1]
     check_self_contained(_Page((tmp_path / "routes.html").read_text()), pictures=6)
@@ -515,18 +521,22 @@ def test_sites_and_default_tasks_of_two_runs(folder, tmp_path):
 @pytest.mark.parametrize(
     ("checkpoint", "flags", "message"),
     [
-        ("base.safetensors", [], r"its method \(none\) has no routers: expected a run of mov"),
-        ("ia3", [], r"its method \(ia3\) has no routers: expected a run of mov"),
-        ("mov", ["--sites", "decoder/layers_1/mlp/gat"], r"layers_1/mlp/gat' matched none of 16"),
-        ("mov", ["--tasks", "colour_9"], r"'colour_9' matched none of 5 tasks; close: colour_"),
+        ("base.safetensors", [], r"expected a run of mov, molora .*, got a run of none"),
+        ("ia3", [], r"expected a run of mov, molora .*, got a run of ia3"),
+        ("mov", ["--sites", "decoder/layers_1/mlp/gat"], r"layers_1/mlp/gat' matches none of 16"),
+        (
+            "mov",
+            ["--tasks", "colour_9"],
+            r"'colour_9' matches none of 5 tasks; did you mean colour_",
+        ),
         ("mov", ["--examples=0"], "ROUTES_EXAMPLES must be an integer of at least 1, found 0"),
         (None, [], "CHECKPOINT_PATH is not set"),
         ("nothing", [], "nothing"),
     ],
 )
-def test_mistakes_are_one_line(folder, tmp_path, capsys, checkpoint, flags, message):
-    given = [str(folder / checkpoint)] if checkpoint else []
-    code = routes.main([*given, f"--output={tmp_path / 'out'}", *flags, *data_flags(folder)])
+def test_errors_are_one_line(folder, tmp_path, capsys, checkpoint, flags, message):
+    checkpoints = [str(folder / checkpoint)] if checkpoint else []
+    code = routes.main([*checkpoints, f"--output={tmp_path / 'out'}", *flags, *data_flags(folder)])
     error = capsys.readouterr().err
     assert code == 1 and error.startswith("error: ") and error.count("\n") == 1
     assert re.search(message, error), error
@@ -538,9 +548,11 @@ def registered(folder):
     return jsonl.register(folder / "tasks", folder / "vocab.model", use=())
 
 
-def test_chosen_tasks(registered):
+def test_select_tasks(registered):
     assert measure.select_tasks(["check_*"], registered) == ["check_1", "check_2"]
-    assert measure.select_tasks("check_2_score_eval", registered) == ["check_2"]  # its twin
+    assert measure.select_tasks("check_2_score_eval", registered) == [
+        "check_2"
+    ]  # the task that it scores
     assert measure.select_tasks(["free_1", "colour_2", "*"], registered)[:2] == [
         "free_1",
         "colour_2",
@@ -548,9 +560,9 @@ def test_chosen_tasks(registered):
     assert measure.select_tasks(["jsonl_score_eval"], registered) == ["check_1", "check_2"]
     assert "colour_1" in measure.select_tasks(["colour_1"], None)
     for patterns, message in (
-        ([], "names no task"),
+        ([], "must name at least one task"),
         ([3], "must be a list of name patterns"),
-        (["check_1", "x*"], r"'x\*' matched none"),
+        (["check_1", "x*"], r"'x\*' matches none"),
     ):
         with pytest.raises(InputError, match=message):
             measure.select_tasks(patterns, registered)
@@ -558,19 +570,19 @@ def test_chosen_tasks(registered):
         measure.select_tasks(None, None)
 
 
-def test_a_task_and_its_twin_read_alike(registered):
-    plain = measure.read_examples("colour_1", LENGTHS, 3)
-    twin = measure.read_examples("colour_1_score_eval", LENGTHS, 3)
-    assert len(plain) == len(twin) == 3
-    for one, other in zip(plain, twin, strict=True):
-        np.testing.assert_array_equal(one.inputs, other.inputs)
-        np.testing.assert_array_equal(one.choices[0], other.choices[0])
-        assert one.choice_texts == other.choice_texts and len(other.choices) == 1
-    (cut,) = measure.read_examples("colour_1", {"inputs": 3, "targets": 8}, 1)
-    assert len(cut.inputs) == 3 and cut.cut_input
+def test_task_and_its_score_task_read_the_same_examples(registered):
+    examples = measure.read_examples("colour_1", LENGTHS, 3)
+    score_examples = measure.read_examples("colour_1_score_eval", LENGTHS, 3)
+    assert len(examples) == len(score_examples) == 3
+    for example, score in zip(examples, score_examples, strict=True):
+        np.testing.assert_array_equal(example.inputs, score.inputs)
+        np.testing.assert_array_equal(example.choices[0], score.choices[0])
+        assert example.choice_texts == score.choice_texts and len(score.choices) == 1
+    (truncated,) = measure.read_examples("colour_1", {"inputs": 3, "targets": 8}, 1)
+    assert len(truncated.inputs) == 3 and truncated.cut_input
 
 
-def test_seen_is_by_the_record_then_by_roles(registered):
+def test_trained_datasets_come_from_the_record_or_roles(registered):
     @dataclasses.dataclass
     class Opened:
         record: object
@@ -584,10 +596,10 @@ def test_seen_is_by_the_record_then_by_roles(registered):
     assert measure.trained_datasets(Opened(None), None) is None
 
 
-def test_sites_of_different_sizes_are_refused():
+def test_select_sites_rejects_different_numbers_of_experts():
     experts = {"encoder/layers_0/mlp/gate": 3, "decoder/layers_0/mlp/gate": 5}
     assert measure.select_sites(None, experts) == ["decoder/layers_0/mlp/gate"]
-    with pytest.raises(InputError, match=r"one number of experts.*\[3, 5\]"):
+    with pytest.raises(InputError, match=r"same number of experts.*\[3, 5\]"):
         measure.select_sites(["*"], experts)
-    with pytest.raises(InputError, match="at least one site"):
+    with pytest.raises(InputError, match="one or more sites"):
         measure.select_sites([], experts)
