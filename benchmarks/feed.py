@@ -20,11 +20,11 @@ import common
 
 def measure(args: argparse.Namespace, start: int) -> dict[str, float]:
     """One column of the table."""
-    from pemoe_jax.data import feed, seqio_tasks
+    from pemoe_jax.data import feed, seqio_import
     from pemoe_jax.tasks import jsonl
 
     clock = time.monotonic()
-    seqio_tasks.import_seqio()
+    seqio_import.import_seqio()
     jsonl.register(args.jsonl_dir, args.vocab_path, use=("train",))
     ready = time.monotonic() - clock
     lengths = {"inputs": args.inputs, "targets": args.targets}

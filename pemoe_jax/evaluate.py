@@ -72,7 +72,7 @@ def evaluate(
     from pemoe_jax.analysis.zero_shot import scores as results_lib
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import partitioning
-    from pemoe_jax.data import sentences, seqio_tasks
+    from pemoe_jax.data import choices, sentences, seqio_tasks
     from pemoe_jax.runtime import atomic_write, distributed, file_io, progress
 
     output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
@@ -88,24 +88,24 @@ def evaluate(
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
     for one in opened:
-        seqio_tasks.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
-    names = seqio_tasks.subtasks(mixture_or_task_name)
+        seqio_tasks.check_vocab_size(mixture_or_task_name, one.model.config.vocab_size)
+    names = seqio_tasks.subtask_names(mixture_or_task_name)
     if results_lib.check_replaced(output, [one.path for one in opened], names):
         print(f"replacing the results in {output}", flush=True)
 
-    embedded = sentences.for_models(
+    embedded = sentences.open_for_models(
         opened,
         sentence_embeddings,
         mixture_or_task_name,
-        seqio_tasks.checked_lengths(task_feature_lengths)["inputs"],
+        seqio_tasks.validate_lengths(task_feature_lengths)["inputs"],
         use_cached_tasks,
     )
 
     def read(name: str) -> list[Any]:
-        found = seqio_tasks.choice_groups(
+        found = choices.load_choice_groups(
             name, task_feature_lengths, max_examples=max_examples, use_cached=use_cached_tasks
         )
-        return found if embedded is None else embedded.given_to(found)
+        return found if embedded is None else embedded.attach_to(found)
 
     everything = read(mixture_or_task_name)
     groups: dict[str, list[Any]] = {name: [] for name in names}
@@ -128,7 +128,7 @@ def evaluate(
                 split=splits.get(name.removesuffix("_score_eval"))
                 or seqio_tasks.eval_split(name)
                 or "",
-                odd=[kind for group in members for kind in group.odd],
+                odd=[kind for group in members for kind in group.anomalies],
             )
             for name, members in groups.items()
             if members
@@ -186,7 +186,7 @@ def _score(
     import numpy as np
 
     from pemoe_jax.core import partitioning, steps
-    from pemoe_jax.data import batching, feed
+    from pemoe_jax.data import batching, prefetch
 
     score = jax.jit(
         functools.partial(steps.score_choices, model),
@@ -204,7 +204,7 @@ def _score(
             found[id(group)] = (int(np.argmax(own)), [float(s) for s in own])
         bar.report_if_due(len(found), "inputs")
 
-    for batch, members in feed.prefetch(
+    for batch, members in prefetch.prefetch(
         batching.score_batches(groups, batch_size, multiple_of=devices)
     ):
         waiting.append((score(params, partitioning.shard_batch(batch, mesh)), members))
@@ -231,7 +231,7 @@ def _write_predictions(
                 "scores": [round(score, 5) for score in scores],
                 "prediction": group.choice_texts[best],
                 "correct": group.is_correct[best],
-                "odd": group.odd,
+                "odd": group.anomalies,
             }
             lines.append(json.dumps(row, ensure_ascii=False))
         atomic_write.write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")

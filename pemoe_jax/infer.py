@@ -95,7 +95,7 @@ def infer(
     from pemoe_jax.data import sentences, seqio_tasks
     from pemoe_jax.runtime import atomic_write, distributed, file_io
 
-    lengths = seqio_tasks.checked_lengths(task_feature_lengths)
+    lengths = seqio_tasks.validate_lengths(task_feature_lengths)
     output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
     distributed.initialize()
     folder = distributed.output_folder(output)
@@ -109,11 +109,11 @@ def infer(
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
     for one in opened:
-        seqio_tasks.check_vocabulary(mixture_or_task_name, one.model.config.vocab_size)
+        seqio_tasks.check_vocab_size(mixture_or_task_name, one.model.config.vocab_size)
     names = _plain_names(mixture_or_task_name)
     if results_lib.check_replaced(output, [one.path for one in opened], names):
         print(f"replacing the results in {output}", flush=True)
-    embedded = sentences.for_models(
+    embedded = sentences.open_for_models(
         opened,
         sentence_embeddings,
         mixture_or_task_name,
@@ -163,9 +163,9 @@ def _read(
     from pemoe_jax.runtime import progress
 
     names = _plain_names(name)
-    there = [task for task in names if seqio_tasks.is_there(task, use_cached)]
+    there = [task for task in names if seqio_tasks.has_data(task, use_cached)]
     if use_cached and not there:
-        seqio_tasks.cached_subtasks(names[0])  # raises
+        seqio_tasks.cached_subtask_names(names[0])  # raises
     _tell_left_out("no data", [task for task in names if there and task not in there])
     names = there or names  # of one that is not there its source says what is missing
     splits = {task: split for task in names if (split := seqio_tasks.eval_split(task)) is not None}
@@ -182,7 +182,7 @@ def _read(
     tasks = []
     try:
         for task, split in splits.items():
-            with seqio_tasks.reading(task, split, use_cached):
+            with seqio_tasks.translate_read_errors(task, split, use_cached):
                 found = _examples(task, split, lengths, use_cached, max_examples)
             found.dataset, found.split = labels.get(task, task), behind.get(task) or split
             tasks.append(found)
@@ -200,12 +200,12 @@ def _tell_left_out(why: str, tasks: Sequence[str]) -> None:
 
 def _plain_names(name: str) -> list[str]:
     """The tasks of a name; in place of a twin, whose rows are choices, the task it is of."""
-    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.data import seqio_import, seqio_tasks
 
     plain = []
-    for task in seqio_tasks.subtasks(name):
+    for task in seqio_tasks.subtask_names(name):
         base = task.removesuffix("_score_eval")
-        if base != task and base not in seqio_tasks.import_seqio().TaskRegistry.names():
+        if base != task and base not in seqio_import.import_seqio().TaskRegistry.names():
             raise InputError(
                 f"{task!r} has a row for each answer choice, which pemoe_jax.evaluate scores;"
                 f" expected a task to decode, found no {base!r}"
@@ -215,11 +215,11 @@ def _plain_names(name: str) -> list[str]:
 
 
 def _give_metrics(names: Sequence[str], registered: Any) -> None:
-    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.data import seqio_import, seqio_tasks
     from pemoe_jax.tasks import metrics
     from pemoe_jax.tasks.jsonl import files, roles
 
-    seqio = seqio_tasks.import_seqio()
+    seqio = seqio_import.import_seqio()
     of_lines: Mapping[str, Any] = {}
     index, where = {}, ""
     if isinstance(registered, roles.Registered):
@@ -229,7 +229,9 @@ def _give_metrics(names: Sequence[str], registered: Any) -> None:
     for name in names:
         found = metrics.names_of(name, index if name in of_lines else None, where)
         metrics.give(name, found)
-        kinds = {metric.model_output_type for metric in seqio_tasks.check_task(name).metric_objs}
+        kinds = {
+            metric.model_output_type for metric in seqio_tasks.get_mixture_or_task(name).metric_objs
+        }
         other = kinds - {seqio.metrics.ModelOutputType.PREDICTION}
         if other:
             raise InputError(
@@ -244,9 +246,9 @@ def _converter() -> Any:
 
     seqio's own takes most of the time that reading a task does.
     """
-    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.data import seqio_import
 
-    seqio = seqio_tasks.import_seqio()
+    seqio = seqio_import.import_seqio()
 
     class Unconverted(seqio.EncDecFeatureConverter):  # type: ignore[name-defined]
         def __call__(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
@@ -262,9 +264,9 @@ def _examples(
     use_cached: bool,
     max_examples: int | None,
 ) -> _Task:
-    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.data import choices, seqio_import, seqio_tasks
 
-    seqio = seqio_tasks.import_seqio()
+    seqio = seqio_import.import_seqio()
     evaluator = seqio.Evaluator(
         name,
         _converter(),
@@ -275,17 +277,17 @@ def _examples(
         num_examples=max_examples,
         async_compute_metrics=False,
     )
-    features = seqio_tasks.check_task(name).output_features
+    features = seqio_tasks.get_mixture_or_task(name).output_features
     eos_id = features["inputs"].vocabulary.eos_id
     task = _Task(name, name, split, evaluator, features["targets"].vocabulary, [], [], [], [], [])
     for row in evaluator.cached_task_datasets[name].as_numpy_iterator():
-        ids, was_cut = seqio_tasks.cut(row["inputs"], lengths["inputs"], eos_id)
+        ids, was_cut = choices.truncate(row["inputs"], lengths["inputs"], eos_id)
         task.inputs.append(ids)
         task.cut.append(was_cut)
-        task.input_texts.append(seqio_tasks.text_of(features, row, "inputs"))
-        task.target_texts.append(seqio_tasks.text_of(features, row, "targets"))
-        if seqio_tasks.SENTENCE in row:
-            task.sentences.append(row[seqio_tasks.SENTENCE])
+        task.input_texts.append(choices.feature_text(features, row, "inputs"))
+        task.target_texts.append(choices.feature_text(features, row, "targets"))
+        if seqio_tasks.SENTENCE_FEATURE in row:
+            task.sentences.append(row[seqio_tasks.SENTENCE_FEATURE])
     return task
 
 
@@ -299,7 +301,7 @@ def _decode(
     import numpy as np
 
     from pemoe_jax.core import decoding, partitioning
-    from pemoe_jax.data import batching, feed
+    from pemoe_jax.data import batching, prefetch
     from pemoe_jax.runtime import progress
 
     inputs = [ids for task in tasks for ids in task.inputs]
@@ -315,7 +317,7 @@ def _decode(
         bar.report_if_due(len(found), "inputs")
 
     batches = batching.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
-    for tokens, numbers in feed.prefetch(batches):
+    for tokens, numbers in prefetch.prefetch(batches):
         batch = {"inputs": tokens}
         if len(sentences) == len(inputs):
             last = [numbers[-1]] * (len(tokens) - len(numbers))  # as `tokens` is filled up

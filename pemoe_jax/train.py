@@ -116,7 +116,7 @@ def train(
     from pemoe_jax.analysis import plots
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import adapters, network, partitioning, quantized, stacks, steps
-    from pemoe_jax.data import feed, sentences, seqio_tasks
+    from pemoe_jax.data import feed, prefetch, sentences, seqio_tasks
     from pemoe_jax.runtime import distributed, file_io
 
     quantized.check_frozen_dtype(frozen_dtype)
@@ -126,12 +126,12 @@ def train(
     partitioning.check_batch_size(batch_size, mesh, microbatches)
     partitioning.connect_processes(mesh)
     registered = register() if register is not None else None
-    seqio_tasks.check_vocabulary(mixture_or_task_name, model.config.vocab_size)
-    embedded = sentences.for_training(
+    seqio_tasks.check_vocab_size(mixture_or_task_name, model.config.vocab_size)
+    embedded = sentences.open_for_training(
         adapters.describe(model.adapters),
         sentence_embeddings,
         mixture_or_task_name,
-        seqio_tasks.checked_lengths(task_feature_lengths)["inputs"],
+        seqio_tasks.validate_lengths(task_feature_lengths)["inputs"],
         pack,
         use_cached_tasks,
     )
@@ -152,7 +152,7 @@ def train(
     )
     record = dataclasses.replace(
         record,
-        trained_datasets=_datasets(seqio_tasks.subtasks(mixture_or_task_name), registered),
+        trained_datasets=_datasets(seqio_tasks.subtask_names(mixture_or_task_name), registered),
         sentence_encoder=None if embedded is None else dict(embedded.encoder),
     )
     print(_summary(state.params, frozen, record, registered, len(jax.devices())), flush=True)
@@ -224,15 +224,15 @@ def train(
     )
     try:
         with partitioning.use_mesh(mesh, rules):
-            loop.run(state, frozen, feed.prefetch(batches, made=loop.placed))
+            loop.run(state, frozen, prefetch.prefetch(batches, transform=loop.placed))
     except BaseException as error:
         # a save under way needs all processes, of which one may have gone
         if isinstance(error, InputError) or jax.process_count() == 1:
             checkpoints.close()
         raise
     checkpoints.close()
-    if batches.cuts.inputs or batches.cuts.targets:
-        print(batches.cuts)
+    if batches.truncations.inputs or batches.truncations.targets:
+        print(batches.truncations)
     plots.loss_curve(
         written / "metrics.jsonl", written / "loss.png", title=f"Training: {folder.name}"
     )
@@ -328,7 +328,7 @@ def _step_to_go_on_from(folder: Path, record: "runs.Record") -> int:
     if not saved:
         return 0
     found = runs.read_record(str(folder))
-    sentence_table.check_encoder(str(folder), found.sentence_encoder, record.sentence_encoder)
+    sentence_table.check_same_encoder(str(folder), found.sentence_encoder, record.sentence_encoder)
     before, now = (_identity(one, found.base["needed"]) for one in (found, record))
     for name, value in before.items():
         if now.get(name) != value:
@@ -422,7 +422,7 @@ class _Loop:
         positions = {first: batches.position}
         try:
             for step in range(first + 1, self.total_steps + 1):
-                _settle(window, batches.ready)
+                _settle(window, batches.is_ready)
                 asked = time.monotonic()
                 batch = next(batches, None)
                 waited += time.monotonic() - asked

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import seqio_tasks
+from pemoe_jax.runtime import seqio_caches
 
 T5_VOCAB_PATH = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
 
@@ -49,7 +49,7 @@ def register(
             raise InputError(f"MIXTURE_OR_TASK_MODULE {module!r}: no such module") from error
     if jsonl_dir is None and module is None:
         p3_dir = p3_dir or os.environ.get("PEMOE_P3_DIR")
-    only_caches = jsonl_dir is None and module is None and bool(seqio_tasks.added_cache_dirs)
+    only_caches = jsonl_dir is None and module is None and bool(seqio_caches.additional_cache_dirs)
     if p3_dir or only_caches:
         if jsonl_dir is not None:
             raise InputError(f"expected JSONL_DIR or P3_DIR, found both: {jsonl_dir}, {p3_dir}")

@@ -177,7 +177,7 @@ def names_of(task: str, index: Mapping[str, Any] | None = None, where: str = "")
 
 def give(task: str, names: Sequence[str]) -> None:
     """Gives a registered task without metrics of predictions those of these names."""
-    found = seqio_tasks.check_task(task)
+    found = seqio_tasks.get_mixture_or_task(task)
     if found.predict_metric_fns or found.metric_objs:
         return
     # Task.replace makes a plain Task of any class of tasks, so the task itself is changed

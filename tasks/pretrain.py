@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import seqio_tasks
+from pemoe_jax.data import seqio_import
 from pemoe_jax.tasks import jsonl
 
 SPAN_CORRUPTION = "pretrain_span_corruption"
@@ -103,7 +103,7 @@ def _preprocessor(
     cut: Callable[[Sequence[int], np.random.Generator], tuple[list[int], list[int]]],
 ) -> Callable[..., Any]:
     """A seqio preprocessor: ids in `targets` -> `inputs`, `targets`; draws follow seqio's seed."""
-    seqio = seqio_tasks.import_seqio()
+    seqio = seqio_import.import_seqio()
     import tensorflow as tf
 
     def cut_ids(ids: np.ndarray, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +138,7 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
 
     Raises InputError where a file is missing.
     """
-    seqio = seqio_tasks.import_seqio()
+    seqio = seqio_import.import_seqio()
     path = pathlib.Path(text_path).expanduser().absolute()
     if not path.is_file():
         raise InputError(

@@ -1,11 +1,70 @@
 """Tasks to train on and to score, registered: for the tests of `data` and of `feed`."""
 
+import io
+import json
 import pathlib
 
 import numpy as np
-from test_jsonl import WORDS, YES_NO, make_vocab, write
 
 from pemoe_jax.tasks import jsonl
+
+LENGTHS = {"inputs": 32, "targets": 8}
+YES_NO = ["yes", "no"]
+WORDS = [
+    "yes",
+    "no",
+    "maybe",
+    "red",
+    "green",
+    "blue",
+    "is",
+    "the",
+    "sky",
+    "grass",
+    "sea",
+    "what",
+    "colour",
+    "of",
+    "a",
+    "good",
+    "bad",
+    "film",
+    "it",
+    "was",
+]
+
+
+def make_vocab(folder: pathlib.Path, **settings) -> pathlib.Path:
+    """A SentencePiece model of a few dozen pieces."""
+    import sentencepiece
+
+    settings = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | settings
+    model = io.BytesIO()
+    rng = np.random.default_rng(0)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(rng.choice(WORDS, 8)) for _ in range(200)),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **settings,
+    )
+    path = folder / "spiece.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def write(folder: pathlib.Path, task: str, split: str, rows: list) -> pathlib.Path:
+    """Rows (dicts, or (inputs, targets[, choices])) as <folder>/<task>/<split>.jsonl."""
+    path = folder / task / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in rows:
+        if not isinstance(row, dict):
+            row = dict(zip(("inputs", "targets", "answer_choices"), row, strict=False))
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+    return path
 
 
 def register(folder: pathlib.Path) -> tuple:

@@ -5,18 +5,18 @@ import pathlib
 import subprocess
 import sys
 
-from pemoe_jax.data import seqio_tasks
+from pemoe_jax.data import seqio_import
 
 
 def import_seqio(folder=None, then="", timeout=None, **variables):
     """import_seqio() in a process of its own, with the modules in `folder` before all others."""
     path = [
-        str(pathlib.Path(seqio_tasks.__file__).parents[2]),
+        str(pathlib.Path(seqio_import.__file__).parents[2]),
         *([str(folder)] if folder else []),
     ]
     environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
     environment |= {"PYTHONPATH": os.pathsep.join(reversed(path))} | variables
-    command = f"from pemoe_jax.data import seqio_tasks; seqio_tasks.import_seqio(); {then}"
+    command = f"from pemoe_jax.data import seqio_import; seqio_import.import_seqio(); {then}"
     return subprocess.run(
         [sys.executable, "-c", command],
         env=environment,

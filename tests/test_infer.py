@@ -87,7 +87,7 @@ def test_predictions_are_those_of_greedy_decoding(folder, decoded):
         opened = models.open_model(str(folder / f"{run}.safetensors"))
         params = opened.load()
         for task in TASKS:
-            features = seqio_tasks.check_task(task).output_features
+            features = seqio_tasks.get_mixture_or_task(task).output_features
             vocabulary = features["inputs"].vocabulary
             lines = read(decoded, task, run)
             assert len(lines) == 6
@@ -123,7 +123,7 @@ def test_results(decoded):
 
 def test_long_inputs_are_cut_and_counted(decoded):
     tasks = json.loads((decoded / "results.json").read_text())["runs"][0]["tasks"]
-    vocabulary = seqio_tasks.check_task("colour_1").output_features["inputs"].vocabulary
+    vocabulary = seqio_tasks.get_mixture_or_task("colour_1").output_features["inputs"].vocabulary
     for task in TASKS:
         lines = read(decoded, task)
         long = [len(vocabulary.encode(line["inputs"])) + 1 > 8 for line in lines]
@@ -205,7 +205,7 @@ def test_a_task_with_metrics_of_scores_is_told_of(folder, tmp_path, capsys):
 
     assert infer.main(flags(folder, tmp_path, EVAL_EXAMPLES=1)) == 0
     capsys.readouterr()
-    plain = seqio_tasks.check_task("free_1")
+    plain = seqio_tasks.get_mixture_or_task("free_1")
     scored = plain.replace(name="users_scored", metric_fns=[of_scores])
     seqio.TaskRegistry.add_provider("users_scored", scored)
     try:

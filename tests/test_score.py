@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data_tasks import WORDS, make_vocab, write
 from methods import CONFIG, METHODS
-from test_jsonl import WORDS, make_vocab, write
 
 from pemoe_jax import evaluate
 from pemoe_jax.analysis.zero_shot import scores as results_lib
 from pemoe_jax.core import network, params, partitioning, steps
-from pemoe_jax.data import batching, seqio_tasks
+from pemoe_jax.data import batching, choices
 from pemoe_jax.runtime import progress
 from pemoe_jax.tasks import jsonl
 
@@ -104,7 +104,7 @@ def one_by_one(twin: str) -> tuple[np.ndarray, float]:
 @pytest.mark.parametrize("batch_size", [2, 4, 32])
 def test_grouped_scores_are_those_of_seqios_evaluator(twins, batch_size):
     """20 groups of 1 to 6 choices in batches of 2, 4 and 32 rows over two devices."""
-    groups = seqio_tasks.choice_groups("jsonl_score_eval", LENGTHS)
+    groups = choices.load_choice_groups("jsonl_score_eval", LENGTHS)
     mesh = partitioning.make_mesh()
     assert mesh.shape["data"] == 2
     params_there = partitioning.replicate(weights(), mesh)
@@ -129,10 +129,12 @@ def test_grouped_scores_are_those_of_seqios_evaluator(twins, batch_size):
 
 def test_the_batches_had_remainders_and_ragged_choices(twins):
     """What the test above is about is really in its batches."""
-    groups = seqio_tasks.choice_groups("jsonl_score_eval", LENGTHS)
+    groups = choices.load_choice_groups("jsonl_score_eval", LENGTHS)
     assert {len(group.choices) for group in groups} == {1, 2, 3, 4, 5, 6}
-    assert any(group.cut_input for group in groups) and any(group.cut_target for group in groups)
-    assert sum("doubled_choices" in group.odd for group in groups) >= 3
+    assert any(group.input_truncated for group in groups) and any(
+        group.target_truncated for group in groups
+    )
+    assert sum("doubled_choices" in group.anomalies for group in groups) >= 3
     for batch_size in (4, 32):
         batches = list(batching.score_batches(groups, batch_size, multiple_of=2))
         rows = [batch["decoder_target_tokens"] for batch, _ in batches]
@@ -144,7 +146,7 @@ def test_the_batches_had_remainders_and_ragged_choices(twins):
 def test_doubled_choices_score_alike(twins):
     scores, _ = one_by_one("odd_score_eval")
     groups = [
-        g for g in seqio_tasks.choice_groups("jsonl_score_eval", LENGTHS) if g.task == twins[0]
+        g for g in choices.load_choice_groups("jsonl_score_eval", LENGTHS) if g.task == twins[0]
     ]
     mesh = partitioning.make_mesh()
     bar = progress.Progress("scoring", len(groups))

@@ -20,7 +20,7 @@ from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints import models, runs
 from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
-from pemoe_jax.data import feed
+from pemoe_jax.data import feed, packing
 
 METHODS = ("full", "ia3", "lora", "mov", "molora")
 DIMENSIONS = {
@@ -273,8 +273,10 @@ def test_waiting_for_data_is_measured(folder, trained, tmp_path, monkeypatch, ca
     shares = read_metrics(trained["mov"], "train/wait_share")
     assert shares.keys() == {1, 4, 8, 12} and all(0 <= share < 1 for share in shares.values())
 
-    plain = feed.Feed.__next__
-    monkeypatch.setattr(feed.Feed, "__next__", lambda one: time.sleep(0.3) or plain(one))
+    plain = packing.BatchIterator.__next__
+    monkeypatch.setattr(
+        packing.BatchIterator, "__next__", lambda one: time.sleep(0.3) or plain(one)
+    )
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert read_metrics(tmp_path, "train/wait_share")[12] > 0.5
     assert "waiting for data" in capsys.readouterr().out

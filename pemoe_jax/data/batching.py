@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.seqio_tasks import Batch, ChoiceGroup, check_count
+from pemoe_jax.data.choices import ChoiceGroup
+from pemoe_jax.data.packing import Batch
+from pemoe_jax.data.seqio_tasks import check_integer
 
 Shape = tuple[int, int, int]  # of a scoring program, less its rows: Li, C, Lt
 
@@ -91,7 +93,7 @@ def _buckets(
     max_programs: int,
 ) -> Iterator[tuple[Shape, int, list[int]]]:
     """Of each batch its shape, its rows, and the numbers of the sizes in it; the largest first."""
-    check_count("BATCH_SIZE", batch_size, 1)
+    check_integer("BATCH_SIZE", batch_size, 1)
     if batch_size % multiple_of:
         raise InputError(
             f"BATCH_SIZE {batch_size} is not a multiple of the number of devices, {multiple_of}"
@@ -164,7 +166,9 @@ def _filled(groups: Sequence[ChoiceGroup], rows: int, shape: Shape) -> Batch:
         "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
         "decoder_target_tokens": targets,
     }
-    sentences = [group.sentence for group in groups if group.sentence is not None]
+    sentences = [
+        group.sentence_embedding for group in groups if group.sentence_embedding is not None
+    ]
     if len(sentences) == len(groups):
         missing = ((0, rows - len(groups)), (0, 0))
         batch["sentence_embeddings"] = np.pad(np.stack(sentences, dtype=np.float32), missing)

@@ -29,11 +29,11 @@ _ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class Order:
+class ExampleOrder:
     """The order of the examples of some tasks, whose rows are numbered task after task.
 
     Each task is gone through again and again, every row once in each pass. Objects are cheap to
-    make; `numbers` is quickest where one call goes on where the last one ended.
+    make; `row_numbers` is quickest where one call goes on where the last one ended.
 
     Args:
       sizes: rows of each task, at least 1.
@@ -41,9 +41,8 @@ class Order:
       seed: any integer.
       shuffle: each pass in an order of its own; otherwise in the rows' own order (which task comes
         next is drawn all the same, and single tasks come as they are).
-      repeat: for ever; otherwise the order ends where a task has no row left, as seqio's mixtures
-        do.
-      epochs: the passes that each task has without `repeat`.
+      num_epochs: the order ends when the first task has no row left after this many epochs, as a
+        seqio mixture does; None: never.
 
     Raises:
       InputError: a size below 1, a negative rate, or no rate above 0.
@@ -55,8 +54,7 @@ class Order:
         rates: Sequence[float],
         seed: int,
         shuffle: bool = True,
-        repeat: bool = True,
-        epochs: int = 1,
+        num_epochs: int | None = None,
     ) -> None:
         _check(sizes, rates)
         self._sizes = np.array(sizes, np.int64)
@@ -65,12 +63,12 @@ class Order:
         *draws, rows = np.random.SeedSequence(seed % (1 << 64)).generate_state(3, np.uint64)
         self._draw_key = np.array(draws, np.uint64)
         self._permutations = _Permutations(self._sizes, rows) if shuffle else None
-        self._most = None if repeat else self._sizes * epochs
+        self._most = None if num_epochs is None else self._sizes * num_epochs
         self._choice = _Choice(rates)
         self._snapshots = [np.zeros(len(self._sizes), np.int64)]
         self._last = 0, self._snapshots[0]
 
-    def numbers(self, start: int, stop: int, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
+    def row_numbers(self, start: int, stop: int, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
         """The rows of the examples start..stop-1: int64 [stop - start], fewer where it ends.
 
         Of a shard (index, count) the examples are those n of the order with n mod count = index,
@@ -78,7 +76,7 @@ class Order:
         """
         index, count = shard
         if count > 1:
-            return self.numbers(index + count * start, index + count * stop)[::count]
+            return self.row_numbers(index + count * start, index + count * stop)[::count]
         seen = self._counts(start)
         parts = [np.zeros(0, np.int64)]
         while start < stop:

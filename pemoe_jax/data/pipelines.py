@@ -11,38 +11,37 @@ from typing import Any
 
 import numpy as np
 
-from pemoe_jax.data import seqio_tasks
-from pemoe_jax.data.order import Order
-from pemoe_jax.data.rows import TEXTS, Reader
-from pemoe_jax.data.tfrecords import Records
+from pemoe_jax.data import seqio_import
+from pemoe_jax.data.order import ExampleOrder
+from pemoe_jax.data.providers import StreamOptions
+from pemoe_jax.data.rows import TEXT_FEATURES, RowReader
+from pemoe_jax.data.tfrecords import TFRecordReader
 
-seqio_tasks.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
+seqio_import.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
 import tensorflow as tf  # noqa: E402
 
-READ = 128  # rows read at a time
+READ_SIZE = 128  # rows read at a time
 
 
-def number_blocks(
-    order: Order, start: int, shard: tuple[int, int] | None = None
-) -> tf.data.Dataset:
+def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -> tf.data.Dataset:
     """Row numbers of an order (a shard of it) from example `start` on: blocks, int64 [N], N > 0."""
 
     @tf.autograph.experimental.do_not_convert
     def block(first: tf.Tensor) -> tf.Tensor:
         numbers = tf.numpy_function(
-            lambda first: order.numbers(int(first), int(first) + READ, shard or (0, 1)),
+            lambda first: order.row_numbers(int(first), int(first) + READ_SIZE, shard),
             [first],
             tf.int64,
         )
         return tf.ensure_shape(numbers, [None])
 
-    firsts = tf.data.Dataset.range(start, np.iinfo(np.int64).max - READ, READ)
+    firsts = tf.data.Dataset.range(start, np.iinfo(np.int64).max - READ_SIZE, READ_SIZE)
     return firsts.map(block).take_while(lambda numbers: tf.size(numbers) > 0)
 
 
-def read_blocks(readers: Sequence[Reader], blocks: tf.data.Dataset) -> tf.data.Dataset:
+def read_blocks(readers: Sequence[RowReader], blocks: tf.data.Dataset) -> tf.data.Dataset:
     """Blocks of row numbers, all readers' rows laid end to end -> blocks of tf.train.Examples."""
-    starts = np.cumsum([0, *(reader.rows for reader in readers[:-1])])
+    starts = np.cumsum([0, *(reader.num_rows for reader in readers[:-1])])
 
     def read_numbers(numbers: np.ndarray) -> np.ndarray:
         which = np.searchsorted(starts, numbers, side="right") - 1
@@ -59,18 +58,12 @@ def read_blocks(readers: Sequence[Reader], blocks: tf.data.Dataset) -> tf.data.D
     return blocks.map(read)
 
 
-def examples(
-    readers: Sequence[Reader],
+def example_dataset(
+    readers: Sequence[RowReader],
     rates: Sequence[float],
     task: Any,
     sequence_length: Mapping[str, int] | None,
-    *,
-    seed: int,
-    start: int = 0,
-    shuffle: bool = True,
-    num_epochs: int | None = None,
-    shard: tuple[int, int] | None = None,
-    texts: bool = False,
+    options: StreamOptions,
 ) -> tf.data.Dataset:
     """Elements `inputs` and `targets`, int32 [L], of some readers mixed, from any example on.
 
@@ -79,32 +72,32 @@ def examples(
       rates: of each.
       task: what is left to do to an example, this seqio task does (its postcache preprocessors).
       sequence_length: what the features are cut to.
-      seed, start, shuffle, num_epochs, shard: see `jsonl_source.JsonLinesMixture.examples_from`.
-      texts: with `inputs_pretokenized` and `targets_pretokenized`.
+      options: order and extent.
     """
-    order = Order(
-        [reader.rows for reader in readers],
+    order = ExampleOrder(
+        [reader.num_rows for reader in readers],
         rates,
-        seed,
-        shuffle,
-        num_epochs is None,
-        num_epochs or 1,
+        options.seed,
+        options.shuffle,
+        options.num_epochs,
     )
-    blocks = read_blocks(readers, number_blocks(order, start, shard))
-    kinds: dict[str, Any] = {key: tf.io.RaggedFeature(tf.int64) for key in TEXTS}
-    names = [f"{key}_{kind}" for key in TEXTS for kind in ("pretokenized", "plaintext")]
-    kinds |= {name: tf.io.FixedLenFeature([], tf.string, "") for name in names if texts}
+    blocks = read_blocks(readers, row_number_blocks(order, options.start, options.shard))
+    kinds: dict[str, Any] = {key: tf.io.RaggedFeature(tf.int64) for key in TEXT_FEATURES}
+    names = [f"{key}_{kind}" for key in TEXT_FEATURES for kind in ("pretokenized", "plaintext")]
+    kinds |= {
+        name: tf.io.FixedLenFeature([], tf.string, "") for name in names if options.include_text
+    }
 
     @tf.autograph.experimental.do_not_convert
     def parse(records: tf.Tensor) -> dict[str, Any]:
         rows = tf.io.parse_example(records, kinds)
         found = {}
-        for key in TEXTS:
+        for key in TEXT_FEATURES:
             # with a 0 before, until they are taken apart: TensorFlow 2.21 crashes where a row of no
             # elements is unbatched
             ids = tf.cast(rows[key], tf.int32)
             found[key] = tf.concat([tf.fill([tf.size(records), 1], 0), ids], axis=1)
-            if texts:
+            if options.include_text:
                 found[f"{key}_pretokenized"] = (
                     rows[f"{key}_pretokenized"] + rows[f"{key}_plaintext"]
                 )
@@ -112,29 +105,29 @@ def examples(
 
     @tf.autograph.experimental.do_not_convert
     def dense(example: dict[str, Any]) -> dict[str, tf.Tensor]:
-        return example | {key: tf.convert_to_tensor(example[key])[1:] for key in TEXTS}
+        return example | {key: tf.convert_to_tensor(example[key])[1:] for key in TEXT_FEATURES}
 
     ds = blocks.map(parse).unbatch().map(dense)
     ds = task.preprocess_postcache(ds, sequence_length=sequence_length, seed=0)
-    return ds.prefetch(READ)
+    return ds.prefetch(READ_SIZE)
 
 
-def local_cache(task: Any) -> pathlib.Path | None:
+def local_cache_dir(task: Any) -> pathlib.Path | None:
     """The folder of a seqio task's offline cache, None where there is none or it is not local."""
     folder = task.cache_dir
     return None if folder is None or "://" in folder else pathlib.Path(folder)
 
 
-def cached_examples(
+def cached_example_dataset(
     tasks: Sequence[Any],
     rates: Sequence[float],
     sequence_length: Mapping[str, int] | None,
     split: str,
-    **kwargs: Any,
+    options: StreamOptions,
 ) -> tf.data.Dataset | None:
     """`examples` of tasks' offline caches; None where not all have one that is local."""
-    folders = [local_cache(task) for task in tasks]
-    readers = [Records(folder, split) for folder in folders if folder is not None]
+    folders = [local_cache_dir(task) for task in tasks]
+    readers = [TFRecordReader(folder, split) for folder in folders if folder is not None]
     if len(readers) < len(tasks) or not tasks:
         return None
-    return examples(readers, rates, tasks[0], sequence_length, **kwargs)
+    return example_dataset(readers, rates, tasks[0], sequence_length, options)

@@ -38,17 +38,17 @@ _PART_ROWS = 65_536
 _PART_SECONDS = 60.0
 _OURS = {".lock", ".about.json"}  # what is there before about.json is
 
-Encoder = Mapping[str, Any]  # name, dim, fingerprint and probe: see `same_encoder`
+EncoderInfo = Mapping[str, Any]  # name, dim, fingerprint and probe: see `same_encoder`
 
 
-def key(ids: Any) -> bytes:
+def input_key(ids: Any) -> bytes:
     """What an input is found by: blake2b, 128 bits, of its token ids [L], padding (0) left away."""
     ids = np.asarray(ids)
     real = np.ascontiguousarray(ids[ids != 0], "<i4")
     return hashlib.blake2b(real.tobytes(), digest_size=_KEY.itemsize).digest()
 
 
-def same_encoder(one: Encoder, other: Encoder) -> bool:
+def is_same_encoder(one: EncoderInfo, other: EncoderInfo) -> bool:
     """Whether two descriptions are of one encoder.
 
     Name, dim and fingerprint must be equal. Where an encoder has no fingerprint, its vectors of a
@@ -60,22 +60,24 @@ def same_encoder(one: Encoder, other: Encoder) -> bool:
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=0.02, atol=0.05))
 
 
-def check_encoder(where: str, trained_with: Encoder | None, now: Encoder | None) -> None:
+def check_same_encoder(
+    where: str, trained_with: EncoderInfo | None, now: EncoderInfo | None
+) -> None:
     """Raises InputError where a run has not the encoder that a checkpoint was trained with.
 
     Args:
       where: the checkpoint.
       trained_with, now: None where it is not known, or there is none.
     """
-    if trained_with is None or now is None or same_encoder(trained_with, now):
+    if trained_with is None or now is None or is_same_encoder(trained_with, now):
         return
     raise InputError(
-        f"{where} was trained with sentence embeddings of {told(trained_with)}: expected the same,"
-        f" found {told(now)}{_probe_hint(trained_with, now)}"
+        f"{where} was trained with sentence embeddings of {format_encoder(trained_with)}:"
+        f" expected the same, found {format_encoder(now)}{_probe_hint(trained_with, now)}"
     )
 
 
-def told(encoder: Encoder | None) -> str:
+def format_encoder(encoder: EncoderInfo | None) -> str:
     """An encoder in a few words."""
     if not encoder:
         return "none"
@@ -84,7 +86,7 @@ def told(encoder: Encoder | None) -> str:
     return f"{encoder.get('name')}{of}, size {encoder.get('dim')}"
 
 
-class Table:
+class SentenceTable:
     """A finished table, opened for reading: nothing of it is in memory but what is looked up.
 
     Attributes:
@@ -109,7 +111,7 @@ class Table:
                 f"SENTENCE_EMBEDDINGS {self.path} is not finished: run pemoe embed"
                 " again, which goes on where it stopped"
             )
-        self.encoder: Encoder = about["encoder"]
+        self.encoder: EncoderInfo = about["encoder"]
         self.lengths: list[int] = about["lengths"]
         self.vocabulary: str = about["vocabulary"]
         parts = about["parts"]
@@ -135,7 +137,7 @@ class Table:
 
     def rows(self, inputs: Iterable[Any]) -> np.ndarray:
         """Of token ids, [Li] each, the rows of their vectors, int64 [N]; -1 where there is none."""
-        wanted = np.frombuffer(b"".join(map(key, inputs)), _KEY)
+        wanted = np.frombuffer(b"".join(map(input_key, inputs)), _KEY)
         at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
         return np.where(self._keys[at] == wanted, self._rows[at], -1)
 
@@ -184,7 +186,7 @@ def _read_about(folder: pathlib.Path) -> dict[str, Any] | None:
     return dict(about)
 
 
-class Writer:
+class TableWriter:
     """Adds to a table, or begins one; stopped at any point, the next one goes on there.
 
     Attributes:
@@ -205,7 +207,7 @@ class Writer:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        encoder: Encoder,
+        encoder: EncoderInfo,
         dtype: str,
         vocabulary: str,
         length: int,
@@ -312,10 +314,11 @@ class Writer:
 
 def _checked(about: dict[str, Any], now: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
     """A table's description; InputError where what is to be added does not fit it."""
-    if not same_encoder(about["encoder"], now["encoder"]):
+    if not is_same_encoder(about["encoder"], now["encoder"]):
         raise InputError(
-            f"SENTENCE_EMBEDDINGS {path} is of the encoder {told(about['encoder'])}: expected the"
-            f" same to add to it, found {told(now['encoder'])}"
+            f"SENTENCE_EMBEDDINGS {path} is of the encoder"
+            f" {format_encoder(about['encoder'])}: expected the same to add"
+            f" to it, found {format_encoder(now['encoder'])}"
             f"{_probe_hint(about['encoder'], now['encoder'])}"
         )
     for field, macro in (("dtype", "EMBEDDING_DTYPE"), ("vocabulary", "a vocabulary")):
@@ -327,8 +330,8 @@ def _checked(about: dict[str, Any], now: Mapping[str, Any], path: pathlib.Path) 
     return about
 
 
-def _probe_hint(one: Encoder, other: Encoder) -> str:
-    return ", which gives other vectors now" if told(one) == told(other) else ""
+def _probe_hint(one: EncoderInfo, other: EncoderInfo) -> str:
+    return ", which gives other vectors now" if format_encoder(one) == format_encoder(other) else ""
 
 
 def _split(found: np.ndarray) -> list[bytes]:

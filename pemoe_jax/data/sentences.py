@@ -14,13 +14,13 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_tasks
-from pemoe_jax.data.sentence_table import Encoder, Table, check_encoder
-from pemoe_jax.data.seqio_tasks import ChoiceGroup
+from pemoe_jax.data.choices import ChoiceGroup
+from pemoe_jax.data.sentence_table import EncoderInfo, SentenceTable, check_same_encoder
 
 
-def vocabulary_of(name: str) -> str:
+def vocabulary_fingerprint(name: str) -> str:
     """What a table says of the vocabulary of a task's or mixture's inputs."""
-    vocabulary = seqio_tasks.check_task(name).output_features["inputs"].vocabulary
+    vocabulary = seqio_tasks.get_mixture_or_task(name).output_features["inputs"].vocabulary
     model = getattr(vocabulary, "sp_model", None)
     if model:
         return hashlib.blake2b(model, digest_size=8).hexdigest()
@@ -28,7 +28,7 @@ def vocabulary_of(name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class SentenceSource:
     """Where a run's embeddings come from: a table, or for None the tasks' own feature.
 
     Attributes:
@@ -36,9 +36,9 @@ class Source:
       length: that the run's inputs are cut to.
     """
 
-    encoder: Encoder
+    encoder: EncoderInfo
     length: int
-    table: Table | None = None
+    table: SentenceTable | None = None
 
     @property
     def dim(self) -> int:
@@ -64,7 +64,7 @@ class Source:
             raise InputError(self._absent(inputs[number], name))
         return self.table.vectors(rows)
 
-    def given_to(self, groups: Sequence[ChoiceGroup]) -> list[ChoiceGroup]:
+    def attach_to(self, groups: Sequence[ChoiceGroup]) -> list[ChoiceGroup]:
         """Groups of answer choices with the embeddings of their inputs.
 
         Raises:
@@ -74,13 +74,13 @@ class Source:
             return list(groups)
         vectors = self.vectors([group.inputs for group in groups], [group.task for group in groups])
         return [
-            dataclasses.replace(group, sentence=vector)
+            dataclasses.replace(group, sentence_embedding=vector)
             for group, vector in zip(groups, vectors, strict=True)
         ]
 
     def _absent(self, ids: np.ndarray, name: str) -> str:
         assert self.table is not None
-        vocabulary = seqio_tasks.check_task(name).output_features["inputs"].vocabulary
+        vocabulary = seqio_tasks.get_mixture_or_task(name).output_features["inputs"].vocabulary
         text = vocabulary.decode([int(i) for i in ids])
         cut = ""
         if self.length not in self.table.lengths:
@@ -92,20 +92,20 @@ class Source:
         )
 
 
-def reads_sentences(description: Mapping[str, Mapping[str, Any]]) -> bool:
+def reads_sentence_embeddings(description: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a router of adapters, as `core.adapters.describe` has them, reads embeddings."""
     routers = [site.get("router") or {} for site in description.values()]
     return any(router.get("reads") == "sentence" for router in routers)
 
 
-def for_training(
+def open_for_training(
     description: Mapping[str, Mapping[str, Any]],
     path: str | None,
     name: str,
     length: int,
     pack: bool,
     use_cached: bool = False,
-) -> Source | None:
+) -> SentenceSource | None:
     """What a run trains with; None where its routers read something else.
 
     Args:
@@ -120,7 +120,7 @@ def for_training(
       InputError: routers read embeddings and there are none, or the other way round; or rows are
         packed.
     """
-    if not reads_sentences(description):
+    if not reads_sentence_embeddings(description):
         if path is not None:
             raise InputError(
                 f"SENTENCE_EMBEDDINGS {path} is set and no router reads sentence embeddings:"
@@ -135,13 +135,13 @@ def for_training(
     return _open(path, name, length, use_cached)
 
 
-def for_models(
+def open_for_models(
     models: Sequence[Any],
     path: str | None,
     name: str,
     length: int,
     use_cached: bool = False,
-) -> Source | None:
+) -> SentenceSource | None:
     """What some opened models are run with; None where no router of theirs reads embeddings.
 
     Args:
@@ -151,7 +151,9 @@ def for_models(
     Raises:
       InputError: as of `for_training`, or a model was trained with those of another encoder.
     """
-    readers = [one for one in models if one.record and reads_sentences(one.record.adapters)]
+    readers = [
+        one for one in models if one.record and reads_sentence_embeddings(one.record.adapters)
+    ]
     if not readers:
         if path is not None:
             raise InputError(
@@ -161,49 +163,52 @@ def for_models(
         return None
     source = _open(path, name, length, use_cached)
     for one in readers:
-        check_encoder(one.path, one.record.sentence_encoder, source.encoder)
+        check_same_encoder(one.path, one.record.sentence_encoder, source.encoder)
     return source
 
 
-def _open(path: str | None, name: str, length: int, use_cached: bool) -> Source:
+def _open(path: str | None, name: str, length: int, use_cached: bool) -> SentenceSource:
     if path is None:
-        return Source(
-            {"name": f"feature {seqio_tasks.SENTENCE}", "dim": _feature_dim(name, use_cached)},
+        return SentenceSource(
+            {
+                "name": f"feature {seqio_tasks.SENTENCE_FEATURE}",
+                "dim": _feature_dim(name, use_cached),
+            },
             length,
         )
-    table = Table(path)
-    found = vocabulary_of(name)
+    table = SentenceTable(path)
+    found = vocabulary_fingerprint(name)
     if table.vocabulary != found:
         raise InputError(
             f"SENTENCE_EMBEDDINGS {table.path} is of inputs in another vocabulary than that of"
             f" {name!r}: expected {found}, found {table.vocabulary}"
         )
-    return Source(table.encoder, length, table)
+    return SentenceSource(table.encoder, length, table)
 
 
 def _feature_dim(name: str, use_cached: bool) -> int:
     """S of the feature that tasks give themselves."""
-    tasks = [seqio_tasks.check_task(task) for task in seqio_tasks.subtasks(name)]
+    tasks = [seqio_tasks.get_mixture_or_task(task) for task in seqio_tasks.subtask_names(name)]
     for task in tasks:
-        if seqio_tasks.SENTENCE not in task.output_features:
+        if seqio_tasks.SENTENCE_FEATURE not in task.output_features:
             raise InputError(
                 "routers read sentence embeddings: expected SENTENCE_EMBEDDINGS to name a table of"
-                f" pemoe embed, or {task.name!r} to have a feature {seqio_tasks.SENTENCE!r};"
-                " found neither"
+                f" pemoe embed, or {task.name!r} to have a feature"
+                f" {seqio_tasks.SENTENCE_FEATURE!r}; found neither"
             )
     lengths = {key: 1 for key in ("inputs", "targets")}
     split = next(iter(tasks[0].splits))
-    with seqio_tasks.reading(tasks[0].name, split, use_cached):
+    with seqio_tasks.translate_read_errors(tasks[0].name, split, use_cached):
         ds = tasks[0].get_dataset(
             lengths, split=split, use_cached=use_cached, shuffle=False, seed=0, num_epochs=1
         )
-    shape = tuple(ds.element_spec[seqio_tasks.SENTENCE].shape)
+    shape = tuple(ds.element_spec[seqio_tasks.SENTENCE_FEATURE].shape)
     if shape == (None,):
-        first = next(iter(seqio_tasks.arrays(ds.take(1), tasks[0].name, split, use_cached)))
-        shape = first[seqio_tasks.SENTENCE].shape
+        first = next(iter(seqio_tasks.numpy_iterator(ds.take(1), tasks[0].name, split, use_cached)))
+        shape = first[seqio_tasks.SENTENCE_FEATURE].shape
     if len(shape) != 1 or not shape[0]:
         raise InputError(
-            f"{tasks[0].name!r}: feature {seqio_tasks.SENTENCE!r}: "
+            f"{tasks[0].name!r}: feature {seqio_tasks.SENTENCE_FEATURE!r}: "
             f" expected shape (S,), found {shape}"
         )
     return int(shape[0])

@@ -21,7 +21,7 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.data import crc32c
-from pemoe_jax.data.rows import CHUNK, Reader, Row, parse
+from pemoe_jax.data.rows import READ_SIZE, Row, RowReader, parse
 from pemoe_jax.runtime import file_io
 
 _BLOCK = 1 << 22  # bytes looked through at a time
@@ -32,7 +32,7 @@ _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
 
 
-class RecordFile:
+class TFRecordFile:
     """One tfrecord file."""
 
     def __init__(self, path: str) -> None:
@@ -123,15 +123,15 @@ class RecordFile:
         return InputError(f"{self.path}: damaged at byte {offset:,}: no whole record there")
 
 
-class Records(Reader):
+class TFRecordReader(RowReader):
     """A split of a cached task."""
 
     def __init__(self, folder: pathlib.Path, split: str) -> None:
-        self.where = str(folder / f"{split}.tfrecord")
+        self.location = str(folder / f"{split}.tfrecord")
         self._folder, self._split = folder, split
 
     @functools.cached_property
-    def files(self) -> list[RecordFile]:
+    def files(self) -> list[TFRecordFile]:
         """Its shards, in order.
 
         Raises:
@@ -151,13 +151,13 @@ class Records(Reader):
         for path in paths:
             if not path.is_file():
                 raise InputError(f"{path}: no such file, expected {shards} by info")
-        files = [RecordFile(str(path)) for path in paths]
+        files = [TFRecordFile(str(path)) for path in paths]
         for file in files:
             file.check()
         return files
 
     @functools.cached_property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """See Reader; what stats.<split>.json says, or else what the files hold."""
         files = self.files
         stats = self._folder / f"stats.{self._split}.json"
@@ -174,7 +174,7 @@ class Records(Reader):
         return np.cumsum([0, *counts])
 
     def read(self, numbers: Sequence[int]) -> list[bytes]:
-        """See Reader."""
+        """See RowReader."""
         if len(self.files) == 1:
             return self.files[0].read(numbers)
         wanted = np.asarray(numbers)
@@ -187,11 +187,11 @@ class Records(Reader):
                 records[place] = record
         return records
 
-    def rows_at(self, numbers: Sequence[int]) -> list[Row]:
-        """See Reader."""
+    def read_rows(self, numbers: Sequence[int]) -> list[Row]:
+        """See RowReader."""
         return self._parsed(self.read(numbers))
 
-    def all_rows(self) -> Iterator[list[Row]]:
+    def row_blocks(self) -> Iterator[list[Row]]:
         """See Reader; every checksum is verified.
 
         Raises:
@@ -201,7 +201,7 @@ class Records(Reader):
 
         seen = 0  # rows
         for file in self.files:
-            records = tf.data.TFRecordDataset(file.path).batch(CHUNK)
+            records = tf.data.TFRecordDataset(file.path).batch(READ_SIZE)
             try:
                 for batch in records.as_numpy_iterator():
                     seen += len(batch)
@@ -209,16 +209,16 @@ class Records(Reader):
             except tf.errors.DataLossError as error:
                 file.count()  # may know better what it is
                 raise InputError(f"{file.path}: damaged: {_reason(error)}") from None
-        if seen != self.rows:
+        if seen != self.num_rows:
             raise InputError(
-                f"{self.where}: damaged: {seen:,} rows, expected {self.rows:,} by stats"
+                f"{self.location}: damaged: {seen:,} rows, expected {self.num_rows:,} by stats"
             )
 
     def _parsed(self, records: Sequence[bytes]) -> list[Row]:
         try:
             return [parse(record) for record in records]
         except ValueError as error:
-            raise InputError(f"{self.where}: damaged: {error}") from None
+            raise InputError(f"{self.location}: damaged: {error}") from None
 
 
 def _reason(error: Any) -> str:

@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from pemoe_jax.core.errors import InputError, first_line
-from pemoe_jax.runtime import compile_cache, distributed, gin_help, gin_types, host_memory
+from pemoe_jax.runtime import (
+    compile_cache,
+    distributed,
+    gin_help,
+    gin_types,
+    host_memory,
+    seqio_caches,
+)
 
 T = TypeVar("T")
 
@@ -258,9 +265,7 @@ def run_configured(
 def _add_cache_dirs(args: argparse.Namespace) -> None:
     folders = [*filter(None, getattr(args, "seqio_additional_cache_dirs", "").split(","))]
     if folders:
-        from pemoe_jax.data import seqio_tasks
-
-        seqio_tasks.add_cache_dirs(folders)
+        seqio_caches.add_cache_dirs(folders)
 
 
 def run_command(

@@ -10,7 +10,7 @@ import numpy as np
 from clu.data import dataset_iterator
 from etils import epath
 
-from pemoe_jax.data import feed, seqio_tasks
+from pemoe_jax.data import feed, prefetch, seqio_tasks
 
 Register = Callable[[], Any]
 
@@ -36,20 +36,20 @@ def mixture_or_task(name: str, register: Register) -> str:
       InputError: there is no such data.
     """
     _state.registered = register()
-    seqio_tasks.check_task(name)
+    seqio_tasks.get_mixture_or_task(name)
     return name
 
 
 def vocabulary(name: str, register: Register, feature: str = "targets") -> Any:
     """The vocabulary of a feature; arguments as of `mixture_or_task`."""
     mixture_or_task(name, register)
-    return seqio_tasks.check_task(name).output_features[feature].vocabulary
+    return seqio_tasks.get_mixture_or_task(name).output_features[feature].vocabulary
 
 
 def datasets(name: str) -> list[str]:
     """The data sets of a mixture, under their names in tables."""
     known = {} if _state.registered is None else _state.registered.datasets
-    return sorted({known.get(task, task) for task in seqio_tasks.subtasks(name)})
+    return sorted({known.get(task, task) for task in seqio_tasks.subtask_names(name)})
 
 
 def get_dataset(
@@ -73,7 +73,7 @@ def get_dataset(
       InputError: anything about the data that the user can mend, when the first batch is made.
     """
     del feature_converter_cls, continue_from_last_checkpoint
-    lengths = seqio_tasks.checked_lengths(cfg.task_feature_lengths)
+    lengths = seqio_tasks.validate_lengths(cfg.task_feature_lengths)
     rows = cfg.batch_size // num_shards
 
     def batches_from(position: Mapping[str, int] | None) -> Any:
@@ -90,7 +90,7 @@ def get_dataset(
             use_cached=cfg.use_cached,
             shard=(shard_id, num_shards),
         )
-        return feed.prefetch(found)
+        return prefetch.prefetch(found)
 
     return Batches(batches_from, _spec(lengths, rows, cfg.pack))
 

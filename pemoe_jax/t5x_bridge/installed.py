@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 
-from pemoe_jax.data import seqio_tasks
+from pemoe_jax.data import seqio_import
 
 # What T5X imports beside what we require ourselves: the extra `t5x` of setup.py.
 EXTRA = (
@@ -67,7 +67,7 @@ def problems() -> list[str]:
 
 
 def _import(module: str) -> None:
-    seqio_tasks.import_seqio()  # which keeps from the terminal what TensorFlow has to say
+    seqio_import.import_seqio()  # which keeps from the terminal what TensorFlow has to say
     importlib.import_module(module)
 
 

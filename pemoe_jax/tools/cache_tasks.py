@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import seqio_tasks
-from pemoe_jax.runtime import gin_flags
+from pemoe_jax.runtime import gin_flags, seqio_caches
 
 _DESCRIPTION = """\
 Writes tasks of P3 as tfrecords, in the layout of the published caches, which P3_DIR and seqio
@@ -168,7 +167,7 @@ def _to_write(context: _Context, patterns: Sequence[str]) -> tuple[str, dict[str
             if found.form != CACHE and found.splits and not _is_cached(name):
                 wanted[name] = sorted(found.splits)
     if not wanted:
-        where = ", ".join([str(folder.path), *seqio_tasks.added_cache_dirs])
+        where = ", ".join([str(folder.path), *seqio_caches.additional_cache_dirs])
         raise InputError(f"{where}: all tasks that match are tfrecord caches already")
     return str(folder.path), wanted
 
@@ -176,7 +175,8 @@ def _to_write(context: _Context, patterns: Sequence[str]) -> tuple[str, dict[str
 def _is_cached(name: str) -> bool:
     """Whether a task is in one of --seqio_additional_cache_dirs."""
     return any(
-        os.path.exists(f"{folder}/{name}/COMPLETED") for folder in seqio_tasks.added_cache_dirs
+        os.path.exists(f"{folder}/{name}/COMPLETED")
+        for folder in seqio_caches.additional_cache_dirs
     )
 
 
@@ -248,7 +248,7 @@ def _write_shards(
     features: dict[str, Any] = {}
     writer = None
     try:
-        for rows in reader.all_rows():
+        for rows in reader.row_blocks():
             for row in rows:
                 if writer is None or stats["examples"] % shard_rows == 0:
                     if writer is not None:
@@ -265,7 +265,7 @@ def _write_shards(
     finally:
         if writer is not None:
             writer.close()
-    return paths, stats, features or {key: _FEATURES[key] for key in rows_lib.TEXTS}
+    return paths, stats, features or {key: _FEATURES[key] for key in rows_lib.TEXT_FEATURES}
 
 
 _FEATURES: dict[str, Any] = {

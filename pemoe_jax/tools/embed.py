@@ -35,7 +35,7 @@ _CHUNK = 8192  # inputs that are put in order by length
 
 
 @dataclasses.dataclass(frozen=True)
-class Input:
+class EncoderInput:
     """What a vector is made of.
 
     Attributes:
@@ -56,7 +56,7 @@ class Encoder(Protocol):
         """Name, dim, and fingerprint or probe: see `sentence_table.same_encoder`."""
         ...
 
-    def encode(self, inputs: Sequence[Input], batch_size: int) -> "np.ndarray":
+    def encode(self, inputs: Sequence[EncoderInput], batch_size: int) -> "np.ndarray":
         """-> [N, S], in the inputs' order."""
         ...
 
@@ -97,19 +97,19 @@ def embed(
     splits = [splits] if isinstance(splits, str) else splits
     if not splits or not set(splits) <= set(_SPLITS):
         raise InputError(f"EMBED_SPLITS: expected some of {_SPLITS}, found {splits!r}")
-    lengths = seqio_tasks.checked_lengths(task_feature_lengths)
-    seqio_tasks.check_count("BATCH_SIZE", batch_size, 1)
-    chosen = as_encoder(encoder)
+    lengths = seqio_tasks.validate_lengths(task_feature_lengths)
+    seqio_tasks.check_integer("BATCH_SIZE", batch_size, 1)
+    chosen = resolve_encoder(encoder)
     registered = register() if register is not None else None
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
     parts = _parts(names, splits, use_cached_tasks)
-    vocabularies = {sentences.vocabulary_of(name) for name in names}
+    vocabularies = {sentences.vocabulary_fingerprint(name) for name in names}
     if len(vocabularies) > 1:
         raise InputError(f"MIXTURE_OR_TASK_NAME: expected one vocabulary, found those of {names}")
     description = chosen.describe()
     length = lengths["inputs"]
-    writer = sentence_table.Writer(output, description, dtype, vocabularies.pop(), length)
+    writer = sentence_table.TableWriter(output, description, dtype, vocabularies.pop(), length)
     before = len(writer.known)
     if before:
         print(f"{writer.path} has {before:,} inputs already", flush=True)
@@ -125,13 +125,13 @@ def embed(
         writer.close()
     print(
         f"{writer.path}: {total:,} inputs, {total - before:,} of them new,"
-        f" by {sentence_table.told(description)}"
+        f" by {sentence_table.format_encoder(description)}"
     )
 
 
 def _add(
     parts: Sequence["_Part"],
-    read: Callable[["_Part"], Iterator[Input]],
+    read: Callable[["_Part"], Iterator[EncoderInput]],
     encoder: Encoder,
     writer: Any,
     batch_size: int,
@@ -141,7 +141,7 @@ def _add(
     from pemoe_jax.data import sentence_table
     from pemoe_jax.runtime import progress
 
-    new: dict[bytes, Input] = {}
+    new: dict[bytes, EncoderInput] = {}
 
     def encode() -> None:
         if new:
@@ -155,7 +155,7 @@ def _add(
 
     for part in parts:
         for seen, one in enumerate(read(part), 1):
-            key = sentence_table.key(one.ids)
+            key = sentence_table.input_key(one.ids)
             if key not in writer.known:
                 new.setdefault(key, one)
             if len(new) >= _CHUNK:
@@ -184,10 +184,14 @@ def _parts(names: Sequence[str], splits: Sequence[str], use_cached: bool) -> lis
     """What is read; tasks that the data lacks are told of."""
     from pemoe_jax.data import seqio_tasks
 
-    subtasks = seqio_tasks.cached_subtasks if use_cached else seqio_tasks.subtasks
+    subtasks = seqio_tasks.cached_subtask_names if use_cached else seqio_tasks.subtask_names
     tasks = list(dict.fromkeys(task for name in names for task in subtasks(name)))
     # mixtures of P3 leave out the tasks that the folder does not have
-    absent = [t for t in tasks if getattr(seqio_tasks.check_task(t).source, "found", True) is None]
+    absent = [
+        t
+        for t in tasks
+        if getattr(seqio_tasks.get_mixture_or_task(t).source, "found", True) is None
+    ]
     left_out = [] if use_cached else absent
     if left_out:
         more = f", … {len(left_out) - 3} more" if len(left_out) > 3 else ""
@@ -199,9 +203,11 @@ def _parts(names: Sequence[str], splits: Sequence[str], use_cached: bool) -> lis
         if "evaluation" in splits and (found := seqio_tasks.eval_split(task)) is not None:
             wanted.append((found, True))
         for split, evaluation in wanted:
-            if split in seqio_tasks.check_task(task).splits:
+            if split in seqio_tasks.get_mixture_or_task(task).splits:
                 count = (
-                    1 if use_cached else seqio_tasks.check_task(task).num_input_examples(split) or 1
+                    1
+                    if use_cached
+                    else seqio_tasks.get_mixture_or_task(task).num_input_examples(split) or 1
                 )
                 parts[task, split] = _Part(task, split, evaluation, count)
     if not parts:
@@ -214,21 +220,21 @@ def _parts(names: Sequence[str], splits: Sequence[str], use_cached: bool) -> lis
 
 def _inputs(
     part: _Part, lengths: Mapping[str, int], use_cached: bool, texts: bool
-) -> Iterator[Input]:
+) -> Iterator[EncoderInput]:
     """The inputs of a split as runs read them, those of answer choices repeated."""
-    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.data import choices, providers, seqio_tasks
 
-    task = seqio_tasks.check_task(part.task)
+    task = seqio_tasks.get_mixture_or_task(part.task)
     feature = task.output_features["inputs"]
     eos_id, length = feature.vocabulary.eos_id, lengths["inputs"]
     # evaluate and infer read one token more and cut it off behind EOS, which seqio's own tasks may
     # not: there both ways of cutting are wanted
     further = [0, 1] if part.evaluation else [0]
-    if part.evaluation and hasattr(task, "examples_from"):
+    if part.evaluation and isinstance(task, providers.SeekableTask):
         further = [1]
     for more in further:
         longer = {key: value + more for key, value in lengths.items()}
-        with seqio_tasks.reading(part.task, part.split, use_cached):
+        with seqio_tasks.translate_read_errors(part.task, part.split, use_cached):
             ds = task.get_dataset(
                 longer,
                 split=part.split,
@@ -239,8 +245,8 @@ def _inputs(
             )
         for ids, found in _rows(ds, part, use_cached, texts):
             row = {"inputs": ids, **({} if found is None else {"inputs_pretokenized": found})}
-            text = seqio_tasks.text_of({"inputs": feature}, row, "inputs") if texts else None
-            yield Input(seqio_tasks.cut(ids, length, eos_id)[0] if more else ids, text)
+            text = choices.feature_text({"inputs": feature}, row, "inputs") if texts else None
+            yield EncoderInput(choices.truncate(ids, length, eos_id)[0] if more else ids, text)
 
 
 def _rows(
@@ -260,7 +266,7 @@ def _rows(
 
     blocks = ds.map(kept).ragged_batch(_BLOCK).prefetch(2)
     flat = blocks.map(lambda ids, text: (ids.values, ids.row_splits, text))
-    for values, ends, found in seqio_tasks.arrays(flat, part.task, part.split, use_cached):
+    for values, ends, found in seqio_tasks.numpy_iterator(flat, part.task, part.split, use_cached):
         for ids, text in zip(np.split(values, ends[1:-1]), found, strict=True):
             yield ids, text if has_text else None
 
@@ -269,7 +275,7 @@ def _rows(
 
 
 @dataclasses.dataclass
-class MeanPooled:
+class MeanPooledEncoder:
     """A frozen T5's own encoder: the mean of what it gives for the real tokens, float32 [D].
 
     Attributes:
@@ -331,7 +337,7 @@ class MeanPooled:
 
         return jax.jit(pooled)
 
-    def encode(self, inputs: Sequence[Input], batch_size: int) -> "np.ndarray":
+    def encode(self, inputs: Sequence[EncoderInput], batch_size: int) -> "np.ndarray":
         """See `Encoder`: inputs of like length share a batch, of short ones more."""
         import numpy as np
 
@@ -396,7 +402,7 @@ def _width(length: int) -> int:
 def mean_pooled(
     model: "network.Transformer | None" = None,
     initial_checkpoint_path: str | None = None,
-) -> MeanPooled:
+) -> MeanPooledEncoder:
     """The built-in encoder; nothing is read before it is used.
 
     Args:
@@ -413,7 +419,7 @@ def mean_pooled(
             "INITIAL_CHECKPOINT_PATH is not set: expected the base whose encoder gives embeddings,"
             " or SENTENCE_ENCODER to name another encoder"
         )
-    return MeanPooled(model, initial_checkpoint_path)
+    return MeanPooledEncoder(model, initial_checkpoint_path)
 
 
 # Encoded to tell encoders apart that do not say who they are.
@@ -422,7 +428,7 @@ _PROBED = 16  # of the vector's numbers
 
 
 @dataclasses.dataclass
-class OfTexts:
+class TextEncoder:
     """A function of the user's, list of texts -> array [N, S], as an encoder.
 
     It is known by its attributes `name` and `fingerprint`, where it has them, or else by where it
@@ -453,7 +459,7 @@ class OfTexts:
         size = max(float(np.sqrt(np.mean(np.square(vector)))), 1e-30)
         return {**found, "probe": [round(float(x), 4) for x in vector[:_PROBED] / size]}
 
-    def encode(self, inputs: Sequence[Input], batch_size: int) -> "np.ndarray":
+    def encode(self, inputs: Sequence[EncoderInput], batch_size: int) -> "np.ndarray":
         """See `Encoder`: texts of like length at a time."""
         import numpy as np
 
@@ -484,7 +490,7 @@ class OfTexts:
         return found
 
 
-def as_encoder(given: Any) -> Encoder:
+def resolve_encoder(given: Any) -> Encoder:
     """What SENTENCE_ENCODER names.
 
     Raises:
@@ -506,7 +512,7 @@ def as_encoder(given: Any) -> Encoder:
             f"SENTENCE_ENCODER: expected @embed.mean_pooled() or a function of texts,"
             f" found {given!r:.80}"
         )
-    return OfTexts(given)
+    return TextEncoder(given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

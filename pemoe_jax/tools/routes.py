@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pemoe_jax.analysis.routing.metrics import ProbeResult
     from pemoe_jax.analysis.routing.probe import ProbeTotals
     from pemoe_jax.checkpoints import models
-    from pemoe_jax.data.seqio_tasks import ChoiceGroup
+    from pemoe_jax.data.choices import ChoiceGroup
 
 FLAGS = gin_flags.make_parser(
     "routes",
@@ -91,8 +91,8 @@ def routes(
     from pemoe_jax.data import sentences, seqio_tasks
     from pemoe_jax.runtime import atomic_write, file_io
 
-    seqio_tasks.check_count("ROUTES_EXAMPLES", examples, 1)
-    lengths = seqio_tasks.checked_lengths(task_feature_lengths)
+    seqio_tasks.check_integer("ROUTES_EXAMPLES", examples, 1)
+    lengths = seqio_tasks.validate_lengths(task_feature_lengths)
     mesh = partitioning.make_mesh()
     partitioning.check_batch_size(batch_size, mesh)
     folder = file_io.resolve_local(output_dir, "ROUTES_OUTPUT_DIR")
@@ -103,12 +103,12 @@ def routes(
     if registered is not None:
         print("\n".join(registered.lines()), flush=True)
     names = measure.select_tasks(tasks, registered, use_cached_tasks)
-    embeddings = sentences.for_models(
+    embeddings = sentences.open_for_models(
         opened_models, sentence_embeddings, names[0], lengths["inputs"], use_cached_tasks
     )
     groups = _read_examples(names, lengths, examples, use_cached_tasks)
     if embeddings is not None:
-        groups = {name: embeddings.given_to(members) for name, members in groups.items()}
+        groups = {name: embeddings.attach_to(members) for name, members in groups.items()}
     results: list[ProbeResult] = []
     for opened, own_sites in zip(opened_models, model_sites, strict=True):
         results.append(
@@ -165,7 +165,7 @@ def _probe_run(
     from pemoe_jax.runtime import progress
 
     for name in groups:
-        seqio_tasks.check_vocabulary(name, opened.model.config.vocab_size)
+        seqio_tasks.check_vocab_size(name, opened.model.config.vocab_size)
     params = opened.load(partitioning.replicated_sharding(mesh))
     bar = progress.Progress(f"routing {opened.name}", sum(map(len, groups.values())))
     try:
@@ -205,7 +205,7 @@ def _token_texts(task: str, totals: "ProbeTotals") -> dict[int, str]:
 
     from pemoe_jax.data import seqio_tasks
 
-    vocabulary = seqio_tasks.check_task(task).output_features["inputs"].vocabulary
+    vocabulary = seqio_tasks.get_mixture_or_task(task).output_features["inputs"].vocabulary
     tokenizer: Any = getattr(vocabulary, "tokenizer", None)
     counts = sum(np.asarray(counts) for counts in totals.token_counts.values())
     texts = {}

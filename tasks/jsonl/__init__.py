@@ -39,7 +39,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import seqio_tasks
+from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.tasks.jsonl import files as files_lib
 from pemoe_jax.tasks.jsonl import roles
 from pemoe_jax.tasks.jsonl.roles import (
@@ -113,7 +113,7 @@ def register(
         id(vocab),
         repr((train_tasks, eval_tasks, eval_examples, sorted(use))),
     )
-    names = seqio_tasks.import_seqio().TaskRegistry.names()
+    names = seqio_import.import_seqio().TaskRegistry.names()
     if _state.registered and _state.key == key and all(task in names for task in _state.tasks):
         return _state.registered
 
@@ -231,7 +231,7 @@ def _rate(templates: int) -> Callable[[Any], float]:
 
 
 def _remove() -> None:
-    seqio = seqio_tasks.import_seqio()
+    seqio = seqio_import.import_seqio()
     for task in _state.tasks:
         seqio.TaskRegistry.remove(task)
     for mixture in (TRAIN_MIXTURE, SCORE_MIXTURE, TRAIN_SCORE_MIXTURE):
@@ -243,12 +243,12 @@ def _add_mixture(name: str, rates: Mapping[str, Any], why_not: str) -> None:
     """Registers a mixture, or without tasks why there is none of this name."""
     from pemoe_jax.tasks.jsonl import source
 
-    seqio_tasks.unregistered.pop(name, None)
+    seqio_tasks.unavailable.pop(name, None)
     if rates:
         mixture = source.JsonLinesMixture(name, list(rates.items()))
-        seqio_tasks.import_seqio().MixtureRegistry.add_provider(name, mixture)
+        seqio_import.import_seqio().MixtureRegistry.add_provider(name, mixture)
     else:
-        seqio_tasks.unregistered[name] = why_not
+        seqio_tasks.unavailable[name] = why_not
 
 
 def vocabulary(path: str | os.PathLike[str]) -> Any:
@@ -268,7 +268,7 @@ def vocabulary(path: str | os.PathLike[str]) -> Any:
 @functools.cache
 def _load_vocabulary(path: str, mtime: int) -> Any:
     del mtime
-    seqio = seqio_tasks.import_seqio()
+    seqio = seqio_import.import_seqio()
     vocabulary = seqio.SentencePieceVocabulary(path, extra_ids=100)
     try:
         ids = vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id

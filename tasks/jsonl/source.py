@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pemoe_jax.data import seqio_tasks
-from pemoe_jax.data.order import Order
-from pemoe_jax.data.pipelines import READ, cached_examples, number_blocks
+from pemoe_jax.data import seqio_import, seqio_tasks
+from pemoe_jax.data.order import ExampleOrder
+from pemoe_jax.data.pipelines import READ_SIZE, cached_example_dataset, row_number_blocks
+from pemoe_jax.data.providers import SeekableMixture, SeekableTask, StreamOptions
 from pemoe_jax.tasks.jsonl.files import FileScan, Rows, scan_file
 
-seqio_tasks.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
+seqio_import.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
 import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import tensorflow_text as tf_text  # noqa: E402
@@ -27,7 +28,7 @@ Tokenize = Callable[[str, Any], Any]  # of a feature's name and a text
 
 def _read_rows(rows: Rows, numbers: tf.data.Dataset) -> tf.data.Dataset:
     """Elements `row`, `inputs`, `targets`, `answer_choices`, `num_choices` of them, by number."""
-    return _read_blocks(rows, numbers.batch(READ)).unbatch()
+    return _read_blocks(rows, numbers.batch(READ_SIZE)).unbatch()
 
 
 def _read_blocks(rows: Rows, blocks: tf.data.Dataset) -> tf.data.Dataset:
@@ -98,7 +99,7 @@ class JsonLinesSource(seqio.DataSource):
         return _read_rows(rows, _row_numbers(0, scan.rows, shuffle, seed, shard_info))
 
 
-class JsonLinesTask(seqio.Task):
+class JsonLinesTask(SeekableTask, seqio.Task):
     """A task whose source shuffles: no buffer of encoded examples, no copy of the rows."""
 
     def get_dataset(self, *args: Any, use_cached: bool = False, **kwargs: Any) -> tf.data.Dataset:
@@ -108,23 +109,23 @@ class JsonLinesTask(seqio.Task):
         return super().get_dataset(*args, use_cached=use_cached, **kwargs)
 
     def examples_from(
-        self, sequence_length: Mapping[str, int], split: str, **kwargs: Any
+        self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset:
         """See JsonLinesMixture.examples_from, of this task alone."""
-        return _examples([self], [1.0], sequence_length, split, **kwargs)
+        return _examples([self], [1.0], sequence_length, split, options)
 
     def cached_examples_from(
-        self, sequence_length: Mapping[str, int], split: str, **kwargs: Any
+        self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset | None:
         """See JsonLinesMixture.cached_examples_from, of this task alone."""
-        return cached_examples([self], [1.0], sequence_length, split, **kwargs)
+        return cached_example_dataset([self], [1.0], sequence_length, split, options)
 
 
 class JsonLinesTwin(JsonLinesTask):
     """A task whose examples are the answer choices of its rows."""
 
 
-class JsonLinesMixture(seqio.Mixture):
+class JsonLinesMixture(SeekableMixture, seqio.Mixture):
     """A mixture of tasks made here: it mixes row numbers and reads them in one pipeline.
 
     The examples and rates are those of seqio's Mixture, which builds a pipeline for each task
@@ -162,40 +163,40 @@ class JsonLinesMixture(seqio.Mixture):
             [self.get_rate(task) for task in tasks],
             sequence_length,
             split,
-            seed=seed,
-            shuffle=shuffle,
-            num_epochs=num_epochs,
-            shard=(shard_info.index, shard_info.num_shards) if shard_info else None,
-            texts=bool(kwargs.get("copy_pretokenized")),
+            StreamOptions(
+                seed=seed,
+                shuffle=shuffle,
+                num_epochs=num_epochs,
+                shard=(shard_info.index, shard_info.num_shards) if shard_info else (0, 1),
+                include_text=bool(kwargs.get("copy_pretokenized")),
+            ),
         )
 
     def examples_from(
-        self, sequence_length: Mapping[str, int], split: str, **kwargs: Any
+        self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset:
         """Elements `inputs` and `targets`, int32 [L], from any example on.
 
         Args:
           sequence_length: what the features are cut to.
           split: of the tasks that have it.
-          **kwargs: `seed`; `start`, the example to begin with; `shuffle`, True; `num_epochs`,
-            None: for ever, else up to where the first task ends; `shard`, None or (index, count):
-            of the order every count-th example, and `start` counts these.
+          options: order and extent.
         """
         tasks = [task for task in self.tasks if split in task.splits]
         rates = [self.get_rate(task) for task in tasks]
-        return _examples(tasks, rates, sequence_length, split, **kwargs)
+        return _examples(tasks, rates, sequence_length, split, options)
 
     def cached_examples_from(
-        self, sequence_length: Mapping[str, int], split: str, **kwargs: Any
+        self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset | None:
         """The same of the tasks' offline caches; None where one of them is not on this machine."""
-        names = seqio_tasks.cached_subtasks(self.name)
+        names = seqio_tasks.cached_subtask_names(self.name)
         tasks = [task for task in self.tasks if task.name in names and split in task.splits]
         rates = [self.get_rate(task) for task in tasks]
-        return cached_examples(tasks, rates, sequence_length, split, **kwargs)
+        return cached_example_dataset(tasks, rates, sequence_length, split, options)
 
-    def every_example(
-        self, sequence_length: Mapping[str, int], in_turns: bool
+    def eval_examples(
+        self, sequence_length: Mapping[str, int], interleave: bool
     ) -> tuple[tf.data.Dataset, list[tuple[str, int]]]:
         """Each example of the evaluation splits once, tasks in turns or one after the other.
 
@@ -205,7 +206,7 @@ class JsonLinesMixture(seqio.Mixture):
         tasks = [task for task in self.tasks if "validation" in task.splits]
         rows = _rows(tasks, "validation")
         turn = np.concatenate([np.arange(scan.rows) for scan in rows.scans])
-        numbers = np.argsort(turn, kind="stable") if in_turns else np.arange(len(turn))
+        numbers = np.argsort(turn, kind="stable") if interleave else np.arange(len(turn))
         ds = _read_rows(rows, tf.data.Dataset.from_tensor_slices(numbers))
         starts = [(task.name, int(start)) for task, start in zip(tasks, rows.starts, strict=True)]
         return _finish(ds, tasks[0], sequence_length), starts
@@ -216,27 +217,21 @@ def _examples(
     rates: Sequence[float],
     sequence_length: Mapping[str, int] | None,
     split: str,
-    *,
-    seed: int,
-    start: int = 0,
-    shuffle: bool = True,
-    num_epochs: int | None = None,
-    shard: tuple[int, int] | None = None,
-    texts: bool = False,
+    options: StreamOptions,
 ) -> tf.data.Dataset:
-    """See JsonLinesMixture.examples_from; with `texts` also `inputs_pretokenized` and so on."""
+    """See JsonLinesMixture.examples_from."""
     rows = _rows(tasks, split)
     sizes = [scan.rows for scan in rows.scans]
-    order = Order(sizes, rates, seed, shuffle, num_epochs is None, num_epochs or 1)
+    order = ExampleOrder(sizes, rates, options.seed, options.shuffle, options.num_epochs)
     if any(isinstance(task, JsonLinesTwin) for task in tasks):
         # rows are several examples each: which one is the n-th only reading them can tell
-        blocks = _read_blocks(rows, number_blocks(order, 0, shard))
-        ds = _finish(blocks.unbatch(), tasks[0], sequence_length).skip(start)
+        blocks = _read_blocks(rows, row_number_blocks(order, 0, options.shard))
+        ds = _finish(blocks.unbatch(), tasks[0], sequence_length).skip(options.start)
     else:
-        blocks = _read_blocks(rows, number_blocks(order, start, shard))
+        blocks = _read_blocks(rows, row_number_blocks(order, options.start, options.shard))
         ds = _encode_blocks(blocks, tasks[0].output_features, sequence_length).unbatch()
     keep = {"inputs", "targets"}
-    keep |= {f"{key}_pretokenized" for key in keep} if texts else set()
+    keep |= {f"{key}_pretokenized" for key in keep} if options.include_text else set()
     return ds.map(lambda example: {key: tf.convert_to_tensor(example[key]) for key in keep})
 
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import seqio_tasks
+from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.tasks import default_vocab_path, metrics
 from pemoe_jax.tasks.jsonl import source as jsonl_source
 from pemoe_jax.tasks.jsonl.files import few
@@ -32,7 +32,7 @@ from pemoe_jax.tasks.p3 import source
 from pemoe_jax.tasks.p3.folder import Folder
 from pemoe_jax.tasks.p3.published import SCORE_EVAL
 
-seqio_tasks.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
+seqio_import.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
 import seqio  # noqa: E402
 
 
@@ -103,9 +103,7 @@ def _add_everything(inputs_eos: bool) -> None:
         pairs = [(of_name[name], published_lib.rate(name)) for name in tasks]
         seqio.MixtureRegistry.add_provider(mixture, source.P3Mixture(mixture, pairs))
     if published_lib.BIAS_MIXTURE not in mixtures:
-        seqio_tasks.unregistered[published_lib.BIAS_MIXTURE] = (
-            "none of its tasks is published in P3"
-        )
+        seqio_tasks.unavailable[published_lib.BIAS_MIXTURE] = "none of its tasks is published in P3"
     _registered_for = id(settings.vocabulary), inputs_eos, settings.p3_dir
 
 
@@ -254,7 +252,7 @@ def _summary(path: str | None) -> list[str]:
 
 def _cached_summary(published: Sequence[str]) -> str:
     """What seqio's folders of caches have, of those that are on this machine."""
-    folders = seqio_tasks.cache_dirs()
+    folders = seqio_import.global_cache_dirs()
     if not folders or any("://" in folder for folder in folders):
         return f"P3: {len(published)} tasks and twins, to be read from seqio's caches"
     there = [

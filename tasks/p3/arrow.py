@@ -102,7 +102,7 @@ class ArrowTable:
     """Arrow files, one after the other."""
 
     def __init__(self, paths: Sequence[pathlib.Path]) -> None:
-        self.where = str(paths[0])
+        self.location = str(paths[0])
         self._paths = paths
 
     @functools.cached_property
@@ -114,7 +114,7 @@ class ArrowTable:
         return np.cumsum([0, *(batch.num_rows for batch in self._batches)])
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """See Table."""
         return int(self._firsts[-1])
 
@@ -127,7 +127,7 @@ class ArrowTable:
             return self._batches[batch].take(inside).to_pylist()
         except (OSError, ValueError, IndexError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{self.where}: damaged: {reason}") from None
+            raise InputError(f"{self.location}: damaged: {reason}") from None
 
 
 def _batches_of(path: pathlib.Path) -> Iterator[Any]:

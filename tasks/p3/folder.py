@@ -18,12 +18,13 @@ import pathlib
 from collections.abc import Mapping
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.rows import Choices, Encode, Reader
-from pemoe_jax.data.tfrecords import Records
+from pemoe_jax.data.rows import Encode, RowReader
+from pemoe_jax.data.tfrecords import TFRecordReader
 from pemoe_jax.tasks.p3 import published, raw_examples, templates
 from pemoe_jax.tasks.p3.from_templates import OnTheFly
 from pemoe_jax.tasks.p3.published import SCORE_EVAL
 from pemoe_jax.tasks.p3.row_files import Prompted, open_table, table_splits
+from pemoe_jax.tasks.p3.rows import ChoiceReader
 
 CACHE, PROMPTED, TEMPLATES, MADE = "tfrecord cache", "rows", "templates", "made of its task"
 
@@ -58,7 +59,7 @@ class Folder:
             what = "a file" if self.path.exists() else "nothing there"
             raise InputError(f"P3_DIR {self.path} must be a folder, found {what}")
         self._found: dict[str, Found | None] = {}
-        self._readers: dict[tuple[str, str], Reader] = {}
+        self._readers: dict[tuple[str, str], RowReader] = {}
         self.unreadable: dict[str, str] = {}  # path of a templates.yaml -> what is wrong with it
         self.lacking: dict[str, str] = {}  # task with a template -> why it cannot be made
 
@@ -145,7 +146,7 @@ class Folder:
     def _raw_of(self, dataset: str, subset: str) -> raw_examples.Raw | None:
         return raw_examples.find(self.path, dataset, subset, self._yaml[dataset, subset].parent)
 
-    def reader(self, name: str, split: str, encode: Encode) -> Reader:
+    def reader(self, name: str, split: str, encode: Encode) -> RowReader:
         """The rows of a split of a task or twin.
 
         Raises:
@@ -155,7 +156,7 @@ class Folder:
             self._readers[name, split] = self._open(name, split, encode)
         return self._readers[name, split]
 
-    def _open(self, name: str, split: str, encode: Encode) -> Reader:
+    def _open(self, name: str, split: str, encode: Encode) -> RowReader:
         found = self.find(name)
         if found is None:
             bad = self.lacking.get(name.removesuffix(SCORE_EVAL)) or next(
@@ -175,9 +176,9 @@ class Folder:
                 f" (it has: {', '.join(sorted(found.splits)) or 'none'})"
             )
         if found.form == CACHE:
-            return Records(found.folder, split)
+            return TFRecordReader(found.folder, split)
         if found.form == MADE:
-            return Choices(self.reader(name.removesuffix(SCORE_EVAL), split, encode), encode)
+            return ChoiceReader(self.reader(name.removesuffix(SCORE_EVAL), split, encode), encode)
         if found.template is not None and found.raw is not None:
             task = published.tasks()[name]
             table = found.raw.table(task.raw_split(split))

@@ -6,23 +6,25 @@ import array
 import functools
 from collections.abc import Iterator, Sequence
 
-from pemoe_jax.data.rows import CHUNK, Encode, Reader, Row, told, with_ids
+from pemoe_jax.data.rows import READ_SIZE, Encode, Row, RowReader
+from pemoe_jax.data.warnings import warn_once
 from pemoe_jax.tasks.p3.row_files import Example, Table, every
+from pemoe_jax.tasks.p3.rows import add_ids
 from pemoe_jax.tasks.p3.templates import Prompt, Template, TemplateError
 
 
-class OnTheFly(Reader):
+class OnTheFly(RowReader):
     """Examples that a template makes a prompt of; the others are left out, and counted."""
 
     def __init__(self, table: Table, template: Template, name: str, encode: Encode) -> None:
-        self.where = f"{table.where} with template {template.name!r}"
+        self.location = f"{table.location} with template {template.name!r}"
         self._table, self._template, self._name, self._encode = table, template, name, encode
 
     @functools.cached_property
     def _kept(self) -> Sequence[int]:
         """The numbers of the examples that give a row; renders all of them."""
         kept = array.array("q")
-        for start, examples in every(self._table, CHUNK):
+        for start, examples in every(self._table, READ_SIZE):
             for number, example in enumerate(examples, start):
                 if self._apply(example, number) is not None:
                     kept.append(number)
@@ -30,24 +32,24 @@ class OnTheFly(Reader):
         return kept
 
     @property
-    def rows(self) -> int:
-        """See Reader."""
+    def num_rows(self) -> int:
+        """See RowReader."""
         return len(self._kept)
 
-    def rows_at(self, numbers: Sequence[int]) -> list[Row]:
-        """See Reader."""
+    def read_rows(self, numbers: Sequence[int]) -> list[Row]:
+        """See RowReader."""
         raw = [self._kept[number] for number in numbers]
         return self._made(zip(raw, self._table.take(raw), strict=True))
 
-    def all_rows(self) -> Iterator[list[Row]]:
+    def row_blocks(self) -> Iterator[list[Row]]:
         """See Reader; in one pass."""
-        for start, examples in every(self._table, CHUNK):
+        for start, examples in every(self._table, READ_SIZE):
             yield self._made(enumerate(examples, start))
         self._tell()
 
     def _made(self, numbered: Iterator[tuple[int, Example]] | enumerate[Example]) -> list[Row]:
         prompts = [self._apply(example, number) for number, example in numbered]
-        return with_ids([_row(prompt) for prompt in prompts if prompt is not None], self._encode)
+        return add_ids([_row(prompt) for prompt in prompts if prompt is not None], self._encode)
 
     @functools.cached_property
     def left_out(self) -> dict[int, str]:
@@ -69,9 +71,10 @@ class OnTheFly(Reader):
         failed = {number: why for number, why in self.left_out.items() if why}
         if failed:
             number, why = next(iter(failed.items()))
-            told(
-                f"{self._name}: {len(failed):,} of {self._table.rows:,} examples of"
-                f" {self._table.where} left out, the template fails on them (number {number + 1}:"
+            warn_once(
+                f"{self._name}: {len(failed):,} of {self._table.num_rows:,} examples of"
+                f" {self._table.location} left out, the template fails on them"
+                f" (number {number + 1}:"
                 f" {why})"
             )
 

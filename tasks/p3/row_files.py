@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.rows import TEXTS, Encode, Reader, Row, with_ids
+from pemoe_jax.data.rows import TEXT_FEATURES, Encode, Row, RowReader
+from pemoe_jax.tasks.p3.rows import add_ids
 
 _KEPT_BYTES = 1 << 30  # of row groups, over all tables
 Example = dict[str, Any]
@@ -29,10 +30,10 @@ Example = dict[str, Any]
 class Table(Protocol):
     """Examples by number."""
 
-    where: str
+    location: str
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """How many there are."""
 
     def take(self, numbers: Sequence[int]) -> list[Example]:
@@ -64,12 +65,12 @@ class JsonLinesTable:
     """A file with a JSON object a line; blank lines are left out."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.where = str(path)
+        self.location = str(path)
 
     @functools.cached_property
     def _offsets(self) -> Sequence[int]:
         offsets, at = array.array("q"), 0
-        with open(self.where, "rb") as file:
+        with open(self.location, "rb") as file:
             for line in file:
                 if line.strip():
                     offsets.append(at)
@@ -77,14 +78,14 @@ class JsonLinesTable:
         return offsets
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """See Table."""
         return len(self._offsets)
 
     def take(self, numbers: Sequence[int]) -> list[Example]:
         """See Table."""
         found = []
-        with open(self.where, "rb") as file:
+        with open(self.location, "rb") as file:
             for number in numbers:
                 file.seek(self._offsets[number])
                 found.append(self._parsed(file.readline(), number))
@@ -94,9 +95,9 @@ class JsonLinesTable:
         try:
             example = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:
-            raise InputError(f"{self.where}: row {number + 1}: not JSON: {error}") from None
+            raise InputError(f"{self.location}: row {number + 1}: not JSON: {error}") from None
         if not isinstance(example, dict):
-            raise InputError(f"{self.where}: row {number + 1}: expected an object")
+            raise InputError(f"{self.location}: row {number + 1}: expected an object")
         return example
 
 
@@ -127,7 +128,7 @@ class ParquetTable:
     """Parquet files, one after the other."""
 
     def __init__(self, paths: Sequence[pathlib.Path]) -> None:
-        self.where = str(paths[0])
+        self.location = str(paths[0])
         self._paths = [str(path) for path in paths]
 
     @functools.cached_property
@@ -158,7 +159,7 @@ class ParquetTable:
         return np.cumsum([0, *(rows for *_, rows in self._groups)])
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """See Table."""
         return int(self._firsts[-1])
 
@@ -203,7 +204,7 @@ def table_splits(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     }
 
 
-class Prompted(Reader):
+class Prompted(RowReader):
     """A table of prompted examples, as the hub serves P3.
 
     Columns: `inputs` and `targets` (ids, or text as in JSON lines), `inputs_pretokenized`,
@@ -212,12 +213,12 @@ class Prompted(Reader):
     """
 
     def __init__(self, table: Table, encode: Encode, twin: bool) -> None:
-        self.where, self._table, self._encode, self._twin = table.where, table, encode, twin
-        if isinstance(table, ParquetTable) and table.rows:
+        self.location, self._table, self._encode, self._twin = table.location, table, encode, twin
+        if isinstance(table, ParquetTable) and table.num_rows:
             self._check(table.columns)
 
     def _check(self, columns: Sequence[str]) -> None:
-        for key in TEXTS:
+        for key in TEXT_FEATURES:
             if key not in columns and f"{key}_pretokenized" not in columns:
                 raise self._lacks(f"no column {key!r} or '{key}_pretokenized'", columns)
         for key in ("idx", "is_correct") if self._twin else ():
@@ -225,24 +226,24 @@ class Prompted(Reader):
                 raise self._lacks(f"no column {key!r}", columns)
 
     def _lacks(self, what: str, columns: Sequence[str]) -> InputError:
-        return InputError(f"{self.where}: {what} (found: {', '.join(columns) or 'none'})")
+        return InputError(f"{self.location}: {what} (found: {', '.join(columns) or 'none'})")
 
     @property
-    def rows(self) -> int:
-        """See Reader."""
-        return self._table.rows
+    def num_rows(self) -> int:
+        """See RowReader."""
+        return self._table.num_rows
 
-    def rows_at(self, numbers: Sequence[int]) -> list[Row]:
-        """See Reader."""
+    def read_rows(self, numbers: Sequence[int]) -> list[Row]:
+        """See RowReader."""
         examples = self._table.take(numbers)
         rows = [
             self._row(example, number) for example, number in zip(examples, numbers, strict=True)
         ]
-        return with_ids(rows, self._encode)
+        return add_ids(rows, self._encode)
 
     def _row(self, example: Example, number: int) -> Row:
         row: Row = {}
-        for key in TEXTS:
+        for key in TEXT_FEATURES:
             ids, text = example.get(key), example.get(f"{key}_pretokenized")
             if isinstance(ids, str):
                 ids, text = None, ids
@@ -270,5 +271,5 @@ def _bytes(text: Any) -> bytes:
 
 def every(table: Table, chunk: int) -> Iterator[tuple[int, list[Example]]]:
     """The number of the first, and examples, of all of a table."""
-    for start in range(0, table.rows, chunk):
-        yield start, table.take(range(start, min(table.rows, start + chunk)))
+    for start in range(0, table.num_rows, chunk):
+        yield start, table.take(range(start, min(table.num_rows, start + chunk)))

@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import seqio_tasks
-from pemoe_jax.data.pipelines import READ, examples, local_cache, read_blocks
-from pemoe_jax.data.rows import TEXTS, Encode, Reader, told
+from pemoe_jax.data import seqio_import, seqio_tasks
+from pemoe_jax.data.pipelines import READ_SIZE, example_dataset, local_cache_dir, read_blocks
+from pemoe_jax.data.providers import StreamOptions
+from pemoe_jax.data.rows import TEXT_FEATURES, Encode, RowReader
+from pemoe_jax.data.warnings import warn_once
 from pemoe_jax.tasks.jsonl import source
 from pemoe_jax.tasks.jsonl.files import few
 from pemoe_jax.tasks.p3 import published
 from pemoe_jax.tasks.p3.folder import Folder, Found, cached_splits
 from pemoe_jax.tasks.p3.published import SCORE_EVAL
 
-seqio_tasks.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
+seqio_import.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
 import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
@@ -93,9 +95,9 @@ class P3Source(seqio.DataSource):
 
     def list_shards(self, split: str) -> list[str]:
         """Where the rows are."""
-        return [self.reader(split).where]
+        return [self.reader(split).location]
 
-    def reader(self, split: str) -> Reader:
+    def reader(self, split: str) -> RowReader:
         """The rows of a split; InputError where it is not there."""
         return self.settings.folder.reader(self._name, split, self._encode)
 
@@ -107,7 +109,7 @@ class P3Source(seqio.DataSource):
         """Rows in the folder; as published where the folder does not have the task."""
         if self.settings.p3_dir is None or self.found is None:
             return self._published[split]
-        return self.reader(split).rows
+        return self.reader(split).num_rows
 
     def most(self, split: str) -> int | None:
         """The most examples that are used of a split, None: all."""
@@ -117,8 +119,8 @@ class P3Source(seqio.DataSource):
         """Numbers of the rows used of a split, a twin's example after example: int64."""
         reader, most = self.reader(split), self.most(split)
         if self._name.endswith(SCORE_EVAL):
-            return reader.by_example(most)
-        return np.arange(reader.rows if most is None else min(most, reader.rows))
+            return reader.order_by_example(most)
+        return np.arange(reader.num_rows if most is None else min(most, reader.num_rows))
 
     def get_dataset(
         self,
@@ -134,7 +136,7 @@ class P3Source(seqio.DataSource):
             numbers = np.random.default_rng(seed).permutation(numbers)
         if shard_info:
             numbers = numbers[shard_info.index :: shard_info.num_shards]
-        blocks = tf.data.Dataset.from_tensor_slices(numbers).batch(READ)
+        blocks = tf.data.Dataset.from_tensor_slices(numbers).batch(READ_SIZE)
         records = read_blocks([self.reader(split)], blocks).unbatch()
         return records.map(_parser(self._name), num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -142,7 +144,7 @@ class P3Source(seqio.DataSource):
 def _parser(name: str) -> Any:
     """tf.train.Example -> the features of a task or twin."""
     kinds: dict[str, Any] = {}
-    for key in TEXTS:
+    for key in TEXT_FEATURES:
         kinds[key] = tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)
         for old_and_new in (f"{key}_pretokenized", f"{key}_plaintext"):
             kinds[old_and_new] = tf.io.FixedLenFeature([], tf.string, "")
@@ -157,7 +159,7 @@ def _parser(name: str) -> Any:
     @tf.autograph.experimental.do_not_convert
     def parse(record: tf.Tensor) -> dict[str, tf.Tensor]:
         row = tf.io.parse_single_example(record, kinds)
-        for key in TEXTS:
+        for key in TEXT_FEATURES:
             row[key] = tf.cast(row[key], tf.int32)
             row[f"{key}_pretokenized"] += row.pop(f"{key}_plaintext")  # one of them is empty
         if twin:
@@ -202,16 +204,21 @@ class P3Task(source.JsonLinesTask):
     """A published task: its source shuffles, and it can be read from any example on."""
 
     def examples_from(
-        self, sequence_length: Mapping[str, int], split: str, **kwargs: Any
+        self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset:
         """See P3Mixture.examples_from, of this task alone."""
-        return examples([self.source.reader(split)], [1.0], self, sequence_length, **kwargs)
+        return example_dataset([self.source.reader(split)], [1.0], self, sequence_length, options)
+
+    def has_data(self) -> bool:
+        """See SeekableTask; True without a local P3_DIR, where nothing can be looked up."""
+        folder = self.source.settings.p3_dir
+        return folder is None or "://" in folder or self.source.found is not None
 
     @property
     def splits(self) -> Sequence[str]:
         """Those in the folder P3_DIR, or else in the task's cache; as published without either."""
         if self.source.settings.p3_dir is None:
-            folder = local_cache(self)
+            folder = local_cache_dir(self)
             if folder is not None:
                 return cached_splits(folder)
         return tuple(self.source.splits)
@@ -224,7 +231,7 @@ class P3Mixture(source.JsonLinesMixture):
     Their order is `order.Order`'s, and can be entered anywhere.
     """
 
-    leaves_out = True  # tasks without a cache too, see data.cached_subtasks
+    skips_missing_tasks = True
 
     def get_dataset(
         self,
@@ -245,24 +252,24 @@ class P3Mixture(source.JsonLinesMixture):
         return self.examples_from(
             sequence_length or {},
             split,
-            seed=_seed(seed, shuffle),
-            shuffle=shuffle,
-            num_epochs=num_epochs,
-            shard=(shard_info.index, shard_info.num_shards) if shard_info else None,
-            texts=bool(kwargs.get("copy_pretokenized")),
+            StreamOptions(
+                seed=_seed(seed, shuffle),
+                shuffle=shuffle,
+                num_epochs=num_epochs,
+                shard=(shard_info.index, shard_info.num_shards) if shard_info else (0, 1),
+                include_text=bool(kwargs.get("copy_pretokenized")),
+            ),
         )
 
     def examples_from(
-        self, sequence_length: Mapping[str, int], split: str, **kwargs: Any
+        self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset:
         """Elements `inputs` and `targets`, int32 [L], from any example on.
 
         Args:
           sequence_length: what the features are cut to.
           split: of the tasks that have it.
-          **kwargs: `seed`; `start`, the example to begin with; `shuffle`, True; `num_epochs`,
-            None: for ever, else up to where the first task ends; `shard`, None or (index, count):
-            of the order every count-th example, and `start` counts these.
+          options: order and extent.
 
         Raises:
           InputError: the folder has none of the tasks.
@@ -270,10 +277,10 @@ class P3Mixture(source.JsonLinesMixture):
         tasks = self._there(split)
         rates = [self.get_rate(task) for task in tasks]
         readers = [task.source.reader(split) for task in tasks]
-        return examples(readers, rates, tasks[0], sequence_length, **kwargs)
+        return example_dataset(readers, rates, tasks[0], sequence_length, options)
 
-    def every_example(
-        self, sequence_length: Mapping[str, int], in_turns: bool
+    def eval_examples(
+        self, sequence_length: Mapping[str, int], interleave: bool
     ) -> tuple[tf.data.Dataset, list[tuple[str, int]]]:
         """Each example of the evaluation splits once, tasks in turns or one after the other.
 
@@ -283,7 +290,7 @@ class P3Mixture(source.JsonLinesMixture):
         tasks = self._there(None)
         readers = [task.source.reader(_eval_split(task)) for task in tasks]
         numbers = [task.source.in_order(_eval_split(task)) for task in tasks]
-        firsts = np.cumsum([0, *(reader.rows for reader in readers)])
+        firsts = np.cumsum([0, *(reader.num_rows for reader in readers)])
         of_all = np.concatenate(
             [first + part for first, part in zip(firsts, numbers, strict=False)]
         )
@@ -292,10 +299,10 @@ class P3Mixture(source.JsonLinesMixture):
         if twins:
             starts = np.cumsum([0, *(1 + reader.idx[:, 0].max() for reader in readers[:-1])])
         added = np.repeat(starts, [len(part) for part in numbers])
-        if in_turns:
+        if interleave:
             turns = np.argsort(np.concatenate([np.arange(len(p)) for p in numbers]), kind="stable")
             of_all, added = of_all[turns], added[turns]
-        blocks = tf.data.Dataset.from_tensor_slices(of_all).batch(READ)
+        blocks = tf.data.Dataset.from_tensor_slices(of_all).batch(READ_SIZE)
         records = read_blocks(readers, blocks).unbatch()
         parse = _parser(tasks[0].name)
 
@@ -311,7 +318,7 @@ class P3Mixture(source.JsonLinesMixture):
         ds = ds.map(parse_and_count, num_parallel_calls=tf.data.AUTOTUNE)
         ds = tasks[0].preprocess_postcache(ds, sequence_length=sequence_length, seed=0)
         names = [(task.name, int(start)) for task, start in zip(tasks, starts, strict=True)]
-        return ds.prefetch(READ), names
+        return ds.prefetch(READ_SIZE), names
 
     def _there(self, split: str | None) -> list[P3Task]:
         """The tasks that have rows of this split (None: an evaluation split) in the folder."""
@@ -331,7 +338,7 @@ class P3Mixture(source.JsonLinesMixture):
                 f" {self.name!r}"
             )
         if left_out:
-            told(
+            warn_once(
                 f"{self.name}: no {what} split in P3_DIR of {len(left_out)} of"
                 f" {len(self.tasks)} tasks: {few(left_out, 3)}"
             )

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.tfrecords import RecordFile
+from pemoe_jax.data.tfrecords import TFRecordFile
 from pemoe_jax.runtime.file_io import read_json
 from pemoe_jax.tasks.p3.row_files import Example, take_by_part
 
@@ -144,28 +144,28 @@ class PreparedTable:
     """A split's tfrecords, one after the other."""
 
     def __init__(self, paths: Sequence[pathlib.Path], builder: Builder) -> None:
-        self.where = str(paths[0])
+        self.location = str(paths[0])
         self._paths, self._builder = paths, builder
 
     @functools.cached_property
     def _features(self) -> Any:
-        from pemoe_jax.data import seqio_tasks
+        from pemoe_jax.data import seqio_import
 
-        seqio_tasks.import_seqio()  # hides GPUs from TensorFlow
+        seqio_import.import_seqio()  # hides GPUs from TensorFlow
         import tensorflow_datasets as tfds
 
         return tfds.features.FeatureConnector.from_config(str(self._paths[0].parent))
 
     @functools.cached_property
-    def _files(self) -> list[RecordFile]:
-        return [RecordFile(str(path)) for path in self._paths]
+    def _files(self) -> list[TFRecordFile]:
+        return [TFRecordFile(str(path)) for path in self._paths]
 
     @functools.cached_property
     def _firsts(self) -> np.ndarray:
         return np.cumsum([0, *(file.count() for file in self._files)])
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """See Table."""
         return int(self._firsts[-1])
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import batching, seqio_tasks
+from pemoe_jax.data import batching, choices
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def registered(tmp_path_factory):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_every_group_is_in_one_batch_whole(registered, batch_size):
-    groups = seqio_tasks.choice_groups("jsonl_score_eval", {"inputs": 128, "targets": 32})
+    groups = choices.load_choice_groups("jsonl_score_eval", {"inputs": 128, "targets": 32})
     seen = []
     for batch, members in batching.score_batches(groups, batch_size):
         inputs, fed, targets = (
@@ -36,7 +36,7 @@ def test_every_group_is_in_one_batch_whole(registered, batch_size):
 
 
 def fake_group(num_choices, input_length, target_length):
-    return seqio_tasks.ChoiceGroup(
+    return choices.ChoiceGroup(
         task="t",
         idx=0,
         inputs=np.ones(input_length, np.int32),
@@ -44,8 +44,8 @@ def fake_group(num_choices, input_length, target_length):
         is_correct=(True,) * num_choices,
         input_text="",
         choice_texts=("",) * num_choices,
-        cut_input=False,
-        cut_target=False,
+        input_truncated=False,
+        target_truncated=False,
     )
 
 

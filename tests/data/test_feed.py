@@ -10,11 +10,12 @@ import weakref
 import data_tasks
 import numpy as np
 import pytest
+from data_tasks import LENGTHS
 from processes import import_seqio
-from test_jsonl import LENGTHS
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import feed, seqio_tasks
+from pemoe_jax.data import feed, packing, prefetch, seqio_import, seqio_tasks
+from pemoe_jax.data.providers import StreamOptions
 from pemoe_jax.tasks.jsonl import files
 
 
@@ -136,7 +137,9 @@ def test_batches_are_as_seqio_makes_them(registered, pack):
 
     lengths = {"inputs": 64, "targets": 24}
     ours = take(feed.train_batches("jsonl_train", lengths, 1, pack=pack), 8)
-    ds = seqio_tasks.check_task("jsonl_train").examples_from(lengths, "train", seed=0, start=0)
+    ds = seqio_tasks.get_mixture_or_task("jsonl_train").examples_from(
+        lengths, "train", StreamOptions(seed=0)
+    )
     converter = seqio.EncDecFeatureConverter(pack=pack)
     theirs = converter(ds.take(64), task_feature_lengths=lengths).batch(1)
     theirs = list(theirs.take(8).as_numpy_iterator())
@@ -149,7 +152,7 @@ def test_what_does_not_fit_begins_a_row_and_what_is_too_long_is_cut():
 
     # by inputs: 3 + 4 > 6; by targets: 2 + 3 > 4; 9 is cut to 6; a row with an empty input
     sizes = [(3, 1), (4, 2), (1, 3), (9, 1), (0, 2), (2, 2)]
-    made = feed.Feed(
+    made = packing.BatchIterator(
         iter([example(*size) for size in sizes]), {"inputs": 6, "targets": 4}, 1, True, start=10
     )
     found, positions = [], []
@@ -174,7 +177,7 @@ def test_what_is_cut_is_counted(registered, name):
         batches = feed.train_batches(name, lengths, 1, pack=False, num_epochs=1, shuffle=False)
         keys = ("encoder_input_tokens", "decoder_target_tokens")
         found = [[batch[key][0] for key in keys] for batch in batches]
-        return batches.cuts, [[row[row > 0].tolist() for row in pair] for pair in found]
+        return batches.truncations, [[row[row > 0].tolist() for row in pair] for pair in found]
 
     none, whole = examples({"inputs": 500, "targets": 100})
     assert (none.inputs, none.targets, none.examples) == (0, 0, len(whole))
@@ -215,7 +218,7 @@ def test_packed_batches_hold_every_example_whole(registered):
         for batch in plain
     ]
     assert [example for batch in packed for example in segments(batch)] == expected
-    vocabulary = seqio_tasks.check_task("a").output_features["inputs"].vocabulary
+    vocabulary = seqio_tasks.get_mixture_or_task("a").output_features["inputs"].vocabulary
     assert vocabulary.decode(list(expected[0][0])).split()[0] == "a"
     for batch in packed:
         for side in ("encoder", "decoder"):
@@ -233,7 +236,7 @@ def test_packed_batches_hold_every_example_whole(registered):
 
 def test_the_mixture_draws_by_rate_and_every_example_comes(registered):
     batches = take(feed.train_batches("jsonl_train", LENGTHS, 8, pack=False), 120)
-    vocabulary = seqio_tasks.check_task("a").output_features["inputs"].vocabulary
+    vocabulary = seqio_tasks.get_mixture_or_task("a").output_features["inputs"].vocabulary
     texts = [vocabulary.decode(row.tolist()) for b in batches for row in b["encoder_input_tokens"]]
     share = np.mean([text.split()[0] == "a" for text in texts])
     assert abs(share - 40 / 65) < 0.06  # standard error of 960 draws: 0.016
@@ -288,7 +291,7 @@ def test_eval_batches_hold_every_example_once_in_turns(registered):
     real = [row for b in batches for row in b["encoder_input_tokens"] if row.any()]
     assert len(real) == 10
     assert not batches[-1]["decoder_loss_weights"][2:].any()  # filled up, weighing nothing
-    vocabulary = seqio_tasks.check_task("a").output_features["inputs"].vocabulary
+    vocabulary = seqio_tasks.get_mixture_or_task("a").output_features["inputs"].vocabulary
     assert [vocabulary.decode(row.tolist()).split()[0] for row in real] == ["a", "b"] * 5
     assert_same(take(batches, 1), list(feed.eval_batches("jsonl_train", LENGTHS, 4, 1, pack=False)))
     single = list(feed.eval_batches("a", LENGTHS, 4, pack=False))
@@ -304,7 +307,7 @@ def test_a_users_own_task_is_trained_on(registered, tmp_path):
     import seqio
     import tensorflow as tf
 
-    features = seqio_tasks.check_task("a").output_features
+    features = seqio_tasks.get_mixture_or_task("a").output_features
     source = seqio.FunctionDataSource(
         lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
             {"inputs": ["sky", "grass"], "targets": ["blue", "green"]}
@@ -342,14 +345,14 @@ def test_wrong_arguments_are_named_at_once(registered):
 
 
 def test_prefetch_keeps_order_and_raises_where_the_source_did():
-    assert list(feed.prefetch(range(100), 3)) == list(range(100))
-    assert list(feed.prefetch(range(100), made=lambda i: -i)) == [-i for i in range(100)]
+    assert list(prefetch.prefetch(range(100), 3)) == list(range(100))
+    assert list(prefetch.prefetch(range(100), transform=lambda i: -i)) == [-i for i in range(100)]
 
     def failing():
         yield 1
         raise KeyError("gone")
 
-    items = feed.prefetch(failing(), 2)
+    items = prefetch.prefetch(failing(), 2)
     assert next(items) == 1
     with pytest.raises(KeyError, match="gone"):
         next(items)
@@ -358,29 +361,29 @@ def test_prefetch_keeps_order_and_raises_where_the_source_did():
 def test_a_prefetched_feed_has_the_position_of_what_it_gave(registered):
     made = feed.train_batches("jsonl_train", LENGTHS, 3)
     plain = feed.train_batches("jsonl_train", LENGTHS, 3)
-    ahead = feed.prefetch(made, 4)
+    ahead = prefetch.prefetch(made, 4)
     assert ahead.position == {"examples": 0}
     for _ in range(6):
         assert_same([next(ahead)], [next(plain)])
         deadline = time.time() + 5
-        while not ahead.ready and time.time() < deadline:
+        while not ahead.is_ready and time.time() < deadline:
             time.sleep(0.01)
         assert ahead.position == plain.position != made.position
     ahead.close()
 
 
-@pytest.mark.parametrize("wrap", ["", "feed.prefetch"])
+@pytest.mark.parametrize("wrap", ["", "prefetch.prefetch"])
 def test_python_ends_with_a_pipeline_half_read(wrap):
     """Its functions may be under way then, and TensorFlow waits for them."""
     then = f"""
 import time
 import tensorflow as tf
-from pemoe_jax.data import feed
+from pemoe_jax.data import prefetch, seqio_tasks
 def slow(number):
     time.sleep(0.05)
     return number
 ds = tf.data.Dataset.range(10**6).map(lambda n: tf.numpy_function(slow, [n], tf.int64))
-items = {wrap}(data.arrays(ds.prefetch(9), "numbers"))
+items = {wrap}(seqio_tasks.numpy_iterator(ds.prefetch(9), "numbers"))
 print(next(items), next(items))
 """
     done = import_seqio(then=f"exec({then!r})", timeout=60)
@@ -390,10 +393,10 @@ print(next(items), next(items))
 def test_a_forgotten_feed_ends_its_pipeline_at_once(registered):
     gc.disable()
     try:
-        earlier = set(seqio_tasks._open)  # cycles of other tests may hold some
+        earlier = set(seqio_import._open)  # cycles of other tests may hold some
         made = feed.train_batches("jsonl_train", LENGTHS, 2)
         next(made)
-        (reader,) = set(seqio_tasks._open) - earlier
+        (reader,) = set(seqio_import._open) - earlier
         before = weakref.ref(reader)
         del reader, made
         assert before() is None
@@ -402,14 +405,14 @@ def test_a_forgotten_feed_ends_its_pipeline_at_once(registered):
 
 
 def test_forgetting_a_prefetched_iterator_ends_its_thread():
-    items = feed.prefetch(itertools.count(), 2)
+    items = prefetch.prefetch(itertools.count(), 2)
     assert next(items) == 0
     del items
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 def test_closing_a_prefetched_iterator_ends_its_thread():
-    items = feed.prefetch(itertools.count(), 2)
+    items = prefetch.prefetch(itertools.count(), 2)
     assert next(items) == 0
     items.close()
     deadline = time.time() + 5

@@ -9,7 +9,7 @@ import pytest
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import order as order_lib
-from pemoe_jax.data.order import Order
+from pemoe_jax.data.order import ExampleOrder
 
 SIZES = [7, 1, 20, 2, 300]
 STARTS = np.cumsum([0, *SIZES[:-1]])
@@ -23,7 +23,7 @@ def by_task(numbers):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_row_comes_once_an_epoch(shuffle):
-    found = by_task(Order(SIZES, SIZES, 0, shuffle).numbers(0, 5000))
+    found = by_task(ExampleOrder(SIZES, SIZES, 0, shuffle).row_numbers(0, 5000))
     for size, rows in zip(SIZES, found, strict=True):
         epochs = rows[: len(rows) // size * size].reshape(-1, size)
         assert len(epochs) > 5
@@ -37,7 +37,9 @@ def test_every_row_comes_once_an_epoch(shuffle):
 @pytest.mark.parametrize("rates", [SIZES, [3.5, 0, 1e-3, 1, 2], [0, 0, 0, 1e9, 0]])
 def test_rates_are_met(rates):
     count = 200_000
-    found = np.array([len(rows) for rows in by_task(Order(SIZES, rates, 1).numbers(0, count))])
+    found = np.array(
+        [len(rows) for rows in by_task(ExampleOrder(SIZES, rates, 1).row_numbers(0, count))]
+    )
     share = np.array(rates) / sum(rates)
     # five standard errors of a binomial share; none where the share is 0 or 1
     assert (abs(found / count - share) <= 5 * np.sqrt(share * (1 - share) / count)).all()
@@ -63,52 +65,53 @@ def test_the_choice_is_exact():
 
 @pytest.mark.parametrize("sizes", [SIZES, [9], [2**33, 3]])
 def test_pieces_make_the_whole(sizes):
-    whole = Order(sizes, sizes, 5).numbers(0, 60_000)
+    whole = ExampleOrder(sizes, sizes, 5).row_numbers(0, 60_000)
     cuts = [0, 1, 5, 8191, 8192, 8193, 30_001, 59_999, 60_000]
-    going_on = Order(sizes, sizes, 5)
+    going_on = ExampleOrder(sizes, sizes, 5)
     for start, stop in itertools.pairwise(cuts):
-        for order in (going_on, Order(sizes, sizes, 5)):  # from where it was, and from afar
-            np.testing.assert_array_equal(order.numbers(start, stop), whole[start:stop])
-    np.testing.assert_array_equal(going_on.numbers(100, 300), whole[100:300])  # and backwards
-    assert going_on.numbers(17, 17).shape == (0,)
+        for order in (going_on, ExampleOrder(sizes, sizes, 5)):  # from where it was, and from afar
+            np.testing.assert_array_equal(order.row_numbers(start, stop), whole[start:stop])
+    np.testing.assert_array_equal(going_on.row_numbers(100, 300), whole[100:300])  # and backwards
+    assert going_on.row_numbers(17, 17).shape == (0,)
 
 
 def test_far_starts_are_kept_to_start_from(monkeypatch):
     monkeypatch.setattr(order_lib, "_SNAPSHOT", 1 << 14)
-    whole = Order(SIZES, SIZES, 2).numbers(0, 100_000)
-    order = Order(SIZES, SIZES, 2)
-    np.testing.assert_array_equal(order.numbers(99_990, 100_000), whole[99_990:])
+    whole = ExampleOrder(SIZES, SIZES, 2).row_numbers(0, 100_000)
+    order = ExampleOrder(SIZES, SIZES, 2)
+    np.testing.assert_array_equal(order.row_numbers(99_990, 100_000), whole[99_990:])
     drawn = []
     plain = order._tasks
     monkeypatch.setattr(order, "_tasks", lambda *ends: drawn.append(ends) or plain(*ends))
-    np.testing.assert_array_equal(order.numbers(70_000, 70_010), whole[70_000:70_010])
+    np.testing.assert_array_equal(order.row_numbers(70_000, 70_010), whole[70_000:70_010])
     assert min(start for start, _ in drawn) >= 65_536
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_shards_partition_the_order(count):
-    order = Order(SIZES, SIZES, 9)
-    whole = order.numbers(0, 24 * count)
+    order = ExampleOrder(SIZES, SIZES, 9)
+    whole = order.row_numbers(0, 24 * count)
     for index in range(count):
-        shard = order.numbers(0, 24, (index, count))
+        shard = order.row_numbers(0, 24, (index, count))
         np.testing.assert_array_equal(shard, whole[index::count])
-        np.testing.assert_array_equal(order.numbers(5, 11, (index, count)), shard[5:11])
+        np.testing.assert_array_equal(order.row_numbers(5, 11, (index, count)), shard[5:11])
 
 
 def test_seeds_and_epochs_differ():
     size = 1000
-    rows = Order([size], [1], 0).numbers(0, 3 * size).reshape(3, size)
-    other = Order([size], [1], 1).numbers(0, size)
-    same_task = Order([size, size], [1, 1], 0).numbers(0, 4 * size)
+    rows = ExampleOrder([size], [1], 0).row_numbers(0, 3 * size).reshape(3, size)
+    other = ExampleOrder([size], [1], 1).row_numbers(0, size)
+    same_task = ExampleOrder([size, size], [1, 1], 0).row_numbers(0, 4 * size)
     first, second = (same_task[same_task // size == task][:size] % size for task in (0, 1))
     for one, two in itertools.combinations([*rows, other, second], 2):
         # permutations of 1,000 that have nothing to do with each other agree at one place
         assert (one == two).sum() < 8
     np.testing.assert_array_equal(first, rows[0])
     np.testing.assert_array_equal(
-        Order([size], [1], -1).numbers(0, 9), Order([size], [1], -1).numbers(0, 9)
+        ExampleOrder([size], [1], -1).row_numbers(0, 9),
+        ExampleOrder([size], [1], -1).row_numbers(0, 9),
     )
-    draws = [Order(SIZES, [1] * 5, seed).numbers(0, 500) for seed in (0, 1)]
+    draws = [ExampleOrder(SIZES, [1] * 5, seed).row_numbers(0, 500) for seed in (0, 1)]
     assert (draws[0] == draws[1]).mean() < 0.2
 
 
@@ -118,7 +121,7 @@ def test_small_permutations_are_all_there():
     The sum of squares over 1,000 is then chi-square of 23 degrees of freedom: below 50 but for one
     seed in 1,000.
     """
-    epochs = Order([4], [1], 1).numbers(0, 4 * 24_000).reshape(-1, 4)
+    epochs = ExampleOrder([4], [1], 1).row_numbers(0, 4 * 24_000).reshape(-1, 4)
     counts = collections.Counter(map(tuple, epochs.tolist()))
     assert len(counts) == math.factorial(4)
     assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 50
@@ -126,7 +129,7 @@ def test_small_permutations_are_all_there():
 
 def test_rows_end_up_anywhere_and_neighbours_apart():
     size, epochs = 101, 5000
-    rows = Order([size], [1], 3).numbers(0, size * epochs).reshape(epochs, size)
+    rows = ExampleOrder([size], [1], 3).row_numbers(0, size * epochs).reshape(epochs, size)
     expected = epochs / size
     for place in (0, 50, 100):
         counts = np.bincount(rows[:, place], minlength=size)
@@ -139,17 +142,17 @@ def test_rows_end_up_anywhere_and_neighbours_apart():
 
 def test_huge_sizes():
     size = 2**33
-    rows = Order([size, 1], [1, 0], 0).numbers(10**6, 10**6 + 50_000)
+    rows = ExampleOrder([size, 1], [1, 0], 0).row_numbers(10**6, 10**6 + 50_000)
     assert len(np.unique(rows)) == 50_000 and rows.min() >= 0 and rows.max() < size
     # eighths of the range, each expected 6,250 times with a deviation of 74
     assert abs(np.bincount(rows // (size // 8), minlength=8) - 6250).max() < 370
-    assert Order([5, size, 3], [0, 0, 1], 0).numbers(0, 9).min() >= size + 5
+    assert ExampleOrder([5, size, 3], [0, 0, 1], 0).row_numbers(0, 9).min() >= size + 5
 
 
 def test_every_row_of_many_tasks():
     """544 tasks, as P3 has."""
     sizes = list(range(1, 545))
-    numbers = Order(sizes, sizes, 0).numbers(0, 600_000)
+    numbers = ExampleOrder(sizes, sizes, 0).row_numbers(0, 600_000)
     total = sum(sizes)
     assert numbers.max() < total
     counts = np.bincount(numbers, minlength=total)
@@ -161,18 +164,20 @@ def test_every_row_of_many_tasks():
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_without_repeating_it_ends_with_the_first_task_that_is_used_up(epochs):
-    whole = Order(SIZES, SIZES, 4).numbers(0, 5000)
-    ended = Order(SIZES, SIZES, 4, repeat=False, epochs=epochs)
-    found = ended.numbers(0, 5000)
+    whole = ExampleOrder(SIZES, SIZES, 4).row_numbers(0, 5000)
+    ended = ExampleOrder(SIZES, SIZES, 4, num_epochs=epochs)
+    found = ended.row_numbers(0, 5000)
     np.testing.assert_array_equal(found, whole[: len(found)])
     counts = [len(rows) for rows in by_task(found)]
     assert all(count <= epochs * size for count, size in zip(counts, SIZES, strict=True))
     after = [len(rows) for rows in by_task(whole[: len(found) + 1])]
     assert any(count > epochs * size for count, size in zip(after, SIZES, strict=True))
-    assert len(ended.numbers(len(found), 5000)) == len(ended.numbers(4000, 5000)) == 0
-    again = Order(SIZES, SIZES, 4, repeat=False, epochs=epochs)
-    np.testing.assert_array_equal(again.numbers(5, 5000), found[5:])
-    np.testing.assert_array_equal(Order([9], [1], 0, False, False).numbers(0, 99), np.arange(9))
+    assert len(ended.row_numbers(len(found), 5000)) == len(ended.row_numbers(4000, 5000)) == 0
+    again = ExampleOrder(SIZES, SIZES, 4, num_epochs=epochs)
+    np.testing.assert_array_equal(again.row_numbers(5, 5000), found[5:])
+    np.testing.assert_array_equal(
+        ExampleOrder([9], [1], 0, False, 1).row_numbers(0, 99), np.arange(9)
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,4 +193,4 @@ def test_without_repeating_it_ends_with_the_first_task_that_is_used_up(epochs):
 )
 def test_wrong_arguments_are_named(sizes, rates, message):
     with pytest.raises(InputError, match=message):
-        Order(sizes, rates, 0)
+        ExampleOrder(sizes, rates, 0)

@@ -1,81 +1,21 @@
 """Folders of JSON lines as seqio tasks: rows, roles, held-out data sets, errors, the P3 sample."""
 
-import io
 import json
 import pathlib
 import re
 
 import numpy as np
 import pytest
+from data_tasks import LENGTHS, YES_NO, make_vocab, write
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import feed, seqio_tasks
+from pemoe_jax.data import choices, feed, seqio_tasks
 from pemoe_jax.tasks import jsonl
-
-LENGTHS = {"inputs": 32, "targets": 8}
-WORDS = [
-    "yes",
-    "no",
-    "maybe",
-    "red",
-    "green",
-    "blue",
-    "is",
-    "the",
-    "sky",
-    "grass",
-    "sea",
-    "what",
-    "colour",
-    "of",
-    "a",
-    "good",
-    "bad",
-    "film",
-    "it",
-    "was",
-]
-
-
-def make_vocab(folder: pathlib.Path, **settings) -> pathlib.Path:
-    """A SentencePiece model of a few dozen pieces."""
-    import sentencepiece
-
-    settings = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | settings
-    model = io.BytesIO()
-    rng = np.random.default_rng(0)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(" ".join(rng.choice(WORDS, 8)) for _ in range(200)),
-        model_writer=model,
-        vocab_size=60,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **settings,
-    )
-    path = folder / "spiece.model"
-    path.write_bytes(model.getvalue())
-    return path
-
-
-def write(folder: pathlib.Path, task: str, split: str, rows: list) -> pathlib.Path:
-    """Rows (dicts, or (inputs, targets[, choices])) as <folder>/<task>/<split>.jsonl."""
-    path = folder / task / f"{split}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for row in rows:
-        if not isinstance(row, dict):
-            row = dict(zip(("inputs", "targets", "answer_choices"), row, strict=False))
-        lines.append(json.dumps(row) + "\n")
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.fixture(scope="session")
 def vocab(tmp_path_factory) -> pathlib.Path:
     return make_vocab(tmp_path_factory.mktemp("vocab"))
-
-
-YES_NO = ["yes", "no"]
 
 
 @pytest.fixture
@@ -125,12 +65,12 @@ def test_without_an_index_all_that_is_not_scored_is_trained_on(folder, vocab):
     with pytest.raises(
         InputError, match="'jsonl_score_eval' is not registered: .* no task to score"
     ):
-        seqio_tasks.check_task("jsonl_score_eval")
+        seqio_tasks.get_mixture_or_task("jsonl_score_eval")
     found = jsonl.register(folder, vocab, eval_tasks=["nli_*"])
     assert found.train_tasks == ["colour_ask", "colour_say", "free"]
     assert found.eval_tasks == ["nli_a_score_eval", "nli_b_score_eval"]
-    assert seqio_tasks.subtasks("jsonl_score_eval") == found.eval_tasks
-    assert seqio_tasks.subtasks("jsonl_train") == found.train_tasks
+    assert seqio_tasks.subtask_names("jsonl_score_eval") == found.eval_tasks
+    assert seqio_tasks.subtask_names("jsonl_train") == found.train_tasks
     assert found.examples == {
         "colour_ask": 3,
         "colour_say": 3,
@@ -220,7 +160,7 @@ def test_patterns_override_roles(folder, vocab):
     assert found.no_choices == ["colour_ask", "colour_say", "free"]
     assert found.train_tasks == []
     with pytest.raises(InputError, match="no task to train on"):
-        seqio_tasks.check_task("jsonl_train")
+        seqio_tasks.get_mixture_or_task("jsonl_train")
     assert jsonl.register(folder, vocab, eval_tasks=[]).eval_tasks == []
 
 
@@ -238,8 +178,8 @@ def test_training_tasks_are_scored_in_a_mixture_of_their_own(folder, vocab):
     assert found.eval_tasks == ["nli_b_score_eval"]
     assert found.train_score_tasks == ["nli_a_score_eval"]
     assert found.held_out == ["rte"]
-    assert seqio_tasks.subtasks("jsonl_train_score_eval") == ["nli_a_score_eval"]
-    assert [g.task for g in seqio_tasks.choice_groups("jsonl_train_score_eval", LENGTHS)] == [
+    assert seqio_tasks.subtask_names("jsonl_train_score_eval") == ["nli_a_score_eval"]
+    assert [g.task for g in choices.load_choice_groups("jsonl_train_score_eval", LENGTHS)] == [
         "nli_a_score_eval",
         "nli_a_score_eval",
     ]
@@ -251,7 +191,7 @@ def test_training_tasks_are_scored_in_a_mixture_of_their_own(folder, vocab):
     assert found.train_score_tasks == []
     assert not any("scoring of training tasks" in line for line in found.lines())
     with pytest.raises(InputError, match="no task to train on that has answer choices and an eval"):
-        seqio_tasks.check_task("jsonl_train_score_eval")
+        seqio_tasks.get_mixture_or_task("jsonl_train_score_eval")
 
 
 def test_evaluation_split_is_the_first_of_three(tmp_path, vocab):
@@ -260,9 +200,9 @@ def test_evaluation_split_is_the_first_of_three(tmp_path, vocab):
             write(tmp_path, task, split, [(split, "yes", YES_NO)])
     found = jsonl.register(tmp_path, vocab, eval_tasks=["*"])
     assert found.eval_splits == {"a": "val", "b": "test", "c": "validation"}
-    texts = {g.task: g.input_text for g in seqio_tasks.choice_groups("jsonl_score_eval", LENGTHS)}
+    texts = {g.task: g.input_text for g in choices.load_choice_groups("jsonl_score_eval", LENGTHS)}
     assert texts == {"a_score_eval": "val", "b_score_eval": "test", "c_score_eval": "validation"}
-    assert seqio_tasks.choice_groups("a_score_eval", LENGTHS, split="test")[0].input_text == "test"
+    assert choices.load_choice_groups("a_score_eval", LENGTHS, split="test")[0].input_text == "test"
 
 
 def test_rate_is_the_number_of_examples_capped_as_t0(folder, vocab, monkeypatch):
@@ -281,8 +221,8 @@ def test_rate_is_the_number_of_examples_capped_as_t0(folder, vocab, monkeypatch)
 def test_eval_examples_caps_every_split_but_train(folder, vocab):
     found = jsonl.register(folder, vocab, eval_tasks=["nli_a"], eval_examples=1)
     assert found.examples["nli_a_score_eval"] == 1
-    assert [g.idx for g in seqio_tasks.choice_groups("nli_a_score_eval", LENGTHS)] == [0]
-    assert seqio_tasks.check_task("nli_b").num_input_examples("train") == 4
+    assert [g.idx for g in choices.load_choice_groups("nli_a_score_eval", LENGTHS)] == [0]
+    assert seqio_tasks.get_mixture_or_task("nli_b").num_input_examples("train") == 4
     for wrong in (0, -1, "3"):
         assert "EVAL_EXAMPLES" in error(folder, vocab, eval_examples=wrong)
 
@@ -295,7 +235,7 @@ def test_registering_twice_changes_nothing_and_anew_replaces(folder, vocab):
     assert jsonl.register(folder, str(vocab), eval_tasks=["nli_a"]) is found
     assert seqio.TaskRegistry.get("nli_a") is task
     assert jsonl.register(folder, vocab, eval_tasks=["nli_b"]).eval_tasks == ["nli_b_score_eval"]
-    assert seqio_tasks.subtasks("jsonl_score_eval") == ["nli_b_score_eval"]
+    assert seqio_tasks.subtask_names("jsonl_score_eval") == ["nli_b_score_eval"]
     write(folder, "new", "train", [("sky", "blue")])  # the folder has changed
     assert "new" in jsonl.register(folder, vocab, eval_tasks=["nli_b"]).train_tasks
     other = folder / "other"
@@ -323,14 +263,14 @@ def test_ids_are_the_vocabularys_with_eos_and_cut_sequences_keep_it(tmp_path, vo
     jsonl.register(tmp_path, vocab)
     ids = jsonl.vocabulary(vocab).encode(text)
     (row,) = (
-        seqio_tasks.check_task("t")
+        seqio_tasks.get_mixture_or_task("t")
         .get_dataset(None, split="train", shuffle=False)
         .as_numpy_iterator()
     )
     assert row["inputs"].tolist() == [*ids, 1]
     assert row["inputs_pretokenized"] == text.encode()
     (row,) = (
-        seqio_tasks.check_task("t")
+        seqio_tasks.get_mixture_or_task("t")
         .get_dataset({"inputs": 6, "targets": 3}, split="train", shuffle=False)
         .as_numpy_iterator()
     )
@@ -342,7 +282,7 @@ def test_a_twin_has_p3s_columns(tmp_path, vocab):
     rows = [("sky", "blue", ["red", "blue", "green"]), ("what", "no", YES_NO)]
     write(tmp_path, "t", "validation", rows)
     jsonl.register(tmp_path, vocab, eval_tasks=["t"])
-    twin = seqio_tasks.check_task("t_score_eval")
+    twin = seqio_tasks.get_mixture_or_task("t_score_eval")
     found = list(twin.get_dataset(LENGTHS, split="validation", shuffle=False).as_numpy_iterator())
     assert [row["idx"].tolist() for row in found] == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
     assert [bool(row["is_correct"]) for row in found] == [False, True, False, False, True]
@@ -396,7 +336,7 @@ def test_seqios_evaluator_scores_a_twin(tmp_path, vocab):
 def test_reading_shuffles_whole_files_anew_each_epoch(tmp_path, vocab):
     write(tmp_path, "t", "train", [(f"{i}", "yes") for i in range(300)])
     jsonl.register(tmp_path, vocab)
-    task = seqio_tasks.check_task("t")
+    task = seqio_tasks.get_mixture_or_task("t")
 
     def read(seed):
         ds = task.get_dataset(LENGTHS, split="train", shuffle=True, seed=seed, num_epochs=2)
@@ -418,7 +358,9 @@ def test_shards_are_disjoint_and_complete(tmp_path, vocab):
     jsonl.register(tmp_path, vocab)
 
     def read(name, **kwargs):
-        ds = seqio_tasks.check_task(name).get_dataset(LENGTHS, split="train", seed=0, **kwargs)
+        ds = seqio_tasks.get_mixture_or_task(name).get_dataset(
+            LENGTHS, split="train", seed=0, **kwargs
+        )
         return [int(row["inputs_pretokenized"]) for row in ds.as_numpy_iterator()]
 
     parts = [read("t", shuffle=False, shard_info=seqio.ShardInfo(i, 2)) for i in range(2)]
@@ -459,9 +401,9 @@ def test_odd_rows_are_counted_and_never_a_crash(tmp_path, vocab):
     text = "\n".join(found.lines())
     assert "targets not among their choices (t/train.jsonl:2" in text
     assert "longest input: 2,000 words; up to 50 choices" in text
-    groups = seqio_tasks.choice_groups("t_score_eval", LENGTHS)
+    groups = choices.load_choice_groups("t_score_eval", LENGTHS)
     assert [g.idx for g in groups] == [0, 1, 2, 3, 4, 6]  # row 5 (0-based) has no choices
-    assert [g.odd for g in groups] == [
+    assert [g.anomalies for g in groups] == [
         (),
         ("target_not_in_choices",),
         ("doubled_choices",) if groups[2].choice_texts[0] == groups[2].choice_texts[1] else (),
@@ -507,7 +449,7 @@ def test_a_malformed_line_is_named(folder, vocab, line, message):
     # What is not used is not read through; the tasks registered before stay.
     jsonl.register(folder, vocab, train_tasks=["free"])
     assert error(folder, vocab) == f"{path}:3: {message}"
-    assert seqio_tasks.subtasks("jsonl_train") == ["free"]
+    assert seqio_tasks.subtask_names("jsonl_train") == ["free"]
     with pytest.raises(InputError, match=re.escape(f"{path}:3: {message}")):
         feed.train_batches("colour_say", LENGTHS, 2)
 
@@ -691,7 +633,7 @@ def test_the_p3_sample_registers_and_reads(p3_sample, t5_vocab):
 
 def test_every_twin_of_the_p3_sample_is_scored(p3_sample, t5_vocab):
     found = jsonl.register(p3_sample, t5_vocab, eval_examples=3)
-    groups = seqio_tasks.choice_groups("jsonl_score_eval", {"inputs": 512, "targets": 128})
+    groups = choices.load_choice_groups("jsonl_score_eval", {"inputs": 512, "targets": 128})
     per_task = {twin: [g for g in groups if g.task == twin] for twin in found.eval_tasks}
     entries = json.loads((p3_sample / "INDEX.json").read_text())
     for twin, members in per_task.items():

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from test_jsonl import make_vocab, write
+from data_tasks import make_vocab, write
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_tasks
@@ -138,10 +138,10 @@ def test_wrong_names_in_an_index():
 def test_a_task_is_given_metrics_once(tmp_path):
     write(tmp_path, "t", "validation", [("sky", "the blue")])
     jsonl.register(tmp_path, make_vocab(tmp_path))
-    task = seqio_tasks.check_task("t")
+    task = seqio_tasks.get_mixture_or_task("t")
     kind = type(task)
     for names in (["Squad"], ["BLEU"]):
         metrics.give("t", names)
-    assert seqio_tasks.check_task("t") is task and type(task) is kind
+    assert seqio_tasks.get_mixture_or_task("t") is task and type(task) is kind
     assert task.predict_metric_fns == [metrics.squad]
     assert len(task.metric_objs) == 1

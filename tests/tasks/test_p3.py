@@ -14,8 +14,9 @@ import pytest
 
 from pemoe_jax import infer, tasks
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import feed, seqio_tasks
+from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks
 from pemoe_jax.data import rows as rows_lib
+from pemoe_jax.data.providers import StreamOptions
 from pemoe_jax.tasks.p3 import published as published_lib
 
 LENGTHS = {"inputs": 128, "targets": 32}
@@ -52,7 +53,7 @@ def forms(tmp_path_factory, encode):
 
 @pytest.fixture(autouse=True)
 def no_caches(monkeypatch):
-    seqio = seqio_tasks.import_seqio()
+    seqio = seqio_import.import_seqio()
     seqio.set_global_cache_dirs([])
     monkeypatch.delenv("PEMOE_P3_DIR", raising=False)
     rows_lib._said.clear()
@@ -181,9 +182,9 @@ def test_metrics_are_those_of_the_table(p3):
     from pemoe_jax.tasks import metrics
     from pemoe_jax.tasks.jsonl import source
 
-    task = seqio_tasks.check_task("adversarial_qa_dbert_generate_question")  # BLEU;ROUGE
+    task = seqio_tasks.get_mixture_or_task("adversarial_qa_dbert_generate_question")  # BLEU;ROUGE
     assert task.predict_metric_fns == [metrics.bleu, metrics.rouge]
-    twin = seqio_tasks.check_task(f"{RTE}_score_eval")
+    twin = seqio_tasks.get_mixture_or_task(f"{RTE}_score_eval")
     assert twin.score_metric_fns == [source.rank_accuracy]
 
 
@@ -191,7 +192,9 @@ def test_metrics_are_those_of_the_table(p3):
 
 
 def ids(name: str, split: str) -> list[tuple[list[int], list[int]]]:
-    ds = seqio_tasks.check_task(name).get_dataset(LENGTHS, split=split, shuffle=False, num_epochs=1)
+    ds = seqio_tasks.get_mixture_or_task(name).get_dataset(
+        LENGTHS, split=split, shuffle=False, num_epochs=1
+    )
     return [(row["inputs"].tolist(), row["targets"].tolist()) for row in ds.as_numpy_iterator()]
 
 
@@ -210,7 +213,7 @@ def test_a_thousand_examples_have_the_same_ids_in_each_form(p3, forms, encode, f
 def test_choice_groups_are_the_same_in_each_form(p3, forms, encode, form):
     registered = register(forms[form])
     assert registered.datasets[f"{RTE}_score_eval"] == "rte"
-    groups = seqio_tasks.choice_groups("t0_eval_score_eval", LENGTHS)
+    groups = choices.load_choice_groups("t0_eval_score_eval", LENGTHS)
     of_task: dict[str, list] = {}
     for group in groups:
         of_task.setdefault(group.task.removesuffix("_score_eval"), []).append(group)
@@ -229,14 +232,14 @@ def test_choice_groups_are_the_same_in_each_form(p3, forms, encode, form):
             assert group.is_correct == tuple(c == target for c in row["answer_choices"])
     # a task by itself, and fewer of its examples
     register(forms[form], eval_examples=7)
-    assert len(seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)) == 7
-    assert len(seqio_tasks.choice_groups("super_glue_rte_score_eval", LENGTHS)) == 14
+    assert len(choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)) == 7
+    assert len(choices.load_choice_groups("super_glue_rte_score_eval", LENGTHS)) == 14
 
 
 def test_the_cache_is_read_by_seqio_itself(p3, forms, encode):
     register(forms["cache"])
     for name in (RTE, f"{RTE}_score_eval"):
-        ds = seqio_tasks.check_task(name).get_dataset(
+        ds = seqio_tasks.get_mixture_or_task(name).get_dataset(
             LENGTHS, split="validation", use_cached=True, shuffle=False
         )
         found = {(tuple(row["inputs"]), tuple(row["targets"])) for row in ds.as_numpy_iterator()}
@@ -251,7 +254,7 @@ def test_inputs_end_in_eos_if_asked_in_each_form(p3, forms, encode, inputs_eos):
         register(forms[form], inputs_eos=inputs_eos)
         assert ids(RTE, "validation")[0][0] == expected
         assert (
-            seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)[0].inputs.tolist() == expected
+            choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)[0].inputs.tolist() == expected
         )
 
 
@@ -259,12 +262,12 @@ def test_training_goes_on_anywhere_and_takes_every_row_once(p3, forms):
     expected = None
     for form in FORMS:
         register(forms[form])
-        mixture = seqio_tasks.check_task("t0+_train")  # of the five tasks ag_news is in it
+        mixture = seqio_tasks.get_mixture_or_task("t0+_train")  # of the five tasks ag_news is in it
         assert [task.name for task in mixture.tasks if task.source.found] == ["ag_news_recommend"]
-        mixture = seqio_tasks.check_task("super_glue_rte")
+        mixture = seqio_tasks.get_mixture_or_task("super_glue_rte")
 
-        def read(start, count, shard=None, mixture=mixture):
-            ds = mixture.examples_from(LENGTHS, "train", seed=3, start=start, shard=shard)
+        def read(start, count, shard=(0, 1), mixture=mixture):
+            ds = mixture.examples_from(LENGTHS, "train", StreamOptions(3, start, shard=shard))
             return [
                 (row["inputs"].tolist(), row["targets"].tolist())
                 for row in ds.take(count).as_numpy_iterator()
@@ -278,7 +281,9 @@ def test_training_goes_on_anywhere_and_takes_every_row_once(p3, forms):
         assert first != rows[:400]
         expected = expected or first
         assert first == expected  # the order does not depend on the form
-        ds = seqio_tasks.check_task(RTE).examples_from(LENGTHS, "train", seed=1, num_epochs=1)
+        ds = seqio_tasks.get_mixture_or_task(RTE).examples_from(
+            LENGTHS, "train", StreamOptions(seed=1, num_epochs=1)
+        )
         found = [row["inputs"].tolist() for row in ds.as_numpy_iterator()]
         assert sorted(found) == sorted(row[0] for row in ids(RTE, "train"))
 
@@ -334,7 +339,7 @@ def test_train_and_eval_batches(p3, forms):
 def test_made_twins_of_training_tasks(p3, forms):
     registered = register(forms["cache"])
     assert registered.train_score_tasks == ["ag_news_recommend_score_eval"]
-    groups = seqio_tasks.choice_groups("t0_train_score_eval", LENGTHS)
+    groups = choices.load_choice_groups("t0_train_score_eval", LENGTHS)
     assert len(groups) == 50
     assert groups[3].choice_texts == ("Politician", "Athlete", "Manager", "Scientist")
     assert registered.eval_splits["ag_news_recommend"] == "test"
@@ -363,8 +368,8 @@ def test_odd_rows_are_survived_and_counted(p3, tmp_path, encode):
     p3_forms.write_cache_split(tmp_path / RTE, "train", odd_rows(encode)[:1])  # one row
     (tmp_path / RTE / "COMPLETED").touch()
     register(tmp_path)
-    groups = seqio_tasks.choice_groups("t0_eval_score_eval", LENGTHS)
-    assert [group.odd for group in groups] == [
+    groups = choices.load_choice_groups("t0_eval_score_eval", LENGTHS)
+    assert [group.anomalies for group in groups] == [
         ("empty_input",),
         ("target_not_in_choices",),
         ("doubled_choices",),
@@ -374,10 +379,14 @@ def test_odd_rows_are_survived_and_counted(p3, tmp_path, encode):
     assert [len(group.inputs) for group in groups[::3]] == [1, 128]
     assert groups[3].inputs[-1] == 1
     assert len(groups[4].choices) == 1
-    ds = seqio_tasks.check_task("super_glue_rte").examples_from(LENGTHS, "train", seed=0)
+    ds = seqio_tasks.get_mixture_or_task("super_glue_rte").examples_from(
+        LENGTHS, "train", StreamOptions(seed=0)
+    )
     assert [row["inputs"].tolist() for row in ds.take(3).as_numpy_iterator()] == [[1]] * 3
     for shard in range(2):  # a row for each of two processes: the same one, in turns
-        ds = seqio_tasks.check_task(RTE).examples_from(LENGTHS, "train", seed=0, shard=(shard, 2))
+        ds = seqio_tasks.get_mixture_or_task(RTE).examples_from(
+            LENGTHS, "train", StreamOptions(seed=0, shard=(shard, 2))
+        )
         assert len(list(ds.take(2))) == 2
 
 
@@ -397,7 +406,7 @@ def test_damaged_tfrecords_are_named(p3, tmp_path, forms):
     def score():
         register(tmp_path)
         with pytest.raises(InputError) as error:
-            seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)
+            choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
         return one_line(error)
 
     path.write_bytes(whole[:-7])
@@ -421,8 +430,8 @@ def test_rows_are_found_in_a_file_bigger_than_a_block(tmp_path, monkeypatch, enc
     monkeypatch.setattr(tfrecords, "_BLOCK", 64)  # smaller than a record
     rows = [p3_forms.with_ids(row, encode, True) for row in p3_forms.plain_rows(RTE, "train")]
     p3_forms.write_cache_split(tmp_path, "train", rows, shards=3)
-    reader = tfrecords.Records(tmp_path, "train")
-    found = reader.rows_at([149, 0, 75, 49, 50])
+    reader = tfrecords.TFRecordReader(tmp_path, "train")
+    found = reader.read_rows([149, 0, 75, 49, 50])
     assert [row["inputs"] for row in found] == [rows[i]["inputs"] for i in (149, 0, 75, 49, 50)]
 
 
@@ -437,10 +446,10 @@ def test_missing_things_are_named(p3, tmp_path, forms, monkeypatch):
     assert registered.lines()[0].endswith("5 of 544 tasks, 4 of 116 twins (9 rows)")
     assert "not in P3_DIR: 539 tasks" in registered.lines()[1]
     with pytest.raises(InputError) as error:
-        seqio_tasks.choice_groups("super_glue_wic_score_eval", LENGTHS)
+        choices.load_choice_groups("super_glue_wic_score_eval", LENGTHS)
     assert "none of 10 tasks" in one_line(error)
     with pytest.raises(InputError) as error:
-        seqio_tasks.choice_groups("super_glue_wic_same_sense_score_eval", LENGTHS)
+        choices.load_choice_groups("super_glue_wic_same_sense_score_eval", LENGTHS)
     with pytest.raises(InputError) as error:
         feed.train_batches(RTE, LENGTHS, 2, split="test")
     assert "'test'" in one_line(error)
@@ -451,7 +460,7 @@ def test_missing_things_are_named(p3, tmp_path, forms, monkeypatch):
         register(forms["parquet"], eval_tasks=["rte_*"])
     assert "EVAL_TASKS" in one_line(error)
     with pytest.raises(InputError, match="bias_fairness.*none of its tasks is published"):
-        seqio_tasks.check_task("bias_fairness_eval_score_eval")
+        seqio_tasks.get_mixture_or_task("bias_fairness_eval_score_eval")
     monkeypatch.setenv("PEMOE_P3_DIR", str(forms["parquet"]))
     assert tasks.register(vocab_path=str(VOCAB)).folder == str(forms["parquet"])
 
@@ -462,7 +471,7 @@ def test_without_a_folder_it_says_what_is_missing(p3):
         with pytest.raises(InputError, match="P3_DIR is not set"):
             feed.train_batches(name, LENGTHS, 2)
     with pytest.raises(InputError, match="P3_DIR is not set"):
-        seqio_tasks.choice_groups("t0_eval_score_eval", LENGTHS)
+        choices.load_choice_groups("t0_eval_score_eval", LENGTHS)
 
 
 def test_wrong_tables_are_named(p3, tmp_path):
@@ -478,7 +487,7 @@ def test_wrong_tables_are_named(p3, tmp_path):
     def score():
         register(tmp_path)
         with pytest.raises(InputError) as error:
-            seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)
+            choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
         return one_line(error)
 
     parquet.write_table(pyarrow.table({"inputs": [[1]], "text": ["a"]}), twin)
@@ -507,7 +516,7 @@ def test_templates_that_fail(p3, tmp_path, forms, capsys):
     examples[6]["label"] = -1  # hidden: one template leaves the target empty
     raw.write_text("".join(json.dumps(example) + "\n" for example in examples))
     register(folder)
-    groups = seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)
+    groups = choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
     told = capsys.readouterr().err
     # jinja gives nothing for a place that is not there: both are examples without a label
     assert len(groups) == 50
@@ -518,7 +527,7 @@ def test_templates_that_fail(p3, tmp_path, forms, capsys):
     yaml.write_text(whole.replace("{{premise}} Can", "{{(label + 1)}} Can"))
     register(folder)
     assert (
-        len(seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)) == 49
+        len(choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)) == 49
     )  # less the one with text
     told = capsys.readouterr().err
     assert "1 of 50 examples" in told and "number 5: TypeError: can only concatenate" in told
@@ -526,7 +535,7 @@ def test_templates_that_fail(p3, tmp_path, forms, capsys):
     registered = register(folder)
     assert any("templates.yaml" in line and "not YAML" in line for line in registered.lines())
     with pytest.raises(InputError, match=r"no task .*templates.yaml:\d+: not YAML"):
-        seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)
+        choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
 
 
 def test_rows_with_the_same_idx_are_an_error(p3, tmp_path, encode):
@@ -536,4 +545,4 @@ def test_rows_with_the_same_idx_are_an_error(p3, tmp_path, encode):
     (tmp_path / f"{RTE}_score_eval" / "COMPLETED").touch()
     register(tmp_path)
     with pytest.raises(InputError, match="two rows with the same 'idx'"):
-        seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)
+        choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)

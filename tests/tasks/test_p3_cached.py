@@ -7,13 +7,14 @@ import data_tasks
 import numpy as np
 import p3_forms
 import pytest
+from data_tasks import LENGTHS
 from p3_runs import VOCAB, train_flags
-from test_jsonl import LENGTHS
 
 from pemoe_jax import evaluate, train
 from pemoe_jax.checkpoints import runs
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import feed, seqio_tasks
+from pemoe_jax.data import choices, feed, seqio_import
+from pemoe_jax.runtime import seqio_caches
 from pemoe_jax.tools import cache_tasks
 
 RTE = "super_glue_rte_can_we_infer"
@@ -31,9 +32,9 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def no_caches(monkeypatch):
-    monkeypatch.setattr(seqio_tasks, "added_cache_dirs", [])
+    monkeypatch.setattr(seqio_caches, "additional_cache_dirs", [])
     monkeypatch.delenv("PEMOE_P3_DIR", raising=False)
-    seqio_tasks.import_seqio().set_global_cache_dirs([])
+    seqio_import.import_seqio().set_global_cache_dirs([])
 
 
 def trained(model_dir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -124,7 +125,7 @@ def test_a_cache_of_json_lines_is_entered_anywhere(tmp_path):
         ds = task.source.get_dataset(split, shuffle=False)
         rows = list(task.preprocess_precache(ds).as_numpy_iterator())
         write_as_seqio_does(tmp_path / "cache" / name, split, rows)
-    seqio_tasks.add_cache_dirs([str(tmp_path / "cache")])
+    seqio_caches.add_cache_dirs([str(tmp_path / "cache")])
     for name, split in (("jsonl_train", "train"), ("scored_score_eval", "validation")):
         whole = examples(name, 120, split=split, seed=2)
         assert examples(name, 20, split=split, seed=2, start={"examples": 100}) == whole[100:]
@@ -145,17 +146,17 @@ def test_what_is_missing_is_said_in_one_line(cache, tmp_path, capsys):
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    assert "--seqio_additional_cache_dirs: /nowhere must be a folder, found nothing there" in says(
+    assert "--seqio_additional_cache_dirs: /nowhere must be a folder, got nothing there" in says(
         cached, f"--seqio_additional_cache_dirs={cache},/nowhere"
     )
     assert "no cache of P3 in" in says(cached, f"--seqio_additional_cache_dirs={tmp_path}")
-    seqio_tasks.import_seqio().set_global_cache_dirs([])
-    seqio_tasks.added_cache_dirs.clear()
+    seqio_import.import_seqio().set_global_cache_dirs([])
+    seqio_caches.additional_cache_dirs.clear()
     said = says(cached, f"--seqio_additional_cache_dirs={cache}")
     assert "no cache of 10 of 10 tasks, 'super_glue_wic_" in said and str(cache) in said
     assert "P3_DIR is not set" in says(f"--seqio_additional_cache_dirs={cache}")
     with pytest.raises(InputError, match="USE_CACHED_TASKS: no cache of 10 of 10 tasks, "):
-        seqio_tasks.choice_groups("super_glue_wic_score_eval", LENGTHS, use_cached=True)
+        choices.load_choice_groups("super_glue_wic_score_eval", LENGTHS, use_cached=True)
     assert not (tmp_path / "run").exists()
 
 

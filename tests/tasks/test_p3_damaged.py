@@ -7,14 +7,14 @@ import data_tasks
 import numpy as np
 import p3_forms
 import pytest
+from data_tasks import LENGTHS
 from p3_runs import VOCAB, train_flags
-from test_jsonl import LENGTHS
 
 from pemoe_jax import infer, tasks, train
 from pemoe_jax.checkpoints import runs
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import crc32c, feed, seqio_tasks
-from pemoe_jax.data.order import Order
+from pemoe_jax.data import choices, crc32c, feed, seqio_import, seqio_tasks
+from pemoe_jax.data.order import ExampleOrder
 
 TASK = "ag_news_recommend"
 ROWS = 3000
@@ -50,7 +50,7 @@ def copy(cache, tmp_path) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def no_caches():
-    seqio_tasks.import_seqio().set_global_cache_dirs([])
+    seqio_import.import_seqio().set_global_cache_dirs([])
 
 
 def frames(path: pathlib.Path) -> list[int]:
@@ -79,7 +79,7 @@ def test_training_stops_with_one_line_and_goes_on_when_it_is_mended(copy, capsys
     """A bit of the 1,001st example's record: of step 16, in the fourth block that is read."""
     path = copy / TASK / "train.tfrecord-00000-of-00001"
     whole = path.read_bytes()
-    number = int(Order([ROWS], [1.0], 0, True, True, 1).numbers(0, 1001)[1000])
+    number = int(ExampleOrder([ROWS], [1.0], 0, True, True, 1).numbers(0, 1001)[1000])
     flip(path, frames(path)[number] + 30)
     flags = train_flags(copy / "run", TASK)
     if data_of_p3 == "folder":
@@ -110,7 +110,7 @@ def users_task(copy):
 
     path = copy / TASK / "train.tfrecord-00000-of-00001"
     tasks.register(p3_dir=str(copy), vocab_path=str(VOCAB))
-    features = seqio_tasks.check_task(TASK).output_features
+    features = seqio_tasks.get_mixture_or_task(TASK).output_features
     kinds = {key: tf.io.FixedLenSequenceFeature([], tf.int64, True) for key in features}
     seqio.TaskRegistry.add(
         "users_task",
@@ -164,7 +164,7 @@ def test_a_users_own_bug_is_not_made_a_line_of(registered_jsonl):
 
     ds = tf.data.Dataset.range(3).map(lambda n: tf.numpy_function(bug, [n], tf.int64))
     with pytest.raises(tf.errors.UnknownError, match="of the user's"):
-        list(seqio_tasks.arrays(ds, "a"))
+        list(seqio_tasks.numpy_iterator(ds, "a"))
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_evaluation_and_decoding_say_it_in_one_line_too(copy):
             infer._read(TASK, LENGTHS, None, use_cached, None)
         assert one_line(error).startswith(f"{path}: damaged at byte")
     with pytest.raises(InputError) as error:
-        seqio_tasks.choice_groups("t0_train_score_eval", LENGTHS)
+        choices.load_choice_groups("t0_train_score_eval", LENGTHS)
     assert one_line(error).startswith(f"{path}: damaged")
 
 

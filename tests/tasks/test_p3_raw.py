@@ -13,7 +13,7 @@ from p3_runs import VOCAB
 
 from pemoe_jax import tasks
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import crc32c, seqio_tasks
+from pemoe_jax.data import choices, crc32c, seqio_import
 from pemoe_jax.tasks.p3 import arrow, raw_examples
 from pemoe_jax.tasks.p3 import published as published_lib
 from pemoe_jax.tasks.p3 import tfds as tfds_lib
@@ -31,13 +31,13 @@ def datasets(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def seqio(monkeypatch):
     monkeypatch.delenv("PEMOE_P3_DIR", raising=False)
-    found = seqio_tasks.import_seqio()
+    found = seqio_import.import_seqio()
     found.set_global_cache_dirs([])
     return found
 
 
 def every(table) -> list[dict]:
-    return table.take(range(table.rows))
+    return table.take(range(table.num_rows))
 
 
 def one_line(error) -> str:
@@ -76,7 +76,7 @@ def test_rows_are_had_in_any_order_over_parts_and_batches(datasets):
             rows = p3_forms.raw_splits("super_glue_copa_C1_or_C2_premise_so_because_")["train"]
         table = arrow.ArrowTable(splits["train"])
         numbers = np.random.default_rng(0).permutation(150)
-        assert table.rows == 150
+        assert table.num_rows == 150
         assert table.take(numbers) == [rows[number] for number in numbers]
 
 
@@ -121,7 +121,7 @@ def test_damaged_arrow_files_are_named(datasets, tmp_path):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> pathlib.Path:
     """hellaswag, winogrande and qasc with two examples, the second without a label."""
-    seqio_tasks.import_seqio()
+    seqio_import.import_seqio()
     import tensorflow_datasets as tfds
 
     root = tmp_path_factory.mktemp("prepared")
@@ -222,11 +222,11 @@ def test_a_template_that_reads_what_a_builder_does_not_have_is_left_out(prepared
         "left out: hellaswag_complete_first_then: its template reads 'ctx_a', which the builder"
         " 'hellaswag' of tensorflow-datasets does not have"
     ]
-    groups = seqio_tasks.choice_groups("t0_eval_score_eval", LENGTHS)
+    groups = choices.load_choice_groups("t0_eval_score_eval", LENGTHS)
     assert [group.choice_texts for group in groups] == [("a", "b"), ("",)]
     assert groups[0].input_text == "é rains: a, b?" and groups[0].is_correct == (False, True)
     with pytest.raises(InputError, match="its template reads 'ctx_a'"):
-        seqio_tasks.choice_groups("hellaswag_complete_first_then_score_eval", LENGTHS)
+        choices.load_choice_groups("hellaswag_complete_first_then_score_eval", LENGTHS)
 
 
 def test_a_data_set_that_is_not_there_says_what_prepares_it(prepared, tmp_path, seqio, capsys):
@@ -239,7 +239,7 @@ def test_a_data_set_that_is_not_there_says_what_prepares_it(prepared, tmp_path, 
     (tmp_path / "tfds").symlink_to(prepared / "tfds")
     register(tmp_path)
     with pytest.raises(InputError) as error:
-        seqio_tasks.choice_groups(f"{RTE}_score_eval", LENGTHS)
+        choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
     command = f"`tfds build super_glue/rte --data_dir={tmp_path / 'tfds'}`"
     assert one_line(error).endswith(command)
     assert tfds_lib.builders()["anli", ""].command == "tfds build anli/r1 anli/r2 anli/r3"
@@ -303,7 +303,7 @@ LABELS = {  # in Hugging Face's order, under tensorflow-datasets' names
 
 def test_builders_are_there_with_the_fields_that_the_table_names(tmp_path, monkeypatch):
     """By the installed package's own sources; nothing is fetched."""
-    seqio_tasks.import_seqio()
+    seqio_import.import_seqio()
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.utils import gcs_utils
 

@@ -7,7 +7,7 @@ import p3_forms
 import pytest
 
 from pemoe_jax import tasks
-from pemoe_jax.data import seqio_tasks
+from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.tools import cache_tasks
 
 VOCAB = pathlib.Path(tasks.__file__).parent / "quickstart" / "vocab.model"
@@ -45,14 +45,14 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def cached_ids(name: str, split: str, use_cached: bool) -> list:
-    ds = seqio_tasks.check_task(name).get_dataset(
+    ds = seqio_tasks.get_mixture_or_task(name).get_dataset(
         LENGTHS, split=split, shuffle=False, use_cached=use_cached
     )
     return [(row["inputs"].tolist(), row["targets"].tolist()) for row in ds.as_numpy_iterator()]
 
 
 def test_caches_of_either_form_are_the_same_and_are_read(forms, tmp_path, encode, capsys):
-    seqio = seqio_tasks.import_seqio()
+    seqio = seqio_import.import_seqio()
     for form in ("parquet", "templates"):
         assert run(forms / form, tmp_path / form, "--tasks=super_glue_*,anli_*") == 0
     assert "9/9" not in capsys.readouterr().err

@@ -23,7 +23,7 @@ from pemoe_jax.checkpoints import models, runs
 from pemoe_jax.core import cross_entropy, decoding, network, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import batching, feed, sentence_table, sentences, seqio_tasks
+from pemoe_jax.data import batching, choices, feed, sentence_table, sentences, seqio_tasks
 from pemoe_jax.tools import convert, embed
 
 ENCODER = {"name": "some", "dim": 3, "fingerprint": "f0"}
@@ -36,9 +36,9 @@ def ids_of(number: int) -> np.ndarray:
     return np.array([3 + number % 50, 3 + number // 50, 1], np.int32)
 
 
-def writer(folder: pathlib.Path, **changes) -> sentence_table.Writer:
+def writer(folder: pathlib.Path, **changes) -> sentence_table.TableWriter:
     settings = {"encoder": ENCODER, "dtype": "float32", "vocabulary": "v", "length": 8, **changes}
-    return sentence_table.Writer(folder, *settings.values())
+    return sentence_table.TableWriter(folder, *settings.values())
 
 
 def vectors_of(numbers) -> np.ndarray:
@@ -47,9 +47,9 @@ def vectors_of(numbers) -> np.ndarray:
 
 def add(folder: pathlib.Path, numbers, finish: bool = True, **changes) -> None:
     one = writer(folder, **changes)
-    new = [n for n in numbers if sentence_table.key(ids_of(n)) not in one.known]
+    new = [n for n in numbers if sentence_table.input_key(ids_of(n)) not in one.known]
     for part in np.array_split(new, 3) if new else []:
-        one.add([sentence_table.key(ids_of(n)) for n in part], vectors_of(part))
+        one.add([sentence_table.input_key(ids_of(n)) for n in part], vectors_of(part))
     if finish:
         one.finish()
     one.close()
@@ -57,7 +57,7 @@ def add(folder: pathlib.Path, numbers, finish: bool = True, **changes) -> None:
 
 def check(folder: pathlib.Path, numbers) -> None:
     """Each is found, in another order, and gives its own vector; others are not found."""
-    table = sentence_table.Table(folder)
+    table = sentence_table.SentenceTable(folder)
     numbers = np.random.default_rng(0).permutation(list(numbers))
     assert len(table) == len(numbers)
     found = table.vectors(table.rows(map(ids_of, numbers)))
@@ -81,9 +81,9 @@ def test_keys():
     raw = bytes([5, 0, 0, 0, 7, 0, 0, 0, 1, 0, 0, 0])
     want = hashlib.blake2b(raw, digest_size=16).digest()
     for ids in ([5, 7, 1], [5, 7, 1, 0, 0], np.array([5, 7, 1], np.int64)):
-        assert sentence_table.key(ids) == want
+        assert sentence_table.input_key(ids) == want
     others = [[7, 5, 1], [5, 7], [5, 7, 1, 1], []]
-    assert len({want, *map(sentence_table.key, others)}) == 5
+    assert len({want, *map(sentence_table.input_key, others)}) == 5
 
 
 def test_keys_that_end_in_zeros_or_begin_high_are_found(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_keys_that_end_in_zeros_or_begin_high_are_found(tmp_path, monkeypatch):
     one.add(names, vectors_of(numbers))
     one.finish()
     one.close()
-    table = sentence_table.Table(tmp_path)
+    table = sentence_table.SentenceTable(tmp_path)
     found = table.vectors(table.rows([[n] for n in numbers]))
     np.testing.assert_array_equal(np.stack(found), vectors_of(numbers))
     again = writer(tmp_path)
@@ -106,14 +106,14 @@ def test_keys_that_end_in_zeros_or_begin_high_are_found(tmp_path, monkeypatch):
 
 def test_later_additions_leave_what_is_there(tmp_path):
     add(tmp_path, range(50))
-    before = sentence_table.Table(tmp_path)
+    before = sentence_table.SentenceTable(tmp_path)
     old = (tmp_path / "parts" / "00000.vectors.npy").stat()
     add(tmp_path, range(30, 90), length=16)
     check(tmp_path, range(90))
     assert (tmp_path / "parts" / "00000.vectors.npy").stat().st_mtime_ns == old.st_mtime_ns
     # who has it open keeps what he sees
     assert len(before) == 50 and before.rows([ids_of(49), ids_of(60)])[0] >= 0
-    assert sentence_table.Table(tmp_path).lengths == [8, 16]
+    assert sentence_table.SentenceTable(tmp_path).lengths == [8, 16]
     assert len(list(tmp_path.glob("keys.*.npy"))) == 1
     add(tmp_path, range(90))  # nothing new
     check(tmp_path, range(90))
@@ -123,7 +123,7 @@ def test_a_table_that_is_being_made_cannot_be_read_and_what_is_made_is_kept(tmp_
     monkeypatch.setattr(sentence_table, "_PART_ROWS", 10)
     add(tmp_path, range(40), finish=False)
     with pytest.raises(InputError, match=r"is not finished: run python -m pemoe_jax\.embed"):
-        sentence_table.Table(tmp_path)
+        sentence_table.SentenceTable(tmp_path)
     one = writer(tmp_path)
     assert len(one.known) == 40
     one.close()
@@ -135,7 +135,7 @@ def test_a_table_that_is_being_made_cannot_be_read_and_what_is_made_is_kept(tmp_
 
 def test_float16_is_kept_as_it_is_and_what_does_not_fit_is_refused(tmp_path):
     add(tmp_path, range(5), dtype="float16")
-    table = sentence_table.Table(tmp_path)
+    table = sentence_table.SentenceTable(tmp_path)
     found = table.vectors(table.rows([ids_of(3)]))[0]
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found, vectors_of([3])[0].astype(np.float16))
@@ -172,7 +172,7 @@ def test_what_does_not_fit_a_table_is_not_added(tmp_path, changes, says):
 def test_damaged_tables_and_other_folders(tmp_path):
     for path, says in ((tmp_path / "no", "nothing there"), (tmp_path, "no about.json"), (7, "7")):
         with pytest.raises(InputError, match=says):
-            sentence_table.Table(path)
+            sentence_table.SentenceTable(path)
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "file").touch()
     with pytest.raises(InputError, match="expected a new folder or a table"):
@@ -192,22 +192,22 @@ def test_damaged_tables_and_other_folders(tmp_path):
         add(table, range(5))
         damage()
         with pytest.raises(InputError, match=says):
-            sentence_table.Table(table)
+            sentence_table.SentenceTable(table)
         shutil.rmtree(table)
 
 
 def test_encoders_without_a_fingerprint_are_told_apart_by_what_they_give():
     probe = {"name": "a", "dim": 4, "probe": [1.0, -2.0, 0.01]}
-    assert sentence_table.same_encoder(probe, {**probe, "probe": [1.01, -2.02, 0.0]})
+    assert sentence_table.is_same_encoder(probe, {**probe, "probe": [1.01, -2.02, 0.0]})
     for other in (
         {**probe, "probe": [1.2, -2.0, 0.01]},
         {**probe, "probe": [1.0, -2.0]},
         {**probe, "name": "b"},
         {"name": "a", "dim": 4},
     ):
-        assert not sentence_table.same_encoder(probe, other)
+        assert not sentence_table.is_same_encoder(probe, other)
     with pytest.raises(InputError, match="which gives other vectors now"):
-        sentence_table.check_encoder("run", probe, {**probe, "probe": [0.0, 0.0, 0.0]})
+        sentence_table.check_same_encoder("run", probe, {**probe, "probe": [0.0, 0.0, 0.0]})
 
 
 # --- encoders ---
@@ -235,14 +235,14 @@ def mean_by_hand(ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def pooled() -> embed.MeanPooled:
-    return embed.MeanPooled(network.Transformer(CONFIG), None)
+def pooled() -> embed.MeanPooledEncoder:
+    return embed.MeanPooledEncoder(network.Transformer(CONFIG), None)
 
 
 def test_mean_pooling_is_the_mean_over_real_tokens(pooled):
     """Each input alone, as long as it is, and numpy's mean over all its tokens."""
     inputs = tokens_of([1, 3, 32, 33, 70, 3, 3, 3])
-    found = pooled.encode([embed.Input(ids, None) for ids in inputs], 2)
+    found = pooled.encode([embed.EncoderInput(ids, None) for ids in inputs], 2)
     assert found.shape == (8, CONFIG.emb_dim) and found.dtype == np.float32
     for ids, row in zip(inputs, found, strict=True):
         want = mean_by_hand(ids)
@@ -251,7 +251,7 @@ def test_mean_pooling_is_the_mean_over_real_tokens(pooled):
 
 
 def test_of_no_token_the_mean_is_zero(pooled):
-    found = pooled.encode([embed.Input(np.zeros(0, np.int32), None)], 2)
+    found = pooled.encode([embed.EncoderInput(np.zeros(0, np.int32), None)], 2)
     np.testing.assert_array_equal(found, np.zeros((1, CONFIG.emb_dim)))
 
 
@@ -281,9 +281,9 @@ def letters(texts: list[str]) -> list[list[float]]:
 
 def test_functions_of_texts_are_encoders():
     texts = ["a", "see the grass", "snow", "ice is cool", "see"]
-    inputs = [embed.Input(np.arange(len(text)), text) for text in texts]
+    inputs = [embed.EncoderInput(np.arange(len(text)), text) for text in texts]
     for given in (letters, f"{__name__}.letters", f"{__name__}:letters"):
-        encoder = embed.as_encoder(given)
+        encoder = embed.resolve_encoder(given)
         np.testing.assert_array_equal(encoder.encode(inputs, 2), np.float32(letters(texts)))
         described = encoder.describe()
         assert (described["name"], described["dim"]) == (f"{__name__}.letters", 7)
@@ -295,7 +295,11 @@ def test_functions_of_texts_are_encoders():
         def __call__(self, texts):
             return np.ones((len(texts), 2))
 
-    assert embed.as_encoder(Named()).describe() == {"name": "mine", "dim": 2, "fingerprint": "v1"}
+    assert embed.resolve_encoder(Named()).describe() == {
+        "name": "mine",
+        "dim": 2,
+        "fingerprint": "v1",
+    }
 
 
 @pytest.mark.parametrize(
@@ -312,7 +316,7 @@ def test_functions_of_texts_are_encoders():
 )
 def test_what_is_no_encoder(given, says):
     with pytest.raises(InputError, match=says):
-        embed.as_encoder(given).describe()
+        embed.resolve_encoder(given).describe()
 
 
 # --- runs ---
@@ -390,9 +394,9 @@ def test_the_table_holds_each_input_once(folder):
     lines = []
     for path in (folder / "tasks").glob("*/*.jsonl"):
         lines += [json.loads(line)["inputs"] for line in path.read_text().splitlines()]
-    table = sentence_table.Table(folder / "table")
+    table = sentence_table.SentenceTable(folder / "table")
     assert len(table) == len(set(lines)) > 10
-    vocabulary = seqio_tasks.check_task("jsonl_train").output_features["inputs"].vocabulary
+    vocabulary = seqio_tasks.get_mixture_or_task("jsonl_train").output_features["inputs"].vocabulary
     for text in sorted(set(lines))[::6]:
         ids = np.array([*vocabulary.encode(text), 1], np.int32)
         (row,) = table.vectors(table.rows([ids]))
@@ -406,7 +410,7 @@ def test_cut_inputs_are_those_that_runs_read(folder, tmp_path):
     short = {"TASK_FEATURE_LENGTHS": "{'inputs': 5, 'targets': 8}"}
     flags = embed_flags(folder, tmp_path / "table", **short)
     assert embed.main(flags) == 0
-    source = sentences.Source({}, 5, sentence_table.Table(tmp_path / "table"))
+    source = sentences.SentenceSource({}, 5, sentence_table.SentenceTable(tmp_path / "table"))
     lengths = {"inputs": 5, "targets": 8}
     settings = {"pack": False, "sentences": source}
     batches = feed.train_batches("jsonl_train", lengths, 8, num_epochs=1, **settings)
@@ -415,14 +419,14 @@ def test_cut_inputs_are_those_that_runs_read(folder, tmp_path):
     for batch in batches:
         assert batch["encoder_input_tokens"].shape == (8, 5)
         assert batch["sentence_embeddings"].dtype == np.float32
-    groups = seqio_tasks.choice_groups("jsonl_score_eval", lengths)
-    assert any(group.cut_input for group in groups)
-    assert all(group.sentence is not None for group in source.given_to(groups))
+    groups = choices.load_choice_groups("jsonl_score_eval", lengths)
+    assert any(group.input_truncated for group in groups)
+    assert all(group.sentence_embedding is not None for group in source.attach_to(groups))
 
 
 def test_the_feed_gives_each_row_its_inputs_embedding(folder, trained):
-    table = sentence_table.Table(folder / "table")
-    source = sentences.Source(table.encoder, 32, table)
+    table = sentence_table.SentenceTable(folder / "table")
+    source = sentences.SentenceSource(table.encoder, 32, table)
     lengths = {"inputs": 32, "targets": 8}
     for batch in (
         next(feed.train_batches("jsonl_train", lengths, 8, pack=False, sentences=source)),
@@ -448,7 +452,7 @@ def test_training_moves_routers_and_records_the_encoder(folder, trained, method)
     assert losses[12] < losses[1] - 0.02
     assert set(read_metrics(trained[method], "eval/loss")) == {6, 12}
     opened = models.open_model(str(trained[method]))
-    table = sentence_table.Table(folder / "table")
+    table = sentence_table.SentenceTable(folder / "table")
     assert opened.record.sentence_encoder == table.encoder
     assert opened.record.config["sentence_dim"] == CONFIG.emb_dim
     after = params_lib.flatten(opened.load())
@@ -463,9 +467,9 @@ def test_training_moves_routers_and_records_the_encoder(folder, trained, method)
 def test_probabilities_are_of_examples_and_not_of_tokens(folder, trained, method):
     opened = models.open_model(str(trained[method]))
     params = opened.load()
-    groups = seqio_tasks.choice_groups("jsonl_score_eval", {"inputs": 32, "targets": 8})
-    source = sentences.for_models([opened], str(folder / "table"), "jsonl_score_eval", 32)
-    batch, members = next(batching.score_batches(source.given_to(groups), 8))
+    groups = choices.load_choice_groups("jsonl_score_eval", {"inputs": 32, "targets": 8})
+    source = sentences.open_for_models([opened], str(folder / "table"), "jsonl_score_eval", 32)
+    batch, members = next(batching.score_batches(source.attach_to(groups), 8))
     batch = {k: v[:, 0] if v.ndim == 3 else v for k, v in batch.items()}
     _, told = steps.apply_model(opened.model, params, batch, None, mutable=["intermediates"])
     sites = params_lib.flatten(told["intermediates"])
@@ -498,8 +502,8 @@ def test_choices_scored_together_are_as_scored_one_by_one(folder, trained, metho
     assert evaluate.main(run_flags(folder, "evaluate", trained[method], tmp_path)) == 0
     opened = models.open_model(str(trained[method]))
     params = opened.load()
-    table = sentence_table.Table(folder / "table")
-    vocabulary = seqio_tasks.check_task("check_1").output_features["inputs"].vocabulary
+    table = sentence_table.SentenceTable(folder / "table")
+    vocabulary = seqio_tasks.get_mixture_or_task("check_1").output_features["inputs"].vocabulary
     lines = (tmp_path / "predictions" / method / "check_1_score_eval.jsonl").read_text()
     losses = jax.jit(
         lambda batch: cross_entropy.token_losses(
@@ -523,9 +527,9 @@ def test_choices_scored_together_are_as_scored_one_by_one(folder, trained, metho
 
 def test_embeddings_change_what_is_scored(folder, trained, tmp_path):
     """With each input's embedding in another's place, and louder."""
-    table = sentence_table.Table(folder / "table")
+    table = sentence_table.SentenceTable(folder / "table")
     names = [table._keys[i : i + 1].tobytes() for i in range(len(table))]
-    swapped = sentence_table.Writer(
+    swapped = sentence_table.TableWriter(
         tmp_path / "swapped", table.encoder, "float32", table.vocabulary, 32
     )
     swapped.add(names, 3 * np.float32(table.vectors(np.roll(table._rows, 1))))
@@ -544,7 +548,7 @@ def test_embeddings_change_what_is_scored(folder, trained, tmp_path):
 
 def test_decoding_gives_each_example_its_own_embedding(folder, trained, tmp_path, monkeypatch):
     """Whatever batches and buckets are made of them; rows that fill a batch up repeat the last."""
-    table = sentence_table.Table(folder / "table")
+    table = sentence_table.SentenceTable(folder / "table")
     seen = []
 
     def record(model, params, tokens, length, eos_id, vectors):
@@ -568,8 +572,8 @@ def test_decoding_with_embeddings_goes_through(folder, trained, tmp_path):
 
 
 def test_a_feed_that_is_entered_again_gives_the_same_embeddings(folder, trained):
-    table = sentence_table.Table(folder / "table")
-    source = sentences.Source(table.encoder, 32, table)
+    table = sentence_table.SentenceTable(folder / "table")
+    source = sentences.SentenceSource(table.encoder, 32, table)
     lengths = {"inputs": 32, "targets": 8}
     settings = {"pack": False, "sentences": source}
     whole = feed.train_batches("jsonl_train", lengths, 8, **settings)
@@ -699,10 +703,12 @@ def test_an_encoder_of_the_users(folder, tmp_path, capsys):
         f"--gin.SENTENCE_ENCODER={__name__}.letters",
     ]
     assert embed.main(flags) == 0
-    table = sentence_table.Table(tmp_path / "table")
+    table = sentence_table.SentenceTable(tmp_path / "table")
     assert table.dim == 7
     ids = (
-        seqio_tasks.check_task("colour_1").output_features["inputs"].vocabulary.encode("say grass")
+        seqio_tasks.get_mixture_or_task("colour_1")
+        .output_features["inputs"]
+        .vocabulary.encode("say grass")
     )
     (found,) = table.vectors(table.rows([[*ids, 1]]))
     np.testing.assert_array_equal(found, letters(["say grass"])[0])
@@ -759,7 +765,7 @@ def test_a_table_whose_making_was_killed_is_made_on(folder, tmp_path, capsys):
     assert embed.main(flags) == 0
     assert f"has {4 * parts} inputs already" in capsys.readouterr().out
     assert (tmp_path / "table" / "parts" / "00000.vectors.npy").read_bytes() == kept
-    found, want = (sentence_table.Table(path / "table") for path in (tmp_path, folder))
+    found, want = (sentence_table.SentenceTable(path / "table") for path in (tmp_path, folder))
     np.testing.assert_array_equal(found._keys, want._keys)
     rows = [np.float32(table.vectors(table._rows[:])) for table in (found, want)]
     np.testing.assert_allclose(*rows, rtol=2e-3, atol=2e-3 * np.abs(rows[1]).max())
@@ -819,7 +825,7 @@ def test_a_feature_of_the_task_needs_no_table(folder, tmp_path, monkeypatch, cap
     assert opened.record.sentence_encoder == encoder
     assert opened.model.config.sentence_dim == 5
     lengths = {"inputs": 32, "targets": 8}
-    source = sentences.Source(encoder, 32)
+    source = sentences.SentenceSource(encoder, 32)
     for batch in (
         next(feed.train_batches("given", lengths, 8, pack=False, sentences=source)),
         next(feed.eval_batches("given", lengths, 8, sentences=source)),
@@ -834,12 +840,12 @@ def test_a_feature_of_the_task_needs_no_table(folder, tmp_path, monkeypatch, cap
         assert {row.index(1.0) for rows in real for row in rows} == {0, 1, 2}
     scored = [*run_flags(folder, "evaluate", run, tmp_path / "scored"), *own, f"{named}_score_eval"]
     assert evaluate.main(scored) == 0
-    groups = seqio_tasks.choice_groups("given_score_eval", lengths)
-    assert [int(np.argmax(group.sentence)) for group in groups] == [0, 1, 2, 0, 1, 2]
+    groups = choices.load_choice_groups("given_score_eval", lengths)
+    assert [int(np.argmax(group.sentence_embedding)) for group in groups] == [0, 1, 2, 0, 1, 2]
     assert infer.main([*run_flags(folder, "infer", run, tmp_path / "said"), *own, named]) == 0
     capsys.readouterr()
     # a run of a table does not take the feature instead
-    assert "sentence_embedding" not in seqio_tasks.check_task("colour_1").output_features
+    assert "sentence_embedding" not in seqio_tasks.get_mixture_or_task("colour_1").output_features
 
 
 def test_help_names_what_is_to_be_set():

@@ -489,7 +489,7 @@ def test_means_match_examples_run_one_by_one(folder, tmp_path, capsys):
 
 def run_alone(transformer, weights, task, row) -> tuple[dict, dict]:
     """Returns one example's router probabilities and lengths, without the package's batching."""
-    vocabulary = seqio_tasks.check_task(task).output_features["inputs"].vocabulary
+    vocabulary = seqio_tasks.get_mixture_or_task(task).output_features["inputs"].vocabulary
     ids, targets = ([*vocabulary.encode(row[key]), 1] for key in ("inputs", "targets"))
     target = np.pad(targets, (0, 8 - len(targets)))[None]
     batch = {

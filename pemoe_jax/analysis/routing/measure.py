@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import network
     from pemoe_jax.core.params import Params
-    from pemoe_jax.data.seqio_tasks import ChoiceGroup
+    from pemoe_jax.data.choices import ChoiceGroup
     from pemoe_jax.runtime import progress
 
 DEFAULT_EXAMPLES = 32  # a task's mean then covers some hundred tokens
@@ -61,10 +61,10 @@ def select_tasks(
 
 
 def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[str]:
-    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.data import seqio_import, seqio_tasks
 
-    if pattern in seqio_tasks.import_seqio().MixtureRegistry.names():
-        matches = seqio_tasks.subtasks(pattern)
+    if pattern in seqio_import.import_seqio().MixtureRegistry.names():
+        matches = seqio_tasks.subtask_names(pattern)
     else:
         glob = pattern if pattern in names else pattern.removesuffix(_SCORE_SUFFIX)
         matches = [name for name in names if fnmatch.fnmatchcase(name, glob)]
@@ -81,9 +81,9 @@ def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[s
 
 def _task_names(registered: Any) -> list[str]:
     """Returns all registered tasks, without the `_score_eval` tasks of others among them."""
-    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.data import seqio_import
 
-    registry = set(seqio_tasks.import_seqio().TaskRegistry.names())
+    registry = set(seqio_import.import_seqio().TaskRegistry.names())
     names = (
         sorted(registry)
         if registered is None
@@ -98,13 +98,13 @@ def _task_names(registered: Any) -> list[str]:
 
 def _available_tasks(names: Sequence[str], use_cached: bool) -> list[str]:
     """Returns the tasks that have data, the scored task in place of its `_score_eval` task."""
-    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.data import seqio_import, seqio_tasks
 
-    registry = seqio_tasks.import_seqio().TaskRegistry.names()
+    registry = seqio_import.import_seqio().TaskRegistry.names()
     available: dict[str, None] = {}
     for name in names:
         for candidate in (name.removesuffix(_SCORE_SUFFIX), name):
-            if candidate in registry and seqio_tasks.is_there(candidate, use_cached):
+            if candidate in registry and seqio_tasks.has_data(candidate, use_cached):
                 available[candidate] = None
                 break
     return list(available)
@@ -134,7 +134,7 @@ def _role_tasks(registered: Any) -> tuple[list[str], list[str]]:
     from pemoe_jax.data import seqio_tasks
     from pemoe_jax.tasks.p3 import published
 
-    return seqio_tasks.subtasks("t0_train"), seqio_tasks.subtasks(published.EVAL_MIXTURE)
+    return seqio_tasks.subtask_names("t0_train"), seqio_tasks.subtask_names(published.EVAL_MIXTURE)
 
 
 def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
@@ -168,7 +168,7 @@ def task_split(name: str) -> str:
     from pemoe_jax.data import seqio_tasks
 
     split = seqio_tasks.eval_split(name)
-    splits = seqio_tasks.check_task(name).splits
+    splits = seqio_tasks.get_mixture_or_task(name).splits
     if split is None and "train" not in splits:
         raise InputError(f"{name}: expected an evaluation or train split, got {list(splits)}")
     return split or "train"
@@ -191,27 +191,27 @@ def read_examples(
     Raises:
       InputError: the task cannot be read or has no examples.
     """
-    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.data import choices, seqio_tasks
 
-    split, task = task_split(name), seqio_tasks.check_task(name)
+    split, task = task_split(name), seqio_tasks.get_mixture_or_task(name)
     if use_cached:
-        seqio_tasks.cached_subtasks(name)  # raises if the task has no cache
+        seqio_tasks.cached_subtask_names(name)  # raises if the task has no cache
     else:
-        seqio_tasks.check_files([name], split)
-    lengths = seqio_tasks.checked_lengths(task_feature_lengths)
+        seqio_tasks.check_source_files([name], split)
+    lengths = seqio_tasks.validate_lengths(task_feature_lengths)
     # One token more than allowed, to tell truncated sequences from those that just fit.
     longer = {key: length + 1 for key, length in lengths.items()}
-    with seqio_tasks.reading(name, split, use_cached):
+    with seqio_tasks.translate_read_errors(name, split, use_cached):
         ds = task.get_dataset(
             longer, split=split, use_cached=use_cached, shuffle=False, seed=0, num_epochs=1
         )
     if "is_correct" in ds.element_spec:
-        groups = seqio_tasks.choice_groups(
+        groups = choices.load_choice_groups(
             name, lengths, split=split, max_examples=max_examples, use_cached=use_cached
         )
         groups = [keep_correct_choice(group) for group in groups]
     else:
-        rows = seqio_tasks.arrays(ds.take(max_examples), name, split, use_cached)
+        rows = seqio_tasks.numpy_iterator(ds.take(max_examples), name, split, use_cached)
         groups = [_make_group(task, index, row, lengths) for index, row in enumerate(rows)]
     if not groups:
         raise InputError(f"{name}: expected examples in the split {split!r}, got none")
@@ -221,23 +221,23 @@ def read_examples(
 def _make_group(
     task: "seqio.Task", index: int, row: Mapping[str, Any], lengths: Mapping[str, int]
 ) -> "ChoiceGroup":
-    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.data import choices, seqio_tasks
 
     ids, was_cut = {}, {}
     for key, length in lengths.items():
         eos_id = task.output_features[key].vocabulary.eos_id
-        ids[key], was_cut[key] = seqio_tasks.cut(row[key], length, eos_id)
-    return seqio_tasks.ChoiceGroup(
+        ids[key], was_cut[key] = choices.truncate(row[key], length, eos_id)
+    return choices.ChoiceGroup(
         task=task.name,
         idx=index,
         inputs=ids["inputs"],
         choices=(ids["targets"],),
         is_correct=(True,),
-        input_text=seqio_tasks.text_of(task.output_features, row, "inputs"),
-        choice_texts=(seqio_tasks.text_of(task.output_features, row, "targets"),),
-        cut_input=was_cut["inputs"],
-        cut_target=was_cut["targets"],
-        sentence=row.get(seqio_tasks.SENTENCE),
+        input_text=choices.feature_text(task.output_features, row, "inputs"),
+        choice_texts=(choices.feature_text(task.output_features, row, "targets"),),
+        input_truncated=was_cut["inputs"],
+        target_truncated=was_cut["targets"],
+        sentence_embedding=row.get(seqio_tasks.SENTENCE_FEATURE),
     )
 
 
@@ -279,7 +279,7 @@ def measure_routing(
 
     from pemoe_jax.analysis.routing import probe as probe_lib
     from pemoe_jax.core import partitioning
-    from pemoe_jax.data import batching, feed
+    from pemoe_jax.data import batching, prefetch
 
     members = {task: [keep_correct_choice(group) for group in groups[task]] for task in groups}
     # `score_batches` sorts by length; identity leads from a group in a batch back to its task.
@@ -292,7 +292,7 @@ def measure_routing(
         multiple_of=mesh.shape["data"],
     )
     done = 0
-    for batch, batch_groups in feed.prefetch(batches):
+    for batch, batch_groups in prefetch.prefetch(batches):
         # a single choice per example: [B, 1, Lt] -> [B, Lt]
         flat = {name: array[:, 0] if array.ndim == 3 else array for name, array in batch.items()}
         # Padding rows have no tokens, so the task 0 that they are assigned gains nothing.

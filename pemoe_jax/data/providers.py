@@ -1,0 +1,95 @@
+"""What tasks and mixtures may offer beyond seqio's own interface.
+
+A seqio pipeline can only be read from its beginning, and a seqio mixture builds one pipeline for
+each of its tasks. Tasks and mixtures that can do better subclass `SeekableTask` and
+`SeekableMixture` beside seqio's classes; `data` uses them where `isinstance` allows it and falls
+back on seqio's `get_dataset` for all others.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamOptions:
+    """Order and extent of a stream of training examples.
+
+    Attributes:
+      seed: seed of the order.
+      start: index of the first example, counted within the shard.
+      shuffle: whether every epoch has an order of its own; otherwise tasks keep their row order.
+      num_epochs: the stream ends when the first task has had this many; None: never.
+      shard: (index, count), to take every count-th example of the order.
+      include_text: whether elements also have `inputs_pretokenized` and `targets_pretokenized`.
+    """
+
+    seed: int
+    start: int = 0
+    shuffle: bool = True
+    num_epochs: int | None = None
+    shard: tuple[int, int] = (0, 1)
+    include_text: bool = False
+
+
+class SeekableProvider(abc.ABC):
+    """A task or mixture whose training stream can start at any example.
+
+    Sequences end in EOS also where they were truncated to `sequence_length`.
+    """
+
+    @abc.abstractmethod
+    def examples_from(
+        self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
+    ) -> tf.data.Dataset:
+        """Returns the stream: elements `inputs` and `targets`, int32 [L].
+
+        Args:
+          sequence_length: length that each feature is truncated to.
+          split: split of the tasks; tasks without it are left out.
+          options: order and extent.
+        """
+
+    @abc.abstractmethod
+    def cached_examples_from(
+        self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
+    ) -> tf.data.Dataset | None:
+        """Returns the stream read from seqio's offline caches, None unless all are local."""
+
+
+class SeekableTask(SeekableProvider):
+    """A seqio task that is a `SeekableProvider`."""
+
+    def has_data(self) -> bool:
+        """Whether the folder that the task reads holds its data."""
+        return True
+
+
+class SeekableMixture(SeekableProvider):
+    """A seqio mixture that is a `SeekableProvider` and reads its tasks in one pipeline.
+
+    Attributes:
+      skips_missing_tasks: whether tasks without data are left out rather than an error.
+    """
+
+    skips_missing_tasks: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def eval_examples(
+        self, sequence_length: Mapping[str, int], interleave: bool
+    ) -> tuple[tf.data.Dataset, list[tuple[str, int]]]:
+        """Returns every example of the tasks' evaluation splits once.
+
+        Args:
+          sequence_length: length that each feature is truncated to.
+          interleave: whether tasks take turns; otherwise they follow one another.
+
+        Returns:
+          The examples, and each task's name with the number its first example has in `idx`.
+        """

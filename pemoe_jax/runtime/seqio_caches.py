@@ -1,0 +1,36 @@
+"""The folders of seqio's offline caches that a command was given, without importing seqio."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+
+from pemoe_jax.core.errors import InputError
+
+# `data.seqio_import` passes these to seqio when it imports it.
+additional_cache_dirs: list[str] = []
+
+
+def add_cache_dirs(folders: Iterable[str]) -> None:
+    """Registers folders with offline caches of tasks (--seqio_additional_cache_dirs).
+
+    Args:
+      folders: local paths, which must exist, or URLs.
+
+    Raises:
+      InputError: a local folder does not exist.
+    """
+    for folder in folders:
+        if "://" not in folder:
+            folder = os.path.abspath(os.path.expanduser(folder))
+            if not os.path.isdir(folder):
+                kind = "a file" if os.path.exists(folder) else "nothing there"
+                raise InputError(
+                    f"--seqio_additional_cache_dirs: {folder} must be a folder, got {kind}"
+                )
+        if folder not in additional_cache_dirs:
+            additional_cache_dirs.append(folder)
+    # Importing seqio takes 7 to 8 s, so only one that is loaded already is updated at once.
+    if "seqio" in sys.modules:
+        sys.modules["seqio"].add_global_cache_dirs(additional_cache_dirs)
