@@ -386,7 +386,7 @@ ds = tf.data.Dataset.range(10**6).map(lambda n: tf.numpy_function(slow, [n], tf.
 items = {wrap}(seqio_tasks.numpy_iterator(ds.prefetch(9), "numbers"))
 print(next(items), next(items))
 """
-    done = import_seqio(then=f"exec({then!r})", timeout=60)
+    done = import_seqio(then=f"exec({then!r})", timeout=300)
     assert (done.returncode, done.stdout) == (0, "0 1\n")
 
 
