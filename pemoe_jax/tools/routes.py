@@ -71,13 +71,14 @@ def routes(
       checkpoint_path: runs, checkpoints or adapters; each gets a section of the page.
       output_dir: folder for the page, tables and pictures.
       task_feature_lengths: tokens of 'inputs' and 'targets'; longer ones are truncated.
-      tasks: names, patterns or mixtures, see `measure.select_tasks`.
-      sites: patterns of sites, see `measure.select_sites`.
+      tasks: names or patterns (*) of tasks, or mixtures; None: a prompt of each dataset, trained on
+        and held out.
+      sites: patterns such as "*/mlp/gate"; None: all sites of the last decoder block.
       examples: number of examples per task, the first of its evaluation split (or of `train`).
       batch_size: examples per batch, over all devices.
       register: registers the tasks.
-      initial_checkpoint_path: replaces the base model that a checkpoint names.
-      dtype: dtype of activations, replaces that of the checkpoints.
+      initial_checkpoint_path: the adapters' base model if it has moved; None: as recorded.
+      dtype: float32 or bfloat16, for activations; None: as in training.
       use_cached_tasks: whether to read seqio's offline caches.
       sentence_embeddings: table for routers that read them; None: the tasks' own feature.
       min_count: top tokens occur at least this often.

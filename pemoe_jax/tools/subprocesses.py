@@ -1,4 +1,4 @@
-"""A command of ours in a process of its own, which ends with the process that started it."""
+"""Commands of the package as child processes that end with their parent."""
 
 import contextlib
 import fcntl
@@ -9,17 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from pemoe_jax.core.errors import InputError
 
-# Linux ends the child with its parent (PR_SET_PDEATHSIG = 1), however that one ended, so that no
-# training goes on unseen. Elsewhere the folder's lock, which children hold too, tells of it.
-# A shell's background jobs ignore the interrupt, and hand that on.
+# On Linux the kernel kills the child when its parent dies, even by SIGKILL (PR_SET_PDEATHSIG = 1),
+# so that no training continues unseen. Elsewhere the inherited lock of the folder reveals it.
+# `preexec_fn` could do the same but forks with JAX's threads running, which can deadlock.
 _CHILD = """\
 import ctypes, os, runpy, signal, sys
 parent, module, *flags = sys.argv[1:]
-signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != int(parent):
@@ -33,23 +32,23 @@ def run_module(
     module: str,
     flags: Sequence[str],
     log: Path,
-    held: int,
-    tick: Callable[[], None] = lambda: None,
+    lock: int,
+    on_tick: Callable[[], None] = lambda: None,
 ) -> int:
-    """Runs `python -m module flags` to its end, what it prints appended to `log`.
+    """Runs `python -m module flags` to its end and appends its output to `log`.
 
-    An interrupt of this process is handed on once, and the child's end waited for, so that it can
-    save what it has; a second one ends it.
+    The first interrupt is passed to the child, which saves a checkpoint and ends; a second one
+    kills it.
 
     Args:
       module: e.g. 'pemoe_jax.train'.
-      flags: its arguments.
-      log: a file; its folder is made.
-      held: a file descriptor that the child keeps open, that of a lock.
-      tick: called about once a second.
+      flags: arguments of the module.
+      log: output file; its folder is created.
+      lock: file descriptor that the child inherits, see `exclusive_lock`.
+      on_tick: called about once a second.
 
     Returns:
-      The exit code, negative where a signal ended it.
+      The exit code; negative if a signal ended the child.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
@@ -58,17 +57,19 @@ def run_module(
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            pass_fds=(held,),
-            process_group=0,  # a terminal's interrupt would reach it beside ours
+            pass_fds=(lock,),
+            # A terminal interrupts its whole process group; the child must get the signal once.
+            process_group=0,
         )
         try:
             while True:
                 try:
                     return child.wait(timeout=1)
                 except subprocess.TimeoutExpired:
-                    tick()
+                    on_tick()
         except KeyboardInterrupt:
-            print("\nstopping when the run has saved; again: at once", file=sys.stderr, flush=True)
+            message = "\nstopping after the run has saved; interrupt again to stop at once"
+            print(message, file=sys.stderr, flush=True)
             child.send_signal(signal.SIGINT)
             child.wait()
             raise
@@ -79,36 +80,35 @@ def run_module(
 
 
 @contextlib.contextmanager
-def exclusive_lock(folder: Path, patience: float = 15.0) -> Iterator[int]:
-    """Holds a lock on a folder, which is made; gives its file descriptor.
+def exclusive_lock(folder: Path, timeout: float = 15.0) -> Iterator[int]:
+    """Locks a folder, which is created, and yields the file descriptor of its `.lock`.
 
     Args:
-      folder: whose `.lock` it is.
-      patience: seconds to wait for it: children of what was killed need some to end.
+      folder: the folder.
+      timeout: seconds to wait for the lock; children of a killed process need some to end.
 
     Raises:
-      InputError: another process has it.
+      InputError: another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
-        start = time.monotonic()
-        while not _lock(file):
-            if time.monotonic() - start > patience:
-                raise InputError(f"{folder}: another sweep, or a run of one, is at work there")
-            time.sleep(0.2)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                # A lock of the open file, which children share through their inherited descriptor.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"{folder}: another sweep or one of its runs uses it"
+                    ) from None
+                time.sleep(0.2)
         yield file.fileno()
 
 
-def _lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def last_line(log: Path) -> str:
-    """What a log ends with, '' where there is nothing."""
+    """Returns the last line of a log that is not blank; '' if there is none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))
@@ -119,9 +119,9 @@ def last_line(log: Path) -> str:
 
 
 def describe_exit(code: int, log: Path) -> str:
-    """An exit code in words, with the error that the log ends with."""
+    """Returns an exit code in words, with the error at the end of the log."""
     if code < 0:
         name = signal.Signals(-code).name
-        hint = ", often for want of memory" if code == -signal.SIGKILL else ""
+        hint = ", often for lack of memory" if code == -signal.SIGKILL else ""
         return f"ended by {name}{hint}"
-    return f"exit {code}: {last_line(log)}"
+    return f"exit code {code}: {last_line(log)}"

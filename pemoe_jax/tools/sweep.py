@@ -1,8 +1,7 @@
-"""Several experiments with several seeds, one after another: `pemoe sweep --help`."""
+"""`pemoe sweep`: trains and evaluates experiments with several seeds and reports them."""
 
 import argparse
 import dataclasses
-import functools
 import json
 import re
 import shlex
@@ -10,31 +9,33 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags, progress
 from pemoe_jax.tools import subprocesses
 
 _DESCRIPTION = """\
-Trains each EXPERIMENT with each seed, scores it, and ends in one report: median
+Trains each EXPERIMENT with each seed, evaluates it, and writes one report: median
 over prompts, mean and standard deviation over seeds. Each training and each
-scoring is a process of its own. The same command again does what is not done:
-a finished run is left alone, a stopped one goes on from its checkpoint, a
-failed one is tried again.
+evaluation is a separate process. Run the same command again to continue a sweep:
+it skips finished runs, resumes stopped ones from their checkpoints and retries
+failed ones.
 
 An EXPERIMENT is gin files and settings joined by +. Its files come before those
-of --gin_file, so that a method stands before a run file; its settings win over
-all others. @FILE stands for the arguments in a file, # for a comment there."""
+of --gin_file, so that a method precedes the run file; its settings override all
+others. @FILE inserts the arguments of a file, in which # starts a comment."""
 
 _EPILOG = """\
---gin.NAME=value goes to training, and those of runs/tasks.gin (where the data
-are) to scoring too; settings of scoring alone are joined to --evaluate.
+--gin.NAME=value is passed to training, and the macros of runs/tasks.gin, which
+locate the data, to evaluation as well. Join settings of evaluation alone to
+--evaluate.
 
-in DIR: report.md, .csv, .json, .png; <experiment>-seed<n>/ of each run, a
-MODEL_DIR with train.log, evaluate.log and results/; base/ of the base's scores.
+output in DIR: report.md, .csv, .json and .png; for each run the MODEL_DIR
+<experiment>-seed<n>/ with train.log, evaluate.log and results/; base/ with the
+scores of the base model.
 
 examples:
   pemoe sweep @sweeps/quickstart_routing.txt --output=/tmp/routing
@@ -56,35 +57,41 @@ FLAGS = argparse.ArgumentParser(
 FLAGS.add_argument(
     "experiments", nargs="+", metavar="EXPERIMENT", help="FILE[+FILE…][+NAME=value…]"
 )
-FLAGS.add_argument("--output", required=True, metavar="DIR", help="where everything goes")
+FLAGS.add_argument("--output", required=True, metavar="DIR", help="output folder")
 FLAGS.add_argument(
-    "--evaluate", required=True, metavar="FILE[+…]", help="gin files and settings of the scoring"
-)
-FLAGS.add_argument("--seeds", default="0", metavar="N,N", help="joined by commas (default: 0)")
-FLAGS.add_argument(
-    "--gin_file", action="append", default=[], metavar="FILE", help="of every training; repeatable"
+    "--evaluate", required=True, metavar="FILE[+…]", help="gin files and settings of evaluation"
 )
 FLAGS.add_argument(
-    "--gin_bindings", action="append", default=[], metavar="BINDING", help="of every training"
+    "--seeds", default="0", metavar="N,N", help="seeds joined by commas (default: 0)"
 )
-FLAGS.add_argument("--gin_search_paths", default="", metavar="DIR,DIR", help="as of train")
+FLAGS.add_argument(
+    "--gin_file", action="append", default=[], metavar="FILE", help="for every training; repeatable"
+)
+FLAGS.add_argument(
+    "--gin_bindings", action="append", default=[], metavar="BINDING", help="for every training"
+)
+FLAGS.add_argument("--gin_search_paths", default="", metavar="DIR,DIR", help="as for pemoe train")
 FLAGS.add_argument(
     "--seqio_additional_cache_dirs",
     dest="caches",
     default="",
     metavar="DIR,DIR",
-    help="as of train",
+    help="as for pemoe train",
 )
-FLAGS.add_argument("--no_base", action="store_true", help="do not score the base itself")
-FLAGS.add_argument("--stop_at_failure", action="store_true", help="else the others go on")
-FLAGS.add_argument("--with_paper", action="store_true", help="published rows in the report")
+FLAGS.add_argument("--no_base", action="store_true", help="do not evaluate the base model")
+FLAGS.add_argument(
+    "--stop_at_failure", action="store_true", help="do not continue with the other runs"
+)
+FLAGS.add_argument("--with_paper", action="store_true", help="add published rows to the report")
 FLAGS.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
 
-_MODULES = {"train": "pemoe_jax.train", "evaluate": "pemoe_jax.evaluate"}
-_STATE = "sweep.json"
-_OURS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
-_OF_A_PLACE = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
-_WIRING = """\
+Command = Literal["train", "evaluate"]
+_MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_jax.evaluate"}
+_STATE_FILE = "sweep.json"
+_SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
+_PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
+# INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
+_RESOLVE_BASE_CONFIG = """\
 from __gin__ import dynamic_registration
 from pemoe_jax.tools import sweep
 sweep.resolve_base.path = %INITIAL_CHECKPOINT_PATH
@@ -93,44 +100,55 @@ sweep.resolve_base.path = %INITIAL_CHECKPOINT_PATH
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training and its scoring, or the scoring of a base.
+    """A training and its evaluation, or the evaluation of a base model.
 
     Attributes:
-      folder: what it writes to.
-      train: flags of `pemoe_jax.train`; none for a base.
-      evaluate: flags of `pemoe_jax.evaluate`.
-      settings: of the training, what its result hangs on.
-      scoring: of the scoring.
+      folder: output folder.
+      train_flags: flags of `pemoe_jax.train`; empty for a base model.
+      evaluate_flags: flags of `pemoe_jax.evaluate`.
+      train_settings: gin settings that the training's result depends on.
+      evaluate_settings: gin settings that the scores depend on.
     """
 
     folder: Path
-    train: list[str]
-    evaluate: list[str]
-    settings: dict[str, str]
-    scoring: dict[str, str]
+    train_flags: list[str]
+    evaluate_flags: list[str]
+    train_settings: dict[str, str]
+    evaluate_settings: dict[str, str]
 
     @property
     def results(self) -> Path:
-        """Where its scores are."""
+        """Folder of the scores."""
         return self.folder / "results"
 
-    def commands(self) -> list[tuple[str, list[str]]]:
-        """(command, flags), in order."""
-        found = [("train", self.train), ("evaluate", self.evaluate)]
-        return [(name, flags) for name, flags in found if flags]
+    def commands(self) -> list[tuple[Command, list[str]]]:
+        """Returns (command, flags) in the order in which they run."""
+        evaluate = self.evaluate_flags
+        if not self.train_flags:
+            return [("evaluate", evaluate)]
+        return [("train", self.train_flags), ("evaluate", evaluate)]
+
+
+class State(TypedDict):
+    """A run's `sweep.json`: its settings, and the seconds each command took, None if unfinished."""
+
+    settings: dict[str, str]
+    scoring: dict[str, str]
+    train: float | None
+    evaluate: float | None
 
 
 def resolve_base(path: str | None) -> str | None:
-    """What gin gives it: the path of an experiment's base."""
+    """Returns the path of an experiment's base model, which gin passes."""
     return path
 
 
 def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-    """Does what the flags ask for.
+    """Runs the sweep that the flags describe.
 
     Raises:
-      InputError: a flag or an experiment is wrong, found before anything is started; or runs
-        failed, after the others were reported.
+      InputError: a flag or an experiment is wrong, before anything runs; or runs failed, after the
+        others were reported.
     """
     runs = plan_runs(args, bindings)
     if args.dry_run:
@@ -139,262 +157,284 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
                 print(shlex.join(["pemoe", name, *flags]))
         return
     for run in runs:
-        _state(run)  # raises where a folder holds something else
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that children save
+        _read_state(run)  # raises if a folder belongs to something else
+    # As for SIGINT: the running training gets the chance to save a checkpoint.
+    previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with subprocesses.exclusive_lock(Path(args.output)) as lock:
             failed = _run_all(runs, lock, args.stop_at_failure)
-            done = [run for run in runs if _state(run)["evaluate"]]
-            if done:
-                _report(done, args)
+            finished = [run for run in runs if _read_state(run)["evaluate"]]
+            if finished:
+                _report(finished, args)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
+        print("stopped: run the same command to continue", file=sys.stderr)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}):"
-            " the same command tries them again"
+            f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}): run the same command"
+            " to retry them"
         )
 
 
+# --- planning ---
+
+
 def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
-    """The runs that the flags ask for, every configuration parsed.
+    """Returns the runs that the flags describe; parses every configuration.
 
     Raises:
-      InputError: a flag is wrong, or an experiment is none.
+      InputError: a flag or an experiment is wrong.
     """
-    seeds = _seeds(args.seeds)
-    for name in [_name_of(binding) for binding in [*bindings, *args.gin_bindings]]:
-        if name in _OURS:
-            raise InputError(f"--gin.{name}: the sweep sets it{' (--seeds)' * (name == 'SEED')}")
-    passed = [f"--gin_search_paths={args.gin_search_paths}"] * bool(args.gin_search_paths)
-    cached = [f"--seqio_additional_cache_dirs={args.caches}"] * bool(args.caches)
-    common = [_flag(one) for one in bindings]
-    lines = [f"--gin_bindings={line}" for line in args.gin_bindings]
-    files, own = _parts(args.evaluate)
-    data = [flag for flag, one in zip(common, bindings, strict=True) if _name_of(one) in _of_data()]
-    scoring = [*_files(files), *passed, *cached, *data, *own]
+    seeds = _parse_seeds(args.seeds)
+    for name in map(_binding_name, [*bindings, *args.gin_bindings]):
+        if name in _SWEEP_MACROS:
+            hint = " from --seeds" if name == "SEED" else ""
+            raise InputError(f"--gin.{name}: the sweep sets it{hint}")
+    shared = [f"--gin_search_paths={args.gin_search_paths}"] * bool(args.gin_search_paths)
+    shared += [f"--seqio_additional_cache_dirs={args.caches}"] * bool(args.caches)
+    train_bindings = [*map(_binding_flag, bindings)]
+    train_bindings += [f"--gin_bindings={line}" for line in args.gin_bindings]
+    data_macros = _data_macros()
+    data_bindings = [_binding_flag(b) for b in bindings if _binding_name(b) in data_macros]
+    files, settings = _split_experiment(args.evaluate)
+    evaluate_flags = [*_file_flags(files), *shared, *data_bindings, *settings]
 
     runs: list[Run] = []
     bases: dict[str, None] = {}
     for experiment in args.experiments:
-        files, own = _parts(experiment)
-        name = _named(experiment)
-        flags = [*_files([*files, *args.gin_file]), *passed, *cached, *common, *lines, *own]
+        files, settings = _split_experiment(experiment)
+        name = _experiment_name(experiment)
+        files += args.gin_file
+        experiment_flags = [*_file_flags(files), *shared, *train_bindings, *settings]
         for seed in seeds:
             folder = Path(args.output) / f"{name}-seed{seed}"
             if folder in [run.folder for run in runs]:
                 raise InputError(f"{experiment}: another experiment has the name {name}")
-            train = [*flags, f"--gin.SEED={seed}", f"--gin.MODEL_DIR={folder}"]
-            found = _parsed("train", train, experiment)
-            base = _base(experiment)
+            flags = [*experiment_flags, f"--gin.SEED={seed}", f"--gin.MODEL_DIR={folder}"]
+            train_settings = _parse_settings("train", flags, experiment)
+            base = _parsed_base(experiment)
             if base is not None:
                 bases[base] = None
-            runs.append(_run(folder, train, found, [*scoring, f"--gin.CHECKPOINT_PATH={folder}"]))
-    scored: list[Run] = []
+            scoring_flags = [*evaluate_flags, f"--gin.CHECKPOINT_PATH={folder}"]
+            runs.append(_make_run(folder, flags, train_settings, scoring_flags))
+    base_runs: list[Run] = []
     for number, base in enumerate([] if args.no_base else bases, 1):
         folder = Path(args.output) / ("base" if number == 1 else f"base_{number}")
-        flags = [*scoring, f"--gin.CHECKPOINT_PATH={base}"]
-        scored.append(_run(folder, [], {"base": base}, flags))
-    return [*scored, *runs]  # bases first: a mistake in --evaluate shows before hours of training
+        flags = [*evaluate_flags, f"--gin.CHECKPOINT_PATH={base}"]
+        base_runs.append(_make_run(folder, [], {"base": base}, flags))
+    return [
+        *base_runs,
+        *runs,
+    ]  # bases first: a mistake in --evaluate shows before hours of training
 
 
-def _run(folder: Path, train: list[str], found: dict[str, str], scoring: list[str]) -> Run:
-    evaluate = [*scoring, f"--gin.EVAL_OUTPUT_DIR={folder / 'results'}"]
-    scored = _parsed("evaluate", evaluate, "--evaluate")
-    scored = {name: value for name, value in scored.items() if name not in _OF_A_PLACE}
-    return Run(folder, train, evaluate, found, scored)
+def _make_run(
+    folder: Path,
+    train_flags: list[str],
+    train_settings: dict[str, str],
+    evaluate_flags: Sequence[str],
+) -> Run:
+    flags = [*evaluate_flags, f"--gin.EVAL_OUTPUT_DIR={folder / 'results'}"]
+    settings = _parse_settings("evaluate", flags, "--evaluate")
+    # A moved output folder leaves the scores valid.
+    settings = {name: value for name, value in settings.items() if name not in _PATH_MACROS}
+    return Run(folder, train_flags, flags, train_settings, settings)
 
 
-def _seeds(text: str) -> list[int]:
+def _parse_seeds(text: str) -> list[int]:
     if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise InputError(f"--seeds: expected whole numbers joined by commas, found {text!r}")
+        raise InputError(f"--seeds must be integers joined by commas, got {text!r}")
     return list(dict.fromkeys(map(int, text.split(","))))
 
 
-def _parts(text: str) -> tuple[list[str], list[str]]:
+def _split_experiment(text: str) -> tuple[list[str], list[str]]:
     """'a.gin+B=1' -> (['a.gin'], ['--gin.B=1'])."""
     parts = re.split(r"\+(?=[A-Za-z_./~])", text)  # not the + of 1e+3
     files = [part for part in parts if "=" not in part]
     if not all(file.endswith(".gin") for file in files):
-        raise InputError(f"{text}: expected gin files and NAME=value, joined by +")
+        raise InputError(f"{text}: expected gin files and NAME=value joined by +")
     return files, [f"--gin.{part}" for part in parts if "=" in part]
 
 
-def _named(experiment: str) -> str:
-    files, own = _parts(experiment)
-    words = [Path(file).stem for file in files] + [part.removeprefix("--gin.") for part in own]
+def _experiment_name(experiment: str) -> str:
+    files, settings = _split_experiment(experiment)
+    words = [Path(file).stem for file in files] + [s.removeprefix("--gin.") for s in settings]
     return re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.")
 
 
-def _files(files: Sequence[str]) -> list[str]:
+def _file_flags(files: Sequence[str]) -> list[str]:
     return [f"--gin_file={file}" for file in files]
 
 
-def _name_of(binding: str) -> str:
+def _binding_name(binding: str) -> str:
     return binding.partition("=")[0].strip()
 
 
-def _flag(binding: str) -> str:
-    """The flag that gives a binding, its value without quotes where it needs none."""
+def _binding_flag(binding: str) -> str:
+    """Returns the flag of a binding, its value unquoted if that parses to the same binding."""
     name, value = (part.strip() for part in binding.split("=", 1))
     plain = f"--gin.{name}={value[1:-1]}"
     return plain if gin_flags.split_bindings([plain])[1] == [binding] else f"--gin.{name}={value}"
 
 
-def _of_data() -> set[str]:
-    """The macros of runs/tasks.gin, which training and scoring share."""
+def _data_macros() -> set[str]:
+    """Returns the macros of runs/tasks.gin, which training and evaluation share."""
     text = (gin_flags.GIN_DIR / "runs" / "tasks.gin").read_text()
     return set(re.findall(r"^([A-Z][A-Z0-9_]*) = ", text, re.MULTILINE))
 
 
-def _parsed(command: str, flags: Sequence[str], where: str) -> dict[str, str]:
-    """Parses what a command would be given -> its settings."""
+def _parse_settings(command: str, flags: Sequence[str], where: str) -> dict[str, str]:
+    """Parses a command's flags and returns the settings that its result depends on."""
     import gin
 
     from pemoe_jax import evaluate, train
-    from pemoe_jax.analysis.zero_shot import settings
+    from pemoe_jax.analysis.zero_shot import settings as settings_lib
 
-    known = {"train": train.FLAGS, "evaluate": evaluate.FLAGS}[command]
+    parser = {"train": train.FLAGS, "evaluate": evaluate.FLAGS}[command]
     rest, bindings = gin_flags.split_bindings(flags)
     try:
-        gin_flags.load_config(known.parse_args(rest), bindings)
+        gin_flags.load_config(parser.parse_args(rest), bindings)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    found = settings.read(gin.config_str())
-    if f"{command}.{command}.model" not in found:
-        raise InputError(f"{where}: no gin file is of {command}: expected one of runs/…")
-    if command == "train" and "None" in (found["MODEL"], found["TRAINABLE"]):
-        raise InputError(f"{where}: expected a model and a method, found files of only one of them")
-    return found
+    settings = settings_lib.read(gin.config_str())
+    if f"{command}.{command}.model" not in settings:
+        raise InputError(f"{where}: expected a run file of {command}, such as runs/…, got none")
+    if command == "train" and "None" in (settings["MODEL"], settings["TRAINABLE"]):
+        raise InputError(
+            f"{where}: expected files of a model and of a method, got only one of them"
+        )
+    return settings
 
 
-def _base(where: str) -> str | None:
-    """The base of the configuration that was parsed last."""
+def _parsed_base(where: str) -> str | None:
+    """Returns the base model of the configuration that was parsed last."""
     import gin
 
     try:
         with gin.unlock_config():
-            gin.parse_config(_WIRING)
+            gin.parse_config(_RESOLVE_BASE_CONFIG)
         return gin_flags.call_configured(resolve_base)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
 
-def _state(run: Run) -> dict[str, Any]:
-    """How far a run is: the seconds that `train` and `evaluate` took, None where not finished.
+# --- running ---
+
+
+def _read_state(run: Run) -> State:
+    """Returns how far a run is.
 
     Raises:
-      InputError: its folder holds a run of other settings, or what no sweep wrote.
+      InputError: the folder holds a run with other settings, or files that no sweep wrote.
     """
-    fresh = {"settings": run.settings, "scoring": run.scoring, "train": None, "evaluate": None}
-    file = run.folder / _STATE
+    file = run.folder / _STATE_FILE
     if not file.exists():
         if run.folder.exists() and any(run.folder.iterdir()):
-            raise InputError(f"{run.folder} holds what no sweep wrote: choose another --output")
-        return fresh
+            raise InputError(f"{run.folder}: expected a run of a sweep: choose another --output")
+        return State(
+            settings=run.train_settings, scoring=run.evaluate_settings, train=None, evaluate=None
+        )
     try:
-        state = json.loads(file.read_text())
-        before = state["settings"]
+        state: State = json.loads(file.read_text())
+        previous = state["settings"]
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{file}: expected what a sweep wrote: delete {run.folder}") from None
-    for name in {**before, **run.settings}:
-        if before.get(name) != run.settings.get(name):
+        raise InputError(f"{file}: expected a sweep's state: delete {run.folder}") from None
+    for name in {**previous, **run.train_settings}:
+        old, new = (s.get(name, "(not set)") for s in (previous, run.train_settings))
+        if old != new:
             raise InputError(
-                f"{run.folder} holds a run with {name} = {before.get(name, '(not set)')}, expected"
-                f" the same to go on, found {run.settings.get(name, '(not set)')}: choose another"
-                " --output, or delete it"
+                f"{run.folder}: expected {name} = {old}, as its run has, got {new}: choose another"
+                " --output or delete the folder"
             )
-    if state["scoring"] != run.scoring or not (run.results / "results.json").is_file():
-        state = {**state, "scoring": run.scoring, "evaluate": None}
+    if state["scoring"] != run.evaluate_settings or not (run.results / "results.json").is_file():
+        return {**state, "scoring": run.evaluate_settings, "evaluate": None}
     return state
 
 
-def _save(run: Run, state: Mapping[str, Any]) -> None:
+def _write_state(run: Run, state: State) -> None:
     from pemoe_jax.runtime import atomic_write
 
-    atomic_write.write_json(run.folder / _STATE, state)
+    atomic_write.write_json(run.folder / _STATE_FILE, state)
 
 
 def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool) -> list[str]:
-    """Runs what is not done; the names of those that failed."""
-    print(f"{len(runs)} runs, each with its logs in {runs[0].folder.parent}/<run>/", flush=True)
+    """Runs what is unfinished and returns the names of the runs that failed."""
+    print(f"{len(runs)} runs, with their logs in {runs[0].folder.parent}/<run>/", flush=True)
     failed: list[str] = []
     width = max(len(run.folder.name) for run in runs)
     for number, run in enumerate(runs, 1):
-        opening = f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.folder.name:<{width}}"
-        state = _state(run)
+        prefix = f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.folder.name:<{width}}"
+        state = _read_state(run)
         if state["evaluate"]:
-            print(f"{opening}  finished before  {_score(run)}", flush=True)
-        else:
-            problem = _run_one(run, state, lock, opening)
-            if problem:
-                failed.append(run.folder.name)
-                print(f"{opening}  FAILED {problem}", flush=True)
-                if stop_at_failure:
-                    break
-                continue
-            spent = [
-                f"{name} {progress.format_duration(state[name])}" for name, _ in run.commands()
-            ]
-            left = _left(runs[:number], runs[number:])
-            print("  ".join([opening, *spent, _score(run), *left]), flush=True)
+            print(f"{prefix}  already finished  {_score(run)}", flush=True)
+            continue
+        problem = _run_commands(run, state, lock, prefix)
+        if problem:
+            failed.append(run.folder.name)
+            print(f"{prefix}  FAILED {problem}", flush=True)
+            if stop_at_failure:
+                break
+            continue
+        durations = [
+            f"{name} {progress.format_duration(state[name] or 0)}" for name, _ in run.commands()
+        ]
+        left = _time_left(runs[:number], runs[number:])
+        print("  ".join([prefix, *durations, _score(run), *left]), flush=True)
     return failed
 
 
-def _left(before: Sequence[Run], after: Sequence[Run]) -> list[str]:
-    """['left 1:02:03'] by what trainings and scorings took so far; nothing where none is done."""
-    states = [_state(run) for run in before if run.train]
-    took = [state["train"] + state["evaluate"] for state in states if state["evaluate"]]
-    waiting = sum(not _state(run)["evaluate"] for run in after)
-    return [f"left {progress.format_duration(sum(took) / len(took) * waiting)}"] if took else []
+def _time_left(before: Sequence[Run], after: Sequence[Run]) -> list[str]:
+    """Returns ['left 1:02:03'] by the mean duration of finished trainings, [] without any."""
+    states = [_read_state(run) for run in before if run.train_flags]
+    seconds = [(s["train"] or 0) + s["evaluate"] for s in states if s["evaluate"]]
+    if not seconds:
+        return []
+    unfinished = sum(not _read_state(run)["evaluate"] for run in after)
+    return [f"left {progress.format_duration(sum(seconds) / len(seconds) * unfinished)}"]
 
 
-def _run_one(run: Run, state: dict[str, Any], lock: int, opening: str) -> str:
-    """Trains and scores, what is not done of it; what went wrong, '' for nothing."""
-    _save(run, state)
+def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
+    """Runs a run's unfinished commands and records them; returns the error, '' without one."""
+    _write_state(run, state)
     for name, flags in run.commands():
         if state[name]:
             continue
-        if name == "evaluate":  # which would not write over what it does not make again
+        if name == "evaluate":
+            # An evaluation refuses to overwrite scores that it does not compute again.
             shutil.rmtree(run.results, ignore_errors=True)
         log = run.folder / f"{name}.log"
-        live = _live(opening, name, log)
-        next(live)
         start = time.monotonic()
+        show = _last_line_printer(f"{prefix}  {name}", log)
         try:
-            code = subprocesses.run_module(
-                _MODULES[name], flags, log, lock, functools.partial(next, live)
-            )
+            code = subprocesses.run_module(_MODULES[name], flags, log, lock, show)
         finally:
-            live.close()
+            if sys.stdout.isatty():
+                print("\r\x1b[K", end="", flush=True)
         if code:
             return f"in {name}, {subprocesses.describe_exit(code, log)} (log: {log})"
         state[name] = max(0.1, round(time.monotonic() - start, 1))
-        _save(run, state)
+        _write_state(run, state)
     return ""
 
 
-def _live(opening: str, name: str, log: Path) -> Generator[None, None, None]:
-    """On a terminal a line that shows what a run says last; nothing elsewhere."""
+def _last_line_printer(prefix: str, log: Path) -> Callable[[], None]:
+    """Returns a function that shows the last line of a log on a terminal, in place."""
     start = time.monotonic()
-    try:
-        while True:
-            if sys.stdout.isatty():
-                spent = progress.format_duration(time.monotonic() - start)
-                line = f"{opening}  {name} {spent}  {subprocesses.last_line(log)}"
-                print(f"\r\x1b[K{line[:100]}", end="", flush=True)
-            yield
-    finally:
+
+    def show() -> None:
         if sys.stdout.isatty():
-            print("\r\x1b[K", end="", flush=True)
+            duration = progress.format_duration(time.monotonic() - start)
+            line = f"{prefix} {duration}  {subprocesses.last_line(log)}"
+            print(f"\r\x1b[K{line[:100]}", end="", flush=True)
+
+    return show
 
 
 def _score(run: Run) -> str:
-    found = json.loads((run.results / "results.json").read_text())
-    return f"average {100 * found['runs'][0]['average']['median']:.1f}"
+    results = json.loads((run.results / "results.json").read_text())
+    return f"average {100 * results['runs'][0]['average']['median']:.1f}"
 
 
 def _report(runs: Sequence[Run], args: argparse.Namespace) -> None:
@@ -405,29 +445,30 @@ def _report(runs: Sequence[Run], args: argparse.Namespace) -> None:
 
 
 def expand_argument_files(argv: Sequence[str]) -> list[str]:
-    """The arguments, with those of a file in place of @FILE.
+    """Returns the arguments with each @FILE replaced by the arguments in that file.
 
     Raises:
-      InputError: there is no such file, in the working folder or among the package's gin files.
+      InputError: the file exists neither in the working folder nor in the package's gin folder.
     """
-    found: list[str] = []
+    # argparse's fromfile_prefix_chars knows neither comments, quotes nor the package's folder.
+    expanded: list[str] = []
     for argument in argv:
         if not argument.startswith("@"):
-            found.append(argument)
+            expanded.append(argument)
             continue
-        places = [Path(argument[1:]), gin_flags.GIN_DIR / argument[1:]]
-        file = next((place for place in places if place.is_file()), None)
+        candidates = [Path(argument[1:]), gin_flags.GIN_DIR / argument[1:]]
+        file = next((path for path in candidates if path.is_file()), None)
         if file is None:
-            raise InputError(f"{argument}: expected a file of arguments, found none")
-        found += shlex.split(file.read_text(), comments=True)
-    return found
+            raise InputError(f"{argument}: expected a file of arguments, got no such file")
+        expanded += shlex.split(file.read_text(), comments=True)
+    return expanded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     try:
-        given = expand_argument_files(sys.argv[1:] if argv is None else argv)
+        arguments = expand_argument_files(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return gin_flags.run_command(FLAGS, sweep, given)
+    return gin_flags.run_command(FLAGS, sweep, arguments)

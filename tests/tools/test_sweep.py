@@ -1,4 +1,4 @@
-"""`pemoe sweep`: what it plans, runs, resumes after a kill, refuses, and reports."""
+"""`pemoe sweep`: planning, running, resuming, refusing and reporting."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -30,44 +31,48 @@ def plan(*flags: str) -> list[sweep.Run]:
     return sweep.plan_runs(sweep.FLAGS.parse_args(rest), bindings)
 
 
-# --- the plan ---
+# --- planning ---
 
 
-def test_runs_are_experiments_times_seeds_and_their_bases():
-    found = plan("methods/mov.gin", "methods/ia3.gin", *FLAGS, "--output=out", "--seeds=0,7")
-    assert [str(run.folder) for run in found] == [
+def test_plan_is_experiments_times_seeds_and_their_bases():
+    runs = plan("methods/mov.gin", "methods/ia3.gin", *FLAGS, "--output=out", "--seeds=0,7")
+    assert [str(run.folder) for run in runs] == [
         *("out/base", "out/mov-seed0", "out/mov-seed7", "out/ia3-seed0", "out/ia3-seed7")
     ]
-    base, first, *_ = found
-    assert base.train == [] and [name for name, _ in base.commands()] == ["evaluate"]
-    assert "--gin.CHECKPOINT_PATH=base.safetensors" in base.evaluate
-    assert "--gin.CHECKPOINT_PATH=out/mov-seed0" in first.evaluate
-    assert {"--gin.SEED=0", "--gin.MODEL_DIR=out/mov-seed0"} <= set(first.train)
-    assert first.settings["SEED"] == "0" and first.settings["TRAIN_STEPS"] == "9"
-    assert plan("methods/mov.gin", *FLAGS, "--output=out", "--no_base")[0].train
+    base, first, *_ = runs
+    assert base.train_flags == [] and [name for name, _ in base.commands()] == ["evaluate"]
+    assert "--gin.CHECKPOINT_PATH=base.safetensors" in base.evaluate_flags
+    assert "--gin.CHECKPOINT_PATH=out/mov-seed0" in first.evaluate_flags
+    assert {"--gin.SEED=0", "--gin.MODEL_DIR=out/mov-seed0"} <= set(first.train_flags)
+    assert first.train_settings["SEED"] == "0" and first.train_settings["TRAIN_STEPS"] == "9"
+    assert plan("methods/mov.gin", *FLAGS, "--output=out", "--no_base")[0].train_flags
 
 
 def test_order_of_files_and_settings():
-    """A method's files stand before the run file, whose settings win; an experiment's own last."""
+    """Files of an experiment come before --gin_file; its settings override all others."""
     experiment = "methods/mov.gin+routing/top_2.gin+NUM_EXPERTS=3+LEARNING_RATE=1e+3"
     (_, run) = plan(experiment, *FLAGS, "--output=out", "--gin.NUM_EXPERTS=5")
     assert run.folder.name == "mov_top_2_NUM_EXPERTS=3_LEARNING_RATE=1e_3-seed0"
-    files = [flag.removeprefix("--gin_file=") for flag in run.train if "gin_file" in flag]
+    files = [flag.removeprefix("--gin_file=") for flag in run.train_flags if "gin_file" in flag]
     assert files == ["methods/mov.gin", "routing/top_2.gin", TINY[0][11:], TINY[1][11:]]
-    assert run.settings["NUM_EXPERTS"] == "3" and run.settings["LEARNING_RATE"] == "1000.0"
-    assert run.settings["routing.Router.top_k"] == "2"
+    assert (
+        run.train_settings["NUM_EXPERTS"] == "3" and run.train_settings["LEARNING_RATE"] == "1000.0"
+    )
+    assert run.train_settings["routing.Router.top_k"] == "2"
 
 
-def test_where_data_are_goes_to_scoring_too():
+def test_data_macros_are_passed_to_evaluation():
     evaluate = "--evaluate=runs/evaluate.gin+BATCH_SIZE=2"
     (_, run) = plan(
         *("methods/mov.gin", *FLAGS, evaluate, "--output=out", "--gin.BATCH_SIZE=4"),
         *("--gin.EVAL_TASKS=['a']", "--gin_search_paths=mine"),
     )
     for flag in ("--gin.JSONL_DIR=tasks", "--gin.EVAL_TASKS=['a']", "--gin_search_paths=mine"):
-        assert flag in run.train and flag in run.evaluate
-    assert "--gin.BATCH_SIZE=4" in run.train and "--gin.BATCH_SIZE=4" not in run.evaluate
-    assert run.scoring["BATCH_SIZE"] == "2" and "--gin.TRAIN_STEPS=9" not in run.evaluate
+        assert flag in run.train_flags and flag in run.evaluate_flags
+    assert "--gin.BATCH_SIZE=4" in run.train_flags
+    assert "--gin.BATCH_SIZE=4" not in run.evaluate_flags
+    assert run.evaluate_settings["BATCH_SIZE"] == "2"
+    assert "--gin.TRAIN_STEPS=9" not in run.evaluate_flags
 
 
 def test_arguments_from_a_file(tmp_path):
@@ -79,7 +84,7 @@ def test_arguments_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["methods/none.gin"], "methods/none.gin: gin: .*methods/none.gin"),
         (["methods/mov.gin+top_1"], "expected gin files and NAME=value"),
@@ -88,39 +93,44 @@ def test_arguments_from_a_file(tmp_path):
             "NUM_EXPERT: no gin file has .* did you mean NUM_EXPERTS",
         ),
         (["methods/mov.gin", "./methods/mov.gin"], "another experiment has the name mov"),
-        (["routing/soft.gin"], "expected a model and a method"),
-        (["methods/mov.gin", "--seeds=0;1"], "whole numbers joined by commas, found '0;1'"),
-        (["methods/mov.gin", "--gin.SEED=3"], r"the sweep sets it \(--seeds\)"),
+        (["routing/soft.gin"], "expected files of a model and of a method"),
+        (
+            ["methods/mov.gin", "--seeds=0;1"],
+            "--seeds must be integers joined by commas, got '0;1'",
+        ),
+        (["methods/mov.gin", "--gin.SEED=3"], r"the sweep sets it from --seeds"),
         (["methods/mov.gin", "--gin.MODEL_DIR=x"], "MODEL_DIR: the sweep sets it$"),
-        (["methods/mov.gin", "--evaluate=runs/infer.gin"], "no gin file is of evaluate"),
+        (["methods/mov.gin", "--evaluate=runs/infer.gin"], "expected a run file of evaluate"),
         (["@no.txt"], "@no.txt: expected a file of arguments"),
     ],
 )
-def test_what_is_wrong_is_found_before_anything_runs(tmp_path, capsys, flags, says):
+def test_mistakes_are_reported_before_anything_runs(tmp_path, capsys, flags, message):
     assert sweep.main([*FLAGS, *flags, f"--output={tmp_path / 'out'}"]) == 1
     error = capsys.readouterr().err
-    assert re.search(f"{says}\n?", error) and error.count("\n") == 1, error
+    assert re.search(f"{message}\n?", error) and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_prints_commands_that_parse(tmp_path, capsys):
+def test_dry_run_prints_the_commands(tmp_path, capsys):
     assert sweep.main(["methods/mov.gin", *FLAGS, f"--output={tmp_path}/out", "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == [
-        *("pemoe_jax.evaluate", "pemoe_jax.train", "pemoe_jax.evaluate")
+    assert [line.split()[:2] for line in lines] == [
+        ["pemoe", command] for command in ("evaluate", "train", "evaluate")
     ]
     assert not (tmp_path / "out").exists()
 
 
-# --- running it, with stand-ins for training and scoring ---
+# --- running, with stand-ins for training and evaluation ---
 
 TRAIN = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 flags = dict(flag.removeprefix("--gin.").split("=", 1) for flag in sys.argv[1:])
 folder = pathlib.Path(flags["MODEL_DIR"]); folder.mkdir(parents=True, exist_ok=True)
 progress = folder / "progress"
 if flags.get("NUM_EXPERTS") == "13":
     sys.exit("error: thirteen is too many")
+if os.environ.get("KILLED_RUN") == folder.name:
+    os.kill(os.getpid(), signal.SIGKILL)
 try:
     for step in range(int(progress.read_text()) if progress.exists() else 0, 20):
         print("step", step, flush=True)
@@ -135,7 +145,7 @@ EVALUATE = """
 import json, pathlib, sys
 flags = dict(flag.removeprefix("--gin.").split("=", 1) for flag in sys.argv[1:])
 run = pathlib.Path(flags["CHECKPOINT_PATH"]); folder = pathlib.Path(flags["EVAL_OUTPUT_DIR"])
-number = sum(map(ord, run.name)) % 10
+number = sum(map(ord, run.name)) % 10  # a different score for each run
 task = {"dataset": "cb", "split": "x", "accuracy": number / 10, "chance": 0.5, "examples": 10}
 known = {"name": run.name, "method": "mov", "variant": "mov", "step": 20, "checkpoint": run.name}
 if "-seed" in run.name:
@@ -156,7 +166,7 @@ sys.exit(sweep.main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory) -> pathlib.Path:
-    """A folder of modules that sweeps run in place of training and scoring, and a driver."""
+    """A folder with stand-ins for the training and evaluation modules, and a driver."""
     folder = tmp_path_factory.mktemp("modules")
     (folder / "stand_in_train.py").write_text(TRAIN)
     (folder / "stand_in_evaluate.py").write_text(EVALUATE)
@@ -164,7 +174,7 @@ def modules(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def use(modules: pathlib.Path, patch: pytest.MonkeyPatch) -> None:
+def use_stand_ins(modules: pathlib.Path, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("PYTHONPATH", f"{modules}:{ROOT}")
     patch.setenv("STAND_IN_PAUSE", "0")
     patch.setitem(sweep._MODULES, "train", "stand_in_train")
@@ -173,57 +183,43 @@ def use(modules: pathlib.Path, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stand_ins(modules, monkeypatch) -> pathlib.Path:
-    use(modules, monkeypatch)
+    use_stand_ins(modules, monkeypatch)
     return modules
 
 
 @pytest.fixture(scope="module")
-def undisturbed(modules, tmp_path_factory) -> pathlib.Path:
-    """A finished sweep; not to be changed."""
-    output = tmp_path_factory.mktemp("sweep") / "undisturbed"
+def finished(modules, tmp_path_factory) -> pathlib.Path:
+    """The folder of a finished sweep; tests do not change it."""
+    output = tmp_path_factory.mktemp("sweep") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        use(modules, patch)
-        assert sweep.main(flags_of(output)) == 0
+        use_stand_ins(modules, patch)
+        assert sweep.main(sweep_flags(output)) == 0
     return output
 
 
-def flags_of(output: pathlib.Path, *more: str) -> list[str]:
+def sweep_flags(output: pathlib.Path, *more: str) -> list[str]:
     return ["methods/mov.gin", *FLAGS, f"--output={output}", "--seeds=0,1", *more]
 
 
 @pytest.fixture
 def processes() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts processes, and ends them (and so what they started) where the test does not."""
+    """Starts processes and kills those still running, and so their children, at the end."""
     started: list[subprocess.Popen] = []
 
-    def begin(command: list, **options) -> subprocess.Popen:
+    def start(command: list, **options) -> subprocess.Popen:
         started.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, **options))
         return started[-1]
 
-    yield begin
+    yield start
     for process in started:
         process.kill()
         process.wait()
 
 
-def start(processes, modules: pathlib.Path, output: pathlib.Path) -> subprocess.Popen:
-    """A slow sweep in a process of its own; it is in its first training, at step 4 or later."""
-    process = processes(
-        [sys.executable, modules / "driver.py", *flags_of(output)],
-        env={**os.environ, "STAND_IN_PAUSE": "0.2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    progress = output / "mov-seed0" / "progress"
-    wait_for(lambda: progress.exists() and int(progress.read_text() or 0) > 3, process)
-    return process
-
-
 def wait_for(condition, process=None) -> None:
-    end = time.monotonic() + 300  # the machine may be busy with other tests
+    deadline = time.monotonic() + 300  # the machine may be busy with other tests
     while not condition():
-        assert time.monotonic() < end and (process is None or process.poll() is None)
+        assert time.monotonic() < deadline and (process is None or process.poll() is None)
         time.sleep(0.02)
 
 
@@ -235,115 +231,157 @@ def steps(output: pathlib.Path) -> str:
     return (output / "mov-seed0" / "steps").read_text()
 
 
-def test_it_ends_in_a_report_and_is_not_done_again(undisturbed, stand_ins, capsys):
-    rows = {
-        row["run"]: row for row in json.loads((undisturbed / "report.json").read_text())["rows"]
-    }
+def test_report_and_skipping_of_finished_runs(finished, stand_ins, capsys):
+    rows = {row["run"]: row for row in json.loads((finished / "report.json").read_text())["rows"]}
     assert set(rows) == {"mov", "base.safetensors"} and rows["mov"]["seeds"] == [0, 1]
-    numbers = [sum(map(ord, f"mov-seed{seed}")) % 10 / 10 for seed in (0, 1)]
-    assert rows["mov"]["average"]["median"] == pytest.approx(100 * sum(numbers) / 2)
-    assert (undisturbed / "report.png").is_file() and (undisturbed / "report.csv").is_file()
+    scores = [sum(map(ord, f"mov-seed{seed}")) % 10 / 10 for seed in (0, 1)]
+    assert rows["mov"]["average"]["median"] == pytest.approx(100 * sum(scores) / 2)
+    assert (finished / "report.png").is_file() and (finished / "report.csv").is_file()
     capsys.readouterr()
-    before = steps(undisturbed)
-    assert sweep.main(flags_of(undisturbed)) == 0
-    assert capsys.readouterr().out.count("finished before") == 3
-    assert steps(undisturbed) == before and len(before.split()) == 20
+    before = steps(finished)
+    assert sweep.main(sweep_flags(finished)) == 0
+    assert capsys.readouterr().out.count("already finished") == 3
+    assert steps(finished) == before and len(before.split()) == 20
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_stopped_in_the_middle_it_goes_on(undisturbed, stand_ins, processes, tmp_path, how):
-    """However it is stopped its training stops with it; then the report is that of an undisturbed
-    sweep, and no step is taken twice but the one that was under way."""
-    output = tmp_path / "disturbed"
-    process = start(processes, stand_ins, output)
-    process.send_signal(how)
-    said = process.communicate(timeout=300)[0]
-    time.sleep(0.5)
+def test_state_files_of_earlier_versions(finished, stand_ins, tmp_path, capsys):
+    """Earlier versions wrote these keys in this form."""
+    output = shutil.copytree(finished, tmp_path / "copy")
+    state = json.loads((output / "mov-seed0" / "sweep.json").read_text())
+    assert list(state) == ["settings", "scoring", "train", "evaluate"]
+    old = {**state, "train": 88.2, "evaluate": 28.0}
+    (output / "mov-seed0" / "sweep.json").write_text(json.dumps(old, indent=1) + "\n")
+    assert sweep.main(sweep_flags(output)) == 0
+    assert capsys.readouterr().out.count("already finished") == 3
+
+
+def wait_for_step_4(output: pathlib.Path, process: subprocess.Popen | None = None) -> None:
+    """Waits until the sweep's first training has reached step 4."""
+    progress = output / "mov-seed0" / "progress"
+    wait_for(lambda: progress.exists() and int(progress.read_text() or 0) > 3, process)
+
+
+def check_resumes(output: pathlib.Path, finished: pathlib.Path) -> None:
+    """The report equals that of an uninterrupted sweep; at most one step is repeated."""
     taken = steps(output)
-    time.sleep(1.0)
-    assert steps(output) == taken  # nobody goes on unseen
-    if how != signal.SIGKILL:
-        assert process.returncode == 130 and "the same command goes on" in said
-        assert (output / "mov-seed0" / "saved").exists()
-    assert sweep.main(flags_of(output)) == 0
-    assert table(output) == table(undisturbed)
+    time.sleep(0.8)
+    assert steps(output) == taken  # the training ended with its sweep
+    assert sweep.main(sweep_flags(output)) == 0
+    assert table(output) == table(finished)
     taken = steps(output).split()
     assert list(map(int, dict.fromkeys(taken))) == list(range(20)) and len(taken) <= 21
 
 
-def test_a_run_that_is_killed_leaves_the_others(undisturbed, stand_ins, processes, tmp_path):
-    output = tmp_path / "disturbed"
-    process = start(processes, stand_ins, output)
-    (killed,) = children(process.pid)
-    os.kill(killed, signal.SIGKILL)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 1
-    assert "FAILED in train, ended by SIGKILL, often for want of memory" in said
-    assert "1 of 3 runs failed (mov-seed0): the same command tries them again" in said
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_sweep_saves_and_resumes(
+    finished, stand_ins, monkeypatch, tmp_path, capsys, number
+):
+    output = tmp_path / "interrupted"
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt() -> None:
+        wait_for_step_4(output)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    try:
+        with monkeypatch.context() as slow:
+            slow.setenv("STAND_IN_PAUSE", "0.2")
+            thread.start()
+            assert sweep.main(sweep_flags(output)) == 130
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, previous)
+    assert "run the same command to continue" in capsys.readouterr().err
+    assert (output / "mov-seed0" / "saved").exists()
+    check_resumes(output, finished)
+
+
+def test_killed_sweep_kills_its_training_and_resumes(finished, stand_ins, processes, tmp_path):
+    output = tmp_path / "killed"
+    process = processes(
+        [sys.executable, stand_ins / "driver.py", *sweep_flags(output)],
+        env={**os.environ, "STAND_IN_PAUSE": "0.2"},
+    )
+    wait_for_step_4(output, process)
+    process.kill()
+    process.wait()
+    time.sleep(0.5)
+    check_resumes(output, finished)
+
+
+def test_killed_training_leaves_the_other_runs(finished, stand_ins, monkeypatch, tmp_path, capsys):
+    output = tmp_path / "killed"
+    with monkeypatch.context() as killing:
+        killing.setenv("KILLED_RUN", "mov-seed0")
+        assert sweep.main(sweep_flags(output)) == 1
+    captured = capsys.readouterr()
+    assert "FAILED in train, ended by SIGKILL, often for lack of memory" in captured.out
+    assert "1 of 3 runs failed (mov-seed0): run the same command to retry them" in captured.err
     assert "seed1" in table(output) and "seed0" not in table(output)
-    assert sweep.main(flags_of(output)) == 0
-    assert table(output) == table(undisturbed)
+    assert sweep.main(sweep_flags(output)) == 0
+    assert table(output) == table(finished)
 
 
 def children(parent: int) -> list[int]:
-    """The processes that a process started (Linux)."""
+    """Returns the processes that a process started (Linux)."""
     return [*map(int, pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split())]
 
 
-def test_failures_are_told_and_may_stop_it(stand_ins, tmp_path, capsys):
+def test_failed_runs_are_reported(stand_ins, tmp_path, capsys):
     bad, good = "methods/mov.gin+NUM_EXPERTS=13", "methods/mov.gin"
     flags = [bad, good, *FLAGS, "--no_base"]
     assert sweep.main([*flags, f"--output={tmp_path / 'a'}"]) == 1
-    told = capsys.readouterr()
-    assert "FAILED in train, exit 1: error: thirteen is too many (log: " in told.out
-    assert "1 of 2 runs failed (mov_NUM_EXPERTS=13-seed0)" in told.err
+    captured = capsys.readouterr()
+    assert "FAILED in train, exit code 1: error: thirteen is too many (log: " in captured.out
+    assert "1 of 2 runs failed (mov_NUM_EXPERTS=13-seed0)" in captured.err
     assert (tmp_path / "a" / "mov-seed0" / "results").is_dir()
     assert sweep.main([*flags, f"--output={tmp_path / 'b'}", "--stop_at_failure"]) == 1
     assert not (tmp_path / "b" / "mov-seed0").exists()
 
 
-def test_other_settings_are_refused_and_another_scoring_is_done(
-    undisturbed, stand_ins, tmp_path, capsys
+def test_changed_settings_are_refused_and_changed_evaluation_is_repeated(
+    finished, stand_ins, tmp_path, capsys
 ):
-    output = shutil.copytree(undisturbed, tmp_path / "copy")
-    assert sweep.main(flags_of(output, "--gin.BATCH_SIZE=3")) == 1
+    output = shutil.copytree(finished, tmp_path / "copy")
+    assert sweep.main(sweep_flags(output, "--gin.BATCH_SIZE=3")) == 1
     error = capsys.readouterr().err
-    assert "BATCH_SIZE = 32, expected the same to go on, found 3: choose another --output" in error
-    # what no result hangs on may change
-    assert sweep.main(flags_of(output, "--gin.LOG_PERIOD=3")) == 0
-    assert capsys.readouterr().out.count("finished before") == 3
-    (output / "mov-seed0" / "results" / "of_before").touch()
-    assert sweep.main(flags_of(output, "--evaluate=runs/evaluate.gin+EVAL_EXAMPLES=4")) == 0
-    assert "finished before" not in capsys.readouterr().out
-    assert len(steps(output).split()) == 20  # scored again, not trained again
-    assert not (output / "mov-seed0" / "results" / "of_before").exists()
+    assert "expected BATCH_SIZE = 32, as its run has, got 3: choose another --output" in error
+    # settings that no result depends on may change
+    assert sweep.main(sweep_flags(output, "--gin.LOG_PERIOD=3")) == 0
+    assert capsys.readouterr().out.count("already finished") == 3
+    (output / "mov-seed0" / "results" / "stale").touch()
+    assert sweep.main(sweep_flags(output, "--evaluate=runs/evaluate.gin+EVAL_EXAMPLES=4")) == 0
+    assert "already finished" not in capsys.readouterr().out
+    assert len(steps(output).split()) == 20  # evaluated again, not trained again
+    assert not (output / "mov-seed0" / "results" / "stale").exists()
 
 
-def test_a_folder_of_something_else_is_refused(stand_ins, tmp_path, capsys):
+def test_other_folders_are_refused(stand_ins, tmp_path, capsys):
     (tmp_path / "out" / "mov-seed1").mkdir(parents=True)
     (tmp_path / "out" / "mov-seed1" / "precious").touch()
-    assert sweep.main(flags_of(tmp_path / "out")) == 1
-    assert "mov-seed1 holds what no sweep wrote" in capsys.readouterr().err
+    assert sweep.main(sweep_flags(tmp_path / "out")) == 1
+    assert "mov-seed1: expected a run of a sweep" in capsys.readouterr().err
     assert not (tmp_path / "out" / "mov-seed0").exists()
 
 
-def test_two_sweeps_in_a_folder_are_refused(tmp_path):
+def test_two_sweeps_in_one_folder_are_refused(tmp_path):
     with (
         subprocesses.exclusive_lock(tmp_path / "out"),
         pytest.raises(InputError, match="another sweep"),
-        subprocesses.exclusive_lock(tmp_path / "out", patience=0.3),
+        subprocesses.exclusive_lock(tmp_path / "out", timeout=0.3),
     ):
         pass
-    with subprocesses.exclusive_lock(tmp_path / "out", patience=0):  # free again
+    with subprocesses.exclusive_lock(tmp_path / "out", timeout=0):  # released
         pass
 
 
-# --- and with the real ones ---
+# --- running, with real trainings ---
 
 
 @pytest.mark.slow
-def test_killed_trainings_end_like_undisturbed_ones(processes, tmp_path):
-    """The sweep is killed in one training, a training in the other: equal to the bit at the end."""
+def test_killed_trainings_end_like_uninterrupted_ones(processes, tmp_path):
+    """Kills the sweep in one training and the second training itself: bit-equal results."""
     write_folder(tmp_path / "tasks")
     write_vocabulary(tmp_path / "vocab.model")
     flags = ["methods/mov.gin", *TINY, "--evaluate=runs/evaluate.gin", "--seeds=0,1", "--no_base"]
@@ -375,10 +413,10 @@ def test_killed_trainings_end_like_undisturbed_ones(processes, tmp_path):
 
     for name in ("mov-seed0", "mov-seed1"):
         whole, _, _ = checkpoints.open_trainable(str(tmp_path / "whole" / name))
-        other, _, step = checkpoints.open_trainable(str(parts / name))
-        assert step == 160 and whole.keys() == other.keys()
+        resumed, _, step = checkpoints.open_trainable(str(parts / name))
+        assert step == 160 and whole.keys() == resumed.keys()
         for path, array in whole.items():
-            assert (array.read() == other[path].read()).all(), path
+            assert (array.read() == resumed[path].read()).all(), path
     tables = [
         (tmp_path / name / "report.json").read_text().replace(f"/{name}/", "/")
         for name in ("whole", "parts")
