@@ -1,4 +1,4 @@
-"""What the quickstart bundles: a sample of prompted tasks, its vocabulary and a pretrained base."""
+"""The quickstart bundle: a sample of prompted tasks, its vocabulary and a pretrained base model."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ _HERE = Path(__file__).parent
 
 
 def sample() -> str:
-    """The folder of <task>/<split>.jsonl."""
+    """Returns the path of the folder of <task>/<split>.jsonl."""
     return str(_HERE / "sample")
 
 
 def vocabulary() -> str:
-    """The SentencePiece file of sample and base."""
+    """Returns the path of the SentencePiece model."""
     return str(_HERE / "vocab.model")
 
 
 def base() -> str:
-    """The pretrained model; `gin/models/quickstart.gin` has its dimensions."""
+    """Returns the path of the base model; `gin/models/quickstart.gin` has its dimensions."""
     return str(_HERE / "base.safetensors")

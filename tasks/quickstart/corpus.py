@@ -1,9 +1,9 @@
-"""The pretraining text: stories of the small world, what is known in it, questions and answers.
+"""The pretraining text: stories of the small world, facts, questions and answers.
 
-No line uses a prompt of the sample. The questions here are asked and mostly answered in whole
-sentences ("What is it about? It is about music."), while the sample's prompts instruct, name their
-choices and want a bare label. Every word of the sample's prompts occurs here, because embeddings
-stay frozen when adapters are trained.
+No line uses a prompt of the sample. Questions here are mostly answered in whole sentences ("What is
+it about? It is about music."), while the sample's prompts give instructions, list their choices and
+expect a bare label. Every word of the prompts occurs here, because adapters are trained with frozen
+embeddings.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _truth(rng: Rng, true: bool) -> str:
 
 
 def _claim(rng: Rng, statement: str) -> str:
-    """The statement (without capital and full stop), put as something to be judged."""
+    """Returns a claim or question about a statement (lower case, without a full stop)."""
     return rng.pick(
         (
             f"Is it true that {statement}?",
@@ -57,12 +57,12 @@ def _claim(rng: Rng, statement: str) -> str:
 
 
 def _answer(rng: Rng, sentence: str, word: str) -> str:
-    """An answer in a sentence, mostly; now and then the bare word after a lead."""
+    """Returns an answer: a sentence, or with probability 0.3 the bare word introduced."""
     return sentence if rng.chance(0.7) else rng.pick((f"The answer is {word}.", f"Answer: {word}."))
 
 
 def plain(rng: Rng, topic: Topic) -> str:
-    """A story."""
+    """Returns a story."""
     if rng.chance(0.3):
         first = future(rng, topic)
         return f"{first} {future(rng, topic)}" if rng.chance(0.5) else first
@@ -85,7 +85,7 @@ def plain(rng: Rng, topic: Topic) -> str:
 
 
 def known(rng: Rng, topic: Topic) -> str:
-    """What is known of things, places and jobs."""
+    """Returns a fact about things, places and jobs."""
     thing, other, more = rng.several(topic.things, 3)
     place, job = rng.pick(topic.places), rng.pick(topic.jobs)
     return rng.pick(
@@ -103,11 +103,12 @@ def known(rng: Rng, topic: Topic) -> str:
 
 
 def about(rng: Rng, topic: Topic) -> str:
-    """A story, and what it is about."""
+    """Returns a story and its topic."""
     text = story(rng, topic) if rng.chance(0.7) else future(rng, topic)
     if rng.chance(0.4):
-        told = topic.name if rng.chance(0.5) else rng.pick(TOPIC_NAMES)
-        return f"{text} {_claim(rng, f'it is about {told}')} {_truth(rng, told == topic.name)}"
+        claimed = topic.name if rng.chance(0.5) else rng.pick(TOPIC_NAMES)
+        claim = _claim(rng, f"it is about {claimed}")
+        return f"{text} {claim} {_truth(rng, claimed == topic.name)}"
     return rng.pick(
         (
             f"{text} What is it about? {_answer(rng, f'It is about {topic.name}.', topic.name)}",
@@ -120,7 +121,7 @@ def about(rng: Rng, topic: Topic) -> str:
 
 
 def title(rng: Rng, topic: Topic) -> str:
-    """A story and its title."""
+    """Returns a story with its title."""
     name, text = rng.pick(topic.titles), story(rng, topic)
     return rng.pick(
         (
@@ -131,8 +132,8 @@ def title(rng: Rng, topic: Topic) -> str:
     )
 
 
-def praise(rng: Rng, topic: Topic) -> str:
-    """An opinion, and whether it is a good one."""
+def sentiment(rng: Rng, topic: Topic) -> str:
+    """Returns an opinion and its sentiment."""
     good = rng.chance(0.5)
     text = opinion(rng, topic, good)
     word = "good" if good else "bad"
@@ -157,7 +158,7 @@ def praise(rng: Rng, topic: Topic) -> str:
 
 
 def feeling(rng: Rng, topic: Topic) -> str:
-    """How a feeling shows, and which it is."""
+    """Returns a person who shows a feeling, and its name."""
     name, felt = rng.pick(NAMES), rng.pick(tuple(FEELINGS))
     text = feeling_shown(rng, name, felt)
     if rng.chance(0.4):
@@ -174,7 +175,7 @@ def feeling(rng: Rng, topic: Topic) -> str:
 
 
 def place(rng: Rng, topic: Topic) -> str:
-    """Where things, jobs and stories belong."""
+    """Returns a question or fact about a place."""
     where, thing, job = rng.pick(topic.places), rng.pick(topic.things), rng.pick(topic.jobs)
     return rng.pick(
         (
@@ -190,13 +191,12 @@ def place(rng: Rng, topic: Topic) -> str:
 
 
 def belongs(rng: Rng, topic: Topic) -> str:
-    """Which topic a thing belongs to."""
+    """Returns the topic that a thing belongs to."""
     thing = rng.pick(topic.things)
     if rng.chance(0.4):
-        told = topic.name if rng.chance(0.5) else rng.pick(TOPIC_NAMES)
-        return (
-            f"{_claim(rng, f'{a(thing)} has to do with {told}')} {_truth(rng, told == topic.name)}"
-        )
+        claimed = topic.name if rng.chance(0.5) else rng.pick(TOPIC_NAMES)
+        claim = _claim(rng, f"{a(thing)} has to do with {claimed}")
+        return f"{claim} {_truth(rng, claimed == topic.name)}"
     return (
         f"What does {a(thing)} belong to? "
         f"{_answer(rng, f'It belongs to {topic.name}.', topic.name)}"
@@ -204,15 +204,15 @@ def belongs(rng: Rng, topic: Topic) -> str:
 
 
 def time(rng: Rng, topic: Topic) -> str:
-    """A story, and whether it is past or to come."""
+    """Returns a sentence and whether it is in the past or the future."""
     later = rng.chance(0.5)
     text = future(rng, topic) if later else past(rng, topic)
     word = "future" if later else "past"
     if rng.chance(0.3):
-        told = rng.chance(0.5)
+        claims_future = rng.chance(0.5)
         return (
-            f"{text} {_claim(rng, 'this is in the ' + ('future' if told else 'past'))} "
-            f"{_truth(rng, told == later)}"
+            f"{text} {_claim(rng, 'this is in the ' + ('future' if claims_future else 'past'))} "
+            f"{_truth(rng, claims_future == later)}"
         )
     return rng.pick(
         (
@@ -225,18 +225,18 @@ def time(rng: Rng, topic: Topic) -> str:
 
 
 def persons(rng: Rng, topic: Topic) -> str:
-    """Who did what, and whom a pronoun means."""
+    """Returns a text on who did what, or on the referent of a pronoun."""
     she, he = rng.pick(FEMALE), rng.pick(MALE)
-    one, two = rng.shuffled((she, he))
+    first, second = rng.shuffled((she, he))
     name = rng.pick((she, he))
     word = capital(pronoun(name))
     doing = past(rng, topic, word, time=0.0)
     did = doing.removeprefix(word + " ").removesuffix(".")
     return rng.pick(
         (
-            f"{one} and {two} went to the {rng.pick(topic.places)}. {doing} It was {name} who "
+            f"{first} and {second} went to the {rng.pick(topic.places)}. {doing} It was {name} who "
             f"{did}.",
-            f"{one} met {two} in the {rng.pick(topic.places)}. {doing} Who {did}? "
+            f"{first} met {second} in the {rng.pick(topic.places)}. {doing} Who {did}? "
             f"{_answer(rng, f'It was {name}.', name)}",
             f"{name} was in the {rng.pick(topic.places)}. {doing}",
             f"{past(rng, topic, name)} {past(rng, topic, word)} Who was it? "
@@ -248,7 +248,7 @@ def persons(rng: Rng, topic: Topic) -> str:
 
 
 def needs(rng: Rng, topic: Topic) -> str:
-    """A need and what follows from it."""
+    """Returns a need and its consequence."""
     name, state = rng.pick(NAMES), rng.pick(STATES)
     thing, do, did = NEEDS[state]
     p = pronoun(name)
@@ -266,8 +266,8 @@ def needs(rng: Rng, topic: Topic) -> str:
     )
 
 
-def again(rng: Rng, topic: Topic) -> str:
-    """Two sentences that fit together, or do not."""
+def comparison(rng: Rng, topic: Topic) -> str:
+    """Returns two sentences and whether they have to do with the same thing."""
     if rng.chance(0.4):
         first = past(rng, topic)
         fits = rng.chance(0.5)
@@ -292,7 +292,7 @@ def again(rng: Rng, topic: Topic) -> str:
 
 
 def senses(rng: Rng, topic: Topic) -> str:
-    """An ambiguous word in one of its senses."""
+    """Returns a text that uses an ambiguous word in one of its senses."""
     word = rng.pick(tuple(SENSES))
     meant = rng.pick(SENSES[word])
     text = sense(rng, word, TOPIC[meant])
@@ -307,7 +307,7 @@ def senses(rng: Rng, topic: Topic) -> str:
 
 
 def exam(rng: Rng, topic: Topic) -> str:
-    """A lesson at school: brings in the words that instructions use."""
+    """Returns a text about lessons, which covers the words of the prompts' instructions."""
     things = ", ".join(rng.several(topic.things, 3))
     question = rng.pick(
         ("question", "label", "category", "topic", "title", "sentence", "review", "subject")
@@ -341,27 +341,28 @@ def exam(rng: Rng, topic: Topic) -> str:
     )
 
 
+# (kind of text, weight)
 KINDS = (
     (plain, 4),
     (known, 4),
     (about, 5),
     (title, 2),
-    (praise, 6),
+    (sentiment, 6),
     (feeling, 6),
     (place, 4),
     (belongs, 3),
     (time, 4),
     (persons, 5),
     (needs, 4),
-    (again, 5),
+    (comparison, 5),
     (senses, 3),
     (exam, 3),
 )
 
 
 def lines(seed: int, n: int) -> Iterator[str]:
-    """`n` lines of pretraining text, a text each."""
+    """Yields `n` lines of pretraining text, one text per line."""
     rng = Rng(f"corpus {seed}")
-    bag = [kind for kind, weight in KINDS for _ in range(weight)]
+    kinds = [kind for kind, weight in KINDS for _ in range(weight)]
     for _ in range(n):
-        yield rng.pick(bag)(rng, rng.pick(TOPICS))
+        yield rng.pick(kinds)(rng, rng.pick(TOPICS))

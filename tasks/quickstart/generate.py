@@ -1,10 +1,9 @@
-"""Writes what the quickstart is made of: the sample, the vocabulary and the pretraining text.
+"""Generates the quickstart's sample, vocabulary and pretraining text.
 
     python -m pemoe_jax.tasks.quickstart.generate OUT_DIR
 
-`OUT_DIR/sample/<task>/<split>.jsonl` with an `INDEX.json`, `OUT_DIR/corpus.txt`, and
-`OUT_DIR/vocab.model` (the last only where there is none yet, or with `--vocab`). Equal seeds give
-equal files.
+Writes `OUT_DIR/sample/<task>/<split>.jsonl` with an `INDEX.json`, `OUT_DIR/corpus.txt`, and
+`OUT_DIR/vocab.model` if it does not exist or with `--vocab`. The files depend only on the seed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from pemoe_jax.tasks.quickstart.world import (
 )
 
 CORPUS_LINES = 150_000
-# examples per prompt, by whether its data set is held out
+# {whether the dataset is held out: {split: examples per prompt}}
 SIZES = {False: {"train": 130, "validation": 30}, True: {"validation": 100}}
 
 Line = dict[str, Any]
@@ -42,17 +41,18 @@ Line = dict[str, Any]
 def _rows(
     dataset: Dataset, prompt: Prompt, split: str, n: int, taken: set[str], seed: int
 ) -> list[Line]:
-    """`n` examples not in `taken` (and added to it), no answer more frequent than by chance."""
+    """Returns `n` examples with balanced answers that are not in `taken`, and adds them to it."""
     rng = Rng(f"sample {seed} {dataset.name} {prompt.name} {split}")
     lines: list[Line] = []
     answers: collections.Counter[str] = collections.Counter()
-    for _ in range(100 * n):  # enough for the data sets of few words
+    # Datasets of few words repeat themselves, and a draw with a frequent answer is rejected.
+    for _ in range(100 * n):
         if len(lines) == n:
             break
         line = prompt.render(dataset.draw(rng))
         key = json.dumps(line, sort_keys=True)
-        most = math.ceil(n / len(line["answer_choices"]))
-        if key not in taken and answers[line["targets"]] < most:
+        max_count = math.ceil(n / len(line["answer_choices"]))
+        if key not in taken and answers[line["targets"]] < max_count:
             taken.add(key)
             answers[line["targets"]] += 1
             lines.append(line)
@@ -60,14 +60,14 @@ def _rows(
 
 
 def odd_rows(seed: int) -> dict[str, list[Line]]:
-    """Rows as real data has them, by `<task>/<split>`: counted and reported, never a crash."""
+    """Returns {<task>/<split>: odd rows} such as real data contains; readers report them."""
     rng = Rng(f"odd {seed}")
     topic = TOPICS[0]
     long_text = " ".join(detail(rng, topic) for _ in range(300)).split()
     long_story = " ".join(long_text[:2000])
     fifty = [f"{capital(name)} and the {thing}" for name in NAMES for thing in topic.things][:50]
     return {
-        # not among its choices
+        # a target that is not among its choices
         "town_news_which_topic/train": [
             {
                 "inputs": f"{story(rng, topic)} Which topic is this text about?",
@@ -75,7 +75,7 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
                 "answer_choices": list(TOPIC_NAMES[:4]),
             }
         ],
-        # choices doubled
+        # doubled choices
         "guest_reviews_liked/train": [
             {
                 "inputs": (
@@ -86,11 +86,11 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
                 "answer_choices": ["yes", "no", "yes"],
             }
         ],
-        # empty input
+        # an empty input
         "town_calendar_past_or_future/train": [
             {"inputs": "", "targets": "past", "answer_choices": ["past", "future"]}
         ],
-        # 2,000 words
+        # an input of 2,000 words
         "topic_check_yes_or_no/train": [
             {"inputs": long_story, "targets": "yes", "answer_choices": ["yes", "no"]}
         ],
@@ -132,19 +132,17 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
 
 
 def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
-    """The sample's files, `<task>/<split>` to its lines, and the index, task to its entry."""
+    """Returns the files {<task>/<split>: lines} and the index {task: entry}."""
     files: dict[str, list[Line]] = {}
     index: dict[str, Line] = {}
     odd = odd_rows(seed)
     for dataset in DATASETS:
         for prompt in dataset.prompts:
             task, taken = f"{dataset.name}_{prompt.name}", set[str]()
-            for split, n in reversed(
-                SIZES[dataset.held_out].items()
-            ):  # the smaller split first: few-worded tasks run out of rows
-                files[f"{task}/{split}"] = _rows(dataset, prompt, split, n, taken, seed) + odd.get(
-                    f"{task}/{split}", []
-                )
+            # The smaller split first: datasets of few words run out of distinct rows.
+            for split, n in reversed(SIZES[dataset.held_out].items()):
+                rows = _rows(dataset, prompt, split, n, taken, seed)
+                files[f"{task}/{split}"] = rows + odd.get(f"{task}/{split}", [])
             splits = {split: files[f"{task}/{split}"] for split in SIZES[dataset.held_out]}
             lines = [line for rows in splits.values() for line in rows]
             choices = {
@@ -174,7 +172,7 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
 
 
 def write_sample(folder: pathlib.Path, seed: int = 0) -> None:
-    """The sample and its index."""
+    """Writes the sample and its index."""
     files, index = sample(seed)
     for name, lines in files.items():
         path = folder / f"{name}.jsonl"
@@ -184,18 +182,18 @@ def write_sample(folder: pathlib.Path, seed: int = 0) -> None:
 
 
 def write_corpus(path: pathlib.Path, seed: int = 0, n: int = CORPUS_LINES) -> None:
-    """The pretraining text, a text a line."""
+    """Writes the pretraining text, one text per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         file.writelines(line + "\n" for line in corpus.lines(seed, n))
 
 
 def write_vocabulary(path: pathlib.Path, corpus_path: pathlib.Path) -> None:
-    """A SentencePiece model: case folded, a piece for each word of the text, letters for others."""
+    """Writes a case-folding SentencePiece model with a piece per word of the text, and letters."""
     import sentencepiece
 
     words = set(re.findall("[a-z]+", corpus_path.read_text().lower()))
-    model = io.BytesIO()  # a file's name would be written into it
+    model = io.BytesIO()  # SentencePiece would write the name of a file into the model
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(string.ascii_lowercase + string.digits + ".,:;?!'-()"),
         model_writer=model,
@@ -214,14 +212,16 @@ def write_vocabulary(path: pathlib.Path, corpus_path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description="Write the quickstart's sample, vocabulary and pretraining text."
     )
     parser.add_argument("out_dir", type=pathlib.Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=int, default=CORPUS_LINES, help="lines of pretraining text")
-    parser.add_argument("--vocab", action="store_true", help="train the vocabulary anew")
+    parser.add_argument(
+        "--vocab", action="store_true", help="train the vocabulary even if it exists"
+    )
     args = parser.parse_args()
     write_sample(args.out_dir / "sample", args.seed)
     write_corpus(args.out_dir / "corpus.txt", args.seed, args.lines)

@@ -1,7 +1,7 @@
-"""The sample's data sets and their prompts.
+"""The sample's datasets and their prompts.
 
-A data set draws a row: the fields of its templates, the options and the right one. A prompt renders
-it: a template, and the words in which its answers are given where they are not the options.
+A dataset draws rows: the fields of its templates, the answer and all options. A prompt renders a
+row: a template, and labels if the prompt expects other words than the options as answers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pemoe_jax.tasks.quickstart.world import (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Fields of the templates, the right option, and all options."""
+    """The fields of the templates, the correct option, and all options."""
 
     fields: Mapping[str, str]
     answer: str
@@ -46,17 +46,22 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A way of asking."""
+    """A prompt template.
+
+    Attributes:
+      name: name of the prompt.
+      template: format string over the fields and options of a row.
+      labels: {option: answer in the prompt's words}; None: the options themselves.
+      original: whether it asks the dataset's own question (P3's original-task flag).
+    """
 
     name: str
     template: str
-    labels: Mapping[str, str] | None = (
-        None  # option -> what the answer says; None: the option itself
-    )
-    original: bool = True  # asks the data set's own question (P3's original-task flag)
+    labels: Mapping[str, str] | None = None
+    original: bool = True
 
     def render(self, row: Row) -> dict[str, Any]:
-        """The row as a line of the sample."""
+        """Returns the row as a line of the sample."""
         fields = dict(row.fields)
         for n, option in enumerate(row.options, 1):
             fields[f"option{n}"] = option
@@ -71,7 +76,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """How rows are drawn, and the prompts that ask about them."""
+    """A function that draws rows, and the prompts that render them."""
 
     name: str
     task_type: str
@@ -137,8 +142,10 @@ def _kinds(rng: Rng) -> Row:
 def _topic_check(rng: Rng) -> Row:
     topic = rng.pick(TOPICS)
     true = rng.chance(0.5)
-    told = topic.name if true else rng.pick([name for name in TOPIC_NAMES if name != topic.name])
-    return Row({"text": story(rng, topic), "topic": told}, "yes" if true else "no", ("yes", "no"))
+    claimed = topic.name if true else rng.pick([name for name in TOPIC_NAMES if name != topic.name])
+    return Row(
+        {"text": story(rng, topic), "topic": claimed}, "yes" if true else "no", ("yes", "no")
+    )
 
 
 def _times(rng: Rng) -> Row:
@@ -191,7 +198,7 @@ def _endings(rng: Rng) -> Row:
 
 
 def _entailment(rng: Rng) -> Row:
-    """Does the hypothesis follow from the premise? About what happened, how it was, or when."""
+    """Draws a premise and a hypothesis about its topic, sentiment or time."""
     topic = rng.pick(TOPICS)
     true = rng.chance(0.5)
     kind = rng.below(3)
@@ -214,15 +221,15 @@ def _entailment(rng: Rng) -> Row:
 
 
 def _pronouns(rng: Rng) -> Row:
-    one, two = rng.shuffled((rng.pick(FEMALE), rng.pick(MALE)))
-    name = rng.pick((one, two))
+    first, second = rng.shuffled((rng.pick(FEMALE), rng.pick(MALE)))
+    name = rng.pick((first, second))
     topic = rng.pick(TOPICS)
     word = pronoun(name)
     verb = past(rng, topic, capital(word), time=0.0)
     meeting = rng.pick(
         (
-            f"{one} met {two} in the {rng.pick(topic.places)}.",
-            f"{one} and {two} went to the {rng.pick(topic.places)}.",
+            f"{first} met {second} in the {rng.pick(topic.places)}.",
+            f"{first} and {second} went to the {rng.pick(topic.places)}.",
         )
     )
     fields = {
@@ -230,7 +237,7 @@ def _pronouns(rng: Rng) -> Row:
         "pronoun": word,
         "did": verb.removeprefix(capital(word) + " ").removesuffix("."),
     }
-    return Row(fields, name, (one, two))
+    return Row(fields, name, (first, second))
 
 
 def _word_senses(rng: Rng) -> Row:
@@ -413,7 +420,7 @@ DATASETS = (
             Prompt("same_label", "{first} {second} Would you label both the same? Yes or no?"),
         ),
     ),
-    # Held out: none of these task types is trained on.
+    # Held out: no dataset above has one of these task types.
     Dataset(
         "next_lines",
         "sentence_completion",

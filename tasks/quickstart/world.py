@@ -1,8 +1,11 @@
-"""A small invented world: its words, and short English texts about it.
+"""A small invented world: its vocabulary, and templates of short English texts about it.
 
-What can be known in this world lies in which words occur together: eight topics with their things,
-places and jobs, words that praise and words that blame, feelings and how they show, needs and what
-follows from them, names, and time. The pretraining text and the sample are both written from it.
+The world's facts are co-occurrences: eight topics with their things, places and jobs; positive and
+negative adjectives; feelings and how people show them; needs and what satisfies them; names; past
+and future. Both the pretraining text and the sample are generated from them.
+
+The order of random draws in a function decides every later text: a change anywhere changes the
+committed sample, which a test regenerates.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ T = TypeVar("T")
 
 
 class Rng:
-    """Draws that depend on a seed alone (`Random.random` is what Python keeps stable)."""
+    """Random draws that are the same in every Python version."""
 
     def __init__(self, seed: str):
+        # Python guarantees a stable sequence for `random()` only, not for `choice` or `shuffle`.
         self._random = random.Random(seed)
 
     def chance(self, probability: float) -> bool:
@@ -31,9 +35,9 @@ class Rng:
         return options[self.below(len(options))]
 
     def several(self, options: Sequence[T], n: int) -> list[T]:
-        """`n` different options in random order."""
-        left = list(options)
-        return [left.pop(self.below(len(left))) for _ in range(n)]
+        """Returns `n` different options in random order."""
+        remaining = list(options)
+        return [remaining.pop(self.below(len(remaining))) for _ in range(n)]
 
     def shuffled(self, options: Sequence[T]) -> list[T]:
         return self.several(options, len(options))
@@ -45,13 +49,13 @@ def _words(text: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Topic:
-    """A field of life, and what is found in it."""
+    """A topic with the words that belong to it."""
 
     name: str
     places: tuple[str, ...]
     jobs: tuple[str, ...]
     things: tuple[str, ...]
-    # (present, past); any verb of a topic goes with any of its things
+    # (present, past); each verb fits every thing of its topic
     verbs: tuple[tuple[str, str], ...]
     titles: tuple[str, ...]
 
@@ -125,7 +129,7 @@ TOPICS = (
 TOPIC = {topic.name: topic for topic in TOPICS}
 TOPIC_NAMES = tuple(topic.name for topic in TOPICS)
 
-# word: its two senses, each a topic
+# ambiguous word: the topics of its two senses
 SENSES = {
     "star": ("music", "space"),
     "net": ("sport", "sailing"),
@@ -148,7 +152,7 @@ FEMALE = ("Anna", "Mary", "Lucy", "Emma", "Sarah", "Julia", "Clara", "Nina")
 MALE = ("Paul", "Peter", "Tom", "David", "Jack", "Henry", "Oscar", "Victor")
 NAMES = FEMALE + MALE
 
-# feeling: how it shows
+# feeling: verbs that show it
 FEELINGS = {
     "happy": ("smiled", "laughed", "cheered", "danced"),
     "sad": ("cried", "wept", "sighed", "mourned"),
@@ -156,7 +160,7 @@ FEELINGS = {
     "afraid": ("trembled", "hid", "screamed", "shivered"),
 }
 
-# state: (what one needs, present, past: what one does about it)
+# state: (need, action in the present, action in the past)
 NEEDS = {
     "hungry": ("a sandwich", "eat a sandwich", "ate a sandwich"),
     "thirsty": ("some water", "drink some water", "drank some water"),
@@ -175,29 +179,37 @@ FUTURE_TIMES = ("Tomorrow", "Next week", "Next year", "Soon", "In an hour")
 
 
 def a(word: str) -> str:
-    """The word with its article."""
+    """Returns the word with its indefinite article."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def pronoun(name: str) -> str:
-    """He or she."""
+    """Returns he or she."""
     return "she" if name in FEMALE else "he"
 
 
 def capital(text: str) -> str:
-    """The text with its first letter in upper case."""
+    """Returns the text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
 def who(rng: Rng, topic: Topic) -> str:
-    """A name, or somebody of the topic by their job."""
+    """Returns a subject: a name or one of the topic's jobs."""
     return rng.pick(NAMES) if rng.chance(0.5) else f"the {rng.pick(topic.jobs)}"
 
 
 def past(
     rng: Rng, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.3
 ) -> str:
-    """A sentence on the topic, in the past."""
+    """Returns a sentence on the topic in the past tense.
+
+    Args:
+      rng: random draws.
+      topic: topic of the sentence.
+      subject: its subject; None: a random one.
+      place: probability of a place.
+      time: probability of an adverb of time.
+    """
     subject = subject or who(rng, topic)
     thing, other = rng.several(topic.things, 2)
     middle = f"{rng.pick(topic.verbs)[1]} the {thing}"
@@ -213,7 +225,7 @@ def past(
 def future(
     rng: Rng, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.7
 ) -> str:
-    """A sentence on the topic, in the future."""
+    """Returns a sentence on the topic in the future tense; arguments as for `past`."""
     subject = subject or who(rng, topic)
     middle = f"will {rng.pick(topic.verbs)[0]} the {rng.pick(topic.things)}"
     if rng.chance(place):
@@ -224,7 +236,7 @@ def future(
 
 
 def detail(rng: Rng, topic: Topic) -> str:
-    """Another sentence on the topic, without praise, blame or time."""
+    """Returns a neutral sentence on the topic, without an opinion or a time."""
     thing, other = rng.several(topic.things, 2)
     place, job = rng.pick(topic.places), rng.pick(topic.jobs)
     return rng.pick(
@@ -240,12 +252,12 @@ def detail(rng: Rng, topic: Topic) -> str:
 
 
 def story(rng: Rng, topic: Topic) -> str:
-    """Two sentences on the topic."""
+    """Returns two sentences on the topic."""
     return f"{past(rng, topic)} {detail(rng, topic)}"
 
 
 def opinion(rng: Rng, topic: Topic, good: bool) -> str:
-    """One or two sentences that praise or blame something of the topic."""
+    """Returns one or two sentences with a positive or negative opinion."""
     word, more = rng.several(GOOD if good else BAD, 2)
     thing, place = rng.pick(topic.things), rng.pick(topic.places)
     first = rng.pick(
@@ -267,7 +279,7 @@ def opinion(rng: Rng, topic: Topic, good: bool) -> str:
 
 
 def feeling_shown(rng: Rng, name: str, feeling: str) -> str:
-    """A sentence that shows a feeling and does not name it."""
+    """Returns a sentence that shows a feeling without naming it."""
     sign, other = rng.several(FEELINGS[feeling], 2)
     return rng.pick(
         (
@@ -280,7 +292,7 @@ def feeling_shown(rng: Rng, name: str, feeling: str) -> str:
 
 
 def sense(rng: Rng, word: str, topic: Topic) -> str:
-    """A text in which an ambiguous word has the topic's sense."""
+    """Returns a sentence that uses an ambiguous word in the topic's sense."""
     place, job, thing = rng.pick(topic.places), rng.pick(topic.jobs), rng.pick(topic.things)
     return rng.pick(
         (

@@ -1,4 +1,4 @@
-"""The quickstart's sample, its generator, its pretraining tasks, and what it bundles."""
+"""The quickstart's sample, generator, pretraining tasks, vocabulary and base model."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     }
 
 
+@pytest.fixture(scope="module")
+def corpus_lines() -> list[str]:
+    return list(corpus.lines(0, 20_000))
+
+
 def is_odd(row: dict[str, Any]) -> bool:
     choices = row["answer_choices"]
     long = len(row["inputs"].split()) > 100
@@ -52,32 +57,36 @@ def is_odd(row: dict[str, Any]) -> bool:
     )
 
 
-def test_the_generator_writes_what_is_committed(tmp_path: pathlib.Path) -> None:
+def test_generator_reproduces_the_committed_sample(tmp_path: pathlib.Path) -> None:
     generate.write_sample(tmp_path / "sample")
-    made = {
+    generated = {
         file.relative_to(tmp_path / "sample"): file.read_text()
         for file in (tmp_path / "sample").rglob("*.json*")
     }
-    kept = {file.relative_to(SAMPLE): file.read_text() for file in SAMPLE.rglob("*.json*")}
-    assert made == kept
+    committed = {file.relative_to(SAMPLE): file.read_text() for file in SAMPLE.rglob("*.json*")}
+    assert generated == committed
 
 
-def test_the_vocabulary_is_the_corpus_s(tmp_path: pathlib.Path) -> None:
+def test_vocabulary_has_the_words_of_the_corpus(
+    corpus_lines: list[str], tmp_path: pathlib.Path
+) -> None:
     import sentencepiece
 
-    generate.write_corpus(tmp_path / "corpus.txt", n=20_000)
+    (tmp_path / "corpus.txt").write_text("".join(f"{line}\n" for line in corpus_lines))
     generate.write_vocabulary(tmp_path / "vocab.model", tmp_path / "corpus.txt")
-    made, kept = (
+    generated, committed = (
         sentencepiece.SentencePieceProcessor(str(path))
         for path in (tmp_path / "vocab.model", VOCAB)
     )
-    assert [made.id_to_piece(n) for n in range(len(made))] == [
-        kept.id_to_piece(n) for n in range(len(kept))
-    ]
+    pieces, expected = (
+        [model.id_to_piece(i) for i in range(len(model))] for model in (generated, committed)
+    )
+    assert pieces == expected
 
 
-def test_another_seed_gives_another_sample() -> None:
-    assert generate.sample(1)[0] != generate.sample(0)[0]
+def test_another_seed_generates_another_sample(rows: dict[str, Any]) -> None:
+    other = generate.sample(1)[0]
+    assert other.keys() == rows.keys() and other != rows
 
 
 def test_sizes() -> None:
@@ -103,7 +112,7 @@ def test_roles_and_task_types(index: dict[str, dict[str, Any]], rows: dict[str, 
         assert entry["n"] == {split: len(rows[f"{task}/{split}"]) for split in splits}
 
 
-def test_no_row_is_in_both_splits_and_answers_are_balanced(rows: dict[str, Any]) -> None:
+def test_splits_are_disjoint_and_answers_balanced(rows: dict[str, Any]) -> None:
     for name, lines in rows.items():
         task, split = name.split("/")
         plain = [row for row in lines if not is_odd(row)]
@@ -114,11 +123,11 @@ def test_no_row_is_in_both_splits_and_answers_are_balanced(rows: dict[str, Any])
                 for row in rows[f"{task}/validation"]
                 if (row["inputs"], tuple(row["answer_choices"])) in seen
             ]
-        most = collections.Counter(row["targets"] for row in plain).most_common(1)[0][1]
-        assert most <= 0.75 * len(plain), name
+        max_count = collections.Counter(row["targets"] for row in plain).most_common(1)[0][1]
+        assert max_count <= 0.75 * len(plain), name
 
 
-def test_every_kind_of_odd_row_is_there(rows: dict[str, Any]) -> None:
+def test_sample_contains_every_kind_of_odd_row(rows: dict[str, Any]) -> None:
     lines = [row for part in rows.values() for row in part]
     assert any(row["targets"] not in row["answer_choices"] for row in lines)
     assert any(len(set(row["answer_choices"])) < len(row["answer_choices"]) for row in lines)
@@ -128,29 +137,31 @@ def test_every_kind_of_odd_row_is_there(rows: dict[str, Any]) -> None:
     assert sum(map(is_odd, lines)) <= 10
 
 
-def test_every_word_of_the_sample_is_pretrained_and_one_piece(rows: dict[str, Any]) -> None:
+def test_every_word_of_the_sample_is_pretrained_and_one_piece(
+    rows: dict[str, Any], corpus_lines: list[str]
+) -> None:
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(str(VOCAB))
     assert (pieces.pad_id(), pieces.eos_id(), pieces.unk_id(), pieces.bos_id()) == (0, 1, 2, -1)
-    seen = collections.Counter(word for line in corpus.lines(0, 20_000) for word in words(line))
-    said = {
+    counts = collections.Counter(word for line in corpus_lines for word in words(line))
+    sample_words = {
         word
         for part in rows.values()
         for row in part
         if not is_odd(row)
         for word in words(row["inputs"] + " " + row["targets"])
     }
-    assert not {word for word in said if seen[word] < 5}
-    assert not {word for word in said if len(pieces.encode(word)) != 1}
+    assert not {word for word in sample_words if counts[word] < 5}
+    assert not {word for word in sample_words if len(pieces.encode(word)) != 1}
 
 
-def test_no_prompt_is_pretrained(rows: dict[str, Any]) -> None:
-    lines = set(corpus.lines(0, 20_000))
+def test_no_prompt_is_pretrained(rows: dict[str, Any], corpus_lines: list[str]) -> None:
+    lines = set(corpus_lines)
     assert not [row for part in rows.values() for row in part if row["inputs"] in lines]
 
 
-def test_span_corruption_takes_nothing_and_adds_nothing() -> None:
+def test_span_corruption_is_invertible() -> None:
     rng = np.random.default_rng(0)
     for length in (2, 3, 7, 40):
         ids = list(range(10, 10 + length))
@@ -164,27 +175,27 @@ def test_span_corruption_takes_nothing_and_adds_nothing() -> None:
         filled = [t for token in inputs for t in (spans[token] if token > 900 else [token])]
         assert filled == ids
         assert list(spans) == [999 - n for n in range(len(spans))]
-        # 40 tokens: round(40 * 0.3) = 12 cut out in round(12 / 2) = 6 spans
+        # 40 tokens: round(40 * 0.3) = 12 removed in round(12 / 2) = 6 spans
         if length == 40:
             assert (len(spans), sum(map(len, spans.values()))) == (6, 12)
 
 
-def test_prefix_lm_cuts_at_sentence_ends() -> None:
+def test_prefix_lm_splits_at_sentence_ends() -> None:
     rng = np.random.default_rng(0)
     ids = [5, 9, 7, 9, 5, 6, 7, 8, 9]
-    cuts = collections.Counter()
+    splits = collections.Counter()
     for _ in range(400):
         inputs, targets = pretrain.prefix_lm(ids, rng, sentence_ends=[9])
         assert inputs + targets == ids and inputs and targets
-        cuts[len(inputs)] += 1
+        splits[len(inputs)] += 1
     # after the last inner 9 with 0.5 + 0.25 / 2 + 0.25 / 8 = 0.65625 of 400 = 262,
     # after the first with 0.25 / 2 + 0.25 / 8 = 0.15625 = 62
-    assert 230 <= cuts[4] <= 295
-    assert 40 <= cuts[2] <= 90
-    assert set(cuts) == set(range(1, 9))
+    assert 230 <= splits[4] <= 295
+    assert 40 <= splits[2] <= 90
+    assert set(splits) == set(range(1, 9))
 
 
-def test_pretraining_tasks_give_batches(tmp_path: pathlib.Path) -> None:
+def test_pretraining_batches_are_reproducible(tmp_path: pathlib.Path) -> None:
     from pemoe_jax.data import feed, seqio_tasks
 
     path = tmp_path / "text.txt"
@@ -192,24 +203,24 @@ def test_pretraining_tasks_give_batches(tmp_path: pathlib.Path) -> None:
     pretrain.register(path, VOCAB)
     size = seqio_tasks.vocab_size(pretrain.PREFIX_LM)
     for name in (pretrain.SPAN_CORRUPTION, pretrain.PREFIX_LM):
-        one, two = (
+        first, second = (
             next(feed.train_batches(name, {"inputs": 64, "targets": 64}, 4, seed=3))
             for _ in range(2)
         )
-        assert one["encoder_segment_ids"].max() > 1
-        for key in one:
-            np.testing.assert_array_equal(one[key], two[key])
-        sentinels = one["encoder_input_tokens"] >= size - 100
+        assert first["encoder_segment_ids"].max() > 1
+        for key in first:
+            np.testing.assert_array_equal(first[key], second[key])
+        sentinels = first["encoder_input_tokens"] >= size - 100
         assert sentinels.any() == (name == pretrain.SPAN_CORRUPTION)
-        assert one["decoder_target_tokens"].max() < size
+        assert first["decoder_target_tokens"].max() < size
 
 
-def test_a_missing_text_is_one_line(tmp_path: pathlib.Path) -> None:
+def test_missing_text_is_an_input_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match="TEXT_PATH .*no such file"):
         pretrain.register(tmp_path / "nothing.txt", VOCAB)
 
 
-def test_the_base_fits_the_vocabulary() -> None:
+def test_base_model_fits_the_vocabulary() -> None:
     import sentencepiece
 
     from pemoe_jax.checkpoints import base_model

@@ -13,7 +13,6 @@ from pemoe_jax.core.errors import InputError
 
 if TYPE_CHECKING:
     import jax
-    import seqio
 
     from pemoe_jax.analysis.routing import probe as probe_lib
     from pemoe_jax.checkpoints import models
@@ -219,7 +218,7 @@ def read_examples(
 
 
 def _make_group(
-    task: "seqio.Task", index: int, row: Mapping[str, Any], lengths: Mapping[str, int]
+    task: Any, index: int, row: Mapping[str, Any], lengths: Mapping[str, int]
 ) -> "ChoiceGroup":
     from pemoe_jax.data import choices, seqio_tasks
 
