@@ -1,16 +1,18 @@
-"""Arrays that lie in a checkpoint: known by name, shape and type, read one by one when wanted."""
+"""Arrays of a checkpoint, known by name, shape and dtype before they are read."""
 
 import concurrent.futures
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.params import Params, PyTree
 from pemoe_jax.runtime import file_io
 
 Index = tuple[slice, ...]
@@ -18,11 +20,13 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that has not been read.
+    """An array that is read when it is needed, whole or in parts.
 
     Attributes:
-      shape, dtype: as it is stored.
-      read_slice: (one slice an axis) -> that part of it; raises InputError where it cannot.
+      shape: stored shape.
+      dtype: stored dtype.
+      read_slice: maps one slice per axis to that part of the array; raises `InputError` if the
+        part cannot be read.
     """
 
     shape: tuple[int, ...]
@@ -31,137 +35,138 @@ class LazyArray:
 
     @property
     def nbytes(self) -> int:
-        """Of the whole array, as stored."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        """Size of the whole array in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The whole array."""
+        """Reads the whole array."""
         return self.read_slice((slice(None),) * len(self.shape))
 
     @property
     def T(self) -> "LazyArray":
-        """Its transpose; reading it copies nothing more."""
+        """The transpose; reading it returns a transposed view and copies nothing."""
         return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read_slice(index[::-1]).T)
 
 
 def from_numpy(array: np.ndarray) -> LazyArray:
-    """An array that is in memory already."""
+    """Wraps an array in memory."""
     return LazyArray(array.shape, array.dtype, lambda index: array[index])
 
 
 def load_arrays(
     arrays: Mapping[str, LazyArray],
-    target: Any,
-    what: str,
+    target: Params,
+    source: str,
     report: Callable[[int], None] = lambda _: None,
-    made: Callable[[str, jax.Array], Any] = params_lib.identity,
-) -> dict[str, Any]:
-    """Reads a checkpoint's arrays, one by one, into the types and shardings of `target`.
+    transform: Callable[[str, jax.Array], PyTree] = params_lib.identity,
+) -> dict[str, PyTree]:
+    """Reads arrays onto devices, with the dtypes and shardings of `target`.
 
-    Names and shapes are compared before anything is read. Host memory at most: the parameters and
-    the largest stored array; other arrays are read ahead while they fit into that.
+    Names and shapes are compared before anything is read. Host memory peaks at the parameters
+    plus the largest stored array; arrays are read ahead as long as they fit into that.
 
     Args:
       arrays: path -> array, as stored.
-      target: tree of `jax.ShapeDtypeStruct`; without a sharding: on the default device.
-      what: names the checkpoint in errors.
-      report: called with the number of arrays that are read.
-      made: (path, array) -> what it is kept as, before the next array is placed.
+      target: tree of `jax.ShapeDtypeStruct`; one without a sharding goes to the default device.
+      source: name of the checkpoint in errors.
+      report: called with the number of arrays loaded so far.
+      transform: maps (path, array) to the value to return, before the next array is loaded.
 
     Returns:
-      Nested dict of what is made of jax arrays.
+      Nested dict of transformed jax arrays.
 
     Raises:
-      InputError: a name is missing, extra or of another shape; an array cannot be read or holds
-        values that are not finite.
+      InputError: an array is missing, extra, of another shape or not of floats, cannot be read,
+        or holds NaN or infinity.
     """
-    params_lib.check_matches(params_lib.unflatten(arrays), target, what)
-    wanted = params_lib.flatten(target)
-    for path in wanted:
-        if not jax.numpy.issubdtype(arrays[path].dtype, jax.numpy.floating):
-            raise InputError(f"{what}: {path}: expected floats, found {arrays[path].dtype}")
-    # the largest first: what reading takes beside the arrays is little where memory is fullest
-    order = sorted(wanted, key=lambda path: -arrays[path].nbytes)
-    placed: dict[str, Any] = {}
-    for path, pieces in _read_ahead({path: (arrays[path], wanted[path]) for path in order}):
-        if not all(map(params_lib.all_finite, pieces.values())):
-            raise InputError(f"{what}: {path} holds NaN or infinity")
-        placed[path] = made(path, _assemble(pieces, wanted[path]))
-        pieces.clear()  # the array holds the values now
-        report(len(placed))
-    return params_lib.unflatten({path: placed[path] for path in wanted})
+    params_lib.check_matches(params_lib.unflatten(arrays), target, source)
+    targets = params_lib.flatten(target)
+    for path in targets:
+        if not jnp.issubdtype(arrays[path].dtype, jnp.floating):
+            raise InputError(f"{source}: {path}: expected floats, got {arrays[path].dtype}")
+    # The largest first: the buffers of reading are then small when memory is fullest.
+    order = sorted(targets, key=lambda path: -arrays[path].nbytes)
+    loaded: dict[str, PyTree] = {}
+    for path, shards in _read_ahead({path: (arrays[path], targets[path]) for path in order}):
+        if not all(map(params_lib.all_finite, shards.values())):
+            raise InputError(f"{source}: {path} holds NaN or infinity")
+        loaded[path] = transform(path, _device_put(shards, targets[path]))
+        shards.clear()  # frees the host's copy before the next array arrives
+        report(len(loaded))
+    return params_lib.unflatten({path: loaded[path] for path in targets})
 
 
-_Pieces = dict[tuple[tuple[int, int], ...], np.ndarray]
+# ((start, stop) of each axis) -> that part of an array
+_Shards = dict[tuple[tuple[int, int], ...], np.ndarray]
+_Pending = tuple[str, int, "concurrent.futures.Future[_Shards]"]
 
 
 def _read_ahead(
-    wanted: Mapping[str, tuple[LazyArray, jax.ShapeDtypeStruct]],
-) -> Iterator[tuple[str, _Pieces]]:
-    """(path, its pieces in the wanted type), in order, read by threads within a limit of bytes.
+    targets: Mapping[str, tuple[LazyArray, jax.ShapeDtypeStruct]],
+) -> Iterator[tuple[str, _Shards]]:
+    """Yields (path, shards) in order, read by threads.
 
-    The limit is the largest array, counted until the next one is asked for.
+    Reads in flight, and the array that the caller holds, take at most the bytes of the largest
+    array: an array's bytes count until the next one is requested.
     """
-    limit = max((stored.nbytes for stored, _ in wanted.values()), default=0)
-    waiting: list[tuple[str, int, concurrent.futures.Future[_Pieces]]] = []
+    limit = max((array.nbytes for array, _ in targets.values()), default=0)
+    pending: list[_Pending] = []
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
-            for path, (stored, want) in wanted.items():
-                while waiting and sum(size for _, size, _ in waiting) + stored.nbytes > limit:
-                    yield _first(waiting)
-                waiting.append((path, stored.nbytes, pool.submit(_read_pieces, stored, want)))
-            while waiting:
-                yield _first(waiting)
-        finally:  # an error ends the reading
-            for _, _, future in waiting:
+            for path, (array, target) in targets.items():
+                while pending and sum(size for _, size, _ in pending) + array.nbytes > limit:
+                    yield _pop_first(pending)
+                pending.append((path, array.nbytes, pool.submit(_read_shards, array, target)))
+            while pending:
+                yield _pop_first(pending)
+        finally:  # after an error, do not read the rest
+            for _, _, future in pending:
                 future.cancel()
 
 
-def _first(waiting: list[tuple[str, int, Any]]) -> tuple[str, _Pieces]:
-    path, _, future = waiting[0]
-    pieces = future.result()
-    del waiting[0]  # not before it is here: until then its bytes count
-    return path, pieces
+def _pop_first(pending: list[_Pending]) -> tuple[str, _Shards]:
+    path, _, future = pending[0]
+    shards = future.result()
+    del pending[0]  # only now: its bytes count while it is being read
+    return path, shards
 
 
-def _read_pieces(stored: LazyArray, want: jax.ShapeDtypeStruct) -> _Pieces:
-    """What this process's devices hold of an array, each part read once."""
-    whole = (slice(None),) * len(want.shape)
-    indices = [whole]
-    if want.sharding is not None:
-        indices = list(want.sharding.addressable_devices_indices_map(want.shape).values())
-    parts = {_key(index, want.shape): index for index in indices}
-    return {
-        key: _row_by_row(stored.read_slice(index), np.dtype(want.dtype))
-        for key, index in parts.items()
-    }
+def _read_shards(array: LazyArray, target: jax.ShapeDtypeStruct) -> _Shards:
+    """Reads the parts that this process's devices hold, each part once."""
+    indices = [(slice(None),) * len(target.shape)]
+    if target.sharding is not None:
+        indices = list(target.sharding.addressable_devices_indices_map(target.shape).values())
+    # Devices that hold the same part (replicas) have the same key.
+    parts = {_bounds(index, target.shape): index for index in indices}
+    dtype = np.dtype(target.dtype)
+    return {key: _to_row_major(array.read_slice(index), dtype) for key, index in parts.items()}
 
 
-_BLOCK = 64  # rows and columns that a processor's cache holds together
+_BLOCK = 64  # columns per copy: 64 rows and 64 columns of float32 fit into the L1 cache
 
 
-def _row_by_row(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array in a type, its rows one after the other; a transposed one is turned in blocks."""
+def _to_row_major(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Casts an array; copies a transposed matrix in blocks of columns.
+
+    A plain copy of a transposed matrix reads one value per cache line; Hugging Face kernels are
+    stored [out, in], so all of them come transposed.
+    """
     if array.flags.c_contiguous or array.ndim != 2:
         return array.astype(dtype, copy=False)
-    turned = file_io.aligned_empty(array.shape, dtype)
+    result = file_io.aligned_empty(array.shape, dtype)
     for i in range(0, array.shape[1], _BLOCK):
-        turned[:, i : i + _BLOCK] = array[:, i : i + _BLOCK]
-    return turned
+        result[:, i : i + _BLOCK] = array[:, i : i + _BLOCK]
+    return result
 
 
-def _key(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    spans = (part.indices(size) for part, size in zip(index, shape, strict=True))
-    return tuple((start, stop) for start, stop, _ in spans)
+def _bounds(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _assemble(pieces: _Pieces, want: jax.ShapeDtypeStruct) -> jax.Array:
-    if want.sharding is None:
-        (piece,) = pieces.values()
-        return jax.device_put(piece)
-
-    def piece_at(index: Index | None) -> np.ndarray:
-        assert index is not None
-        return pieces[_key(index, want.shape)]
-
-    return jax.make_array_from_callback(want.shape, want.sharding, piece_at)
+def _device_put(shards: _Shards, target: jax.ShapeDtypeStruct) -> jax.Array:
+    if target.sharding is None:
+        (whole,) = shards.values()
+        return jax.device_put(whole)
+    return jax.make_array_from_callback(
+        target.shape, target.sharding, lambda index: shards[_bounds(index or (), target.shape)]
+    )

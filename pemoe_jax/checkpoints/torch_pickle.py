@@ -1,11 +1,15 @@
-"""Files of torch.save (`pytorch_model.bin`), read without torch: tensors and nothing else.
+"""Files of `torch.save` (`pytorch_model.bin`), read without torch and without running their pickle.
 
-<name>/data.pkl      a pickle: names, and of each tensor its storage, offset, shape and strides
-<name>/data/<key>    a storage: little-endian values, neither compressed nor padded
-<name>/byteorder     'little' or 'big'; older files lack it
+The zip archive holds:
 
-A pickle is a program that may call anything. Nothing here runs it: the few operations that a dict
-of tensors takes are followed step by step, on values of ours, and any other is refused.
+    <name>/data.pkl      a pickle: for each tensor its name, storage, offset, shape and strides
+    <name>/data/<key>    a storage: little-endian values, neither compressed nor padded
+    <name>/byteorder     'little' or 'big'; missing in older files
+
+A pickle is a program. This module interprets the few operations that a dict of tensors needs and
+refuses all others. `pickle.Unpickler` with a restricted `find_class` and `persistent_load` is
+shorter, but does not suffice: `find_class` does not see which values a pickle hashes, and a deeply
+nested tuple as a dict key overflows the C stack and kills the process (Python 3.11).
 """
 
 import dataclasses
@@ -15,7 +19,7 @@ import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -26,143 +30,146 @@ from pemoe_jax.checkpoints.safetensors_file import read_rows
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
-_STORAGES: dict[str, Any] = {
-    "torch.DoubleStorage": np.float64,
-    "torch.FloatStorage": np.float32,
-    "torch.HalfStorage": np.float16,
-    "torch.BFloat16Storage": ml_dtypes.bfloat16,
-    "torch.LongStorage": np.int64,
-    "torch.IntStorage": np.int32,
-    "torch.ShortStorage": np.int16,
-    "torch.CharStorage": np.int8,
-    "torch.ByteStorage": np.uint8,
-    "torch.BoolStorage": np.bool_,
+_STORAGES: dict[str, np.dtype] = {
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
 }
 _DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
 _GLOBALS = {_DICT, _TENSOR, _PARAMETER, *_STORAGES}
 
-_MOST_PICKLE = 10_000_000  # bytes; T5-XXL's has 0.1 million
-_MOST = 2**63  # of sizes, offsets and strides, in values
+_MAX_PICKLE_BYTES = 10_000_000  # T5-XXL's data.pkl has 0.1 MB
 _RESAVE = "torch.save(torch.load(path, weights_only=True), path)"
 
 
 def open_file(path: epath.Path) -> dict[str, LazyArray]:
-    """Name -> array; reads the zip's directory and the pickle, and no tensor.
+    """Opens a file; reads the zip's directory and the pickle, no tensor.
+
+    Returns:
+      name -> array.
 
     Raises:
-      InputError: no such file, not of torch.save's zip format, cut short, holds or asks for
-        anything besides tensors by name, or has a tensor that reaches out of its storage.
+      InputError: the file is missing, truncated, not in torch's zip format, contains anything
+        except a dict of tensors, or has a tensor that exceeds its storage.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     archive = _open_archive(path)
-    if archive.read("byteorder", default=b"little") != b"little":
-        raise InputError(f"{path}: expected little-endian values, found big-endian ones")
+    if "byteorder" in archive.entries and archive.read("byteorder") != b"little":
+        raise InputError(f"{path}: expected little-endian values, got big-endian ones")
     try:
-        found = _Pickle(archive).follow(archive.read("data.pkl"))
+        state = _Interpreter(archive).run(archive.read("data.pkl"))
     except (ValueError, TypeError, KeyError, IndexError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a pickle of tensors ({error!r:.200})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected tensors by name, found {_kind(found)}")
-    for name, value in found.items():
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: expected a dict of tensors, got {_kind(state)}")
+    for name, value in state.items():
         if not name.isprintable():
-            raise InputError(f"{path}: expected names of one line, found {name!r:.80}")
+            raise InputError(f"{path}: expected printable names, got {name!r:.80}")
         if not isinstance(value, LazyArray):
-            raise InputError(f"{path}: {name!r:.80}: expected a tensor, found {_kind(value)}")
-    return found
+            raise InputError(f"{path}: {name!r:.80}: expected a tensor, got {_kind(value)}")
+    return state
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "tensor" if isinstance(value, LazyArray) else type(value).__name__.lstrip("_")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Archive:
-    """A zip whose entries are read in ranges, which the standard library cannot.
+    """A zip archive whose uncompressed entries are read by byte range.
+
+    `zipfile` reads an entry from its start, whichever range is asked for (Python 3.11).
 
     Attributes:
-      path: of the file.
-      root: of all names in it, with a '/'.
-      entries: by name without the root.
+      path: the file.
+      entries: name, without the archive's top folder -> entry.
     """
 
     path: epath.Path
-    root: str
     entries: dict[str, zipfile.ZipInfo]
 
     def entry(self, name: str) -> zipfile.ZipInfo:
         if name not in self.entries:
-            raise InputError(f"{self.path}: expected an entry {name!r:.80}, found none")
+            raise InputError(f"{self.path}: expected an entry {name!r:.80}, got none")
         return self.entries[name]
 
-    def start(self, name: str) -> int:
-        """Of an entry's first byte in the file: behind a header that each entry has."""
+    def data_offset(self, name: str) -> int:
+        """Returns the position of an entry's first byte in the file."""
         offset = self.entry(name).header_offset
+        # The local header is read too: its extra field, with which torch aligns storages to 64
+        # bytes, is not the one of the central directory.
         header = file_io.read_range(self.path, offset, 30).tobytes()
         signature, name_size, extra_size = struct.unpack("<4s22x2H", header)
         if signature != b"PK\x03\x04":
-            raise InputError(f"{self.path}: {name!r:.80}: expected its zip header, found none")
+            raise InputError(f"{self.path}: {name!r:.80}: expected a zip header, got none")
         return offset + 30 + name_size + extra_size
 
-    def read(self, name: str, default: bytes | None = None) -> bytes:
-        if default is not None and name not in self.entries:
-            return default
-        return file_io.read_range(self.path, self.start(name), self.entry(name).file_size).tobytes()
+    def read(self, name: str) -> bytes:
+        offset = self.data_offset(name)
+        return file_io.read_range(self.path, offset, self.entry(name).file_size).tobytes()
 
 
 def _open_archive(path: epath.Path) -> _Archive:
-    length = path.stat().length
+    file_bytes = path.stat().length
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             entries = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
-        raise InputError(f"{path}: {_no_zip(path)}") from error
+        raise InputError(f"{path}: {_why_not_zip(path)}") from error
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise InputError(f"{path}: expected a file of torch.save, found a zip without its data.pkl")
+        raise InputError(f"{path}: expected a file of torch.save, got a zip without data.pkl")
+    # The directory is not to be trusted: sizes are checked before anything is allocated.
     for name, info in entries.items():
         end = info.header_offset + 30 + info.compress_size
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise InputError(f"{path}: {name!r:.80}: expected an entry that is not compressed")
-        if info.file_size != info.compress_size or info.header_offset < 0 or end > length:
+            raise InputError(f"{path}: {name!r:.80}: expected an uncompressed entry")
+        if info.file_size != info.compress_size or info.header_offset < 0 or end > file_bytes:
             raise InputError(
-                f"{path}: {name!r:.80}: cut short: it speaks of {info.file_size:,} bytes,"
-                f" the whole file has {length:,}"
+                f"{path}: {name!r:.80}: truncated: expected {info.file_size:,} bytes, the whole"
+                f" file has {file_bytes:,}"
             )
-    within = {name.removeprefix(roots[0]): info for name, info in entries.items()}
-    if within["data.pkl"].file_size > _MOST_PICKLE:
-        raise InputError(f"{path}: expected a pickle of at most {_MOST_PICKLE:,} bytes")
-    return _Archive(path, roots[0], within)
+    entries = {name.removeprefix(roots[0]): info for name, info in entries.items()}
+    if entries["data.pkl"].file_size > _MAX_PICKLE_BYTES:
+        raise InputError(f"{path}: expected a pickle of at most {_MAX_PICKLE_BYTES:,} bytes")
+    return _Archive(path, entries)
 
 
-def _no_zip(path: epath.Path) -> str:
-    """What is wrong with a file that cannot be opened as a zip."""
+def _why_not_zip(path: epath.Path) -> str:
     with path.open("rb") as file:
-        begins = file.read(4)
-    if begins == b"PK\x03\x04":
-        return "cut short: a file of torch.save without its end"
-    if begins[:1] == b"\x80":
-        return f"torch's old format, before 1.6: save it again with a newer torch: {_RESAVE}"
-    return "expected a file of torch.save, found something else"
+        start = file.read(4)
+    if start == b"PK\x03\x04":
+        return "truncated: a file of torch.save without its end"
+    if start[:1] == b"\x80":
+        return f"torch's format before 1.6: save it again with a newer torch: {_RESAVE}"
+    return "expected a file of torch.save, got something else"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Global:
-    """Stands for a function or class that a pickle names; it can do nothing."""
+    """Placeholder for a function or class that a pickle names; never called."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """Values that tensors lie in.
+    """Memory that tensors are views of.
 
     Attributes:
-      key: the entry `data/<key>`.
+      key: the archive's entry is `data/<key>`.
       dtype: of a value.
       size: number of values.
     """
@@ -172,46 +179,40 @@ class _Storage:
     size: int
 
 
-class _Pickle:
-    """Follows a pickle's operations on a stack, as the standard library's machine would.
-
-    Source: Lib/pickletools.py, which describes every operation and splits a pickle into them.
-    """
+class _Interpreter:
+    """Executes the allowed operations of a pickle on a stack; see Lib/pickletools.py for each."""
 
     def __init__(self, archive: _Archive) -> None:
         self.archive = archive
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[int, Any] = {}  # a dict: an index of 2**32 must not allocate a list
 
-    def follow(self, data: bytes) -> Any:
-        """What the pickle makes: dicts, lists, tuples, numbers, strings, and `Stored`."""
+    def run(self, data: bytes) -> object:
+        """Returns the pickled object, made of dicts, lists, tuples, scalars and `LazyArray`s."""
         argument: Any
         for operation, argument, _ in pickletools.genops(data):
             name = operation.name
             if name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[name](argument))
-            elif name in _PUTS:
+            elif name in ("BINPUT", "LONG_BINPUT"):
                 self.memo[argument] = self.stack[-1]
-            elif name in _GETS:
+            elif name in ("BINGET", "LONG_BINGET"):
                 self.stack.append(self.memo[argument])
             elif name in _OPERATIONS:
                 _OPERATIONS[name](self)
-            elif name in ("GLOBAL", "INST"):
-                self.ask_for(argument.replace(" ", "."))
-                if name == "INST":
-                    self.refuse("an instance")
+            elif name == "GLOBAL":
+                self.push_global(argument.replace(" ", "."))
             elif name not in ("PROTO", "FRAME", "STOP"):
-                self.refuse(f"pickle's operation {name}")
+                detail = f" of {argument}" if name == "INST" else ""
+                self.refuse(f"pickle operation {name}{detail}")
         return self.stack[-1]
 
-    def refuse(self, what: str) -> None:
-        what = what if what.isprintable() else ascii(what)  # one line, whatever it names
-        raise InputError(
-            f"{self.archive.path}: asks for {what:.200}: expected tensors and nothing else"
-        )
+    def refuse(self, what: str) -> NoReturn:
+        what = what if what.isprintable() else ascii(what)  # keeps the message on one line
+        raise InputError(f"{self.archive.path}: expected a pickle of tensors only, got {what:.200}")
 
-    def ask_for(self, name: str) -> None:
+    def push_global(self, name: str) -> None:
         if name not in _GLOBALS:
             self.refuse(name)
         self.stack.append(_Global(name))
@@ -220,84 +221,72 @@ class _Pickle:
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(name, str) or not isinstance(module, str):
             self.refuse("a global without a name")
-        self.ask_for(f"{module}.{name}")
+        self.push_global(f"{module}.{name}")
 
-    def mark(self) -> None:
-        self.marks.append(len(self.stack))
+    def pop_to_mark(self) -> list[Any]:
+        return self.pop(len(self.stack) - self.marks.pop())
 
-    def to_mark(self) -> list[Any]:
-        at = self.marks.pop()
-        found = self.stack[at:]
-        del self.stack[at:]
-        return found
+    def pop(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise IndexError("the stack is empty")
+        start = len(self.stack) - count
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
 
-    def join(self, size: int) -> None:
-        if len(self.stack) < size:
-            raise IndexError("its stack is empty")
-        parts = tuple(self.stack[len(self.stack) - size :])
-        del self.stack[len(self.stack) - size :]
-        self.stack.append(parts)
-
-    def add(self, values: list[Any]) -> None:
+    def append(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
             self.refuse(f"items of a {_kind(self.stack[-1])}")
         self.stack[-1].extend(values)
 
-    def set(self, pairs: list[Any]) -> None:
-        """Strings alone as keys: hashing a tuple that is nested deeply ends the interpreter."""
-        names, values = pairs[::2], pairs[1::2]
-        if not isinstance(self.stack[-1], dict) or not all(type(name) is str for name in names):
-            self.refuse("a dict whose keys are no strings")
-        self.stack[-1].update(zip(names, values, strict=True))
-
-    def set_one(self) -> None:
-        self.join(2)
-        self.set(list(self.stack.pop()))
-
-    def add_one(self) -> None:
-        self.add([self.stack.pop()])
+    def set_items(self, pairs: list[Any]) -> None:
+        keys, values = pairs[::2], pairs[1::2]
+        # Only strings: hashing a deeply nested tuple overflows the C stack.
+        if not isinstance(self.stack[-1], dict) or not all(type(key) is str for key in keys):
+            self.refuse("a dict whose keys are not strings")
+        self.stack[-1].update(zip(keys, values, strict=True))
 
     def build(self) -> None:
-        """A state dict's attribute `_metadata`, which nobody needs."""
+        """Drops the attribute `_metadata` of a state dict, which no reader needs."""
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
             self.refuse(f"attributes of a {_kind(self.stack[-1])}")
 
-    def persistent(self) -> None:
-        said = self.stack.pop()
-        match said:
+    def load_persistent(self) -> None:
+        match self.stack.pop():
             case ("storage", _Global(name), str(key), str(), size) if (
                 name in _STORAGES and _is_size(size)
             ):
-                dtype = np.dtype(_STORAGES[name])
-            case _:
-                self.refuse(f"an object by the id of a {_kind(said)}, not of a storage,")
-        needed, found = size * dtype.itemsize, self.archive.entry(f"data/{key}").file_size
-        if needed != found:
+                dtype = _STORAGES[name]
+            case other:
+                self.refuse(f"a persistent id that is not of a storage, a {_kind(other)}")
+        num_bytes, entry = size * dtype.itemsize, self.archive.entry(f"data/{key}")
+        if num_bytes != entry.file_size:
             raise InputError(
-                f"{self.archive.path}: storage {key!r:.80}: expected {needed:,} bytes,"
-                f" found {found:,}"
+                f"{self.archive.path}: storage {key!r:.80}: expected {num_bytes:,} bytes,"
+                f" got {entry.file_size:,}"
             )
         self.stack.append(_Storage(key, dtype, size))
 
     def reduce(self) -> None:
-        arguments, asked = self.stack.pop(), self.stack.pop()
-        match asked, arguments:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        match function, arguments:
             case _Global(name), () if name == _DICT:
                 self.stack.append({})
+            # The last argument, if present, marks views that negate or conjugate their storage.
             case _Global(name), (_Storage() as storage, offset, shape, strides, _, _, *more) if (
-                name == _TENSOR and more in ([], [None], [{}])  # else: bits for conjugate, negative
+                name == _TENSOR and more in ([], [None], [{}])
             ):
-                self.stack.append(_tensor(self.archive, storage, offset, shape, strides))
+                self.stack.append(_make_tensor(self.archive, storage, offset, shape, strides))
             case _Global(name), (LazyArray() as tensor, _, _) if name == _PARAMETER:
                 self.stack.append(tensor)
             case _Global(name), _:
-                self.refuse(f"{name} of something else than a tensor's parts")
+                self.refuse(f"unexpected arguments of {name}")
             case _:
-                self.refuse(f"a call of a {_kind(asked)}")
+                self.refuse(f"a call of a {_kind(function)}")
 
 
-_CONSTANTS: dict[str, Callable[[Any], Any]] = {
+_CONSTANTS: dict[str, Callable[[Any], object]] = {
     "NONE": lambda _: None,
     "NEWTRUE": lambda _: True,
     "NEWFALSE": lambda _: False,
@@ -309,68 +298,66 @@ _CONSTANTS: dict[str, Callable[[Any], Any]] = {
         lambda argument: argument,
     ),
 }
-_PUTS = ("BINPUT", "LONG_BINPUT")
-_GETS = ("BINGET", "LONG_BINGET")
-_OPERATIONS: dict[str, Callable[[_Pickle], None]] = {
+_OPERATIONS: dict[str, Callable[[_Interpreter], None]] = {
     "MEMOIZE": lambda it: it.memo.update({len(it.memo): it.stack[-1]}),
-    "MARK": _Pickle.mark,
-    "TUPLE": lambda it: it.stack.append(tuple(it.to_mark())),
-    "TUPLE1": lambda it: it.join(1),
-    "TUPLE2": lambda it: it.join(2),
-    "TUPLE3": lambda it: it.join(3),
-    "APPEND": _Pickle.add_one,
-    "APPENDS": lambda it: it.add(it.to_mark()),
-    "SETITEM": _Pickle.set_one,
-    "SETITEMS": lambda it: it.set(it.to_mark()),
-    "BUILD": _Pickle.build,
-    "STACK_GLOBAL": _Pickle.stack_global,
-    "BINPERSID": _Pickle.persistent,
-    "REDUCE": _Pickle.reduce,
+    "MARK": lambda it: it.marks.append(len(it.stack)),
+    "TUPLE": lambda it: it.stack.append(tuple(it.pop_to_mark())),
+    "TUPLE1": lambda it: it.stack.append(tuple(it.pop(1))),
+    "TUPLE2": lambda it: it.stack.append(tuple(it.pop(2))),
+    "TUPLE3": lambda it: it.stack.append(tuple(it.pop(3))),
+    "APPEND": lambda it: it.append(it.pop(1)),
+    "APPENDS": lambda it: it.append(it.pop_to_mark()),
+    "SETITEM": lambda it: it.set_items(it.pop(2)),
+    "SETITEMS": lambda it: it.set_items(it.pop_to_mark()),
+    "BUILD": _Interpreter.build,
+    "STACK_GLOBAL": _Interpreter.stack_global,
+    "BINPERSID": _Interpreter.load_persistent,
+    "REDUCE": _Interpreter.reduce,
 }
 
 
-def _tensor(
+def _make_tensor(
     archive: _Archive, storage: _Storage, offset: Any, shape: Any, strides: Any
 ) -> LazyArray:
-    """A tensor in a storage; offset and strides count values, strides are never negative."""
-    path = archive.path
-    for numbers in ((offset,), shape, strides):
-        if type(numbers) is not tuple or not all(map(_is_size, numbers)):
-            raise InputError(f"{path}: a tensor's offset, shape or strides are no numbers >= 0")
-    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    """Returns a view of a storage; offset and strides count values."""
+    path, dtype = archive.path, storage.dtype
+    for sizes in ((offset,), shape, strides):
+        if type(sizes) is not tuple or not all(map(_is_size, sizes)):
+            raise InputError(f"{path}: a tensor's offset, shape or strides: expected integers >= 0")
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     count = math.prod(shape)
+    # `count` is checked too: a stride of 0 repeats a value, and could ask for any amount of memory.
     if count > storage.size or (count and last >= storage.size):
         raise InputError(
-            f"{path}: a tensor {shape!s:.80} with strides {strides!s:.80} from {offset:,} on"
-            f" reaches out of its storage {storage.key!r:.80} of {storage.size:,} values"
+            f"{path}: a tensor {shape!s:.80} with strides {strides!s:.80} and offset {offset:,}"
+            f" exceeds its storage {storage.key!r:.80} of {storage.size:,} values"
         )
     if not count:
-        return LazyArray(shape, storage.dtype, lambda index: np.empty(shape, storage.dtype)[index])
-    rows = functools.partial(_read_rows, archive, storage, offset)
-    if _is_contiguous(shape, strides):
-        return LazyArray(shape, storage.dtype, functools.partial(rows, shape))
-    if _is_contiguous(shape[::-1], strides[::-1]):
-        return LazyArray(shape[::-1], storage.dtype, functools.partial(rows, shape[::-1])).T
+        return LazyArray(shape, dtype, lambda index: np.empty(shape, dtype)[index])
+    read = functools.partial(_read_rows, archive, storage, offset)
+    if _is_row_major(shape, strides):
+        return LazyArray(shape, dtype, functools.partial(read, shape))
+    if _is_row_major(shape[::-1], strides[::-1]):
+        return LazyArray(shape[::-1], dtype, functools.partial(read, shape[::-1])).T
     span = last + 1 - offset
-    # of an axis of one the stride may be any number, too large for numpy even
-    steps = tuple(
-        step * storage.dtype.itemsize if n > 1 else 0
-        for n, step in zip(shape, strides, strict=True)
+    # An axis of size 1 may have any stride, even one that overflows numpy's integers.
+    byte_strides = tuple(
+        stride * dtype.itemsize if n > 1 else 0 for n, stride in zip(shape, strides, strict=True)
     )
 
-    def read(index: Index) -> np.ndarray:
-        data = rows((span,), (slice(None),))
-        return np.lib.stride_tricks.as_strided(data, shape, steps, writeable=False)[index].copy()
+    def read_strided(index: Index) -> np.ndarray:
+        data = read((span,), (slice(None),))
+        view = np.lib.stride_tricks.as_strided(data, shape, byte_strides, writeable=False)
+        return view[index].copy()
 
-    return LazyArray(shape, storage.dtype, read)
-
-
-def _is_size(number: Any) -> bool:
-    return type(number) is int and 0 <= number < _MOST
+    return LazyArray(shape, dtype, read_strided)
 
 
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether values lie row after row; an axis of one may have any stride."""
+def _is_size(number: object) -> bool:
+    return type(number) is int and 0 <= number < 2**63
+
+
+def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     step = 1
     for n, stride in zip(reversed(shape), reversed(strides), strict=True):
         if n != 1 and stride != step:
@@ -382,5 +369,5 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 def _read_rows(
     archive: _Archive, storage: _Storage, offset: int, shape: tuple[int, ...], index: Index
 ) -> np.ndarray:
-    start = archive.start(f"data/{storage.key}") + offset * storage.dtype.itemsize
+    start = archive.data_offset(f"data/{storage.key}") + offset * storage.dtype.itemsize
     return read_rows(archive.path, start, shape, storage.dtype, index)
