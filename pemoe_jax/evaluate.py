@@ -159,7 +159,7 @@ def _about(opened: Any, scored: Mapping[str, Any]) -> dict[str, Any]:
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import adapters, network, params
 
-    about = opened.about()
+    about = opened.summary()
     about["variant"] = counts.label(
         about["method"],
         params.flatten(network.param_shapes(opened.model)),

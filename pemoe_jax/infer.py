@@ -137,7 +137,7 @@ def infer(
             atomic_write.write_text(
                 folder / "predictions" / one.name / f"{task.name}.jsonl", _lines(task, rows)
             )
-        results["runs"].append({**one.about(), "tasks": found})
+        results["runs"].append({**one.summary(), "tasks": found})
         # after each run, so that what is there stays if a later one fails
         atomic_write.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
         found_tables = [*_tables(results, prompts=False), *_tables(results, prompts=True)]

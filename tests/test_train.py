@@ -102,7 +102,7 @@ def test_loss_falls_and_run_leaves_its_files(trained, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpoint_holds_what_trains_and_nothing_else(trained, folder, method):
-    arrays, record, step = runs.open_trainable(str(trained[method]))
+    arrays, record, step = runs.open_trained(str(trained[method]))
     paths = set(arrays)
     everything = set(params_lib.flatten(network.param_shapes(models.build_model(record))))
     expected = everything if method == "full" else set(filter(params_lib.is_adapter, everything))
@@ -145,8 +145,8 @@ def test_a_run_stopped_and_resumed_ends_like_one_that_was_not(folder, trained, t
     assert train.main(stopped) == 0
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert "resuming from" in capsys.readouterr().out
-    whole, _, _ = runs.open_trainable(str(trained["mov"]))
-    resumed, _, step = runs.open_trainable(str(tmp_path))
+    whole, _, _ = runs.open_trained(str(trained["mov"]))
+    resumed, _, step = runs.open_trained(str(tmp_path))
     assert step == 12 and whole.keys() == resumed.keys()
     for path, array in whole.items():
         np.testing.assert_array_equal(array.read(), resumed[path].read())
@@ -175,7 +175,7 @@ def test_a_run_goes_on_in_another_form(folder, tmp_path, capsys):
     assert found.keys() == expected.keys() == set(range(1, 13))
     for step, loss in expected.items():
         assert found[step] == pytest.approx(loss, rel=1e-5), step
-    (arrays, record, _), (of_parts, of_loop, _) = map(runs.open_trainable, (str(whole), str(parts)))
+    (arrays, record, _), (of_parts, of_loop, _) = map(runs.open_trained, (str(whole), str(parts)))
     assert of_loop.config == record.config and arrays.keys() == of_parts.keys()
     assert_moved_alike(whole, parts)
 
@@ -185,9 +185,7 @@ def assert_moved_alike(one: pathlib.Path, other: pathlib.Path) -> None:
 
     A gradient wrong by a percent leaves a router 5e-3 of what it moved away, or more.
     """
-    (first, record, step), (second, _, other_step) = map(
-        runs.open_trainable, map(str, (one, other))
-    )
+    (first, record, step), (second, _, other_step) = map(runs.open_trained, map(str, (one, other)))
     assert step == other_step and first.keys() == second.keys()
     start = params_lib.flatten(
         network.init_params(models.build_model(record), 0, params_lib.is_adapter)
@@ -202,8 +200,8 @@ def assert_moved_alike(one: pathlib.Path, other: pathlib.Path) -> None:
 
 def assert_ends_alike(one: pathlib.Path, other: pathlib.Path) -> None:
     """Trained parameters, and how much of the data was consumed, bit for bit."""
-    first, _, step = runs.open_trainable(str(one))
-    second, _, other_step = runs.open_trainable(str(other))
+    first, _, step = runs.open_trained(str(one))
+    second, _, other_step = runs.open_trained(str(other))
     assert step == other_step and first.keys() == second.keys()
     for path, array in first.items():
         np.testing.assert_array_equal(array.read(), second[path].read())

@@ -1,1 +1,1 @@
-"""Reading and writing parameters: base models and checkpoints of runs."""
+"""Checkpoints: base models, runs and adapters, in our formats and in those of others."""

@@ -1,13 +1,14 @@
-"""An adapter to hand on: a folder of adapter.safetensors and adapter_config.json, some MB.
+"""Exported adapters: a folder of some MB with `adapter.safetensors` and `adapter_config.json`.
 
-The arrays are float32 under our paths; the configuration is the `Record` of the run they come from.
+The arrays are float32 under this package's paths. The configuration is the `Record` of the run
+that trained them.
 """
 
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
 
+import numpy as np
 from etils import epath
 
 from pemoe_jax.checkpoints import runs, safetensors_file
@@ -22,67 +23,68 @@ FORMAT = "pemoe_jax adapter"
 VERSION = 1
 
 
-def _folder(path: str | os.PathLike[str]) -> epath.Path:
-    place = file_io.resolve(path)
-    return place.parent if place.name == WEIGHTS else place
+def adapter_folder(path: str | os.PathLike[str]) -> epath.Path:
+    """Returns the folder of a path to an adapter or to the weights in it."""
+    resolved = file_io.resolve(path)
+    return resolved.parent if resolved.name == WEIGHTS else resolved
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names such a folder, or the file in it."""
-    folder = _folder(path)
+    """Whether a path is an exported adapter, or the weights in one."""
+    folder = adapter_folder(path)
     if (folder / WEIGHTS).exists():
         return True
-    config = folder / CONFIG  # PEFT calls its own by the same name
+    # PEFT's configuration has the same name. An adapter without weights is still recognized,
+    # so that the error names the missing file.
+    config = folder / CONFIG
     return config.exists() and file_io.read_json(config).get("format") == FORMAT
 
 
 def save_adapter(
     path: str | os.PathLike[str],
-    arrays: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
     record: Record,
     step: int,
     overwrite: bool = False,
 ) -> None:
-    """Writes the folder.
+    """Writes an adapter's folder.
 
     Args:
-      path: of the folder.
+      path: the folder.
       arrays: path -> array.
-      record: what they belong to.
-      step: that they were trained to.
-      overwrite: replaces what is there.
+      record: what the arrays belong to.
+      step: training step of the arrays.
+      overwrite: whether to replace an existing folder.
 
     Raises:
-      InputError: something is there, without `overwrite`.
+      InputError: the folder exists, without `overwrite`.
     """
-    config = {
-        "format": FORMAT,
-        "format_version": VERSION,
-        "step": step,
-        **dataclasses.asdict(record),
-    }
-    with atomic_write.temporary_path(path, overwrite) as beside:
-        beside.mkdir()
-        safetensors_file.save_file(beside / WEIGHTS, arrays, {"format": FORMAT})
-        atomic_write.write_json(beside / CONFIG, config)
+    header = {"format": FORMAT, "format_version": VERSION, "step": step}
+    with atomic_write.temporary_path(path, overwrite) as folder:
+        folder.mkdir()
+        safetensors_file.save_file(folder / WEIGHTS, arrays, {"format": FORMAT})
+        atomic_write.write_json(folder / CONFIG, header | dataclasses.asdict(record))
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
-    """Path -> array, the record and the step; no array is read.
+    """Opens an adapter; reads no array.
+
+    Returns:
+      (path -> array, the record, the step).
 
     Raises:
       InputError: a file is missing or unreadable.
     """
-    folder = _folder(path)
-    config = file_io.read_json(folder / CONFIG)
+    folder = adapter_folder(path)
+    file = folder / CONFIG
+    config = file_io.read_json(file)
     if config.get("format") != FORMAT or config.get("format_version") != VERSION:
         raise InputError(
-            f"{folder / CONFIG}: expected format {FORMAT!r}, version {VERSION},"
-            f" found {config.get('format')!r}, {config.get('format_version')!r}"
+            f"{file}: expected format {FORMAT!r}, version {VERSION},"
+            f" got {config.get('format')!r}, {config.get('format_version')!r}"
         )
     step = config.get("step")
     if not isinstance(step, int):
-        raise InputError(f"{folder / CONFIG}: step: expected an integer, found {step!r}")
-    record = runs.parse_record(config, os.fspath(folder / CONFIG))
+        raise InputError(f"{file}: step: expected an integer, got {step!r}")
     arrays, _ = safetensors_file.open_file(folder / WEIGHTS)
-    return arrays, record, step
+    return arrays, runs.parse_record(config, os.fspath(file)), step

@@ -1,15 +1,15 @@
-"""Base models: whatever a path holds, opened as arrays under T5X's names joined by '/'.
+"""Base models in any known format, opened as arrays under T5X's parameter names joined by '/'.
 
-Known: T5X's checkpoints (legacy and Orbax), folders of Hugging Face, runs of ours that trained the
-whole model, and our own single file, safetensors with the dimensions in its metadata.
+Formats: T5X checkpoints (legacy and Orbax), Hugging Face folders, runs that trained the whole
+model, and this package's single file: safetensors with the dimensions in its metadata.
 """
 
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -26,61 +26,50 @@ from pemoe_jax.checkpoints import (
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.params import Params, PyTree
 from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.runtime.file_io import JsonObject
 
-CONFIG_KEY = "t5_config"  # in our file's metadata: the dimensions, as JSON
+CONFIG_KEY = "t5_config"  # metadata key of our single file: `T5Config` fields as JSON
 EXPECTED = (
-    "a T5X checkpoint_<step> (or the folder of some), a Hugging Face folder,"
-    " a .safetensors file of ours or a run that trained the whole model"
+    "a T5X checkpoint_<step> (or a folder of them), a Hugging Face folder,"
+    " a .safetensors file that pemoe convert wrote, or a run that trained the whole model"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A base that has been found and not read.
+    """A base model whose parameters are not read yet.
 
     Attributes:
-      path: absolute, the newest checkpoint of a folder of some.
-      format: of the checkpoint, in words.
-      arrays: path -> array, as stored.
-      stated: fields of `T5Config` that the checkpoint states itself.
+      path: absolute; the newest checkpoint, if it was opened by a folder of checkpoints.
+      format: name of the format, for messages and records.
+      arrays: path -> array.
+      stored_config: fields of `T5Config` that the checkpoint states.
     """
 
     path: str
     format: str
     arrays: dict[str, LazyArray]
-    stated: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stored_config: JsonObject = dataclasses.field(default_factory=dict)
 
-    def config(self) -> dict[str, Any]:
-        """Fields of `T5Config`: the dimensions of the arrays, and what the checkpoint states."""
-        found = dimensions.infer(self.shapes(), str(self))
-        return {**self.stated, **found}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Path -> shape."""
-        return {path: array.shape for path, array in self.arrays.items()}
+    def config(self) -> JsonObject:
+        """Returns the known fields of `T5Config`; dimensions are those of the arrays."""
+        shapes = {path: array.shape for path, array in self.arrays.items()}
+        return {**self.stored_config, **dimensions.infer(shapes, str(self))}
 
     def load(
         self,
-        target: Any,
+        target: Params,
         report: Callable[[int], None] = lambda _: None,
-        made: Callable[[str, Any], Any] = params_lib.identity,
-    ) -> dict[str, Any]:
-        """Every parameter of `target`, in its type and sharding, and no other.
-
-        Args:
-          target: tree of `jax.ShapeDtypeStruct`.
-          report: called with the number of arrays that are read.
-          made: (path, array) -> what it is kept as.
-
-        Raises:
-          InputError: names what is missing, extra, of another shape, unreadable or not finite.
-        """
+        transform: Callable[[str, jax.Array], PyTree] = params_lib.identity,
+    ) -> dict[str, PyTree]:
+        """Loads the parameters of `target`; see `lazy_array.load_arrays`."""
         self._check_dimensions(target)
-        return lazy_array.load_arrays(self.arrays, target, str(self), report, made)
+        return lazy_array.load_arrays(self.arrays, target, str(self), report, transform)
 
     def fingerprint(self) -> str:
-        """`params.fingerprint` of the arrays, read one by one."""
+        """Returns `params.fingerprint` of the arrays, reading one at a time."""
         return params_lib.fingerprint_samples(
             {
                 path: (array.shape, params_lib.sample_array(array.read()))
@@ -88,134 +77,137 @@ class BaseModel:
             }
         )
 
-    def _check_dimensions(self, target: Any) -> None:
-        """Another size is told by its dimensions, and not by three of five hundred arrays."""
-        shapes = {path: tuple(want.shape) for path, want in params_lib.flatten(target).items()}
-        found, wanted = self.config(), dimensions.infer(shapes, "the model")
+    def _check_dimensions(self, target: Params) -> None:
+        # Compared before the arrays: "mlp_dim 32, got 16" says more than three of 500 shapes.
+        shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(target).items()}
+        config, expected = self.config(), dimensions.infer(shapes, "the model")
         wrong = [
-            f"{name} {value}, found {found[name]}"
-            for name, value in wanted.items()
-            if found[name] != value
+            f"{name} {value}, got {config[name]}"
+            for name, value in expected.items()
+            if config[name] != value
         ]
         if wrong:
-            raise InputError(f"{self} is of another size: expected {'; '.join(wrong)}")
+            raise InputError(f"{self} has another size: expected {'; '.join(wrong)}")
 
     def __str__(self) -> str:
         return f"base model {self.path} ({self.format})"
 
 
-def open_base(path: str | os.PathLike[str]) -> BaseModel:
-    """Finds out what a path holds; no parameter is read.
+def open_base(
+    path: str | os.PathLike[str], kind: str = "base model", expected: str = EXPECTED
+) -> BaseModel:
+    """Detects the format of a path and opens it; reads no parameter.
+
+    Args:
+      path: local or `gs://`.
+      kind: what the caller opens, in errors.
+      expected: what the caller accepts, in errors.
 
     Raises:
-      InputError: nothing is there, or nothing that is a base, or it cannot be reached.
+      InputError: the path does not exist, is not a base model, is damaged, or cannot be reached.
     """
-    place = file_io.resolve(path)
-    with file_io.remote_errors(place):
-        if not place.exists():
-            raise NotABaseModel(f"base model {path}: no such file or folder{_hub_hint(path)}")
-        return _open(place)
+    resolved = file_io.resolve(path)
+    with file_io.remote_errors(resolved):
+        if not resolved.exists():
+            raise InputError(f"{kind} {path}: no such file or folder{_hub_hint(path)}")
+        if resolved.is_dir():
+            return _open_folder(resolved, kind, expected)
+        if resolved.suffix == ".safetensors" and resolved.name != adapter_file.WEIGHTS:
+            return _open_single_file(resolved, kind)
+    got = "an adapter" if resolved.name == adapter_file.WEIGHTS else "a file"
+    hint = f": {_PASS_FOLDER}" if resolved.suffix == ".bin" else ""
+    raise InputError(f"{kind} {resolved}: expected {expected}, got {got}{hint}")
 
 
-class NotABaseModel(InputError):
-    """There is nothing that is a base, nor a damaged one."""
+_PASS_FOLDER = "pass the folder that it is in"
 
 
-def _open(place: epath.Path) -> BaseModel:
-    if not place.is_dir():
-        if place.suffix == ".safetensors":
-            return _own_file(place)
-        hint = f": {_FOLDER_INSTEAD}" if place.suffix == ".bin" else ""
-        raise NotABaseModel(f"base model {place}: expected {EXPECTED}, found a file{hint}")
-    if (place / "record").is_dir():
-        return _run(place)
-    if huggingface.is_checkpoint(place):
-        return BaseModel(os.fspath(place), "Hugging Face", huggingface.open_checkpoint(place))
-    if tensorstore_file.orbax_state_folder(place) is not None:
-        return BaseModel(os.fspath(place), "T5X, Orbax", t5x.open_orbax(place))
-    if t5x.is_legacy(place):
-        return BaseModel(os.fspath(place), "T5X, legacy", t5x.open_legacy(place))
-    if steps := t5x.checkpoint_steps(place):
-        return _open(place / f"checkpoint_{steps[-1]}")
-    raise NotABaseModel(f"base model {place}: expected {EXPECTED}, found {_what_else(place)}")
+def _open_folder(folder: epath.Path, kind: str, expected: str) -> BaseModel:
+    if (folder / "record").is_dir():
+        return _open_run(folder)
+    path = os.fspath(folder)
+    if huggingface.is_checkpoint(folder):
+        return BaseModel(path, "Hugging Face", huggingface.open_checkpoint(folder))
+    is_orbax = tensorstore_file.orbax_state_folder(folder) is not None
+    if is_orbax or t5x.is_legacy(folder):
+        name = "T5X, Orbax" if is_orbax else "T5X, legacy"
+        return BaseModel(path, name, t5x.open_checkpoint(folder))
+    if steps := t5x.checkpoint_steps(folder):
+        newest = folder / f"checkpoint_{steps[-1]}"
+        if newest.is_dir():
+            return _open_folder(newest, kind, expected)
+    raise InputError(f"{kind} {folder}: expected {expected}, got {_describe_folder(folder)}")
 
 
-_FOLDER_INSTEAD = "name the folder that it is in"
-
-
-def _what_else(folder: epath.Path) -> str:
-    """What a folder holds that is no base, for whoever expected one."""
+def _describe_folder(folder: epath.Path) -> str:
     names = {child.name for child in folder.iterdir()}
     if adapter_file.is_adapter(folder) or "adapter_model.safetensors" in names:
         return "an adapter"
     if "config.json" in names:
         return "a config.json without model.safetensors, its index or pytorch_model.bin"
     if any(name.endswith((".safetensors", ".bin")) for name in names):
-        return "files of arrays without a config.json"
-    return "an empty folder" if not names else f"none of them ({', '.join(sorted(names)[:3])})"
+        return "weights without a config.json"
+    return f"a folder with {', '.join(sorted(names)[:3])}" if names else "an empty folder"
 
 
 def _hub_hint(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         return ""
-    return f" (a name on the Hugging Face Hub? hf download {text} --local-dir DIR, then name DIR)"
+    return f" (a model on the Hugging Face Hub? hf download {text} --local-dir DIR, then pass DIR)"
 
 
-def _own_file(path: epath.Path) -> BaseModel:
-    if path.name == adapter_file.WEIGHTS:
-        raise NotABaseModel(f"base model {path}: expected {EXPECTED}, found an adapter")
+def _open_single_file(path: epath.Path, kind: str) -> BaseModel:
     arrays, metadata = safetensors_file.open_file(path)
     if CONFIG_KEY not in metadata:
         if any(name.startswith("base_model.model.") for name in arrays):
-            raise NotABaseModel(f"base model {path}: found an adapter of PEFT's: {_FOLDER_INSTEAD}")
+            raise InputError(f"{kind} {path}: got a PEFT adapter: {_PASS_FOLDER}")
         if "shared.weight" in arrays:
-            raise NotABaseModel(f"base model {path}: a file of Hugging Face's: {_FOLDER_INSTEAD}")
+            raise InputError(f"{kind} {path}: got weights of Hugging Face: {_PASS_FOLDER}")
         if arrays and all(map(params_lib.is_adapter, arrays)):
-            raise NotABaseModel(
-                f"base model {path}: found an adapter: name the folder that"
-                f" {adapter_file.WEIGHTS} is in"
+            raise InputError(
+                f"{kind} {path}: got an adapter: pass the folder of {adapter_file.WEIGHTS}"
             )
     try:
-        config = json.loads(metadata.get(CONFIG_KEY, "{}"))
-        return BaseModel(os.fspath(path), "pemoe_jax", arrays, dict(config))
+        config = dict(json.loads(metadata.get(CONFIG_KEY, "{}")))
     except (ValueError, TypeError) as error:
-        raise InputError(f"base model {path}: unreadable {CONFIG_KEY} ({error})") from error
+        raise InputError(f"{kind} {path}: unreadable {CONFIG_KEY} ({error})") from error
+    return BaseModel(os.fspath(path), "pemoe_jax", arrays, config)
 
 
-def _run(folder: epath.Path) -> BaseModel:
-    arrays, record, _ = runs.open_trainable(os.fspath(folder))
+def _open_run(folder: epath.Path) -> BaseModel:
+    arrays, record, _ = runs.open_trained(os.fspath(folder))
     if record.adapters:
         raise InputError(
-            f"base model {folder}: expected a run of the whole model,"
-            f" found one of method {record.method!r}, which holds adapters only"
+            f"base model {folder}: expected a run that trained the whole model, got one of method"
+            f" {record.method!r}, which saves adapters only"
         )
     return BaseModel(os.fspath(folder), f"run of {record.method}", arrays, record.config)
 
 
 def save_base(
     path: str | os.PathLike[str],
-    params: Any,
-    config: Mapping[str, Any],
-    dtype: Any = None,
+    params: Params,
+    config: Mapping[str, object],
+    dtype: jax.typing.DTypeLike | None = None,
     overwrite: bool = True,
 ) -> None:
-    """Writes a base to one file of ours; all of it is in memory meanwhile.
+    """Writes a base model as a single file; all of it is in memory.
 
     Args:
-      path: of the file.
+      path: the file.
       params: nested dict of arrays.
-      config: `T5Config.as_dict()`, or the dimensions.
-      dtype: what the arrays are rounded to; None: as they are.
-      overwrite: replaces what is there.
+      config: `T5Config.as_dict()`, or its dimensions.
+      dtype: dtype to round to; None: unchanged.
+      overwrite: whether to replace an existing file.
 
     Raises:
-      InputError: something is there, without `overwrite`.
+      InputError: the file exists, without `overwrite`.
     """
     arrays = {
         name: np.asarray(leaf if dtype is None else leaf.astype(dtype))
         for name, leaf in params_lib.flatten(params).items()
     }
     metadata = {CONFIG_KEY: json.dumps(dict(config)), "format": "pemoe_jax"}
-    with atomic_write.temporary_path(path, overwrite) as beside:
-        safetensors_file.save_file(beside, arrays, metadata)
+    with atomic_write.temporary_path(path, overwrite) as file:
+        safetensors_file.save_file(file, arrays, metadata)

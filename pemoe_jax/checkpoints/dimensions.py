@@ -1,54 +1,55 @@
-"""A T5's dimensions, read off its parameters' shapes: T5X's checkpoints do not state them."""
+"""The dimensions of a T5 from the shapes of its parameters; T5X checkpoints do not state them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pemoe_jax.core.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def infer(shapes: Shapes, what: str = "checkpoint") -> dict[str, int]:
-    """The dimensions under the names of `T5Config`.
+def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, int]:
+    """Returns the dimensions under the field names of `T5Config`.
 
     Args:
-      shapes: path -> shape, under our names ('encoder/layers_0/attention/query/kernel').
-      what: names the checkpoint in errors.
+      shapes: path ('encoder/layers_0/attention/query/kernel') -> shape.
+      source: name of the checkpoint in errors.
 
     Raises:
-      InputError: an array that tells a dimension is missing.
+      InputError: an array that determines a dimension is missing or has another rank.
     """
     layer = "encoder/layers_0"
-    vocab_size, emb_dim = _shape(shapes, "token_embedder/embedding", 2, what)
-    num_heads, _ = _shape(shapes, "encoder/relpos_bias/rel_embedding", 2, what)
-    _, joined = _shape(shapes, f"{layer}/attention/query/kernel", 2, what)
-    _, mlp_dim = _shape(shapes, f"{layer}/mlp/wi_0/kernel", 2, what)
-    if joined % num_heads:
+    vocab_size, emb_dim = _matrix_shape(shapes, "token_embedder/embedding", source)
+    num_heads, _ = _matrix_shape(shapes, "encoder/relpos_bias/rel_embedding", source)
+    _, joined_kv = _matrix_shape(shapes, f"{layer}/attention/query/kernel", source)
+    _, mlp_dim = _matrix_shape(shapes, f"{layer}/mlp/wi_0/kernel", source)
+    if joined_kv % num_heads:
         raise InputError(
-            f"{what}: expected attention's {joined} columns to divide among its heads,"
-            f" found {num_heads} heads"
+            f"{source}: expected the query's {joined_kv} columns to be a multiple of the number"
+            f" of heads, got {num_heads} heads"
         )
     return {
         "vocab_size": vocab_size,
         "emb_dim": emb_dim,
         "num_heads": num_heads,
-        "num_encoder_layers": _layers(shapes, "encoder"),
-        "num_decoder_layers": _layers(shapes, "decoder"),
-        "head_dim": joined // num_heads,
+        "num_encoder_layers": num_layers(shapes, "encoder"),
+        "num_decoder_layers": num_layers(shapes, "decoder"),
+        "head_dim": joined_kv // num_heads,
         "mlp_dim": mlp_dim,
     }
 
 
-def _shape(shapes: Shapes, path: str, rank: int, what: str) -> tuple[int, ...]:
+def num_layers(paths: Iterable[str], stack: str) -> int:
+    """Returns the number of layers of a stack: the largest index plus one.
+
+    Gaps are not counted out: the strict comparison of names reports them as missing arrays.
+    """
+    matches = (re.match(rf"{stack}/layers_(\d+)/", path) for path in paths)
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
+
+
+def _matrix_shape(shapes: Shapes, path: str, source: str) -> tuple[int, ...]:
     shape = shapes.get(path)
-    if shape is None or len(shape) != rank:
-        raise InputError(
-            f"{what}: expected a T5 v1.1 with an array {path} of {rank} axes, found {shape}"
-        )
+    if shape is None or len(shape) != 2:
+        raise InputError(f"{source}: expected a T5 v1.1 with a matrix {path}, got {shape}")
     return shape
-
-
-def _layers(shapes: Shapes, stack: str) -> int:
-    """One more than the last: gaps are for the strict comparison to name."""
-    found = (re.match(rf"{stack}/layers_(\d+)/", path) for path in shapes)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)

@@ -1,16 +1,15 @@
-"""Folders of Hugging Face transformers that hold a T5 v1.1, read and written.
+"""Folders of Hugging Face transformers with a T5 v1.1, read and written.
 
-config.json               what the model is
-model.safetensors         its arrays; or shards of it and model.safetensors.index.json
-pytorch_model.bin         the same by torch.save, and pytorch_model.bin.index.json
+    config.json               the model's settings
+    model.safetensors         the weights; or shards of them and model.safetensors.index.json
+    pytorch_model.bin         the same by torch.save; or shards and pytorch_model.bin.index.json
 
 Their kernels are [out, in], ours [in, out]; their relative position bias is [32, H], ours [H, 32].
 """
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -21,18 +20,19 @@ from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.runtime.file_io import JsonObject
 
 _CONFIG = "config.json"
 _SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
 _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
-# Old files hold copies of the embedding.
-_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# Of a T5 before 2020; transformers ignores it as well.
-_LEFTOVER = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+# Files of transformers 4 hold copies of the embedding.
+_EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# In checkpoints of T5 before 2020; transformers ignores it as well.
+_UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 _BUCKETS = 32
 
-_EXPECTED = {
+_EXPECTED_CONFIG = {
     "feed_forward_proj": "gated-gelu",
     "dense_act_fn": "gelu_new",
     "is_gated_act": True,
@@ -40,10 +40,10 @@ _EXPECTED = {
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
 }
-# What a config that lacks a key means in transformers, where that is not what we expect.
-_DEFAULTS: dict[str, dict[str, Any]] = {"t5": {"feed_forward_proj": "relu"}, "mt5": {}}
+# By model_type: the defaults in transformers that differ from the expected value.
+_DEFAULTS: dict[str, JsonObject] = {"t5": {"feed_forward_proj": "relu"}, "mt5": {}}
 
-# By sublayer of a block: their module, ours, our norm before it.
+# Sublayers of a block, in order: module in transformers, our module, our norm before it.
 _SUBLAYERS = {
     "encoder": (
         ("SelfAttention", "attention", "pre_attention_layer_norm"),
@@ -58,45 +58,6 @@ _SUBLAYERS = {
 _ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
 _MLP = {"wi_0": "wi_0", "wi_1": "wi_1", "wo": "wo"}
 
-
-def is_checkpoint(folder: epath.Path) -> bool:
-    """Whether a folder is of this format."""
-    names = (_SAFETENSORS, f"{_SAFETENSORS}.index.json", _TORCH, f"{_TORCH}.index.json")
-    return (folder / _CONFIG).is_file() and any((folder / name).is_file() for name in names)
-
-
-def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
-    """Path -> array under our names; reads config.json and the files' headers.
-
-    The logits' kernel is what transformers 5.23 computes with: a head of its own or the embedding,
-    and scaled by D**-0.5 (then float32) where its config says so.
-
-    Raises:
-      InputError: not a T5 v1.1, or a file is missing, cut short, or of other arrays.
-    """
-    config = file_io.read_json(folder / _CONFIG)
-    _check_config(folder / _CONFIG, config)
-    found = _open_arrays(folder)
-    found.pop(_LEFTOVER, None)
-    for name in _COPIES:
-        if name in found:
-            copy = found.pop(name)
-            found.setdefault(_EMBEDDING, copy)  # which some files leave out instead
-    table = _names(_layers(found, "encoder"), _layers(found, "decoder"))
-    missing = sorted(table.keys() - found.keys() - {_HEAD})
-    unknown = sorted(found.keys() - table.keys())
-    for names, what in ((missing, "missing"), (unknown, "unknown")):
-        if names:
-            shown = "; ".join(f"{name:.100}" for name in names[:3])
-            raise InputError(
-                f"{folder}: expected the arrays of a T5 v1.1, found {len(names)} {what}: {shown}"
-            )
-    arrays = {table[name]: _turned(table[name], array) for name, array in found.items()}
-    arrays[table[_HEAD]] = _head(folder, config, found)
-    _check_dimensions(folder, config, arrays)
-    return arrays
-
-
 _DIMENSIONS = {
     "vocab_size": "vocab_size",
     "d_model": "emb_dim",
@@ -108,41 +69,85 @@ _DIMENSIONS = {
 }
 
 
-def _check_dimensions(
-    folder: epath.Path, config: Mapping[str, Any], arrays: Mapping[str, LazyArray]
-) -> None:
-    """What config.json says against what the arrays are."""
-    dims = dimensions.infer({path: array.shape for path, array in arrays.items()}, f"{folder}")
-    for key, ours in _DIMENSIONS.items():
-        if config.get(key) not in (None, dims[ours]):
+def is_checkpoint(folder: epath.Path) -> bool:
+    """Whether a folder has this format."""
+    names = (_SAFETENSORS, f"{_SAFETENSORS}.index.json", _TORCH, f"{_TORCH}.index.json")
+    return (folder / _CONFIG).is_file() and any((folder / name).is_file() for name in names)
+
+
+def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
+    """Opens a folder; reads config.json and the headers of the weights.
+
+    Returns:
+      path -> array, under our names and in our layout. The logits' kernel is the one that
+      transformers 5.23 computes with, see `_logits_kernel`.
+
+    Raises:
+      InputError: the model is not a T5 v1.1, or a file is missing, truncated or has other arrays.
+    """
+    config = file_io.read_json(folder / _CONFIG)
+    _check_config(folder / _CONFIG, config)
+    weights = _open_weights(folder)
+    weights.pop(_UNUSED, None)
+    for name in _EMBEDDING_COPIES:
+        if name in weights:
+            # Some converters keep only one of the equal arrays, under any of their names.
+            weights.setdefault(_EMBEDDING, weights[name])
+            del weights[name]
+    table = _name_table(_num_layers(weights, "encoder"), _num_layers(weights, "decoder"))
+    missing = sorted(table.keys() - weights.keys() - {_HEAD})
+    unknown = sorted(weights.keys() - table.keys())
+    for names, problem in ((missing, "missing"), (unknown, "unknown")):
+        if names:
+            shown = "; ".join(f"{name:.100}" for name in names[:3])
             raise InputError(
-                f"{folder / _CONFIG}: {key}: expected {dims[ours]}, as the arrays are,"
-                f" found {config[key]!r:.80}"
+                f"{folder}: expected the arrays of a T5 v1.1, got {len(names)} {problem}: {shown}"
             )
+    arrays = {table[name]: _convert_layout(table[name], a) for name, a in weights.items()}
+    arrays[table[_HEAD]] = _logits_kernel(folder, config, weights)
+    _check_dimensions(folder, config, arrays)
+    return arrays
 
 
-def _check_config(path: epath.Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("model_type")
-    if kind not in tuple(_DEFAULTS):
-        raise InputError(f"{path}: model_type: expected one of {list(_DEFAULTS)}, found {kind!r}")
+def _check_config(path: epath.Path, config: JsonObject) -> None:
+    model_type = config.get("model_type")
+    if model_type not in tuple(_DEFAULTS):
+        raise InputError(
+            f"{path}: model_type: expected one of {list(_DEFAULTS)}, got {model_type!r}"
+        )
     if config.get("quantization_config"):
-        raise InputError(f"{path}: quantization_config: expected floats, found a quantised model")
-    found = {**_EXPECTED, **_DEFAULTS[kind], **config}
-    for key, expected in _EXPECTED.items():
-        if found[key] != expected:
-            said = "" if key in config else " (the default)"
+        raise InputError(f"{path}: quantization_config: expected none, got a quantized model")
+    values = {**_EXPECTED_CONFIG, **_DEFAULTS[model_type], **config}
+    for key, expected in _EXPECTED_CONFIG.items():
+        if values[key] != expected:
+            suffix = "" if key in config else " (the default)"
             raise InputError(
-                f"{path}: {key}: expected {expected!r} (a T5 v1.1), found {found[key]!r:.80}{said}"
+                f"{path}: {key}: expected {expected!r} (a T5 v1.1), got {values[key]!r:.80}{suffix}"
             )
 
 
-def _open_arrays(folder: epath.Path) -> dict[str, LazyArray]:
-    """Their name -> array, from the first of the four forms that is there."""
-    for name, open_one in ((_SAFETENSORS, _open_safetensors), (_TORCH, torch_pickle.open_file)):
+def _check_dimensions(
+    folder: epath.Path, config: JsonObject, arrays: Mapping[str, LazyArray]
+) -> None:
+    dims = dimensions.infer({path: array.shape for path, array in arrays.items()}, f"{folder}")
+    for key, field in _DIMENSIONS.items():
+        if config.get(key) not in (None, dims[field]):
+            raise InputError(
+                f"{folder / _CONFIG}: {key}: expected {dims[field]}, by the shapes of the arrays,"
+                f" got {config[key]!r:.80}"
+            )
+
+
+_Opener = Callable[[epath.Path], dict[str, LazyArray]]
+
+
+def _open_weights(folder: epath.Path) -> dict[str, LazyArray]:
+    # safetensors before torch, as in transformers
+    for name, open_file in ((_SAFETENSORS, _open_safetensors), (_TORCH, torch_pickle.open_file)):
         if (folder / name).is_file():
-            return open_one(folder / name)
+            return open_file(folder / name)
         if (folder / f"{name}.index.json").is_file():
-            return _open_shards(folder, f"{name}.index.json", open_one)
+            return _open_shards(folder, f"{name}.index.json", open_file)
     raise InputError(f"{folder}: expected {_SAFETENSORS}, {_TORCH} or an index of either")
 
 
@@ -150,89 +155,86 @@ def _open_safetensors(path: epath.Path) -> dict[str, LazyArray]:
     return safetensors_file.open_file(path)[0]
 
 
-def _open_shards(
-    folder: epath.Path, index: str, open_one: Callable[[epath.Path], dict[str, LazyArray]]
-) -> dict[str, LazyArray]:
-    places = file_io.read_json(folder / index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise InputError(f"{folder / index}: expected a weight_map of names to files, found none")
-    named: dict[str, set[str]] = {}
-    for name, file in places.items():
-        named.setdefault(file_io.child_path(folder, file, index).name, set()).add(name)
+def _open_shards(folder: epath.Path, index: str, open_file: _Opener) -> dict[str, LazyArray]:
+    weight_map = file_io.read_json(folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / index}: expected a weight_map of names to files, got none")
+    names_by_file: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        file = file_io.child_path(folder, file, index).name
+        names_by_file.setdefault(file, set()).add(name)
     arrays: dict[str, LazyArray] = {}
-    for file, names in sorted(named.items()):
-        held = open_one(folder / file)
-        for lacks, where in (
-            (names - held.keys(), f"{index} places it there, the file lacks it"),
-            (held.keys() - names, f"the file holds it, {index} does not say so"),
+    for file, names in sorted(names_by_file.items()):
+        shard = open_file(folder / file)
+        for different, problem in (
+            (names - shard.keys(), f"in {index}, but not in the file"),
+            (shard.keys() - names, f"in the file, but not in {index}"),
         ):
-            if lacks:
-                raise InputError(f"{folder / file}: {min(lacks)!r:.100}: {where}")
-        arrays |= held
+            if different:
+                raise InputError(f"{folder / file}: {min(different)!r:.100}: {problem}")
+        arrays |= shard
     return arrays
 
 
-def _layers(names: Mapping[str, Any], stack: str) -> int:
-    """How many different layers are named: a gap shows as one that is missing."""
-    found = (re.match(rf"{stack}\.block\.(\d+)\.", name) for name in names)
-    return len({match[1] for match in found if match})
+def _num_layers(names: Iterable[str], stack: str) -> int:
+    # The number of different indices: one of 99999999 must not make a table of as many layers.
+    matches = (re.match(rf"{stack}\.block\.(\d+)\.", name) for name in names)
+    return len({match[1] for match in matches if match})
 
 
-def _names(encoder_layers: int, decoder_layers: int) -> dict[str, str]:
-    """Their name -> ours, of all arrays."""
+def _name_table(encoder_layers: int, decoder_layers: int) -> dict[str, str]:
+    """Returns name in transformers -> our path, for every array."""
     names = {_EMBEDDING: "token_embedder/embedding", _HEAD: "decoder/logits_dense/kernel"}
-    for stack, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
+    for stack, num_layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         names[bias] = f"{stack}/relpos_bias/rel_embedding"
         names[f"{stack}.final_layer_norm.weight"] = f"{stack}/{stack}_norm/scale"
-        for layer in range(layers):
-            for i, (module, ours, norm) in enumerate(_SUBLAYERS[stack]):
-                above, our_layer = f"{stack}.block.{layer}.layer.{i}", f"{stack}/layers_{layer}"
-                names[f"{above}.layer_norm.weight"] = f"{our_layer}/{norm}/scale"
-                for leaf, our_leaf in (_MLP if ours == "mlp" else _ATTENTION).items():
-                    names[f"{above}.{module}.{leaf}.weight"] = (
-                        f"{our_layer}/{ours}/{our_leaf}/kernel"
+        for layer in range(num_layers):
+            for i, (module, our_module, norm) in enumerate(_SUBLAYERS[stack]):
+                prefix, our_prefix = f"{stack}.block.{layer}.layer.{i}", f"{stack}/layers_{layer}"
+                names[f"{prefix}.layer_norm.weight"] = f"{our_prefix}/{norm}/scale"
+                for leaf, our_leaf in (_MLP if our_module == "mlp" else _ATTENTION).items():
+                    names[f"{prefix}.{module}.{leaf}.weight"] = (
+                        f"{our_prefix}/{our_module}/{our_leaf}/kernel"
                     )
     return names
 
 
-def _turned(path: str, array: LazyArray) -> LazyArray:
-    """From one layout to the other, either way."""
+def _convert_layout(path: str, array: LazyArray) -> LazyArray:
+    """Converts an array from their layout to ours, or from ours to theirs."""
     return array.T if path.endswith(("/kernel", "/rel_embedding")) else array
 
 
-def _head(
-    folder: epath.Path, config: Mapping[str, Any], found: Mapping[str, LazyArray]
+def _logits_kernel(
+    folder: epath.Path, config: JsonObject, weights: Mapping[str, LazyArray]
 ) -> LazyArray:
-    """The logits' kernel [D, V].
+    """Returns the logits' kernel [D, V], scaled by D**-0.5 if the model scales its output.
 
-    transformers 5 ties lm_head to the embedding where a folder lacks it, whatever the config says,
-    and scales by `scale_decoder_outputs`, a key of its own. transformers 4 knows
-    `tie_word_embeddings` alone: tied and scaled, or neither; a head that is missing and not tied it
-    draws at random. Its mT5 scales likewise, that of transformers 5 never.
+    transformers 5 ties lm_head to the embedding if the folder has no lm_head, whatever the
+    configuration says, and scales by `scale_decoder_outputs`, a separate key. transformers 4 has
+    only `tie_word_embeddings`: tied and scaled, or neither; it draws a missing, untied head at
+    random. Its mT5 scales likewise; that of transformers 5 never does.
 
     Source: configuration_t5.py, modeling_t5.py, modeling_mt5.py in transformers 5.23.
     """
-    tied = config.get("tie_word_embeddings", config["model_type"] == "t5") is not False
-    if _HEAD not in found and not tied and "scale_decoder_outputs" not in config:
+    is_tied = config.get("tie_word_embeddings", config["model_type"] == "t5") is not False
+    if _HEAD not in weights and not is_tied and "scale_decoder_outputs" not in config:
         raise InputError(
-            f"{folder}: {_CONFIG} says tie_word_embeddings false: expected {_HEAD}, found none"
+            f"{folder}: {_CONFIG} has tie_word_embeddings false: expected {_HEAD}, got none"
         )
-    scaled = config["model_type"] == "t5" and config.get("scale_decoder_outputs", tied)
-    array = found.get(_HEAD, found[_EMBEDDING])
+    is_scaled = config["model_type"] == "t5" and config.get("scale_decoder_outputs", is_tied)
+    array = weights.get(_HEAD, weights[_EMBEDDING])
     if len(array.shape) != 2 or 0 in array.shape:
-        raise InputError(f"{folder}: logits: expected a matrix [V, D], found {array.shape}")
-    return _scaled(array.T) if scaled else array.T
-
-
-def _scaled(kernel: LazyArray) -> LazyArray:
-    """A kernel [D, V] times D**-0.5, in float32."""
+        raise InputError(f"{folder}: logits: expected a matrix [V, D], got {array.shape}")
+    kernel = array.T
+    if not is_scaled:
+        return kernel
     factor = np.float32(kernel.shape[0] ** -0.5)
 
-    def read_slice(index: Index) -> np.ndarray:
+    def read_scaled(index: Index) -> np.ndarray:
         return kernel.read_slice(index).astype(np.float32) * factor
 
-    return LazyArray(kernel.shape, np.dtype(np.float32), read_slice)
+    return LazyArray(kernel.shape, np.dtype(np.float32), read_scaled)
 
 
 def save_checkpoint(
@@ -240,83 +242,88 @@ def save_checkpoint(
     arrays: Mapping[str, LazyArray],
     *,
     dropout_rate: float = 0.1,
-    dtype: Any = None,
+    dtype: jax.typing.DTypeLike | None = None,
     shard_bytes: int = 5_000_000_000,
     report: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Writes a whole model for `T5ForConditionalGeneration.from_pretrained`, of any 4.x or 5.x.
+    """Writes a model for `T5ForConditionalGeneration.from_pretrained` of transformers 4 and 5.
 
-    Host memory: one shard and one array. Tokenizers are not written.
+    Host memory holds one shard at a time. Tokenizer files are not written.
 
     Args:
-      path: of the folder; local, and not there yet.
+      path: the folder; local, must not exist.
       arrays: path -> array under our names, of a model without adapters.
-      dropout_rate: that training in transformers starts with.
-      dtype: of the arrays; None: as they are stored.
-      shard_bytes: the most of one file, unless one array takes more.
-      report: called with the number of arrays that are written.
+      dropout_rate: rate in config.json, for training in transformers.
+      dtype: dtype of the arrays; None: as stored.
+      shard_bytes: maximum size of a file, unless a single array is larger.
+      report: called with the number of arrays written so far.
 
     Raises:
-      InputError: an array is missing, extra or of another shape, or `path` is there already.
+      InputError: an array is missing, extra or of another shape, or `path` exists.
     """
     dims = dimensions.infer({name: array.shape for name, array in arrays.items()}, f"{path}")
-    table = _names(dims["num_encoder_layers"], dims["num_decoder_layers"])
+    table = _name_table(dims["num_encoder_layers"], dims["num_decoder_layers"])
     expected = {
-        ours: jax.ShapeDtypeStruct(_shape(ours, dims), np.float32) for ours in table.values()
+        name: jax.ShapeDtypeStruct(_expected_shape(name, dims), np.float32)
+        for name in table.values()
     }
     params_lib.check_matches(
-        params_lib.unflatten(arrays), params_lib.unflatten(expected), f"what is written to {path}"
+        params_lib.unflatten(arrays), params_lib.unflatten(expected), f"model to write to {path}"
     )
-    types = {
-        ours: np.dtype(array.dtype if dtype is None else dtype) for ours, array in arrays.items()
+    dtypes = {
+        name: np.dtype(array.dtype if dtype is None else dtype) for name, array in arrays.items()
     }
     sizes = {
-        name: int(np.prod(arrays[ours].shape, dtype=np.int64)) * types[ours].itemsize
+        name: arrays[ours].nbytes // arrays[ours].dtype.itemsize * dtypes[ours].itemsize
         for name, ours in table.items()
     }
-    shards = _split(sizes, shard_bytes)
+    shards = _split_into_shards(sizes, shard_bytes)
+    widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
     with atomic_write.temporary_path(path) as folder:
         folder.mkdir()
-        widest = max(types.values(), key=lambda found: found.itemsize)
-        atomic_write.write_json(folder / _CONFIG, _config(dims, dropout_rate, widest.name))
-        written = 0
+        atomic_write.write_json(folder / _CONFIG, _make_config(dims, dropout_rate, widest.name))
+        num_written = 0
         for file, names in shards.items():
-            shard = {name: _read(table[name], arrays, types) for name in names}
+            shard = {name: _read(table[name], arrays, dtypes) for name in names}
             safetensors_file.save_file(folder / file, shard, {"format": "pt"})
-            del shard  # before the next is read
-            written += len(names)
-            report(written)
+            del shard  # frees the memory before the next shard is read
+            num_written += len(names)
+            report(num_written)
         if len(shards) > 1:
-            places = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             atomic_write.write_json(folder / f"{_SAFETENSORS}.index.json", index)
 
 
-def _shape(ours: str, dims: Mapping[str, int]) -> tuple[int, ...]:
-    """Of an array of a model of these dimensions, under our name."""
+def _read(path: str, arrays: Mapping[str, LazyArray], dtypes: Mapping[str, np.dtype]) -> np.ndarray:
+    array = _convert_layout(path, arrays[path]).read().astype(dtypes[path], copy=False)
+    return np.ascontiguousarray(array)  # here, so that only one array exists twice at a time
+
+
+def _expected_shape(path: str, dims: Mapping[str, int]) -> tuple[int, ...]:
     embed, mlp, vocab = dims["emb_dim"], dims["mlp_dim"], dims["vocab_size"]
-    joined = dims["num_heads"] * dims["head_dim"]
+    joined_kv = dims["num_heads"] * dims["head_dim"]
     return {
         "token_embedder": (vocab, embed),
         "logits_dense": (embed, vocab),
         "relpos_bias": (dims["num_heads"], _BUCKETS),
-        **dict.fromkeys(("query", "key", "value"), (embed, joined)),
-        "out": (joined, embed),
+        **dict.fromkeys(("query", "key", "value"), (embed, joined_kv)),
+        "out": (joined_kv, embed),
         **dict.fromkeys(("wi_0", "wi_1"), (embed, mlp)),
         "wo": (mlp, embed),
-    }.get(ours.split("/")[-2], (embed,))
+    }.get(path.split("/")[-2], (embed,))
 
 
-def _split(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
-    """File -> names, in order, under transformers' names for one file and for several."""
+def _split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """Returns file name -> names of its arrays, in order; file names as in transformers."""
     shards: list[list[str]] = [[]]
-    filled = 0
+    num_bytes = 0
     for name, size in sizes.items():
-        if shards[-1] and filled + size > most:
+        if shards[-1] and num_bytes + size > max_bytes:
             shards.append([])
-            filled = 0
+            num_bytes = 0
         shards[-1].append(name)
-        filled += size
+        num_bytes += size
     if len(shards) == 1:
         return {_SAFETENSORS: shards[0]}
     return {
@@ -325,38 +332,24 @@ def _split(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
     }
 
 
-def _read(ours: str, arrays: Mapping[str, LazyArray], types: Mapping[str, np.dtype]) -> np.ndarray:
-    # the library writes memory as it lies: of a transposed view it would write another array
-    array = _turned(ours, arrays[ours]).read().astype(types[ours], copy=False)
-    return np.ascontiguousarray(array)
-
-
-def _config(dims: Mapping[str, int], dropout_rate: float, dtype: str) -> dict[str, Any]:
-    """config.json: `torch_dtype` and `tie_word_embeddings` are what 4.x and 5.x both read.
-
-    transformers 5.23's own config would say tied, whatever it is given.
-    """
+def _make_config(dims: Mapping[str, int], dropout_rate: float, dtype: str) -> JsonObject:
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
-        "vocab_size": dims["vocab_size"],
-        "d_model": dims["emb_dim"],
-        "d_kv": dims["head_dim"],
-        "d_ff": dims["mlp_dim"],
-        "num_heads": dims["num_heads"],
-        "num_layers": dims["num_encoder_layers"],
-        "num_decoder_layers": dims["num_decoder_layers"],
-        "feed_forward_proj": _EXPECTED["feed_forward_proj"],
+        **{key: dims[field] for key, field in _DIMENSIONS.items()},
+        "feed_forward_proj": _EXPECTED_CONFIG["feed_forward_proj"],
         "relative_attention_num_buckets": _BUCKETS,
-        "relative_attention_max_distance": _EXPECTED["relative_attention_max_distance"],
-        "layer_norm_epsilon": _EXPECTED["layer_norm_epsilon"],
+        "relative_attention_max_distance": _EXPECTED_CONFIG["relative_attention_max_distance"],
+        "layer_norm_epsilon": _EXPECTED_CONFIG["layer_norm_epsilon"],
         "dropout_rate": dropout_rate,
         "initializer_factor": 1.0,
         "is_encoder_decoder": True,
         "use_cache": True,
+        # Written by hand: T5Config of transformers 5.23 always saves true.
         "tie_word_embeddings": False,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
+        # transformers 5 calls it `dtype`, and reads this name of transformers 4 as well.
         "torch_dtype": dtype,
     }

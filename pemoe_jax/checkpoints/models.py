@@ -1,47 +1,46 @@
-"""Models from checkpoints: the base of a run, and a path that a user names opened as a model."""
+"""Opens checkpoints of every kind as models, and loads a model's base."""
 
 import collections
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pemoe_jax.checkpoints import adapter_file, lazy_array, peft, runs, t5x_run
+from pemoe_jax.checkpoints import adapter_file, lazy_array, peft, runs, t5x, t5x_run
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import adapters, network, partitioning, quantized
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import T5Config, Transformer
+from pemoe_jax.core.params import Params, PyTree
 from pemoe_jax.runtime import file_io, progress
+from pemoe_jax.runtime.file_io import JsonObject
 
-# Of all arrays, or path -> of each; None: the default device.
+# One sharding for all arrays, or path -> sharding; None: the default device.
 Shardings = jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None
 
 
-def _of(shardings: Shardings, path: str) -> jax.sharding.Sharding | None:
+def _sharding_of(shardings: Shardings, path: str) -> jax.sharding.Sharding | None:
     return shardings[path] if isinstance(shardings, Mapping) else shardings
 
 
-def device_put(tree: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
-    """Parameters that all processes have alike, placed."""
+def device_put(tree: Params, shardings: Shardings) -> dict[str, PyTree]:
+    """Moves parameters, which are equal in all processes, to devices."""
     if shardings is None:
         return dict(tree)
-    flat = params_lib.flatten(tree)
-    return partitioning.device_put(
-        dict(tree), params_lib.unflatten({path: _of(shardings, path) for path in flat})
-    )
+    by_path = {path: _sharding_of(shardings, path) for path in params_lib.flatten(tree)}
+    return partitioning.device_put(dict(tree), params_lib.unflatten(by_path))
 
 
 def build_model(record: runs.Record) -> Transformer:
-    """The network that a checkpoint's record describes, with its adapters.
+    """Returns the network, with its adapters, that a record describes.
 
     Raises:
-      InputError: it has settings that this version does not know.
+      InputError: the record has settings that this version does not know.
     """
     try:
         config = T5Config(**record.config)
@@ -56,88 +55,96 @@ def load_base(
     model: Transformer,
     path: str | None,
     seed: int,
-    trains: Callable[[str], bool] = lambda _: False,
+    is_trainable: Callable[[str], bool] = lambda _: False,
     shardings: Shardings = None,
     frozen_dtype: str = quantized.ACTIVATIONS,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The base of a model, read from `path` or, for None, random.
+) -> tuple[dict[str, PyTree], JsonObject]:
+    """Loads the base parameters of a model, or draws them at random.
 
     Args:
-      model: gives names, shapes, and the type that frozen matrices are kept in.
-      path: of a base in any format that `checkpoints.base` knows.
-      seed: of random weights.
-      trains: path -> whether the parameter trains, and is float32.
-      shardings: where arrays lie.
-      frozen_dtype: one of `quantized.FROZEN_DTYPES`: what frozen matrices of attention and MLPs
-        are kept as. Arrays are quantized one by one, from float32.
+      model: determines names, shapes, and the dtype of frozen matrices.
+      path: base model in any format that `base_model` knows; None: random weights.
+      seed: seed of random weights.
+      is_trainable: maps a path to whether the parameter is trained; trained ones are float32.
+      shardings: where to put the arrays.
+      frozen_dtype: one of `quantized.FROZEN_DTYPES`, for the frozen matrices of attention and
+        MLPs. Each is quantized from float32 as soon as it is on the device.
 
     Returns:
-      (parameters, identity): path, format, seed (of a random base) and fingerprint, which is that
-      of the arrays as they are stored.
+      (parameters, identity): the identity has the base's path, format, seed (of random weights)
+      and the fingerprint of the arrays before quantization.
 
     Raises:
-      InputError: see `checkpoints.base`.
+      InputError: see `base_model.open_base` and `lazy_array.load_arrays`.
     """
 
-    def quantizes(name: str) -> bool:
-        is_kept = frozen_dtype == quantized.ACTIVATIONS or trains(name)
-        return not is_kept and params_lib.is_matrix(name)
+    def is_quantized(name: str) -> bool:
+        is_plain = frozen_dtype == quantized.ACTIVATIONS or is_trainable(name)
+        return not is_plain and params_lib.is_matrix(name)
 
-    def dtype_of(name: str) -> Any:
-        frozen = params_lib.frozen_dtype(name, model.config.dtype)
-        return jnp.dtype(jnp.float32) if trains(name) or quantizes(name) else frozen
+    def dtype_of(name: str) -> jnp.dtype:
+        if is_trainable(name) or is_quantized(name):
+            return jnp.dtype(jnp.float32)
+        return params_lib.frozen_dtype(name, model.config.dtype)
 
-    samples: dict[str, Any] = {}
+    samples: dict[str, tuple[tuple[int, ...], jax.Array]] = {}
 
-    def made(name: str, array: jax.Array) -> Any:
+    def transform(name: str, array: jax.Array) -> PyTree:
         samples[name] = (array.shape, params_lib.sample_array(array))
-        if not quantizes(name):
+        if not is_quantized(name):
             return array
-        # before the next one is there: else several would be on the device in float32
+        # Waits, or several float32 arrays would be on the device at the same time.
         return jax.block_until_ready(quantized.quantize(array, frozen_dtype))
 
-    def made_of_drawn(name: str, array: jax.Array) -> Any:
-        array, sharding = array.astype(dtype_of(name)), _of(shardings, name)
-        return made(name, array if sharding is None else partitioning.device_put(array, sharding))
+    def transform_random(name: str, array: jax.Array) -> PyTree:
+        array, sharding = array.astype(dtype_of(name)), _sharding_of(shardings, name)
+        if sharding is not None:
+            array = partitioning.device_put(array, sharding)
+        return transform(name, array)
 
+    identity: JsonObject
     if path is None:
-        base = network.init_params(model, seed, params_lib.is_base, made_of_drawn)
-        identity: dict[str, Any] = {"path": None, "format": "random", "seed": seed}
+        base = network.init_params(model, seed, params_lib.is_base, transform_random)
+        identity = {"path": None, "format": "random", "seed": seed}
     else:
         shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
         target = {
-            name: jax.ShapeDtypeStruct(leaf.shape, dtype_of(name), sharding=_of(shardings, name))
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, dtype_of(name), sharding=_sharding_of(shardings, name)
+            )
             for name, leaf in shapes.items()
         }
-        found = base_lib.open_base(path)
-        bar = progress.Progress("reading the base", len(target), note="arrays")
+        opened = base_lib.open_base(path)
+        bar = progress.Progress("loading the base", len(target), note="arrays")
         try:
-            base = found.load(
+            base = opened.load(
                 params_lib.unflatten(target),
                 lambda done: bar.report_if_slow(done, "arrays"),
-                made,
+                transform,
             )
         finally:
             bar.close()
-        identity = {"path": found.path, "format": found.format, "seed": None}
-    bits = partitioning.gather({name: sampled for name, (_, sampled) in samples.items()})
-    of_each = {name: (shape, bits[name]) for name, (shape, _) in samples.items()}
-    return base, {**identity, "fingerprint": params_lib.fingerprint_samples(of_each)}
+        identity = {"path": opened.path, "format": opened.format, "seed": None}
+    bits = partitioning.gather({name: sample for name, (_, sample) in samples.items()})
+    fingerprint = params_lib.fingerprint_samples(
+        {name: (shape, bits[name]) for name, (shape, _) in samples.items()}
+    )
+    return base, {**identity, "fingerprint": fingerprint}
 
 
 @dataclasses.dataclass
 class OpenedModel:
-    """What is known of a model before its arrays are read.
+    """A model whose arrays are not read yet.
 
     Attributes:
-      name: the base's or the run's folder or file; different for each model of a list.
-      path: as the user gave it.
+      name: folder or file name of the base or the run; unique among models opened together.
+      path: path that the user passed.
       model: the network with its adapters.
-      record: of a run or an adapter; None for a base.
-      step: of the checkpoint.
-      trained: path -> array, of a run or an adapter.
-      base_path: what the adapters' base is read from.
-      frozen_dtype: what the base's matrices are kept as, see `load_base`.
+      record: record of a run or an adapter; None for a base.
+      step: training step of the checkpoint.
+      trained_arrays: path -> array, of a run or an adapter.
+      base_path: where the adapters' base is read from; None: random weights.
+      frozen_dtype: dtype of the base's frozen matrices, see `load_base`.
     """
 
     name: str
@@ -145,106 +152,113 @@ class OpenedModel:
     model: Transformer
     record: runs.Record | None = None
     step: int = 0
-    trained: dict[str, LazyArray] = dataclasses.field(default_factory=dict)
+    trained_arrays: dict[str, LazyArray] = dataclasses.field(default_factory=dict)
     base_path: str | None = None
     frozen_dtype: str = quantized.ACTIVATIONS
 
     @property
     def needs_base(self) -> bool:
-        """Whether arrays that a run did not train are read from a base."""
+        """Whether parameters that were not trained are read from a base."""
         return self.record is not None and self.record.base["needed"]
 
-    def load(self, shardings: Shardings = None) -> dict[str, Any]:
-        """All parameters, frozen matrices as `frozen_dtype` says.
+    def load(self, shardings: Shardings = None) -> dict[str, PyTree]:
+        """Loads all parameters.
 
         Args:
-          shardings: where arrays lie.
+          shardings: where to put the arrays.
 
         Raises:
-          InputError: the base is missing, or not the one that the adapters were trained on, or
-            arrays are missing, of another shape or not finite.
+          InputError: the base is missing, or not the one that the adapters were trained on; an
+            array is missing, of another shape or not finite.
         """
         if self.record is None:
             return load_base(
                 self.model, self.path, 0, shardings=shardings, frozen_dtype=self.frozen_dtype
             )[0]
         trained = self.load_trained(shardings)
-        recorded = self.record.base
         if not self.needs_base:
             return trained
-        paths = params_lib.flatten(trained)
+        trained_paths = params_lib.flatten(trained).keys()
         base, identity = load_base(
             self.model,
             self.base_path,
-            recorded["seed"] or 0,
-            paths.__contains__,
+            self.record.base["seed"] or 0,
+            trained_paths.__contains__,
             shardings,
             self.frozen_dtype,
         )
         self.check_base(identity["fingerprint"])
-        # adapters that did not train are not in the checkpoint: they are what the seed gives
+        # Adapters that were not trained are not in the checkpoint: the seed reproduces them.
         drawn = network.init_params(
-            self.model, self.record.seed, lambda p: params_lib.is_adapter(p) and p not in paths
+            self.model,
+            self.record.seed,
+            lambda path: params_lib.is_adapter(path) and path not in trained_paths,
         )
-        drawn = device_put(drawn, shardings)
-        frozen = params_lib.select(params_lib.merge(drawn, base), lambda path: path not in paths)
-        whole = params_lib.merge(trained, frozen)
+        frozen = params_lib.select(
+            params_lib.merge(device_put(drawn, shardings), base),
+            lambda path: path not in trained_paths,
+        )
+        params = params_lib.merge(trained, frozen)
         shapes = network.param_shapes(self.model)
-        return params_lib.check_matches(whole, shapes, f"checkpoint {self.path} and its base")
+        return params_lib.check_matches(params, shapes, f"checkpoint {self.path} and its base")
 
-    def shardings(self, mesh: Any, rules: partitioning.Rules) -> dict[str, Any]:
-        """Where its parameters lie on a mesh, for `load`."""
+    def shardings(
+        self, mesh: jax.sharding.Mesh, rules: partitioning.Rules
+    ) -> dict[str, jax.sharding.Sharding]:
+        """Returns the sharding of each parameter on a mesh, for `load`."""
         shapes = params_lib.flatten(network.param_shapes(self.model))
         axes = network.param_axes(self.model)
         return dict(partitioning.param_shardings(mesh, rules, axes, shapes))
 
-    def load_trained(self, shardings: Shardings = None) -> dict[str, Any]:
-        """What the run trained, float32.
+    def load_trained(self, shardings: Shardings = None) -> dict[str, PyTree]:
+        """Loads the parameters that the run trained, in float32.
 
         Raises:
           InputError: an array is missing, extra, of another shape or not finite.
         """
         assert self.record is not None
         shapes = params_lib.flatten(network.param_shapes(self.model))
-        chosen = params_lib.trainable_paths(shapes, self.record.trainable)
+        trainable = params_lib.trainable_paths(shapes, self.record.trainable)
         target = {
             path: jax.ShapeDtypeStruct(
-                shapes[path].shape, jnp.float32, sharding=_of(shardings, path)
+                leaf.shape, jnp.float32, sharding=_sharding_of(shardings, path)
             )
-            for path in shapes
-            if path in chosen
+            for path, leaf in shapes.items()
+            if path in trainable
         }
         return lazy_array.load_arrays(
-            self.trained, params_lib.unflatten(target), f"checkpoint {self.path}"
+            self.trained_arrays, params_lib.unflatten(target), f"checkpoint {self.path}"
         )
 
     def check_base(self, fingerprint: str) -> None:
-        """Raises InputError where the adapters belong to a base of another fingerprint."""
+        """Raises `InputError` if the adapters belong to a base with another fingerprint."""
         assert self.record is not None
-        recorded = self.record.base
-        if recorded["fingerprint"] not in (None, fingerprint):
+        base = self.record.base
+        if base["fingerprint"] not in (None, fingerprint):
             raise InputError(
-                f"checkpoint {self.path} belongs to the base {recorded['path']} with fingerprint"
-                f" {recorded['fingerprint']}; {self.base_path} has {fingerprint}"
+                f"checkpoint {self.path} belongs to the base {base['path']} with fingerprint"
+                f" {base['fingerprint']}; {self.base_path} has {fingerprint}"
             )
 
-    def about(self) -> dict[str, Any]:
-        """Name, method, checkpoint, step, dtype, counts and an adapter's base, for tables."""
-        counts = {"trainable": 0, "total": params_lib.count(network.param_shapes(self.model))}
-        return {
+    def summary(self) -> JsonObject:
+        """Returns name, method, checkpoint, step, dtype, counts and base, for result files."""
+        summary: JsonObject = {
             "name": self.name,
             "method": "none" if self.record is None else self.record.method,
             "checkpoint": os.fspath(file_io.resolve(self.path)),
             "step": self.step,
             "dtype": self.model.config.dtype,
-            **({} if self.frozen_dtype == quantized.ACTIVATIONS else {"frozen": self.frozen_dtype}),
-            **(counts if self.record is None else self.record.counts),
-            **({"base": self._base_in_words()} if self.needs_base else {}),
         }
-
-    def _base_in_words(self) -> str:
-        assert self.record is not None
-        return self.base_path or f"random weights, seed {self.record.base['seed'] or 0}"
+        if self.frozen_dtype != quantized.ACTIVATIONS:
+            summary["frozen"] = self.frozen_dtype
+        if self.record is None:
+            total = params_lib.count(network.param_shapes(self.model))
+            return summary | {"trainable": 0, "total": total}
+        summary |= self.record.counts
+        if self.needs_base:
+            random = f"random weights, seed {self.record.base['seed'] or 0}"
+            summary["base"] = self.base_path or random
+        return summary
 
 
 def open_models(
@@ -254,113 +268,105 @@ def open_models(
     dtype: str | None = None,
     frozen_dtype: str | None = None,
 ) -> list[OpenedModel]:
-    """Opens each path: a base, a run's folder (its newest checkpoint), a checkpoint or an adapter.
+    """Opens each path: a base, a run (its newest checkpoint), a checkpoint of one, or an adapter.
 
     Args:
-      paths: one or several.
-      model: its activation dtype is that of bases that state none.
-      base_path: read in place of the base that a run or an adapter names.
-      dtype: of activations, in place of what checkpoints say; None: as they say.
-      frozen_dtype: of frozen matrices (`quantized.FROZEN_DTYPES`); None: as a run was trained, and
-        those of a base in the activations' type.
+      paths: one or several paths.
+      model: its activation dtype is used for bases that state none.
+      base_path: replaces the base that a run or an adapter names.
+      dtype: dtype of activations; None: the checkpoint's.
+      frozen_dtype: dtype of frozen matrices (`quantized.FROZEN_DTYPES`); None: as the run was
+        trained, or the dtype of activations for a base.
 
     Raises:
-      InputError: nothing is there, or it is none of these.
+      InputError: a path does not exist, or is none of these.
     """
     if frozen_dtype is not None:
         quantized.check_frozen_dtype(frozen_dtype)
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, (list, tuple)) or not paths:
-        raise InputError(f"CHECKPOINT_PATH: expected a path or a list of some, found {paths!r}")
-    opened: list[OpenedModel] = []
-    names: collections.Counter[str] = collections.Counter()
+        raise InputError(f"CHECKPOINT_PATH must be a path or a list of paths, got {paths!r}")
+    models: list[OpenedModel] = []
+    counts: collections.Counter[str] = collections.Counter()
     for path in paths:
-        place = file_io.resolve(path)
-        with file_io.remote_errors(place):
-            found = _open(path, model, base_path)
+        with file_io.remote_errors(file_io.resolve(path)):
+            opened = _open(path, model, base_path)
         if dtype is not None:
-            config = dataclasses.replace(found.model.config, dtype=dtype)
-            found.model = found.model.clone(config=config)
+            config = dataclasses.replace(opened.model.config, dtype=dtype)
+            opened.model = opened.model.clone(config=config)
         if frozen_dtype is not None:
-            if found.record is not None and not found.needs_base:
+            if opened.record is not None and not opened.needs_base:
                 raise InputError(
-                    f"FROZEN_DTYPE {frozen_dtype!r}: {path} trained the whole model, in float32:"
-                    " expected None"
+                    f"FROZEN_DTYPE must be None for {path}, whose run trained the whole model in"
+                    f" float32, got {frozen_dtype!r}"
                 )
-            found.frozen_dtype = frozen_dtype
-        names[found.name] += 1
-        if names[found.name] > 1:  # names become folders and rows, so they must differ
-            found.name += f"_{names[found.name]}"
-        opened.append(found)
-    if base_path is not None and not any(one.needs_base for one in opened):
-        shown = ", ".join(one.path for one in opened)
+            opened.frozen_dtype = frozen_dtype
+        counts[opened.name] += 1
+        if counts[opened.name] > 1:  # names become folders and table rows
+            opened.name += f"_{counts[opened.name]}"
+        models.append(opened)
+    if base_path is not None and not any(opened.needs_base for opened in models):
+        shown = ", ".join(opened.path for opened in models)
         raise InputError(
-            f"{base_path} is given as the base of adapters, but {shown} needs none:"
+            f"{base_path} was passed as the base of adapters, but {shown} needs none:"
             " are the two swapped?"
         )
-    return opened
+    return models
 
 
 def open_model(path: str, base_path: str | None = None) -> OpenedModel:
-    """One path, as `open_models`."""
+    """Opens one path; see `open_models`."""
     return open_models(path, base_path=base_path)[0]
 
 
 def _open(path: str, model: Transformer | None, base_path: str | None) -> OpenedModel:
     if adapter_file.is_adapter(path):
-        trained, record, step = adapter_file.open_adapter(path)
-        name = (
-            file_io.resolve(path).name
-            if file_io.resolve(path).is_dir()
-            else file_io.resolve(path).parent.name
-        )
+        trained_arrays, record, step = adapter_file.open_adapter(path)
+        name = adapter_file.adapter_folder(path).name
     elif peft.is_adapter(path):
-        trained, record, step = _open_peft(path, base_path)
+        trained_arrays, record, step = _open_peft(path, base_path)
         name = file_io.resolve(path).name
     elif runs.is_run(path):
-        trained, record, step = runs.open_trainable(path)
+        trained_arrays, record, step = runs.open_trained(path)
         name = runs.resolve(path)[0].name
     elif t5x_run.is_run(path):
-        trained, record, step = t5x_run.open_trainable(path)
+        trained_arrays, record, step = t5x_run.open_trained(path)
         name = t5x_run.run_folder(path).name
     else:
-        try:
-            found = base_lib.open_base(path)
-        except base_lib.NotABaseModel as error:
-            said = str(error).removeprefix("base model ")
-            said = said.replace("expected a T5X", "expected a run, an adapter, a T5X")
-            raise InputError(said) from error
-        own = {} if model is None else {"dtype": model.config.dtype}
-        config = T5Config(**{**own, **found.config()})
-        return OpenedModel(_base_name(found.path), path, Transformer(config))
+        expected = f"a run, an adapter, {base_lib.EXPECTED}"
+        base = base_lib.open_base(path, "model", expected)
+        defaults = {} if model is None else {"dtype": model.config.dtype}
+        config = T5Config(**{**defaults, **base.config()})
+        return OpenedModel(_base_name(base.path), path, Transformer(config))
     if record.base["needed"] and base_path is None:
         base_path = record.base["path"]
         if base_path is not None and not file_io.resolve(base_path).exists():
             raise InputError(
-                f"{path} belongs to the base {base_path}, which is not there: name a copy"
-                " (INITIAL_CHECKPOINT_PATH, or --base of convert)"
+                f"{path} belongs to the base {base_path}, which does not exist: pass the path of a"
+                " copy (INITIAL_CHECKPOINT_PATH, or --base of pemoe convert)"
             )
-    model = build_model(record)
-    kept = record.base.get("frozen_dtype", quantized.ACTIVATIONS)
-    return OpenedModel(name, path, model, record, step, trained, base_path, kept)
+    # Records of earlier versions lack `frozen_dtype`.
+    frozen_dtype = record.base.get("frozen_dtype", quantized.ACTIVATIONS)
+    return OpenedModel(
+        name, path, build_model(record), record, step, trained_arrays, base_path, frozen_dtype
+    )
 
 
-def _base_name(path: str) -> str:
-    """Of a file its stem; of a folder its name, or that of the folder a checkpoint_<step> is in."""
-    place = file_io.resolve(path)
-    if place.parent.name == "snapshots":  # of Hugging Face's cache
-        return place.parent.parent.name.rpartition("--")[2]
-    return place.parent.name if re.fullmatch(r"checkpoint_\d+", place.name) else place.stem
+def _base_name(base_path: str) -> str:
+    path = file_io.resolve(base_path)
+    # In the Hugging Face cache: models--google--t5-large/snapshots/<commit>
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.stem if t5x.step_of(path.name) is None else path.parent.name
 
 
 def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], runs.Record, int]:
-    """An adapter of PEFT's, with the record that a run of ours would have written."""
-    named = base_path or peft.base_model_name(path)
+    """Opens a PEFT adapter, with the record that a run of this package would have written."""
     try:
-        base = base_lib.open_base(named)
+        base = base_lib.open_base(base_path or peft.base_model_name(path))
     except InputError as error:
-        hint = "" if base_path else ": name its base (INITIAL_CHECKPOINT_PATH, --base of convert)"
-        raise InputError(f"{path}, an adapter of PEFT's{hint}: {error}") from error
+        hint = "" if base_path else ": pass its base (INITIAL_CHECKPOINT_PATH, or --base)"
+        raise InputError(f"PEFT adapter {path}{hint}: {error}") from error
     config = T5Config(**base.config())
     description, arrays = peft.load_adapter(path, config.as_dict())
     model = Transformer(config, adapters.from_description(description))
@@ -370,7 +376,7 @@ def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], 
         trainable=[params_lib.ADAPTER_PATTERN],
         config=config.as_dict(),
         adapters=description,
-        # PEFT does not say which weights these were, so any of these dimensions are taken
+        # PEFT does not record a fingerprint: any base of these dimensions is accepted.
         base={"path": base.path, "seed": None, "fingerprint": None, "needed": True},
         counts={
             "trainable": params_lib.count(params_lib.select(shapes, params_lib.is_adapter)),
@@ -378,4 +384,4 @@ def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], 
         },
         versions=runs.package_versions(),
     )
-    return {name: lazy_array.from_numpy(array) for name, array in arrays.items()}, record, 0
+    return {name: lazy_array.from_numpy(np.asarray(a)) for name, a in arrays.items()}, record, 0

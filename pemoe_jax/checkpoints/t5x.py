@@ -1,16 +1,14 @@
-"""T5X's checkpoints in its two formats; of each the parameters alone, its `target`.
+"""T5X checkpoints in both formats; only their parameters (`target`) are read.
 
-legacy   checkpoint_<step>/checkpoint         msgpack: an index of arrays, small ones inline
-         checkpoint_<step>/target.….kernel/   zarr, one folder an array
-Orbax    checkpoint_<step>/state/             zarr `target.….kernel/`, in an OCDBT store or not
+    legacy   checkpoint_<step>/checkpoint         msgpack: an index of the arrays, small ones inline
+             checkpoint_<step>/target.….kernel/   zarr, a folder per array
+    Orbax    checkpoint_<step>/state/             zarr `target.….kernel/`, with or without OCDBT
 
-The optimiser's state is neither opened nor read.
+The optimizer state is neither opened nor read.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import msgpack
 import numpy as np
@@ -26,72 +24,71 @@ _INDEX = "checkpoint"
 _PLACEHOLDER = "PLACEHOLDER://"
 
 
-def is_legacy(folder: epath.Path) -> bool:
-    """Whether a folder is a checkpoint of the legacy format."""
-    return tensorstore_file.orbax_state_folder(folder) is None and (folder / _INDEX).is_file()
-
-
-def open_orbax(folder: epath.Path) -> dict[str, LazyArray]:
-    """Path -> array, of the `target` in an Orbax checkpoint.
-
-    Raises:
-      InputError: it is unreadable or has no `target`.
-    """
-    state = tensorstore_file.orbax_state_folder(folder)
-    if state is None:
-        raise InputError(f"{folder}: expected an Orbax checkpoint, found none")
-    return tensorstore_file.open_orbax(state, "target")
-
-
-def open_legacy(folder: epath.Path) -> dict[str, LazyArray]:
-    """Path -> array, of the `target` in a checkpoint of the legacy format.
-
-    Raises:
-      InputError: the index is unreadable or names what is not in the folder.
-    """
-    index = folder / _INDEX
-    try:
-        contents = serialization.msgpack_restore(index.read_bytes())
-        target = contents.get("optimizer", contents)["target"]
-    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
-        raise InputError(
-            f"{index}: expected an index of T5X with a `target`, found something else"
-            f" ({type(error).__name__}: {error})"
-        ) from error
-    named: dict[str, str] = {}
-    arrays: dict[str, LazyArray] = {}
-    for path, leaf in _leaves(target):
-        if isinstance(leaf, np.ndarray):
-            arrays[path] = lazy_array.from_numpy(leaf)
-        else:
-            named[path] = file_io.child_path(folder, _zarr_name(leaf, index, path), _INDEX).name
-    return arrays | tensorstore_file.open_arrays(folder, file_io.url(folder), named, "zarr")
-
-
-def _leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """(path, leaf); a dict with a `driver` is tensorstore's description of one array."""
-    if isinstance(tree, Mapping) and "driver" not in tree:
-        for name, below in tree.items():
-            yield from _leaves(below, (*above, str(name)))
-    else:
-        yield "/".join(above), tree
-
-
-def _zarr_name(leaf: Any, index: epath.Path, path: str) -> Any:
-    """Where an array lies in the checkpoint's folder; of what the index says only this is used."""
-    if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
-        return leaf.removeprefix(_PLACEHOLDER)
-    try:
-        kvstore = leaf["kvstore"]
-        name = kvstore["path"] if "path" in kvstore else leaf["path"]
-        return name.rstrip("/")
-    except (TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{index}: {path}: expected an array, found {leaf!r:.80}") from error
+def step_of(name: str) -> int | None:
+    """Returns the step of a folder named `checkpoint_<step>`; None for another name."""
+    match = re.fullmatch(r"checkpoint_(\d+)", name)
+    return int(match[1]) if match else None
 
 
 def checkpoint_steps(folder: epath.Path) -> list[int]:
-    """The steps of the checkpoints in a folder, by their names."""
-    names = (os.fspath(child.name) for child in folder.iterdir())
-    return sorted(
-        int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint_(\d+)", name))
-    )
+    """Returns the steps of the folders `checkpoint_<step>` in a folder, in order."""
+    return sorted(step for path in folder.iterdir() if (step := step_of(path.name)) is not None)
+
+
+def is_legacy(folder: epath.Path) -> bool:
+    """Whether a folder is a checkpoint in the legacy format."""
+    return tensorstore_file.orbax_state_folder(folder) is None and (folder / _INDEX).is_file()
+
+
+def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
+    """Opens the `target` of a checkpoint in either format: path -> array.
+
+    Raises:
+      InputError: the folder is not a checkpoint, has no `target`, is unreadable, or its index
+        names arrays that are not in the folder.
+    """
+    state = tensorstore_file.orbax_state_folder(folder)
+    if state is not None:
+        return tensorstore_file.open_orbax(state, "target")
+    index = folder / _INDEX
+    if not index.is_file():
+        raise InputError(f"{folder}: expected a T5X checkpoint, got none")
+    try:
+        contents = serialization.msgpack_restore(index.read_bytes())
+        # The legacy format keeps the whole train state under `optimizer`.
+        target = contents.get("optimizer", contents)["target"]
+    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+        raise InputError(
+            f"{index}: expected a T5X index with a `target`, got something else"
+            f" ({type(error).__name__}: {error})"
+        ) from error
+    names: dict[str, str] = {}
+    arrays: dict[str, LazyArray] = {}
+    for path, leaf in _flatten(target):
+        if isinstance(leaf, np.ndarray):
+            arrays[path] = lazy_array.from_numpy(leaf)
+        else:
+            names[path] = file_io.child_path(folder, _zarr_name(leaf, index, path), _INDEX).name
+    return arrays | tensorstore_file.open_arrays(folder, file_io.url(folder), names, "zarr")
+
+
+def _flatten(tree: object, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:
+    # A dict with a `driver` is a leaf: tensorstore's spec of one array.
+    if isinstance(tree, Mapping) and "driver" not in tree:
+        for name, subtree in tree.items():
+            yield from _flatten(subtree, (*parents, str(name)))
+    else:
+        yield "/".join(parents), tree
+
+
+def _zarr_name(leaf: object, index: epath.Path, path: str) -> str:
+    """Returns the name of an array's folder, the only part of an index entry that is used.
+
+    Drivers, buckets and absolute paths in an entry are those of the machine that wrote it.
+    """
+    if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
+        return leaf.removeprefix(_PLACEHOLDER)
+    match leaf:
+        case {"kvstore": {"path": str(name)}} | {"kvstore": Mapping(), "path": str(name)}:
+            return name.rstrip("/")
+    raise InputError(f"{index}: {path}: expected an array, got {leaf!r:.80}")

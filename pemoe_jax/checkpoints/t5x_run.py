@@ -1,12 +1,11 @@
-"""Runs of T5X's trainer with `t5x_bridge`: T5X's checkpoints of what trained, and our record.
+"""Runs of T5X's trainer with `t5x_bridge`: T5X checkpoints of the trained parameters, and a record.
 
 MODEL_DIR/pemoe_record.json        JSON: `runs.Record`
-MODEL_DIR/checkpoint_<step>/       T5X's, Orbax or legacy: `target` (what trains), `state`
+MODEL_DIR/checkpoint_<step>/       T5X's, Orbax or legacy: `target` (trained), `state`
 """
 
 import dataclasses
 import os
-import re
 
 from etils import epath
 
@@ -20,43 +19,50 @@ RECORD = "pemoe_record.json"
 
 
 def run_folder(path: str | os.PathLike[str]) -> epath.Path:
-    """The run's, of its own path or of one of its checkpoints'."""
-    place = file_io.resolve(path)
-    return place.parent if re.fullmatch(r"checkpoint_\d+", place.name) else place
+    """Returns the MODEL_DIR of a path to a run or to one of its checkpoints."""
+    folder = file_io.resolve(path)
+    return folder if t5x.step_of(folder.name) is None else folder.parent
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names such a run's folder, or one checkpoint of it."""
+    """Whether a path is such a run, or a checkpoint of one."""
     return (run_folder(path) / RECORD).exists()
 
 
 def write_record(model_dir: str | os.PathLike[str], record: Record) -> None:
-    """Beside the checkpoints."""
+    """Writes a run's record."""
     path = file_io.resolve_local(model_dir, "MODEL_DIR") / RECORD
     atomic_write.write_json(path, dataclasses.asdict(record))
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
-    """Of a run or one checkpoint of it.
+    """Reads the record of a run.
+
+    Args:
+      path: the run or one of its checkpoints.
 
     Raises:
-      InputError: it is missing or unreadable.
+      InputError: the record is missing or unreadable.
     """
     file = run_folder(path) / RECORD
     return runs.parse_record(file_io.read_json(file), os.fspath(file))
 
 
-def open_trainable(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
-    """What trained (path -> array, not read), the record and the step, the newest of a run's.
+def open_trained(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
+    """Opens the trained parameters of a checkpoint, the newest if `path` is a run.
+
+    Returns:
+      (path -> array, the record, the step).
 
     Raises:
-      InputError: there is no finished checkpoint, or it is unreadable.
+      InputError: the run has no checkpoint, or it is unreadable.
     """
-    run, place = run_folder(path), file_io.resolve(path)
-    if place == run:
+    run, checkpoint = run_folder(path), file_io.resolve(path)
+    if checkpoint == run:
         steps = t5x.checkpoint_steps(run)
         if not steps:
-            raise InputError(f"checkpoint {path}: expected a folder checkpoint_<step> in it")
-        place = run / f"checkpoint_{steps[-1]}"
-    opened = t5x.open_legacy(place) if t5x.is_legacy(place) else t5x.open_orbax(place)
-    return opened, read_record(run), int(place.name.rpartition("_")[2])
+            raise InputError(f"checkpoint {path}: expected a folder checkpoint_<step>, got none")
+        checkpoint = run / f"checkpoint_{steps[-1]}"
+    step = t5x.step_of(checkpoint.name)
+    assert step is not None
+    return t5x.open_checkpoint(checkpoint), read_record(run), step

@@ -1,12 +1,11 @@
-"""Arrays that tensorstore keeps as zarr, a folder each or in an OCDBT store; Orbax's checkpoints.
+"""Arrays in zarr format, read with tensorstore: Orbax checkpoints and the arrays of T5X's own.
 
-Local or `gs://`. Opening reads the descriptions alone.
+Each array is a folder, or a key in an OCDBT store; local or `gs://`. Opening reads metadata only.
 """
 
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -16,99 +15,107 @@ from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
-_SUFFIXES = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
+# A tensorstore key-value store: a URL, or a JSON spec.
+KvStore = str | dict[str, str]
+
+_DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}  # by the name of the metadata file
 
 
 def orbax_state_folder(folder: epath.Path) -> epath.Path | None:
-    """The folder of the arrays, where `folder` is an Orbax checkpoint or that folder itself."""
-    for found in (folder / "state", folder):
-        if any((found / name).exists() for name in ("_METADATA", "manifest.ocdbt")):
-            return found
+    """Returns the folder with the arrays of an Orbax checkpoint: `folder/state` or `folder`."""
+    for candidate in (folder / "state", folder):
+        if any((candidate / name).exists() for name in ("_METADATA", "manifest.ocdbt")):
+            return candidate
     return None
 
 
 def open_orbax(state: epath.Path, item: str) -> dict[str, LazyArray]:
-    """Path -> array, of one item of an Orbax checkpoint.
+    """Opens one item of an Orbax checkpoint.
 
     Args:
-      state: as `orbax_state` finds it.
-      item: 'target' in T5X's, 'params' in ours.
+      state: result of `orbax_state_folder`.
+      item: 'target' in T5X checkpoints, 'params' in checkpoints of this package.
+
+    Returns:
+      path -> array.
 
     Raises:
       InputError: the store is unreadable, or has no such item.
     """
     base = file_io.url(state)
-    ocdbt = (state / "manifest.ocdbt").exists()
-    kvstore: Any = {"driver": "ocdbt", "base": base, "path": ""} if ocdbt else base
+    has_ocdbt = (state / "manifest.ocdbt").exists()
+    kvstore: KvStore = {"driver": "ocdbt", "base": base, "path": ""} if has_ocdbt else base
     try:
-        # from `target.` up to but not including `target/`, the next character
-        within = ts.KvStore.KeyRange(f"{item}.", f"{item}/")
-        keys = [key.decode() for key in ts.KvStore.open(kvstore).result().list(within).result()]
+        # The keys that start with "target.": '/' is the character after '.'.
+        key_range = ts.KvStore.KeyRange(f"{item}.", f"{item}/")
+        keys = [key.decode() for key in ts.KvStore.open(kvstore).result().list(key_range).result()]
     except (ValueError, OSError) as error:
-        raise InputError(f"{state}: unreadable: {_short(error)}") from error
-    for suffix, driver in _SUFFIXES.items():
+        raise InputError(f"{state}: unreadable: {_short_message(error)}") from error
+    for suffix, driver in _DRIVERS.items():
         names = [key.removesuffix(suffix) for key in keys if key.endswith(suffix)]
         if names:
-            named = {name.removeprefix(f"{item}.").replace(".", "/"): name for name in names}
-            return open_arrays(state, kvstore, named, driver)
-    raise InputError(f"{state}: expected arrays named {item}.…, found none")
+            by_path = {name.removeprefix(f"{item}.").replace(".", "/"): name for name in names}
+            return open_arrays(state, kvstore, by_path, driver)
+    raise InputError(f"{state}: expected arrays named {item}.…, got none")
 
 
 def open_arrays(
-    folder: epath.Path, kvstore: Any, named: Mapping[str, str], driver: str
+    folder: epath.Path, kvstore: KvStore, names: Mapping[str, str], driver: str
 ) -> dict[str, LazyArray]:
-    """Path -> array; all are opened at once, since each is a wait where they are far away.
+    """Opens arrays, all at the same time: with remote storage each one is a round trip.
 
     Args:
-      folder: names the checkpoint in errors.
-      kvstore: tensorstore's, of the folder or of the store in it.
-      named: path -> name of the array in it.
+      folder: name of the checkpoint in errors.
+      kvstore: the folder's, or of the OCDBT store in it.
+      names: path -> name of the array in the store.
       driver: 'zarr' or 'zarr3'.
+
+    Returns:
+      path -> array.
 
     Raises:
       InputError: an array is missing or unreadable.
     """
     context = ts.Context()
-    waiting = {
+    futures = {
         path: ts.open(
             {
                 "driver": driver,
-                "kvstore": _below(kvstore, f"{name}/"),
-                # else a chunk that is missing reads as zeros
+                "kvstore": _child(kvstore, f"{name}/"),
+                # By default a missing chunk reads as zeros.
                 "fill_missing_data_reads": False,
             },
             open=True,
             read=True,
             context=context,
         )
-        for path, name in named.items()
+        for path, name in names.items()
     }
-    return {path: _stored(folder / named[path], future) for path, future in waiting.items()}
+    return {path: _lazy_array(folder / names[path], future) for path, future in futures.items()}
 
 
-def _below(kvstore: Any, name: str) -> Any:
+def _child(kvstore: KvStore, name: str) -> KvStore:
     return kvstore + name if isinstance(kvstore, str) else {**kvstore, "path": name}
 
 
-def _stored(path: epath.Path, future: Any) -> LazyArray:
+def _lazy_array(path: epath.Path, future: "ts.Future[ts.TensorStore]") -> LazyArray:
     try:
         array = future.result()
     except (ValueError, OSError) as error:
-        raise InputError(f"{path}: unreadable: {_short(error)}") from error
-    return LazyArray(
-        tuple(array.shape), array.dtype.numpy_dtype, functools.partial(_read, array, path)
-    )
+        raise InputError(f"{path}: unreadable: {_short_message(error)}") from error
+    read = functools.partial(_read, array, path)
+    return LazyArray(tuple(array.shape), array.dtype.numpy_dtype, read)
 
 
-def _read(array: Any, path: epath.Path, index: Index) -> np.ndarray:
+def _read(array: "ts.TensorStore", path: epath.Path, index: Index) -> np.ndarray:
     try:
         return array[index].read(order="C").result()
     except (ValueError, OSError) as error:
-        raise InputError(f"{path}: unreadable: {_short(error)}") from error
+        raise InputError(f"{path}: unreadable: {_short_message(error)}") from error
 
 
-def _short(error: BaseException) -> str:
-    """Tensorstore's message without the places in its source, at most some lines of a terminal."""
+def _short_message(error: BaseException) -> str:
+    """Returns tensorstore's message on one line, without source locations."""
     text = re.sub(r"\s*\[source locations?=.*?\]|\[[a-z_]+='.*?'\]", "", str(error), flags=re.S)
-    first = " ".join(text.split())
-    return first if len(first) <= 300 else f"{first[:300]}…"
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:300]}…"

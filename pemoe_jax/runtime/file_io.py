@@ -6,12 +6,15 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from etils import epath
 
 from pemoe_jax.core.errors import InputError, first_line
+
+# An object as json.loads returns it; its values are checked where they are used.
+JsonObject: TypeAlias = dict[str, Any]
 
 
 def resolve(path: str | os.PathLike[str]) -> epath.Path:
@@ -113,7 +116,7 @@ def read_range(path: epath.Path, offset: int, size: int) -> np.ndarray:
     return data
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str]) -> JsonObject:
     """Reads a JSON object.
 
     Raises:

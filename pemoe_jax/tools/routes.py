@@ -130,7 +130,7 @@ def _select_sites(opened: "models.OpenedModel", patterns: Sequence[str] | None) 
     if not experts:
         raise InputError(
             f"{opened.path}: expected a run of mov, molora or another method with routers, got a"
-            f" run of {opened.about()['method']}"
+            f" run of {opened.summary()['method']}"
         )
     return measure.select_sites(patterns, experts)
 
@@ -182,7 +182,7 @@ def _probe_run(
         split = _file_split(name, registered)
         tasks.append(metrics.ProbedTask(name, dataset, seen, split, len(members)))
     return metrics.ProbeResult(
-        about=opened.about(),
+        about=opened.summary(),
         tasks=tasks,
         totals=totals,
         experts=probe.expert_counts(opened.model),

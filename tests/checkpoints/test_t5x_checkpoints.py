@@ -92,7 +92,7 @@ def test_types_and_shardings(checkpoints, name):
         network.Transformer(network.T5Config(**config)),
         str(checkpoints[name]),
         0,
-        trains=lambda path: "layers_1" in path,
+        is_trainable=lambda path: "layers_1" in path,
         shardings=sharding,
     )
     for path, leaf in params.flatten(weights).items():

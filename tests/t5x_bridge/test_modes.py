@@ -118,7 +118,7 @@ def test_the_legacy_format_goes_on_and_is_read(common, plain, tmp_path):
     found = flat(state.params)
     for path, array in plain[1].items():
         assert np.array_equal(found[path], array), path
-    arrays, _, step = t5x_run.open_trainable(tmp_path / "run")
+    arrays, _, step = t5x_run.open_trained(tmp_path / "run")
     assert step == RUN["TRAIN_STEPS"] and arrays.keys() == {p for p in found if "_adapter/" in p}
     for path, array in arrays.items():
         assert np.array_equal(array.read(), found[path]), path

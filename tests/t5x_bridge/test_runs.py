@@ -133,11 +133,11 @@ def test_frozen_parameters_stay_bit_for_bit(run, place):
 def test_checkpoints_hold_what_trains(run):
     from pemoe_jax.checkpoints import t5x_run
 
-    arrays, record, step = t5x_run.open_trainable(run.folder / "whole")
+    arrays, record, step = t5x_run.open_trained(run.folder / "whole")
     assert step == STEPS and record.base["needed"]
     assert arrays.keys() == {path for path in run.params if "_adapter/" in path}
     assert record.trained_datasets == ["colour", "free"]
-    earlier, _, step = t5x_run.open_trainable(run.folder / "whole" / f"checkpoint_{HALF}")
+    earlier, _, step = t5x_run.open_trained(run.folder / "whole" / f"checkpoint_{HALF}")
     assert step == HALF and earlier.keys() == arrays.keys()
     for path, array in earlier.items():
         assert not np.array_equal(array.read(), arrays[path].read()), path

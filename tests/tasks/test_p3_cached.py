@@ -38,7 +38,7 @@ def no_caches(monkeypatch):
 
 
 def trained(model_dir: pathlib.Path) -> dict[str, np.ndarray]:
-    arrays, _, step = runs.open_trainable(str(model_dir))
+    arrays, _, step = runs.open_trained(str(model_dir))
     assert step == 6
     return {path: array.read() for path, array in arrays.items()} | {
         "consumed": np.array(runs.read_data_position(str(model_dir)))

@@ -94,7 +94,7 @@ def test_training_stops_with_one_line_and_goes_on_when_it_is_mended(copy, capsys
     )
     last = runs.saved_steps(copy / "run")
     assert last == [10]
-    arrays, _, step = runs.open_trainable(str(copy / "run"))
+    arrays, _, step = runs.open_trained(str(copy / "run"))
     assert step == 10 and all(np.isfinite(array.read()).all() for array in arrays.values())
     path.write_bytes(whole)
     assert train.main(flags) == 0

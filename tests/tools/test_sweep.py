@@ -412,8 +412,8 @@ def test_killed_trainings_end_like_uninterrupted_ones(processes, tmp_path):
     assert processes(command("parts")).wait() == 0
 
     for name in ("mov-seed0", "mov-seed1"):
-        whole, _, _ = checkpoints.open_trainable(str(tmp_path / "whole" / name))
-        resumed, _, step = checkpoints.open_trainable(str(parts / name))
+        whole, _, _ = checkpoints.open_trained(str(tmp_path / "whole" / name))
+        resumed, _, step = checkpoints.open_trained(str(parts / name))
         assert step == 160 and whole.keys() == resumed.keys()
         for path, array in whole.items():
             assert (array.read() == resumed[path].read()).all(), path

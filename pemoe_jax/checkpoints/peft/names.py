@@ -1,18 +1,21 @@
-"""Our adapters' arrays and PEFT's tensors for them: names, shapes, and one from the other.
+"""Names and shapes of an adapter's arrays, ours and PEFT's, and the conversion between them.
 
     encoder/layers_0/attention/key_adapter/vectors [H, 1, K]
     base_model.model.encoder.block.0.layer.0.SelfAttention.k.ia3_l [out, 1]
 
-PEFT's (IA)³ scales what a module gives or, of a feedforward module, what it reads. What `wo` reads
-is gelu(wi_0 x) · wi_1 x, so one vector there does what one at our `gate` does.
+PEFT's (IA)³ scales the output of a module or, for a feedforward module, its input. The input of
+`wo` is gelu(wi_0 x) · wi_1 x, so one vector there is equivalent to one at our site `gate`.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+
+from pemoe_jax.runtime.file_io import JsonObject
+
+Description = Mapping[str, JsonObject]  # `core.adapters.describe`: site -> settings
 
 STACKS = ("encoder", "decoder")
 _PREFIX = "base_model.model."
@@ -20,16 +23,17 @@ _PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A site of ours in PEFT's eyes.
+    """The PEFT module of one of our sites.
 
     Attributes:
-      theirs: the module's name.
-      reads, gives: the last axis of what it reads and of what an adapter of ours changes.
+      module: name of the module.
+      in_axis: last axis of the module's input.
+      out_axis: last axis of the array that our adapter changes.
     """
 
-    theirs: str
-    reads: str
-    gives: str
+    module: str
+    in_axis: str
+    out_axis: str
 
 
 ATTENTION = {
@@ -45,10 +49,10 @@ MLP = {
     "wo": Site("wo", "mlp", "embed"),
 }
 SITES = {**ATTENTION, **MLP}
-MODULES = tuple(dict.fromkeys(site.theirs for site in SITES.values()))
+MODULES = tuple(dict.fromkeys(site.module for site in SITES.values()))
 
-# stack, our module, theirs, the sites in it
-_BLOCK = (
+# stack, our module, its name in PEFT, its sites
+_SUBLAYERS = (
     ("encoder", "attention", "layer.0.SelfAttention", ATTENTION),
     ("encoder", "mlp", "layer.1.DenseReluDense", MLP),
     ("decoder", "self_attention", "layer.0.SelfAttention", ATTENTION),
@@ -62,109 +66,107 @@ _LEAVES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
-    """An array of a plain adapter.
+class AdapterArray:
+    """An array of an adapter without a router.
 
     Attributes:
-      ours, theirs: its path and its name.
-      site: of ours.
+      path: our path.
+      peft_name: PEFT's name.
+      site: our site.
       leaf: 'vectors', 'lora_a' or 'lora_b'.
-      rank: of LoRA, else 0.
+      rank: LoRA rank, 0 for (IA)³.
     """
 
-    ours: str
-    theirs: str
+    path: str
+    peft_name: str
     site: str
     leaf: str
     rank: int
 
     def axes(self) -> tuple[str | int, ...]:
-        """Our shape, with the names of the model's dimensions for their sizes."""
+        """Returns our shape, with axis names in place of the model's dimensions."""
         site = SITES[self.site]
         if self.leaf == "lora_a":
-            return (site.reads, 1, self.rank)
+            return (site.in_axis, 1, self.rank)
         if self.leaf == "lora_b":
-            return (1, self.rank, site.gives)
-        return ("heads", 1, "kv") if site.gives == "joined_kv" else (1, site.gives)
+            return (1, self.rank, site.out_axis)
+        return ("heads", 1, "kv") if site.out_axis == "joined_kv" else (1, site.out_axis)
 
-    def our_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Our shape; 0 where a size is not known."""
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Returns our shape; 0 for an axis of unknown size."""
         return tuple(a if isinstance(a, int) else sizes.get(a, 0) for a in self.axes())
 
-    def their_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """lora_A [R, in], lora_B [out, R], ia3_l [out, 1] or, of a feedforward module, [1, in]."""
+    def peft_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Returns PEFT's shape.
+
+        lora_A is [R, in], lora_B [out, R], ia3_l [out, 1] or, for a feedforward module, [1, in].
+        """
         site = SITES[self.site]
         if self.leaf == "lora_a":
-            return (self.rank, sizes[site.reads])
+            return (self.rank, sizes[site.in_axis])
         if self.leaf == "lora_b":
-            return (sizes[site.gives], self.rank)
-        return (1, sizes[site.gives]) if self.site == "gate" else (sizes[site.gives], 1)
+            return (sizes[site.out_axis], self.rank)
+        return (1, sizes[site.out_axis]) if self.site == "gate" else (sizes[site.out_axis], 1)
 
-    def to_ours(self, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """Their tensor in our shape."""
-        turned = array if self.leaf == "vectors" else array.T
-        return np.ascontiguousarray(turned.reshape(self.our_shape(sizes)))
+    def from_peft(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """Converts PEFT's tensor to our array."""
+        tensor = tensor if self.leaf == "vectors" else tensor.T
+        return np.ascontiguousarray(tensor.reshape(self.shape(sizes)))
 
-    def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """Our array in their shape."""
+    def to_peft(self, array: np.ndarray) -> np.ndarray:
+        """Converts our array to PEFT's tensor."""
         if self.leaf == "vectors":
-            return np.ascontiguousarray(array.reshape((1, -1) if self.site == "gate" else (-1, 1)))
-        return np.ascontiguousarray((array[:, 0] if self.leaf == "lora_a" else array[0]).T)
+            return array.reshape((1, -1) if self.site == "gate" else (-1, 1))
+        return (array[:, 0] if self.leaf == "lora_a" else array[0]).T
 
 
-def arrays(description: Mapping[str, Mapping[str, Any]], layers: Mapping[str, int]) -> list[Array]:
-    """Every array of adapters without routers.
+def adapter_arrays(description: Description, num_layers: Mapping[str, int]) -> list[AdapterArray]:
+    """Returns every array of adapters without routers.
 
     Args:
-      description: `core.adapters.describe` of them.
-      layers: of each stack.
+      description: `core.adapters.describe` of the adapters.
+      num_layers: stack -> number of layers.
     """
     return [
-        Array(
-            ours=f"{ours}/{site}_adapter/{leaf}",
-            theirs=f"{_PREFIX}{theirs}.{SITES[site].theirs}.{name}",
+        AdapterArray(
+            path=f"{path}/{site}_adapter/{leaf}",
+            peft_name=f"{_PREFIX}{module}.{SITES[site].module}.{peft_leaf}",
             site=site,
             leaf=leaf,
             rank=description[site].get("rank", 0),
         )
-        for ours, theirs, sites in _parts(layers)
+        for path, module, sites in _sublayers(num_layers)
         for site in sites
         if site in description
-        for leaf, name in _LEAVES[description[site]["kind"]].items()
+        for leaf, peft_leaf in _LEAVES[description[site]["kind"]].items()
     ]
 
 
-def modules(layers: Mapping[str, int]) -> list[str]:
-    """Every module that PEFT can adapt: 'encoder.block.0.layer.0.SelfAttention.q', …."""
+def module_names(num_layers: Mapping[str, int]) -> list[str]:
+    """Returns every module that PEFT can adapt: 'encoder.block.0.layer.0.SelfAttention.q', …."""
     return [
-        f"{theirs}.{name}"
-        for _, theirs, sites in _parts(layers)
-        for name in dict.fromkeys(site.theirs for site in sites.values())
+        f"{module}.{name}"
+        for _, module, sites in _sublayers(num_layers)
+        for name in dict.fromkeys(site.module for site in sites.values())
     ]
 
 
-def _parts(layers: Mapping[str, int]) -> Iterator[tuple[str, str, dict[str, Site]]]:
-    """Our path and their name of every attention and MLP, and its sites."""
-    for stack, ours, theirs, sites in _BLOCK:
-        for i in range(layers[stack]):
-            yield f"{stack}/layers_{i}/{ours}", f"{stack}.block.{i}.{theirs}", sites
+def _sublayers(num_layers: Mapping[str, int]) -> Iterator[tuple[str, str, dict[str, Site]]]:
+    """Yields (our path, PEFT's module, sites) of every attention and MLP."""
+    for stack, name, module, sites in _SUBLAYERS:
+        for i in range(num_layers[stack]):
+            yield f"{stack}/layers_{i}/{name}", f"{stack}.block.{i}.{module}", sites
 
 
-def depth(stack: str, paths: Iterable[str]) -> int:
-    """Layers of a stack by our paths, at least one."""
-    found = (re.match(rf"{stack}/layers_(\d+)/", path) for path in paths)
-    return 1 + max((int(match[1]) for match in found if match), default=0)
-
-
-def without_adapter_name(name: str) -> str:
+def strip_adapter_name(name: str) -> str:
     """'….lora_A.default.weight' -> '….lora_A.weight'.
 
-    Files that hold a model's own state dict have the name in them, and PEFT loads them.
+    `save_pretrained` strips the adapter's name; a model's own state dict has it. PEFT loads both.
     """
     return re.sub(r"\.(ia3_l|lora_[AB])\.default(\.weight)?$", r".\1\2", name)
 
 
 def module_of(name: str) -> str | None:
-    """The last part of the adapted module's name; None where a tensor is not an adapter's."""
-    found = re.fullmatch(r".*\.(\w+)\.(?:ia3_l|lora_[AB]\.weight)", name)
-    return found[1] if found else None
+    """Returns the last part of a tensor's module; None if the tensor is not an adapter's."""
+    match = re.fullmatch(r".*\.(\w+)\.(?:ia3_l|lora_[AB]\.weight)", name)
+    return match[1] if match else None
