@@ -386,7 +386,7 @@ def test_results_are_replaced_by_their_like_alone(folder, trained, tmp_path, cap
         ({"SCHEDULE": "'linear'"}, "SCHEDULE must be a product of ['constant',"),
         ({"EVAL_TASKS": "['nothing_*']"}, "'nothing_*' matched none"),
         ({"TASK_FEATURE_LENGTHS": "{'inputs': 32}"}, "'targets'"),
-        ({"network.T5Config.emb_dim": 24}, "of another size: expected emb_dim 24, found 16"),
+        ({"network.T5Config.emb_dim": 24}, "another size: expected emb_dim 24, got 16"),
     ],
 )
 def test_wrong_input_is_one_line(folder, tmp_path, capsys, macros, says):

@@ -1,4 +1,4 @@
-"""Arrays read one by one: slices, types, shardings, how much is in memory at a time, errors."""
+"""Lazy arrays: slices, dtypes, shardings, memory use and errors; safetensors files."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from pemoe_jax.checkpoints import lazy_array, safetensors_file
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import params
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.runtime import file_io
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -25,9 +25,9 @@ ARRAYS = {
 }
 
 
-def target(**given) -> dict:
+def target(**options) -> dict:
     return params.unflatten(
-        {k: jax.ShapeDtypeStruct(v.shape, jnp.float32, **given) for k, v in ARRAYS.items()}
+        {k: jax.ShapeDtypeStruct(v.shape, jnp.float32, **options) for k, v in ARRAYS.items()}
     )
 
 
@@ -37,7 +37,7 @@ def sources() -> dict[str, LazyArray]:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("stored") / "x.safetensors"
+    path = tmp_path_factory.mktemp("lazy_array") / "x.safetensors"
     contiguous = {k: np.ascontiguousarray(v) for k, v in ARRAYS.items()}
     half = {"half": ARRAYS["a/kernel"].astype(ml_dtypes.bfloat16), "one": np.float32(3)}
     safetensors.numpy.save_file(
@@ -47,7 +47,7 @@ def file(tmp_path_factory):
 
 
 def test_slices_of_a_file(file):
-    """A slice of the file's rows is the array's, transposed or not; scalars and bfloat16 too."""
+    """Slices of arrays and of their transposes; scalars; bfloat16."""
     arrays, metadata = safetensors_file.open_file(file_io.resolve(file))
     assert metadata == {"k": "v"}
     array, whole = arrays["a/kernel"], ARRAYS["a/kernel"]
@@ -62,21 +62,21 @@ def test_slices_of_a_file(file):
     np.testing.assert_array_equal(arrays["half"].read(), whole.astype(ml_dtypes.bfloat16))
 
 
-def test_rows_alone_are_read(file, monkeypatch):
-    asked = []
+def test_only_requested_rows_are_read(file, monkeypatch):
+    sizes = []
     read_range = file_io.read_range
     array = safetensors_file.open_file(file_io.resolve(file))[0]["a/kernel"]
     monkeypatch.setattr(
-        file_io, "read_range", lambda *args: asked.append(args[2]) or read_range(*args)
+        file_io, "read_range", lambda *args: sizes.append(args[2]) or read_range(*args)
     )
     array.read_slice((slice(3, 5), slice(0, 2)))
-    assert asked == [2 * 6 * 4]
+    assert sizes == [2 * 6 * 4]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_load(dtype):
-    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), target())
-    loaded = params.flatten(lazy_array.load_arrays(sources(), wanted, "x"))
+    cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), target())
+    loaded = params.flatten(lazy_array.load_arrays(sources(), cast, "x"))
     assert loaded.keys() == ARRAYS.keys()
     for name, leaf in loaded.items():
         assert isinstance(leaf, jax.Array) and leaf.dtype == dtype
@@ -84,12 +84,12 @@ def test_load(dtype):
 
 
 def test_load_onto_a_mesh():
-    """Each device's part is read once, and a replicated array once."""
-    asked: list[tuple] = []
+    """Each device's part is read once, and a replicated array is read once."""
+    indices: list[tuple] = []
 
     def counted(array: np.ndarray) -> LazyArray:
         def read_slice(index):
-            asked.append(index)
+            indices.append(index)
             return array[index]
 
         return LazyArray(array.shape, array.dtype, read_slice)
@@ -97,49 +97,49 @@ def test_load_onto_a_mesh():
     mesh = Mesh(np.array(jax.devices()), ("data",))
     assert mesh.size == 2
     for spec, parts in ((PartitionSpec(), 1), (PartitionSpec("data"), 2)):
-        asked.clear()
+        indices.clear()
         sharding = NamedSharding(mesh, spec)
         array = ARRAYS["a/kernel"]
-        wanted = {"k": jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=sharding)}
-        leaf = lazy_array.load_arrays({"k": counted(array)}, wanted, "x")["k"]
-        assert leaf.sharding == sharding and len(asked) == parts
+        targets = {"k": jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=sharding)}
+        leaf = lazy_array.load_arrays({"k": counted(array)}, targets, "x")["k"]
+        assert leaf.sharding == sharding and len(indices) == parts
         np.testing.assert_array_equal(leaf, array)
 
 
 def test_reading_ahead_stays_within_the_largest_array():
-    """At no time are more bytes asked for than the largest array has, and small ones overlap."""
+    """Concurrent reads take at most the bytes of the largest array; small reads overlap."""
     sizes = [10, 20, 200, 30, 40, 50, 60, 200, 10, 90, 90]
     lock = threading.Lock()
-    now, most, together = 0, 0, 0
+    current, peak, overlaps = 0, 0, 0
 
     def source(size: int) -> LazyArray:
         def read_slice(index):
-            nonlocal now, most, together
+            nonlocal current, peak, overlaps
             with lock:
-                now += 4 * size
-                most = max(most, now)
-                together += now > 4 * size
+                current += 4 * size
+                peak = max(peak, current)
+                overlaps += current > 4 * size
             time.sleep(0.01)
             with lock:
-                now -= 4 * size
+                current -= 4 * size
             return np.full(size, size, np.float32)[index]
 
         return LazyArray((size,), np.dtype(np.float32), read_slice)
 
     arrays = {f"{i:02}": source(size) for i, size in enumerate(sizes)}
-    wanted = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in arrays.items()}
-    loaded = lazy_array.load_arrays(arrays, wanted, "x")
+    targets = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in arrays.items()}
+    loaded = lazy_array.load_arrays(arrays, targets, "x")
     assert [leaf.shape[0] for leaf in loaded.values()] == sizes
     assert [float(leaf[0]) for leaf in loaded.values()] == sizes
-    assert most <= 4 * max(sizes)
-    assert together > 0
+    assert peak <= 4 * max(sizes)
+    assert overlaps > 0
 
 
-def test_an_error_ends_the_reading():
+def test_an_error_cancels_the_other_reads():
     started = []
 
     def broken(index):
-        raise InputError("x/b: cut short")
+        raise InputError("x/b: truncated")
 
     def slow(index):
         started.append(index)
@@ -148,17 +148,17 @@ def test_an_error_ends_the_reading():
 
     shape, dtype = (1000,), np.dtype(np.float32)
     arrays = {f"{i}": LazyArray(shape, dtype, slow if i else broken) for i in range(50)}
-    wanted = {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k in arrays}
-    with pytest.raises(InputError, match="x/b: cut short"):
-        lazy_array.load_arrays(arrays, wanted, "x")
+    targets = {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k in arrays}
+    with pytest.raises(InputError, match="x/b: truncated"):
+        lazy_array.load_arrays(arrays, targets, "x")
     assert len(started) < 25
 
 
-def test_names_and_shapes_come_before_the_reading():
-    def never(index):
+def test_names_and_shapes_are_checked_before_reading():
+    def fail(index):
         raise AssertionError("read")
 
-    arrays = {name: LazyArray(a.shape, a.dtype, never) for name, a in ARRAYS.items()}
+    arrays = {name: LazyArray(a.shape, a.dtype, fail) for name, a in ARRAYS.items()}
     del arrays["a/scale"]
     arrays["b/kernel"] = arrays["b/kernel"].T
     arrays["c"] = arrays["a/kernel"]
@@ -170,7 +170,7 @@ def test_names_and_shapes_come_before_the_reading():
     )
 
 
-def test_values_that_are_not_finite():
+def test_nan_is_refused():
     arrays = sources()
     bad = ARRAYS["a/kernel"].copy()
     bad[3, 2] = np.nan
@@ -180,23 +180,23 @@ def test_values_that_are_not_finite():
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
-        (lambda data: data[:-10], "cut short: its header speaks of"),
-        (lambda data: data + b"x", "longer than it says"),
-        (lambda data: data[:20], "cut short, or not a safetensors file"),
-        (lambda data: data[:3], "found 3 bytes"),
+        (lambda data: data[:-10], "truncated: expected 712 bytes by its header, got 702"),
+        (lambda data: data + b"x", "too long: expected 712 bytes"),
+        (lambda data: data[:20], "truncated, or not a safetensors file"),
+        (lambda data: data[:3], "got 3 bytes"),
         (lambda data: b"<html>not found</html>", "not a safetensors file"),
         (lambda data: data[:8] + b"[" + data[9:], "not a safetensors file"),
-        (lambda data: data.replace(b'"F32"', b'"C64"'), "is of type C64: expected one of"),
-        (lambda data: data.replace(b"[8,6]", b"[8,7]"), r"\(8, 7\) takes 224 bytes"),
-        (lambda data: data.replace(b"[8,6]", b'"86"'), "not a safetensors file|takes"),
+        (lambda data: data.replace(b'"F32"', b'"C64"'), "expected a dtype of .*, got C64"),
+        (lambda data: data.replace(b"[8,6]", b"[8,7]"), r"\(8, 7\): expected 224 bytes, got 192"),
+        (lambda data: data.replace(b"[8,6]", b'"86"'), "not a safetensors file"),
     ],
 )
-def test_damaged_files(file, tmp_path, damage, says):
+def test_damaged_files(file, tmp_path, damage, message):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(InputError, match=says) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         safetensors_file.open_file(file_io.resolve(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -206,43 +206,14 @@ def test_a_file_that_shrinks_after_it_was_opened(file, tmp_path):
     path.write_bytes(file.read_bytes())
     arrays, _ = safetensors_file.open_file(file_io.resolve(path))
     path.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(InputError, match="cut short: expected"):
+    with pytest.raises(InputError, match="truncated: expected"):
         for array in arrays.values():
             array.read()
 
 
-def test_writing_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "out"
-    with pytest.raises(RuntimeError), atomic_write.temporary_path(path) as beside:
-        beside.mkdir()
-        (beside / "half").write_text("x")
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
-    with atomic_write.temporary_path(path) as beside:
-        beside.write_text("one")
-    with pytest.raises(InputError, match="is there already"), atomic_write.temporary_path(path):
-        raise AssertionError
-    with atomic_write.temporary_path(path, overwrite=True) as beside:
-        beside.mkdir()
-    assert path.is_dir() and list(tmp_path.iterdir()) == [path]
-    with (
-        pytest.raises(InputError, match="expected a local path"),
-        atomic_write.temporary_path("gs://b/x"),
-    ):
-        raise AssertionError
-
-
-@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0", 3])
-def test_names_outside_a_folder(tmp_path, name):
-    with pytest.raises(InputError, match="expected names of files in its own folder"):
-        file_io.child_path(file_io.resolve(tmp_path), name, "index.json")
-
-
 def test_written_files_have_the_usual_mode(tmp_path):
-    """The safetensors library makes them readable by their owner alone."""
-    (tmp_path / "usual").write_text("")
-    with atomic_write.temporary_path(tmp_path / "out") as beside:
-        beside.mkdir()
-        safetensors.numpy.save_file({"a": np.ones(2)}, beside / "a.safetensors")
-    usual = (tmp_path / "usual").stat().st_mode
-    assert (tmp_path / "out" / "a.safetensors").stat().st_mode == usual
+    """The safetensors library itself makes files that only their owner can read."""
+    (tmp_path / "text").write_text("")
+    safetensors_file.save_file(tmp_path / "a.safetensors", {"a": np.ones(2)}, {})
+    mode = (tmp_path / "text").stat().st_mode
+    assert (tmp_path / "a.safetensors").stat().st_mode == mode

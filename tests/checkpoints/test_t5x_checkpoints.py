@@ -1,5 +1,6 @@
-"""Checkpoints that a real T5X wrote (goldens/make_t5x.py): loaded by path, damaged, refused."""
+"""Checkpoints that T5X itself wrote (goldens/make_t5x.py): loaded by path, damaged, refused."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -24,66 +25,69 @@ WO = "encoder/layers_0/mlp/wo/kernel"
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, pathlib.Path]:
-    """Format -> its folder, with one checkpoint_7 in it."""
+    """Format -> folder with a checkpoint_7."""
     root = tmp_path_factory.mktemp("t5x")
     return {name: unpack(f"t5x_{name}", root / name) for name in FORMATS}
 
 
 @pytest.fixture
 def copies(checkpoints, tmp_path) -> dict[str, pathlib.Path]:
-    """Format -> a checkpoint_7 that a test may damage."""
+    """Format -> copy of a checkpoint_7, for tests that damage it."""
     return {
         name: pathlib.Path(shutil.copytree(path, tmp_path / name)) / "checkpoint_7"
         for name, path in checkpoints.items()
     }
 
 
+@functools.cache
 def golden() -> dict[str, np.ndarray]:
     with np.load(GOLDENS / "t5x_logits.npz") as file:
         return dict(file)
 
 
+@functools.cache
 def model() -> network.Transformer:
     sizes = {k.removeprefix("config/"): int(v) for k, v in golden().items() if "config/" in k}
     return network.Transformer(network.T5Config(**sizes))
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_gives_the_logits_of_t5x(checkpoints, name):
-    """The folder of checkpoints, the checkpoint, and for Orbax the folder of its arrays."""
+def test_logits_of_t5x(checkpoints, name):
+    """Paths: a folder of checkpoints, a checkpoint, and for Orbax the folder of its arrays."""
     paths = [checkpoints[name], checkpoints[name] / "checkpoint_7"]
     if name == "orbax":
         paths.append(checkpoints[name] / "checkpoint_7" / "state")
     expected = golden()
     batch = {k: v for k, v in expected.items() if k.endswith("tokens")}
+    forward = jax.jit(lambda p: model().apply({"params": p}, **batch, enable_dropout=False))
     for path in paths:
-        weights, identity = models.load_base(model(), str(path), 0)
+        params, identity = models.load_base(model(), str(path), 0)
         assert identity["format"] == ("T5X, legacy" if name == "legacy" else "T5X, Orbax")
-        logits = model().apply({"params": weights}, **batch, enable_dropout=False)
+        logits = forward(params)
         real = batch["decoder_target_tokens"] > 0
         assert largest_difference(logits[real], expected["logits"][real]) < 1e-6
 
 
-def test_both_formats_hold_the_same_base(checkpoints):
+def test_both_formats_have_one_fingerprint(checkpoints):
     identities = [models.load_base(model(), str(p), 0)[1] for p in checkpoints.values()]
     opened = [base_model.open_base(path) for path in checkpoints.values()]
-    names = {identity["fingerprint"] for identity in identities}
-    assert names == {opened[0].fingerprint()} == {opened[1].fingerprint()}
+    fingerprints = {identity["fingerprint"] for identity in identities}
+    assert fingerprints == {opened[0].fingerprint()} == {opened[1].fingerprint()}
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_dimensions_are_read_off(checkpoints, name):
+def test_dimensions_are_inferred(checkpoints, name):
     expected = model().config
-    found = base_model.open_base(checkpoints[name]).config()
-    assert network.T5Config(**found) == expected
+    config = base_model.open_base(checkpoints[name]).config()
+    assert network.T5Config(**config) == expected
     (opened,) = models.open_models(str(checkpoints[name]))
     assert opened.model.config == expected and opened.load()
-    assert opened.name == name  # of the folder that checkpoint_7 is in
+    assert opened.name == name  # the folder of checkpoint_7
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_types_and_shardings(checkpoints, name):
-    """Frozen matrices in the activation dtype, what trains in float32, on every device."""
+def test_dtypes_and_shardings(checkpoints, name):
+    """Frozen matrices have the activation dtype; trainable parameters are float32."""
     from pemoe_jax.core import partitioning
 
     config = {**model().config.as_dict(), "dtype": "bfloat16"}
@@ -96,13 +100,13 @@ def test_types_and_shardings(checkpoints, name):
         shardings=sharding,
     )
     for path, leaf in params.flatten(weights).items():
-        float32 = "layers_1" in path or "norm" in path or "logits" in path
-        assert leaf.dtype == (jnp.float32 if float32 else jnp.bfloat16), path
+        is_float32 = "layers_1" in path or "norm" in path or "logits" in path
+        assert leaf.dtype == (jnp.float32 if is_float32 else jnp.bfloat16), path
         assert leaf.sharding == sharding
 
 
-def test_the_optimisers_state_is_not_read(copies):
-    """Legacy: its folders are gone. Orbax: its keys are written over."""
+def test_optimizer_state_is_not_read(copies):
+    """Its folders (legacy) are deleted, its keys (Orbax) overwritten."""
     states = list(copies["legacy"].glob("state.*"))
     assert len(states) > 10
     for folder in states:
@@ -114,13 +118,13 @@ def test_the_optimisers_state_is_not_read(copies):
     keys = kvstore.list().result()
     states = [key for key in keys if key.startswith(b"state.")]
     assert len(states) > 100
-    for key in states:  # written over: reading one would be an error
-        kvstore.write(key, b"not zarr").result()
+    for write in [kvstore.write(key, b"not zarr") for key in states]:
+        write.result()
     models.load_base(model(), str(copies["orbax"]), 0)
 
 
-def test_arrays_inline_in_the_index_and_older_descriptions(copies):
-    """Small arrays may lie in the index; of the others there were several descriptions."""
+def test_inline_arrays_and_older_array_specs(copies):
+    """The index may hold small arrays; T5X wrote several kinds of specs for the others."""
     index = copies["legacy"] / "checkpoint"
     contents = serialization.msgpack_restore(index.read_bytes())
     target = contents["optimizer"]["target"]
@@ -142,7 +146,7 @@ def test_arrays_inline_in_the_index_and_older_descriptions(copies):
 
 @pytest.mark.parametrize("driver", ["zarr", "zarr3"])
 def test_orbax_without_ocdbt(checkpoints, tmp_path, driver):
-    """Arrays in folders of their own, as Orbax writes where OCDBT is off; zarr 2 and 3."""
+    """A folder per array, as Orbax writes with OCDBT off; zarr 2 and 3."""
     state = tmp_path / "checkpoint_3" / "state"
     for path, array in base_model.open_base(checkpoints["orbax"]).arrays.items():
         url = f"{file_io.url(file_io.resolve(state))}target.{path.replace('/', '.')}/"
@@ -170,38 +174,38 @@ def rewrite_index(checkpoint: pathlib.Path, change) -> None:
     index.write_bytes(serialization.msgpack_serialize(contents))
 
 
-def outside(leaf: dict) -> None:
+def set_path_outside(leaf: dict) -> None:
     leaf["kernel"]["kvstore"]["path"] = "../../elsewhere/"
 
 
-def absolute(leaf: dict) -> None:
+def set_absolute_path(leaf: dict) -> None:
     leaf["kernel"] = "PLACEHOLDER:///etc"
 
 
-def nonsense(leaf: dict) -> None:
+def set_number(leaf: dict) -> None:
     leaf["kernel"] = 3
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda c: truncate(chunk(c, WO)), "mlp.wo.kernel: unreadable"),
         (lambda c: chunk(c, WO).unlink(), "mlp.wo.kernel: unreadable.*missing"),
         (lambda c: shutil.rmtree(chunk(c, WO).parent), "mlp.wo.kernel: unreadable"),
         (lambda c: (chunk(c, WO).parent / ".zarray").write_text("{"), "mlp.wo.kernel: unreadable"),
-        (lambda c: truncate(c / "checkpoint"), "expected an index of T5X"),
-        (lambda c: (c / "checkpoint").write_bytes(b""), "expected an index of T5X"),
-        (lambda c: (c / "checkpoint").write_bytes(b"\x80"), "expected an index of T5X"),
-        (lambda c: rewrite_index(c, outside), r"own folder, found '\.\./\.\./elsewhere'"),
-        (lambda c: rewrite_index(c, absolute), "own folder, found '/etc'"),
-        (lambda c: rewrite_index(c, nonsense), "mlp/wo/kernel: expected an array, found 3"),
+        (lambda c: truncate(c / "checkpoint"), "expected a T5X index"),
+        (lambda c: (c / "checkpoint").write_bytes(b""), "expected a T5X index"),
+        (lambda c: (c / "checkpoint").write_bytes(b"\x80"), "expected a T5X index"),
+        (lambda c: rewrite_index(c, set_path_outside), r"own folder, got '\.\./\.\./elsewhere'"),
+        (lambda c: rewrite_index(c, set_absolute_path), "own folder, got '/etc'"),
+        (lambda c: rewrite_index(c, set_number), "mlp/wo/kernel: expected an array, got 3"),
         (lambda c: rewrite_index(c, lambda leaf: leaf.clear()), "1 missing: .*mlp/wo/kernel"),
         (lambda c: rewrite_index(c, lambda leaf: leaf.update(bias=np.ones(2))), "1 extra: .*bias"),
     ],
 )
-def test_damaged_legacy(copies, damage, says):
+def test_damaged_legacy(copies, damage, message):
     damage(copies["legacy"])
-    with pytest.raises(InputError, match=says) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         models.load_base(model(), str(copies["legacy"]), 0)
     assert str(copies["legacy"]) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -217,17 +221,16 @@ def test_damaged_orbax(copies):
         models.load_base(model(), str(copies["orbax"]), 0)
 
 
-def test_an_orbax_checkpoint_of_something_else(copies):
+def test_orbax_checkpoint_without_the_item(copies, tmp_path):
     state = tensorstore_file.orbax_state_folder(file_io.resolve(copies["orbax"]))
-    with pytest.raises(InputError, match="expected arrays named weights.…, found none"):
+    with pytest.raises(InputError, match="expected arrays named weights.…, got none"):
         tensorstore_file.open_orbax(state, "weights")
-    with pytest.raises(InputError, match="expected an Orbax checkpoint"):
-        t5x.open_orbax(file_io.resolve(copies["legacy"]))
+    with pytest.raises(InputError, match="expected a T5X checkpoint, got none"):
+        t5x.open_checkpoint(file_io.resolve(tmp_path))
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_not_finite(copies, name):
-    """A NaN in one place of one array."""
+def test_nan_is_refused(copies, name):
     url = file_io.url(file_io.resolve(copies[name] / "state" if name == "orbax" else copies[name]))
     kvstore = {"driver": "ocdbt", "base": url} if name == "orbax" else {"driver": "file"}
     folder = "" if name == "orbax" else f"{copies[name]}/"
@@ -243,55 +246,45 @@ def test_a_model_of_another_size(checkpoints, name):
     larger = network.T5Config(**{**model().config.as_dict(), "mlp_dim": 32, "num_heads": 5})
     with pytest.raises(InputError) as caught:
         models.load_base(network.Transformer(larger), str(checkpoints[name]), 0)
-    says = "is of another size: expected num_heads 5, found 2; mlp_dim 32, found 16"
-    assert says in str(caught.value)
+    message = "has another size: expected num_heads 5, got 2; mlp_dim 32, got 16"
+    assert message in str(caught.value)
 
 
-def test_what_is_no_base(tmp_path):
+def test_paths_that_are_not_a_base(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     empty = tmp_path / "empty"
     empty.mkdir()
     other = tmp_path / "other"
     (other / "things").mkdir(parents=True)
-    for path, says in (
-        (tmp_path, "found a config.json without model.safetensors"),
-        (empty, "found an empty folder"),
-        (other, r"found none of them \(things\)"),
-        (tmp_path / "notes.txt", "found a file"),
+    for path, message in (
+        (tmp_path, "got a config.json without model.safetensors"),
+        (empty, "got an empty folder"),
+        (other, "got a folder with things"),
+        (tmp_path / "notes.txt", "got a file"),
         (tmp_path / "absent", "no such file or folder$"),
         ("google/t5-xl-lm-adapt", "hf download google/t5-xl-lm-adapt"),
         (tmp_path / "absent.safetensors", "no such file"),
-        (2024, "expected a path, found 2024 .*quotes"),
-        ("s3://bucket/x", "expected a local path or gs://…, found s3://"),
+        (2024, "expected a path, got 2024 .*quotes"),
+        ("s3://bucket/x", "expected a local path or gs://…, got s3://"),
     ):
-        with pytest.raises(InputError, match=says) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             models.load_base(model(), path, 0)
         assert "\n" not in str(caught.value)
 
 
-def test_remote_paths(checkpoints):
-    """A store is named alike wherever it lies; one that is not reached is told in one line."""
-    assert (
-        file_io.url(file_io.resolve("gs://bucket/a/checkpoint_1")) == "gs://bucket/a/checkpoint_1/"
-    )
-    assert file_io.url(file_io.resolve("/tmp/a b")) == "file:///tmp/a%20b/"
-    spec = ts.KvStore.Spec("gs://bucket/a/checkpoint_1/").to_json()
-    assert spec == {"driver": "gcs", "bucket": "bucket", "path": "a/checkpoint_1/"}
-
-
-def test_what_is_not_reached_is_one_line(monkeypatch):
-    """Of a base, of a checkpoint to evaluate, of a source of `convert`."""
+def test_unreachable_paths_are_one_line(monkeypatch):
+    """For a base, a checkpoint to evaluate, and a source of `convert`."""
     from etils import epath
 
-    class Unreached(Exception):
-        """As tensorflow's errors are: of no kind that the standard library knows."""
+    class RemoteError(Exception):
+        """Like tensorflow's errors, no subclass of OSError."""
 
     def fail(self):
-        raise Unreached("no network\nat all")
+        raise RemoteError("no network\nat all")
 
     monkeypatch.setattr(type(epath.Path("gs://bucket/x")), "exists", fail)
-    for call in (base_model.open_base, models.open_models):
+    for open_path in (base_model.open_base, models.open_models):
         with pytest.raises(InputError) as caught:
-            call("gs://bucket/x")
+            open_path("gs://bucket/x")
         assert str(caught.value) == "gs://bucket/x: cannot be reached: no network"

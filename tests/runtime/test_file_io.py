@@ -1,0 +1,42 @@
+"""Paths, and files that are written whole or not at all."""
+
+import pytest
+import tensorstore as ts
+
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import atomic_write, file_io
+
+
+def test_failed_writes_leave_nothing_behind(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(RuntimeError), atomic_write.temporary_path(path) as temporary:
+        temporary.mkdir()
+        (temporary / "half").write_text("x")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with atomic_write.temporary_path(path) as temporary:
+        temporary.write_text("one")
+    with pytest.raises(InputError, match="expected a new path"), atomic_write.temporary_path(path):
+        raise AssertionError
+    with atomic_write.temporary_path(path, overwrite=True) as temporary:
+        temporary.mkdir()
+    assert path.is_dir() and list(tmp_path.iterdir()) == [path]
+    with (
+        pytest.raises(InputError, match="must be a local path"),
+        atomic_write.temporary_path("gs://b/x"),
+    ):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0", 3])
+def test_names_outside_a_folder(tmp_path, name):
+    with pytest.raises(InputError, match="expected names of files in its own folder"):
+        file_io.child_path(file_io.resolve(tmp_path), name, "index.json")
+
+
+def test_urls_for_tensorstore():
+    url = file_io.url(file_io.resolve("gs://bucket/a/checkpoint_1"))
+    assert url == "gs://bucket/a/checkpoint_1/"
+    spec = ts.KvStore.Spec(url).to_json()
+    assert spec == {"driver": "gcs", "bucket": "bucket", "path": "a/checkpoint_1/"}
+    assert file_io.url(file_io.resolve("/tmp/a b")) == "file:///tmp/a%20b/"
