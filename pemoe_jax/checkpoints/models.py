@@ -87,7 +87,7 @@ def load_base(
             return jnp.dtype(jnp.float32)
         return params_lib.frozen_dtype(name, model.config.dtype)
 
-    samples: dict[str, tuple[tuple[int, ...], jax.Array]] = {}
+    samples: dict[str, tuple[tuple[int, ...], jax.Array | np.ndarray]] = {}
 
     def transform(name: str, array: jax.Array) -> PyTree:
         samples[name] = (array.shape, params_lib.sample_array(array))
