@@ -68,8 +68,8 @@ def evaluate(
     Raises:
       InputError: anything the user can mend.
     """
-    from pemoe_jax.analysis import tables
-    from pemoe_jax.analysis.zero_shot import scores as results_lib
+    from pemoe_jax.analysis.zero_shot import result_tables
+    from pemoe_jax.analysis.zero_shot import results as results_lib
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import choices, sentences, seqio_tasks
@@ -90,7 +90,7 @@ def evaluate(
     for one in opened:
         seqio_tasks.check_vocab_size(mixture_or_task_name, one.model.config.vocab_size)
     names = seqio_tasks.subtask_names(mixture_or_task_name)
-    if results_lib.check_replaced(output, [one.path for one in opened], names):
+    if results_lib.check_overwrites(output, [one.path for one in opened], names):
         print(f"replacing the results in {output}", flush=True)
 
     embedded = sentences.open_for_models(
@@ -134,16 +134,16 @@ def evaluate(
             if members
         }
         _write_predictions(folder / "predictions" / one.name, groups, predicted)
-        summary = results_lib.summarise(tasks)
+        summary = results_lib.summarize(tasks)
         results["runs"].append({**_about(one, summary["datasets"]), **summary, "tasks": tasks})
         # after each run, so that what is there stays if a later one fails
         atomic_write.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        atomic_write.write_text(folder / "results.md", tables.to_markdown(results))
+        atomic_write.write_text(folder / "results.md", result_tables.results_markdown(results))
         if routing_picture and registered is not None:
             png = folder / f"routing_{one.name}.png"
             _draw_routing(one, params, groups, registered, png, read, batch_size, mesh)
         del params
-    tables.print_table(results)
+    result_tables.print_results(results)
     print(f"results in {folder}/results.md, predictions in {folder}/predictions")
     return results
 
@@ -155,12 +155,12 @@ def _about(opened: Any, scored: Mapping[str, Any]) -> dict[str, Any]:
     runs differ from it by `seed` only.
     """
     from pemoe_jax.analysis import counts
-    from pemoe_jax.analysis.zero_shot import settings
+    from pemoe_jax.analysis.zero_shot import run_settings
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import adapters, network, params
 
     about = opened.summary()
-    about["variant"] = counts.label(
+    about["variant"] = counts.method_label(
         about["method"],
         params.flatten(network.param_shapes(opened.model)),
         adapters.describe(opened.model.adapters),
@@ -169,7 +169,9 @@ def _about(opened: Any, scored: Mapping[str, Any]) -> dict[str, Any]:
         config_file = runs.resolve(opened.path)[0] / "config.gin"
         if config_file.is_file():
             about["seed"] = opened.record.seed
-            about["settings"] = settings.fingerprint(settings.read(config_file.read_text()))
+            about["settings"] = run_settings.fingerprint(
+                run_settings.parse_settings(config_file.read_text())
+            )
     trained = getattr(opened.record, "trained_datasets", None)
     if trained is not None:
         about["trained_datasets"] = sorted(set(trained) & set(scored))
@@ -271,7 +273,7 @@ def _draw_routing(
     plots.routing_map(
         {site: means[site] for site in measure.select_sites(None, experts)},
         png,
-        seen=[name for name in members if labels[name] in trained],
+        trained=[name for name in members if labels[name] in trained],
         title=f"Where tasks are routed: {opened.name}",
     )
 

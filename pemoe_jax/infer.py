@@ -88,8 +88,9 @@ def infer(
     Raises:
       InputError: anything the user can mend.
     """
-    from pemoe_jax.analysis import layout, tables
-    from pemoe_jax.analysis.zero_shot import scores as results_lib
+    from pemoe_jax.analysis import tables
+    from pemoe_jax.analysis.zero_shot import result_tables
+    from pemoe_jax.analysis.zero_shot import results as results_lib
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
@@ -111,7 +112,7 @@ def infer(
     for one in opened:
         seqio_tasks.check_vocab_size(mixture_or_task_name, one.model.config.vocab_size)
     names = _plain_names(mixture_or_task_name)
-    if results_lib.check_replaced(output, [one.path for one in opened], names):
+    if results_lib.check_overwrites(output, [one.path for one in opened], names):
         print(f"replacing the results in {output}", flush=True)
     embedded = sentences.open_for_models(
         opened,
@@ -141,9 +142,9 @@ def infer(
         # after each run, so that what is there stays if a later one fails
         atomic_write.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
         found_tables = [*_tables(results, prompts=False), *_tables(results, prompts=True)]
-        found_tables.append(tables.origins(results["runs"]))
-        atomic_write.write_text(folder / "results.md", layout.to_markdown(found_tables))
-    layout.print_tables(_tables(results, prompts=False))
+        found_tables.append(result_tables.checkpoint_table(results["runs"]))
+        atomic_write.write_text(folder / "results.md", tables.to_markdown(found_tables))
+    tables.print_tables(_tables(results, prompts=False))
     print(f"results in {folder}/results.md, predictions in {folder}/predictions")
     return results
 

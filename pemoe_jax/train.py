@@ -290,7 +290,7 @@ def _prepare(
 
 
 def _summary(trainable: Any, frozen: Any, record: Any, registered: Any, devices: int) -> str:
-    from pemoe_jax.analysis import tables
+    from pemoe_jax.analysis import counts
     from pemoe_jax.core import params as params_lib
 
     identity = record.base
@@ -298,7 +298,7 @@ def _summary(trainable: Any, frozen: Any, record: Any, registered: Any, devices:
         identity["path"]
         or f"RANDOM WEIGHTS (INITIAL_CHECKPOINT_PATH=None, seed {identity['seed']})"
     )
-    text = tables.parameter_summary(
+    text = counts.parameter_summary(
         params_lib.flatten(trainable),
         params_lib.flatten(frozen),
         base=f"{base}, fingerprint {identity['fingerprint']}",

@@ -142,7 +142,7 @@ def test_no_figure_without_a_source():
     for name in TABLE:
         told = header(PAPER / f"{name}.gin")["Paper"]
         figures = re.findall(r"\d+\.\d+", re.sub(r"arXiv \d+\.\d+", "", told))
-        sourced = "pemoe_jax/analysis/paper.py" in told or "openreview.net" in told
+        sourced = "pemoe_jax/analysis/published_figures.py" in told or "openreview.net" in told
         assert sourced or not figures, name
 
 

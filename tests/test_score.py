@@ -11,7 +11,7 @@ from data_tasks import WORDS, make_vocab, write
 from methods import CONFIG, METHODS
 
 from pemoe_jax import evaluate
-from pemoe_jax.analysis.zero_shot import scores as results_lib
+from pemoe_jax.analysis.zero_shot import results as results_lib
 from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.data import batching, choices
 from pemoe_jax.runtime import progress

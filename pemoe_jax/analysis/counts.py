@@ -1,49 +1,65 @@
-"""Tables of parameter counts: what trains, of how many, at which sites, and what papers print.
+"""Parameter counts: how many parameters train, at which sites, and what papers publish.
 
-Everything is read off paths and shapes (`encoder/layers_0/mlp/gate_adapter/router/kernel`), so a
-count of any configuration needs no weights.
+Everything is computed from paths and shapes (`encoder/layers_0/mlp/gate_adapter/router/kernel`), so
+that counting a model of any size needs no weights.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from pemoe_jax.analysis import paper, tables
-from pemoe_jax.analysis.layout import print_tables as print_tables
-from pemoe_jax.analysis.layout import to_markdown as to_markdown
+from pemoe_jax.analysis import published_figures
+from pemoe_jax.analysis.tables import MISSING, Table, format_share
 from pemoe_jax.core.adapters import SITES
+
+_ADAPTER_PATH = re.compile(r"(?:^|/)(\w+)_adapter/(router/)?")
+# What the routers of each expert module read unless they are configured otherwise.
+_DEFAULT_READS = {"VectorExperts": "y", "LoRAExperts": "x"}
 
 _NOTE_ON_SHARE = (
     "share: trainable / total, where total is base and adapters together, as in a run's summary;"
     " of base: trainable / base."
 )
-_READS = {"VectorExperts": "y", "LoRAExperts": "x"}  # what their routers read by default
-_NOTE_ON_SITES = "Sites count vectors or pairs, in all blocks; routers are those of all sites."
-# The arithmetic is in tests/tools/test_count.py. 9.1M: the code of arXiv 2205.05638 (r-three/t-few,
-# configs/lora.json) adapts every linear layer and trains the norms, 9,097,216 parameters at XL.
-_NOTE_ON_PRINTED = (
-    "paper: what arXiv 2309.05444 prints for T5 3B and 11B, read in a note on it (Krebbet/wiki-kit"
-    " on GitHub); – where no source was found. The figure for 11B is this count over 11·10⁹. Those"
-    " for 3B fit (E · n + 4.2M) / 3·10⁹, without routers n / 3·10⁹, where n is what arXiv"
-    " 2205.05638 states for one adapter: 0.54M for (IA)³, 9.1M for a LoRA that has wi_1 and the"
-    " norms too. So their router part does not grow with E; in the paper's code it does, by a"
-    " kernel [features, E] a site, and its modules have the counts of this table."
+_NOTE_ON_SITES = (
+    "Sites count the vectors or LoRA pairs of all blocks; routers counts those of all sites."
+)
+# tests/tools/test_count.py repeats this arithmetic. The 9.1M of arXiv 2205.05638: its code
+# (r-three/t-few, configs/lora.json) adapts every linear layer and trains the norms, which makes
+# 9,097,216 parameters at XL.
+_NOTE_ON_PUBLISHED = (
+    "paper: the figure that arXiv 2309.05444 prints for T5 3B and 11B, quoted from a note on it"
+    " (Krebbet/wiki-kit on GitHub); – without a source. The figure for 11B is this count divided by"
+    " 11·10⁹. Those for 3B fit (E · n + 4.2M) / 3·10⁹, without routers n / 3·10⁹, where n is what"
+    " arXiv 2205.05638 states for one adapter: 0.54M for (IA)³, 9.1M for a LoRA that adapts wi_1"
+    " and trains the norms too. So their router part does not grow with E; in the paper's code it"
+    " does, by a kernel [features, E] at each site, and the modules of that code have the counts of"
+    " this table."
 )
 
 
+class HasShape(Protocol):
+    """An array, or an abstract array such as `jax.ShapeDtypeStruct`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of each axis."""
+        ...
+
+
 @dataclass(frozen=True)
-class Site:
-    """Trainable parameters of one site, all blocks together.
+class SiteCount:
+    """Trainable parameters at one site of all blocks.
 
     Attributes:
-      blocks: in how many attention or MLP blocks it is.
-      experts: of vectors or pairs.
-      router: of the routers beside them.
+      blocks: number of attention or MLP blocks with this site.
+      experts: parameters of the vectors or LoRA pairs.
+      router: parameters of the routers.
     """
 
     blocks: int
@@ -52,187 +68,241 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Count:
-    """Parameters of one model with its adapters.
+class ParameterCount:
+    """Parameters of a model with its adapters.
 
     Attributes:
-      method: its name with experts and rank, as 'mov-30' or 'molora-10 r4'.
-      trainable, total: of base and adapters together.
+      method: name with experts and rank, such as 'mov-30' or 'molora-10 r4'.
+      trainable: trainable parameters, of the base and the adapters.
+      total: parameters of the base and the adapters.
       base: parameters of the base.
-      sites: in the order of `core.adapters.SITES`, those where something trains.
+      sites: counts of the sites with trainable parameters, in the order of `SITES`.
     """
 
     method: str
     trainable: int
     total: int
     base: int
-    sites: dict[str, Site]
+    sites: dict[str, SiteCount]
 
     @property
     def routers(self) -> int:
-        """Of all sites."""
+        """Parameters of the routers of all sites."""
         return sum(site.router for site in self.sites.values())
 
     @property
-    def rest(self) -> int:
+    def trainable_base(self) -> int:
         """Trainable parameters of the base."""
         return self.trainable - self.routers - sum(site.experts for site in self.sites.values())
 
 
-def count(shapes: Mapping[str, Any], trainable: Collection[str], method: str) -> Count:
-    """Counts a model.
+def count_parameters(
+    shapes: Mapping[str, HasShape], trainable: Collection[str], method: str
+) -> ParameterCount:
+    """Counts the parameters of a model.
 
     Args:
-      shapes: path -> anything with a shape, of all parameters.
-      trainable: the paths that train.
-      method: its name.
+      shapes: path -> array or shape, of all parameters.
+      trainable: paths of the parameters that train.
+      method: name of the method.
     """
     experts: Counter[str] = Counter()
     routers: Counter[str] = Counter()
     blocks: dict[str, set[str]] = {}
     base = 0
     for path, leaf in shapes.items():
-        found = tables.ADAPTER.search(path)
-        if not found:
+        match = _ADAPTER_PATH.search(path)
+        if not match:
             base += _size(leaf)
         elif path in trainable:
-            (routers if found.group(2) else experts)[found.group(1)] += _size(leaf)
-            blocks.setdefault(found.group(1), set()).add(path[: found.end(1)])
-    return Count(
-        method=label(method, shapes),
+            (routers if match.group(2) else experts)[match.group(1)] += _size(leaf)
+            blocks.setdefault(match.group(1), set()).add(path[: match.end(1)])
+    return ParameterCount(
+        method=method_label(method, shapes),
         trainable=sum(_size(shapes[path]) for path in trainable),
         total=sum(map(_size, shapes.values())),
         base=base,
         sites={
-            site: Site(len(blocks[site]), experts[site], routers[site])
+            site: SiteCount(len(blocks[site]), experts[site], routers[site])
             for site in SITES
             if site in blocks
         },
     )
 
 
-def by_method(name: str, counts: Sequence[Count]) -> list[tables.Table]:
-    """A row a method: trainable, total, share and the papers' figures; then the sites."""
-    printed = [_printed(one) for one in counts]
-    summary = tables.Table(
+def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
+    """Returns a table with a row for each method, and one of their trainable sites.
+
+    Args:
+      name: name of the model.
+      counts: one count for each method, of the same base.
+    """
+    published = [_published_share(count) for count in counts]
+    has_published = any(published)
+    summary = Table(
         f"{name}: a base of {counts[0].base:,} parameters",
-        ["method", "trainable", "total", "share", "of base", *(["paper"] if any(printed) else [])],
+        ["method", "trainable", "total", "share", "of base", *(["paper"] if has_published else [])],
         [
-            [one.method, _number(one.trainable), _number(one.total)]
-            + [_share(one.trainable, one.total), _share(one.trainable, one.base)]
-            + ([figure or tables.NONE] if any(printed) else [])
-            for one, figure in zip(counts, printed, strict=True)
+            [count.method, _number(count.trainable), _number(count.total)]
+            + [_percent(count.trainable, count.total), _percent(count.trainable, count.base)]
+            + ([figure or MISSING] if has_published else [])
+            for count, figure in zip(counts, published, strict=True)
         ],
-        notes=[_NOTE_ON_SHARE, *([_NOTE_ON_PRINTED] if any(printed) else [])],
+        notes=[_NOTE_ON_SHARE, *([_NOTE_ON_PUBLISHED] if has_published else [])],
     )
-    return [summary, *_at_sites(name, [one for one in counts if one.sites])]
+    with_sites = [count for count in counts if count.sites]
+    return [summary, _sites_by_method(name, with_sites)] if with_sites else [summary]
 
 
-def by_site(name: str, one: Count) -> list[tables.Table]:
-    """The same table for one model, and a row a site."""
-    summary = by_method(name, [one])[0]
+def site_tables(name: str, count: ParameterCount) -> list[Table]:
+    """Returns the table of `method_tables` for one method, and a table with a row for each site."""
+    summary = method_tables(name, [count])[0]
+    if not count.sites:
+        return [summary]
     rows = [
-        [site, str(found.blocks), _number(found.experts), _number(found.router)]
-        + [_number(found.experts + found.router)]
-        for site, found in one.sites.items()
+        [name, str(site.blocks), _number(site.experts), _number(site.router)]
+        + [_number(site.experts + site.router)]
+        for name, site in count.sites.items()
     ]
-    if one.rest:
-        rows.append(["base", "", "", "", _number(one.rest)])
-    experts = sum(found.experts for found in one.sites.values())
-    together = ["together", "", _number(experts), _number(one.routers), _number(one.trainable)]
+    if count.trainable_base:
+        rows.append(["base", "", "", "", _number(count.trainable_base)])
+    experts = sum(site.experts for site in count.sites.values())
+    total = ["total", "", _number(experts), _number(count.routers), _number(count.trainable)]
     columns = ["site", "blocks", "experts", "routers", "trainable"]
-    at_sites = tables.Table(f"{name}: trainable at each site", columns, rows, below=[together])
-    return [summary, at_sites] if one.sites else [summary]
+    return [summary, Table(f"{name}: trainable at each site", columns, rows, footer=[total])]
 
 
-def _at_sites(name: str, counts: Sequence[Count]) -> list[tables.Table]:
-    if not counts:
-        return []
-    sites = [site for site in SITES if any(site in one.sites for one in counts)]
-    beside = ["base"] if any(one.rest for one in counts) else []
-    rows = [
-        [one.method]
-        + [_number(one.sites[site].experts) if site in one.sites else tables.NONE for site in sites]
-        + [_number(one.routers)]
-        + [_number(one.rest) for _ in beside]
-        for one in counts
-    ]
-    title = f"{name}: trainable at each site"
-    return [
-        tables.Table(title, ["method", *sites, "routers", *beside], rows, notes=[_NOTE_ON_SITES])
-    ]
-
-
-def label(
-    method: str, shapes: Mapping[str, Any], adapters: Mapping[str, Mapping[str, Any]] | None = None
+def method_label(
+    method: str,
+    shapes: Mapping[str, HasShape],
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """The method with its experts, rank and routing: 'mov-10 top-2'; several where sites differ.
+    """Returns the method with its experts, rank and routing, such as 'mov-10 top-2'.
+
+    Sizes that differ between sites are joined: 'molora-10 r4/8'.
 
     Args:
-      method: its name.
-      shapes: path -> anything with a shape, of all parameters.
-      adapters: as `core.adapters.describe` gives them; None: nothing is said of the routing.
+      method: name of the method.
+      shapes: path -> array or shape, of all parameters.
+      adapters: description of the adapters by `core.adapters.describe`; None leaves the routing
+        out.
     """
 
-    def sizes(ending: str) -> str:
-        leaves = {leaf.shape[-1] for path, leaf in shapes.items() if path.endswith(ending)}
-        return "/".join(map(str, sorted(leaves)))
+    def last_axes(ending: str) -> str:
+        sizes = {leaf.shape[-1] for path, leaf in shapes.items() if path.endswith(ending)}
+        return "/".join(map(str, sorted(sizes)))
 
-    experts, rank = sizes("_adapter/router/kernel"), sizes("_adapter/lora_a")
-    named = method + (f"-{experts}" if experts else "") + (f" r{rank}" if rank else "")
-    return f"{named} {routing(adapters or {})}".rstrip()
+    experts, rank = last_axes("_adapter/router/kernel"), last_axes("_adapter/lora_a")
+    label = method + (f"-{experts}" if experts else "") + (f" r{rank}" if rank else "")
+    return f"{label} {routing_label(adapters or {})}".rstrip()
 
 
-def routing(adapters: Mapping[str, Mapping[str, Any]]) -> str:
-    """What is unlike the paper's soft routing: 'top-2 balanced', 'sentence'; '' where nothing is.
+def routing_label(adapters: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns how routing differs from the paper's soft routing: 'top-2 balanced', or ''.
 
     Args:
-      adapters: as `core.adapters.describe` gives them.
+      adapters: description of the adapters by `core.adapters.describe`.
     """
-    found = [
-        _routing(adapter["router"], _READS[adapter["kind"]])
+    labels = [
+        _router_label(adapter["router"], _DEFAULT_READS[adapter["kind"]])
         for adapter in adapters.values()
         if adapter.get("router")
     ]
-    return "/".join(one or "soft" for one in dict.fromkeys(found)) if any(found) else ""
+    return "/".join(label or "soft" for label in dict.fromkeys(labels)) if any(labels) else ""
 
 
-def _routing(router: Mapping[str, Any], reads: str) -> str:
-    """Of one router; `reads` is what it reads unless it says otherwise."""
+def parameter_summary(
+    trainable: Mapping[str, HasShape],
+    frozen: Mapping[str, HasShape],
+    *,
+    base: str,
+    method: str,
+    extra: Mapping[str, str] | None = None,
+) -> str:
+    """Returns the first lines of a run's log: base, method, and trainable parameters by site.
 
-    def unless(name: str, usual: float, word: str, shipped: float) -> str:
-        value = router.get(name, usual)
-        return "" if value == usual else word if value == shipped else f"{word} {value:g}"
+    Args:
+      trainable: path -> array or shape, of the parameters that train.
+      frozen: the same for the frozen parameters.
+      base: path and fingerprint of the base model.
+      method: name of the method.
+      extra: further lines, name -> text.
+    """
+    by_site: Counter[str] = Counter()
+    for path, leaf in trainable.items():
+        match = _ADAPTER_PATH.search(path)
+        if match:
+            by_site["routers" if match.group(2) else match.group(1)] += _size(leaf)
+    trainable_count = sum(map(_size, trainable.values()))
+    total = trainable_count + sum(map(_size, frozen.values()))
+    lines = {
+        "base": base,
+        "method": method,
+        "trainable": f"{trainable_count:,} of {total:,} parameters"
+        f" ({format_share(trainable_count, total)}), "
+        f"{len(trainable):,} of {len(trainable) + len(frozen):,} arrays",
+    }
+    if by_site:
+        routers = by_site.pop("routers", None)
+        sites = [f"{site} {size:,}" for site, size in by_site.items()]
+        lines["sites"] = " · ".join(sites + ([f"routers {routers:,}"] if routers else []))
+    lines |= extra or {}
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def _sites_by_method(name: str, counts: Sequence[ParameterCount]) -> Table:
+    """Returns a table with a row for each method and a column for each site."""
+    sites = [site for site in SITES if any(site in count.sites for count in counts)]
+    base = ["base"] if any(count.trainable_base for count in counts) else []
+    rows = [
+        [count.method]
+        + [_number(count.sites[site].experts) if site in count.sites else MISSING for site in sites]
+        + [_number(count.routers)]
+        + [_number(count.trainable_base) for _ in base]
+        for count in counts
+    ]
+    columns = ["method", *sites, "routers", *base]
+    return Table(f"{name}: trainable at each site", columns, rows, notes=[_NOTE_ON_SITES])
+
+
+def _router_label(router: Mapping[str, Any], default_reads: str) -> str:
+    def setting(name: str, default: float, word: str, usual: float) -> str:
+        """'' for the default, the word for the value of gin/routing, else the word and value."""
+        value = router.get(name, default)
+        return "" if value == default else word if value == usual else f"{word} {value:g}"
 
     words = [
         f"top-{router['top_k']}" if router.get("top_k") else "",
         "renormalized" if router.get("renormalize") else "",
         "straight-through" if router.get("straight_through") else "",
-        unless("balance_loss", 0.0, "balanced", 1e-2),
-        unless("z_loss", 0.0, "z-loss", 1e-3),
-        unless("jitter_noise", 0.0, "jitter", 1e-2),
-        unless("temperature", 1.0, "temperature", 1.0),
-        router["reads"] if router.get("reads") not in (None, reads) else "",
+        setting("balance_loss", 0.0, "balanced", 1e-2),
+        setting("z_loss", 0.0, "z-loss", 1e-3),
+        setting("jitter_noise", 0.0, "jitter", 1e-2),
+        setting("temperature", 1.0, "temperature", 1.0),
+        router["reads"] if router.get("reads") not in (None, default_reads) else "",
     ]
     return " ".join(filter(None, words))
 
 
-def _printed(one: Count) -> str | None:
-    figure = paper.SHARES.get((one.base, one.method, tuple(one.sites)))
-    adapters_alone = one.rest == 0 and one.trainable == one.total - one.base
-    return f"{figure} %" if figure and adapters_alone else None
+def _published_share(count: ParameterCount) -> str | None:
+    key = (count.base, count.method, tuple(count.sites))
+    figure = published_figures.TRAINABLE_SHARES.get(key)
+    # A model whose norms train too, say, has the same sites but is not the paper's.
+    only_adapters = count.trainable_base == 0 and count.trainable == count.total - count.base
+    return f"{figure} %" if figure and only_adapters else None
 
 
-def _share(part: int, whole: int) -> str:
-    """Three digits: the smallest differences between papers and code show, and 100 % is all."""
+def _percent(part: int, whole: int) -> str:
+    """Returns a percentage with three digits, which the papers' smallest differences need."""
     if part == whole:
         return "100 %"
     return f"{100 * part / whole:#.3g} %".replace(". %", " %")
 
 
 def _number(count: int) -> str:
-    return f"{count:,}" if count else tables.NONE
+    return f"{count:,}" if count else MISSING
 
 
-def _size(leaf: Any) -> int:
+def _size(leaf: HasShape) -> int:
     return int(np.prod(leaf.shape, dtype=np.int64))

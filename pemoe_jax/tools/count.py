@@ -9,13 +9,13 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
 
 if TYPE_CHECKING:
-    from pemoe_jax.analysis import counts, tables
+    from pemoe_jax.analysis import counts
     from pemoe_jax.core import network
 
 FLAGS = gin_flags.make_parser(
     "count",
-    "Prints how many parameters a method trains, of how many, at which sites.\n"
-    "Without gin files: every size with every method, beside what the papers print.",
+    "Prints how many parameters a method trains, out of how many, and at which sites.\n"
+    "Without gin files: every size with every method, next to the papers' figures.",
     example="""\
   pemoe count
   pemoe count --gin_file=models/t5_1_1_xxl.gin --gin_file=methods/mov.gin
@@ -27,7 +27,7 @@ FLAGS = gin_flags.make_parser(
 FLAGS.add_argument("--markdown", action="store_true", help="print Markdown")
 
 SIZES = ("small", "base", "large", "xl", "xxl")
-# method file and number of experts, those of arXiv 2309.05444
+# (method file, number of experts) of arXiv 2309.05444.
 METHODS = (
     ("full", None),
     ("ia3", None),
@@ -39,81 +39,78 @@ METHODS = (
     ("molora", 15),
 )
 
-_WIRING = """\
+_BINDINGS = """\
 from pemoe_jax.tools import count
-count.configured.model = %MODEL
-count.configured.method = %METHOD
-count.configured.trainable = %TRAINABLE
+count.configured_count.model = %MODEL
+count.configured_count.method = %METHOD
+count.configured_count.trainable = %TRAINABLE
 """
 
 
-def configured(
+def configured_count(
     model: "network.Transformer | None", method: str | None, trainable: Sequence[str] | None
-) -> "counts.Count":
-    """Counts what the gin files configure.
+) -> "counts.ParameterCount":
+    """Counts the parameters of the model that the gin files configure.
 
     Args:
       model: network with its adapters.
-      method: its name.
-      trainable: patterns of the parameters that train; each must match something.
+      method: name of the method.
+      trainable: patterns of the parameters that train; each must match a parameter.
 
     Raises:
-      InputError: there is no model or no method, or a pattern matches nothing.
+      InputError: no model or method is configured, or a pattern matches nothing.
     """
     if model is None:
-        raise InputError("no model: expected --gin_file=models/…")
+        raise InputError("MODEL is not set: pass --gin_file=models/…")
     if not trainable:
-        raise InputError("TRAINABLE is not set: expected --gin_file=methods/…")
+        raise InputError("TRAINABLE is not set: pass --gin_file=methods/…")
     from pemoe_jax.analysis import counts
     from pemoe_jax.core import network, params
 
     shapes = params.flatten(network.param_shapes(model))
-    return counts.count(shapes, params.trainable_paths(shapes, trainable), method or "custom")
+    trainable_paths = params.trainable_paths(shapes, trainable)
+    return counts.count_parameters(shapes, trainable_paths, method or "custom")
 
 
 def count(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-    """Prints the tables that the flags ask for.
+    """Prints the tables of the gin files, or of every size and method.
 
     Raises:
-      InputError: see `config.load` and `configured`.
+      InputError: see `gin_flags.load_config` and `configured_count`.
     """
-    from pemoe_jax.analysis import counts
+    from pemoe_jax.analysis import counts, tables
 
     if args.gin_file or args.gin_bindings or bindings:
         name = " ".join(Path(file).stem for file in args.gin_file)
-        found = counts.by_site(name, _load(args, args.gin_file, bindings))
+        results = counts.site_tables(name, _load(args, args.gin_file, bindings))
     else:
-        found = [table for size in SIZES for table in _of_size(args, f"t5_1_1_{size}")]
+        results = []
+        for size in SIZES:
+            name = f"t5_1_1_{size}"
+            by_method = []
+            for method, experts in METHODS:
+                files = [f"models/{name}.gin", f"methods/{method}.gin"]
+                experts_binding = [] if experts is None else [f"NUM_EXPERTS = {experts}"]
+                by_method.append(_load(args, files, experts_binding))
+            results += counts.method_tables(name, by_method)
     if args.markdown:
-        print(counts.to_markdown(found), end="")
+        print(tables.to_markdown(results), end="")
     else:
-        counts.print_tables(found)
-
-
-def _of_size(args: argparse.Namespace, name: str) -> "list[tables.Table]":
-    """A size with every method."""
-    from pemoe_jax.analysis import counts
-
-    found = []
-    for method, experts in METHODS:
-        bindings = [] if experts is None else [f"NUM_EXPERTS = {experts}"]
-        files = [f"models/{name}.gin", f"methods/{method}.gin"]
-        found.append(_load(args, files, bindings))
-    return counts.by_method(name, found)
+        tables.print_tables(results)
 
 
 def _load(
     args: argparse.Namespace, files: Sequence[str], bindings: Sequence[str]
-) -> "counts.Count":
-    wired = argparse.Namespace(
+) -> "counts.ParameterCount":
+    flags = argparse.Namespace(
         gin_file=list(files),
         gin_search_paths=args.gin_search_paths,
-        gin_bindings=[_WIRING, *args.gin_bindings],
+        gin_bindings=[_BINDINGS, *args.gin_bindings],
     )
-    gin_flags.load_config(wired, bindings)
-    return gin_flags.call_configured(configured)
+    gin_flags.load_config(flags, bindings)
+    return gin_flags.call_configured(configured_count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     return gin_flags.run_command(FLAGS, count, argv)

@@ -110,7 +110,7 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     Raises:
       InputError: a flag is wrong, a batch does not divide; see `config.load` too.
     """
-    from pemoe_jax.analysis import layout
+    from pemoe_jax.analysis import tables as tables_lib
     from pemoe_jax.analysis.planning import tables
 
     layouts = [tables.Layout.parse(text, args.fsdp) for text in args.mesh or ["1x1"]]
@@ -136,15 +136,15 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     title = _title(args, method, step)
     shown = tables.to_tables(title, found, tables.Chip(*chip) if chip else None)
     if args.markdown:
-        print(layout.to_markdown(shown), end="")
+        print(tables_lib.to_markdown(shown), end="")
     else:
-        layout.print_tables(shown)
+        tables_lib.print_tables(shown)
     if args.output:
         path = Path(args.output)
         as_json = tables.to_json(title, found, tables.Chip(*chip) if chip else None)
         from pemoe_jax.runtime import atomic_write
 
-        text = as_json if path.suffix == ".json" else layout.to_markdown(shown)
+        text = as_json if path.suffix == ".json" else tables_lib.to_markdown(shown)
         atomic_write.write_text(path, text)
 
 
@@ -164,7 +164,7 @@ def _step(
     step = compile.Step(model, trainable, optimizer, rows, lengths, args.microbatches, frozen_dtype)
     shapes = params.flatten(network.param_shapes(model))
     params.trainable_paths(shapes, trainable)  # fails before anything is compiled
-    return step, counts.label(method, shapes, adapters.describe(model.adapters))
+    return step, counts.method_label(method, shapes, adapters.describe(model.adapters))
 
 
 def _title(args: argparse.Namespace, method: str, step: "compile.Step") -> str:

@@ -290,7 +290,7 @@ def _parse_settings(command: str, flags: Sequence[str], where: str) -> dict[str,
     import gin
 
     from pemoe_jax import evaluate, train
-    from pemoe_jax.analysis.zero_shot import settings as settings_lib
+    from pemoe_jax.analysis.zero_shot import run_settings
 
     parser = {"train": train.FLAGS, "evaluate": evaluate.FLAGS}[command]
     rest, bindings = gin_flags.split_bindings(flags)
@@ -298,7 +298,7 @@ def _parse_settings(command: str, flags: Sequence[str], where: str) -> dict[str,
         gin_flags.load_config(parser.parse_args(rest), bindings)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    settings = settings_lib.read(gin.config_str())
+    settings = run_settings.parse_settings(gin.config_str())
     if f"{command}.{command}.model" not in settings:
         raise InputError(f"{where}: expected a run file of {command}, such as runs/…, got none")
     if command == "train" and "None" in (settings["MODEL"], settings["TRAINABLE"]):

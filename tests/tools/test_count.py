@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pemoe_jax.analysis import counts
+from pemoe_jax.analysis import counts, tables
 from pemoe_jax.runtime import gin_flags
 from pemoe_jax.tools import count
 
@@ -198,7 +198,7 @@ def test_flags_reach_the_count(capsys):
         "routers": "–",
         "trainable": "5,505,024",
     }
-    assert list(sites) == ["query", "key", "value", "out", "wi_0", "wi_1", "wo", "together"]
+    assert list(sites) == ["query", "key", "value", "out", "wi_0", "wi_1", "wo", "total"]
 
 
 def test_one_configuration_has_its_sites_and_routers(capsys):
@@ -214,8 +214,8 @@ def test_one_configuration_has_its_sites_and_routers(capsys):
         2 * gate,
     ]
     for column in ("experts", "routers", "trainable"):
-        parts = [number(row[column]) for site, row in sites.items() if site != "together"]
-        assert number(sites["together"][column]) == sum(parts)
+        parts = [number(row[column]) for site, row in sites.items() if site != "total"]
+        assert number(sites["total"][column]) == sum(parts)
 
 
 def test_what_is_not_the_papers_has_no_printed_figure(capsys):
@@ -227,7 +227,7 @@ def test_what_is_not_the_papers_has_no_printed_figure(capsys):
     summary, sites = printed_by(capsys, *XL, "--gin_file=methods/ia3.gin", norms).values()
     assert "paper" not in summary["ia3"]
     assert number(sites["base"]["trainable"]) == 249_856
-    assert number(sites["together"]["trainable"]) == VECTORS + 249_856
+    assert number(sites["total"]["trainable"]) == VECTORS + 249_856
 
 
 def test_full_fine_tuning_has_no_sites(capsys):
@@ -244,8 +244,8 @@ def test_a_run_file_may_be_given(capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (XL, "TRAINABLE is not set: expected --gin_file=methods/…"),
-        (["--gin_file=methods/mov.gin"], "no model: expected --gin_file=models/…"),
+        (XL, "TRAINABLE is not set: pass --gin_file=methods/…"),
+        (["--gin_file=methods/mov.gin"], "MODEL is not set: pass --gin_file=models/…"),
         (["--gin.NUM_EXPERTS=3"], "no gin file"),
         (["--gin_file=models/no_such.gin"], "no_such.gin"),
         ([*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERT=3"], "did you mean NUM_EXPERTS"),
@@ -276,14 +276,14 @@ def test_tables_fit_the_terminal(capsys, monkeypatch, width):
 
 def test_a_wide_table_is_cut_and_loses_nothing(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    one = counts.Count(
+    one = counts.ParameterCount(
         "molora-15 r4",
         10**9,
         2 * 10**9,
         10**9,
-        {s: counts.Site(72, 10**8, 0) for s in counts.SITES},
+        {s: counts.SiteCount(72, 10**8, 0) for s in counts.SITES},
     )
-    counts.print_tables(counts.by_method("size", [one]))
+    tables.print_tables(counts.method_tables("size", [one]))
     lines = capsys.readouterr().out.splitlines()
     heads = [line.split() for line in lines if line.startswith("method ")]
     assert len(heads) == 3  # the methods, and two halves of their sites

@@ -257,7 +257,7 @@ def test_top_tokens():
 def draw_figure(monkeypatch, draw, *args, **kwargs):
     """Returns the figure that `draw` saves."""
     figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, png: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, png: figures.append(figure))
     draw(*args, **kwargs)
     return figures[0]
 
@@ -297,14 +297,14 @@ def test_dendrogram(monkeypatch):
     figure = draw_figure(monkeypatch, draw, "x.png", seen=["a", "b"])
     (axis,) = figure.axes
     labels = {label.get_text(): label.get_color() for label in axis.get_yticklabels()}
-    assert labels == {"a": plots.INK, "b": plots.INK, "c": plots.ACCENT}
+    assert labels == {"a": plots.TEXT_COLOR, "b": plots.TEXT_COLOR, "c": plots.ACCENT_COLOR}
     branches = [path.vertices for lines in axis.collections for path in lines.get_paths()]
     ends = set(np.round(np.concatenate(branches)[:, 0], 6).tolist())
     assert ends == {0.0, 0.1, 0.5}
     equal = draw_figure(
         monkeypatch, routing_plots.plot_dendrogram, np.zeros((2, 2)), ["a", "b"], "x.png", title="t"
     )
-    assert {label.get_color() for label in equal.axes[0].get_yticklabels()} == {plots.INK}
+    assert {label.get_color() for label in equal.axes[0].get_yticklabels()} == {plots.TEXT_COLOR}
     with pytest.raises(InputError, match="at least 2 tasks, got 1"):
         routing_plots.plot_dendrogram(np.zeros((1, 1)), ["a"], "x.png", title="t")
 

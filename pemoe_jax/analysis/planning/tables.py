@@ -126,7 +126,7 @@ def _of_model(plan: Plan) -> tables.Table:
         "FLOPs of the model",
         ["part", "a token", "a step"],
         [[name, _count(n / plan.tokens), _count(n)] for name, n in parts.items() if n],
-        below=[["together", _count(flops.together / plan.tokens), _count(flops.together)]],
+        footer=[["together", _count(flops.together / plan.tokens), _count(flops.together)]],
     )
 
 
@@ -163,7 +163,7 @@ def _scaled(number: float, units: Sequence[str]) -> str:
 
 
 def _moved(found: tuple[int, int] | None) -> str:
-    return tables.NONE if not found else f"{found[0]:,} × · {_bytes(found[1])}"
+    return tables.MISSING if not found else f"{found[0]:,} × · {_bytes(found[1])}"
 
 
 def _share(peak: int, chip: Chip) -> str:

@@ -19,7 +19,7 @@ from pemoe_jax.analysis.tables import Table
 if TYPE_CHECKING:
     import jinja2
 
-_PNG_DPI = 150  # of `plots.pyplot`
+_PNG_DPI = 150  # of `plots.import_pyplot`
 _CSS_DPI = 96
 _MAP, _ENTROPY, _TREE = "map", "entropy", "tasks"
 _ALT = {
@@ -38,10 +38,10 @@ def draw_plots(result: ProbeResult, folder: Path) -> None:
             for site in result.sites
         },
         _png(result, folder, _MAP),
-        seen=result.seen_tasks,
-        fold=None,
+        trained=result.seen_tasks,
+        max_ratio=None,
         title=f"Where tasks are routed: {name}",
-        measure=routing_tables.value_name(result),
+        quantity=routing_tables.value_name(result),
     )
     routing_plots.plot_entropies(
         metrics.router_entropies(result),

@@ -47,11 +47,11 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
       png: output file.
       title: title of the figure.
     """
-    plt = plots.pyplot()
+    plt = plots.import_pyplot()
     stacks = [stack for stack in probe.STACKS if any(r.stack == stack for r in routers)]
     kinds = list(dict.fromkeys(r.kind for r in routers))
-    legend_width = 0.55 + max(plots.inches(kind, 9) for kind in kinds)
-    width = max(0.9 + 3.2 * len(stacks) + legend_width, 0.5 + plots.inches(title, 13))
+    legend_width = 0.55 + max(plots.text_width(kind, 9) for kind in kinds)
+    width = max(0.9 + 3.2 * len(stacks) + legend_width, 0.5 + plots.text_width(title, 13))
     figure, axes = plt.subplots(
         2, len(stacks), sharey="row", squeeze=False, figsize=(width, 5.2), layout="constrained"
     )
@@ -61,7 +61,7 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
             for kind in kinds:
                 line = [r for r in routers if (r.stack, r.kind) == (stack, kind)]
                 _plot_line(axis, line, attribute)
-            axis.axhline(1, color=plots.FAINT, lw=0.8, ls=(0, (1, 2)))
+            axis.axhline(1, color=plots.MUTED_COLOR, lw=0.8, ls=(0, (1, 2)))
             axis.set_title(f"{stack}, {meaning}", size=9.5, loc="left")
             axis.grid(color=_GRID, lw=0.8)
             axis.set_axisbelow(True)
@@ -75,8 +75,8 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
         lowest = min(getattr(r, attribute) for r in routers)
         bottom = max(-0.02, 1 - 1.15 * max(1 - lowest, 0.02))
         axis.set_ylim(bottom, 1 + 0.05 * (1 - bottom))
-    figure.supylabel("entropy as a share of log E", size=9.5, color=plots.INK)
-    figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", color=plots.INK)
+    figure.supylabel("entropy as a share of log E", size=9.5, color=plots.TEXT_COLOR)
+    figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", color=plots.TEXT_COLOR)
     handles: dict[str, object] = {}
     for axis in axes.flat:
         handles |= {line.get_label(): line for line in axis.get_legend_handles_labels()[0]}
@@ -88,7 +88,7 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
         fontsize=9,
         handlelength=2.6,
     )
-    return plots.save(figure, png)
+    return plots.save_figure(figure, png)
 
 
 def _plot_line(
@@ -100,7 +100,7 @@ def _plot_line(
     axis.plot(
         [r.layer for r in routers],
         [getattr(r, attribute) for r in routers],
-        color=plots.COLOURS[_COLOR_INDEX[name]],
+        color=plots.COLORS[_COLOR_INDEX[name]],
         ls=_LINES[attention],
         marker=_MARKERS[attention],
         ms=4.5 if len(routers) <= 12 else 3,
@@ -138,23 +138,29 @@ def plot_dendrogram(
         distance.squareform(distances, checks=False), "average", optimal_ordering=True
     )
     linkage[:, 2] = np.maximum(linkage[:, 2], 1e-6)  # equal tasks would leave an axis of length 0
-    plt = plots.pyplot()
+    plt = plots.import_pyplot()
     # In inches, so that labels and rows keep their size for any number of tasks.
     row, left, bottom, tree = 0.19, 0.2, 0.75, 5.0
     is_colored = seen is not None and 0 < sum(task in seen for task in tasks) < len(tasks)
     top = 0.85 if is_colored else 0.6
-    labels = 0.2 + max(plots.inches(task, 8) for task in tasks)
-    width = max(left + tree + labels, 0.5 + plots.inches(title, 13))
+    labels = 0.2 + max(plots.text_width(task, 8) for task in tasks)
+    width = max(left + tree + labels, 0.5 + plots.text_width(title, 13))
     height = top + row * len(tasks) + bottom
     figure = plt.figure(figsize=(width, height))
     figure.text(
-        0.15 / width, 1 - 0.3 / height, title, size=12, weight="bold", va="center", c=plots.INK
+        0.15 / width,
+        1 - 0.3 / height,
+        title,
+        size=12,
+        weight="bold",
+        va="center",
+        c=plots.TEXT_COLOR,
     )
     if is_colored:
         x = 0.15
-        for text, color in (("trained on", plots.INK), ("held out", plots.ACCENT)):
+        for text, color in (("trained on", plots.TEXT_COLOR), ("held out", plots.ACCENT_COLOR)):
             figure.text(x / width, 1 - 0.58 / height, text, size=9, va="center", c=color)
-            x += plots.inches(text, 9) + 0.2
+            x += plots.text_width(text, 9) + 0.2
     axis = figure.add_axes((left / width, bottom / height, tree / width, row * len(tasks) / height))
     drawn = hierarchy.dendrogram(
         linkage,
@@ -165,7 +171,9 @@ def plot_dendrogram(
         leaf_font_size=8,
     )
     for task, label in zip(drawn["ivl"], axis.get_yticklabels(), strict=True):
-        label.set_color(plots.ACCENT if is_colored and seen and task not in seen else plots.INK)
+        label.set_color(
+            plots.ACCENT_COLOR if is_colored and seen and task not in seen else plots.TEXT_COLOR
+        )
     axis.set_xlim(left=linkage[-1, 2] * 1.03, right=0)
     axis.tick_params(axis="y", length=0, pad=4)
     axis.tick_params(axis="x", labelsize=8)
@@ -173,4 +181,4 @@ def plot_dendrogram(
     axis.set_xlabel("distance of the merge (0: same routing, 1: no expert in common)", size=9)
     axis.grid(axis="x", color=_GRID, lw=0.8)
     axis.set_axisbelow(True)
-    return plots.save(figure, png)
+    return plots.save_figure(figure, png)

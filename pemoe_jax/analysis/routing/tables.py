@@ -12,9 +12,9 @@ import numpy as np
 
 from pemoe_jax.analysis.routing import metrics, probe
 from pemoe_jax.analysis.routing.metrics import ProbeResult
-from pemoe_jax.analysis.tables import NONE, Table
+from pemoe_jax.analysis.tables import MISSING, Table
 
-_SEEN = {True: "trained on", False: "held out", None: NONE}
+_SEEN = {True: "trained on", False: "held out", None: MISSING}
 _READS = {"encoder": "input tokens", "decoder": "tokens that the decoder reads"}
 _FULL_MASS = 0.999  # float32 sums of a full distribution stay above it
 _ENTROPY_NOTE = (
@@ -49,8 +49,8 @@ def runs_table(results: Sequence[ProbeResult]) -> Table:
                 f"{result.about['step']:,}",
                 "–".join(map(str, sorted(set(result.experts.values())))),
                 f"{result.about['trainable']:,}",
-                str(seen.count(True)) if is_known else NONE,
-                str(seen.count(False)) if is_known else NONE,
+                str(seen.count(True)) if is_known else MISSING,
+                str(seen.count(False)) if is_known else MISSING,
                 f"{sum(task.examples for task in result.tasks):,}",
                 f"{tokens[0]:,} + {tokens[1]:,}",
             ]
@@ -76,7 +76,7 @@ def site_tables(result: ProbeResult) -> dict[str, Table]:
             f"{site}: {value_name(result)} by expert",
             ["prompt", "data set", "seen", "tokens", *experts],
             rows,
-            below=[
+            footer=[
                 ["mean over tasks", "", "", "", *_decimals(mean)],
                 ["uniform", "", "", "", *_decimals(uniform)],
             ],
@@ -119,7 +119,7 @@ def token_tables(result: ProbeResult) -> dict[str, Table]:
         rows = []
         for number, tokens in enumerate(metrics.top_tokens(result, site), 1):
             cells = [f"{token.piece} {token.ratio:.2f}" for token in tokens]
-            rows.append([str(number), "  ".join(cells) or NONE])
+            rows.append([str(number), "  ".join(cells) or MISSING])
         title = f"{site}: {_READS[probe.token_stack(site)]} by expert"
         tables[site] = Table(title, ["expert", "tokens by share"], rows)
     return tables

@@ -1,1 +1,1 @@
-"""Zero-shot accuracy: results files, comparisons, the paper's table."""
+"""Zero-shot accuracy: results.json and its tables, the paper's table, intervals, bar chart."""

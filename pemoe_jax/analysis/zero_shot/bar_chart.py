@@ -1,0 +1,157 @@
+"""A bar chart of accuracies as a PNG file: one panel per dataset, one bar per run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pemoe_jax.analysis import plots
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# In inches: height of a bar, width of a panel, gap between panels.
+_BAR_HEIGHT, _PANEL_WIDTH, _GAP = 0.24, 1.6, 0.25
+_PANELS_PER_LINE = 5
+# Explanation of each mark, and the attribute of a bar that shows it.
+_LEGEND = (
+    ("dashed: chance", "chance"),
+    ("line at the end: 95 % interval over examples", "interval"),
+    ("dots: seeds, the bar is their mean", "seeds"),
+    ("hatched: trained on it", "hatched"),
+    ("grey: published", "pale"),
+    ("†: average over fewer datasets", "mark"),
+)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of the chart.
+
+    Attributes:
+      value: length, in %.
+      interval: ends of the interval, in %.
+      hatched: whether the run was trained on the dataset.
+      pale: whether the figure is published by others.
+      mark: a mark after the number.
+      seeds: values of the single seeds.
+    """
+
+    value: float
+    interval: tuple[float, float] | None = None
+    hatched: bool = False
+    pale: bool = False
+    mark: str = ""
+    seeds: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A dataset's bars from top to bottom (None: unknown), and the accuracy of chance."""
+
+    title: str
+    bars: Sequence[Bar | None]
+    chance: float | None = None
+
+
+def draw(panels: Sequence[Panel], labels: Sequence[str], png: str | Path, *, title: str) -> Path:
+    """Draws a chart, five panels per line, each from 0 to 100 %.
+
+    Args:
+      panels: the panels.
+      labels: labels of the bars, common to all panels.
+      png: file to write.
+      title: title of the chart.
+    """
+    pyplot = plots.import_pyplot()
+    lines = [panels[i : i + _PANELS_PER_LINE] for i in range(0, len(panels), _PANELS_PER_LINE)]
+    # Positions are computed in inches, so that bars and labels keep their size in any number.
+    left = 0.3 + max(plots.text_width(label, 8) for label in labels)
+    top, between, bottom = 0.85, 0.65, 0.75
+    panel_height = _BAR_HEIGHT * len(labels)
+    legend = _legend(panels)
+    width = max(
+        left + (_PANEL_WIDTH + _GAP) * len(lines[0]),
+        0.5 + plots.text_width(title, 13),
+        0.4 + plots.text_width(legend, 8),
+    )
+    height = top + len(lines) * (panel_height + between) - between + bottom
+    figure = pyplot.figure(figsize=(width, height))
+    style = {"va": "center", "c": plots.TEXT_COLOR}
+    figure.text(0.15 / width, 1 - 0.3 / height, title, size=12, weight="bold", **style)
+    figure.text(0.15 / width, 0.2 / height, legend, size=8, **style)
+    for number, line in enumerate(lines):
+        for column, panel in enumerate(line):
+            x = left + column * (_PANEL_WIDTH + _GAP)
+            y = height - top - (number + 1) * panel_height - number * between
+            axis = figure.add_axes(
+                (x / width, y / height, _PANEL_WIDTH / width, panel_height / height)
+            )
+            _draw_panel(axis, panel)
+            axis.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
+    return plots.save_figure(figure, png)
+
+
+def _draw_panel(axis: Axes, panel: Panel) -> None:
+    for row, bar in enumerate(panel.bars):
+        if bar is None:
+            axis.text(1.5, row, "–", size=8, va="center", c=plots.MUTED_COLOR)
+            continue
+        axis.barh(
+            row,
+            bar.value,
+            height=0.72,
+            color="#C8C8C8" if bar.pale else plots.COLORS[0],
+            hatch="////" if bar.hatched else None,
+            edgecolor="white",
+            linewidth=0,
+        )
+        end = bar.value
+        if bar.interval:
+            low, high = bar.interval
+            axis.plot(
+                [low, high], [row, row], color=plots.TEXT_COLOR, lw=1.2, solid_capstyle="butt"
+            )
+            end = max(end, high)
+        if bar.seeds:
+            axis.scatter(
+                bar.seeds,
+                [row] * len(bar.seeds),
+                s=11,
+                facecolor="white",
+                edgecolor=plots.TEXT_COLOR,
+                linewidth=0.9,
+                zorder=3,
+            )
+            end = max(end, *bar.seeds) + 2  # half of a dot
+        # A white background, so that the dashed line of chance does not cross the number.
+        axis.text(
+            end + 2,
+            row,
+            f"{bar.value:.1f} {bar.mark}".strip(),
+            size=8,
+            va="center",
+            c=plots.TEXT_COLOR,
+            bbox={"fc": "white", "ec": "none", "pad": 0.3},
+        )
+    if panel.chance is not None:
+        axis.axvline(panel.chance, color=plots.ACCENT_COLOR, lw=0.9, ls=(0, (3, 2)))
+    axis.set_title(panel.title, size=9, loc="left", pad=4, weight="bold")
+    axis.set_xlim(0, 124)  # room for the number after a bar of 100 %
+    axis.set_ylim(len(panel.bars) - 0.5, -0.5)
+    axis.set_xticks([0, 50, 100])
+    axis.tick_params(length=0, labelsize=8, pad=3)
+    axis.grid(axis="x", color="#E6E6E6", lw=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["left", "bottom"]].set_visible(False)
+
+
+def _legend(panels: Sequence[Panel]) -> str:
+    """Explains the marks that the panels show."""
+    bars = [bar for panel in panels for bar in panel.bars if bar]
+    marks = {mark for _, mark in _LEGEND for bar in bars if getattr(bar, mark, None)}
+    if any(panel.chance is not None for panel in panels):
+        marks.add("chance")
+    return "   ·   ".join(text for text, mark in _LEGEND if mark in marks)

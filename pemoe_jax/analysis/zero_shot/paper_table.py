@@ -1,0 +1,332 @@
+"""The paper's zero-shot table (arXiv 2309.05444): a row for each run, a column for each dataset.
+
+`build_paper_table` computes it from results, `paper_table_formats` prints it. Cells are the median
+over the prompts of a dataset, the paper's main figure, and the mean, in %. The paper merges ANLI's
+three rounds into one column: median and mean are over the prompts of all rounds, 45 in P3.
+Datasets that the paper does not evaluate follow the average, which leaves them out; without any of
+the paper's datasets the average is over all.
+
+Runs that differ in the seed only are one row: the mean over seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pemoe_jax.analysis import published_figures
+from pemoe_jax.analysis.tables import MISSING, format_share
+from pemoe_jax.analysis.zero_shot import bootstrap, result_tables, run_settings
+from pemoe_jax.analysis.zero_shot.results import PREDICTIONS, JsonObject, load_predictions
+
+AVERAGE = "average"
+MEASURES = ("median", "mean")
+
+# Dataset of P3's tasks -> column of the paper.
+_PAPER_COLUMNS = {
+    "anli": "ANLI",
+    "anli_r1": "ANLI",
+    "anli_r2": "ANLI",
+    "anli_r3": "ANLI",
+    "cb": "CB",
+    "rte": "RTE",
+    "wsc.fixed": "WSC",
+    "wic": "WiC",
+    "copa": "COPA",
+    "winogrande_winogrande_xl": "WNG",
+    "hellaswag": "HS",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy on a dataset, or averaged over datasets.
+
+    Attributes:
+      median, mean: accuracy over the prompts, in %; None if unknown.
+      chance: accuracy of guessing, in %.
+      intervals: measure -> ends of the 95 % bootstrap interval.
+      prompts: number of prompts.
+      examples: number of examples, summed over prompts.
+      trained: whether the run was trained on the dataset, or on one of them; None if unknown.
+      seeds: measure -> value of each seed, if the row is a mean over seeds.
+    """
+
+    median: float | None = None
+    mean: float | None = None
+    chance: float | None = None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    prompts: int | None = None
+    examples: int | None = None
+    trained: bool | None = None
+    seeds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def deviation(self, measure: str) -> float | None:
+        """Returns the standard deviation over seeds (n - 1); None for a single run."""
+        values = self.seeds.get(measure, ())
+        return statistics.stdev(values) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run, several runs that differ in the seed only, or a published model.
+
+    Attributes:
+      name: name that is unique among the runs.
+      method: method, with experts and rank if they are known.
+      percent: trainable parameters, in %.
+      share: the same as text.
+      scores: score by column.
+      average: average over `PaperTable.averaged`.
+      complete: whether the run has all of these columns.
+      source: source of a published row; '' for a run.
+      about: step, checkpoint, trainable and total parameters of a run.
+      seeds: seeds of the runs, if there are several.
+    """
+
+    name: str
+    method: str
+    percent: float | None
+    share: str
+    scores: Mapping[str, Score]
+    average: Score
+    complete: bool = True
+    source: str = ""
+    about: JsonObject = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """The zero-shot table.
+
+    Attributes:
+      columns: the paper's columns that have results, in its order, then other datasets.
+      averaged: the columns that averages are over, the first of `columns`.
+      rows: runs, then published rows.
+      draws: number of bootstrap draws.
+      seed: seed of the bootstrap.
+    """
+
+    columns: list[str]
+    averaged: list[str]
+    rows: list[Row]
+    draws: int
+    seed: int
+
+
+# column -> task -> result
+_ByColumn = dict[str, dict[str, JsonObject]]
+# column -> [2, draws] median and mean of resampled examples
+_Resampled = dict[str, np.ndarray]
+
+
+def build_paper_table(
+    runs: Sequence[JsonObject],
+    draws: int = 1000,
+    seed: int = 0,
+    with_paper: bool = False,
+    seeds_apart: bool = False,
+) -> PaperTable:
+    """Builds the table of some runs.
+
+    Args:
+      runs: runs by `results.load_results`.
+      draws: number of bootstrap draws; 0 leaves intervals out.
+      seed: seed of the draws.
+      with_paper: whether to add `published_figures.ROWS`.
+      seeds_apart: whether runs that differ in the seed only have a row each.
+
+    Raises:
+      InputError: predictions do not match the results.
+    """
+    tasks = [_group_by_column(run) for run in runs]
+    existing = {name for by_column in tasks for name in by_column}
+    of_paper = [name for name in published_figures.COLUMNS if name in existing or with_paper]
+    columns = of_paper + sorted(existing - set(of_paper))
+    averaged = of_paper or columns
+    groups = [[i] for i in range(len(runs))] if seeds_apart else run_settings.group_by_seed(runs)
+    names = result_tables.run_labels(
+        [run_settings.representative([runs[i] for i in group]) for group in groups]
+    )
+    rows = []
+    for name, group in zip(names, groups, strict=True):
+        resampled = [_resample(runs[i], tasks[i], draws, seed) for i in group]
+        members = [
+            _row(name, runs[i], tasks[i], averaged, accuracies)
+            for i, accuracies in zip(group, resampled, strict=True)
+        ]
+        if len(group) == 1:
+            rows.append(members[0])
+        else:
+            seeds = [runs[i]["seed"] for i in group]
+            rows.append(_mean_over_seeds(members, seeds, averaged, resampled))
+    if with_paper:
+        rows += map(_published_row, published_figures.ROWS)
+    return PaperTable(columns, averaged, rows, draws, seed)
+
+
+def _column(dataset: str) -> str:
+    return _PAPER_COLUMNS.get(dataset, dataset)
+
+
+def _group_by_column(run: JsonObject) -> _ByColumn:
+    grouped: _ByColumn = {}
+    for name, task in run["tasks"].items():
+        grouped.setdefault(_column(task["dataset"]), {})[name] = task
+    return grouped
+
+
+def _resample(run: JsonObject, by_column: _ByColumn, draws: int, seed: int) -> _Resampled:
+    """Returns resampled accuracies in %, of the columns with the predictions of all tasks."""
+    resampled: _Resampled = {}
+    for column, tasks in by_column.items() if draws else ():
+        predictions = [
+            load_predictions(run[PREDICTIONS], task, result) for task, result in tasks.items()
+        ]
+        prompts = [prompt for prompt in predictions if prompt is not None]
+        if len(prompts) == len(tasks):
+            resampled[column] = 100 * bootstrap.resampled_accuracies(prompts, draws, seed, column)
+    return resampled
+
+
+def _row(
+    name: str,
+    run: JsonObject,
+    by_column: _ByColumn,
+    averaged: Sequence[str],
+    resampled: _Resampled,
+) -> Row:
+    datasets = run.get("trained_datasets")
+    trained = None if datasets is None else {_column(dataset) for dataset in datasets}
+    scores = {
+        column: _score(tasks, resampled.get(column), None if trained is None else column in trained)
+        for column, tasks in by_column.items()
+    }
+    percent, share = _trainable_share(run.get("trainable"), run.get("total"))
+    return Row(
+        name=name,
+        method=str(run.get("variant") or run.get("method") or MISSING),
+        percent=percent,
+        share=share,
+        scores=scores,
+        average=_average(scores, resampled, [column for column in averaged if column in scores]),
+        complete=set(averaged) <= set(scores),
+        about={key: run.get(key) for key in ("step", "checkpoint", "trainable", "total")},
+    )
+
+
+def _score(
+    tasks: Mapping[str, JsonObject], resampled: np.ndarray | None, trained: bool | None
+) -> Score:
+    accuracies = [100 * task["accuracy"] for task in tasks.values()]
+    return Score(
+        median=statistics.median(accuracies),
+        mean=statistics.fmean(accuracies),
+        chance=100 * statistics.fmean(task["chance"] for task in tasks.values()),
+        intervals=_intervals(resampled),
+        prompts=len(tasks),
+        examples=sum(task["examples"] for task in tasks.values()),
+        trained=trained,
+    )
+
+
+def _average(scores: Mapping[str, Score], resampled: _Resampled, columns: Sequence[str]) -> Score:
+    """Averages datasets with equal weights."""
+    if not columns:
+        return Score()
+    members = [scores[column] for column in columns]
+    # Each dataset has its own draws, so averaging them draw by draw treats datasets as independent.
+    has_all = all(column in resampled for column in columns)
+    draws = np.mean([resampled[column] for column in columns], axis=0) if has_all else None
+    return Score(
+        median=statistics.fmean(score.median for score in members if score.median is not None),
+        mean=statistics.fmean(score.mean for score in members if score.mean is not None),
+        chance=statistics.fmean(score.chance for score in members if score.chance is not None),
+        intervals=_intervals(draws),
+        prompts=sum(score.prompts or 0 for score in members),
+        examples=sum(score.examples or 0 for score in members),
+        trained=None if members[0].trained is None else any(score.trained for score in members),
+    )
+
+
+def _mean_over_seeds(
+    members: Sequence[Row],
+    seeds: Sequence[int],
+    averaged: Sequence[str],
+    resampled: Sequence[_Resampled],
+) -> Row:
+    """Returns runs as one row: means over seeds, and the intervals of these means."""
+    first = members[0]
+    # All seeds share the draws of a dataset: row i of each is the accuracy on the same examples.
+    draws = {
+        column: np.mean([accuracies[column] for accuracies in resampled], axis=0)
+        for column in first.scores
+        if all(column in accuracies for accuracies in resampled)
+    }
+    average_draws = [draws[column] for column in averaged if column in draws]
+    has_all = len(average_draws) == len([column for column in averaged if column in first.scores])
+    checkpoints = [str(row.about["checkpoint"]) for row in members]
+    return dataclasses.replace(
+        first,
+        scores={
+            column: _mean_score([row.scores[column] for row in members], draws.get(column))
+            for column in first.scores
+        },
+        average=_mean_score(
+            [row.average for row in members],
+            np.mean(average_draws, axis=0) if average_draws and has_all else None,
+        ),
+        about={**first.about, "checkpoint": "; ".join(checkpoints)},
+        seeds=tuple(seeds),
+    )
+
+
+def _mean_score(members: Sequence[Score], draws: np.ndarray | None) -> Score:
+    values = {
+        measure: tuple(
+            getattr(score, measure) for score in members if getattr(score, measure) is not None
+        )
+        for measure in MEASURES
+    }
+    means = {measure: statistics.fmean(known) for measure, known in values.items() if known}
+    trained = [score.trained for score in members]
+    return dataclasses.replace(
+        members[0],
+        median=means.get("median"),
+        mean=means.get("mean"),
+        intervals=_intervals(draws),
+        trained=None if None in trained else any(trained),
+        seeds=values,
+    )
+
+
+def _intervals(draws: np.ndarray | None) -> dict[str, tuple[float, float]]:
+    if draws is None:
+        return {}
+    return {measure: bootstrap.interval(draws[i]) for i, measure in enumerate(MEASURES)}
+
+
+def _trainable_share(trainable: int | None, total: int | None) -> tuple[float | None, str]:
+    if trainable is None or not total:
+        return None, MISSING
+    return round(100 * trainable / total, 6), format_share(trainable, total)
+
+
+def _published_row(row: published_figures.PublishedRow) -> Row:
+    def score(value: float | None) -> Score:
+        return Score(median=value) if row.measure == "median" else Score(mean=value)
+
+    return Row(
+        name=row.name,
+        method=row.method,
+        percent=float(row.share),
+        share=f"{row.share} %",
+        scores={column: score(value) for column, value in row.accuracies.items()},
+        average=score(row.average),
+        source=row.source,
+    )

@@ -1,0 +1,251 @@
+"""results.json of `pemoe evaluate`: its contents, reading it, and the predictions next to it.
+
+A results file holds {"runs": [run, …]}. A run has "tasks" (one per prompt, see `task_result`),
+"datasets" and "average" (see `summarize`), and what identifies it: "name", "checkpoint", "step".
+Accuracies are fractions there; tables show them in %.
+"""
+
+import collections
+import json
+import os
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from pemoe_jax.core.errors import InputError
+
+RESULTS = "results.json"
+# Key that `load_results` adds to a run: the folder of its predictions.
+PREDICTIONS = "predictions"
+
+# A run, or a part of one, as read from JSON.
+JsonObject: TypeAlias = dict[str, Any]
+
+_Types: TypeAlias = type | tuple[type, ...]
+_RUN_KEYS: dict[str, _Types] = {"name": str, "datasets": dict, "average": dict, "tasks": dict}
+_TASK_KEYS: dict[str, _Types] = {
+    "dataset": str,
+    "accuracy": (int, float),
+    "chance": (int, float),
+    "examples": int,
+}
+_TYPE_NAMES = {str: "text", dict: "an object", int: "a number"}
+
+
+def task_result(
+    correct: Sequence[bool], chance: Sequence[float], dataset: str, split: str, odd: Sequence[str]
+) -> JsonObject:
+    """Returns the result of one task, that is, one prompt of a dataset.
+
+    Args:
+      correct: whether the chosen answer is the target, for each example.
+      chance: fraction of the answer choices that are the target, for each example.
+      dataset: dataset of the prompt.
+      split: split of the examples.
+      odd: kind of each irregularity in the examples, once per occurrence.
+    """
+    return {
+        "dataset": dataset,
+        "split": split,
+        "accuracy": statistics.fmean(correct),
+        "chance": statistics.fmean(chance),
+        "examples": len(correct),
+        "odd": dict(collections.Counter(odd)),
+    }
+
+
+def summarize(tasks: Mapping[str, Mapping[str, Any]]) -> JsonObject:
+    """Combines prompts into datasets (arXiv 2110.08207: median and mean) and averages datasets.
+
+    Args:
+      tasks: name -> result by `task_result`.
+
+    Returns:
+      {'datasets': {name: {median, mean, chance, prompts, examples}}, 'average': {…}}.
+    """
+    by_dataset: dict[str, list[Mapping[str, Any]]] = collections.defaultdict(list)
+    for task in tasks.values():
+        by_dataset[task["dataset"]].append(task)
+    datasets = {
+        name: {
+            "median": statistics.median(task["accuracy"] for task in members),
+            "mean": statistics.fmean(task["accuracy"] for task in members),
+            "chance": statistics.fmean(task["chance"] for task in members),
+            "prompts": len(members),
+            "examples": sum(task["examples"] for task in members),
+        }
+        for name, members in sorted(by_dataset.items())
+    }
+    average = {
+        measure: statistics.fmean(dataset[measure] for dataset in datasets.values())
+        for measure in ("median", "mean", "chance")
+    }
+    return {"datasets": datasets, "average": average}
+
+
+def check_overwrites(folder: Path, checkpoints: Collection[str], tasks: Collection[str]) -> bool:
+    """Checks that an evaluation recomputes every result that it overwrites.
+
+    Args:
+      folder: folder of results.json.
+      checkpoints: checkpoints of the evaluation, as in results.json; steps may differ.
+      tasks: tasks of the evaluation.
+
+    Returns:
+      Whether the folder has results.
+
+    Raises:
+      InputError: results of another checkpoint or task would be lost, or the results.json is not
+        one of `pemoe evaluate` or `pemoe infer`.
+    """
+    file = folder / RESULTS
+    if not file.exists():
+        return False
+    advice = "choose another EVAL_OUTPUT_DIR, or delete it"
+    try:
+        runs = json.loads(file.read_text())["runs"]
+        existing = [(run["checkpoint"], task) for run in runs for task in run["tasks"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file}: expected the results of an evaluation, got another file: {advice}"
+        ) from error
+    recomputed = {_absolute(path) for path in checkpoints}
+    lost = [
+        (path, task)
+        for path, task in existing
+        if _absolute(path) not in recomputed or task not in tasks
+    ]
+    if lost:
+        path, task = lost[0]
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise InputError(
+            f"{folder}: results would be lost, those of {path} on {task}{more}: {advice}"
+        )
+    return True
+
+
+def load_results(path: str) -> JsonObject:
+    """Loads the results of one evaluation.
+
+    Args:
+      path: a results.json, or a folder with one.
+
+    Returns:
+      {'runs': […]} as in the file; each run also has the folder of its predictions under
+      `PREDICTIONS`.
+
+    Raises:
+      InputError: the file is missing, or `pemoe evaluate` did not write it.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file /= RESULTS
+    try:
+        results = json.loads(file.read_text())
+    except OSError as error:
+        raise InputError(
+            f"{file}: expected a {RESULTS} of `pemoe evaluate`, or a folder with one, got"
+            f" {error.strerror}"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{file}: expected JSON, got {error}") from None
+    runs = results.get("runs") if isinstance(results, dict) else None
+    if not isinstance(runs, list) or not runs:
+        raise InputError(f'{file}: expected {{"runs": [...]}} with at least one run, got none')
+    for number, run in enumerate(runs):
+        _check_object(run, _RUN_KEYS, f"{file}, run {number}")
+        _check_run(run, f"{file}, run {run['name']!r}")
+        run[PREDICTIONS] = str(file.parent / "predictions" / run["name"])
+    return results
+
+
+def merge_runs(results: Iterable[JsonObject]) -> list[JsonObject]:
+    """Returns the runs of all results; of runs with equal name, checkpoint and step the last."""
+    runs = {
+        (run["name"], run.get("checkpoint"), run.get("step")): run
+        for result in results
+        for run in result["runs"]
+    }
+    return list(runs.values())
+
+
+def load_predictions(
+    folder: str, task: str, result: JsonObject
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Loads the predictions of one task.
+
+    Args:
+      folder: folder of a run's predictions.
+      task: name of the task.
+      result: result of the task in results.json.
+
+    Returns:
+      Indices of the examples and whether each answer is correct, both [N]; None if the file does
+      not exist.
+
+    Raises:
+      InputError: the predictions do not match the result, or a line is not a prediction.
+    """
+    file = Path(folder) / f"{task}.jsonl"
+    if not file.is_file():
+        return None
+    indices, correct = [], []
+    with file.open() as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                indices.append(int(row["idx"]))
+                correct.append(bool(row["correct"]))
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f'{file}, line {number}: expected an object with "idx" and "correct", got'
+                    f" {line.strip()[:60]!r}"
+                ) from None
+    # Predictions of another evaluation would give intervals around another accuracy.
+    accuracy = sum(correct) / max(1, len(correct))
+    if len(correct) != result["examples"] or abs(accuracy - result["accuracy"]) > 1e-9:
+        raise InputError(
+            f"{file}: expected the predictions of {RESULTS}, {result['examples']} with accuracy"
+            f" {result['accuracy']:.4f}, got {len(correct)} with {accuracy:.4f}: evaluate again, or"
+            " pass --draws=0 for a report without intervals"
+        )
+    return np.array(indices), np.array(correct, float)
+
+
+def _check_run(run: JsonObject, where: str) -> None:
+    if not run["tasks"]:
+        raise InputError(f"{where}: expected at least one task, got none")
+    for name, task in run["tasks"].items():
+        _check_object(task, _TASK_KEYS, f"{where}, task {name!r}")
+        if not 0 <= task["accuracy"] <= 1 or task["examples"] < 1:
+            raise InputError(
+                f"{where}, task {name!r}: expected an accuracy of 0 to 1 over at least one"
+                f" example, got {task['accuracy']} over {task['examples']}"
+            )
+    for key in ("trainable", "total", "seed"):
+        if not isinstance(run.get(key), int | None):
+            raise InputError(f"{where}: expected {key!r} to be a number, got {run[key]!r}")
+    trained = run.get("trained_datasets")
+    is_list = isinstance(trained, list) and all(isinstance(name, str) for name in trained)
+    if trained is not None and not is_list:
+        raise InputError(
+            f"{where}: expected 'trained_datasets' to be a list of names, got {trained!r}"
+        )
+
+
+def _check_object(value: object, keys: Mapping[str, _Types], where: str) -> None:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object, got {value!r:.60}")
+    for key, types in keys.items():
+        member = value.get(key)
+        # bool is a subclass of int, but true is not a number in JSON.
+        if not isinstance(member, types) or isinstance(member, bool):
+            expected = _TYPE_NAMES[types[0] if isinstance(types, tuple) else types]
+            raise InputError(f"{where}: expected {key!r} to be {expected}, got {member!r:.60}")
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)

@@ -1,0 +1,80 @@
+"""The settings of runs from their `config.gin`, and grouping runs that differ in the seed only."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+
+from pemoe_jax.analysis.zero_shot.results import JsonObject
+
+SEED = "SEED"
+
+# Macros of a run's location and logging, which do not change its result.
+_MACROS_WITHOUT_EFFECT = {
+    "MODEL_DIR",
+    "LOG_PERIOD",
+    "EVAL_PERIOD",
+    "CHECKPOINT_PERIOD",
+    "KEEP_CHECKPOINTS",
+    "ROUTER_METRICS",
+}
+_SEED_IN_NAME = re.compile(r"[-_. ]*seed[-_= ]?\d+", re.IGNORECASE)
+
+
+def parse_settings(config: str) -> dict[str, str]:
+    """Parses gin's text of a configuration.
+
+    Returns:
+      name -> value as text, of the settings that can change a result.
+    """
+    joined = re.sub(r"\\\n\s*", "", config)  # gin wraps long lines with a backslash
+    settings: dict[str, str] = {}
+    for line in joined.splitlines():
+        assignment = re.match(r"([A-Za-z_][\w./]*) = (.*)", line)
+        if assignment:
+            name = assignment[1]
+            settings[name] = assignment[2]
+        elif settings and line[:1] in (" ", "}", "]", ")"):  # a value of several lines
+            settings[name] += f" {line.strip()}"
+    return {name: settings[name] for name in settings if name not in _MACROS_WITHOUT_EFFECT}
+
+
+def fingerprint(settings: Mapping[str, str]) -> str:
+    """Returns a hash of all settings but the seed."""
+    lines = [f"{name} = {value}" for name, value in sorted(settings.items()) if name != SEED]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def group_by_seed(runs: Sequence[JsonObject]) -> list[list[int]]:
+    """Groups runs that differ in the seed only: equal settings, variant, step and tasks.
+
+    Runs of a group with a seed twice (one run that was copied, say) are not grouped.
+
+    Returns:
+      Groups of indices into `runs`, in the order of their first run.
+    """
+    by_key: dict[tuple, list[int]] = {}
+    for number, run in enumerate(runs):
+        by_key.setdefault(_key_without_seed(run) or (number,), []).append(number)
+    groups = []
+    for group in by_key.values():
+        seeds = {runs[i]["seed"] for i in group if "seed" in runs[i]}
+        groups += [group] if len(seeds) == len(group) else [[i] for i in group]
+    return sorted(groups)
+
+
+def representative(group: Sequence[JsonObject]) -> JsonObject:
+    """Returns the first run of a group, without the seed in its name if the group has several."""
+    if len(group) == 1:
+        return group[0]
+    name = _SEED_IN_NAME.sub("", group[0]["name"])
+    return {**group[0], "name": name or group[0]["name"]}
+
+
+def _key_without_seed(run: JsonObject) -> tuple | None:
+    # Results of older versions have no seed or settings.
+    if not isinstance(run.get("seed"), int) or not run.get("settings"):
+        return None
+    tasks = tuple(sorted((name, task["examples"]) for name, task in run["tasks"].items()))
+    return run["settings"], run.get("variant"), run.get("step"), tasks

@@ -1,0 +1,33 @@
+"""Tables as Markdown, and shares in %."""
+
+import pytest
+
+from pemoe_jax.analysis import tables
+
+
+def test_markdown_is_aligned_and_escaped():
+    table = tables.Table("t", ["run", "accuracy"], [["a|b", "1.0"], ["long name", "–"]])
+    assert tables.markdown_table(table).split("\n") == [
+        "| run       | accuracy |",
+        "| :-------- | -------: |",
+        "| a\\|b      |      1.0 |",
+        "| long name |        – |",
+    ]
+
+
+def test_notes_follow_the_tables_once():
+    first = tables.Table("a", ["run"], [["x"]], notes=["note"])
+    second = tables.Table("b", ["run"], [["y"]], footer=[["sum"]], notes=["note", "other"])
+    assert tables.to_markdown([first, second]).split("\n\n")[-2:] == ["note", "other\n"]
+    assert "| y   |\n| sum |" in tables.to_markdown([first, second])
+
+
+@pytest.mark.parametrize(
+    "part, whole, text",
+    [
+        (0, 10, "0 %"), (10, 10, "100 %"), (19, 100_000, "0.019 %"), (32, 10_000, "0.32 %"),
+        (469, 10_000, "4.69 %"), (123, 1000, "12.3 %"), (1, 1_000_000, "0.0001 %"),
+    ],
+)  # fmt: skip
+def test_format_share(part, whole, text):
+    assert tables.format_share(part, whole) == text

@@ -1,0 +1,105 @@
+"""The tables of `pemoe evaluate`: cells by hand, prompts, odd examples, labels, width."""
+
+import io
+
+import pytest
+
+from pemoe_jax.analysis.zero_shot import result_tables
+
+
+def dataset(median, mean, chance=0.5, prompts=2, examples=100):
+    return {
+        "median": median, "mean": mean, "chance": chance, "prompts": prompts, "examples": examples,
+    }  # fmt: skip
+
+
+def task(dataset, accuracy, **odd):
+    return {
+        "dataset": dataset, "split": "validation", "accuracy": accuracy, "chance": 0.5,
+        "examples": 50, "odd": {"empty_input": 0, **odd},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def base():
+    return {
+        "name": "base", "method": None, "checkpoint": "base", "step": 0,
+        "trainable": 0, "total": 1_000_000,
+        "datasets": {"rte": dataset(0.5, 0.49), "cb": dataset(0.25, 0.26, chance=1 / 3)},
+        "average": {"median": 0.375, "mean": 0.375, "chance": 5 / 12},
+        "tasks": {"rte_b": task("rte", 0.5), "cb_a": task("cb", 0.25), "rte_a": task("rte", 0.48)},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def mov():
+    return {
+        "name": "mov-10", "method": "mov", "checkpoint": "runs/mov", "step": 300,
+        "base": "/bases/b.safetensors", "dtype": "bfloat16",
+        "trainable": 3_200, "total": 1_000_000,
+        "datasets": {"rte": dataset(0.55, 0.5412, examples=1000)},
+        "average": {"median": 0.55, "mean": 0.5412, "chance": 0.5},
+        "tasks": {"rte_a": task("rte", 0.55, empty_input=3)},
+    }  # fmt: skip
+
+
+def tables(*runs):
+    """Returns the cells after the first one of each row, by the first one, for every table."""
+    markdown = result_tables.results_markdown({"runs": list(runs)})
+    parts = [part for part in markdown.split("\n\n") if part.startswith("|")]
+    cells = [
+        [[cell.strip() for cell in row.strip("|").split("|")] for row in part.split("\n")]
+        for part in parts
+    ]
+    return [{row[0]: row[1:] for row in table} for table in cells]
+
+
+def test_cells(base, mov):
+    medians, means, _, checkpoints = tables(base, mov)
+    assert medians["run"] == ["method", "trainable", "rte", "cb", "average"]
+    assert medians["base"] == ["–", "0 %", "50.0", "25.0", "37.5"]
+    assert medians["mov-10"] == ["mov", "0.32 %", "55.0", "–", "55.0 †"]  # not evaluated on cb
+    assert medians["chance"] == ["", "", "50.0", "33.3", "41.7"]
+    assert medians["prompts"] == ["", "", "2", "2", ""]
+    assert medians["examples"] == ["", "", "100–1,000", "100", ""]
+    assert means["base"] == ["49.0", "26.0", "37.5"]
+    assert means["mov-10"] == ["54.1", "–", "54.1 †"]
+    assert checkpoints["base"] == ["base", "0", "–", "–"]  # results of an older version
+    assert checkpoints["mov-10"] == ["runs/mov", "300", "/bases/b.safetensors", "bfloat16"]
+
+
+def test_prompts_and_odd_examples(base, mov):
+    text = result_tables.results_markdown({"runs": [base, mov]})
+    lines = [line for line in text.split("\n") if line.startswith(("| rte ", "| cb "))]
+    # Datasets in the order of the first run, then prompts by name.
+    assert [line.split("|")[2].strip() for line in lines] == ["rte_a", "rte_b", "cb_a"]
+    assert [cell.strip() for cell in lines[0].split("|")[3:-1]] == [
+        "validation", "50", "50.0", "48.0", "55.0",
+    ]  # fmt: skip
+    assert "- rte_a: empty input 3" in text
+    assert "- rte_b" not in text
+
+
+def test_runs_with_equal_names_have_different_labels(mov):
+    medians, *_ = tables(mov, {**mov, "step": 600})
+    assert {"mov-10 (step 300)", "mov-10 (step 600)"} <= set(medians)
+    medians, *_ = tables(mov, {**mov, "checkpoint": "runs/other"})
+    assert "mov-10 (step 300) (checkpoint runs/other)" in medians
+
+
+@pytest.mark.parametrize("width", [200, 60])
+def test_print_results(base, mov, width):
+    from rich.console import Console
+
+    base["name"] = "base [/b]"  # not markup
+    out = io.StringIO()
+    for i in range(6):
+        base["datasets"][f"data_set_{i}"] = dataset(0.1 * i, 0.1 * i)
+    result_tables.print_results({"runs": [base, mov]}, Console(file=out, width=width))
+    text = out.getvalue()
+    assert "base [/b]" in text and "mov-10" in text and "0.32 %" in text
+    assert max(map(len, text.split("\n"))) <= width
+    # A row for each run on a wide console, a row for each dataset on a narrow one.
+    first_words = [line.split()[0] for line in text.split("\n") if line.split()]
+    assert ("mov-10" in first_words) == (width == 200)
+    assert ("data_set_5" in first_words) == (width == 60)
