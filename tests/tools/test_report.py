@@ -498,7 +498,7 @@ def test_evaluate_records_variant_and_training_datasets(trained, expected):
         model=network.Transformer(CONFIG, method.adapters(num_experts=3)),
         record=record,
         path="no run's",
-        about=lambda: {"name": "first", "method": "mov"},
+        summary=lambda: {"name": "first", "method": "mov"},
     )
     about = evaluate._about(opened, {"cb": {}, "rte": {}, "wic": {}})
     assert (about["method"], about["variant"]) == ("mov", "mov-3")
