@@ -1,21 +1,27 @@
-"""Zero-shot evaluation by rank classification: `pemoe evaluate --help`."""
+"""Scores held-out tasks by rank classification: `pemoe evaluate --help`."""
 
-import collections
+import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pemoe_jax.runtime import gin_flags
+from pemoe_jax.runtime import gin_flags, options
 
 if TYPE_CHECKING:
-    from pemoe_jax.core import network
+    import jax
+
+    from pemoe_jax.checkpoints.models import OpenedModel
+    from pemoe_jax.core import network, partitioning
+    from pemoe_jax.core.params import PyTree
+    from pemoe_jax.data.choices import ChoiceGroup
 
 FLAGS = gin_flags.make_parser(
     "evaluate",
     "Scores held-out tasks by rank classification and writes results.json, results.md and\n"
-    "predictions to EVAL_OUTPUT_DIR. Checkpoints say themselves what model they are of.",
+    "predictions to EVAL_OUTPUT_DIR. Checkpoints record their model, so no model file is needed.",
     example="""\
   pemoe evaluate --gin_file=runs/evaluate.gin \\
     --gin.CHECKPOINT_PATH="['base.safetensors', '/tmp/mov', '/tmp/lora']" \\
@@ -25,134 +31,197 @@ FLAGS = gin_flags.make_parser(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The scores of an input's answer choices.
+
+    Attributes:
+      best: index of the choice with the highest score.
+      scores: log-probability of each choice.
+    """
+
+    best: int
+    scores: list[float]
+
+
 def evaluate(
-    checkpoint_path: str | Sequence[str],
+    models: options.Models,
+    data: options.Data,
     output_dir: str,
-    mixture_or_task_name: str,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int = 32,
-    register: Callable[[], Any] | None = None,
-    model: "network.Transformer | None" = None,
-    initial_checkpoint_path: str | None = None,
-    dtype: str | None = None,
-    use_cached_tasks: bool = False,
-    max_examples: int | None = None,
-    sentence_embeddings: str | None = None,
+    mesh: "partitioning.MeshConfig",
     routing_picture: bool = False,
-    model_parallelism: int = 1,
-    fsdp: bool = False,
-    frozen_dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Scores every checkpoint on every task, each input encoded once for all its choices.
+    """Scores every model on every task, encoding each input once for all its choices.
 
     Args:
-      checkpoint_path: runs, checkpoints or bases; one row of the table each.
-      output_dir: gets results.json, results.md, predictions/<run>/<task>.jsonl, routing_<run>.png.
-      mixture_or_task_name: `_score_eval` tasks, or a mixture of them.
-      task_feature_lengths: tokens of 'inputs' and 'targets'; longer ones are cut and counted.
-      batch_size: inputs at a time over all devices.
-      register: registers the tasks.
-      model: dimensions of a base that does not state them.
-      initial_checkpoint_path: in place of the base that a checkpoint names.
-      dtype: of activations, in place of what checkpoints say.
-      frozen_dtype: of frozen matrices, in place of what checkpoints say.
-      use_cached_tasks: seqio's offline caches.
-      max_examples: of a task; None: all.
-      sentence_embeddings: table for routers that read them; None: the tasks' own feature.
-      routing_picture: draw what each expert is used for, for methods with routers.
-      model_parallelism, fsdp: as of `train.train`.
+      models: the models to score, each a row of the table.
+      data: `_score_eval` tasks, or a mixture of them.
+      output_dir: folder for results.json, results.md, predictions/<run>/<task>.jsonl and
+        routing_<run>.png.
+      mesh: how each model is spread over the devices.
+      routing_picture: whether to draw which experts the tasks use, for methods with routers.
 
     Returns:
-      The results, as in results.json.
+      The contents of results.json.
 
     Raises:
-      InputError: anything the user can mend.
+      InputError: a setting or a file is wrong.
     """
     from pemoe_jax.analysis.zero_shot import result_tables
     from pemoe_jax.analysis.zero_shot import results as results_lib
-    from pemoe_jax.checkpoints import models
+    from pemoe_jax.checkpoints import models as models_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import choices, sentences, seqio_tasks
-    from pemoe_jax.runtime import atomic_write, distributed, file_io, progress
+    from pemoe_jax.runtime import atomic_write, distributed, file_io
 
     output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
     distributed.initialize()
     folder = distributed.output_folder(output)
-    mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
-    partitioning.check_batch_size(batch_size, mesh)
-    partitioning.connect_processes(mesh)
-    opened = models.open_models(
-        checkpoint_path, model, initial_checkpoint_path, dtype, frozen_dtype
+    device_mesh, rules = mesh.make_mesh(), mesh.axis_rules()
+    partitioning.check_batch_size(data.batch_size, device_mesh)
+    partitioning.connect_processes(device_mesh)
+    opened_models = models_lib.open_models(
+        models.checkpoint_path,
+        models.model,
+        models.initial_checkpoint_path,
+        models.dtype,
+        models.frozen_dtype,
     )
-    registered = register() if register is not None else None
-    if registered is not None:
-        print("\n".join(registered.lines()), flush=True)
-    for one in opened:
-        seqio_tasks.check_vocab_size(mixture_or_task_name, one.model.config.vocab_size)
-    names = seqio_tasks.subtask_names(mixture_or_task_name)
-    if results_lib.check_overwrites(output, [one.path for one in opened], names):
+    task_info = data.register_tasks()
+    for opened in opened_models:
+        seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
+    task_names = seqio_tasks.subtask_names(data.name)
+    if results_lib.check_overwrites(output, [opened.path for opened in opened_models], task_names):
         print(f"replacing the results in {output}", flush=True)
-
-    embedded = sentences.open_for_models(
-        opened,
-        sentence_embeddings,
-        mixture_or_task_name,
-        seqio_tasks.validate_lengths(task_feature_lengths)["inputs"],
-        use_cached_tasks,
+    sentence_source = sentences.open_for_models(
+        opened_models,
+        data.sentence_embeddings,
+        data.name,
+        seqio_tasks.validate_lengths(data.task_feature_lengths)["inputs"],
+        data.use_cached_tasks,
     )
 
-    def read(name: str) -> list[Any]:
-        found = choices.load_choice_groups(
-            name, task_feature_lengths, max_examples=max_examples, use_cached=use_cached_tasks
+    def read_groups(name: str) -> "list[ChoiceGroup]":
+        groups = choices.load_choice_groups(
+            name,
+            data.task_feature_lengths,
+            max_examples=data.max_examples,
+            use_cached=data.use_cached_tasks,
         )
-        return found if embedded is None else embedded.attach_to(found)
+        return groups if sentence_source is None else sentence_source.attach_to(groups)
 
-    everything = read(mixture_or_task_name)
-    groups: dict[str, list[Any]] = {name: [] for name in names}
-    for group in everything:
-        groups[group.task].append(group)
-    labels = registered.datasets if registered is not None else {}
-    splits = registered.eval_splits if registered is not None else {}
+    groups = read_groups(data.name)
+    groups_by_task: dict[str, list[ChoiceGroup]] = {name: [] for name in task_names}
+    for group in groups:
+        groups_by_task[group.task].append(group)
     results: dict[str, Any] = {"runs": []}
-    for one in opened:
-        params = one.load(one.shardings(mesh, rules))
-        bar = progress.Progress(f"scoring {one.name}", len(everything))
-        with partitioning.use_mesh(mesh, rules):
-            predicted = _score(one.model, params, everything, batch_size, mesh, bar)
-        bar.close()
-        tasks = {
-            name: results_lib.task_result(
-                correct=[group.is_correct[predicted[id(group)][0]] for group in members],
-                chance=[sum(group.is_correct) / len(group.choices) for group in members],
-                dataset=labels.get(name, name),
-                split=splits.get(name.removesuffix("_score_eval"))
-                or seqio_tasks.eval_split(name)
-                or "",
-                odd=[kind for group in members for kind in group.anomalies],
+    for opened in opened_models:
+        params = opened.load(opened.shardings(device_mesh, rules))
+        with partitioning.use_mesh(device_mesh, rules):
+            predictions = score_groups(
+                opened.model, params, groups, data.batch_size, device_mesh, f"scoring {opened.name}"
             )
-            for name, members in groups.items()
-            if members
-        }
-        _write_predictions(folder / "predictions" / one.name, groups, predicted)
+        tasks = _task_results(groups_by_task, predictions, task_info)
+        _write_predictions(folder / "predictions" / opened.name, groups_by_task, predictions)
         summary = results_lib.summarize(tasks)
-        results["runs"].append({**_about(one, summary["datasets"]), **summary, "tasks": tasks})
-        # after each run, so that what is there stays if a later one fails
+        about = describe_run(opened, summary["datasets"])
+        results["runs"].append({**about, **summary, "tasks": tasks})
+        # Written after each run, so that a later run that fails leaves the results so far.
         atomic_write.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
         atomic_write.write_text(folder / "results.md", result_tables.results_markdown(results))
-        if routing_picture and registered is not None:
-            png = folder / f"routing_{one.name}.png"
-            _draw_routing(one, params, groups, registered, png, read, batch_size, mesh)
-        del params
+        if routing_picture and task_info is not None:
+            png = folder / f"routing_{opened.name}.png"
+            _draw_routing(
+                opened,
+                params,
+                groups_by_task,
+                task_info,
+                png,
+                read_groups,
+                data.batch_size,
+                device_mesh,
+            )
+        del params  # before the next model is loaded
     result_tables.print_results(results)
     print(f"results in {folder}/results.md, predictions in {folder}/predictions")
     return results
 
 
-def _about(opened: Any, scored: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of a run: its variant ('mov-30'), and the scored data sets it was trained on.
+def score_groups(
+    model: "network.Transformer",
+    params: "PyTree",
+    groups: "Sequence[ChoiceGroup]",
+    batch_size: int,
+    mesh: "jax.sharding.Mesh",
+    label: str = "scoring",
+) -> "dict[ChoiceGroup, Prediction]":
+    """Returns the prediction for each group of answer choices.
 
-    Without `trained_datasets` it is not known which it was trained on; without `settings` not which
-    runs differ from it by `seed` only.
+    Args:
+      model: the network.
+      params: its parameters on the mesh.
+      groups: inputs with their choices.
+      batch_size: inputs per batch over all devices.
+      mesh: the device mesh.
+      label: label of the progress bar.
+    """
+    import jax
+    import numpy as np
+
+    from pemoe_jax.core import partitioning, steps
+    from pemoe_jax.data import batching, prefetch
+    from pemoe_jax.runtime import in_flight, progress
+
+    score = jax.jit(
+        functools.partial(steps.score_choices, model),
+        out_shardings=partitioning.replicated_sharding(mesh),
+    )
+    bar = progress.Progress(label, len(groups))
+    batches = batching.score_batches(groups, batch_size, multiple_of=mesh.shape["data"])
+    results = (
+        (score(params, partitioning.shard_batch(batch, mesh)), members)
+        for batch, members in prefetch.prefetch(batches)
+    )
+    predictions: dict[ChoiceGroup, Prediction] = {}
+    for scores, members in in_flight.keep_in_flight(results):
+        for row, group in zip(np.asarray(scores), members, strict=False):  # [B, C]
+            group_scores = row[: len(group.choices)]
+            predictions[group] = Prediction(int(np.argmax(group_scores)), group_scores.tolist())
+        bar.report_if_due(len(predictions), "inputs")
+    bar.close()
+    return predictions
+
+
+def _task_results(
+    groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]",
+    predictions: "Mapping[ChoiceGroup, Prediction]",
+    task_info: Any,
+) -> dict[str, Any]:
+    from pemoe_jax.analysis.zero_shot import results as results_lib
+    from pemoe_jax.data import seqio_tasks
+
+    datasets = task_info.datasets if task_info is not None else {}
+    splits = task_info.eval_splits if task_info is not None else {}
+    return {
+        name: results_lib.task_result(
+            correct=[group.is_correct[predictions[group].best] for group in groups],
+            chance=[sum(group.is_correct) / len(group.choices) for group in groups],
+            dataset=datasets.get(name, name),
+            split=splits.get(name.removesuffix("_score_eval"))
+            or seqio_tasks.eval_split(name)
+            or "",
+            odd=[kind for group in groups for kind in group.anomalies],
+        )
+        for name, groups in groups_by_task.items()
+        if groups
+    }
+
+
+def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[str, Any]:
+    """Returns a model's entry in results.json without its scores.
+
+    `trained_datasets` are the scored datasets that the run was trained on; without the key they are
+    not known. `settings` is equal for runs that differ by `seed` only.
     """
     from pemoe_jax.analysis import counts
     from pemoe_jax.analysis.zero_shot import run_settings
@@ -165,74 +234,39 @@ def _about(opened: Any, scored: Mapping[str, Any]) -> dict[str, Any]:
         params.flatten(network.param_shapes(opened.model)),
         adapters.describe(opened.model.adapters),
     )
-    if opened.record is not None and runs.is_run(opened.path):
+    record = opened.record
+    if record is None:
+        return about
+    if runs.is_run(opened.path):
         config_file = runs.resolve(opened.path)[0] / "config.gin"
         if config_file.is_file():
-            about["seed"] = opened.record.seed
+            about["seed"] = record.seed
             about["settings"] = run_settings.fingerprint(
                 run_settings.parse_settings(config_file.read_text())
             )
-    trained = getattr(opened.record, "trained_datasets", None)
-    if trained is not None:
-        about["trained_datasets"] = sorted(set(trained) & set(scored))
+    if record.trained_datasets is not None:
+        about["trained_datasets"] = sorted(set(record.trained_datasets) & set(datasets))
     return about
 
 
-def _score(
-    model: Any, params: Any, groups: Sequence[Any], batch_size: int, mesh: Any, bar: Any
-) -> dict[int, tuple[int, list[float]]]:
-    """id(group) -> (index of the best choice, score of each)."""
-    import functools
-
-    import jax
-    import numpy as np
-
-    from pemoe_jax.core import partitioning, steps
-    from pemoe_jax.data import batching, prefetch
-
-    score = jax.jit(
-        functools.partial(steps.score_choices, model),
-        out_shardings=partitioning.replicated_sharding(mesh),
-    )
-    devices = mesh.shape["data"]
-    found: dict[int, tuple[int, list[float]]] = {}
-    waiting: collections.deque[tuple[Any, list[Any]]] = collections.deque()
-
-    def collect() -> None:
-        scores, members = waiting.popleft()
-        rows = np.asarray(scores)
-        for row, group in zip(rows, members, strict=False):
-            own = row[: len(group.choices)]
-            found[id(group)] = (int(np.argmax(own)), [float(s) for s in own])
-        bar.report_if_due(len(found), "inputs")
-
-    for batch, members in prefetch.prefetch(
-        batching.score_batches(groups, batch_size, multiple_of=devices)
-    ):
-        waiting.append((score(params, partitioning.shard_batch(batch, mesh)), members))
-        if len(waiting) > 2:  # a few in flight keep the device busy
-            collect()
-    while waiting:
-        collect()
-    return found
-
-
 def _write_predictions(
-    folder: Path, groups: Mapping[str, Sequence[Any]], predicted: Mapping[int, tuple[int, Any]]
+    folder: Path,
+    groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]",
+    predictions: "Mapping[ChoiceGroup, Prediction]",
 ) -> None:
     from pemoe_jax.runtime import atomic_write
 
-    for name, members in groups.items():
+    for name, groups in groups_by_task.items():
         lines = []
-        for group in members:
-            best, scores = predicted[id(group)]
+        for group in groups:
+            prediction = predictions[group]
             row = {
                 "idx": group.idx,
                 "inputs": group.input_text,
                 "answer_choices": group.choice_texts,
-                "scores": [round(score, 5) for score in scores],
-                "prediction": group.choice_texts[best],
-                "correct": group.is_correct[best],
+                "scores": [round(score, 5) for score in prediction.scores],
+                "prediction": group.choice_texts[prediction.best],
+                "correct": group.is_correct[prediction.best],
                 "odd": group.anomalies,
             }
             lines.append(json.dumps(row, ensure_ascii=False))
@@ -240,50 +274,51 @@ def _write_predictions(
 
 
 def _draw_routing(
-    opened: Any,
-    params: Any,
-    groups: Mapping[str, Sequence[Any]],
-    registered: Any,
+    opened: "OpenedModel",
+    params: "PyTree",
+    groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]",
+    task_info: Any,
     png: Path,
-    read: Callable[[str], Sequence[Any]],
+    read_groups: "Callable[[str], Sequence[ChoiceGroup]]",
     batch_size: int,
-    mesh: Any,
+    mesh: "jax.sharding.Mesh",
 ) -> None:
-    """A picture of where tasks are routed, one prompt of each data set, trained on and held out."""
+    """Draws which experts the first prompt of each dataset uses, trained on and held out."""
     from pemoe_jax.analysis import plots
     from pemoe_jax.analysis.routing import measure, probe
 
     experts = probe.expert_counts(opened.model)
     if not experts:
         return
-    labels = registered.datasets
-    shown = measure.first_task_per_dataset({name: labels[name] for name in groups})
-    others = measure.first_task_per_dataset(
-        {name: labels[name] for name in registered.train_score_tasks}
+    datasets = task_info.datasets
+    scored = measure.first_task_per_dataset({name: datasets[name] for name in groups_by_task})
+    trained = measure.first_task_per_dataset(
+        {name: datasets[name] for name in task_info.train_score_tasks}
     )
-    members = {name: read(name) for name in others} | {name: groups[name] for name in shown}
-    members = {
-        name.removesuffix("_score_eval"): of[: measure.DEFAULT_EXAMPLES]
-        for name, of in members.items()
+    groups = {name: read_groups(name) for name in trained}
+    groups |= {name: groups_by_task[name] for name in scored}
+    examples = {
+        name.removesuffix("_score_eval"): members[: measure.DEFAULT_EXAMPLES]
+        for name, members in groups.items()
     }
-    means = measure.mean_probs(
-        measure.measure_routing(opened.model, params, members, batch_size, mesh), list(members)
-    )
-    trained = measure.trained_datasets(opened, registered) or set()
+    totals = measure.measure_routing(opened.model, params, examples, batch_size, mesh)
+    means = measure.mean_probs(totals, list(examples))
+    trained_datasets = measure.trained_datasets(opened, task_info) or set()
     plots.routing_map(
         {site: means[site] for site in measure.select_sites(None, experts)},
         png,
-        trained=[name for name in members if labels[name] in trained],
+        trained=[name for name in examples if datasets[name] in trained_datasets],
         title=f"Where tasks are routed: {opened.name}",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     return gin_flags.run_configured(FLAGS, evaluate, argv)
 
 
 if __name__ == "__main__":
+    # Imported by name, so that gin configures this very module and not a second copy of it.
     from pemoe_jax.evaluate import main as _main
 
     sys.exit(_main())

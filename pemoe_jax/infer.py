@@ -1,4 +1,4 @@
-"""Greedy decoding and metrics of what comes out: `pemoe infer --help`."""
+"""Decodes tasks greedily and computes their metrics: `pemoe infer --help`."""
 
 import collections
 import dataclasses
@@ -6,22 +6,29 @@ import functools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import gin_flags
+from pemoe_jax.runtime import gin_flags, options
 
 if TYPE_CHECKING:
-    from pemoe_jax.core import network
+    import jax
+    import numpy as np
+    import seqio
+
+    from pemoe_jax.analysis import tables
+    from pemoe_jax.checkpoints.models import OpenedModel
+    from pemoe_jax.core import partitioning
+    from pemoe_jax.core.params import PyTree
 
 FLAGS = gin_flags.make_parser(
     "infer",
-    "Decodes the evaluation split of tasks greedily and writes predictions, results.json and\n"
-    "results.md to EVAL_OUTPUT_DIR. A task's metrics are its own as registered, those that P3's\n"
-    "table or the folder's INDEX.json name (Accuracy, BLEU, ROUGE, Squad, Spearman Correlation),\n"
-    "or else accuracy: how many predictions are the target to the letter.",
+    "Decodes the evaluation splits of tasks greedily and writes predictions, results.json and\n"
+    "results.md to EVAL_OUTPUT_DIR. A task's metrics are those it is registered with, those of\n"
+    "P3's table or of the folder's INDEX.json (Accuracy, BLEU, ROUGE, Squad, Spearman\n"
+    "Correlation), or else accuracy: the share of predictions that equal their target exactly.",
     example="""\
   pemoe infer --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/mov \\
     --gin.EVAL_OUTPUT_DIR=/tmp/decoded --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
@@ -32,119 +39,107 @@ FLAGS = gin_flags.make_parser(
 
 @dataclasses.dataclass
 class _Task:
-    """A task's examples, and seqio's Evaluator that holds them."""
+    """The examples of a task's evaluation split, and seqio's Evaluator that holds them."""
 
     name: str
     dataset: str
     split: str
-    evaluator: Any
-    vocabulary: Any
-    inputs: list[Any]  # int32 [Li] each
-    input_texts: list[str]
-    target_texts: list[str]
-    cut: list[bool]
-    sentences: list[Any]  # [S] each, for routers that read them; or nothing
+    evaluator: "seqio.Evaluator"
+    vocabulary: "seqio.Vocabulary"
+    inputs: "list[np.ndarray]" = dataclasses.field(default_factory=list)  # int32 [Li] each
+    input_texts: list[str] = dataclasses.field(default_factory=list)
+    target_texts: list[str] = dataclasses.field(default_factory=list)
+    is_truncated: list[bool] = dataclasses.field(default_factory=list)
+    # [S] each for routers that read sentence embeddings, else empty
+    sentences: "list[np.ndarray]" = dataclasses.field(default_factory=list)
 
 
 def infer(
-    checkpoint_path: str | Sequence[str],
+    models: options.Models,
+    data: options.Data,
     output_dir: str,
-    mixture_or_task_name: str,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int = 32,
-    register: Callable[[], Any] | None = None,
-    model: "network.Transformer | None" = None,
-    initial_checkpoint_path: str | None = None,
-    dtype: str | None = None,
-    use_cached_tasks: bool = False,
-    max_examples: int | None = None,
-    sentence_embeddings: str | None = None,
-    model_parallelism: int = 1,
-    fsdp: bool = False,
-    frozen_dtype: str | None = None,
+    mesh: "partitioning.MeshConfig",
 ) -> dict[str, Any]:
-    """Decodes every task with every checkpoint and measures it by seqio's Evaluator.
+    """Decodes every task with every model and computes metrics by seqio's Evaluator.
 
     Args:
-      checkpoint_path: runs, checkpoints or bases.
-      output_dir: gets results.json, results.md and predictions/<run>/<task>.jsonl.
-      mixture_or_task_name: tasks, or a mixture of them; of those without an evaluation split
-        nothing is decoded.
-      task_feature_lengths: tokens of 'inputs' (longer ones are cut and counted) and 'targets'.
-      batch_size: inputs at a time over all devices.
-      register: registers the tasks.
-      model: dimensions of a base that does not state them.
-      initial_checkpoint_path: in place of the base that a checkpoint names.
-      dtype: of activations, in place of what checkpoints say.
-      frozen_dtype: of frozen matrices, in place of what checkpoints say.
-      use_cached_tasks: seqio's offline caches.
-      max_examples: of a task; None: all.
-      sentence_embeddings: table for routers that read them; None: the tasks' own feature.
-      model_parallelism, fsdp: as of `train.train`.
+      models: the models to decode with.
+      data: tasks, or a mixture of them; those without an evaluation split are skipped. The length
+        of 'targets' is the maximum number of decoded tokens.
+      output_dir: folder for results.json, results.md and predictions/<run>/<task>.jsonl.
+      mesh: how each model is spread over the devices.
 
     Returns:
-      The results, as in results.json: figures in per cent.
+      The contents of results.json; metrics in percent.
 
     Raises:
-      InputError: anything the user can mend.
+      InputError: a setting or a file is wrong.
     """
     from pemoe_jax.analysis import tables
     from pemoe_jax.analysis.zero_shot import result_tables
     from pemoe_jax.analysis.zero_shot import results as results_lib
-    from pemoe_jax.checkpoints import models
+    from pemoe_jax.checkpoints import models as models_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
     from pemoe_jax.runtime import atomic_write, distributed, file_io
 
-    lengths = seqio_tasks.validate_lengths(task_feature_lengths)
+    lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
     distributed.initialize()
     folder = distributed.output_folder(output)
-    mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
-    partitioning.check_batch_size(batch_size, mesh)
-    partitioning.connect_processes(mesh)
-    opened = models.open_models(
-        checkpoint_path, model, initial_checkpoint_path, dtype, frozen_dtype
+    device_mesh, rules = mesh.make_mesh(), mesh.axis_rules()
+    partitioning.check_batch_size(data.batch_size, device_mesh)
+    partitioning.connect_processes(device_mesh)
+    opened_models = models_lib.open_models(
+        models.checkpoint_path,
+        models.model,
+        models.initial_checkpoint_path,
+        models.dtype,
+        models.frozen_dtype,
     )
-    registered = register() if register is not None else None
-    if registered is not None:
-        print("\n".join(registered.lines()), flush=True)
-    for one in opened:
-        seqio_tasks.check_vocab_size(mixture_or_task_name, one.model.config.vocab_size)
-    names = _plain_names(mixture_or_task_name)
-    if results_lib.check_overwrites(output, [one.path for one in opened], names):
+    task_info = data.register_tasks()
+    for opened in opened_models:
+        seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
+    task_names = _decoded_names(data.name)
+    if results_lib.check_overwrites(output, [opened.path for opened in opened_models], task_names):
         print(f"replacing the results in {output}", flush=True)
-    embedded = sentences.open_for_models(
-        opened,
-        sentence_embeddings,
-        mixture_or_task_name,
+    sentence_source = sentences.open_for_models(
+        opened_models,
+        data.sentence_embeddings,
+        data.name,
         lengths["inputs"],
-        use_cached_tasks,
+        data.use_cached_tasks,
     )
-    tasks = _read(mixture_or_task_name, lengths, registered, use_cached_tasks, max_examples)
-    if embedded is not None and embedded.table is not None:
+    tasks = read_tasks(data, lengths, task_info)
+    if sentence_source is not None and sentence_source.table is not None:
         for task in tasks:
-            task.sentences = embedded.vectors(task.inputs, task.name)
+            task.sentences = sentence_source.vectors(task.inputs, task.name)
     results: dict[str, Any] = {"runs": []}
-    for one in opened:
-        params = one.load(one.shardings(mesh, rules))
-        with partitioning.use_mesh(mesh, rules):
-            tokens = _decode(one, params, tasks, batch_size, lengths["targets"], mesh)
-        del params
-        found = {}
+    for opened in opened_models:
+        params = opened.load(opened.shardings(device_mesh, rules))
+        with partitioning.use_mesh(device_mesh, rules):
+            tokens = _decode(
+                opened, params, tasks, data.batch_size, lengths["targets"], device_mesh
+            )
+        del params  # before the next model is loaded
+        task_results = {}
         for task in tasks:
             rows = [tokens.popleft() for _ in task.inputs]
-            found[task.name] = _measure(task, rows, one.step)
+            task_results[task.name] = _compute_metrics(task, rows, opened.step)
             atomic_write.write_text(
-                folder / "predictions" / one.name / f"{task.name}.jsonl", _lines(task, rows)
+                folder / "predictions" / opened.name / f"{task.name}.jsonl",
+                _prediction_lines(task, rows),
             )
-        results["runs"].append({**one.summary(), "tasks": found})
-        # after each run, so that what is there stays if a later one fails
+        results["runs"].append({**opened.summary(), "tasks": task_results})
+        # Written after each run, so that a later run that fails leaves the results so far.
         atomic_write.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        found_tables = [*_tables(results, prompts=False), *_tables(results, prompts=True)]
-        found_tables.append(result_tables.checkpoint_table(results["runs"]))
-        atomic_write.write_text(folder / "results.md", tables.to_markdown(found_tables))
-    tables.print_tables(_tables(results, prompts=False))
+        run_tables = [
+            *map(_dataset_table, results["runs"]),
+            *map(_prompt_table, results["runs"]),
+            result_tables.checkpoint_table(results["runs"]),
+        ]
+        atomic_write.write_text(folder / "results.md", tables.to_markdown(run_tables))
+    tables.print_tables([_dataset_table(run) for run in results["runs"]])
     print(f"results in {folder}/results.md, predictions in {folder}/predictions")
     return results
 
@@ -152,113 +147,115 @@ def infer(
 # --- reading ---
 
 
-def _read(
-    name: str,
-    lengths: Mapping[str, int],
-    registered: Any,
-    use_cached: bool,
-    max_examples: int | None,
-) -> list[_Task]:
-    """The tasks with their examples; of a mixture, those that are not there are told of."""
+def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Any) -> list[_Task]:
+    """Returns the tasks with their examples; tasks of a mixture without data are reported."""
     from pemoe_jax.data import seqio_tasks
     from pemoe_jax.runtime import progress
 
-    names = _plain_names(name)
-    there = [task for task in names if seqio_tasks.has_data(task, use_cached)]
-    if use_cached and not there:
+    use_cached = data.use_cached_tasks
+    names = _decoded_names(data.name)
+    present = [task for task in names if seqio_tasks.has_data(task, use_cached)]
+    if use_cached and not present:
         seqio_tasks.cached_subtask_names(names[0])  # raises
-    _tell_left_out("no data", [task for task in names if there and task not in there])
-    names = there or names  # of one that is not there its source says what is missing
-    splits = {task: split for task in names if (split := seqio_tasks.eval_split(task)) is not None}
-    without = [task for task in names if task not in splits]
+    if present:
+        _print_skipped("no data", [task for task in names if task not in present])
+    else:
+        present = names  # reading the first raises with the reason
+    splits = {
+        task: split for task in present if (split := seqio_tasks.eval_split(task)) is not None
+    }
     if not splits:
         raise InputError(
-            f"no task of {name!r} has an evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"
+            f"no task of {data.name!r} has an evaluation split"
+            f" ({', '.join(seqio_tasks.EVAL_SPLITS)})"
         )
-    _tell_left_out("no evaluation split", without)
-    _give_metrics(list(splits), registered)
-    labels = registered.datasets if registered is not None else {}
-    behind = registered.eval_splits if registered is not None else {}
+    _print_skipped("no evaluation split", [task for task in present if task not in splits])
+    _set_metrics(list(splits), task_info)
+    datasets = task_info.datasets if task_info is not None else {}
+    file_splits = task_info.eval_splits if task_info is not None else {}
     bar = progress.Progress("reading", len(splits), note="tasks")
     tasks = []
     try:
-        for task, split in splits.items():
-            with seqio_tasks.translate_read_errors(task, split, use_cached):
-                found = _examples(task, split, lengths, use_cached, max_examples)
-            found.dataset, found.split = labels.get(task, task), behind.get(task) or split
-            tasks.append(found)
+        for name, split in splits.items():
+            with seqio_tasks.translate_read_errors(name, split, use_cached):
+                task = _read_examples(name, split, lengths, use_cached, data.max_examples)
+            # A file test.jsonl may be read as the split `validation`: results name the file's.
+            task.dataset, task.split = datasets.get(name, name), file_splits.get(name) or split
+            tasks.append(task)
             bar.report_if_slow(len(tasks), "tasks")
     finally:
         bar.close()
     return tasks
 
 
-def _tell_left_out(why: str, tasks: Sequence[str]) -> None:
+def _print_skipped(reason: str, tasks: Sequence[str]) -> None:
     if tasks:
         more = f", … {len(tasks) - 3} more" if len(tasks) > 3 else ""
-        print(f"{why}, so not decoded: {len(tasks)} tasks ({', '.join(tasks[:3])}{more})")
+        print(f"skipping {len(tasks)} tasks, {reason}: {', '.join(tasks[:3])}{more}")
 
 
-def _plain_names(name: str) -> list[str]:
-    """The tasks of a name; in place of a twin, whose rows are choices, the task it is of."""
+def _decoded_names(name: str) -> list[str]:
+    """Returns the tasks of a mixture; for `<task>_score_eval`, whose rows are choices, `<task>`."""
     from pemoe_jax.data import seqio_import, seqio_tasks
 
-    plain = []
+    names = []
     for task in seqio_tasks.subtask_names(name):
         base = task.removesuffix("_score_eval")
         if base != task and base not in seqio_import.import_seqio().TaskRegistry.names():
             raise InputError(
-                f"{task!r} has a row for each answer choice, which pemoe_jax.evaluate scores;"
-                f" expected a task to decode, found no {base!r}"
+                f"MIXTURE_OR_TASK_NAME must be a task to decode, got {task!r}, which has a row for"
+                f" each answer choice (pemoe evaluate scores it), and no task {base!r}"
             )
-        plain.append(base)
-    return list(dict.fromkeys(plain))
+        names.append(base)
+    return list(dict.fromkeys(names))
 
 
-def _give_metrics(names: Sequence[str], registered: Any) -> None:
+def _set_metrics(names: Sequence[str], task_info: Any) -> None:
+    """Sets the metrics of tasks without any, from P3's table or a folder's INDEX.json."""
     from pemoe_jax.data import seqio_import, seqio_tasks
     from pemoe_jax.tasks import metrics
     from pemoe_jax.tasks.jsonl import files, roles
 
     seqio = seqio_import.import_seqio()
-    of_lines: Mapping[str, Any] = {}
-    index, where = {}, ""
-    if isinstance(registered, roles.Registered):
-        of_lines = registered.datasets
-        path = Path(registered.folder) / "INDEX.json"
-        index, where = files.read_index(path) or {}, str(path)
+    jsonl_tasks: Mapping[str, str] = {}
+    index, index_path = {}, ""
+    if isinstance(task_info, roles.Registered):
+        jsonl_tasks = task_info.datasets
+        path = Path(task_info.folder) / "INDEX.json"
+        index, index_path = files.read_index(path) or {}, str(path)
     for name in names:
-        found = metrics.names_of(name, index if name in of_lines else None, where)
-        metrics.give(name, found)
+        metrics.give(
+            name, metrics.names_of(name, index if name in jsonl_tasks else None, index_path)
+        )
         kinds = {
             metric.model_output_type for metric in seqio_tasks.get_mixture_or_task(name).metric_objs
         }
-        other = kinds - {seqio.metrics.ModelOutputType.PREDICTION}
-        if other:
+        others = kinds - {seqio.metrics.ModelOutputType.PREDICTION}
+        if others:
             raise InputError(
-                f"{name!r} has a metric of {min(kind.name for kind in other)}:"
-                " expected metrics of PREDICTION alone, which is what decoding gives"
+                f"{name!r} has a metric of {min(kind.name for kind in others)}:"
+                " pemoe infer computes only metrics of PREDICTION"
             )
 
 
 @functools.cache
-def _converter() -> Any:
-    """Leaves examples as they are: what is decoded from is made by `buckets.input_batches`.
+def _identity_converter() -> "seqio.FeatureConverter":
+    """Returns a converter that keeps examples as they are; `batching.input_batches` batches them.
 
-    seqio's own takes most of the time that reading a task does.
+    seqio's own converter takes most of the time of reading a task.
     """
     from pemoe_jax.data import seqio_import
 
     seqio = seqio_import.import_seqio()
 
-    class Unconverted(seqio.EncDecFeatureConverter):  # type: ignore[name-defined]
+    class IdentityConverter(seqio.EncDecFeatureConverter):  # type: ignore[name-defined]
         def __call__(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
             return ds
 
-    return Unconverted(pack=False)
+    return IdentityConverter(pack=False)
 
 
-def _examples(
+def _read_examples(
     name: str,
     split: str,
     lengths: Mapping[str, int],
@@ -270,21 +267,21 @@ def _examples(
     seqio = seqio_import.import_seqio()
     evaluator = seqio.Evaluator(
         name,
-        _converter(),
+        _identity_converter(),
         eval_split=split,
         use_cached=use_cached,
-        # one token more: so one that has to be cut can be told from one that just fits
+        # One token more than is kept tells a truncated input from one that fits exactly.
         sequence_length={key: length + 1 for key, length in lengths.items()},
         num_examples=max_examples,
         async_compute_metrics=False,
     )
     features = seqio_tasks.get_mixture_or_task(name).output_features
     eos_id = features["inputs"].vocabulary.eos_id
-    task = _Task(name, name, split, evaluator, features["targets"].vocabulary, [], [], [], [], [])
+    task = _Task(name, name, split, evaluator, features["targets"].vocabulary)
     for row in evaluator.cached_task_datasets[name].as_numpy_iterator():
-        ids, was_cut = choices.truncate(row["inputs"], lengths["inputs"], eos_id)
+        ids, is_truncated = choices.truncate(row["inputs"], lengths["inputs"], eos_id)
         task.inputs.append(ids)
-        task.cut.append(was_cut)
+        task.is_truncated.append(is_truncated)
         task.input_texts.append(choices.feature_text(features, row, "inputs"))
         task.target_texts.append(choices.feature_text(features, row, "targets"))
         if seqio_tasks.SENTENCE_FEATURE in row:
@@ -296,127 +293,124 @@ def _examples(
 
 
 def _decode(
-    opened: Any, params: Any, tasks: Sequence[_Task], batch_size: int, length: int, mesh: Any
-) -> "collections.deque[Any]":
-    """The tokens [length] of every example, tasks one after the other."""
+    opened: "OpenedModel",
+    params: "PyTree",
+    tasks: Sequence[_Task],
+    batch_size: int,
+    length: int,
+    mesh: "jax.sharding.Mesh",
+) -> "collections.deque[np.ndarray]":
+    """Returns the decoded tokens [length] of every example, task after task."""
     import numpy as np
 
     from pemoe_jax.core import decoding, partitioning
     from pemoe_jax.data import batching, prefetch
-    from pemoe_jax.runtime import progress
+    from pemoe_jax.runtime import in_flight, progress
 
     inputs = [ids for task in tasks for ids in task.inputs]
     sentences = [vector for task in tasks for vector in task.sentences]
     eos_id = tasks[0].vocabulary.eos_id
-    bar = progress.Progress(f"decoding {opened.name}", len(inputs))
-    found: dict[int, Any] = {}
-    waiting: collections.deque[tuple[Any, list[int]]] = collections.deque()
 
-    def collect() -> None:
-        tokens, numbers = waiting.popleft()
-        found.update(zip(numbers, partitioning.gather(tokens), strict=False))
-        bar.report_if_due(len(found), "inputs")
-
-    batches = batching.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
-    for tokens, numbers in prefetch.prefetch(batches):
+    def decode(tokens: np.ndarray, indices: list[int]) -> "jax.Array":
         batch = {"inputs": tokens}
         if len(sentences) == len(inputs):
-            last = [numbers[-1]] * (len(tokens) - len(numbers))  # as `tokens` is filled up
-            batch["sentences"] = np.stack([sentences[n] for n in numbers + last], dtype=np.float32)
-        given = partitioning.shard_batch(batch, mesh)
-        decoded = decoding.greedy_decode(
-            opened.model, params, given["inputs"], length, eos_id, given.get("sentences")
+            # Rows that fill the batch repeat its last input, and so its sentence.
+            rows = indices + [indices[-1]] * (len(tokens) - len(indices))
+            batch["sentences"] = np.stack([sentences[row] for row in rows], dtype=np.float32)
+        arrays = partitioning.shard_batch(batch, mesh)
+        return decoding.greedy_decode(
+            opened.model, params, arrays["inputs"], length, eos_id, arrays.get("sentences")
         )
-        waiting.append((decoded, numbers))
-        if len(waiting) > 2:  # a few in flight keep the device busy
-            collect()
-    while waiting:
-        collect()
+
+    batches = batching.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
+    results = ((decode(tokens, indices), indices) for tokens, indices in prefetch.prefetch(batches))
+    bar = progress.Progress(f"decoding {opened.name}", len(inputs))
+    decoded: dict[int, np.ndarray] = {}  # batches are sorted by length, not in the inputs' order
+    for tokens, indices in in_flight.keep_in_flight(results):
+        decoded.update(zip(indices, partitioning.gather(tokens), strict=False))
+        bar.report_if_due(len(decoded), "inputs")
     bar.close()
-    return collections.deque(found[number] for number in range(len(inputs)))
+    return collections.deque(decoded[index] for index in range(len(inputs)))
 
 
 # --- results ---
 
 
-def _measure(task: _Task, rows: Sequence[Any], step: int) -> dict[str, Any]:
-    """One task's entry in results.json."""
-    measured, _ = task.evaluator.evaluate(
+def _compute_metrics(task: _Task, rows: "Sequence[np.ndarray]", step: int) -> dict[str, Any]:
+    """Returns one task's entry in results.json."""
+    all_metrics, _ = task.evaluator.evaluate(
         compute_metrics=True, step=step, predict_fn=lambda _: list(enumerate(rows))
     )
-    figures = measured.result()[task.name]
+    values = all_metrics.result()[task.name]
     return {
         "dataset": task.dataset,
         "split": task.split,
         "examples": len(rows),
-        "cut_inputs": sum(task.cut),
-        "metrics": {name: float(getattr(value, "value", value)) for name, value in figures.items()},
+        "cut_inputs": sum(task.is_truncated),
+        "metrics": {name: float(getattr(value, "value", value)) for name, value in values.items()},
     }
 
 
-def _lines(task: _Task, rows: Sequence[Any]) -> str:
+def _prediction_lines(task: _Task, rows: "Sequence[np.ndarray]") -> str:
     lines = []
-    for number, row in enumerate(rows):
+    for index, row in enumerate(rows):
         line = {
-            "inputs": task.input_texts[number],
-            "targets": task.target_texts[number],
+            "inputs": task.input_texts[index],
+            "targets": task.target_texts[index],
             "prediction": task.vocabulary.decode([int(i) for i in row]),
-            **({"cut_input": True} if task.cut[number] else {}),
+            **({"cut_input": True} if task.is_truncated[index] else {}),
         }
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 
-def _tables(results: Mapping[str, Any], prompts: bool) -> list[Any]:
-    """Of each run means over the prompts of a data set, or a row a prompt."""
-    make = _by_task if prompts else _by_dataset
-    return [make(run["name"], run["tasks"]) for run in results["runs"]]
-
-
-def _metrics_of(tasks: Mapping[str, Any]) -> list[str]:
+def _metric_names(tasks: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for task in tasks.values() for name in task["metrics"]))
 
 
-def _mean_of(tasks: Sequence[Mapping[str, Any]], metric: str) -> str:
-    figures = [task["metrics"][metric] for task in tasks if metric in task["metrics"]]
-    return f"{statistics.fmean(figures):.1f}" if figures else "–"
+def _format_mean(tasks: Sequence[Mapping[str, Any]], metric: str) -> str:
+    values = [task["metrics"][metric] for task in tasks if metric in task["metrics"]]
+    return f"{statistics.fmean(values):.1f}" if values else "–"
 
 
-def _by_dataset(run: str, tasks: Mapping[str, Any]) -> Any:
+def _dataset_table(run: Mapping[str, Any]) -> "tables.Table":
+    """Returns a table with a row for each dataset: means over its prompts."""
     from pemoe_jax.analysis import tables
 
-    names = _metrics_of(tasks)
-    groups: dict[str, list[Any]] = collections.defaultdict(list)
-    for task in tasks.values():
-        groups[task["dataset"]].append(task)
+    names = _metric_names(run["tasks"])
+    by_dataset: dict[str, list[Any]] = collections.defaultdict(list)
+    for task in run["tasks"].values():
+        by_dataset[task["dataset"]].append(task)
     rows = [
-        [dataset, str(len(members)), f"{sum(task['examples'] for task in members):,}"]
-        + [_mean_of(members, name) for name in names]
-        for dataset, members in sorted(groups.items())
+        [dataset, str(len(tasks)), f"{sum(task['examples'] for task in tasks):,}"]
+        + [_format_mean(tasks, name) for name in names]
+        for dataset, tasks in sorted(by_dataset.items())
     ]
-    title = f"{run}: decoded greedily, in %, mean over the prompts of a data set"
-    return tables.Table(title, ["data set", "prompts", "examples", *names], rows)
+    title = f"{run['name']}: decoded greedily, in %, mean over the prompts of a dataset"
+    return tables.Table(title, ["dataset", "prompts", "examples", *names], rows)
 
 
-def _by_task(run: str, tasks: Mapping[str, Any]) -> Any:
+def _prompt_table(run: Mapping[str, Any]) -> "tables.Table":
+    """Returns a table with a row for each prompt."""
     from pemoe_jax.analysis import tables
 
-    names = _metrics_of(tasks)
+    names = _metric_names(run["tasks"])
     rows = [
         [name, task["split"], f"{task['examples']:,}", f"{task['cut_inputs']:,}"]
-        + [_mean_of([task], metric) for metric in names]
-        for name, task in tasks.items()
+        + [_format_mean([task], metric) for metric in names]
+        for name, task in run["tasks"].items()
     ]
-    title = f"{run}: decoded greedily, in %, prompt by prompt"
-    return tables.Table(title, ["prompt", "split", "examples", "inputs cut", *names], rows)
+    title = f"{run['name']}: decoded greedily, in %, by prompt"
+    return tables.Table(title, ["prompt", "split", "examples", "inputs truncated", *names], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     return gin_flags.run_configured(FLAGS, infer, argv)
 
 
 if __name__ == "__main__":
+    # Imported by name, so that gin configures this very module and not a second copy of it.
     from pemoe_jax.infer import main as _main
 
     sys.exit(_main())

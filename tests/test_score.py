@@ -14,7 +14,6 @@ from pemoe_jax import evaluate
 from pemoe_jax.analysis.zero_shot import results as results_lib
 from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.data import batching, choices
-from pemoe_jax.runtime import progress
 from pemoe_jax.tasks import jsonl
 
 LENGTHS = {"inputs": 32, "targets": 8}
@@ -108,16 +107,15 @@ def test_grouped_scores_are_those_of_seqios_evaluator(twins, batch_size):
     mesh = partitioning.make_mesh()
     assert mesh.shape["data"] == 2
     params_there = partitioning.replicate(weights(), mesh)
-    bar = progress.Progress("scoring", len(groups))
-    found = evaluate._score(transformer(), params_there, groups, batch_size, mesh, bar)
+    found = evaluate.score_groups(transformer(), params_there, groups, batch_size, mesh)
     for twin in twins:
         members = [group for group in groups if group.task == twin]
         expected, accuracy = one_by_one(twin)
-        scores = [score for group in members for score in found[id(group)][1]]
+        scores = [score for group in members for score in found[group].scores]
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
         assert np.ptp(expected) > 1, "the choices should differ by much more than is allowed"
         result = results_lib.task_result(
-            correct=[group.is_correct[found[id(group)][0]] for group in members],
+            correct=[group.is_correct[found[group].best] for group in members],
             chance=[0.5] * len(members),
             dataset=twin,
             split="validation",
@@ -149,10 +147,9 @@ def test_doubled_choices_score_alike(twins):
         g for g in choices.load_choice_groups("jsonl_score_eval", LENGTHS) if g.task == twins[0]
     ]
     mesh = partitioning.make_mesh()
-    bar = progress.Progress("scoring", len(groups))
-    found = evaluate._score(transformer(), weights(), groups, 8, mesh, bar)
+    found = evaluate.score_groups(transformer(), weights(), groups, 8, mesh)
     for group in groups[:3]:
-        own = found[id(group)][1]
+        own = found[group].scores
         for text in set(group.choice_texts):
             same = [s for s, t in zip(own, group.choice_texts, strict=True) if t == text]
             assert np.ptp(same) < 1e-5

@@ -21,6 +21,7 @@ from pemoe_jax.checkpoints import models, runs
 from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.data import feed, packing
+from pemoe_jax.runtime import train_loop
 
 METHODS = ("full", "ia3", "lora", "mov", "molora")
 DIMENSIONS = {
@@ -225,7 +226,7 @@ def test_a_run_stopped_at_an_odd_step_ends_like_one_that_was_not(folder, tmp_pat
 
 def test_an_interrupted_run_goes_on_where_it_was(folder, trained, tmp_path, monkeypatch, capsys):
     """The batches that lay ready when it stopped were not trained on."""
-    plain = train._real_tokens
+    plain = train_loop.count_tokens
     taken = []
 
     def interrupt(batch):
@@ -234,7 +235,7 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, trained, tmp_path, monk
             raise KeyboardInterrupt
         return plain(batch)
 
-    monkeypatch.setattr(train, "_real_tokens", interrupt)
+    monkeypatch.setattr(train_loop, "count_tokens", interrupt)
     assert train.main(train_flags(folder, "mov", tmp_path)) != 0
     assert "saving step 5" in capsys.readouterr().out
     assert runs.saved_steps(tmp_path) == [5]

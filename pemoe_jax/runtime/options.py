@@ -61,6 +61,13 @@ class Data:
             )
         return self.mixture_or_task_name
 
+    def register_tasks(self) -> Any:
+        """Registers the tasks and prints a summary; returns it, None without one."""
+        task_info = self.register() if self.register is not None else None
+        if task_info is not None:
+            print("\n".join(task_info.lines()), flush=True)
+        return task_info
+
     @property
     def names(self) -> list[str]:
         """The tasks and mixtures as a list."""

@@ -1,6 +1,5 @@
 """Writes a table of sentence embeddings for routers: `pemoe embed --help`."""
 
-import collections
 import dataclasses
 import functools
 import importlib
@@ -8,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import gin_flags
+from pemoe_jax.runtime import gin_flags, options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,50 +62,41 @@ class Encoder(Protocol):
 
 def embed(
     output: str,
-    mixture_or_task_name: str | Sequence[str],
-    task_feature_lengths: Mapping[str, int],
+    data: options.Data,
     encoder: Any,
-    register: Callable[[], Any] | None = None,
-    use_cached_tasks: bool = False,
     splits: str | Sequence[str] = _SPLITS,
-    batch_size: int = 32,
     dtype: str = "float16",
 ) -> None:
-    """Writes the table, or adds to it what it lacks.
+    """Writes a table of sentence embeddings, or adds the inputs that it lacks.
 
     Args:
-      output: folder of the table (SENTENCE_EMBEDDINGS).
-      mixture_or_task_name: what seqio knows the inputs by, one name or several.
-      task_feature_lengths: tokens of 'inputs': longer ones are cut, and what is left is their key.
-      encoder: an `Encoder`, a function from texts to vectors, or such a function's dotted name.
-      register: registers the tasks.
-      use_cached_tasks: seqio's offline caches.
-      splits: 'train' and 'evaluation', or one of them.
-      batch_size: inputs at a time.
-      dtype: of the vectors on disk.
+      output: folder of the table.
+      data: the tasks and mixtures whose inputs are embedded. Inputs are truncated to their length
+        before they are looked up, so it must be that of the run that reads the table.
+      encoder: @embed.mean_pooled(), the mean over tokens of the base model's own encoder, or the
+        dotted name of a function from a list of texts to an array [N, S].
+      splits: 'train', 'evaluation' or both.
+      dtype: dtype of the vectors on disk, 'float16' or 'float32'.
 
     Raises:
-      InputError: anything the user can mend. What was written before stays.
+      InputError: a setting or a file is wrong. What was written before stays.
     """
     from pemoe_jax.data import sentence_table, sentences, seqio_tasks
     from pemoe_jax.runtime import progress
 
-    names = (
-        [mixture_or_task_name] if isinstance(mixture_or_task_name, str) else mixture_or_task_name
-    )
+    names = data.names
     splits = [splits] if isinstance(splits, str) else splits
     if not splits or not set(splits) <= set(_SPLITS):
-        raise InputError(f"EMBED_SPLITS: expected some of {_SPLITS}, found {splits!r}")
-    lengths = seqio_tasks.validate_lengths(task_feature_lengths)
-    seqio_tasks.check_integer("BATCH_SIZE", batch_size, 1)
+        raise InputError(f"EMBED_SPLITS must be some of {_SPLITS}, got {splits!r}")
+    lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     chosen = resolve_encoder(encoder)
-    registered = register() if register is not None else None
-    if registered is not None:
-        print("\n".join(registered.lines()), flush=True)
-    parts = _parts(names, splits, use_cached_tasks)
+    data.register_tasks()
+    parts = _parts(names, splits, data.use_cached_tasks)
     vocabularies = {sentences.vocabulary_fingerprint(name) for name in names}
     if len(vocabularies) > 1:
-        raise InputError(f"MIXTURE_OR_TASK_NAME: expected one vocabulary, found those of {names}")
+        raise InputError(
+            f"MIXTURE_OR_TASK_NAME must name tasks of one vocabulary, got several in {names}"
+        )
     description = chosen.describe()
     length = lengths["inputs"]
     writer = sentence_table.TableWriter(output, description, dtype, vocabularies.pop(), length)
@@ -116,9 +106,9 @@ def embed(
     bar = progress.Progress("reading", sum(part.examples for part in parts), note="examples")
     try:
         read = functools.partial(
-            _inputs, lengths=lengths, use_cached=use_cached_tasks, texts=chosen.reads_text
+            _inputs, lengths=lengths, use_cached=data.use_cached_tasks, texts=chosen.reads_text
         )
-        _add(parts, read, chosen, writer, batch_size, bar)
+        _add(parts, read, chosen, writer, data.batch_size, bar)
         total = writer.finish()
     finally:
         bar.close()
@@ -342,24 +332,19 @@ class MeanPooledEncoder:
         import numpy as np
 
         from pemoe_jax.core import partitioning
+        from pemoe_jax.runtime import in_flight
 
         params, _ = self._loaded
         found = np.zeros((len(inputs), self.model.config.emb_dim), np.float32)
-        waiting: collections.deque[tuple[Any, list[int]]] = collections.deque()
 
-        def collect() -> None:
-            vectors, numbers = waiting.popleft()
+        def pool(tokens: np.ndarray) -> Any:
+            sharded = partitioning.shard_batch({"tokens": tokens}, self._mesh)
+            return self._pooled(params, sharded["tokens"])
+
+        token_batches = batches([one.ids for one in inputs], batch_size, self._mesh.shape["data"])
+        results = ((pool(tokens), numbers) for tokens, numbers in token_batches)
+        for vectors, numbers in in_flight.keep_in_flight(results):
             found[numbers] = np.asarray(vectors)[: len(numbers)]
-
-        for tokens, numbers in batches(
-            [one.ids for one in inputs], batch_size, self._mesh.shape["data"]
-        ):
-            sharded = partitioning.shard_batch({"tokens": tokens}, self._mesh)["tokens"]
-            waiting.append((self._pooled(params, sharded), numbers))
-            if len(waiting) > 2:  # a few in flight keep the device busy
-                collect()
-        while waiting:
-            collect()
         return found
 
 

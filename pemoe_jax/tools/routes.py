@@ -1,12 +1,12 @@
 """`pemoe routes`: shows which experts tasks and tokens use, as a page of tables and pictures."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.analysis.routing import measure
-from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import gin_flags
+from pemoe_jax.core.errors import InputError, check_integer
+from pemoe_jax.runtime import gin_flags, options
 
 if TYPE_CHECKING:
     import jax
@@ -51,72 +51,66 @@ FLAGS.add_argument("--output", metavar="DIR", help="short for ROUTES_OUTPUT_DIR"
 
 
 def routes(
-    checkpoint_path: str | Sequence[str],
+    models: options.Models,
+    data: options.Data,
     output_dir: str,
-    task_feature_lengths: Mapping[str, int],
     tasks: Sequence[str] | None = None,
     sites: Sequence[str] | None = None,
     examples: int = measure.DEFAULT_EXAMPLES,
-    batch_size: int = 32,
-    register: Callable[[], Any] | None = None,
-    initial_checkpoint_path: str | None = None,
-    dtype: str | None = None,
-    use_cached_tasks: bool = False,
-    sentence_embeddings: str | None = None,
     min_count: int = 5,
 ) -> None:
-    """Runs examples of tasks with their correct answers and writes how the routers mix experts.
+    """Runs inputs with their correct answers through the routers and writes what the routers did.
 
     Args:
-      checkpoint_path: runs, checkpoints or adapters; each gets a section of the page.
-      output_dir: folder for the page, tables and pictures.
-      task_feature_lengths: tokens of 'inputs' and 'targets'; longer ones are truncated.
-      tasks: names or patterns (*) of tasks, or mixtures; None: a prompt of each dataset, trained on
-        and held out.
-      sites: patterns such as "*/mlp/gate"; None: all sites of the last decoder block.
-      examples: number of examples per task, the first of its evaluation split (or of `train`).
-      batch_size: examples per batch, over all devices.
-      register: registers the tasks.
-      initial_checkpoint_path: the adapters' base model if it has moved; None: as recorded.
-      dtype: float32 or bfloat16, for activations; None: as in training.
-      use_cached_tasks: whether to read seqio's offline caches.
-      sentence_embeddings: table for routers that read them; None: the tasks' own feature.
-      min_count: top tokens occur at least this often.
+      models: runs, checkpoints or adapters, each a section of the page.
+      data: where the tasks come from, and the batches.
+      output_dir: folder for the page, tables and plots.
+      tasks: names or patterns (*) of tasks, or mixtures; None: one prompt of each dataset, trained
+        on and held out, by the roles of the data.
+      sites: patterns of sites to show in detail, e.g. ['*/mlp/gate']; None: all of the last decoder
+        block.
+      examples: maximum number of examples of each task, the first of its evaluation split, or else
+        of `train`.
+      min_count: minimum number of occurrences of a token in the lists of top tokens.
 
     Raises:
-      InputError: a method has no routers, or another mistake in the arguments.
+      InputError: a method has no routers, or a setting or a file is wrong.
     """
     from pemoe_jax.analysis.routing import page
-    from pemoe_jax.checkpoints import models
+    from pemoe_jax.checkpoints import models as models_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
     from pemoe_jax.runtime import atomic_write, file_io
 
-    seqio_tasks.check_integer("ROUTES_EXAMPLES", examples, 1)
-    lengths = seqio_tasks.validate_lengths(task_feature_lengths)
+    check_integer("ROUTES_EXAMPLES", examples)
+    lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     mesh = partitioning.make_mesh()
-    partitioning.check_batch_size(batch_size, mesh)
+    partitioning.check_batch_size(data.batch_size, mesh)
     folder = file_io.resolve_local(output_dir, "ROUTES_OUTPUT_DIR")
-    opened_models = models.open_models(checkpoint_path, None, initial_checkpoint_path, dtype)
-    # Before any data is read, which takes longest: a mistake in ROUTES_SITES shows at once.
-    model_sites = [_select_sites(opened, sites) for opened in opened_models]
-    registered = register() if register is not None else None
-    if registered is not None:
-        print("\n".join(registered.lines()), flush=True)
-    names = measure.select_tasks(tasks, registered, use_cached_tasks)
-    embeddings = sentences.open_for_models(
-        opened_models, sentence_embeddings, names[0], lengths["inputs"], use_cached_tasks
+    opened_models = models_lib.open_models(
+        models.checkpoint_path, None, models.initial_checkpoint_path, models.dtype
     )
-    groups = _read_examples(names, lengths, examples, use_cached_tasks)
-    if embeddings is not None:
-        groups = {name: embeddings.attach_to(members) for name, members in groups.items()}
+    # Before any data is read, which takes longest: a mistake in ROUTES_SITES shows at once.
+    sites_by_model = [_select_sites(opened, sites) for opened in opened_models]
+    task_info = data.register_tasks()
+    names = measure.select_tasks(tasks, task_info, data.use_cached_tasks)
+    sentence_source = sentences.open_for_models(
+        opened_models,
+        data.sentence_embeddings,
+        names[0],
+        lengths["inputs"],
+        data.use_cached_tasks,
+    )
+    groups = _read_examples(names, lengths, examples, data.use_cached_tasks)
+    if sentence_source is not None:
+        groups = {name: sentence_source.attach_to(members) for name, members in groups.items()}
     results: list[ProbeResult] = []
-    for opened, own_sites in zip(opened_models, model_sites, strict=True):
+    for opened, model_sites in zip(opened_models, sites_by_model, strict=True):
         results.append(
-            _probe_run(opened, own_sites, groups, registered, batch_size, mesh, min_count)
+            _probe_run(opened, model_sites, groups, task_info, data.batch_size, mesh, min_count)
         )
         page.draw_plots(results[-1], folder)
-        # After each run, so that a failure in a later one leaves a page of the earlier ones.
+        # Written after each run, so that a later run that fails leaves the page so far.
         for name, text in page.render_files(results, folder).items():
             atomic_write.write_text(folder / name, text)
     print(page.summary(results))

@@ -299,7 +299,7 @@ def _parse_settings(command: str, flags: Sequence[str], where: str) -> dict[str,
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     settings = run_settings.parse_settings(gin.config_str())
-    if f"{command}.{command}.model" not in settings:
+    if f"{command}.{command}.data" not in settings:
         raise InputError(f"{where}: expected a run file of {command}, such as runs/…, got none")
     if command == "train" and "None" in (settings["MODEL"], settings["TRAINABLE"]):
         raise InputError(

@@ -341,7 +341,7 @@ def trained(folder: pathlib.Path, method: str, model_dir: pathlib.Path, **macros
 def test_a_run_says_how_its_base_was_kept_and_is_evaluated_so(folder, tmp_path, capsys):
     run = tmp_path / "run"
     assert trained(folder, "lora", run) == 0
-    assert "matrices     int8, where frozen" in capsys.readouterr().out
+    assert "matrices     int8 (frozen)" in capsys.readouterr().out
     recorded = runs.read_record(str(run)).base
     assert recorded["frozen_dtype"] == "int8"
     stored = base_lib.open_base(folder / "base.safetensors")

@@ -17,6 +17,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks
 from pemoe_jax.data import rows as rows_lib
 from pemoe_jax.data.providers import StreamOptions
+from pemoe_jax.runtime import options
 from pemoe_jax.tasks.p3 import published as published_lib
 
 LENGTHS = {"inputs": 128, "targets": 32}
@@ -318,13 +319,19 @@ def test_all_313_tasks_are_entered_anywhere(p3, tmp_path):
 
 def test_decoding_leaves_out_what_is_not_there(p3, forms, tmp_path, capsys):
     registered = register(forms["parquet"])
-    found = infer._read("t0_train", LENGTHS, registered, False, 2)
+    found = infer.read_tasks(options.Data("t0_train", max_examples=2), LENGTHS, registered)
     assert [(task.name, len(task.inputs)) for task in found] == [("ag_news_recommend", 2)]
     assert "no data, so not decoded: 312 tasks (" in capsys.readouterr().out
     with pytest.raises(InputError, match="has no task 'super_glue_wic_same_sense'"):
-        infer._read("super_glue_wic_same_sense", LENGTHS, registered, False, 2)
+        infer.read_tasks(
+            options.Data("super_glue_wic_same_sense", max_examples=2), LENGTHS, registered
+        )
     with pytest.raises(InputError, match="USE_CACHED_TASKS: no cache of "):
-        infer._read("super_glue_wic", LENGTHS, registered, True, 2)
+        infer.read_tasks(
+            options.Data("super_glue_wic", use_cached_tasks=True, max_examples=2),
+            LENGTHS,
+            registered,
+        )
 
 
 def test_train_and_eval_batches(p3, forms):

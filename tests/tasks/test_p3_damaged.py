@@ -15,6 +15,7 @@ from pemoe_jax.checkpoints import runs
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, crc32c, feed, seqio_import, seqio_tasks
 from pemoe_jax.data.order import ExampleOrder
+from pemoe_jax.runtime import options
 
 TASK = "ag_news_recommend"
 ROWS = 3000
@@ -220,7 +221,7 @@ def test_evaluation_and_decoding_say_it_in_one_line_too(copy):
             list(feed.eval_batches(TASK, LENGTHS, 4, use_cached=use_cached))
         assert one_line(error).startswith(f"{path}: damaged at byte")
         with pytest.raises(InputError) as error:
-            infer._read(TASK, LENGTHS, None, use_cached, None)
+            infer.read_tasks(options.Data(TASK, use_cached_tasks=use_cached), LENGTHS, None)
         assert one_line(error).startswith(f"{path}: damaged at byte")
     with pytest.raises(InputError) as error:
         choices.load_choice_groups("t0_train_score_eval", LENGTHS)

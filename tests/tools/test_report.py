@@ -500,7 +500,7 @@ def test_evaluate_records_variant_and_training_datasets(trained, expected):
         path="no run's",
         summary=lambda: {"name": "first", "method": "mov"},
     )
-    about = evaluate._about(opened, {"cb": {}, "rte": {}, "wic": {}})
+    about = evaluate.describe_run(opened, {"cb": {}, "rte": {}, "wic": {}})
     assert (about["method"], about["variant"]) == ("mov", "mov-3")
     assert about.get("trained_datasets") == expected
     assert "settings" not in about  # it has no folder with a config.gin

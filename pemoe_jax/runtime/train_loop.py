@@ -1,0 +1,229 @@
+"""The training loop: steps, and the reports, evaluations and checkpoints between them."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from pemoe_jax.core import optim, partitioning, routing, steps
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.params import PyTree
+from pemoe_jax.runtime import host_memory, options, progress
+
+Batch = Mapping[str, np.ndarray]
+Position = Mapping[str, int]  # of a feed in its data, e.g. {'examples': 512}
+
+
+class Batches(Protocol):
+    """An iterator over device batches and their numbers of tokens, filled by another thread.
+
+    Attributes:
+      position: where in the data the last batch ended; None if the source has no positions.
+      is_ready: whether the next batch can be had without waiting.
+    """
+
+    @property
+    def position(self) -> Position | None: ...
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    def __next__(self) -> tuple[dict[str, jax.Array], int]: ...
+
+    def __iter__(self) -> Iterator[tuple[dict[str, jax.Array], int]]: ...
+
+    def close(self) -> None: ...
+
+
+def count_tokens(batch: Batch) -> int:
+    """Returns the number of tokens of a batch without padding, inputs and targets."""
+    return sum(int((batch[k] > 0).sum()) for k in ("encoder_input_tokens", "decoder_target_tokens"))
+
+
+@dataclasses.dataclass
+class TrainLoop:
+    """Trains a state to `total_steps`.
+
+    Attributes:
+      train_step: jitted, from `steps.make_train_step`.
+      eval_step: from `steps.make_eval_step`.
+      mesh: the device mesh.
+      folder: where metrics are written.
+      schedule: step -> learning rate, for reports.
+      rng: key of dropout masks.
+      total_steps: step to stop at.
+      logging: what to report, and how often.
+      eval_batches: batches of an evaluation of the loss.
+      router_paths: names of the rows of the router statistics (`steps.router_paths`).
+      save: saves a state with the feed's position.
+      save_period: steps between two checkpoints.
+    """
+
+    train_step: Any
+    eval_step: Callable[[PyTree, PyTree, Mapping[str, jax.Array]], Mapping[str, jax.Array]]
+    mesh: jax.sharding.Mesh
+    folder: Path
+    schedule: optim.Schedule
+    rng: jax.Array
+    total_steps: int
+    logging: options.Logging
+    eval_batches: Sequence[Batch]
+    router_paths: Sequence[str]
+    save: Callable[[steps.TrainState, Position | None], None]
+    save_period: int
+
+    def to_devices(self, batch: Batch) -> tuple[dict[str, jax.Array], int]:
+        """Returns the global batch of this process's rows, and its number of tokens."""
+        return partitioning.make_global_batch(batch, self.mesh), count_tokens(batch)
+
+    def run(self, state: steps.TrainState, frozen: PyTree, batches: Batches) -> None:
+        """Trains on batches from `to_devices`.
+
+        An interrupt (Ctrl-C) saves the last finished step before it is raised.
+        """
+        first_step = int(state.step)
+        bar = progress.Progress("step", self.total_steps, first_step)
+        writer = progress.MetricWriter(self.folder, first_step)
+        window = _Window()
+        # The position of the last step too: an interrupt may come before its state is replaced.
+        positions = {first_step: batches.position}
+        try:
+            for step in range(first_step + 1, self.total_steps + 1):
+                arrays, tokens = self._next_batch(batches, window, step)
+                positions = {step - 1: positions[step - 1], step: batches.position}
+                if step == first_step + 1:
+                    # Compiled apart from the first call, to free the compiler's memory before the
+                    # step allocates its own.
+                    train_step = self.train_step.lower(state, frozen, arrays, self.rng).compile()
+                    host_memory.trim_heap()
+                state, metrics = train_step(state, frozen, arrays, self.rng)
+                window.append(metrics, tokens)
+                bar.advance(step)
+                is_last = step == self.total_steps
+                if step % self.logging.log_period == 0 or is_last or step == first_step + 1:
+                    self._report(step, window, writer, bar)
+                paused = time.monotonic()
+                eval_period = self.logging.eval_period
+                if eval_period and (step % eval_period == 0 or is_last):
+                    self._evaluate(step, state, frozen, writer, bar)
+                if step % self.save_period == 0 or is_last:
+                    self.save(state, positions[step])
+                window.start += time.monotonic() - paused  # not part of the steps' speed
+        except KeyboardInterrupt:
+            # A step that was interrupted halfway has consumed the state, which is donated to it.
+            # With several processes a save needs all of them, and the others have not noticed.
+            if not state.step.is_deleted() and jax.process_count() == 1:
+                step = int(state.step)
+                bar.print_line(f"interrupted: saving step {step}")
+                self.save(state, positions[step])
+            raise
+        finally:
+            batches.close()
+            bar.close()
+            writer.close()
+
+    def _next_batch(
+        self, batches: Batches, window: "_Window", step: int
+    ) -> tuple[dict[str, jax.Array], int]:
+        window.limit_steps_in_flight(batches.is_ready)
+        start = time.monotonic()
+        batch = next(batches, None)
+        window.waited += time.monotonic() - start
+        if batch is None:
+            raise InputError(f"the training data ended at step {step - 1} of {self.total_steps}")
+        return batch
+
+    def _report(
+        self,
+        step: int,
+        window: "_Window",
+        writer: progress.MetricWriter,
+        bar: progress.Progress,
+    ) -> None:
+        scalars, routers = window.summarize()
+        scalars["learning_rate"] = float(self.schedule(step - 1))
+        values = {f"train/{name}": value for name, value in scalars.items()}
+        if routers is not None:
+            metrics = routing.summarize_statistics(
+                self.router_paths, routers, self.logging.router_metrics or ""
+            )
+            values |= {f"router/{name}": value for name, value in metrics.items()}
+        writer.write(step, values)
+        bar.report(step, _note(scalars))
+        if not math.isfinite(scalars["loss"]):
+            raise InputError(
+                f"the loss is {scalars['loss']} at step {step}"
+                f" (learning rate {scalars['learning_rate']:g}):"
+                " lower LEARNING_RATE and resume from the last checkpoint"
+            )
+
+    def _evaluate(
+        self,
+        step: int,
+        state: steps.TrainState,
+        frozen: PyTree,
+        writer: progress.MetricWriter,
+        bar: progress.Progress,
+    ) -> None:
+        sums = [
+            self.eval_step(state.params, frozen, partitioning.shard_batch(batch, self.mesh))
+            for batch in self.eval_batches
+        ]
+        total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+        tokens = max(total["tokens"], 1.0)
+        loss, accuracy = total["nll"] / tokens, total["correct"] / tokens
+        writer.write(step, {"eval/loss": loss, "eval/accuracy": accuracy})
+        bar.print_line(f"step {step}  validation loss {loss:.4f}  accuracy {accuracy:.3f} (tokens)")
+
+
+class _Window:
+    """The steps since the last report.
+
+    Attributes:
+      start: when they began, moved by the time of evaluations and saves between them.
+      waited: seconds spent waiting for batches.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[steps.Metrics, int]] = []
+        self.start, self.waited = time.monotonic(), 0.0
+
+    def append(self, metrics: steps.Metrics, tokens: int) -> None:
+        self._steps.append((metrics, tokens))
+
+    def limit_steps_in_flight(self, is_batch_ready: bool) -> None:
+        """Waits until at most one step is running, or none if the next batch is not ready.
+
+        In the second case all the time spent waiting for the batch is time that the devices idle,
+        which is what `wait_share` is to measure.
+        """
+        for metrics, _ in self._steps[-2:-1] if is_batch_ready else self._steps[-1:]:
+            jax.block_until_ready(metrics)
+
+    def summarize(self) -> tuple[dict[str, float], np.ndarray | None]:
+        """Returns mean metrics and speeds, and mean router statistics; starts a new window."""
+        fetched = jax.device_get([metrics for metrics, _ in self._steps])
+        means = {name: np.mean([m[name] for m in fetched], axis=0) for name in fetched[0]}
+        routers = means.pop("routers", None)
+        scalars = {name: float(mean) for name, mean in means.items()}
+        now = time.monotonic()
+        seconds = now - self.start
+        scalars["tokens_per_second"] = sum(tokens for _, tokens in self._steps) / seconds
+        scalars["steps_per_second"] = len(self._steps) / seconds
+        scalars["wait_share"] = self.waited / seconds
+        self._steps, self.start, self.waited = [], now, 0.0
+        return scalars, routers
+
+
+def _note(scalars: Mapping[str, float]) -> str:
+    share = scalars["wait_share"]
+    waiting = f"  waiting for data {share:.0%} of the time" if share > 0.05 else ""
+    return (
+        f"loss {scalars['loss']:.4f}  accuracy {scalars['accuracy']:.3f}"
+        f"  {progress.format_count(scalars['tokens_per_second'])} tokens/s{waiting}"
+    )
