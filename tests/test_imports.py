@@ -48,7 +48,7 @@ CORE = {
     "network": {"attention", "layers", "stacks", "adapters", "params", "routing"},
     "attention": {"kernels.attention"},
     "stacks": {"params", "quantized"},
-    "decoding": set(),
+    "decoding": {"network", "params"},
     "params": {"partitioning"},
     "quantized": set(),
     "optim": {"params"},

@@ -1,7 +1,6 @@
-"""T5's layers, with parameter names and shapes of T5X's minimal T5, and adapters at eight sites."""
+"""T5's layers with adapters at eight sites; names and shapes of parameters are T5X's."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 from pemoe_jax.core import attention, quantized
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
+from pemoe_jax.core.params import PyTree
 from pemoe_jax.core.routing import Tokens
 
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
 
-# Initialisers as in T5X; constants, so that draws of the same shape share one compiled program.
+# Initializers as in T5X. Constants, so that parameters of one shape share a compiled program.
 _DENSE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 _ATTENTION_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _EMBED_INIT = nn.initializers.normal(stddev=1.0)
@@ -26,37 +26,42 @@ _RELPOS_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 @functools.cache
 def _query_init(head_dim: int) -> Initializer:
-    """T5 does not scale the logits of attention; its queries start that much smaller."""
+    # T5 does not scale the logits of attention by 1/sqrt(K): its query kernels start smaller.
     return nn.initializers.variance_scaling(1.0 / head_dim, "fan_in", "normal")
 
 
 def constrain_sharding(x: Array, axes: tuple[str, ...]) -> Array:
-    """Says where an activation lies, by the names of its axes; outside of a mesh it says nothing.
-
-    Without it XLA may spread the residual stream as parameters are spread, and gather it again.
-    """
+    """Constrains an activation's sharding by logical axis names; a no-op without a mesh."""
+    # Without it XLA may shard the residual stream as a parameter, and gather it in each layer.
     return nn.with_logical_constraint(x, axes)
 
 
 class Dense(nn.Module):
-    """A matrix without bias; heads are joined in the kernel, as in T5X's checkpoints."""
+    """A linear layer without bias; heads are joined in the kernel, as in T5X's checkpoints.
+
+    Attributes:
+      features: size of the output.
+      kernel_axes: logical axis names of the kernel.
+      dtype: dtype of the product.
+      kernel_init: initializer of the kernel.
+    """
 
     features: int
     kernel_axes: tuple[str, str]
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
     kernel_init: Initializer = _DENSE_INIT
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         """[..., in] -> [..., features]."""
-        kept: Any = self.get_variable("params", "kernel")
-        if isinstance(kept, quantized.QuantizedMatrix):
-            return checkpoint_name(quantized.matmul(inputs, kept, self.dtype), "product")
+        stored: PyTree = self.get_variable("params", "kernel")
+        if isinstance(stored, quantized.QuantizedMatrix):
+            return checkpoint_name(quantized.matmul(inputs, stored, self.dtype), "product")
         kernel = params_lib.param(
             self, "kernel", self.kernel_init, (inputs.shape[-1], self.features), self.kernel_axes
         )
-        # Tokens as one axis: of two, XLA's CPU compiler transposes the gradient of the output by a
-        # copy for the kernel's (which takes as long again), for it does not see through the reshape
+        # [B·L, in]: with two axes XLA, on CPUs, copies and transposes the output's gradient to get
+        # the kernel's gradient, which doubles the time of that product (benchmarks/NOTES.md).
         rows = inputs.astype(self.dtype).reshape(-1, inputs.shape[-1])
         product = jnp.matmul(rows, kernel.astype(self.dtype))
         product = product.reshape(*inputs.shape[:-1], self.features)
@@ -68,7 +73,7 @@ class Embed(nn.Module):
 
     num_embeddings: int
     features: int
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
@@ -80,14 +85,14 @@ class Embed(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """T5's norm: root mean square, a scale, no mean and no bias (arXiv 1910.07467)."""
+    """RMS norm with a scale and without bias (arXiv 1910.07467), under the name it has in T5X."""
 
     epsilon: float = 1e-6
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]; the statistics are float32."""
+        """[..., D] -> [..., D]; the mean square is computed in float32."""
         scale = params_lib.param(
             self, "scale", nn.initializers.ones_init(), (x.shape[-1],), ("embed",)
         )
@@ -103,13 +108,13 @@ def relative_position_bucket(
     num_buckets: int = 32,
     max_distance: int = 128,
 ) -> np.ndarray:
-    """T5's buckets of `key position - query position`: exact when near, logarithmic when far.
+    """Returns T5's buckets of relative positions: exact when near, logarithmic when far.
 
     Args:
-      relative_position: int array of any shape.
-      bidirectional: whether keys to the right have buckets of their own (the encoder).
-      num_buckets: the number of buckets over both directions.
-      max_distance: distances from here on share the last bucket.
+      relative_position: `key position - query position`, an int array of any shape.
+      bidirectional: whether keys to the right have their own buckets, as in the encoder.
+      num_buckets: number of buckets over both directions.
+      max_distance: distance from which on all positions share the last bucket.
 
     Returns:
       int32 array of the same shape, values in [0, num_buckets).
@@ -123,7 +128,7 @@ def relative_position_bucket(
     else:
         distance = np.maximum(distance, 0)
     exact = num_buckets // 2
-    # float32, as T5X and T5 compute it: at the edges of a bucket the rounding decides
+    # In float32 as in T5 and T5X, for rounding decides at the edges of the buckets.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.log(
         max_distance / exact
     )
@@ -133,16 +138,16 @@ def relative_position_bucket(
 
 
 class RelativePositionBiases(nn.Module):
-    """A learnt bias per head and bucket of distance, shared by the layers of a stack."""
+    """A learned bias per head and bucket of relative position, shared by the layers of a stack."""
 
     num_heads: int
     num_buckets: int = 32
     max_distance: int = 128
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> Array:
-        """-> [1, H, query_length, key_length]."""
+        """Returns the biases [1, H, query_length, key_length]."""
         rel_embedding = params_lib.param(
             self,
             "rel_embedding",
@@ -158,17 +163,26 @@ class RelativePositionBiases(nn.Module):
 
 
 class MultiHeadDotProductAttention(nn.Module):
-    """Attention without scaling of the logits (T5 folds it into the initialisation), four sites.
+    """Attention without scaling of the logits, with the sites query, key, value and out.
 
-    When the batch of the queries is C times that of the keys (answer choices of one input), rows
-    `b*C .. b*C + C-1` read row b: the keys and values of an input are projected and kept once.
+    The batch of the queries may be C times that of the keys, for C answer choices of one input:
+    rows `b*C` to `b*C + C-1` of the queries attend to row b of the keys. So the keys and values of
+    an input are projected and cached once for all its choices.
+
+    Attributes:
+      num_heads: H.
+      head_dim: K.
+      dtype: dtype of the products.
+      dropout_rate: dropout rate of the attention probabilities.
+      implementation: one of `attention.IMPLEMENTATIONS`.
+      adapters: adapter factories by site.
     """
 
     num_heads: int
     head_dim: int
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
     dropout_rate: float = 0.0
-    implementation: str = "plain"  # one of `attention.IMPLEMENTATIONS`
+    implementation: str = "plain"
     adapters: Adapters = Adapters()
 
     def _project(self, site: str, inputs: Array, tokens: Tokens | None) -> Array:
@@ -187,41 +201,39 @@ class MultiHeadDotProductAttention(nn.Module):
     def _project_kv(self, inputs_kv: Array, tokens: Tokens | None) -> tuple[Array, Array]:
         return self._project("key", inputs_kv, tokens), self._project("value", inputs_kv, tokens)
 
-    def _cached_cross(self, inputs_kv: Array, tokens: Tokens | None) -> tuple[Array, Array]:
-        """Keys and values of the encoder's output, projected at the first call alone.
-
-        They live in a collection of their own, `cross_cache`, which a caller makes mutable to have
-        them kept (T5X's decoding does not ask for it, and gets them computed at each step).
-        """
+    def _cached_cross_kv(self, inputs_kv: Array, tokens: Tokens | None) -> tuple[Array, Array]:
+        """Returns keys and values of the encoder's output, from the cache after the first call."""
+        # A collection of its own, which the caller makes mutable: T5X's decoding does not know it,
+        # and projects them at every step.
         if self.has_variable("cross_cache", "key"):
-            return self.get_variable("cross_cache", "key"), self.get_variable(
-                "cross_cache", "value"
-            )
+            cached_key: Array = self.get_variable("cross_cache", "key")
+            return cached_key, self.get_variable("cross_cache", "value")
         key, value = self._project_kv(inputs_kv, tokens)
         if self.is_mutable_collection("cross_cache"):
             self.put_variable("cross_cache", "key", key)
             self.put_variable("cross_cache", "value", value)
         return key, value
 
-    def _cached_self(
+    def _cached_self_kv(
         self, key: Array, value: Array, bias: Array | None
     ) -> tuple[Array, Array, Array | None, Array | None]:
-        """Puts one step's key and value into the cache; the first call only makes the cache.
+        """Writes one step's key and value to the cache; the first call only creates the cache.
 
-        Returns keys and values so far [B, T, H, K], the mask of filled places and this step's bias.
+        Returns:
+          Keys and values so far [B, T, H, K], the mask of filled positions, and this step's bias.
         """
-        is_made = self.has_variable("cache", "cached_key")
+        is_initialized = self.has_variable("cache", "cached_key")
         cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
         cached_value = self.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
         index = self.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))
-        if not is_made:
+        if not is_initialized:
             return key, value, None, bias
         if key.shape[1] != 1:
-            raise ValueError(f"cached decoding takes one token a step, found {key.shape[1]}")
+            raise ValueError(f"cached decoding takes one token at a step, got {key.shape[1]}")
         if bias is not None and bias.shape[-1] != cached_key.value.shape[1]:
             raise ValueError(
-                f"a step of decoding needs max_decode_length {cached_key.value.shape[1]},"
-                f" the length of its cache, found a bias of length {bias.shape[-1]}"
+                f"max_decode_length must be the length of the cache, {cached_key.value.shape[1]},"
+                f" got {bias.shape[-1]}"
             )
         position = index.value
         cached_key.value = jax.lax.dynamic_update_slice_in_dim(cached_key.value, key, position, 1)
@@ -249,20 +261,21 @@ class MultiHeadDotProductAttention(nn.Module):
         """[B, Lq, D], [B, Lk, D] -> [B, Lq, D].
 
         Args:
-          inputs_q: what asks.
-          inputs_kv: what is read; the same array as inputs_q in self-attention.
-          mask: which keys may be read: bool that broadcasts to [B, H, Lq, Lk], or `SegmentMask`.
+          inputs_q: input of the queries.
+          inputs_kv: input of the keys and values; the same array as inputs_q in self-attention.
+          mask: bool that broadcasts to [B, H, Lq, Lk], True where a query attends to a key, or a
+            `SegmentMask`.
           bias: added to the logits; broadcasts to [B, H, Lq, Lk].
-          tokens_q, tokens_kv: of inputs_q and inputs_kv, for routers; whether there is dropout.
-          decode: one step at a time over a cache.
+          tokens_q, tokens_kv: tokens of inputs_q and inputs_kv, for routers and dropout.
+          decode: whether to decode one token at a step with a cache.
         """
         query = self._project("query", inputs_q, tokens_q)
         if decode and inputs_q is not inputs_kv:
-            key, value = self._cached_cross(inputs_kv, tokens_kv)
+            key, value = self._cached_cross_kv(inputs_kv, tokens_kv)
         else:
             key, value = self._project_kv(inputs_kv, tokens_kv)
             if decode:
-                key, value, mask, bias = self._cached_self(key, value, bias)
+                key, value, mask, bias = self._cached_self_kv(key, value, bias)
         deterministic = tokens_q is None or tokens_q.deterministic
         attended = self._attend(query, key, value, mask, bias, deterministic)
         joined = attended.reshape(*inputs_q.shape[:2], self.num_heads * self.head_dim)
@@ -286,12 +299,15 @@ class MultiHeadDotProductAttention(nn.Module):
     ) -> Array:
         batch = key.shape[0]
         if query.shape[0] % batch:
-            raise ValueError(f"{query.shape[0]} rows of queries cannot share {batch} rows of keys")
+            raise ValueError(
+                f"the batch of the queries must be a multiple of that of the keys, {batch}, got"
+                f" {query.shape[0]}"
+            )
         if query.shape[0] != batch:  # [B·C, Lq, H, K] -> [B, C·Lq, H, K]
             query = query.reshape(batch, -1, self.num_heads, self.head_dim)
         dropout_mask = None
         if not deterministic and self.dropout_rate > 0.0:
-            # T5X drops the same key for all queries of a head
+            # As in T5X, a dropped key is dropped for all queries of a head.
             ones = jnp.ones((batch, self.num_heads, 1, key.shape[1]))
             dropout_mask = nn.Dropout(self.dropout_rate)(ones, deterministic=False)
         return attention.dot_product_attention(
@@ -300,21 +316,29 @@ class MultiHeadDotProductAttention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """T5 v1.1's gated GELU (tanh approximation): `wo(gelu(wi_0 x) * wi_1 x)`, four sites."""
+    """T5 v1.1's gated GELU, `wo(gelu(wi_0 x) * wi_1 x)`, with the sites wi_0, wi_1, gate and wo.
+
+    Attributes:
+      mlp_dim: F.
+      dtype: dtype of the products.
+      dropout_rate: dropout rate of the hidden activations.
+      adapters: adapter factories by site.
+    """
 
     mlp_dim: int
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
     dropout_rate: float = 0.0
     adapters: Adapters = Adapters()
 
     @nn.compact
     def __call__(self, x: Array, tokens: Tokens | None = None) -> Array:
-        """[B, L, D] -> [B, L, D]; `tokens` are those of x."""
+        """[B, L, D] -> [B, L, D]; `tokens` describes the tokens of x, for routers and dropout."""
 
         def wi(name: str) -> Array:
             dense = Dense(self.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name=name)
             return self.adapters.adapt(name, x, dense(x), tokens)
 
+        # GELU by its tanh approximation, as in T5 v1.1.
         gate = self.adapters.adapt("gate", x, nn.gelu(wi("wi_0"), approximate=True), tokens)
         hidden = gate * wi("wi_1")  # [B, L, F]
         deterministic = tokens is None or tokens.deterministic

@@ -10,7 +10,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,7 @@ from flax.linen import partitioning as nn_partitioning
 from pemoe_jax.core import partitioning
 from pemoe_jax.core.errors import InputError
 
-# A leaf or a tree of arrays, shapes or shardings; jax has no type for it.
-PyTree: TypeAlias = Any
+PyTree: TypeAlias = partitioning.PyTree
 Params: TypeAlias = Mapping[str, PyTree]
 # (path, array) -> the leaf to store, such as the array cast, sharded or quantized.
 Transform: TypeAlias = Callable[[str, jax.Array], PyTree]

@@ -7,7 +7,7 @@ Parameters and activations name their axes; rules map each name to an axis of th
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -17,10 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pemoe_jax.core.errors import InputError
 
-if TYPE_CHECKING:
-    from pemoe_jax.core.params import PyTree  # which imports this module
-
-Rules = tuple[tuple[str, str | None], ...]
+PyTree: TypeAlias = Any  # a leaf or a tree of arrays, shapes or shardings; jax has no type for it
+Rules: TypeAlias = tuple[tuple[str, str | None], ...]
 
 # The order is a priority: with FSDP both `batch` and `embed` map to `data`, and an activation
 # [batch, length, embed] is sharded by its batch.
@@ -154,8 +152,8 @@ def param_shardings(
 
 
 def state_shardings(
-    abstract: "PyTree", param_shardings: Mapping[str, NamedSharding], mesh: Mesh
-) -> "PyTree":
+    abstract: PyTree, param_shardings: Mapping[str, NamedSharding], mesh: Mesh
+) -> PyTree:
     """Returns the shardings of a tree that holds states of parameters, such as Adam's moments.
 
     A leaf is sharded as the parameter whose path its own path ends in. A leaf that does not have
@@ -250,7 +248,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     return shards.index(tuple(sorted(rows[jax.process_index()]))), len(shards)
 
 
-def device_put(tree: "PyTree", shardings: "PyTree") -> "PyTree":
+def device_put(tree: PyTree, shardings: PyTree) -> PyTree:
     """Moves arrays that every process holds to the devices of their shardings."""
 
     def put(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -268,7 +266,7 @@ def replicated_sharding(mesh: Mesh | jax.sharding.AbstractMesh) -> NamedSharding
     return NamedSharding(mesh, PartitionSpec())
 
 
-def replicate(tree: "PyTree", mesh: Mesh) -> "PyTree":
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copies every array to every device."""
     return device_put(tree, jax.tree.map(lambda _: replicated_sharding(mesh), tree))
 
@@ -277,7 +275,7 @@ def _identity(array: jax.Array) -> jax.Array:
     return array  # one function object, so that `gather` compiles once for each shape
 
 
-def gather(tree: "PyTree") -> "PyTree":
+def gather(tree: PyTree) -> PyTree:
     """Returns a tree of device arrays as whole numpy arrays, in every process."""
 
     def to_host(array: jax.Array | np.ndarray) -> np.ndarray:

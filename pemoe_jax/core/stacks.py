@@ -1,175 +1,183 @@
-"""The layers of a stack: one after another or as one loop, with activations kept or recomputed.
+"""The layers of a stack: unrolled or as a loop, with activations stored or rematerialized.
 
-As a loop a stack is compiled once however deep it is. It reads each parameter of its layers as one
-array `<stack>/layers/…` [N, …], stacked by `stacked` ahead of time where it is frozen, and on the
-way where it trains: states, checkpoints and masks know `<stack>/layers_<i>/…` alone.
+A loop is compiled once however deep the stack is. It reads each parameter of its N layers as one
+array `<stack>/layers/…` [N, …]. Frozen parameters are stacked once, before training, and trainable
+ones in each step, since optimizer states, checkpoints and masks know `<stack>/layers_<i>/…` alone.
 """
 
 import functools
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.extend.core import Primitive
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core import quantized
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.params import Params, PyTree
 
 Array = jax.Array
+# (primitive, *inputs, **its parameters) -> whether its output is stored; as of jax.checkpoint.
+_Policy: TypeAlias = Callable[..., bool]
 
 
-def _all_but_copies(primitive: Any, *of: Any, **settings: Any) -> bool:
+def _all_but_copies(
+    primitive: Primitive, *inputs: jax.core.ShapedArray, **settings: PyTree
+) -> bool:
+    # A loop stores what a policy accepts. Copies of parameters are excluded, such as a sharding
+    # constraint's output: the loop would hold a second copy of all its weights.
     if primitive.name == "convert_element_type":
-        return bool(settings["new_dtype"].itemsize <= of[0].dtype.itemsize)
+        return bool(settings["new_dtype"].itemsize <= inputs[0].dtype.itemsize)
     return primitive.name not in ("sharding_constraint", "broadcast_in_dim", "reshape")
 
 
-# What the backward pass finds of a layer, beside what the layer read, under T5X's names: all that
-# it needs; what its frozen matrices gave and the fused attention, but nothing that adapters made of
-# these; nothing. It computes the rest again.
-REMAT_POLICIES: dict[str, Callable[..., bool]] = {
-    # A constraint of where a parameter lies would be kept as an array of its own, and a loop would
-    # so keep a second copy of all its weights.
+# The activations of a layer, besides its input, that are stored for its gradients; the others are
+# computed again. Under T5X's names: `none` stores all that are needed; `minimal` the outputs of
+# matrices and of fused attention, but nothing that adapters compute from them; `full` nothing.
+REMAT_POLICIES: dict[str, _Policy] = {
     "none": _all_but_copies,
     "minimal": jax.checkpoint_policies.save_only_these_names("product", "attended"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-_COLLECTIONS = ("routers", "intermediates")  # what layers tell, for callers that ask for it
-_OF_LAYER = re.compile(r"(.*?)layers_(\d+)/(.*)")
+_COLLECTIONS = ("routers", "intermediates")  # outputs of layers besides x, if mutable
+_LAYER_PATH = re.compile(r"(.*?)layers_(\d+)/(.*)")
 
 
-def check_remat_policy(name: Any) -> None:
-    """Raises InputError where there is no such policy."""
+def check_remat_policy(name: object) -> None:
+    """Raises InputError if a name is not one of `REMAT_POLICIES`."""
     if name not in REMAT_POLICIES:
-        raise InputError(f"REMAT_POLICY: expected one of {[*REMAT_POLICIES]}, found {name!r}")
+        raise InputError(f"REMAT_POLICY must be one of {[*REMAT_POLICIES]}, got {name!r}")
 
 
 def apply_layers(
     stack: nn.Module,
-    make: Callable[..., nn.Module],
-    count: int,
-    call: Callable[[Any, Array], Array],
+    make_layer: Callable[..., nn.Module],
+    num_layers: int,
+    apply: Callable[[PyTree, Array], Array],
     x: Array,
     scan: bool = False,
     remat_policy: str = "none",
 ) -> Array:
-    """x [B, L, D] through the layers `layers_0`, … of a stack, in whose compact method this is.
+    """Applies the layers `layers_0`, `layers_1`, … of a stack to x [B, L, D].
 
     Args:
-      stack: whose layers they are.
-      make: (name=…) -> a layer; all layers are alike.
-      count: N.
-      call: (layer, x) -> x, what the layer reads beside x filled in.
-      x: what the first layer reads.
-      scan: as a loop. Dropout then draws other masks, as good as those of the unrolled form.
+      stack: the module of the layers, inside its compact method.
+      make_layer: (name=…) -> a layer; all layers have the same hyperparameters.
+      num_layers: N.
+      apply: (layer, x) -> x, with the layer's other arguments filled in.
+      x: input of the first layer.
+      scan: whether to run as a loop. Dropout masks then differ from those of the unrolled form.
       remat_policy: one of `REMAT_POLICIES`.
     """
     policy = REMAT_POLICIES[remat_policy]
-    if scan and count:
-        return _scanned(stack, make, count, call, x, policy)
+    if scan and num_layers:
+        return _scan_layers(stack, make_layer, num_layers, apply, x, policy)
     if remat_policy != "none":
-        call = nn.remat(call, policy=policy)
-    for i in range(count):
-        x = call(make(name=f"layers_{i}"), x)
+        apply = nn.remat(apply, policy=policy)
+    for i in range(num_layers):
+        x = apply(make_layer(name=f"layers_{i}"), x)
     return x
 
 
-def _scanned(
+def _scan_layers(
     stack: nn.Module,
-    make: Callable[..., nn.Module],
-    count: int,
-    call: Callable[[Any, Array], Array],
+    make_layer: Callable[..., nn.Module],
+    num_layers: int,
+    apply: Callable[[PyTree, Array], Array],
     x: Array,
-    policy: Callable[..., bool],
+    policy: _Policy,
 ) -> Array:
-    layer = make(parent=None)
-    told_of = [name for name in _COLLECTIONS if stack.is_mutable_collection(name)]
-    keys = jax.random.split(stack.make_rng("dropout"), count) if stack.has_rng("dropout") else None
-    params = stack_layers(stack.variables["params"], lambda _: count)["layers"]
+    # Not `nn.scan`, whose parameters are one stacked array each: the tree must stay that of T5X.
+    layer = make_layer(parent=None)
+    mutable = [name for name in _COLLECTIONS if stack.is_mutable_collection(name)]
+    keys = None
+    if stack.has_rng("dropout"):
+        keys = jax.random.split(stack.make_rng("dropout"), num_layers)
+    params = stack_layers(stack.variables["params"], lambda _: num_layers)["layers"]
 
-    def body(x: Array, of_layer: Any) -> Any:
-        params, key = of_layer
+    def body(x: Array, params_and_key: tuple[PyTree, Array | None]) -> tuple[Array, PyTree]:
+        params, key = params_and_key
         rngs = None if key is None else {"dropout": key}
-        return nn.apply(call, layer, mutable=told_of)({"params": params}, x, rngs=rngs)
+        return nn.apply(apply, layer, mutable=mutable)({"params": params}, x, rngs=rngs)
 
-    # in a loop the forward pass is out of the backward pass' reach: no barrier between the two
+    # XLA does not merge recomputation with the forward pass across loops: no barrier is needed.
     body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    x, told = jax.lax.scan(body, x, (params, keys))
-    for name, tree in told.items():
-        for i in range(count):
-            of_layer = jax.tree.map(lambda leaf, i=i: leaf[i], tree)
-            stack.put_variable(name, f"layers_{i}", of_layer)
+    x, collections = jax.lax.scan(body, x, (params, keys))
+    for name, tree in collections.items():
+        for i in range(num_layers):
+            layer_tree = jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+            stack.put_variable(name, f"layers_{i}", layer_tree)
     return x
 
 
 def stack_layers(
-    params: Mapping[str, Any],
-    depth_of: Callable[[str], int],
-    join: Callable[[list[Any]], Any] = jnp.stack,
-) -> dict[str, Any]:
-    """Parameters with those of `layers_0`, `layers_1`, … joined under `layers`, for a loop.
+    params: Params,
+    depth: Callable[[str], int],
+    stack: Callable[[list[PyTree]], PyTree] = jnp.stack,
+) -> dict[str, PyTree]:
+    """Stacks the parameters of `layers_0`, `layers_1`, … as `layers`, for a loop.
 
-    What only some layers of a stack have here (where a part of them trains) stays where it is.
+    A parameter that only some layers of a stack have here (the others train) is not stacked.
 
     Args:
-      params: of a stack, or of a tree with stacks in it.
-      depth_of: what comes before 'layers_0' of a path, as 'encoder/' -> how many layers there are.
-      join: [N] leaves -> one leaf.
+      params: parameters of a stack, or of a tree with stacks.
+      depth: the part of a path before 'layers_0', such as 'encoder/' -> number of layers.
+      stack: N leaves -> one leaf.
     """
-    found: dict[str, Any] = {}
-    of_layers: dict[tuple[str, str], dict[int, Any]] = {}
+    flat: dict[str, PyTree] = {}
+    by_layer: dict[tuple[str, str], dict[int, PyTree]] = {}
     for path, leaf in params_lib.flatten(params).items():
-        match = _OF_LAYER.fullmatch(path)
+        match = _LAYER_PATH.fullmatch(path)
         if match is None:
-            found[path] = leaf
+            flat[path] = leaf
         else:
-            of_layers.setdefault((match[1], match[3]), {})[int(match[2])] = leaf
-    for (before, rest), leaves in of_layers.items():
-        if len(leaves) == depth_of(before):
-            ordered = [leaves[i] for i in sorted(leaves)]
-            if len({jax.tree.structure(leaf) for leaf in ordered}) > 1:
-                # some train, the others are quantized
-                ordered = [
-                    quantized.dequantize(leaf)
-                    if isinstance(leaf, quantized.QuantizedMatrix)
-                    else leaf
-                    for leaf in ordered
-                ]
-            # a quantized matrix has two arrays
-            found[f"{before}layers/{rest}"] = jax.tree.map(lambda *one: join([*one]), *ordered)
-        else:
-            found |= {f"{before}layers_{i}/{rest}": leaf for i, leaf in leaves.items()}
-    return params_lib.unflatten(found)
+            by_layer.setdefault((match[1], match[3]), {})[int(match[2])] = leaf
+    for (prefix, rest), leaves in by_layer.items():
+        if len(leaves) != depth(prefix):
+            flat |= {f"{prefix}layers_{i}/{rest}": leaf for i, leaf in leaves.items()}
+            continue
+        ordered = [leaves[i] for i in sorted(leaves)]
+        if len({jax.tree.structure(leaf) for leaf in ordered}) > 1:
+            # A mixture of trainable and quantized matrices has no common form but float32.
+            ordered = [
+                quantized.dequantize(leaf) if isinstance(leaf, quantized.QuantizedMatrix) else leaf
+                for leaf in ordered
+            ]
+        # A quantized matrix is a pytree of two arrays, each stacked by itself.
+        flat[f"{prefix}layers/{rest}"] = jax.tree.map(lambda *each: stack([*each]), *ordered)
+    return params_lib.unflatten(flat)
 
 
 def stack_and_delete(leaves: list[jax.Array]) -> jax.Array:
-    """[N] arrays -> one, spread as they are; the N are deleted, so that there is one copy too many
-    of one parameter at a time and never of the model."""
-    whole = _join(_stacked_sharding(leaves[0].sharding))(leaves)
-    whole.block_until_ready()
+    """Stacks N arrays, with their sharding, and deletes them."""
+    # Blocking and deletion keep a second copy of one parameter at a time in memory, and not of the
+    # whole model.
+    stacked = _stack_program(_stacked_sharding(leaves[0].sharding))(leaves)
+    stacked.block_until_ready()
     for leaf in leaves:
         leaf.delete()
-    return whole
+    return stacked
 
 
 def stack_abstract(leaves: list[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
-    """What `stack_and_delete` gives, as a shape."""
+    """Returns the shape and sharding of `stack_and_delete`."""
     shape, dtype = (len(leaves), *leaves[0].shape), leaves[0].dtype
     return jax.ShapeDtypeStruct(shape, dtype, sharding=_stacked_sharding(leaves[0].sharding))
 
 
 @functools.cache
-def _join(sharding: Any) -> Callable[[list[jax.Array]], jax.Array]:
+def _stack_program(sharding: Sharding | None) -> Callable[[list[jax.Array]], jax.Array]:
     return jax.jit(jnp.stack, out_shardings=sharding)
 
 
-def _stacked_sharding(sharding: Any) -> Any:
-    """With an axis before the others that is not spread."""
+def _stacked_sharding(sharding: Sharding | None) -> Sharding | None:
+    """Adds a leading axis that is not sharded."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))

@@ -317,7 +317,7 @@ def test_dropout_needs_a_key_and_differs_by_key():
 
 @pytest.mark.parametrize(
     "field, value, message",
-    [("dtype", "float16", "float32 or bfloat16"), ("dropout_rate", 1.5, "found 1.5")],
+    [("dtype", "float16", "float32 or bfloat16"), ("dropout_rate", 1.5, "got 1.5")],
 )
 def test_wrong_configuration(field, value, message):
     with pytest.raises(InputError, match=message):

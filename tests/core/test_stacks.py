@@ -355,12 +355,12 @@ def test_how_a_step_is_computed_is_no_part_of_what_the_model_is():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"scan_layers": 1}, "SCAN_LAYERS: expected True or False, found 1"),
+        ({"scan_layers": 1}, "SCAN_LAYERS must be True or False, got 1"),
         (
             {"remat_policy": "some"},
-            r"REMAT_POLICY: expected one of \['none', 'minimal', 'full'\], found 'some'",
+            r"REMAT_POLICY must be one of \['none', 'minimal', 'full'\], got 'some'",
         ),
-        ({"remat_policy": None}, "REMAT_POLICY: expected one of .*, found None"),
+        ({"remat_policy": None}, "REMAT_POLICY must be one of .*, got None"),
     ],
 )
 def test_wrong_settings(settings, says):

@@ -52,7 +52,7 @@ EVALUATE += ["--gin.EVAL_OUTPUT_DIR=/nowhere/out"]
         (["--gin.KEEP_CHECKPOINTS=0"], "KEEP_CHECKPOINTS must be"),
         (["--gin.network.T5Config.emb_dim=0"], "T5Config.emb_dim: must be at least 1"),
         (["--gin.RANK=%ALPHA", "--gin.ALPHA=%RANK"], "must be a value, got a reference to itself"),
-        (["--gin.DTYPE=abc"], "T5Config.dtype: expected float32 or bfloat16, found 'abc'"),
+        (["--gin.DTYPE=abc"], "T5Config.dtype must be float32 or bfloat16, got 'abc'"),
     ],
 )
 def test_training(capsys, flags, message):

@@ -443,7 +443,7 @@ TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=methods/mov.gin"]
         (["--output=plan.txt"], "--output: expected a file that ends in .md or .json"),
         (["--output=/no/such/folder/plan.md"], "expected a file in a folder that exists"),
         (["--gin.TRAINABLE=['nothing']"], "TRAINABLE matched 0"),
-        (["--gin.REMAT_POLICY=some"], "REMAT_POLICY: expected one of ['none', 'minimal', 'full']"),
+        (["--gin.REMAT_POLICY=some"], "REMAT_POLICY must be one of ['none', 'minimal', 'full']"),
         (["--gin.NO_SUCH=1"], "no gin file has a macro of this name"),
     ],
 )
