@@ -55,8 +55,8 @@ def of_step(
     config = model.config
     described = adapters.describe(model.adapters)
     reads = {site: one["router"]["reads"] for site, one in described.items() if one.get("router")}
-    found = flops.of_step(config, shapes, trains, rows, tuple(lengths), reads, examples)
-    operations = found.together
+    found = flops.train_step_flops(config, shapes, trains, rows, tuple(lengths), reads, examples)
+    operations = found.total
     width = jnp.dtype(config.dtype).itemsize
     tokens = {"encoder": rows * lengths[0], "decoder": rows * lengths[1]}
     moved = 0

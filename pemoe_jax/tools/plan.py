@@ -1,35 +1,37 @@
-"""What a train step takes on many devices, without them: `pemoe plan --help`."""
+"""Estimates the cost of a train step on many devices without them: `pemoe plan --help`."""
 
 import argparse
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
 
 if TYPE_CHECKING:
-    from pemoe_jax.analysis.planning import compile
+    import optax
+
+    from pemoe_jax.analysis.planning import compiled_step
     from pemoe_jax.core import network
 
-_WIRING = """\
+_BINDINGS = """\
 from pemoe_jax.tools import plan
 from pemoe_jax.core import network
 from pemoe_jax.core import optim
 network.T5Config.scan_layers = %SCAN_LAYERS
 network.T5Config.remat_policy = %REMAT_POLICY
 network.T5Config.attention = %ATTENTION
-plan.configured.model = %MODEL
-plan.configured.method = %METHOD
-plan.configured.trainable = %TRAINABLE
-plan.configured.frozen_dtype = %FROZEN_DTYPE
-plan.configured.optimizer = @optim."""
+plan.configured_step.model = %MODEL
+plan.configured_step.method = %METHOD
+plan.configured_step.trainable = %TRAINABLE
+plan.configured_step.frozen_dtype = %FROZEN_DTYPE
+plan.configured_step.optimizer = @optim."""
 
-# where no run file has them
+# Run files set these macros, but a plan needs no run file.
 _MACROS = (
     "SCAN_LAYERS = False",
     "REMAT_POLICY = 'none'",
@@ -40,182 +42,197 @@ _MACROS = (
 FLAGS = gin_flags.make_parser(
     "plan",
     "Compiles the train step of any size for any number of devices, on this machine's CPU and\n"
-    "without weights, and prints what it takes on each: memory, communication, FLOPs.",
+    "without weights, and prints its memory, collectives and FLOPs on each device.",
     example="""\
   pemoe plan --gin_file=models/t5_1_1_xxl.gin --gin_file=methods/mov.gin \\
     --gin.NUM_EXPERTS=60 --gin.DTYPE=bfloat16 \\
     --mesh 32x1:fsdp --mesh 4x8 --mesh 1x32 --hbm v4
 """,
-    macros=(*gin_flags.MODEL_AND_METHOD_FILES, "\n".join([*_MACROS, _WIRING])),
+    macros=(*gin_flags.MODEL_AND_METHOD_FILES, "\n".join([*_MACROS, _BINDINGS])),
 )
 FLAGS.add_argument(
     "--mesh",
     action="append",
     default=[],
     metavar="DATAxMODEL[:fsdp]",
-    help="devices, e.g. 4x8: a batch over 4, each matrix over 8; may be repeated (default: 1x1)",
+    help="devices, such as 4x8: a batch over 4, each matrix over 8; may be repeated (default: 1x1)",
 )
-FLAGS.add_argument("--fsdp", action="store_true", help="all meshes spread parameters over data too")
+FLAGS.add_argument(
+    "--fsdp", action="store_true", help="shard parameters over data too, on every mesh"
+)
 FLAGS.add_argument("--batch_size", type=int, default=32, help="rows over all devices (default: 32)")
 FLAGS.add_argument(
-    "--lengths", default="1024,256", metavar="N,N", help="of inputs and targets (default: 1024,256)"
+    "--lengths",
+    default="1024,256",
+    metavar="N,N",
+    help="lengths of inputs and targets (default: 1024,256)",
 )
-FLAGS.add_argument("--microbatches", type=int, default=1, help="pieces of a batch (default: 1)")
+FLAGS.add_argument(
+    "--microbatches", type=int, default=1, help="microbatches of a batch (default: 1)"
+)
 FLAGS.add_argument(
     "--optimizer", choices=("adafactor", "adamw"), default="adafactor", help="(default: adafactor)"
 )
-FLAGS.add_argument("--hbm", metavar="SIZE", help="memory of a device: 32GB, or its name, e.g. v4")
+FLAGS.add_argument("--hbm", metavar="SIZE", help="memory of a device: 32GB, or a name such as v4")
 FLAGS.add_argument(
     "--every_layer",
     action="store_true",
-    help="compile all layers, where 2 and 4 tell what each further one adds",
+    help="compile all layers of a deep model instead of extrapolating from 2 and 4",
 )
 FLAGS.add_argument("--markdown", action="store_true", help="print Markdown")
-FLAGS.add_argument("--output", metavar="FILE", help="write the plan there, by its end .md or .json")
+FLAGS.add_argument(
+    "--output", metavar="FILE", help="also write the tables to FILE.md, or all figures to FILE.json"
+)
 
-# Memory of a device as jax counts them: of TPU v2 and v3 a core, of the others a chip.
+# GB of a device as jax counts devices: a core of TPU v2 and v3, a chip of the others.
 CHIPS = {"v2": 8, "v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 80}
 
 
-def configured(
+def configured_step(
     model: "network.Transformer | None",
     method: str | None,
     trainable: Sequence[str] | None,
-    optimizer: Any,
+    optimizer: "Callable[[optax.Schedule], optax.GradientTransformation]",
     frozen_dtype: str,
-) -> "tuple[network.Transformer, str, Sequence[str], Any, str]":
-    """What the gin files configure: the arguments, with the optimizer's transformation.
+) -> "tuple[network.Transformer, str, Sequence[str], optax.GradientTransformation, str]":
+    """Returns what the gin files configure: the arguments, with a constructed optimizer.
 
     Args:
       model: network with its adapters.
-      method: its name.
+      method: name of the method.
       trainable: patterns of the parameters that train.
       optimizer: schedule -> optax transformation.
-      frozen_dtype: of frozen matrices, one of `quantized.FROZEN_DTYPES`.
+      frozen_dtype: dtype of frozen matrices, one of `quantized.FROZEN_DTYPES`.
 
     Raises:
-      InputError: there is no model or no method.
+      InputError: no model or method is configured.
     """
     if model is None:
-        raise InputError("no model: expected --gin_file=models/…")
+        raise InputError("MODEL is not set: pass --gin_file=models/…")
     if not trainable:
-        raise InputError("TRAINABLE is not set: expected --gin_file=methods/…")
-    # any rate: it changes no shape
+        raise InputError("TRAINABLE is not set: pass --gin_file=methods/…")
+    # The learning rate changes neither shapes nor FLOPs.
     return model, method or "custom", trainable, optimizer(lambda step: 1e-3), frozen_dtype
 
 
 def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-    """Prints and writes what the flags ask for.
+    """Compiles the step for each mesh, and prints and writes the costs.
 
     Raises:
-      InputError: a flag is wrong, a batch does not divide; see `config.load` too.
+      InputError: a flag is wrong, the batch does not divide over a mesh; see also
+        `gin_flags.load_config`.
     """
-    from pemoe_jax.analysis import tables as tables_lib
-    from pemoe_jax.analysis.planning import tables
+    from pemoe_jax.analysis import tables
+    from pemoe_jax.analysis.planning import cost_tables
+    from pemoe_jax.runtime import atomic_write
 
-    layouts = [tables.Layout.parse(text, args.fsdp) for text in args.mesh or ["1x1"]]
-    lengths = _lengths(args.lengths)
-    chip = memory(args.hbm)
+    layouts = [cost_tables.MeshLayout.parse(text, args.fsdp) for text in args.mesh or ["1x1"]]
+    lengths = _parse_lengths(args.lengths)
+    size = parse_memory(args.hbm)
+    chip = cost_tables.Chip(*size) if size else None
     for flag in ("batch_size", "microbatches"):
         if getattr(args, flag) < 1:
-            raise InputError(f"--{flag}: expected at least 1, found {getattr(args, flag)}")
+            raise InputError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
     _check_output(args.output)
-    _make_devices(max(one.devices for one in layouts))  # before jax looks for any
+    _create_virtual_devices(max(layout.devices for layout in layouts))
 
-    from pemoe_jax.analysis.planning import compile
+    from pemoe_jax.analysis.planning import compiled_step
 
-    step, method = _step(args, bindings, lengths)
-    for one in layouts:
-        compile.mesh_of(step, one)  # before minutes are spent on those before it
-    found = []
-    for one in layouts:
+    step, method = _load_step(args, bindings, lengths)
+    # Check every mesh before spending minutes on the first.
+    for layout in layouts:
+        compiled_step.make_mesh(step, layout)
+    costs = []
+    for layout in layouts:
         start = time.perf_counter()
-        print(f"compiling {one} …", file=sys.stderr, flush=True)
-        found.append(compile.plan(step, one, args.every_layer))
+        print(f"compiling {layout} …", file=sys.stderr, flush=True)
+        costs.append(compiled_step.estimate_cost(step, layout, args.every_layer))
         print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     title = _title(args, method, step)
-    shown = tables.to_tables(title, found, tables.Chip(*chip) if chip else None)
+    results = cost_tables.to_tables(title, costs, chip)
     if args.markdown:
-        print(tables_lib.to_markdown(shown), end="")
+        print(tables.to_markdown(results), end="")
     else:
-        tables_lib.print_tables(shown)
+        tables.print_tables(results)
     if args.output:
-        path = Path(args.output)
-        as_json = tables.to_json(title, found, tables.Chip(*chip) if chip else None)
-        from pemoe_jax.runtime import atomic_write
-
-        text = as_json if path.suffix == ".json" else tables_lib.to_markdown(shown)
-        atomic_write.write_text(path, text)
+        is_json = Path(args.output).suffix == ".json"
+        text = cost_tables.to_json(title, costs, chip) if is_json else tables.to_markdown(results)
+        atomic_write.write_text(args.output, text)
 
 
-def _step(
+def _load_step(
     args: argparse.Namespace, bindings: Sequence[str], lengths: tuple[int, int]
-) -> "tuple[compile.Step, str]":
-    """What the gin files and flags describe, and the method's label."""
+) -> "tuple[compiled_step.TrainStep, str]":
+    """Returns the step that gin files and flags configure, and the label of its method."""
     from pemoe_jax.analysis import counts
-    from pemoe_jax.analysis.planning import compile
+    from pemoe_jax.analysis.planning import compiled_step
     from pemoe_jax.core import adapters, network, params, quantized
 
-    args.gin_bindings = [_WIRING + args.optimizer, *args.gin_bindings]
+    args.gin_bindings = [_BINDINGS + args.optimizer, *args.gin_bindings]
     gin_flags.load_config(args, bindings, _MACROS)
-    model, method, trainable, optimizer, frozen_dtype = gin_flags.call_configured(configured)
+    model, method, trainable, optimizer, frozen_dtype = gin_flags.call_configured(configured_step)
     quantized.check_frozen_dtype(frozen_dtype)
-    rows = args.batch_size
-    step = compile.Step(model, trainable, optimizer, rows, lengths, args.microbatches, frozen_dtype)
+    step = compiled_step.TrainStep(
+        model, trainable, optimizer, args.batch_size, lengths, args.microbatches, frozen_dtype
+    )
     shapes = params.flatten(network.param_shapes(model))
-    params.trainable_paths(shapes, trainable)  # fails before anything is compiled
+    params.trainable_paths(shapes, trainable)  # raises before anything is compiled
     return step, counts.method_label(method, shapes, adapters.describe(model.adapters))
 
 
-def _title(args: argparse.Namespace, method: str, step: "compile.Step") -> str:
+def _title(args: argparse.Namespace, method: str, step: "compiled_step.TrainStep") -> str:
     files = [Path(file).stem for file in args.gin_file if "methods" not in Path(file).parts]
-    pieces = f" in {step.microbatches} pieces" if step.microbatches > 1 else ""
+    microbatches = f" in {step.microbatches} microbatches" if step.microbatches > 1 else ""
     return (
         f"{' '.join([files[0] if files else 'model', method])}: {step.batch_size} rows of"
-        f" {step.lengths[0]} + {step.lengths[1]} tokens{pieces},"
+        f" {step.lengths[0]} + {step.lengths[1]} tokens{microbatches},"
         f" {step.model.config.as_dict()['dtype']}, {args.optimizer}"
     )
 
 
-def _lengths(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
-    if not found:
-        raise InputError(f"--lengths: expected lengths of inputs and targets, found {text!r}")
-    return int(found[1]), int(found[2])
+def _parse_lengths(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
+    if not match:
+        raise InputError(f"--lengths must be INPUTS,TARGETS, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
-def memory(text: str | None) -> tuple[str, int] | None:
-    """'v4', '32GB' or '79.6 GiB' -> (how it is called, bytes)."""
+def parse_memory(text: str | None) -> tuple[str, int] | None:
+    """Parses the memory of a device, 'v4', '32GB' or '79.6 GiB', to its name and bytes.
+
+    Raises:
+      InputError: the text has another form, or the size is 0.
+    """
     if text is None:
         return None
     if text.lower() in CHIPS:
         size = CHIPS[text.lower()]
         return f"{size} GB ({text})", size * 10**9
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB)", text)
-    if not found or not float(found[1]):
-        known = ", ".join(CHIPS)
-        raise InputError(f"--hbm: expected a size as 32GB, or one of {known}; found {text!r}")
-    unit = 10**9 if found[2] == "GB" else 2**30
-    return f"{found[1]} {found[2]}", int(float(found[1]) * unit)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB)", text)
+    if not match or not float(match[1]):
+        chips = ", ".join(CHIPS)
+        raise InputError(f"--hbm must be a size such as 32GB, or one of {chips}, got {text!r}")
+    unit = 10**9 if match[2] == "GB" else 2**30
+    return f"{match[1]} {match[2]}", int(float(match[1]) * unit)
 
 
-def _make_devices(count: int) -> None:
-    """Virtual ones, of the CPU; jax reads this when it first looks for devices."""
+def _create_virtual_devices(count: int) -> None:
+    """Makes jax start with virtual CPU devices; it must not have been used yet."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     name = "--xla_force_host_platform_device_count"
-    others = re.sub(rf" *{name}=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    os.environ["XLA_FLAGS"] = f"{others} {name}={count}".strip()
+    other_flags = re.sub(rf" *{name}=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = f"{other_flags} {name}={count}".strip()
 
 
 def _check_output(path: str | None) -> None:
     if path is None:
         return
     if Path(path).suffix not in (".md", ".json"):
-        raise InputError(f"--output: expected a file that ends in .md or .json, found {path!r}")
+        raise InputError(f"--output must end in .md or .json, got {path!r}")
     if not Path(path).absolute().parent.is_dir():
-        raise InputError(f"--output={path}: expected a file in a folder that exists")
+        raise InputError(f"--output must be in an existing folder, got {path!r}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     return gin_flags.run_command(FLAGS, plan, argv)

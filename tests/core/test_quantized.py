@@ -24,7 +24,7 @@ from methods import (
 )
 
 from pemoe_jax import evaluate, train
-from pemoe_jax.analysis.planning import compile
+from pemoe_jax.analysis.planning import compiled_step
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints import models, runs
 from pemoe_jax.core import network, optim, params, partitioning, quantized, stacks, steps
@@ -274,11 +274,11 @@ def test_a_plan_counts_their_bytes():
 
     def frozen(dtype: str, **settings) -> int:
         model = _model("mov", dtype="bfloat16", **settings)
-        step = compile.Step(
+        step = compiled_step.TrainStep(
             model, METHODS["mov"].trainable, optim.adamw(lambda _: 1.0), 4, (8, 6), 1, dtype
         )
         mesh = partitioning.make_mesh(1, jax.devices()[:1])
-        return compile.bytes_on_device(compile.arguments(step, mesh).frozen)
+        return compiled_step.bytes_per_device(compiled_step.abstract_arguments(step, mesh).frozen)
 
     matrices = {
         path: leaf.shape

@@ -17,7 +17,7 @@ from methods import (
     random_params_of,
 )
 
-from pemoe_jax.analysis.planning import compile
+from pemoe_jax.analysis.planning import compiled_step
 from pemoe_jax.core import network, optim, params, partitioning, quantized, stacks, steps
 from pemoe_jax.core.adapters import Adapters, VectorExperts
 from pemoe_jax.core.errors import InputError
@@ -267,23 +267,31 @@ def planned_step(way, method="mov", layers=4, dtype="float32"):
         remat_policy=remat,
     )
     model = network.Transformer(config, METHODS[method].adapters())
-    return compile.Step(model, METHODS[method].trainable, optim.adamw(lambda _: 1e-3), 4, (64, 32))
+    return compiled_step.TrainStep(
+        model, METHODS[method].trainable, optim.adamw(lambda _: 1e-3), 4, (64, 32)
+    )
 
 
 def test_shapes_of_a_planned_loop():
     """Frozen parameters lie stacked, the axis of layers whole; states and bytes are as ever."""
     mesh = partitioning.make_mesh(2)
-    loop, plain = (compile.arguments(planned_step((s, "none")), mesh) for s in (True, False))
+    loop, plain = (
+        compiled_step.abstract_arguments(planned_step((s, "none")), mesh) for s in (True, False)
+    )
     query = loop.frozen["encoder"]["layers"]["attention"]["query"]["kernel"]
     assert query.shape == (4, 16, 12)
     assert tuple(query.sharding.spec) == (None, None, "model")
     assert loop.state == plain.state
-    assert compile.bytes_on_device(loop.frozen) == compile.bytes_on_device(plain.frozen)
+    assert compiled_step.bytes_per_device(loop.frozen) == compiled_step.bytes_per_device(
+        plain.frozen
+    )
 
 
 def test_a_loop_keeps_no_copy_of_its_weights():
     """Nothing of the shape of stacked weights is written into, as residuals of the loop are."""
-    text = compile.compile_step(planned_step((True, "none")), partitioning.make_mesh(2)).as_text()
+    text = compiled_step.compile_step(
+        planned_step((True, "none")), partitioning.make_mesh(2)
+    ).as_text()
     written = [line for line in text.splitlines() if "dynamic-update-slice(" in line]
     assert any("f32[4,4,64,10]" in line for line in written)  # [N, B, L, F/2]: activations are
     assert not any("f32[4,16,10]" in line for line in written)  # [N, D, F/2]: weights are not
@@ -294,7 +302,7 @@ def test_memory_of_activations_falls(scan):
     """Policies in the order of what they keep; the whole without remat at least twice the least."""
     mesh = partitioning.make_mesh(1, jax.devices()[:1])
     none, minimal, full = (
-        compile.compile_step(planned_step((scan, policy)), mesh)
+        compiled_step.compile_step(planned_step((scan, policy)), mesh)
         .memory_analysis()
         .temp_size_in_bytes
         for policy in stacks.REMAT_POLICIES

@@ -1,4 +1,4 @@
-"""`pemoe plan`: bytes and FLOPs by hand, collectives where they belong, its flags."""
+"""`pemoe plan`: memory and FLOPs by hand, collectives, extrapolation, tables, flags."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from methods import CONFIG, METHODS
 
-from pemoe_jax.analysis.planning import compile, flops, hlo, tables
+from pemoe_jax.analysis.planning import compiled_step, cost_tables, flops, hlo
 from pemoe_jax.core import adapters, network, optim, partitioning, routing
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.tools import plan
@@ -27,20 +27,22 @@ def step(method="mov", experts=3, config=CONFIG, rows=4, lengths=(8, 6), **setti
     chosen = METHODS[method]
     model = network.Transformer(config, chosen.adapters(experts))
     optimizer = optim.adamw(lambda count: RATE)
-    return compile.Step(model, chosen.trainable, optimizer, rows, lengths, **settings)
+    return compiled_step.TrainStep(model, chosen.trainable, optimizer, rows, lengths, **settings)
 
 
-def memory(one: compile.Step, data: int, model: int, fsdp: bool = False) -> tuple[int, ...]:
-    """Bytes on a device of frozen parameters, trainable ones and their optimizer's state."""
-    given = compile.arguments(one, mesh_of(data, model), fsdp)
-    state = given.state
+def memory(
+    train_step: compiled_step.TrainStep, data: int, model: int, fsdp: bool = False
+) -> tuple[int, ...]:
+    """Returns a device's bytes of frozen and trainable parameters, and of the optimizer state."""
+    arguments = compiled_step.abstract_arguments(train_step, make_mesh(data, model), fsdp)
+    state = arguments.state
     return tuple(
-        compile.bytes_on_device(part)
-        for part in (given.frozen, state.params, (state.opt_state, state.step))
+        compiled_step.bytes_per_device(part)
+        for part in (arguments.frozen, state.params, (state.opt_state, state.step))
     )
 
 
-def mesh_of(data: int, model: int):
+def make_mesh(data: int, model: int):
     return partitioning.make_mesh(model, jax.devices()[: data * model])
 
 
@@ -55,53 +57,53 @@ BASE = 2 * 32 * 16 + POSITIONS + 3 * 4 * 16 * 12 + 2 * 3 * 16 * 20 + NORMS  # 5,
 # at two gates.
 HEADS, HEAD_ROUTERS, GATES = 3 * 2 * 2 * 3 * 6, 3 * 2 * 6 * 3, 2 * 2 * 3 * 20  # 216, 108, 240
 TRAINABLE = HEADS + HEAD_ROUTERS + GATES
-COUNTS = 3 * 4  # the step, Adam's and the schedule's
+COUNTERS = 3 * 4  # int32: step, Adam's count, the schedule's count
 
 
-def test_bytes_of_one_device():
-    """Float32; Adam keeps two moments of each trainable parameter."""
-    assert memory(step(), 1, 1) == (4 * BASE, 4 * TRAINABLE, 8 * TRAINABLE + COUNTS)
+def test_memory_of_one_device():
+    """Adam has two float32 moments for each trainable parameter."""
+    assert memory(step(), 1, 1) == (4 * BASE, 4 * TRAINABLE, 8 * TRAINABLE + COUNTERS)
 
 
-def test_frozen_matrices_are_kept_in_bfloat16():
+def test_frozen_matrices_are_bfloat16():
     """Norms and logits stay float32."""
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     wide = NORMS + 32 * 16
     frozen = 2 * (BASE - wide) + 4 * wide
-    assert memory(step(config=config), 1, 1) == (frozen, 4 * TRAINABLE, 8 * TRAINABLE + COUNTS)
+    assert memory(step(config=config), 1, 1) == (frozen, 4 * TRAINABLE, 8 * TRAINABLE + COUNTERS)
 
 
 def test_model_parallelism_halves_matrices():
-    """All but norms; routers by head are whole on each device, for K is not spread."""
+    """Norms are replicated, and routers by head too: K is not sharded."""
     trainable = (HEADS + GATES) // 2 + HEAD_ROUTERS
     frozen = (BASE - NORMS) // 2 + NORMS
-    assert memory(step(), 1, 2) == (4 * frozen, 4 * trainable, 8 * trainable + COUNTS)
+    assert memory(step(), 1, 2) == (4 * frozen, 4 * trainable, 8 * trainable + COUNTERS)
 
 
-def test_fsdp_halves_what_has_an_embedding_axis():
-    """All but relative positions; MoV's adapters have none. Without it nothing is halved."""
+def test_fsdp_halves_parameters_with_an_embedding_axis():
+    """Relative positions and MoV's adapters have no such axis; without FSDP all is replicated."""
     frozen = (BASE - POSITIONS) // 2 + POSITIONS
     assert memory(step(), 2, 1, fsdp=True) == (
         4 * frozen,
         4 * TRAINABLE,
-        8 * TRAINABLE + COUNTS,
+        8 * TRAINABLE + COUNTERS,
     )
     assert memory(step(), 2, 1) == memory(step(), 1, 1)
 
 
-def test_batch_bytes():
+def test_memory_of_the_batch():
     """Three arrays of inputs and five of targets, int32; half the rows on each of two devices."""
-    given = compile.arguments(step(), mesh_of(2, 1))
-    assert compile.bytes_on_device(given.batch) == 2 * 4 * (3 * 8 + 5 * 6)
+    arguments = compiled_step.abstract_arguments(step(), make_mesh(2, 1))
+    assert compiled_step.bytes_per_device(arguments.batch) == 2 * 4 * (3 * 8 + 5 * 6)
 
 
-def test_routers_of_sentences_get_embeddings_and_whole_rows():
-    sites = {"key": functools.partial(routing.Router, reads="sentence")}
+def test_sentence_routers_need_embeddings_and_unpacked_rows():
+    router = functools.partial(routing.Router, reads="sentence")
     record = adapters.Adapters(
-        key=functools.partial(adapters.VectorExperts, num_experts=2, router=sites["key"])
+        key=functools.partial(adapters.VectorExperts, num_experts=2, router=router)
     )
-    one = dataclasses.replace(step(), model=network.Transformer(CONFIG, record))
-    batch = compile.arguments(one, mesh_of(1, 1)).batch
+    train_step = dataclasses.replace(step(), model=network.Transformer(CONFIG, record))
+    batch = compiled_step.abstract_arguments(train_step, make_mesh(1, 1)).batch
     assert batch["sentence_embeddings"].shape == (4, 16)
     assert not [name for name in batch if "segment" in name]
 
@@ -134,20 +136,20 @@ def test_xxl_with_mov_60():
 @functools.cache
 def compiled(method: str, data: int, model: int, fsdp: bool = False, dtype: str = "float32"):
     config = dataclasses.replace(CONFIG, dtype=dtype)
-    return compile.compile_step(step(method, config=config), mesh_of(data, model), fsdp)
+    return compiled_step.compile_step(step(method, config=config), make_mesh(data, model), fsdp)
 
 
-def moved(*args, **kwargs) -> dict[str, tuple[int, int]]:
+def collectives(*args, **kwargs) -> dict[str, tuple[int, int]]:
     return hlo.collectives(hlo.parse(compiled(*args, **kwargs).as_text()))
 
 
-def test_one_device_talks_to_none():
-    assert moved("full", 1, 1) == {}
+def test_one_device_has_no_collectives():
+    assert collectives("full", 1, 1) == {}
 
 
-def test_data_parallelism_reduces_gradients_alone():
-    """(IA)³ has 3·2·12 + 2·20 parameters; beside their gradients some sums are scalars."""
-    (kind, (arrays, total)), *others = moved("ia3", 2, 1).items()
+def test_data_parallelism_reduces_only_gradients():
+    """(IA)³ has 3·2·12 + 2·20 parameters; the other sums are scalars."""
+    (kind, (arrays, total)), *others = collectives("ia3", 2, 1).items()
     assert kind == "all-reduce" and not others
     vectors = 3 * 2 + 2
     scalars = arrays - vectors
@@ -155,101 +157,102 @@ def test_data_parallelism_reduces_gradients_alone():
 
 
 def test_fsdp_gathers_every_matrix_once():
-    """Attention 12, MLPs 6, logits; of the embedding XLA gathers tokens instead."""
-    found = moved("ia3", 2, 1, fsdp=True)
+    """12 matrices of attention, 6 of MLPs, logits; of the embedding XLA gathers tokens instead."""
+    kinds = collectives("ia3", 2, 1, fsdp=True)
     matrices = 4 * (BASE - POSITIONS - NORMS - 32 * 16)
-    assert matrices <= found["all-gather"][1] <= matrices + 4 * NORMS + 1000
-    assert found["all-gather"][0] >= 19
+    assert matrices <= kinds["all-gather"][1] <= matrices + 4 * NORMS + 1000
+    assert kinds["all-gather"][0] >= 19
 
 
 def test_model_parallelism_reduces_activations():
-    """The products of `out` and `wo` of each block at the least, [4, 8, 16] and [4, 6, 16]."""
-    found = moved("ia3", 1, 2)
-    assert found["all-reduce"][1] >= 4 * (2 * 4 * 8 * 16 + 3 * 4 * 6 * 16)
-    assert not found.get("all-to-all")
+    """At least the outputs of `out` and `wo` of each block, [4, 8, 16] and [4, 6, 16]."""
+    kinds = collectives("ia3", 1, 2)
+    assert kinds["all-reduce"][1] >= 4 * (2 * 4 * 8 * 16 + 3 * 4 * 6 * 16)
+    assert not kinds.get("all-to-all")
 
 
-def test_bfloat16_moves_half_the_bytes():
-    """XLA's compiler for CPUs would widen it; norms, logits and routers are float32 anyhow."""
-    narrow, wide = moved("ia3", 1, 2, dtype="bfloat16"), moved("ia3", 1, 2)
+def test_bfloat16_halves_the_bytes_of_collectives():
+    """As float16, for the CPU compiler would widen it; norms, logits and routers are float32."""
+    narrow, wide = collectives("ia3", 1, 2, dtype="bfloat16"), collectives("ia3", 1, 2)
     assert "bf16" not in compiled("ia3", 1, 2, dtype="bfloat16").as_text()
     assert 0.5 <= narrow["all-reduce"][1] / wide["all-reduce"][1] < 0.7
 
 
-def test_arguments_are_those_of_the_compiled_step():
-    """XLA's own count; positions are not read, and the key is two words."""
-    one = step("ia3")
-    given = compile.arguments(one, mesh_of(2, 1))
-    unread = [v for k, v in given.batch.items() if k.endswith("_positions")]
-    expected = compile.bytes_on_device(given) - compile.bytes_on_device(unread)
+def test_arguments_match_the_compiled_step():
+    """XLA counts the bytes of the arguments that the program reads; it reads no positions."""
+    arguments = compiled_step.abstract_arguments(step("ia3"), make_mesh(2, 1))
+    unread = [v for k, v in arguments.batch.items() if k.endswith("_positions")]
+    expected = compiled_step.bytes_per_device(arguments) - compiled_step.bytes_per_device(unread)
     analysis = compiled("ia3", 2, 1).memory_analysis()
-    assert analysis.argument_size_in_bytes - expected in (0, 8)  # without dropout it is not read
+    assert analysis.argument_size_in_bytes - expected in (
+        0,
+        8,
+    )  # a key of 8 bytes, unread without dropout
 
 
 @pytest.mark.slow
-def test_what_saves_time_changes_no_figure():
+def test_compiler_options_that_save_time_change_no_cost():
     fast = compiled("ia3", 1, 2)
-    slow = compile.compile_step(
+    slow = compiled_step.compile_step(
         step("ia3"),
-        mesh_of(1, 2),
+        make_mesh(1, 2),
         xla_backend_optimization_level="3",
         xla_llvm_disable_expensive_passes=False,
     )
-    sizes = [one.memory_analysis().temp_size_in_bytes for one in (fast, slow)]
+    sizes = [step.memory_analysis().temp_size_in_bytes for step in (fast, slow)]
     assert sizes[0] == sizes[1]
     assert fast.cost_analysis()["flops"] == slow.cost_analysis()["flops"]
-    assert hlo.collectives(hlo.parse(slow.as_text())) == moved("ia3", 1, 2)
+    assert hlo.collectives(hlo.parse(slow.as_text())) == collectives("ia3", 1, 2)
 
 
 def test_recomputation_saves_memory():
-    """Eight layers [1024, 512] -> [1024, 512]: of each its input is kept, and not all in it."""
+    """Eight layers [1024, 512] -> [1024, 512] store their inputs only, not their intermediates."""
 
     def layer(x, w):
         return jnp.tanh(jnp.exp(jnp.sin(x @ w)) @ w)
 
-    def temporaries(of_layer):
+    def temporaries(layer):
         def loss(x, ws):
             for w in ws:
-                x = of_layer(x, w)
+                x = layer(x, w)
             return jnp.sum(x)
 
         x = jax.ShapeDtypeStruct((1024, 512), jnp.float16)
         ws = [jax.ShapeDtypeStruct((512, 512), jnp.float16)] * 8
-        done = compile.compile_lowered(jax.jit(jax.grad(loss)).lower(x, ws))
-        return done.memory_analysis().temp_size_in_bytes
+        compiled = compiled_step.compile_lowered(jax.jit(jax.grad(loss)).lower(x, ws))
+        return compiled.memory_analysis().temp_size_in_bytes
 
-    kept, size = temporaries(layer), 2 * 1024 * 512
+    stored, size = temporaries(layer), 2 * 1024 * 512
     recomputed = temporaries(jax.checkpoint(layer))
-    assert 8 * size <= recomputed < 14 * size < 24 * size <= kept
+    assert 8 * size <= recomputed < 14 * size < 24 * size <= stored
 
 
 # --- FLOPs ---
 
 
-def by_hand(method: str) -> flops.Flops:
-    one = step(method)
-    return compile.model_flops(one)
+def model_flops(method: str) -> flops.StepFlops:
+    return compiled_step.model_flops(step(method))
 
 
-def test_flops_by_hand():
+def test_flops_of_full_fine_tuning_by_hand():
     """Rows 4, lengths 8 and 6. Matrices: of the encoder 4·16·12 + 3·16·20 a token of 32, of the
     decoder with queries and outputs of the cross-attention 6·16·12 + 3·16·20 + 32·16 a token of 24,
     its keys and values 2·16·12 a token of 32. Attention: 4·4·12·(8·8 + 6·6 + 6·8).
     """
     matrices = 2 * (32 * (768 + 960) + 24 * (1152 + 960 + 512) + 32 * 384)
     attention = 4 * 4 * 12 * (64 + 36 + 48)
-    found = by_hand("full")
-    assert found.forward == matrices + attention
-    assert found.backward == matrices + 2 * attention
-    assert found.weights == matrices and found.adapters == 0
+    full = model_flops("full")
+    assert full.forward == matrices + attention
+    assert full.backward == matrices + 2 * attention
+    assert full.weights == matrices and full.adapters == 0
 
 
 def test_flops_of_mov_by_hand():
-    """A token takes H·K·E for its vectors and as much for its router, F·E twice at the gate."""
+    """Per token H·K·E for the vectors and as many for the router; F·E twice at the gate."""
     rows = {"attention": 2 * (32 + 24 + 32) * (36 + 36), "gate": (32 + 24) * (60 + 60)}
-    found = by_hand("mov")
-    assert found.adapters == 3 * 2 * sum(rows.values())
-    assert found.weights == 0 and found.forward == by_hand("full").forward
+    mov = model_flops("mov")
+    assert mov.adapters == 3 * 2 * sum(rows.values())
+    assert mov.weights == 0 and mov.forward == model_flops("full").forward
 
 
 def test_flops_of_molora_by_hand():
@@ -262,45 +265,49 @@ def test_flops_of_molora_by_hand():
     encoder = 3 * qkv + out + wi + wo
     decoder = 3 * qkv + out + qkv + out + wi + wo  # cross-attention: query and out
     expected = 32 * encoder + 24 * decoder + 32 * 2 * qkv
-    assert by_hand("molora").adapters == 3 * 2 * expected
+    assert model_flops("molora").adapters == 3 * 2 * expected
 
 
-def test_routers_that_read_a_sentence_run_once_a_row():
+def test_sentence_routers_run_once_per_row():
     shapes = {
         "encoder/layers_0/attention/key_adapter/router/kernel": jax.ShapeDtypeStruct((16, 3), "f4"),
         "encoder/layers_0/attention/key_adapter/vectors": jax.ShapeDtypeStruct((2, 3, 6), "f4"),
     }
-    found = {
-        reads: flops.of_step(CONFIG, shapes, set(shapes), 4, (8, 6), {"key": reads}).adapters
+    by_reads = {
+        reads: flops.train_step_flops(
+            CONFIG, shapes, set(shapes), 4, (8, 6), {"key": reads}
+        ).adapters
         for reads in ("sentence", "x")
     }
-    assert found == {"sentence": 6 * (4 * 48 + 32 * 36), "x": 6 * 32 * (48 + 36)}
+    assert by_reads == {"sentence": 6 * (4 * 48 + 32 * 36), "x": 6 * 32 * (48 + 36)}
 
 
-def sums_of_biases(config: network.T5Config) -> int:
-    """Operations of products that only sum up rows: gradients of the position biases, 4 rows."""
+def bias_gradient_flops(config: network.T5Config) -> int:
+    """Returns the FLOPs of products with ones: gradients of the position biases, 4 rows."""
     pairs = config.num_encoder_layers * 8**2 + config.num_decoder_layers * 6**2
     return 2 * 4 * config.num_heads * pairs
 
 
-def test_compiled_products_are_those_by_hand():
-    """Where all trains, XLA leaves none out."""
-    once, whole = hlo.products(hlo.parse(compiled("full", 1, 1).as_text()))
-    assert once == whole == by_hand("full").together + sums_of_biases(CONFIG)
+def test_compiled_products_match_the_formula():
+    """In full fine-tuning XLA can leave no product out."""
+    once, total = hlo.matrix_product_flops(hlo.parse(compiled("full", 1, 1).as_text()))
+    assert once == total == model_flops("full").total + bias_gradient_flops(CONFIG)
 
 
-def test_a_loop_over_layers_is_compiled_whole():
-    """Its products are those of three and of five layers, by hand; nothing is reckoned up."""
+def test_a_loop_over_layers_is_not_extrapolated():
+    """The products of the loops of two and three layers match the formula."""
     config = dataclasses.replace(
-        CONFIG, num_encoder_layers=3, num_decoder_layers=5, scan_layers=True
+        CONFIG, num_encoder_layers=2, num_decoder_layers=3, scan_layers=True
     )
-    one = step("full", config=config)
-    assert compile.depths(config) == [(3, 5)]
-    once, whole = hlo.products(hlo.parse(compile.compile_step(one, mesh_of(1, 1)).as_text()))
-    assert once < whole == compile.model_flops(one).together + sums_of_biases(config)
+    train_step = step("full", config=config)
+    assert compiled_step.compiled_depths(config) == [(2, 3)]
+    once, total = hlo.matrix_product_flops(
+        hlo.parse(compiled_step.compile_step(train_step, make_mesh(1, 1)).as_text())
+    )
+    assert once < total == compiled_step.model_flops(train_step).total + bias_gradient_flops(config)
 
 
-# --- programs as text ---
+# --- HLO text ---
 
 PROGRAM = """\
 HloModule jit_f, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
@@ -337,81 +344,90 @@ backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0","step
 """
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_loops_count_as_often_as_they_run():
     program = hlo.parse(PROGRAM)
     assert hlo.collectives(program) == {
         "all-reduce": (2, 8 * 4 * 2 + 4),
         "all-gather": (5, 5 * 64),
-        "reduce-scatter": (1, 4 * 32),  # four devices give 32 bytes each what they add up
+        "reduce-scatter": (1, 4 * 32),  # input of each of four devices, whose output is 32 bytes
     }
-    assert hlo.products(program) == (2 * 8 * 4 * 4, 5 * 2 * 8 * 4 * 4)
+    assert hlo.matrix_product_flops(program) == (2 * 8 * 4 * 4, 5 * 2 * 8 * 4 * 4)
 
 
-def test_loops_of_real_programs():
+def test_loops_of_compiled_programs():
     def seven(w, x):
         return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=7)[0]
 
     square = jax.ShapeDtypeStruct((64, 64), jnp.float32)
     text = jax.jit(seven).lower(square, square).compile().as_text()
-    assert hlo.products(hlo.parse(text)) == (2 * 64**3, 7 * 2 * 64**3)
+    assert hlo.matrix_product_flops(hlo.parse(text)) == (2 * 64**3, 7 * 2 * 64**3)
 
 
 @pytest.mark.parametrize(
-    ("shape", "size"),
+    ("shape", "expected"),
     [("f32[8,4]{1,0}", 128), ("(bf16[3]{0}, f32[], pred[2,2]{1,0})", 14), ("f8e4m3fn[5]", 5)],
 )
-def test_sizes(shape, size):
-    assert hlo.size(shape) == size
+def test_shape_bytes(shape, expected):
+    assert hlo.shape_bytes(shape) == expected
 
 
 # --- deep models ---
 
 
-def test_what_a_layer_adds_is_added_for_the_rest():
+def test_extrapolation():
     """f(encoder, decoder) = 5 + 7e + 11d from three models; 5 + 3e from two."""
     config = dataclasses.replace(CONFIG, num_encoder_layers=9, num_decoder_layers=6)
-    depths = compile.depths(config)
+    depths = compiled_step.compiled_depths(config)
     assert depths == [(2, 2), (4, 2), (2, 4)]
     measured = [{"n": 5 + 7 * e + 11 * d} for e, d in depths]
-    assert compile.extrapolate(config, depths, measured) == {"n": 5 + 7 * 9 + 11 * 6}
-    alike = dataclasses.replace(CONFIG, num_encoder_layers=24, num_decoder_layers=24)
-    assert compile.depths(alike) == [(2, 2), (4, 4)]
-    measured = [{"n": 5 + 3 * e} for e, _ in compile.depths(alike)]
-    assert compile.extrapolate(alike, compile.depths(alike), measured) == {"n": 5 + 3 * 24}
-    assert compile.depths(alike, every_layer=True) == [(24, 24)]
+    assert compiled_step.extrapolate(config, depths, measured) == {"n": 5 + 7 * 9 + 11 * 6}
+    equal = dataclasses.replace(CONFIG, num_encoder_layers=24, num_decoder_layers=24)
+    assert compiled_step.compiled_depths(equal) == [(2, 2), (4, 4)]
+    measured = [{"n": 5 + 3 * e} for e, _ in compiled_step.compiled_depths(equal)]
+    assert compiled_step.extrapolate(equal, compiled_step.compiled_depths(equal), measured) == {
+        "n": 5 + 3 * 24
+    }
+    assert compiled_step.compiled_depths(equal, every_layer=True) == [(24, 24)]
 
 
-def test_shallow_stacks_are_compiled_whole():
+def test_shallow_stacks_are_not_extrapolated():
     for encoder, decoder, depths in ((4, 3, [(4, 3)]), (6, 1, [(2, 1), (4, 1)])):
         config = dataclasses.replace(CONFIG, num_encoder_layers=encoder, num_decoder_layers=decoder)
-        assert compile.depths(config) == depths
+        assert compiled_step.compiled_depths(config) == depths
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data", "model", "fsdp"), [(1, 2, False), (2, 1, True)])
-def test_reckoned_up_equals_compiled(data, model, fsdp):
-    """Collectives and products exactly; temporaries, which share memory, within 3 %."""
-    config = dataclasses.replace(CONFIG, num_encoder_layers=6, num_decoder_layers=6)
-    layout = tables.Layout(data, model, fsdp)
-    one = step("mov", config=config)
-    reckoned, whole = (compile.plan(one, layout, every_layer) for every_layer in (False, True))
-    assert "4+4" in reckoned.compiled and whole.compiled == "the whole model"
-    assert reckoned.collectives == whole.collectives
-    assert reckoned.flops == pytest.approx(whole.flops, rel=1e-3)
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [("ia3", cost_tables.MeshLayout(1, 2)), ("mov", cost_tables.MeshLayout(2, 1, fsdp=True))],
+)
+def test_extrapolated_costs_match_compiled_ones(method, layout):
+    """Collectives and FLOPs are equal; temporaries, which share memory, agree within 3 %."""
+    config = dataclasses.replace(CONFIG, num_encoder_layers=5, num_decoder_layers=5)
+    train_step = step(method, config=config)
+    extrapolated, whole = (
+        compiled_step.estimate_cost(train_step, layout, every_layer)
+        for every_layer in (False, True)
+    )
+    assert "4+4" in extrapolated.compiled and whole.compiled == "the whole model"
+    assert extrapolated.collectives == whole.collectives
+    assert extrapolated.flops == pytest.approx(whole.flops, rel=1e-3)
     name = "activations and temporaries"
-    assert reckoned.memory.pop(name) == pytest.approx(whole.memory.pop(name), rel=0.03)
-    assert reckoned.memory == whole.memory
+    assert extrapolated.memory.pop(name) == pytest.approx(whole.memory.pop(name), rel=0.03)
+    assert extrapolated.memory == whole.memory
 
 
 @pytest.mark.slow
-def test_microbatches_take_less_memory_for_the_same_products():
+def test_microbatches_need_less_memory_for_the_same_products():
     """Their loop is compiled once and counted four times."""
-    one = step("mov", rows=8, lengths=(32, 16))
-    pieces = dataclasses.replace(one, microbatches=4)
-    done = [compile.compile_step(each, mesh_of(2, 1)) for each in (one, pieces)]
-    whole, looped = (hlo.products(hlo.parse(each.as_text())) for each in done)
-    assert looped[1] == whole[1] == whole[0] and looped[0] == whole[0] // 4
-    sizes = [each.memory_analysis().temp_size_in_bytes for each in done]
+    single = step("mov", rows=8, lengths=(32, 16))
+    looped = dataclasses.replace(single, microbatches=4)
+    steps = [compiled_step.compile_step(config, make_mesh(2, 1)) for config in (single, looped)]
+    once, total = zip(
+        *(hlo.matrix_product_flops(hlo.parse(step.as_text())) for step in steps), strict=True
+    )
+    assert total[1] == total[0] == once[0] and once[1] == once[0] // 4
+    sizes = [step.memory_analysis().temp_size_in_bytes for step in steps]
     assert sizes[1] < 0.6 * sizes[0]
 
 
@@ -421,11 +437,11 @@ TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=methods/mov.gin"]
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        (["--mesh=4"], "--mesh: expected DATAxMODEL or DATAxMODEL:fsdp, found '4'"),
-        (["--mesh=0x2"], "found '0x2'"),
-        (["--mesh=2x1:zero"], "found '2x1:zero'"),
+        (["--mesh=4"], "--mesh must be DATAxMODEL or DATAxMODEL:fsdp, got '4'"),
+        (["--mesh=0x2"], "got '0x2'"),
+        (["--mesh=2x1:zero"], "got '2x1:zero'"),
         (
             ["--mesh=2x1", "--batch_size=3"],
             "BATCH_SIZE must be a positive multiple of 2 (2 devices), got 3",
@@ -434,96 +450,103 @@ TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=methods/mov.gin"]
             ["--mesh=1x1", "--mesh=2x1", "--batch_size=3"],
             "BATCH_SIZE must be a positive multiple of 2",
         ),
-        (["--mesh=64x1"], "--mesh 64x1 needs 64 devices: jax was started with 2"),
-        (["--batch_size=0"], "--batch_size: expected at least 1, found 0"),
-        (["--microbatches=0"], "--microbatches: expected at least 1, found 0"),
+        (["--mesh=64x1"], "--mesh must have at most 2 devices, those of this process, got 64x1"),
+        (["--batch_size=0"], "--batch_size must be at least 1, got 0"),
+        (["--microbatches=0"], "--microbatches must be at least 1, got 0"),
         (["--microbatches=3", "--batch_size=4"], "× 3 microbatches"),
-        (["--lengths=1024"], "--lengths: expected lengths of inputs and targets, found '1024'"),
-        (["--hbm=lots"], "--hbm: expected a size as 32GB, or one of v2"),
-        (["--output=plan.txt"], "--output: expected a file that ends in .md or .json"),
-        (["--output=/no/such/folder/plan.md"], "expected a file in a folder that exists"),
+        (["--lengths=1024"], "--lengths must be INPUTS,TARGETS, got '1024'"),
+        (["--hbm=lots"], "--hbm must be a size such as 32GB, or one of v2"),
+        (["--output=plan.txt"], "--output must end in .md or .json"),
+        (["--output=/no/such/folder/plan.md"], "--output must be in an existing folder"),
         (["--gin.TRAINABLE=['nothing']"], "TRAINABLE matched 0"),
         (["--gin.REMAT_POLICY=some"], "REMAT_POLICY must be one of ['none', 'minimal', 'full']"),
         (["--gin.NO_SUCH=1"], "no gin file has a macro of this name"),
     ],
 )
-def test_bad_input_is_one_line(capsys, monkeypatch, flags, said):
+def test_wrong_flags_are_a_one_line_error(capsys, monkeypatch, flags, message):
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert plan.main([*TINY, *flags]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and said in lines[0]
+    assert len(lines) == 1 and message in lines[0]
 
 
 @pytest.mark.parametrize(
-    ("files", "said"), [([], "no gin file"), (TINY[:1], "TRAINABLE"), (TINY[1:], "no model")]
+    ("files", "message"),
+    [([], "no gin file"), (TINY[:1], "TRAINABLE"), (TINY[1:], "MODEL is not set")],
 )
-def test_what_is_missing_is_named(capsys, monkeypatch, files, said):
+def test_missing_files_are_named(capsys, monkeypatch, files, message):
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert plan.main([*files, "--mesh=1x1"]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_memory_of_devices():
-    assert plan.memory("v4") == ("32 GB (v4)", 32 * 10**9)
-    assert plan.memory("79.5GB") == ("79.5 GB", 79_500_000_000)
-    assert plan.memory("16 GiB") == ("16 GiB", 16 * 2**30)
+def test_parse_memory():
+    assert plan.parse_memory("v4") == ("32 GB (v4)", 32 * 10**9)
+    assert plan.parse_memory("79.5GB") == ("79.5 GB", 79_500_000_000)
+    assert plan.parse_memory("16 GiB") == ("16 GiB", 16 * 2**30)
     with pytest.raises(InputError):
-        plan.memory("0GB")
+        plan.parse_memory("0GB")
 
 
-def test_table():
-    """By hand: 1.5 GB of 2 GB are 75 %; 3 devices at 4 G of 10 G are 1.2 times it."""
-    kept = dict(zip(tables.MEMORY, [10**9, 10**6, 2 * 10**6, 1000, 496_999_000], strict=True))
-    model = flops.Flops(4 * 10**9, 5 * 10**9, 0, 10**9)
-    moved = {"all-reduce": (1234, 5_678_000)}
-    one = tables.Plan("3x1", 3, kept, moved, 4 * 10**9, model, 1000, "the whole model")
-    other = dataclasses.replace(one, layout="1x3", collectives={})
-    table, of_model = tables.to_tables("t", [one, other], tables.Chip("2 GB", 2 * 10**9))
+def test_tables():
+    """By hand: 1.5 GB of 2 GB is 75 %; 3 devices with 4 G each of 10 G compute 1.2 times that."""
+    memory = dict(
+        zip(cost_tables.MEMORY, [10**9, 10**6, 2 * 10**6, 1000, 496_999_000], strict=True)
+    )
+    model = flops.StepFlops(4 * 10**9, 5 * 10**9, 0, 10**9)
+    collectives = {"all-reduce": (1234, 5_678_000)}
+    cost = cost_tables.StepCost(
+        "3x1", 3, memory, collectives, 4 * 10**9, model, 1000, "the whole model"
+    )
+    other = dataclasses.replace(cost, layout="1x3", collectives={})
+    table, model_table = cost_tables.to_tables(
+        "t", [cost, other], cost_tables.Chip("2 GB", 2 * 10**9)
+    )
     rows = {row[0]: row[1:] for row in table.rows}
     assert table.columns == ["on each device", "3x1", "1x3"]
     assert rows["frozen base"][0] == "1.00 GB" and rows["batch"][0] == "1.00 kB"
     assert rows["peak"][0] == "1.50 GB" and rows["of 2 GB"][0] == "75 %, fits"
     assert rows["all-reduce"] == ["1,234 × · 5.68 MB", "–"] and "all-gather" not in rows
     assert rows["FLOPs"][0] == "4.00 G" and rows["of the model"][0] == "1.20 ×"
-    assert of_model.rows[0] == ["forward", "4.00 M", "4.00 G"]
-    assert of_model.below == [["together", "10.0 M", "10.0 G"]]
-    small = tables.to_tables("t", [one], tables.Chip("1 GB", 10**9))[0]
+    assert model_table.rows[0] == ["forward", "4.00 M", "4.00 G"]
+    assert model_table.footer == [["total", "10.0 M", "10.0 G"]]
+    small = cost_tables.to_tables("t", [cost], cost_tables.Chip("1 GB", 10**9))[0]
     assert ["of 1 GB", "150 %, too much"] in small.rows
-    as_data = json.loads(tables.to_json("t", [one], tables.Chip("1 GB", 10**9)))
+    as_data = json.loads(cost_tables.to_json("t", [cost], cost_tables.Chip("1 GB", 10**9)))
     assert as_data["plans"][0]["peak"] == 1_500_000_000 and not as_data["plans"][0]["fits"]
 
 
 def cells(markdown: str) -> dict[str, list[str]]:
-    """Name -> what stands behind it, of the first table of layouts."""
+    """Returns name -> values of the first table of costs."""
     lines = markdown[markdown.index("| on each device ") :].split("\n\n")[0].splitlines()
     rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return {name: values for name, *values in rows}
 
 
 def figure(cell: str) -> tuple[float, str]:
-    """The last number of a cell, and what is written around it: units and whether it fits."""
+    """Returns the last number of a cell, and the rest of it: the unit, or whether it fits."""
     number = re.findall(r"[0-9][0-9.,]*", cell)[-1]
     return float(number.replace(",", "")), cell.replace(number, "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", ["README.md", "docs/pods.md"])
-def test_tables_of_documents_are_what_their_command_prints(xxl, document):
-    """Weights and products exactly; temporaries and what is sent, the compiler's, within 3 %."""
+def test_documents_show_what_their_command_prints(xxl, document):
+    """Equal but for the compiler's temporaries, which agree within 3 %."""
     text = (ROOT / document).read_text()
     assert XXL in text
-    shown = cells(text)
-    assert shown.keys() == xxl.keys() and shown["on each device"] == xxl["on each device"]
+    table = cells(text)
+    assert table.keys() == xxl.keys() and table["on each device"] == xxl["on each device"]
     estimates = {"activations and temporaries", "peak", "of 32 GB (v4)"}
-    for name in shown.keys() - {"on each device"}:
-        for found, expected in zip(shown[name], xxl[name], strict=True):
+    for name in table.keys() - {"on each device"}:
+        for cell, expected in zip(table[name], xxl[name], strict=True):
             if name not in estimates:
-                assert found == expected, name
+                assert cell == expected, name
                 continue
-            (value, around), (other, of_other) = figure(found), figure(expected)
-            assert around == of_other and value == pytest.approx(other, rel=0.03), name
+            (value, unit), (expected_value, expected_unit) = figure(cell), figure(expected)
+            assert unit == expected_unit and value == pytest.approx(expected_value, rel=0.03), name
 
 
 XXL = r"""pemoe plan --gin_file=models/t5_1_1_xxl.gin --gin_file=methods/mov.gin \
@@ -533,38 +556,45 @@ XXL = r"""pemoe plan --gin_file=models/t5_1_1_xxl.gin --gin_file=methods/mov.gin
 
 @pytest.fixture(scope="module")
 def xxl() -> dict[str, list[str]]:
-    """XXL with MoV-60 on 32 devices: FSDP, model parallelism and both, as the documents ask."""
-    command = [sys.executable, *XXL.replace("\\\n", "").split()[1:], "--markdown"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stderr
-    return cells(done.stdout)
+    """Returns the cells of the documents' command: XXL with MoV-60 on 32 devices."""
+    command = [
+        sys.executable,
+        "-m",
+        "pemoe_jax",
+        *XXL.replace("\\\n", "").split()[1:],
+        "--markdown",
+    ]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    assert process.returncode == 0, process.stderr
+    return cells(process.stdout)
 
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path):
-    """Eight virtual devices in a process of its own, two layouts side by side."""
+    """Eight virtual devices in a process of its own, with two meshes."""
     flags = ["--mesh=8x1", "--mesh=2x4", "--fsdp", "--batch_size=8", "--lengths=32,16"]
     command = [
         sys.executable,
         "-m",
-        "pemoe_jax.tools.plan",
+        "pemoe_jax",
+        "plan",
         *TINY,
         *flags,
         "--hbm=v4",
         "--markdown",
     ]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--gin.DTYPE=bfloat16", f"--output={tmp_path / 'plan.json'}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert "## t5_1_1_tiny mov-10: 8 rows of 32 + 16 tokens, bfloat16, adafactor" in done.stdout
-    assert "8x1 FSDP" in done.stdout and "2x4 FSDP" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "## t5_1_1_tiny mov-10: 8 rows of 32 + 16 tokens, bfloat16, adafactor" in process.stdout
+    assert "8x1 FSDP" in process.stdout and "2x4 FSDP" in process.stdout
     assert os.listdir(tmp_path) == ["plan.json"]
     eight, two = json.loads((tmp_path / "plan.json").read_text())["plans"]
     assert eight["fits"] and eight["devices"] == two["devices"] == 8
     assert eight["collectives"]["all-gather"][1] > two["collectives"]["all-gather"][1]
-    # 64 to 16 tokens a row over 2 and not 8 devices: four times the batch
+    # The batch is divided over 2 devices instead of 8.
     assert two["memory"]["batch"] == 4 * eight["memory"]["batch"]

@@ -1,1 +1,1 @@
-"""What a run on many devices would need: compiled programs, their collectives, FLOPs and memory."""
+"""`pemoe plan`: memory, collectives and FLOPs of a train step on any mesh, from compilation."""

@@ -1,8 +1,8 @@
-"""FLOPs of a train step by hand: those of its matrix products, from the parameters' shapes.
+"""FLOPs of a train step by formula: its matrix products, from the shapes of the parameters.
 
-A matrix [m, n] takes 2·m·n a token forward, as much again for the gradient of what it read, and as
-much a third time for its own gradient where it trains. The two products of attention have no
-parameters: 4·Lq·Lk·H·K a row forward, twice that backward. Elementwise work is left out.
+For each token, a matrix [m, n] takes 2·m·n FLOPs forward, as many for the gradient of its input,
+and as many for its own gradient if it trains. The two products of attention have no parameters:
+4·Lq·Lk·H·K a row forward, twice that backward. Elementwise operations are not counted.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from pemoe_jax.analysis.counts import HasShape
     from pemoe_jax.core.network import T5Config
 
 
 @dataclass(frozen=True)
-class Flops:
-    """Of one step over the whole batch.
+class StepFlops:
+    """FLOPs of one step over the whole batch. The fields are keys of `pemoe plan`'s JSON file.
 
     Attributes:
-      forward: of the base's matrices and of attention.
-      backward: gradients of activations, through the same.
-      weights: gradients of what trains of the base.
-      adapters: of adapters and their routers, forward and backward.
+      forward: forward pass of the base's matrices and of attention.
+      backward: gradients of the activations through the same.
+      weights: gradients of the base's trainable weights.
+      adapters: adapters and their routers, forward and backward.
     """
 
     forward: int
@@ -35,77 +36,81 @@ class Flops:
     adapters: int
 
     @property
-    def together(self) -> int:
-        """All of them."""
+    def total(self) -> int:
+        """Sum of all parts."""
         return self.forward + self.backward + self.weights + self.adapters
 
 
-def of_step(
+def train_step_flops(
     config: T5Config,
-    shapes: Mapping[str, Any],
+    shapes: Mapping[str, HasShape],
     trainable: Collection[str],
     rows: int,
     lengths: tuple[int, int],
     router_reads: Mapping[str, str | None],
     examples: int = 1,
-) -> Flops:
-    """FLOPs of a train step.
+) -> StepFlops:
+    """Computes the FLOPs of a train step.
 
     Args:
-      config: dimensions.
-      shapes: path -> anything with a shape, of all parameters.
-      trainable: the paths that train.
+      config: dimensions of the model.
+      shapes: path -> array or shape, of all parameters.
+      trainable: paths of the parameters that train.
       rows: B.
-      lengths: of inputs and targets.
-      router_reads: site -> 'x', 'y', 'sentence' or None (the kind's own), of adapters' routers.
-      examples: how many of one length are packed into a row; attention is of each to itself.
+      lengths: lengths of inputs and targets.
+      router_reads: site -> 'x', 'y', 'sentence' or None (the default of its expert module), what
+        the adapter's router reads.
+      examples: number of examples of equal length packed into a row; each attends to itself only.
     """
     tokens = (rows * lengths[0], rows * lengths[1])
     forward = weights = adapters = 0
     for path, leaf in shapes.items():
-        flops = 2 * _products(path, leaf.shape, shapes, tokens, rows, router_reads)
+        flops = 2 * _multiplications(path, leaf.shape, shapes, tokens, rows, router_reads)
         if "_adapter/" in path:
             adapters += flops * (3 if path in trainable else 2)
             continue
         forward += flops
         weights += flops if path in trainable else 0
-    attention = _attention(config, rows, lengths) // examples
-    return Flops(forward + attention, forward + 2 * attention, weights, adapters)
+    attention = _attention_flops(config, rows, lengths) // examples
+    return StepFlops(forward + attention, forward + 2 * attention, weights, adapters)
 
 
-def _attention(config: T5Config, rows: int, lengths: tuple[int, int]) -> int:
+def _attention_flops(config: T5Config, rows: int, lengths: tuple[int, int]) -> int:
     inputs, targets = lengths
     pairs = config.num_encoder_layers * inputs * inputs
     pairs += config.num_decoder_layers * targets * (targets + inputs)
     return 4 * rows * pairs * config.num_heads * config.head_dim
 
 
-def _products(
+def _multiplications(
     path: str,
     shape: tuple[int, ...],
-    shapes: Mapping[str, Any],
+    shapes: Mapping[str, HasShape],
     tokens: tuple[int, int],
     rows: int,
     router_reads: Mapping[str, str | None],
 ) -> int:
-    """Multiplications of a parameter with activations, over the batch."""
+    """Returns the multiplications of a parameter with activations, over the batch."""
     size = int(np.prod(shape, dtype=np.int64))
-    of_encoder = path.startswith("encoder/") or re.search(
+    # Cross-attention projects the encoder's output to keys and values: input tokens.
+    reads_inputs = path.startswith("encoder/") or re.search(
         r"/encoder_decoder_attention/(key|value)(_adapter)?/", path
     )
-    times = size * tokens[0 if of_encoder else 1]
+    per_token = size * tokens[0 if reads_inputs else 1]
     if path.endswith("/router/kernel"):
         site = path.removesuffix("_adapter/router/kernel").rpartition("/")[2]
         vectors = shapes.get(path.replace("/router/kernel", "/vectors"))
-        of_vectors: tuple[int, ...] = () if vectors is None else vectors.shape
-        reads = router_reads.get(site) or ("y" if of_vectors else "x")
+        vectors_shape: tuple[int, ...] = () if vectors is None else vectors.shape
+        reads = router_reads.get(site) or ("y" if vectors_shape else "x")
         if reads == "sentence":
             return size * rows
-        by_head = reads == "y" and len(of_vectors) == 3
-        return times * (of_vectors[0] if by_head else 1)
+        # MoV at key and value: vectors [H, E, K], and one kernel [K, E] applied to each head.
+        is_by_head = reads == "y" and len(vectors_shape) == 3
+        return per_token * (vectors_shape[0] if is_by_head else 1)
     if path.endswith("/vectors"):
-        routed = path.replace("/vectors", "/router/kernel") in shapes
-        return times if routed else 0
+        # A single (IA)³ vector is an elementwise product; a mixture [.., E, ..] is a matrix.
+        has_router = path.replace("/vectors", "/router/kernel") in shapes
+        return per_token if has_router else 0
     if path.endswith(("/kernel", "/lora_a", "/lora_b")):
-        return times
-    return 0  # looked up, scaled or added
+        return per_token
+    return 0  # embedding lookups, norm scales and position biases

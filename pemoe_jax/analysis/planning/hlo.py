@@ -1,6 +1,7 @@
-"""What a compiled program does, read off its text (XLA's HLO): collectives and matrix products.
+"""Collectives and matrix products of a compiled program, read from its HLO text.
 
-The text is that of one device's program. What lies in a loop counts as often as the loop runs.
+XLA's own cost analysis counts a loop's body once and lists no collectives. The text is that of one
+device's program, and states how often each loop runs.
 """
 
 from __future__ import annotations
@@ -12,137 +13,155 @@ from dataclasses import dataclass
 import numpy as np
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# Instructions whose computation adds or compares two numbers: nothing to count in it.
+_SCALAR_CALLERS = (*COLLECTIVES, "reduce", "scatter", "sort", "reduce-window")
 
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.-]+)")
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-_CONTRACTING = re.compile(r"lhs_contracting_dims=\{([0-9,]*)\}")
+_TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CONTRACTING_DIMS = re.compile(r"lhs_contracting_dims=\{([0-9,]*)\}")
+# Two notations: [groups,size]<=[...] and {{0,1},{2,3}}.
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([0-9,]*)\})")
-_OPERAND = re.compile(r"%([\w.-]+)")
+_NAME = re.compile(r"%([\w.-]+)")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a program: its name, the shape of its result, what it is, and the rest."""
+    """One line of a program.
+
+    Attributes:
+      name: name of the result.
+      shape: shape of the result, such as `f32[8,4]{1,0}`; a tuple of shapes in parentheses.
+      opcode: operation, such as 'dot'.
+      rest: operands and attributes.
+    """
 
     name: str
     shape: str
-    kind: str
+    opcode: str
     rest: str
 
 
 @dataclass(frozen=True)
 class Program:
-    """The computations of a program by name, and how often each runs."""
+    """A compiled program.
+
+    Attributes:
+      computations: name -> instructions.
+      run_counts: name -> how often the computation runs.
+    """
 
     computations: dict[str, list[Instruction]]
-    runs: dict[str, int]
+    run_counts: dict[str, int]
 
-    def instructions(self) -> Iterator[tuple[Instruction, int, str]]:
-        """(instruction, how often it runs, name of its computation)."""
-        for name, found in self.computations.items():
-            for instruction in found:
-                yield instruction, self.runs.get(name, 0), name
+    def instructions(self) -> Iterator[tuple[Instruction, int]]:
+        """Yields each instruction and how often it runs."""
+        for name, instructions in self.computations.items():
+            for instruction in instructions:
+                yield instruction, self.run_counts.get(name, 0)
 
 
 def parse(text: str) -> Program:
-    """Reads a program's text, as `compiled.as_text()` gives it."""
+    """Parses the text of `compiled.as_text()`."""
     computations: dict[str, list[Instruction]] = {}
-    entry, found = "", []
+    instructions: list[Instruction] = []
+    entry = ""
     for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head and not line.startswith("HloModule"):
-            found = computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
+        header = _HEADER.match(line)
+        if header and not line.startswith("HloModule"):
+            instructions = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
             continue
-        instruction = _INSTRUCTION.match(line)
-        if instruction:
-            found.append(Instruction(*instruction.groups()))
-    runs: dict[str, int] = {}
-    _count_runs(computations, entry, 1, runs)
-    return Program(computations, runs)
-
-
-def _count_runs(
-    computations: dict[str, list[Instruction]], name: str, times: int, runs: dict[str, int]
-) -> None:
-    runs[name] = runs.get(name, 0) + times
-    for instruction in computations.get(name, ()):
-        if instruction.kind in (*COLLECTIVES, "reduce", "scatter", "sort", "reduce-window"):
-            continue  # what they call adds or compares two numbers
-        trips = _TRIPS.search(instruction.rest) if instruction.kind == "while" else None
-        for called in _CALLED.findall(instruction.rest):
-            for one in _OPERAND.findall(called):
-                _count_runs(computations, one, times * (int(trips[1]) if trips else 1), runs)
+        match = _INSTRUCTION.match(line)
+        if match:
+            instructions.append(Instruction(*match.groups()))
+    run_counts: dict[str, int] = {}
+    _add_runs(computations, entry, 1, run_counts)
+    return Program(computations, run_counts)
 
 
 def collectives(program: Program) -> dict[str, tuple[int, int]]:
-    """kind -> (how many arrays, bytes) of a run of the program, of those kinds that it has.
+    """Returns kind -> (arrays, bytes) of one run of the program.
 
-    Bytes are those of each array whole: what an all-reduce, all-gather, all-to-all or permutation
-    leaves on a device, and what a reduce-scatter takes. XLA may send several arrays as one.
+    Bytes are those of whole arrays: the output of an all-reduce, all-gather, all-to-all or
+    permutation on a device, and the input of a reduce-scatter. XLA may combine several arrays.
     """
-    found: dict[str, tuple[int, int]] = {}
-    for instruction, times, _ in program.instructions():
-        if instruction.kind not in COLLECTIVES or not times:
+    totals: dict[str, tuple[int, int]] = {}
+    for instruction, runs in program.instructions():
+        if instruction.opcode not in COLLECTIVES or not runs:
             continue
         arrays = len(_ARRAY.findall(instruction.shape))
-        if instruction.kind == "all-to-all":
-            arrays = 1  # its parts are listed as a tuple
-        moved = size(instruction.shape)
-        if instruction.kind == "reduce-scatter":
-            moved *= _group(instruction.rest)
-        count, total = found.get(instruction.kind, (0, 0))
-        found[instruction.kind] = (count + arrays * times, total + moved * times)
-    return {kind: found[kind] for kind in COLLECTIVES if kind in found}
+        if instruction.opcode == "all-to-all":
+            arrays = 1  # the tuple lists the parts of one array
+        size = shape_bytes(instruction.shape)
+        if instruction.opcode == "reduce-scatter":
+            size *= _group_size(instruction.rest)
+        total_arrays, total_bytes = totals.get(instruction.opcode, (0, 0))
+        totals[instruction.opcode] = (total_arrays + arrays * runs, total_bytes + size * runs)
+    return {kind: totals[kind] for kind in COLLECTIVES if kind in totals}
 
 
-def _group(rest: str) -> int:
-    """How many devices take part in a collective together."""
-    found = _GROUPS.search(rest)
-    if not found:
-        return 1
-    return int(found[1]) if found[1] else len(found[2].split(","))
+def matrix_product_flops(program: Program) -> tuple[int, int]:
+    """Returns the FLOPs of the matrix products, each counted once and as often as it runs."""
+    once = total = 0
+    for name, instructions in program.computations.items():
+        runs = program.run_counts.get(name, 0)
+        shapes = {instruction.name: instruction.shape for instruction in instructions}
+        for instruction in instructions:
+            if instruction.opcode != "dot" or not runs:
+                continue
+            lhs_dims = _dims(shapes[_NAME.findall(instruction.rest)[0]])
+            contracting = _numbers(_CONTRACTING_DIMS.findall(instruction.rest)[0])
+            contracted = _product([lhs_dims[axis] for axis in contracting])
+            flops = 2 * _product(_dims(instruction.shape)) * contracted
+            once += flops
+            total += flops * runs
+    return once, total
 
 
-def size(shape: str) -> int:
-    """Bytes of a shape, or of all in a tuple: `(f32[8,4]{1,0}, bf16[])` -> 130."""
+def shape_bytes(shape: str) -> int:
+    """Returns the bytes of a shape or a tuple of shapes: 130 for `(f32[8,4]{1,0}, bf16[])`."""
     return sum(
-        int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64)) * _bytes(kind)
-        for kind, dims in _ARRAY.findall(shape)
+        _product(_numbers(dims)) * _element_bytes(dtype) for dtype, dims in _ARRAY.findall(shape)
     )
 
 
-def _bytes(kind: str) -> int:
-    """Of an element: f32 4, bf16 2, pred 1, f8e4m3fn 1, c64 8."""
-    digits = re.match(r"[a-z]+(\d+)", kind)
-    return max(1, int(digits[1]) // 8) if digits else 1
+def _add_runs(
+    computations: dict[str, list[Instruction]], name: str, runs: int, run_counts: dict[str, int]
+) -> None:
+    run_counts[name] = run_counts.get(name, 0) + runs
+    for instruction in computations.get(name, ()):
+        if instruction.opcode in _SCALAR_CALLERS:
+            continue
+        trips = _TRIP_COUNT.search(instruction.rest) if instruction.opcode == "while" else None
+        for names in _CALLED.findall(instruction.rest):
+            for called in _NAME.findall(names):
+                _add_runs(computations, called, runs * (int(trips[1]) if trips else 1), run_counts)
 
 
-def products(program: Program) -> tuple[int, int]:
-    """FLOPs of the matrix products: (each counted once, each as often as it runs)."""
-    once = whole = 0
-    for name, found in program.computations.items():
-        times = program.runs.get(name, 0)
-        shapes = {one.name: one.shape for one in found}
-        for one in found:
-            if one.kind != "dot" or not times:
-                continue
-            of_result = _elements(one.shape)
-            left = _OPERAND.findall(one.rest)[0]
-            dims = _dims(shapes[left])
-            contracted = [int(n) for n in _CONTRACTING.findall(one.rest)[0].split(",") if n]
-            flops = 2 * of_result * int(np.prod([dims[n] for n in contracted], dtype=np.int64))
-            once += flops
-            whole += flops * times
-    return once, whole
+def _group_size(rest: str) -> int:
+    """Returns the number of devices that take part in a collective together."""
+    match = _GROUPS.search(rest)
+    if not match:
+        return 1
+    return int(match[1]) if match[1] else len(match[2].split(","))
+
+
+def _element_bytes(dtype: str) -> int:
+    """Returns the bytes of an element: f32 4, bf16 2, pred 1, f8e4m3fn 1."""
+    bits = re.match(r"[a-z]+(\d+)", dtype)
+    return max(1, int(bits[1]) // 8) if bits else 1
 
 
 def _dims(shape: str) -> list[int]:
-    return [int(n) for n in _ARRAY.findall(shape)[0][1].split(",") if n]
+    return _numbers(_ARRAY.findall(shape)[0][1])
 
 
-def _elements(shape: str) -> int:
-    return int(np.prod(_dims(shape), dtype=np.int64))
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def _product(numbers: list[int]) -> int:
+    return int(np.prod(numbers, dtype=np.int64))

@@ -1,0 +1,337 @@
+"""The train step compiled ahead of time for a mesh of virtual devices, without any weights.
+
+`estimate_cost` compiles a step and reads its memory, collectives and FLOPs. Nothing is run and no
+array is allocated: all arguments are abstract arrays with shardings.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pemoe_jax.analysis.planning import flops, hlo
+from pemoe_jax.analysis.planning.cost_tables import MEMORY, MeshLayout, StepCost
+from pemoe_jax.core import adapters, network, partitioning, quantized, stacks, steps
+from pemoe_jax.core import params as params_lib
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.params import PyTree
+
+# Numbers of layers to compile of a deeper stack.
+SHALLOW, DEEPER = 2, 4
+
+# The CPU compiler should allocate as an accelerator's would: a schedule that saves memory, products
+# that are not widened to float32, and no merging of `jax.checkpoint`'s recomputation with the
+# computation that it repeats. LLVM's optimizations change none of these, so they are off.
+_COMPILER_OPTIONS: dict[str, str | bool] = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_disable_hlo_passes": "change-op-data-type,cse_barrier_expander",
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """Configuration of a train step.
+
+    Attributes:
+      model: network with its adapters.
+      trainable: patterns of the parameters that train.
+      optimizer: optimizer of these.
+      batch_size: B, over all devices.
+      lengths: lengths of inputs and targets; rows are packed.
+      microbatches: number of microbatches in a batch.
+      frozen_dtype: dtype of frozen matrices, one of `quantized.FROZEN_DTYPES`.
+    """
+
+    model: network.Transformer
+    trainable: Sequence[str]
+    optimizer: optax.GradientTransformation
+    batch_size: int
+    lengths: tuple[int, int]
+    microbatches: int = 1
+    frozen_dtype: str = quantized.ACTIVATIONS
+
+    def with_layers(self, encoder: int, decoder: int) -> TrainStep:
+        """Returns the step of a model with other numbers of layers."""
+        config = dataclasses.replace(
+            self.model.config, num_encoder_layers=encoder, num_decoder_layers=decoder
+        )
+        return dataclasses.replace(self, model=self.model.clone(config=config))
+
+
+@flax.struct.dataclass
+class StepArguments:
+    """Arguments of a train step as abstract arrays with shardings."""
+
+    state: steps.TrainState
+    frozen: PyTree
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def estimate_cost(step: TrainStep, layout: MeshLayout, every_layer: bool = False) -> StepCost:
+    """Compiles a step for a mesh and reads its cost on each device.
+
+    All layers of a stack are alike. A deep model is compiled with 2 and with 4 layers, and the cost
+    of the others is extrapolated: XXL takes minutes and gigabytes less.
+
+    Args:
+      step: the train step.
+      layout: the mesh, of at most as many devices as jax has.
+      every_layer: whether to compile a deep model with all of its layers.
+
+    Raises:
+      InputError: see `make_mesh`.
+    """
+    mesh = make_mesh(step, layout)
+    arguments = abstract_arguments(step, mesh, layout.fsdp)
+    config = step.model.config
+    depths = compiled_depths(config, every_layer)
+    measured = [_measure(step.with_layers(*depth), mesh, layout.fsdp) for depth in depths]
+    totals = extrapolate(config, depths, measured)
+    memory = {
+        "frozen base": bytes_per_device(arguments.frozen),
+        "trainable": bytes_per_device(arguments.state.params),
+        "optimizer state": bytes_per_device((arguments.state.opt_state, arguments.state.step)),
+        "batch": bytes_per_device(arguments.batch),
+        "activations and temporaries": totals["temporaries"],
+    }
+    return StepCost(
+        layout=str(layout),
+        devices=layout.devices,
+        memory={name: memory[name] for name in MEMORY},
+        collectives={
+            kind: (totals[f"{kind} arrays"], totals[f"{kind} bytes"])
+            for kind in hlo.COLLECTIVES
+            if totals.get(f"{kind} arrays")
+        },
+        flops=totals["flops"],
+        model_flops=model_flops(step),
+        tokens=step.batch_size * sum(step.lengths),
+        compiled=_describe_depths(depths, config),
+    )
+
+
+def make_mesh(step: TrainStep, layout: MeshLayout) -> Mesh:
+    """Returns a mesh of virtual devices.
+
+    Raises:
+      InputError: the batch does not divide over the devices, or jax has too few devices.
+    """
+    devices = jax.devices("cpu")
+    if len(devices) < layout.devices:
+        raise InputError(
+            f"--mesh must have at most {len(devices)} devices, those of this process, got {layout}"
+        )
+    mesh = partitioning.make_mesh(layout.model, devices[: layout.devices])
+    partitioning.check_batch_size(step.batch_size, mesh, step.microbatches)
+    return mesh
+
+
+def abstract_arguments(step: TrainStep, mesh: Mesh, fsdp: bool = False) -> StepArguments:
+    """Returns train state, frozen parameters and a packed batch, without allocating them."""
+    model = step.model
+    shapes = params_lib.flatten(network.param_shapes(model))
+    shardings = partitioning.param_shardings(
+        mesh, partitioning.axis_rules(fsdp), network.param_axes(model), shapes
+    )
+    trainable = params_lib.trainable_paths(shapes, step.trainable)
+
+    def abstract(path: str) -> PyTree:
+        frozen_dtype = params_lib.frozen_dtype(path, model.config.dtype)
+        dtype = jnp.dtype(jnp.float32) if path in trainable else frozen_dtype
+        array = jax.ShapeDtypeStruct(shapes[path].shape, dtype, sharding=shardings[path])
+        if path in trainable or not params_lib.is_matrix(path):
+            return array
+        return quantized.quantized_shape(array, step.frozen_dtype)
+
+    arrays = {path: abstract(path) for path in shapes}
+    params = params_lib.unflatten({path: arrays[path] for path in shapes if path in trainable})
+    frozen = params_lib.unflatten({path: arrays[path] for path in shapes if path not in trainable})
+    if model.config.scan_layers:
+        frozen = network.stack_layers(model, frozen, stacks.stack_abstract)
+    state = jax.eval_shape(lambda p: steps.TrainState.create(p, step.optimizer), params)
+    # eval_shape drops shardings.
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        partitioning.state_shardings(state, shardings, mesh),
+    )
+    return StepArguments(state, frozen, _abstract_batch(step, mesh))
+
+
+def compile_step(
+    step: TrainStep, mesh: Mesh, fsdp: bool = False, **options: str | bool
+) -> jax.stages.Compiled:
+    """Compiles a train step.
+
+    Args:
+      step: the train step.
+      mesh: mesh of virtual devices.
+      fsdp: whether parameters are sharded over the data axis too.
+      **options: XLA compiler options, which override those of this module.
+    """
+    arguments = jax.tree.map(_as_float16, abstract_arguments(step, mesh, fsdp))
+    model = step.model
+    if jnp.dtype(model.config.dtype) == jnp.bfloat16:
+        config = copy.copy(model.config)
+        # T5Config rejects float16, in which real activations overflow.
+        object.__setattr__(config, "dtype", "float16")
+        model = model.clone(config=config)
+    train_step = steps.make_train_step(
+        model,
+        step.optimizer,
+        steps.Loss(),
+        step.microbatches,
+        state_sharding=jax.tree.map(lambda leaf: leaf.sharding, arguments.state),
+    )
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    rng = jax.ShapeDtypeStruct(
+        rng.shape, rng.dtype, sharding=partitioning.replicated_sharding(mesh)
+    )
+    with partitioning.use_mesh(mesh, partitioning.axis_rules(fsdp)):
+        lowered = train_step.lower(arguments.state, arguments.frozen, arguments.batch, rng)  # type: ignore[attr-defined]
+        return compile_lowered(lowered, **options)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, **options: str | bool) -> jax.stages.Compiled:
+    """Compiles a program for analysis; `options` override those of this module."""
+    return lowered.compile(compiler_options={**_COMPILER_OPTIONS, **options})
+
+
+def compiled_depths(config: network.T5Config, every_layer: bool = False) -> list[tuple[int, int]]:
+    """Returns (encoder, decoder) layers of the models to compile: one, or enough to extrapolate."""
+    encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
+    # A loop over layers compiles equally fast at any depth.
+    if every_layer or config.scan_layers or max(encoder, decoder) <= DEEPER:
+        return [(encoder, decoder)]
+    shallow = (min(encoder, SHALLOW), min(decoder, SHALLOW))
+    if encoder == decoder:
+        return [shallow, (DEEPER, DEEPER)]
+    depths = [shallow]
+    if encoder > SHALLOW:
+        depths.append((min(encoder, DEEPER), shallow[1]))
+    if decoder > SHALLOW:
+        depths.append((shallow[0], min(decoder, DEEPER)))
+    return depths
+
+
+def extrapolate(
+    config: network.T5Config,
+    depths: Sequence[tuple[int, int]],
+    measured: Sequence[Mapping[str, float]],
+) -> dict[str, int]:
+    """Extrapolates measurements linearly to the layers of a model.
+
+    Args:
+      config: the model.
+      depths: (encoder, decoder) layers of each measurement, by `compiled_depths`.
+      measured: name -> value, for each of the depths.
+    """
+    goal = (config.num_encoder_layers, config.num_decoder_layers)
+    start = depths[0]
+    totals = {}
+    for name in dict.fromkeys(name for values in measured for name in values):
+        total = base = measured[0].get(name, 0)
+        for depth, values in zip(depths[1:], measured[1:], strict=True):
+            # Each further depth varies one stack, or both together if they are equally deep.
+            stack = 0 if depth[0] != start[0] else 1
+            per_layer = (values.get(name, 0) - base) / (depth[stack] - start[stack])
+            total += per_layer * (goal[stack] - start[stack])
+        totals[name] = round(total)
+    return totals
+
+
+def model_flops(step: TrainStep) -> flops.StepFlops:
+    """Returns the FLOPs of the model for the whole batch, by formula."""
+    shapes = params_lib.flatten(network.param_shapes(step.model))
+    return flops.train_step_flops(
+        step.model.config,
+        shapes,
+        params_lib.trainable_paths(shapes, step.trainable),
+        step.batch_size,
+        step.lengths,
+        _router_reads(step.model),
+    )
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Returns the bytes of (abstract) arrays on one device, from their shardings."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _abstract_batch(step: TrainStep, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns a batch as `data.batching` packs it."""
+    rows, (inputs, targets) = step.batch_size, step.lengths
+    lengths = {"encoder_input_tokens": inputs, "decoder_input_tokens": targets}
+    lengths |= {"decoder_target_tokens": targets, "decoder_loss_weights": targets}
+    shapes: dict[str, tuple[tuple[int, ...], type]] = {}
+    if "sentence" in _router_reads(step.model).values():
+        # A row has one embedding, so it holds one example: no segments.
+        dim = step.model.config.sentence_dim or step.model.config.emb_dim
+        shapes["sentence_embeddings"] = ((rows, dim), jnp.float32)
+    else:
+        for stack, length in (("encoder", inputs), ("decoder", targets)):
+            lengths |= {f"{stack}_segment_ids": length, f"{stack}_positions": length}
+    shapes |= {name: ((rows, length), jnp.int32) for name, length in lengths.items()}
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def _router_reads(model: network.Transformer) -> dict[str, str | None]:
+    """Returns site -> what its router is configured to read."""
+    described = adapters.describe(model.adapters)
+    return {site: a["router"]["reads"] for site, a in described.items() if a.get("router")}
+
+
+def _as_float16(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Replaces bfloat16, which the CPU compiler widens to float32, by float16.
+
+    Sizes are equal, and nothing is computed, so that overflow does not matter.
+    """
+    if leaf.dtype != jnp.bfloat16:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float16, sharding=leaf.sharding)
+
+
+def _measure(step: TrainStep, mesh: Mesh, fsdp: bool) -> dict[str, float]:
+    """Returns the quantities that grow linearly with the number of layers."""
+    compiled = compile_step(step, mesh, fsdp)
+    text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
+    # jax returns None on backends without an analysis; the CPU has all of them.
+    assert text is not None and memory is not None and cost is not None
+    program = hlo.parse(text)
+    once, total = hlo.matrix_product_flops(program)
+    measured: dict[str, float] = {
+        # Outputs without a donated argument to reuse are temporaries too.
+        "temporaries": memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        # XLA counts the body of a loop once.
+        "flops": cost["flops"] + total - once,
+    }
+    for kind, (arrays, size) in hlo.collectives(program).items():
+        measured |= {f"{kind} arrays": arrays, f"{kind} bytes": size}
+    return measured
+
+
+def _describe_depths(depths: Sequence[tuple[int, int]], config: network.T5Config) -> str:
+    if len(depths) == 1:
+        return "the whole model"
+    layers = ", ".join(f"{encoder}+{decoder}" for encoder, decoder in depths)
+    goal = f"{config.num_encoder_layers}+{config.num_decoder_layers}"
+    return f"{layers} encoder and decoder layers, extrapolated to {goal}"

@@ -1,0 +1,183 @@
+"""The cost of a train step on each device, and its tables; imports no jax.
+
+`pemoe plan` parses its meshes with this module before it imports jax, which reads the number of
+virtual devices from the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pemoe_jax.analysis.planning.flops import StepFlops
+from pemoe_jax.analysis.planning.hlo import COLLECTIVES
+from pemoe_jax.analysis.tables import MISSING, Table
+from pemoe_jax.core.errors import InputError
+
+MEMORY = ("frozen base", "trainable", "optimizer state", "batch", "activations and temporaries")
+
+_NOTE_ON_MEMORY = (
+    "Weights, optimizer state and batch are exact. Activations and temporaries are what"
+    " XLA's CPU compiler allocates; those for TPUs and GPUs fuse more and need less."
+)
+_NOTE_ON_COLLECTIVES = (
+    "Collectives: number of arrays and their bytes on each device in a step; XLA combines small"
+    " arrays. Compilers for TPUs and GPUs reduce a sum once where the CPU compiler reduces its"
+    " terms."
+)
+_NOTE_ON_FLOPS = (
+    "FLOPs: of the compiled program, on each device; of the model: matrix products by formula, with"
+    " the gradients of activations and of trainable weights. A token is one of the inputs or the"
+    " targets."
+)
+
+
+@dataclass(frozen=True)
+class MeshLayout:
+    """A mesh of `data` × `model` devices, with FSDP if parameters are sharded over `data` too."""
+
+    data: int
+    model: int
+    fsdp: bool = False
+
+    @classmethod
+    def parse(cls, text: str, fsdp: bool = False) -> MeshLayout:
+        """Parses '4x8' or '32x1:fsdp'.
+
+        Raises:
+          InputError: the text has another form.
+        """
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(:fsdp)?", text)
+        if not match:
+            raise InputError(f"--mesh must be DATAxMODEL or DATAxMODEL:fsdp, got {text!r}")
+        return cls(int(match[1]), int(match[2]), fsdp or bool(match[3]))
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return self.data * self.model
+
+    def __str__(self) -> str:
+        return f"{self.data}x{self.model}" + (" FSDP" if self.fsdp else "")
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Cost of a train step on one mesh. The fields are the keys of the JSON file.
+
+    Attributes:
+      layout: name of the mesh, such as '4x8' or '32x1 FSDP'.
+      devices: number of devices.
+      memory: bytes on a device, for each of `MEMORY`.
+      collectives: kind -> (arrays, bytes) on a device.
+      flops: FLOPs of the compiled step on a device.
+      model_flops: FLOPs of the model for the whole batch, by formula.
+      tokens: inputs and targets in the batch.
+      compiled: description of the compiled programs.
+    """
+
+    layout: str
+    devices: int
+    memory: dict[str, int]
+    collectives: dict[str, tuple[int, int]]
+    flops: int
+    model_flops: StepFlops
+    tokens: int
+    compiled: str
+
+    @property
+    def peak(self) -> int:
+        """Peak memory of a device in bytes."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device with its memory in bytes."""
+
+    name: str
+    memory: int = field(compare=False)
+
+
+def to_tables(title: str, costs: Sequence[StepCost], chip: Chip | None) -> list[Table]:
+    """Returns a table of costs with a column for each mesh, and one of the model's FLOPs."""
+    columns = ["on each device", *(cost.layout for cost in costs)]
+    rows = [[name, *(_bytes(cost.memory[name]) for cost in costs)] for name in MEMORY]
+    rows.append(["peak", *(_bytes(cost.peak) for cost in costs)])
+    if chip:
+        rows.append([f"of {chip.name}", *(_share(cost.peak, chip) for cost in costs)])
+    for kind in COLLECTIVES:
+        if any(kind in cost.collectives for cost in costs):
+            rows.append([kind, *(_collective(cost.collectives.get(kind)) for cost in costs)])
+    rows.append(["FLOPs", *(_count(cost.flops) for cost in costs)])
+    rows.append(["of the model", *(_overhead(cost) for cost in costs)])
+    notes = [_NOTE_ON_MEMORY, _NOTE_ON_COLLECTIVES, _NOTE_ON_FLOPS]
+    notes += list(dict.fromkeys(f"Compiled: {cost.compiled}." for cost in costs))
+    return [Table(title, columns, rows, notes=notes), _model_flops_table(costs[0])]
+
+
+def to_json(title: str, costs: Sequence[StepCost], chip: Chip | None) -> str:
+    """Returns all costs as JSON, unrounded."""
+    plans = [
+        {
+            **dataclasses.asdict(cost),
+            "peak": cost.peak,
+            **({"fits": cost.peak <= chip.memory} if chip else {}),
+        }
+        for cost in costs
+    ]
+    device = {"name": chip.name, "bytes": chip.memory} if chip else None
+    return json.dumps({"title": title, "device": device, "plans": plans}, indent=1) + "\n"
+
+
+def _model_flops_table(cost: StepCost) -> Table:
+    flops = cost.model_flops
+    parts = {
+        "forward": flops.forward,
+        "gradients of activations": flops.backward,
+        "gradients of the base's weights": flops.weights,
+        "adapters and routers": flops.adapters,
+    }
+    return Table(
+        "FLOPs of the model",
+        ["part", "a token", "a step"],
+        [[name, _count(n / cost.tokens), _count(n)] for name, n in parts.items() if n],
+        footer=[["total", _count(flops.total / cost.tokens), _count(flops.total)]],
+    )
+
+
+def _bytes(number: float) -> str:
+    return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
+
+
+def _count(number: float) -> str:
+    return _scaled(number, ("", "k", "M", "G", "T", "P", "E"))
+
+
+def _scaled(number: float, units: Sequence[str]) -> str:
+    """Returns a number with three digits and a decimal unit: 1,234,567 -> '1.23 MB'."""
+    unit = 0
+    while number >= 999.5 and unit < len(units) - 1:
+        number, unit = number / 1000, unit + 1
+    digits = 0 if number >= 99.5 or unit == 0 else 1 if number >= 9.95 else 2
+    return f"{number:.{digits}f} {units[unit]}".rstrip()
+
+
+def _collective(arrays_and_bytes: tuple[int, int] | None) -> str:
+    if not arrays_and_bytes:
+        return MISSING
+    arrays, size = arrays_and_bytes
+    return f"{arrays:,} × · {_bytes(size)}"
+
+
+def _share(peak: int, chip: Chip) -> str:
+    verdict = "fits" if peak <= chip.memory else "too much"
+    return f"{100 * peak / chip.memory:.0f} %, {verdict}"
+
+
+def _overhead(cost: StepCost) -> str:
+    """Returns the FLOPs of all devices as a multiple of the model's."""
+    return f"{cost.flops * cost.devices / cost.model_flops.total:.2f} ×"
