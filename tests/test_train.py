@@ -379,7 +379,7 @@ def test_results_are_replaced_by_their_like_alone(folder, trained, tmp_path, cap
         ({"BATCH_SIZE": 7}, "BATCH_SIZE 7 does not divide over 2 devices"),
         ({"MIXTURE_OR_TASK_NAME": "colour_a"}, "unknown task or mixture 'colour_a'"),
         ({"VOCAB_PATH": "/nowhere/v.model"}, "/nowhere/v.model"),
-        ({"VOCAB_SIZE": 100}, "T5Config.vocab_size is 100"),
+        ({"VOCAB_SIZE": 100}, "T5Config.vocab_size must be at least"),
         ({"REMAT_POLICY": "most"}, "REMAT_POLICY must be one of ['none', 'minimal', 'full']"),
         ({"TRAIN_STEP": 3}, "did you mean TRAIN_STEPS"),
         ({"INITIAL_CHECKPOINT_PATH": "/nowhere.safetensors"}, "/nowhere.safetensors"),

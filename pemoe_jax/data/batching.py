@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data.choices import ChoiceGroup
 from pemoe_jax.data.packing import Batch
-from pemoe_jax.data.seqio_tasks import check_integer
 
 Shape = tuple[int, int, int]  # of a scoring program, less its rows: Li, C, Lt
 
@@ -93,7 +92,7 @@ def _buckets(
     max_programs: int,
 ) -> Iterator[tuple[Shape, int, list[int]]]:
     """Of each batch its shape, its rows, and the numbers of the sizes in it; the largest first."""
-    check_integer("BATCH_SIZE", batch_size, 1)
+    check_integer("BATCH_SIZE", batch_size)
     if batch_size % multiple_of:
         raise InputError(
             f"BATCH_SIZE {batch_size} is not a multiple of the number of devices, {multiple_of}"

@@ -1,4 +1,7 @@
-"""Answer choices of scored examples, grouped by example."""
+"""Examples with answer choices, for rank classification.
+
+Shapes: `C` answer choices, `Li` and `Lt` lengths of inputs and targets, `S` embedding size.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +10,56 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.data.providers import SeekableMixture
+
+if TYPE_CHECKING:
+    import seqio
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChoiceGroup:
-    """One input with all its answer choices, as token ids that end in EOS."""
+    """An input with all its answer choices.
+
+    Attributes:
+      task: name of the task.
+      idx: number of the example in its split.
+      inputs: token ids, int32 [Li], ending in EOS.
+      choices: token ids of each choice, C times int32 [Lt], ending in EOS.
+      is_correct: of each choice; several if choices are repeated, none if no choice is the target.
+      input_text, choice_texts: the text that was tokenized.
+      input_truncated, target_truncated: whether the input, or any choice, was too long.
+      sentence_embedding: [S], for routers that read it.
+    """
 
     task: str
-    idx: int  # the example's number in its split
-    inputs: np.ndarray  # int32 [Li]
-    choices: tuple[np.ndarray, ...]  # C times int32 [Lt]
-    is_correct: tuple[
-        bool, ...
-    ]  # several where choices are doubled, none where the target is not among them
+    idx: int
+    inputs: np.ndarray
+    choices: tuple[np.ndarray, ...]
+    is_correct: tuple[bool, ...]
     input_text: str
     choice_texts: tuple[str, ...]
     input_truncated: bool
     target_truncated: bool
-    sentence_embedding: np.ndarray | None = None  # [S], for routers that read it
+    sentence_embedding: np.ndarray | None = None
 
     @property
     def anomalies(self) -> tuple[str, ...]:
-        """What is odd about it, in the words of results.json."""
-        found = {
+        """What is unusual about the example, by the keys of results.json."""
+        kinds = {
             "target_not_in_choices": not any(self.is_correct),
             "doubled_choices": len(set(self.choice_texts)) < len(self.choice_texts),
             "empty_input": not self.input_text.strip(),
             "cut_input": self.input_truncated,
             "cut_target": self.target_truncated,
         }
-        return tuple(kind for kind, is_so in found.items() if is_so)
+        return tuple(kind for kind, applies in kinds.items() if applies)
 
 
 def load_choice_groups(
@@ -55,97 +70,119 @@ def load_choice_groups(
     max_examples: int | None = None,
     use_cached: bool = False,
 ) -> list[ChoiceGroup]:
-    """The examples of a `_score_eval` task, whose rows are choices with `idx` and `is_correct`.
+    """Returns the examples of a `_score_eval` task, or of the tasks of a mixture in order.
 
-    Of a mixture, those of its tasks, one after the other: much faster than task by task for the
-    mixtures that `tasks.jsonl` makes. Of the evaluation split unless `split` names another; at most
-    `max_examples` a task. Sequences beyond the lengths are cut and keep their EOS.
+    Args:
+      name: name of the task or mixture. A `SeekableMixture` is read much faster than its tasks one
+        by one.
+      task_feature_lengths: lengths that 'inputs' and 'targets' are truncated to; they keep their
+        EOS.
+      split: the split; None: the evaluation split.
+      max_examples: number of examples of each task; None: all.
+      use_cached: whether to read seqio's offline caches.
+
+    Raises:
+      InputError: an argument is wrong, the task has no answer choices, or it cannot be read.
     """
     seqio = seqio_import.import_seqio()
     lengths = seqio_tasks.validate_lengths(task_feature_lengths)
     if max_examples is not None:
-        seqio_tasks.check_integer("max_examples", max_examples, 1)
-    # One token more than allowed: so one that has to be cut can be told from one that just fits.
+        check_integer("EVAL_EXAMPLES", max_examples)
+    # One token more than fits, so that a truncated sequence differs from one that just fits.
     longer = {key: length + 1 for key, length in lengths.items()}
     provider = seqio_tasks.get_mixture_or_task(name)
-    names = (
-        seqio_tasks.cached_subtask_names(name) if use_cached else seqio_tasks.subtask_names(name)
-    )
+    subtask_names = seqio_tasks.cached_subtask_names if use_cached else seqio_tasks.subtask_names
+    tasks = subtask_names(name)
     if not isinstance(provider, seqio.Mixture):
-        found = split or seqio_tasks.eval_split(name)
-        if found not in provider.splits:
-            wanted = repr(split) if split else "evaluation"
-            raise InputError(
-                f"{name!r} has no {wanted} split (it has: {', '.join(sorted(provider.splits))})"
-            )
+        task_split = _check_split(name, split)
         if not use_cached:
-            seqio_tasks.check_source_files([name], found)
-        with seqio_tasks.translate_read_errors(name, found, use_cached):
-            ds = provider.get_dataset(
-                longer, split=found, use_cached=use_cached, shuffle=False, seed=0, num_epochs=1
-            )
+            seqio_tasks.check_source_files([name], task_split)
+        with seqio_tasks.translate_read_errors(name, task_split, use_cached):
+            ds = seqio_tasks.get_dataset(name, longer, task_split, use_cached)
         starts = [(name, 0)]
     elif isinstance(provider, SeekableMixture) and split is None and not use_cached:
         ds, starts = provider.eval_examples(longer, interleave=False)
     else:
-        of_task = functools.partial(
+        load = functools.partial(
             load_choice_groups, split=split, max_examples=max_examples, use_cached=use_cached
         )
-        return [group for task in names for group in of_task(task, lengths)]
+        return [group for task in tasks for group in load(task, lengths)]
     missing = [key for key in ("idx", "is_correct") if key not in ds.element_spec]
     if missing:
-        twin = f"{name}_score_eval"
-        hint = f"; did you mean {twin!r}?" if twin in seqio.TaskRegistry.names() else ""
+        scored = f"{name}_score_eval"
+        hint = f"; did you mean {scored!r}?" if scored in seqio.TaskRegistry.names() else ""
         raise InputError(
             f"{name!r} has no answer choices to score (no feature {missing[0]!r}){hint}"
         )
-    features = provider.output_features
-    eos_ids = {key: features[key].vocabulary.eos_id for key in lengths}
-
+    rows: Iterable[Mapping[str, Any]] = seqio_tasks.numpy_iterator(ds, name, split, use_cached)
+    if use_cached:
+        # seqio shuffles the rows of its caches, and with them the choices of an example.
+        rows = sorted(rows, key=lambda row: tuple(row["idx"]))
     groups = []
     counts: collections.Counter[str] = collections.Counter()
-    first_rows = [start for _, start in starts]
-    stream: Iterator[Any] = seqio_tasks.numpy_iterator(ds, name, split, use_cached)
-    if use_cached:  # seqio's own caches are shuffled, choices of one example apart
-        stream = iter(sorted(stream, key=lambda row: tuple(row["idx"])))
-    for number, members in itertools.groupby(stream, key=lambda row: int(row["idx"][0])):
-        task, start = starts[bisect.bisect_right(first_rows, number) - 1]
+    first_numbers = [start for _, start in starts]
+    for number, members in itertools.groupby(rows, key=lambda row: int(row["idx"][0])):
+        task, start = starts[bisect.bisect_right(first_numbers, number) - 1]
         counts[task] += 1
         if max_examples is not None and counts[task] > max_examples:
             if task == starts[-1][0]:
                 break
             continue
-        rows = list(members)
-        inputs, cut_input = truncate(rows[0]["inputs"], lengths["inputs"], eos_ids["inputs"])
-        targets = [truncate(row["targets"], lengths["targets"], eos_ids["targets"]) for row in rows]
-        groups.append(
-            ChoiceGroup(
-                task=task,
-                idx=number - start,
-                inputs=inputs,
-                choices=tuple(ids for ids, _ in targets),
-                is_correct=tuple(bool(row["is_correct"]) for row in rows),
-                input_text=feature_text(features, rows[0], "inputs"),
-                choice_texts=tuple(feature_text(features, row, "targets") for row in rows),
-                input_truncated=cut_input,
-                target_truncated=any(was_cut for _, was_cut in targets),
-                sentence_embedding=rows[0].get(seqio_tasks.SENTENCE_FEATURE),
-            )
-        )
+        groups.append(_group(task, number - start, list(members), provider, lengths))
     return groups
 
 
+def _check_split(name: str, split: str | None) -> str:
+    """Returns the split of a task to read, by default its evaluation split."""
+    splits = seqio_tasks.get_mixture_or_task(name).splits
+    selected = split or seqio_tasks.eval_split(name)
+    if selected is None or selected not in splits:
+        kind = repr(split) if split else "evaluation"
+        raise InputError(f"{name!r} has no {kind} split (it has: {', '.join(sorted(splits))})")
+    return selected
+
+
+def _group(
+    task: str,
+    idx: int,
+    rows: list[Mapping[str, Any]],
+    provider: seqio.Task | seqio.Mixture,
+    lengths: Mapping[str, int],
+) -> ChoiceGroup:
+    """Returns the rows of an example, one for each choice, as a group."""
+    features = provider.output_features
+    eos_ids = {key: features[key].vocabulary.eos_id for key in lengths}
+    inputs, input_truncated = truncate(rows[0]["inputs"], lengths["inputs"], eos_ids["inputs"])
+    targets = [truncate(row["targets"], lengths["targets"], eos_ids["targets"]) for row in rows]
+    return ChoiceGroup(
+        task=task,
+        idx=idx,
+        inputs=inputs,
+        choices=tuple(ids for ids, _ in targets),
+        is_correct=tuple(bool(row["is_correct"]) for row in rows),
+        input_text=feature_text(features, rows[0], "inputs"),
+        choice_texts=tuple(feature_text(features, row, "targets") for row in rows),
+        input_truncated=input_truncated,
+        target_truncated=any(truncated for _, truncated in targets),
+        sentence_embedding=rows[0].get(seqio_tasks.SENTENCE_FEATURE),
+    )
+
+
 def truncate(ids: np.ndarray, length: int, eos_id: int) -> tuple[np.ndarray, bool]:
-    """Token ids, at most `length` of them; an EOS at their end stays. -> (int32 ids, was it cut)"""
+    """Truncates token ids to a length; an EOS at their end is kept.
+
+    Returns:
+      The ids, int32, and whether they were too long.
+    """
     ids = np.asarray(ids, np.int32)
     if len(ids) <= length:
         return ids, False
     return (np.append(ids[: length - 1], ids[-1]) if ids[-1] == eos_id else ids[:length]), True
 
 
-def feature_text(features: Any, row: Mapping[str, Any], key: str) -> str:
-    """What was tokenised to a row's feature; decoded where the text is not there."""
+def feature_text(features: Mapping[str, seqio.Feature], row: Mapping[str, Any], key: str) -> str:
+    """Returns the text that was tokenized to a feature of a row."""
     text = row.get(f"{key}_pretokenized")
-    if text is None:  # a cache may have been written without the text
-        return features[key].vocabulary.decode([int(i) for i in row[key]])
+    if text is None:  # caches may have been written without text
+        return str(features[key].vocabulary.decode([int(i) for i in row[key]]))
     return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)

@@ -1,26 +1,32 @@
-"""The training feed: examples of a seqio task or mixture, packed, in an order that can be entered.
+"""Batches for training and for the evaluation loss, of any seqio task or mixture.
 
-Everything here works for any registered task or mixture. Shapes: `B` batch, `L` length.
+Shapes: `B` batch, `L` length, `S` sentence embedding size.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data import choices, seqio_import, seqio_tasks
-from pemoe_jax.data.packing import Batch, BatchIterator, Example, Truncations, pad_batch
+from pemoe_jax.data.packing import Batch, BatchIterator, Example, Truncations
 from pemoe_jax.data.providers import SeekableMixture, SeekableProvider, StreamOptions
+from pemoe_jax.data.seqio_tasks import SENTENCE_FEATURE
 
 if TYPE_CHECKING:
+    import tensorflow as tf
+
     from pemoe_jax.data.sentences import SentenceSource
 
-# of several: ids of inputs, of targets, and the embeddings where the tasks themselves give them
+# Token ids of inputs and of targets, and sentence embeddings if the tasks have them as a feature.
 Block = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]
+
+# Examples that TensorFlow hands over at a time: one by one takes several times longer.
+_BLOCK = 256
 
 
 def train_batches(
@@ -38,73 +44,111 @@ def train_batches(
     shard: tuple[int, int] = (0, 1),
     sentences: SentenceSource | None = None,
 ) -> BatchIterator:
-    """Batches of int32 [B, L] in T5X's names, the same for the same seed.
+    """Returns training batches, which depend on the arguments alone.
 
     Args:
-      name: of a seqio task or mixture.
-      task_feature_lengths: of rows of 'inputs' and 'targets'.
-      batch_size: rows.
-      split: of the tasks.
-      seed: of the order.
-      pack: several examples in a row.
-      shuffle: of each task's examples.
-      start: an earlier feed's `position`, to go on there. A provider that has a method
-        `examples_from`, or for offline caches `cached_examples_from` (see
-        `tasks.jsonl_source.JsonLinesMixture`), begins there; of any other the examples before are
-        read and thrown away.
-      num_epochs: None: for ever; a mixture ends at the first task that is used up.
-      use_cached: seqio's offline caches.
-      shard: (index, count): every count-th example; `start` counts these.
-      sentences: of each input, float32 [B, S]; rows must not be packed.
+      name: name of a seqio task or mixture.
+      task_feature_lengths: lengths of 'inputs' and 'targets'.
+      batch_size: number of rows, B.
+      split: split of the tasks.
+      seed: seed of the order of examples.
+      pack: whether rows hold several examples.
+      shuffle: whether each task's examples are shuffled.
+      start: `position` of an earlier iterator, to resume there. A `SeekableProvider` starts at that
+        example; of any other provider the examples before it are read and dropped.
+      num_epochs: None: endless; else a mixture ends with the first task that is used up.
+      use_cached: whether to read seqio's offline caches.
+      shard: (index, count), to read every count-th example; `start` counts these.
+      sentences: source of the inputs' sentence embeddings; rows must not be packed.
+
+    Returns:
+      Batches with T5X's features, int32 [B, L], and with `sentences` also `sentence_embeddings`,
+      float32 [B, S].
 
     Raises:
-      InputError: for whatever is wrong, by the call and not by the first `next`.
+      InputError: an argument is wrong or the data cannot be read. As much as possible is checked
+        here rather than with the first batch.
     """
     seqio_import.import_seqio()
     lengths = seqio_tasks.validate_lengths(task_feature_lengths)
-    seqio_tasks.check_integer("BATCH_SIZE", batch_size, 1)
+    check_integer("BATCH_SIZE", batch_size)
     begin = 0 if start is None else start.get("examples")
-    seqio_tasks.check_integer("start['examples']", begin, 0)
+    check_integer("start['examples']", begin, minimum=0)
+    begin = int(begin or 0)
     splits = seqio_tasks.get_mixture_or_task(name).splits
     if split not in splits:
         raise InputError(f"{name!r} has no split {split!r} (it has: {', '.join(sorted(splits))})")
-    options = StreamOptions(seed, int(begin or 0), shuffle, num_epochs, shard)
+    options = StreamOptions(seed, begin, shuffle, num_epochs, shard)
     with seqio_tasks.translate_read_errors(name, split, use_cached):
-        ds = _unpacked(name, lengths, split, use_cached, options)
+        ds = _example_dataset(name, lengths, split, use_cached, options)
     truncations = Truncations()
-    blocks = _cut_blocks(
-        _blocks_of(ds, name, split, use_cached, sentences), name, lengths, truncations
-    )
-    examples = _examples_of(blocks, name, sentences)
-    return BatchIterator(
-        examples, lengths, batch_size, pack, int(begin or 0), truncations=truncations
-    )
+    blocks = _read_blocks(ds, name, split, use_cached, sentences)
+    blocks = _truncate_blocks(blocks, name, lengths, truncations)
+    examples = _split_blocks(blocks, name, sentences)
+    return BatchIterator(examples, lengths, batch_size, pack, begin, truncations=truncations)
 
 
-def _unpacked(
+def eval_batches(
+    name: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    max_batches: int | None = None,
+    *,
+    pack: bool = True,
+    use_cached: bool = False,
+    sentences: SentenceSource | None = None,
+) -> Iterator[Batch]:
+    """Returns batches with every example of the evaluation splits once.
+
+    Tasks take turns, so that the first batches cover all of them; tasks without an evaluation split
+    are left out. Building the pipeline takes some milliseconds a task: keep the batches in a list
+    to use them again.
+
+    Args:
+      name, task_feature_lengths, use_cached: see `train_batches`.
+      batch_size: number of rows; the last batch is padded with rows of loss weight 0.
+      max_batches: number of batches to return; None: all.
+      pack: whether rows hold several examples; with `sentences` they never do.
+      sentences: source of the inputs' sentence embeddings.
+
+    Raises:
+      InputError: an argument is wrong, or no task has an evaluation split.
+    """
+    seqio_import.import_seqio()
+    lengths = seqio_tasks.validate_lengths(task_feature_lengths)
+    check_integer("BATCH_SIZE", batch_size)
+    if max_batches is not None:
+        check_integer("EVAL_BATCHES", max_batches)
+    with_embeddings = _feature_dim(sentences) is not None
+    ds = _eval_dataset(name, lengths, use_cached, with_embeddings)
+    blocks = _read_blocks(ds, name, None, use_cached, sentences)
+    examples = _split_blocks(blocks, name, sentences)
+    pack = pack and sentences is None
+    batches = BatchIterator(examples, lengths, batch_size, pack, pad_last=True)
+    return itertools.islice(batches, max_batches)
+
+
+def _example_dataset(
     name: str,
     lengths: Mapping[str, int],
     split: str,
     use_cached: bool,
     options: StreamOptions,
-) -> Any:
-    """A dataset of a shard's single examples, from the start-th on.
-
-    Those of our own sources are cut to one token more than `lengths`, so that one that has to be
-    cut can be told from one that just fits. What another's preprocessors make of the lengths is not
-    known, so its are given as they are.
-    """
+) -> tf.data.Dataset:
+    """Returns the stream of training examples of a task or mixture."""
     seqio = seqio_import.import_seqio()
     provider = seqio_tasks.get_mixture_or_task(name)
     missing = [key for key in lengths if key not in provider.output_features]
     if missing:
-        found = ", ".join(sorted(provider.output_features))
-        raise InputError(f"{name!r} has no feature {missing[0]!r} to train on (it has: {found})")
+        features = ", ".join(sorted(provider.output_features))
+        raise InputError(f"{name!r} has no feature {missing[0]!r} to train on (it has: {features})")
     if use_cached:
         seqio_tasks.cached_subtask_names(name)
     else:
         seqio_tasks.check_source_files(seqio_tasks.subtask_names(name), split)
     if isinstance(provider, SeekableProvider):
+        # One token more than fits, so that a truncated example differs from one that just fits.
+        # Other providers' preprocessors may do anything with the lengths: they get the true ones.
         longer = {key: length + 1 for key, length in lengths.items()}
         read = provider.cached_examples_from if use_cached else provider.examples_from
         ds = read(longer, split, options)
@@ -123,134 +167,102 @@ def _unpacked(
     return ds.skip(options.start)
 
 
-_BLOCK = 256  # examples that TensorFlow hands over at a time: one by one takes several times longer
-
-
-def _blocks_of(
-    ds: Any, name: str, split: str | None, use_cached: bool, sentences: SentenceSource | None
-) -> Iterator[Block]:
+def _eval_dataset(
+    name: str, lengths: Mapping[str, int], use_cached: bool, with_embeddings: bool
+) -> tf.data.Dataset:
+    """Returns the examples of the evaluation splits; tasks take turns."""
     import tensorflow as tf
 
-    given = sentences is not None and sentences.table is None  # by the tasks themselves
+    subtask_names = seqio_tasks.cached_subtask_names if use_cached else seqio_tasks.subtask_names
+    splits = {task: seqio_tasks.eval_split(task) for task in subtask_names(name)}
+    if not any(splits.values()):
+        raise InputError(
+            f"no task of {name!r} has an evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"
+        )
+    provider = seqio_tasks.get_mixture_or_task(name)
+    if isinstance(provider, SeekableMixture) and not use_cached:
+        # One pipeline instead of one for each task.
+        return provider.eval_examples(lengths, interleave=True)[0]
 
-    def flat(block: Mapping[str, Any]) -> tuple[Any, ...]:
+    keys = ["inputs", "targets", *([SENTENCE_FEATURE] if with_embeddings else [])]
+
+    def select(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        # Datasets can only be interleaved if they have the same features.
+        return {key: example[key] for key in keys}
+
+    with seqio_tasks.translate_read_errors(name, use_cached=use_cached):
+        datasets = [
+            seqio_tasks.get_dataset(task, lengths, split, use_cached).map(select)
+            for task, split in splits.items()
+            if split is not None
+        ]
+    turns = tf.data.Dataset.range(len(datasets)).repeat()
+    return tf.data.Dataset.choose_from_datasets(datasets, turns, stop_on_empty_dataset=False)
+
+
+def _read_blocks(
+    ds: tf.data.Dataset,
+    name: str,
+    split: str | None,
+    use_cached: bool,
+    sentences: SentenceSource | None,
+) -> Iterator[Block]:
+    """Yields the examples of a dataset as numpy arrays, `_BLOCK` at a time."""
+    import tensorflow as tf
+
+    dim = _feature_dim(sentences)
+
+    def select(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        features = {key: example[key] for key in ("inputs", "targets")}
+        if dim is not None:
+            features[SENTENCE_FEATURE] = tf.ensure_shape(example[SENTENCE_FEATURE], [dim])
+        return features
+
+    def flatten(block: Mapping[str, tf.Tensor]) -> tuple[object, ...]:
+        # A ragged tensor is converted to numpy row by row; its two parts are not.
         ids = tuple(
             (tf.cast(block[key].values, tf.int32), block[key].row_splits)
             for key in ("inputs", "targets")
         )
-        return ids, block[seqio_tasks.SENTENCE_FEATURE] if given else ()
+        return ids, block[SENTENCE_FEATURE] if dim is not None else ()
 
-    def kept(example: Mapping[str, Any]) -> dict[str, Any]:
-        found = {key: example[key] for key in ("inputs", "targets")}
-        if sentences is not None and given:
-            found[seqio_tasks.SENTENCE_FEATURE] = tf.ensure_shape(
-                example[seqio_tasks.SENTENCE_FEATURE], [sentences.dim]
-            )
-        return found
-
-    blocks = ds.map(kept).ragged_batch(_BLOCK).map(flat).prefetch(2)
-    for ids, vectors in seqio_tasks.numpy_iterator(blocks, name, split, use_cached):
+    blocks = ds.map(select).ragged_batch(_BLOCK).map(flatten).prefetch(2)
+    for ids, embeddings in seqio_tasks.numpy_iterator(blocks, name, split, use_cached):
         inputs, targets = (np.split(column, ends[1:-1]) for column, ends in ids)
-        yield inputs, targets, list(vectors)
+        yield inputs, targets, list(embeddings)
 
 
-def _cut_blocks(
+def _feature_dim(sentences: SentenceSource | None) -> int | None:
+    """Returns the size of the tasks' own sentence embeddings; None if they are not used."""
+    return sentences.dim if sentences is not None and sentences.table is None else None
+
+
+def _truncate_blocks(
     blocks: Iterable[Block], name: str, lengths: Mapping[str, int], truncations: Truncations
 ) -> Iterator[Block]:
-    """Each sequence at most its length, an EOS at its end kept; counts those that were cut."""
+    """Truncates the sequences, which keep an EOS at their end, and counts those truncated."""
     features = seqio_tasks.get_mixture_or_task(name).output_features
-    eos_ids = {key: features[key].vocabulary.eos_id for key in lengths}
-    for inputs, targets, vectors in blocks:
-        kept = []
-        for key, column in (("inputs", inputs), ("targets", targets)):
-            found = [choices.truncate(ids, lengths[key], eos_ids[key]) for ids in column]
-            kept.append([ids for ids, _ in found])
-            setattr(
-                truncations, key, getattr(truncations, key) + sum(was_cut for _, was_cut in found)
-            )
+
+    def truncate(column: list[np.ndarray], key: str) -> tuple[list[np.ndarray], int]:
+        eos_id = features[key].vocabulary.eos_id
+        pairs = [choices.truncate(ids, lengths[key], eos_id) for ids in column]
+        return [ids for ids, _ in pairs], sum(truncated for _, truncated in pairs)
+
+    for inputs, targets, embeddings in blocks:
+        inputs, num_inputs = truncate(inputs, "inputs")
+        targets, num_targets = truncate(targets, "targets")
         truncations.examples += len(inputs)
-        yield kept[0], kept[1], vectors
+        truncations.inputs += num_inputs
+        truncations.targets += num_targets
+        yield inputs, targets, embeddings
 
 
-def _examples_of(
+def _split_blocks(
     blocks: Iterable[Block], name: str, sentences: SentenceSource | None
 ) -> Iterator[Example]:
-    for inputs, targets, vectors in blocks:
+    """Yields single examples, with their sentence embeddings if there is a source."""
+    for inputs, targets, embeddings in blocks:
         columns = [inputs, targets]
         if sentences is not None:
-            columns.append(vectors or sentences.vectors(inputs, name))
+            columns.append(embeddings or sentences.vectors(inputs, name))
         yield from zip(*columns, strict=True)
-
-
-def eval_batches(
-    name: str,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
-    max_batches: int | None = None,
-    *,
-    pack: bool = True,
-    use_cached: bool = False,
-    sentences: SentenceSource | None = None,
-) -> Iterator[Batch]:
-    """Every example of the evaluation splits once; tasks take turns, so the first batches show all.
-
-    Tasks without an evaluation split are left out (InputError where none has one). The last batch
-    is filled up with zeros, which weigh nothing. Building it costs some milliseconds a task: keep
-    the list for repeated use. With `sentences`, embeddings of inputs, rows are not packed.
-    """
-    seqio = seqio_import.import_seqio()
-    import tensorflow as tf
-
-    lengths = seqio_tasks.validate_lengths(task_feature_lengths)
-    seqio_tasks.check_integer("BATCH_SIZE", batch_size, 1)
-    names = (
-        seqio_tasks.cached_subtask_names(name) if use_cached else seqio_tasks.subtask_names(name)
-    )
-    splits = {task: seqio_tasks.eval_split(task) for task in names}
-    splits = {task: split for task, split in splits.items() if split is not None}
-    if not splits:
-        raise InputError(
-            f"no task of {name!r} has an evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"
-        )
-
-    kept = ["inputs", "targets"]
-    if sentences is not None and sentences.table is None:
-        kept.append(seqio_tasks.SENTENCE_FEATURE)
-
-    def only(example: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: example[key] for key in kept}
-
-    provider = seqio_tasks.get_mixture_or_task(name)
-    if isinstance(provider, SeekableMixture) and not use_cached:
-        ds, _ = provider.eval_examples(
-            lengths, interleave=True
-        )  # one pipeline instead of one a task
-        ds = ds.map(only)
-    else:
-        order = {"shuffle": False, "seed": 0, "num_epochs": 1}
-        with seqio_tasks.translate_read_errors(name, use_cached=use_cached):
-            datasets = [
-                seqio_tasks.get_mixture_or_task(task)
-                .get_dataset(lengths, split=split, use_cached=use_cached, **order)
-                .map(only)
-                for task, split in splits.items()
-            ]
-        turns = tf.data.Dataset.range(len(datasets)).repeat()
-        ds = tf.data.Dataset.choose_from_datasets(datasets, turns, stop_on_empty_dataset=False)
-    if max_batches is not None:
-        seqio_tasks.check_integer("max_batches", max_batches, 1)
-    if sentences is not None:  # seqio's converter leaves away what it does not know
-        blocks = _blocks_of(ds, name, None, use_cached, sentences)
-        examples = _examples_of(blocks, name, sentences)
-        return itertools.islice(
-            BatchIterator(examples, lengths, batch_size, False, fill=True), max_batches
-        )
-    ds = seqio.EncDecFeatureConverter(pack=pack)(ds, task_feature_lengths=lengths).batch(batch_size)
-    if max_batches is not None:
-        ds = ds.take(max_batches)
-    return (pad_batch(batch, batch_size) for batch in _as_int32(ds, name, use_cached))
-
-
-def _as_int32(ds: Any, name: str, use_cached: bool) -> Iterator[Batch]:
-    for batch in seqio_tasks.numpy_iterator(ds, name, use_cached=use_cached):
-        yield {key: np.asarray(value, np.int32) for key, value in batch.items()}

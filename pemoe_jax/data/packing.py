@@ -1,4 +1,12 @@
-"""Packs examples into rows and rows into batches."""
+"""Packs examples into rows, and rows into batches.
+
+Packing is next-fit: an example that does not fit begins the next row. seqio packs so within blocks
+of examples; `grain` packs first-fit or best-fit, which fills rows better, but then a row depends on
+many examples around it. Here a row depends only on the examples in it, so the number of examples
+consumed is all that a run needs to resume. Training and evaluation share the packer.
+
+Shapes: `B` batch, `L` length, `S` sentence embedding size, `N` examples.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +18,18 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 
-# ids of inputs and targets, [Li] and [Lt], and where routers read it a sentence embedding, [S]
+# Token ids of inputs and targets, [Li] and [Lt], and optionally a sentence embedding [S].
 Example = tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass
 class Truncations:
-    """Of the examples that were read, some of which may lie ready, those cut to their length."""
+    """How many of the examples read so far, prefetched ones included, were truncated.
+
+    Attributes:
+      examples: number of examples read.
+      inputs, targets: number of them whose inputs or targets were too long.
+    """
 
     examples: int = 0
     inputs: int = 0
@@ -25,25 +38,21 @@ class Truncations:
     def __str__(self) -> str:
         return (
             f"{self.inputs:,} inputs and {self.targets:,} targets of {self.examples:,} examples"
-            " read were longer than TASK_FEATURE_LENGTHS, and cut"
+            " were longer than TASK_FEATURE_LENGTHS and were truncated"
         )
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches to train on, and how far into the data they have come.
-
-    Examples fill rows in the order in which they come: one that does not fit begins the next row.
-    So the rows from any example on that began one depend on nothing before it, and going on at
-    `position` gives what would have come.
+    """Batches of examples, with the position in the data that they have reached.
 
     Args:
-      examples: from the one that `start` stands for on.
-      lengths: of rows of 'inputs' and 'targets'; longer examples are cut.
-      batch_size: rows.
-      pack: several examples in a row.
-      start: examples consumed before.
-      fill: a part of a batch at the end is filled up with zeros, and not dropped.
-      truncations: counted by who makes `examples`.
+      examples: the examples, from number `start` on.
+      lengths: lengths of 'inputs' and 'targets'; longer examples are truncated.
+      batch_size: number of rows, B.
+      pack: whether a row holds several examples.
+      start: number of examples consumed before.
+      pad_last: whether an incomplete last batch is padded with rows of zeros rather than dropped.
+      truncations: statistics that the source of `examples` keeps.
     """
 
     def __init__(
@@ -53,24 +62,27 @@ class BatchIterator(Iterator[Batch]):
         batch_size: int,
         pack: bool,
         start: int = 0,
-        fill: bool = False,
+        pad_last: bool = False,
         truncations: Truncations | None = None,
     ) -> None:
         self._lengths = lengths["inputs"], lengths["targets"]
         self._batch_size, self._pack = batch_size, pack
-        self._rows = _filled_rows(examples, self._lengths, pack)
-        self._consumed, self._fill = start, fill
+        self._rows = _fill_rows(examples, self._lengths, pack)
+        self._consumed, self._pad_last = start, pad_last
         self.truncations = truncations or Truncations()
 
     @property
     def position(self) -> dict[str, int]:
-        """For `train_batches`: where the next batch begins."""
+        """Where the next batch begins, as `feed.train_batches` takes it."""
         return {"examples": self._consumed}
 
     def __next__(self) -> Batch:
-        """A batch, int32 [B, L] in T5X's names, and where examples have them float32 [B, S]."""
+        """Returns T5X's features, int32 [B, L], and `sentence_embeddings`, float32 [B, S], if any.
+
+        Rows of zeros have loss weight 0.
+        """
         rows = list(itertools.islice(self._rows, self._batch_size))
-        if len(rows) < self._batch_size and not (rows and self._fill):
+        if len(rows) < self._batch_size and not (rows and self._pad_last):
             raise StopIteration
         self._consumed += sum(map(len, rows))
         inputs, targets = (
@@ -85,58 +97,58 @@ class BatchIterator(Iterator[Batch]):
             "decoder_loss_weights": (targets["tokens"] > 0).astype(np.int32),
         }
         if self._pack:
+            # Each packed target starts from 0, not from the last token of the target before it.
             batch["decoder_input_tokens"] = np.where(targets["positions"] > 0, shifted, 0)
-            for side, found in (("encoder", inputs), ("decoder", targets)):
-                batch[f"{side}_segment_ids"] = found["segment_ids"]
-                batch[f"{side}_positions"] = found["positions"]
+            for side, features in (("encoder", inputs), ("decoder", targets)):
+                batch[f"{side}_segment_ids"] = features["segment_ids"]
+                batch[f"{side}_positions"] = features["positions"]
         elif len(rows[0][0]) > 2:
             batch["sentence_embeddings"] = np.stack([row[0][2] for row in rows], dtype=np.float32)
-        return pad_batch(batch, self._batch_size)
+        missing = self._batch_size - len(rows)
+        return {key: np.pad(value, ((0, missing), (0, 0))) for key, value in batch.items()}
 
 
-def pad_batch(batch: Batch, batch_size: int) -> Batch:
-    """With rows of zeros behind, which weigh nothing."""
-    missing = batch_size - len(batch["decoder_target_tokens"])
-    if not missing:
-        return batch
-    return {key: np.pad(value, ((0, missing), (0, 0))) for key, value in batch.items()}
-
-
-def _filled_rows(
+def _fill_rows(
     examples: Iterable[Example], lengths: tuple[int, int], pack: bool
 ) -> Iterator[list[Example]]:
+    """Yields the examples of each row."""
     row: list[Example] = []
-    room_inputs, room_targets = lengths
-    for whole in examples:
-        inputs, targets = whole[0][: lengths[0]], whole[1][: lengths[1]]
-        fits = len(inputs) <= room_inputs and len(targets) <= room_targets
+    free_inputs, free_targets = lengths
+    for example in examples:
+        inputs, targets = example[0][: lengths[0]], example[1][: lengths[1]]
+        fits = len(inputs) <= free_inputs and len(targets) <= free_targets
         if row and not (fits and pack):
             yield row
-            row, (room_inputs, room_targets) = [], lengths
-        row.append((inputs, targets, *whole[2:]))
-        room_inputs, room_targets = room_inputs - len(inputs), room_targets - len(targets)
+            row, (free_inputs, free_targets) = [], lengths
+        row.append((inputs, targets, *example[2:]))
+        free_inputs, free_targets = free_inputs - len(inputs), free_targets - len(targets)
     if row:
         yield row
 
 
 def _lay_out(rows: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:
-    """Rows of pieces -> their `tokens`, `segment_ids` from 1 on and `positions`: int32 [B, L]."""
-    pieces = [piece for row in rows for piece in row]
+    """Concatenates the sequences of each row, padded to `length`.
+
+    Returns:
+      `tokens`, `segment_ids` from 1 on, and `positions` in the segment: int32 [B, L].
+    """
+    # One scatter for the whole batch, because a loop over its sequences would be slow.
+    sequences = [sequence for row in rows for sequence in row]
     counts = np.array([len(row) for row in rows])
-    row_of = np.repeat(np.arange(len(rows)), counts)  # [N], of each piece
-    first = np.cumsum(counts) - counts  # [B], each row's first piece
-    sizes = np.array([len(piece) for piece in pieces])
+    row_of = np.repeat(np.arange(len(rows)), counts)  # [N]
+    first = np.cumsum(counts) - counts  # [B], first sequence of each row
+    sizes = np.array([len(sequence) for sequence in sequences])
     begins = np.cumsum(sizes) - sizes
-    in_row = begins - begins[first][row_of]  # [N], where each piece begins in its row
+    begins_in_row = begins - begins[first][row_of]  # [N]
     positions = np.arange(sizes.sum()) - np.repeat(begins, sizes)
-    at = np.repeat(row_of * length + in_row, sizes) + positions
+    places = np.repeat(row_of * length + begins_in_row, sizes) + positions
     values = {
-        "tokens": np.concatenate(pieces),
-        "segment_ids": np.repeat(np.arange(len(pieces)) - first[row_of] + 1, sizes),
+        "tokens": np.concatenate(sequences),
+        "segment_ids": np.repeat(np.arange(len(sequences)) - first[row_of] + 1, sizes),
         "positions": positions,
     }
-    found = {}
+    features = {}
     for name, value in values.items():
-        found[name] = np.zeros((len(rows), length), np.int32)
-        found[name].reshape(-1)[at] = value
-    return found
+        features[name] = np.zeros((len(rows), length), np.int32)
+        features[name].reshape(-1)[places] = value
+    return features

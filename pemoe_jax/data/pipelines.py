@@ -1,13 +1,13 @@
-"""Rows that are had by number, in an order that can be entered anywhere, as TensorFlow pipelines.
+"""tf.data pipelines over rows with random access, which can start at any example.
 
-Importing this takes the 8 s of `import seqio`.
+Importing this module imports seqio, which takes 8 s.
 """
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,15 +17,19 @@ from pemoe_jax.data.providers import StreamOptions
 from pemoe_jax.data.rows import TEXT_FEATURES, RowReader
 from pemoe_jax.data.tfrecords import TFRecordReader
 
-seqio_import.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
+seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and silences its log
 import tensorflow as tf  # noqa: E402
+
+if TYPE_CHECKING:
+    import seqio
 
 READ_SIZE = 128  # rows read at a time
 
 
 def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -> tf.data.Dataset:
-    """Row numbers of an order (a shard of it) from example `start` on: blocks, int64 [N], N > 0."""
+    """Returns the row numbers of an order in blocks, int64 [N], from example `start` of a shard."""
 
+    # Here and below: autograph gains nothing and makes pipelines slow to build.
     @tf.autograph.experimental.do_not_convert
     def block(first: tf.Tensor) -> tf.Tensor:
         numbers = tf.numpy_function(
@@ -40,15 +44,21 @@ def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -
 
 
 def read_blocks(readers: Sequence[RowReader], blocks: tf.data.Dataset) -> tf.data.Dataset:
-    """Blocks of row numbers, all readers' rows laid end to end -> blocks of tf.train.Examples."""
-    starts = np.cumsum([0, *(reader.num_rows for reader in readers[:-1])])
+    """Returns blocks of serialized tf.train.Examples for blocks of row numbers.
+
+    Args:
+      readers: their rows are numbered one reader after the other.
+      blocks: row numbers, int64 [N].
+    """
+    first_rows = np.cumsum([0, *(reader.num_rows for reader in readers[:-1])])
 
     def read_numbers(numbers: np.ndarray) -> np.ndarray:
-        which = np.searchsorted(starts, numbers, side="right") - 1
+        reader_of_row = np.searchsorted(first_rows, numbers, side="right") - 1
         records = np.full(len(numbers), b"", object)
-        for owner in np.unique(which):
-            places = np.flatnonzero(which == owner)
-            records[places] = readers[owner].read((numbers[places] - starts[owner]).tolist())
+        for index in np.unique(reader_of_row):
+            places = np.flatnonzero(reader_of_row == index)
+            in_reader = (numbers[places] - first_rows[index]).tolist()
+            records[places] = readers[index].read_records(in_reader)
         return records
 
     @tf.autograph.experimental.do_not_convert
@@ -61,17 +71,17 @@ def read_blocks(readers: Sequence[RowReader], blocks: tf.data.Dataset) -> tf.dat
 def example_dataset(
     readers: Sequence[RowReader],
     rates: Sequence[float],
-    task: Any,
+    task: seqio.Task,
     sequence_length: Mapping[str, int] | None,
     options: StreamOptions,
 ) -> tf.data.Dataset:
-    """Elements `inputs` and `targets`, int32 [L], of some readers mixed, from any example on.
+    """Returns a mixture of tasks as a stream: elements `inputs` and `targets`, int32 [L].
 
     Args:
-      readers: of each task's rows, with ids.
-      rates: of each.
-      task: what is left to do to an example, this seqio task does (its postcache preprocessors).
-      sequence_length: what the features are cut to.
+      readers: rows of each task, with token ids.
+      rates: mixing rate of each task.
+      task: seqio task whose postcache preprocessors are applied to the examples of all tasks.
+      sequence_length: length that each feature is truncated to.
       options: order and extent.
     """
     order = ExampleOrder(
@@ -82,50 +92,50 @@ def example_dataset(
         options.num_epochs,
     )
     blocks = read_blocks(readers, row_number_blocks(order, options.start, options.shard))
-    kinds: dict[str, Any] = {key: tf.io.RaggedFeature(tf.int64) for key in TEXT_FEATURES}
-    names = [f"{key}_{kind}" for key in TEXT_FEATURES for kind in ("pretokenized", "plaintext")]
-    kinds |= {
-        name: tf.io.FixedLenFeature([], tf.string, "") for name in names if options.include_text
-    }
+    features = {key: tf.io.RaggedFeature(tf.int64) for key in TEXT_FEATURES}
+    if options.include_text:
+        # The text is in one of the two: old caches have _plaintext. The other is empty.
+        kinds = ("pretokenized", "plaintext")
+        text_keys = [f"{key}_{kind}" for key in TEXT_FEATURES for kind in kinds]
+        features |= {key: tf.io.FixedLenFeature([], tf.string, "") for key in text_keys}
 
     @tf.autograph.experimental.do_not_convert
-    def parse(records: tf.Tensor) -> dict[str, Any]:
-        rows = tf.io.parse_example(records, kinds)
-        found = {}
+    def parse(records: tf.Tensor) -> dict[str, tf.Tensor]:
+        rows = tf.io.parse_example(records, features)
+        block = {}
         for key in TEXT_FEATURES:
-            # with a 0 before, until they are taken apart: TensorFlow 2.21 crashes where a row of no
-            # elements is unbatched
+            # TensorFlow 2.21 crashes when it unbatches a row without elements: each row gets a 0 in
+            # front, which `drop_first` removes.
             ids = tf.cast(rows[key], tf.int32)
-            found[key] = tf.concat([tf.fill([tf.size(records), 1], 0), ids], axis=1)
+            block[key] = tf.concat([tf.fill([tf.size(records), 1], 0), ids], axis=1)
             if options.include_text:
-                found[f"{key}_pretokenized"] = (
-                    rows[f"{key}_pretokenized"] + rows[f"{key}_plaintext"]
-                )
-        return found
+                text = rows[f"{key}_pretokenized"] + rows[f"{key}_plaintext"]
+                block[f"{key}_pretokenized"] = text
+        return block
 
     @tf.autograph.experimental.do_not_convert
-    def dense(example: dict[str, Any]) -> dict[str, tf.Tensor]:
+    def drop_first(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return example | {key: tf.convert_to_tensor(example[key])[1:] for key in TEXT_FEATURES}
 
-    ds = blocks.map(parse).unbatch().map(dense)
+    ds = blocks.map(parse).unbatch().map(drop_first)
     ds = task.preprocess_postcache(ds, sequence_length=sequence_length, seed=0)
     return ds.prefetch(READ_SIZE)
 
 
-def local_cache_dir(task: Any) -> pathlib.Path | None:
-    """The folder of a seqio task's offline cache, None where there is none or it is not local."""
+def local_cache_dir(task: seqio.Task) -> pathlib.Path | None:
+    """Returns the folder of a task's offline cache; None without one or if it is remote."""
     folder = task.cache_dir
     return None if folder is None or "://" in folder else pathlib.Path(folder)
 
 
 def cached_example_dataset(
-    tasks: Sequence[Any],
+    tasks: Sequence[seqio.Task],
     rates: Sequence[float],
     sequence_length: Mapping[str, int] | None,
     split: str,
     options: StreamOptions,
 ) -> tf.data.Dataset | None:
-    """`examples` of tasks' offline caches; None where not all have one that is local."""
+    """Returns `example_dataset` of the tasks' offline caches; None unless all have a local one."""
     folders = [local_cache_dir(task) for task in tasks]
     readers = [TFRecordReader(folder, split) for folder in folders if folder is not None]
     if len(readers) < len(tasks) or not tasks:

@@ -1,8 +1,8 @@
-"""Rows of P3: what a row holds, and readers that give any of them by number.
+"""Rows of a task in the form of P3's seqio caches, and readers with random access to them.
 
-Every source of P3 becomes a `Reader` of one split of one task, whose rows are those of the
-published seqio cache: ids and text of inputs and targets, answer choices where there are any, and
-of `_score_eval` tasks a row a choice with `idx`, `is_correct` and `weight`.
+A row holds token ids and text of inputs and targets, and the answer choices if it has any. In a
+`_score_eval` task there is one row for each answer choice of an example, with `idx`, `is_correct`
+and `weight`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 
-# inputs, targets: list of ids; inputs_pretokenized, targets_pretokenized: bytes; answer_choices:
-# list of bytes or absent; of a twin also idx: [example, choice], is_correct: bool, weight: float.
+# inputs, targets: list of token ids; inputs_pretokenized, targets_pretokenized: bytes;
+# answer_choices (optional): list of bytes. Of _score_eval tasks also idx: [example, choice],
+# is_correct: bool, weight: float.
 Row = dict[str, Any]
-Encode = Callable[[Sequence[str]], list[list[int]]]  # texts -> ids without EOS
+Encode = Callable[[Sequence[str]], list[list[int]]]  # texts to token ids without EOS
 
 EOS = 1
 READ_SIZE = 512  # rows read at a time
@@ -27,103 +28,110 @@ TEXT_FEATURES = ("inputs", "targets")
 
 
 def serialize(row: Row) -> bytes:
-    """A row as a tf.train.Example, as a seqio cache holds it."""
+    """Returns a row as a serialized tf.train.Example, as in a seqio cache."""
     import tensorflow as tf
 
-    feature: dict[str, Any] = {}
+    train = tf.train
+    features = {}
     for key, value in row.items():
         if key in ("inputs", "targets", "idx"):
-            feature[key] = tf.train.Feature(int64_list=tf.train.Int64List(value=value))
+            features[key] = train.Feature(int64_list=train.Int64List(value=value))
         elif key == "is_correct":
-            feature[key] = tf.train.Feature(int64_list=tf.train.Int64List(value=[int(value)]))
+            features[key] = train.Feature(int64_list=train.Int64List(value=[int(value)]))
         elif key == "weight":
-            feature[key] = tf.train.Feature(float_list=tf.train.FloatList(value=[value]))
+            features[key] = train.Feature(float_list=train.FloatList(value=[value]))
         else:
             texts = value if isinstance(value, list) else [value]
-            feature[key] = tf.train.Feature(bytes_list=tf.train.BytesList(value=texts))
-    example = tf.train.Example(features=tf.train.Features(feature=feature))
-    return bytes(example.SerializeToString())
+            features[key] = train.Feature(bytes_list=train.BytesList(value=texts))
+    return bytes(train.Example(features=train.Features(feature=features)).SerializeToString())
 
 
 def parse(record: bytes) -> Row:
-    """The row of a tf.train.Example; features that are not P3's are left out.
+    """Returns the row of a serialized tf.train.Example, without features that P3 does not have.
 
     Raises:
-      ValueError: it is no tf.train.Example.
+      ValueError: the record is not a tf.train.Example.
     """
     import tensorflow as tf
 
     try:
-        feature = tf.train.Example.FromString(record).features.feature
-    except Exception as error:  # protobuf's own kind
+        features = tf.train.Example.FromString(record).features.feature
+    except Exception as error:  # protobuf's DecodeError, whose module depends on its version
         raise ValueError("not a tf.train.Example") from error
     row: Row = {}
     for key in (*TEXT_FEATURES, "idx"):
-        if key in feature:
-            row[key] = list(feature[key].int64_list.value)
+        if key in features:
+            row[key] = list(features[key].int64_list.value)
     for key in TEXT_FEATURES:
-        for name in (f"{key}_pretokenized", f"{key}_plaintext"):  # the latter of old caches
-            if name in feature:
-                row[f"{key}_pretokenized"] = b"".join(feature[name].bytes_list.value)
+        for name in (f"{key}_pretokenized", f"{key}_plaintext"):  # old caches have _plaintext
+            if name in features:
+                row[f"{key}_pretokenized"] = b"".join(features[name].bytes_list.value)
                 break
-    if "answer_choices" in feature:
-        row["answer_choices"] = list(feature["answer_choices"].bytes_list.value)
-    if "is_correct" in feature:
-        row["is_correct"] = bool(sum(feature["is_correct"].int64_list.value))
-    if "weight" in feature:
-        row["weight"] = float(sum(feature["weight"].float_list.value))
+    if "answer_choices" in features:
+        row["answer_choices"] = list(features["answer_choices"].bytes_list.value)
+    if "is_correct" in features:
+        row["is_correct"] = bool(sum(features["is_correct"].int64_list.value))
+    if "weight" in features:
+        row["weight"] = float(sum(features["weight"].float_list.value))
     return row
 
 
 class RowReader(abc.ABC):
-    """Rows of a split of a task."""
+    """Random access to the rows of a split of a task.
 
-    location: str  # the file or folder, for messages
+    Attributes:
+      location: file or folder of the rows, for messages.
+    """
+
+    location: str
 
     @property
     @abc.abstractmethod
     def num_rows(self) -> int:
-        """How many there are."""
+        """Number of rows."""
 
     @abc.abstractmethod
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
-        """The rows of these numbers, in this order."""
+        """Returns rows in the order of their numbers."""
 
-    def read(self, numbers: Sequence[int]) -> list[bytes]:
-        """The same as tf.train.Examples."""
+    def read_records(self, numbers: Sequence[int]) -> list[bytes]:
+        """Returns rows as serialized tf.train.Examples."""
         return [serialize(row) for row in self.read_rows(numbers)]
 
     def row_blocks(self) -> Iterator[list[Row]]:
-        """Every row once, in lists."""
+        """Yields all rows in order, several at a time."""
         for start in range(0, self.num_rows, READ_SIZE):
             yield self.read_rows(range(start, min(self.num_rows, start + READ_SIZE)))
 
     @functools.cached_property
     def idx(self) -> np.ndarray:
-        """[example, choice] of every row of a twin: int64 [rows, 2]; reads through it.
+        """[example, choice] of every row of a `_score_eval` task: int64 [rows, 2].
+
+        The first access reads all rows.
 
         Raises:
-          InputError: a row has none, or two rows have the same.
+          InputError: a row has no `idx`, or two rows have the same.
         """
-        found = [row.get("idx") for rows in self.row_blocks() for row in rows]
-        if not all(found) or any(len(pair) != 2 for pair in found if pair):
-            raise InputError(
-                f"{self.location}: a row without 'idx', expected [example, choice] in all"
-            )
-        idx = np.array(found, np.int64).reshape(-1, 2)
+        pairs = [row.get("idx") for rows in self.row_blocks() for row in rows]
+        if any(pair is None or len(pair) != 2 for pair in pairs):
+            raise InputError(f"{self.location}: expected 'idx' [example, choice] in every row")
+        idx = np.array(pairs, np.int64).reshape(-1, 2)
         if len(np.unique(idx, axis=0)) < len(idx):
             raise InputError(
-                f"{self.location}: two rows with the same 'idx', expected one a choice"
+                f"{self.location}: expected an 'idx' of its own in every row, got two rows with the"
+                " same 'idx'"
             )
         return idx
 
-    def order_by_example(self, most: int | None = None) -> np.ndarray:
-        """Row numbers of a twin, example after example and choice after choice: int64.
+    def order_by_example(self, max_examples: int | None = None) -> np.ndarray:
+        """Returns row numbers sorted by example and choice: int64 [rows].
 
-        A cache may have been shuffled when it was written.
+        Args:
+          max_examples: number of examples to keep; None: all.
         """
+        # Needed because a cache may have been shuffled when it was written.
         order = np.lexsort((self.idx[:, 1], self.idx[:, 0]))
-        if most is not None:
-            examples = np.unique(self.idx[:, 0])[:most]
+        if max_examples is not None:
+            examples = np.unique(self.idx[:, 0])[:max_examples]
             order = order[np.isin(self.idx[order, 0], examples)]
         return order

@@ -1,4 +1,4 @@
-"""Imports seqio without its noise, and closes its pipelines before Python ends."""
+"""Imports seqio quietly and without GPUs, and closes its pipelines before Python ends."""
 
 from __future__ import annotations
 
@@ -13,51 +13,49 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Generator, Iterator
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TypeVar
 
 from pemoe_jax.runtime import seqio_caches
 
 T = TypeVar("T")
 
-
-# What TensorFlow says of itself before its log level counts: oneDNN is on, there is no CUDA.
-_CHATTER = re.compile(rb"WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:")
-
-
 _stderr_lock = threading.Lock()
+
+# TensorFlow's C++ code logs that oneDNN is on and that there is no CUDA driver before its log level
+# counts: TF_CPP_MIN_LOG_LEVEL, ABSL_MIN_LOG_LEVEL and absl's Python settings all leave these lines.
+_IMPORT_NOISE = re.compile(
+    rb"WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:"
+)
 
 
 @contextlib.contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Withholds what is written to file descriptor 2 and then writes it, less the chatter.
-
-    Where the block raises, all of it is written. Descriptor 2 is the process's: what other threads
-    write comes late, but it comes.
-    """
-    with _stderr_lock, tempfile.TemporaryFile() as withheld:
+def _filter_stderr() -> Iterator[None]:
+    """Withholds file descriptor 2, then writes it without the noise; all of it after an error."""
+    # The descriptor belongs to the whole process: output of other threads is delayed, not lost.
+    with _stderr_lock, tempfile.TemporaryFile() as captured:
         stderr = os.dup(2)
-        os.dup2(withheld.fileno(), 2)
-        chatter = None
+        os.dup2(captured.fileno(), 2)
+        succeeded = False
         try:
             yield
-            chatter = _CHATTER
+            succeeded = True
         finally:
             if sys.stderr is not None:
                 sys.stderr.flush()
             os.dup2(stderr, 2)
-            withheld.seek(0)
-            for line in withheld:
-                if chatter is None or not chatter.match(line):
+            captured.seek(0)
+            for line in captured:
+                if not (succeeded and _IMPORT_NOISE.match(line)):
                     os.write(stderr, line)
             os.close(stderr)
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage is looked for: TensorFlow's import makes a million objects that stay.
-
-    To look them through takes a fifth of the import, and where Python ends 1.5 s more.
-    """
+def _pause_gc() -> Iterator[None]:
+    """Disables garbage collection."""
+    # TensorFlow's import creates a million objects that live as long as the process: collecting
+    # among them costs a fifth of the import, and another 1.5 s at exit unless they are frozen.
     enabled = gc.isenabled()
     gc.disable()
     atexit.register(gc.freeze)
@@ -69,47 +67,52 @@ def _uncollected() -> Iterator[None]:
 
 
 @functools.cache
-def import_seqio() -> Any:
-    """seqio (8 s at the first call), with GPUs hidden from the TensorFlow that comes with it.
+def import_seqio() -> ModuleType:
+    """Returns the module seqio; the first call takes 8 s.
 
-    Environment: TF_CPP_MIN_LOG_LEVEL=0 shows all that TensorFlow writes to stderr, as it comes.
+    Call it before TensorFlow is imported elsewhere: it hides GPUs from TensorFlow, which would
+    otherwise reserve their memory. TF_CPP_MIN_LOG_LEVEL=0 in the environment shows all of
+    TensorFlow's log.
     """
-    # Below 3, cuInit's failure is printed on every CPU machine.
+    # Below level 3, every machine without a GPU prints that cuInit failed.
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _uncollected(), contextlib.nullcontext() if level == "0" else _without_chatter():
+    with _pause_gc(), contextlib.nullcontext() if level == "0" else _filter_stderr():
         import tensorflow as tf
 
-        # Where the caller has started TensorFlow already, what it may see is the caller's business.
+        # TensorFlow was initialized by the caller, who then decides which devices it sees.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], "GPU")
         import seqio
 
     if seqio_caches.additional_cache_dirs:
         seqio.add_global_cache_dirs(seqio_caches.additional_cache_dirs)
-    return seqio
+    module: ModuleType = seqio
+    return module
 
 
 def global_cache_dirs() -> list[str]:
-    """The folders of offline caches that seqio knows; imports it where there can be any."""
+    """Returns the folders in which seqio looks for offline caches."""
     return list(import_seqio().utils.get_global_cache_dirs())
 
 
-_open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+_open_generators: weakref.WeakSet[Generator[object, None, None]] = weakref.WeakSet()
 
 
 def close_at_exit(generator: Generator[T, None, None]) -> Generator[T, None, None]:
-    """A generator that is closed before Python ends, if it is still there then.
+    """Returns the generator, which is closed before Python ends if it still exists then.
 
-    Where Python is ending TensorFlow may wait for ever for what a pipeline has under way: Python
-    functions, which cannot run any more.
+    A tf.data pipeline may be inside a Python function (`tf.numpy_function`) when Python ends. The
+    function cannot run any more and TensorFlow would wait for it forever.
     """
-    _open.add(generator)
+    _open_generators.add(generator)
     return generator
 
 
 @atexit.register
-def _close_all() -> None:
-    for _ in range(2):  # one that a thread is in can be closed when that thread has ended
-        for generator in list(_open):
+def _close_generators() -> None:
+    # Twice: a generator that a prefetch thread is executing raises ValueError at first, and can be
+    # closed once closing the thread's own generator has ended the thread.
+    for _ in range(2):
+        for generator in list(_open_generators):
             with contextlib.suppress(ValueError):
                 generator.close()

@@ -1,9 +1,10 @@
-"""Tfrecord files of a seqio cache, read by the row.
+"""Random access to the rows of a seqio cache's tfrecord files.
 
-A cache holds for each split `<split>.tfrecord-00000-of-00001`, `info.<split>.json` (shards and
-features), `stats.<split>.json` (how many rows) and, once all is written, `COMPLETED`. Where each
-row begins is found by going from frame to frame, as far as it is needed, and is kept in memory: 8
-bytes a row.
+For each split, a cache contains `<split>.tfrecord-00000-of-00001`, `info.<split>.json` (number of
+shards, features) and `stats.<split>.json` (number of rows). `COMPLETED` is written last.
+
+A tfrecord file has no index: the start of each row is found by stepping from frame to frame, as far
+into the file as needed, and is kept in memory (8 bytes a row).
 """
 
 from __future__ import annotations
@@ -15,68 +16,77 @@ import pathlib
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, first_line
-from pemoe_jax.data import crc32c
 from pemoe_jax.data.rows import READ_SIZE, Row, RowReader, parse
 from pemoe_jax.runtime import file_io
 
-_BLOCK = 1 << 22  # bytes looked through at a time
-_HEADER = 12  # length of the data, and its checksum
-_FRAME = 16  # header, and the checksum of the data behind it
-_LFS = b"version https://git-lfs"
+_BLOCK = 1 << 22  # bytes scanned at a time
+
+# A frame: length of the data (8 bytes), checksum of the length (4), data, checksum of the data (4).
+_HEADER = 12
+_FRAME = 16
 _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
 
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def masked_checksum(data: bytes) -> int:
+    """Returns the CRC-32C of the data as tfrecords store it: rotated, plus a constant."""
+    # A checksum of data that contains checksums is weak, so the format masks them.
+    crc: int = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
 
 class TFRecordFile:
-    """One tfrecord file."""
+    """A tfrecord file; may be used by several threads."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._starts = array.array("q")
-        self._next = 0  # where the frame after the known ones begins
+        self._starts = array.array("q")  # offset of each frame that is known so far
+        self._scanned = 0  # offset up to which the file has been scanned
         self._lock = threading.Lock()
 
     @functools.cached_property
     def _size(self) -> int:
         return os.path.getsize(self.path)
 
-    def check(self) -> None:
-        """Looks at the first record; InputError where there is none in what is not empty."""
+    def check_first_record(self) -> None:
+        """Raises InputError unless the file is empty or begins with a record."""
         with self._lock, open(self.path, "rb") as file:
             if self._size and not self._starts:
-                self._look_at(file.read(_HEADER + len(_LFS)))
+                self._scan_block(file.read(_HEADER + len(_LFS_POINTER)))
 
     def count(self) -> int:
-        """How many rows there are; looks through the whole file, the first time."""
+        """Returns the number of rows; the first call scans the whole file."""
         with self._lock:
-            self._look_through(None)
+            self._scan()
             return len(self._starts)
 
     def read(self, numbers: Sequence[int]) -> list[bytes]:
-        """The records of these rows, whose checksums are verified.
+        """Returns the records of rows, in the order of their numbers.
 
         Raises:
-          InputError: the file is damaged, or has fewer rows.
+          InputError: the file has too few rows, or a checksum is wrong.
         """
         with self._lock:
-            self._look_through(int(max(numbers)) + 1)
+            self._scan(num_rows=int(max(numbers)) + 1)
         records = []
         with open(self.path, "rb") as file:
             for number in numbers:
                 if number >= len(self._starts):
                     raise InputError(
-                        f"{self.path}: damaged: it has {len(self._starts):,} rows, expected more"
-                        " by its stats"
+                        f"{self.path}: damaged: expected more rows by its stats, got"
+                        f" {len(self._starts):,}"
                     )
                 file.seek(self._starts[number])
-                length = _LENGTH.unpack(file.read(_HEADER)[:8])[0]
+                length = _LENGTH.unpack(file.read(_HEADER)[: _LENGTH.size])[0]
                 record = file.read(length)
-                if file.read(4) != _CHECKSUM.pack(crc32c.masked(record)):
+                if file.read(4) != _CHECKSUM.pack(masked_checksum(record)):
                     raise InputError(
                         f"{self.path}: damaged at byte {self._starts[number]:,}: the checksum of"
                         f" row {number + 1:,} is wrong"
@@ -85,29 +95,31 @@ class TFRecordFile:
         return records
 
     def check_at(self, offset: int) -> None:
-        """Verifies the row that begins at a byte, or whose data does, if there is one.
+        """Verifies the row whose frame or data begins at a byte offset, if one does.
 
         Raises:
-          InputError: it is damaged, or what is before it.
+          InputError: the row, or the file before it, is damaged.
         """
         with self._lock:
-            self._look_through(None, offset)
+            self._scan(end=offset + 1)
         number = int(np.searchsorted(self._starts, offset, side="right")) - 1
         if number >= 0 and offset - self._starts[number] in (0, _HEADER):
             self.read([number])
 
-    def _look_through(self, rows: int | None, offset: int | None = None) -> None:
-        """Finds where rows begin, until so many are known, or those up to a byte (None: all)."""
-        end = self._size if offset is None else min(self._size, offset + 1)
+    def _scan(self, num_rows: int | None = None, end: int | None = None) -> None:
+        """Finds the starts of rows, up to a number of rows or an offset; None: of all rows."""
+        end = self._size if end is None else min(self._size, end)
         with open(self.path, "rb") as file:
-            while self._next < end and (rows is None or len(self._starts) < rows):
-                file.seek(self._next)
-                self._look_at(file.read(_BLOCK))
+            while self._scanned < end and (num_rows is None or len(self._starts) < num_rows):
+                file.seek(self._scanned)
+                self._scan_block(file.read(_BLOCK))
 
-    def _look_at(self, block: bytes) -> None:
-        begin, at, size, last = self._next, 0, self._size, len(block) - _HEADER
+    def _scan_block(self, block: bytes) -> None:
+        """Finds the frames whose header is in a block that begins where the scan stopped."""
+        begin, at, size, last = self._scanned, 0, self._size, len(block) - _HEADER
         if last < 0:
             raise self._damaged(begin, block)
+        # Bound methods as locals: this loop runs once for each row of the cache.
         append, unpack = self._starts.append, _LENGTH.unpack_from
         while at <= last:
             after = at + _FRAME + unpack(block, at)[0]
@@ -115,16 +127,21 @@ class TFRecordFile:
                 raise self._damaged(begin + at, block[at:])
             append(begin + at)
             at = after
-        self._next = begin + at
+        self._scanned = begin + at
 
-    def _damaged(self, offset: int, found: bytes) -> InputError:
-        if found.startswith(_LFS):
+    def _damaged(self, offset: int, content: bytes) -> InputError:
+        if content.startswith(_LFS_POINTER):
             return InputError(f"{self.path}: a Git LFS pointer, not the file: run `git lfs pull`")
-        return InputError(f"{self.path}: damaged at byte {offset:,}: no whole record there")
+        return InputError(f"{self.path}: damaged at byte {offset:,}: no complete record")
 
 
 class TFRecordReader(RowReader):
-    """A split of a cached task."""
+    """A split of a cached task.
+
+    Args:
+      folder: folder of the task's cache.
+      split: name of the split.
+    """
 
     def __init__(self, folder: pathlib.Path, split: str) -> None:
         self.location = str(folder / f"{split}.tfrecord")
@@ -132,94 +149,92 @@ class TFRecordReader(RowReader):
 
     @functools.cached_property
     def files(self) -> list[TFRecordFile]:
-        """Its shards, in order.
+        """The shards, in order.
 
         Raises:
-          InputError: one is missing, or does not begin with a record.
+          InputError: a shard is missing, or does not begin with a record.
         """
-        info = file_io.read_json(self._folder / f"info.{self._split}.json")
-        shards = info.get("num_shards")
-        if not isinstance(shards, int) or shards < 1:
+        info_path = self._folder / f"info.{self._split}.json"
+        num_shards = file_io.read_json(info_path).get("num_shards")
+        if not isinstance(num_shards, int) or num_shards < 1:
             raise InputError(
-                f"{self._folder / f'info.{self._split}.json'}: 'num_shards' must be a positive"
-                f" integer, found {shards!r}"
+                f"{info_path}: 'num_shards' must be a positive integer, got {num_shards!r}"
             )
-        paths = [
-            self._folder / f"{self._split}.tfrecord-{number:05d}-of-{shards:05d}"
-            for number in range(shards)
-        ]
-        for path in paths:
+        files = []
+        for number in range(num_shards):
+            path = self._folder / f"{self._split}.tfrecord-{number:05d}-of-{num_shards:05d}"
             if not path.is_file():
-                raise InputError(f"{path}: no such file, expected {shards} by info")
-        files = [TFRecordFile(str(path)) for path in paths]
+                raise InputError(f"{path}: no such file, expected {num_shards} by {info_path.name}")
+            files.append(TFRecordFile(str(path)))
         for file in files:
-            file.check()
+            file.check_first_record()
         return files
 
     @functools.cached_property
     def num_rows(self) -> int:
-        """See Reader; what stats.<split>.json says, or else what the files hold."""
+        """Number of rows by stats.<split>.json, or without it by the files themselves."""
         files = self.files
         stats = self._folder / f"stats.{self._split}.json"
-        if stats.exists():
-            examples = file_io.read_json(stats).get("examples")
-            if isinstance(examples, int) and examples >= 0:
-                return examples
-            raise InputError(f"{stats}: 'examples' must be a number of rows, found {examples!r}")
-        return sum(file.count() for file in files)
+        if not stats.exists():
+            return sum(file.count() for file in files)
+        examples = file_io.read_json(stats).get("examples")
+        if not isinstance(examples, int) or examples < 0:
+            raise InputError(f"{stats}: 'examples' must be a number of rows, got {examples!r}")
+        return examples
 
     @functools.cached_property
     def _first_rows(self) -> np.ndarray:
+        """Number of the first row of each shard: int64 [shards]."""
         counts = [file.count() for file in self.files[:-1]]
         return np.cumsum([0, *counts])
 
-    def read(self, numbers: Sequence[int]) -> list[bytes]:
+    def read_records(self, numbers: Sequence[int]) -> list[bytes]:
         """See RowReader."""
+        # A single shard is read without counting its rows, which would scan the whole file.
         if len(self.files) == 1:
             return self.files[0].read(numbers)
-        wanted = np.asarray(numbers)
-        which = np.searchsorted(self._first_rows, wanted, side="right") - 1
-        records = [b""] * len(which)
-        for shard in np.unique(which):
-            places = np.flatnonzero(which == shard)
-            inside = [int(number) for number in wanted[places] - self._first_rows[shard]]
-            for place, record in zip(places, self.files[shard].read(inside), strict=True):
+        rows = np.asarray(numbers)
+        shard_of_row = np.searchsorted(self._first_rows, rows, side="right") - 1
+        records = [b""] * len(rows)
+        for shard in np.unique(shard_of_row):
+            places = np.flatnonzero(shard_of_row == shard)
+            in_shard = [int(number) for number in rows[places] - self._first_rows[shard]]
+            for place, record in zip(places, self.files[shard].read(in_shard), strict=True):
                 records[place] = record
         return records
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
         """See RowReader."""
-        return self._parsed(self.read(numbers))
+        return self._parse(self.read_records(numbers))
 
     def row_blocks(self) -> Iterator[list[Row]]:
-        """See Reader; every checksum is verified.
+        """See RowReader; verifies every checksum.
 
         Raises:
-          InputError: a file is damaged, or the rows are not as many as stats say.
+          InputError: a file is damaged, or the number of rows is not that of the stats.
         """
         import tensorflow as tf
 
-        seen = 0  # rows
+        num_read = 0
         for file in self.files:
             records = tf.data.TFRecordDataset(file.path).batch(READ_SIZE)
             try:
                 for batch in records.as_numpy_iterator():
-                    seen += len(batch)
-                    yield self._parsed(batch)
+                    num_read += len(batch)
+                    yield self._parse(batch)
             except tf.errors.DataLossError as error:
-                file.count()  # may know better what it is
-                raise InputError(f"{file.path}: damaged: {_reason(error)}") from None
-        if seen != self.num_rows:
+                # Scanning the file gives a better message for truncated files and LFS pointers.
+                file.count()
+                reason = first_line(error.message).split(" [Op:")[0]
+                raise InputError(f"{file.path}: damaged: {reason}") from None
+        if num_read != self.num_rows:
             raise InputError(
-                f"{self.location}: damaged: {seen:,} rows, expected {self.num_rows:,} by stats"
+                f"{self.location}: damaged: expected {self.num_rows:,} rows by its stats, got"
+                f" {num_read:,}"
             )
 
-    def _parsed(self, records: Sequence[bytes]) -> list[Row]:
+    def _parse(self, records: Sequence[bytes]) -> list[Row]:
         try:
             return [parse(record) for record in records]
         except ValueError as error:
             raise InputError(f"{self.location}: damaged: {error}") from None
-
-
-def _reason(error: Any) -> str:
-    return first_line(error.message).split(" [Op:")[0]

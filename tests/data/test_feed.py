@@ -333,11 +333,13 @@ def test_a_users_own_task_is_trained_on(registered, tmp_path):
 def test_wrong_arguments_are_named_at_once(registered):
     with pytest.raises(InputError, match="'a' has no split 'test' "):
         feed.train_batches("a", LENGTHS, 2, split="test")
-    with pytest.raises(InputError, match="must give 'targets' a positive integer, found None"):
+    with pytest.raises(InputError, match=r"TASK_FEATURE_LENGTHS\['targets'\] must be a positive"):
         feed.train_batches("a", {"inputs": 8}, 2)
-    with pytest.raises(InputError, match="BATCH_SIZE must be an integer of at least 1, found 0"):
+    with pytest.raises(InputError, match="BATCH_SIZE must be a positive integer, got 0"):
         feed.train_batches("a", LENGTHS, 0)
-    with pytest.raises(InputError, match=r"start\['examples'\] must be an integer .* found -1"):
+    with pytest.raises(
+        InputError, match=r"start\['examples'\] must be an integer of at least 0, got -1"
+    ):
         feed.train_batches("a", LENGTHS, 2, start={"examples": -1})
 
 
@@ -393,10 +395,10 @@ print(next(items), next(items))
 def test_a_forgotten_feed_ends_its_pipeline_at_once(registered):
     gc.disable()
     try:
-        earlier = set(seqio_import._open)  # cycles of other tests may hold some
+        earlier = set(seqio_import._open_generators)  # cycles of other tests may hold some
         made = feed.train_batches("jsonl_train", LENGTHS, 2)
         next(made)
-        (reader,) = set(seqio_import._open) - earlier
+        (reader,) = set(seqio_import._open_generators) - earlier
         before = weakref.ref(reader)
         del reader, made
         assert before() is None

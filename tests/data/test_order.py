@@ -48,7 +48,7 @@ def test_rates_are_met(rates):
 def test_the_choice_is_exact():
     """By enumeration: the words that choose a task are its share of 2^64, to one word."""
     rates = [0.1, 5, 0.25, 0.25, 3e-7, 0, 1]
-    choice = order_lib._Choice(rates)
+    choice = order_lib._TaskSampler(rates)
     width = 1 << 61  # 7 tasks, 8 columns
     words = collections.Counter()
     for column, (own, other) in enumerate(zip(choice._own, choice._other, strict=True)):
@@ -81,8 +81,8 @@ def test_far_starts_are_kept_to_start_from(monkeypatch):
     order = ExampleOrder(SIZES, SIZES, 2)
     np.testing.assert_array_equal(order.row_numbers(99_990, 100_000), whole[99_990:])
     drawn = []
-    plain = order._tasks
-    monkeypatch.setattr(order, "_tasks", lambda *ends: drawn.append(ends) or plain(*ends))
+    plain = order._draw_tasks
+    monkeypatch.setattr(order, "_draw_tasks", lambda *ends: drawn.append(ends) or plain(*ends))
     np.testing.assert_array_equal(order.row_numbers(70_000, 70_010), whole[70_000:70_010])
     assert min(start for start, _ in drawn) >= 65_536
 
@@ -183,12 +183,12 @@ def test_without_repeating_it_ends_with_the_first_task_that_is_used_up(epochs):
 @pytest.mark.parametrize(
     ("sizes", "rates", "message"),
     [
-        ([3, 0], [1, 1], "task 1: expected at least 1 row, found 0"),
-        ([3, 2], [1, -1], "task 1: expected a rate of at least 0, found -1"),
-        ([3], [math.nan], "task 0: expected a rate of at least 0, found nan"),
-        ([3, 2], [0, 0], "expected a task with a rate above 0, found none"),
-        ([3, 2], [1], "expected a rate for each task, found 2 and 1"),
-        ([], [], "expected a rate for each task, found 0 and 0"),
+        ([3, 0], [1, 1], "task 1: size must be at least 1, got 0"),
+        ([3, 2], [1, -1], "task 1: rate must be at least 0, got -1"),
+        ([3], [math.nan], "task 0: rate must be at least 0, got nan"),
+        ([3, 2], [0, 0], "expected a task with a rate above 0, got none"),
+        ([3, 2], [1], "expected one rate for each task, got 1 for 2"),
+        ([], [], "expected one rate for each task, got 0 for 0"),
     ],
 )
 def test_wrong_arguments_are_named(sizes, rates, message):

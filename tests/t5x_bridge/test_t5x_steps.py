@@ -262,5 +262,5 @@ def test_a_vocabulary_beyond_the_embedding_is_refused():
     from pemoe_jax.t5x_bridge.model import EncoderDecoderModel
 
     larger = type("Larger", (Vocabulary,), {"vocab_size": 33})()
-    with pytest.raises(InputError, match="has 33 ids, .* T5Config.vocab_size is 32"):
+    with pytest.raises(InputError, match="T5Config.vocab_size must be at least 33, .* got 32"):
         EncoderDecoderModel(module("ia3"), larger, larger)

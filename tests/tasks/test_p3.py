@@ -426,7 +426,7 @@ def test_damaged_tfrecords_are_named(p3, tmp_path, forms):
     assert str(path) in score()
     path.write_bytes(whole)
     (path.parent / "stats.validation.json").write_text('{"examples": 3}')
-    assert "100 rows, expected 3" in score()
+    assert "expected 3 rows by its stats, got 100" in score()
     (path.parent / "COMPLETED").unlink()
     assert "COMPLETED" in score()
 

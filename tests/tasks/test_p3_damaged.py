@@ -13,7 +13,7 @@ from p3_runs import VOCAB, train_flags
 from pemoe_jax import infer, tasks, train
 from pemoe_jax.checkpoints import runs
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import choices, crc32c, feed, seqio_import, seqio_tasks
+from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks, tfrecords
 from pemoe_jax.data.order import ExampleOrder
 from pemoe_jax.runtime import options
 
@@ -149,8 +149,8 @@ def test_a_users_tfrecord_is_named(users_task):
 def test_a_record_that_is_no_example_is_told_of_in_one_line(users_task):
     record = b"\x93" * 40
     frame = (40).to_bytes(8, "little")
-    frame += crc32c.masked(frame).to_bytes(4, "little") + record
-    frame += crc32c.masked(record).to_bytes(4, "little")
+    frame += tfrecords.masked_checksum(frame).to_bytes(4, "little") + record
+    frame += tfrecords.masked_checksum(record).to_bytes(4, "little")
     users_task.write_bytes(users_task.read_bytes()[: frames(users_task)[2000]] + frame)
     came, said = read_all("users_task")
     assert came > 20
@@ -226,23 +226,3 @@ def test_evaluation_and_decoding_say_it_in_one_line_too(copy):
     with pytest.raises(InputError) as error:
         choices.load_choice_groups("t0_train_score_eval", LENGTHS)
     assert one_line(error).startswith(f"{path}: damaged")
-
-
-def test_checksums_are_those_of_rfc_3720():
-    """Its appendix B.4, and lengths around the table's, byte by byte."""
-    assert crc32c.checksum(bytes(32)) == 0x8A9136AA
-    assert crc32c.checksum(b"\xff" * 32) == 0x62A8AB43
-    assert crc32c.checksum(bytes(range(32))) == 0x46DD794E
-    assert crc32c.checksum(bytes(range(31, -1, -1))) == 0x113FDB5C
-
-    def plain(data: bytes) -> int:
-        state = 0xFFFFFFFF
-        for byte in data:
-            state ^= byte
-            for _ in range(8):
-                state = state >> 1 ^ (0x82F63B78 if state & 1 else 0)
-        return state ^ 0xFFFFFFFF
-
-    content = np.random.default_rng(0).bytes(5000)
-    for size in (0, 1, 3, 4, 5, 2047, 2048, 2049, 2051, 5000):
-        assert crc32c.checksum(content[:size]) == plain(content[:size])

@@ -13,7 +13,7 @@ from p3_runs import VOCAB
 
 from pemoe_jax import tasks
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import choices, crc32c, seqio_import
+from pemoe_jax.data import choices, seqio_import, tfrecords
 from pemoe_jax.tasks.p3 import arrow, raw_examples
 from pemoe_jax.tasks.p3 import published as published_lib
 from pemoe_jax.tasks.p3 import tfds as tfds_lib
@@ -267,7 +267,7 @@ def test_what_is_not_whole_is_named(prepared, tmp_path):
     assert says() == f"{path}: damaged at byte 0: the checksum of row 1 is wrong"
     path.write_bytes(whole)
     garbage = b"\x93" * 40
-    checksum = crc32c.masked(garbage).to_bytes(4, "little")
+    checksum = tfrecords.masked_checksum(garbage).to_bytes(4, "little")
     path.write_bytes((40).to_bytes(8, "little") + bytes(4) + garbage + checksum)
     assert says().startswith(f"{path}: not an example by features.json: ")
     path.unlink()

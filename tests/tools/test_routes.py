@@ -529,7 +529,7 @@ def test_sites_and_default_tasks_of_two_runs(folder, tmp_path):
             ["--tasks", "colour_9"],
             r"'colour_9' matches none of 5 tasks; did you mean colour_",
         ),
-        ("mov", ["--examples=0"], "ROUTES_EXAMPLES must be an integer of at least 1, found 0"),
+        ("mov", ["--examples=0"], "ROUTES_EXAMPLES must be a positive integer, got 0"),
         (None, [], "CHECKPOINT_PATH is not set"),
         ("nothing", [], "nothing"),
     ],
