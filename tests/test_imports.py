@@ -61,13 +61,14 @@ NUMERICS = {"jax", "jaxlib", "flax", "optax", "numpy"}
 STORAGE = {"orbax", "tensorstore", "safetensors", "etils", "msgpack", "ml_dtypes"}
 HEAVY = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "t5", "t5x"}
 DATA = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "sentencepiece", "numpy"}
-DATA |= {"pyarrow", "jinja2", "yaml", "rouge_score", "sacrebleu"}
+DATA |= {"pyarrow", "google_crc32c", "jinja2", "yaml", "rouge_score", "sacrebleu"}
 DRAWING = {"matplotlib", "rich", "scipy", "jinja2"}
 # Import name to distribution name, where they differ; None: comes with another that is listed.
 DISTRIBUTIONS = {
     "gin": "gin-config",
     "orbax": "orbax-checkpoint",
     "absl": "absl-py",
+    "google_crc32c": "google-crc32c",
     "jaxlib": None,  # jax
     "rouge_score": "rouge-score",
     "yaml": "pyyaml",
