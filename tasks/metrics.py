@@ -1,7 +1,7 @@
-"""Metrics of generated text by the names that P3 has for them, for seqio's Evaluator.
+"""Metrics of generated text under P3's names, for seqio's Evaluator.
 
-Each takes (targets, predictions) and gives figures in per cent, as T5's evaluation does. Runs of
-spaces count as one, since SentencePiece keeps none. Libraries: rouge-score and sacrebleu.
+Each takes (targets, predictions) and returns percentages, as T5's evaluation does. Runs of
+whitespace count as one space, because SentencePiece keeps no others.
 """
 
 from __future__ import annotations
@@ -10,38 +10,36 @@ import collections
 import functools
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_tasks
-from pemoe_jax.tasks.p3 import published
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 MetricFn = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
 
 
-def _one_spaced(text: str) -> str:
-    return " ".join(text.split())
-
-
 def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """How many are the target, letter by letter: `accuracy`."""
+    """Share of predictions that equal the target, case and punctuation included: `accuracy`."""
     pairs = zip(targets, predictions, strict=True)
-    return {"accuracy": 100 * _mean(_one_spaced(t) == _one_spaced(p) for t, p in pairs)}
+    return {"accuracy": _percentage(target.split() == text.split() for target, text in pairs)}
 
 
 def squad(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """SQuAD's (arXiv 1606.05250): `exact_match` and `f1` over words.
+    """SQuAD's metrics (arXiv 1606.05250): `exact_match` and `f1` over words.
 
-    Case, punctuation and the articles a, an, the do not count. Where one of the two has no words
-    left, F1 is whether both have none, as SQuAD 2.0 has it.
+    Case, punctuation and the articles a, an, the are ignored. If the target or the prediction has
+    no words left, F1 is 1 if neither has any and 0 otherwise, as in SQuAD 2.0.
     """
     pairs = [(_words(t), _words(p)) for t, p in zip(targets, predictions, strict=True)]
     return {
-        "exact_match": 100 * _mean(target == prediction for target, prediction in pairs),
-        "f1": 100 * _mean(_f1(target, prediction) for target, prediction in pairs),
+        "exact_match": _percentage(target == prediction for target, prediction in pairs),
+        "f1": _percentage(_f1(target, prediction) for target, prediction in pairs),
     }
 
 
@@ -60,41 +58,42 @@ def _f1(target: list[str], prediction: list[str]) -> float:
 
 
 def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """BLEU of the whole, by sacrebleu with its international tokens: `bleu`."""
+    """Corpus BLEU of sacrebleu with its international tokenization: `bleu`."""
     import sacrebleu
 
-    found = sacrebleu.corpus_bleu(list(predictions), [list(targets)], tokenize="intl")
-    return {"bleu": float(found.score)}
+    score = sacrebleu.corpus_bleu(list(predictions), [list(targets)], tokenize="intl").score
+    return {"bleu": float(score)}
 
 
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of rouge-score, without stemming: `rouge1`, `rouge2`, `rougeLsum`."""
-    found = [
-        _rouge_scorer().score(_one_sentence_a_line(t), _one_sentence_a_line(p))
-        for t, p in zip(targets, predictions, strict=True)
+    """Mean F1 of rouge-score without stemming: `rouge1`, `rouge2`, `rougeLsum`."""
+    scores = [
+        _rouge_scorer().score(_split_sentences(target), _split_sentences(prediction))
+        for target, prediction in zip(targets, predictions, strict=True)
     ]
-    return {key: 100 * _mean(one[key].fmeasure for one in found) for key in _ROUGES}
+    return {name: _percentage(score[name].fmeasure for score in scores) for name in _ROUGES}
 
 
 _ROUGES = ("rouge1", "rouge2", "rougeLsum")
 
 
 @functools.cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer() -> RougeScorer:
     from rouge_score import rouge_scorer
 
     return rouge_scorer.RougeScorer(_ROUGES)
 
 
-def _one_sentence_a_line(text: str) -> str:
-    return text.replace(" . ", " .\n")  # what rougeLsum takes for sentences; T5 does the same
+def _split_sentences(text: str) -> str:
+    # rougeLsum reads a line as a sentence; T5's metric splits the same way
+    return text.replace(" . ", " .\n")
 
 
 def spearman_correlation(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Rank correlation of the numbers that the texts are: `spearman_correlation`.
+    """Rank correlation of texts that are numbers: `spearman_correlation`.
 
-    What is no number counts as -1, as in T5. Where all targets or all predictions are alike there
-    is none, and it is 0.
+    A text that is not a number counts as -1, as in T5. If all targets or all predictions are
+    equal, the correlation is undefined, and 0 is returned.
     """
     ranks = [_ranks([_number(text) for text in texts]) for texts in (targets, predictions)]
     deviations = [rank - rank.mean() for rank in ranks]
@@ -105,21 +104,21 @@ def spearman_correlation(targets: Sequence[str], predictions: Sequence[str]) -> 
 
 def _number(text: str) -> float:
     try:
-        found = float(text)
+        number = float(text)
     except ValueError:
         return -1.0
-    return found if np.isfinite(found) else -1.0
+    return number if np.isfinite(number) else -1.0
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
-    """From 0; equal values share the mean of their ranks."""
+    """Returns the ranks of `values`, from 0; equal values share the mean of their ranks."""
     _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts) - 1
     return (last - (counts - 1) / 2)[index]
 
 
-def _mean(values: Any) -> float:
-    return float(np.mean(list(values)))
+def _percentage(values: Iterable[float]) -> float:
+    return 100 * float(np.mean(list(values)))
 
 
 # P3's names. "Other" stands for a metric that promptsource does not name.
@@ -131,56 +130,41 @@ BY_NAME: Mapping[str, MetricFn | None] = {
     "Spearman Correlation": spearman_correlation,
     "Other": None,
 }
-DEFAULT = ("Accuracy",)
+DEFAULT_METRICS = ("Accuracy",)
 
 
-def metric_fns(names: Sequence[str], where: str = "metrics") -> list[MetricFn]:
-    """The metrics of these names, each once; accuracy where there is none but "Other".
-
-    Args:
-      names: keys of `BY_NAME`.
-      where: begins an error's line.
+def check_names(names: object, where: str) -> Sequence[str]:
+    """Checks the value of `metrics` in INDEX.json.
 
     Raises:
-      InputError: a name is not known.
+      InputError: the value, at `where`, is not a list of keys of `BY_NAME`.
     """
-    unknown = [name for name in names if name not in BY_NAME]
-    if unknown:
-        raise InputError(
-            f"{where}: expected names among {', '.join(BY_NAME)}, found {unknown[0]!r}"
-        )
-    found = [fn for name in dict.fromkeys(names) if (fn := BY_NAME[name]) is not None]
-    return found or [accuracy]
-
-
-def names_of(task: str, index: Mapping[str, Any] | None = None, where: str = "") -> Sequence[str]:
-    """The names of a task's metrics.
-
-    Args:
-      task: its name.
-      index: INDEX.json of the folder of JSON lines that the task is of (its `metrics`, a list); for
-        other tasks None: P3's by its table.
-      where: the path of INDEX.json.
-
-    Raises:
-      InputError: `metrics` of the index is not a list of known names.
-    """
-    if index is None:
-        known = published.tasks().get(task)
-        return known.metrics if known is not None else DEFAULT
-    names = index.get(task, {}).get("metrics", DEFAULT)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{where}: {task!r}: 'metrics' must be a list of names, found {names!r}")
-    metric_fns(names, f"{where}: {task!r}: 'metrics'")
+        raise InputError(f"{where}: 'metrics' must be a list of names, got {names!r}")
+    for name in names:
+        if name not in BY_NAME:
+            raise InputError(
+                f"{where}: 'metrics' must be names among {', '.join(BY_NAME)}, got {name!r}"
+            )
     return names
 
 
-def give(task: str, names: Sequence[str]) -> None:
-    """Gives a registered task without metrics of predictions those of these names."""
-    found = seqio_tasks.get_mixture_or_task(task)
-    if found.predict_metric_fns or found.metric_objs:
+def metric_fns(names: Sequence[str]) -> list[MetricFn]:
+    """Returns the functions of metrics, each once; accuracy if "Other" is the only name."""
+    fns = [fn for name in dict.fromkeys(names) if (fn := BY_NAME[name]) is not None]
+    return fns or [accuracy]
+
+
+def add_metrics(task: str, names: Sequence[str]) -> None:
+    """Adds metrics of generated text to a registered seqio task, unless it has some."""
+    provider = seqio_tasks.get_mixture_or_task(task)
+    if provider.predict_metric_fns or provider.metric_objs:
         return
-    # Task.replace makes a plain Task of any class of tasks, so the task itself is changed
-    found._metric_fn_constructor_args = [*found._metric_fn_constructor_args, *metric_fns(names)]
+    # seqio's `Task.replace` returns a plain Task whatever the class, so the task is changed in
+    # place, and the properties that it has cached are recomputed.
+    provider._metric_fn_constructor_args = [
+        *provider._metric_fn_constructor_args,
+        *metric_fns(names),
+    ]
     for cached in ("_all_metric_fns", "metric_objs", "predict_with_aux_metric_fns"):
-        found.__dict__.pop(cached, None)
+        provider.__dict__.pop(cached, None)

@@ -1,13 +1,12 @@
-"""A text file as seqio tasks for pretraining: span corruption, and prefix language modelling.
+"""Pretraining on a text file as seqio tasks: span corruption and prefix language modeling.
 
-`register(text_path, vocab_path)` makes, of a file with a text a line,
+`register(text_path, vocab_path)` adds two tasks over the lines of a file:
 
-- `pretrain_span_corruption`: spans of the line are cut out, each for a sentinel; the targets name
-  sentinels and spans (arXiv 1910.10683, section 3.1.4);
-- `pretrain_prefix_lm`: the line is cut in two, and the second part is predicted from the first.
-  Half of the cuts lie before the last sentence, which is where a question has its answer.
+- `pretrain_span_corruption`: spans of the line are replaced by sentinels, and the targets list the
+  sentinels with their spans (arXiv 1910.10683, section 3.1.4);
+- `pretrain_prefix_lm`: the line is split in two, and the second part is predicted from the first.
 
-Each line is an example of its own, and where it is cut is drawn anew every time it is read.
+Each line is an example, and what is removed is drawn anew every time the line is read.
 """
 
 from __future__ import annotations
@@ -15,23 +14,30 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import
-from pemoe_jax.tasks import jsonl
+from pemoe_jax.tasks.registered import Registered
+from pemoe_jax.tasks.vocabulary import load_vocabulary
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 SPAN_CORRUPTION = "pretrain_span_corruption"
 PREFIX_LM = "pretrain_prefix_lm"
 SENTENCE_ENDS = (".", "?", "!", ":")
 
+# (ids, rng) -> (inputs, targets), all without EOS
+Objective = Callable[[Sequence[int], np.random.Generator], tuple[list[int], list[int]]]
 
-def _lengths(total: int, parts: int, rng: np.random.Generator) -> list[int]:
-    """`parts` positive numbers that sum to `total`, all such ways equally likely."""
-    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
-    return np.diff([0, *cuts, total]).astype(int).tolist()
+
+def _random_lengths(total: int, parts: int, rng: np.random.Generator) -> list[int]:
+    """Returns `parts` positive integers with sum `total`, uniformly among all such lists."""
+    bounds = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+    return np.diff([0, *bounds, total]).astype(int).tolist()
 
 
 def span_corruption(
@@ -41,30 +47,31 @@ def span_corruption(
     noise_density: float = 0.3,
     mean_span_length: float = 2.0,
 ) -> tuple[list[int], list[int]]:
-    """Cuts spans out of a text.
+    """Replaces spans of a text by sentinels.
 
     Args:
       ids: a text of at least two tokens, without EOS.
-      rng: where the draws come from.
-      first_sentinel: id of the first sentinel; the next ones count down from it.
-      noise_density: share of the tokens that is cut out. T5 has 0.15 and spans of 3, on 512
-        tokens; of a sentence that would leave one span to learn from.
-      mean_span_length: in tokens.
+      rng: source of the draws.
+      first_sentinel: id of the first sentinel; the others count down from it.
+      noise_density: share of the tokens to remove. T5 uses 0.15 and spans of 3, on 512 tokens;
+        in a sentence that would leave one span to learn from.
+      mean_span_length: mean number of tokens of a span.
 
     Returns:
-      (inputs, targets), without EOS. The text begins with what is kept and ends with what is cut.
+      (inputs, targets), without EOS. The text begins with tokens that stay and ends with a span.
     """
-    noise = min(max(round(len(ids) * noise_density), 1), len(ids) - 1)
-    spans = min(max(round(noise / mean_span_length), 1), len(ids) - noise)
-    kept, cut = _lengths(len(ids) - noise, spans, rng), _lengths(noise, spans, rng)
+    num_noise = min(max(round(len(ids) * noise_density), 1), len(ids) - 1)
+    num_spans = min(max(round(num_noise / mean_span_length), 1), len(ids) - num_noise)
+    keep_lengths = _random_lengths(len(ids) - num_noise, num_spans, rng)
+    span_lengths = _random_lengths(num_noise, num_spans, rng)
     inputs: list[int] = []
     targets: list[int] = []
-    at = 0
-    for number, (keep, drop) in enumerate(zip(kept, cut, strict=True)):
+    start = 0
+    for number, (keep, span) in enumerate(zip(keep_lengths, span_lengths, strict=True)):
         sentinel = first_sentinel - number
-        inputs += [*ids[at : at + keep], sentinel]
-        targets += [sentinel, *ids[at + keep : at + keep + drop]]
-        at += keep + drop
+        inputs += [*ids[start : start + keep], sentinel]
+        targets += [sentinel, *ids[start + keep : start + keep + span]]
+        start += keep + span
     return inputs, targets
 
 
@@ -72,49 +79,48 @@ def prefix_lm(
     ids: Sequence[int],
     rng: np.random.Generator,
     sentence_ends: Sequence[int] = (),
-    at_last_end: float = 0.5,
-    at_an_end: float = 0.25,
+    p_last_sentence: float = 0.5,
+    p_any_sentence: float = 0.25,
 ) -> tuple[list[int], list[int]]:
-    """Cuts a text in two.
+    """Splits a text in two.
 
     Args:
       ids: a text of at least two tokens, without EOS.
-      rng: where the draws come from.
+      rng: source of the draws.
       sentence_ends: ids of full stops and the like.
-      at_last_end: probability of a cut before the last sentence (it answers the ones before).
-      at_an_end: probability of a cut after any sentence. Otherwise, or where there is one sentence
-        only, anywhere.
+      p_last_sentence: probability of a split before the last sentence, where a question has its
+        answer.
+      p_any_sentence: probability of a split after any sentence. Otherwise, or in a text of one
+        sentence, the split is anywhere.
 
     Returns:
       (inputs, targets), neither empty, without EOS.
     """
-    ends = [place + 1 for place, token in enumerate(ids[:-1]) if token in sentence_ends]
+    ends = [position + 1 for position, token in enumerate(ids[:-1]) if token in sentence_ends]
     draw = rng.random()
-    if ends and draw < at_last_end:
-        cut = ends[-1]
-    elif ends and draw < at_last_end + at_an_end:
-        cut = ends[rng.integers(len(ends))]
+    if ends and draw < p_last_sentence:
+        split = ends[-1]
+    elif ends and draw < p_last_sentence + p_any_sentence:
+        split = ends[rng.integers(len(ends))]
     else:
-        cut = 1 + int(rng.integers(len(ids) - 1))
-    return list(ids[:cut]), list(ids[cut:])
+        split = 1 + int(rng.integers(len(ids) - 1))
+    return list(ids[:split]), list(ids[split:])
 
 
-def _preprocessor(
-    cut: Callable[[Sequence[int], np.random.Generator], tuple[list[int], list[int]]],
-) -> Callable[..., Any]:
-    """A seqio preprocessor: ids in `targets` -> `inputs`, `targets`; draws follow seqio's seed."""
+def _preprocessor(objective: Objective) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """Turns an objective into a preprocessor from `targets` to `inputs` and `targets`."""
     seqio = seqio_import.import_seqio()
     import tensorflow as tf
 
-    def cut_ids(ids: np.ndarray, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        inputs, targets = cut(ids.tolist(), np.random.default_rng(seed.astype(np.uint32).tolist()))
+    def apply(ids: np.ndarray, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed.astype(np.uint32).tolist())
+        inputs, targets = objective(ids.tolist(), rng)
         return np.asarray(inputs, np.int32), np.asarray(targets, np.int32)
 
+    # seqio derives the seeds of the examples from the pipeline's seed
     @seqio.map_over_dataset(num_seeds=1)
-    def preprocess(example: dict[str, Any], seed: Any) -> dict[str, Any]:
-        inputs, targets = tf.numpy_function(
-            cut_ids, [example["targets"], seed], [tf.int32, tf.int32]
-        )
+    def preprocess(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        inputs, targets = tf.numpy_function(apply, [example["targets"], seed], [tf.int32, tf.int32])
         inputs.set_shape([None])
         targets.set_shape([None])
         return {"inputs": inputs, "targets": targets}
@@ -122,21 +128,21 @@ def _preprocessor(
     return preprocess
 
 
-def _at_least_two(ds: Any) -> Any:
-    """Leaves out lines that cannot be cut."""
+def _at_least_two_tokens(ds: tf.data.Dataset) -> tf.data.Dataset:
     import tensorflow as tf
 
     return ds.filter(lambda example: tf.size(example["targets"]) > 1)
 
 
-def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[str]) -> None:
+def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[str]) -> Registered:
     """Registers the two tasks over a text file, in place of those of an earlier call.
 
     Args:
-      text_path: a text a line, in UTF-8 (TEXT_PATH).
-      vocab_path: a SentencePiece model (VOCAB_PATH); seqio adds 100 sentinels on top of it.
+      text_path: a text per line (TEXT_PATH).
+      vocab_path: SentencePiece file (VOCAB_PATH).
 
-    Raises InputError where a file is missing.
+    Raises:
+      InputError: a file does not exist, or the vocabulary is not a SentencePiece model.
     """
     seqio = seqio_import.import_seqio()
     path = pathlib.Path(text_path).expanduser().absolute()
@@ -145,15 +151,15 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
             f"TEXT_PATH {path}: no such file"
             " (pemoe_jax.tasks.quickstart.generate writes the quickstart's)"
         )
-    vocabulary = jsonl.vocabulary(vocab_path)
-    # .encode and not piece_to_id: a mark at a word's end may be a piece of its own or not
+    vocabulary = load_vocabulary(vocab_path)
+    # encode, not piece_to_id: the vocabulary may have merged the mark with the word before it
     ends = [ids[-1] for ids in (vocabulary.encode(f"a{end}") for end in SENTENCE_ENDS) if ids]
     first_sentinel = vocabulary.vocab_size - 1
-    cuts: dict[str, Callable[[Sequence[int], np.random.Generator], tuple[list[int], list[int]]]] = {
+    objectives: dict[str, Objective] = {
         SPAN_CORRUPTION: lambda ids, rng: span_corruption(ids, rng, first_sentinel),
         PREFIX_LM: lambda ids, rng: prefix_lm(ids, rng, ends),
     }
-    for name, cut in cuts.items():
+    for name, objective in objectives.items():
         if name in seqio.TaskRegistry.names():
             seqio.TaskRegistry.remove(name)
         seqio.TaskRegistry.add(
@@ -162,11 +168,12 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
             preprocessors=[
                 seqio.map_over_dataset(lambda line: {"targets": line}),
                 seqio.preprocessors.tokenize,
-                _at_least_two,
-                _preprocessor(cut),
+                _at_least_two_tokens,
+                _preprocessor(objective),
                 seqio.preprocessors.append_eos_after_trim,
             ],
             output_features={
                 key: seqio.Feature(vocabulary, add_eos=True) for key in ("inputs", "targets")
             },
         )
+    return Registered()

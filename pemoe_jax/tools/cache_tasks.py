@@ -1,25 +1,30 @@
 """Writes P3's tasks as seqio caches: `pemoe cache_tasks --help`."""
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import fnmatch
 import functools
+import json
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags, seqio_caches
 
+if TYPE_CHECKING:
+    from pemoe_jax.data.rows import Row, RowReader
+
 _DESCRIPTION = """\
 Writes tasks of P3 as tfrecords, in the layout of the published caches, which P3_DIR and seqio
 (USE_CACHED_TASKS, --seqio_additional_cache_dirs) read: from Parquet as the hub serves it, from JSON
-lines, or from prompt templates and a data set's examples (docs/p3.md says in which forms). The same
-command again does what is not done yet."""
+lines, or from prompt templates and a dataset's examples (docs/p3.md describes the forms). Run the
+same command again to continue after a stop."""
 _EPILOG = """\
 example:
   pemoe cache_tasks --tasks='super_glue_rte_*' --p3_dir=parquet --output=cache
@@ -35,28 +40,26 @@ FLAGS.add_argument(
     "--tasks",
     default="*",
     metavar="PATTERN,PATTERN",
-    help="names or patterns (*, ?) of tasks and of their twins <task>_score_eval, or of mixtures"
-    " such as t0_train; all by default",
+    help="names or patterns (*, ?) of tasks (also <task>_score_eval), or of mixtures such as"
+    " t0_train; all by default",
 )
 FLAGS.add_argument(
     "--p3_dir",
     metavar="DIR",
-    help="the folder that is read; by default the environment's PEMOE_P3_DIR",
+    help="folder to read; by default the environment's PEMOE_P3_DIR",
 )
-FLAGS.add_argument("--output", required=True, metavar="DIR", help="where the caches go")
+FLAGS.add_argument("--output", required=True, metavar="DIR", help="folder to write the caches to")
 FLAGS.add_argument(
     "--vocab_path",
     metavar="FILE",
     help="SentencePiece file; by default the environment's PEMOE_VOCAB_PATH, or T5's",
 )
+FLAGS.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes")
 FLAGS.add_argument(
-    "--workers", type=int, default=1, metavar="N", help="processes that write at the same time"
-)
-FLAGS.add_argument(
-    "--shard_rows", type=int, default=1_000_000, metavar="N", help="most rows of a file"
+    "--shard_rows", type=int, default=1_000_000, metavar="N", help="maximum rows of a file"
 )
 gin_flags.add_cache_dirs_flag(
-    FLAGS, "folders that are looked into too, joined by commas: what is cached there is left out"
+    FLAGS, "folders of caches, separated by commas; tasks in them are not written again"
 )
 
 
@@ -69,7 +72,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Context:
+class _Settings:
     """What a process needs to do any job."""
 
     p3_dir: str
@@ -79,37 +82,37 @@ class _Context:
 
 
 def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-    """The command.
+    """Runs the command.
 
     Args:
-      args: as the flags have them.
-      bindings: of gin; there must be none.
+      args: the parsed flags.
+      bindings: gin bindings, of which there must be none.
 
     Raises:
-      InputError: anything the user can mend. What was written before stays.
+      InputError: a flag or the data is wrong. Splits that were written stay.
     """
-    from pemoe_jax import tasks
     from pemoe_jax.runtime import progress
+    from pemoe_jax.tasks.vocabulary import default_vocab_path
 
     if bindings:
-        raise InputError(f"this command takes no gin bindings, found {bindings[0]}")
+        raise InputError(f"this command takes no gin bindings, got {bindings[0]}")
     for name, value in (("--workers", args.workers), ("--shard_rows", args.shard_rows)):
         if value < 1:
-            raise InputError(f"{name} must be a positive integer, found {value}")
+            raise InputError(f"{name} must be a positive integer, got {value}")
     p3_dir = args.p3_dir or os.environ.get("PEMOE_P3_DIR")
     if not p3_dir:
-        raise InputError("no --p3_dir: expected a folder of P3 (or PEMOE_P3_DIR)")
-    context = _Context(
+        raise InputError("--p3_dir is not set: pass a folder of P3, or set PEMOE_P3_DIR")
+    settings = _Settings(
         os.path.abspath(os.path.expanduser(p3_dir)),
-        args.vocab_path or tasks.default_vocab_path(),
+        args.vocab_path or default_vocab_path(),
         Path(args.output).expanduser().absolute(),
         args.shard_rows,
     )
-    if context.output == Path(context.p3_dir):
-        raise InputError(f"--output {context.output} is the folder that is read, expected another")
-    _readers.cache_clear()  # the folder may have changed since
-    folder, splits = _to_write(context, args.tasks.split(","))
-    finished = [task for task in splits if (context.output / task / "COMPLETED").exists()]
+    if settings.output == Path(settings.p3_dir):
+        raise InputError(f"--output must differ from --p3_dir, got {settings.output} for both")
+    _readers.cache_clear()  # the folder may have changed since an earlier call
+    folder, splits = _splits_to_write(settings, args.tasks.split(","))
+    finished = [task for task in splits if (settings.output / task / "COMPLETED").exists()]
     jobs = [
         Job(task, split)
         for task, names in splits.items()
@@ -117,78 +120,79 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         for split in names
     ]
     print(
-        f"{folder}: {len(splits)} tasks to {context.output}"
-        + (f", {len(finished)} of them done before" if finished else ""),
+        f"{folder}: {len(splits)} tasks to {settings.output}"
+        + (f", {len(finished)} of them complete already" if finished else ""),
         flush=True,
     )
     bar = progress.Progress("splits", len(jobs), note="starting")
-    done: dict[str, set[str]] = {}
+    done: dict[str, set[str]] = collections.defaultdict(set)
     rows = 0
     try:
-        for number, (job, written) in enumerate(_results(context, jobs, args.workers), 1):
+        for number, (job, written) in enumerate(_run(settings, jobs, args.workers), 1):
             rows += written
-            done.setdefault(job.task, set()).add(job.split)
+            done[job.task].add(job.split)
             if done[job.task] == set(splits[job.task]):
-                _complete(context.output / job.task)
+                # last: seqio reads a folder with this file only
+                (settings.output / job.task / "COMPLETED").touch()
             bar.report_if_due(number, f"{progress.format_count(rows)} rows")
     finally:
         bar.close()
-    print(f"{len(splits)} tasks in {context.output}", flush=True)
+    print(f"{len(splits)} tasks in {settings.output}", flush=True)
 
 
-def _to_write(context: _Context, patterns: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
-    """What the folder is, and task -> its splits, of the tasks that match."""
-    from pemoe_jax.tasks.p3 import published as published_lib
+def _splits_to_write(
+    settings: _Settings, patterns: Sequence[str]
+) -> tuple[str, dict[str, list[str]]]:
+    """Returns the folder's path, and the splits of each task that matches and is not cached."""
+    from pemoe_jax.tasks.p3 import published
     from pemoe_jax.tasks.p3.folder import CACHE, Folder
 
-    folder = Folder(context.p3_dir)
-    published = published_lib.tasks()
-    twins = [task.name + published_lib.SCORE_EVAL for task in published.values() if task.has_twin]
-    names = [*published, *twins, *published_lib.made_twins()]
-    wanted: dict[str, list[str]] = {}
+    folder = Folder(settings.p3_dir)
+    names = [*published.names(), *published.unpublished_score_tasks()]
+    splits: dict[str, list[str]] = {}
     for pattern in filter(None, patterns):
-        matched: Sequence[str] = published_lib.mixtures().get(pattern, ())
-        matched = matched or fnmatch.filter(names, pattern)
+        matched = published.mixtures().get(pattern) or fnmatch.filter(names, pattern)
         if not matched:
-            raise InputError(f"--tasks {pattern!r} matched none of {len(names)} tasks and twins")
-        there = {name: found for name in matched if (found := folder.find(name)) is not None}
-        for bad in folder.unreadable.values():
-            raise InputError(bad)
-        lacking = [f"{name}: {folder.lacking[name]}" for name in matched if name in folder.lacking]
-        if not there:
+            raise InputError(f"--tasks {pattern!r} matched none of {len(names)} tasks")
+        files = {name: files for name in matched if (files := folder.find(name)) is not None}
+        for reason in folder.unreadable.values():
+            raise InputError(reason)
+        reasons = folder.unavailable
+        unavailable = [f"{name}: {reasons[name]}" for name in matched if name in reasons]
+        if not files:
             raise InputError(
                 f"--tasks {pattern!r}: {folder.path} has none of the {len(matched)} tasks"
-                + (f"; {lacking[0]}" if lacking else "")
+                + (f"; {unavailable[0]}" if unavailable else "")
             )
-        if lacking:
-            more = f" (and {len(lacking) - 1} more tasks)" if len(lacking) > 1 else ""
-            print(f"left out: {lacking[0]}{more}", flush=True)
-        for name, found in there.items():
-            if found.form != CACHE and found.splits and not _is_cached(name):
-                wanted[name] = sorted(found.splits)
-    if not wanted:
+        if unavailable:
+            others = f" (and {len(unavailable) - 1} more tasks)" if len(unavailable) > 1 else ""
+            print(f"left out: {unavailable[0]}{others}", flush=True)
+        for name, task_files in files.items():
+            if task_files.form != CACHE and task_files.splits and not _is_cached(name):
+                splits[name] = sorted(task_files.splits)
+    if not splits:
         where = ", ".join([str(folder.path), *seqio_caches.additional_cache_dirs])
         raise InputError(f"{where}: all tasks that match are tfrecord caches already")
-    return str(folder.path), wanted
+    return str(folder.path), splits
 
 
 def _is_cached(name: str) -> bool:
-    """Whether a task is in one of --seqio_additional_cache_dirs."""
+    """Returns whether a task is in one of --seqio_additional_cache_dirs."""
     return any(
         os.path.exists(f"{folder}/{name}/COMPLETED")
         for folder in seqio_caches.additional_cache_dirs
     )
 
 
-def _results(context: _Context, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
-    """Does the jobs -> each with the rows written, as they end."""
+def _run(settings: _Settings, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
+    """Does the jobs, and yields each with the number of rows written, as they end."""
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
-            yield job, write_split(context, job)
+            yield job, write_split(settings, job)
         return
     spawn = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork
     with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), spawn) as pool:
-        waiting = {pool.submit(write_split, context, job): job for job in jobs}
+        waiting = {pool.submit(write_split, settings, job): job for job in jobs}
         try:
             for future in concurrent.futures.as_completed(waiting):
                 yield waiting[future], future.result()
@@ -197,55 +201,63 @@ def _results(context: _Context, jobs: Sequence[Job], workers: int) -> Iterator[t
             raise
 
 
-def write_split(context: _Context, job: Job) -> int:
-    """Writes a split of a task, unless that was done before; returns its rows.
+def write_split(settings: _Settings, job: Job) -> int:
+    """Writes a split of a task, unless it exists; returns the number of rows written.
 
-    The files are written into a folder beside, then moved, info last: a split with info is whole.
+    Files are written into a folder of their own and then moved, info last, so that a split with
+    info is complete even if the process was killed.
     """
-    target = context.output / job.task
+    target = settings.output / job.task
     info_path = target / f"info.{job.split}.json"
     if info_path.exists():
         return 0
-    reader = _readers(context)(job.task, job.split)
-    beside = target / f".{job.split}"
-    shutil.rmtree(beside, ignore_errors=True)  # of a run that was stopped
-    beside.mkdir(parents=True)
-    shards, stats, features = _write_shards(reader, beside, context.shard_rows)
+    reader = _readers(settings)(job.task, job.split)
+    partial = target / f".{job.split}"
+    shutil.rmtree(partial, ignore_errors=True)  # from a run that was stopped
+    partial.mkdir(parents=True)
+    shards, stats, features = _write_shards(reader, partial, settings.shard_rows)
     for number, path in enumerate(shards):
         path.rename(target / f"{job.split}.tfrecord-{number:05d}-of-{len(shards):05d}")
     from seqio import __version__ as seqio_version
 
-    from pemoe_jax.runtime import atomic_write
-
     info = {"num_shards": len(shards), "features": features, "seqio_version": seqio_version}
-    for path, found in ((target / f"stats.{job.split}.json", stats), (info_path, info)):
-        atomic_write.write_json(path, found, indent=None)
-    beside.rmdir()
-    return int(stats["examples"])
+    for path, content in ((target / f"stats.{job.split}.json", stats), (info_path, info)):
+        written = partial / path.name
+        written.write_text(json.dumps(content) + "\n")
+        written.rename(path)
+    partial.rmdir()
+    return stats["examples"]
 
 
 @functools.cache
-def _readers(context: _Context) -> Callable[[str, str], Any]:
-    """Task and split -> their rows; made once in each process."""
+def _readers(settings: _Settings) -> Callable[[str, str], "RowReader"]:
+    """Returns the function from task and split to reader; each process registers P3 once."""
     gin_flags.silence_libraries()
     from pemoe_jax.tasks import p3
 
-    p3.register(context.p3_dir, context.vocab_path)
+    p3.register(settings.p3_dir, settings.vocab_path)
     folder, encode = p3.settings.folder, p3.settings.encode
     return lambda task, split: folder.reader(task, split, encode)
 
 
+Feature = dict[str, object]  # shape and dtype, as in info.<split>.json
+
+
 def _write_shards(
-    reader: Any, folder: Path, shard_rows: int
-) -> tuple[list[Path], dict[str, int], dict[str, Any]]:
-    """Writes the rows of a reader -> files, stats, features."""
+    reader: "RowReader", folder: Path, shard_rows: int
+) -> tuple[list[Path], dict[str, int], dict[str, Feature]]:
+    """Writes the rows of a reader.
+
+    Returns:
+      The files, the content of stats.<split>.json, and the features in the rows.
+    """
     import tensorflow as tf
 
     from pemoe_jax.data import rows as rows_lib
 
     paths: list[Path] = []
     stats = {"examples": 0}
-    features: dict[str, Any] = {}
+    features: dict[str, Feature] = {}
     writer = None
     try:
         for rows in reader.row_blocks():
@@ -256,10 +268,10 @@ def _write_shards(
                     paths.append(folder / f"{len(paths):05d}")
                     writer = tf.io.TFRecordWriter(str(paths[-1]))
                 writer.write(rows_lib.serialize(row))
-                _count(stats, row)
+                _update_stats(stats, row)
                 for key in row:
                     features.setdefault(key, _FEATURES[key])
-        if writer is None:  # no rows: an empty file, which can be read
+        if writer is None:  # without rows: seqio can read an empty file, but not none
             paths.append(folder / "00000")
             paths[0].touch()
     finally:
@@ -268,7 +280,7 @@ def _write_shards(
     return paths, stats, features or {key: _FEATURES[key] for key in rows_lib.TEXT_FEATURES}
 
 
-_FEATURES: dict[str, Any] = {
+_FEATURES: dict[str, Feature] = {
     "inputs": {"shape": [None], "dtype": "int32"},
     "targets": {"shape": [None], "dtype": "int32"},
     "inputs_pretokenized": {"shape": [], "dtype": "string"},
@@ -280,7 +292,7 @@ _FEATURES: dict[str, Any] = {
 }
 
 
-def _count(stats: dict[str, int], row: dict[str, Any]) -> None:
+def _update_stats(stats: dict[str, int], row: "Row") -> None:
     stats["examples"] += 1
     for key in ("inputs", "targets"):
         tokens = len(row[key])
@@ -288,10 +300,6 @@ def _count(stats: dict[str, int], row: dict[str, Any]) -> None:
         stats[f"{key}_max_tokens"] = max(stats.get(f"{key}_max_tokens", 0), tokens)
 
 
-def _complete(folder: Path) -> None:
-    (folder / "COMPLETED").touch()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     return gin_flags.run_command(FLAGS, cache_tasks, argv)

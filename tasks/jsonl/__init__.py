@@ -1,71 +1,76 @@
 """A folder of JSON lines as seqio tasks: train and score on your own prompts without seqio code.
 
-The folder holds `<task>/<split>.jsonl`, a line an example: `{"inputs": str, "targets": str,
-"answer_choices": [str]}`, the last only where there are choices. `register` turns it into
+The folder holds `<task>/<split>.jsonl` with an example per line: `{"inputs": str, "targets": str,
+"answer_choices": [str]}`; the choices are optional. `register` adds to seqio's registries
 
-- a seqio task `<task>`, with the splits that have a file;
-- for every task with choices a twin `<task>_score_eval` in the form of P3's: a row a choice, with
-  `idx` [example, choice], `is_correct` and `weight`, and a metric, so that seqio's Evaluator and
-  T5X score it too;
-- the mixtures `jsonl_train`, `jsonl_score_eval` and `jsonl_train_score_eval`, the twins of the
-  tasks trained on that have an evaluation split (their accuracy is not a zero-shot one).
+- a task `<task>` with the splits that have a file;
+- for each task with choices a `<task>_score_eval` in P3's form (see `score_eval`), with a metric,
+  so that seqio's Evaluator and T5X score it too;
+- the mixtures `jsonl_train`, `jsonl_score_eval`, and `jsonl_train_score_eval` of the `_score_eval`
+  tasks of the training tasks (an accuracy on them is not a zero-shot one).
 
-Of both kinds of task the split `validation` is the evaluation split: the first of validation, val
-and test.
+The split `validation` of a task is its evaluation split: the first of validation, val and test.
 
 An optional `INDEX.json` maps a task to `dataset`, `subset`, `original_task`, `t0_do_train`,
-`t0_do_eval` and `t0_blacklisted` (all optional). With roles in it, P3's are: training `t0_do_train
-== "BASE"` and not blacklisted; evaluation `t0_do_eval == "BASE"`, original task, with choices. A
-task without roles in it is for training, and one without a data set is a data set of its own.
-TRAIN_TASKS and EVAL_TASKS, lists of shell-style patterns (`*`, `?`, `[abc]`; the whole name must
-match), override the roles.
+`t0_do_eval`, `t0_blacklisted` and `metrics` (all optional). Roles follow P3: training if
+`t0_do_train` is "BASE" and the task is not blacklisted; scoring if `t0_do_eval` is "BASE" and the
+task is an original one with choices. A task without roles is trained on, and a task without a
+dataset is its own dataset. TRAIN_TASKS and EVAL_TASKS, lists of shell-style patterns (`*`, `?`,
+`[abc]`; the whole name must match), override the roles.
 
-A data set that any template has the evaluation role for, or that EVAL_TASKS takes a task of, is
-held out: none of its tasks is trained on, unless TRAIN_TASKS names it, and then the summary says
-so.
-
-`jsonl_files` reads the folder, `jsonl_roles` decides who is trained on and scored, and
-`jsonl_source` is what seqio sees.
+A dataset is held out if one of its tasks has the scoring role or is matched by EVAL_TASKS: none of
+its tasks is trained on, unless TRAIN_TASKS names it, and then the summary warns.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import, seqio_tasks
+from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.jsonl import files as files_lib
 from pemoe_jax.tasks.jsonl import roles
 from pemoe_jax.tasks.jsonl.roles import (
-    SCORE_EVAL,
     SCORE_MIXTURE,
     TRAIN_MIXTURE,
     TRAIN_SCORE_MIXTURE,
+    JsonLinesTasks,
     OddRows,
-    Registered,
 )
+from pemoe_jax.tasks.registered import check_eval_examples
+from pemoe_jax.tasks.vocabulary import load_vocabulary
 
-# T0: a data set beyond this many examples counts as this many, shared by its templates.
+if TYPE_CHECKING:
+    import seqio
+
+# T0's rate of a larger dataset: this number divided by the dataset's templates.
 MAX_RATE = 500_000
+_MIXTURES = (TRAIN_MIXTURE, SCORE_MIXTURE, TRAIN_SCORE_MIXTURE)
 _USES = ("train", "eval", "train_eval")
 
 
 @dataclasses.dataclass
-class _State:
-    """What is registered now."""
+class _Current:
+    """The registered folder.
 
-    key: Any = None  # of the arguments and files that it was made from
-    registered: Registered | None = None
-    tasks: list[str] = dataclasses.field(default_factory=list)
+    Attributes:
+      key: arguments and file times that it was registered with.
+      tasks: what `register` returned.
+      names: tasks in seqio's registry.
+    """
+
+    key: object = None
+    tasks: JsonLinesTasks | None = None
+    names: list[str] = dataclasses.field(default_factory=list)
 
 
-_state = _State()
+_current = _Current()
 
 
 def register(
@@ -74,173 +79,158 @@ def register(
     train_tasks: Sequence[str] | None = None,
     eval_tasks: Sequence[str] | None = None,
     eval_examples: int | None = None,
-    use: Sequence[str] = ("train", "eval"),
-) -> Registered:
-    """Registers a folder's tasks, twins and mixtures, in place of an earlier call's.
+    use: Collection[str] = ("train", "eval"),
+) -> JsonLinesTasks:
+    """Registers a folder's tasks and mixtures, and removes those of an earlier call.
 
     Args:
       jsonl_dir: the folder (JSONL_DIR).
       vocab_path: a SentencePiece model with pad 0, eos 1, unk 2 (VOCAB_PATH).
-      train_tasks: patterns of the tasks to train on (TRAIN_TASKS), instead of those with the
-      training role.
-      eval_tasks: patterns of the tasks to score (EVAL_TASKS), instead of those with the evaluation
-      role.
-      eval_examples: at most this many examples, the first, of every split but `train`
-      (EVAL_EXAMPLES).
-      use: which mixtures' files to read through and check now: 'train' (the evaluation splits of
-      its tasks too, for the loss on them), 'eval', 'train_eval'. Others are checked when used.
+      train_tasks: patterns of the tasks to train on (TRAIN_TASKS), instead of the training role.
+      eval_tasks: patterns of the tasks to score (EVAL_TASKS), instead of the scoring role.
+      eval_examples: use only the first examples of every split but `train` (EVAL_EXAMPLES).
+      use: mixtures whose files are read and checked now: 'train' (and the evaluation splits of its
+        tasks, for the validation loss), 'eval', 'train_eval'. Others are checked when they are
+        used.
 
-    Raises InputError for whatever is wrong with the arguments or in the files, and then changes
-    nothing.
+    Raises:
+      InputError: an argument or a file is wrong. Nothing has changed then.
     """
-    if eval_examples is not None and (not isinstance(eval_examples, int) or eval_examples < 1):
-        raise InputError(
-            f"EVAL_EXAMPLES must be a positive integer or None, found {eval_examples!r}"
-        )
+    check_eval_examples(eval_examples)
     if isinstance(use, str) or not set(use) <= set(_USES):
-        raise InputError(f"use must be a list of {', '.join(map(repr, _USES))}, found {use!r}")
+        raise InputError(f"use must be a list of {', '.join(map(repr, _USES))}, got {use!r}")
     folder = pathlib.Path(jsonl_dir).expanduser().absolute()
     files = files_lib.find_files(folder)
     _check_names(folder, files)
-    vocab = vocabulary(vocab_path)
+    vocabulary = load_vocabulary(vocab_path)
     index_path = folder / "INDEX.json"
-    paths = [path for splits in files.values() for path in splits.values()]
-    stats = [(path, os.stat(path)) for path in paths]
+    paths = [pathlib.Path(path) for splits in files.values() for path in splits.values()]
+    stats = {path: path.stat() for path in (*paths, index_path) if path.exists()}
     key = (
         str(folder),
-        tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats),
-        index_path.stat().st_mtime_ns if index_path.exists() else None,
-        id(vocab),
+        tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()),
+        id(vocabulary),
         repr((train_tasks, eval_tasks, eval_examples, sorted(use))),
     )
-    names = seqio_import.import_seqio().TaskRegistry.names()
-    if _state.registered and _state.key == key and all(task in names for task in _state.tasks):
-        return _state.registered
+    registry = seqio_import.import_seqio().TaskRegistry.names()
+    if _current.tasks and _current.key == key and set(_current.names) <= set(registry):
+        return _current.tasks
 
-    eval_splits = {}
-    has_choices = {}
+    eval_splits: dict[str, str] = {}
+    has_choices: dict[str, bool] = {}
     for task, splits in files.items():
-        split = next((split for split in seqio_tasks.EVAL_SPLITS if split in splits), None)
+        split = seqio_tasks.first_eval_split(splits)
         if split is not None:
             eval_splits[task] = split
-        elif "train" in splits:
-            split = "train"
         else:
-            split = next(iter(splits))
-        has_choices[task] = bool(files_lib.first_row(splits[split])["answer_choices"])
-    registered = roles.plan(
-        str(folder),
-        files,
-        files_lib.read_index(index_path),
-        has_choices,
-        eval_splits,
-        train_tasks,
-        eval_tasks,
+            split = "train" if "train" in splits else next(iter(splits))
+        has_choices[task] = bool(files_lib.first_example(splits[split]).answer_choices)
+    index = files_lib.read_index(index_path)
+    tasks = roles.assign_roles(
+        folder, files, index, has_choices, eval_splits, train_tasks, eval_tasks
     )
-    registered = _read_through(registered, files, use, eval_examples)
+    tasks = _read_files(tasks, files, use, eval_examples)
 
-    twins = {task: task + SCORE_EVAL for task in files if has_choices[task]}
-    made = [*files, *twins.values()]
-    taken = [task for task in made if task in names and task not in _state.tasks]
-    if taken:
-        raise InputError(
-            f"{folder / taken[0]}: another seqio task {taken[0]!r} is registered already"
-        )
+    names = [*files, *(task + score_eval.SUFFIX for task in files if has_choices[task])]
+    for name in names:
+        if name in registry and name not in _current.names:
+            raise InputError(f"{folder / name}: a seqio task named {name!r} exists already")
+
+    # importing `source` imports seqio
     from pemoe_jax.tasks.jsonl import source
 
-    _remove()
-    _state.tasks = made
+    remove()
+    _current.names = names
     for task, splits in files.items():
-        split_paths = dict(splits)
+        paths_by_split = dict(splits)
         if task in eval_splits:
-            split_paths["validation"] = splits[eval_splits[task]]
-        source.add_task(task, twins.get(task), split_paths, vocab, eval_examples)
-    templates = collections.Counter(registered.datasets[task] for task in files)
-    rates = {task: _rate(templates[registered.datasets[task]]) for task in registered.train_tasks}
+            paths_by_split["validation"] = splits[eval_splits[task]]
+        source.add_tasks(task, has_choices[task], paths_by_split, vocabulary, eval_examples)
+    templates = collections.Counter(tasks.datasets[task] for task in files)
+    rates = {task: _rate(templates[tasks.datasets[task]]) for task in tasks.train_tasks}
     _add_mixture(TRAIN_MIXTURE, rates, f"{folder} has no task to train on")
     _add_mixture(
         SCORE_MIXTURE,
-        dict.fromkeys(registered.eval_tasks, 1.0),
+        dict.fromkeys(tasks.eval_tasks, 1.0),
         f"{folder} has no task to score (EVAL_TASKS, or roles in INDEX.json, choose them)",
     )
     _add_mixture(
         TRAIN_SCORE_MIXTURE,
-        dict.fromkeys(registered.train_score_tasks, 1.0),
+        dict.fromkeys(tasks.train_score_tasks, 1.0),
         f"{folder} has no task to train on that has answer choices and an evaluation split",
     )
-    _state.key, _state.registered = key, registered
-    return registered
+    _current.key, _current.tasks = key, tasks
+    return tasks
 
 
-def _check_names(folder: pathlib.Path, files: Mapping[str, Any]) -> None:
-    for task in files:
-        base = task.removesuffix(SCORE_EVAL)
-        mixtures = (TRAIN_MIXTURE, SCORE_MIXTURE, TRAIN_SCORE_MIXTURE)
-        if task in mixtures or (base != task and base in files):
-            raise InputError(
-                f"{folder / task}: {task!r} is the name that register gives to what it makes"
-            )
+def _check_names(folder: pathlib.Path, tasks: Collection[str]) -> None:
+    for task in tasks:
+        plain = score_eval.plain_name(task)
+        if task in _MIXTURES or (plain != task and plain in tasks):
+            raise InputError(f"{folder / task}: the name {task!r} is reserved: rename the folder")
 
 
-def _read_through(
-    registered: Registered,
+def _read_files(
+    tasks: JsonLinesTasks,
     files: Mapping[str, Mapping[str, str]],
-    use: Sequence[str],
+    use: Collection[str],
     eval_examples: int | None,
-) -> Registered:
-    """With what is found in the files that `use` asks for, each read through once."""
-    splits = registered.eval_splits
-    used: list[tuple[str, str]] = []  # task, split
+) -> JsonLinesTasks:
+    """Reads each file that `use` asks for, and adds its statistics and the summary to `tasks`."""
+    splits: list[tuple[str, str]] = []  # task, split
     if "train" in use:
-        for task in registered.train_tasks:
-            used.append((task, "train"))
-            if task in splits:  # for the loss on it
-                used.append((task, splits[task]))
-    for name, twins in (
-        ("eval", registered.eval_tasks),
-        ("train_eval", registered.train_score_tasks),
-    ):
+        for task in tasks.train_tasks:
+            splits.append((task, "train"))
+            if task in tasks.eval_splits:  # for the validation loss
+                splits.append((task, tasks.eval_splits[task]))
+    for name, scored in (("eval", tasks.eval_tasks), ("train_eval", tasks.train_score_tasks)):
         if name in use:
-            tasks = [twin.removesuffix(SCORE_EVAL) for twin in twins]
-            used += [(task, splits[task]) for task in tasks]
+            plain = map(score_eval.plain_name, scored)
+            splits += [(task, tasks.eval_splits[task]) for task in plain]
     examples: dict[str, int] = {}
     odd: list[OddRows] = []
     max_choices = max_words = 0
-    for task, split in dict.fromkeys(used):  # one may be trained on and scored
+    for task, split in dict.fromkeys(splits):  # a task can be both trained on and scored
         path = files[task][split]
         scan = files_lib.scan_file(path, None if split == "train" else eval_examples)
-        name = task if split == "train" else task + SCORE_EVAL
-        if name in registered.datasets:  # a task without choices has no twin
-            examples[name] = scan.rows
+        name = task if split == "train" else task + score_eval.SUFFIX
+        if name in tasks.datasets:  # a task without choices has no _score_eval task
+            examples[name] = scan.num_rows
         max_choices, max_words = max(max_choices, scan.max_choices), max(max_words, scan.max_words)
         for kind, (count, line) in scan.odd.items():
             odd.append(OddRows(task, split, kind, count, path, line))
-    return dataclasses.replace(
-        registered, examples=examples, odd=odd, max_choices=max_choices, max_words=max_words
+    tasks = dataclasses.replace(
+        tasks, examples=examples, odd=odd, max_choices=max_choices, max_words=max_words
     )
+    return dataclasses.replace(tasks, summary=tasks.summarize())
 
 
-def _rate(templates: int) -> Callable[[Any], float]:
-    """T0's: the number of examples, or beyond 500,000 that, shared by the data set's templates."""
+def _rate(templates: int) -> Callable[[seqio.Task], float]:
+    """Returns T0's mixing rate as a function: the number of examples, capped for large datasets."""
 
-    def rate(task: Any) -> float:
+    def rate(task: seqio.Task) -> float:
         examples = task.num_input_examples("train")
         return float(examples if examples <= MAX_RATE else MAX_RATE / templates)
 
     return rate
 
 
-def _remove() -> None:
+def remove() -> None:
+    """Removes everything that `register` added to seqio's registries."""
+    if not _current.names:
+        return
     seqio = seqio_import.import_seqio()
-    for task in _state.tasks:
-        seqio.TaskRegistry.remove(task)
-    for mixture in (TRAIN_MIXTURE, SCORE_MIXTURE, TRAIN_SCORE_MIXTURE):
+    for name in _current.names:
+        seqio.TaskRegistry.remove(name)
+    for mixture in _MIXTURES:
         seqio.MixtureRegistry.remove(mixture)
-    _state.key, _state.registered, _state.tasks = None, None, []
+    _current.key, _current.tasks, _current.names = None, None, []
 
 
-def _add_mixture(name: str, rates: Mapping[str, Any], why_not: str) -> None:
-    """Registers a mixture, or without tasks why there is none of this name."""
+def _add_mixture(
+    name: str, rates: Mapping[str, float | Callable[[seqio.Task], float]], why_empty: str
+) -> None:
+    """Adds a mixture; without tasks, records why the name does not exist."""
     from pemoe_jax.tasks.jsonl import source
 
     seqio_tasks.unavailable.pop(name, None)
@@ -248,38 +238,4 @@ def _add_mixture(name: str, rates: Mapping[str, Any], why_not: str) -> None:
         mixture = source.JsonLinesMixture(name, list(rates.items()))
         seqio_import.import_seqio().MixtureRegistry.add_provider(name, mixture)
     else:
-        seqio_tasks.unavailable[name] = why_not
-
-
-def vocabulary(path: str | os.PathLike[str]) -> Any:
-    """The seqio vocabulary of a SentencePiece file with T5's 100 sentinels; one object a file.
-
-    Raises:
-      InputError: there is no such file, or it is no SentencePiece model with T5's special ids.
-    """
-    if "://" in os.fspath(path):  # the libraries below read it where it is
-        return _load_vocabulary(os.fspath(path), 0)
-    found = pathlib.Path(path).expanduser().absolute()
-    if not found.is_file():
-        raise InputError(f"VOCAB_PATH must be a SentencePiece model file; there is none at {path}")
-    return _load_vocabulary(str(found), found.stat().st_mtime_ns)
-
-
-@functools.cache
-def _load_vocabulary(path: str, mtime: int) -> Any:
-    del mtime
-    seqio = seqio_import.import_seqio()
-    vocabulary = seqio.SentencePieceVocabulary(path, extra_ids=100)
-    try:
-        ids = vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id
-    except Exception as error:  # protobuf's, sentencepiece's and tensorflow's own kinds
-        message = str(error).strip().split("\n")[0]
-        if "://" in path:
-            raise InputError(
-                f"VOCAB_PATH {path} cannot be read: {message}; name a local copy of the base's"
-                " SentencePiece file by --gin.VOCAB_PATH or in the environment's PEMOE_VOCAB_PATH"
-            ) from None
-        raise InputError(f"VOCAB_PATH {path} is not a SentencePiece model: {message}") from None
-    if ids != (0, 1, 2):
-        raise InputError(f"VOCAB_PATH {path}: expected pad, eos, unk at ids (0, 1, 2), found {ids}")
-    return vocabulary
+        seqio_tasks.unavailable[name] = why_empty

@@ -1,6 +1,6 @@
-"""The files behind `jsonl`: finding `<task>/<split>.jsonl`, checking its lines, reading its rows.
+"""Files of a folder `<task>/<split>.jsonl`: listing them, checking their lines, reading rows.
 
-Nothing here needs seqio or TensorFlow.
+Nothing here imports seqio or TensorFlow.
 """
 
 from __future__ import annotations
@@ -14,21 +14,28 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.tasks import metrics
+from pemoe_jax.tasks.registered import abbreviate
 
 
 def find_files(folder: pathlib.Path) -> dict[str, dict[str, str]]:
-    """The folder's files: task -> split -> path."""
+    """Lists the folder's files.
+
+    Returns:
+      Task -> split -> path.
+
+    Raises:
+      InputError: the folder does not exist or has no such file, or a task has an unusable name.
+    """
     if not folder.exists():
         raise InputError(f"JSONL_DIR {folder} does not exist")
     if not folder.is_dir():
-        raise InputError(
-            f"JSONL_DIR {folder} must be a folder of <task>/<split>.jsonl, found a file"
-        )
+        raise InputError(f"JSONL_DIR {folder} must be a folder of <task>/<split>.jsonl, got a file")
     files: dict[str, dict[str, str]] = {}
     for entry in sorted(folder.iterdir()):
         if not entry.is_dir() or entry.name.startswith("."):
@@ -36,14 +43,45 @@ def find_files(folder: pathlib.Path) -> dict[str, dict[str, str]]:
         splits = {path.stem: str(path) for path in sorted(entry.glob("*.jsonl")) if path.is_file()}
         if not splits:
             continue
+        # seqio's registries accept no other names
         if not re.fullmatch(r"[\w.:#]+", entry.name):
             raise InputError(f"{entry}: a task's name may hold letters, digits and _ . : # only")
         files[entry.name] = splits
     if not files:
         loose = sorted(path.name for path in folder.glob("*.jsonl"))
-        found = f"found {few(loose, 3)} directly in it" if loose else "found none"
-        raise InputError(f"JSONL_DIR {folder} must hold <task>/<split>.jsonl; {found}")
+        content = f"{abbreviate(loose, 3)} directly in it" if loose else "none"
+        raise InputError(f"JSONL_DIR {folder} must hold <task>/<split>.jsonl, got {content}")
     return files
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskInfo:
+    """A task's entry in INDEX.json; the default is that of a task without an entry.
+
+    Attributes:
+      dataset, subset: the dataset that the task is a prompt of.
+      original_task: whether the prompt asks for what the dataset was made for.
+      has_roles: whether the entry has `t0_do_train` or `t0_do_eval`.
+      t0_do_train, t0_do_eval: T0's roles, see `jsonl`.
+      t0_blacklisted: whether T0 left the task out of its training mixture.
+      metrics: names of the metrics of generated text.
+    """
+
+    dataset: str | None = None
+    subset: str | None = None
+    original_task: bool = True
+    has_roles: bool = False
+    t0_do_train: str | None = None
+    t0_do_eval: str | None = None
+    t0_blacklisted: bool = False
+    metrics: tuple[str, ...] = metrics.DEFAULT_METRICS
+
+    @property
+    def dataset_name(self) -> str:
+        """The dataset's name in tables: SuperGLUE's datasets go by their own names."""
+        if not self.dataset or not self.subset:
+            return self.dataset or ""
+        return self.subset if self.dataset == "super_glue" else f"{self.dataset}_{self.subset}"
 
 
 _INDEX_TYPES: dict[str, tuple[type, ...]] = {
@@ -56,8 +94,15 @@ _INDEX_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def read_index(path: pathlib.Path) -> dict[str, dict[str, Any]] | None:
-    """INDEX.json: task -> entry; None where there is no such file."""
+def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
+    """Reads INDEX.json.
+
+    Returns:
+      Task -> its entry; None if the file does not exist.
+
+    Raises:
+      InputError: the file is not JSON, or an entry has a value of a wrong type.
+    """
     if not path.exists():
         return None
     try:
@@ -69,23 +114,39 @@ def read_index(path: pathlib.Path) -> dict[str, dict[str, Any]] | None:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     if not isinstance(index, dict):
-        raise InputError(f"{path}: expected an object of tasks, found {_short(index)}")
-    for task, entry in index.items():
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}: {task!r} must be an object, found {_short(entry)}")
-        for key, types in _INDEX_TYPES.items():
-            if key in entry and not isinstance(entry[key], types):
-                expected = " or ".join(
-                    "null" if kind is type(None) else kind.__name__ for kind in types
-                )
-                raise InputError(
-                    f"{path}: {task!r}: {key!r} must be {expected}, found {_short(entry[key])}"
-                )
-    return index
+        raise InputError(f"{path}: expected an object of tasks, got {_short(index)}")
+    return {task: _task_info(entry, f"{path}: {task!r}") for task, entry in index.items()}
 
 
-def parse_row(line: bytes, where: str) -> dict[str, Any]:
-    """One line's `inputs`, `targets` and `answer_choices` (a list, empty where there are none)."""
+def _task_info(entry: object, where: str) -> TaskInfo:
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} must be an object, got {_short(entry)}")
+    for key, types in _INDEX_TYPES.items():
+        if key in entry and not isinstance(entry[key], types):
+            expected = ["null" if kind is type(None) else kind.__name__ for kind in types]
+            raise InputError(
+                f"{where}: {key!r} must be {' or '.join(expected)}, got {_short(entry[key])}"
+            )
+    names = metrics.check_names(entry.get("metrics", metrics.DEFAULT_METRICS), where)
+    known = {key: entry[key] for key in _INDEX_TYPES if key in entry}
+    has_roles = "t0_do_train" in entry or "t0_do_eval" in entry
+    return TaskInfo(**known, has_roles=has_roles, metrics=tuple(names))
+
+
+class Example(NamedTuple):
+    """A line of a file."""
+
+    inputs: str
+    targets: str
+    answer_choices: list[str]  # empty if the task has none
+
+
+def parse_line(line: bytes, where: str) -> Example:
+    """Parses a line; `where`, the file and the line, begins an error's message.
+
+    Raises:
+      InputError: the line is not a JSON object with the fields of an example.
+    """
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -95,42 +156,45 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         raise InputError(f"{where}: not an example: nested too deeply") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object, found {_short(row)}")
+        raise InputError(f"{where}: expected an object, got {_short(row)}")
     for key in ("inputs", "targets"):
         if key not in row:
-            raise InputError(f"{where}: no field {key!r} (found: {', '.join(row) or 'none'})")
+            raise InputError(f"{where}: expected a field {key!r}, got {', '.join(row) or 'none'}")
         if not isinstance(row[key], str):
-            raise InputError(f"{where}: {key!r} must be a string, found {_short(row[key])}")
+            raise InputError(f"{where}: {key!r} must be a string, got {_short(row[key])}")
     choices = row.get("answer_choices")
     choices = [] if choices is None else choices
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise InputError(
-            f"{where}: 'answer_choices' must be a list of strings, found {_short(choices)}"
+            f"{where}: 'answer_choices' must be a list of strings, got {_short(choices)}"
         )
     try:
+        # JSON can escape half a surrogate pair, which has no UTF-8 and would fail in TensorFlow
         "".join((row["inputs"], row["targets"], *choices)).encode()
     except UnicodeEncodeError as error:
         code = ord(error.object[error.start])
-        raise InputError(
-            f"{where}: half a surrogate pair, \\u{code:04x}, is no character"
-        ) from None
-    return {"inputs": row["inputs"], "targets": row["targets"], "answer_choices": choices}
+        raise InputError(f"{where}: \\u{code:04x} is half a surrogate pair") from None
+    return Example(row["inputs"], row["targets"], choices)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:39] + '…'}"
 
 
-def first_row(path: str) -> dict[str, Any]:
-    """The first row of a file; InputError where it has none."""
+def first_example(path: str) -> Example:
+    """Reads the first example of a file.
+
+    Raises:
+      InputError: the file has no example, or the first line is malformed.
+    """
     for number, _, line in _lines(path):
-        return parse_row(line, f"{path}:{number}")
-    raise InputError(f"{path}: no rows in it")
+        return parse_line(line, f"{path}:{number}")
+    raise InputError(f"{path}: expected at least one row, got none")
 
 
 def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """Line number, offset and bytes of every line that is not blank."""
+    """Yields number, offset and bytes of every line that is not blank."""
     offset = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -141,31 +205,39 @@ def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FileScan:
-    """What reading a file through once has found."""
+    """The rows of a file and their statistics.
 
-    offsets: np.ndarray  # int64 [rows]: where each row begins
-    odd: Mapping[str, tuple[int, int]]  # kind -> number of rows, line of the first
+    Attributes:
+      offsets: int64 [rows], the byte that each row begins at.
+      odd: kind of irregular row -> (number of such rows, line of the first).
+      max_choices: most answer choices of a row.
+      max_words: words of the longest input.
+    """
+
+    offsets: np.ndarray
+    odd: Mapping[str, tuple[int, int]]
     max_choices: int
-    max_words: int  # of the longest input
+    max_words: int
 
     @property
-    def rows(self) -> int:
-        """Number of examples."""
+    def num_rows(self) -> int:
+        """Number of rows."""
         return len(self.offsets)
 
 
 def scan_file(path: str, limit: int | None = None) -> FileScan:
-    """Reads and checks a file (its first `limit` rows); remembered until the file changes.
+    """Reads and checks a file or its first `limit` rows; cached until the file changes.
 
-    Raises InputError with file and line for a row that is malformed.
+    Raises:
+      InputError: a row is malformed, or the file has none.
     """
     stat = os.stat(path)
     return _scan(path, stat.st_mtime_ns, stat.st_size, limit)
 
 
 @functools.cache
-def _scan(path: str, mtime: int, size: int, limit: int | None) -> FileScan:
-    del mtime, size  # part of what is remembered
+def _scan(path: str, modified: int, size: int, limit: int | None) -> FileScan:
+    del modified, size  # part of the cache's key
     offsets = array.array("q")
     odd: dict[str, tuple[int, int]] = {}
     max_choices = max_words = 0
@@ -178,24 +250,24 @@ def _scan(path: str, mtime: int, size: int, limit: int | None) -> FileScan:
     for number, offset, line in _lines(path):
         if limit is not None and len(offsets) >= limit:
             break
-        row = parse_row(line, f"{path}:{number}")
+        example = parse_line(line, f"{path}:{number}")
         offsets.append(offset)
-        max_words = max(max_words, len(row["inputs"].split()))
-        if not row["inputs"].strip():
+        max_words = max(max_words, len(example.inputs.split()))
+        if not example.inputs.strip():
             count("empty_input", number)
-        if not row["targets"].strip():
+        if not example.targets.strip():
             count("empty_target", number)
-        choices = [choice.strip() for choice in row["answer_choices"]]
+        choices = [choice.strip() for choice in example.answer_choices]
         max_choices = max(max_choices, len(choices))
         if not choices:
             without_choices.append(number)
             continue
-        if row["targets"].strip() not in choices:
+        if example.targets.strip() not in choices:
             count("target_not_in_choices", number)
         if len(set(choices)) < len(choices):
             count("doubled_choices", number)
     if not offsets:
-        raise InputError(f"{path}: no rows in it")
+        raise InputError(f"{path}: expected at least one row, got none")
     if max_choices and without_choices:
         odd["no_choices"] = len(without_choices), without_choices[0]
     return FileScan(np.array(offsets, np.int64), odd, max_choices, max_words)
@@ -203,39 +275,43 @@ def _scan(path: str, mtime: int, size: int, limit: int | None) -> FileScan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of some files under one numbering: file after file."""
+    """The rows of several files, numbered file after file."""
 
     paths: Sequence[str]
     scans: Sequence[FileScan]
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """The number of each file's first row: int64 [files]."""
-        return np.cumsum([0, *(scan.rows for scan in self.scans[:-1])])
+        """The index of each file's first row: int64 [files]."""
+        return np.cumsum([0, *(scan.num_rows for scan in self.scans[:-1])])
 
-    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The numbers, inputs, targets [N], choices [N, C] filled up with '', and how many [N]."""
-        files = np.searchsorted(self.starts, numbers, side="right") - 1
-        in_file = numbers - self.starts[files]
-        rows: list[dict[str, Any]] = [{}] * len(numbers)
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Reads rows.
+
+        Args:
+          indices: int64 [N], in any order.
+
+        Returns:
+          Indices int32 [N]; inputs and targets, bytes [N]; answer choices, bytes [N, C], padded
+          with b""; numbers of choices, int32 [N].
+        """
+        files = np.searchsorted(self.starts, indices, side="right") - 1
+        in_file = indices - self.starts[files]
+        examples: dict[int, Example] = {}
+        # Each file is opened once for all of its rows; a stable sort keeps them in order.
         order = np.argsort(files, kind="stable")
         for index, members in itertools.groupby(order, key=lambda i: files[i]):
             with open(self.paths[index], "rb") as file:
                 for i in members:
                     offset = self.scans[index].offsets[in_file[i]]
                     file.seek(offset)
-                    rows[i] = parse_row(file.readline(), f"{self.paths[index]}, byte {offset}")
-        counts = np.array([len(row["answer_choices"]) for row in rows], np.int32)
+                    where = f"{self.paths[index]}, byte {offset}"
+                    examples[int(i)] = parse_line(file.readline(), where)
+        rows = [examples[i] for i in range(len(indices))]
+        counts = np.array([len(row.answer_choices) for row in rows], np.int32)
         choices = np.full((len(rows), max(1, counts.max())), b"", object)
         for i, row in enumerate(rows):
-            choices[i, : counts[i]] = [choice.encode() for choice in row["answer_choices"]]
-        inputs, targets = (
-            np.array([row[key].encode() for row in rows], object) for key in ("inputs", "targets")
-        )
-        return numbers.astype(np.int32), inputs, targets, choices, counts
-
-
-def few(names: Sequence[str], most: int) -> str:
-    """At most so many of the names, and how many more there are."""
-    more = f", … {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+            choices[i, : counts[i]] = [choice.encode() for choice in row.answer_choices]
+        inputs = np.array([row.inputs.encode() for row in rows], object)
+        targets = np.array([row.targets.encode() for row in rows], object)
+        return indices.astype(np.int32), inputs, targets, choices, counts

@@ -1,4 +1,4 @@
-"""Who is trained on, who is scored, who is held out: the roles that `jsonl` gives to tasks."""
+"""Roles of the tasks of a folder of JSON lines: training, scoring, held out."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import difflib
 import fnmatch
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_tasks
-from pemoe_jax.tasks.jsonl.files import few
+from pemoe_jax.tasks import score_eval
+from pemoe_jax.tasks.jsonl.files import TaskInfo
+from pemoe_jax.tasks.registered import Registered, abbreviate
 
 TRAIN_MIXTURE = "jsonl_train"
 SCORE_MIXTURE = "jsonl_score_eval"
 TRAIN_SCORE_MIXTURE = "jsonl_train_score_eval"
-SCORE_EVAL = "_score_eval"
 
 _ODD = {
     "target_not_in_choices": "targets not among their choices",
@@ -30,225 +30,218 @@ _ODD = {
 
 @dataclasses.dataclass(frozen=True)
 class OddRows:
-    """Rows that are not wrong but that a reader of the results should know of."""
+    """Rows of one kind that are valid but affect how a result is read."""
 
     task: str
     split: str
-    kind: str
+    kind: str  # a key of `_ODD`
     count: int
     path: str
     line: int  # of the first
 
 
-@dataclasses.dataclass(frozen=True)
-class Registered:
-    """What `register` has registered, and what it left out."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonLinesTasks(Registered):
+    """The tasks of a folder of JSON lines, and those that were left out.
 
-    folder: str
+    Attributes:
+      has_index: whether the folder has an INDEX.json.
+      held_out: datasets that are scored, and so not trained on.
+      held_out_skipped: tasks with the training role whose dataset is held out.
+      held_out_trained: tasks of held-out datasets that TRAIN_TASKS names.
+      no_train_split: tasks with the training role but no train split.
+      no_eval_split: tasks with a role but no evaluation split.
+      no_choices: tasks that EVAL_TASKS matches but that have no answer choices.
+      not_in_index: tasks without an entry in INDEX.json.
+      examples: numbers of rows of the files that were read: of the train split for a task, of the
+        evaluation split for a `_score_eval` task.
+      odd: irregular rows of the files that were read.
+      max_choices: most answer choices of a row that was read.
+      max_words: words of the longest input that was read.
+    """
+
     has_index: bool
-    train_tasks: list[str]
-    eval_tasks: list[str]  # the twins' names
-    train_score_tasks: list[str]  # twins of those of train_tasks that can be scored
-    datasets: dict[str, str]  # every task's and twin's data set
-    eval_splits: dict[str, str]  # task -> the split whose file is behind its `validation`
-    held_out: list[str]  # data sets
-    held_out_skipped: list[str]  # tasks with the training role that are not trained on
-    held_out_trained: list[str]  # tasks trained on although held out
-    no_train_split: list[str]  # tasks with the training role
-    no_eval_split: list[str]  # tasks trained on or with the evaluation role
-    no_choices: list[str]  # tasks that EVAL_TASKS takes and that cannot be scored
+    held_out: list[str]
+    held_out_skipped: list[str]
+    held_out_trained: list[str]
+    no_train_split: list[str]
+    no_eval_split: list[str]
+    no_choices: list[str]
     not_in_index: list[str]
-    # Of the files that were read: rows of tasks (train) and of twins (their evaluation split).
-    examples: dict[str, int] = dataclasses.field(default_factory=dict)
-    odd: list[OddRows] = dataclasses.field(default_factory=list)
+    examples: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    odd: Sequence[OddRows] = ()
     max_choices: int = 0
-    max_words: int = 0  # of the longest input
+    max_words: int = 0
 
-    def lines(self) -> list[str]:
-        """The summary that a run prints."""
-        tasks = [task for task in self.datasets if not self._is_twin(task)]
-        labels = {self.datasets[task] for task in tasks}
-        source = "data sets from INDEX.json" if self.has_index else "no INDEX.json"
-        lines = [f"{self.folder}: {len(tasks)} tasks, {len(labels)} data sets ({source})"]
+    def summarize(self) -> list[str]:
+        """Returns the lines of the summary."""
+        tasks = [task for task in self.datasets if not self._is_score_eval(task)]
+        names = {self.datasets[task] for task in tasks}
+        source = "datasets from INDEX.json" if self.has_index else "no INDEX.json"
+        lines = [f"{self.folder}: {len(tasks)} tasks, {len(names)} datasets ({source})"]
         lines.append(self._line("training", self.train_tasks, TRAIN_MIXTURE))
         lines.append(self._line("scoring", self.eval_tasks, SCORE_MIXTURE))
         if self.train_score_tasks:
-            what = "scoring of training tasks"
-            lines.append(self._line(what, self.train_score_tasks, TRAIN_SCORE_MIXTURE))
+            role = "scoring of training tasks"
+            lines.append(self._line(role, self.train_score_tasks, TRAIN_SCORE_MIXTURE))
         if self.held_out:
-            lines.append(f"held out: {few(self.held_out, 12)}")
-        for names, text in (
-            (
-                self.held_out_trained,
-                "WARNING: held out, yet trained on because TRAIN_TASKS asks for it",
-            ),
+            lines.append(f"held out: {abbreviate(self.held_out, 12)}")
+        for left_out, reason in (
+            (self.held_out_trained, "WARNING: held out, but trained on because of TRAIN_TASKS"),
             (self.held_out_skipped, "held out, so not trained on"),
             (self.no_train_split, "no train split, so not trained on"),
             (self.no_eval_split, f"no evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"),
             (self.no_choices, "no answer choices, so not scored"),
             (self.not_in_index, "not in INDEX.json"),
         ):
-            if names:
-                lines.append(f"{text}: {len(names)} tasks ({few(names, 3)})")
+            if left_out:
+                lines.append(f"{reason}: {len(left_out)} tasks ({abbreviate(left_out, 3)})")
         for kind, text in _ODD.items():
-            found = [odd for odd in self.odd if odd.kind == kind]
-            if found:
-                where = few(
-                    [f"{odd.task}/{pathlib.Path(odd.path).name}:{odd.line}" for odd in found], 2
-                )
-                lines.append(f"odd rows: {sum(odd.count for odd in found):,} {text} ({where})")
+            rows = [odd for odd in self.odd if odd.kind == kind]
+            if rows:
+                count = sum(odd.count for odd in rows)
+                places = [f"{odd.task}/{pathlib.Path(odd.path).name}:{odd.line}" for odd in rows]
+                lines.append(f"odd rows: {count:,} {text} ({abbreviate(places, 2)})")
         if self.max_words:
             choices = f"; up to {self.max_choices} choices" if self.max_choices else ""
             lines.append(f"longest input: {self.max_words:,} words{choices}")
         return lines
 
-    def _line(self, what: str, names: Sequence[str], mixture: str) -> str:
+    def _line(self, role: str, names: Sequence[str], mixture: str) -> str:
         if not names:
-            return f"{what}: no task"
-        labels = sorted({self.datasets[name] for name in names})
+            return f"{role}: no task"
+        datasets = self.datasets_of(names)
         examples = ""
         if all(name in self.examples for name in names):
             examples = f", {sum(self.examples[name] for name in names):,} examples"
         return (
-            f"{what}: {len(names)} tasks of {len(labels)} data sets{examples} ({mixture}): "
-            f"{few(labels, 8)}"
+            f"{role}: {len(names)} tasks of {len(datasets)} datasets{examples} ({mixture}): "
+            f"{abbreviate(datasets, 8)}"
         )
 
-    def _is_twin(self, name: str) -> bool:
-        return name.endswith(SCORE_EVAL) and name.removesuffix(SCORE_EVAL) in self.datasets
+    def _is_score_eval(self, name: str) -> bool:
+        # a folder may hold a task that is only named like one
+        return score_eval.is_score_eval(name) and score_eval.plain_name(name) in self.datasets
 
 
-def _label(task: str, entry: Mapping[str, Any]) -> str:
-    """The data set's name in tables: SuperGLUE's are known by their own names."""
-    dataset, subset = entry.get("dataset"), entry.get("subset")
-    if not dataset:
-        return task
-    if not subset:
-        return dataset
-    return subset if dataset == "super_glue" else f"{dataset}_{subset}"
-
-
-def _patterns(macro: str, value: Any) -> list[str]:
+def _check_patterns(macro: str, value: object) -> list[str]:
     patterns = [value] if isinstance(value, str) else value
-    if not isinstance(patterns, list | tuple) or not all(isinstance(one, str) for one in patterns):
-        raise InputError(f"{macro} must be a list of name patterns, found {value!r}")
-    return [
-        pattern.removesuffix(SCORE_EVAL) if macro == "EVAL_TASKS" else pattern
-        for pattern in patterns
-    ]
+    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+        raise InputError(f"{macro} must be a list of name patterns, got {value!r}")
+    return list(patterns)
 
 
 def _match(
-    macro: str, patterns: Sequence[str], files: Mapping[str, Any], usable: Callable[[str], str]
+    macro: str, patterns: Sequence[str], tasks: Collection[str], missing: Callable[[str], str]
 ) -> list[str]:
-    """The tasks that match; each pattern must match one that lacks nothing (`usable` gives '')."""
+    """Returns the tasks that match patterns, in the order of `tasks`.
+
+    Raises:
+      InputError: a pattern matches no task, or only tasks that lack something that the role needs
+        (`missing` names it, or returns "").
+    """
     matched = set()
     for pattern in patterns:
-        names = [task for task in files if fnmatch.fnmatchcase(task, pattern)]
+        names = [task for task in tasks if fnmatch.fnmatchcase(task, pattern)]
         if not names:
-            close = difflib.get_close_matches(pattern.strip("*"), files, n=2)
+            close = difflib.get_close_matches(pattern.strip("*"), tasks, n=2)
             hint = f"; close: {', '.join(close)}" if close else ""
             raise InputError(
-                f"{macro} pattern {pattern!r} matched none of {len(files)} tasks{hint}"
+                f"{macro} pattern {pattern!r} matched none of {len(tasks)} tasks{hint}"
             )
-        lacks = [usable(task) for task in names]
-        if all(lacks):
-            which = (
-                f"names {pattern!r}, which"
-                if names == [pattern]
-                else f"pattern {pattern!r}: each of {len(names)} tasks"
-            )
-            raise InputError(f"{macro} {which} has {lacks[0]}")
+        reasons = [missing(task) for task in names]
+        if all(reasons):
+            subject = f"pattern {pattern!r}: each of {len(names)} tasks"
+            if names == [pattern]:
+                subject = f"names {pattern!r}, which"
+            raise InputError(f"{macro} {subject} has {reasons[0]}")
         matched.update(names)
-    return [task for task in files if task in matched]
+    return [task for task in tasks if task in matched]
 
 
-def plan(
+def assign_roles(
     folder: str | os.PathLike[str],
     files: Mapping[str, Mapping[str, str]],
-    index: Mapping[str, Mapping[str, Any]] | None,
+    index: Mapping[str, TaskInfo] | None,
     has_choices: Mapping[str, bool],
-    eval_splits: dict[str, str],
+    eval_splits: Mapping[str, str],
     train_tasks: Sequence[str] | None,
     eval_tasks: Sequence[str] | None,
-) -> Registered:
-    """Who is trained on, who is scored, who is held out.
+) -> JsonLinesTasks:
+    """Decides which tasks are trained on, scored and held out; `jsonl` has the rules.
 
     Args:
       folder: JSONL_DIR.
       files: task -> split -> path.
-      index: task -> entry of INDEX.json; None where there is none.
+      index: entries of INDEX.json; None without the file.
       has_choices: task -> whether its examples have answer choices.
-      eval_splits: task -> its evaluation split, of the tasks that have one.
+      eval_splits: task -> its evaluation split; tasks without one are absent.
       train_tasks: TRAIN_TASKS, patterns or None.
       eval_tasks: EVAL_TASKS, patterns or None.
+
+    Raises:
+      InputError: a pattern matches no task that can have the role.
     """
-    train_patterns = None if train_tasks is None else _patterns("TRAIN_TASKS", train_tasks)
-    eval_patterns = None if eval_tasks is None else _patterns("EVAL_TASKS", eval_tasks)
-    entries = {task: (index or {}).get(task, {}) for task in files}
-    labels = {task: _label(task, entry) for task, entry in entries.items()}
+    train_patterns = None if train_tasks is None else _check_patterns("TRAIN_TASKS", train_tasks)
+    eval_patterns = None if eval_tasks is None else _check_patterns("EVAL_TASKS", eval_tasks)
+    infos = {task: (index or {}).get(task, TaskInfo()) for task in files}
+    datasets = {task: info.dataset_name or task for task, info in infos.items()}
 
-    def may_train(task: str) -> bool:
-        entry = entries[task]
-        if "t0_do_train" not in entry and "t0_do_eval" not in entry:
-            return True
-        return entry.get("t0_do_train") == "BASE" and not entry.get("t0_blacklisted", False)
+    def has_train_role(task: str) -> bool:
+        info = infos[task]
+        return not info.has_roles or (info.t0_do_train == "BASE" and not info.t0_blacklisted)
 
-    def may_score(task: str) -> bool:
-        entry = entries[task]
-        return (
-            entry.get("t0_do_eval") == "BASE"
-            and entry.get("original_task", True)
-            and has_choices[task]
-        )
+    def has_eval_role(task: str) -> bool:
+        info = infos[task]
+        return info.t0_do_eval == "BASE" and info.original_task and has_choices[task]
 
-    def lacks_to_score(task: str) -> str:
+    def missing_to_train(task: str) -> str:
+        return "" if "train" in files[task] else "no train split"
+
+    def missing_to_score(task: str) -> str:
         if not has_choices[task]:
             return "no answer_choices and cannot be scored"
-        return (
-            ""
-            if task in eval_splits
-            else f"no evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"
-        )
+        if task not in eval_splits:
+            return f"no evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"
+        return ""
 
-    by_index = [task for task in files if may_score(task)]
-    to_score = by_index
+    by_role = [task for task in files if has_eval_role(task)]
+    to_score = by_role
     if eval_patterns is not None:
-        to_score = _match("EVAL_TASKS", eval_patterns, files, lacks_to_score)
-    # EVAL_TASKS may pick a few of the tasks to score; that sets no other free to train on.
-    held_out = {labels[task] for task in (*by_index, *to_score)}
+        plain = [score_eval.plain_name(pattern) for pattern in eval_patterns]
+        to_score = _match("EVAL_TASKS", plain, files, missing_to_score)
+    # EVAL_TASKS may select a few of the tasks with the role; the others' datasets stay held out.
+    held_out = {datasets[task] for task in (*by_role, *to_score)}
 
+    skipped = []
     if train_patterns is not None:
-        wanted = _match(
-            "TRAIN_TASKS",
-            train_patterns,
-            files,
-            lambda task: "" if "train" in files[task] else "no train split",
-        )
-        skipped = []
+        to_train = _match("TRAIN_TASKS", train_patterns, files, missing_to_train)
     else:
-        role = [task for task in files if may_train(task)]
-        wanted = [task for task in role if labels[task] not in held_out]
-        # A task that is scored is where it belongs; one left out for its data set's sake is news.
-        skipped = [task for task in role if labels[task] in held_out and task not in to_score]
-    train = [task for task in wanted if "train" in files[task]]
-    concerned = {*train, *(task for task in to_score if has_choices[task])}
-    return Registered(
+        role = [task for task in files if has_train_role(task)]
+        to_train = [task for task in role if datasets[task] not in held_out]
+        # Only a task that is neither trained on nor scored is worth a line.
+        skipped = [task for task in role if datasets[task] in held_out and task not in to_score]
+    train = [task for task in to_train if not missing_to_train(task)]
+    used = {*train, *(task for task in to_score if has_choices[task])}
+    score_datasets = {
+        task + score_eval.SUFFIX: dataset for task, dataset in datasets.items() if has_choices[task]
+    }
+    return JsonLinesTasks(
         folder=str(folder),
-        has_index=index is not None,
+        datasets=datasets | score_datasets,
         train_tasks=train,
-        eval_tasks=[task + SCORE_EVAL for task in to_score if not lacks_to_score(task)],
-        train_score_tasks=[task + SCORE_EVAL for task in train if not lacks_to_score(task)],
-        datasets={
-            **labels,
-            **{task + SCORE_EVAL: label for task, label in labels.items() if has_choices[task]},
-        },
+        eval_tasks=[task + score_eval.SUFFIX for task in to_score if not missing_to_score(task)],
+        train_score_tasks=[
+            task + score_eval.SUFFIX for task in train if not missing_to_score(task)
+        ],
         eval_splits=eval_splits,
+        metrics={task: info.metrics for task, info in infos.items()},
+        has_index=index is not None,
         held_out=sorted(held_out),
         held_out_skipped=skipped,
-        held_out_trained=[task for task in train if labels[task] in held_out],
-        no_train_split=[task for task in wanted if "train" not in files[task]],
-        no_eval_split=[task for task in files if task in concerned and task not in eval_splits],
+        held_out_trained=[task for task in train if datasets[task] in held_out],
+        no_train_split=[task for task in to_train if missing_to_train(task)],
+        no_eval_split=[task for task in files if task in used and task not in eval_splits],
         no_choices=[task for task in to_score if not has_choices[task]],
         not_in_index=[task for task in files if index is not None and task not in index],
     )

@@ -1,135 +1,100 @@
-"""P3 as seqio tasks: importing this registers all that is published, by its published names.
+"""P3 as seqio tasks: importing this registers all that is published, under the published names.
 
-- 544 tasks and 116 twins `<task>_score_eval` (a row an answer choice, with `idx`, `is_correct`,
-  `weight`, and a metric);
+- 544 tasks and 116 `<task>_score_eval` tasks (see `score_eval`);
 - T0's mixtures at T0's rates: `t0_train`, `t0+_train`, `t0++_train`, `t0_train_one_og_prompt`,
-  `t0_train_all_og_prompts`, `t0_eval_score_eval` and `t0_train_score_eval`; and one for each data
-  set (`super_glue_rte`, and `super_glue_rte_score_eval` of its twins; ANLI's rounds too).
+  `t0_train_all_og_prompts`, `t0_eval_score_eval` and `t0_train_score_eval`; and one for each
+  dataset (`super_glue_rte`, `super_glue_rte_score_eval`; ANLI's rounds too).
 
-Nothing is read but the table beside this file. Rows come from seqio's caches (`use_cached`, in
---seqio_additional_cache_dirs), or from a folder P3_DIR (by `register`, or the environment's
-PEMOE_P3_DIR), which `p3_folder` describes.
+The import reads `tasks.csv` alone. Rows come from seqio's caches (`use_cached`, in
+--seqio_additional_cache_dirs), or from a folder P3_DIR (set by `register`, or the environment's
+PEMOE_P3_DIR), whose forms `folder` describes.
 
-T0 caches twins of its training tasks that are not published, to see how training goes; such twins
-are made here of the tasks' answer choices. They are in `t0_train_score_eval`, and `register` gives
-them their names in seqio's registry.
+T0 cached unpublished `_score_eval` tasks of its training tasks, to follow the training. They are
+derived here from the tasks' answer choices: `t0_train_score_eval` holds them, and `register` adds
+them to seqio's registry.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import, seqio_tasks
-from pemoe_jax.tasks import default_vocab_path, metrics
-from pemoe_jax.tasks.jsonl import source as jsonl_source
-from pemoe_jax.tasks.jsonl.files import few
-from pemoe_jax.tasks.p3 import published as published_lib
-from pemoe_jax.tasks.p3 import source
-from pemoe_jax.tasks.p3.folder import Folder
-from pemoe_jax.tasks.p3.published import SCORE_EVAL
+from pemoe_jax.tasks import metrics, score_eval
+from pemoe_jax.tasks.p3 import published, source
+from pemoe_jax.tasks.p3.folder import Folder, TaskFiles
+from pemoe_jax.tasks.registered import Registered, abbreviate, check_eval_examples
+from pemoe_jax.tasks.seekable import trim_and_append_eos
+from pemoe_jax.tasks.vocabulary import SENTINELS, default_vocab_path, load_vocabulary
 
-seqio_import.import_seqio()  # before TensorFlow: it hides GPUs from it, and its log from the user
+seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and filters its log
 import seqio  # noqa: E402
 
 
-@dataclasses.dataclass(frozen=True)
-class Registered:
-    """What `register` says of P3."""
-
-    folder: str
-    datasets: dict[str, str]  # every task's and twin's data set, as tables name it; ANLI is one
-    eval_splits: dict[str, str]  # task -> its evaluation split, of the tasks that have one
-    train_score_tasks: list[str]  # twins of T0's training tasks
-    summary: list[str]
-
-    def lines(self) -> list[str]:
-        """The summary that a run prints."""
-        return self.summary
+def _lazy_vocabulary(path: str) -> seqio.SentencePieceVocabulary:
+    # Unlike load_vocabulary this reads nothing: seqio loads the file at the first use, so that the
+    # import works without a vocabulary, and a remote file is read only if text is tokenized.
+    return seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
 
 
-def _p3_dir() -> str | None:
+def _default_folder() -> str | None:
     return os.environ.get("PEMOE_P3_DIR") or None
 
 
-def _vocabulary(path: str) -> Any:
-    return seqio.SentencePieceVocabulary(path, extra_ids=100)  # loads it when it is first used
+settings = source.Settings(_lazy_vocabulary(default_vocab_path()), _default_folder())
+# What the registered tasks were made with; None if there are none.
+_registered_with: tuple[int, bool, str | None] | None = None
 
 
-settings = source.Settings(_vocabulary(default_vocab_path()), _p3_dir())
-_registered_for: tuple[int, bool, str | None] | None = None
+def remove() -> None:
+    """Removes everything that this module added to seqio's registries."""
+    global _registered_with
+    for name in (*published.names(), *published.unpublished_score_tasks()):
+        seqio.TaskRegistry.remove(name)
+    for name in published.mixtures():
+        seqio.MixtureRegistry.remove(name)
+    _registered_with = None
 
 
-def _features(inputs_eos: bool) -> dict[str, Any]:
-    return {
+def _add(inputs_eos: bool) -> None:
+    """Registers all tasks and mixtures, in place of those of an earlier call."""
+    global _registered_with
+    if _registered_with is not None:
+        remove()
+    features = {
         "inputs": seqio.Feature(settings.vocabulary, add_eos=inputs_eos),
         "targets": seqio.Feature(settings.vocabulary, add_eos=True),
     }
+    tasks = {name: _task(name, features) for name in published.names()}
+    for name, task in tasks.items():
+        seqio.TaskRegistry.add_provider(name, task)
+    tasks |= {name: _task(name, features) for name in published.unpublished_score_tasks()}
+    for mixture, names in published.mixtures().items():
+        rates = [(tasks[name], published.rate(name)) for name in names]
+        seqio.MixtureRegistry.add_provider(mixture, source.P3Mixture(mixture, rates))
+    if published.BIAS_MIXTURE not in published.mixtures():
+        seqio_tasks.unavailable[published.BIAS_MIXTURE] = "none of its tasks is published in P3"
+    _registered_with = id(settings.vocabulary), inputs_eos, settings.p3_dir
 
 
-_PREPROCESSORS = (seqio.CacheDatasetPlaceholder(), source.end_in_eos)
-
-
-def _remove_everything() -> None:
-    """Takes it all out of seqio's registries."""
-    global _registered_for
-    for task in published_lib.tasks().values():
-        for name in _names(task):
-            seqio.TaskRegistry.remove(name)
-    for name in published_lib.made_twins():
-        seqio.TaskRegistry.remove(name)
-    for name in published_lib.mixtures():
-        seqio.MixtureRegistry.remove(name)
-    _registered_for = None
-
-
-def _add_everything(inputs_eos: bool) -> None:
-    """Registers it all, in place of what an earlier call has registered."""
-    global _registered_for
-    if _registered_for is not None:
-        _remove_everything()
-    names = [name for task in published_lib.tasks().values() for name in _names(task)]
-    made = published_lib.made_twins()
-    mixtures = published_lib.mixtures()
-    features = _features(inputs_eos)
-    for name in names:
-        seqio.TaskRegistry.add_provider(name, _task(name, features))
-    of_name = {name: seqio.TaskRegistry.get(name) for name in names}
-    of_name |= {name: _task(name, features) for name in made}
-    for mixture, tasks in mixtures.items():
-        pairs = [(of_name[name], published_lib.rate(name)) for name in tasks]
-        seqio.MixtureRegistry.add_provider(mixture, source.P3Mixture(mixture, pairs))
-    if published_lib.BIAS_MIXTURE not in mixtures:
-        seqio_tasks.unavailable[published_lib.BIAS_MIXTURE] = "none of its tasks is published in P3"
-    _registered_for = id(settings.vocabulary), inputs_eos, settings.p3_dir
-
-
-def _names(task: published_lib.P3Task) -> list[str]:
-    return [task.name, task.name + SCORE_EVAL] if task.has_twin else [task.name]
-
-
-def _task(name: str, features: Any) -> Any:
-    measured: dict[str, Any]
-    if name.endswith(SCORE_EVAL):
-        measured = {
-            "postprocess_fn": jsonl_source._score_target,
-            "metric_fns": [jsonl_source.rank_accuracy],
-        }
-    else:
-        measured = {"metric_fns": metrics.metric_fns(published_lib.tasks()[name].metrics)}
+def _task(name: str, features: dict[str, seqio.Feature]) -> source.P3Task:
+    scored = score_eval.is_score_eval(name)
     return source.P3Task(
         name,
         source=source.P3Source(name, settings),
         output_features=features,
-        preprocessors=_PREPROCESSORS,
-        **measured,
+        preprocessors=(seqio.CacheDatasetPlaceholder(), trim_and_append_eos),
+        postprocess_fn=score_eval.target_of_row if scored else None,
+        metric_fns=(
+            [score_eval.rank_accuracy]
+            if scored
+            else metrics.metric_fns(published.metric_names(name))
+        ),
     )
 
 
-_add_everything(inputs_eos=True)
+_add(inputs_eos=True)
 
 
 def register(
@@ -141,142 +106,142 @@ def register(
     """Sets where P3's rows come from and how they are read.
 
     Args:
-      p3_dir: a folder of P3 (P3_DIR); None: by the environment's PEMOE_P3_DIR, else none, and
-        only seqio's caches can be read. Tfrecords in it are made known to seqio as caches too.
-      vocab_path: SentencePiece file (VOCAB_PATH), for text that has no ids yet.
-      eval_examples: at most this many examples, the first, of every split but `train`
-        (EVAL_EXAMPLES); not of seqio's caches.
-      inputs_eos: whether inputs end in EOS, as JSON lines' do. T0's code gives them none, nor has
-        the example on the data set's card. Either way all sources give the same ids.
+      p3_dir: a folder of P3 (P3_DIR). None: the environment's PEMOE_P3_DIR, or without it seqio's
+        caches alone. seqio reads tfrecords in the folder as caches too.
+      vocab_path: SentencePiece file (VOCAB_PATH), for text that is not tokenized yet.
+      eval_examples: use only the first examples of every split but `train` (EVAL_EXAMPLES); seqio's
+        caches are read whole.
+      inputs_eos: whether inputs end in EOS, as in JSON lines. T0's code adds none, and the example
+        on the dataset's card has none. Either way all forms give the same ids.
 
     Raises:
-      InputError: there is no such folder, or it holds nothing of P3.
+      InputError: the folder does not exist, or holds nothing of P3.
     """
-    if eval_examples is not None and (not isinstance(eval_examples, int) or eval_examples < 1):
-        raise InputError(
-            f"EVAL_EXAMPLES must be a positive integer or None, found {eval_examples!r}"
-        )
-    path = os.fspath(p3_dir) if p3_dir is not None else _p3_dir()
+    check_eval_examples(eval_examples)
+    path = os.fspath(p3_dir) if p3_dir is not None else _default_folder()
     if path is not None and "://" not in path:
         path = os.path.abspath(os.path.expanduser(path))
-        source._folder.cache_clear()  # what has been added since is found
     vocab_path = vocab_path or default_vocab_path()
     if "://" not in vocab_path:
-        from pemoe_jax.tasks import jsonl
-
-        vocabulary = jsonl.vocabulary(vocab_path)  # looks at it
+        vocabulary = load_vocabulary(vocab_path)
     elif settings.vocabulary.sentencepiece_model_file == vocab_path:
         vocabulary = settings.vocabulary
     else:
-        vocabulary = _vocabulary(vocab_path)
-    before = settings.p3_dir, settings.eval_examples
-    settings.p3_dir, settings.eval_examples = path, eval_examples
+        vocabulary = _lazy_vocabulary(vocab_path)
+    previous = settings.p3_dir, settings.eval_examples
+    settings.read_from(path, eval_examples)
     try:
-        summary = _summary(path)
+        summary = _summarize(path)
     except InputError:
-        settings.p3_dir, settings.eval_examples = before
+        settings.read_from(*previous)
         raise
     settings.vocabulary = vocabulary
-    if _registered_for != (id(vocabulary), inputs_eos, path):  # a task keeps where its cache is
-        _add_everything(inputs_eos)
-    mixture = seqio.MixtureRegistry.get(published_lib.TRAIN_EVAL_MIXTURE)
-    for task in mixture.tasks:
+    # A task remembers the vocabulary and the folder of its cache, so others need new tasks.
+    if _registered_with != (id(vocabulary), inputs_eos, path):
+        _add(inputs_eos)
+    train_score_tasks = seqio.MixtureRegistry.get(published.TRAIN_SCORE_MIXTURE).tasks
+    for task in train_score_tasks:
         if task.name not in seqio.TaskRegistry.names():
             seqio.TaskRegistry.add_provider(task.name, task)
     if path is not None and path not in seqio.utils.get_global_cache_dirs():
         seqio.add_global_cache_dirs([path])
-    tasks = published_lib.tasks().values()
-    twins = [
-        *(task.name + SCORE_EVAL for task in tasks if task.has_twin),
-        *published_lib.made_twins(),
-    ]
-    scored = [task for task in mixture.tasks if path is None or task.source.found is not None]
+    names = [*published.names(), *published.unpublished_score_tasks()]
+    tasks = {name: seqio.TaskRegistry.get(name) for name in published.tasks()}
     return Registered(
         folder=path or "",
-        datasets={
-            name: published_lib.tasks()[name.removesuffix(SCORE_EVAL)].label
-            for name in [*published_lib.tasks(), *twins]
-        },
+        datasets={name: published.task_of(name).label for name in names},
+        train_tasks=sorted(published.mixtures()[published.TRAIN_MIXTURE]),
+        eval_tasks=sorted(published.mixtures()[published.SCORE_MIXTURE]),
+        train_score_tasks=[
+            task.name for task in train_score_tasks if path is None or task.source.files is not None
+        ],
         eval_splits={
-            task.name: split
-            for task in map(seqio.TaskRegistry.get, published_lib.tasks())
-            if (split := source._eval_split(task))
+            name: split for name, task in tasks.items() if (split := task.eval_split) is not None
         },
-        train_score_tasks=[task.name for task in scored],
         summary=summary,
     )
 
 
-def _summary(path: str | None) -> list[str]:
-    published = [name for task in published_lib.tasks().values() for name in _names(task)]
+def _summarize(path: str | None) -> list[str]:
+    """Returns the lines that a run prints.
+
+    Raises:
+      InputError: the folder holds nothing of P3.
+    """
     if path is None:
-        return [_cached_summary(published)]
+        return [_summarize_caches()]
     if "://" in path:
-        return [f"P3: {len(published)} tasks and twins, to be read from the cache {path}"]
+        return [f"P3: {_count(published.names())}, to be read from the cache {path}"]
     folder = settings.folder
-    found = {name: there for name in published if (there := folder.find(name)) is not None}
-    if not found:
-        bad = [*folder.unreadable.values(), *folder.lacking.values()]
-        raise InputError(bad[0] if bad else _nothing_in(folder))
-    tasks = [name for name in found if not name.endswith(SCORE_EVAL)]
-    forms = [there.form for there in found.values()]
-    counts = ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))
-    lines = [
-        f"P3 in {path}: {len(tasks)} of {len(published_lib.tasks())} tasks,"
-        f" {len(found) - len(tasks)} of {len(published) - len(published_lib.tasks())}"
-        f" twins ({counts})"
-    ]
-    missing = [name for name in published_lib.tasks() if name not in found]
+    files = {name: files for name in published.names() if (files := folder.find(name)) is not None}
+    if not files:
+        reasons = [*folder.unreadable.values(), *folder.unavailable.values()]
+        raise InputError(reasons[0] if reasons else _nothing_in(folder))
+    forms = [task_files.form for task_files in files.values()]
+    counts = ", ".join(f"{form}: {forms.count(form)}" for form in dict.fromkeys(forms))
+    lines = [f"P3 in {path}: {_count(list(files), of_published=True)} ({counts})"]
+    missing = [name for name in published.tasks() if name not in files]
     if missing:
-        lines.append(f"not in P3_DIR: {len(missing)} tasks ({few(missing, 3)})")
-    no_train = [
-        name
-        for name in tasks
-        if published_lib.tasks()[name].do_train and "train" not in found[name].splits
-    ]
-    if no_train:
-        lines.append(f"no train split: {len(no_train)} tasks ({few(no_train, 3)})")
-    twins = [name for name in found if name.endswith(SCORE_EVAL)]
-    no_eval = [name for name in twins if not set(seqio_tasks.EVAL_SPLITS) & set(found[name].splits)]
-    if no_eval:
-        lines.append(
-            f"no evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)}): {len(no_eval)} tasks"
-            f" ({few(no_eval, 3)})"
-        )
-    lacking = [f"{name}: {why}" for name, why in folder.lacking.items()]
-    if lacking:
-        more = f" (and {len(lacking) - 1} more tasks)" if len(lacking) > 1 else ""
-        lines.append(f"left out: {lacking[0]}{more}")
+        lines.append(f"not in P3_DIR: {len(missing)} tasks ({abbreviate(missing, 3)})")
+    for reason, names in _without_split(files).items():
+        if names:
+            lines.append(f"{reason}: {len(names)} tasks ({abbreviate(names, 3)})")
+    unavailable = [f"{name}: {reason}" for name, reason in folder.unavailable.items()]
+    if unavailable:
+        others = f" (and {len(unavailable) - 1} more tasks)" if len(unavailable) > 1 else ""
+        lines.append(f"left out: {unavailable[0]}{others}")
     return [*lines, *(f"left out: {line}" for line in folder.unreadable.values())]
 
 
-def _cached_summary(published: Sequence[str]) -> str:
-    """What seqio's folders of caches have, of those that are on this machine."""
+def _without_split(files: dict[str, TaskFiles]) -> dict[str, list[str]]:
+    """Returns the tasks that lack a split that their role needs, by the summary's text."""
+    no_train, no_eval = [], []
+    for name, task_files in files.items():
+        if score_eval.is_score_eval(name):
+            if seqio_tasks.first_eval_split(task_files.splits) is None:
+                no_eval.append(name)
+        elif published.task_of(name).do_train and "train" not in task_files.splits:
+            no_train.append(name)
+    return {
+        "no train split": no_train,
+        f"no evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})": no_eval,
+    }
+
+
+def _count(names: Sequence[str], of_published: bool = False) -> str:
+    """'544 tasks and 116 _score_eval tasks', or '5 of 544 tasks and …'."""
+    scored = sum(map(score_eval.is_score_eval, names))
+    tasks, score_tasks = f"{len(names) - scored}", f"{scored}"
+    if of_published:
+        tasks += f" of {len(published.tasks())}"
+        score_tasks += f" of {len(published.names()) - len(published.tasks())}"
+    return f"{tasks} tasks and {score_tasks} _score_eval tasks"
+
+
+def _summarize_caches() -> str:
     folders = seqio_import.global_cache_dirs()
     if not folders or any("://" in folder for folder in folders):
-        return f"P3: {len(published)} tasks and twins, to be read from seqio's caches"
-    there = [
+        return f"P3: {_count(published.names())}, to be read from seqio's caches"
+    cached = [
         name
-        for name in published
+        for name in published.names()
         if any(os.path.exists(os.path.join(folder, name, "COMPLETED")) for folder in folders)
     ]
     where = ", ".join(folders)
-    if not there:
+    if not cached:
         raise InputError(
             f"no cache of P3 in {where}: expected <task>/COMPLETED of a published name"
         )
-    twins = sum(name.endswith(SCORE_EVAL) for name in there)
-    tasks = len(published_lib.tasks())
     return (
-        f"P3, cached in {where}: {len(there) - twins} of {tasks} tasks,"
-        f" {twins} of {len(published) - tasks} twins (USE_CACHED_TASKS=True reads them)"
+        f"P3, cached in {where}: {_count(cached, of_published=True)}"
+        " (USE_CACHED_TASKS=True reads them)"
     )
 
 
 def _nothing_in(folder: Folder) -> str:
-    entries: Sequence[str] = sorted(os.listdir(folder.path))
+    entries = sorted(os.listdir(folder.path))
     return (
         f"P3_DIR {folder.path} holds nothing of P3: expected <task>/<split>.tfrecord-*,"
-        " <task>/<split>*.parquet or <dataset>/[<subset>/]templates.yaml, found"
-        f" {few(entries, 3) or 'nothing'}"
+        " <task>/<split>*.parquet or <dataset>/[<subset>/]templates.yaml, got"
+        f" {abbreviate(entries, 3) or 'nothing'}"
     )

@@ -1,8 +1,8 @@
-"""Data sets as Hugging Face's `datasets` leaves them on disk: Arrow streams, read by the row.
+"""Datasets on disk as Hugging Face's `datasets` writes them: Arrow streams, read by index.
 
-Two forms, read with pyarrow alone: what `save_to_disk` writes, and what `load_dataset` leaves in
-its cache, `<dataset>/<config>/<version>/<hash>/<dataset>-<split>.arrow` (`<owner>___<dataset>` of a
-data set on the hub). Files are mapped into memory, not read into it.
+pyarrow alone reads both forms: that of `save_to_disk`, and the cache of `load_dataset`,
+`<dataset>/<config>/<version>/<hash>/<dataset>-<split>.arrow` (`<owner>___<dataset>` for a dataset
+of the hub). Files are mapped into memory.
 """
 
 from __future__ import annotations
@@ -11,25 +11,27 @@ import functools
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-
-from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime.file_io import read_json
-from pemoe_jax.tasks.p3.row_files import Example, take_by_part
+
+from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.tasks.p3.row_files import Example, Splits, take_from_parts
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _SHARD = re.compile(r"(?P<name>.+)-(?P<split>[\w.]+)-\d{5}-of-(?P<count>\d{5})\.arrow")
 _WHOLE = re.compile(r"(?P<name>.+)-(?P<split>[\w.]+)\.arrow")
-_DEFAULTS = ("default", "plain_text")  # names of configs where a data set has one only
-Splits = dict[str, list[pathlib.Path]]
+_DEFAULT_CONFIGS = ("default", "plain_text")  # of datasets that have only one
 
 
 def saved_splits(folder: pathlib.Path) -> Splits:
-    """Split -> its files, of a folder that `save_to_disk` wrote; empty where it is none.
+    """Lists the files of a folder of `save_to_disk`; empty if it is not one.
 
     Raises:
-      InputError: its JSON is not what it writes.
+      InputError: its JSON is not what `datasets` writes.
     """
     if (folder / "dataset_dict.json").is_file():
         names = read_json(folder / "dataset_dict.json").get("splits")
@@ -43,7 +45,7 @@ def saved_splits(folder: pathlib.Path) -> Splits:
 
 
 def _saved_files(folder: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
-    """A saved Dataset's split (train, where it does not say) and files."""
+    """Returns the split and the files of a saved Dataset; without a name the split is train."""
     path = folder / "state.json"
     state = read_json(path)
     try:
@@ -52,24 +54,26 @@ def _saved_files(folder: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
         raise InputError(f"{path}: expected a list '_data_files' of 'filename'") from None
     if state.get("_indices_data_files"):
         raise InputError(
-            f"{path}: rows are chosen by '_indices_data_files', which are not read: save it anew"
-            " after flatten_indices()"
+            f"{path}: rows are selected by '_indices_data_files', which is not supported: save the"
+            " dataset again after flatten_indices()"
         )
     return str(state.get("_split") or "train"), files
 
 
 def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
-    """Split -> its files, in the cache of `load_dataset`; empty where the data set is not there.
+    """Lists a dataset's files in the cache of `load_dataset`; empty if it is not there.
 
-    Of several versions or downloads the newest.
+    The newest of several versions or downloads counts.
 
     Raises:
-      InputError: a split lacks files.
+      InputError: files of a split are missing.
     """
     for home in [root / dataset, *sorted(root.glob(f"*___{dataset}"))]:
-        for config in (subset,) if subset else (*_DEFAULTS, dataset):
+        for config in (subset,) if subset else (*_DEFAULT_CONFIGS, dataset):
             infos = [
-                path for path in (home / config).glob("*/*/dataset_info.json") if _is_whole(path)
+                path
+                for path in (home / config).glob("*/*/dataset_info.json")
+                if not path.parent.name.endswith((".incomplete", "_tmp"))
             ]
             if infos:
                 newest = max(infos, key=lambda path: (path.stat().st_mtime_ns, str(path)))
@@ -77,25 +81,22 @@ def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
     return {}
 
 
-def _is_whole(info: pathlib.Path) -> bool:
-    return not info.parent.name.endswith((".incomplete", "_tmp"))
-
-
 def _files_in(folder: pathlib.Path) -> Splits:
-    found: Splits = {}
+    splits: Splits = {}
     counts: dict[str, int] = {}
     for path in sorted(folder.glob("*.arrow")):
         match = _SHARD.fullmatch(path.name) or _WHOLE.fullmatch(path.name)
-        if match is None or match["name"] == "cache":  # of what `map` has made of it
+        if match is None or match["name"] == "cache":  # a result of `Dataset.map`
             continue
-        found.setdefault(match["split"], []).append(path)
+        splits.setdefault(match["split"], []).append(path)
         counts[match["split"]] = int(match.groupdict().get("count") or 1)
-    for split, files in found.items():
+    for split, files in splits.items():
         if len(files) != counts[split]:
             raise InputError(
-                f"{folder}: {len(files)} Arrow files of split {split!r}, expected {counts[split]}"
+                f"{folder}: expected {counts[split]} Arrow files of split {split!r}, got"
+                f" {len(files)}"
             )
-    return found
+    return splits
 
 
 class ArrowTable:
@@ -106,39 +107,36 @@ class ArrowTable:
         self._paths = paths
 
     @functools.cached_property
-    def _batches(self) -> list[Any]:
-        return [batch for path in self._paths for batch in _batches_of(path)]
+    def _batches(self) -> list[pyarrow.RecordBatch]:
+        return [batch for path in self._paths for batch in _read_batches(path)]
 
     @functools.cached_property
-    def _firsts(self) -> np.ndarray:
+    def _starts(self) -> np.ndarray:
         return np.cumsum([0, *(batch.num_rows for batch in self._batches)])
 
     @property
     def num_rows(self) -> int:
         """See Table."""
-        return int(self._firsts[-1])
+        return int(self._starts[-1])
 
-    def take(self, numbers: Sequence[int]) -> list[Example]:
+    def take(self, indices: Sequence[int]) -> list[Example]:
         """See Table."""
-        return take_by_part(self._firsts, numbers, self._take_of)
+        return take_from_parts(self._starts, indices, self._take_from_batch)
 
-    def _take_of(self, batch: int, inside: list[int]) -> Sequence[Example]:
+    def _take_from_batch(self, batch: int, inside: list[int]) -> Sequence[Example]:
         try:
-            return self._batches[batch].take(inside).to_pylist()
+            return cast(list[Example], self._batches[batch].take(inside).to_pylist())
         except (OSError, ValueError, IndexError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{self.location}: damaged: {reason}") from None
+            raise InputError(f"{self.location}: damaged: {first_line(error)}") from None
 
 
-def _batches_of(path: pathlib.Path) -> Iterator[Any]:
-    """The record batches of a file, mapped; offsets in them are checked, or they could crash."""
+def _read_batches(path: pathlib.Path) -> Iterator[pyarrow.RecordBatch]:
     import pyarrow
 
     try:
         with pyarrow.memory_map(str(path)) as file:
             for batch in pyarrow.ipc.open_stream(file):
-                batch.validate(full=True)
+                batch.validate(full=True)  # reading a wrong offset would crash the process
                 yield batch
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: not a whole Arrow stream: {reason}") from None
+    except (OSError, ValueError) as error:  # base classes of pyarrow's errors
+        raise InputError(f"{path}: not a whole Arrow stream: {first_line(error)}") from None

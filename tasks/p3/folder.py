@@ -1,12 +1,12 @@
-"""What a folder P3_DIR holds: for each published task one of three forms, found by looking.
+"""A folder P3_DIR, which holds each published task in one of three forms.
 
 (a) `<task>/<split>.tfrecord-*` with `info.<split>.json` and `COMPLETED`: the published seqio cache;
 (b) `<task>/<split>*.parquet`, `<task>/<split>/*.parquet` or `<task>/<split>.jsonl`: prompted rows;
-(c) `<dataset>[/<subset>]/templates.yaml`, in the folder or in its `templates/`, and the data set's
-    examples beside it or in `raw/`, `huggingface/` or `tfds/`, in a form that `p3_raw` describes.
+(c) `<dataset>[/<subset>]/templates.yaml`, in the folder or in its `templates/`, and the dataset's
+    examples, found as `raw_examples` describes.
 
-Tasks may lie in `data/` too, as in a clone of the hub's repository. A folder may hold several
-forms; of a task the first is read. A twin that is not there is made of its task's answer choices.
+Tasks may be in `data/` too, as in a clone of the hub's repository. A folder may mix forms; of a
+task the first is read. A `_score_eval` task without files is derived from its task's choices.
 """
 
 from __future__ import annotations
@@ -20,71 +20,82 @@ from collections.abc import Mapping
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data.rows import Encode, RowReader
 from pemoe_jax.data.tfrecords import TFRecordReader
+from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.p3 import published, raw_examples, templates
-from pemoe_jax.tasks.p3.from_templates import OnTheFly
-from pemoe_jax.tasks.p3.published import SCORE_EVAL
-from pemoe_jax.tasks.p3.row_files import Prompted, open_table, table_splits
+from pemoe_jax.tasks.p3.from_templates import TemplateReader
+from pemoe_jax.tasks.p3.row_files import PromptedReader, find_splits, open_table
 from pemoe_jax.tasks.p3.rows import ChoiceReader
 
-CACHE, PROMPTED, TEMPLATES, MADE = "tfrecord cache", "rows", "templates", "made of its task"
+CACHE, PROMPTED, TEMPLATES, DERIVED = "tfrecord cache", "rows", "templates", "derived"
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """A task in the folder."""
+class TaskFiles:
+    """A task's data in the folder.
+
+    Attributes:
+      form: CACHE, PROMPTED, TEMPLATES or DERIVED.
+      splits: split -> its files; a cache's files are found by its info.
+      folder: where the files are.
+      template: the task's template, of TEMPLATES.
+      dataset: the examples of the template's dataset.
+    """
 
     form: str
-    splits: Mapping[str, list[pathlib.Path]]  # split -> its files
+    splits: Mapping[str, list[pathlib.Path]]
     folder: pathlib.Path
     template: templates.Template | None = None
-    raw: raw_examples.Raw | None = None  # the data set that the template is for
+    dataset: raw_examples.RawDataset | None = None
 
 
 def cached_splits(folder: pathlib.Path) -> list[str]:
-    """The splits of a task's tfrecord cache."""
+    """Lists the splits of a task's tfrecord cache."""
     names = sorted(path.name for path in folder.glob("info.*.json"))
     return [name.removeprefix("info.").removesuffix(".json") for name in names]
 
 
 class Folder:
-    """A folder P3_DIR.
+    """A folder P3_DIR, listed when it is first asked for a task.
+
+    Attributes:
+      path: the absolute path.
+      unreadable: path of a templates.yaml -> what is wrong with it.
+      unavailable: task with a template -> why it has no rows.
 
     Raises:
-      InputError: there is none.
+      InputError: the folder does not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path).expanduser().absolute()
         if not self.path.is_dir():
-            what = "a file" if self.path.exists() else "nothing there"
-            raise InputError(f"P3_DIR {self.path} must be a folder, found {what}")
-        self._found: dict[str, Found | None] = {}
+            kind = "a file" if self.path.exists() else "nothing there"
+            raise InputError(f"P3_DIR {self.path} must be a folder, got {kind}")
+        self._files: dict[str, TaskFiles | None] = {}
         self._readers: dict[tuple[str, str], RowReader] = {}
-        self.unreadable: dict[str, str] = {}  # path of a templates.yaml -> what is wrong with it
-        self.lacking: dict[str, str] = {}  # task with a template -> why it cannot be made
+        self.unreadable: dict[str, str] = {}
+        self.unavailable: dict[str, str] = {}
 
     @functools.cached_property
-    def _homes(self) -> dict[str, pathlib.Path]:
-        """Name of each folder that may be a task's -> where it is."""
-        homes: dict[str, pathlib.Path] = {}
+    def _task_folders(self) -> dict[str, pathlib.Path]:
+        """Name of each folder that may be a task's -> its path."""
+        folders: dict[str, pathlib.Path] = {}
         for root in (self.path, self.path / "data"):
             if root.is_dir():
                 for entry in os.scandir(root):
                     if entry.is_dir():
-                        homes.setdefault(entry.name, pathlib.Path(entry.path))
-        return homes
+                        folders.setdefault(entry.name, pathlib.Path(entry.path))
+        return folders
 
     @functools.cached_property
-    def _yaml(self) -> dict[tuple[str, str], pathlib.Path]:
+    def _template_files(self) -> dict[tuple[str, str], pathlib.Path]:
         inside = self.path / "templates"
-        return {
-            **templates.find_templates(self.path),
-            **(templates.find_templates(inside) if inside.is_dir() else {}),
-        }
+        files = templates.find_templates(self.path)
+        return files | (templates.find_templates(inside) if inside.is_dir() else {})
 
     @functools.cache  # noqa: B019  a folder lives as long as the process
     def _templates_of(self, dataset: str, subset: str) -> dict[str, templates.Template]:
-        path = self._yaml.get((dataset, subset))
+        path = self._template_files.get((dataset, subset))
         if path is None:
             return {}
         try:
@@ -93,94 +104,91 @@ class Folder:
             self.unreadable[str(path)] = str(error)
             return {}
 
-    def find(self, name: str) -> Found | None:
-        """What there is of a task or twin, None where there is nothing."""
-        if name not in self._found:
-            self._found[name] = self._look_for(name)
-        return self._found[name]
+    @functools.cache  # noqa: B019
+    def _dataset_of(self, dataset: str, subset: str) -> raw_examples.RawDataset | None:
+        templates_dir = self._template_files[dataset, subset].parent
+        return raw_examples.find_dataset(self.path, dataset, subset, templates_dir)
 
-    def _look_for(self, name: str) -> Found | None:
-        home = self._homes.get(name)
-        if home is not None:
-            cached = cached_splits(home)
-            if cached or any(home.glob("*.tfrecord-*")):
-                return Found(CACHE, {split: [] for split in cached}, home)
-            files = table_splits(home)
+    def find(self, name: str) -> TaskFiles | None:
+        """Finds a published task or `_score_eval` task; None if the folder does not have it."""
+        if name not in self._files:
+            self._files[name] = self._find(name)
+        return self._files[name]
+
+    def _find(self, name: str) -> TaskFiles | None:
+        folder = self._task_folders.get(name)
+        if folder is not None:
+            cached = cached_splits(folder)
+            if cached or any(folder.glob("*.tfrecord-*")):
+                return TaskFiles(CACHE, {split: [] for split in cached}, folder)
+            files = find_splits(folder)
             if files:
-                return Found(PROMPTED, files, home)
-        if name.endswith(SCORE_EVAL):
-            task = self.find(name.removesuffix(SCORE_EVAL))
-            if task is None or not published.tasks()[name.removesuffix(SCORE_EVAL)].has_choices:
+                return TaskFiles(PROMPTED, files, folder)
+        if score_eval.is_score_eval(name):
+            task = self.find(score_eval.plain_name(name))
+            if task is None or not published.task_of(name).has_choices:
                 return None
-            return dataclasses.replace(task, form=MADE)
-        return self._templated(published.tasks()[name])
+            return dataclasses.replace(task, form=DERIVED)
+        return self._find_template(published.tasks()[name])
 
-    def _templated(self, task: published.P3Task) -> Found | None:
+    def _find_template(self, task: published.P3Task) -> TaskFiles | None:
         template = self._templates_of(task.dataset, task.subset).get(task.template)
         if template is None:
             return None
         try:
-            raw = self._raw_of(task.dataset, task.subset)
-            missing = raw.lacks(template.fields) if raw is not None else []
+            dataset = self._dataset_of(task.dataset, task.subset)
+            missing = dataset.missing_fields(template.fields) if dataset is not None else []
         except (InputError, templates.TemplateError) as error:
-            self.lacking[task.name] = str(error)
+            self.unavailable[task.name] = str(error)
             return None
-        if raw is None:
-            how = raw_examples.how_to_get(self.path, task.dataset, task.subset)
-            self.lacking[task.name] = f"its template is there, its data set is not: {how}"
+        if dataset is None:
+            expected = raw_examples.expected_files(self.path, task.dataset, task.subset)
+            self.unavailable[task.name] = f"it has a template but no dataset: {expected}"
             return None
         if missing:
-            self.lacking[task.name] = (
+            self.unavailable[task.name] = (
                 f"its template reads {missing[0]!r}, which the builder"
-                f" {raw.builder.name if raw.builder else ''!r} of tensorflow-datasets does not have"
+                f" {dataset.builder.name if dataset.builder else ''!r} of tensorflow-datasets does"
+                " not have"
             )
             return None
         splits = {
-            split: list(raw.splits[task.raw_split(split)])
+            split: list(dataset.splits[task.source_split(split)])
             for split in task.splits
-            if task.raw_split(split) in raw.splits
+            if task.source_split(split) in dataset.splits
         }
-        return Found(TEMPLATES, splits, raw.folder, template, raw) if splits else None
-
-    @functools.cache  # noqa: B019  a folder lives as long as the process
-    def _raw_of(self, dataset: str, subset: str) -> raw_examples.Raw | None:
-        return raw_examples.find(self.path, dataset, subset, self._yaml[dataset, subset].parent)
+        return TaskFiles(TEMPLATES, splits, dataset.folder, template, dataset) if splits else None
 
     def reader(self, name: str, split: str, encode: Encode) -> RowReader:
-        """The rows of a split of a task or twin.
+        """Returns the reader of a split of a task or `_score_eval` task.
 
         Raises:
-          InputError: it is not there, or not whole.
+          InputError: the folder does not have it, or it is incomplete.
         """
         if (name, split) not in self._readers:
             self._readers[name, split] = self._open(name, split, encode)
         return self._readers[name, split]
 
     def _open(self, name: str, split: str, encode: Encode) -> RowReader:
-        found = self.find(name)
-        if found is None:
-            bad = self.lacking.get(name.removesuffix(SCORE_EVAL)) or next(
-                iter(self.unreadable.values()), ""
-            )
+        files = self.find(name)
+        plain_name = score_eval.plain_name(name)
+        if files is None:
+            reasons = [self.unavailable.get(plain_name), *self.unreadable.values()]
+            reason = next(filter(None, reasons), "expected its tfrecords, Parquet or templates")
+            raise InputError(f"P3_DIR {self.path} has no task {name!r}: {reason}")
+        if files.form == CACHE and not (files.folder / "COMPLETED").exists():
+            raise InputError(f"{files.folder}: no file COMPLETED, so the cache is incomplete")
+        if split not in files.splits:
             raise InputError(
-                f"P3_DIR {self.path} has no task {name!r}"
-                + (f"; {bad}" if bad else " (expected tfrecords, Parquet or templates of it)")
+                f"{files.folder}: {name!r} has no split {split!r}"
+                f" (it has: {', '.join(sorted(files.splits)) or 'none'})"
             )
-        if found.form == CACHE and not (found.folder / "COMPLETED").exists():
-            raise InputError(
-                f"{found.folder}: no file COMPLETED, so the cache was not written to its end"
-            )
-        if split not in found.splits:
-            raise InputError(
-                f"{found.folder}: {name!r} has no split {split!r}"
-                f" (it has: {', '.join(sorted(found.splits)) or 'none'})"
-            )
-        if found.form == CACHE:
-            return TFRecordReader(found.folder, split)
-        if found.form == MADE:
-            return ChoiceReader(self.reader(name.removesuffix(SCORE_EVAL), split, encode), encode)
-        if found.template is not None and found.raw is not None:
-            task = published.tasks()[name]
-            table = found.raw.table(task.raw_split(split))
-            return OnTheFly(table, found.template, f"{name} {split}", encode)
-        return Prompted(open_table(found.splits[split]), encode, name.endswith(SCORE_EVAL))
+        if files.form == CACHE:
+            return TFRecordReader(files.folder, split)
+        if files.form == DERIVED:
+            return ChoiceReader(self.reader(plain_name, split, encode), encode)
+        if files.template is not None and files.dataset is not None:
+            table = files.dataset.table(published.tasks()[name].source_split(split))
+            return TemplateReader(table, files.template, f"{name} {split}", encode)
+        table = open_table(files.splits[split])
+        return PromptedReader(table, encode, score_eval.is_score_eval(name))

@@ -1,12 +1,12 @@
-"""Where the examples of P3's data sets lie, for templates, and in which form.
+"""Finds the examples of P3's datasets, which templates turn into prompts.
 
-Looked for in the folders `raw/`, `huggingface/` and `tfds/` of P3_DIR, which may be links, and
-beside templates.yaml; in each of them for
+The folders `raw/`, `huggingface/` and `tfds/` of P3_DIR (or links) and the folder of
+templates.yaml are searched, each for
 
 - `<dataset>[/<subset>]/<split>*.parquet` or `<split>.jsonl`;
 - `<dataset>[/<subset>]/` as `datasets.save_to_disk` writes it;
 - the cache of `datasets.load_dataset` (~/.cache/huggingface/datasets);
-- a data_dir of tensorflow-datasets (~/tensorflow_datasets), with the data set prepared.
+- a data_dir of tensorflow-datasets (~/tensorflow_datasets) with the prepared dataset.
 """
 
 from __future__ import annotations
@@ -16,69 +16,77 @@ import pathlib
 from collections.abc import Collection, Mapping, Sequence
 
 from pemoe_jax.tasks.p3 import arrow, tfds
-from pemoe_jax.tasks.p3.row_files import Table, open_table, table_splits
+from pemoe_jax.tasks.p3.row_files import Table, find_splits, open_table
 
 FOLDERS = ("raw", "huggingface", "tfds")
 
 
 @dataclasses.dataclass(frozen=True)
-class Raw:
-    """A data set's examples."""
+class RawDataset:
+    """A dataset's examples.
+
+    Attributes:
+      folder: where they are.
+      splits: split, by the dataset's own names -> its files.
+      builder: the builder of tensorflow-datasets that wrote the files; None in other forms.
+    """
 
     folder: pathlib.Path
-    splits: Mapping[str, Sequence[pathlib.Path]]  # by the data set's own names
-    builder: tfds.Builder | None = None  # of tensorflow-datasets, where its files they are
+    splits: Mapping[str, Sequence[pathlib.Path]]
+    builder: tfds.Builder | None = None
     _tables: dict[str, Table] = dataclasses.field(default_factory=dict)
 
-    def lacks(self, fields: Collection[str]) -> list[str]:
-        """Fields that a builder's examples do not have; of other forms it is not known."""
+    def missing_fields(self, fields: Collection[str]) -> list[str]:
+        """Returns the fields that a builder's examples do not have; [] for other forms."""
         if self.builder is None:
-            return []
+            return []  # their fields are only known from the examples
         folder = next(iter(self.splits.values()))[0].parent
-        there = {name.replace("-", "_") for name in tfds.columns(folder, self.builder)}
-        return sorted(set(fields) - there)
+        names = {name.replace("-", "_") for name in tfds.field_names(folder, self.builder)}
+        return sorted(set(fields) - names)
 
     def table(self, split: str) -> Table:
-        """The examples of a split, one object for all templates."""
+        """Returns the examples of a split, one object for all templates."""
         if split not in self._tables:
             self._tables[split] = self._open(self.splits[split])
         return self._tables[split]
 
     def _open(self, paths: Sequence[pathlib.Path]) -> Table:
         if self.builder is not None:
-            return tfds.PreparedTable(paths, self.builder)
+            return tfds.TfdsTable(paths, self.builder)
         if paths[0].suffix == ".arrow":
             return arrow.ArrowTable(paths)
         return open_table(paths)
 
 
-def find(p3_dir: pathlib.Path, dataset: str, subset: str, beside: pathlib.Path) -> Raw | None:
-    """The examples of a data set, of the first form that is there.
+def find_dataset(
+    p3_dir: pathlib.Path, dataset: str, subset: str, templates_dir: pathlib.Path
+) -> RawDataset | None:
+    """Finds the examples of a dataset, in the first form that exists.
 
     Raises:
-      InputError: they are there, but not whole.
+      InputError: a form exists but is incomplete.
     """
     builder = tfds.builders().get((dataset, subset))
     roots = [root for name in FOLDERS if (root := p3_dir / name).is_dir()]
-    for folder in [*(root / dataset / subset for root in roots), beside]:
-        splits = table_splits(folder) or arrow.saved_splits(folder)
+    for folder in [*(root / dataset / subset for root in roots), templates_dir]:
+        splits = find_splits(folder) or arrow.saved_splits(folder)
         if splits:
-            return Raw(folder, splits)
+            return RawDataset(folder, splits)
     for root in roots:
         splits = arrow.cached_splits(root, dataset, subset)
         if splits:
-            return Raw(root, splits)
+            return RawDataset(root, splits)
         splits = tfds.prepared_splits(root, builder) if builder else {}
         if splits:
-            return Raw(root, splits, builder)
+            return RawDataset(root, splits, builder)
     return None
 
 
-def how_to_get(p3_dir: pathlib.Path, dataset: str, subset: str) -> str:
-    """What to do where a data set's examples are not there."""
+def expected_files(p3_dir: pathlib.Path, dataset: str, subset: str) -> str:
+    """Returns the end of a message: what a dataset's examples are expected to be."""
     name = "/".join(filter(None, (dataset, subset)))
     builder = tfds.builders().get((dataset, subset))
-    expected = f"expected {p3_dir / 'raw' / name}/<split>.jsonl or *.parquet, or what `datasets`"
+    expected = f"expected {p3_dir / 'raw' / name}/<split>.jsonl or *.parquet, the dataset as"
     if builder is None:
-        return f"{expected} leaves on disk"
-    return f"{expected} leaves, or `{builder.command} --data_dir={p3_dir / 'tfds'}`"
+        return f"{expected} `datasets` writes it"
+    return f"{expected} `datasets` writes it, or `{builder.command} --data_dir={p3_dir / 'tfds'}`"

@@ -1,7 +1,7 @@
-"""Files of examples, Parquet or JSON lines, whose rows are had by number, and P3's rows of them.
+"""Parquet and JSON lines whose rows are read by index, and P3's rows in them.
 
-Parquet is read by the row group, of which the last used are kept: read it in order, or a little of
-it in any order. To train on much of it, write it as tfrecords first (pemoe_jax.tools.cache_tasks).
+Parquet is read by row group, and the last used groups stay in memory: reading in order, or a small
+file in any order, is fast. Write tfrecords (pemoe cache_tasks) before training on more.
 """
 
 from __future__ import annotations
@@ -14,67 +14,73 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.data.rows import TEXT_FEATURES, Encode, Row, RowReader
 from pemoe_jax.tasks.p3.rows import add_ids
 
-_KEPT_BYTES = 1 << 30  # of row groups, over all tables
-Example = dict[str, Any]
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+_CACHE_BYTES = 1 << 30  # of row groups in memory, over all tables
+Example = dict[str, Any]  # a dataset's fields, of any JSON type
+Splits = dict[str, list[pathlib.Path]]  # split -> its files
 
 
 class Table(Protocol):
-    """Examples by number."""
+    """Examples that are read by index."""
 
-    location: str
+    location: str  # a file, for messages
 
     @property
     def num_rows(self) -> int:
-        """How many there are."""
+        """Number of examples."""
 
-    def take(self, numbers: Sequence[int]) -> list[Example]:
-        """The examples of these numbers, in this order."""
+    def take(self, indices: Sequence[int]) -> list[Example]:
+        """Reads the examples at these indices, in this order."""
 
 
-def take_by_part(
-    firsts: np.ndarray, numbers: Sequence[int], take: Callable[[int, list[int]], Sequence[Example]]
+def take_from_parts(
+    starts: np.ndarray,
+    indices: Sequence[int],
+    take: Callable[[int, list[int]], Sequence[Example]],
 ) -> list[Example]:
-    """Rows of a table in parts, each part asked once.
+    """Reads rows of a table that consists of parts, with one call for each part.
 
     Args:
-      firsts: [parts + 1], where each part begins and the last one ends.
-      numbers: of rows, in any order.
-      take: (part, numbers in it) -> its rows.
+      starts: [parts + 1], the index of each part's first row, and the number of rows.
+      indices: rows to read, in any order.
+      take: (part, indices within it) -> its rows.
     """
-    which = np.searchsorted(firsts, np.asarray(numbers), side="right") - 1
-    found: list[Example] = [{}] * len(which)
-    order = np.argsort(which, kind="stable")
-    for part, members in itertools.groupby(order, key=lambda place: int(which[place])):
-        places = list(members)
-        inside = [int(numbers[place] - firsts[part]) for place in places]
-        for place, example in zip(places, take(part, inside), strict=True):
-            found[place] = example
-    return found
+    parts = np.searchsorted(starts, np.asarray(indices), side="right") - 1
+    rows: dict[int, Example] = {}
+    order = np.argsort(parts, kind="stable")
+    for part, members in itertools.groupby(order, key=lambda position: int(parts[position])):
+        positions = [int(position) for position in members]
+        inside = [int(indices[position] - starts[part]) for position in positions]
+        rows |= zip(positions, take(part, inside), strict=True)
+    return [rows[position] for position in range(len(rows))]
 
 
 class JsonLinesTable:
-    """A file with a JSON object a line; blank lines are left out."""
+    """A file with a JSON object per line; blank lines are skipped."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.location = str(path)
 
     @functools.cached_property
     def _offsets(self) -> Sequence[int]:
-        offsets, at = array.array("q"), 0
+        offsets, end = array.array("q"), 0
         with open(self.location, "rb") as file:
             for line in file:
                 if line.strip():
-                    offsets.append(at)
-                at += len(line)
+                    offsets.append(end)
+                end += len(line)
         return offsets
 
     @property
@@ -82,46 +88,55 @@ class JsonLinesTable:
         """See Table."""
         return len(self._offsets)
 
-    def take(self, numbers: Sequence[int]) -> list[Example]:
+    def take(self, indices: Sequence[int]) -> list[Example]:
         """See Table."""
-        found = []
+        examples = []
         with open(self.location, "rb") as file:
-            for number in numbers:
-                file.seek(self._offsets[number])
-                found.append(self._parsed(file.readline(), number))
-        return found
+            for index in indices:
+                file.seek(self._offsets[index])
+                examples.append(self._parse(file.readline(), index))
+        return examples
 
-    def _parsed(self, line: bytes, number: int) -> Example:
+    def _parse(self, line: bytes, index: int) -> Example:
         try:
             example = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:
-            raise InputError(f"{self.location}: row {number + 1}: not JSON: {error}") from None
+            raise InputError(f"{self.location}: row {index + 1}: not JSON: {error}") from None
         if not isinstance(example, dict):
-            raise InputError(f"{self.location}: row {number + 1}: expected an object")
+            raise InputError(f"{self.location}: row {index + 1}: expected an object")
         return example
 
 
-class _RowGroups:
-    """Row groups of Parquet files, the last used of them."""
+class _RowGroupCache:
+    """The last used row groups of Parquet files."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self._kept: collections.OrderedDict[tuple[str, int], Any] = collections.OrderedDict()
-        self._bytes, self._most, self._lock = 0, most_bytes, threading.Lock()
+    def __init__(self, max_bytes: int) -> None:
+        self._groups: collections.OrderedDict[tuple[str, int], pyarrow.Table]
+        self._groups = collections.OrderedDict()
+        # TensorFlow reads several pipelines at a time, each in a thread of its own.
+        self._bytes, self._max_bytes, self._lock = 0, max_bytes, threading.Lock()
 
-    def get(self, path: str, group: int, file: Any) -> Any:
-        """A row group as a pyarrow table."""
+    def get(self, path: str, group: int, file: pyarrow.parquet.ParquetFile) -> pyarrow.Table:
+        """Returns a row group."""
         with self._lock:
             key = path, group
-            if key not in self._kept:
-                self._kept[key] = file.read_row_group(group)
-                self._bytes += self._kept[key].nbytes
-                while self._bytes > self._most and len(self._kept) > 1:
-                    self._bytes -= self._kept.popitem(last=False)[1].nbytes
-            self._kept.move_to_end(key)
-            return self._kept[key]
+            if key not in self._groups:
+                self._groups[key] = file.read_row_group(group)
+                self._bytes += self._groups[key].nbytes
+                while self._bytes > self._max_bytes and len(self._groups) > 1:
+                    self._bytes -= self._groups.popitem(last=False)[1].nbytes
+            self._groups.move_to_end(key)
+            return self._groups[key]
 
 
-_row_groups = _RowGroups(_KEPT_BYTES)
+_row_groups = _RowGroupCache(_CACHE_BYTES)
+
+
+class _RowGroup(NamedTuple):
+    path: str
+    number: int  # within the file
+    file: pyarrow.parquet.ParquetFile
+    num_rows: int
 
 
 class ParquetTable:
@@ -132,101 +147,103 @@ class ParquetTable:
         self._paths = [str(path) for path in paths]
 
     @functools.cached_property
-    def _groups(self) -> list[tuple[str, int, Any, int]]:
-        """(path, row group, file, rows) of each."""
+    def _groups(self) -> list[_RowGroup]:
         from pyarrow import parquet
 
         groups = []
         for path in self._paths:
             try:
                 file = parquet.ParquetFile(path)
-            except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise InputError(f"{path}: not a Parquet file: {reason}") from None
-            for group in range(file.num_row_groups):
-                groups.append((path, group, file, file.metadata.row_group(group).num_rows))
+            except (OSError, ValueError) as error:  # base classes of pyarrow's errors
+                raise InputError(f"{path}: not a Parquet file: {first_line(error)}") from None
+            for number in range(file.num_row_groups):
+                num_rows = file.metadata.row_group(number).num_rows
+                groups.append(_RowGroup(path, number, file, num_rows))
         return groups
 
     @functools.cached_property
     def columns(self) -> list[str]:
-        """Of the first file."""
+        """Columns of the first file."""
         from pyarrow import parquet
 
         return list(parquet.read_schema(self._paths[0]).names) if self._groups else []
 
     @functools.cached_property
-    def _firsts(self) -> np.ndarray:
-        return np.cumsum([0, *(rows for *_, rows in self._groups)])
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *(group.num_rows for group in self._groups)])
 
     @property
     def num_rows(self) -> int:
         """See Table."""
-        return int(self._firsts[-1])
+        return int(self._starts[-1])
 
-    def take(self, numbers: Sequence[int]) -> list[Example]:
+    def take(self, indices: Sequence[int]) -> list[Example]:
         """See Table."""
-        return take_by_part(self._firsts, numbers, self._take_of)
+        return take_from_parts(self._starts, indices, self._take_from_group)
 
-    def _take_of(self, group: int, inside: list[int]) -> Sequence[Example]:
-        path, number, file, _ = self._groups[group]
+    def _take_from_group(self, index: int, inside: list[int]) -> Sequence[Example]:
+        group = self._groups[index]
         try:
-            table = _row_groups.get(path, number, file)
+            table = _row_groups.get(group.path, group.number, group.file)
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-        return table.take(inside).to_pylist()
+            raise InputError(f"{group.path}: damaged: {first_line(error)}") from None
+        return cast(list[Example], table.take(inside).to_pylist())
 
 
 def open_table(paths: Sequence[pathlib.Path]) -> Table:
-    """The table of a split's files."""
+    """Returns the table of a split's files."""
     if paths[0].suffix == ".parquet":
         return ParquetTable(sorted(paths))
     return JsonLinesTable(paths[0])
 
 
-def table_splits(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """Split -> its files: `<split>*.parquet`, `<split>/*.parquet` or `<split>.jsonl`."""
-    found: dict[str, list[pathlib.Path]] = {}
+def find_splits(folder: pathlib.Path) -> Splits:
+    """Lists `<split>*.parquet`, `<split>/*.parquet` and `<split>.jsonl` by split."""
+    splits: Splits = {}
     if not folder.is_dir():
-        return found
+        return splits
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = pathlib.Path(entry.path)
         if entry.is_dir():
             files = sorted(path.glob("*.parquet"))
             if files:
-                found.setdefault(entry.name, []).extend(files)
+                splits.setdefault(entry.name, []).extend(files)
         elif path.suffix == ".parquet":
-            found.setdefault(path.stem.split("-")[0], []).append(path)
+            splits.setdefault(path.stem.split("-")[0], []).append(path)
         elif path.suffix == ".jsonl":
-            found.setdefault(path.stem, []).append(path)
+            splits.setdefault(path.stem, []).append(path)
+    # Where a split has files in both formats, the first by name decides.
     return {
         split: [path for path in paths if path.suffix == paths[0].suffix]
-        for split, paths in found.items()
+        for split, paths in splits.items()
     }
 
 
-class Prompted(RowReader):
-    """A table of prompted examples, as the hub serves P3.
+class PromptedReader(RowReader):
+    """A table of prompted examples, as the Hugging Face hub serves P3.
 
-    Columns: `inputs` and `targets` (ids, or text as in JSON lines), `inputs_pretokenized`,
-    `targets_pretokenized` (text), `answer_choices` where there are any; of twins `idx`,
-    `is_correct`, `weight`. Ids may lack where there is text, and text where there are ids.
+    Columns are `inputs` and `targets` (ids, or text as in JSON lines), `inputs_pretokenized` and
+    `targets_pretokenized` (text), `answer_choices`, and for `_score_eval` tasks `idx`,
+    `is_correct` and `weight`. Either ids or text may be missing.
     """
 
-    def __init__(self, table: Table, encode: Encode, twin: bool) -> None:
-        self.location, self._table, self._encode, self._twin = table.location, table, encode, twin
+    def __init__(self, table: Table, encode: Encode, scored: bool) -> None:
+        self.location, self._table = table.location, table
+        self._encode, self._scored = encode, scored
         if isinstance(table, ParquetTable) and table.num_rows:
-            self._check(table.columns)
+            self._check_columns(table.columns)
 
-    def _check(self, columns: Sequence[str]) -> None:
+    def _check_columns(self, columns: Sequence[str]) -> None:
         for key in TEXT_FEATURES:
             if key not in columns and f"{key}_pretokenized" not in columns:
-                raise self._lacks(f"no column {key!r} or '{key}_pretokenized'", columns)
-        for key in ("idx", "is_correct") if self._twin else ():
+                raise self._error(f"a column {key!r} or '{key}_pretokenized'", columns)
+        for key in ("idx", "is_correct") if self._scored else ():
             if key not in columns:
-                raise self._lacks(f"no column {key!r}", columns)
+                raise self._error(f"a column {key!r}", columns)
 
-    def _lacks(self, what: str, columns: Sequence[str]) -> InputError:
-        return InputError(f"{self.location}: {what} (found: {', '.join(columns) or 'none'})")
+    def _error(self, expected: str, fields: Sequence[str], row: int | None = None) -> InputError:
+        where = self.location if row is None else f"{self.location}: row {row + 1}"
+        return InputError(f"{where}: expected {expected}, got {', '.join(fields) or 'none'}")
 
     @property
     def num_rows(self) -> int:
@@ -241,23 +258,23 @@ class Prompted(RowReader):
         ]
         return add_ids(rows, self._encode)
 
-    def _row(self, example: Example, number: int) -> Row:
+    def _row(self, example: Mapping[str, Any], number: int) -> Row:
         row: Row = {}
         for key in TEXT_FEATURES:
             ids, text = example.get(key), example.get(f"{key}_pretokenized")
             if isinstance(ids, str):
                 ids, text = None, ids
             if ids is None and text is None:
-                raise self._lacks(f"row {number + 1}: no {key!r}", [*example])
+                raise self._error(repr(key), [*example], number)
             if ids is not None:
                 row[key] = ids
-            row[f"{key}_pretokenized"] = b"" if text is None else _bytes(text)
+            row[f"{key}_pretokenized"] = b"" if text is None else _to_bytes(text)
         choices = example.get("answer_choices")
         if choices:
-            row["answer_choices"] = [_bytes(choice) for choice in choices]
-        if self._twin:
+            row["answer_choices"] = [_to_bytes(choice) for choice in choices]
+        if self._scored:
             if example.get("idx") is None or example.get("is_correct") is None:
-                raise self._lacks(f"row {number + 1}: no 'idx' or 'is_correct'", [*example])
+                raise self._error("'idx' and 'is_correct'", [*example], number)
             row["idx"] = [int(i) for i in example["idx"]]
             row["is_correct"] = bool(example["is_correct"])
             weight = example.get("weight")
@@ -265,11 +282,11 @@ class Prompted(RowReader):
         return row
 
 
-def _bytes(text: Any) -> bytes:
+def _to_bytes(text: object) -> bytes:
     return text if isinstance(text, bytes) else str(text).encode("utf-8", "replace")
 
 
-def every(table: Table, chunk: int) -> Iterator[tuple[int, list[Example]]]:
-    """The number of the first, and examples, of all of a table."""
-    for start in range(0, table.num_rows, chunk):
-        yield start, table.take(range(start, min(table.num_rows, start + chunk)))
+def iterate_chunks(table: Table, size: int) -> Iterator[tuple[int, list[Example]]]:
+    """Yields all examples in chunks, each with the index of its first example."""
+    for start in range(0, table.num_rows, size):
+        yield start, table.take(range(start, min(table.num_rows, start + size)))

@@ -1,4 +1,4 @@
-"""Rows of P3 completed: token ids for text that has none, and a row for each answer choice."""
+"""Completes P3's rows: token ids for text that has none, and a row for each answer choice."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from pemoe_jax.data.rows import EOS, TEXT_FEATURES, Encode, Row, RowReader
 from pemoe_jax.data.warnings import warn_once
 
 
-def add_ids(rows: Sequence[Row], encode: Encode) -> list[Row]:
-    """The rows, with ids where there was text only: inputs and targets end in EOS."""
+def add_ids(rows: list[Row], encode: Encode) -> list[Row]:
+    """Tokenizes inputs and targets of rows that have only their text; ids end in EOS."""
     for key in TEXT_FEATURES:
-        lacking = [row for row in rows if key not in row]
-        texts = [row[f"{key}_pretokenized"].decode("utf-8", "replace") for row in lacking]
-        for row, ids in zip(lacking, encode(texts), strict=True):
+        without_ids = [row for row in rows if key not in row]
+        texts = [row[f"{key}_pretokenized"].decode("utf-8", "replace") for row in without_ids]
+        for row, ids in zip(without_ids, encode(texts), strict=True):
             row[key] = [*ids, EOS]
-    return list(rows)
+    return rows
 
 
 def choice_rows(row: Row, example: int, encode: Encode) -> list[Row]:
-    """A twin's rows of a row with answer choices: one a choice, correct where it is the target."""
+    """Returns the `_score_eval` rows of a row: one for each answer choice.
+
+    A choice is correct if its text is the target's.
+    """
     target = row["targets_pretokenized"].strip()
     choices = row.get("answer_choices", [])
     ids = encode([choice.decode("utf-8", "replace") for choice in choices])
@@ -42,14 +45,17 @@ def choice_rows(row: Row, example: int, encode: Encode) -> list[Row]:
 
 
 class ChoiceReader(RowReader):
-    """A twin made of the rows of its task; rows without choices are left out, and counted."""
+    """The rows of a `_score_eval` task, derived from its task's answer choices.
+
+    Rows without choices are left out, with a warning.
+    """
 
     def __init__(self, plain: RowReader, encode: Encode) -> None:
         self.location, self._plain, self._encode = plain.location, plain, encode
 
     @functools.cached_property
-    def _ends(self) -> np.ndarray:
-        """Twin's rows up to and with each row of the task: int64 [rows of the task]."""
+    def _starts(self) -> np.ndarray:
+        """Index of the first choice of each row of the task, and the number of choices."""
         counts = [
             len(row.get("answer_choices", [])) for rows in self._plain.row_blocks() for row in rows
         ]
@@ -58,31 +64,29 @@ class ChoiceReader(RowReader):
             warn_once(
                 f"{self.location}: {without:,} of {len(counts):,} rows have no answer choices"
             )
-        return np.cumsum(np.array(counts, np.int64))
+        return np.cumsum([0, *counts])
 
     @property
     def num_rows(self) -> int:
-        """See Reader."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        """See RowReader."""
+        return int(self._starts[-1])
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
-        """See Reader."""
-        owners = np.searchsorted(self._ends, np.asarray(numbers), side="right")
-        distinct = sorted({int(owner) for owner in owners})
-        plain = dict(zip(distinct, self._plain.read_rows(distinct), strict=True))
-        made = {number: choice_rows(row, number, self._encode) for number, row in plain.items()}
-        first = np.concatenate([[0], self._ends])
-        return [
-            made[int(owner)][int(number - first[owner])]
-            for number, owner in zip(numbers, owners, strict=True)
-        ]
+        """See RowReader."""
+        owners = np.searchsorted(self._starts, np.asarray(numbers), side="right") - 1
+        distinct = np.unique(owners).tolist()
+        plain = zip(distinct, self._plain.read_rows(distinct), strict=True)
+        rows = {owner: choice_rows(row, owner, self._encode) for owner, row in plain}
+        choices = np.asarray(numbers) - self._starts[owners]
+        return [rows[o][c] for o, c in zip(owners.tolist(), choices.tolist(), strict=True)]
 
     def row_blocks(self) -> Iterator[list[Row]]:
-        """See Reader; in one pass."""
-        number = 0
+        """See RowReader."""
+        # in one pass, without the one that `_starts` takes
+        example = 0
         for rows in self._plain.row_blocks():
-            made = []
+            block = []
             for row in rows:
-                made += choice_rows(row, number, self._encode)
-                number += 1
-            yield made
+                block += choice_rows(row, example, self._encode)
+                example += 1
+            yield block

@@ -1,21 +1,22 @@
-"""Prompt templates in promptsource's YAML form: a small reader of our own, safe on files of others.
+"""A reader of promptsource's prompt templates in YAML, safe on files from elsewhere.
 
-A file `<dataset>[/<subset>]/templates.yaml` holds under `templates` objects tagged `!Template`,
-with `name`, `jinja`, `answer_choices` and `metadata` (`!TemplateMetadata`). What it does to an
-example is what promptsource does, as T0 used it when P3 was made:
+A file `<dataset>[/<subset>]/templates.yaml` has under `templates` objects tagged `!Template`, with
+`name`, `jinja`, `answer_choices` and `metadata` (`!TemplateMetadata`). A template is applied to an
+example as promptsource did for T0 when P3 was generated:
 
-- `jinja` is rendered with the example's fields, and cut at `|||` into input and target; both are
-  stripped. `answer_choices` is a template too, cut at `|||` into choices, each stripped, which
+- `jinja` is rendered with the example's fields and split at `|||` into input and target, both
+  stripped. `answer_choices` is a template too, split at `|||` into choices, each stripped, which
   `jinja` sees as the list `answer_choices`;
-- `|||` in an example's own text does not cut;
-- what stands in `{{ }}` is made a string and cut at 2048 characters, at a word's end, with `...`
-  (in `jinja` only, and only its last term, as `| truncate` behind it binds);
+- `|||` in an example's own text does not split;
+- the value of `{{ }}` becomes a string, truncated at 2048 characters, at the end of a word, with
+  `...` (in `jinja` only, and only its last term, because `| truncate` behind it binds that far);
 - hyphens in names of fields are underscores;
-- an example whose rendering is not two parts, or has an empty input, is left out; an empty target
-  is `<NO LABEL>`.
+- an example whose rendering does not have two parts, or has an empty input, has no prompt; an
+  empty target is `<NO LABEL>`.
 
-The filter `choice` draws by the example's number, so that the same example gives the same prompt
-again. Templates run in jinja's sandbox, and YAML tags other than the two are errors.
+The filter `choice` draws by the example's index, so that an example always has the same prompt.
+promptsource itself is not used: it needs Python below 3.10 and a web framework.
+Templates run in jinja's sandbox, and YAML tags other than the two are errors.
 """
 
 from __future__ import annotations
@@ -25,17 +26,23 @@ import dataclasses
 import functools
 import pathlib
 import random
-import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from pemoe_jax.core.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    import jinja2.sandbox
+    import yaml
+
+T = TypeVar("T")
+H = TypeVar("H", bound=Hashable)
 
 MAX_CHARACTERS = 2048
 NO_LABEL = "<NO LABEL>"
 _BAR = "|||"
-_HIDDEN_BAR = "\ue000bar\ue001"  # of a private use area: stands for ||| in an example's own text
+_HIDDEN_BAR = "\ue000bar\ue001"  # private use characters, in place of ||| in an example's own text
 
 
 class TemplateError(Exception):
@@ -44,16 +51,16 @@ class TemplateError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a template makes of an example."""
+    """A rendered example."""
 
     inputs: str
     targets: str
-    answer_choices: list[str]  # empty where the template has none
+    answer_choices: list[str]  # empty if the template has none
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Template:
-    """A template of a data set."""
+    """A template of a dataset."""
 
     name: str
     jinja: str
@@ -63,50 +70,49 @@ class Template:
 
     @functools.cached_property
     def fields(self) -> set[str]:
-        """The fields of an example that it reads, with hyphens as underscores.
+        """Fields of an example that the template reads, with hyphens as underscores.
 
         Raises:
-          TemplateError: jinja cannot read it.
+          TemplateError: jinja cannot parse the template.
         """
         import jinja2
         from jinja2 import meta
 
         environment = _environment()
-        found: set[str] = set()
+        names: set[str] = set()
         try:
             for text in (self.jinja, self.answer_choices or ""):
-                found |= meta.find_undeclared_variables(environment.parse(text))
+                names |= meta.find_undeclared_variables(environment.parse(text))
         except jinja2.TemplateError as error:
             raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
-        return found - {"answer_choices", *environment.globals}
+        return names - {"answer_choices", *environment.globals}
 
-    def apply(self, example: Mapping[str, Any], number: int = 0) -> Prompt | None:
-        """The prompt of an example, None where there is none for it.
+    def apply(self, example: Mapping[str, object], index: int = 0) -> Prompt | None:
+        """Renders an example.
 
         Args:
           example: fields by name.
-          number: of the example in its split, for templates that draw.
+          index: the example's index in its split, for templates that draw.
+
+        Returns:
+          The prompt; None if the template has none for this example.
 
         Raises:
-          TemplateError: jinja cannot render it.
+          TemplateError: jinja cannot render the template.
         """
-        import jinja2
-
         fields = {key.replace("-", "_"): _hide_bars(value) for key, value in example.items()}
         if "answer_choices" in fields:
             raise TemplateError("the example has a field 'answer_choices', which templates use")
         try:
-            with _draw_lock:
-                _draw.seed(number)
+            with _random_lock:
+                _random.seed(index)
                 choices = None
                 if self.answer_choices is not None:
-                    rendered = _compiled(self.answer_choices).render(**fields)
+                    rendered = _compile(self.answer_choices).render(**fields)
                     choices = [_show_bars(choice.strip()) for choice in rendered.split(_BAR)]
                 text = self.jinja.replace("}}", f" | string | truncate({MAX_CHARACTERS}) }}}}")
-                rendered = _compiled(text).render(**fields, answer_choices=choices)
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
-        except Exception as error:  # whatever an expression in it does with the example
+                rendered = _compile(text).render(**fields, answer_choices=choices)
+        except Exception as error:  # jinja's, or whatever an expression in it does to the example
             raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
         parts = [_show_bars(part).strip() for part in rendered.split(_BAR)]
         if len(parts) != 2 or not parts[0]:
@@ -114,7 +120,7 @@ class Template:
         return Prompt(parts[0], parts[1] or NO_LABEL, choices or [])
 
 
-def _hide_bars(value: Any) -> Any:
+def _hide_bars(value: object) -> object:
     return value.replace(_BAR, _HIDDEN_BAR) if isinstance(value, str) else value
 
 
@@ -122,19 +128,19 @@ def _show_bars(text: str) -> str:
     return text.replace(_HIDDEN_BAR, _BAR)
 
 
-# --- what templates may call
+# --- filters and globals of templates
 
-_draw = random.Random()
-_draw_lock = threading.Lock()
-
-
-def _choice(context: Any, choices: Sequence[Any]) -> Any:
-    del context  # asked for so that jinja draws when it renders, not when it compiles
-    return _draw.choice(list(choices))
+_random = random.Random()
+_random_lock = threading.Lock()
 
 
-def _most_frequent(items: Iterable[Any]) -> list[Any] | None:
-    """The items that are most frequent, in the order in which they come first."""
+def _choice(context: object, choices: Sequence[T]) -> T:
+    del context  # a filter that takes it is not folded when jinja compiles, but draws each time
+    return _random.choice(list(choices))
+
+
+def _most_frequent(items: Iterable[H]) -> list[H] | None:
+    """Returns the most frequent items, in the order of their first occurrence."""
     counts = collections.Counter(items)
     if not counts:
         return None
@@ -146,7 +152,7 @@ def _highlight(text: str) -> str:
 
 
 @functools.cache
-def _environment() -> Any:
+def _environment() -> jinja2.sandbox.SandboxedEnvironment:
     import jinja2
     from jinja2 import sandbox
 
@@ -160,7 +166,7 @@ def _environment() -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(text: str) -> Any:
+def _compile(text: str) -> jinja2.Template:
     return _environment().from_string(text)
 
 
@@ -168,45 +174,46 @@ def _compiled(text: str) -> Any:
 
 
 def read_templates(path: pathlib.Path) -> dict[str, Template]:
-    """The templates of a file by name.
+    """Reads the templates of a file.
+
+    Returns:
+      The templates by name.
 
     Raises:
-      InputError: it is no YAML of this form.
+      InputError: the file is not YAML of templates.
     """
     import yaml
 
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())  # a SafeLoader
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())  # a SafeLoader
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or first_line(error)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = error.problem or first_line(error)
         raise InputError(f"{path}{line}: not YAML of templates: {problem}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML of templates: {first_line(error)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    listed = found.get("templates") if isinstance(found, dict) else None
-    if not isinstance(listed, dict):
+    entries = content.get("templates") if isinstance(content, dict) else None
+    if not isinstance(entries, dict):
         raise InputError(f"{path}: expected an object with 'templates', an object of !Template")
     templates: dict[str, Template] = {}
-    for key, fields in listed.items():
-        template = _template(path, key, fields)
+    for key, fields in entries.items():
+        template = _template(f"{path}: template {key!r}", fields)
         if template.name in templates:
             raise InputError(f"{path}: two templates are named {template.name!r}")
         templates[template.name] = template
     return templates
 
 
-def _template(path: pathlib.Path, key: Any, fields: Any) -> Template:
+def _template(where: str, fields: object) -> Template:
     if not isinstance(fields, dict):
-        raise InputError(f"{path}: template {key!r}: expected an object, found {fields!r:.40}")
+        raise InputError(f"{where}: expected an object, got {fields!r:.40}")
     for name, types in (("name", str), ("jinja", str), ("answer_choices", str | None)):
         if not isinstance(fields.get(name), types):
-            raise InputError(
-                f"{path}: template {key!r}: {name!r} must be a string, found"
-                f" {fields.get(name)!r:.40}"
-            )
+            raise InputError(f"{where}: {name!r} must be a string, got {fields.get(name)!r:.40}")
     metadata = fields.get("metadata") or {}
     return Template(
         name=fields["name"],
@@ -218,21 +225,21 @@ def _template(path: pathlib.Path, key: Any, fields: Any) -> Template:
 
 
 @functools.cache
-def _loader() -> Any:
+def _loader() -> type[yaml.SafeLoader]:
     import yaml
 
-    safe = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    loader: Any = type("TemplateLoader", (safe,), {})
+    base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # not every build has libyaml
+    loader: type[yaml.SafeLoader] = type("TemplateLoader", (base,), {})
     for tag in ("!Template", "!TemplateMetadata"):
         loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
     return loader
 
 
 def find_templates(folder: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
-    """(data set, subset or '') -> its templates.yaml, of the folder `<dataset>[/<subset>]`."""
-    found = {}
+    """Lists `<dataset>[/<subset>]/templates.yaml` by (dataset, subset or '')."""
+    files = {}
     for path in sorted(folder.glob("*/templates.yaml")):
-        found[path.parent.name, ""] = path
+        files[path.parent.name, ""] = path
     for path in sorted(folder.glob("*/*/templates.yaml")):
-        found[path.parent.parent.name, path.parent.name] = path
-    return {key: path for key, path in found.items() if not re.match(r"\.", key[0])}
+        files[path.parent.parent.name, path.parent.name] = path
+    return {key: path for key, path in files.items() if not key[0].startswith(".")}

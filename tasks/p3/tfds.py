@@ -1,15 +1,15 @@
-"""Data sets as tensorflow-datasets has prepared them, read by the row; nothing is ever downloaded.
+"""Datasets that tensorflow-datasets has prepared, read by index; nothing is ever downloaded.
 
-`tfds.csv` says which builder has the examples of which of P3's data sets, for those of which
-that was seen in the builders' sources, and how its fields and splits are called there:
+`tfds.csv` maps datasets of P3 to the builders that have their examples, as seen in the builders'
+sources, with the fields and splits that a builder names differently:
 
-    fields   premise=context        the field `premise` is the builder's `context`
-             join(title,description) several, joined by a space
-             name(label)             a class by its name, '' where there is none (-1)
+    fields   premise=context         the field `premise` is the builder's `context`
+             join(title,description) several fields, joined by a space
+             name(label)             the name of a class, '' for -1
              text(label)             a number as text, '' for -1
-    splits   train=train_xl          and r1/train of a config
+    splits   train=train_xl          or, with a config, r1/train
 
-Prepared data lies in `<builder>[/<config>]/<version>/`, with its features in `features.json`.
+Prepared data is in `<builder>[/<config>]/<version>/`, with its features in `features.json`.
 """
 
 from __future__ import annotations
@@ -20,39 +20,48 @@ import functools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-
-from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.tfrecords import TFRecordFile
 from pemoe_jax.runtime.file_io import read_json
-from pemoe_jax.tasks.p3.row_files import Example, take_by_part
 
-_FIELD = re.compile(r"(?P<made>\w+)=(?:(?P<how>join|name|text)\()?(?P<of>[\w,]+)\)?")
+from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.data.tfrecords import TFRecordFile
+from pemoe_jax.tasks.p3.row_files import Example, Splits, take_from_parts
+
+if TYPE_CHECKING:
+    import tensorflow_datasets
+
+_FIELD = re.compile(r"(?P<name>\w+)=(?:(?P<transform>join|name|text)\()?(?P<sources>[\w,]+)\)?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A field of Hugging Face's data set that the builder has in another form."""
+    """A field of Hugging Face's dataset, derived from fields of the builder."""
 
-    made: str
-    how: str  # join, name, text or ''
-    of: tuple[str, ...]
+    name: str
+    transform: str  # join, name, text or ''
+    sources: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-    """A builder of tensorflow-datasets and what it calls otherwise."""
+    """A builder of tensorflow-datasets.
 
-    name: str  # with its config, where splits do not name it
+    Attributes:
+      name: with its config, unless `splits` has the configs.
+      fields: derived fields.
+      splits: Hugging Face's split -> [<config>/]split; empty if the names are equal.
+    """
+
+    name: str
     fields: tuple[Field, ...]
-    splits: Mapping[str, str]  # empty: the same
+    splits: Mapping[str, str]
 
     @property
     def command(self) -> str:
-        """What prepares it."""
+        """The command that prepares the dataset."""
         configs = {path.rpartition("/")[0] for path in self.splits.values()} - {""}
         names = [f"{self.name}/{config}" for config in sorted(configs)] or [self.name]
         return f"tfds build {' '.join(names)}"
@@ -60,43 +69,40 @@ class Builder:
 
 @functools.cache
 def builders() -> dict[tuple[str, str], Builder]:
-    """(data set, subset or '') -> the builder that has its examples."""
-    found = {}
+    """Returns the builder of each (dataset, subset or '') that has one."""
+    builders = {}
     with pathlib.Path(__file__).with_name("tfds.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            fields = [_FIELD.fullmatch(field) for field in filter(None, row["fields"].split(";"))]
-            pairs = (pair.split("=") for pair in filter(None, row["splits"].split(";")))
-            found[row["dataset"], row["subset"]] = Builder(
-                row["builder"],
-                tuple(
-                    Field(match["made"], match["how"] or "", tuple(match["of"].split(",")))
-                    for match in fields
-                    if match
-                ),
-                {ours: theirs for ours, theirs in pairs},
+            matches = map(_FIELD.fullmatch, filter(None, row["fields"].split(";")))
+            fields = tuple(
+                Field(match["name"], match["transform"] or "", tuple(match["sources"].split(",")))
+                for match in matches
+                if match
             )
-    return found
+            pairs = (pair.split("=") for pair in filter(None, row["splits"].split(";")))
+            splits = {split: builder_split for split, builder_split in pairs}
+            builders[row["dataset"], row["subset"]] = Builder(row["builder"], fields, splits)
+    return builders
 
 
-def prepared_splits(root: pathlib.Path, builder: Builder) -> dict[str, list[pathlib.Path]]:
-    """Split -> its tfrecords, of the newest prepared version under a data_dir; else empty.
+def prepared_splits(root: pathlib.Path, builder: Builder) -> Splits:
+    """Lists the tfrecords of the newest version under a data_dir; empty if there is none.
 
     Raises:
-      InputError: it is written in another format, or files are missing.
+      InputError: the version has another format, or files are missing.
     """
-    if builder.splits:
-        found = {}
-        for ours, theirs in builder.splits.items():
-            config, _, split = theirs.rpartition("/")
-            files = _files_in(root / builder.name / config)
-            if split in files:
-                found[ours] = files[split]
-        return found
-    return _files_in(root / builder.name)
+    if not builder.splits:
+        return _files_in(root / builder.name)
+    splits = {}
+    for split, builder_split in builder.splits.items():
+        config, _, name = builder_split.rpartition("/")
+        files = _files_in(root / builder.name / config)
+        if name in files:
+            splits[split] = files[name]
+    return splits
 
 
-def _files_in(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """Split -> its files, of a builder or config's folder."""
+def _files_in(folder: pathlib.Path) -> Splits:
     versions = [
         path.parent
         for path in folder.glob("*/dataset_info.json")
@@ -109,38 +115,38 @@ def _files_in(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     info = read_json(path)
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise InputError(
-            f"{path}: written as {info['fileFormat']}, expected tfrecord: run tfds build with"
+            f"{path}: expected the format tfrecord, got {info['fileFormat']}: run tfds build with"
             " --file_format=tfrecord"
         )
-    found = {}
+    splits = {}
     for split in info.get("splits", []):
         count = len(split.get("shardLengths", []))
         files = [
             newest / f"{info['name']}-{split['name']}.tfrecord-{shard:05d}-of-{count:05d}"
             for shard in range(count)
         ]
-        lacking = [file for file in files if not file.is_file()]
-        if lacking:
-            raise InputError(f"{lacking[0]}: no such file, expected {count} by dataset_info.json")
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file}: no such file, expected {count} by dataset_info.json")
         if files:
-            found[split["name"]] = files
-    return found
+            splits[split["name"]] = files
+    return splits
 
 
-def columns(folder: pathlib.Path, builder: Builder) -> set[str]:
-    """The fields of a version's examples, with those that are made of others.
+def field_names(folder: pathlib.Path, builder: Builder) -> set[str]:
+    """Returns the fields of a version's examples, derived ones included.
 
     Raises:
-      InputError: the version does not say (prepared before tensorflow-datasets 4).
+      InputError: the version has no list of fields (prepared before tensorflow-datasets 4).
     """
     path = folder / "features.json"
     features = read_json(path).get("featuresDict", {}).get("features")
     if not isinstance(features, dict):
-        raise InputError(f"{path}: expected the features of a data set; run tfds build again")
-    return {*features, *(field.made for field in builder.fields)}
+        raise InputError(f"{path}: expected the features of a dataset; run tfds build again")
+    return {*features, *(field.name for field in builder.fields)}
 
 
-class PreparedTable:
+class TfdsTable:
     """A split's tfrecords, one after the other."""
 
     def __init__(self, paths: Sequence[pathlib.Path], builder: Builder) -> None:
@@ -148,7 +154,7 @@ class PreparedTable:
         self._paths, self._builder = paths, builder
 
     @functools.cached_property
-    def _features(self) -> Any:
+    def _features(self) -> tensorflow_datasets.features.FeatureConnector:
         from pemoe_jax.data import seqio_import
 
         seqio_import.import_seqio()  # hides GPUs from TensorFlow
@@ -161,48 +167,52 @@ class PreparedTable:
         return [TFRecordFile(str(path)) for path in self._paths]
 
     @functools.cached_property
-    def _firsts(self) -> np.ndarray:
+    def _starts(self) -> np.ndarray:
         return np.cumsum([0, *(file.count() for file in self._files)])
 
     @property
     def num_rows(self) -> int:
         """See Table."""
-        return int(self._firsts[-1])
+        return int(self._starts[-1])
 
-    def take(self, numbers: Sequence[int]) -> list[Example]:
+    def take(self, indices: Sequence[int]) -> list[Example]:
         """See Table."""
-        return take_by_part(self._firsts, numbers, self._take_of)
+        return take_from_parts(self._starts, indices, self._take_from_file)
 
-    def _take_of(self, shard: int, inside: list[int]) -> Sequence[Example]:
+    def _take_from_file(self, shard: int, inside: list[int]) -> Sequence[Example]:
         path = self._paths[shard]
         return [self._example(record, path) for record in self._files[shard].read(inside)]
 
     def _example(self, record: bytes, path: pathlib.Path) -> Example:
         try:
-            example = _plain(self._features.deserialize_example_np(record))
-        except Exception as error:  # protobuf's kinds, and tensorflow-datasets' own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{path}: not an example by features.json: {reason}") from None
-        made = {field.made: self._made(field, example) for field in self._builder.fields}
-        return {**example, **made}
+            example = {
+                key: _to_python(value)
+                for key, value in self._features.deserialize_example_np(record).items()
+            }
+        except Exception as error:  # protobuf and tensorflow-datasets each raise their own types
+            raise InputError(
+                f"{path}: not an example by features.json: {first_line(error)}"
+            ) from None
+        derived = {field.name: self._derive(field, example) for field in self._builder.fields}
+        return {**example, **derived}
 
-    def _made(self, field: Field, example: Example) -> Any:
-        values = [example[name] for name in field.of]
-        if field.how == "join":
+    def _derive(self, field: Field, example: Example) -> object:
+        values = [example[name] for name in field.sources]
+        if field.transform == "join":
             return " ".join(values)
-        if field.how == "name":
-            return self._features[field.of[0]].int2str(values[0]) if values[0] >= 0 else ""
-        if field.how == "text":
+        if field.transform == "name":
+            return self._features[field.sources[0]].int2str(values[0]) if values[0] >= 0 else ""
+        if field.transform == "text":
             return str(values[0]) if values[0] >= 0 else ""
         return values[0]
 
 
-def _plain(value: Any) -> Any:
-    """Arrays, scalars and bytes of tensorflow-datasets -> lists, numbers and text."""
+def _to_python(value: object) -> object:
+    """Turns arrays, scalars and bytes of tensorflow-datasets into lists, numbers and text."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _to_python(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
-        return [_plain(inner) for inner in value]
+        return [_to_python(inner) for inner in value]
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return value.item() if isinstance(value, np.generic | np.ndarray) else value

@@ -1,0 +1,71 @@
+"""`Registered`: what the commands know about the tasks of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from pemoe_jax.core.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Registered:
+    """The tasks that `tasks.register` registered, by role.
+
+    The default, with every field empty, stands for tasks that a user's module registered by
+    itself: their roles are unknown.
+
+    Attributes:
+      folder: JSONL_DIR or P3_DIR; "" for seqio's caches.
+      datasets: dataset of each task and `_score_eval` task, by its name in tables.
+      train_tasks: tasks to train on.
+      eval_tasks: `_score_eval` tasks to score.
+      train_score_tasks: `_score_eval` tasks of the training tasks.
+      eval_splits: name of the split that each task's evaluation split is read from; tasks without
+        one are absent.
+      metrics: names of each task's metrics of generated text (keys of `metrics.BY_NAME`), where
+        the data defines them.
+      summary: lines that a run prints.
+    """
+
+    folder: str = ""
+    datasets: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    train_tasks: Sequence[str] = ()
+    eval_tasks: Sequence[str] = ()
+    train_score_tasks: Sequence[str] = ()
+    eval_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    summary: Sequence[str] = ()
+
+    def datasets_of(self, tasks: Sequence[str]) -> list[str]:
+        """Returns the sorted names of the datasets of `tasks`; an unknown task is its own."""
+        return sorted({self.datasets.get(task, task) for task in tasks})
+
+    def print_summary(self) -> None:
+        """Prints the summary, if there is one."""
+        if self.summary:
+            print("\n".join(self.summary), flush=True)
+
+
+Register = Callable[[], Registered | None]
+
+
+def run_register(register: Register | None) -> Registered:
+    """Calls the function that a run file binds; `Registered()` if there is none."""
+    return (register() if register is not None else None) or Registered()
+
+
+def abbreviate(names: Sequence[str], limit: int) -> str:
+    """Joins the first `limit` names, followed by the number of the others."""
+    others = f", … {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + others
+
+
+def check_eval_examples(eval_examples: object) -> None:
+    """Checks EVAL_EXAMPLES.
+
+    Raises:
+      InputError: the value is neither None nor a positive integer.
+    """
+    if eval_examples is not None and (not isinstance(eval_examples, int) or eval_examples < 1):
+        raise InputError(f"EVAL_EXAMPLES must be a positive integer or None, got {eval_examples!r}")

@@ -1,0 +1,52 @@
+"""`_score_eval` tasks, in P3's form: a row for each answer choice of an example.
+
+A row has `idx` (int32 [example, choice]), `is_correct` and `weight` beside the inputs; its targets
+are the choice. A model scores every row, and the choice with the highest score is its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+SUFFIX = "_score_eval"
+Output = TypeVar("Output")
+Target = tuple[tuple[int, ...], bool]  # `idx` and `is_correct` of a row
+
+
+def is_score_eval(name: str) -> bool:
+    """Returns whether a task's rows are answer choices."""
+    return name.endswith(SUFFIX)
+
+
+def plain_name(name: str) -> str:
+    """Returns the name of the task whose answer choices a `_score_eval` task scores."""
+    return name.removesuffix(SUFFIX)
+
+
+def target_of_row(
+    output: Output, example: Mapping[str, np.ndarray] | None = None, is_target: bool = False
+) -> Output | Target:
+    """Postprocessor of a `_score_eval` task: the target becomes what `rank_accuracy` reads."""
+    if not is_target or example is None:
+        return output
+    return tuple(int(i) for i in example["idx"]), bool(example["is_correct"])
+
+
+def rank_accuracy(
+    targets: Sequence[Target], scores: Sequence[float] | tuple[Sequence[float], object]
+) -> dict[str, float]:
+    """Returns, as `accuracy`, the share (0 to 1) of examples whose best choice is correct.
+
+    Args:
+      targets: `target_of_row` of each row.
+      scores: log-likelihood of each row, or a pair of them and the model's other outputs.
+    """
+    log_likelihoods = scores[0] if isinstance(scores, tuple) else scores
+    best: dict[int, tuple[float, bool]] = {}
+    for ((example, _), is_correct), score in zip(targets, log_likelihoods, strict=True):
+        if example not in best or score > best[example][0]:
+            best[example] = float(score), is_correct
+    return {"accuracy": float(np.mean([is_correct for _, is_correct in best.values()]))}
