@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pemoe_jax.core import network, partitioning
     from pemoe_jax.core.params import PyTree
     from pemoe_jax.data.choices import ChoiceGroup
+    from pemoe_jax.tasks import Registered
 
 FLAGS = gin_flags.make_parser(
     "evaluate",
@@ -73,6 +74,7 @@ def evaluate(
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import choices, sentences, seqio_tasks
     from pemoe_jax.runtime import atomic_write, distributed, file_io
+    from pemoe_jax.tasks.registered import run_register
 
     output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
     distributed.initialize()
@@ -87,7 +89,8 @@ def evaluate(
         models.dtype,
         models.frozen_dtype,
     )
-    task_info = data.register_tasks()
+    task_info = run_register(data.register)
+    task_info.print_summary()
     for opened in opened_models:
         seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
     task_names = seqio_tasks.subtask_names(data.name)
@@ -129,7 +132,7 @@ def evaluate(
         # Written after each run, so that a later run that fails leaves the results so far.
         atomic_write.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
         atomic_write.write_text(folder / "results.md", result_tables.results_markdown(results))
-        if routing_picture and task_info is not None:
+        if routing_picture and task_info.datasets:
             png = folder / f"routing_{opened.name}.png"
             _draw_routing(
                 opened,
@@ -195,13 +198,12 @@ def score_groups(
 def _task_results(
     groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]",
     predictions: "Mapping[ChoiceGroup, Prediction]",
-    task_info: Any,
+    task_info: "Registered",
 ) -> dict[str, Any]:
     from pemoe_jax.analysis.zero_shot import results as results_lib
     from pemoe_jax.data import seqio_tasks
 
-    datasets = task_info.datasets if task_info is not None else {}
-    splits = task_info.eval_splits if task_info is not None else {}
+    datasets, splits = task_info.datasets, task_info.eval_splits
     return {
         name: results_lib.task_result(
             correct=[group.is_correct[predictions[group].best] for group in groups],
@@ -277,7 +279,7 @@ def _draw_routing(
     opened: "OpenedModel",
     params: "PyTree",
     groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]",
-    task_info: Any,
+    task_info: "Registered",
     png: Path,
     read_groups: "Callable[[str], Sequence[ChoiceGroup]]",
     batch_size: int,

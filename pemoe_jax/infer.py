@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pemoe_jax.checkpoints.models import OpenedModel
     from pemoe_jax.core import partitioning
     from pemoe_jax.core.params import PyTree
+    from pemoe_jax.tasks import Registered
 
 FLAGS = gin_flags.make_parser(
     "infer",
@@ -82,6 +83,7 @@ def infer(
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
     from pemoe_jax.runtime import atomic_write, distributed, file_io
+    from pemoe_jax.tasks.registered import run_register
 
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
@@ -97,7 +99,8 @@ def infer(
         models.dtype,
         models.frozen_dtype,
     )
-    task_info = data.register_tasks()
+    task_info = run_register(data.register)
+    task_info.print_summary()
     for opened in opened_models:
         seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
     task_names = _decoded_names(data.name)
@@ -147,7 +150,7 @@ def infer(
 # --- reading ---
 
 
-def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Any) -> list[_Task]:
+def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: "Registered") -> list[_Task]:
     """Returns the tasks with their examples; tasks of a mixture without data are reported."""
     from pemoe_jax.data import seqio_tasks
     from pemoe_jax.runtime import progress
@@ -171,8 +174,6 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Any) -
         )
     _print_skipped("no evaluation split", [task for task in present if task not in splits])
     _set_metrics(list(splits), task_info)
-    datasets = task_info.datasets if task_info is not None else {}
-    file_splits = task_info.eval_splits if task_info is not None else {}
     bar = progress.Progress("reading", len(splits), note="tasks")
     tasks = []
     try:
@@ -180,7 +181,8 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Any) -
             with seqio_tasks.translate_read_errors(name, split, use_cached):
                 task = _read_examples(name, split, lengths, use_cached, data.max_examples)
             # A file test.jsonl may be read as the split `validation`: results name the file's.
-            task.dataset, task.split = datasets.get(name, name), file_splits.get(name) or split
+            task.dataset = task_info.datasets.get(name, name)
+            task.split = task_info.eval_splits.get(name) or split
             tasks.append(task)
             bar.report_if_slow(len(tasks), "tasks")
     finally:
@@ -210,23 +212,16 @@ def _decoded_names(name: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _set_metrics(names: Sequence[str], task_info: Any) -> None:
+def _set_metrics(names: Sequence[str], task_info: "Registered") -> None:
     """Sets the metrics of tasks without any, from P3's table or a folder's INDEX.json."""
     from pemoe_jax.data import seqio_import, seqio_tasks
     from pemoe_jax.tasks import metrics
-    from pemoe_jax.tasks.jsonl import files, roles
+    from pemoe_jax.tasks.p3 import published
 
     seqio = seqio_import.import_seqio()
-    jsonl_tasks: Mapping[str, str] = {}
-    index, index_path = {}, ""
-    if isinstance(task_info, roles.Registered):
-        jsonl_tasks = task_info.datasets
-        path = Path(task_info.folder) / "INDEX.json"
-        index, index_path = files.read_index(path) or {}, str(path)
     for name in names:
-        metrics.give(
-            name, metrics.names_of(name, index if name in jsonl_tasks else None, index_path)
-        )
+        default = published.metric_names(name)
+        metrics.add_metrics(name, task_info.metrics.get(name, default))
         kinds = {
             metric.model_output_type for metric in seqio_tasks.get_mixture_or_task(name).metric_objs
         }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pemoe_jax.core import network, optim, partitioning, steps
     from pemoe_jax.core.params import PyTree
     from pemoe_jax.data import sentences
+    from pemoe_jax.tasks import Registered
 
 FLAGS = gin_flags.make_parser(
     "train",
@@ -76,6 +77,7 @@ def train(
     from pemoe_jax.core import partitioning, quantized, steps
     from pemoe_jax.data import feed, prefetch, seqio_tasks
     from pemoe_jax.runtime import distributed, file_io, train_loop
+    from pemoe_jax.tasks.registered import run_register
 
     quantized.check_frozen_dtype(method.frozen_dtype)
     model_dir = file_io.resolve_local(checkpointing.model_dir, "MODEL_DIR")
@@ -84,7 +86,7 @@ def train(
     partitioning.check_batch_size(data.batch_size, device_mesh, data.microbatches)
     partitioning.connect_processes(device_mesh)
 
-    task_info = data.register() if data.register is not None else None
+    task_info = run_register(data.register)
     seqio_tasks.check_vocab_size(data.name, model.config.vocab_size)
     sentence_source = _open_sentences(model, data)
     if sentence_source is not None:
@@ -102,7 +104,7 @@ def train(
     )
     record = dataclasses.replace(
         record,
-        trained_datasets=_dataset_names(seqio_tasks.subtask_names(data.name), task_info),
+        trained_datasets=task_info.datasets_of(seqio_tasks.subtask_names(data.name)),
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
     )
     print(_summarize(state.params, frozen, record, task_info, len(jax.devices())), flush=True)
@@ -247,7 +249,7 @@ def _stack_frozen(model: "network.Transformer", frozen: "PyTree") -> "PyTree":
 
 
 def _summarize(
-    trainable: "PyTree", frozen: "PyTree", record: "runs.Record", task_info: Any, devices: int
+    trainable: "PyTree", frozen: "PyTree", record: "runs.Record", task_info: "Registered", devices: int
 ) -> str:
     from pemoe_jax.analysis import counts
     from pemoe_jax.core import params as params_lib
@@ -265,8 +267,7 @@ def _summarize(
             "matrices": f"{base['frozen_dtype']} (frozen)",
         },
     )
-    lines = task_info.lines() if task_info is not None else []
-    return "\n".join([text, *lines])
+    return "\n".join([text, *task_info.summary])
 
 
 # --- data ---
@@ -287,12 +288,6 @@ def _open_sentences(
         data.pack,
         data.use_cached_tasks,
     )
-
-
-def _dataset_names(tasks: Sequence[str], task_info: Any) -> list[str]:
-    """Returns the datasets of some tasks, under their names in tables."""
-    datasets = {} if task_info is None else task_info.datasets
-    return sorted({datasets.get(task, task) for task in tasks})
 
 
 def _read_eval_batches(

@@ -85,9 +85,9 @@ def registered_tasks_go_with_the_module() -> Iterator[None]:
     """P3's names may be P3's own tasks in one module, and a folder of JSON lines in the next."""
     yield
     jsonl = sys.modules.get("pemoe_jax.tasks.jsonl")
-    if jsonl is not None and jsonl._state.tasks:
-        jsonl._remove()
+    if jsonl is not None:
+        jsonl.remove()
     p3 = sys.modules.pop("pemoe_jax.tasks.p3", None)  # registers what it has when it is imported
     if p3 is not None:
-        p3._remove_everything()
+        p3.remove()
         del sys.modules["pemoe_jax.tasks"].p3

@@ -166,7 +166,7 @@ def all_rows() -> dict[tuple[str, str], list[dict]]:
     for task in RENDERED:
         for split in ("train", EVAL_SPLIT[task]):
             found[task, split] = plain_rows(task, split)
-            if published_lib.tasks()[task].has_twin:
+            if published_lib.tasks()[task].has_score_eval:
                 found[f"{task}_score_eval", split] = twin_rows(task, split)
     return found
 
@@ -283,7 +283,7 @@ def write_templates(folder: pathlib.Path) -> None:
         home = folder / where / published.dataset / published.subset
         home.mkdir(parents=True, exist_ok=True)
         for split, examples in raw_splits(task).items():
-            name = published.raw_split(split)
+            name = published.source_split(split)
             if "copa" in task:
                 table = pyarrow.Table.from_pylist(examples)
                 parquet.write_table(table, home / f"{name}-00000-of-00001.parquet")

@@ -25,7 +25,7 @@ class Data:
       batch_size: rows of a batch over all devices.
       microbatches: number of pieces that a training batch is split into, to save memory.
       pack: whether a training row holds several examples.
-      register: registers the tasks with seqio and returns a summary of them.
+      register: registers the tasks with seqio and returns a `tasks.Registered`.
       use_cached_tasks: whether to read seqio's offline caches.
       sentence_embeddings: table of `pemoe embed` for routers that read sentence embeddings; None:
         the tasks' own feature.
@@ -60,13 +60,6 @@ class Data:
                 f"MIXTURE_OR_TASK_NAME must be a string, got {self.mixture_or_task_name!r}"
             )
         return self.mixture_or_task_name
-
-    def register_tasks(self) -> Any:
-        """Registers the tasks and prints a summary; returns it, None without one."""
-        task_info = self.register() if self.register is not None else None
-        if task_info is not None:
-            print("\n".join(task_info.lines()), flush=True)
-        return task_info
 
     @property
     def names(self) -> list[str]:

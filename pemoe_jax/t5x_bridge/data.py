@@ -11,15 +11,14 @@ from clu.data import dataset_iterator
 from etils import epath
 
 from pemoe_jax.data import feed, prefetch, seqio_tasks
-
-Register = Callable[[], Any]
+from pemoe_jax.tasks.registered import Register, Registered, run_register
 
 
 @dataclasses.dataclass
 class _State:
     """What `register` had to say the last time."""
 
-    registered: Any = None
+    registered: Registered = dataclasses.field(default_factory=Registered)
 
 
 _state = _State()
@@ -35,7 +34,7 @@ def mixture_or_task(name: str, register: Register) -> str:
     Raises:
       InputError: there is no such data.
     """
-    _state.registered = register()
+    _state.registered = run_register(register)
     seqio_tasks.get_mixture_or_task(name)
     return name
 
@@ -48,8 +47,7 @@ def vocabulary(name: str, register: Register, feature: str = "targets") -> Any:
 
 def datasets(name: str) -> list[str]:
     """The data sets of a mixture, under their names in tables."""
-    known = {} if _state.registered is None else _state.registered.datasets
-    return sorted({known.get(task, task) for task in seqio_tasks.subtask_names(name)})
+    return _state.registered.datasets_of(seqio_tasks.subtask_names(name))
 
 
 def get_dataset(

@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import fnmatch
 import functools
-import json
 import multiprocessing
 import os
 import shutil
@@ -207,6 +206,8 @@ def write_split(settings: _Settings, job: Job) -> int:
     Files are written into a folder of their own and then moved, info last, so that a split with
     info is complete even if the process was killed.
     """
+    from pemoe_jax.runtime import atomic_write
+
     target = settings.output / job.task
     info_path = target / f"info.{job.split}.json"
     if info_path.exists():
@@ -222,9 +223,7 @@ def write_split(settings: _Settings, job: Job) -> int:
 
     info = {"num_shards": len(shards), "features": features, "seqio_version": seqio_version}
     for path, content in ((target / f"stats.{job.split}.json", stats), (info_path, info)):
-        written = partial / path.name
-        written.write_text(json.dumps(content) + "\n")
-        written.rename(path)
+        atomic_write.write_json(path, content, indent=None)
     partial.rmdir()
     return stats["examples"]
 

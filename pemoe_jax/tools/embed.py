@@ -83,6 +83,7 @@ def embed(
     """
     from pemoe_jax.data import sentence_table, sentences, seqio_tasks
     from pemoe_jax.runtime import progress
+    from pemoe_jax.tasks.registered import run_register
 
     names = data.names
     splits = [splits] if isinstance(splits, str) else splits
@@ -90,7 +91,7 @@ def embed(
         raise InputError(f"EMBED_SPLITS must be some of {_SPLITS}, got {splits!r}")
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     chosen = resolve_encoder(encoder)
-    data.register_tasks()
+    run_register(data.register).print_summary()
     parts = _parts(names, splits, data.use_cached_tasks)
     vocabularies = {sentences.vocabulary_fingerprint(name) for name in names}
     if len(vocabularies) > 1:
@@ -177,12 +178,7 @@ def _parts(names: Sequence[str], splits: Sequence[str], use_cached: bool) -> lis
     subtasks = seqio_tasks.cached_subtask_names if use_cached else seqio_tasks.subtask_names
     tasks = list(dict.fromkeys(task for name in names for task in subtasks(name)))
     # mixtures of P3 leave out the tasks that the folder does not have
-    absent = [
-        t
-        for t in tasks
-        if getattr(seqio_tasks.get_mixture_or_task(t).source, "found", True) is None
-    ]
-    left_out = [] if use_cached else absent
+    left_out = [task for task in tasks if not use_cached and not seqio_tasks.has_data(task, False)]
     if left_out:
         more = f", … {len(left_out) - 3} more" if len(left_out) > 3 else ""
         print(f"no data, so left out: {len(left_out)} tasks ({', '.join(left_out[:3])}{more})")

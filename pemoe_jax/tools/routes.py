@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pemoe_jax.analysis.routing.probe import ProbeTotals
     from pemoe_jax.checkpoints import models
     from pemoe_jax.data.choices import ChoiceGroup
+    from pemoe_jax.tasks import Registered
 
 FLAGS = gin_flags.make_parser(
     "routes",
@@ -81,6 +82,7 @@ def routes(
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
     from pemoe_jax.runtime import atomic_write, file_io
+    from pemoe_jax.tasks.registered import run_register
 
     check_integer("ROUTES_EXAMPLES", examples)
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
@@ -92,7 +94,8 @@ def routes(
     )
     # Before any data is read, which takes longest: a mistake in ROUTES_SITES shows at once.
     sites_by_model = [_select_sites(opened, sites) for opened in opened_models]
-    task_info = data.register_tasks()
+    task_info = run_register(data.register)
+    task_info.print_summary()
     names = measure.select_tasks(tasks, task_info, data.use_cached_tasks)
     sentence_source = sentences.open_for_models(
         opened_models,
@@ -149,7 +152,7 @@ def _probe_run(
     opened: "models.OpenedModel",
     sites: list[str],
     groups: "Mapping[str, Sequence[ChoiceGroup]]",
-    registered: Any,
+    registered: "Registered",
     batch_size: int,
     mesh: "jax.sharding.Mesh",
     min_count: int,
@@ -168,10 +171,9 @@ def _probe_run(
     finally:
         bar.close()
     trained = measure.trained_datasets(opened, registered)
-    datasets = registered.datasets if registered is not None else {}
     tasks = []
     for name, members in groups.items():
-        dataset = datasets.get(name, name)
+        dataset = registered.datasets.get(name, name)
         seen = None if trained is None else dataset in trained
         split = _file_split(name, registered)
         tasks.append(metrics.ProbedTask(name, dataset, seen, split, len(members)))
@@ -186,10 +188,10 @@ def _probe_run(
     )
 
 
-def _file_split(name: str, registered: Any) -> str:
+def _file_split(name: str, registered: "Registered") -> str:
     """Returns the split as its file is named; seqio may know a `test` file as `validation`."""
     split = measure.task_split(name)
-    if registered is None or split == "train":
+    if split == "train":
         return split
     return registered.eval_splits.get(name) or split
 

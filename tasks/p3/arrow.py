@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from pemoe_jax.runtime.file_io import read_json
 
 from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.runtime.file_io import read_json
 from pemoe_jax.tasks.p3.row_files import Example, Splits, take_from_parts
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pemoe_jax.runtime.file_io import read_json
 
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.data.tfrecords import TFRecordFile
+from pemoe_jax.runtime.file_io import read_json
 from pemoe_jax.tasks.p3.row_files import Example, Splits, take_from_parts
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ def features(labels: int) -> Features:
 def builder(task: str, name: str, config: str, labels: int, cache: pathlib.Path, repo_id=None):
     """A builder of examples, whose cache is written as those of the hub are."""
     splits = {
-        p3_forms.p3_table.tasks()[task].raw_split(split): rows
+        p3_forms.p3_table.tasks()[task].source_split(split): rows
         for split, rows in p3_forms.raw_splits(task).items()
     }
 

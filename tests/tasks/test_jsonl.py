@@ -11,6 +11,7 @@ from data_tasks import LENGTHS, YES_NO, make_vocab, write
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, feed, seqio_tasks
 from pemoe_jax.tasks import jsonl
+from pemoe_jax.tasks.vocabulary import load_vocabulary
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +148,7 @@ def test_held_out_data_sets_are_trained_on_only_when_asked_to(folder, vocab):
     found = jsonl.register(folder, vocab, train_tasks=["nli_*", "free"])
     assert found.train_tasks == ["free", "nli_a", "nli_b"]
     assert found.held_out_trained == ["nli_a", "nli_b"]
-    assert any("WARNING: held out, yet trained on" in line for line in found.lines())
+    assert any("WARNING: held out, but trained on" in line for line in found.summary)
     assert found.eval_tasks == ["nli_a_score_eval"]  # TRAIN_TASKS leaves evaluation as it is
 
 
@@ -183,13 +184,13 @@ def test_training_tasks_are_scored_in_a_mixture_of_their_own(folder, vocab):
         "nli_a_score_eval",
         "nli_a_score_eval",
     ]
-    lines = found.lines()
-    assert "scoring: 1 tasks of 1 data sets, 2 examples (jsonl_score_eval): rte" in lines
-    line = "scoring of training tasks: 1 tasks of 1 data sets, 2 examples"
+    lines = found.summary
+    assert "scoring: 1 tasks of 1 datasets, 2 examples (jsonl_score_eval): rte" in lines
+    line = "scoring of training tasks: 1 tasks of 1 datasets, 2 examples"
     assert f"{line} (jsonl_train_score_eval): nli" in lines
     found = jsonl.register(folder, vocab, train_tasks=["colour_*"])
     assert found.train_score_tasks == []
-    assert not any("scoring of training tasks" in line for line in found.lines())
+    assert not any("scoring of training tasks" in line for line in found.summary)
     with pytest.raises(InputError, match="no task to train on that has answer choices and an eval"):
         seqio_tasks.get_mixture_or_task("jsonl_train_score_eval")
 
@@ -246,12 +247,12 @@ def test_registering_twice_changes_nothing_and_anew_replaces(folder, vocab):
 
 
 def test_one_vocabulary_a_file(vocab, tmp_path):
-    assert jsonl.vocabulary(vocab) is jsonl.vocabulary(str(vocab))
+    assert load_vocabulary(vocab) is load_vocabulary(str(vocab))
     import seqio
 
     plain = seqio.SentencePieceVocabulary(str(vocab), extra_ids=100)
-    assert jsonl.vocabulary(vocab) == plain  # so a user's own tasks mix with these
-    assert jsonl.vocabulary(vocab).vocab_size == plain.vocab_size
+    assert load_vocabulary(vocab) == plain  # so a user's own tasks mix with these
+    assert load_vocabulary(vocab).vocab_size == plain.vocab_size
 
 
 # --- what the tasks read
@@ -261,7 +262,7 @@ def test_ids_are_the_vocabularys_with_eos_and_cut_sequences_keep_it(tmp_path, vo
     text = "the sky is blue what colour is the sea"
     write(tmp_path, "t", "train", [(text, "red green blue red green blue")])
     jsonl.register(tmp_path, vocab)
-    ids = jsonl.vocabulary(vocab).encode(text)
+    ids = load_vocabulary(vocab).encode(text)
     (row,) = (
         seqio_tasks.get_mixture_or_task("t")
         .get_dataset(None, split="train", shuffle=False)
@@ -320,7 +321,7 @@ def test_seqios_evaluator_scores_a_twin(tmp_path, vocab):
         eval_split="validation",
         sequence_length=LENGTHS,
     )
-    blue = jsonl.vocabulary(vocab).encode("blue")
+    blue = load_vocabulary(vocab).encode("blue")
 
     def score(dataset):  # likes blue best, and the first of equals
         return [
@@ -398,7 +399,7 @@ def test_odd_rows_are_counted_and_never_a_crash(tmp_path, vocab):
         odd = {o.kind: (o.count, o.line) for o in found.odd if o.split == split}
         assert odd == expected
     assert (found.max_choices, found.max_words) == (50, 2000)
-    text = "\n".join(found.lines())
+    text = "\n".join(found.summary)
     assert "targets not among their choices (t/train.jsonl:2" in text
     assert "longest input: 2,000 words; up to 50 choices" in text
     groups = choices.load_choice_groups("t_score_eval", LENGTHS)
@@ -423,22 +424,22 @@ def test_odd_rows_are_counted_and_never_a_crash(tmp_path, vocab):
     ("line", "message"),
     [
         (b'{"inputs": "a" "targets"', "not JSON: Expecting ',' delimiter at column 16"),
-        (b"[1, 2]", "expected an object, found list [1, 2]"),
-        (b'{"inputs": "a", "label": 1}', "no field 'targets' (found: inputs, label)"),
-        (b'{"inputs": 5, "targets": "a"}', "'inputs' must be a string, found int 5"),
-        (b'{"inputs": "a", "targets": null}', "'targets' must be a string, found NoneType null"),
+        (b"[1, 2]", "expected an object, got list [1, 2]"),
+        (b'{"inputs": "a", "label": 1}', "expected a field 'targets', got inputs, label"),
+        (b'{"inputs": 5, "targets": "a"}', "'inputs' must be a string, got int 5"),
+        (b'{"inputs": "a", "targets": null}', "'targets' must be a string, got NoneType null"),
         (
             b'{"inputs": "a", "targets": "b", "answer_choices": ["x", 1]}',
-            "'answer_choices' must be a list of strings, found list [\"x\", 1]",
+            "'answer_choices' must be a list of strings, got list [\"x\", 1]",
         ),
         (
             b'{"inputs": "a", "targets": "b", "answer_choices": "xy"}',
-            "'answer_choices' must be a list of strings, found str \"xy\"",
+            "'answer_choices' must be a list of strings, got str \"xy\"",
         ),
         (b'{"inputs": "\xff", "targets": "b"}', "not UTF-8: invalid start byte at byte 12"),
         (
             b'{"inputs": "\\ud800", "targets": "b"}',
-            "half a surrogate pair, \\ud800, is no character",
+            "\\ud800 is half a surrogate pair",
         ),
     ],
 )
@@ -468,7 +469,7 @@ def test_use_reads_only_what_is_used(folder, vocab):
     assert message.startswith(f"{path}:3: not JSON")
     for wrong in ("train_eval", ["test"]):
         message = error(folder, vocab, use=wrong)
-        assert message.startswith("use must be a list of 'train', 'eval', 'train_eval', found")
+        assert message.startswith("use must be a list of 'train', 'eval', 'train_eval', got")
 
 
 def test_a_file_both_trained_on_and_scored_is_counted_once(tmp_path, vocab):
@@ -490,22 +491,22 @@ def test_folder_errors(tmp_path, vocab):
     loose = tmp_path / "loose"
     loose.mkdir()
     wanted = f"JSONL_DIR {loose} must hold <task>/<split>.jsonl"
-    assert error(loose, vocab) == f"{wanted}; found none"
+    assert error(loose, vocab) == f"{wanted}, got none"
     (loose / "train.jsonl").write_text("{}")
-    assert error(loose, vocab) == f"{wanted}; found train.jsonl directly in it"
-    assert "found a file" in error(loose / "train.jsonl", vocab)
+    assert error(loose, vocab) == f"{wanted}, got train.jsonl directly in it"
+    assert "got a file" in error(loose / "train.jsonl", vocab)
     empty = write(tmp_path / "empty", "t", "train", [])
-    assert error(tmp_path / "empty", vocab) == f"{empty}: no rows in it"
+    assert error(tmp_path / "empty", vocab) == f"{empty}: expected at least one row, got none"
     write(tmp_path / "name", "a b", "train", [("a", "b")])
     assert "may hold letters, digits" in error(tmp_path / "name", vocab)
     write(tmp_path / "twin", "t", "train", [("a", "b")])
     write(tmp_path / "twin", "t_score_eval", "train", [("a", "b")])
-    assert "is the name that register gives" in error(tmp_path / "twin", vocab)
+    assert "the name 't_score_eval' is reserved" in error(tmp_path / "twin", vocab)
 
 
 def test_vocabulary_errors(folder, tmp_path, vocab):
     missing = tmp_path / "none.model"
-    message = f"VOCAB_PATH must be a SentencePiece model file; there is none at {missing}"
+    message = f"VOCAB_PATH must be a SentencePiece model file; got no file at {missing}"
     assert error(folder, missing) == message
     broken = tmp_path / "broken.model"
     broken.write_bytes(b"this is no model")
@@ -513,18 +514,18 @@ def test_vocabulary_errors(folder, tmp_path, vocab):
     other = tmp_path / "other"
     other.mkdir()
     path = make_vocab(other, pad_id=3, unk_id=0)
-    assert "expected pad, eos, unk at ids (0, 1, 2), found" in error(folder, path)
+    assert "expected pad, eos, unk at ids (0, 1, 2), got" in error(folder, path)
 
 
 def test_default_vocabulary(monkeypatch):
     """The public file of T5, unless the environment names another."""
-    from pemoe_jax import tasks
+    from pemoe_jax.tasks import vocabulary
 
     monkeypatch.delenv("PEMOE_VOCAB_PATH", raising=False)
     public = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
-    assert tasks.default_vocab_path() == public
+    assert vocabulary.default_vocab_path() == public
     monkeypatch.setenv("PEMOE_VOCAB_PATH", "/a/spiece.model")
-    assert tasks.default_vocab_path() == "/a/spiece.model"
+    assert vocabulary.default_vocab_path() == "/a/spiece.model"
 
 
 def test_a_remote_vocabulary_is_read_where_it_is(folder, vocab):
@@ -532,8 +533,8 @@ def test_a_remote_vocabulary_is_read_where_it_is(folder, vocab):
     import tensorflow as tf
 
     tf.io.gfile.copy(str(vocab), "ram://vocabulary/spiece.model", overwrite=True)
-    assert jsonl.vocabulary("ram://vocabulary/spiece.model").vocab_size == (
-        jsonl.vocabulary(vocab).vocab_size
+    assert load_vocabulary("ram://vocabulary/spiece.model").vocab_size == (
+        load_vocabulary(vocab).vocab_size
     )
     says = error(folder, "ram://nowhere/spiece.model")
     assert "VOCAB_PATH ram://nowhere/spiece.model cannot be read" in says
@@ -563,9 +564,9 @@ def test_index_errors(folder, vocab):
     path.write_text('{"a": {},\n "b": }')
     assert error(folder, vocab) == f"{path}:2: not JSON: Expecting value at column 7"
     path.write_text("[]")
-    assert error(folder, vocab) == f"{path}: expected an object of tasks, found list []"
+    assert error(folder, vocab) == f"{path}: expected an object of tasks, got list []"
     index(folder, free={"t0_blacklisted": "no"})
-    message = f"{path}: 'free': 't0_blacklisted' must be bool, found str \"no\""
+    message = f"{path}: 'free': 't0_blacklisted' must be bool, got str \"no\""
     assert error(folder, vocab) == message
 
 
@@ -579,7 +580,7 @@ def test_a_name_that_another_task_has_is_refused(folder, vocab):
     )
     try:
         write(folder, "taken", "train", [("a", "b")])
-        assert "another seqio task 'taken' is registered already" in error(folder, vocab)
+        assert "a seqio task named 'taken' exists already" in error(folder, vocab)
         assert seqio.TaskRegistry.get("taken") is other
     finally:
         seqio.TaskRegistry.remove("taken")

@@ -119,20 +119,23 @@ def test_every_metric_of_p3_has_its_function():
     names = {name for task in published.tasks().values() for name in task.metrics}
     assert names == set(metrics.BY_NAME)
     for task in published.tasks():
-        assert metrics.metric_fns(metrics.names_of(task))
-    assert metrics.metric_fns(metrics.names_of("wiki_bio_who")) == [metrics.bleu, metrics.rouge]
-    assert metrics.metric_fns(metrics.names_of("wiki_bio_guess_person")) == [metrics.accuracy]
-    assert metrics.metric_fns(metrics.names_of("rotten_tomatoes_Movie_Expressed_Sentiment")) == [
-        metrics.accuracy
-    ]
-    assert metrics.names_of("a_users_own_task") == metrics.DEFAULT
+        assert metrics.metric_fns(published.metric_names(task))
+    for task, fns in (
+        ("wiki_bio_who", [metrics.bleu, metrics.rouge]),
+        ("wiki_bio_guess_person", [metrics.accuracy]),
+        ("rotten_tomatoes_Movie_Expressed_Sentiment", [metrics.accuracy]),
+    ):
+        assert metrics.metric_fns(published.metric_names(task)) == fns
+    assert published.metric_names("a_users_own_task") == metrics.DEFAULT_METRICS
 
 
 def test_wrong_names_in_an_index():
-    with pytest.raises(InputError, match=r"INDEX.json: 't': 'metrics': .*Accuracy.*found 'F1'"):
-        metrics.names_of("t", {"t": {"metrics": ["F1"]}}, "INDEX.json")
+    with pytest.raises(
+        InputError, match=r"INDEX.json: 't': 'metrics' must be .*Accuracy.*got 'F1'"
+    ):
+        metrics.check_names(["F1"], "INDEX.json: 't'")
     with pytest.raises(InputError, match="INDEX.json: 't': 'metrics' must be a list of names"):
-        metrics.names_of("t", {"t": {"metrics": "Squad"}}, "INDEX.json")
+        metrics.check_names("Squad", "INDEX.json: 't'")
 
 
 def test_a_task_is_given_metrics_once(tmp_path):
@@ -141,7 +144,7 @@ def test_a_task_is_given_metrics_once(tmp_path):
     task = seqio_tasks.get_mixture_or_task("t")
     kind = type(task)
     for names in (["Squad"], ["BLEU"]):
-        metrics.give("t", names)
+        metrics.add_metrics("t", names)
     assert seqio_tasks.get_mixture_or_task("t") is task and type(task) is kind
     assert task.predict_metric_fns == [metrics.squad]
     assert len(task.metric_objs) == 1

@@ -18,7 +18,7 @@ from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks
 from pemoe_jax.data import rows as rows_lib
 from pemoe_jax.data.providers import StreamOptions
 from pemoe_jax.runtime import options
-from pemoe_jax.tasks.p3 import published as published_lib
+from pemoe_jax.tasks.p3 import published
 
 LENGTHS = {"inputs": 128, "targets": 32}
 VOCAB = pathlib.Path(tasks.__file__).parent / "quickstart" / "vocab.model"
@@ -68,17 +68,17 @@ def register(folder, **settings):
 
 
 def test_counts_of_the_table():
-    published = published_lib.tasks()
-    assert len(published) == 544
-    assert sum(task.has_twin for task in published.values()) == 116
-    sizes = {name: len(names) for name, names in published_lib.mixtures().items()}
+    tasks_by_name = published.tasks()
+    assert len(tasks_by_name) == 544
+    assert sum(task.has_score_eval for task in tasks_by_name.values()) == 116
+    sizes = {name: len(names) for name, names in published.mixtures().items()}
     assert sizes["t0_train"] == 313
     assert sizes["t0+_train"] == 313 + 79
     assert sizes["t0++_train"] == 313 + 79 + 72
     assert sizes["t0_eval_score_eval"] == 111
     scored = [
-        published[name.removesuffix("_score_eval")]
-        for name in published_lib.mixtures()["t0_eval_score_eval"]
+        tasks_by_name[name.removesuffix("_score_eval")]
+        for name in published.mixtures()["t0_eval_score_eval"]
     ]
     labels = [task.label for task in scored]
     assert {label: labels.count(label) for label in labels} == {
@@ -93,24 +93,23 @@ def test_counts_of_the_table():
     }
     assert [sizes[f"anli_r{r}_score_eval"] for r in (1, 2, 3)] == [15, 15, 15]
     # 43 tasks of T0+ and T0++ are of data sets that are scored
-    both = {task.name for task in published.values() if task.do_train and task.do_eval}
+    both = {task.name for task in tasks_by_name.values() if task.do_train and task.do_eval}
     assert len(both) == 43
     # 38 data sets, of which app_reviews, kilt_tasks and quarel have no prompt of the original task
     assert sizes["t0_train_one_og_prompt"] == 35
-    firsts = published_lib.mixtures()["t0_train_one_og_prompt"]
-    assert len({published[name].dataset_name for name in firsts}) == 35
+    firsts = published.mixtures()["t0_train_one_og_prompt"]
+    assert len({tasks_by_name[name].dataset_name for name in firsts}) == 35
     assert "imdb_Movie_Expressed_Sentiment" in firsts
     assert all(
-        published[name].original_task
-        for name in published_lib.mixtures()["t0_train_all_og_prompts"]
+        tasks_by_name[name].original_task
+        for name in published.mixtures()["t0_train_all_og_prompts"]
     )
 
 
 def test_names_follow_from_data_set_and_template():
-    for name, task in published_lib.tasks().items():
+    for name, task in published.tasks().items():
         assert (
-            published_lib.task_name(task.dataset, task.subset, task.template, task.anli_round)
-            == name
+            published.task_name(task.dataset, task.subset, task.template, task.anli_round) == name
         )
 
 
@@ -128,7 +127,7 @@ def test_names_follow_from_data_set_and_template():
     ],
 )
 def test_rates(task, rate):
-    assert published_lib.rate(task) == rate
+    assert published.rate(task) == rate
 
 
 def test_table_is_that_of_the_published_tasks():
@@ -137,8 +136,8 @@ def test_table_is_that_of_the_published_tasks():
         pytest.skip(f"{path} is absent")
     with path.open(newline="") as file:
         rows = {row["task"]: row for row in csv.DictReader(file)}
-    assert set(rows) == set(published_lib.tasks())
-    for name, task in published_lib.tasks().items():
+    assert set(rows) == set(published.tasks())
+    for name, task in published.tasks().items():
         row = rows[name]
         assert (task.dataset, task.subset, task.template) == (
             row["dataset"],
@@ -180,13 +179,12 @@ print(len(seqio.MixtureRegistry.get("t0_train").tasks))
 
 
 def test_metrics_are_those_of_the_table(p3):
-    from pemoe_jax.tasks import metrics
-    from pemoe_jax.tasks.jsonl import source
+    from pemoe_jax.tasks import metrics, score_eval
 
     task = seqio_tasks.get_mixture_or_task("adversarial_qa_dbert_generate_question")  # BLEU;ROUGE
     assert task.predict_metric_fns == [metrics.bleu, metrics.rouge]
     twin = seqio_tasks.get_mixture_or_task(f"{RTE}_score_eval")
-    assert twin.score_metric_fns == [source.rank_accuracy]
+    assert twin.score_metric_fns == [score_eval.rank_accuracy]
 
 
 # --- five forms, the same examples
@@ -264,7 +262,7 @@ def test_training_goes_on_anywhere_and_takes_every_row_once(p3, forms):
     for form in FORMS:
         register(forms[form])
         mixture = seqio_tasks.get_mixture_or_task("t0+_train")  # of the five tasks ag_news is in it
-        assert [task.name for task in mixture.tasks if task.source.found] == ["ag_news_recommend"]
+        assert [task.name for task in mixture.tasks if task.source.files] == ["ag_news_recommend"]
         mixture = seqio_tasks.get_mixture_or_task("super_glue_rte")
 
         def read(start, count, shard=(0, 1), mixture=mixture):
@@ -291,7 +289,7 @@ def test_training_goes_on_anywhere_and_takes_every_row_once(p3, forms):
 
 def test_all_313_tasks_are_entered_anywhere(p3, tmp_path):
     """Near the start, and a hundred million examples in; all tasks come, by rates that differ."""
-    names = published_lib.mixtures()["t0_train"]
+    names = published.mixtures()["t0_train"]
     for number, name in enumerate(names):
         (tmp_path / name).mkdir()
         lines = [{"inputs": f"{number}", "targets": f"{row}"} for row in range(1 + number % 7)]
@@ -450,8 +448,8 @@ def test_missing_things_are_named(p3, tmp_path, forms, monkeypatch):
         register(tmp_path)
     assert "holds nothing of P3" in one_line(error)
     registered = register(forms["parquet"])
-    assert registered.lines()[0].endswith("5 of 544 tasks, 4 of 116 twins (9 rows)")
-    assert "not in P3_DIR: 539 tasks" in registered.lines()[1]
+    assert registered.summary[0].endswith("5 of 544 tasks and 4 of 116 _score_eval tasks (rows: 9)")
+    assert "not in P3_DIR: 539 tasks" in registered.summary[1]
     with pytest.raises(InputError) as error:
         choices.load_choice_groups("super_glue_wic_score_eval", LENGTHS)
     assert "none of 10 tasks" in one_line(error)
@@ -462,7 +460,7 @@ def test_missing_things_are_named(p3, tmp_path, forms, monkeypatch):
     assert "'test'" in one_line(error)
     with pytest.raises(InputError) as error:
         tasks.register(p3_dir=str(forms["parquet"]), jsonl_dir="x", vocab_path=str(VOCAB))
-    assert "found both" in one_line(error)
+    assert "got both" in one_line(error)
     with pytest.raises(InputError) as error:
         register(forms["parquet"], eval_tasks=["rte_*"])
     assert "EVAL_TASKS" in one_line(error)
@@ -498,15 +496,15 @@ def test_wrong_tables_are_named(p3, tmp_path):
         return one_line(error)
 
     parquet.write_table(pyarrow.table({"inputs": [[1]], "text": ["a"]}), twin)
-    assert f"{twin}: no column 'targets'" in score() and "inputs, text" in score()
+    assert f"{twin}: expected a column 'targets'" in score() and "inputs, text" in score()
     parquet.write_table(pyarrow.table({"inputs": [[1]], "targets": [[2]]}), twin)
-    assert "no column 'idx'" in score()
+    assert "expected a column 'idx'" in score()
     twin.write_bytes(b"PAR1 is no Parquet")
     assert f"{twin}: not a Parquet file" in score()
     twin.unlink()
     twin.parent.rmdir()
     (home / "validation.jsonl").write_text('{"inputs": "a"}\n')
-    assert "validation.jsonl: row 1: no 'targets'" in score()
+    assert "validation.jsonl: row 1: expected 'targets'" in score()
     (home / "validation.jsonl").write_text("{\n")
     assert "validation.jsonl: row 1: not JSON" in score()
 
@@ -540,7 +538,7 @@ def test_templates_that_fail(p3, tmp_path, forms, capsys):
     assert "1 of 50 examples" in told and "number 5: TypeError: can only concatenate" in told
     yaml.write_text(whole.replace("metadata: !TemplateMetadata", "metadata: [", 1))
     registered = register(folder)
-    assert any("templates.yaml" in line and "not YAML" in line for line in registered.lines())
+    assert any("templates.yaml" in line and "not YAML" in line for line in registered.summary)
     with pytest.raises(InputError, match=r"no task .*templates.yaml:\d+: not YAML"):
         choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
 

@@ -64,7 +64,7 @@ def test_a_cache_is_trained_on_and_scored_by_the_flag_alone(cache, tmp_path, cap
         few["TRAIN_STEPS"] = steps
         assert train.main([*train_flags(tmp_path / name, "super_glue_rte", **few), *flags]) == 0
     told = capsys.readouterr().out
-    assert f"P3, cached in {cache}: 5 of 544 tasks, 4 of 116 twins" in told
+    assert f"P3, cached in {cache}: 5 of 544 tasks and 4 of 116 _score_eval tasks" in told
     assert "validation loss" in told
     assert_same(trained(tmp_path / "whole"), trained(tmp_path / "parts"))
     assert_same(trained(tmp_path / "whole"), trained(tmp_path / "folder"))

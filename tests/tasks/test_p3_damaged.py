@@ -16,6 +16,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks, tfrecords
 from pemoe_jax.data.order import ExampleOrder
 from pemoe_jax.runtime import options
+from pemoe_jax.tasks import Registered
 
 TASK = "ag_news_recommend"
 ROWS = 3000
@@ -80,7 +81,7 @@ def test_training_stops_with_one_line_and_goes_on_when_it_is_mended(copy, capsys
     """A bit of the 1,001st example's record: of step 16, in the fourth block that is read."""
     path = copy / TASK / "train.tfrecord-00000-of-00001"
     whole = path.read_bytes()
-    number = int(ExampleOrder([ROWS], [1.0], 0, True, True, 1).numbers(0, 1001)[1000])
+    number = int(ExampleOrder([ROWS], [1.0], 0, True, None).row_numbers(0, 1001)[1000])
     flip(path, frames(path)[number] + 30)
     flags = train_flags(copy / "run", TASK)
     if data_of_p3 == "folder":
@@ -221,7 +222,7 @@ def test_evaluation_and_decoding_say_it_in_one_line_too(copy):
             list(feed.eval_batches(TASK, LENGTHS, 4, use_cached=use_cached))
         assert one_line(error).startswith(f"{path}: damaged at byte")
         with pytest.raises(InputError) as error:
-            infer.read_tasks(options.Data(TASK, use_cached_tasks=use_cached), LENGTHS, None)
+            infer.read_tasks(options.Data(TASK, use_cached_tasks=use_cached), LENGTHS, Registered())
         assert one_line(error).startswith(f"{path}: damaged at byte")
     with pytest.raises(InputError) as error:
         choices.load_choice_groups("t0_train_score_eval", LENGTHS)

@@ -92,7 +92,7 @@ def test_of_several_downloads_the_newest_is_read_and_caches_of_map_are_not(datas
     os.utime(home / "1.0.3" / "newer" / "dataset_info.json", (9, 9))
     assert list(arrow.cached_splits(tmp_path, "super_glue", "rte")) == ["train"]
     (home / "1.0.3" / "newer" / "super_glue-train-00001-of-00002.arrow").unlink()
-    with pytest.raises(InputError, match="1 Arrow files of split 'train', expected 2"):
+    with pytest.raises(InputError, match="expected 2 Arrow files of split 'train', got 1"):
         arrow.cached_splits(tmp_path, "super_glue", "rte")
 
 
@@ -186,7 +186,7 @@ def prepared(tmp_path_factory) -> pathlib.Path:
 def table(prepared: pathlib.Path, dataset: str, subset: str, split: str):
     builder = tfds_lib.builders()[dataset, subset]
     splits = tfds_lib.prepared_splits(prepared / "tfds", builder)
-    return tfds_lib.PreparedTable(splits[split], builder)
+    return tfds_lib.TfdsTable(splits[split], builder)
 
 
 def test_fields_and_splits_have_the_names_of_hugging_faces(prepared):
@@ -216,8 +216,8 @@ def register(folder: pathlib.Path):
 
 def test_a_template_that_reads_what_a_builder_does_not_have_is_left_out(prepared, seqio):
     registered = register(prepared)
-    assert any("1 of 544 tasks" in line for line in registered.lines())
-    told = [line for line in registered.lines() if line.startswith("left out: ")]
+    assert any("1 of 544 tasks" in line for line in registered.summary)
+    told = [line for line in registered.summary if line.startswith("left out: ")]
     assert told == [
         "left out: hellaswag_complete_first_then: its template reads 'ctx_a', which the builder"
         " 'hellaswag' of tensorflow-datasets does not have"
@@ -234,7 +234,7 @@ def test_a_data_set_that_is_not_there_says_what_prepares_it(prepared, tmp_path, 
     with pytest.raises(InputError) as error:
         register(tmp_path)
     said = one_line(error)
-    assert "its template is there, its data set is not: expected" in said
+    assert "it has a template but no dataset: expected" in said
     shutil.copytree(prepared / "templates" / "hellaswag", tmp_path / "templates" / "hellaswag")
     (tmp_path / "tfds").symlink_to(prepared / "tfds")
     register(tmp_path)
@@ -243,7 +243,7 @@ def test_a_data_set_that_is_not_there_says_what_prepares_it(prepared, tmp_path, 
     command = f"`tfds build super_glue/rte --data_dir={tmp_path / 'tfds'}`"
     assert one_line(error).endswith(command)
     assert tfds_lib.builders()["anli", ""].command == "tfds build anli/r1 anli/r2 anli/r3"
-    assert "tfds" not in raw_examples.how_to_get(tmp_path, "quail", "")
+    assert "tfds" not in raw_examples.expected_files(tmp_path, "quail", "")
     flags = [f"--p3_dir={tmp_path}", f"--output={tmp_path / 'out'}", f"--vocab_path={VOCAB}"]
     assert cache_tasks.main([*flags, "--tasks=hellaswag_*"]) == 0
     assert "left out: hellaswag_complete_first_then: its template" in capsys.readouterr().out
@@ -273,7 +273,7 @@ def test_what_is_not_whole_is_named(prepared, tmp_path):
     path.unlink()
     assert says() == f"{path}: no such file, expected 1 by dataset_info.json"
     (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "array_record"}))
-    assert "written as array_record, expected tfrecord" in says()
+    assert "expected the format tfrecord, got array_record" in says()
 
 
 def test_of_several_versions_the_newest_is_read(prepared, tmp_path):
@@ -316,7 +316,7 @@ def test_builders_are_there_with_the_fields_that_the_table_names(tmp_path, monke
         name = builder.name + ("/r1" if key[0] == "anli" else "")
         features = tfds.builder(name, data_dir=tmp_path).info.features
         for field in builder.fields:
-            assert set(field.of) <= set(features), key
+            assert set(field.sources) <= set(features), key
         if name in LABELS:
             assert features["label"].names == LABELS[name]
             checked.add(name)

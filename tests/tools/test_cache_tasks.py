@@ -117,7 +117,7 @@ def test_it_goes_on_where_it_was_stopped(forms, tmp_path, monkeypatch, capsys):
     assert not (part / f"{RTE}_score_eval" / "COMPLETED").exists()
     assert not list((part / f"{RTE}_score_eval").glob("*.tfrecord-*"))
     assert run(forms / "parquet", part, f"--tasks={RTE}*") == 0
-    assert "1 of them done before" in capsys.readouterr().out
+    assert "1 of them complete already" in capsys.readouterr().out
     assert len(calls) == 3 + 2  # the two splits of the twin
     assert files(part) == files(whole)
 
@@ -145,9 +145,9 @@ def test_the_twin_of_a_training_task_can_be_asked_for(forms, tmp_path):
     [
         (["--tasks=nothing_*"], "'nothing_*' matched none of"),
         (["--tasks=super_glue_wic_*"], "has none of the 20 tasks"),
-        (["--workers=0"], "--workers must be a positive integer, found 0"),
-        (["--p3_dir=/nowhere"], "P3_DIR /nowhere must be a folder, found nothing there"),
-        (["--vocab_path=/nowhere", f"--tasks={RTE}"], "there is none at /nowhere"),
+        (["--workers=0"], "--workers must be a positive integer, got 0"),
+        (["--p3_dir=/nowhere"], "P3_DIR /nowhere must be a folder, got nothing there"),
+        (["--vocab_path=/nowhere", f"--tasks={RTE}"], "got no file at /nowhere"),
         (["--gin.X=1"], "no gin bindings"),
     ],
 )
@@ -168,5 +168,5 @@ def test_a_column_that_is_missing_is_named_and_the_rest_stays(forms, tmp_path, c
     path = source / "ag_news_recommend" / "test-00000-of-00001.parquet"
     parquet.write_table(pyarrow.table({"inputs": [[1]]}), path)
     assert run(source, tmp_path / "out", "--workers=1") == 1
-    assert f"{path}: no column 'targets'" in capsys.readouterr().err
+    assert f"{path}: expected a column 'targets'" in capsys.readouterr().err
     assert not (tmp_path / "out" / "ag_news_recommend" / "COMPLETED").exists()

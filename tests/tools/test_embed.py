@@ -775,9 +775,9 @@ def test_a_table_whose_making_was_killed_is_made_on(folder, tmp_path, capsys):
 
 _TASKS = """
 import seqio, tensorflow as tf
-from pemoe_jax.tasks import jsonl
+from pemoe_jax.tasks.vocabulary import load_vocabulary
 
-vocabulary = jsonl.vocabulary({vocabulary!r})
+vocabulary = load_vocabulary({vocabulary!r})
 features = {{
     "inputs": seqio.Feature(vocabulary), "targets": seqio.Feature(vocabulary),
     "sentence_embedding": seqio.ContinuousFeature(dtype=tf.float32),

@@ -27,7 +27,7 @@ from pemoe_jax.core.adapters import Adapters, VectorExperts, describe
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
 from pemoe_jax.data import seqio_tasks
-from pemoe_jax.tasks import jsonl
+from pemoe_jax.tasks import Registered, jsonl
 from pemoe_jax.tools import routes
 
 GATES = ["encoder/layers_0/mlp/gate", "decoder/layers_0/mlp/gate"]
@@ -558,7 +558,7 @@ def test_select_tasks(registered):
         "colour_2",
     ]
     assert measure.select_tasks(["jsonl_score_eval"], registered) == ["check_1", "check_2"]
-    assert "colour_1" in measure.select_tasks(["colour_1"], None)
+    assert "colour_1" in measure.select_tasks(["colour_1"], Registered())
     for patterns, message in (
         ([], "must name at least one task"),
         ([3], "must be a list of name patterns"),
@@ -567,7 +567,7 @@ def test_select_tasks(registered):
         with pytest.raises(InputError, match=message):
             measure.select_tasks(patterns, registered)
     with pytest.raises(InputError, match="ROUTES_TASKS is not set"):
-        measure.select_tasks(None, None)
+        measure.select_tasks(None, Registered())
 
 
 def test_task_and_its_score_task_read_the_same_examples(registered):
@@ -593,7 +593,7 @@ def test_trained_datasets_come_from_the_record_or_roles(registered):
 
     assert measure.trained_datasets(Opened(Record(["check"])), registered) == {"check"}
     assert measure.trained_datasets(Opened(Record(None)), registered) == {"colour", "free"}
-    assert measure.trained_datasets(Opened(None), None) is None
+    assert measure.trained_datasets(Opened(None), Registered()) is None
 
 
 def test_select_sites_rejects_different_numbers_of_experts():

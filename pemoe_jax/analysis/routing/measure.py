@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pemoe_jax.core.params import Params
     from pemoe_jax.data.choices import ChoiceGroup
     from pemoe_jax.runtime import progress
+    from pemoe_jax.tasks import Registered
 
 DEFAULT_EXAMPLES = 32  # a task's mean then covers some hundred tokens
 _SCORE_SUFFIX = "_score_eval"
@@ -29,7 +30,7 @@ _SCORE_SUFFIX = "_score_eval"
 
 
 def select_tasks(
-    patterns: Sequence[str] | None, registered: Any, use_cached: bool = False
+    patterns: Sequence[str] | None, registered: "Registered", use_cached: bool = False
 ) -> list[str]:
     """Returns the names of the tasks that match, in the order of the patterns.
 
@@ -78,20 +79,16 @@ def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[s
     return available
 
 
-def _task_names(registered: Any) -> list[str]:
+def _task_names(registered: "Registered") -> list[str]:
     """Returns all registered tasks, without the `_score_eval` tasks of others among them."""
     from pemoe_jax.data import seqio_import
 
     registry = set(seqio_import.import_seqio().TaskRegistry.names())
-    names = (
-        sorted(registry)
-        if registered is None
-        else filter(registry.__contains__, registered.datasets)
-    )
     return [
         name
-        for name in names
-        if not (name.endswith(_SCORE_SUFFIX) and name.removesuffix(_SCORE_SUFFIX) in registry)
+        for name in registered.datasets or sorted(registry)
+        if name in registry
+        and not (name.endswith(_SCORE_SUFFIX) and name.removesuffix(_SCORE_SUFFIX) in registry)
     ]
 
 
@@ -109,14 +106,14 @@ def _available_tasks(names: Sequence[str], use_cached: bool) -> list[str]:
     return list(available)
 
 
-def _tasks_by_role(registered: Any, use_cached: bool) -> list[str]:
-    if registered is None:
+def _tasks_by_role(registered: "Registered", use_cached: bool) -> list[str]:
+    if not registered.datasets:
         raise InputError(
             "ROUTES_TASKS is not set: pass names of tasks or mixtures (the tasks of"
             " MIXTURE_OR_TASK_MODULE have no roles to select them by)"
         )
     names: dict[str, None] = {}
-    for role_tasks in _role_tasks(registered):
+    for role_tasks in (registered.train_tasks, registered.eval_tasks):
         datasets = {
             name: registered.datasets[name] for name in _available_tasks(role_tasks, use_cached)
         }
@@ -124,16 +121,6 @@ def _tasks_by_role(registered: Any, use_cached: bool) -> list[str]:
     if not names:
         raise InputError("ROUTES_TASKS is not set, and no task has a training or evaluation role")
     return list(names)
-
-
-def _role_tasks(registered: Any) -> tuple[list[str], list[str]]:
-    """Returns the training tasks and the evaluation tasks."""
-    if hasattr(registered, "train_tasks"):
-        return registered.train_tasks, registered.eval_tasks
-    from pemoe_jax.data import seqio_tasks
-    from pemoe_jax.tasks.p3 import published
-
-    return seqio_tasks.subtask_names("t0_train"), seqio_tasks.subtask_names(published.EVAL_MIXTURE)
 
 
 def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
@@ -144,15 +131,15 @@ def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
     return list(first.values())
 
 
-def trained_datasets(opened: "models.OpenedModel", registered: Any) -> set[str] | None:
+def trained_datasets(opened: "models.OpenedModel", registered: "Registered") -> set[str] | None:
     """Returns the datasets that a run was trained on; None if unknown."""
     # Runs record their datasets; adapters of other tools and base models have no such record.
     recorded = getattr(opened.record, "trained_datasets", None)
     if recorded is not None:
         return set(recorded)
-    if registered is None:
+    if not registered.datasets:
         return None
-    return {registered.datasets[name] for name in _role_tasks(registered)[0]}
+    return set(registered.datasets_of(registered.train_tasks))
 
 
 # --- examples ---
