@@ -506,7 +506,7 @@ def test_folder_errors(tmp_path, vocab):
 
 def test_vocabulary_errors(folder, tmp_path, vocab):
     missing = tmp_path / "none.model"
-    message = f"VOCAB_PATH must be a SentencePiece model file; got no file at {missing}"
+    message = f"VOCAB_PATH must be a SentencePiece model file, got no file at {missing}"
     assert error(folder, missing) == message
     broken = tmp_path / "broken.model"
     broken.write_bytes(b"this is no model")

@@ -14,8 +14,7 @@ import pytest
 
 from pemoe_jax import infer, tasks
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks
-from pemoe_jax.data import rows as rows_lib
+from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks, warnings
 from pemoe_jax.data.providers import StreamOptions
 from pemoe_jax.runtime import options
 from pemoe_jax.tasks.p3 import published
@@ -57,7 +56,7 @@ def no_caches(monkeypatch):
     seqio = seqio_import.import_seqio()
     seqio.set_global_cache_dirs([])
     monkeypatch.delenv("PEMOE_P3_DIR", raising=False)
-    rows_lib._said.clear()
+    monkeypatch.setattr(warnings, "_printed", set())
 
 
 def register(folder, **settings):
@@ -151,8 +150,8 @@ def test_table_is_that_of_the_published_tasks():
 def test_import_registers_everything_quickly_and_reads_the_table_alone():
     program = """
 import builtins, io, os, sys, time
-from pemoe_jax.data import seqio_tasks
-seqio_tasks.import_seqio()
+from pemoe_jax.data import seqio_import
+seqio_import.import_seqio()
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 started = time.perf_counter()

@@ -165,7 +165,7 @@ def test_reading_yaml(tmp_path):
         ("templates:\n  a: !Other {}\n", "could not determine a constructor"),
         ("- a\n", "expected an object with 'templates'"),
         ("templates:\n  a: 3\n", "template 'a': expected an object"),
-        ("templates:\n  a: !Template {name: x}\n", "'jinja' must be a string, found None"),
+        ("templates:\n  a: !Template {name: x}\n", "'jinja' must be a string, got None"),
         (
             "templates:\n  a: !Template {name: x, jinja: y, answer_choices: [z]}\n",
             "'answer_choices'",
