@@ -7,7 +7,6 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError
@@ -150,7 +149,9 @@ def infer(
 # --- reading ---
 
 
-def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: "Registered") -> list[_Task]:
+def read_tasks(
+    data: options.Data, lengths: Mapping[str, int], task_info: "Registered"
+) -> list[_Task]:
     """Returns the tasks with their examples; tasks of a mixture without data are reported."""
     from pemoe_jax.data import seqio_tasks
     from pemoe_jax.runtime import progress

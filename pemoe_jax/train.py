@@ -249,7 +249,11 @@ def _stack_frozen(model: "network.Transformer", frozen: "PyTree") -> "PyTree":
 
 
 def _summarize(
-    trainable: "PyTree", frozen: "PyTree", record: "runs.Record", task_info: "Registered", devices: int
+    trainable: "PyTree",
+    frozen: "PyTree",
+    record: "runs.Record",
+    task_info: "Registered",
+    devices: int,
 ) -> str:
     from pemoe_jax.analysis import counts
     from pemoe_jax.core import params as params_lib
