@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError, check_integer, first_line
@@ -107,7 +107,11 @@ def check_vocab_size(name: str, model_vocab_size: int) -> None:
 
 def eval_split(name: str) -> str | None:
     """Returns a task's evaluation split, the first of `EVAL_SPLITS` that it has; None without."""
-    splits = get_mixture_or_task(name).splits
+    return first_eval_split(get_mixture_or_task(name).splits)
+
+
+def first_eval_split(splits: Collection[str]) -> str | None:
+    """Returns the first of `EVAL_SPLITS` that is among `splits`; None without."""
     return next((split for split in EVAL_SPLITS if split in splits), None)
 
 
