@@ -1,9 +1,8 @@
-"""A worker: scores of answer choices by ours (see `common.Service`).
+"""A worker that scores answer choices with our code (see `workers.Worker`).
 
-Its spec: `dimensions`, `dtype`, `inputs`, `choices`, `lengths`, and `way`: shared
-(`steps.score_choices`: each input encoded once), rows (as seqio's Evaluator hands rows to T5X:
-every choice a row of its own with its input, all at once), pieces (so, as many rows at a time as
-there are inputs).
+Its spec: `dimensions`, `dtype`, `inputs`, `choices`, `lengths`, and `mode`: `shared`
+(`steps.score_choices`, which encodes each input once), `rows` (a row per choice with its input, as
+seqio's Evaluator passes them to T5X, all at once), or `pieces` (the same, `inputs` rows at a time).
 """
 
 from __future__ import annotations
@@ -13,16 +12,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import common
+import machine
 import numpy as np
 import ours
+import workers
 
 
 def random_batch(spec: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Rows without padding: encoder_input_tokens [B, L], decoder_* [B, C, Lt]."""
+    """Returns rows without padding: encoder_input_tokens [B, L], decoder_* [B, C, Lt]."""
     rng = np.random.default_rng(0)
-    inputs, choices, (length, of_target) = spec["inputs"], spec["choices"], spec["lengths"]
-    encoder = rng.integers(3, common.VOCABULARY, (inputs, length)).astype(np.int32)
-    targets = rng.integers(3, common.VOCABULARY, (inputs, choices, of_target)).astype(np.int32)
+    inputs, choices, (input_length, target_length) = (
+        spec["inputs"],
+        spec["choices"],
+        spec["lengths"],
+    )
+    encoder = rng.integers(3, common.VOCAB_SIZE, (inputs, input_length)).astype(np.int32)
+    targets = rng.integers(3, common.VOCAB_SIZE, (inputs, choices, target_length)).astype(np.int32)
     encoder[:, -1] = targets[..., -1] = 1
     return {
         "encoder_input_tokens": encoder,
@@ -32,7 +37,7 @@ def random_batch(spec: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def as_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A row a choice: every array [B·C, …], the input repeated."""
+    """Returns a row per choice with the input repeated: arrays [B·C, …]."""
     choices = batch["decoder_target_tokens"].shape[1]
     return {
         key: np.repeat(value, choices, axis=0)
@@ -43,7 +48,7 @@ def as_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def score_rows(model: Any, params: Any, rows: Mapping[str, Any]) -> Any:
-    """Log-probability of every row's target, the whole network run over each row: [rows]."""
+    """Returns each row's target log-probability [rows]; runs the whole network on each row."""
     import jax.numpy as jnp
 
     from pemoe_jax.core import cross_entropy, steps
@@ -54,27 +59,27 @@ def score_rows(model: Any, params: Any, rows: Mapping[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Serves."""
-    service = common.Service()
-    spec = service.spec
+    """Runs the worker."""
+    worker = workers.Worker()
+    spec = worker.spec
     import floors
     import jax
 
     from pemoe_jax.core import params as params_lib
     from pemoe_jax.core import steps
 
-    model = ours.transformer(spec)
-    before = common.memory("VmRSS")
+    model = ours.make_model(spec)
+    before = machine.memory("VmRSS")
     params = params_lib.unflatten(ours.random_params(model, ()))
     batch = random_batch(spec)
     scorer: Any = steps.score_choices
     pieces = [batch]
-    if spec["way"] != "shared":
+    if spec["mode"] != "shared":
         scorer, rows = score_rows, as_rows(batch)
-        many = spec["inputs"] * (spec["choices"] if spec["way"] == "rows" else 1)
+        piece_rows = spec["inputs"] * (spec["choices"] if spec["mode"] == "rows" else 1)
         pieces = [
-            {key: value[start : start + many] for key, value in rows.items()}
-            for start in range(0, spec["inputs"] * spec["choices"], many)
+            {key: value[start : start + piece_rows] for key, value in rows.items()}
+            for start in range(0, spec["inputs"] * spec["choices"], piece_rows)
         ]
     compiled = jax.jit(functools.partial(scorer, model)).lower(params, pieces[0]).compile()
 
@@ -82,10 +87,10 @@ def main() -> None:
         scores = [np.asarray(compiled(params, piece)).ravel() for piece in pieces]
         return float(np.square(np.concatenate(scores)).mean())
 
-    told = {
+    info = {
         "before": before,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
-        "floor": floors.of_scoring(
+        "floor": floors.scoring_floor(
             model,
             params_lib.flatten(params),
             spec["inputs"],
@@ -93,8 +98,8 @@ def main() -> None:
             spec["lengths"],
         ),
     }
-    told |= ours.told_of_device(spec)
-    service.run(step, told, functools.partial(ours.told_at_the_end, spec))
+    info |= ours.device_info(spec)
+    worker.run(step, info, functools.partial(ours.final_info, spec))
 
 
 if __name__ == "__main__":

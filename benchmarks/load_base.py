@@ -1,12 +1,12 @@
-"""How long a base takes to load, and how much memory beside its parameters, format by format.
+"""Load time of a base model and its memory beyond the parameters, by format.
 
     python benchmarks/load_base.py [--folder /tmp/bases] [--repeats 5] [--dtype float32]
 
-Writes a random T5 v1.1 Base (0.99 GB in float32) in every format, then loads each in a process of
-its own, ours and the library's own reader in turn, and prints medians: seconds of the load (imports
-and the making of the network are not in it), and the peak of anonymous memory above what the
-process had before, over the parameters' bytes (1.00 would be the parameters alone). Files are in
-the page cache. pytorch_model.bin needs torch, and transformers is compared with where it is there.
+Writes a random T5 v1.1 Base (0.99 GB in float32) in every format. Then loads each in separate
+processes, alternately with our reader and with the format's own library, and prints medians: the
+seconds of the load (without imports and the construction of the network), and the peak anonymous
+memory above that before the load, over the parameters' bytes (1.00: the parameters alone). Files
+are in the page cache. pytorch_model.bin needs torch; the comparison with transformers is optional.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import common
+import machine
 
 SIZE = "models/t5_1_1_base.gin"
 FOLDERS = {
@@ -36,7 +36,7 @@ FOLDERS = {
 
 
 def network() -> Any:
-    """The size's network, through its gin file."""
+    """Returns the network of the size's gin file."""
     import gin
 
     from pemoe_jax import train
@@ -51,7 +51,7 @@ def network() -> Any:
 
 
 def write_all(folder: pathlib.Path) -> None:
-    """Every format, each once."""
+    """Writes the base model in every format."""
     import jax
 
     from pemoe_jax.checkpoints import base_model, huggingface, lazy_array
@@ -79,7 +79,7 @@ def write_all(folder: pathlib.Path) -> None:
 
 
 def write_bin(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """The safetensors folder again, by torch.save."""
+    """Writes the safetensors folder with torch.save."""
     import torch
     from safetensors.torch import load_file
 
@@ -89,7 +89,7 @@ def write_bin(source: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def write_legacy(folder: pathlib.Path, flat: dict[str, Any]) -> None:
-    """T5X's legacy layout: gzip, chunks of at most 64 MiB along the first axis."""
+    """Writes T5X's legacy layout: gzip, chunks of at most 64 MiB along the first axis."""
     import tensorstore as ts
     from flax import serialization
 
@@ -120,7 +120,7 @@ def write_legacy(folder: pathlib.Path, flat: dict[str, Any]) -> None:
 
 
 def write_orbax(folder: pathlib.Path, flat: dict[str, Any]) -> None:
-    """Orbax's layout as T5X uses it, with a state of the optimiser that nobody should read."""
+    """Writes Orbax's layout as T5X uses it, with optimizer state that readers must skip."""
     import orbax.checkpoint as ocp
 
     from pemoe_jax.core import params as params_lib
@@ -130,11 +130,11 @@ def write_orbax(folder: pathlib.Path, flat: dict[str, Any]) -> None:
         checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(tree))
 
 
-# --- loading, in a process of its own ---
+# --- loading, in a separate process ---
 
 
 def ours(path: str, dtype: str) -> Callable[[], Any]:
-    """Through the entry that training uses."""
+    """Returns a function that loads as training does."""
     import dataclasses
 
     import jax.numpy as jnp
@@ -151,7 +151,7 @@ def ours(path: str, dtype: str) -> Callable[[], Any]:
 
 
 def library(path: str, dtype: str) -> Callable[[], Any]:
-    """The format's own library: safetensors, transformers (torch) or orbax."""
+    """Returns a function that loads with safetensors, transformers (torch) or orbax."""
     if path.endswith(".safetensors"):
         import safetensors.flax
 
@@ -169,39 +169,39 @@ def library(path: str, dtype: str) -> Callable[[], Any]:
 
 
 def measure(load: Callable[[], Any]) -> dict[str, float]:
-    """Seconds, and the peak above the memory before, sampled every 2 ms."""
-    with common.Peak(every=0.002) as peak:
+    """Returns the seconds of a load, its peak memory, and the memory that remains."""
+    with machine.PeakMemory(interval=0.002) as peak:
         start = time.perf_counter()
-        held = load()
-        if type(held) is dict:
+        params = load()
+        if type(params) is dict:  # of jax arrays, which load asynchronously
             import jax
 
-            jax.block_until_ready(held)
+            jax.block_until_ready(params)
         seconds = time.perf_counter() - start
-    kept = common.memory("RssAnon") - peak.before
-    return {"seconds": seconds, "bytes": peak.added, "kept": kept}
+    remaining = machine.memory("RssAnon") - peak.before
+    return {"seconds": seconds, "bytes": peak.added, "remaining": remaining}
 
 
 # --- the table ---
 
 
 def compare(folder: pathlib.Path, repeats: int, dtype: str) -> None:
-    """Medians of each format and reader."""
-    # the logits' matrix stays float32
+    """Prints the medians of each format and reader."""
+    # the logits matrix stays float32
     param_bytes = 4 * 247_577_856 if dtype == "float32" else 2 * (247_577_856 + 32_128 * 768)
     print(f"| format | reader | {dtype}: seconds | peak / parameters |")
     print("| :-- | :-- | --: | --: |")
-    for name, where in FOLDERS.items():
-        path = folder / where
+    for name, location in FOLDERS.items():
+        path = folder / location
         if not path.exists():
             print(f"| {name} | not written: torch is absent | | |")
             continue
-        found: dict[str, list[dict[str, float]]] = {"ours": [], "library": []}
+        runs_by_reader: dict[str, list[dict[str, float]]] = {"ours": [], "library": []}
         for _ in range(repeats):
-            for reader, runs in found.items():
+            for reader, runs in runs_by_reader.items():
                 if reader == "ours" or has_library(name):
-                    runs.append(in_process(reader, path, dtype))
-        for reader, runs in found.items():
+                    runs.append(measure_in_process(reader, path, dtype))
+        for reader, runs in runs_by_reader.items():
             if runs:
                 seconds = statistics.median(run["seconds"] for run in runs)
                 share = statistics.median(run["bytes"] for run in runs) / param_bytes
@@ -209,23 +209,23 @@ def compare(folder: pathlib.Path, repeats: int, dtype: str) -> None:
 
 
 def has_library(name: str) -> bool:
-    """Whether there is a library to compare with; nothing but T5X reads its legacy format."""
+    """Returns whether a library reads the format; only T5X reads its legacy format."""
     if name.startswith(("huggingface", "pytorch")):
         return bool(importlib.util.find_spec("transformers"))
     return name != "T5X legacy"
 
 
-def in_process(reader: str, path: pathlib.Path, dtype: str) -> dict[str, float]:
-    """`measure`, in a process that has loaded nothing else."""
+def measure_in_process(reader: str, path: pathlib.Path, dtype: str) -> dict[str, float]:
+    """Runs `measure` in a process that has loaded nothing else."""
     command = [sys.executable, __file__, "--load", reader, str(path), "--dtype", dtype]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Writes what is not there yet, and compares."""
+    """Writes the files if necessary, and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,9 @@
-"""MoV-30 against (IA)³: whole training steps.
+"""Whole training steps of MoV-30 against (IA)³.
 
     python benchmarks/mov_against_ia3.py [--rounds 9] [--size small] [--gpu] [--json FILE]
 
-On two CPU threads T5 v1.1 Small, 8 rows of 128 and 32 tokens, float32; with --gpu, Large say,
-packed rows of 1024 and 256 tokens in bfloat16.
+On two CPU threads T5 v1.1 Small, 8 rows of 128 and 32 tokens in float32; with --gpu packed rows of
+1024 and 256 tokens in bfloat16, for a size such as Large.
 """
 
 import common
@@ -11,12 +11,12 @@ import pairs
 
 
 def main() -> None:
-    """Measures as the flags say."""
-    parser = common.parser(__doc__, size="small", gpu=True)
-    pairs.add_flags(parser)
+    """Runs the benchmark."""
+    parser = common.make_parser(__doc__, size="small", gpu=True)
+    pairs.add_gpu_flags(parser)
     args = parser.parse_args()
-    ways = {"MoV-30": {"method": "mov", "experts": 30}, "(IA)³": {"method": "ia3"}}
-    pairs.compare(args, "mov_against_ia3", ways)
+    methods = {"MoV-30": {"method": "mov", "experts": 30}, "(IA)³": {"method": "ia3"}}
+    pairs.compare(args, "mov_against_ia3", methods)
 
 
 if __name__ == "__main__":

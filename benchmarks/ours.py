@@ -1,10 +1,9 @@
-"""A worker: our training step over random rows (see `common.Service`), from the core alone.
+"""A worker with our training step on random rows (see `workers.Worker`); uses the core alone.
 
-Its spec, beside `gpu`: `dimensions` by T5Config's names, and what else of T5Config is not as it is
-by default (`dtype`, `scan_layers`, `remat_policy`, `attention`); `frozen_dtype`; `method` with
-`experts`, `rank`, settings of its `router` and whether MoV is `fused`; `rows` and `lengths` of
-inputs and targets; `optimizer`, `packed`, `microbatches`, `router_metrics`; `steps`, which one take
-is made of (a step of a GPU is too short to be waited for).
+Its spec: `dimensions` and other fields of T5Config (`dtype`, `scan_layers`, `remat_policy`,
+`attention`); `frozen_dtype`; `method` with `experts`, `rank`, `router` settings and whether MoV is
+`fused`; `rows` and `lengths` of inputs and targets; `optimizer`, `packed`, `microbatches`,
+`router_metrics`; `gpu`; `steps` per measurement, since a single GPU step is too short to time.
 """
 
 from __future__ import annotations
@@ -17,19 +16,21 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import common
+import machine
 import numpy as np
+import workers
 
 if TYPE_CHECKING:
     from pemoe_jax.core.adapters import Adapters
     from pemoe_jax.core.network import Transformer
 
+PACKED_EXAMPLES = 4  # per row
 VECTOR_SITES = ("key", "value", "gate")
-PACKED = 4  # examples in a packed row
 LORA_SITES = ("query", "key", "value", "out", "wi_0", "wo")
 
 
-def adapters_of(spec: Mapping[str, Any]) -> Adapters:
-    """As gin/methods has them; none for `full` or where there is no method."""
+def make_adapters(spec: Mapping[str, Any]) -> Adapters:
+    """Returns the adapters of gin/methods; none for `full`."""
     from pemoe_jax.core import adapters, routing
 
     method, settings = spec.get("method", "full"), {}
@@ -47,23 +48,21 @@ def adapters_of(spec: Mapping[str, Any]) -> Adapters:
     return adapters.Adapters()
 
 
-def transformer(spec: Mapping[str, Any]) -> Transformer:
-    """The network of a spec."""
+def make_model(spec: Mapping[str, Any]) -> Transformer:
+    """Returns the network of a spec."""
     from pemoe_jax.core import network
 
     names = ("dtype", "scan_layers", "remat_policy", "attention")
-    how = {name: spec[name] for name in names if name in spec}
+    settings = {name: spec[name] for name in names if name in spec}
     return network.Transformer(
-        network.T5Config(**spec["dimensions"], **how), adapters=adapters_of(spec)
+        network.T5Config(**spec["dimensions"], **settings), adapters=make_adapters(spec)
     )
 
 
-def random_batch(
-    rows: int, lengths: Sequence[int], packed: bool = False, vocabulary: int = common.VOCABULARY
-) -> dict[str, np.ndarray]:
-    """Rows without padding, [rows, length] int32; packed ones are of `PACKED` examples each."""
+def random_batch(rows: int, lengths: Sequence[int], packed: bool = False) -> dict[str, np.ndarray]:
+    """Returns [rows, length] int32 without padding; packed rows have `PACKED_EXAMPLES` each."""
     rng = np.random.default_rng(0)
-    inputs, targets = (rng.integers(3, vocabulary, (rows, length)) for length in lengths)
+    inputs, targets = (rng.integers(3, common.VOCAB_SIZE, (rows, length)) for length in lengths)
     batch = {
         "encoder_input_tokens": inputs,
         "decoder_target_tokens": targets,
@@ -71,41 +70,39 @@ def random_batch(
     }
     if packed:
         for side, length in zip(("encoder", "decoder"), lengths, strict=True):
-            place = np.arange(length)
-            segments = 1 + PACKED * place // length
+            columns = np.arange(length)
+            segments = 1 + PACKED_EXAMPLES * columns // length
             starts = np.searchsorted(segments, segments)
             batch[f"{side}_segment_ids"] = np.broadcast_to(segments, (rows, length))
-            batch[f"{side}_positions"] = np.broadcast_to(place - starts, (rows, length))
+            batch[f"{side}_positions"] = np.broadcast_to(columns - starts, (rows, length))
     return {name: np.asarray(array, np.int32) for name, array in batch.items()}
 
 
 def random_params(
-    model: Transformer, trains: Collection[str], frozen_dtype: str = "activations"
+    model: Transformer, trainable: Collection[str], frozen_dtype: str = "activations"
 ) -> dict[str, Any]:
-    """Path -> array: what trains in float32, the rest in the type that a run keeps it in.
-
-    Drawn array by array, each in its own type: 11 billion parameters never are float32.
-    """
+    """Returns {path: array}, trainable parameters in float32, the others in a run's dtype."""
     import jax
     import jax.numpy as jnp
 
     from pemoe_jax.core import network, quantized
     from pemoe_jax.core import params as params_lib
 
+    # Array by array, each in its own dtype: 11 billion parameters never exist in float32.
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def normal(key: Any, shape: tuple[int, ...], dtype: Any, size: float) -> jax.Array:
         return jax.random.normal(key, shape, dtype) * jnp.asarray(size, dtype)
 
     def draw(path: str, shape: tuple[int, ...]) -> Any:
         frozen = params_lib.frozen_dtype(path, model.config.dtype)
-        dtype = jnp.dtype(jnp.float32) if path in trains else frozen
+        dtype = jnp.dtype(jnp.float32) if path in trainable else frozen
         if path.endswith(("scale", "vectors")):
             return jnp.ones(shape, dtype)
         size = 1.0 if path.startswith("token_embedder") else 1 / math.sqrt(shape[-2])
-        drawn = normal(jax.random.key(zlib.crc32(path.encode())), shape, dtype, size)
-        if frozen_dtype == "activations" or path in trains or not params_lib.is_matrix(path):
-            return drawn
-        return quantized.quantize(drawn, frozen_dtype)
+        array = normal(jax.random.key(zlib.crc32(path.encode())), shape, dtype, size)
+        if frozen_dtype == "activations" or path in trainable or not params_lib.is_matrix(path):
+            return array
+        return quantized.quantize(array, frozen_dtype)
 
     shapes = params_lib.flatten(network.param_shapes(model))
     return {path: draw(path, leaf.shape) for path, leaf in shapes.items()}
@@ -113,24 +110,24 @@ def random_params(
 
 @dataclasses.dataclass
 class Step:
-    """A compiled training step that keeps its state; called, it returns the loss."""
+    """A compiled training step with its state; a call takes `steps` steps and returns the loss."""
 
     compiled: Any
     state: Any
-    rest: tuple[Any, ...]
+    inputs: tuple[Any, ...]
     steps: int = 1
 
     def __call__(self) -> Any:
         import jax
 
         for _ in range(self.steps):
-            self.state, metrics = self.compiled(self.state, *self.rest)
+            self.state, metrics = self.compiled(self.state, *self.inputs)
         jax.block_until_ready((self.state, metrics))
         return metrics["loss"]
 
 
 def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
-    """The step of a spec, and what there is to tell of it."""
+    """Returns the step of a spec, and its entries for the row."""
     import floors
     import jax
     import jax.numpy as jnp
@@ -139,71 +136,75 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     from pemoe_jax.core import params as params_lib
     from pemoe_jax.runtime import host_memory
 
-    rows, lengths, model = spec["rows"], spec["lengths"], transformer(spec)
+    rows, lengths, model = spec["rows"], spec["lengths"], make_model(spec)
     patterns = [".*"] if spec["method"] == "full" else [params_lib.ADAPTER_PATTERN]
     shapes = params_lib.flatten(network.param_shapes(model))
-    trains = params_lib.trainable_paths(shapes, patterns)
-    before = common.memory("VmRSS")
+    trainable = params_lib.trainable_paths(shapes, patterns)
+    before = machine.memory("VmRSS")
     frozen_dtype = spec.get("frozen_dtype", "activations")
-    flat = random_params(model, trains, frozen_dtype)
-    trained = params_lib.unflatten({path: flat[path] for path in flat if path in trains})
-    frozen = params_lib.unflatten({path: flat[path] for path in flat if path not in trains})
-    del flat
+    flat = random_params(model, trainable, frozen_dtype)
+    trainable_params, frozen = (
+        params_lib.unflatten({p: a for p, a in flat.items() if (p in trainable) == is_trainable})
+        for is_trainable in (True, False)
+    )
+    del flat  # or a second copy would stay while layers are stacked
     if spec.get("scan_layers"):
         from pemoe_jax.core import stacks
 
         frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
     optimizer = getattr(optim, spec.get("optimizer", "adafactor"))(lambda step: jnp.asarray(3e-4))
-    state = jax.jit(lambda p: steps.TrainState.create(p, optimizer))(trained)
-    del trained
+    state = jax.jit(lambda p: steps.TrainState.create(p, optimizer))(trainable_params)
+    del trainable_params
     batch = jax.device_put(random_batch(rows, lengths, spec.get("packed", False)))
-    function: Any = steps.make_train_step(
+    train_step: Any = steps.make_train_step(
         model,
         optimizer,
         steps.Loss(),
         spec.get("microbatches", 1),
         spec.get("router_metrics", True),
     )
-    rest = (frozen, batch, jax.random.key(0))
-    compiled = function.lower(state, *rest).compile()
+    inputs = (frozen, batch, jax.random.key(0))
+    compiled = train_step.lower(state, *inputs).compile()
     host_memory.trim_heap()
-    examples = PACKED if spec.get("packed") else 1
-    told = {
+    examples = PACKED_EXAMPLES if spec.get("packed") else 1
+    info = {
         "before": before,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
-        "trained": sum(math.prod(shapes[path].shape) for path in trains),
+        "trained": sum(math.prod(shapes[path].shape) for path in trainable),
         "tokens": rows * sum(lengths),
-        "floor": floors.of_step(model, shapes, trains, rows, lengths, frozen_dtype, examples),
+        "floor": floors.train_step_floor(
+            model, shapes, trainable, rows, lengths, frozen_dtype, examples
+        ),
     }
-    return Step(compiled, state, rest, spec.get("steps", 1)), told
+    return Step(compiled, state, inputs, spec.get("steps", 1)), info
 
 
-def told_of_device(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions, and the chip where it is one."""
+def device_info(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the versions, and the name of the GPU."""
     import jax
 
-    versions = {"versions": common.versions("jax", "jaxlib", "flax")}
+    versions = {"versions": machine.versions("jax", "jaxlib", "flax")}
     return versions | ({"device": jax.devices()[0].device_kind} if spec.get("gpu") else {})
 
 
-def told_at_the_end(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The device's memory and rates."""
+def final_info(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the device's peak memory and rates."""
     import floors
     import jax
 
     statistics = jax.devices()[0].memory_stats() or {}
     return {
         "device peak": statistics.get("peak_bytes_in_use"),
-        "rates": floors.rates(spec.get("dtype", "float32")),
+        "rates": floors.device_rates(spec.get("dtype", "float32")),
     }
 
 
 def main() -> None:
-    """Serves."""
-    service = common.Service()
-    step, told = training_step(service.spec)
-    told |= told_of_device(service.spec)
-    service.run(step, told, functools.partial(told_at_the_end, service.spec))
+    """Runs the worker."""
+    worker = workers.Worker()
+    step, info = training_step(worker.spec)
+    info |= device_info(worker.spec)
+    worker.run(step, info, functools.partial(final_info, worker.spec))
 
 
 if __name__ == "__main__":

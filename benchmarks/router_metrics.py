@@ -1,19 +1,17 @@
-"""What watching the routers costs a training step, and what the load-balance loss does.
+"""Cost of router metrics and of the load-balancing loss in a training step.
 
     python benchmarks/router_metrics.py [--methods mov molora] [--rounds 21] [--size small]
 
-Trains on random rows, 8 of 128 and 32 tokens, T5 v1.1 Small with random weights in float32, ten
-experts a site, on two CPU threads. Ways of taking the step take turns, one step each a round, in
-an order that turns too:
+Trains on 8 random rows of 128 and 32 tokens: T5 v1.1 Small with random weights in float32, ten
+experts per site, two CPU threads. The variants of the step alternate, one step each per round:
 
-- bare: routers tell nothing, as if nobody had ever asked (the statistics are cut out);
+- bare: routers compute no statistics at all;
 - off: ROUTER_METRICS=None;
-- on: ROUTER_METRICS='sites' (or 'layers': the step is the same);
-- balanced: on, with routing/top_2_balanced.gin's loss on soft routing.
+- on: ROUTER_METRICS='sites' ('layers' has the same step);
+- balanced: on, with the loss of routing/top_2_balanced.gin on soft routing.
 
-Printed are the medians, and the median over rounds of a way's time over that of `off` (and of
-`bare`) in the same round, with the middle half of these ratios: of the clock's time, and of the
-time that the process had on the CPU, which others on the machine disturb less.
+Prints medians, and the median and middle half of each variant's time over that of `off` (and of
+`bare`) in the same round: of wall-clock time, and of CPU time, which other processes disturb less.
 """
 
 import argparse
@@ -22,15 +20,17 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import common
+import machine
 import ours
+import workers
 
 ROWS, INPUTS, TARGETS, EXPERTS = 8, 128, 32, 10
-WAYS = ("bare", "off", "on", "balanced")
+VARIANTS = ("bare", "off", "on", "balanced")
 
 
 @contextlib.contextmanager
-def untold(bare: bool) -> Iterator[None]:
-    """Routers that tell zeros, where `bare`."""
+def without_statistics(bare: bool) -> Iterator[None]:
+    """Replaces the routers' statistics with zeros if `bare`."""
     import jax.numpy as jnp
 
     from pemoe_jax.core import routing
@@ -42,8 +42,8 @@ def untold(bare: bool) -> Iterator[None]:
         yield
 
 
-def way(name: str, method: str, size: str) -> Callable[[], None]:
-    """A step of its own state, compiled, that waits until it is done."""
+def make_step(name: str, method: str, size: str) -> Callable[[], None]:
+    """Returns a compiled and warm step with its own state, which waits for its end."""
     spec = {
         "dimensions": common.dimensions(size),
         "method": method,
@@ -53,7 +53,7 @@ def way(name: str, method: str, size: str) -> Callable[[], None]:
         "router": {"balance_loss": 1e-2} if name == "balanced" else {},
         "router_metrics": name in ("on", "balanced"),
     }
-    with untold(name == "bare"):
+    with without_statistics(name == "bare"):
         step, _ = ours.training_step(spec)
     for _ in range(2):
         step()
@@ -61,27 +61,31 @@ def way(name: str, method: str, size: str) -> Callable[[], None]:
 
 
 def compare(method: str, rounds: int, size: str) -> None:
-    """Prints a table."""
-    sides, others = common.in_turn({name: way(name, method, size) for name in WAYS}, rounds)
+    """Prints a method's table."""
+    sides, other_load = workers.alternate_functions(
+        {name: make_step(name, method, size) for name in VARIANTS}, rounds
+    )
     print(
         f"\n{method}-{EXPERTS}, {ROWS} rows of {INPUTS} and {TARGETS} tokens, {rounds} rounds,"
-        f" in which others used {others:.0%} of the cores"
+        f" in which others used {other_load:.0%} of the cores"
     )
-    print("| way | time | seconds a step | over off | middle half | over bare | middle half |")
+    print(
+        "| variant | time | seconds per step | over off | middle half | over bare | middle half |"
+    )
     print("| :-- | :-- | --: | --: | --: | --: | --: |")
     times = {side.name: side.times for side in sides}
-    for name in WAYS:
-        for kind, which in enumerate(("clock", "CPU")):
-            own = [taken[kind] for taken in times[name]]
+    for name in VARIANTS:
+        for index, clock in enumerate(("wall", "CPU")):
+            own = [step_times[index] for step_times in times[name]]
             cells = [f"{common.quartiles(own)[1]:.3f}"]
             for other in ("off", "bare"):
-                ratios = common.paired(own, [taken[kind] for taken in times[other]])
+                ratios = common.paired_ratios(own, [t[index] for t in times[other]])
                 cells += [f"{ratios[1]:.3f}", f"{ratios[0]:.3f}–{ratios[2]:.3f}"]
-            print(f"| {name} | {which} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name} | {clock} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
-    """Measures as the flags say."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,8 +93,8 @@ def main() -> None:
     parser.add_argument("--size", default="small")
     parser.add_argument("--methods", nargs="+", default=["mov", "molora"])
     args = parser.parse_args()
-    common.pin()
-    print(f"{common.machine()}; {common.versions('jax', 'jaxlib', 'flax')}")
+    machine.pin()
+    print(f"{machine.description()}; {machine.versions('jax', 'jaxlib', 'flax')}")
     for method in args.methods:
         compare(method, args.rounds, args.size)
 

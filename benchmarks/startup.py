@@ -1,11 +1,11 @@
-"""From the start of the process to the end of the first step: `python -m pemoe_jax.train`.
+"""Time from the start of `python -m pemoe_jax.train` to the end of its first step.
 
     python benchmarks/startup.py [--rounds 3] [--size tiny] [--json FILE]
 
 A tiny T5 v1.1 with random weights and MoV, the quickstart's sample and vocabulary, 8 rows of 64 and
-16 tokens, on two CPU threads. A first run, which is not counted, fills the cache of compiled
-programs. The first step is over when its metrics are written. In turn with it `import seqio`
-alone, which is most of it.
+16 tokens, on two CPU threads. A first run, which does not count, fills the cache of compiled
+programs. The first step ends when its metrics are written. The peer is `import seqio` alone, which
+takes most of that time.
 """
 
 import os
@@ -18,10 +18,12 @@ import time
 from collections.abc import Callable, Sequence
 
 import common
+import machine
+import workers
 
 
 def first_step(folder: pathlib.Path, size: str) -> tuple[float, resource.struct_rusage]:
-    """Seconds until the metrics of the first step are there, and what the whole process used."""
+    """Returns the seconds until the first step's metrics exist, and the resource usage."""
     macros = {
         "MODEL_DIR": folder,
         "INITIAL_CHECKPOINT_PATH": None,
@@ -31,20 +33,20 @@ def first_step(folder: pathlib.Path, size: str) -> tuple[float, resource.struct_
         "VOCAB_SIZE": 640,
     }
     files = [f"models/t5_1_1_{size}", "methods/mov", "runs/finetune", "runs/quickstart_data"]
-    words = ["-m", "pemoe_jax.train", *(f"--gin_file={name}.gin" for name in files)]
-    words += [f"--gin.{name}={value}" for name, value in macros.items()]
+    arguments = ["-m", "pemoe_jax.train", *(f"--gin_file={name}.gin" for name in files)]
+    arguments += [f"--gin.{name}={value}" for name, value in macros.items()]
     metrics = folder / "metrics.jsonl"
-    return timed(words, lambda: metrics.exists() and metrics.stat().st_size > 0)
+    return time_python(arguments, lambda: metrics.exists() and metrics.stat().st_size > 0)
 
 
-def timed(
-    words: Sequence[str], done: Callable[[], bool] = lambda: False
+def time_python(
+    arguments: Sequence[str], done: Callable[[], bool] = lambda: False
 ) -> tuple[float, resource.struct_rusage]:
-    """Runs Python until something is done or it ends: seconds, and what the process used."""
-    with tempfile.TemporaryFile("w+") as said:
+    """Runs Python; returns the seconds until `done` or its end, and the resource usage."""
+    with tempfile.TemporaryFile("w+") as output:
         clock, seconds = time.perf_counter(), 0.0
         process = subprocess.Popen(
-            [sys.executable, *words], cwd=common.REPO, stdout=said, stderr=said
+            [sys.executable, *arguments], cwd=workers.REPO, stdout=output, stderr=output
         )
         pid = 0
         while not pid:
@@ -53,16 +55,16 @@ def timed(
                 seconds = time.perf_counter() - clock
             time.sleep(0.005)
         if status:
-            said.seek(0)
-            raise SystemExit(said.read())
+            output.seek(0)
+            raise SystemExit(output.read())
     return seconds, usage
 
 
 def main() -> None:
-    """Measures as the flags say."""
-    args = common.parser(__doc__, rounds=3, size="tiny").parse_args()
-    common.pin()
-    os.environ["PYTHONPATH"] = str(common.REPO)
+    """Runs the benchmark."""
+    args = common.make_parser(__doc__, rounds=3, size="tiny").parse_args()
+    machine.pin()
+    os.environ["PYTHONPATH"] = str(workers.REPO)
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         os.environ |= {
@@ -71,22 +73,22 @@ def main() -> None:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
         cold, _ = first_step(root / "cold", args.size)
-        ours = common.Side("start to first step, programs cached", "", {})
-        alone = common.Side("import seqio alone", "", {})
-        others, own = common.Others(), 0.0
+        ours = workers.Side("start to first step, programs cached")
+        peer = workers.Side("import seqio alone")
+        load, cpu_seconds = machine.OtherLoad(), 0.0
         for number in range(args.rounds):
             for side, (seconds, usage) in (
                 (ours, first_step(root / f"run_{number}", args.size)),
-                (alone, timed(["-c", "import seqio"])),
+                (peer, time_python(["-c", "import seqio"])),
             ):
                 cpu = usage.ru_utime + usage.ru_stime
-                own += cpu
+                cpu_seconds += cpu
                 side.times.append((seconds, cpu))
-                side.told["peak"] = max(side.told.get("peak", 0), 1024 * usage.ru_maxrss)
-        share = others.share(own)
-    ours.told["versions"] = common.versions("jax", "jaxlib", "flax", "seqio", "tensorflow")
+                side.info["peak"] = max(side.info.get("peak", 0), 1024 * usage.ru_maxrss)
+        other_load = load.share(cpu_seconds)
+    ours.info["versions"] = machine.versions("jax", "jaxlib", "flax", "seqio", "tensorflow")
     print(f"the first run, without the cache: {cold:.1f} s")
-    common.write([common.row("startup/cpu", ours, alone, share)], args.json)
+    common.write_rows([common.make_row("startup/cpu", ours, peer, other_load)], args.json)
 
 
 if __name__ == "__main__":

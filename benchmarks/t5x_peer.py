@@ -1,10 +1,10 @@
-"""A worker: the training step of T5X on its minimal T5 (see `common.Service`).
+"""A worker with T5X's training step on its minimal T5 (see `workers.Worker`).
 
-T5X has no adapters. Its user adds them to the modules of the T5 and freezes the base by a
-`MultiOptimizer`, as the MoV paper's code does: so here. `DenseGeneral`, through which all of T5X's
-matrices go, gets (IA)³'s vector or LoRA's pair at the sites of ours, and the rest is T5X's own:
-model, loss, `trainer.train_with_lr`, its Adafactor and its partitioner. XLA drops what gradients of
-the base nobody asks for; of this project nothing is imported.
+T5X has no adapters. A user adds them to the modules of the T5 and freezes the base model with a
+`MultiOptimizer`, as the MoV paper's code does; so does this worker. `DenseGeneral`, which contains
+all of T5X's matrices, gets (IA)³'s vector or LoRA's pair at our sites. The rest is T5X's own:
+model, loss, `trainer.train_with_lr`, Adafactor and the partitioner. XLA removes the unused
+gradients of the base model. The worker imports no model code of this project.
 
 Its spec: `dimensions`, `method` (ia3, lora) with `rank`, `rows`, `lengths`. Its environment is that
 of `make t5x VENV=.venv-t5x`.
@@ -12,21 +12,24 @@ of `make t5x VENV=.venv-t5x`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import common
+import machine
+import workers
 
 
 def add_adapters(method: str, rank: int) -> None:
-    """Puts adapters into `t5x.examples.t5.layers`."""
+    """Adds adapters to `t5x.examples.t5.layers`."""
     import jax.numpy as jnp
     from flax import linen as nn
     from t5x.examples.t5 import layers
 
     plain = layers.DenseGeneral
-    # (IA)³'s vector at wi_1 is that at the gate: their outputs are multiplied
+    # A vector at wi_1 equals one at the gate, because their outputs are multiplied.
     sites = {
         "ia3": ("key", "value", "wi_1"),
         "lora": ("query", "key", "value", "out", "wi_0", "wo"),
@@ -39,44 +42,40 @@ def add_adapters(method: str, rank: int) -> None:
             if self.name not in sites:
                 return outputs
             start = inputs.ndim - len(layers._canonicalize_tuple(self.axis))
-            read, made = inputs.shape[start:], outputs.shape[start:]
-            size_in, size_out = (1, 1)
-            for size in read:
-                size_in *= size
-            for size in made:
-                size_out *= size
+            out_shape = outputs.shape[start:]
+            size_in, size_out = math.prod(inputs.shape[start:]), math.prod(out_shape)
             ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
             if method == "ia3":
                 vector = layers.param_with_axes(
                     "vector_adapter", ones, (size_out,), jnp.float32, axes=self.kernel_axes[1:]
                 )
-                return outputs * jnp.asarray(vector, self.dtype).reshape(made)
+                return outputs * jnp.asarray(vector, self.dtype).reshape(out_shape)
             normal = nn.initializers.normal(0.02)
-            into = layers.param_with_axes(
+            lora_a = layers.param_with_axes(
                 "a_adapter", normal, (size_in, rank), jnp.float32, axes=("embed", "stack")
             )
-            out = layers.param_with_axes(
+            lora_b = layers.param_with_axes(
                 "b_adapter", zeros, (rank, size_out), jnp.float32, axes=("stack", "embed")
             )
-            low = inputs.reshape(*inputs.shape[:start], size_in) @ jnp.asarray(into, self.dtype)
-            delta = low @ jnp.asarray(out, self.dtype) * (16 / rank)
+            low = inputs.reshape(*inputs.shape[:start], size_in) @ jnp.asarray(lora_a, self.dtype)
+            delta = low @ jnp.asarray(lora_b, self.dtype) * (16 / rank)
             return outputs + delta.reshape(outputs.shape)
 
     layers.DenseGeneral = WithAdapter
 
 
-def model_of(spec: Mapping[str, Any]) -> Any:
-    """T5X's model with what trains."""
+def make_model(spec: Mapping[str, Any]) -> Any:
+    """Returns T5X's model with an optimizer of the adapters alone."""
     import seqio
     from flax import traverse_util
     from t5x import adafactor, models, optimizers
     from t5x.examples.t5 import network
 
-    of_adapters = traverse_util.ModelParamTraversal(lambda path, _: "_adapter" in path)
+    adapters = traverse_util.ModelParamTraversal(lambda path, _: "_adapter" in path)
     optimizer = optimizers.MultiOptimizer(
         [
             (
-                of_adapters,
+                adapters,
                 adafactor.Adafactor(
                     decay_rate=0.8,
                     step_offset=0,
@@ -86,21 +85,21 @@ def model_of(spec: Mapping[str, Any]) -> Any:
         ]
     )
     config = network.T5Config(
-        vocab_size=common.VOCABULARY,
+        vocab_size=common.VOCAB_SIZE,
         mlp_activations=("gelu", "linear"),
         dropout_rate=0.0,
         **spec["dimensions"],
     )
-    vocabulary = seqio.PassThroughVocabulary(common.VOCABULARY)
+    vocabulary = seqio.PassThroughVocabulary(common.VOCAB_SIZE)
     return models.EncoderDecoderModel(
         network.Transformer(config), vocabulary, vocabulary, optimizer_def=optimizer
     )
 
 
 def main() -> None:
-    """Serves."""
-    service = common.Service()
-    spec = service.spec
+    """Runs the worker."""
+    worker = workers.Worker()
+    spec = worker.spec
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -109,7 +108,7 @@ def main() -> None:
     add_adapters(spec["method"], spec.get("rank", 4))
     rng = np.random.default_rng(0)
     inputs, targets = (
-        rng.integers(3, common.VOCABULARY, (spec["rows"], length)).astype(np.int32)
+        rng.integers(3, common.VOCAB_SIZE, (spec["rows"], length)).astype(np.int32)
         for length in spec["lengths"]
     )
     batch = {
@@ -118,8 +117,8 @@ def main() -> None:
         "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
         "decoder_loss_weights": np.ones_like(targets),
     }
-    before = common.memory("VmRSS")
-    model = model_of(spec)
+    before = machine.memory("VmRSS")
+    model = make_model(spec)
     partitioner = partitioning.PjitPartitioner(
         num_partitions=1, logical_axis_rules=partitioning.standard_logical_axis_rules()
     )
@@ -152,37 +151,38 @@ def main() -> None:
     )
     batch = jax.device_put(batch)
     compiled = partitioner.compile(partitioned, state, batch)
-    held = [state]
+    # The step donates the state; a second reference would keep its old arrays alive.
+    states = [state]
     del state
 
     def step() -> Any:
-        held[0], metrics = compiled(held[0], batch)
-        jax.block_until_ready((held[0].params, metrics))
+        states[0], metrics = compiled(states[0], batch)
+        jax.block_until_ready((states[0].params, metrics))
         return metrics["loss"].total / metrics["loss"].steps
 
-    flat = traverse(held[0].params)
-    told = {
+    flat = flatten(states[0].params)
+    info = {
         "before": before,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "trained": sum(array.size for path, array in flat.items() if "_adapter" in path),
-        "versions": common.versions("jax", "jaxlib", "flax") + ", T5X at " + commit(),
+        "versions": machine.versions("jax", "jaxlib", "flax") + ", T5X at " + t5x_commit(),
     }
-    service.run(step, told)
+    worker.run(step, info)
 
 
-def traverse(params: Any) -> dict[str, Any]:
-    """path -> array."""
+def flatten(params: Any) -> dict[str, Any]:
+    """Returns {path: array}."""
     from flax import traverse_util
     from flax.core import unfreeze
 
     return traverse_util.flatten_dict(unfreeze(params), sep="/")
 
 
-def commit() -> str:
-    """Of T5X, as `make t5x` installs it."""
-    text = (common.REPO / "pemoe_jax" / "t5x_bridge" / "installed.py").read_text()
-    found = re.search(r"google-research/t5x\W+(\w{10})", text)
-    return found[1] if found else "an unknown commit"
+def t5x_commit() -> str:
+    """Returns the commit that `make t5x` installs."""
+    text = (workers.REPO / "pemoe_jax" / "t5x_bridge" / "installed.py").read_text()
+    match = re.search(r"google-research/t5x\W+(\w{10})", text)
+    return match[1] if match else "an unknown commit"
 
 
 if __name__ == "__main__":

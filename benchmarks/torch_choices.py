@@ -1,10 +1,10 @@
-"""A worker: scores of answer choices by Hugging Face's T5, with our trick (see `common.Service`).
+"""A worker that scores answer choices with Hugging Face's T5 (see `workers.Worker`).
 
-An input is encoded once, its keys and values for the decoder are projected once, and its choices
-are decoded against them as so many more queries. transformers has no call for that, so its
-decoder's own modules are called here in their order; that the scores are those of one pass a choice
-is checked at the start. Its spec is that of `choices.py`; `way`: `eager` or nothing, `compile`,
-`freezing` (inductor packs the weights).
+As in our code, an input is encoded once, its cross-attention keys and values are projected once,
+and its choices are decoded against them as additional queries. transformers has no function for
+that, so the worker calls the decoder's modules in order; it checks at the start that the scores
+equal those of one pass per choice. Its spec is that of `choices.py`, with a `mode`: `eager` or
+nothing, `compile`, `freezing` (inductor packs the weights).
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import common
+import machine
 import torch_peer
+import workers
 
 
 def score_choices(model: Any, inputs: Any, targets: Any) -> Any:
-    """Log-probability of every choice: inputs [B, L], targets [B, C, Lt] -> [B, C]."""
+    """Returns log-probabilities [B, C] of targets [B, C, Lt] with inputs [B, L]."""
     import torch
     from torch.nn import functional
 
@@ -25,34 +27,34 @@ def score_choices(model: Any, inputs: Any, targets: Any) -> Any:
     heads = model.config.num_heads
 
     def attend(query: Any, key: Any, value: Any, bias: Any) -> Any:
-        """[B, Lq, H·K], [B, Lk, H·K] -> [B, Lq, H·K]; T5 does not scale."""
+        """[B, Lq, H·K], [B, Lk, H·K] -> [B, Lq, H·K]; T5 does not scale the logits."""
         split = [x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value)]
-        found = functional.scaled_dot_product_attention(*split, attn_mask=bias, scale=1.0)
-        return found.transpose(1, 2).reshape(query.shape)
+        output = functional.scaled_dot_product_attention(*split, attn_mask=bias, scale=1.0)
+        return output.transpose(1, 2).reshape(query.shape)
 
     encoded = model.encoder(input_ids=inputs).last_hidden_state
     flat = targets.reshape(rows * choices, length)
     x = model.shared(functional.pad(flat, (1, 0))[:, :-1])
     first = model.decoder.block[0].layer[0].SelfAttention
-    later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+    future_mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
     bias = first.compute_bias(length, length, device=x.device)
-    bias = bias.masked_fill(later, torch.finfo(x.dtype).min)
+    bias = bias.masked_fill(future_mask, torch.finfo(x.dtype).min)
     for block in model.decoder.block:
         own, cross, mlp = block.layer
         h, part = own.layer_norm(x), own.SelfAttention
         x = x + part.o(attend(part.q(h), part.k(h), part.v(h), bias))
         h, part = cross.layer_norm(x), cross.EncDecAttention
-        query = part.q(h).view(rows, choices * length, -1)  # the choices of an input in one row
-        found = attend(query, part.k(encoded), part.v(encoded), None)
-        x = x + part.o(found.view(rows * choices, length, -1))
+        query = part.q(h).view(rows, choices * length, -1)  # an input's choices in one row
+        output = attend(query, part.k(encoded), part.v(encoded), None)
+        x = x + part.o(output.view(rows * choices, length, -1))
         x = mlp(x)
     logits = model.lm_head(model.decoder.final_layer_norm(x)).float()
     nll = functional.cross_entropy(logits.flatten(0, 1), flat.flatten(), reduction="none")
     return -nll.view(rows, choices, length).sum(-1)
 
 
-def plainly(model: Any, inputs: Any, targets: Any) -> Any:
-    """The same by transformers' own call, one pass a choice."""
+def score_by_passes(model: Any, inputs: Any, targets: Any) -> Any:
+    """Returns the same by transformers' own function, with one pass per choice."""
     import torch
 
     rows, choices, length = targets.shape
@@ -63,49 +65,53 @@ def plainly(model: Any, inputs: Any, targets: Any) -> Any:
 
 
 def random_batch(spec: Mapping[str, Any], device: Any) -> tuple[Any, Any]:
-    """Token ids without padding: inputs [B, L], targets [B, C, Lt]."""
+    """Returns token ids without padding: inputs [B, L], targets [B, C, Lt]."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    inputs, choices, (length, of_target) = spec["inputs"], spec["choices"], spec["lengths"]
-    shapes = ((inputs, length), (inputs, choices, of_target))
-    found = (torch.randint(3, common.VOCABULARY, s, generator=generator) for s in shapes)
-    return tuple(one.to(device) for one in found)
+    inputs, choices, (input_length, target_length) = (
+        spec["inputs"],
+        spec["choices"],
+        spec["lengths"],
+    )
+    shapes = ((inputs, input_length), (inputs, choices, target_length))
+    arrays = (torch.randint(3, common.VOCAB_SIZE, s, generator=generator) for s in shapes)
+    return tuple(array.to(device) for array in arrays)
 
 
 def main() -> None:
-    """Serves."""
-    service = common.Service()
-    spec = service.spec
+    """Runs the worker."""
+    worker = workers.Worker()
+    spec = worker.spec
     import torch
 
-    ways = spec["way"].split()
+    mode = spec["mode"].split()
     if not spec.get("gpu"):
-        torch.set_num_threads(common.CORES)
+        torch.set_num_threads(machine.CORES)
     import transformers  # noqa: F401
 
-    before = common.memory("VmRSS")
+    before = machine.memory("VmRSS")
     model = torch_peer.network(spec).eval()
     inputs, targets = random_batch(spec, model.device)
     scorer: Any = score_choices
-    if "freezing" in ways:
+    if "freezing" in mode:
         import torch._inductor.config as inductor
 
         inductor.freezing = True
-    if "compile" in ways:
+    if "compile" in mode:
         scorer = torch.compile(score_choices)
 
     with torch.no_grad():
-        some = (inputs[:2], targets[:2])
-        apart = (score_choices(model, *some) - plainly(model, *some)).abs().max().item()
-        if apart > 1e-2:
-            raise SystemExit(f"the scores differ from those of one pass a choice by {apart}")
+        part = (inputs[:2], targets[:2])
+        error = (score_choices(model, *part) - score_by_passes(model, *part)).abs().max().item()
+        if error > 1e-2:
+            raise SystemExit(f"scores must equal those of one pass per choice, differ by {error}")
 
         def step() -> float:
             return scorer(model, inputs, targets).square().mean().item()
 
-        told = {"before": before, "versions": common.versions("torch", "transformers")}
-        service.run(step, told, lambda: torch_peer.told_at_the_end(spec))
+        info = {"before": before, "versions": machine.versions("torch", "transformers")}
+        worker.run(step, info, lambda: torch_peer.final_info(spec))
 
 
 if __name__ == "__main__":

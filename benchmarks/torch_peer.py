@@ -1,17 +1,17 @@
-"""A worker: the training step of Hugging Face's T5 with PEFT (see `common.Service`).
+"""A worker with the training step of Hugging Face's T5 and PEFT (see `workers.Worker`).
 
-Its spec, beside `gpu`: `dimensions` by T5Config's names, `method` (ia3, lora, full) with `rank`,
-`rows`, `lengths` of inputs and targets, `dtype`, `steps`, whether rows have a `mask` (of ones, as a
-batch that could have padding has), and `way`, words of:
+Its spec: `dimensions` under T5Config's names, `method` (ia3, lora, full) with `rank`, `rows` and
+`lengths` of inputs and targets, `dtype`, `steps`, `gpu`, whether rows have a `mask` (of ones, as
+batches that may have padding), and `mode`, words among:
 
-- eager, sdpa, flex: the attention;
-- compile: torch.compile of the model, or with `blocks` of each block by itself, which is sooner
-  done; `autotune` tries kernels, `wrapper` has inductor call them from C++, `graphs` uses CUDA's;
-- fused: AdamW in one kernel a tensor (else torch's own choice);
-- checkpoint: activations are computed again.
+- eager, sdpa, flex: the attention implementation;
+- compile: torch.compile of the model, or with `blocks` of each block, which compiles faster;
+  `autotune` tries kernels, `wrapper` makes inductor call them from C++, `graphs` uses CUDA graphs;
+- fused: AdamW in one kernel per tensor (default: torch's choice);
+- checkpoint: activations are recomputed.
 
-Nothing of this project is imported: it runs in an environment of its own,
-`benchmarks/environments/torch.txt`.
+It runs in its own environment, `benchmarks/environments/torch.txt`, and imports no model code of
+this project.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import common
+import machine
+import workers
 
 
 def network(spec: Mapping[str, Any]) -> Any:
-    """Hugging Face's T5 v1.1 of these dimensions, random, without its optimiser or adapters."""
+    """Returns Hugging Face's T5 v1.1 of the spec's dimensions with random weights."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    given = spec["dimensions"]
+    dimensions = spec["dimensions"]
     config = T5Config(
-        vocab_size=common.VOCABULARY,
-        d_model=given["emb_dim"],
-        d_kv=given["head_dim"],
-        d_ff=given["mlp_dim"],
-        num_layers=given["num_encoder_layers"],
-        num_decoder_layers=given["num_decoder_layers"],
-        num_heads=given["num_heads"],
+        vocab_size=common.VOCAB_SIZE,
+        d_model=dimensions["emb_dim"],
+        d_kv=dimensions["head_dim"],
+        d_ff=dimensions["mlp_dim"],
+        num_layers=dimensions["num_encoder_layers"],
+        num_decoder_layers=dimensions["num_decoder_layers"],
+        num_heads=dimensions["num_heads"],
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
         dropout_rate=0.0,
@@ -47,14 +49,14 @@ def network(spec: Mapping[str, Any]) -> Any:
     with device:
         model = T5ForConditionalGeneration(config)
     model = model.to(getattr(torch, spec.get("dtype", "float32")))
-    ways = spec["way"].split()
-    kind = "eager" if "eager" in ways else "flex_attention" if "flex" in ways else "sdpa"
+    mode = spec["mode"].split()
+    kind = "eager" if "eager" in mode else "flex_attention" if "flex" in mode else "sdpa"
     model.set_attn_implementation(kind)
     return model
 
 
-def with_adapters(model: Any, method: str, rank: int) -> Any:
-    """PEFT's adapters at the sites of ours; `full` trains everything."""
+def add_adapters(model: Any, method: str, rank: int) -> Any:
+    """Adds PEFT's adapters at our sites; `full` trains everything."""
     from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 
     task = TaskType.SEQ_2_SEQ_LM
@@ -73,63 +75,67 @@ def with_adapters(model: Any, method: str, rank: int) -> Any:
 
 
 def main() -> None:
-    """Serves."""
-    service = common.Service()
-    spec = service.spec
+    """Runs the worker."""
+    worker = workers.Worker()
+    spec = worker.spec
     import torch
 
-    ways = spec["way"].split()
+    mode = spec["mode"].split()
     if not spec.get("gpu"):
-        torch.set_num_threads(common.CORES)
+        torch.set_num_threads(machine.CORES)
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    before = common.memory("VmRSS")
-    model = with_adapters(network(spec), spec["method"], spec.get("rank", 4)).train()
+    before = machine.memory("VmRSS")
+    model = add_adapters(network(spec), spec["method"], spec.get("rank", 4)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True if "fused" in ways else None)
-    run = compiled(model, ways)
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True if "fused" in mode else None)
+    forward = compile_model(model, mode)
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     inputs, targets = (
-        torch.randint(3, common.VOCABULARY, (spec["rows"], length), generator=generator).to(device)
+        torch.randint(3, common.VOCAB_SIZE, (spec["rows"], length), generator=generator).to(device)
         for length in spec["lengths"]
     )
     mask = torch.ones_like(inputs) if spec.get("mask", True) else None
 
-    def one() -> Any:
+    def take_step() -> Any:
         optimizer.zero_grad(set_to_none=True)
-        loss = run(input_ids=inputs, attention_mask=mask, labels=targets).loss
+        loss = forward(input_ids=inputs, attention_mask=mask, labels=targets).loss
         loss.backward()
         optimizer.step()
         return loss
 
     def step() -> float:
         for _ in range(spec.get("steps", 1)):
-            loss = one()
-        return loss.item()  # waits
+            loss = take_step()
+        return loss.item()  # waits for the device
 
-    told = {
+    info = {
         "before": before,
         "trained": sum(p.numel() for p in trained),
         "tokens": spec["rows"] * sum(spec["lengths"]),
-        "versions": common.versions("torch", "transformers", "peft"),
+        "versions": machine.versions("torch", "transformers", "peft"),
     }
 
-    service.run(step, told, lambda: told_at_the_end(spec))
+    worker.run(step, info, lambda: final_info(spec))
 
 
-def compiled(model: Any, ways: Sequence[str]) -> Any:
-    """The model, or what torch makes of it."""
+def compile_model(model: Any, mode: Sequence[str]) -> Any:
+    """Returns the model, compiled as the mode says."""
     import torch
 
-    if "checkpoint" in ways:
+    if "checkpoint" in mode:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if "compile" not in ways:
+    if "compile" not in mode:
         return model
-    words = {"autotune": "max_autotune", "wrapper": "cpp_wrapper", "graphs": "triton.cudagraphs"}
-    options = {option: True for word, option in words.items() if word in ways} or None
-    if "blocks" not in ways:
+    options_by_word = {
+        "autotune": "max_autotune",
+        "wrapper": "cpp_wrapper",
+        "graphs": "triton.cudagraphs",
+    }
+    options = {option: True for word, option in options_by_word.items() if word in mode} or None
+    if "blocks" not in mode:
         return torch.compile(model, options=options)
     for module in model.modules():
         if type(module).__name__ == "T5Block":
@@ -137,37 +143,30 @@ def compiled(model: Any, ways: Sequence[str]) -> Any:
     return model
 
 
-def told_at_the_end(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The device's memory, or the machine's rates."""
+def final_info(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the GPU's peak memory, or the CPU's rates."""
     import torch
 
     if spec.get("gpu"):
         return {"device peak": torch.cuda.max_memory_allocated()}
-    return {"rates": rates()}
+    return {"rates": cpu_rates()}
 
 
-def rates() -> dict[str, float]:
-    """What the machine does a second by torch's own kernels, float32: the best of some tries."""
-    import time
-
+def cpu_rates() -> dict[str, float]:
+    """Returns {'flops', 'bytes'} per second of torch's float32 kernels, the best of some tries."""
+    import floors
     import torch
 
-    side, many = 2048, 1 << 26
-    square, line = torch.ones(side, side), torch.ones(many)
-    into, target = torch.empty_like(square), torch.empty_like(line)
-
-    def fastest(work: Any) -> float:
-        taken = []
-        for _ in range(6):
-            clock = time.perf_counter()
-            work()
-            taken.append(time.perf_counter() - clock)
-        return min(taken)
+    side, size = 2048, 1 << 26
+    square, line = torch.ones(side, side), torch.ones(size)
+    product, total = torch.empty_like(square), torch.empty_like(line)
 
     with torch.no_grad():
         return {
-            "flops": 2 * side**3 / fastest(lambda: torch.mm(square, square, out=into)),
-            "bytes": 2 * many * 4 / fastest(lambda: torch.add(line, 1, out=target)),
+            "flops": 2
+            * side**3
+            / floors.fastest_time(lambda: torch.mm(square, square, out=product)),
+            "bytes": 2 * size * 4 / floors.fastest_time(lambda: torch.add(line, 1, out=total)),
         }
 
 

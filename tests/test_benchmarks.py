@@ -1,4 +1,4 @@
-"""The benchmarks: their arithmetic by hand, and each script once on a tiny model."""
+"""The benchmarks: their arithmetic by hand, and each script on a tiny model."""
 
 import json
 import pathlib
@@ -12,19 +12,19 @@ FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
-def scripts_import_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
 
 
-def test_ratios_are_taken_round_by_round():
+def test_ratios_are_paired_by_round():
     import common
 
     # 2/1, 3/3, 8/2, 9/3, 10/2 = 2, 1, 4, 3, 5
-    assert common.paired([2, 3, 8, 9, 10], [1, 3, 2, 3, 2]) == (2, 3, 4)
+    assert common.paired_ratios([2, 3, 8, 9, 10], [1, 3, 2, 3, 2]) == (2, 3, 4)
     assert common.quartiles([7.0]) == (7, 7, 7)
 
 
-def test_dimensions_are_those_of_the_gin_file():
+def test_dimensions_come_from_the_gin_file():
     import common
 
     assert common.dimensions("large") == {
@@ -37,26 +37,26 @@ def test_dimensions_are_those_of_the_gin_file():
     }
 
 
-def test_sides_take_turns_and_ends_are_told():
-    import common
+def test_sides_alternate_in_rotating_order():
+    import workers
 
-    taken = []
-    ways = {name: lambda name=name: taken.append(name) for name in "abc"}
-    sides, others = common.in_turn(ways, rounds=2)
-    assert taken == ["a", "b", "c", "b", "c", "a"]
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    sides, other_load = workers.alternate_functions(functions, rounds=2)
+    assert calls == ["a", "b", "c", "b", "c", "a"]
     assert [len(side.times) for side in sides] == [2, 2, 2]
-    assert others >= 0  # so short a time is read too coarsely for more
+    assert other_load >= 0  # /proc/stat is too coarse for more in so short a time
 
 
-def test_steps_of_different_size_are_compared_by_the_token():
+def test_ratios_of_steps_of_different_size_are_per_token():
     import common
+    import workers
 
-    ours, peer = (common.Side(name, "", {}, told={}) for name in ("ours", "peer"))
-    ours.times, ours.told = [(4.0, 8.0)], {"tokens": 200}
-    peer.times, peer.told = [(1.0, 1.0)], {"tokens": 100}
-    found = common.row("x", ours, peer, others=0.0)
-    assert found["ratio"] == (2, 2, 2)  # 4/200 over 1/100
-    assert found["cpu ratio"] == (4, 4, 4)
+    ours = workers.Side("ours", info={"tokens": 200}, times=[(4.0, 8.0)])
+    peer = workers.Side("peer", info={"tokens": 100}, times=[(1.0, 1.0)])
+    row = common.make_row("x", ours, peer, other_load=0.0)
+    assert row["ratio"] == (2, 2, 2)  # 4/200 over 1/100
+    assert row["cpu ratio"] == (4, 4, 4)
 
 
 SPEC = {
@@ -72,73 +72,74 @@ SPEC = {
 }
 
 
-def test_floor_of_a_step():
+def test_floor_of_a_training_step():
     import floors
     import ours
 
     from pemoe_jax.core import network, params
 
-    model = ours.transformer(SPEC)
+    model = ours.make_model(SPEC)
     shapes = params.flatten(network.param_shapes(model))
-    trains = {path for path in shapes if params.is_adapter(path)}
-    found = floors.of_step(model, shapes, trains, 2, (7, 3))
+    trainable = {path for path in shapes if params.is_adapter(path)}
+    floor = floors.train_step_floor(model, shapes, trainable, 2, (7, 3))
     # V = 32128, D = 4, H·K = 6, F = 5; tokens: 14 of inputs, 6 of targets.
-    # An attention's four matrices [4, 6] have 96 numbers, an MLP's three [4, 5] 60; of the decoder
-    # the keys and values of the cross-attention, 48, go over the inputs: products
+    # The four matrices [4, 6] of an attention have 96 numbers, the three [4, 5] of an MLP 60. The
+    # keys and values of the decoder's cross-attention, 48, process the inputs. Products:
     # 14·(96 + 60 + 48) + 6·(96 + 48 + 60 + 32128·4) = 2856 + 772296
     products = 775_152
-    # of attention: pairs 2·(7·7 + 3·3 + 3·7) = 158, two products of 6 each: 4·158·6
+    # attention: pairs 2·(7·7 + 3·3 + 3·7) = 158, two products of 6 each: 4·158·6
     attention = 3_792
-    assert found["flops"] == 2 * 2 * products + 3 * attention
-    # Bytes, float32: the base's parameters but the embedding, of which 20 rows are read and written
-    norms = (2 + 3 + 2) * 4  # of layers, and at the end of each stack
+    assert floor["flops"] == 2 * 2 * products + 3 * attention
+    # Bytes, float32: all base parameters, except the embedding: 20 rows are read and written
+    norms = (2 + 3 + 2) * 4  # in layers, and at the end of each stack
     biases = 2 * 2 * 32
     once = 96 + 60 + 96 + 96 + 60 + 32128 * 4 + norms + biases
-    # in and out of each matrix, for every token, twice: [4, 6] and [6, 4] 10, [4, 5] and [5, 4] 9
+    # inputs and outputs of each matrix per token, twice: [4, 6] and [6, 4] 10, [4, 5] and [5, 4] 9
     through = 14 * (4 * 10 + 3 * 9 + 2 * 10) + 6 * (4 * 10 + 2 * 10 + 3 * 9 + 4)
-    # vectors: three attentions' keys and values of 6, two gates of 5: read twice, and 8 times more
+    # vectors: keys and values of 6 in three attentions, two gates of 5; moved 2 + 8 times
     vectors = 3 * 2 * 6 + 2 * 5
     looked_up = 20 * 4
-    assert found["bytes"] == 4 * (2 * once + 2 * through + 10 * vectors + 2 * looked_up)
+    assert floor["bytes"] == 4 * (2 * once + 2 * through + 10 * vectors + 2 * looked_up)
 
 
-def test_floor_is_the_larger_of_operations_and_bytes_at_the_best_rates():
+def test_floor_time_is_the_larger_time_at_the_best_rates():
     import floors
 
     slow, fast = {"flops": 10, "bytes": 4}, {"flops": 20, "bytes": 2}
-    found = floors.together({"flops": 100, "bytes": 40}, slow, fast)
-    assert found["seconds"] == 10  # 40 / 4, more than 100 / 20
+    floor = floors.floor_time({"flops": 100, "bytes": 40}, slow, fast)
+    assert floor["seconds"] == 10  # 40 / 4, more than 100 / 20
 
 
-def test_missed_and_missing_rows_say_so():
+def test_missed_and_missing_rows_are_marked():
     import results
 
     by_name = {row.name: row for row in results.ROWS}
     row = by_name["mov_against_ia3/cpu"]
-    found = {
+    measured = {
         "ratio": [1.2, 1.3, 1.4],
         "ours": {"seconds": 1.3, "peak": 3e9, "before": 1e9, "temporaries": 5e8},
         "peer": {"seconds": 1.0, "peak": 2e9},
         "floor": {"seconds": 0.5},
     }
-    line = results.line(row, found)
+    line = results.format_line(row, measured)
     assert "time 1.3 (1.2–1.4), **missed**" in line
     assert "| 1.3 s | 1 s | 500 ms | 2.00 + 1.00 GB<br>T 500 MB | 2.00 GB |" in line
-    assert "missed" not in results.line(row, {**found, "ratio": [1.1, 1.2, 1.3]})
-    speed = results.line(by_name["score_choices/cpu passes"], {**found, "ratio": [0.2, 0.25, 0.5]})
+    assert "missed" not in results.format_line(row, {**measured, "ratio": [1.1, 1.2, 1.3]})
+    measured["ratio"] = [0.2, 0.25, 0.5]
+    speed = results.format_line(by_name["score_choices/cpu passes"], measured)
     assert "speed 4 (2–5) |" in speed
-    assert "not measured |" in results.line(row, None)
-    assert "needs a GPU" in results.line(by_name["xxl_on_one_gpu/gpu"], None)
+    assert "not measured |" in results.format_line(row, None)
+    assert "needs a GPU" in results.format_line(by_name["xxl_on_one_gpu/gpu"], None)
 
 
-def test_results_are_the_table_of_the_rows_measured():
+def test_results_file_is_up_to_date():
     import results
 
-    before = (FOLDER / "RESULTS.md").read_text()
+    committed = (FOLDER / "RESULTS.md").read_text()
     results.main()
-    after = (FOLDER / "RESULTS.md").read_text()
-    (FOLDER / "RESULTS.md").write_text(before)
-    assert after == before, "python benchmarks/results.py"
+    generated = (FOLDER / "RESULTS.md").read_text()
+    (FOLDER / "RESULTS.md").write_text(committed)
+    assert generated == committed, "run python benchmarks/results.py"
 
 
 def test_packed_rows_hold_four_examples():
@@ -180,8 +181,8 @@ def test_packed_rows_hold_four_examples():
     ],
 )
 def test_script(script: str, flags: str, rows: list[str], tmp_path: pathlib.Path):
-    to = tmp_path / "rows.json"
-    rounds = 1 if script == "startup" else 2  # each of whose rounds is a run of its own
+    path = tmp_path / "rows.json"
+    rounds = 1 if script == "startup" else 2  # whose rounds are whole runs
     command = [
         sys.executable,
         str(FOLDER / f"{script}.py"),
@@ -189,11 +190,11 @@ def test_script(script: str, flags: str, rows: list[str], tmp_path: pathlib.Path
         "--rounds",
         str(rounds),
     ]
-    done = subprocess.run([*command, "--json", str(to)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(to.read_text())
-    assert [row["row"] for row in found] == rows
-    for row in found:
+    process = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    written = json.loads(path.read_text())
+    assert [row["row"] for row in written] == rows
+    for row in written:
         assert row["ours"]["seconds"] > 0
         assert row["rounds"] == rounds
         assert "--json" not in row["command"]

@@ -1,0 +1,222 @@
+"""Worker processes that take single steps in turn.
+
+Each side of a comparison is a process: it loads, compiles, warms up, and then takes one step for
+each line on its input. Steps of the sides alternate, so that both see the same disturbances, and
+one sleeps while the other works. A peer may run in another Python environment; its worker needs the
+standard library and `runtime.host_memory` alone. Worker programs: `ours.py`, `choices.py`,
+`torch_peer.py`, `torch_choices.py`, `t5x_peer.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import machine
+
+from pemoe_jax.runtime import host_memory
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+# --- in the worker ---
+
+
+class Worker:
+    """The worker's end of the pipe: `spec` says what to build, `run` takes steps on request.
+
+    Standard output is reserved for answers; what libraries print goes to the error stream.
+    """
+
+    def __init__(self) -> None:
+        self.spec: dict[str, Any] = json.loads(sys.argv[1])
+        self._answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        if not self.spec.get("gpu"):
+            machine.pin()
+            host_memory.configure()  # for peers too, which it also makes faster
+            if importlib.util.find_spec("jax"):
+                host_memory.disable_async_dispatch()
+
+    def run(
+        self,
+        step: Callable[[], Any],
+        info: Mapping[str, Any],
+        final_info: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """Warms up with two steps, answers, and takes one more step for each input line.
+
+        Args:
+          step: takes a step, waits for its end, and returns a number (a loss).
+          info: entries for the row; `before` is the memory before the model was built, in bytes.
+          final_info: returns entries for the row after the last step, while the other side rests.
+        """
+        clock = time.perf_counter()
+        first = float(step())
+        host_memory.trim_heap()  # memory of the compilation, which peers return by now
+        step()
+        warm_up = time.perf_counter() - clock
+        build_peak = machine.memory("VmHWM")
+        machine.reset_peak_memory()
+        self._answer({**info, "first": first, "warm-up": warm_up})
+        steps = self.spec.get("steps", 1)
+        for _ in sys.stdin:
+            clock, cpu = time.perf_counter(), time.process_time()
+            step()
+            seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
+            self._answer({"seconds": seconds / steps, "cpu": cpu / steps})
+        peak = machine.memory("VmHWM")
+        self._answer({"peak": max(peak, build_peak), "peak of steps": peak, **final_info()})
+
+    def _answer(self, values: Mapping[str, Any]) -> None:
+        print(json.dumps(values), file=self._answers, flush=True)
+
+
+# --- in the benchmark ---
+
+
+@dataclasses.dataclass
+class Side:
+    """One side of a comparison and its measurements.
+
+    Attributes:
+      name: name in the table.
+      program: the worker's file in benchmarks/.
+      spec: what the worker builds.
+      python: its interpreter.
+      info: what the worker answered before and after its steps.
+      times: (seconds, CPU seconds) of each step.
+    """
+
+    name: str
+    program: str = ""
+    spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    python: str = sys.executable
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    times: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+    def start(self) -> None:
+        """Starts the worker; `wait` returns when it is warm."""
+        program = pathlib.Path(__file__).with_name(self.program)
+        environment = {**os.environ, "PYTHONPATH": str(REPO), "TF_CPP_MIN_LOG_LEVEL": "2"}
+        if self.spec.get("gpu"):  # both sides hold their memory at the same time
+            environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        self.process = subprocess.Popen(
+            [self.python, str(program), json.dumps(self.spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPO,
+            env=environment,
+        )
+
+    def wait(self) -> None:
+        self.info = self._read_answer()
+
+    def step(self) -> None:
+        """Makes the worker take a step."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        answer = self._read_answer()
+        self.times.append((answer["seconds"], answer["cpu"]))
+
+    def end(self) -> None:
+        """Ends the worker and reads its memory."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.info |= self._read_answer()
+        self.process.wait()
+
+    def _read_answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: its process ended with {self.process.wait()}")
+        return json.loads(line)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Wall-clock seconds of its steps."""
+        return [seconds for seconds, _ in self.times]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns medians, memory and versions for a row."""
+        return {
+            "name": self.name,
+            "seconds": statistics.median(self.seconds),
+            "fastest": min(self.seconds),
+            "cpu seconds": statistics.median(cpu for _, cpu in self.times),
+            **self.info,
+        }
+
+
+def alternate(sides: Sequence[Side], rounds: int, sequential: bool = False) -> float:
+    """Makes each side take `rounds` steps in turn; the order rotates with every round.
+
+    Args:
+      sides: sides whose workers are not started yet.
+      rounds: number of steps per side.
+      sequential: whether one side takes all its steps before the next starts, for a GPU without
+        memory for both; a GPU runs nothing else, so that its clock is steady.
+
+    Returns:
+      The share of the cores that other processes used.
+    """
+    if sequential and len(sides) > 1:
+        return statistics.mean(alternate([side], rounds) for side in sides)
+    for side in sides:  # all load and compile at once: none of that is measured
+        side.start()
+    for side in sides:
+        side.wait()
+    load = machine.OtherLoad()
+    for number in range(rounds):
+        for offset in range(len(sides)):
+            time.sleep(0.05)  # until the threads of the previous side sleep
+            sides[(number + offset) % len(sides)].step()
+    cpu_seconds = sum(side.spec.get("steps", 1) * cpu for side in sides for _, cpu in side.times)
+    share = load.share(cpu_seconds)
+    for side in sides:
+        side.end()
+    return share
+
+
+def alternate_functions(
+    functions: Mapping[str, Callable[[], Any]], rounds: int
+) -> tuple[list[Side], float]:
+    """As `alternate`, for warm functions of this process that wait for their own end.
+
+    Returns:
+      A side per function, and the share of the cores that other processes used.
+    """
+    sides = [Side(name) for name in functions]
+    calls = list(functions.values())
+    load, start = machine.OtherLoad(), time.process_time()
+    for number in range(rounds):
+        for offset in range(len(sides)):
+            index = (number + offset) % len(sides)
+            clock, cpu = time.perf_counter(), time.process_time()
+            calls[index]()
+            sides[index].times.append((time.perf_counter() - clock, time.process_time() - cpu))
+    return sides, load.share(time.process_time() - start)
+
+
+def fastest_mode(make_side: Callable[[str], Side], modes: Sequence[str], rounds: int) -> str:
+    """Measures a peer in each mode, prints the times, and returns the fastest mode."""
+    seconds = {}
+    for mode in modes:
+        side = make_side(mode)
+        alternate([side], rounds)
+        seconds[mode] = statistics.median(side.seconds)
+        peak = side.info["peak"] / machine.MEGABYTE
+        print(f"{side.name}: {seconds[mode]:.3f} s, least {min(side.seconds):.3f}, {peak:.0f} MB")
+    return min(seconds, key=lambda mode: seconds[mode])
