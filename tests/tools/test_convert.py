@@ -1,10 +1,8 @@
-"""`convert` in all directions, on tiny runs of every method: what it writes means the same."""
+"""`convert` in all directions, on small runs of every method: outputs are equivalent models."""
 
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +15,9 @@ from methods import (
     CONFIG,
     METHODS,
     example_batch,
+    forward,
     largest_difference,
     model,
-    model_inputs,
     random_params,
 )
 
@@ -33,7 +31,7 @@ ROUTED = ("mov", "molora")
 
 
 def write_run(folder: pathlib.Path, method: str, base_path: pathlib.Path) -> pathlib.Path:
-    """A run's checkpoint with random parameters, as training would leave it."""
+    """Writes a run's checkpoint with random parameters."""
     values = random_params(method)
     trained, frozen = params.split(values, METHODS[method].trainable)
     identity = models.load_base(model(method), str(base_path), 0)[1]
@@ -57,38 +55,50 @@ def write_checkpoint(folder: pathlib.Path, trained: dict, record: runs.Record) -
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, pathlib.Path]:
-    """Name -> a base, another base, and a run of every method on the first."""
+def paths(tmp_path_factory) -> dict[str, pathlib.Path]:
+    """Returns name -> two bases, and a run of every method on the first."""
     root = tmp_path_factory.mktemp("convert")
-    made = {name: root / f"{name}.safetensors" for name in ("base", "other")}
-    base_model.save_base(made["base"], random_params("full"), CONFIG.as_dict())
+    paths = {name: root / f"{name}.safetensors" for name in ("base", "other")}
+    base_model.save_base(paths["base"], random_params("full"), CONFIG.as_dict())
     other = jax.tree.map(lambda leaf: leaf + 0.5, random_params("full"))
-    base_model.save_base(made["other"], other, CONFIG.as_dict())
-    return made | {name: write_run(root / name, name, made["base"]) for name in METHODS}
+    base_model.save_base(paths["other"], other, CONFIG.as_dict())
+    return paths | {name: write_run(root / name, name, paths["base"]) for name in METHODS}
 
 
 def logits(opened: models.OpenedModel) -> np.ndarray:
+    method = "full" if opened.record is None else opened.record.method
+    described = adapters.describe(opened.model.adapters)
+    assert described == adapters.describe(model(method).adapters)
     batch = example_batch()
-    inputs = model_inputs(batch)
-    out = opened.model.apply({"params": opened.load()}, **inputs, enable_dropout=False)
+    out = forward(method)(opened.load(), batch)
     return np.asarray(out)[batch["decoder_target_tokens"] > 0]
+
+
+def check_same_model(opened: models.OpenedModel, expected: models.OpenedModel) -> None:
+    """Checks that two models have the same network and bit for bit the same parameters."""
+    assert opened.model.config == expected.model.config
+    assert adapters.describe(opened.model.adapters) == adapters.describe(expected.model.adapters)
+    arrays, expected_arrays = (params.flatten(m.load()) for m in (opened, expected))
+    assert arrays.keys() == expected_arrays.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(array, expected_arrays[path])
 
 
 def run(*argv: object) -> int:
     return convert.main([str(part) for part in argv])
 
 
-def told(capsys) -> str:
+def error_line(capsys) -> str:
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
 @pytest.mark.parametrize("method", [*PLAIN, *ROUTED])
-def test_adapter(made, tmp_path, capsys, method):
-    """A run's adapter in a file: the same model, and it says what it is."""
-    out = tmp_path / "handed_on"
-    assert run("adapter", made[method], out) == 0
+def test_adapter(paths, tmp_path, capsys, method):
+    """The exported adapter opens as the same model, and its configuration describes it."""
+    out = tmp_path / "exported"
+    assert run("adapter", paths[method], out) == 0
     assert "adapter.safetensors" in capsys.readouterr().out
     assert sorted(file.name for file in out.iterdir()) == [
         "adapter.safetensors",
@@ -97,71 +107,71 @@ def test_adapter(made, tmp_path, capsys, method):
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["method"] == method and "peft_type" not in config
     assert config["adapters"] == adapters.describe(model(method).adapters)
-    assert config["base"]["fingerprint"] == base_model.open_base(made["base"]).fingerprint()
-    held = safetensors.numpy.load_file(out / "adapter.safetensors")
+    assert config["base"]["fingerprint"] == base_model.open_base(paths["base"]).fingerprint()
+    written = safetensors.numpy.load_file(out / "adapter.safetensors")
     expected = params.flatten(params.split(random_params(method), [ADAPTER])[0])
-    assert held.keys() == expected.keys()
-    for path, array in held.items():
+    assert written.keys() == expected.keys()
+    for path, array in written.items():
         np.testing.assert_array_equal(array, expected[path])
     for path in (out, out / "adapter.safetensors"):
         opened = models.open_model(str(path))
-        assert opened.name == "handed_on"
-        np.testing.assert_array_equal(logits(opened), logits(models.open_model(str(made[method]))))
+        assert opened.name == "exported"
+        check_same_model(opened, models.open_model(str(paths[method])))
 
 
-def test_adapter_elsewhere(made, tmp_path, capsys):
-    """Where the base has moved it is named; another base is refused."""
+def test_adapter_of_a_moved_base(paths, tmp_path):
+    """The base's new path can be passed; another base is refused."""
     moved = tmp_path / "moved.safetensors"
-    moved.write_bytes(made["base"].read_bytes())
+    moved.write_bytes(paths["base"].read_bytes())
     out = tmp_path / "adapter"
-    assert run("adapter", made["mov"], out) == 0
+    assert run("adapter", paths["mov"], out) == 0
     config = json.loads((out / "adapter_config.json").read_text())
-    config["base"]["path"] = "/home/a/colleague/base_model.safetensors"
+    config["base"]["path"] = "/home/a/colleague/base.safetensors"
     (out / "adapter_config.json").write_text(json.dumps(config))
-    says = "belongs to the base /home/a/colleague/base.safetensors, which is not there: name a copy"
-    with pytest.raises(InputError, match=says):
+    message = "belongs to the base /home/a/colleague/base.safetensors, which does not exist: pass"
+    with pytest.raises(InputError, match=message):
         models.open_model(str(out))
     assert models.open_model(str(out), str(moved)).load()
     with pytest.raises(InputError, match="belongs to the base /home.*fingerprint"):
-        models.open_model(str(out), str(made["other"])).load()
+        models.open_model(str(out), str(paths["other"])).load()
 
 
 @pytest.mark.parametrize("method", PLAIN)
 @pytest.mark.parametrize("direction", ["base", "huggingface"])
-def test_merged(made, tmp_path, method, direction):
-    """Merged into the base: the same function, without adapters."""
+def test_merged(paths, tmp_path, method, direction):
+    """Merged into the base, the model computes the same function without adapters."""
     out = tmp_path / ("merged.safetensors" if direction == "base" else "merged")
-    assert run(direction, made[method], out) == 0
+    assert run(direction, paths[method], out) == 0
     merged = models.open_model(str(out))
     assert merged.model.adapters == adapters.Adapters()
-    with_adapters = logits(models.open_model(str(made[method])))
+    with_adapters = logits(models.open_model(str(paths[method])))
     assert largest_difference(logits(merged), with_adapters) < 2e-6
-    plain = logits(models.open_model(str(made["base"])))
+    plain = logits(models.open_model(str(paths["base"])))
     assert largest_difference(plain, with_adapters) > 0.1
 
 
 @pytest.mark.parametrize("source", ["base", "full"])
-def test_a_whole_model(made, tmp_path, source):
-    """A base and a run of the whole model, to each format and back: bit for bit."""
+def test_whole_model(paths, tmp_path, source):
+    """A base, or a run that trained the whole model, to each format and back: bit for bit."""
     expected = params.flatten(random_params("full"))
     for direction, name in (("huggingface", "hf"), ("base", "own.safetensors")):
-        assert run(direction, made[source], tmp_path / name) == 0
-        found = base_model.open_base(tmp_path / name)
-        assert found.arrays.keys() == expected.keys()
-        for path, array in found.arrays.items():
+        assert run(direction, paths[source], tmp_path / name) == 0
+        base = base_model.open_base(tmp_path / name)
+        assert base.arrays.keys() == expected.keys()
+        for path, array in base.arrays.items():
             np.testing.assert_array_equal(array.read(), expected[path])
 
 
-def test_dtype(made, tmp_path):
-    """Merged sums are rounded once, to the type that is asked for."""
+def test_dtype(paths, tmp_path):
+    """Merged kernels are rounded once, to the dtype that is passed."""
     half = tmp_path / "half.safetensors"
-    assert run("base", made["base"], half, "--dtype=bfloat16") == 0
+    assert run("base", paths["base"], half, "--dtype=bfloat16") == 0
     opened = base_model.open_base(half)
     assert {array.dtype for array in opened.arrays.values()} == {jnp.dtype("bfloat16")}
-    assert opened.fingerprint() == base_model.open_base(made["base"]).fingerprint()
+    assert opened.fingerprint() == base_model.open_base(paths["base"]).fingerprint()
     for dtype in ("float32", "float16"):
         out = tmp_path / f"{dtype}.safetensors"
-        assert run("base", made["lora"], out, f"--base={half}", f"--dtype={dtype}") == 0
+        assert run("base", paths["lora"], out, f"--base={half}", f"--dtype={dtype}") == 0
         merged = base_model.open_base(out).arrays["encoder/layers_0/mlp/wo/kernel"].read()
         flat = params.flatten(random_params("lora"))
         prefix = "encoder/layers_0/mlp/wo"
@@ -173,111 +183,111 @@ def test_dtype(made, tmp_path):
 
 
 @pytest.mark.parametrize("method", PLAIN)
-def test_peft_there_and_back(made, tmp_path, method):
-    """Ours to PEFT's format and back to ours: the same arrays, the same model."""
-    assert run("peft", made[method], tmp_path / "peft", "--base_name=google/t5") == 0
+def test_to_peft_and_back(paths, tmp_path, method):
+    """An adapter in PEFT's format, and converted back, has the same arrays."""
+    assert run("peft", paths[method], tmp_path / "peft", "--base_name=google/t5") == 0
     written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "google/t5"
-    flags = f"--base={made['base']}"
+    flags = f"--base={paths['base']}"
     assert run("adapter", tmp_path / "peft", tmp_path / "back", flags) == 0
     arrays, record, _ = adapter_file.open_adapter(tmp_path / "back")
     assert record.method == method
-    assert record.base["fingerprint"] == base_model.open_base(made["base"]).fingerprint()
+    assert record.base["fingerprint"] == base_model.open_base(paths["base"]).fingerprint()
     expected = params.flatten(params.split(random_params(method), [ADAPTER])[0])
     assert arrays.keys() == expected.keys()
     for path, array in arrays.items():
         np.testing.assert_array_equal(array.read(), expected[path])
-    direct = models.open_model(str(tmp_path / "peft"), str(made["base"]))
-    np.testing.assert_array_equal(logits(direct), logits(models.open_model(str(made[method]))))
+    direct = models.open_model(str(tmp_path / "peft"), str(paths["base"]))
+    check_same_model(direct, models.open_model(str(paths[method])))
 
 
 @pytest.mark.parametrize("method", ROUTED)
-def test_what_routes_is_not_merged_nor_called_peft(made, tmp_path, capsys, method):
+def test_routed_adapters_are_not_merged_nor_written_for_peft(paths, tmp_path, capsys, method):
     for direction in ("peft", "base", "huggingface"):
-        assert run(direction, made[method], tmp_path / "out") == 1
-        assert "rout" in told(capsys)
+        assert run(direction, paths[method], tmp_path / "out") == 1
+        assert "rout" in error_line(capsys)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
-        (("adapter", "base", "out"), "is a whole model: expected adapters"),
-        (("adapter", "full", "out"), "is a whole model: expected adapters"),
-        (("peft", "base", "out"), "is a whole model"),
+        (("adapter", "base", "out"), "expected adapters on a frozen base, got a whole model"),
+        (("adapter", "full", "out"), "expected adapters on a frozen base, got a whole model"),
+        (("peft", "base", "out"), "got a whole model"),
         (("base", "ia3", "out.safetensors", "--base", "other"), "belongs to the base"),
         (("adapter", "ia3", "out", "--base", "other"), "belongs to the base"),
         (("peft", "ia3", "out", "--base", "other"), "belongs to the base"),
         (("huggingface", "base", "out", "--base", "other"), "needs none: are the two swapped?"),
-        (("base", "base", "out"), "expected a file ending in .safetensors"),
-        (("huggingface", "base", "out.safetensors"), "expected a folder's name"),
+        (("base", "base", "out"), "OUTPUT must be a .safetensors file"),
+        (("huggingface", "base", "out.safetensors"), "OUTPUT must be a folder"),
         (("huggingface", "lora", "out", "--base", "other"), "belongs to the base"),
         (("adapter", "nowhere", "out"), "nowhere: no such file or folder"),
-        (("base", "base", "base"), "is there already"),
-        (("base", "base", "gs://bucket/out"), "expected a local path"),
+        (("base", "base", "base"), "OUTPUT must be a new path"),
+        (("base", "base", "gs://bucket/out"), "OUTPUT must be a local path"),
     ],
 )
-def test_refused(made, tmp_path, capsys, argv, says):
+def test_refused(paths, tmp_path, capsys, argv, message):
     filled = [
-        str(tmp_path / part) if part.startswith("out") else str(made.get(part, part))
+        str(tmp_path / part) if part.startswith("out") else str(paths.get(part, part))
         for part in argv
     ]
     assert run(argv[0], *filled[1:]) == 1
-    assert says in told(capsys)
+    assert message in error_line(capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_swapped_paths_are_noticed(made):
-    with pytest.raises(InputError, match="lora is given as the base of adapters, but .*needs none"):
-        models.open_models(str(made["base"]), base_path=str(made["lora"]))
+def test_swapped_paths_are_detected(paths):
+    with pytest.raises(InputError, match="lora was passed as the base .*needs none"):
+        models.open_models(str(paths["base"]), base_path=str(paths["lora"]))
 
 
-def test_a_base_that_is_named_is_recorded(made, tmp_path):
+def test_passed_base_is_recorded(paths, tmp_path):
     moved = tmp_path / "moved.safetensors"
-    moved.write_bytes(made["base"].read_bytes())
-    assert run("adapter", made["mov"], tmp_path / "a", f"--base={moved}") == 0
+    moved.write_bytes(paths["base"].read_bytes())
+    assert run("adapter", paths["mov"], tmp_path / "a", f"--base={moved}") == 0
     assert adapter_file.open_adapter(tmp_path / "a")[1].base["path"] == str(moved)
 
 
 @pytest.mark.parametrize("value", [np.nan, 1e6])
-def test_what_is_not_finite_is_not_written(made, tmp_path, capsys, value):
-    """A NaN, and what is infinite in the type that is asked for."""
+def test_nonfinite_values_are_not_written(paths, tmp_path, capsys, value):
+    """NaN, and a value that overflows the output dtype."""
     flat = dict(params.flatten(random_params("full")))
     path = "encoder/layers_0/mlp/wo/kernel"
     flat[path] = flat[path].at[0, 0].set(value)
     base_model.save_base(tmp_path / "bad.safetensors", params.unflatten(flat), CONFIG.as_dict())
     for direction, out in (("base", "o.safetensors"), ("huggingface", "o")):
         assert run(direction, tmp_path / "bad.safetensors", tmp_path / out, "--dtype=float16") == 1
-        assert f"{path}: NaN or infinity as float16: not written" in told(capsys)
+        assert f"{path}: NaN or infinity as float16: not written" in error_line(capsys)
     assert [file.name for file in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
-def test_paths_below_home(made, monkeypatch):
-    monkeypatch.setenv("HOME", str(made["mov"].parent))
+def test_paths_with_tilde(paths, monkeypatch):
+    monkeypatch.setenv("HOME", str(paths["mov"].parent))
     assert models.open_model("~/mov").load()
-    assert models.open_model("~/base_model.safetensors").load()
+    assert models.open_model("~/base.safetensors").load()
 
 
-def test_output_that_cannot_be_written(made, tmp_path, capsys):
+def test_unwritable_output(paths, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert run("adapter", made["mov"], tmp_path / "file" / "x") == 1
-    assert "file" in told(capsys)
+    assert run("adapter", paths["mov"], tmp_path / "file" / "x") == 1
+    assert "file" in error_line(capsys)
 
 
-def test_adapters_and_base_trained_together_are_merged(made, tmp_path):
-    """LoRA with every parameter trained: nothing of the base it began with is left."""
-    record = runs.read_record(str(made["lora"]))
-    whole = {**record.base, "needed": False}
-    record = dataclasses.replace(record, trainable=[".*"], base=whole)
+def test_adapters_and_base_trained_together_are_merged(paths, tmp_path):
+    """With every parameter trained, the merged model needs no base."""
+    record = runs.read_record(str(paths["lora"]))
+    base = {**record.base, "needed": False}
+    record = dataclasses.replace(record, trainable=[".*"], base=base)
     write_checkpoint(tmp_path / "run", random_params("lora"), record)
     assert run("huggingface", tmp_path / "run", tmp_path / "hf") == 0
     merged = logits(models.open_model(str(tmp_path / "hf")))
     assert largest_difference(merged, logits(models.open_model(str(tmp_path / "run")))) < 2e-6
 
 
-def test_adapters_that_did_not_train_are_drawn_again(made, tmp_path):
-    """Routers frozen: a checkpoint has the vectors, and the seed gives the routers."""
-    record = runs.read_record(str(made["mov"]))
+def test_frozen_adapters_are_drawn_again(paths, tmp_path):
+    """With frozen routers a checkpoint has the vectors only; the seed reproduces the routers."""
+    record = runs.read_record(str(paths["mov"]))
     record = dataclasses.replace(record, trainable=[".*_adapter/vectors"], seed=5)
     vectors = params.select(random_params("mov"), lambda path: path.endswith("vectors"))
     write_checkpoint(tmp_path / "run", vectors, record)
@@ -300,14 +310,14 @@ def rewrite(folder: pathlib.Path, change) -> None:
     safetensors.numpy.save_file(arrays, path)
 
 
-def a_nan(arrays: dict) -> None:
+def add_nan(arrays: dict) -> None:
     arrays["encoder/layers_0/mlp/gate_adapter/router/kernel"][0, 0] = np.nan
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        (lambda f: rewrite(f, a_nan), "gate_adapter/router/kernel holds NaN or infinity"),
+        (lambda f: rewrite(f, add_nan), "gate_adapter/router/kernel holds NaN or infinity"),
         (lambda f: rewrite(f, lambda a: a.popitem()), "1 missing"),
         (lambda f: rewrite(f, lambda a: a.update(x=np.ones(1))), "1 extra: x"),
         (
@@ -324,40 +334,41 @@ def a_nan(arrays: dict) -> None:
         (lambda f: damage(f, step=None), "adapter_config.json: step"),
     ],
 )
-def test_damaged_adapters(made, tmp_path, change, says):
+def test_damaged_adapters(paths, tmp_path, change, message):
     folder = tmp_path / "adapter"
-    assert run("adapter", made["mov"], folder) == 0
+    assert run("adapter", paths["mov"], folder) == 0
     change(folder)
-    with pytest.raises(InputError, match=says) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         models.open_model(str(folder)).load()
     assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_adapter(made, tmp_path):
-    assert run("adapter", made["mov"], tmp_path / "a") == 0
+def test_truncated_adapter(paths, tmp_path):
+    assert run("adapter", paths["mov"], tmp_path / "a") == 0
     file = tmp_path / "a" / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match="cut short"):
+    with pytest.raises(InputError, match="truncated"):
         models.open_model(str(tmp_path / "a"))
 
 
-def test_an_adapter_is_no_base(made, tmp_path):
-    assert run("adapter", made["lora"], tmp_path / "a") == 0
+def test_an_adapter_is_no_base(paths, tmp_path):
+    assert run("adapter", paths["lora"], tmp_path / "a") == 0
     for path in (tmp_path / "a", tmp_path / "a" / "adapter.safetensors"):
-        with pytest.raises(InputError, match="found an adapter"):
+        with pytest.raises(InputError, match="got an adapter"):
             base_model.open_base(path)
 
 
-def test_help():
-    """Each direction is explained, at once."""
-    for argv, says in (
+def test_help(capsys):
+    """The help text explains each direction."""
+    for argv, words in (
         (["--help"], ("adapter", "peft", "huggingface", "base", "T5X", "gs://", "examples:")),
         (["peft", "--help"], ("SOURCE", "OUTPUT", "--base_name", "routers out")),
         (["huggingface", "--help"], ("--dtype", "from_pretrained", "Tokenizer")),
     ):
-        command = [sys.executable, "-m", "pemoe_jax", "convert", *argv]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0 and all(word in done.stdout for word in says), done.stdout
+        with pytest.raises(SystemExit) as caught:
+            convert.main(argv)
+        text = capsys.readouterr().out
+        assert caught.value.code == 0 and all(word in text for word in words), text
 
 
 @pytest.mark.parametrize("argv", [[], ["gguf", "a", "b"], ["adapter", "a"]])
