@@ -1,16 +1,15 @@
-"""T5X drives our model: what `gin/runs_t5x/` hands to `t5x.train`, `t5x.eval` and `t5x.infer`.
+"""Runs the package's models in T5X: the names that `gin/runs_t5x/` binds in T5X's programs.
 
     python -m t5x.train --gin_search_paths=gin --gin_file=models/t5_1_1_tiny.gin \\
         --gin_file=methods/mov.gin --gin_file=runs_t5x/finetune.gin --gin.MODEL_DIR=\\"/tmp/mov\\" …
 
-Nothing else here imports T5X, which is on no package registry: `make t5x` installs it, and
-`python -m pemoe_jax.t5x_bridge --check` says what is missing. Names below load their module when
-they are asked for, so that this package imports without it.
+No other part of the package imports T5X, which is on no package registry: `make t5x` installs it,
+and `python -m pemoe_jax.t5x_bridge --check` reports what is missing.
 """
 
 import importlib
-from typing import Any
 
+# Loaded at first access, so that this package imports without T5X.
 _MODULES = {
     "EncoderDecoderModel": "model",
     "FrozenBase": "optimizer",
@@ -25,7 +24,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Whether T5X is installed as it should be: `python -m pemoe_jax.t5x_bridge --check`."""
+"""`python -m pemoe_jax.t5x_bridge --check`: checks that T5X is installed and imports."""
 
 import argparse
 import sys
@@ -7,33 +7,35 @@ from collections.abc import Sequence
 from pemoe_jax.t5x_bridge import installed
 
 
-def flags() -> argparse.ArgumentParser:
-    """The command's arguments."""
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m pemoe_jax.t5x_bridge",
-        description="T5X is on no package registry; make t5x installs it, docs/t5x.md says more.",
+        description="T5X is on no package registry; `make t5x` installs it. See docs/t5x.md.",
         allow_abbrev=False,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--check", action="store_true", help="says what is missing, if anything; exit code 0 or 1"
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument(
+        "--check", action="store_true", help="report what is missing; exit code 1 if anything is"
     )
-    what.add_argument(
-        "--requirements", action="store_true", help="prints what pip install --no-deps takes"
+    action.add_argument(
+        "--requirements",
+        action="store_true",
+        help="print the requirements of pip install --no-deps",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    args = flags().parse_args(argv)
+    """Runs the command and returns its exit code."""
+    args = make_parser().parse_args(argv)
     if args.requirements:
         print("\n".join(installed.requirements()))
         return 0
-    found = installed.problems()
-    for line in found:
+    problems = installed.problems()
+    for line in problems:
         print(f"error: {line}", file=sys.stderr)
-    if found:
+    if problems:
         return 1
     for line in installed.notes():
         print(f"note: {line}")

@@ -1,9 +1,9 @@
-"""What `t5x.eval` and `t5x.infer` restore: whatever `pemoe evaluate` takes."""
+"""Reading checkpoints in `t5x.eval` and `t5x.infer`: everything that `pemoe evaluate` reads."""
 
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
@@ -12,60 +12,64 @@ from pemoe_jax.core import network
 from pemoe_jax.runtime import file_io
 from pemoe_jax.t5x_bridge import parameters
 
+if TYPE_CHECKING:
+    from t5x import partitioning as t5x_partitioning
+    from t5x import train_state as t5x_train_state
+
 
 def checkpoint_path(path: str | Sequence[str]) -> str | list[str]:
-    """CHECKPOINT_PATH as T5X wants it: it must end in a step.
+    """Returns CHECKPOINT_PATH in the form that T5X expects, which ends in a step.
 
     Args:
-      path: of a run (its newest checkpoint), one checkpoint, an adapter or a base; or some.
+      path: a run (for its newest checkpoint), a checkpoint, an adapter or a base model, or several.
 
     Returns:
-      <path>/checkpoint_<step>, which is there for runs alone; `Checkpoints` knows.
+      <path>/checkpoint_<step>. Only in a run does this folder exist; `Checkpoints` reads the others
+      by their parent.
     """
     if not isinstance(path, str):
-        return [str(checkpoint_path(one)) for one in path]
-    place = os.fspath(file_io.resolve(path))
-    if re.search(r"checkpoint_\d+$", place):
-        return place
-    step = models.open_model(place).step if file_io.resolve(place).exists() else 0
-    return f"{place}/checkpoint_{step}"
+        return [str(checkpoint_path(each)) for each in path]
+    resolved = os.fspath(file_io.resolve(path))
+    if re.search(r"checkpoint_\d+$", resolved):
+        return resolved
+    step = models.open_model(resolved).step if file_io.resolve(resolved).exists() else 0
+    return f"{resolved}/checkpoint_{step}"
 
 
 class Checkpoints:
-    """In place of T5X's checkpoint manager, for reading (RestoreCheckpointConfig names it).
+    """Reads checkpoints in place of T5X's checkpoint manager (`RestoreCheckpointConfig`).
 
     Args:
-      directory: not used.
-      train_state: of shapes, whose parameters are filled in.
-      partitioner: says where they lie.
-      module: the network that they must be of.
-      base_path: read in place of the base that a run or an adapter names; None: that one.
-      settings: what else T5X hands to its own, for writing.
+      directory: ignored.
+      train_state: state of shapes, whose parameters are restored.
+      partitioner: determines the shardings.
+      module: the network that a checkpoint must belong to.
+      base_path: base model to read in place of the one that a run or an adapter names.
+      settings: ignored; T5X passes settings for writing.
     """
 
     def __init__(
         self,
         directory: str,
-        train_state: Any,
-        partitioner: Any,
+        train_state: "t5x_train_state.TrainState",
+        partitioner: "t5x_partitioning.BasePartitioner",
         module: network.Transformer,
         base_path: str | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> None:
         del directory, settings
         self._state, self._module, self._base_path = train_state, module, base_path
         axes = partitioner.get_mesh_axes(train_state).params
-        self._places = parameters.shardings(partitioner.mesh, axes)
+        self._shardings = parameters.shardings(partitioner.mesh, axes)
 
-    def restore(self, path: str, **settings: Any) -> Any:
-        """The state with the parameters at a path of `checkpoint_path`, and their step.
+    def restore(self, path: str, **settings: object) -> "t5x_train_state.TrainState":
+        """Returns the state with the parameters and the step at a path of `checkpoint_path`.
 
         Raises:
           InputError: see `parameters.read_model`.
         """
         del settings
-        there = file_io.resolve(path).exists()
-        params, step = parameters.read_model(
-            self._module, path if there else os.path.dirname(path), self._base_path, self._places
-        )
+        if not file_io.resolve(path).exists():
+            path = os.path.dirname(path)
+        params, step = parameters.read_model(self._module, path, self._base_path, self._shardings)
         return self._state.replace_params(params).replace_step(jnp.asarray(step, jnp.int32))

@@ -1,10 +1,10 @@
-"""T5X's data by our own feed: the batches that our runner trains on, and an exact resume."""
+"""The data pipeline of `pemoe train` in T5X: the same batches, and an exact resume."""
 
-import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from clu.data import dataset_iterator
@@ -13,69 +13,75 @@ from etils import epath
 from pemoe_jax.data import feed, prefetch, seqio_tasks
 from pemoe_jax.tasks.registered import Register, Registered, run_register
 
+if TYPE_CHECKING:
+    import seqio
+    from t5x import utils
 
-@dataclasses.dataclass
-class _State:
-    """What `register` had to say the last time."""
+    from pemoe_jax.data.prefetch import PrefetchIterator
 
-    registered: Registered = dataclasses.field(default_factory=Registered)
+Batch: TypeAlias = dict[str, np.ndarray]
+# Position in the data: the number of examples read.
+Position: TypeAlias = Mapping[str, int]
 
 
-_state = _State()
+class _LastRegistration:
+    """What `register` returned last; T5X calls `mixture_or_task` and `datasets` separately."""
+
+    registered = Registered()
 
 
 def mixture_or_task(name: str, register: Register) -> str:
-    """The name, once its tasks are registered.
+    """Registers the tasks and returns the name of a mixture or task.
 
     Args:
-      name: what seqio knows the data by (MIXTURE_OR_TASK_NAME).
+      name: name of a seqio mixture or task (MIXTURE_OR_TASK_NAME).
       register: `pemoe_jax.tasks.register`.
 
     Raises:
-      InputError: there is no such data.
+      InputError: no mixture or task has this name.
     """
-    _state.registered = run_register(register)
+    _LastRegistration.registered = run_register(register)
     seqio_tasks.get_mixture_or_task(name)
     return name
 
 
-def vocabulary(name: str, register: Register, feature: str = "targets") -> Any:
-    """The vocabulary of a feature; arguments as of `mixture_or_task`."""
+def vocabulary(name: str, register: Register, feature: str = "targets") -> "seqio.Vocabulary":
+    """Returns the vocabulary of a feature; the arguments are those of `mixture_or_task`."""
     mixture_or_task(name, register)
     return seqio_tasks.get_mixture_or_task(name).output_features[feature].vocabulary
 
 
 def datasets(name: str) -> list[str]:
-    """The data sets of a mixture, under their names in tables."""
-    return _state.registered.datasets_of(seqio_tasks.subtask_names(name))
+    """Returns the datasets of a mixture, under their names in tables."""
+    return _LastRegistration.registered.datasets_of(seqio_tasks.subtask_names(name))
 
 
 def get_dataset(
-    cfg: Any,
+    cfg: "utils.DatasetConfig",
     shard_id: int,
     num_shards: int,
-    feature_converter_cls: Any = None,
+    feature_converter_cls: object = None,
     num_epochs: int | None = None,
     continue_from_last_checkpoint: bool = True,
 ) -> "Batches":
-    """Batches for `t5x.train`: rows [B, L] in T5X's names, the same for the same seed.
+    """Returns the batches of `t5x.train`: rows [B, L] under T5X's names, determined by the seed.
 
     Args:
       cfg: T5X's DatasetConfig.
-      shard_id, num_shards: of the data that this process reads.
-      feature_converter_cls: not asked; the layout is that of seqio's EncDecFeatureConverter.
-      num_epochs: None: for ever.
-      continue_from_last_checkpoint: not asked; checkpoints hold how far the data has come.
+      shard_id, num_shards: the part of each batch that this process reads.
+      feature_converter_cls: ignored; the layout is that of seqio's EncDecFeatureConverter.
+      num_epochs: number of passes over the data; None for no end.
+      continue_from_last_checkpoint: ignored; checkpoints hold the position in the data.
 
     Raises:
-      InputError: anything about the data that the user can mend, when the first batch is made.
+      InputError: the data or its settings are wrong; raised with the first batch.
     """
     del feature_converter_cls, continue_from_last_checkpoint
     lengths = seqio_tasks.validate_lengths(cfg.task_feature_lengths)
     rows = cfg.batch_size // num_shards
 
-    def batches_from(position: Mapping[str, int] | None) -> Any:
-        found = feed.train_batches(
+    def batches_from(position: Position | None) -> "PrefetchIterator[Batch]":
+        batches = feed.train_batches(
             cfg.mixture_or_task_name,
             lengths,
             rows,
@@ -88,12 +94,14 @@ def get_dataset(
             use_cached=cfg.use_cached,
             shard=(shard_id, num_shards),
         )
-        return prefetch.prefetch(found)
+        return prefetch.prefetch(batches)
 
     return Batches(batches_from, _spec(lengths, rows, cfg.pack))
 
 
-def _spec(lengths: Mapping[str, int], rows: int, pack: bool) -> dict[str, Any]:
+def _spec(
+    lengths: Mapping[str, int], rows: int, pack: bool
+) -> dict[str, dataset_iterator.ArraySpec]:
     decoder = ["target_tokens", "input_tokens", "loss_weights"]
     names = {"encoder_input_tokens": "inputs"} | {f"decoder_{name}": "targets" for name in decoder}
     if pack:
@@ -106,24 +114,29 @@ def _spec(lengths: Mapping[str, int], rows: int, pack: bool) -> dict[str, Any]:
 
 
 class Batches(dataset_iterator.DatasetIterator):
-    """A feed as T5X's trainer takes it, and puts its position into checkpoints.
+    """Batches as T5X's trainer reads them; writes its position into checkpoints.
 
     Args:
-      batches_from: position -> batches; None: from the beginning.
-      spec: of a batch's arrays.
+      batches_from: position -> batches; None for the beginning.
+      spec: shapes and dtypes of a batch.
     """
 
-    def __init__(self, batches_from: Callable[[Any], Any], spec: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        batches_from: Callable[[Position | None], "PrefetchIterator[Batch]"],
+        spec: Mapping[str, dataset_iterator.ArraySpec],
+    ) -> None:
         self._batches_from, self._spec = batches_from, dict(spec)
         self._restart(0, None)
 
-    def _restart(self, step: int, position: Mapping[str, int] | None) -> None:
+    def _restart(self, step: int, position: Position | None) -> None:
         self._first_step, self._start = step, position
-        self._positions: list[Any] = [position or {"examples": 0}]
-        self._batches: Any = None
+        # The position after each batch, by steps since the start.
+        self._positions: list[Position | None] = [position or {"examples": 0}]
+        self._batches: PrefetchIterator[Batch] | None = None
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        """int32 [B, L] by name."""
+    def __next__(self) -> Batch:
+        """Returns the next batch: int32 [B, L] by name."""
         if self._batches is None:
             self._batches = self._batches_from(self._start)
         batch = next(self._batches)
@@ -131,27 +144,25 @@ class Batches(dataset_iterator.DatasetIterator):
         return {name: batch[name] for name in self._spec}
 
     def reset(self) -> None:
-        """Back to where it began."""
+        """Returns to the position of the start."""
         self._restart(self._first_step, self._start)
 
     @property
-    def element_spec(self) -> dict[str, Any]:
-        """Of a batch's arrays."""
+    def element_spec(self) -> dict[str, dataset_iterator.ArraySpec]:
+        """Shapes and dtypes of a batch."""
         return self._spec
 
-    def save(self, filename: Any) -> None:
-        """Writes the position that belongs to the checkpoint's step.
-
-        T5X takes a batch ahead of the first step, so where the data is does not tell it.
-        """
+    def save(self, filename: os.PathLike[str] | str) -> None:
+        """Writes the position in the data at the checkpoint's step."""
+        # Not the newest position: T5X takes one batch before the first step.
         position = self._positions[_step(filename) - self._first_step]
         epath.Path(filename).write_text(json.dumps(position))
 
-    def restore(self, filename: Any) -> None:
-        """Goes on where `save` was."""
+    def restore(self, filename: os.PathLike[str] | str) -> None:
+        """Continues from the position that `save` wrote."""
         self._restart(_step(filename), json.loads(epath.Path(filename).read_text()))
 
 
-def _step(filename: Any) -> int:
-    """Of the checkpoint_<step> that a file lies in."""
+def _step(filename: os.PathLike[str] | str) -> int:
+    """Returns the step of the folder checkpoint_<step> that contains a file."""
     return int(re.findall(r"checkpoint_(\d+)", str(filename))[-1])

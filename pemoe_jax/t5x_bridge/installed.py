@@ -1,4 +1,4 @@
-"""Whether T5X is here and works; said in plain words. Imports nothing that could be missing."""
+"""Checks T5X's installation. Imports nothing that could be missing."""
 
 import importlib
 import importlib.metadata
@@ -7,7 +7,7 @@ import json
 
 from pemoe_jax.data import seqio_import
 
-# What T5X imports beside what we require ourselves: the extra `t5x` of setup.py.
+# Packages that T5X imports and this package does not require: the extra `t5x` of setup.py.
 EXTRA = (
     "array_record",
     "cached_property",
@@ -20,8 +20,8 @@ EXTRA = (
     "portpicker",
 )
 
-# On GitHub alone, or there in another state than on PyPI: what was tested, by commit. Their own
-# lists of requirements ask for several versions of a package at once, so pip takes them without.
+# The tested commits of packages that are only on GitHub, or differ from PyPI there. pip installs
+# them without their dependencies, which require several versions of one package.
 COMMITS = {
     "t5x": ("google-research/t5x", "cc342d419ec3e3e9c4bf1df33c82330cafdc1e16"),
     "airio": ("google/airio", "69897df7d9a427b947a9f7bb4164c7782b43e601"),
@@ -32,7 +32,7 @@ _INSTALL = "make t5x installs all of it"
 
 
 def requirements() -> list[str]:
-    """What `pip install --no-deps` takes, at the commits that were tested."""
+    """Returns the arguments of `pip install --no-deps`, at the tested commits."""
     return [
         f"{name} @ git+https://github.com/{repository}@{commit}"
         for name, (repository, commit) in COMMITS.items()
@@ -40,21 +40,22 @@ def requirements() -> list[str]:
 
 
 def _is_missing(package: str) -> bool:
-    # airio has no file of its own name; a folder called t5x is found as a package without one
+    # A spec without a file is a namespace package, such as any folder that is called t5x. airio
+    # itself is one, so one of its packages is looked up.
     module = {"airio": "airio.pygrain"}.get(package, package)
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         return True
-    return found is None or found.origin is None
+    return spec is None or spec.origin is None
 
 
 def problems() -> list[str]:
-    """What is missing or does not work, a line each; empty where T5X can be used."""
+    """Returns a line for each package that is missing or does not import; empty if T5X works."""
     missing = [name for name in EXTRA if _is_missing(name)]
-    found = []
+    lines = []
     if missing:
-        found.append(
+        lines.append(
             f"missing: {', '.join(missing)}: pip install -c constraints.txt -e '.[t5x]'"
             f" ({_INSTALL})"
         )
@@ -62,26 +63,26 @@ def problems() -> list[str]:
     for requirement in requirements():
         name = requirement.split(" ")[0]
         if name in absent:
-            found.append(f"missing: {name}: pip install --no-deps '{requirement}' ({_INSTALL})")
-    return found or _not_importing()
+            lines.append(f"missing: {name}: pip install --no-deps '{requirement}' ({_INSTALL})")
+    return lines or _import_problems()
 
 
 def _import(module: str) -> None:
-    seqio_import.import_seqio()  # which keeps from the terminal what TensorFlow has to say
+    seqio_import.import_seqio()  # first, because it silences TensorFlow's start-up messages
     importlib.import_module(module)
 
 
-def _not_importing() -> list[str]:
+def _import_problems() -> list[str]:
     for name in ("jestimator.amos", "airio.pygrain", "t5x.train", "t5x.eval", "t5x.infer"):
         try:
             _import(name)
-        except Exception as error:  # of whatever kind the packages below raise
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except Exception as error:  # the packages below raise errors of all kinds
+            message = (str(error).strip() or type(error).__name__).splitlines()[0]
             package = name.split(".")[0]
             hint = f"try pip install --no-deps --force-reinstall '{_requirement(package)}'"
             if package == "jestimator":
-                hint = f"PyPI's does not work with this jax: {hint}"
-            return [f"{name} does not import ({type(error).__name__}: {said}): {hint}"]
+                hint = f"PyPI's version does not work with this jax: {hint}"
+            return [f"{name} does not import ({type(error).__name__}: {message}): {hint}"]
     return []
 
 
@@ -90,29 +91,29 @@ def _requirement(package: str) -> str:
 
 
 def notes() -> list[str]:
-    """What differs from what was tested, and may do no harm."""
-    found = []
+    """Returns a line for each difference from the tested versions, which may be harmless."""
+    lines = []
     for name, (_, tested) in COMMITS.items():
         commit = _commit(name)
         if commit not in (None, tested):
-            found.append(f"{name} is at commit {commit}; tested with {tested}")
+            lines.append(f"{name} is at commit {commit}; tested with {tested}")
     if _version("seqio-nightly"):
-        found.append(
+        lines.append(
             "seqio-nightly is installed (the package t5 brings it): it overwrites files of seqio;"
             " if tasks fail: pip uninstall seqio-nightly, then reinstall seqio"
         )
-    return found
+    return lines
 
 
 def versions() -> str:
-    """T5X's commit where pip knows it, and the versions of what it stands on."""
+    """Returns T5X's commit, if pip recorded it, and the versions of its main dependencies."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow")
-    parts = [f"t5x {_commit('t5x') or 'of an unknown commit'}"]
+    parts = [f"t5x {_commit('t5x') or 'at an unknown commit'}"]
     return ", ".join(parts + [f"{name} {_version(name)}" for name in packages])
 
 
 def _commit(package: str) -> str | None:
-    """That pip installed a package at; None where it did not, or not from git."""
+    """Returns the commit of a package that pip installed from git, else None."""
     try:
         text = importlib.metadata.distribution(package).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
-"""Our network under T5X's encoder-decoder model: a frozen base, and the routers' losses."""
+"""The network as T5X's encoder-decoder model, with a frozen base and the routers' losses."""
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,35 +15,40 @@ from t5x import metrics as t5x_metrics
 from pemoe_jax.core import adapters, network, routing
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.params import Params, PyTree
 
-Batch = Mapping[str, Any]
+if TYPE_CHECKING:
+    import seqio
+    from t5x import optimizers
+
+Batch: TypeAlias = Mapping[str, jax.Array]
 
 
 class EncoderDecoderModel(models.EncoderDecoderModel):
-    """T5X's model, whose loss counts the routers' and forms no gradient of what is frozen.
+    """T5X's model; its loss adds the routers' losses, and frozen parameters get no gradient.
 
     Args:
-      module: our network.
-      input_vocabulary, output_vocabulary: of seqio.
-      optimizer_def: None where nothing is trained.
-      trainable: patterns of the parameters that train; each must match something.
-      seed: of the initial parameters, each drawn by its path as our own runner draws it.
-      router_metrics: what is told of the routers: 'sites' (each site, over the layers), 'layers'
-        (each router), None (nothing).
+      module: the network.
+      input_vocabulary, output_vocabulary: seqio vocabularies.
+      optimizer_def: the optimizer; None for evaluation and inference.
+      trainable: patterns of the trainable parameters; each must match a parameter.
+      seed: seed of the initial parameters, which are those of `pemoe train`.
+      router_metrics: the router metrics to log: 'sites' (means over the layers for each site),
+        'layers' (each router), or None.
       settings: further arguments of T5X's model: z_loss, label_smoothing,
         loss_normalizing_factor, decode_fn, default_decoder_params, feature_converter_cls.
 
     Raises:
-      InputError: a router reads sentence embeddings, which T5X's batches do not hold, or the
+      InputError: a router reads sentence embeddings, which T5X's batches do not contain, or the
         vocabulary has more ids than the network.
     """
 
     def __init__(
         self,
         module: network.Transformer,
-        input_vocabulary: Any,
-        output_vocabulary: Any,
-        optimizer_def: Any = None,
+        input_vocabulary: "seqio.Vocabulary",
+        output_vocabulary: "seqio.Vocabulary",
+        optimizer_def: "optimizers.OptimizerDef | None" = None,
         trainable: Sequence[str] = (".*",),
         seed: int = 0,
         router_metrics: str | None = "sites",
@@ -51,19 +56,19 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     ) -> None:
         if router_metrics not in (None, *routing.DETAIL_LEVELS):
             raise InputError(
-                f"ROUTER_METRICS: expected 'sites', 'layers' or None, found {router_metrics!r}"
+                f"ROUTER_METRICS must be 'sites', 'layers' or None, got {router_metrics!r}"
             )
-        described = adapters.describe(module.adapters)
-        readers = [site for site, one in described.items() if _reads_sentences(one)]
-        if readers:
+        for site, record in adapters.describe(module.adapters).items():
+            router = record.get("router")
+            if router is not None and router["reads"] == "sentence":
+                raise InputError(
+                    f"the router at {site} reads sentence embeddings, which T5X's batches do not"
+                    " contain: choose another routing file, or train with pemoe train"
+                )
+        num_ids = output_vocabulary.vocab_size
+        if num_ids > module.config.vocab_size:
             raise InputError(
-                f"the router at {readers[0]} reads sentence embeddings, which T5X's batches do not"
-                " hold: expected another routing file, or pemoe train"
-            )
-        ids = output_vocabulary.vocab_size
-        if ids > module.config.vocab_size:
-            raise InputError(
-                f"the vocabulary has {ids} ids, sentinels included, but the model's"
+                f"the vocabulary has {num_ids} ids, sentinels included, but the model's"
                 f" T5Config.vocab_size is {module.config.vocab_size}"
             )
         self.trainable = tuple([trainable] if isinstance(trainable, str) else trainable)
@@ -79,48 +84,44 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
 
     @functools.cached_property
     def trainable_paths(self) -> set[str]:
-        """Of the parameters that train."""
+        """Paths of the trainable parameters."""
         return params_lib.trainable_paths(
             params_lib.flatten(network.param_shapes(self.module)), self.trainable
         )
 
     def get_initial_variables(
-        self, rng: Any, input_shapes: Mapping[str, Any], input_types: Any = None
-    ) -> Any:
-        """`params` and the names of their axes; neither the key nor the shapes matter.
-
-        Frozen parameters are kept in the activation dtype, as our own runner keeps them.
-        """
+        self, rng: object, input_shapes: object, input_types: object = None
+    ) -> PyTree:
+        """Returns the initial `params` and their axis names; the arguments are ignored."""
         del rng, input_shapes, input_types
-        drawn = {
-            path: leaf if path in self.trainable_paths else self._kept(path, leaf)
-            for path, leaf in params_lib.flatten(
-                network.init_params(self.module, self.seed, lambda _: True)
-            ).items()
-        }
+        params = network.init_params(self.module, self.seed, lambda _: True, self._cast_frozen)
         axes = {
             f"{path}_axes": nn_partitioning.AxisMetadata(names=names)
             for path, names in network.param_axes(self.module).items()
         }
-        return freeze(
-            {"params": params_lib.unflatten(drawn), "params_axes": params_lib.unflatten(axes)}
-        )
+        return freeze({"params": params, "params_axes": params_lib.unflatten(axes)})
 
-    def _kept(self, path: str, leaf: jax.Array) -> jax.Array:
+    def _cast_frozen(self, path: str, leaf: jax.Array) -> jax.Array:
+        # Frozen parameters are in the activation dtype, as in `pemoe train`.
+        if path in self.trainable_paths:
+            return leaf
         return leaf.astype(params_lib.frozen_dtype(path, self.module.config.dtype))
 
-    def loss_fn(self, params: Any, batch: Batch, dropout_rng: Any) -> tuple[jax.Array, Any]:
-        """T5X's loss and the routers', (a scalar, its metrics and `router/…`).
+    def loss_fn(
+        self, params: Params, batch: Batch, dropout_rng: jax.Array | None
+    ) -> tuple[jax.Array, PyTree]:
+        """Returns the sum of T5X's loss and the routers' losses, and the metrics.
 
-        As in our own runner the routers' losses, a mean over routers, count as a token's loss does.
+        As in `pemoe train`, the routers' losses are averaged over routers and weighted as the loss
+        of each token.
 
         Args:
           params: all parameters.
-          batch: arrays [B, L] in T5X's names.
+          batch: arrays [B, L] under T5X's names.
           dropout_rng: None for no dropout.
         """
-        logits, told = self._compute_logits(
-            self._stopped(params), batch, dropout_rng, mutable=["routers"]
+        logits, collections = self._compute_logits(
+            self._stop_frozen_gradients(params), batch, dropout_rng, mutable=["routers"]
         )
         targets = batch["decoder_target_tokens"]
         factor, weights = losses.get_loss_normalizing_factor_and_weights(
@@ -142,7 +143,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
             z_loss=z_loss,
             segment_ids=_segments(batch),
         )
-        routers = params_lib.flatten(told.get("routers", {}))
+        routers = params_lib.flatten(collections.get("routers", {}))
         if routers:
             statistics = jnp.stack([statistic for _, (statistic,) in sorted(routers.items())])
             objective = statistics[:, routing.STATISTICS.index("objective")]
@@ -153,8 +154,8 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
                 metrics |= _router_metrics(paths, statistics, self._router_metrics)
         return loss, metrics
 
-    def _stopped(self, params: Any) -> Any:
-        """The parameters, frozen ones cut off, so that XLA forms no gradient of them."""
+    def _stop_frozen_gradients(self, params: Params) -> dict[str, PyTree]:
+        # T5X differentiates with respect to all parameters; XLA drops gradients that are zero.
         return params_lib.unflatten(
             {
                 path: leaf if path in self.trainable_paths else jax.lax.stop_gradient(leaf)
@@ -163,35 +164,32 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         )
 
 
-def _reads_sentences(described: Mapping[str, Any]) -> bool:
-    router = described.get("router")
-    return router is not None and router["reads"] == "sentence"
-
-
-def _segments(batch: Batch) -> dict[str, Any]:
-    """What T5X counts examples and padding by: segments of packed rows, else which tokens are."""
-    end = "_segment_ids"
-    packed = {name.removesuffix(end): ids for name, ids in batch.items() if name.endswith(end)}
+def _segments(batch: Batch) -> dict[str, jax.Array]:
+    """Returns the arrays by which T5X counts examples and padding."""
+    suffix = "_segment_ids"
+    packed = {n.removesuffix(suffix): ids for n, ids in batch.items() if n.endswith(suffix)}
     unpacked = ("encoder_input_tokens", "decoder_target_tokens")
     return packed or {name: batch[name] != 0 for name in unpacked}
 
 
-def _router_metrics(paths: Sequence[str], told: jax.Array, detail: str) -> dict[str, Any]:
-    """`routing.summarize_statistics` of traced statistics [routers, 6], under `router/`.
-
-    They are means over steps and microbatches (T5X divides its AveragePerStep by steps alone).
-    """
+def _router_metrics(
+    paths: Sequence[str], statistics: jax.Array, detail: str
+) -> dict[str, clu_metrics.Metric]:
+    """Returns `routing.summarize_statistics` of traced statistics [routers, 6], under `router/`."""
+    # clu's Average, since T5X divides its AveragePerStep by steps and not by microbatches.
     rows: dict[str, list[int]] = {"": list(range(len(paths)))}
-    for number, path in enumerate(paths):
+    for row, path in enumerate(paths):
         name = path.removesuffix("_adapter") if detail == "layers" else routing.site_name(path)
-        rows.setdefault(name, []).append(number)
-    found = {}
+        rows.setdefault(name, []).append(row)
+    metrics = {}
     for name, members in rows.items():
-        part = told[jnp.array(members)]
+        selected = statistics[jnp.array(members)]
         for column, statistic in enumerate(routing.STATISTICS):
             if name and statistic == "objective":
                 continue
-            of = jnp.max if statistic == "load" else jnp.mean
+            reduce = jnp.max if statistic == "load" else jnp.mean
             key = "/".join(filter(None, ("router", name, statistic)))
-            found[key] = clu_metrics.Average(total=of(part[:, column]), count=jnp.ones(()))
-    return found
+            metrics[key] = clu_metrics.Average(
+                total=reduce(selected[:, column]), count=jnp.ones(())
+            )
+    return metrics

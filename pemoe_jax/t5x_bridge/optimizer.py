@@ -1,7 +1,6 @@
-"""Our optimisers inside T5X, over the parameters that train; a run with it can be resumed."""
+"""The optimizers of `core.optim` in T5X, over the trainable parameters alone."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +8,20 @@ import optax
 from flax.core import FrozenDict, freeze
 from t5x import optimizers
 
-from pemoe_jax.core import optim
+from pemoe_jax.core import optim, partitioning
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.core.params import Params, PyTree
 
 
 class FrozenBase(optimizers.OptaxWrapper):
-    """One of `core.optim`'s optimisers; frozen parameters have no state and are handed through.
+    """An optimizer of `core.optim` that leaves frozen parameters as they are, without a state.
 
-    T5X's trainer gives the learning rate of each step (`Trainer.learning_rate_fn`), and with the
-    same schedule the states are those of our own runner.
+    The learning rate of each step is that of T5X's trainer (`Trainer.learning_rate_fn`). With the
+    same schedule the states equal those of `pemoe train`.
 
     Args:
       optimizer: learning-rate schedule -> optax transformation.
-      trainable: patterns of the parameters that train; each must match something.
+      trainable: patterns of the trainable parameters; each must match a parameter.
     """
 
     def __init__(self, optimizer: optim.OptimizerFactory, trainable: Sequence[str]) -> None:
@@ -29,36 +29,42 @@ class FrozenBase(optimizers.OptaxWrapper):
         self._trainable = trainable
         super().__init__(optimizer(lambda _: jnp.zeros(())))
 
-    def init_state(self, params: Any) -> Any:
-        """T5X's record of the step and the trainable parameters' states."""
-        trained, _ = params_lib.split(params, self._trainable)
-        return super().init_state(trained)
+    def init_state(self, params: Params) -> optimizers.OptimizerState:
+        """Returns the first step and the states of the trainable parameters."""
+        trainable, _ = params_lib.split(params, self._trainable)
+        return super().init_state(trainable)
 
     def apply_gradient(
-        self, hyper_params: Any, params: Any, state: Any, grads: Any
-    ) -> tuple[Any, Any]:
-        """One step: (parameters, state)."""
+        self,
+        hyper_params: PyTree,
+        params: Params,
+        state: optimizers.OptimizerState,
+        grads: Params,
+    ) -> tuple[Params, optimizers.OptimizerState]:
+        """Returns the parameters and the state after a step."""
         transformation = self._optimizer(lambda _: hyper_params.learning_rate)
-        trained, frozen = params_lib.split(params, self._trainable)
-        gradients, _ = params_lib.split(grads, self._trainable)
-        updates, states = transformation.update(gradients, state.param_states, trained)
-        merged: Any = params_lib.merge(optax.apply_updates(trained, updates), frozen)
+        trainable, frozen = params_lib.split(params, self._trainable)
+        trainable_grads, _ = params_lib.split(grads, self._trainable)
+        updates, states = transformation.update(trainable_grads, state.param_states, trainable)
+        merged: Params = params_lib.merge(optax.apply_updates(trainable, updates), frozen)
         merged = freeze(merged) if isinstance(params, FrozenDict) else merged
         return merged, optimizers.OptimizerState(step=state.step + 1, param_states=states)
 
-    def derive_logical_axes(self, optimizer: Any, param_logical_axes: Any) -> Any:
-        """The names of axes: a state of its parameter's shape has that parameter's, others none."""
+    def derive_logical_axes(
+        self, optimizer: optimizers.Optimizer, param_logical_axes: PyTree
+    ) -> optimizers.Optimizer:
+        """Returns axis names of the states: the parameter's if the shapes are equal, else None."""
         axes = params_lib.flatten(param_logical_axes)
         shapes = {path: leaf.shape for path, leaf in params_lib.flatten(optimizer.target).items()}
 
-        def of_state(path: Any, leaf: Any) -> Any:
-            keys = [str(getattr(key, "key", getattr(key, "name", None))) for key in path]
+        def state_axes(key_path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> PyTree:
+            keys = partitioning.key_names(key_path)
             for start in range(len(keys)):
                 name = "/".join(keys[start:])
                 if name in axes:
                     return axes[name] if shapes[name] == leaf.shape else None
             return None
 
-        states = jax.tree_util.tree_map_with_path(of_state, optimizer.state.param_states)
+        states = jax.tree_util.tree_map_with_path(state_axes, optimizer.state.param_states)
         state = optimizers.OptimizerState(step=None, param_states=states)
         return optimizer.replace(target=param_logical_axes, state=state)

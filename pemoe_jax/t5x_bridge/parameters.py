@@ -1,51 +1,51 @@
-"""Bases and checkpoints in any format we know, read into the places that T5X has for parameters."""
+"""Reading base models and checkpoints of any format with the shardings of T5X."""
 
 import dataclasses
-from typing import Any
 
 import jax
-from flax.core import freeze
+from flax.core import FrozenDict, freeze
 
 from pemoe_jax.checkpoints import models
 from pemoe_jax.core import adapters, network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.params import Params
 
-Shardings = dict[str, jax.sharding.Sharding]
+Shardings = dict[str, jax.sharding.Sharding]  # by path
 
 
-def shardings(mesh: jax.sharding.Mesh, axes: Any) -> Shardings:
-    """Path -> sharding, of the tree of `PartitionSpec` that a partitioner makes."""
+def shardings(mesh: jax.sharding.Mesh, specs: Params) -> Shardings:
+    """Returns path -> sharding, from a partitioner's tree of `PartitionSpec`."""
     return {
         path: jax.sharding.NamedSharding(mesh, spec)
-        for path, spec in params_lib.flatten(axes).items()
+        for path, spec in params_lib.flatten(specs).items()
     }
 
 
 def init_params(
     module: network.Transformer, seed: int, paths: set[str], where: Shardings
 ) -> dict[str, jax.Array]:
-    """Path -> random parameter, float32, as our own runner draws it."""
-    found = network.init_params(module, seed, paths.__contains__)
-    return params_lib.flatten(models.device_put(found, where))
+    """Returns path -> random float32 parameter, as `pemoe train` draws them."""
+    drawn = network.init_params(module, seed, paths.__contains__)
+    return params_lib.flatten(models.device_put(drawn, where))
 
 
 def read_model(
     module: network.Transformer, path: str, base_path: str | None, where: Shardings
-) -> tuple[Any, int]:
-    """All parameters that a path names, frozen ones in the network's type, and their step.
+) -> tuple[FrozenDict, int]:
+    """Reads all parameters of a model, frozen ones in the activation dtype of the network.
 
     Args:
-      module: the network that they must be of.
-      path: of a run of ours or of T5X's with this package, an adapter, or a base.
-      base_path: read in place of the base that a run or an adapter names.
+      module: the network that the model must have.
+      path: a run of either trainer, an adapter, or a base model.
+      base_path: base model to read in place of the one that a run or an adapter names.
       where: path -> sharding.
 
     Returns:
-      (frozen dict of parameters, step; 0 of a base).
+      (parameters, step); the step of a base model is 0.
 
     Raises:
-      InputError: nothing is there, or of another network, or its base is another.
+      InputError: the path does not exist, belongs to another network, or its base model differs.
     """
     opened = models.open_model(path, base_path)
     check_same_network(path, opened.model, module)
@@ -53,19 +53,27 @@ def read_model(
     return freeze(opened.load(where)), opened.step
 
 
-def check_same_network(path: str, found: network.Transformer, wanted: network.Transformer) -> None:
-    """Raises InputError where a checkpoint's dimensions or adapters are not the configured ones."""
+def check_same_network(
+    path: str, actual: network.Transformer, expected: network.Transformer
+) -> None:
+    """Raises InputError if a checkpoint's dimensions or adapters differ from the configured ones.
+
+    Args:
+      path: path of the checkpoint, for the error.
+      actual: the checkpoint's network.
+      expected: the network of the gin files.
+    """
     ignored = ("dropout_rate", "dtype", "sentence_dim")
-    config = found.config.as_dict()
+    config = actual.config.as_dict()
     pairs = {
         f"T5Config.{name}": (value, config[name])
-        for name, value in wanted.config.as_dict().items()
+        for name, value in expected.config.as_dict().items()
         if name not in ignored
     }
-    pairs["adapters"] = adapters.describe(wanted.adapters), adapters.describe(found.adapters)
-    for name, (expected, value) in pairs.items():
-        if expected != value:
+    pairs["adapters"] = adapters.describe(expected.adapters), adapters.describe(actual.adapters)
+    for name, (expected_value, value) in pairs.items():
+        if expected_value != value:
             raise InputError(
-                f"{path} is of another network: {name}: expected {expected} by the gin files,"
-                f" found {value}"
+                f"{path} is of another network: {name}: expected {expected_value} by the gin files,"
+                f" got {value}"
             )

@@ -1,11 +1,11 @@
-"""The state that T5X trains: its checkpoints hold what trains, and the base is read from its own.
+"""T5X's train state with checkpoints of the trainable parameters; the base model is read anew.
 
-T5X asks an initialiser for the first state and restores later ones by the state's own methods
-(`state_dict`, `restore_state`), so both are given here; nothing of T5X's is changed.
+T5X gets the first state from an initializer and restores later ones with the state's own methods
+(`state_dict`, `restore_state`). Both are replaced here, and nothing in T5X is changed.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -18,34 +18,41 @@ from pemoe_jax.checkpoints import models, runs, t5x_run
 from pemoe_jax.core import adapters, network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.params import Params, PyTree
 from pemoe_jax.runtime import file_io
 from pemoe_jax.t5x_bridge import data, parameters
 
+if TYPE_CHECKING:
+    from t5x import optimizers
+    from t5x import partitioning as t5x_partitioning
+
 
 class FrozenParams:
-    """The parameters that checkpoints leave out, and where they are read from again.
+    """The parameters that checkpoints do not contain, and how to read them.
 
     Attributes:
-      paths: of the parameters.
-      read: -> path -> array.
+      paths: paths of the parameters.
+      read: returns path -> array.
     """
 
-    def __init__(self, paths: set[str], read: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, paths: set[str], read: Callable[[], Mapping[str, jax.Array]]) -> None:
         self.paths, self.read = frozenset(paths), read
 
 
 class TrainState(t5x_train_state.FlaxOptimTrainState):
-    """T5X's, with all parameters in memory and those that train in checkpoints.
+    """T5X's train state, which writes only trainable parameters to checkpoints.
 
     Attributes:
-      frozen: of the others; None: checkpoints hold all.
+      frozen: the other parameters; None if all are trainable.
     """
 
     frozen: FrozenParams | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def of(cls, state: Any, frozen: FrozenParams | None) -> "TrainState":
-        """A state of T5X's, as one of these."""
+    def from_t5x(
+        cls, state: t5x_train_state.FlaxOptimTrainState, frozen: FrozenParams | None
+    ) -> "TrainState":
+        """Converts a state of T5X."""
         return cls(
             _optimizer=state._optimizer,
             params_axes=state.params_axes,
@@ -54,58 +61,58 @@ class TrainState(t5x_train_state.FlaxOptimTrainState):
             frozen=frozen,
         )
 
-    def state_dict(self) -> Any:
-        """What a checkpoint holds: `target`, the parameters that train, and `state`."""
-        found = super().state_dict()
+    def state_dict(self) -> dict[str, PyTree]:
+        """Returns a checkpoint's content: `target`, the trainable parameters, and `state`."""
+        content = super().state_dict()
         if self.frozen is not None:
             paths = self.frozen.paths
-            found["target"] = params_lib.select(found["target"], lambda path: path not in paths)
-        return found
+            content["target"] = params_lib.select(content["target"], lambda path: path not in paths)
+        return content
 
-    def restore_state(self, state_dict: Mapping[str, Any]) -> "TrainState":
-        """The state that a checkpoint describes; frozen parameters are read from the base."""
+    def restore_state(self, state_dict: Mapping[str, PyTree]) -> "TrainState":
+        """Returns the state of a checkpoint; frozen parameters are read from the base model."""
         target = params_lib.flatten(state_dict["target"])
         if self.frozen is not None and self.frozen.paths - target.keys():
             target |= self.frozen.read()
         return super().restore_state({**state_dict, "target": params_lib.unflatten(target)})
 
-    def replace_step(self, step: Any) -> "TrainState":
-        """The state at another step."""
+    def replace_step(self, step: jax.Array) -> "TrainState":
+        """Returns the state at another step."""
         optimizer = self._optimizer
         state = optimizer.state.replace(step=step)
         return self.replace(_optimizer=optimizer.replace(state=state))
 
     def as_logical_axes(self) -> "TrainState":
-        """The names of axes in place of arrays."""
-        return TrainState.of(super().as_logical_axes(), self.frozen)
+        """Returns the state with axis names in place of arrays."""
+        return TrainState.from_t5x(super().as_logical_axes(), self.frozen)
 
 
 class TrainStateInitializer(utils.TrainStateInitializer):
-    """T5X's, which reads the base in any of our formats and draws adapters as our runner does.
+    """T5X's initializer; reads base models of any format and draws adapters as `pemoe train` does.
 
     Args:
-      optimizer_def, init_fn, input_shapes, partitioner, input_types: T5X's; `init_fn` is a method
-        of `EncoderDecoderModel`.
-      base_path: of the base (INITIAL_CHECKPOINT_PATH); None: random weights.
-      model_dir: gets a record beside its checkpoints, by which our own commands read them; what is
-        there must belong to the same base and settings.
-      method: its name, for tables.
-      mixture_or_task_name: what is trained on, for tables.
+      optimizer_def, init_fn, input_shapes, partitioner, input_types: as in T5X; `init_fn` is a
+        method of `EncoderDecoderModel`.
+      base_path: path of the base model (INITIAL_CHECKPOINT_PATH); None for random weights.
+      model_dir: MODEL_DIR. A record is written next to its checkpoints, from which `pemoe` reads
+        them; a resumed run must have the same base model and settings.
+      method: name of the method, for tables.
+      mixture_or_task_name: name of the training data, for tables.
 
     Raises:
-      InputError: `model_dir` holds a run of other settings.
+      InputError: `model_dir` holds a run with other settings.
     """
 
-    global_train_state_shape: Any
-    train_state_axes: Any
+    global_train_state_shape: PyTree
+    train_state_axes: PyTree
 
     def __init__(
         self,
-        optimizer_def: Any,
+        optimizer_def: "optimizers.OptimizerDef",
         init_fn: Any,
-        input_shapes: Mapping[str, Any],
-        partitioner: Any,
-        input_types: Mapping[str, Any] | None = None,
+        input_shapes: Mapping[str, tuple[int, ...]],
+        partitioner: "t5x_partitioning.BasePartitioner",
+        input_types: Mapping[str, jax.typing.DTypeLike] | None = None,
         *,
         base_path: str | None = None,
         model_dir: str | None = None,
@@ -118,23 +125,23 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         self._method, self._name = method, mixture_or_task_name
         if optimizer_def is None:
             raise InputError(
-                "t5x_bridge.TrainStateInitializer is for training: expected the checkpoint's path"
-                " as CHECKPOINT_PATH and t5x_bridge.Checkpoints to read it"
+                "t5x_bridge.TrainStateInitializer is for training: to read a checkpoint, set"
+                " CHECKPOINT_PATH and use t5x_bridge.Checkpoints"
             )
         shapes = self.global_train_state_shape
         self._frozen = set(params_lib.flatten(shapes.params)) - self._model.trainable_paths
         frozen = FrozenParams(self._frozen, self._read_frozen) if self._frozen else None
-        self.global_train_state_shape = TrainState.of(shapes, frozen)
+        self.global_train_state_shape = TrainState.from_t5x(shapes, frozen)
         self.train_state_axes = partitioner.get_mesh_axes(self.global_train_state_shape)
-        self._places = parameters.shardings(partitioner.mesh, self.train_state_axes.params)
+        self._shardings = parameters.shardings(partitioner.mesh, self.train_state_axes.params)
 
-    def from_scratch(self, init_rng: Any) -> TrainState:
-        """The base and new adapters, step 0; the key does not matter, the model's seed does."""
-        del init_rng
+    def from_scratch(self, init_rng: jax.Array) -> TrainState:
+        """Returns the state of the base model with new adapters, at step 0."""
+        del init_rng  # parameters depend on the model's seed
         module, seed = self._model.module, self._model.seed
-        base = self._read_base(new_run=True)
-        added = parameters.init_params(
-            module, seed, self._places.keys() - base.keys(), self._places
+        base = self._read_base(is_resumed=False)
+        adapter_params = parameters.init_params(
+            module, seed, self._shardings.keys() - base.keys(), self._shardings
         )
         create = self._partitioner.partition(
             self._first_state,
@@ -142,48 +149,49 @@ class TrainStateInitializer(utils.TrainStateInitializer):
             out_axis_resources=self.train_state_axes,
             donate_argnums=(0,),
         )
-        return create(freeze(params_lib.unflatten(base | added)))
+        return create(freeze(params_lib.unflatten(base | adapter_params)))
 
-    def _first_state(self, params: Any) -> TrainState:
+    def _first_state(self, params: Params) -> TrainState:
         optimizer = self._optimizer.create(params)
         step = jnp.zeros((), jnp.int32)
         optimizer = optimizer.replace(state=optimizer.state.replace(step=step))
         return self.global_train_state_shape.replace(_optimizer=optimizer)
 
-    def _read_base(self, new_run: bool) -> dict[str, jax.Array]:
-        """Path -> array, frozen ones in the activation dtype; a run that goes on keeps its base."""
+    def _read_base(self, is_resumed: bool) -> dict[str, jax.Array]:
+        """Reads path -> array of the base model; writes the run's record, or checks it."""
         model = self._model
-        trains = model.trainable_paths.__contains__
+        is_trainable = model.trainable_paths.__contains__
         base, identity = models.load_base(
-            model.module, self._base_path, model.seed, trains, self._places
+            model.module, self._base_path, model.seed, is_trainable, self._shardings
         )
         if self._model_dir is not None:
-            now = self._record(identity)
-            if not new_run:
-                _check_same_run(self._model_dir, t5x_run.read_record(self._model_dir), now)
+            record = self._record(identity)
+            if is_resumed:
+                _check_same_run(self._model_dir, t5x_run.read_record(self._model_dir), record)
             elif jax.process_index() == 0:
-                t5x_run.write_record(self._model_dir, now)
+                t5x_run.write_record(self._model_dir, record)
         return params_lib.flatten(base)
 
     def _read_frozen(self) -> dict[str, jax.Array]:
-        """For a run that goes on: what its checkpoints leave out."""
+        """Reads what the checkpoints of a resumed run do not contain."""
         module, seed = self._model.module, self._model.seed
-        base = self._read_base(new_run=False)
-        untrained = {path for path in self._frozen if params_lib.is_adapter(path)}
-        added = parameters.init_params(module, seed, untrained, self._places)
-        return {path: leaf for path, leaf in (base | added).items() if path in self._frozen}
+        base = self._read_base(is_resumed=True)
+        # Frozen adapters (a pattern may train a part of them) are still those of the start.
+        frozen_adapters = {path for path in self._frozen if params_lib.is_adapter(path)}
+        drawn = parameters.init_params(module, seed, frozen_adapters, self._shardings)
+        return {path: leaf for path, leaf in (base | drawn).items() if path in self._frozen}
 
-    def _record(self, identity: Mapping[str, Any]) -> runs.Record:
+    def _record(self, identity: Mapping[str, object]) -> runs.Record:
         module = self._model.module
         shapes = params_lib.flatten(network.param_shapes(module))
-        trained = {path: shapes[path] for path in self._model.trainable_paths}
+        trainable = {path: shapes[path] for path in self._model.trainable_paths}
         return runs.Record(
             method=self._method,
             trainable=list(self._model.trainable),
             config=module.config.as_dict(),
             adapters=adapters.describe(module.adapters),
             base={**identity, "needed": bool(self._frozen)},
-            counts={"trainable": params_lib.count(trained), "total": params_lib.count(shapes)},
+            counts={"trainable": params_lib.count(trainable), "total": params_lib.count(shapes)},
             versions=runs.package_versions(),
             seed=self._model.seed,
             trained_datasets=None if self._name is None else data.datasets(self._name),
@@ -191,18 +199,19 @@ class TrainStateInitializer(utils.TrainStateInitializer):
 
 
 def _check_same_run(model_dir: str, before: runs.Record, now: runs.Record) -> None:
-    """Raises InputError where what must not change in a run has changed."""
-    for name, of in {
+    """Raises InputError if a setting that a resumed run must keep has changed."""
+    settings: dict[str, Callable[[runs.Record], object]] = {
         "base fingerprint": lambda record: record.base["fingerprint"],
         "method": lambda record: record.method,
         "adapters": lambda record: record.adapters,
         "TRAINABLE": lambda record: record.trainable,
         "SEED": lambda record: record.seed,
         "T5Config": lambda record: {k: v for k, v in record.config.items() if k != "dropout_rate"},
-    }.items():
-        if of(before) != of(now):
+    }
+    for name, setting in settings.items():
+        if setting(before) != setting(now):
             raise InputError(
-                f"{file_io.resolve(model_dir)} holds a run with {name} {of(before)!r},"
-                " expected the same"
-                f" to go on, found {of(now)!r}: choose another MODEL_DIR or mend the setting"
+                f"{file_io.resolve(model_dir)} holds a run with {name} {setting(before)!r},"
+                f" expected the same to resume, got {setting(now)!r}: choose another MODEL_DIR or"
+                " correct the setting"
             )

@@ -145,8 +145,8 @@ def test_microbatches_and_evaluation_on_the_way(common, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"SEED": 1}, "holds a run with base fingerprint '.*', expected the same to go on"),
-        ({"ALPHA": 8.0}, "holds a run with adapters .*, expected the same to go on"),
+        ({"SEED": 1}, "holds a run with base fingerprint '.*', expected the same to resume"),
+        ({"ALPHA": 8.0}, "holds a run with adapters .*, expected the same to resume"),
     ],
 )
 def test_a_run_of_other_settings_does_not_go_on(common, plain, changed, says):

@@ -239,7 +239,7 @@ def flat_axes(tree):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"router_metrics": "all"}, "ROUTER_METRICS: expected 'sites', 'layers' or None"),
+        ({"router_metrics": "all"}, "ROUTER_METRICS must be 'sites', 'layers' or None"),
         ({"trainable": ["no_such/.*"]}, "TRAINABLE matched 0 of"),
     ],
 )
