@@ -1,4 +1,4 @@
-"""Folders that goldens are packed in."""
+"""Archives of golden files."""
 
 import pathlib
 import tarfile

@@ -1,15 +1,15 @@
-"""Writes datasets.tar.gz: the examples of p3_forms.py as Hugging Face's `datasets` keeps them.
+"""Writes datasets.tar.gz: the examples of p3_forms.py in the formats of Hugging Face `datasets`.
 
-The tests read only the archive; this script is needed to make it again:
+The tests read the archive only. To recreate it:
 
     pip install datasets==5.2.0
     PYTHONPATH=.:tests python tests/goldens/make_datasets.py
 
-huggingface/   RTE and ANLI, as load_dataset leaves them in its cache (RTE's train split in two)
-raw/           COPA (in two parts) and AG News, by save_to_disk
-odd/indices    a part of a Dataset
-odd/single     a Dataset by itself
-odd/nested     fields in fields, empty lists, what is not there
+huggingface/   RTE and ANLI, as in the cache of load_dataset (RTE's train split in two files)
+raw/           COPA (in two files) and AG News, by save_to_disk
+odd/indices    a selection of rows of a Dataset
+odd/single     a Dataset without a DatasetDict
+odd/nested     nested fields, empty lists, null
 """
 
 import gzip
@@ -33,13 +33,13 @@ def features(labels: int) -> Features:
 
 
 def builder(task: str, name: str, config: str, labels: int, cache: pathlib.Path, repo_id=None):
-    """A builder of examples, whose cache is written as those of the hub are."""
+    """Returns a builder of examples, whose cache has the layout of the Hub's datasets."""
     splits = {
         p3_forms.p3_table.tasks()[task].source_split(split): rows
         for split, rows in p3_forms.raw_splits(task).items()
     }
 
-    class Made(datasets.GeneratorBasedBuilder):
+    class Builder(datasets.GeneratorBasedBuilder):
         VERSION = datasets.Version("1.0.3")
         BUILDER_CONFIGS = [datasets.BuilderConfig(name=config, version=VERSION)]
 
@@ -55,7 +55,7 @@ def builder(task: str, name: str, config: str, labels: int, cache: pathlib.Path,
         def _generate_examples(self, rows):
             yield from enumerate(rows)
 
-    return Made(
+    return Builder(
         cache_dir=str(cache),
         config_name=config,
         dataset_name=name,
@@ -109,7 +109,7 @@ def main() -> None:
         (root / "odd" / "nested.json").write_text(json.dumps(rows))
         for lock in root.rglob("*.lock"):
             lock.unlink()
-        # without times and owners, so that the same files give the same archive
+        # Without times and owners, so that equal files make an equal archive.
         with (
             open(HERE / "datasets.tar.gz", "wb") as out,
             gzip.GzipFile(fileobj=out, mode="wb", mtime=0, filename="") as zipped,

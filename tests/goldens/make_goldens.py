@@ -1,13 +1,13 @@
-"""Writes hf_t5.npz and hf_peft.npz: what Hugging Face's T5 v1.1 and PEFT compute, under our names.
+"""Writes hf_t5.npz and hf_peft.npz: outputs of Hugging Face's T5 v1.1 and PEFT, under our names.
 
-The tests read only the .npz files; this script is needed to make them again:
+The tests read the .npz files only. To recreate them:
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 numpy
     python tests/goldens/make_goldens.py
 
 Keys: `config/<field>`, `<case>/<array>`, `params/<path>` and `<case>/grads/<path>`, where <path> is
-T5X's name of the parameter and kernels are [in, out]. Weights are random, from SEED; losses are
-means over target tokens, and logits are meaningful only where the target is not padding.
+T5X's name of the parameter and kernels are [in, out]. Weights are random, from SEED. Losses are
+means over target tokens; logits are only compared at targets that are not padding.
 """
 
 import os
@@ -21,7 +21,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 SEED = 10
 HERE = os.path.dirname(os.path.abspath(__file__))
-# H * K = 18 differs from D = 20: a reshape that confuses the two cannot pass.
+# H * K = 18 differs from D = 20, so that a reshape that confuses the two fails.
 CONFIG = dict(
     vocab_size=64, emb_dim=20, num_heads=3, head_dim=6, mlp_dim=28,
     num_encoder_layers=2, num_decoder_layers=3,
@@ -38,7 +38,7 @@ SUBLAYERS = {
     ("decoder", 1): ("encoder_decoder_attention", "pre_cross_attention_layer_norm"),
     ("decoder", 2): ("mlp", "pre_mlp_layer_norm"),
 }
-# PEFT's (IA)^3 scales what wo reads; with one vector that is the gate site.
+# PEFT's (IA)^3 scales the input of wo; with one vector that is our site gate.
 IA3_SITES = {"k": "key_adapter", "v": "value_adapter", "wo": "gate_adapter"}
 LORA_SITES = {
     "q": "query_adapter", "k": "key_adapter", "v": "value_adapter", "o": "out_adapter",
@@ -68,7 +68,7 @@ def our_name(hf_name: str) -> str:
 
 
 def our_array(name: str, tensor: torch.Tensor) -> np.ndarray:
-    """Kernels [out, in] -> [in, out]; rel_embedding [32, H] -> [H, 32]; others as they are."""
+    """Converts kernels [out, in] to [in, out] and rel_embedding [32, H] to [H, 32]."""
     array = tensor.detach().to(torch.float32).numpy()
     return array.T.copy() if name.endswith(("kernel", "rel_embedding")) else array.copy()
 
@@ -83,7 +83,7 @@ def build() -> T5ForConditionalGeneration:
     )  # fmt: skip
     config._attn_implementation = "eager"
     model = T5ForConditionalGeneration(config).eval()
-    # transformers 5 ties the head whatever it is told, and keeps the flag only for the scaling.
+    # transformers 5 always ties the head, and uses the flag for the scaling only.
     model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     assert not model.config.scale_decoder_outputs and model.config.dense_act_fn == "gelu_new"
     with torch.no_grad():
@@ -92,13 +92,13 @@ def build() -> T5ForConditionalGeneration:
                 p.copy_(1 + 0.2 * torch.randn_like(p))
             elif name in ("shared.weight", "lm_head.weight") or "relative_attention" in name:
                 p.copy_(torch.randn_like(p))
-            else:  # [out, in]: outputs of variance one, so that attention is far from uniform
+            else:  # [out, in]: unit variance of outputs, so that attention is far from uniform
                 p.copy_(torch.randn_like(p) * p.shape[1] ** -0.5)
     return model
 
 
 def rows(rng: np.random.Generator, lengths: list[int], width: int) -> np.ndarray:
-    """Random token rows [len(lengths), width] that end in eos (1) and are padded with 0."""
+    """Returns random token rows [len(lengths), width] that end in eos (1), padded with 0."""
     out = np.zeros((len(lengths), width), np.int32)
     for row, n in zip(out, lengths, strict=True):
         row[: n - 1] = rng.integers(2, CONFIG["vocab_size"], n - 1)
@@ -107,7 +107,7 @@ def rows(rng: np.random.Generator, lengths: list[int], width: int) -> np.ndarray
 
 
 def batch(rng: np.random.Generator, inputs: list[int], targets: list[int]) -> dict[str, np.ndarray]:
-    """Inputs as wide as the longest plus two, so that every row has padding."""
+    """Returns a batch wider than its longest rows, so that every row has padding."""
     encoder = rows(rng, inputs, max(inputs) + 2)
     target = rows(rng, targets, max(targets) + 1)
     decoder = np.pad(target, ((0, 0), (1, 0)))[:, :-1]
@@ -119,7 +119,7 @@ def batch(rng: np.random.Generator, inputs: list[int], targets: list[int]) -> di
 
 
 def forward(model: torch.nn.Module, data: dict[str, np.ndarray]):
-    """(logits [B, L, V], mean loss over target tokens)."""
+    """Returns (logits [B, L, V], mean loss over target tokens)."""
     tokens = {k: torch.from_numpy(v).long() for k, v in data.items()}
     target = tokens["decoder_target_tokens"]
     out = model(
@@ -133,7 +133,7 @@ def forward(model: torch.nn.Module, data: dict[str, np.ndarray]):
 
 
 def greedy(model: torch.nn.Module, encoder_input_tokens: np.ndarray) -> np.ndarray:
-    """Greedy tokens [B, GREEDY_LENGTH], 0 after eos; raises if a near tie could decide a token."""
+    """Returns greedy tokens [B, GREEDY_LENGTH], 0 after eos; fails on a near tie."""
     tokens = torch.from_numpy(encoder_input_tokens).long()
     out = model.generate(
         input_ids=tokens, attention_mask=(tokens > 0).long(), do_sample=False, num_beams=1,
@@ -153,7 +153,7 @@ def greedy(model: torch.nn.Module, encoder_input_tokens: np.ndarray) -> np.ndarr
 
 
 def case(model: torch.nn.Module, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Logits, loss and greedy tokens; leaves the gradients in the parameters."""
+    """Returns logits, loss and greedy tokens; leaves the gradients in the parameters."""
     model.zero_grad()
     logits, loss = forward(model, data)
     loss.backward()
@@ -165,7 +165,7 @@ def case(model: torch.nn.Module, data: dict[str, np.ndarray]) -> dict[str, np.nd
 
 
 def bucket_table() -> dict[str, np.ndarray]:
-    """T5's bucket of every relative position (memory - query) from -200 to 200."""
+    """Returns T5's bucket of every relative position (memory - query) from -200 to 200."""
     relative = torch.arange(-200, 201)
     return {
         "buckets/encoder": T5Attention._relative_position_bucket(relative, True).numpy(),
@@ -181,7 +181,7 @@ def adapter_name(hf_name: str, sites: dict[str, str]) -> str:
 
 
 def adapter_array(hf_name: str, tensor: torch.Tensor) -> tuple[str, np.ndarray]:
-    """(leaf name, array): vectors [H, 1, K] or [1, F]; lora_a [in, 1, R]; lora_b [1, R, out]."""
+    """Returns (leaf, array): vectors [H, 1, K] or [1, F]; lora_a [in, 1, R]; lora_b [1, R, out]."""
     array = tensor.detach().to(torch.float32).numpy()
     if "lora_A" in hf_name:
         return "lora_a", array.T[:, None, :].copy()

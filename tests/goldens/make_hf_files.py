@@ -1,16 +1,16 @@
-"""Writes hf_files.tar.gz: folders and files that transformers and torch wrote, and their logits.
+"""Writes hf_files.tar.gz: folders and files written by transformers and torch, and their logits.
 
-The tests read only the archive; this script is needed to make it again:
+The tests read the archive only. To recreate it:
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
     python tests/goldens/make_hf_files.py
 
-<case>/…             a model's folder; logits are what transformers computes after `from_pretrained`
+<case>/…             a model's folder; its logits are computed after `from_pretrained`
 logits.npz           `input_ids`, `decoder_input_ids`, and logits [B, L, V] by case, float32
-tensors.bin          tensors of all types, many shapes and strides, by torch.save
-tensors.safetensors  the same, contiguous
-protocol_4.bin       some of them with a later pickle protocol
-old_format.bin       some of them in the format before torch 1.6
+tensors.bin          tensors of all dtypes, many shapes and strides, by torch.save
+tensors.safetensors  the same tensors, contiguous
+protocol_4.bin       some of the tensors with pickle protocol 4
+old_format.bin       some of the tensors in the format before torch 1.6
 """
 
 import gzip
@@ -33,7 +33,7 @@ from transformers import (
 
 SEED = 3
 HERE = pathlib.Path(__file__).parent
-# H * K = 10 differs from D = 12, and V, F, 32 buckets from all: no two axes can be confused.
+# H * K = 10, D = 12, V, F and the 32 buckets all differ, so that no two axes can be confused.
 SIZES = dict(
     vocab_size=40, d_model=12, d_kv=5, d_ff=18, num_layers=1, num_decoder_layers=2, num_heads=2,
     feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0,
@@ -41,25 +41,25 @@ SIZES = dict(
 
 
 def build(kind=T5Config, model=T5ForConditionalGeneration, untied=True, **config):
-    """A random model, its head untied by hand: transformers 5 ties it whatever it is told."""
+    """Returns a random model. Its head is untied by hand: transformers 5 always ties it."""
     torch.manual_seed(SEED)
-    made = model(kind(**SIZES, **config)).eval()
+    t5 = model(kind(**SIZES, **config)).eval()
     if untied:
-        made.lm_head.weight = torch.nn.Parameter(torch.empty_like(made.lm_head.weight))
+        t5.lm_head.weight = torch.nn.Parameter(torch.empty_like(t5.lm_head.weight))
     with torch.no_grad():
-        for name, p in made.named_parameters():
+        for name, p in t5.named_parameters():
             noise = torch.randn_like(p)
             if "layer_norm" in name:
                 p.copy_(1 + 0.2 * noise)
             elif name in ("shared.weight", "lm_head.weight") or "relative_attention" in name:
                 p.copy_(noise)
-            else:  # [out, in]: outputs of variance one, so that attention is far from uniform
+            else:  # [out, in]: unit variance of outputs, so that attention is far from uniform
                 p.copy_(noise * p.shape[1] ** -0.5)
-    return made
+    return t5
 
 
 def as_transformers_4(folder: pathlib.Path, **changed) -> None:
-    """Rewrites config.json with the keys that transformers 4 wrote."""
+    """Rewrites config.json with the keys of transformers 4."""
     config = json.loads((folder / "config.json").read_text())
     del config["scale_decoder_outputs"]
     config |= {
@@ -71,14 +71,14 @@ def as_transformers_4(folder: pathlib.Path, **changed) -> None:
 
 
 def write_torch(folder: pathlib.Path, model: torch.nn.Module, shards: int) -> None:
-    """pytorch_model.bin as transformers 4 wrote it, copies of the embedding included."""
+    """Writes pytorch_model.bin as transformers 4 did, with copies of the embedding."""
     model.config.save_pretrained(folder)
     as_transformers_4(folder, tie_word_embeddings=False)
     state = model.state_dict()
     assert state["encoder.embed_tokens.weight"].data_ptr() == state["shared.weight"].data_ptr()
-    # of T5 before 2020
-    leftover = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-    state[leftover] = torch.randn(32, SIZES["num_heads"])
+    # An unused array in checkpoints of T5 before 2020.
+    unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    state[unused] = torch.randn(32, SIZES["num_heads"])
     if shards == 1:
         torch.save(state, folder / "pytorch_model.bin")
         return
@@ -93,7 +93,7 @@ def write_torch(folder: pathlib.Path, model: torch.nn.Module, shards: int) -> No
 
 
 def write_models(root: pathlib.Path) -> dict[str, type]:
-    """Case -> class that loads it."""
+    """Writes the models; returns case -> class that loads it."""
     v1_1 = build(tie_word_embeddings=False)
     v1_1.save_pretrained(root / "single")
     v1_1.save_pretrained(root / "sharded", max_shard_size="8KB")
@@ -103,13 +103,13 @@ def write_models(root: pathlib.Path) -> dict[str, type]:
     for name, shards in (("torch", 1), ("torch_sharded", 2)):
         write_torch(root / name, build(tie_word_embeddings=False), shards)
         cases[name] = T5ForConditionalGeneration
-    # As `T5Config(tie_word_embeddings=False)` is saved by transformers 5: no head, no scaling.
+    # transformers 5 saves `T5Config(tie_word_embeddings=False)` without a head; no scaling.
     build(untied=False, tie_word_embeddings=False).save_pretrained(root / "tied")
-    # A head that is tied and scaled, under the keys of transformers 5 and of 4.
+    # A tied and scaled head, with the keys of transformers 5 and of 4.
     build(untied=False).save_pretrained(root / "tied_scaled")
     build(untied=False).save_pretrained(root / "tied_scaled_4")
     as_transformers_4(root / "tied_scaled_4")
-    # transformers 5 scales by its flag even where the head is not the embedding.
+    # transformers 5 scales by its flag even if the head is not the embedding.
     build(tie_word_embeddings=True).save_pretrained(root / "untied_scaled")
     cases |= dict.fromkeys(
         ("tied", "tied_scaled", "tied_scaled_4", "untied_scaled"), T5ForConditionalGeneration
@@ -138,7 +138,7 @@ def write_logits(root: pathlib.Path, cases: dict[str, type]) -> None:
         logits[name] = out.logits.numpy()
         print(f"{name}: largest logit {np.abs(logits[name]).max():.3g}")
     assert np.array_equal(logits["single"], logits["torch"])
-    # far apart, so that no case can pass for another
+    # Far apart, so that no case is mistaken for another.
     for a, b in (("tied", "tied_scaled"), ("single", "untied_scaled"), ("single", "tied")):
         assert np.abs(logits[a] - logits[b]).max() > 0.5 * np.abs(logits[a]).max()
     np.savez(root / "logits.npz", **inputs, **logits)
@@ -151,7 +151,7 @@ DTYPES = (
 
 
 def random_view(generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    """A part of a larger tensor: transposed, stepped over, from an offset on."""
+    """Returns a view of a larger tensor: transposed, with steps and an offset."""
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
@@ -179,7 +179,7 @@ def write_tensors(root: pathlib.Path) -> None:
         for i in range(10)
     }
     table = torch.randn(6, 8, generator=generator)
-    views |= {  # in one storage
+    views |= {  # all in one storage
         "table": table, "tied": table, "transposed": table.T, "rows": table[2:5],
         "columns": table[:, 1:7:2], "row": table[3], "parameter": torch.nn.Parameter(table),
         "empty": torch.zeros(3, 0), "scalar": torch.tensor(2.5),
@@ -193,9 +193,9 @@ def write_tensors(root: pathlib.Path) -> None:
 
 
 def pack(root: pathlib.Path, to: pathlib.Path) -> None:
-    """An archive that depends on the files alone."""
+    """Writes an archive whose bytes depend on the files only."""
 
-    def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    def anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
         info.mtime = info.uid = info.gid = 0
         info.uname = info.gname = ""
         info.mode = 0o755 if info.isdir() else 0o644
@@ -207,7 +207,7 @@ def pack(root: pathlib.Path, to: pathlib.Path) -> None:
         tarfile.open(fileobj=zipped, mode="w") as archive,
     ):
         for name in sorted(os.listdir(root)):
-            archive.add(root / name, name, filter=plain)
+            archive.add(root / name, name, filter=anonymous)
 
 
 def main() -> None:

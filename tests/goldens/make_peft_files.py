@@ -1,11 +1,11 @@
-"""Writes peft_files.tar.gz: adapters that PEFT saved, and the logits of the models that have them.
+"""Writes peft_files.tar.gz: adapters saved by PEFT, and the logits of the adapted models.
 
     base.npz                          config/<field>, params/<our path>, <tokens>, base/logits
     <case>/adapter_config.json        by PEFT's `save_pretrained`, with
     <case>/adapter_model.safetensors  (or .bin)
-    <case>/logits.npy                 [B, L, V]; meaningful where the target is not padding
+    <case>/logits.npy                 [B, L, V]; only compared at targets that are not padding
 
-The tests read only the archive; to make it again, with what make_goldens.py needs (the same but
+The tests read the archive only. To recreate it, with the packages of make_goldens.py (equal except
 for the order of target_modules, which PEFT keeps in sets):
 
     python tests/goldens/make_peft_files.py
@@ -28,7 +28,7 @@ CASES = {
     "ia3": peft.IA3Config(
         target_modules=["k", "v", "wo"], feedforward_modules=["wo"], task_type=TASK
     ),
-    # no module is a feedforward one: wo's output is scaled
+    # Without feedforward modules the output of wo is scaled.
     "ia3_outputs": peft.IA3Config(
         target_modules=[*ATTENTION, "wi_0", "wi_1", "wo"], feedforward_modules=[], task_type=TASK
     ),
@@ -44,17 +44,17 @@ CASES = {
         rank_pattern={"q": 1, "wo": 5}, alpha_pattern={"v": 24},
     ),
 }  # fmt: skip
-PICKLED = "ia3"  # this one is there as a .bin too
+PICKLED = "ia3"  # also saved as a .bin
 
 
 def base() -> torch.nn.Module:
-    """The T5 of make_goldens.py; its weights are those of hf_t5.npz."""
+    """Returns the T5 of make_goldens.py, with the weights of hf_t5.npz."""
     torch.manual_seed(SEED)
     return build()
 
 
 def trained(config: peft.PeftConfig) -> peft.PeftModel:
-    """The base with an adapter that is far from the identity."""
+    """Returns the base with an adapter that is far from the identity."""
     torch.manual_seed(SEED)
     wrapped = peft.get_peft_model(base(), config).eval()
     with torch.no_grad():

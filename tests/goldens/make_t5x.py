@@ -1,9 +1,9 @@
-"""Writes t5x_legacy.tar.gz, t5x_orbax.tar.gz and t5x_logits.npz: checkpoints that a real T5X wrote.
+"""Writes t5x_legacy.tar.gz, t5x_orbax.tar.gz and t5x_logits.npz: checkpoints written by T5X.
 
-A tiny T5 v1.1 with random weights takes one step of Adafactor, so that the optimiser's state is
-there too, and is saved by T5X in both of its formats; the logits are those of T5X's own network on
-the saved parameters. The tests read the data only. To make it again, in an environment of its own
-(T5X, airio and jestimator are on GitHub alone; their own requirements do not resolve):
+A small T5 v1.1 with random weights takes one step of Adafactor, so that there is an optimizer
+state, and is saved by T5X in both of its formats. The logits are computed by T5X's own network
+from the saved parameters. The tests read the data only. To recreate it, in a separate environment
+(T5X, airio and jestimator are on GitHub only, and their requirements do not resolve):
 
     pip install -c constraints.txt jax flax optax orbax-checkpoint gin-config clu seqio tensorflow \
         fiddle jaxtyping cached_property chex tensorboard grain cloudpickle portpicker \
@@ -32,7 +32,7 @@ CONFIG = dict(
 
 
 def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Two rows; the second ends earlier."""
+    """Returns two rows; the second is shorter."""
     encoder = rng.integers(2, CONFIG["vocab_size"], (2, 6)).astype(np.int32)
     target = rng.integers(2, CONFIG["vocab_size"], (2, 5)).astype(np.int32)
     encoder[1, 4:] = 0
@@ -45,14 +45,14 @@ def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def trained(model: network.Transformer, tokens: dict[str, np.ndarray]) -> train_state.TrainState:
-    """The state after a step with random gradients, said to be step STEP."""
+    """Returns the state after a step with random gradients, its step set to STEP."""
     variables = model.init(jax.random.key(0), **tokens, enable_dropout=False)
     optimizer = adafactor.Adafactor(
         0.01,
         decay_rate=0.8,
         step_offset=0,
         logical_factor_rules=adafactor.standard_logical_factor_rules(),
-        min_dim_size_to_factor=4,  # so that the tiny arrays have factored states too
+        min_dim_size_to_factor=4,  # so that small arrays have factored states too
     )
     state = train_state.FlaxOptimTrainState.create(optimizer, variables)
     keys = iter(jax.random.split(jax.random.key(1), 1000))
@@ -62,7 +62,7 @@ def trained(model: network.Transformer, tokens: dict[str, np.ndarray]) -> train_
 
 
 def pack(folder: pathlib.Path, archive: pathlib.Path) -> None:
-    """Everything in the folder, the checkpoint's own folder at the top."""
+    """Packs everything in a folder; the checkpoint's folder is at the top."""
 
     def anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
         info.uid = info.gid = info.mtime = 0
