@@ -50,6 +50,7 @@ def register(
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # the module exists, but something that it imports does not
             raise InputError(f"MIXTURE_OR_TASK_MODULE {module!r}: no such module") from error
+    # PEMOE_P3_DIR is usually set for a whole machine, so a run that names other data ignores it.
     if jsonl_dir is None and module is None:
         p3_dir = p3_dir or os.environ.get("PEMOE_P3_DIR")
     only_caches = jsonl_dir is None and module is None and bool(seqio_caches.additional_cache_dirs)
@@ -62,6 +63,7 @@ def register(
                     f"{macro} must be None with P3_DIR, got {patterns!r}: name a mixture or a task"
                     " by MIXTURE_OR_TASK_NAME"
                 )
+        # importing P3 imports seqio, which takes 7 to 8 s
         from pemoe_jax.tasks import p3
 
         return p3.register(p3_dir, vocab_path, eval_examples, inputs_eos)

@@ -50,6 +50,7 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
 
 
+# Words of SQuAD are compared as multisets, as in its official script.
 def _f1(target: list[str], prediction: list[str]) -> float:
     if not target or not prediction:
         return float(target == prediction)
@@ -61,6 +62,7 @@ def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]
     """Corpus BLEU of sacrebleu with its international tokenization: `bleu`."""
     import sacrebleu
 
+    # "intl" splits off punctuation of every script; T5 uses it for all languages.
     score = sacrebleu.corpus_bleu(list(predictions), [list(targets)], tokenize="intl").score
     return {"bleu": float(score)}
 
@@ -95,6 +97,7 @@ def spearman_correlation(targets: Sequence[str], predictions: Sequence[str]) -> 
     A text that is not a number counts as -1, as in T5. If all targets or all predictions are
     equal, the correlation is undefined, and 0 is returned.
     """
+    # Computed by hand: scipy.stats would return nan, with a warning, if all values are equal.
     ranks = [_ranks([_number(text) for text in texts]) for texts in (targets, predictions)]
     deviations = [rank - rank.mean() for rank in ranks]
     scale = np.sqrt(np.prod([np.sum(deviation**2) for deviation in deviations]))

@@ -60,6 +60,7 @@ def span_corruption(
     Returns:
       (inputs, targets), without EOS. The text begins with tokens that stay and ends with a span.
     """
+    # Both counts are bounded so that no span and no gap is empty, whatever the length.
     num_noise = min(max(round(len(ids) * noise_density), 1), len(ids) - 1)
     num_spans = min(max(round(num_noise / mean_span_length), 1), len(ids) - num_noise)
     keep_lengths = _random_lengths(len(ids) - num_noise, num_spans, rng)
@@ -121,6 +122,7 @@ def _preprocessor(objective: Objective) -> Callable[[tf.data.Dataset], tf.data.D
     @seqio.map_over_dataset(num_seeds=1)
     def preprocess(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
         inputs, targets = tf.numpy_function(apply, [example["targets"], seed], [tf.int32, tf.int32])
+        # a numpy_function has no static shape, which the preprocessors that follow need
         inputs.set_shape([None])
         targets.set_shape([None])
         return {"inputs": inputs, "targets": targets}
@@ -160,6 +162,7 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
         PREFIX_LM: lambda ids, rng: prefix_lm(ids, rng, ends),
     }
     for name, objective in objectives.items():
+        # seqio refuses a name that exists, and a later call may have another file
         if name in seqio.TaskRegistry.names():
             seqio.TaskRegistry.remove(name)
         seqio.TaskRegistry.add(

@@ -47,6 +47,7 @@ class Registered:
             print("\n".join(self.summary), flush=True)
 
 
+# What run files bind as `register`. A user's own function may return nothing.
 Register = Callable[[], Registered | None]
 
 

@@ -1,7 +1,7 @@
 """`_score_eval` tasks, in P3's form: a row for each answer choice of an example.
 
-A row has `idx` (int32 [example, choice]), `is_correct` and `weight` beside the inputs; its targets
-are the choice. A model scores every row, and the choice with the highest score is its answer.
+A row has `idx` (int32 [example, choice]), `is_correct` and `weight`, and its targets are the
+choice. A model scores every row, and the choice with the highest score is its answer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+# T0's suffix, by which users and tables know these tasks.
 SUFFIX = "_score_eval"
 Output = TypeVar("Output")
 Target = tuple[tuple[int, ...], bool]  # `idx` and `is_correct` of a row
@@ -44,9 +45,11 @@ def rank_accuracy(
       targets: `target_of_row` of each row.
       scores: log-likelihood of each row, or a pair of them and the model's other outputs.
     """
+    # T5X returns other outputs beside the scores if a model has them
     log_likelihoods = scores[0] if isinstance(scores, tuple) else scores
     best: dict[int, tuple[float, bool]] = {}
     for ((example, _), is_correct), score in zip(targets, log_likelihoods, strict=True):
+        # the first of equal scores wins, as in pemoe evaluate
         if example not in best or score > best[example][0]:
             best[example] = float(score), is_correct
     return {"accuracy": float(np.mean([is_correct for _, is_correct in best.values()]))}

@@ -92,7 +92,7 @@ def trim_and_append_eos(
 ) -> tf.data.Dataset:
     """Preprocessor: truncates to the length, with one EOS at the end if the feature asks for it.
 
-    An EOS that is there already does not count: caches of P3 exist with and without EOS on inputs,
+    An EOS at the end of `ids` does not count: caches of P3 exist with and without EOS on inputs,
     and seqio truncates it with the rest of a sequence that is too long.
     """
 

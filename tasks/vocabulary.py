@@ -23,7 +23,7 @@ def default_vocab_path() -> str:
 
 
 def load_vocabulary(path: str | os.PathLike[str]) -> seqio.SentencePieceVocabulary:
-    """Loads a SentencePiece file and adds T5's sentinels; the same file gives the same object.
+    """Loads a SentencePiece file and adds T5's sentinels; the same file returns the same object.
 
     Raises:
       InputError: the file does not exist, is not a SentencePiece model, or has other special ids
@@ -37,6 +37,7 @@ def load_vocabulary(path: str | os.PathLike[str]) -> seqio.SentencePieceVocabula
     return _load(str(local), local.stat().st_mtime_ns)
 
 
+# One object for each file: every object holds a copy of the model.
 @functools.cache
 def _load(path: str, modified: int) -> seqio.SentencePieceVocabulary:
     del modified  # part of the cache's key: a file that was replaced is loaded again

@@ -14,7 +14,7 @@ import numpy as np
 from pemoe_jax.data import seqio_import
 from pemoe_jax.data.order import ExampleOrder
 from pemoe_jax.data.providers import StreamOptions
-from pemoe_jax.data.rows import TEXT_FEATURES, RowReader
+from pemoe_jax.data.rows import TEXT_FEATURES, RowReader, read_parts
 from pemoe_jax.data.tfrecords import TFRecordReader
 
 seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and silences its log
@@ -53,13 +53,10 @@ def read_blocks(readers: Sequence[RowReader], blocks: tf.data.Dataset) -> tf.dat
     first_rows = np.cumsum([0, *(reader.num_rows for reader in readers[:-1])])
 
     def read_numbers(numbers: np.ndarray) -> np.ndarray:
-        reader_of_row = np.searchsorted(first_rows, numbers, side="right") - 1
-        records = np.full(len(numbers), b"", object)
-        for index in np.unique(reader_of_row):
-            places = np.flatnonzero(reader_of_row == index)
-            in_reader = (numbers[places] - first_rows[index]).tolist()
-            records[places] = readers[index].read_records(in_reader)
-        return records
+        records = read_parts(
+            first_rows, numbers, lambda index, rows: readers[index].read_records(rows)
+        )
+        return np.array(records, object)
 
     @tf.autograph.experimental.do_not_convert
     def read(numbers: tf.Tensor) -> tf.Tensor:

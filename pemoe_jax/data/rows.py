@@ -10,11 +10,13 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
+
+T = TypeVar("T")
 
 # inputs, targets: list of token ids; inputs_pretokenized, targets_pretokenized: bytes;
 # answer_choices (optional): list of bytes. Of _score_eval tasks also idx: [example, choice],
@@ -74,6 +76,28 @@ def parse(record: bytes) -> Row:
     if "weight" in features:
         row["weight"] = float(sum(features["weight"].float_list.value))
     return row
+
+
+def read_parts(
+    first_rows: np.ndarray,
+    numbers: Sequence[int] | np.ndarray,
+    read: Callable[[int, list[int]], Sequence[T]],
+) -> list[T]:
+    """Reads rows that are spread over parts, such as files, with one call for each part.
+
+    Args:
+      first_rows: number of each part's first row: int64 [parts].
+      numbers: numbers of the rows to read, in any order.
+      read: (part, row numbers within it) -> rows.
+    """
+    rows = np.asarray(numbers)
+    part_of_row = np.searchsorted(first_rows, rows, side="right") - 1
+    results: dict[int, T] = {}
+    for part in np.unique(part_of_row).tolist():
+        places = np.flatnonzero(part_of_row == part)
+        in_part = (rows[places] - first_rows[part]).tolist()
+        results |= zip(places.tolist(), read(part, in_part), strict=True)
+    return [results[place] for place in range(len(rows))]
 
 
 class RowReader(abc.ABC):

@@ -21,7 +21,7 @@ import google_crc32c
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, first_line
-from pemoe_jax.data.rows import READ_SIZE, Row, RowReader, parse
+from pemoe_jax.data.rows import READ_SIZE, Row, RowReader, parse, read_parts
 from pemoe_jax.runtime import file_io
 
 _BLOCK = 1 << 22  # bytes scanned at a time
@@ -193,15 +193,9 @@ class TFRecordReader(RowReader):
         # A single shard is read without counting its rows, which would scan the whole file.
         if len(self.files) == 1:
             return self.files[0].read(numbers)
-        rows = np.asarray(numbers)
-        shard_of_row = np.searchsorted(self._first_rows, rows, side="right") - 1
-        records = [b""] * len(rows)
-        for shard in np.unique(shard_of_row):
-            places = np.flatnonzero(shard_of_row == shard)
-            in_shard = [int(number) for number in rows[places] - self._first_rows[shard]]
-            for place, record in zip(places, self.files[shard].read(in_shard), strict=True):
-                records[place] = record
-        return records
+        return read_parts(
+            self._first_rows, numbers, lambda shard, rows: self.files[shard].read(rows)
+        )
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
         """See RowReader."""

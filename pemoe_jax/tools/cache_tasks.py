@@ -111,6 +111,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         raise InputError(f"--output must differ from --p3_dir, got {settings.output} for both")
     _readers.cache_clear()  # the folder may have changed since an earlier call
     folder, splits = _splits_to_write(settings, args.tasks.split(","))
+    # A task with all its splits but no COMPLETED gets it when its jobs find the files.
     finished = [task for task in splits if (settings.output / task / "COMPLETED").exists()]
     jobs = [
         Job(task, split)
@@ -154,6 +155,7 @@ def _splits_to_write(
         if not matched:
             raise InputError(f"--tasks {pattern!r} matched none of {len(names)} tasks")
         files = {name: files for name in matched if (files := folder.find(name)) is not None}
+        # a run leaves such templates out; whoever writes a cache wants it whole
         for reason in folder.unreadable.values():
             raise InputError(reason)
         reasons = folder.unavailable
@@ -195,6 +197,7 @@ def _run(settings: _Settings, jobs: Sequence[Job], workers: int) -> Iterator[tup
         try:
             for future in concurrent.futures.as_completed(waiting):
                 yield waiting[future], future.result()
+        # also KeyboardInterrupt: otherwise leaving the pool waits for the jobs in its queue
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -106,6 +106,8 @@ def register(
     index_path = folder / "INDEX.json"
     paths = [pathlib.Path(path) for splits in files.values() for path in splits.values()]
     stats = {path: path.stat() for path in (*paths, index_path) if path.exists()}
+    # Everything that the tasks depend on: T5X calls `register` for each of its datasets, and a
+    # second registration would replace tasks that are being read.
     key = (
         str(folder),
         tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()),
@@ -124,6 +126,7 @@ def register(
             eval_splits[task] = split
         else:
             split = "train" if "train" in splits else next(iter(splits))
+        # Only the first row is read here: a folder may hold all of P3.
         has_choices[task] = bool(files_lib.first_example(splits[split]).answer_choices)
     index = files_lib.read_index(index_path)
     tasks = roles.assign_roles(
@@ -139,6 +142,7 @@ def register(
     # importing `source` imports seqio
     from pemoe_jax.tasks.jsonl import source
 
+    # Nothing below raises, so that an error leaves the tasks of the earlier call as they were.
     remove()
     _current.names = names
     for task, splits in files.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import array
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.data.rows import read_parts
 from pemoe_jax.tasks import metrics
 from pemoe_jax.tasks.registered import abbreviate
 
@@ -162,6 +162,7 @@ def parse_line(line: bytes, where: str) -> Example:
             raise InputError(f"{where}: expected a field {key!r}, got {', '.join(row) or 'none'}")
         if not isinstance(row[key], str):
             raise InputError(f"{where}: {key!r} must be a string, got {_short(row[key])}")
+    # exporters write null for a missing list
     choices = row.get("answer_choices")
     choices = [] if choices is None else choices
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
@@ -238,6 +239,7 @@ def scan_file(path: str, limit: int | None = None) -> FileScan:
 @functools.cache
 def _scan(path: str, modified: int, size: int, limit: int | None) -> FileScan:
     del modified, size  # part of the cache's key
+    # 8 bytes a row, where a list of int would take 40
     offsets = array.array("q")
     odd: dict[str, tuple[int, int]] = {}
     max_choices = max_words = 0
@@ -247,6 +249,7 @@ def _scan(path: str, modified: int, size: int, limit: int | None) -> FileScan:
         number, first = odd.get(kind, (0, line))
         odd[kind] = number + 1, first
 
+    # Choices and targets are compared stripped, as `is_correct` is.
     for number, offset, line in _lines(path):
         if limit is not None and len(offsets) >= limit:
             break
@@ -268,6 +271,7 @@ def _scan(path: str, modified: int, size: int, limit: int | None) -> FileScan:
             count("doubled_choices", number)
     if not offsets:
         raise InputError(f"{path}: expected at least one row, got none")
+    # a task without any choices is not irregular
     if max_choices and without_choices:
         odd["no_choices"] = len(without_choices), without_choices[0]
     return FileScan(np.array(offsets, np.int64), odd, max_choices, max_words)
@@ -295,19 +299,7 @@ class Rows:
           Indices int32 [N]; inputs and targets, bytes [N]; answer choices, bytes [N, C], padded
           with b""; numbers of choices, int32 [N].
         """
-        files = np.searchsorted(self.starts, indices, side="right") - 1
-        in_file = indices - self.starts[files]
-        examples: dict[int, Example] = {}
-        # Each file is opened once for all of its rows; a stable sort keeps them in order.
-        order = np.argsort(files, kind="stable")
-        for index, members in itertools.groupby(order, key=lambda i: files[i]):
-            with open(self.paths[index], "rb") as file:
-                for i in members:
-                    offset = self.scans[index].offsets[in_file[i]]
-                    file.seek(offset)
-                    where = f"{self.paths[index]}, byte {offset}"
-                    examples[int(i)] = parse_line(file.readline(), where)
-        rows = [examples[i] for i in range(len(indices))]
+        rows = read_parts(self.starts, indices, self._read_file)
         counts = np.array([len(row.answer_choices) for row in rows], np.int32)
         choices = np.full((len(rows), max(1, counts.max())), b"", object)
         for i, row in enumerate(rows):
@@ -315,3 +307,12 @@ class Rows:
         inputs = np.array([row.inputs.encode() for row in rows], object)
         targets = np.array([row.targets.encode() for row in rows], object)
         return indices.astype(np.int32), inputs, targets, choices, counts
+
+    def _read_file(self, index: int, rows: list[int]) -> list[Example]:
+        path, offsets = self.paths[index], self.scans[index].offsets
+        examples = []
+        with open(path, "rb") as file:
+            for offset in offsets[rows].tolist():
+                file.seek(offset)
+                examples.append(parse_line(file.readline(), f"{path}, byte {offset}"))
+        return examples

@@ -189,12 +189,14 @@ def assign_roles(
 
     def has_train_role(task: str) -> bool:
         info = infos[task]
+        # GPT_EVAL and SGLUE are roles of T0+ and T0++, which also train on datasets scored here.
         return not info.has_roles or (info.t0_do_train == "BASE" and not info.t0_blacklisted)
 
     def has_eval_role(task: str) -> bool:
         info = infos[task]
         return info.t0_do_eval == "BASE" and info.original_task and has_choices[task]
 
+    # "" if nothing is missing, else the end of an error's message
     def missing_to_train(task: str) -> str:
         return "" if "train" in files[task] else "no train split"
 
@@ -221,6 +223,7 @@ def assign_roles(
         to_train = [task for task in role if datasets[task] not in held_out]
         # Only a task that is neither trained on nor scored is worth a line.
         skipped = [task for task in role if datasets[task] in held_out and task not in to_score]
+    # A pattern may match tasks that cannot be used, as long as one can: the rest is reported.
     train = [task for task in to_train if not missing_to_train(task)]
     used = {*train, *(task for task in to_score if has_choices[task])}
     score_datasets = {

@@ -23,7 +23,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.tasks import metrics, score_eval
 from pemoe_jax.tasks.p3 import published, source
-from pemoe_jax.tasks.p3.folder import Folder, TaskFiles
+from pemoe_jax.tasks.p3.folder import Folder
 from pemoe_jax.tasks.registered import Registered, abbreviate, check_eval_examples
 from pemoe_jax.tasks.seekable import trim_and_append_eos
 from pemoe_jax.tasks.vocabulary import SENTINELS, default_vocab_path, load_vocabulary
@@ -128,6 +128,7 @@ def register(
         vocabulary = settings.vocabulary
     else:
         vocabulary = _lazy_vocabulary(vocab_path)
+    # The summary lists the new folder, but an error must leave the settings as they were.
     previous = settings.p3_dir, settings.eval_examples
     settings.read_from(path, eval_examples)
     try:
@@ -143,6 +144,7 @@ def register(
     for task in train_score_tasks:
         if task.name not in seqio.TaskRegistry.names():
             seqio.TaskRegistry.add_provider(task.name, task)
+    # so that USE_CACHED_TASKS reads the folder's tfrecords without another flag
     if path is not None and path not in seqio.utils.get_global_cache_dirs():
         seqio.add_global_cache_dirs([path])
     names = [*published.names(), *published.unpublished_score_tasks()]
@@ -183,18 +185,6 @@ def _summarize(path: str | None) -> list[str]:
     missing = [name for name in published.tasks() if name not in files]
     if missing:
         lines.append(f"not in P3_DIR: {len(missing)} tasks ({abbreviate(missing, 3)})")
-    for reason, names in _without_split(files).items():
-        if names:
-            lines.append(f"{reason}: {len(names)} tasks ({abbreviate(names, 3)})")
-    unavailable = [f"{name}: {reason}" for name, reason in folder.unavailable.items()]
-    if unavailable:
-        others = f" (and {len(unavailable) - 1} more tasks)" if len(unavailable) > 1 else ""
-        lines.append(f"left out: {unavailable[0]}{others}")
-    return [*lines, *(f"left out: {line}" for line in folder.unreadable.values())]
-
-
-def _without_split(files: dict[str, TaskFiles]) -> dict[str, list[str]]:
-    """Returns the tasks that lack a split that their role needs, by the summary's text."""
     no_train, no_eval = [], []
     for name, task_files in files.items():
         if score_eval.is_score_eval(name):
@@ -202,10 +192,18 @@ def _without_split(files: dict[str, TaskFiles]) -> dict[str, list[str]]:
                 no_eval.append(name)
         elif published.task_of(name).do_train and "train" not in task_files.splits:
             no_train.append(name)
-    return {
-        "no train split": no_train,
-        f"no evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})": no_eval,
-    }
+    if no_train:
+        lines.append(f"no train split: {len(no_train)} tasks ({abbreviate(no_train, 3)})")
+    if no_eval:
+        splits = ", ".join(seqio_tasks.EVAL_SPLITS)
+        lines.append(
+            f"no evaluation split ({splits}): {len(no_eval)} tasks ({abbreviate(no_eval, 3)})"
+        )
+    unavailable = [f"{name}: {reason}" for name, reason in folder.unavailable.items()]
+    if unavailable:
+        others = f" (and {len(unavailable) - 1} more tasks)" if len(unavailable) > 1 else ""
+        lines.append(f"left out: {unavailable[0]}{others}")
+    return [*lines, *(f"left out: {line}" for line in folder.unreadable.values())]
 
 
 def _count(names: Sequence[str], of_published: bool = False) -> str:

@@ -13,11 +13,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.runtime.file_io import read_json
-from pemoe_jax.tasks.p3.row_files import Example, Splits, take_from_parts
+from pemoe_jax.tasks.p3.row_files import Example, Splits, Table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -70,11 +68,13 @@ def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
     """
     for home in [root / dataset, *sorted(root.glob(f"*___{dataset}"))]:
         for config in (subset,) if subset else (*_DEFAULT_CONFIGS, dataset):
+            # `datasets` renames a folder when its download is complete
             infos = [
                 path
                 for path in (home / config).glob("*/*/dataset_info.json")
                 if not path.parent.name.endswith((".incomplete", "_tmp"))
             ]
+            # the folder is named by a hash, so time alone tells which is newest
             if infos:
                 newest = max(infos, key=lambda path: (path.stat().st_mtime_ns, str(path)))
                 return _files_in(newest.parent)
@@ -86,7 +86,8 @@ def _files_in(folder: pathlib.Path) -> Splits:
     counts: dict[str, int] = {}
     for path in sorted(folder.glob("*.arrow")):
         match = _SHARD.fullmatch(path.name) or _WHOLE.fullmatch(path.name)
-        if match is None or match["name"] == "cache":  # a result of `Dataset.map`
+        # `Dataset.map` writes cache-<hash>.arrow beside the dataset
+        if match is None or match["name"] == "cache":
             continue
         splits.setdefault(match["split"], []).append(path)
         counts[match["split"]] = int(match.groupdict().get("count") or 1)
@@ -99,7 +100,7 @@ def _files_in(folder: pathlib.Path) -> Splits:
     return splits
 
 
-class ArrowTable:
+class ArrowTable(Table):
     """Arrow files, one after the other."""
 
     def __init__(self, paths: Sequence[pathlib.Path]) -> None:
@@ -110,22 +111,14 @@ class ArrowTable:
     def _batches(self) -> list[pyarrow.RecordBatch]:
         return [batch for path in self._paths for batch in _read_batches(path)]
 
-    @functools.cached_property
-    def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-
-    @property
-    def num_rows(self) -> int:
+    def part_sizes(self) -> list[int]:
         """See Table."""
-        return int(self._starts[-1])
+        return [batch.num_rows for batch in self._batches]
 
-    def take(self, indices: Sequence[int]) -> list[Example]:
+    def read_part(self, part: int, numbers: list[int]) -> list[Example]:
         """See Table."""
-        return take_from_parts(self._starts, indices, self._take_from_batch)
-
-    def _take_from_batch(self, batch: int, inside: list[int]) -> Sequence[Example]:
         try:
-            return cast(list[Example], self._batches[batch].take(inside).to_pylist())
+            return cast(list[Example], self._batches[part].take(numbers).to_pylist())
         except (OSError, ValueError, IndexError) as error:
             raise InputError(f"{self.location}: damaged: {first_line(error)}") from None
 
@@ -136,7 +129,8 @@ def _read_batches(path: pathlib.Path) -> Iterator[pyarrow.RecordBatch]:
     try:
         with pyarrow.memory_map(str(path)) as file:
             for batch in pyarrow.ipc.open_stream(file):
-                batch.validate(full=True)  # reading a wrong offset would crash the process
+                # pyarrow trusts offsets: reading a damaged batch would crash the process
+                batch.validate(full=True)
                 yield batch
     except (OSError, ValueError) as error:  # base classes of pyarrow's errors
         raise InputError(f"{path}: not a whole Arrow stream: {first_line(error)}") from None

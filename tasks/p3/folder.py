@@ -3,7 +3,7 @@
 (a) `<task>/<split>.tfrecord-*` with `info.<split>.json` and `COMPLETED`: the published seqio cache;
 (b) `<task>/<split>*.parquet`, `<task>/<split>/*.parquet` or `<task>/<split>.jsonl`: prompted rows;
 (c) `<dataset>[/<subset>]/templates.yaml`, in the folder or in its `templates/`, and the dataset's
-    examples, found as `raw_examples` describes.
+    examples, where `raw_examples` describes.
 
 Tasks may be in `data/` too, as in a clone of the hub's repository. A folder may mix forms; of a
 task the first is read. A `_score_eval` task without files is derived from its task's choices.
@@ -35,7 +35,7 @@ class TaskFiles:
 
     Attributes:
       form: CACHE, PROMPTED, TEMPLATES or DERIVED.
-      splits: split -> its files; a cache's files are found by its info.
+      splits: split -> its files; a cache's info names them.
       folder: where the files are.
       template: the task's template, of TEMPLATES.
       dataset: the examples of the template's dataset.
@@ -59,7 +59,7 @@ class Folder:
 
     Attributes:
       path: the absolute path.
-      unreadable: path of a templates.yaml -> what is wrong with it.
+      unreadable: path of a templates.yaml -> the error.
       unavailable: task with a template -> why it has no rows.
 
     Raises:
@@ -83,6 +83,7 @@ class Folder:
         for root in (self.path, self.path / "data"):
             if root.is_dir():
                 for entry in os.scandir(root):
+                    # a folder of the same name in data/ comes second
                     if entry.is_dir():
                         folders.setdefault(entry.name, pathlib.Path(entry.path))
         return folders
@@ -100,6 +101,7 @@ class Folder:
             return {}
         try:
             return templates.read_templates(path)
+        # A damaged file must not keep the other datasets from being read.
         except InputError as error:
             self.unreadable[str(path)] = str(error)
             return {}
@@ -112,10 +114,12 @@ class Folder:
     def find(self, name: str) -> TaskFiles | None:
         """Finds a published task or `_score_eval` task; None if the folder does not have it."""
         if name not in self._files:
+            # None is remembered too: mixtures ask for 544 tasks again and again
             self._files[name] = self._find(name)
         return self._files[name]
 
     def _find(self, name: str) -> TaskFiles | None:
+        # Caches come first, because they need neither tokenizing nor rendering.
         folder = self._task_folders.get(name)
         if folder is not None:
             cached = cached_splits(folder)

@@ -174,6 +174,7 @@ def rate(name: str) -> float:
     """
     task = task_of(name)
     size = task.train_size or task.splits.get("train", 1)
+    # T0's code divides integers
     if size <= MAX_EXAMPLES:
         return float(size)
     return float(MAX_EXAMPLES // _num_templates()[task.dataset_name])

@@ -34,6 +34,7 @@ class RawDataset:
     folder: pathlib.Path
     splits: Mapping[str, Sequence[pathlib.Path]]
     builder: tfds.Builder | None = None
+    # Tables are shared by all templates of a dataset, because each indexes its files.
     _tables: dict[str, Table] = dataclasses.field(default_factory=dict)
 
     def missing_fields(self, fields: Collection[str]) -> list[str]:
@@ -68,6 +69,7 @@ def find_dataset(
     """
     builder = tfds.builders().get((dataset, subset))
     roots = [root for name in FOLDERS if (root := p3_dir / name).is_dir()]
+    # A user's own files come before what other libraries left in their caches.
     for folder in [*(root / dataset / subset for root in roots), templates_dir]:
         splits = find_splits(folder) or arrow.saved_splits(folder)
         if splits:

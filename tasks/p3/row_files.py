@@ -6,21 +6,21 @@ file in any order, is fast. Write tfrecords (pemoe cache_tasks) before training 
 
 from __future__ import annotations
 
+import abc
 import array
 import collections
 import functools
-import itertools
 import json
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, first_line
-from pemoe_jax.data.rows import TEXT_FEATURES, Encode, Row, RowReader
+from pemoe_jax.data.rows import TEXT_FEATURES, Encode, Row, RowReader, read_parts
 from pemoe_jax.tasks.p3.rows import add_ids
 
 if TYPE_CHECKING:
@@ -32,42 +32,38 @@ Example = dict[str, Any]  # a dataset's fields, of any JSON type
 Splits = dict[str, list[pathlib.Path]]  # split -> its files
 
 
-class Table(Protocol):
-    """Examples that are read by index."""
+class Table(abc.ABC):
+    """Examples of a split in one or several parts, read by number.
 
-    location: str  # a file, for messages
+    Attributes:
+      location: a file, for messages.
+    """
+
+    location: str
+
+    @abc.abstractmethod
+    def part_sizes(self) -> list[int]:
+        """Returns the number of examples of each part."""
+
+    @abc.abstractmethod
+    def read_part(self, part: int, numbers: list[int]) -> list[Example]:
+        """Reads examples of a part."""
+
+    @functools.cached_property
+    def _first_rows(self) -> np.ndarray:
+        return np.cumsum([0, *self.part_sizes()])
 
     @property
     def num_rows(self) -> int:
         """Number of examples."""
+        return int(self._first_rows[-1])
 
-    def take(self, indices: Sequence[int]) -> list[Example]:
-        """Reads the examples at these indices, in this order."""
-
-
-def take_from_parts(
-    starts: np.ndarray,
-    indices: Sequence[int],
-    take: Callable[[int, list[int]], Sequence[Example]],
-) -> list[Example]:
-    """Reads rows of a table that consists of parts, with one call for each part.
-
-    Args:
-      starts: [parts + 1], the index of each part's first row, and the number of rows.
-      indices: rows to read, in any order.
-      take: (part, indices within it) -> its rows.
-    """
-    parts = np.searchsorted(starts, np.asarray(indices), side="right") - 1
-    rows: dict[int, Example] = {}
-    order = np.argsort(parts, kind="stable")
-    for part, members in itertools.groupby(order, key=lambda position: int(parts[position])):
-        positions = [int(position) for position in members]
-        inside = [int(indices[position] - starts[part]) for position in positions]
-        rows |= zip(positions, take(part, inside), strict=True)
-    return [rows[position] for position in range(len(rows))]
+    def take(self, numbers: Sequence[int]) -> list[Example]:
+        """Reads examples, in the order of `numbers`."""
+        return read_parts(self._first_rows, numbers, self.read_part)
 
 
-class JsonLinesTable:
+class JsonLinesTable(Table):
     """A file with a JSON object per line; blank lines are skipped."""
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -83,30 +79,30 @@ class JsonLinesTable:
                 end += len(line)
         return offsets
 
-    @property
-    def num_rows(self) -> int:
+    def part_sizes(self) -> list[int]:
         """See Table."""
-        return len(self._offsets)
+        return [len(self._offsets)]
 
-    def take(self, indices: Sequence[int]) -> list[Example]:
+    def read_part(self, part: int, numbers: list[int]) -> list[Example]:
         """See Table."""
         examples = []
         with open(self.location, "rb") as file:
-            for index in indices:
-                file.seek(self._offsets[index])
-                examples.append(self._parse(file.readline(), index))
+            for number in numbers:
+                file.seek(self._offsets[number])
+                examples.append(self._parse(file.readline(), number))
         return examples
 
-    def _parse(self, line: bytes, index: int) -> Example:
+    def _parse(self, line: bytes, number: int) -> Example:
         try:
             example = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:
-            raise InputError(f"{self.location}: row {index + 1}: not JSON: {error}") from None
+            raise InputError(f"{self.location}: row {number + 1}: not JSON: {error}") from None
         if not isinstance(example, dict):
-            raise InputError(f"{self.location}: row {index + 1}: expected an object")
+            raise InputError(f"{self.location}: row {number + 1}: expected an object")
         return example
 
 
+# Reading a row decodes its whole row group, so that rows in random order need groups in memory.
 class _RowGroupCache:
     """The last used row groups of Parquet files."""
 
@@ -139,7 +135,7 @@ class _RowGroup(NamedTuple):
     num_rows: int
 
 
-class ParquetTable:
+class ParquetTable(Table):
     """Parquet files, one after the other."""
 
     def __init__(self, paths: Sequence[pathlib.Path]) -> None:
@@ -168,26 +164,18 @@ class ParquetTable:
 
         return list(parquet.read_schema(self._paths[0]).names) if self._groups else []
 
-    @functools.cached_property
-    def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *(group.num_rows for group in self._groups)])
-
-    @property
-    def num_rows(self) -> int:
+    def part_sizes(self) -> list[int]:
         """See Table."""
-        return int(self._starts[-1])
+        return [group.num_rows for group in self._groups]
 
-    def take(self, indices: Sequence[int]) -> list[Example]:
+    def read_part(self, part: int, numbers: list[int]) -> list[Example]:
         """See Table."""
-        return take_from_parts(self._starts, indices, self._take_from_group)
-
-    def _take_from_group(self, index: int, inside: list[int]) -> Sequence[Example]:
-        group = self._groups[index]
+        group = self._groups[part]
         try:
             table = _row_groups.get(group.path, group.number, group.file)
         except (OSError, ValueError) as error:
             raise InputError(f"{group.path}: damaged: {first_line(error)}") from None
-        return cast(list[Example], table.take(inside).to_pylist())
+        return cast(list[Example], table.take(numbers).to_pylist())
 
 
 def open_table(paths: Sequence[pathlib.Path]) -> Table:
@@ -262,6 +250,7 @@ class PromptedReader(RowReader):
         row: Row = {}
         for key in TEXT_FEATURES:
             ids, text = example.get(key), example.get(f"{key}_pretokenized")
+            # the hub has ids in `inputs`, JSON lines have text
             if isinstance(ids, str):
                 ids, text = None, ids
             if ids is None and text is None:
@@ -277,6 +266,7 @@ class PromptedReader(RowReader):
                 raise self._error("'idx' and 'is_correct'", [*example], number)
             row["idx"] = [int(i) for i in example["idx"]]
             row["is_correct"] = bool(example["is_correct"])
+            # all published weights are 1, and other writers leave them out
             weight = example.get("weight")
             row["weight"] = 1.0 if weight is None else float(weight)
         return row

@@ -74,6 +74,7 @@ class ChoiceReader(RowReader):
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
         """See RowReader."""
         owners = np.searchsorted(self._starts, np.asarray(numbers), side="right") - 1
+        # a row is read and tokenized once for all of its choices
         distinct = np.unique(owners).tolist()
         plain = zip(distinct, self._plain.read_rows(distinct), strict=True)
         rows = {owner: choice_rows(row, owner, self._encode) for owner, row in plain}

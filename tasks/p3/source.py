@@ -136,6 +136,7 @@ class P3Source(seqio.DataSource):
     ) -> tf.data.Dataset:
         """Returns the rows, with the features of the published caches."""
         indices = self.row_indices(split)
+        # Shuffled as a whole: 8 bytes a row are cheap, and a buffer mixes neighbors only.
         if shuffle:
             indices = np.random.default_rng(seed).permutation(indices)
         first, step = shard_of(shard_info)
@@ -265,6 +266,7 @@ class P3Mixture(FolderMixture):
     def _tasks_with_rows(self, split: str | None) -> list[P3Task]:
         """Returns the tasks with rows of a split (None: their evaluation split) in the folder."""
         tasks, left_out = [], []
+        # ExampleOrder needs at least one row of each task
         for task in self.tasks:
             wanted = split or task.eval_split
             if (

@@ -104,12 +104,14 @@ class Template:
         if "answer_choices" in fields:
             raise TemplateError("the example has a field 'answer_choices', which templates use")
         try:
+            # one generator serves all threads, so drawing and rendering must not be interleaved
             with _random_lock:
                 _random.seed(index)
                 choices = None
                 if self.answer_choices is not None:
                     rendered = _compile(self.answer_choices).render(**fields)
                     choices = [_show_bars(choice.strip()) for choice in rendered.split(_BAR)]
+                # as promptsource does, on the text: "}}" inside a string would be hit as well
                 text = self.jinja.replace("}}", f" | string | truncate({MAX_CHARACTERS}) }}}}")
                 rendered = _compile(text).render(**fields, answer_choices=choices)
         except Exception as error:  # jinja's, or whatever an expression in it does to the example

@@ -27,7 +27,7 @@ import numpy as np
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.data.tfrecords import TFRecordFile
 from pemoe_jax.runtime.file_io import read_json
-from pemoe_jax.tasks.p3.row_files import Example, Splits, take_from_parts
+from pemoe_jax.tasks.p3.row_files import Example, Splits, Table
 
 if TYPE_CHECKING:
     import tensorflow_datasets
@@ -110,6 +110,7 @@ def _files_in(folder: pathlib.Path) -> Splits:
     ]
     if not versions:
         return {}
+    # "1.0.10" is newer than "1.0.2": versions are compared as numbers
     newest = max(versions, key=lambda path: tuple(map(int, path.name.split("."))))
     path = newest / "dataset_info.json"
     info = read_json(path)
@@ -146,7 +147,7 @@ def field_names(folder: pathlib.Path, builder: Builder) -> set[str]:
     return {*features, *(field.name for field in builder.fields)}
 
 
-class TfdsTable:
+class TfdsTable(Table):
     """A split's tfrecords, one after the other."""
 
     def __init__(self, paths: Sequence[pathlib.Path], builder: Builder) -> None:
@@ -166,22 +167,14 @@ class TfdsTable:
     def _files(self) -> list[TFRecordFile]:
         return [TFRecordFile(str(path)) for path in self._paths]
 
-    @functools.cached_property
-    def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *(file.count() for file in self._files)])
-
-    @property
-    def num_rows(self) -> int:
+    def part_sizes(self) -> list[int]:
         """See Table."""
-        return int(self._starts[-1])
+        return [file.count() for file in self._files]
 
-    def take(self, indices: Sequence[int]) -> list[Example]:
+    def read_part(self, part: int, numbers: list[int]) -> list[Example]:
         """See Table."""
-        return take_from_parts(self._starts, indices, self._take_from_file)
-
-    def _take_from_file(self, shard: int, inside: list[int]) -> Sequence[Example]:
-        path = self._paths[shard]
-        return [self._example(record, path) for record in self._files[shard].read(inside)]
+        path = self._paths[part]
+        return [self._example(record, path) for record in self._files[part].read(numbers)]
 
     def _example(self, record: bytes, path: pathlib.Path) -> Example:
         try:
@@ -193,10 +186,12 @@ class TfdsTable:
             raise InputError(
                 f"{path}: not an example by features.json: {first_line(error)}"
             ) from None
+        # the builder's own fields stay, under their names
         derived = {field.name: self._derive(field, example) for field in self._builder.fields}
         return {**example, **derived}
 
     def _derive(self, field: Field, example: Example) -> object:
+        # -1 is the label of test splits, whose answers are not public
         values = [example[name] for name in field.sources]
         if field.transform == "join":
             return " ".join(values)
