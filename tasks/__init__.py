@@ -28,14 +28,18 @@ def register(
     """Registers a folder of JSON lines or P3, after importing a user's module if it is set.
 
     Args:
-      jsonl_dir: folder of <task>/<split>.jsonl (JSONL_DIR), or None.
-      vocab_path: the SentencePiece file (VOCAB_PATH).
-      module: name of a module that registers seqio tasks (MIXTURE_OR_TASK_MODULE), or None.
-      p3_dir: folder of P3 (P3_DIR). None without JSONL_DIR and module: the environment's
-        PEMOE_P3_DIR, or else the caches in --seqio_additional_cache_dirs.
-      inputs_eos: whether P3's inputs end in EOS (P3_INPUTS_EOS), see `p3.register`.
-      train_tasks, eval_tasks, eval_examples, use: see `jsonl.register`; P3 reads only
-        `eval_examples`.
+      jsonl_dir: folder of <task>/<split>.jsonl, with an optional INDEX.json.
+      vocab_path: the base model's SentencePiece file.
+      module: name of a Python module that registers seqio tasks.
+      p3_dir: folder of P3, as tfrecords, Parquet or templates. None without other data: the
+        environment's PEMOE_P3_DIR, or else the caches in --seqio_additional_cache_dirs.
+      inputs_eos: whether P3's inputs end in EOS; T0 trained without.
+      train_tasks: name patterns of JSONL_DIR's training tasks. None: by INDEX.json, else all tasks
+        whose dataset is not held out.
+      eval_tasks: name patterns of JSONL_DIR's tasks to score, whose datasets are held out. None: by
+        INDEX.json.
+      eval_examples: maximum number of examples of each evaluation split, the first. None: all.
+      use: see `jsonl.register`.
 
     Returns:
       The tasks by role; `Registered()` for a module's tasks.

@@ -140,8 +140,8 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
     """Registers the two tasks over a text file, in place of those of an earlier call.
 
     Args:
-      text_path: a text per line (TEXT_PATH).
-      vocab_path: SentencePiece file (VOCAB_PATH).
+      text_path: file with a text per line, in UTF-8.
+      vocab_path: SentencePiece file; T5's 100 sentinels are added to its pieces.
 
     Raises:
       InputError: a file does not exist, or the vocabulary is not a SentencePiece model.
