@@ -58,6 +58,7 @@ setup(
         "clu",
         "flax",
         "gin-config",
+        "google-crc32c",
         "jax",
         "jinja2",
         "matplotlib",
