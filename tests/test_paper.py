@@ -1,4 +1,4 @@
-"""gin/paper: what each documented command configures; gin/sweeps: the runs of each list."""
+"""gin/paper: the configuration of each documented command; gin/sweeps: the runs of each list."""
 
 import pathlib
 import re
@@ -18,11 +18,11 @@ PAPER = pathlib.Path(gin_flags.GIN_DIR) / "paper"
 # MoV 72·2·64 + 48·5120 = 254,976 an expert, MoLORA 72·4·2048 + 48·(2048 + 5120) = 933,888.
 MOV = 540_672 + 254_976
 MOLORA = 7_471_104 + 933_888
-# Reading an embedding of 2048 at all 72·2 + 48 sites: 10·(540,672 + 192·2048).
+# With routers that read an embedding of 2048 at all 72·2 + 48 sites: 10·(540,672 + 192·2048).
 SENTENCE = 9_338_880
 SOFT = {"top_k": None, "balance_loss": 0.0, "reads": None}
 
-# file -> (method, experts, rank, trainable at 3B, routing unlike the soft one, macros unlike)
+# file -> (method, experts, rank, trainable at 3B, routing that is not soft, macros not in SHARED)
 TABLE: dict[str, tuple[str, int, int | None, int, dict, dict]] = {
     "full": ("full", 1, None, 2_849_757_184, {}, {"BATCH_SIZE": 256, "TRAIN_STEPS": 10_000}),
     "ia3": ("ia3", 1, None, 540_672, {}, {}),
@@ -44,7 +44,7 @@ TABLE: dict[str, tuple[str, int, int | None, int, dict, dict]] = {
     "mov_10_steps": ("mov", 10, None, MOV * 10, {}, {"KEEP_CHECKPOINTS": None}),
 }
 NO_EXPERIMENTS = {"settings", "evaluate", "size_770m", "size_3b", "size_11b"}
-# the paper's code: configs/*.gin, scripts/*_train.sh
+# From the paper's code: configs/*.gin, scripts/*_train.sh.
 SHARED = {
     "BATCH_SIZE": 32,
     "TRAIN_STEPS": 500_000,
@@ -60,25 +60,25 @@ SHARED = {
 
 
 def header(file: pathlib.Path) -> dict[str, str]:
-    """What: …, Command: …, Cost: … and Paper: …, each as one line."""
-    found: dict[str, str] = {}
+    """Returns the entries What, Command, Cost, Paper … of a file's header, each as one line."""
+    entries: dict[str, str] = {}
     for line in file.read_text().splitlines():
         if not line.startswith("#"):
             break
         opening = re.match(r"# (\w+): (.*)", line)
         if opening:
             name = opening[1]
-            found[name] = opening[2]
+            entries[name] = opening[2]
         else:
-            found[name] += f" {line[1:].strip()}"
-    return found
+            entries[name] += f" {line[1:].strip()}"
+    return entries
 
 
 def load(command: str, *flags: str) -> None:
-    """Parses the command of a header, and more flags."""
-    program, name, *given = shlex.split(command.replace(" \\ ", " "))
+    """Loads the configuration of a header's command with more flags."""
+    program, name, *arguments = shlex.split(command.replace(" \\ ", " "))
     assert program == "pemoe"
-    rest, bindings = gin_flags.split_bindings([*given, *flags])
+    rest, bindings = gin_flags.split_bindings([*arguments, *flags])
     known = {"train": train.FLAGS, "evaluate": evaluate.FLAGS}[name]
     gin_flags.load_config(known.parse_args(rest), bindings)
 
@@ -87,7 +87,7 @@ def macro(name: str):
     return gin.query_parameter(f"{name}/macro.value")
 
 
-def test_the_table_has_all_files():
+def test_every_experiment_is_in_the_table():
     assert {file.stem for file in PAPER.glob("*")} == set(TABLE) | NO_EXPERIMENTS
 
 
@@ -112,13 +112,13 @@ def test_experiment(name):
         assert site.get("rank") == rank
         assert (site["router"] is not None) == method.startswith("mo")
         if site["router"]:
-            found = {key: site["router"][key] for key in SOFT}
-            assert found == {**SOFT, **routing}
+            settings = {key: site["router"][key] for key in SOFT}
+            assert settings == {**SOFT, **routing}
 
 
 @pytest.mark.parametrize("name", ["mov_30", "molora_2", "mov_10_sentence"])
-def test_trainable_parameters_are_those_of_the_header(name):
-    """Of one file each way of counting; the others are the same times a number."""
+def test_header_states_the_trainable_parameters(name):
+    """One file for each formula; the others are multiples of it."""
     load(header(PAPER / f"{name}.gin")["Command"])
     transformer = gin.get_configurable(network.Transformer)()
     counted = params.count(network.param_shapes(transformer, params.is_adapter))
@@ -133,23 +133,23 @@ def test_another_size(size, width):
     assert macro("BATCH_SIZE") == 32
 
 
-def test_scoring():
+def test_evaluation():
     load(header(PAPER / "evaluate.gin")["Command"])
     assert macro("MIXTURE_OR_TASK_NAME") == "t0_eval_score_eval"
 
 
-def test_no_figure_without_a_source():
+def test_figures_have_a_source():
     for name in TABLE:
-        told = header(PAPER / f"{name}.gin")["Paper"]
-        figures = re.findall(r"\d+\.\d+", re.sub(r"arXiv \d+\.\d+", "", told))
-        sourced = "pemoe_jax/analysis/published_figures.py" in told or "openreview.net" in told
+        text = header(PAPER / f"{name}.gin")["Paper"]
+        figures = re.findall(r"\d+\.\d+", re.sub(r"arXiv \d+\.\d+", "", text))
+        sourced = "pemoe_jax/analysis/published_figures.py" in text or "openreview.net" in text
         assert sourced or not figures, name
 
 
 @pytest.mark.parametrize(
     ("name", "runs"),
     [
-        # a base each
+        # One of the runs is the base model.
         ("quickstart_routing", 1 + 5 * 3),
         ("paper_experts", 1 + 11),
         ("paper_routing", 1 + 4),
@@ -158,8 +158,8 @@ def test_no_figure_without_a_source():
 )
 def test_lists(name, runs, tmp_path):
     more = [] if name.startswith("quickstart") else ["--gin.INITIAL_CHECKPOINT_PATH=x"]
-    given = sweep.expand_argument_files([f"@sweeps/{name}.txt", f"--output={tmp_path}", *more])
-    rest, bindings = gin_flags.split_bindings(given)
+    arguments = sweep.expand_argument_files([f"@sweeps/{name}.txt", f"--output={tmp_path}", *more])
+    rest, bindings = gin_flags.split_bindings(arguments)
     planned = sweep.plan_runs(sweep.FLAGS.parse_args(rest), bindings)
     assert len(planned) == runs
     assert f"@sweeps/{name}.txt" in (PAPER.parent / "sweeps" / f"{name}.txt").read_text()

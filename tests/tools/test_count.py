@@ -1,4 +1,4 @@
-"""`pemoe count`: its figures by hand, what its flags do, its width and its memory."""
+"""`pemoe count`: counts by hand, flags, width on the terminal, memory and time."""
 
 import re
 import subprocess
@@ -21,44 +21,54 @@ def number(cell: str) -> int:
 
 
 def read(markdown: str) -> dict[str, dict[str, dict[str, str]]]:
-    """{title: {first cell of a row: {column: cell}}}."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
+    """Returns title -> first cell of a row -> column -> cell."""
+    result: dict[str, dict[str, dict[str, str]]] = {}
     for part in markdown.split("## ")[1:]:
         title, *lines = part.splitlines()
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
         columns, _rule, *rows = rows
-        found[title] = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
-    return found
+        result[title] = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
+    return result
+
+
+# Counts XXL, prints the process's peak memory in kB (VmHWM: rusage would include the parent's) and
+# CPU time, then prints all sizes and methods.
+_SCRIPT = """
+import contextlib, io, sys, time
+from pemoe_jax.tools import count
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    code = count.main(["--gin_file=models/t5_1_1_xxl.gin", "--gin_file=methods/mov.gin"])
+assert code == 0 and "11,135,332,352" in out.getvalue(), out.getvalue()
+status = open("/proc/self/status").read()
+print(status.split("VmHWM:")[1].split()[0], time.process_time())
+sys.exit(count.main(["--markdown"]))
+"""
 
 
 @pytest.fixture(scope="module")
-def everything() -> str:
-    """The Markdown of all sizes and methods."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pemoe_jax", "count", "--markdown"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def process() -> str:
+    """Returns the output of the script, in a process of its own."""
+    command = [sys.executable, "-c", _SCRIPT]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
-def sizes(everything) -> dict[str, list[dict[str, dict[str, str]]]]:
-    """{size: [table of methods, table of their sites]}."""
-    found: dict[str, list[dict[str, dict[str, str]]]] = {}
-    for title, rows in read(everything).items():
-        found.setdefault(title.partition(":")[0], []).append(rows)
-    return found
+def sizes(process) -> dict[str, list[dict[str, dict[str, str]]]]:
+    """Returns size -> [table of methods, table of their sites]."""
+    tables_by_size: dict[str, list[dict[str, dict[str, str]]]] = {}
+    for title, rows in read(process).items():
+        tables_by_size.setdefault(title.partition(":")[0], []).append(rows)
+    return tables_by_size
 
 
-def printed_by(capsys, *flags: str) -> dict[str, dict[str, dict[str, str]]]:
+def run(capsys, *flags: str) -> dict[str, dict[str, dict[str, str]]]:
     assert count.main([*flags, "--markdown"]) == 0, capsys.readouterr().err
     return read(capsys.readouterr().out)
 
 
-# --- the figures ---
+# --- counts by hand ---
 
 # T5 v1.1 XL: D = H·K = 2048, K = 64, F = 5120; 72 attention and 48 MLP blocks.
 VECTORS = 72 * 2 * 2048 + 48 * 5120  # (IA)³ at key, value and gate: 540,672
@@ -102,12 +112,12 @@ def test_sites_of_xl_by_hand(sizes):
     }
 
 
-def test_sites_and_routers_add_up(sizes):
+def test_sites_and_routers_sum_to_the_trainable_parameters(sizes):
     for size, (methods, sites) in sizes.items():
         assert set(methods) - set(sites) == {"full"}, size
         for method, row in sites.items():
-            together = sum(number(cell) for name, cell in row.items() if name != "method")
-            assert together == number(methods[method]["trainable"]), (size, method)
+            total = sum(number(cell) for name, cell in row.items() if name != "method")
+            assert total == number(methods[method]["trainable"]), (size, method)
 
 
 def test_shares(sizes):
@@ -132,17 +142,17 @@ def test_every_size_and_method_file_is_in_the_table(sizes):
         assert len(methods) == len(count.METHODS)
 
 
-# --- what the paper prints ---
+# --- published figures ---
 
 
-def test_printed_figures_stand_where_they_have_a_source(sizes):
-    found = {
+def test_published_figures_have_a_source(sizes):
+    published = {
         (size, method): row["paper"]
         for size, (methods, _) in sizes.items()
         for method, row in methods.items()
         if row.get("paper", "–") != "–"
     }
-    assert found == {
+    assert published == {
         ("t5_1_1_xl", "ia3"): "0.018 %",
         ("t5_1_1_xl", "lora r4"): "0.3 %",
         ("t5_1_1_xl", "mov-10"): "0.32 %",
@@ -153,24 +163,25 @@ def test_printed_figures_stand_where_they_have_a_source(sizes):
     assert "paper" not in sizes["t5_1_1_large"][0]["ia3"]
 
 
-# What arXiv 2205.05638 states for one adapter at T5 3B (its appendix), and the same by hand: (IA)³,
-# and LoRA of rank 4 at q, k, v, o, wi_0, wi_1, wo with all norms, 2·D and 3·D a layer, D a stack.
+# Parameters of one adapter at T5 3B in the appendix of arXiv 2205.05638. By hand: (IA)³ and LoRA
+# of rank 4 at q, k, v, o, wi_0, wi_1, wo with all norms, 2·D in an encoder layer, 3·D in a decoder
+# layer, D at the end of a stack.
 STATED_VECTORS, STATED_PAIRS = 540e3, 9.1e6
 PAIRS_AND_NORMS = PAIRS + 48 * 4 * (2048 + 5120) + 24 * 5 * 2048 + 2 * 2048
 
 
-def test_the_note_on_printed_figures_holds():
+def test_arithmetic_of_the_note_on_published_figures():
     assert round(VECTORS, -4) == STATED_VECTORS
     assert PAIRS_AND_NORMS == 9_097_216 and round(PAIRS_AND_NORMS, -5) == STATED_PAIRS
 
-    def fits(figure, experts, one, routers=4.2e6):
+    def fits(figure, experts, adapter, routers=4.2e6):
         digits = len(figure.partition(".")[2])
-        return f"{100 * (experts * one + routers) / 3e9:.{digits}f}" == figure
+        return f"{100 * (experts * adapter + routers) / 3e9:.{digits}f}" == figure
 
     assert fits("0.018", 1, STATED_VECTORS, 0) and fits("0.3", 1, STATED_PAIRS, 0)
     assert fits("0.32", 10, STATED_VECTORS) and fits("0.68", 30, STATED_VECTORS)
     assert fits("4.69", 15, STATED_PAIRS)
-    # routers as they are in the code do not fit
+    # The routers of the paper's code do not fit.
     assert not fits("0.32", 10, STATED_VECTORS, 10 * VECTOR_ROUTERS)
     assert not fits("0.68", 30, STATED_VECTORS, 30 * VECTOR_ROUTERS)
     # XXL: D = H·K = 4096, F = 10240
@@ -181,9 +192,9 @@ def test_the_note_on_printed_figures_holds():
 # --- one configuration ---
 
 
-def test_flags_reach_the_count(capsys):
+def test_flags_change_the_count(capsys):
     """LoRA of rank 16 at wi_1 too: 48·16·(2048 + 5120) = 5,505,024."""
-    summary, sites = printed_by(
+    summary, sites = run(
         capsys,
         *XL,
         "--gin_file=methods/lora.gin",
@@ -201,10 +212,8 @@ def test_flags_reach_the_count(capsys):
     assert list(sites) == ["query", "key", "value", "out", "wi_0", "wi_1", "wo", "total"]
 
 
-def test_one_configuration_has_its_sites_and_routers(capsys):
-    summary, sites = printed_by(
-        capsys, *XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERTS=30"
-    ).values()
+def test_sites_of_one_configuration(capsys):
+    summary, sites = run(capsys, *XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERTS=30").values()
     assert summary["mov-30"]["paper"] == "0.68 %"
     gate = 48 * 30 * 5120
     assert [number(sites["gate"][c]) for c in ("blocks", "experts", "routers", "trainable")] == [
@@ -218,31 +227,31 @@ def test_one_configuration_has_its_sites_and_routers(capsys):
         assert number(sites["total"][column]) == sum(parts)
 
 
-def test_what_is_not_the_papers_has_no_printed_figure(capsys):
-    """Another site, or norms that train beside the adapters: 24·5·2048 + 2·2048 = 249,856."""
+def test_other_configurations_have_no_published_figure(capsys):
+    """Another site, or trainable norms: 24·5·2048 + 2·2048 = 249,856."""
     wi_1 = "--gin.adapters.Adapters.wi_1=@adapters.LoRAExperts"
-    (summary, _) = printed_by(capsys, *XL, "--gin_file=methods/lora.gin", wi_1).values()
+    (summary, _) = run(capsys, *XL, "--gin_file=methods/lora.gin", wi_1).values()
     assert "paper" not in summary["lora r4"]
     norms = "--gin.TRAINABLE=['.*_adapter/.*', '.*norm/scale']"
-    summary, sites = printed_by(capsys, *XL, "--gin_file=methods/ia3.gin", norms).values()
+    summary, sites = run(capsys, *XL, "--gin_file=methods/ia3.gin", norms).values()
     assert "paper" not in summary["ia3"]
     assert number(sites["base"]["trainable"]) == 249_856
     assert number(sites["total"]["trainable"]) == VECTORS + 249_856
 
 
 def test_full_fine_tuning_has_no_sites(capsys):
-    (summary,) = printed_by(capsys, *XL, "--gin_file=methods/full.gin").values()
+    (summary,) = run(capsys, *XL, "--gin_file=methods/full.gin").values()
     assert summary["full"]["share"] == "100 %"
 
 
-def test_a_run_file_may_be_given(capsys):
+def test_a_run_file_is_accepted(capsys):
     flags = ["--gin_file=methods/mov.gin", "--gin_file=runs/quickstart.gin"]
-    (summary, _) = printed_by(capsys, *flags).values()
+    (summary, _) = run(capsys, *flags).values()
     assert number(summary["mov-10"]["trainable"]) == 59_520  # docs/quickstart.md
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (XL, "TRAINABLE is not set: pass --gin_file=methods/…"),
         (["--gin_file=methods/mov.gin"], "MODEL is not set: pass --gin_file=models/…"),
@@ -253,41 +262,52 @@ def test_a_run_file_may_be_given(capsys):
         ([*XL, "--gin_file=methods/mov.gin", "--gin.TRAINABLE=['x']"], "TRAINABLE matched 0 of"),
     ],
 )
-def test_wrong_flags_are_one_line(capsys, flags, says):
+def test_wrong_flags_are_a_one_line_error(capsys, flags, message):
     assert count.main(flags) == 1
     out, err = capsys.readouterr()
-    assert not out and err.startswith("error: ") and says in err
+    assert not out and err.startswith("error: ") and message in err
     assert err.count("\n") == 1
 
 
 # --- the terminal ---
 
 
+@pytest.fixture(scope="module")
+def xxl_tables() -> list[tables.Table]:
+    """Returns the tables of MoLORA at XXL."""
+    args = count.FLAGS.parse_args([])
+    files = ["models/t5_1_1_xxl.gin", "methods/molora.gin"]
+    return counts.site_tables("xxl", count._load(args, files, []))
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_tables_fit_the_terminal(capsys, monkeypatch, width):
-    """No line is wider, and each number stands on one line."""
+def test_tables_fit_the_terminal(xxl_tables, capsys, monkeypatch, width):
+    """No line is wider, and no number is wrapped."""
     monkeypatch.setenv("COLUMNS", str(width))
-    flags = ["--gin_file=models/t5_1_1_xxl.gin", "--gin_file=methods/molora.gin"]
-    assert count.main(flags) == 0
+    tables.print_tables(xxl_tables)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= width
     assert "11,303,432,192" in out and "168,099,840" in out
 
 
-def test_a_wide_table_is_cut_and_loses_nothing(capsys, monkeypatch):
+def test_a_wide_table_is_split_by_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    one = counts.ParameterCount(
+    wide = counts.ParameterCount(
         "molora-15 r4",
         10**9,
         2 * 10**9,
         10**9,
         {s: counts.SiteCount(72, 10**8, 0) for s in counts.SITES},
     )
-    tables.print_tables(counts.method_tables("size", [one]))
+    tables.print_tables(counts.method_tables("size", [wide]))
     lines = capsys.readouterr().out.splitlines()
-    heads = [line.split() for line in lines if line.startswith("method ")]
-    assert len(heads) == 3  # the methods, and two halves of their sites
-    assert [name for head in heads[1:] for name in head[1:]] == [*counts.SITES, "routers", "base"]
+    headings = [line.split() for line in lines if line.startswith("method ")]
+    assert len(headings) == 3  # the methods, and two halves of their sites
+    assert [name for heading in headings[1:] for name in heading[1:]] == [
+        *counts.SITES,
+        "routers",
+        "base",
+    ]
     assert max(map(len, lines)) <= 80
     assert sum(line.count("100,000,000") for line in lines) == len(counts.SITES)
 
@@ -295,38 +315,24 @@ def test_a_wide_table_is_cut_and_loses_nothing(capsys, monkeypatch):
 # --- the process ---
 
 
-def test_xxl_needs_no_weights():
-    """11B parameters, 44 GB in float32, counted within 1 GB; seconds, with a wide margin.
-
-    The process reads its own high water mark: rusage's begins with that of the process that forks.
-    """
-    script = (
-        "import sys, time; from pemoe_jax.tools import count\n"
-        "code = count.main(sys.argv[1:])\n"
-        "status = open('/proc/self/status').read()\n"
-        "print('VmHWM', status.split('VmHWM:')[1].split()[0], time.process_time())\n"
-        "sys.exit(code)"
-    )
-    flags = ["--gin_file=models/t5_1_1_xxl.gin", "--gin_file=methods/mov.gin"]
-    command = [sys.executable, "-c", script, *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "11,135,332,352" in done.stdout
-    kilobytes, seconds = map(float, done.stdout.rsplit("VmHWM", 1)[1].split())
+def test_xxl_needs_no_weights(process):
+    """11B parameters, 44 GB in float32, are counted in seconds with less than 1 GB."""
+    kilobytes, seconds = map(float, process.splitlines()[0].split())
     assert 1e4 < kilobytes < 1e6
     assert seconds < 10
 
 
-def test_help_loads_nothing_heavy():
+def test_help_imports_nothing_heavy():
     script = (
         "import sys; from pemoe_jax.tools import count\n"
         "try: count.main(['--help'])\n"
         "finally: print(sorted({'jax', 'flax', 'gin', 'rich', 'seqio'} & set(sys.modules)))"
     )
-    done = subprocess.run(
+    help_process = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.rstrip().endswith("[]")
-    assert "usage: pemoe count" in done.stdout
+    assert help_process.stdout.rstrip().endswith("[]")
+    assert "usage: pemoe count" in help_process.stdout
     for expected in ("--gin_file", "--markdown", "NUM_EXPERTS", "models/t5_1_1_xxl.gin"):
-        assert expected in done.stdout
-    assert re.search(r"^example:$", done.stdout, re.MULTILINE)
+        assert expected in help_process.stdout
+    assert re.search(r"^example:$", help_process.stdout, re.MULTILINE)

@@ -21,7 +21,7 @@ _LEGEND = (
     ("line at the end: 95 % interval over examples", "interval"),
     ("dots: seeds, the bar is their mean", "seeds"),
     ("hatched: trained on it", "hatched"),
-    ("grey: published", "pale"),
+    ("gray: published", "pale"),
     ("†: average over fewer datasets", "mark"),
 )
 
