@@ -47,7 +47,7 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
     Training is drawn as a running mean over its own noise, evaluation as points.
 
     Args:
-      metrics: a metrics.jsonl, lines `{"step": 10, "loss": 2.3, …}` with `eval/…` for evaluation.
+      metrics: a metrics.jsonl: lines `{"step": 10, "train/loss": 2.3, "eval/loss": 2.5, …}`.
         Of several lines of one step the last counts: a run that resumes repeats steps.
       png: file to write.
       title: title of the picture.
@@ -58,7 +58,7 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
     rows = _read_metrics(Path(metrics))
     series: dict[str, dict[str, np.ndarray]] = {}
     for metric in _LOSS_PANELS:
-        for name in (metric, f"eval/{metric}"):
+        for name in (f"train/{metric}", f"eval/{metric}"):
             points = [(step, row[name]) for step, row in rows.items() if name in row]
             if points:
                 series.setdefault(metric, {})[name] = np.array(sorted(points), float)
@@ -79,7 +79,7 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
     for axis, (metric, curves) in zip(axes[:, 0], series.items(), strict=True):
         for name, curve in curves.items():
             steps, values = curve.T
-            if name != metric:
+            if name.startswith("eval/"):
                 axis.plot(steps, values, "o", ms=5, color=color, mec="white", label="evaluation")
             elif metric == "learning_rate" or len(steps) < 20:
                 axis.plot(steps, values, color=color, lw=1.8, label="training")

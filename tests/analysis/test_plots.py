@@ -22,9 +22,13 @@ def test_loss_curve(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plots, "save_figure", save_figure)
     lines = [
-        {"step": 1, "loss": 3.0, "learning_rate": 0.1},
-        {"step": 2, "loss": 9.0, "learning_rate": 0.1},
-        {"step": 2, "loss": 2.0, "learning_rate": 0.2},  # resumed at step 1: this line counts
+        {"step": 1, "train/loss": 3.0, "train/learning_rate": 0.1},
+        {"step": 2, "train/loss": 9.0, "train/learning_rate": 0.1},
+        {
+            "step": 2,
+            "train/loss": 2.0,
+            "train/learning_rate": 0.2,
+        },  # resumed at step 1: this line counts
         {"step": 2, "eval/loss": 2.5},
     ]
     metrics = tmp_path / "metrics.jsonl"
@@ -48,8 +52,8 @@ def test_running_mean():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"step": 1, "loss": 1}\nnope\n', "line 2: expected a JSON object"),
-        ('{"loss": 1}\n', "line 1: expected"),
+        ('{"step": 1, "train/loss": 1}\nnope\n', "line 2: expected a JSON object"),
+        ('{"train/loss": 1}\n', "line 1: expected"),
         ("[1]\n", "line 1: expected"),
         ("", "expected lines with"),
     ],
