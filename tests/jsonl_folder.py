@@ -1,4 +1,4 @@
-"""A small folder of prompted tasks and a vocabulary for it, for the end-to-end tests."""
+"""A small folder of prompted tasks and its vocabulary, for end-to-end tests."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ WORDS = [*COLOURS, *COLOURS.values(), "the", "colour", "of", "is", "what", "say"
 
 
 def write_folder(folder: pathlib.Path) -> None:
-    """Two prompts of a data set to train on, one without choices, two of a held-out data set."""
+    """Two prompts of a training dataset, one without choices, and two of a held-out dataset."""
     index = {}
 
     def task(name: str, rows: list[dict], dataset: str, do_train: str, do_eval: str) -> None:

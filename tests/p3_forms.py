@@ -78,7 +78,7 @@ templates:
 
 
 def raw(count: int, labels: int, seed: int) -> list[dict]:
-    """Examples with every field that a template here reads."""
+    """Returns examples with every field that a template reads."""
     rng = np.random.default_rng(seed)
 
     def text() -> str:
@@ -98,7 +98,7 @@ def raw(count: int, labels: int, seed: int) -> list[dict]:
     ]
 
 
-# What each template makes of an example, worked out without jinja: inputs, choices, target's number
+# Rendered without jinja: the inputs and choices of each template for an example
 RENDERED: dict[str, Callable[[dict], tuple[str, list[str]]]] = {
     "super_glue_rte_can_we_infer": lambda e: (
         f'Given that {e["premise"]} Can we infer "{e["hypothesis"]}"?',
@@ -126,7 +126,7 @@ LABELS = {"super_glue_rte": 2, "super_glue_copa": 2, "anli": 3, "ag_news": 4}
 
 
 def raw_splits(task: str) -> dict[str, list[dict]]:
-    """Split -> the data set's examples; 1,000 prompted rows over the five tasks."""
+    """Split -> the dataset's examples; 1,000 prompted rows over the five tasks."""
     dataset = published_lib.tasks()[task].dataset_name
     seed, labels = sorted(LABELS).index(dataset), LABELS[dataset]
     return {"train": raw(150, labels, seed), EVAL_SPLIT[task]: raw(50, labels, seed + 100)}
@@ -145,34 +145,34 @@ def plain_rows(task: str, split: str) -> list[dict]:
     return rows
 
 
-def twin_rows(task: str, split: str) -> list[dict]:
-    """The published rows of a split of the twin, text only."""
+def score_rows(task: str, split: str) -> list[dict]:
+    """The published rows of a split of the `_score_eval` task, text only."""
     return [
         {
             **row,
             "targets_pretokenized": choice,
-            "idx": [number, place],
+            "idx": [number, position],
             "is_correct": choice == row["targets_pretokenized"],
             "weight": 1.0,
         }
         for number, row in enumerate(plain_rows(task, split))
-        for place, choice in enumerate(row["answer_choices"])
+        for position, choice in enumerate(row["answer_choices"])
     ]
 
 
 def all_rows() -> dict[tuple[str, str], list[dict]]:
-    """(task or published twin, split) -> rows, text only."""
-    found = {}
+    """(published task, split) -> rows, text only."""
+    rows = {}
     for task in RENDERED:
         for split in ("train", EVAL_SPLIT[task]):
-            found[task, split] = plain_rows(task, split)
+            rows[task, split] = plain_rows(task, split)
             if published_lib.tasks()[task].has_score_eval:
-                found[f"{task}_score_eval", split] = twin_rows(task, split)
-    return found
+                rows[f"{task}_score_eval", split] = score_rows(task, split)
+    return rows
 
 
 def with_ids(row: dict, encode: Callable[[str], list[int]], inputs_eos: bool) -> dict:
-    """The row with ids: EOS on targets, and on inputs if asked."""
+    """Returns the row with ids: EOS on targets, and on inputs with `inputs_eos`."""
     return row | {
         "inputs": encode(row["inputs_pretokenized"]) + [1] * inputs_eos,
         "targets": [*encode(row["targets_pretokenized"]), 1],
@@ -202,7 +202,7 @@ def write_yaml(folder: pathlib.Path) -> None:
 
 
 def write_datasets(folder: pathlib.Path) -> None:
-    """Form (c) over what Hugging Face's `datasets` wrote: its cache, and save_to_disk."""
+    """Form (c) over files of Hugging Face's `datasets`: its cache, and save_to_disk."""
     write_yaml(folder)
     archives.unpack("datasets", folder)
 
@@ -218,27 +218,27 @@ def write_tfds(folder: pathlib.Path) -> None:
         title, _, description = row["text"].partition(" ")
         return {"title": title, "description": description, "label": row["label"]}
 
-    def of_fields(**kinds: str):
-        return lambda row: {theirs: row[ours] for theirs, ours in kinds.items()}
+    def rename(**kinds: str):
+        return lambda row: {new: row[old] for new, old in kinds.items()}
 
     nli = {"premise": "premise", "hypothesis": "hypothesis", "label": "label"}
-    for task, name, config, made in (
-        ("super_glue_rte_GPT_3_style", "super_glue", "rte", of_fields(**nli)),
+    for task, name, config, convert in (
+        ("super_glue_rte_GPT_3_style", "super_glue", "rte", rename(**nli)),
         (
             "super_glue_copa_C1_or_C2_premise_so_because_",
             "super_glue",
             "copa",
-            of_fields(premise="premise", choice1="choice1", choice2="choice2", label="label"),
+            rename(premise="premise", choice1="choice1", choice2="choice2", label="label"),
         ),
         (
             "anli_GPT_3_style_r1",
             "anli",
             "r1",
-            of_fields(context="premise", hypothesis="hypothesis", label="label"),
+            rename(context="premise", hypothesis="hypothesis", label="label"),
         ),
         ("ag_news_recommend", "ag_news_subset", None, news),
     ):
-        splits = {split: list(map(made, rows)) for split, rows in raw_splits(task).items()}
+        splits = {split: list(map(convert, rows)) for split, rows in raw_splits(task).items()}
         labels = LABELS[published_lib.tasks()[task].dataset_name]
         kinds = {
             key: label(num_classes=labels) if key == "label" else text()
@@ -250,10 +250,10 @@ def write_tfds(folder: pathlib.Path) -> None:
 def prepare(
     data_dir: pathlib.Path, dataset: str, config: str | None, features: object, splits: dict
 ) -> None:
-    """Has tensorflow-datasets write examples as one of its own builders would."""
+    """Writes examples with tensorflow-datasets, as one of its builders."""
     import tensorflow_datasets as tfds
 
-    class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = dataset
         VERSION = tfds.core.Version("1.0.2")
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config, version="1.0.2")] * bool(config)
@@ -268,11 +268,11 @@ def prepare(
         def _generate_examples(self) -> None:
             raise NotImplementedError
 
-    Made(data_dir=str(data_dir), config=config).download_and_prepare()
+    Builder(data_dir=str(data_dir), config=config).download_and_prepare()
 
 
 def write_templates(folder: pathlib.Path) -> None:
-    """Form (c): templates.yaml, and the examples beside it or in raw/, one of them as Parquet."""
+    """Form (c): templates.yaml, and the examples in its folder or in raw/, one as Parquet."""
     import pyarrow
     from pyarrow import parquet
 
@@ -331,7 +331,7 @@ def write_cache_split(folder: pathlib.Path, split: str, rows: list[dict], shards
 
 
 def write_cache(folder: pathlib.Path, encode: Callable[[str], list[int]]) -> None:
-    """Form (a): without EOS on inputs, twins shuffled as seqio's cache_tasks leaves them."""
+    """Form (a): without EOS on inputs, `_score_eval` rows shuffled as by seqio's cache_tasks."""
     for (task, split), rows in all_rows().items():
         rows = [with_ids(row, encode, False) for row in rows]
         if task.endswith("_score_eval"):

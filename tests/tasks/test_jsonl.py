@@ -1,4 +1,4 @@
-"""Folders of JSON lines as seqio tasks: rows, roles, held-out data sets, errors, the P3 sample."""
+"""Folders of JSON lines as seqio tasks: rows, roles, held-out datasets, errors, the P3 sample."""
 
 import json
 import pathlib
@@ -49,15 +49,15 @@ def error(*args, **kwargs) -> str:
     return message
 
 
-# --- what is registered
+# --- roles
 
 
-def test_without_an_index_all_that_is_not_scored_is_trained_on(folder, vocab):
-    found = jsonl.register(folder, vocab)
-    assert found.train_tasks == ["colour_ask", "colour_say", "free", "nli_a", "nli_b"]
-    assert found.eval_tasks == []
-    assert found.no_eval_split == ["free"]
-    assert found.eval_splits == {
+def test_without_index_unscored_tasks_are_trained_on(folder, vocab):
+    tasks = jsonl.register(folder, vocab)
+    assert tasks.train_tasks == ["colour_ask", "colour_say", "free", "nli_a", "nli_b"]
+    assert tasks.eval_tasks == []
+    assert tasks.no_eval_split == ["free"]
+    assert tasks.eval_splits == {
         "colour_ask": "validation",
         "colour_say": "validation",
         "nli_a": "test",
@@ -67,23 +67,23 @@ def test_without_an_index_all_that_is_not_scored_is_trained_on(folder, vocab):
         InputError, match="'jsonl_score_eval' is not registered: .* no task to score"
     ):
         seqio_tasks.get_mixture_or_task("jsonl_score_eval")
-    found = jsonl.register(folder, vocab, eval_tasks=["nli_*"])
-    assert found.train_tasks == ["colour_ask", "colour_say", "free"]
-    assert found.eval_tasks == ["nli_a_score_eval", "nli_b_score_eval"]
-    assert seqio_tasks.subtask_names("jsonl_score_eval") == found.eval_tasks
-    assert seqio_tasks.subtask_names("jsonl_train") == found.train_tasks
-    assert found.examples == {
+    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_*"])
+    assert tasks.train_tasks == ["colour_ask", "colour_say", "free"]
+    assert tasks.eval_tasks == ["nli_a_score_eval", "nli_b_score_eval"]
+    assert seqio_tasks.subtask_names("jsonl_score_eval") == tasks.eval_tasks
+    assert seqio_tasks.subtask_names("jsonl_train") == tasks.train_tasks
+    assert tasks.examples == {
         "colour_ask": 3,
         "colour_say": 3,
         "free": 1,
         "nli_a_score_eval": 2,
         "nli_b_score_eval": 2,
     }
-    # Without an index a data set is a task: nli_b is not held out because nli_a is.
+    # Without an index every task is its own dataset: nli_b is not held out because nli_a is.
     assert "nli_b" in jsonl.register(folder, vocab, eval_tasks=["nli_a"]).train_tasks
 
 
-def test_twins_are_there_for_every_task_with_choices(folder, vocab):
+def test_tasks_with_choices_have_a_score_eval_task(folder, vocab):
     import seqio
 
     jsonl.register(folder, vocab)
@@ -92,7 +92,7 @@ def test_twins_are_there_for_every_task_with_choices(folder, vocab):
     assert not {"free_score_eval", "colour_ask_score_eval"} & names
 
 
-def test_roles_of_an_index(folder, vocab):
+def test_roles_from_index(folder, vocab):
     index(
         folder,
         colour_ask=role("colour", "BASE"),
@@ -101,18 +101,18 @@ def test_roles_of_an_index(folder, vocab):
         nli_b=role("super_glue", "BASE", "", subset="rte"),
         free=role("free", "BASE", t0_blacklisted=True),
     )
-    found = jsonl.register(folder, vocab)
-    assert found.has_index
-    assert found.train_tasks == ["colour_ask"]
-    assert found.eval_tasks == ["nli_a_score_eval"]
-    assert found.held_out == ["rte"]
-    assert found.held_out_skipped == ["nli_b"]  # a training role, but of a held-out data set
-    assert found.datasets["nli_b"] == found.datasets["nli_a_score_eval"] == "rte"
-    assert found.datasets["colour_ask"] == "colour"
+    tasks = jsonl.register(folder, vocab)
+    assert tasks.has_index
+    assert tasks.train_tasks == ["colour_ask"]
+    assert tasks.eval_tasks == ["nli_a_score_eval"]
+    assert tasks.held_out == ["rte"]
+    assert tasks.held_out_skipped == ["nli_b"]  # a training role, but its dataset is held out
+    assert tasks.datasets["nli_b"] == tasks.datasets["nli_a_score_eval"] == "rte"
+    assert tasks.datasets["colour_ask"] == "colour"
 
 
 @pytest.mark.parametrize("change", [{"original_task": False}, {"t0_do_eval": "BIAS_FAIRNESS"}])
-def test_evaluation_role_needs_base_and_the_original_task(folder, vocab, change):
+def test_scoring_role_requires_base_and_original_task(folder, vocab, change):
     entry = role("nli", "", "BASE", original_task=True)
     index(folder, nli_a=entry | change, nli_b=entry)
     assert jsonl.register(folder, vocab).eval_tasks == ["nli_b_score_eval"]
@@ -120,16 +120,16 @@ def test_evaluation_role_needs_base_and_the_original_task(folder, vocab, change)
     assert jsonl.register(folder, vocab).eval_tasks == ["nli_b_score_eval"]
 
 
-def test_an_index_may_say_only_the_data_set_or_leave_tasks_out(folder, vocab):
+def test_index_without_roles_or_without_tasks(folder, vocab):
     index(folder, nli_a={"dataset": "nli"}, nli_b={"dataset": "nli", "subset": "x"})
-    found = jsonl.register(folder, vocab)
-    assert found.train_tasks == ["colour_ask", "colour_say", "free", "nli_a", "nli_b"]
-    assert (found.datasets["nli_a"], found.datasets["nli_b"]) == ("nli", "nli_x")
-    assert found.datasets["free"] == "free"
-    assert found.not_in_index == ["colour_ask", "colour_say", "free"]
+    tasks = jsonl.register(folder, vocab)
+    assert tasks.train_tasks == ["colour_ask", "colour_say", "free", "nli_a", "nli_b"]
+    assert (tasks.datasets["nli_a"], tasks.datasets["nli_b"]) == ("nli", "nli_x")
+    assert tasks.datasets["free"] == "free"
+    assert tasks.not_in_index == ["colour_ask", "colour_say", "free"]
 
 
-def test_held_out_data_sets_are_trained_on_only_when_asked_to(folder, vocab):
+def test_train_tasks_overrides_held_out_datasets(folder, vocab):
     entries = {
         "colour_ask": role("colour", "BASE"),
         "colour_say": role("colour", "BASE"),
@@ -137,35 +137,35 @@ def test_held_out_data_sets_are_trained_on_only_when_asked_to(folder, vocab):
         "nli_b": role("nli", "BASE", ""),
     }
     index(folder, **entries)
-    # EVAL_TASKS picks another one; the index's own stays held out.
+    # EVAL_TASKS selects another task; the dataset with the scoring role stays held out.
     write(folder, "colour_ask", "validation", [("sky", "blue", ["blue", "red"])])
-    found = jsonl.register(folder, vocab, eval_tasks=["colour_ask"])
-    assert found.held_out == ["colour", "nli"]
-    assert found.eval_tasks == ["colour_ask_score_eval"]
-    assert found.train_tasks == ["free"]
-    assert found.held_out_skipped == ["colour_say", "nli_b"]
-    assert found.held_out_trained == []
-    found = jsonl.register(folder, vocab, train_tasks=["nli_*", "free"])
-    assert found.train_tasks == ["free", "nli_a", "nli_b"]
-    assert found.held_out_trained == ["nli_a", "nli_b"]
-    assert any("WARNING: held out, but trained on" in line for line in found.summary)
-    assert found.eval_tasks == ["nli_a_score_eval"]  # TRAIN_TASKS leaves evaluation as it is
+    tasks = jsonl.register(folder, vocab, eval_tasks=["colour_ask"])
+    assert tasks.held_out == ["colour", "nli"]
+    assert tasks.eval_tasks == ["colour_ask_score_eval"]
+    assert tasks.train_tasks == ["free"]
+    assert tasks.held_out_skipped == ["colour_say", "nli_b"]
+    assert tasks.held_out_trained == []
+    tasks = jsonl.register(folder, vocab, train_tasks=["nli_*", "free"])
+    assert tasks.train_tasks == ["free", "nli_a", "nli_b"]
+    assert tasks.held_out_trained == ["nli_a", "nli_b"]
+    assert any("WARNING: held out, but trained on" in line for line in tasks.summary)
+    assert tasks.eval_tasks == ["nli_a_score_eval"]  # TRAIN_TASKS does not change scoring
 
 
 def test_patterns_override_roles(folder, vocab):
     index(folder, nli_a=role("nli", "", ""), nli_b=role("nli", "", ""), free=role("free", "", ""))
-    found = jsonl.register(folder, vocab, train_tasks=["f*"], eval_tasks=["nli_[b-z]_score_eval"])
-    assert (found.train_tasks, found.eval_tasks) == (["free"], ["nli_b_score_eval"])
-    found = jsonl.register(folder, vocab, eval_tasks=["*"])  # those without choices are left out
-    assert found.eval_tasks == ["nli_a_score_eval", "nli_b_score_eval"]
-    assert found.no_choices == ["colour_ask", "colour_say", "free"]
-    assert found.train_tasks == []
+    tasks = jsonl.register(folder, vocab, train_tasks=["f*"], eval_tasks=["nli_[b-z]_score_eval"])
+    assert (tasks.train_tasks, tasks.eval_tasks) == (["free"], ["nli_b_score_eval"])
+    tasks = jsonl.register(folder, vocab, eval_tasks=["*"])  # those without choices are left out
+    assert tasks.eval_tasks == ["nli_a_score_eval", "nli_b_score_eval"]
+    assert tasks.no_choices == ["colour_ask", "colour_say", "free"]
+    assert tasks.train_tasks == []
     with pytest.raises(InputError, match="no task to train on"):
         seqio_tasks.get_mixture_or_task("jsonl_train")
     assert jsonl.register(folder, vocab, eval_tasks=[]).eval_tasks == []
 
 
-def test_training_tasks_are_scored_in_a_mixture_of_their_own(folder, vocab):
+def test_mixture_of_training_tasks_to_score(folder, vocab):
     index(
         folder,
         nli_a=role("nli", "BASE"),
@@ -174,39 +174,41 @@ def test_training_tasks_are_scored_in_a_mixture_of_their_own(folder, vocab):
         colour_ask=role("colour", "BASE"),
         free=role("free", "BASE"),
     )
-    write(folder, "free", "train", [("what was it", "good", ["good", "bad"])])  # nowhere to score
-    found = jsonl.register(folder, vocab)
-    assert found.eval_tasks == ["nli_b_score_eval"]
-    assert found.train_score_tasks == ["nli_a_score_eval"]
-    assert found.held_out == ["rte"]
+    write(
+        folder, "free", "train", [("what was it", "good", ["good", "bad"])]
+    )  # no evaluation split
+    tasks = jsonl.register(folder, vocab)
+    assert tasks.eval_tasks == ["nli_b_score_eval"]
+    assert tasks.train_score_tasks == ["nli_a_score_eval"]
+    assert tasks.held_out == ["rte"]
     assert seqio_tasks.subtask_names("jsonl_train_score_eval") == ["nli_a_score_eval"]
     assert [g.task for g in choices.load_choice_groups("jsonl_train_score_eval", LENGTHS)] == [
         "nli_a_score_eval",
         "nli_a_score_eval",
     ]
-    lines = found.summary
+    lines = tasks.summary
     assert "scoring: 1 tasks of 1 datasets, 2 examples (jsonl_score_eval): rte" in lines
     line = "scoring of training tasks: 1 tasks of 1 datasets, 2 examples"
     assert f"{line} (jsonl_train_score_eval): nli" in lines
-    found = jsonl.register(folder, vocab, train_tasks=["colour_*"])
-    assert found.train_score_tasks == []
-    assert not any("scoring of training tasks" in line for line in found.summary)
+    tasks = jsonl.register(folder, vocab, train_tasks=["colour_*"])
+    assert tasks.train_score_tasks == []
+    assert not any("scoring of training tasks" in line for line in tasks.summary)
     with pytest.raises(InputError, match="no task to train on that has answer choices and an eval"):
         seqio_tasks.get_mixture_or_task("jsonl_train_score_eval")
 
 
-def test_evaluation_split_is_the_first_of_three(tmp_path, vocab):
+def test_evaluation_split_is_the_first_of_validation_val_test(tmp_path, vocab):
     for task, splits in {"a": ["test", "val"], "b": ["test"], "c": ["validation", "val"]}.items():
         for split in ["train", *splits]:
             write(tmp_path, task, split, [(split, "yes", YES_NO)])
-    found = jsonl.register(tmp_path, vocab, eval_tasks=["*"])
-    assert found.eval_splits == {"a": "val", "b": "test", "c": "validation"}
+    tasks = jsonl.register(tmp_path, vocab, eval_tasks=["*"])
+    assert tasks.eval_splits == {"a": "val", "b": "test", "c": "validation"}
     texts = {g.task: g.input_text for g in choices.load_choice_groups("jsonl_score_eval", LENGTHS)}
     assert texts == {"a_score_eval": "val", "b_score_eval": "test", "c_score_eval": "validation"}
     assert choices.load_choice_groups("a_score_eval", LENGTHS, split="test")[0].input_text == "test"
 
 
-def test_rate_is_the_number_of_examples_capped_as_t0(folder, vocab, monkeypatch):
+def test_rate_is_the_number_of_examples_capped_as_in_t0(folder, vocab, monkeypatch):
     import seqio
 
     index(folder, nli_a={"dataset": "nli"}, nli_b={"dataset": "nli"})
@@ -220,20 +222,20 @@ def test_rate_is_the_number_of_examples_capped_as_t0(folder, vocab, monkeypatch)
 
 
 def test_eval_examples_caps_every_split_but_train(folder, vocab):
-    found = jsonl.register(folder, vocab, eval_tasks=["nli_a"], eval_examples=1)
-    assert found.examples["nli_a_score_eval"] == 1
+    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"], eval_examples=1)
+    assert tasks.examples["nli_a_score_eval"] == 1
     assert [g.idx for g in choices.load_choice_groups("nli_a_score_eval", LENGTHS)] == [0]
     assert seqio_tasks.get_mixture_or_task("nli_b").num_input_examples("train") == 4
     for wrong in (0, -1, "3"):
         assert "EVAL_EXAMPLES" in error(folder, vocab, eval_examples=wrong)
 
 
-def test_registering_twice_changes_nothing_and_anew_replaces(folder, vocab):
+def test_register_is_idempotent_and_replaces_changed_folders(folder, vocab):
     import seqio
 
-    found = jsonl.register(folder, vocab, eval_tasks=["nli_a"])
+    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"])
     task = seqio.TaskRegistry.get("nli_a")
-    assert jsonl.register(folder, str(vocab), eval_tasks=["nli_a"]) is found
+    assert jsonl.register(folder, str(vocab), eval_tasks=["nli_a"]) is tasks
     assert seqio.TaskRegistry.get("nli_a") is task
     assert jsonl.register(folder, vocab, eval_tasks=["nli_b"]).eval_tasks == ["nli_b_score_eval"]
     assert seqio_tasks.subtask_names("jsonl_score_eval") == ["nli_b_score_eval"]
@@ -246,7 +248,7 @@ def test_registering_twice_changes_nothing_and_anew_replaces(folder, vocab):
     assert "nli_a_score_eval" not in seqio.TaskRegistry.names()
 
 
-def test_one_vocabulary_a_file(vocab, tmp_path):
+def test_vocabulary_is_loaded_once_per_file(vocab, tmp_path):
     assert load_vocabulary(vocab) is load_vocabulary(str(vocab))
     import seqio
 
@@ -255,10 +257,10 @@ def test_one_vocabulary_a_file(vocab, tmp_path):
     assert load_vocabulary(vocab).vocab_size == plain.vocab_size
 
 
-# --- what the tasks read
+# --- examples
 
 
-def test_ids_are_the_vocabularys_with_eos_and_cut_sequences_keep_it(tmp_path, vocab):
+def test_truncated_ids_end_in_eos(tmp_path, vocab):
     text = "the sky is blue what colour is the sea"
     write(tmp_path, "t", "train", [(text, "red green blue red green blue")])
     jsonl.register(tmp_path, vocab)
@@ -279,20 +281,22 @@ def test_ids_are_the_vocabularys_with_eos_and_cut_sequences_keep_it(tmp_path, vo
     assert len(row["targets"]) == 3 and row["targets"][-1] == 1
 
 
-def test_a_twin_has_p3s_columns(tmp_path, vocab):
+def test_score_eval_task_has_the_features_of_p3(tmp_path, vocab):
     rows = [("sky", "blue", ["red", "blue", "green"]), ("what", "no", YES_NO)]
     write(tmp_path, "t", "validation", rows)
     jsonl.register(tmp_path, vocab, eval_tasks=["t"])
-    twin = seqio_tasks.get_mixture_or_task("t_score_eval")
-    found = list(twin.get_dataset(LENGTHS, split="validation", shuffle=False).as_numpy_iterator())
-    assert [row["idx"].tolist() for row in found] == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
-    assert [bool(row["is_correct"]) for row in found] == [False, True, False, False, True]
-    assert [row["weight"] for row in found] == [1.0] * 5
-    assert [row["targets_pretokenized"] for row in found[:3]] == [b"red", b"blue", b"green"]
-    assert found[1]["answer_choices"].tolist() == [b"red", b"blue", b"green"]
-    spec = twin.get_dataset(LENGTHS, split="validation", shuffle=False).element_spec
-    kinds = {key: value.dtype.name for key, value in spec.items()}
-    assert kinds == {
+    task = seqio_tasks.get_mixture_or_task("t_score_eval")
+    examples = list(
+        task.get_dataset(LENGTHS, split="validation", shuffle=False).as_numpy_iterator()
+    )
+    assert [row["idx"].tolist() for row in examples] == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
+    assert [bool(row["is_correct"]) for row in examples] == [False, True, False, False, True]
+    assert [row["weight"] for row in examples] == [1.0] * 5
+    assert [row["targets_pretokenized"] for row in examples[:3]] == [b"red", b"blue", b"green"]
+    assert examples[1]["answer_choices"].tolist() == [b"red", b"blue", b"green"]
+    spec = task.get_dataset(LENGTHS, split="validation", shuffle=False).element_spec
+    dtypes = {key: value.dtype.name for key, value in spec.items()}
+    assert dtypes == {
         "inputs": "int32",
         "targets": "int32",
         "inputs_pretokenized": "string",
@@ -304,14 +308,14 @@ def test_a_twin_has_p3s_columns(tmp_path, vocab):
     }
 
 
-def test_seqios_evaluator_scores_a_twin(tmp_path, vocab):
+def test_seqio_evaluator_scores_a_score_eval_task(tmp_path, vocab):
     import seqio
 
     rows = [
         ("sky", "blue", ["red", "blue"]),
         ("grass", "green", ["green", "red"]),
-        ("sea", "blue", ["blue", "blue", "red"]),  # doubled: either will do
-        ("film", "good", ["red", "blue"]),  # the target is not among them: wrong
+        ("sea", "blue", ["blue", "blue", "red"]),  # doubled: both are correct
+        ("film", "good", ["red", "blue"]),  # the target is not among the choices
     ]
     write(tmp_path, "t", "test", rows)
     jsonl.register(tmp_path, vocab, eval_tasks=["t"])
@@ -323,7 +327,7 @@ def test_seqios_evaluator_scores_a_twin(tmp_path, vocab):
     )
     blue = load_vocabulary(vocab).encode("blue")
 
-    def score(dataset):  # likes blue best, and the first of equals
+    def score(dataset):  # 1 for "blue", 0 for every other choice
         return [
             (i, float(row["decoder_target_tokens"][: len(blue)].tolist() == blue))
             for i, row in dataset.as_numpy_iterator()
@@ -334,22 +338,22 @@ def test_seqios_evaluator_scores_a_twin(tmp_path, vocab):
     assert metrics.result()["t_score_eval"]["accuracy"] == pytest.approx(0.75)
 
 
-def test_reading_shuffles_whole_files_anew_each_epoch(tmp_path, vocab):
-    write(tmp_path, "t", "train", [(f"{i}", "yes") for i in range(300)])
+def test_every_epoch_shuffles_the_whole_file(tmp_path, vocab):
+    write(tmp_path, "t", "train", [(f"{i}", "yes") for i in range(100)])
     jsonl.register(tmp_path, vocab)
     task = seqio_tasks.get_mixture_or_task("t")
 
     def read(seed):
         ds = task.get_dataset(LENGTHS, split="train", shuffle=True, seed=seed, num_epochs=2)
         texts = [int(row["inputs_pretokenized"]) for row in ds.as_numpy_iterator()]
-        return texts[:300], texts[300:]
+        return texts[:100], texts[100:]
 
     first, second = read(0)
-    assert sorted(first) == sorted(second) == list(range(300))
+    assert sorted(first) == sorted(second) == list(range(100))
     assert first != second
     assert (first, second) == read(0)
     assert first != read(1)[0]
-    assert np.mean(first[:100]) > 90  # not only from the file's beginning (its mean would be 50)
+    assert np.mean(first[:34]) > 30  # the beginning of the file has a mean of 17
 
 
 def test_shards_are_disjoint_and_complete(tmp_path, vocab):
@@ -366,14 +370,14 @@ def test_shards_are_disjoint_and_complete(tmp_path, vocab):
 
     parts = [read("t", shuffle=False, shard_info=seqio.ShardInfo(i, 2)) for i in range(2)]
     assert parts == [[0, 2, 4], [1, 3]]
-    small = [read("t", shuffle=True, shard_info=seqio.ShardInfo(i, 8)) for i in range(8)]
-    assert all(len(part) == 1 for part in small)  # none is empty, which would end a mixture
+    small = [read("t", shuffle=True, shard_info=seqio.ShardInfo(i, 8)) for i in (0, 7)]
+    assert all(len(part) == 1 for part in small)  # an empty shard would end a mixture
 
 
 # --- odd rows
 
 
-def test_odd_rows_are_counted_and_never_a_crash(tmp_path, vocab):
+def test_odd_rows_are_counted(tmp_path, vocab):
     many = [str(i) for i in range(50)]
     rows = [
         ("sky", "blue", ["red", "blue"]),
@@ -387,7 +391,7 @@ def test_odd_rows_are_counted_and_never_a_crash(tmp_path, vocab):
     path = write(tmp_path, "t", "validation", rows)
     path.write_text(path.read_text() + "\n\n")  # blank lines at the end
     write(tmp_path, "t", "train", rows)
-    found = jsonl.register(tmp_path, vocab, eval_tasks=["t"], train_tasks=["t"])
+    tasks = jsonl.register(tmp_path, vocab, eval_tasks=["t"], train_tasks=["t"])
     expected = {
         "target_not_in_choices": (1, 2),
         "doubled_choices": (1, 3),
@@ -396,10 +400,10 @@ def test_odd_rows_are_counted_and_never_a_crash(tmp_path, vocab):
         "empty_target": (1, 7),
     }
     for split in ("train", "validation"):
-        odd = {o.kind: (o.count, o.line) for o in found.odd if o.split == split}
+        odd = {o.kind: (o.count, o.line) for o in tasks.odd if o.split == split}
         assert odd == expected
-    assert (found.max_choices, found.max_words) == (50, 2000)
-    text = "\n".join(found.summary)
+    assert (tasks.max_choices, tasks.max_words) == (50, 2000)
+    text = "\n".join(tasks.summary)
     assert "targets not among their choices (t/train.jsonl:2" in text
     assert "longest input: 2,000 words; up to 50 choices" in text
     groups = choices.load_choice_groups("t_score_eval", LENGTHS)
@@ -443,11 +447,11 @@ def test_odd_rows_are_counted_and_never_a_crash(tmp_path, vocab):
         ),
     ],
 )
-def test_a_malformed_line_is_named(folder, vocab, line, message):
+def test_malformed_line_is_an_error(folder, vocab, line, message):
     path = folder / "colour_say" / "train.jsonl"
     path.write_bytes(b'{"inputs": "a", "targets": "b"}\n\n' + line + b"\n")
     assert error(folder, vocab) == f"{path}:3: {message}"
-    # What is not used is not read through; the tasks registered before stay.
+    # Files that are not used are not read, and an error leaves the former tasks in place.
     jsonl.register(folder, vocab, train_tasks=["free"])
     assert error(folder, vocab) == f"{path}:3: {message}"
     assert seqio_tasks.subtask_names("jsonl_train") == ["free"]
@@ -455,13 +459,13 @@ def test_a_malformed_line_is_named(folder, vocab, line, message):
         feed.train_batches("colour_say", LENGTHS, 2)
 
 
-def test_use_reads_only_what_is_used(folder, vocab):
+def test_use_limits_the_files_read(folder, vocab):
     (folder / "free" / "train.jsonl").write_text('{"inputs": "a", "targets": "b"}\nnonsense\n')
-    found = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval",))
-    assert set(found.examples) == {"nli_a_score_eval"}
+    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval",))
+    assert set(tasks.examples) == {"nli_a_score_eval"}
     assert "free/train.jsonl:2: not JSON" in error(folder, vocab, eval_tasks=["nli_a"])
-    found = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval", "train_eval"))
-    assert set(found.examples) == {"nli_a_score_eval", "nli_b_score_eval"}
+    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval", "train_eval"))
+    assert set(tasks.examples) == {"nli_a_score_eval", "nli_b_score_eval"}
     path = folder / "nli_b" / "test.jsonl"
     path.write_text(path.read_text() + "nonsense\n")
     jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval",))
@@ -472,14 +476,14 @@ def test_use_reads_only_what_is_used(folder, vocab):
         assert message.startswith("use must be a list of 'train', 'eval', 'train_eval', got")
 
 
-def test_a_file_both_trained_on_and_scored_is_counted_once(tmp_path, vocab):
+def test_task_with_both_roles_is_counted_once(tmp_path, vocab):
     for split in ("train", "validation"):
         write(tmp_path, "t", split, [("sky", "red", YES_NO)])
-    found = jsonl.register(tmp_path, vocab, train_tasks=["t"], eval_tasks=["t"])
-    assert [(odd.split, odd.count) for odd in found.odd] == [("train", 1), ("validation", 1)]
+    tasks = jsonl.register(tmp_path, vocab, train_tasks=["t"], eval_tasks=["t"])
+    assert [(odd.split, odd.count) for odd in tasks.odd] == [("train", 1), ("validation", 1)]
 
 
-def test_a_byte_order_mark_is_no_error(folder, vocab):
+def test_byte_order_mark_is_ignored(folder, vocab):
     path = folder / "free" / "train.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert "free" in jsonl.register(folder, vocab).train_tasks
@@ -490,18 +494,18 @@ def test_folder_errors(tmp_path, vocab):
     assert error(missing, vocab) == f"JSONL_DIR {missing} does not exist"
     loose = tmp_path / "loose"
     loose.mkdir()
-    wanted = f"JSONL_DIR {loose} must hold <task>/<split>.jsonl"
-    assert error(loose, vocab) == f"{wanted}, got none"
+    expected = f"JSONL_DIR {loose} must hold <task>/<split>.jsonl"
+    assert error(loose, vocab) == f"{expected}, got none"
     (loose / "train.jsonl").write_text("{}")
-    assert error(loose, vocab) == f"{wanted}, got train.jsonl directly in it"
+    assert error(loose, vocab) == f"{expected}, got train.jsonl directly in it"
     assert "got a file" in error(loose / "train.jsonl", vocab)
     empty = write(tmp_path / "empty", "t", "train", [])
     assert error(tmp_path / "empty", vocab) == f"{empty}: expected at least one row, got none"
     write(tmp_path / "name", "a b", "train", [("a", "b")])
     assert "may hold letters, digits" in error(tmp_path / "name", vocab)
-    write(tmp_path / "twin", "t", "train", [("a", "b")])
-    write(tmp_path / "twin", "t_score_eval", "train", [("a", "b")])
-    assert "the name 't_score_eval' is reserved" in error(tmp_path / "twin", vocab)
+    write(tmp_path / "reserved", "t", "train", [("a", "b")])
+    write(tmp_path / "reserved", "t_score_eval", "train", [("a", "b")])
+    assert "the name 't_score_eval' is reserved" in error(tmp_path / "reserved", vocab)
 
 
 def test_vocabulary_errors(folder, tmp_path, vocab):
@@ -518,7 +522,7 @@ def test_vocabulary_errors(folder, tmp_path, vocab):
 
 
 def test_default_vocabulary(monkeypatch):
-    """The public file of T5, unless the environment names another."""
+    """T5's public file, unless PEMOE_VOCAB_PATH is set."""
     from pemoe_jax.tasks import vocabulary
 
     monkeypatch.delenv("PEMOE_VOCAB_PATH", raising=False)
@@ -528,17 +532,17 @@ def test_default_vocabulary(monkeypatch):
     assert vocabulary.default_vocab_path() == "/a/spiece.model"
 
 
-def test_a_remote_vocabulary_is_read_where_it_is(folder, vocab):
-    """Through the file systems that tensorflow knows; told in one line where it is not reached."""
+def test_remote_vocabulary(folder, vocab):
+    """TensorFlow reads it; an unreachable file is an error of one line."""
     import tensorflow as tf
 
     tf.io.gfile.copy(str(vocab), "ram://vocabulary/spiece.model", overwrite=True)
     assert load_vocabulary("ram://vocabulary/spiece.model").vocab_size == (
         load_vocabulary(vocab).vocab_size
     )
-    says = error(folder, "ram://nowhere/spiece.model")
-    assert "VOCAB_PATH ram://nowhere/spiece.model cannot be read" in says
-    assert "PEMOE_VOCAB_PATH" in says
+    message = error(folder, "ram://nowhere/spiece.model")
+    assert "VOCAB_PATH ram://nowhere/spiece.model cannot be read" in message
+    assert "PEMOE_VOCAB_PATH" in message
 
 
 def test_pattern_errors(folder, vocab):
@@ -570,7 +574,7 @@ def test_index_errors(folder, vocab):
     assert error(folder, vocab) == message
 
 
-def test_a_name_that_another_task_has_is_refused(folder, vocab):
+def test_name_of_another_seqio_task_is_an_error(folder, vocab):
     import seqio
 
     other = seqio.TaskRegistry.add(
@@ -589,9 +593,9 @@ def test_a_name_that_another_task_has_is_refused(folder, vocab):
 # --- the P3 sample
 
 
-def test_the_p3_sample_registers_and_reads(p3_sample, t5_vocab):
+def test_p3_sample_roles_and_batches(p3_sample, t5_vocab):
     entries = json.loads((p3_sample / "INDEX.json").read_text())
-    found = jsonl.register(p3_sample, t5_vocab)
+    tasks = jsonl.register(p3_sample, t5_vocab)
     score = {
         task
         for task, entry in entries.items()
@@ -602,8 +606,8 @@ def test_the_p3_sample_registers_and_reads(p3_sample, t5_vocab):
         for task, entry in entries.items()
         if entry["t0_do_train"] == "BASE" and not entry["t0_blacklisted"] and "train" in entry["n"]
     }
-    assert set(found.train_tasks) == train and len(train) == 248
-    assert {twin.removesuffix("_score_eval") for twin in found.eval_tasks} == score
+    assert set(tasks.train_tasks) == train and len(train) == 248
+    assert {name.removesuffix("_score_eval") for name in tasks.eval_tasks} == score
     assert len(score) == 51
     score_train = {
         task
@@ -611,20 +615,20 @@ def test_the_p3_sample_registers_and_reads(p3_sample, t5_vocab):
         if entries[task]["has_answer_choices"]
         and {"validation", "val", "test"} & set(entries[task]["n"])
     }
-    assert {twin.removesuffix("_score_eval") for twin in found.train_score_tasks} == score_train
-    assert found.held_out == ["cb", "copa", "hellaswag", "rte", "wic"]
-    assert found.held_out_trained == []
+    assert {name.removesuffix("_score_eval") for name in tasks.train_score_tasks} == score_train
+    assert tasks.held_out == ["cb", "copa", "hellaswag", "rte", "wic"]
+    assert tasks.held_out_trained == []
     for task in train:
-        assert found.examples[task] == entries[task]["n"]["train"]
+        assert tasks.examples[task] == entries[task]["n"]["train"]
     no_eval = {
         task
         for task in train | score
         if not {"validation", "val", "test"} & set(entries[task]["n"])
     }
-    assert set(found.no_eval_split) == no_eval and len(no_eval) == 27
-    odd = {(o.task, o.split): o.count for o in found.odd if o.kind == "target_not_in_choices"}
+    assert set(tasks.no_eval_split) == no_eval and len(no_eval) == 27
+    odd = {(o.task, o.split): o.count for o in tasks.odd if o.kind == "target_not_in_choices"}
     assert odd[("imdb_Negation_template_for_positive_and_negative", "train")] == 200
-    assert found.max_choices == 50
+    assert tasks.max_choices == 50
     assert seqio_tasks.vocab_size("jsonl_train") == 32100
     batch = next(feed.train_batches("jsonl_train", {"inputs": 256, "targets": 64}, 8))
     assert batch["encoder_input_tokens"].shape == (8, 256)
@@ -632,15 +636,15 @@ def test_the_p3_sample_registers_and_reads(p3_sample, t5_vocab):
     assert len(evaluation) == 2
 
 
-def test_every_twin_of_the_p3_sample_is_scored(p3_sample, t5_vocab):
-    found = jsonl.register(p3_sample, t5_vocab, eval_examples=3)
+def test_p3_sample_choice_groups(p3_sample, t5_vocab):
+    tasks = jsonl.register(p3_sample, t5_vocab, eval_examples=3)
     groups = choices.load_choice_groups("jsonl_score_eval", {"inputs": 512, "targets": 128})
-    per_task = {twin: [g for g in groups if g.task == twin] for twin in found.eval_tasks}
+    per_task = {name: [g for g in groups if g.task == name] for name in tasks.eval_tasks}
     entries = json.loads((p3_sample / "INDEX.json").read_text())
-    for twin, members in per_task.items():
-        path = p3_sample / twin.removesuffix("_score_eval") / "validation.jsonl"
+    for name, members in per_task.items():
+        path = p3_sample / name.removesuffix("_score_eval") / "validation.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()[:3]]
-        assert entries[twin.removesuffix("_score_eval")]["n"]["validation"] >= len(rows)
+        assert entries[name.removesuffix("_score_eval")]["n"]["validation"] >= len(rows)
         assert [g.input_text for g in members] == [row["inputs"] for row in rows]
         assert [list(g.choice_texts) for g in members] == [row["answer_choices"] for row in rows]
         for group, row in zip(members, rows, strict=True):

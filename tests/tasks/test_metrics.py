@@ -1,4 +1,4 @@
-"""Metrics of generated text: worked by hand, and as the libraries give them; names; seqio tasks."""
+"""Metrics of generated text: by hand, against their libraries, and added to seqio tasks."""
 
 import math
 
@@ -13,9 +13,9 @@ from pemoe_jax.tasks.p3 import published
 
 
 def test_accuracy_by_hand():
-    """Case counts, spaces do not: 2 of 4."""
-    found = metrics.accuracy(["Yes", "a  b", "no", "red"], ["Yes", " a b\n", "No", "red."])
-    assert found == {"accuracy": 50.0}
+    """Case matters, whitespace does not: 2 of 4."""
+    scores = metrics.accuracy(["Yes", "a  b", "no", "red"], ["Yes", " a b\n", "No", "red."])
+    assert scores == {"accuracy": 50.0}
 
 
 def test_squad_by_hand():
@@ -25,11 +25,11 @@ def test_squad_by_hand():
     and 2: 2 * 1 / 5 = 0.4. 3. nothing in common: 0. 4. 'to be or to be' and 'to to to': common is
     to twice: 2 * 2 / (5 + 3) = 0.5. Exact 1 / 4, F1 (1 + 0.4 + 0 + 0.5) / 4 = 0.475.
     """
-    found = metrics.squad(
+    scores = metrics.squad(
         ["The Cat!", "big red dog", "left", "to be or to be"],
         ["cat", "a red fish", "right", "to to to"],
     )
-    assert found == {"exact_match": 25.0, "f1": pytest.approx(47.5)}
+    assert scores == {"exact_match": 25.0, "f1": pytest.approx(47.5)}
 
 
 @pytest.mark.parametrize(
@@ -44,17 +44,17 @@ def test_bleu_by_hand():
 
     Of 6, 5, 4, 3 n-grams match 5, 3, 2, 1: (5/6 * 3/5 * 2/4 * 1/3) ** (1/4) = 0.0833 ** 0.25.
     """
-    found = metrics.bleu(["the cat sat on a mat"], ["the cat sat on the mat"])
-    assert found["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    scores = metrics.bleu(["the cat sat on a mat"], ["the cat sat on the mat"])
+    assert scores["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
 
 
 def test_bleu_of_a_short_answer_by_hand():
     """Five words right of ten: all n-grams match, brevity exp(1 - 10 / 5)."""
-    found = metrics.bleu(["a b c d e f g h i j"], ["a b c d e"])
-    assert found["bleu"] == pytest.approx(100 * math.exp(-1))
+    scores = metrics.bleu(["a b c d e f g h i j"], ["a b c d e"])
+    assert scores["bleu"] == pytest.approx(100 * math.exp(-1))
 
 
-def test_bleu_is_of_the_whole_and_sacrebleus():
+def test_bleu_is_sacrebleus_corpus_score():
     import sacrebleu
 
     targets = ["the sky is blue, isn't it?", "grass is green .", "snow"]
@@ -70,17 +70,17 @@ def test_rouge_by_hand():
     Words: 3 of 4 both ways, F1 0.75. Pairs: 1 of 3, F1 1/3. Longest common: 3 of 4, 0.75. With a
     second example that is right all means are (x + 1) / 2.
     """
-    found = metrics.rouge(["police killed the gunman", "yes"], ["police kill the gunman", "yes"])
-    assert found == pytest.approx({"rouge1": 87.5, "rouge2": 100 / 6, "rougeLsum": 87.5})
+    scores = metrics.rouge(["police killed the gunman", "yes"], ["police kill the gunman", "yes"])
+    assert scores == pytest.approx({"rouge1": 87.5, "rouge2": 100 / 6, "rougeLsum": 87.5})
 
 
-def test_rouge_takes_sentences_apart():
-    """Swapped sentences: rougeLsum unites each sentence's matches, so nothing is lost."""
-    found = metrics.rouge(["a b c . d e f"], ["d e f . a b c"])
-    assert found["rougeLsum"] == found["rouge1"] == pytest.approx(100)
+def test_rouge_splits_sentences():
+    """Swapped sentences: rougeLsum joins the matches of each sentence, so that all words match."""
+    scores = metrics.rouge(["a b c . d e f"], ["d e f . a b c"])
+    assert scores["rougeLsum"] == scores["rouge1"] == pytest.approx(100)
 
 
-def test_rouge_is_the_librarys():
+def test_rouge_equals_the_library():
     from rouge_score import rouge_scorer
 
     targets = ["the sky is blue today", "grass grows in the field"]
@@ -96,26 +96,26 @@ def test_spearman_by_hand():
 
     With a tie, 1 2 3 and 1.5 1.5 3: deviations -1 0 1 and -.5 -.5 1: 1.5 / sqrt(2 * 1.5).
     """
-    found = metrics.spearman_correlation(["1", "2", "3", "4"], ["10", "30", "20", "40"])
-    assert found["spearman_correlation"] == pytest.approx(80)
+    scores = metrics.spearman_correlation(["1", "2", "3", "4"], ["10", "30", "20", "40"])
+    assert scores["spearman_correlation"] == pytest.approx(80)
     tied = metrics.spearman_correlation(["1", "2", "3"], ["5", "5", "6.5"])
     assert tied["spearman_correlation"] == pytest.approx(100 * 1.5 / math.sqrt(3))
 
 
-def test_spearman_of_what_is_no_number():
-    """'none' is -1, below all: ranks 0 1 2 and 0 1 2. Where all are alike there is none."""
-    found = metrics.spearman_correlation(["0", "1", "2"], ["none", "3", "4"])
-    assert found["spearman_correlation"] == pytest.approx(100)
+def test_spearman_of_texts_that_are_not_numbers():
+    """'none' is -1, below all others: ranks 0 1 2 and 0 1 2. Of equal predictions it is 0."""
+    scores = metrics.spearman_correlation(["0", "1", "2"], ["none", "3", "4"])
+    assert scores["spearman_correlation"] == pytest.approx(100)
     assert metrics.spearman_correlation(["1", "2"], ["x", "nan"])["spearman_correlation"] == 0
 
 
-def test_empty_predictions_are_wrong_and_no_error():
+def test_empty_predictions_score_zero():
     for metric in filter(None, metrics.BY_NAME.values()):
         assert all(value == 0 for value in metric(["yes", "no"], ["", ""]).values())
 
 
-def test_every_metric_of_p3_has_its_function():
-    """The table's names are all known; wiki_bio, with 'Other' alone, gets accuracy."""
+def test_every_metric_of_p3_has_a_function():
+    """All names of the table are known; a task with 'Other' alone gets accuracy."""
     names = {name for task in published.tasks().values() for name in task.metrics}
     assert names == set(metrics.BY_NAME)
     for task in published.tasks():
@@ -129,7 +129,7 @@ def test_every_metric_of_p3_has_its_function():
     assert published.metric_names("a_users_own_task") == metrics.DEFAULT_METRICS
 
 
-def test_wrong_names_in_an_index():
+def test_wrong_metrics_in_index():
     with pytest.raises(
         InputError, match=r"INDEX.json: 't': 'metrics' must be .*Accuracy.*got 'F1'"
     ):
@@ -138,7 +138,7 @@ def test_wrong_names_in_an_index():
         metrics.check_names("Squad", "INDEX.json: 't'")
 
 
-def test_a_task_is_given_metrics_once(tmp_path):
+def test_metrics_are_added_once(tmp_path):
     write(tmp_path, "t", "validation", [("sky", "the blue")])
     jsonl.register(tmp_path, make_vocab(tmp_path))
     task = seqio_tasks.get_mixture_or_task("t")

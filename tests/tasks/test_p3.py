@@ -1,4 +1,4 @@
-"""P3's registry, and its sources: the same examples whatever form they come in."""
+"""P3's tasks: the published table, and the same examples from every form of a folder."""
 
 import csv
 import itertools
@@ -41,7 +41,7 @@ def encode():
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory, encode):
-    """Name of a form -> its folder."""
+    """Folder of each form."""
     root = tmp_path_factory.mktemp("p3")
     p3_forms.write_cache(root / "cache", encode)
     p3_forms.write_parquet(root / "parquet", encode)
@@ -63,7 +63,7 @@ def register(folder, **settings):
     return tasks.register(p3_dir=str(folder), vocab_path=str(VOCAB), **settings)
 
 
-# --- what is published
+# --- the table
 
 
 def test_counts_of_the_table():
@@ -91,10 +91,10 @@ def test_counts_of_the_table():
         "wsc.fixed": 10,
     }
     assert [sizes[f"anli_r{r}_score_eval"] for r in (1, 2, 3)] == [15, 15, 15]
-    # 43 tasks of T0+ and T0++ are of data sets that are scored
+    # 43 tasks of T0+ and T0++ belong to datasets that are scored
     both = {task.name for task in tasks_by_name.values() if task.do_train and task.do_eval}
     assert len(both) == 43
-    # 38 data sets, of which app_reviews, kilt_tasks and quarel have no prompt of the original task
+    # 38 datasets, of which app_reviews, kilt_tasks and quarel have no prompt of the original task
     assert sizes["t0_train_one_og_prompt"] == 35
     firsts = published.mixtures()["t0_train_one_og_prompt"]
     assert len({tasks_by_name[name].dataset_name for name in firsts}) == 35
@@ -105,7 +105,7 @@ def test_counts_of_the_table():
     )
 
 
-def test_names_follow_from_data_set_and_template():
+def test_task_names_follow_from_dataset_and_template():
     for name, task in published.tasks().items():
         assert (
             published.task_name(task.dataset, task.subset, task.template, task.anli_round) == name
@@ -129,7 +129,7 @@ def test_rates(task, rate):
     assert published.rate(task) == rate
 
 
-def test_table_is_that_of_the_published_tasks():
+def test_table_agrees_with_the_published_tasks():
     path = pathlib.Path(__file__).parents[3] / "shared" / "p3" / "tasks.csv"
     if not path.exists():
         pytest.skip(f"{path} is absent")
@@ -147,7 +147,7 @@ def test_table_is_that_of_the_published_tasks():
         assert task.splits.get("validation", 0) == int(row["validation"] or 0)
 
 
-def test_import_registers_everything_quickly_and_reads_the_table_alone():
+def test_import_is_fast_and_reads_only_the_table():
     program = """
 import builtins, io, os, sys, time
 from pemoe_jax.data import seqio_import
@@ -161,8 +161,8 @@ files = {name for name in opened if not name.endswith((".py", ".pyc", ".so"))}
 files = filter(os.path.isfile, files)
 import seqio
 names = seqio.TaskRegistry.names()
-twins = [name for name in names if name.endswith("_score_eval")]
-print(seconds, len(names) - len(twins), len(twins), *map(os.path.basename, files))
+scored = [name for name in names if name.endswith("_score_eval")]
+print(seconds, len(names) - len(scored), len(scored), *map(os.path.basename, files))
 print(len(seqio.MixtureRegistry.get("t0_train").tasks))
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PEMOE_")}
@@ -170,23 +170,23 @@ print(len(seqio.MixtureRegistry.get("t0_train").tasks))
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
     first, second = done.stdout.splitlines() or [done.stderr, ""]
-    seconds, plain, twins, *files = first.split()
-    assert (plain, twins) == ("544", "116")
+    seconds, plain, scored, *files = first.split()
+    assert (plain, scored) == ("544", "116")
     assert float(seconds) < 2
     assert files == ["tasks.csv"]
     assert second == "313"
 
 
-def test_metrics_are_those_of_the_table(p3):
+def test_metrics_from_the_table(p3):
     from pemoe_jax.tasks import metrics, score_eval
 
     task = seqio_tasks.get_mixture_or_task("adversarial_qa_dbert_generate_question")  # BLEU;ROUGE
     assert task.predict_metric_fns == [metrics.bleu, metrics.rouge]
-    twin = seqio_tasks.get_mixture_or_task(f"{RTE}_score_eval")
-    assert twin.score_metric_fns == [score_eval.rank_accuracy]
+    task = seqio_tasks.get_mixture_or_task(f"{RTE}_score_eval")
+    assert task.score_metric_fns == [score_eval.rank_accuracy]
 
 
-# --- five forms, the same examples
+# --- five forms
 
 
 def ids(name: str, split: str) -> list[tuple[list[int], list[int]]]:
@@ -197,7 +197,7 @@ def ids(name: str, split: str) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_thousand_examples_have_the_same_ids_in_each_form(p3, forms, encode, form):
+def test_all_forms_have_the_same_ids(p3, forms, encode, form):
     register(forms[form])
     count = 0
     for (name, split), rows in p3_forms.all_rows().items():
@@ -208,18 +208,18 @@ def test_a_thousand_examples_have_the_same_ids_in_each_form(p3, forms, encode, f
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_choice_groups_are_the_same_in_each_form(p3, forms, encode, form):
+def test_all_forms_have_the_same_choice_groups(p3, forms, encode, form):
     registered = register(forms[form])
     assert registered.datasets[f"{RTE}_score_eval"] == "rte"
     groups = choices.load_choice_groups("t0_eval_score_eval", LENGTHS)
-    of_task: dict[str, list] = {}
+    groups_by_task: dict[str, list] = {}
     for group in groups:
-        of_task.setdefault(group.task.removesuffix("_score_eval"), []).append(group)
-    assert set(of_task) == {task for task in p3_forms.RENDERED if "ag_news" not in task}
-    for task, found in of_task.items():
+        groups_by_task.setdefault(group.task.removesuffix("_score_eval"), []).append(group)
+    assert set(groups_by_task) == {task for task in p3_forms.RENDERED if "ag_news" not in task}
+    for task, members in groups_by_task.items():
         expected = p3_forms.plain_rows(task, "validation")
-        assert [group.idx for group in found] == list(range(50))
-        for group, row in zip(found, expected, strict=True):
+        assert [group.idx for group in members] == list(range(50))
+        for group, row in zip(members, expected, strict=True):
             assert group.input_text == row["inputs_pretokenized"]
             assert group.inputs.tolist() == [*encode(row["inputs_pretokenized"]), 1]
             assert list(group.choice_texts) == row["answer_choices"]
@@ -228,24 +228,24 @@ def test_choice_groups_are_the_same_in_each_form(p3, forms, encode, form):
             ]
             target = row["targets_pretokenized"]
             assert group.is_correct == tuple(c == target for c in row["answer_choices"])
-    # a task by itself, and fewer of its examples
+    # a single task, and EVAL_EXAMPLES
     register(forms[form], eval_examples=7)
     assert len(choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)) == 7
     assert len(choices.load_choice_groups("super_glue_rte_score_eval", LENGTHS)) == 14
 
 
-def test_the_cache_is_read_by_seqio_itself(p3, forms, encode):
+def test_seqio_reads_the_cache(p3, forms, encode):
     register(forms["cache"])
     for name in (RTE, f"{RTE}_score_eval"):
         ds = seqio_tasks.get_mixture_or_task(name).get_dataset(
             LENGTHS, split="validation", use_cached=True, shuffle=False
         )
-        found = {(tuple(row["inputs"]), tuple(row["targets"])) for row in ds.as_numpy_iterator()}
-        assert found == {(tuple(a), tuple(b)) for a, b in ids(name, "validation")}
+        rows = {(tuple(row["inputs"]), tuple(row["targets"])) for row in ds.as_numpy_iterator()}
+        assert rows == {(tuple(a), tuple(b)) for a, b in ids(name, "validation")}
 
 
 @pytest.mark.parametrize("inputs_eos", [True, False])
-def test_inputs_end_in_eos_if_asked_in_each_form(p3, forms, encode, inputs_eos):
+def test_inputs_eos(p3, forms, encode, inputs_eos):
     row = p3_forms.plain_rows(RTE, "validation")[0]
     expected = encode(row["inputs_pretokenized"]) + [1] * inputs_eos
     for form in FORMS:
@@ -256,11 +256,11 @@ def test_inputs_end_in_eos_if_asked_in_each_form(p3, forms, encode, inputs_eos):
         )
 
 
-def test_training_goes_on_anywhere_and_takes_every_row_once(p3, forms):
+def test_training_stream_starts_anywhere_and_takes_every_row_once(p3, forms):
     expected = None
     for form in FORMS:
         register(forms[form])
-        mixture = seqio_tasks.get_mixture_or_task("t0+_train")  # of the five tasks ag_news is in it
+        mixture = seqio_tasks.get_mixture_or_task("t0+_train")  # of the five tasks it has ag_news
         assert [task.name for task in mixture.tasks if task.source.files] == ["ag_news_recommend"]
         mixture = seqio_tasks.get_mixture_or_task("super_glue_rte")
 
@@ -278,16 +278,16 @@ def test_training_goes_on_anywhere_and_takes_every_row_once(p3, forms):
         assert {str(row) for row in first} <= {str(row) for row in rows}
         assert first != rows[:400]
         expected = expected or first
-        assert first == expected  # the order does not depend on the form
+        assert first == expected  # the order is independent of the form
         ds = seqio_tasks.get_mixture_or_task(RTE).examples_from(
             LENGTHS, "train", StreamOptions(seed=1, num_epochs=1)
         )
-        found = [row["inputs"].tolist() for row in ds.as_numpy_iterator()]
-        assert sorted(found) == sorted(row[0] for row in ids(RTE, "train"))
+        epoch = [row["inputs"].tolist() for row in ds.as_numpy_iterator()]
+        assert sorted(epoch) == sorted(row[0] for row in ids(RTE, "train"))
 
 
-def test_all_313_tasks_are_entered_anywhere(p3, tmp_path):
-    """Near the start, and a hundred million examples in; all tasks come, by rates that differ."""
+def test_stream_of_313_tasks_starts_anywhere(p3, tmp_path):
+    """Near the start and at example 100,000,000; tasks are drawn by their rates."""
     names = published.mixtures()["t0_train"]
     for number, name in enumerate(names):
         (tmp_path / name).mkdir()
@@ -301,11 +301,11 @@ def test_all_313_tasks_are_entered_anywhere(p3, tmp_path):
             "t0_train", LENGTHS, 1, pack=False, seed=5, start={"examples": start}
         )
         keys = ("encoder_input_tokens", "decoder_target_tokens")
-        found = itertools.islice(batches, count)
-        return [tuple(batch[key].tobytes() for key in keys) for batch in found]
+        read = itertools.islice(batches, count)
+        return [tuple(batch[key].tobytes() for key in keys) for batch in read]
 
     first = read(0, 2_000)
-    # the rarest have 1,941 of 17,277,798 rows: by the rates 257.4 tasks are to be met, ± 6
+    # The rarest tasks have a rate of 1,941 of 17,277,798: by the rates 257.4 ± 6 tasks are drawn.
     assert 234 < len({inputs for inputs, _ in first}) < 281
     for start in (1, 312, 1_579):
         assert read(start, 60) == first[start : start + 60]
@@ -314,10 +314,10 @@ def test_all_313_tasks_are_entered_anywhere(p3, tmp_path):
     assert len(set(far)) > 30
 
 
-def test_decoding_leaves_out_what_is_not_there(p3, forms, tmp_path, capsys):
+def test_infer_skips_tasks_without_data(p3, forms, tmp_path, capsys):
     registered = register(forms["parquet"])
-    found = infer.read_tasks(options.Data("t0_train", max_examples=2), LENGTHS, registered)
-    assert [(task.name, len(task.inputs)) for task in found] == [("ag_news_recommend", 2)]
+    decoded = infer.read_tasks(options.Data("t0_train", max_examples=2), LENGTHS, registered)
+    assert [(task.name, len(task.inputs)) for task in decoded] == [("ag_news_recommend", 2)]
     assert "no data, so not decoded: 312 tasks (" in capsys.readouterr().out
     with pytest.raises(InputError, match="has no task 'super_glue_wic_same_sense'"):
         infer.read_tasks(
@@ -340,7 +340,7 @@ def test_train_and_eval_batches(p3, forms):
     assert examples == 100
 
 
-def test_made_twins_of_training_tasks(p3, forms):
+def test_unpublished_score_eval_tasks(p3, forms):
     registered = register(forms["cache"])
     assert registered.train_score_tasks == ["ag_news_recommend_score_eval"]
     groups = choices.load_choice_groups("t0_train_score_eval", LENGTHS)
@@ -349,7 +349,7 @@ def test_made_twins_of_training_tasks(p3, forms):
     assert registered.eval_splits["ag_news_recommend"] == "test"
 
 
-# --- trouble
+# --- errors
 
 
 def odd_rows(encode) -> list[dict]:
@@ -367,7 +367,7 @@ def odd_rows(encode) -> list[dict]:
     return [p3_forms.with_ids(row, encode, False) for row in rows]
 
 
-def test_odd_rows_are_survived_and_counted(p3, tmp_path, encode):
+def test_odd_rows_are_counted(p3, tmp_path, encode):
     p3_forms.write_cache_split(tmp_path / RTE, "validation", odd_rows(encode))
     p3_forms.write_cache_split(tmp_path / RTE, "train", odd_rows(encode)[:1])  # one row
     (tmp_path / RTE / "COMPLETED").touch()
@@ -387,7 +387,7 @@ def test_odd_rows_are_survived_and_counted(p3, tmp_path, encode):
         LENGTHS, "train", StreamOptions(seed=0)
     )
     assert [row["inputs"].tolist() for row in ds.take(3).as_numpy_iterator()] == [[1]] * 3
-    for shard in range(2):  # a row for each of two processes: the same one, in turns
+    for shard in range(2):  # both processes read the only row
         ds = seqio_tasks.get_mixture_or_task(RTE).examples_from(
             LENGTHS, "train", StreamOptions(seed=0, shard=(shard, 2))
         )
@@ -400,7 +400,7 @@ def one_line(error) -> str:
     return text
 
 
-def test_damaged_tfrecords_are_named(p3, tmp_path, forms):
+def test_damaged_tfrecords(p3, tmp_path, forms):
     import shutil
 
     shutil.copytree(forms["cache"] / f"{RTE}_score_eval", tmp_path / f"{RTE}_score_eval")
@@ -428,18 +428,18 @@ def test_damaged_tfrecords_are_named(p3, tmp_path, forms):
     assert "COMPLETED" in score()
 
 
-def test_rows_are_found_in_a_file_bigger_than_a_block(tmp_path, monkeypatch, encode):
+def test_random_access_in_a_file_larger_than_a_block(tmp_path, monkeypatch, encode):
     from pemoe_jax.data import tfrecords
 
     monkeypatch.setattr(tfrecords, "_BLOCK", 64)  # smaller than a record
     rows = [p3_forms.with_ids(row, encode, True) for row in p3_forms.plain_rows(RTE, "train")]
     p3_forms.write_cache_split(tmp_path, "train", rows, shards=3)
     reader = tfrecords.TFRecordReader(tmp_path, "train")
-    found = reader.read_rows([149, 0, 75, 49, 50])
-    assert [row["inputs"] for row in found] == [rows[i]["inputs"] for i in (149, 0, 75, 49, 50)]
+    read = reader.read_rows([149, 0, 75, 49, 50])
+    assert [row["inputs"] for row in read] == [rows[i]["inputs"] for i in (149, 0, 75, 49, 50)]
 
 
-def test_missing_things_are_named(p3, tmp_path, forms, monkeypatch):
+def test_missing_data(p3, tmp_path, forms, monkeypatch):
     with pytest.raises(InputError) as error:
         register(tmp_path / "nowhere")
     assert "nowhere" in one_line(error)
@@ -469,7 +469,7 @@ def test_missing_things_are_named(p3, tmp_path, forms, monkeypatch):
     assert tasks.register(vocab_path=str(VOCAB)).folder == str(forms["parquet"])
 
 
-def test_without_a_folder_it_says_what_is_missing(p3):
+def test_reading_without_p3_dir_is_an_error(p3):
     p3.register(vocab_path=str(VOCAB))
     for name in (RTE, "t0_train"):
         with pytest.raises(InputError, match="P3_DIR is not set"):
@@ -478,15 +478,15 @@ def test_without_a_folder_it_says_what_is_missing(p3):
         choices.load_choice_groups("t0_eval_score_eval", LENGTHS)
 
 
-def test_wrong_tables_are_named(p3, tmp_path):
+def test_wrong_row_files(p3, tmp_path):
     import pyarrow
     from pyarrow import parquet
 
     home = tmp_path / RTE
     home.mkdir()
     path = home / "validation-00000-of-00001.parquet"
-    twin = tmp_path / f"{RTE}_score_eval" / path.name
-    twin.parent.mkdir()
+    scored = tmp_path / f"{RTE}_score_eval" / path.name
+    scored.parent.mkdir()
 
     def score():
         register(tmp_path)
@@ -494,21 +494,21 @@ def test_wrong_tables_are_named(p3, tmp_path):
             choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
         return one_line(error)
 
-    parquet.write_table(pyarrow.table({"inputs": [[1]], "text": ["a"]}), twin)
-    assert f"{twin}: expected a column 'targets'" in score() and "inputs, text" in score()
-    parquet.write_table(pyarrow.table({"inputs": [[1]], "targets": [[2]]}), twin)
+    parquet.write_table(pyarrow.table({"inputs": [[1]], "text": ["a"]}), scored)
+    assert f"{scored}: expected a column 'targets'" in score() and "inputs, text" in score()
+    parquet.write_table(pyarrow.table({"inputs": [[1]], "targets": [[2]]}), scored)
     assert "expected a column 'idx'" in score()
-    twin.write_bytes(b"PAR1 is no Parquet")
-    assert f"{twin}: not a Parquet file" in score()
-    twin.unlink()
-    twin.parent.rmdir()
+    scored.write_bytes(b"PAR1 is no Parquet")
+    assert f"{scored}: not a Parquet file" in score()
+    scored.unlink()
+    scored.parent.rmdir()
     (home / "validation.jsonl").write_text('{"inputs": "a"}\n')
     assert "validation.jsonl: row 1: expected 'targets'" in score()
     (home / "validation.jsonl").write_text("{\n")
     assert "validation.jsonl: row 1: not JSON" in score()
 
 
-def test_templates_that_fail(p3, tmp_path, forms, capsys):
+def test_failing_templates(p3, tmp_path, forms, capsys):
     import shutil
 
     folder = tmp_path / "p3"
@@ -516,25 +516,26 @@ def test_templates_that_fail(p3, tmp_path, forms, capsys):
     raw = folder / "raw" / "super_glue" / "rte" / "validation.jsonl"
     lines = raw.read_text().splitlines()
     examples = [json.loads(line) for line in lines]
-    examples[4]["label"] = "seven"  # a list has no such place
-    examples[6]["label"] = -1  # hidden: one template leaves the target empty
+    examples[4]["label"] = "seven"  # not an index of the choices
+    examples[6]["label"] = -1  # unknown: one template leaves the target empty
     raw.write_text("".join(json.dumps(example) + "\n" for example in examples))
     register(folder)
     groups = choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
-    told = capsys.readouterr().err
-    # jinja gives nothing for a place that is not there: both are examples without a label
+    warning = capsys.readouterr().err
+    # jinja renders an index out of range as nothing: both examples have no label
     assert len(groups) == 50
     assert [g.idx for g in groups if not any(g.is_correct)] == [4, 6]
-    assert told == ""
+    assert warning == ""
     yaml = folder / "templates" / "super_glue" / "rte" / "templates.yaml"
     whole = yaml.read_text()
     yaml.write_text(whole.replace("{{premise}} Can", "{{(label + 1)}} Can"))
     register(folder)
     assert (
         len(choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)) == 49
-    )  # less the one with text
-    told = capsys.readouterr().err
-    assert "1 of 50 examples" in told and "number 5: TypeError: can only concatenate" in told
+    )  # without the example whose label is text
+    warning = capsys.readouterr().err
+    assert "1 of 50 examples" in warning
+    assert "number 5: TypeError: can only concatenate" in warning
     yaml.write_text(whole.replace("metadata: !TemplateMetadata", "metadata: [", 1))
     registered = register(folder)
     assert any("templates.yaml" in line and "not YAML" in line for line in registered.summary)
@@ -542,8 +543,8 @@ def test_templates_that_fail(p3, tmp_path, forms, capsys):
         choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
 
 
-def test_rows_with_the_same_idx_are_an_error(p3, tmp_path, encode):
-    rows = [p3_forms.with_ids(row, encode, True) for row in p3_forms.twin_rows(RTE, "validation")]
+def test_rows_with_the_same_idx(p3, tmp_path, encode):
+    rows = [p3_forms.with_ids(row, encode, True) for row in p3_forms.score_rows(RTE, "validation")]
     rows[3]["idx"] = [0, 0]
     p3_forms.write_cache_split(tmp_path / f"{RTE}_score_eval", "validation", rows)
     (tmp_path / f"{RTE}_score_eval" / "COMPLETED").touch()

@@ -1,4 +1,4 @@
-"""--seqio_additional_cache_dirs and USE_CACHED_TASKS: caches of P3 and of others, end to end."""
+"""--seqio_additional_cache_dirs and USE_CACHED_TASKS: caches of P3 and of other tasks."""
 
 import json
 import pathlib
@@ -45,14 +45,14 @@ def trained(model_dir: pathlib.Path) -> dict[str, np.ndarray]:
     }
 
 
-def assert_same(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    for key, array in one.items():
-        np.testing.assert_array_equal(array, other[key])
+def assert_same(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for key, array in first.items():
+        np.testing.assert_array_equal(array, second[key])
 
 
-def test_a_cache_is_trained_on_and_scored_by_the_flag_alone(cache, tmp_path, capsys):
-    """With no P3_DIR; a run that was stopped goes on exactly, and P3_DIR gives the same."""
+def test_train_and_evaluate_from_a_cache(cache, tmp_path, capsys):
+    """Without P3_DIR; a resumed run equals an uninterrupted one, and so does one with P3_DIR."""
     few = {"TRAIN_STEPS": 6, "BATCH_SIZE": 8, "PACK": True, "EVAL_PERIOD": 6}
     cached = ["--gin.USE_CACHED_TASKS=True", f"--seqio_additional_cache_dirs={cache}"]
     for name, steps, flags in (
@@ -63,9 +63,9 @@ def test_a_cache_is_trained_on_and_scored_by_the_flag_alone(cache, tmp_path, cap
     ):
         few["TRAIN_STEPS"] = steps
         assert train.main([*train_flags(tmp_path / name, "super_glue_rte", **few), *flags]) == 0
-    told = capsys.readouterr().out
-    assert f"P3, cached in {cache}: 5 of 544 tasks and 4 of 116 _score_eval tasks" in told
-    assert "validation loss" in told
+    output = capsys.readouterr().out
+    assert f"P3, cached in {cache}: 5 of 544 tasks and 4 of 116 _score_eval tasks" in output
+    assert "validation loss" in output
     assert_same(trained(tmp_path / "whole"), trained(tmp_path / "parts"))
     assert_same(trained(tmp_path / "whole"), trained(tmp_path / "folder"))
     predictions = []
@@ -95,7 +95,7 @@ def examples(name: str, count: int, **settings) -> list[list[int]]:
 
 
 def write_as_seqio_does(folder: pathlib.Path, split: str, rows: list[dict]) -> None:
-    """By seqio's own form of a row; its writer needs Apache Beam."""
+    """Writes rows as seqio does, whose own writer needs Apache Beam."""
     import seqio
     import tensorflow as tf
 
@@ -116,7 +116,7 @@ def write_as_seqio_does(folder: pathlib.Path, split: str, rows: list[dict]) -> N
     (folder / "COMPLETED").touch()
 
 
-def test_a_cache_of_json_lines_is_entered_anywhere(tmp_path):
+def test_stream_from_a_cache_of_json_lines_starts_anywhere(tmp_path):
     import seqio
 
     data_tasks.register(tmp_path)
@@ -136,31 +136,31 @@ def test_a_cache_of_json_lines_is_entered_anywhere(tmp_path):
     ]
 
 
-def test_what_is_missing_is_said_in_one_line(cache, tmp_path, capsys):
+def test_missing_caches(cache, tmp_path, capsys):
     flags = train_flags(tmp_path / "run", "super_glue_wic", TRAIN_STEPS=1)
     cached = "--gin.USE_CACHED_TASKS=True"
 
-    def says(*more: str) -> str:
+    def message(*more: str) -> str:
         assert train.main([*flags, *more]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    assert "--seqio_additional_cache_dirs: /nowhere must be a folder, got nothing there" in says(
+    assert "--seqio_additional_cache_dirs: /nowhere must be a folder, got nothing there" in message(
         cached, f"--seqio_additional_cache_dirs={cache},/nowhere"
     )
-    assert "no cache of P3 in" in says(cached, f"--seqio_additional_cache_dirs={tmp_path}")
+    assert "no cache of P3 in" in message(cached, f"--seqio_additional_cache_dirs={tmp_path}")
     seqio_import.import_seqio().set_global_cache_dirs([])
     seqio_caches.additional_cache_dirs.clear()
-    said = says(cached, f"--seqio_additional_cache_dirs={cache}")
-    assert "no cache of 10 of 10 tasks, 'super_glue_wic_" in said and str(cache) in said
-    assert "P3_DIR is not set" in says(f"--seqio_additional_cache_dirs={cache}")
+    error = message(cached, f"--seqio_additional_cache_dirs={cache}")
+    assert "no cache of 10 of 10 tasks, 'super_glue_wic_" in error and str(cache) in error
+    assert "P3_DIR is not set" in message(f"--seqio_additional_cache_dirs={cache}")
     with pytest.raises(InputError, match="USE_CACHED_TASKS: no cache of 10 of 10 tasks, "):
         choices.load_choice_groups("super_glue_wic_score_eval", LENGTHS, use_cached=True)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_cached_elsewhere_is_not_cached_again(cache, tmp_path, capsys):
+def test_cache_tasks_skips_tasks_cached_elsewhere(cache, tmp_path, capsys):
     import sentencepiece
 
     encode = sentencepiece.SentencePieceProcessor(model_file=str(VOCAB)).encode
@@ -170,8 +170,8 @@ def test_what_is_cached_elsewhere_is_not_cached_again(cache, tmp_path, capsys):
         flags = [f"--p3_dir={tmp_path / 'parquet'}", f"--output={tmp_path / 'out'}"]
         flags += [f"--vocab_path={VOCAB}", f"--seqio_additional_cache_dirs={cache}"]
         assert cache_tasks.main(flags) == 0
-        made = {path.name for path in (tmp_path / "out").iterdir()}
-        assert made == {RTE, "ag_news_recommend_score_eval"}  # and a twin, which is not published
+        written = {path.name for path in (tmp_path / "out").iterdir()}
+        assert written == {RTE, "ag_news_recommend_score_eval"}  # the latter is not published
     finally:
         (tmp_path / "kept").rename(cache / RTE)
     capsys.readouterr()

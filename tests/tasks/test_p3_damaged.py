@@ -1,4 +1,4 @@
-"""Files that turn out to be damaged when a run is well under way: one line, nothing lost."""
+"""Files whose damage shows in the middle of a run: an error of one line, and no loss."""
 
 import pathlib
 import shutil
@@ -56,7 +56,7 @@ def no_caches():
 
 
 def frames(path: pathlib.Path) -> list[int]:
-    """Where each record begins."""
+    """Returns the offset of each record."""
     content, starts = path.read_bytes(), [0]
     while starts[-1] < len(content):
         length = int.from_bytes(content[starts[-1] : starts[-1] + 8], "little")
@@ -77,8 +77,8 @@ def one_line(error) -> str:
 
 
 @pytest.mark.parametrize("data_of_p3", ["folder", "cache"])
-def test_training_stops_with_one_line_and_goes_on_when_it_is_mended(copy, capsys, data_of_p3):
-    """A bit of the 1,001st example's record: of step 16, in the fourth block that is read."""
+def test_training_stops_with_one_line_and_resumes_after_repair(copy, capsys, data_of_p3):
+    """A flipped bit in the record of the 1,001st example: step 16, the fourth block."""
     path = copy / TASK / "train.tfrecord-00000-of-00001"
     whole = path.read_bytes()
     number = int(ExampleOrder([ROWS], [1.0], 0, True, None).row_numbers(0, 1001)[1000])
@@ -105,8 +105,8 @@ def test_training_stops_with_one_line_and_goes_on_when_it_is_mended(copy, capsys
 
 
 @pytest.fixture
-def users_task(copy):
-    """A task of seqio's own kind over the same file."""
+def user_task(copy):
+    """A plain seqio task over the same file."""
     import seqio
     import tensorflow as tf
 
@@ -115,7 +115,7 @@ def users_task(copy):
     features = seqio_tasks.get_mixture_or_task(TASK).output_features
     kinds = {key: tf.io.FixedLenSequenceFeature([], tf.int64, True) for key in features}
     seqio.TaskRegistry.add(
-        "users_task",
+        "user_task",
         source=seqio.TFExampleDataSource({"train": str(path)}, kinds),
         preprocessors=[
             lambda ds: ds.map(lambda row: {k: tf.cast(v, tf.int32) for k, v in row.items()})
@@ -123,42 +123,46 @@ def users_task(copy):
         output_features=features,
     )
     yield path
-    seqio.TaskRegistry.remove("users_task")
+    seqio.TaskRegistry.remove("user_task")
 
 
 def read_all(name: str) -> tuple[int, str]:
-    """How many batches of 64 came (the last one waits for the next example), and the error."""
+    """Returns the number of batches of 64 before the error, and the error."""
     batches = feed.train_batches(name, LENGTHS, 64, pack=False, shuffle=False, num_epochs=1)
-    came = 0
+    count = 0
     with pytest.raises(InputError) as error:
         for _ in batches:
-            came += 1
-    return came, one_line(error)
+            count += 1
+    return count, one_line(error)
 
 
-def test_a_users_tfrecord_is_named(users_task):
-    starts = frames(users_task)
-    whole = users_task.read_bytes()
-    flip(users_task, starts[2000] + 30)
-    came, said = read_all("users_task")
-    assert 20 < came < 32 and said.startswith(f"{users_task}: damaged at byte {starts[2000]:,}: ")
-    users_task.write_bytes(whole[: starts[2000] + 30])
-    came, said = read_all("users_task")
-    assert 20 < came < 32 and said.startswith(f"{users_task}: damaged at byte {starts[2000]:,}: ")
+def test_damaged_tfrecord_of_a_user_task(user_task):
+    starts = frames(user_task)
+    whole = user_task.read_bytes()
+    flip(user_task, starts[2000] + 30)
+    count, message = read_all("user_task")
+    assert 20 < count < 32 and message.startswith(
+        f"{user_task}: damaged at byte {starts[2000]:,}: "
+    )
+    user_task.write_bytes(whole[: starts[2000] + 30])
+    count, message = read_all("user_task")
+    assert 20 < count < 32 and message.startswith(
+        f"{user_task}: damaged at byte {starts[2000]:,}: "
+    )
 
 
-def test_a_record_that_is_no_example_is_told_of_in_one_line(users_task):
+def test_record_that_is_not_an_example(user_task):
     record = b"\x93" * 40
     frame = (40).to_bytes(8, "little")
     frame += tfrecords.masked_checksum(frame).to_bytes(4, "little") + record
     frame += tfrecords.masked_checksum(record).to_bytes(4, "little")
-    users_task.write_bytes(users_task.read_bytes()[: frames(users_task)[2000]] + frame)
-    came, said = read_all("users_task")
-    assert came > 20
-    assert said.startswith("reading 'users_task': Could not parse example input, value: ")
+    user_task.write_bytes(user_task.read_bytes()[: frames(user_task)[2000]] + frame)
+    count, message = read_all("user_task")
+    assert count > 20
+    assert message.startswith("reading 'user_task': Could not parse example input, value: ")
 
 
-def test_a_users_own_bug_is_not_made_a_line_of(registered_jsonl):
+def test_bug_in_user_code_keeps_its_traceback(registered_jsonl):
     import tensorflow as tf
 
     def bug(number):
@@ -175,7 +179,7 @@ def registered_jsonl(tmp_path):
     return tmp_path
 
 
-def test_a_line_that_changes_while_it_is_read_is_named(registered_jsonl):
+def test_line_that_changes_while_it_is_read(registered_jsonl):
     path = registered_jsonl / "a" / "train.jsonl"
     batches = feed.train_batches("a", LENGTHS, 4, shuffle=False)
     lines = path.read_text().splitlines(keepends=True)
@@ -187,7 +191,7 @@ def test_a_line_that_changes_while_it_is_read_is_named(registered_jsonl):
     assert one_line(error).startswith(f"{path}, byte {at}: not JSON")
 
 
-def test_a_damaged_page_of_parquet_is_named(tmp_path, encode):
+def test_damaged_page_of_parquet(tmp_path, encode):
     import pyarrow
     from pyarrow import parquet
 
@@ -209,11 +213,11 @@ def test_a_damaged_page_of_parquet_is_named(tmp_path, encode):
     content[begin : begin + 60] = b"\xff" * 60
     path.write_bytes(content)
     tasks.register(p3_dir=str(tmp_path), vocab_path=str(VOCAB))
-    came, said = read_all(TASK)
-    assert came == 3 and said.startswith(f"{path}: damaged: ")
+    count, message = read_all(TASK)
+    assert count == 3 and message.startswith(f"{path}: damaged: ")
 
 
-def test_evaluation_and_decoding_say_it_in_one_line_too(copy):
+def test_damage_in_evaluation_and_decoding(copy):
     path = copy / TASK / "test.tfrecord-00000-of-00001"
     flip(path, frames(path)[40] + 30)
     for use_cached in (False, True):

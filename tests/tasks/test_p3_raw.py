@@ -1,4 +1,4 @@
-"""Data sets for templates as `datasets` and tensorflow-datasets leave them on disk."""
+"""Datasets for templates, as `datasets` and tensorflow-datasets write them."""
 
 import json
 import os
@@ -31,12 +31,12 @@ def datasets(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def seqio(monkeypatch):
     monkeypatch.delenv("PEMOE_P3_DIR", raising=False)
-    found = seqio_import.import_seqio()
-    found.set_global_cache_dirs([])
-    return found
+    seqio = seqio_import.import_seqio()
+    seqio.set_global_cache_dirs([])
+    return seqio
 
 
-def every(table) -> list[dict]:
+def read_all(table) -> list[dict]:
     return table.take(range(table.num_rows))
 
 
@@ -49,21 +49,21 @@ def one_line(error) -> str:
 # --- datasets
 
 
-def test_nested_fields_are_those_that_were_saved(datasets):
+def test_nested_fields(datasets):
     splits = arrow.saved_splits(datasets / "odd" / "nested")
     assert list(splits) == ["train"]
     expected = json.loads((datasets / "odd" / "nested.json").read_text())
-    assert every(arrow.ArrowTable(splits["train"])) == expected
+    assert read_all(arrow.ArrowTable(splits["train"])) == expected
 
 
-def test_a_dataset_by_itself_knows_its_split_and_a_choice_of_rows_its_order(datasets):
+def test_single_split_and_selected_rows(datasets):
     for name, expected in (("single", list(range(10))), ("indices", [7, 3, 5])):
         splits = arrow.saved_splits(datasets / "odd" / name)
         assert list(splits) == ["test"]
-        assert [row["n"] for row in every(arrow.ArrowTable(splits["test"]))] == expected
+        assert [row["n"] for row in read_all(arrow.ArrowTable(splits["test"]))] == expected
 
 
-def test_rows_are_had_in_any_order_over_parts_and_batches(datasets):
+def test_random_access_over_files_and_batches(datasets):
     rows = p3_forms.raw_splits(RTE)["train"]
     home = datasets / "huggingface" / "super_glue" / "rte" / "1.0.3"
     for root, dataset, subset in (("huggingface", "super_glue", "rte"), ("", "super_glue", "copa")):
@@ -80,7 +80,7 @@ def test_rows_are_had_in_any_order_over_parts_and_batches(datasets):
         assert table.take(numbers) == [rows[number] for number in numbers]
 
 
-def test_of_several_downloads_the_newest_is_read_and_caches_of_map_are_not(datasets, tmp_path):
+def test_newest_download_without_caches_of_map(datasets, tmp_path):
     home = tmp_path / "super_glue" / "rte"
     shutil.copytree(datasets / "huggingface" / "super_glue" / "rte", home)
     (old,) = home.glob("*/*")
@@ -96,19 +96,19 @@ def test_of_several_downloads_the_newest_is_read_and_caches_of_map_are_not(datas
         arrow.cached_splits(tmp_path, "super_glue", "rte")
 
 
-def test_damaged_arrow_files_are_named(datasets, tmp_path):
+def test_damaged_arrow_files(datasets, tmp_path):
     path = tmp_path / "x-train.arrow"
     (source,) = (datasets / "huggingface").glob("**/super_glue-validation.arrow")
     whole = source.read_bytes()
     for content in (b"", b"no Arrow at all", whole[: len(whole) // 2], whole[:5000] + b"\xff" * 99):
         path.write_bytes(content)
         with pytest.raises(InputError) as error:
-            every(arrow.ArrowTable([path]))
+            read_all(arrow.ArrowTable([path]))
         assert one_line(error).startswith(f"{path}: not a whole Arrow stream: ")
     state = tmp_path / "state.json"
-    for found, says in (({}, "'_data_files'"), ([], "expected a JSON object")):
-        state.write_text(json.dumps(found))
-        with pytest.raises(InputError, match=says):
+    for content, message in (({}, "'_data_files'"), ([], "expected a JSON object")):
+        state.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=message):
             arrow.saved_splits(tmp_path)
     state.write_text(json.dumps({"_data_files": [], "_indices_data_files": [{"filename": "i"}]}))
     with pytest.raises(InputError, match="flatten_indices"):
@@ -120,7 +120,7 @@ def test_damaged_arrow_files_are_named(datasets, tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> pathlib.Path:
-    """hellaswag, winogrande and qasc with two examples, the second without a label."""
+    """hellaswag, winogrande and qasc with two examples each, the second without a label."""
     seqio_import.import_seqio()
     import tensorflow_datasets as tfds
 
@@ -189,18 +189,18 @@ def table(prepared: pathlib.Path, dataset: str, subset: str, split: str):
     return tfds_lib.TfdsTable(splits[split], builder)
 
 
-def test_fields_and_splits_have_the_names_of_hugging_faces(prepared):
-    first, second = every(table(prepared, "hellaswag", "", "validation"))
+def test_fields_and_splits_have_hugging_face_names(prepared):
+    first, second = read_all(table(prepared, "hellaswag", "", "validation"))
     assert first["ctx"] == "é rains" and first["endings"] == ["a", "b"] and first["label"] == "1"
     assert second["endings"] == [] and second["label"] == ""
-    rows = every(table(prepared, "winogrande", "winogrande_xl", "train"))
+    rows = read_all(table(prepared, "winogrande", "winogrande_xl", "train"))
     assert [row["answer"] for row in rows] == ["2", ""]
     builder = tfds_lib.builders()["hellaswag", ""]
     assert list(tfds_lib.prepared_splits(prepared / "tfds", builder)) == ["validation"]
 
 
 def test_nested_features_are_lists_and_text(prepared):
-    assert every(table(prepared, "qasc", "", "train")) == [
+    assert read_all(table(prepared, "qasc", "", "train")) == [
         {"choices": {"text": [], "label": []}, "pairs": [], "in": {"b": True, "f": 0.5}},
         {
             "choices": {"text": ["x", "é"], "label": ["A", "B"]},
@@ -214,11 +214,11 @@ def register(folder: pathlib.Path):
     return tasks.register(p3_dir=str(folder), vocab_path=str(VOCAB))
 
 
-def test_a_template_that_reads_what_a_builder_does_not_have_is_left_out(prepared, seqio):
+def test_template_with_a_field_that_the_builder_lacks_is_left_out(prepared, seqio):
     registered = register(prepared)
     assert any("1 of 544 tasks" in line for line in registered.summary)
-    told = [line for line in registered.summary if line.startswith("left out: ")]
-    assert told == [
+    left_out = [line for line in registered.summary if line.startswith("left out: ")]
+    assert left_out == [
         "left out: hellaswag_complete_first_then: its template reads 'ctx_a', which the builder"
         " 'hellaswag' of tensorflow-datasets does not have"
     ]
@@ -229,12 +229,11 @@ def test_a_template_that_reads_what_a_builder_does_not_have_is_left_out(prepared
         choices.load_choice_groups("hellaswag_complete_first_then_score_eval", LENGTHS)
 
 
-def test_a_data_set_that_is_not_there_says_what_prepares_it(prepared, tmp_path, seqio, capsys):
+def test_missing_dataset_names_the_command_that_prepares_it(prepared, tmp_path, seqio, capsys):
     p3_forms.write_yaml(tmp_path)
     with pytest.raises(InputError) as error:
         register(tmp_path)
-    said = one_line(error)
-    assert "it has a template but no dataset: expected" in said
+    assert "it has a template but no dataset: expected" in one_line(error)
     shutil.copytree(prepared / "templates" / "hellaswag", tmp_path / "templates" / "hellaswag")
     (tmp_path / "tfds").symlink_to(prepared / "tfds")
     register(tmp_path)
@@ -251,39 +250,39 @@ def test_a_data_set_that_is_not_there_says_what_prepares_it(prepared, tmp_path, 
     assert capsys.readouterr().err.strip().endswith(command)
 
 
-def test_what_is_not_whole_is_named(prepared, tmp_path):
+def test_damaged_and_missing_tfrecords(prepared, tmp_path):
     folder = tmp_path / "tfds" / "qasc" / "1.0.2"
     shutil.copytree(prepared / "tfds" / "qasc" / "1.0.2", folder)
     (path,) = folder.glob("*.tfrecord-*")
     info = json.loads((folder / "dataset_info.json").read_text())
 
-    def says() -> str:
+    def message() -> str:
         with pytest.raises(InputError) as error:
-            every(table(tmp_path, "qasc", "", "train"))
+            read_all(table(tmp_path, "qasc", "", "train"))
         return one_line(error)
 
     whole = path.read_bytes()
     path.write_bytes(whole[:20] + bytes([whole[20] ^ 1]) + whole[21:])
-    assert says() == f"{path}: damaged at byte 0: the checksum of row 1 is wrong"
+    assert message() == f"{path}: damaged at byte 0: the checksum of row 1 is wrong"
     path.write_bytes(whole)
     garbage = b"\x93" * 40
     checksum = tfrecords.masked_checksum(garbage).to_bytes(4, "little")
     path.write_bytes((40).to_bytes(8, "little") + bytes(4) + garbage + checksum)
-    assert says().startswith(f"{path}: not an example by features.json: ")
+    assert message().startswith(f"{path}: not an example by features.json: ")
     path.unlink()
-    assert says() == f"{path}: no such file, expected 1 by dataset_info.json"
+    assert message() == f"{path}: no such file, expected 1 by dataset_info.json"
     (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "array_record"}))
-    assert "expected the format tfrecord, got array_record" in says()
+    assert "expected the format tfrecord, got array_record" in message()
 
 
-def test_of_several_versions_the_newest_is_read(prepared, tmp_path):
+def test_newest_version_is_read(prepared, tmp_path):
     for version in ("1.0.2", "1.0.10", "1.1.0.incompleteABC"):
         shutil.copytree(prepared / "tfds" / "qasc" / "1.0.2", tmp_path / "qasc" / version)
     splits = tfds_lib.prepared_splits(tmp_path, tfds_lib.builders()["qasc", ""])
     assert splits["train"][0].parent.name == "1.0.10"
 
 
-LABELS = {  # in Hugging Face's order, under tensorflow-datasets' names
+LABELS = {  # in Hugging Face's order, by tensorflow-datasets' names
     "ag_news_subset": ["World", "Sports", "Business", "Sci/Tech"],
     "anli/r1": ["e", "n", "c"],
     "glue/mrpc": ["not_equivalent", "equivalent"],
@@ -301,18 +300,18 @@ LABELS = {  # in Hugging Face's order, under tensorflow-datasets' names
 }
 
 
-def test_builders_are_there_with_the_fields_that_the_table_names(tmp_path, monkeypatch):
-    """By the installed package's own sources; nothing is fetched."""
+def test_builders_have_the_fields_of_the_table(tmp_path, monkeypatch):
+    """According to the sources of the installed package; nothing is downloaded."""
     seqio_import.import_seqio()
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.utils import gcs_utils
 
     monkeypatch.setattr(gcs_utils, "_is_gcs_disabled", True)
     published = {(task.dataset, task.subset) for task in published_lib.tasks().values()}
-    found = tfds_lib.builders()
-    assert set(found) <= published and len(found) == 25
+    builders = tfds_lib.builders()
+    assert set(builders) <= published and len(builders) == 25
     checked = set()
-    for key, builder in found.items():
+    for key, builder in builders.items():
         name = builder.name + ("/r1" if key[0] == "anli" else "")
         features = tfds.builder(name, data_dir=tmp_path).info.features
         for field in builder.fields:
@@ -327,7 +326,7 @@ def test_builders_are_there_with_the_fields_that_the_table_names(tmp_path, monke
 
 
 @pytest.mark.parametrize("form", ["datasets", "tfds"])
-def test_caches_are_the_same_as_from_json_lines(tmp_path, form, seqio):
+def test_caches_equal_those_from_json_lines(tmp_path, form, seqio):
     p3_forms.write_templates(tmp_path / "templates")
     {"datasets": p3_forms.write_datasets, "tfds": p3_forms.write_tfds}[form](tmp_path / form)
     written = []

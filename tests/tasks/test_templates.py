@@ -147,11 +147,11 @@ templates:
 def test_reading_yaml(tmp_path):
     path = tmp_path / "templates.yaml"
     path.write_text(YAML)
-    found = templates.read_templates(path)
-    template = found["what's it? (new)"]
+    templates_by_name = templates.read_templates(path)
+    template = templates_by_name["what's it? (new)"]
     assert (template.original_task, template.metrics) == (True, ("Accuracy", "BLEU"))
     assert template.apply(EXAMPLE) == Prompt("Say It rains.", "No", ["Yes", "No"])
-    assert found["plain"].answer_choices is None
+    assert templates_by_name["plain"].answer_choices is None
     assert (
         published.task_name("super_glue", "rte", template.name) == "super_glue_rte_what_s_it_new_"
     )
@@ -190,8 +190,8 @@ def test_folders(tmp_path):
     for name in ("imdb", "super_glue/rte", "anli"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "templates.yaml").touch()
-    found = templates.find_templates(tmp_path)
-    assert set(found) == {("imdb", ""), ("super_glue", "rte"), ("anli", "")}
+    files = templates.find_templates(tmp_path)
+    assert set(files) == {("imdb", ""), ("super_glue", "rte"), ("anli", "")}
 
 
 def test_fields_are_those_that_are_read():

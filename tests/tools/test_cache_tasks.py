@@ -1,4 +1,4 @@
-"""`pemoe cache_tasks`: what it writes is read by P3_DIR and by seqio itself."""
+"""`pemoe cache_tasks`: P3_DIR and seqio read the caches."""
 
 import json
 import pathlib
@@ -51,7 +51,7 @@ def cached_ids(name: str, split: str, use_cached: bool) -> list:
     return [(row["inputs"].tolist(), row["targets"].tolist()) for row in ds.as_numpy_iterator()]
 
 
-def test_caches_of_either_form_are_the_same_and_are_read(forms, tmp_path, encode, capsys):
+def test_caches_from_parquet_and_templates_are_equal_and_readable(forms, tmp_path, encode, capsys):
     seqio = seqio_import.import_seqio()
     for form in ("parquet", "templates"):
         assert run(forms / form, tmp_path / form, "--tasks=super_glue_*,anli_*") == 0
@@ -68,10 +68,10 @@ def test_caches_of_either_form_are_the_same_and_are_read(forms, tmp_path, encode
             "COMPLETED",
         )
     }
-    for name, found in files(tmp_path / "parquet").items():
+    for name, content in files(tmp_path / "parquet").items():
         if not name.endswith("json"):
             continue
-        assert json.loads(found) == json.loads(written[name])
+        assert json.loads(content) == json.loads(written[name])
     stats = json.loads(written[f"{RTE}/stats.train.json"])
     rows = [p3_forms.with_ids(row, encode, True) for row in p3_forms.plain_rows(RTE, "train")]
     assert stats == {
@@ -97,7 +97,7 @@ def test_caches_of_either_form_are_the_same_and_are_read(forms, tmp_path, encode
     seqio.set_global_cache_dirs([])
 
 
-def test_it_goes_on_where_it_was_stopped(forms, tmp_path, monkeypatch, capsys):
+def test_second_run_continues(forms, tmp_path, monkeypatch, capsys):
     whole = tmp_path / "whole"
     assert run(forms / "parquet", whole, f"--tasks={RTE}*") == 0
     part = tmp_path / "part"
@@ -118,7 +118,7 @@ def test_it_goes_on_where_it_was_stopped(forms, tmp_path, monkeypatch, capsys):
     assert not list((part / f"{RTE}_score_eval").glob("*.tfrecord-*"))
     assert run(forms / "parquet", part, f"--tasks={RTE}*") == 0
     assert "1 of them complete already" in capsys.readouterr().out
-    assert len(calls) == 3 + 2  # the two splits of the twin
+    assert len(calls) == 3 + 2  # the two splits of the _score_eval task
     assert files(part) == files(whole)
 
 
@@ -135,7 +135,7 @@ def test_workers_and_shards(forms, tmp_path, monkeypatch):
     assert files(tmp_path) == again
 
 
-def test_the_twin_of_a_training_task_can_be_asked_for(forms, tmp_path):
+def test_unpublished_score_eval_task(forms, tmp_path):
     assert run(forms / "parquet", tmp_path, "--tasks=t0_train_score_eval") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["ag_news_recommend_score_eval"]
 
@@ -151,13 +151,13 @@ def test_the_twin_of_a_training_task_can_be_asked_for(forms, tmp_path):
         (["--gin.X=1"], "no gin bindings"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(forms, tmp_path, capsys, flags, message):
+def test_errors_are_one_line(forms, tmp_path, capsys, flags, message):
     assert run(forms / "parquet", tmp_path / "out", *flags) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
 
 
-def test_a_column_that_is_missing_is_named_and_the_rest_stays(forms, tmp_path, capsys):
+def test_missing_column_leaves_the_task_incomplete(forms, tmp_path, capsys):
     import shutil
 
     import pyarrow
