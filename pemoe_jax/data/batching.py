@@ -1,6 +1,6 @@
-"""Groups of answer choices, and inputs, as batches of few shapes: each costs a compilation.
+"""Batches of few shapes for scoring, decoding and encoding, because every shape is compiled.
 
-Shapes: `B` batch, `Li` and `Lt` lengths of inputs and of targets, `C` answer choices.
+Shapes: `B` batch, `L` length (`Li` of inputs, `Lt` of targets), `C` answer choices.
 """
 
 from __future__ import annotations
@@ -14,76 +14,89 @@ from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data.choices import ChoiceGroup
 from pemoe_jax.data.packing import Batch
 
-Shape = tuple[int, int, int]  # of a scoring program, less its rows: Li, C, Lt
+Shape = tuple[int, int, int]  # of a scoring program without its rows: Li, C, Lt
 
-# What a target token costs beside an input token, for its logits: 1.7 in T5 Small, 1.1 in XL.
+# Cost of a target token in input tokens; its logits make it 1.7 in T5 Small and 1.1 in XL.
 _TARGET_COST = 2
 
 
-def _rung(n: int, least: int, steps: int) -> int:
-    """The least number >= n of `least`, its doubles, and `steps` - 1 even steps between those."""
-    start = least
-    while 2 * start < n:
-        start *= 2
-    ladder = (start + start * i // steps for i in range(steps + 1))
-    return next(rung for rung in ladder if rung >= n)
+def _round_up(n: int, least: int, steps: int) -> int:
+    """Returns the smallest number >= n of a ladder with `steps` even steps an octave.
+
+    The ladder begins with `least` and its multiples by powers of two.
+    """
+    octave = least
+    while 2 * octave < n:
+        octave *= 2
+    ladder = (octave + octave * i // steps for i in range(steps + 1))
+    return next(size for size in ladder if size >= n)
 
 
-def _by_shape(sizes: Sequence[Shape]) -> dict[Shape, list[int]]:
-    """Numbers of sizes by the size rounded up, to no more shapes than are quick to plan with."""
-    found: dict[Shape, list[int]] = {}
+def _group_by_shape(sizes: Sequence[Shape]) -> dict[Shape, list[int]]:
+    """Returns the indices of the sizes by rounded shape, sorted by shape."""
+    indices: dict[Shape, list[int]] = {}
+    # Planning takes quadratic memory: beyond 256 shapes, sizes are rounded more coarsely.
     for steps in (4, 2, 1):
-        found = collections.defaultdict(list)
-        for number, (inputs, choices, targets) in enumerate(sizes):
-            shape = _rung(inputs, 32, steps), _rung(choices, 1, steps), _rung(targets, 4, steps)
-            found[shape].append(number)
-        if len(found) <= 256:
+        indices = collections.defaultdict(list)
+        for index, (inputs, choices, targets) in enumerate(sizes):
+            shape = (
+                _round_up(inputs, 32, steps),
+                _round_up(choices, 1, steps),
+                _round_up(targets, 4, steps),
+            )
+            indices[shape].append(index)
+        if len(indices) <= 256:
             break
-    return dict(sorted(found.items()))
+    return dict(sorted(indices.items()))
 
 
-def _plan(
+def _merge_shapes(
     counts: Mapping[Shape, int],
     rows_of: Callable[[np.ndarray, np.ndarray], np.ndarray],
     program_cost: int,
     max_programs: int,
 ) -> dict[Shape, Shape]:
-    """Which shape each shape is padded to: the pair that saves most is merged, again and again.
+    """Returns the shape that each shape is padded to.
+
+    Greedy: the pair of shapes whose merging saves most is merged, until no merging saves anything
+    and there are at most `max_programs` shapes.
 
     Args:
-      counts: shape -> how many are of it.
-      rows_of: (shapes [..., 3], how many are of each [...]) -> rows of a batch [...].
-      program_cost, max_programs: as of `score_batches`.
+      counts: number of examples of each shape.
+      rows_of: (shapes [..., 3], counts [...]) to the number of rows of a batch [...].
+      program_cost, max_programs: see `score_batches`.
     """
     shapes = np.array(list(counts), np.int64).reshape(-1, 3)
     sizes = np.array(list(counts.values()), np.int64)
     members = [[shape] for shape in counts]
 
     def cost(shapes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Returns the tokens that are computed for shapes, padding included, plus compilation."""
         rows = rows_of(shapes, sizes)
         row = shapes[..., 0] + _TARGET_COST * shapes[..., 1] * shapes[..., 2]
         return program_cost + -(-sizes // rows) * rows * row
 
     while len(members) > 1:
-        alone = cost(shapes, sizes)
+        separate = cost(shapes, sizes)  # [N]
         merged = np.maximum(shapes[:, None], shapes[None])  # [N, N, 3]
-        together = cost(merged, sizes[:, None] + sizes[None])
-        saved = alone[:, None] + alone[None] - together
+        together = cost(merged, sizes[:, None] + sizes[None])  # [N, N]
+        saved = separate[:, None] + separate[None] - together
         np.fill_diagonal(saved, np.iinfo(np.int64).min)
-        one, other = sorted(map(int, np.unravel_index(saved.argmax(), saved.shape)))
-        if saved[one, other] < 0 and len(members) <= max_programs:
+        first, second = sorted(map(int, np.unravel_index(saved.argmax(), saved.shape)))
+        if saved[first, second] < 0 and len(members) <= max_programs:
             break
-        shapes[one], sizes[one] = merged[one, other], sizes[one] + sizes[other]
-        members[one] += members.pop(other)
-        shapes, sizes = np.delete(shapes, other, 0), np.delete(sizes, other)
+        shapes[first] = merged[first, second]
+        sizes[first] += sizes[second]
+        members[first] += members.pop(second)
+        shapes, sizes = np.delete(shapes, second, 0), np.delete(sizes, second)
     return {
-        shape: (int(to[0]), int(to[1]), int(to[2]))
-        for to, joined in zip(shapes, members, strict=True)
+        shape: (int(padded[0]), int(padded[1]), int(padded[2]))
+        for padded, joined in zip(shapes, members, strict=True)
         for shape in joined
     }
 
 
-def _buckets(
+def _plan_batches(
     sizes: Sequence[Shape],
     batch_size: int,
     multiple_of: int,
@@ -91,29 +104,31 @@ def _buckets(
     program_cost: int,
     max_programs: int,
 ) -> Iterator[tuple[Shape, int, list[int]]]:
-    """Of each batch its shape, its rows, and the numbers of the sizes in it; the largest first."""
+    """Yields the shape, number of rows and indices of each batch, the largest shapes first."""
     check_integer("BATCH_SIZE", batch_size)
     if batch_size % multiple_of:
         raise InputError(
-            f"BATCH_SIZE {batch_size} is not a multiple of the number of devices, {multiple_of}"
+            f"BATCH_SIZE must be a multiple of the number of devices, {multiple_of}, got"
+            f" {batch_size}"
         )
 
     def rows_of(shapes: np.ndarray, counts: np.ndarray) -> np.ndarray:
         affordable = max_target_tokens // (shapes[..., 1] * shapes[..., 2])
         most = np.clip(affordable // multiple_of * multiple_of, multiple_of, batch_size)
-        even = -(-counts // -(-counts // most))  # no batch much smaller than the others
+        # Spread evenly over the batches, or the last one would be mostly padding.
+        even = -(-counts // -(-counts // most))
         return -(-even // multiple_of) * multiple_of
 
-    of_shape = _by_shape(sizes)
-    counts = {shape: len(numbers) for shape, numbers in of_shape.items()}
+    by_shape = _group_by_shape(sizes)
+    counts = {shape: len(indices) for shape, indices in by_shape.items()}
     buckets: dict[Shape, list[int]] = collections.defaultdict(list)
-    for shape, padded in _plan(counts, rows_of, program_cost, max_programs).items():
-        buckets[padded] += of_shape[shape]
+    for shape, padded in _merge_shapes(counts, rows_of, program_cost, max_programs).items():
+        buckets[padded] += by_shape[shape]
     for shape in sorted(buckets, key=lambda s: s[0] + _TARGET_COST * s[1] * s[2], reverse=True):
-        numbers = buckets[shape]
-        rows = int(rows_of(np.array(shape), np.array(len(numbers))))
-        for start in range(0, len(numbers), rows):
-            yield shape, rows, numbers[start : start + rows]
+        indices = buckets[shape]
+        rows = int(rows_of(np.array(shape), np.array(len(indices))))
+        for start in range(0, len(indices), rows):
+            yield shape, rows, indices[start : start + rows]
 
 
 def score_batches(
@@ -125,21 +140,21 @@ def score_batches(
     program_cost: int = 16384,
     max_programs: int = 16,
 ) -> Iterator[tuple[Batch, list[ChoiceGroup]]]:
-    """Batches encoder_input_tokens [B, Li], decoder_input_tokens, decoder_target_tokens [B, C, Lt].
+    """Yields batches of examples with answer choices, and the examples in their first rows.
 
-    The first rows are the returned groups, in order; the others, and the choices beyond a group's
-    own, are zeros. Groups of like size share a shape, the largest first: what does not fit in
-    memory fails at once.
+    A batch has encoder_input_tokens [B, Li], decoder_input_tokens and decoder_target_tokens
+    [B, C, Lt], int32, and sentence_embeddings [B, S] if all groups have one. Further rows, and
+    choices beyond those of a group, are zeros. Groups of similar size share a shape. The largest
+    shape comes first: a batch that does not fit into memory fails at once.
 
     Args:
-      groups: what is scored.
-      batch_size: most rows.
-      multiple_of: B is a multiple of it (devices); it must divide `batch_size`.
-      max_target_tokens: a shape of many or long choices has fewer rows, so that B * C * Lt stays
-        within this.
-      program_cost: what compiling a shape is worth in tokens of padding. On two cores it takes as
-        long as scoring 5,000 (T5 Small) to 30,000 (Tiny); on accelerators as many more.
-      max_programs: most shapes, whatever they save.
+      groups: the examples.
+      batch_size: largest number of rows.
+      multiple_of: B is a multiple of this number of devices, which must divide `batch_size`.
+      max_target_tokens: limit of B * C * Lt: shapes with many or long choices have fewer rows.
+      program_cost: cost of compiling a shape, in tokens of padding. On two CPU cores it takes as
+        long as scoring 5,000 (T5 Small) to 30,000 tokens (Tiny); many more on accelerators.
+      max_programs: largest number of shapes.
 
     Raises:
       InputError: `batch_size` is not a positive multiple of `multiple_of`.
@@ -148,38 +163,36 @@ def score_batches(
         (len(group.inputs), len(group.choices), max(map(len, group.choices))) for group in groups
     ]
     limits = (multiple_of, max_target_tokens, program_cost, max_programs)
-    for shape, rows, numbers in _buckets(sizes, batch_size, *limits):
-        part = [groups[number] for number in numbers]
-        yield _filled(part, rows, shape), part
+    for shape, rows, indices in _plan_batches(sizes, batch_size, *limits):
+        members = [groups[index] for index in indices]
+        yield _score_batch(members, rows, shape), members
 
 
-def _filled(groups: Sequence[ChoiceGroup], rows: int, shape: Shape) -> Batch:
-    """The groups and rows of zeros, in T5X's names; sentence embeddings where all have one."""
+def _score_batch(groups: Sequence[ChoiceGroup], rows: int, shape: Shape) -> Batch:
+    """Returns groups as T5X's features, padded to a number of rows and a shape."""
     input_length, num_choices, target_length = shape
     targets = np.zeros((rows, num_choices, target_length), np.int32)
     for i, group in enumerate(groups):
         for j, ids in enumerate(group.choices):
             targets[i, j, : len(ids)] = ids
     batch = {
-        "encoder_input_tokens": _padded([group.inputs for group in groups], rows, input_length),
+        "encoder_input_tokens": _pad([group.inputs for group in groups], rows, input_length),
         "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
         "decoder_target_tokens": targets,
     }
-    sentences = [
-        group.sentence_embedding for group in groups if group.sentence_embedding is not None
-    ]
-    if len(sentences) == len(groups):
+    embeddings = [g.sentence_embedding for g in groups if g.sentence_embedding is not None]
+    if len(embeddings) == len(groups):
         missing = ((0, rows - len(groups)), (0, 0))
-        batch["sentence_embeddings"] = np.pad(np.stack(sentences, dtype=np.float32), missing)
+        batch["sentence_embeddings"] = np.pad(np.stack(embeddings, dtype=np.float32), missing)
     return batch
 
 
-def _padded(sequences: Sequence[np.ndarray], rows: int, length: int) -> np.ndarray:
-    """Token ids -> int32 [rows, length], with zeros behind and below."""
-    result = np.zeros((rows, length), np.int32)
-    for row, ids in zip(result, sequences, strict=False):
+def _pad(sequences: Sequence[np.ndarray], rows: int, length: int) -> np.ndarray:
+    """Returns token ids as int32 [rows, length], padded with zeros."""
+    tokens = np.zeros((rows, length), np.int32)
+    for row, ids in zip(tokens, sequences, strict=False):
         row[: len(ids)] = ids
-    return result
+    return tokens
 
 
 def input_batches(
@@ -190,20 +203,43 @@ def input_batches(
     program_cost: int = 1 << 16,
     max_programs: int = 6,
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Batches encoder_input_tokens int32 [B, Li] to decode from, and whose rows they are.
+    """Yields batches of inputs to decode from, and the indices of the inputs in their first rows.
 
-    The numbers are places in `inputs`; rows beyond them repeat the last, and so end with it. A
-    decoder has more to compile than `score_batches` reckons with, so shapes are fewer.
+    A batch is int32 [B, Li]. Further rows repeat the last input, so that they stop decoding when it
+    does. There are fewer shapes than in `score_batches`, because a decoder takes longer to compile.
 
     Args:
-      inputs: token ids of each, of any length.
-      batch_size, multiple_of, program_cost, max_programs: as of `score_batches`.
+      inputs: token ids [Li] of each input.
+      batch_size, multiple_of, program_cost, max_programs: see `score_batches`.
 
     Raises:
       InputError: `batch_size` is not a positive multiple of `multiple_of`.
     """
     sizes = [(len(ids), 1, 1) for ids in inputs]
     limits = (multiple_of, 4 * batch_size, program_cost, max_programs)
-    for shape, rows, numbers in _buckets(sizes, batch_size, *limits):
-        last = [inputs[numbers[-1]]] * (rows - len(numbers))
-        yield _padded([inputs[number] for number in numbers] + last, rows, shape[0]), numbers
+    for shape, rows, indices in _plan_batches(sizes, batch_size, *limits):
+        repeated = [inputs[indices[-1]]] * (rows - len(indices))
+        yield _pad([inputs[index] for index in indices] + repeated, rows, shape[0]), indices
+
+
+def encoder_batches(
+    inputs: Sequence[np.ndarray], batch_size: int, multiple_of: int = 1
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Yields batches of inputs to encode, and the indices of the inputs in their first rows.
+
+    A batch is int32 [B, L], the longest inputs first; further rows are zeros. L is one of few
+    lengths and B depends on L alone, so that repeated calls share their programs.
+
+    Args:
+      inputs: token ids [Li] of each input.
+      batch_size: B at 512 tokens and more; up to 8 times as many rows of shorter inputs.
+      multiple_of: B is a multiple of this number of devices.
+    """
+    order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
+    while order:
+        # Of 32, 48, 64, 96, 128, …: two steps an octave.
+        length = _round_up(len(inputs[order[0]]), 32, 2)
+        rows = max(batch_size, min(8 * batch_size, batch_size * 512 // length))
+        rows = -(-rows // multiple_of) * multiple_of
+        indices, order = order[:rows], order[rows:]
+        yield _pad([inputs[index] for index in indices], rows, length), indices

@@ -1,6 +1,6 @@
-"""Sentence embeddings that a run's routers read: of a table, or a feature of the tasks themselves.
+"""Sentence embeddings that a run's routers read, from a table or from a feature of the tasks.
 
-Shapes: `S` the embedding's size, `N` inputs.
+Shapes: `S` size of the embedding, `Li` length of an input.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,10 +16,32 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_tasks
 from pemoe_jax.data.choices import ChoiceGroup
 from pemoe_jax.data.sentence_table import EncoderInfo, SentenceTable, check_same_encoder
+from pemoe_jax.data.seqio_tasks import SENTENCE_FEATURE
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Record(Protocol):
+        """The part of a checkpoint's record that is read here."""
+
+        @property
+        def adapters(self) -> Mapping[str, Mapping[str, object]]: ...
+
+        @property
+        def sentence_encoder(self) -> EncoderInfo | None: ...
+
+    class OpenedModel(Protocol):
+        """The part of `checkpoints.models.OpenedModel` that is read here."""
+
+        @property
+        def path(self) -> str: ...
+
+        @property
+        def record(self) -> Record | None: ...
 
 
 def vocabulary_fingerprint(name: str) -> str:
-    """What a table says of the vocabulary of a task's or mixture's inputs."""
+    """Returns what identifies the vocabulary of a task's or mixture's inputs."""
     vocabulary = seqio_tasks.get_mixture_or_task(name).output_features["inputs"].vocabulary
     model = getattr(vocabulary, "sp_model", None)
     if model:
@@ -29,11 +51,12 @@ def vocabulary_fingerprint(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class SentenceSource:
-    """Where a run's embeddings come from: a table, or for None the tasks' own feature.
+    """Source of a run's sentence embeddings.
 
     Attributes:
-      encoder: what made them, for records.
-      length: that the run's inputs are cut to.
+      encoder: the encoder, as checkpoints record it.
+      length: length that the run's inputs are truncated to.
+      table: the table; None: the embeddings are a feature of the tasks.
     """
 
     encoder: EncoderInfo
@@ -46,31 +69,31 @@ class SentenceSource:
         return int(self.encoder["dim"])
 
     def vectors(self, inputs: Sequence[np.ndarray], names: str | Sequence[str]) -> list[np.ndarray]:
-        """The table's vectors [S] of token ids, [Li] each.
+        """Returns the table's vectors [S] of inputs.
 
         Args:
-          inputs: as the model reads them.
-          names: by which seqio knows the task or mixture, of each or of all.
+          inputs: token ids [Li] as the model reads them.
+          names: name of the task or mixture, of each input or of all.
 
         Raises:
-          InputError: one is not in the table.
+          InputError: an input is not in the table.
         """
         assert self.table is not None
         rows = self.table.rows(inputs)
         missing = np.flatnonzero(rows < 0)
         if len(missing):
-            number = int(missing[0])
-            name = names if isinstance(names, str) else names[number]
-            raise InputError(self._absent(inputs[number], name))
+            index = int(missing[0])
+            name = names if isinstance(names, str) else names[index]
+            raise InputError(self._missing_message(self.table, inputs[index], name))
         return self.table.vectors(rows)
 
     def attach_to(self, groups: Sequence[ChoiceGroup]) -> list[ChoiceGroup]:
-        """Groups of answer choices with the embeddings of their inputs.
+        """Returns groups of answer choices with the embeddings of their inputs.
 
         Raises:
-          InputError: one is not in the table.
+          InputError: an input is not in the table.
         """
-        if self.table is None:  # `choice_groups` has read the feature
+        if self.table is None:  # `load_choice_groups` has read the feature
             return list(groups)
         vectors = self.vectors([group.inputs for group in groups], [group.task for group in groups])
         return [
@@ -78,137 +101,138 @@ class SentenceSource:
             for group, vector in zip(groups, vectors, strict=True)
         ]
 
-    def _absent(self, ids: np.ndarray, name: str) -> str:
-        assert self.table is not None
+    def _missing_message(self, table: SentenceTable, ids: np.ndarray, name: str) -> str:
         vocabulary = seqio_tasks.get_mixture_or_task(name).output_features["inputs"].vocabulary
         text = vocabulary.decode([int(i) for i in ids])
-        cut = ""
-        if self.length not in self.table.lengths:
-            lengths = " and ".join(map(str, self.table.lengths))
-            cut = f" (inputs are cut to {self.length} tokens here, to {lengths} in the table)"
+        truncated = ""
+        if self.length not in table.lengths:
+            lengths = " and ".join(map(str, table.lengths))
+            truncated = f" (inputs are truncated to {self.length} tokens here, to {lengths} there)"
         return (
-            f"SENTENCE_EMBEDDINGS {self.table.path} lacks an input of {name!r}: {text[:60]!r}{cut};"
-            f" pemoe embed with --gin.MIXTURE_OR_TASK_NAME={name} adds it"
+            f"SENTENCE_EMBEDDINGS {table.path} lacks an input of {name!r}:"
+            f" {text[:60]!r}{truncated}; pemoe embed with"
+            f" --gin.MIXTURE_OR_TASK_NAME={name} adds it"
         )
 
 
-def reads_sentence_embeddings(description: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a router of adapters, as `core.adapters.describe` has them, reads embeddings."""
-    routers = [site.get("router") or {} for site in description.values()]
-    return any(router.get("reads") == "sentence" for router in routers)
+def reads_sentence_embeddings(adapters: Mapping[str, Mapping[str, object]]) -> bool:
+    """Returns whether a router of adapters reads sentence embeddings.
+
+    Args:
+      adapters: description of the adapters by `core.adapters.describe`.
+    """
+    routers = [site.get("router") for site in adapters.values()]
+    return any(
+        isinstance(router, Mapping) and router.get("reads") == "sentence" for router in routers
+    )
 
 
 def open_for_training(
-    description: Mapping[str, Mapping[str, Any]],
+    adapters: Mapping[str, Mapping[str, object]],
     path: str | None,
     name: str,
     length: int,
     pack: bool,
     use_cached: bool = False,
 ) -> SentenceSource | None:
-    """What a run trains with; None where its routers read something else.
+    """Returns the sentence embeddings to train with; None if no router reads them.
 
     Args:
-      description: of the adapters, as `core.adapters.describe` has them.
-      path: of a table, or None.
-      name: of the task or mixture.
-      length: that its inputs are cut to.
+      adapters: description of the adapters by `core.adapters.describe`.
+      path: folder of a table; None: the embeddings are a feature of the tasks.
+      name: name of the task or mixture.
+      length: length that its inputs are truncated to.
       pack: whether rows hold several examples.
-      use_cached: seqio's offline caches.
+      use_cached: whether tasks are read from seqio's offline caches.
 
     Raises:
-      InputError: routers read embeddings and there are none, or the other way round; or rows are
-        packed.
+      InputError: routers read embeddings and there are none, or the reverse; or rows are packed.
     """
-    if not reads_sentence_embeddings(description):
+    if not reads_sentence_embeddings(adapters):
         if path is not None:
             raise InputError(
-                f"SENTENCE_EMBEDDINGS {path} is set and no router reads sentence embeddings:"
-                " expected --gin_file=routing/sentence.gin behind a method with routers, or None"
+                f"SENTENCE_EMBEDDINGS must be None, because no router reads them, got {path}:"
+                " to read them add --gin_file=routing/sentence.gin after a method with routers"
             )
         return None
     if pack:
+        # A packed row would need a distribution over experts for each of its examples.
         raise InputError(
-            "routers that read sentence embeddings have one distribution a row, and PACK=True puts"
-            " several examples in a row: expected --gin.PACK=False"
+            "PACK must be False for routers that read sentence embeddings, which have one"
+            " distribution a row, got True"
         )
     return _open(path, name, length, use_cached)
 
 
 def open_for_models(
-    models: Sequence[Any],
+    models: Sequence[OpenedModel],
     path: str | None,
     name: str,
     length: int,
     use_cached: bool = False,
 ) -> SentenceSource | None:
-    """What some opened models are run with; None where no router of theirs reads embeddings.
+    """Returns the sentence embeddings to run models with; None if no router reads them.
 
     Args:
-      models: `models.OpenedModel`s.
-      path, name, length, use_cached: as of `for_training`.
+      models: the opened models.
+      path, name, length, use_cached: see `open_for_training`.
 
     Raises:
-      InputError: as of `for_training`, or a model was trained with those of another encoder.
+      InputError: as in `open_for_training`, or a model was trained with another encoder.
     """
-    readers = [
-        one for one in models if one.record and reads_sentence_embeddings(one.record.adapters)
-    ]
-    if not readers:
+    trained_with = {
+        model.path: model.record.sentence_encoder
+        for model in models
+        if model.record and reads_sentence_embeddings(model.record.adapters)
+    }
+    if not trained_with:
         if path is not None:
             raise InputError(
-                f"SENTENCE_EMBEDDINGS {path} is set and no router of"
-                f" {', '.join(one.path for one in models)} reads sentence embeddings: expected None"
+                "SENTENCE_EMBEDDINGS must be None, because no router of"
+                f" {', '.join(model.path for model in models)} reads them, got {path}"
             )
         return None
     source = _open(path, name, length, use_cached)
-    for one in readers:
-        check_same_encoder(one.path, one.record.sentence_encoder, source.encoder)
+    for model_path, encoder in trained_with.items():
+        check_same_encoder(model_path, encoder, source.encoder)
     return source
 
 
 def _open(path: str | None, name: str, length: int, use_cached: bool) -> SentenceSource:
     if path is None:
-        return SentenceSource(
-            {
-                "name": f"feature {seqio_tasks.SENTENCE_FEATURE}",
-                "dim": _feature_dim(name, use_cached),
-            },
-            length,
-        )
+        dim = _feature_dim(name, use_cached)
+        return SentenceSource({"name": f"feature {SENTENCE_FEATURE}", "dim": dim}, length)
     table = SentenceTable(path)
-    found = vocabulary_fingerprint(name)
-    if table.vocabulary != found:
+    vocabulary = vocabulary_fingerprint(name)
+    if table.vocabulary != vocabulary:
         raise InputError(
-            f"SENTENCE_EMBEDDINGS {table.path} is of inputs in another vocabulary than that of"
-            f" {name!r}: expected {found}, found {table.vocabulary}"
+            f"SENTENCE_EMBEDDINGS {table.path}: expected inputs in the vocabulary of {name!r},"
+            f" {vocabulary}, got {table.vocabulary}"
         )
     return SentenceSource(table.encoder, length, table)
 
 
 def _feature_dim(name: str, use_cached: bool) -> int:
-    """S of the feature that tasks give themselves."""
+    """Returns S of the embeddings that are a feature of tasks."""
     tasks = [seqio_tasks.get_mixture_or_task(task) for task in seqio_tasks.subtask_names(name)]
     for task in tasks:
-        if seqio_tasks.SENTENCE_FEATURE not in task.output_features:
+        if SENTENCE_FEATURE not in task.output_features:
             raise InputError(
-                "routers read sentence embeddings: expected SENTENCE_EMBEDDINGS to name a table of"
-                f" pemoe embed, or {task.name!r} to have a feature"
-                f" {seqio_tasks.SENTENCE_FEATURE!r}; found neither"
+                "SENTENCE_EMBEDDINGS is not set: pass --gin.SENTENCE_EMBEDDINGS=… with a table of"
+                f" pemoe embed, or give {task.name!r} a feature {SENTENCE_FEATURE!r}"
             )
-    lengths = {key: 1 for key in ("inputs", "targets")}
-    split = next(iter(tasks[0].splits))
-    with seqio_tasks.translate_read_errors(tasks[0].name, split, use_cached):
-        ds = tasks[0].get_dataset(
-            lengths, split=split, use_cached=use_cached, shuffle=False, seed=0, num_epochs=1
-        )
-    shape = tuple(ds.element_spec[seqio_tasks.SENTENCE_FEATURE].shape)
+    first = tasks[0]
+    lengths = {"inputs": 1, "targets": 1}
+    split = next(iter(first.splits))
+    with seqio_tasks.translate_read_errors(first.name, split, use_cached):
+        ds = seqio_tasks.get_dataset(first.name, lengths, split, use_cached)
+    shape = tuple(ds.element_spec[SENTENCE_FEATURE].shape)
     if shape == (None,):
-        first = next(iter(seqio_tasks.numpy_iterator(ds.take(1), tasks[0].name, split, use_cached)))
-        shape = first[seqio_tasks.SENTENCE_FEATURE].shape
+        # The feature does not declare its size: an example shows it.
+        example = next(seqio_tasks.numpy_iterator(ds.take(1), first.name, split, use_cached))
+        shape = example[SENTENCE_FEATURE].shape
     if len(shape) != 1 or not shape[0]:
         raise InputError(
-            f"{tasks[0].name!r}: feature {seqio_tasks.SENTENCE_FEATURE!r}: "
-            f" expected shape (S,), found {shape}"
+            f"{first.name!r}: feature {SENTENCE_FEATURE!r} must have shape (S,), got {shape}"
         )
     return int(shape[0])

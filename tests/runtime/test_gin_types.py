@@ -10,7 +10,7 @@ import pytest
 
 from pemoe_jax import evaluate, train
 from pemoe_jax.runtime import gin_flags, gin_types
-from pemoe_jax.tools import embed
+from pemoe_jax.tools import encoders
 
 FILES = ("models/t5_1_1_tiny.gin", "methods/molora.gin", "runs/finetune.gin")
 FLAGS = [f"--gin_file={name}" for name in FILES] + [
@@ -89,7 +89,7 @@ def test_correct_values_pass():
         (object, [1, "a", None], []),
         (Callable[[], Any], [], [1, "a", None]),
         (pathlib.Path | None, [None], [1, "a"]),
-        (embed.Encoder, [], [1, "a", ["a"]]),
+        (encoders.Encoder, [], [1, "a", ["a"]]),
         (inspect.Parameter.empty, [1, "a"], []),
         (Mapping, [{}], [[]]),
     ],

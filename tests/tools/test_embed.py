@@ -24,7 +24,7 @@ from pemoe_jax.core import cross_entropy, decoding, network, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import batching, choices, feed, sentence_table, sentences, seqio_tasks
-from pemoe_jax.tools import convert, embed
+from pemoe_jax.tools import convert, embed, encoders
 
 ENCODER = {"name": "some", "dim": 3, "fingerprint": "f0"}
 
@@ -47,7 +47,7 @@ def vectors_of(numbers) -> np.ndarray:
 
 def add(folder: pathlib.Path, numbers, finish: bool = True, **changes) -> None:
     one = writer(folder, **changes)
-    new = [n for n in numbers if sentence_table.input_key(ids_of(n)) not in one.known]
+    new = [n for n in numbers if sentence_table.input_key(ids_of(n)) not in one.known_keys]
     for part in np.array_split(new, 3) if new else []:
         one.add([sentence_table.input_key(ids_of(n)) for n in part], vectors_of(part))
     if finish:
@@ -100,7 +100,7 @@ def test_keys_that_end_in_zeros_or_begin_high_are_found(tmp_path, monkeypatch):
     found = table.vectors(table.rows([[n] for n in numbers]))
     np.testing.assert_array_equal(np.stack(found), vectors_of(numbers))
     again = writer(tmp_path)
-    assert again.known == set(names)
+    assert again.known_keys == set(names)
     again.close()
 
 
@@ -125,7 +125,7 @@ def test_a_table_that_is_being_made_cannot_be_read_and_what_is_made_is_kept(tmp_
     with pytest.raises(InputError, match=r"is not finished: run python -m pemoe_jax\.embed"):
         sentence_table.SentenceTable(tmp_path)
     one = writer(tmp_path)
-    assert len(one.known) == 40
+    assert len(one.known_keys) == 40
     one.close()
     add(tmp_path, range(60))
     check(tmp_path, range(60))
@@ -235,14 +235,14 @@ def mean_by_hand(ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def pooled() -> embed.MeanPooledEncoder:
-    return embed.MeanPooledEncoder(network.Transformer(CONFIG), None)
+def pooled() -> encoders.MeanPooledEncoder:
+    return encoders.MeanPooledEncoder(network.Transformer(CONFIG), None)
 
 
 def test_mean_pooling_is_the_mean_over_real_tokens(pooled):
     """Each input alone, as long as it is, and numpy's mean over all its tokens."""
     inputs = tokens_of([1, 3, 32, 33, 70, 3, 3, 3])
-    found = pooled.encode([embed.EncoderInput(ids, None) for ids in inputs], 2)
+    found = pooled.encode([encoders.EncoderInput(ids, None) for ids in inputs], 2)
     assert found.shape == (8, CONFIG.emb_dim) and found.dtype == np.float32
     for ids, row in zip(inputs, found, strict=True):
         want = mean_by_hand(ids)
@@ -251,7 +251,7 @@ def test_mean_pooling_is_the_mean_over_real_tokens(pooled):
 
 
 def test_of_no_token_the_mean_is_zero(pooled):
-    found = pooled.encode([embed.EncoderInput(np.zeros(0, np.int32), None)], 2)
+    found = pooled.encode([encoders.EncoderInput(np.zeros(0, np.int32), None)], 2)
     np.testing.assert_array_equal(found, np.zeros((1, CONFIG.emb_dim)))
 
 
@@ -259,7 +259,7 @@ def test_batches_are_of_few_shapes_and_hold_each_input_once():
     lengths = np.random.default_rng(0).integers(1, 1025, 3000)
     inputs = tokens_of(lengths)
     seen, shapes, area = [], set(), 0
-    for tokens, numbers in embed.batches(inputs, 32, devices=3):
+    for tokens, numbers in batching.encoder_batches(inputs, 32, multiple_of=3):
         shapes.add(tokens.shape)
         area += tokens.size
         seen += numbers
@@ -281,9 +281,9 @@ def letters(texts: list[str]) -> list[list[float]]:
 
 def test_functions_of_texts_are_encoders():
     texts = ["a", "see the grass", "snow", "ice is cool", "see"]
-    inputs = [embed.EncoderInput(np.arange(len(text)), text) for text in texts]
+    inputs = [encoders.EncoderInput(np.arange(len(text)), text) for text in texts]
     for given in (letters, f"{__name__}.letters", f"{__name__}:letters"):
-        encoder = embed.resolve_encoder(given)
+        encoder = encoders.resolve_encoder(given)
         np.testing.assert_array_equal(encoder.encode(inputs, 2), np.float32(letters(texts)))
         described = encoder.describe()
         assert (described["name"], described["dim"]) == (f"{__name__}.letters", 7)
@@ -295,7 +295,7 @@ def test_functions_of_texts_are_encoders():
         def __call__(self, texts):
             return np.ones((len(texts), 2))
 
-    assert embed.resolve_encoder(Named()).describe() == {
+    assert encoders.resolve_encoder(Named()).describe() == {
         "name": "mine",
         "dim": 2,
         "fingerprint": "v1",
@@ -316,7 +316,7 @@ def test_functions_of_texts_are_encoders():
 )
 def test_what_is_no_encoder(given, says):
     with pytest.raises(InputError, match=says):
-        embed.resolve_encoder(given).describe()
+        encoders.resolve_encoder(given).describe()
 
 
 # --- runs ---
@@ -558,7 +558,7 @@ def test_decoding_gives_each_example_its_own_embedding(folder, trained, tmp_path
             seen.append(ids.tobytes())
         return np.ones((len(tokens), length), np.int32)
 
-    monkeypatch.setattr(decoding, "greedy", record)
+    monkeypatch.setattr(decoding, "greedy_decode", record)
     few = {"EVAL_EXAMPLES": 3}
     assert infer.main(run_flags(folder, "infer", trained["mov"], tmp_path, **few)) == 0
     assert len(set(seen)) == 9 and len(seen) == 12  # of three tasks, in two batches of six

@@ -1,0 +1,243 @@
+"""Sentence encoders for `pemoe embed`: a T5 encoder with mean pooling, and functions of texts.
+
+Shapes: `B` batch, `L` length, `D` embed, `S` size of the embedding, `N` inputs.
+"""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pemoe_jax.core.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    import jax
+
+    from pemoe_jax.core import network
+    from pemoe_jax.core.params import Params
+    from pemoe_jax.data.sentence_table import EncoderInfo
+
+# Embedded to recognize encoders that have no fingerprint.
+_PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind."
+_PROBE_SIZE = 16  # elements of its vector that are stored
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderInput:
+    """An input to embed.
+
+    Attributes:
+      ids: token ids as the model reads them, truncated and with EOS: int32 [Li].
+      text: the text that was tokenized; None if the encoder does not read it.
+    """
+
+    ids: np.ndarray
+    text: str | None
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A sentence encoder.
+
+    Attributes:
+      reads_text: whether inputs need a text.
+    """
+
+    reads_text: bool
+
+    def describe(self) -> "EncoderInfo":
+        """Returns name, dim, and fingerprint or probe, see `sentence_table.is_same_encoder`."""
+        ...
+
+    def encode(self, inputs: Sequence[EncoderInput], batch_size: int) -> np.ndarray:
+        """Returns the embeddings of inputs, in their order: [N, S]."""
+        ...
+
+
+@dataclasses.dataclass
+class MeanPooledEncoder:
+    """The encoder of a base model, averaged over an input's tokens: float32 [N, D].
+
+    Attributes:
+      model: dimensions and activation dtype; its adapters are not used.
+      base_path: the base model; None: random weights.
+      seed: seed of random weights.
+    """
+
+    model: "network.Transformer"
+    base_path: str | None
+    seed: int = 0
+    reads_text = False
+
+    def describe(self) -> "EncoderInfo":
+        """See `Encoder`; the fingerprint is the base model's, whatever its dtype."""
+        _, fingerprint = self._loaded
+        dim = self.model.config.emb_dim
+        return {"name": "mean_pooled", "dim": dim, "fingerprint": fingerprint}
+
+    @functools.cached_property
+    def _mesh(self) -> "jax.sharding.Mesh":
+        from pemoe_jax.core import partitioning
+
+        return partitioning.make_mesh()
+
+    @functools.cached_property
+    def _loaded(self) -> "tuple[Params, object]":
+        """Parameters of the encoder, and fingerprint of the base model."""
+        from pemoe_jax.checkpoints import models
+        from pemoe_jax.core import network, params, partitioning
+
+        self.model = network.Transformer(dataclasses.replace(self.model.config, dropout_rate=0.0))
+        sharding = partitioning.replicated_sharding(self._mesh)
+        base, identity = models.load_base(self.model, self.base_path, self.seed, shardings=sharding)
+        without_decoder = params.select(base, lambda path: not path.startswith("decoder/"))
+        return without_decoder, identity["fingerprint"]
+
+    @functools.cached_property
+    def _pool(self) -> "Callable[[Params, jax.Array], jax.Array]":
+        """Jitted (params, int32 [B, L]) to float32 [B, D]."""
+        import jax
+        import jax.numpy as jnp
+
+        def pool(params: "Params", tokens: jax.Array) -> jax.Array:
+            model = self.model
+            encoded = model.apply(
+                {"params": params}, tokens, enable_dropout=False, method=model.encode
+            )
+            assert isinstance(encoded, jax.Array)
+            mask = (tokens > 0).astype(jnp.float32)[..., None]
+            total = jnp.sum(encoded.astype(jnp.float32) * mask, axis=1)
+            return total / jnp.maximum(jnp.sum(mask, axis=1), 1.0)  # zeros for rows of padding
+
+        return jax.jit(pool)
+
+    def encode(self, inputs: Sequence[EncoderInput], batch_size: int) -> np.ndarray:
+        """See `Encoder`; batches of short inputs have more than `batch_size` rows."""
+        from pemoe_jax.core import partitioning
+        from pemoe_jax.data import batching
+        from pemoe_jax.runtime import in_flight
+
+        params, _ = self._loaded
+
+        def pool(tokens: np.ndarray) -> "jax.Array":
+            batch = partitioning.shard_batch({"tokens": tokens}, self._mesh)
+            return self._pool(params, batch["tokens"])
+
+        ids = [item.ids for item in inputs]
+        batches = batching.encoder_batches(ids, batch_size, self._mesh.shape["data"])
+        results = ((pool(tokens), indices) for tokens, indices in batches)
+        vectors = np.zeros((len(inputs), self.model.config.emb_dim), np.float32)
+        for pooled, indices in in_flight.keep_in_flight(results):
+            vectors[indices] = np.asarray(pooled)[: len(indices)]
+        return vectors
+
+
+def mean_pooled(
+    model: "network.Transformer | None" = None, initial_checkpoint_path: str | None = None
+) -> MeanPooledEncoder:
+    """Returns the built-in encoder, which loads its weights when it is first used.
+
+    Args:
+      model: model of a model file.
+      initial_checkpoint_path: the frozen base model.
+
+    Raises:
+      InputError: one of them is not set.
+    """
+    if model is None:
+        raise InputError("MODEL is not set: pass --gin_file=models/… before the run file")
+    if initial_checkpoint_path is None:
+        raise InputError(
+            "INITIAL_CHECKPOINT_PATH is not set: pass --gin.INITIAL_CHECKPOINT_PATH=… with the base"
+            " model whose encoder computes the embeddings, or another SENTENCE_ENCODER"
+        )
+    return MeanPooledEncoder(model, initial_checkpoint_path)
+
+
+@dataclasses.dataclass
+class TextEncoder:
+    """A user's function from a list of texts to an array [N, S], as an encoder.
+
+    It is identified by its attributes `name` and `fingerprint` if they are strings, and otherwise
+    by its dotted name and its vector of a fixed sentence.
+    """
+
+    function: Callable[[list[str]], ArrayLike]
+    reads_text = True
+
+    def describe(self) -> "EncoderInfo":
+        """See `Encoder`.
+
+        Raises:
+          InputError: the function does not return vectors.
+        """
+        vector = self._call([_PROBE_TEXT])[0]
+        name = getattr(self.function, "name", None)
+        if not isinstance(name, str):
+            # A callable object goes by its class.
+            is_named = hasattr(self.function, "__qualname__")
+            definition = self.function if is_named else type(self.function)
+            name = f"{definition.__module__}.{definition.__qualname__}"
+        info = {"name": name, "dim": len(vector)}
+        fingerprint = getattr(self.function, "fingerprint", None)
+        if isinstance(fingerprint, str):
+            return {**info, "fingerprint": fingerprint}
+        # Scaled, so that the comparison's absolute tolerance means the same for every encoder.
+        scale = max(float(np.sqrt(np.mean(np.square(vector)))), 1e-30)
+        return {**info, "probe": [round(float(x), 4) for x in vector[:_PROBE_SIZE] / scale]}
+
+    def encode(self, inputs: Sequence[EncoderInput], batch_size: int) -> np.ndarray:
+        """See `Encoder`; texts of similar length share a batch."""
+        order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index].ids))
+        batches = []
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batches.append(self._call([inputs[index].text or "" for index in indices]))
+        return np.concatenate(batches)[np.argsort(order)]
+
+    def _call(self, texts: list[str]) -> np.ndarray:
+        try:
+            vectors = np.asarray(self.function(texts), np.float32)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                "SENTENCE_ENCODER must be a function from a list of texts to an array [N, S]:"
+                f" {first_line(error)}"
+            ) from error
+        if vectors.ndim != 2 or len(vectors) != len(texts) or not vectors.shape[1]:
+            raise InputError(
+                f"SENTENCE_ENCODER must return an array of shape ({len(texts)}, S) for"
+                f" {len(texts)} texts, got {vectors.shape}"
+            )
+        return vectors
+
+
+def resolve_encoder(encoder: object) -> Encoder:
+    """Returns the encoder for a value of SENTENCE_ENCODER.
+
+    Args:
+      encoder: an `Encoder`, a function from a list of texts to an array, or its dotted name.
+
+    Raises:
+      InputError: it is none of these.
+    """
+    if isinstance(encoder, str):
+        module, _, name = encoder.replace(":", ".").rpartition(".")
+        try:
+            encoder = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"SENTENCE_ENCODER must be a dotted name 'module.function', got {encoder!r}:"
+                f" {error}"
+            ) from error
+    if isinstance(encoder, Encoder):
+        return encoder
+    if not callable(encoder):
+        raise InputError(
+            "SENTENCE_ENCODER must be @embed.mean_pooled() or a function of texts, got"
+            f" {encoder!r:.80}"
+        )
+    return TextEncoder(encoder)
