@@ -122,3 +122,22 @@ def test_input_batches_hold_every_input_once():
             np.testing.assert_array_equal(row, tokens[len(numbers) - 1])
         seen += numbers
     assert sorted(seen) == list(range(41))
+
+
+def test_encoder_batches_have_few_shapes_and_hold_every_input_once():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 1025, 3000)
+    inputs = [rng.integers(3, 200, length).astype(np.int32) for length in lengths]
+    seen, shapes, area = [], set(), 0
+    for tokens, numbers in batching.encoder_batches(inputs, 32, multiple_of=3):
+        shapes.add(tokens.shape)
+        area += tokens.size
+        seen += numbers
+        for row, number in zip(tokens, numbers, strict=False):
+            np.testing.assert_array_equal(row[: len(inputs[number])], inputs[number])
+        assert not tokens[len(numbers) :].any() and len(tokens) % 3 == 0
+        assert tokens.sum() == sum(inputs[number].sum() for number in numbers)
+    assert sorted(seen) == list(range(3000))
+    assert len(shapes) == len({width for _, width in shapes}) <= 11
+    assert lengths.sum() > 0.75 * area  # padding
+    assert (33, 1024) in shapes and (42, 384) in shapes  # 32 · 512 / 384 = 42.7

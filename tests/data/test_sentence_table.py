@@ -1,0 +1,194 @@
+"""Tables of sentence embeddings on disk."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.data import sentence_table
+
+ENCODER = {"name": "some", "dim": 3, "fingerprint": "f0"}
+
+
+def make_ids(number: int) -> np.ndarray:
+    return np.array([3 + number % 50, 3 + number // 50, 1], np.int32)
+
+
+def open_writer(folder: pathlib.Path, **changes) -> sentence_table.TableWriter:
+    settings = {"encoder": ENCODER, "dtype": "float32", "vocabulary": "v", "length": 8, **changes}
+    return sentence_table.TableWriter(folder, *settings.values())
+
+
+def make_vectors(numbers) -> np.ndarray:
+    return np.array([[n, n / 7, -n] for n in numbers], np.float32)
+
+
+def add(folder: pathlib.Path, numbers, finish: bool = True, **changes) -> None:
+    writer = open_writer(folder, **changes)
+    new = [n for n in numbers if sentence_table.input_key(make_ids(n)) not in writer.known_keys]
+    for part in np.array_split(new, 3) if new else []:
+        writer.add([sentence_table.input_key(make_ids(n)) for n in part], make_vectors(part))
+    if finish:
+        writer.finish()
+    writer.close()
+
+
+def check_table(folder: pathlib.Path, numbers) -> None:
+    """Asserts that a table has exactly these inputs, each with its own vector."""
+    table = sentence_table.SentenceTable(folder)
+    numbers = np.random.default_rng(0).permutation(list(numbers))
+    assert len(table) == len(numbers)
+    vectors = table.vectors(table.rows(map(make_ids, numbers)))
+    np.testing.assert_array_equal(np.stack(vectors), make_vectors(numbers))
+    assert table.rows([make_ids(2000), make_ids(numbers[0])[:-1]]).tolist() == [-1, -1]
+
+
+def test_table_roundtrip_over_several_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(sentence_table, "_PART_ROWS", 100)
+    add(tmp_path / "table", range(700))
+    assert len(list((tmp_path / "table" / "parts").glob("*.vectors.npy"))) > 2
+    check_table(tmp_path / "table", range(700))
+    about = json.loads((tmp_path / "table" / "about.json").read_text())
+    assert (about["inputs"], about["encoder"], about["lengths"]) == (700, ENCODER, [8])
+
+
+def test_input_key_is_blake2b_of_ids_without_padding():
+    raw = bytes([5, 0, 0, 0, 7, 0, 0, 0, 1, 0, 0, 0])
+    expected = hashlib.blake2b(raw, digest_size=16).digest()
+    for ids in ([5, 7, 1], [5, 7, 1, 0, 0], np.array([5, 7, 1], np.int64)):
+        assert sentence_table.input_key(ids) == expected
+    others = [[7, 5, 1], [5, 7], [5, 7, 1, 1], []]
+    assert len({expected, *map(sentence_table.input_key, others)}) == 5
+
+
+def test_keys_with_trailing_zeros_or_high_first_bytes(tmp_path, monkeypatch):
+    """numpy drops trailing zeros of byte strings, and could sort bytes from 128 on as negative."""
+    keys = [bytes([n]) * 15 + b"\0" for n in (0, 1, 127, 128, 255)]
+    keys += [b"\xff" * 14 + b"\0\0", b"\xff" * 15 + b"\1"]
+    monkeypatch.setattr(sentence_table, "input_key", lambda ids: keys[int(ids[0])])
+    numbers = range(len(keys))
+    writer = open_writer(tmp_path)
+    writer.add(keys, make_vectors(numbers))
+    writer.finish()
+    writer.close()
+    table = sentence_table.SentenceTable(tmp_path)
+    vectors = table.vectors(table.rows([[n] for n in numbers]))
+    np.testing.assert_array_equal(np.stack(vectors), make_vectors(numbers))
+    reopened = open_writer(tmp_path)
+    assert reopened.known_keys == set(keys)
+    reopened.close()
+
+
+def test_additions_do_not_rewrite_vectors(tmp_path):
+    add(tmp_path, range(50))
+    before = sentence_table.SentenceTable(tmp_path)
+    old = (tmp_path / "parts" / "00000.vectors.npy").stat()
+    add(tmp_path, range(30, 90), length=16)
+    check_table(tmp_path, range(90))
+    assert (tmp_path / "parts" / "00000.vectors.npy").stat().st_mtime_ns == old.st_mtime_ns
+    # A table that is open keeps its old index.
+    assert len(before) == 50 and before.rows([make_ids(49), make_ids(60)])[0] >= 0
+    assert sentence_table.SentenceTable(tmp_path).lengths == [8, 16]
+    assert len(list(tmp_path.glob("keys.*.npy"))) == 1
+    add(tmp_path, range(90))  # no new inputs
+    check_table(tmp_path, range(90))
+
+
+def test_unfinished_table_cannot_be_read_and_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sentence_table, "_PART_ROWS", 10)
+    add(tmp_path, range(40), finish=False)
+    with pytest.raises(InputError, match=r"is not finished: run pemoe embed again"):
+        sentence_table.SentenceTable(tmp_path)
+    writer = open_writer(tmp_path)
+    assert len(writer.known_keys) == 40
+    writer.close()
+    add(tmp_path, range(60))
+    check_table(tmp_path, range(60))
+    add(tmp_path, range(60, 90), finish=False)  # a complete table stays readable
+    check_table(tmp_path, range(60))
+
+
+def test_vectors_are_stored_in_float16_and_checked(tmp_path):
+    add(tmp_path, range(5), dtype="float16")
+    table = sentence_table.SentenceTable(tmp_path)
+    vector = table.vectors(table.rows([make_ids(3)]))[0]
+    assert vector.dtype == np.float16
+    np.testing.assert_array_equal(vector, make_vectors([3])[0].astype(np.float16))
+    writer = open_writer(tmp_path, dtype="float16")
+    for vectors, message in (
+        (np.full((1, 3), 1e6), "finite in float16"),
+        (np.full((1, 3), np.nan), "finite"),
+        (np.ones((1, 4)), r"shape \(1, 3\), got \(1, 4\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            writer.add([b"x" * 16], vectors)
+    with pytest.raises(InputError, match="another process is adding"):
+        open_writer(tmp_path, dtype="float16")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": {**ENCODER, "fingerprint": "f1"}}, "some, fingerprint f0, size 3: expected"),
+        ({"encoder": {**ENCODER, "dim": 4}}, "size 4"),
+        ({"dtype": "float16"}, "EMBEDDING_DTYPE 'float32'"),
+        ({"dtype": "int8"}, "EMBEDDING_DTYPE must be one of"),
+        ({"vocabulary": "w"}, "vocabulary 'v': expected the same to add to it, got 'w'"),
+    ],
+)
+def test_addition_must_match_the_table(tmp_path, changes, message):
+    add(tmp_path, range(5))
+    with pytest.raises(InputError, match=message):
+        add(tmp_path, range(6), **changes)
+    check_table(tmp_path, range(5))
+
+
+def test_damaged_tables_and_other_folders_raise(tmp_path):
+    for path, message in (
+        (tmp_path / "no", "nothing there"),
+        (tmp_path, "no about.json"),
+        (7, "got 7"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sentence_table.SentenceTable(path)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "file").touch()
+    with pytest.raises(InputError, match="expected a new folder or a table"):
+        open_writer(tmp_path / "others")
+    empty = open_writer(tmp_path / "empty")
+    with pytest.raises(InputError, match="the tasks have no inputs to embed"):
+        empty.finish()
+    empty.close()
+    table = tmp_path / "table"
+    for damage, message in (
+        (lambda: os.truncate(table / "parts" / "00000.vectors.npy", 140), "00000.vectors.npy: dam"),
+        (lambda: (table / "parts" / "00000.vectors.npy").unlink(), "00000.vectors.npy: no such"),
+        (lambda: (table / "about.json").write_text("{"), "about.json: expected JSON"),
+        (lambda: (table / "about.json").write_text("[]"), "about.json: expected"),
+        (lambda: np.save(table / "rows.1.npy", np.arange(4)), "got 5, 4 and"),
+    ):
+        add(table, range(5))
+        damage()
+        with pytest.raises(InputError, match=message):
+            sentence_table.SentenceTable(table)
+        shutil.rmtree(table)
+
+
+def test_encoders_without_fingerprint_are_compared_by_probe():
+    probe = {"name": "a", "dim": 4, "probe": [1.0, -2.0, 0.01]}
+    assert sentence_table.is_same_encoder(probe, {**probe, "probe": [1.01, -2.02, 0.0]})
+    for other in (
+        {**probe, "probe": [1.2, -2.0, 0.01]},
+        {**probe, "probe": [1.0, -2.0]},
+        {**probe, "name": "b"},
+        {"name": "a", "dim": 4},
+    ):
+        assert not sentence_table.is_same_encoder(probe, other)
+    with pytest.raises(InputError, match="which now returns other vectors"):
+        sentence_table.check_same_encoder("run", probe, {**probe, "probe": [0.0, 0.0, 0.0]})
