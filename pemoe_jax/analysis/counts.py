@@ -46,10 +46,7 @@ _NOTE_ON_PUBLISHED = (
 class HasShape(Protocol):
     """An array, or an abstract array such as `jax.ShapeDtypeStruct`."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Size of each axis."""
-        ...
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -116,6 +113,7 @@ def count_parameters(
             base += _size(leaf)
         elif path in trainable:
             (routers if match.group(2) else experts)[match.group(1)] += _size(leaf)
+            # The path up to the adapter identifies the block.
             blocks.setdefault(match.group(1), set()).add(path[: match.end(1)])
     return ParameterCount(
         method=method_label(method, shapes),
@@ -131,12 +129,7 @@ def count_parameters(
 
 
 def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
-    """Returns a table with a row for each method, and one of their trainable sites.
-
-    Args:
-      name: name of the model.
-      counts: one count for each method, of the same base.
-    """
+    """Returns a table with a row for each method on a base, and one of their trainable sites."""
     published = [_published_share(count) for count in counts]
     has_published = any(published)
     summary = Table(
@@ -192,17 +185,14 @@ def method_label(
         sizes = {leaf.shape[-1] for path, leaf in shapes.items() if path.endswith(ending)}
         return "/".join(map(str, sorted(sizes)))
 
+    # Router kernels are [features, E]; lora_a is [D, E, R] or [D, R].
     experts, rank = last_axes("_adapter/router/kernel"), last_axes("_adapter/lora_a")
     label = method + (f"-{experts}" if experts else "") + (f" r{rank}" if rank else "")
     return f"{label} {routing_label(adapters or {})}".rstrip()
 
 
 def routing_label(adapters: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns how routing differs from the paper's soft routing: 'top-2 balanced', or ''.
-
-    Args:
-      adapters: description of the adapters by `core.adapters.describe`.
-    """
+    """Returns how adapters route if not softly as in the paper: 'top-2 balanced', else ''."""
     labels = [
         _router_label(adapter["router"], _DEFAULT_READS[adapter["kind"]])
         for adapter in adapters.values()
@@ -228,24 +218,18 @@ def parameter_summary(
       method: name of the method.
       extra: further lines, name -> text.
     """
-    by_site: Counter[str] = Counter()
-    for path, leaf in trainable.items():
-        match = _ADAPTER_PATH.search(path)
-        if match:
-            by_site["routers" if match.group(2) else match.group(1)] += _size(leaf)
-    trainable_count = sum(map(_size, trainable.values()))
-    total = trainable_count + sum(map(_size, frozen.values()))
+    count = count_parameters({**trainable, **frozen}, trainable.keys(), method)
+    share = format_share(count.trainable, count.total)
     lines = {
         "base": base,
         "method": method,
-        "trainable": f"{trainable_count:,} of {total:,} parameters"
-        f" ({format_share(trainable_count, total)}), "
+        "trainable": f"{count.trainable:,} of {count.total:,} parameters ({share}), "
         f"{len(trainable):,} of {len(trainable) + len(frozen):,} arrays",
     }
-    if by_site:
-        routers = by_site.pop("routers", None)
-        sites = [f"{site} {size:,}" for site, size in by_site.items()]
-        lines["sites"] = " · ".join(sites + ([f"routers {routers:,}"] if routers else []))
+    if count.sites:
+        sites = [f"{name} {site.experts:,}" for name, site in count.sites.items()]
+        routers = [f"routers {count.routers:,}"] if count.routers else []
+        lines["sites"] = " · ".join(sites + routers)
     lines |= extra or {}
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

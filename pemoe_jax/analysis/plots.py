@@ -94,6 +94,7 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
         if metric == "learning_rate":
             axis.set_ylim(bottom=0)
     axes[-1, 0].set_xlabel("step")
+    # Steps are integers, but short runs would get ticks at fractions.
     axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if len(labels) > 1:
@@ -191,7 +192,7 @@ def import_pyplot() -> ModuleType:
     """Returns matplotlib.pyplot with the style of this package, for files instead of a screen."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # the default backend may need a display
     import matplotlib.pyplot
 
     matplotlib.pyplot.rcParams.update(
@@ -238,7 +239,7 @@ def _draw_map_panel(axis: Axes, image: np.ndarray, limit: float) -> AxesImage:
         vmax=limit,
         interpolation="none",
     )
-    # White lines between the cells: a grid at the minor ticks.
+    # A grid at the minor ticks draws white lines between the cells.
     axis.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     axis.grid(which="minor", color="white", lw=0.8)
@@ -256,6 +257,7 @@ def _log_ratios(by_task: Mapping[str, Any], rows: Sequence[str | None], experts:
     for i, task in enumerate(rows):
         if task is not None and task in by_task:
             image[i] = by_task[task]
+    # Top-k routing has probabilities of 0.
     return np.log2(np.maximum(image * experts, 1e-6))
 
 
@@ -312,6 +314,7 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
+    # Differences of cumulative sums take linear time at any width.
     index = np.arange(len(values))
     low, high = np.maximum(index - width, 0), np.minimum(index + width + 1, len(values))
     with np.errstate(invalid="ignore"):

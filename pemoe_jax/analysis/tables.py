@@ -121,6 +121,7 @@ def _rich_table(table: Table, columns: Sequence[int]) -> RichTable:
     rich_table = RichTable(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
+    # "fold" wraps a long cell; rich would cut it off with an ellipsis.
     for i in columns:
         justify: JustifyMethod = "left" if i == 0 or table.columns[i] == "method" else "right"
         rich_table.add_column(escape(table.columns[i]), justify=justify, overflow="fold")

@@ -78,6 +78,7 @@ def count(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     Raises:
       InputError: see `gin_flags.load_config` and `configured_count`.
     """
+    # Imported here: --help answers before jax is imported.
     from pemoe_jax.analysis import counts, tables
 
     if args.gin_file or args.gin_bindings or bindings:

@@ -57,19 +57,12 @@ FLAGS.add_argument(
     metavar="DATAxMODEL[:fsdp]",
     help="devices, such as 4x8: a batch over 4, each matrix over 8; may be repeated (default: 1x1)",
 )
-FLAGS.add_argument(
-    "--fsdp", action="store_true", help="shard parameters over data too, on every mesh"
-)
+FLAGS.add_argument("--fsdp", action="store_true", help="append :fsdp to every mesh")
 FLAGS.add_argument("--batch_size", type=int, default=32, help="rows over all devices (default: 32)")
 FLAGS.add_argument(
-    "--lengths",
-    default="1024,256",
-    metavar="N,N",
-    help="lengths of inputs and targets (default: 1024,256)",
+    "--lengths", default="1024,256", metavar="N,N", help="inputs, targets (default: 1024,256)"
 )
-FLAGS.add_argument(
-    "--microbatches", type=int, default=1, help="microbatches of a batch (default: 1)"
-)
+FLAGS.add_argument("--microbatches", type=int, default=1, help="of a batch (default: 1)")
 FLAGS.add_argument(
     "--optimizer", choices=("adafactor", "adamw"), default="adafactor", help="(default: adafactor)"
 )
@@ -134,6 +127,7 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
     _check_output(args.output)
+    # Before any import of jax, which reads the environment.
     _create_virtual_devices(max(layout.devices for layout in layouts))
 
     from pemoe_jax.analysis.planning import compiled_step
@@ -220,6 +214,7 @@ def _create_virtual_devices(count: int) -> None:
     """Makes jax start with virtual CPU devices; it must not have been used yet."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     name = "--xla_force_host_platform_device_count"
+    # Flags of the user stay, but for the number of devices.
     other_flags = re.sub(rf" *{name}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     os.environ["XLA_FLAGS"] = f"{other_flags} {name}={count}".strip()
 

@@ -71,6 +71,7 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
       InputError: a RUN has no results of an evaluation, --only matches no run, a number is
         negative, or --output cannot be written.
     """
+    # Imported here: --help answers before numpy is imported.
     from pemoe_jax.analysis.zero_shot import paper_table, paper_table_formats, results
 
     if bindings:

@@ -491,9 +491,7 @@ def test_wrong_flags_are_a_one_line_error(tmp_path, capsys, flags, message):
 def test_evaluate_records_variant_and_training_datasets(trained, expected):
     """Training datasets are limited to the evaluated ones, and omitted if they are unknown."""
     method = METHODS["mov"]
-    record = types.SimpleNamespace()
-    if trained is not None:
-        record.trained_datasets = trained
+    record = types.SimpleNamespace(trained_datasets=trained)
     opened = types.SimpleNamespace(
         model=network.Transformer(CONFIG, method.adapters(num_experts=3)),
         record=record,

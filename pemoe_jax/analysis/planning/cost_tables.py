@@ -17,6 +17,7 @@ from pemoe_jax.analysis.planning.hlo import COLLECTIVES
 from pemoe_jax.analysis.tables import MISSING, Table
 from pemoe_jax.core.errors import InputError
 
+# Parts of a device's memory, in the order of the table.
 MEMORY = ("frozen base", "trainable", "optimizer state", "batch", "activations and temporaries")
 
 _NOTE_ON_MEMORY = (
@@ -121,6 +122,7 @@ def to_tables(title: str, costs: Sequence[StepCost], chip: Chip | None) -> list[
 
 def to_json(title: str, costs: Sequence[StepCost], chip: Chip | None) -> str:
     """Returns all costs as JSON, unrounded."""
+    # The key "plans" and the names of the fields are the file format.
     plans = [
         {
             **dataclasses.asdict(cost),
@@ -180,4 +182,5 @@ def _share(peak: int, chip: Chip) -> str:
 
 def _overhead(cost: StepCost) -> str:
     """Returns the FLOPs of all devices as a multiple of the model's."""
+    # Above 1: recomputation by remat, or work that is replicated instead of sharded.
     return f"{cost.flops * cost.devices / cost.model_flops.total:.2f} ×"

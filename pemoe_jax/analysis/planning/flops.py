@@ -66,6 +66,7 @@ def train_step_flops(
     forward = weights = adapters = 0
     for path, leaf in shapes.items():
         flops = 2 * _multiplications(path, leaf.shape, shapes, tokens, rows, router_reads)
+        # Adapters: forward, gradient of the input, and gradient of the weights if they train.
         if "_adapter/" in path:
             adapters += flops * (3 if path in trainable else 2)
             continue

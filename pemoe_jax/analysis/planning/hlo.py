@@ -16,6 +16,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 # Instructions whose computation adds or compares two numbers: nothing to count in it.
 _SCALAR_CALLERS = (*COLLECTIVES, "reduce", "scatter", "sort", "reduce-window")
 
+# "%name (parameters) -> shape {" starts a computation, "ENTRY" the one that runs.
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
@@ -29,14 +30,7 @@ _NAME = re.compile(r"%([\w.-]+)")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a program.
-
-    Attributes:
-      name: name of the result.
-      shape: shape of the result, such as `f32[8,4]{1,0}`; a tuple of shapes in parentheses.
-      opcode: operation, such as 'dot'.
-      rest: operands and attributes.
-    """
+    """One line of a program: name and shape of the result, operation, operands and attributes."""
 
     name: str
     shape: str
@@ -46,12 +40,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program.
-
-    Attributes:
-      computations: name -> instructions.
-      run_counts: name -> how often the computation runs.
-    """
+    """The computations of a compiled program by name, and how often each runs."""
 
     computations: dict[str, list[Instruction]]
     run_counts: dict[str, int]
@@ -96,6 +85,7 @@ def collectives(program: Program) -> dict[str, tuple[int, int]]:
         if instruction.opcode == "all-to-all":
             arrays = 1  # the tuple lists the parts of one array
         size = shape_bytes(instruction.shape)
+        # The output is one shard of the input.
         if instruction.opcode == "reduce-scatter":
             size *= _group_size(instruction.rest)
         total_arrays, total_bytes = totals.get(instruction.opcode, (0, 0))
@@ -131,6 +121,7 @@ def shape_bytes(shape: str) -> int:
 def _add_runs(
     computations: dict[str, list[Instruction]], name: str, runs: int, run_counts: dict[str, int]
 ) -> None:
+    # A computation may have several callers: its runs add up.
     run_counts[name] = run_counts.get(name, 0) + runs
     for instruction in computations.get(name, ()):
         if instruction.opcode in _SCALAR_CALLERS:

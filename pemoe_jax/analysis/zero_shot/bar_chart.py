@@ -28,16 +28,7 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of the chart.
-
-    Attributes:
-      value: length, in %.
-      interval: ends of the interval, in %.
-      hatched: whether the run was trained on the dataset.
-      pale: whether the figure is published by others.
-      mark: a mark after the number.
-      seeds: values of the single seeds.
-    """
+    """A bar: value, interval and seeds in %, and the looks that `_LEGEND` explains."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -57,14 +48,7 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], labels: Sequence[str], png: str | Path, *, title: str) -> Path:
-    """Draws a chart, five panels per line, each from 0 to 100 %.
-
-    Args:
-      panels: the panels.
-      labels: labels of the bars, common to all panels.
-      png: file to write.
-      title: title of the chart.
-    """
+    """Draws the panels, five per line, from 0 to 100 %; all have the bar labels of the first."""
     pyplot = plots.import_pyplot()
     lines = [panels[i : i + _PANELS_PER_LINE] for i in range(0, len(panels), _PANELS_PER_LINE)]
     # Positions are computed in inches, so that bars and labels keep their size in any number.
@@ -116,26 +100,13 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
             )
             end = max(end, high)
         if bar.seeds:
-            axis.scatter(
-                bar.seeds,
-                [row] * len(bar.seeds),
-                s=11,
-                facecolor="white",
-                edgecolor=plots.TEXT_COLOR,
-                linewidth=0.9,
-                zorder=3,
-            )
+            rows = [row] * len(bar.seeds)
+            axis.scatter(bar.seeds, rows, s=11, fc="white", ec=plots.TEXT_COLOR, lw=0.9, zorder=3)
             end = max(end, *bar.seeds) + 2  # half of a dot
         # A white background, so that the dashed line of chance does not cross the number.
-        axis.text(
-            end + 2,
-            row,
-            f"{bar.value:.1f} {bar.mark}".strip(),
-            size=8,
-            va="center",
-            c=plots.TEXT_COLOR,
-            bbox={"fc": "white", "ec": "none", "pad": 0.3},
-        )
+        background = {"fc": "white", "ec": "none", "pad": 0.3}
+        text = f"{bar.value:.1f} {bar.mark}".strip()
+        axis.text(end + 2, row, text, size=8, va="center", c=plots.TEXT_COLOR, bbox=background)
     if panel.chance is not None:
         axis.axvline(panel.chance, color=plots.ACCENT_COLOR, lw=0.9, ls=(0, (3, 2)))
     axis.set_title(panel.title, size=9, loc="left", pad=4, weight="bold")

@@ -26,7 +26,8 @@ from pemoe_jax.analysis.zero_shot.results import PREDICTIONS, JsonObject, load_p
 AVERAGE = "average"
 MEASURES = ("median", "mean")
 
-# Dataset of P3's tasks -> column of the paper.
+# Dataset of P3's tasks -> column of the paper. P3 has ANLI's rounds as splits of one dataset; other
+# sources may have a dataset for each.
 _PAPER_COLUMNS = {
     "anli": "ANLI",
     "anli_r1": "ANLI",
@@ -150,6 +151,7 @@ def build_paper_table(
     columns = of_paper + sorted(existing - set(of_paper))
     averaged = of_paper or columns
     groups = [[i] for i in range(len(runs))] if seeds_apart else run_settings.group_by_seed(runs)
+    # Labels are made unique after grouping: seeds of one row share a name on purpose.
     names = result_tables.run_labels(
         [run_settings.representative([runs[i] for i in group]) for group in groups]
     )

@@ -60,8 +60,9 @@ def to_tables(table: PaperTable) -> list[Table]:
             result.append(_interval_table(table, measure))
     if _has_seeds(table):
         result.append(_seed_table(table))
-    if _counts_differ(table):
-        result.append(_count_table(table))
+    counts = _count_table(table)
+    if any(len({*cells} - {MISSING}) > 1 for cells in list(zip(*counts.rows, strict=True))[1:]):
+        result.append(counts)  # only if runs have different prompts or examples
     result[0].notes += _notes(table)
     return result
 
@@ -79,6 +80,7 @@ def to_csv(table: PaperTable) -> str:
     ends = [f"{measure}_{end}" for measure in MEASURES for end in ("low", "high")]
     ends += [f"{measure}_{end}" for measure in MEASURES for end in ("sd", "least", "greatest")]
     text = io.StringIO()
+    # The csv module ends lines in \r\n by default.
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["run", "method", "parameters", *keys]
@@ -99,6 +101,7 @@ def to_csv(table: PaperTable) -> str:
                 cells += [score.deviation(measure)]
                 cells += [min(values, default=None), max(values, default=None)]
         cells += [row.about.get(key) for key in ("step", "checkpoint", "trainable", "total")]
+        # Published rows have only the paper's columns, so "complete" would say nothing.
         cells += ["" if row.source else row.complete, row.source, " ".join(map(str, row.seeds))]
         writer.writerow(map(_csv_cell, cells))
     return text.getvalue()
@@ -149,10 +152,12 @@ def draw_bars(table: PaperTable, png: str | Path) -> Path:
     rows = [row for row in table.rows if any(_score(row, key).median is not None for key in keys)]
     panels = []
     for key in keys:
+        # Chance of a partial average belongs to other datasets.
         chances = [_score(row, key).chance for row in table.rows if row.complete or key != AVERAGE]
         known = [chance for chance in chances if chance is not None]
         chance = sum(known) / len(known) if known else None
         panels.append(bar_chart.Panel(key, [_bar(row, key) for row in rows], chance))
+    # Runs are often named after their method: do not repeat it.
     labels = [
         row.name
         if row.method in row.name or row.method in (MISSING, "none")
@@ -301,14 +306,6 @@ def _has_any_interval(row: Row) -> bool:
 
 def _has_seeds(table: PaperTable) -> bool:
     return any(row.seeds for row in table.rows)
-
-
-def _counts_differ(table: PaperTable) -> bool:
-    for column in table.columns:
-        scores = [row.scores[column] for row in _runs(table) if column in row.scores]
-        if len({(score.prompts, score.examples) for score in scores}) > 1:
-            return True
-    return False
 
 
 def _insert_average(table: PaperTable, cells: Sequence[str], average: str) -> list[str]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from pemoe_jax.analysis.tables import MISSING, Table, format_share, markdown_table
+from pemoe_jax.analysis.tables import (
+    MISSING,
+    Table,
+    format_share,
+    markdown_table,
+    print_tables,
+)
 from pemoe_jax.analysis.zero_shot.results import JsonObject
-
-if TYPE_CHECKING:
-    from rich.console import Console, JustifyMethod
 
 Number = TypeVar("Number", int, float)
 
 
 def results_markdown(results: JsonObject) -> str:
-    """Returns the tables of datasets, of prompts and of checkpoints as Markdown.
-
-    Args:
-      results: contents of results.json, see `results`.
-    """
+    """Returns the tables of datasets, prompts and checkpoints, each followed by its notes."""
     runs = results["runs"]
     parts = []
     for table in [*_dataset_tables(runs), _prompt_table(runs), checkpoint_table(runs)]:
@@ -28,45 +27,15 @@ def results_markdown(results: JsonObject) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def print_results(results: JsonObject, console: Console | None = None) -> None:
-    """Prints the tables of datasets; a table wider than the console is transposed.
-
-    Args:
-      results: contents of results.json.
-      console: a rich console; None prints to stdout.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
-    console = console or Console()
-    for table in _dataset_tables(results["runs"]):
-        lines = [table.columns, *table.rows, *table.footer]
-        # rich adds a space on each side of a cell, and a rule between two.
-        width = 2 + sum(max(map(len, column)) + 3 for column in zip(*lines, strict=True))
-        is_transposed = width > console.width  # a column for each run, a row for each dataset
-        if is_transposed:
-            lines = [list(column) for column in zip(*lines, strict=True)]
-        rich_table = RichTable(title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD)
-        for i, name in enumerate(lines[0]):
-            justify: JustifyMethod = "left" if i == 0 else "right"
-            rich_table.add_column(escape(name), justify=justify, overflow="fold")
-        for number, row in enumerate(lines[1:], 1):
-            is_footer = not is_transposed and number > len(table.rows)
-            rich_table.add_row(
-                *map(escape, row),
-                style="dim" if is_footer else None,
-                end_section=not is_transposed and number == len(table.rows),
-            )
-        console.print(rich_table)
-        for note in table.notes:
-            console.print(note, style="dim", markup=False)
+def print_results(results: JsonObject) -> None:
+    """Prints the tables of datasets."""
+    print_tables(_dataset_tables(results["runs"]))
 
 
 def run_labels(runs: Sequence[JsonObject]) -> list[str]:
     """Returns the names of the runs, with step or checkpoint where names are equal."""
     labels = [run["name"] for run in runs]
+    # Checkpoints are long: they distinguish only the runs that name and step do not.
     for key in ("step", "checkpoint"):
         counts = Counter(labels)
         labels = [

@@ -112,6 +112,7 @@ def check_overwrites(folder: Path, checkpoints: Collection[str], tasks: Collecti
         raise InputError(
             f"{file}: expected the results of an evaluation, got another file: {advice}"
         ) from error
+    # Steps are ignored: evaluating a run again after more training replaces its results.
     recomputed = {_absolute(path) for path in checkpoints}
     lost = [
         (path, task)
@@ -155,6 +156,7 @@ def load_results(path: str) -> JsonObject:
     runs = results.get("runs") if isinstance(results, dict) else None
     if not isinstance(runs, list) or not runs:
         raise InputError(f'{file}: expected {{"runs": [...]}} with at least one run, got none')
+    # Only what tables read is checked: results of older versions lack other keys.
     for number, run in enumerate(runs):
         _check_object(run, _RUN_KEYS, f"{file}, run {number}")
         _check_run(run, f"{file}, run {run['name']!r}")
@@ -248,4 +250,5 @@ def _check_object(value: object, keys: Mapping[str, _Types], where: str) -> None
 
 
 def _absolute(path: str) -> str:
+    # The same checkpoint may be given by a relative path one time and an absolute one another.
     return path if "://" in path else os.path.abspath(path)

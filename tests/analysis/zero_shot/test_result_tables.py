@@ -1,7 +1,5 @@
 """The tables of `pemoe evaluate`: cells by hand, prompts, odd examples, labels, width."""
 
-import io
-
 import pytest
 
 from pemoe_jax.analysis.zero_shot import result_tables
@@ -88,18 +86,15 @@ def test_runs_with_equal_names_have_different_labels(mov):
 
 
 @pytest.mark.parametrize("width", [200, 60])
-def test_print_results(base, mov, width):
-    from rich.console import Console
-
-    base["name"] = "base [/b]"  # not markup
-    out = io.StringIO()
+def test_print_results(base, mov, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    base["name"] = "base [/b]"  # rich would read it as markup
     for i in range(6):
         base["datasets"][f"data_set_{i}"] = dataset(0.1 * i, 0.1 * i)
-    result_tables.print_results({"runs": [base, mov]}, Console(file=out, width=width))
-    text = out.getvalue()
-    assert "base [/b]" in text and "mov-10" in text and "0.32 %" in text
-    assert max(map(len, text.split("\n"))) <= width
-    # A row for each run on a wide console, a row for each dataset on a narrow one.
-    first_words = [line.split()[0] for line in text.split("\n") if line.split()]
-    assert ("mov-10" in first_words) == (width == 200)
-    assert ("data_set_5" in first_words) == (width == 60)
+    result_tables.print_results({"runs": [base, mov]})
+    out = capsys.readouterr().out
+    assert max(map(len, out.split("\n"))) <= width
+    # Two tables, which are split on a narrow terminal.
+    assert (out.count("base [/b]") == 2) == (width == 200)
+    assert "mov-10" in out and "0.32 %" in out and "data_set_5" in out
+    assert "† Average over the datasets" in out
