@@ -56,6 +56,7 @@ class BaseModel:
     def config(self) -> JsonObject:
         """Returns the known fields of `T5Config`; dimensions are those of the arrays."""
         shapes = {path: array.shape for path, array in self.arrays.items()}
+        # The arrays have the last word: a stored configuration may have been edited.
         return {**self.stored_config, **dimensions.infer(shapes, str(self))}
 
     def load(
@@ -123,6 +124,7 @@ _PASS_FOLDER = "pass the folder that it is in"
 
 
 def _open_folder(folder: epath.Path, kind: str, expected: str) -> BaseModel:
+    # Before the T5X formats: a checkpoint of a run is an Orbax checkpoint too.
     if (folder / "record").is_dir():
         return _open_run(folder)
     path = os.fspath(folder)
@@ -152,6 +154,7 @@ def _describe_folder(folder: epath.Path) -> str:
 
 def _hub_hint(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
+    # Names on the Hub look like relative paths: google/t5-large-lm-adapt
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         return ""
     return f" (a model on the Hugging Face Hub? hf download {text} --local-dir DIR, then pass DIR)"
@@ -159,6 +162,8 @@ def _hub_hint(path: str | os.PathLike[str]) -> str:
 
 def _open_single_file(path: epath.Path, kind: str) -> BaseModel:
     arrays, metadata = safetensors_file.open_file(path)
+    # Without our metadata the file is accepted if the names are ours; files that users confuse
+    # with a base get a hint.
     if CONFIG_KEY not in metadata:
         if any(name.startswith("base_model.model.") for name in arrays):
             raise InputError(f"{kind} {path}: got a PEFT adapter: {_PASS_FOLDER}")
@@ -177,6 +182,7 @@ def _open_single_file(path: epath.Path, kind: str) -> BaseModel:
 
 def _open_run(folder: epath.Path) -> BaseModel:
     arrays, record, _ = runs.open_trained(os.fspath(folder))
+    # Even if the base was trained as well: as a base its adapters would be dropped.
     if record.adapters:
         raise InputError(
             f"base model {folder}: expected a run that trained the whole model, got one of method"

@@ -20,6 +20,7 @@ def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, int]:
     """
     layer = "encoder/layers_0"
     vocab_size, emb_dim = _matrix_shape(shapes, "token_embedder/embedding", source)
+    # Kernels join heads and head_dim; only the position bias has the heads as an axis.
     num_heads, _ = _matrix_shape(shapes, "encoder/relpos_bias/rel_embedding", source)
     _, joined_kv = _matrix_shape(shapes, f"{layer}/attention/query/kernel", source)
     _, mlp_dim = _matrix_shape(shapes, f"{layer}/mlp/wi_0/kernel", source)
@@ -40,10 +41,8 @@ def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, int]:
 
 
 def num_layers(paths: Iterable[str], stack: str) -> int:
-    """Returns the number of layers of a stack: the largest index plus one.
-
-    Gaps are not counted out: the strict comparison of names reports them as missing arrays.
-    """
+    """Returns the number of layers of a stack: the largest index plus one."""
+    # With a gap in between, the comparison of names that follows reports the missing arrays.
     matches = (re.match(rf"{stack}/layers_(\d+)/", path) for path in paths)
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
 

@@ -32,6 +32,7 @@ _EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 _BUCKETS = 32
 
+# What `core` computes; these are not options of `T5Config`.
 _EXPECTED_CONFIG = {
     "feed_forward_proj": "gated-gelu",
     "dense_act_fn": "gelu_new",
@@ -95,6 +96,7 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
             weights.setdefault(_EMBEDDING, weights[name])
             del weights[name]
     table = _name_table(_num_layers(weights, "encoder"), _num_layers(weights, "decoder"))
+    # All names are checked here: an array that nothing reads would hide another architecture.
     missing = sorted(table.keys() - weights.keys() - {_HEAD})
     unknown = sorted(weights.keys() - table.keys())
     for names, problem in ((missing, "missing"), (unknown, "unknown")):
@@ -267,6 +269,7 @@ def save_checkpoint(
         name: jax.ShapeDtypeStruct(_expected_shape(name, dims), np.float32)
         for name in table.values()
     }
+    # Before anything is written. Adapters are extra arrays, and so refused here.
     params_lib.check_matches(
         params_lib.unflatten(arrays), params_lib.unflatten(expected), f"model to write to {path}"
     )
@@ -278,6 +281,7 @@ def save_checkpoint(
         for name, ours in table.items()
     }
     shards = _split_into_shards(sizes, shard_bytes)
+    # config.json has one dtype for all arrays: the widest.
     widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
     with atomic_write.temporary_path(path) as folder:
         folder.mkdir()

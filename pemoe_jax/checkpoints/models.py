@@ -83,6 +83,7 @@ def load_base(
         return not is_plain and params_lib.is_matrix(name)
 
     def dtype_of(name: str) -> jnp.dtype:
+        # Quantized from float32: rounding to bfloat16 first would add its error.
         if is_trainable(name) or is_quantized(name):
             return jnp.dtype(jnp.float32)
         return params_lib.frozen_dtype(name, model.config.dtype)
@@ -90,6 +91,7 @@ def load_base(
     samples: dict[str, tuple[tuple[int, ...], jax.Array | np.ndarray]] = {}
 
     def transform(name: str, array: jax.Array) -> PyTree:
+        # For the fingerprint, while the array has its stored values.
         samples[name] = (array.shape, params_lib.sample_array(array))
         if not is_quantized(name):
             return array
@@ -175,6 +177,7 @@ class OpenedModel:
             return load_base(
                 self.model, self.path, 0, shardings=shardings, frozen_dtype=self.frozen_dtype
             )[0]
+        # First, because it is small: a wrong adapter fails before the base is read.
         trained = self.load_trained(shardings)
         if not self.needs_base:
             return trained
@@ -320,6 +323,8 @@ def open_model(path: str, base_path: str | None = None) -> OpenedModel:
 
 
 def _open(path: str, model: Transformer | None, base_path: str | None) -> OpenedModel:
+    # In this order: our adapters and PEFT's have a file of the same name, and a run that trained
+    # the whole model is a base too.
     if adapter_file.is_adapter(path):
         trained_arrays, record, step = adapter_file.open_adapter(path)
         name = adapter_file.adapter_folder(path).name
@@ -335,6 +340,7 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
     else:
         expected = f"a run, an adapter, {base_lib.EXPECTED}"
         base = base_lib.open_base(path, "model", expected)
+        # Only the activation dtype is taken from the gin files; dimensions are the checkpoint's.
         defaults = {} if model is None else {"dtype": model.config.dtype}
         config = T5Config(**{**defaults, **base.config()})
         return OpenedModel(_base_name(base.path), path, Transformer(config))

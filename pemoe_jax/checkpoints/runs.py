@@ -90,6 +90,7 @@ class RunCheckpoints:
           position: position in the training data, for `read_data_position`.
         """
         step = int(state.step)
+        # The last step is saved at the end of training and may be due by the period as well.
         if step in self._manager.all_steps():
             return
         items = {
@@ -114,11 +115,13 @@ class RunCheckpoints:
 
 
 def _as_tree(state: TrainState) -> dict[str, PyTree]:
+    # A dict, so that names in the checkpoint do not depend on the class.
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
 def saved_steps(folder: Path) -> list[int]:
     """Returns the steps of a run's finished checkpoints; none if the folder does not exist."""
+    # A folder without `record` belongs to T5X, or is one that Orbax has not finished.
     folders = (path for path in folder.glob("checkpoint_*") if (path / "record").is_dir())
     return sorted(step for path in folders if (step := t5x.step_of(path.name)) is not None)
 

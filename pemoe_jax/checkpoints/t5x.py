@@ -62,6 +62,7 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
             f"{index}: expected a T5X index with a `target`, got something else"
             f" ({type(error).__name__}: {error})"
         ) from error
+    # Arrays of T5X are zarr folders, except small ones, which T5X puts into the index.
     names: dict[str, str] = {}
     arrays: dict[str, LazyArray] = {}
     for path, leaf in _flatten(target):

@@ -15,6 +15,7 @@ from pemoe_jax.checkpoints.runs import Record
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import atomic_write, file_io
 
+# Next to the checkpoints, because T5X writes and deletes their folders itself.
 RECORD = "pemoe_record.json"
 
 

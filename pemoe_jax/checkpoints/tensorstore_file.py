@@ -51,6 +51,7 @@ def open_orbax(state: epath.Path, item: str) -> dict[str, LazyArray]:
         keys = [key.decode() for key in ts.KvStore.open(kvstore).result().list(key_range).result()]
     except (ValueError, OSError) as error:
         raise InputError(f"{state}: unreadable: {_short_message(error)}") from error
+    # Metadata files mark the arrays; the other keys are chunks.
     for suffix, driver in _DRIVERS.items():
         names = [key.removesuffix(suffix) for key in keys if key.endswith(suffix)]
         if names:
@@ -116,6 +117,7 @@ def _read(array: "ts.TensorStore", path: epath.Path, index: Index) -> np.ndarray
 
 def _short_message(error: BaseException) -> str:
     """Returns tensorstore's message on one line, without source locations."""
+    # Its messages end in lines such as [source locations='tensorstore/driver/zarr/driver.cc:…'].
     text = re.sub(r"\s*\[source locations?=.*?\]|\[[a-z_]+='.*?'\]", "", str(error), flags=re.S)
     text = " ".join(text.split())
     return text if len(text) <= 300 else f"{text[:300]}…"

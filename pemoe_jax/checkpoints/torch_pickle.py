@@ -42,6 +42,7 @@ _STORAGES: dict[str, np.dtype] = {
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
 }
+# `_rebuild_parameter` occurs if parameters were saved in place of a state dict.
 _DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
@@ -128,6 +129,7 @@ def _open_archive(path: epath.Path) -> _Archive:
             entries = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
         raise InputError(f"{path}: {_why_not_zip(path)}") from error
+    # The top folder has the name of the file that was passed to torch.save.
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise InputError(f"{path}: expected a file of torch.save, got a zip without data.pkl")
@@ -334,6 +336,7 @@ def _make_tensor(
         )
     if not count:
         return LazyArray(shape, dtype, lambda index: np.empty(shape, dtype)[index])
+    # Contiguous tensors, and transposes of them, are read by rows; other views span a range.
     read = functools.partial(_read_rows, archive, storage, offset)
     if _is_row_major(shape, strides):
         return LazyArray(shape, dtype, functools.partial(read, shape))

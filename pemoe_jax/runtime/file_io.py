@@ -100,6 +100,7 @@ def read_range(path: epath.Path, offset: int, size: int) -> np.ndarray:
     Raises:
       InputError: the file is shorter.
     """
+    # A new buffer per read: jax keeps it as the memory of the array on CPUs.
     data = aligned_empty((size,), np.dtype(np.uint8))
     with path.open("rb") as file:
         file.seek(offset)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pemoe_jax.checkpoints.models import OpenedModel
     from pemoe_jax.core.merging import KernelUpdate
 
+# jax and the checkpoint modules are imported in functions: `--help` must answer within a second.
+
 _DESCRIPTION = """\
 Writes a checkpoint in another format. SOURCE is one of these; its format is detected:
   a base     a T5X checkpoint_<step> (legacy or Orbax), a Hugging Face folder of T5 v1.1,
@@ -113,6 +115,7 @@ def convert(args: argparse.Namespace) -> None:
     output = file_io.resolve_local(args.output, "OUTPUT")
     if output.exists():
         raise InputError(f"OUTPUT must be a new path, got {args.output}, which exists")
+    # A base is recognized by this suffix.
     if (output.suffix == ".safetensors") != (args.direction == "base"):
         expected = "a .safetensors file" if args.direction == "base" else "a folder"
         raise InputError(f"OUTPUT must be {expected}, got {args.output}")
@@ -140,6 +143,7 @@ def _with_base(source: "OpenedModel", base_path: str) -> "OpenedModel":
 
     assert source.record is not None
     base = base_lib.open_base(base_path)
+    # The fingerprint is recorded too: PEFT adapters come without one.
     identity = {**source.record.base, "path": base.path, "fingerprint": base.fingerprint()}
     source.check_base(identity["fingerprint"])
     record = dataclasses.replace(source.record, base=identity)
@@ -185,6 +189,7 @@ def _write_peft(source: "OpenedModel", output: Path, args: argparse.Namespace) -
 
     arrays = _load_adapter(source)
     assert source.record is not None
+    # TRAINABLE may add parameters of the base, norms for example.
     others = [path for path in arrays if not params_lib.is_adapter(path)]
     if others:
         raise InputError(
@@ -271,6 +276,7 @@ def _merged_arrays(source: "OpenedModel", dtype: str | None = None) -> "dict[str
         trained = params_lib.flatten(source.load_trained())
         adapter = {path: array for path, array in trained.items() if params_lib.is_adapter(path)}
         updates = merging.kernel_updates(source.record.adapters, adapter)
+        # Parameters of the base that were trained replace the stored ones.
         others = trained.keys() - adapter.keys()
         arrays = arrays | {p: lazy_array.from_numpy(np.asarray(trained[p])) for p in others}
     missing = sorted(updates.keys() - arrays.keys())
@@ -292,6 +298,7 @@ def _merged(
 
     output_dtype = array.dtype if dtype is None else dtype
 
+    # The whole array is merged, whatever slice is read: writers read whole arrays.
     def read_slice(index: "Index") -> "np.ndarray":
         values = array.read()
         with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused below

@@ -71,6 +71,7 @@ def load_adapter(
     config_lib.check_config(resolved / CONFIG, config)
     tensors = _open_tensors(resolved)
     num_layers = {stack: dimensions[f"num_{stack}_layers"] for stack in names.STACKS}
+    # Nothing is read yet: shapes alone determine the adapters.
     description = config_lib.describe(resolved / CONFIG, config, tensors, num_layers)
     arrays = names.adapter_arrays(description, num_layers)
     sizes = {
@@ -95,6 +96,7 @@ def _open_tensors(folder: epath.Path) -> dict[str, LazyArray]:
         tensors = torch_pickle.open_file(folder / PICKLED_WEIGHTS)
     else:
         raise InputError(f"{folder}: expected {WEIGHTS} or {PICKLED_WEIGHTS}, got neither")
+    # With and without the adapter's name, both forms could name one tensor.
     stripped = {names.strip_adapter_name(name): tensor for name, tensor in tensors.items()}
     if len(stripped) != len(tensors):
         duplicate = next(name for name in tensors if name not in stripped)

@@ -51,6 +51,7 @@ MLP = {
 SITES = {**ATTENTION, **MLP}
 MODULES = tuple(dict.fromkeys(site.module for site in SITES.values()))
 
+# PEFT numbers the sublayers of a block: a decoder has cross-attention as layer.1.
 # stack, our module, its name in PEFT, its sites
 _SUBLAYERS = (
     ("encoder", "attention", "layer.0.SelfAttention", ATTENTION),
@@ -90,6 +91,7 @@ class AdapterArray:
             return (site.in_axis, 1, self.rank)
         if self.leaf == "lora_b":
             return (1, self.rank, site.out_axis)
+        # PEFT's vectors join heads and kv; row-major order makes the conversion a reshape.
         return ("heads", 1, "kv") if site.out_axis == "joined_kv" else (1, site.out_axis)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -77,6 +77,7 @@ def _check_expressible(description: names.Description) -> None:
     if len(kinds) > 1:
         shown = ", ".join(f"{site}: {settings['kind']}" for site, settings in description.items())
         raise InputError(f"adapter to write: expected (IA)3 or LoRA at all sites, got {shown}")
+    # gate is the product of two modules; PEFT adapts the output of single modules.
     if kinds == {"LoRAExperts"} and "gate" in description:
         raise InputError("LoRA at gate: PEFT has no module there: expected other sites")
     if {"gate", "wo"} <= description.keys():
@@ -100,6 +101,7 @@ def _make_config(description: names.Description, base_model_name: str | None) ->
         return {"peft_type": "IA3", **common, "feedforward_modules": feedforward}
     ranks = {module: settings["rank"] for module, settings in by_module.items()}
     alphas = {module: _as_integer(settings["alpha"]) for module, settings in by_module.items()}
+    # Patterns name the modules that differ from the first; PEFT matches them in every layer.
     first = next(iter(by_module))
     return {
         "peft_type": "LORA",
