@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import functools
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -48,7 +50,14 @@ def build_model(record: runs.Record) -> Transformer:
         raise InputError(
             f"a checkpoint's T5Config: {error}: written by another version?"
         ) from error
-    return Transformer(config, adapters.from_description(record.adapters))
+    return _build_model(config, json.dumps(record.adapters))
+
+
+@functools.cache
+def _build_model(config: T5Config, description: str) -> Transformer:
+    # Cached, because `network` traces every new model (0.3 s of CPU time and more), and one process
+    # may open several checkpoints of the same model.
+    return Transformer(config, adapters.from_description(json.loads(description)))
 
 
 def load_base(
@@ -343,7 +352,7 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
         # Only the activation dtype is taken from the gin files; dimensions are the checkpoint's.
         defaults = {} if model is None else {"dtype": model.config.dtype}
         config = T5Config(**{**defaults, **base.config()})
-        return OpenedModel(_base_name(base.path), path, Transformer(config))
+        return OpenedModel(_base_name(base.path), path, _build_model(config, "{}"))
     if record.base["needed"] and base_path is None:
         base_path = record.base["path"]
         if base_path is not None and not file_io.resolve(base_path).exists():
@@ -375,7 +384,7 @@ def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], 
         raise InputError(f"PEFT adapter {path}{hint}: {error}") from error
     config = T5Config(**base.config())
     description, arrays = peft.load_adapter(path, config.as_dict())
-    model = Transformer(config, adapters.from_description(description))
+    model = _build_model(config, json.dumps(description))
     shapes = network.param_shapes(model)
     record = runs.Record(
         method=peft.method_name(description),
