@@ -38,8 +38,10 @@ class T5Config:
       dropout_rate: dropout rate of embeddings, attention, MLPs and residual branches.
       sentence_dim: S, size of the sentence embeddings that routers may read; None for D.
       scan_layers: whether a stack runs as a loop over its layers, which is compiled once.
-      remat_policy: the activations to store for gradients, one of `stacks.REMAT_POLICIES`.
-      attention: one of `attention.IMPLEMENTATIONS`.
+      remat_policy: activations to store for gradients, the others are recomputed: 'none' (all are
+        stored), 'minimal' or 'full' (`stacks.REMAT_POLICIES`).
+      attention: how attention is computed: 'plain', 'chunked' (long inputs in less memory) or
+        'fused' (bfloat16 on a GPU).
     """
 
     vocab_size: int = 32128

@@ -70,7 +70,7 @@ def create_learning_rate_scheduler(
       factors: names joined by `*`: constant (the base learning rate), linear_warmup (0 to 1 over
         warmup_steps), rsqrt_decay (1 / sqrt(max(step, warmup_steps, 1))), linear_decay and
         cosine_decay (1 to 0 from the end of the warm-up to total_steps).
-      base_learning_rate: the factor `constant`.
+      base_learning_rate: learning rate that the factor `constant` stands for.
       warmup_steps: number of warm-up steps.
       total_steps: step at which the decays end.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent
 GIN_DIR = PACKAGE / "gin"
 
+_REQUIRED = "%gin.REQUIRED"
 _WIDTH, _INDENT = 100, 34
 
 
@@ -34,15 +35,16 @@ class Macro:
 
 
 def describe_macros(texts: Iterable[str]) -> str:
-    """Returns a line or more for each macro that gin texts set, in the order of the texts.
+    """Returns a line or more for each macro of gin texts, the required ones first.
 
     Args:
       texts: gin texts, or names of files in the package's `gin/`. Later values replace earlier
         ones, as in gin.
     """
     lines = []
-    for macro in read_macros(texts):
-        default = "(required)" if macro.default == "%gin.REQUIRED" else f"= {macro.default}"
+    macros = read_macros(texts)
+    for macro in sorted(macros, key=lambda macro: macro.default != _REQUIRED):
+        default = "(required)" if macro.default == _REQUIRED else f"= {macro.default}"
         head = f"  {macro.name} {default}"
         body = textwrap.wrap(macro.description, _WIDTH - _INDENT) or [""]
         if len(head) >= _INDENT:  # as argparse: a long head has its own line
@@ -54,9 +56,9 @@ def describe_macros(texts: Iterable[str]) -> str:
 
 
 def read_macros(texts: Iterable[str]) -> list[Macro]:
-    """Returns the macros that gin texts set; see `describe_macros`."""
+    """Returns the macros that gin texts set and read; see `describe_macros`."""
     macros: dict[str, Macro] = {}
-    descriptions: dict[str, str] = {}
+    descriptions: dict[str, str] = {}  # of the macros that are read
     modules: dict[str, str] = {}
     selector = ""
     for line in (line for text in texts for line in _lines(text)):
@@ -68,12 +70,12 @@ def read_macros(texts: Iterable[str]) -> list[Macro]:
         elif match := re.match(r"([\w.]+):$", line):
             selector = match[1]
         elif match := re.match(r"(?:  |([\w.]+)\.)(\w+) = %([A-Z][A-Z0-9_]*)\b", line):
+            # The first binding with a description describes the macro.
             description = _describe_parameter(match[1] or selector, match[2], modules)
-            if description:  # the first binding of a macro describes it
-                descriptions.setdefault(match[3], description)
+            descriptions[match[3]] = descriptions.get(match[3]) or description
     for name, macro in macros.items():
-        macro.description = descriptions.get(name, macro.description)
-    return list(macros.values())
+        macro.description = descriptions.get(name) or macro.description
+    return [macro for macro in macros.values() if macro.name in descriptions]
 
 
 def _lines(text: str) -> Iterable[str]:

@@ -298,8 +298,9 @@ def _parse_settings(command: str, flags: Sequence[str], where: str) -> dict[str,
         gin_flags.load_config(parser.parse_args(rest), bindings)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    settings = run_settings.parse_settings(gin.config_str())
-    if f"{command}.{command}.data" not in settings:
+    config = gin.config_str()
+    settings = run_settings.parse_settings(config)
+    if f"{command}.{command}.data = " not in config:
         raise InputError(f"{where}: expected a run file of {command}, such as runs/…, got none")
     if command == "train" and "None" in (settings["MODEL"], settings["TRAINABLE"]):
         raise InputError(
@@ -329,6 +330,8 @@ def _read_state(run: Run) -> State:
     Raises:
       InputError: the folder holds a run with other settings, or files that no sweep wrote.
     """
+    from pemoe_jax.analysis.zero_shot import run_settings
+
     file = run.folder / _STATE_FILE
     if not file.exists():
         if run.folder.exists() and any(run.folder.iterdir()):
@@ -338,8 +341,10 @@ def _read_state(run: Run) -> State:
         )
     try:
         state: State = json.loads(file.read_text())
-        previous = state["settings"]
-    except (ValueError, KeyError, TypeError):
+        # States of older versions have the bindings of their version.
+        previous = run_settings.drop_wiring(state["settings"])
+        scoring = run_settings.drop_wiring(state["scoring"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{file}: expected a sweep's state: delete {run.folder}") from None
     for name in {**previous, **run.train_settings}:
         old, new = (s.get(name, "(not set)") for s in (previous, run.train_settings))
@@ -348,7 +353,7 @@ def _read_state(run: Run) -> State:
                 f"{run.folder}: expected {name} = {old}, as its run has, got {new}: choose another"
                 " --output or delete the folder"
             )
-    if state["scoring"] != run.evaluate_settings or not (run.results / "results.json").is_file():
+    if scoring != run.evaluate_settings or not (run.results / "results.json").is_file():
         return {**state, "scoring": run.evaluate_settings, "evaluate": None}
     return state
 

@@ -38,7 +38,22 @@ def parse_settings(config: str) -> dict[str, str]:
             settings[name] = assignment[2]
         elif settings and line[:1] in (" ", "}", "]", ")"):  # a value of several lines
             settings[name] += f" {line.strip()}"
-    return {name: settings[name] for name in settings if name not in _MACROS_WITHOUT_EFFECT}
+    kept = {name: settings[name] for name in settings if name not in _MACROS_WITHOUT_EFFECT}
+    return drop_wiring(kept)
+
+
+def drop_wiring(settings: Mapping[str, str]) -> dict[str, str]:
+    """Returns the settings without bindings that only pass macros and records on to a command.
+
+    They change with the code and repeat what the macros say: runs of different versions with equal
+    macros have equal settings.
+    """
+    return {
+        name: value
+        for name, value in settings.items()
+        if not value.startswith("%")
+        and not (name.startswith(("train.", "evaluate.", "options.")) and value.startswith("@"))
+    }
 
 
 def fingerprint(settings: Mapping[str, str]) -> str:

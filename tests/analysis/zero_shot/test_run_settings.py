@@ -18,6 +18,10 @@ TASK_FEATURE_LENGTHS = \\
      'targets': 32}
 
 routing.Router.top_k = 2
+adapters.VectorExperts.router = @routing.Router
+train.train.loss = @steps.Loss()
+train.train.batch_size = %BATCH_SIZE
+options.Data.register = @tasks.register
 """
     parsed = run_settings.parse_settings(text)
     assert parsed == {
@@ -25,6 +29,7 @@ routing.Router.top_k = 2
         "SEED": "3",
         "TASK_FEATURE_LENGTHS": "{'inputs': 128, 'targets': 32}",
         "routing.Router.top_k": "2",
+        "adapters.VectorExperts.router": "@routing.Router",
     }
     other_seed = run_settings.parse_settings(
         text.replace("SEED = 3", "SEED = 4").replace("/a/b", "/c")
