@@ -1,4 +1,4 @@
-"""The one table of methods that the tests go over, and the tiny models and batches they use."""
+"""The table of methods that the tests run over, with small models and batches."""
 
 import dataclasses
 import functools
@@ -17,8 +17,8 @@ VECTOR_SITES = ("key", "value", "gate")
 LORA_SITES = ("query", "key", "value", "out", "wi_0", "wo")
 ADAPTER = r".*_adapter/.*"
 
-# H * K = 12 differs from D = 16: a reshape that confuses the two cannot pass. Deeper stacks are
-# compared in test_hf_parity.py; here compilation is what costs time.
+# H * K = 12 differs from D = 16, so that a reshape that confuses them fails. One layer each, since
+# compilation takes most of the time; test_hf_parity.py compares deeper stacks.
 CONFIG = network.T5Config(
     vocab_size=32,
     emb_dim=16,
@@ -33,10 +33,10 @@ CONFIG = network.T5Config(
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method of training: where its adapters sit, what they are, and what trains."""
+    """A method: sites and kind of its adapters, and patterns of the trainable parameters."""
 
     sites: tuple[str, ...]
-    expert: type | None  # VectorExperts, LoRAExperts or none
+    expert: type | None  # VectorExperts, LoRAExperts or None
     routed: bool
     trainable: tuple[str, ...]
 
@@ -55,7 +55,7 @@ METHODS = {
     "molora": Method(LORA_SITES, LoRAExperts, True, (ADAPTER,)),
 }
 PEFT_METHODS = tuple(name for name in METHODS if name != "full")
-# A routed method and what it is with one expert.
+# A routed method -> the method that it equals with one expert.
 PLAIN = {"mov": "ia3", "molora": "lora"}
 
 
@@ -73,9 +73,9 @@ def random_params(method: str, num_experts: int = EXPERTS) -> dict:
 
 
 def random_params_of(transformer: network.Transformer) -> dict:
-    """Random everywhere, so that no adapter is the identity and routers decide.
+    """Returns random parameters with which no adapter is the identity and experts differ.
 
-    An array depends on its path and shape alone: methods share the base's values.
+    An array depends on its path and shape alone, so all methods have the same base.
     """
     arrays = {}
     for path, shape in params.flatten(network.param_shapes(transformer)).items():
@@ -92,7 +92,7 @@ def random_params_of(transformer: network.Transformer) -> dict:
 
 @functools.cache
 def start(method: str) -> dict:
-    """A random base, and adapters as a run starts with them."""
+    """Returns a random base with the initial adapters of a run."""
     base = params.flatten(random_params("full"))
     adapters = network.init_params(model(method), 0, lambda path: "_adapter/" in path)
     return params.unflatten(base | params.flatten(adapters))
@@ -100,7 +100,7 @@ def start(method: str) -> dict:
 
 @functools.cache
 def forward(method: str, num_experts: int = EXPERTS, dtype: str = "float32"):
-    """Jitted (params, batch) -> logits [B, L, V], without dropout."""
+    """Returns a jitted (params, batch) -> logits [B, L, V], without dropout."""
     return jax.jit(
         lambda p, batch: model(method, num_experts, dtype).apply(
             {"params": p}, **model_inputs(batch), enable_dropout=False
@@ -113,7 +113,7 @@ def model_inputs(batch: dict) -> dict:
 
 
 def rows(rng: np.random.Generator, lengths: list[int], width: int) -> np.ndarray:
-    """Random token rows [len(lengths), width], int32, that end in eos (1), padded with 0."""
+    """Returns random int32 tokens [len(lengths), width] that end in eos (1), padded with 0."""
     out = np.zeros((len(lengths), width), np.int32)
     for row, n in zip(out, lengths, strict=True):
         row[: n - 1] = rng.integers(3, CONFIG.vocab_size, n - 1)
@@ -122,7 +122,7 @@ def rows(rng: np.random.Generator, lengths: list[int], width: int) -> np.ndarray
 
 
 def shift_right(target: np.ndarray) -> np.ndarray:
-    """Decoder inputs: the targets behind a 0."""
+    """Returns decoder inputs: the targets shifted right by a 0."""
     pad = [(0, 0)] * (target.ndim - 1) + [(1, 0)]
     return np.pad(target, pad)[..., :-1]
 
@@ -133,7 +133,7 @@ def example_batch(
     seed: int = 0,
     widths: tuple[int, int] = (8, 6),
 ) -> dict[str, np.ndarray]:
-    """An unpacked batch of rows of these lengths."""
+    """Returns an unpacked batch with rows of these lengths."""
     rng = np.random.default_rng(seed)
     encoder, target = rows(rng, list(inputs), widths[0]), rows(rng, list(targets), widths[1])
     return {
@@ -145,10 +145,7 @@ def example_batch(
 
 
 def pack(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows of an unpacked batch laid end to end in one row, with segments and positions.
-
-    Two places of padding follow, as a packer leaves them.
-    """
+    """Packs the rows of a batch into one row with segment ids, positions and two of padding."""
     columns: dict[str, list[np.ndarray]] = {}
     for i in range(len(batch["encoder_input_tokens"])):
         for side, key in (
@@ -165,7 +162,7 @@ def pack(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def largest_difference(a, b) -> float:
-    """The largest difference as a share of b's largest magnitude."""
+    """Returns the largest difference, relative to the largest magnitude of b."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape, (a.shape, b.shape)
     return float(np.abs(a - b).max() / np.abs(b).max())

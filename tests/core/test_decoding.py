@@ -1,4 +1,4 @@
-"""Greedy decoding: how rows end. That it equals full decoding is in test_methods.py."""
+"""Greedy decoding: how rows end. test_methods.py compares it with full decoding."""
 
 import functools
 
@@ -14,40 +14,40 @@ INPUTS = example_batch()["encoder_input_tokens"]
 
 @functools.cache
 def decode(max_decode_length: int):
-    """Jitted (params, inputs, eos_id) -> tokens of MoV."""
+    """Returns a jitted (params, inputs, eos_id) -> tokens of MoV."""
     greedy = functools.partial(
         decoding.greedy_decode, model("mov"), max_decode_length=max_decode_length
     )
     return jax.jit(lambda p, x, eos: greedy(p, encoder_input_tokens=x, eos_id=eos))
 
 
-def test_rows_end_at_eos_by_themselves():
-    """Declaring a token that came out to be the end cuts just the rows that hold it."""
+def test_rows_end_at_eos_independently():
+    """With a decoded token as eos, exactly the rows that contain it end there."""
     weights = random_params("mov")
-    free = np.asarray(decode(8)(weights, INPUTS, 999))  # no such token: nothing ends
-    assert free.shape == (4, 8) and free.dtype == np.int32
-    eos = int(free[0, 2])
-    held = [row.tolist().index(eos) if eos in row else None for row in free]
-    assert held[0] is not None and len(set(held)) > 1, "rows should end at different places"
-    cut = np.asarray(decode(8)(weights, INPUTS, eos))
-    for row, full, end in zip(cut, free, held, strict=True):
+    endless = np.asarray(decode(8)(weights, INPUTS, 999))  # no such token, so no row ends
+    assert endless.shape == (4, 8) and endless.dtype == np.int32
+    eos = int(endless[0, 2])
+    ends = [row.tolist().index(eos) if eos in row else None for row in endless]
+    assert ends[0] is not None and len(set(ends)) > 1, "rows should end at different positions"
+    decoded = np.asarray(decode(8)(weights, INPUTS, eos))
+    for row, full, end in zip(decoded, endless, ends, strict=True):
         expected = full.copy()
         if end is not None:
             expected[end + 1 :] = 0
         np.testing.assert_array_equal(row, expected)
 
 
-def test_rows_do_not_depend_on_their_neighbours():
+def test_rows_do_not_depend_on_each_other():
     weights = random_params("mov")
     together = np.asarray(decode(8)(weights, INPUTS, 999))
-    alike = np.repeat(INPUTS[2:3], 4, axis=0)
+    copies = np.repeat(INPUTS[2:3], 4, axis=0)
     np.testing.assert_array_equal(
-        np.asarray(decode(8)(weights, alike, 999)), np.repeat(together[2:3], 4, axis=0)
+        np.asarray(decode(8)(weights, copies, 999)), np.repeat(together[2:3], 4, axis=0)
     )
 
 
-def test_length_is_a_bound_and_nothing_more():
-    """The tokens of a short answer begin a long one: the cache's length has no say in them."""
+def test_tokens_do_not_depend_on_max_decode_length():
+    """The tokens with a short limit are the first tokens with a long one."""
     weights = random_params("mov")
     np.testing.assert_array_equal(
         np.asarray(decode(3)(weights, INPUTS, 999)),

@@ -1,4 +1,4 @@
-"""Ours against Hugging Face's T5 v1.1 and PEFT: goldens written by goldens/make_goldens.py."""
+"""Parity with Hugging Face's T5 v1.1 and PEFT; goldens/make_goldens.py writes the goldens."""
 
 import functools
 import pathlib
@@ -42,26 +42,26 @@ def config() -> network.T5Config:
 
 
 class Case:
-    """A model with a golden's weights; `train` is what the golden has gradients of."""
+    """A model with a golden's weights; `trainable` are the arrays with golden gradients."""
 
     def __init__(self, name: str):
         self.golden = group("hf_t5", "short/") if name == "base" else group("hf_peft", f"{name}/")
         self.model = network.Transformer(config(), ADAPTERS[name])
         base = group("hf_t5", "params/")
-        own = {
+        adapter = {
             k.removeprefix("params/"): v for k, v in self.golden.items() if k.startswith("params/")
         }
         self.grads = {
             k.removeprefix("grads/"): v for k, v in self.golden.items() if k.startswith("grads/")
         }
         shapes = network.param_shapes(self.model)
-        flat = {k: jnp.asarray(v) for k, v in (base | own).items()}
-        # every name and every shape: T5X's tree is Hugging Face's under the renaming
+        flat = {k: jnp.asarray(v) for k, v in (base | adapter).items()}
+        # All names and shapes: the tree of T5X is that of Hugging Face, renamed.
         assert {k: v.shape for k, v in params.flatten(shapes).items()} == {
             k: v.shape for k, v in flat.items()
         }
         self.params = params.unflatten(flat)
-        self.train = {k: flat[k] for k in self.grads}
+        self.trainable = {k: flat[k] for k in self.grads}
 
     @functools.cached_property
     def batch(self) -> dict[str, np.ndarray]:
@@ -70,10 +70,10 @@ class Case:
 
     @functools.cached_property
     def result(self):
-        """((mean loss, logits), gradients) by path, in one compilation."""
+        """((mean loss, logits), gradients by path), compiled once."""
 
-        def loss_fn(train, batch):
-            flat = params.flatten(self.params) | train
+        def loss_fn(trainable, batch):
+            flat = params.flatten(self.params) | trainable
             logits = self.model.apply(
                 {"params": params.unflatten(flat)}, **batch, enable_dropout=False
             )
@@ -81,7 +81,7 @@ class Case:
             losses, _ = cross_entropy.token_losses(logits, target)
             return jnp.sum(losses * (target > 0)) / jnp.sum(target > 0), logits
 
-        return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(self.train, self.batch)
+        return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(self.trainable, self.batch)
 
 
 @pytest.fixture(scope="module", params=list(ADAPTERS))
@@ -108,7 +108,7 @@ def test_gradients(case):
     for path, expected in case.grads.items():
         error = np.abs(np.asarray(grads[path]) - expected).max()
         assert error < TOLERANCE * largest, f"{path}: {error / largest:.1e}"
-        # and none is merely small: every array has the golden's direction
+        # Relative to its own size too, so that small arrays have the golden's direction.
         assert largest_difference(grads[path], expected) < 10 * TOLERANCE, path
 
 
@@ -121,17 +121,14 @@ def test_greedy_tokens(case):
 
 
 def test_adapters_matter():
-    """The goldens of the adapted models are far from the base's, so that they test something."""
+    """The goldens with adapters differ from the base's, so that comparisons mean something."""
     base = group("hf_t5", "short/")
     for name in ("ia3", "lora"):
         assert largest_difference(group("hf_peft", f"{name}/")["logits"], base["logits"]) > 0.1
 
 
 def test_long_rows_against_float64():
-    """Inputs of 178 and targets of 158 tokens: beyond 128 all distances share the last bucket.
-
-    The bound allowed there is 2e-3; float32 was seen to stay as close as on short rows.
-    """
+    """Inputs of 178 and targets of 158 tokens: distances beyond 128 share the last bucket."""
     golden = group("hf_t5", "long/")
     batch = {k: v for k, v in golden.items() if k.endswith("_tokens")}
     model = network.Transformer(config())
@@ -146,6 +143,8 @@ def test_long_rows_against_float64():
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_position_buckets(stack):
-    """Every distance from -200 to 200, all edges of the logarithmic buckets among them."""
-    ours = layers.relative_position_bucket(np.arange(-200, 201), bidirectional=stack == "encoder")
-    np.testing.assert_array_equal(ours, arrays("hf_t5")[f"buckets/{stack}"])
+    """All distances from -200 to 200, which include all edges of the logarithmic buckets."""
+    buckets = layers.relative_position_bucket(
+        np.arange(-200, 201), bidirectional=stack == "encoder"
+    )
+    np.testing.assert_array_equal(buckets, arrays("hf_t5")[f"buckets/{stack}"])

@@ -1,4 +1,4 @@
-"""One table of methods, one set of tests: what every method owes, whole network."""
+"""Properties that every method must have, with the whole network."""
 
 import functools
 
@@ -37,12 +37,12 @@ def base_part(tree: dict) -> dict:
     return {k: v for k, v in params.flatten(tree).items() if "_adapter/" not in k}
 
 
-# --- the start, and degenerate mixtures ---
+# --- start of training, and degenerate mixtures ---
 
 
 @pytest.mark.parametrize("method", PEFT_METHODS)
 def test_starts_as_the_base(method):
-    """All but MoV bit for bit; MoV multiplies by a sum of probabilities, one up to rounding."""
+    """Bit for bit, except MoV, which multiplies by a sum of probabilities: one up to rounding."""
     weights, batch = start(method), example_batch()
     adapted = real_logits(method, weights, batch)
     base = real_logits("full", params.unflatten(base_part(weights)), batch)
@@ -54,7 +54,7 @@ def test_starts_as_the_base(method):
 
 @pytest.mark.parametrize("method", PEFT_METHODS)
 def test_adapters_matter(method):
-    """The random parameters of these tests are far from the base: they compare something."""
+    """The random adapters of these tests change the logits, so that comparisons mean something."""
     weights, batch = random_params(method), example_batch()
     base = real_logits("full", params.unflatten(base_part(weights)), batch)
     assert largest_difference(real_logits(method, weights, batch), base) > 0.05
@@ -74,9 +74,9 @@ def test_one_expert_equals_the_plain_method(method):
 @pytest.mark.parametrize("method", PLAIN)
 def test_equal_experts_equal_one(method):
     plain, batch = random_params(PLAIN[method]), example_batch()
-    one, flat = params.flatten(plain), params.flatten(random_params(method))
+    single, flat = params.flatten(plain), params.flatten(random_params(method))
     weights = {
-        path: leaf if "/router/" in path else jnp.broadcast_to(one[path], leaf.shape)
+        path: leaf if "/router/" in path else jnp.broadcast_to(single[path], leaf.shape)
         for path, leaf in flat.items()
     }
     out = real_logits(method, params.unflatten(weights), batch)
@@ -88,15 +88,15 @@ def test_equal_experts_equal_one(method):
 
 @functools.cache
 def trained(method: str, microbatches: int = 1, packed: bool = False):
-    """(trainable before, state after three steps, metrics of each step); SGD, no dropout."""
+    """Returns (initial trainable, state after three steps, metrics of each); SGD, no dropout."""
     trainable, frozen = params.split(random_params(method), METHODS[method].trainable)
     before = jax.tree.map(np.array, trainable)
     frozen_before = jax.tree.map(np.array, frozen)
-    # small steps: at random LoRA pairs (gradients of norm 12) larger ones magnify rounding a
-    # hundredfold from step to step
+    # A small learning rate: with random LoRA pairs (gradients of norm 12) a larger one multiplies
+    # rounding by a hundred in each step.
     optimizer, loss = optax.sgd(0.001), steps.Loss(z_loss=1e-3)
     step = steps.make_train_step(model(method), optimizer, loss, microbatches)
-    # a copy, because the step gives the state's memory away
+    # A copy, because the step donates its state.
     state = steps.TrainState.create(jax.tree.map(jnp.array, trainable), optimizer)
     batch = pack(example_batch()) if packed else example_batch()
     metrics = []
@@ -109,11 +109,11 @@ def trained(method: str, microbatches: int = 1, packed: bool = False):
 
 
 def assert_same_training(a, b) -> None:
-    """Two results of `trained` from one start moved every parameter alike."""
+    """Asserts that two results of `trained` from one start changed every parameter equally."""
     (before, state, metrics), (_, other, other_metrics) = a, b
     for values, other_values in zip(metrics, other_metrics, strict=True):
         for name, value in values.items():
-            if name != "routers":  # means over microbatches are not those of the batch
+            if name != "routers":  # means over microbatches differ from those of the batch
                 np.testing.assert_allclose(value, other_values[name], rtol=2e-5, err_msg=name)
     moved = jax.tree.map(np.subtract, state.params, before)
     also_moved = jax.tree.map(np.subtract, other.params, before)
@@ -123,8 +123,8 @@ def assert_same_training(a, b) -> None:
 
 
 @every_method
-def test_training_moves_what_it_should(method):
-    """The loss falls; every array under `_adapter/` moves, and `trained` sees the others stay."""
+def test_training_changes_trainable_parameters_alone(method):
+    """The loss falls and every trainable array changes; `trained` asserts that no other does."""
     before, state, metrics = trained(method)
     losses = [m["loss"] for m in metrics]
     assert losses[2] < losses[1] < losses[0]
@@ -149,9 +149,9 @@ def test_packed_training_equals_unpacked(method):
     assert_same_training(trained(method), trained(method, packed=True))
 
 
-@every_method
-def test_no_gradient_of_a_frozen_parameter_is_formed(method):
-    """Gradients have the trainable tree's structure: there is no slot for others."""
+def test_no_gradient_of_a_frozen_parameter_is_formed():
+    """Gradients have the structure of the trainable tree, so there is no place for others."""
+    method = "molora"
     trainable, frozen = params.split(random_params(method), METHODS[method].trainable)
     grads, _ = jax.eval_shape(
         functools.partial(steps.loss_and_grads, model(method), steps.Loss()),
@@ -160,12 +160,12 @@ def test_no_gradient_of_a_frozen_parameter_is_formed(method):
     assert jax.tree.structure(grads) == jax.tree.structure(trainable)
 
 
-# --- equal ways of computing the same ---
+# --- equivalent computations ---
 
 
 @every_method
-def test_bfloat16_stays_near_float32(method):
-    """8 bits of mantissa through two layers; parameters and logits are float32 all the same."""
+def test_bfloat16_is_close_to_float32(method):
+    """8 bits of mantissa through two layers; logits are float32."""
     weights, batch = random_params(method), example_batch()
     out = forward(method, dtype="bfloat16")(weights, batch)
     assert out.dtype == jnp.float32
@@ -188,7 +188,7 @@ def test_packed_equals_unpacked(method):
 
 @functools.cache
 def _stepwise(method: str):
-    """Jitted (params, inputs, decoder inputs [B, T]) -> logits [B, T, V], a token at a time."""
+    """Returns (params, inputs, decoder inputs [B, T]) -> logits [B, T, V], one token at a step."""
     transformer = model(method)
 
     @jax.jit
@@ -227,9 +227,10 @@ def test_cached_decoding_equals_full_decoding(method):
     assert largest_difference(stepwise, forward(method)(weights, batch)) < 1e-5
 
 
-@every_method
-def test_greedy_tokens_are_the_best_of_full_decoding(method):
-    """Fed into the full decoder, the tokens that came out are its argmax; 0 after the end."""
+# Logits of cached decoding are tested above; plain methods also in test_hf_parity.py.
+@pytest.mark.parametrize("method", PLAIN)
+def test_greedy_tokens_are_the_argmax_of_full_decoding(method):
+    """With the tokens as its input, the full decoder has them as its argmax; 0 after the end."""
     weights, batch = random_params(method), example_batch()
     tokens = np.asarray(
         jax.jit(functools.partial(decoding.greedy_decode, model(method), max_decode_length=6))(
@@ -248,7 +249,7 @@ def test_greedy_tokens_are_the_best_of_full_decoding(method):
 
 @every_method
 def test_scores_equal_a_full_forward_of_each_choice(method):
-    """One encoding for all choices; a choice that fills a row up does not disturb the others."""
+    """An input is encoded once for all choices; choices that fill rows do not affect the others."""
     weights, batch = random_params(method), example_batch()
     rng = np.random.default_rng(3)
     lengths = [(5, 3, 2), (6, 1, 4), (2, 2, 0), (4, 6, 3)]
@@ -263,11 +264,11 @@ def test_scores_equal_a_full_forward_of_each_choice(method):
     )
     assert scores.shape == (4, 3) and scores.dtype == np.float32
     for i in range(3):
-        one = batch | {
+        unpacked = batch | {
             "decoder_input_tokens": shift_right(targets[:, i]),
             "decoder_target_tokens": targets[:, i],
         }
-        logits = np.asarray(forward(method)(weights, one), np.float64)
+        logits = np.asarray(forward(method)(weights, unpacked), np.float64)
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         picked = np.take_along_axis(log_probs, targets[:, i, :, None], -1)[..., 0]
         expected = (picked * (targets[:, i] > 0)).sum(-1)
@@ -275,7 +276,7 @@ def test_scores_equal_a_full_forward_of_each_choice(method):
 
 
 def choice(rng: np.random.Generator, length: int) -> np.ndarray:
-    """One answer of this length, padded to 6; length 0 is a choice that is not there."""
+    """An answer of this length, padded to 6; length 0 is a missing choice."""
     return rows(rng, [length], 6)[0] if length else np.zeros(6, np.int32)
 
 

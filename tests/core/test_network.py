@@ -1,4 +1,4 @@
-"""The network: T5X's names and shapes, positions, masks, sites. Values are in test_hf_parity.py."""
+"""The network: T5X's names and shapes, sites, positions and masks; test_hf_parity.py has values."""
 
 import dataclasses
 import functools
@@ -27,14 +27,14 @@ from pemoe_jax.core.routing import Router
 DEEP = dataclasses.replace(CONFIG, num_decoder_layers=2)
 
 
-def shapes_of(transformer) -> dict:
+def flat_shapes(transformer) -> dict:
     return {
         path: leaf.shape for path, leaf in params.flatten(network.param_shapes(transformer)).items()
     }
 
 
-def axes_of(transformer) -> dict:
-    """The axes' names by path, as T5X reads them."""
+def flat_axes(transformer) -> dict:
+    """Returns the axis names by path, as T5X reads them."""
     tokens = jnp.ones((1, 4), jnp.int32)
     init = functools.partial(transformer.init, enable_dropout=False)
     variables = jax.eval_shape(init, jax.random.PRNGKey(0), tokens, tokens, tokens)
@@ -77,14 +77,14 @@ def test_parameter_tree_is_t5x():
         **{f"encoder/layers_0/{k}": v for k, v in encoder_layer.items()},
         **{f"decoder/layers_{i}/{k}": v for i in (0, 1) for k, v in decoder_layer.items()},
     }
-    assert shapes_of(network.Transformer(DEEP)) == expected
+    assert flat_shapes(network.Transformer(DEEP)) == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_parameter_names_its_axes(method):
-    """`params_axes` has one entry for each parameter, with a name for each of its dimensions."""
+    """`params_axes` has an entry for each parameter, with a name for each of its axes."""
     transformer = network.Transformer(DEEP, METHODS[method].adapters())
-    shapes, axes = shapes_of(transformer), axes_of(transformer)
+    shapes, axes = flat_shapes(transformer), flat_axes(transformer)
     assert {f"{path}_axes" for path in shapes} == set(axes)
     for path, shape in shapes.items():
         names = axes[f"{path}_axes"]
@@ -92,10 +92,10 @@ def test_every_parameter_names_its_axes(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_adapters_sit_where_the_method_says(method):
-    """Beside the base's parameters lie `<site>_adapter/...` at every block, and nothing else."""
-    base = shapes_of(network.Transformer(DEEP))
-    shapes = shapes_of(network.Transformer(DEEP, METHODS[method].adapters()))
+def test_adapters_are_at_the_sites_of_the_method(method):
+    """Every block has the base's parameters and `<site>_adapter/...`, and nothing else."""
+    base = flat_shapes(network.Transformer(DEEP))
+    shapes = flat_shapes(network.Transformer(DEEP, METHODS[method].adapters()))
     assert {k: v for k, v in shapes.items() if "_adapter/" not in k} == base
     blocks = ["encoder/layers_0/attention", "encoder/layers_0/mlp"] + [
         f"decoder/layers_{i}/{block}"
@@ -109,18 +109,18 @@ def test_adapters_sit_where_the_method_says(method):
         for site in METHODS[method].sites
         if (site in in_mlp) == block.endswith("mlp")
     }
-    found = {k.split("_adapter/")[0] + "_adapter" for k in shapes if "_adapter/" in k}
-    assert found == expected
+    actual = {k.split("_adapter/")[0] + "_adapter" for k in shapes if "_adapter/" in k}
+    assert actual == expected
 
 
-def test_both_kinds_fit_every_site():
-    """All eight sites at once, vectors or pairs; features of each are read off the tensors."""
+def test_vectors_and_pairs_fit_every_site():
+    """All eight sites at once; adapters take their shapes from x and y."""
     joined = {"query": (16, 12), "key": (16, 12), "value": (16, 12), "out": (12, 16)}
     mlp = {"wi_0": (16, 20), "wi_1": (16, 20), "gate": (16, 20), "wo": (20, 16)}
-    # the encoder's and two times two of the decoder's attention blocks, and three MLPs
+    # One attention block in the encoder, two in each of two decoder layers, and three MLPs.
     blocks = 5 * len(joined) + 3 * len(mlp)
     for expert, tensors in ((VectorExperts, 1), (LoRAExperts, 2)):
-        shapes = shapes_of(network.Transformer(DEEP, Adapters(**dict.fromkeys(SITES, expert))))
+        shapes = flat_shapes(network.Transformer(DEEP, Adapters(**dict.fromkeys(SITES, expert))))
         adapted = {path: shape for path, shape in shapes.items() if "_adapter/" in path}
         assert len(adapted) == blocks * tensors
         for path, shape in adapted.items():
@@ -138,9 +138,9 @@ def test_both_kinds_fit_every_site():
 
 
 def test_gate_is_between_the_activation_and_the_product():
-    """mlp(x) = wo(l * gelu(wi_0 x) * wi_1 x): doubling l, or wi_1's product, doubles the output;
+    """mlp(x) = wo(l * gelu(wi_0 x) * wi_1 x).
 
-    doubling wi_0's does not, for it passes the gelu.
+    Doubling l or the output of wi_1 doubles the output; doubling the output of wi_0 does not.
     """
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 3, 8)).astype(np.float32)
@@ -161,14 +161,14 @@ def test_gate_is_between_the_activation_and_the_product():
     assert largest_difference(mlp("wi_0", 2.0), 2 * plain) > 0.01
 
 
-# --- the start ---
+# --- initial parameters ---
 
 
-def test_start_is_t5x():
-    """Deviations of T5X's initialisers: kernels 1 / sqrt(inputs), queries 1 / sqrt(inputs * K).
+def test_initial_parameters_are_t5x():
+    """Standard deviations of T5X: kernels 1 / sqrt(inputs), queries 1 / sqrt(inputs * K).
 
     Embedding 1; logits as other kernels; norms one; rel_embedding uniform with variance
-    2 / (H + 32) (fan average). 2,000 draws and more: 5 % is more than 3 standard errors.
+    2 / (H + 32) (fan average). With 2,000 draws or more, 5 % is over 3 standard errors.
     """
     config = dataclasses.replace(CONFIG, emb_dim=64, num_heads=8, head_dim=16, mlp_dim=96)
     weights = network.init_params(
@@ -195,24 +195,24 @@ def test_start_is_t5x():
     assert len({leaf.ravel()[0] for leaf in kernels}) == len(kernels)  # none drawn twice
 
 
-def test_start_depends_on_path_and_seed_alone():
-    """A base drawn beside adapters is the base drawn without; another seed is another base."""
+def test_initial_parameters_depend_on_path_and_seed_alone():
+    """The base is the same with and without adapters; another seed has another base."""
 
-    def drawn(method, seed, keep=lambda _: True):
-        return params.flatten(network.init_params(model(method), seed, keep))
+    def draw(method, seed, predicate=lambda _: True):
+        return params.flatten(network.init_params(model(method), seed, predicate))
 
-    base, adapted = drawn("full", 3), drawn("molora", 3)
+    base, adapted = draw("full", 3), draw("molora", 3)
     assert base.keys() < adapted.keys()
     for path, leaf in base.items():
         np.testing.assert_array_equal(adapted[path], leaf)
-    adapters = drawn("molora", 3, lambda path: "_adapter/" in path)
+    adapters = draw("molora", 3, params.is_adapter)
     assert adapters.keys() == adapted.keys() - base.keys()
     path = "token_embedder/embedding"
-    assert (drawn("full", 4)[path] != base[path]).any()
+    assert (draw("full", 4, path.__eq__)[path] != base[path]).any()
 
 
-def test_one_layer_of_a_stack_stands_for_all():
-    """Shapes and draws are those of the whole network traced, three layers and two."""
+def test_tracing_one_layer_of_a_stack_suffices():
+    """Shapes and draws are those of tracing the whole network, with three layers and two."""
     config = dataclasses.replace(CONFIG, num_encoder_layers=3, num_decoder_layers=2)
     routed = {"num_experts": 3, "router": Router}
     vectors = functools.partial(VectorExperts, **routed)
@@ -220,19 +220,19 @@ def test_one_layer_of_a_stack_stands_for_all():
     transformer = network.Transformer(config, Adapters(key=vectors, gate=vectors, out=pairs))
     tokens = jnp.ones((1, 1), jnp.int32)
     init = functools.partial(transformer.init, enable_dropout=False)
-    with params.record_specs() as recorded:
+    with params.record_specs() as specs:
         whole = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)["params"]
 
     assert network.param_shapes(transformer) == whole
-    # seven attentions (3 and 2 · 2) with key and out, five MLPs with gate; vectors, pairs, routers
+    # Seven attention blocks (3 and 2 · 2) with key and out, five MLPs with gate.
     assert sum("_adapter/" in path for path in params.flatten(whole)) == 7 * 2 + 7 * 3 + 5 * 2
-    expected = params.flatten(params.initialize(recorded, 5))
+    expected = params.flatten(params.initialize(specs, 5))
     drawn = params.flatten(network.init_params(transformer, 5, lambda _: True))
     assert drawn.keys() == expected.keys() == params.flatten(whole).keys()
     for path, leaf in drawn.items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
-    one, two = (f"decoder/layers_{i}/mlp/wo/kernel" for i in (0, 1))
-    assert (drawn[one] != drawn[two]).any()
+    first, second = (f"decoder/layers_{i}/mlp/wo/kernel" for i in (0, 1))
+    assert (drawn[first] != drawn[second]).any()
 
 
 # --- positions ---
@@ -256,7 +256,7 @@ def test_position_buckets_by_hand():
 
 
 def test_padding_changes_nothing():
-    """The same rows in wider arrays give the same logits at the same places."""
+    """The same rows in wider arrays have the same logits at the same positions."""
     narrow = example_batch()
     wide = {k: np.pad(v, ((0, 0), (0, 3))) for k, v in narrow.items()}
     weights = random_params("mov")
@@ -265,23 +265,23 @@ def test_padding_changes_nothing():
     assert largest_difference(b[:, : real.shape[1]][real], a[real]) < 1e-5
 
 
-def test_decoder_is_causal_and_reads_the_encoder():
+def test_decoder_is_causal_and_attends_to_the_encoder():
     batch = example_batch(inputs=(8, 8, 8, 8), targets=(6, 6, 6, 6))
     weights = random_params("full")
     before = np.asarray(forward("full")(weights, batch))
 
-    def moved(name, place):
-        """How much the logits of each decoder position [L] move, in the row where it is least."""
+    def change(name, position):
+        """Returns the change of the logits at each decoder position [B, L]."""
         changed = {k: v.copy() for k, v in batch.items()}
-        changed[name][:, place] = 2
+        changed[name][:, position] = 2
         return np.abs(np.asarray(forward("full")(weights, changed)) - before).max(-1)
 
-    later = moved("decoder_input_tokens", 3)
+    later = change("decoder_input_tokens", 3)
     assert later[:, :3].max() < 1e-5 and later[:, 3:].min() > 1e-3
-    assert moved("encoder_input_tokens", 7).min() > 1e-4
+    assert change("encoder_input_tokens", 7).min() > 1e-4
 
 
-def test_encoder_reads_in_both_directions():
+def test_encoder_attends_in_both_directions():
     transformer, weights = model("full"), random_params("full")
     encode = jax.jit(
         lambda tokens: transformer.apply(

@@ -1,4 +1,4 @@
-"""Optimisers against numpy and against numbers by hand; schedules by hand."""
+"""Optimizers against numpy and numbers by hand; schedules by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from pemoe_jax.core.errors import InputError
 
 
 def run(optimizer, start: np.ndarray, grads: list[np.ndarray]) -> list[np.ndarray]:
-    """The parameter after each step."""
+    """Returns the parameter after each step."""
     params = jnp.asarray(start, jnp.float32)
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
@@ -27,7 +27,7 @@ def run(optimizer, start: np.ndarray, grads: list[np.ndarray]) -> list[np.ndarra
 
 
 def test_adafactor_first_step_by_hand():
-    """Step 1: the decay is 1 - 1^-0.8 = 0, so v = g² and u = g / sqrt(v) = sign(g), of size one.
+    """Step 1: the decay is 1 - 1^-0.8 = 0, so v = g² and u = g / sqrt(v) = sign(g).
 
     rms(3, 4) = sqrt((9 + 16) / 2) = 3.5355; at rate 0.01 each entry moves by 0.035355 against g.
     """
@@ -35,14 +35,14 @@ def test_adafactor_first_step_by_hand():
     np.testing.assert_allclose(after, [3 - 0.035355, 4 + 0.035355], rtol=1e-6)
 
 
-def test_adafactor_moves_a_parameter_at_zero():
+def test_adafactor_changes_a_parameter_at_zero():
     """LoRA's B: rms 0 counts as 1e-3, so each entry moves by 0.01 * 1e-3 = 1e-5."""
     (after,) = run(optim.adafactor(lambda _: 0.01), np.zeros(2), [np.array([0.2, -7.0])])
     np.testing.assert_allclose(after, [-1e-5, 1e-5], rtol=1e-5)
 
 
 def test_adafactor_without_parameter_scale_by_hand():
-    """Then a step is the rate itself: 0.01."""
+    """A step is the learning rate, 0.01."""
     optimizer = optim.adafactor(lambda _: 0.01, multiply_by_parameter_scale=False)
     (after,) = run(optimizer, np.array([3.0, 4.0]), [np.array([0.2, -7.0])])
     np.testing.assert_allclose(after, [2.99, 4.01], rtol=1e-6)
@@ -91,8 +91,8 @@ def test_adafactor_equals_the_paper(factored):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
 
 
-def test_adafactor_factors_from_128_on():
-    """Memory of a [128, 256] matrix is 128 + 256 numbers, of a [127, 256] one all 127 * 256."""
+def test_adafactor_factors_from_size_128():
+    """The state of a [128, 256] matrix has 128 + 256 numbers, that of [127, 256] 127 * 256."""
     optimizer = optim.adafactor(lambda _: 0.01)
 
     def numbers(shape):
@@ -103,7 +103,7 @@ def test_adafactor_factors_from_128_on():
     assert numbers((127, 256)) >= 127 * 256
 
 
-def test_adafactor_reads_the_schedule():
+def test_adafactor_follows_the_schedule():
     """Step n uses rate(n - 1): rates 0, 1, 2 hundredths."""
     path = run(
         optim.adafactor(lambda step: 0.01 * step, multiply_by_parameter_scale=False),
@@ -130,14 +130,14 @@ def test_adamw_by_hand():
     np.testing.assert_allclose(path[1], [2.8, 3.9 - 0.0670058], rtol=1e-6)
 
 
-def test_adamw_decays_weights_beside_the_gradient():
-    """A zero gradient leaves only the decay: 4 - 0.1 * 0.5 * 4 = 3.8."""
+def test_adamw_decays_weights_independently_of_the_gradient():
+    """With a zero gradient only the decay is left: 4 - 0.1 * 0.5 * 4 = 3.8."""
     (after,) = run(optim.adamw(lambda _: 0.1, weight_decay=0.5), np.array([4.0]), [np.zeros(1)])
     np.testing.assert_allclose(after, [3.8], rtol=1e-6)
 
 
 def test_clip_norm_by_hand():
-    """Adam forgets a gradient's size but for eps: at eps = 1 the first move is rate g / (|g| + 1).
+    """With eps = 1 Adam's first step depends on the gradient's size: rate g / (|g| + 1).
 
     (3, 4) has norm 5, clipped to 1 it is (0.6, 0.8): 0.1 * 0.6 / 1.6 = 0.0375, 0.1 * 0.8 / 1.8.
     """
@@ -152,15 +152,15 @@ def test_clip_norm_by_hand():
 @pytest.mark.parametrize(
     "factors, warmup, total, expected",
     [
-        # the base rate and nothing else
+        # the base rate alone
         ("constant", 0, None, {0: 0.5, 1000: 0.5}),
         # 0 to 1 over 10 steps
         ("constant * linear_warmup", 10, None, {0: 0, 1: 0.05, 5: 0.25, 10: 0.5, 99: 0.5}),
         # 1 / sqrt(max(step, 100)): 0.5 / 10 up to step 100, then 0.5 / 20 at 400
         ("constant * rsqrt_decay", 100, None, {0: 0.05, 100: 0.05, 400: 0.025}),
-        # T5's pretraining: both at once, at step 25: 0.5 * 25 / 100 / 10
+        # T5's pretraining has both; at step 25: 0.5 * 25 / 100 / 10
         ("constant * linear_warmup * rsqrt_decay", 100, None, {25: 0.0125, 400: 0.025}),
-        # without a warm-up the root is of step, at least 1
+        # without a warm-up 1 / sqrt(max(step, 1))
         ("constant * rsqrt_decay", 0, None, {0: 0.5, 1: 0.5, 4: 0.25}),
         # from step 10 (1) to step 50 (0): at 20 three quarters are left
         ("constant * linear_decay", 10, 50, {5: 0.5, 10: 0.5, 20: 0.375, 50: 0, 60: 0}),
@@ -170,8 +170,8 @@ def test_clip_norm_by_hand():
 )
 def test_schedule_by_hand(factors, warmup, total, expected):
     schedule = optim.create_learning_rate_scheduler(factors, 0.5, warmup, total)
-    found = {step: float(schedule(jnp.array(step))) for step in expected}
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    rates = {step: float(schedule(jnp.array(step))) for step in expected}
+    assert rates == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
-"""Paths, masks, splitting and merging, strict placing, identity of a base."""
+"""Paths, trainable patterns, splitting and merging, strict comparison, fingerprints."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods import ADAPTER, PEFT_METHODS, random_params
+from methods import ADAPTER, PEFT_METHODS, model
 
-from pemoe_jax.core import params
+from pemoe_jax.core import network, params
 from pemoe_jax.core.errors import InputError
 
 TREE = {
@@ -54,7 +54,7 @@ def test_split_and_merge():
     }
 
 
-def test_everything_trains():
+def test_everything_is_trainable():
     trainable, frozen = params.split(TREE, [".*"])
     assert params.flatten(trainable).keys() == set(PATHS) and not params.flatten(frozen)
     assert params.flatten(params.merge(trainable, frozen)).keys() == set(PATHS)
@@ -62,10 +62,11 @@ def test_everything_trains():
 
 @pytest.mark.parametrize("method", PEFT_METHODS)
 def test_one_pattern_serves_every_method(method):
-    trainable, frozen = params.split(random_params(method), [ADAPTER])
+    trainable, frozen = params.split(network.param_shapes(model(method)), [ADAPTER])
     assert all("_adapter/" in path for path in params.flatten(trainable))
     assert not any("_adapter/" in path for path in params.flatten(frozen))
-    assert params.flatten(frozen).keys() == params.flatten(random_params("full")).keys()
+    base = network.param_shapes(model("full"))
+    assert params.flatten(frozen).keys() == params.flatten(base).keys()
 
 
 def test_patterns_match_whole_paths_and_add_up():
@@ -78,29 +79,29 @@ def test_patterns_match_whole_paths_and_add_up():
     "patterns, message",
     [
         ([".*/mov_.*"], r"TRAINABLE matched 0 of 3 parameters: \['.*mov_.*'\]"),
-        # one good pattern does not hide one that matches nothing
+        # a matching pattern does not hide one that matches nothing
         ([".*scale", ".*/mov_.*"], r"TRAINABLE matched 0 of 3 parameters: \['.*mov_.*'\]"),
         ([], "TRAINABLE matched 0 of 3 parameters"),
         (["("], "must hold regular expressions, got"),
     ],
     ids=["none", "one of two", "empty", "broken"],
 )
-def test_a_mask_that_matches_nothing(patterns, message):
+def test_patterns_that_match_nothing(patterns, message):
     with pytest.raises(InputError, match=message) as caught:
         params.split(TREE, patterns)
     assert "\n" not in str(caught.value)
 
 
-def test_merge_refuses_a_parameter_in_both():
+def test_merge_rejects_a_parameter_in_both():
     with pytest.raises(ValueError, match="both trainable and frozen.*key_adapter/vectors"):
         params.merge({"key_adapter": {"vectors": 1}}, {"key_adapter": {"vectors": 2}})
 
 
-def test_place_names_every_misfit():
-    """Missing, extra and misshapen arrays are told in one line; a full fit comes back as it was."""
+def test_check_matches_names_every_difference():
+    """Missing, extra and misshapen arrays are named in one line; a match is returned unchanged."""
     target = jax.eval_shape(lambda: TREE)
-    placed = params.check_matches(TREE, target, "base.npz")
-    assert params.flatten(placed).keys() == set(PATHS)
+    matched = params.check_matches(TREE, target, "base.npz")
+    assert params.flatten(matched).keys() == set(PATHS)
     flat = params.flatten(TREE)
     wrong = {
         PATHS[0]: flat[PATHS[0]].T,
@@ -120,9 +121,9 @@ def test_place_names_every_misfit():
     assert "\n" not in message
 
 
-def test_types_of_frozen_parameters():
-    """Matrices go to the activation dtype; what the network uses in float32 stays there."""
-    for path in params.flatten(random_params("molora")):
+def test_dtypes_of_frozen_parameters():
+    """Matrices have the activation dtype; what the network uses in float32 stays float32."""
+    for path in params.flatten(network.param_shapes(model("molora"))):
         in_float32 = path.endswith("norm/scale") or "logits_dense" in path or "_adapter/" in path
         expected = jnp.float32 if in_float32 else jnp.bfloat16
         assert params.frozen_dtype(path, "bfloat16") == expected, path
@@ -135,24 +136,24 @@ def test_check_finite():
             params.check_finite(changed(PATHS[1], (0, 0), value), "x")
 
 
-def test_finite_arrays_of_all_kinds(monkeypatch):
-    """Piece by piece, transposed, sliced, empty, of half precision."""
+def test_all_finite(monkeypatch):
+    """In chunks; transposed, sliced, empty and bfloat16 arrays."""
     monkeypatch.setattr(params, "_FINITE_CHUNK", 7)
     array = np.arange(60, dtype=np.float32).reshape(6, 10)
-    for kind in (array, array.T, array[:, 2:5], array[:0], array.astype(jnp.bfloat16)):
-        assert params.all_finite(kind)
-    for place in ((0, 0), (3, 3), (5, 9)):
+    for form in (array, array.T, array[:, 2:5], array[:0], array.astype(jnp.bfloat16)):
+        assert params.all_finite(form)
+    for index in ((0, 0), (3, 3), (5, 9)):
         bad = array.copy()
-        bad[place] = np.nan
+        bad[index] = np.nan
         assert not params.all_finite(bad) and not params.all_finite(bad.T)
         assert not params.all_finite(bad.astype(jnp.bfloat16))
 
 
-# --- the base's identity ---
+# --- fingerprints ---
 
 
 def test_fingerprint():
-    """Tells values, places, shapes and names apart, and not orders of keys or bfloat16 copies."""
+    """Depends on values, positions, shapes and paths, but not on key order or bfloat16 rounding."""
     name = params.fingerprint(TREE)
     assert len(name) == 16 and int(name, 16) >= 0
     assert params.fingerprint(jax.tree.map(jnp.asarray, TREE)) == name
@@ -171,7 +172,7 @@ def test_fingerprint():
 
 
 def test_fingerprint_reads_a_sample():
-    """Of a large array some values decide, on a device as on the host, the last among them."""
+    """Of a large array it reads 64 values, the last among them, on a device as on the host."""
     large = np.random.default_rng(0).standard_normal((300, 7)).astype(np.float32)
     samples = {"a": (large.shape, params.sample_array(large))}
     assert params.sample_array(large).shape == (64,)

@@ -1,4 +1,4 @@
-"""Where things lie on a mesh of two virtual devices, and that nothing depends on it."""
+"""Shardings on a mesh of two virtual devices, and that no result depends on them."""
 
 import dataclasses
 import functools
@@ -13,27 +13,26 @@ from methods import CONFIG, METHODS, example_batch, random_params
 
 from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import distributed
 
 MESHES = {"data": (1, False), "model": (2, False), "fsdp": (1, True)}
 
 
-def shardings_of(method: str, kind: str) -> tuple[network.Transformer, jax.sharding.Mesh, dict]:
+def method_shardings(method: str, kind: str) -> tuple[network.Transformer, jax.sharding.Mesh, dict]:
     model = network.Transformer(CONFIG, METHODS[method].adapters())
     model_parallelism, fsdp = MESHES[kind]
     mesh = partitioning.make_mesh(model_parallelism)
-    found = partitioning.param_shardings(
+    shardings = partitioning.param_shardings(
         mesh,
         partitioning.axis_rules(fsdp),
         network.param_axes(model),
         params.flatten(network.param_shapes(model)),
     )
-    return model, mesh, found
+    return model, mesh, shardings
 
 
-def test_where_parameters_lie():
-    """D 16, H·K 12, F 20, V 32 all divide by 2; E 3 is never spread."""
-    _, _, found = shardings_of("molora", "model")
+def test_param_shardings():
+    """D 16, H·K 12, F 20 and V 32 are multiples of 2; E 3 is never sharded."""
+    _, _, shardings = method_shardings("molora", "model")
     layer = "encoder/layers_0"
     expected = {
         f"{layer}/attention/query/kernel": (None, "model"),
@@ -45,13 +44,13 @@ def test_where_parameters_lie():
         f"{layer}/pre_mlp_layer_norm/scale": (None,),
         "token_embedder/embedding": ("model", None),
     }
-    assert {path: tuple(found[path].spec) for path in expected} == expected
-    _, _, spread = shardings_of("molora", "fsdp")
-    assert tuple(spread[f"{layer}/attention/query/kernel"].spec) == ("data", None)
-    assert tuple(spread[f"{layer}/mlp/wo/kernel"].spec) == (None, "data")
+    assert {path: tuple(shardings[path].spec) for path in expected} == expected
+    _, _, fsdp = method_shardings("molora", "fsdp")
+    assert tuple(fsdp[f"{layer}/attention/query/kernel"].spec) == ("data", None)
+    assert tuple(fsdp[f"{layer}/mlp/wo/kernel"].spec) == (None, "data")
 
 
-def test_what_does_not_divide_is_whole():
+def test_axes_that_do_not_divide_are_replicated():
     mesh = partitioning.make_mesh(2)
     rules = partitioning.axis_rules()
     even = partitioning.logical_to_mesh_sharding(mesh, rules, ("heads", "kv"), (6, 5))
@@ -59,27 +58,27 @@ def test_what_does_not_divide_is_whole():
     assert (even.spec, odd.spec) == (PartitionSpec("model", None), PartitionSpec(None, None))
 
 
-def test_an_axis_of_the_mesh_is_used_once():
-    """vocab comes first in the rules, so that of [F, V] the vocabulary is spread."""
+def test_a_mesh_axis_is_used_once():
+    """vocab comes first in the rules, so V of [F, V] is sharded."""
     mesh = partitioning.make_mesh(2)
-    found = partitioning.logical_to_mesh_sharding(
+    sharding = partitioning.logical_to_mesh_sharding(
         mesh, partitioning.axis_rules(), ("mlp", "vocab"), (20, 32)
     )
-    assert found.spec == PartitionSpec(None, "model")
+    assert sharding.spec == PartitionSpec(None, "model")
 
 
-def test_a_state_lies_as_its_parameter():
-    """Adam's moments as the parameters; Adafactor's rows and columns, and counts, are whole."""
-    model, mesh, found = shardings_of("full", "model")
+def test_states_are_sharded_as_their_parameters():
+    """Adam's moments; Adafactor's rows and columns, and counts, are replicated."""
+    model, mesh, shardings = method_shardings("full", "model")
     shapes = network.param_shapes(model)
     path = "encoder/layers_0/mlp/wi_0/kernel"
 
     def states(optimizer):
         abstract = jax.eval_shape(optimizer.init, shapes)
-        placed = partitioning.state_shardings(abstract, found, mesh)
+        tree = partitioning.state_shardings(abstract, shardings, mesh)
         return {
-            jax.tree_util.keystr(where): sharding.spec
-            for where, sharding in jax.tree_util.tree_leaves_with_path(placed)
+            jax.tree_util.keystr(key_path): sharding.spec
+            for key_path, sharding in jax.tree_util.tree_leaves_with_path(tree)
         }
 
     adam = states(optax.adam(1e-3))
@@ -87,45 +86,49 @@ def test_a_state_lies_as_its_parameter():
     assert adam[f"[0].mu{keys}"] == adam[f"[0].nu{keys}"] == PartitionSpec(None, "model")
     assert adam["[0].count"] == PartitionSpec()
     factored = states(optax.adafactor(1e-3, min_dim_size_to_factor=2))
-    rows = [spec for where, spec in factored.items() if "v_row" in where]
+    rows = [spec for name, spec in factored.items() if "v_row" in name]
     assert rows and not any(axis for spec in rows for axis in spec)
 
 
-@pytest.mark.parametrize("method", ["full", "mov", "molora"])
-def test_training_does_not_depend_on_the_mesh(method):
-    """Three steps with momentum: losses and parameters of every mesh are those of one device."""
+# Every mesh with everything trainable; adapters where their own axes are sharded.
+@pytest.mark.parametrize(
+    ("method", "kinds"),
+    [("full", tuple(MESHES)), ("mov", ("model",)), ("molora", ("model", "fsdp"))],
+)
+def test_training_does_not_depend_on_the_mesh(method, kinds):
+    """Two steps with momentum: losses and parameters on every mesh are those on one device."""
 
-    @functools.cache
-    def trained(kind: str | None):
-        model, mesh, found = shardings_of(method, kind or "data")
+    def train(kind: str | None):
+        model, mesh, shardings = method_shardings(method, kind or "data")
         rules = partitioning.axis_rules(MESHES[kind or "data"][1])
         if kind is None:
             mesh = partitioning.make_mesh(1, jax.devices()[:1])
-            found = {path: partitioning.replicated_sharding(mesh) for path in found}
-        whole = jax.tree.map(np.asarray, random_params(method))  # a step takes its state over
+            shardings = {path: partitioning.replicated_sharding(mesh) for path in shardings}
+        whole = jax.tree.map(np.asarray, random_params(method))  # a step donates its state
         trainable, frozen = params.split(whole, METHODS[method].trainable)
         optimizer = optax.sgd(1e-3, momentum=0.9)
         state = steps.TrainState.create(trainable, optimizer)
-        lies = partitioning.state_shardings(jax.eval_shape(lambda: state), found, mesh)
-        state = partitioning.device_put(state, lies)
-        of_frozen = {path: found[path] for path in params.flatten(frozen)}
-        frozen = partitioning.device_put(frozen, params.unflatten(of_frozen))
-        step = steps.make_train_step(model, optimizer, steps.Loss(), state_sharding=lies)
+        abstract = jax.eval_shape(lambda: state)
+        state_shardings = partitioning.state_shardings(abstract, shardings, mesh)
+        state = partitioning.device_put(state, state_shardings)
+        frozen_shardings = {path: shardings[path] for path in params.flatten(frozen)}
+        frozen = partitioning.device_put(frozen, params.unflatten(frozen_shardings))
+        step = steps.make_train_step(model, optimizer, steps.Loss(), state_sharding=state_shardings)
         losses = []
         with partitioning.use_mesh(mesh, rules):
-            for _ in range(3):
+            for _ in range(2):
                 batch = partitioning.shard_batch(example_batch(), mesh)
                 state, metrics = step(state, frozen, batch, jax.random.key(0))
                 losses.append(float(metrics["loss"]))
         for path, leaf in params.flatten(state.params).items():
-            assert leaf.sharding.is_equivalent_to(found[path], leaf.ndim), path
+            assert leaf.sharding.is_equivalent_to(shardings[path], leaf.ndim), path
         return losses, jax.tree.map(np.asarray, state.params)
 
-    alone, expected = trained(None)
-    for kind in MESHES:
-        losses, found = trained(kind)
-        np.testing.assert_allclose(losses, alone, rtol=1e-5)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    expected_losses, expected = train(None)
+    for kind in kinds:
+        losses, actual = train(kind)
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -138,9 +141,8 @@ def test_scores_do_not_depend_on_the_mesh():
     }
     expected = None
     for kind in MESHES:
-        model, mesh, found = shardings_of("mov", kind)
-        weights = network.init_params(model, 0, lambda _: True)
-        weights = partitioning.device_put(weights, params.unflatten(found))
+        model, mesh, shardings = method_shardings("mov", kind)
+        weights = partitioning.device_put(random_params("mov"), params.unflatten(shardings))
         with partitioning.use_mesh(mesh, partitioning.axis_rules(MESHES[kind][1])):
             scores = jax.jit(functools.partial(steps.score_choices, model))(
                 weights, partitioning.shard_batch(scored, mesh)
@@ -149,8 +151,7 @@ def test_scores_do_not_depend_on_the_mesh():
         np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
-def test_shares_of_a_batch():
-    """One process gives all rows, whichever way its devices lie."""
+def test_one_process_reads_all_rows():
     for model_parallelism in (1, 2):
         mesh = partitioning.make_mesh(model_parallelism)
         assert partitioning.data_shard(mesh) == (0, 1)
@@ -160,21 +161,21 @@ def test_shares_of_a_batch():
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Of a process that is not this one."""
+    """A device of another process."""
 
     process_index: int
 
 
 @pytest.mark.parametrize(
-    ("processes_of", "expected"),
+    ("process_grid", "expected"),
     [
         ([[0], [0], [1], [1]], (0, 2)),  # 4 × 1: two rows each
         ([[0, 0], [1, 1]], (0, 2)),  # 2 × 2
-        ([[0, 0, 1, 1]], (0, 1)),  # 1 × 4: both give every row
+        ([[0, 0, 1, 1]], (0, 1)),  # 1 × 4: both read every row
     ],
 )
-def test_shares_of_two_processes(processes_of, expected):
-    grid = np.array([[Device(index) for index in row] for row in processes_of], object)
+def test_shards_of_two_processes(process_grid, expected):
+    grid = np.array([[Device(index) for index in row] for row in process_grid], object)
 
     class Mesh:
         devices = grid
@@ -183,8 +184,8 @@ def test_shares_of_two_processes(processes_of, expected):
     assert partitioning.data_shard(Mesh) == expected
 
 
-def test_shares_that_overlap_in_part():
-    """Three devices a process on 3 × 2: the middle row is of both."""
+def test_shards_that_overlap_in_part():
+    """Three devices for each process on 3 × 2: the middle row belongs to both."""
     grid = [[Device(0), Device(0)], [Device(0), Device(1)], [Device(1), Device(1)]]
 
     class Mesh:
@@ -198,77 +199,17 @@ def test_shares_that_overlap_in_part():
 
 
 @pytest.mark.parametrize("value", [0, 3, "2"])
-def test_meshes_that_do_not_divide(value):
+def test_model_parallelism_divides_the_devices(value):
     with pytest.raises(InputError, match="MODEL_PARALLELISM must be a divisor of the 2 devices"):
         partitioning.make_mesh(value)
 
 
-# --- processes ---
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, None),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, {}),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
-        ({"PEMOE_DISTRIBUTED": "1"}, {}),
-        (
-            {
-                "JAX_COORDINATOR_ADDRESS": "a:1",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": "1",
-                "SLURM_STEP_NUM_TASKS": "4",
-            },
-            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1},
-        ),
-    ],
-)
-def test_whether_a_process_is_alone(environment, expected):
-    assert distributed._arguments(environment) == expected
-
-
-@pytest.mark.parametrize(
-    ("environment", "says"),
-    [
-        ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID is set: expected JAX_COORDINATOR_ADDRESS"),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
-            "JAX_PROCESS_ID: expected 0 to 1, found 2",
-        ),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "x", "JAX_PROCESS_ID": "0"},
-            "JAX_NUM_PROCESSES: expected a number, found 'x'",
-        ),
-    ],
-)
-def test_environments_that_say_half(environment, says):
-    with pytest.raises(InputError, match=says):
-        distributed._arguments(environment)
-
-
-def test_gather_gives_whole_arrays():
+def test_gather_returns_whole_arrays():
     mesh = partitioning.make_mesh(2)
-    spread = partitioning.logical_to_mesh_sharding(mesh, partitioning.axis_rules(), ("mlp",), (4,))
-    tree = {"a": jax.device_put(jnp.arange(4), spread), "b": np.ones(2)}
-    found = partitioning.gather(tree)
-    np.testing.assert_array_equal(found["a"], np.arange(4))
-    assert isinstance(found["a"], np.ndarray)
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (ValueError("UNKNOWN: Gloo AllGather failed: reset by peer\nIn call to train"), True),
-        (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout."), True),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
-        (ValueError("Unknown: a word"), False),
-    ],
-)
-def test_what_tells_of_other_processes(error, told):
-    """By itself, and as what orbax's own error came of."""
-    around = TimeoutError("Timed out while waiting for a barrier.")
-    around.__cause__ = error
-    expected = str(error).splitlines()[0] if told else None
-    assert distributed._told_of_others(error) == distributed._told_of_others(around) == expected
+    sharding = partitioning.logical_to_mesh_sharding(
+        mesh, partitioning.axis_rules(), ("mlp",), (4,)
+    )
+    tree = {"a": jax.device_put(jnp.arange(4), sharding), "b": np.ones(2)}
+    gathered = partitioning.gather(tree)
+    np.testing.assert_array_equal(gathered["a"], np.arange(4))
+    assert isinstance(gathered["a"], np.ndarray)

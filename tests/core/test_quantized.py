@@ -1,4 +1,4 @@
-"""Frozen matrices in a byte a value: how far they are off, and that all the rest stays as it is."""
+"""Frozen matrices in one byte a value: their error, and that nothing else changes."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ import optax
 import pytest
 from jsonl_folder import write_folder, write_vocabulary
 from methods import (
+    ADAPTER,
     CONFIG,
     METHODS,
     PEFT_METHODS,
@@ -34,60 +35,60 @@ from pemoe_jax.tools import convert
 KINDS = ("int8", "float8_e4m3fn")
 
 
-def of_tree(tree, kind: str, made=lambda matrix: matrix):
-    """A tree with its matrices quantized, and what is `made` of each."""
+def quantize_tree(tree, kind: str, transform=lambda matrix: matrix):
+    """Quantizes the matrices of a tree and applies a function to each."""
     flat = params.flatten(tree)
     for path in filter(params.is_matrix, flat):
-        flat[path] = made(quantized.quantize(flat[path], kind))
+        flat[path] = transform(quantized.quantize(flat[path], kind))
     return params.unflatten(flat)
 
 
 def test_by_hand():
-    """127 / 127 = 1 and 254 / 127 = 2 are the scales; halves go to the even neighbour."""
+    """The scales are 127 / 127 = 1 and 254 / 127 = 2; halves round to even."""
     matrix = jnp.array([[127.0, -254.0, 0.0], [0.5, 127.0, 0.0], [-1.5, 3.1, 0.0]])
-    found = quantized.quantize(matrix, "int8")
-    np.testing.assert_array_equal(found.values, [[127, -127, 0], [0, 64, 0], [-2, 2, 0]])
-    np.testing.assert_array_equal(found.scale, [1, 2, 1])
+    result = quantized.quantize(matrix, "int8")
+    np.testing.assert_array_equal(result.values, [[127, -127, 0], [0, 64, 0], [-2, 2, 0]])
+    np.testing.assert_array_equal(result.scale, [1, 2, 1])
     expected = [[127, -254, 0], [0, 128, 0], [-2, 4, 0]]
-    np.testing.assert_array_equal(quantized.dequantize(found), expected)
+    np.testing.assert_array_equal(quantized.dequantize(result), expected)
     # 448 / 448 = 1 and 896 / 448 = 2; e4m3 has 8 steps from 16 to 32: 17.5 lies between 16 and 18,
     # 35 / 2 = 17.5 too
-    found = quantized.quantize(jnp.array([[448.0, -896.0], [17.5, 35.0]]), "float8_e4m3fn")
-    np.testing.assert_array_equal(found.values.astype(np.float32), [[448, -448], [18, 18]])
-    np.testing.assert_array_equal(found.scale, [1, 2])
+    result = quantized.quantize(jnp.array([[448.0, -896.0], [17.5, 35.0]]), "float8_e4m3fn")
+    np.testing.assert_array_equal(result.values.astype(np.float32), [[448, -448], [18, 18]])
+    np.testing.assert_array_equal(result.scale, [1, 2])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (129, 33)])
-def test_half_a_scale_off_at_most(shape):
+def test_int8_error_is_at_most_half_a_scale(shape):
     matrix = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     matrix *= np.geomspace(1e-6, 1e3, shape[1], dtype=np.float32)
-    found = quantized.quantize(jnp.asarray(matrix), "int8")
-    off = np.abs(np.asarray(quantized.dequantize(found)) - matrix)
-    # float32's own rounding of 127 scales comes to 127 · 2^-24 of one
-    assert (off <= np.asarray(found.scale) * (0.5 + 1e-5)).all()
-    # the scale is the largest value / 127, rounded to bfloat16's 8 bits
-    np.testing.assert_allclose(found.scale, np.abs(matrix).max(0) / 127, rtol=2**-8)
-    as_bfloat16 = np.asarray(found.scale).astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(as_bfloat16.astype(np.float32), found.scale)
+    result = quantized.quantize(jnp.asarray(matrix), "int8")
+    error = np.abs(np.asarray(quantized.dequantize(result)) - matrix)
+    # Rounding 127 scales in float32 adds 127 · 2^-24 of a scale.
+    assert (error <= np.asarray(result.scale) * (0.5 + 1e-5)).all()
+    # The scale is the largest value / 127, rounded to the 8 bits of bfloat16.
+    np.testing.assert_allclose(result.scale, np.abs(matrix).max(0) / 127, rtol=2**-8)
+    as_bfloat16 = np.asarray(result.scale).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(as_bfloat16.astype(np.float32), result.scale)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (129, 33)])
-def test_a_sixteenth_of_a_value_off_at_most(shape):
-    """Float8 has 3 bits behind the point; below 2^-6 of a scale its steps are 2^-9 wide."""
+def test_float8_error_is_at_most_a_sixteenth(shape):
+    """Float8 has 3 fraction bits; below 2^-6 of a scale its steps are 2^-9 wide."""
     matrix = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    found = quantized.quantize(jnp.asarray(matrix), "float8_e4m3fn")
-    scale = np.asarray(found.scale)
-    off = np.abs(np.asarray(quantized.dequantize(found)) - matrix)
-    assert (off <= np.maximum(np.abs(matrix) / 16, scale * 2**-10) * (1 + 1e-5)).all()
+    result = quantized.quantize(jnp.asarray(matrix), "float8_e4m3fn")
+    scale = np.asarray(result.scale)
+    error = np.abs(np.asarray(quantized.dequantize(result)) - matrix)
+    assert (error <= np.maximum(np.abs(matrix) / 16, scale * 2**-10) * (1 + 1e-5)).all()
     clipped = np.clip(matrix / scale, -448, 448)
     expected = clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    np.testing.assert_array_equal(np.asarray(found.values).astype(np.float32), expected)
+    np.testing.assert_array_equal(np.asarray(result.values).astype(np.float32), expected)
 
 
 def test_matrices_are_those_of_attention_and_mlps():
     paths = params.flatten(random_params("molora"))
     chosen = {path for path in paths if params.is_matrix(path)}
-    # encoder: 4 of attention, 3 of the MLP; decoder: 4 of cross-attention more
+    # Encoder: 4 in attention, 3 in the MLP. Decoder: 4 more in cross-attention.
     assert len(chosen) == 7 + 11
     others = {path.rsplit("/", 1)[-1] for path in paths.keys() - chosen}
     assert others == {"scale", "embedding", "rel_embedding", "kernel", "lora_a", "lora_b"}
@@ -95,26 +96,26 @@ def test_matrices_are_those_of_attention_and_mlps():
     assert all("router" in path or path == "decoder/logits_dense/kernel" for path in kernels)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", PEFT_METHODS)
-def test_logits_and_gradients_are_those_of_the_matrices_that_they_stand_for(method, kind):
+@pytest.mark.parametrize(("method", "kind"), zip(PEFT_METHODS, 2 * KINDS, strict=True))
+def test_logits_and_gradients_equal_those_of_dequantized_matrices(method, kind):
     frozen, plain = (
-        params.split(of_tree(random_params(method), kind, made), METHODS[method].trainable)[1]
-        for made in (lambda one: one, quantized.dequantize)
+        params.split(quantize_tree(random_params(method), kind, transform), [ADAPTER])[1]
+        for transform in (lambda matrix: matrix, quantized.dequantize)
     )
-    trainable = params.split(random_params(method), METHODS[method].trainable)[0]
+    trainable = params.split(random_params(method), [ADAPTER])[0]
     logits = [
         forward(method)(params.merge(trainable, half), example_batch()) for half in (frozen, plain)
     ]
     assert largest_difference(*logits) < 1e-5
-    step = functools.partial(steps.loss_and_grads, _model(method), steps.Loss())
-    found, expected = (
-        jax.jit(step)(trainable, half, example_batch())[0] for half in (frozen, plain)
+    grad_fn = jax.jit(functools.partial(steps.loss_and_grads, _model(method), steps.Loss()))
+    actual, expected = (
+        params.flatten(grad_fn(trainable, half, example_batch())[0]) for half in (frozen, plain)
     )
-    for path, gradient in params.flatten(expected).items():
+    for path, gradient in expected.items():
         assert np.abs(gradient).max() > 0
-        # scaled behind the sum in place of before it: routers' gradients cancel what is rounded
-        assert largest_difference(params.flatten(found)[path], gradient) < 5e-5, path
+        # The scale comes after the sum, not before it: the gradients of routers are differences
+        # in which that rounding shows.
+        assert largest_difference(actual[path], gradient) < 5e-5, path
 
 
 def _model(method: str, **settings) -> network.Transformer:
@@ -123,45 +124,44 @@ def _model(method: str, **settings) -> network.Transformer:
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.03), ("float8_e4m3fn", 0.12)])
-def test_logits_are_near_those_of_the_base(kind, bound):
-    """By the largest logit; measured 1.6 % and 7.8 %; bfloat16 activations alone have 1.7 %."""
+def test_logits_are_close_to_those_of_the_base(kind, bound):
+    """Relative to the largest logit: measured 1.6 % and 7.8 %; bfloat16 activations have 1.7 %."""
     batch = example_batch()
     expected = forward("mov")(random_params("mov"), batch)
-    kept = of_tree(random_params("mov"), kind)
-    off = largest_difference(forward("mov")(kept, batch), expected)
-    assert bound / 8 < off < bound
-    assert (
-        largest_difference(forward("mov", dtype="bfloat16")(kept, batch), expected) < bound + 0.02
+    weights = quantize_tree(random_params("mov"), kind)
+    assert bound / 8 < largest_difference(forward("mov")(weights, batch), expected) < bound
+    in_bfloat16 = forward("mov", dtype="bfloat16")(weights, batch)
+    assert largest_difference(in_bfloat16, expected) < bound + 0.02
+
+
+def test_loops_and_rematerialization():
+    """A loop stacks values and scales; int8 and float8 differ in the dtype of the values alone."""
+    depths = {"num_encoder_layers": 1, "num_decoder_layers": 2}
+    plain = _model("mov", **depths)
+    trainable, frozen = params.split(
+        quantize_tree(random_params_of(plain), "int8"), METHODS["mov"].trainable
     )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_loops_and_what_is_computed_again(kind):
-    """A loop stacks values and scales alike."""
-    deep = {"num_encoder_layers": 2, "num_decoder_layers": 3}
-    one = _model("mov", **deep)
-    trainable, frozen = params.split(of_tree(random_params_of(one), kind), METHODS["mov"].trainable)
-    loss = steps.Loss()
-    expected = jax.jit(functools.partial(steps.loss_and_grads, one, loss))(
-        trainable, frozen, example_batch()
-    )[0]
-    loop = _model("mov", **deep, scan_layers=True, remat_policy="minimal")
+    loop = _model("mov", **depths, scan_layers=True, remat_policy="minimal")
     copies = jax.tree.map(jnp.copy, frozen)
     stacked = network.stack_layers(loop, copies, stacks.stack_and_delete)
     kernel = params.flatten(stacked)["decoder/layers/mlp/wo/kernel"]
-    assert kernel.values.shape == (3, 20, 16) and kernel.scale.shape == (3, 16)
+    assert kernel.values.shape == (2, 20, 16) and kernel.scale.shape == (2, 16)
+
+    def grads(model, half):
+        step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
+        return params.flatten(step(trainable, half, example_batch())[0])
+
+    expected = grads(plain, frozen)
     for half in (frozen, stacked):
-        found = jax.jit(functools.partial(steps.loss_and_grads, loop, loss))(
-            trainable, half, example_batch()
-        )[0]
-        for path, gradient in params.flatten(expected).items():
-            assert largest_difference(params.flatten(found)[path], gradient) < 1e-5, path
+        actual = grads(loop, half)
+        for path, gradient in expected.items():
+            assert largest_difference(actual[path], gradient) < 1e-5, path
 
 
-@pytest.mark.parametrize("method", PEFT_METHODS)
-def test_adapters_train_and_nothing_else_moves(method):
+@pytest.mark.parametrize("method", ["mov", "lora"])
+def test_only_adapters_change_in_training(method):
     trainable, frozen = params.split(
-        of_tree(random_params(method), "int8"), METHODS[method].trainable
+        quantize_tree(random_params(method), "int8"), METHODS[method].trainable
     )
     optimizer = optax.sgd(0.02)
     before = jax.tree.map(np.array, (trainable, frozen))
@@ -189,88 +189,93 @@ def base_path(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_base_is_quantized_from_what_is_stored(base_path, kind, dtype):
+def test_a_base_is_quantized_from_stored_values(base_path, kind, dtype):
     transformer = network.Transformer(dataclasses.replace(CONFIG, dtype=dtype))
     plain, identity = models.load_base(transformer, base_path, 0)
-    found, kept_as = models.load_base(transformer, base_path, 0, frozen_dtype=kind)
-    assert kept_as == identity  # its fingerprint too: it is the same base
-    expected = of_tree(random_params("full"), kind)
-    for path, leaf in params.flatten(found).items():
-        want = params.flatten(expected)[path]
+    loaded, loaded_identity = models.load_base(transformer, base_path, 0, frozen_dtype=kind)
+    assert loaded_identity == identity  # its fingerprint too: it is the same base
+    expected = quantize_tree(random_params("full"), kind)
+    for path, leaf in params.flatten(loaded).items():
+        matrix = params.flatten(expected)[path]
         if params.is_matrix(path):
-            assert leaf.dtype == kind and leaf.shape == want.shape and leaf.size == want.size
-            jax.tree.map(np.testing.assert_array_equal, leaf, want)
+            assert leaf.dtype == kind and leaf.shape == matrix.shape and leaf.size == matrix.size
+            jax.tree.map(np.testing.assert_array_equal, leaf, matrix)
         else:
             assert leaf.dtype == params.flatten(plain)[path].dtype
             np.testing.assert_array_equal(leaf, params.flatten(plain)[path])
 
 
 def test_one_matrix_at_a_time_is_float32(base_path, monkeypatch):
-    """The sizes are those of the matrices alone: what was read before has gone."""
+    """Counts live arrays of the matrices' shapes whenever a matrix is quantized."""
     shapes = {(16, 12), (12, 16), (16, 20), (20, 16)}
     alive = []
     quantize = quantized.quantize
 
-    def watched(matrix, dtype):
-        alive.append(
-            sum(one.shape in shapes and one.dtype == jnp.float32 for one in jax.live_arrays())
-        )
+    def count_alive():
+        return sum(a.shape in shapes and a.dtype == jnp.float32 for a in jax.live_arrays())
+
+    def count_and_quantize(matrix, dtype):
+        alive.append(count_alive())
         return quantize(matrix, dtype)
 
-    before = sum(one.shape in shapes and one.dtype == jnp.float32 for one in jax.live_arrays())
-    monkeypatch.setattr(quantized, "quantize", watched)
+    before = count_alive()
+    monkeypatch.setattr(quantized, "quantize", count_and_quantize)
     for path in (base_path, None):
-        kept = models.load_base(network.Transformer(CONFIG), path, 0, frozen_dtype="int8")
-        assert kept
+        # Bound to a name: an array that is not referenced is not alive.
+        base = models.load_base(network.Transformer(CONFIG), path, 0, frozen_dtype="int8")
+        assert base
     assert len(alive) == 36 and max(alive) - before <= 1
 
 
-def test_a_random_base_is_the_same_one():
+def test_a_random_base_has_the_same_identity():
     transformer = network.Transformer(CONFIG)
     plain, identity = models.load_base(transformer, None, 3)
-    found, kept_as = models.load_base(transformer, None, 3, frozen_dtype="int8")
-    assert kept_as == identity and identity["fingerprint"] == params.fingerprint(plain)
-    jax.tree.map(np.testing.assert_array_equal, found, of_tree(plain, "int8"))
+    loaded, loaded_identity = models.load_base(transformer, None, 3, frozen_dtype="int8")
+    assert loaded_identity == identity and identity["fingerprint"] == params.fingerprint(plain)
+    jax.tree.map(np.testing.assert_array_equal, loaded, quantize_tree(plain, "int8"))
 
 
-def test_what_trains_stays_float32(base_path):
+def test_trainable_parameters_stay_float32(base_path):
     wo = "encoder/layers_0/mlp/wo/kernel"
-    found, _ = models.load_base(
+    loaded, _ = models.load_base(
         network.Transformer(CONFIG), base_path, 0, wo.__eq__, frozen_dtype="int8"
     )
-    assert params.flatten(found)[wo].dtype == jnp.float32
-    assert params.flatten(found)[wo.replace("encoder", "decoder")].dtype == jnp.int8
+    assert params.flatten(loaded)[wo].dtype == jnp.float32
+    assert params.flatten(loaded)[wo.replace("encoder", "decoder")].dtype == jnp.int8
 
 
 @pytest.mark.parametrize("from_file", [True, False])
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_it_lies_as_the_matrix_lies(base_path, from_file, fsdp):
-    """Over two devices: values as the matrix, scales as its last axis; not a bit is another."""
+def test_sharding_is_that_of_the_matrix(base_path, from_file, fsdp):
+    """On two devices values are sharded as the matrix, scales as its last axis; bits are equal."""
     model_parallelism = 1 if fsdp else 2
     mesh, rules = partitioning.make_mesh(model_parallelism), partitioning.axis_rules(fsdp)
     transformer = _model("full")
     shapes = params.flatten(network.param_shapes(transformer))
-    lies = partitioning.param_shardings(mesh, rules, network.param_axes(transformer), shapes)
+    shardings = partitioning.param_shardings(mesh, rules, network.param_axes(transformer), shapes)
     path = base_path if from_file else None
-    spread, identity = models.load_base(transformer, path, 0, shardings=lies, frozen_dtype="int8")
+    sharded, identity = models.load_base(
+        transformer, path, 0, shardings=shardings, frozen_dtype="int8"
+    )
     whole, expected = models.load_base(transformer, path, 0, frozen_dtype="int8")
     assert identity == expected
-    jax.tree.map(np.testing.assert_array_equal, spread, whole)
-    wi = params.flatten(spread)["encoder/layers_0/mlp/wi_0/kernel"]  # [D, F]
-    assert wi.values.sharding == lies["encoder/layers_0/mlp/wi_0/kernel"]
+    jax.tree.map(np.testing.assert_array_equal, sharded, whole)
+    wi = params.flatten(sharded)["encoder/layers_0/mlp/wi_0/kernel"]  # [D, F]
+    assert wi.values.sharding == shardings["encoder/layers_0/mlp/wi_0/kernel"]
     # [16, 20] over two: F by model parallelism, D by FSDP
     half = ((8, 20), (20,)) if fsdp else ((16, 10), (10,))
     shards = (wi.values.addressable_shards[0], wi.scale.addressable_shards[0])
     assert tuple(shard.data.shape for shard in shards) == half
+    if not from_file:
+        return  # arrays and shardings are equal, so the loss need not be computed again
     batch = example_batch()
     with partitioning.use_mesh(mesh, rules):
-        found = steps.make_eval_step(transformer, steps.Loss())({}, spread, batch)
-    alone = steps.make_eval_step(transformer, steps.Loss())({}, whole, batch)
-    np.testing.assert_allclose(found["nll"], alone["nll"], rtol=1e-6)
+        actual = steps.make_eval_step(transformer, steps.Loss())({}, sharded, batch)
+    expected = steps.make_eval_step(transformer, steps.Loss())({}, whole, batch)
+    np.testing.assert_allclose(actual["nll"], expected["nll"], rtol=1e-6)
 
 
-def test_a_plan_counts_their_bytes():
-    """Of 12 [out] scales and 2,496 values, beside embedding, norms, logits and biases."""
+def test_a_plan_counts_the_bytes_of_quantized_matrices():
 
     def frozen(dtype: str, **settings) -> int:
         model = _model("mov", dtype="bfloat16", **settings)
@@ -287,7 +292,7 @@ def test_a_plan_counts_their_bytes():
     }
     values = sum(rows * columns for rows, columns in matrices.values())
     scales = sum(columns for _, columns in matrices.values())
-    # two bytes a value before, one now, and four a scale
+    # Two bytes a value in bfloat16; one in int8, and four for each scale.
     assert frozen("activations") - frozen("int8") == values - 4 * scales
     assert frozen("int8") == frozen("float8_e4m3fn") == frozen("int8", scan_layers=True)
 
@@ -338,7 +343,7 @@ def trained(folder: pathlib.Path, method: str, model_dir: pathlib.Path, **macros
     )
 
 
-def test_a_run_says_how_its_base_was_kept_and_is_evaluated_so(folder, tmp_path, capsys):
+def test_a_run_records_its_frozen_dtype_and_is_evaluated_with_it(folder, tmp_path, capsys):
     run = tmp_path / "run"
     assert trained(folder, "lora", run) == 0
     assert "matrices     int8 (frozen)" in capsys.readouterr().out
@@ -347,22 +352,22 @@ def test_a_run_says_how_its_base_was_kept_and_is_evaluated_so(folder, tmp_path, 
     stored = base_lib.open_base(folder / "base.safetensors")
     assert recorded["fingerprint"] == stored.fingerprint()
 
-    # going on otherwise is refused
+    # resuming with another type is an error
     assert trained(folder, "lora", run, TRAIN_STEPS=3, FROZEN_DTYPE="activations") == 1
     says = "FROZEN_DTYPE 'int8', expected the same to go on, found 'activations'"
     assert says in capsys.readouterr().err
 
-    # bit for bit what was read before the training
+    # bit for bit as read before training
     matrix = "encoder/layers_0/mlp/wo/kernel"
-    kept = params.flatten(models.open_model(str(run)).load())
+    loaded = params.flatten(models.open_model(str(run)).load())
     expected = quantized.quantize(jnp.asarray(stored.arrays[matrix].read()), "int8")
-    jax.tree.map(np.testing.assert_array_equal, kept[matrix], expected)
+    jax.tree.map(np.testing.assert_array_equal, loaded[matrix], expected)
     opened = models.open_models(str(run), frozen_dtype="activations")[0]
     assert params.flatten(opened.load())[matrix].dtype == jnp.float32
 
-    handed_on = tmp_path / "adapter"
-    assert convert.main(["adapter", str(run), str(handed_on)]) == 0
-    assert models.open_model(str(handed_on)).frozen_dtype == "int8"
+    adapter = tmp_path / "adapter"
+    assert convert.main(["adapter", str(run), str(adapter)]) == 0
+    assert models.open_model(str(adapter)).frozen_dtype == "int8"
     merged = tmp_path / "merged.safetensors"
     assert convert.main(["base", str(run), str(merged)]) == 0
     assert "was trained with its base kept in int8: what is written" in capsys.readouterr().out
@@ -371,8 +376,8 @@ def test_a_run_says_how_its_base_was_kept_and_is_evaluated_so(folder, tmp_path, 
     np.testing.assert_array_equal(written, stored.arrays[untouched].read())
 
     def evaluated(name: str, **macros) -> dict:
-        given = {"CHECKPOINT_PATH": run, "EVAL_OUTPUT_DIR": tmp_path / name, **macros}
-        argv = ["--gin_file=runs/evaluate.gin", *flags(folder, **given)]
+        settings = {"CHECKPOINT_PATH": run, "EVAL_OUTPUT_DIR": tmp_path / name, **macros}
+        argv = ["--gin_file=runs/evaluate.gin", *flags(folder, **settings)]
         assert evaluate.main(argv) == 0
         assert "(frozen" in (tmp_path / name / "results.md").read_text() or "act" in name
         return json.loads((tmp_path / name / "results.json").read_text())["runs"][0]
@@ -383,16 +388,16 @@ def test_a_run_says_how_its_base_was_kept_and_is_evaluated_so(folder, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("method", "frozen_dtype", "says"),
+    ("method", "frozen_dtype", "message"),
     [
         ("full", "int8", "FROZEN_DTYPE 'int8': full trains all matrices: expected 'activations'"),
         ("mov", "int4", "FROZEN_DTYPE must be one of ['activations', 'int8', 'float8_e4m3fn']"),
     ],
 )
-def test_what_cannot_be_is_one_line(folder, tmp_path, capsys, method, frozen_dtype, says):
+def test_wrong_settings(folder, tmp_path, capsys, method, frozen_dtype, message):
     assert trained(folder, method, tmp_path / "run", FROZEN_DTYPE=frozen_dtype) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {says}") and error.count("\n") == 1
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

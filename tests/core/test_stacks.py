@@ -1,4 +1,4 @@
-"""Stacks as loops and with activations computed again: the same results, states and checkpoints."""
+"""Stacks as loops and with rematerialization: the same results, states and checkpoints."""
 
 import dataclasses
 import functools
@@ -23,33 +23,34 @@ from pemoe_jax.core.adapters import Adapters, VectorExperts
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
 
-# stacks of different depths: layers of one cannot pass for the other's
+# Different depths, so that the layers of one stack cannot be taken for the other's.
 DEEP = dataclasses.replace(CONFIG, num_encoder_layers=2, num_decoder_layers=3)
 SLOW = pytest.mark.slow
+# (scan_layers, remat_policy)
 UNROLLED = (False, "none")
-WAYS = [(False, "minimal"), (False, "full"), (True, "none"), (True, "minimal"), (True, "full")]
+FORMS = [(False, "minimal"), (False, "full"), (True, "none"), (True, "minimal"), (True, "full")]
 
 
-def deep(method: str, way=UNROLLED, adapters: Adapters | None = None, **settings):
-    scan, remat = way
+def deep(method: str, form=UNROLLED, adapters: Adapters | None = None, **settings):
+    scan, remat = form
     config = dataclasses.replace(DEEP, scan_layers=scan, remat_policy=remat, **settings)
     return network.Transformer(config, adapters or METHODS[method].adapters())
 
 
 @functools.cache
 def halves(method: str):
-    """(trainable, frozen), random."""
+    """Random (trainable, frozen) parameters."""
     return params.split(random_params_of(deep(method)), METHODS[method].trainable)
 
 
 def packed_batch() -> dict[str, np.ndarray]:
-    """Two rows, four sequences each."""
+    """Two rows of four sequences each."""
     rows = [pack(example_batch(seed=seed)) for seed in (0, 1)]
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 def run(model, trainable, frozen, rng=None, microbatches=2, batch=None):
-    """(gradients by path, metrics) of a packed batch in two pieces."""
+    """Returns (gradients by path, metrics) of a packed batch in two microbatches."""
     batch = packed_batch() if batch is None else batch
     grads, metrics = _step(model, microbatches, trainable, frozen, batch, rng)
     return params.flatten(grads), metrics
@@ -67,25 +68,20 @@ def unrolled(method: str, dropout_rate: float = 0.0):
     return run(deep(method, dropout_rate=dropout_rate), *halves(method), rng)
 
 
-def assert_same(found, expected, tolerance: float = 1e-5) -> None:
-    """Gradients and metrics, each array by its largest value."""
-    assert found[0].keys() == expected[0].keys()
+def assert_same(actual, expected, tolerance: float = 1e-5) -> None:
+    """Compares gradients and metrics, relative to the largest value of each array."""
+    assert actual[0].keys() == expected[0].keys()
     for path, gradient in expected[0].items():
-        assert largest_difference(found[0][path], gradient) < tolerance, path
-    assert found[1].keys() == expected[1].keys()
+        assert largest_difference(actual[0][path], gradient) < tolerance, path
+    assert actual[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
-        np.testing.assert_allclose(found[1][name], value, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(actual[1][name], value, rtol=tolerance, atol=tolerance)
 
 
-FAST = [
-    ("mov", (False, "full")),
-    ("mov", (True, "none")),
-    ("molora", (True, "minimal")),
-    ("full", (True, "full")),
-]
-# every way with MoV, every method in one way at least: ways are of layers, whatever is in them
+FAST = [("mov", (False, "full")), ("mov", (True, "none")), ("full", (True, "full"))]
+# Every form with MoV and every method in a form: forms do not depend on what a layer contains.
 CASES = [
-    *(("mov", way) for way in WAYS),
+    *(("mov", form) for form in FORMS),
     ("molora", (True, "minimal")),
     ("molora", (False, "minimal")),
     ("full", (True, "full")),
@@ -95,49 +91,49 @@ CASES = [
 ]
 
 
-def case(method: str, way: tuple[bool, str]):
-    marks = () if (method, way) in FAST else SLOW
-    name = f"{method}-{'scan' if way[0] else 'layers'}-{way[1]}"
-    return pytest.param(method, way, marks=marks, id=name)
+def case(method: str, form: tuple[bool, str]):
+    marks = () if (method, form) in FAST else SLOW
+    name = f"{method}-{'scan' if form[0] else 'layers'}-{form[1]}"
+    return pytest.param(method, form, marks=marks, id=name)
 
 
-@pytest.mark.parametrize(("method", "way"), [case(*one) for one in CASES])
-def test_equals_the_unrolled_form(method, way):
-    """Loss, gradients and each router's statistics, of packed rows in two pieces."""
-    found = run(deep(method, way), *halves(method))
-    assert_same(found, unrolled(method))
-    if METHODS[method].routed:  # a router's row is its own: all differ
-        rows = np.asarray(found[1]["routers"])
+@pytest.mark.parametrize(("method", "form"), [case(*each) for each in CASES])
+def test_equals_the_unrolled_form(method, form):
+    """Loss, gradients and each router's statistics, with packed rows and two microbatches."""
+    actual = run(deep(method, form), *halves(method))
+    assert_same(actual, unrolled(method))
+    if METHODS[method].routed:  # each router has its own row
+        rows = np.asarray(actual[1]["routers"])
         assert len({tuple(row) for row in rows.round(6).tolist()}) == len(rows) > 10
 
 
-@pytest.mark.parametrize("way", [pytest.param((False, "full"), marks=SLOW), (True, "minimal")])
-def test_losses_of_routers_reach_the_parameters(way):
-    """Balance and z-losses of top-2 routers, whose gradients come by the routers' statistics."""
+@pytest.mark.parametrize("form", [pytest.param((False, "full"), marks=SLOW), (True, "minimal")])
+def test_router_losses_reach_the_parameters(form):
+    """Balance and z-losses of top-2 routers; their gradients pass through the statistics."""
     router = functools.partial(Router, top_k=2, balance_loss=0.1, z_loss=0.01)
     expert = functools.partial(VectorExperts, num_experts=3, router=router)
     adapters = Adapters(key=expert, gate=expert)
     trainable, frozen = params.split(
         random_params_of(deep("mov", adapters=adapters)), METHODS["mov"].trainable
     )
-    found, expected = (
-        run(deep("mov", one, adapters), trainable, frozen, microbatches=1)
-        for one in (way, UNROLLED)
+    actual, expected = (
+        run(deep("mov", each, adapters), trainable, frozen, microbatches=1)
+        for each in (form, UNROLLED)
     )
-    assert_same(found, expected)
+    assert_same(actual, expected)
     objective = np.asarray(expected[1]["routers"])[:, -1]
     assert (objective > 0.1).all()
 
 
 @SLOW
-def test_bfloat16_is_as_near_to_float32():
-    """Both forms round, at other places: all gradients together are 5 to 7 % from float32's."""
+def test_bfloat16_is_as_close_to_float32():
+    """Both forms round, in different places: the gradients are 5 to 7 % from float32's."""
     exact, _ = unrolled("mov")
     size = np.sqrt(sum(np.sum(np.square(gradient)) for gradient in exact.values()))
     distances, losses = [], []
-    for way in (UNROLLED, (True, "minimal")):
-        found, metrics = run(deep("mov", way, dtype="bfloat16"), *halves("mov"))
-        squares = sum(np.sum(np.square(found[path] - exact[path])) for path in exact)
+    for form in (UNROLLED, (True, "minimal")):
+        grads, metrics = run(deep("mov", form, dtype="bfloat16"), *halves("mov"))
+        squares = sum(np.sum(np.square(grads[path] - exact[path])) for path in exact)
         distances.append(np.sqrt(squares) / size)
         losses.append(float(metrics["loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
@@ -145,35 +141,35 @@ def test_bfloat16_is_as_near_to_float32():
 
 
 def test_dropout():
-    """Computed again the masks are the same; in a loop they are others."""
+    """Rematerialization repeats the masks; a loop draws other masks."""
     rng = jax.random.key(0)
     assert_same(
-        run(deep("mov", (False, "full"), dropout_rate=0.2), *halves("mov"), rng),
-        unrolled("mov", 0.2),
+        run(deep("ia3", (False, "full"), dropout_rate=0.2), *halves("ia3"), rng),
+        unrolled("ia3", 0.2),
     )
-    loop = deep("mov", (True, "full"), dropout_rate=0.2)
-    _, first = run(loop, *halves("mov"), rng)
-    _, again = run(loop, *halves("mov"), rng)
-    _, other = run(loop, *halves("mov"), jax.random.key(1))
-    losses = [float(one["loss"]) for one in (first, again, other, unrolled("mov", 0.2)[1])]
+    loop = deep("ia3", (True, "full"), dropout_rate=0.2)
+    losses = [
+        float(run(loop, *halves("ia3"), key)[1]["loss"]) for key in (rng, rng, jax.random.key(1))
+    ]
+    losses.append(float(unrolled("ia3", 0.2)[1]["loss"]))
     assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
 @SLOW
-def test_layers_of_a_loop_draw_masks_of_their_own():
-    """Layers alike that add nothing to what passes: noise alone tells their routers apart."""
+def test_layers_of_a_loop_draw_different_masks():
+    """With equal layers that add nothing to the residual, only noise makes routers differ."""
     router = functools.partial(Router, jitter_noise=0.5)
     expert = functools.partial(VectorExperts, num_experts=3, router=router)
     model = deep("mov", (True, "none"), Adapters(gate=expert), dropout_rate=0.1)
     whole = params.flatten(random_params_of(model))
-    alike = {
+    equal_layers = {
         path: whole[path.replace("layers_1", "layers_0").replace("layers_2", "layers_0")]
         * (0 if path.endswith(("out/kernel", "wo/kernel")) else 1)
         for path in whole
     }
-    trainable, frozen = params.split(params.unflatten(alike), METHODS["mov"].trainable)
-    _, told = run(model, trainable, frozen, jax.random.key(0), microbatches=1)
-    entropies = np.asarray(told["routers"])[:, 0]
+    trainable, frozen = params.split(params.unflatten(equal_layers), METHODS["mov"].trainable)
+    _, metrics = run(model, trainable, frozen, jax.random.key(0), microbatches=1)
+    entropies = np.asarray(metrics["routers"])[:, 0]
     assert len(set(entropies.round(6).tolist())) == 5
 
 
@@ -181,7 +177,7 @@ def test_layers_of_a_loop_draw_masks_of_their_own():
 
 
 def test_frozen_parameters_are_stacked_once():
-    """[N, …] under 'layers'; what trains in part stays; the arrays that were joined are gone."""
+    """[N, …] under 'layers', except where some layers train; the stacked arrays are deleted."""
     model = deep("mov", (True, "none"))
     whole = jax.tree.map(jnp.array, random_params_of(model))
     _, frozen = params.split(whole, [r"encoder/layers_1/mlp/.*", r"decoder/.*_adapter/.*"])
@@ -190,8 +186,9 @@ def test_frozen_parameters_are_stacked_once():
         np.asarray(flat[f"decoder/layers_{i}/self_attention/query/kernel"]) for i in range(3)
     ]
     stacked = params.flatten(network.stack_layers(model, frozen, stacks.stack_and_delete))
-    found = stacked["decoder/layers/self_attention/query/kernel"]
-    np.testing.assert_array_equal(found, np.stack(queries))
+    np.testing.assert_array_equal(
+        stacked["decoder/layers/self_attention/query/kernel"], np.stack(queries)
+    )
     assert stacked["encoder/layers/attention/query/kernel"].shape == (2, 16, 12)
     assert stacked["encoder/layers_0/mlp/wo/kernel"] is flat["encoder/layers_0/mlp/wo/kernel"]
     assert params.count(stacked) == params.count(frozen)
@@ -200,11 +197,10 @@ def test_frozen_parameters_are_stacked_once():
     abstract = params.flatten(
         network.stack_layers(model, params.unflatten(stacked), stacks.stack_abstract)
     )
-    assert abstract.keys() == stacked.keys()  # nothing is left to stack
+    assert abstract.keys() == stacked.keys()  # stacking again changes nothing
 
 
-def test_stacked_and_unrolled_parameters_give_the_same():
-    """As a run stacks them, and with a part of a stack that trains."""
+def test_stacked_parameters_equal_unrolled_ones():
     model = deep("mov", (True, "minimal"))
     trainable, frozen = halves("mov")
     copied = jax.tree.map(jnp.array, frozen)
@@ -213,15 +209,15 @@ def test_stacked_and_unrolled_parameters_give_the_same():
 
 
 def test_quantized_matrices_are_stacked():
-    """Values and scales each by themselves; beside one that trains they are widened."""
+    """Values and scales are stacked; with a trainable matrix in a layer, all are float32."""
     matrix = jnp.asarray([[127.0, -2.0], [3.0, 4.0]])  # scales 1 and 4 / 127
-    kept = quantized.quantize(matrix, "int8")
-    layers = {"layers_0": {"kernel": kept}, "layers_1": {"kernel": kept}}
+    quantized_matrix = quantized.quantize(matrix, "int8")
+    layers = {f"layers_{i}": {"kernel": quantized_matrix} for i in (0, 1)}
     both = stacks.stack_layers(layers, lambda _: 2)["layers"]["kernel"]
     assert both.values.shape == (2, 2, 2) and both.scale.shape == (2, 2)
     layers["layers_1"] = {"kernel": matrix}
     mixed = stacks.stack_layers(layers, lambda _: 2)["layers"]["kernel"]
-    np.testing.assert_array_equal(mixed, np.stack([quantized.dequantize(kept), matrix]))
+    np.testing.assert_array_equal(mixed, np.stack([quantized.dequantize(quantized_matrix), matrix]))
     np.testing.assert_allclose(mixed[0], mixed[1], atol=0.02)
 
 
@@ -235,13 +231,16 @@ def test_a_part_of_a_stack_trains():
 
 
 def test_init_and_decoding_are_unrolled():
-    """A loop's model is made with the same tree and values, and fills the same caches."""
-    loop, plain = deep("mov", (True, "full")), deep("mov")
+    """A model with scan_layers has the same initial parameters, and fills the same caches."""
+    loop, plain = deep("ia3", (True, "full")), deep("ia3")
     tokens = jnp.ones((1, 4), jnp.int32)
-    made = [model.init(jax.random.key(0), tokens, tokens, tokens) for model in (loop, plain)]
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *made))
+    initial = [
+        jax.jit(model.init)(jax.random.key(0), tokens, tokens, tokens) for model in (loop, plain)
+    ]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *initial))
     weights = random_params_of(plain)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def decode(model):
         encoded = model.apply({"params": weights}, tokens, enable_dropout=False, method="encode")
         return model.apply(
@@ -256,8 +255,8 @@ def test_init_and_decoding_are_unrolled():
 # --- on a mesh, and memory ---
 
 
-def planned_step(way, method="mov", layers=4, dtype="float32"):
-    scan, remat = way
+def planned_step(form, method="mov", layers=4, dtype="float32"):
+    scan, remat = form
     config = dataclasses.replace(
         CONFIG,
         num_encoder_layers=layers,
@@ -273,7 +272,7 @@ def planned_step(way, method="mov", layers=4, dtype="float32"):
 
 
 def test_shapes_of_a_planned_loop():
-    """Frozen parameters lie stacked, the axis of layers whole; states and bytes are as ever."""
+    """Frozen parameters are stacked, with the new axis replicated; states stay the same."""
     mesh = partitioning.make_mesh(2)
     loop, plain = (
         compiled_step.abstract_arguments(planned_step((s, "none")), mesh) for s in (True, False)
@@ -288,7 +287,7 @@ def test_shapes_of_a_planned_loop():
 
 
 def test_a_loop_keeps_no_copy_of_its_weights():
-    """Nothing of the shape of stacked weights is written into, as residuals of the loop are."""
+    """No array with the shape of stacked weights is written, as residuals of the loop are."""
     text = compiled_step.compile_step(
         planned_step((True, "none")), partitioning.make_mesh(2)
     ).as_text()
@@ -299,7 +298,7 @@ def test_a_loop_keeps_no_copy_of_its_weights():
 
 @pytest.mark.parametrize("scan", [pytest.param(False, marks=SLOW), True])
 def test_memory_of_activations_falls(scan):
-    """Policies in the order of what they keep; the whole without remat at least twice the least."""
+    """none > minimal > full; and none takes at least twice as much as full."""
     mesh = partitioning.make_mesh(1, jax.devices()[:1])
     none, minimal, full = (
         compiled_step.compile_step(planned_step((scan, policy)), mesh)
@@ -314,24 +313,25 @@ def test_memory_of_activations_falls(scan):
     "kind", [*(pytest.param(k, marks=SLOW) for k in ("data", "model")), "fsdp"]
 )
 def test_training_on_a_mesh(kind):
-    """Two steps of a loop on two devices are those of the unrolled form on one."""
+    """Two steps of a loop on two devices equal those of the unrolled form on one device."""
     optimizer = optax.sgd(1e-3, momentum=0.9)
 
     def trained(model, mesh, rules):
         axes, shapes = network.param_axes(model), params.flatten(network.param_shapes(model))
-        lies = partitioning.param_shardings(mesh, rules, axes, shapes)
+        shardings = partitioning.param_shardings(mesh, rules, axes, shapes)
         trainable, frozen = (jax.tree.map(np.asarray, half) for half in halves("mov"))
         state = steps.TrainState.create(trainable, optimizer)
-        of_state = partitioning.state_shardings(jax.eval_shape(lambda: state), lies, mesh)
-        state = partitioning.device_put(state, of_state)
-        of_frozen = params.unflatten({path: lies[path] for path in params.flatten(frozen)})
-        frozen = partitioning.device_put(frozen, of_frozen)
+        abstract = jax.eval_shape(lambda: state)
+        state_shardings = partitioning.state_shardings(abstract, shardings, mesh)
+        state = partitioning.device_put(state, state_shardings)
+        frozen_shardings = {path: shardings[path] for path in params.flatten(frozen)}
+        frozen = partitioning.device_put(frozen, params.unflatten(frozen_shardings))
         if model.config.scan_layers:
             frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
             kernel = frozen["encoder"]["layers"]["mlp"]["wo"]["kernel"]
-            of_layer = lies["encoder/layers_0/mlp/wo/kernel"].spec
-            assert tuple(kernel.sharding.spec) == (None, *of_layer)
-        step = steps.make_train_step(model, optimizer, steps.Loss(), state_sharding=of_state)
+            layer_spec = shardings["encoder/layers_0/mlp/wo/kernel"].spec
+            assert tuple(kernel.sharding.spec) == (None, *layer_spec)
+        step = steps.make_train_step(model, optimizer, steps.Loss(), state_sharding=state_shardings)
         losses = []
         with partitioning.use_mesh(mesh, rules):
             for _ in range(2):
@@ -340,28 +340,28 @@ def test_training_on_a_mesh(kind):
                 losses.append(float(metrics["loss"]))
         return losses, jax.tree.map(np.asarray, state.params)
 
-    one = partitioning.make_mesh(1, jax.devices()[:1])
-    expected = trained(deep("mov"), one, partitioning.axis_rules())
+    one_device = partitioning.make_mesh(1, jax.devices()[:1])
+    expected = trained(deep("mov"), one_device, partitioning.axis_rules())
     mesh = partitioning.make_mesh(2 if kind == "model" else 1)
     rules = partitioning.axis_rules(kind == "fsdp")
-    losses, found = trained(deep("mov", (True, "minimal")), mesh, rules)
+    losses, state_params = trained(deep("mov", (True, "minimal")), mesh, rules)
     np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected[1]), strict=True):
+    for a, b in zip(jax.tree.leaves(state_params), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 # --- settings ---
 
 
-def test_how_a_step_is_computed_is_no_part_of_what_the_model_is():
-    """So a run goes on in another form, and evaluation knows nothing of it."""
+def test_execution_fields_are_not_part_of_the_model():
+    """So a run may resume in another form, and evaluation does not depend on it."""
     loop = dataclasses.replace(DEEP, scan_layers=True, remat_policy="full")
     assert loop.as_dict() == DEEP.as_dict()
     assert network.T5Config(**loop.as_dict()) == DEEP
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"scan_layers": 1}, "SCAN_LAYERS must be True or False, got 1"),
         (
@@ -371,6 +371,6 @@ def test_how_a_step_is_computed_is_no_part_of_what_the_model_is():
         ({"remat_policy": None}, "REMAT_POLICY must be one of .*, got None"),
     ],
 )
-def test_wrong_settings(settings, says):
-    with pytest.raises(InputError, match=says):
+def test_wrong_settings(settings, message):
+    with pytest.raises(InputError, match=message):
         dataclasses.replace(DEEP, **settings)

@@ -1,12 +1,13 @@
-"""Tests inside T5X: skipped, with a reason, where it is absent; `make test-t5x` runs them."""
+"""Tests inside T5X, skipped if it is not installed; `make test-t5x` runs them."""
 
 import importlib.util
 import pathlib
 
 import pytest
 
-_found = importlib.util.find_spec("t5x")
-ABSENT = _found is None or _found.origin is None  # this folder has its name, and is no package
+_spec = importlib.util.find_spec("t5x")
+# Without an origin it is a namespace package: any folder called t5x.
+ABSENT = _spec is None or _spec.origin is None
 HERE = pathlib.Path(__file__).parent
 
 

@@ -1,4 +1,4 @@
-"""T5X's programs and ours in this process, by the gin files as shipped and flags as users give."""
+"""Runs T5X's and this package's programs in the process, with the gin files and users' flags."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ DIMENSIONS = {
 
 
 def bindings(settings: dict) -> list[str]:
-    """Lines of gin, in which Python's values and references (`@…`) are written as they are."""
+    """Returns gin bindings of Python values and references (`@…`)."""
     return [
         f"{name} = {value if str(value).startswith('@') else repr(value)}"
         for name, value in settings.items()
@@ -29,7 +29,7 @@ def bindings(settings: dict) -> list[str]:
 
 
 def t5x(program: str, files: list[str], **settings):
-    """What `python -m t5x.<program>` returns: `train` (step, state), `eval` and `infer` nothing."""
+    """Runs `python -m t5x.<program>`; returns (step, state) for `train`, else None."""
     import gin
     from t5x import gin_utils
 
@@ -49,34 +49,34 @@ def t5x(program: str, files: list[str], **settings):
 
 
 def ours(command: str, files: list[str], **settings) -> None:
-    """`python -m pemoe_jax.<command>`, which must succeed."""
+    """Runs `python -m pemoe_jax.<command>`, which must succeed."""
     main = importlib.import_module(f"pemoe_jax.{command}").main
     flags = [f"--gin_file={file}" for file in files]
     assert main([*flags, *(f"--gin_bindings={line}" for line in bindings(settings))]) == 0
 
 
 def logged(folder: pathlib.Path, collection: str = "train") -> dict[int, dict[str, float]]:
-    """Step -> scalars by name, of TensorBoard's files in the order in which they were written."""
+    """Returns step -> scalars by name, from TensorBoard's files in the order of writing."""
     import tensorflow as tf
 
-    found: dict[int, dict[str, float]] = {}
+    scalars: dict[int, dict[str, float]] = {}
     for file in sorted((folder / collection).glob("events.*")):
         for event in tf.compat.v1.train.summary_iterator(str(file)):
             for value in event.summary.value:
                 array = tf.make_ndarray(value.tensor)
                 if array.dtype != object:
-                    found.setdefault(event.step, {})[value.tag] = float(array)
-    return {step: scalars for step, scalars in found.items() if "loss" in scalars}
+                    scalars.setdefault(event.step, {})[value.tag] = float(array)
+    return {step: by_name for step, by_name in scalars.items() if "loss" in by_name}
 
 
 def metrics(folder: pathlib.Path) -> dict[int, dict[str, float]]:
-    """Step -> scalars, of our own runner."""
+    """Returns step -> scalars of `pemoe train`."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row for row in rows if "train/loss" in row}
 
 
 def flat(tree) -> dict[str, np.ndarray]:
-    """Path -> numpy array."""
+    """Returns path -> numpy array."""
     from pemoe_jax.core import params
 
     return {path: np.asarray(leaf) for path, leaf in params.flatten(tree).items()}

@@ -1,4 +1,4 @@
-"""`python -m pemoe_jax.t5x_bridge`: plain words, wherever T5X is and wherever it is not."""
+"""`python -m pemoe_jax.t5x_bridge`, with and without T5X."""
 
 import importlib.util
 import pathlib
@@ -19,37 +19,37 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def present(monkeypatch):
-    """Makes chosen packages look installed, and no others of those asked for."""
+    """Makes the named packages of T5X look installed, and the others missing."""
 
-    def make(names):
-        real = importlib.util.find_spec
-        asked = {*installed.EXTRA, *installed.COMMITS}
+    def set_installed(names):
+        find_spec = importlib.util.find_spec
+        checked = {*installed.EXTRA, *installed.COMMITS}
 
         def find(name):
             package = name.split(".")[0]
-            if package not in asked:
-                return real(name)
+            if package not in checked:
+                return find_spec(name)
             return types.SimpleNamespace(origin="somewhere") if package in names else None
 
         monkeypatch.setattr(importlib.util, "find_spec", find)
 
-    return make
+    return set_installed
 
 
-def test_what_is_missing_is_named_with_its_cure(present, capsys):
+def test_missing_packages_are_named_with_the_command_that_installs_them(present, capsys):
     present({*installed.EXTRA, "t5x"} - {"fiddle", "grain"})
     assert command.main(["--check"]) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    lines = told.err.splitlines()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
     assert lines[0].startswith("error: missing: fiddle, grain: pip install ")
     assert "'.[t5x]'" in lines[0]
     assert [line.split()[2] for line in lines[1:]] == ["airio:", "jestimator:"]
     assert all("git+https://github.com/google" in line for line in lines[1:])
 
 
-def test_what_does_not_import_is_named_with_its_cure(present, capsys, monkeypatch):
-    """As the jestimator of PyPI does not."""
+def test_packages_that_do_not_import_are_named(present, capsys, monkeypatch):
+    """Such as the jestimator of PyPI."""
     present({*installed.EXTRA, *installed.COMMITS})
 
     def fail(module):
@@ -61,17 +61,17 @@ def test_what_does_not_import_is_named_with_its_cure(present, capsys, monkeypatc
     assert "jestimator.amos does not import" in line and "PyPI's" in line and "and more" not in line
 
 
-def test_all_is_well(present, capsys, monkeypatch):
+def test_everything_is_installed(present, capsys, monkeypatch):
     present({*installed.EXTRA, *installed.COMMITS})
     monkeypatch.setattr(installed, "_import", lambda module: None)
     monkeypatch.setattr(installed, "_commit", {"t5x": "abc"}.get)
     assert command.main(["--check"]) == 0
-    told = capsys.readouterr()
-    assert told.err == "" and "T5X works: t5x abc" in told.out
-    assert "note: t5x is at commit abc; tested with cc342d4" in told.out
+    captured = capsys.readouterr()
+    assert captured.err == "" and "T5X works: t5x abc" in captured.out
+    assert "note: t5x is at commit abc; tested with cc342d4" in captured.out
 
 
-def test_a_folder_of_its_name_is_no_package(tmp_path, monkeypatch):
+def test_a_folder_with_its_name_is_not_a_package(tmp_path, monkeypatch):
     (tmp_path / "t5x").mkdir()
     (tmp_path / "airio").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -80,7 +80,7 @@ def test_a_folder_of_its_name_is_no_package(tmp_path, monkeypatch):
         assert installed._is_missing(name)
 
 
-def test_commits_are_whole_and_printed_for_pip(capsys):
+def test_full_commits_are_printed_for_pip(capsys):
     assert command.main(["--requirements"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
@@ -88,7 +88,7 @@ def test_commits_are_whole_and_printed_for_pip(capsys):
         assert re.fullmatch(r"\w+ @ git\+https://github\.com/[\w-]+/\w+@[0-9a-f]{40}", line)
 
 
-def test_the_extra_is_what_is_checked():
+def test_the_extra_of_setup_py_is_checked():
     extra = (ROOT / "setup.py").read_text().split('"t5x": [')[1].split("]")[0]
     assert {name.replace("-", "_") for name in re.findall(r'"([\w-]+)"', extra)} == set(
         installed.EXTRA
@@ -96,7 +96,7 @@ def test_the_extra_is_what_is_checked():
 
 
 def test_make_asks_pip_for_both_extras():
-    """A comma in an argument of make's `call` would cut the list after the first."""
+    """A comma in an argument of make's `call` would end the list after the first extra."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     command = ["make", "--dry-run", "t5x-install", "VENV=/no/such"]
@@ -106,7 +106,7 @@ def test_make_asks_pip_for_both_extras():
     assert "--no-deps" in lines[1]
 
 
-def test_names_for_gin_are_told_apart_from_misspellings():
+def test_misspelled_names_for_gin_raise():
     from pemoe_jax import t5x_bridge
 
     with pytest.raises(AttributeError, match="no_such"):

@@ -1,4 +1,4 @@
-"""Runs in T5X beyond the usual: meshes, bfloat16, everything trained, wrong bases, the command."""
+"""Further runs in T5X: meshes, bfloat16, full fine-tuning, wrong base models, the commands."""
 
 import json
 import os
@@ -18,7 +18,7 @@ RUN = {"TRAIN_STEPS": 2, "BATCH_SIZE": 4, "LOG_PERIOD": 1, "LEARNING_RATE": 1e-2
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory) -> dict:
-    """Data, and random weights as the base."""
+    """Settings of the data, with random weights as the base."""
     from jsonl_folder import write_folder, write_vocabulary
 
     folder = tmp_path_factory.mktemp("data")
@@ -40,7 +40,7 @@ def train(model_dir: pathlib.Path, settings: dict, method: list[str] = METHOD):
 
 @pytest.fixture(scope="module")
 def plain(common, tmp_path_factory):
-    """A run on two devices; on CPUs T5X spreads matrices over a process' devices, and no data."""
+    """A run on two devices; on CPUs T5X shards matrices over a process's devices, and no data."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     _, state = train(folder, common)
     kernel = state.params["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
@@ -50,7 +50,7 @@ def plain(common, tmp_path_factory):
 
 @pytest.fixture
 def data_parallel(monkeypatch):
-    """The two devices as they are on an accelerator with MODEL_PARALLELISM 1."""
+    """Makes the mesh of two devices that accelerators have with MODEL_PARALLELISM 1."""
     from t5x import partitioning as t5x_partitioning
 
     from pemoe_jax.core import partitioning
@@ -60,30 +60,30 @@ def data_parallel(monkeypatch):
 
 @pytest.mark.parametrize(("fsdp", "rows"), [(False, 16), (True, 8)])
 def test_meshes(common, plain, tmp_path, data_parallel, fsdp, rows):
-    """Matrices whole on each device, or spread over the data axis: the same run."""
+    """With replicated matrices, and with FSDP, the run is the same."""
     _, state = train(tmp_path / "run", common | {"FSDP": fsdp})
     kernel = state.params["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (rows, 20)
-    found = flat(state.params)
+    actual = flat(state.params)
     for path, array in plain[1].items():
-        np.testing.assert_allclose(found[path], array, rtol=1e-5, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(actual[path], array, rtol=1e-5, atol=1e-6, err_msg=path)
     losses, expected = logged(tmp_path / "run"), logged(plain[0])
     for step in expected:
         assert losses[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5)
 
 
-def test_a_checkpoint_of_one_mesh_goes_on_on_another(common, plain, tmp_path, data_parallel):
+def test_a_run_resumes_on_another_mesh(common, plain, tmp_path, data_parallel):
     folder = shutil.copytree(plain[0], tmp_path / "run")
     step, state = train(folder, common | {"FSDP": True, "TRAIN_STEPS": 3})
     assert step == 3
     frozen = {path: array for path, array in plain[1].items() if "_adapter/" not in path}
-    found = flat(state.params)
+    resumed = flat(state.params)
     for path, array in frozen.items():
-        assert array.tobytes() == found[path].tobytes(), path
+        assert array.tobytes() == resumed[path].tobytes(), path
 
 
-def test_bfloat16_keeps_the_frozen_matrices_in_it(common, tmp_path, data_parallel):
-    """As our own runner: its losses and, of a run that goes on, the same types."""
+def test_frozen_matrices_are_in_bfloat16(common, tmp_path, data_parallel):
+    """The losses are those of `pemoe train`; a resumed run has the same dtypes."""
     settings = common | {"DTYPE": "bfloat16"}
     train(tmp_path / "t5x", settings | {"TRAIN_STEPS": 1})
     _, state = train(tmp_path / "t5x", settings)
@@ -93,38 +93,38 @@ def test_bfloat16_keeps_the_frozen_matrices_in_it(common, tmp_path, data_paralle
     assert adapter["lora_a"].dtype == "float32"
     files = [MODEL, *METHOD, "runs/finetune.gin"]
     ours("train", files, **RUN | settings | {"MODEL_DIR": str(tmp_path / "ours")})
-    found, expected = logged(tmp_path / "t5x"), metrics(tmp_path / "ours")
+    actual, expected = logged(tmp_path / "t5x"), metrics(tmp_path / "ours")
     for step in (1, 2):
-        assert found[step]["loss"] == pytest.approx(expected[step]["train/loss"], rel=1e-6)
+        assert actual[step]["loss"] == pytest.approx(expected[step]["train/loss"], rel=1e-6)
 
 
-def test_the_whole_model_trains_and_goes_on(common, tmp_path):
+def test_full_fine_tuning_resumes(common, tmp_path):
     settings = common | {"OPTIMIZER": "@optim.adamw", "DROPOUT_RATE": 0.1}
     method = ["methods/full.gin"]
     _, whole = train(tmp_path / "whole", settings, method)
     train(tmp_path / "parts", settings | {"TRAIN_STEPS": 1}, method)
     _, parts = train(tmp_path / "parts", settings, method)
-    found = flat(parts.params)
+    resumed = flat(parts.params)
     for path, array in flat(whole.params).items():
-        assert np.array_equal(found[path], array), path
+        assert np.array_equal(resumed[path], array), path
 
 
-def test_the_legacy_format_goes_on_and_is_read(common, plain, tmp_path):
+def test_the_legacy_format_is_resumed_and_read(common, plain, tmp_path):
     from pemoe_jax.checkpoints import t5x_run
 
     settings = common | {"train_script.train.use_orbax": False}
     train(tmp_path / "run", settings | {"TRAIN_STEPS": 1})
     _, state = train(tmp_path / "run", settings)
-    found = flat(state.params)
+    resumed = flat(state.params)
     for path, array in plain[1].items():
-        assert np.array_equal(found[path], array), path
+        assert np.array_equal(resumed[path], array), path
     arrays, _, step = t5x_run.open_trained(tmp_path / "run")
-    assert step == RUN["TRAIN_STEPS"] and arrays.keys() == {p for p in found if "_adapter/" in p}
+    assert step == RUN["TRAIN_STEPS"] and arrays.keys() == {p for p in resumed if "_adapter/" in p}
     for path, array in arrays.items():
-        assert np.array_equal(array.read(), found[path]), path
+        assert np.array_equal(array.read(), resumed[path]), path
 
 
-def test_microbatches_and_evaluation_on_the_way(common, tmp_path):
+def test_microbatches_and_evaluation_during_training(common, tmp_path):
     more = {
         "MICROBATCHES": 2,
         "EVAL_PERIOD": 2,
@@ -135,28 +135,28 @@ def test_microbatches_and_evaluation_on_the_way(common, tmp_path):
     more["INFER_EVAL"] = "@infer_eval/utils.DatasetConfig()"
     more["MIXTURE_OR_TASK_NAME"] = "colour_1"
     train(tmp_path / "run", common | more, ["methods/mov.gin"])
-    found = logged(tmp_path / "run")
-    # a mean over microbatches: log 10 where all experts are alike
-    assert found[2]["router/entropy"] == pytest.approx(np.log(10), abs=0.05)
+    scalars = logged(tmp_path / "run")
+    # A mean over microbatches; nearly uniform probabilities of 10 experts have entropy log 10.
+    assert scalars[2]["router/entropy"] == pytest.approx(np.log(10), abs=0.05)
     (evaluated,) = logged(tmp_path / "run", "training_eval/colour_1").values()
     assert evaluated["router/entropy"] == pytest.approx(np.log(10), abs=0.05)
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "message"),
     [
         ({"SEED": 1}, "holds a run with base fingerprint '.*', expected the same to resume"),
         ({"ALPHA": 8.0}, "holds a run with adapters .*, expected the same to resume"),
     ],
 )
-def test_a_run_of_other_settings_does_not_go_on(common, plain, changed, says):
+def test_a_run_does_not_resume_with_other_settings(common, plain, changed, message):
     from pemoe_jax.core.errors import InputError
 
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         train(plain[0], common | {"TRAIN_STEPS": 3} | changed)
 
 
-def test_a_checkpoint_of_another_network_is_not_scored(common, plain, tmp_path):
+def test_a_checkpoint_of_another_network_is_rejected(common, plain, tmp_path):
     from pemoe_jax.core.errors import InputError
 
     settings = {name: value for name, value in common.items() if name != "INITIAL_CHECKPOINT_PATH"}
@@ -185,7 +185,7 @@ def test_the_adapter_of_a_run_is_converted_and_scored_with_its_base(common, plai
 
 
 def test_the_commands_of_the_documentation(common, tmp_path):
-    """`python -m t5x.train` and then `t5x.eval`, as a user types them, outside of the clone."""
+    """`python -m t5x.train` and then `t5x.eval`, as a user types them, outside the clone."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(GIN.parent), environment.get("PYTHONPATH")])

@@ -1,4 +1,4 @@
-"""Whole runs by the shipped gin files: what our own runner does, resumed, scored, decoded."""
+"""Whole runs with the gin files: the same as `pemoe train`, resumed, scored and decoded."""
 
 import json
 import pathlib
@@ -17,8 +17,8 @@ METHODS = {
     "molora": ["methods/molora.gin"],
     "mov_top_2_balanced": ["methods/mov.gin", "routing/top_2_balanced.gin"],
 }
-# MoV's experts start alike, so the first gradients of its soft routers are zero but for rounding,
-# and Adafactor scales what there is to whole steps: no two programs would agree.
+# MoV's experts start equal, so the first gradients of its soft routers are mere rounding, which
+# Adafactor scales to full steps: no two programs would agree.
 SMOOTH = {"OPTIMIZER": "@optim.adamw", "optim.adamw.eps": 1e-3}
 STEPS = 6
 HALF = 3
@@ -68,7 +68,7 @@ def train_in_t5x(place, method: str, model_dir: pathlib.Path, **more):
 
 @pytest.fixture(scope="module", params=METHODS)
 def run(request, place) -> types.SimpleNamespace:
-    """One run of T5X's undisturbed, one in two parts, and one of our own runner."""
+    """A run in T5X, one that is resumed halfway, and one of `pemoe train`."""
     method = request.param
     folder = place.folder / method
     step, state = train_in_t5x(place, method, folder / "whole")
@@ -82,21 +82,21 @@ def run(request, place) -> types.SimpleNamespace:
     )
 
 
-def test_the_loss_is_that_of_our_own_runner(run):
-    found, expected = logged(run.folder / "whole"), metrics(run.folder / "ours")
-    assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
-    for step in found:  # the last bits of a step are in all that come after it
+def test_losses_equal_those_of_pemoe_train(run):
+    actual, expected = logged(run.folder / "whole"), metrics(run.folder / "ours")
+    assert sorted(actual) == sorted(expected) == list(range(1, STEPS + 1))
+    for step in actual:  # later steps accumulate the rounding of earlier ones
         loss = pytest.approx(expected[step]["train/loss"], rel=1e-6 if step == 1 else 1e-5)
-        assert found[step]["loss"] == loss
+        assert actual[step]["loss"] == loss
 
 
-def test_adapters_are_those_of_our_own_runner(run):
-    """Within 2e-5 of what each moved and its last bits.
+def test_adapters_equal_those_of_pemoe_train(run):
+    """Within 2e-5 of the change of each array, and rounding.
 
-    A soft router whose experts are still nearly alike is held to 2e-3 of it: its gradient is a
-    small difference of large terms. Our own runner compiled with all of XLA's optimisations differs
-    from itself compiled without by up to 2.4e-4 there, T5X by 4.9e-4. Gradients where experts
-    differ are held to 5e-6 in test_t5x_steps.py.
+    A soft router whose experts are still nearly equal is compared to 2e-3 of it, since its gradient
+    is a small difference of large terms: there `pemoe train` differs by up to 2.4e-4 between XLA's
+    optimization levels, and from T5X by 4.9e-4. test_t5x_steps.py compares the gradients of
+    different experts to 5e-6.
     """
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import network, params
@@ -108,12 +108,12 @@ def test_adapters_are_those_of_our_own_runner(run):
     for path, array in expected.items():
         moved = np.abs(array - start[path]).max()
         assert moved > 0.0, path
-        nearly_alike = run.method == "mov" and "/router/" in path
-        bound = (2e-3 if nearly_alike else 2e-5) * moved + 2e-7 * np.abs(array).max()
+        nearly_equal = run.method == "mov" and "/router/" in path
+        bound = (2e-3 if nearly_equal else 2e-5) * moved + 2e-7 * np.abs(array).max()
         assert np.abs(run.params[path] - array).max() < bound, path
 
 
-def test_a_resumed_run_goes_on_as_an_undisturbed_one(run):
+def test_a_resumed_run_equals_an_uninterrupted_one(run):
     whole, parts = logged(run.folder / "whole"), logged(run.folder / "parts")
     assert {step: row["loss"] for step, row in parts.items()} == {
         step: row["loss"] for step, row in whole.items()
@@ -122,7 +122,7 @@ def test_a_resumed_run_goes_on_as_an_undisturbed_one(run):
         assert np.array_equal(run.resumed[path], array), path
 
 
-def test_frozen_parameters_stay_bit_for_bit(run, place):
+def test_frozen_parameters_do_not_change(run, place):
     for params in (run.params, run.resumed):
         frozen = {path: array for path, array in params.items() if "_adapter/" not in path}
         assert frozen.keys() == place.weights.keys()
@@ -130,7 +130,7 @@ def test_frozen_parameters_stay_bit_for_bit(run, place):
             assert array.tobytes() == frozen[path].tobytes(), path
 
 
-def test_checkpoints_hold_what_trains(run):
+def test_checkpoints_contain_trainable_parameters(run):
     from pemoe_jax.checkpoints import t5x_run
 
     arrays, record, step = t5x_run.open_trained(run.folder / "whole")
@@ -143,20 +143,20 @@ def test_checkpoints_hold_what_trains(run):
         assert not np.array_equal(array.read(), arrays[path].read()), path
 
 
-def test_routers_are_logged_under_our_names(run):
-    found, expected = logged(run.folder / "whole"), metrics(run.folder / "ours")
+def test_router_metrics_have_the_names_of_pemoe_train(run):
+    actual, expected = logged(run.folder / "whole"), metrics(run.folder / "ours")
     names = {name for name in expected[STEPS] if name.startswith("router/")}
-    assert names == {name for name in found[STEPS] if name.startswith("router/")}
+    assert names == {name for name in actual[STEPS] if name.startswith("router/")}
     assert bool(names) == run.method.startswith("mo")
-    for step in found:
+    for step in actual:
         for name in names:
-            assert found[step][name] == pytest.approx(expected[step][name], rel=1e-5, abs=1e-7)
+            assert actual[step][name] == pytest.approx(expected[step][name], rel=1e-5, abs=1e-7)
     if run.method.endswith("balanced"):
-        assert found[STEPS]["router/objective"] > 0.009  # 1e-2 times a loss of at least about 1
+        assert actual[STEPS]["router/objective"] > 0.009  # 1e-2 times a loss of at least about 1
 
 
-def test_either_evaluates_the_other(run, place):
-    """`t5x.eval` takes both runs in a list, and so does `pemoe_jax.evaluate`."""
+def test_both_evaluate_runs_of_both(run, place):
+    """`t5x.eval` and `pemoe evaluate` take both runs as a list."""
     paths = [str(run.folder / "whole"), str(run.folder / "ours")]
     common = {**place.data, "CHECKPOINT_PATH": paths}
     out = {name: run.folder / f"scores_{name}" for name in ("t5x", "ours")}
@@ -168,11 +168,11 @@ def test_either_evaluates_the_other(run, place):
     assert [result["name"] for result in results] == ["whole", "ours"]
     for task in ("check_1_score_eval", "check_2_score_eval"):
         file = out["t5x"] / "inference_eval" / f"{task}-metrics.jsonl"
-        found = [json.loads(line)["accuracy"] for line in file.read_text().splitlines()]
-        assert found == pytest.approx([result["tasks"][task]["accuracy"] for result in results])
+        scores = [json.loads(line)["accuracy"] for line in file.read_text().splitlines()]
+        assert scores == pytest.approx([result["tasks"][task]["accuracy"] for result in results])
 
 
-def test_decoding_is_that_of_our_own_runner(run, place):
+def test_decoding_equals_that_of_pemoe_infer(run, place):
     common = {**place.data, "CHECKPOINT_PATH": str(run.folder / "whole")}
     files = [MODEL, *METHODS[run.method], "runs_t5x/infer.gin"]
     out = {name: run.folder / f"infer_{name}" for name in ("t5x", "ours")}
@@ -182,7 +182,7 @@ def test_decoding_is_that_of_our_own_runner(run, place):
     for file in (out["ours"] / "predictions" / "whole").glob("*.jsonl"):
         expected = [json.loads(line)["prediction"] for line in file.read_text().splitlines()]
         theirs = out["t5x"] / f"{file.stem}-predict.jsonl-00000-of-00001"
-        found = [json.loads(line)["prediction"] for line in theirs.read_text().splitlines()]
-        assert found == expected, file.stem
-        compared += len(found)
+        predictions = [json.loads(line)["prediction"] for line in theirs.read_text().splitlines()]
+        assert predictions == expected, file.stem
+        compared += len(predictions)
     assert compared >= 18

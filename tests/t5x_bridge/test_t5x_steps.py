@@ -1,4 +1,4 @@
-"""One step in T5X and one of our own runner's, from the same parameters and batch."""
+"""Compares a step in T5X with one of `pemoe train`, from the same parameters and batch."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
 
 RATE = 0.02
-EXACT = 1e-13  # of numbers in double precision
+EXACT = 1e-13  # relative, in double precision
 ROUTING = {
     "soft": {},
     "top_2_balanced": {"top_k": 2, "balance_loss": 0.05, "z_loss": 0.01},
@@ -24,7 +24,7 @@ ROUTING = {
 
 
 class Vocabulary:
-    """As much of seqio's as a model looks at."""
+    """The attributes of a seqio vocabulary that the model reads."""
 
     vocab_size = methods.CONFIG.vocab_size
     eos_id = 1
@@ -44,7 +44,7 @@ def module(method: str, routing: str = "soft", dtype: str = "float32") -> networ
 
 
 def model(net, optimizer=optim.adafactor, trainable=(methods.ADAPTER,), **settings):
-    """Our network in T5X."""
+    """Returns the network as T5X's model."""
     from pemoe_jax.t5x_bridge.model import EncoderDecoderModel
     from pemoe_jax.t5x_bridge.optimizer import FrozenBase
 
@@ -61,7 +61,7 @@ def batches() -> dict[str, dict]:
 
 @pytest.fixture
 def double_precision(monkeypatch):
-    """All that is float32 by name is float64, in T5X and in ours."""
+    """Replaces float32 by float64, in T5X and in this package."""
     monkeypatch.setattr(jnp, "float32", jnp.float64)
     with jax.enable_x64(True):
         yield
@@ -76,59 +76,58 @@ def double_precision(monkeypatch):
     ],
 )
 def test_loss_and_gradients(double_precision, method, factor, batch):
-    """In double precision, so that nothing but another computation can differ.
+    """In double precision, so that any difference is one of the computation.
 
-    In float32 either program's own rounding, which changes with how it is compiled, is up to 1e-6
-    of an array's largest magnitude, and of a router's, what is left of the experts' gradients
-    after their mean is taken off, 5e-6.
+    In float32 the rounding of either program, which changes with its compilation, is up to 1e-6 of
+    an array's largest magnitude, and 5e-6 for routers, whose gradients are small differences.
     """
     net, batch = module(method, "top_2_balanced", jnp.float64), batches()[batch]
     start = jax.tree.map(lambda array: array.astype(jnp.float64), methods.random_params(method))
     settings = {"z_loss": 1e-3, "label_smoothing": 0.1, "loss_normalizing_factor": factor}
     trained, frozen = params.split(start, [methods.ADAPTER])
     loss = steps.Loss(**settings)
-    expected, told = jax.jit(functools.partial(steps.loss_and_grads, net, loss))(
+    expected, metrics_here = jax.jit(functools.partial(steps.loss_and_grads, net, loss))(
         trained, frozen, batch
     )
 
     bridged = model(net, **settings)
     theirs = jax.jit(jax.value_and_grad(bridged.loss_fn, has_aux=True), static_argnums=2)
     (loss, metrics), grads = theirs(start, batch, None)
-    assert float(loss) == pytest.approx(float(told["loss"]), rel=EXACT)
-    assert float(metrics["loss"].compute()) == pytest.approx(float(told["loss"]), rel=EXACT)
-    found = flat(grads)
+    assert float(loss) == pytest.approx(float(metrics_here["loss"]), rel=EXACT)
+    assert float(metrics["loss"].compute()) == pytest.approx(float(metrics_here["loss"]), rel=EXACT)
+    actual = flat(grads)
     for path, gradient in flat(expected).items():
-        assert methods.largest_difference(found.pop(path), gradient) < EXACT, path
-    assert found and not any(gradient.any() for gradient in found.values())
+        assert methods.largest_difference(actual.pop(path), gradient) < EXACT, path
+    assert actual and not any(gradient.any() for gradient in actual.values())  # frozen
 
 
 def test_layers_as_a_loop():
-    """T5X hands parameters over layer by layer; they are stacked within its step."""
+    """T5X passes parameters layer by layer; they are stacked within its step."""
     net, batch, start = module("mov"), batches()["packed"], methods.random_params("mov")
     config = dataclasses.replace(net.config, scan_layers=True, remat_policy="minimal")
-    (expected, of_layers), (loss, of_loop) = (
-        jax.jit(jax.value_and_grad(lambda p, b, one=one: model(one).loss_fn(p, b, None)[0]))(
+    (expected, expected_grads), (loss, grads) = (
+        jax.jit(jax.value_and_grad(lambda p, b, net=each: model(net).loss_fn(p, b, None)[0]))(
             start, batch
         )
-        for one in (net, net.clone(config=config))
+        for each in (net, net.clone(config=config))
     )
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-    found = flat(of_loop)
-    for path, gradient in flat(of_layers).items():
+    actual = flat(grads)
+    for path, gradient in flat(expected_grads).items():
         if gradient.any():
-            assert methods.largest_difference(found[path], gradient) < 1e-5, path
+            assert methods.largest_difference(actual[path], gradient) < 1e-5, path
         else:
-            assert not found[path].any(), path
+            assert not actual[path].any(), path
 
 
-# Adam scales a gradient that is zero but for rounding to a whole step, unless eps is above it.
+# Adam scales a gradient of mere rounding to a full step, unless eps is larger.
 ADAMW = functools.partial(optim.adamw, eps=0.1)
 
 
 @pytest.mark.parametrize("optimizer", [optim.adafactor, ADAMW], ids=["adafactor", "adamw"])
 @pytest.mark.parametrize("method", ["full", "lora", "mov"])
 def test_updates(method, optimizer):
-    """Two steps, since the first one's states are zeros."""
+    """Two steps, since the states of the first are zeros."""
     from t5x import trainer
 
     trainable = list(methods.METHODS[method].trainable)
@@ -144,13 +143,13 @@ def test_updates(method, optimizer):
     for _ in range(2):
         state = step(state, frozen, batch)
         theirs = train(theirs)
-    found = flat(theirs.params)
+    actual = flat(theirs.params)
     for path, array in flat(state.params).items():
         moved = np.abs(array - flat(trained)[path]).max()
         assert moved > 0.0
-        assert np.abs(found[path] - array).max() < 1e-5 * moved + 1e-7 * np.abs(array).max(), path
+        assert np.abs(actual[path] - array).max() < 1e-5 * moved + 1e-7 * np.abs(array).max(), path
     for path, array in flat(frozen).items():
-        assert array.tobytes() == found[path].tobytes(), path
+        assert array.tobytes() == actual[path].tobytes(), path
     assert int(theirs.step) == 2
 
 
@@ -172,7 +171,7 @@ def _t5x_state(bridged, start):
 
 @pytest.mark.parametrize("microbatches", [None, 2])
 def test_no_gradient_of_the_base_is_formed(microbatches):
-    """A step of T5X's trainer takes as many operations as ours, where all of it trains more."""
+    """A step in T5X takes as many operations as here, and more if all parameters train."""
     from t5x import trainer
 
     def operations(trainable):
@@ -203,16 +202,16 @@ def test_no_gradient_of_the_base_is_formed(microbatches):
     assert operations([".*"]) > 1.25 * ours
 
 
-def test_parameters_are_drawn_as_ours():
+def test_initial_parameters_equal_those_of_pemoe_train():
     net = module("molora", dtype="bfloat16")
     bridged = model(net, seed=3)
-    found = flat(bridged.get_initial_variables(jax.random.key(7), {})["params"])
+    actual = flat(bridged.get_initial_variables(jax.random.key(7), {})["params"])
     expected = flat(network.init_params(net, 3, lambda _: True))
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for path, array in expected.items():
-        kept = jnp.float32 if params.is_adapter(path) else params.frozen_dtype(path, "bfloat16")
-        assert found[path].dtype == kept
-        np.testing.assert_array_equal(found[path], array.astype(kept))
+        dtype = jnp.float32 if params.is_adapter(path) else params.frozen_dtype(path, "bfloat16")
+        assert actual[path].dtype == dtype
+        np.testing.assert_array_equal(actual[path], array.astype(dtype))
 
 
 def test_axes_of_states_are_those_of_their_parameters():
@@ -237,18 +236,18 @@ def flat_axes(tree):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"router_metrics": "all"}, "ROUTER_METRICS must be 'sites', 'layers' or None"),
         ({"trainable": ["no_such/.*"]}, "TRAINABLE matched 0 of"),
     ],
 )
-def test_wrong_settings(settings, says):
-    with pytest.raises(InputError, match=says):
+def test_wrong_settings(settings, message):
+    with pytest.raises(InputError, match=message):
         _ = model(module("mov"), **settings).trainable_paths
 
 
-def test_sentence_routers_are_refused():
+def test_sentence_routers_are_rejected():
     router = functools.partial(Router, reads="sentence")
     expert = functools.partial(
         methods.METHODS["mov"].expert, num_experts=methods.EXPERTS, router=router
@@ -258,7 +257,7 @@ def test_sentence_routers_are_refused():
         model(net)
 
 
-def test_a_vocabulary_beyond_the_embedding_is_refused():
+def test_a_vocabulary_larger_than_the_embedding_is_rejected():
     from pemoe_jax.t5x_bridge.model import EncoderDecoderModel
 
     larger = type("Larger", (Vocabulary,), {"vocab_size": 33})()
