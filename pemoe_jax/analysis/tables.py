@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console, JustifyMethod
+    from rich.console import JustifyMethod
     from rich.table import Table as RichTable
 
 MISSING = "–"
@@ -63,16 +63,11 @@ def markdown_table(table: Table) -> str:
     )
 
 
-def print_tables(tables: Sequence[Table], console: Console | None = None) -> None:
-    """Prints tables and their notes; splits a table that is wider than the console by columns.
-
-    Args:
-      tables: the tables to print.
-      console: a rich console; None prints to stdout.
-    """
+def print_tables(tables: Sequence[Table]) -> None:
+    """Prints tables and their notes; splits a table that is wider than the terminal by columns."""
     from rich.console import Console
 
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     for table in tables:
         # markup=False: rich would read "[seed/0]" in a name as a style.
         console.print(table.title, style="bold", markup=False)

@@ -28,16 +28,8 @@ FLAGS.add_argument("--markdown", action="store_true", help="print Markdown")
 
 SIZES = ("small", "base", "large", "xl", "xxl")
 # (method file, number of experts) of arXiv 2309.05444.
-METHODS = (
-    ("full", None),
-    ("ia3", None),
-    ("lora", None),
-    ("mov", 10),
-    ("mov", 30),
-    ("mov", 60),
-    ("molora", 10),
-    ("molora", 15),
-)
+METHODS: list[tuple[str, int | None]] = [("full", None), ("ia3", None), ("lora", None)]
+METHODS += [("mov", 10), ("mov", 30), ("mov", 60), ("molora", 10), ("molora", 15)]
 
 _BINDINGS = """\
 from pemoe_jax.tools import count

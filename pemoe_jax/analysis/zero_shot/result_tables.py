@@ -6,13 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from pemoe_jax.analysis.tables import (
-    MISSING,
-    Table,
-    format_share,
-    markdown_table,
-    print_tables,
-)
+from pemoe_jax.analysis.tables import MISSING, Table, format_share, markdown_table, print_tables
 from pemoe_jax.analysis.zero_shot.results import JsonObject
 
 Number = TypeVar("Number", int, float)
