@@ -6,7 +6,7 @@
   sentinels with their spans (arXiv 1910.10683, section 3.1.4);
 - `pretrain_prefix_lm`: the line is split in two, and the second part is predicted from the first.
 
-Each line is an example, and what is removed is drawn anew every time the line is read.
+Each line is an example; its spans or split are drawn again every time the line is read.
 """
 
 from __future__ import annotations

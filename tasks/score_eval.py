@@ -45,7 +45,7 @@ def rank_accuracy(
       targets: `target_of_row` of each row.
       scores: log-likelihood of each row, or a pair of them and the model's other outputs.
     """
-    # T5X returns other outputs beside the scores if a model has them
+    # T5X returns a pair if the model has other outputs
     log_likelihoods = scores[0] if isinstance(scores, tuple) else scores
     best: dict[int, tuple[float, bool]] = {}
     for ((example, _), is_correct), score in zip(targets, log_likelihoods, strict=True):

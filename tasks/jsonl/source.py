@@ -91,7 +91,7 @@ class JsonLinesSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused: object,
     ) -> tf.data.Dataset:
-        """Returns the rows with the features of `_read_blocks`, shuffled anew every epoch."""
+        """Returns the rows with the features of `_read_blocks`, reshuffled every epoch."""
         num_rows = self.scan(split).num_rows
         first, step = shard_of(shard_info)
         if shuffle:

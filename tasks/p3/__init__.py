@@ -43,7 +43,7 @@ def _default_folder() -> str | None:
 
 
 settings = source.Settings(_lazy_vocabulary(default_vocab_path()), _default_folder())
-# What the registered tasks were made with; None if there are none.
+# Vocabulary, EOS of inputs and folder of the registered tasks; None before there are any.
 _registered_with: tuple[int, bool, str | None] | None = None
 
 

@@ -86,7 +86,7 @@ def _files_in(folder: pathlib.Path) -> Splits:
     counts: dict[str, int] = {}
     for path in sorted(folder.glob("*.arrow")):
         match = _SHARD.fullmatch(path.name) or _WHOLE.fullmatch(path.name)
-        # `Dataset.map` writes cache-<hash>.arrow beside the dataset
+        # `Dataset.map` writes cache-<hash>.arrow into the same folder
         if match is None or match["name"] == "cache":
             continue
         splits.setdefault(match["split"], []).append(path)

@@ -1,8 +1,8 @@
 """P3 as published: tasks, splits and T0's mixtures, from `tasks.csv` alone.
 
 The table joins three public sources: the splits of the dataset `bigscience/P3`, the metadata of
-promptsource's templates, and the roles that T0 gives datasets (arXiv 2110.08207). Nothing here
-imports seqio.
+promptsource's templates, and the roles of datasets in T0 (arXiv 2110.08207). Nothing here imports
+seqio.
 """
 
 from __future__ import annotations

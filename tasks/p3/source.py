@@ -43,7 +43,7 @@ class Settings:
     eval_examples: int | None = None
 
     def read_from(self, p3_dir: str | None, eval_examples: int | None) -> None:
-        """Changes the folder, and forgets what was listed in the former one."""
+        """Changes the folder and drops the listing of the former one."""
         self.p3_dir, self.eval_examples = p3_dir, eval_examples
         self.__dict__.pop("folder", None)
 
@@ -268,11 +268,11 @@ class P3Mixture(FolderMixture):
         tasks, left_out = [], []
         # ExampleOrder needs at least one row of each task
         for task in self.tasks:
-            wanted = split or task.eval_split
+            task_split = split or task.eval_split
             if (
                 task.source.files is not None
-                and wanted in task.splits
-                and task.source.reader(wanted).num_rows
+                and task_split in task.splits
+                and task.source.reader(task_split).num_rows
             ):
                 tasks.append(task)
             else:
