@@ -1,14 +1,14 @@
-"""Adapters at a layer's sites: mixtures of vectors ((IA)³, MoV) and low-rank pairs (LoRA, MoLORA).
+"""Adapters at a layer's sites: mixtures of vectors ((IA)³, MoV) and of LoRA pairs (LoRA, MoLORA).
 
-At a site some `x` produced some `y`; an adapter maps `(x, y) -> y`. Shapes are read off these two,
-so the same settings serve a model of any size. Sources: (IA)³ arXiv 2205.05638, LoRA arXiv
+At a site, a projection of `x` produced `y`; an adapter maps `(x, y) -> y`. Shapes are read from x
+and y, so the same settings serve a model of any size. Sources: (IA)³ arXiv 2205.05638, LoRA arXiv
 2106.09685, MoV and MoLORA arXiv 2309.05444.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,9 +20,12 @@ from pemoe_jax.core import routing
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.kernels import mov, thin_matmul
 
-_LORA_A_INIT = nn.initializers.normal(stddev=0.02)  # a constant: see `params.param`
+Array = jax.Array
 
-# A site's logical axes: of the last axis of x, and of y's axes after batch and length.
+# Constants, so that draws of the same shape share one compiled program, see `params.param`.
+_LORA_A_INIT = nn.initializers.normal(stddev=0.02)
+
+# Logical axes of a site: of x's last axis, and of y's axes after batch and length.
 SITES: dict[str, tuple[str, tuple[str, ...]]] = {
     "query": ("embed", ("heads", "kv")),
     "key": ("embed", ("heads", "kv")),
@@ -35,70 +38,17 @@ SITES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def _route(
-    module: Any,
-    reads: str,
-    seen: dict[str, tuple[jax.Array, str]],
-    tokens: routing.Tokens | None,
-    of_x: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Probabilities of an expert module's router, [B, L or 1, (H,) E], and x by `of_x`, if given.
-
-    They and the router's statistics are sown, for whoever makes these collections mutable.
-
-    Args:
-      module: inside its compact method.
-      reads: what its router reads unless it says otherwise.
-      seen: of x and y, the features [B, L, ...] as the router is to see them, and their axis' name.
-      tokens: of the features.
-      of_x: [Din, n], which x is to be multiplied by.
-    """
-    factory = functools.partial(module.router, num_experts=module.num_experts)
-    reads = factory(parent=None).reads or reads
-    if reads != "sentence":
-        features, axis = seen[reads]
-    elif tokens is not None and tokens.sentence is not None:
-        features, axis = tokens.sentence, "embed"
-    else:
-        raise InputError(
-            "a router reads sentence embeddings and the batch has none: expected"
-            " SENTENCE_EMBEDDINGS to name a table of them (pemoe embed)"
-        )
-    beside = of_x if reads == "x" else None
-    probs, told, product = factory(feature_axis=axis, name="router")(features, tokens, beside)
-    if of_x is not None and reads != "x":
-        product = thin_matmul.thin_matmul(seen["x"][0].astype(of_x.dtype), of_x)
-    if not module.is_initializing():  # T5X takes what `init` makes for variables to keep
-        module.sow("routers", "statistics", told)
-    if reads == "sentence":
-        probs = probs[:, None]
-    length = seen["x"][0].shape[1]
-    everywhere = (probs.shape[0], length, *probs.shape[2:])
-    module.sow("intermediates", "probs", jnp.broadcast_to(probs, everywhere))
-    return probs, product
-
-
-def _check_experts(module: nn.Module, num_experts: int, router: Any) -> None:
-    if num_experts < 1:
-        raise InputError(f"{type(module).__name__}: num_experts must be >= 1, found {num_experts}")
-    if router is None and num_experts != 1:
-        raise InputError(
-            f"{type(module).__name__}: {num_experts} experts need a router;"
-            " without one num_experts must be 1"
-        )
-
-
 class VectorExperts(nn.Module):
-    """`y * Σ_e p_e l_e`: (IA)³ without a router, MoV with one, which reads `y` head by head.
+    """`y * Σ_e p_e l_e`: (IA)³ without a router, MoV with one, which reads `y` of each head.
+
+    Parameters: `vectors` [H, E, K] at query, key and value, else [E, D or F], initialized to ones.
 
     Attributes:
       num_experts: E.
-      router: factory of the router, or None for the plain method.
-      fused: whether soft routing by y without losses of its own runs in the kernels of `fused_mov`
-        where those can run, on a GPU that is the only device, and nobody asks for probabilities.
+      router: factory of the router; None for (IA)³, with one expert.
+      fused: whether to run `kernels.mov` where it applies: on a single GPU, for a soft router that
+        reads y and has no losses, unless probabilities are collected.
       x_axis, y_axes: logical axis names of the site; the layer sets them.
-
-    Parameters: `vectors` [H, E, K] at query, key and value, else [E, D or F]; ones at the start.
     """
 
     num_experts: int = 1
@@ -108,11 +58,9 @@ class VectorExperts(nn.Module):
     y_axes: tuple[str, ...] = ("mlp",)
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, y: jax.Array, tokens: routing.Tokens | None = None
-    ) -> jax.Array:
+    def __call__(self, x: Array, y: Array, tokens: routing.Tokens | None = None) -> Array:
         """x [B, L, Din], y [B, L, H, K] or [B, L, D or F] -> y's shape and dtype."""
-        _check_experts(self, self.num_experts, self.router)
+        _check_experts(self)
         *heads, features = y.shape[2:]
         vectors = params_lib.param(
             self,
@@ -123,64 +71,65 @@ class VectorExperts(nn.Module):
         )
         if self.router is None:
             return y * vectors[..., 0, :].astype(y.dtype)
-        seen = {"x": (x, self.x_axis), "y": (y, self.y_axes[-1])}
-        factory = functools.partial(self.router, num_experts=self.num_experts)
-        if self.fused and self._fits_kernels(factory(parent=None), tokens):
-            return self._scaled(y, vectors, factory(name="router"), tokens)
-        probs, _ = _route(self, "y", seen, tokens)
-        if probs.ndim == y.ndim and heads:
-            scale = thin_matmul.mix_vectors(probs, vectors)
-        else:  # one distribution for all of them
-            joined = jnp.moveaxis(vectors, -2, 0).reshape(self.num_experts, -1)  # [E, H·K or F]
-            scale = thin_matmul.thin_matmul(probs, joined).reshape(*probs.shape[:2], *y.shape[2:])
+        reads, router = _make_router(self, default="y", y_axis=self.y_axes[-1])
+        if self._can_fuse(reads, router, tokens):
+            return self._fused(y, vectors, router, tokens)
+        output = router(_router_input(reads, x, y, tokens), tokens)
+        probs = _record_routing(self, output, x.shape[1])
+        scale = _mix_vectors(probs, vectors)  # [B, L, H, K] or [B, L, D or F]
         return y * scale.astype(y.dtype)
 
-    def _fits_kernels(self, router: routing.Router, tokens: routing.Tokens | None) -> bool:
-        """Whether the kernels do what is asked for: no losses of routers, no probabilities told."""
+    def _can_fuse(self, reads: str, router: routing.Router, tokens: routing.Tokens | None) -> bool:
         return (
-            router.reads in (None, "y")
+            self.fused
+            and mov.is_supported()
+            and reads == "y"
             and router.is_soft(tokens)
-            and not (router.balance_loss or router.z_loss)
+            and not (router.balance_loss or router.z_loss)  # the kernels' sums have no gradient
             and not self.is_initializing()
             and not self.is_mutable_collection("intermediates")
-            and mov.is_supported()
         )
 
-    def _scaled(
+    def _fused(
         self,
-        y: jax.Array,
-        vectors: jax.Array,
+        y: Array,
+        vectors: Array,
         router: routing.Router,
         tokens: routing.Tokens | None,
-    ) -> jax.Array:
-        """As in `__call__`, by the kernels, which sum up the router's statistics as well."""
+    ) -> Array:
         kernel = router.variables["params"]["kernel"] / router.temperature
         valid = None if tokens is None else tokens.valid
         weights = jnp.ones(y.shape[:2]) if valid is None else valid.astype(jnp.float32)
         out, sums = mov.route_and_scale(y, kernel, vectors, weights)
-        soft, chosen, entropy, z = jax.lax.stop_gradient(sums)
-        total = jnp.sum(weights, keepdims=True)[0] * math.prod(y.shape[2:-1])
-        told = routing.statistics_from_sums(
-            routing.StatisticSums(soft, chosen, soft, entropy, z, total)
+        soft, top_1, entropy, squared_log_z = jax.lax.stop_gradient(sums)
+        statistics = routing.statistics_from_sums(
+            routing.StatisticSums(
+                soft=soft,
+                top_1=top_1,
+                mixture=soft,
+                entropy=entropy[0],
+                squared_log_z=squared_log_z[0],
+                weight=jnp.sum(weights) * math.prod(y.shape[2:-1]),  # once per head
+            )
         )
-        self.sow("routers", "statistics", jnp.append(told, 0.0))  # no objective
+        self.sow("routers", "statistics", jnp.append(statistics, 0.0))  # the objective is 0
         return out
 
 
 class LoRAExperts(nn.Module):
     """`y + (α/R) Σ_e p_e B_e A_e x`: LoRA without a router, MoLORA with one, which reads `x`.
 
-    The probabilities are folded into the rank axis, `((x @ A[D, E·R]) * p) @ B[E·R, D]`, so no
-    tensor of an expert's output ([B, L, E, D]) is ever formed.
+    The probabilities are multiplied in at the rank axis, `((x @ A[D, E·R]) * p) @ B[E·R, D]`, so
+    that the experts' outputs [B, L, E, D] are never materialized.
+
+    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02), `lora_b` [E, R, Dout] = 0 (heads joined).
 
     Attributes:
       num_experts: E.
       rank: R of one expert.
       alpha: α; the product is scaled by α / R.
-      router: factory of the router, or None for the plain method.
+      router: factory of the router; None for LoRA, with one expert.
       x_axis, y_axes: logical axis names of the site; the layer sets them.
-
-    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02), `lora_b` [E, R, Dout] = 0 (heads joined).
     """
 
     num_experts: int = 1
@@ -191,18 +140,13 @@ class LoRAExperts(nn.Module):
     y_axes: tuple[str, ...] = ("mlp",)
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, y: jax.Array, tokens: routing.Tokens | None = None
-    ) -> jax.Array:
+    def __call__(self, x: Array, y: Array, tokens: routing.Tokens | None = None) -> Array:
         """x [B, L, Din], y [B, L, ...] -> y's shape and dtype."""
-        _check_experts(self, self.num_experts, self.router)
+        _check_experts(self)
         if self.rank < 1:
-            raise InputError(f"LoRAExperts: rank must be >= 1, found {self.rank}")
-        experts, rank = self.num_experts, self.rank
-        x_features = x.shape[-1]
-        y_features = 1
-        for size in y.shape[2:]:
-            y_features *= size
+            raise InputError(f"LoRAExperts.rank must be at least 1, got {self.rank}")
+        experts, rank, dtype = self.num_experts, self.rank, y.dtype
+        x_features, y_features = x.shape[-1], math.prod(y.shape[2:])
         y_axis = "joined_kv" if len(self.y_axes) > 1 else self.y_axes[0]
         lora_a = params_lib.param(
             self,
@@ -218,33 +162,106 @@ class LoRAExperts(nn.Module):
             (experts, rank, y_features),
             ("expert", "rank", y_axis),
         )
-        dtype = y.dtype
-        first = lora_a.reshape(x_features, experts * rank).astype(dtype)
+        lora_a = lora_a.reshape(x_features, experts * rank).astype(dtype)
+        lora_b = lora_b.reshape(experts * rank, y_features).astype(dtype)
         if self.router is None:
-            low = thin_matmul.thin_matmul(x.astype(dtype), first)
+            low_rank = thin_matmul.thin_matmul(x.astype(dtype), lora_a)  # [B, L, R]
         else:
-            joined = y.reshape(*y.shape[:2], y_features)
-            seen = {"x": (x, self.x_axis), "y": (joined, y_axis)}
-            probs, product = _route(self, "x", seen, tokens, of_x=first)
-            assert product is not None
-            of_experts = product.reshape(*product.shape[:-1], experts, rank)
-            low = (of_experts * probs[..., None]).reshape(product.shape)
-        scale = self.alpha / rank
-        low = (low * scale).astype(dtype)  # [B, L, E·R]
-        delta = thin_matmul.thin_matmul(
-            low, lora_b.reshape(experts * rank, y_features).astype(dtype)
+            joined_y = y.reshape(*y.shape[:2], y_features)
+            probs, low_rank = self._route_and_project(x, joined_y, lora_a, y_axis, tokens)
+            by_expert = low_rank.reshape(*x.shape[:2], experts, rank)
+            low_rank = (probs[..., None] * by_expert).reshape(low_rank.shape)  # [B, L, E·R]
+        low_rank = (low_rank * (self.alpha / rank)).astype(dtype)
+        return y + thin_matmul.thin_matmul(low_rank, lora_b).reshape(y.shape)
+
+    def _route_and_project(
+        self,
+        x: Array,
+        y: Array,
+        lora_a: Array,
+        y_axis: str,
+        tokens: routing.Tokens | None,
+    ) -> tuple[Array, Array]:
+        """Returns the probabilities [B, L or 1, E] and `x @ lora_a`, [B, L, E·R]."""
+        reads, router = _make_router(self, default="x", y_axis=y_axis)
+        if (
+            reads == "x"
+            and x.dtype == lora_a.dtype == jnp.float32
+            and not router.has_noise(tokens)
+            and not self.is_initializing()
+        ):
+            kernel = router.variables["params"]["kernel"]
+            logits, low_rank = thin_matmul.joint_matmul(x, kernel, lora_a)
+            output = router.route(logits, tokens)
+        else:
+            output = router(_router_input(reads, x, y, tokens), tokens)
+            low_rank = thin_matmul.thin_matmul(x.astype(lora_a.dtype), lora_a)
+        return _record_routing(self, output, x.shape[1]), low_rank
+
+
+Experts = VectorExperts | LoRAExperts
+
+
+def _check_experts(module: Experts) -> None:
+    kind, num_experts = type(module).__name__, module.num_experts
+    if num_experts < 1:
+        raise InputError(f"{kind}.num_experts must be at least 1, got {num_experts}")
+    if module.router is None and num_experts != 1:
+        raise InputError(f"{kind}.num_experts must be 1 without a router, got {num_experts}")
+
+
+def _make_router(module: Experts, default: str, y_axis: str) -> tuple[str, routing.Router]:
+    """Returns the router of an expert module and what it reads, inside the compact method."""
+    assert module.router is not None
+    factory = functools.partial(module.router, num_experts=module.num_experts)
+    # Without a parent, so that the module that only tells its settings is not a submodule.
+    reads = factory(parent=None).reads or default
+    axis = {"x": module.x_axis, "y": y_axis}.get(reads, "embed")
+    return reads, factory(feature_axis=axis, name="router")
+
+
+def _router_input(reads: str, x: Array, y: Array, tokens: routing.Tokens | None) -> Array:
+    if reads != "sentence":
+        return {"x": x, "y": y}[reads]
+    if tokens is None or tokens.sentence is None:
+        raise InputError(
+            "SENTENCE_EMBEDDINGS is not set and a router reads sentence embeddings: pass"
+            " --gin.SENTENCE_EMBEDDINGS=… (a table written by `pemoe embed`)"
         )
-        return y + delta.reshape(y.shape)
+    return tokens.sentence
 
 
-AdapterFactory = Callable[..., nn.Module]
+def _record_routing(module: Experts, output: routing.RouterOutput, length: int) -> Array:
+    """Sows statistics and probabilities; returns probabilities [B, L or 1, (H,) E]."""
+    # Not while initializing: T5X keeps all collections that `init` returns as state of the model.
+    if not module.is_initializing():
+        module.sow("routers", "statistics", output.statistics)
+    probs = output.probs
+    if probs.ndim == 2:  # [B, E], of sentences
+        probs = probs[:, None]
+    shape = (probs.shape[0], length, *probs.shape[2:])
+    module.sow("intermediates", "probs", jnp.broadcast_to(probs, shape))
+    return probs
+
+
+def _mix_vectors(probs: Array, vectors: Array) -> Array:
+    """`Σ_e p_e l_e`: probs [B, L, (H,) E], vectors [(H,) E, K] -> [B, L, (H,) K]."""
+    if probs.ndim == 4:
+        return thin_matmul.mix_vectors(probs, vectors)
+    *heads, experts, features = vectors.shape
+    joined = jnp.moveaxis(vectors, -2, 0).reshape(experts, -1)  # [E, H·K]
+    scale = thin_matmul.thin_matmul(probs, joined)
+    return scale.reshape(*probs.shape[:2], *heads, features)
+
+
+AdapterFactory = Callable[..., nn.Module]  # (x_axis=..., y_axes=..., name=...)
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """Which adapter sits at which site: factories, never instances; None leaves a site alone.
+    """The adapters of a layer by site: factories, or None for a site without an adapter.
 
-    One module instance handed to two layers would silently share its parameters, hence factories.
+    Factories and not instances: one instance in two layers would silently share its parameters.
     """
 
     query: AdapterFactory | None = None
@@ -261,23 +278,22 @@ class Adapters:
             factory = getattr(self, site)
             if isinstance(factory, nn.Module) or not (factory is None or callable(factory)):
                 raise InputError(
-                    f"Adapters.{site}: expected a factory (a class or a partial of one),"
-                    f" found an instance of {type(factory).__name__}"
+                    f"Adapters.{site} must be a factory (a class or a partial of one),"
+                    f" got an instance of {type(factory).__name__}"
                 )
 
     def sites(self) -> tuple[str, ...]:
-        """The sites that carry an adapter."""
+        """Returns the sites that have an adapter."""
         return tuple(site for site in SITES if getattr(self, site) is not None)
 
-    def adapt(
-        self, site: str, x: jax.Array, y: jax.Array, tokens: routing.Tokens | None = None
-    ) -> jax.Array:
+    def adapt(self, site: str, x: Array, y: Array, tokens: routing.Tokens | None = None) -> Array:
         """Applies the site's adapter; call it inside a layer's compact method.
 
         Args:
-          site: its name.
-          x, y: what the site's projection read, and what it produced.
-          tokens: of x and y.
+          site: a key of `SITES`.
+          x: input of the site's projection.
+          y: output of the site's projection.
+          tokens: the tokens of x and y.
         """
         factory = getattr(self, site)
         if factory is None:
@@ -286,55 +302,62 @@ class Adapters:
         return factory(x_axis=x_axis, y_axes=y_axes, name=f"{site}_adapter")(x, y, tokens)
 
 
+Description = dict[str, Any]  # of a module: its kind and its settings
+
 _KINDS: dict[str, type[nn.Module]] = {
     "VectorExperts": VectorExperts,
     "LoRAExperts": LoRAExperts,
     "Router": routing.Router,
 }
-# What layers set, how parameters start, how it is computed: not what an adapter is.
-_UNDESCRIBED = ("x_axis", "y_axes", "feature_axis", "kernel_init", "fused", "parent", "name")
+# Fields that do not define an adapter: set by layers, for initialization, or about execution.
+_OMITTED = ("x_axis", "y_axes", "feature_axis", "kernel_init", "fused", "parent", "name")
 
 
-def _describe_factory(factory: Callable[..., nn.Module], **given: Any) -> dict[str, Any]:
-    module = factory(**given)
+def _describe_factory(factory: Callable[..., nn.Module], **arguments: object) -> Description:
+    module = factory(**arguments)
     kind = next((k for k, cls in _KINDS.items() if isinstance(module, cls)), None)
     if kind is None:
         raise ValueError(
             f"cannot describe {type(module).__name__}: expected one of {sorted(_KINDS)}"
         )
-    record: dict[str, Any] = {"kind": kind}
+    description: Description = {"kind": kind}
     for field in dataclasses.fields(module):
-        if field.name in _UNDESCRIBED or field.name in given:
+        if field.name in _OMITTED or field.name in arguments:
             continue
         value = getattr(module, field.name)
         if field.name == "router" and value is not None:
             value = _describe_factory(value, num_experts=getattr(module, "num_experts", 1))
-        record[field.name] = value
-    return record
+        description[field.name] = value
+    return description
 
 
-def describe(adapters: Adapters) -> dict[str, dict[str, Any]]:
-    """The record as plain data by site, for checkpoints; `from_description` reads it back."""
+def describe(adapters: Adapters) -> dict[str, Description]:
+    """Returns the adapters as plain data by site, for checkpoints; see `from_description`."""
     return {site: _describe_factory(getattr(adapters, site)) for site in adapters.sites()}
 
 
-def _factory_from(record: dict[str, Any]) -> Callable[..., nn.Module]:
-    fields = dict(record)
+def _factory_from(description: Mapping[str, Any]) -> Callable[..., nn.Module]:
+    fields = dict(description)
     kind = fields.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise InputError(f"unknown adapter kind {kind!r}: expected one of {sorted(_KINDS)}")
     known = {field.name for field in dataclasses.fields(_KINDS[kind])}
     unknown = sorted(fields.keys() - known)
     if unknown:
         raise InputError(f"{kind} has no settings {unknown}: written by another version?")
-    if fields.get("router") is not None:
-        fields["router"] = _factory_from(fields["router"])
+    router = fields.get("router")
+    if isinstance(router, Mapping):
+        fields["router"] = _factory_from(router)
     return functools.partial(_KINDS[kind], **fields)
 
 
-def from_description(description: dict[str, dict[str, Any]]) -> Adapters:
-    """The inverse of `describe`; InputError where it names what does not exist."""
+def from_description(description: Mapping[str, Description]) -> Adapters:
+    """Returns the adapters that `describe` described.
+
+    Raises:
+      InputError: an unknown site, kind of adapter or setting.
+    """
     unknown = sorted(description.keys() - SITES.keys())
     if unknown:
         raise InputError(f"unknown adapter sites {unknown}: expected some of {list(SITES)}")
-    return Adapters(**{site: _factory_from(record) for site, record in description.items()})
+    return Adapters(**{site: _factory_from(fields) for site, fields in description.items()})

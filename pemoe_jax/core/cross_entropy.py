@@ -1,50 +1,65 @@
-"""Cross-entropy over a vocabulary, also from what the logits' matrix reads, a chunk at a time.
+"""Cross-entropy over a vocabulary, also in chunks that never hold all logits [B, L, V].
 
-Of a batch's logits, [B, L, V] in float32, no more than a chunk is ever held: a chunk's gradient is
-taken where its logits are, in the forward pass, so nothing of V is kept and nothing is computed
-twice (as arXiv 2410.10989 does). Source of the losses: T5X.
+In chunks, each chunk's gradient is computed with its logits, in the forward pass, so that nothing
+of size V is kept and nothing is computed twice (as in arXiv 2410.10989). The losses are T5X's.
 """
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 Array = jax.Array
 
-# Of the logits of a chunk, on each device: so few that they are no memory to speak of beside a
-# model, and so many that reading the matrix again for each chunk costs nothing.
+# Bytes of a chunk's logits on each device: little memory beside a model, and still so many rows
+# that reading the matrix [D, V] again for each chunk costs nothing.
 CHUNK_BYTES = 128 * 2**20
 
 
 def token_losses(
     logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[Array, Array]:
-    """Cross-entropy and z-loss of each token.
+    """Returns the cross-entropy and the z-loss of each token.
 
     Args:
-      logits: [..., V]. targets: int [...].
+      logits: [..., V].
+      targets: int [...].
       label_smoothing, z_loss: see `steps.Loss`. As in T5X, the entropy of the smoothed target is
-        taken off, so that a perfect prediction costs nothing.
+        subtracted, so that a perfect prediction has loss 0.
 
     Returns:
       (cross-entropy [...], z-loss [...]), float32, in nats.
     """
-    logits = logits.astype(jnp.float32)
-    log_z, picked, _ = _parts(logits, targets)
-    return _losses(logits, log_z, picked, label_smoothing, z_loss)
+    parts = _logit_parts(logits.astype(jnp.float32), targets)
+    return _losses(parts, logits.shape[-1], label_smoothing, z_loss)
 
 
-def _parts(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
-    """Of logits [..., V]: log of their normaliser, the target's logit, the largest; each [...]."""
+class _LogitParts(NamedTuple):
+    """What the losses need of logits [..., V]; each [...].
+
+    Attributes:
+      log_z: log of the softmax's denominator.
+      target: the target's logit.
+      largest: the largest logit.
+      total: the sum of the logits.
+    """
+
+    log_z: Array
+    target: Array
+    largest: Array
+    total: Array
+
+
+def _logit_parts(logits: Array, targets: Array) -> _LogitParts:
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     log_z = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
-    # a sum and no gather: it is fused, its gradient is no scatter, and V may be spread over devices
-    picked = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
-    return log_z, picked, largest
+    # A sum and not a gather: XLA fuses it, its gradient is no scatter, and V may be sharded.
+    target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    return _LogitParts(log_z, target, largest, jnp.sum(logits, axis=-1))
 
 
 def _is_target(logits: Array, targets: Array) -> Array:
@@ -53,24 +68,27 @@ def _is_target(logits: Array, targets: Array) -> Array:
 
 
 def _losses(
-    logits: Array, log_z: Array, picked: Array, label_smoothing: float, z_loss: float
+    parts: _LogitParts, vocab: int, label_smoothing: float, z_loss: float
 ) -> tuple[Array, Array]:
-    if label_smoothing == 0.0:
-        nll = log_z - picked
-    else:
-        vocab = logits.shape[-1]
-        confidence, low = _smoothed(label_smoothing, vocab)
+    nll = parts.log_z - parts.target
+    if label_smoothing:
+        confidence, low = _smoothed_target(label_smoothing, vocab)
+        expected = (confidence - low) * parts.target + low * parts.total
         entropy = -(confidence * jnp.log(confidence) + (vocab - 1) * low * jnp.log(low + 1e-20))
-        expected = (confidence - low) * picked + low * jnp.sum(logits, axis=-1)
-        nll = log_z - expected - entropy
-    return nll, z_loss * jnp.square(log_z)
+        nll = parts.log_z - expected - entropy
+    return nll, z_loss * jnp.square(parts.log_z)
 
 
-def _smoothed(label_smoothing: float, vocab: int) -> tuple[float, float]:
-    """The target's share, and that of every other token."""
+def _smoothed_target(label_smoothing: float, vocab: int) -> tuple[float, float]:
+    """Returns the probability of the target, and that of every other token."""
     return 1.0 - label_smoothing, label_smoothing / (vocab - 1)
 
 
+Tokens = dict[str, Array]
+Gradients = tuple[Array | None, Array | None]  # of x and kernel, None where they do not train
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def chunked_cross_entropy(
     x: Array,
     kernel: Array,
@@ -78,97 +96,107 @@ def chunked_cross_entropy(
     weights: Array,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> tuple[Array, dict[str, Array]]:
-    """The weighted sum of `token_losses` of the logits `x @ kernel`, and what they were.
+) -> tuple[Array, Tokens]:
+    """Returns the weighted sum of the `token_losses` of the logits `x @ kernel`, and each token's.
 
-    Gradients flow through the sum alone, to x and, where it trains, to the kernel.
+    Only the sum has gradients, to x and the kernel.
 
     Args:
-      x: [B, L, D], float32. kernel: [D, V], float32. targets: int [B, L]. weights: [B, L].
+      x: [B, L, D], float32.
+      kernel: [D, V], float32.
+      targets: int [B, L].
+      weights: [B, L].
       label_smoothing, z_loss: as of `token_losses`.
 
     Returns:
-      (Σ weights · (cross-entropy + z-loss), {'nll', 'z', 'correct'}: [B, L] each, `correct` being
-      1 where no logit is above the target's), float32.
+      (Σ weights · (cross-entropy + z-loss), {'nll', 'z', 'correct'}: [B, L] each), float32.
+      `correct` is 1 if no logit is above the target's.
     """
-    return _chunked_cross_entropy(x, kernel, targets, weights, label_smoothing, z_loss)
+    settings = label_smoothing, z_loss
+    return _sum_over_chunks(x, kernel, targets, weights, *settings, (False, False))[:2]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked_cross_entropy(
-    x: Array, kernel: Array, targets: Array, weights: Array, label_smoothing: float, z_loss: float
-) -> tuple[Array, dict[str, Array]]:
-    return _in_chunks(x, kernel, targets, weights, label_smoothing, z_loss, (False, False))[:2]
-
-
-def _forward(
-    x: Any, kernel: Any, targets: Any, weights: Any, label_smoothing: float, z_loss: float
-) -> Any:
-    wanted = (x.perturbed, kernel.perturbed)
+def _vjp_forward(
+    x: CustomVJPPrimal,
+    kernel: CustomVJPPrimal,
+    targets: CustomVJPPrimal,
+    weights: CustomVJPPrimal,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[tuple[Array, Tokens], Gradients]:
+    # The kernel is frozen in most runs: its gradient [D, V] is then never computed.
+    needs_grad = (x.perturbed, kernel.perturbed)
     values = (x.value, kernel.value, targets.value, weights.value)
-    total, told, gradients = _in_chunks(*values, label_smoothing, z_loss, wanted)
-    return (total, told), gradients
+    total, tokens, grads = _sum_over_chunks(*values, label_smoothing, z_loss, needs_grad)
+    return (total, tokens), grads
 
 
-def _backward(label_smoothing: float, z_loss: float, gradients: Any, given: Any) -> Any:
-    of_total, _ = given
-    if isinstance(of_total, SymbolicZero):
+def _vjp_backward(
+    label_smoothing: float,
+    z_loss: float,
+    grads: Gradients,
+    output_grads: tuple[Array | SymbolicZero, dict[str, Array | SymbolicZero]],
+) -> tuple[Array | None, Array | None, None, None]:
+    grad_total, _ = output_grads
+    if isinstance(grad_total, SymbolicZero):
         return None, None, None, None
-    of_x, of_kernel = (None if g is None else g * of_total for g in gradients)
-    return of_x, of_kernel, None, None
+    grad_x, grad_kernel = (None if grad is None else grad * grad_total for grad in grads)
+    return grad_x, grad_kernel, None, None
 
 
-_chunked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+chunked_cross_entropy.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
 
 
-def _in_chunks(
+def _sum_over_chunks(
     x: Array,
     kernel: Array,
     targets: Array,
     weights: Array,
     label_smoothing: float,
     z_loss: float,
-    wanted: tuple[bool, bool],
-) -> tuple[Array, dict[str, Array], tuple[Array | None, Array | None]]:
-    """(sum, what the tokens' losses are, the sum's gradients to x and kernel where wanted)."""
+    needs_grad: tuple[bool, bool],
+) -> tuple[Array, Tokens, Gradients]:
+    """Returns the sum, the tokens' losses, and the sum's gradients to x and kernel if needed."""
     length = x.shape[1]
-    chunk = functools.partial(
-        _chunk, kernel=kernel, label_smoothing=label_smoothing, z_loss=z_loss, wanted=wanted
+    compute = functools.partial(
+        _chunk, kernel=kernel, label_smoothing=label_smoothing, z_loss=z_loss, needs_grad=needs_grad
     )
     count = num_chunks(x.shape[0], length, kernel.shape[1])
     if count == 1:
-        return chunk(x, targets, weights)
+        return compute(x, targets, weights)
 
-    # Along the length, so that each device keeps the rows it holds
+    # Chunks are cut along the length, so that each device keeps its rows.
     size = -(-length // count)
-    pieces = jax.tree.map(lambda a: _cut(a, count, size), (x, targets, weights))
+    pieces = [_split(array, count, size) for array in (x, targets, weights)]
 
-    def add(sums: Any, piece: Any) -> Any:
-        total, told, (of_x, of_kernel) = chunk(*piece)
-        return jax.tree.map(jnp.add, sums, (total, of_kernel)), (told, of_x)
+    def add(
+        sums: tuple[Array, Array | None], piece: Sequence[Array]
+    ) -> tuple[tuple[Array, Array | None], tuple[Tokens, Array | None]]:
+        total, tokens, (grad_x, grad_kernel) = compute(*piece)
+        return jax.tree.map(jnp.add, sums, (total, grad_kernel)), (tokens, grad_x)
 
-    start = (jnp.zeros(()), jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None)
-    (total, of_kernel), rest = jax.lax.scan(add, start, pieces)
-    told, of_x = jax.tree.map(lambda a: _joined(a, length), rest)
-    return total, told, (of_x, of_kernel)
+    start = (jnp.zeros(()), jnp.zeros(kernel.shape, jnp.float32) if needs_grad[1] else None)
+    (total, grad_kernel), outputs = jax.lax.scan(add, start, pieces)
+    tokens, grad_x = jax.tree.map(lambda array: _join(array, length), outputs)
+    return total, tokens, (grad_x, grad_kernel)
 
 
 def num_chunks(rows: int, length: int, vocab: int) -> int:
-    """In how many pieces logits [rows, length, vocab] are computed, on the mesh in scope."""
+    """Returns the number of chunks of logits [rows, length, vocab] on the mesh in scope."""
     devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
     size = 4 * rows * length * vocab / devices
     return min(length, max(1, math.ceil(size / CHUNK_BYTES)))
 
 
-def _cut(a: Array, count: int, size: int) -> Array:
+def _split(a: Array, count: int, size: int) -> Array:
     """[B, L, …] -> [count, B, size, …], padded with zeros."""
-    short = count * size - a.shape[1]
-    a = jnp.pad(a, [(0, 0), (0, short), *[(0, 0)] * (a.ndim - 2)])
+    padding = count * size - a.shape[1]
+    a = jnp.pad(a, [(0, 0), (0, padding), *[(0, 0)] * (a.ndim - 2)])
     return jnp.moveaxis(a.reshape(a.shape[0], count, size, *a.shape[2:]), 1, 0)
 
 
-def _joined(a: Array, length: int) -> Array:
-    """The inverse of `_cut`."""
+def _join(a: Array, length: int) -> Array:
+    """The inverse of `_split`."""
     a = jnp.moveaxis(a, 0, 1)
     return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :length]
 
@@ -180,23 +208,26 @@ def _chunk(
     kernel: Array,
     label_smoothing: float,
     z_loss: float,
-    wanted: tuple[bool, bool],
-) -> tuple[Array, dict[str, Array], tuple[Array | None, Array | None]]:
+    needs_grad: tuple[bool, bool],
+) -> tuple[Array, Tokens, Gradients]:
     logits = jnp.matmul(x, kernel)  # [B, l, V]
-    log_z, picked, largest = _parts(logits, targets)
-    nll, z = _losses(logits, log_z, picked, label_smoothing, z_loss)
-    # an argmax takes as long as all the rest on a CPU; so ties with the target count for it
-    told = {"nll": nll, "z": z, "correct": (picked >= largest).astype(jnp.float32)}
-    of_x = of_kernel = None
-    if any(wanted):
-        # d loss / d logit = softmax · (1 + 2 z_loss log Z) - the smoothed target's share
-        confidence, low = _smoothed(label_smoothing, logits.shape[-1])
-        scale = weights * (1.0 + 2.0 * z_loss * log_z)
-        share = jnp.where(_is_target(logits, targets), confidence, low)
-        of_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None]
-        of_logits -= share * weights[..., None]
-        if wanted[0]:
-            of_x = jnp.einsum("blv,dv->bld", of_logits, kernel)  # spread, it is gathered once
-        if wanted[1]:
-            of_kernel = jnp.einsum("bld,blv->dv", x, of_logits)
-    return jnp.sum((nll + z) * weights), told, (of_x, of_kernel)
+    vocab = logits.shape[-1]
+    parts = _logit_parts(logits, targets)
+    nll, z = _losses(parts, vocab, label_smoothing, z_loss)
+    total = jnp.sum((nll + z) * weights)
+    # No argmax, which takes as long on a CPU as all the rest; so ties count for the target.
+    correct = (parts.target >= parts.largest).astype(jnp.float32)
+    tokens = {"nll": nll, "z": z, "correct": correct}
+    if not any(needs_grad):
+        return total, tokens, (None, None)
+
+    # d loss / d logits = softmax · (1 + 2 z_loss log Z) - smoothed target
+    confidence, low = _smoothed_target(label_smoothing, vocab)
+    scale = weights * (1.0 + 2.0 * z_loss * parts.log_z)
+    smoothed = jnp.where(_is_target(logits, targets), confidence, low)
+    grad_logits = jnp.exp(logits - parts.log_z[..., None]) * scale[..., None]
+    grad_logits -= smoothed * weights[..., None]
+    # einsum: with `grad_logits @ kernel.T`, a sharded kernel would be gathered twice.
+    grad_x = jnp.einsum("blv,dv->bld", grad_logits, kernel) if needs_grad[0] else None
+    grad_kernel = jnp.einsum("bld,blv->dv", x, grad_logits) if needs_grad[1] else None
+    return total, tokens, (grad_x, grad_kernel)

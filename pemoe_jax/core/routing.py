@@ -1,11 +1,14 @@
-"""Routers: from a token's features to a distribution over experts (arXiv 2309.05444, 2.2)."""
+"""Routers: a distribution over experts for each token (arXiv 2309.05444, section 2.2).
+
+    p = softmax(x W / τ)
+
+The mixture uses all of p (soft routing) or its k largest values (top-k routing).
+"""
 
 import functools
-import math
 import re
-import string
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -22,21 +25,21 @@ Initializer = jax.nn.initializers.Initializer
 
 READS = ("x", "y", "sentence")
 
-# What a router tells of a batch, in the order of the vector that `Router` returns.
+# The entries of `RouterOutput.statistics`, in order.
 STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "objective")
-# An expert is called dead where its share of the load is below this share of an even one.
+# An expert is dead if its load is below this fraction of an even load.
 DEAD_LOAD = 0.01
-_WIDE = 1024  # a row's most numbers in sums over rows
+DETAIL_LEVELS = ("sites", "layers")
 
 
 @flax.struct.dataclass
 class Tokens:
-    """What routers know of the tokens at a site, beside their features.
+    """What routers know about the tokens at a site, apart from their features.
 
     Attributes:
-      valid: [B, L], False or 0 at padding, which no statistic counts; None: all count.
+      valid: [B, L], False or 0 at padding, which statistics ignore; None: no padding.
       sentence: [B, S], an embedding of each row's example, for routers that read it.
-      deterministic: no noise.
+      deterministic: disables noise and dropout.
     """
 
     valid: Array | None = None
@@ -45,36 +48,34 @@ class Tokens:
 
 
 class RouterOutput(NamedTuple):
-    """What a router gives.
+    """What a router returns.
 
     Attributes:
-      probs: [..., E], float32; they sum to one where `top_k` is None or `renormalize` is set.
-      told: `STATISTICS` [6] of the batch's real tokens, see `statistics`.
-      beside: [..., n], the features' product with the matrix `beside`, where there is one.
+      probs: float32 [..., E]; sums to one unless `top_k` is set without `renormalize`.
+      statistics: float32 [6], the `STATISTICS` of the batch's real tokens.
     """
 
     probs: Array
-    told: Array
-    beside: Array | None = None
+    statistics: Array
 
 
 class Router(nn.Module):
-    """Softmax over experts of one dense layer without bias, in float32; soft unless `top_k` is set.
+    """A linear layer without bias and a softmax over experts, in float32.
 
     Attributes:
       num_experts: E.
-      top_k: how many of the largest probabilities are kept, the others being zero; None: all.
-      renormalize: whether the kept ones are made to sum to one (the paper's code does not).
-      straight_through: whether gradients are those of the soft router (arXiv 1308.3432).
-      temperature: the logits are divided by it.
-      jitter_noise: in training, features are multiplied by U(1 - it, 1 + it) (arXiv 2101.03961).
+      top_k: number of largest probabilities to keep, the others become zero; None keeps all.
+      renormalize: whether the kept probabilities are rescaled to sum to one (not in the paper).
+      straight_through: whether top-k routing has the gradients of soft routing (arXiv 1308.3432).
+      temperature: divides the logits.
+      jitter_noise: ε; in training, features are multiplied by U(1 - ε, 1 + ε) (arXiv 2101.03961).
       balance_loss: α of the load-balance loss α·E·Σ f_i P_i (arXiv 2101.03961).
       z_loss: coefficient of the mean of log(Z)² (arXiv 2202.08906).
-      reads: 'x' (the hidden state that the site's projection read), 'y' (what it produced) or
-        'sentence' (an embedding of the example: one distribution for all its tokens); None: what
-        the paper has for the kind of expert, y for vectors and x for low-rank pairs.
-      kernel_init: the paper's code draws the kernel from N(0, 0.02).
-      feature_axis: logical name of the axis that is read.
+      reads: 'x' (the input of the site's projection), 'y' (its output) or 'sentence' (an embedding
+        of the example: one distribution for all its tokens); None: as in the paper, y for vector
+        experts and x for LoRA experts.
+      kernel_init: initializer of the kernel, N(0, 0.02) in the paper's code.
+      feature_axis: logical name of the features' last axis.
 
     Raises:
       InputError: a setting is out of its range.
@@ -93,16 +94,8 @@ class Router(nn.Module):
     feature_axis: str = "embed"
 
     @nn.compact
-    def __call__(
-        self, features: Array, tokens: Tokens | None = None, beside: Array | None = None
-    ) -> RouterOutput:
-        """Of features [B, L, ..., features] or, of a sentence, [B, features].
-
-        Args:
-          tokens: of the features.
-          beside: [features, n], another matrix that the features are multiplied by: in the product
-            that the router makes of them where both are float32, which saves a pass over them.
-        """
+    def __call__(self, features: Array, tokens: Tokens | None = None) -> RouterOutput:
+        """Routes features [B, L, ..., D] or, for sentences, [B, D]."""
         self._check()
         tokens = tokens or Tokens()
         kernel = params_lib.param(
@@ -112,24 +105,18 @@ class Router(nn.Module):
             (features.shape[-1], self.num_experts),
             (self.feature_axis, "expert"),
         )
-        noisy = bool(self.jitter_noise) and not tokens.deterministic
-        product = None
-        if beside is not None and not noisy and features.dtype == beside.dtype == jnp.float32:
-            both = thin_matmul.thin_matmul(features, jnp.concatenate([kernel, beside], axis=1))
-            logits, product = jnp.split(both, [self.num_experts], axis=-1)
-        else:
-            if beside is not None:
-                product = thin_matmul.thin_matmul(features.astype(beside.dtype), beside)
-            features = features.astype(jnp.float32)
-            if noisy:
-                low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
-                features *= jax.random.uniform(
-                    self.make_rng("dropout"), features.shape, minval=low, maxval=high
-                )
-            logits = thin_matmul.thin_matmul(features, kernel)
-        probs, told = _mixture(
+        features = features.astype(jnp.float32)
+        if self.has_noise(tokens):
+            low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
+            rng = self.make_rng("dropout")
+            features *= jax.random.uniform(rng, features.shape, minval=low, maxval=high)
+        return self.route(thin_matmul.thin_matmul(features, kernel), tokens)
+
+    def route(self, logits: Array, tokens: Tokens | None = None) -> RouterOutput:
+        """Turns logits [..., E], the features' product with the kernel, into probabilities."""
+        return _route(
             logits,
-            tokens.valid,
+            None if tokens is None else tokens.valid,
             temperature=self.temperature,
             top_k=self.top_k,
             renormalize=self.renormalize,
@@ -137,33 +124,45 @@ class Router(nn.Module):
             balance_loss=self.balance_loss,
             z_loss=self.z_loss,
         )
-        return RouterOutput(probs, told, product)
 
-    def is_soft(self, tokens: Tokens | None = None) -> bool:
-        """Whether the probabilities are the softmax itself, of the features as they are."""
-        noisy = self.jitter_noise and tokens is not None and not tokens.deterministic
-        return not noisy and (self.top_k is None or self.top_k >= self.num_experts)
+    def has_noise(self, tokens: Tokens | None) -> bool:
+        """Whether features are multiplied by noise."""
+        return bool(self.jitter_noise) and tokens is not None and not tokens.deterministic
+
+    def is_soft(self, tokens: Tokens | None) -> bool:
+        """Whether the probabilities are the softmax of the features themselves."""
+        keeps_all = self.top_k is None or self.top_k >= self.num_experts
+        return keeps_all and not self.has_noise(tokens)
 
     def _check(self) -> None:
         top_k, num_experts = self.top_k, self.num_experts
         if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= num_experts):
             raise InputError(
-                f"Router.top_k: expected None or 1 to num_experts ({num_experts}), found {top_k!r}"
+                f"Router.top_k must be None or between 1 and num_experts ({num_experts}),"
+                f" got {top_k!r}"
             )
         if self.reads not in (None, *READS):
-            raise InputError(f"Router.reads: expected one of {READS}, found {self.reads!r}")
+            raise InputError(f"Router.reads must be one of {READS}, got {self.reads!r}")
         if not self.temperature > 0:
-            raise InputError(f"Router.temperature: must be above 0, found {self.temperature!r}")
+            raise InputError(f"Router.temperature must be positive, got {self.temperature!r}")
         if not 0 <= self.jitter_noise < 1:
-            raise InputError(f"Router.jitter_noise: expected [0, 1), found {self.jitter_noise!r}")
+            raise InputError(f"Router.jitter_noise must be in [0, 1), got {self.jitter_noise!r}")
 
 
-_SETTINGS = ("temperature", "top_k", "renormalize", "straight_through", "balance_loss", "z_loss")
+RouterFactory = Callable[..., Router]  # (num_experts=..., feature_axis=..., name=...)
 
 
-# `inline`: in the program as if it were written there
-@functools.partial(jax.jit, inline=True, static_argnames=_SETTINGS)
-def _mixture(
+# A jitted function is traced once for all routers of a shape. There are hundreds of routers with
+# dozens of operations each: without it, they took a third of the time to trace MoLORA. `inline`
+# keeps the compiled program the same.
+@functools.partial(
+    jax.jit,
+    inline=True,
+    static_argnames=(
+        *("temperature", "top_k", "renormalize", "straight_through", "balance_loss", "z_loss"),
+    ),
+)
+def _route(
     logits: Array,
     valid: Array | None,
     *,
@@ -173,163 +172,157 @@ def _mixture(
     straight_through: bool,
     balance_loss: float,
     z_loss: float,
-) -> tuple[Array, Array]:
-    """What `Router` makes of logits [..., E]: probs and told, see `Routed`.
-
-    Traced once for all routers of a shape: dozens of operations, of hundreds of routers.
-    """
+) -> RouterOutput:
     logits /= temperature
     soft = jax.nn.softmax(logits, axis=-1)
     probs = soft
     if top_k is not None and top_k < logits.shape[-1]:
-        probs = _largest(soft, top_k)
+        probs = _keep_largest(soft, top_k)
         if renormalize:
             probs /= jnp.sum(probs, axis=-1, keepdims=True)
         if straight_through:
             probs = soft + jax.lax.stop_gradient(probs - soft)
-    told = compute_statistics(logits, soft, probs, _weights(logits, valid))
+    statistics = compute_statistics(logits, soft, probs, _token_weights(logits, valid))
     objective = jnp.zeros(())
-    if balance_loss:  # 0 · x is no constant to XLA: x and its gradient would be computed
-        objective += balance_loss * told[3]
+    # A term with coefficient 0 is left out, since XLA does not simplify `0 * x` (x may be NaN) and
+    # would compute x and its gradient.
+    if balance_loss:
+        objective += balance_loss * statistics[STATISTICS.index("balance_loss")]
     if z_loss:
-        objective += z_loss * told[4]
-    # what is told has no gradient; zeros for it would still be multiplied through the network
-    return probs, jnp.append(jax.lax.stop_gradient(told), objective)
+        objective += z_loss * statistics[STATISTICS.index("z_loss")]
+    # Only the objective has a gradient. Metrics would otherwise send gradients of zeros through
+    # the whole network.
+    return RouterOutput(probs, jnp.append(jax.lax.stop_gradient(statistics), objective))
 
 
-def _largest(probs: Array, k: int) -> Array:
-    """The k largest of the last axis, ties to the first of them; zeros in place of the others."""
+def _keep_largest(probs: Array, k: int) -> Array:
+    """Sets all but the k largest entries of the last axis to 0; keeps the first of equal ones."""
+    # By index and not by threshold: with a threshold, ties would keep more than k experts.
     _, indices = jax.lax.top_k(jax.lax.stop_gradient(probs), k)
-    kept = jnp.sum(jax.nn.one_hot(indices, probs.shape[-1], dtype=probs.dtype), axis=-2)
-    return probs * kept
+    mask = jnp.sum(jax.nn.one_hot(indices, probs.shape[-1], dtype=probs.dtype), axis=-2)
+    return probs * mask
 
 
-def _weights(logits: Array, valid: Array | None) -> Array:
-    """How much each distribution of logits [B, L, ..., E] or [B, E] counts, of shape [..., 1]."""
+def _token_weights(logits: Array, valid: Array | None) -> Array:
+    """Returns the weight of each distribution of logits [B, L, ..., E] or [B, E] in statistics."""
     if valid is None:
-        return jnp.ones((*logits.shape[:-1], 1), jnp.float32)
+        return jnp.ones(logits.shape[:-1], jnp.float32)
     valid = valid.astype(jnp.float32)
-    if logits.ndim == 2:  # of sentences: as often as they have tokens
-        return jnp.sum(valid, axis=1, keepdims=True)
-    valid = valid.reshape(*valid.shape, *([1] * (logits.ndim - 2)))
-    return jnp.broadcast_to(valid, (*logits.shape[:-1], 1))
-
-
-def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Array:
-    """The first five of `STATISTICS`, float32: means over distributions by their weights.
-
-    - entropy: of the softmax, in nats; log E where all experts are alike.
-    - load: the most used expert's share of the mixture over an even share; 1 to E.
-    - dead: the share of experts whose share of the mixture is below `DEAD` of an even one.
-    - balance_loss: E·Σ f_i P_i, f_i the share of tokens whose largest probability is i's and P_i
-      its mean probability; 1 where either is even (arXiv 2101.03961, eq. 4).
-    - z_loss: log(Σ exp(logits))² (arXiv 2202.08906, eq. 5).
-
-    Args:
-      logits: [..., E]. soft: their softmax. probs: what mixes the experts. weights: [..., 1].
-    """
-    # Of parts that the softmax is made of as well, so that nothing is computed a second time; and
-    # no argmax, which takes as long as all the rest, so ties share.
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    shifted = logits - largest
-    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
-    first = jax.lax.stop_gradient((shifted >= 0).astype(jnp.float32))
-    of_all = _over_rows(soft, weights)
-    mixed = of_all if probs is soft else _over_rows(probs, weights)
-    parts = [log_sum, jnp.square(largest + log_sum), jnp.ones_like(log_sum)]
-    log_sums, z, total = jnp.split(_over_rows(jnp.concatenate(parts, axis=-1), weights), 3)
-    entropy = log_sums - jnp.sum(_over_rows(soft * shifted, weights))
-    return statistics_from_sums(
-        StatisticSums(of_all, _over_rows(first, weights), mixed, entropy, z, total)
-    )
-
-
-def _over_rows(x: Array, weights: Array) -> Array:
-    """Sum by weights [..., 1] over all axes but the last, [..., rows, n] -> [n]."""
-    if jax.default_backend() == "cpu":
-        # there a product is one operation where a sum is several, each with code of its own
-        axes = string.ascii_lowercase[: x.ndim - 1]
-        of = f"{axes},{axes}z->z"
-        return jnp.einsum(of, weights[..., 0], x, precision=jax.lax.Precision.HIGHEST)
-    x = x * weights
-    *outer, rows, n = x.shape
-    # Experts are few, and on GPUs sums over rows as narrow are slow: some rows are joined to one.
-    # Only of the axis beside them, so that no axis that is split among devices ends up inside.
-    joined = rows if rows * n <= _WIDE else math.gcd(rows, 1 << max(1, _WIDE // n).bit_length() - 1)
-    x = x.reshape(*outer, rows // joined, joined * n)
-    x = jnp.sum(x, axis=tuple(range(x.ndim - 1)))
-    return jnp.sum(x.reshape(joined, n), axis=0)
+    if logits.ndim == 2:  # one distribution for a sentence, which counts once per token
+        return jnp.sum(valid, axis=1)
+    valid = valid.reshape(*valid.shape, *([1] * (logits.ndim - 3)))
+    return jnp.broadcast_to(valid, logits.shape[:-1])
 
 
 class StatisticSums(NamedTuple):
-    """Of routers' distributions by their weights, float32: what `statistics` is made of.
+    """Weighted sums over routing distributions, float32.
 
     Attributes:
-      soft: [E], of softmaxes.
-      chosen: [E], of ones where these are largest.
-      mixed: [E], of what mixes the experts.
-      entropy, z: [1], of the softmaxes' entropies and of log(Σ exp(logits))².
-      total: [1], of the weights.
+      soft: [E], sum of the softmax probabilities.
+      top_1: [E], number of distributions that have their largest probability at an expert.
+      mixture: [E], sum of the probabilities that mix the experts.
+      entropy: [], sum of the softmax's entropies.
+      squared_log_z: [], sum of log(Σ exp(logits))².
+      weight: [], sum of the weights.
     """
 
     soft: Array
-    chosen: Array
-    mixed: Array
+    top_1: Array
+    mixture: Array
     entropy: Array
-    z: Array
-    total: Array
+    squared_log_z: Array
+    weight: Array
+
+
+def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Array:
+    """Returns the first five of `STATISTICS`, float32, as weighted means over distributions.
+
+    - entropy: of the softmax, in nats; log E if all experts are equally likely.
+    - load: the most used expert's share of the mixture relative to an even share; 1 to E.
+    - dead: the fraction of experts with a load below `DEAD_LOAD`.
+    - balance_loss: E·Σ f_i P_i, where f_i is the share of tokens whose largest probability is
+      expert i's and P_i is its mean probability; 1 if either is uniform (arXiv 2101.03961, eq. 4).
+    - z_loss: log(Σ exp(logits))² (arXiv 2202.08906, eq. 5).
+
+    Args:
+      logits: [..., E].
+      soft: [..., E], softmax of the logits.
+      probs: [..., E], probabilities that mix the experts.
+      weights: [...], 0 for distributions to ignore.
+    """
+    # The same expressions as in `jax.nn.softmax`, so that XLA computes them once for both: with
+    # `jax.nn.logsumexp` a MoLORA step on a CPU took 2 % longer.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    shifted = logits - largest
+    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    entropy = log_sum - jnp.sum(soft * shifted, axis=-1)
+    squared_log_z = jnp.square(largest[..., 0] + log_sum)
+    # No argmax, which takes as long on a CPU as all other statistics; so all tied experts count.
+    top_1 = jax.lax.stop_gradient((shifted >= 0).astype(jnp.float32))
+
+    def weighted_sum(x: Array) -> Array:  # [..., E] -> [E], or [...] -> []
+        return jnp.tensordot(weights, x, axes=weights.ndim, precision=jax.lax.Precision.HIGHEST)
+
+    soft_sum = weighted_sum(soft)
+    return statistics_from_sums(
+        StatisticSums(
+            soft=soft_sum,
+            top_1=weighted_sum(top_1),
+            mixture=soft_sum if probs is soft else weighted_sum(probs),
+            entropy=weighted_sum(entropy),
+            squared_log_z=weighted_sum(squared_log_z),
+            weight=jnp.sum(weights),
+        )
+    )
 
 
 def statistics_from_sums(sums: StatisticSums) -> Array:
-    """The first five of `STATISTICS`, see `statistics`."""
-    experts = sums.soft.shape[0]
-    total = jnp.maximum(sums.total[0], 1e-9)
-    chosen = sums.chosen / jnp.maximum(jnp.sum(sums.chosen), 1e-9)
-    load = sums.mixed * experts / jnp.maximum(jnp.sum(sums.mixed), 1e-9)  # 1 where even
+    """Returns the first five of `STATISTICS`, see `compute_statistics`."""
+    (num_experts,) = sums.soft.shape
+    tiny = 1e-9  # a batch of padding has weight 0
+    weight = jnp.maximum(sums.weight, tiny)
+    top_1_share = sums.top_1 / jnp.maximum(jnp.sum(sums.top_1), tiny)
+    load = num_experts * sums.mixture / jnp.maximum(jnp.sum(sums.mixture), tiny)
     return jnp.stack(
         [
-            sums.entropy[0] / total,
+            sums.entropy / weight,
             jnp.max(load),
             jnp.mean((load < DEAD_LOAD).astype(jnp.float32)),
-            experts * jnp.sum(chosen * sums.soft) / total,
-            sums.z[0] / total,
+            num_experts * jnp.sum(top_1_share * sums.soft) / weight,
+            sums.squared_log_z / weight,
         ]
     )
 
 
-DETAIL_LEVELS = ("sites", "layers")
-
-
-def summarize_statistics(paths: Sequence[str], told: np.ndarray, detail: str) -> dict[str, float]:
-    """Routers' statistics by name, for metrics.
+def summarize_statistics(
+    paths: Sequence[str], statistics: Array | np.ndarray, detail: str
+) -> dict[str, Array | np.ndarray]:
+    """Returns routers' statistics by metric name.
 
     Args:
-      paths: of the routers, e.g. 'encoder/layers_3/mlp/gate_adapter'.
-      told: [len(paths), 6], `STATISTICS` of each.
-      detail: 'sites' (over the layers of a stack) or 'layers' (each router).
+      paths: paths of the routers, e.g. 'encoder/layers_3/mlp/gate_adapter'.
+      statistics: [len(paths), 6], the `STATISTICS` of each router.
+      detail: 'sites' (averages over the layers of a stack) or 'layers' (each router).
 
     Returns:
-      'entropy', … over all routers, and 'encoder/mlp/gate/entropy', … of each site or router: the
-      means, and of the load the largest.
+      Scalars 'entropy', … over all routers and 'encoder/mlp/gate/entropy', … for each site or
+      router: the largest load, and the mean of every other statistic.
     """
-    rows: dict[str, list[int]] = {"": list(range(len(paths)))}
-    for number, path in enumerate(paths):
-        name = path.removesuffix("_adapter")
-        rows.setdefault(name if detail == "layers" else site_name(name), []).append(number)
-    found = {}
-    for name, members in rows.items():
-        part = told[members]
+    groups: dict[str, list[int]] = {"": list(range(len(paths)))}
+    for row, path in enumerate(paths):
+        name = path.removesuffix("_adapter") if detail == "layers" else site_name(path)
+        groups.setdefault(name, []).append(row)
+    metrics = {}
+    for name, rows in groups.items():
         for column, statistic in enumerate(STATISTICS):
             if name and statistic == "objective":
                 continue
-            of = np.max if statistic == "load" else np.mean
-            found[f"{name}/{statistic}".lstrip("/")] = float(of(part[:, column]))
-    return found
+            values = statistics[np.array(rows), column]
+            metric = values.max() if statistic == "load" else values.mean()
+            metrics[f"{name}/{statistic}".lstrip("/")] = metric
+    return metrics
 
 
 def site_name(path: str) -> str:
-    """'encoder/layers_3/mlp/gate_adapter' -> 'encoder/mlp/gate': its name in any layer."""
+    """'encoder/layers_3/mlp/gate_adapter' -> 'encoder/mlp/gate', shared by all layers."""
     return re.sub(r"/layers_\d+/", "/", path).removesuffix("_adapter")
-
-
-RouterFactory = Any  # callable(num_experts=..., feature_axis=..., name=...) -> Router

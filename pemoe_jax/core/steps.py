@@ -1,39 +1,49 @@
 """The loss, and the train, eval and score steps over batches of numpy arrays.
 
-Gradients are taken with respect to the trainable parameters alone: the frozen ones are an argument
-of their own, so no gradient of them is ever formed. Source of loss and normalisation: T5X.
+Gradients are taken with respect to the trainable parameters alone: the frozen ones are a separate
+argument, so their gradients are never computed. Loss and normalization are T5X's.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pemoe_jax.core import cross_entropy, network, routing
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.kernels import cpu_schedule
+from pemoe_jax.core.params import Params, PyTree
 
 Array = jax.Array
-Batch = Mapping[str, Any]
+Batch = Mapping[str, Array | np.ndarray]
 Metrics = dict[str, Array]
 
 NORMALIZERS = ("NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE")
 
 
+class Model(Protocol):
+    """What can be trained: a module with the signature of `network.Transformer`."""
+
+    @property
+    def apply(self) -> Callable[..., PyTree]: ...
+
+
 @flax.struct.dataclass
 class TrainState:
-    """What a run changes: the step, the trainable parameters, the optimiser's state."""
+    """What a run changes: the step, the trainable parameters, the optimizer's state."""
 
     step: Array
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: PyTree
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
         return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
@@ -42,11 +52,11 @@ class Loss:
     """Settings of the loss, under T5X's names.
 
     Attributes:
-      z_loss: coefficient of log(Z)², which keeps the logits' normaliser near 1.
-      label_smoothing: share of the target's mass spread over the other V - 1 tokens.
+      z_loss: coefficient of log(Z)², which keeps the softmax's denominator Z near 1.
+      label_smoothing: probability that the target spreads evenly over the other V - 1 tokens.
       loss_normalizing_factor: what the summed loss is divided by: None (nothing: a sum), a number,
-        NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS (padding counted) or AVERAGE_PER_SEQUENCE
-        (the mean over a sequence's tokens, then over sequences, packed ones told apart).
+        NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS (with padding) or AVERAGE_PER_SEQUENCE (the
+        mean over a sequence's tokens, then over sequences, also of packed rows).
     """
 
     z_loss: float = 0.0
@@ -57,8 +67,8 @@ class Loss:
         factor = self.loss_normalizing_factor
         if isinstance(factor, str) and factor not in NORMALIZERS:
             raise InputError(
-                f"LOSS_NORMALIZING_FACTOR: expected None, a number or one of {NORMALIZERS},"
-                f" found {factor!r}"
+                f"LOSS_NORMALIZING_FACTOR must be None, a number or one of {NORMALIZERS},"
+                f" got {factor!r}"
             )
 
 
@@ -70,7 +80,7 @@ def _token_weights(batch: Batch) -> Array:
 
 
 def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Array, Array]:
-    """Token weights [B, L] and the number that their weighted sum of losses is divided by."""
+    """Returns token weights [B, L] and what the weighted sum of losses is divided by."""
     weights = _token_weights(batch)
     if factor is None:
         return weights, jnp.ones(())
@@ -83,21 +93,24 @@ def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Ar
     segments = batch.get("decoder_segment_ids")
     if segments is None:
         segments = jnp.ones(weights.shape, jnp.int32)
-    # [B, L, L]: how much weight a token's own sequence has in all
-    same = (segments[:, :, None] == segments[:, None, :]).astype(jnp.float32)
-    per_sequence = jnp.einsum("blm,bm->bl", same, weights)
-    weights = jnp.where(per_sequence > 0, weights / jnp.maximum(per_sequence, 1e-9), 0.0)
-    return weights, jnp.maximum(jnp.sum(weights), 1.0)  # its sum is the number of sequences
+    same_sequence = (segments[:, :, None] == segments[:, None, :]).astype(jnp.float32)  # [B, L, L]
+    sequence_weight = jnp.einsum("blm,bm->bl", same_sequence, weights)
+    weights = jnp.where(sequence_weight > 0, weights / jnp.maximum(sequence_weight, 1e-9), 0.0)
+    return weights, jnp.maximum(jnp.sum(weights), 1.0)  # the sum is the number of sequences
 
 
 def apply_model(
-    model: Any, params: Any, batch: Batch, dropout_rng: Array | None, **options: Any
-) -> Any:
-    """Logits [B, L, V] of a batch in T5X's names, packed or not; dropout where a key is given.
+    model: Model, params: Params, batch: Batch, dropout_rng: Array | None, **options: object
+) -> PyTree:
+    """Returns the logits [B, L, V] of a batch in T5X's names, packed or not.
 
     Args:
-      options: of the network, or of Linen's `apply`: with `mutable` its collections are returned
-        beside the logits.
+      model: the network.
+      params: its parameters.
+      batch: arrays [B, L], and perhaps sentence_embeddings [B, S].
+      dropout_rng: dropout key; None disables dropout.
+      options: arguments of the network or of Linen's `apply`; with `mutable`, the result is a pair
+        of logits and collections.
     """
     return model.apply(
         {"params": params},
@@ -110,27 +123,25 @@ def apply_model(
         decoder_positions=batch.get("decoder_positions"),
         enable_dropout=dropout_rng is not None,
         rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-        **_sentences(batch),
+        **_sentence_embeddings(batch),
         **options,
     )
 
 
-def _sentences(batch: Batch) -> dict[str, Any]:
-    """What the model is given of sentence embeddings [B, S], where the batch has any."""
-    found = batch.get("sentence_embeddings")
-    return {} if found is None else {"sentence_embeddings": found}
+def _sentence_embeddings(batch: Batch) -> dict[str, Array | np.ndarray]:
+    # Passed only if present: T5X's and the tests' modules do not take the argument.
+    name = "sentence_embeddings"
+    return {name: batch[name]} if batch.get(name) is not None else {}
 
 
 def _loss_sums(
-    model: Any, loss: Loss, params: Any, batch: Batch, weights: Array, rng: Array | None
+    model: Model, loss: Loss, params: Params, batch: Batch, weights: Array, rng: Array | None
 ) -> tuple[Array, Metrics]:
-    """Weighted sum of losses over a batch, and the sums that metrics are made of.
-
-    The routers' losses, a mean over routers, count as the losses of a token do: so their weight
-    beside it does not hang on how the sum is normalised.
-    """
-    hidden, told = apply_model(model, params, batch, rng, return_hidden=True, mutable=["routers"])
-    total, of_tokens = cross_entropy.chunked_cross_entropy(
+    """Returns the weighted sum of losses over a batch, and the sums that metrics are made from."""
+    hidden, collections = apply_model(
+        model, params, batch, rng, return_hidden=True, mutable=["routers"]
+    )
+    total, token_values = cross_entropy.chunked_cross_entropy(
         hidden,
         network.logits_kernel(params),
         batch["decoder_target_tokens"],
@@ -138,30 +149,30 @@ def _loss_sums(
         loss.label_smoothing,
         loss.z_loss,
     )
-    real = _token_weights(batch)
-    tokens = jnp.sum(real)
-    sums = {name: jnp.sum(value * real) for name, value in of_tokens.items()}
-    sums["tokens"] = tokens
-    routers = params_lib.flatten(told.get("routers", {}))
+    is_real = _token_weights(batch)
+    sums = {name: jnp.sum(values * is_real) for name, values in token_values.items()}
+    sums["tokens"] = jnp.sum(is_real)
+    routers = params_lib.flatten(collections.get("routers", {}))
     if routers:
         statistics = [statistic for _, (statistic,) in sorted(routers.items())]
-        sums["routers"] = jnp.stack(statistics) * tokens
-        # taken before they are stacked: then XLA sees what nobody asked for, and drops it
-        objective = routing.STATISTICS.index("objective")
-        objectives = [jax.lax.index_in_dim(one, objective, keepdims=False) for one in statistics]
+        sums["routers"] = jnp.stack(statistics) * sums["tokens"]
+        # Taken from each router before stacking, so that XLA drops statistics that nothing reads.
+        column = routing.STATISTICS.index("objective")
+        objectives = [jax.lax.index_in_dim(row, column, keepdims=False) for row in statistics]
+        # The mean over routers counts once per token, as a token's loss does: so their ratio does
+        # not depend on the normalization.
         total += jnp.mean(jnp.stack(objectives)) * jnp.sum(weights)
     return total, sums
 
 
-def router_paths(model: Any) -> list[str]:
-    """Where the routers are, in the order of the rows of a step's `routers`.
+def router_paths(model: network.Transformer) -> list[str]:
+    """Returns the paths of the routers, in the order of the rows of a step's `routers`.
 
-    Returns:
-      e.g. ['decoder/layers_0/mlp/gate_adapter', …].
+    E.g. ['decoder/layers_0/mlp/gate_adapter', …].
     """
-    end = "/router/kernel"
+    suffix = "/router/kernel"
     paths = params_lib.flatten(network.param_shapes(model))
-    return sorted(path.removesuffix(end) for path in paths if path.endswith(end))
+    return sorted(path.removesuffix(suffix) for path in paths if path.endswith(suffix))
 
 
 def _metrics(total: Array, sums: Metrics) -> Metrics:
@@ -178,83 +189,110 @@ def _metrics(total: Array, sums: Metrics) -> Metrics:
 
 
 def loss_and_grads(
-    model: Any,
+    model: Model,
     loss: Loss,
-    trainable: Any,
-    frozen: Any,
+    trainable: Params,
+    frozen: Params,
     batch: Batch,
     rng: Array | None = None,
     microbatches: int = 1,
-) -> tuple[Any, Metrics]:
-    """Gradients with respect to `trainable`, and metrics, of one batch.
+) -> tuple[PyTree, Metrics]:
+    """Returns the gradients with respect to `trainable`, and the metrics, of one batch.
 
-    The batch's normaliser divides the sum over microbatches, so accumulated gradients equal those
-    of the whole batch however its tokens are spread.
+    The normalizer of the whole batch divides the sum over microbatches, so accumulated gradients
+    are those of the whole batch, however its tokens are spread over microbatches.
 
     Args:
+      model: the network.
+      loss: settings.
       trainable, frozen: the two halves of the parameters.
       batch: arrays [B, L] in T5X's names.
-      rng: dropout key; None for no dropout.
-      microbatches: in how many pieces the batch is run, one after another.
+      rng: dropout key; None disables dropout.
+      microbatches: number of pieces that the batch is run in, one after the other.
+
+    Raises:
+      InputError: `microbatches` does not divide B.
     """
     weights, normalizer = weights_and_normalizer(batch, loss.loss_normalizing_factor)
 
-    def loss_fn(trainable: Any, piece: Batch, weights: Array, rng: Array | None) -> Any:
+    def loss_fn(
+        trainable: Params, batch: Batch, weights: Array, rng: Array | None
+    ) -> tuple[Array, Metrics]:
         params = params_lib.merge(trainable, frozen)
-        total, sums = _loss_sums(model, loss, params, piece, weights, rng)
+        total, sums = _loss_sums(model, loss, params, batch, weights, rng)
         return total / normalizer, sums
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if microbatches == 1:
         (total, sums), grads = grad_fn(trainable, batch, weights, rng)
-        return grads, _metrics(total, sums)
+    else:
+        (total, sums), grads = _accumulate(grad_fn, trainable, batch, weights, rng, microbatches)
+    return grads, _metrics(total, sums)
 
+
+GradFn = Callable[[Params, Batch, Array, Array | None], tuple[tuple[Array, Metrics], PyTree]]
+
+
+def _accumulate(
+    grad_fn: GradFn,
+    trainable: Params,
+    batch: Batch,
+    weights: Array,
+    rng: Array | None,
+    microbatches: int,
+) -> tuple[tuple[Array, Metrics], PyTree]:
+    """Returns the sum of `grad_fn` over microbatches."""
     size = weights.shape[0]
     if size % microbatches:
-        raise InputError(f"MICROBATCHES {microbatches} does not divide the batch of {size} rows")
-    # every microbatch takes every n-th row, so that each device keeps the rows it holds
+        raise InputError(f"MICROBATCHES must divide the batch of {size} rows, got {microbatches}")
+    # Microbatch i takes the rows i, i + microbatches, …, so that each device keeps its rows.
     pieces = jax.tree.map(
         lambda a: jnp.swapaxes(a.reshape(size // microbatches, microbatches, *a.shape[1:]), 0, 1),
         (dict(batch), weights),
     )
 
-    def accumulate(carry: Any, item: Any) -> tuple[Any, None]:
-        index, (piece, piece_weights) = item
+    def run(index: Array | int, piece: tuple[Batch, Array]) -> PyTree:
         piece_rng = None if rng is None else jax.random.fold_in(rng, index)
-        (total, sums), grads = grad_fn(trainable, piece, piece_weights, piece_rng)
-        return jax.tree.map(jnp.add, carry, (total, sums, grads)), None
+        return grad_fn(trainable, *piece, piece_rng)
 
-    shapes = jax.eval_shape(
-        lambda: grad_fn(trainable, jax.tree.map(lambda a: a[0], pieces[0]), pieces[1][0], rng)
-    )
-    (total, sums), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (total, sums, grads), _ = jax.lax.scan(
-        accumulate, (total, sums, grads), (jnp.arange(microbatches), pieces)
-    )
-    return grads, _metrics(total, sums)
+    def add(sums: PyTree, item: tuple[Array, tuple[Batch, Array]]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, sums, run(*item)), None
+
+    shapes = jax.eval_shape(lambda: run(0, jax.tree.map(lambda a: a[0], pieces)))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    sums, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), pieces))
+    return sums
 
 
-StepFn = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
+StepFn = Callable[[TrainState, Params, Batch, Array], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-    model: Any,
+    model: Model,
     optimizer: optax.GradientTransformation,
     loss: Loss,
     microbatches: int = 1,
     router_metrics: bool = True,
-    state_sharding: Any = None,
+    state_sharding: TrainState | None = None,
 ) -> StepFn:
-    """-> step(state, frozen, batch, rng) -> (state, metrics); jitted, the state is donated.
+    """Returns step(state, frozen, batch, rng) -> (state, metrics); jitted, the state is donated.
 
-    `rng` is the run's key; the step folds its number in, so a resumed run draws the same masks.
-    All metrics are scalars but `routers`, [routers, 6]: `routing.STATISTICS` of each of
-    `router_paths`; without `router_metrics` what no loss needs of it is not computed. The new
-    state lies as `state_sharding` says (see `partitioning.state_shardings`); None: as XLA likes.
+    Args:
+      model: the network.
+      optimizer: of the trainable parameters.
+      loss: settings.
+      microbatches: see `loss_and_grads`.
+      router_metrics: whether metrics have `routers` [routers, 6], the `routing.STATISTICS` of each
+        of `router_paths`; all other metrics are scalars. Without, XLA drops the statistics that no
+        loss needs.
+      state_sharding: shardings of the new state; None leaves them to XLA.
+
+    `rng` is the run's key. The step folds its number in, so that a resumed run draws the same
+    dropout masks.
     """
 
     def step(
-        state: TrainState, frozen: Any, batch: Batch, rng: Array
+        state: TrainState, frozen: Params, batch: Batch, rng: Array
     ) -> tuple[TrainState, Metrics]:
         dropout_rng = jax.random.fold_in(rng, state.step)
         grads, metrics = loss_and_grads(
@@ -270,20 +308,17 @@ def make_train_step(
     options: dict[str, Any] = {"donate_argnums": (0,)}
     if state_sharding is not None:
         options["out_shardings"] = (state_sharding, state_sharding.step)
-    # any module with the network's signature may be trained, and need have no config
+    # A `Model` need not have a config.
     remat_policy = getattr(getattr(model, "config", None), "remat_policy", "none")
-    if remat_policy != "none" and jax.default_backend() == "cpu":
-        # the schedule that CPUs have otherwise is for operations side by side: 4 to 10 % faster,
-        # but it computes all that is to be computed again at once
-        schedule = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-        options["compiler_options"] = schedule
+    if compiler_options := cpu_schedule.rematerialization_options(remat_policy):
+        options["compiler_options"] = compiler_options
     return jax.jit(step, **options)
 
 
-def make_eval_step(model: Any, loss: Loss) -> Callable[[Any, Any, Batch], Metrics]:
-    """-> step(trainable, frozen, batch) -> sums of nll, z, correct and tokens; no dropout."""
+def make_eval_step(model: Model, loss: Loss) -> Callable[[Params, Params, Batch], Metrics]:
+    """Returns step(trainable, frozen, batch) -> sums of nll, z, correct and tokens; no dropout."""
 
-    def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
+    def step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
         params = params_lib.merge(trainable, frozen)
         _, sums = _loss_sums(model, loss, params, batch, _token_weights(batch), None)
         sums.pop("routers", None)
@@ -292,38 +327,41 @@ def make_eval_step(model: Any, loss: Loss) -> Callable[[Any, Any, Batch], Metric
     return jax.jit(step)
 
 
-def score_choices(model: Any, params: Any, batch: Batch) -> Array:
-    """Log-probability of every answer choice, each input encoded once for all its choices.
+def score_choices(model: network.Transformer, params: Params, batch: Batch) -> Array:
+    """Returns the log-probability of every answer choice, [B, C] float32.
+
+    Each input is encoded once for all its choices. A score is the sum over the target's tokens, in
+    nats, not normalized by length.
 
     Args:
+      model: the network.
+      params: its parameters.
       batch: encoder_input_tokens [B, L]; decoder_input_tokens and decoder_target_tokens
-        [B, C, Lt]; sentence_embeddings [B, S] for routers that read them. A choice that only fills
-        a row up is all zeros.
-
-    Returns:
-      [B, C] float32: the sum over the target's tokens, in nats, not normalised by length.
+        [B, C, Lt]; sentence_embeddings [B, S] for routers that read them. Choices that only pad a
+        row are all zeros.
     """
     inputs = batch["encoder_input_tokens"]
     targets = batch["decoder_target_tokens"]
     rows, choices, length = targets.shape
-    flat_targets = targets.reshape(rows * choices, length)
-    sentences = _sentences(batch)
-    encoded = model.apply(
+    targets = targets.reshape(rows * choices, length)
+    sentences = _sentence_embeddings(batch)
+    apply: Callable[..., PyTree] = model.apply
+    encoded = apply(
         {"params": params}, inputs, enable_dropout=False, method=model.encode, **sentences
     )
-    real = (flat_targets > 0).astype(jnp.float32)
-    hidden = model.apply(
+    hidden = apply(
         {"params": params},
         encoded,
         inputs,
         batch["decoder_input_tokens"].reshape(rows * choices, length),
-        flat_targets,
+        targets,
         enable_dropout=False,
         return_hidden=True,
         method=model.decode,
         **sentences,
     )
     kernel = network.logits_kernel(params)
-    _, of_tokens = cross_entropy.chunked_cross_entropy(hidden, kernel, flat_targets, real)
-    scores = -jnp.sum(of_tokens["nll"] * real, axis=-1)
+    is_real = (targets > 0).astype(jnp.float32)
+    _, token_values = cross_entropy.chunked_cross_entropy(hidden, kernel, targets, is_real)
+    scores = -jnp.sum(token_values["nll"] * is_real, axis=-1)
     return scores.reshape(rows, choices)

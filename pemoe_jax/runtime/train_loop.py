@@ -152,7 +152,7 @@ class TrainLoop:
             metrics = routing.summarize_statistics(
                 self.router_paths, routers, self.logging.router_metrics or ""
             )
-            values |= {f"router/{name}": value for name, value in metrics.items()}
+            values |= {f"router/{name}": float(value) for name, value in metrics.items()}
         writer.write(step, values)
         bar.report(step, _note(scalars))
         if not math.isfinite(scalars["loss"]):

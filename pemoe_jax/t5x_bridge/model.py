@@ -177,19 +177,7 @@ def _router_metrics(
 ) -> dict[str, clu_metrics.Metric]:
     """Returns `routing.summarize_statistics` of traced statistics [routers, 6], under `router/`."""
     # clu's Average, since T5X divides its AveragePerStep by steps and not by microbatches.
-    rows: dict[str, list[int]] = {"": list(range(len(paths)))}
-    for row, path in enumerate(paths):
-        name = path.removesuffix("_adapter") if detail == "layers" else routing.site_name(path)
-        rows.setdefault(name, []).append(row)
-    metrics = {}
-    for name, members in rows.items():
-        selected = statistics[jnp.array(members)]
-        for column, statistic in enumerate(routing.STATISTICS):
-            if name and statistic == "objective":
-                continue
-            reduce = jnp.max if statistic == "load" else jnp.mean
-            key = "/".join(filter(None, ("router", name, statistic)))
-            metrics[key] = clu_metrics.Average(
-                total=reduce(selected[:, column]), count=jnp.ones(())
-            )
-    return metrics
+    return {
+        f"router/{name}": clu_metrics.Average(total=value, count=jnp.ones(()))
+        for name, value in routing.summarize_statistics(paths, statistics, detail).items()
+    }

@@ -1,4 +1,4 @@
-"""Expert modules by themselves: hand-derived numbers, degenerate cases, sizes of intermediates."""
+"""Expert modules: numbers by hand, degenerate cases, sizes of intermediate arrays."""
 
 import functools
 import math
@@ -46,12 +46,12 @@ def test_mov_by_hand():
         "router": {"kernel": jnp.array([[np.log(3), 0], [0, 0]], jnp.float32)},
     }
     module = VectorExperts(num_experts=2, router=Router)
-    # x disagrees with y on purpose: it must not be read
+    # x differs from y, so that a router that reads x fails
     out = apply(module, params, jnp.full((1, 1, 2), 99.0), jnp.array([[[1.0, 2]]]))
     np.testing.assert_allclose(out, [[[3, 6]]], rtol=1e-6)
 
 
-def test_mov_routes_every_head_by_itself():
+def test_mov_routes_each_head_separately():
     """One kernel [K, E] for all heads, probabilities per head.
 
     kernel [[ln 3, 0]] (K = 1, E = 2); heads y = 1 and y = -1: p = (3/4, 1/4) and (1/4, 3/4).
@@ -185,9 +185,9 @@ def test_parameters_and_axes(method, shape):
 
 @pytest.mark.parametrize("method", MODULES)
 def test_start(method):
-    """Vectors start at one, B at zero: y is left bit for bit, by MoV up to rounding
+    """Vectors start at one and B at zero, so y is unchanged bit for bit.
 
-    (probabilities sum to one only within float32).
+    By MoV it is changed by rounding, since probabilities sum to one within float32.
     """
     module, _, x, y = sample(method, "heads")
     out, variables = jax.jit(module.init_with_output)(jax.random.PRNGKey(0), x, y)
@@ -210,13 +210,13 @@ def test_one_expert_is_the_plain_method(routed, plain, shape):
     module, params, x, y = sample(plain, shape)
     read = y if routed == "mov" else x
     with_router = {**params, "router": {"kernel": np.ones((read.shape[-1], 1), np.float32)}}
-    one = MODULES[routed](num_experts=1, y_axes=module.y_axes)
-    np.testing.assert_array_equal(apply(one, with_router, x, y), apply(module, params, x, y))
+    single = MODULES[routed](num_experts=1, y_axes=module.y_axes)
+    np.testing.assert_array_equal(apply(single, with_router, x, y), apply(module, params, x, y))
 
 
 @pytest.mark.parametrize("routed, plain", [("mov", "ia3"), ("molora", "lora")])
 def test_equal_experts_equal_one(routed, plain):
-    """Whatever the router says: the mixture of E copies is the copy."""
+    """The mixture of E copies is the copy, whatever the probabilities are."""
     _, params, x, y = sample(plain, "heads")
     module, routed_params, _, _ = sample(routed, "heads")
     axis = {"vectors": -2, "lora_a": 1, "lora_b": 0}
@@ -236,11 +236,11 @@ def test_bfloat16_stays_near_float32(method):
     assert np.abs(np.asarray(out, np.float32) - exact).max() < 0.03 * np.abs(exact).max()
 
 
-# --- what is formed on the way ---
+# --- intermediate arrays ---
 
 
 def largest_intermediate(function, *args) -> int:
-    """Elements of the largest array that any equation of the jaxpr gives, inner jaxprs too."""
+    """Returns the size of the largest output of an equation in the jaxpr, inner jaxprs included."""
 
     def walk(jaxpr) -> int:
         largest = 0
@@ -262,8 +262,8 @@ B, L, D, E, R = 2, 16, 32, 6, 4  # E * R = 24 < D, and D * E * R, a parameter's 
 
 @pytest.mark.parametrize("y_shape", [(B, L, D), (B, L, 4, 8)], ids=["features", "heads"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_molora_forms_no_expert_outputs(y_shape, backward):
-    """Nothing larger than [B, L, D], forwards or backwards; expert outputs are E times that."""
+def test_molora_never_materializes_expert_outputs(y_shape, backward):
+    """No array is larger than [B, L, D], forward or backward; expert outputs are E times that."""
     module = LoRAExperts(num_experts=E, rank=R, router=Router)
     x, y = jnp.ones((B, L, D)), jnp.ones(y_shape)
     params = module.init(jax.random.PRNGKey(0), x, y)["params"]
@@ -275,8 +275,8 @@ def test_molora_forms_no_expert_outputs(y_shape, backward):
     assert largest_intermediate(function, params, x, y) <= B * L * max(E * R, D)
 
 
-def test_the_measure_sees_expert_outputs():
-    """The same measure on the formula as it is written: B * L * E * D elements."""
+def test_largest_intermediate_sees_expert_outputs():
+    """The naive formula has an array of B * L * E * D elements."""
 
     def naive(x, a, b, p):
         return jnp.einsum("bled,ble->bld", jnp.einsum("bld,der,ero->bleo", x, a, b), p)
@@ -285,21 +285,21 @@ def test_the_measure_sees_expert_outputs():
     assert largest_intermediate(jax.jit(naive), *args) == B * L * E * D
 
 
-# --- the record of sites ---
+# --- adapters by site ---
 
 
 def test_experts_without_a_router_are_an_error():
     y = jnp.ones((1, 1, 2))
     for module in (VectorExperts(num_experts=2), LoRAExperts(num_experts=2)):
-        with pytest.raises(InputError, match="2 experts need a router"):
+        with pytest.raises(InputError, match="num_experts must be 1 without a router, got 2"):
             module.init(jax.random.PRNGKey(0), y, y)
 
 
 @pytest.mark.parametrize(
     "module, message",
     [
-        (VectorExperts(num_experts=0), "num_experts must be >= 1, found 0"),
-        (LoRAExperts(rank=0), "rank must be >= 1, found 0"),
+        (VectorExperts(num_experts=0), "VectorExperts.num_experts must be at least 1, got 0"),
+        (LoRAExperts(rank=0), "LoRAExperts.rank must be at least 1, got 0"),
     ],
 )
 def test_impossible_sizes_are_errors(module, message):
@@ -308,14 +308,14 @@ def test_impossible_sizes_are_errors(module, message):
         module.init(jax.random.PRNGKey(0), y, y)
 
 
-def test_an_instance_is_no_factory():
-    """Two layers would share an instance's parameters without a word."""
-    with pytest.raises(InputError, match="Adapters.key: expected a factory"):
+def test_an_instance_is_not_a_factory():
+    """Two layers would silently share an instance's parameters."""
+    with pytest.raises(InputError, match="Adapters.key must be a factory"):
         Adapters(key=VectorExperts())
 
 
 def test_description_round_trip():
-    """What a checkpoint writes down gives the same modules again, field by field."""
+    """A description in a checkpoint restores the same modules, field by field."""
     record = Adapters(
         key=functools.partial(VectorExperts, num_experts=5, router=Router),
         wo=functools.partial(LoRAExperts, rank=2, alpha=7.0),

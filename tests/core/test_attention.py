@@ -1,4 +1,4 @@
-"""Ways of computing attention: equal values and gradients, and memory."""
+"""Implementations of attention: equal values and gradients, and memory."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ B, H, K = 2, 3, 4
 
 
 def arrays(queries: int, keys: int, dtype=jnp.float32):
-    """query, key, value, mask, bias and dropout's factors, the first row masked whole."""
+    """Returns query, key, value, mask, bias and dropout mask; the first query has no key."""
     rng = np.random.default_rng(0)
 
     def draw(*shape):
@@ -31,101 +31,96 @@ def arrays(queries: int, keys: int, dtype=jnp.float32):
 
 
 def by_definition(query, key, value, mask, bias, dropout_mask):
-    """float64, a head and a query at a time."""
-    found = np.zeros(query.shape)
+    """Attention in float64, one head and one query at a time."""
+    out = np.zeros(query.shape)
     q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
     for b, h, i in np.ndindex(B, H, query.shape[1]):
         logits = k[b, :, h] @ q[b, i, h]
-        logits = logits + (0 if bias is None else np.asarray(bias)[0, h, i])
+        if bias is not None:
+            logits = logits + np.asarray(bias)[0, h, i]
         if mask is not None:
             row = np.asarray(mask)[b, 0, i if mask.shape[2] > 1 else 0]
             logits = np.where(row, logits, -1e10)
         probs = np.exp(logits - logits.max())
         probs /= probs.sum()
-        found[b, i, h] = (
-            probs * (1 if dropout_mask is None else np.asarray(dropout_mask)[b, h, 0])
-        ) @ v[b, :, h]
-    return found
+        if dropout_mask is not None:
+            probs = probs * np.asarray(dropout_mask)[b, h, 0]
+        out[b, i, h] = probs @ v[b, :, h]
+    return out
 
 
-def run(implementation, *of):
-    """(values, gradients of query, key, value and bias, where there is one) of a sum of squares."""
-    query, key, value, mask, bias, dropout_mask = of
+def run(implementation, query, key, value, mask, bias, dropout_mask):
+    """Returns the output, and a sum of squares' gradients to query, key, value and the bias."""
 
-    def total(*some):
-        query, key, value, *rest = some
-        given = rest[0] if rest else None
-        found = attention.dot_product_attention(
-            query, key, value, mask, given, dropout_mask, implementation
+    def total(query, key, value, bias):
+        out = attention.dot_product_attention(
+            query, key, value, mask, bias, dropout_mask, implementation
         )
-        return jnp.sum(jnp.square(found.astype(jnp.float32))), found
+        return jnp.sum(jnp.square(out.astype(jnp.float32))), out
 
-    given = (query, key, value) if bias is None else (query, key, value, bias)
-    step = jax.value_and_grad(total, argnums=tuple(range(len(given))), has_aux=True)
-    (_, found), grads = jax.jit(step)(*given)
-    return found, grads
+    step = jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True)
+    (_, out), grads = jax.jit(step)(query, key, value, bias)
+    return out, jax.tree.leaves(grads)
 
 
 @pytest.mark.parametrize("implementation", ["plain", "chunked"])
 @pytest.mark.parametrize("queries", [8, 11, 3])
-@pytest.mark.parametrize("without", [(), (3,), (4, 5)])
+@pytest.mark.parametrize("without", [(), (3,), (4, 5)], ids=["all", "no mask", "no bias, dropout"])
 def test_equals_the_definition(monkeypatch, implementation, queries, without):
-    """Four queries at a time: lengths that divide, that do not, and less than one chunk."""
+    """Chunks of 4 queries: lengths that it divides, that it does not, and below one chunk."""
     monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
-    of = [None if i in without else x for i, x in enumerate(arrays(queries, 5))]
-    found, grads = run(implementation, *of)
-    np.testing.assert_allclose(found, by_definition(*of), rtol=1e-5, atol=1e-5)
-    alone = jax.jit(
-        functools.partial(attention.dot_product_attention, implementation=implementation)
-    )(*of)  # no gradient is asked for
-    np.testing.assert_allclose(alone, by_definition(*of), rtol=1e-5, atol=1e-5)
-    for a, b in zip(grads, run("plain", *of)[1], strict=True):
-        assert largest_difference(a, b) < 1e-5
+    inputs = [None if i in without else x for i, x in enumerate(arrays(queries, 5))]
+    out, grads = run(implementation, *inputs)
+    expected = by_definition(*inputs)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    inference = functools.partial(attention.dot_product_attention, implementation=implementation)
+    np.testing.assert_allclose(jax.jit(inference)(*inputs), expected, rtol=1e-5, atol=1e-5)
+    if implementation != "plain":
+        for a, b in zip(grads, run("plain", *inputs)[1], strict=True):
+            assert largest_difference(a, b) < 1e-5
 
 
 def test_a_mask_of_keys_alone(monkeypatch):
-    """[B, 1, 1, Lk], as cross-attention has it of rows that are not packed."""
+    """[B, 1, 1, Lk], as in cross-attention of rows that are not packed."""
     monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     query, key, value, mask, _, _ = arrays(10, 5)
-    of = (query, key, value, mask[:, :, 1:2], None, None)
-    np.testing.assert_allclose(run("chunked", *of)[0], by_definition(*of), rtol=1e-5, atol=1e-5)
+    inputs = (query, key, value, mask[:, :, 1:2], None, None)
+    out, _ = run("chunked", *inputs)
+    np.testing.assert_allclose(out, by_definition(*inputs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 3, 5, 7), (2, 1, 1, 7), (1, 3, 1, 7)])
-def test_the_gradient_of_a_bias_is_that_of_a_sum(shape):
-    rng = np.random.default_rng(0)
-    logits, weights = (jnp.asarray(rng.standard_normal((2, 3, 5, 7)), jnp.float32) for _ in "ab")
-    bias = jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-    def total(add, logits, bias):
-        return jnp.sum(weights * jnp.sin(add(logits, bias)))
-
-    one, two = (
-        jax.grad(lambda *of, add=add: total(add, *of), argnums=(0, 1))(logits, bias)
-        for add in (attention._with_bias, jnp.add)
-    )
-    np.testing.assert_allclose(one[0], two[0], rtol=1e-6)
-    np.testing.assert_allclose(one[1], two[1], rtol=1e-5, atol=1e-6)
+def test_segment_mask_by_hand():
+    """Two segments and padding; causal: no key to the right."""
+    ids = jnp.array([[1, 2, 2, 0]])
+    same = [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+    mask = attention.SegmentMask(ids, ids).to_bool()
+    np.testing.assert_array_equal(mask, np.array([[same]], bool))
+    causal = attention.SegmentMask(ids, ids, causal=True).to_bool()
+    np.testing.assert_array_equal(causal, np.tril(np.array([[same]], bool)))
+    all_keys = attention.SegmentMask(None, ids).to_bool()
+    np.testing.assert_array_equal(all_keys, [[[[True, True, True, False]]]])
 
 
 def test_bfloat16(monkeypatch):
-    """Values are those of plain; gradients of keys and values are sums of rounded parts."""
+    """Values are those of 'plain'; gradients of keys and values are sums of rounded parts."""
     monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
-    of = arrays(11, 5, jnp.bfloat16)
-    (found, grads), (expected, plain) = run("chunked", *of), run("plain", *of)
-    assert found.dtype == jnp.bfloat16
-    assert largest_difference(found, expected) < 2**-8
-    for a, b in zip(grads, plain, strict=True):
+    inputs = arrays(11, 5, jnp.bfloat16)
+    (out, grads), (expected, expected_grads) = run("chunked", *inputs), run("plain", *inputs)
+    assert out.dtype == jnp.bfloat16
+    assert largest_difference(out, expected) < 2**-8
+    for a, b in zip(grads, expected_grads, strict=True):
         assert largest_difference(a, b) < 0.02
 
 
-def test_memory_falls():
+def test_chunks_take_less_memory():
     """1024 queries and keys: the logits [1, 8, 1024, 1024] in float32 are 34 MB, a chunk's 8 MB."""
     shape = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.float32)
 
     def temporaries(implementation):
-        def total(*of):
-            return jnp.sum(attention.dot_product_attention(*of, None, None, None, implementation))
+        def total(*inputs):
+            return jnp.sum(
+                attention.dot_product_attention(*inputs, None, None, None, implementation)
+            )
 
         lowered = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(shape, shape, shape)
         return lowered.compile().memory_analysis().temp_size_in_bytes
@@ -136,45 +131,47 @@ def test_memory_falls():
 
 @pytest.mark.parametrize("loop", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_whole_network(monkeypatch, loop):
-    """Packed rows with dropout: the same masks, loss and gradients; in a loop with remat too."""
+    """Packed rows with dropout: the same dropout masks, loss and gradients, also in a loop."""
     monkeypatch.setattr(attention, "QUERY_CHUNK", 5)
     batch, rng = pack(example_batch()), jax.random.key(0)
     trainable, frozen = params.split(random_params("mov"), METHODS["mov"].trainable)
-    how = {"scan_layers": True, "remat_policy": "minimal"} if loop else {}
-    grads, losses = [], []
-    for implementation in ("plain", "chunked"):
-        config = dataclasses.replace(CONFIG, dropout_rate=0.2, attention=implementation, **how)
+    execution = {"scan_layers": True, "remat_policy": "minimal"} if loop else {}
+
+    def run_step(implementation):
+        config = dataclasses.replace(
+            CONFIG, dropout_rate=0.2, attention=implementation, **execution
+        )
         model = network.Transformer(config, METHODS["mov"].adapters())
         step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
-        found, metrics = step(trainable, frozen, batch, rng)
-        grads.append(params.flatten(found))
-        losses.append(float(metrics["loss"]))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    for path, gradient in grads[0].items():
-        assert largest_difference(grads[1][path], gradient) < 1e-5, path
+        grads, metrics = step(trainable, frozen, batch, rng)
+        return float(metrics["loss"]), params.flatten(grads)
+
+    (expected_loss, expected), (loss, grads) = run_step("plain"), run_step("chunked")
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for path, gradient in expected.items():
+        assert largest_difference(grads[path], gradient) < 1e-5, path
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
-        ({"attention": "flash"}, "ATTENTION: expected one of .*'chunked', 'fused'"),
-        ({"attention": "fused"}, "ATTENTION 'fused' is for DTYPE 'bfloat16', found 'float32'"),
+        ({"attention": "flash"}, "ATTENTION must be one of .*'chunked', 'fused'.*, got 'flash'"),
+        ({"attention": "fused"}, "ATTENTION 'fused' needs DTYPE 'bfloat16', got 'float32'"),
     ],
 )
-def test_wrong_settings(settings, says):
-    with pytest.raises(InputError, match=says):
+def test_wrong_settings(settings, message):
+    with pytest.raises(InputError, match=message):
         dataclasses.replace(CONFIG, **settings)
 
 
-def test_what_fused_has_no_gradient_of():
-    """Biases that train are refused; frozen ones, with a gradient beside them, are not."""
+def test_fused_has_no_gradient_of_the_bias():
+    """Biases that train are an error; frozen ones are not, although other arrays have gradients."""
     mask, bias = jnp.ones((1, 1, 4, 4), bool), jnp.zeros((1, 2, 4, 4))
 
     def total(bias, other):
-        return jnp.sum(
-            attention.prepare_mask_and_bias("fused", mask, bias)[1].astype(jnp.float32) * other
-        )
+        _, prepared = attention.prepare_mask_and_bias("fused", mask, bias)
+        return jnp.sum(prepared.astype(jnp.float32) * other)
 
     assert jax.grad(total, argnums=1)(bias, 2.0) == 0
-    with pytest.raises(InputError, match="ATTENTION .fused. has no gradient of the relative pos"):
+    with pytest.raises(InputError, match="ATTENTION 'fused' needs frozen relative position biases"):
         jax.grad(total)(bias, 2.0)

@@ -1,4 +1,4 @@
-"""The loss from what the logits' matrix reads, against the losses of logits that are all there."""
+"""The chunked loss against the losses of the full logits."""
 
 import jax
 import jax.numpy as jnp
@@ -29,25 +29,25 @@ def plain(x, kernel, targets, weights, smoothing, z_loss):
 def test_equals_the_plain_form(monkeypatch, count, smoothing, z_loss):
     monkeypatch.setattr(cross_entropy, "num_chunks", lambda *_: count)
     x, kernel, targets, weights = inputs()
-    wanted = (0, 1)
-    (expected, (nll, z)), expected_grads = jax.value_and_grad(plain, wanted, has_aux=True)(
+    arguments = (0, 1)
+    (expected, (nll, z)), expected_grads = jax.value_and_grad(plain, arguments, has_aux=True)(
         x, kernel, targets, weights, smoothing, z_loss
     )
 
     @jax.jit
-    def scaled(x, kernel):  # what comes after the loss scales its gradients
-        total, told = cross_entropy.chunked_cross_entropy(
+    def scaled(x, kernel):  # the operations after the loss scale its gradients
+        total, tokens = cross_entropy.chunked_cross_entropy(
             x, kernel, targets, weights, smoothing, z_loss
         )
-        return 3.0 * total, told
+        return 3.0 * total, tokens
 
-    (total, told), grads = jax.value_and_grad(scaled, wanted, has_aux=True)(x, kernel)
+    (total, tokens), grads = jax.value_and_grad(scaled, arguments, has_aux=True)(x, kernel)
     np.testing.assert_allclose(total, 3.0 * expected, rtol=1e-6)
-    np.testing.assert_allclose(told["nll"], nll, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(told["z"], z, rtol=1e-5, atol=1e-6)
-    for found, wanted_grad in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(found, 3.0 * wanted_grad, rtol=1e-5, atol=1e-5)
-    # what is frozen has no gradient, and without gradients the values are the same
+    np.testing.assert_allclose(tokens["nll"], nll, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(tokens["z"], z, rtol=1e-5, atol=1e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, 3.0 * expected_grad, rtol=1e-5, atol=1e-5)
+    # with a frozen kernel, and without gradients, the values are the same
     np.testing.assert_allclose(jax.grad(lambda x: scaled(x, kernel)[0])(x), grads[0], rtol=1e-6)
     np.testing.assert_allclose(scaled(x, kernel)[0], total, rtol=1e-6)
 
@@ -57,19 +57,19 @@ def test_correct_by_hand():
     kernel = jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 3.0]])
     x = jnp.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
     targets = jnp.array([[1, 2, 2, 1]])
-    _, told = cross_entropy.chunked_cross_entropy(x, kernel, targets, jnp.ones((1, 4)))
-    assert told["correct"].tolist() == [[1.0, 0.0, 1.0, 0.0]]
+    _, tokens = cross_entropy.chunked_cross_entropy(x, kernel, targets, jnp.ones((1, 4)))
+    assert tokens["correct"].tolist() == [[1.0, 0.0, 1.0, 0.0]]
 
 
-def test_nothing_of_the_vocabulary_is_kept():
-    """Between forward and backward: the gradient of x alone, [2, 4, 3]; no logits, of 50 tokens."""
+def test_no_residual_has_the_size_of_the_vocabulary():
+    """Only the gradient of x, [2, 4, 3], is kept for the backward pass; no logits of 50 tokens."""
     x, kernel, targets, weights = inputs(2, 4, 3, 50)
     _, pullback = jax.vjp(
         lambda x: cross_entropy.chunked_cross_entropy(x, kernel, targets, weights)[0], x
     )
-    kept = [leaf.shape for leaf in jax.tree.leaves(pullback)]
-    assert (2, 4, 3) in kept
-    assert not [shape for shape in kept if 50 in shape]
+    residuals = [leaf.shape for leaf in jax.tree.leaves(pullback)]
+    assert (2, 4, 3) in residuals
+    assert not [shape for shape in residuals if 50 in shape]
 
 
 def test_chunks_by_hand():

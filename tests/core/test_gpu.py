@@ -1,8 +1,6 @@
-"""The kernels that only a GPU runs, against the plain forms.
+"""The GPU kernels against the plain forms: `python -m pytest tests/core/test_gpu.py`.
 
-Run `python -m pytest tests/core/test_gpu.py`.
-
-It needs an NVIDIA GPU, jax, flax and optax; `--noconftest` where nothing else is installed.
+Needs an NVIDIA GPU, jax, flax and optax; add `--noconftest` if nothing else is installed.
 """
 
 import dataclasses
@@ -16,23 +14,23 @@ import pytest
 from pemoe_jax.core import adapters, attention, network, params, routing, steps
 from pemoe_jax.core.kernels import mov
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
 EXACT = jax.default_matmul_precision("highest")
 
 
-def relative(found, wanted):
+def relative(actual, expected):
     """The largest difference over the largest value."""
-    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
-    return np.max(np.abs(found - wanted)) / np.max(np.abs(wanted))
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
 
 
-def numbers(rows, queries, keys):
-    """Of some examples a row, and padding at the end, for `attention.SegmentMask`."""
+def segment_ids(rows, queries, keys):
+    """Segment ids of queries and keys: some examples in a row, then padding."""
     rng = np.random.default_rng(0)
-    of_queries, of_keys = (np.sort(rng.integers(1, 4, (rows, n)), axis=1) for n in (queries, keys))
-    of_queries[:, -3:] = of_keys[:, -3:] = 0
-    return jnp.asarray(of_queries, jnp.int32), jnp.asarray(of_keys, jnp.int32)
+    query_ids, key_ids = (np.sort(rng.integers(1, 4, (rows, n)), axis=1) for n in (queries, keys))
+    query_ids[:, -3:] = key_ids[:, -3:] = 0
+    return jnp.asarray(query_ids, jnp.int32), jnp.asarray(key_ids, jnp.int32)
 
 
 @pytest.mark.parametrize(
@@ -52,29 +50,29 @@ def test_fused_attention(queries, keys, heads, causal, biased):
         for i, n in enumerate((queries, keys, keys, queries))
     )
     q /= 8
-    readable = attention.SegmentMask(*numbers(3, queries, keys), causal)
-    has = jnp.any(readable.to_bool(), axis=(1, 3))[:, :, None, None]
-    g = jnp.where(has, g, 0)  # rows without a key have no gradient in a network either
+    segments = attention.SegmentMask(*segment_ids(3, queries, keys), causal)
+    has_key = jnp.any(segments.to_bool(), axis=(1, 3))[:, :, None, None]
+    g = jnp.where(has_key, g, 0)  # queries without a key are padding, which has no gradient
     bias = None
     if biased:
         bias = jax.random.normal(jax.random.key(9), (1, heads, queries, keys)).astype(jnp.bfloat16)
 
     def run(way, *of):
-        mask, added = attention.prepare_mask_and_bias(way, readable, bias)
+        mask, added = attention.prepare_mask_and_bias(way, segments, bias)
         out, pull = jax.vjp(
             lambda *of: attention.dot_product_attention(*of, mask, added, None, way), *of
         )
-        return jnp.where(has, out, 0), *pull(g.astype(out.dtype))
+        return jnp.where(has_key, out, 0), *pull(g.astype(out.dtype))
 
     with EXACT:
         f32 = [x.astype(jnp.float32) for x in (q, k, v)]
-        wanted = jax.jit(functools.partial(run, "plain"))(*f32)
-    found = jax.jit(functools.partial(run, "fused"))(q, k, v)
+        expected = jax.jit(functools.partial(run, "plain"))(*f32)
+    actual = jax.jit(functools.partial(run, "fused"))(q, k, v)
     again = jax.jit(functools.partial(run, "fused"))(q, k, v)
-    for one, other, same in zip(found, wanted, again, strict=True):
-        assert one.dtype == jnp.bfloat16
-        assert relative(one, other) < 0.02
-        assert (one == same).all()
+    for a, b, same in zip(actual, expected, again, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert relative(a, b) < 0.02
+        assert (a == same).all()
 
 
 @pytest.mark.parametrize("features", [(96,), (2816,), (16, 64)], ids=str)
@@ -85,41 +83,27 @@ def test_fused_attention(queries, keys, heads, causal, biased):
 def test_fused_mov(features, dtype, experts):
     """float32 within 1e-5 of the plain form; bfloat16 within 1 % of it in float32.
 
-    Of so many tokens that programs sum over several tiles of rows, and some over fewer.
+    There are enough tokens for programs that sum over several tiles of rows, and some over fewer.
     """
     shape = (5, 777, *features)
     y, g = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in range(2))
     kernel = jax.random.normal(jax.random.key(2), (features[-1], experts)) / features[-1] ** 0.5
     vectors = jax.random.normal(jax.random.key(3), (*features[:-1], experts, features[-1]))
     weights = (jax.random.uniform(jax.random.key(4), shape[:2]) < 0.7).astype(jnp.float32)
-    total = jnp.sum(weights)[None] * (features[0] if len(features) == 2 else 1)
 
-    def plain(y, kernel, vectors):
-        logits = y @ kernel
-        probs = jax.nn.softmax(logits)
-        names = "blhe,hek->blhk" if len(features) == 2 else "ble,ek->blk"
-        counts = jnp.broadcast_to(jnp.expand_dims(weights, range(2, y.ndim)), (*y.shape[:-1], 1))
-        told = routing.compute_statistics(logits, probs, probs, counts)
-        return y * jnp.einsum(names, probs, vectors), told
-
-    def fused(y, kernel, vectors):
-        out, (soft, chosen, entropy, z) = mov.route_and_scale(y, kernel, vectors, weights)
-        return out, routing.statistics_from_sums(
-            routing.StatisticSums(soft, chosen, soft, entropy, z, total)
-        )
-
-    def run(way, g, *of):
-        out, pull, told = jax.vjp(way, *of, has_aux=True)
-        return told, out, *pull(g)
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(function, g, *args):
+        out, pullback, sums = jax.vjp(lambda *args: function(*args, weights), *args, has_aux=True)
+        return sums, out, *pullback(g)
 
     f32 = (y.astype(jnp.float32), kernel, vectors)
     with EXACT:
-        wanted = jax.jit(functools.partial(run, plain))(g.astype(jnp.float32), *f32)
-    found = jax.jit(functools.partial(run, fused))(g, y, kernel, vectors)
+        expected = run(mov.plain_route_and_scale, g.astype(jnp.float32), *f32)
+    actual = run(mov.route_and_scale, g, y, kernel, vectors)
     bound = 1e-5 if dtype == "float32" else 0.01
-    assert np.max(np.abs(found[0] - wanted[0])) < 1e-3  # statistics
-    for one, other in zip(found[1:], wanted[1:], strict=True):
-        assert relative(one, other) < bound
+    assert relative(actual[0], expected[0]) < 1e-3
+    for a, b in zip(actual[1:], expected[1:], strict=True):
+        assert relative(a, b) < bound
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -162,5 +146,6 @@ def test_whole_step(scan):
     loss, grads = run(attention="fused", fused=True, scan_layers=scan)
     plain_loss, plain_grads = run()
     assert loss == pytest.approx(plain_loss, rel=5e-3)
-    for path, wanted in plain_grads.items():
-        assert np.linalg.norm(grads[path] - wanted) < 0.1 * np.linalg.norm(wanted), path
+    for path, expected in plain_grads.items():
+        error = np.linalg.norm(grads[path] - expected)
+        assert error < 0.1 * np.linalg.norm(expected), path

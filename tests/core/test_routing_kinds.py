@@ -1,4 +1,4 @@
-"""Kinds of routing by hand: masks, losses, statistics, gradients, and what routers read."""
+"""Kinds of routing: top-k, losses, statistics, gradients, and what routers read."""
 
 import functools
 
@@ -19,11 +19,12 @@ IDENTITY = {"params": {"kernel": np.eye(4, dtype=np.float32)}}
 
 
 def route(x=X, tokens=None, **settings):
-    probs, told, _ = Router(num_experts=4, **settings).apply(IDENTITY, jnp.asarray(x), tokens)
-    return np.asarray(probs), dict(zip(routing.STATISTICS, np.asarray(told), strict=True))
+    router = Router(num_experts=4, **settings)
+    probs, statistics = router.apply(IDENTITY, jnp.asarray(x), tokens)
+    return np.asarray(probs), dict(zip(routing.STATISTICS, np.asarray(statistics), strict=True))
 
 
-# --- what is kept ---
+# --- top-k ---
 
 
 @pytest.mark.parametrize(
@@ -40,18 +41,18 @@ def route(x=X, tokens=None, **settings):
         ({"temperature": 0.5}, [[16 / 3, 1 / 3, 3, 4 / 3], [1 / 3, 4 / 3, 3, 16 / 3]]),
     ],
 )
-def test_what_is_kept(settings, expected):
-    """The mask is not renormalised unless asked for: top-2 of (.4, .1, .3, .2) sums to .7."""
+def test_probabilities(settings, expected):
+    """Top-k is not renormalized by default: top-2 of (.4, .1, .3, .2) sums to .7."""
     probs, _ = route(**settings)
     np.testing.assert_allclose(probs, np.array([expected]) / 10, rtol=1e-5, atol=1e-7)
 
 
-def test_all_experts_are_soft_routing():
+def test_top_k_of_all_experts_is_soft_routing():
     np.testing.assert_array_equal(route(top_k=4)[0], route()[0])
 
 
-def test_of_equal_probabilities_the_first_are_kept():
-    """No more than k, whatever ties there are."""
+def test_ties_keep_the_first():
+    """Exactly k experts are kept, also with ties."""
     probs, _ = route(x=np.zeros((1, 1, 4)), top_k=2)
     np.testing.assert_allclose(probs, [[[0.25, 0.25, 0, 0]]])
 
@@ -67,7 +68,7 @@ def test_statistics_by_hand():
     Z = 10 for both: z-loss (ln 10)² = 5.30190.
     Entropy of either: -(.4 ln .4 + .3 ln .3 + .2 ln .2 + .1 ln .1) = 1.279854.
     """
-    _, told = route(balance_loss=0.01, z_loss=0.001)
+    _, statistics = route(balance_loss=0.01, z_loss=0.001)
     expected = {
         "entropy": 1.279854,
         "load": 1.2,
@@ -76,30 +77,30 @@ def test_statistics_by_hand():
         "z_loss": 5.30190,
         "objective": 0.01 * 1.1 + 0.001 * 5.30190,
     }
-    assert told == pytest.approx(expected, rel=1e-5)
+    assert statistics == pytest.approx(expected, rel=1e-5)
 
 
-def test_load_is_of_what_mixes():
+def test_load_is_that_of_the_mixture():
     """Top-1 of the two tokens: experts 0 and 3 share the mixture, 0.4 each; two are dead.
 
     Load: half of the mixture over a quarter: 2. The balance loss stays that of the softmax.
     """
-    _, told = route(top_k=1)
-    assert told["load"] == pytest.approx(2.0)
-    assert told["dead"] == pytest.approx(0.5)
-    assert told["balance_loss"] == pytest.approx(1.1, rel=1e-5)
-    assert told["entropy"] == pytest.approx(1.279854, rel=1e-5)
+    _, statistics = route(top_k=1)
+    assert statistics["load"] == pytest.approx(2.0)
+    assert statistics["dead"] == pytest.approx(0.5)
+    assert statistics["balance_loss"] == pytest.approx(1.1, rel=1e-5)
+    assert statistics["entropy"] == pytest.approx(1.279854, rel=1e-5)
 
 
-def test_balance_loss_is_one_where_even_and_more_where_skewed():
-    """Even in either of two ways: all alike, or each expert sure of its share of tokens.
+def test_balance_loss_of_even_and_skewed_routing():
+    """Even: all probabilities equal, or each expert certain for one token of four.
 
-    Skewed: all four tokens sure of expert 0: f_0 = P_0 = 1, so 4 · 1 = 4, the most there is.
+    Skewed: all four tokens certain of expert 0: f_0 = P_0 = 1, so 4 · 1 = 4, the maximum.
     """
-    sure = 100.0 * np.eye(4)[None]
+    certain = 100.0 * np.eye(4)[None]
     assert route(x=np.zeros((1, 4, 4)))[1]["balance_loss"] == pytest.approx(1.0)
-    assert route(x=sure)[1]["balance_loss"] == pytest.approx(1.0)
-    skewed = route(x=np.repeat(sure[:, :1], 4, axis=1))[1]
+    assert route(x=certain)[1]["balance_loss"] == pytest.approx(1.0)
+    skewed = route(x=np.repeat(certain[:, :1], 4, axis=1))[1]
     assert skewed["balance_loss"] == pytest.approx(4.0)
     assert skewed["load"] == pytest.approx(4.0)
     assert skewed["dead"] == pytest.approx(0.75)
@@ -117,31 +118,31 @@ def test_padding_never_counts(settings, heads):
     _, alone = route(x[valid][None], **settings)
     assert padded == pytest.approx(alone, rel=1e-5, abs=1e-6)
     _, other = route(np.where(valid.reshape(2, 5, *[1] * (len(heads) + 1)), x, 9.0), **settings)
-    assert other["entropy"] != pytest.approx(padded["entropy"], rel=1e-3)  # padding would show
+    assert other["entropy"] != pytest.approx(padded["entropy"], rel=1e-3)  # padding would change it
 
 
-def test_nothing_but_padding_is_no_division_by_zero():
-    _, told = route(X, Tokens(valid=jnp.zeros((1, 2), bool)))
-    assert np.isfinite(list(told.values())).all()
+def test_a_batch_of_padding_does_not_divide_by_zero():
+    _, statistics = route(X, Tokens(valid=jnp.zeros((1, 2), bool)))
+    assert np.isfinite(list(statistics.values())).all()
 
 
-def test_a_sentence_counts_as_often_as_it_has_tokens():
+def test_a_sentence_counts_once_per_token():
     """Sentences of 3 tokens and of 1: P = (3 · (.4, .1, .3, .2) + (.1, .2, .3, .4)) / 4."""
     valid = jnp.asarray([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
-    _, told = route(X[0], Tokens(valid=valid))
-    _, spelt_out = route(X[:, [0, 0, 0, 1]])
-    assert told == pytest.approx(spelt_out, rel=1e-6)
+    _, statistics = route(X[0], Tokens(valid=valid))
+    _, expected = route(X[:, [0, 0, 0, 1]])
+    assert statistics == pytest.approx(expected, rel=1e-6)
 
 
-def test_scalars_by_site_and_by_layer():
+def test_summary_by_site_and_by_layer():
     paths = ["encoder/layers_0/mlp/gate_adapter", "encoder/layers_1/mlp/gate_adapter"]
-    told = np.array([[1.0, 2, 0, 1, 4, 0.5], [3.0, 1, 0.5, 2, 6, 0.7]])
-    by_site = routing.summarize_statistics(paths, told, "sites")
+    statistics = np.array([[1.0, 2, 0, 1, 4, 0.5], [3.0, 1, 0.5, 2, 6, 0.7]])
+    by_site = routing.summarize_statistics(paths, statistics, "sites")
     expected = {"entropy": 2.0, "load": 2.0, "dead": 0.25, "balance_loss": 1.5, "z_loss": 5.0}
     assert by_site == pytest.approx(
         {**expected, "objective": 0.6, **{f"encoder/mlp/gate/{k}": v for k, v in expected.items()}}
     )
-    by_layer = routing.summarize_statistics(paths, told, "layers")
+    by_layer = routing.summarize_statistics(paths, statistics, "layers")
     assert by_layer["encoder/layers_1/mlp/gate/load"] == 1.0
     assert "encoder/mlp/gate/load" not in by_layer
 
@@ -149,15 +150,15 @@ def test_scalars_by_site_and_by_layer():
 # --- noise ---
 
 
-def test_jitter_is_of_training_alone_and_within_its_bounds():
+def test_jitter_only_in_training_and_within_its_bounds():
     """Features are scaled by 1 ± 0.1, so logits ln 2 lie in 0.9 to 1.1 times ln 2."""
     router = Router(num_experts=4, jitter_noise=0.1)
     x = jnp.full((1, 2000, 4), np.log(2.0))
-    plain, *_ = Router(num_experts=4).apply(IDENTITY, x)
+    plain, _ = Router(num_experts=4).apply(IDENTITY, x)
 
     def noisy(seed):
         rngs = {"dropout": jax.random.PRNGKey(seed)}
-        probs, *_ = router.apply(IDENTITY, x, Tokens(deterministic=False), rngs=rngs)
+        probs, _ = router.apply(IDENTITY, x, Tokens(deterministic=False), rngs=rngs)
         return np.log(np.asarray(probs)[..., :1] / np.asarray(probs)) / np.log(2.0)
 
     np.testing.assert_array_equal(router.apply(IDENTITY, x, Tokens())[0], plain)
@@ -207,18 +208,18 @@ def test_gradients_match_finite_differences(kind):
     rng = np.random.default_rng(1)
     kernel, x = rng.standard_normal((5, 4)), rng.standard_normal((2, 3, 5))
     valid = np.array([[1, 1, 0], [1, 1, 1]], bool)
-    mixed = rng.standard_normal((2, 3, 4))  # what the probabilities are used for
+    cotangent = rng.standard_normal((2, 3, 4))  # of the probabilities
     settings = KINDS[kind]
 
-    def ours(kernel, x):
-        probs, told, _ = Router(num_experts=4, **settings).apply(
+    def value(kernel, x):
+        probs, statistics = Router(num_experts=4, **settings).apply(
             {"params": {"kernel": kernel}}, x, Tokens(valid=jnp.asarray(valid))
         )
-        return jnp.sum(probs * mixed) + told[-1]
+        return jnp.sum(probs * cotangent) + statistics[-1]
 
-    def theirs(kernel, x):
+    def definition(kernel, x):
         probs, objective = router_numpy(kernel, x, valid, **settings)
-        return (probs * mixed).sum() + objective
+        return (probs * cotangent).sum() + objective
 
     def numeric(f, at):
         gradient = np.zeros_like(at)
@@ -229,14 +230,16 @@ def test_gradients_match_finite_differences(kind):
         return gradient
 
     if kind != "straight_through":
-        assert float(ours(*map(jnp.float32, (kernel, x)))) == pytest.approx(
-            theirs(kernel, x), rel=1e-5
+        assert float(value(*map(jnp.float32, (kernel, x)))) == pytest.approx(
+            definition(kernel, x), rel=1e-5
         )
-    by_kernel, by_x = jax.grad(ours, (0, 1))(jnp.float32(kernel), jnp.float32(x))
+    by_kernel, by_x = jax.jit(jax.grad(value, (0, 1)))(jnp.float32(kernel), jnp.float32(x))
     np.testing.assert_allclose(
-        by_kernel, numeric(lambda k: theirs(k, x), kernel), rtol=2e-4, atol=2e-5
+        by_kernel, numeric(lambda k: definition(k, x), kernel), rtol=2e-4, atol=2e-5
     )
-    np.testing.assert_allclose(by_x, numeric(lambda x: theirs(kernel, x), x), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(
+        by_x, numeric(lambda x: definition(kernel, x), x), rtol=2e-4, atol=2e-5
+    )
 
 
 # --- what routers read ---
@@ -268,61 +271,51 @@ SENTENCE = np.random.default_rng(4).standard_normal((2, 6)).astype(np.float32)
 
 @pytest.mark.parametrize("expert", [VectorExperts, LoRAExperts])
 @pytest.mark.parametrize("reads", ["x", "y", "sentence"])
-def test_what_is_read_decides(expert, reads):
-    """x [B, L, D]; y head by head for vectors [B, L, H, K], heads joined for pairs; a sentence."""
+def test_router_input(expert, reads):
+    """x [B, L, D]; y [B, L, H, K] for vectors, with heads joined for LoRA pairs; a sentence."""
     tokens = Tokens(sentence=jnp.asarray(SENTENCE))
     out, weights, probs = adapted(expert, reads, X4, Y4, tokens)
-    seen = {
+    features = {
         "x": X4,
         "y": Y4 if expert is VectorExperts else Y4.reshape(2, 5, 6),
         "sentence": np.repeat(SENTENCE[:, None], 5, axis=1),
     }[reads]
-    expected = softmax(seen @ np.asarray(weights["router"]["kernel"]))
+    expected = softmax(features @ np.asarray(weights["router"]["kernel"]))
     np.testing.assert_allclose(probs, expected, rtol=1e-4, atol=1e-6)
     if expert is VectorExperts:
         mixed = expected if expected.ndim == 4 else expected[:, :, None]
         scale = np.einsum(
             "blhe,hek->blhk", np.broadcast_to(mixed, (2, 5, 2, 3)), weights["vectors"]
         )
-        wanted = Y4 * scale
+        expected_out = Y4 * scale
     else:
         low = np.einsum("bld,der->bler", X4, weights["lora_a"]) * expected[..., None]
-        wanted = Y4 + 16 / 4 * np.einsum("bler,ero->blo", low, weights["lora_b"]).reshape(Y4.shape)
-    np.testing.assert_allclose(out, wanted, rtol=2e-4, atol=2e-4)
+        delta = np.einsum("bler,ero->blo", low, weights["lora_b"])
+        expected_out = Y4 + 16 / 4 * delta.reshape(Y4.shape)
+    np.testing.assert_allclose(out, expected_out, rtol=2e-4, atol=2e-4)
 
 
-def test_default_is_the_papers():
-    """Vectors are routed by y, pairs by x."""
+def test_default_router_input():
+    """As in the paper: y for vectors, x for LoRA pairs."""
     assert adapted(VectorExperts, None, X4, Y4)[1]["router"]["kernel"].shape == (3, 3)  # K
     assert adapted(LoRAExperts, None, X4, Y4)[1]["router"]["kernel"].shape == (7, 3)  # D
 
 
-def test_a_sentence_that_is_not_there():
-    with pytest.raises(InputError, match="the batch has none: expected SENTENCE_EMBEDDINGS"):
+def test_missing_sentence_embeddings():
+    with pytest.raises(InputError, match="SENTENCE_EMBEDDINGS is not set and a router reads"):
         adapted(VectorExperts, "sentence", X4, Y4)
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
-        ({"top_k": 0}, r"top_k: expected None or 1 to num_experts \(4\), found 0"),
-        ({"top_k": 5}, "found 5"),
-        ({"reads": "z"}, r"reads: expected one of \('x', 'y', 'sentence'\), found 'z'"),
-        ({"temperature": 0.0}, "temperature: must be above 0, found 0.0"),
-        ({"jitter_noise": 1.0}, r"jitter_noise: expected \[0, 1\), found 1.0"),
+        ({"top_k": 0}, r"top_k must be None or between 1 and num_experts \(4\), got 0"),
+        ({"top_k": 5}, "got 5"),
+        ({"reads": "z"}, r"reads must be one of \('x', 'y', 'sentence'\), got 'z'"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"jitter_noise": 1.0}, r"jitter_noise must be in \[0, 1\), got 1.0"),
     ],
 )
-def test_wrong_settings(settings, says):
-    with pytest.raises(InputError, match=says):
+def test_wrong_settings(settings, message):
+    with pytest.raises(InputError, match=message):
         route(**settings)
-
-
-@pytest.mark.parametrize("shape", [(3, 40, 10), (2, 700, 3, 10), (5, 10)])
-def test_sums_over_rows_are_the_same_on_accelerators(monkeypatch, shape):
-    rng = np.random.default_rng(4)
-    x = jnp.asarray(rng.random(shape), jnp.float32)
-    weights = jnp.asarray(rng.random((*shape[:-1], 1)) < 0.6, jnp.float32)
-    expected = (np.asarray(x, np.float64) * np.asarray(weights)).reshape(-1, 10).sum(0)
-    np.testing.assert_allclose(routing._over_rows(x, weights), expected, rtol=1e-5)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    np.testing.assert_allclose(routing._over_rows(x, weights), expected, rtol=1e-5)

@@ -1,6 +1,6 @@
-"""Loss, normalisation, accumulation, steps and their random keys, on a model that is a table.
+"""Loss, normalization, accumulation, steps and their random keys, with a table as the model.
 
-That steps hold for the real network, and that scores equal a full forward, is in test_methods.py.
+Steps of the network itself, and scores against a full forward pass, are in test_methods.py.
 """
 
 import functools
@@ -20,7 +20,7 @@ VOCAB = 7
 class Table:
     """Logits are a row of `table` [V, V] for each decoder input, plus noise under dropout.
 
-    They are what its logits' matrix reads, too: that is an identity.
+    They are its hidden states too: its logits matrix is the identity.
     """
 
     def __init__(self, noisy: bool = False):
@@ -69,7 +69,7 @@ def batch() -> dict[str, np.ndarray]:
 
 
 def loss_and_grads(loss, data, rng=None, microbatches=1):
-    """steps.loss_and_grads of the table, jitted: many small programs of an eager run cost more."""
+    """steps.loss_and_grads of the table, jitted: an eager run takes longer."""
     run = functools.partial(
         steps.loss_and_grads, Table(rng is not None), loss, microbatches=microbatches
     )
@@ -172,7 +172,7 @@ def test_normalisation_by_hand(factor, divisor, by_row):
     loss = steps.Loss(z_loss=0.01, label_smoothing=0.1, loss_normalizing_factor=factor)
     _, metrics = loss_and_grads(loss, data)
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
-    # what is reported beside it is per token whatever divides the loss
+    # the other metrics are per token, whatever the loss is divided by
     real = data["decoder_target_tokens"] > 0
     assert float(metrics["cross_ent_loss"]) == pytest.approx(nll[real].mean(), rel=1e-5)
     assert float(metrics["z_loss"]) == pytest.approx(z[real].mean(), rel=1e-5)
@@ -193,7 +193,7 @@ def test_average_per_sequence_tells_packed_sequences_apart():
     assert float(normalizer) == pytest.approx(2)
 
 
-def test_weights_are_the_targets_where_none_are_given():
+def test_default_weights_are_the_targets():
     data = {"decoder_target_tokens": np.array([[4, 1, 0], [1, 0, 0]])}
     weights, normalizer = steps.weights_and_normalizer(data, "NUM_REAL_TARGET_TOKENS")
     np.testing.assert_array_equal(weights, [[1, 1, 0], [1, 0, 0]])
@@ -222,7 +222,7 @@ def test_a_batch_of_padding_is_no_division_by_zero():
 
 
 def test_unknown_normalizer():
-    with pytest.raises(InputError, match="LOSS_NORMALIZING_FACTOR: expected .* found 'TOKENS'"):
+    with pytest.raises(InputError, match="LOSS_NORMALIZING_FACTOR must be .* got 'TOKENS'"):
         steps.Loss(loss_normalizing_factor="TOKENS")
 
 
@@ -241,7 +241,7 @@ def test_accumulation_equals_the_whole_batch(factor, microbatches):
 
 
 def test_microbatches_must_divide_the_batch():
-    with pytest.raises(InputError, match="MICROBATCHES 3 does not divide the batch of 4 rows"):
+    with pytest.raises(InputError, match="MICROBATCHES must divide the batch of 4 rows, got 3"):
         loss_and_grads(steps.Loss(), batch(), microbatches=3)
 
 
@@ -283,12 +283,12 @@ def test_dropout_keys():
 def test_microbatches_draw_different_dropout():
     """Four equal rows in four pieces: piece i draws from the key folded with i, no two alike."""
     data = {k: np.repeat(v[:1], 4, axis=0) for k, v in batch().items()}
-    one = {k: v[:1] for k, v in data.items()}
+    row = {k: v[:1] for k, v in data.items()}
     key = jax.random.PRNGKey(0)
     _, metrics = loss_and_grads(steps.Loss(), data, key, microbatches=4)
     run = jax.jit(functools.partial(steps.loss_and_grads, Table(noisy=True), steps.Loss()))
     losses = [
-        float(run(*parameters(), one, jax.random.fold_in(key, i))[1]["loss"]) for i in range(4)
+        float(run(*parameters(), row, jax.random.fold_in(key, i))[1]["loss"]) for i in range(4)
     ]
     assert len(set(losses)) == 4
     assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
@@ -322,13 +322,13 @@ def test_two_devices_equal_one(microbatches):
         state = place(steps.TrainState.create(trainable, optimizer))
         return step(state, place(frozen), place_batch(batch()), jax.random.PRNGKey(0))
 
-    one = run(lambda tree: tree, lambda data: data)
-    two = run(
+    expected = run(lambda tree: tree, lambda data: data)
+    actual = run(
         lambda tree: partitioning.replicate(tree, mesh),
         lambda data: partitioning.shard_batch(data, mesh),
     )
-    assert len(two[0].params["table"].sharding.device_set) == 2
-    for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
+    assert len(actual[0].params["table"].sharding.device_set) == 2
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 

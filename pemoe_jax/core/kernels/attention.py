@@ -1,57 +1,72 @@
 """T5's attention in fused kernels for GPUs: the logits of all pairs are never in memory.
 
-As flash attention (arXiv 2205.14135, 2307.08691) with what T5 adds: the bias of relative positions
-is read where a tile of logits is made, one for all rows of the batch. Who may read whom is told by
-a number for each token, so a row that packs several examples costs as much as these do: tiles of
-queries and keys that have nothing to do with one another are not visited.
+As flash attention (arXiv 2205.14135, 2307.08691), with T5's relative position bias, which is added
+to each tile of logits and shared by all rows of the batch. The mask is given by segment ids, one
+for each token, so that a row that packs several examples costs as much as they do: tiles of queries
+and keys without a common segment are skipped. Forward and backward, [16, 1024, 32, 64] on an H200,
+packed: 0.82 ms; cuDNN with bias and mask: 4.39 ms.
 
-Products are of bfloat16 and summed in float32, and so is the softmax. Each gradient is summed in
-one program in a fixed order, so two runs give the same bits. The bias has no gradient.
+Products are bfloat16 and summed in float32; the softmax is float32. Each gradient is summed in one
+program in a fixed order, so two runs give the same bits. The bias has no gradient.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from pemoe_jax.core.kernels import tiling
+from pemoe_jax.core.kernels.tiling import Index, Ref
+
+if TYPE_CHECKING:
+    from jax.experimental import pallas as pl
+
 Array = jax.Array
 
-_LOW = -1e10  # of a pair that may not be read; finite, so that a row of them gives no NaN
-_LEAST = 16  # the shortest side of a product
+_NEG_INF = -1e10  # of masked logits; finite, so that a fully masked row gives no NaN
 _TILE = 64  # queries, and keys; of 32 to 128 the fastest on an H200, for all three kernels
 
 
 def supports(query: Array) -> bool:
-    """Whether the kernels run here, and take these queries, [B, Lq, H, K].
+    """Whether the kernels run here for queries [B, Lq, H, K].
 
-    On GPUs, one or a mesh that shares out rows and heads evenly; of bfloat16, and of heads of a
-    size that matrix units take.
+    They need GPUs, one or a mesh that divides rows and heads evenly, bfloat16, and a head size that
+    matrix units take.
     """
     rows, _, heads, size = query.shape
     mesh = jax.sharding.get_abstract_mesh().shape
     if jax.device_count() > 1 and not mesh:
         return False
-    even = rows % mesh.get("data", 1) == heads % mesh.get("model", 1) == 0
+    divides = rows % mesh.get("data", 1) == heads % mesh.get("model", 1) == 0
     fits = query.dtype == jnp.bfloat16 and size in (16, 32, 64, 128)
-    return jax.default_backend() == "gpu" and even and fits
+    return jax.default_backend() == "gpu" and divides and fits
 
 
-def fused_attention_on_mesh(*of: Any, causal: bool) -> Array:
-    """As `fused_attention`: each device of the mesh in scope has rows and heads of its own."""
+def fused_attention_on_mesh(
+    query: Array,
+    key: Array,
+    value: Array,
+    query_segment_ids: Array,
+    key_segment_ids: Array,
+    bias: Array | None,
+    *,
+    causal: bool,
+) -> Array:
+    """As `fused_attention`, partitioned by rows and heads over the mesh in scope."""
+    arguments = query, key, value, query_segment_ids, key_segment_ids, bias
+    run = functools.partial(fused_attention, causal=causal)
 
-    def run(*of: Any) -> Array:
-        return fused_attention(*of, causal)
-
+    # XLA cannot partition a kernel: without `shard_map` each device would run all of it.
     if math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1:
-        tokens, numbers = PartitionSpec("data", None, "model"), PartitionSpec("data")
-        specs = (tokens, tokens, tokens, numbers, numbers, PartitionSpec(None, "model"))
-        return jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)(*of)
-    return run(*of)
+        heads, ids = PartitionSpec("data", None, "model"), PartitionSpec("data")
+        specs = (heads, heads, heads, ids, ids, PartitionSpec(None, "model"))
+        run = jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)
+    return run(*arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -59,301 +74,333 @@ def fused_attention(
     query: Array,
     key: Array,
     value: Array,
-    of_queries: Array,
-    of_keys: Array,
+    query_segment_ids: Array,
+    key_segment_ids: Array,
     bias: Array | None,
     causal: bool = False,
     interpret: bool = False,
 ) -> Array:
-    """-> [B, Lq, H, K]; reverse mode only.
+    """Returns `softmax(query · key + bias) value`, [B, Lq, H, K]; reverse mode only.
 
     Args:
-      query: [B, Lq, H, K], bfloat16, K of 16, 32, 64 or 128. key, value: [B, Lk, H, K].
-      of_queries, of_keys: int32 [B, Lq], [B, Lk]: a query reads the keys of its own number; keys of
-        number 0 are read by none. A query that has none to read gets a mean of some values.
-      bias: [1, H, Lq, Lk], added to the logits, without a gradient; None: none.
-      causal: whether a query reads no key to its right (Lq = Lk).
+      query: [B, Lq, H, K], bfloat16, K of 16, 32, 64 or 128.
+      key, value: [B, Lk, H, K].
+      query_segment_ids, key_segment_ids: int32 [B, Lq], [B, Lk]: queries attend to keys of the
+        same segment; no query attends to segment 0. A query without keys gets a mean of some
+        values.
+      bias: [1, H, Lq, Lk], added to the logits, without a gradient.
+      causal: whether a query attends to no key to its right (Lq = Lk).
       interpret: runs the kernels on any device, slowly, for tests.
     """
-    return _forward(query, key, value, of_queries, of_keys, bias, causal, interpret)[0]
+    arguments = query, key, value, query_segment_ids, key_segment_ids, bias
+    return _vjp_forward(*arguments, causal, interpret)[0]
 
 
-def _forward(
+_Saved = tuple[Array, Array, Array, Array, Array, Array | None, Array, Array]
+
+
+def _vjp_forward(
     query: Array,
     key: Array,
     value: Array,
-    of_queries: Array,
-    of_keys: Array,
+    query_segment_ids: Array,
+    key_segment_ids: Array,
     bias: Array | None,
     causal: bool,
     interpret: bool,
-) -> tuple[Array, tuple[Any, ...]]:
-    run = _Call(query, key, causal, interpret)
-    out, normalizer = run(
-        _forward_kernel, "queries", ["out", "row"],
-        q=query, of_q=of_queries, k=key, v=value, of_k=of_keys, bias=bias,
-    )  # fmt: skip
-    # named for `stacks.REMAT_POLICIES`
+) -> tuple[Array, _Saved]:
+    call = _Call(query, key, causal, interpret)
+    out, normalizer = call(
+        _forward_kernel,
+        "queries",
+        ["out", "normalizer"],
+        query=query,
+        query_ids=query_segment_ids,
+        key=key,
+        value=value,
+        key_ids=key_segment_ids,
+        bias=bias,
+    )
+    # Rematerialization keeps these by name, see `stacks.REMAT_POLICIES`.
     out = checkpoint_name(out, "attended")
     normalizer = checkpoint_name(normalizer, "attended")
-    return out, (query, key, value, of_queries, of_keys, bias, out, normalizer)
+    inputs = query, key, value, query_segment_ids, key_segment_ids, bias
+    return out, (*inputs, out, normalizer)
 
 
-def _backward(causal: bool, interpret: bool, saved: Any, d_out: Array) -> tuple[Any, ...]:
-    query, key, value, of_queries, of_keys, bias, out, normalizer = saved
-    # [B, H, Lq]: what of each row's gradient the softmax takes off again
-    mean = jnp.einsum("bqhk,bqhk->bhq", d_out.astype(jnp.float32), out.astype(jnp.float32))
-    of = {
-        "q": query, "of_q": of_queries, "g": d_out, "row": normalizer, "mean": mean,
-        "k": key, "v": value, "of_k": of_keys,
-    }  # fmt: skip
-    settings = (query, key, causal, interpret)
-    (d_query,) = _Call(*settings)(_to_queries_kernel, "queries", ["out"], **of, bias=bias)
-    turned = None if bias is None else jnp.swapaxes(bias, 2, 3)
-    d_key, d_value = _Call(*settings)(
-        _to_keys_kernel, "keys", ["of keys", "of keys"], **of, turned=turned
+def _vjp_backward(
+    causal: bool, interpret: bool, saved: _Saved, grad: Array
+) -> tuple[Array, Array, Array, None, None, None]:
+    query, key, value, query_segment_ids, key_segment_ids, bias, out, normalizer = saved
+    # [B, H, Lq], Σ_m p_m dp_m: what the softmax's gradient subtracts in each row
+    delta = jnp.einsum("bqhk,bqhk->bhq", grad.astype(jnp.float32), out.astype(jnp.float32))
+    arrays = {
+        "query": query,
+        "query_ids": query_segment_ids,
+        "grad": grad,
+        "normalizer": normalizer,
+        "delta": delta,
+        "key": key,
+        "value": value,
+        "key_ids": key_segment_ids,
+    }
+    call = _Call(query, key, causal, interpret)
+    (grad_query,) = call(_query_grad_kernel, "queries", ["out"], **arrays, bias=bias)
+    # That kernel's tiles are [keys, queries].
+    transposed_bias = None if bias is None else jnp.swapaxes(bias, 2, 3)
+    grad_key, grad_value = call(
+        _key_value_grad_kernel,
+        "keys",
+        ["key_grad", "key_grad"],
+        **arrays,
+        transposed_bias=transposed_bias,
     )
-    return d_query, d_key, d_value, None, None, None
+    return grad_query, grad_key, grad_value, None, None, None
 
 
-fused_attention.defvjp(_forward, _backward)
+fused_attention.defvjp(_vjp_forward, _vjp_backward)
+
+# The axes of the kernels' arrays.
+_AXES = {
+    "query": ("batch", "queries", "heads", "size"),
+    "grad": ("batch", "queries", "heads", "size"),
+    "out": ("batch", "queries", "heads", "size"),
+    "key": ("batch", "keys", "heads", "size"),
+    "value": ("batch", "keys", "heads", "size"),
+    "key_grad": ("batch", "keys", "heads", "size"),
+    "query_ids": ("batch", "queries"),
+    "key_ids": ("batch", "keys"),
+    "normalizer": ("batch", "heads", "queries"),
+    "delta": ("batch", "heads", "queries"),
+    "bias": ("broadcast", "heads", "queries", "keys"),
+    "transposed_bias": ("broadcast", "heads", "keys", "queries"),
+    "first": ("batch", "tile"),
+    "last": ("batch", "tile"),
+}
 
 
 class _Call:
-    """One kernel over tiles of queries, or of keys, of all heads and rows.
+    """Runs a kernel over tiles of queries, or of keys, of all heads and rows.
 
-    Lengths are padded to whole tiles; what is padded has the number 0 and nothing reads it.
+    Lengths are padded to whole tiles; padding has segment 0, which nothing attends to.
     """
 
     def __init__(self, query: Array, key: Array, causal: bool, interpret: bool):
-        self.batch, self.queries, self.heads, self.size = query.shape
-        self.keys = key.shape[1]
+        self.batch, queries, self.heads, self.size = query.shape
+        self.length = {"queries": queries, "keys": key.shape[1]}
         self.tile = {
-            "queries": min(_TILE, _power(self.queries)),
-            "keys": min(_TILE, _power(self.keys)),
+            side: min(_TILE, tiling.power_of_two(length)) for side, length in self.length.items()
         }
-        self.length = {
-            "queries": _whole(self.queries, self.tile["queries"]),
-            "keys": _whole(self.keys, self.tile["keys"]),
+        self.padded = {
+            side: self.tile[side] * tiling.num_tiles(length, self.tile[side])
+            for side, length in self.length.items()
         }
         self.causal, self.interpret = causal, interpret
 
     def __call__(
-        self, kernel: Callable[..., None], over: str, outputs: list[str], **given: Array | None
+        self, kernel: Callable[..., None], over: str, outputs: list[str], **inputs: Array | None
     ) -> list[Array]:
-        # late: a second of imports that only who asks for these kernels pays
+        """Runs `kernel` for each tile of `over` ('queries' or 'keys'), and returns its outputs."""
+        # Imported late: it takes a second, which only users of these kernels should pay.
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import triton
 
-        arrays = {name: self._padded(name, x) for name, x in given.items() if x is not None}
-        first, last = self._visited(arrays["of_q"], arrays["of_k"], over)
+        arrays = {name: self._pad(name, x) for name, x in inputs.items() if x is not None}
+        first, last = self._visited_tiles(arrays["query_ids"], arrays["key_ids"], over)
         arrays = {"first": first, "last": last, **arrays}
-        specs = {name: self._spec(name, over, pl) for name in arrays}
-        shapes = [self._shape(name) for name in outputs]
 
-        def named(*refs: Any) -> None:
-            kernel(dict(zip(arrays, refs, strict=False)), *refs[len(arrays) :], causal=self.causal,
-                   queries=self.tile["queries"], keys=self.tile["keys"])  # fmt: skip
+        def by_name(*refs: Ref) -> None:
+            kernel(
+                dict(zip(arrays, refs, strict=False)),
+                *refs[len(arrays) :],
+                causal=self.causal,
+                query_tile=self.tile["queries"],
+                key_tile=self.tile["keys"],
+            )
 
-        made = pl.pallas_call(
-            named,
-            grid=(self.length[over] // self.tile[over], self.batch, self.heads),
-            in_specs=list(specs.values()),
-            out_specs=[self._spec(name, over, pl) for name in outputs],
-            out_shape=shapes,
+        results = pl.pallas_call(
+            by_name,
+            grid=(self.padded[over] // self.tile[over], self.batch, self.heads),
+            in_specs=[self._block_spec(name, over, pl.BlockSpec) for name in arrays],
+            out_specs=[self._block_spec(name, over, pl.BlockSpec) for name in outputs],
+            out_shape=[self._shape(name) for name in outputs],
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
             interpret=self.interpret,
             name=kernel.__name__.strip("_"),
         )(*arrays.values())
-        return [self._cut(name, x) for name, x in zip(outputs, made, strict=True)]
+        return [self._unpad(name, x) for name, x in zip(outputs, results, strict=True)]
 
-    def _axes(self, name: str) -> tuple[str, ...]:
-        """Of an array, what each axis is: rows of the batch, heads, tokens of a side, or itself."""
-        return {
-            "q": ("batch", "queries", "heads", "size"),
-            "g": ("batch", "queries", "heads", "size"),
-            "out": ("batch", "queries", "heads", "size"),
-            "k": ("batch", "keys", "heads", "size"),
-            "v": ("batch", "keys", "heads", "size"),
-            "of keys": ("batch", "keys", "heads", "size"),
-            "of_q": ("batch", "queries"),
-            "of_k": ("batch", "keys"),
-            "row": ("batch", "heads", "queries"),
-            "mean": ("batch", "heads", "queries"),
-            "bias": ("one", "heads", "queries", "keys"),
-            "turned": ("one", "heads", "keys", "queries"),
-            "first": ("batch", "tile"),
-            "last": ("batch", "tile"),
-        }[name]
+    def _pad(self, name: str, x: Array) -> Array:
+        sizes = [self.padded.get(axis, n) for axis, n in zip(_AXES[name], x.shape, strict=True)]
+        return jnp.pad(x, [(0, to - n) for n, to in zip(x.shape, sizes, strict=True)])
 
-    def _padded(self, name: str, x: Array) -> Array:
-        wanted = [
-            self.length.get(axis, n) for axis, n in zip(self._axes(name), x.shape, strict=True)
-        ]
-        return jnp.pad(x, [(0, to - n) for n, to in zip(x.shape, wanted, strict=True)])
-
-    def _cut(self, name: str, x: Array) -> Array:
-        own = {"queries": self.queries, "keys": self.keys}
-        return x[tuple(slice(own.get(axis)) for axis in self._axes(name))]
+    def _unpad(self, name: str, x: Array) -> Array:
+        return x[tuple(slice(self.length.get(axis)) for axis in _AXES[name])]
 
     def _shape(self, name: str) -> jax.ShapeDtypeStruct:
-        sizes = {"batch": self.batch, "heads": self.heads, "size": self.size, **self.length}
-        shape = tuple(sizes[axis] for axis in self._axes(name))
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "row" else jnp.bfloat16)
+        sizes = {"batch": self.batch, "heads": self.heads, "size": self.size, **self.padded}
+        shape = tuple(sizes[axis] for axis in _AXES[name])
+        return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "normalizer" else jnp.bfloat16)
 
-    def _spec(self, name: str, over: str, pl: Any) -> Any:
-        """A program's part: its own tile of the tokens that the grid is over, all others whole."""
-        part: list[int | None] = []
-        for axis in self._axes(name):
-            if axis in ("queries", "keys"):
-                part.append(self.tile[over] if axis == over else self.length[axis])
-            else:
-                part.append(self.size if axis == "size" else None)
+    def _block_spec(self, name: str, over: str, block_spec: "type[pl.BlockSpec]") -> "pl.BlockSpec":
+        """A program's block: its own tile of the side `over`, and all of the other side."""
+        sizes = {**self.padded, over: self.tile[over], "size": self.size}
 
-        def place(tile: Any, row: Any, head: Any) -> tuple[Any, ...]:
-            at = {"batch": row, "heads": head, "tile": tile, over: tile}
-            return tuple(at.get(axis, 0) for axis in self._axes(name))
+        def index(tile: Index, row: Index, head: Index) -> tuple[Index, ...]:
+            indices = {"batch": row, "heads": head, "tile": tile, over: tile}
+            return tuple(indices.get(axis, 0) for axis in _AXES[name])
 
-        return pl.BlockSpec(tuple(part), place)
+        return block_spec(tuple(sizes.get(axis) for axis in _AXES[name]), index)
 
-    def _visited(self, of_queries: Array, of_keys: Array, over: str) -> tuple[Array, Array]:
-        """For each tile the first tile of the other side to visit, and the one behind the last.
+    def _visited_tiles(self, query_ids: Array, key_ids: Array, over: str) -> tuple[Array, Array]:
+        """Returns the range of tiles of the other side that each tile has to visit.
+
+        Tiles are compared by their least and largest segment: no pair is missed, and if segments
+        ascend along a row, as in packed examples, none is visited in vain.
 
         Returns:
-          int32 [B, tiles] each. By the tiles' least and largest numbers: none is left out, and
-          where numbers rise along a row, as those of packed examples, none is visited in vain.
+          int32 [B, tiles] each: the first tile, and the last one plus 1.
         """
-        queries = of_queries.reshape(self.batch, -1, 1, self.tile["queries"])
-        keys = of_keys.reshape(self.batch, 1, -1, self.tile["keys"])
-        least = jnp.min(jnp.where(keys > 0, keys, jnp.iinfo(jnp.int32).max), axis=-1)
-        meet = (jnp.max(keys, axis=-1) >= jnp.min(queries, axis=-1)) & (
-            least <= jnp.max(queries, axis=-1)
-        )  # [B, tiles of queries, tiles of keys]
+        query_ids = query_ids.reshape(self.batch, -1, 1, self.tile["queries"])
+        key_ids = key_ids.reshape(self.batch, 1, -1, self.tile["keys"])
+        # Padding is left out of the least segment, else it would pair with every query before it.
+        least = jnp.min(jnp.where(key_ids > 0, key_ids, jnp.iinfo(jnp.int32).max), axis=-1)
+        overlap = (jnp.max(key_ids, axis=-1) >= jnp.min(query_ids, axis=-1)) & (
+            least <= jnp.max(query_ids, axis=-1)
+        )  # [B, query tiles, key tiles]
         if self.causal:
-            ends = (1 + jnp.arange(meet.shape[1])) * self.tile["queries"]
-            meet &= jnp.arange(meet.shape[2]) * self.tile["keys"] < ends[:, None]
+            ends = (1 + jnp.arange(overlap.shape[1])) * self.tile["queries"]
+            overlap &= jnp.arange(overlap.shape[2]) * self.tile["keys"] < ends[:, None]
         if over == "keys":
-            meet = jnp.swapaxes(meet, 1, 2)
-        count = meet.shape[2]
-        first = jnp.argmax(meet, axis=2)
-        last = jnp.where(jnp.any(meet, axis=2), count - jnp.argmax(meet[:, :, ::-1], axis=2), first)
+            overlap = jnp.swapaxes(overlap, 1, 2)
+        first = jnp.argmax(overlap, axis=2)
+        from_end = jnp.argmax(overlap[:, :, ::-1], axis=2)
+        last = jnp.where(jnp.any(overlap, axis=2), overlap.shape[2] - from_end, first)
         return first.astype(jnp.int32), last.astype(jnp.int32)
 
 
-def _power(size: int) -> int:
-    return max(_LEAST, 1 << (size - 1).bit_length())
+# The kernels. A program has one head of one row: query and the output's gradient [queries, K], key
+# and value [keys, K].
 
 
-def _whole(length: int, tile: int) -> int:
-    return -(-length // tile) * tile
-
-
-# The kernels. A program has one head of one row; q, g [queries, K], k, v [keys, K].
-
-
-def _dot(a: Array, b: Array, of_b: int) -> Array:
-    """a [m, k] and b, whose axis `of_b` is k, -> [m, n], float32."""
+def _dot(a: Array, b: Array, b_axis: int) -> Array:
+    """Contracts a [m, k] with this axis of b -> [m, n], float32."""
     return jax.lax.dot_general(
-        a, b, (((1,), (of_b,)), ((), ())), preferred_element_type=jnp.float32
+        a, b, (((1,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
-def _readable(of_rows: Array, of_columns: Array, of_keys: Array) -> Array:
-    return (of_rows[:, None] == of_columns[None, :]) & (of_keys > 0)
-
-
-def _places(start: Any, shape: tuple[int, ...], axis: int) -> Array:
+def _positions(start: Index, shape: tuple[int, ...], axis: int) -> Array:
     return start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def _forward_kernel(
-    ref: dict[str, Any], out: Any, normalizer: Any, *, causal: bool, queries: int, keys: int
-) -> None:
-    from jax.experimental import pallas as pl
-
-    q, of_q = ref["q"][...], ref["of_q"][...]
-    start = pl.program_id(0) * queries
-
-    def add(i: Any, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        total, largest, weight = sums
-        at = pl.ds(i * keys, keys)
-        logits = _logits_of_queries(ref, q, of_q, at, start, i * keys, causal)
-        top = jnp.maximum(largest, jnp.max(logits, axis=1))
-        weights = jnp.exp(logits - top[:, None])
-        before = jnp.exp(largest - top)
-        v = ref["v"][at, :]
-        total = total * before[:, None] + _dot(weights.astype(v.dtype), v, 0)
-        return total, top, weight * before + jnp.sum(weights, axis=1)
-
-    zeros = jnp.zeros(q.shape, jnp.float32)
-    row = jnp.zeros(queries, jnp.float32)
-    total, largest, weight = jax.lax.fori_loop(
-        ref["first"][...], ref["last"][...], add, (zeros, row + 2 * _LOW, row)
-    )
-    weight = jnp.where(weight == 0, 1.0, weight)  # of a tile that reads nothing
-    out[...] = (total / weight[:, None]).astype(out.dtype)
-    normalizer[...] = largest + jnp.log(weight)
-
-
-def _logits_of_queries(
-    ref: dict[str, Any], q: Array, of_q: Array, at: Any, start: Any, first_key: Any, causal: bool
+def _logits(
+    ref: dict[str, Ref],
+    query: Array,
+    query_ids: Array,
+    key_slice: object,
+    first_query: Index,
+    first_key: Index,
+    causal: bool,
 ) -> Array:
-    logits = _dot(q, ref["k"][at, :], 1)
+    """Returns the masked logits of a tile, [queries, keys]."""
+    logits = _dot(query, ref["key"][key_slice, :], 1)
     if "bias" in ref:
-        logits += ref["bias"][:, at].astype(jnp.float32)
-    of_k = ref["of_k"][at]
-    seen = _readable(of_q, of_k, of_k[None, :])
+        logits += ref["bias"][:, key_slice].astype(jnp.float32)
+    key_ids = ref["key_ids"][key_slice]
+    mask = (query_ids[:, None] == key_ids[None, :]) & (key_ids[None, :] > 0)
     if causal:
-        seen &= _places(start, logits.shape, 0) >= _places(first_key, logits.shape, 1)
-    return jnp.where(seen, logits, _LOW)
+        mask &= _positions(first_query, logits.shape, 0) >= _positions(first_key, logits.shape, 1)
+    return jnp.where(mask, logits, _NEG_INF)
 
 
-def _to_queries_kernel(
-    ref: dict[str, Any], out: Any, *, causal: bool, queries: int, keys: int
+def _forward_kernel(
+    ref: dict[str, Ref], out: Ref, normalizer: Ref, *, causal: bool, query_tile: int, key_tile: int
 ) -> None:
     from jax.experimental import pallas as pl
 
-    q, g, of_q = ref["q"][...], ref["g"][...], ref["of_q"][...]
-    normalizer, mean = ref["row"][...], ref["mean"][...]
-    start = pl.program_id(0) * queries
+    query, query_ids = ref["query"][...], ref["query_ids"][...]
+    start = pl.program_id(0) * query_tile
 
-    def add(i: Any, total: Array) -> Array:
-        at = pl.ds(i * keys, keys)
-        logits = _logits_of_queries(ref, q, of_q, at, start, i * keys, causal)
+    def add(i: Index, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        total, largest, denominator = carry
+        keys = pl.ds(i * key_tile, key_tile)
+        logits = _logits(ref, query, query_ids, keys, start, i * key_tile, causal)
+        new_largest = jnp.maximum(largest, jnp.max(logits, axis=1))
+        weights = jnp.exp(logits - new_largest[:, None])
+        rescale = jnp.exp(largest - new_largest)
+        value = ref["value"][keys, :]
+        total = total * rescale[:, None] + _dot(weights.astype(value.dtype), value, 0)
+        return total, new_largest, denominator * rescale + jnp.sum(weights, axis=1)
+
+    zeros = jnp.zeros(query.shape, jnp.float32)
+    row = jnp.zeros(query_tile, jnp.float32)
+    # The first maximum is below masked logits, so that these are rescaled as all others are.
+    total, largest, denominator = jax.lax.fori_loop(
+        ref["first"][...], ref["last"][...], add, (zeros, row + 2 * _NEG_INF, row)
+    )
+    denominator = jnp.where(denominator == 0, 1.0, denominator)  # of a tile that visits no other
+    out[...] = (total / denominator[:, None]).astype(out.dtype)
+    normalizer[...] = largest + jnp.log(denominator)
+
+
+def _query_grad_kernel(
+    ref: dict[str, Ref], out: Ref, *, causal: bool, query_tile: int, key_tile: int
+) -> None:
+    from jax.experimental import pallas as pl
+
+    query, grad, query_ids = ref["query"][...], ref["grad"][...], ref["query_ids"][...]
+    normalizer, delta = ref["normalizer"][...], ref["delta"][...]
+    start = pl.program_id(0) * query_tile
+
+    def add(i: Index, total: Array) -> Array:
+        keys = pl.ds(i * key_tile, key_tile)
+        logits = _logits(ref, query, query_ids, keys, start, i * key_tile, causal)
         probs = jnp.exp(logits - normalizer[:, None])
-        d_logits = probs * (_dot(g, ref["v"][at, :], 1) - mean[:, None])
-        k = ref["k"][at, :]
-        return total + _dot(d_logits.astype(k.dtype), k, 0)
+        grad_logits = probs * (_dot(grad, ref["value"][keys, :], 1) - delta[:, None])
+        key = ref["key"][keys, :]
+        return total + _dot(grad_logits.astype(key.dtype), key, 0)
 
-    zeros = jnp.zeros(q.shape, jnp.float32)
+    zeros = jnp.zeros(query.shape, jnp.float32)
     total = jax.lax.fori_loop(ref["first"][...], ref["last"][...], add, zeros)
     out[...] = total.astype(out.dtype)
 
 
-def _to_keys_kernel(
-    ref: dict[str, Any], d_key: Any, d_value: Any, *, causal: bool, queries: int, keys: int
+def _key_value_grad_kernel(
+    ref: dict[str, Ref],
+    key_grad: Ref,
+    value_grad: Ref,
+    *,
+    causal: bool,
+    query_tile: int,
+    key_tile: int,
 ) -> None:
-    """Its tiles of logits lie the other way round, [keys, queries], and so does the bias."""
     from jax.experimental import pallas as pl
 
-    k, v, of_k = ref["k"][...], ref["v"][...], ref["of_k"][...]
-    start = pl.program_id(0) * keys
+    key, value, key_ids = ref["key"][...], ref["value"][...], ref["key_ids"][...]
+    start = pl.program_id(0) * key_tile
 
-    def add(i: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        to_key, to_value = sums
-        at = pl.ds(i * queries, queries)
-        q, g = ref["q"][at, :], ref["g"][at, :]
-        logits = _dot(k, q, 1)
-        if "turned" in ref:
-            logits += ref["turned"][:, at].astype(jnp.float32)
-        seen = _readable(of_k, ref["of_q"][at], of_k[:, None])
+    def add(i: Index, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        total_key, total_value = carry
+        queries = pl.ds(i * query_tile, query_tile)
+        query, grad = ref["query"][queries, :], ref["grad"][queries, :]
+        logits = _dot(key, query, 1)  # [keys, queries]
+        if "transposed_bias" in ref:
+            logits += ref["transposed_bias"][:, queries].astype(jnp.float32)
+        query_ids = ref["query_ids"][queries]
+        mask = (key_ids[:, None] == query_ids[None, :]) & (key_ids[:, None] > 0)
         if causal:
-            seen &= _places(i * queries, logits.shape, 1) >= _places(start, logits.shape, 0)
-        probs = jnp.exp(jnp.where(seen, logits, _LOW) - ref["row"][at][None, :])
-        to_value += _dot(probs.astype(g.dtype), g, 0)
-        d_logits = probs * (_dot(v, g, 1) - ref["mean"][at][None, :])
-        return to_key + _dot(d_logits.astype(q.dtype), q, 0), to_value
+            query_positions = _positions(i * query_tile, logits.shape, 1)
+            mask &= query_positions >= _positions(start, logits.shape, 0)
+        masked = jnp.where(mask, logits, _NEG_INF)
+        probs = jnp.exp(masked - ref["normalizer"][queries][None, :])
+        total_value += _dot(probs.astype(grad.dtype), grad, 0)
+        grad_logits = probs * (_dot(value, grad, 1) - ref["delta"][queries][None, :])
+        return total_key + _dot(grad_logits.astype(query.dtype), query, 0), total_value
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    to_key, to_value = jax.lax.fori_loop(ref["first"][...], ref["last"][...], add, (zeros, zeros))
-    d_key[...], d_value[...] = to_key.astype(d_key.dtype), to_value.astype(d_value.dtype)
+    zeros = jnp.zeros(key.shape, jnp.float32)
+    total_key, total_value = jax.lax.fori_loop(
+        ref["first"][...], ref["last"][...], add, (zeros, zeros)
+    )
+    key_grad[...] = total_key.astype(key_grad.dtype)
+    value_grad[...] = total_value.astype(value_grad.dtype)

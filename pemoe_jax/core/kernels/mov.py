@@ -1,18 +1,21 @@
 """MoV's layer in fused kernels for one GPU: `y * Σ_e softmax(y k)_e l_e`, and its gradients.
 
-As array operations the layer writes and reads a scale of y's size in float32, and as much again
-backwards. Here y is read and the product written; backwards y and its cotangent g are read and dy
-is written: where a head's features fit into one tile (key, value) one copy of the tensor forward
-and one and a half backward. Where they do not (gate) a row's probabilities are known only after all
-of its features, and so are the gradients of its logits. There one kernel streams through y, and
-backwards through y and g, for what is known of rows, [rows, E]; another maps tiles of rows and
-features with that: one and a half copies forward, two and a half backward. The second begins with
-the features that the first read last, which are the likeliest to be in the L2.
+As array operations, the layer writes and reads a float32 scale of y's size, and as much again in
+the backward pass. The kernels read y and write the product; backwards they read y and the gradient
+g of the output, and write the gradient of y. MoV-10's step of XL's geometry on an H200 takes
+84.7 ms, 103 ms with array operations.
 
-Products of float32 are three passes of TF32, nearly float32. For bfloat16 they are products of
-bfloat16, summed in float32: parameters, and forward the probabilities too, are sums of two bfloat16
-(16 bits), y is what it is, and gradients, and the probabilities that they meet, are rounded.
-Softmax and sums are float32. Sums over rows go by parts in a fixed order, so two runs give the same
+- If a head's features fit into one tile (key, value), one kernel does each pass: 1 copy of the
+  tensor forward, 1½ backward.
+- Otherwise (gate) a row's probabilities, and the gradients of its logits, are known only after all
+  its features. One kernel streams through y (backwards y and g) and computes what belongs to rows,
+  [rows, E]; another maps tiles of rows and features with that: 1½ copies forward, 2½ backward. The
+  second begins with the features that the first read last, which are likely still in the L2 cache.
+
+Float32 products are three passes of TF32, nearly float32. For bfloat16, products are bfloat16 and
+summed in float32; parameters, and forward the probabilities too, are sums of two bfloat16 numbers
+(16 bits of mantissa); gradients, and the probabilities that they are multiplied by, are rounded.
+Softmax and sums are float32. Sums over rows are split in a fixed order, so two runs give the same
 bits.
 
 Tested in Pallas's interpret mode, and on a GPU by `tests/core/test_gpu.py`.
@@ -21,68 +24,91 @@ Tested in Pallas's interpret mode, and on a GPU by `tests/core/test_gpu.py`.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from pemoe_jax.core.kernels import tiling
+from pemoe_jax.core.kernels.tiling import Index, Ref
 
-_ROWS = 64  # of a tile
-_FEATURE_BYTES = 256  # of a tile's row
-_LEAST = 16  # the shortest side of a product; all sides are powers of two
-_FORWARD_TILES = 4  # of rows that a program scales: it loads the parameters once for them
-_PROGRAMS = 1056  # eight for each of an H100's 132 processors, where sums over rows are split
+if TYPE_CHECKING:
+    from jax.experimental import pallas as pl
+
+Array = jax.Array
+Carry = TypeVar("Carry")
+
+_ROW_TILE = 64
+_FEATURE_TILE_BYTES = 256  # of one row
+_FORWARD_ROW_TILES = 4  # of a program that scales rows: it loads the parameters once for them
+_MAX_PROGRAMS = 1056  # where sums over rows are split: eight for each of an H100's 132 processors
 
 
 def is_supported() -> bool:
-    """Whether there is one device and it is a GPU: XLA cannot split a kernel over several."""
+    """Whether the only device is a GPU: XLA cannot partition a kernel over several."""
     return jax.default_backend() == "gpu" and jax.device_count() == 1
+
+
+def plain_route_and_scale(
+    y: Array, kernel: Array, vectors: Array, weights: Array
+) -> tuple[Array, Array]:
+    """As `route_and_scale`, in array operations."""
+    logits = y.astype(jnp.float32) @ kernel  # [B, L, (H,) E]
+    probs = jax.nn.softmax(logits)
+    scale = jnp.einsum("bl...e,...ek->bl...k", probs, vectors)
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top_1 = logits >= jnp.max(logits, axis=-1, keepdims=True)
+    entropy = log_z - jnp.sum(probs * logits, axis=-1, keepdims=True)
+    weights = jnp.expand_dims(weights, range(2, y.ndim))
+
+    def weighted_sum(x: Array) -> Array:
+        x = jnp.broadcast_to(x, logits.shape) * weights
+        return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+
+    sums = jnp.stack([weighted_sum(x) for x in (probs, top_1, entropy, jnp.square(log_z))])
+    return y * scale.astype(y.dtype), jax.lax.stop_gradient(sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def route_and_scale(
     y: Array, kernel: Array, vectors: Array, weights: Array, interpret: bool = False
 ) -> tuple[Array, Array]:
-    """`y * Σ_e p_e l_e` with `p = softmax(y @ kernel)`, and sums over the p; reverse mode only.
+    """Returns `y * Σ_e p_e l_e` with `p = softmax(y @ kernel)`, and sums over p; reverse mode only.
 
     Args:
       y: [B, L, H, K] or [B, L, F], float32 or bfloat16.
-      kernel: [K or F, E], float32, shared by heads.
+      kernel: [K or F, E], float32, shared by the heads.
       vectors: [H, E, K] or [E, F], float32.
-      weights: [B, L], float32, how much a token counts in the sums.
+      weights: [B, L], float32, the tokens' weights in the sums.
       interpret: runs the kernels on any device, slowly, for tests.
 
     Returns:
-      (of y's shape and dtype; [4, E], float32: over tokens and heads, by weights, the sums of p, of
-      ones where p is largest, and, the same in all columns, of p's entropy and of log(Z)²). The
-      sums have no gradients.
+      The product in y's shape and dtype; and [4, E], float32, weighted sums over tokens and heads:
+      of p, of ones where p is largest, and, equal in all columns, of p's entropy and of log(Z)².
+      The sums have no gradient.
     """
     out, sums, _ = _Layer(y, kernel, interpret).forward(y, kernel, vectors, weights)
     return out, sums
 
 
-def _saved(
+_Saved = tuple[Array, Array, Array, Array | None]
+
+
+def _vjp_forward(
     y: Array, kernel: Array, vectors: Array, weights: Array, interpret: bool
-) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array | None]]:
+) -> tuple[tuple[Array, Array], _Saved]:
     out, sums, probs = _Layer(y, kernel, interpret).forward(y, kernel, vectors, weights)
     return (out, sums), (y, kernel, vectors, probs)
 
 
-def _gradients(
-    interpret: bool,
-    saved: tuple[Array, Array, Array, Array | None],
-    cotangents: tuple[Array, Array],
+def _vjp_backward(
+    interpret: bool, saved: _Saved, grads: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None]:
     y, kernel, _, _ = saved
-    return *_Layer(y, kernel, interpret).backward(*saved, cotangents[0]), None
+    return *_Layer(y, kernel, interpret).backward(*saved, grads[0]), None
 
 
-route_and_scale.defvjp(_saved, _gradients)
-
-
-def _power(size: int) -> int:
-    return max(_LEAST, 1 << (size - 1).bit_length())
+route_and_scale.defvjp(_vjp_forward, _vjp_backward)
 
 
 def _pad(x: Array, *shape: int) -> Array:
@@ -91,47 +117,69 @@ def _pad(x: Array, *shape: int) -> Array:
     return jnp.pad(x, [(0, to - size) for size, to in zip(x.shape, shape, strict=True)])
 
 
+class _Operand(NamedTuple):
+    """An array of a kernel.
+
+    Attributes:
+      shape, dtype: of the whole array.
+      block: shape of a program's part; None: an axis that is indexed away.
+      axes: for each axis, the grid axis that selects the block; None: the first block.
+    """
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype | type
+    block: tuple[int | None, ...]
+    axes: tuple[str | None, ...]
+
+
 class _Layer:
     """The sizes of one layer, and the calls of its kernels.
 
-    What is padded is zero: such rows and features add nothing to any sum, and padded experts have
-    a probability of zero. Nothing is padded where tiles divide the rows and features.
+    Padding is zero: padded rows and features add nothing to any sum, and padded experts have a
+    probability of zero. Nothing is padded if tiles divide the rows and features.
     """
 
     def __init__(self, y: Array, kernel: Array, interpret: bool):
         self.shape, self.dtype, self.interpret = y.shape, y.dtype, interpret
         self.features, self.experts = kernel.shape
         self.heads = math.prod(y.shape[2:-1])
-        self.block = min(_power(self.features), _FEATURE_BYTES // y.dtype.itemsize)
-        self.blocks = -(-self.features // self.block)
-        self.padded = self.blocks * self.block
-        self.columns = _power(self.experts)
-        self.parts = 1 if y.dtype == jnp.float32 else 2  # of a parameter
-        self.stages = 3 if self.columns <= 32 else 2  # more would not fit into shared memory
-        self.tiles = -(-y.shape[0] * y.shape[1] // _ROWS)  # of rows
-        self.rows = self.tiles * _ROWS
-        # tiles of rows that one program sums over where sums over rows are split
-        self.summed = -(-self.tiles // max(1, _PROGRAMS // (self.heads * self.blocks)))
+        self.feature_tile = min(
+            tiling.power_of_two(self.features), _FEATURE_TILE_BYTES // y.dtype.itemsize
+        )
+        self.feature_tiles = tiling.num_tiles(self.features, self.feature_tile)
+        self.padded_features = self.feature_tiles * self.feature_tile
+        self.columns = tiling.power_of_two(self.experts)
+        self.parts = 1 if y.dtype == jnp.float32 else 2  # numbers that a parameter is split into
+        self.stages = 3 if self.columns <= 32 else 2  # more do not fit into shared memory
+        self.row_tiles = tiling.num_tiles(y.shape[0] * y.shape[1], _ROW_TILE)
+        self.rows = self.row_tiles * _ROW_TILE
+        # row tiles of a program where sums over rows are split
+        programs = max(1, _MAX_PROGRAMS // (self.heads * self.feature_tiles))
+        self.summed_row_tiles = tiling.num_tiles(self.row_tiles, programs)
 
     def forward(
         self, y: Array, kernel: Array, vectors: Array, weights: Array
     ) -> tuple[Array, Array, Array | None]:
-        """Of `route_and_scale`, and the padded probabilities if backward needs them."""
-        y, kernel, vectors = self._activation(y), self._kernel(kernel), self._vectors(vectors)
+        """Returns `route_and_scale`'s results, and padded probabilities if backward needs them."""
+        y, kernel, vectors = (
+            self._pad_activation(y),
+            self._pad_kernel(kernel),
+            self._pad_vectors(vectors),
+        )
         weights = _pad(weights.reshape(-1, 1), self.rows, 1)
-        if self.blocks == 1:
+        if self.feature_tiles == 1:
             probs = None
             run = self._call(
-                _forward_one,
+                _forward_kernel,
                 ("heads", "rows"),
-                _FORWARD_TILES,
+                _FORWARD_ROW_TILES,
                 ["y", "kernel", "vectors", "weights"],
                 ["y", "sums"],
             )
             out, sums = run(y, kernel, vectors, weights)
         else:
             run = self._call(
-                _route,
+                _route_kernel,
                 ("heads", "rows"),
                 1,
                 ["y", "kernel", "weights"],
@@ -140,197 +188,220 @@ class _Layer:
             )
             probs, sums = run(y, kernel, weights)
             grid = "rows", "heads", "features"
-            run = self._call(_scale, grid, _FORWARD_TILES, ["y", "probs", "vectors"], ["y"])
+            inputs = ["y", "probs", "vectors"]
+            run = self._call(_scale_kernel, grid, _FORWARD_ROW_TILES, inputs, ["y"])
             (out,) = run(y, probs, vectors)
-        return self._restored(out), jnp.sum(sums, (0, 1))[:, : self.experts], probs
+        return self._unpad_activation(out), jnp.sum(sums, (0, 1))[:, : self.experts], probs
 
     def backward(
-        self, y: Array, kernel: Array, vectors: Array, probs: Array | None, g: Array
+        self, y: Array, kernel: Array, vectors: Array, probs: Array | None, grad: Array
     ) -> tuple[Array, Array, Array]:
+        """Returns the gradients of y, kernel and vectors."""
         shape = vectors.shape
-        y, g = self._activation(y), self._activation(g)
-        kernel, vectors = self._kernel(kernel), self._vectors(vectors)
-        outputs = ["y", "gradient", "gradient"]
+        y, grad = self._pad_activation(y), self._pad_activation(grad)
+        kernel, vectors = self._pad_kernel(kernel), self._pad_vectors(vectors)
+        outputs = ["y", "grad", "grad"]
         if probs is None:
             inputs = ["y", "y", "kernel", "vectors"]
-            run = self._call(_backward_one, ("heads", "rows"), self.summed, inputs, outputs)
-            dy, d_kernel, d_vectors = run(y, g, kernel, vectors)
+            run = self._call(
+                _backward_kernel, ("heads", "rows"), self.summed_row_tiles, inputs, outputs
+            )
+            grad_y, grad_kernel, grad_vectors = run(y, grad, kernel, vectors)
         else:
             inputs = ["y", "y", "probs", "vectors"]
             run = self._call(
-                _backward_route, ("heads", "rows"), 1, inputs, ["d_logits"], stages=self.stages
+                _backward_route_kernel,
+                ("heads", "rows"),
+                1,
+                inputs,
+                ["grad_logits"],
+                stages=self.stages,
             )
-            (d_logits,) = run(y, g, probs, vectors)
-            inputs = ["y", "y", "probs", "d_logits", "kernel", "vectors"]
+            (grad_logits,) = run(y, grad, probs, vectors)
+            inputs = ["y", "y", "probs", "grad_logits", "kernel", "vectors"]
             grid = "rows", "heads", "features"
-            run = self._call(_backward_scale, grid, self.summed, inputs, outputs)
-            dy, d_kernel, d_vectors = run(y, g, probs, d_logits, kernel, vectors)
-        d_kernel = jnp.sum(d_kernel, (0, 1))[: self.features, : self.experts]
-        d_vectors = jnp.sum(d_vectors, 0)[:, : self.features, : self.experts]
-        return self._restored(dy), d_kernel, jnp.swapaxes(d_vectors, 1, 2).reshape(shape)
+            run = self._call(_backward_scale_kernel, grid, self.summed_row_tiles, inputs, outputs)
+            grad_y, grad_kernel, grad_vectors = run(y, grad, probs, grad_logits, kernel, vectors)
+        grad_kernel = jnp.sum(grad_kernel, (0, 1))[: self.features, : self.experts]
+        grad_vectors = jnp.sum(grad_vectors, 0)[:, : self.features, : self.experts]
+        grad_vectors = jnp.swapaxes(grad_vectors, 1, 2).reshape(shape)
+        return self._unpad_activation(grad_y), grad_kernel, grad_vectors
 
-    def _activation(self, x: Array) -> Array:
+    def _pad_activation(self, x: Array) -> Array:
         x = x.reshape(-1, self.heads, self.features)
-        return _pad(x, self.rows, self.heads, self.padded)
+        return _pad(x, self.rows, self.heads, self.padded_features)
 
-    def _restored(self, x: Array) -> Array:
+    def _unpad_activation(self, x: Array) -> Array:
         rows = self.shape[0] * self.shape[1]
         return x[:rows, :, : self.features].reshape(self.shape)
 
-    def _kernel(self, kernel: Array) -> Array:
+    def _pad_kernel(self, kernel: Array) -> Array:
         """[parts, features, columns]."""
-        return self._split(_pad(kernel, self.padded, self.columns))
+        return self._split(_pad(kernel, self.padded_features, self.columns))
 
-    def _vectors(self, vectors: Array) -> Array:
-        """[heads, parts, features, columns], with the kernel's order of axes."""
+    def _pad_vectors(self, vectors: Array) -> Array:
+        """[heads, parts, features, columns], in the kernel's order of axes."""
         vectors = vectors.reshape(self.heads, self.experts, self.features)
-        vectors = _pad(jnp.swapaxes(vectors, 1, 2), self.heads, self.padded, self.columns)
+        vectors = jnp.swapaxes(vectors, 1, 2)
+        vectors = _pad(vectors, self.heads, self.padded_features, self.columns)
         return jnp.swapaxes(self._split(vectors), 0, 1)
 
     def _split(self, x: Array) -> Array:
-        """Numbers of the activation's dtype on a new first axis, whose sum x is."""
+        """Splits x into a sum of `parts` numbers in the activation's dtype, on a new first axis."""
         if self.parts == 1:
             return x[None]
-        # no cast and back, which XLA takes for superfluous
+        # Not a cast to bfloat16 and back, which XLA simplifies away.
         high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         return jnp.stack([high, x - high]).astype(self.dtype)
+
+    def _operands(
+        self, row_tiles: int, feature_block: int, row_programs: int
+    ) -> dict[str, _Operand]:
+        """The kernels' arrays, for programs of `row_tiles` tiles and `feature_block` features."""
+        rows, heads, features, columns = self.rows, self.heads, self.padded_features, self.columns
+        span, parts, float32 = row_tiles * _ROW_TILE, self.parts, jnp.float32
+        per_row = (rows, heads, columns), (span, None, columns), ("rows", "heads", None)
+        return {
+            "y": _Operand(
+                (rows, heads, features),
+                self.dtype,
+                (span, None, feature_block),
+                ("rows", "heads", "features"),
+            ),
+            "weights": _Operand((rows, 1), float32, (span, 1), ("rows", None)),
+            "kernel": _Operand(
+                (parts, features, columns),
+                self.dtype,
+                (parts, feature_block, columns),
+                (None, "features", None),
+            ),
+            "vectors": _Operand(
+                (heads, parts, features, columns),
+                self.dtype,
+                (None, parts, feature_block, columns),
+                ("heads", None, "features", None),
+            ),
+            "probs": _Operand(per_row[0], float32, *per_row[1:]),
+            "grad_logits": _Operand(per_row[0], self.dtype, *per_row[1:]),
+            "sums": _Operand(
+                (row_programs, heads, 4, columns),
+                float32,
+                (None, None, 4, columns),
+                ("rows", "heads", None, None),
+            ),
+            "grad": _Operand(
+                (row_programs, heads, features, columns),
+                float32,
+                (None, None, feature_block, columns),
+                ("rows", "heads", "features", None),
+            ),
+        }
 
     def _call(
         self,
         kernel: Callable[..., None],
         grid: tuple[str, ...],
-        tiles: int,
+        row_tiles: int,
         inputs: list[str],
         outputs: list[str],
         stages: int = 2,
     ) -> Callable[..., list[Array]]:
-        """A kernel by names of its arrays, over a grid whose first axis runs fastest.
+        """Returns a kernel over a grid whose first axis runs fastest.
 
         Args:
-          kernel: sees the parts of its arrays that are a program's.
-          grid: of 'rows', 'heads' and maybe 'features'; without these a program sees all of them.
-          tiles: of rows, that a program sees. The last program may see fewer.
-          inputs, outputs: names.
+          kernel: takes a `_Program` and the refs of inputs and outputs.
+          grid: 'rows', 'heads' and perhaps 'features'; without these a program has all features.
+          row_tiles: row tiles of a program; the last program may have fewer.
+          inputs, outputs: names of `_operands`.
           stages: of Triton's pipeline.
         """
-        # late: a second of imports that only who asks for these kernels pays
+        # Imported late: it takes a second, which only users of these kernels should pay.
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import triton
 
-        span = tiles * _ROWS
-        steps = {"rows": -(-self.tiles // tiles), "heads": self.heads, "features": self.blocks}
-        width = self.block if "features" in grid else self.padded
-        rows, heads, features, columns = self.rows, self.heads, self.padded, self.columns
-        # name -> shape, dtype, a program's part of it (None: an axis that it does not see), and
-        # where in parts that is: by the program's row, head and tile of features, or the first
-        arrays: dict[str, tuple[Any, Any, Any, str]] = {
-            "y": ((rows, heads, features), self.dtype, (span, None, width), "rhf"),
-            "weights": ((rows, 1), jnp.float32, (span, 1), "r0"),
-            "kernel": (
-                (self.parts, features, columns),
-                self.dtype,
-                (self.parts, width, columns),
-                "0f0",
-            ),
-            "vectors": (
-                (heads, self.parts, features, columns),
-                self.dtype,
-                (None, self.parts, width, columns),
-                "h0f0",
-            ),
-            "probs": ((rows, heads, columns), jnp.float32, (span, None, columns), "rh0"),
-            "d_logits": ((rows, heads, columns), self.dtype, (span, None, columns), "rh0"),
-            "sums": (
-                (steps["rows"], heads, 4, columns),
-                jnp.float32,
-                (None, None, 4, columns),
-                "rh00",
-            ),
-            "gradient": (
-                (steps["rows"], heads, features, columns),
-                jnp.float32,
-                (None, None, width, columns),
-                "rhf0",
-            ),
+        programs = {
+            "rows": tiling.num_tiles(self.row_tiles, row_tiles),
+            "heads": self.heads,
+            "features": self.feature_tiles,
         }
+        feature_block = self.feature_tile if "features" in grid else self.padded_features
+        operands = self._operands(row_tiles, feature_block, programs["rows"])
 
-        def spec(name: str) -> Any:
-            *_, part, where = arrays[name]
+        def spec(name: str) -> "pl.BlockSpec":
+            def block_index(*program: Index) -> tuple[Index, ...]:
+                index = dict(zip(grid, program, strict=True))
+                # From the last tile on: those that the kernel before has read last.
+                index["features"] = (
+                    self.feature_tiles - 1 - index["features"] if "features" in index else 0
+                )
+                return tuple(0 if axis is None else index[axis] for axis in operands[name].axes)
 
-            def position(*program: Any) -> tuple[Any, ...]:
-                at = dict(zip(grid, program, strict=True))
-                # from the last on, see above
-                at["features"] = self.blocks - 1 - at["features"] if "features" in at else 0
-                of = {"r": at["rows"], "h": at["heads"], "f": at["features"], "0": 0}
-                return tuple(of[axis] for axis in where)
+            return pl.BlockSpec(operands[name].block, block_index)
 
-            return pl.BlockSpec(part, position)
-
-        def over_rows(body: Callable[[Any, Any], Any], start: Any) -> Any:
-            left = self.tiles - tiles * pl.program_id(grid.index("rows"))
+        def over_rows(body: Callable[[object, Carry], Carry], start: Carry) -> Carry:
+            left = self.row_tiles - row_tiles * pl.program_id(grid.index("rows"))
             return jax.lax.fori_loop(
                 0,
-                jnp.minimum(tiles, left),
-                lambda i, carry: body(pl.ds(i * _ROWS, _ROWS), carry),
+                jnp.minimum(row_tiles, left),
+                lambda i, carry: body(pl.ds(i * _ROW_TILE, _ROW_TILE), carry),
                 start,
             )
 
-        def over_features(body: Callable[[Any, Any], Any], start: Any) -> Any:
+        def over_features(body: Callable[[object, Carry], Carry], start: Carry) -> Carry:
             return jax.lax.fori_loop(
                 0,
-                self.blocks,
-                lambda i, carry: body(pl.ds(i * self.block, self.block), carry),
+                self.feature_tiles,
+                lambda i, carry: body(pl.ds(i * self.feature_tile, self.feature_tile), carry),
                 start,
             )
 
+        program = _Program(self.experts, over_rows, over_features, self.interpret)
         return pl.pallas_call(
-            functools.partial(
-                kernel, _Program(self.experts, over_rows, over_features, self.interpret)
-            ),
-            grid=tuple(steps[name] for name in grid),
+            functools.partial(kernel, program),
+            grid=tuple(programs[name] for name in grid),
             in_specs=[spec(name) for name in inputs],
             out_specs=[spec(name) for name in outputs],
-            out_shape=[jax.ShapeDtypeStruct(*arrays[name][:2]) for name in outputs],
+            out_shape=[jax.ShapeDtypeStruct(*operands[name][:2]) for name in outputs],
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages),
             interpret=self.interpret,
         )
 
 
 class _Program(NamedTuple):
-    """What a kernel knows beside its arrays.
+    """What a kernel knows besides its refs.
 
     Attributes:
-      experts: how many columns are not padding.
-      over_rows, over_features: (body, carry) -> carry, of `body(a tile's rows or features, carry)`
-        for the tiles that the program sees.
+      experts: number of columns that are not padding.
+      over_rows, over_features: (body, carry) -> carry, loops over the program's tiles of rows or
+        features: `body(tile's index, carry)`.
       interpret: see `route_and_scale`.
     """
 
     experts: int
-    over_rows: Callable[[Callable[[Any, Any], Any], Any], Any]
-    over_features: Callable[[Callable[[Any, Any], Any], Any], Any]
+    over_rows: Callable[..., tuple[Array, ...]]
+    over_features: Callable[..., Array]
     interpret: bool
 
-    def dot(self, a: Array, b: Array, of_a: int, of_b: int) -> Array:
-        """Product of matrices of one dtype, over these axes of a and b -> float32."""
+    def dot(self, a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+        """Contracts these axes of two matrices of one dtype, in float32."""
         precise = a.dtype == jnp.float32 and not self.interpret
         return jax.lax.dot_general(
             a,
             b,
-            (((of_a,), (of_b,)), ((), ())),
+            (((a_axis,), (b_axis,)), ((), ())),
             precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if precise else None,
             preferred_element_type=jnp.float32,
         )
 
-    def times(self, a: Array, parts: Sequence[Array], of_parts: int) -> Array:
-        """`a @ Σ parts`, over this axis of the parts."""
-        total = self.dot(a, parts[0], 1, of_parts)
+    def times(self, a: Array, parts: Sequence[Array], parts_axis: int) -> Array:
+        """`a @ Σ parts`, contracting this axis of the parts."""
+        total = self.dot(a, parts[0], 1, parts_axis)
         for part in parts[1:]:
-            total += self.dot(a, part, 1, of_parts)
+            total += self.dot(a, part, 1, parts_axis)
         return total
 
     def mix(self, probs: Array, vectors: Sequence[Array]) -> Array:
-        """`probs @ vectors`, of 16 bits both if the vectors are bfloat16: [rows, features]."""
+        """`probs @ vectors`, [rows, features]; both have 16 bits if the vectors are bfloat16."""
         high = probs.astype(vectors[0].dtype)
         scale = self.times(high, vectors, 1)
         if len(vectors) == 1:
@@ -339,163 +410,171 @@ class _Program(NamedTuple):
         return scale + self.dot(low, vectors[0], 1, 1)
 
 
-# The kernels. A program sees rows of one head: y, g [rows, features], kernel and vectors [parts,
-# features, columns], probabilities and gradients of logits [rows, columns], weights [rows, 1]; all
-# features of a row, or a tile of them.
+# The kernels. A program has rows of one head: y and the output's gradient [rows, features], kernel
+# and vectors [parts, features, columns], probabilities and gradients of logits [rows, columns],
+# weights [rows, 1]; all features of a row, or a tile of them.
 
 
-def _parts(ref: Any, features: Any = slice(None)) -> list[Array]:
+def _parts(ref: Ref, features: object = slice(None)) -> list[Array]:
     return [ref[part, features, :] for part in range(ref.shape[0])]
 
 
 def _softmax(logits: Array, experts: int) -> tuple[Array, Array]:
-    """Probabilities, and of each row log(Z), [rows, 1]."""
+    """Returns the probabilities, and log(Z) of each row, [rows, 1]."""
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     logits = jnp.where(column < experts, logits, -jnp.inf)
-    top = jnp.max(logits, axis=1, keepdims=True)
-    terms = jnp.exp(logits - top)
-    total = jnp.sum(terms, axis=1, keepdims=True)
-    return terms / total, top + jnp.log(total)
+    largest = jnp.max(logits, axis=1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    return weights / total, largest + jnp.log(total)
 
 
-def _routed(logits: Array, weights: Array, experts: int) -> tuple[Array, tuple[Array, ...]]:
-    """Probabilities, and what `route_and_scale` sums over rows: [rows, columns] and [rows, 1]."""
+def _softmax_and_terms(
+    logits: Array, weights: Array, experts: int
+) -> tuple[Array, tuple[Array, ...]]:
+    """Returns the probabilities, and the terms of `route_and_scale`'s four sums over rows."""
     probs, log_z = _softmax(logits, experts)
     entropy = log_z - jnp.sum(probs * logits, axis=1, keepdims=True)
-    first = (probs >= jnp.max(probs, axis=1, keepdims=True)).astype(jnp.float32)
-    return probs, tuple(x * weights for x in (probs, first, entropy, log_z * log_z))
+    top_1 = (probs >= jnp.max(probs, axis=1, keepdims=True)).astype(jnp.float32)
+    return probs, tuple(x * weights for x in (probs, top_1, entropy, log_z * log_z))
 
 
-def _store_sums(sums: Any, terms: tuple[Array, ...]) -> None:
-    for number, term in enumerate(terms):
-        sums[number, :] = jnp.broadcast_to(jnp.sum(term, axis=0), (sums.shape[1],))
+def _store_sums(sums: Ref, terms: tuple[Array, ...]) -> None:
+    for row, term in enumerate(terms):
+        sums[row, :] = jnp.broadcast_to(jnp.sum(term, axis=0), (sums.shape[1],))
 
 
-def _to_logits(probs: Array, d_probs: Array) -> Array:
-    return probs * (d_probs - jnp.sum(probs * d_probs, axis=1, keepdims=True))
+def _softmax_grad(probs: Array, grad_probs: Array) -> Array:
+    return probs * (grad_probs - jnp.sum(probs * grad_probs, axis=1, keepdims=True))
 
 
-def _product(back: Array, tile: Array) -> Array:
-    """The gradient of the scale, rounded to the tile's dtype."""
-    return (back.astype(jnp.float32) * tile.astype(jnp.float32)).astype(tile.dtype)
+def _scale_grad(grad: Array, y: Array) -> Array:
+    """The gradient of the scale, rounded to y's dtype."""
+    return (grad.astype(jnp.float32) * y.astype(jnp.float32)).astype(y.dtype)
 
 
-def _forward_one(
-    program: _Program, y: Any, kernel: Any, vectors: Any, weights: Any, out: Any, sums: Any
-) -> None:
-    k, v = _parts(kernel), _parts(vectors)
-
-    def add(rows: Any, terms: tuple[Array, ...]) -> tuple[Array, ...]:
-        tile = y[rows, :]
-        probs, more = _routed(program.times(tile, k, 0), weights[rows, :], program.experts)
-        scale = program.mix(probs, v)
-        out[rows, :] = (tile.astype(jnp.float32) * scale).astype(out.dtype)
-        return tuple(a + b for a, b in zip(terms, more, strict=True))
-
-    wide, narrow = (jnp.zeros((_ROWS, n), jnp.float32) for n in (sums.shape[1], 1))
-    _store_sums(sums, program.over_rows(add, (wide, wide, narrow, narrow)))
-
-
-def _backward_one(
+def _y_grad(
     program: _Program,
-    y: Any,
-    g: Any,
-    kernel: Any,
-    vectors: Any,
-    dy: Any,
-    d_kernel: Any,
-    d_vectors: Any,
-) -> None:
-    k, v = _parts(kernel), _parts(vectors)
-
-    def add(rows: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        tile, back = y[rows, :], g[rows, :]
-        probs, _ = _softmax(program.times(tile, k, 0), program.experts)
-        d_logits = _to_logits(probs, program.times(_product(back, tile), v, 0))
-        d_logits, probs = d_logits.astype(tile.dtype), probs.astype(tile.dtype)
-        dy[rows, :] = _through(program, back, probs, d_logits, k, v).astype(dy.dtype)
-        return _summed(program, tile, back, probs, d_logits, sums)
-
-    zeros = jnp.zeros(d_kernel.shape, jnp.float32)
-    d_kernel[...], d_vectors[...] = program.over_rows(add, (zeros, zeros))
-
-
-def _through(
-    program: _Program,
-    back: Array,
+    grad: Array,
     probs: Array,
-    d_logits: Array,
+    grad_logits: Array,
     kernel: Sequence[Array],
     vectors: Sequence[Array],
 ) -> Array:
-    """Gradient of a tile, by the scale and by the logits."""
-    d_tile = back.astype(jnp.float32) * program.times(probs, vectors, 1)
-    return d_tile + program.times(d_logits, kernel, 1)
+    """The gradient of y, through the product and through the logits."""
+    grad_y = grad.astype(jnp.float32) * program.times(probs, vectors, 1)
+    return grad_y + program.times(grad_logits, kernel, 1)
 
 
-def _summed(
+def _add_parameter_grads(
     program: _Program,
-    tile: Array,
-    back: Array,
+    y: Array,
+    grad: Array,
     probs: Array,
-    d_logits: Array,
+    grad_logits: Array,
     sums: tuple[Array, Array],
 ) -> tuple[Array, Array]:
-    """With a tile's part in the gradients of kernel and vectors, [features, columns] both."""
-    d_kernel, d_vectors = sums
-    d_kernel += program.dot(tile, d_logits, 0, 0)
-    return d_kernel, d_vectors + program.dot(_product(back, tile), probs, 0, 0)
+    """Adds a tile's gradients of kernel and vectors, [features, columns] each."""
+    grad_kernel, grad_vectors = sums
+    grad_kernel += program.dot(y, grad_logits, 0, 0)
+    return grad_kernel, grad_vectors + program.dot(_scale_grad(grad, y), probs, 0, 0)
 
 
-def _route(program: _Program, y: Any, kernel: Any, weights: Any, probs: Any, sums: Any) -> None:
-    def add(features: Any, logits: Array) -> Array:
+def _forward_kernel(
+    program: _Program, y: Ref, kernel: Ref, vectors: Ref, weights: Ref, out: Ref, sums: Ref
+) -> None:
+    k, v = _parts(kernel), _parts(vectors)
+
+    def add(rows: object, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        tile = y[rows, :]
+        logits = program.times(tile, k, 0)
+        probs, terms = _softmax_and_terms(logits, weights[rows, :], program.experts)
+        scale = program.mix(probs, v)
+        out[rows, :] = (tile.astype(jnp.float32) * scale).astype(out.dtype)
+        return tuple(a + b for a, b in zip(totals, terms, strict=True))
+
+    wide, narrow = (jnp.zeros((_ROW_TILE, n), jnp.float32) for n in (sums.shape[1], 1))
+    _store_sums(sums, program.over_rows(add, (wide, wide, narrow, narrow)))
+
+
+def _backward_kernel(
+    program: _Program,
+    y: Ref,
+    grad: Ref,
+    kernel: Ref,
+    vectors: Ref,
+    grad_y: Ref,
+    grad_kernel: Ref,
+    grad_vectors: Ref,
+) -> None:
+    k, v = _parts(kernel), _parts(vectors)
+
+    def add(rows: object, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        tile, tile_grad = y[rows, :], grad[rows, :]
+        probs, _ = _softmax(program.times(tile, k, 0), program.experts)
+        grad_probs = program.times(_scale_grad(tile_grad, tile), v, 0)
+        grad_logits = _softmax_grad(probs, grad_probs).astype(tile.dtype)
+        probs = probs.astype(tile.dtype)
+        tile_grad_y = _y_grad(program, tile_grad, probs, grad_logits, k, v)
+        grad_y[rows, :] = tile_grad_y.astype(grad_y.dtype)
+        return _add_parameter_grads(program, tile, tile_grad, probs, grad_logits, sums)
+
+    zeros = jnp.zeros(grad_kernel.shape, jnp.float32)
+    grad_kernel[...], grad_vectors[...] = program.over_rows(add, (zeros, zeros))
+
+
+def _route_kernel(
+    program: _Program, y: Ref, kernel: Ref, weights: Ref, probs: Ref, sums: Ref
+) -> None:
+    def add(features: object, logits: Array) -> Array:
         return logits + program.times(y[:, features], _parts(kernel, features), 0)
 
     logits = program.over_features(add, jnp.zeros(probs.shape, jnp.float32))
-    probs[...], terms = _routed(logits, weights[...], program.experts)
+    probs[...], terms = _softmax_and_terms(logits, weights[...], program.experts)
     _store_sums(sums, terms)
 
 
-def _scale(program: _Program, y: Any, probs: Any, vectors: Any, out: Any) -> None:
+def _scale_kernel(program: _Program, y: Ref, probs: Ref, vectors: Ref, out: Ref) -> None:
     v = _parts(vectors)
 
-    def scale(rows: Any, carry: None) -> None:
+    def scale(rows: object, carry: None) -> None:
         tile = y[rows, :].astype(jnp.float32)
         out[rows, :] = (tile * program.mix(probs[rows, :], v)).astype(out.dtype)
 
     program.over_rows(scale, None)
 
 
-def _backward_route(
-    program: _Program, y: Any, g: Any, probs: Any, vectors: Any, d_logits: Any
+def _backward_route_kernel(
+    program: _Program, y: Ref, grad: Ref, probs: Ref, vectors: Ref, grad_logits: Ref
 ) -> None:
-    def add(features: Any, d_probs: Array) -> Array:
-        d_scale = _product(g[:, features], y[:, features])
-        return d_probs + program.times(d_scale, _parts(vectors, features), 0)
+    def add(features: object, grad_probs: Array) -> Array:
+        grad_scale = _scale_grad(grad[:, features], y[:, features])
+        return grad_probs + program.times(grad_scale, _parts(vectors, features), 0)
 
-    d_probs = program.over_features(add, jnp.zeros(probs.shape, jnp.float32))
-    d_logits[...] = _to_logits(probs[...], d_probs).astype(d_logits.dtype)
+    grad_probs = program.over_features(add, jnp.zeros(probs.shape, jnp.float32))
+    grad_logits[...] = _softmax_grad(probs[...], grad_probs).astype(grad_logits.dtype)
 
 
-def _backward_scale(
+def _backward_scale_kernel(
     program: _Program,
-    y: Any,
-    g: Any,
-    probs: Any,
-    d_logits: Any,
-    kernel: Any,
-    vectors: Any,
-    dy: Any,
-    d_kernel: Any,
-    d_vectors: Any,
+    y: Ref,
+    grad: Ref,
+    probs: Ref,
+    grad_logits: Ref,
+    kernel: Ref,
+    vectors: Ref,
+    grad_y: Ref,
+    grad_kernel: Ref,
+    grad_vectors: Ref,
 ) -> None:
     k, v = _parts(kernel), _parts(vectors)
 
-    def add(rows: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        tile, back, p, to_logits = y[rows, :], g[rows, :], probs[rows, :], d_logits[rows, :]
-        p = p.astype(tile.dtype)
-        dy[rows, :] = _through(program, back, p, to_logits, k, v).astype(dy.dtype)
-        return _summed(program, tile, back, p, to_logits, sums)
+    def add(rows: object, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        tile, tile_grad, logits_grad = y[rows, :], grad[rows, :], grad_logits[rows, :]
+        p = probs[rows, :].astype(tile.dtype)
+        tile_grad_y = _y_grad(program, tile_grad, p, logits_grad, k, v)
+        grad_y[rows, :] = tile_grad_y.astype(grad_y.dtype)
+        return _add_parameter_grads(program, tile, tile_grad, p, logits_grad, sums)
 
-    zeros = jnp.zeros(d_kernel.shape, jnp.float32)
-    d_kernel[...], d_vectors[...] = program.over_rows(add, (zeros, zeros))
+    zeros = jnp.zeros(grad_kernel.shape, jnp.float32)
+    grad_kernel[...], grad_vectors[...] = program.over_rows(add, (zeros, zeros))

@@ -1,10 +1,10 @@
-"""Matrix products in which one side of a matrix is short: experts, or ranks of low-rank pairs.
+"""Matrix products with a short side, the number of experts or the rank, for CPUs.
 
-XLA turns the gradient of such a matrix [in, out] into one product of that shape, whichever way
-round it was written. On CPUs the product transposes its left factor, and where that is the
-activation it costs many times the product itself: `x[1024, 1024]ᵀ @ g[1024, 30]` took 3.8 ms on one
-thread where `(gᵀ @ x)ᵀ` takes 0.65 ms. So the gradients are written out here, the short factor
-left, behind a barrier that keeps XLA from turning them round. Values are those of plain products.
+The gradient of a matrix w [in, out] is a product xᵀ g. XLA's product on CPUs transposes its left
+factor; if that is the activation, it costs many times the product itself:
+`x[1024, 1024]ᵀ @ g[1024, 30]` took 3.8 ms on one thread and `(gᵀ @ x)ᵀ` takes 0.65 ms. The
+gradients here keep the short factor left, behind a barrier that stops XLA from reordering them.
+MoV-30's step on T5 Small went from 1.33 to 1.22 of (IA)³'s. Values are those of plain products.
 """
 
 import jax
@@ -15,64 +15,81 @@ Array = jax.Array
 
 @jax.custom_vjp
 def thin_matmul(x: Array, w: Array) -> Array:
-    """`x @ w`, for w of which either side is short; reverse mode only.
+    """Returns `x @ w`; reverse mode only.
 
     Args:
-      x: [..., in]. w: [in, out], of x's dtype.
+      x: [..., in].
+      w: [in, out], in x's dtype, with in or out short.
     """
     return jnp.matmul(x, w)
 
 
-def _thin_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+def _thin_matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     return jnp.matmul(x, w), (x, w)
 
 
-def _thin_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _thin_matmul_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, w = saved
     rows = tuple(range(x.ndim - 1))
-    turned = x.shape[-1] > g.shape[-1]
-    left, right = (g, x) if turned else (x, g)
-    product = jax.lax.dot_general(left, right, ((rows, rows), ((), ())))
-    product = jax.lax.optimization_barrier(product)
-    return jnp.matmul(g, w.T), product.T if turned else product
+    transposed = x.shape[-1] > grad.shape[-1]
+    left, right = (grad, x) if transposed else (x, grad)
+    grad_w = jax.lax.dot_general(left, right, ((rows, rows), ((), ())))
+    grad_w = jax.lax.optimization_barrier(grad_w)
+    return jnp.matmul(grad, w.T), grad_w.T if transposed else grad_w
 
 
-thin_matmul.defvjp(_thin_forward, _thin_backward)
+thin_matmul.defvjp(_thin_matmul_forward, _thin_matmul_backward)
+
+
+def joint_matmul(x: Array, kernel: Array, lora_a: Array) -> tuple[Array, Array]:
+    """Returns `(x @ kernel, x @ lora_a)`, MoLORA's router logits and low-rank activations.
+
+    One product instead of two saves a pass over x at each of 128 sites of T5 Small: 4 % of a
+    MoLORA-10 step.
+
+    Args:
+      x: [..., in].
+      kernel: [in, E], in x's dtype.
+      lora_a: [in, E·R], in x's dtype.
+    """
+    joint = thin_matmul(x, jnp.concatenate([kernel, lora_a], axis=1))
+    logits, low_rank = jnp.split(joint, [kernel.shape[1]], axis=-1)
+    return logits, low_rank
 
 
 @jax.custom_vjp
 def mix_vectors(probs: Array, vectors: Array) -> Array:
-    """`Σ_e p_e l_e` head by head; reverse mode only.
+    """Returns `Σ_e p_e l_e` for each head, [B, L, H, K]; reverse mode only.
 
     Args:
-      probs: [B, L, H, E]. vectors: [H, E, K], of probs' dtype.
-
-    Returns:
-      [B, L, H, K].
+      probs: [B, L, H, E].
+      vectors: [H, E, K], in probs' dtype.
     """
-    return _heads_last(jnp.matmul(_heads_first(probs), vectors), probs.shape[:2])
+    return _heads_to_back(jnp.matmul(_heads_to_front(probs), vectors), probs.shape[:2])
 
 
-def _heads_first(x: Array) -> Array:
-    """[B, L, H, …] -> [H, B·L, …]: XLA's products want their batch, here the heads, first."""
+# XLA's products have their batch axes, here the heads, first.
+def _heads_to_front(x: Array) -> Array:
+    """[B, L, H, …] -> [H, B·L, …]."""
     return jnp.swapaxes(x.reshape(-1, *x.shape[2:]), 0, 1)
 
 
-def _heads_last(x: Array, rows: tuple[int, ...]) -> Array:
+def _heads_to_back(x: Array, rows: tuple[int, ...]) -> Array:
     """[H, B·L, …] -> [B, L, H, …]."""
     return jnp.swapaxes(x, 0, 1).reshape(*rows, x.shape[0], x.shape[2])
 
 
-def _mix_forward(probs: Array, vectors: Array) -> tuple[Array, tuple[Array, Array]]:
+def _mix_vectors_forward(probs: Array, vectors: Array) -> tuple[Array, tuple[Array, Array]]:
     return mix_vectors(probs, vectors), (probs, vectors)
 
 
-def _mix_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _mix_vectors_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     probs, vectors = saved
-    left, right = _heads_first(probs), _heads_first(g)
-    to_probs = jnp.matmul(right, jnp.swapaxes(vectors, 1, 2))  # [H, B·L, E]
-    to_vectors = jax.lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))))  # [H, E, K]
-    return _heads_last(to_probs, probs.shape[:2]), jax.lax.optimization_barrier(to_vectors)
+    left, right = _heads_to_front(probs), _heads_to_front(grad)
+    grad_probs = jnp.matmul(right, jnp.swapaxes(vectors, 1, 2))  # [H, B·L, E]
+    grad_vectors = jax.lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))))  # [H, E, K]
+    grad_vectors = jax.lax.optimization_barrier(grad_vectors)
+    return _heads_to_back(grad_probs, probs.shape[:2]), grad_vectors
 
 
-mix_vectors.defvjp(_mix_forward, _mix_backward)
+mix_vectors.defvjp(_mix_vectors_forward, _mix_vectors_backward)

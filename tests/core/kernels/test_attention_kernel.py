@@ -10,163 +10,174 @@ import pytest
 from methods import CONFIG, METHODS, example_batch, largest_difference, pack
 
 from pemoe_jax.core import attention, network, params, partitioning, steps
-from pemoe_jax.core.kernels import attention as attention_lib
+from pemoe_jax.core.kernels import attention as attention_kernels
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernels run here, and tell how often."""
-    ran, kernels = [], attention_lib.fused_attention
+    """Interprets the kernels here; returns the shapes of the queries of each call."""
+    calls, kernels = [], attention_kernels.fused_attention
 
-    def attend(*args):
-        ran.append(args[0].shape)
-        return kernels(*args, True)
+    def fused_attention(*args, causal):
+        calls.append(args[0].shape)
+        return kernels(*args, causal, True)
 
-    monkeypatch.setattr(attention_lib, "fused_attention", attend)
+    monkeypatch.setattr(attention_kernels, "fused_attention", fused_attention)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    return ran
+    return calls
 
 
 def arrays(queries, keys, heads=2, size=16, packed=True):
-    """query, key, value, cotangent, bias, and who may read whom: some examples, then padding."""
+    """Returns (query, key, value), cotangent, bias, segment ids of some examples and padding."""
     rng = np.random.default_rng(queries + keys)
 
     def draw(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
 
-    def numbers(length):
-        found = np.sort(rng.integers(1, 4 if packed else 2, (2, length)), axis=1)
-        found[:, length - length // 10 :] = 0
-        return jnp.asarray(found, jnp.int32)
+    def segment_ids(length):
+        ids = np.sort(rng.integers(1, 4 if packed else 2, (2, length)), axis=1)
+        ids[:, length - length // 10 :] = 0
+        return jnp.asarray(ids, jnp.int32)
 
-    of_queries = numbers(queries)
-    of_keys = of_queries if queries == keys else numbers(keys)
-    of = draw(2, queries, heads, size) / 4, *(draw(2, keys, heads, size) for _ in range(2))
-    return of, draw(2, queries, heads, size), draw(1, heads, queries, keys), (of_queries, of_keys)
-
-
-def run(attend, readable, g, *of):
-    """Values and gradients of queries that have a key to read; the others have neither."""
-    has = jnp.any(readable.to_bool(), axis=(1, 3))[:, :, None, None]
-    out, pull = jax.vjp(attend, *of)
-    return jnp.where(has, out, 0), *pull(jnp.where(has, g, 0).astype(out.dtype))
+    query_ids = segment_ids(queries)
+    key_ids = query_ids if queries == keys else segment_ids(keys)
+    inputs = draw(2, queries, heads, size) / 4, *(draw(2, keys, heads, size) for _ in range(2))
+    bias = draw(1, heads, queries, keys)
+    return inputs, draw(2, queries, heads, size), bias, (query_ids, key_ids)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+def value_and_gradients(attend, segments, cotangent, *inputs):
+    """Output and gradients of queries that have a key; those of padding are undefined."""
+    has_key = jnp.any(segments.to_bool(), axis=(1, 3))[:, :, None, None]
+    out, pullback = jax.vjp(attend, *inputs)
+    cotangent = jnp.where(has_key, cotangent, 0).astype(out.dtype)
+    return jnp.where(has_key, out, 0), *pullback(cotangent)
+
+
+def assert_equals_plain(segments, bias, dropout_mask, cotangent, inputs):
+    """bfloat16 against 'plain' in float32: within 1 % of the largest value."""
+
+    def run(implementation, inputs):
+        def attend(*inputs):
+            prepared = attention.prepare_mask_and_bias(implementation, segments, bias)
+            return attention.dot_product_attention(*inputs, *prepared, dropout_mask, implementation)
+
+        return value_and_gradients(attend, segments, cotangent, *inputs)
+
+    expected = run("plain", [x.astype(jnp.float32) for x in inputs])
+    for a, b in zip(run("fused", inputs), expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert largest_difference(a, b) < 0.01 * jnp.max(jnp.abs(b))
+
+
 @pytest.mark.parametrize(
-    ("queries", "keys", "causal", "biased"),
+    ("queries", "keys", "causal", "biased", "packed"),
     [
-        (64, 64, False, True),
-        (130, 130, True, True),
-        (200, 200, False, True),
-        (33, 150, False, False),
-        (150, 20, False, True),
-        (7, 7, True, False),
+        (64, 64, False, True, True),
+        (130, 130, True, True, True),
+        (130, 130, True, True, False),
+        (33, 150, False, False, True),
+        (150, 20, False, True, False),
+        (7, 7, True, False, True),
     ],
 )
 def test_equals_plain(interpreted, queries, keys, causal, biased, packed):
-    """bfloat16 against plain in float32: within 1 % of the largest value, one tile or several."""
-    of, g, bias, numbers = arrays(queries, keys, packed=packed)
-    readable, bias = attention.SegmentMask(*numbers, causal), bias if biased else None
-
-    def attend(implementation, *of):
-        return attention.dot_product_attention(
-            *of,
-            *attention.prepare_mask_and_bias(implementation, readable, bias),
-            None,
-            implementation,
-        )
-
-    f32 = [x.astype(jnp.float32) for x in of]
-    wanted = run(functools.partial(attend, "plain"), readable, g, *f32)
-    found = run(functools.partial(attend, "fused"), readable, g, *of)
+    """One tile or several, whole or not."""
+    inputs, cotangent, bias, ids = arrays(queries, keys, packed=packed)
+    segments = attention.SegmentMask(*ids, causal)
+    assert_equals_plain(segments, bias if biased else None, None, cotangent, inputs)
     assert len(interpreted) == 1
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == jnp.bfloat16
-        assert largest_difference(one, other) < 0.01 * jnp.max(jnp.abs(other))
 
 
-def test_keys_that_all_may_read_and_dropout(interpreted):
-    """Cross-attention of rows that are not packed; what is dropped still takes its share."""
-    of, g, _, (_, keys) = arrays(40, 90)
-    readable = attention.SegmentMask(None, keys)
+def test_unpacked_cross_attention_with_dropout(interpreted):
+    """All queries attend to all keys but padding; a dropped key still counts in the softmax."""
+    inputs, cotangent, _, (_, key_ids) = arrays(40, 90)
     rng = np.random.default_rng(0)
     dropout_mask = jnp.asarray(rng.random((2, 2, 1, 90)) < 0.7, jnp.float32) / 0.7
-
-    def attend(implementation, *of):
-        return attention.dot_product_attention(*of, readable, None, dropout_mask, implementation)
-
-    f32 = [x.astype(jnp.float32) for x in of]
-    wanted = run(functools.partial(attend, "plain"), readable, g, *f32)
-    found = run(functools.partial(attend, "fused"), readable, g, *of)
+    segments = attention.SegmentMask(None, key_ids)
+    assert_equals_plain(segments, None, dropout_mask, cotangent, inputs)
     assert len(interpreted) == 1
-    for one, other in zip(found, wanted, strict=True):
-        assert largest_difference(one, other) < 0.01 * jnp.max(jnp.abs(other))
 
 
-@pytest.mark.parametrize(("model_parallelism", "ran"), [(1, (1, 2)), (2, (2, 1))])
-def test_two_devices(interpreted, model_parallelism, ran):
-    """Each has rows, or heads, of its own: as one device, but for a last bit."""
-    of, g, bias, numbers = arrays(130, 130)
-    readable = attention.SegmentMask(*numbers, True)
+@pytest.mark.parametrize(("model_parallelism", "shard"), [(1, (1, 2)), (2, (2, 1))])
+def test_two_devices(interpreted, model_parallelism, shard):
+    """Each device has its own rows, or heads; equal to one device up to the last bit."""
+    inputs, cotangent, bias, ids = arrays(70, 70)
+    segments = attention.SegmentMask(*ids, True)
 
-    def attend(*of):
-        return attention.dot_product_attention(*of, readable, bias, None, "fused")
+    def attend(*inputs):
+        return attention.dot_product_attention(*inputs, segments, bias, None, "fused")
 
-    step = jax.jit(functools.partial(run, attend, readable, g))
-    wanted = step(*of)
+    def run(*inputs):
+        return value_and_gradients(attend, segments, cotangent, *inputs)
+
+    expected = jax.jit(run)(*inputs)
     mesh = partitioning.make_mesh(model_parallelism, jax.devices()[:2])
     with jax.set_mesh(mesh):
-        found = jax.jit(functools.partial(run, attend, readable, g))(*of)
+        actual = jax.jit(run)(*inputs)
     (rows, _, heads, _) = interpreted[-1]
-    assert (rows, heads) == ran
-    for one, other in zip(found, wanted, strict=True):
-        assert largest_difference(one, other) < 2**-8 * jnp.max(jnp.abs(other))
+    assert (rows, heads) == shard
+    for a, b in zip(actual, expected, strict=True):
+        assert largest_difference(a, b) < 2**-8 * jnp.max(jnp.abs(b))
 
 
-def test_what_a_mesh_does_not_share_out_evenly(interpreted):
-    of, _, _, numbers = arrays(20, 20, heads=3)
+def test_a_mesh_that_does_not_divide_the_heads_falls_back(interpreted):
+    inputs, _, _, ids = arrays(20, 20, heads=3)
     mesh = partitioning.make_mesh(2, jax.devices()[:2])
     with jax.set_mesh(mesh):
-        attention.dot_product_attention(*of, attention.SegmentMask(*numbers), None, None, "fused")
+        segments = attention.SegmentMask(*ids)
+        attention.dot_product_attention(*inputs, segments, None, None, "fused")
     assert not interpreted
 
 
-def test_tiles_that_have_nothing_in_common_are_not_visited():
-    """Two examples of 128 tokens and 64 of padding: tiles of 64 each meet those of their own."""
-    numbers = jnp.repeat(jnp.asarray([1, 1, 2, 2, 0]), 64)[None]
+def test_tiles_without_a_common_segment_are_skipped():
+    """Two examples of 128 tokens and 64 of padding: tiles of 64 visit those of their example."""
+    ids = jnp.repeat(jnp.asarray([1, 1, 2, 2, 0]), 64)[None]
     x = jnp.zeros((1, 320, 1, 16), jnp.bfloat16)
-    first, last = attention_lib._Call(x, x, False, True)._visited(numbers, numbers, "queries")
+    call = attention_kernels._Call(x, x, False, True)
+    first, last = call._visited_tiles(ids, ids, "queries")
     assert (last - first).tolist() == [[2, 2, 2, 2, 0]] and first.tolist()[0][:4] == [0, 0, 2, 2]
-    first, last = attention_lib._Call(x, x, True, True)._visited(numbers, numbers, "keys")
+    causal = attention_kernels._Call(x, x, True, True)
+    first, last = causal._visited_tiles(ids, ids, "keys")
     assert first.tolist()[0][:4] == [0, 1, 2, 3] and (last - first).tolist() == [[2, 1, 2, 1, 0]]
 
 
-@pytest.mark.parametrize("how", [{}, {"scan_layers": True, "remat_policy": "minimal"}], ids=str)
-def test_whole_network(interpreted, how):
-    """Packed rows with dropout: loss and gradients as near to float32 as plain's are, or nearly."""
+def whole_step(**settings):
+    """Loss and gradients of packed rows with dropout."""
     batch, adapters = pack(example_batch()), METHODS["mov"].adapters()
-    plain = dataclasses.replace(CONFIG, dropout_rate=0.2, head_dim=16, **how)
-    made = network.init_params(network.Transformer(plain, adapters), 1, lambda path: True)
+    config = dataclasses.replace(CONFIG, dropout_rate=0.2, head_dim=16)
+    all_params = network.init_params(network.Transformer(config, adapters), 1, lambda path: True)
     keys = iter(jax.random.split(jax.random.key(1), 999))
-    made = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), made)
-    trainable, frozen = params.split(made, METHODS["mov"].trainable)
+    all_params = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), all_params
+    )
+    trainable, frozen = params.split(all_params, METHODS["mov"].trainable)
+    model = network.Transformer(dataclasses.replace(config, **settings), adapters)
+    step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
+    grads, metrics = step(trainable, frozen, batch, jax.random.key(0))
+    return metrics["loss"], params.flatten(grads)
 
-    def run_step(**settings):
-        model = network.Transformer(dataclasses.replace(plain, **settings), adapters)
-        step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
-        grads, metrics = step(trainable, frozen, batch, jax.random.key(0))
-        return metrics["loss"], params.flatten(grads)
 
-    exact = run_step()
-    rounded = run_step(dtype="bfloat16")
-    fused = run_step(dtype="bfloat16", attention="fused")
+@pytest.fixture(scope="module")
+def plain_steps():
+    """'plain' in float32 and in bfloat16."""
+    return whole_step(), whole_step(dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "execution", [{}, {"scan_layers": True, "remat_policy": "minimal"}], ids=["unrolled", "loop"]
+)
+def test_whole_network(plain_steps, interpreted, execution):
+    """Loss and gradients are about as close to float32 as those of 'plain' in bfloat16."""
+    (exact_loss, exact_grads), (plain_loss, plain_grads) = plain_steps
+    fused_loss, fused_grads = whole_step(dtype="bfloat16", attention="fused", **execution)
     assert interpreted
-    assert abs(fused[0] - exact[0]) < 2 * abs(rounded[0] - exact[0]) + 0.01
-    for path, wanted in exact[1].items():
-        far = [np.linalg.norm(one[path] - wanted) for one in (fused[1], rounded[1])]
-        assert far[0] < 1.5 * far[1] + 0.01 * np.linalg.norm(wanted), path
+    assert abs(fused_loss - exact_loss) < 2 * abs(plain_loss - exact_loss) + 0.01
+    for path, exact in exact_grads.items():
+        plain_error = np.linalg.norm(plain_grads[path] - exact)
+        fused_error = np.linalg.norm(fused_grads[path] - exact)
+        assert fused_error < 1.5 * plain_error + 0.01 * np.linalg.norm(exact), path
 
 
 @pytest.mark.parametrize(
@@ -182,17 +193,17 @@ def test_lowers_for_a_gpu(rows, queries, keys, heads, causal, biased):
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    def both(q, k, v, g, of_queries, of_keys, bias):
-        out, pull = jax.vjp(
-            lambda *of: attention_lib.fused_attention(*of, of_queries, of_keys, bias, causal),
-            q,
-            k,
-            v,
-        )
-        return out, pull(g)
+    def run(query, key, value, cotangent, query_ids, key_ids, bias):
+        def attend(query, key, value):
+            return attention_kernels.fused_attention(
+                query, key, value, query_ids, key_ids, bias, causal
+            )
 
-    of = [shape(rows, n, heads, 64) for n in (queries, keys, keys, queries)]
-    of += [shape(rows, n, dtype=jnp.int32) for n in (queries, keys)]
-    of.append(shape(1, heads, queries, keys) if biased else None)
-    text = jax.jit(both).trace(*of).lower(lowering_platforms=("cuda",)).as_text()
+        out, pullback = jax.vjp(attend, query, key, value)
+        return out, pullback(cotangent)
+
+    inputs = [shape(rows, n, heads, 64) for n in (queries, keys, keys, queries)]
+    inputs += [shape(rows, n, dtype=jnp.int32) for n in (queries, keys)]
+    inputs.append(shape(1, heads, queries, keys) if biased else None)
+    text = jax.jit(run).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 3

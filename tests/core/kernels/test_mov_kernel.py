@@ -1,4 +1,4 @@
-"""MoV's fused kernels, in interpret mode, against the layer as array operations."""
+"""MoV's fused kernels in Pallas's interpret mode, against the plain form."""
 
 import functools
 
@@ -14,15 +14,13 @@ from pemoe_jax.core.routing import Router
 
 
 def fused(y, kernel, vectors, weights=None):
-    """The product alone; all tokens count."""
+    """The kernels' product, with all tokens in the sums."""
     weights = jnp.ones(y.shape[:2]) if weights is None else weights
     return mov.route_and_scale(y, kernel, vectors, weights, True)[0]
 
 
 def plain(y, kernel, vectors):
-    probs = jax.nn.softmax(y.astype(jnp.float32) @ kernel)
-    scale = jnp.einsum("bl...e,...ek->bl...k", probs, vectors)
-    return y * scale.astype(y.dtype)
+    return mov.plain_route_and_scale(y, kernel, vectors, jnp.ones(y.shape[:2]))[0]
 
 
 def draw(shape, experts, dtype=jnp.float32):
@@ -35,25 +33,25 @@ def draw(shape, experts, dtype=jnp.float32):
 
 
 def value_and_gradients(function, y, kernel, vectors, g):
-    out, backward = jax.vjp(function, y, kernel, vectors)
-    return out, *backward(g)
+    out, pullback = jax.vjp(function, y, kernel, vectors)
+    return out, *pullback(g)
 
 
-def assert_close(found, expected, tolerance):
-    """Within a share of the largest element; bfloat16 and float32 alike in shapes and types."""
-    for a, b in zip(found, expected, strict=True):
+def assert_close(actual, expected, tolerance):
+    """Equal shapes and dtypes; values within a share of the largest element."""
+    for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max() + 1e-6
 
 
-# One tile of features (as at key and value) and several (as at gate), nothing a power of two.
+# One tile of features (as at key and value) and several (as at gate); no size is a power of two.
 @pytest.mark.parametrize("experts", [1, 10, 30])
 @pytest.mark.parametrize("shape", [(2, 37, 3, 24), (1, 70, 2, 200), (1, 5, 300)], ids=str)
 def test_equals_the_plain_form(shape, experts):
     args = draw(shape, experts)
-    found = jax.jit(functools.partial(value_and_gradients, fused))(*args)
-    assert_close(found, value_and_gradients(plain, *args), 1e-5)
+    actual = jax.jit(functools.partial(value_and_gradients, fused))(*args)
+    assert_close(actual, value_and_gradients(plain, *args), 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 37, 3, 24), (2, 37, 300)], ids=["heads", "features"])
@@ -62,49 +60,41 @@ def test_bfloat16(shape):
     against the exact one: gradients are rounded to 8 bits on the way and at the end.
     """
     args = draw(shape, 10, jnp.bfloat16)
-    found = jax.jit(functools.partial(value_and_gradients, fused))(*args)
-    assert_close(found, value_and_gradients(plain, *args), 2**-6)
+    actual = jax.jit(functools.partial(value_and_gradients, fused))(*args)
+    assert_close(actual, value_and_gradients(plain, *args), 2**-6)
     exact = [a.astype(jnp.float32) for a in args]
-    for a, b in zip(found, value_and_gradients(plain, *exact), strict=True):
+    for a, b in zip(actual, value_and_gradients(plain, *exact), strict=True):
         assert np.abs(np.asarray(a, np.float32) - b).max() <= 2**-7 * np.abs(b).max()
 
 
 def test_sums_over_rows_in_parts(monkeypatch):
-    """9 tiles of rows: programs sum over 3 or 5 each, and the last one over what is left."""
-    monkeypatch.setattr(mov, "_PROGRAMS", 6)
+    """9 tiles of rows: programs sum over 3 or 5 each, the last one over the rest."""
+    monkeypatch.setattr(mov, "_MAX_PROGRAMS", 6)
     for shape in ((3, 180, 2, 8), (3, 180, 260)):
         args = draw(shape, 3)
-        found = jax.jit(functools.partial(value_and_gradients, fused))(*args)
-        assert_close(found, value_and_gradients(plain, *args), 1e-5)
+        actual = jax.jit(functools.partial(value_and_gradients, fused))(*args)
+        assert_close(actual, value_and_gradients(plain, *args), 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 137, 3, 24), (2, 37, 300)], ids=["heads", "features"])
-def test_sums_are_those_of_the_statistics(shape):
-    """Over several tiles of rows, some tokens not counted; and without any gradient."""
+def test_sums(shape):
+    """Over several tiles of rows, without the tokens of weight 0; and they have no gradient."""
     y, kernel, vectors, g = draw(shape, 10)
     weights = jnp.asarray(np.random.default_rng(1).random(shape[:2]) < 0.7, jnp.float32)
 
     def run(y, kernel, vectors):
         return mov.route_and_scale(y, kernel, vectors, weights, True)
 
-    (_, sums), backward = jax.vjp(run, y, kernel, vectors)
-    total = jnp.sum(weights)[None] * (shape[2] if len(shape) == 4 else 1)
-    soft, chosen, entropy, z = sums
-    found = routing.statistics_from_sums(
-        routing.StatisticSums(soft, chosen, soft, entropy, z, total)
-    )
-    logits = y @ kernel
-    probs = jax.nn.softmax(logits)
-    counts = jnp.broadcast_to(jnp.expand_dims(weights, range(2, y.ndim)), (*y.shape[:-1], 1))
-    expected = routing.compute_statistics(logits, probs, probs, counts)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-    for a, b in zip(backward((g, sums)), backward((g, jnp.zeros_like(sums))), strict=True):
+    (_, sums), pullback = jax.vjp(run, y, kernel, vectors)
+    _, expected = mov.plain_route_and_scale(y, kernel, vectors, weights)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(pullback((g, sums)), pullback((g, jnp.zeros_like(sums))), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("around", ["grad", "scan", "remat"])
 def test_under_transformations(around):
-    """Gradients with respect to y, kernel and vectors, through three layers one after another."""
+    """Gradients with respect to y, kernel and vectors, through three layers in sequence."""
 
     def loss(function, y, kernel, vectors):
         if around == "remat":
@@ -132,8 +122,8 @@ def test_under_transformations(around):
 def test_lowers_for_a_gpu(features, experts, dtype):
     """T5 v1.1's layers, Large to XXL, become Triton kernels: one forward and one backward, or two.
 
-    Of as many tokens as some programs have less to do than others. Where tiles divide the sizes
-    y is not copied into a padded one.
+    The number of tokens leaves some programs with fewer tiles than others. If tiles divide the
+    sizes, y is not copied into a padded array.
     """
     y = jax.ShapeDtypeStruct((7, 1024, *features), dtype)
     kernel = jax.ShapeDtypeStruct((features[-1], experts), jnp.float32)
@@ -154,7 +144,7 @@ def test_lowers_for_a_gpu(features, experts, dtype):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """As if there were one; counts the calls."""
+    """Pretends that there is a GPU; returns the list of calls."""
     calls = []
     function = functools.partial(mov.route_and_scale, interpret=True)
 
@@ -174,8 +164,8 @@ def layer(shape, **settings):
     )
 
 
-def outcome(module, shape, told=("routers",)):
-    """The module's value, gradients, statistics and whatever else it told."""
+def outcome(module, shape, mutable=("routers",)):
+    """Returns the module's output, statistics and other collections, and its gradients."""
     rng = np.random.default_rng(0)
     x, y = jnp.ones((2, 3, 5)), jnp.asarray(rng.standard_normal(shape), jnp.float32)
     tokens = routing.Tokens(valid=jnp.asarray([[1, 1, 0], [1, 0, 0]]))
@@ -183,9 +173,9 @@ def outcome(module, shape, told=("routers",)):
     params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), shapes)
 
     def loss(params, y):
-        out, found = module.apply({"params": params}, x, y, tokens, mutable=told)
-        (statistics,) = found["routers"]["statistics"]
-        return jnp.sum(jnp.sin(out)) + statistics[-1], (out, statistics, found)
+        out, actual = module.apply({"params": params}, x, y, tokens, mutable=mutable)
+        (statistics,) = actual["routers"]["statistics"]
+        return jnp.sum(jnp.sin(out)) + statistics[-1], (out, statistics, actual)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, y)
 
@@ -196,12 +186,12 @@ SOFT = [{}, {"temperature": 0.5}, {"reads": "y"}, {"top_k": 4}]
 @pytest.mark.parametrize("settings", SOFT, ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 2, 7), (2, 3, 7)], ids=["heads", "features"])
 def test_soft_routers_use_the_kernels(shape, settings, on_a_gpu):
-    """And tell what they do without them."""
-    found = outcome(layer(shape, **settings), shape)
+    """Output, gradients and statistics are those of the plain layer."""
+    actual = outcome(layer(shape, **settings), shape)
     assert on_a_gpu
     expected = outcome(layer(shape, **settings).clone(fused=False), shape)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected
     )
 
 
@@ -214,14 +204,14 @@ def test_other_routers_do_not(settings, on_a_gpu):
     assert not on_a_gpu
 
 
-def test_who_asks_for_probabilities_gets_them_without_the_kernels(on_a_gpu):
-    _, found = outcome(layer((2, 3, 2, 7)), (2, 3, 2, 7), told=("routers", "intermediates"))[0]
-    (probs,) = found[-1]["intermediates"]["probs"]
+def test_probabilities_are_computed_without_the_kernels(on_a_gpu):
+    _, actual = outcome(layer((2, 3, 2, 7)), (2, 3, 2, 7), mutable=("routers", "intermediates"))[0]
+    (probs,) = actual[-1]["intermediates"]["probs"]
     assert probs.shape == (2, 3, 2, 4) and not on_a_gpu
 
 
-def test_the_routers_own_pass_is_not_run_beside_the_kernels(on_a_gpu):
-    """What is traced holds no softmax but theirs."""
+def test_the_kernels_replace_the_router(on_a_gpu):
+    """Outside the kernels, nothing computes a softmax or a product."""
     module, shape = layer((2, 3, 7)), (2, 3, 7)
     x, y = jnp.ones((2, 3, 5)), jnp.ones(shape)
     params = jax.eval_shape(module.init, jax.random.key(0), x, y)["params"]
@@ -233,17 +223,15 @@ def test_the_routers_own_pass_is_not_run_beside_the_kernels(on_a_gpu):
     assert on_a_gpu and "exp" not in outside and "dot_general" not in outside
 
 
-def test_jitter_is_noise_in_training_alone():
-    from pemoe_jax.core.routing import Tokens
-
+def test_jitter_is_noise_only_in_training():
     router = Router(num_experts=4, jitter_noise=0.1)
-    assert router.is_soft() and router.is_soft(Tokens())
-    assert not router.is_soft(Tokens(deterministic=False))
+    assert router.is_soft(None) and router.is_soft(routing.Tokens())
+    assert not router.is_soft(routing.Tokens(deterministic=False))
 
 
-def test_without_a_gpu_the_setting_changes_nothing():
+def test_fused_falls_back_without_a_gpu():
     assert not mov.is_supported()
-    found, expected = (
+    actual, expected = (
         outcome(layer((2, 3, 7)).clone(fused=fused), (2, 3, 7)) for fused in (True, False)
     )
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)

@@ -1,4 +1,4 @@
-"""Products with a short side: values and gradients of the plain ones, and how XLA orders them."""
+"""Products with a short side against plain ones, and how XLA orders their gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,16 @@ def draw(*shapes, dtype=jnp.float32):
 
 
 def value_and_gradients(function, *args):
-    """Of Σ function(*args) · w for some w, so that each element has a gradient of its own."""
-    out, backward = jax.vjp(function, *args)
-    w = np.random.default_rng(1).standard_normal(out.shape)
-    return out, *backward(jnp.asarray(w, out.dtype))
+    """Gradients of Σ function(*args) · w with random w, so that no two elements have the same."""
+    out, pullback = jax.vjp(function, *args)
+    rng = np.random.default_rng(1)
+    return out, *pullback(
+        jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), out)
+    )
 
 
-def assert_close(found, expected, tolerance):
-    for a, b in zip(found, expected, strict=True):
+def assert_close(actual, expected, tolerance):
+    for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-3)
@@ -36,30 +38,43 @@ PRECISION = [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)]
 @pytest.mark.parametrize("inner, outer", [(33, 5), (5, 33), (7, 7), (9, 1), (1, 9)])
 def test_thin_matmul_is_matmul(inner, outer, rows, dtype, tolerance):
     x, w = draw((*rows, inner), (inner, outer), dtype=dtype)
-    found = value_and_gradients(jax.jit(thin_matmul.thin_matmul), x, w)
-    assert_close(found, value_and_gradients(jnp.matmul, x, w), tolerance)
+    actual = value_and_gradients(jax.jit(thin_matmul.thin_matmul), x, w)
+    assert_close(actual, value_and_gradients(jnp.matmul, x, w), tolerance)
 
 
-@pytest.mark.parametrize("experts", [1, 3, 10, 30])
-def test_mix_is_the_sum_over_experts(experts):
+def test_joint_matmul_is_two_products():
+    x, kernel, lora_a = draw((2, 5, 7), (7, 3), (7, 5))
+
+    def plain(x, kernel, lora_a):
+        return jnp.matmul(x, kernel), jnp.matmul(x, lora_a)
+
+    args = x, kernel, lora_a
+    (logits, low_rank), *grads = value_and_gradients(jax.jit(thin_matmul.joint_matmul), *args)
+    (expected_logits, expected_low_rank), *expected_grads = value_and_gradients(plain, *args)
+    expected = (expected_logits, expected_low_rank, *expected_grads)
+    assert_close((logits, low_rank, *grads), expected, 1e-5)
+
+
+@pytest.mark.parametrize("experts", [1, 30])
+def test_mix_vectors_is_the_sum_over_experts(experts):
     probs, vectors = draw((2, 5, 3, experts), (3, experts, 7))
 
     def plain(probs, vectors):
         return jnp.einsum("blhe,hek->blhk", probs, vectors)
 
-    found = value_and_gradients(jax.jit(thin_matmul.mix_vectors), probs, vectors)
-    assert_close(found, value_and_gradients(plain, probs, vectors), 1e-5)
+    actual = value_and_gradients(jax.jit(thin_matmul.mix_vectors), probs, vectors)
+    assert_close(actual, value_and_gradients(plain, probs, vectors), 1e-5)
 
 
 @pytest.mark.parametrize("inner, outer", [(64, 5), (5, 64)])
 def test_the_short_factor_stays_left(inner, outer):
-    """XLA must not make one product [in, out] of the gradient of a long and narrow matrix."""
+    """The compiled gradient of w is a product [short, long], whichever side of w is short."""
     x, w = draw((2, 16, inner), (inner, outer))
 
     def gradient(x, w):
         return jax.grad(lambda w: jnp.sum(jnp.sin(thin_matmul.thin_matmul(x, w))))(w)
 
     lines = jax.jit(gradient).lower(x, w).compile().as_text().splitlines()
-    found = [line for line in lines if " dot(" in line]
-    assert any("= f32[5,64]" in line for line in found), found
-    assert not any("= f32[64,5]" in line for line in found), found
+    actual = [line for line in lines if " dot(" in line]
+    assert any("= f32[5,64]" in line for line in actual), actual
+    assert not any("= f32[64,5]" in line for line in actual), actual
