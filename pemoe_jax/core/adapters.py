@@ -76,6 +76,7 @@ class VectorExperts(nn.Module):
             return self._fused(y, vectors, router, tokens)
         output = router(_router_input(reads, x, y, tokens), tokens)
         probs = _record_routing(self, output, x.shape[1])
+        # Mixed in float32 and rounded once: near 1, bfloat16 has steps of 0.8 %.
         scale = _mix_vectors(probs, vectors)  # [B, L, H, K] or [B, L, D or F]
         return y * scale.astype(y.dtype)
 
@@ -97,6 +98,7 @@ class VectorExperts(nn.Module):
         router: routing.Router,
         tokens: routing.Tokens | None,
     ) -> Array:
+        # softmax(y k / τ) = softmax(y (k / τ)): the kernels need not know the temperature.
         kernel = router.variables["params"]["kernel"] / router.temperature
         valid = None if tokens is None else tokens.valid
         weights = jnp.ones(y.shape[:2]) if valid is None else valid.astype(jnp.float32)
@@ -171,6 +173,7 @@ class LoRAExperts(nn.Module):
             probs, low_rank = self._route_and_project(x, joined_y, lora_a, y_axis, tokens)
             by_expert = low_rank.reshape(*x.shape[:2], experts, rank)
             low_rank = (probs[..., None] * by_expert).reshape(low_rank.shape)  # [B, L, E·R]
+        # Scaled here, on E·R columns, and not after the product, on D or F.
         low_rank = (low_rank * (self.alpha / rank)).astype(dtype)
         return y + thin_matmul.thin_matmul(low_rank, lora_b).reshape(y.shape)
 
@@ -184,6 +187,8 @@ class LoRAExperts(nn.Module):
     ) -> tuple[Array, Array]:
         """Returns the probabilities [B, L or 1, E] and `x @ lora_a`, [B, L, E·R]."""
         reads, router = _make_router(self, default="x", y_axis=y_axis)
+        # One product for both if they are alike: in bfloat16, only the router's is float32. The
+        # kernel is read from the variables, which exist once the router is initialized.
         if (
             reads == "x"
             and x.dtype == lora_a.dtype == jnp.float32
@@ -248,6 +253,7 @@ def _mix_vectors(probs: Array, vectors: Array) -> Array:
     """`Σ_e p_e l_e`: probs [B, L, (H,) E], vectors [(H,) E, K] -> [B, L, (H,) K]."""
     if probs.ndim == 4:
         return thin_matmul.mix_vectors(probs, vectors)
+    # A router that reads x or a sentence has one distribution for all heads: they are joined.
     *heads, experts, features = vectors.shape
     joined = jnp.moveaxis(vectors, -2, 0).reshape(experts, -1)  # [E, H·K]
     scale = thin_matmul.thin_matmul(probs, joined)
@@ -304,6 +310,7 @@ class Adapters:
 
 Description = dict[str, Any]  # of a module: its kind and its settings
 
+# The names in checkpoints; they outlive a rename of the class.
 _KINDS: dict[str, type[nn.Module]] = {
     "VectorExperts": VectorExperts,
     "LoRAExperts": LoRAExperts,

@@ -62,6 +62,8 @@ def prepare_mask_and_bias(
     Raises:
       InputError: the bias has a gradient, which the implementation does not support.
     """
+    # The kernels read segment ids. The other implementations need a bool mask, [B, 1, Lq, Lk],
+    # which is made here once and not in every layer.
     if implementation == "fused":
         return mask, None if bias is None else _without_gradient(bias)
     if isinstance(mask, SegmentMask):
@@ -69,6 +71,8 @@ def prepare_mask_and_bias(
     return mask, bias
 
 
+# `perturbed` tells whether somebody differentiates with respect to the bias: an error at trace time
+# and not a gradient of zero.
 @jax.custom_vjp
 def _without_gradient(bias: Array) -> Array:
     return bias
@@ -128,6 +132,7 @@ def _plain_attention(
     bias: Array | None,
     dropout_mask: Array | None,
 ) -> Array:
+    # float32 also from bfloat16 products: the softmax of large logits is sensitive to rounding.
     logits = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias.astype(jnp.float32)
@@ -149,6 +154,7 @@ def _chunked_attention(
     bias: Array | None,
     dropout_mask: Array | None,
 ) -> Array:
+    # Without rematerialization, the loop would save the logits of all chunks for its gradient.
     @functools.partial(jax.checkpoint, static_argnums=(1,))
     def attend(start: Array | int, count: int) -> Array:
         """Attention of the queries start … start + count - 1."""

@@ -73,6 +73,7 @@ class Loss:
 
 
 def _token_weights(batch: Batch) -> Array:
+    # Weights can leave out a part of the targets, as the prefix of T5X's prefix LM.
     weights = batch.get("decoder_loss_weights")
     if weights is None:
         weights = batch["decoder_target_tokens"] > 0
@@ -93,6 +94,8 @@ def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Ar
     segments = batch.get("decoder_segment_ids")
     if segments is None:
         segments = jnp.ones(weights.shape, jnp.int32)
+    # Packed sequences are told apart by comparing all pairs of tokens, since their number varies
+    # and a program has fixed shapes.
     same_sequence = (segments[:, :, None] == segments[:, None, :]).astype(jnp.float32)  # [B, L, L]
     sequence_weight = jnp.einsum("blm,bm->bl", same_sequence, weights)
     weights = jnp.where(sequence_weight > 0, weights / jnp.maximum(sequence_weight, 1e-9), 0.0)
@@ -222,6 +225,7 @@ def loss_and_grads(
         total, sums = _loss_sums(model, loss, params, batch, weights, rng)
         return total / normalizer, sums
 
+    # `frozen` is no argument of `loss_fn`, so JAX does not even trace its gradient.
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if microbatches == 1:
         (total, sums), grads = grad_fn(trainable, batch, weights, rng)
@@ -258,6 +262,7 @@ def _accumulate(
     def add(sums: PyTree, item: tuple[Array, tuple[Batch, Array]]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, sums, run(*item)), None
 
+    # Shapes from an abstract run: only the model knows which metrics its sums have.
     shapes = jax.eval_shape(lambda: run(0, jax.tree.map(lambda a: a[0], pieces)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     sums, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), pieces))
@@ -305,6 +310,7 @@ def make_train_step(
             metrics.pop("routers", None)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
+    # Donated: the new state takes the memory of the old one.
     options: dict[str, Any] = {"donate_argnums": (0,)}
     if state_sharding is not None:
         options["out_shardings"] = (state_sharding, state_sharding.step)
@@ -340,6 +346,8 @@ def score_choices(model: network.Transformer, params: Params, batch: Batch) -> A
         [B, C, Lt]; sentence_embeddings [B, S] for routers that read them. Choices that only pad a
         row are all zeros.
     """
+    # The decoder reads row b of the encoder's output for the rows b·C … b·C + C - 1, see
+    # `layers.MultiHeadDotProductAttention`: 3.4 times as fast as one forward pass per choice.
     inputs = batch["encoder_input_tokens"]
     targets = batch["decoder_target_tokens"]
     rows, choices, length = targets.shape

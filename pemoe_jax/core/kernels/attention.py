@@ -96,7 +96,7 @@ def fused_attention(
     return _vjp_forward(*arguments, causal, interpret)[0]
 
 
-_Saved = tuple[Array, Array, Array, Array, Array, Array | None, Array, Array]
+_Saved = dict[str, Array | None]
 
 
 def _vjp_forward(
@@ -109,52 +109,32 @@ def _vjp_forward(
     causal: bool,
     interpret: bool,
 ) -> tuple[Array, _Saved]:
+    ids = {"query_ids": query_segment_ids, "key_ids": key_segment_ids}
+    inputs: _Saved = {"query": query, "key": key, "value": value, **ids, "bias": bias}
     call = _Call(query, key, causal, interpret)
-    out, normalizer = call(
-        _forward_kernel,
-        "queries",
-        ["out", "normalizer"],
-        query=query,
-        query_ids=query_segment_ids,
-        key=key,
-        value=value,
-        key_ids=key_segment_ids,
-        bias=bias,
-    )
+    out, normalizer = call(_forward_kernel, "queries", ["out", "normalizer"], **inputs)
     # Rematerialization keeps these by name, see `stacks.REMAT_POLICIES`.
     out = checkpoint_name(out, "attended")
     normalizer = checkpoint_name(normalizer, "attended")
-    inputs = query, key, value, query_segment_ids, key_segment_ids, bias
-    return out, (*inputs, out, normalizer)
+    return out, {**inputs, "out": out, "normalizer": normalizer}
 
 
 def _vjp_backward(
     causal: bool, interpret: bool, saved: _Saved, grad: Array
 ) -> tuple[Array, Array, Array, None, None, None]:
-    query, key, value, query_segment_ids, key_segment_ids, bias, out, normalizer = saved
+    arrays = {**saved, "grad": grad}
+    query, key, out, bias = saved["query"], saved["key"], arrays.pop("out"), arrays.pop("bias")
+    assert query is not None and key is not None and out is not None
     # [B, H, Lq], Σ_m p_m dp_m: what the softmax's gradient subtracts in each row
-    delta = jnp.einsum("bqhk,bqhk->bhq", grad.astype(jnp.float32), out.astype(jnp.float32))
-    arrays = {
-        "query": query,
-        "query_ids": query_segment_ids,
-        "grad": grad,
-        "normalizer": normalizer,
-        "delta": delta,
-        "key": key,
-        "value": value,
-        "key_ids": key_segment_ids,
-    }
+    arrays["delta"] = jnp.einsum(
+        "bqhk,bqhk->bhq", grad.astype(jnp.float32), out.astype(jnp.float32)
+    )
     call = _Call(query, key, causal, interpret)
     (grad_query,) = call(_query_grad_kernel, "queries", ["out"], **arrays, bias=bias)
     # That kernel's tiles are [keys, queries].
-    transposed_bias = None if bias is None else jnp.swapaxes(bias, 2, 3)
-    grad_key, grad_value = call(
-        _key_value_grad_kernel,
-        "keys",
-        ["key_grad", "key_grad"],
-        **arrays,
-        transposed_bias=transposed_bias,
-    )
+    arrays["transposed_bias"] = None if bias is None else jnp.swapaxes(bias, 2, 3)
+    outputs = ["key_grad", "key_grad"]
+    grad_key, grad_value = call(_key_value_grad_kernel, "keys", outputs, **arrays)
     return grad_query, grad_key, grad_value, None, None, None
 
 

@@ -117,19 +117,24 @@ def _pad(x: Array, *shape: int) -> Array:
     return jnp.pad(x, [(0, to - size) for size, to in zip(x.shape, shape, strict=True)])
 
 
-class _Operand(NamedTuple):
-    """An array of a kernel.
-
-    Attributes:
-      shape, dtype: of the whole array.
-      block: shape of a program's part; None: an axis that is indexed away.
-      axes: for each axis, the grid axis that selects the block; None: the first block.
-    """
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype | type
-    block: tuple[int | None, ...]
-    axes: tuple[str | None, ...]
+# The axes of the kernels' arrays; sums over rows are split into 'row programs'.
+_ACTIVATION = ("rows", "heads", "features")
+_PARAMETER_GRADIENT = ("row programs", "heads", "features", "columns")
+_AXES = {
+    "y": _ACTIVATION,
+    "grad": _ACTIVATION,
+    "out": _ACTIVATION,
+    "grad_y": _ACTIVATION,
+    "weights": ("rows", "one"),
+    "kernel": ("parts", "features", "columns"),
+    "vectors": ("heads", "parts", "features", "columns"),
+    "probs": ("rows", "heads", "columns"),
+    "grad_logits": ("rows", "heads", "columns"),
+    "sums": ("row programs", "heads", "sums", "columns"),
+    "grad_kernel": _PARAMETER_GRADIENT,
+    "grad_vectors": _PARAMETER_GRADIENT,
+}
+_FLOAT32 = ("weights", "probs", "sums", "grad_kernel", "grad_vectors")  # whatever y's dtype is
 
 
 class _Layer:
@@ -161,36 +166,18 @@ class _Layer:
         self, y: Array, kernel: Array, vectors: Array, weights: Array
     ) -> tuple[Array, Array, Array | None]:
         """Returns `route_and_scale`'s results, and padded probabilities if backward needs them."""
-        y, kernel, vectors = (
-            self._pad_activation(y),
-            self._pad_kernel(kernel),
-            self._pad_vectors(vectors),
-        )
+        y, kernel = self._pad_activation(y), self._pad_kernel(kernel)
+        vectors = self._pad_vectors(vectors)
         weights = _pad(weights.reshape(-1, 1), self.rows, 1)
         if self.feature_tiles == 1:
             probs = None
-            run = self._call(
-                _forward_kernel,
-                ("heads", "rows"),
-                _FORWARD_ROW_TILES,
-                ["y", "kernel", "vectors", "weights"],
-                ["y", "sums"],
-            )
-            out, sums = run(y, kernel, vectors, weights)
+            run = self._call(_forward_kernel, "heads rows", _FORWARD_ROW_TILES, "out sums")
+            out, sums = run(y=y, kernel=kernel, vectors=vectors, weights=weights)
         else:
-            run = self._call(
-                _route_kernel,
-                ("heads", "rows"),
-                1,
-                ["y", "kernel", "weights"],
-                ["probs", "sums"],
-                stages=self.stages,
-            )
-            probs, sums = run(y, kernel, weights)
-            grid = "rows", "heads", "features"
-            inputs = ["y", "probs", "vectors"]
-            run = self._call(_scale_kernel, grid, _FORWARD_ROW_TILES, inputs, ["y"])
-            (out,) = run(y, probs, vectors)
+            run = self._call(_route_kernel, "heads rows", 1, "probs sums", self.stages)
+            probs, sums = run(y=y, kernel=kernel, weights=weights)
+            run = self._call(_scale_kernel, "rows heads features", _FORWARD_ROW_TILES, "out")
+            (out,) = run(y=y, probs=probs, vectors=vectors)
         return self._unpad_activation(out), jnp.sum(sums, (0, 1))[:, : self.experts], probs
 
     def backward(
@@ -199,29 +186,17 @@ class _Layer:
         """Returns the gradients of y, kernel and vectors."""
         shape = vectors.shape
         y, grad = self._pad_activation(y), self._pad_activation(grad)
-        kernel, vectors = self._pad_kernel(kernel), self._pad_vectors(vectors)
-        outputs = ["y", "grad", "grad"]
+        parameters = {"kernel": self._pad_kernel(kernel), "vectors": self._pad_vectors(vectors)}
+        outputs, row_tiles = "grad_y grad_kernel grad_vectors", self.summed_row_tiles
         if probs is None:
-            inputs = ["y", "y", "kernel", "vectors"]
-            run = self._call(
-                _backward_kernel, ("heads", "rows"), self.summed_row_tiles, inputs, outputs
-            )
-            grad_y, grad_kernel, grad_vectors = run(y, grad, kernel, vectors)
+            run = self._call(_backward_kernel, "heads rows", row_tiles, outputs)
+            grad_y, grad_kernel, grad_vectors = run(y=y, grad=grad, **parameters)
         else:
-            inputs = ["y", "y", "probs", "vectors"]
-            run = self._call(
-                _backward_route_kernel,
-                ("heads", "rows"),
-                1,
-                inputs,
-                ["grad_logits"],
-                stages=self.stages,
-            )
-            (grad_logits,) = run(y, grad, probs, vectors)
-            inputs = ["y", "y", "probs", "grad_logits", "kernel", "vectors"]
-            grid = "rows", "heads", "features"
-            run = self._call(_backward_scale_kernel, grid, self.summed_row_tiles, inputs, outputs)
-            grad_y, grad_kernel, grad_vectors = run(y, grad, probs, grad_logits, kernel, vectors)
+            run = self._call(_backward_route_kernel, "heads rows", 1, "grad_logits", self.stages)
+            (grad_logits,) = run(y=y, grad=grad, probs=probs, vectors=parameters["vectors"])
+            run = self._call(_backward_scale_kernel, "rows heads features", row_tiles, outputs)
+            inputs = {"y": y, "grad": grad, "probs": probs, "grad_logits": grad_logits}
+            grad_y, grad_kernel, grad_vectors = run(**inputs, **parameters)
         grad_kernel = jnp.sum(grad_kernel, (0, 1))[: self.features, : self.experts]
         grad_vectors = jnp.sum(grad_vectors, 0)[:, : self.features, : self.experts]
         grad_vectors = jnp.swapaxes(grad_vectors, 1, 2).reshape(shape)
@@ -254,92 +229,61 @@ class _Layer:
         high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         return jnp.stack([high, x - high]).astype(self.dtype)
 
-    def _operands(
-        self, row_tiles: int, feature_block: int, row_programs: int
-    ) -> dict[str, _Operand]:
-        """The kernels' arrays, for programs of `row_tiles` tiles and `feature_block` features."""
-        rows, heads, features, columns = self.rows, self.heads, self.padded_features, self.columns
-        span, parts, float32 = row_tiles * _ROW_TILE, self.parts, jnp.float32
-        per_row = (rows, heads, columns), (span, None, columns), ("rows", "heads", None)
-        return {
-            "y": _Operand(
-                (rows, heads, features),
-                self.dtype,
-                (span, None, feature_block),
-                ("rows", "heads", "features"),
-            ),
-            "weights": _Operand((rows, 1), float32, (span, 1), ("rows", None)),
-            "kernel": _Operand(
-                (parts, features, columns),
-                self.dtype,
-                (parts, feature_block, columns),
-                (None, "features", None),
-            ),
-            "vectors": _Operand(
-                (heads, parts, features, columns),
-                self.dtype,
-                (None, parts, feature_block, columns),
-                ("heads", None, "features", None),
-            ),
-            "probs": _Operand(per_row[0], float32, *per_row[1:]),
-            "grad_logits": _Operand(per_row[0], self.dtype, *per_row[1:]),
-            "sums": _Operand(
-                (row_programs, heads, 4, columns),
-                float32,
-                (None, None, 4, columns),
-                ("rows", "heads", None, None),
-            ),
-            "grad": _Operand(
-                (row_programs, heads, features, columns),
-                float32,
-                (None, None, feature_block, columns),
-                ("rows", "heads", "features", None),
-            ),
-        }
-
     def _call(
-        self,
-        kernel: Callable[..., None],
-        grid: tuple[str, ...],
-        row_tiles: int,
-        inputs: list[str],
-        outputs: list[str],
-        stages: int = 2,
+        self, kernel: Callable[..., None], grid: str, row_tiles: int, outputs: str, stages: int = 2
     ) -> Callable[..., list[Array]]:
-        """Returns a kernel over a grid whose first axis runs fastest.
+        """Returns a function that runs a kernel on inputs by their names.
 
         Args:
           kernel: takes a `_Program` and the refs of inputs and outputs.
-          grid: 'rows', 'heads' and perhaps 'features'; without these a program has all features.
+          grid: its axes, the first runs fastest: 'rows', 'heads' and perhaps 'features', without
+            which a program has all features.
           row_tiles: row tiles of a program; the last program may have fewer.
-          inputs, outputs: names of `_operands`.
+          outputs: names of `_AXES`.
           stages: of Triton's pipeline.
         """
         # Imported late: it takes a second, which only users of these kernels should pay.
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import triton
 
+        grid_axes, output_names = grid.split(), outputs.split()
         programs = {
             "rows": tiling.num_tiles(self.row_tiles, row_tiles),
             "heads": self.heads,
             "features": self.feature_tiles,
         }
-        feature_block = self.feature_tile if "features" in grid else self.padded_features
-        operands = self._operands(row_tiles, feature_block, programs["rows"])
+        sizes = {
+            "rows": self.rows,
+            "row programs": programs["rows"],
+            "heads": self.heads,
+            "features": self.padded_features,
+            "columns": self.columns,
+            "parts": self.parts,
+            "sums": 4,
+            "one": 1,
+        }
+        # None: a program has one index of the axis, and does not see the axis.
+        blocks = {**sizes, "rows": row_tiles * _ROW_TILE, "row programs": None, "heads": None}
+        if "features" in grid_axes:
+            blocks["features"] = self.feature_tile
 
         def spec(name: str) -> "pl.BlockSpec":
             def block_index(*program: Index) -> tuple[Index, ...]:
-                index = dict(zip(grid, program, strict=True))
-                # From the last tile on: those that the kernel before has read last.
-                index["features"] = (
-                    self.feature_tiles - 1 - index["features"] if "features" in index else 0
-                )
-                return tuple(0 if axis is None else index[axis] for axis in operands[name].axes)
+                index = dict(zip(grid_axes, program, strict=True))
+                index["row programs"] = index["rows"]
+                if "features" in index:
+                    # From the last tile on, which the kernel before has read last.
+                    index["features"] = self.feature_tiles - 1 - index["features"]
+                return tuple(index.get(axis, 0) for axis in _AXES[name])
 
-            return pl.BlockSpec(operands[name].block, block_index)
+            return pl.BlockSpec(tuple(blocks[axis] for axis in _AXES[name]), block_index)
+
+        def shape(name: str) -> jax.ShapeDtypeStruct:
+            dtype = jnp.float32 if name in _FLOAT32 else self.dtype
+            return jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in _AXES[name]), dtype)
 
         def over_rows(body: Callable[[object, Carry], Carry], start: Carry) -> Carry:
-            left = self.row_tiles - row_tiles * pl.program_id(grid.index("rows"))
+            left = self.row_tiles - row_tiles * pl.program_id(grid_axes.index("rows"))
             return jax.lax.fori_loop(
                 0,
                 jnp.minimum(row_tiles, left),
@@ -348,23 +292,24 @@ class _Layer:
             )
 
         def over_features(body: Callable[[object, Carry], Carry], start: Carry) -> Carry:
+            tile = self.feature_tile
             return jax.lax.fori_loop(
-                0,
-                self.feature_tiles,
-                lambda i, carry: body(pl.ds(i * self.feature_tile, self.feature_tile), carry),
-                start,
+                0, self.feature_tiles, lambda i, carry: body(pl.ds(i * tile, tile), carry), start
             )
 
-        program = _Program(self.experts, over_rows, over_features, self.interpret)
-        return pl.pallas_call(
-            functools.partial(kernel, program),
-            grid=tuple(programs[name] for name in grid),
-            in_specs=[spec(name) for name in inputs],
-            out_specs=[spec(name) for name in outputs],
-            out_shape=[jax.ShapeDtypeStruct(*operands[name][:2]) for name in outputs],
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages),
-            interpret=self.interpret,
-        )
+        def run(**inputs: Array) -> list[Array]:
+            program = _Program(self.experts, over_rows, over_features, self.interpret)
+            return pl.pallas_call(
+                functools.partial(kernel, program),
+                grid=tuple(programs[axis] for axis in grid_axes),
+                in_specs=[spec(name) for name in inputs],
+                out_specs=[spec(name) for name in output_names],
+                out_shape=[shape(name) for name in output_names],
+                compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages),
+                interpret=self.interpret,
+            )(*inputs.values())
+
+        return run
 
 
 class _Program(NamedTuple):
@@ -384,6 +329,7 @@ class _Program(NamedTuple):
 
     def dot(self, a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
         """Contracts these axes of two matrices of one dtype, in float32."""
+        # Interpret mode runs on CPUs, which do not know TF32.
         precise = a.dtype == jnp.float32 and not self.interpret
         return jax.lax.dot_general(
             a,
@@ -406,6 +352,7 @@ class _Program(NamedTuple):
         scale = self.times(high, vectors, 1)
         if len(vectors) == 1:
             return scale
+        # The product of both low parts, 2⁻¹⁸ of the scale, is left out.
         low = (probs - high.astype(jnp.float32)).astype(high.dtype)
         return scale + self.dot(low, vectors[0], 1, 1)
 
@@ -422,6 +369,7 @@ def _parts(ref: Ref, features: object = slice(None)) -> list[Array]:
 def _softmax(logits: Array, experts: int) -> tuple[Array, Array]:
     """Returns the probabilities, and log(Z) of each row, [rows, 1]."""
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    # Only padding's columns are masked: a fully masked row, which gives NaN, cannot occur.
     logits = jnp.where(column < experts, logits, -jnp.inf)
     largest = jnp.max(logits, axis=1, keepdims=True)
     weights = jnp.exp(logits - largest)
@@ -453,31 +401,28 @@ def _scale_grad(grad: Array, y: Array) -> Array:
     return (grad.astype(jnp.float32) * y.astype(jnp.float32)).astype(y.dtype)
 
 
-def _y_grad(
+def _backward_tile(
     program: _Program,
-    grad: Array,
-    probs: Array,
-    grad_logits: Array,
+    tile: tuple[Array, Array, Array, Array],
     kernel: Sequence[Array],
     vectors: Sequence[Array],
-) -> Array:
-    """The gradient of y, through the product and through the logits."""
-    grad_y = grad.astype(jnp.float32) * program.times(probs, vectors, 1)
-    return grad_y + program.times(grad_logits, kernel, 1)
-
-
-def _add_parameter_grads(
-    program: _Program,
-    y: Array,
-    grad: Array,
-    probs: Array,
-    grad_logits: Array,
     sums: tuple[Array, Array],
-) -> tuple[Array, Array]:
-    """Adds a tile's gradients of kernel and vectors, [features, columns] each."""
+) -> tuple[Array, tuple[Array, Array]]:
+    """Returns the gradient of a tile of y, and the sums of those of kernel and vectors.
+
+    Args:
+      program: as in the kernels.
+      tile: y, the output's gradient, probabilities and gradients of the logits, in y's dtype.
+      kernel, vectors: parts.
+      sums: [features, columns] each.
+    """
+    y, grad, probs, grad_logits = tile
+    grad_y = grad.astype(jnp.float32) * program.times(probs, vectors, 1)  # through the product
+    grad_y += program.times(grad_logits, kernel, 1)  # through the logits
     grad_kernel, grad_vectors = sums
     grad_kernel += program.dot(y, grad_logits, 0, 0)
-    return grad_kernel, grad_vectors + program.dot(_scale_grad(grad, y), probs, 0, 0)
+    grad_vectors += program.dot(_scale_grad(grad, y), probs, 0, 0)
+    return grad_y.astype(y.dtype), (grad_kernel, grad_vectors)
 
 
 def _forward_kernel(
@@ -493,6 +438,7 @@ def _forward_kernel(
         out[rows, :] = (tile.astype(jnp.float32) * scale).astype(out.dtype)
         return tuple(a + b for a, b in zip(totals, terms, strict=True))
 
+    # One sum for each row of a tile, reduced once at the end and not once per tile.
     wide, narrow = (jnp.zeros((_ROW_TILE, n), jnp.float32) for n in (sums.shape[1], 1))
     _store_sums(sums, program.over_rows(add, (wide, wide, narrow, narrow)))
 
@@ -514,10 +460,9 @@ def _backward_kernel(
         probs, _ = _softmax(program.times(tile, k, 0), program.experts)
         grad_probs = program.times(_scale_grad(tile_grad, tile), v, 0)
         grad_logits = _softmax_grad(probs, grad_probs).astype(tile.dtype)
-        probs = probs.astype(tile.dtype)
-        tile_grad_y = _y_grad(program, tile_grad, probs, grad_logits, k, v)
-        grad_y[rows, :] = tile_grad_y.astype(grad_y.dtype)
-        return _add_parameter_grads(program, tile, tile_grad, probs, grad_logits, sums)
+        arrays = tile, tile_grad, probs.astype(tile.dtype), grad_logits
+        grad_y[rows, :], sums = _backward_tile(program, arrays, k, v, sums)
+        return sums
 
     zeros = jnp.zeros(grad_kernel.shape, jnp.float32)
     grad_kernel[...], grad_vectors[...] = program.over_rows(add, (zeros, zeros))
@@ -570,11 +515,10 @@ def _backward_scale_kernel(
     k, v = _parts(kernel), _parts(vectors)
 
     def add(rows: object, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        tile, tile_grad, logits_grad = y[rows, :], grad[rows, :], grad_logits[rows, :]
-        p = probs[rows, :].astype(tile.dtype)
-        tile_grad_y = _y_grad(program, tile_grad, p, logits_grad, k, v)
-        grad_y[rows, :] = tile_grad_y.astype(grad_y.dtype)
-        return _add_parameter_grads(program, tile, tile_grad, p, logits_grad, sums)
+        p = probs[rows, :].astype(y.dtype)
+        arrays = y[rows, :], grad[rows, :], p, grad_logits[rows, :]
+        grad_y[rows, :], sums = _backward_tile(program, arrays, k, v, sums)
+        return sums
 
     zeros = jnp.zeros(grad_kernel.shape, jnp.float32)
     grad_kernel[...], grad_vectors[...] = program.over_rows(add, (zeros, zeros))

@@ -34,6 +34,7 @@ def _thin_matmul_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Arra
     transposed = x.shape[-1] > grad.shape[-1]
     left, right = (grad, x) if transposed else (x, grad)
     grad_w = jax.lax.dot_general(left, right, ((rows, rows), ((), ())))
+    # Without a barrier, XLA folds the transposition below into the product again.
     grad_w = jax.lax.optimization_barrier(grad_w)
     return jnp.matmul(grad, w.T), grad_w.T if transposed else grad_w
 

@@ -1,26 +1,13 @@
 """What the Pallas kernels share: sizes of tiles, and types."""
 
-from typing import Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 
 MIN_SIDE = 16  # the shortest side of a matrix product in Triton
 
 Index: TypeAlias = int | jax.Array
-
-
-class Ref(Protocol):
-    """A program's block of an array in memory, as Pallas passes it to a kernel."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> jax.numpy.dtype: ...
-
-    def __getitem__(self, index: object) -> jax.Array: ...
-
-    def __setitem__(self, index: object, value: jax.Array) -> None: ...
+Ref: TypeAlias = Any  # a program's block of an array, for which Pallas has no public type
 
 
 def power_of_two(size: int) -> int:
