@@ -16,7 +16,7 @@ Prints medians, and the median and middle half of each variant's time over that 
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
 import common
@@ -28,18 +28,14 @@ ROWS, INPUTS, TARGETS, EXPERTS = 8, 128, 32, 10
 VARIANTS = ("bare", "off", "on", "balanced")
 
 
-@contextlib.contextmanager
-def without_statistics(bare: bool) -> Iterator[None]:
-    """Replaces the routers' statistics with zeros if `bare`."""
+def without_statistics() -> contextlib.AbstractContextManager[object]:
+    """Replaces the routers' statistics with zeros."""
     import jax.numpy as jnp
 
     from pemoe_jax.core import routing
 
     zeros = jnp.zeros(len(routing.STATISTICS) - 1)
-    with contextlib.ExitStack() as stack:
-        if bare:
-            stack.enter_context(mock.patch.object(routing, "compute_statistics", lambda *_: zeros))
-        yield
+    return mock.patch.object(routing, "compute_statistics", lambda *_: zeros)
 
 
 def make_step(name: str, method: str, size: str) -> Callable[[], None]:
@@ -53,7 +49,7 @@ def make_step(name: str, method: str, size: str) -> Callable[[], None]:
         "router": {"balance_loss": 1e-2} if name == "balanced" else {},
         "router_metrics": name in ("on", "balanced"),
     }
-    with without_statistics(name == "bare"):
+    with without_statistics() if name == "bare" else contextlib.nullcontext():
         step, _ = ours.training_step(spec)
     for _ in range(2):
         step()

@@ -164,6 +164,7 @@ def _probe_run(
 
     for name in groups:
         seqio_tasks.check_vocab_size(name, opened.model.config.vocab_size)
+    # Replicated: the probe is a forward pass over few examples, so that sharding gains little.
     params = opened.load(partitioning.replicated_sharding(mesh))
     bar = progress.Progress(f"routing {opened.name}", sum(map(len, groups.values())))
     try:

@@ -111,6 +111,7 @@ def last_line(log: Path) -> str:
     """Returns the last line of a log that is not blank; '' if there is none."""
     try:
         with log.open("rb") as file:
+            # Only the end: progress lines make the logs of long runs large.
             file.seek(max(0, log.stat().st_size - 4096))
             lines = file.read().decode(errors="replace").split("\n")
     except OSError:
@@ -122,6 +123,7 @@ def describe_exit(code: int, log: Path) -> str:
     """Returns an exit code in words, with the error at the end of the log."""
     if code < 0:
         name = signal.Signals(-code).name
+        # The kernel's out-of-memory killer sends SIGKILL and leaves no message in the log.
         hint = ", often for lack of memory" if code == -signal.SIGKILL else ""
         return f"ended by {name}{hint}"
     return f"exit code {code}: {last_line(log)}"

@@ -88,6 +88,7 @@ FLAGS.add_argument("--dry_run", action="store_true", help="print the commands, r
 Command = Literal["train", "evaluate"]
 _MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_jax.evaluate"}
 _STATE_FILE = "sweep.json"
+# Macros that the sweep sets for each run; a user's value would be overridden silently.
 _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 # INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
@@ -196,6 +197,7 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
     shared += [f"--seqio_additional_cache_dirs={args.caches}"] * bool(args.caches)
     train_bindings = [*map(_binding_flag, bindings)]
     train_bindings += [f"--gin_bindings={line}" for line in args.gin_bindings]
+    # Macros of training, such as TRAIN_STEPS, are unknown to the run files of evaluation.
     data_macros = _data_macros()
     data_bindings = [_binding_flag(b) for b in bindings if _binding_name(b) in data_macros]
     files, settings = _split_experiment(args.evaluate)
@@ -210,6 +212,7 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
         experiment_flags = [*_file_flags(files), *shared, *train_bindings, *settings]
         for seed in seeds:
             folder = Path(args.output) / f"{name}-seed{seed}"
+            # Two experiments may differ only in characters that a folder's name cannot have.
             if folder in [run.folder for run in runs]:
                 raise InputError(f"{experiment}: another experiment has the name {name}")
             flags = [*experiment_flags, f"--gin.SEED={seed}", f"--gin.MODEL_DIR={folder}"]
@@ -275,6 +278,7 @@ def _binding_name(binding: str) -> str:
 def _binding_flag(binding: str) -> str:
     """Returns the flag of a binding, its value unquoted if that parses to the same binding."""
     name, value = (part.strip() for part in binding.split("=", 1))
+    # The commands that --dry_run prints are easier to read without quotes inside quotes.
     plain = f"--gin.{name}={value[1:-1]}"
     return plain if gin_flags.split_bindings([plain])[1] == [binding] else f"--gin.{name}={value}"
 
@@ -298,6 +302,7 @@ def _parse_settings(command: str, flags: Sequence[str], where: str) -> dict[str,
         gin_flags.load_config(parser.parse_args(rest), bindings)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+    # The parsed configuration, not the flags: two ways to write one setting must compare equal.
     config = gin.config_str()
     settings = run_settings.parse_settings(config)
     if f"{command}.{command}.data = " not in config:
@@ -346,6 +351,7 @@ def _read_state(run: Run) -> State:
         scoring = run_settings.drop_wiring(state["scoring"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{file}: expected a sweep's state: delete {run.folder}") from None
+    # Names the first difference; a run has too many settings to print.
     for name in {**previous, **run.train_settings}:
         old, new = (s.get(name, "(not set)") for s in (previous, run.train_settings))
         if old != new:
@@ -353,6 +359,7 @@ def _read_state(run: Run) -> State:
                 f"{run.folder}: expected {name} = {old}, as its run has, got {new}: choose another"
                 " --output or delete the folder"
             )
+    # A changed evaluation is cheap to repeat; a changed training would take hours.
     if scoring != run.evaluate_settings or not (run.results / "results.json").is_file():
         return {**state, "scoring": run.evaluate_settings, "evaluate": None}
     return state
@@ -366,6 +373,7 @@ def _write_state(run: Run, state: State) -> None:
 
 def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool) -> list[str]:
     """Runs what is unfinished and returns the names of the runs that failed."""
+    # Flushed after each line: Python buffers output to a file.
     print(f"{len(runs)} runs, with their logs in {runs[0].folder.parent}/<run>/", flush=True)
     failed: list[str] = []
     width = max(len(run.folder.name) for run in runs)
@@ -419,6 +427,7 @@ def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
                 print("\r\x1b[K", end="", flush=True)
         if code:
             return f"in {name}, {subprocesses.describe_exit(code, log)} (log: {log})"
+        # Never 0, which would read as unfinished.
         state[name] = max(0.1, round(time.monotonic() - start, 1))
         _write_state(run, state)
     return ""
@@ -445,6 +454,7 @@ def _score(run: Run) -> str:
 def _report(runs: Sequence[Run], args: argparse.Namespace) -> None:
     from pemoe_jax.tools import report
 
+    # In this process: another start of Python would take seconds.
     flags = [f"--output={args.output}", *["--with_paper"] * args.with_paper]
     report.report(report.FLAGS.parse_args([*(str(run.results) for run in runs), *flags]))
 

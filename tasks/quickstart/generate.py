@@ -19,7 +19,7 @@ import string
 from typing import Any
 
 from pemoe_jax.tasks.quickstart import corpus
-from pemoe_jax.tasks.quickstart.prompts import DATASETS, Dataset, Prompt
+from pemoe_jax.tasks.quickstart.prompts import DATASETS, Dataset
 from pemoe_jax.tasks.quickstart.world import (
     NAMES,
     TOPIC_NAMES,
@@ -39,19 +39,20 @@ Line = dict[str, Any]
 
 
 def _rows(
-    dataset: Dataset, prompt: Prompt, split: str, n: int, taken: set[str], seed: int
+    dataset: Dataset, prompt: str, split: str, n: int, taken: set[str], seed: int
 ) -> list[Line]:
     """Returns `n` examples with balanced answers that are not in `taken`, and adds them to it."""
-    rng = Rng(f"sample {seed} {dataset.name} {prompt.name} {split}")
+    rng = Rng(f"sample {seed} {dataset.name} {prompt} {split}")
     lines: list[Line] = []
     answers: collections.Counter[str] = collections.Counter()
     # Datasets of few words repeat themselves, and a draw with a frequent answer is rejected.
     for _ in range(100 * n):
         if len(lines) == n:
             break
-        line = prompt.render(dataset.draw(rng))
+        line = dataset.render(prompt, dataset.draw(rng))
         key = json.dumps(line, sort_keys=True)
         max_count = math.ceil(n / len(line["answer_choices"]))
+        # Balanced answers: a model that always prefers one label scores at chance.
         if key not in taken and answers[line["targets"]] < max_count:
             taken.add(key)
             answers[line["targets"]] += 1
@@ -137,8 +138,8 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
     index: dict[str, Line] = {}
     odd = odd_rows(seed)
     for dataset in DATASETS:
-        for prompt in dataset.prompts:
-            task, taken = f"{dataset.name}_{prompt.name}", set[str]()
+        for prompt, template in dataset.prompts.items():
+            task, taken = f"{dataset.name}_{prompt}", set[str]()
             # The smaller split first: datasets of few words run out of distinct rows.
             for split, n in reversed(SIZES[dataset.held_out].items()):
                 rows = _rows(dataset, prompt, split, n, taken, seed)
@@ -152,7 +153,7 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
                 if line not in odd.get(f"{task}/train", [])
             }
             index[task] = {
-                "choices_in_prompt": "{option" in prompt.template,
+                "choices_in_prompt": "{option" in template,
                 "dataset": dataset.name,
                 "fixed_answer_choices": list(choices.pop()) if len(choices) == 1 else None,
                 "has_answer_choices": True,
@@ -166,7 +167,7 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
                     line["targets"] not in line["answer_choices"] for line in lines
                 ),
                 "task_type": dataset.task_type,
-                "template": prompt.name,
+                "template": prompt,
             }
     return files, index
 
@@ -192,6 +193,7 @@ def write_vocabulary(path: pathlib.Path, corpus_path: pathlib.Path) -> None:
     """Writes a case-folding SentencePiece model with a piece per word of the text, and letters."""
     import sentencepiece
 
+    # A piece per word keeps the tiny model's sequences short; letters cover unknown words.
     words = set(re.findall("[a-z]+", corpus_path.read_text().lower()))
     model = io.BytesIO()  # SentencePiece would write the name of a file into the model
     sentencepiece.SentencePieceTrainer.Train(

@@ -28,6 +28,7 @@ from pemoe_jax.tasks.quickstart.world import (
     feeling_shown,
     future,
     opinion,
+    other_topic,
     past,
     pronoun,
     sense,
@@ -45,44 +46,35 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A prompt template.
+class Dataset:
+    """A function that draws rows, and the prompts that render them.
 
     Attributes:
-      name: name of the prompt.
-      template: format string over the fields and options of a row.
-      labels: {option: answer in the prompt's words}; None: the options themselves.
-      original: whether it asks the dataset's own question (P3's original-task flag).
+      name: name of the dataset.
+      task_type: P3's kind of task.
+      draw: draws a row.
+      prompts: {prompt name: format string over the fields and options of a row}.
+      labels: {prompt name: {option: answer}} of prompts whose answers are not the options.
+      held_out: whether it is for zero-shot evaluation only.
     """
 
     name: str
-    template: str
-    labels: Mapping[str, str] | None = None
-    original: bool = True
+    task_type: str
+    draw: Callable[[Rng], Row]
+    prompts: Mapping[str, str]
+    labels: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    held_out: bool = False
 
-    def render(self, row: Row) -> dict[str, Any]:
-        """Returns the row as a line of the sample."""
-        fields = dict(row.fields)
-        for n, option in enumerate(row.options, 1):
-            fields[f"option{n}"] = option
-        fields["options"] = ", ".join(row.options)
-        labels = self.labels or {option: option for option in row.options}
+    def render(self, prompt: str, row: Row) -> dict[str, Any]:
+        """Returns a row as a line of the sample."""
+        fields = {f"option{n}": option for n, option in enumerate(row.options, 1)}
+        fields |= {**row.fields, "options": ", ".join(row.options)}
+        labels = self.labels.get(prompt) or {option: option for option in row.options}
         return {
-            "inputs": capital(self.template.format(**fields)),
+            "inputs": capital(self.prompts[prompt].format(**fields)),
             "targets": labels[row.answer],
             "answer_choices": [labels[option] for option in row.options],
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A function that draws rows, and the prompts that render them."""
-
-    name: str
-    task_type: str
-    held_out: bool
-    draw: Callable[[Rng], Row]
-    prompts: tuple[Prompt, ...]
 
 
 def _options(rng: Rng, answer: str, others: Sequence[str], n: int) -> list[str]:
@@ -177,7 +169,7 @@ def _needs(rng: Rng) -> Row:
 def _same(rng: Rng) -> Row:
     topic = rng.pick(TOPICS)
     same = rng.chance(0.5)
-    other = topic if same else rng.pick([t for t in TOPICS if t is not topic])
+    other = topic if same else other_topic(rng, topic)
     return Row(
         {"first": past(rng, topic), "second": past(rng, other)},
         "yes" if same else "no",
@@ -193,7 +185,7 @@ def _endings(rng: Rng) -> Row:
         text += f" {detail(rng, topic)}"
     word = capital(pronoun(name))
     right = past(rng, topic, word, place=0.0, time=0.0)
-    wrong = past(rng, rng.pick([t for t in TOPICS if t is not topic]), word, place=0.0, time=0.0)
+    wrong = past(rng, other_topic(rng, topic), word, place=0.0, time=0.0)
     return Row({"text": text}, right, rng.shuffled((right, wrong)))
 
 
@@ -203,7 +195,7 @@ def _entailment(rng: Rng) -> Row:
     true = rng.chance(0.5)
     kind = rng.below(3)
     if kind == 0:
-        other = topic if true else rng.pick([t for t in TOPICS if t is not topic])
+        other = topic if true else other_topic(rng, topic)
         premise, hypothesis = story(rng, topic), f"This has to do with {other.name}."
     elif kind == 1:
         good = rng.chance(0.5)
@@ -215,22 +207,22 @@ def _entailment(rng: Rng) -> Row:
         later = rng.chance(0.5)
         premise = future(rng, topic) if later else past(rng, topic)
         hypothesis = f"This is in the {'future' if later == true else 'past'}."
+    # The hypothesis also as a clause, for prompts that embed it in a sentence.
     claim = hypothesis.removesuffix(".")
     fields = {"premise": premise, "hypothesis": hypothesis, "claim": claim[0].lower() + claim[1:]}
     return Row(fields, "yes" if true else "no", ("yes", "no"))
 
 
 def _pronouns(rng: Rng) -> Row:
+    # A woman and a man, so that the pronoun alone decides.
     first, second = rng.shuffled((rng.pick(FEMALE), rng.pick(MALE)))
-    name = rng.pick((first, second))
+    name = rng.choose(first, second)
     topic = rng.pick(TOPICS)
     word = pronoun(name)
     verb = past(rng, topic, capital(word), time=0.0)
-    meeting = rng.pick(
-        (
-            f"{first} met {second} in the {rng.pick(topic.places)}.",
-            f"{first} and {second} went to the {rng.pick(topic.places)}.",
-        )
+    meeting = rng.choose(
+        f"{first} met {second} in the {rng.pick(topic.places)}.",
+        f"{first} and {second} went to the {rng.pick(topic.places)}.",
     )
     fields = {
         "text": f"{meeting} {verb}",
@@ -255,228 +247,196 @@ DATASETS = (
     Dataset(
         "town_news",
         "topic_classification",
-        False,
         _topics,
-        (
-            Prompt("which_topic", "{text} Which topic is this text about? {options}?"),
-            Prompt(
-                "choose_label",
-                "Choose the best label for the following text: {options}. Text: {text} Label:",
+        {
+            "which_topic": "{text} Which topic is this text about? {options}?",
+            "choose_label": (
+                "Choose the best label for the following text: {options}. Text: {text} Label:"
             ),
-            Prompt("subject_first", "What is the subject of this text? {text}"),
-            Prompt("category", "Pick one category for the news: {text} Options: {options}."),
-        ),
+            "subject_first": "What is the subject of this text? {text}",
+            "category": "Pick one category for the news: {text} Options: {options}.",
+        },
     ),
     Dataset(
         "guest_reviews",
         "sentiment",
-        False,
         _reviews,
-        (
-            Prompt(
-                "positive_or_negative",
-                "Review: {text} Is this review positive or negative?",
-                {"good": "positive", "bad": "negative"},
-            ),
-            Prompt("good_or_bad", "Does the writer of this review mean good or bad? {text}"),
-            Prompt("recommend", "{text} Would the guest recommend it? Answer yes or no.", LIKED),
-            Prompt("liked", "Question: does the writer like it? Review: {text} Answer:", LIKED),
-            Prompt("hated", "Read the review and decide: is the writer negative? {text}", HATED),
-        ),
+        {
+            "positive_or_negative": "Review: {text} Is this review positive or negative?",
+            "good_or_bad": "Does the writer of this review mean good or bad? {text}",
+            "recommend": "{text} Would the guest recommend it? Answer yes or no.",
+            "liked": "Question: does the writer like it? Review: {text} Answer:",
+            "hated": "Read the review and decide: is the writer negative? {text}",
+        },
+        labels={
+            "positive_or_negative": {"good": "positive", "bad": "negative"},
+            "recommend": LIKED,
+            "liked": LIKED,
+            "hated": HATED,
+        },
     ),
     Dataset(
         "diary_pages",
         "emotion",
-        False,
         _feelings,
-        (
-            Prompt("how_felt", "Read the text and choose how {name} felt: {options}. {text}"),
-            Prompt("feeling_label", "{text} Which of these is the best label? {options}."),
-            Prompt("question_first", "Question: how does {name} feel? Text: {text} Answer:"),
-        ),
+        {
+            "how_felt": "Read the text and choose how {name} felt: {options}. {text}",
+            "feeling_label": "{text} Which of these is the best label? {options}.",
+            "question_first": "Question: how does {name} feel? Text: {text} Answer:",
+        },
     ),
     Dataset(
         "town_map",
         "multiple_choice_qa",
-        False,
         _places,
-        (
-            Prompt("which_place", "{text} Which place is the text about? Choose one: {options}."),
-            Prompt(
-                "find_thing",
-                "Question: which is the best place to find the {thing}? Options: {options}. "
-                "Answer:",
+        {
+            "which_place": "{text} Which place is the text about? Choose one: {options}.",
+            "find_thing": (
+                "Question: which is the best place to find the {thing}? Options: {options}. Answer:"
             ),
-            Prompt("where_to_go", "Please choose where to go for the {thing}: {options}?"),
-        ),
+            "where_to_go": "Please choose where to go for the {thing}: {options}?",
+        },
     ),
     Dataset(
         "job_board",
         "closed_book_qa",
-        False,
         _jobs,
-        (
-            Prompt("who_works", "Question: who is at work in the {place}? Answer:"),
-            Prompt("needs_thing", "Choose who would need {a_thing} at work: {options}."),
-            Prompt(
-                "knows_all",
-                "Pick one: {options}. Who would know the most about the {thing} and the {other}?",
+        {
+            "who_works": "Question: who is at work in the {place}? Answer:",
+            "needs_thing": "Choose who would need {a_thing} at work: {options}.",
+            "knows_all": (
+                "Pick one: {options}. Who would know the most about the {thing} and the {other}?"
             ),
-        ),
+        },
     ),
     Dataset(
         "word_list",
         "word_classification",
-        False,
         _kinds,
-        (
-            Prompt("which_category", "Which category does the word {thing} belong to: {options}?"),
-            Prompt("question_answer", "Question: which subject has {a_thing} in it? Answer:"),
-            Prompt(
-                "two_words",
+        {
+            "which_category": "Which category does the word {thing} belong to: {options}?",
+            "question_answer": "Question: which subject has {a_thing} in it? Answer:",
+            "two_words": (
                 "Label the words {thing} and {other}. Choose one of the following: {options}. "
-                "Label:",
+                "Label:"
             ),
-        ),
+        },
     ),
     Dataset(
         "topic_check",
         "topic_verification",
-        False,
         _topic_check,
-        (
-            Prompt("yes_or_no", "{text} Is the topic of this text {topic}? Answer yes or no."),
-            Prompt(
-                "question_first",
-                "Question: is the following text about {topic}? Text: {text} Answer:",
-            ),
-            Prompt("editor", "Would you choose the label {topic} for this text? {text} Yes or no?"),
-        ),
+        {
+            "yes_or_no": "{text} Is the topic of this text {topic}? Answer yes or no.",
+            "question_first": "Question: is the following text about {topic}? Text: {text} Answer:",
+            "editor": "Would you choose the label {topic} for this text? {text} Yes or no?",
+        },
     ),
     Dataset(
         "town_calendar",
         "time_classification",
-        False,
         _times,
-        (
-            Prompt("past_or_future", "{text} Which is it, past or future?"),
-            Prompt(
-                "already",
-                "Question: did this happen already? Text: {text} Answer:",
-                {"past": "yes", "future": "no"},
-            ),
-            Prompt(
-                "yet_to_come",
-                "{text} Is this still to come? Yes or no?",
-                {"past": "no", "future": "yes"},
-            ),
-        ),
+        {
+            "past_or_future": "{text} Which is it, past or future?",
+            "already": "Question: did this happen already? Text: {text} Answer:",
+            "yet_to_come": "{text} Is this still to come? Yes or no?",
+        },
+        labels={
+            "already": {"past": "yes", "future": "no"},
+            "yet_to_come": {"past": "no", "future": "yes"},
+        },
     ),
     Dataset(
         "story_titles",
         "title_choice",
-        False,
         _titles,
-        (
-            Prompt("best_title", "{text} Which is the best title for this text?"),
-            Prompt("choose_title", "Choose a title for the following story. {text} Title:"),
-            Prompt("summary", "Which of these is a short summary of the text? {text} Summary:"),
-        ),
+        {
+            "best_title": "{text} Which is the best title for this text?",
+            "choose_title": "Choose a title for the following story. {text} Title:",
+            "summary": "Which of these is a short summary of the text? {text} Summary:",
+        },
     ),
     Dataset(
         "daily_needs",
         "commonsense_qa",
-        False,
         _needs,
-        (
-            Prompt("what_needed", "{name} was {state}. Choose what {pronoun} needed: {options}."),
-            Prompt(
-                "best_option",
+        {
+            "what_needed": "{name} was {state}. Choose what {pronoun} needed: {options}.",
+            "best_option": (
                 "Question: which is the best thing for {name}, now that {pronoun} is {state}? "
-                "Answer:",
+                "Answer:"
             ),
-            Prompt(
-                "gift",
-                "In the {place}, {name} was {state}. Which gift would be right? Options: "
-                "{options}.",
+            "gift": (
+                "In the {place}, {name} was {state}. Which gift would be right? Options: {options}."
             ),
-        ),
+        },
     ),
     Dataset(
         "twin_sentences",
         "sentence_comparison",
-        False,
         _same,
-        (
-            Prompt(
-                "same_subject",
-                "Do these sentences have the same subject? {first} {second} Answer yes or no.",
+        {
+            "same_subject": (
+                "Do these sentences have the same subject? {first} {second} Answer yes or no."
             ),
-            Prompt(
-                "one_story",
+            "one_story": (
                 "Sentence one: {first} Sentence two: {second} Question: would both be in the "
-                "same story? Answer:",
+                "same story? Answer:"
             ),
-            Prompt("same_label", "{first} {second} Would you label both the same? Yes or no?"),
-        ),
+            "same_label": "{first} {second} Would you label both the same? Yes or no?",
+        },
     ),
     # Held out: no dataset above has one of these task types.
     Dataset(
         "next_lines",
         "sentence_completion",
-        True,
         _endings,
-        (
-            Prompt("what_next", "{text} Which sentence follows: {option1} Or: {option2}"),
-            Prompt("best_ending", "Choose the best ending for the story. {text}"),
-            Prompt("question_first", "Question: what would happen next? Text: {text} Answer:"),
-        ),
+        {
+            "what_next": "{text} Which sentence follows: {option1} Or: {option2}",
+            "best_ending": "Choose the best ending for the story. {text}",
+            "question_first": "Question: what would happen next? Text: {text} Answer:",
+        },
+        held_out=True,
     ),
     Dataset(
         "sound_claims",
         "natural_language_inference",
-        True,
         _entailment,
-        (
-            Prompt(
-                "does_it_follow",
-                "Premise: {premise} Hypothesis: {hypothesis} Does the hypothesis follow from "
-                "the premise? Yes or no?",
+        {
+            "does_it_follow": (
+                "Premise: {premise} Hypothesis: {hypothesis} Does the hypothesis follow from the "
+                "premise? Yes or no?"
             ),
-            Prompt("can_we_say", "{premise} Question: would you say that {claim}? Answer:"),
-            Prompt("decide", "Read the text and decide, yes or no: {claim}. Text: {premise}"),
-        ),
+            "can_we_say": "{premise} Question: would you say that {claim}? Answer:",
+            "decide": "Read the text and decide, yes or no: {claim}. Text: {premise}",
+        },
+        held_out=True,
     ),
     Dataset(
         "who_is_meant",
         "coreference",
-        True,
         _pronouns,
-        (
-            Prompt("who_did", "{text} Question: who {did}? Answer:"),
-            Prompt(
-                "which_of_the_two",
-                "{text} Which of the two does the word {pronoun} mean, {option1} or {option2}?",
+        {
+            "who_did": "{text} Question: who {did}? Answer:",
+            "which_of_the_two": (
+                "{text} Which of the two does the word {pronoun} mean, {option1} or {option2}?"
             ),
-            Prompt("read_and_choose", "Read the text and choose who {did}. {text}"),
-        ),
+            "read_and_choose": "Read the text and choose who {did}. {text}",
+        },
+        held_out=True,
     ),
     Dataset(
         "two_meanings",
         "word_sense",
-        True,
         _word_senses,
-        (
-            Prompt(
-                "which_sense",
-                "{text} Which does the word {word} mean here: {option1} or {option2}?",
-            ),
-            Prompt(
-                "question_answer",
+        {
+            "which_sense": "{text} Which does the word {word} mean here: {option1} or {option2}?",
+            "question_answer": (
                 "Question: which subject does {word} belong to in the following text? {text} "
-                "Answer:",
+                "Answer:"
             ),
-            Prompt("decide", "Decide what {word} has to do with in this sentence. {text}"),
-        ),
+            "decide": "Decide what {word} has to do with in this sentence. {text}",
+        },
+        held_out=True,
     ),
 )

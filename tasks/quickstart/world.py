@@ -34,6 +34,9 @@ class Rng:
     def pick(self, options: Sequence[T]) -> T:
         return options[self.below(len(options))]
 
+    def choose(self, *options: T) -> T:
+        return self.pick(options)
+
     def several(self, options: Sequence[T], n: int) -> list[T]:
         """Returns `n` different options in random order."""
         remaining = list(options)
@@ -193,6 +196,11 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def other_topic(rng: Rng, topic: Topic) -> Topic:
+    """Returns a random topic other than `topic`."""
+    return rng.pick([other for other in TOPICS if other is not topic])
+
+
 def who(rng: Rng, topic: Topic) -> str:
     """Returns a subject: a name or one of the topic's jobs."""
     return rng.pick(NAMES) if rng.chance(0.5) else f"the {rng.pick(topic.jobs)}"
@@ -239,15 +247,13 @@ def detail(rng: Rng, topic: Topic) -> str:
     """Returns a neutral sentence on the topic, without an opinion or a time."""
     thing, other = rng.several(topic.things, 2)
     place, job = rng.pick(topic.places), rng.pick(topic.jobs)
-    return rng.pick(
-        (
-            f"The {thing} was near the {other}.",
-            f"There was {a(thing)} in the {place}.",
-            f"The {job} came to the {place} with the {thing}.",
-            f"In the {place}, the {job} talked about the {thing}.",
-            f"The {job} looked at the {thing} and the {other}.",
-            f"Everybody in the {place} knew the {thing}.",
-        )
+    return rng.choose(
+        f"The {thing} was near the {other}.",
+        f"There was {a(thing)} in the {place}.",
+        f"The {job} came to the {place} with the {thing}.",
+        f"In the {place}, the {job} talked about the {thing}.",
+        f"The {job} looked at the {thing} and the {other}.",
+        f"Everybody in the {place} knew the {thing}.",
     )
 
 
@@ -260,20 +266,16 @@ def opinion(rng: Rng, topic: Topic, good: bool) -> str:
     """Returns one or two sentences with a positive or negative opinion."""
     word, more = rng.several(GOOD if good else BAD, 2)
     thing, place = rng.pick(topic.things), rng.pick(topic.places)
-    first = rng.pick(
-        (
-            f"The {thing} in the {place} was {word}.",
-            f"I saw the {thing} and it was {word}.",
-            f"What {a(word)} {thing} they had in the {place}!",
-            f"We found the {thing} {word}.",
-        )
+    first = rng.choose(
+        f"The {thing} in the {place} was {word}.",
+        f"I saw the {thing} and it was {word}.",
+        f"What {a(word)} {thing} they had in the {place}!",
+        f"We found the {thing} {word}.",
     )
-    second = rng.pick(
-        (
-            f"It was {a(more)} day.",
-            f"The {place} was {more} too.",
-            f"The {rng.pick(topic.jobs)} was {more}.",
-        )
+    second = rng.choose(
+        f"It was {a(more)} day.",
+        f"The {place} was {more} too.",
+        f"The {rng.pick(topic.jobs)} was {more}.",
     )
     return f"{first} {second}" if rng.chance(0.6) else first
 
@@ -281,24 +283,20 @@ def opinion(rng: Rng, topic: Topic, good: bool) -> str:
 def feeling_shown(rng: Rng, name: str, feeling: str) -> str:
     """Returns a sentence that shows a feeling without naming it."""
     sign, other = rng.several(FEELINGS[feeling], 2)
-    return rng.pick(
-        (
-            f"{name} {sign} and {other}.",
-            f"{name} {sign} in the street.",
-            f"All day, {name} {sign}.",
-            f"{name} {sign}.",
-        )
+    return rng.choose(
+        f"{name} {sign} and {other}.",
+        f"{name} {sign} in the street.",
+        f"All day, {name} {sign}.",
+        f"{name} {sign}.",
     )
 
 
 def sense(rng: Rng, word: str, topic: Topic) -> str:
     """Returns a sentence that uses an ambiguous word in the topic's sense."""
     place, job, thing = rng.pick(topic.places), rng.pick(topic.jobs), rng.pick(topic.things)
-    return rng.pick(
-        (
-            f"The {job} saw the {word} in the {place}.",
-            f"In the {place}, the {job} talked about the {word} and the {thing}.",
-            f"The {job} needed the {word} for the {thing}.",
-            f"There was {a(word)} near the {thing} in the {place}.",
-        )
+    return rng.choose(
+        f"The {job} saw the {word} in the {place}.",
+        f"In the {place}, the {job} talked about the {word} and the {thing}.",
+        f"The {job} needed the {word} for the {thing}.",
+        f"There was {a(word)} near the {thing} in the {place}.",
     )

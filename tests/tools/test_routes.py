@@ -294,7 +294,7 @@ def test_dendrogram(monkeypatch):
     # a and c merge at 0.1; both merge with b at the mean of 0.4 and 0.6
     distances = np.array([[0, 0.4, 0.1], [0.4, 0, 0.6], [0.1, 0.6, 0]])
     draw = functools.partial(routing_plots.plot_dendrogram, distances, ["a", "b", "c"], title="t")
-    figure = draw_figure(monkeypatch, draw, "x.png", seen=["a", "b"])
+    figure = draw_figure(monkeypatch, draw, "x.png", trained=["a", "b"])
     (axis,) = figure.axes
     labels = {label.get_text(): label.get_color() for label in axis.get_yticklabels()}
     assert labels == {"a": plots.TEXT_COLOR, "b": plots.TEXT_COLOR, "c": plots.ACCENT_COLOR}

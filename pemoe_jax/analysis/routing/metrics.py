@@ -60,7 +60,7 @@ class ProbeResult:
         return [task.name for task in self.tasks]
 
     @property
-    def seen_tasks(self) -> list[str] | None:
+    def trained_tasks(self) -> list[str] | None:
         """Names of the tasks that the run was trained on; None if unknown."""
         if any(task.seen is None for task in self.tasks):
             return None
@@ -106,12 +106,14 @@ def mean_distributions(totals: probe.ProbeTotals, site: str) -> np.ndarray:
 
 
 def _normalize(sums: np.ndarray) -> np.ndarray:
+    # Tasks may differ in the fourth digit only; float64 keeps differences of their entropies.
     sums = sums.astype(np.float64)
     return sums / np.maximum(sums.sum(axis=-1, keepdims=True), 1e-30)
 
 
 def entropy_bits(probs: np.ndarray) -> np.ndarray:
     """Returns the entropies in bits of distributions [..., E]."""
+    # 0 log 0 = 0: zeros keep the output's initial value. Rounding may leave a sum of -1e-17.
     logs = np.log2(probs, where=probs > 0, out=np.zeros_like(probs, dtype=np.float64))
     return np.maximum(-(probs * logs).sum(axis=-1), 0.0)
 
@@ -154,6 +156,7 @@ def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> R
     has_tokens = num_tokens > 0
     num_tokens = num_tokens[has_tokens]
     max_bits = np.log2(num_experts) or 1.0  # all entropies of a single expert are 0
+    # Tasks, not tokens, are averaged: a dataset of long inputs would dominate otherwise.
     distributions = mean_distributions(totals, site)[has_tokens]
     token_bits = np.asarray(totals.entropy[site], np.float64)[has_tokens] / num_tokens / np.log(2)
     mean_bits = float(entropy_bits(distributions.mean(axis=0)))
@@ -166,6 +169,7 @@ def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> R
         kind=kind,
         token_entropy=float(token_bits.mean() / max_bits),
         mean_entropy=mean_bits / max_bits,
+        # Equals mutual information of task and expert, with uniform weights of the tasks.
         task_bits=max(0.0, mean_bits - float(entropy_bits(distributions).mean())),
         mass=float(masses.mean()),
     )
@@ -194,6 +198,7 @@ def top_tokens(result: ProbeResult, site: str, limit: int = MAX_TOP_TOKENS) -> l
 
     Tokens that occur fewer than `min_count` times are left out.
     """
+    # Rare tokens have extreme ratios by chance.
     counts = np.asarray(result.totals.token_counts[probe.token_stack(site)])
     ids = np.flatnonzero(counts >= result.min_count)
     probs = _normalize(np.asarray(result.totals.token_probs[site])[ids])  # [ids, E]

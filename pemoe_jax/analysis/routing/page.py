@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +37,8 @@ def draw_plots(result: ProbeResult, folder: Path) -> None:
             for site in result.sites
         },
         _png(result, folder, _MAP),
-        trained=result.seen_tasks,
+        trained=result.trained_tasks,
+        # The narrowest scale that fits: soft routers differ from uniform by a few percent.
         max_ratio=None,
         title=f"Where tasks are routed: {name}",
         quantity=routing_tables.value_name(result),
@@ -53,7 +53,7 @@ def draw_plots(result: ProbeResult, folder: Path) -> None:
             metrics.task_distances(result),
             result.task_names,
             _png(result, folder, _TREE),
-            seen=result.seen_tasks,
+            trained=result.trained_tasks,
             title=f"Which tasks are routed alike: {name}",
         )
 
@@ -62,7 +62,7 @@ def _png(result: ProbeResult, folder: Path, kind: str) -> Path:
     return folder / f"{result.about['name']}_{kind}.png"
 
 
-def _plot_kinds(result: ProbeResult) -> list[str]:
+def _kinds(result: ProbeResult) -> list[str]:
     return [_MAP, _ENTROPY, _TREE] if len(result.tasks) > 1 else [_MAP, _ENTROPY]
 
 
@@ -80,31 +80,6 @@ def render_files(results: Sequence[ProbeResult], folder: Path) -> dict[str, str]
 # --- HTML ---
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A PNG file as a data URI, with its width in CSS pixels."""
-
-    uri: str
-    width: int
-    alt: str
-
-
-@dataclass(frozen=True)
-class RunSection:
-    """A run's section of the page."""
-
-    anchor: str
-    name: str
-    checkpoint: str
-    measure: str
-    pictures: Mapping[str, Picture]
-    by_site: Mapping[str, Table]
-    entropies: Table
-    nearest: Table | None
-    top_tokens: Mapping[str, list[list[metrics.TopToken]]]
-    min_count: int
-
-
 def to_html(results: Sequence[ProbeResult], folder: Path) -> str:
     """Returns the page; it embeds its pictures, so that the file can be sent on its own."""
     page: str = _template().render(
@@ -119,6 +94,7 @@ def to_html(results: Sequence[ProbeResult], folder: Path) -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
+    # Imported here, as matplotlib in `plots`, so that `pemoe routes --help` stays fast.
     import jinja2
 
     environment = jinja2.Environment(
@@ -131,26 +107,31 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html")
 
 
-def _section(number: int, result: ProbeResult, folder: Path) -> RunSection:
-    return RunSection(
-        anchor=f"run-{number}",
-        name=str(result.about["name"]),
-        checkpoint=str(result.about["checkpoint"]),
-        measure=routing_tables.value_name(result),
-        pictures={kind: _picture(_png(result, folder, kind), kind) for kind in _plot_kinds(result)},
-        by_site=routing_tables.site_tables(result),
-        entropies=routing_tables.entropy_table(result),
-        nearest=routing_tables.nearest_table(result),
-        top_tokens={site: metrics.top_tokens(result, site) for site in result.sites},
-        min_count=result.min_count,
-    )
+def _section(number: int, result: ProbeResult, folder: Path) -> dict[str, object]:
+    """Returns a run's values for the template."""
+    return {
+        "anchor": f"run-{number}",
+        "name": result.about["name"],
+        "checkpoint": result.about["checkpoint"],
+        "measure": routing_tables.value_name(result),
+        "pictures": {kind: _picture(_png(result, folder, kind), kind) for kind in _kinds(result)},
+        "site_tables": routing_tables.site_tables(result),
+        "entropies": routing_tables.entropy_table(result),
+        "nearest": routing_tables.nearest_table(result),
+        "top_tokens": {site: metrics.top_tokens(result, site) for site in result.sites},
+        "min_count": result.min_count,
+    }
 
 
-def _picture(png: Path, kind: str) -> Picture:
+def _picture(png: Path, kind: str) -> dict[str, object]:
     content = png.read_bytes()
     pixels = int.from_bytes(content[16:20], "big")  # the width in PNG's first chunk, IHDR
-    uri = "data:image/png;base64," + base64.b64encode(content).decode()
-    return Picture(uri, round(pixels * _CSS_DPI / _PNG_DPI), _ALT[kind])
+    # A CSS width: the picture has more pixels than the page shows, for dense displays and print.
+    return {
+        "uri": "data:image/png;base64," + base64.b64encode(content).decode(),
+        "width": round(pixels * _CSS_DPI / _PNG_DPI),
+        "alt": _ALT[kind],
+    }
 
 
 # --- text ---
@@ -161,7 +142,7 @@ def to_markdown(results: Sequence[ProbeResult], folder: Path) -> str:
     parts = ["# What the experts do", tables.markdown_table(routing_tables.runs_table(results))]
     for result in results:
         parts.append(f"# {result.about['name']}")
-        for kind in _plot_kinds(result):
+        for kind in _kinds(result):
             parts.append(f"![{_ALT[kind]}]({_png(result, folder, kind).name})")
         nearest = routing_tables.nearest_table(result)
         for table in [

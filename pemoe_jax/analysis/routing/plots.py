@@ -66,17 +66,20 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
             axis.grid(color=_GRID, lw=0.8)
             axis.set_axisbelow(True)
             axis.margins(x=0.08)
+            # A single layer would get fractional ticks, and values near 1 an offset such as 1e-3+1.
             axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axis.ticklabel_format(axis="y", useOffset=False)
             axis.tick_params(labelsize=9)
         axes[-1, column].set_xlabel("layer", size=9)
-    # Each row has its own scale: token entropies may differ from 1 by a thousandth only.
+    # Each row has its own scale: token entropies may differ from 1 by a thousandth only. The scale
+    # always ends at 1, and never shows less than 0.02, which would magnify noise.
     for (attribute, _), axis in zip(_ROWS, axes[:, 0], strict=True):
         lowest = min(getattr(r, attribute) for r in routers)
         bottom = max(-0.02, 1 - 1.15 * max(1 - lowest, 0.02))
         axis.set_ylim(bottom, 1 + 0.05 * (1 - bottom))
     figure.supylabel("entropy as a share of log E", size=9.5, color=plots.TEXT_COLOR)
     figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", color=plots.TEXT_COLOR)
+    # One legend for all axes: the encoder has no kinds of cross-attention, the decoder has.
     handles: dict[str, object] = {}
     for axis in axes.flat:
         handles |= {line.get_label(): line for line in axis.get_legend_handles_labels()[0]}
@@ -114,7 +117,7 @@ def plot_dendrogram(
     tasks: Sequence[str],
     png: str | Path,
     *,
-    seen: Collection[str] | None = None,
+    trained: Collection[str] | None = None,
     title: str,
 ) -> Path:
     """Draws the dendrogram of tasks with average linkage.
@@ -123,7 +126,7 @@ def plot_dendrogram(
       distances: [T, T].
       tasks: T names, at least two.
       png: output file.
-      seen: tasks trained on; the others are colored.
+      trained: tasks trained on; the others are colored.
       title: title of the figure.
 
     Raises:
@@ -134,6 +137,8 @@ def plot_dendrogram(
     from scipy.cluster import hierarchy
     from scipy.spatial import distance
 
+    # Average linkage: single linkage would chain tasks. Optimal ordering puts similar leaves next
+    # to each other.
     linkage = hierarchy.linkage(
         distance.squareform(distances, checks=False), "average", optimal_ordering=True
     )
@@ -141,7 +146,7 @@ def plot_dendrogram(
     plt = plots.import_pyplot()
     # In inches, so that labels and rows keep their size for any number of tasks.
     row, left, bottom, tree = 0.19, 0.2, 0.75, 5.0
-    is_colored = seen is not None and 0 < sum(task in seen for task in tasks) < len(tasks)
+    is_colored = trained is not None and 0 < sum(task in trained for task in tasks) < len(tasks)
     top = 0.85 if is_colored else 0.6
     labels = 0.2 + max(plots.text_width(task, 8) for task in tasks)
     width = max(left + tree + labels, 0.5 + plots.text_width(title, 13))
@@ -172,7 +177,9 @@ def plot_dendrogram(
     )
     for task, label in zip(drawn["ivl"], axis.get_yticklabels(), strict=True):
         label.set_color(
-            plots.ACCENT_COLOR if is_colored and seen and task not in seen else plots.TEXT_COLOR
+            plots.ACCENT_COLOR
+            if is_colored and trained and task not in trained
+            else plots.TEXT_COLOR
         )
     axis.set_xlim(left=linkage[-1, 2] * 1.03, right=0)
     axis.tick_params(axis="y", length=0, pad=4)

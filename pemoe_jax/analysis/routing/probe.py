@@ -49,6 +49,7 @@ Probe = Callable[[params_lib.Params, steps.Batch, Array, ProbeTotals], ProbeTota
 
 def expert_counts(model: network.Transformer) -> dict[str, int]:
     """Returns {site: E} of every router in layer order; empty if the method has no routers."""
+    # Shapes are traced, not computed: this also works for models that do not fit into memory.
     shapes = params_lib.flatten(network.param_shapes(model))
     return {
         path.removesuffix("_adapter"): shapes[f"{path}/router/kernel"].shape[-1]
@@ -142,6 +143,7 @@ def make_probe(model: network.Transformer) -> Probe:
             },
         )
 
+    # Donated, so that totals by token, [V, E] at each requested site, exist only once.
     return jax.jit(probe, donate_argnums=(3,))
 
 

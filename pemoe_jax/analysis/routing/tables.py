@@ -16,6 +16,13 @@ from pemoe_jax.analysis.tables import MISSING, Table
 
 _SEEN = {True: "trained on", False: "held out", None: MISSING}
 _READS = {"encoder": "input tokens", "decoder": "tokens that the decoder reads"}
+# Keys of routes.json; files that earlier versions wrote stay comparable.
+_JSON_KEYS = {
+    "token_entropy": "per_token",
+    "mean_entropy": "of_mean",
+    "task_bits": "between_tasks",
+    "mass": "kept",
+}
 _FULL_MASS = 0.999  # float32 sums of a full distribution stay above it
 _ENTROPY_NOTE = (
     "Entropies are fractions of log E; every task has the same weight. Each token: 0 if it uses"
@@ -55,6 +62,7 @@ def runs_table(results: Sequence[ProbeResult]) -> Table:
                 f"{tokens[0]:,} + {tokens[1]:,}",
             ]
         )
+    # Column names are shared with `analysis.tables`, which aligns text columns by their names.
     columns = ["run", "method", "step", "experts", "trainable", "tasks trained on", "held out"]
     return Table("Runs", [*columns, "examples", "tokens in + out"], rows)
 
@@ -154,6 +162,7 @@ def distances_csv(results: Sequence[ProbeResult]) -> str:
 
 def _to_csv(lines: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
+    # csv ends lines with \r\n by default, which shell tools take for a part of the last field.
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()
 
@@ -174,18 +183,8 @@ def _run_entry(result: ProbeResult) -> dict[str, object]:
         ],
         "measure": value_name(result),
         "sites": {site: _site_entry(result, site) for site in result.sites},
-        # the keys of files that earlier versions wrote
         "entropies": [
-            {
-                "site": router.site,
-                "stack": router.stack,
-                "layer": router.layer,
-                "kind": router.kind,
-                "per_token": router.token_entropy,
-                "of_mean": router.mean_entropy,
-                "between_tasks": router.task_bits,
-                "kept": router.mass,
-            }
+            {_JSON_KEYS.get(key, key): value for key, value in dataclasses.asdict(router).items()}
             for router in metrics.router_entropies(result)
         ],
         "distances": [_rounded(row) for row in metrics.task_distances(result)],
@@ -208,5 +207,6 @@ def _site_entry(result: ProbeResult, site: str) -> dict[str, object]:
     }
 
 
+# Six digits: float32 totals do not carry more, and files of equal runs stay equal.
 def _rounded(row: np.ndarray) -> list[float]:
     return [round(float(value), 6) for value in row]
