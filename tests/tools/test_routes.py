@@ -401,7 +401,7 @@ def test_page_with_one_task_and_unknown_roles(tmp_path):
 # --- the command ---
 
 LENGTHS = {"inputs": 32, "targets": 8}
-TINY = dataclasses.replace(CONFIG, vocab_size=256, num_encoder_layers=2, num_decoder_layers=2)
+TINY = dataclasses.replace(CONFIG, vocab_size=256, num_encoder_layers=1, num_decoder_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -468,7 +468,7 @@ def test_means_match_examples_run_one_by_one(folder, tmp_path, capsys):
             "encoder_decoder_attention/value", "mlp/gate",
         )
     ]  # fmt: skip
-    assert len(run["entropies"]) == 2 * 3 + 2 * 5
+    assert len(run["entropies"]) == 1 * 3 + 2 * 5
 
     opened = models.open_model(str(folder / "mov"))
     weights = opened.load()
@@ -502,13 +502,19 @@ def run_alone(transformer, weights, task, row) -> tuple[dict, dict]:
 
 def test_sites_and_default_tasks_of_two_runs(folder, tmp_path):
     checkpoints = [str(folder / "mov"), str(folder / "molora")]
-    flags = [f"--output={tmp_path}", "--sites", "*/layers_1/*/value", "--examples=1"]
+    flags = [
+        f"--output={tmp_path}",
+        "--sites",
+        "decoder/layers_1/*/value",
+        "encoder/*/value",
+        "--examples=1",
+    ]
     assert routes.main([*checkpoints, *flags, *data_flags(folder)]) == 0
     results = json.loads((tmp_path / "routes.json").read_text())["runs"]
     assert [run["name"] for run in results] == ["mov", "molora"]
     for run in results:
         assert list(run["sites"]) == [
-            "encoder/layers_1/attention/value",
+            "encoder/layers_0/attention/value",
             "decoder/layers_1/self_attention/value",
             "decoder/layers_1/encoder_decoder_attention/value",
         ]
@@ -523,7 +529,7 @@ def test_sites_and_default_tasks_of_two_runs(folder, tmp_path):
     [
         ("base.safetensors", [], r"expected a run of mov, molora .*, got a run of none"),
         ("ia3", [], r"expected a run of mov, molora .*, got a run of ia3"),
-        ("mov", ["--sites", "decoder/layers_1/mlp/gat"], r"layers_1/mlp/gat' matches none of 16"),
+        ("mov", ["--sites", "decoder/layers_1/mlp/gat"], r"layers_1/mlp/gat' matches none of 13"),
         (
             "mov",
             ["--tasks", "colour_9"],
@@ -579,7 +585,7 @@ def test_task_and_its_score_task_read_the_same_examples(registered):
         np.testing.assert_array_equal(example.choices[0], score.choices[0])
         assert example.choice_texts == score.choice_texts and len(score.choices) == 1
     (truncated,) = measure.read_examples("colour_1", {"inputs": 3, "targets": 8}, 1)
-    assert len(truncated.inputs) == 3 and truncated.cut_input
+    assert len(truncated.inputs) == 3 and truncated.input_truncated
 
 
 def test_trained_datasets_come_from_the_record_or_roles(registered):

@@ -38,7 +38,7 @@ def draw_plots(result: ProbeResult, folder: Path) -> None:
         },
         _png(result, folder, _MAP),
         trained=result.trained_tasks,
-        # The narrowest scale that fits: soft routers differ from uniform by a few percent.
+        # The narrowest scale that fits: soft routers may differ from uniform by a few percent.
         max_ratio=None,
         title=f"Where tasks are routed: {name}",
         quantity=routing_tables.value_name(result),
