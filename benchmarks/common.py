@@ -58,6 +58,7 @@ def dimensions(size: str) -> dict[str, int]:
 
 def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
     """Returns the lower quartile, the median and the upper quartile."""
+    # `statistics.quantiles` needs two; a trial may take one round.
     if len(numbers) == 1:
         return (numbers[0],) * 3
     low, middle, high = statistics.quantiles(numbers, n=4, method="inclusive")
@@ -65,7 +66,8 @@ def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
 
 
 def paired_ratios(ours: Sequence[float], peers: Sequence[float]) -> tuple[float, float, float]:
-    """Returns the quartiles of ours over the peer's, round by round."""
+    """Returns the quartiles of our times over the peer's, round by round."""
+    # By round: a slow minute of the machine slows both sides and cancels in the ratio.
     return quartiles([a / b for a, b in zip(ours, peers, strict=True)])
 
 
@@ -123,6 +125,7 @@ def make_row(
 
 def _command() -> str:
     """Returns the command line without the output file of the rows."""
+    # The path differs from machine to machine, and rows of one command should compare equal.
     words = ["benchmarks/" + pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
     if "--json" in words:
         at = words.index("--json")

@@ -126,6 +126,7 @@ def device_rates(dtype: str) -> dict[str, float]:
     kind = jax.devices()[0].device_kind
     if kind in CHIPS:
         return dict(zip(("flops", "bytes"), CHIPS[kind], strict=True))
+    # Large enough that launches do not count, and that the line exceeds all caches.
     side, size = 2048, 1 << 26
     square = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a: a @ a)
@@ -155,6 +156,7 @@ def fastest_time(function: Callable[[], Any], tries: int = 5) -> float:
 
 def floor_time(work: Mapping[str, float], *rates: Mapping[str, float]) -> dict[str, float]:
     """Returns a row's floor: the time of `work` at the highest rates that any side measured."""
+    # Each side measures the machine; the higher rate is closer to what it can do.
     fastest = {key: max(rate[key] for rate in rates) for key in ("flops", "bytes")}
     return {
         "seconds": max(work[key] / fastest[key] for key in fastest),

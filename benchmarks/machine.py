@@ -19,6 +19,7 @@ MEGABYTE = 1e6
 
 def pin(cores: int = CORES) -> None:
     """Restricts this process to the first cores; call it before jax or torch count them."""
+    # Both libraries start as many threads as cores; peers would differ in them on larger machines.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
 
@@ -63,6 +64,7 @@ class PeakMemory:
 
 def _busy_seconds() -> float:
     """Returns the CPU seconds of all processes since the machine started."""
+    # Fields: user nice system idle iowait irq softirq steal; waiting for disks is not busy.
     fields = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     jiffies = [int(field) for field in fields]
     idle = jiffies[3] + jiffies[4]

@@ -4,7 +4,7 @@
         [--t5x .venv-t5x/bin/python] [--json FILE]
 
 T5 v1.1 Small, 8 rows of 128 and 32 tokens without padding, float32, Adafactor, no dropout, two CPU
-threads per side. `t5x_peer.py` explains what is T5X's own; `make bench-peers` installs its
+threads per side. `t5x_peer.py` explains which parts are T5X's; `make bench-peers` installs its
 environment.
 """
 

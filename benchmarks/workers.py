@@ -39,6 +39,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.spec: dict[str, Any] = json.loads(sys.argv[1])
+        # Libraries print to descriptor 1 from C++ too, so sys.stdout alone is not enough.
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         if not self.spec.get("gpu"):
@@ -60,12 +61,14 @@ class Worker:
           info: entries for the row; `before` is the memory before the model was built, in bytes.
           final_info: returns entries for the row after the last step, while the other side rests.
         """
+        # The first step allocates what later ones reuse, and torch compiles in it.
         clock = time.perf_counter()
         first = float(step())
         host_memory.trim_heap()  # memory of the compilation, which peers return by now
         step()
         warm_up = time.perf_counter() - clock
         build_peak = machine.memory("VmHWM")
+        # The peak of steps alone shows what a run holds once compilation is over.
         machine.reset_peak_memory()
         self._answer({**info, "first": first, "warm-up": warm_up})
         steps = self.spec.get("steps", 1)
@@ -179,6 +182,7 @@ def alternate(sides: Sequence[Side], rounds: int, sequential: bool = False) -> f
     for side in sides:
         side.wait()
     load = machine.OtherLoad()
+    # Rotating the order spreads effects of a side on the next one over all sides.
     for number in range(rounds):
         for offset in range(len(sides)):
             time.sleep(0.05)  # until the threads of the previous side sleep

@@ -269,11 +269,13 @@ def measure_routing(
 
     members = {task: [keep_correct_choice(group) for group in groups[task]] for task in groups}
     # `score_batches` sorts by length; identity leads from a group in a batch back to its task.
-    task_ids = {id(g): number for number, of_task in enumerate(members.values()) for g in of_task}
+    task_ids = {
+        id(g): task for task, task_groups in enumerate(members.values()) for g in task_groups
+    }
     probe = probe_lib.make_probe(model)
     totals = partitioning.replicate(probe_lib.init_totals(model, len(groups), token_sites), mesh)
     batches = batching.score_batches(
-        [group for of_task in members.values() for group in of_task],
+        [group for task_groups in members.values() for group in task_groups],
         batch_size,
         multiple_of=mesh.shape["data"],
     )
