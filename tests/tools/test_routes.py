@@ -447,20 +447,27 @@ def data_flags(root: pathlib.Path) -> list[str]:
     ]
 
 
-def test_means_match_examples_run_one_by_one(folder, tmp_path, capsys):
+def test_page_of_two_runs_and_means_of_examples_run_one_by_one(folder, tmp_path, capsys):
     out = tmp_path / "page"
-    flags = ["--tasks", "colour_*", "free_1", "check_1", "--examples=3", f"--output={out}"]
-    assert routes.main([str(folder / "mov"), *flags, *data_flags(folder)]) == 0
+    checkpoints = [str(folder / "mov"), str(folder / "molora")]
+    flags = ["--examples=3", f"--output={out}", *data_flags(folder)]
+    assert routes.main([*checkpoints, *flags]) == 0
     assert "routes.html" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
         "routes.html", "routes.md", "routes.json", "routes.csv", "distances.csv",
         "mov_map.png", "mov_entropy.png", "mov_tasks.png",
+        "molora_map.png", "molora_entropy.png", "molora_tasks.png",
     }  # fmt: skip
-    check_self_contained(_Page((out / "routes.html").read_text()), pictures=3)
-    (run,) = json.loads((out / "routes.json").read_text())["runs"]
-    seen = {task["name"]: task["seen"] for task in run["tasks"]}
-    assert seen == {"colour_1": True, "colour_2": True, "free_1": True, "check_1": False}
-    assert {task["examples"] for task in run["tasks"]} == {3}
+    check_self_contained(_Page((out / "routes.html").read_text()), pictures=6)
+    results = json.loads((out / "routes.json").read_text())["runs"]
+    assert [run["name"] for run in results] == ["mov", "molora"]
+    for run in results:
+        # a prompt of each dataset, training tasks first
+        seen = {task["name"]: task["seen"] for task in run["tasks"]}
+        assert list(seen.items()) == [("colour_1", True), ("free_1", True), ("check_1", False)]
+        assert {task["examples"] for task in run["tasks"]} == {3}
+        assert {site.rsplit("/", 2)[0] for site in run["sites"]} == {"decoder/layers_1"}
+    run = results[0]
     assert list(run["sites"]) == [
         f"decoder/layers_1/{site}"
         for site in (
@@ -498,30 +505,6 @@ def run_alone(transformer, weights, task, row) -> tuple[dict, dict]:
         "decoder_input_tokens": np.pad(target[:, :-1], ((0, 0), (1, 0))),
     }
     return router_probs(transformer, weights, batch), {"encoder": len(ids), "decoder": len(targets)}
-
-
-def test_sites_and_default_tasks_of_two_runs(folder, tmp_path):
-    checkpoints = [str(folder / "mov"), str(folder / "molora")]
-    flags = [
-        f"--output={tmp_path}",
-        "--sites",
-        "decoder/layers_1/*/value",
-        "encoder/*/value",
-        "--examples=1",
-    ]
-    assert routes.main([*checkpoints, *flags, *data_flags(folder)]) == 0
-    results = json.loads((tmp_path / "routes.json").read_text())["runs"]
-    assert [run["name"] for run in results] == ["mov", "molora"]
-    for run in results:
-        assert list(run["sites"]) == [
-            "encoder/layers_0/attention/value",
-            "decoder/layers_1/self_attention/value",
-            "decoder/layers_1/encoder_decoder_attention/value",
-        ]
-        # a prompt of each dataset, training tasks first
-        assert [task["name"] for task in run["tasks"]] == ["colour_1", "free_1", "check_1"]
-        assert [task["examples"] for task in run["tasks"]] == [1, 1, 1]
-    check_self_contained(_Page((tmp_path / "routes.html").read_text()), pictures=6)
 
 
 @pytest.mark.parametrize(
@@ -600,6 +583,13 @@ def test_trained_datasets_come_from_the_record_or_roles(registered):
     assert measure.trained_datasets(Opened(Record(["check"])), registered) == {"check"}
     assert measure.trained_datasets(Opened(Record(None)), registered) == {"colour", "free"}
     assert measure.trained_datasets(Opened(None), Registered()) is None
+
+
+def test_select_sites_by_patterns():
+    sites = ["encoder/layers_0/attention/value", "decoder/layers_0/mlp/gate"]
+    experts = dict.fromkeys([*sites, "decoder/layers_0/self_attention/value"], 3)
+    assert measure.select_sites(["*/mlp/*", "encoder/*/value"], experts) == sites
+    assert measure.select_sites("decoder/*/value", experts) == [list(experts)[2]]
 
 
 def test_select_sites_rejects_different_numbers_of_experts():
