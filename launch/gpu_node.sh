@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# A run on one machine with GPUs: installs once into .venv, then one process uses all of them.
+# Runs a command on one machine with GPUs: installs into .venv once, then starts one process that
+# uses all GPUs.
 #
-#   launch/gpu_node.sh [--dry-run] python -m pemoe_jax.train …
+#   launch/gpu_node.sh [--dry-run] pemoe train …
 #
-# CUDA_VISIBLE_DEVICES chooses among them. PYTHON (python3): what .venv is made with.
+# CUDA_VISIBLE_DEVICES selects GPUs. PYTHON (default: python3) is the interpreter of .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,7 +14,7 @@ if [[ ${1-} == --dry-run ]]; then
   shift
 fi
 if (($# == 0)); then
-  echo "gpu_node.sh: expected a command, e.g. python -m pemoe_jax.train …" >&2
+  echo "gpu_node.sh: expected a command, e.g. pemoe train …" >&2
   exit 2
 fi
 
@@ -23,5 +24,5 @@ if [[ ! -f .venv/.installed-gpu ]]; then
   run touch .venv/.installed-gpu
 fi
 run nvidia-smi -L
-# one process sees all GPUs and shares the batch out itself: no coordinator
+# One process shards the batch over all GPUs and needs no coordinator.
 run env -u JAX_COORDINATOR_ADDRESS "PATH=$PWD/.venv/bin:$PATH" "$@"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# N processes on this machine as one run, over loopback and on virtual CPU devices: a small pod.
+# Runs a command in N processes on this machine as one run, on virtual CPU devices: a small pod.
 #
-#   launch/local_processes.sh [--dry-run] N python -m pemoe_jax.train …
+#   launch/local_processes.sh [--dry-run] N pemoe train …
 #
-# DEVICES_PER_PROCESS (1): of each. COORDINATOR_PORT: a free one. Lines are prefixed with the number
-# of their process. Where one fails the others are ended, within GRACE_SECONDS (10), and its exit
-# code is the script's.
+# DEVICES_PER_PROCESS (default: 1) is the number of devices of each; COORDINATOR_PORT defaults to a
+# free port. Each line of output starts with the number of its process. If a process fails, the
+# others are ended within GRACE_SECONDS (default: 10) and the script exits with its exit code.
 set -euo pipefail
 
 dry_run=
@@ -14,7 +14,7 @@ if [[ ${1-} == --dry-run ]]; then
   shift
 fi
 if [[ ! ${1-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
-  echo "${0##*/}: expected [--dry-run], a number of processes and a command, found: $*" >&2
+  echo "${0##*/}: expected [--dry-run], a number of processes and a command, got: $*" >&2
   exit 2
 fi
 count=$1
@@ -51,14 +51,14 @@ fi
 
 pids=()
 
-signal_all() { # each process leads a group, so that what it started is reached too
+signal_all() { # sent to process groups, to reach the children of the processes too
   local pid
   for pid in "${pids[@]}"; do
     kill "-$1" -- "-$pid" 2>/dev/null || true
   done
 }
 
-end_all() { # with signal $1, and what is left after a while for good
+end_all() { # sends signal $1, then SIGKILL after GRACE_SECONDS
   signal_all "$1"
   local deadline=$((SECONDS + ${GRACE_SECONDS:-10})) pid
   for pid in "${pids[@]}"; do
@@ -70,7 +70,7 @@ end_all() { # with signal $1, and what is left after a while for good
 trap 'end_all INT; exit 130' INT
 trap 'end_all TERM; exit 143' TERM
 
-prefix() { # ends with its input, not by a signal: last words count
+prefix() { # ends at the end of its input, not by a signal: a last error line must get through
   trap '' INT TERM
   exec sed -u "s/^/[$1] /"
 }
@@ -83,9 +83,9 @@ for ((i = 0; i < count; i++)); do
   ) </dev/null &
   pids[i]=$!
 done
-set +m # the groups stay
+set +m # the process groups remain
 
-exec 3>&2 # bash has words of its own for a child that a signal ended
+exec 3>&2 # the loop's stderr is closed: bash reports children that a signal ended
 while ((${#pids[@]})); do
   for i in "${!pids[@]}"; do
     kill -0 "${pids[i]}" 2>/dev/null && continue

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A run on all hosts of a Cloud TPU: makes the TPU if it is not there, copies the clone, installs,
-# runs the command on every worker and shows what they print.
+# Runs a command on all hosts of a Cloud TPU: creates the TPU if needed, copies the clone, installs,
+# runs the command on every worker and shows their output.
 #
 #   TPU_NAME=mov TPU_TYPE=v4-64 ZONE=us-central2-b \
 #     launch/tpu_pod.sh [--dry-run] [--spot] [--delete] \
-#       python -m pemoe_jax.train … --gin.MODEL_DIR=/mnt/share/mov
+#       pemoe train … --gin.MODEL_DIR=/mnt/share/mov
 #
-# --spot: a preemptible TPU; when it was taken away it is made again and the same command goes on
-# from its newest checkpoint. --delete: deletes the TPU in the end, however that comes.
-# RUNTIME (tpu-ubuntu2204-base): the image; v5e and v6e have their own. SETUP: what each worker
-# runs first, e.g. to mount a folder that all share. Variables that start with PEMOE_ are handed
-# on. gcloud's project and account are as `gcloud config` says.
+# --spot: a preemptible TPU; when it is preempted it is created again and the same command resumes
+# from its newest checkpoint. --delete: deletes the TPU at the end, also after a failure.
+# RUNTIME (default: tpu-ubuntu2204-base): the image; v5e and v6e need others. SETUP: a command that
+# each worker runs first, e.g. to mount a shared folder. Variables that start with PEMOE_ are passed
+# on. The project and account are those of `gcloud config`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,7 +21,7 @@ while [[ ${1-} == --* ]]; do
     --spot) spot=1 ;;
     --delete) delete=1 ;;
     *)
-      echo "tpu_pod.sh: expected --dry-run, --spot or --delete, found $1" >&2
+      echo "tpu_pod.sh: expected --dry-run, --spot or --delete, got $1" >&2
       exit 2
       ;;
   esac
@@ -34,14 +34,14 @@ for name in TPU_NAME TPU_TYPE ZONE; do
   fi
 done
 if (($# == 0)); then
-  echo "tpu_pod.sh: expected a command, e.g. python -m pemoe_jax.train …" >&2
+  echo "tpu_pod.sh: expected a command, e.g. pemoe train …" >&2
   exit 2
 fi
 
 gcloud=(gcloud compute tpus tpu-vm)
 where=("$TPU_NAME" "--zone=$ZONE")
 
-run() { # shows a command beside what it prints; in a dry run it is all there is
+run() { # prints a command, and runs it unless --dry-run is set
   if [[ $dry_run ]]; then
     printf '%q ' "$@" && echo
   else
@@ -52,7 +52,7 @@ run() { # shows a command beside what it prints; in a dry run it is all there is
 
 on_all() { run "${gcloud[@]}" ssh "${where[@]}" --worker=all "--command=$1"; }
 
-state() { # READY, PREEMPTED, …; nothing where there is no such TPU
+state() { # prints READY, PREEMPTED, …; nothing if the TPU does not exist
   [[ ! $dry_run ]] || return 0
   "${gcloud[@]}" describe "${where[@]}" '--format=value(state)' 2>/dev/null || true
 }
@@ -64,7 +64,7 @@ create() {
     "--version=${RUNTIME:-tpu-ubuntu2204-base}" ${spot:+--spot}
 }
 
-there() { # makes the TPU, unless it is there
+ensure_tpu() { # creates the TPU unless it is ready
   case $(state) in
     READY) ;;
     '') create ;;
@@ -75,13 +75,13 @@ there() { # makes the TPU, unless it is there
 archive=${TMPDIR:-/tmp}/$TPU_NAME.pemoe_jax.tar.gz
 # shellcheck disable=SC2016
 pack='git ls-files -z --cached --others --exclude-standard | tar -czf "$1" --null --files-from=-'
-# uv brings a Python of its own: that of the image may be older than 3.11
+# uv installs its own Python: that of the image may be older than 3.11.
 install='mkdir -p pemoe_jax && tar -xzf pemoe_jax.tar.gz -C pemoe_jax && cd pemoe_jax'
 install+=' && python3 -m pip install --quiet --user uv'
 install+=' && python3 -m uv venv --quiet --allow-existing --python 3.11 .venv'
 install+=' && python3 -m uv pip install --quiet --python .venv -c constraints.txt -e ".[tpu]"'
 
-copy() { # the clone as it lies here, less what git ignores
+copy() { # the working tree without files that git ignores
   run bash -o pipefail -c "$pack" pack "$archive" &&
     run "${gcloud[@]}" scp "$archive" "$TPU_NAME:pemoe_jax.tar.gz" "--zone=$ZONE" --worker=all &&
     on_all "$install" &&
@@ -92,17 +92,17 @@ settings='PEMOE_DISTRIBUTED=1'
 for name in "${!PEMOE_@}"; do
   [[ $name == PEMOE_DISTRIBUTED ]] || settings+=" $name=$(printf '%q' "${!name}")"
 done
-# $PWD and $PATH are those of the worker
+# $PWD and $PATH are expanded on the worker.
 # shellcheck disable=SC2016
 command='cd pemoe_jax && env "PATH=$PWD/.venv/bin:$PATH"'" $settings$(printf ' %q' "$@")"
 
 [[ ! $delete ]] || trap remove EXIT
 
-there && copy && on_all "$command" && exit
+ensure_tpu && copy && on_all "$command" && exit
 code=$?
 while [[ $spot && $(state) != READY ]]; do
-  echo "tpu_pod.sh: $TPU_NAME was taken away: making it again" >&2
-  until there; do sleep 60; done
+  echo "tpu_pod.sh: $TPU_NAME was preempted: creating it again" >&2
+  until ensure_tpu; do sleep 60; done
   copy && on_all "$command" && exit
   code=$?
 done

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # each run compiles: none hangs on what ran before
-# Two devices, and code that is made quickly: most programs run once, on little. With all of XLA's
-# optimisations compilation was three quarters of the time that the tests took.
+# No cache from an earlier session: every session compiles everything that it runs.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# Two devices, and fast compilation: most programs run once, on small arrays. With all of XLA's
+# optimizations, compilation took three quarters of the tests' time.
 _XLA_FLAGS = (
     "--xla_force_host_platform_device_count=2",
     "--xla_backend_optimization_level=0",
@@ -21,10 +22,10 @@ _XLA_FLAGS = (
     "--xla_cpu_parallel_codegen_split_count=2",
 )
 _GIVEN = os.environ.get("XLA_FLAGS", "").split()
-# behind what is given, for of two XLA takes the last
+# After the given flags: XLA takes the last of two.
 os.environ["XLA_FLAGS"] = " ".join([*_GIVEN, *(flag for flag in _XLA_FLAGS if flag not in _GIVEN)])
-# What one test has compiled others need not: many train the same model, in processes of their own
-# too. The folder is new in each session; xdist's workers have it of the process that starts them.
+# Tests share a compilation cache, also with their subprocesses: many train the same model. The
+# folder is new in each session; xdist's workers inherit it from the process that starts them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory(prefix="pemoe_jax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
@@ -43,7 +44,7 @@ def _existing(variable: str, default: pathlib.Path) -> pathlib.Path:
     return path
 
 
-# Files that take longest, begun first: two workers then end together.
+# The slowest files start first, so that two workers end at about the same time.
 LONGEST = (
     *("test_train", "test_sweep", "test_stacks", "test_pod", "test_p3", "test_benchmarks"),
     *("test_routers", "test_fused_attention", "test_quantized", "test_plan", "test_embed"),
@@ -68,10 +69,11 @@ def t5_vocab() -> pathlib.Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_go_with_the_module() -> Iterator[None]:
-    """Thousands of them would be some GB, and all of it looked through at each collection.
+def clear_compiled_programs() -> Iterator[None]:
+    """Frees compiled programs after each module: thousands of them take several GB.
 
-    What is left, a million objects of imports, is not looked through until the next module ends.
+    The garbage collector skips the million objects of imports that remain: it would traverse them
+    at every collection.
     """
     yield
     jax.clear_caches()
@@ -81,8 +83,8 @@ def programs_go_with_the_module() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def registered_tasks_go_with_the_module() -> Iterator[None]:
-    """P3's names may be P3's own tasks in one module, and a folder of JSON lines in the next."""
+def unregister_tasks() -> Iterator[None]:
+    """Unregisters tasks after each module: modules register different tasks under P3's names."""
     yield
     jsonl = sys.modules.get("pemoe_jax.tasks.jsonl")
     if jsonl is not None:

@@ -1,4 +1,4 @@
-"""The shipped gin files: sizes, methods, and what flags do to them."""
+"""The gin files of the package: sizes, methods, and flags that override them."""
 
 import pathlib
 
@@ -43,7 +43,7 @@ def count(model: network.Transformer, keep=lambda _: True) -> int:
         ("t5_1_1_xxl", 11_135_332_352),
     ],
 )
-def test_sizes_are_those_published(size, parameters):
+def test_sizes_equal_the_published_ones(size, parameters):
     assert count(configured_model(size, "full")) == parameters
 
 
@@ -100,7 +100,7 @@ def test_values_of_flags(value, expected):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["--gin_file=models/no_such.gin"], "no_such.gin"),
         (["--gin_file=runs/finetune.gin", "--gin.TRAIN_STEP=1"], "did you mean TRAIN_STEPS"),
@@ -109,12 +109,12 @@ def test_values_of_flags(value, expected):
         ([], "no gin file"),
     ],
 )
-def test_wrong_flags(flags, says):
-    with pytest.raises(InputError, match=says):
+def test_wrong_flags(flags, message):
+    with pytest.raises(InputError, match=message):
         configure(*flags)
 
 
-def test_every_file_says_what_it_is_and_none_is_python():
+def test_every_file_starts_with_a_comment_and_none_is_python():
     files = sorted(GIN.rglob("*.gin"))
     assert len(files) > 15
     for file in files:
@@ -124,7 +124,7 @@ def test_every_file_says_what_it_is_and_none_is_python():
 
 @pytest.mark.parametrize("flags", [[], ["--gin.VOCAB_PATH=/given/spiece.model"]])
 def test_vocabulary_macro(monkeypatch, flags):
-    """VOCAB_PATH is the environment's, unless a flag gives it."""
+    """VOCAB_PATH defaults to the environment variable; a flag overrides it."""
     monkeypatch.setenv("PEMOE_VOCAB_PATH", "/environment/spiece.model")
     configure("--gin_file=runs/finetune.gin", *flags)
     path = gin.query_parameter("tasks.register.vocab_path")

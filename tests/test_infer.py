@@ -30,14 +30,14 @@ TASKS = {"colour_1", "colour_2", "free_1"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """Tasks, a vocabulary and two random bases that answer different inputs differently."""
+    """Tasks, a vocabulary and two random bases whose outputs depend on the input."""
     root = tmp_path_factory.mktemp("infer")
     write_folder(root / "tasks")
     write_vocabulary(root / "vocab.model")
     for seed in (0, 1):
         base = network.init_params(network.Transformer(CONFIG), seed, params_lib.is_base)
         flat = params_lib.flatten(base)
-        # attention to the input decides, and the words of the vocabulary come out
+        # Cross-attention dominates, and only ids of words are decoded.
         for path in flat:
             if "encoder_decoder_attention" in path:
                 flat[path] = flat[path] * 6
@@ -73,15 +73,15 @@ def read(out: pathlib.Path, task: str, run: str = "base_0") -> list[dict]:
 
 @pytest.fixture(scope="module")
 def decoded(folder, tmp_path_factory) -> pathlib.Path:
-    """Both bases over the training tasks' evaluation splits."""
+    """Both bases decoded on the evaluation splits of the training tasks."""
     out = tmp_path_factory.mktemp("decoded")
     bases = [str(folder / f"base_{seed}.safetensors") for seed in (0, 1)]
     assert infer.main(flags(folder, out, CHECKPOINT_PATH=bases)) == 0
     return out
 
 
-def test_predictions_are_those_of_greedy_decoding(folder, decoded):
-    """Of every example alone, without padding: batches, buckets and devices have no say."""
+def test_predictions_equal_greedy_decoding_of_each_example(folder, decoded):
+    """Without padding: batching and devices do not change a prediction."""
     texts = set()
     for run in ("base_0", "base_1"):
         opened = models.open_model(str(folder / f"{run}.safetensors"))
@@ -98,10 +98,10 @@ def test_predictions_are_those_of_greedy_decoding(folder, decoded):
                 )
                 assert vocabulary.decode(np.asarray(tokens)[0].tolist()) == line["prediction"]
                 texts.add(line["prediction"])
-    assert len(texts) > 4, "the model should say different things"
+    assert len(texts) > 4, "the model should give different predictions"
 
 
-def test_predictions_go_with_their_examples(folder, decoded):
+def test_predictions_are_in_the_order_of_the_examples(folder, decoded):
     for task in TASKS:
         rows = (folder / "tasks" / task / "validation.jsonl").read_text().splitlines()
         for row, line in zip(map(json.loads, rows), read(decoded, task), strict=True):
@@ -121,7 +121,7 @@ def test_results(decoded):
     assert "| colour " in text and "| free_1 " in text and "base_1: decoded" in text
 
 
-def test_long_inputs_are_cut_and_counted(decoded):
+def test_long_inputs_are_truncated_and_counted(decoded):
     tasks = json.loads((decoded / "results.json").read_text())["runs"][0]["tasks"]
     vocabulary = seqio_tasks.get_mixture_or_task("colour_1").output_features["inputs"].vocabulary
     for task in TASKS:
@@ -133,7 +133,7 @@ def test_long_inputs_are_cut_and_counted(decoded):
 
 
 def test_metrics_by_name_and_their_values(folder, decoded, tmp_path):
-    """Targets are what the model says, or not, as chosen here: 4 of 6 are right."""
+    """Targets are chosen so that 4 of 6 predictions are correct."""
     for name in ("said", "asked"):
         rows = [
             {"inputs": line["inputs"], "targets": line["prediction"] if i % 3 else "zebra"}
@@ -155,7 +155,7 @@ def test_metrics_by_name_and_their_values(folder, decoded, tmp_path):
 
 
 def test_a_held_out_mixture_and_a_few_examples(folder, tmp_path):
-    """For the twins of a mixture the tasks that they are of."""
+    """For <task>_score_eval tasks of a mixture, <task> is decoded."""
     macros = {"MIXTURE_OR_TASK_NAME": "jsonl_score_eval", "EVAL_EXAMPLES": 2}
     assert infer.main(flags(folder, tmp_path, **macros)) == 0
     found = json.loads((tmp_path / "results.json").read_text())["runs"][0]["tasks"]
@@ -163,7 +163,7 @@ def test_a_held_out_mixture_and_a_few_examples(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("macros", "says"),
+    ("macros", "message"),
     [
         ({"MIXTURE_OR_TASK_NAME": "colour"}, "unknown task or mixture 'colour'"),
         ({"CHECKPOINT_PATH": "/no/such"}, "/no/such"),
@@ -174,11 +174,11 @@ def test_a_held_out_mixture_and_a_few_examples(folder, tmp_path):
         ({"BATCH": 2}, "--gin.BATCH: no gin file has a macro of this name"),
     ],
 )
-def test_wrong_input_is_one_line(folder, tmp_path, capsys, monkeypatch, macros, says):
+def test_wrong_input_is_one_line(folder, tmp_path, capsys, monkeypatch, macros, message):
     monkeypatch.delenv("PEMOE_P3_DIR", raising=False)
     assert infer.main(flags(folder, tmp_path, **macros)) == 1
     error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and says in error[0], error
+    assert len(error) == 1 and message in error[0], error
     assert not list(tmp_path.iterdir())
 
 
@@ -197,7 +197,7 @@ def test_wrong_metrics_and_no_evaluation_split_are_one_line(folder, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_a_task_with_metrics_of_scores_is_told_of(folder, tmp_path, capsys):
+def test_metrics_of_scores_are_an_error(folder, tmp_path, capsys):
     import seqio
 
     def of_scores(targets, scores):
@@ -217,5 +217,5 @@ def test_a_task_with_metrics_of_scores_is_told_of(folder, tmp_path, capsys):
 
 
 def test_devices_are_two():
-    """What the tests above rely on."""
+    """The tests above rely on it."""
     assert len(jax.devices()) == 2

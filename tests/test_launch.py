@@ -1,4 +1,4 @@
-"""`launch/`: what its scripts would run, arguments that pass through, and processes that end."""
+"""The scripts of `launch/`: dry runs, arguments that pass through, and ending processes."""
 
 import os
 import shlex
@@ -34,12 +34,12 @@ def run(script: str, *arguments: str, check: int = 0, **variables: str):
 
 
 def commands(script: str, *arguments: str, **variables: str) -> list[list[str]]:
-    """The words of each line of a dry run, as the shell reads them."""
+    """Returns the words of each line of a dry run, as the shell splits them."""
     out = run(script, "--dry-run", *arguments, **variables).stdout
     return [shlex.split(line) for line in out.splitlines()]
 
 
-def test_these_are_all_scripts_and_they_are_short():
+def test_the_folder_holds_these_short_scripts():
     assert sorted(path.name for path in LAUNCH.iterdir()) == SCRIPTS
     for name in SCRIPTS:
         lines = (LAUNCH / name).read_text().splitlines()
@@ -47,7 +47,7 @@ def test_these_are_all_scripts_and_they_are_short():
         assert os.access(LAUNCH / name, os.X_OK)
 
 
-def test_shellcheck_finds_nothing():
+def test_shellcheck_passes():
     beside = Path(sys.executable).with_name("shellcheck")
     found = str(beside) if beside.exists() else shutil.which("shellcheck")
     if found is None:
@@ -58,7 +58,7 @@ def test_shellcheck_finds_nothing():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_no_command_is_one_line(script):
+def test_a_missing_command_is_a_one_line_error(script):
     arguments = ["2"] if script == "local_processes.sh" else []
     done = run(script, "--dry-run", *arguments, check=2, **TPU)
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1
@@ -122,15 +122,15 @@ def test_tpu_pod_dry_run():
     assert delete == [*gcloud, "delete", "mov", "--zone=us-central2-b", "--quiet"]
 
 
-def test_tpu_pod_names_what_is_missing():
+def test_tpu_pod_names_missing_variables():
     done = run("tpu_pod.sh", *COMMAND, check=2, TPU_NAME="mov", ZONE="z", TPU_TYPE="")
     assert done.stderr.count("\n") == 1 and "TPU_TYPE is not set" in done.stderr
     assert "--spots" in run("tpu_pod.sh", "--spots", *COMMAND, check=2, **TPU).stderr
 
 
-# --- a TPU that is played ---
+# --- a fake gcloud ---
 
-# Remembers the TPU's state in a file; the first run of the command takes the TPU away, if asked to.
+# Keeps the TPU's state in a file; preempts it at the first run of the command if `preempts` exists.
 GCLOUD = r"""#!/usr/bin/env bash
 state=$PLAY/state
 echo "$4 ${!#}" >>"$PLAY/log"
@@ -172,7 +172,7 @@ def play(tmp_path):
 FIRST = ["describe", "create", "scp", "ssh", "ssh"]
 
 
-def test_a_tpu_is_made_once_and_reused(play):
+def test_a_tpu_is_created_once_and_reused(play):
     assert play() == ("trained\n", FIRST)
     assert play() == ("trained\n", ["describe", "scp", "ssh", "ssh"])
     archive = subprocess.run(
@@ -182,7 +182,7 @@ def test_a_tpu_is_made_once_and_reused(play):
     assert not [name for name in archive if name.startswith((".git/", ".venv/"))]
 
 
-def test_a_preempted_tpu_is_made_again(play):
+def test_a_preempted_tpu_is_created_again(play):
     (play.folder / "preempts").touch()
     out, calls = play("--spot", "--delete")
     assert out == "trained\n"
@@ -190,7 +190,7 @@ def test_a_preempted_tpu_is_made_again(play):
     assert calls == [*FIRST, *gone, "delete"]
 
 
-def test_a_run_that_fails_is_not_repeated(play):
+def test_a_failed_run_is_not_repeated(play):
     (play.folder / "fails").touch()
     assert play("--spot", check=3) == ("", [*FIRST, "describe"])
     assert play("--delete", check=3) == ("", ["describe", "scp", "ssh", "ssh", "delete"])
@@ -236,8 +236,8 @@ def test_local_processes_know_their_numbers_and_get_their_arguments():
     ("end", "code", "how"),
     [("sys.exit(3)", 3, "exit code 3"), ("os.kill(os.getpid(), 9)", 137, "SIGKILL")],
 )
-def test_one_that_fails_ends_the_others(tmp_path, end, code, how):
-    """Even one that ignores being asked, and what it started."""
+def test_a_failed_process_ends_the_others(tmp_path, end, code, how):
+    """Also a process that ignores SIGTERM, and its children."""
     program = f"""
 import os, pathlib, signal, subprocess, sys, time
 mark = pathlib.Path(sys.argv[1])
@@ -261,7 +261,7 @@ time.sleep(120)
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, or does within a moment."""
+    """Returns whether a process ends within five seconds."""
     for _ in range(50):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -274,7 +274,7 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ending_the_script_ends_them(number, code):
+def test_a_signal_to_the_script_ends_the_processes(number, code):
     program = "import os, time; print(os.getpid(), flush=True); time.sleep(120)"
     script = subprocess.Popen(
         ["bash", str(LAUNCH / "local_processes.sh"), "2", sys.executable, "-c", program],

@@ -1,4 +1,4 @@
-"""Two processes of two virtual devices each, over loopback: as one process on one device."""
+"""Two processes with two virtual devices each compute the same as one process on one device."""
 
 import json
 import os
@@ -25,16 +25,16 @@ MESHES = {
     "1x4": {"MODEL_PARALLELISM": 4},
     "fsdp": {"FSDP": True},
 }
-# packed rows hold other examples where examples are shared out; dropout is drawn as on one device
+# Without packing: with two shards, packed rows would hold other examples.
 SETTINGS = {"PACK": False, "LOG_PERIOD": 1, "CHECKPOINT_PERIOD": 2, "KEEP_CHECKPOINTS": None}
-SETTINGS["optim.adamw.eps"] = 1e-3  # see test_train.test_a_run_goes_on_in_another_form
+SETTINGS["optim.adamw.eps"] = 1e-3  # see test_train.test_a_run_resumes_in_another_form
 
 pytestmark = pytest.mark.slow
 
 
 Command = tuple[str, list[str]]  # of the package, and its flags
 
-# One after another in one process: most of a command's time goes to imports.
+# Commands run in one process, since most of a command's time goes to imports.
 IN_TURN = """
 import importlib, json, sys
 for name, flags in json.loads(sys.argv[1]):
@@ -47,7 +47,7 @@ def in_turn(*commands: Command) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The tests' own, but with one device."""
+    """Returns the environment of the tests with one device."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     return {**os.environ, "XLA_FLAGS": flags, **more}
 
@@ -94,7 +94,7 @@ def evaluation(folder, checkpoint, output, **macros) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory) -> pathlib.Path:
-    """A run of one process on one device, and its scores."""
+    """A run of one process on one device, scored."""
     root = tmp_path_factory.mktemp("alone")
     run_alone(
         ("train", flags_of(folder, root / "run")),
@@ -105,7 +105,7 @@ def alone(folder, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def in_two(folder, tmp_path_factory) -> pathlib.Path:
-    """The same of two processes on each mesh, and a run that changes its mesh after two steps."""
+    """Runs of two processes on each mesh, scored, and one that changes its mesh after two steps."""
     root = tmp_path_factory.mktemp("in_two")
     commands: list[Command] = []
     for mesh, macros in MESHES.items():
@@ -130,13 +130,13 @@ def test_two_processes_equal_one(alone, in_two, mesh):
     for step, loss in expected.items():
         assert found[step] == pytest.approx(loss, rel=1e-5), step
     assert_moved_alike(alone / "run", in_two / mesh / "run")
-    np.testing.assert_allclose(  # they are written with five decimals
+    np.testing.assert_allclose(  # scores are written with five decimals
         scores(in_two / mesh / "scores"), scores(alone / "scores"), rtol=1e-5, atol=1.1e-5
     )
 
 
-def test_a_checkpoint_goes_on_elsewhere(folder, alone, in_two):
-    """Two steps on 4 × 1, one on 1 × 4, the last by one process: losses as of a run of one."""
+def test_a_run_resumes_on_other_meshes(folder, alone, in_two):
+    """Two steps on 4 × 1, one on 1 × 4, one by a single process equal a run of one process."""
     run = in_two / "changes"
     run_alone(("train", flags_of(folder, run)))
     found, expected = losses(run), losses(alone / "run")
@@ -147,11 +147,11 @@ def test_a_checkpoint_goes_on_elsewhere(folder, alone, in_two):
 
 
 OTHERS = "another process of the run has ended or cannot be reached: start all of them again"
-PATIENCE = distributed.HEARTBEAT_SECONDS + 60  # to notice, and to end on a machine that is busy
+PATIENCE = distributed.HEARTBEAT_SECONDS + 60  # and time to end on a busy machine
 
 
 def start_two(arguments: list[str], folder: pathlib.Path) -> list[subprocess.Popen]:
-    """Each with its errors in `errors_<number>`: a pipe that nobody reads would hold it up."""
+    """Starts two processes with stderr in `errors_<number>`: a full pipe would block them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -169,9 +169,9 @@ def start_two(arguments: list[str], folder: pathlib.Path) -> list[subprocess.Pop
     return both
 
 
-def last_words(file: pathlib.Path) -> str:
-    """The line of ours that errors end with, and no other is among them."""
-    for _ in range(100):  # what says it may outlive the process by a moment
+def last_error(file: pathlib.Path) -> str:
+    """Returns the last line of stderr, which must be the only one of this package."""
+    for _ in range(100):  # the watchdog may outlive the process by a moment
         lines = file.read_text().splitlines()
         ours = [number for number, line in enumerate(lines) if line.startswith("error: ")]
         if ours:
@@ -181,8 +181,8 @@ def last_words(file: pathlib.Path) -> str:
     return lines[-1]
 
 
-def test_one_that_is_killed_ends_the_other(folder, tmp_path):
-    """Within a bounded time, with one line; started again they go on from the last checkpoint."""
+def test_a_killed_process_ends_the_other(folder, tmp_path):
+    """Within a bounded time and with one line; restarted, both resume from the last checkpoint."""
     run = tmp_path / "run"
     flags = flags_of(folder, run, TRAIN_STEPS=100_000, KEEP_CHECKPOINTS=2)
     train = [sys.executable, "-m", "pemoe_jax.train"]
@@ -197,7 +197,7 @@ def test_one_that_is_killed_ends_the_other(folder, tmp_path):
     finally:
         for process in both:
             process.kill()
-    assert code != 0 and OTHERS in last_words(tmp_path / "errors_0")
+    assert code != 0 and OTHERS in last_error(tmp_path / "errors_0")
     last = max(runs.saved_steps(run))
     run_in_two([*train, *flags_of(folder, run, TRAIN_STEPS=last + 1)])
     assert list(losses(run)) == list(range(1, last + 2))
@@ -214,8 +214,8 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_one_that_waits_notices_too(tmp_path, killed):
-    """The first, where jax's service is, or another: jax ends what is left, we say why."""
+def test_an_idle_process_ends_too(tmp_path, killed):
+    """Whether process 0, which runs jax's service, is killed or the other one."""
     both = start_two([sys.executable, "-c", WAIT, str(tmp_path / "up")], tmp_path)
     try:
         deadline = time.monotonic() + 120
@@ -227,4 +227,4 @@ def test_one_that_waits_notices_too(tmp_path, killed):
     finally:
         for process in both:
             process.kill()
-    assert code != 0 and OTHERS in last_words(tmp_path / f"errors_{1 - killed}")
+    assert code != 0 and OTHERS in last_error(tmp_path / f"errors_{1 - killed}")

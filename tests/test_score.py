@@ -1,4 +1,4 @@
-"""Rank classification: grouped choices score as seqio's Evaluator scores them one by one."""
+"""Rank classification: scores of grouped choices equal those of seqio's Evaluator."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ LENGTHS = {"inputs": 32, "targets": 8}
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
-    """Names of two: ragged choices, doubled ones, cut inputs and targets, an empty input."""
+    """Two tasks: different numbers of choices, duplicates, truncation, an empty input."""
     folder = tmp_path_factory.mktemp("score")
     rng = np.random.default_rng(1)
 
@@ -55,7 +55,7 @@ def transformer() -> network.Transformer:
 
 @functools.cache
 def weights() -> dict:
-    """Random everywhere, the expert vectors too."""
+    """Random parameters, also of the expert vectors."""
     drawn = params.flatten(network.init_params(transformer(), 0, lambda _: True))
     keys = jax.random.split(jax.random.key(1), len(drawn))
     return params.unflatten(
@@ -68,7 +68,7 @@ def weights() -> dict:
 
 @jax.jit
 def score_row(tokens: dict) -> jax.Array:
-    """Log-probability of one choice by a pass of the whole network, [1, L] in T5X's names."""
+    """Returns the log-probability of one choice by a pass of the whole network."""
     logits = steps.apply_model(transformer(), weights(), tokens, None)
     target = tokens["decoder_target_tokens"]
     log_probs = jax.nn.log_softmax(logits)
@@ -78,7 +78,7 @@ def score_row(tokens: dict) -> jax.Array:
 
 @functools.cache
 def one_by_one(twin: str) -> tuple[np.ndarray, float]:
-    """Every choice's score and the accuracy, by seqio's Evaluator, one pass a choice."""
+    """Returns every choice's score and the accuracy by seqio's Evaluator, a pass per choice."""
     import seqio
 
     evaluator = seqio.Evaluator(
@@ -113,7 +113,7 @@ def test_grouped_scores_are_those_of_seqios_evaluator(twins, batch_size):
         expected, accuracy = one_by_one(twin)
         scores = [score for group in members for score in found[group].scores]
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
-        assert np.ptp(expected) > 1, "the choices should differ by much more than is allowed"
+        assert np.ptp(expected) > 1, "scores should differ by much more than the tolerance"
         result = results_lib.task_result(
             correct=[group.is_correct[found[group].best] for group in members],
             chance=[0.5] * len(members),
@@ -126,7 +126,7 @@ def test_grouped_scores_are_those_of_seqios_evaluator(twins, batch_size):
 
 
 def test_the_batches_had_remainders_and_ragged_choices(twins):
-    """What the test above is about is really in its batches."""
+    """The batches of the test above cover the cases that it is about."""
     groups = choices.load_choice_groups("jsonl_score_eval", LENGTHS)
     assert {len(group.choices) for group in groups} == {1, 2, 3, 4, 5, 6}
     assert any(group.input_truncated for group in groups) and any(
@@ -136,7 +136,9 @@ def test_the_batches_had_remainders_and_ragged_choices(twins):
     for batch_size in (4, 32):
         batches = list(batching.score_batches(groups, batch_size, multiple_of=2))
         rows = [batch["decoder_target_tokens"] for batch, _ in batches]
-        assert any((part.sum(-1) == 0).any() for part in rows)  # fewer choices than the batch has
+        assert any(
+            (part.sum(-1) == 0).any() for part in rows
+        )  # groups with fewer choices than their batch
     _, members = list(batching.score_batches(groups[:3], 4, multiple_of=2))[0]
     assert len(members) == 3  # of 4 rows
 

@@ -1,4 +1,4 @@
-"""The wheel, installed outside the clone, holds what a run needs, as real files."""
+"""The wheel contains everything that a run needs, as real files, and works outside the clone."""
 
 import os
 import re
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command, cwd):
-    """As a user runs it: compiled as it comes, too, where other tests have quicker settings."""
+    """Runs a command as a user does, without the tests' XLA settings."""
     of_tests = ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")
     environment = {k: v for k, v in os.environ.items() if k not in of_tests}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
@@ -29,7 +29,7 @@ def run(*command, cwd):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, for a build leaves files in its tree."""
+    """Builds the wheel from a copy of the clone: a build leaves files in its tree."""
     folder = tmp_path_factory.mktemp("wheel")
     unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, folder / "clone", symlinks=True, ignore=unwanted)
@@ -40,7 +40,7 @@ def wheel(tmp_path_factory):
 
 
 def environment(folder):
-    """An environment of its own that has the dependencies of the one that tests run in."""
+    """Creates a virtual environment with the dependencies of the tests' environment."""
     venv.create(folder, with_pip=False, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     # named by a .pth, so that .pth files there (an editable install of the clone) do not count
@@ -50,7 +50,7 @@ def environment(folder):
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-    """The environment that has the wheel."""
+    """The interpreter of an environment with the wheel installed."""
     folder = tmp_path_factory.mktemp("env")
     python = environment(folder)
     pip = (sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "-q")
@@ -59,8 +59,8 @@ def python(wheel, tmp_path_factory):
 
 
 def test_content(wheel):
-    """What the clone has, file by file: no tests, no links, no top-level `gin` or `tasks`."""
-    expected = {  # links are not followed
+    """The files of the clone's package: no tests, no links, no top-level `gin` or `tasks`."""
+    expected = {  # glob does not follow links
         str(path.relative_to(ROOT)) for path in (ROOT / "pemoe_jax").glob("**/*.py")
     }
     expected.add("pemoe_jax/analysis/routing/page.html")
