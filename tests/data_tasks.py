@@ -1,4 +1,4 @@
-"""Tasks to train on and to score, registered: for the tests of `data` and of `feed`."""
+"""A folder of JSON-lines tasks and a vocabulary, for the tests of data and tasks."""
 
 import io
 import json
@@ -35,7 +35,7 @@ WORDS = [
 
 
 def make_vocab(folder: pathlib.Path, **settings) -> pathlib.Path:
-    """A SentencePiece model of a few dozen pieces."""
+    """Writes a SentencePiece model of a few dozen pieces."""
     import sentencepiece
 
     settings = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | settings
@@ -55,7 +55,7 @@ def make_vocab(folder: pathlib.Path, **settings) -> pathlib.Path:
 
 
 def write(folder: pathlib.Path, task: str, split: str, rows: list) -> pathlib.Path:
-    """Rows (dicts, or (inputs, targets[, choices])) as <folder>/<task>/<split>.jsonl."""
+    """Writes rows, dicts or (inputs, targets[, choices]), to <folder>/<task>/<split>.jsonl."""
     path = folder / task / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -68,28 +68,33 @@ def write(folder: pathlib.Path, task: str, split: str, rows: list) -> pathlib.Pa
 
 
 def register(folder: pathlib.Path) -> tuple:
-    """a and b to train on, with 40 and 25 examples; plain and scored, with choices.
+    """Registers a and b for training, with 40 and 25 examples, and plain and scored with choices.
 
-    Returns what `jsonl.register` does, and the rows of scored.
+    Returns:
+      The return value of `jsonl.register`, and the rows of scored.
     """
     rng = np.random.default_rng(0)
 
-    def some(low, high):
+    def words(low, high):
         return " ".join(rng.choice(WORDS, rng.integers(low, high)))
 
     for task, count in (("a", 40), ("b", 25)):
-        write(folder, task, "train", [(f"{task} {some(1, 12)}", some(1, 4)) for _ in range(count)])
-        write(folder, task, "validation", [(f"{task} {some(1, 12)}", some(1, 4)) for _ in range(5)])
+        write(
+            folder, task, "train", [(f"{task} {words(1, 12)}", words(1, 4)) for _ in range(count)]
+        )
+        write(
+            folder, task, "validation", [(f"{task} {words(1, 12)}", words(1, 4)) for _ in range(5)]
+        )
     rows = []
     for i in range(23):
-        choices = [some(1, 3 if i % 2 else 9) for _ in range(2 + i % 5)]
-        rows.append((some(1, 60), choices[i % len(choices)], choices))
+        choices = [words(1, 3 if i % 2 else 9) for _ in range(2 + i % 5)]
+        rows.append((words(1, 60), choices[i % len(choices)], choices))
     write(folder, "scored", "validation", rows)
     write(folder, "plain", "validation", [("sky", "yes", YES_NO)])
-    found = jsonl.register(
+    summary = jsonl.register(
         folder,
         make_vocab(folder),
         train_tasks=["a", "b"],
         eval_tasks=["plain", "scored"],
     )
-    return found, rows
+    return summary, rows

@@ -1,4 +1,4 @@
-"""seqio imported in a process of its own."""
+"""Importing seqio in a new process."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ from pemoe_jax.data import seqio_import
 
 
 def import_seqio(folder=None, then="", timeout=None, **variables):
-    """import_seqio() in a process of its own, with the modules in `folder` before all others."""
+    """Calls import_seqio() and runs `then` in a new process, where modules in `folder` win."""
     path = [
         str(pathlib.Path(seqio_import.__file__).parents[2]),
         *([str(folder)] if folder else []),

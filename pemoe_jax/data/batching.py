@@ -77,6 +77,7 @@ def _merge_shapes(
         return program_cost + -(-sizes // rows) * rows * row
 
     while len(members) > 1:
+        # All pairs in numpy: a Python loop would visit up to 32,640 of them in every round.
         separate = cost(shapes, sizes)  # [N]
         merged = np.maximum(shapes[:, None], shapes[None])  # [N, N, 3]
         together = cost(merged, sizes[:, None] + sizes[None])  # [N, N]
@@ -175,6 +176,8 @@ def _score_batch(groups: Sequence[ChoiceGroup], rows: int, shape: Shape) -> Batc
     for i, group in enumerate(groups):
         for j, ids in enumerate(group.choices):
             targets[i, j, : len(ids)] = ids
+    # Choices start from token 0, as in training. The scores of padded choices are meaningless; the
+    # caller drops them by the number of choices of each group.
     batch = {
         "encoder_input_tokens": _pad([group.inputs for group in groups], rows, input_length),
         "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
@@ -216,6 +219,7 @@ def input_batches(
       InputError: `batch_size` is not a positive multiple of `multiple_of`.
     """
     sizes = [(len(ids), 1, 1) for ids in inputs]
+    # The target of one token is rounded up to 4, so this limit of target tokens never cuts rows.
     limits = (multiple_of, 4 * batch_size, program_cost, max_programs)
     for shape, rows, indices in _plan_batches(sizes, batch_size, *limits):
         repeated = [inputs[indices[-1]]] * (rows - len(indices))

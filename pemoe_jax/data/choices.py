@@ -11,13 +11,14 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.data.providers import SeekableMixture
+from pemoe_jax.data.seqio_tasks import Row
 
 if TYPE_CHECKING:
     import seqio
@@ -114,7 +115,7 @@ def load_choice_groups(
         raise InputError(
             f"{name!r} has no answer choices to score (no feature {missing[0]!r}){hint}"
         )
-    rows: Iterable[Mapping[str, Any]] = seqio_tasks.numpy_iterator(ds, name, split, use_cached)
+    rows: Iterable[Row] = seqio_tasks.numpy_iterator(ds, name, split, use_cached)
     if use_cached:
         # seqio shuffles the rows of its caches, and with them the choices of an example.
         rows = sorted(rows, key=lambda row: tuple(row["idx"]))
@@ -145,7 +146,7 @@ def _check_split(name: str, split: str | None) -> str:
 def _group(
     task: str,
     idx: int,
-    rows: list[Mapping[str, Any]],
+    rows: list[Row],
     provider: seqio.Task | seqio.Mixture,
     lengths: Mapping[str, int],
 ) -> ChoiceGroup:
@@ -180,7 +181,7 @@ def truncate(ids: np.ndarray, length: int, eos_id: int) -> tuple[np.ndarray, boo
     return (np.append(ids[: length - 1], ids[-1]) if ids[-1] == eos_id else ids[:length]), True
 
 
-def feature_text(features: Mapping[str, seqio.Feature], row: Mapping[str, Any], key: str) -> str:
+def feature_text(features: Mapping[str, seqio.Feature], row: Row, key: str) -> str:
     """Returns the text that was tokenized to a feature of a row."""
     text = row.get(f"{key}_pretokenized")
     if text is None:  # caches may have been written without text

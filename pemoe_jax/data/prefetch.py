@@ -1,4 +1,8 @@
-"""Prefetching: a thread prepares the next items while the caller works on the last."""
+"""Prefetching: a thread prepares the next items while the caller works on the last.
+
+`grain` prefetches its own datasets only. This takes any iterable, and keeps the position in the
+data that belongs to the item returned last rather than to the items prepared ahead.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,10 @@ T = TypeVar("T")
 Position = dict[str, int]
 
 
+class _EndOfSource(BaseException):
+    """Put into the queue after the last item."""
+
+
 class PrefetchIterator(Iterator[T], Generic[T]):
     """Iterator that `prefetch` returns.
 
@@ -21,10 +29,9 @@ class PrefetchIterator(Iterator[T], Generic[T]):
       position: `source.position` as of the item returned last; None if the source has none.
     """
 
-    def __init__(
-        self, source: Iterable[Any], size: int, transform: Callable[[Any], T] | None
-    ) -> None:
-        self._queue: queue.Queue[tuple[str, Any, Position | None]] = queue.Queue(max(1, size))
+    def __init__(self, source: Iterable[S], size: int, transform: Callable[[S], T]) -> None:
+        self._queue: queue.Queue[tuple[T, Position | None] | BaseException]
+        self._queue = queue.Queue(max(1, size))
         # A thread that is inside TensorFlow when Python ends can make it hang.
         self._items = seqio_import.close_at_exit(_read_in_thread(source, self._queue, transform))
         self.position = _position(source)
@@ -54,7 +61,7 @@ def prefetch(
 
 
 def prefetch(
-    source: Iterable[Any], size: int = 4, *, transform: Callable[[Any], Any] | None = None
+    source: Iterable[S], size: int = 4, *, transform: Callable[[S], Any] | None = None
 ) -> PrefetchIterator[Any]:
     """Returns the items of an iterable, prepared by a thread.
 
@@ -66,26 +73,26 @@ def prefetch(
       size: number of items to prepare ahead.
       transform: applied to each item in the thread; None: items are returned as they are.
     """
-    return PrefetchIterator(source, size, transform)
+    return PrefetchIterator(source, size, transform or (lambda item: item))
 
 
-def _position(source: Any) -> Position | None:
-    position: Position | None = getattr(source, "position", None)
-    return position
+def _position(source: object) -> Position | None:
+    return getattr(source, "position", None)
 
 
 def _read_in_thread(
-    source: Iterable[Any],
-    items: queue.Queue[tuple[str, Any, Position | None]],
-    transform: Callable[[Any], T] | None,
+    source: Iterable[S],
+    items: queue.Queue[tuple[T, Position | None] | BaseException],
+    transform: Callable[[S], T],
 ) -> Generator[tuple[T, Position | None], None, None]:
+    """Yields transformed items, each with the position of the source after it."""
     stop = threading.Event()
 
-    def put(kind: str, value: Any = None, position: Position | None = None) -> bool:
+    def put(entry: tuple[T, Position | None] | BaseException) -> bool:
         # A blocking put would keep the thread alive when nobody reads the queue any more.
         while not stop.is_set():
             try:
-                items.put((kind, value, position), timeout=0.1)
+                items.put(entry, timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -94,25 +101,21 @@ def _read_in_thread(
     def work() -> None:
         try:
             for item in source:
-                value = item if transform is None else transform(item)
-                if not put("item", value, _position(source)):
+                if not put((transform(item), _position(source))):
                     return
-            put("end")
+            put(_EndOfSource())
         except BaseException as error:  # raised again where the items are read
-            put("error", error)
+            put(error)
 
-    # A module-level generator, not a method: the thread must hold no reference to the iterator, or
-    # the iterator would never be collected and the thread never stop.
+    # Not a method: the thread must hold no reference to the PrefetchIterator, or it would never be
+    # collected and the thread never stop.
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
-        while True:
-            kind, value, position = items.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value, position
+        while not isinstance(entry := items.get(), _EndOfSource):
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry
     finally:
         stop.set()
         thread.join(timeout=5)

@@ -2,8 +2,8 @@
 
 A seqio pipeline can only be read from its beginning, and a seqio mixture builds one pipeline for
 each of its tasks. Tasks and mixtures that can do better subclass `SeekableTask` and
-`SeekableMixture` beside seqio's classes; `data` uses them where `isinstance` allows it and falls
-back on seqio's `get_dataset` for all others.
+`SeekableMixture` in addition to seqio's classes. `data` checks for them with `isinstance` and reads
+all others through seqio's `get_dataset`.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ _PART_ROWS = 65_536
 _PART_SECONDS = 60.0
 
 EncoderInfo = Mapping[str, Any]  # name, dim, fingerprint and probe: see `is_same_encoder`
+About = dict[str, Any]  # content of about.json
 
 
 def input_key(ids: ArrayLike) -> bytes:
@@ -150,6 +151,7 @@ class SentenceTable:
           inputs: token ids, [Li] each.
         """
         keys = np.frombuffer(b"".join(map(input_key, inputs)), _KEY)
+        # Keys beyond the last one have no place of their own; comparing with the last says so.
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         return np.where(self._keys[places] == keys, self._rows[places], -1)
 
@@ -196,7 +198,7 @@ class TableWriter:
                 f"SENTENCE_EMBEDDINGS {self.path}: expected a new folder or a table, got one with"
                 " other files in it"
             )
-        new: dict[str, Any] = {
+        new: About = {
             "format": FORMAT,
             "version": VERSION,
             "encoder": dict(encoder),
@@ -236,6 +238,7 @@ class TableWriter:
                 f"SENTENCE_ENCODER must return an array of shape ({len(keys)}, {dim}), got"
                 f" {vectors.shape}"
             )
+        # Overflow becomes infinity, which the next check reports in plain words.
         with np.errstate(over="ignore"):
             stored = vectors.astype(self._about["dtype"])
         if not np.isfinite(stored).all():
@@ -281,6 +284,7 @@ class TableWriter:
         if self._pending:
             keys = np.frombuffer(b"".join(key for key, _ in self._pending), _KEY)
             vectors = np.stack([vector for _, vector in self._pending])
+            # Keys last: a part without them is ignored and overwritten by the next run.
             _write_array(_part_file(self.path, self._parts, "vectors"), vectors)
             _write_array(_part_file(self.path, self._parts, "keys"), keys)
             self._parts += 1
@@ -290,7 +294,7 @@ class TableWriter:
         atomic_write.write_json(self.path / "about.json", self._about, indent=1)
 
 
-def _check_matches(about: Mapping[str, Any], new: Mapping[str, Any], path: pathlib.Path) -> None:
+def _check_matches(about: About, new: About, path: pathlib.Path) -> None:
     """Raises InputError if vectors of another kind are to be added to a table."""
     if not is_same_encoder(about["encoder"], new["encoder"]):
         raise InputError(
@@ -325,7 +329,7 @@ def _map_array(path: pathlib.Path) -> np.ndarray:
         raise InputError(f"SENTENCE_EMBEDDINGS: {path}: {what}") from error
 
 
-def _read_about(folder: pathlib.Path) -> dict[str, Any] | None:
+def _read_about(folder: pathlib.Path) -> About | None:
     """Returns the content of about.json; None without one."""
     path = folder / "about.json"
     try:

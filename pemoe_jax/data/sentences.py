@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 def vocabulary_fingerprint(name: str) -> str:
     """Returns what identifies the vocabulary of a task's or mixture's inputs."""
     vocabulary = seqio_tasks.get_mixture_or_task(name).output_features["inputs"].vocabulary
+    # The content of SentencePiece's file: its path may differ on another machine.
     model = getattr(vocabulary, "sp_model", None)
     if model:
         return hashlib.blake2b(model, digest_size=8).hexdigest()

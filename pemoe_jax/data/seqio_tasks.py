@@ -26,6 +26,9 @@ EVAL_SPLITS = ("validation", "val", "test")
 # Feature [S] of tasks that come with sentence embeddings, for routers that read them.
 SENTENCE_FEATURE = "sentence_embedding"
 
+# A row of a task as numpy arrays and bytes, by feature.
+Row = Mapping[str, Any]
+
 # Names that users may expect but that could not be registered, with the reason.
 unavailable: dict[str, str] = {}
 

@@ -140,6 +140,7 @@ def _add_missing(
     for part in parts:
         for number, item in enumerate(read(part), 1):
             key = sentence_table.input_key(item.ids)
+            # Of several texts that are truncated to the same ids, the first is embedded.
             if key not in writer.known_keys:
                 pending.setdefault(key, item)
             if len(pending) >= _CHUNK:

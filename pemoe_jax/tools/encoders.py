@@ -79,6 +79,8 @@ class MeanPooledEncoder:
         dim = self.model.config.emb_dim
         return {"name": "mean_pooled", "dim": dim, "fingerprint": fingerprint}
 
+    # Loaded when first used: gin creates the encoder before any other setting is checked.
+
     @functools.cached_property
     def _mesh(self) -> "jax.sharding.Mesh":
         from pemoe_jax.core import partitioning
@@ -91,6 +93,7 @@ class MeanPooledEncoder:
         from pemoe_jax.checkpoints import models
         from pemoe_jax.core import network, params, partitioning
 
+        # The model file's dropout rate is that of training.
         self.model = network.Transformer(dataclasses.replace(self.model.config, dropout_rate=0.0))
         sharding = partitioning.replicated_sharding(self._mesh)
         base, identity = models.load_base(self.model, self.base_path, self.seed, shardings=sharding)
@@ -110,6 +113,7 @@ class MeanPooledEncoder:
             )
             assert isinstance(encoded, jax.Array)
             mask = (tokens > 0).astype(jnp.float32)[..., None]
+            # In float32: a sum over hundreds of tokens in bfloat16 would keep two or three digits.
             total = jnp.sum(encoded.astype(jnp.float32) * mask, axis=1)
             return total / jnp.maximum(jnp.sum(mask, axis=1), 1.0)  # zeros for rows of padding
 

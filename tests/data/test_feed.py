@@ -1,9 +1,8 @@
-"""The training feed: determinism, resuming, packing, evaluation batches, prefetching."""
+"""Training and evaluation batches: determinism, resuming, packing, truncation."""
 
 import gc
 import itertools
 import json
-import threading
 import time
 import weakref
 
@@ -11,10 +10,9 @@ import data_tasks
 import numpy as np
 import pytest
 from data_tasks import LENGTHS
-from processes import import_seqio
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import feed, packing, prefetch, seqio_import, seqio_tasks
+from pemoe_jax.data import feed, prefetch, seqio_import, seqio_tasks
 from pemoe_jax.data.providers import StreamOptions
 from pemoe_jax.tasks.jsonl import files
 
@@ -30,10 +28,10 @@ def take(iterator, count):
 
 def assert_same(first, second):
     assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys()
-        for key in one:
-            np.testing.assert_array_equal(one[key], other[key])
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
 
 
 UNPACKED = {
@@ -51,7 +49,7 @@ PACKED = UNPACKED | {
 
 
 @pytest.mark.parametrize(("pack", "features"), [(False, UNPACKED), (True, PACKED)])
-def test_batches_have_t5xs_names_and_int32(registered, pack, features):
+def test_batches_have_t5x_features(registered, pack, features):
     batch = next(feed.train_batches("jsonl_train", LENGTHS, 3, pack=pack))
     assert {key: value.shape for key, value in batch.items()} == {
         key: (3, length) for key, length in features.items()
@@ -63,31 +61,39 @@ def test_batches_have_t5xs_names_and_int32(registered, pack, features):
 
 
 @pytest.mark.parametrize("name", ["jsonl_train", "a"])
-def test_the_same_seed_gives_the_same_batches(registered, name):
+def test_same_seed_same_batches(registered, name):
     first = take(feed.train_batches(name, LENGTHS, 4, seed=3), 12)
     assert_same(first, take(feed.train_batches(name, LENGTHS, 4, seed=3), 12))
     other = take(feed.train_batches(name, LENGTHS, 4, seed=4), 12)
     assert any(
-        (one["encoder_input_tokens"] != two["encoder_input_tokens"]).any()
-        for one, two in zip(first, other, strict=True)
+        (a["encoder_input_tokens"] != b["encoder_input_tokens"]).any()
+        for a, b in zip(first, other, strict=True)
     )
 
 
-@pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize("name", ["jsonl_train", "a", "scored_score_eval", "users_own"])
-def test_a_feed_goes_on_where_it_was(registered, users_own, name, pack):
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("jsonl_train", True),
+        ("jsonl_train", False),
+        ("a", True),
+        ("scored_score_eval", True),
+        ("users_own", True),
+    ],
+)
+def test_batches_resume_at_any_position(registered, users_own, name, pack):
     settings = {"split": SPLITS.get(name, "train"), "seed": 3, "pack": pack}
-    made = feed.train_batches(name, LENGTHS, 3, **settings)
-    positions, batches = [made.position], []
-    for batch in itertools.islice(made, 25):
+    whole = feed.train_batches(name, LENGTHS, 3, **settings)
+    positions, batches = [whole.position], []
+    for batch in itertools.islice(whole, 25):
         batches.append(batch)
-        positions.append(json.loads(json.dumps(made.position)))
+        positions.append(json.loads(json.dumps(whole.position)))
     assert positions[0] == {"examples": 0}
-    for number in (0, 1, 2, 11, 24):
-        again = feed.train_batches(name, LENGTHS, 3, start=positions[number], **settings)
-        assert again.position == positions[number]
-        assert_same(take(again, 25 - number), batches[number:])
-        assert again.position == positions[25]
+    for number in (0, 2, 24):
+        resumed = feed.train_batches(name, LENGTHS, 3, start=positions[number], **settings)
+        assert resumed.position == positions[number]
+        assert_same(take(resumed, 25 - number), batches[number:])
+        assert resumed.position == positions[25]
     counted = sum(
         batch["decoder_segment_ids"].max(axis=1).sum() if pack else 3 for batch in batches
     )
@@ -99,7 +105,7 @@ SPLITS = {"scored_score_eval": "validation"}
 
 @pytest.fixture
 def users_own(registered):
-    """A mixture that cannot be entered anywhere: what was before is read and thrown away."""
+    """A mixture that is not seekable: resuming reads and drops the examples before."""
     import seqio
 
     seqio.MixtureRegistry.add("users_own", [("a", 1.0), ("b", 1.0)])
@@ -107,7 +113,7 @@ def users_own(registered):
     seqio.MixtureRegistry.remove("users_own")
 
 
-def test_going_on_far_into_the_data_reads_nothing_before(registered, monkeypatch):
+def test_a_distant_start_reads_no_examples_before_it(registered, monkeypatch):
     read = []
     plain = files.Rows.read
     monkeypatch.setattr(
@@ -119,10 +125,10 @@ def test_going_on_far_into_the_data_reads_nothing_before(registered, monkeypatch
     assert 0 < sum(read) < 20_000
 
 
-def test_shards_are_every_other_example(registered):
+def test_shards_take_every_nth_example(registered):
     def examples(shard=(0, 1), count=30, **kwargs):
-        made = feed.train_batches("jsonl_train", LENGTHS, 1, pack=False, shard=shard, **kwargs)
-        return [batch["encoder_input_tokens"][0].tolist() for batch in take(made, count)]
+        batches = feed.train_batches("jsonl_train", LENGTHS, 1, pack=False, shard=shard, **kwargs)
+        return [batch["encoder_input_tokens"][0].tolist() for batch in take(batches, count)]
 
     whole = examples(count=90)
     for index in range(3):
@@ -131,8 +137,8 @@ def test_shards_are_every_other_example(registered):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_batches_are_as_seqio_makes_them(registered, pack):
-    """Within the block of examples that seqio packs at a time, max(lengths) of them."""
+def test_batches_equal_seqios(registered, pack):
+    """Within a block of the examples that seqio packs at a time, max(lengths) of them."""
     import seqio
 
     lengths = {"inputs": 64, "targets": 24}
@@ -146,52 +152,29 @@ def test_batches_are_as_seqio_makes_them(registered, pack):
     assert_same([dict(sorted(b.items())) for b in ours], [dict(sorted(b.items())) for b in theirs])
 
 
-def test_what_does_not_fit_begins_a_row_and_what_is_too_long_is_cut():
-    def example(inputs, targets):
-        return np.arange(1, inputs + 1), np.arange(1, targets + 1)
-
-    # by inputs: 3 + 4 > 6; by targets: 2 + 3 > 4; 9 is cut to 6; a row with an empty input
-    sizes = [(3, 1), (4, 2), (1, 3), (9, 1), (0, 2), (2, 2)]
-    made = packing.BatchIterator(
-        iter([example(*size) for size in sizes]), {"inputs": 6, "targets": 4}, 1, True, start=10
-    )
-    found, positions = [], []
-    for batch in made:
-        found.append([batch[f"{side}_segment_ids"][0].tolist() for side in ("encoder", "decoder")])
-        positions.append(made.position["examples"])
-    assert found == [
-        [[1, 1, 1, 0, 0, 0], [1, 0, 0, 0]],
-        [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0]],
-        [[1, 0, 0, 0, 0, 0], [1, 1, 1, 0]],
-        [[1, 1, 1, 1, 1, 1], [1, 2, 2, 0]],
-        [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0]],
-    ]
-    assert positions == [11, 12, 13, 15, 16]
-
-
 @pytest.mark.parametrize("name", ["jsonl_train", "a"])
-def test_what_is_cut_is_counted(registered, name):
-    """Every example of one epoch, cut and as long as it is; what just fits is not counted."""
+def test_truncations_are_counted(registered, name):
+    """Examples that just fit are not counted."""
 
     def examples(lengths):
         batches = feed.train_batches(name, lengths, 1, pack=False, num_epochs=1, shuffle=False)
         keys = ("encoder_input_tokens", "decoder_target_tokens")
-        found = [[batch[key][0] for key in keys] for batch in batches]
-        return batches.truncations, [[row[row > 0].tolist() for row in pair] for pair in found]
+        pairs = [[batch[key][0] for key in keys] for batch in batches]
+        return batches.truncations, [[row[row > 0].tolist() for row in pair] for pair in pairs]
 
     none, whole = examples({"inputs": 500, "targets": 100})
     assert (none.inputs, none.targets, none.examples) == (0, 0, len(whole))
     limit = sorted(len(inputs) for inputs, _ in whole)[len(whole) // 2]
-    cuts, cut = examples({"inputs": limit, "targets": 100})
+    truncations, truncated = examples({"inputs": limit, "targets": 100})
     longer = [inputs for inputs, _ in whole if len(inputs) > limit]
-    assert cuts.inputs == len(longer) > 0 and cuts.targets == 0
+    assert truncations.inputs == len(longer) > 0 and truncations.targets == 0
     assert any(len(inputs) == limit for inputs, _ in whole)
     expected = [i if len(i) <= limit else [*i[: limit - 1], 1] for i, _ in whole]
-    assert [inputs for inputs, _ in cut] == expected
+    assert [inputs for inputs, _ in truncated] == expected
 
 
 def segments(batch):
-    """Every packed example as (input ids, target ids)."""
+    """Yields every packed example as (input ids, target ids)."""
     for row in range(len(batch["encoder_segment_ids"])):
         for segment in range(1, batch["encoder_segment_ids"][row].max() + 1):
             yield tuple(
@@ -226,7 +209,7 @@ def test_packed_batches_hold_every_example_whole(registered):
             for segment in range(1, ids.max() + 1):
                 positions = batch[f"{side}_positions"][0][ids == segment]
                 np.testing.assert_array_equal(positions, np.arange(len(positions)))
-        # Every target begins from pad 0, also in the middle of a row, and is fed its own tokens.
+        # Every target starts from pad 0, also in the middle of a row, and is shifted by itself.
         fed, target = batch["decoder_input_tokens"][0], batch["decoder_target_tokens"][0]
         starts = batch["decoder_positions"][0] == 0
         assert not fed[starts].any()
@@ -234,17 +217,17 @@ def test_packed_batches_hold_every_example_whole(registered):
         np.testing.assert_array_equal(fed[within], np.roll(target, 1)[within])
 
 
-def test_the_mixture_draws_by_rate_and_every_example_comes(registered):
+def test_mixture_draws_by_rate_and_covers_every_example(registered):
     batches = take(feed.train_batches("jsonl_train", LENGTHS, 8, pack=False), 120)
     vocabulary = seqio_tasks.get_mixture_or_task("a").output_features["inputs"].vocabulary
     texts = [vocabulary.decode(row.tolist()) for b in batches for row in b["encoder_input_tokens"]]
     share = np.mean([text.split()[0] == "a" for text in texts])
     assert abs(share - 40 / 65) < 0.06  # standard error of 960 draws: 0.016
-    assert len(set(texts)) > 55  # of 65, a few of them equal once cut
+    assert len(set(texts)) > 55  # of 65, a few of them equal once truncated
 
 
-def test_our_mixture_equals_seqios_in_what_it_holds(registered):
-    """The examples of each task in their order; which task comes next each draws in its own way."""
+def test_mixture_has_the_examples_of_seqios(registered):
+    """Each task's examples come in the same order; how tasks are drawn differs."""
     import seqio
 
     ours = seqio.MixtureRegistry.get("jsonl_train")
@@ -255,14 +238,16 @@ def test_our_mixture_equals_seqios_in_what_it_holds(registered):
         for mixture in (ours, theirs)
     ]
     for task in (b"a", b"b"):
-        of_task = [[row for row in rows if row["inputs_pretokenized"][:1] == task] for rows in read]
-        shared = min(map(len, of_task))
+        by_mixture = [
+            [row for row in rows if row["inputs_pretokenized"][:1] == task] for rows in read
+        ]
+        shared = min(map(len, by_mixture))
         assert shared > 10
-        assert_same(of_task[0][:shared], of_task[1][:shared])
+        assert_same(by_mixture[0][:shared], by_mixture[1][:shared])
 
 
 def test_t5x_reads_the_same_mixture(registered):
-    """seqio.get_dataset, as T5X calls it, gives what training here begins with."""
+    """seqio.get_dataset, as T5X calls it, returns the first training examples."""
     import seqio
 
     ds = seqio.get_dataset(
@@ -280,17 +265,17 @@ def test_t5x_reads_the_same_mixture(registered):
         for batch in ds.take(40).as_numpy_iterator()
     ]
     ours = feed.train_batches("jsonl_train", LENGTHS, 1, pack=False, seed=5, shard=(1, 2))
-    for one, other in zip(take(ours, 40), theirs, strict=True):
-        for key in other:
-            np.testing.assert_array_equal(one[key], other[key])
+    for a, b in zip(take(ours, 40), theirs, strict=True):
+        for key in b:
+            np.testing.assert_array_equal(a[key], b[key])
 
 
-def test_eval_batches_hold_every_example_once_in_turns(registered):
+def test_eval_batches_interleave_every_example_once(registered):
     batches = list(feed.eval_batches("jsonl_train", LENGTHS, 4, pack=False))
     assert [len(batch["encoder_input_tokens"]) for batch in batches] == [4, 4, 4]
     real = [row for b in batches for row in b["encoder_input_tokens"] if row.any()]
     assert len(real) == 10
-    assert not batches[-1]["decoder_loss_weights"][2:].any()  # filled up, weighing nothing
+    assert not batches[-1]["decoder_loss_weights"][2:].any()  # padding
     vocabulary = seqio_tasks.get_mixture_or_task("a").output_features["inputs"].vocabulary
     assert [vocabulary.decode(row.tolist()).split()[0] for row in real] == ["a", "b"] * 5
     assert_same(take(batches, 1), list(feed.eval_batches("jsonl_train", LENGTHS, 4, 1, pack=False)))
@@ -298,12 +283,12 @@ def test_eval_batches_hold_every_example_once_in_turns(registered):
     assert sum(row.any() for b in single for row in b["encoder_input_tokens"]) == 5
 
 
-def test_eval_batches_of_any_other_mixture(users_own):
+def test_eval_batches_of_a_plain_seqio_mixture(users_own):
     theirs = list(feed.eval_batches(users_own, LENGTHS, 4))
     assert_same(theirs, list(feed.eval_batches("jsonl_train", LENGTHS, 4)))
 
 
-def test_a_users_own_task_is_trained_on(registered, tmp_path):
+def test_plain_seqio_task_can_be_trained_on(registered, tmp_path):
     import seqio
     import tensorflow as tf
 
@@ -330,7 +315,7 @@ def test_a_users_own_task_is_trained_on(registered, tmp_path):
         seqio.TaskRegistry.remove("users_task")
 
 
-def test_wrong_arguments_are_named_at_once(registered):
+def test_wrong_arguments_raise_at_once(registered):
     with pytest.raises(InputError, match="'a' has no split 'test' "):
         feed.train_batches("a", LENGTHS, 2, split="test")
     with pytest.raises(InputError, match=r"TASK_FEATURE_LENGTHS\['targets'\] must be a positive"):
@@ -343,81 +328,29 @@ def test_wrong_arguments_are_named_at_once(registered):
         feed.train_batches("a", LENGTHS, 2, start={"examples": -1})
 
 
-# --- prefetching
-
-
-def test_prefetch_keeps_order_and_raises_where_the_source_did():
-    assert list(prefetch.prefetch(range(100), 3)) == list(range(100))
-    assert list(prefetch.prefetch(range(100), transform=lambda i: -i)) == [-i for i in range(100)]
-
-    def failing():
-        yield 1
-        raise KeyError("gone")
-
-    items = prefetch.prefetch(failing(), 2)
-    assert next(items) == 1
-    with pytest.raises(KeyError, match="gone"):
-        next(items)
-
-
-def test_a_prefetched_feed_has_the_position_of_what_it_gave(registered):
-    made = feed.train_batches("jsonl_train", LENGTHS, 3)
+def test_prefetched_position_is_that_of_the_last_batch(registered):
+    batches = feed.train_batches("jsonl_train", LENGTHS, 3)
     plain = feed.train_batches("jsonl_train", LENGTHS, 3)
-    ahead = prefetch.prefetch(made, 4)
+    ahead = prefetch.prefetch(batches, 4)
     assert ahead.position == {"examples": 0}
     for _ in range(6):
         assert_same([next(ahead)], [next(plain)])
         deadline = time.time() + 5
         while not ahead.is_ready and time.time() < deadline:
             time.sleep(0.01)
-        assert ahead.position == plain.position != made.position
+        assert ahead.position == plain.position != batches.position
     ahead.close()
 
 
-@pytest.mark.parametrize("wrap", ["", "prefetch.prefetch"])
-def test_python_ends_with_a_pipeline_half_read(wrap):
-    """Its functions may be under way then, and TensorFlow waits for them."""
-    then = f"""
-import time
-import tensorflow as tf
-from pemoe_jax.data import prefetch, seqio_tasks
-def slow(number):
-    time.sleep(0.05)
-    return number
-ds = tf.data.Dataset.range(10**6).map(lambda n: tf.numpy_function(slow, [n], tf.int64))
-items = {wrap}(seqio_tasks.numpy_iterator(ds.prefetch(9), "numbers"))
-print(next(items), next(items))
-"""
-    done = import_seqio(then=f"exec({then!r})", timeout=300)
-    assert (done.returncode, done.stdout) == (0, "0 1\n")
-
-
-def test_a_forgotten_feed_ends_its_pipeline_at_once(registered):
+def test_dropped_iterator_closes_its_pipeline(registered):
     gc.disable()
     try:
-        earlier = set(seqio_import._open_generators)  # cycles of other tests may hold some
-        made = feed.train_batches("jsonl_train", LENGTHS, 2)
-        next(made)
+        earlier = set(seqio_import._open_generators)  # held by cycles of other tests
+        batches = feed.train_batches("jsonl_train", LENGTHS, 2)
+        next(batches)
         (reader,) = set(seqio_import._open_generators) - earlier
         before = weakref.ref(reader)
-        del reader, made
+        del reader, batches
         assert before() is None
     finally:
         gc.enable()
-
-
-def test_forgetting_a_prefetched_iterator_ends_its_thread():
-    items = prefetch.prefetch(itertools.count(), 2)
-    assert next(items) == 0
-    del items
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-def test_closing_a_prefetched_iterator_ends_its_thread():
-    items = prefetch.prefetch(itertools.count(), 2)
-    assert next(items) == 0
-    items.close()
-    deadline = time.time() + 5
-    while any(thread.name == "prefetch" for thread in threading.enumerate()):
-        assert time.time() < deadline
-        time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The order of a mixture's examples: complete, by the rates, the same from wherever it is begun."""
+"""The order of a mixture's examples: complete, by the rates, the same from any start."""
 
 import collections
 import itertools
@@ -16,7 +16,7 @@ STARTS = np.cumsum([0, *SIZES[:-1]])
 
 
 def by_task(numbers):
-    """The rows of each task, in the order of their coming and counted from its first."""
+    """Returns the rows of each task in their order, counted from the task's first."""
     tasks = np.searchsorted(STARTS, numbers, side="right") - 1
     return [numbers[tasks == task] - STARTS[task] for task in range(len(SIZES))]
 
@@ -35,7 +35,7 @@ def test_every_row_comes_once_an_epoch(shuffle):
 
 
 @pytest.mark.parametrize("rates", [SIZES, [3.5, 0, 1e-3, 1, 2], [0, 0, 0, 1e9, 0]])
-def test_rates_are_met(rates):
+def test_tasks_are_drawn_by_rate(rates):
     count = 200_000
     found = np.array(
         [len(rows) for rows in by_task(ExampleOrder(SIZES, rates, 1).row_numbers(0, count))]
@@ -45,8 +45,8 @@ def test_rates_are_met(rates):
     assert (abs(found / count - share) <= 5 * np.sqrt(share * (1 - share) / count)).all()
 
 
-def test_the_choice_is_exact():
-    """By enumeration: the words that choose a task are its share of 2^64, to one word."""
+def test_task_sampler_is_exact():
+    """The number of words that select a task is its share of 2^64, to one word."""
     rates = [0.1, 5, 0.25, 0.25, 3e-7, 0, 1]
     choice = order_lib._TaskSampler(rates)
     width = 1 << 61  # 7 tasks, 8 columns
@@ -64,18 +64,18 @@ def test_the_choice_is_exact():
 
 
 @pytest.mark.parametrize("sizes", [SIZES, [9], [2**33, 3]])
-def test_pieces_make_the_whole(sizes):
+def test_order_does_not_depend_on_the_calls(sizes):
     whole = ExampleOrder(sizes, sizes, 5).row_numbers(0, 60_000)
     cuts = [0, 1, 5, 8191, 8192, 8193, 30_001, 59_999, 60_000]
-    going_on = ExampleOrder(sizes, sizes, 5)
+    continued = ExampleOrder(sizes, sizes, 5)
     for start, stop in itertools.pairwise(cuts):
-        for order in (going_on, ExampleOrder(sizes, sizes, 5)):  # from where it was, and from afar
+        for order in (continued, ExampleOrder(sizes, sizes, 5)):  # continued, and from the start
             np.testing.assert_array_equal(order.row_numbers(start, stop), whole[start:stop])
-    np.testing.assert_array_equal(going_on.row_numbers(100, 300), whole[100:300])  # and backwards
-    assert going_on.row_numbers(17, 17).shape == (0,)
+    np.testing.assert_array_equal(continued.row_numbers(100, 300), whole[100:300])  # backwards
+    assert continued.row_numbers(17, 17).shape == (0,)
 
 
-def test_far_starts_are_kept_to_start_from(monkeypatch):
+def test_distant_starts_use_snapshots(monkeypatch):
     monkeypatch.setattr(order_lib, "_SNAPSHOT", 1 << 14)
     whole = ExampleOrder(SIZES, SIZES, 2).row_numbers(0, 100_000)
     order = ExampleOrder(SIZES, SIZES, 2)
@@ -115,8 +115,8 @@ def test_seeds_and_epochs_differ():
     assert (draws[0] == draws[1]).mean() < 0.2
 
 
-def test_small_permutations_are_all_there():
-    """Of 4 rows 24 orders, evenly: each is expected 1,000 times of 24,000, with a deviation of 31.
+def test_all_small_permutations_occur():
+    """The 24 orders of 4 rows: each is expected 1,000 times of 24,000, with a deviation of 31.
 
     The sum of squares over 1,000 is then chi-square of 23 degrees of freedom: below 50 but for one
     seed in 1,000.
@@ -127,7 +127,7 @@ def test_small_permutations_are_all_there():
     assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 50
 
 
-def test_rows_end_up_anywhere_and_neighbours_apart():
+def test_rows_move_anywhere_and_neighbors_apart():
     size, epochs = 101, 5000
     rows = ExampleOrder([size], [1], 3).row_numbers(0, size * epochs).reshape(epochs, size)
     expected = epochs / size
@@ -163,7 +163,7 @@ def test_every_row_of_many_tasks():
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_without_repeating_it_ends_with_the_first_task_that_is_used_up(epochs):
+def test_order_ends_with_the_first_exhausted_task(epochs):
     whole = ExampleOrder(SIZES, SIZES, 4).row_numbers(0, 5000)
     ended = ExampleOrder(SIZES, SIZES, 4, num_epochs=epochs)
     found = ended.row_numbers(0, 5000)
@@ -191,6 +191,6 @@ def test_without_repeating_it_ends_with_the_first_task_that_is_used_up(epochs):
         ([], [], "expected one rate for each task, got 0 for 0"),
     ],
 )
-def test_wrong_arguments_are_named(sizes, rates, message):
+def test_wrong_arguments_raise(sizes, rates, message):
     with pytest.raises(InputError, match=message):
         ExampleOrder(sizes, rates, 0)
