@@ -40,7 +40,7 @@ class Record:
       seed: seed of the adapters' initial values; those that are not trained are drawn again.
       trained_datasets: names of the datasets of training, as in tables; None: unknown.
       sentence_encoder: encoder of the sentence embeddings that routers read (name, dim,
-        fingerprint or probe: `sentence_table.same_encoder`); None: routers read none.
+        fingerprint or probe: `sentence_table.is_same_encoder`); None: routers read none.
     """
 
     method: str

@@ -302,7 +302,7 @@ def test_records_without_encoder_can_be_opened(trained):
     fields = dataclasses.asdict(record)
     del fields["sentence_encoder"]
     assert runs.parse_record(fields, "x").sentence_encoder is None
-    with pytest.raises(InputError, match="sentence_encoder: expected an object, found 3"):
+    with pytest.raises(InputError, match="sentence_encoder: expected an object, got 3"):
         runs.parse_record({**fields, "sentence_encoder": 3}, "x")
 
 
