@@ -378,9 +378,9 @@ def test_missing_inputs_are_reported_and_can_be_added(folder, trained, tmp_path,
 @pytest.mark.parametrize(
     ("macros", "message"),
     [
-        ({"EMBED_SPLITS": "test"}, "EMBED_SPLITS: expected some of"),
+        ({"EMBED_SPLITS": "test"}, "EMBED_SPLITS must be some of"),
         ({"EMBEDDING_DTYPE": "int8"}, "EMBEDDING_DTYPE must be one of"),
-        ({"BATCH_SIZE": 0}, "BATCH_SIZE must be an integer"),
+        ({"BATCH_SIZE": 0}, "BATCH_SIZE must be a positive integer"),
         ({"MIXTURE_OR_TASK_NAME": "colour"}, "unknown task or mixture 'colour'"),
         ({"SENTENCE_ENCODER": 3}, "SENTENCE_ENCODER must be"),
         ({"INITIAL_CHECKPOINT_PATH": "/no/base"}, "no such file"),
