@@ -191,7 +191,7 @@ class _Interpreter:
         self.memo: dict[int, Any] = {}  # a dict: an index of 2**32 must not allocate a list
 
     def run(self, data: bytes) -> object:
-        """Returns the pickled object, made of dicts, lists, tuples, scalars and `LazyArray`s."""
+        """Returns the pickled object: dicts, lists, tuples, scalars and `LazyArray`s."""
         argument: Any
         for operation, argument, _ in pickletools.genops(data):
             name = operation.name
