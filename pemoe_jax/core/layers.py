@@ -241,6 +241,7 @@ class MultiHeadDotProductAttention(nn.Module):
             cached_value.value, value, position, 1
         )
         index.value = position + 1
+        # Positions after this one hold zeros, which the softmax would count.
         filled = jnp.arange(cached_key.value.shape[1]) <= position
         if bias is not None:
             bias = jax.lax.dynamic_slice_in_dim(bias, position, 1, axis=-2)
@@ -342,6 +343,7 @@ class MlpBlock(nn.Module):
         gate = self.adapters.adapt("gate", x, nn.gelu(wi("wi_0"), approximate=True), tokens)
         hidden = gate * wi("wi_1")  # [B, L, F]
         deterministic = tokens is None or tokens.deterministic
+        # As in T5X, the mask is shared by all positions of a row.
         hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
             hidden, deterministic=deterministic
         )

@@ -29,12 +29,8 @@ class T5Config:
     Attributes:
       vocab_size: V, rows of the embedding (32,128 in the public checkpoints).
       dtype: dtype of activations, 'float32' or 'bfloat16'; parameters are created in float32.
-      emb_dim: D.
-      num_heads: H.
-      num_encoder_layers: number of encoder layers.
-      num_decoder_layers: number of decoder layers.
-      head_dim: K.
-      mlp_dim: F.
+      emb_dim, num_heads, head_dim, mlp_dim: D, H, K and F.
+      num_encoder_layers, num_decoder_layers: depths of the stacks.
       dropout_rate: dropout rate of embeddings, attention, MLPs and residual branches.
       sentence_dim: S, size of the sentence embeddings that routers may read; None for D.
       scan_layers: whether a stack runs as a loop over its layers, which is compiled once.
@@ -104,6 +100,7 @@ class _Block(nn.Module):
         return layers.LayerNorm(dtype=self.config.dtype, name=name)
 
     def residual(self, x: Array, y: Array, tokens: Tokens) -> Array:
+        # As in T5X, a dropout mask is shared by all positions of a row.
         dropout = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
         y = dropout(y, deterministic=tokens.deterministic)
         return layers.constrain_sharding(x + y, ("batch", "length", "embed"))
@@ -154,13 +151,7 @@ class DecoderLayer(_Block):
         """x [B·C, L, D], encoded [B, Le, D] -> [B·C, L, D]."""
         h = self.norm("pre_self_attention_layer_norm")(x)
         h = self.attention("self_attention")(
-            h,
-            h,
-            decoder_mask,
-            bias,
-            tokens_q=tokens,
-            tokens_kv=tokens,
-            decode=decode,
+            h, h, decoder_mask, bias, tokens_q=tokens, tokens_kv=tokens, decode=decode
         )
         x = self.residual(x, h, tokens)
         h = self.norm("pre_cross_attention_layer_norm")(x)
@@ -200,7 +191,7 @@ class Encoder(nn.Module):
         bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
             length, length, bidirectional=True
         )
-        # Once for all layers, which share them.
+        # Position biases and mask are the same in all layers, so they are prepared once.
         mask_and_bias = attention.prepare_mask_and_bias(cfg.attention, mask, bias)
         x = stacks.apply_layers(
             self,
@@ -240,6 +231,7 @@ class Decoder(nn.Module):
         cfg, deterministic = self.config, tokens.deterministic
         length = embedded.shape[1]
         if decode and max_decode_length:
+            # A step has one token; attention slices its row from the bias of the whole cache.
             length = max_decode_length
         dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         x = dropout(embedded, deterministic=deterministic)

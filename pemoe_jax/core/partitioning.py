@@ -76,6 +76,7 @@ def make_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
             f"MODEL_PARALLELISM must be a divisor of the {count} devices, got {model_parallelism!r}"
         )
     shape = (count // model_parallelism, model_parallelism)
+    # Splitting lets a mesh axis take a part of a physical axis of a TPU's torus.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, ("data", "model"))
 

@@ -147,6 +147,8 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         if routers:
             statistics = jnp.stack([statistic for _, (statistic,) in sorted(routers.items())])
             objective = statistics[:, routing.STATISTICS.index("objective")]
+            # T5X's loss is a sum over tokens divided by the factor: the routers' mean counts once
+            # for each token.
             loss += jnp.mean(objective) * weight_sum / (1.0 if factor is None else factor)
             metrics["loss"] = t5x_metrics.AveragePerStep(total=loss)
             if self._router_metrics is not None:

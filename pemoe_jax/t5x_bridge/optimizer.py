@@ -27,6 +27,7 @@ class FrozenBase(optimizers.OptaxWrapper):
     def __init__(self, optimizer: optim.OptimizerFactory, trainable: Sequence[str]) -> None:
         self._optimizer = optimizer
         self._trainable = trainable
+        # Only for its initial state: each step builds one with the trainer's learning rate.
         super().__init__(optimizer(lambda _: jnp.zeros(())))
 
     def init_state(self, params: Params) -> optimizers.OptimizerState:
