@@ -325,15 +325,16 @@ def test_builders_have_the_fields_of_the_table(tmp_path, monkeypatch):
 # --- cache_tasks
 
 
-@pytest.mark.parametrize("form", ["datasets", "tfds"])
-def test_caches_equal_those_from_json_lines(tmp_path, form, seqio):
+def test_caches_equal_those_from_json_lines(tmp_path, seqio):
     p3_forms.write_templates(tmp_path / "templates")
-    {"datasets": p3_forms.write_datasets, "tfds": p3_forms.write_tfds}[form](tmp_path / form)
-    written = []
-    for source in ("templates", form):
-        flags = [f"--p3_dir={tmp_path / source}", f"--output={tmp_path / 'out' / source}"]
-        assert cache_tasks.main([*flags, f"--vocab_path={VOCAB}"]) == 0
-        out = tmp_path / "out" / source
+    p3_forms.write_datasets(tmp_path / "datasets")
+    p3_forms.write_tfds(tmp_path / "tfds")
+    caches = {}
+    for form in ("templates", "datasets", "tfds"):
+        out = tmp_path / "out" / form
+        flags = [f"--p3_dir={tmp_path / form}", f"--output={out}", f"--vocab_path={VOCAB}"]
+        assert cache_tasks.main(flags) == 0
         files = sorted(path for path in out.rglob("*") if path.is_file())
-        written.append({str(path.relative_to(out)): path.read_bytes() for path in files})
-    assert len(written[0]) > 30 and written[0] == written[1]
+        caches[form] = {str(path.relative_to(out)): path.read_bytes() for path in files}
+    assert len(caches["templates"]) > 30
+    assert caches["templates"] == caches["datasets"] == caches["tfds"]
