@@ -21,6 +21,7 @@ def add_cache_dirs(folders: Iterable[str]) -> None:
     Raises:
       InputError: a local folder does not exist.
     """
+    added: list[str] = []
     for folder in folders:
         if "://" not in folder:
             folder = os.path.abspath(os.path.expanduser(folder))
@@ -29,8 +30,9 @@ def add_cache_dirs(folders: Iterable[str]) -> None:
                 raise InputError(
                     f"--seqio_additional_cache_dirs: {folder} must be a folder, got {kind}"
                 )
-        if folder not in additional_cache_dirs:
-            additional_cache_dirs.append(folder)
+        added.append(folder)
+    # only now, so that an error changes nothing
+    additional_cache_dirs.extend(f for f in added if f not in additional_cache_dirs)
     # Importing seqio takes 7 to 8 s, so only one that is loaded already is updated at once.
     if "seqio" in sys.modules:
         sys.modules["seqio"].add_global_cache_dirs(additional_cache_dirs)
