@@ -147,9 +147,9 @@ def build_paper_table(
     """
     tasks = [_group_by_column(run) for run in runs]
     existing = {name for by_column in tasks for name in by_column}
-    of_paper = [name for name in published_figures.COLUMNS if name in existing or with_paper]
-    columns = of_paper + sorted(existing - set(of_paper))
-    averaged = of_paper or columns
+    paper_columns = [name for name in published_figures.COLUMNS if name in existing or with_paper]
+    columns = paper_columns + sorted(existing - set(paper_columns))
+    averaged = paper_columns or columns
     groups = [[i] for i in range(len(runs))] if seeds_apart else run_settings.group_by_seed(runs)
     # Labels are made unique after grouping: seeds of one row share a name on purpose.
     names = result_tables.run_labels(

@@ -38,8 +38,8 @@ def parse_settings(config: str) -> dict[str, str]:
             settings[name] = assignment[2]
         elif settings and line[:1] in (" ", "}", "]", ")"):  # a value of several lines
             settings[name] += f" {line.strip()}"
-    kept = {name: settings[name] for name in settings if name not in _MACROS_WITHOUT_EFFECT}
-    return drop_wiring(kept)
+    effective = {name: settings[name] for name in settings if name not in _MACROS_WITHOUT_EFFECT}
+    return drop_wiring(effective)
 
 
 def drop_wiring(settings: Mapping[str, str]) -> dict[str, str]:
