@@ -169,7 +169,7 @@ def test_a_held_out_mixture_and_a_few_examples(folder, tmp_path):
         ({"CHECKPOINT_PATH": "/no/such"}, "/no/such"),
         ({"BATCH_SIZE": 3}, "BATCH_SIZE must be a positive multiple of 2 (2 devices), got 3"),
         ({"JSONL_DIR": None}, "no data"),
-        ({"TASK_FEATURE_LENGTHS": "{'inputs': 8}"}, "'targets' a positive integer"),
+        ({"TASK_FEATURE_LENGTHS": "{'inputs': 8}"}, "TASK_FEATURE_LENGTHS['targets'] must be a positive integer"),
         ({"EVAL_EXAMPLES": 0}, "EVAL_EXAMPLES must be a positive integer"),
         ({"BATCH": 2}, "--gin.BATCH: no gin file has a macro of this name"),
     ],
@@ -193,7 +193,7 @@ def test_wrong_metrics_and_no_evaluation_split_are_one_line(folder, tmp_path, ca
     (tmp_path / "tasks" / "INDEX.json").write_text(json.dumps({"t": {"metrics": ["Rouge"]}}))
     assert infer.main(command) == 1
     error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and "INDEX.json: 't': 'metrics': expected names among" in error[0]
+    assert len(error) == 1 and "INDEX.json: 't': 'metrics' must be names among" in error[0]
     assert not (tmp_path / "out").exists()
 
 

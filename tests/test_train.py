@@ -284,7 +284,7 @@ def test_waiting_for_data_is_measured(folder, trained, tmp_path, monkeypatch, ca
 
     plain = packing.BatchIterator.__next__
     monkeypatch.setattr(
-        packing.BatchIterator, "__next__", lambda one: time.sleep(0.3) or plain(one)
+        packing.BatchIterator, "__next__", lambda one: time.sleep(0.8) or plain(one)
     )
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert read_metrics(tmp_path, "train/wait_share")[12] > 0.5
@@ -367,7 +367,7 @@ def test_results_are_only_replaced_by_results_of_the_same_run(folder, trained, t
     first = json.loads((tmp_path / "results.json").read_text())["runs"][0]
     assert evaluated("lora") == 1
     error = capsys.readouterr().err
-    assert f"holds results that would be lost: {trained['mov']} on " in error
+    assert f"results would be lost, those of {trained['mov']} on " in error
     assert error.count("\n") == 1
     assert evaluated("mov", DTYPE="bfloat16") == 0
     assert f"replacing the results in {tmp_path}" in capsys.readouterr().out
@@ -382,7 +382,7 @@ def test_results_are_only_replaced_by_results_of_the_same_run(folder, trained, t
     ("macros", "message"),
     [
         ({"TRAINABLE": "['.*/mov_.*']"}, "TRAINABLE matched 0 of"),
-        ({"BATCH_SIZE": 7}, "BATCH_SIZE 7 does not divide over 2 devices"),
+        ({"BATCH_SIZE": 7}, "BATCH_SIZE must be a positive multiple of 2"),
         ({"MIXTURE_OR_TASK_NAME": "colour_a"}, "unknown task or mixture 'colour_a'"),
         ({"VOCAB_PATH": "/nowhere/v.model"}, "/nowhere/v.model"),
         ({"VOCAB_SIZE": 100}, "T5Config.vocab_size must be at least"),
