@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 MISSING = "–"
 # Columns that are aligned to the left; the others hold numbers and are aligned to the right.
-TEXT_COLUMNS = {"run", "method", "data set", "prompt", "split", "site", "seen", "tokens by share"}
+TEXT_COLUMNS = {"run", "method", "dataset", "prompt", "split", "site", "seen", "tokens by share"}
 TEXT_COLUMNS |= {"held-out task", "nearest trained on", "on each device", "part"}
 TEXT_COLUMNS |= {"checkpoint", "base", "activations"}
 
