@@ -169,7 +169,7 @@ def test_a_held_out_mixture_and_a_few_examples(folder, tmp_path):
         ({"CHECKPOINT_PATH": "/no/such"}, "/no/such"),
         ({"BATCH_SIZE": 3}, "BATCH_SIZE must be a positive multiple of 2 (2 devices), got 3"),
         ({"JSONL_DIR": None}, "no data"),
-        ({"TASK_FEATURE_LENGTHS": "{'inputs': 8}"}, "TASK_FEATURE_LENGTHS['targets'] must be a positive integer"),
+        ({"TASK_FEATURE_LENGTHS": "{'inputs': 8}"}, "must be a positive integer, got None"),
         ({"EVAL_EXAMPLES": 0}, "EVAL_EXAMPLES must be a positive integer"),
         ({"BATCH": 2}, "--gin.BATCH: no gin file has a macro of this name"),
     ],

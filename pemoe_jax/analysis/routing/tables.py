@@ -82,7 +82,7 @@ def site_tables(result: ProbeResult) -> dict[str, Table]:
         experts = [str(number + 1) for number in range(num_experts)]
         tables[site] = Table(
             f"{site}: {value_name(result)} by expert",
-            ["prompt", "data set", "seen", "tokens", *experts],
+            ["prompt", "dataset", "seen", "tokens", *experts],
             rows,
             footer=[
                 ["mean over tasks", "", "", "", *_decimals(mean)],

@@ -136,7 +136,7 @@ def _prompt_table(runs: Sequence[JsonObject]) -> Table:
                 *(_percent(task.get("accuracy")) for task in by_run),
             ]
         )
-    columns = ["data set", "prompt", "split", "examples", "chance", *run_labels(runs)]
+    columns = ["dataset", "prompt", "split", "examples", "chance", *run_labels(runs)]
     table = Table("Accuracy in %: prompt by prompt", columns, rows)
     if odd:
         lines = []
