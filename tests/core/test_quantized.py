@@ -96,7 +96,7 @@ def test_matrices_are_those_of_attention_and_mlps():
     assert all("router" in path or path == "decoder/logits_dense/kernel" for path in kernels)
 
 
-@pytest.mark.parametrize(("method", "kind"), zip(PEFT_METHODS, 2 * KINDS, strict=True))
+@pytest.mark.parametrize(("method", "kind"), [*zip(PEFT_METHODS, 2 * KINDS, strict=True)])
 def test_logits_and_gradients_equal_those_of_dequantized_matrices(method, kind):
     frozen, plain = (
         params.split(quantize_tree(random_params(method), kind, transform), [ADAPTER])[1]
@@ -354,8 +354,8 @@ def test_a_run_records_its_frozen_dtype_and_is_evaluated_with_it(folder, tmp_pat
 
     # resuming with another type is an error
     assert trained(folder, "lora", run, TRAIN_STEPS=3, FROZEN_DTYPE="activations") == 1
-    says = "FROZEN_DTYPE 'int8', expected the same to go on, found 'activations'"
-    assert says in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "FROZEN_DTYPE must be 'int8' to resume" in error and "got 'activations'" in error
 
     # bit for bit as read before training
     matrix = "encoder/layers_0/mlp/wo/kernel"
@@ -370,7 +370,7 @@ def test_a_run_records_its_frozen_dtype_and_is_evaluated_with_it(folder, tmp_pat
     assert models.open_model(str(adapter)).frozen_dtype == "int8"
     merged = tmp_path / "merged.safetensors"
     assert convert.main(["base", str(run), str(merged)]) == 0
-    assert "was trained with its base kept in int8: what is written" in capsys.readouterr().out
+    assert "was trained with its base in int8; the output" in capsys.readouterr().out
     untouched = "encoder/layers_0/mlp/wi_1/kernel"  # LoRA has no site there
     written = base_lib.open_base(merged).arrays[untouched].read()
     np.testing.assert_array_equal(written, stored.arrays[untouched].read())
@@ -390,7 +390,7 @@ def test_a_run_records_its_frozen_dtype_and_is_evaluated_with_it(folder, tmp_pat
 @pytest.mark.parametrize(
     ("method", "frozen_dtype", "message"),
     [
-        ("full", "int8", "FROZEN_DTYPE 'int8': full trains all matrices: expected 'activations'"),
+        ("full", "int8", "FROZEN_DTYPE must be 'activations' for full, which trains all"),
         ("mov", "int4", "FROZEN_DTYPE must be one of ['activations', 'int8', 'float8_e4m3fn']"),
     ],
 )
