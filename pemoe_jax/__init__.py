@@ -1,3 +1,3 @@
-"""Mixtures of tiny experts on a frozen T5. Importing this package imports nothing else."""
+"""Mixtures of parameter-efficient experts on a frozen T5; importing it imports nothing else."""
 
 __version__ = "0.1.0"

@@ -43,9 +43,9 @@ class MetricWriter:
         file = model_dir / "metrics.jsonl"
         if file.exists():
             text = file.read_text()
-            kept = "".join(f"{x}\n" for x in text.splitlines() if _is_up_to(x, first_step))
-            if kept != text:
-                atomic_write.write_text(file, kept)
+            lines = "".join(f"{x}\n" for x in text.splitlines() if _is_up_to(x, first_step))
+            if lines != text:
+                atomic_write.write_text(file, lines)
         self._file = file.open("a")
         self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
 
