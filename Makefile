@@ -5,6 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Python compiles each module once and keeps the bytecode, also where the environment says not to:
+# many processes of the tests import TensorFlow, and compiling it takes 5 s of each.
+unexport PYTHONDONTWRITEBYTECODE
 # A variable, because a comma would end the argument of `call`.
 T5X = .[test,t5x]
 
