@@ -33,7 +33,6 @@ class FolderTask(SeekableTask, seqio.Task):
     def cached_examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset | None:
-        """See SeekableProvider."""
         return cached_example_dataset([self], [1.0], sequence_length, split, options)
 
 
@@ -55,7 +54,6 @@ class FolderMixture(SeekableMixture, seqio.Mixture):
         num_epochs: int | None = None,
         **kwargs: object,
     ) -> tf.data.Dataset:
-        """See seqio.Mixture."""
         if use_cached or kwargs.get("passthrough_features"):
             return super().get_dataset(
                 sequence_length, split, use_cached, shuffle, seed, shard_info, num_epochs, **kwargs
@@ -74,7 +72,6 @@ class FolderMixture(SeekableMixture, seqio.Mixture):
     def cached_examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset | None:
-        """See SeekableProvider."""
         names = seqio_tasks.cached_subtask_names(self.name)
         tasks = [task for task in self.tasks if task.name in names and split in task.splits]
         rates = self.rates(tasks)

@@ -68,11 +68,9 @@ class JsonLinesSource(seqio.DataSource):
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
-        """See seqio.DataSource."""
         return True
 
     def list_shards(self, split: str) -> list[str]:
-        """See seqio.DataSource."""
         return [self.paths[split]]
 
     def scan(self, split: str) -> FileScan:
@@ -80,7 +78,6 @@ class JsonLinesSource(seqio.DataSource):
         return scan_file(self.paths[split], None if split == "train" else self._eval_examples)
 
     def num_input_examples(self, split: str) -> int:
-        """See seqio.DataSource."""
         return self.scan(split).num_rows
 
     def get_dataset(
@@ -115,7 +112,6 @@ class JsonLinesTask(FolderTask):
     def examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset:
-        """See SeekableProvider."""
         return _examples([self], [1.0], sequence_length, split, options)
 
 
@@ -129,7 +125,6 @@ class JsonLinesMixture(FolderMixture):
     def examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset:
-        """See SeekableProvider."""
         tasks = [task for task in self.tasks if split in task.splits]
         if not tasks:
             raise InputError(f"no task of {self.name!r} has a split {split!r}")
@@ -138,7 +133,6 @@ class JsonLinesMixture(FolderMixture):
     def eval_examples(
         self, sequence_length: Mapping[str, int], interleave: bool
     ) -> tuple[tf.data.Dataset, list[tuple[str, int]]]:
-        """See SeekableMixture."""
         tasks = [task for task in self.tasks if "validation" in task.splits]
         rows = _rows([task.source for task in tasks], "validation")
         turns = np.concatenate([np.arange(scan.num_rows) for scan in rows.scans])

@@ -112,11 +112,9 @@ class ArrowTable(Table):
         return [batch for path in self._paths for batch in _read_batches(path)]
 
     def part_sizes(self) -> list[int]:
-        """See Table."""
         return [batch.num_rows for batch in self._batches]
 
     def read_part(self, part: int, numbers: list[int]) -> list[Example]:
-        """See Table."""
         try:
             return cast(list[Example], self._batches[part].take(numbers).to_pylist())
         except (OSError, ValueError, IndexError) as error:

@@ -34,16 +34,13 @@ class TemplateReader(RowReader):
 
     @property
     def num_rows(self) -> int:
-        """See RowReader."""
         return len(self._indices)
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
-        """See RowReader."""
         indices = [self._indices[number] for number in numbers]
         return self._rows(zip(indices, self._table.take(indices), strict=True))
 
     def row_blocks(self) -> Iterator[list[Row]]:
-        """See RowReader."""
         # in one pass, without the one that `_indices` takes
         for start, examples in iterate_chunks(self._table, READ_SIZE):
             yield self._rows(enumerate(examples, start))

@@ -80,11 +80,9 @@ class JsonLinesTable(Table):
         return offsets
 
     def part_sizes(self) -> list[int]:
-        """See Table."""
         return [len(self._offsets)]
 
     def read_part(self, part: int, numbers: list[int]) -> list[Example]:
-        """See Table."""
         examples = []
         with open(self.location, "rb") as file:
             for number in numbers:
@@ -165,11 +163,9 @@ class ParquetTable(Table):
         return list(parquet.read_schema(self._paths[0]).names) if self._groups else []
 
     def part_sizes(self) -> list[int]:
-        """See Table."""
         return [group.num_rows for group in self._groups]
 
     def read_part(self, part: int, numbers: list[int]) -> list[Example]:
-        """See Table."""
         group = self._groups[part]
         try:
             table = _row_groups.get(group.path, group.number, group.file)
@@ -235,11 +231,9 @@ class PromptedReader(RowReader):
 
     @property
     def num_rows(self) -> int:
-        """See RowReader."""
         return self._table.num_rows
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
-        """See RowReader."""
         examples = self._table.take(numbers)
         rows = [
             self._row(example, number) for example, number in zip(examples, numbers, strict=True)

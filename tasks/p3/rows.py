@@ -68,11 +68,9 @@ class ChoiceReader(RowReader):
 
     @property
     def num_rows(self) -> int:
-        """See RowReader."""
         return int(self._starts[-1])
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
-        """See RowReader."""
         owners = np.searchsorted(self._starts, np.asarray(numbers), side="right") - 1
         # a row is read and tokenized once for all of its choices
         distinct = np.unique(owners).tolist()
@@ -82,7 +80,6 @@ class ChoiceReader(RowReader):
         return [rows[o][c] for o, c in zip(owners.tolist(), choices.tolist(), strict=True)]
 
     def row_blocks(self) -> Iterator[list[Row]]:
-        """See RowReader."""
         # in one pass, without the one that `_starts` takes
         example = 0
         for rows in self._plain.row_blocks():

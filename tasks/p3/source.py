@@ -98,11 +98,9 @@ class P3Source(seqio.DataSource):
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
-        """See seqio.DataSource."""
         return True
 
     def list_shards(self, split: str) -> list[str]:
-        """See seqio.DataSource."""
         return [self.reader(split).location]
 
     def reader(self, split: str) -> RowReader:
@@ -181,13 +179,11 @@ class P3Task(FolderTask):
     """A published task."""
 
     def has_data(self) -> bool:
-        """See SeekableTask."""
         return not self.source.settings.has_local_folder or self.source.files is not None
 
     def examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset:
-        """See SeekableProvider."""
         return example_dataset([self.source.reader(split)], [1.0], self, sequence_length, options)
 
     @property

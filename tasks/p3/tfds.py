@@ -168,11 +168,9 @@ class TfdsTable(Table):
         return [TFRecordFile(str(path)) for path in self._paths]
 
     def part_sizes(self) -> list[int]:
-        """See Table."""
         return [file.count() for file in self._files]
 
     def read_part(self, part: int, numbers: list[int]) -> list[Example]:
-        """See Table."""
         path = self._paths[part]
         return [self._example(record, path) for record in self._files[part].read(numbers)]
 

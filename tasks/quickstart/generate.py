@@ -18,18 +18,9 @@ import re
 import string
 from typing import Any
 
-from pemoe_jax.tasks.quickstart import corpus
-from pemoe_jax.tasks.quickstart.prompts import DATASETS, Dataset
-from pemoe_jax.tasks.quickstart.world import (
-    NAMES,
-    TOPIC_NAMES,
-    TOPICS,
-    Rng,
-    capital,
-    detail,
-    opinion,
-    story,
-)
+from pemoe_jax.tasks.quickstart import corpus, world
+from pemoe_jax.tasks.quickstart.prompts import Dataset, datasets
+from pemoe_jax.tasks.quickstart.world import TextRng
 
 CORPUS_LINES = 150_000
 # {whether the dataset is held out: {split: examples per prompt}}
@@ -42,7 +33,7 @@ def _rows(
     dataset: Dataset, prompt: str, split: str, n: int, taken: set[str], seed: int
 ) -> list[Line]:
     """Returns `n` examples with balanced answers that are not in `taken`, and adds them to it."""
-    rng = Rng(f"sample {seed} {dataset.name} {prompt} {split}")
+    rng = TextRng(f"sample {seed} {dataset.name} {prompt} {split}")
     lines: list[Line] = []
     answers: collections.Counter[str] = collections.Counter()
     # Datasets of few words repeat themselves, and a draw with a frequent answer is rejected.
@@ -60,74 +51,42 @@ def _rows(
     return lines
 
 
+def _line(inputs: str, targets: str, choices: list[str]) -> Line:
+    return {"inputs": inputs, "targets": targets, "answer_choices": choices}
+
+
 def odd_rows(seed: int) -> dict[str, list[Line]]:
     """Returns {<task>/<split>: odd rows} such as real data contains; readers report them."""
-    rng = Rng(f"odd {seed}")
-    topic = TOPICS[0]
-    long_text = " ".join(detail(rng, topic) for _ in range(300)).split()
-    long_story = " ".join(long_text[:2000])
-    fifty = [f"{capital(name)} and the {thing}" for name in NAMES for thing in topic.things][:50]
+    rng = TextRng(f"odd {seed}")
+    food = world.TOPICS[0]
+    long_text = " ".join(rng.detail(food) for _ in range(300)).split()
+    long_story = _line(" ".join(long_text[:2000]), "yes", ["yes", "no"])
+    fifty = [f"{name} and the {thing}" for name in world.NAMES for thing in food.things][:50]
+    liked = "Question: does the writer like it? Review:"
+    claim = "Question: would you say that it was good? Answer:"
+    sense = "Which does the word plate mean here: food or health?"
+    not_a_choice = f"{rng.story(food)} Which topic is this text about?"
     return {
-        # a target that is not among its choices
-        "town_news_which_topic/train": [
-            {
-                "inputs": f"{story(rng, topic)} Which topic is this text about?",
-                "targets": "cooking",
-                "answer_choices": list(TOPIC_NAMES[:4]),
-            }
-        ],
-        # doubled choices
+        # targets that are not among their choices, doubled choices, empty inputs, 2,000 words
+        "town_news_which_topic/train": [_line(not_a_choice, "cooking", world.TOPIC_NAMES[:4])],
         "guest_reviews_liked/train": [
-            {
-                "inputs": (
-                    "Question: does the writer like it? Review: "
-                    f"{opinion(rng, topic, True)} Answer:"
-                ),
-                "targets": "yes",
-                "answer_choices": ["yes", "no", "yes"],
-            }
+            _line(f"{liked} {rng.opinion(food, True)} Answer:", "yes", ["yes", "no", "yes"])
         ],
-        # an empty input
-        "town_calendar_past_or_future/train": [
-            {"inputs": "", "targets": "past", "answer_choices": ["past", "future"]}
-        ],
-        # an input of 2,000 words
-        "topic_check_yes_or_no/train": [
-            {"inputs": long_story, "targets": "yes", "answer_choices": ["yes", "no"]}
-        ],
+        "town_calendar_past_or_future/train": [_line("", "past", ["past", "future"])],
+        "topic_check_yes_or_no/train": [long_story],
+        # the same in held-out tasks, and 50 choices
         "two_meanings_which_sense/validation": [
-            {
-                "inputs": (
-                    f"{detail(rng, topic)} Which does the word plate mean here: food or health?"
-                ),
-                "targets": "kitchen",
-                "answer_choices": ["food", "health"],
-            }
+            _line(f"{rng.detail(food)} {sense}", "kitchen", ["food", "health"])
         ],
         "sound_claims_can_we_say/validation": [
-            {
-                "inputs": (
-                    f"{opinion(rng, topic, False)} Question: would you say that it was "
-                    "good? Answer:"
-                ),
-                "targets": "no",
-                "answer_choices": ["yes", "no", "no"],
-            },
-            {"inputs": long_story, "targets": "yes", "answer_choices": ["yes", "no"]},
+            _line(f"{rng.opinion(food, False)} {claim}", "no", ["yes", "no", "no"]),
+            long_story,
         ],
         "next_lines_best_ending/validation": [
-            {
-                "inputs": "",
-                "targets": "The end.",
-                "answer_choices": ["The end.", "The story was long."],
-            }
+            _line("", "The end.", ["The end.", "The story was long."])
         ],
         "who_is_meant_who_did/validation": [
-            {
-                "inputs": "Question: who came with what? Answer:",
-                "targets": fifty[7],
-                "answer_choices": fifty,
-            }
+            _line("Question: who came with what? Answer:", fifty[7], fifty)
         ],
     }
 
@@ -137,7 +96,7 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
     files: dict[str, list[Line]] = {}
     index: dict[str, Line] = {}
     odd = odd_rows(seed)
-    for dataset in DATASETS:
+    for dataset in datasets():
         for prompt, template in dataset.prompts.items():
             task, taken = f"{dataset.name}_{prompt}", set[str]()
             # The smaller split first: datasets of few words run out of distinct rows.

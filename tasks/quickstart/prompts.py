@@ -1,4 +1,4 @@
-"""The sample's datasets and their prompts.
+"""The sample's datasets: functions that draw their rows, and the prompts of `prompts.json`.
 
 A dataset draws rows: the fields of its templates, the answer and all options. A prompt renders a
 row: a template, and labels if the prompt expects other words than the options as answers.
@@ -7,33 +7,13 @@ row: a template, and labels if the prompt expects other words than the options a
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pemoe_jax.tasks.quickstart.world import (
-    FEELINGS,
-    FEMALE,
-    MALE,
-    NAMES,
-    NEEDS,
-    SENSES,
-    STATES,
-    TOPIC,
-    TOPIC_NAMES,
-    TOPICS,
-    Rng,
-    a,
-    capital,
-    detail,
-    feeling_shown,
-    future,
-    opinion,
-    other_topic,
-    past,
-    pronoun,
-    sense,
-    story,
-)
+from pemoe_jax.tasks.quickstart import world
+from pemoe_jax.tasks.quickstart.world import TextRng, a, capital, pronoun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +32,6 @@ class Dataset:
     Attributes:
       name: name of the dataset.
       task_type: P3's kind of task.
-      draw: draws a row.
       prompts: {prompt name: format string over the fields and options of a row}.
       labels: {prompt name: {option: answer}} of prompts whose answers are not the options.
       held_out: whether it is for zero-shot evaluation only.
@@ -60,7 +39,7 @@ class Dataset:
 
     name: str
     task_type: str
-    draw: Callable[[Rng], Row]
+    draw: Callable[[TextRng], Row]
     prompts: Mapping[str, str]
     labels: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     held_out: bool = False
@@ -77,135 +56,137 @@ class Dataset:
         }
 
 
-def _options(rng: Rng, answer: str, others: Sequence[str], n: int) -> list[str]:
-    return rng.shuffled(
-        [answer, *rng.several([other for other in others if other != answer], n - 1)]
-    )
+def _options(rng: TextRng, answer: str, others: Sequence[str]) -> list[str]:
+    return rng.shuffled([answer, *rng.several([other for other in others if other != answer], 3)])
 
 
-def _topics(rng: Rng) -> Row:
-    topic = rng.pick(TOPICS)
-    return Row({"text": story(rng, topic)}, topic.name, _options(rng, topic.name, TOPIC_NAMES, 4))
+def _topics(rng: TextRng) -> Row:
+    topic = rng.pick(world.TOPICS)
+    return Row({"text": rng.story(topic)}, topic.name, _options(rng, topic.name, world.TOPIC_NAMES))
 
 
-def _reviews(rng: Rng) -> Row:
+def _reviews(rng: TextRng) -> Row:
     good = rng.chance(0.5)
     return Row(
-        {"text": opinion(rng, rng.pick(TOPICS), good)}, "good" if good else "bad", ("good", "bad")
+        {"text": rng.opinion(rng.pick(world.TOPICS), good)},
+        "good" if good else "bad",
+        ("good", "bad"),
     )
 
 
-def _feelings(rng: Rng) -> Row:
-    name, felt = rng.pick(NAMES), rng.pick(tuple(FEELINGS))
-    text = feeling_shown(rng, name, felt)
+def _feelings(rng: TextRng) -> Row:
+    name, felt = rng.pick(world.NAMES), rng.pick(tuple(world.FEELINGS))
+    text = rng.feeling_shown(name, felt)
     if rng.chance(0.5):
-        first = past(rng, rng.pick(TOPICS), name)
-        text = f"{first} {capital(feeling_shown(rng, pronoun(name), felt))}"
-    return Row({"text": text, "name": name}, felt, tuple(FEELINGS))
+        first = rng.past(rng.pick(world.TOPICS), name)
+        text = f"{first} {capital(rng.feeling_shown(pronoun(name), felt))}"
+    return Row({"text": text, "name": name}, felt, tuple(world.FEELINGS))
 
 
-def _places(rng: Rng) -> Row:
-    topic = rng.pick(TOPICS)
+def _places(rng: TextRng) -> Row:
+    topic = rng.pick(world.TOPICS)
     place = rng.pick(topic.places)
-    others = [rng.pick(other.places) for other in TOPICS if other is not topic]
-    fields = {"text": past(rng, topic, place=0.0), "thing": rng.pick(topic.things)}
-    return Row(fields, place, _options(rng, place, others, 4))
+    others = [rng.pick(other.places) for other in world.TOPICS if other is not topic]
+    fields = {"text": rng.past(topic, place=0.0), "thing": rng.pick(topic.things)}
+    return Row(fields, place, _options(rng, place, others))
 
 
-def _jobs(rng: Rng) -> Row:
-    topic = rng.pick(TOPICS)
+def _jobs(rng: TextRng) -> Row:
+    topic = rng.pick(world.TOPICS)
     job = rng.pick(topic.jobs)
-    others = [rng.pick(other.jobs) for other in TOPICS if other is not topic]
+    others = [rng.pick(other.jobs) for other in world.TOPICS if other is not topic]
     thing, more = rng.several(topic.things, 2)
     fields = {"place": rng.pick(topic.places), "thing": thing, "other": more, "a_thing": a(thing)}
-    return Row(fields, job, _options(rng, job, others, 4))
+    return Row(fields, job, _options(rng, job, others))
 
 
-def _kinds(rng: Rng) -> Row:
-    topic = rng.pick(TOPICS)
+def _kinds(rng: TextRng) -> Row:
+    topic = rng.pick(world.TOPICS)
     thing, more = rng.several(topic.things, 2)
     return Row(
         {"thing": thing, "other": more, "a_thing": a(thing)},
         topic.name,
-        _options(rng, topic.name, TOPIC_NAMES, 4),
+        _options(rng, topic.name, world.TOPIC_NAMES),
     )
 
 
-def _topic_check(rng: Rng) -> Row:
-    topic = rng.pick(TOPICS)
+def _topic_check(rng: TextRng) -> Row:
+    topic = rng.pick(world.TOPICS)
     true = rng.chance(0.5)
-    claimed = topic.name if true else rng.pick([name for name in TOPIC_NAMES if name != topic.name])
-    return Row(
-        {"text": story(rng, topic), "topic": claimed}, "yes" if true else "no", ("yes", "no")
+    claimed = (
+        topic.name if true else rng.pick([name for name in world.TOPIC_NAMES if name != topic.name])
     )
+    return Row({"text": rng.story(topic), "topic": claimed}, "yes" if true else "no", ("yes", "no"))
 
 
-def _times(rng: Rng) -> Row:
+def _times(rng: TextRng) -> Row:
     later = rng.chance(0.5)
-    topic = rng.pick(TOPICS)
-    text = future(rng, topic) if later else past(rng, topic)
+    topic = rng.pick(world.TOPICS)
+    text = rng.future(topic) if later else rng.past(topic)
     return Row({"text": text}, "future" if later else "past", ("past", "future"))
 
 
-def _titles(rng: Rng) -> Row:
-    topic = rng.pick(TOPICS)
+def _titles(rng: TextRng) -> Row:
+    topic = rng.pick(world.TOPICS)
     title = rng.pick(topic.titles)
-    others = [rng.pick(other.titles) for other in TOPICS if other is not topic]
-    return Row({"text": story(rng, topic)}, title, _options(rng, title, others, 4))
+    others = [rng.pick(other.titles) for other in world.TOPICS if other is not topic]
+    return Row({"text": rng.story(topic)}, title, _options(rng, title, others))
 
 
-def _needs(rng: Rng) -> Row:
-    name, state = rng.pick(NAMES), rng.pick(STATES)
-    thing = NEEDS[state][0]
+def _needs(rng: TextRng) -> Row:
+    name, state = rng.pick(world.NAMES), rng.pick(tuple(world.NEEDS))
+    thing = world.NEEDS[state][0]
     fields = {
         "name": name,
         "state": state,
         "pronoun": pronoun(name),
-        "place": rng.pick(rng.pick(TOPICS).places),
+        "place": rng.pick(rng.pick(world.TOPICS).places),
     }
-    return Row(fields, thing, _options(rng, thing, [NEEDS[other][0] for other in STATES], 4))
-
-
-def _same(rng: Rng) -> Row:
-    topic = rng.pick(TOPICS)
-    same = rng.chance(0.5)
-    other = topic if same else other_topic(rng, topic)
     return Row(
-        {"first": past(rng, topic), "second": past(rng, other)},
+        fields, thing, _options(rng, thing, [world.NEEDS[other][0] for other in world.NEEDS])
+    )
+
+
+def _same(rng: TextRng) -> Row:
+    topic = rng.pick(world.TOPICS)
+    same = rng.chance(0.5)
+    other = topic if same else rng.other_topic(topic)
+    return Row(
+        {"first": rng.past(topic), "second": rng.past(other)},
         "yes" if same else "no",
         ("yes", "no"),
     )
 
 
-def _endings(rng: Rng) -> Row:
-    name = rng.pick(NAMES)
-    topic = rng.pick(TOPICS)
+def _endings(rng: TextRng) -> Row:
+    name = rng.pick(world.NAMES)
+    topic = rng.pick(world.TOPICS)
     text = f"{name} went to the {rng.pick(topic.places)} with the {rng.pick(topic.jobs)}."
     if rng.chance(0.5):
-        text += f" {detail(rng, topic)}"
+        text += f" {rng.detail(topic)}"
     word = capital(pronoun(name))
-    right = past(rng, topic, word, place=0.0, time=0.0)
-    wrong = past(rng, other_topic(rng, topic), word, place=0.0, time=0.0)
+    right = rng.past(topic, word, place=0.0, time=0.0)
+    wrong = rng.past(rng.other_topic(topic), word, place=0.0, time=0.0)
     return Row({"text": text}, right, rng.shuffled((right, wrong)))
 
 
-def _entailment(rng: Rng) -> Row:
+def _entailment(rng: TextRng) -> Row:
     """Draws a premise and a hypothesis about its topic, sentiment or time."""
-    topic = rng.pick(TOPICS)
+    topic = rng.pick(world.TOPICS)
     true = rng.chance(0.5)
     kind = rng.below(3)
     if kind == 0:
-        other = topic if true else other_topic(rng, topic)
-        premise, hypothesis = story(rng, topic), f"This has to do with {other.name}."
+        other = topic if true else rng.other_topic(topic)
+        premise, hypothesis = rng.story(topic), f"This has to do with {other.name}."
     elif kind == 1:
         good = rng.chance(0.5)
         premise, hypothesis = (
-            opinion(rng, topic, good),
+            rng.opinion(topic, good),
             f"It was {'good' if good == true else 'bad'}.",
         )
     else:
         later = rng.chance(0.5)
-        premise = future(rng, topic) if later else past(rng, topic)
+        premise = rng.future(topic) if later else rng.past(topic)
         hypothesis = f"This is in the {'future' if later == true else 'past'}."
     # The hypothesis also as a clause, for prompts that embed it in a sentence.
     claim = hypothesis.removesuffix(".")
@@ -213,13 +194,13 @@ def _entailment(rng: Rng) -> Row:
     return Row(fields, "yes" if true else "no", ("yes", "no"))
 
 
-def _pronouns(rng: Rng) -> Row:
+def _pronouns(rng: TextRng) -> Row:
     # A woman and a man, so that the pronoun alone decides.
-    first, second = rng.shuffled((rng.pick(FEMALE), rng.pick(MALE)))
+    first, second = rng.shuffled((rng.pick(world.FEMALE), rng.pick(world.MALE)))
     name = rng.choose(first, second)
-    topic = rng.pick(TOPICS)
+    topic = rng.pick(world.TOPICS)
     word = pronoun(name)
-    verb = past(rng, topic, capital(word), time=0.0)
+    verb = rng.past(topic, capital(word), time=0.0)
     meeting = rng.choose(
         f"{first} met {second} in the {rng.pick(topic.places)}.",
         f"{first} and {second} went to the {rng.pick(topic.places)}.",
@@ -232,211 +213,36 @@ def _pronouns(rng: Rng) -> Row:
     return Row(fields, name, (first, second))
 
 
-def _word_senses(rng: Rng) -> Row:
-    word = rng.pick(tuple(SENSES))
-    meant = rng.pick(SENSES[word])
+def _word_senses(rng: TextRng) -> Row:
+    word = rng.pick(tuple(world.SENSES))
+    meant = rng.pick(world.SENSES[word])
     return Row(
-        {"text": sense(rng, word, TOPIC[meant]), "word": word}, meant, rng.shuffled(SENSES[word])
+        {"text": rng.sense(word, world.TOPIC[meant]), "word": word},
+        meant,
+        rng.shuffled(world.SENSES[word]),
     )
 
 
-LIKED = {"good": "yes", "bad": "no"}
-HATED = {"good": "no", "bad": "yes"}
+_DRAW = {
+    "town_news": _topics,
+    "guest_reviews": _reviews,
+    "diary_pages": _feelings,
+    "town_map": _places,
+    "job_board": _jobs,
+    "word_list": _kinds,
+    "topic_check": _topic_check,
+    "town_calendar": _times,
+    "story_titles": _titles,
+    "daily_needs": _needs,
+    "twin_sentences": _same,
+    "next_lines": _endings,
+    "sound_claims": _entailment,
+    "who_is_meant": _pronouns,
+    "two_meanings": _word_senses,
+}
 
-DATASETS = (
-    Dataset(
-        "town_news",
-        "topic_classification",
-        _topics,
-        {
-            "which_topic": "{text} Which topic is this text about? {options}?",
-            "choose_label": (
-                "Choose the best label for the following text: {options}. Text: {text} Label:"
-            ),
-            "subject_first": "What is the subject of this text? {text}",
-            "category": "Pick one category for the news: {text} Options: {options}.",
-        },
-    ),
-    Dataset(
-        "guest_reviews",
-        "sentiment",
-        _reviews,
-        {
-            "positive_or_negative": "Review: {text} Is this review positive or negative?",
-            "good_or_bad": "Does the writer of this review mean good or bad? {text}",
-            "recommend": "{text} Would the guest recommend it? Answer yes or no.",
-            "liked": "Question: does the writer like it? Review: {text} Answer:",
-            "hated": "Read the review and decide: is the writer negative? {text}",
-        },
-        labels={
-            "positive_or_negative": {"good": "positive", "bad": "negative"},
-            "recommend": LIKED,
-            "liked": LIKED,
-            "hated": HATED,
-        },
-    ),
-    Dataset(
-        "diary_pages",
-        "emotion",
-        _feelings,
-        {
-            "how_felt": "Read the text and choose how {name} felt: {options}. {text}",
-            "feeling_label": "{text} Which of these is the best label? {options}.",
-            "question_first": "Question: how does {name} feel? Text: {text} Answer:",
-        },
-    ),
-    Dataset(
-        "town_map",
-        "multiple_choice_qa",
-        _places,
-        {
-            "which_place": "{text} Which place is the text about? Choose one: {options}.",
-            "find_thing": (
-                "Question: which is the best place to find the {thing}? Options: {options}. Answer:"
-            ),
-            "where_to_go": "Please choose where to go for the {thing}: {options}?",
-        },
-    ),
-    Dataset(
-        "job_board",
-        "closed_book_qa",
-        _jobs,
-        {
-            "who_works": "Question: who is at work in the {place}? Answer:",
-            "needs_thing": "Choose who would need {a_thing} at work: {options}.",
-            "knows_all": (
-                "Pick one: {options}. Who would know the most about the {thing} and the {other}?"
-            ),
-        },
-    ),
-    Dataset(
-        "word_list",
-        "word_classification",
-        _kinds,
-        {
-            "which_category": "Which category does the word {thing} belong to: {options}?",
-            "question_answer": "Question: which subject has {a_thing} in it? Answer:",
-            "two_words": (
-                "Label the words {thing} and {other}. Choose one of the following: {options}. "
-                "Label:"
-            ),
-        },
-    ),
-    Dataset(
-        "topic_check",
-        "topic_verification",
-        _topic_check,
-        {
-            "yes_or_no": "{text} Is the topic of this text {topic}? Answer yes or no.",
-            "question_first": "Question: is the following text about {topic}? Text: {text} Answer:",
-            "editor": "Would you choose the label {topic} for this text? {text} Yes or no?",
-        },
-    ),
-    Dataset(
-        "town_calendar",
-        "time_classification",
-        _times,
-        {
-            "past_or_future": "{text} Which is it, past or future?",
-            "already": "Question: did this happen already? Text: {text} Answer:",
-            "yet_to_come": "{text} Is this still to come? Yes or no?",
-        },
-        labels={
-            "already": {"past": "yes", "future": "no"},
-            "yet_to_come": {"past": "no", "future": "yes"},
-        },
-    ),
-    Dataset(
-        "story_titles",
-        "title_choice",
-        _titles,
-        {
-            "best_title": "{text} Which is the best title for this text?",
-            "choose_title": "Choose a title for the following story. {text} Title:",
-            "summary": "Which of these is a short summary of the text? {text} Summary:",
-        },
-    ),
-    Dataset(
-        "daily_needs",
-        "commonsense_qa",
-        _needs,
-        {
-            "what_needed": "{name} was {state}. Choose what {pronoun} needed: {options}.",
-            "best_option": (
-                "Question: which is the best thing for {name}, now that {pronoun} is {state}? "
-                "Answer:"
-            ),
-            "gift": (
-                "In the {place}, {name} was {state}. Which gift would be right? Options: {options}."
-            ),
-        },
-    ),
-    Dataset(
-        "twin_sentences",
-        "sentence_comparison",
-        _same,
-        {
-            "same_subject": (
-                "Do these sentences have the same subject? {first} {second} Answer yes or no."
-            ),
-            "one_story": (
-                "Sentence one: {first} Sentence two: {second} Question: would both be in the "
-                "same story? Answer:"
-            ),
-            "same_label": "{first} {second} Would you label both the same? Yes or no?",
-        },
-    ),
-    # Held out: no dataset above has one of these task types.
-    Dataset(
-        "next_lines",
-        "sentence_completion",
-        _endings,
-        {
-            "what_next": "{text} Which sentence follows: {option1} Or: {option2}",
-            "best_ending": "Choose the best ending for the story. {text}",
-            "question_first": "Question: what would happen next? Text: {text} Answer:",
-        },
-        held_out=True,
-    ),
-    Dataset(
-        "sound_claims",
-        "natural_language_inference",
-        _entailment,
-        {
-            "does_it_follow": (
-                "Premise: {premise} Hypothesis: {hypothesis} Does the hypothesis follow from the "
-                "premise? Yes or no?"
-            ),
-            "can_we_say": "{premise} Question: would you say that {claim}? Answer:",
-            "decide": "Read the text and decide, yes or no: {claim}. Text: {premise}",
-        },
-        held_out=True,
-    ),
-    Dataset(
-        "who_is_meant",
-        "coreference",
-        _pronouns,
-        {
-            "who_did": "{text} Question: who {did}? Answer:",
-            "which_of_the_two": (
-                "{text} Which of the two does the word {pronoun} mean, {option1} or {option2}?"
-            ),
-            "read_and_choose": "Read the text and choose who {did}. {text}",
-        },
-        held_out=True,
-    ),
-    Dataset(
-        "two_meanings",
-        "word_sense",
-        _word_senses,
-        {
-            "which_sense": "{text} Which does the word {word} mean here: {option1} or {option2}?",
-            "question_answer": (
-                "Question: which subject does {word} belong to in the following text? {text} "
-                "Answer:"
-            ),
-            "decide": "Decide what {word} has to do with in this sentence. {text}",
-        },
-        held_out=True,
-    ),
-)
+
+def datasets() -> list[Dataset]:
+    """Returns the datasets; no dataset to train on has the task type of a held-out one."""
+    entries = json.loads(pathlib.Path(__file__).with_name("prompts.json").read_text())
+    return [Dataset(name, draw=_DRAW[name], **entry) for name, entry in entries.items()]
