@@ -47,14 +47,7 @@ def save_adapter(
     step: int,
     overwrite: bool = False,
 ) -> None:
-    """Writes an adapter's folder.
-
-    Args:
-      path: the folder.
-      arrays: path -> array.
-      record: what the arrays belong to.
-      step: training step of the arrays.
-      overwrite: whether to replace an existing folder.
+    """Writes arrays (path -> array) that a run trained until `step`, and the run's record.
 
     Raises:
       InputError: the folder exists, without `overwrite`.
@@ -67,10 +60,7 @@ def save_adapter(
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
-    """Opens an adapter; reads no array.
-
-    Returns:
-      (path -> array, the record, the step).
+    """Opens an adapter as (path -> array, the record, the step); reads no array.
 
     Raises:
       InputError: a file is missing or unreadable.

@@ -42,7 +42,7 @@ class BaseModel:
     """A base model whose parameters are not read yet.
 
     Attributes:
-      path: absolute; the newest checkpoint, if it was opened by a folder of checkpoints.
+      path: absolute path; that of the newest checkpoint if a folder of checkpoints was opened.
       format: name of the format, for messages and records.
       arrays: path -> array.
       stored_config: fields of `T5Config` that the checkpoint states.
@@ -56,7 +56,7 @@ class BaseModel:
     def config(self) -> JsonObject:
         """Returns the known fields of `T5Config`; dimensions are those of the arrays."""
         shapes = {path: array.shape for path, array in self.arrays.items()}
-        # The arrays have the last word: a stored configuration may have been edited.
+        # Dimensions of the arrays take precedence: a stored configuration may have been edited.
         return {**self.stored_config, **dimensions.infer(shapes, str(self))}
 
     def load(
@@ -66,19 +66,6 @@ class BaseModel:
         transform: Callable[[str, jax.Array], PyTree] = params_lib.identity,
     ) -> dict[str, PyTree]:
         """Loads the parameters of `target`; see `lazy_array.load_arrays`."""
-        self._check_dimensions(target)
-        return lazy_array.load_arrays(self.arrays, target, str(self), report, transform)
-
-    def fingerprint(self) -> str:
-        """Returns `params.fingerprint` of the arrays, reading one at a time."""
-        return params_lib.fingerprint_samples(
-            {
-                path: (array.shape, params_lib.sample_array(array.read()))
-                for path, array in self.arrays.items()
-            }
-        )
-
-    def _check_dimensions(self, target: Params) -> None:
         # Compared before the arrays: "mlp_dim 32, got 16" says more than three of 500 shapes.
         shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(target).items()}
         config, expected = self.config(), dimensions.infer(shapes, "the model")
@@ -89,6 +76,16 @@ class BaseModel:
         ]
         if wrong:
             raise InputError(f"{self} has another size: expected {'; '.join(wrong)}")
+        return lazy_array.load_arrays(self.arrays, target, str(self), report, transform)
+
+    def fingerprint(self) -> str:
+        """Returns `params.fingerprint` of the arrays, reading one at a time."""
+        return params_lib.fingerprint_samples(
+            {
+                path: (array.shape, params_lib.sample_array(array.read()))
+                for path, array in self.arrays.items()
+            }
+        )
 
     def __str__(self) -> str:
         return f"base model {self.path} ({self.format})"
@@ -195,25 +192,20 @@ def save_base(
     path: str | os.PathLike[str],
     params: Params,
     config: Mapping[str, object],
-    dtype: jax.typing.DTypeLike | None = None,
     overwrite: bool = True,
 ) -> None:
-    """Writes a base model as a single file; all of it is in memory.
+    """Writes a base model, all of it in memory, as a single file.
 
     Args:
       path: the file.
       params: nested dict of arrays.
       config: `T5Config.as_dict()`, or its dimensions.
-      dtype: dtype to round to; None: unchanged.
       overwrite: whether to replace an existing file.
 
     Raises:
       InputError: the file exists, without `overwrite`.
     """
-    arrays = {
-        name: np.asarray(leaf if dtype is None else leaf.astype(dtype))
-        for name, leaf in params_lib.flatten(params).items()
-    }
+    arrays = {name: np.asarray(leaf) for name, leaf in params_lib.flatten(params).items()}
     metadata = {CONFIG_KEY: json.dumps(dict(config)), "format": "pemoe_jax"}
     with atomic_write.temporary_path(path, overwrite) as file:
         safetensors_file.save_file(file, arrays, metadata)

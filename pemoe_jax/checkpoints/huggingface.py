@@ -7,6 +7,7 @@
 Their kernels are [out, in], ours [in, out]; their relative position bias is [32, H], ours [H, 32].
 """
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -44,18 +45,14 @@ _EXPECTED_CONFIG = {
 # By model_type: the defaults in transformers that differ from the expected value.
 _DEFAULTS: dict[str, JsonObject] = {"t5": {"feed_forward_proj": "relu"}, "mt5": {}}
 
-# Sublayers of a block, in order: module in transformers, our module, our norm before it.
-_SUBLAYERS = {
-    "encoder": (
-        ("SelfAttention", "attention", "pre_attention_layer_norm"),
-        ("DenseReluDense", "mlp", "pre_mlp_layer_norm"),
-    ),
-    "decoder": (
-        ("SelfAttention", "self_attention", "pre_self_attention_layer_norm"),
-        ("EncDecAttention", "encoder_decoder_attention", "pre_cross_attention_layer_norm"),
-        ("DenseReluDense", "mlp", "pre_mlp_layer_norm"),
-    ),
-}
+# The sublayers of a block, in order: stack, module in transformers, our module, our norm.
+SUBLAYERS = (
+    ("encoder", "layer.0.SelfAttention", "attention", "pre_attention"),
+    ("encoder", "layer.1.DenseReluDense", "mlp", "pre_mlp"),
+    ("decoder", "layer.0.SelfAttention", "self_attention", "pre_self_attention"),
+    ("decoder", "layer.1.EncDecAttention", "encoder_decoder_attention", "pre_cross_attention"),
+    ("decoder", "layer.2.DenseReluDense", "mlp", "pre_mlp"),
+)
 _ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
 _MLP = {"wi_0": "wi_0", "wi_1": "wi_1", "wo": "wo"}
 
@@ -77,11 +74,9 @@ def is_checkpoint(folder: epath.Path) -> bool:
 
 
 def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
-    """Opens a folder; reads config.json and the headers of the weights.
+    """Opens a folder as path -> array; reads config.json and the headers of the weights.
 
-    Returns:
-      path -> array, under our names and in our layout. The logits' kernel is the one that
-      transformers 5.23 computes with, see `_logits_kernel`.
+    The logits' kernel is the one that transformers 5.23 computes with, see `_logits_kernel`.
 
     Raises:
       InputError: the model is not a T5 v1.1, or a file is missing, truncated or has other arrays.
@@ -107,7 +102,13 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
             )
     arrays = {table[name]: _convert_layout(table[name], a) for name, a in weights.items()}
     arrays[table[_HEAD]] = _logits_kernel(folder, config, weights)
-    _check_dimensions(folder, config, arrays)
+    dims = dimensions.infer({path: array.shape for path, array in arrays.items()}, f"{folder}")
+    for key, field in _DIMENSIONS.items():
+        if config.get(key) not in (None, dims[field]):
+            raise InputError(
+                f"{folder / _CONFIG}: {key}: expected {dims[field]}, by the shapes of the arrays,"
+                f" got {config[key]!r:.80}"
+            )
     return arrays
 
 
@@ -128,33 +129,20 @@ def _check_config(path: epath.Path, config: JsonObject) -> None:
             )
 
 
-def _check_dimensions(
-    folder: epath.Path, config: JsonObject, arrays: Mapping[str, LazyArray]
-) -> None:
-    dims = dimensions.infer({path: array.shape for path, array in arrays.items()}, f"{folder}")
-    for key, field in _DIMENSIONS.items():
-        if config.get(key) not in (None, dims[field]):
-            raise InputError(
-                f"{folder / _CONFIG}: {key}: expected {dims[field]}, by the shapes of the arrays,"
-                f" got {config[key]!r:.80}"
-            )
-
-
 _Opener = Callable[[epath.Path], dict[str, LazyArray]]
 
 
 def _open_weights(folder: epath.Path) -> dict[str, LazyArray]:
-    # safetensors before torch, as in transformers
-    for name, open_file in ((_SAFETENSORS, _open_safetensors), (_TORCH, torch_pickle.open_file)):
+    openers: dict[str, _Opener] = {  # safetensors before torch, as in transformers
+        _SAFETENSORS: lambda path: safetensors_file.open_file(path)[0],
+        _TORCH: torch_pickle.open_file,
+    }
+    for name, open_file in openers.items():
         if (folder / name).is_file():
             return open_file(folder / name)
         if (folder / f"{name}.index.json").is_file():
             return _open_shards(folder, f"{name}.index.json", open_file)
     raise InputError(f"{folder}: expected {_SAFETENSORS}, {_TORCH} or an index of either")
-
-
-def _open_safetensors(path: epath.Path) -> dict[str, LazyArray]:
-    return safetensors_file.open_file(path)[0]
 
 
 def _open_shards(folder: epath.Path, index: str, open_file: _Opener) -> dict[str, LazyArray]:
@@ -163,8 +151,7 @@ def _open_shards(folder: epath.Path, index: str, open_file: _Opener) -> dict[str
         raise InputError(f"{folder / index}: expected a weight_map of names to files, got none")
     names_by_file: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        file = file_io.child_path(folder, file, index).name
-        names_by_file.setdefault(file, set()).add(name)
+        names_by_file.setdefault(file_io.child_path(folder, file, index).name, set()).add(name)
     arrays: dict[str, LazyArray] = {}
     for file, names in sorted(names_by_file.items()):
         shard = open_file(folder / file)
@@ -191,14 +178,14 @@ def _name_table(encoder_layers: int, decoder_layers: int) -> dict[str, str]:
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         names[bias] = f"{stack}/relpos_bias/rel_embedding"
         names[f"{stack}.final_layer_norm.weight"] = f"{stack}/{stack}_norm/scale"
-        for layer in range(num_layers):
-            for i, (module, our_module, norm) in enumerate(_SUBLAYERS[stack]):
-                prefix, our_prefix = f"{stack}.block.{layer}.layer.{i}", f"{stack}/layers_{layer}"
-                names[f"{prefix}.layer_norm.weight"] = f"{our_prefix}/{norm}/scale"
-                for leaf, our_leaf in (_MLP if our_module == "mlp" else _ATTENTION).items():
-                    names[f"{prefix}.{module}.{leaf}.weight"] = (
-                        f"{our_prefix}/{our_module}/{our_leaf}/kernel"
-                    )
+        sublayers = [sublayer for sublayer in SUBLAYERS if sublayer[0] == stack]
+        for i, (_, module, ours, norm) in itertools.product(range(num_layers), sublayers):
+            prefix, our_prefix = f"{stack}.block.{i}.{module}", f"{stack}/layers_{i}"
+            names[f"{prefix.rpartition('.')[0]}.layer_norm.weight"] = (
+                f"{our_prefix}/{norm}_layer_norm/scale"
+            )
+            for leaf, our_leaf in (_MLP if ours == "mlp" else _ATTENTION).items():
+                names[f"{prefix}.{leaf}.weight"] = f"{our_prefix}/{ours}/{our_leaf}/kernel"
     return names
 
 
@@ -244,7 +231,6 @@ def save_checkpoint(
     arrays: Mapping[str, LazyArray],
     *,
     dropout_rate: float = 0.1,
-    dtype: jax.typing.DTypeLike | None = None,
     shard_bytes: int = 5_000_000_000,
     report: Callable[[int], None] = lambda _: None,
 ) -> None:
@@ -254,9 +240,8 @@ def save_checkpoint(
 
     Args:
       path: the folder; local, must not exist.
-      arrays: path -> array under our names, of a model without adapters.
+      arrays: path -> array, of a model without adapters.
       dropout_rate: rate in config.json, for training in transformers.
-      dtype: dtype of the arrays; None: as stored.
       shard_bytes: maximum size of a file, unless a single array is larger.
       report: called with the number of arrays written so far.
 
@@ -273,22 +258,18 @@ def save_checkpoint(
     params_lib.check_matches(
         params_lib.unflatten(arrays), params_lib.unflatten(expected), f"model to write to {path}"
     )
-    dtypes = {
-        name: np.dtype(array.dtype if dtype is None else dtype) for name, array in arrays.items()
-    }
-    sizes = {
-        name: arrays[ours].nbytes // arrays[ours].dtype.itemsize * dtypes[ours].itemsize
-        for name, ours in table.items()
-    }
+    theirs = {name: _convert_layout(ours, arrays[ours]) for name, ours in table.items()}
+    sizes = {name: array.nbytes for name, array in theirs.items()}
     shards = _split_into_shards(sizes, shard_bytes)
     # config.json has one dtype for all arrays: the widest.
-    widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
+    widest = max((array.dtype for array in arrays.values()), key=lambda dtype: dtype.itemsize)
     with atomic_write.temporary_path(path) as folder:
         folder.mkdir()
         atomic_write.write_json(folder / _CONFIG, _make_config(dims, dropout_rate, widest.name))
         num_written = 0
         for file, names in shards.items():
-            shard = {name: _read(table[name], arrays, dtypes) for name in names}
+            # Made contiguous here, so that only one array exists twice at a time.
+            shard = {name: np.ascontiguousarray(theirs[name].read()) for name in names}
             safetensors_file.save_file(folder / file, shard, {"format": "pt"})
             del shard  # frees the memory before the next shard is read
             num_written += len(names)
@@ -297,11 +278,6 @@ def save_checkpoint(
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             atomic_write.write_json(folder / f"{_SAFETENSORS}.index.json", index)
-
-
-def _read(path: str, arrays: Mapping[str, LazyArray], dtypes: Mapping[str, np.dtype]) -> np.ndarray:
-    array = _convert_layout(path, arrays[path]).read().astype(dtypes[path], copy=False)
-    return np.ascontiguousarray(array)  # here, so that only one array exists twice at a time
 
 
 def _expected_shape(path: str, dims: Mapping[str, int]) -> tuple[int, ...]:
@@ -341,10 +317,8 @@ def _make_config(dims: Mapping[str, int], dropout_rate: float, dtype: str) -> Js
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
         **{key: dims[field] for key, field in _DIMENSIONS.items()},
-        "feed_forward_proj": _EXPECTED_CONFIG["feed_forward_proj"],
-        "relative_attention_num_buckets": _BUCKETS,
-        "relative_attention_max_distance": _EXPECTED_CONFIG["relative_attention_max_distance"],
-        "layer_norm_epsilon": _EXPECTED_CONFIG["layer_norm_epsilon"],
+        # transformers derives the two settings that are left out from feed_forward_proj.
+        **{k: v for k, v in _EXPECTED_CONFIG.items() if k not in ("dense_act_fn", "is_gated_act")},
         "dropout_rate": dropout_rate,
         "initializer_factor": 1.0,
         "is_encoder_decoder": True,

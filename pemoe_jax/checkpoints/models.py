@@ -1,11 +1,12 @@
 """Opens checkpoints of every kind as models, and loads a model's base."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,16 @@ def device_put(tree: Params, shardings: Shardings) -> dict[str, PyTree]:
         return dict(tree)
     by_path = {path: _sharding_of(shardings, path) for path in params_lib.flatten(tree)}
     return partitioning.device_put(dict(tree), params_lib.unflatten(by_path))
+
+
+@contextlib.contextmanager
+def array_progress(label: str, num_arrays: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that reports the number of arrays processed so far."""
+    bar = progress.Progress(label, num_arrays, note="arrays")
+    try:
+        yield lambda done: bar.report_if_slow(done, "arrays")
+    finally:
+        bar.close()
 
 
 def build_model(record: runs.Record) -> Transformer:
@@ -126,15 +137,8 @@ def load_base(
             for name, leaf in shapes.items()
         }
         opened = base_lib.open_base(path)
-        bar = progress.Progress("loading the base", len(target), note="arrays")
-        try:
-            base = opened.load(
-                params_lib.unflatten(target),
-                lambda done: bar.report_if_slow(done, "arrays"),
-                transform,
-            )
-        finally:
-            bar.close()
+        with array_progress("loading the base", len(target)) as report:
+            base = opened.load(params_lib.unflatten(target), report, transform)
         identity = {"path": opened.path, "format": opened.format, "seed": None}
     bits = partitioning.gather({name: sample for name, (_, sample) in samples.items()})
     fingerprint = params_lib.fingerprint_samples(
@@ -174,9 +178,6 @@ class OpenedModel:
 
     def load(self, shardings: Shardings = None) -> dict[str, PyTree]:
         """Loads all parameters.
-
-        Args:
-          shardings: where to put the arrays.
 
         Raises:
           InputError: the base is missing, or not the one that the adapters were trained on; an

@@ -67,26 +67,20 @@ class RunCheckpoints:
 
     def __init__(self, model_dir: str, keep: int | None = 1) -> None:
         options = ocp.CheckpointManagerOptions(
-            step_prefix="checkpoint",
-            max_to_keep=keep,
-            create=True,
-            enable_async_checkpointing=True,
+            step_prefix="checkpoint", max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
         self._manager = ocp.CheckpointManager(
             Path(model_dir).absolute(), options=options, item_names=("state", "record", "feed")
         )
 
     def save(
-        self,
-        state: TrainState,
-        record: Record,
-        position: Mapping[str, list[int]] | None = None,
+        self, state: TrainState, record: Record, position: Mapping[str, list[int]] | None = None
     ) -> None:
         """Saves a state under its step, unless that step is saved already.
 
         Args:
-          state: train state.
-          record: describes the model.
+          state: the train state.
+          record: the model's record.
           position: position in the training data, for `read_data_position`.
         """
         step = int(state.step)
@@ -165,15 +159,15 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _item_folder(path: str, item: str) -> tuple[str, int]:
+def _item_folder(path: str, item: str) -> Path:
     folder, step = resolve(path)
-    return os.fspath(folder / f"checkpoint_{step}" / item), step
+    return folder / f"checkpoint_{step}" / item
 
 
 def read_record(path: str) -> Record:
     """Reads the record of a checkpoint, or of a run's newest checkpoint."""
-    file = os.path.join(_item_folder(path, "record")[0], "metadata")
-    return parse_record(file_io.read_json(file), file)
+    file = _item_folder(path, "record") / "metadata"
+    return parse_record(file_io.read_json(file), str(file))
 
 
 def read_data_position(path: str, num_shards: int = 1) -> list[int] | None:
@@ -186,8 +180,8 @@ def read_data_position(path: str, num_shards: int = 1) -> list[int] | None:
     Raises:
       InputError: the position is unreadable.
     """
-    file = os.path.join(_item_folder(path, "feed")[0], "metadata")
-    if not os.path.exists(file):
+    file = _item_folder(path, "feed") / "metadata"
+    if not file.exists():
         return None
     examples = file_io.read_json(file).get("examples")
     if not isinstance(examples, list) or not all(isinstance(n, int) for n in examples):
@@ -233,14 +227,12 @@ def parse_record(values: JsonObject, source: str) -> Record:
 
 
 def open_trained(path: str) -> tuple[dict[str, LazyArray], Record, int]:
-    """Opens the trained parameters of a checkpoint, the newest if `path` is a run.
-
-    Returns:
-      (path -> array, the record, the step).
+    """Opens a checkpoint, a run's newest, as (path -> array, the record, the step).
 
     Raises:
       InputError: the checkpoint does not exist, or is unreadable.
     """
-    state, step = _item_folder(path, "state")
-    arrays = tensorstore_file.open_orbax(file_io.resolve(state), "params")
-    return arrays, read_record(path), step
+    folder, step = resolve(path)
+    checkpoint = folder / f"checkpoint_{step}"  # resolved once: a run may save another meanwhile
+    arrays = tensorstore_file.open_orbax(file_io.resolve(checkpoint / "state"), "params")
+    return arrays, read_record(str(checkpoint)), step

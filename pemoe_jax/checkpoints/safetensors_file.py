@@ -37,10 +37,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 
 def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
-    """Opens a file; reads its header only.
-
-    Returns:
-      (name -> array, the file's metadata).
+    """Opens a file as (name -> array, its metadata); reads its header only.
 
     Raises:
       InputError: the file is missing, is not a safetensors file, or is truncated.
@@ -104,7 +101,7 @@ def _parse_entry(
 def read_rows(
     path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, index: Index
 ) -> np.ndarray:
-    """Reads a slice of an array stored in row-major order; skips the rows outside of it.
+    """Reads a slice of a row-major array; skips the rows outside of it.
 
     Args:
       path: the file.

@@ -1,10 +1,8 @@
-"""T5X checkpoints in both formats; only their parameters (`target`) are read.
+"""T5X checkpoints in both formats; only their parameters (`target`) are opened.
 
-    legacy   checkpoint_<step>/checkpoint         msgpack: an index of the arrays, small ones inline
-             checkpoint_<step>/target.….kernel/   zarr, a folder per array
-    Orbax    checkpoint_<step>/state/             zarr `target.….kernel/`, with or without OCDBT
-
-The optimizer state is neither opened nor read.
+legacy   checkpoint_<step>/checkpoint         msgpack: an index of the arrays, small ones inline
+         checkpoint_<step>/target.….kernel/   zarr, a folder per array
+Orbax    checkpoint_<step>/state/             zarr `target.….kernel/`, with or without OCDBT
 """
 
 import re

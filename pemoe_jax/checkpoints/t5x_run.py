@@ -26,7 +26,7 @@ def run_folder(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is such a run, or a checkpoint of one."""
+    """Whether a path is a run of T5X's trainer, or a checkpoint of one."""
     return (run_folder(path) / RECORD).exists()
 
 
@@ -37,10 +37,7 @@ def write_record(model_dir: str | os.PathLike[str], record: Record) -> None:
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
-    """Reads the record of a run.
-
-    Args:
-      path: the run or one of its checkpoints.
+    """Reads the record of a run, or of a run's checkpoint.
 
     Raises:
       InputError: the record is missing or unreadable.
@@ -50,10 +47,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
 
 def open_trained(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
-    """Opens the trained parameters of a checkpoint, the newest if `path` is a run.
-
-    Returns:
-      (path -> array, the record, the step).
+    """Opens a checkpoint, a run's newest, as (path -> array, the record, the step).
 
     Raises:
       InputError: the run has no checkpoint, or it is unreadable.

@@ -30,14 +30,11 @@ def orbax_state_folder(folder: epath.Path) -> epath.Path | None:
 
 
 def open_orbax(state: epath.Path, item: str) -> dict[str, LazyArray]:
-    """Opens one item of an Orbax checkpoint.
+    """Opens one item of an Orbax checkpoint as path -> array.
 
     Args:
       state: result of `orbax_state_folder`.
       item: 'target' in T5X checkpoints, 'params' in checkpoints of this package.
-
-    Returns:
-      path -> array.
 
     Raises:
       InputError: the store is unreadable, or has no such item.
@@ -63,40 +60,25 @@ def open_orbax(state: epath.Path, item: str) -> dict[str, LazyArray]:
 def open_arrays(
     folder: epath.Path, kvstore: KvStore, names: Mapping[str, str], driver: str
 ) -> dict[str, LazyArray]:
-    """Opens arrays, all at the same time: with remote storage each one is a round trip.
+    """Opens arrays as path -> array, all at once: with remote storage each one is a round trip.
 
     Args:
-      folder: name of the checkpoint in errors.
-      kvstore: the folder's, or of the OCDBT store in it.
+      folder: the checkpoint, for errors.
+      kvstore: store that holds the arrays: the folder, or the OCDBT store in it.
       names: path -> name of the array in the store.
       driver: 'zarr' or 'zarr3'.
-
-    Returns:
-      path -> array.
 
     Raises:
       InputError: an array is missing or unreadable.
     """
     context = ts.Context()
-    futures = {
-        path: ts.open(
-            {
-                "driver": driver,
-                "kvstore": _child(kvstore, f"{name}/"),
-                # By default a missing chunk reads as zeros.
-                "fill_missing_data_reads": False,
-            },
-            open=True,
-            read=True,
-            context=context,
-        )
-        for path, name in names.items()
-    }
+    # By default a missing chunk reads as zeros.
+    spec = {"driver": driver, "fill_missing_data_reads": False}
+    futures = {}
+    for path, name in names.items():
+        child = f"{kvstore}{name}/" if isinstance(kvstore, str) else {**kvstore, "path": f"{name}/"}
+        futures[path] = ts.open(spec | {"kvstore": child}, open=True, read=True, context=context)
     return {path: _lazy_array(folder / names[path], future) for path, future in futures.items()}
-
-
-def _child(kvstore: KvStore, name: str) -> KvStore:
-    return kvstore + name if isinstance(kvstore, str) else {**kvstore, "path": name}
 
 
 def _lazy_array(path: epath.Path, future: "ts.Future[ts.TensorStore]") -> LazyArray:

@@ -53,10 +53,7 @@ _RESAVE = "torch.save(torch.load(path, weights_only=True), path)"
 
 
 def open_file(path: epath.Path) -> dict[str, LazyArray]:
-    """Opens a file; reads the zip's directory and the pickle, no tensor.
-
-    Returns:
-      name -> array.
+    """Opens a file as name -> array; reads the zip's directory and the pickle, no tensor.
 
     Raises:
       InputError: the file is missing, truncated, not in torch's zip format, contains anything
@@ -91,15 +88,11 @@ def _kind(value: object) -> str:
 class _Archive:
     """A zip archive whose uncompressed entries are read by byte range.
 
-    `zipfile` reads an entry from its start, whichever range is asked for (Python 3.11).
-
-    Attributes:
-      path: the file.
-      entries: name, without the archive's top folder -> entry.
+    `zipfile` reads an entry from its start, whichever range is requested (Python 3.11).
     """
 
     path: epath.Path
-    entries: dict[str, zipfile.ZipInfo]
+    entries: dict[str, zipfile.ZipInfo]  # by name, without the archive's top folder
 
     def entry(self, name: str) -> zipfile.ZipInfo:
         if name not in self.entries:
@@ -128,12 +121,19 @@ def _open_archive(path: epath.Path) -> _Archive:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             entries = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
-        raise InputError(f"{path}: {_why_not_zip(path)}") from error
+        with path.open("rb") as file:
+            start = file.read(4)
+        problem = "expected a file of torch.save, got something else"
+        if start == b"PK\x03\x04":
+            problem = "truncated: a file of torch.save without its end"
+        elif start[:1] == b"\x80":
+            problem = f"torch's format before 1.6: save it again with a newer torch: {_RESAVE}"
+        raise InputError(f"{path}: {problem}") from error
     # The top folder has the name of the file that was passed to torch.save.
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise InputError(f"{path}: expected a file of torch.save, got a zip without data.pkl")
-    # The directory is not to be trusted: sizes are checked before anything is allocated.
+    # The directory is untrusted: sizes are checked before anything is allocated.
     for name, info in entries.items():
         end = info.header_offset + 30 + info.compress_size
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
@@ -149,16 +149,6 @@ def _open_archive(path: epath.Path) -> _Archive:
     return _Archive(path, entries)
 
 
-def _why_not_zip(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"PK\x03\x04":
-        return "truncated: a file of torch.save without its end"
-    if start[:1] == b"\x80":
-        return f"torch's format before 1.6: save it again with a newer torch: {_RESAVE}"
-    return "expected a file of torch.save, got something else"
-
-
 @dataclasses.dataclass(frozen=True)
 class _Global:
     """Placeholder for a function or class that a pickle names; never called."""
@@ -168,17 +158,17 @@ class _Global:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """Memory that tensors are views of.
+    """`size` values that tensors are views of, in the archive's entry `data/<key>`."""
 
-    Attributes:
-      key: the archive's entry is `data/<key>`.
-      dtype: of a value.
-      size: number of values.
-    """
-
+    archive: _Archive
     key: str
     dtype: np.dtype
     size: int
+
+    def read(self, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
+        """Reads a slice of the row-major array of a shape that starts at a value's position."""
+        start = self.archive.data_offset(f"data/{self.key}") + offset * self.dtype.itemsize
+        return read_rows(self.archive.path, start, shape, self.dtype, index)
 
 
 class _Interpreter:
@@ -268,7 +258,7 @@ class _Interpreter:
                 f"{self.archive.path}: storage {key!r:.80}: expected {num_bytes:,} bytes,"
                 f" got {entry.file_size:,}"
             )
-        self.stack.append(_Storage(key, dtype, size))
+        self.stack.append(_Storage(self.archive, key, dtype, size))
 
     def reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
@@ -279,7 +269,7 @@ class _Interpreter:
             case _Global(name), (_Storage() as storage, offset, shape, strides, _, _, *more) if (
                 name == _TENSOR and more in ([], [None], [{}])
             ):
-                self.stack.append(_make_tensor(self.archive, storage, offset, shape, strides))
+                self.stack.append(_make_tensor(storage, offset, shape, strides))
             case _Global(name), (LazyArray() as tensor, _, _) if name == _PARAMETER:
                 self.stack.append(tensor)
             case _Global(name), _:
@@ -318,11 +308,9 @@ _OPERATIONS: dict[str, Callable[[_Interpreter], None]] = {
 }
 
 
-def _make_tensor(
-    archive: _Archive, storage: _Storage, offset: Any, shape: Any, strides: Any
-) -> LazyArray:
+def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> LazyArray:
     """Returns a view of a storage; offset and strides count values."""
-    path, dtype = archive.path, storage.dtype
+    path, dtype = storage.archive.path, storage.dtype
     for sizes in ((offset,), shape, strides):
         if type(sizes) is not tuple or not all(map(_is_size, sizes)):
             raise InputError(f"{path}: a tensor's offset, shape or strides: expected integers >= 0")
@@ -336,8 +324,9 @@ def _make_tensor(
         )
     if not count:
         return LazyArray(shape, dtype, lambda index: np.empty(shape, dtype)[index])
-    # Contiguous tensors, and transposes of them, are read by rows; other views span a range.
-    read = functools.partial(_read_rows, archive, storage, offset)
+    # Rows of a contiguous tensor, or of its transpose, are read alone; of another view, all values
+    # from its first to its last.
+    read = functools.partial(storage.read, offset)
     if _is_row_major(shape, strides):
         return LazyArray(shape, dtype, functools.partial(read, shape))
     if _is_row_major(shape[::-1], strides[::-1]):
@@ -367,10 +356,3 @@ def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         step *= n
     return True
-
-
-def _read_rows(
-    archive: _Archive, storage: _Storage, offset: int, shape: tuple[int, ...], index: Index
-) -> np.ndarray:
-    start = archive.data_offset(f"data/{storage.key}") + offset * storage.dtype.itemsize
-    return read_rows(archive.path, start, shape, storage.dtype, index)

@@ -1,23 +1,11 @@
 """Converts checkpoints to other formats: `pemoe convert --help`."""
 
 import argparse
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
-    from pemoe_jax.checkpoints.models import OpenedModel
-    from pemoe_jax.core.merging import KernelUpdate
-
-# jax and the checkpoint modules are imported in functions: `--help` must answer within a second.
 
 _DESCRIPTION = """\
 Writes a checkpoint in another format. SOURCE is one of these; its format is detected:
@@ -109,7 +97,8 @@ def convert(args: argparse.Namespace) -> None:
     Raises:
       InputError: this direction cannot convert the source, or OUTPUT exists.
     """
-    from pemoe_jax.checkpoints import models
+    # In the function, because `--help` must answer within a second.
+    from pemoe_jax.checkpoints import export, models
     from pemoe_jax.runtime import file_io
 
     output = file_io.resolve_local(args.output, "OUTPUT")
@@ -121,33 +110,22 @@ def convert(args: argparse.Namespace) -> None:
         raise InputError(f"OUTPUT must be {expected}, got {args.output}")
     source = models.open_model(args.source, args.base)
     if args.base is not None:
-        source = _with_base(source, args.base)
+        source = export.replace_base(source, args.base)
     if args.direction in ("base", "huggingface") and source.frozen_dtype != "activations":
         print(
             f"{args.source} was trained with its base in {source.frozen_dtype}; the output has the"
             " base as stored, and its scores may differ"
         )
-    write = {
-        "adapter": _write_adapter,
-        "peft": _write_peft,
-        "huggingface": _write_huggingface,
-        "base": _write_base,
-    }[args.direction]
-    write(source, output, args)
+    match args.direction:
+        case "adapter":
+            export.write_adapter(source, output)
+        case "peft":
+            export.write_peft(source, output, args.base_name)
+        case "huggingface":
+            export.write_huggingface(source, output, args.dtype)
+        case "base":
+            export.write_base(source, output, args.dtype)
     print(f"{args.output}: {_describe_size(output)}")
-
-
-def _with_base(source: "OpenedModel", base_path: str) -> "OpenedModel":
-    """Returns the source with the path and fingerprint of a base, after checking the latter."""
-    from pemoe_jax.checkpoints import base_model as base_lib
-
-    assert source.record is not None
-    base = base_lib.open_base(base_path)
-    # The fingerprint is recorded too: PEFT adapters come without one.
-    identity = {**source.record.base, "path": base.path, "fingerprint": base.fingerprint()}
-    source.check_base(identity["fingerprint"])
-    record = dataclasses.replace(source.record, base=identity)
-    return dataclasses.replace(source, record=record)
 
 
 def _describe_size(path: Path) -> str:
@@ -155,161 +133,6 @@ def _describe_size(path: Path) -> str:
     total = sum(file.stat().st_size for file in files)
     size = f"{total / 1e6:.1f} MB" if total < 1e9 else f"{total / 1e9:.2f} GB"
     return size if path.is_file() else f"{', '.join(f.name for f in files)} ({size})"
-
-
-def _load_adapter(source: "OpenedModel") -> "dict[str, np.ndarray]":
-    import jax
-
-    from pemoe_jax.core import params as params_lib
-
-    if not source.needs_base:
-        raise InputError(
-            f"{source.path}: expected adapters on a frozen base, got a whole model"
-            " (for a whole model: convert huggingface, convert base)"
-        )
-    return jax.device_get(params_lib.flatten(source.load_trained()))
-
-
-def _write_adapter(source: "OpenedModel", output: Path, _: argparse.Namespace) -> None:
-    from pemoe_jax.checkpoints import adapter_file
-    from pemoe_jax.checkpoints import base_model as base_lib
-
-    arrays, record = _load_adapter(source), source.record
-    assert record is not None
-    if record.base["fingerprint"] is None:  # a PEFT adapter
-        assert source.base_path is not None
-        fingerprint = base_lib.open_base(source.base_path).fingerprint()
-        record = dataclasses.replace(record, base={**record.base, "fingerprint": fingerprint})
-    adapter_file.save_adapter(output, arrays, record, source.step)
-
-
-def _write_peft(source: "OpenedModel", output: Path, args: argparse.Namespace) -> None:
-    from pemoe_jax.checkpoints import peft
-    from pemoe_jax.core import params as params_lib
-
-    arrays = _load_adapter(source)
-    assert source.record is not None
-    # TRAINABLE may add parameters of the base, norms for example.
-    others = [path for path in arrays if not params_lib.is_adapter(path)]
-    if others:
-        raise InputError(
-            f"{source.path}: PEFT's format has adapters only, the run trained {others[0]} as well"
-        )
-    base_name = args.base_name or source.base_path
-    peft.save_adapter(output, source.record.adapters, arrays, base_name)
-
-
-def _write_huggingface(source: "OpenedModel", output: Path, args: argparse.Namespace) -> None:
-    from pemoe_jax.checkpoints import huggingface
-
-    arrays = _merged_arrays(source, args.dtype)
-    with _progress("writing", len(arrays)) as report:
-        huggingface.save_checkpoint(output, arrays, dtype=_dtype(args.dtype), report=report)
-
-
-def _write_base(source: "OpenedModel", output: Path, args: argparse.Namespace) -> None:
-    from pemoe_jax.checkpoints import base_model as base_lib
-    from pemoe_jax.core import params as params_lib
-
-    merged = _merged_arrays(source, args.dtype)
-    arrays = {}
-    with _progress("reading", len(merged)) as report:
-        for path, array in merged.items():
-            arrays[path] = array.read()
-            report(len(arrays))
-    config = source.model.config.as_dict()
-    base_lib.save_base(output, params_lib.unflatten(arrays), config, overwrite=False)
-
-
-@contextlib.contextmanager
-def _progress(label: str, num_arrays: int) -> Iterator[Callable[[int], None]]:
-    from pemoe_jax.runtime import progress
-
-    bar = progress.Progress(label, num_arrays, note="arrays")
-    try:
-        yield lambda done: bar.report_if_slow(done, "arrays")
-    finally:
-        bar.close()
-
-
-def _dtype(name: str | None) -> "np.dtype | None":
-    import jax.numpy as jnp
-
-    return None if name is None else jnp.dtype(name)  # numpy alone does not know bfloat16
-
-
-def _merged_arrays(source: "OpenedModel", dtype: str | None = None) -> "dict[str, LazyArray]":
-    """Returns the arrays of a model without adapters; (IA)³ and LoRA are merged when read.
-
-    Args:
-      source: a base, a run or an adapter.
-      dtype: dtype of all arrays; None: that of the base.
-
-    Returns:
-      path -> array.
-
-    Raises:
-      InputError: an adapter is routed, or belongs to another base.
-    """
-    import numpy as np
-
-    from pemoe_jax.checkpoints import base_model as base_lib
-    from pemoe_jax.checkpoints import lazy_array
-    from pemoe_jax.core import merging
-    from pemoe_jax.core import params as params_lib
-
-    arrays: dict[str, LazyArray] = {}
-    if source.record is None:
-        arrays = base_lib.open_base(source.path).arrays
-    elif source.needs_base:
-        merging.check_mergeable(source.record.adapters)  # before the base is read
-        if source.base_path is None:
-            raise InputError(
-                f"{source.path} was trained on random weights (seed {source.record.base['seed']}):"
-                " pass --base, a checkpoint of them"
-            )
-        base = base_lib.open_base(source.base_path)
-        source.check_base(base.fingerprint())
-        arrays = base.arrays
-    updates: dict[str, KernelUpdate] = {}
-    if source.record is not None:
-        trained = params_lib.flatten(source.load_trained())
-        adapter = {path: array for path, array in trained.items() if params_lib.is_adapter(path)}
-        updates = merging.kernel_updates(source.record.adapters, adapter)
-        # Parameters of the base that were trained replace the stored ones.
-        others = trained.keys() - adapter.keys()
-        arrays = arrays | {p: lazy_array.from_numpy(np.asarray(trained[p])) for p in others}
-    missing = sorted(updates.keys() - arrays.keys())
-    if missing:
-        raise InputError(f"{source.path}: expected {missing[0]} in its base, got none")
-    return {
-        path: _merged(path, array, updates.get(path), _dtype(dtype))
-        for path, array in arrays.items()
-    }
-
-
-def _merged(
-    path: str, array: "LazyArray", update: "KernelUpdate | None", dtype: "np.dtype | None"
-) -> "LazyArray":
-    import numpy as np
-
-    from pemoe_jax.checkpoints.lazy_array import LazyArray
-    from pemoe_jax.core import params as params_lib
-
-    output_dtype = array.dtype if dtype is None else dtype
-
-    # The whole array is merged, whatever slice is read: writers read whole arrays.
-    def read_slice(index: "Index") -> "np.ndarray":
-        values = array.read()
-        with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused below
-            if update is not None:
-                values = update(values.astype(np.float32))
-            values = values.astype(output_dtype, copy=False)  # rounded once, after merging
-        if not params_lib.all_finite(values):
-            raise InputError(f"{path}: NaN or infinity as {output_dtype}: not written")
-        return values[index]
-
-    return LazyArray(array.shape, output_dtype, read_slice)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from pemoe_jax.checkpoints import huggingface
 from pemoe_jax.runtime.file_io import JsonObject
 
 Description = Mapping[str, JsonObject]  # `core.adapters.describe`: site -> settings
@@ -36,30 +37,21 @@ class Site:
     out_axis: str
 
 
-ATTENTION = {
+_ATTENTION = {
     "query": Site("q", "embed", "joined_kv"),
     "key": Site("k", "embed", "joined_kv"),
     "value": Site("v", "embed", "joined_kv"),
     "out": Site("o", "joined_kv", "embed"),
 }
-MLP = {
+_MLP = {
     "wi_0": Site("wi_0", "embed", "mlp"),
     "wi_1": Site("wi_1", "embed", "mlp"),
     "gate": Site("wo", "mlp", "mlp"),
     "wo": Site("wo", "mlp", "embed"),
 }
-SITES = {**ATTENTION, **MLP}
+SITES = {**_ATTENTION, **_MLP}
 MODULES = tuple(dict.fromkeys(site.module for site in SITES.values()))
 
-# PEFT numbers the sublayers of a block: a decoder has cross-attention as layer.1.
-# stack, our module, its name in PEFT, its sites
-_SUBLAYERS = (
-    ("encoder", "attention", "layer.0.SelfAttention", ATTENTION),
-    ("encoder", "mlp", "layer.1.DenseReluDense", MLP),
-    ("decoder", "self_attention", "layer.0.SelfAttention", ATTENTION),
-    ("decoder", "encoder_decoder_attention", "layer.1.EncDecAttention", ATTENTION),
-    ("decoder", "mlp", "layer.2.DenseReluDense", MLP),
-)
 _LEAVES = {
     "VectorExperts": {"vectors": "ia3_l"},
     "LoRAExperts": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
@@ -123,12 +115,7 @@ class AdapterArray:
 
 
 def adapter_arrays(description: Description, num_layers: Mapping[str, int]) -> list[AdapterArray]:
-    """Returns every array of adapters without routers.
-
-    Args:
-      description: `core.adapters.describe` of the adapters.
-      num_layers: stack -> number of layers.
-    """
+    """Returns every array of adapters without routers; `num_layers` is by stack."""
     return [
         AdapterArray(
             path=f"{path}/{site}_adapter/{leaf}",
@@ -155,9 +142,10 @@ def module_names(num_layers: Mapping[str, int]) -> list[str]:
 
 def _sublayers(num_layers: Mapping[str, int]) -> Iterator[tuple[str, str, dict[str, Site]]]:
     """Yields (our path, PEFT's module, sites) of every attention and MLP."""
-    for stack, name, module, sites in _SUBLAYERS:
+    for stack, module, ours, _ in huggingface.SUBLAYERS:
+        sites = _MLP if ours == "mlp" else _ATTENTION
         for i in range(num_layers[stack]):
-            yield f"{stack}/layers_{i}/{name}", f"{stack}.block.{i}.{module}", sites
+            yield f"{stack}/layers_{i}/{ours}", f"{stack}.block.{i}.{module}", sites
 
 
 def strip_adapter_name(name: str) -> str:

@@ -1,0 +1,130 @@
+"""Writes opened models in other formats, for `pemoe convert`."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pemoe_jax.checkpoints import adapter_file, huggingface, lazy_array, models, peft, runs
+from pemoe_jax.checkpoints import base_model as base_lib
+from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
+from pemoe_jax.checkpoints.models import OpenedModel
+from pemoe_jax.core import merging
+from pemoe_jax.core import params as params_lib
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.merging import KernelUpdate
+
+
+def replace_base(source: OpenedModel, base_path: str) -> OpenedModel:
+    """Returns adapters with the path and fingerprint of another base, after checking the latter."""
+    assert source.record is not None
+    base = base_lib.open_base(base_path)
+    # The fingerprint is recorded too: PEFT adapters come without one.
+    identity = {**source.record.base, "path": base.path, "fingerprint": base.fingerprint()}
+    source.check_base(identity["fingerprint"])
+    record = dataclasses.replace(source.record, base=identity)
+    return dataclasses.replace(source, record=record)
+
+
+def write_adapter(source: OpenedModel, output: Path) -> None:
+    """Writes adapters in this package's format."""
+    arrays, record = _load_adapter(source)
+    if record.base["fingerprint"] is None:  # a PEFT adapter
+        assert source.base_path is not None
+        fingerprint = base_lib.open_base(source.base_path).fingerprint()
+        record = dataclasses.replace(record, base={**record.base, "fingerprint": fingerprint})
+    adapter_file.save_adapter(output, arrays, record, source.step)
+
+
+def write_peft(source: OpenedModel, output: Path, base_name: str | None) -> None:
+    """Writes adapters in PEFT's format; the base's name defaults to its path."""
+    arrays, record = _load_adapter(source)
+    # TRAINABLE may add parameters of the base, norms for example.
+    others = [path for path in arrays if not params_lib.is_adapter(path)]
+    if others:
+        raise InputError(
+            f"{source.path}: PEFT's format has adapters only, the run trained {others[0]} as well"
+        )
+    peft.save_adapter(output, record.adapters, arrays, base_name or source.base_path)
+
+
+def _load_adapter(source: OpenedModel) -> tuple[dict[str, np.ndarray], runs.Record]:
+    if source.record is None or not source.needs_base:
+        raise InputError(
+            f"{source.path}: expected adapters on a frozen base, got a whole model"
+            " (for a whole model: convert huggingface, convert base)"
+        )
+    return jax.device_get(params_lib.flatten(source.load_trained())), source.record
+
+
+def write_huggingface(source: OpenedModel, output: Path, dtype: str | None) -> None:
+    """Writes a whole model as a Hugging Face folder; `dtype` None: as stored."""
+    arrays = _merged_arrays(source, dtype)
+    with models.array_progress("writing", len(arrays)) as report:
+        huggingface.save_checkpoint(output, arrays, report=report)
+
+
+def write_base(source: OpenedModel, output: Path, dtype: str | None) -> None:
+    """Writes a whole model as one file; `dtype` None: as stored."""
+    merged = _merged_arrays(source, dtype)
+    arrays = {}
+    with models.array_progress("reading", len(merged)) as report:
+        for path, array in merged.items():
+            arrays[path] = array.read()
+            report(len(arrays))
+    config = source.model.config.as_dict()
+    base_lib.save_base(output, params_lib.unflatten(arrays), config, overwrite=False)
+
+
+def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArray]:
+    """Returns the arrays of a model without adapters; (IA)³ and LoRA are merged when read.
+
+    Raises:
+      InputError: an adapter is routed, or belongs to another base.
+    """
+    arrays: dict[str, LazyArray] = {}
+    if source.record is None:
+        arrays = base_lib.open_base(source.path).arrays
+    elif source.needs_base:
+        merging.check_mergeable(source.record.adapters)  # before the base is read
+        if source.base_path is None:
+            raise InputError(
+                f"{source.path} was trained on random weights (seed {source.record.base['seed']}):"
+                " pass --base, a checkpoint of them"
+            )
+        base = base_lib.open_base(source.base_path)
+        source.check_base(base.fingerprint())
+        arrays = base.arrays
+    updates: dict[str, KernelUpdate] = {}
+    if source.record is not None:
+        trained = params_lib.flatten(source.load_trained())
+        adapter = {path: array for path, array in trained.items() if params_lib.is_adapter(path)}
+        updates = merging.kernel_updates(source.record.adapters, adapter)
+        # Parameters of the base that were trained replace the stored ones.
+        others = trained.keys() - adapter.keys()
+        arrays = arrays | {p: lazy_array.from_numpy(np.asarray(trained[p])) for p in others}
+    missing = sorted(updates.keys() - arrays.keys())
+    if missing:
+        raise InputError(f"{source.path}: expected {missing[0]} in its base, got none")
+    return {path: _merged(path, a, updates.get(path), dtype) for path, a in arrays.items()}
+
+
+def _merged(
+    path: str, array: LazyArray, update: KernelUpdate | None, dtype: str | None
+) -> LazyArray:
+    output_dtype = array.dtype if dtype is None else jnp.dtype(dtype)
+
+    # The whole array is merged, whatever slice is read: writers read whole arrays.
+    def read_slice(index: Index) -> np.ndarray:
+        values = array.read()
+        with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused below
+            if update is not None:
+                values = update(values.astype(np.float32))
+            values = values.astype(output_dtype, copy=False)  # rounded once, after merging
+        if not params_lib.all_finite(values):
+            raise InputError(f"{path}: NaN or infinity as {output_dtype}: not written")
+        return values[index]
+
+    return LazyArray(array.shape, output_dtype, read_slice)
