@@ -1,1 +1,1 @@
-"""What runs measured: tables, plots, counts, and the pages that show them."""
+"""Analysis of runs: tables, plots, parameter counts, zero-shot accuracy, routing, planning."""

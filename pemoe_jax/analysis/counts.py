@@ -1,43 +1,39 @@
 """Parameter counts: how many parameters train, at which sites, and what papers publish.
 
-Everything is computed from paths and shapes (`encoder/layers_0/mlp/gate_adapter/router/kernel`), so
-that counting a model of any size needs no weights.
+Counts are computed from paths and shapes alone (`encoder/layers_0/mlp/gate_adapter/router/kernel`):
+a model of any size is counted without weights.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 from pemoe_jax.analysis import published_figures
 from pemoe_jax.analysis.tables import MISSING, Table, format_share
 from pemoe_jax.core.adapters import SITES
 
 _ADAPTER_PATH = re.compile(r"(?:^|/)(\w+)_adapter/(router/)?")
-# What the routers of each expert module read unless they are configured otherwise.
+# The default of `Router.reads` in each expert module.
 _DEFAULT_READS = {"VectorExperts": "y", "LoRAExperts": "x"}
 
 _NOTE_ON_SHARE = (
     "share: trainable / total, where total is base and adapters together, as in a run's summary;"
     " of base: trainable / base."
 )
-_NOTE_ON_SITES = (
-    "Sites count the vectors or LoRA pairs of all blocks; routers counts those of all sites."
-)
-# tests/tools/test_count.py repeats this arithmetic. The 9.1M of arXiv 2205.05638: its code
-# (r-three/t-few, configs/lora.json) adapts every linear layer and trains the norms, which makes
-# 9,097,216 parameters at XL.
+# tests/tools/test_count.py checks this arithmetic. The 9.1M of arXiv 2205.05638 are 9,097,216
+# parameters at XL: its code (r-three/t-few, configs/lora.json) adapts every linear layer and trains
+# the norms.
 _NOTE_ON_PUBLISHED = (
     "paper: the figure that arXiv 2309.05444 prints for T5 3B and 11B, quoted from a note on it"
     " (Krebbet/wiki-kit on GitHub); – without a source. The figure for 11B is this count divided by"
     " 11·10⁹. Those for 3B fit (E · n + 4.2M) / 3·10⁹, without routers n / 3·10⁹, where n is what"
     " arXiv 2205.05638 states for one adapter: 0.54M for (IA)³, 9.1M for a LoRA that adapts wi_1"
-    " and trains the norms too. So their router part does not grow with E; in the paper's code it"
+    " and trains the norms too. So their router part does not grow with E. In the paper's code it"
     " does, by a kernel [features, E] at each site, and the modules of that code have the counts of"
     " this table."
 )
@@ -51,13 +47,7 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True)
 class SiteCount:
-    """Trainable parameters at one site of all blocks.
-
-    Attributes:
-      blocks: number of attention or MLP blocks with this site.
-      experts: parameters of the vectors or LoRA pairs.
-      router: parameters of the routers.
-    """
+    """Trainable parameters of vectors or LoRA pairs, and of routers, at one site of all blocks."""
 
     blocks: int
     experts: int
@@ -73,7 +63,7 @@ class ParameterCount:
       trainable: trainable parameters, of the base and the adapters.
       total: parameters of the base and the adapters.
       base: parameters of the base.
-      sites: counts of the sites with trainable parameters, in the order of `SITES`.
+      sites: site -> its counts, for sites with trainable parameters in the order of `SITES`.
     """
 
     method: str
@@ -96,13 +86,7 @@ class ParameterCount:
 def count_parameters(
     shapes: Mapping[str, HasShape], trainable: Collection[str], method: str
 ) -> ParameterCount:
-    """Counts the parameters of a model.
-
-    Args:
-      shapes: path -> array or shape, of all parameters.
-      trainable: paths of the parameters that train.
-      method: name of the method.
-    """
+    """Counts the parameters of a model, given all of them and the paths of those that train."""
     experts: Counter[str] = Counter()
     routers: Counter[str] = Counter()
     blocks: dict[str, set[str]] = {}
@@ -110,15 +94,15 @@ def count_parameters(
     for path, leaf in shapes.items():
         match = _ADAPTER_PATH.search(path)
         if not match:
-            base += _size(leaf)
+            base += math.prod(leaf.shape)
         elif path in trainable:
-            (routers if match.group(2) else experts)[match.group(1)] += _size(leaf)
+            (routers if match.group(2) else experts)[match.group(1)] += math.prod(leaf.shape)
             # The path up to the adapter identifies the block.
             blocks.setdefault(match.group(1), set()).add(path[: match.end(1)])
     return ParameterCount(
         method=method_label(method, shapes),
-        trainable=sum(_size(shapes[path]) for path in trainable),
-        total=sum(map(_size, shapes.values())),
+        trainable=sum(math.prod(shapes[path].shape) for path in trainable),
+        total=sum(math.prod(leaf.shape) for leaf in shapes.values()),
         base=base,
         sites={
             site: SiteCount(len(blocks[site]), experts[site], routers[site])
@@ -129,7 +113,7 @@ def count_parameters(
 
 
 def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
-    """Returns a table with a row for each method on a base, and one of their trainable sites."""
+    """Returns a table of methods on one base, and a table of what they train at each site."""
     published = [_published_share(count) for count in counts]
     has_published = any(published)
     summary = Table(
@@ -148,14 +132,14 @@ def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
 
 
 def site_tables(name: str, count: ParameterCount) -> list[Table]:
-    """Returns the table of `method_tables` for one method, and a table with a row for each site."""
+    """Returns the first table of `method_tables` for one method, and a table of its sites."""
     summary = method_tables(name, [count])[0]
     if not count.sites:
         return [summary]
     rows = [
-        [name, str(site.blocks), _number(site.experts), _number(site.router)]
-        + [_number(site.experts + site.router)]
-        for name, site in count.sites.items()
+        [site, str(part.blocks), _number(part.experts), _number(part.router)]
+        + [_number(part.experts + part.router)]
+        for site, part in count.sites.items()
     ]
     if count.trainable_base:
         rows.append(["base", "", "", "", _number(count.trainable_base)])
@@ -177,8 +161,7 @@ def method_label(
     Args:
       method: name of the method.
       shapes: path -> array or shape, of all parameters.
-      adapters: description of the adapters by `core.adapters.describe`; None leaves the routing
-        out.
+      adapters: the adapters as described by `core.adapters.describe`; None omits the routing.
     """
 
     def last_axes(ending: str) -> str:
@@ -192,7 +175,7 @@ def method_label(
 
 
 def routing_label(adapters: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns how adapters route if not softly as in the paper: 'top-2 balanced', else ''."""
+    """Returns the routing, such as 'top-2 balanced'; '' for soft routing, the paper's default."""
     labels = [
         _router_label(adapter["router"], _DEFAULT_READS[adapter["kind"]])
         for adapter in adapters.values()
@@ -216,7 +199,7 @@ def parameter_summary(
       frozen: the same for the frozen parameters.
       base: path and fingerprint of the base model.
       method: name of the method.
-      extra: further lines, name -> text.
+      extra: name -> text of further lines.
     """
     count = count_parameters({**trainable, **frozen}, trainable.keys(), method)
     share = format_share(count.trainable, count.total)
@@ -236,23 +219,22 @@ def parameter_summary(
 
 
 def _sites_by_method(name: str, counts: Sequence[ParameterCount]) -> Table:
-    """Returns a table with a row for each method and a column for each site."""
     sites = [site for site in SITES if any(site in count.sites for count in counts)]
     base = ["base"] if any(count.trainable_base for count in counts) else []
     rows = [
         [count.method]
         + [_number(count.sites[site].experts) if site in count.sites else MISSING for site in sites]
-        + [_number(count.routers)]
-        + [_number(count.trainable_base) for _ in base]
+        + [_number(count.routers), *(_number(count.trainable_base) for _ in base)]
         for count in counts
     ]
+    note = "Sites count the vectors or LoRA pairs of all blocks; routers counts those of all sites."
     columns = ["method", *sites, "routers", *base]
-    return Table(f"{name}: trainable at each site", columns, rows, notes=[_NOTE_ON_SITES])
+    return Table(f"{name}: trainable at each site", columns, rows, notes=[note])
 
 
 def _router_label(router: Mapping[str, Any], default_reads: str) -> str:
     def setting(name: str, default: float, word: str, usual: float) -> str:
-        """'' for the default, the word for the value of gin/routing, else the word and value."""
+        """Returns '' for the default, the word alone for the value in gin/routing/."""
         value = router.get(name, default)
         return "" if value == default else word if value == usual else f"{word} {value:g}"
 
@@ -272,21 +254,15 @@ def _router_label(router: Mapping[str, Any], default_reads: str) -> str:
 def _published_share(count: ParameterCount) -> str | None:
     key = (count.base, count.method, tuple(count.sites))
     figure = published_figures.TRAINABLE_SHARES.get(key)
-    # A model whose norms train too, say, has the same sites but is not the paper's.
+    # The same sites are not enough: norms that train too would not be the paper's model.
     only_adapters = count.trainable_base == 0 and count.trainable == count.total - count.base
     return f"{figure} %" if figure and only_adapters else None
 
 
 def _percent(part: int, whole: int) -> str:
     """Returns a percentage with three digits, which the papers' smallest differences need."""
-    if part == whole:
-        return "100 %"
-    return f"{100 * part / whole:#.3g} %".replace(". %", " %")
+    return "100 %" if part == whole else f"{100 * part / whole:#.3g} %".replace(". %", " %")
 
 
 def _number(count: int) -> str:
     return f"{count:,}" if count else MISSING
-
-
-def _size(leaf: HasShape) -> int:
-    return int(np.prod(leaf.shape, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Tables with text cells, as Markdown or on the terminal."""
+"""Tables of text, printed on the terminal or as Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 MISSING = "–"
-# Columns that are aligned to the left; the others hold numbers and are aligned to the right.
+# Headings of the columns that Markdown aligns to the left; the others hold numbers.
 TEXT_COLUMNS = {"run", "method", "dataset", "prompt", "split", "site", "seen", "tokens by share"}
 TEXT_COLUMNS |= {"held-out task", "nearest trained on", "on each device", "part"}
 TEXT_COLUMNS |= {"checkpoint", "base", "activations"}
@@ -19,15 +19,7 @@ TEXT_COLUMNS |= {"checkpoint", "base", "activations"}
 
 @dataclass
 class Table:
-    """A table with text cells.
-
-    Attributes:
-      title: heading of the table.
-      columns: names of the columns.
-      rows: cells of each row.
-      footer: rows below a rule, such as totals.
-      notes: sentences printed after the table.
-    """
+    """A table of text, with `footer` rows below a rule and `notes` printed after all tables."""
 
     title: str
     columns: list[str]
@@ -44,9 +36,10 @@ def to_markdown(tables: Sequence[Table]) -> str:
 
 def markdown_table(table: Table) -> str:
     """Returns a table as Markdown without its title and notes, with aligned columns."""
-    lines = [[_escape(cell) for cell in row] for row in [table.columns, *table.rows, *table.footer]]
+    rows = [table.columns, *table.rows, *table.footer]
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     is_text = [name in TEXT_COLUMNS for name in table.columns]
-    # A rule needs at least three characters to be a rule in every Markdown dialect.
+    # Some Markdown dialects need at least three characters in the line below the header.
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = [
         ":".ljust(width, "-") if left else ":".rjust(width, "-")
@@ -63,13 +56,16 @@ def markdown_table(table: Table) -> str:
     )
 
 
-def print_tables(tables: Sequence[Table]) -> None:
+def print_tables(tables: Sequence[Table], as_markdown: bool = False) -> None:
     """Prints tables and their notes; splits a table that is wider than the terminal by columns."""
+    if as_markdown:
+        print(to_markdown(tables), end="")
+        return
     from rich.console import Console
 
     console = Console(highlight=False)
     for table in tables:
-        # markup=False: rich would read "[seed/0]" in a name as a style.
+        # With markup, rich would interpret "[seed/0]" in a name as a style.
         console.print(table.title, style="bold", markup=False)
         for columns in _split_columns(table, console.width):
             console.print(_rich_table(table, columns))
@@ -79,7 +75,7 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 
 def format_share(part: int, whole: int) -> str:
-    """Returns `part` of `whole` in %, a small share with more digits: 0.019 %, 0.32 %, 100 %."""
+    """Returns `part / whole` in %, with more digits for small shares: 0.019 %, 0.32 %, 100 %."""
     if part == 0 or whole == 0:
         return "0 %"
     if part == whole:
@@ -98,7 +94,7 @@ def _split_columns(table: Table, width: int) -> list[list[int]]:
     lines = [table.columns, *table.rows, *table.footer]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     others = range(1, len(widths))
-    # With one column in each group the loop ends without a break: then rich folds the cells.
+    # If even single columns do not fit, the loop ends with one per group, and rich folds the cells.
     for group_count in range(1, len(widths)):
         size = -(-len(others) // group_count)
         groups = [[0, *others[i : i + size]] for i in range(0, len(others), size)]
@@ -108,7 +104,6 @@ def _split_columns(table: Table, width: int) -> list[list[int]]:
 
 
 def _rich_table(table: Table, columns: Sequence[int]) -> RichTable:
-    """Returns a rich table of some of the columns, two spaces apart."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table as RichTable
@@ -116,7 +111,7 @@ def _rich_table(table: Table, columns: Sequence[int]) -> RichTable:
     rich_table = RichTable(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    # "fold" wraps a long cell; rich would cut it off with an ellipsis.
+    # "fold" wraps a long cell; by default rich truncates it with an ellipsis.
     for i in columns:
         justify: JustifyMethod = "left" if i == 0 or table.columns[i] == "method" else "right"
         rich_table.add_column(escape(table.columns[i]), justify=justify, overflow="fold")
@@ -124,7 +119,3 @@ def _rich_table(table: Table, columns: Sequence[int]) -> RichTable:
         rule_follows = bool(table.footer) and number == len(table.rows)
         rich_table.add_row(*(escape(row[i]) for i in columns), end_section=rule_follows)
     return rich_table
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|")

@@ -27,9 +27,10 @@ FLAGS = gin_flags.make_parser(
 FLAGS.add_argument("--markdown", action="store_true", help="print Markdown")
 
 SIZES = ("small", "base", "large", "xl", "xxl")
-# (method file, number of experts) of arXiv 2309.05444.
-METHODS: list[tuple[str, int | None]] = [("full", None), ("ia3", None), ("lora", None)]
-METHODS += [("mov", 10), ("mov", 30), ("mov", 60), ("molora", 10), ("molora", 15)]
+# Method file and bindings of the models in arXiv 2309.05444.
+METHODS: list[tuple[str, list[str]]] = [("full", []), ("ia3", []), ("lora", [])]
+METHODS += [("mov", [f"NUM_EXPERTS = {experts}"]) for experts in (10, 30, 60)]
+METHODS += [("molora", [f"NUM_EXPERTS = {experts}"]) for experts in (10, 15)]
 
 _BINDINGS = """\
 from pemoe_jax.tools import count
@@ -44,13 +45,8 @@ def configured_count(
 ) -> "counts.ParameterCount":
     """Counts the parameters of the model that the gin files configure.
 
-    Args:
-      model: network with its adapters.
-      method: name of the method.
-      trainable: patterns of the parameters that train; each must match a parameter.
-
     Raises:
-      InputError: no model or method is configured, or a pattern matches nothing.
+      InputError: no model or method is configured, or a pattern in `trainable` matches nothing.
     """
     if model is None:
         raise InputError("MODEL is not set: pass --gin_file=models/…")
@@ -65,7 +61,7 @@ def configured_count(
 
 
 def count(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-    """Prints the tables of the gin files, or of every size and method.
+    """Prints the tables of the configured model, or without gin files those of all models.
 
     Raises:
       InputError: see `gin_flags.load_config` and `configured_count`.
@@ -78,29 +74,20 @@ def count(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         results = counts.site_tables(name, _load(args, args.gin_file, bindings))
     else:
         results = []
-        for size in SIZES:
-            name = f"t5_1_1_{size}"
-            by_method = []
-            for method, experts in METHODS:
-                files = [f"models/{name}.gin", f"methods/{method}.gin"]
-                experts_binding = [] if experts is None else [f"NUM_EXPERTS = {experts}"]
-                by_method.append(_load(args, files, experts_binding))
+        for name in (f"t5_1_1_{size}" for size in SIZES):
+            by_method = [
+                _load(args, [f"models/{name}.gin", f"methods/{method}.gin"], method_bindings)
+                for method, method_bindings in METHODS
+            ]
             results += counts.method_tables(name, by_method)
-    if args.markdown:
-        print(tables.to_markdown(results), end="")
-    else:
-        tables.print_tables(results)
+    tables.print_tables(results, args.markdown)
 
 
 def _load(
     args: argparse.Namespace, files: Sequence[str], bindings: Sequence[str]
 ) -> "counts.ParameterCount":
-    flags = argparse.Namespace(
-        gin_file=list(files),
-        gin_search_paths=args.gin_search_paths,
-        gin_bindings=[_BINDINGS, *args.gin_bindings],
-    )
-    gin_flags.load_config(flags, bindings)
+    overrides = {"gin_file": files, "gin_bindings": [_BINDINGS, *args.gin_bindings]}
+    gin_flags.load_config(argparse.Namespace(**{**vars(args), **overrides}), bindings)
     return gin_flags.call_configured(configured_count)
 
 

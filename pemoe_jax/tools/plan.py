@@ -31,13 +31,13 @@ plan.configured_step.trainable = %TRAINABLE
 plan.configured_step.frozen_dtype = %FROZEN_DTYPE
 plan.configured_step.optimizer = @optim."""
 
-# Run files set these macros, but a plan needs no run file.
-_MACROS = (
-    "SCAN_LAYERS = False",
-    "REMAT_POLICY = 'none'",
-    "ATTENTION = 'plain'",
-    "FROZEN_DTYPE = 'activations'",
-)
+# Macros that run files set; a plan has no run file.
+_MACROS = """\
+SCAN_LAYERS = False
+REMAT_POLICY = 'none'
+ATTENTION = 'plain'
+FROZEN_DTYPE = 'activations'
+"""
 
 FLAGS = gin_flags.make_parser(
     "plan",
@@ -48,21 +48,21 @@ FLAGS = gin_flags.make_parser(
     --gin.NUM_EXPERTS=60 --gin.DTYPE=bfloat16 \\
     --mesh 32x1:fsdp --mesh 4x8 --mesh 1x32 --hbm v4
 """,
-    macros=(*gin_flags.MODEL_AND_METHOD_FILES, "\n".join([*_MACROS, _BINDINGS])),
+    macros=(*gin_flags.MODEL_AND_METHOD_FILES, _MACROS + _BINDINGS),
 )
 FLAGS.add_argument(
     "--mesh",
     action="append",
     default=[],
     metavar="DATAxMODEL[:fsdp]",
-    help="devices, such as 4x8: a batch over 4, each matrix over 8; may be repeated (default: 1x1)",
+    help="devices, such as 4x8: the batch over 4, matrices over 8; may be repeated (default: 1x1)",
 )
 FLAGS.add_argument("--fsdp", action="store_true", help="append :fsdp to every mesh")
 FLAGS.add_argument("--batch_size", type=int, default=32, help="rows over all devices (default: 32)")
 FLAGS.add_argument(
     "--lengths", default="1024,256", metavar="N,N", help="inputs, targets (default: 1024,256)"
 )
-FLAGS.add_argument("--microbatches", type=int, default=1, help="of a batch (default: 1)")
+FLAGS.add_argument("--microbatches", type=int, default=1, help="per batch (default: 1)")
 FLAGS.add_argument(
     "--optimizer", choices=("adafactor", "adamw"), default="adafactor", help="(default: adafactor)"
 )
@@ -77,7 +77,7 @@ FLAGS.add_argument(
     "--output", metavar="FILE", help="also write the tables to FILE.md, or all figures to FILE.json"
 )
 
-# GB of a device as jax counts devices: a core of TPU v2 and v3, a chip of the others.
+# Memory in GB of what jax counts as a device: a core of TPU v2 and v3, a chip of the others.
 CHIPS = {"v2": 8, "v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 80}
 
 
@@ -88,14 +88,7 @@ def configured_step(
     optimizer: "Callable[[optax.Schedule], optax.GradientTransformation]",
     frozen_dtype: str,
 ) -> "tuple[network.Transformer, str, Sequence[str], optax.GradientTransformation, str]":
-    """Returns what the gin files configure: the arguments, with a constructed optimizer.
-
-    Args:
-      model: network with its adapters.
-      method: name of the method.
-      trainable: patterns of the parameters that train.
-      optimizer: schedule -> optax transformation.
-      frozen_dtype: dtype of frozen matrices, one of `quantized.FROZEN_DTYPES`.
+    """Returns the arguments that gin files configure, with a constructed optimizer.
 
     Raises:
       InputError: no model or method is configured.
@@ -112,7 +105,7 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     """Compiles the step for each mesh, and prints and writes the costs.
 
     Raises:
-      InputError: a flag is wrong, the batch does not divide over a mesh; see also
+      InputError: a flag is wrong, or a mesh cannot divide the batch evenly; see also
         `gin_flags.load_config`.
     """
     from pemoe_jax.analysis import tables
@@ -126,8 +119,11 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     for flag in ("batch_size", "microbatches"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
-    _check_output(args.output)
-    # Before any import of jax, which reads the environment.
+    if args.output and Path(args.output).suffix not in (".md", ".json"):
+        raise InputError(f"--output must end in .md or .json, got {args.output!r}")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise InputError(f"--output must be in an existing folder, got {args.output!r}")
+    # jax reads the number of devices from the environment when it is first used.
     _create_virtual_devices(max(layout.devices for layout in layouts))
 
     from pemoe_jax.analysis.planning import compiled_step
@@ -144,10 +140,7 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     title = _title(args, method, step)
     results = cost_tables.to_tables(title, costs, chip)
-    if args.markdown:
-        print(tables.to_markdown(results), end="")
-    else:
-        tables.print_tables(results)
+    tables.print_tables(results, args.markdown)
     if args.output:
         is_json = Path(args.output).suffix == ".json"
         text = cost_tables.to_json(title, costs, chip) if is_json else tables.to_markdown(results)
@@ -157,13 +150,13 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
 def _load_step(
     args: argparse.Namespace, bindings: Sequence[str], lengths: tuple[int, int]
 ) -> "tuple[compiled_step.TrainStep, str]":
-    """Returns the step that gin files and flags configure, and the label of its method."""
+    """Returns the step that gin files and flags configure, and its method's label."""
     from pemoe_jax.analysis import counts
     from pemoe_jax.analysis.planning import compiled_step
     from pemoe_jax.core import adapters, network, params, quantized
 
     args.gin_bindings = [_BINDINGS + args.optimizer, *args.gin_bindings]
-    gin_flags.load_config(args, bindings, _MACROS)
+    gin_flags.load_config(args, bindings, [_MACROS])
     model, method, trainable, optimizer, frozen_dtype = gin_flags.call_configured(configured_step)
     quantized.check_frozen_dtype(frozen_dtype)
     step = compiled_step.TrainStep(
@@ -175,10 +168,11 @@ def _load_step(
 
 
 def _title(args: argparse.Namespace, method: str, step: "compiled_step.TrainStep") -> str:
-    files = [Path(file).stem for file in args.gin_file if "methods" not in Path(file).parts]
+    # The first file that is not a method's is the model's.
+    names = [Path(file).stem for file in args.gin_file if "methods" not in Path(file).parts]
     microbatches = f" in {step.microbatches} microbatches" if step.microbatches > 1 else ""
     return (
-        f"{' '.join([files[0] if files else 'model', method])}: {step.batch_size} rows of"
+        f"{names[0] if names else 'model'} {method}: {step.batch_size} rows of"
         f" {step.lengths[0]} + {step.lengths[1]} tokens{microbatches},"
         f" {step.model.config.as_dict()['dtype']}, {args.optimizer}"
     )
@@ -192,40 +186,31 @@ def _parse_lengths(text: str) -> tuple[int, int]:
 
 
 def parse_memory(text: str | None) -> tuple[str, int] | None:
-    """Parses the memory of a device, 'v4', '32GB' or '79.6 GiB', to its name and bytes.
+    """Parses a device's memory ('v4', '32GB' or '79.6 GiB') and returns its name and bytes.
 
     Raises:
       InputError: the text has another form, or the size is 0.
     """
     if text is None:
         return None
-    if text.lower() in CHIPS:
-        size = CHIPS[text.lower()]
+    if size := CHIPS.get(text.lower()):
         return f"{size} GB ({text})", size * 10**9
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB)", text)
     if not match or not float(match[1]):
-        chips = ", ".join(CHIPS)
-        raise InputError(f"--hbm must be a size such as 32GB, or one of {chips}, got {text!r}")
+        raise InputError(
+            f"--hbm must be a size such as 32GB, or one of {', '.join(CHIPS)}, got {text!r}"
+        )
     unit = 10**9 if match[2] == "GB" else 2**30
     return f"{match[1]} {match[2]}", int(float(match[1]) * unit)
 
 
 def _create_virtual_devices(count: int) -> None:
-    """Makes jax start with virtual CPU devices; it must not have been used yet."""
+    """Makes jax start with virtual CPU devices; must be called before jax is first used."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     name = "--xla_force_host_platform_device_count"
-    # Flags of the user stay, but for the number of devices.
+    # Keeps the user's other flags.
     other_flags = re.sub(rf" *{name}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     os.environ["XLA_FLAGS"] = f"{other_flags} {name}={count}".strip()
-
-
-def _check_output(path: str | None) -> None:
-    if path is None:
-        return
-    if Path(path).suffix not in (".md", ".json"):
-        raise InputError(f"--output must end in .md or .json, got {path!r}")
-    if not Path(path).absolute().parent.is_dir():
-        raise InputError(f"--output must be in an existing folder, got {path!r}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,1 +1,1 @@
-"""`pemoe plan`: memory, collectives and FLOPs of a train step on any mesh, from compilation."""
+"""Memory, collectives and FLOPs of a train step on any mesh, from compiling it: `pemoe plan`."""

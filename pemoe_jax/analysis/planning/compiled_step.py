@@ -1,6 +1,6 @@
 """The train step compiled ahead of time for a mesh of virtual devices, without any weights.
 
-`estimate_cost` compiles a step and reads its memory, collectives and FLOPs. Nothing is run and no
+`estimate_cost` compiles a step and reads its memory, collectives and FLOPs. Nothing runs and no
 array is allocated: all arguments are abstract arrays with shardings.
 """
 
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,12 +24,12 @@ from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
 
-# Numbers of layers to compile of a deeper stack.
+# Depths at which a deeper stack is compiled, to extrapolate from.
 SHALLOW, DEEPER = 2, 4
 
-# The CPU compiler should allocate as an accelerator's would: a schedule that saves memory, products
-# that are not widened to float32, and no merging of `jax.checkpoint`'s recomputation with the
-# computation that it repeats. LLVM's optimizations change none of these, so they are off.
+# These make the CPU compiler allocate as an accelerator's would: its schedule saves memory, it does
+# not widen products to float32, and it does not merge the recomputation of `jax.checkpoint` with
+# the original computation. LLVM's optimizations affect none of these and only take time.
 _COMPILER_OPTIONS: dict[str, str | bool] = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "change-op-data-type,cse_barrier_expander",
@@ -45,10 +45,10 @@ class TrainStep:
     Attributes:
       model: network with its adapters.
       trainable: patterns of the parameters that train.
-      optimizer: optimizer of these.
+      optimizer: optimizer of the trainable parameters.
       batch_size: B, over all devices.
-      lengths: lengths of inputs and targets; rows are packed.
-      microbatches: number of microbatches in a batch.
+      lengths: lengths of inputs and targets in packed rows.
+      microbatches: number of microbatches per batch.
       frozen_dtype: dtype of frozen matrices, one of `quantized.FROZEN_DTYPES`.
     """
 
@@ -61,7 +61,7 @@ class TrainStep:
     frozen_dtype: str = quantized.ACTIVATIONS
 
     def with_layers(self, encoder: int, decoder: int) -> TrainStep:
-        """Returns the step of a model with other numbers of layers."""
+        """Returns the same step for a model with these numbers of layers."""
         config = dataclasses.replace(
             self.model.config, num_encoder_layers=encoder, num_decoder_layers=decoder
         )
@@ -81,12 +81,12 @@ def estimate_cost(step: TrainStep, layout: MeshLayout, every_layer: bool = False
     """Compiles a step for a mesh and reads its cost on each device.
 
     All layers of a stack are alike. A deep model is compiled with 2 and with 4 layers, and the cost
-    of the others is extrapolated: XXL takes minutes and gigabytes less.
+    of the others is extrapolated, which saves minutes and gigabytes at XXL.
 
     Args:
       step: the train step.
-      layout: the mesh, of at most as many devices as jax has.
-      every_layer: whether to compile a deep model with all of its layers.
+      layout: the mesh, with at most as many devices as jax has.
+      every_layer: whether to compile all layers of a deep model.
 
     Raises:
       InputError: see `make_mesh`.
@@ -97,17 +97,13 @@ def estimate_cost(step: TrainStep, layout: MeshLayout, every_layer: bool = False
     depths = compiled_depths(config, every_layer)
     measured = [_measure(step.with_layers(*depth), mesh, layout.fsdp) for depth in depths]
     totals = extrapolate(config, depths, measured)
-    memory = {
-        "frozen base": bytes_per_device(arguments.frozen),
-        "trainable": bytes_per_device(arguments.state.params),
-        "optimizer state": bytes_per_device((arguments.state.opt_state, arguments.state.step)),
-        "batch": bytes_per_device(arguments.batch),
-        "activations and temporaries": totals["temporaries"],
-    }
+    state = arguments.state
+    trees = (arguments.frozen, state.params, (state.opt_state, state.step), arguments.batch)
+    memory = [*map(bytes_per_device, trees), totals["temporaries"]]
     return StepCost(
         layout=str(layout),
         devices=layout.devices,
-        memory={name: memory[name] for name in MEMORY},
+        memory=dict(zip(MEMORY, memory, strict=True)),
         collectives={
             kind: (totals[f"{kind} arrays"], totals[f"{kind} bytes"])
             for kind in hlo.COLLECTIVES
@@ -124,7 +120,7 @@ def make_mesh(step: TrainStep, layout: MeshLayout) -> Mesh:
     """Returns a mesh of virtual devices.
 
     Raises:
-      InputError: the batch does not divide over the devices, or jax has too few devices.
+      InputError: jax has too few devices, or they cannot divide the batch evenly.
     """
     devices = jax.devices("cpu")
     if len(devices) < layout.devices:
@@ -137,7 +133,7 @@ def make_mesh(step: TrainStep, layout: MeshLayout) -> Mesh:
 
 
 def abstract_arguments(step: TrainStep, mesh: Mesh, fsdp: bool = False) -> StepArguments:
-    """Returns train state, frozen parameters and a packed batch, without allocating them."""
+    """Returns the train state, frozen parameters and a packed batch as abstract arrays."""
     model = step.model
     shapes = params_lib.flatten(network.param_shapes(model))
     shardings = partitioning.param_shardings(
@@ -171,19 +167,12 @@ def abstract_arguments(step: TrainStep, mesh: Mesh, fsdp: bool = False) -> StepA
 def compile_step(
     step: TrainStep, mesh: Mesh, fsdp: bool = False, **options: str | bool
 ) -> jax.stages.Compiled:
-    """Compiles a train step.
-
-    Args:
-      step: the train step.
-      mesh: mesh of virtual devices.
-      fsdp: whether parameters are sharded over the data axis too.
-      **options: XLA compiler options, which override those of this module.
-    """
+    """Compiles a train step for a mesh of virtual devices; for `options` see `compile_lowered`."""
     arguments = jax.tree.map(_as_float16, abstract_arguments(step, mesh, fsdp))
     model = step.model
     if jnp.dtype(model.config.dtype) == jnp.bfloat16:
         config = copy.copy(model.config)
-        # T5Config rejects float16, in which real activations overflow.
+        # Assigning bypasses the check of T5Config, which rejects float16: it overflows in training.
         object.__setattr__(config, "dtype", "float16")
         model = model.clone(config=config)
     train_step = steps.make_train_step(
@@ -203,14 +192,14 @@ def compile_step(
 
 
 def compile_lowered(lowered: jax.stages.Lowered, **options: str | bool) -> jax.stages.Compiled:
-    """Compiles a program for analysis; `options` override those of this module."""
+    """Compiles a program for analysis; XLA's `options` override those of this module."""
     return lowered.compile(compiler_options={**_COMPILER_OPTIONS, **options})
 
 
 def compiled_depths(config: network.T5Config, every_layer: bool = False) -> list[tuple[int, int]]:
-    """Returns (encoder, decoder) layers of the models to compile: one, or enough to extrapolate."""
+    """Returns (encoder, decoder) layers of the models to compile: the whole one, or small ones."""
     encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
-    # A loop over layers compiles equally fast at any depth.
+    # Scanned layers are one loop, which compiles equally fast at any depth.
     if every_layer or config.scan_layers or max(encoder, decoder) <= DEEPER:
         return [(encoder, decoder)]
     shallow = (min(encoder, SHALLOW), min(decoder, SHALLOW))
@@ -229,20 +218,14 @@ def extrapolate(
     depths: Sequence[tuple[int, int]],
     measured: Sequence[Mapping[str, float]],
 ) -> dict[str, int]:
-    """Extrapolates measurements linearly to the layers of a model.
-
-    Args:
-      config: the model.
-      depths: (encoder, decoder) layers of each measurement, by `compiled_depths`.
-      measured: name -> value, for each of the depths.
-    """
+    """Extrapolates measurements (name -> value at each of `compiled_depths`) to the whole model."""
     goal = (config.num_encoder_layers, config.num_decoder_layers)
     start = depths[0]
     totals = {}
     for name in dict.fromkeys(name for values in measured for name in values):
         total = base = measured[0].get(name, 0)
         for depth, values in zip(depths[1:], measured[1:], strict=True):
-            # Each further depth varies one stack, or both together if they are equally deep.
+            # A further depth differs in one stack, or equally in both if they are equally deep.
             stack = 0 if depth[0] != start[0] else 1
             per_layer = (values.get(name, 0) - base) / (depth[stack] - start[stack])
             total += per_layer * (goal[stack] - start[stack])
@@ -251,7 +234,7 @@ def extrapolate(
 
 
 def model_flops(step: TrainStep) -> flops.StepFlops:
-    """Returns the FLOPs of the model for the whole batch, by formula."""
+    """Returns the FLOPs of the model for the whole batch, by the formulas of `flops`."""
     shapes = params_lib.flatten(network.param_shapes(step.model))
     return flops.train_step_flops(
         step.model.config,
@@ -266,62 +249,58 @@ def model_flops(step: TrainStep) -> flops.StepFlops:
 def bytes_per_device(tree: PyTree) -> int:
     """Returns the bytes of (abstract) arrays on one device, from their shardings."""
     return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
 def _abstract_batch(step: TrainStep, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns a batch as `data.batching` packs it."""
-    rows, (inputs, targets) = step.batch_size, step.lengths
-    lengths = {"encoder_input_tokens": inputs, "decoder_input_tokens": targets}
-    lengths |= {"decoder_target_tokens": targets, "decoder_loss_weights": targets}
-    shapes: dict[str, tuple[tuple[int, ...], type]] = {}
+    inputs, targets = step.lengths
+    widths = {"encoder_input_tokens": inputs, "decoder_input_tokens": targets}
+    widths |= {"decoder_target_tokens": targets, "decoder_loss_weights": targets}
     if "sentence" in _router_reads(step.model).values():
         # A row has one embedding, so it holds one example: no segments.
-        dim = step.model.config.sentence_dim or step.model.config.emb_dim
-        shapes["sentence_embeddings"] = ((rows, dim), jnp.float32)
+        widths["sentence_embeddings"] = step.model.config.sentence_dim or step.model.config.emb_dim
     else:
         for stack, length in (("encoder", inputs), ("decoder", targets)):
-            lengths |= {f"{stack}_segment_ids": length, f"{stack}_positions": length}
-    shapes |= {name: ((rows, length), jnp.int32) for name, length in lengths.items()}
+            widths |= {f"{stack}_segment_ids": length, f"{stack}_positions": length}
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype) in shapes.items()
+        name: jax.ShapeDtypeStruct(
+            (step.batch_size, width),
+            jnp.float32 if name == "sentence_embeddings" else jnp.int32,
+            sharding=sharding,
+        )
+        for name, width in widths.items()
     }
 
 
 def _router_reads(model: network.Transformer) -> dict[str, str | None]:
-    """Returns site -> what its router is configured to read."""
+    """Returns site -> `Router.reads`."""
     described = adapters.describe(model.adapters)
     return {site: a["router"]["reads"] for site, a in described.items() if a.get("router")}
 
 
 def _as_float16(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Replaces bfloat16, which the CPU compiler widens to float32, by float16.
-
-    Sizes are equal, and nothing is computed, so that overflow does not matter.
-    """
-    if leaf.dtype != jnp.bfloat16:
-        return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.float16, sharding=leaf.sharding)
+    """Replaces bfloat16 by float16, of the same size, as the CPU compiler would widen it."""
+    return leaf.update(dtype=jnp.float16) if leaf.dtype == jnp.bfloat16 else leaf
 
 
 def _measure(step: TrainStep, mesh: Mesh, fsdp: bool) -> dict[str, float]:
     """Returns the quantities that grow linearly with the number of layers."""
     compiled = compile_step(step, mesh, fsdp)
     text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
-    # jax returns None on backends without an analysis; the CPU has all of them.
+    # jax returns None on backends without an analysis; the CPU backend has all of them.
     assert text is not None and memory is not None and cost is not None
     program = hlo.parse(text)
     once, total = hlo.matrix_product_flops(program)
     measured: dict[str, float] = {
-        # Outputs without a donated argument to reuse are temporaries too.
+        # Outputs that do not reuse the memory of a donated argument are temporaries too.
         "temporaries": memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
-        # XLA counts the body of a loop once.
+        # XLA's analysis counts the body of a loop once.
         "flops": cost["flops"] + total - once,
     }
     for kind, (arrays, size) in hlo.collectives(program).items():

@@ -1,7 +1,7 @@
-"""The cost of a train step on each device, and its tables; imports no jax.
+"""The cost of a train step on each device, and its tables.
 
-`pemoe plan` parses its meshes with this module before it imports jax, which reads the number of
-virtual devices from the environment.
+Imports no jax: `pemoe plan` parses meshes with this module to set the number of virtual devices,
+which jax reads from the environment.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from pemoe_jax.core.errors import InputError
 MEMORY = ("frozen base", "trainable", "optimizer state", "batch", "activations and temporaries")
 
 _NOTE_ON_MEMORY = (
-    "Weights, optimizer state and batch are exact. Activations and temporaries are what"
-    " XLA's CPU compiler allocates; those for TPUs and GPUs fuse more and need less."
+    "Weights, optimizer state and batch are exact. Activations and temporaries are what XLA's CPU"
+    " compiler allocates; the compilers for TPUs and GPUs fuse more and need less."
 )
 _NOTE_ON_COLLECTIVES = (
     "Collectives: number of arrays and their bytes on each device in a step; XLA combines small"
-    " arrays. Compilers for TPUs and GPUs reduce a sum once where the CPU compiler reduces its"
-    " terms."
+    " arrays. The compilers for TPUs and GPUs reduce a sum once where the CPU compiler reduces each"
+    " of its terms."
 )
 _NOTE_ON_FLOPS = (
     "FLOPs: of the compiled program, on each device; of the model: matrix products by formula, with"
-    " the gradients of activations and of trainable weights. A token is one of the inputs or the"
-    " targets."
+    " the gradients of activations and of trainable weights. Tokens: inputs and targets."
 )
 
 
 @dataclass(frozen=True)
 class MeshLayout:
-    """A mesh of `data` × `model` devices, with FSDP if parameters are sharded over `data` too."""
+    """A mesh of `data` × `model` devices; with `fsdp`, parameters are sharded over both axes."""
 
     data: int
     model: int
@@ -67,7 +66,7 @@ class MeshLayout:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Cost of a train step on one mesh. The fields are the keys of the JSON file.
+    """Cost of a train step on one mesh. The fields are keys of the JSON file.
 
     Attributes:
       layout: name of the mesh, such as '4x8' or '32x1 FSDP'.
@@ -104,7 +103,7 @@ class Chip:
 
 
 def to_tables(title: str, costs: Sequence[StepCost], chip: Chip | None) -> list[Table]:
-    """Returns a table of costs with a column for each mesh, and one of the model's FLOPs."""
+    """Returns a table of costs with a column for each mesh, and a table of the model's FLOPs."""
     columns = ["on each device", *(cost.layout for cost in costs)]
     rows = [[name, *(_bytes(cost.memory[name]) for cost in costs)] for name in MEMORY]
     rows.append(["peak", *(_bytes(cost.peak) for cost in costs)])
@@ -122,15 +121,9 @@ def to_tables(title: str, costs: Sequence[StepCost], chip: Chip | None) -> list[
 
 def to_json(title: str, costs: Sequence[StepCost], chip: Chip | None) -> str:
     """Returns all costs as JSON, unrounded."""
-    # The key "plans" and the names of the fields are the file format.
-    plans = [
-        {
-            **dataclasses.asdict(cost),
-            "peak": cost.peak,
-            **({"fits": cost.peak <= chip.memory} if chip else {}),
-        }
-        for cost in costs
-    ]
+    plans = [dataclasses.asdict(cost) | {"peak": cost.peak} for cost in costs]
+    if chip:
+        plans = [plan | {"fits": plan["peak"] <= chip.memory} for plan in plans]
     device = {"name": chip.name, "bytes": chip.memory} if chip else None
     return json.dumps({"title": title, "device": device, "plans": plans}, indent=1) + "\n"
 
@@ -182,5 +175,5 @@ def _share(peak: int, chip: Chip) -> str:
 
 def _overhead(cost: StepCost) -> str:
     """Returns the FLOPs of all devices as a multiple of the model's."""
-    # Above 1: recomputation by remat, or work that is replicated instead of sharded.
+    # Remat, and work that is replicated instead of sharded, raise it above 1.
     return f"{cost.flops * cost.devices / cost.model_flops.total:.2f} ×"

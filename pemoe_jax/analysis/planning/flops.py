@@ -1,18 +1,18 @@
 """FLOPs of a train step by formula: its matrix products, from the shapes of the parameters.
 
 For each token, a matrix [m, n] takes 2·m·n FLOPs forward, as many for the gradient of its input,
-and as many for its own gradient if it trains. The two products of attention have no parameters:
-4·Lq·Lk·H·K a row forward, twice that backward. Elementwise operations are not counted.
+and as many for its own gradient if it trains. The two products of attention have no parameters;
+they take 4·Lq·Lk·H·K FLOPs per row forward, twice that backward. Elementwise operations are not
+counted.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 if TYPE_CHECKING:
     from pemoe_jax.analysis.counts import HasShape
@@ -25,7 +25,7 @@ class StepFlops:
 
     Attributes:
       forward: forward pass of the base's matrices and of attention.
-      backward: gradients of the activations through the same.
+      backward: gradients of their activations.
       weights: gradients of the base's trainable weights.
       adapters: adapters and their routers, forward and backward.
     """
@@ -58,29 +58,25 @@ def train_step_flops(
       trainable: paths of the parameters that train.
       rows: B.
       lengths: lengths of inputs and targets.
-      router_reads: site -> 'x', 'y', 'sentence' or None (the default of its expert module), what
-        the adapter's router reads.
+      router_reads: site -> `Router.reads`: 'x', 'y', 'sentence', or None for the default of the
+        expert module.
       examples: number of examples of equal length packed into a row; each attends to itself only.
     """
     tokens = (rows * lengths[0], rows * lengths[1])
     forward = weights = adapters = 0
     for path, leaf in shapes.items():
         flops = 2 * _multiplications(path, leaf.shape, shapes, tokens, rows, router_reads)
-        # Adapters: forward, gradient of the input, and gradient of the weights if they train.
         if "_adapter/" in path:
+            # Forward, gradient of the input, and gradient of the weights if they train.
             adapters += flops * (3 if path in trainable else 2)
-            continue
-        forward += flops
-        weights += flops if path in trainable else 0
-    attention = _attention_flops(config, rows, lengths) // examples
-    return StepFlops(forward + attention, forward + 2 * attention, weights, adapters)
-
-
-def _attention_flops(config: T5Config, rows: int, lengths: tuple[int, int]) -> int:
+        else:
+            forward += flops
+            weights += flops if path in trainable else 0
     inputs, targets = lengths
     pairs = config.num_encoder_layers * inputs * inputs
     pairs += config.num_decoder_layers * targets * (targets + inputs)
-    return 4 * rows * pairs * config.num_heads * config.head_dim
+    attention = 4 * rows * pairs * config.num_heads * config.head_dim // examples
+    return StepFlops(forward + attention, forward + 2 * attention, weights, adapters)
 
 
 def _multiplications(
@@ -91,9 +87,9 @@ def _multiplications(
     rows: int,
     router_reads: Mapping[str, str | None],
 ) -> int:
-    """Returns the multiplications of a parameter with activations, over the batch."""
-    size = int(np.prod(shape, dtype=np.int64))
-    # Cross-attention projects the encoder's output to keys and values: input tokens.
+    """Returns how many times an element of the parameter is multiplied by an activation."""
+    size = math.prod(shape)
+    # Keys and values of cross-attention are projections of the encoder's output.
     reads_inputs = path.startswith("encoder/") or re.search(
         r"/encoder_decoder_attention/(key|value)(_adapter)?/", path
     )

@@ -1,22 +1,20 @@
 """Collectives and matrix products of a compiled program, read from its HLO text.
 
-XLA's own cost analysis counts a loop's body once and lists no collectives. The text is that of one
-device's program, and states how often each loop runs.
+XLA's own cost analysis counts the body of a loop once and does not report collectives. The text is
+one device's program; it states how often each loop runs.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# Instructions whose computation adds or compares two numbers: nothing to count in it.
+# These call a computation of two scalars, such as an addition: nothing to count in it.
 _SCALAR_CALLERS = (*COLLECTIVES, "reduce", "scatter", "sort", "reduce-window")
 
-# "%name (parameters) -> shape {" starts a computation, "ENTRY" the one that runs.
+# "%name (parameters) -> shape {" begins a computation, "ENTRY %name …" the main one.
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
@@ -40,16 +38,10 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """The computations of a compiled program by name, and how often each runs."""
+    """The computations of a compiled program by name, and how often each one runs."""
 
     computations: dict[str, list[Instruction]]
     run_counts: dict[str, int]
-
-    def instructions(self) -> Iterator[tuple[Instruction, int]]:
-        """Yields each instruction and how often it runs."""
-        for name, instructions in self.computations.items():
-            for instruction in instructions:
-                yield instruction, self.run_counts.get(name, 0)
 
 
 def parse(text: str) -> Program:
@@ -62,9 +54,7 @@ def parse(text: str) -> Program:
         if header and not line.startswith("HloModule"):
             instructions = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-            continue
-        match = _INSTRUCTION.match(line)
-        if match:
+        elif match := _INSTRUCTION.match(line):
             instructions.append(Instruction(*match.groups()))
     run_counts: dict[str, int] = {}
     _add_runs(computations, entry, 1, run_counts)
@@ -78,34 +68,35 @@ def collectives(program: Program) -> dict[str, tuple[int, int]]:
     permutation on a device, and the input of a reduce-scatter. XLA may combine several arrays.
     """
     totals: dict[str, tuple[int, int]] = {}
-    for instruction, runs in program.instructions():
-        if instruction.opcode not in COLLECTIVES or not runs:
-            continue
-        arrays = len(_ARRAY.findall(instruction.shape))
-        if instruction.opcode == "all-to-all":
-            arrays = 1  # the tuple lists the parts of one array
-        size = shape_bytes(instruction.shape)
-        # The output is one shard of the input.
-        if instruction.opcode == "reduce-scatter":
-            size *= _group_size(instruction.rest)
-        total_arrays, total_bytes = totals.get(instruction.opcode, (0, 0))
-        totals[instruction.opcode] = (total_arrays + arrays * runs, total_bytes + size * runs)
+    for name, runs in program.run_counts.items():
+        for instruction in program.computations.get(name, ()):
+            kind = instruction.opcode
+            if kind not in COLLECTIVES:
+                continue
+            # The tuple of an all-to-all lists the parts of one array.
+            arrays = 1 if kind == "all-to-all" else len(_ARRAY.findall(instruction.shape))
+            size = shape_bytes(instruction.shape)
+            # The output of a reduce-scatter is one shard of its input.
+            if kind == "reduce-scatter":
+                size *= _group_size(instruction.rest)
+            total_arrays, total_bytes = totals.get(kind, (0, 0))
+            totals[kind] = (total_arrays + arrays * runs, total_bytes + size * runs)
     return {kind: totals[kind] for kind in COLLECTIVES if kind in totals}
 
 
 def matrix_product_flops(program: Program) -> tuple[int, int]:
-    """Returns the FLOPs of the matrix products, each counted once and as often as it runs."""
+    """Returns the FLOPs of the matrix products: each counted once, and as often as it runs."""
     once = total = 0
-    for name, instructions in program.computations.items():
-        runs = program.run_counts.get(name, 0)
+    for name, runs in program.run_counts.items():
+        instructions = program.computations.get(name, [])
         shapes = {instruction.name: instruction.shape for instruction in instructions}
         for instruction in instructions:
-            if instruction.opcode != "dot" or not runs:
+            if instruction.opcode != "dot":
                 continue
             lhs_dims = _dims(shapes[_NAME.findall(instruction.rest)[0]])
             contracting = _numbers(_CONTRACTING_DIMS.findall(instruction.rest)[0])
-            contracted = _product([lhs_dims[axis] for axis in contracting])
-            flops = 2 * _product(_dims(instruction.shape)) * contracted
+            contracted = math.prod(lhs_dims[axis] for axis in contracting)
+            flops = 2 * math.prod(_dims(instruction.shape)) * contracted
             once += flops
             total += flops * runs
     return once, total
@@ -114,26 +105,27 @@ def matrix_product_flops(program: Program) -> tuple[int, int]:
 def shape_bytes(shape: str) -> int:
     """Returns the bytes of a shape or a tuple of shapes: 130 for `(f32[8,4]{1,0}, bf16[])`."""
     return sum(
-        _product(_numbers(dims)) * _element_bytes(dtype) for dtype, dims in _ARRAY.findall(shape)
+        math.prod(_numbers(dims)) * _element_bytes(dtype) for dtype, dims in _ARRAY.findall(shape)
     )
 
 
 def _add_runs(
     computations: dict[str, list[Instruction]], name: str, runs: int, run_counts: dict[str, int]
 ) -> None:
-    # A computation may have several callers: its runs add up.
+    # The runs of a computation with several callers add up.
     run_counts[name] = run_counts.get(name, 0) + runs
     for instruction in computations.get(name, ()):
         if instruction.opcode in _SCALAR_CALLERS:
             continue
-        trips = _TRIP_COUNT.search(instruction.rest) if instruction.opcode == "while" else None
-        for names in _CALLED.findall(instruction.rest):
+        match = _TRIP_COUNT.search(instruction.rest) if instruction.opcode == "while" else None
+        trips = int(match[1]) if match else 1
+        for names in _CALLED.findall(instruction.rest) if trips else ():
             for called in _NAME.findall(names):
-                _add_runs(computations, called, runs * (int(trips[1]) if trips else 1), run_counts)
+                _add_runs(computations, called, runs * trips, run_counts)
 
 
 def _group_size(rest: str) -> int:
-    """Returns the number of devices that take part in a collective together."""
+    """Returns the number of devices in each group of a collective."""
     match = _GROUPS.search(rest)
     if not match:
         return 1
@@ -152,7 +144,3 @@ def _dims(shape: str) -> list[int]:
 
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
-
-
-def _product(numbers: list[int]) -> int:
-    return int(np.prod(numbers, dtype=np.int64))
