@@ -1,6 +1,6 @@
-"""PNG pictures of a run, loss curves and routing maps, and the style that all pictures share.
+"""Loss curves and routing maps as PNG files, and the style of all figures.
 
-matplotlib is imported when a picture is drawn: importing it takes longer than most commands run.
+matplotlib is imported when a figure is drawn: importing it takes longer than most commands run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-# Okabe and Ito's colors, which color-blind readers can tell apart too.
+# The palette of Okabe and Ito, which color-blind readers can distinguish.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TEXT_COLOR, MUTED_COLOR, ACCENT_COLOR = "#333333", "#999999", "#8C3A00"
 
@@ -44,13 +44,13 @@ _SITE = re.compile(
 def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training") -> Path:
     """Draws loss, accuracy and learning rate over steps, one panel for each recorded metric.
 
-    Training is drawn as a running mean over its own noise, evaluation as points.
+    Training is drawn as a running mean over the raw values, evaluation as points.
 
     Args:
       metrics: a metrics.jsonl: lines `{"step": 10, "train/loss": 2.3, "eval/loss": 2.5, …}`.
-        Of several lines of one step the last counts: a run that resumes repeats steps.
-      png: file to write.
-      title: title of the picture.
+        A run that resumes repeats steps: the last line of a step counts.
+      png: output file.
+      title: title of the figure.
 
     Raises:
       InputError: the file is missing, a line is not such an object, or no metric is recorded.
@@ -94,7 +94,7 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
         if metric == "learning_rate":
             axis.set_ylim(bottom=0)
     axes[-1, 0].set_xlabel("step")
-    # Steps are integers, but short runs would get ticks at fractions.
+    # Short runs would get ticks at fractions of a step.
     axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if len(labels) > 1:
@@ -118,35 +118,35 @@ def routing_map(
 
     Args:
       probs: site -> task -> probabilities [E]; a site is the path of its parameters or any text.
-      png: file to write.
+      png: output file.
       trained: tasks trained on, drawn above the others; None draws all alike.
-      max_ratio: largest ratio of the scale, which begins at its inverse; None selects the smallest
-        of a few scales that contains all values.
-      title: title of the picture.
+      max_ratio: upper end of the scale, whose lower end is the inverse; None selects the smallest
+        of `_MAP_SCALES` that contains all values.
+      title: title of the figure.
       quantity: name of the values, for the color bar.
 
     Raises:
       InputError: probabilities have different lengths.
     """
-    shapes = {np.shape(p) for by_task in probs.values() for p in by_task.values()}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+    shapes = sorted({np.shape(p) for by_task in probs.values() for p in by_task.values()})
+    if len(shapes) != 1 or len(shapes[0]) != 1:
         raise InputError(
-            f"routing map: expected probabilities of one length [E], got shapes {sorted(shapes)}"
+            f"routing map: expected probabilities of one length [E], got shapes {shapes}"
         )
-    (experts,) = next(iter(shapes))
+    experts = shapes[0][0]
     tasks = list(dict.fromkeys(task for by_task in probs.values() for task in by_task))
     above = [task for task in tasks if trained is None or task in trained]
     below = [task for task in tasks if task not in above]
-    # None is the empty row between the two groups.
+    # None is the row with the label between the two groups.
     rows: list[str | None] = [*above, *([None] if above and below else []), *below]
     images = {site: _log_ratios(by_task, rows, experts) for site, by_task in probs.items()}
     if max_ratio is None:
         largest = 2 ** max(np.nanmax(np.abs(image)) for image in images.values())
         max_ratio = next((scale for scale in _MAP_SCALES if scale >= largest), _MAP_SCALES[-1])
-    # A probability of 1 is E times the uniform one: the scale need not reach further.
+    # No probability exceeds E times the uniform one, so the scale need not either.
     limit = math.log2(max(_MAP_SCALES[0], min(max_ratio, experts)))
 
-    # Positions are computed in inches, so that cells and labels keep their size in any number.
+    # Positions are computed in inches, so that the size of cells and labels is always the same.
     cell, row_height = (0.17 if experts <= 16 else 0.12 if experts <= 32 else 0.08), 0.19
     panel_width, panel_height = cell * experts, row_height * len(rows)
     pitch = max(panel_width + 0.2, 0.15 + max(text_width(_site_title(site), 9) for site in images))
@@ -159,12 +159,11 @@ def routing_map(
     title_style = {"size": 12, "weight": "bold", "va": "center", "c": TEXT_COLOR}
     figure.text(0.15 / width, 1 - 0.3 / height, title, **title_style)
     for number, line in enumerate(lines):
+        y = height - top - (number + 1) * panel_height - number * between
         for column, site in enumerate(line):
             x = left + column * pitch
-            y = height - top - (number + 1) * panel_height - number * between
-            axis = figure.add_axes(
-                (x / width, y / height, panel_width / width, panel_height / height)
-            )
+            rect = (x / width, y / height, panel_width / width, panel_height / height)
+            axis = figure.add_axes(rect)
             axes_image = _draw_map_panel(axis, images[site], limit)
             axis.set_title(_site_title(site), size=9, c=TEXT_COLOR, pad=4, loc="left")
             if None in rows:
@@ -189,30 +188,23 @@ def routing_map(
 
 
 def import_pyplot() -> ModuleType:
-    """Returns matplotlib.pyplot with the style of this package, for files instead of a screen."""
+    """Returns matplotlib.pyplot in the style of this package, for writing files."""
     import matplotlib
 
     matplotlib.use("Agg")  # the default backend may need a display
     import matplotlib.pyplot
 
+    texts = ("axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     matplotlib.pyplot.rcParams.update(
-        {
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": MUTED_COLOR,
-            "axes.labelcolor": TEXT_COLOR,
-            "axes.titlecolor": TEXT_COLOR,
-            "xtick.color": TEXT_COLOR,
-            "ytick.color": TEXT_COLOR,
-            "savefig.dpi": 150,
-        }
+        dict.fromkeys(texts, TEXT_COLOR)
+        | dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
+        | {"axes.edgecolor": MUTED_COLOR, "font.size": 10, "savefig.dpi": 150}
     )
     return matplotlib.pyplot
 
 
 def save_figure(figure: Figure, png: str | Path) -> Path:
-    """Writes a figure as PNG, closes it and returns the path."""
+    """Writes a figure as a PNG file, closes it and returns the path."""
     with atomic_write.temporary_path(png, overwrite=True) as temporary:
         figure.savefig(temporary, format="png")
     import_pyplot().close(figure)
@@ -239,7 +231,7 @@ def _draw_map_panel(axis: Axes, image: np.ndarray, limit: float) -> AxesImage:
         vmax=limit,
         interpolation="none",
     )
-    # A grid at the minor ticks draws white lines between the cells.
+    # White grid lines at the minor ticks separate the cells.
     axis.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     axis.grid(which="minor", color="white", lw=0.8)
@@ -253,16 +245,14 @@ def _draw_map_panel(axis: Axes, image: np.ndarray, limit: float) -> AxesImage:
 
 def _log_ratios(by_task: Mapping[str, Any], rows: Sequence[str | None], experts: int) -> np.ndarray:
     """Returns log2 of E times the probabilities [rows, E]; NaN for rows without any."""
-    image = np.full((len(rows), experts), np.nan)
-    for i, task in enumerate(rows):
-        if task is not None and task in by_task:
-            image[i] = by_task[task]
-    # Top-k routing has probabilities of 0.
+    missing = np.full(experts, np.nan)
+    image = np.array([missing if task is None else by_task.get(task, missing) for task in rows])
+    # Top-k routing has probabilities of 0, whose logarithm is infinite.
     return np.log2(np.maximum(image * experts, 1e-6))
 
 
 def _panel_lines(sites: Sequence[str], max_panels: int) -> list[list[str]]:
-    """Splits sites into lines; a stack starts a line, and a layer is split only if it must be."""
+    """Splits sites into lines: a stack begins a new line, a layer is split only if it is wider."""
     layers: dict[tuple, list[str]] = {}
     for site in sites:
         match = _SITE.fullmatch(site)
@@ -274,14 +264,14 @@ def _panel_lines(sites: Sequence[str], max_panels: int) -> list[list[str]]:
             lines[-1] += layer
         else:
             line_count = -(-len(layer) // max_panels)
-            size = -(-len(layer) // line_count)  # lines of similar length: 5 + 5, not 9 + 1
+            size = -(-len(layer) // line_count)  # equal lengths if possible: 5 + 5, not 9 + 1
             lines += [layer[i : i + size] for i in range(0, len(layer), size)]
         last_stack = stack
     return lines
 
 
 def _site_title(site: str) -> str:
-    """Returns `decoder/layers_3/encoder_decoder_attention/key_adapter` as `dec 3 · cross key`."""
+    """Abbreviates decoder/layers_3/encoder_decoder_attention/key_adapter to dec 3 · cross key."""
     match = _SITE.fullmatch(site)
     if not match:
         return site
@@ -291,7 +281,7 @@ def _site_title(site: str) -> str:
 
 
 def _read_metrics(file: Path) -> dict[int, dict[str, Any]]:
-    """Returns step -> metrics from a file of JSON lines."""
+    """Returns step -> metrics."""
     rows: dict[int, dict[str, Any]] = {}
     try:
         text = file.read_text()
@@ -310,11 +300,11 @@ def _read_metrics(file: Path) -> dict[int, dict[str, Any]]:
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Returns the mean of each value and up to `width` values on each side, without NaN."""
+    """Returns the mean of each value and up to `width` values on each side, ignoring NaN."""
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    # Differences of cumulative sums take linear time at any width.
+    # Differences of cumulative sums take linear time whatever the width.
     index = np.arange(len(values))
     low, high = np.maximum(index - width, 0), np.minimum(index + width + 1, len(values))
     with np.errstate(invalid="ignore"):

@@ -1,10 +1,10 @@
 """Figures that papers publish, each with its source.
 
-"The paper" is arXiv 2309.05444 (MoV, MoLORA). Its own tables were not available; the figures here
-are quoted from a public note on it (`PAPER_SOURCE`), those of T0 from two model cards. No figure is
-computed from others, and figures without a source are left out: the paper's accuracy of each
-dataset, its averages for (IA)³, LoRA and MoLORA, its 770M and 11B models, and its parameter shares
-of MoLORA-10 and, at 3B, MoV-60.
+"The paper" is arXiv 2309.05444 (MoV, MoLORA). Its own tables were not available: its figures are
+quoted from a public note on it (`PAPER_SOURCE`), those of T0 from two model cards. No figure is
+computed from others. Figures without a source are omitted: the paper's accuracies by dataset, its
+averages for (IA)³, LoRA and MoLORA, its 770M and 11B models, and its shares of trainable parameters
+for MoLORA-10 and, at 3B, MoV-60.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class PublishedRow:
 
     Attributes:
       name: publication, size and method.
-      method: method under the name that this package uses.
+      method: method as this package names it.
       share: trainable parameters in %, as printed.
-      measure: how prompts of a dataset are combined, 'median' or 'mean'.
+      measure: 'median' or 'mean' over the prompts of a dataset.
       source: where the figures are quoted from.
-      accuracies: accuracy by column, for the columns of `COLUMNS` that are known.
+      accuracies: column of `COLUMNS` -> accuracy, where known.
       average: average over all eight datasets, if it is published.
     """
 
@@ -66,9 +66,8 @@ def _t0_row(size: str, *accuracies: float) -> PublishedRow:
 
 def _paper_row(method: str, share: str, average: float) -> PublishedRow:
     """Returns a row of arXiv 2309.05444 with T5 v1.1 XL + LM."""
-    return PublishedRow(
-        f"paper 3B {method}", method, share, "median", PAPER_SOURCE, average=average
-    )
+    name = f"paper 3B {method}"
+    return PublishedRow(name, method, share, "median", PAPER_SOURCE, average=average)
 
 
 ROWS = (
@@ -84,8 +83,8 @@ ROWS = (
 NOTE = (
     "Published: paper 3B is arXiv 2309.05444 (T5 v1.1 XL + LM; full: its own run of T0), averages"
     f" over the eight datasets as quoted by a note on the paper ({PAPER_SOURCE}). Its figures by"
-    " dataset, and those of (IA)3, LoRA, MoLORA and of its 770M and 11B models are left out for"
-    " want of a source. T0 3B and 11B are the models of arXiv 2110.08207, means over prompts as"
+    " dataset, and those of (IA)³, LoRA, MoLORA and of its 770M and 11B models are omitted, as they"
+    " have no source. T0 3B and 11B are the models of arXiv 2110.08207, means over prompts as"
     f" printed on the model cards {_T0_CARD}3B and …11B. Those cards average over StoryCloze too,"
-    " so their average is left out. `pemoe count` explains the paper's shares of parameters."
+    " so their average is omitted. `pemoe count` explains the paper's shares of parameters."
 )

@@ -9,26 +9,26 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
 
 _DESCRIPTION = """\
-Prints the zero-shot table of arXiv 2309.05444: a row for each run, accuracies
-in % by dataset (ANLI CB RTE WSC WiC COPA WNG HS, then others by their names),
-median and mean over prompts, with 95 % intervals. A RUN is a results.json of
-pemoe evaluate, or a folder with one. Several are merged; of runs with equal
-name, checkpoint and step the last counts. Runs that differ in the seed only
-are one row: the mean over seeds ± the standard deviation.
+Prints the zero-shot table of arXiv 2309.05444: a row for each run, a column
+for each dataset (ANLI CB RTE WSC WiC COPA WNG HS, then others by name), and
+in the cells the median and mean accuracy over prompts in %, with 95 %
+intervals. A RUN is a results.json of pemoe evaluate, or a folder with one;
+several are merged. Of runs with equal name, checkpoint and step the last
+counts. Runs that differ only in the seed are one row: the mean over seeds
+± the standard deviation.
 """
 
 _EPILOG = """\
 marks: † an average over fewer datasets than the others, * a dataset that the
 run was trained on.
 
-intervals: a bootstrap over the examples of a dataset with its prompts fixed,
-from the predictions next to results.json
-(details in pemoe_jax/analysis/zero_shot/bootstrap.py).
+intervals: a bootstrap over the examples of each dataset, with its prompts
+fixed, from the predictions next to results.json; details are in
+pemoe_jax/analysis/zero_shot/bootstrap.py.
 
 examples:
   pemoe report /tmp/results
-  pemoe report /tmp/mov_results /tmp/lora_results --with_paper \\
-    --output=report
+  pemoe report /tmp/mov_results /tmp/lora_results --with_paper --output=report
   pemoe report /tmp/sweep/*/results
   pemoe report /tmp/results --format=csv > table.csv
 """
@@ -53,7 +53,7 @@ FLAGS.add_argument(
     help="format of the output (default: table)",
 )
 FLAGS.add_argument(
-    "--output", metavar="DIR", help="write report.md, report.csv, report.json and report.png to it"
+    "--output", metavar="DIR", help="also write report.md, .csv, .json and .png to it"
 )
 FLAGS.add_argument(
     "--draws",
@@ -71,7 +71,7 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
       InputError: a RUN has no results of an evaluation, --only matches no run, a number is
         negative, or --output cannot be written.
     """
-    # Imported here: --help answers before numpy is imported.
+    # Imported here, so that --help does not import numpy.
     from pemoe_jax.analysis.zero_shot import paper_table, paper_table_formats, results
 
     if bindings:
@@ -97,7 +97,7 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
             ) from None
     paper_table_formats.print_paper_table(table, args.format)
     if args.output:
-        files = ", ".join(f"report.{kind}" for kind in ("md", "csv", "json", "png"))
+        files = "report.md, report.csv, report.json, report.png"
         print(f"in {args.output}: {files}", file=sys.stderr)
 
 

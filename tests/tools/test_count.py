@@ -258,7 +258,10 @@ def test_a_run_file_is_accepted(capsys):
         (["--gin.NUM_EXPERTS=3"], "no gin file"),
         (["--gin_file=models/no_such.gin"], "no_such.gin"),
         ([*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERT=3"], "did you mean NUM_EXPERTS"),
-        ([*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERTS=0"], "num_experts must be at least 1"),
+        (
+            [*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERTS=0"],
+            "num_experts must be at least 1",
+        ),
         ([*XL, "--gin_file=methods/mov.gin", "--gin.TRAINABLE=['x']"], "TRAINABLE matched 0 of"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Zero-shot accuracy: results.json and its tables, the paper's table, intervals, bar chart."""
+"""Zero-shot accuracy: results.json, its tables, the paper's table, intervals and bar chart."""

@@ -1,4 +1,4 @@
-"""A bar chart of accuracies as a PNG file: one panel per dataset, one bar per run."""
+"""A bar chart of accuracies: one panel per dataset, one bar per run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # In inches: height of a bar, width of a panel, gap between panels.
 _BAR_HEIGHT, _PANEL_WIDTH, _GAP = 0.24, 1.6, 0.25
 _PANELS_PER_LINE = 5
-# Explanation of each mark, and the attribute of a bar that shows it.
+# Text of the legend, and the field of `Bar` or `Panel` that shows it.
 _LEGEND = (
     ("dashed: chance", "chance"),
     ("line at the end: 95 % interval over examples", "interval"),
@@ -28,7 +28,7 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar: value, interval and seeds in %, and the looks that `_LEGEND` explains."""
+    """A bar, with value, interval and seeds in %; `_LEGEND` explains the fields."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -40,7 +40,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """A dataset's bars from top to bottom (None: unknown), and the accuracy of chance."""
+    """A dataset's bars from top to bottom (None: unknown), and the accuracy of guessing."""
 
     title: str
     bars: Sequence[Bar | None]
@@ -48,10 +48,10 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], labels: Sequence[str], png: str | Path, *, title: str) -> Path:
-    """Draws the panels, five per line, from 0 to 100 %; all have the bar labels of the first."""
+    """Draws panels from 0 to 100 %, five per line; `labels` name the bars of every panel."""
     pyplot = plots.import_pyplot()
     lines = [panels[i : i + _PANELS_PER_LINE] for i in range(0, len(panels), _PANELS_PER_LINE)]
-    # Positions are computed in inches, so that bars and labels keep their size in any number.
+    # Positions are computed in inches, so that the size of bars and labels is always the same.
     left = 0.3 + max(plots.text_width(label, 8) for label in labels)
     top, between, bottom = 0.85, 0.65, 0.75
     panel_height = _BAR_HEIGHT * len(labels)
@@ -67,12 +67,11 @@ def draw(panels: Sequence[Panel], labels: Sequence[str], png: str | Path, *, tit
     figure.text(0.15 / width, 1 - 0.3 / height, title, size=12, weight="bold", **style)
     figure.text(0.15 / width, 0.2 / height, legend, size=8, **style)
     for number, line in enumerate(lines):
+        y = height - top - (number + 1) * panel_height - number * between
         for column, panel in enumerate(line):
             x = left + column * (_PANEL_WIDTH + _GAP)
-            y = height - top - (number + 1) * panel_height - number * between
-            axis = figure.add_axes(
-                (x / width, y / height, _PANEL_WIDTH / width, panel_height / height)
-            )
+            rect = (x / width, y / height, _PANEL_WIDTH / width, panel_height / height)
+            axis = figure.add_axes(rect)
             _draw_panel(axis, panel)
             axis.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
     return plots.save_figure(figure, png)
@@ -83,27 +82,19 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
         if bar is None:
             axis.text(1.5, row, "–", size=8, va="center", c=plots.MUTED_COLOR)
             continue
-        axis.barh(
-            row,
-            bar.value,
-            height=0.72,
-            color="#C8C8C8" if bar.pale else plots.COLORS[0],
-            hatch="////" if bar.hatched else None,
-            edgecolor="white",
-            linewidth=0,
-        )
+        color = "#C8C8C8" if bar.pale else plots.COLORS[0]
+        hatch = "////" if bar.hatched else None
+        axis.barh(row, bar.value, 0.72, color=color, hatch=hatch, edgecolor="white", linewidth=0)
         end = bar.value
         if bar.interval:
-            low, high = bar.interval
-            axis.plot(
-                [low, high], [row, row], color=plots.TEXT_COLOR, lw=1.2, solid_capstyle="butt"
-            )
-            end = max(end, high)
+            style = {"color": plots.TEXT_COLOR, "lw": 1.2, "solid_capstyle": "butt"}
+            axis.plot(bar.interval, [row, row], **style)
+            end = max(end, bar.interval[1])
         if bar.seeds:
             rows = [row] * len(bar.seeds)
             axis.scatter(bar.seeds, rows, s=11, fc="white", ec=plots.TEXT_COLOR, lw=0.9, zorder=3)
-            end = max(end, *bar.seeds) + 2  # half of a dot
-        # A white background, so that the dashed line of chance does not cross the number.
+            end = max(end, *bar.seeds) + 2  # 2 is half the width of a dot
+        # The white background covers the dashed line of chance.
         background = {"fc": "white", "ec": "none", "pad": 0.3}
         text = f"{bar.value:.1f} {bar.mark}".strip()
         axis.text(end + 2, row, text, size=8, va="center", c=plots.TEXT_COLOR, bbox=background)

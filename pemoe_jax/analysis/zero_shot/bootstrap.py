@@ -1,10 +1,10 @@
 """Bootstrap intervals of a dataset's accuracy, by resampling its examples.
 
-An interval holds the middle 95 % of the accuracies under resampled examples: as many as the dataset
-has, drawn with replacement. Prompts stay fixed. All prompts of a dataset ask about the same
-examples, so an example is drawn with all of its prompts. Resampling each prompt by itself would
-treat CB's 56 examples under fifteen prompts as 840 independent ones. The interval does not cover
-the choice of prompts, or another training run.
+Each draw takes as many examples as the dataset has, with replacement; the interval is the middle
+95 % of the accuracies. Prompts stay fixed. All prompts of a dataset ask about the same examples, so
+an example is drawn with all of its prompts: resampling each prompt by itself would treat CB's 56
+examples under fifteen prompts as 840 independent ones. The interval covers neither the choice of
+prompts nor another training run.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def resampled_accuracies(
 
     Args:
       prompts: for each prompt, indices of the examples in the dataset and whether the answer is
-        correct, both [N]. ANLI's rounds, whose indices all start at 0, may share indices: answers
-        that are independent stay independent under common weights.
+        correct, both [N]. ANLI's rounds may share indices, which all start at 0: independent
+        answers stay independent under common weights.
       draws: number of draws.
       seed: seed of the draws, combined with the dataset's name.
       dataset: name of the dataset.
@@ -57,7 +57,7 @@ def resampled_accuracies(
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the ends of the middle `LEVEL` of resampled values [draws]."""
+    """Returns the ends of the interval with the middle `LEVEL` of resampled values [draws]."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -68,7 +68,7 @@ def _median_and_mean(
     """Returns median and mean over prompts [2, draws]; `correct` and `count` are [prompts, N]."""
     size = correct.shape[1]
     drawn = rng.integers(0, size, (draws, size))
-    # One bincount over all draws: each draw counts in its own range of indices.
+    # An offset for each draw lets a single bincount count all of them.
     drawn += size * np.arange(draws)[:, None]
     weights = np.bincount(drawn.reshape(-1), minlength=draws * size)
     weights = weights.reshape(draws, size).astype(np.float64)

@@ -1,12 +1,11 @@
 """The paper's zero-shot table (arXiv 2309.05444): a row for each run, a column for each dataset.
 
-`build_paper_table` computes it from results, `paper_table_formats` prints it. Cells are the median
-over the prompts of a dataset, the paper's main figure, and the mean, in %. The paper merges ANLI's
-three rounds into one column: median and mean are over the prompts of all rounds, 45 in P3.
-Datasets that the paper does not evaluate follow the average, which leaves them out; without any of
-the paper's datasets the average is over all.
+`build_paper_table` computes it from results, `paper_table_formats` prints it. Cells hold the median
+over the prompts of a dataset, the paper's main figure, and the mean, in %. As in the paper, ANLI is
+one column: median and mean are over the prompts of its three rounds, 45 in P3. Other datasets than
+the paper's follow the average, which excludes them; if there are no others, it is over all.
 
-Runs that differ in the seed only are one row: the mean over seeds.
+Runs that differ only in the seed are one row: the mean over seeds.
 """
 
 from __future__ import annotations
@@ -19,20 +18,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pemoe_jax.analysis import published_figures
-from pemoe_jax.analysis.tables import MISSING, format_share
+from pemoe_jax.analysis.tables import MISSING
 from pemoe_jax.analysis.zero_shot import bootstrap, result_tables, run_settings
 from pemoe_jax.analysis.zero_shot.results import PREDICTIONS, JsonObject, load_predictions
 
 AVERAGE = "average"
 MEASURES = ("median", "mean")
 
-# Dataset of P3's tasks -> column of the paper. P3 has ANLI's rounds as splits of one dataset; other
-# sources may have a dataset for each.
+# Dataset of P3's tasks -> column of the paper. In P3 ANLI's rounds are splits of one dataset; other
+# sources have a dataset for each.
 _PAPER_COLUMNS = {
-    "anli": "ANLI",
-    "anli_r1": "ANLI",
-    "anli_r2": "ANLI",
-    "anli_r3": "ANLI",
+    **dict.fromkeys(("anli", "anli_r1", "anli_r2", "anli_r3"), "ANLI"),
     "cb": "CB",
     "rte": "RTE",
     "wsc.fixed": "WSC",
@@ -53,7 +49,7 @@ class Score:
       intervals: measure -> ends of the 95 % bootstrap interval.
       prompts: number of prompts.
       examples: number of examples, summed over prompts.
-      trained: whether the run was trained on the dataset, or on one of them; None if unknown.
+      trained: whether the run was trained on the dataset or one of them; None if unknown.
       seeds: measure -> value of each seed, if the row is a mean over seeds.
     """
 
@@ -74,15 +70,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """A run, several runs that differ in the seed only, or a published model.
+    """A run, several runs that differ only in the seed, or a published model.
 
     Attributes:
       name: name that is unique among the runs.
       method: method, with experts and rank if they are known.
       percent: trainable parameters, in %.
       share: the same as text.
-      scores: score by column.
-      average: average over `PaperTable.averaged`.
+      scores: column -> score.
+      average: average over the columns `PaperTable.averaged`.
       complete: whether the run has all of these columns.
       source: source of a published row; '' for a run.
       about: step, checkpoint, trainable and total parameters of a run.
@@ -107,10 +103,10 @@ class PaperTable:
 
     Attributes:
       columns: the paper's columns that have results, in its order, then other datasets.
-      averaged: the columns that averages are over, the first of `columns`.
+      averaged: the columns that averages are over, a prefix of `columns`.
       rows: runs, then published rows.
       draws: number of bootstrap draws.
-      seed: seed of the bootstrap.
+      seed: seed of the draws.
     """
 
     columns: list[str]
@@ -119,10 +115,16 @@ class PaperTable:
     draws: int
     seed: int
 
+    @property
+    def keys(self) -> list[str]:
+        """The columns, with `AVERAGE` after those that it is over."""
+        index = len(self.averaged)
+        return [*self.columns[:index], AVERAGE, *self.columns[index:]]
+
 
 # column -> task -> result
 _ByColumn = dict[str, dict[str, JsonObject]]
-# column -> [2, draws] median and mean of resampled examples
+# column -> median and mean of resampled examples [2, draws]
 _Resampled = dict[str, np.ndarray]
 
 
@@ -133,14 +135,14 @@ def build_paper_table(
     with_paper: bool = False,
     seeds_apart: bool = False,
 ) -> PaperTable:
-    """Builds the table of some runs.
+    """Builds the table.
 
     Args:
       runs: runs by `results.load_results`.
-      draws: number of bootstrap draws; 0 leaves intervals out.
+      draws: number of bootstrap draws; 0 omits intervals.
       seed: seed of the draws.
       with_paper: whether to add `published_figures.ROWS`.
-      seeds_apart: whether runs that differ in the seed only have a row each.
+      seeds_apart: whether runs that differ only in the seed have a row each.
 
     Raises:
       InputError: predictions do not match the results.
@@ -151,7 +153,7 @@ def build_paper_table(
     columns = paper_columns + sorted(existing - set(paper_columns))
     averaged = paper_columns or columns
     groups = [[i] for i in range(len(runs))] if seeds_apart else run_settings.group_by_seed(runs)
-    # Labels are made unique after grouping: seeds of one row share a name on purpose.
+    # Labels are made unique after grouping, since the seeds of one row may share a name.
     names = result_tables.run_labels(
         [run_settings.representative([runs[i] for i in group]) for group in groups]
     )
@@ -162,11 +164,10 @@ def build_paper_table(
             _row(name, runs[i], tasks[i], averaged, accuracies)
             for i, accuracies in zip(group, resampled, strict=True)
         ]
-        if len(group) == 1:
-            rows.append(members[0])
-        else:
-            seeds = [runs[i]["seed"] for i in group]
-            rows.append(_mean_over_seeds(members, seeds, averaged, resampled))
+        if len(group) > 1:
+            seeds = tuple(runs[i]["seed"] for i in group)
+            members = [_mean_over_seeds(members, seeds, averaged, resampled)]
+        rows += members
     if with_paper:
         rows += map(_published_row, published_figures.ROWS)
     return PaperTable(columns, averaged, rows, draws, seed)
@@ -184,12 +185,10 @@ def _group_by_column(run: JsonObject) -> _ByColumn:
 
 
 def _resample(run: JsonObject, by_column: _ByColumn, draws: int, seed: int) -> _Resampled:
-    """Returns resampled accuracies in %, of the columns with the predictions of all tasks."""
+    """Returns resampled accuracies in % of the columns whose tasks all have predictions."""
     resampled: _Resampled = {}
     for column, tasks in by_column.items() if draws else ():
-        predictions = [
-            load_predictions(run[PREDICTIONS], task, result) for task, result in tasks.items()
-        ]
+        predictions = (load_predictions(run[PREDICTIONS], *task) for task in tasks.items())
         prompts = [prompt for prompt in predictions if prompt is not None]
         if len(prompts) == len(tasks):
             resampled[column] = 100 * bootstrap.resampled_accuracies(prompts, draws, seed, column)
@@ -209,11 +208,11 @@ def _row(
         column: _score(tasks, resampled.get(column), None if trained is None else column in trained)
         for column, tasks in by_column.items()
     }
-    percent, share = _trainable_share(run.get("trainable"), run.get("total"))
+    share = result_tables.trainable_share(run)
     return Row(
         name=name,
         method=str(run.get("variant") or run.get("method") or MISSING),
-        percent=percent,
+        percent=None if share == MISSING else round(100 * run["trainable"] / run["total"], 6),
         share=share,
         scores=scores,
         average=_average(scores, resampled, [column for column in averaged if column in scores]),
@@ -242,14 +241,11 @@ def _average(scores: Mapping[str, Score], resampled: _Resampled, columns: Sequen
     if not columns:
         return Score()
     members = [scores[column] for column in columns]
-    # Each dataset has its own draws, so averaging them draw by draw treats datasets as independent.
-    has_all = all(column in resampled for column in columns)
-    draws = np.mean([resampled[column] for column in columns], axis=0) if has_all else None
     return Score(
         median=statistics.fmean(score.median for score in members if score.median is not None),
         mean=statistics.fmean(score.mean for score in members if score.mean is not None),
         chance=statistics.fmean(score.chance for score in members if score.chance is not None),
-        intervals=_intervals(draws),
+        intervals=_intervals(_mean_draws(resampled, columns)),
         prompts=sum(score.prompts or 0 for score in members),
         examples=sum(score.examples or 0 for score in members),
         trained=None if members[0].trained is None else any(score.trained for score in members),
@@ -258,33 +254,29 @@ def _average(scores: Mapping[str, Score], resampled: _Resampled, columns: Sequen
 
 def _mean_over_seeds(
     members: Sequence[Row],
-    seeds: Sequence[int],
+    seeds: tuple[int, ...],
     averaged: Sequence[str],
     resampled: Sequence[_Resampled],
 ) -> Row:
-    """Returns runs as one row: means over seeds, and the intervals of these means."""
+    """Merges the rows of several seeds: means over seeds, and the intervals of these means."""
     first = members[0]
-    # All seeds share the draws of a dataset: row i of each is the accuracy on the same examples.
+    # All seeds share the draws of a dataset: draw i of each is the accuracy on the same examples.
     draws = {
         column: np.mean([accuracies[column] for accuracies in resampled], axis=0)
         for column in first.scores
         if all(column in accuracies for accuracies in resampled)
     }
-    average_draws = [draws[column] for column in averaged if column in draws]
-    has_all = len(average_draws) == len([column for column in averaged if column in first.scores])
-    checkpoints = [str(row.about["checkpoint"]) for row in members]
+    average_draws = _mean_draws(draws, [column for column in averaged if column in first.scores])
     return dataclasses.replace(
         first,
         scores={
             column: _mean_score([row.scores[column] for row in members], draws.get(column))
             for column in first.scores
         },
-        average=_mean_score(
-            [row.average for row in members],
-            np.mean(average_draws, axis=0) if average_draws and has_all else None,
-        ),
-        about={**first.about, "checkpoint": "; ".join(checkpoints)},
-        seeds=tuple(seeds),
+        average=_mean_score([row.average for row in members], average_draws),
+        about=first.about
+        | {"checkpoint": "; ".join(str(row.about["checkpoint"]) for row in members)},
+        seeds=seeds,
     )
 
 
@@ -307,16 +299,18 @@ def _mean_score(members: Sequence[Score], draws: np.ndarray | None) -> Score:
     )
 
 
+def _mean_draws(resampled: _Resampled, columns: Sequence[str]) -> np.ndarray | None:
+    """Averages columns draw by draw; None if one of them has no draws."""
+    if not columns or not all(column in resampled for column in columns):
+        return None
+    # Each dataset has its own draws, so the average treats datasets as independent.
+    return np.mean([resampled[column] for column in columns], axis=0)
+
+
 def _intervals(draws: np.ndarray | None) -> dict[str, tuple[float, float]]:
     if draws is None:
         return {}
     return {measure: bootstrap.interval(draws[i]) for i, measure in enumerate(MEASURES)}
-
-
-def _trainable_share(trainable: int | None, total: int | None) -> tuple[float | None, str]:
-    if trainable is None or not total:
-        return None, MISSING
-    return round(100 * trainable / total, 6), format_share(trainable, total)
 
 
 def _published_row(row: published_figures.PublishedRow) -> Row:

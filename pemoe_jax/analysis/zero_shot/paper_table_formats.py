@@ -1,11 +1,11 @@
-"""Prints the paper's zero-shot table: terminal, Markdown, CSV, JSON, and a bar chart."""
+"""Formats of the paper's zero-shot table: terminal, Markdown, CSV, JSON and a bar chart."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,25 +18,24 @@ from pemoe_jax.analysis.zero_shot.results import JsonObject
 from pemoe_jax.runtime import atomic_write
 
 _SCORE_FIELDS = ("median", "mean", "chance", "prompts", "examples", "trained")
+_ABOUT_FIELDS = ("step", "checkpoint", "trainable", "total")
 _NOTE_ON_ANLI = "ANLI: over the prompts of its three rounds together, with equal weights."
 _NOTE_ON_PARTIAL = (
-    "† Average over the datasets that the run was evaluated on, not comparable with the others."
+    "† Average over the datasets that the run was evaluated on; not comparable with the others."
 )
 _NOTE_ON_SEEDS = (
-    "±: of runs that differ in the seed only, the mean over seeds and the standard deviation"
-    " (n - 1); the intervals are those of the mean, under other examples and the same seeds."
+    "±: mean and standard deviation (n - 1) over runs that differ only in the seed; intervals are"
+    " those of the mean, under other examples and the same seeds."
 )
-_NOTE_ON_TRAINED = "* The run was trained on this dataset, or on one of an average: not zero-shot."
+_NOTE_ON_TRAINED = "* The run was trained on the dataset, or on one of the average: not zero-shot."
 
 T = TypeVar("T")
 
 
 def print_paper_table(table: PaperTable, format: str) -> None:
     """Prints the table to stdout as 'table', 'markdown', 'csv' or 'json'."""
-    if format == "table":
-        tables.print_tables(to_tables(table))
-    elif format == "markdown":
-        print(tables.to_markdown(to_tables(table)), end="")
+    if format in ("table", "markdown"):
+        tables.print_tables(to_tables(table), as_markdown=format == "markdown")
     else:
         print(to_csv(table) if format == "csv" else to_json(table), end="")
 
@@ -52,17 +51,17 @@ def write_paper_table(table: PaperTable, folder: Path) -> None:
 
 
 def to_tables(table: PaperTable) -> list[Table]:
-    """Returns medians, means and their intervals; seeds and counts where runs have several."""
+    """Returns tables of medians, means and intervals, and of seeds and counts if these differ."""
     result = []
     for measure in MEASURES:
         result.append(_accuracy_table(table, measure))
-        if any(row.average.intervals or _has_any_interval(row) for row in table.rows):
+        if any(map(_has_any_interval, table.rows)):
             result.append(_interval_table(table, measure))
     if _has_seeds(table):
         result.append(_seed_table(table))
     counts = _count_table(table)
     if any(len({*cells} - {MISSING}) > 1 for cells in list(zip(*counts.rows, strict=True))[1:]):
-        result.append(counts)  # only if runs have different prompts or examples
+        result.append(counts)
     result[0].notes += _notes(table)
     return result
 
@@ -75,35 +74,12 @@ def to_csv(table: PaperTable) -> str:
     `_median_least`, `_median_greatest` and the same of the mean. Accuracies and parameters are in
     %; unknown values are empty.
     """
-    keys = [*table.columns, AVERAGE]
-    fields = [key for key in _SCORE_FIELDS if key != "median"]
-    ends = [f"{measure}_{end}" for measure in MEASURES for end in ("low", "high")]
-    ends += [f"{measure}_{end}" for measure in MEASURES for end in ("sd", "least", "greatest")]
+    records = [_csv_record(row, [*table.columns, AVERAGE]) for row in table.rows]
     text = io.StringIO()
     # The csv module ends lines in \r\n by default.
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["run", "method", "parameters", *keys]
-        + [f"{key}_{name}" for key in keys for name in [*fields, *ends]]
-        + ["step", "checkpoint", "trainable", "total", "complete", "source", "seeds"]
-    )
-    for row in table.rows:
-        scores = [_score(row, key) for key in keys]
-        cells: list[object] = [row.name, row.method, row.percent]
-        cells += [score.median for score in scores]
-        for score in scores:
-            cells += [getattr(score, name) for name in fields]
-            cells += [
-                end for measure in MEASURES for end in score.intervals.get(measure, (None, None))
-            ]
-            for measure in MEASURES:
-                values = score.seeds.get(measure, ())
-                cells += [score.deviation(measure)]
-                cells += [min(values, default=None), max(values, default=None)]
-        cells += [row.about.get(key) for key in ("step", "checkpoint", "trainable", "total")]
-        # Published rows have only the paper's columns, so "complete" would say nothing.
-        cells += ["" if row.source else row.complete, row.source, " ".join(map(str, row.seeds))]
-        writer.writerow(map(_csv_cell, cells))
+    writer.writerow(name for name, _ in records[0])
+    writer.writerows([_csv_cell(value) for _, value in record] for record in records)
     return text.getvalue()
 
 
@@ -147,17 +123,14 @@ def to_json(table: PaperTable) -> str:
 
 
 def draw_bars(table: PaperTable, png: str | Path) -> Path:
-    """Draws the medians as bars, one panel per dataset; leaves out rows without any median."""
-    keys = [*table.averaged, AVERAGE, *table.columns[len(table.averaged) :]]
-    rows = [row for row in table.rows if any(_score(row, key).median is not None for key in keys)]
+    """Draws the medians as bars, one panel per dataset; omits rows without any median."""
+    rows = [row for row in table.rows if any(s.median is not None for s in _all_scores(row))]
     panels = []
-    for key in keys:
-        # Chance of a partial average belongs to other datasets.
-        chances = [_score(row, key).chance for row in table.rows if row.complete or key != AVERAGE]
-        known = [chance for chance in chances if chance is not None]
-        chance = sum(known) / len(known) if known else None
+    for key in table.keys:
+        chances = [chance for chance in _values(table, key, "chance") if chance is not None]
+        chance = sum(chances) / len(chances) if chances else None
         panels.append(bar_chart.Panel(key, [_bar(row, key) for row in rows], chance))
-    # Runs are often named after their method: do not repeat it.
+    # Runs are often named after their method, which is not repeated then.
     labels = [
         row.name
         if row.method in row.name or row.method in (MISSING, "none")
@@ -166,6 +139,27 @@ def draw_bars(table: PaperTable, png: str | Path) -> Path:
     ]
     title = "Zero-shot accuracy in %: median over prompts"
     return bar_chart.draw(panels, labels, png, title=title)
+
+
+def _csv_record(row: Row, keys: Sequence[str]) -> list[tuple[str, object]]:
+    """Returns (column, value) of a line of CSV."""
+    record: list[tuple[str, object]] = [("run", row.name), ("method", row.method)]
+    record += [("parameters", row.percent), *((key, _score(row, key).median) for key in keys)]
+    for key in keys:
+        score = _score(row, key)
+        record += [(f"{key}_{name}", getattr(score, name)) for name in _SCORE_FIELDS[1:]]
+        for measure in MEASURES:
+            low, high = score.intervals.get(measure, (None, None))
+            record += [(f"{key}_{measure}_low", low), (f"{key}_{measure}_high", high)]
+        for measure in MEASURES:
+            values = score.seeds.get(measure, ())
+            record.append((f"{key}_{measure}_sd", score.deviation(measure)))
+            record.append((f"{key}_{measure}_least", min(values, default=None)))
+            record.append((f"{key}_{measure}_greatest", max(values, default=None)))
+    record += [(name, row.about.get(name)) for name in _ABOUT_FIELDS]
+    # Published rows have only the paper's columns, so "complete" would say nothing.
+    record += [("complete", None if row.source else row.complete), ("source", row.source)]
+    return [*record, ("seeds", " ".join(map(str, row.seeds)))]
 
 
 def _bar(row: Row, key: str) -> bar_chart.Bar | None:
@@ -178,62 +172,44 @@ def _bar(row: Row, key: str) -> bar_chart.Bar | None:
         seeds=score.seeds.get("median", ()),
         hatched=bool(score.trained),
         pale=bool(row.source),
-        mark="†" if key == AVERAGE and not row.complete else "",
+        mark=_partial_mark(row, key),
     )
 
 
 def _accuracy_table(table: PaperTable, measure: str) -> Table:
     has_seeds = _has_seeds(table)
 
-    def cells(row: Row) -> list[str]:
-        seed_count = "" if row.source else str(len(row.seeds) or 1)
-        average = _accuracy(row.average, measure)
-        average += "" if row.complete or average == MISSING else " †"
-        accuracies = [_accuracy(_score(row, column), measure) for column in table.columns]
-        return [
-            *(row.name, row.method, row.share),
-            *([seed_count] if has_seeds else []),
-            *_insert_average(table, accuracies, average),
-        ]
-
     opening = ["run", "method", "parameters", *(["seeds"] if has_seeds else [])]
+    rows = []
+    for row in table.rows:
+        if all(getattr(score, measure) is None for score in _all_scores(row)):
+            continue
+        seed_count = "" if row.source else str(len(row.seeds) or 1)
+        cells = [row.name, row.method, row.share, *([seed_count] if has_seeds else [])]
+        rows.append([*cells, *(_accuracy(row, key, measure) for key in table.keys)])
     footer = []
     if measure == "median":
         blank = [""] * (len(opening) - 1)
         footer = [
-            ["chance", *blank, *_ranges(table, lambda score: score.chance, "{:.1f}", True)],
-            ["prompts", *blank, *_ranges(table, lambda score: score.prompts, "{:,}")],
-            ["examples", *blank, *_ranges(table, lambda score: score.examples, "{:,}")],
+            ["chance", *blank, *_ranges(table, "chance", "{:.1f}")],
+            ["prompts", *blank, *_ranges(table, "prompts", "{:,}")],
+            ["examples", *blank, *_ranges(table, "examples", "{:,}")],
         ]
-    return Table(
-        f"Zero-shot accuracy in %: {measure} over the prompts of a dataset",
-        [*opening, *_insert_average(table, table.columns, AVERAGE)],
-        [
-            cells(row)
-            for row in table.rows
-            if any(getattr(score, measure) is not None for score in _all_scores(row))
-        ],
-        footer=footer,
-    )
+    title = f"Zero-shot accuracy in %: {measure} over the prompts of a dataset"
+    return Table(title, [*opening, *table.keys], rows, footer=footer)
 
 
 def _interval_table(table: PaperTable, measure: str) -> Table:
     def interval(score: Score) -> str:
-        if measure not in score.intervals:
-            return MISSING
-        low, high = score.intervals[measure]
-        return f"{low:.1f}–{high:.1f}"
+        ends = score.intervals.get(measure)
+        return f"{ends[0]:.1f}–{ends[1]:.1f}" if ends else MISSING
 
-    rows = []
-    for row in _runs(table):
-        intervals = [interval(_score(row, column)) for column in table.columns]
-        rows.append([row.name, *_insert_average(table, intervals, interval(row.average))])
-    columns = ["run", *_insert_average(table, table.columns, AVERAGE)]
-    return Table(f"95 % interval of the {measure}", columns, rows)
+    rows = [[row.name, *(interval(_score(row, key)) for key in table.keys)] for row in _runs(table)]
+    return Table(f"95 % interval of the {measure}", ["run", *table.keys], rows)
 
 
 def _seed_table(table: PaperTable) -> Table:
-    """Returns the average of the medians of every seed."""
+    """Returns the table of each seed's average of the medians."""
     seeds = sorted({seed for row in table.rows for seed in row.seeds})
 
     def cells(row: Row) -> list[str]:
@@ -275,12 +251,8 @@ def _notes(table: PaperTable) -> list[str]:
             f"Intervals: the middle 95 % of {table.draws:,} bootstrap draws of examples, the same"
             " for all prompts of a dataset; prompts are fixed."
         )
-    incomplete = [
-        row.name
-        for row in runs
-        if table.draws and not all(score.intervals for score in row.scores.values())
-    ]
-    if incomplete:
+    incomplete = [row.name for row in runs if not all(s.intervals for s in row.scores.values())]
+    if table.draws and incomplete:
         notes.append(f"Intervals left out, as predictions are missing: {', '.join(incomplete)}.")
     if len(runs) < len(table.rows):
         notes.append(published_figures.NOTE)
@@ -288,8 +260,12 @@ def _notes(table: PaperTable) -> list[str]:
 
 
 def _runs(table: PaperTable) -> list[Row]:
-    """Returns the rows that are not published ones."""
+    """Returns the rows except published ones."""
     return [row for row in table.rows if not row.source]
+
+
+def _partial_mark(row: Row, key: str) -> str:
+    return "†" if key == AVERAGE and not row.complete else ""
 
 
 def _score(row: Row, key: str) -> Score:
@@ -308,43 +284,35 @@ def _has_seeds(table: PaperTable) -> bool:
     return any(row.seeds for row in table.rows)
 
 
-def _insert_average(table: PaperTable, cells: Sequence[str], average: str) -> list[str]:
-    """Inserts the average after the columns that it is over."""
-    index = len(table.averaged)
-    return [*cells[:index], average, *cells[index:]]
-
-
-def _accuracy(score: Score, measure: str) -> str:
+def _accuracy(row: Row, key: str, measure: str) -> str:
+    score = _score(row, key)
     value = getattr(score, measure)
     if value is None:
         return MISSING
     deviation = score.deviation(measure)
     spread = "" if deviation is None else f" ±{deviation:.1f}"
-    return f"{value:.1f}{spread}" + (" *" if score.trained else "")
+    marks = ["*" if score.trained else "", _partial_mark(row, key)]
+    return " ".join([f"{value:.1f}{spread}", *filter(None, marks)])
 
 
-def _ranges(
-    table: PaperTable,
-    value: Callable[[Score], float | None],
-    number_format: str,
-    with_average: bool = False,
-) -> list[str]:
-    """Returns the value of each column; the least and the greatest if runs differ in it."""
-    runs = _runs(table)
-    cells = [
-        format_range([value(_score(row, column)) for row in runs], number_format.format)
-        for column in table.columns
+def _values(table: PaperTable, key: str, name: str) -> list[float | None]:
+    """Returns a field of the runs' scores, without that of partial averages (other datasets)."""
+    rows = [row for row in _runs(table) if row.complete or key != AVERAGE]
+    return [getattr(_score(row, key), name) for row in rows]
+
+
+def _ranges(table: PaperTable, name: str, number_format: str) -> list[str]:
+    """Returns the range of a field over the runs by column; of averages only that of chance."""
+    return [
+        format_range(_values(table, key, name), number_format.format)
+        if key != AVERAGE or name == "chance"
+        else ""
+        for key in table.keys
     ]
-    average = ""
-    if with_average:
-        # A partial average has the chance of other datasets.
-        averages = [value(row.average) for row in runs if row.complete]
-        average = format_range(averages, number_format.format)
-    return _insert_average(table, cells, average)
 
 
 def _rounded(value: T) -> T | float:
-    """Rounds a number in % to four decimals, which drops the noise of floating point."""
+    """Rounds a number in % to four decimals, which removes floating-point noise."""
     return round(value, 4) if isinstance(value, float) else value
 
 

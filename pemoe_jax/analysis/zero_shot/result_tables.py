@@ -27,9 +27,9 @@ def print_results(results: JsonObject) -> None:
 
 
 def run_labels(runs: Sequence[JsonObject]) -> list[str]:
-    """Returns the names of the runs, with step or checkpoint where names are equal."""
+    """Returns the names of the runs; equal names are followed by the step or the checkpoint."""
     labels = [run["name"] for run in runs]
-    # Checkpoints are long: they distinguish only the runs that name and step do not.
+    # The step comes first, as it is shorter than the checkpoint.
     for key in ("step", "checkpoint"):
         counts = Counter(labels)
         labels = [
@@ -40,28 +40,29 @@ def run_labels(runs: Sequence[JsonObject]) -> list[str]:
 
 
 def checkpoint_table(runs: Sequence[JsonObject]) -> Table:
-    """Returns the table of each run's checkpoint, its base, and the dtypes of the computation."""
+    """Returns the table of checkpoints, with step, base, and dtypes of activations and base."""
     rows = []
     for label, run in zip(run_labels(runs), runs, strict=True):
+        keys = ("checkpoint", "base", "dtype")
+        checkpoint, base, dtype = (str(run.get(key) or MISSING) for key in keys)
         frozen = f" (frozen {run['frozen']})" if run.get("frozen") else ""
-        rows.append(
-            [
-                label,
-                str(run.get("checkpoint") or MISSING),
-                _integer(run.get("step")),
-                str(run.get("base") or MISSING),
-                (run.get("dtype") or MISSING) + frozen,
-            ]
-        )
+        rows.append([label, checkpoint, _integer(run.get("step")), base, dtype + frozen])
     return Table("Checkpoints", ["run", "checkpoint", "step", "base", "activations"], rows)
 
 
 def format_range(values: Sequence[Number | None], format_value: Callable[[Number], str]) -> str:
-    """Returns the least and the greatest of the known values, or the value if they are equal."""
+    """Returns the range 'least–greatest' of the known values, or one value if both look equal."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return MISSING
     return "–".join(dict.fromkeys([format_value(known[0]), format_value(known[-1])]))
+
+
+def trainable_share(run: JsonObject) -> str:
+    """Returns a run's trainable parameters in %, if they are known."""
+    if run.get("trainable") is None or not run.get("total"):
+        return MISSING
+    return format_share(run["trainable"], run["total"])
 
 
 def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
@@ -80,7 +81,7 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
             for name in datasets
         ]
 
-    # Chance of a partial average belongs to other datasets.
+    # A partial average has the chance of other datasets.
     chances = [
         run["average"].get("chance")
         for run, partial in zip(runs, is_partial, strict=True)
@@ -91,7 +92,7 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
         "Accuracy in %: median over the prompts of a dataset",
         ["run", "method", "trainable", *datasets, "average"],
         [
-            [label, str(run.get("method") or MISSING), _trainable_share(run)]
+            [label, str(run.get("method") or MISSING), trainable_share(run)]
             + accuracies(run, "median", partial)
             for label, run, partial in rows
         ],
@@ -112,15 +113,14 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
 
 
 def _prompt_table(runs: Sequence[JsonObject]) -> Table:
-    """Returns the table with a row for each prompt, a column for each run, and odd examples."""
+    """Returns the table of prompts, with a column for each run, and notes on odd examples."""
     tasks: dict[str, JsonObject] = {}
     odd: dict[str, dict[str, int]] = {}
     for run in runs:
         for name, task in run.get("tasks", {}).items():
             tasks.setdefault(name, task)
-            counts = {kind: count for kind, count in (task.get("odd") or {}).items() if count}
-            if counts:
-                odd[name] = counts
+            if any((task.get("odd") or {}).values()):
+                odd[name] = task["odd"]
     datasets = list(dict.fromkeys(task["dataset"] for task in tasks.values()))
     names = sorted(tasks, key=lambda name: (datasets.index(tasks[name]["dataset"]), name))
     rows = []
@@ -138,20 +138,14 @@ def _prompt_table(runs: Sequence[JsonObject]) -> Table:
         )
     columns = ["dataset", "prompt", "split", "examples", "chance", *run_labels(runs)]
     table = Table("Accuracy in %: prompt by prompt", columns, rows)
-    if odd:
-        lines = []
-        for name in sorted(odd, key=names.index):
-            kinds = [f"{kind.replace('_', ' ')} {count:,}" for kind, count in odd[name].items()]
-            lines.append(f"- {name}: {', '.join(kinds)}")
-        listing = "\n".join(lines)
-        table.notes.append(f"Odd examples (counted, and scored like the others):\n\n{listing}")
+    lines = []
+    for name in sorted(odd, key=names.index):
+        kinds = [f"{kind.replace('_', ' ')} {n:,}" for kind, n in odd[name].items() if n]
+        lines.append(f"- {name}: {', '.join(kinds)}")
+    if lines:
+        title = "Odd examples (counted, and scored like the others):"
+        table.notes.append("\n".join([title, "", *lines]))
     return table
-
-
-def _trainable_share(run: JsonObject) -> str:
-    if run.get("trainable") is None or not run.get("total"):
-        return MISSING
-    return format_share(run["trainable"], run["total"])
 
 
 def _percent(fraction: float | None) -> str:

@@ -1,8 +1,8 @@
-"""results.json of `pemoe evaluate`: its contents, reading it, and the predictions next to it.
+"""results.json of `pemoe evaluate`: computing, checking and loading it, with its predictions.
 
-A results file holds {"runs": [run, …]}. A run has "tasks" (one per prompt, see `task_result`),
-"datasets" and "average" (see `summarize`), and what identifies it: "name", "checkpoint", "step".
-Accuracies are fractions there; tables show them in %.
+The file holds {"runs": [run, …]}. A run has "name", "checkpoint" and "step", which identify it,
+"tasks" (one per prompt, see `task_result`), and "datasets" and "average" (see `summarize`).
+Accuracies are fractions in the file; tables show them in %.
 """
 
 import collections
@@ -18,7 +18,7 @@ import numpy as np
 from pemoe_jax.core.errors import InputError
 
 RESULTS = "results.json"
-# Key that `load_results` adds to a run: the folder of its predictions.
+# `load_results` adds the folder of a run's predictions under this key.
 PREDICTIONS = "predictions"
 
 # A run, or a part of one, as read from JSON.
@@ -38,14 +38,14 @@ _TYPE_NAMES = {str: "text", dict: "an object", int: "a number"}
 def task_result(
     correct: Sequence[bool], chance: Sequence[float], dataset: str, split: str, odd: Sequence[str]
 ) -> JsonObject:
-    """Returns the result of one task, that is, one prompt of a dataset.
+    """Returns the result of one task, that is, of one prompt of a dataset.
 
     Args:
-      correct: whether the chosen answer is the target, for each example.
-      chance: fraction of the answer choices that are the target, for each example.
-      dataset: dataset of the prompt.
+      correct: for each example, whether the chosen answer is the target.
+      chance: for each example, the fraction of its choices that are the target.
+      dataset: name of the dataset.
       split: split of the examples.
-      odd: kind of each irregularity in the examples, once per occurrence.
+      odd: the kind of every irregularity in the examples, with repetitions.
     """
     return {
         "dataset": dataset,
@@ -87,12 +87,9 @@ def summarize(tasks: Mapping[str, Mapping[str, Any]]) -> JsonObject:
 
 
 def check_overwrites(folder: Path, checkpoints: Collection[str], tasks: Collection[str]) -> bool:
-    """Checks that an evaluation recomputes every result that it overwrites.
+    """Checks that an evaluation recomputes every result that it overwrites in `folder`.
 
-    Args:
-      folder: folder of results.json.
-      checkpoints: checkpoints of the evaluation, as in results.json; steps may differ.
-      tasks: tasks of the evaluation.
+    Steps may differ: evaluating a run again after more training replaces its results.
 
     Returns:
       Whether the folder has results.
@@ -112,13 +109,8 @@ def check_overwrites(folder: Path, checkpoints: Collection[str], tasks: Collecti
         raise InputError(
             f"{file}: expected the results of an evaluation, got another file: {advice}"
         ) from error
-    # Steps are ignored: evaluating a run again after more training replaces its results.
     recomputed = {_absolute(path) for path in checkpoints}
-    lost = [
-        (path, task)
-        for path, task in existing
-        if _absolute(path) not in recomputed or task not in tasks
-    ]
+    lost = [(p, t) for p, t in existing if _absolute(p) not in recomputed or t not in tasks]
     if lost:
         path, task = lost[0]
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
@@ -129,17 +121,13 @@ def check_overwrites(folder: Path, checkpoints: Collection[str], tasks: Collecti
 
 
 def load_results(path: str) -> JsonObject:
-    """Loads the results of one evaluation.
-
-    Args:
-      path: a results.json, or a folder with one.
+    """Loads a results.json, or the one in a folder.
 
     Returns:
-      {'runs': […]} as in the file; each run also has the folder of its predictions under
-      `PREDICTIONS`.
+      {'runs': […]} as in the file; each run also has the folder of its predictions.
 
     Raises:
-      InputError: the file is missing, or `pemoe evaluate` did not write it.
+      InputError: the file is missing, or not one of `pemoe evaluate`.
     """
     file = Path(path)
     if file.is_dir():
@@ -156,7 +144,7 @@ def load_results(path: str) -> JsonObject:
     runs = results.get("runs") if isinstance(results, dict) else None
     if not isinstance(runs, list) or not runs:
         raise InputError(f'{file}: expected {{"runs": [...]}} with at least one run, got none')
-    # Only what tables read is checked: results of older versions lack other keys.
+    # Only the keys that tables need are required: results of older versions lack others.
     for number, run in enumerate(runs):
         _check_object(run, _RUN_KEYS, f"{file}, run {number}")
         _check_run(run, f"{file}, run {run['name']!r}")
@@ -165,7 +153,7 @@ def load_results(path: str) -> JsonObject:
 
 
 def merge_runs(results: Iterable[JsonObject]) -> list[JsonObject]:
-    """Returns the runs of all results; of runs with equal name, checkpoint and step the last."""
+    """Returns all runs, but only the last of those with equal name, checkpoint and step."""
     runs = {
         (run["name"], run.get("checkpoint"), run.get("step")): run
         for result in results
@@ -177,19 +165,15 @@ def merge_runs(results: Iterable[JsonObject]) -> list[JsonObject]:
 def load_predictions(
     folder: str, task: str, result: JsonObject
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Loads the predictions of one task.
-
-    Args:
-      folder: folder of a run's predictions.
-      task: name of the task.
-      result: result of the task in results.json.
+    """Loads the predictions of one task from the folder of its run.
 
     Returns:
-      Indices of the examples and whether each answer is correct, both [N]; None if the file does
-      not exist.
+      Indices of the examples and whether each answer is correct, both [N]; None if there is no
+      file.
 
     Raises:
-      InputError: the predictions do not match the result, or a line is not a prediction.
+      InputError: the predictions do not match `result`, the task's entry in results.json, or a
+        line is not a prediction.
     """
     file = Path(folder) / f"{task}.jsonl"
     if not file.is_file():
@@ -206,7 +190,7 @@ def load_predictions(
                     f'{file}, line {number}: expected an object with "idx" and "correct", got'
                     f" {line.strip()[:60]!r}"
                 ) from None
-    # Predictions of another evaluation would give intervals around another accuracy.
+    # The intervals of another evaluation's predictions would be around another accuracy.
     accuracy = sum(correct) / max(1, len(correct))
     if len(correct) != result["examples"] or abs(accuracy - result["accuracy"]) > 1e-9:
         raise InputError(
@@ -243,12 +227,12 @@ def _check_object(value: object, keys: Mapping[str, _Types], where: str) -> None
         raise InputError(f"{where}: expected an object, got {value!r:.60}")
     for key, types in keys.items():
         member = value.get(key)
-        # bool is a subclass of int, but true is not a number in JSON.
+        # In Python bool is an int; in JSON true is not a number.
         if not isinstance(member, types) or isinstance(member, bool):
             expected = _TYPE_NAMES[types[0] if isinstance(types, tuple) else types]
             raise InputError(f"{where}: expected {key!r} to be {expected}, got {member!r:.60}")
 
 
 def _absolute(path: str) -> str:
-    # The same checkpoint may be given by a relative path one time and an absolute one another.
+    # One evaluation may name a checkpoint by a relative path, the next by an absolute one.
     return path if "://" in path else os.path.abspath(path)

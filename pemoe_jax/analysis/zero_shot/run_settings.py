@@ -1,4 +1,4 @@
-"""The settings of runs from their `config.gin`, and grouping runs that differ in the seed only."""
+"""Parses the settings of runs from `config.gin`, and groups runs that differ only in the seed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 from pemoe_jax.analysis.zero_shot.results import JsonObject
-
-SEED = "SEED"
 
 # Macros of a run's location and logging, which do not change its result.
 _MACROS_WITHOUT_EFFECT = {
@@ -24,29 +22,23 @@ _SEED_IN_NAME = re.compile(r"[-_. ]*seed[-_= ]?\d+", re.IGNORECASE)
 
 
 def parse_settings(config: str) -> dict[str, str]:
-    """Parses gin's text of a configuration.
-
-    Returns:
-      name -> value as text, of the settings that can change a result.
-    """
+    """Parses gin's text of a configuration into name -> value, of settings that affect a result."""
     joined = re.sub(r"\\\n\s*", "", config)  # gin wraps long lines with a backslash
     settings: dict[str, str] = {}
     for line in joined.splitlines():
-        assignment = re.match(r"([A-Za-z_][\w./]*) = (.*)", line)
-        if assignment:
-            name = assignment[1]
-            settings[name] = assignment[2]
+        if assignment := re.match(r"([A-Za-z_][\w./]*) = (.*)", line):
+            name, value = assignment.groups()
+            settings[name] = value
         elif settings and line[:1] in (" ", "}", "]", ")"):  # a value of several lines
             settings[name] += f" {line.strip()}"
-    effective = {name: settings[name] for name in settings if name not in _MACROS_WITHOUT_EFFECT}
-    return drop_wiring(effective)
+    return drop_wiring({n: v for n, v in settings.items() if n not in _MACROS_WITHOUT_EFFECT})
 
 
 def drop_wiring(settings: Mapping[str, str]) -> dict[str, str]:
-    """Returns the settings without bindings that only pass macros and records on to a command.
+    """Removes bindings that only pass macros and option records to a command.
 
-    They change with the code and repeat what the macros say: runs of different versions with equal
-    macros have equal settings.
+    They repeat the macros and change with the code. Without them, runs of different versions with
+    equal macros have equal settings.
     """
     return {
         name: value
@@ -58,14 +50,14 @@ def drop_wiring(settings: Mapping[str, str]) -> dict[str, str]:
 
 def fingerprint(settings: Mapping[str, str]) -> str:
     """Returns a hash of all settings but the seed."""
-    lines = [f"{name} = {value}" for name, value in sorted(settings.items()) if name != SEED]
+    lines = [f"{name} = {value}" for name, value in sorted(settings.items()) if name != "SEED"]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def group_by_seed(runs: Sequence[JsonObject]) -> list[list[int]]:
-    """Groups runs that differ in the seed only: equal settings, variant, step and tasks.
+    """Groups runs that differ only in the seed: equal settings, variant, step and tasks.
 
-    Runs of a group with a seed twice (one run that was copied, say) are not grouped.
+    If a seed occurs twice, say in a copied run, these runs are not grouped.
 
     Returns:
       Groups of indices into `runs`, in the order of their first run.
@@ -81,11 +73,11 @@ def group_by_seed(runs: Sequence[JsonObject]) -> list[list[int]]:
 
 
 def representative(group: Sequence[JsonObject]) -> JsonObject:
-    """Returns the first run of a group, without the seed in its name if the group has several."""
-    if len(group) == 1:
-        return group[0]
-    name = _SEED_IN_NAME.sub("", group[0]["name"])
-    return {**group[0], "name": name or group[0]["name"]}
+    """Returns the first run of a group; if there are more, its name is without the seed."""
+    name = group[0]["name"]
+    if len(group) > 1:
+        name = _SEED_IN_NAME.sub("", name) or name
+    return {**group[0], "name": name}
 
 
 def _key_without_seed(run: JsonObject) -> tuple | None:
