@@ -4,7 +4,6 @@ The arrays are float32 under this package's paths. The configuration is the `Rec
 that trained them.
 """
 
-import dataclasses
 import os
 from collections.abc import Mapping
 
@@ -52,11 +51,11 @@ def save_adapter(
     Raises:
       InputError: the folder exists, without `overwrite`.
     """
-    header = {"format": FORMAT, "format_version": VERSION, "step": step}
+    config = {"format": FORMAT, "format_version": VERSION, "step": step, **vars(record)}
     with atomic_write.temporary_path(path, overwrite) as folder:
         folder.mkdir()
         safetensors_file.save_file(folder / WEIGHTS, arrays, {"format": FORMAT})
-        atomic_write.write_json(folder / CONFIG, header | dataclasses.asdict(record))
+        atomic_write.write_json(folder / CONFIG, config)
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:

@@ -80,12 +80,8 @@ class BaseModel:
 
     def fingerprint(self) -> str:
         """Returns `params.fingerprint` of the arrays, reading one at a time."""
-        return params_lib.fingerprint_samples(
-            {
-                path: (array.shape, params_lib.sample_array(array.read()))
-                for path, array in self.arrays.items()
-            }
-        )
+        samples = {p: (a.shape, params_lib.sample_array(a.read())) for p, a in self.arrays.items()}
+        return params_lib.fingerprint_samples(samples)
 
     def __str__(self) -> str:
         return f"base model {self.path} ({self.format})"
@@ -128,7 +124,7 @@ def _open_folder(folder: epath.Path, kind: str, expected: str) -> BaseModel:
     if huggingface.is_checkpoint(folder):
         return BaseModel(path, "Hugging Face", huggingface.open_checkpoint(folder))
     is_orbax = tensorstore_file.orbax_state_folder(folder) is not None
-    if is_orbax or t5x.is_legacy(folder):
+    if is_orbax or (folder / t5x.INDEX).is_file():
         name = "T5X, Orbax" if is_orbax else "T5X, legacy"
         return BaseModel(path, name, t5x.open_checkpoint(folder))
     if steps := t5x.checkpoint_steps(folder):
@@ -159,8 +155,8 @@ def _hub_hint(path: str | os.PathLike[str]) -> str:
 
 def _open_single_file(path: epath.Path, kind: str) -> BaseModel:
     arrays, metadata = safetensors_file.open_file(path)
-    # Without our metadata the file is accepted if the names are ours; files that users confuse
-    # with a base get a hint.
+    # A file without our metadata is accepted if its names are ours. Files that users mistake for a
+    # base get a hint.
     if CONFIG_KEY not in metadata:
         if any(name.startswith("base_model.model.") for name in arrays):
             raise InputError(f"{kind} {path}: got a PEFT adapter: {_PASS_FOLDER}")

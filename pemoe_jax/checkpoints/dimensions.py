@@ -13,7 +13,7 @@ def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, int]:
 
     Args:
       shapes: path ('encoder/layers_0/attention/query/kernel') -> shape.
-      source: name of the checkpoint in errors.
+      source: the checkpoint, for errors.
 
     Raises:
       InputError: an array that determines a dimension is missing or has another rank.

@@ -12,12 +12,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-import jax
 import numpy as np
 from etils import epath
 
 from pemoe_jax.checkpoints import dimensions, safetensors_file, torch_pickle
-from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
+from pemoe_jax.checkpoints.lazy_array import LazyArray
+from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import atomic_write, file_io
@@ -31,14 +31,13 @@ _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
 _EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # In checkpoints of T5 before 2020; transformers ignores it as well.
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-_BUCKETS = 32
 
 # What `core` computes; these are not options of `T5Config`.
 _EXPECTED_CONFIG = {
     "feed_forward_proj": "gated-gelu",
     "dense_act_fn": "gelu_new",
     "is_gated_act": True,
-    "relative_attention_num_buckets": _BUCKETS,
+    "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
 }
@@ -218,12 +217,10 @@ def _logits_kernel(
     kernel = array.T
     if not is_scaled:
         return kernel
-    factor = np.float32(kernel.shape[0] ** -0.5)
-
-    def read_scaled(index: Index) -> np.ndarray:
-        return kernel.read_slice(index).astype(np.float32) * factor
-
-    return LazyArray(kernel.shape, np.dtype(np.float32), read_scaled)
+    scale, dtype = np.float32(kernel.shape[0] ** -0.5), np.dtype(np.float32)
+    return LazyArray(
+        kernel.shape, dtype, lambda index: kernel.read_slice(index).astype(dtype) * scale
+    )
 
 
 def save_checkpoint(
@@ -239,7 +236,7 @@ def save_checkpoint(
     Host memory holds one shard at a time. Tokenizer files are not written.
 
     Args:
-      path: the folder; local, must not exist.
+      path: the folder.
       arrays: path -> array, of a model without adapters.
       dropout_rate: rate in config.json, for training in transformers.
       shard_bytes: maximum size of a file, unless a single array is larger.
@@ -250,14 +247,9 @@ def save_checkpoint(
     """
     dims = dimensions.infer({name: array.shape for name, array in arrays.items()}, f"{path}")
     table = _name_table(dims["num_encoder_layers"], dims["num_decoder_layers"])
-    expected = {
-        name: jax.ShapeDtypeStruct(_expected_shape(name, dims), np.float32)
-        for name in table.values()
-    }
     # Before anything is written. Adapters are extra arrays, and so refused here.
-    params_lib.check_matches(
-        params_lib.unflatten(arrays), params_lib.unflatten(expected), f"model to write to {path}"
-    )
+    expected = network.param_shapes(network.Transformer(network.T5Config(**dims)))
+    params_lib.check_matches(arrays, expected, f"model to write to {path}")
     theirs = {name: _convert_layout(ours, arrays[ours]) for name, ours in table.items()}
     sizes = {name: array.nbytes for name, array in theirs.items()}
     shards = _split_into_shards(sizes, shard_bytes)
@@ -278,20 +270,6 @@ def save_checkpoint(
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             atomic_write.write_json(folder / f"{_SAFETENSORS}.index.json", index)
-
-
-def _expected_shape(path: str, dims: Mapping[str, int]) -> tuple[int, ...]:
-    embed, mlp, vocab = dims["emb_dim"], dims["mlp_dim"], dims["vocab_size"]
-    joined_kv = dims["num_heads"] * dims["head_dim"]
-    return {
-        "token_embedder": (vocab, embed),
-        "logits_dense": (embed, vocab),
-        "relpos_bias": (dims["num_heads"], _BUCKETS),
-        **dict.fromkeys(("query", "key", "value"), (embed, joined_kv)),
-        "out": (joined_kv, embed),
-        **dict.fromkeys(("wi_0", "wi_1"), (embed, mlp)),
-        "wo": (mlp, embed),
-    }.get(path.split("/")[-2], (embed,))
 
 
 def _split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:

@@ -39,6 +39,20 @@ def device_put(tree: Params, shardings: Shardings) -> dict[str, PyTree]:
     return partitioning.device_put(dict(tree), params_lib.unflatten(by_path))
 
 
+def _make_target(
+    shapes: Mapping[str, PyTree], dtype_of: Callable[[str], jnp.dtype], shardings: Shardings
+) -> dict[str, PyTree]:
+    """Returns the target of `lazy_array.load_arrays`, from path -> shape."""
+    return params_lib.unflatten(
+        {
+            path: jax.ShapeDtypeStruct(
+                leaf.shape, dtype_of(path), sharding=_sharding_of(shardings, path)
+            )
+            for path, leaf in shapes.items()
+        }
+    )
+
+
 @contextlib.contextmanager
 def array_progress(label: str, num_arrays: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that reports the number of arrays processed so far."""
@@ -84,9 +98,9 @@ def load_base(
     Args:
       model: determines names, shapes, and the dtype of frozen matrices.
       path: base model in any format that `base_model` knows; None: random weights.
-      seed: seed of random weights.
+      seed: of random weights.
       is_trainable: maps a path to whether the parameter is trained; trained ones are float32.
-      shardings: where to put the arrays.
+      shardings: by path, or of all arrays.
       frozen_dtype: one of `quantized.FROZEN_DTYPES`, for the frozen matrices of attention and
         MLPs. Each is quantized from float32 as soon as it is on the device.
 
@@ -108,11 +122,11 @@ def load_base(
             return jnp.dtype(jnp.float32)
         return params_lib.frozen_dtype(name, model.config.dtype)
 
-    samples: dict[str, tuple[tuple[int, ...], jax.Array | np.ndarray]] = {}
+    samples: dict[str, jax.Array | np.ndarray] = {}
 
     def transform(name: str, array: jax.Array) -> PyTree:
         # For the fingerprint, while the array has its stored values.
-        samples[name] = (array.shape, params_lib.sample_array(array))
+        samples[name] = params_lib.sample_array(array)
         if not is_quantized(name):
             return array
         # Waits, or several float32 arrays would be on the device at the same time.
@@ -125,24 +139,18 @@ def load_base(
         return transform(name, array)
 
     identity: JsonObject
+    shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
     if path is None:
         base = network.init_params(model, seed, params_lib.is_base, transform_random)
         identity = {"path": None, "format": "random", "seed": seed}
     else:
-        shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
-        target = {
-            name: jax.ShapeDtypeStruct(
-                leaf.shape, dtype_of(name), sharding=_sharding_of(shardings, name)
-            )
-            for name, leaf in shapes.items()
-        }
         opened = base_lib.open_base(path)
-        with array_progress("loading the base", len(target)) as report:
-            base = opened.load(params_lib.unflatten(target), report, transform)
+        with array_progress("loading the base", len(shapes)) as report:
+            base = opened.load(_make_target(shapes, dtype_of, shardings), report, transform)
         identity = {"path": opened.path, "format": opened.format, "seed": None}
-    bits = partitioning.gather({name: sample for name, (_, sample) in samples.items()})
+    gathered = partitioning.gather(samples)
     fingerprint = params_lib.fingerprint_samples(
-        {name: (shape, bits[name]) for name, (shape, _) in samples.items()}
+        {name: (shapes[name].shape, sample) for name, sample in gathered.items()}
     )
     return base, {**identity, "fingerprint": fingerprint}
 
@@ -231,17 +239,10 @@ class OpenedModel:
         """
         assert self.record is not None
         shapes = params_lib.flatten(network.param_shapes(self.model))
-        trainable = params_lib.trainable_paths(shapes, self.record.trainable)
-        target = {
-            path: jax.ShapeDtypeStruct(
-                leaf.shape, jnp.float32, sharding=_sharding_of(shardings, path)
-            )
-            for path, leaf in shapes.items()
-            if path in trainable
-        }
-        return lazy_array.load_arrays(
-            self.trained_arrays, params_lib.unflatten(target), f"checkpoint {self.path}"
-        )
+        paths = params_lib.trainable_paths(shapes, self.record.trainable)
+        trainable = {path: leaf for path, leaf in shapes.items() if path in paths}
+        target = _make_target(trainable, lambda _: jnp.dtype(jnp.float32), shardings)
+        return lazy_array.load_arrays(self.trained_arrays, target, f"checkpoint {self.path}")
 
     def check_base(self, fingerprint: str) -> None:
         """Raises `InputError` if the adapters belong to a base with another fingerprint."""

@@ -78,10 +78,7 @@ class RunCheckpoints:
     ) -> None:
         """Saves a state under its step, unless that step is saved already.
 
-        Args:
-          state: the train state.
-          record: the model's record.
-          position: position in the training data, for `read_data_position`.
+        `position` is the one in the training data, for `read_data_position`.
         """
         step = int(state.step)
         # The last step is saved at the end of training and may be due by the period as well.
@@ -198,11 +195,7 @@ _TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an inte
 
 
 def parse_record(values: JsonObject, source: str) -> Record:
-    """Returns the record in a JSON object.
-
-    Args:
-      values: the object; other keys are ignored.
-      source: name of its file in errors.
+    """Returns the record in a JSON object of the file `source`; ignores other keys.
 
     Raises:
       InputError: a field is missing or has another type.

@@ -74,6 +74,11 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     return arrays, metadata
 
 
+def is_size(number: object) -> bool:
+    """Whether a value of an untrusted file is an integer >= 0 that numpy can represent."""
+    return type(number) is int and 0 <= number < 2**63  # isinstance would accept True as 1
+
+
 def _parse_entry(
     path: epath.Path, name: str, entry: Mapping[str, Any], data_start: int
 ) -> LazyArray:
@@ -85,8 +90,7 @@ def _parse_entry(
     dtype = _DTYPES[entry["dtype"]]
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    # `type(n) is int`: JSON's true would pass as 1, and huge numbers would overflow numpy.
-    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+    if not all(map(is_size, (*shape, begin, end))):
         raise ValueError("sizes that are not integers >= 0")
     num_bytes = math.prod(shape) * dtype.itemsize
     if end - begin != num_bytes:
@@ -101,14 +105,9 @@ def _parse_entry(
 def read_rows(
     path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, index: Index
 ) -> np.ndarray:
-    """Reads a slice of a row-major array; skips the rows outside of it.
+    """Reads a slice of a row-major, little-endian array whose first byte is at `offset`.
 
-    Args:
-      path: the file.
-      offset: position of the array's first byte.
-      shape: shape of the whole array.
-      dtype: stored dtype, little-endian.
-      index: one slice per axis.
+    Rows outside of the slice are skipped.
 
     Raises:
       InputError: the file is truncated.

@@ -6,19 +6,19 @@ Orbax    checkpoint_<step>/state/             zarr `target.….kernel/`, with or
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import msgpack
 import numpy as np
 from etils import epath
-from flax import serialization
+from flax import serialization, traverse_util
 
 from pemoe_jax.checkpoints import lazy_array, tensorstore_file
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
-_INDEX = "checkpoint"
+INDEX = "checkpoint"  # the file that a checkpoint in the legacy format has
 _PLACEHOLDER = "PLACEHOLDER://"
 
 
@@ -33,13 +33,8 @@ def checkpoint_steps(folder: epath.Path) -> list[int]:
     return sorted(step for path in folder.iterdir() if (step := step_of(path.name)) is not None)
 
 
-def is_legacy(folder: epath.Path) -> bool:
-    """Whether a folder is a checkpoint in the legacy format."""
-    return tensorstore_file.orbax_state_folder(folder) is None and (folder / _INDEX).is_file()
-
-
 def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
-    """Opens the `target` of a checkpoint in either format: path -> array.
+    """Opens the `target` of a checkpoint in either format as path -> array.
 
     Raises:
       InputError: the folder is not a checkpoint, has no `target`, is unreadable, or its index
@@ -48,13 +43,15 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
     state = tensorstore_file.orbax_state_folder(folder)
     if state is not None:
         return tensorstore_file.open_orbax(state, "target")
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
         raise InputError(f"{folder}: expected a T5X checkpoint, got none")
     try:
         contents = serialization.msgpack_restore(index.read_bytes())
         # The legacy format keeps the whole train state under `optimizer`.
-        target = contents.get("optimizer", contents)["target"]
+        target = dict(contents.get("optimizer", contents)["target"])
+        # A dict with a `driver` is a leaf: tensorstore's spec of one array.
+        leaves = traverse_util.flatten_dict(target, is_leaf=lambda _, x: "driver" in x, sep="/")
     except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
         raise InputError(
             f"{index}: expected a T5X index with a `target`, got something else"
@@ -63,21 +60,12 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
     # Arrays of T5X are zarr folders, except small ones, which T5X puts into the index.
     names: dict[str, str] = {}
     arrays: dict[str, LazyArray] = {}
-    for path, leaf in _flatten(target):
+    for path, leaf in leaves.items():
         if isinstance(leaf, np.ndarray):
             arrays[path] = lazy_array.from_numpy(leaf)
         else:
-            names[path] = file_io.child_path(folder, _zarr_name(leaf, index, path), _INDEX).name
+            names[path] = file_io.child_path(folder, _zarr_name(leaf, index, path), INDEX).name
     return arrays | tensorstore_file.open_arrays(folder, file_io.url(folder), names, "zarr")
-
-
-def _flatten(tree: object, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:
-    # A dict with a `driver` is a leaf: tensorstore's spec of one array.
-    if isinstance(tree, Mapping) and "driver" not in tree:
-        for name, subtree in tree.items():
-            yield from _flatten(subtree, (*parents, str(name)))
-    else:
-        yield "/".join(parents), tree
 
 
 def _zarr_name(leaf: object, index: epath.Path, path: str) -> str:

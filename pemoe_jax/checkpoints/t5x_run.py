@@ -37,11 +37,7 @@ def write_record(model_dir: str | os.PathLike[str], record: Record) -> None:
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
-    """Reads the record of a run, or of a run's checkpoint.
-
-    Raises:
-      InputError: the record is missing or unreadable.
-    """
+    """Reads the record of a run, or of a run's checkpoint."""
     file = run_folder(path) / RECORD
     return runs.parse_record(file_io.read_json(file), os.fspath(file))
 

@@ -3,9 +3,10 @@
 Each array is a folder, or a key in an OCDBT store; local or `gs://`. Opening reads metadata only.
 """
 
-import functools
+import contextlib
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import tensorstore as ts
@@ -42,12 +43,10 @@ def open_orbax(state: epath.Path, item: str) -> dict[str, LazyArray]:
     base = file_io.url(state)
     has_ocdbt = (state / "manifest.ocdbt").exists()
     kvstore: KvStore = {"driver": "ocdbt", "base": base, "path": ""} if has_ocdbt else base
-    try:
+    with _one_line_errors(state):
         # The keys that start with "target.": '/' is the character after '.'.
         key_range = ts.KvStore.KeyRange(f"{item}.", f"{item}/")
         keys = [key.decode() for key in ts.KvStore.open(kvstore).result().list(key_range).result()]
-    except (ValueError, OSError) as error:
-        raise InputError(f"{state}: unreadable: {_short_message(error)}") from error
     # Metadata files mark the arrays; the other keys are chunks.
     for suffix, driver in _DRIVERS.items():
         names = [key.removesuffix(suffix) for key in keys if key.endswith(suffix)]
@@ -82,24 +81,23 @@ def open_arrays(
 
 
 def _lazy_array(path: epath.Path, future: "ts.Future[ts.TensorStore]") -> LazyArray:
-    try:
+    with _one_line_errors(path):
         array = future.result()
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: unreadable: {_short_message(error)}") from error
-    read = functools.partial(_read, array, path)
-    return LazyArray(tuple(array.shape), array.dtype.numpy_dtype, read)
+
+    def read_slice(index: Index) -> np.ndarray:
+        with _one_line_errors(path):
+            return array[index].read(order="C").result()
+
+    return LazyArray(tuple(array.shape), array.dtype.numpy_dtype, read_slice)
 
 
-def _read(array: "ts.TensorStore", path: epath.Path, index: Index) -> np.ndarray:
+@contextlib.contextmanager
+def _one_line_errors(path: epath.Path) -> Iterator[None]:
     try:
-        return array[index].read(order="C").result()
+        yield
     except (ValueError, OSError) as error:
-        raise InputError(f"{path}: unreadable: {_short_message(error)}") from error
-
-
-def _short_message(error: BaseException) -> str:
-    """Returns tensorstore's message on one line, without source locations."""
-    # Its messages end in lines such as [source locations='tensorstore/driver/zarr/driver.cc:…'].
-    text = re.sub(r"\s*\[source locations?=.*?\]|\[[a-z_]+='.*?'\]", "", str(error), flags=re.S)
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else f"{text[:300]}…"
+        # The messages end in lines such as [source locations='tensorstore/driver/driver.cc:…'].
+        locations = r"\s*\[source locations?=.*?\]|\[[a-z_]+='.*?'\]"
+        text = re.sub(locations, "", str(error), flags=re.S)
+        short = textwrap.shorten(text, 300, placeholder="…")
+        raise InputError(f"{path}: unreadable: {short}") from error

@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 
 from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
-from pemoe_jax.checkpoints.safetensors_file import read_rows
+from pemoe_jax.checkpoints.safetensors_file import is_size, read_rows
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
@@ -246,8 +246,8 @@ class _Interpreter:
 
     def load_persistent(self) -> None:
         match self.stack.pop():
-            case ("storage", _Global(name), str(key), str(), size) if (
-                name in _STORAGES and _is_size(size)
+            case ("storage", _Global(name), str(key), str(), size) if name in _STORAGES and is_size(
+                size
             ):
                 dtype = _STORAGES[name]
             case other:
@@ -312,7 +312,7 @@ def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> La
     """Returns a view of a storage; offset and strides count values."""
     path, dtype = storage.archive.path, storage.dtype
     for sizes in ((offset,), shape, strides):
-        if type(sizes) is not tuple or not all(map(_is_size, sizes)):
+        if type(sizes) is not tuple or not all(map(is_size, sizes)):
             raise InputError(f"{path}: a tensor's offset, shape or strides: expected integers >= 0")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     count = math.prod(shape)
@@ -343,10 +343,6 @@ def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> La
         return view[index].copy()
 
     return LazyArray(shape, dtype, read_strided)
-
-
-def _is_size(number: object) -> bool:
-    return type(number) is int and 0 <= number < 2**63
 
 
 def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

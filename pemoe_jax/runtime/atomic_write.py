@@ -17,10 +17,6 @@ def temporary_path(path: str | os.PathLike[str], overwrite: bool = False) -> Ite
 
     If the block raises, the temporary path is removed and `path` is as before.
 
-    Args:
-      path: local path of the file or folder.
-      overwrite: whether to replace an existing file or folder.
-
     Raises:
       InputError: the path is remote, or exists, without `overwrite`.
     """

@@ -123,7 +123,7 @@ def save_adapter(
     """Writes a folder that `peft.PeftModel.from_pretrained` loads onto a T5 v1.1.
 
     Args:
-      path: the folder; must not exist.
+      path: the folder.
       description: `core.adapters.describe` of the adapters.
       arrays: path -> array, of every adapter.
       base_model_name: path or name of the base, as information for users of the adapter.

@@ -15,7 +15,7 @@ from pemoe_jax.checkpoints.peft import names
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime.file_io import JsonObject
 
-# Settings of training and loading, and those that only matter together with a refused one.
+# Settings of training and loading, and those that matter only together with a refused one.
 _IGNORED = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -55,15 +55,7 @@ def _refuse(path: epath.Path, key: str, expected: str, value: object) -> NoRetur
 
 
 def check_config(path: epath.Path, config: JsonObject) -> None:
-    """Checks that our adapters can express every setting.
-
-    Args:
-      path: the file, for errors.
-      config: its JSON object.
-
-    Raises:
-      InputError: names the setting, the expected and the actual value.
-    """
+    """Raises `InputError` if our adapters cannot express a setting of a file."""
     if config.get("peft_type") not in ("IA3", "LORA"):
         _refuse(path, "peft_type", "'IA3' or 'LORA'", config.get("peft_type"))
     if config.get("bias", "none") != "none":
@@ -79,14 +71,11 @@ def check_config(path: epath.Path, config: JsonObject) -> None:
             _refuse(path, key, "null, false or empty (pemoe_jax has no such adapter)", value)
     for key in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = config.get(key)
-        if not (value is None or isinstance(value, str) or _is_list_of_strings(value)):
+        is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if not (value is None or isinstance(value, str) or is_list):
             _refuse(path, key, "a list of modules or a pattern", value)
     if not config.get("target_modules"):
         _refuse(path, "target_modules", "a list of modules", config.get("target_modules"))
-
-
-def _is_list_of_strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def describe(
@@ -102,7 +91,7 @@ def describe(
 
     Args:
       path: the file, for errors.
-      config: a configuration that `check_config` accepts.
+      config: its settings, accepted by `check_config`.
       tensors: PEFT's name -> tensor.
       num_layers: stack -> number of layers of the base.
 
@@ -121,9 +110,14 @@ def describe(
     modules = names.module_names(num_layers)
     adapted_modules = [module for module in modules if _leaf(module) in adapted]
     _check_targets(path, config, adapted_modules, modules)
-    if kind == "VectorExperts":
-        _check_feedforward(path, config, adapted_modules, is_input_scaled)
-    # Both sites have the module wo.
+    feedforward = config.get("feedforward_modules")
+    if kind == "VectorExperts" and isinstance(feedforward, list):
+        scaled = [m for m in adapted_modules if is_input_scaled and _leaf(m) == "wo"]
+        # PEFT itself compares with endswith.
+        if [m for m in adapted_modules if m.endswith(tuple(feedforward))] != scaled:
+            expected = "['wo'] if the tensors of wo are [1, in], otherwise no target module"
+            _refuse(path, "feedforward_modules", expected, feedforward)
+    # The sites gate and wo share the module wo.
     unused = "wo" if is_input_scaled else "gate"
     sites = [s for s, site in names.SITES.items() if site.module in adapted and s != unused]
     plain = {"kind": kind, "num_experts": 1, "router": None}
@@ -150,23 +144,6 @@ def _check_targets(
 
 def _is_in(module: str, targets: Collection[str]) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in targets)
-
-
-def _check_feedforward(
-    path: epath.Path, config: JsonObject, adapted: list[str], is_input_scaled: bool
-) -> None:
-    feedforward = config.get("feedforward_modules")
-    if feedforward is None or isinstance(feedforward, str):
-        return
-    expected = [module for module in adapted if is_input_scaled and _leaf(module) == "wo"]
-    # PEFT itself compares with endswith.
-    if [module for module in adapted if module.endswith(tuple(feedforward))] != expected:
-        _refuse(
-            path,
-            "feedforward_modules",
-            "['wo'] if the tensors of wo are [1, in], otherwise no target module",
-            feedforward,
-        )
 
 
 def _rank_and_alpha(path: epath.Path, config: JsonObject, module: str) -> JsonObject:

@@ -24,17 +24,11 @@ _PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """The PEFT module of one of our sites.
-
-    Attributes:
-      module: name of the module.
-      in_axis: last axis of the module's input.
-      out_axis: last axis of the array that our adapter changes.
-    """
+    """The PEFT module of one of our sites."""
 
     module: str
-    in_axis: str
-    out_axis: str
+    in_axis: str  # last axis of the module's input
+    out_axis: str  # last axis of the array that our adapter changes
 
 
 _ATTENTION = {
@@ -60,21 +54,13 @@ _LEAVES = {
 
 @dataclasses.dataclass(frozen=True)
 class AdapterArray:
-    """An array of an adapter without a router.
-
-    Attributes:
-      path: our path.
-      peft_name: PEFT's name.
-      site: our site.
-      leaf: 'vectors', 'lora_a' or 'lora_b'.
-      rank: LoRA rank, 0 for (IA)³.
-    """
+    """An array of an adapter without a router."""
 
     path: str
     peft_name: str
     site: str
-    leaf: str
-    rank: int
+    leaf: str  # vectors, lora_a or lora_b
+    rank: int  # LoRA's; 0 for (IA)³
 
     def axes(self) -> tuple[str | int, ...]:
         """Returns our shape, with axis names in place of the model's dimensions."""
@@ -91,16 +77,8 @@ class AdapterArray:
         return tuple(a if isinstance(a, int) else sizes.get(a, 0) for a in self.axes())
 
     def peft_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Returns PEFT's shape.
-
-        lora_A is [R, in], lora_B [out, R], ia3_l [out, 1] or, for a feedforward module, [1, in].
-        """
-        site = SITES[self.site]
-        if self.leaf == "lora_a":
-            return (self.rank, sizes[site.in_axis])
-        if self.leaf == "lora_b":
-            return (sizes[site.out_axis], self.rank)
-        return (1, sizes[site.out_axis]) if self.site == "gate" else (sizes[site.out_axis], 1)
+        """Returns PEFT's shape."""
+        return self.to_peft(np.empty(self.shape(sizes), np.float32)).shape
 
     def from_peft(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """Converts PEFT's tensor to our array."""
@@ -108,7 +86,10 @@ class AdapterArray:
         return np.ascontiguousarray(tensor.reshape(self.shape(sizes)))
 
     def to_peft(self, array: np.ndarray) -> np.ndarray:
-        """Converts our array to PEFT's tensor."""
+        """Converts our array to PEFT's tensor.
+
+        lora_A is [R, in], lora_B [out, R], ia3_l [out, 1] or, for a feedforward module, [1, in].
+        """
         if self.leaf == "vectors":
             return array.reshape((1, -1) if self.site == "gate" else (-1, 1))
         return (array[:, 0] if self.leaf == "lora_a" else array[0]).T
