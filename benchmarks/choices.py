@@ -21,14 +21,12 @@ import workers
 def random_batch(spec: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns rows without padding: encoder_input_tokens [B, L], decoder_* [B, C, Lt]."""
     rng = np.random.default_rng(0)
-    inputs, choices, (input_length, target_length) = (
-        spec["inputs"],
-        spec["choices"],
-        spec["lengths"],
+    inputs, choices = spec["inputs"], spec["choices"]
+    shapes = ((inputs, spec["lengths"][0]), (inputs, choices, spec["lengths"][1]))
+    encoder, targets = (
+        rng.integers(3, common.VOCAB_SIZE, shape).astype(np.int32) for shape in shapes
     )
-    encoder = rng.integers(3, common.VOCAB_SIZE, (inputs, input_length)).astype(np.int32)
-    targets = rng.integers(3, common.VOCAB_SIZE, (inputs, choices, target_length)).astype(np.int32)
-    encoder[:, -1] = targets[..., -1] = 1
+    encoder[:, -1] = targets[..., -1] = 1  # EOS
     return {
         "encoder_input_tokens": encoder,
         "decoder_target_tokens": targets,
@@ -36,15 +34,12 @@ def random_batch(spec: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def as_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns a row per choice with the input repeated: arrays [B·C, …]."""
+def as_rows(batch: Mapping[str, np.ndarray], pieces: int) -> list[dict[str, np.ndarray]]:
+    """Returns a row per choice with the input repeated, arrays [B·C / pieces, …], in pieces."""
+    rows = {key: value.reshape(-1, value.shape[-1]) for key, value in batch.items()}
     choices = batch["decoder_target_tokens"].shape[1]
-    return {
-        key: np.repeat(value, choices, axis=0)
-        if key == "encoder_input_tokens"
-        else value.reshape(-1, value.shape[-1])
-        for key, value in batch.items()
-    }
+    rows["encoder_input_tokens"] = np.repeat(rows["encoder_input_tokens"], choices, axis=0)
+    return [{key: np.split(value, pieces)[i] for key, value in rows.items()} for i in range(pieces)]
 
 
 def score_rows(model: Any, params: Any, rows: Mapping[str, Any]) -> Any:
@@ -75,12 +70,9 @@ def main() -> None:
     scorer: Any = steps.score_choices
     pieces = [batch]
     if spec["mode"] != "shared":
-        scorer, rows = score_rows, as_rows(batch)
-        piece_rows = spec["inputs"] * (spec["choices"] if spec["mode"] == "rows" else 1)
-        pieces = [
-            {key: value[start : start + piece_rows] for key, value in rows.items()}
-            for start in range(0, spec["inputs"] * spec["choices"], piece_rows)
-        ]
+        scorer = score_rows
+        # Pieces of equal shape, so that one program serves all of them.
+        pieces = as_rows(batch, spec["choices"] if spec["mode"] == "pieces" else 1)
     compiled = jax.jit(functools.partial(scorer, model)).lower(params, pieces[0]).compile()
 
     def step() -> float:
@@ -91,14 +83,10 @@ def main() -> None:
         "before": before,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "floor": floors.scoring_floor(
-            model,
-            params_lib.flatten(params),
-            spec["inputs"],
-            spec["choices"],
-            spec["lengths"],
+            model, params_lib.flatten(params), spec["inputs"], spec["choices"], spec["lengths"]
         ),
+        **workers.jax_info(spec.get("gpu", False)),
     }
-    info |= ours.device_info(spec)
     worker.run(step, info, functools.partial(ours.final_info, spec))
 
 

@@ -11,26 +11,22 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import floors
 import machine
+import workers
 from workers import REPO, Side
 
 VOCAB_SIZE = 32128
+METHODS = {"ia3": "(IA)³", "lora": "LoRA, rank 4", "full": "full", "mov": "MoV-10"}
 
 
 def make_parser(
     doc: str | None, rounds: int = 9, size: str | None = None, gpu: bool = False
 ) -> argparse.ArgumentParser:
-    """Returns a parser with the flags that scripts have in common.
-
-    Args:
-      doc: the script's docstring.
-      rounds: default number of steps per side.
-      size: default size of the model; None: no such flag.
-      gpu: whether to add the flag for the GPU.
-    """
+    """Returns a parser with the flags that scripts share; --size exists if it has a default."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,6 +44,22 @@ def add_torch_flags(parser: argparse.ArgumentParser, mode: str) -> None:
     parser.add_argument("--torch", default=peer_python("torch"), help="Python of the torch peer")
     parser.add_argument("--torch_mode", default=mode, help="settings of torch, see torch_peer.py")
     parser.add_argument("--search", action="store_true", help="try all settings of torch first")
+
+
+def torch_mode(
+    args: argparse.Namespace, make_side: Callable[[str], Side], modes: Sequence[str]
+) -> str:
+    """Returns --torch_mode, or with --search the fastest of all modes, whose times it prints."""
+    if not args.search:
+        return args.torch_mode
+    seconds = {}
+    for mode in modes:
+        side = make_side(mode)
+        workers.alternate([side], args.rounds)
+        seconds[mode] = statistics.median(side.seconds)
+        peak = side.info["peak"] / machine.MEGABYTE
+        print(f"{side.name}: {seconds[mode]:.3f} s, least {min(side.seconds):.3f}, {peak:.0f} MB")
+    return min(seconds, key=lambda mode: seconds[mode])
 
 
 def dimensions(size: str) -> dict[str, int]:
@@ -86,6 +98,22 @@ def check_peer(python: str, flag: str) -> None:
 # --- rows ---
 
 
+def measure_row(
+    name: str, sides: Sequence[Side], rounds: int, sequential: bool = False
+) -> dict[str, Any]:
+    """Alternates our side and its peer, if there is one, and returns the row."""
+    other_load = workers.alternate(sides, rounds, sequential)
+    rates = [side.info["rates"] for side in sides if "rates" in side.info]
+    floor = floors.floor_time(sides[0].info["floor"], *rates)
+    return make_row(name, sides[0], sides[1] if len(sides) > 1 else None, other_load, floor)
+
+
+def add_utilization(row: dict[str, Any]) -> None:
+    """Adds the share of the peak that the operations of the row's floor reach in our time."""
+    floor, ours = row["floor"], row["ours"]
+    ours["utilisation"] = floor["flops"] / ours["seconds"] / floor["flops a second"]
+
+
 def make_row(
     name: str,
     ours: Side,
@@ -95,17 +123,16 @@ def make_row(
 ) -> dict[str, Any]:
     """Returns the row of one comparison, or of our side alone, for the results' JSON file.
 
-    Ratios are of seconds per token if the sides' steps differ in tokens.
-
     Args:
       name: name of the row, see `results.ROWS`.
-      ours: our side.
+      ours: our side, after its steps.
       peer: the side that it is compared with.
       other_load: share of the cores that other processes used.
-      floor: lower bound, see `floors.floor_time`.
+      floor: return value of `floors.floor_time`.
     """
     row: dict[str, Any] = {"row": name, "ours": ours.as_dict()}
     if peer is not None:
+        # Per token: sides may differ in batch size, where one of them needs more memory.
         scale = ours.info.get("tokens", 1) / peer.info.get("tokens", ours.info.get("tokens", 1))
         times, peer_times = zip(*ours.times, strict=True), zip(*peer.times, strict=True)
         ratios = [
@@ -124,9 +151,8 @@ def make_row(
 
 
 def _command() -> str:
-    """Returns the command line without the output file of the rows."""
-    # The path differs from machine to machine, and rows of one command should compare equal.
     words = ["benchmarks/" + pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+    # The path differs from machine to machine, and rows of one command should compare equal.
     if "--json" in words:
         at = words.index("--json")
         del words[at : at + 2]
@@ -153,24 +179,19 @@ def describe_row(row: Mapping[str, Any]) -> str:
             f" of its CPU time {row['cpu ratio'][1]:.3f}"
         )
     lines = [title]
-    for side in (row["ours"], row.get("peer")):
-        if side is not None:
-            lines.append(f"  {side['name']}: {_describe_side(side)}; {side.get('versions', '')}")
+    for side in [row["ours"], *([row["peer"]] if "peer" in row else [])]:
+        parts = [f"{side['seconds'] * 1e3:.4g} ms per step", f"fastest {side['fastest'] * 1e3:.4g}"]
+        for key in ("peak", "peak of steps", "before", "temporaries", "device peak"):
+            if side.get(key) is not None:
+                parts.append(f"{key} {side[key] / machine.MEGABYTE:.0f} MB")
+        if "tokens" in side:
+            parts.append(f"{side['tokens'] / side['seconds']:.0f} tokens/s")
+        if "utilisation" in side:
+            parts.append(f"utilization {side['utilisation']:.1%}")
+        lines.append(f"  {side['name']}: {', '.join(parts)}; {side.get('versions', '')}")
     if row["floor"]:
         lines.append(f"  floor: {describe_floor(row['floor'])}")
     return "\n".join([*lines, f"  {row['machine']}; {row['command']}"])
-
-
-def _describe_side(side: Mapping[str, Any]) -> str:
-    parts = [f"{side['seconds'] * 1e3:.4g} ms per step", f"fastest {side['fastest'] * 1e3:.4g}"]
-    for field in ("peak", "peak of steps", "before", "temporaries", "device peak"):
-        if side.get(field) is not None:
-            parts.append(f"{field} {side[field] / machine.MEGABYTE:.0f} MB")
-    if "tokens" in side:
-        parts.append(f"{side['tokens'] / side['seconds']:.0f} tokens/s")
-    if "utilisation" in side:
-        parts.append(f"utilization {side['utilisation']:.1%}")
-    return ", ".join(parts)
 
 
 def describe_floor(floor: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ CHIPS = {
     "NVIDIA H200": (989.4e12, 4.8e12),
     "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
 }
+# Of the products and the line that measure a machine's rates: large enough that launches do not
+# count, and that the line exceeds all caches.
+SIDE, SIZE = 2048, 1 << 26
 
 
 def train_step_floor(
@@ -43,36 +46,17 @@ def train_step_floor(
       between two products is fused into them, and neither attention logits nor the vocabulary's
       [tokens, V] logits are stored.
     """
-    import jax.numpy as jnp
-
     from pemoe_jax.analysis.planning import flops
     from pemoe_jax.core import adapters
-    from pemoe_jax.core import params as params_lib
 
-    config = model.config
     described = adapters.describe(model.adapters)
     reads = {site: d["router"]["reads"] for site, d in described.items() if d.get("router")}
     operations = flops.train_step_flops(
-        config, shapes, trainable, rows, tuple(lengths), reads, examples
+        model.config, shapes, trainable, rows, tuple(lengths), reads, examples
     ).total
-    width = jnp.dtype(config.dtype).itemsize
-    tokens = {"encoder": rows * lengths[0], "decoder": rows * lengths[1]}
-    moved = 0
-    for path, leaf in shapes.items():
-        size = math.prod(leaf.shape)
-        own = 4 if path in trainable else params_lib.frozen_dtype(path, config.dtype).itemsize
-        if frozen_dtype != "activations" and path not in trainable and params_lib.is_matrix(path):
-            own = 1
-        if path in trainable:
-            moved += size * 4 * (2 + 6)
-        if path.startswith("token_embedder"):
-            moved += 2 * sum(tokens.values()) * leaf.shape[1] * own
-            continue
-        moved += 2 * size * own
-        if path.endswith("kernel") and "_adapter/" not in path:
-            num_tokens = tokens["encoder" if _reads_encoder(path) else "decoder"]
-            outputs = 0 if "logits_dense" in path else leaf.shape[1]
-            moved += 2 * num_tokens * (leaf.shape[0] + outputs) * width
+    tokens = (rows * lengths[0], rows * lengths[1])
+    moved = 2 * _forward_bytes(model, shapes, tokens, trainable, frozen_dtype)
+    moved += sum(8 * 4 * math.prod(shapes[path].shape) for path in trainable)
     return {"flops": operations, "bytes": moved}
 
 
@@ -88,29 +72,43 @@ def scoring_floor(
     As `train_step_floor`, forward pass only: the encoder and the cross-attention's keys and values
     process the inputs' tokens, the rest of the decoder the choices' tokens.
     """
+    config, (input_length, target_length) = model.config, lengths
+    tokens = (inputs * input_length, inputs * choices * target_length)
+    pairs = config.num_encoder_layers * tokens[0] * input_length
+    pairs += config.num_decoder_layers * tokens[1] * (target_length + input_length)
+    operations = 4 * pairs * config.num_heads * config.head_dim
+    for path, leaf in shapes.items():
+        if path.endswith("kernel"):
+            operations += 2 * math.prod(leaf.shape) * tokens[0 if _reads_encoder(path) else 1]
+    return {"flops": operations, "bytes": _forward_bytes(model, shapes, tokens)}
+
+
+def _forward_bytes(
+    model: Transformer,
+    shapes: Mapping[str, Any],
+    tokens: tuple[int, int],
+    trainable: Collection[str] = (),
+    frozen_dtype: str = "activations",
+) -> int:
     import jax.numpy as jnp
 
     from pemoe_jax.core import params as params_lib
 
-    config, (input_length, target_length) = model.config, lengths
-    width = jnp.dtype(config.dtype).itemsize
-    encoder_tokens, decoder_tokens = inputs * input_length, inputs * choices * target_length
-    pairs = config.num_encoder_layers * inputs * input_length**2
-    pairs += config.num_decoder_layers * decoder_tokens * (target_length + input_length)
-    operations = 4 * pairs * config.num_heads * config.head_dim
-    moved = 0
+    dtype, moved = model.config.dtype, 0
     for path, leaf in shapes.items():
-        own = params_lib.frozen_dtype(path, config.dtype).itemsize
+        own = 4 if path in trainable else params_lib.frozen_dtype(path, dtype).itemsize
+        if frozen_dtype != "activations" and path not in trainable and params_lib.is_matrix(path):
+            own = 1
         if path.startswith("token_embedder"):
-            moved += (encoder_tokens + decoder_tokens) * leaf.shape[1] * own
+            moved += sum(tokens) * leaf.shape[1] * own
             continue
         moved += math.prod(leaf.shape) * own
-        if path.endswith("kernel"):
-            num_tokens = encoder_tokens if _reads_encoder(path) else decoder_tokens
-            operations += 2 * math.prod(leaf.shape) * num_tokens
+        # An adapter's products are fused with those of its site.
+        if path.endswith("kernel") and "_adapter/" not in path:
+            num_tokens = tokens[0 if _reads_encoder(path) else 1]
             outputs = 0 if "logits_dense" in path else leaf.shape[1]
-            moved += num_tokens * (leaf.shape[0] + outputs) * width
-    return {"flops": operations, "bytes": moved}
+            moved += num_tokens * (leaf.shape[0] + outputs) * jnp.dtype(dtype).itemsize
+    return moved
 
 
 def _reads_encoder(path: str) -> bool:
@@ -126,20 +124,19 @@ def device_rates(dtype: str) -> dict[str, float]:
     kind = jax.devices()[0].device_kind
     if kind in CHIPS:
         return dict(zip(("flops", "bytes"), CHIPS[kind], strict=True))
-    # Large enough that launches do not count, and that the line exceeds all caches.
-    side, size = 2048, 1 << 26
-    square = jnp.ones((side, side), dtype)
+    square = jnp.ones((SIDE, SIDE), dtype)
     product = jax.jit(lambda a: a @ a)
     # In place: fresh pages would cost more than the addition.
     increment = jax.jit(lambda a: a + 1, donate_argnums=0)
-    line = [jnp.ones(size, jnp.float32)]
+    line = jnp.ones(SIZE, jnp.float32)
 
     def increment_line() -> None:
-        line[0] = increment(line[0]).block_until_ready()
+        nonlocal line
+        line = increment(line).block_until_ready()
 
     return {
-        "flops": 2 * side**3 / fastest_time(lambda: product(square).block_until_ready()),
-        "bytes": 2 * size * 4 / fastest_time(increment_line),
+        "flops": 2 * SIDE**3 / fastest_time(lambda: product(square).block_until_ready()),
+        "bytes": 2 * SIZE * 4 / fastest_time(increment_line),
     }
 
 
@@ -151,6 +148,7 @@ def fastest_time(function: Callable[[], Any], tries: int = 5) -> float:
         clock = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - clock)
+    # The least: disturbances only add time.
     return min(seconds)
 
 

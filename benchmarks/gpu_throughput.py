@@ -17,34 +17,27 @@ import argparse
 from typing import Any
 
 import common
-import floors
 import pairs
 import workers
 
-METHODS = {"ia3": "(IA)³", "lora": "LoRA, rank 4", "mov": "MoV-10"}
 TORCH_MODES = ("sdpa compile blocks fused", "flex compile blocks fused", "sdpa compile fused")
 
 
 def shared_spec(args: argparse.Namespace, method: str, rows: int) -> dict[str, Any]:
     """Returns the spec's entries of both sides."""
-    spec: dict[str, Any] = {"dimensions": common.dimensions(args.size), "method": method}
-    spec |= {"dtype": "bfloat16", "rank": 4, "optimizer": "adamw", "rows": rows}
-    if args.gpu:
-        return {**spec, "lengths": [1024, 256], "gpu": True, "steps": 3}
-    return {**spec, "lengths": [64, 16]}
+    spec = {**pairs.step_spec(args.size, args.gpu), "method": method, "rank": 4}
+    # XL's steps are long enough that three of them suffice for one measurement.
+    return {**spec, "optimizer": "adamw", "rows": rows, "steps": 3 if args.gpu else 1}
 
 
 def our_side(args: argparse.Namespace, method: str) -> workers.Side:
     """Returns our side with the flags' settings."""
-    spec = {
-        **shared_spec(args, method, args.rows),
-        "packed": True,
-        "microbatches": args.microbatches,
-    }
-    if args.gpu:
-        spec |= pairs.gpu_settings(args)
-    name = f"{METHODS[method]}, {args.rows} rows, {pairs.describe_settings(args)}"
-    return workers.Side(name, "ours.py", spec)
+    spec = {**shared_spec(args, method, args.rows), "packed": True}
+    spec |= {"microbatches": args.microbatches, **(pairs.gpu_settings(args) if args.gpu else {})}
+    words = [common.METHODS[method], f"{args.rows} rows", f"attention {args.attention}"]
+    words += ["scan"] * args.scan_layers + [f"remat {args.remat_policy}"]
+    words += [f"base in {args.frozen_dtype}"] * (args.frozen_dtype != "activations")
+    return workers.Side(", ".join(words), "ours.py", spec)
 
 
 def add_flags(parser: argparse.ArgumentParser, rows: int) -> None:
@@ -54,19 +47,12 @@ def add_flags(parser: argparse.ArgumentParser, rows: int) -> None:
     pairs.add_gpu_flags(parser)
 
 
-def measure_utilization(side: workers.Side) -> dict[str, float]:
-    """Adds the utilization to our side and returns its floor."""
-    floor = floors.floor_time(side.info["floor"], side.info["rates"])
-    seconds = common.quartiles(side.seconds)[1]
-    side.info["utilisation"] = floor["flops"] / seconds / floor["flops a second"]
-    return floor
-
-
 def main() -> None:
     """Runs the benchmark."""
     parser = common.make_parser(__doc__, rounds=5, size="xl", gpu=True)
     add_flags(parser, rows=16)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    methods = ("ia3", "lora", "mov")
+    parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     parser.add_argument("--peer_rows", default=16, type=int)
     common.add_torch_flags(parser, TORCH_MODES[0])
     parser.add_argument(
@@ -78,22 +64,17 @@ def main() -> None:
     rows = []
     for method in args.methods:
 
-        def torch_side(mode: str, method: str = method) -> workers.Side:
+        def peer(mode: str, method: str = method) -> workers.Side:
             spec = {**shared_spec(args, method, args.peer_rows), "mode": mode, "mask": False}
-            name = f"PEFT {METHODS[method]}, {args.peer_rows} rows, {mode}"
+            name = f"PEFT {common.METHODS[method]}, {args.peer_rows} rows, {mode}"
             return workers.Side(name, "torch_peer.py", spec, args.torch)
 
         sides = [our_side(args, method)]
         if method != "mov":
-            mode = args.torch_mode
-            if args.search:
-                mode = workers.fastest_mode(torch_side, TORCH_MODES, args.rounds)
-            sides.append(torch_side(mode))
-        other_load = workers.alternate(sides, args.rounds, args.sequential)
-        floor = measure_utilization(sides[0])
+            sides.append(peer(common.torch_mode(args, peer, TORCH_MODES)))
         name = f"gpu_throughput/{args.size if args.gpu else 'trial'} {method}"
-        peer = sides[1] if len(sides) > 1 else None
-        rows.append(common.make_row(name, sides[0], peer, other_load, floor))
+        rows.append(common.measure_row(name, sides, args.rounds, args.sequential))
+        common.add_utilization(rows[-1])
     common.write_rows(rows, args.json)
 
 

@@ -22,9 +22,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import common
 import machine
+import ours
 
-SIZE = "models/t5_1_1_base.gin"
 FOLDERS = {
     "own": "base.safetensors",
     "huggingface": "huggingface",
@@ -35,16 +36,9 @@ FOLDERS = {
 }
 
 
-def network() -> Any:
-    """Returns the network of the size's gin file."""
-    import gin
-
-    from pemoe_jax import train
-    from pemoe_jax.core import network
-    from pemoe_jax.runtime import gin_flags
-
-    gin_flags.load_config(train.FLAGS.parse_args([f"--gin_file={SIZE}"]), ["DROPOUT_RATE = 0.0"])
-    return gin.get_configurable(network.Transformer)()
+def network(dtype: str = "float32") -> Any:
+    """Returns T5 v1.1 Base."""
+    return ours.make_model({"dimensions": common.dimensions("base"), "dtype": dtype})
 
 
 # --- writing ---
@@ -53,41 +47,36 @@ def network() -> Any:
 def write_all(folder: pathlib.Path) -> None:
     """Writes the base model in every format."""
     import jax
+    import orbax.checkpoint as ocp
 
     from pemoe_jax.checkpoints import base_model, huggingface, lazy_array
     from pemoe_jax.core import network as network_lib
     from pemoe_jax.core import params as params_lib
 
     model = network()
-    flat = {
-        path: jax.device_get(leaf)
-        for path, leaf in params_lib.flatten(
-            network_lib.init_params(model, 0, params_lib.is_base)
-        ).items()
-    }
+    params = jax.device_get(network_lib.init_params(model, 0, params_lib.is_base))
+    flat = params_lib.flatten(params)
     arrays = {path: lazy_array.from_numpy(array) for path, array in flat.items()}
-    base_model.save_base(
-        folder / FOLDERS["own"], params_lib.unflatten(flat), model.config.as_dict()
-    )
+    base_model.save_base(folder / FOLDERS["own"], params, model.config.as_dict())
     huggingface.save_checkpoint(folder / FOLDERS["huggingface"], arrays)
     shards = folder / FOLDERS["huggingface, 5 shards"]
     huggingface.save_checkpoint(shards, arrays, shard_bytes=200_000_000)
     if importlib.util.find_spec("torch"):
-        write_bin(folder / FOLDERS["huggingface"], folder / FOLDERS["pytorch_model.bin"])
+        import torch
+        from safetensors.torch import load_file
+
+        source, target = folder / FOLDERS["huggingface"], folder / FOLDERS["pytorch_model.bin"]
+        target.mkdir(parents=True)
+        shutil.copy(source / "config.json", target)
+        torch.save(load_file(source / "model.safetensors"), target / "pytorch_model.bin")
     write_legacy(folder / FOLDERS["T5X legacy"], flat)
-    write_orbax(folder / FOLDERS["T5X Orbax"], flat)
+    # Orbax's layout as T5X uses it, with optimizer state that readers must skip.
+    tree = {"target": params, "state": {"step": 0}}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder / FOLDERS["T5X Orbax"] / "state", args=ocp.args.PyTreeSave(tree))
 
 
-def write_bin(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes the safetensors folder with torch.save."""
-    import torch
-    from safetensors.torch import load_file
-
-    folder.mkdir(parents=True)
-    shutil.copy(source / "config.json", folder)
-    torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
-
-
+# Written here: the package reads T5X's formats but does not write them.
 def write_legacy(folder: pathlib.Path, flat: dict[str, Any]) -> None:
     """Writes T5X's legacy layout: gzip, chunks of at most 64 MiB along the first axis."""
     import tensorstore as ts
@@ -100,51 +89,31 @@ def write_legacy(folder: pathlib.Path, flat: dict[str, Any]) -> None:
     for path, array in flat.items():
         name = f"target.{path.replace('/', '.')}"
         rows = max(1, min(array.shape[0], (1 << 26) * array.shape[0] // array.nbytes))
-        store = ts.open(
-            {
-                "driver": "zarr",
-                "kvstore": {"driver": "file", "path": f"{folder}/{name}/"},
-                "metadata": {
-                    "compressor": {"id": "gzip", "level": 1},
-                    "shape": array.shape,
-                    "chunks": [rows, *array.shape[1:]],
-                    "dtype": "<f4",
-                },
-            },
-            create=True,
-        ).result()
-        store.write(array).result()
+        metadata = {"compressor": {"id": "gzip", "level": 1}, "shape": array.shape, "dtype": "<f4"}
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{folder}/{name}/"},
+            "metadata": {**metadata, "chunks": [rows, *array.shape[1:]]},
+        }
+        ts.open(spec, create=True).result().write(array).result()
         index[path] = f"PLACEHOLDER://{name}"
     tree = {"version": 3, "optimizer": {"target": params_lib.unflatten(index), "state": {}}}
     (folder / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
 
 
-def write_orbax(folder: pathlib.Path, flat: dict[str, Any]) -> None:
-    """Writes Orbax's layout as T5X uses it, with optimizer state that readers must skip."""
-    import orbax.checkpoint as ocp
-
-    from pemoe_jax.core import params as params_lib
-
-    tree = {"target": params_lib.unflatten(flat), "state": {"step": 0}}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(tree))
-
-
 # --- loading, in a separate process ---
 
 
-def ours(path: str, dtype: str) -> Callable[[], Any]:
+def our_reader(path: str, dtype: str) -> Callable[[], Any]:
     """Returns a function that loads as training does."""
-    import dataclasses
-
     import jax.numpy as jnp
 
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import network as network_lib
     from pemoe_jax.core import params as params_lib
 
-    model = network()
-    model = model.clone(config=dataclasses.replace(model.config, dtype=dtype))
+    model = network(dtype)
+    # Traced, and the device started, before the clock: neither is a part of loading.
     network_lib.param_shapes(model, params_lib.is_base)
     jnp.zeros(1).block_until_ready()
     return lambda: models.load_base(model, path, 0)[0]
@@ -169,7 +138,7 @@ def library(path: str, dtype: str) -> Callable[[], Any]:
 
 
 def measure(load: Callable[[], Any]) -> dict[str, float]:
-    """Returns the seconds of a load, its peak memory, and the memory that remains."""
+    """Returns the seconds of a load and its peak memory."""
     with machine.PeakMemory(interval=0.002) as peak:
         start = time.perf_counter()
         params = load()
@@ -178,8 +147,7 @@ def measure(load: Callable[[], Any]) -> dict[str, float]:
 
             jax.block_until_ready(params)
         seconds = time.perf_counter() - start
-    remaining = machine.memory("RssAnon") - peak.before
-    return {"seconds": seconds, "bytes": peak.added, "remaining": remaining}
+    return {"seconds": seconds, "bytes": peak.added}
 
 
 # --- the table ---
@@ -196,16 +164,13 @@ def compare(folder: pathlib.Path, repeats: int, dtype: str) -> None:
         if not path.exists():
             print(f"| {name} | not written: torch is absent | | |")
             continue
-        runs_by_reader: dict[str, list[dict[str, float]]] = {"ours": [], "library": []}
-        for _ in range(repeats):
-            for reader, runs in runs_by_reader.items():
-                if reader == "ours" or has_library(name):
-                    runs.append(measure_in_process(reader, path, dtype))
-        for reader, runs in runs_by_reader.items():
-            if runs:
-                seconds = statistics.median(run["seconds"] for run in runs)
-                share = statistics.median(run["bytes"] for run in runs) / param_bytes
-                print(f"| {name} | {reader} | {seconds:.2f} | {share:.2f} |", flush=True)
+        readers = ["ours", "library"] if has_library(name) else ["ours"]
+        # Readers alternate, so that a slow minute of the machine slows both.
+        rounds = [[measure_in_process(r, path, dtype) for r in readers] for _ in range(repeats)]
+        for reader, runs in zip(readers, zip(*rounds, strict=True), strict=True):
+            seconds = statistics.median(run["seconds"] for run in runs)
+            share = statistics.median(run["bytes"] for run in runs) / param_bytes
+            print(f"| {name} | {reader} | {seconds:.2f} | {share:.2f} |", flush=True)
 
 
 def has_library(name: str) -> bool:
@@ -236,7 +201,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.load:
         reader, path = args.load
-        print(json.dumps(measure({"ours": ours, "library": library}[reader](path, args.dtype))))
+        print(
+            json.dumps(measure({"ours": our_reader, "library": library}[reader](path, args.dtype)))
+        )
         return
     if not args.folder.exists():
         os.environ["JAX_PLATFORMS"] = "cpu"

@@ -79,6 +79,7 @@ class OtherLoad:
 
     def share(self, own: float) -> float:
         """Returns their share of all cores, if the benchmark itself used `own` CPU seconds."""
+        # All cores, not only this process's: /proc/stat does not tell processes apart.
         available = (time.perf_counter() - self._clock) * (os.cpu_count() or 1)
         return max(0.0, _busy_seconds() - self._before - own) / available
 

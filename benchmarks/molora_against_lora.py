@@ -7,19 +7,9 @@ Both train the same number of parameters, except for the routers. On two CPU thr
 for a size such as Large.
 """
 
-import common
 import pairs
 
-
-def main() -> None:
-    """Runs the benchmark."""
-    parser = common.make_parser(__doc__, size="small", gpu=True)
-    pairs.add_gpu_flags(parser)
-    args = parser.parse_args()
+if __name__ == "__main__":
     molora = {"method": "molora", "experts": 10, "rank": 4}
     methods = {"MoLORA-10, rank 4": molora, "LoRA, rank 40": {"method": "lora", "rank": 40}}
-    pairs.compare(args, "molora_against_lora", methods)
-
-
-if __name__ == "__main__":
-    main()
+    pairs.compare(__doc__, "molora_against_lora", methods)

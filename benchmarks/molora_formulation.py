@@ -44,66 +44,54 @@ def main() -> None:
         machine.pin()
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from pemoe_jax.core import adapters, routing
 
     batch, length, in_features = args.shape or ((16, 1024, 1024) if args.gpu else (8, 128, 512))
-    dtype = jnp.bfloat16 if args.gpu else jnp.float32
+    dtype, device = (jnp.bfloat16, "gpu") if args.gpu else (jnp.float32, "cpu")
+    experts = adapters.LoRAExperts(
+        num_experts=args.experts, rank=RANK, alpha=ALPHA, router=routing.Router
+    )
+    layers = {
+        "folded into the rank": lambda params, x, y: experts.apply({"params": params}, x, y),
+        "expert outputs, then mixed": paper_layer,
+    }
+
+    def loss(layer: Any, params: Any, x: Any, y: Any, cotangent: Any) -> Any:
+        output = layer(params, x, y).astype(jnp.float32)
+        return jnp.vdot(output, cotangent.astype(jnp.float32))
+
     rows = []
-    for out_features in (in_features, 2 * in_features):
-        draw = functools.partial(jax.random.normal, dtype=dtype)
+    for out_features, label in ((in_features, "D"), (2 * in_features, "2D")):
         x, y, cotangent = (
-            draw(jax.random.key(i), (batch, length, size))
+            jax.random.normal(jax.random.key(i), (batch, length, size), dtype)
             for i, size in enumerate((in_features, out_features, out_features))
         )
-        ours = adapters.LoRAExperts(
-            num_experts=args.experts, rank=RANK, alpha=ALPHA, router=routing.Router
-        )
-        params = ours.init(jax.random.key(0), x, y)["params"]
+        params = experts.init(jax.random.key(0), x, y)["params"]
+        # B starts at zero, which would make the gradients of A and of the router zero.
         params["lora_b"] = 0.02 * jax.random.normal(jax.random.key(9), params["lora_b"].shape)
-        layers = {
-            "folded into the rank": lambda params, x, y, ours=ours: ours.apply(
-                {"params": params}, x, y
-            ),
-            "expert outputs, then mixed": paper_layer,
-        }
-
-        def loss(layer: Any, params: Any, x: Any, y: Any, cotangent: Any) -> Any:
-            output = layer(params, x, y).astype(jnp.float32)
-            return jnp.vdot(output, cotangent.astype(jnp.float32))
-
         inputs = (params, x, y, cotangent)
-        functions, temporaries, results = {}, {}, []
+        programs = {}
         for name, layer in layers.items():
             grads = jax.value_and_grad(functools.partial(loss, layer), argnums=(0, 1))
-            compiled = jax.jit(grads).lower(*inputs).compile()
-            temporaries[name] = compiled.memory_analysis().temp_size_in_bytes
-            results.append(compiled(*inputs))
-            functions[name] = lambda compiled=compiled, inputs=inputs: jax.block_until_ready(
-                compiled(*inputs)
-            )
-        for own, other in zip(*(jax.tree.leaves(result) for result in results), strict=True):
-            scale = float(jnp.abs(other).max()) or 1.0
-            error = np.abs(np.asarray(own, np.float32) - np.asarray(other, np.float32)).max()
+            programs[name] = jax.jit(grads).lower(*inputs).compile()
+        results = [jax.tree.leaves(program(*inputs)) for program in programs.values()]
+        for own, other in zip(*results, strict=True):
+            own, other = own.astype(jnp.float32), other.astype(jnp.float32)
+            error, scale = jnp.abs(own - other).max(), float(jnp.abs(other).max()) or 1.0
             assert error <= (0.05 if args.gpu else 1e-4) * scale, f"they differ by {error}"
-        sides, other_load = workers.alternate_functions(functions, args.rounds)
-        for side in sides:
-            side.info["temporaries"] = temporaries[side.name]
-            side.info["versions"] = machine.versions("jax", "jaxlib", "flax")
-        if args.gpu:
-            sides[0].info["device"] = jax.devices()[0].device_kind
+        sides, other_load = workers.alternate_programs(programs, inputs, args.rounds, args.gpu)
         tokens, width = batch * length, jnp.dtype(dtype).itemsize
-        # three products (forward, of activations, of weights) with A, B and the router
-        operations = 6 * tokens * args.experts * (RANK * (in_features + out_features) + in_features)
-        # The forward pass reads x and y and writes the output; the backward pass reads x and the
-        # output's gradient and writes that of x.
-        moved = tokens * width * 3 * (in_features + out_features)
-        rates = floors.device_rates("bfloat16" if args.gpu else "float32")
-        floor = floors.floor_time({"flops": operations, "bytes": moved}, rates)
-        device = "gpu" if args.gpu else "cpu"
-        shape = "D to D" if out_features == in_features else "D to 2D"
-        name = f"molora_formulation/{device} {shape}"
+        size = RANK * (in_features + out_features) + in_features
+        work = {
+            # three products (forward, of activations, of weights) with A, B and the router
+            "flops": 6 * tokens * args.experts * size,
+            # The forward pass reads x and y and writes the output; the backward pass reads x and
+            # the output's gradient and writes that of x.
+            "bytes": tokens * width * 3 * (in_features + out_features),
+        }
+        floor = floors.floor_time(work, floors.device_rates(jnp.dtype(dtype).name))
+        name = f"molora_formulation/{device} D to {label}"
         rows.append(common.make_row(name, *sides, other_load, floor))
     common.write_rows(rows, args.json)
 

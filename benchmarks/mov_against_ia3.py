@@ -6,18 +6,8 @@ On two CPU threads T5 v1.1 Small, 8 rows of 128 and 32 tokens in float32; with -
 1024 and 256 tokens in bfloat16, for a size such as Large.
 """
 
-import common
 import pairs
 
-
-def main() -> None:
-    """Runs the benchmark."""
-    parser = common.make_parser(__doc__, size="small", gpu=True)
-    pairs.add_gpu_flags(parser)
-    args = parser.parse_args()
-    methods = {"MoV-30": {"method": "mov", "experts": 30}, "(IA)³": {"method": "ia3"}}
-    pairs.compare(args, "mov_against_ia3", methods)
-
-
 if __name__ == "__main__":
-    main()
+    methods = {"MoV-30": {"method": "mov", "experts": 30}, "(IA)³": {"method": "ia3"}}
+    pairs.compare(__doc__, "mov_against_ia3", methods)

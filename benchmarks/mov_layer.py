@@ -11,7 +11,6 @@ which are measured in turn with them. Gradients are those of the tensor, the vec
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import common
@@ -28,41 +27,47 @@ def main() -> None:
     parser = common.make_parser(__doc__, rounds=15, gpu=True)
     parser.add_argument("--experts", default=30, type=int)
     parser.add_argument("--rows", type=int)
-    parser.add_argument("--plain_mov", action="store_true", help="in XLA, not in our kernels")
+    parser.add_argument("--plain_mov", action="store_true", help="without fused kernels")
     args = parser.parse_args()
     if not args.gpu:
         machine.pin()
     import jax
     import jax.numpy as jnp
 
-    rates = floors.device_rates("bfloat16" if args.gpu else "float32")
+    from pemoe_jax.core import adapters, routing
+
+    layer = adapters.VectorExperts(
+        num_experts=args.experts, router=routing.Router, fused=not args.plain_mov
+    )
+    batch, length, dtype, device = 8, 128, jnp.float32, "cpu"
+    if args.gpu:
+        batch, length, dtype, device = 16, 1024, jnp.bfloat16, "gpu"
+    rates = floors.device_rates(jnp.dtype(dtype).name)
     rows = []
     for site, features in FEATURES.items():
-        length, dtype = (1024, jnp.bfloat16) if args.gpu else (128, jnp.float32)
-        batch = args.rows or (16 if args.gpu else 8)
-        y, cotangent = (
-            jax.random.normal(jax.random.key(i), (batch, length, *features), dtype)
-            for i in range(2)
+        shape = (args.rows or batch, length, *features)
+        y, cotangent = (jax.random.normal(jax.random.key(i), shape, dtype) for i in range(2))
+        x = jnp.zeros((*shape[:2], 1), dtype)  # MoV's default routers read y
+        params = layer.init(jax.random.key(0), x, y)["params"]
+
+        def forward(params: Any, y: Any, cotangent: Any, x: Any = x) -> Any:
+            return layer.apply({"params": params}, x, y)
+
+        def both(params: Any, y: Any, cotangent: Any, forward: Any = forward) -> Any:
+            output, vjp = jax.vjp(lambda params, y: forward(params, y, None), params, y)
+            return output, vjp(cotangent)
+
+        inputs = (params, y, cotangent)
+        functions = {"copy": lambda params, y, cotangent: y * 2, "forward": forward, "both": both}
+        programs = {name: jax.jit(f).lower(*inputs).compile() for name, f in functions.items()}
+        calls = 50 if args.gpu else 1
+        (copy, *sides), other_load = workers.alternate_programs(
+            programs, inputs, args.rounds, args.gpu, calls
         )
-        calls = 50 if args.gpu else 1  # one call on a GPU is too short to time
-        functions, temporaries = compile_functions(
-            args.experts, not args.plain_mov, y, cotangent, calls
-        )
-        sides, other_load = workers.alternate_functions(functions, args.rounds)
         for side in sides:
-            side.times = [(clock / calls, cpu / calls) for clock, cpu in side.times]
-        copy = sides[0]
-        copy.name = "copies of the tensor"
-        for side in sides[1:]:
-            part = side.name  # forward or both
-            side.name = f"MoV-{args.experts} at {site}, {part}"
-            side.info["temporaries"] = temporaries[part]
-            side.info["versions"] = machine.versions("jax", "jaxlib", "flax")
-            if args.gpu:
-                side.info["device"] = jax.devices()[0].device_kind
+            part, side.name = side.name, f"MoV-{args.experts} at {site}, {side.name}"
             times = [(COPIES[part] * a, COPIES[part] * b) for a, b in copy.times]
             copies = workers.Side(f"{COPIES[part]:g} copies of the tensor", times=times)
-            device = "gpu" if args.gpu else "cpu"
             floor = {
                 "bytes": 2 * COPIES[part] * y.nbytes,
                 # the router's product and the mixture, and two gradients of each
@@ -72,42 +77,6 @@ def main() -> None:
             floor_time = floors.floor_time(floor, rates)
             rows.append(common.make_row(name, side, copies, other_load, floor_time))
     common.write_rows(rows, args.json)
-
-
-def compile_functions(
-    experts: int, fused: bool, y: Any, cotangent: Any, calls: int
-) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
-    """Returns functions that run a program `calls` times, and the programs' temporaries."""
-    import jax
-    import jax.numpy as jnp
-
-    from pemoe_jax.core import adapters, routing
-
-    layer = adapters.VectorExperts(num_experts=experts, router=routing.Router, fused=fused)
-    x = jnp.zeros((*y.shape[:2], 1), y.dtype)  # MoV's default routers read y
-    params = layer.init(jax.random.key(0), x, y)["params"]
-
-    def forward(params: Any, y: Any, cotangent: Any) -> Any:
-        return layer.apply({"params": params}, x, y)
-
-    def both(params: Any, y: Any, cotangent: Any) -> Any:
-        output, vjp = jax.vjp(lambda params, y: forward(params, y, None), params, y)
-        return output, vjp(cotangent)
-
-    programs = {"copy": lambda params, y, cotangent: y * 2, "forward": forward, "both": both}
-    functions, temporaries = {}, {}
-    for name, program in programs.items():
-        compiled = jax.jit(program).lower(params, y, cotangent).compile()
-        temporaries[name] = compiled.memory_analysis().temp_size_in_bytes
-
-        def run(compiled: Any = compiled) -> None:
-            for _ in range(calls):
-                output = compiled(params, y, cotangent)
-            jax.block_until_ready(output)
-
-        run()
-        functions[name] = run
-    return functions, temporaries
 
 
 if __name__ == "__main__":

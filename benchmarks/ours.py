@@ -1,14 +1,13 @@
 """A worker with our training step on random rows (see `workers.Worker`); uses the core alone.
 
 Its spec: `dimensions` and other fields of T5Config (`dtype`, `scan_layers`, `remat_policy`,
-`attention`); `frozen_dtype`; `method` with `experts`, `rank`, `router` settings and whether MoV is
-`fused`; `rows` and `lengths` of inputs and targets; `optimizer`, `packed`, `microbatches`,
-`router_metrics`; `gpu`; `steps` per measurement, since a single GPU step is too short to time.
+`attention`); `frozen_dtype`; `method` with `experts`, `rank` and whether MoV is `fused`; `rows` and
+`lengths` of inputs and targets; `optimizer`, `packed`, `microbatches`; `gpu`; `steps` per
+measurement, since a single GPU step is too short to time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import zlib
@@ -35,8 +34,7 @@ def make_adapters(spec: Mapping[str, Any]) -> Adapters:
 
     method, settings = spec.get("method", "full"), {}
     if method in ("mov", "molora"):
-        router = functools.partial(routing.Router, **spec.get("router", {}))
-        settings = {"num_experts": spec.get("experts", 10), "router": router}
+        settings = {"num_experts": spec.get("experts", 10), "router": routing.Router}
     if method in ("ia3", "mov"):
         settings["fused"] = spec.get("fused", False)
         factory = functools.partial(adapters.VectorExperts, **settings)
@@ -100,6 +98,7 @@ def random_params(
         if path.endswith(("scale", "vectors")):
             return jnp.ones(shape, dtype)
         size = 1.0 if path.startswith("token_embedder") else 1 / math.sqrt(shape[-2])
+        # Seeded by path: `hash` differs between processes, and an order may change.
         array = normal(jax.random.key(zlib.crc32(path.encode())), shape, dtype, size)
         if frozen_dtype == "activations" or path in trainable or not params_lib.is_matrix(path):
             return array
@@ -109,31 +108,15 @@ def random_params(
     return {path: draw(path, leaf.shape) for path, leaf in shapes.items()}
 
 
-@dataclasses.dataclass
-class Step:
-    """A compiled training step with its state; a call takes `steps` steps and returns the loss."""
-
-    compiled: Any
-    state: Any
-    inputs: tuple[Any, ...]
-    steps: int = 1
-
-    def __call__(self) -> Any:
-        import jax
-
-        for _ in range(self.steps):
-            self.state, metrics = self.compiled(self.state, *self.inputs)
-        jax.block_until_ready((self.state, metrics))
-        return metrics["loss"]
-
-
-def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
-    """Returns the step of a spec, and its entries for the row."""
+def main() -> None:
+    """Runs the worker."""
+    worker = workers.Worker()
+    spec = worker.spec
     import floors
     import jax
     import jax.numpy as jnp
 
-    from pemoe_jax.core import network, optim, steps
+    from pemoe_jax.core import network, optim, stacks, steps
     from pemoe_jax.core import params as params_lib
     from pemoe_jax.runtime import host_memory
 
@@ -150,23 +133,25 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     )
     del flat  # or a second copy would stay while layers are stacked
     if spec.get("scan_layers"):
-        from pemoe_jax.core import stacks
-
         frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
     optimizer = getattr(optim, spec.get("optimizer", "adafactor"))(lambda step: jnp.asarray(3e-4))
     state = jax.jit(lambda p: steps.TrainState.create(p, optimizer))(trainable_params)
     del trainable_params
     batch = jax.device_put(random_batch(rows, lengths, spec.get("packed", False)))
     train_step: Any = steps.make_train_step(
-        model,
-        optimizer,
-        steps.Loss(),
-        spec.get("microbatches", 1),
-        spec.get("router_metrics", True),
+        model, optimizer, steps.Loss(), spec.get("microbatches", 1)
     )
     inputs = (frozen, batch, jax.random.key(0))
     compiled = train_step.lower(state, *inputs).compile()
     host_memory.trim_heap()
+
+    def step() -> Any:
+        nonlocal state
+        for _ in range(spec.get("steps", 1)):
+            state, metrics = compiled(state, *inputs)
+        jax.block_until_ready((state, metrics))
+        return metrics["loss"]
+
     examples = PACKED_EXAMPLES if spec.get("packed") else 1
     info = {
         "before": before,
@@ -176,16 +161,9 @@ def training_step(spec: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
         "floor": floors.train_step_floor(
             model, shapes, trainable, rows, lengths, frozen_dtype, examples
         ),
+        **workers.jax_info(spec.get("gpu", False)),
     }
-    return Step(compiled, state, inputs, spec.get("steps", 1)), info
-
-
-def device_info(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the versions, and the name of the GPU."""
-    import jax
-
-    versions = {"versions": machine.versions("jax", "jaxlib", "flax")}
-    return versions | ({"device": jax.devices()[0].device_kind} if spec.get("gpu") else {})
+    worker.run(step, info, functools.partial(final_info, spec))
 
 
 def final_info(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,14 +176,6 @@ def final_info(spec: Mapping[str, Any]) -> dict[str, Any]:
         "device peak": statistics.get("peak_bytes_in_use"),
         "rates": floors.device_rates(spec.get("dtype", "float32")),
     }
-
-
-def main() -> None:
-    """Runs the worker."""
-    worker = workers.Worker()
-    step, info = training_step(worker.spec)
-    info |= device_info(worker.spec)
-    worker.run(step, info, functools.partial(final_info, worker.spec))
 
 
 if __name__ == "__main__":

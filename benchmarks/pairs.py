@@ -7,37 +7,35 @@ from collections.abc import Mapping
 from typing import Any
 
 import common
-import floors
 import workers
+
+GPU_SETTINGS = ("attention", "scan_layers", "remat_policy", "fused", "frozen_dtype")
 
 
 def add_gpu_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds settings of our side on a GPU; the defaults were fastest on an H200."""
+    """Adds settings of our side on a GPU under their names in a spec."""
+    # These defaults were fastest on an H200.
     parser.add_argument("--attention", default="fused", choices=("plain", "chunked", "fused"))
-    parser.add_argument("--scan", action="store_true", help="layers as one loop")
-    parser.add_argument("--remat", default="none", choices=("none", "minimal", "full"))
-    parser.add_argument("--plain_mov", action="store_true", help="MoV in XLA, not in our kernels")
     parser.add_argument(
-        "--frozen", default="activations", choices=("activations", "int8", "float8_e4m3fn")
+        "--scan", dest="scan_layers", action="store_true", help="run the layers as a loop"
+    )
+    parser.add_argument(
+        "--remat", dest="remat_policy", default="none", choices=("none", "minimal", "full")
+    )
+    parser.add_argument(
+        "--plain_mov", dest="fused", action="store_false", help="MoV without fused kernels"
+    )
+    parser.add_argument(
+        "--frozen",
+        dest="frozen_dtype",
+        default="activations",
+        choices=("activations", "int8", "float8_e4m3fn"),
     )
 
 
 def gpu_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the settings as entries of a spec."""
-    return {
-        "attention": args.attention,
-        "scan_layers": args.scan,
-        "remat_policy": args.remat,
-        "fused": not args.plain_mov,
-        "frozen_dtype": args.frozen,
-    }
-
-
-def describe_settings(args: argparse.Namespace) -> str:
-    """Returns 'attention fused, scan, remat minimal'."""
-    words = [f"attention {args.attention}", "scan" * args.scan, f"remat {args.remat}"]
-    words.append("" if args.frozen == "activations" else f"base in {args.frozen}")
-    return ", ".join(word for word in words if word)
+    return {name: getattr(args, name) for name in GPU_SETTINGS}
 
 
 def step_spec(size: str, gpu: bool = False) -> dict[str, Any]:
@@ -45,17 +43,19 @@ def step_spec(size: str, gpu: bool = False) -> dict[str, Any]:
     spec: dict[str, Any] = {"dimensions": common.dimensions(size)}
     if not gpu:
         return {**spec, "rows": 8, "lengths": [128, 32]}
+    # Five steps per measurement: one is too short to time.
     batch = {"rows": 16, "lengths": [1024, 256], "dtype": "bfloat16", "packed": True}
     return {**spec, **batch, "gpu": True, "steps": 5}
 
 
-def compare(args: argparse.Namespace, name: str, methods: Mapping[str, Mapping[str, Any]]) -> None:
-    """Measures the first method against the second and writes the row."""
+def compare(doc: str | None, name: str, methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Measures the first of two methods against the second, with the flags of the command line."""
+    parser = common.make_parser(doc, size="small", gpu=True)
+    add_gpu_flags(parser)
+    args = parser.parse_args()
     spec = {**step_spec(args.size, args.gpu), **(gpu_settings(args) if args.gpu else {})}
     sides = [
         workers.Side(label, "ours.py", {**spec, **method}) for label, method in methods.items()
     ]
-    other_load = workers.alternate(sides, args.rounds)
-    floor = floors.floor_time(sides[0].info["floor"], *(side.info["rates"] for side in sides))
-    device = "gpu" if args.gpu else "cpu"
-    common.write_rows([common.make_row(f"{name}/{device}", *sides, other_load, floor)], args.json)
+    name = f"{name}/{'gpu' if args.gpu else 'cpu'}"
+    common.write_rows([common.measure_row(name, sides, args.rounds)], args.json)

@@ -5,144 +5,95 @@ python benchmarks/results.py
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import common
 
 HERE = pathlib.Path(__file__).parent
 Measured = Mapping[str, Any]  # a row of a results file
 
+FIGURES: dict[str, Callable[[Measured], float]] = {
+    "time": lambda row: row["ratio"][1],
+    "speed": lambda row: 1 / row["ratio"][1],
+    "memory": lambda row: row["ours"]["peak"] / row["peer"]["peak"],
+    "temporaries": lambda row: row["ours"]["temporaries"] / row["peer"]["temporaries"],
+    "seconds": lambda row: row["ours"]["seconds"],
+    "utilization": lambda row: row["ours"]["utilisation"],
+}
+# Targets of these are lower bounds; all others are upper bounds.
+AT_LEAST = ("speed", "utilization")
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A target of a row.
+
+class Row(NamedTuple):
+    """A line of the table.
 
     Attributes:
-      name: name of the figure.
-      figure: computes it from the row.
-      limit: its bound.
-      at_least: whether the bound is a lower one.
-      percent: whether it is shown as a percentage.
+      name: name of the row in the results files; that of a row that needs a GPU contains 'gpu'.
+      description: name in the table.
+      targets: {figure: bound}, of `FIGURES`.
     """
 
     name: str
-    figure: Callable[[Measured], float]
-    limit: float
-    at_least: bool = False
-    percent: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name} {'≥' if self.at_least else '≤'} {self.format(self.limit)}"
-
-    def format(self, number: float) -> str:
-        return f"{number:.0%}" if self.percent else f"{number:.3g}"
-
-    def is_met(self, row: Measured) -> bool:
-        number = self.figure(row)
-        return number >= self.limit if self.at_least else number <= self.limit
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A line of the table: the row's name, description and targets; whether it needs a GPU."""
-
-    name: str
     description: str
-    targets: Sequence[Target]
-    gpu: bool = False
+    targets: Mapping[str, float]
 
 
-def _time(limit: float) -> Target:
-    return Target("time", lambda row: row["ratio"][1], limit)
-
-
-def _speed(limit: float) -> Target:
-    return Target("speed", lambda row: 1 / row["ratio"][1], limit, at_least=True)
-
-
-def _memory(limit: float) -> Target:
-    return Target("memory", lambda row: row["ours"]["peak"] / row["peer"]["peak"], limit)
-
-
-def _temporaries(limit: float) -> Target:
-    return Target(
-        "temporaries",
-        lambda row: row["ours"]["temporaries"] / row["peer"]["temporaries"],
-        limit,
-    )
-
-
-def _seconds(limit: float) -> Target:
-    return Target("seconds", lambda row: row["ours"]["seconds"], limit)
-
-
-_UTILIZATION = Target(
-    "utilization", lambda row: row["ours"]["utilisation"], 0.5, at_least=True, percent=True
-)
-_PEFT = {"ia3": "(IA)³", "lora": "LoRA, rank 4", "full": "full"}
 _MOLORA = "MoLORA-10 of rank 4 against LoRA of rank 40, whole step"
 _MOV = "MoV-30 against (IA)³, whole step"
-_FORMULATION = "MoLORA's layer, 30 experts, against the paper's formulation"
+_FORMULATION = "MoLORA's layer, 30 experts, against the paper's formulation, 512 to"
 _LAYER = "MoV-30's layer, forward and backward, against its floor of 2½ copies"
-_SCORING = "rank classification, Small, 16 × 4 choices, 256/8"
+_PEFT = "against transformers and PEFT"
+_SCORING = "rank classification, Small, 16 × 4 choices, 256/8, against"
 
 ROWS = [
-    Row("molora_against_lora/cpu", f"{_MOLORA}, Small", [_time(1.05)]),
-    Row("molora_against_lora/gpu", f"{_MOLORA}, Large", [_time(1.05)], gpu=True),
-    Row("mov_against_ia3/cpu", f"{_MOV}, Small", [_time(1.25)]),
-    Row("mov_against_ia3/gpu", f"{_MOV}, Large", [_time(1.10)], gpu=True),
-    Row("mov_layer/gpu gate both", f"{_LAYER}, `gate` of Large", [_time(1.5)], gpu=True),
-    Row("mov_layer/gpu key both", f"{_LAYER}, `key` of Large", [_time(1.5)], gpu=True),
-    Row(
-        "molora_formulation/cpu D to D",
-        f"{_FORMULATION}, 512 to 512",
-        [_speed(10), _temporaries(1 / 20)],
-    ),
-    Row(
-        "molora_formulation/cpu D to 2D",
-        f"{_FORMULATION}, 512 to 1024",
-        [_speed(10), _temporaries(1 / 20)],
+    Row("molora_against_lora/cpu", f"{_MOLORA}, Small", {"time": 1.05}),
+    Row("molora_against_lora/gpu", f"{_MOLORA}, Large", {"time": 1.05}),
+    Row("mov_against_ia3/cpu", f"{_MOV}, Small", {"time": 1.25}),
+    Row("mov_against_ia3/gpu", f"{_MOV}, Large", {"time": 1.10}),
+    Row("mov_layer/gpu gate both", f"{_LAYER}, `gate` of Large", {"time": 1.5}),
+    Row("mov_layer/gpu key both", f"{_LAYER}, `key` of Large", {"time": 1.5}),
+    *(
+        Row(
+            f"molora_formulation/cpu D to {output}",
+            f"{_FORMULATION} {size}",
+            {"speed": 10, "temporaries": 0.05},
+        )
+        for output, size in (("D", 512), ("2D", 1024))
     ),
     *(
         Row(
             f"step_against_peft/{method}",
-            f"step against transformers and PEFT, Small, {name}",
-            [_time(1.0), _memory(0.8)],
+            f"step {_PEFT}, Small, {common.METHODS[method]}",
+            {"time": 1.0, "memory": 0.8},
         )
-        for method, name in _PEFT.items()
+        for method in ("ia3", "lora", "full")
     ),
     *(
         Row(
-            f"step_against_t5x/{method}", f"step against T5X, Small, {_PEFT[method]}", [_time(0.75)]
+            f"step_against_t5x/{method}",
+            f"step against T5X, Small, {common.METHODS[method]}",
+            {"time": 0.75},
         )
         for method in ("ia3", "lora")
     ),
     *(
         Row(
             f"gpu_throughput/{size} {method}",
-            f"tokens per second against transformers and PEFT, {size}, {_PEFT[method]}",
-            [_speed(2.0), _UTILIZATION],
-            gpu=True,
+            f"tokens per second {_PEFT}, {size}, {common.METHODS[method]}",
+            {"speed": 2.0, "utilization": 0.5},
         )
         for size in ("large", "xl")
         for method in ("ia3", "lora")
     ),
-    *(
-        Row(f"gpu_throughput/{size} mov", f"utilization, {size}, MoV-10", [_UTILIZATION], gpu=True)
-        for size in ("large", "xl")
-    ),
-    Row("xxl_on_one_gpu/gpu", "XXL, 11B, MoV-10, on one GPU of 80 GB", [], gpu=True),
-    Row("score_choices/cpu passes", f"{_SCORING}, against one pass per choice", [_speed(3.0)]),
-    Row(
-        "score_choices/cpu torch",
-        f"{_SCORING}, against torch, inputs encoded once as well",
-        [_time(1.0)],
-    ),
-    Row("startup/cpu", "process start to first step, tiny, programs cached", [_seconds(15.0)]),
+    Row("gpu_throughput/large mov", "utilization, large, MoV-10", {"utilization": 0.5}),
+    Row("gpu_throughput/xl mov", "utilization, xl, MoV-10", {"utilization": 0.5}),
+    Row("xxl_on_one_gpu/gpu", "XXL, 11B, MoV-10, on one GPU of 80 GB", {}),
+    Row("score_choices/cpu passes", f"{_SCORING} one pass per choice", {"speed": 3.0}),
+    Row("score_choices/cpu torch", f"{_SCORING} torch, inputs encoded once as well", {"time": 1.0}),
+    Row("startup/cpu", "process start to first step, tiny, programs cached", {"seconds": 15.0}),
 ]
 
 HEAD = """\
@@ -173,30 +124,38 @@ def read_rows(folder: pathlib.Path) -> dict[str, Measured]:
 
 def format_line(row: Row, measured: Measured | None) -> str:
     """Returns a line of the table."""
-    targets = "<br>".join(map(str, row.targets)) or "fits"
-    if measured is None:
-        hint = " (needs a GPU)" if row.gpu else ""
-        return f"| {row.description} | {targets} | not measured{hint} | | | | | |"
-    figures = "<br>".join(format_figure(target, measured) for target in row.targets) or "fits"
-    ours, peer = measured["ours"], measured.get("peer")
-    floor = format_duration(measured["floor"]["seconds"]) if measured["floor"] else ""
-    times, memories = (
-        [formatted(side) if side else "" for side in (ours, peer)]
-        for formatted in (format_time, format_memory)
+    # <br>, because a cell of a Markdown table is one line.
+    targets = "<br>".join(
+        f"{name} {'≥' if name in AT_LEAST else '≤'} {format_number(name, limit)}"
+        for name, limit in row.targets.items()
     )
-    return f"| {' | '.join([row.description, targets, figures, *times, floor, *memories])} |"
+    if measured is None:
+        hint = " (needs a GPU)" if "gpu" in row.name else ""
+        return f"| {row.description} | {targets or 'fits'} | not measured{hint} | | | | | |"
+    figures = "<br>".join(format_figure(*target, measured) for target in row.targets.items())
+    ours, peer = measured["ours"], measured.get("peer")
+    cells = [row.description, targets or "fits", figures or "fits"]
+    cells += [format_time(ours), format_time(peer) if peer else ""]
+    cells.append(format_duration(measured["floor"]["seconds"]) if measured["floor"] else "")
+    cells += [format_memory(ours), format_memory(peer) if peer else ""]
+    return f"| {' | '.join(cells)} |"
 
 
-def format_figure(target: Target, measured: Measured) -> str:
-    """Returns a figure with its spread, if it is a ratio, and whether it misses the target."""
-    spread = ""
-    if target.name in ("time", "speed"):
+def format_number(name: str, number: float) -> str:
+    """Returns the value of a figure as text."""
+    return f"{number:.0%}" if name == "utilization" else f"{number:.3g}"
+
+
+def format_figure(name: str, limit: float, measured: Measured) -> str:
+    """Returns a figure with its spread, if it is a ratio, and whether it misses its target."""
+    number, spread = FIGURES[name](measured), ""
+    if name in ("time", "speed"):
         low, _, high = measured["ratio"]
-        if target.name == "speed":
-            low, high = 1 / high, 1 / low
+        # Speed is the inverse of the ratio, which exchanges the ends of its spread.
+        low, high = (1 / high, 1 / low) if name == "speed" else (low, high)
         spread = f" ({low:.3g}–{high:.3g})"
-    verdict = "" if target.is_met(measured) else ", **missed**"
-    return f"{target.name} {target.format(target.figure(measured))}{spread}{verdict}"
+    is_met = number >= limit if name in AT_LEAST else number <= limit
+    return f"{name} {format_number(name, number)}{spread}{'' if is_met else ', **missed**'}"
 
 
 def format_duration(seconds: float) -> str:

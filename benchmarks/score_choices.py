@@ -9,26 +9,14 @@ once and `inputs` rows at a time), and with torch, which also encodes each input
 (`torch_choices.py`), if its environment exists.
 """
 
-import argparse
 import shutil
-from typing import Any
+import statistics
 
 import common
 import floors
 import workers
 
 TORCH_MODES = ("sdpa", "sdpa compile", "sdpa compile freezing")
-
-
-def make_spec(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the spec's entries of all sides."""
-    spec = {
-        "dimensions": common.dimensions(args.size),
-        "inputs": args.inputs,
-        "choices": args.choices,
-        "lengths": args.lengths,
-    }
-    return spec | ({"gpu": True, "dtype": "bfloat16"} if args.gpu else {})
 
 
 def main() -> None:
@@ -39,14 +27,15 @@ def main() -> None:
     parser.add_argument("--lengths", default=[256, 8], type=int, nargs=2)
     common.add_torch_flags(parser, TORCH_MODES[-1])
     args = parser.parse_args()
-    spec, device = make_spec(args), "gpu" if args.gpu else "cpu"
+    spec = {name: getattr(args, name) for name in ("inputs", "choices", "lengths")}
+    spec["dimensions"] = common.dimensions(args.size)
+    if args.gpu:
+        spec |= {"gpu": True, "dtype": "bfloat16"}
 
     def torch_side(mode: str) -> workers.Side:
         name = f"torch, inputs encoded once, {mode}"
         return workers.Side(name, "torch_choices.py", {**spec, "mode": mode}, args.torch)
 
-    if args.search:
-        args.torch_mode = workers.fastest_mode(torch_side, TORCH_MODES, args.rounds)
     ours, rows, pieces = (
         workers.Side(name, "choices.py", {**spec, "mode": mode})
         for mode, name in (
@@ -57,7 +46,9 @@ def main() -> None:
     )
     sides = [ours, rows, pieces]
     if shutil.which(args.torch):
-        sides.append(torch_side(args.torch_mode))
+        sides.append(torch_side(common.torch_mode(args, torch_side, TORCH_MODES)))
+    else:
+        print(f"without torch: {args.torch} does not exist (make bench-peers)")
     other_load = workers.alternate(sides, args.rounds, args.gpu)
     for side in (rows, pieces):
         error = abs(side.info["first"] / ours.info["first"] - 1)
@@ -65,19 +56,16 @@ def main() -> None:
             raise SystemExit(
                 f"scores must agree, but {side.name} differs by {error:.1e} of their square"
             )
-    plain = min((rows, pieces), key=lambda side: common.quartiles(side.seconds)[1])
+    # The faster one: fewer rows at a time fit into the cache, more need fewer calls.
+    plain = min((rows, pieces), key=lambda side: statistics.median(side.seconds))
     rates = [side.info["rates"] for side in sides if "rates" in side.info]
     floor = floors.floor_time(ours.info["floor"], *rates)
-    peers = {"passes": plain}
-    if len(sides) > 3:
-        peers["torch"] = sides[3]
-    else:
-        print(f"without torch: {args.torch} does not exist (make bench-peers)")
-    rows = [
-        common.make_row(f"score_choices/{device} {name}", ours, peer, other_load, floor)
-        for name, peer in peers.items()
+    name = f"score_choices/{'gpu' if args.gpu else 'cpu'}"
+    results = [common.make_row(f"{name} passes", ours, plain, other_load, floor)]
+    results += [
+        common.make_row(f"{name} torch", ours, peer, other_load, floor) for peer in sides[3:]
     ]
-    common.write_rows(rows, args.json)
+    common.write_rows(results, args.json)
 
 
 if __name__ == "__main__":

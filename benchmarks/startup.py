@@ -45,15 +45,15 @@ def time_python(
     """Runs Python; returns the seconds until `done` or its end, and the resource usage."""
     with tempfile.TemporaryFile("w+") as output:
         clock, seconds = time.perf_counter(), 0.0
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=workers.REPO, stdout=output, stderr=output
-        )
-        pid = 0
-        while not pid:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if not seconds and (pid or done()):
+        command = [sys.executable, *arguments]
+        process = subprocess.Popen(command, cwd=workers.REPO, stdout=output, stderr=output)
+        # wait4 reports the usage of this child alone; `resource` knows only the sum of all.
+        while not (result := os.wait4(process.pid, os.WNOHANG))[0]:
+            if not seconds and done():
                 seconds = time.perf_counter() - clock
             time.sleep(0.005)
+        _, status, usage = result
+        seconds = seconds or time.perf_counter() - clock
         if status:
             output.seek(0)
             raise SystemExit(output.read())
@@ -67,6 +67,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = str(workers.REPO)
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
+        # By default jax caches no program that compiles in less than a second.
         os.environ |= {
             "JAX_COMPILATION_CACHE_DIR": str(root / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -9,15 +9,12 @@ threads per side. torch runs in the mode that `--search`, which tries several, f
 the targets of both time and memory.
 """
 
-import argparse
-import functools
+from typing import Any
 
 import common
-import floors
 import pairs
 import workers
 
-NAMES = {"ia3": "(IA)³", "lora": "LoRA, rank 4", "full": "full"}
 TORCH_MODES = (
     "eager",
     "sdpa",
@@ -26,39 +23,32 @@ TORCH_MODES = (
     "sdpa compile wrapper",
     "eager compile",
 )
-FASTEST = "sdpa compile"
+# Full fine-tuning keeps everything: its memory is gradients and copies of the parameters.
 REMAT = {"ia3": "minimal", "lora": "minimal", "full": "none"}
-
-
-def torch_side(args: argparse.Namespace, method: str, mode: str) -> workers.Side:
-    """Returns the peer in a mode of `torch_peer.py`."""
-    spec = {**pairs.step_spec(args.size), "method": method, "rank": 4, "mode": mode}
-    return workers.Side(f"PEFT {NAMES[method]}, {mode}", "torch_peer.py", spec, args.torch)
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = common.make_parser(__doc__, rounds=7, size="small")
-    parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=NAMES)
-    common.add_torch_flags(parser, FASTEST)
+    parser.add_argument("--methods", nargs="+", default=list(REMAT), choices=REMAT)
+    common.add_torch_flags(parser, "sdpa compile")
     parser.add_argument("--remat", choices=("none", "minimal", "full"), help="our REMAT_POLICY")
     args = parser.parse_args()
     common.check_peer(args.torch, "torch")
     rows = []
     for method in args.methods:
-        make_peer = functools.partial(torch_side, args, method)
-        mode = args.torch_mode
-        if args.search:
-            mode = workers.fastest_mode(make_peer, TORCH_MODES, args.rounds)
+        label = common.METHODS[method]
+        spec = {**pairs.step_spec(args.size), "method": method, "optimizer": "adamw", "rank": 4}
+
+        def peer(mode: str, spec: dict[str, Any] = spec, label: str = label) -> workers.Side:
+            name = f"PEFT {label}, {mode}"
+            return workers.Side(name, "torch_peer.py", {**spec, "mode": mode}, args.torch)
+
         remat = args.remat or REMAT[method]
-        settings = {"method": method, "optimizer": "adamw", "remat_policy": remat}
-        name = f"{NAMES[method]}, remat {remat}"
-        ours = workers.Side(name, "ours.py", {**pairs.step_spec(args.size), **settings})
-        peer = make_peer(mode)
-        other_load = workers.alternate([ours, peer], args.rounds)
-        floor = floors.floor_time(ours.info["floor"], ours.info["rates"], peer.info["rates"])
-        name = f"step_against_peft/{method}"
-        rows.append(common.make_row(name, ours, peer, other_load, floor))
+        name = f"{label}, remat {remat}"
+        ours = workers.Side(name, "ours.py", {**spec, "remat_policy": remat})
+        sides = [ours, peer(common.torch_mode(args, peer, TORCH_MODES))]
+        rows.append(common.measure_row(f"step_against_peft/{method}", sides, args.rounds))
     common.write_rows(rows, args.json)
 
 

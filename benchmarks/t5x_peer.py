@@ -19,6 +19,7 @@ from typing import Any
 
 import common
 import machine
+import ours
 import workers
 
 
@@ -72,17 +73,9 @@ def make_model(spec: Mapping[str, Any]) -> Any:
     from t5x.examples.t5 import network
 
     adapters = traverse_util.ModelParamTraversal(lambda path, _: "_adapter" in path)
+    rules = adafactor.standard_logical_factor_rules()
     optimizer = optimizers.MultiOptimizer(
-        [
-            (
-                adapters,
-                adafactor.Adafactor(
-                    decay_rate=0.8,
-                    step_offset=0,
-                    logical_factor_rules=adafactor.standard_logical_factor_rules(),
-                ),
-            )
-        ]
+        [(adapters, adafactor.Adafactor(decay_rate=0.8, step_offset=0, logical_factor_rules=rules))]
     )
     config = network.T5Config(
         vocab_size=common.VOCAB_SIZE,
@@ -103,20 +96,14 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from flax import traverse_util
+    from flax.core import unfreeze
     from t5x import partitioning, trainer, utils
 
     add_adapters(spec["method"], spec.get("rank", 4))
-    rng = np.random.default_rng(0)
-    inputs, targets = (
-        rng.integers(3, common.VOCAB_SIZE, (spec["rows"], length)).astype(np.int32)
-        for length in spec["lengths"]
-    )
-    batch = {
-        "encoder_input_tokens": inputs,
-        "decoder_target_tokens": targets,
-        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
-        "decoder_loss_weights": np.ones_like(targets),
-    }
+    batch = ours.random_batch(spec["rows"], spec["lengths"])
+    # T5X's feature converters add weights, which its loss reads.
+    batch["decoder_loss_weights"] = np.ones_like(batch["decoder_target_tokens"])
     before = machine.memory("VmRSS")
     model = make_model(spec)
     partitioner = partitioning.PjitPartitioner(
@@ -151,16 +138,14 @@ def main() -> None:
     )
     batch = jax.device_put(batch)
     compiled = partitioner.compile(partitioned, state, batch)
-    # The step donates the state; a second reference would keep its old arrays alive.
-    states = [state]
-    del state
 
     def step() -> Any:
-        states[0], metrics = compiled(states[0], batch)
-        jax.block_until_ready((states[0].params, metrics))
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready((state.params, metrics))
         return metrics["loss"].total / metrics["loss"].steps
 
-    flat = flatten(states[0].params)
+    flat = traverse_util.flatten_dict(unfreeze(state.params), sep="/")
     info = {
         "before": before,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
@@ -168,14 +153,6 @@ def main() -> None:
         "versions": machine.versions("jax", "jaxlib", "flax") + ", T5X at " + t5x_commit(),
     }
     worker.run(step, info)
-
-
-def flatten(params: Any) -> dict[str, Any]:
-    """Returns {path: array}."""
-    from flax import traverse_util
-    from flax.core import unfreeze
-
-    return traverse_util.flatten_dict(unfreeze(params), sep="/")
 
 
 def t5x_commit() -> str:

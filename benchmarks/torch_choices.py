@@ -9,10 +9,9 @@ nothing, `compile`, `freezing` (inductor packs the weights).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import common
+import choices
 import machine
 import torch_peer
 import workers
@@ -23,7 +22,7 @@ def score_choices(model: Any, inputs: Any, targets: Any) -> Any:
     import torch
     from torch.nn import functional
 
-    rows, choices, length = targets.shape
+    rows, num_choices, length = targets.shape
     heads = model.config.num_heads
 
     def attend(query: Any, key: Any, value: Any, bias: Any) -> Any:
@@ -33,8 +32,9 @@ def score_choices(model: Any, inputs: Any, targets: Any) -> Any:
         return output.transpose(1, 2).reshape(query.shape)
 
     encoded = model.encoder(input_ids=inputs).last_hidden_state
-    flat = targets.reshape(rows * choices, length)
+    flat = targets.reshape(rows * num_choices, length)
     x = model.shared(functional.pad(flat, (1, 0))[:, :-1])
+    # Only the first block has position biases; all others reuse them.
     first = model.decoder.block[0].layer[0].SelfAttention
     future_mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
     bias = first.compute_bias(length, length, device=x.device)
@@ -44,39 +44,24 @@ def score_choices(model: Any, inputs: Any, targets: Any) -> Any:
         h, part = own.layer_norm(x), own.SelfAttention
         x = x + part.o(attend(part.q(h), part.k(h), part.v(h), bias))
         h, part = cross.layer_norm(x), cross.EncDecAttention
-        query = part.q(h).view(rows, choices * length, -1)  # an input's choices in one row
+        query = part.q(h).view(rows, num_choices * length, -1)  # an input's choices in one row
         output = attend(query, part.k(encoded), part.v(encoded), None)
-        x = x + part.o(output.view(rows * choices, length, -1))
+        x = x + part.o(output.view(rows * num_choices, length, -1))
         x = mlp(x)
     logits = model.lm_head(model.decoder.final_layer_norm(x)).float()
     nll = functional.cross_entropy(logits.flatten(0, 1), flat.flatten(), reduction="none")
-    return -nll.view(rows, choices, length).sum(-1)
+    return -nll.view(rows, num_choices, length).sum(-1)
 
 
 def score_by_passes(model: Any, inputs: Any, targets: Any) -> Any:
     """Returns the same by transformers' own function, with one pass per choice."""
     import torch
 
-    rows, choices, length = targets.shape
-    repeated = inputs.repeat_interleave(choices, 0)
+    rows, num_choices, length = targets.shape
+    repeated = inputs.repeat_interleave(num_choices, 0)
     logits = model(input_ids=repeated, labels=targets.reshape(-1, length)).logits.float()
     picked = torch.log_softmax(logits, -1).gather(-1, targets.reshape(-1, length, 1))
-    return picked.sum((1, 2)).view(rows, choices)
-
-
-def random_batch(spec: Mapping[str, Any], device: Any) -> tuple[Any, Any]:
-    """Returns token ids without padding: inputs [B, L], targets [B, C, Lt]."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    inputs, choices, (input_length, target_length) = (
-        spec["inputs"],
-        spec["choices"],
-        spec["lengths"],
-    )
-    shapes = ((inputs, input_length), (inputs, choices, target_length))
-    arrays = (torch.randint(3, common.VOCAB_SIZE, s, generator=generator) for s in shapes)
-    return tuple(array.to(device) for array in arrays)
+    return picked.sum((1, 2)).view(rows, num_choices)
 
 
 def main() -> None:
@@ -84,19 +69,21 @@ def main() -> None:
     worker = workers.Worker()
     spec = worker.spec
     import torch
-
-    mode = spec["mode"].split()
-    if not spec.get("gpu"):
-        torch.set_num_threads(machine.CORES)
     import transformers  # noqa: F401
 
+    mode = spec["mode"].split()
     before = machine.memory("VmRSS")
     model = torch_peer.network(spec).eval()
-    inputs, targets = random_batch(spec, model.device)
+    batch = choices.random_batch(spec)
+    inputs, targets = (
+        torch.tensor(batch[name], dtype=torch.long, device=model.device)
+        for name in ("encoder_input_tokens", "decoder_target_tokens")
+    )
     scorer: Any = score_choices
     if "freezing" in mode:
         import torch._inductor.config as inductor
 
+        # Inductor reads the setting when it compiles, in the first step.
         inductor.freezing = True
     if "compile" in mode:
         scorer = torch.compile(score_choices)

@@ -21,6 +21,7 @@ from typing import Any
 
 import common
 import machine
+import ours
 import workers
 
 
@@ -29,6 +30,8 @@ def network(spec: Mapping[str, Any]) -> Any:
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
+    if not spec.get("gpu"):
+        torch.set_num_threads(machine.CORES)
     dimensions = spec["dimensions"]
     config = T5Config(
         vocab_size=common.VOCAB_SIZE,
@@ -61,6 +64,7 @@ def add_adapters(model: Any, method: str, rank: int) -> Any:
 
     task = TaskType.SEQ_2_SEQ_LM
     if method == "ia3":
+        # PEFT scales the input of a feed-forward module: that of wo is our gate.
         config: Any = IA3Config(
             task_type=task, target_modules=["k", "v", "wo"], feedforward_modules=["wo"]
         )
@@ -78,37 +82,29 @@ def main() -> None:
     """Runs the worker."""
     worker = workers.Worker()
     spec = worker.spec
-    import torch
-
-    mode = spec["mode"].split()
-    if not spec.get("gpu"):
-        torch.set_num_threads(machine.CORES)
     import peft  # noqa: F401
+    import torch
     import transformers  # noqa: F401
 
+    mode = spec["mode"].split()
     before = machine.memory("VmRSS")
     model = add_adapters(network(spec), spec["method"], spec.get("rank", 4)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True if "fused" in mode else None)
     forward = compile_model(model, mode)
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
+    batch = ours.random_batch(spec["rows"], spec["lengths"])
     inputs, targets = (
-        torch.randint(3, common.VOCAB_SIZE, (spec["rows"], length), generator=generator).to(device)
-        for length in spec["lengths"]
+        torch.tensor(batch[name], dtype=torch.long, device=next(model.parameters()).device)
+        for name in ("encoder_input_tokens", "decoder_target_tokens")
     )
     mask = torch.ones_like(inputs) if spec.get("mask", True) else None
 
-    def take_step() -> Any:
-        optimizer.zero_grad(set_to_none=True)
-        loss = forward(input_ids=inputs, attention_mask=mask, labels=targets).loss
-        loss.backward()
-        optimizer.step()
-        return loss
-
     def step() -> float:
         for _ in range(spec.get("steps", 1)):
-            loss = take_step()
+            optimizer.zero_grad(set_to_none=True)
+            loss = forward(input_ids=inputs, attention_mask=mask, labels=targets).loss
+            loss.backward()
+            optimizer.step()
         return loss.item()  # waits for the device
 
     info = {
@@ -134,6 +130,7 @@ def compile_model(model: Any, mode: Sequence[str]) -> Any:
         "wrapper": "cpp_wrapper",
         "graphs": "triton.cudagraphs",
     }
+    # torch.compile takes None, but no empty dict, for its defaults.
     options = {option: True for word, option in options_by_word.items() if word in mode} or None
     if "blocks" not in mode:
         return torch.compile(model, options=options)
@@ -144,30 +141,20 @@ def compile_model(model: Any, mode: Sequence[str]) -> Any:
 
 
 def final_info(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the GPU's peak memory, or the CPU's rates."""
+    """Returns the GPU's peak memory, or the CPU's rates in float32."""
+    import floors
     import torch
 
     if spec.get("gpu"):
         return {"device peak": torch.cuda.max_memory_allocated()}
-    return {"rates": cpu_rates()}
-
-
-def cpu_rates() -> dict[str, float]:
-    """Returns {'flops', 'bytes'} per second of torch's float32 kernels, the best of some tries."""
-    import floors
-    import torch
-
-    side, size = 2048, 1 << 26
+    # As `floors.device_rates`, by torch's kernels, which may be faster.
+    side, size = floors.SIDE, floors.SIZE
     square, line = torch.ones(side, side), torch.ones(size)
     product, total = torch.empty_like(square), torch.empty_like(line)
-
     with torch.no_grad():
-        return {
-            "flops": 2
-            * side**3
-            / floors.fastest_time(lambda: torch.mm(square, square, out=product)),
-            "bytes": 2 * size * 4 / floors.fastest_time(lambda: torch.add(line, 1, out=total)),
-        }
+        multiply = floors.fastest_time(lambda: torch.mm(square, square, out=product))
+        add = floors.fastest_time(lambda: torch.add(line, 1, out=total))
+    return {"rates": {"flops": 2 * side**3 / multiply, "bytes": 2 * size * 4 / add}}
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import machine
 
 from pemoe_jax.runtime import host_memory
 
+T = TypeVar("T")
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -182,11 +183,9 @@ def alternate(sides: Sequence[Side], rounds: int, sequential: bool = False) -> f
     for side in sides:
         side.wait()
     load = machine.OtherLoad()
-    # Rotating the order spreads effects of a side on the next one over all sides.
-    for number in range(rounds):
-        for offset in range(len(sides)):
-            time.sleep(0.05)  # until the threads of the previous side sleep
-            sides[(number + offset) % len(sides)].step()
+    for side in _turns(sides, rounds):
+        time.sleep(0.05)  # until the threads of the previous side sleep
+        side.step()
     cpu_seconds = sum(side.spec.get("steps", 1) * cpu for side in sides for _, cpu in side.times)
     share = load.share(cpu_seconds)
     for side in sides:
@@ -202,25 +201,54 @@ def alternate_functions(
     Returns:
       A side per function, and the share of the cores that other processes used.
     """
-    sides = [Side(name) for name in functions]
-    calls = list(functions.values())
+    sides = [(Side(name), function) for name, function in functions.items()]
     load, start = machine.OtherLoad(), time.process_time()
+    for side, function in _turns(sides, rounds):
+        clock, cpu = time.perf_counter(), time.process_time()
+        function()
+        side.times.append((time.perf_counter() - clock, time.process_time() - cpu))
+    return [side for side, _ in sides], load.share(time.process_time() - start)
+
+
+def _turns(sides: Sequence[T], rounds: int) -> Iterator[T]:
+    # Rotating the order spreads effects of a side on the next one over all sides.
     for number in range(rounds):
-        for offset in range(len(sides)):
-            index = (number + offset) % len(sides)
-            clock, cpu = time.perf_counter(), time.process_time()
-            calls[index]()
-            sides[index].times.append((time.perf_counter() - clock, time.process_time() - cpu))
-    return sides, load.share(time.process_time() - start)
+        start = number % len(sides)
+        yield from [*sides[start:], *sides[:start]]
 
 
-def fastest_mode(make_side: Callable[[str], Side], modes: Sequence[str], rounds: int) -> str:
-    """Measures a peer in each mode, prints the times, and returns the fastest mode."""
-    seconds = {}
-    for mode in modes:
-        side = make_side(mode)
-        alternate([side], rounds)
-        seconds[mode] = statistics.median(side.seconds)
-        peak = side.info["peak"] / machine.MEGABYTE
-        print(f"{side.name}: {seconds[mode]:.3f} s, least {min(side.seconds):.3f}, {peak:.0f} MB")
-    return min(seconds, key=lambda mode: seconds[mode])
+def alternate_programs(
+    programs: Mapping[str, Any],
+    inputs: Sequence[Any],
+    rounds: int,
+    gpu: bool = False,
+    calls: int = 1,
+) -> tuple[list[Side], float]:
+    """As `alternate_functions`, for programs that jax compiled; a step is `calls` calls."""
+    import jax
+
+    def make_function(program: Any) -> Callable[[], Any]:
+        def function() -> None:
+            for _ in range(calls):  # one call on a GPU is too short to time
+                output = program(*inputs)
+            jax.block_until_ready(output)
+
+        return function
+
+    functions = {name: make_function(program) for name, program in programs.items()}
+    for function in functions.values():
+        function()
+    sides, other_load = alternate_functions(functions, rounds)
+    for side in sides:
+        side.times = [(seconds / calls, cpu / calls) for seconds, cpu in side.times]
+        memory = programs[side.name].memory_analysis()
+        side.info = {"temporaries": memory.temp_size_in_bytes, **jax_info(gpu)}
+    return sides, other_load
+
+
+def jax_info(gpu: bool) -> dict[str, Any]:
+    """Returns a side's versions, and the name of the GPU."""
+    import jax
+
+    versions = {"versions": machine.versions("jax", "jaxlib", "flax")}
+    return versions | ({"device": jax.devices()[0].device_kind} if gpu else {})

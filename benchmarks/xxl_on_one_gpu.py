@@ -10,21 +10,21 @@ step on two CPU threads, as a trial: no table has its row.
 
 import common
 import gpu_throughput
-import workers
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = common.make_parser(__doc__, rounds=3, size="xxl", gpu=True)
     gpu_throughput.add_flags(parser, rows=8)
-    parser.set_defaults(scan=True, remat="minimal")
+    parser.set_defaults(scan_layers=True, remat_policy="minimal")
     args = parser.parse_args()
     ours = gpu_throughput.our_side(args, "mov")
+    # Adafactor, as the paper; a step is long enough to time alone.
     ours.spec = {**ours.spec, "optimizer": "adafactor", "steps": 1}
-    other_load = workers.alternate([ours], args.rounds)
-    floor = gpu_throughput.measure_utilization(ours)
     name = f"xxl_on_one_gpu/{'gpu' if args.gpu else 'trial'}"
-    common.write_rows([common.make_row(name, ours, None, other_load, floor)], args.json)
+    row = common.measure_row(name, [ours], args.rounds)
+    common.add_utilization(row)
+    common.write_rows([row], args.json)
 
 
 if __name__ == "__main__":

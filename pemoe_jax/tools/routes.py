@@ -1,6 +1,7 @@
 """`pemoe routes`: shows which experts tasks and tokens use, as a page of tables and pictures."""
 
 import argparse
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def routes(
     from pemoe_jax.checkpoints import models as models_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
-    from pemoe_jax.runtime import atomic_write, file_io
+    from pemoe_jax.runtime import atomic_write, file_io, progress
     from pemoe_jax.tasks.registered import run_register
 
     check_integer("ROUTES_EXAMPLES", examples)
@@ -96,15 +97,16 @@ def routes(
     sites_by_model = [_select_sites(opened, sites) for opened in opened_models]
     task_info = run_register(data.register)
     task_info.print_summary()
-    names = measure.select_tasks(tasks, task_info, data.use_cached_tasks)
+    use_cached, embeddings = data.use_cached_tasks, data.sentence_embeddings
+    names = measure.select_tasks(tasks, task_info, use_cached)
     sentence_source = sentences.open_for_models(
-        opened_models,
-        data.sentence_embeddings,
-        names[0],
-        lengths["inputs"],
-        data.use_cached_tasks,
+        opened_models, embeddings, names[0], lengths["inputs"], use_cached
     )
-    groups = _read_examples(names, lengths, examples, data.use_cached_tasks)
+    groups = {}
+    with contextlib.closing(progress.Progress("reading", len(names), note="tasks")) as bar:
+        for name in names:
+            groups[name] = measure.read_examples(name, lengths, examples, use_cached)
+            bar.report_if_slow(len(groups), "tasks")
     if sentence_source is not None:
         groups = {name: sentence_source.attach_to(members) for name, members in groups.items()}
     results: list[ProbeResult] = []
@@ -132,22 +134,6 @@ def _select_sites(opened: "models.OpenedModel", patterns: Sequence[str] | None) 
     return measure.select_sites(patterns, experts)
 
 
-def _read_examples(
-    names: Sequence[str], lengths: Mapping[str, int], examples: int, use_cached: bool
-) -> "dict[str, list[ChoiceGroup]]":
-    from pemoe_jax.runtime import progress
-
-    bar = progress.Progress("reading", len(names), note="tasks")
-    groups = {}
-    try:
-        for name in names:
-            groups[name] = measure.read_examples(name, lengths, examples, use_cached)
-            bar.report_if_slow(len(groups), "tasks")
-    finally:
-        bar.close()
-    return groups
-
-
 def _probe_run(
     opened: "models.OpenedModel",
     sites: list[str],
@@ -166,17 +152,17 @@ def _probe_run(
         seqio_tasks.check_vocab_size(name, opened.model.config.vocab_size)
     # Replicated: the probe is a forward pass over few examples, so that sharding gains little.
     params = opened.load(partitioning.replicated_sharding(mesh))
-    bar = progress.Progress(f"routing {opened.name}", sum(map(len, groups.values())))
-    try:
+    num_examples = sum(map(len, groups.values()))
+    with contextlib.closing(progress.Progress(f"routing {opened.name}", num_examples)) as bar:
         totals = measure.measure_routing(opened.model, params, groups, batch_size, mesh, sites, bar)
-    finally:
-        bar.close()
     trained = measure.trained_datasets(opened, registered)
     tasks = []
     for name, members in groups.items():
         dataset = registered.datasets.get(name, name)
         seen = None if trained is None else dataset in trained
-        split = _file_split(name, registered)
+        split = measure.task_split(name)
+        if split != "train":  # as its file is named; seqio may know a `test` file as `validation`
+            split = registered.eval_splits.get(name) or split
         tasks.append(metrics.ProbedTask(name, dataset, seen, split, len(members)))
     return metrics.ProbeResult(
         about=opened.summary(),
@@ -187,14 +173,6 @@ def _probe_run(
         pieces=_token_texts(tasks[0].name, totals),
         min_count=min_count,
     )
-
-
-def _file_split(name: str, registered: "Registered") -> str:
-    """Returns the split as its file is named; seqio may know a `test` file as `validation`."""
-    split = measure.task_split(name)
-    if split == "train":
-        return split
-    return registered.eval_splits.get(name) or split
 
 
 def _token_texts(task: str, totals: "ProbeTotals") -> dict[int, str]:
@@ -216,18 +194,14 @@ def _token_texts(task: str, totals: "ProbeTotals") -> dict[int, str]:
     return texts | {0: "<start>"}  # padding is masked, so that 0 is the decoder's first input
 
 
-def _flag_bindings(args: argparse.Namespace) -> list[str]:
-    """Returns the short flags as bindings of their macros."""
-    values = {macro: getattr(args, flag) for flag, macro in _MACRO_OF_FLAG.items()}
-    return [f"{macro} = {value!r}" for macro, value in values.items() if value not in (None, [])]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
 
     def work(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         args.gin_file = args.gin_file or ["runs/routes.gin"]
-        gin_flags.load_config(args, [*_flag_bindings(args), *bindings])
+        values = {macro: getattr(args, flag) for flag, macro in _MACRO_OF_FLAG.items()}
+        short = [f"{name} = {value!r}" for name, value in values.items() if value not in (None, [])]
+        gin_flags.load_config(args, [*short, *bindings])
         gin_flags.call_configured(routes)
 
     return gin_flags.run_command(FLAGS, work, argv)

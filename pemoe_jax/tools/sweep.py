@@ -7,14 +7,15 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import gin_flags, progress
+from pemoe_jax.runtime import atomic_write, gin_flags, progress
 from pemoe_jax.tools import subprocesses
 
 _DESCRIPTION = """\
@@ -42,9 +43,6 @@ examples:
   pemoe sweep methods/mov.gin methods/mov.gin+routing/top_1.gin \\
     methods/mov.gin+NUM_EXPERTS=30 --gin_file=runs/quickstart.gin \\
     --evaluate=runs/quickstart_evaluate.gin --seeds=0,1,2 --output=/tmp/sweep
-  pemoe sweep paper/mov_10.gin paper/mov_10_top_1.gin \\
-    --evaluate=paper/evaluate.gin --seeds=0,1,2 --output=/data/sweep \\
-    --gin.P3_DIR=p3 --gin.INITIAL_CHECKPOINT_PATH=t5-xl-lm-adapt
 """
 
 FLAGS = argparse.ArgumentParser(
@@ -64,20 +62,12 @@ FLAGS.add_argument(
 FLAGS.add_argument(
     "--seeds", default="0", metavar="N,N", help="seeds joined by commas (default: 0)"
 )
-FLAGS.add_argument(
-    "--gin_file", action="append", default=[], metavar="FILE", help="for every training; repeatable"
-)
-FLAGS.add_argument(
-    "--gin_bindings", action="append", default=[], metavar="BINDING", help="for every training"
-)
-FLAGS.add_argument("--gin_search_paths", default="", metavar="DIR,DIR", help="as for pemoe train")
-FLAGS.add_argument(
-    "--seqio_additional_cache_dirs",
-    dest="caches",
-    default="",
-    metavar="DIR,DIR",
-    help="as for pemoe train",
-)
+for _flag, _metavar in (("--gin_file", "FILE"), ("--gin_bindings", "BINDING")):
+    FLAGS.add_argument(
+        _flag, action="append", default=[], metavar=_metavar, help="for every training; repeatable"
+    )
+for _flag in ("--gin_search_paths", "--seqio_additional_cache_dirs"):
+    FLAGS.add_argument(_flag, default="", metavar="DIR,DIR", help="as for pemoe train")
 FLAGS.add_argument("--no_base", action="store_true", help="do not evaluate the base model")
 FLAGS.add_argument(
     "--stop_at_failure", action="store_true", help="do not continue with the other runs"
@@ -87,7 +77,6 @@ FLAGS.add_argument("--dry_run", action="store_true", help="print the commands, r
 
 Command = Literal["train", "evaluate"]
 _MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_jax.evaluate"}
-_STATE_FILE = "sweep.json"
 # Macros that the sweep sets for each run; a user's value would be overridden silently.
 _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
@@ -119,15 +108,12 @@ class Run:
 
     @property
     def results(self) -> Path:
-        """Folder of the scores."""
         return self.folder / "results"
 
     def commands(self) -> list[tuple[Command, list[str]]]:
         """Returns (command, flags) in the order in which they run."""
-        evaluate = self.evaluate_flags
-        if not self.train_flags:
-            return [("evaluate", evaluate)]
-        return [("train", self.train_flags), ("evaluate", evaluate)]
+        train: list[tuple[Command, list[str]]] = [("train", self.train_flags)]
+        return [*(train if self.train_flags else []), ("evaluate", self.evaluate_flags)]
 
 
 class State(TypedDict):
@@ -193,23 +179,29 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
         if name in _SWEEP_MACROS:
             hint = " from --seeds" if name == "SEED" else ""
             raise InputError(f"--gin.{name}: the sweep sets it{hint}")
-    shared = [f"--gin_search_paths={args.gin_search_paths}"] * bool(args.gin_search_paths)
-    shared += [f"--seqio_additional_cache_dirs={args.caches}"] * bool(args.caches)
+    shared = [
+        f"--{name}={getattr(args, name)}"
+        for name in ("gin_search_paths", "seqio_additional_cache_dirs")
+        if getattr(args, name)
+    ]
     train_bindings = [*map(_binding_flag, bindings)]
     train_bindings += [f"--gin_bindings={line}" for line in args.gin_bindings]
     # Macros of training, such as TRAIN_STEPS, are unknown to the run files of evaluation.
-    data_macros = _data_macros()
+    tasks_gin = (gin_flags.GIN_DIR / "runs" / "tasks.gin").read_text()
+    data_macros = set(re.findall(r"^([A-Z][A-Z0-9_]*) = ", tasks_gin, re.MULTILINE))
     data_bindings = [_binding_flag(b) for b in bindings if _binding_name(b) in data_macros]
     files, settings = _split_experiment(args.evaluate)
-    evaluate_flags = [*_file_flags(files), *shared, *data_bindings, *settings]
+    evaluate_flags = [*files, *shared, *data_bindings, *settings]
 
     runs: list[Run] = []
-    bases: dict[str, None] = {}
+    bases: dict[str, None] = {}  # an ordered set
     for experiment in args.experiments:
         files, settings = _split_experiment(experiment)
-        name = _experiment_name(experiment)
-        files += args.gin_file
-        experiment_flags = [*_file_flags(files), *shared, *train_bindings, *settings]
+        words = [Path(flag.removeprefix("--gin_file=")).stem for flag in files]
+        words += [flag.removeprefix("--gin.") for flag in settings]
+        name = re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.")
+        files += [f"--gin_file={file}" for file in args.gin_file]
+        experiment_flags = [*files, *shared, *train_bindings, *settings]
         for seed in seeds:
             folder = Path(args.output) / f"{name}-seed{seed}"
             # Two experiments may differ only in characters that a folder's name cannot have.
@@ -227,10 +219,8 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
         folder = Path(args.output) / ("base" if number == 1 else f"base_{number}")
         flags = [*evaluate_flags, f"--gin.CHECKPOINT_PATH={base}"]
         base_runs.append(_make_run(folder, [], {"base": base}, flags))
-    return [
-        *base_runs,
-        *runs,
-    ]  # bases first: a mistake in --evaluate shows before hours of training
+    # Bases first: a mistake in --evaluate shows before hours of training.
+    return base_runs + runs
 
 
 def _make_run(
@@ -253,22 +243,12 @@ def _parse_seeds(text: str) -> list[int]:
 
 
 def _split_experiment(text: str) -> tuple[list[str], list[str]]:
-    """'a.gin+B=1' -> (['a.gin'], ['--gin.B=1'])."""
+    """'a.gin+B=1' -> (['--gin_file=a.gin'], ['--gin.B=1'])."""
     parts = re.split(r"\+(?=[A-Za-z_./~])", text)  # not the + of 1e+3
-    files = [part for part in parts if "=" not in part]
+    files = [f"--gin_file={part}" for part in parts if "=" not in part]
     if not all(file.endswith(".gin") for file in files):
         raise InputError(f"{text}: expected gin files and NAME=value joined by +")
     return files, [f"--gin.{part}" for part in parts if "=" in part]
-
-
-def _experiment_name(experiment: str) -> str:
-    files, settings = _split_experiment(experiment)
-    words = [Path(file).stem for file in files] + [s.removeprefix("--gin.") for s in settings]
-    return re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.")
-
-
-def _file_flags(files: Sequence[str]) -> list[str]:
-    return [f"--gin_file={file}" for file in files]
 
 
 def _binding_name(binding: str) -> str:
@@ -281,12 +261,6 @@ def _binding_flag(binding: str) -> str:
     # The commands that --dry_run prints are easier to read without quotes inside quotes.
     plain = f"--gin.{name}={value[1:-1]}"
     return plain if gin_flags.split_bindings([plain])[1] == [binding] else f"--gin.{name}={value}"
-
-
-def _data_macros() -> set[str]:
-    """Returns the macros of runs/tasks.gin, which training and evaluation share."""
-    text = (gin_flags.GIN_DIR / "runs" / "tasks.gin").read_text()
-    return set(re.findall(r"^([A-Z][A-Z0-9_]*) = ", text, re.MULTILINE))
 
 
 def _parse_settings(command: str, flags: Sequence[str], where: str) -> dict[str, str]:
@@ -337,7 +311,7 @@ def _read_state(run: Run) -> State:
     """
     from pemoe_jax.analysis.zero_shot import run_settings
 
-    file = run.folder / _STATE_FILE
+    file = run.folder / "sweep.json"
     if not file.exists():
         if run.folder.exists() and any(run.folder.iterdir()):
             raise InputError(f"{run.folder}: expected a run of a sweep: choose another --output")
@@ -365,15 +339,9 @@ def _read_state(run: Run) -> State:
     return state
 
 
-def _write_state(run: Run, state: State) -> None:
-    from pemoe_jax.runtime import atomic_write
-
-    atomic_write.write_json(run.folder / _STATE_FILE, state)
-
-
 def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool) -> list[str]:
     """Runs what is unfinished and returns the names of the runs that failed."""
-    # Flushed after each line: Python buffers output to a file.
+    # Flushed after each line, because Python buffers what goes to a file.
     print(f"{len(runs)} runs, with their logs in {runs[0].folder.parent}/<run>/", flush=True)
     failed: list[str] = []
     width = max(len(run.folder.name) for run in runs)
@@ -390,27 +358,24 @@ def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool) -> list[str]
             if stop_at_failure:
                 break
             continue
-        durations = [
+        words = [
             f"{name} {progress.format_duration(state[name] or 0)}" for name, _ in run.commands()
         ]
-        left = _time_left(runs[:number], runs[number:])
-        print("  ".join([prefix, *durations, _score(run), *left]), flush=True)
+        words.append(_score(run))
+        # Time left: the mean of the finished trainings. Evaluations of bases are much shorter.
+        states = [_read_state(r) for r in runs[:number] if r.train_flags]
+        seconds = [(s["train"] or 0) + s["evaluate"] for s in states if s["evaluate"]]
+        if seconds:
+            unfinished = sum(not _read_state(r)["evaluate"] for r in runs[number:])
+            left = progress.format_duration(statistics.mean(seconds) * unfinished)
+            words.append(f"left {left}")
+        print("  ".join([prefix, *words]), flush=True)
     return failed
-
-
-def _time_left(before: Sequence[Run], after: Sequence[Run]) -> list[str]:
-    """Returns ['left 1:02:03'] by the mean duration of finished trainings, [] without any."""
-    states = [_read_state(run) for run in before if run.train_flags]
-    seconds = [(s["train"] or 0) + s["evaluate"] for s in states if s["evaluate"]]
-    if not seconds:
-        return []
-    unfinished = sum(not _read_state(run)["evaluate"] for run in after)
-    return [f"left {progress.format_duration(sum(seconds) / len(seconds) * unfinished)}"]
 
 
 def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
     """Runs a run's unfinished commands and records them; returns the error, '' without one."""
-    _write_state(run, state)
+    atomic_write.write_json(run.folder / "sweep.json", state)
     for name, flags in run.commands():
         if state[name]:
             continue
@@ -419,7 +384,14 @@ def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
             shutil.rmtree(run.results, ignore_errors=True)
         log = run.folder / f"{name}.log"
         start = time.monotonic()
-        show = _last_line_printer(f"{prefix}  {name}", log)
+
+        # On a terminal the last line of the log, in place.
+        def show(start: float = start, name: str = name, log: Path = log) -> None:
+            if sys.stdout.isatty():
+                duration = progress.format_duration(time.monotonic() - start)
+                line = f"{prefix}  {name} {duration}  {subprocesses.last_line(log)}"
+                print(f"\r\x1b[K{line[:100]}", end="", flush=True)
+
         try:
             code = subprocesses.run_module(_MODULES[name], flags, log, lock, show)
         finally:
@@ -429,21 +401,8 @@ def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
             return f"in {name}, {subprocesses.describe_exit(code, log)} (log: {log})"
         # Never 0, which would read as unfinished.
         state[name] = max(0.1, round(time.monotonic() - start, 1))
-        _write_state(run, state)
+        atomic_write.write_json(run.folder / "sweep.json", state)
     return ""
-
-
-def _last_line_printer(prefix: str, log: Path) -> Callable[[], None]:
-    """Returns a function that shows the last line of a log on a terminal, in place."""
-    start = time.monotonic()
-
-    def show() -> None:
-        if sys.stdout.isatty():
-            duration = progress.format_duration(time.monotonic() - start)
-            line = f"{prefix} {duration}  {subprocesses.last_line(log)}"
-            print(f"\r\x1b[K{line[:100]}", end="", flush=True)
-
-    return show
 
 
 def _score(run: Run) -> str:

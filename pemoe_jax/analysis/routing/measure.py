@@ -1,6 +1,5 @@
 """Selects tasks and router sites, reads examples and runs them through a model's probe."""
 
-import collections
 import dataclasses
 import difflib
 import fnmatch
@@ -45,12 +44,18 @@ def select_tasks(
     Raises:
       InputError: a pattern matches nothing, or the tasks have no training and evaluation roles.
     """
+    from pemoe_jax.data import seqio_import
+
     if patterns is None:
         return _tasks_by_role(registered, use_cached)
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise InputError(f"ROUTES_TASKS must be a list of name patterns, got {patterns!r}")
-    names = _task_names(registered)
+    patterns = _check_patterns("ROUTES_TASKS", "name", patterns)
+    registry = set(seqio_import.import_seqio().TaskRegistry.names())
+    names = [
+        name
+        for name in registered.datasets or sorted(registry)
+        if name in registry
+        and not (name.endswith(_SCORE_SUFFIX) and name.removesuffix(_SCORE_SUFFIX) in registry)
+    ]
     # A dict serves as an ordered set: a task keeps the place of the first pattern that names it.
     selected: dict[str, None] = {}
     for pattern in patterns:
@@ -60,6 +65,13 @@ def select_tasks(
     return list(selected)
 
 
+def _check_patterns(setting: str, kind: str, patterns: object) -> Sequence[str]:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+        raise InputError(f"{setting} must be a list of {kind} patterns, got {patterns!r}")
+    return patterns
+
+
 def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[str]:
     from pemoe_jax.data import seqio_import, seqio_tasks
 
@@ -67,7 +79,7 @@ def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[s
         matches = seqio_tasks.subtask_names(pattern)
     else:
         glob = pattern if pattern in names else pattern.removesuffix(_SCORE_SUFFIX)
-        matches = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+        matches = fnmatch.filter(names, glob)
     if not matches:
         close = difflib.get_close_matches(pattern.strip("*"), names, n=2)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -77,19 +89,6 @@ def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[s
         source = "seqio's caches contain" if use_cached else "P3_DIR contains"
         raise InputError(f"ROUTES_TASKS: {source} none of the {len(matches)} tasks of {pattern!r}")
     return available
-
-
-def _task_names(registered: "Registered") -> list[str]:
-    """Returns all registered tasks, without the `_score_eval` tasks of others among them."""
-    from pemoe_jax.data import seqio_import
-
-    registry = set(seqio_import.import_seqio().TaskRegistry.names())
-    return [
-        name
-        for name in registered.datasets or sorted(registry)
-        if name in registry
-        and not (name.endswith(_SCORE_SUFFIX) and name.removesuffix(_SCORE_SUFFIX) in registry)
-    ]
 
 
 def _available_tasks(names: Sequence[str], use_cached: bool) -> list[str]:
@@ -113,10 +112,9 @@ def _tasks_by_role(registered: "Registered", use_cached: bool) -> list[str]:
             " MIXTURE_OR_TASK_MODULE have no roles to select them by)"
         )
     names: dict[str, None] = {}
-    for role_tasks in (registered.train_tasks, registered.eval_tasks):
-        datasets = {
-            name: registered.datasets[name] for name in _available_tasks(role_tasks, use_cached)
-        }
+    for tasks in (registered.train_tasks, registered.eval_tasks):
+        available = _available_tasks(tasks, use_cached)
+        datasets = {name: registered.datasets[name] for name in available}
         names |= dict.fromkeys(first_task_per_dataset(datasets))
     if not names:
         raise InputError("ROUTES_TASKS is not set, and no task has a training or evaluation role")
@@ -320,12 +318,10 @@ def select_sites(patterns: Sequence[str] | None, experts: Mapping[str, int]) -> 
     if patterns is None:
         last = list(experts)[-1].split("/")[:2]
         return [site for site in experts if site.split("/")[:2] == last]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise InputError(f"ROUTES_SITES must be a list of site patterns, got {patterns!r}")
-    selected = set()
+    patterns = _check_patterns("ROUTES_SITES", "site", patterns)
+    selected: set[str] = set()
     for pattern in patterns:
-        matches = [site for site in experts if fnmatch.fnmatchcase(site, pattern)]
+        matches = fnmatch.filter(experts, pattern)
         if not matches:
             close = difflib.get_close_matches(pattern.strip("*"), experts, n=1, cutoff=0.0)
             raise InputError(
@@ -334,7 +330,7 @@ def select_sites(patterns: Sequence[str] | None, experts: Mapping[str, int]) -> 
             )
         selected.update(matches)
     # Maps and distances share a column per expert across sites.
-    sizes = collections.Counter(experts[site] for site in selected)
+    sizes = {experts[site] for site in selected}
     if len(sizes) != 1:
         raise InputError(
             "ROUTES_SITES must select one or more sites of the same number of experts, got sites of"

@@ -8,7 +8,6 @@ Shapes: `T` tasks, `E` experts. A site is a path such as 'decoder/layers_3/mlp/g
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,11 @@ import numpy as np
 from pemoe_jax.analysis.routing import probe
 
 MAX_TOP_TOKENS = 10
+_ATTENTION = {
+    "attention": "self ",
+    "self_attention": "self ",
+    "encoder_decoder_attention": "cross ",
+}
 DISTANCE_DEFINITION = (
     "square root of the Jensen-Shannon divergence (base 2, so 0 to 1) of two tasks' mean"
     " distributions over experts, with the divergence averaged over the sites"
@@ -76,10 +80,10 @@ class RouterEntropy:
     """Entropies of one router, with every task weighted equally.
 
     Attributes:
-      site: 'decoder/layers_3/mlp/gate'.
+      site: e.g. 'decoder/layers_3/encoder_decoder_attention/key'.
       stack: 'decoder'.
       layer: 3.
-      kind: 'gate'.
+      kind: the projection and its attention, 'cross key'.
       token_entropy: mean entropy of single tokens' distributions over log E; 0: each token uses one
         expert, 1: each token uses all experts equally.
       mean_entropy: entropy of the mean distribution over log E; 0: one expert serves all tokens,
@@ -161,26 +165,21 @@ def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> R
     token_bits = np.asarray(totals.entropy[site], np.float64)[has_tokens] / num_tokens / np.log(2)
     mean_bits = float(entropy_bits(distributions.mean(axis=0)))
     masses = np.asarray(totals.probs[site]).sum(axis=-1)[has_tokens] / num_tokens
-    stack, layer, kind = _split_site(site)
+    stack, layer, module, name = site.split("/")
+    attention = "self " if module.endswith("attention") else ""
+    if module == "encoder_decoder_attention":
+        attention = "cross "
     return RouterEntropy(
         site=site,
         stack=stack,
-        layer=layer,
-        kind=kind,
+        layer=int(layer.removeprefix("layers_")),
+        kind=attention + name,
         token_entropy=float(token_bits.mean() / max_bits),
         mean_entropy=mean_bits / max_bits,
         # Equals mutual information of task and expert, with uniform weights of the tasks.
         task_bits=max(0.0, mean_bits - float(entropy_bits(distributions).mean())),
         mass=float(masses.mean()),
     )
-
-
-def _split_site(site: str) -> tuple[str, int, str]:
-    """'decoder/layers_3/encoder_decoder_attention/key' -> ('decoder', 3, 'cross key')."""
-    stack, layer, module, name = site.split("/")
-    prefix = "cross " if module == "encoder_decoder_attention" else "self "
-    prefix = prefix if module.endswith("attention") else ""
-    return stack, int(re.sub(r"\D", "", layer)), f"{prefix}{name}"
 
 
 @dataclass(frozen=True)

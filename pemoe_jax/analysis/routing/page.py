@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import base64
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pemoe_jax.analysis import plots, tables
-from pemoe_jax.analysis.routing import metrics
+from pemoe_jax.analysis.routing import measure, metrics
 from pemoe_jax.analysis.routing import plots as routing_plots
 from pemoe_jax.analysis.routing import tables as routing_tables
 from pemoe_jax.analysis.routing.metrics import ProbeResult
-from pemoe_jax.analysis.tables import Table
 
 if TYPE_CHECKING:
     import jinja2
 
-_PNG_DPI = 150  # of `plots.import_pyplot`
-_CSS_DPI = 96
-_MAP, _ENTROPY, _TREE = "map", "entropy", "tasks"
+# Alternative texts of the pictures, by the ends of their file names.
 _ALT = {
-    _MAP: "Map: mean probability of each expert for each task",
-    _ENTROPY: "Entropy of the routers by layer",
-    _TREE: "Dendrogram of tasks by the distance of their routing",
+    "map": "Map: mean probability of each expert for each task",
+    "entropy": "Entropy of the routers by layer",
+    "tasks": "Dendrogram of tasks by the distance of their routing",
 }
 
 
 def draw_plots(result: ProbeResult, folder: Path) -> None:
     """Writes <run>_map.png, <run>_entropy.png and, for several tasks, <run>_tasks.png."""
     name = result.about["name"]
+    means = measure.mean_probs(result.totals, result.task_names)
     plots.routing_map(
-        {
-            site: dict(zip(result.task_names, result.distributions(site), strict=True))
-            for site in result.sites
-        },
-        _png(result, folder, _MAP),
+        {site: means[site] for site in result.sites},
+        _png(result, folder, "map"),
         trained=result.trained_tasks,
         # The narrowest scale that fits: soft routers may differ from uniform by a few percent.
         max_ratio=None,
@@ -45,14 +39,14 @@ def draw_plots(result: ProbeResult, folder: Path) -> None:
     )
     routing_plots.plot_entropies(
         metrics.router_entropies(result),
-        _png(result, folder, _ENTROPY),
+        _png(result, folder, "entropy"),
         title=f"Entropy of the routers by layer: {name}",
     )
     if len(result.tasks) > 1:
         routing_plots.plot_dendrogram(
             metrics.task_distances(result),
             result.task_names,
-            _png(result, folder, _TREE),
+            _png(result, folder, "tasks"),
             trained=result.trained_tasks,
             title=f"Which tasks are routed alike: {name}",
         )
@@ -63,7 +57,8 @@ def _png(result: ProbeResult, folder: Path, kind: str) -> Path:
 
 
 def _kinds(result: ProbeResult) -> list[str]:
-    return [_MAP, _ENTROPY, _TREE] if len(result.tasks) > 1 else [_MAP, _ENTROPY]
+    # A single task has no dendrogram.
+    return [kind for kind in _ALT if kind != "tasks" or len(result.tasks) > 1]
 
 
 def render_files(results: Sequence[ProbeResult], folder: Path) -> dict[str, str]:
@@ -92,7 +87,6 @@ def to_html(results: Sequence[ProbeResult], folder: Path) -> str:
     return page
 
 
-@functools.cache
 def _template() -> jinja2.Template:
     # Imported here, as matplotlib in `plots`, so that `pemoe routes --help` stays fast.
     import jinja2
@@ -126,10 +120,11 @@ def _section(number: int, result: ProbeResult, folder: Path) -> dict[str, object
 def _picture(png: Path, kind: str) -> dict[str, object]:
     content = png.read_bytes()
     pixels = int.from_bytes(content[16:20], "big")  # the width in PNG's first chunk, IHDR
-    # A CSS width: the picture has more pixels than the page shows, for dense displays and print.
+    # `plots.import_pyplot` sets 150 pixels per inch, CSS has 96: the picture has more pixels than
+    # the page shows, for dense displays and print.
     return {
         "uri": "data:image/png;base64," + base64.b64encode(content).decode(),
-        "width": round(pixels * _CSS_DPI / _PNG_DPI),
+        "width": round(pixels * 96 / 150),
         "alt": _ALT[kind],
     }
 
@@ -149,20 +144,14 @@ def to_markdown(results: Sequence[ProbeResult], folder: Path) -> str:
             *routing_tables.site_tables(result).values(),
             routing_tables.entropy_table(result),
             *([nearest] if nearest else []),
-            *map(_tokens_as_code, routing_tables.token_tables(result).values()),
+            *routing_tables.token_tables(result),
         ]:
             parts += [f"## {table.title}", tables.markdown_table(table), *table.notes]
-        parts.append(f"Distance: {metrics.DISTANCE_DEFINITION}.")
-        parts.append(
-            f"Tokens: occurring at least {result.min_count} times, with a mean share above 1/E."
-        )
+        parts += [
+            f"Distance: {metrics.DISTANCE_DEFINITION}.",
+            f"Tokens: occurring at least {result.min_count} times, with a mean share above 1/E.",
+        ]
     return "\n\n".join(parts) + "\n"
-
-
-def _tokens_as_code(table: Table) -> Table:
-    # Markdown would take `<start>` for a tag and `*` for emphasis.
-    rows = [[number, "`" + tokens.replace("`", "'") + "`"] for number, tokens in table.rows]
-    return Table(table.title, table.columns, rows)
 
 
 def summary(results: Sequence[ProbeResult]) -> str:

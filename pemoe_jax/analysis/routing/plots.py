@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,20 +15,8 @@ from pemoe_jax.analysis.routing import probe
 from pemoe_jax.analysis.routing.metrics import RouterEntropy
 from pemoe_jax.core.errors import InputError
 
-if TYPE_CHECKING:
-    import matplotlib.axes
-
 # A site's projection sets the color, its attention the line: self and cross keys look related.
-_COLOR_INDEX = {
-    "key": 0,
-    "value": 1,
-    "gate": 2,
-    "query": 3,
-    "out": 4,
-    "wi_0": 5,
-    "wi_1": 2,
-    "wo": 6,
-}
+_COLOR = {"key": 0, "value": 1, "gate": 2, "query": 3, "out": 4, "wi_0": 5, "wi_1": 2, "wo": 6}
 _LINES = {"self": "-", "cross": (0, (4, 2)), "": "-"}
 _MARKERS = {"self": "o", "cross": "s", "": "D"}
 _ROWS = (
@@ -40,13 +27,7 @@ _GRID = "#E6E6E6"
 
 
 def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: str) -> Path:
-    """Draws router entropies by layer: encoder left, decoder right; tokens above, mean below.
-
-    Args:
-      routers: all routers of a model.
-      png: output file.
-      title: title of the figure.
-    """
+    """Draws router entropies by layer: encoder left, decoder right; tokens above, mean below."""
     plt = plots.import_pyplot()
     stacks = [stack for stack in probe.STACKS if any(r.stack == stack for r in routers)]
     kinds = list(dict.fromkeys(r.kind for r in routers))
@@ -60,7 +41,12 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
             axis = axes[row, column]
             for kind in kinds:
                 line = [r for r in routers if (r.stack, r.kind) == (stack, kind)]
-                _plot_line(axis, line, attribute)
+                attention, _, name = kind.rpartition(" ")
+                style = {"ls": _LINES[attention], "marker": _MARKERS[attention], "lw": 1.6}
+                style |= {"color": plots.COLORS[_COLOR[name]], "ms": 4.5 if len(line) <= 12 else 3}
+                if line:  # the encoder has no cross-attention
+                    x, y = [r.layer for r in line], [getattr(r, attribute) for r in line]
+                    axis.plot(x, y, label=kind, **style)
             axis.axhline(1, color=plots.MUTED_COLOR, lw=0.8, ls=(0, (1, 2)))
             axis.set_title(f"{stack}, {meaning}", size=9.5, loc="left")
             axis.grid(color=_GRID, lw=0.8)
@@ -94,24 +80,6 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
     return plots.save_figure(figure, png)
 
 
-def _plot_line(
-    axis: matplotlib.axes.Axes, routers: Sequence[RouterEntropy], attribute: str
-) -> None:
-    if not routers:
-        return
-    attention, _, name = routers[0].kind.rpartition(" ")
-    axis.plot(
-        [r.layer for r in routers],
-        [getattr(r, attribute) for r in routers],
-        color=plots.COLORS[_COLOR_INDEX[name]],
-        ls=_LINES[attention],
-        marker=_MARKERS[attention],
-        ms=4.5 if len(routers) <= 12 else 3,
-        lw=1.6,
-        label=routers[0].kind,
-    )
-
-
 def plot_dendrogram(
     distances: np.ndarray,
     tasks: Sequence[str],
@@ -120,13 +88,13 @@ def plot_dendrogram(
     trained: Collection[str] | None = None,
     title: str,
 ) -> Path:
-    """Draws the dendrogram of tasks with average linkage.
+    """Draws the dendrogram of T tasks with average linkage.
 
     Args:
-      distances: [T, T].
-      tasks: T names, at least two.
+      distances: distances of the tasks [T, T].
+      tasks: names of the tasks, at least two.
       png: output file.
-      trained: tasks trained on; the others are colored.
+      trained: names of the tasks trained on; the labels of all others are colored.
       title: title of the figure.
 
     Raises:
@@ -152,15 +120,8 @@ def plot_dendrogram(
     width = max(left + tree + labels, 0.5 + plots.text_width(title, 13))
     height = top + row * len(tasks) + bottom
     figure = plt.figure(figsize=(width, height))
-    figure.text(
-        0.15 / width,
-        1 - 0.3 / height,
-        title,
-        size=12,
-        weight="bold",
-        va="center",
-        c=plots.TEXT_COLOR,
-    )
+    style = {"size": 12, "weight": "bold", "c": plots.TEXT_COLOR}
+    figure.text(0.15 / width, 1 - 0.3 / height, title, va="center", **style)
     if is_colored:
         x = 0.15
         for text, color in (("trained on", plots.TEXT_COLOR), ("held out", plots.ACCENT_COLOR)):
@@ -176,11 +137,8 @@ def plot_dendrogram(
         leaf_font_size=8,
     )
     for task, label in zip(drawn["ivl"], axis.get_yticklabels(), strict=True):
-        label.set_color(
-            plots.ACCENT_COLOR
-            if is_colored and trained and task not in trained
-            else plots.TEXT_COLOR
-        )
+        is_held_out = is_colored and trained and task not in trained
+        label.set_color(plots.ACCENT_COLOR if is_held_out else plots.TEXT_COLOR)
     axis.set_xlim(left=linkage[-1, 2] * 1.03, right=0)
     axis.tick_params(axis="y", length=0, pad=4)
     axis.tick_params(axis="x", labelsize=8)

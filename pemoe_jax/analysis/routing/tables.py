@@ -120,16 +120,17 @@ def nearest_table(result: ProbeResult) -> Table | None:
     return Table("Held-out tasks and their nearest training tasks by routing", columns, rows)
 
 
-def token_tables(result: ProbeResult) -> dict[str, Table]:
-    """Returns {site: table of top tokens} with a row per expert; ratios are multiples of 1/E."""
-    tables = {}
+def token_tables(result: ProbeResult) -> list[Table]:
+    """Returns each site's top tokens, with a row per expert, for Markdown."""
+    tables = []
     for site in result.sites:
         rows = []
         for number, tokens in enumerate(metrics.top_tokens(result, site), 1):
-            cells = [f"{token.piece} {token.ratio:.2f}" for token in tokens]
-            rows.append([str(number), "  ".join(cells) or MISSING])
+            text = "  ".join(f"{token.piece} {token.ratio:.2f}" for token in tokens) or MISSING
+            # As code: Markdown would take `<start>` for a tag and `*` for emphasis.
+            rows.append([str(number), "`" + text.replace("`", "'") + "`"])
         title = f"{site}: {_READS[probe.token_stack(site)]} by expert"
-        tables[site] = Table(title, ["expert", "tokens by share"], rows)
+        tables.append(Table(title, ["expert", "tokens by share"], rows))
     return tables
 
 
