@@ -171,7 +171,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: pathlib.Path | None) -> 
 
 def describe_row(row: Mapping[str, Any]) -> str:
     """Returns a row as lines of text."""
-    title = f"{row['row']}: {row['rounds']} rounds, others used {row['others used']:.0%}"
+    title = f"{row['row']}: {row['rounds']} rounds, other processes used {row['others used']:.0%}"
     if "ratio" in row:
         low, middle, high = row["ratio"]
         title += (

@@ -193,8 +193,8 @@ def format_conditions(row: Row, measured: Measured) -> str:
     floor = f" Floor: {common.describe_floor(measured['floor'])}." if measured["floor"] else ""
     return (
         f"- **{row.description}**: `{measured['command']}`. {measured['machine']};"
-        f" {measured['rounds']} rounds, in which others used {measured['others used']:.0%} of the"
-        f" cores. {versions}.{floor}"
+        f" {measured['rounds']} rounds, in which other processes used"
+        f" {measured['others used']:.0%} of the cores. {versions}.{floor}"
     )
 
 

@@ -45,7 +45,7 @@ class Worker:
         os.dup2(2, 1)
         if not self.spec.get("gpu"):
             machine.pin()
-            host_memory.configure()  # for peers too, which it also makes faster
+            host_memory.configure()  # peers too, because it makes them faster as well
             if importlib.util.find_spec("jax"):
                 host_memory.disable_async_dispatch()
 
@@ -65,7 +65,7 @@ class Worker:
         # The first step allocates what later ones reuse, and torch compiles in it.
         clock = time.perf_counter()
         first = float(step())
-        host_memory.trim_heap()  # memory of the compilation, which peers return by now
+        host_memory.trim_heap()  # the compiler's memory is not the step's
         step()
         warm_up = time.perf_counter() - clock
         build_peak = machine.memory("VmHWM")
@@ -170,8 +170,8 @@ def alternate(sides: Sequence[Side], rounds: int, sequential: bool = False) -> f
     Args:
       sides: sides whose workers are not started yet.
       rounds: number of steps per side.
-      sequential: whether one side takes all its steps before the next starts, for a GPU without
-        memory for both; a GPU runs nothing else, so that its clock is steady.
+      sequential: whether one side takes all its steps before the next starts, for a GPU that has
+        no memory for both. A GPU runs nothing else, so its times are steady.
 
     Returns:
       The share of the cores that other processes used.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FLAGS = gin_flags.make_parser(
     "routes",
     "Shows which experts a run uses for tasks that it was trained on and for held-out ones:\n"
-    "each task's mean probabilities over experts (a map), how decided the routers are by layer,\n"
+    "each task's mean probabilities over experts (a map), the entropy of the routers by layer,\n"
     "which tasks are routed alike (a dendrogram), and which tokens each expert gets. Writes\n"
     "routes.html (a self-contained page), routes.md, routes.json, routes.csv, distances.csv and\n"
     "PNG files to the output folder.",
@@ -61,14 +61,14 @@ def routes(
     examples: int = measure.DEFAULT_EXAMPLES,
     min_count: int = 5,
 ) -> None:
-    """Runs inputs with their correct answers through the routers and writes what the routers did.
+    """Runs examples through models with routers and writes which experts they used.
 
     Args:
       models: runs, checkpoints or adapters, each a section of the page.
-      data: where the tasks come from, and the batches.
+      data: source of the tasks, their lengths and the batch size.
       output_dir: folder for the page, tables and plots.
-      tasks: names or patterns (*) of tasks, or mixtures; None: one prompt of each dataset, trained
-        on and held out, by the roles of the data.
+      tasks: names or patterns (*) of tasks, or mixtures; None: one prompt of each dataset, of those
+        trained on and of those held out.
       sites: patterns of sites to show in detail, e.g. ['*/mlp/gate']; None: all of the last decoder
         block.
       examples: maximum number of examples of each task, the first of its evaluation split, or else
@@ -76,7 +76,7 @@ def routes(
       min_count: minimum number of occurrences of a token in the lists of top tokens.
 
     Raises:
-      InputError: a method has no routers, or a setting or a file is wrong.
+      InputError: a method has no routers, or a setting or file is invalid.
     """
     from pemoe_jax.analysis.routing import page
     from pemoe_jax.checkpoints import models as models_lib

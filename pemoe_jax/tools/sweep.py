@@ -96,7 +96,7 @@ class Run:
       folder: output folder.
       train_flags: flags of `pemoe_jax.train`; empty for a base model.
       evaluate_flags: flags of `pemoe_jax.evaluate`.
-      train_settings: gin settings that the training's result depends on.
+      train_settings: gin settings that the trained parameters depend on.
       evaluate_settings: gin settings that the scores depend on.
     """
 
@@ -126,7 +126,7 @@ class State(TypedDict):
 
 
 def resolve_base(path: str | None) -> str | None:
-    """Returns the path of an experiment's base model, which gin passes."""
+    """Returns its argument, which gin resolves from a macro or a call."""
     return path
 
 
@@ -314,24 +314,28 @@ def _read_state(run: Run) -> State:
     file = run.folder / "sweep.json"
     if not file.exists():
         if run.folder.exists() and any(run.folder.iterdir()):
-            raise InputError(f"{run.folder}: expected a run of a sweep: choose another --output")
+            raise InputError(
+                f"{run.folder}: expected a run of a sweep, got other files; choose another --output"
+            )
         return State(
             settings=run.train_settings, scoring=run.evaluate_settings, train=None, evaluate=None
         )
     try:
         state: State = json.loads(file.read_text())
-        # States of older versions have the bindings of their version.
+        # Older versions recorded other bindings that only pass macros on.
         previous = run_settings.drop_wiring(state["settings"])
         scoring = run_settings.drop_wiring(state["scoring"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{file}: expected a sweep's state: delete {run.folder}") from None
+        raise InputError(
+            f"{file}: expected the state of a sweep's run; delete {run.folder} to run it again"
+        ) from None
     # Names the first difference; a run has too many settings to print.
     for name in {**previous, **run.train_settings}:
         old, new = (s.get(name, "(not set)") for s in (previous, run.train_settings))
         if old != new:
             raise InputError(
-                f"{run.folder}: expected {name} = {old}, as its run has, got {new}: choose another"
-                " --output or delete the folder"
+                f"{run.folder}: expected {name} = {old}, the setting of its run, got {new}; choose"
+                " another --output or delete the folder"
             )
     # A changed evaluation is cheap to repeat; a changed training would take hours.
     if scoring != run.evaluate_settings or not (run.results / "results.json").is_file():

@@ -280,9 +280,9 @@ def test_entropies_are_drawn_by_layer(monkeypatch):
         if not line.get_label().startswith("_")
     }
     assert len(figure.axes) == 4 and len(drawn) == 2 * 3
-    layers, values = drawn["decoder, each token (low: it decides)", "cross key"]
+    layers, values = drawn["decoder, each token (low: few experts)", "cross key"]
     assert layers == [0, 1, 2] and values == pytest.approx([0.2, 0.3, 0.4])
-    assert drawn["encoder, mean over all (low: few are used)", "gate"][1] == [0.9] * 3
+    assert drawn["encoder, mean over all (low: few experts)", "gate"][1] == [0.9] * 3
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["gate", "cross key"]
     for axis in figure.axes:  # all values are inside the axes

@@ -56,7 +56,7 @@ def select_tasks(
         if name in registry
         and not (name.endswith(_SCORE_SUFFIX) and name.removesuffix(_SCORE_SUFFIX) in registry)
     ]
-    # A dict serves as an ordered set: a task keeps the place of the first pattern that names it.
+    # A dict as an ordered set: a task that several patterns match is listed at the first.
     selected: dict[str, None] = {}
     for pattern in patterns:
         selected |= dict.fromkeys(_match_tasks(pattern, names, use_cached))
@@ -131,7 +131,7 @@ def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
 
 def trained_datasets(opened: "models.OpenedModel", registered: "Registered") -> set[str] | None:
     """Returns the datasets that a run was trained on; None if unknown."""
-    # Runs record their datasets; adapters of other tools and base models have no such record.
+    # Adapters of other tools and base models have no record of their datasets.
     recorded = getattr(opened.record, "trained_datasets", None)
     if recorded is not None:
         return set(recorded)
@@ -266,7 +266,7 @@ def measure_routing(
     from pemoe_jax.data import batching, prefetch
 
     members = {task: [keep_correct_choice(group) for group in groups[task]] for task in groups}
-    # `score_batches` sorts by length; identity leads from a group in a batch back to its task.
+    # `score_batches` sorts groups by length, so their tasks are looked up by the groups' identity.
     task_ids = {
         id(g): task for task, task_groups in enumerate(members.values()) for g in task_groups
     }
@@ -281,7 +281,7 @@ def measure_routing(
     for batch, batch_groups in prefetch.prefetch(batches):
         # a single choice per example: [B, 1, Lt] -> [B, Lt]
         flat = {name: array[:, 0] if array.ndim == 3 else array for name, array in batch.items()}
-        # Padding rows have no tokens, so the task 0 that they are assigned gains nothing.
+        # Padding rows belong to task 0, whose totals they do not change: they have no tokens.
         flat["tasks"] = np.zeros(len(flat["encoder_input_tokens"]), np.int32)
         flat["tasks"][: len(batch_groups)] = [task_ids[id(group)] for group in batch_groups]
         sharded = partitioning.shard_batch(flat, mesh)

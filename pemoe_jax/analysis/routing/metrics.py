@@ -127,7 +127,7 @@ def jensen_shannon(probs: np.ndarray) -> np.ndarray:
     entropy = entropy_bits(probs)
     midpoint = entropy_bits((probs[:, None] + probs[None]) / 2)
     divergences = np.clip(midpoint - (entropy[:, None] + entropy[None]) / 2, 0.0, 1.0)
-    # Rounding leaves about 1e-16 there, whose square root would be a visible distance.
+    # Rounding leaves about 1e-16 on the diagonal, whose square root would be a visible distance.
     np.fill_diagonal(divergences, 0.0)
     return divergences
 

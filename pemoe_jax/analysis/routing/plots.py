@@ -20,8 +20,8 @@ _COLOR = {"key": 0, "value": 1, "gate": 2, "query": 3, "out": 4, "wi_0": 5, "wi_
 _LINES = {"self": "-", "cross": (0, (4, 2)), "": "-"}
 _MARKERS = {"self": "o", "cross": "s", "": "D"}
 _ROWS = (
-    ("token_entropy", "each token (low: it decides)"),
-    ("mean_entropy", "mean over all (low: few are used)"),
+    ("token_entropy", "each token (low: few experts)"),
+    ("mean_entropy", "mean over all (low: few experts)"),
 )
 _GRID = "#E6E6E6"
 

@@ -27,8 +27,8 @@ _FULL_MASS = 0.999  # float32 sums of a full distribution stay above it
 _ENTROPY_NOTE = (
     "Entropies are fractions of log E; every task has the same weight. Each token: 0 if it uses"
     " one expert, 1 if it uses all equally. Mean: the entropy of the mean over tokens and tasks; 0"
-    " if one expert serves everything. Tasks: how many bits lower the entropy is within tasks (0:"
-    " routing does not depend on the task)."
+    " if one expert serves everything. Tasks: by how many bits the entropy within tasks is below"
+    " that of their mean; 0 if routing does not depend on the task."
 )
 _MASS_NOTE = (
     "Kept: the mean sum of a token's probabilities after top-k. All other columns refer to"
@@ -37,7 +37,7 @@ _MASS_NOTE = (
 
 
 def value_name(result: ProbeResult) -> str:
-    """Returns what the values of mean distributions are: top-k probabilities are normalized."""
+    """Returns the name of the values in mean distributions, which for top-k are normalized."""
     is_normalized = any(router.mass <= _FULL_MASS for router in metrics.router_entropies(result))
     return "mean share of the mixture" if is_normalized else "mean probability"
 
