@@ -346,9 +346,7 @@ def test_changed_settings_are_refused_and_changed_evaluation_is_repeated(
     output = shutil.copytree(finished, tmp_path / "copy")
     assert sweep.main(sweep_flags(output, "--gin.BATCH_SIZE=3")) == 1
     error = capsys.readouterr().err
-    assert (
-        "expected BATCH_SIZE = 32, the setting of its run, got 3; choose another" in error
-    )
+    assert "expected BATCH_SIZE = 32, the setting of its run, got 3; choose another" in error
     # settings that no result depends on may change
     assert sweep.main(sweep_flags(output, "--gin.LOG_PERIOD=3")) == 0
     assert capsys.readouterr().out.count("already finished") == 3
