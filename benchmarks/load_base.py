@@ -1,6 +1,6 @@
 """Load time of a base model and its memory beyond the parameters, by format.
 
-    python benchmarks/load_base.py [--folder /tmp/bases] [--repeats 5] [--dtype float32]
+    python benchmarks/load_base.py [--folder /tmp/pemoe_bases] [--repeats 5] [--dtype float32]
 
 Writes a random T5 v1.1 Base (0.99 GB in float32) in every format. Then loads each in separate
 processes, alternately with our reader and with the format's own library, and prints medians: the
