@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 SPAN_CORRUPTION = "pretrain_span_corruption"
 PREFIX_LM = "pretrain_prefix_lm"
-SENTENCE_ENDS = (".", "?", "!", ":")
+_SENTENCE_ENDS = (".", "?", "!", ":")
+# T5 removes 0.15 of 512 tokens in spans of 3. Of a sentence, that would leave one span to learn.
+_NOISE_DENSITY = 0.3
+_MEAN_SPAN_LENGTH = 2.0
 
 # (ids, rng) -> (inputs, targets), all without EOS
 Objective = Callable[[Sequence[int], np.random.Generator], tuple[list[int], list[int]]]
@@ -41,11 +44,7 @@ def _random_lengths(total: int, parts: int, rng: np.random.Generator) -> list[in
 
 
 def span_corruption(
-    ids: Sequence[int],
-    rng: np.random.Generator,
-    first_sentinel: int,
-    noise_density: float = 0.3,
-    mean_span_length: float = 2.0,
+    ids: Sequence[int], rng: np.random.Generator, first_sentinel: int
 ) -> tuple[list[int], list[int]]:
     """Replaces spans of a text by sentinels.
 
@@ -53,16 +52,13 @@ def span_corruption(
       ids: a text of at least two tokens, without EOS.
       rng: source of the draws.
       first_sentinel: id of the first sentinel; the others count down from it.
-      noise_density: share of the tokens to remove. T5 uses 0.15 and spans of 3, on 512 tokens;
-        in a sentence that would leave one span to learn from.
-      mean_span_length: mean number of tokens of a span.
 
     Returns:
-      (inputs, targets), without EOS. The text begins with tokens that stay and ends with a span.
+      (inputs, targets), without EOS. The first token stays, the last is removed.
     """
     # Both counts are bounded so that no span and no gap is empty, whatever the length.
-    num_noise = min(max(round(len(ids) * noise_density), 1), len(ids) - 1)
-    num_spans = min(max(round(num_noise / mean_span_length), 1), len(ids) - num_noise)
+    num_noise = min(max(round(len(ids) * _NOISE_DENSITY), 1), len(ids) - 1)
+    num_spans = min(max(round(num_noise / _MEAN_SPAN_LENGTH), 1), len(ids) - num_noise)
     keep_lengths = _random_lengths(len(ids) - num_noise, num_spans, rng)
     span_lengths = _random_lengths(num_noise, num_spans, rng)
     inputs: list[int] = []
@@ -77,31 +73,26 @@ def span_corruption(
 
 
 def prefix_lm(
-    ids: Sequence[int],
-    rng: np.random.Generator,
-    sentence_ends: Sequence[int] = (),
-    p_last_sentence: float = 0.5,
-    p_any_sentence: float = 0.25,
+    ids: Sequence[int], rng: np.random.Generator, sentence_ends: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Splits a text in two.
+
+    The split is before the last sentence (probability 0.5), after any sentence (0.25), or else, and
+    in a text of one sentence, anywhere.
 
     Args:
       ids: a text of at least two tokens, without EOS.
       rng: source of the draws.
       sentence_ends: ids of full stops and the like.
-      p_last_sentence: probability of a split before the last sentence, where a question has its
-        answer.
-      p_any_sentence: probability of a split after any sentence. Otherwise, or in a text of one
-        sentence, the split is anywhere.
 
     Returns:
       (inputs, targets), neither empty, without EOS.
     """
     ends = [position + 1 for position, token in enumerate(ids[:-1]) if token in sentence_ends]
     draw = rng.random()
-    if ends and draw < p_last_sentence:
+    if ends and draw < 0.5:  # the last sentence is often the answer to a question
         split = ends[-1]
-    elif ends and draw < p_last_sentence + p_any_sentence:
+    elif ends and draw < 0.75:
         split = ends[rng.integers(len(ends))]
     else:
         split = 1 + int(rng.integers(len(ids) - 1))
@@ -155,7 +146,7 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
         )
     vocabulary = load_vocabulary(vocab_path)
     # encode, not piece_to_id: the vocabulary may have merged the mark with the word before it
-    ends = [ids[-1] for ids in (vocabulary.encode(f"a{end}") for end in SENTENCE_ENDS) if ids]
+    ends = [ids[-1] for ids in (vocabulary.encode(f"a{end}") for end in _SENTENCE_ENDS) if ids]
     first_sentinel = vocabulary.vocab_size - 1
     objectives: dict[str, Objective] = {
         SPAN_CORRUPTION: lambda ids, rng: span_corruption(ids, rng, first_sentinel),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from pemoe_jax.core.errors import InputError
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Registered:
@@ -60,13 +58,3 @@ def abbreviate(names: Sequence[str], limit: int) -> str:
     """Joins the first `limit` names, followed by the number of the others."""
     others = f", … {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + others
-
-
-def check_eval_examples(eval_examples: object) -> None:
-    """Checks EVAL_EXAMPLES.
-
-    Raises:
-      InputError: the value is neither None nor a positive integer.
-    """
-    if eval_examples is not None and (not isinstance(eval_examples, int) or eval_examples < 1):
-        raise InputError(f"EVAL_EXAMPLES must be a positive integer or None, got {eval_examples!r}")

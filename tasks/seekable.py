@@ -87,10 +87,10 @@ def trim_and_append_eos(
     output_features: Mapping[str, seqio.Feature],
     sequence_length: Mapping[str, int] | None = None,
 ) -> tf.data.Dataset:
-    """Preprocessor: truncates to the length, with one EOS at the end if the feature asks for it.
+    """Preprocessor: truncates to the length, and ends in one EOS if the feature has `add_eos`.
 
-    An EOS at the end of `ids` does not count: caches of P3 exist with and without EOS on inputs,
-    and seqio truncates it with the rest of a sequence that is too long.
+    seqio's own preprocessor would add a second EOS to ids that end in one already: some caches of
+    P3 have an EOS on inputs, others do not.
     """
 
     # without autograph, which is slow to build

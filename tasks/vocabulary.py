@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import seqio
 
 T5_VOCAB_PATH = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
-SENTINELS = 100  # of span corruption, behind the file's own pieces
+SENTINELS = 100  # sentinel tokens of span corruption, added after the file's own pieces
 
 
 def default_vocab_path() -> str:

@@ -94,10 +94,10 @@ def read_parts(
     part_of_row = np.searchsorted(first_rows, rows, side="right") - 1
     results: dict[int, T] = {}
     for part in np.unique(part_of_row).tolist():
-        places = np.flatnonzero(part_of_row == part)
-        in_part = (rows[places] - first_rows[part]).tolist()
-        results |= zip(places.tolist(), read(part, in_part), strict=True)
-    return [results[place] for place in range(len(rows))]
+        positions = np.flatnonzero(part_of_row == part)
+        numbers_in_part = (rows[positions] - first_rows[part]).tolist()
+        results |= zip(positions.tolist(), read(part, numbers_in_part), strict=True)
+    return [results[position] for position in range(len(rows))]
 
 
 class RowReader(abc.ABC):
@@ -142,8 +142,7 @@ class RowReader(abc.ABC):
         idx = np.array(pairs, np.int64).reshape(-1, 2)
         if len(np.unique(idx, axis=0)) < len(idx):
             raise InputError(
-                f"{self.location}: expected an 'idx' of its own in every row, got two rows with the"
-                " same 'idx'"
+                f"{self.location}: expected unique 'idx', got two rows with the same 'idx'"
             )
         return idx
 

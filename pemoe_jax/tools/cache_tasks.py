@@ -3,7 +3,6 @@
 import argparse
 import collections
 import concurrent.futures
-import dataclasses
 import fnmatch
 import functools
 import multiprocessing
@@ -11,19 +10,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.runtime import gin_flags, seqio_caches
 
 if TYPE_CHECKING:
     from pemoe_jax.data.rows import Row, RowReader
 
 _DESCRIPTION = """\
-Writes tasks of P3 as tfrecords, in the layout of the published caches, which P3_DIR and seqio
-(USE_CACHED_TASKS, --seqio_additional_cache_dirs) read: from Parquet as the hub serves it, from JSON
-lines, or from prompt templates and a dataset's examples (docs/p3.md describes the forms). Run the
-same command again to continue after a stop."""
+Writes tasks of P3 as tfrecords in the layout of the published caches. The source is Parquet as the
+hub serves it, JSON lines, or prompt templates with the datasets' examples (see docs/p3.md). P3_DIR
+and seqio (USE_CACHED_TASKS, --seqio_additional_cache_dirs) read the result. Run the same command
+again to continue after a stop."""
 _EPILOG = """\
 example:
   pemoe cache_tasks --tasks='super_glue_rte_*' --p3_dir=parquet --output=cache
@@ -62,17 +61,13 @@ gin_flags.add_cache_dirs_flag(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A split of a task to be written."""
-
+class _Job(NamedTuple):
     task: str
     split: str
 
 
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """What a process needs to do any job."""
+class _Settings(NamedTuple):
+    """Arguments of every process."""
 
     p3_dir: str
     vocab_path: str
@@ -81,11 +76,7 @@ class _Settings:
 
 
 def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-    """Runs the command.
-
-    Args:
-      args: the parsed flags.
-      bindings: gin bindings, of which there must be none.
+    """Runs the command with parsed flags; gin bindings are an error.
 
     Raises:
       InputError: a flag or the data is wrong. Splits that were written stay.
@@ -95,9 +86,8 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
 
     if bindings:
         raise InputError(f"this command takes no gin bindings, got {bindings[0]}")
-    for name, value in (("--workers", args.workers), ("--shard_rows", args.shard_rows)):
-        if value < 1:
-            raise InputError(f"{name} must be a positive integer, got {value}")
+    check_integer("--workers", args.workers)
+    check_integer("--shard_rows", args.shard_rows)
     p3_dir = args.p3_dir or os.environ.get("PEMOE_P3_DIR")
     if not p3_dir:
         raise InputError("--p3_dir is not set: pass a folder of P3, or set PEMOE_P3_DIR")
@@ -114,16 +104,13 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     # A task with all its splits but no COMPLETED gets it when its jobs find the files.
     finished = [task for task in splits if (settings.output / task / "COMPLETED").exists()]
     jobs = [
-        Job(task, split)
+        _Job(task, split)
         for task, names in splits.items()
         if task not in finished
         for split in names
     ]
-    print(
-        f"{folder}: {len(splits)} tasks to {settings.output}"
-        + (f", {len(finished)} of them complete already" if finished else ""),
-        flush=True,
-    )
+    complete = f", {len(finished)} of them complete already" if finished else ""
+    print(f"{folder}: {len(splits)} tasks to {settings.output}{complete}", flush=True)
     bar = progress.Progress("splits", len(jobs), note="starting")
     done: dict[str, set[str]] = collections.defaultdict(set)
     rows = 0
@@ -132,7 +119,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
             rows += written
             done[job.task].add(job.split)
             if done[job.task] == set(splits[job.task]):
-                # last: seqio reads a folder with this file only
+                # written last, because seqio reads a cache only if it has this file
                 (settings.output / job.task / "COMPLETED").touch()
             bar.report_if_due(number, f"{progress.format_count(rows)} rows")
     finally:
@@ -155,21 +142,21 @@ def _splits_to_write(
         if not matched:
             raise InputError(f"--tasks {pattern!r} matched none of {len(names)} tasks")
         files = {name: files for name in matched if (files := folder.find(name)) is not None}
-        # a run leaves such templates out; whoever writes a cache wants it whole
+        # a training run leaves out templates that cannot be read, but a cache must be complete
         for reason in folder.unreadable.values():
             raise InputError(reason)
-        reasons = folder.unavailable
-        unavailable = [f"{name}: {reasons[name]}" for name in matched if name in reasons]
+        unavailable = folder.describe_unavailable(matched)
         if not files:
-            raise InputError(
-                f"--tasks {pattern!r}: {folder.path} has none of the {len(matched)} tasks"
-                + (f"; {unavailable[0]}" if unavailable else "")
-            )
-        if unavailable:
-            others = f" (and {len(unavailable) - 1} more tasks)" if len(unavailable) > 1 else ""
-            print(f"left out: {unavailable[0]}{others}", flush=True)
+            none = f"{folder.path} has none of the {len(matched)} tasks"
+            raise InputError("; ".join([f"--tasks {pattern!r}: {none}", *unavailable]))
+        for reason in unavailable:
+            print(f"left out: {reason}", flush=True)
         for name, task_files in files.items():
-            if task_files.form != CACHE and task_files.splits and not _is_cached(name):
+            is_cached = any(
+                os.path.exists(f"{cache_dir}/{name}/COMPLETED")
+                for cache_dir in seqio_caches.additional_cache_dirs
+            )
+            if task_files.form != CACHE and task_files.splits and not is_cached:
                 splits[name] = sorted(task_files.splits)
     if not splits:
         where = ", ".join([str(folder.path), *seqio_caches.additional_cache_dirs])
@@ -177,16 +164,8 @@ def _splits_to_write(
     return str(folder.path), splits
 
 
-def _is_cached(name: str) -> bool:
-    """Returns whether a task is in one of --seqio_additional_cache_dirs."""
-    return any(
-        os.path.exists(f"{folder}/{name}/COMPLETED")
-        for folder in seqio_caches.additional_cache_dirs
-    )
-
-
-def _run(settings: _Settings, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
-    """Does the jobs, and yields each with the number of rows written, as they end."""
+def _run(settings: _Settings, jobs: Sequence[_Job], workers: int) -> Iterator[tuple[_Job, int]]:
+    """Runs the jobs, and yields each with the number of rows written when it ends."""
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
             yield job, write_split(settings, job)
@@ -203,11 +182,11 @@ def _run(settings: _Settings, jobs: Sequence[Job], workers: int) -> Iterator[tup
             raise
 
 
-def write_split(settings: _Settings, job: Job) -> int:
+def write_split(settings: _Settings, job: _Job) -> int:
     """Writes a split of a task, unless it exists; returns the number of rows written.
 
-    Files are written into a folder of their own and then moved, info last, so that a split with
-    info is complete even if the process was killed.
+    Files are written into a temporary folder and then moved, `info.<split>.json` last, so that a
+    split with this file is complete even if the process was killed.
     """
     from pemoe_jax.runtime import atomic_write
 

@@ -6,8 +6,8 @@ The folder holds `<task>/<split>.jsonl` with an example per line: `{"inputs": st
 - a task `<task>` with the splits that have a file;
 - for each task with choices a `<task>_score_eval` in P3's form (see `score_eval`), with a metric,
   so that seqio's Evaluator and T5X score it too;
-- the mixtures `jsonl_train`, `jsonl_score_eval`, and `jsonl_train_score_eval` of the `_score_eval`
-  tasks of the training tasks (an accuracy on them is not a zero-shot one).
+- the mixtures `jsonl_train`, `jsonl_score_eval`, and `jsonl_train_score_eval`, which scores the
+  training tasks (so its accuracy is not zero-shot).
 
 The split `validation` of a task is its evaluation split: the first of validation, val and test.
 
@@ -31,7 +31,7 @@ import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.jsonl import files as files_lib
@@ -43,13 +43,12 @@ from pemoe_jax.tasks.jsonl.roles import (
     JsonLinesTasks,
     OddRows,
 )
-from pemoe_jax.tasks.registered import check_eval_examples
 from pemoe_jax.tasks.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
     import seqio
 
-# T0's rate of a larger dataset: this number divided by the dataset's templates.
+# A task of a larger dataset is mixed at this rate, divided by the number of the dataset's tasks.
 MAX_RATE = 500_000
 _MIXTURES = (TRAIN_MIXTURE, SCORE_MIXTURE, TRAIN_SCORE_MIXTURE)
 _USES = ("train", "eval", "train_eval")
@@ -57,17 +56,11 @@ _USES = ("train", "eval", "train_eval")
 
 @dataclasses.dataclass
 class _Current:
-    """The registered folder.
+    """The registered folder."""
 
-    Attributes:
-      key: arguments and file times that it was registered with.
-      tasks: what `register` returned.
-      names: tasks in seqio's registry.
-    """
-
-    key: object = None
-    tasks: JsonLinesTasks | None = None
-    names: list[str] = dataclasses.field(default_factory=list)
+    key: object = None  # arguments and file times that it was registered with
+    tasks: JsonLinesTasks | None = None  # what `register` returned
+    names: list[str] = dataclasses.field(default_factory=list)  # tasks in seqio's registry
 
 
 _current = _Current()
@@ -89,19 +82,23 @@ def register(
       train_tasks: patterns of the tasks to train on (TRAIN_TASKS), instead of the training role.
       eval_tasks: patterns of the tasks to score (EVAL_TASKS), instead of the scoring role.
       eval_examples: use only the first examples of every split but `train` (EVAL_EXAMPLES).
-      use: mixtures whose files are read and checked now: 'train' (and the evaluation splits of its
-        tasks, for the validation loss), 'eval', 'train_eval'. Others are checked when they are
-        used.
+      use: mixtures whose files are read and checked now: 'train' (with the evaluation splits of its
+        tasks, for the validation loss), 'eval', 'train_eval'. Other files are checked when they
+        are read.
 
     Raises:
-      InputError: an argument or a file is wrong. Nothing has changed then.
+      InputError: an argument or a file is wrong; the tasks of an earlier call stay.
     """
-    check_eval_examples(eval_examples)
+    if eval_examples is not None:
+        check_integer("EVAL_EXAMPLES", eval_examples)
     if isinstance(use, str) or not set(use) <= set(_USES):
         raise InputError(f"use must be a list of {', '.join(map(repr, _USES))}, got {use!r}")
     folder = pathlib.Path(jsonl_dir).expanduser().absolute()
     files = files_lib.find_files(folder)
-    _check_names(folder, files)
+    for task in files:
+        plain = score_eval.plain_name(task)
+        if task in _MIXTURES or (plain != task and plain in files):
+            raise InputError(f"{folder / task}: the name {task!r} is reserved: rename the folder")
     vocabulary = load_vocabulary(vocab_path)
     index_path = folder / "INDEX.json"
     paths = [pathlib.Path(path) for splits in files.values() for path in splits.values()]
@@ -114,7 +111,8 @@ def register(
         id(vocabulary),
         repr((train_tasks, eval_tasks, eval_examples, sorted(use))),
     )
-    registry = seqio_import.import_seqio().TaskRegistry.names()
+    seqio = seqio_import.import_seqio()
+    registry = seqio.TaskRegistry.names()
     if _current.tasks and _current.key == key and set(_current.names) <= set(registry):
         return _current.tasks
 
@@ -139,10 +137,10 @@ def register(
         if name in registry and name not in _current.names:
             raise InputError(f"{folder / name}: a seqio task named {name!r} exists already")
 
-    # importing `source` imports seqio
+    # here, because importing `source` imports seqio
     from pemoe_jax.tasks.jsonl import source
 
-    # Nothing below raises, so that an error leaves the tasks of the earlier call as they were.
+    # Nothing below raises: a call that fails leaves the tasks of the earlier call as they were.
     remove()
     _current.names = names
     for task, splits in files.items():
@@ -150,28 +148,26 @@ def register(
         if task in eval_splits:
             paths_by_split["validation"] = splits[eval_splits[task]]
         source.add_tasks(task, has_choices[task], paths_by_split, vocabulary, eval_examples)
-    templates = collections.Counter(tasks.datasets[task] for task in files)
-    rates = {task: _rate(templates[tasks.datasets[task]]) for task in tasks.train_tasks}
-    _add_mixture(TRAIN_MIXTURE, rates, f"{folder} has no task to train on")
-    _add_mixture(
-        SCORE_MIXTURE,
-        dict.fromkeys(tasks.eval_tasks, 1.0),
-        f"{folder} has no task to score (EVAL_TASKS, or roles in INDEX.json, choose them)",
-    )
-    _add_mixture(
-        TRAIN_SCORE_MIXTURE,
-        dict.fromkeys(tasks.train_score_tasks, 1.0),
-        f"{folder} has no task to train on that has answer choices and an evaluation split",
-    )
+    sizes = collections.Counter(tasks.datasets[task] for task in files)
+    rates = {task: _rate(sizes[tasks.datasets[task]]) for task in tasks.train_tasks}
+    for mixture, members, purpose in (
+        (TRAIN_MIXTURE, tasks.train_tasks, "train on"),
+        (SCORE_MIXTURE, tasks.eval_tasks, "score (EVAL_TASKS or roles in INDEX.json choose them)"),
+        (
+            TRAIN_SCORE_MIXTURE,
+            tasks.train_score_tasks,
+            "train on that has answer choices and an evaluation split",
+        ),
+    ):
+        seqio_tasks.unavailable.pop(mixture, None)
+        if members:
+            task_rates = [(task, rates.get(task, 1.0)) for task in members]
+            provider = source.JsonLinesMixture(mixture, task_rates)
+            seqio.MixtureRegistry.add_provider(mixture, provider)
+        else:
+            seqio_tasks.unavailable[mixture] = f"{folder} has no task to {purpose}"
     _current.key, _current.tasks = key, tasks
     return tasks
-
-
-def _check_names(folder: pathlib.Path, tasks: Collection[str]) -> None:
-    for task in tasks:
-        plain = score_eval.plain_name(task)
-        if task in _MIXTURES or (plain != task and plain in tasks):
-            raise InputError(f"{folder / task}: the name {task!r} is reserved: rename the folder")
 
 
 def _read_files(
@@ -209,12 +205,12 @@ def _read_files(
     return dataclasses.replace(tasks, summary=tasks.summarize())
 
 
-def _rate(templates: int) -> Callable[[seqio.Task], float]:
-    """Returns T0's mixing rate as a function: the number of examples, capped for large datasets."""
+def _rate(tasks: int) -> Callable[[seqio.Task], float]:
+    """Returns T0's mixing rate: the number of examples, capped if a dataset of `tasks` is large."""
 
     def rate(task: seqio.Task) -> float:
         examples = task.num_input_examples("train")
-        return float(examples if examples <= MAX_RATE else MAX_RATE / templates)
+        return float(examples if examples <= MAX_RATE else MAX_RATE / tasks)
 
     return rate
 
@@ -229,17 +225,3 @@ def remove() -> None:
     for mixture in _MIXTURES:
         seqio.MixtureRegistry.remove(mixture)
     _current.key, _current.tasks, _current.names = None, None, []
-
-
-def _add_mixture(
-    name: str, rates: Mapping[str, float | Callable[[seqio.Task], float]], why_empty: str
-) -> None:
-    """Adds a mixture; without tasks, records why the name does not exist."""
-    from pemoe_jax.tasks.jsonl import source
-
-    seqio_tasks.unavailable.pop(name, None)
-    if rates:
-        mixture = source.JsonLinesMixture(name, list(rates.items()))
-        seqio_import.import_seqio().MixtureRegistry.add_provider(name, mixture)
-    else:
-        seqio_tasks.unavailable[name] = why_empty

@@ -84,14 +84,8 @@ class TaskInfo:
         return self.subset if self.dataset == "super_glue" else f"{self.dataset}_{self.subset}"
 
 
-_INDEX_TYPES: dict[str, tuple[type, ...]] = {
-    "dataset": (str, type(None)),
-    "subset": (str, type(None)),
-    "original_task": (bool,),
-    "t0_do_train": (str, type(None)),
-    "t0_do_eval": (str, type(None)),
-    "t0_blacklisted": (bool,),
-}
+_OPTIONAL_STRINGS = ("dataset", "subset", "t0_do_train", "t0_do_eval")
+_BOOLEANS = ("original_task", "t0_blacklisted")
 
 
 def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
@@ -121,14 +115,12 @@ def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
 def _task_info(entry: object, where: str) -> TaskInfo:
     if not isinstance(entry, dict):
         raise InputError(f"{where} must be an object, got {_short(entry)}")
-    for key, types in _INDEX_TYPES.items():
-        if key in entry and not isinstance(entry[key], types):
-            expected = ["null" if kind is type(None) else kind.__name__ for kind in types]
-            raise InputError(
-                f"{where}: {key!r} must be {' or '.join(expected)}, got {_short(entry[key])}"
-            )
+    known = {key: entry[key] for key in (*_OPTIONAL_STRINGS, *_BOOLEANS) if key in entry}
+    for key, value in known.items():
+        types, expected = (bool, "bool") if key in _BOOLEANS else (str | None, "str or null")
+        if not isinstance(value, types):
+            raise InputError(f"{where}: {key!r} must be {expected}, got {_short(value)}")
     names = metrics.check_names(entry.get("metrics", metrics.DEFAULT_METRICS), where)
-    known = {key: entry[key] for key in _INDEX_TYPES if key in entry}
     has_roles = "t0_do_train" in entry or "t0_do_eval" in entry
     return TaskInfo(**known, has_roles=has_roles, metrics=tuple(names))
 

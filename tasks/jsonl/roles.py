@@ -30,7 +30,7 @@ _ODD = {
 
 @dataclasses.dataclass(frozen=True)
 class OddRows:
-    """Rows of one kind that are valid but affect how a result is read."""
+    """Irregular rows of one kind: they are valid, but affect what a result means."""
 
     task: str
     split: str
@@ -221,7 +221,7 @@ def assign_roles(
     else:
         role = [task for task in files if has_train_role(task)]
         to_train = [task for task in role if datasets[task] not in held_out]
-        # Only a task that is neither trained on nor scored is worth a line.
+        # A task that is scored instead needs no explanation in the summary.
         skipped = [task for task in role if datasets[task] in held_out and task not in to_score]
     # A pattern may match tasks that cannot be used, as long as one can: the rest is reported.
     train = [task for task in to_train if not missing_to_train(task)]

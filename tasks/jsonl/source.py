@@ -59,7 +59,7 @@ def _read_rows(rows: Rows, indices: tf.data.Dataset) -> tf.data.Dataset:
 
 
 class JsonLinesSource(seqio.DataSource):
-    """Files of JSON lines, one for each split; memory holds the rows' offsets alone."""
+    """Files of JSON lines, one for each split; only the offsets of their rows stay in memory."""
 
     def __init__(self, paths: Mapping[str, str], eval_examples: int | None) -> None:
         super().__init__(splits=paths.keys())
@@ -92,8 +92,8 @@ class JsonLinesSource(seqio.DataSource):
         num_rows = self.scan(split).num_rows
         first, step = shard_of(shard_info)
         if shuffle:
-            # An empty shard would end the mixture of a process: in training, a task with fewer
-            # rows than shards repeats rows instead.
+            # A process's training mixture ends with its first empty task: if there are fewer rows
+            # than shards, shards share rows instead.
             first %= num_rows
         indices = tf.data.Dataset.range(first, num_rows, step)
         if shuffle:
@@ -177,7 +177,7 @@ def _preprocess(
 def _encode_blocks(
     blocks: tf.data.Dataset, features: Features, lengths: Mapping[str, int]
 ) -> tf.data.Dataset:
-    # What the task's preprocessors do to a row, done to blocks of rows: twice as fast.
+    # Equal to the task's preprocessors, but on blocks of rows, which is twice as fast.
     @tf.autograph.experimental.do_not_convert
     def encode(block: TensorDict) -> TensorDict:
         encoded = {}
@@ -195,7 +195,7 @@ def _encode_blocks(
 
 @functools.cache
 def _tokenizer(model: bytes) -> tf_text.SentencepieceTokenizer:
-    # seqio creates a tokenizer (32 ms and a copy of the model) for each feature of each task.
+    # Shared: seqio creates one (32 ms and a copy of the model) for each feature of each task.
     with tf.init_scope():
         return tf_text.SentencepieceTokenizer(model=model)
 
@@ -230,7 +230,7 @@ def _encode_with_choices(example: TensorDict, tokenize: Tokenize) -> TensorDict:
 
 
 def _repeat_per_choice(example: TensorDict, tokenize: Tokenize) -> TensorDict:
-    """Stacks the rows of a `_score_eval` task; a choice is correct if its text is the target's."""
+    """Returns an example's `_score_eval` rows, stacked; choices equal to the target are correct."""
     count = example["num_choices"]
     choices = example["answer_choices"][:count]
     text = example["inputs"]
@@ -257,15 +257,6 @@ def _encode_choice(example: TensorDict, tokenize: Tokenize) -> TensorDict:
         "targets": tokenize("targets", text),
         "targets_pretokenized": text,
     }
-
-
-def _with_choices(ds: tf.data.Dataset) -> tf.data.Dataset:
-    # unbatching zero choices crashes TensorFlow 2.21
-    return ds.filter(lambda example: example["num_choices"] > 0)
-
-
-def _unbatch(ds: tf.data.Dataset) -> tf.data.Dataset:
-    return ds.unbatch()
 
 
 def add_tasks(
@@ -296,7 +287,13 @@ def add_tasks(
         task, preprocessors=(_map(encode), *last), task_cls=JsonLinesTask, **common
     )
     if has_choices:
-        expand = (_with_choices, _map(_repeat_per_choice), _unbatch, _map(_encode_choice))
+        expand = (
+            # unbatching zero choices crashes TensorFlow 2.21
+            lambda ds: ds.filter(lambda example: example["num_choices"] > 0),
+            _map(_repeat_per_choice),
+            lambda ds: ds.unbatch(),
+            _map(_encode_choice),
+        )
         seqio.TaskRegistry.add(
             task + score_eval.SUFFIX,
             preprocessors=(*expand, *last),

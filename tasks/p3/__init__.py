@@ -1,4 +1,4 @@
-"""P3 as seqio tasks: importing this registers all that is published, under the published names.
+"""P3 as seqio tasks: importing this registers all published tasks under their published names.
 
 - 544 tasks and 116 `<task>_score_eval` tasks (see `score_eval`);
 - T0's mixtures at T0's rates: `t0_train`, `t0+_train`, `t0++_train`, `t0_train_one_og_prompt`,
@@ -7,11 +7,11 @@
 
 The import reads `tasks.csv` alone. Rows come from seqio's caches (`use_cached`, in
 --seqio_additional_cache_dirs), or from a folder P3_DIR (set by `register`, or the environment's
-PEMOE_P3_DIR), whose forms `folder` describes.
+PEMOE_P3_DIR) in one of the forms that `folder` lists.
 
-T0 cached unpublished `_score_eval` tasks of its training tasks, to follow the training. They are
-derived here from the tasks' answer choices: `t0_train_score_eval` holds them, and `register` adds
-them to seqio's registry.
+To monitor training, T0 also scored its training tasks. Those of their `_score_eval` tasks that are
+not published are derived here from the tasks' answer choices: `t0_train_score_eval` holds them, and
+`register` adds them to seqio's registry.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.tasks import metrics, score_eval
 from pemoe_jax.tasks.p3 import published, source
-from pemoe_jax.tasks.p3.folder import Folder
-from pemoe_jax.tasks.registered import Registered, abbreviate, check_eval_examples
+from pemoe_jax.tasks.registered import Registered, abbreviate
 from pemoe_jax.tasks.seekable import trim_and_append_eos
 from pemoe_jax.tasks.vocabulary import SENTINELS, default_vocab_path, load_vocabulary
 
@@ -117,7 +116,8 @@ def register(
     Raises:
       InputError: the folder does not exist, or holds nothing of P3.
     """
-    check_eval_examples(eval_examples)
+    if eval_examples is not None:
+        check_integer("EVAL_EXAMPLES", eval_examples)
     path = os.fspath(p3_dir) if p3_dir is not None else _default_folder()
     if path is not None and "://" not in path:
         path = os.path.abspath(os.path.expanduser(path))
@@ -178,32 +178,38 @@ def _summarize(path: str | None) -> list[str]:
     files = {name: files for name in published.names() if (files := folder.find(name)) is not None}
     if not files:
         reasons = [*folder.unreadable.values(), *folder.unavailable.values()]
-        raise InputError(reasons[0] if reasons else _nothing_in(folder))
+        entries = abbreviate(sorted(os.listdir(folder.path)), 3) or "nothing"
+        expected = (
+            "<task>/<split>.tfrecord-*, <task>/<split>*.parquet or"
+            " <dataset>/[<subset>/]templates.yaml"
+        )
+        nothing = f"P3_DIR {path} holds nothing of P3: expected {expected}, got {entries}"
+        raise InputError(reasons[0] if reasons else nothing)
     forms = [task_files.form for task_files in files.values()]
     counts = ", ".join(f"{form}: {forms.count(form)}" for form in dict.fromkeys(forms))
     lines = [f"P3 in {path}: {_count(list(files), of_published=True)} ({counts})"]
-    missing = [name for name in published.tasks() if name not in files]
-    if missing:
-        lines.append(f"not in P3_DIR: {len(missing)} tasks ({abbreviate(missing, 3)})")
-    no_train, no_eval = [], []
-    for name, task_files in files.items():
-        if score_eval.is_score_eval(name):
-            if seqio_tasks.first_eval_split(task_files.splits) is None:
-                no_eval.append(name)
-        elif published.task_of(name).do_train and "train" not in task_files.splits:
-            no_train.append(name)
-    if no_train:
-        lines.append(f"no train split: {len(no_train)} tasks ({abbreviate(no_train, 3)})")
-    if no_eval:
-        splits = ", ".join(seqio_tasks.EVAL_SPLITS)
-        lines.append(
-            f"no evaluation split ({splits}): {len(no_eval)} tasks ({abbreviate(no_eval, 3)})"
-        )
-    unavailable = [f"{name}: {reason}" for name, reason in folder.unavailable.items()]
-    if unavailable:
-        others = f" (and {len(unavailable) - 1} more tasks)" if len(unavailable) > 1 else ""
-        lines.append(f"left out: {unavailable[0]}{others}")
-    return [*lines, *(f"left out: {line}" for line in folder.unreadable.values())]
+    no_train = [
+        name
+        for name, task_files in files.items()
+        if not score_eval.is_score_eval(name)
+        and published.task_of(name).do_train
+        and "train" not in task_files.splits
+    ]
+    no_eval = [
+        name
+        for name, task_files in files.items()
+        if score_eval.is_score_eval(name)
+        and seqio_tasks.first_eval_split(task_files.splits) is None
+    ]
+    for reason, names in (
+        ("not in P3_DIR", [name for name in published.tasks() if name not in files]),
+        ("no train split", no_train),
+        (f"no evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})", no_eval),
+    ):
+        if names:
+            lines.append(f"{reason}: {len(names)} tasks ({abbreviate(names, 3)})")
+    left_out = [*folder.describe_unavailable(folder.unavailable), *folder.unreadable.values()]
+    return [*lines, *(f"left out: {line}" for line in left_out)]
 
 
 def _count(names: Sequence[str], of_published: bool = False) -> str:
@@ -233,13 +239,4 @@ def _summarize_caches() -> str:
     return (
         f"P3, cached in {where}: {_count(cached, of_published=True)}"
         " (USE_CACHED_TASKS=True reads them)"
-    )
-
-
-def _nothing_in(folder: Folder) -> str:
-    entries = sorted(os.listdir(folder.path))
-    return (
-        f"P3_DIR {folder.path} holds nothing of P3: expected <task>/<split>.tfrecord-*,"
-        " <task>/<split>*.parquet or <dataset>/[<subset>/]templates.yaml, got"
-        f" {abbreviate(entries, 3) or 'nothing'}"
     )

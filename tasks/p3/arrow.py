@@ -2,7 +2,7 @@
 
 pyarrow alone reads both forms: that of `save_to_disk`, and the cache of `load_dataset`,
 `<dataset>/<config>/<version>/<hash>/<dataset>-<split>.arrow` (`<owner>___<dataset>` for a dataset
-of the hub). Files are mapped into memory.
+of the hub). Files are memory-mapped.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.runtime.file_io import read_json
-from pemoe_jax.tasks.p3.row_files import Example, Splits, Table
+from pemoe_jax.tasks.p3.tables import Example, Splits, Table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -59,9 +59,9 @@ def _saved_files(folder: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
 
 
 def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
-    """Lists a dataset's files in the cache of `load_dataset`; empty if it is not there.
+    """Lists a dataset's files in the cache of `load_dataset`; empty if the cache has none.
 
-    The newest of several versions or downloads counts.
+    Of several versions or downloads the newest is used.
 
     Raises:
       InputError: files of a split are missing.
@@ -74,7 +74,7 @@ def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
                 for path in (home / config).glob("*/*/dataset_info.json")
                 if not path.parent.name.endswith((".incomplete", "_tmp"))
             ]
-            # the folder is named by a hash, so time alone tells which is newest
+            # the folders are named by hashes, so only their times show which is newest
             if infos:
                 newest = max(infos, key=lambda path: (path.stat().st_mtime_ns, str(path)))
                 return _files_in(newest.parent)
@@ -102,10 +102,6 @@ def _files_in(folder: pathlib.Path) -> Splits:
 
 class ArrowTable(Table):
     """Arrow files, one after the other."""
-
-    def __init__(self, paths: Sequence[pathlib.Path]) -> None:
-        self.location = str(paths[0])
-        self._paths = paths
 
     @functools.cached_property
     def _batches(self) -> list[pyarrow.RecordBatch]:

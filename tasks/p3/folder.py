@@ -3,10 +3,11 @@
 (a) `<task>/<split>.tfrecord-*` with `info.<split>.json` and `COMPLETED`: the published seqio cache;
 (b) `<task>/<split>*.parquet`, `<task>/<split>/*.parquet` or `<task>/<split>.jsonl`: prompted rows;
 (c) `<dataset>[/<subset>]/templates.yaml`, in the folder or in its `templates/`, and the dataset's
-    examples, where `raw_examples` describes.
+    examples, in the places that `raw_examples` lists.
 
-Tasks may be in `data/` too, as in a clone of the hub's repository. A folder may mix forms; of a
-task the first is read. A `_score_eval` task without files is derived from its task's choices.
+Tasks may be in `data/` too, as in a clone of the hub's repository. A folder may mix forms; if a
+task has several, the first of this list is read. A `_score_eval` task without files is derived
+from its task's answer choices.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data.rows import Encode, RowReader
 from pemoe_jax.data.tfrecords import TFRecordReader
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.p3 import published, raw_examples, templates
-from pemoe_jax.tasks.p3.from_templates import TemplateReader
-from pemoe_jax.tasks.p3.row_files import PromptedReader, find_splits, open_table
-from pemoe_jax.tasks.p3.rows import ChoiceReader
+from pemoe_jax.tasks.p3.readers import ChoiceReader, PromptedReader, TemplateReader
+from pemoe_jax.tasks.p3.tables import find_splits, open_table
 
 CACHE, PROMPTED, TEMPLATES, DERIVED = "tfrecord cache", "rows", "templates", "derived"
 
@@ -55,7 +55,7 @@ def cached_splits(folder: pathlib.Path) -> list[str]:
 
 
 class Folder:
-    """A folder P3_DIR, listed when it is first asked for a task.
+    """A folder P3_DIR; its files are listed at the first use.
 
     Attributes:
       path: the absolute path.
@@ -71,8 +71,6 @@ class Folder:
         if not self.path.is_dir():
             kind = "a file" if self.path.exists() else "nothing there"
             raise InputError(f"P3_DIR {self.path} must be a folder, got {kind}")
-        self._files: dict[str, TaskFiles | None] = {}
-        self._readers: dict[tuple[str, str], RowReader] = {}
         self.unreadable: dict[str, str] = {}
         self.unavailable: dict[str, str] = {}
 
@@ -101,7 +99,7 @@ class Folder:
             return {}
         try:
             return templates.read_templates(path)
-        # A damaged file must not keep the other datasets from being read.
+        # the other datasets can still be read
         except InputError as error:
             self.unreadable[str(path)] = str(error)
             return {}
@@ -111,14 +109,9 @@ class Folder:
         templates_dir = self._template_files[dataset, subset].parent
         return raw_examples.find_dataset(self.path, dataset, subset, templates_dir)
 
+    @functools.cache  # noqa: B019  mixtures ask for 544 tasks again and again
     def find(self, name: str) -> TaskFiles | None:
         """Finds a published task or `_score_eval` task; None if the folder does not have it."""
-        if name not in self._files:
-            # None is remembered too: mixtures ask for 544 tasks again and again
-            self._files[name] = self._find(name)
-        return self._files[name]
-
-    def _find(self, name: str) -> TaskFiles | None:
         # Caches come first, because they need neither tokenizing nor rendering.
         folder = self._task_folders.get(name)
         if folder is not None:
@@ -163,17 +156,21 @@ class Folder:
         }
         return TaskFiles(TEMPLATES, splits, dataset.folder, template, dataset) if splits else None
 
+    def describe_unavailable(self, names: Collection[str]) -> list[str]:
+        """Returns why the first unavailable task of `names` has no rows; [] if none is."""
+        reasons = [
+            f"{name}: {self.unavailable[name]}" for name in names if name in self.unavailable
+        ]
+        others = f" (and {len(reasons) - 1} more tasks)" if len(reasons) > 1 else ""
+        return [f"{reason}{others}" for reason in reasons[:1]]
+
+    @functools.cache  # noqa: B019
     def reader(self, name: str, split: str, encode: Encode) -> RowReader:
         """Returns the reader of a split of a task or `_score_eval` task.
 
         Raises:
           InputError: the folder does not have it, or it is incomplete.
         """
-        if (name, split) not in self._readers:
-            self._readers[name, split] = self._open(name, split, encode)
-        return self._readers[name, split]
-
-    def _open(self, name: str, split: str, encode: Encode) -> RowReader:
         files = self.find(name)
         plain_name = score_eval.plain_name(name)
         if files is None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from pemoe_jax.tasks import metrics, score_eval
 
-# A dataset with more examples is mixed at this rate, divided by the number of its templates.
+# A dataset with more examples counts as this many, divided by the number of its templates.
 MAX_EXAMPLES = 500_000
 
 TRAIN_MIXTURE = "t0_train"
@@ -31,8 +31,8 @@ STAGES = {
     "t0++_train": ("BASE", "GPT_EVAL", "SGLUE"),
 }
 
-# Missing from TRAIN_SCORE_MIXTURE: datasets that T0 did not follow in training, and prompts that
-# its cache could not be written for.
+# Prefixes of the tasks that TRAIN_SCORE_MIXTURE lacks: T0 did not score these datasets during
+# training, or could not write their caches.
 _NOT_SCORED = (
     "adversarial_qa_dbert",
     "adversarial_qa_dbidaf",

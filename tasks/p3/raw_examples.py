@@ -1,7 +1,7 @@
 """Finds the examples of P3's datasets, which templates turn into prompts.
 
-The folders `raw/`, `huggingface/` and `tfds/` of P3_DIR (or links) and the folder of
-templates.yaml are searched, each for
+Searched are the folders `raw/`, `huggingface/` and `tfds/` of P3_DIR, which may be links, and the
+folder of templates.yaml, each for
 
 - `<dataset>[/<subset>]/<split>*.parquet` or `<split>.jsonl`;
 - `<dataset>[/<subset>]/` as `datasets.save_to_disk` writes it;
@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Collection, Mapping, Sequence
 
 from pemoe_jax.tasks.p3 import arrow, tfds
-from pemoe_jax.tasks.p3.row_files import Table, find_splits, open_table
+from pemoe_jax.tasks.p3.tables import Table, find_splits, open_table
 
 FOLDERS = ("raw", "huggingface", "tfds")
 
@@ -48,15 +48,14 @@ class RawDataset:
     def table(self, split: str) -> Table:
         """Returns the examples of a split, one object for all templates."""
         if split not in self._tables:
-            self._tables[split] = self._open(self.splits[split])
+            paths = self.splits[split]
+            if self.builder is not None:
+                self._tables[split] = tfds.TfdsTable(paths, self.builder)
+            elif paths[0].suffix == ".arrow":
+                self._tables[split] = arrow.ArrowTable(paths)
+            else:
+                self._tables[split] = open_table(paths)
         return self._tables[split]
-
-    def _open(self, paths: Sequence[pathlib.Path]) -> Table:
-        if self.builder is not None:
-            return tfds.TfdsTable(paths, self.builder)
-        if paths[0].suffix == ".arrow":
-            return arrow.ArrowTable(paths)
-        return open_table(paths)
 
 
 def find_dataset(

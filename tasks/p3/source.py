@@ -134,7 +134,7 @@ class P3Source(seqio.DataSource):
     ) -> tf.data.Dataset:
         """Returns the rows, with the features of the published caches."""
         indices = self.row_indices(split)
-        # Shuffled as a whole: 8 bytes a row are cheap, and a buffer mixes neighbors only.
+        # All indices are shuffled (8 bytes a row): a shuffle buffer would only mix neighbors.
         if shuffle:
             indices = np.random.default_rng(seed).permutation(indices)
         first, step = shard_of(shard_info)
@@ -228,7 +228,7 @@ class P3Mixture(FolderMixture):
         scored = score_eval.is_score_eval(tasks[0].name)
         first_examples = first_rows
         if scored:
-            # `idx` may skip examples, so a task's numbers end with its largest, not its count
+            # `idx` may have gaps: a task's numbers follow the largest of the task before it
             counts = [1 + reader.idx[:, 0].max() for reader in readers[:-1]]
             first_examples = np.cumsum([0, *counts])
         rows = np.concatenate(

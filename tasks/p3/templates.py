@@ -1,22 +1,23 @@
 """A reader of promptsource's prompt templates in YAML, safe on files from elsewhere.
 
 A file `<dataset>[/<subset>]/templates.yaml` has under `templates` objects tagged `!Template`, with
-`name`, `jinja`, `answer_choices` and `metadata` (`!TemplateMetadata`). A template is applied to an
-example as promptsource did for T0 when P3 was generated:
+`name`, `jinja` and `answer_choices`; the rest is ignored (the roles of P3's tasks are in
+`tasks.csv`). A template is applied to an example as promptsource did when P3 was generated:
 
 - `jinja` is rendered with the example's fields and split at `|||` into input and target, both
   stripped. `answer_choices` is a template too, split at `|||` into choices, each stripped, which
   `jinja` sees as the list `answer_choices`;
 - `|||` in an example's own text does not split;
-- the value of `{{ }}` becomes a string, truncated at 2048 characters, at the end of a word, with
-  `...` (in `jinja` only, and only its last term, because `| truncate` behind it binds that far);
+- the value of `{{ }}` becomes a string of at most 2048 characters, cut at the end of a word, with
+  `...` (in `jinja` only; of `{{ a + b }}` only `b` is cut, because a filter binds more tightly);
 - hyphens in names of fields are underscores;
 - an example whose rendering does not have two parts, or has an empty input, has no prompt; an
   empty target is `<NO LABEL>`.
 
 The filter `choice` draws by the example's index, so that an example always has the same prompt.
 promptsource itself is not used: it needs Python below 3.10 and a web framework.
-Templates run in jinja's sandbox, and YAML tags other than the two are errors.
+Templates run in jinja's sandbox, and YAML tags other than `!Template` and `!TemplateMetadata` are
+errors.
 """
 
 from __future__ import annotations
@@ -65,8 +66,6 @@ class Template:
     name: str
     jinja: str
     answer_choices: str | None
-    original_task: bool
-    metrics: tuple[str, ...]
 
     @functools.cached_property
     def fields(self) -> set[str]:
@@ -144,9 +143,7 @@ def _choice(context: object, choices: Sequence[T]) -> T:
 def _most_frequent(items: Iterable[H]) -> list[H] | None:
     """Returns the most frequent items, in the order of their first occurrence."""
     counts = collections.Counter(items)
-    if not counts:
-        return None
-    return [item for item, count in counts.items() if count == max(counts.values())]
+    return [item for item in counts if counts[item] == max(counts.values())] or None
 
 
 def _highlight(text: str) -> str:
@@ -216,14 +213,7 @@ def _template(where: str, fields: object) -> Template:
     for name, types in (("name", str), ("jinja", str), ("answer_choices", str | None)):
         if not isinstance(fields.get(name), types):
             raise InputError(f"{where}: {name!r} must be a string, got {fields.get(name)!r:.40}")
-    metadata = fields.get("metadata") or {}
-    return Template(
-        name=fields["name"],
-        jinja=fields["jinja"],
-        answer_choices=fields.get("answer_choices"),
-        original_task=bool(metadata.get("original_task")),
-        metrics=tuple(map(str, metadata.get("metrics") or ())),
-    )
+    return Template(fields["name"], fields["jinja"], fields.get("answer_choices"))
 
 
 @functools.cache

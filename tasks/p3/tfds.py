@@ -1,7 +1,7 @@
 """Datasets that tensorflow-datasets has prepared, read by index; nothing is ever downloaded.
 
-`tfds.csv` maps datasets of P3 to the builders that have their examples, as seen in the builders'
-sources, with the fields and splits that a builder names differently:
+`tfds.csv` maps datasets of P3 to the builders that have their examples, with the fields and splits
+that a builder names differently (as read from the builders' source code):
 
     fields   premise=context         the field `premise` is the builder's `context`
              join(title,description) several fields, joined by a space
@@ -27,7 +27,7 @@ import numpy as np
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.data.tfrecords import TFRecordFile
 from pemoe_jax.runtime.file_io import read_json
-from pemoe_jax.tasks.p3.row_files import Example, Splits, Table
+from pemoe_jax.tasks.p3.tables import Example, Splits, Table
 
 if TYPE_CHECKING:
     import tensorflow_datasets
@@ -151,8 +151,8 @@ class TfdsTable(Table):
     """A split's tfrecords, one after the other."""
 
     def __init__(self, paths: Sequence[pathlib.Path], builder: Builder) -> None:
-        self.location = str(paths[0])
-        self._paths, self._builder = paths, builder
+        super().__init__(paths)
+        self._builder = builder
 
     @functools.cached_property
     def _features(self) -> tensorflow_datasets.features.FeatureConnector:

@@ -10,7 +10,7 @@ EXAMPLE = {"premise": "It rains.", "label": 1, "names": ["b", "a", "b", "c", "c"
 
 
 def apply(jinja: str, choices: str | None = None, number: int = 0, **fields) -> Prompt | None:
-    template = Template("t", jinja, choices, True, ())
+    template = Template("t", jinja, choices)
     return template.apply({**EXAMPLE, **fields}, number)
 
 
@@ -149,7 +149,6 @@ def test_reading_yaml(tmp_path):
     path.write_text(YAML)
     templates_by_name = templates.read_templates(path)
     template = templates_by_name["what's it? (new)"]
-    assert (template.original_task, template.metrics) == (True, ("Accuracy", "BLEU"))
     assert template.apply(EXAMPLE) == Prompt("Say It rains.", "No", ["Yes", "No"])
     assert templates_by_name["plain"].answer_choices is None
     assert (
@@ -198,7 +197,7 @@ def test_fields_are_those_that_are_read():
     jinja = (
         "{% set x = premise %}{% for n in names %}{{n}}{% endfor %}{{x}}{{range(2)}} ||| {{c-d}}"
     )
-    template = Template("t", jinja, "{{ zip(a, [1]) | choice }} ||| {{answer}}", True, ())
+    template = Template("t", jinja, "{{ zip(a, [1]) | choice }} ||| {{answer}}")
     assert template.fields == {"premise", "names", "c", "d", "a", "answer"}
     with pytest.raises(TemplateError, match="unexpected"):
-        _ = Template("t", "{{ ", None, True, ()).fields
+        _ = Template("t", "{{ ", None).fields

@@ -1,4 +1,4 @@
-"""Parquet and JSON lines whose rows are read by index, and P3's rows in them.
+"""Tables of a split's examples in Parquet or JSON lines, read by number.
 
 Parquet is read by row group, and the last used groups stay in memory: reading in order, or a small
 file in any order, is fast. Write tfrecords (pemoe cache_tasks) before training on more.
@@ -14,14 +14,13 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, first_line
-from pemoe_jax.data.rows import TEXT_FEATURES, Encode, Row, RowReader, read_parts
-from pemoe_jax.tasks.p3.rows import add_ids
+from pemoe_jax.data.rows import read_parts
 
 if TYPE_CHECKING:
     import pyarrow
@@ -33,13 +32,11 @@ Splits = dict[str, list[pathlib.Path]]  # split -> its files
 
 
 class Table(abc.ABC):
-    """Examples of a split in one or several parts, read by number.
+    """Examples of a split's files, in one or several parts, read by number."""
 
-    Attributes:
-      location: a file, for messages.
-    """
-
-    location: str
+    def __init__(self, paths: Sequence[pathlib.Path]) -> None:
+        self._paths = paths
+        self.location = str(paths[0])  # for messages
 
     @abc.abstractmethod
     def part_sizes(self) -> list[int]:
@@ -62,12 +59,14 @@ class Table(abc.ABC):
         """Reads examples, in the order of `numbers`."""
         return read_parts(self._first_rows, numbers, self.read_part)
 
+    def chunks(self, size: int) -> Iterator[tuple[int, list[Example]]]:
+        """Yields all examples, `size` at a time, each time with the number of the first."""
+        for start in range(0, self.num_rows, size):
+            yield start, self.take(range(start, min(self.num_rows, start + size)))
+
 
 class JsonLinesTable(Table):
     """A file with a JSON object per line; blank lines are skipped."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self.location = str(path)
 
     @functools.cached_property
     def _offsets(self) -> Sequence[int]:
@@ -136,16 +135,12 @@ class _RowGroup(NamedTuple):
 class ParquetTable(Table):
     """Parquet files, one after the other."""
 
-    def __init__(self, paths: Sequence[pathlib.Path]) -> None:
-        self.location = str(paths[0])
-        self._paths = [str(path) for path in paths]
-
     @functools.cached_property
     def _groups(self) -> list[_RowGroup]:
         from pyarrow import parquet
 
         groups = []
-        for path in self._paths:
+        for path in map(str, self._paths):
             try:
                 file = parquet.ParquetFile(path)
             except (OSError, ValueError) as error:  # base classes of pyarrow's errors
@@ -178,7 +173,7 @@ def open_table(paths: Sequence[pathlib.Path]) -> Table:
     """Returns the table of a split's files."""
     if paths[0].suffix == ".parquet":
         return ParquetTable(sorted(paths))
-    return JsonLinesTable(paths[0])
+    return JsonLinesTable(paths)
 
 
 def find_splits(folder: pathlib.Path) -> Splits:
@@ -201,76 +196,3 @@ def find_splits(folder: pathlib.Path) -> Splits:
         split: [path for path in paths if path.suffix == paths[0].suffix]
         for split, paths in splits.items()
     }
-
-
-class PromptedReader(RowReader):
-    """A table of prompted examples, as the Hugging Face hub serves P3.
-
-    Columns are `inputs` and `targets` (ids, or text as in JSON lines), `inputs_pretokenized` and
-    `targets_pretokenized` (text), `answer_choices`, and for `_score_eval` tasks `idx`,
-    `is_correct` and `weight`. Either ids or text may be missing.
-    """
-
-    def __init__(self, table: Table, encode: Encode, scored: bool) -> None:
-        self.location, self._table = table.location, table
-        self._encode, self._scored = encode, scored
-        if isinstance(table, ParquetTable) and table.num_rows:
-            self._check_columns(table.columns)
-
-    def _check_columns(self, columns: Sequence[str]) -> None:
-        for key in TEXT_FEATURES:
-            if key not in columns and f"{key}_pretokenized" not in columns:
-                raise self._error(f"a column {key!r} or '{key}_pretokenized'", columns)
-        for key in ("idx", "is_correct") if self._scored else ():
-            if key not in columns:
-                raise self._error(f"a column {key!r}", columns)
-
-    def _error(self, expected: str, fields: Sequence[str], row: int | None = None) -> InputError:
-        where = self.location if row is None else f"{self.location}: row {row + 1}"
-        return InputError(f"{where}: expected {expected}, got {', '.join(fields) or 'none'}")
-
-    @property
-    def num_rows(self) -> int:
-        return self._table.num_rows
-
-    def read_rows(self, numbers: Sequence[int]) -> list[Row]:
-        examples = self._table.take(numbers)
-        rows = [
-            self._row(example, number) for example, number in zip(examples, numbers, strict=True)
-        ]
-        return add_ids(rows, self._encode)
-
-    def _row(self, example: Mapping[str, Any], number: int) -> Row:
-        row: Row = {}
-        for key in TEXT_FEATURES:
-            ids, text = example.get(key), example.get(f"{key}_pretokenized")
-            # the hub has ids in `inputs`, JSON lines have text
-            if isinstance(ids, str):
-                ids, text = None, ids
-            if ids is None and text is None:
-                raise self._error(repr(key), [*example], number)
-            if ids is not None:
-                row[key] = ids
-            row[f"{key}_pretokenized"] = b"" if text is None else _to_bytes(text)
-        choices = example.get("answer_choices")
-        if choices:
-            row["answer_choices"] = [_to_bytes(choice) for choice in choices]
-        if self._scored:
-            if example.get("idx") is None or example.get("is_correct") is None:
-                raise self._error("'idx' and 'is_correct'", [*example], number)
-            row["idx"] = [int(i) for i in example["idx"]]
-            row["is_correct"] = bool(example["is_correct"])
-            # all published weights are 1, and other writers leave them out
-            weight = example.get("weight")
-            row["weight"] = 1.0 if weight is None else float(weight)
-        return row
-
-
-def _to_bytes(text: object) -> bytes:
-    return text if isinstance(text, bytes) else str(text).encode("utf-8", "replace")
-
-
-def iterate_chunks(table: Table, size: int) -> Iterator[tuple[int, list[Example]]]:
-    """Yields all examples in chunks, each with the index of its first example."""
-    for start in range(0, table.num_rows, size):
-        yield start, table.take(range(start, min(table.num_rows, start + size)))

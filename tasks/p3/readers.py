@@ -1,0 +1,222 @@
+"""Readers of P3's rows: from prompted rows, from templates, and from answer choices."""
+
+from __future__ import annotations
+
+import array
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.data.rows import EOS, READ_SIZE, TEXT_FEATURES, Encode, Row, RowReader
+from pemoe_jax.data.warnings import warn_once
+from pemoe_jax.tasks.p3.tables import Example, ParquetTable, Table
+from pemoe_jax.tasks.p3.templates import Prompt, Template, TemplateError
+
+
+def add_ids(rows: list[Row], encode: Encode) -> list[Row]:
+    """Tokenizes inputs and targets of rows that have only their text; ids end in EOS."""
+    for key in TEXT_FEATURES:
+        without_ids = [row for row in rows if key not in row]
+        texts = [row[f"{key}_pretokenized"].decode("utf-8", "replace") for row in without_ids]
+        for row, ids in zip(without_ids, encode(texts), strict=True):
+            row[key] = [*ids, EOS]
+    return rows
+
+
+class PromptedReader(RowReader):
+    """A table of prompted examples, as the Hugging Face hub serves P3.
+
+    Columns are `inputs` and `targets` (ids, or text as in JSON lines), `inputs_pretokenized` and
+    `targets_pretokenized` (text), `answer_choices`, and for `_score_eval` tasks `idx`,
+    `is_correct` and `weight`. Either ids or text may be missing.
+    """
+
+    def __init__(self, table: Table, encode: Encode, scored: bool) -> None:
+        self.location, self._table = table.location, table
+        self._encode, self._scored = encode, scored
+        if isinstance(table, ParquetTable) and table.num_rows:
+            self._check_columns(table.columns)
+
+    def _check_columns(self, columns: Sequence[str]) -> None:
+        for key in TEXT_FEATURES:
+            if key not in columns and f"{key}_pretokenized" not in columns:
+                raise self._error(f"a column {key!r} or '{key}_pretokenized'", columns)
+        for key in ("idx", "is_correct") if self._scored else ():
+            if key not in columns:
+                raise self._error(f"a column {key!r}", columns)
+
+    def _error(self, expected: str, fields: Sequence[str], row: int | None = None) -> InputError:
+        where = self.location if row is None else f"{self.location}: row {row + 1}"
+        return InputError(f"{where}: expected {expected}, got {', '.join(fields) or 'none'}")
+
+    @property
+    def num_rows(self) -> int:
+        return self._table.num_rows
+
+    def read_rows(self, numbers: Sequence[int]) -> list[Row]:
+        examples = self._table.take(numbers)
+        rows = [
+            self._row(example, number) for example, number in zip(examples, numbers, strict=True)
+        ]
+        return add_ids(rows, self._encode)
+
+    def _row(self, example: Mapping[str, Any], number: int) -> Row:
+        row: Row = {}
+        for key in TEXT_FEATURES:
+            ids, text = example.get(key), example.get(f"{key}_pretokenized")
+            # the hub has ids in `inputs`, JSON lines have text
+            if isinstance(ids, str):
+                ids, text = None, ids
+            if ids is None and text is None:
+                raise self._error(repr(key), [*example], number)
+            if ids is not None:
+                row[key] = ids
+            row[f"{key}_pretokenized"] = b"" if text is None else _to_bytes(text)
+        choices = example.get("answer_choices")
+        if choices:
+            row["answer_choices"] = [_to_bytes(choice) for choice in choices]
+        if self._scored:
+            if example.get("idx") is None or example.get("is_correct") is None:
+                raise self._error("'idx' and 'is_correct'", [*example], number)
+            row["idx"] = [int(i) for i in example["idx"]]
+            row["is_correct"] = bool(example["is_correct"])
+            # all published weights are 1, and other writers leave them out
+            weight = example.get("weight")
+            row["weight"] = 1.0 if weight is None else float(weight)
+        return row
+
+
+def _to_bytes(text: object) -> bytes:
+    return text if isinstance(text, bytes) else str(text).encode("utf-8", "replace")
+
+
+class TemplateReader(RowReader):
+    """The examples that a template has a prompt for; failures are counted in a warning."""
+
+    def __init__(self, table: Table, template: Template, name: str, encode: Encode) -> None:
+        self.location = f"{table.location} with template {template.name!r}"
+        self._table, self._template, self._name, self._encode = table, template, name, encode
+        self._failures: dict[int, str] = {}  # index of an example -> why its template failed
+
+    @functools.cached_property
+    def _indices(self) -> Sequence[int]:
+        # Only rendering an example shows whether it has a prompt, so all are rendered once.
+        indices = array.array("q")
+        for start, examples in self._table.chunks(READ_SIZE):
+            for index, example in enumerate(examples, start):
+                if self._render(example, index) is not None:
+                    indices.append(index)
+        self._warn()
+        return indices
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._indices)
+
+    def read_rows(self, numbers: Sequence[int]) -> list[Row]:
+        indices = [self._indices[number] for number in numbers]
+        return self._rows(zip(indices, self._table.take(indices), strict=True))
+
+    def row_blocks(self) -> Iterator[list[Row]]:
+        # renders each example once: `num_rows` and `read_rows` together would render it twice
+        for start, examples in self._table.chunks(READ_SIZE):
+            yield self._rows(enumerate(examples, start))
+        self._warn()
+
+    def _rows(self, examples: Iterable[tuple[int, Example]]) -> list[Row]:
+        rows: list[Row] = []
+        for prompt in filter(None, (self._render(example, index) for index, example in examples)):
+            rows.append({"inputs_pretokenized": _to_bytes(prompt.inputs)})
+            rows[-1]["targets_pretokenized"] = _to_bytes(prompt.targets)
+            if prompt.answer_choices:
+                rows[-1]["answer_choices"] = [*map(_to_bytes, prompt.answer_choices)]
+        return add_ids(rows, self._encode)
+
+    def _render(self, example: Example, index: int) -> Prompt | None:
+        try:
+            return self._template.apply(example, index)
+        except TemplateError as error:
+            self._failures[index] = str(error)
+            return None
+
+    def _warn(self) -> None:
+        # A template without a prompt for some examples is as published; one that fails is not.
+        if self._failures:
+            index, reason = next(iter(self._failures.items()))
+            warn_once(
+                f"{self._name}: {len(self._failures):,} of {self._table.num_rows:,} examples of"
+                f" {self._table.location} left out, because the template fails (number {index + 1}:"
+                f" {reason})"
+            )
+
+
+def choice_rows(row: Row, example: int, encode: Encode) -> list[Row]:
+    """Returns the `_score_eval` rows of a row: one for each answer choice.
+
+    A choice is correct if its text is the target's.
+    """
+    target = row["targets_pretokenized"].strip()
+    choices = row.get("answer_choices", [])
+    ids = encode([choice.decode("utf-8", "replace") for choice in choices])
+    return [
+        {
+            "inputs": row["inputs"],
+            "inputs_pretokenized": row["inputs_pretokenized"],
+            "targets": [*ids[number], EOS],
+            "targets_pretokenized": choice,
+            "answer_choices": choices,
+            "idx": [example, number],
+            "is_correct": choice.strip() == target,
+            "weight": 1.0,
+        }
+        for number, choice in enumerate(choices)
+    ]
+
+
+class ChoiceReader(RowReader):
+    """The rows of a `_score_eval` task, derived from its task's answer choices.
+
+    Rows without choices are left out, with a warning.
+    """
+
+    def __init__(self, plain: RowReader, encode: Encode) -> None:
+        self.location, self._plain, self._encode = plain.location, plain, encode
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """Index of the first choice of each row of the task, and the number of choices."""
+        counts = [
+            len(row.get("answer_choices", [])) for rows in self._plain.row_blocks() for row in rows
+        ]
+        without = counts.count(0)
+        if without:
+            warn_once(
+                f"{self.location}: {without:,} of {len(counts):,} rows have no answer choices"
+            )
+        return np.cumsum([0, *counts])
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._starts[-1])
+
+    def read_rows(self, numbers: Sequence[int]) -> list[Row]:
+        owners = np.searchsorted(self._starts, np.asarray(numbers), side="right") - 1
+        # a row is read and tokenized once for all of its choices
+        distinct = np.unique(owners).tolist()
+        plain = zip(distinct, self._plain.read_rows(distinct), strict=True)
+        rows = {owner: choice_rows(row, owner, self._encode) for owner, row in plain}
+        choices = np.asarray(numbers) - self._starts[owners]
+        return [rows[o][c] for o, c in zip(owners.tolist(), choices.tolist(), strict=True)]
+
+    def row_blocks(self) -> Iterator[list[Row]]:
+        # reads each row once: `num_rows` and `read_rows` together would read it twice
+        example = 0
+        for rows in self._plain.row_blocks():
+            block = []
+            for row in rows:
+                block += choice_rows(row, example, self._encode)
+                example += 1
+            yield block
