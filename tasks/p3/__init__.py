@@ -187,7 +187,7 @@ def _summarize(path: str | None) -> list[str]:
         raise InputError(reasons[0] if reasons else nothing)
     forms = [task_files.form for task_files in files.values()]
     counts = ", ".join(f"{form}: {forms.count(form)}" for form in dict.fromkeys(forms))
-    lines = [f"P3 in {path}: {_count(list(files), of_published=True)} ({counts})"]
+    lines = [f"P3 in {path}: {_count(list(files), show_total=True)} ({counts})"]
     no_train = [
         name
         for name, task_files in files.items()
@@ -212,11 +212,11 @@ def _summarize(path: str | None) -> list[str]:
     return [*lines, *(f"left out: {line}" for line in left_out)]
 
 
-def _count(names: Sequence[str], of_published: bool = False) -> str:
+def _count(names: Sequence[str], show_total: bool = False) -> str:
     """'544 tasks and 116 _score_eval tasks', or '5 of 544 tasks and …'."""
     scored = sum(map(score_eval.is_score_eval, names))
     tasks, score_tasks = f"{len(names) - scored}", f"{scored}"
-    if of_published:
+    if show_total:
         tasks += f" of {len(published.tasks())}"
         score_tasks += f" of {len(published.names()) - len(published.tasks())}"
     return f"{tasks} tasks and {score_tasks} _score_eval tasks"
@@ -237,6 +237,6 @@ def _summarize_caches() -> str:
             f"no cache of P3 in {where}: expected <task>/COMPLETED of a published name"
         )
     return (
-        f"P3, cached in {where}: {_count(cached, of_published=True)}"
+        f"P3, cached in {where}: {_count(cached, show_total=True)}"
         " (USE_CACHED_TASKS=True reads them)"
     )

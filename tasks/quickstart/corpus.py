@@ -20,18 +20,19 @@ def _truth(rng: TextRng, true: bool) -> str:
     return rng.choose("That is false.", "That is wrong.", "It is false.", "No, that is false.")
 
 
-def _claim(rng: TextRng, statement: str) -> str:
-    """Returns a claim or question about a statement (lower case, without a full stop)."""
-    return rng.choose(
+def _claim(rng: TextRng, statement: str, true: bool) -> str:
+    """Returns a claim or question about a statement (lower case, no full stop), and its truth."""
+    claim = rng.choose(
         f"Is it true that {statement}?",
         f"Somebody says that {statement}.",
         f"Is it right to say that {statement}?",
         f"They said: {statement}.",
     )
+    return f"{claim} {_truth(rng, true)}"
 
 
 def _answer(rng: TextRng, sentence: str, word: str) -> str:
-    """Returns an answer: a sentence, or with probability 0.3 the bare word introduced."""
+    """Returns an answer: the sentence, or with probability 0.3 the word after 'Answer:'."""
     return sentence if rng.chance(0.7) else rng.choose(f"The answer is {word}.", f"Answer: {word}.")
 
 
@@ -41,10 +42,7 @@ def plain(rng: TextRng, topic: Topic) -> str:
         first = rng.future(topic)
         return f"{first} {rng.future(topic)}" if rng.chance(0.5) else first
     name = rng.pick(world.NAMES)
-    parts = [
-        rng.past(topic, name) if rng.chance(0.5) else rng.past(topic),
-        rng.detail(topic),
-    ]
+    parts = [rng.past(topic, name) if rng.chance(0.5) else rng.past(topic), rng.detail(topic)]
     if rng.chance(0.5):
         parts.append(rng.detail(topic))
     if rng.chance(0.4):
@@ -79,8 +77,7 @@ def about(rng: TextRng, topic: Topic) -> str:
     text = rng.story(topic) if rng.chance(0.7) else rng.future(topic)
     if rng.chance(0.4):
         claimed = topic.name if rng.chance(0.5) else rng.pick(world.TOPIC_NAMES)
-        claim = _claim(rng, f"it is about {claimed}")
-        return f"{text} {claim} {_truth(rng, claimed == topic.name)}"
+        return f"{text} {_claim(rng, f'it is about {claimed}', claimed == topic.name)}"
     return rng.choose(
         f"{text} What is it about? {_answer(rng, f'It is about {topic.name}.', topic.name)}",
         f"A story about {topic.name}: {text}",
@@ -107,11 +104,9 @@ def sentiment(rng: TextRng, topic: Topic) -> str:
     word = "good" if good else "bad"
     like = "liked" if good else "hated"
     if rng.chance(0.3):
-        says = rng.chance(0.5)
-        return (
-            f"{text} {_claim(rng, 'it was ' + ('good' if says else 'bad'))} "
-            f"{_truth(rng, says == good)}"
-        )
+        claims_good = rng.chance(0.5)
+        claimed = "good" if claims_good else "bad"
+        return f"{text} {_claim(rng, f'it was {claimed}', claims_good == good)}"
     return rng.choose(
         f"{text} How was it? {_answer(rng, f'It was {word}.', word)}",
         f"{text} Everybody {like} it.",
@@ -124,7 +119,7 @@ def sentiment(rng: TextRng, topic: Topic) -> str:
 
 
 def feeling(rng: TextRng, topic: Topic) -> str:
-    """Returns a person who shows a feeling, and its name."""
+    """Returns a text about a person who shows a feeling, and the feeling's name."""
     name, felt = rng.pick(world.NAMES), rng.pick(tuple(world.FEELINGS))
     text = rng.feeling_shown(name, felt)
     if rng.chance(0.4):
@@ -157,8 +152,7 @@ def belongs(rng: TextRng, topic: Topic) -> str:
     thing = rng.pick(topic.things)
     if rng.chance(0.4):
         claimed = topic.name if rng.chance(0.5) else rng.pick(world.TOPIC_NAMES)
-        claim = _claim(rng, f"{a(thing)} has to do with {claimed}")
-        return f"{claim} {_truth(rng, claimed == topic.name)}"
+        return _claim(rng, f"{a(thing)} has to do with {claimed}", claimed == topic.name)
     return (
         f"What does {a(thing)} belong to? "
         f"{_answer(rng, f'It belongs to {topic.name}.', topic.name)}"
@@ -172,10 +166,8 @@ def time(rng: TextRng, topic: Topic) -> str:
     word = "future" if later else "past"
     if rng.chance(0.3):
         claims_future = rng.chance(0.5)
-        return (
-            f"{text} {_claim(rng, 'this is in the ' + ('future' if claims_future else 'past'))} "
-            f"{_truth(rng, claims_future == later)}"
-        )
+        claimed = "future" if claims_future else "past"
+        return f"{text} {_claim(rng, f'this is in the {claimed}', claims_future == later)}"
     return rng.choose(
         f"{text} When is it? {_answer(rng, f'It is in the {word}.', f'the {word}')}",
         f"{text} This is a story of the {word}.",

@@ -384,7 +384,7 @@ def test_odd_rows_are_counted(tmp_path, vocab):
         ("film", "good", ["red", "blue"]),  # 2: target not among them
         ("sea", "blue", ["blue", " blue", "red"]),  # 3: doubled
         ("", "red", ["red", "blue"]),  # 4: empty
-        ("word " * 2000, "49", many),  # 5: cut
+        ("word " * 2000, "49", many),  # 5: truncated
         ("grass", "green"),  # 6: no choices
         ("grass", "", ["", "red"]),  # 7: empty target
     ]
@@ -451,7 +451,7 @@ def test_malformed_line_is_an_error(folder, vocab, line, message):
     path = folder / "colour_say" / "train.jsonl"
     path.write_bytes(b'{"inputs": "a", "targets": "b"}\n\n' + line + b"\n")
     assert error(folder, vocab) == f"{path}:3: {message}"
-    # Files that are not used are not read, and an error leaves the former tasks in place.
+    # Unused files are not read, and an error leaves the earlier tasks registered.
     jsonl.register(folder, vocab, train_tasks=["free"])
     assert error(folder, vocab) == f"{path}:3: {message}"
     assert seqio_tasks.subtask_names("jsonl_train") == ["free"]

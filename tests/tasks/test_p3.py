@@ -116,9 +116,9 @@ def test_task_names_follow_from_dataset_and_template():
 @pytest.mark.parametrize(
     ("task", "rate"),
     [
-        ("super_glue_rte_can_we_infer", 2490),  # its train split
+        ("super_glue_rte_can_we_infer", 2490),  # the size of its train split
         ("app_reviews_generate_review", 288065),
-        ("anli_can_we_infer_r2", 162865),  # of the three rounds
+        ("anli_can_we_infer_r2", 162865),  # the sum over three rounds
         ("amazon_polarity_would_you_buy", 55555),  # 3,600,000 > 500,000: 500,000 // 9 templates
         ("dbpedia_14_given_a_choice_of_categories_", 125000),  # 560,000: 500,000 // 4
         ("yelp_review_full_so_i_would", 71428),  # 650,000: 500,000 // 7
@@ -184,7 +184,7 @@ def test_metrics_from_the_table(p3):
     assert task.score_metric_fns == [score_eval.rank_accuracy]
 
 
-# --- five forms
+# --- the forms of a folder
 
 
 def ids(name: str, split: str) -> list[tuple[list[int], list[int]]]:
@@ -516,7 +516,7 @@ def test_failing_templates(p3, tmp_path, forms, capsys):
     register(folder)
     groups = choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
     warning = capsys.readouterr().err
-    # jinja renders an index out of range as nothing: both examples have no label
+    # jinja renders an index out of range as empty text: both examples have no label
     assert len(groups) == 50
     assert [g.idx for g in groups if not any(g.is_correct)] == [4, 6]
     assert warning == ""

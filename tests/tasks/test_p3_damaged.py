@@ -1,4 +1,4 @@
-"""Files whose damage shows in the middle of a run: an error of one line, and no loss."""
+"""Damage that shows in the middle of a run: an error of one line; checkpoints stay."""
 
 import pathlib
 import shutil

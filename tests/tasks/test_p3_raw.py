@@ -301,7 +301,7 @@ LABELS = {  # in Hugging Face's order, by tensorflow-datasets' names
 
 
 def test_builders_have_the_fields_of_the_table(tmp_path, monkeypatch):
-    """According to the sources of the installed package; nothing is downloaded."""
+    """Read from the installed package's source code; nothing is downloaded."""
     seqio_import.import_seqio()
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.utils import gcs_utils

@@ -1,4 +1,4 @@
-"""Our reader of promptsource's templates: expected strings worked out by hand from its rules."""
+"""The reader of promptsource's templates, against strings worked out by hand."""
 
 import pytest
 
@@ -17,9 +17,9 @@ def apply(jinja: str, choices: str | None = None, number: int = 0, **fields) -> 
 @pytest.mark.parametrize(
     ("jinja", "choices", "inputs", "targets"),
     [
-        # both parts are stripped, not what is inside
+        # both parts are stripped, but not the text within them
         ("  {{premise}}  Wet?\n ||| \n yes ", None, "It rains.  Wet?", "yes"),
-        # choices: a template cut at |||, each stripped, a list for the other template
+        # choices: a template, split at |||; the other template sees them as a list
         (
             "{{answer_choices[1]}} ||| {{answer_choices[label]}}",
             "No ||| Yes, wet ",
@@ -33,17 +33,17 @@ def apply(jinja: str, choices: str | None = None, number: int = 0, **fields) -> 
             "b",
         ),
         ("{{answer_choices}} ||| b", None, "None", "b"),
-        # hyphens of fields are underscores
+        # hyphens in field names become underscores
         ("{{a_b}} ||| y", None, "x", "y"),
-        # fields that are not there are nothing
+        # missing fields render as empty text
         ("a{{other}}b ||| y", None, "ab", "y"),
-        # a condition without a target leaves <NO LABEL>
+        # a condition that leaves the target empty: <NO LABEL>
         ("{{premise}} ||| {% if label == 0 %} no {% endif %}", None, "It rains.", "<NO LABEL>"),
         ("{{names | most_frequent | join(',')}} ||| y", None, "b,c", "y"),
         ("{{'it' | highlight}} ||| y", None, "<span style='color: #F08080'>it</span>", "y"),
         ("{% for x, y in zip(names, [1, 2]) %}{{x}}{{y}}{% endfor %} ||| y", None, "b1a2", "y"),
         ("{{premise.lower() | replace('.', '!')}} ||| y", None, "it rains!", "y"),
-        # no HTML escapes
+        # text is not escaped for HTML
         ("{{'<&>'}} ||| y", None, "<&>", "y"),
     ],
 )
@@ -77,11 +77,11 @@ def test_long_fields_are_cut_at_a_word_after_2048_characters():
     expected = "word " * 408 + "word..."
     assert prompt.inputs == expected + "!"
     assert len(expected) == 2047 and prompt.targets == expected
-    # 2,053 are within truncate's leeway of 5
+    # 2,053 characters are within truncate's leeway of 5
     assert apply("{{premise}} ||| y", premise="x" * 2053).inputs == "x" * 2053
-    # only the last term is cut: the filter binds to it
+    # only the last term is truncated: a filter binds more tightly than +
     assert apply("{{premise ~ 'end'}} ||| y", premise=words).inputs == (words + "end")
-    # choices are not
+    # answer choices are not truncated
     assert apply("a ||| b", "{{premise}}", premise=words).answer_choices == [words.strip()]
 
 
