@@ -40,25 +40,18 @@ def greedy_decode(
     """
     inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
     batch = inputs.shape[0]
-    variables = {"params": params}
     apply = functools.partial(
         model.apply, enable_dropout=False, sentence_embeddings=sentence_embeddings
     )
-    encoded = apply(variables, inputs, method=model.encode)
+    encoded = apply({"params": params}, inputs, method=model.encode)
+    decode = functools.partial(
+        apply, method=model.decode, decode=True, max_decode_length=max_decode_length
+    )
     blank = jnp.zeros((batch, max_decode_length), jnp.int32)
     # The first call creates the caches, and projects the encoder's keys and values for all steps.
-    _, caches = apply(
-        variables,
-        encoded,
-        inputs,
-        blank,
-        blank,
-        decode=True,
-        max_decode_length=max_decode_length,
-        mutable=["cache", "cross_cache"],
-        method=model.decode,
+    _, caches = decode(
+        {"params": params}, encoded, inputs, blank, blank, mutable=["cache", "cross_cache"]
     )
-    cross = {"cross_cache": caches["cross_cache"]}
 
     def is_unfinished(carry: _Carry) -> Array:
         position, _, _, finished, _ = carry
@@ -66,17 +59,9 @@ def greedy_decode(
 
     def step(carry: _Carry) -> _Carry:
         position, tokens, last, finished, cache = carry
-        logits, updated = apply(
-            {**variables, **cross, "cache": cache},
-            encoded,
-            inputs,
-            last[:, None],
-            last[:, None],
-            decode=True,
-            max_decode_length=max_decode_length,
-            mutable=["cache"],
-            method=model.decode,
-        )
+        variables = {"params": params, **caches, "cache": cache}
+        token = last[:, None]
+        logits, updated = decode(variables, encoded, inputs, token, token, mutable=["cache"])
         best = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
         best = jnp.where(finished, 0, best)
         tokens = tokens.at[:, position].set(best)

@@ -1,17 +1,17 @@
-"""The exception for mistakes of the user."""
+"""The exception for mistakes of the user, and checks of settings."""
 
 from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """A user's mistake, in one line: the setting or file, what was expected, what it got instead.
+    """A user's mistake, in one line: the setting or file, the expected value, and the actual one.
 
     Commands print the message without a stack trace and exit with a non-zero code.
     """
 
 
 def first_line(error: BaseException | str) -> str:
-    """Returns the first line of a message that is not blank; without one, the error's class."""
+    """Returns the first line of a message that is not blank; the error's class if all are."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

@@ -17,7 +17,7 @@ from pemoe_jax.core.routing import Tokens
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
 
-# Initializers as in T5X. Constants, so that parameters of one shape share a compiled program.
+# T5X's initializers; constants, so that parameters of one shape share a compiled program.
 _DENSE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 _ATTENTION_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _EMBED_INIT = nn.initializers.normal(stddev=1.0)
@@ -36,6 +36,12 @@ def constrain_sharding(x: Array, axes: tuple[str, ...]) -> Array:
     return nn.with_logical_constraint(x, axes)
 
 
+def row_dropout(rate: float, tokens: Tokens | None) -> nn.Dropout:
+    """Returns T5X's dropout, whose mask is shared by all positions of a row."""
+    deterministic = tokens is None or tokens.deterministic
+    return nn.Dropout(rate, broadcast_dims=(-2,), deterministic=deterministic)
+
+
 class Dense(nn.Module):
     """A linear layer without bias; heads are joined in the kernel, as in T5X's checkpoints.
 
@@ -43,7 +49,6 @@ class Dense(nn.Module):
       features: size of the output.
       kernel_axes: logical axis names of the kernel.
       dtype: dtype of the product.
-      kernel_init: initializer of the kernel.
     """
 
     features: int
@@ -64,8 +69,8 @@ class Dense(nn.Module):
         # the kernel's gradient, which doubles the time of that product (benchmarks/NOTES.md).
         rows = inputs.astype(self.dtype).reshape(-1, inputs.shape[-1])
         product = jnp.matmul(rows, kernel.astype(self.dtype))
-        product = product.reshape(*inputs.shape[:-1], self.features)
-        return checkpoint_name(product, "product")  # for `stacks.REMAT_POLICIES`
+        # `stacks.REMAT_POLICIES` refers to the name.
+        return checkpoint_name(product.reshape(*inputs.shape[:-1], self.features), "product")
 
 
 class Embed(nn.Module):
@@ -87,7 +92,6 @@ class Embed(nn.Module):
 class LayerNorm(nn.Module):
     """RMS norm with a scale and without bias (arXiv 1910.07467), under the name it has in T5X."""
 
-    epsilon: float = 1e-6
     dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
@@ -98,29 +102,27 @@ class LayerNorm(nn.Module):
         )
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        y = (x * jax.lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
+        y = (x * jax.lax.rsqrt(mean_square + 1e-6)).astype(self.dtype)
         return y * scale.astype(self.dtype)
 
 
-def relative_position_bucket(
-    relative_position: np.ndarray,
-    bidirectional: bool,
-    num_buckets: int = 32,
-    max_distance: int = 128,
-) -> np.ndarray:
+_NUM_BUCKETS = 32  # over both directions
+_MAX_DISTANCE = 128  # all positions from here on share the last bucket
+
+
+def relative_position_bucket(relative_position: np.ndarray, bidirectional: bool) -> np.ndarray:
     """Returns T5's buckets of relative positions: exact when near, logarithmic when far.
 
     Args:
       relative_position: `key position - query position`, an int array of any shape.
       bidirectional: whether keys to the right have their own buckets, as in the encoder.
-      num_buckets: number of buckets over both directions.
-      max_distance: distance from which on all positions share the last bucket.
 
     Returns:
-      int32 array of the same shape, values in [0, num_buckets).
+      int32 array of the same shape, values in [0, 32).
     """
     bucket = np.zeros_like(relative_position, dtype=np.int32)
     distance = -relative_position
+    num_buckets = _NUM_BUCKETS
     if bidirectional:
         num_buckets //= 2
         bucket += (distance < 0).astype(np.int32) * num_buckets
@@ -128,10 +130,9 @@ def relative_position_bucket(
     else:
         distance = np.maximum(distance, 0)
     exact = num_buckets // 2
-    # In float32 as in T5 and T5X, for rounding decides at the edges of the buckets.
-    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.log(
-        max_distance / exact
-    )
+    # In float32 as in T5 and T5X, since rounding decides at the edges of the buckets.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact)
+    ratio /= np.log(_MAX_DISTANCE / exact)
     far = exact + (ratio * (num_buckets - exact)).astype(np.int32)
     far = np.minimum(far, num_buckets - 1)
     return (bucket + np.where(distance < exact, distance, far)).astype(np.int32)
@@ -141,37 +142,27 @@ class RelativePositionBiases(nn.Module):
     """A learned bias per head and bucket of relative position, shared by the layers of a stack."""
 
     num_heads: int
-    num_buckets: int = 32
-    max_distance: int = 128
     dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> Array:
         """Returns the biases [1, H, query_length, key_length]."""
-        rel_embedding = params_lib.param(
-            self,
-            "rel_embedding",
-            _RELPOS_INIT,
-            (self.num_heads, self.num_buckets),
-            ("heads", "relpos_buckets"),
-        )
+        shape, axes = (self.num_heads, _NUM_BUCKETS), ("heads", "relpos_buckets")
+        rel_embedding = params_lib.param(self, "rel_embedding", _RELPOS_INIT, shape, axes)
         relative = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
-        buckets = relative_position_bucket(
-            relative, bidirectional, self.num_buckets, self.max_distance
-        )
+        buckets = relative_position_bucket(relative, bidirectional)
         return jnp.take(rel_embedding.astype(self.dtype), buckets, axis=1)[None]
 
 
 class MultiHeadDotProductAttention(nn.Module):
-    """Attention without scaling of the logits, with the sites query, key, value and out.
+    """Attention with the sites query, key, value and out; its logits are not scaled.
 
     The batch of the queries may be C times that of the keys, for C answer choices of one input:
     rows `b*C` to `b*C + C-1` of the queries attend to row b of the keys. So the keys and values of
     an input are projected and cached once for all its choices.
 
     Attributes:
-      num_heads: H.
-      head_dim: K.
+      num_heads, head_dim: H and K.
       dtype: dtype of the products.
       dropout_rate: dropout rate of the attention probabilities.
       implementation: one of `attention.IMPLEMENTATIONS`.
@@ -187,32 +178,23 @@ class MultiHeadDotProductAttention(nn.Module):
 
     def _project(self, site: str, inputs: Array, tokens: Tokens | None) -> Array:
         init = _query_init(self.head_dim) if site == "query" else _ATTENTION_INIT
-        dense = Dense(
-            self.num_heads * self.head_dim,
-            ("embed", "joined_kv"),
-            dtype=self.dtype,
-            kernel_init=init,
-            name=site,
-        )
-        y = dense(inputs)
+        features = self.num_heads * self.head_dim
+        y = Dense(features, ("embed", "joined_kv"), self.dtype, init, name=site)(inputs)
         y = y.reshape(*y.shape[:2], self.num_heads, self.head_dim)  # [B, L, H, K]
         return self.adapters.adapt(site, inputs, y, tokens)
 
-    def _project_kv(self, inputs_kv: Array, tokens: Tokens | None) -> tuple[Array, Array]:
-        return self._project("key", inputs_kv, tokens), self._project("value", inputs_kv, tokens)
-
-    def _cached_cross_kv(self, inputs_kv: Array, tokens: Tokens | None) -> tuple[Array, Array]:
-        """Returns keys and values of the encoder's output, from the cache after the first call."""
-        # A collection of its own, which the caller makes mutable: T5X's decoding does not know it,
-        # and projects them at every step.
-        if self.has_variable("cross_cache", "key"):
-            cached_key: Array = self.get_variable("cross_cache", "key")
-            return cached_key, self.get_variable("cross_cache", "value")
-        key, value = self._project_kv(inputs_kv, tokens)
-        if self.is_mutable_collection("cross_cache"):
-            self.put_variable("cross_cache", "key", key)
-            self.put_variable("cross_cache", "value", value)
-        return key, value
+    def _project_kv(self, inputs_kv: Array, tokens: Tokens | None, use_cache: bool) -> list[Array]:
+        # The cache of cross-attention is a collection of its own, which the caller makes mutable:
+        # T5X's decoding does not know it, and projects the encoder's output at every step.
+        arrays: list[Array] = []
+        for site in ("key", "value"):
+            if use_cache and self.has_variable("cross_cache", site):
+                arrays.append(self.get_variable("cross_cache", site))
+                continue
+            arrays.append(self._project(site, inputs_kv, tokens))
+            if use_cache and self.is_mutable_collection("cross_cache"):
+                self.put_variable("cross_cache", site, arrays[-1])
+        return arrays
 
     def _cached_self_kv(
         self, key: Array, value: Array, bias: Array | None
@@ -236,10 +218,9 @@ class MultiHeadDotProductAttention(nn.Module):
                 f" got {bias.shape[-1]}"
             )
         position = index.value
-        cached_key.value = jax.lax.dynamic_update_slice_in_dim(cached_key.value, key, position, 1)
-        cached_value.value = jax.lax.dynamic_update_slice_in_dim(
-            cached_value.value, value, position, 1
-        )
+        update = jax.lax.dynamic_update_slice_in_dim
+        cached_key.value = update(cached_key.value, key, position, 1)
+        cached_value.value = update(cached_value.value, value, position, 1)
         index.value = position + 1
         # Positions after this one hold zeros, which the softmax would count.
         filled = jnp.arange(cached_key.value.shape[1]) <= position
@@ -262,42 +243,19 @@ class MultiHeadDotProductAttention(nn.Module):
         """[B, Lq, D], [B, Lk, D] -> [B, Lq, D].
 
         Args:
-          inputs_q: input of the queries.
-          inputs_kv: input of the keys and values; the same array as inputs_q in self-attention.
+          inputs_q, inputs_kv: inputs of queries, and of keys and values: one object in
+            self-attention.
           mask: bool that broadcasts to [B, H, Lq, Lk], True where a query attends to a key, or a
             `SegmentMask`.
           bias: added to the logits; broadcasts to [B, H, Lq, Lk].
           tokens_q, tokens_kv: tokens of inputs_q and inputs_kv, for routers and dropout.
           decode: whether to decode one token at a step with a cache.
         """
+        is_self_attention = inputs_q is inputs_kv
         query = self._project("query", inputs_q, tokens_q)
-        if decode and inputs_q is not inputs_kv:
-            key, value = self._cached_cross_kv(inputs_kv, tokens_kv)
-        else:
-            key, value = self._project_kv(inputs_kv, tokens_kv)
-            if decode:
-                key, value, mask, bias = self._cached_self_kv(key, value, bias)
-        deterministic = tokens_q is None or tokens_q.deterministic
-        attended = self._attend(query, key, value, mask, bias, deterministic)
-        joined = attended.reshape(*inputs_q.shape[:2], self.num_heads * self.head_dim)
-        out = Dense(
-            inputs_q.shape[-1],
-            ("joined_kv", "embed"),
-            dtype=self.dtype,
-            kernel_init=_ATTENTION_INIT,
-            name="out",
-        )
-        return self.adapters.adapt("out", joined, out(joined), tokens_q)
-
-    def _attend(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        mask: attention.Mask | None,
-        bias: Array | None,
-        deterministic: bool,
-    ) -> Array:
+        key, value = self._project_kv(inputs_kv, tokens_kv, decode and not is_self_attention)
+        if decode and is_self_attention:
+            key, value, mask, bias = self._cached_self_kv(key, value, bias)
         batch = key.shape[0]
         if query.shape[0] % batch:
             raise ValueError(
@@ -307,13 +265,17 @@ class MultiHeadDotProductAttention(nn.Module):
         if query.shape[0] != batch:  # [B·C, Lq, H, K] -> [B, C·Lq, H, K]
             query = query.reshape(batch, -1, self.num_heads, self.head_dim)
         dropout_mask = None
-        if not deterministic and self.dropout_rate > 0.0:
+        if tokens_q is not None and not tokens_q.deterministic and self.dropout_rate > 0.0:
             # As in T5X, a dropped key is dropped for all queries of a head.
             ones = jnp.ones((batch, self.num_heads, 1, key.shape[1]))
             dropout_mask = nn.Dropout(self.dropout_rate)(ones, deterministic=False)
-        return attention.dot_product_attention(
+        attended = attention.dot_product_attention(
             query, key, value, mask, bias, dropout_mask, self.implementation
         )
+        joined = attended.reshape(*inputs_q.shape[:2], self.num_heads * self.head_dim)
+        axes = ("joined_kv", "embed")
+        out = Dense(inputs_q.shape[-1], axes, self.dtype, _ATTENTION_INIT, name="out")
+        return self.adapters.adapt("out", joined, out(joined), tokens_q)
 
 
 class MlpBlock(nn.Module):
@@ -336,16 +298,12 @@ class MlpBlock(nn.Module):
         """[B, L, D] -> [B, L, D]; `tokens` describes the tokens of x, for routers and dropout."""
 
         def wi(name: str) -> Array:
-            dense = Dense(self.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name=name)
+            dense = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)
             return self.adapters.adapt(name, x, dense(x), tokens)
 
         # GELU by its tanh approximation, as in T5 v1.1.
         gate = self.adapters.adapt("gate", x, nn.gelu(wi("wi_0"), approximate=True), tokens)
         hidden = gate * wi("wi_1")  # [B, L, F]
-        deterministic = tokens is None or tokens.deterministic
-        # As in T5X, the mask is shared by all positions of a row.
-        hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-            hidden, deterministic=deterministic
-        )
-        wo = Dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="wo")
+        hidden = row_dropout(self.dropout_rate, tokens)(hidden)
+        wo = Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")
         return self.adapters.adapt("wo", hidden, wo(hidden), tokens)

@@ -1,5 +1,6 @@
-"""Merging (IA)³ and LoRA into the base model's matrices: the same function without adapters."""
+"""Merging (IA)³ and LoRA into the base model's matrices, which then need no adapters."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -12,11 +13,7 @@ KernelUpdate: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 
 def check_mergeable(description: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises InputError if an adapter depends on its input, as routed adapters do.
-
-    Args:
-      description: `adapters.describe`.
-    """
+    """Raises InputError if `adapters.describe` has routed experts, or LoRA at gate."""
     for site, record in description.items():
         if record.get("router") is not None or record.get("num_experts", 1) != 1:
             raise InputError(
@@ -32,7 +29,7 @@ def check_mergeable(description: Mapping[str, Mapping[str, Any]]) -> None:
 def kernel_updates(
     description: Mapping[str, Mapping[str, Any]], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, KernelUpdate]:
-    """Returns what merging does to each matrix: path of a kernel -> function of the kernel.
+    """Returns the merge of each matrix: path of a kernel -> function of the kernel.
 
     Args:
       description: `adapters.describe` of the adapters.
@@ -42,45 +39,31 @@ def kernel_updates(
       InputError: see `check_mergeable`.
     """
     check_mergeable(description)
-    sums: dict[str, KernelUpdate] = {}
-    scalings: dict[str, list[KernelUpdate]] = {}
-    for path, array in arrays.items():
-        module, site, leaf = _parse_path(path)
+    pairs: dict[str, tuple[float, np.ndarray, np.ndarray]] = {}
+    scalings: dict[str, list[np.ndarray]] = {}
+    for path, array in arrays.items():  # such as a/mlp/gate_adapter/vectors
+        module, adapter, leaf = path.rsplit("/", 2)
+        site = adapter.removesuffix("_adapter")
         # A vector at gate moves to wi_1: (gelu(wi_0 x) · l) · wi_1 x = gelu(wi_0 x) · (wi_1 x · l)
         kernel = f"{module}/{'wi_1' if site == 'gate' else site}/kernel"
-        if leaf == "vectors":
-            scalings.setdefault(kernel, []).append(_scale(np.asarray(array, np.float32)))
+        if leaf == "vectors":  # [H, 1, K], [1, D] or [1, F]
+            scalings.setdefault(kernel, []).append(np.asarray(array, np.float32).reshape(-1))
         elif leaf == "lora_a":
             factor = description[site]["alpha"] / description[site]["rank"]
             lora_b = arrays[path.removesuffix("lora_a") + "lora_b"]
-            sums[kernel] = _add(np.asarray(array), np.asarray(lora_b), factor)
-    # LoRA before vectors: a vector at gate scales the output of wi_1 with LoRA's part.
+            # [in, 1, R] and [1, R, out]
+            pairs[kernel] = factor, np.asarray(array)[:, 0], np.asarray(lora_b)[0]
     return {
-        kernel: _chain([*filter(None, [sums.get(kernel)]), *scalings.get(kernel, [])])
-        for kernel in {**sums, **scalings}
+        kernel: functools.partial(_merge, pairs.get(kernel), scalings.get(kernel, []))
+        for kernel in {**pairs, **scalings}
     }
 
 
-def _parse_path(path: str) -> tuple[str, str, str]:
-    """'a/mlp/gate_adapter/vectors' -> ('a/mlp', 'gate', 'vectors')."""
-    module, adapter, leaf = path.rsplit("/", 2)
-    return module, adapter.removesuffix("_adapter"), leaf
-
-
-def _scale(vectors: np.ndarray) -> KernelUpdate:
-    """Scales the columns by vectors [H, 1, K], [1, D] or [1, F]."""
-    return lambda kernel: kernel * vectors.reshape(-1)
-
-
-def _add(lora_a: np.ndarray, lora_b: np.ndarray, factor: float) -> KernelUpdate:
-    """Adds the product of lora_a [in, 1, R] and lora_b [1, R, out]."""
-    return lambda kernel: kernel + factor * (lora_a[:, 0] @ lora_b[0])
-
-
-def _chain(updates: list[KernelUpdate]) -> KernelUpdate:
-    def update_kernel(kernel: np.ndarray) -> np.ndarray:
-        for update in updates:
-            kernel = update(kernel)
-        return kernel
-
-    return update_kernel
+def _merge(
+    pair: tuple[float, np.ndarray, np.ndarray] | None, vectors: list[np.ndarray], kernel: np.ndarray
+) -> np.ndarray:
+    # LoRA before vectors: a vector at gate scales the output of wi_1 with LoRA's part.
+    if pair is not None:
+        factor, lora_a, lora_b = pair
+        kernel = kernel + factor * (lora_a @ lora_b)
+    return functools.reduce(np.multiply, vectors, kernel)

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Dimensions of a T5 v1.1 (arXiv 1910.10683, the v1.1 release), under T5X's names.
+    """Dimensions of T5 v1.1 (a release after arXiv 1910.10683), under T5X's names.
 
     The last three fields change how a step is computed, not the model.
 
@@ -34,8 +34,8 @@ class T5Config:
       dropout_rate: dropout rate of embeddings, attention, MLPs and residual branches.
       sentence_dim: S, size of the sentence embeddings that routers may read; None for D.
       scan_layers: whether a stack runs as a loop over its layers, which is compiled once.
-      remat_policy: activations to store for gradients, the others are recomputed: 'none' (all are
-        stored), 'minimal' or 'full' (`stacks.REMAT_POLICIES`).
+      remat_policy: how many activations are recomputed for gradients, not stored: 'none',
+        'minimal' or 'full' (`stacks.REMAT_POLICIES`).
       attention: how attention is computed: 'plain', 'chunked' (long inputs in less memory) or
         'fused' (bfloat16 on a GPU).
     """
@@ -65,7 +65,9 @@ class T5Config:
             raise InputError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}")
         if not isinstance(self.scan_layers, bool):
             raise InputError(f"SCAN_LAYERS must be True or False, got {self.scan_layers!r}")
-        stacks.check_remat_policy(self.remat_policy)
+        if self.remat_policy not in stacks.REMAT_POLICIES:
+            expected = [*stacks.REMAT_POLICIES]
+            raise InputError(f"REMAT_POLICY must be one of {expected}, got {self.remat_policy!r}")
         attention.check_implementation(self.attention, self.dtype)
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,20 +102,12 @@ class _Block(nn.Module):
         return layers.LayerNorm(dtype=self.config.dtype, name=name)
 
     def residual(self, x: Array, y: Array, tokens: Tokens) -> Array:
-        # As in T5X, a dropout mask is shared by all positions of a row.
-        dropout = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
-        y = dropout(y, deterministic=tokens.deterministic)
+        y = layers.row_dropout(self.config.dropout_rate, tokens)(y)
         return layers.constrain_sharding(x + y, ("batch", "length", "embed"))
 
     def mlp_branch(self, x: Array, tokens: Tokens) -> Array:
         cfg = self.config
-        mlp = layers.MlpBlock(
-            mlp_dim=cfg.mlp_dim,
-            dtype=cfg.dtype,
-            dropout_rate=cfg.dropout_rate,
-            adapters=self.adapters,
-            name="mlp",
-        )
+        mlp = layers.MlpBlock(cfg.mlp_dim, cfg.dtype, cfg.dropout_rate, self.adapters, name="mlp")
         y = mlp(self.norm("pre_mlp_layer_norm")(x), tokens)
         return self.residual(x, y, tokens)
 
@@ -128,8 +122,7 @@ class EncoderLayer(_Block):
         """[B, L, D] -> [B, L, D]; mask and bias are those of `attention.prepare_mask_and_bias`."""
         h = self.norm("pre_attention_layer_norm")(x)
         h = self.attention("attention")(h, h, mask, bias, tokens_q=tokens, tokens_kv=tokens)
-        x = self.residual(x, h, tokens)
-        return self.mlp_branch(x, tokens)
+        return self.mlp_branch(self.residual(x, h, tokens), tokens)
 
 
 class DecoderLayer(_Block):
@@ -140,10 +133,8 @@ class DecoderLayer(_Block):
         self,
         x: Array,
         encoded: Array,
-        decoder_mask: attention.Mask | None,
-        bias: Array | None,
-        cross_mask: attention.Mask | None,
-        cross_bias: Array | None,
+        self_mask_and_bias: tuple[attention.Mask | None, Array | None],
+        cross_mask_and_bias: tuple[attention.Mask | None, Array | None],
         tokens: Tokens,
         encoded_tokens: Tokens,
         decode: bool,
@@ -151,28 +142,19 @@ class DecoderLayer(_Block):
         """x [B·C, L, D], encoded [B, Le, D] -> [B·C, L, D]."""
         h = self.norm("pre_self_attention_layer_norm")(x)
         h = self.attention("self_attention")(
-            h, h, decoder_mask, bias, tokens_q=tokens, tokens_kv=tokens, decode=decode
+            h, h, *self_mask_and_bias, tokens_q=tokens, tokens_kv=tokens, decode=decode
         )
         x = self.residual(x, h, tokens)
         h = self.norm("pre_cross_attention_layer_norm")(x)
         h = self.attention("encoder_decoder_attention")(
             h,
             encoded,
-            cross_mask,
-            cross_bias,
+            *cross_mask_and_bias,
             tokens_q=tokens,
             tokens_kv=encoded_tokens,
             decode=decode,
         )
-        x = self.residual(x, h, tokens)
-        return self.mlp_branch(x, tokens)
-
-
-def _execution_options(stack: "Encoder | Decoder") -> dict[str, Any]:
-    # Layers are created one by one: the parameter tree has `layers_0`, `layers_1`, … in any form.
-    if stack.is_initializing():
-        return {}
-    return {"scan": stack.config.scan_layers, "remat_policy": stack.config.remat_policy}
+        return self.mlp_branch(self.residual(x, h, tokens), tokens)
 
 
 class Encoder(nn.Module):
@@ -184,13 +166,11 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, embedded: Array, mask: attention.SegmentMask, tokens: Tokens) -> Array:
         """Embedded tokens [B, L, D] -> [B, L, D]."""
-        cfg, deterministic = self.config, tokens.deterministic
-        length = embedded.shape[1]
-        dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
-        x = dropout(embedded, deterministic=deterministic)
-        bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
-            length, length, bidirectional=True
-        )
+        cfg, length = self.config, embedded.shape[1]
+        dropout = layers.row_dropout(cfg.dropout_rate, tokens)
+        x = dropout(embedded)
+        biases = layers.RelativePositionBiases(cfg.num_heads, cfg.dtype, name="relpos_bias")
+        bias = biases(length, length, bidirectional=True)
         # Position biases and mask are the same in all layers, so they are prepared once.
         mask_and_bias = attention.prepare_mask_and_bias(cfg.attention, mask, bias)
         x = stacks.apply_layers(
@@ -199,10 +179,10 @@ class Encoder(nn.Module):
             cfg.num_encoder_layers,
             lambda layer, x: layer(x, *mask_and_bias, tokens),
             x,
-            **_execution_options(self),
+            scan=cfg.scan_layers,
+            remat_policy=cfg.remat_policy,
         )
-        x = layers.LayerNorm(dtype=cfg.dtype, name="encoder_norm")(x)
-        return dropout(x, deterministic=deterministic)
+        return dropout(layers.LayerNorm(cfg.dtype, name="encoder_norm")(x))
 
 
 class Decoder(nn.Module):
@@ -222,22 +202,20 @@ class Decoder(nn.Module):
         encoded_tokens: Tokens,
         decode: bool,
         max_decode_length: int | None,
-        return_hidden: bool = False,
+        return_hidden: bool,
     ) -> Array:
         """Embedded tokens [B·C, L, D], encoded [B, Le, D] -> logits [B·C, L, V], float32.
 
-        With `return_hidden` the input of the logits layer, [B·C, L, D] in float32.
+        With `return_hidden`, returns the input of the logits layer, float32 [B·C, L, D].
         """
-        cfg, deterministic = self.config, tokens.deterministic
-        length = embedded.shape[1]
+        cfg, length = self.config, embedded.shape[1]
         if decode and max_decode_length:
             # A step has one token; attention slices its row from the bias of the whole cache.
             length = max_decode_length
-        dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
-        x = dropout(embedded, deterministic=deterministic)
-        bias = layers.RelativePositionBiases(cfg.num_heads, dtype=cfg.dtype, name="relpos_bias")(
-            length, length, bidirectional=False
-        )
+        dropout = layers.row_dropout(cfg.dropout_rate, tokens)
+        x = dropout(embedded)
+        biases = layers.RelativePositionBiases(cfg.num_heads, cfg.dtype, name="relpos_bias")
+        bias = biases(length, length, bidirectional=False)
         self_mask_and_bias = attention.prepare_mask_and_bias(cfg.attention, decoder_mask, bias)
         cross_mask_and_bias = attention.prepare_mask_and_bias(cfg.attention, cross_mask, None)
         x = stacks.apply_layers(
@@ -245,26 +223,17 @@ class Decoder(nn.Module):
             functools.partial(DecoderLayer, cfg, self.adapters),
             cfg.num_decoder_layers,
             lambda layer, x: layer(
-                x,
-                encoded,
-                *self_mask_and_bias,
-                *cross_mask_and_bias,
-                tokens,
-                encoded_tokens,
-                decode,
+                x, encoded, self_mask_and_bias, cross_mask_and_bias, tokens, encoded_tokens, decode
             ),
             x,
-            **({} if decode else _execution_options(self)),
+            scan=cfg.scan_layers and not decode,  # the caches of decoding are by layer
+            remat_policy="none" if decode else cfg.remat_policy,
         )
-        x = layers.LayerNorm(dtype=cfg.dtype, name="decoder_norm")(x)
-        x = dropout(x, deterministic=deterministic)
+        x = dropout(layers.LayerNorm(cfg.dtype, name="decoder_norm")(x))
         if return_hidden:
             return x.astype(jnp.float32)
         # T5 v1.1 does not tie the logits to the embedding, and so does not scale them by 1/sqrt(D).
-        logits = layers.Dense(
-            cfg.vocab_size, ("embed", "vocab"), dtype=jnp.float32, name="logits_dense"
-        )
-        return logits(x)
+        return layers.Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32, name="logits_dense")(x)
 
 
 class Transformer(nn.Module):
@@ -326,7 +295,6 @@ class Transformer(nn.Module):
           decoder_target_tokens: [B·C, L], for the padding mask; ignored when decoding.
           encoder_segment_ids, decoder_segment_ids: segments of packed rows (C = 1).
           decoder_positions: ignored, since positions are relative; T5X passes them.
-          enable_dropout: whether dropout is applied.
           decode: whether this is a decoding step of one token with the collections `cache` and, if
             mutable, `cross_cache`.
           max_decode_length: length of the cache in a decoding step.
@@ -414,45 +382,36 @@ def init_params(
     predicate: Callable[[str], bool],
     transform: params_lib.Transform = params_lib.identity,
 ) -> dict[str, PyTree]:
-    """Draws random float32 parameters; those whose path fails the predicate are never drawn.
+    """Draws the float32 parameters whose path satisfies the predicate; see `params.initialize`.
 
     A parameter depends on its path and the seed alone, so the base model is the same with and
     without adapters.
-
-    Args:
-      model: the network.
-      seed: seed of all draws.
-      predicate: whether to draw the parameter of a path.
-      transform: (path, array) -> the leaf to return.
     """
-    specs = _traced(model)[1]
-    chosen = {path: spec for path, spec in specs.items() if predicate(path)}
-    return params_lib.initialize(chosen, seed, transform)
+    specs = {path: spec for path, spec in _trace(model)[1].items() if predicate(path)}
+    return params_lib.initialize(specs, seed, transform)
 
 
 def param_shapes(
     model: Transformer, predicate: Callable[[str], bool] = lambda _: True
 ) -> dict[str, PyTree]:
     """Returns the tree of `jax.ShapeDtypeStruct` of the parameters; allocates nothing."""
-    return params_lib.select(_traced(model)[0], predicate)
+    return params_lib.select(_trace(model)[0], predicate)
 
 
 def param_axes(model: Transformer) -> dict[str, tuple[str, ...]]:
     """Returns path -> logical axis names of each parameter, such as ('embed', 'joined_kv')."""
-    return {path: spec.axes for path, spec in _traced(model)[1].items()}
+    return {path: spec.axes for path, spec in _trace(model)[1].items()}
 
 
 def stack_layers(
     model: Transformer, params: Params, stack: Callable[[list[PyTree]], PyTree]
 ) -> dict[str, PyTree]:
-    """Stacks the parameters of the layers for a model with `scan_layers`; see `core.stacks`.
+    """Stacks parameters, or a part of them, for a model with `scan_layers`.
 
-    Args:
-      model: the network.
-      params: its parameters, or a part of them.
-      stack: `stacks.stack_and_delete` or `stacks.stack_abstract`.
+    `stack` is `stacks.stack_and_delete` or `stacks.stack_abstract`.
     """
-    return stacks.stack_layers(params, lambda prefix: _depths(model)[prefix.rstrip("/")], stack)
+    depths = _depths(model)
+    return stacks.stack_layers(params, lambda prefix: depths[prefix.rstrip("/")], stack)
 
 
 def _depths(model: Transformer) -> dict[str, int]:
@@ -460,17 +419,13 @@ def _depths(model: Transformer) -> dict[str, int]:
     return {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
 
 
-def _traced(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]:
-    """Returns (tree of the parameters' shapes, path -> spec); uses no device."""
-    # A run asks five times, so the result is stored on the model. Not in a cache by equality: equal
-    # partials of gin configurables may have been bound differently since.
-    attributes = vars(model)
-    if "_traced_params" not in attributes:
-        attributes["_traced_params"] = _trace(model)
-    return attributes["_traced_params"]
-
-
 def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]:
+    """Returns (tree of the parameters' shapes, path -> spec); uses no device."""
+    # A run calls this five times, so the result is stored on the model. A cache by equality would
+    # be wrong: equal partials of gin configurables may have been bound differently since.
+    attributes = vars(model)
+    if "_traced_params" in attributes:
+        return attributes["_traced_params"]
     # The layers of a stack differ in their names alone, so one of each stack is traced, and its
     # parameters are repeated: T5-XXL takes 0.1 s instead of 2 s.
     depths = _depths(model)
@@ -487,18 +442,16 @@ def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]
         shapes = jax.eval_shape(
             lambda t, s: init(jax.random.key(0), t, t, t, sentence_embeddings=s), tokens, sentence
         )
-    flat = params_lib.flatten(shapes["params"])
-    return params_lib.unflatten(_repeat(flat, depths)), _repeat(specs, depths)
+    tree = params_lib.unflatten(_repeat(params_lib.flatten(shapes["params"]), depths))
+    attributes["_traced_params"] = tree, _repeat(specs, depths)
+    return attributes["_traced_params"]
 
 
 def _repeat(values: Mapping[str, _T], depths: Mapping[str, int]) -> dict[str, _T]:
     """Copies the values of '<stack>/layers_0/…' to every layer of the stack."""
-    repeated = {}
+    repeated: dict[str, _T] = {}
     for path, value in values.items():
-        stack, _, rest = path.partition("/layers_0/")
-        if not rest:
-            repeated[path] = value
-            continue
-        for i in range(depths[stack]):
-            repeated[f"{stack}/layers_{i}/{rest}"] = value
+        stack, is_layer, rest = path.partition("/layers_0/")
+        layer_paths = [f"{stack}/layers_{i}/{rest}" for i in range(depths.get(stack, 0))]
+        repeated |= dict.fromkeys(layer_paths if is_layer else [path], value)
     return repeated

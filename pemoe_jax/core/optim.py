@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules, with T5X's settings as defaults."""
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -24,8 +25,8 @@ def adafactor(
 ) -> optax.GradientTransformation:
     """Adafactor (arXiv 1804.04235) as T5 was trained with it: without momentum.
 
-    With `multiply_by_parameter_scale` the step is relative to the root mean square of the
-    parameter, which counts as 1e-3 at least: LoRA's B, which starts at zero, then starts slowly.
+    With `multiply_by_parameter_scale` a step is relative to the root mean square of the parameter,
+    but at least 1e-3: LoRA's B, which starts at zero, then starts slowly.
     """
     return optax.adafactor(
         learning_rate=learning_rate,
@@ -45,10 +46,7 @@ def adamw(
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101), without weight decay by default.
-
-    `clip_norm` is a bound of the gradient's global norm; None does not clip.
-    """
+    """AdamW (arXiv 1711.05101); `clip_norm` bounds the gradient's global norm, None does not."""
     optimizer = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if clip_norm is None:
         return optimizer
@@ -64,18 +62,15 @@ def create_learning_rate_scheduler(
     warmup_steps: int = 0,
     total_steps: int | None = None,
 ) -> Schedule:
-    """Returns a product of named factors, which is how T5X writes schedules.
+    """Returns step -> learning rate, a product of named factors as in T5X.
 
     Args:
       factors: names joined by `*`: constant (the base learning rate), linear_warmup (0 to 1 over
         warmup_steps), rsqrt_decay (1 / sqrt(max(step, warmup_steps, 1))), linear_decay and
         cosine_decay (1 to 0 from the end of the warm-up to total_steps).
-      base_learning_rate: learning rate that the factor `constant` stands for.
+      base_learning_rate: value of the factor `constant`.
       warmup_steps: number of warm-up steps.
       total_steps: step at which the decays end.
-
-    Returns:
-      step -> learning rate.
 
     Raises:
       InputError: a factor is unknown, or a decay has no total_steps.
@@ -98,9 +93,6 @@ def create_learning_rate_scheduler(
             "linear_decay": lambda: 1.0 - progress,
             "cosine_decay": lambda: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
         }
-        rate = jnp.asarray(1.0, jnp.float32)
-        for name in names:
-            rate = rate * values[name]()
-        return rate
+        return math.prod((values[name]() for name in names), start=jnp.asarray(1.0, jnp.float32))
 
     return schedule

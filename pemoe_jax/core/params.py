@@ -1,11 +1,10 @@
-"""Parameter trees: creation, paths, the trainable part, strict comparison, fingerprints.
+"""Parameter trees: creation, paths, trainable and frozen parts, checks, fingerprints.
 
-A tree is a nested dict of arrays as Flax holds it. A path joins its keys: 'encoder/layers_0/…'.
+A tree is Flax's nested dict of arrays. A path joins its keys: 'encoder/layers_0/…'.
 """
 
 import contextlib
 import contextvars
-import functools
 import hashlib
 import re
 import zlib
@@ -41,9 +40,7 @@ class ParamSpec(NamedTuple):
 
 # Specs by path while `record_specs` is active; a context variable, so that one thread does not
 # record what another traces.
-_specs: contextvars.ContextVar[dict[str, ParamSpec] | None] = contextvars.ContextVar(
-    "specs", default=None
-)
+_specs = contextvars.ContextVar[dict[str, ParamSpec] | None]("specs", default=None)
 
 
 def param(
@@ -60,8 +57,7 @@ def param(
     Args:
       module: the module, inside its compact method.
       name: last part of the parameter's path.
-      init: (key, shape, dtype) -> array. A module-level constant: `initialize` compiles one program
-        for each initializer and shape.
+      init: a module-level constant, since `initialize` compiles a program for each initializer.
       shape: shape of the parameter.
       axes: logical name of each axis.
     """
@@ -82,11 +78,9 @@ def record_specs() -> Iterator[dict[str, ParamSpec]]:
         _specs.reset(token)
 
 
-@functools.cache
-def _compiled_init(
-    init: Callable[..., jax.Array], shape: tuple[int, ...]
-) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda key: init(key, shape, jnp.float32))
+_init_array = jax.jit(
+    lambda key, init, shape: init(key, shape, jnp.float32), static_argnames=("init", "shape")
+)
 
 
 def identity(path: str, array: jax.Array) -> PyTree:
@@ -104,16 +98,13 @@ def initialize(
       seed: seed of all draws.
       transform: applied to each float32 array before the next is drawn, so that one float32 array
         at a time is in memory.
-
-    Returns:
-      Nested dict of the transformed arrays.
     """
     key = jax.random.key(seed)
     arrays = {}
     for path, spec in specs.items():
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         # A small program for each shape: one for the model compiles for minutes at T5-Large.
-        arrays[path] = transform(path, _compiled_init(spec.init, spec.shape)(path_key))
+        arrays[path] = transform(path, _init_array(path_key, spec.init, spec.shape))
     return unflatten(arrays)
 
 
@@ -163,12 +154,11 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
     chosen: set[str] = set()
     for pattern in patterns:
         try:
-            compiled = re.compile(pattern)
+            matched = {path for path in paths if re.fullmatch(pattern, path)}
         except re.error as error:
             raise InputError(
                 f"TRAINABLE must hold regular expressions, got {pattern!r}: {error}"
             ) from error
-        matched = {path for path in paths if compiled.fullmatch(path)}
         if not matched:
             raise InputError(
                 f"TRAINABLE matched 0 of {len(paths)} parameters: {[pattern]}"
@@ -182,11 +172,8 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
 
 def split(params: Params, patterns: Sequence[str]) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     """Splits parameters into (trainable, frozen) by `trainable_paths`; `merge` is the inverse."""
-    flat = flatten(params)
-    chosen = trainable_paths(flat, patterns)
-    trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
-    frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
-    return unflatten(trainable), unflatten(frozen)
+    chosen = trainable_paths(flatten(params), patterns)
+    return select(params, chosen.__contains__), select(params, lambda path: path not in chosen)
 
 
 def merge(trainable: Params, frozen: Params) -> dict[str, PyTree]:
@@ -203,30 +190,30 @@ def merge(trainable: Params, frozen: Params) -> dict[str, PyTree]:
 
 
 def check_matches(source: Params, target: Params, source_name: str) -> dict[str, PyTree]:
-    """Checks that `source` has the paths and shapes of `target`, no fewer and no more.
+    """Returns `source` as a nested dict if it has exactly the paths and shapes of `target`.
 
     Args:
       source: tree of arrays, as read.
       target: tree of arrays or shapes, as expected.
       source_name: name of the source in the error.
 
-    Returns:
-      The source as a nested dict.
-
     Raises:
       InputError: names the arrays that are missing, extra or of another shape.
     """
     flat, expected = flatten(source), flatten(target)
-    missing = sorted(expected.keys() - flat.keys())
-    extra = sorted(flat.keys() - expected.keys())
     shapes = [
         f"{path}: expected {tuple(expected[path].shape)}, got {tuple(flat[path].shape)}"
         for path in sorted(expected.keys() & flat.keys())
         if tuple(flat[path].shape) != tuple(expected[path].shape)
     ]
+    differences = {
+        "missing": sorted(expected.keys() - flat.keys()),
+        "extra": sorted(flat.keys() - expected.keys()),
+        "of another shape": shapes,
+    }
     problems = [
         f"{len(items)} {label}: {'; '.join(items[:3])}{'; …' if len(items) > 3 else ''}"
-        for label, items in (("missing", missing), ("extra", extra), ("of another shape", shapes))
+        for label, items in differences.items()
         if items
     ]
     if problems:
@@ -242,7 +229,7 @@ _FINITE_CHUNK = 1 << 20  # values
 
 def all_finite(array: np.ndarray) -> bool:
     """Whether an array holds neither NaN nor infinity."""
-    # In chunks, for `np.isfinite` of a whole embedding allocates a mask of a quarter of its size.
+    # In chunks, since `np.isfinite` of a whole embedding allocates a quarter of its size.
     flat = array.ravel(order="K")  # a view for transposed arrays too
     starts = range(0, flat.size, _FINITE_CHUNK)
     return all(bool(np.isfinite(flat[i : i + _FINITE_CHUNK]).all()) for i in starts)
@@ -256,7 +243,7 @@ def check_finite(tree: Params, source_name: str) -> None:
 
 
 def frozen_dtype(path: str, dtype: jax.typing.DTypeLike) -> np.dtype:
-    """Returns the dtype to keep a frozen parameter in: that of the activations, or float32."""
+    """Returns a frozen parameter's dtype: that of the activations, or float32."""
     # Norms, logits and adapters compute in float32. The layers cast the other matrices to the
     # activation dtype anyway, so storing them in it changes no result. Adapters can be frozen: a
     # pattern may train a part of them.
@@ -273,40 +260,30 @@ def is_matrix(path: str) -> bool:
     return path.endswith("/kernel") and is_base(path) and not path.startswith("decoder/logits")
 
 
-_SAMPLE_SIZE = 64  # values of an array
-
-
 def sample_array(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Samples evenly spaced values of an array, first and last included.
+    """Samples up to 64 evenly spaced values of an array, first and last included.
 
     Returns:
       uint16 [<= 64], the bits of the values as bfloat16; on the array's device, or in host memory
       for a numpy array.
     """
-    if isinstance(leaf, jax.Array):
-        return _sample_on_device(leaf)
-    return _sample_bfloat16(leaf).view(np.uint16)
+    return _sample_on_device(leaf) if isinstance(leaf, jax.Array) else _sample(leaf)
 
 
-def _sample_bfloat16(leaf: PyTree) -> PyTree:
-    flat = np.linspace(0, leaf.size - 1, min(_SAMPLE_SIZE, leaf.size)).astype(np.int64)
-    return leaf[np.unravel_index(flat, leaf.shape)].astype(jnp.bfloat16)
+def _sample(leaf: PyTree) -> PyTree:
+    flat = np.linspace(0, leaf.size - 1, min(64, leaf.size)).astype(np.int64)
+    return leaf[np.unravel_index(flat, leaf.shape)].astype(jnp.bfloat16).view(np.uint16)
 
 
-@jax.jit
-def _sample_on_device(leaf: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(_sample_bfloat16(leaf), jnp.uint16)
+_sample_on_device = jax.jit(_sample)
 
 
 def fingerprint(params: Params) -> str:
-    """Returns a short identity of a tree: a hash of its paths, shapes and a sample of each array.
+    """Returns 16 hexadecimal digits, a hash of paths, shapes and a sample of each array.
 
-    It costs next to nothing at any size, is computed where the arrays are, and does not depend on
-    their sharding. It is the same for float32 and its bfloat16 rounding: an adapter fits either
-    copy of a base model.
-
-    Returns:
-      16 hexadecimal digits.
+    It is fast at any size, since arrays are sampled on their devices, and does not depend on
+    shardings. It is equal for float32 and its bfloat16 rounding: an adapter fits either copy of a
+    base model.
     """
     flat = flatten(params)
     samples = partitioning.gather({path: sample_array(leaf) for path, leaf in flat.items()})
@@ -316,7 +293,7 @@ def fingerprint(params: Params) -> str:
 def fingerprint_samples(
     samples: Mapping[str, tuple[tuple[int, ...], jax.Array | np.ndarray]],
 ) -> str:
-    """`fingerprint` from path -> (shape, sample), for arrays that are never in memory together."""
+    """Returns `fingerprint` from path -> (shape, sample), if all arrays do not fit in memory."""
     digest = hashlib.sha256()
     for path, (shape, bits) in sorted(samples.items()):
         digest.update(f"{path} {tuple(shape)} {bits.tolist()}\n".encode())

@@ -7,7 +7,7 @@ Parameters and activations name their axes; rules map each name to an axis of th
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -18,9 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pemoe_jax.core.errors import InputError
 
 PyTree: TypeAlias = Any  # a leaf or a tree of arrays, shapes or shardings; jax has no type for it
+_T = TypeVar("_T")
 Rules: TypeAlias = tuple[tuple[str, str | None], ...]
 
-# The order is a priority: with FSDP both `batch` and `embed` map to `data`, and an activation
+# Earlier rules have priority: with FSDP both `batch` and `embed` map to `data`, and an activation
 # [batch, length, embed] is sharded by its batch.
 _RULES: Rules = (
     ("batch", "data"),
@@ -42,8 +43,8 @@ class MeshConfig:
     """How a run uses its devices.
 
     Attributes:
-      model_parallelism: tensor-parallel size: the number of devices that share each matrix. It must
-        divide the number of devices; the others share the batch.
+      model_parallelism: the number of devices that share each matrix (tensor parallelism), a
+        divisor of all devices; the batch is sharded over the rest.
       fsdp: also shard parameters and optimizer states over the data axis.
     """
 
@@ -60,11 +61,7 @@ class MeshConfig:
 
 
 def make_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh `data` × `model` of the devices.
-
-    Args:
-      model_parallelism: size of the `model` axis, the number of devices that share each matrix.
-      devices: None for all devices of all processes.
+    """Returns a mesh `data` × `model` of the devices; None for all devices of all processes.
 
     Raises:
       InputError: model_parallelism does not divide the number of devices.
@@ -86,9 +83,9 @@ def connect_processes(mesh: Mesh) -> None:
 
     Call it where all processes arrive at about the same time. A no-op in a single process.
     """
-    # On CPUs XLA connects processes at a program's first collective, and fails if one of them
-    # arrives 30 seconds after another, because it compiled for longer or read a base model. So run
-    # a small collective over each axis, and over both, before any such work.
+    # On CPUs XLA connects processes at a program's first collective, and fails if one process
+    # arrives 30 seconds after another, for example after a longer compilation. So a small
+    # collective runs over each axis, and over both, before any such work.
     if jax.process_count() == 1:
         return
 
@@ -108,8 +105,7 @@ def connect_processes(mesh: Mesh) -> None:
 def axis_rules(fsdp: bool = False) -> Rules:
     """Returns the pairs (logical axis name, mesh axis or None); the first that applies wins.
 
-    Args:
-      fsdp: whether parameters are also sharded over `data`, along D (as ZeRO-3, arXiv 1910.02054).
+    With `fsdp` parameters are also sharded over `data`, along D (as ZeRO-3, arXiv 1910.02054).
     """
     return tuple((name, "data" if fsdp and name == "embed" else axis) for name, axis in _RULES)
 
@@ -138,14 +134,7 @@ def param_shardings(
     axes: Mapping[str, Sequence[str]],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, NamedSharding]:
-    """Returns path -> sharding of every parameter.
-
-    Args:
-      mesh: the mesh.
-      rules: `axis_rules`.
-      axes: path -> names of the axes (`network.param_axes`).
-      shapes: path -> shape.
-    """
+    """Returns path -> sharding, from paths' `axis_rules`, `network.param_axes` and shapes."""
     return {
         path: logical_to_mesh_sharding(mesh, rules, axes[path], leaf.shape)
         for path, leaf in shapes.items()
@@ -157,8 +146,7 @@ def state_shardings(
 ) -> PyTree:
     """Returns the shardings of a tree that holds states of parameters, such as Adam's moments.
 
-    A leaf is sharded as the parameter whose path its own path ends in. A leaf that does not have
-    that parameter's shape (factored moments, counts) is replicated.
+    A state that does not have the shape of its parameter (factored moments, counts) is replicated.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct`, such as the train state's.
@@ -168,25 +156,21 @@ def state_shardings(
     replicated = replicated_sharding(mesh)
 
     def leaf_sharding(key_path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        keys = key_names(key_path)
-        for start in range(len(keys)):
-            sharding = param_shardings.get("/".join(keys[start:]))
-            if sharding is not None:
-                return sharding if _fits(sharding, leaf.shape) else replicated
-        return replicated
+        sharding = value_of_param(key_path, param_shardings)
+        return sharding if sharding and _fits(sharding, leaf.shape) else replicated
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, abstract)
 
 
-def key_names(key_path: jax.tree_util.KeyPath) -> list[str]:
-    """Returns the keys and attribute names of a path in a pytree; 'None' for other entries."""
-    return [str(getattr(key, "key", getattr(key, "name", None))) for key in key_path]
+def value_of_param(key_path: jax.tree_util.KeyPath, values: Mapping[str, _T]) -> _T | None:
+    """Returns the value of the parameter path that a state's path in a pytree ends in, or None."""
+    keys = [str(getattr(key, "key", getattr(key, "name", None))) for key in key_path]
+    suffixes = ("/".join(keys[start:]) for start in range(len(keys)))
+    return next((values[path] for path in suffixes if path in values), None)
 
 
 def _fits(sharding: NamedSharding, shape: Sequence[int]) -> bool:
-    if len(sharding.spec) != len(shape):
-        return False
-    return all(
+    return len(sharding.spec) == len(shape) and all(
         axis is None or size % sharding.mesh.shape[axis] == 0
         for axis, size in zip(sharding.spec, shape, strict=True)
     )
@@ -212,8 +196,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Shards the rows of a batch over `data`; every process passes the whole batch."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return device_put(dict(batch), jax.tree.map(lambda _: sharding, dict(batch)))
+    return device_put(dict(batch), NamedSharding(mesh, PartitionSpec("data")))
 
 
 def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -229,9 +212,9 @@ def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, 
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
-    """Returns (shard id, number of shards): the part of each batch that this process reads.
+    """Returns (shard id, number of shards): which part of each batch this process reads.
 
-    Processes whose devices are in the same rows of the mesh read the same shard.
+    Processes whose devices are in the same rows of the mesh read the same part.
 
     Raises:
       InputError: the rows of two processes overlap, but are not the same.
@@ -250,7 +233,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 
 
 def device_put(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Moves arrays that every process holds to the devices of their shardings."""
+    """Moves arrays that all processes hold to devices, by a tree of shardings or a single one."""
 
     def put(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:
@@ -259,7 +242,7 @@ def device_put(tree: PyTree, shardings: PyTree) -> PyTree:
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(put, tree, shardings)
+    return jax.tree.map(put, tree, jax.tree.broadcast(shardings, tree))
 
 
 def replicated_sharding(mesh: Mesh | jax.sharding.AbstractMesh) -> NamedSharding:
@@ -269,7 +252,7 @@ def replicated_sharding(mesh: Mesh | jax.sharding.AbstractMesh) -> NamedSharding
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copies every array to every device."""
-    return device_put(tree, jax.tree.map(lambda _: replicated_sharding(mesh), tree))
+    return device_put(tree, replicated_sharding(mesh))
 
 
 def _identity(array: jax.Array) -> jax.Array:

@@ -1,8 +1,7 @@
-"""Frozen matrices in one byte a value, with a scale for each output channel (weight-only).
+"""Weight-only quantization of frozen matrices: one byte per value, a scale per output channel.
 
-A matrix is cast to the activation dtype where it is used. The scale is the absolute maximum of a
-vector as in LLM.int8() (arXiv 2208.07339); e4m3 is that of FP8 Formats for Deep Learning (arXiv
-2209.05433).
+A matrix is cast to the activation dtype where it is used. Scales are absolute maxima of columns, as
+in LLM.int8() (arXiv 2208.07339); e4m3 is that of FP8 Formats for Deep Learning (arXiv 2209.05433).
 """
 
 import dataclasses
@@ -12,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pemoe_jax.core.errors import InputError
@@ -33,24 +31,14 @@ class QuantizedMatrix:
       scale: float32 [out], with bfloat16 values.
     """
 
-    # As a pytree it also holds shapes and shardings in place of the arrays.
+    # Any, because as a pytree it also holds shapes and shardings in place of the arrays.
     values: Any
     scale: Any
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix."""
-        return tuple(self.values.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Dtype of the values."""
-        return self.values.dtype
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return int(self.values.size)
+    # For code that counts and compares the arrays of a parameter tree.
+    shape = property(lambda self: tuple(self.values.shape))
+    dtype = property(lambda self: self.values.dtype)
+    size = property(lambda self: int(self.values.size))
 
 
 def check_frozen_dtype(frozen_dtype: object) -> None:
@@ -60,11 +48,9 @@ def check_frozen_dtype(frozen_dtype: object) -> None:
 
 
 def quantize(matrix: jax.Array, dtype: str) -> QuantizedMatrix:
-    """Rounds a matrix to the nearest values, with an error of at most scale / 2 (int8) or 1/16.
+    """Rounds a float32 matrix [in, out] to 'int8' or 'float8_e4m3fn'; its sharding stays.
 
-    Args:
-      matrix: float32 [in, out]; the result keeps its sharding.
-      dtype: 'int8' or 'float8_e4m3fn'.
+    The error of a value is at most scale / 2 for int8, and 1/16 of the value for float8_e4m3fn.
     """
     sharding = matrix.sharding
     return _quantizer(dtype, sharding if isinstance(sharding, NamedSharding) else None)(matrix)
@@ -95,7 +81,7 @@ def _quantizer(
         # Rounded to bfloat16, so that float32 and bfloat16 activations use the same scale.
         scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
         scale = jnp.where(scale > 0, scale, 1.0)
-        # A scale that was rounded down leaves the largest value just beyond the range.
+        # If the scale was rounded down, the largest value is just beyond the range.
         scaled = jnp.clip(matrix / scale, -largest, largest)
         values = (jnp.round(scaled) if dtype == "int8" else scaled).astype(dtype)
         return QuantizedMatrix(values, scale)
@@ -119,6 +105,6 @@ def dequantize(matrix: QuantizedMatrix) -> jax.Array:
 
 def matmul(x: jax.Array, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -> jax.Array:
     """x [..., in] -> [..., out] in the activation dtype."""
-    # The cast is exact: bfloat16 holds every int8 and every float8_e4m3fn value. The scale comes
-    # after the product, which is a pass over [..., out] in place of one over the matrix.
+    # The cast is exact: bfloat16 represents all values of int8 and float8_e4m3fn. The product is
+    # scaled, not the matrix, which saves a pass over the matrix.
     return jnp.matmul(x.astype(dtype), matrix.values.astype(dtype)) * matrix.scale.astype(dtype)

@@ -18,26 +18,25 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core import quantized
-from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import Params, PyTree
 
 Array = jax.Array
-# (primitive, *inputs, **its parameters) -> whether its output is stored; as of jax.checkpoint.
+# A policy of `jax.checkpoint`: (primitive, *inputs, **settings) -> whether its output is stored.
 _Policy: TypeAlias = Callable[..., bool]
 
 
 def _all_but_copies(
     primitive: Primitive, *inputs: jax.core.ShapedArray, **settings: PyTree
 ) -> bool:
-    # A loop stores what a policy accepts. Copies of parameters are excluded, such as a sharding
-    # constraint's output: the loop would hold a second copy of all its weights.
+    # Outputs that only copy parameters are excluded, such as those of sharding constraints: a loop
+    # would store a second copy of all its weights.
     if primitive.name == "convert_element_type":
         return bool(settings["new_dtype"].itemsize <= inputs[0].dtype.itemsize)
     return primitive.name not in ("sharding_constraint", "broadcast_in_dim", "reshape")
 
 
 # The activations of a layer, besides its input, that are stored for its gradients; the others are
-# computed again. Under T5X's names: `none` stores all that are needed; `minimal` the outputs of
+# recomputed. The names are T5X's: `none` stores all that gradients need; `minimal` the outputs of
 # matrices and of fused attention, but nothing that adapters compute from them; `full` nothing.
 REMAT_POLICIES: dict[str, _Policy] = {
     "none": _all_but_copies,
@@ -49,36 +48,31 @@ _COLLECTIONS = ("routers", "intermediates")  # outputs of layers besides x, if m
 _LAYER_PATH = re.compile(r"(.*?)layers_(\d+)/(.*)")
 
 
-def check_remat_policy(name: object) -> None:
-    """Raises InputError if a name is not one of `REMAT_POLICIES`."""
-    if name not in REMAT_POLICIES:
-        raise InputError(f"REMAT_POLICY must be one of {[*REMAT_POLICIES]}, got {name!r}")
-
-
 def apply_layers(
     stack: nn.Module,
     make_layer: Callable[..., nn.Module],
     num_layers: int,
     apply: Callable[[PyTree, Array], Array],
     x: Array,
-    scan: bool = False,
-    remat_policy: str = "none",
+    scan: bool,
+    remat_policy: str,
 ) -> Array:
-    """Applies the layers `layers_0`, `layers_1`, … of a stack to x [B, L, D].
+    """Applies the N layers `layers_0`, `layers_1`, … of a stack to x [B, L, D].
 
     Args:
       stack: the module of the layers, inside its compact method.
       make_layer: (name=…) -> a layer; all layers have the same hyperparameters.
       num_layers: N.
-      apply: (layer, x) -> x, with the layer's other arguments filled in.
+      apply: (layer, x) -> x, which fills in the layer's other arguments.
       x: input of the first layer.
       scan: whether to run as a loop. Dropout masks then differ from those of the unrolled form.
       remat_policy: one of `REMAT_POLICIES`.
     """
     policy = REMAT_POLICIES[remat_policy]
-    if scan and num_layers:
+    # `init` creates layer by layer: the parameter tree has `layers_0`, `layers_1`, … in any form.
+    if scan and num_layers and not stack.is_initializing():
         return _scan_layers(stack, make_layer, num_layers, apply, x, policy)
-    if remat_policy != "none":
+    if remat_policy != "none" and not stack.is_initializing():
         apply = nn.remat(apply, policy=policy)
     for i in range(num_layers):
         x = apply(make_layer(name=f"layers_{i}"), x)
@@ -123,7 +117,8 @@ def stack_layers(
 ) -> dict[str, PyTree]:
     """Stacks the parameters of `layers_0`, `layers_1`, … as `layers`, for a loop.
 
-    A parameter that only some layers of a stack have here (the others train) is not stacked.
+    A parameter that only some layers have in `params`, since it is trained in the others, is not
+    stacked.
 
     Args:
       params: parameters of a stack, or of a tree with stacks.
@@ -143,8 +138,8 @@ def stack_layers(
             flat |= {f"{prefix}layers_{i}/{rest}": leaf for i, leaf in leaves.items()}
             continue
         ordered = [leaves[i] for i in sorted(leaves)]
-        if len({jax.tree.structure(leaf) for leaf in ordered}) > 1:
-            # A mixture of trainable and quantized matrices has no common form but float32.
+        if len(set(map(jax.tree.structure, ordered))) > 1:
+            # Trainable and quantized matrices have no common form but float32.
             ordered = [
                 quantized.dequantize(leaf) if isinstance(leaf, quantized.QuantizedMatrix) else leaf
                 for leaf in ordered
@@ -156,8 +151,7 @@ def stack_layers(
 
 def stack_and_delete(leaves: list[jax.Array]) -> jax.Array:
     """Stacks N arrays, with their sharding, and deletes them."""
-    # Blocking and deletion keep a second copy of one parameter at a time in memory, and not of the
-    # whole model.
+    # Blocking and deletion bound the memory for copies to one parameter at a time.
     stacked = _stack_program(_stacked_sharding(leaves[0].sharding))(leaves)
     stacked.block_until_ready()
     for leaf in leaves:

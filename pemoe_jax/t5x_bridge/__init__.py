@@ -13,14 +13,10 @@ import importlib
 _MODULES = {
     "EncoderDecoderModel": "model",
     "FrozenBase": "optimizer",
-    "PjitPartitioner": "partitioner",
-    "axis_rules": "partitioner",
+    **dict.fromkeys(["PjitPartitioner", "axis_rules"], "partitioner"),
     "TrainStateInitializer": "state",
-    "Checkpoints": "checkpoints",
-    "checkpoint_path": "checkpoints",
-    "get_dataset": "data",
-    "mixture_or_task": "data",
-    "vocabulary": "data",
+    **dict.fromkeys(["Checkpoints", "checkpoint_path"], "checkpoints"),
+    **dict.fromkeys(["get_dataset", "mixture_or_task", "vocabulary"], "data"),
 }
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pemoe_jax.t5x_bridge import installed
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command's arguments."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m pemoe_jax.t5x_bridge",
         description="T5X is on no package registry; `make t5x` installs it. See docs/t5x.md.",
@@ -18,17 +18,9 @@ def make_parser() -> argparse.ArgumentParser:
     action.add_argument(
         "--check", action="store_true", help="report what is missing; exit code 1 if anything is"
     )
-    action.add_argument(
-        "--requirements",
-        action="store_true",
-        help="print the requirements of pip install --no-deps",
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    args = make_parser().parse_args(argv)
+    help_text = "print the requirements of pip install --no-deps"
+    action.add_argument("--requirements", action="store_true", help=help_text)
+    args = parser.parse_args(argv)
     if args.requirements:
         print("\n".join(installed.requirements()))
         return 0

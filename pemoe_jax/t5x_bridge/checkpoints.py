@@ -1,31 +1,26 @@
-"""Reading checkpoints in `t5x.eval` and `t5x.infer`: everything that `pemoe evaluate` reads."""
+"""Reads checkpoints in `t5x.eval` and `t5x.infer`: all that `pemoe evaluate` reads."""
 
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+from t5x import partitioning as t5x_partitioning
+from t5x import train_state as t5x_train_state
 
 from pemoe_jax.checkpoints import models
 from pemoe_jax.core import network
 from pemoe_jax.runtime import file_io
 from pemoe_jax.t5x_bridge import parameters
 
-if TYPE_CHECKING:
-    from t5x import partitioning as t5x_partitioning
-    from t5x import train_state as t5x_train_state
-
 
 def checkpoint_path(path: str | Sequence[str]) -> str | list[str]:
-    """Returns CHECKPOINT_PATH in the form that T5X expects, which ends in a step.
+    """Returns CHECKPOINT_PATH as T5X expects it: <path>/checkpoint_<step>.
+
+    This folder exists only in runs; of an adapter or a base model, `Checkpoints` reads its parent.
 
     Args:
       path: a run (for its newest checkpoint), a checkpoint, an adapter or a base model, or several.
-
-    Returns:
-      <path>/checkpoint_<step>. Only in a run does this folder exist; `Checkpoints` reads the others
-      by their parent.
     """
     if not isinstance(path, str):
         return [str(checkpoint_path(each)) for each in path]
@@ -40,19 +35,18 @@ class Checkpoints:
     """Reads checkpoints in place of T5X's checkpoint manager (`RestoreCheckpointConfig`).
 
     Args:
-      directory: ignored.
+      directory, settings: ignored; T5X passes them for writing.
       train_state: state of shapes, whose parameters are restored.
       partitioner: determines the shardings.
       module: the network that a checkpoint must belong to.
       base_path: base model to read in place of the one that a run or an adapter names.
-      settings: ignored; T5X passes settings for writing.
     """
 
     def __init__(
         self,
         directory: str,
-        train_state: "t5x_train_state.TrainState",
-        partitioner: "t5x_partitioning.BasePartitioner",
+        train_state: t5x_train_state.TrainState,
+        partitioner: t5x_partitioning.BasePartitioner,
         module: network.Transformer,
         base_path: str | None = None,
         **settings: object,
@@ -62,7 +56,7 @@ class Checkpoints:
         axes = partitioner.get_mesh_axes(train_state).params
         self._shardings = parameters.shardings(partitioner.mesh, axes)
 
-    def restore(self, path: str, **settings: object) -> "t5x_train_state.TrainState":
+    def restore(self, path: str, **settings: object) -> t5x_train_state.TrainState:
         """Returns the state with the parameters and the step at a path of `checkpoint_path`.
 
         Raises:

@@ -20,12 +20,11 @@ if TYPE_CHECKING:
     from pemoe_jax.data.prefetch import PrefetchIterator
 
 Batch: TypeAlias = dict[str, np.ndarray]
-# Position in the data: the number of examples read.
-Position: TypeAlias = Mapping[str, int]
+Position: TypeAlias = Mapping[str, int]  # in the data: the number of examples read
 
 
 class _LastRegistration:
-    """What `register` returned last; T5X calls `mixture_or_task` and `datasets` separately."""
+    """The last return value of `register`: gin calls `mixture_or_task`, but not `datasets`."""
 
     registered = Registered()
 
@@ -70,7 +69,7 @@ def get_dataset(
       cfg: T5X's DatasetConfig.
       shard_id, num_shards: the part of each batch that this process reads.
       feature_converter_cls: ignored; the layout is that of seqio's EncDecFeatureConverter.
-      num_epochs: number of passes over the data; None for no end.
+      num_epochs: number of passes over the data; None: unlimited.
       continue_from_last_checkpoint: ignored; checkpoints hold the position in the data.
 
     Raises:
@@ -114,7 +113,7 @@ def _spec(
 
 
 class Batches(dataset_iterator.DatasetIterator):
-    """Batches as T5X's trainer reads them; writes its position into checkpoints.
+    """An iterator of batches for T5X's trainer, whose checkpoints contain its position.
 
     Args:
       batches_from: position -> batches; None for the beginning.
@@ -144,7 +143,7 @@ class Batches(dataset_iterator.DatasetIterator):
         return {name: batch[name] for name in self._spec}
 
     def reset(self) -> None:
-        """Returns to the position of the start."""
+        """Restarts from the position at which the iterator was created or restored."""
         self._restart(self._first_step, self._start)
 
     @property

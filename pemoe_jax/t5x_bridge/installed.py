@@ -1,10 +1,11 @@
-"""Checks T5X's installation. Imports nothing that could be missing."""
+"""Checks T5X's installation; itself needs none of T5X's packages."""
 
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 
+from pemoe_jax.core.errors import first_line
 from pemoe_jax.data import seqio_import
 
 # Packages that T5X imports and this package does not require: the extra `t5x` of setup.py.
@@ -33,15 +34,17 @@ _INSTALL = "make t5x installs all of it"
 
 def requirements() -> list[str]:
     """Returns the arguments of `pip install --no-deps`, at the tested commits."""
-    return [
-        f"{name} @ git+https://github.com/{repository}@{commit}"
-        for name, (repository, commit) in COMMITS.items()
-    ]
+    return [*map(_requirement, COMMITS)]
+
+
+def _requirement(package: str) -> str:
+    repository, commit = COMMITS[package]
+    return f"{package} @ git+https://github.com/{repository}@{commit}"
 
 
 def _is_missing(package: str) -> bool:
-    # A spec without a file is a namespace package, such as any folder that is called t5x. airio
-    # itself is one, so one of its packages is looked up.
+    # A spec without a file is a namespace package, such as any folder named t5x. airio itself is
+    # a namespace, so one of its packages is looked up.
     module = {"airio": "airio.pygrain"}.get(package, package)
     try:
         spec = importlib.util.find_spec(module)
@@ -59,11 +62,10 @@ def problems() -> list[str]:
             f"missing: {', '.join(missing)}: pip install -c constraints.txt -e '.[t5x]'"
             f" ({_INSTALL})"
         )
-    absent = [name for name in COMMITS if _is_missing(name)]
-    for requirement in requirements():
-        name = requirement.split(" ")[0]
-        if name in absent:
-            lines.append(f"missing: {name}: pip install --no-deps '{requirement}' ({_INSTALL})")
+    lines += [
+        f"missing: {name}: pip install --no-deps '{_requirement(name)}' ({_INSTALL})"
+        for name in filter(_is_missing, COMMITS)
+    ]
     return lines or _import_problems()
 
 
@@ -76,18 +78,14 @@ def _import_problems() -> list[str]:
     for name in ("jestimator.amos", "airio.pygrain", "t5x.train", "t5x.eval", "t5x.infer"):
         try:
             _import(name)
-        except Exception as error:  # the packages below raise errors of all kinds
-            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except Exception as error:  # the imported packages raise errors of all kinds
+            message = first_line(error)
             package = name.split(".")[0]
             hint = f"try pip install --no-deps --force-reinstall '{_requirement(package)}'"
             if package == "jestimator":
                 hint = f"PyPI's version does not work with this jax: {hint}"
             return [f"{name} does not import ({type(error).__name__}: {message}): {hint}"]
     return []
-
-
-def _requirement(package: str) -> str:
-    return next(line for line in requirements() if line.startswith(f"{package} "))
 
 
 def notes() -> list[str]:
@@ -99,8 +97,8 @@ def notes() -> list[str]:
             lines.append(f"{name} is at commit {commit}; tested with {tested}")
     if _version("seqio-nightly"):
         lines.append(
-            "seqio-nightly is installed (the package t5 brings it): it overwrites files of seqio;"
-            " if tasks fail: pip uninstall seqio-nightly, then reinstall seqio"
+            "seqio-nightly is installed (t5 requires it) and overwrites files of seqio; if tasks"
+            " fail: pip uninstall seqio-nightly, then reinstall seqio"
         )
     return lines
 

@@ -14,7 +14,7 @@ from t5x import metrics as t5x_metrics
 
 from pemoe_jax.core import adapters, network, routing
 from pemoe_jax.core import params as params_lib
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_choice
 from pemoe_jax.core.params import Params, PyTree
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
       optimizer_def: the optimizer; None for evaluation and inference.
       trainable: patterns of the trainable parameters; each must match a parameter.
       seed: seed of the initial parameters, which are those of `pemoe train`.
-      router_metrics: the router metrics to log: 'sites' (means over the layers for each site),
+      router_metrics: the routers' metrics to log: 'sites' (means over the layers for each site),
         'layers' (each router), or None.
       settings: further arguments of T5X's model: z_loss, label_smoothing,
         loss_normalizing_factor, decode_fn, default_decoder_params, feature_converter_cls.
@@ -54,10 +54,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         router_metrics: str | None = "sites",
         **settings: Any,
     ) -> None:
-        if router_metrics not in (None, *routing.DETAIL_LEVELS):
-            raise InputError(
-                f"ROUTER_METRICS must be 'sites', 'layers' or None, got {router_metrics!r}"
-            )
+        check_choice("ROUTER_METRICS", router_metrics, (*routing.DETAIL_LEVELS, None))
         for site, record in adapters.describe(module.adapters).items():
             router = record.get("router")
             if router is not None and router["reads"] == "sentence":
@@ -68,26 +65,18 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         num_ids = output_vocabulary.vocab_size
         if num_ids > module.config.vocab_size:
             raise InputError(
-                f"the vocabulary has {num_ids} ids, sentinels included, but the model's"
-                f" T5Config.vocab_size is {module.config.vocab_size}"
+                f"T5Config.vocab_size must be at least {num_ids}, the size of the vocabulary with"
+                f" sentinels, got {module.config.vocab_size}"
             )
         self.trainable = tuple([trainable] if isinstance(trainable, str) else trainable)
-        self.seed = seed
-        self._router_metrics = router_metrics
-        super().__init__(
-            module=module,
-            input_vocabulary=input_vocabulary,
-            output_vocabulary=output_vocabulary,
-            optimizer_def=optimizer_def,
-            **settings,
-        )
+        self.seed, self._router_metrics = seed, router_metrics
+        super().__init__(module, input_vocabulary, output_vocabulary, optimizer_def, **settings)
 
     @functools.cached_property
     def trainable_paths(self) -> set[str]:
         """Paths of the trainable parameters."""
-        return params_lib.trainable_paths(
-            params_lib.flatten(network.param_shapes(self.module)), self.trainable
-        )
+        shapes = params_lib.flatten(network.param_shapes(self.module))
+        return params_lib.trainable_paths(shapes, self.trainable)
 
     def get_initial_variables(
         self, rng: object, input_shapes: object, input_types: object = None
@@ -147,7 +136,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         if routers:
             statistics = jnp.stack([statistic for _, (statistic,) in sorted(routers.items())])
             objective = statistics[:, routing.STATISTICS.index("objective")]
-            # T5X's loss is a sum over tokens divided by the factor: the routers' mean counts once
+            # T5X's loss is a sum over tokens, divided by the factor: so the routers' mean is added
             # for each token.
             loss += jnp.mean(objective) * weight_sum / (1.0 if factor is None else factor)
             metrics["loss"] = t5x_metrics.AveragePerStep(total=loss)
@@ -178,7 +167,7 @@ def _router_metrics(
     paths: Sequence[str], statistics: jax.Array, detail: str
 ) -> dict[str, clu_metrics.Metric]:
     """Returns `routing.summarize_statistics` of traced statistics [routers, 6], under `router/`."""
-    # clu's Average, since T5X divides its AveragePerStep by steps and not by microbatches.
+    # clu's Average, since T5X's AveragePerStep is a sum over microbatches.
     return {
         f"router/{name}": clu_metrics.Average(total=value, count=jnp.ones(()))
         for name, value in routing.summarize_statistics(paths, statistics, detail).items()

@@ -14,7 +14,7 @@ from pemoe_jax.core.params import Params, PyTree
 
 
 class FrozenBase(optimizers.OptaxWrapper):
-    """An optimizer of `core.optim` that leaves frozen parameters as they are, without a state.
+    """An optimizer of `core.optim` that keeps frozen parameters unchanged and no state for them.
 
     The learning rate of each step is that of T5X's trainer (`Trainer.learning_rate_fn`). With the
     same schedule the states equal those of `pemoe train`.
@@ -25,9 +25,8 @@ class FrozenBase(optimizers.OptaxWrapper):
     """
 
     def __init__(self, optimizer: optim.OptimizerFactory, trainable: Sequence[str]) -> None:
-        self._optimizer = optimizer
-        self._trainable = trainable
-        # Only for its initial state: each step builds one with the trainer's learning rate.
+        self._optimizer, self._trainable = optimizer, trainable
+        # For the initial state alone: each step builds an optimizer with the trainer's rate.
         super().__init__(optimizer(lambda _: jnp.zeros(())))
 
     def init_state(self, params: Params) -> optimizers.OptimizerState:
@@ -54,17 +53,14 @@ class FrozenBase(optimizers.OptaxWrapper):
     def derive_logical_axes(
         self, optimizer: optimizers.Optimizer, param_logical_axes: PyTree
     ) -> optimizers.Optimizer:
-        """Returns axis names of the states: the parameter's if the shapes are equal, else None."""
+        """Returns the states' axis names: those of their parameter if shapes are equal, or None."""
         axes = params_lib.flatten(param_logical_axes)
         shapes = {path: leaf.shape for path, leaf in params_lib.flatten(optimizer.target).items()}
 
         def state_axes(key_path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> PyTree:
-            keys = partitioning.key_names(key_path)
-            for start in range(len(keys)):
-                name = "/".join(keys[start:])
-                if name in axes:
-                    return axes[name] if shapes[name] == leaf.shape else None
-            return None
+            if partitioning.value_of_param(key_path, shapes) != leaf.shape:
+                return None
+            return partitioning.value_of_param(key_path, axes)
 
         states = jax.tree_util.tree_map_with_path(state_axes, optimizer.state.param_states)
         state = optimizers.OptimizerState(step=None, param_states=states)

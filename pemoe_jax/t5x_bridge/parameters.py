@@ -1,4 +1,4 @@
-"""Reading base models and checkpoints of any format with the shardings of T5X."""
+"""Reads base models and checkpoints of all formats with T5X's shardings."""
 
 import dataclasses
 
@@ -22,58 +22,38 @@ def shardings(mesh: jax.sharding.Mesh, specs: Params) -> Shardings:
     }
 
 
-def init_params(
-    module: network.Transformer, seed: int, paths: set[str], where: Shardings
-) -> dict[str, jax.Array]:
-    """Returns path -> random float32 parameter, as `pemoe train` draws them."""
-    drawn = network.init_params(module, seed, paths.__contains__)
-    return params_lib.flatten(models.device_put(drawn, where))
-
-
 def read_model(
     module: network.Transformer, path: str, base_path: str | None, where: Shardings
 ) -> tuple[FrozenDict, int]:
-    """Reads all parameters of a model, frozen ones in the activation dtype of the network.
+    """Returns all parameters of a model, frozen ones in the activation dtype, and its step.
 
     Args:
       module: the network that the model must have.
-      path: a run of either trainer, an adapter, or a base model.
+      path: a run of either trainer, an adapter, or a base model (at step 0).
       base_path: base model to read in place of the one that a run or an adapter names.
       where: path -> sharding.
-
-    Returns:
-      (parameters, step); the step of a base model is 0.
 
     Raises:
       InputError: the path does not exist, belongs to another network, or its base model differs.
     """
     opened = models.open_model(path, base_path)
-    check_same_network(path, opened.model, module)
+    _check_same_network(path, opened.model, module)
     opened = dataclasses.replace(opened, model=module)
     return freeze(opened.load(where)), opened.step
 
 
-def check_same_network(
+def _check_same_network(
     path: str, actual: network.Transformer, expected: network.Transformer
 ) -> None:
-    """Raises InputError if a checkpoint's dimensions or adapters differ from the configured ones.
+    def settings(module: network.Transformer) -> dict[str, object]:
+        config = {f"T5Config.{name}": value for name, value in module.config.as_dict().items()}
+        return config | {"adapters": adapters.describe(module.adapters)}
 
-    Args:
-      path: path of the checkpoint, for the error.
-      actual: the checkpoint's network.
-      expected: the network of the gin files.
-    """
-    ignored = ("dropout_rate", "dtype", "sentence_dim")
-    config = actual.config.as_dict()
-    pairs = {
-        f"T5Config.{name}": (value, config[name])
-        for name, value in expected.config.as_dict().items()
-        if name not in ignored
-    }
-    pairs["adapters"] = adapters.describe(expected.adapters), adapters.describe(actual.adapters)
-    for name, (expected_value, value) in pairs.items():
-        if expected_value != value:
+    settings_read = settings(actual)
+    for name, value in settings(expected).items():
+        ignored = name in ("T5Config.dropout_rate", "T5Config.dtype", "T5Config.sentence_dim")
+        if not ignored and settings_read[name] != value:
             raise InputError(
-                f"{path} is of another network: {name}: expected {expected_value} by the gin files,"
-                f" got {value}"
+                f"{path} is of another network: {name}: expected {value} by the gin files, got"
+                f" {settings_read[name]}"
             )

@@ -1,18 +1,20 @@
-"""T5X's train state with checkpoints of the trainable parameters; the base model is read anew.
+"""T5X's train state, with checkpoints of trainable parameters alone.
 
 T5X gets the first state from an initializer and restores later ones with the state's own methods
-(`state_dict`, `restore_state`). Both are replaced here, and nothing in T5X is changed.
+(`state_dict`, `restore_state`). Subclasses replace both; frozen parameters are read from the base.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.core import freeze
+from t5x import optimizers, utils
+from t5x import partitioning as t5x_partitioning
 from t5x import train_state as t5x_train_state
-from t5x import utils
 
 from pemoe_jax.checkpoints import models, runs, t5x_run
 from pemoe_jax.core import adapters, network
@@ -22,30 +24,19 @@ from pemoe_jax.core.params import Params, PyTree
 from pemoe_jax.runtime import file_io
 from pemoe_jax.t5x_bridge import data, parameters
 
-if TYPE_CHECKING:
-    from t5x import optimizers
-    from t5x import partitioning as t5x_partitioning
 
-
+@dataclasses.dataclass(frozen=True, eq=False)
 class FrozenParams:
-    """The parameters that checkpoints do not contain, and how to read them.
+    """Paths of the parameters that checkpoints do not contain, and how to read their arrays."""
 
-    Attributes:
-      paths: paths of the parameters.
-      read: returns path -> array.
-    """
-
-    def __init__(self, paths: set[str], read: Callable[[], Mapping[str, jax.Array]]) -> None:
-        self.paths, self.read = frozenset(paths), read
+    paths: frozenset[str]
+    read: Callable[[], Mapping[str, jax.Array]]
 
 
 class TrainState(t5x_train_state.FlaxOptimTrainState):
-    """T5X's train state, which writes only trainable parameters to checkpoints.
+    """T5X's train state, which writes only trainable parameters to checkpoints."""
 
-    Attributes:
-      frozen: the other parameters; None if all are trainable.
-    """
-
+    # None if all parameters are trainable.
     frozen: FrozenParams | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
@@ -78,9 +69,8 @@ class TrainState(t5x_train_state.FlaxOptimTrainState):
 
     def replace_step(self, step: jax.Array) -> "TrainState":
         """Returns the state at another step."""
-        optimizer = self._optimizer
-        state = optimizer.state.replace(step=step)
-        return self.replace(_optimizer=optimizer.replace(state=state))
+        state = self._optimizer.state.replace(step=step)
+        return self.replace(_optimizer=self._optimizer.replace(state=state))
 
     def as_logical_axes(self) -> "TrainState":
         """Returns the state with axis names in place of arrays."""
@@ -94,8 +84,8 @@ class TrainStateInitializer(utils.TrainStateInitializer):
       optimizer_def, init_fn, input_shapes, partitioner, input_types: as in T5X; `init_fn` is a
         method of `EncoderDecoderModel`.
       base_path: path of the base model (INITIAL_CHECKPOINT_PATH); None for random weights.
-      model_dir: MODEL_DIR. A record is written next to its checkpoints, from which `pemoe` reads
-        them; a resumed run must have the same base model and settings.
+      model_dir: MODEL_DIR, where a record of the base model and the settings is written, with
+        which `pemoe` commands read the checkpoints; a resumed run must have the same.
       method: name of the method, for tables.
       mixture_or_task_name: name of the training data, for tables.
 
@@ -108,10 +98,10 @@ class TrainStateInitializer(utils.TrainStateInitializer):
 
     def __init__(
         self,
-        optimizer_def: "optimizers.OptimizerDef",
+        optimizer_def: optimizers.OptimizerDef,
         init_fn: Any,
         input_shapes: Mapping[str, tuple[int, ...]],
-        partitioner: "t5x_partitioning.BasePartitioner",
+        partitioner: t5x_partitioning.BasePartitioner,
         input_types: Mapping[str, jax.typing.DTypeLike] | None = None,
         *,
         base_path: str | None = None,
@@ -129,7 +119,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
                 " CHECKPOINT_PATH and use t5x_bridge.Checkpoints"
             )
         shapes = self.global_train_state_shape
-        self._frozen = set(params_lib.flatten(shapes.params)) - self._model.trainable_paths
+        self._frozen = frozenset(params_lib.flatten(shapes.params)) - self._model.trainable_paths
         frozen = FrozenParams(self._frozen, self._read_frozen) if self._frozen else None
         self.global_train_state_shape = TrainState.from_t5x(shapes, frozen)
         self.train_state_axes = partitioner.get_mesh_axes(self.global_train_state_shape)
@@ -138,11 +128,8 @@ class TrainStateInitializer(utils.TrainStateInitializer):
     def from_scratch(self, init_rng: jax.Array) -> TrainState:
         """Returns the state of the base model with new adapters, at step 0."""
         del init_rng  # parameters depend on the model's seed
-        module, seed = self._model.module, self._model.seed
         base = self._read_base(is_resumed=False)
-        adapter_params = parameters.init_params(
-            module, seed, self._shardings.keys() - base.keys(), self._shardings
-        )
+        adapter_params = self._draw(self._shardings.keys() - base.keys())
         create = self._partitioner.partition(
             self._first_state,
             in_axis_resources=(self.train_state_axes.params,),
@@ -151,11 +138,15 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         )
         return create(freeze(params_lib.unflatten(base | adapter_params)))
 
+    def _draw(self, paths: set[str]) -> dict[str, jax.Array]:
+        """Returns path -> random float32 parameter, as `pemoe train` draws them."""
+        drawn = network.init_params(self._model.module, self._model.seed, paths.__contains__)
+        return params_lib.flatten(models.device_put(drawn, self._shardings))
+
     def _first_state(self, params: Params) -> TrainState:
         optimizer = self._optimizer.create(params)
-        step = jnp.zeros((), jnp.int32)
-        optimizer = optimizer.replace(state=optimizer.state.replace(step=step))
-        return self.global_train_state_shape.replace(_optimizer=optimizer)
+        state = self.global_train_state_shape.replace(_optimizer=optimizer)
+        return state.replace_step(jnp.zeros((), jnp.int32))
 
     def _read_base(self, is_resumed: bool) -> dict[str, jax.Array]:
         """Reads path -> array of the base model; writes the run's record, or checks it."""
@@ -173,12 +164,11 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         return params_lib.flatten(base)
 
     def _read_frozen(self) -> dict[str, jax.Array]:
-        """Reads what the checkpoints of a resumed run do not contain."""
-        module, seed = self._model.module, self._model.seed
+        """Reads the parameters that the checkpoints of a resumed run do not contain."""
         base = self._read_base(is_resumed=True)
-        # Frozen adapters (a pattern may train a part of them) are still those of the start.
-        frozen_adapters = {path for path in self._frozen if params_lib.is_adapter(path)}
-        drawn = parameters.init_params(module, seed, frozen_adapters, self._shardings)
+        # Frozen adapters (a pattern may train a part of them) have their initial values.
+        frozen_adapters = set(filter(params_lib.is_adapter, self._frozen))
+        drawn = self._draw(frozen_adapters)
         return {path: leaf for path, leaf in (base | drawn).items() if path in self._frozen}
 
     def _record(self, identity: Mapping[str, object]) -> runs.Record:

@@ -238,7 +238,10 @@ def flat_axes(tree):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"router_metrics": "all"}, "ROUTER_METRICS must be 'sites', 'layers' or None"),
+        (
+            {"router_metrics": "all"},
+            "ROUTER_METRICS must be one of 'sites', 'layers', None, got 'all'",
+        ),
         ({"trainable": ["no_such/.*"]}, "TRAINABLE matched 0 of"),
     ],
 )
