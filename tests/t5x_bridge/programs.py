@@ -48,14 +48,16 @@ def t5x(program: str, files: list[str], **settings):
         gin.clear_config()
 
 
-def ours(command: str, files: list[str], **settings) -> None:
+def pemoe(command: str, files: list[str], **settings) -> None:
     """Runs `python -m pemoe_jax.<command>`, which must succeed."""
     main = importlib.import_module(f"pemoe_jax.{command}").main
     flags = [f"--gin_file={file}" for file in files]
     assert main([*flags, *(f"--gin_bindings={line}" for line in bindings(settings))]) == 0
 
 
-def logged(folder: pathlib.Path, collection: str = "train") -> dict[int, dict[str, float]]:
+def read_tensorboard(
+    folder: pathlib.Path, collection: str = "train"
+) -> dict[int, dict[str, float]]:
     """Returns step -> scalars by name, from TensorBoard's files in the order of writing."""
     import tensorflow as tf
 
@@ -69,7 +71,7 @@ def logged(folder: pathlib.Path, collection: str = "train") -> dict[int, dict[st
     return {step: by_name for step, by_name in scalars.items() if "loss" in by_name}
 
 
-def metrics(folder: pathlib.Path) -> dict[int, dict[str, float]]:
+def read_metrics(folder: pathlib.Path) -> dict[int, dict[str, float]]:
     """Returns step -> scalars of `pemoe train`."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row for row in rows if "train/loss" in row}

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from programs import DIMENSIONS, GIN, flat, logged, metrics, ours, t5x
+from programs import DIMENSIONS, GIN, flat, pemoe, read_metrics, read_tensorboard, t5x
 
 MODEL = "models/t5_1_1_tiny.gin"
 METHOD = ["methods/lora.gin"]
@@ -67,7 +67,7 @@ def test_meshes(common, plain, tmp_path, data_parallel, fsdp, rows):
     actual = flat(state.params)
     for path, array in plain[1].items():
         np.testing.assert_allclose(actual[path], array, rtol=1e-5, atol=1e-6, err_msg=path)
-    losses, expected = logged(tmp_path / "run"), logged(plain[0])
+    losses, expected = read_tensorboard(tmp_path / "run"), read_tensorboard(plain[0])
     for step in expected:
         assert losses[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5)
 
@@ -92,8 +92,8 @@ def test_frozen_matrices_are_in_bfloat16(common, tmp_path, data_parallel):
     adapter = state.params["encoder"]["layers_0"]["mlp"]["wi_0_adapter"]
     assert adapter["lora_a"].dtype == "float32"
     files = [MODEL, *METHOD, "runs/finetune.gin"]
-    ours("train", files, **RUN | settings | {"MODEL_DIR": str(tmp_path / "ours")})
-    actual, expected = logged(tmp_path / "t5x"), metrics(tmp_path / "ours")
+    pemoe("train", files, **RUN | settings | {"MODEL_DIR": str(tmp_path / "pemoe")})
+    actual, expected = read_tensorboard(tmp_path / "t5x"), read_metrics(tmp_path / "pemoe")
     for step in (1, 2):
         assert actual[step]["loss"] == pytest.approx(expected[step]["train/loss"], rel=1e-6)
 
@@ -135,10 +135,10 @@ def test_microbatches_and_evaluation_during_training(common, tmp_path):
     more["INFER_EVAL"] = "@infer_eval/utils.DatasetConfig()"
     more["MIXTURE_OR_TASK_NAME"] = "colour_1"
     train(tmp_path / "run", common | more, ["methods/mov.gin"])
-    scalars = logged(tmp_path / "run")
+    scalars = read_tensorboard(tmp_path / "run")
     # A mean over microbatches; nearly uniform probabilities of 10 experts have entropy log 10.
     assert scalars[2]["router/entropy"] == pytest.approx(np.log(10), abs=0.05)
-    (evaluated,) = logged(tmp_path / "run", "training_eval/colour_1").values()
+    (evaluated,) = read_tensorboard(tmp_path / "run", "training_eval/colour_1").values()
     assert evaluated["router/entropy"] == pytest.approx(np.log(10), abs=0.05)
 
 

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 from jsonl_folder import write_folder, write_vocabulary
-from programs import DIMENSIONS, flat, logged, metrics, ours, t5x
+from programs import DIMENSIONS, flat, pemoe, read_metrics, read_tensorboard, t5x
 
 MODEL = "models/t5_1_1_tiny.gin"
 METHODS = {
@@ -30,14 +30,14 @@ def settings(method: str) -> dict:
     return {**DIMENSIONS, **({"NUM_EXPERTS": 3} if "mo" in method else {})}
 
 
-def train_settings(place, method: str, model_dir: pathlib.Path) -> dict:
-    where = {"MODEL_DIR": str(model_dir), "INITIAL_CHECKPOINT_PATH": str(place.base)}
+def train_settings(workspace, method: str, model_dir: pathlib.Path) -> dict:
+    where = {"MODEL_DIR": str(model_dir), "INITIAL_CHECKPOINT_PATH": str(workspace.base)}
     smooth = SMOOTH if method == "mov" else {}
-    return {**settings(method), **place.data, **RUN, **where, **smooth}
+    return {**settings(method), **workspace.data, **RUN, **where, **smooth}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> types.SimpleNamespace:
+def workspace(tmp_path_factory) -> types.SimpleNamespace:
     """A folder of tasks, a vocabulary, and a base with random weights."""
     from pemoe_jax.checkpoints import base_model
     from pemoe_jax.core import network, params
@@ -61,29 +61,29 @@ def place(tmp_path_factory) -> types.SimpleNamespace:
     )
 
 
-def train_in_t5x(place, method: str, model_dir: pathlib.Path, **more):
+def train_in_t5x(workspace, method: str, model_dir: pathlib.Path, **more):
     files = [MODEL, *METHODS[method], "runs_t5x/finetune.gin"]
-    return t5x("train", files, **train_settings(place, method, model_dir) | SAVED | more)
+    return t5x("train", files, **train_settings(workspace, method, model_dir) | SAVED | more)
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def run(request, place) -> types.SimpleNamespace:
+def run(request, workspace) -> types.SimpleNamespace:
     """A run in T5X, one that is resumed halfway, and one of `pemoe train`."""
     method = request.param
-    folder = place.folder / method
-    step, state = train_in_t5x(place, method, folder / "whole")
-    train_in_t5x(place, method, folder / "parts", TRAIN_STEPS=HALF)
-    resumed_step, resumed = train_in_t5x(place, method, folder / "parts")
+    folder = workspace.folder / method
+    step, state = train_in_t5x(workspace, method, folder / "whole")
+    train_in_t5x(workspace, method, folder / "parts", TRAIN_STEPS=HALF)
+    resumed_step, resumed = train_in_t5x(workspace, method, folder / "parts")
     assert step == resumed_step == STEPS
     files = [MODEL, *METHODS[method], "runs/finetune.gin"]
-    ours("train", files, **train_settings(place, method, folder / "ours"))
+    pemoe("train", files, **train_settings(workspace, method, folder / "pemoe"))
     return types.SimpleNamespace(
         method=method, folder=folder, params=flat(state.params), resumed=flat(resumed.params)
     )
 
 
 def test_losses_equal_those_of_pemoe_train(run):
-    actual, expected = logged(run.folder / "whole"), metrics(run.folder / "ours")
+    actual, expected = read_tensorboard(run.folder / "whole"), read_metrics(run.folder / "pemoe")
     assert sorted(actual) == sorted(expected) == list(range(1, STEPS + 1))
     for step in actual:  # later steps accumulate the rounding of earlier ones
         loss = pytest.approx(expected[step]["train/loss"], rel=1e-6 if step == 1 else 1e-5)
@@ -101,7 +101,7 @@ def test_adapters_equal_those_of_pemoe_train(run):
     from pemoe_jax.checkpoints import models
     from pemoe_jax.core import network, params
 
-    opened = models.open_model(str(run.folder / "ours"))
+    opened = models.open_model(str(run.folder / "pemoe"))
     expected = flat(opened.load_trained())
     assert expected.keys() == {path for path in run.params if "_adapter/" in path}
     start = flat(network.init_params(opened.model, 0, params.is_adapter))
@@ -114,7 +114,7 @@ def test_adapters_equal_those_of_pemoe_train(run):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(run):
-    whole, parts = logged(run.folder / "whole"), logged(run.folder / "parts")
+    whole, parts = read_tensorboard(run.folder / "whole"), read_tensorboard(run.folder / "parts")
     assert {step: row["loss"] for step, row in parts.items()} == {
         step: row["loss"] for step, row in whole.items()
     }
@@ -122,11 +122,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run):
         assert np.array_equal(run.resumed[path], array), path
 
 
-def test_frozen_parameters_do_not_change(run, place):
+def test_frozen_parameters_do_not_change(run, workspace):
     for params in (run.params, run.resumed):
         frozen = {path: array for path, array in params.items() if "_adapter/" not in path}
-        assert frozen.keys() == place.weights.keys()
-        for path, array in place.weights.items():
+        assert frozen.keys() == workspace.weights.keys()
+        for path, array in workspace.weights.items():
             assert array.tobytes() == frozen[path].tobytes(), path
 
 
@@ -144,7 +144,7 @@ def test_checkpoints_contain_trainable_parameters(run):
 
 
 def test_router_metrics_have_the_names_of_pemoe_train(run):
-    actual, expected = logged(run.folder / "whole"), metrics(run.folder / "ours")
+    actual, expected = read_tensorboard(run.folder / "whole"), read_metrics(run.folder / "pemoe")
     names = {name for name in expected[STEPS] if name.startswith("router/")}
     assert names == {name for name in actual[STEPS] if name.startswith("router/")}
     assert bool(names) == run.method.startswith("mo")
@@ -155,31 +155,31 @@ def test_router_metrics_have_the_names_of_pemoe_train(run):
         assert actual[STEPS]["router/objective"] > 0.009  # 1e-2 times a loss of at least about 1
 
 
-def test_both_evaluate_runs_of_both(run, place):
+def test_both_evaluate_runs_of_both(run, workspace):
     """`t5x.eval` and `pemoe evaluate` take both runs as a list."""
-    paths = [str(run.folder / "whole"), str(run.folder / "ours")]
-    common = {**place.data, "CHECKPOINT_PATH": paths}
-    out = {name: run.folder / f"scores_{name}" for name in ("t5x", "ours")}
+    paths = [str(run.folder / "whole"), str(run.folder / "pemoe")]
+    common = {**workspace.data, "CHECKPOINT_PATH": paths}
+    out = {name: run.folder / f"scores_{name}" for name in ("t5x", "pemoe")}
     files = [MODEL, *METHODS[run.method], "runs_t5x/evaluate.gin"]
     t5x("eval", files, **settings(run.method), **common, EVAL_OUTPUT_DIR=str(out["t5x"]))
-    ours("evaluate", ["runs/evaluate.gin"], **common, EVAL_OUTPUT_DIR=str(out["ours"]))
-    results = json.loads((out["ours"] / "results.json").read_text())["runs"]
+    pemoe("evaluate", ["runs/evaluate.gin"], **common, EVAL_OUTPUT_DIR=str(out["pemoe"]))
+    results = json.loads((out["pemoe"] / "results.json").read_text())["runs"]
     assert [result["step"] for result in results] == [STEPS, STEPS]
-    assert [result["name"] for result in results] == ["whole", "ours"]
+    assert [result["name"] for result in results] == ["whole", "pemoe"]
     for task in ("check_1_score_eval", "check_2_score_eval"):
         file = out["t5x"] / "inference_eval" / f"{task}-metrics.jsonl"
         scores = [json.loads(line)["accuracy"] for line in file.read_text().splitlines()]
         assert scores == pytest.approx([result["tasks"][task]["accuracy"] for result in results])
 
 
-def test_decoding_equals_that_of_pemoe_infer(run, place):
-    common = {**place.data, "CHECKPOINT_PATH": str(run.folder / "whole")}
+def test_decoding_equals_that_of_pemoe_infer(run, workspace):
+    common = {**workspace.data, "CHECKPOINT_PATH": str(run.folder / "whole")}
     files = [MODEL, *METHODS[run.method], "runs_t5x/infer.gin"]
-    out = {name: run.folder / f"infer_{name}" for name in ("t5x", "ours")}
+    out = {name: run.folder / f"infer_{name}" for name in ("t5x", "pemoe")}
     t5x("infer", files, **settings(run.method), **common, INFER_OUTPUT_DIR=str(out["t5x"]))
-    ours("infer", ["runs/infer.gin"], **common, EVAL_OUTPUT_DIR=str(out["ours"]))
+    pemoe("infer", ["runs/infer.gin"], **common, EVAL_OUTPUT_DIR=str(out["pemoe"]))
     compared = 0
-    for file in (out["ours"] / "predictions" / "whole").glob("*.jsonl"):
+    for file in (out["pemoe"] / "predictions" / "whole").glob("*.jsonl"):
         expected = [json.loads(line)["prediction"] for line in file.read_text().splitlines()]
         theirs = out["t5x"] / f"{file.stem}-predict.jsonl-00000-of-00001"
         predictions = [json.loads(line)["prediction"] for line in theirs.read_text().splitlines()]
