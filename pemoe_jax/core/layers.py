@@ -243,7 +243,7 @@ class MultiHeadDotProductAttention(nn.Module):
         """[B, Lq, D], [B, Lk, D] -> [B, Lq, D].
 
         Args:
-          inputs_q, inputs_kv: inputs of queries, and of keys and values: one object in
+          inputs_q, inputs_kv: inputs of queries, and of keys and values; the same object in
             self-attention.
           mask: bool that broadcasts to [B, H, Lq, Lk], True where a query attends to a key, or a
             `SegmentMask`.

@@ -49,11 +49,11 @@ def _check_same_network(
         config = {f"T5Config.{name}": value for name, value in module.config.as_dict().items()}
         return config | {"adapters": adapters.describe(module.adapters)}
 
-    settings_read = settings(actual)
+    actual_settings = settings(actual)
     for name, value in settings(expected).items():
         ignored = name in ("T5Config.dropout_rate", "T5Config.dtype", "T5Config.sentence_dim")
-        if not ignored and settings_read[name] != value:
+        if not ignored and actual_settings[name] != value:
             raise InputError(
                 f"{path} is of another network: {name}: expected {value} by the gin files, got"
-                f" {settings_read[name]}"
+                f" {actual_settings[name]}"
             )

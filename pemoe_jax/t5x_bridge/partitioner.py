@@ -22,6 +22,6 @@ class PjitPartitioner(t5x_partitioning.PjitPartitioner):
             mesh, rules = self.mesh, self.logical_axis_rules
             return partitioning.logical_to_mesh_sharding(mesh, rules, names, leaf.shape).spec
 
-        # Axis names are not arrays to shard, and are the second tree's leaves.
+        # Without these fields the state has the structure of the tree of axis names.
         arrays = train_state.replace(params_axes=None, flax_mutables_axes=None)
         return jax.tree.map(spec, arrays, self.get_logical_axes(train_state))

@@ -167,8 +167,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         """Reads the parameters that the checkpoints of a resumed run do not contain."""
         base = self._read_base(is_resumed=True)
         # Frozen adapters (a pattern may train a part of them) have their initial values.
-        frozen_adapters = set(filter(params_lib.is_adapter, self._frozen))
-        drawn = self._draw(frozen_adapters)
+        drawn = self._draw(set(filter(params_lib.is_adapter, self._frozen)))
         return {path: leaf for path, leaf in (base | drawn).items() if path in self._frozen}
 
     def _record(self, identity: Mapping[str, object]) -> runs.Record:
