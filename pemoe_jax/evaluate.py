@@ -13,6 +13,7 @@ from pemoe_jax.runtime import gin_flags, options
 if TYPE_CHECKING:
     import jax
 
+    from pemoe_jax.analysis.evaluation import Evaluation
     from pemoe_jax.checkpoints.models import OpenedModel
     from pemoe_jax.core import network, partitioning
     from pemoe_jax.core.params import PyTree
@@ -52,7 +53,7 @@ def evaluate(
     mesh: "partitioning.MeshConfig",
     routing_picture: bool = False,
 ) -> dict[str, Any]:
-    """Scores every model on every task, encoding each input once for all its choices.
+    """Scores every model on every task; each input is encoded once for all of its choices.
 
     Args:
       models: the models to score, each a row of the table.
@@ -60,7 +61,7 @@ def evaluate(
       output_dir: folder for results.json, results.md, predictions/<run>/<task>.jsonl and
         routing_<run>.png.
       mesh: how each model is spread over the devices.
-      routing_picture: whether to draw which experts the tasks use, for methods with routers.
+      routing_picture: whether to draw which experts the tasks use, if the model has routers.
 
     Returns:
       The contents of results.json.
@@ -68,85 +69,46 @@ def evaluate(
     Raises:
       InputError: a setting or a file is wrong.
     """
+    from pemoe_jax.analysis import evaluation
     from pemoe_jax.analysis.zero_shot import result_tables
     from pemoe_jax.analysis.zero_shot import results as results_lib
-    from pemoe_jax.checkpoints import models as models_lib
     from pemoe_jax.core import partitioning
-    from pemoe_jax.data import choices, sentences, seqio_tasks
-    from pemoe_jax.runtime import atomic_write, distributed, file_io
-    from pemoe_jax.tasks.registered import run_register
+    from pemoe_jax.data import choices, seqio_tasks
 
-    output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
-    distributed.initialize()
-    folder = distributed.output_folder(output)
-    device_mesh, rules = mesh.make_mesh(), mesh.axis_rules()
-    partitioning.check_batch_size(data.batch_size, device_mesh)
-    partitioning.connect_processes(device_mesh)
-    opened_models = models_lib.open_models(
-        models.checkpoint_path,
-        models.model,
-        models.initial_checkpoint_path,
-        models.dtype,
-        models.frozen_dtype,
-    )
-    task_info = run_register(data.register)
-    task_info.print_summary()
-    for opened in opened_models:
-        seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
-    task_names = seqio_tasks.subtask_names(data.name)
-    if results_lib.check_overwrites(output, [opened.path for opened in opened_models], task_names):
-        print(f"replacing the results in {output}", flush=True)
-    sentence_source = sentences.open_for_models(
-        opened_models,
-        data.sentence_embeddings,
-        data.name,
-        seqio_tasks.validate_lengths(data.task_feature_lengths)["inputs"],
-        data.use_cached_tasks,
-    )
+    setup = evaluation.open_evaluation(models, data, output_dir, mesh, seqio_tasks.subtask_names)
 
     def read_groups(name: str) -> "list[ChoiceGroup]":
         groups = choices.load_choice_groups(
             name,
-            data.task_feature_lengths,
+            setup.lengths,
             max_examples=data.max_examples,
             use_cached=data.use_cached_tasks,
         )
-        return groups if sentence_source is None else sentence_source.attach_to(groups)
+        return groups if setup.sentences is None else setup.sentences.attach_to(groups)
 
     groups = read_groups(data.name)
-    groups_by_task: dict[str, list[ChoiceGroup]] = {name: [] for name in task_names}
+    groups_by_task: dict[str, list[ChoiceGroup]] = {name: [] for name in setup.task_names}
     for group in groups:
         groups_by_task[group.task].append(group)
     results: dict[str, Any] = {"runs": []}
-    for opened in opened_models:
-        params = opened.load(opened.shardings(device_mesh, rules))
-        with partitioning.use_mesh(device_mesh, rules):
+    for opened in setup.models:
+        params = opened.load(opened.shardings(setup.mesh, setup.rules))
+        with partitioning.use_mesh(setup.mesh, setup.rules):
             predictions = score_groups(
-                opened.model, params, groups, data.batch_size, device_mesh, f"scoring {opened.name}"
+                opened.model, params, groups, data.batch_size, setup.mesh, f"scoring {opened.name}"
             )
-        tasks = _task_results(groups_by_task, predictions, task_info)
-        _write_predictions(folder / "predictions" / opened.name, groups_by_task, predictions)
+        tasks = _task_results(groups_by_task, predictions, setup.task_info)
+        _write_predictions(setup.folder / "predictions" / opened.name, groups_by_task, predictions)
         summary = results_lib.summarize(tasks)
         about = describe_run(opened, summary["datasets"])
         results["runs"].append({**about, **summary, "tasks": tasks})
         # Written after each run, so that a later run that fails leaves the results so far.
-        atomic_write.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        atomic_write.write_text(folder / "results.md", result_tables.results_markdown(results))
-        if routing_picture and task_info.datasets:
-            png = folder / f"routing_{opened.name}.png"
-            _draw_routing(
-                opened,
-                params,
-                groups_by_task,
-                task_info,
-                png,
-                read_groups,
-                data.batch_size,
-                device_mesh,
-            )
+        setup.write(results, result_tables.results_markdown(results))
+        if routing_picture and setup.task_info.datasets:
+            _draw_routing(setup, opened, params, groups_by_task, read_groups, data.batch_size)
         del params  # before the next model is loaded
     result_tables.print_results(results)
-    print(f"results in {folder}/results.md, predictions in {folder}/predictions")
+    print(f"results in {setup.folder}/results.md, predictions in {setup.folder}/predictions")
     return results
 
 
@@ -161,10 +123,9 @@ def score_groups(
     """Returns the prediction for each group of answer choices.
 
     Args:
-      model: the network.
-      params: its parameters on the mesh.
+      model, params: the network, and its parameters on the mesh.
       groups: inputs with their choices.
-      batch_size: inputs per batch over all devices.
+      batch_size: inputs per batch, over all devices.
       mesh: the device mesh.
       label: label of the progress bar.
     """
@@ -200,16 +161,16 @@ def _task_results(
     predictions: "Mapping[ChoiceGroup, Prediction]",
     task_info: "Registered",
 ) -> dict[str, Any]:
+    """Returns the entry of each task in a run's `tasks` in results.json."""
     from pemoe_jax.analysis.zero_shot import results as results_lib
     from pemoe_jax.data import seqio_tasks
 
-    datasets, splits = task_info.datasets, task_info.eval_splits
     return {
         name: results_lib.task_result(
             correct=[group.is_correct[predictions[group].best] for group in groups],
             chance=[sum(group.is_correct) / len(group.choices) for group in groups],
-            dataset=datasets.get(name, name),
-            split=splits.get(name.removesuffix("_score_eval"))
+            dataset=task_info.datasets.get(name, name),
+            split=task_info.eval_splits.get(name.removesuffix("_score_eval"))
             or seqio_tasks.eval_split(name)
             or "",
             odd=[kind for group in groups for kind in group.anomalies],
@@ -220,10 +181,10 @@ def _task_results(
 
 
 def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[str, Any]:
-    """Returns a model's entry in results.json without its scores.
+    """Returns a model's entry in results.json, without its scores.
 
-    `trained_datasets` are the scored datasets that the run was trained on; without the key they are
-    not known. `settings` is equal for runs that differ by `seed` only.
+    `trained_datasets` are the scored datasets that the run was trained on; the key is absent if
+    they are unknown. `settings` is equal for runs that differ only by `seed`.
     """
     from pemoe_jax.analysis import counts
     from pemoe_jax.analysis.zero_shot import run_settings
@@ -239,13 +200,10 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     record = opened.record
     if record is None:
         return about
-    if runs.is_run(opened.path):
-        config_file = runs.resolve(opened.path)[0] / "config.gin"
-        if config_file.is_file():
-            about["seed"] = record.seed
-            about["settings"] = run_settings.fingerprint(
-                run_settings.parse_settings(config_file.read_text())
-            )
+    config_file = runs.is_run(opened.path) and runs.resolve(opened.path)[0] / "config.gin"
+    if config_file and config_file.is_file():
+        settings = run_settings.parse_settings(config_file.read_text())
+        about |= {"seed": record.seed, "settings": run_settings.fingerprint(settings)}
     if record.trained_datasets is not None:
         about["trained_datasets"] = sorted(set(record.trained_datasets) & set(datasets))
     return about
@@ -276,14 +234,12 @@ def _write_predictions(
 
 
 def _draw_routing(
+    setup: "Evaluation",
     opened: "OpenedModel",
     params: "PyTree",
     groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]",
-    task_info: "Registered",
-    png: Path,
     read_groups: "Callable[[str], Sequence[ChoiceGroup]]",
     batch_size: int,
-    mesh: "jax.sharding.Mesh",
 ) -> None:
     """Draws which experts the first prompt of each dataset uses, trained on and held out."""
     from pemoe_jax.analysis import plots
@@ -292,10 +248,10 @@ def _draw_routing(
     experts = probe.expert_counts(opened.model)
     if not experts:
         return
-    datasets = task_info.datasets
-    scored = measure.first_task_per_dataset({name: datasets[name] for name in groups_by_task})
-    trained = measure.first_task_per_dataset(
-        {name: datasets[name] for name in task_info.train_score_tasks}
+    datasets = setup.task_info.datasets
+    scored, trained = (
+        measure.first_task_per_dataset({name: datasets[name] for name in names})
+        for names in (groups_by_task, setup.task_info.train_score_tasks)
     )
     groups = {name: read_groups(name) for name in trained}
     groups |= {name: groups_by_task[name] for name in scored}
@@ -303,12 +259,12 @@ def _draw_routing(
         name.removesuffix("_score_eval"): members[: measure.DEFAULT_EXAMPLES]
         for name, members in groups.items()
     }
-    totals = measure.measure_routing(opened.model, params, examples, batch_size, mesh)
+    totals = measure.measure_routing(opened.model, params, examples, batch_size, setup.mesh)
     means = measure.mean_probs(totals, list(examples))
-    trained_datasets = measure.trained_datasets(opened, task_info) or set()
+    trained_datasets = measure.trained_datasets(opened, setup.task_info) or set()
     plots.routing_map(
         {site: means[site] for site in measure.select_sites(None, experts)},
-        png,
+        setup.folder / f"routing_{opened.name}.png",
         trained=[name for name in examples if datasets[name] in trained_datasets],
         title=f"Where tasks are routed: {opened.name}",
     )

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 FLAGS = gin_flags.make_parser(
     "infer",
     "Decodes the evaluation splits of tasks greedily and writes predictions, results.json and\n"
-    "results.md to EVAL_OUTPUT_DIR. A task's metrics are those it is registered with, those of\n"
-    "P3's table or of the folder's INDEX.json (Accuracy, BLEU, ROUGE, Squad, Spearman\n"
-    "Correlation), or else accuracy: the share of predictions that equal their target exactly.",
+    "results.md to EVAL_OUTPUT_DIR. A task's metrics are those that it is registered with, else\n"
+    "those of P3 or of INDEX.json in JSONL_DIR (Accuracy, BLEU, ROUGE, Squad, Spearman\n"
+    "Correlation), else accuracy: the share of predictions that equal their target exactly.",
     example="""\
   pemoe infer --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/mov \\
     --gin.EVAL_OUTPUT_DIR=/tmp/decoded --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
@@ -39,7 +39,7 @@ FLAGS = gin_flags.make_parser(
 
 @dataclasses.dataclass
 class _Task:
-    """The examples of a task's evaluation split, and seqio's Evaluator that holds them."""
+    """The examples of a task's evaluation split, and seqio's Evaluator for them."""
 
     name: str
     dataset: str
@@ -60,7 +60,7 @@ def infer(
     output_dir: str,
     mesh: "partitioning.MeshConfig",
 ) -> dict[str, Any]:
-    """Decodes every task with every model and computes metrics by seqio's Evaluator.
+    """Decodes every task with every model and computes its metrics, with seqio's Evaluator.
 
     Args:
       models: the models to decode with.
@@ -75,74 +75,38 @@ def infer(
     Raises:
       InputError: a setting or a file is wrong.
     """
-    from pemoe_jax.analysis import tables
+    from pemoe_jax.analysis import evaluation, tables
     from pemoe_jax.analysis.zero_shot import result_tables
-    from pemoe_jax.analysis.zero_shot import results as results_lib
-    from pemoe_jax.checkpoints import models as models_lib
     from pemoe_jax.core import partitioning
-    from pemoe_jax.data import sentences, seqio_tasks
-    from pemoe_jax.runtime import atomic_write, distributed, file_io
-    from pemoe_jax.tasks.registered import run_register
+    from pemoe_jax.runtime import atomic_write
 
-    lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
-    output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
-    distributed.initialize()
-    folder = distributed.output_folder(output)
-    device_mesh, rules = mesh.make_mesh(), mesh.axis_rules()
-    partitioning.check_batch_size(data.batch_size, device_mesh)
-    partitioning.connect_processes(device_mesh)
-    opened_models = models_lib.open_models(
-        models.checkpoint_path,
-        models.model,
-        models.initial_checkpoint_path,
-        models.dtype,
-        models.frozen_dtype,
-    )
-    task_info = run_register(data.register)
-    task_info.print_summary()
-    for opened in opened_models:
-        seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
-    task_names = _decoded_names(data.name)
-    if results_lib.check_overwrites(output, [opened.path for opened in opened_models], task_names):
-        print(f"replacing the results in {output}", flush=True)
-    sentence_source = sentences.open_for_models(
-        opened_models,
-        data.sentence_embeddings,
-        data.name,
-        lengths["inputs"],
-        data.use_cached_tasks,
-    )
-    tasks = read_tasks(data, lengths, task_info)
-    if sentence_source is not None and sentence_source.table is not None:
+    setup = evaluation.open_evaluation(models, data, output_dir, mesh, _decoded_names)
+    tasks = read_tasks(data, setup.lengths, setup.task_info)
+    if setup.sentences is not None and setup.sentences.table is not None:
         for task in tasks:
-            task.sentences = sentence_source.vectors(task.inputs, task.name)
+            task.sentences = setup.sentences.vectors(task.inputs, task.name)
     results: dict[str, Any] = {"runs": []}
-    for opened in opened_models:
-        params = opened.load(opened.shardings(device_mesh, rules))
-        with partitioning.use_mesh(device_mesh, rules):
+    for opened in setup.models:
+        params = opened.load(opened.shardings(setup.mesh, setup.rules))
+        with partitioning.use_mesh(setup.mesh, setup.rules):
             tokens = _decode(
-                opened, params, tasks, data.batch_size, lengths["targets"], device_mesh
+                opened, params, tasks, data.batch_size, setup.lengths["targets"], setup.mesh
             )
         del params  # before the next model is loaded
         task_results = {}
         for task in tasks:
             rows = [tokens.popleft() for _ in task.inputs]
             task_results[task.name] = _compute_metrics(task, rows, opened.step)
-            atomic_write.write_text(
-                folder / "predictions" / opened.name / f"{task.name}.jsonl",
-                _prediction_lines(task, rows),
-            )
+            file = setup.folder / "predictions" / opened.name / f"{task.name}.jsonl"
+            atomic_write.write_text(file, _prediction_lines(task, rows))
         results["runs"].append({**opened.summary(), "tasks": task_results})
+        by_dataset = [_dataset_table(run) for run in results["runs"]]
+        by_prompt = [_prompt_table(run) for run in results["runs"]]
+        checkpoints = result_tables.checkpoint_table(results["runs"])
         # Written after each run, so that a later run that fails leaves the results so far.
-        atomic_write.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        run_tables = [
-            *map(_dataset_table, results["runs"]),
-            *map(_prompt_table, results["runs"]),
-            result_tables.checkpoint_table(results["runs"]),
-        ]
-        atomic_write.write_text(folder / "results.md", tables.to_markdown(run_tables))
-    tables.print_tables([_dataset_table(run) for run in results["runs"]])
-    print(f"results in {folder}/results.md, predictions in {folder}/predictions")
+        setup.write(results, tables.to_markdown([*by_dataset, *by_prompt, checkpoints]))
+    tables.print_tables(by_dataset)
+    print(f"results in {setup.folder}/results.md, predictions in {setup.folder}/predictions")
     return results
 
 
@@ -161,20 +125,18 @@ def read_tasks(
     present = [task for task in names if seqio_tasks.has_data(task, use_cached)]
     if use_cached and not present:
         seqio_tasks.cached_subtask_names(names[0])  # raises
-    if present:
-        _print_skipped("no data", [task for task in names if task not in present])
-    else:
-        present = names  # reading the first raises with the reason
-    splits = {
-        task: split for task in present if (split := seqio_tasks.eval_split(task)) is not None
-    }
+    _print_skipped("no data", [task for task in names if present and task not in present])
+    # Without any data, reading the first task raises with the reason.
+    eval_splits = {task: seqio_tasks.eval_split(task) for task in present or names}
+    splits = {task: split for task, split in eval_splits.items() if split}
     if not splits:
         raise InputError(
             f"no task of {data.name!r} has an evaluation split"
             f" ({', '.join(seqio_tasks.EVAL_SPLITS)})"
         )
-    _print_skipped("no evaluation split", [task for task in present if task not in splits])
-    _set_metrics(list(splits), task_info)
+    _print_skipped("no evaluation split", [task for task in eval_splits if task not in splits])
+    for name in splits:
+        _set_metrics(name, task_info)
     bar = progress.Progress("reading", len(splits), note="tasks")
     tasks = []
     try:
@@ -192,9 +154,10 @@ def read_tasks(
 
 
 def _print_skipped(reason: str, tasks: Sequence[str]) -> None:
+    from pemoe_jax.tasks.registered import abbreviate
+
     if tasks:
-        more = f", … {len(tasks) - 3} more" if len(tasks) > 3 else ""
-        print(f"skipping {len(tasks)} tasks, {reason}: {', '.join(tasks[:3])}{more}")
+        print(f"skipping {len(tasks)} tasks, {reason}: {abbreviate(tasks, 3)}")
 
 
 def _decoded_names(name: str) -> list[str]:
@@ -213,37 +176,32 @@ def _decoded_names(name: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _set_metrics(names: Sequence[str], task_info: "Registered") -> None:
-    """Sets the metrics of tasks without any, from P3's table or a folder's INDEX.json."""
+def _set_metrics(name: str, task_info: "Registered") -> None:
+    """Sets the metrics of a task without any, from P3's table or a folder's INDEX.json."""
     from pemoe_jax.data import seqio_import, seqio_tasks
     from pemoe_jax.tasks import metrics
     from pemoe_jax.tasks.p3 import published
 
-    seqio = seqio_import.import_seqio()
-    for name in names:
-        default = published.metric_names(name)
-        metrics.add_metrics(name, task_info.metrics.get(name, default))
-        kinds = {
-            metric.model_output_type for metric in seqio_tasks.get_mixture_or_task(name).metric_objs
-        }
-        others = kinds - {seqio.metrics.ModelOutputType.PREDICTION}
-        if others:
-            raise InputError(
-                f"{name!r} has a metric of {min(kind.name for kind in others)}:"
-                " pemoe infer computes only metrics of PREDICTION"
-            )
+    prediction = seqio_import.import_seqio().metrics.ModelOutputType.PREDICTION
+    metrics.add_metrics(name, task_info.metrics.get(name, published.metric_names(name)))
+    types = {
+        metric.model_output_type for metric in seqio_tasks.get_mixture_or_task(name).metric_objs
+    }
+    if others := types - {prediction}:
+        raise InputError(
+            f"{name!r} has a metric of {min(kind.name for kind in others)}:"
+            " pemoe infer computes only metrics of PREDICTION"
+        )
 
 
 @functools.cache
 def _identity_converter() -> "seqio.FeatureConverter":
-    """Returns a converter that keeps examples as they are; `batching.input_batches` batches them.
-
-    seqio's own converter takes most of the time of reading a task.
-    """
     from pemoe_jax.data import seqio_import
 
     seqio = seqio_import.import_seqio()
 
+    # `batching.input_batches` batches the examples: with seqio's own converter, which pads each of
+    # them, converting takes most of the time of reading a task.
     class IdentityConverter(seqio.EncDecFeatureConverter):  # type: ignore[name-defined]
         def __call__(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
             return ds
@@ -252,21 +210,16 @@ def _identity_converter() -> "seqio.FeatureConverter":
 
 
 def _read_examples(
-    name: str,
-    split: str,
-    lengths: Mapping[str, int],
-    use_cached: bool,
-    max_examples: int | None,
+    name: str, split: str, lengths: Mapping[str, int], use_cached: bool, max_examples: int | None
 ) -> _Task:
     from pemoe_jax.data import choices, seqio_import, seqio_tasks
 
-    seqio = seqio_import.import_seqio()
-    evaluator = seqio.Evaluator(
+    evaluator = seqio_import.import_seqio().Evaluator(
         name,
         _identity_converter(),
         eval_split=split,
         use_cached=use_cached,
-        # One token more than is kept tells a truncated input from one that fits exactly.
+        # One token more than fits, so that a truncated input differs from one that just fits.
         sequence_length={key: length + 1 for key, length in lengths.items()},
         num_examples=max_examples,
         async_compute_metrics=False,
@@ -360,26 +313,28 @@ def _prediction_lines(task: _Task, rows: "Sequence[np.ndarray]") -> str:
     return "".join(lines)
 
 
-def _metric_names(tasks: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for task in tasks.values() for name in task["metrics"]))
+def _metric_names(run: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for task in run["tasks"].values() for name in task["metrics"]))
 
 
-def _format_mean(tasks: Sequence[Mapping[str, Any]], metric: str) -> str:
-    values = [task["metrics"][metric] for task in tasks if metric in task["metrics"]]
-    return f"{statistics.fmean(values):.1f}" if values else "–"
+def _format_means(tasks: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
+    values = [
+        [task["metrics"][name] for task in tasks if name in task["metrics"]] for name in metrics
+    ]
+    return [f"{statistics.fmean(members):.1f}" if members else "–" for members in values]
 
 
 def _dataset_table(run: Mapping[str, Any]) -> "tables.Table":
     """Returns a table with a row for each dataset: means over its prompts."""
     from pemoe_jax.analysis import tables
 
-    names = _metric_names(run["tasks"])
+    names = _metric_names(run)
     by_dataset: dict[str, list[Any]] = collections.defaultdict(list)
     for task in run["tasks"].values():
         by_dataset[task["dataset"]].append(task)
     rows = [
         [dataset, str(len(tasks)), f"{sum(task['examples'] for task in tasks):,}"]
-        + [_format_mean(tasks, name) for name in names]
+        + _format_means(tasks, names)
         for dataset, tasks in sorted(by_dataset.items())
     ]
     title = f"{run['name']}: decoded greedily, in %, mean over the prompts of a dataset"
@@ -387,13 +342,12 @@ def _dataset_table(run: Mapping[str, Any]) -> "tables.Table":
 
 
 def _prompt_table(run: Mapping[str, Any]) -> "tables.Table":
-    """Returns a table with a row for each prompt."""
     from pemoe_jax.analysis import tables
 
-    names = _metric_names(run["tasks"])
+    names = _metric_names(run)
     rows = [
         [name, task["split"], f"{task['examples']:,}", f"{task['cut_inputs']:,}"]
-        + [_format_mean([task], metric) for metric in names]
+        + _format_means([task], names)
         for name, task in run["tasks"].items()
     ]
     title = f"{run['name']}: decoded greedily, in %, by prompt"

@@ -1,11 +1,12 @@
 """Trains adapters, or a whole model, configured by gin files: `pemoe train --help`."""
 
+import collections
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.runtime import gin_flags, options
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pemoe_jax.core import network, optim, partitioning, steps
     from pemoe_jax.core.params import PyTree
     from pemoe_jax.data import sentences
-    from pemoe_jax.tasks import Registered
+    from pemoe_jax.data.packing import Batch, BatchIterator
 
 FLAGS = gin_flags.make_parser(
     "train",
@@ -50,11 +51,11 @@ def train(
     """Trains from the newest checkpoint in MODEL_DIR, or else from the base model.
 
     Args:
-      model: the network with its adapters.
+      model: the network with its adapters, from a model file and a method file.
       method: what trains.
       data: the tasks to train on, and the batches.
       total_steps: step to stop at, counted from the start of the run.
-      optimizer: optimizer, a function from a schedule to an optax transformation.
+      optimizer: the optimizer, e.g. @optim.adafactor or @optim.adamw.
       schedule: function from a step to a learning rate.
       loss: settings of the loss.
       checkpointing: where to start from and where to save.
@@ -63,51 +64,42 @@ def train(
       seed: seed of new adapters, of the data order and of dropout.
 
     Raises:
-      InputError: a setting or a file is wrong. Nothing has been written then, unless the loss
-        became infinite.
+      InputError: a setting or a file is wrong, before any file is written; or the loss became
+        infinite.
     """
     if model is None:
         raise InputError("MODEL is not set: pass --gin_file=models/… before the run file")
     check_integer("TRAIN_STEPS", total_steps)
 
+    import gin
     import jax
 
     from pemoe_jax.analysis import plots
     from pemoe_jax.checkpoints import runs
-    from pemoe_jax.core import partitioning, quantized, steps
-    from pemoe_jax.data import feed, prefetch, seqio_tasks
-    from pemoe_jax.runtime import distributed, file_io, train_loop
+    from pemoe_jax.core import network, partitioning, quantized, stacks
+    from pemoe_jax.data import prefetch, seqio_tasks
+    from pemoe_jax.runtime import atomic_write, distributed, file_io, train_loop
     from pemoe_jax.tasks.registered import run_register
 
     quantized.check_frozen_dtype(method.frozen_dtype)
     model_dir = file_io.resolve_local(checkpointing.model_dir, "MODEL_DIR")
-    distributed.initialize()
-    device_mesh, rules = mesh.make_mesh(), mesh.axis_rules()
-    partitioning.check_batch_size(data.batch_size, device_mesh, data.microbatches)
-    partitioning.connect_processes(device_mesh)
-
+    device_mesh, rules = distributed.start(mesh, data.batch_size, data.microbatches)
     task_info = run_register(data.register)
     seqio_tasks.check_vocab_size(data.name, model.config.vocab_size)
-    sentence_source = _open_sentences(model, data)
-    if sentence_source is not None:
-        config = dataclasses.replace(model.config, sentence_dim=sentence_source.dim)
-        model = model.clone(config=config)
+
+    model, sentence_source = _open_sentences(model, data)
     transformation = optimizer(schedule)
+    base_path = checkpointing.initial_checkpoint_path
     state, frozen, record = _initialize(
-        model,
-        method,
-        transformation,
-        checkpointing.initial_checkpoint_path,
-        seed,
-        device_mesh,
-        rules,
+        model, method, transformation, base_path, seed, device_mesh, rules
     )
     record = dataclasses.replace(
         record,
         trained_datasets=task_info.datasets_of(seqio_tasks.subtask_names(data.name)),
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
     )
-    print(_summarize(state.params, frozen, record, task_info, len(jax.devices())), flush=True)
+    print(_summarize(state.params, frozen, record, len(jax.devices())), flush=True)
+    task_info.print_summary()
 
     first_step = _resume_step(model_dir, record)
     if first_step >= total_steps:
@@ -115,51 +107,37 @@ def train(
         return
     shard = partitioning.data_shard(device_mesh)
     consumed = _read_position(model_dir, first_step, shard)
-    batches = feed.train_batches(
-        data.name,
-        data.task_feature_lengths,
-        data.batch_size // shard[1],
-        seed=seed,
-        pack=data.pack,
-        start=None if consumed is None else {"examples": consumed},
-        use_cached=data.use_cached_tasks,
-        shard=shard,
-        sentences=sentence_source,
-    )
-    eval_batches = _read_eval_batches(data, logging, sentence_source)
+    batches, eval_batches = _open_feeds(data, logging, seed, shard, consumed, sentence_source)
+
     # Every setting has been checked by now: only from here on are files written.
     checkpoints = runs.RunCheckpoints(str(model_dir), checkpointing.keep)
     if first_step:
         state = checkpoints.restore(first_step, state)
         print(f"resuming from {model_dir}/checkpoint_{first_step}", flush=True)
         if consumed is None:
-            _skip_batches(batches, first_step)
-    frozen = _stack_frozen(model, frozen)
+            print(f"the checkpoint has no position in the data: skipping {first_step} batches")
+            collections.deque(itertools.islice(batches, first_step), maxlen=0)
+    if model.config.scan_layers:
+        frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
     folder = distributed.output_folder(model_dir)
-    _write_config(folder)
+    atomic_write.write_text(folder / "config.gin", gin.config_str())
 
-    def save(state: steps.TrainState, position: Mapping[str, int] | None) -> None:
+    def save(state: "steps.TrainState", position: Mapping[str, int] | None) -> None:
         assert position is not None  # `feed.train_batches` has positions
         checkpoints.save(state, record, _gather_positions(position, device_mesh))
 
     loop = train_loop.TrainLoop(
-        train_step=steps.make_train_step(
-            model,
-            transformation,
-            loss,
-            data.microbatches,
-            logging.router_metrics is not None,
-            jax.tree.map(lambda leaf: leaf.sharding, state),
-        ),
-        eval_step=steps.make_eval_step(model, loss),
+        model=model,
+        optimizer=transformation,
+        schedule=schedule,
+        loss=loss,
+        microbatches=data.microbatches,
         mesh=device_mesh,
         folder=folder,
-        schedule=schedule,
         rng=jax.random.key(seed + 1),
         total_steps=total_steps,
         logging=logging,
         eval_batches=eval_batches,
-        router_paths=steps.router_paths(model) if logging.router_metrics else [],
         save=save,
         save_period=checkpointing.period,
     )
@@ -174,9 +152,8 @@ def train(
     checkpoints.close()
     if batches.truncations.inputs or batches.truncations.targets:
         print(batches.truncations)
-    plots.loss_curve(
-        folder / "metrics.jsonl", folder / "loss.png", title=f"Training: {model_dir.name}"
-    )
+    title = f"Training: {model_dir.name}"
+    plots.loss_curve(folder / "metrics.jsonl", folder / "loss.png", title=title)
     print(
         f"trained to step {total_steps}: {model_dir}/checkpoint_{total_steps}, {model_dir}/loss.png"
     )
@@ -239,39 +216,25 @@ def _initialize(
     return jax.jit(create, out_shardings=state_shardings)(trained), frozen, record
 
 
-def _stack_frozen(model: "network.Transformer", frozen: "PyTree") -> "PyTree":
-    """Stacks the layers of frozen parameters for `scan_layers`, freeing each after its copy."""
-    from pemoe_jax.core import network, stacks
-
-    if not model.config.scan_layers:
-        return frozen
-    return network.stack_layers(model, frozen, stacks.stack_and_delete)
-
-
 def _summarize(
-    trainable: "PyTree",
-    frozen: "PyTree",
-    record: "runs.Record",
-    task_info: "Registered",
-    devices: int,
+    trainable: "PyTree", frozen: "PyTree", record: "runs.Record", num_devices: int
 ) -> str:
     from pemoe_jax.analysis import counts
     from pemoe_jax.core import params as params_lib
 
     base = record.base
     name = base["path"] or f"RANDOM WEIGHTS (INITIAL_CHECKPOINT_PATH=None, seed {base['seed']})"
-    text = counts.parameter_summary(
+    return counts.parameter_summary(
         params_lib.flatten(trainable),
         params_lib.flatten(frozen),
         base=f"{name}, fingerprint {base['fingerprint']}",
         method=record.method,
         extra={
-            "devices": str(devices),
+            "devices": str(num_devices),
             "activations": record.config["dtype"],
             "matrices": f"{base['frozen_dtype']} (frozen)",
         },
     )
-    return "\n".join([text, *task_info.summary])
 
 
 # --- data ---
@@ -279,12 +242,15 @@ def _summarize(
 
 def _open_sentences(
     model: "network.Transformer", data: options.Data
-) -> "sentences.SentenceSource | None":
-    """Returns the sentence embeddings to train with; None if no router reads them."""
+) -> "tuple[network.Transformer, sentences.SentenceSource | None]":
+    """Returns the model with the size of the sentence embeddings, and their source, if it has any.
+
+    Without routers that read sentences the model is returned unchanged.
+    """
     from pemoe_jax.core import adapters
     from pemoe_jax.data import sentences, seqio_tasks
 
-    return sentences.open_for_training(
+    source = sentences.open_for_training(
         adapters.describe(model.adapters),
         data.sentence_embeddings,
         data.name,
@@ -292,25 +258,44 @@ def _open_sentences(
         data.pack,
         data.use_cached_tasks,
     )
+    if source is None:
+        return model, None
+    return model.clone(config=dataclasses.replace(model.config, sentence_dim=source.dim)), source
 
 
-def _read_eval_batches(
-    data: options.Data, logging: options.Logging, sentence_source: "sentences.SentenceSource | None"
-) -> list[Any]:
+def _open_feeds(
+    data: options.Data,
+    logging: options.Logging,
+    seed: int,
+    shard: tuple[int, int],
+    consumed: int | None,
+    sentence_source: "sentences.SentenceSource | None",
+) -> "tuple[BatchIterator, list[Batch]]":
+    """Returns this process's shard of the training batches, and the batches of an evaluation."""
     from pemoe_jax.data import feed
 
-    if not logging.eval_period:
-        return []
-    return list(
-        feed.eval_batches(
-            data.name,
-            data.task_feature_lengths,
-            data.batch_size,
-            logging.eval_batches,
-            use_cached=data.use_cached_tasks,
-            sentences=sentence_source,
-        )
+    batches = feed.train_batches(
+        data.name,
+        data.task_feature_lengths,
+        data.batch_size // shard[1],
+        seed=seed,
+        pack=data.pack,
+        start=None if consumed is None else {"examples": consumed},
+        use_cached=data.use_cached_tasks,
+        shard=shard,
+        sentences=sentence_source,
     )
+    if not logging.eval_period:
+        return batches, []
+    eval_batches = feed.eval_batches(
+        data.name,
+        data.task_feature_lengths,
+        data.batch_size,
+        logging.eval_batches,
+        use_cached=data.use_cached_tasks,
+        sentences=sentence_source,
+    )
+    return batches, list(eval_batches)
 
 
 def _read_position(model_dir: Path, first_step: int, shard: tuple[int, int]) -> int | None:
@@ -322,12 +307,6 @@ def _read_position(model_dir: Path, first_step: int, shard: tuple[int, int]) -> 
     index, count = shard
     positions = runs.read_data_position(str(model_dir), count)
     return None if positions is None else positions[index]
-
-
-def _skip_batches(batches: Iterable[object], count: int) -> None:
-    print(f"the checkpoint has no position in the data: skipping {count} batches")
-    for _ in itertools.islice(batches, count):
-        pass
 
 
 def _gather_positions(
@@ -396,14 +375,6 @@ def _identity(record: "runs.Record", with_base: bool) -> dict[str, object]:
         # Runs from before quantization recorded none.
         identity["FROZEN_DTYPE"] = record.base.get("frozen_dtype", "activations")
     return identity
-
-
-def _write_config(folder: Path) -> None:
-    import gin
-
-    from pemoe_jax.runtime import atomic_write
-
-    atomic_write.write_text(folder / "config.gin", gin.config_str())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

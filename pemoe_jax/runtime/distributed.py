@@ -11,9 +11,14 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError
+
+if TYPE_CHECKING:
+    import jax
+
+    from pemoe_jax.core.partitioning import MeshConfig, Rules
 
 COORDINATOR_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECONDS = 30  # a process that is silent for longer ends the run
@@ -51,6 +56,23 @@ def initialize() -> None:
     if jax.process_index():
         # Open until the process ends: everything printed later goes to it.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def start(
+    config: "MeshConfig", batch_size: int, microbatches: int = 1
+) -> "tuple[jax.sharding.Mesh, Rules]":
+    """Joins the processes of the run -> (mesh of all their devices, sharding rules).
+
+    Raises:
+      InputError: a setting is wrong, or the batch does not divide into the devices' microbatches.
+    """
+    initialize()
+    from pemoe_jax.core import partitioning
+
+    mesh = config.make_mesh()
+    partitioning.check_batch_size(batch_size, mesh, microbatches)
+    partitioning.connect_processes(mesh)
+    return mesh, config.axis_rules()
 
 
 def _jax_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:

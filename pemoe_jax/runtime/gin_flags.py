@@ -49,6 +49,9 @@ from pemoe_jax.tools import embed
 from pemoe_jax.tools import routes
 """
 
+# What gin raises for a missing file, a line that does not parse, an unknown name or import.
+_GIN_ERRORS = (OSError, ValueError, SyntaxError, ImportError, NameError, AttributeError, TypeError)
+
 # Files whose macros `--help` lists for commands that take model and method files.
 MODEL_AND_METHOD_FILES = ("models/t5_1_1.gin", "methods/molora.gin", "methods/mov.gin")
 
@@ -62,7 +65,7 @@ gin files are searched in the working folder, in --gin_search_paths and in the p
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that lists macros; it reads them when `--help` is asked for."""
+    """An argument parser whose `--help` lists macros; only then are gin files read."""
 
     macro_texts: Sequence[str] = ()
     example = ""
@@ -91,20 +94,15 @@ def make_parser(
         allow_abbrev=False,
     )
     parser.macro_texts, parser.example = macros, example
-    parser.add_argument(
-        "--gin_file",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a gin file; may be repeated",
-    )
-    parser.add_argument(
-        "--gin_bindings",
-        action="append",
-        default=[],
-        metavar="BINDING",
-        help="a line of gin, e.g. 'MODEL_DIR = \"/tmp/run\"'; may be repeated",
-    )
+    for flag, metavar, text in (
+        ("--gin_file", "FILE", "a gin file; may be repeated"),
+        (
+            "--gin_bindings",
+            "BINDING",
+            "a line of gin, as `MODEL_DIR = '/tmp/run'`; may be repeated",
+        ),
+    ):
+        parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
     parser.add_argument(
         "--gin_search_paths",
         default="",
@@ -113,9 +111,7 @@ def make_parser(
     )
     if command in _RUN_MODELS:
         add_cache_dirs_flag(
-            parser,
-            "folders of seqio's offline caches, separated by commas; USE_CACHED_TASKS=True reads"
-            " them",
+            parser, "folders of seqio's offline caches, separated by commas, for USE_CACHED_TASKS"
         )
     return parser
 
@@ -128,14 +124,12 @@ def add_cache_dirs_flag(flags: argparse.ArgumentParser, text: str) -> None:
 def _as_gin_value(text: str) -> str:
     """Returns gin literals, macros and references unchanged, anything else as a quoted string."""
     stripped = text.strip()
-    if stripped[:1] in ("@", "%"):
-        return stripped
     try:
-        ast.literal_eval(stripped)
+        if stripped[:1] not in ("@", "%"):
+            ast.literal_eval(stripped)
     except (ValueError, SyntaxError):
-        if stripped[:1] in ("[", "(", "{"):  # may hold references
-            return stripped
-        return repr(text)
+        if stripped[:1] not in ("[", "(", "{"):  # these may hold references
+            return repr(text)
     return stripped
 
 
@@ -160,8 +154,8 @@ def load_config(
 
     Args:
       args: parsed flags.
-      bindings: from `--gin.NAME=value`.
-      macros: 'NAME = value' of the command's own macros, parsed before any file.
+      bindings: bindings of `--gin.NAME=value`, from `split_bindings`.
+      macros: lines 'NAME = value' for the command's own macros, parsed before any file.
 
     Raises:
       InputError: a file is missing, a line does not parse, a name does not exist, or a value is of
@@ -187,18 +181,14 @@ def load_config(
         gin.parse_config_files_and_bindings([], [_IMPORTS, *args.gin_bindings, *bindings])
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(f"gin: {first_line(error)}") from error
-    except (ValueError, SyntaxError, ImportError, AttributeError, NameError, TypeError) as error:
+    except _GIN_ERRORS as error:
         raise InputError(_user_message(error)) from error
     gin_types.check_bindings(_SET_BY_MODEL_AND_METHOD)
 
 
 def _user_message(error: Exception) -> str:
-    """Returns gin's message in the user's terms."""
     line = first_line(error)
-    required = re.match(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", line)
-    if required:
+    if required := re.match(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", line):
         return f"{required[1]} is not set: pass --gin.{required[1]}=…"
     return f"gin: {line}"
 
@@ -262,12 +252,6 @@ def run_configured(
     return run_command(flags, load_and_call, argv)
 
 
-def _add_cache_dirs(args: argparse.Namespace) -> None:
-    folders = [*filter(None, getattr(args, "seqio_additional_cache_dirs", "").split(","))]
-    if folders:
-        seqio_caches.add_cache_dirs(folders)
-
-
 def run_command(
     flags: argparse.ArgumentParser,
     work: Callable[[argparse.Namespace, Sequence[str]], None],
@@ -275,22 +259,15 @@ def run_command(
 ) -> int:
     """Parses the flags and runs a command; returns its exit code.
 
-    A user's mistake gives one line on stderr and exit code 1.
+    A user's mistake becomes one line on stderr and exit code 1.
 
     Args:
       flags: the command's parser.
-      work: called with the parsed flags and the gin bindings among the arguments.
+      work: function of the parsed flags and the gin bindings among the arguments.
       argv: the arguments; None: `sys.argv`.
     """
-    return distributed.exit_process(_exit_code(flags, work, argv))
-
-
-def _exit_code(
-    flags: argparse.ArgumentParser,
-    work: Callable[[argparse.Namespace, Sequence[str]], None],
-    argv: Sequence[str] | None,
-) -> int:
     silence_libraries()
+    code = 1
     try:
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
         args = flags.parse_args(rest)
@@ -299,23 +276,21 @@ def _exit_code(
             compile_cache.enable()
             host_memory.configure()
             host_memory.disable_async_dispatch()
-        _add_cache_dirs(args)
+        folders = getattr(args, "seqio_additional_cache_dirs", "").split(",")
+        if any(folders):
+            seqio_caches.add_cache_dirs([*filter(None, folders)])
         work(args, bindings)
+        code = 0
     except InputError as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        # With an errno it is the user's: no permission, no space, a file instead of a folder.
-        if error.strerror is None:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        # An OSError with an errno is the user's: no permission, no space, a file for a folder.
+        if not isinstance(error, OSError) or error.strerror is None:
             distributed.exit_on_error(error)
             raise
         path = error.filename2 or error.filename
         print(f"error: {path or 'writing'}: {error.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        distributed.exit_on_error(error)
-        raise
-    return 0
+    return distributed.exit_process(code)

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+import optax
 
-from pemoe_jax.core import optim, partitioning, routing, steps
+from pemoe_jax.core import network, optim, partitioning, routing, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.runtime import host_memory, options, progress
@@ -50,32 +51,37 @@ class TrainLoop:
     """Trains a state to `total_steps`.
 
     Attributes:
-      train_step: jitted, from `steps.make_train_step`.
-      eval_step: from `steps.make_eval_step`.
+      model: the network.
+      optimizer: optimizer of the trainable parameters.
+      schedule: function from a step to a learning rate, for reports.
+      loss: settings of the loss.
+      microbatches: number of pieces of a batch, see `steps.loss_and_grads`.
       mesh: the device mesh.
-      folder: where metrics are written.
-      schedule: step -> learning rate, for reports.
+      folder: folder for metrics.
       rng: key of dropout masks.
       total_steps: step to stop at.
       logging: what to report, and how often.
       eval_batches: batches of an evaluation of the loss.
-      router_paths: names of the rows of the router statistics (`steps.router_paths`).
       save: saves a state with the feed's position.
       save_period: steps between two checkpoints.
     """
 
-    train_step: Any
-    eval_step: Callable[[PyTree, PyTree, Mapping[str, jax.Array]], Mapping[str, jax.Array]]
+    model: network.Transformer
+    optimizer: optax.GradientTransformation
+    schedule: optim.Schedule
+    loss: steps.Loss
+    microbatches: int
     mesh: jax.sharding.Mesh
     folder: Path
-    schedule: optim.Schedule
     rng: jax.Array
     total_steps: int
     logging: options.Logging
     eval_batches: Sequence[Batch]
-    router_paths: Sequence[str]
     save: Callable[[steps.TrainState, Position | None], None]
     save_period: int
+
+    def __post_init__(self) -> None:
+        self._eval_step = steps.make_eval_step(self.model, self.loss)
 
     def to_devices(self, batch: Batch) -> tuple[dict[str, jax.Array], int]:
         """Returns the global batch of this process's rows, and its number of tokens."""
@@ -86,6 +92,14 @@ class TrainLoop:
 
         An interrupt (Ctrl-C) saves the last finished step before it is raised.
         """
+        train_step: Any = steps.make_train_step(
+            self.model,
+            self.optimizer,
+            self.loss,
+            self.microbatches,
+            self.logging.router_metrics is not None,
+            jax.tree.map(lambda leaf: leaf.sharding, state),
+        )
         first_step = int(state.step)
         bar = progress.Progress("step", self.total_steps, first_step)
         writer = progress.MetricWriter(self.folder, first_step)
@@ -99,7 +113,7 @@ class TrainLoop:
                 if step == first_step + 1:
                     # Compiled apart from the first call, to free the compiler's memory before the
                     # step allocates its own.
-                    train_step = self.train_step.lower(state, frozen, arrays, self.rng).compile()
+                    train_step = train_step.lower(state, frozen, arrays, self.rng).compile()
                     host_memory.trim_heap()
                 state, metrics = train_step(state, frozen, arrays, self.rng)
                 window.append(metrics, tokens)
@@ -150,7 +164,7 @@ class TrainLoop:
         values = {f"train/{name}": value for name, value in scalars.items()}
         if routers is not None:
             metrics = routing.summarize_statistics(
-                self.router_paths, routers, self.logging.router_metrics or ""
+                steps.router_paths(self.model), routers, self.logging.router_metrics or ""
             )
             values |= {f"router/{name}": float(value) for name, value in metrics.items()}
         writer.write(step, values)
@@ -171,7 +185,7 @@ class TrainLoop:
         bar: progress.Progress,
     ) -> None:
         sums = [
-            self.eval_step(state.params, frozen, partitioning.shard_batch(batch, self.mesh))
+            self._eval_step(state.params, frozen, partitioning.shard_batch(batch, self.mesh))
             for batch in self.eval_batches
         ]
         total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}

@@ -1,0 +1,100 @@
+"""What `pemoe evaluate` and `pemoe infer` share: checked settings, opened models, result files."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pemoe_jax.analysis.zero_shot import results as results_lib
+from pemoe_jax.checkpoints import models as models_lib
+from pemoe_jax.core import partitioning
+from pemoe_jax.data import sentences, seqio_tasks
+from pemoe_jax.runtime import atomic_write, distributed, file_io, options
+from pemoe_jax.tasks import Registered
+from pemoe_jax.tasks.registered import run_register
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The models and tasks of an evaluation.
+
+    Attributes:
+      folder: folder for the results; a temporary one in all processes but the first.
+      mesh: the device mesh.
+      rules: sharding rules of the parameters.
+      models: the opened models.
+      task_info: what is known about the tasks.
+      task_names: the tasks to evaluate.
+      lengths: maximum number of tokens of 'inputs' and 'targets'.
+      sentences: source of sentence embeddings; None if no router reads them.
+    """
+
+    folder: Path
+    mesh: jax.sharding.Mesh
+    rules: partitioning.Rules
+    models: list[models_lib.OpenedModel]
+    task_info: Registered
+    task_names: list[str]
+    lengths: dict[str, int]
+    sentences: sentences.SentenceSource | None
+
+    def write(self, results: dict[str, Any], markdown: str) -> None:
+        """Writes results.json and results.md."""
+        text = json.dumps(results, indent=1) + "\n"
+        atomic_write.write_text(self.folder / "results.json", text)
+        atomic_write.write_text(self.folder / "results.md", markdown)
+
+
+def open_evaluation(
+    models: options.Models,
+    data: options.Data,
+    output_dir: str,
+    mesh: partitioning.MeshConfig,
+    find_tasks: Callable[[str], list[str]],
+) -> Evaluation:
+    """Joins the run's processes, opens the models and registers the tasks; writes nothing.
+
+    Args:
+      models, data, output_dir, mesh: arguments of the command.
+      find_tasks: function from the name of a task or mixture to the tasks to evaluate.
+
+    Raises:
+      InputError: a setting or a checkpoint is wrong, or results of others would be overwritten.
+    """
+    lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
+    output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
+    device_mesh, rules = distributed.start(mesh, data.batch_size)
+    opened_models = models_lib.open_models(
+        models.checkpoint_path,
+        models.model,
+        models.initial_checkpoint_path,
+        models.dtype,
+        models.frozen_dtype,
+    )
+    task_info = run_register(data.register)
+    task_info.print_summary()
+    for opened in opened_models:
+        seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
+    task_names = find_tasks(data.name)
+    if results_lib.check_overwrites(output, [opened.path for opened in opened_models], task_names):
+        print(f"replacing the results in {output}", flush=True)
+    sentence_source = sentences.open_for_models(
+        opened_models,
+        data.sentence_embeddings,
+        data.name,
+        lengths["inputs"],
+        data.use_cached_tasks,
+    )
+    return Evaluation(
+        distributed.output_folder(output),
+        device_mesh,
+        rules,
+        opened_models,
+        task_info,
+        task_names,
+        lengths,
+        sentence_source,
+    )
