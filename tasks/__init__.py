@@ -33,12 +33,13 @@ def register(
       module: name of a Python module that registers seqio tasks.
       p3_dir: folder of P3, as tfrecords, Parquet or templates. None without other data: the
         environment's PEMOE_P3_DIR, or else the caches in --seqio_additional_cache_dirs.
-      inputs_eos: whether P3's inputs end in EOS; T0 trained without.
-      train_tasks: name patterns of JSONL_DIR's training tasks. None: by INDEX.json, else all tasks
-        whose dataset is not held out.
-      eval_tasks: name patterns of JSONL_DIR's tasks to score, whose datasets are held out. None: by
-        INDEX.json.
-      eval_examples: maximum number of examples of each evaluation split, the first. None: all.
+      inputs_eos: whether P3's inputs end in EOS; T0 was trained without it.
+      train_tasks: names or patterns (*) of JSONL_DIR's tasks to train on. None: as INDEX.json says,
+        else all tasks whose dataset is not held out.
+      eval_tasks: names or patterns (*) of JSONL_DIR's tasks to score; their datasets are held out
+        from training. None: as INDEX.json says.
+      eval_examples: maximum number of examples of each evaluation split, counted from its start.
+        None: all.
       use: see `jsonl.register`.
 
     Returns:

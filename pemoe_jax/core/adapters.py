@@ -44,10 +44,11 @@ class VectorExperts(nn.Module):
     Parameters: `vectors` [H, E, K] at query, key and value, else [E, D or F], initialized to ones.
 
     Attributes:
-      num_experts: E.
+      num_experts: number of experts at each site, E.
       router: factory of the router; None for (IA)³, with one expert.
-      fused: whether to run `kernels.mov` where it applies: on a single GPU, for a soft router that
-        reads y and has no losses, unless probabilities are collected.
+      fused: whether to run the fused kernels (`kernels.mov`) where they apply: on a single GPU, for
+        a soft router that reads y and has no auxiliary losses, unless router probabilities are
+        collected. Elsewhere the plain form runs.
       x_axis, y_axes: logical axis names of the site; the layer sets them.
     """
 
@@ -127,9 +128,9 @@ class LoRAExperts(nn.Module):
     Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02), `lora_b` [E, R, Dout] = 0 (heads joined).
 
     Attributes:
-      num_experts: E.
-      rank: R of one expert.
-      alpha: α; the product is scaled by α / R.
+      num_experts: number of experts at each site, E.
+      rank: rank of each expert, R.
+      alpha: α; the product of an expert's two matrices is scaled by α / R.
       router: factory of the router; None for LoRA, with one expert.
       x_axis, y_axes: logical axis names of the site; the layer sets them.
     """

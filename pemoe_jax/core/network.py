@@ -27,16 +27,17 @@ class T5Config:
     The last three fields change how a step is computed, not the model.
 
     Attributes:
-      vocab_size: V, rows of the embedding (32,128 in the public checkpoints).
+      vocab_size: number of rows of the embedding, V; 32,128 in the public checkpoints.
       dtype: dtype of activations, 'float32' or 'bfloat16'; parameters are created in float32.
       emb_dim, num_heads, head_dim, mlp_dim: D, H, K and F.
       num_encoder_layers, num_decoder_layers: depths of the stacks.
       dropout_rate: dropout rate of embeddings, attention, MLPs and residual branches.
       sentence_dim: S, size of the sentence embeddings that routers may read; None for D.
-      scan_layers: whether a stack runs as a loop over its layers, which is compiled once.
-      remat_policy: how many activations are recomputed for gradients, not stored: 'none',
-        'minimal' or 'full' (`stacks.REMAT_POLICIES`).
-      attention: how attention is computed: 'plain', 'chunked' (long inputs in less memory) or
+      scan_layers: whether the layers of a stack run as a loop, so that one layer is compiled
+        instead of all.
+      remat_policy: which activations the backward pass recomputes to save memory: 'none', 'minimal'
+        (all but matrix products) or 'full' (all).
+      attention: implementation of attention: 'plain', 'chunked' (less memory for long inputs) or
         'fused' (bfloat16 on a GPU).
     """
 

@@ -65,11 +65,11 @@ def create_learning_rate_scheduler(
     """Returns step -> learning rate, a product of named factors as in T5X.
 
     Args:
-      factors: names joined by `*`: constant (the base learning rate), linear_warmup (0 to 1 over
+      factors: factors joined by `*`: constant (the base learning rate), linear_warmup (0 to 1 over
         warmup_steps), rsqrt_decay (1 / sqrt(max(step, warmup_steps, 1))), linear_decay and
         cosine_decay (1 to 0 from the end of the warm-up to total_steps).
-      base_learning_rate: value of the factor `constant`.
-      warmup_steps: number of warm-up steps.
+      base_learning_rate: the base learning rate, which is the factor `constant`.
+      warmup_steps: number of steps that linear_warmup takes; decays begin after them.
       total_steps: step at which the decays end.
 
     Raises:

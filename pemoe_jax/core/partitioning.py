@@ -43,9 +43,9 @@ class MeshConfig:
     """How a run uses its devices.
 
     Attributes:
-      model_parallelism: the number of devices that share each matrix (tensor parallelism), a
-        divisor of all devices; the batch is sharded over the rest.
-      fsdp: also shard parameters and optimizer states over the data axis.
+      model_parallelism: tensor-parallel size: the number of devices that each matrix is sharded
+        over. It must divide the number of devices; the quotient is the data-parallel size.
+      fsdp: whether parameters and optimizer states are also sharded over the data axis.
     """
 
     model_parallelism: int = 1

@@ -52,11 +52,13 @@ class Loss:
     """Settings of the loss, under T5X's names.
 
     Attributes:
-      z_loss: coefficient of log(Z)², which keeps the softmax's denominator Z near 1.
-      label_smoothing: probability that the target spreads evenly over the other V - 1 tokens.
-      loss_normalizing_factor: what the summed loss is divided by: None (nothing: a sum), a number,
-        NUM_REAL_TARGET_TOKENS, NUM_TOTAL_TARGET_TOKENS (with padding) or AVERAGE_PER_SEQUENCE (the
-        mean over a sequence's tokens, then over sequences, also of packed rows).
+      z_loss: coefficient of log(Z)², which keeps the softmax's denominator Z near 1; 0: none.
+      label_smoothing: probability that moves from the target to the other V - 1 tokens, in equal
+        parts.
+      loss_normalizing_factor: divisor of the summed loss: None (no division), a number,
+        'NUM_REAL_TARGET_TOKENS', 'NUM_TOTAL_TARGET_TOKENS' (padding counts too) or
+        'AVERAGE_PER_SEQUENCE' (the mean over the tokens of each sequence, then over sequences; the
+        examples of a packed row are separate sequences).
     """
 
     z_loss: float = 0.0

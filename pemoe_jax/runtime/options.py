@@ -22,13 +22,13 @@ class Data:
       mixture_or_task_name: a seqio task or mixture; for `pemoe embed` also a list of them.
       task_feature_lengths: maximum number of tokens of 'inputs' and 'targets'; longer examples are
         truncated and counted.
-      batch_size: rows of a batch over all devices.
+      batch_size: number of rows of a batch, over all devices.
       microbatches: number of pieces that a training batch is split into, to save memory.
       pack: whether a training row holds several examples.
       register: registers the tasks with seqio and returns a `tasks.Registered`.
-      use_cached_tasks: whether to read seqio's offline caches.
-      sentence_embeddings: table of `pemoe embed` for routers that read sentence embeddings; None:
-        the tasks' own feature.
+      use_cached_tasks: whether to read the tasks from seqio's offline caches.
+      sentence_embeddings: folder of a table by `pemoe embed`, for routers that read sentence
+        embeddings; None: a feature of the tasks holds them.
       max_examples: maximum number of examples of each evaluated task; None: all.
     """
 
@@ -94,11 +94,11 @@ class Checkpointing:
 
     Attributes:
       model_dir: folder of the run: config.gin, metrics.jsonl, tensorboard/ and checkpoint_<step>/;
-        training resumes from the newest checkpoint in it.
+        a run resumes from the newest checkpoint in it.
       initial_checkpoint_path: base model, in the format of T5X, Hugging Face or this package; None:
         random weights.
       period: steps between two checkpoints.
-      keep: number of checkpoints to keep; None: all.
+      keep: number of newest checkpoints to keep; None: all.
     """
 
     model_dir: str
@@ -119,8 +119,8 @@ class Logging:
     Attributes:
       log_period: steps between two reports of the training loss.
       eval_period: steps between two evaluations of the loss on the evaluation splits; 0: never.
-      eval_batches: maximum number of batches of such an evaluation.
-      router_metrics: router metrics: 'sites' (each site, averaged over layers), 'layers' (each
+      eval_batches: maximum number of batches of an evaluation of the loss.
+      router_metrics: router metrics to report: 'sites' (each site, averaged over layers), 'layers' (each
         router) or None.
     """
 
@@ -144,10 +144,10 @@ class Models:
       checkpoint_path: a run (its newest checkpoint), a checkpoint_<step>, an adapter of this
         package or of PEFT, or a base model; or a list of these.
       initial_checkpoint_path: base model to use instead of the recorded one, such as a moved copy.
-      dtype: dtype of activations, 'float32' or 'bfloat16'; None: as trained.
-      frozen_dtype: dtype of frozen matrices: 'activations', 'int8' or 'float8_e4m3fn'; None: as
-        trained.
-      model: dimensions of a base model that does not state them.
+      dtype: dtype of activations, 'float32' or 'bfloat16'; None: as in training.
+      frozen_dtype: dtype of frozen matrices: 'activations', 'int8' or 'float8_e4m3fn'; None: as in
+        training.
+      model: the network of a base model whose files do not state its dimensions.
     """
 
     checkpoint_path: str | Sequence[str]
