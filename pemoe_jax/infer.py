@@ -361,6 +361,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # Imported by name, so that gin configures this very module and not a second copy of it.
-    from pemoe_jax.infer import main as _main
+    from pemoe_jax import infer as imported
 
-    sys.exit(_main())
+    sys.exit(imported.main())

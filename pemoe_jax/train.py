@@ -106,15 +106,15 @@ def train(
         print(f"{model_dir} is at step {first_step}; TRAIN_STEPS is {total_steps}: nothing to do")
         return
     shard = partitioning.data_shard(device_mesh)
-    consumed = _read_position(model_dir, first_step, shard)
-    batches, eval_batches = _open_feeds(data, logging, seed, shard, consumed, sentence_source)
+    positions = runs.read_data_position(str(model_dir), shard[1]) if first_step else [0] * shard[1]
+    batches, eval_batches = _open_feeds(data, logging, seed, shard, positions, sentence_source)
 
     # Every setting has been checked by now: only from here on are files written.
     checkpoints = runs.RunCheckpoints(str(model_dir), checkpointing.keep)
     if first_step:
         state = checkpoints.restore(first_step, state)
         print(f"resuming from {model_dir}/checkpoint_{first_step}", flush=True)
-        if consumed is None:
+        if positions is None:
             print(f"the checkpoint has no position in the data: skipping {first_step} batches")
             collections.deque(itertools.islice(batches, first_step), maxlen=0)
     if model.config.scan_layers:
@@ -243,10 +243,7 @@ def _summarize(
 def _open_sentences(
     model: "network.Transformer", data: options.Data
 ) -> "tuple[network.Transformer, sentences.SentenceSource | None]":
-    """Returns the model with the size of the sentence embeddings, and their source, if it has any.
-
-    Without routers that read sentences the model is returned unchanged.
-    """
+    """Returns the model, sized for the sentence embeddings that it reads, and their source."""
     from pemoe_jax.core import adapters
     from pemoe_jax.data import sentences, seqio_tasks
 
@@ -258,9 +255,9 @@ def _open_sentences(
         data.pack,
         data.use_cached_tasks,
     )
-    if source is None:
-        return model, None
-    return model.clone(config=dataclasses.replace(model.config, sentence_dim=source.dim)), source
+    if source is not None:
+        model = model.clone(config=dataclasses.replace(model.config, sentence_dim=source.dim))
+    return model, source
 
 
 def _open_feeds(
@@ -268,7 +265,7 @@ def _open_feeds(
     logging: options.Logging,
     seed: int,
     shard: tuple[int, int],
-    consumed: int | None,
+    positions: list[int] | None,
     sentence_source: "sentences.SentenceSource | None",
 ) -> "tuple[BatchIterator, list[Batch]]":
     """Returns this process's shard of the training batches, and the batches of an evaluation."""
@@ -280,7 +277,7 @@ def _open_feeds(
         data.batch_size // shard[1],
         seed=seed,
         pack=data.pack,
-        start=None if consumed is None else {"examples": consumed},
+        start=None if positions is None else {"examples": positions[shard[0]]},
         use_cached=data.use_cached_tasks,
         shard=shard,
         sentences=sentence_source,
@@ -298,17 +295,6 @@ def _open_feeds(
     return batches, list(eval_batches)
 
 
-def _read_position(model_dir: Path, first_step: int, shard: tuple[int, int]) -> int | None:
-    """Returns the number of examples that this process's shard consumed; None if not recorded."""
-    from pemoe_jax.checkpoints import runs
-
-    if not first_step:
-        return 0
-    index, count = shard
-    positions = runs.read_data_position(str(model_dir), count)
-    return None if positions is None else positions[index]
-
-
 def _gather_positions(
     position: Mapping[str, int], mesh: "jax.sharding.Mesh"
 ) -> dict[str, list[int]]:
@@ -316,31 +302,24 @@ def _gather_positions(
     import jax
 
     if jax.process_count() == 1:
-        return {name: [count] for name, count in position.items()}
+        return {"examples": [position["examples"]]}
     import numpy as np
     from jax.experimental import multihost_utils
 
     from pemoe_jax.core import partitioning
 
     index, shards = partitioning.data_shard(mesh)
-    positions = {}
-    for name, count in position.items():
-        # Processes of one model-parallel group feed the same shard and report the same count.
-        gathered = multihost_utils.process_allgather(np.array([index, count]))  # [processes, 2]
-        count_by_shard = dict(gathered.tolist())
-        positions[name] = [count_by_shard[shard] for shard in range(shards)]
-    return positions
+    # Processes of one model-parallel group feed the same shard and report the same count.
+    gathered = multihost_utils.process_allgather(np.array([index, position["examples"]]))
+    count_by_shard = dict(gathered.tolist())  # from [processes, 2]
+    return {"examples": [count_by_shard[shard] for shard in range(shards)]}
 
 
 # --- resuming ---
 
 
 def _resume_step(model_dir: Path, record: "runs.Record") -> int:
-    """Returns the newest checkpoint's step, 0 without one.
-
-    Raises:
-      InputError: it belongs to another base, method or model.
-    """
+    """Returns the newest checkpoint's step, 0 without one; checks that it fits the new run."""
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.data import sentence_table
 
@@ -351,9 +330,8 @@ def _resume_step(model_dir: Path, record: "runs.Record") -> int:
     sentence_table.check_same_encoder(
         str(model_dir), saved.sentence_encoder, record.sentence_encoder
     )
-    with_base = saved.base["needed"]
-    current = _identity(record, with_base)
-    for name, value in _identity(saved, with_base).items():
+    current = _identity(record, saved.base["needed"])
+    for name, value in _identity(saved, saved.base["needed"]).items():
         if current.get(name) != value:
             raise InputError(
                 f"{name} must be {value!r} to resume the run in {model_dir},"
@@ -364,17 +342,18 @@ def _resume_step(model_dir: Path, record: "runs.Record") -> int:
 
 def _identity(record: "runs.Record", with_base: bool) -> dict[str, object]:
     """Returns the settings that a resumed run must keep, by the names that users know."""
-    identity: dict[str, object] = {
+    base = {
+        "base fingerprint": record.base["fingerprint"],
+        # Runs from before quantization recorded none.
+        "FROZEN_DTYPE": record.base.get("frozen_dtype", "activations"),
+    }
+    return {
         "method": record.method,
         "adapters": record.adapters,
         "TRAINABLE": record.trainable,
         **{f"T5Config.{k}": v for k, v in record.config.items() if k != "dropout_rate"},
+        **(base if with_base else {}),
     }
-    if with_base:
-        identity["base fingerprint"] = record.base["fingerprint"]
-        # Runs from before quantization recorded none.
-        identity["FROZEN_DTYPE"] = record.base.get("frozen_dtype", "activations")
-    return identity
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -384,6 +363,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # Imported by name, so that gin configures this very module and not a second copy of it.
-    from pemoe_jax.train import main as _main
+    from pemoe_jax import train as imported
 
-    sys.exit(_main())
+    sys.exit(imported.main())

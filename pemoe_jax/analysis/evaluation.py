@@ -23,10 +23,9 @@ class Evaluation:
 
     Attributes:
       folder: folder for the results; a temporary one in all processes but the first.
-      mesh: the device mesh.
-      rules: sharding rules of the parameters.
+      mesh, rules: the device mesh and the sharding rules.
       models: the opened models.
-      task_info: what is known about the tasks.
+      task_info: what the registered tasks are, by role.
       task_names: the tasks to evaluate.
       lengths: maximum number of tokens of 'inputs' and 'targets'.
       sentences: source of sentence embeddings; None if no router reads them.
@@ -81,20 +80,19 @@ def open_evaluation(
     task_names = find_tasks(data.name)
     if results_lib.check_overwrites(output, [opened.path for opened in opened_models], task_names):
         print(f"replacing the results in {output}", flush=True)
-    sentence_source = sentences.open_for_models(
-        opened_models,
-        data.sentence_embeddings,
-        data.name,
-        lengths["inputs"],
-        data.use_cached_tasks,
-    )
     return Evaluation(
-        distributed.output_folder(output),
-        device_mesh,
-        rules,
-        opened_models,
-        task_info,
-        task_names,
-        lengths,
-        sentence_source,
+        folder=distributed.output_folder(output),
+        mesh=device_mesh,
+        rules=rules,
+        models=opened_models,
+        task_info=task_info,
+        task_names=task_names,
+        lengths=lengths,
+        sentences=sentences.open_for_models(
+            opened_models,
+            data.sentence_embeddings,
+            data.name,
+            lengths["inputs"],
+            data.use_cached_tasks,
+        ),
     )

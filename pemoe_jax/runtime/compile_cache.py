@@ -11,14 +11,11 @@ MAX_AGE_DAYS = 30
 
 
 def enable(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Turns the cache on through JAX's own variables; must be called before jax is imported.
+    """Turns the cache on by JAX's variables in `environment`; call it before jax is imported.
 
-    JAX_COMPILATION_CACHE_DIR selects another folder; set to an empty string it turns the cache off.
-    A folder that is not writable gives a warning on stderr and no cache. JAX's cache keys include
-    its version and the CPU's features, so different machines can share a home directory.
-
-    Args:
-      environment: environment variables, modified in place.
+    JAX_COMPILATION_CACHE_DIR selects another folder; if it is empty, the cache stays off. Without a
+    writable folder a warning is printed and nothing is cached. JAX's cache keys include its version
+    and the CPU's features, so that different machines can share a home directory.
     """
     if CACHE_DIR_VARIABLE not in environment:
         try:
@@ -53,8 +50,8 @@ def default_folder(environment: Mapping[str, str]) -> Path:
 
 
 def _delete_old_programs(folder: Path) -> None:
-    # JAX only bounds the cache by size. Each version of a program leaves a file of its own, and
-    # files that no run has read for a month belong to old versions.
+    # JAX can only limit the size of the cache. Each version of a program adds a file, and files
+    # that no run has read for a month belong to old versions.
     oldest = time.time() - MAX_AGE_DAYS * 24 * 3600
     for file in folder.glob("*-cache"):
         try:

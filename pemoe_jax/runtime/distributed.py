@@ -39,9 +39,8 @@ def initialize() -> None:
 
     A run has several processes if JAX_COORDINATOR_ADDRESS (host:port of process 0),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, under Slurm or Open MPI with several tasks, and on
-    a TPU pod with PEMOE_DISTRIBUTED=1 (set by `launch/tpu_pod.sh`). It must be called before jax
-    looks for devices. Afterwards only process 0 prints to stdout; errors of every process go to its
-    own stderr.
+    a TPU pod with PEMOE_DISTRIBUTED=1 (set by `launch/tpu_pod.sh`). Must be called before jax looks
+    for devices. Afterwards only process 0 prints to stdout; every process prints its errors.
 
     Raises:
       InputError: only some of the three variables are set, or one is not a number.
@@ -79,14 +78,17 @@ def _jax_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """Returns the arguments of `jax.distributed.initialize`; None for a single process."""
     variables = {name: environment[name] for name in COORDINATOR_VARIABLES if environment.get(name)}
     if variables:
-        missing = [name for name in COORDINATOR_VARIABLES if name not in variables]
-        if missing:
-            raise InputError(f"{missing[0]} is not set, but {next(iter(variables))} is: set both")
-        count, index = (_parse_number(name, variables[name]) for name in COORDINATOR_VARIABLES[1:])
+        for name in COORDINATOR_VARIABLES:
+            if name not in variables:
+                raise InputError(f"{name} is not set, but {next(iter(variables))} is: set both")
+            if name != "JAX_COORDINATOR_ADDRESS" and not variables[name].isdecimal():
+                raise InputError(f"{name} must be a number, got {variables[name]!r}")
+        address, count, index = (variables[name] for name in COORDINATOR_VARIABLES)
+        count, index = int(count), int(index)
         if not 0 <= index < count:
             raise InputError(f"JAX_PROCESS_ID must be between 0 and {count - 1}, got {index}")
         return {
-            "coordinator_address": variables[COORDINATOR_VARIABLES[0]],
+            "coordinator_address": address,
             "num_processes": count,
             "process_id": index,
         }
@@ -96,14 +98,8 @@ def _jax_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return None
 
 
-def _parse_number(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise InputError(f"{name} must be a number, got {text!r}")
-    return int(text)
-
-
 def output_folder(folder: Path) -> Path:
-    """Returns the folder for files that a run writes once: temporary in all but process 0."""
+    """Returns the folder for files that process 0 alone writes: a temporary one in the others."""
     import jax
 
     if jax.process_index() == 0:
@@ -162,14 +158,12 @@ def exit_on_error(error: BaseException) -> None:
 
     Prints one line if the error is about another process, else a stack trace.
     """
-    if not _is_initialized():
-        return
-    message = _peer_error_message(error)
-    if message is None:
-        traceback.print_exception(error)
-    else:
-        print(f"error: {_PEER_FAILED} ({message})", file=sys.stderr)
-    exit_process(1)
+    if _is_initialized():
+        if message := _peer_error_message(error):
+            print(f"error: {_PEER_FAILED} ({message})", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        exit_process(1)
 
 
 def _is_initialized() -> bool:
@@ -179,7 +173,7 @@ def _is_initialized() -> bool:
 
 
 def _peer_error_message(error: BaseException) -> str | None:
-    """Returns XLA's message about another process, from the error or its causes; None without."""
+    """Returns XLA's message about another process, from the error or a cause; else None."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (RuntimeError, ValueError)) and _PEER_ERROR.match(str(cause)):

@@ -1,7 +1,7 @@
-"""The macros of gin files as help text, read from the text of files.
+"""The macros of gin files as help text.
 
-Nothing is imported or configured, so that `--help` answers at once: a macro's default is read from
-the gin file that sets it, and its description from the docstring of the parameter it is bound to.
+A macro's default is read from the gin file that sets it, and its description from the docstring of
+the parameter that it is bound to. Modules are parsed, not imported, for `--help` to answer at once.
 """
 
 import ast
@@ -26,7 +26,7 @@ class Macro:
     Attributes:
       name: e.g. BATCH_SIZE.
       default: its value as gin text; '%gin.REQUIRED' if the user must set it.
-      description: what it does, from the docstring, else from the comment behind its default.
+      description: the docstring's entry, else the comment behind the default.
     """
 
     name: str
@@ -42,8 +42,7 @@ def describe_macros(texts: Iterable[str]) -> str:
         ones, as in gin.
     """
     lines = []
-    macros = read_macros(texts)
-    for macro in sorted(macros, key=lambda macro: macro.default != _REQUIRED):
+    for macro in sorted(read_macros(texts), key=lambda macro: macro.default != _REQUIRED):
         default = "(required)" if macro.default == _REQUIRED else f"= {macro.default}"
         head = f"  {macro.name} {default}"
         body = textwrap.wrap(macro.description, _WIDTH - _INDENT) or [""]
@@ -70,9 +69,10 @@ def read_macros(texts: Iterable[str]) -> list[Macro]:
         elif match := re.match(r"([\w.]+):$", line):
             selector = match[1]
         elif match := re.match(r"(?:  |([\w.]+)\.)(\w+) = %([A-Z][A-Z0-9_]*)\b", line):
+            alias, _, function = (match[1] or selector).rpartition(".")
+            documented = _documented(modules.get(alias, "")).get(function, {})
             # The first binding with a description describes the macro.
-            description = _describe_parameter(match[1] or selector, match[2], modules)
-            descriptions[match[3]] = descriptions.get(match[3]) or description
+            descriptions[match[3]] = descriptions.get(match[3]) or documented.get(match[2], "")
     for name, macro in macros.items():
         macro.description = descriptions.get(name) or macro.description
     return [macro for macro in macros.values() if macro.name in descriptions]
@@ -87,12 +87,6 @@ def _lines(text: str) -> Iterable[str]:
             yield from _lines(match[1])
         else:
             yield line
-
-
-def _describe_parameter(selector: str, parameter: str, modules: dict[str, str]) -> str:
-    alias, _, function = selector.rpartition(".")
-    module = modules.get(alias, "")
-    return _documented(module).get(function, {}).get(parameter, "")
 
 
 @functools.cache
@@ -115,9 +109,8 @@ def _parameters(docstring: str) -> dict[str, str]:
     if section is None:
         return {}
     entries = re.split(r"^  (?=[\w*])", section[1], flags=re.MULTILINE)[1:]
-    descriptions = {}
-    for entry in entries:
-        names, _, text = entry.partition(": ")
-        for name in names.split(", "):
-            descriptions[name.strip("*")] = " ".join(text.split())
-    return descriptions
+    return {
+        name.strip("*"): " ".join(text.split())
+        for names, _, text in (entry.partition(": ") for entry in entries)
+        for name in names.split(", ")
+    }

@@ -35,10 +35,10 @@ def check_bindings(optional_macros: Collection[str] = ()) -> None:
     type. The contents of lists and dicts are not checked.
 
     Args:
-      optional_macros: macros that may be None whatever the type: no gin file has set them.
+      optional_macros: macros that may be None whatever the type, as no gin file may set them.
 
     Raises:
-      InputError: a value does not fit its parameter; named by the macro that holds it, if any.
+      InputError: a value does not fit its parameter. The message names its macro, if it has one.
     """
     import gin
 

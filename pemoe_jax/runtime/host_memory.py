@@ -1,4 +1,4 @@
-"""Memory of programs that run on the CPU: reused between steps, returned after compilation."""
+"""Host memory of programs on the CPU: reused between steps, freed after compilation."""
 
 import ctypes
 import gc
@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import MutableMapping
 
-# Parameters of glibc's mallopt, from malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
-_TOP_PAD_BYTES = 64 * 2**20
+# Parameters of glibc's mallopt, by their numbers in malloc.h: M_ARENA_MAX, M_MMAP_MAX,
+# M_TRIM_THRESHOLD and M_TOP_PAD (64 MiB).
+_MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
 
 # XLA splits a module into this many pieces to compile in parallel, 32 by default. Pieces beyond the
 # number of cores only take memory.
@@ -19,13 +19,9 @@ _CODEGEN_SPLIT_FLAG, _MAX_CODEGEN_SPLITS = "--xla_cpu_parallel_codegen_split_cou
 def configure(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Configures XLA and glibc for steps on the CPU; must be called before jax is imported.
 
-    A no-op on machines with accelerators, whose programs allocate their own memory.
-
-    Args:
-      environment: XLA_FLAGS in it are extended; flags that the user set are left alone.
-
-    Returns:
-      Whether freed memory is kept for reuse: False without glibc.
+    Extends XLA_FLAGS in `environment`, except for flags that the user set. A no-op on machines with
+    accelerators, which have memory of their own. Returns whether freed memory is kept for reuse,
+    which needs glibc.
     """
     if not sys.platform.startswith("linux") or accelerators():
         return False
@@ -40,21 +36,15 @@ def configure(environment: MutableMapping[str, str] = os.environ) -> bool:
     # blocks of that size and returns them to the system: a step of T5 v1.1 Small took 120,000 page
     # faults, a seventh of its time. Without mmap the blocks stay in the heap; only the main arena
     # can grow to that size, so all threads share it.
-    settings = (
-        (_M_ARENA_MAX, 1),
-        (_M_MMAP_MAX, 0),
-        (_M_TRIM_THRESHOLD, 2**31 - 1),
-        (_M_TOP_PAD, _TOP_PAD_BYTES),
-    )
-    return all([mallopt(*setting) for setting in settings])
+    return all([mallopt(parameter, value) for parameter, value in _MALLOPT.items()])
 
 
 def disable_async_dispatch() -> None:
     """Runs CPU programs in the calling thread; must be called before jax initializes its devices.
 
     With asynchronous dispatch a step frees its temporaries shortly after its results are ready,
-    when the next step has allocated its own: the heap then holds two or three times the temporaries
-    of a step. Accelerators are not affected.
+    when the next step has allocated its own: the heap then holds the temporaries of two or three
+    steps. Accelerators are not affected.
     """
     import jax
 
@@ -64,8 +54,7 @@ def disable_async_dispatch() -> None:
 def trim_heap() -> None:
     """Returns free memory to the system, for use after one-time work such as compilation."""
     gc.collect()  # tracing leaves reference cycles
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc alone has it
         trim(0)
 
 

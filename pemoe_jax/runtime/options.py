@@ -50,11 +50,7 @@ class Data:
 
     @property
     def name(self) -> str:
-        """The one task or mixture.
-
-        Raises:
-          InputError: it is a list.
-        """
+        """The task or mixture; InputError for a list of them."""
         if not isinstance(self.mixture_or_task_name, str):
             raise InputError(
                 f"MIXTURE_OR_TASK_NAME must be a string, got {self.mixture_or_task_name!r}"
@@ -65,7 +61,7 @@ class Data:
     def names(self) -> list[str]:
         """The tasks and mixtures as a list."""
         names = self.mixture_or_task_name
-        return [names] if isinstance(names, str) else list(names)
+        return [names] if isinstance(names, str) else [*names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +116,8 @@ class Logging:
       log_period: steps between two reports of the training loss.
       eval_period: steps between two evaluations of the loss on the evaluation splits; 0: never.
       eval_batches: maximum number of batches of an evaluation of the loss.
-      router_metrics: router metrics to report: 'sites' (each site, averaged over layers), 'layers' (each
-        router) or None.
+      router_metrics: router metrics to report: 'sites' (each site, averaged over layers), 'layers'
+        (each router) or None.
     """
 
     log_period: int = 50

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich import progress as rich_progress
 
-REPORT_SECONDS = 10  # between two lines of `Progress.report_if_due`
-
 
 def format_duration(seconds: float) -> str:
     """Formats seconds as '1:02:03' or '2:03'."""
@@ -60,7 +58,6 @@ class MetricWriter:
 
 
 def _is_up_to(line: str, last_step: int) -> bool:
-    """Returns whether a line of metrics is complete and of a step up to `last_step`."""
     try:
         return json.loads(line)["step"] <= last_step
     except json.JSONDecodeError:
@@ -71,10 +68,10 @@ class Progress:
     """A bar on a terminal, one line per report elsewhere; both with the remaining time.
 
     Args:
-      label: what is counted, e.g. 'step'.
+      label: name of the thing that is counted, e.g. 'step'.
       total: count at the end.
       done: count at the start.
-      note: text beside the bar before the first report.
+      note: text next to the bar before the first report.
     """
 
     def __init__(self, label: str, total: int, done: int = 0, note: str = "compiling") -> None:
@@ -101,9 +98,9 @@ class Progress:
             self._bar.update(self._task, completed=done)
 
     def report_if_due(self, done: int, note: str) -> None:
-        """Reports at the end and otherwise at most every `REPORT_SECONDS`."""
+        """Reports at the end and otherwise at most every ten seconds."""
         now = time.monotonic()
-        if done == self._total or now - self._last_report >= REPORT_SECONDS:
+        if done == self._total or now - self._last_report >= 10:
             self._last_report = now
             self.report(done, note)
         else:

@@ -17,15 +17,16 @@ from pemoe_jax.core.params import PyTree
 from pemoe_jax.runtime import host_memory, options, progress
 
 Batch = Mapping[str, np.ndarray]
+DeviceBatch = tuple[dict[str, jax.Array], int]  # a batch and its number of tokens
 Position = Mapping[str, int]  # of a feed in its data, e.g. {'examples': 512}
 
 
-class Batches(Protocol):
-    """An iterator over device batches and their numbers of tokens, filled by another thread.
+class Batches(Iterator[DeviceBatch], Protocol):
+    """An iterator over device batches that another thread fills (`data.prefetch`).
 
     Attributes:
       position: where in the data the last batch ended; None if the source has no positions.
-      is_ready: whether the next batch can be had without waiting.
+      is_ready: whether the next batch is available without waiting.
     """
 
     @property
@@ -34,15 +35,11 @@ class Batches(Protocol):
     @property
     def is_ready(self) -> bool: ...
 
-    def __next__(self) -> tuple[dict[str, jax.Array], int]: ...
-
-    def __iter__(self) -> Iterator[tuple[dict[str, jax.Array], int]]: ...
-
     def close(self) -> None: ...
 
 
 def count_tokens(batch: Batch) -> int:
-    """Returns the number of tokens of a batch without padding, inputs and targets."""
+    """Returns the number of input and target tokens of a batch, without padding."""
     return sum(int((batch[k] > 0).sum()) for k in ("encoder_input_tokens", "decoder_target_tokens"))
 
 
@@ -83,7 +80,7 @@ class TrainLoop:
     def __post_init__(self) -> None:
         self._eval_step = steps.make_eval_step(self.model, self.loss)
 
-    def to_devices(self, batch: Batch) -> tuple[dict[str, jax.Array], int]:
+    def to_devices(self, batch: Batch) -> DeviceBatch:
         """Returns the global batch of this process's rows, and its number of tokens."""
         return partitioning.make_global_batch(batch, self.mesh), count_tokens(batch)
 
@@ -141,9 +138,7 @@ class TrainLoop:
             bar.close()
             writer.close()
 
-    def _next_batch(
-        self, batches: Batches, window: "_Window", step: int
-    ) -> tuple[dict[str, jax.Array], int]:
+    def _next_batch(self, batches: Batches, window: "_Window", step: int) -> DeviceBatch:
         window.limit_steps_in_flight(batches.is_ready)
         start = time.monotonic()
         batch = next(batches, None)
@@ -153,11 +148,7 @@ class TrainLoop:
         return batch
 
     def _report(
-        self,
-        step: int,
-        window: "_Window",
-        writer: progress.MetricWriter,
-        bar: progress.Progress,
+        self, step: int, window: "_Window", writer: progress.MetricWriter, bar: progress.Progress
     ) -> None:
         scalars, routers = window.summarize()
         scalars["learning_rate"] = float(self.schedule(step - 1))
@@ -168,7 +159,13 @@ class TrainLoop:
             )
             values |= {f"router/{name}": float(value) for name, value in metrics.items()}
         writer.write(step, values)
-        bar.report(step, _note(scalars))
+        share = scalars["wait_share"]
+        waiting = f"  waiting for data {share:.0%} of the time" if share > 0.05 else ""
+        bar.report(
+            step,
+            f"loss {scalars['loss']:.4f}  accuracy {scalars['accuracy']:.3f}"
+            f"  {progress.format_count(scalars['tokens_per_second'])} tokens/s{waiting}",
+        )
         if not math.isfinite(scalars["loss"]):
             raise InputError(
                 f"the loss is {scalars['loss']} at step {step}"
@@ -199,7 +196,7 @@ class _Window:
     """The steps since the last report.
 
     Attributes:
-      start: when they began, moved by the time of evaluations and saves between them.
+      start: time at which they began, plus the time of evaluations and saves between them.
       waited: seconds spent waiting for batches.
     """
 
@@ -213,8 +210,8 @@ class _Window:
     def limit_steps_in_flight(self, is_batch_ready: bool) -> None:
         """Waits until at most one step is running, or none if the next batch is not ready.
 
-        In the second case all the time spent waiting for the batch is time that the devices idle,
-        which is what `wait_share` is to measure.
+        In the second case the devices are idle while the loop waits for the batch: `wait_share` is
+        the share of this time.
         """
         for metrics, _ in self._steps[-2:-1] if is_batch_ready else self._steps[-1:]:
             jax.block_until_ready(metrics)
@@ -232,12 +229,3 @@ class _Window:
         scalars["wait_share"] = self.waited / seconds
         self._steps, self.start, self.waited = [], now, 0.0
         return scalars, routers
-
-
-def _note(scalars: Mapping[str, float]) -> str:
-    share = scalars["wait_share"]
-    waiting = f"  waiting for data {share:.0%} of the time" if share > 0.05 else ""
-    return (
-        f"loss {scalars['loss']:.4f}  accuracy {scalars['accuracy']:.3f}"
-        f"  {progress.format_count(scalars['tokens_per_second'])} tokens/s{waiting}"
-    )
