@@ -21,29 +21,22 @@ COMMANDS = {
 }
 
 
-def usage() -> str:
-    """The list of commands."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: pemoe COMMAND [options]",
-            "",
-            "Instruction tuning of T5 with mixtures of parameter-efficient experts.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "pemoe COMMAND --help describes a command; pemoe --version prints the version.",
-        ]
-    )
+USAGE = """\
+usage: pemoe COMMAND [options]
+
+Instruction tuning of T5 with mixtures of parameter-efficient experts.
+
+commands:
+{}
+
+pemoe COMMAND --help describes a command; pemoe --version prints the version."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the named command and returns its exit code; 2 for an unknown command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
+        print(USAGE.format("\n".join(f"  {name:<11}  {COMMANDS[name][1]}" for name in COMMANDS)))
         return 0
     command, *rest = arguments
     if command == "--version":

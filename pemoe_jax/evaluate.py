@@ -79,10 +79,7 @@ def evaluate(
 
     def read_groups(name: str) -> "list[ChoiceGroup]":
         groups = choices.load_choice_groups(
-            name,
-            setup.lengths,
-            max_examples=data.max_examples,
-            use_cached=data.use_cached_tasks,
+            name, setup.lengths, max_examples=data.max_examples, use_cached=data.use_cached_tasks
         )
         return groups if setup.sentences is None else setup.sentences.attach_to(groups)
 
@@ -192,11 +189,9 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     from pemoe_jax.core import adapters, network, params
 
     about = opened.summary()
-    about["variant"] = counts.method_label(
-        about["method"],
-        params.flatten(network.param_shapes(opened.model)),
-        adapters.describe(opened.model.adapters),
-    )
+    shapes = params.flatten(network.param_shapes(opened.model))
+    described = adapters.describe(opened.model.adapters)
+    about["variant"] = counts.method_label(about["method"], shapes, described)
     record = opened.record
     if record is None:
         return about
@@ -217,20 +212,20 @@ def _write_predictions(
     from pemoe_jax.runtime import atomic_write
 
     for name, groups in groups_by_task.items():
-        lines = []
-        for group in groups:
-            prediction = predictions[group]
-            row = {
+        rows = [
+            {
                 "idx": group.idx,
                 "inputs": group.input_text,
                 "answer_choices": group.choice_texts,
-                "scores": [round(score, 5) for score in prediction.scores],
-                "prediction": group.choice_texts[prediction.best],
-                "correct": group.is_correct[prediction.best],
+                "scores": [round(score, 5) for score in predictions[group].scores],
+                "prediction": group.choice_texts[predictions[group].best],
+                "correct": group.is_correct[predictions[group].best],
                 "odd": group.anomalies,
             }
-            lines.append(json.dumps(row, ensure_ascii=False))
-        atomic_write.write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+            for group in groups
+        ]
+        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        atomic_write.write_text(folder / f"{name}.jsonl", lines + "\n")
 
 
 def _draw_routing(

@@ -55,10 +55,7 @@ class _Task:
 
 
 def infer(
-    models: options.Models,
-    data: options.Data,
-    output_dir: str,
-    mesh: "partitioning.MeshConfig",
+    models: options.Models, data: options.Data, output_dir: str, mesh: "partitioning.MeshConfig"
 ) -> dict[str, Any]:
     """Decodes every task with every model and computes its metrics, with seqio's Evaluator.
 
@@ -161,7 +158,7 @@ def _print_skipped(reason: str, tasks: Sequence[str]) -> None:
 
 
 def _decoded_names(name: str) -> list[str]:
-    """Returns the tasks of a mixture; for `<task>_score_eval`, whose rows are choices, `<task>`."""
+    """Returns the tasks of a mixture, `<task>` for `<task>_score_eval`, whose rows are choices."""
     from pemoe_jax.data import seqio_import, seqio_tasks
 
     names = []
@@ -263,7 +260,7 @@ def _decode(
     def decode(tokens: np.ndarray, indices: list[int]) -> "jax.Array":
         batch = {"inputs": tokens}
         if len(sentences) == len(inputs):
-            # Rows that fill the batch repeat its last input, and so its sentence.
+            # The rows that fill up a batch repeat its last input, so repeat its embedding too.
             rows = indices + [indices[-1]] * (len(tokens) - len(indices))
             batch["sentences"] = np.stack([sentences[row] for row in rows], dtype=np.float32)
         arrays = partitioning.shard_batch(batch, mesh)
@@ -301,16 +298,16 @@ def _compute_metrics(task: _Task, rows: "Sequence[np.ndarray]", step: int) -> di
 
 
 def _prediction_lines(task: _Task, rows: "Sequence[np.ndarray]") -> str:
-    lines = []
-    for index, row in enumerate(rows):
-        line = {
+    lines = [
+        {
             "inputs": task.input_texts[index],
             "targets": task.target_texts[index],
-            "prediction": task.vocabulary.decode([int(i) for i in row]),
+            "prediction": task.vocabulary.decode(row.tolist()),
             **({"cut_input": True} if task.is_truncated[index] else {}),
         }
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return "".join(lines)
+        for index, row in enumerate(rows)
+    ]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def _metric_names(run: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ def enable(environment: MutableMapping[str, str] = os.environ) -> None:
     if CACHE_DIR_VARIABLE not in environment:
         try:
             folder = default_folder(environment)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds executable code
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # for executable code
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(f"{folder} is not writable")
             _delete_old_programs(folder)

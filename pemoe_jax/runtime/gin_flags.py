@@ -31,23 +31,18 @@ _SET_BY_MODEL_AND_METHOD = ("MODEL", "METHOD", "TRAINABLE", "LEARNING_RATE")
 # model files set.
 _DEFAULTS = "DROPOUT_RATE = 0.0\nDTYPE = None\n"
 
-# Modules that --gin.… can name: gin's imports hold for one file each.
-_IMPORTS = """\
-from __gin__ import dynamic_registration
-from pemoe_jax import evaluate
-from pemoe_jax import infer
-from pemoe_jax import tasks
-from pemoe_jax import train
-from pemoe_jax.core import adapters
-from pemoe_jax.core import network
-from pemoe_jax.core import optim
-from pemoe_jax.core import partitioning
-from pemoe_jax.core import routing
-from pemoe_jax.core import steps
-from pemoe_jax.runtime import options
-from pemoe_jax.tools import embed
-from pemoe_jax.tools import routes
-"""
+# Modules that --gin.… can name. The flags need them too: an import in a gin file holds for that
+# file alone.
+_MODULES = {
+    "pemoe_jax": ("evaluate", "infer", "tasks", "train"),
+    "pemoe_jax.core": ("adapters", "network", "optim", "partitioning", "routing", "steps"),
+    "pemoe_jax.runtime": ("options",),
+    "pemoe_jax.tools": ("embed", "routes"),
+}
+_IMPORTS = [
+    "from __gin__ import dynamic_registration",
+    *(f"from {package} import {name}" for package, names in _MODULES.items() for name in names),
+]
 
 # What gin raises for a missing file, a line that does not parse, an unknown name or import.
 _GIN_ERRORS = (OSError, ValueError, SyntaxError, ImportError, NameError, AttributeError, TypeError)
@@ -94,21 +89,13 @@ def make_parser(
         allow_abbrev=False,
     )
     parser.macro_texts, parser.example = macros, example
-    for flag, metavar, text in (
+    for flag, name, text in (
         ("--gin_file", "FILE", "a gin file; may be repeated"),
-        (
-            "--gin_bindings",
-            "BINDING",
-            "a line of gin, as `MODEL_DIR = '/tmp/run'`; may be repeated",
-        ),
+        ("--gin_bindings", "LINE", "a line of gin: `MODEL_DIR = '/tmp/run'`; may be repeated"),
     ):
-        parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
-    parser.add_argument(
-        "--gin_search_paths",
-        default="",
-        metavar="DIR,DIR",
-        help="folders to search for gin files, separated by commas",
-    )
+        parser.add_argument(flag, action="append", default=[], metavar=name, help=text)
+    text = "folders to search for gin files, separated by commas"
+    parser.add_argument("--gin_search_paths", default="", metavar="DIR,DIR", help=text)
     if command in _RUN_MODELS:
         add_cache_dirs_flag(
             parser, "folders of seqio's offline caches, separated by commas, for USE_CACHED_TASKS"
@@ -178,7 +165,7 @@ def load_config(
         gin.parse_config([_DEFAULTS, *macros])
         gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macro_names(bindings)
-        gin.parse_config_files_and_bindings([], [_IMPORTS, *args.gin_bindings, *bindings])
+        gin.parse_config_files_and_bindings([], [*_IMPORTS, *args.gin_bindings, *bindings])
     except InputError:
         raise
     except _GIN_ERRORS as error:
@@ -213,9 +200,9 @@ def call_configured(function: Callable[..., T]) -> T:
     try:
         configured = gin.get_configurable(function)
     except ValueError as error:
-        name = f"{function.__module__}.{function.__name__}"
         raise InputError(
-            f"no gin file configures {name}: pass a run file, e.g. --gin_file=runs/finetune.gin"
+            f"no gin file configures {function.__module__}.{function.__name__}:"
+            " pass a run file, e.g. --gin_file=runs/finetune.gin"
         ) from error
     try:
         return configured()

@@ -14,16 +14,10 @@ from pemoe_jax.core.errors import InputError
 Type: TypeAlias = Any
 
 _TYPE_NAMES: dict[object, str] = {
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    bool: "True or False",
-    type(None): "None",
-    collections.abc.Sequence: "a list",
-    collections.abc.Mapping: "a dict",
-    list: "a list",
-    tuple: "a list",
-    dict: "a dict",
+    **{int: "an integer", float: "a number", str: "a string"},
+    **{bool: "True or False", type(None): "None"},
+    **dict.fromkeys((collections.abc.Sequence, list, tuple), "a list"),
+    **dict.fromkeys((collections.abc.Mapping, dict), "a dict"),
 }
 _UNCHECKED = (Any, object, inspect.Parameter.empty)
 
@@ -50,11 +44,10 @@ def check_bindings(optional_macros: Collection[str] = ()) -> None:
         annotations = _parameter_types(registry[selector].wrapped)
         for parameter, bound in values.items():
             name, value = _resolve_macro(f"{selector}.{parameter}", bound, bindings)
-            annotation = annotations.get(parameter)
+            annotation = annotations.get(parameter, Any)
             is_literal = isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))
-            if annotation is None or not is_literal or (value is None and name in optional_macros):
-                continue
-            if not _matches(value, annotation):
+            is_optional = value is None and name in optional_macros
+            if is_literal and not is_optional and not _matches(value, annotation):
                 raise InputError(f"{name} must be {_describe(annotation)}, got {value!r}")
 
 
@@ -78,26 +71,24 @@ def _resolve_macro(
 
 
 def _parameter_types(function: Callable[..., object]) -> dict[str, Type]:
-    """Returns the type of each parameter whose annotation can be evaluated."""
+    """Returns the type of each parameter; `Any` if its annotation cannot be evaluated."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return {}
-    names = vars(sys.modules[function.__module__])
     annotations = {}
-    for parameter in parameters.values():
-        annotation = parameter.annotation
-        if isinstance(annotation, str):
+    for name, parameter in parameters.items():
+        annotations[name] = parameter.annotation
+        if isinstance(parameter.annotation, str):
             try:
-                annotation = eval(annotation, dict(names))
+                names = dict(vars(sys.modules[function.__module__]))
+                annotations[name] = eval(parameter.annotation, names)
             except NameError:  # imported under TYPE_CHECKING
-                if not function.__module__.startswith("pemoe_jax."):
-                    continue
                 # This package imports only classes so, which gin binds by reference.
-                annotation = types.FunctionType | None
+                is_ours = function.__module__.startswith("pemoe_jax.")
+                annotations[name] = types.FunctionType | None if is_ours else Any
             except (AttributeError, SyntaxError, TypeError):
-                continue
-        annotations[parameter.name] = annotation
+                annotations[name] = Any
     return annotations
 
 
@@ -112,12 +103,11 @@ def _matches(value: object, annotation: Type) -> bool:
         origin = typing.get_origin(member) or member
         if not isinstance(origin, type) or origin in _UNCHECKED:
             return True
+        # isinstance would accept a bool as an int and a string as a sequence.
         if isinstance(value, (bool, str)) or getattr(origin, "_is_protocol", False):
-            # isinstance would accept a bool as an int and a string as a sequence.
-            matches = origin is type(value)
-        else:
-            matches = isinstance(value, (int, float) if origin is float else origin)
-        if matches:
+            if origin is type(value):
+                return True
+        elif isinstance(value, (int, float) if origin is float else origin):
             return True
     return False
 

@@ -20,10 +20,9 @@ def format_duration(seconds: float) -> str:
 
 def format_count(number: float) -> str:
     """Formats 12345 as '12.3k'."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
+    if number < 1e3:
+        return f"{number:.0f}"
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}k"
 
 
 class MetricWriter:
@@ -39,11 +38,10 @@ class MetricWriter:
         from pemoe_jax.runtime import atomic_write
 
         file = model_dir / "metrics.jsonl"
-        if file.exists():
-            text = file.read_text()
-            lines = "".join(f"{x}\n" for x in text.splitlines() if _is_up_to(x, first_step))
-            if lines != text:
-                atomic_write.write_text(file, lines)
+        text = file.read_text() if file.exists() else ""
+        lines = "".join(f"{x}\n" for x in text.splitlines() if _is_up_to(x, first_step))
+        if lines != text:
+            atomic_write.write_text(file, lines)
         self._file = file.open("a")
         self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
 

@@ -121,7 +121,10 @@ class TrainLoop:
                 paused = time.monotonic()
                 eval_period = self.logging.eval_period
                 if eval_period and (step % eval_period == 0 or is_last):
-                    self._evaluate(step, state, frozen, writer, bar)
+                    loss, accuracy = self._evaluate(state, frozen)
+                    writer.write(step, {"eval/loss": loss, "eval/accuracy": accuracy})
+                    scores = f"validation loss {loss:.4f}  accuracy {accuracy:.3f} (tokens)"
+                    bar.print_line(f"step {step}  {scores}")
                 if step % self.save_period == 0 or is_last:
                     self.save(state, positions[step])
                 window.start += time.monotonic() - paused  # not part of the steps' speed
@@ -173,23 +176,15 @@ class TrainLoop:
                 " lower LEARNING_RATE and resume from the last checkpoint"
             )
 
-    def _evaluate(
-        self,
-        step: int,
-        state: steps.TrainState,
-        frozen: PyTree,
-        writer: progress.MetricWriter,
-        bar: progress.Progress,
-    ) -> None:
+    def _evaluate(self, state: steps.TrainState, frozen: PyTree) -> tuple[float, float]:
+        """Returns the loss and the accuracy per target token on the evaluation batches."""
         sums = [
             self._eval_step(state.params, frozen, partitioning.shard_batch(batch, self.mesh))
             for batch in self.eval_batches
         ]
         total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
         tokens = max(total["tokens"], 1.0)
-        loss, accuracy = total["nll"] / tokens, total["correct"] / tokens
-        writer.write(step, {"eval/loss": loss, "eval/accuracy": accuracy})
-        bar.print_line(f"step {step}  validation loss {loss:.4f}  accuracy {accuracy:.3f} (tokens)")
+        return total["nll"] / tokens, total["correct"] / tokens
 
 
 class _Window:
