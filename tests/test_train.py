@@ -375,7 +375,7 @@ def test_results_are_only_replaced_by_results_of_the_same_run(folder, trained, t
     assert (first["dtype"], second["dtype"]) == ("float32", "bfloat16")
     assert first["tasks"].keys() == second["tasks"].keys()
     assert evaluated("mov", DTYPE="float16") == 1
-    assert "expected float32 or bfloat16, found 'float16'" in capsys.readouterr().err
+    assert "must be float32 or bfloat16, got 'float16'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
