@@ -76,17 +76,15 @@ def main() -> None:
         cold, _ = first_step(root / "cold", args.size)
         ours = workers.Side("start to first step, programs cached")
         peer = workers.Side("import seqio alone")
-        load, cpu_seconds = machine.OtherLoad(), 0.0
+        load = machine.OtherLoad()
         for number in range(args.rounds):
             for side, (seconds, usage) in (
                 (ours, first_step(root / f"run_{number}", args.size)),
                 (peer, time_python(["-c", "import seqio"])),
             ):
-                cpu = usage.ru_utime + usage.ru_stime
-                cpu_seconds += cpu
-                side.times.append((seconds, cpu))
+                side.times.append((seconds, usage.ru_utime + usage.ru_stime))
                 side.info["peak"] = max(side.info.get("peak", 0), 1024 * usage.ru_maxrss)
-        other_load = load.share(cpu_seconds)
+        other_load = load.share(sum(cpu for side in (ours, peer) for _, cpu in side.times))
     ours.info["versions"] = machine.versions("jax", "jaxlib", "flax", "seqio", "tensorflow")
     print(f"the first run, without the cache: {cold:.1f} s")
     common.write_rows([common.make_row("startup/cpu", ours, peer, other_load)], args.json)

@@ -150,7 +150,6 @@ class Side:
 
     @property
     def seconds(self) -> list[float]:
-        """Wall-clock seconds of its steps."""
         return [seconds for seconds, _ in self.times]
 
     def as_dict(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ FLAGS = gin_flags.make_parser(
 """,
     macros=["runs/routes.gin"],
 )
+# Each flag sets a macro, so that gin files, --gin.NAME and flags reach the same settings.
 _MACRO_OF_FLAG = {
     "checkpoints": "CHECKPOINT_PATH",
     "tasks": "ROUTES_TASKS",

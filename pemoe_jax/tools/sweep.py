@@ -16,7 +16,7 @@ from typing import Literal, TypedDict
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import atomic_write, gin_flags, progress
-from pemoe_jax.tools import subprocesses
+from pemoe_jax.tools import report, subprocesses
 
 _DESCRIPTION = """\
 Trains each EXPERIMENT with each seed, evaluates it, and writes one report: median
@@ -152,7 +152,10 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
             failed = _run_all(runs, lock, args.stop_at_failure)
             finished = [run for run in runs if _read_state(run)["evaluate"]]
             if finished:
-                _report(finished, args)
+                # In this process: another start of Python would take seconds.
+                flags = [f"--output={args.output}", *["--with_paper"] * args.with_paper]
+                folders = [str(run.results) for run in finished]
+                report.report(report.FLAGS.parse_args([*folders, *flags]))
     except KeyboardInterrupt:
         print("stopped: run the same command to continue", file=sys.stderr)
         raise
@@ -412,14 +415,6 @@ def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
 def _score(run: Run) -> str:
     results = json.loads((run.results / "results.json").read_text())
     return f"average {100 * results['runs'][0]['average']['median']:.1f}"
-
-
-def _report(runs: Sequence[Run], args: argparse.Namespace) -> None:
-    from pemoe_jax.tools import report
-
-    # In this process: another start of Python would take seconds.
-    flags = [f"--output={args.output}", *["--with_paper"] * args.with_paper]
-    report.report(report.FLAGS.parse_args([*(str(run.results) for run in runs), *flags]))
 
 
 def expand_argument_files(argv: Sequence[str]) -> list[str]:

@@ -77,14 +77,13 @@ def render_files(results: Sequence[ProbeResult], folder: Path) -> dict[str, str]
 
 def to_html(results: Sequence[ProbeResult], folder: Path) -> str:
     """Returns the page; it embeds its pictures, so that the file can be sent on its own."""
-    page: str = _template().render(
+    return _template().render(
         title="What the experts do: " + ", ".join(str(r.about["name"]) for r in results),
         runs=routing_tables.runs_table(results),
         sections=[_section(i, result, folder) for i, result in enumerate(results, 1)],
         distance=metrics.DISTANCE_DEFINITION,
         text_columns=tables.TEXT_COLUMNS,
     )
-    return page
 
 
 def _template() -> jinja2.Template:
