@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,11 +43,11 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
             for kind in kinds:
                 line = [r for r in routers if (r.stack, r.kind) == (stack, kind)]
                 attention, _, name = kind.rpartition(" ")
-                style = {"ls": _LINES[attention], "marker": _MARKERS[attention], "lw": 1.6}
+                style: dict[str, Any] = {"ls": _LINES[attention], "marker": _MARKERS[attention]}
                 style |= {"color": plots.COLORS[_COLOR[name]], "ms": 4.5 if len(line) <= 12 else 3}
                 if line:  # the encoder has no cross-attention
                     x, y = [r.layer for r in line], [getattr(r, attribute) for r in line]
-                    axis.plot(x, y, label=kind, **style)
+                    axis.plot(x, y, label=kind, lw=1.6, **style)
             axis.axhline(1, color=plots.MUTED_COLOR, lw=0.8, ls=(0, (1, 2)))
             axis.set_title(f"{stack}, {meaning}", size=9.5, loc="left")
             axis.grid(color=_GRID, lw=0.8)
@@ -120,8 +121,8 @@ def plot_dendrogram(
     width = max(left + tree + labels, 0.5 + plots.text_width(title, 13))
     height = top + row * len(tasks) + bottom
     figure = plt.figure(figsize=(width, height))
-    style = {"size": 12, "weight": "bold", "c": plots.TEXT_COLOR}
-    figure.text(0.15 / width, 1 - 0.3 / height, title, va="center", **style)
+    style: dict[str, Any] = {"size": 12, "weight": "bold", "va": "center"}
+    figure.text(0.15 / width, 1 - 0.3 / height, title, c=plots.TEXT_COLOR, **style)
     if is_colored:
         x = 0.15
         for text, color in (("trained on", plots.TEXT_COLOR), ("held out", plots.ACCENT_COLOR)):
