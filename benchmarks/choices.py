@@ -45,12 +45,13 @@ def as_rows(batch: Mapping[str, np.ndarray], pieces: int) -> list[dict[str, np.n
 def score_rows(model: Any, params: Any, rows: Mapping[str, Any]) -> Any:
     """Returns each row's target log-probability [rows]; runs the whole network on each row."""
     import jax.numpy as jnp
+    import optax
 
-    from pemoe_jax.core import cross_entropy, steps
+    from pemoe_jax.core import steps
 
-    logits = steps.apply_model(model, params, rows, None)
-    nll, _ = cross_entropy.token_losses(logits, rows["decoder_target_tokens"])
-    return -jnp.sum(nll * (rows["decoder_target_tokens"] > 0), axis=-1)
+    logits, targets = steps.apply_model(model, params, rows, None), rows["decoder_target_tokens"]
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return -jnp.sum(nll * (targets > 0), axis=-1)
 
 
 def main() -> None:

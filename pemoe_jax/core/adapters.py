@@ -22,7 +22,7 @@ from pemoe_jax.core.kernels import mov, thin_matmul
 
 Array = jax.Array
 
-# Constants, so that draws of the same shape share one compiled program, see `params.param`.
+# A constant, so that draws of the same shape share one compiled program, see `params.param`.
 _LORA_A_INIT = nn.initializers.normal(stddev=0.02)
 
 # Logical axes of a site: of x's last axis, and of y's axes after batch and length.
@@ -93,27 +93,17 @@ class VectorExperts(nn.Module):
         )
 
     def _fused(
-        self,
-        y: Array,
-        vectors: Array,
-        router: routing.Router,
-        tokens: routing.Tokens | None,
+        self, y: Array, vectors: Array, router: routing.Router, tokens: routing.Tokens | None
     ) -> Array:
-        # softmax(y k / τ) = softmax(y (k / τ)): the kernels need not know the temperature.
+        # softmax((y k) / τ) = softmax(y (k / τ)), so the kernels need no temperature.
         kernel = router.variables["params"]["kernel"] / router.temperature
         valid = None if tokens is None else tokens.valid
         weights = jnp.ones(y.shape[:2]) if valid is None else valid.astype(jnp.float32)
         out, sums = mov.route_and_scale(y, kernel, vectors, weights)
         soft, top_1, entropy, squared_log_z = jax.lax.stop_gradient(sums)
+        weight = jnp.sum(weights) * math.prod(y.shape[2:-1])  # each head is a distribution
         statistics = routing.statistics_from_sums(
-            routing.StatisticSums(
-                soft=soft,
-                top_1=top_1,
-                mixture=soft,
-                entropy=entropy[0],
-                squared_log_z=squared_log_z[0],
-                weight=jnp.sum(weights) * math.prod(y.shape[2:-1]),  # once per head
-            )
+            soft, top_1, entropy[0], squared_log_z[0], mixture=soft, weight=weight
         )
         self.sow("routers", "statistics", jnp.append(statistics, 0.0))  # the objective is 0
         return out
@@ -174,22 +164,17 @@ class LoRAExperts(nn.Module):
             probs, low_rank = self._route_and_project(x, joined_y, lora_a, y_axis, tokens)
             by_expert = low_rank.reshape(*x.shape[:2], experts, rank)
             low_rank = (probs[..., None] * by_expert).reshape(low_rank.shape)  # [B, L, E·R]
-        # Scaled here, on E·R columns, and not after the product, on D or F.
+        # Scaled before the second product: E·R columns instead of D or F.
         low_rank = (low_rank * (self.alpha / rank)).astype(dtype)
         return y + thin_matmul.thin_matmul(low_rank, lora_b).reshape(y.shape)
 
     def _route_and_project(
-        self,
-        x: Array,
-        y: Array,
-        lora_a: Array,
-        y_axis: str,
-        tokens: routing.Tokens | None,
+        self, x: Array, y: Array, lora_a: Array, y_axis: str, tokens: routing.Tokens | None
     ) -> tuple[Array, Array]:
         """Returns the probabilities [B, L or 1, E] and `x @ lora_a`, [B, L, E·R]."""
         reads, router = _make_router(self, default="x", y_axis=y_axis)
-        # One product for both if they are alike: in bfloat16, only the router's is float32. The
-        # kernel is read from the variables, which exist once the router is initialized.
+        # One product for both if their dtypes agree: in bfloat16, the router's stays float32. The
+        # kernel is read from the variables, which exist only after initialization.
         if (
             reads == "x"
             and x.dtype == lora_a.dtype == jnp.float32
@@ -217,10 +202,10 @@ def _check_experts(module: Experts) -> None:
 
 
 def _make_router(module: Experts, default: str, y_axis: str) -> tuple[str, routing.Router]:
-    """Returns the router of an expert module and what it reads, inside the compact method."""
+    """Returns what the router reads, and the router; call it in the compact method."""
     assert module.router is not None
     factory = functools.partial(module.router, num_experts=module.num_experts)
-    # Without a parent, so that the module that only tells its settings is not a submodule.
+    # Only to read this field. Without a parent, the instance does not become a submodule.
     reads = factory(parent=None).reads or default
     axis = {"x": module.x_axis, "y": y_axis}.get(reads, "embed")
     return reads, factory(feature_axis=axis, name="router")
@@ -294,13 +279,9 @@ class Adapters:
         return tuple(site for site in SITES if getattr(self, site) is not None)
 
     def adapt(self, site: str, x: Array, y: Array, tokens: routing.Tokens | None = None) -> Array:
-        """Applies the site's adapter; call it inside a layer's compact method.
+        """Applies a site's adapter to the input x and the output y of the site's projection.
 
-        Args:
-          site: a key of `SITES`.
-          x: input of the site's projection.
-          y: output of the site's projection.
-          tokens: the tokens of x and y.
+        Call it inside a layer's compact method.
         """
         factory = getattr(self, site)
         if factory is None:
@@ -311,13 +292,13 @@ class Adapters:
 
 Description = dict[str, Any]  # of a module: its kind and its settings
 
-# The names in checkpoints; they outlive a rename of the class.
+# The kinds' names in checkpoints, which stay if a class is renamed.
 _KINDS: dict[str, type[nn.Module]] = {
     "VectorExperts": VectorExperts,
     "LoRAExperts": LoRAExperts,
     "Router": routing.Router,
 }
-# Fields that do not define an adapter: set by layers, for initialization, or about execution.
+# Fields that do not define an adapter: set by layers, for initialization, or for execution.
 _OMITTED = ("x_axis", "y_axes", "feature_axis", "kernel_init", "fused", "parent", "name")
 
 
@@ -360,7 +341,7 @@ def _factory_from(description: Mapping[str, Any]) -> Callable[..., nn.Module]:
 
 
 def from_description(description: Mapping[str, Description]) -> Adapters:
-    """Returns the adapters that `describe` described.
+    """Returns the adapters of a description by `describe`.
 
     Raises:
       InputError: an unknown site, kind of adapter or setting.

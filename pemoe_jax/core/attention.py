@@ -62,8 +62,8 @@ def prepare_mask_and_bias(
     Raises:
       InputError: the bias has a gradient, which the implementation does not support.
     """
-    # The kernels read segment ids. The other implementations need a bool mask, [B, 1, Lq, Lk],
-    # which is made here once and not in every layer.
+    # The kernels read segment ids. The others need a bool mask [B, 1, Lq, Lk]: without this, every
+    # layer would compute it.
     if implementation == "fused":
         return mask, None if bias is None else _without_gradient(bias)
     if isinstance(mask, SegmentMask):
@@ -71,8 +71,8 @@ def prepare_mask_and_bias(
     return mask, bias
 
 
-# `perturbed` tells whether somebody differentiates with respect to the bias: an error at trace time
-# and not a gradient of zero.
+# JAX sets `perturbed` if the bias is differentiated: an error at trace time instead of a gradient
+# that is silently zero.
 @jax.custom_vjp
 def _without_gradient(bias: Array) -> Array:
     return bias
@@ -81,7 +81,7 @@ def _without_gradient(bias: Array) -> Array:
 def _raise_if_perturbed(bias: CustomVJPPrimal) -> tuple[Array, None]:
     if bias.perturbed:
         raise InputError(
-            "ATTENTION 'fused' needs frozen relative position biases, which train here: it has no"
+            "ATTENTION 'fused' needs frozen relative position biases, got trainable ones: it has no"
             " gradient for them; 'chunked' has"
         )
     return bias.value, None
@@ -132,7 +132,7 @@ def _plain_attention(
     bias: Array | None,
     dropout_mask: Array | None,
 ) -> Array:
-    # float32 also from bfloat16 products: the softmax of large logits is sensitive to rounding.
+    # float32 even from bfloat16 inputs: the softmax of large logits is sensitive to rounding.
     logits = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias.astype(jnp.float32)
@@ -154,11 +154,9 @@ def _chunked_attention(
     bias: Array | None,
     dropout_mask: Array | None,
 ) -> Array:
-    # Without rematerialization, the loop would save the logits of all chunks for its gradient.
+    # Without rematerialization, the loop would save the logits of all chunks for the gradient.
     @functools.partial(jax.checkpoint, static_argnums=(1,))
     def attend(start: Array | int, count: int) -> Array:
-        """Attention of the queries start … start + count - 1."""
-
         def rows(x: Array | None, axis: int) -> Array | None:
             if x is None or x.shape[axis] == 1:
                 return x
@@ -186,8 +184,8 @@ def _fused_attention(
     dropout_mask: Array | None,
 ) -> Array:
     if dropout_mask is not None:
-        # The mask is the same for all queries, so it can multiply the values: a dropped key adds
-        # nothing, and still counts in the softmax's denominator.
+        # All queries share the mask, so it can multiply the values: a dropped key contributes
+        # nothing, but still counts in the softmax's denominator.
         value = (value * jnp.moveaxis(dropout_mask, (2, 3), (3, 1))).astype(value.dtype)
     query_ids, key_ids = mask.query_segment_ids, mask.key_segment_ids
     if query_ids is None:

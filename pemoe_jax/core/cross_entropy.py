@@ -1,13 +1,15 @@
-"""Cross-entropy over a vocabulary, also in chunks that never hold all logits [B, L, V].
+"""Cross-entropy over a vocabulary, in chunks, so that the full logits are never materialized.
 
-In chunks, each chunk's gradient is computed with its logits, in the forward pass, so that nothing
-of size V is kept and nothing is computed twice (as in arXiv 2410.10989). The losses are T5X's.
+    loss = -Σ_v q_v log softmax(x W)_v - entropy(q) + z_loss · log(Z)²
+
+q is the target with label smoothing, Z the softmax's denominator, as in T5X. The gradient of a
+chunk's logits is computed in the forward pass, together with them: nothing of size V is saved for
+the backward pass, and nothing is computed twice (as in arXiv 2410.10989).
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,73 +17,9 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 Array = jax.Array
 
-# Bytes of a chunk's logits on each device: little memory beside a model, and still so many rows
-# that reading the matrix [D, V] again for each chunk costs nothing.
+# Bytes of a chunk's logits on each device: small next to a model, but with enough rows to hide the
+# time to read the matrix [D, V] again for each chunk.
 CHUNK_BYTES = 128 * 2**20
-
-
-def token_losses(
-    logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[Array, Array]:
-    """Returns the cross-entropy and the z-loss of each token.
-
-    Args:
-      logits: [..., V].
-      targets: int [...].
-      label_smoothing, z_loss: see `steps.Loss`. As in T5X, the entropy of the smoothed target is
-        subtracted, so that a perfect prediction has loss 0.
-
-    Returns:
-      (cross-entropy [...], z-loss [...]), float32, in nats.
-    """
-    parts = _logit_parts(logits.astype(jnp.float32), targets)
-    return _losses(parts, logits.shape[-1], label_smoothing, z_loss)
-
-
-class _LogitParts(NamedTuple):
-    """What the losses need of logits [..., V]; each [...].
-
-    Attributes:
-      log_z: log of the softmax's denominator.
-      target: the target's logit.
-      largest: the largest logit.
-      total: the sum of the logits.
-    """
-
-    log_z: Array
-    target: Array
-    largest: Array
-    total: Array
-
-
-def _logit_parts(logits: Array, targets: Array) -> _LogitParts:
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    log_z = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
-    # A sum and not a gather: XLA fuses it, its gradient is no scatter, and V may be sharded.
-    target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
-    return _LogitParts(log_z, target, largest, jnp.sum(logits, axis=-1))
-
-
-def _is_target(logits: Array, targets: Array) -> Array:
-    token = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    return token == targets[..., None]
-
-
-def _losses(
-    parts: _LogitParts, vocab: int, label_smoothing: float, z_loss: float
-) -> tuple[Array, Array]:
-    nll = parts.log_z - parts.target
-    if label_smoothing:
-        confidence, low = _smoothed_target(label_smoothing, vocab)
-        expected = (confidence - low) * parts.target + low * parts.total
-        entropy = -(confidence * jnp.log(confidence) + (vocab - 1) * low * jnp.log(low + 1e-20))
-        nll = parts.log_z - expected - entropy
-    return nll, z_loss * jnp.square(parts.log_z)
-
-
-def _smoothed_target(label_smoothing: float, vocab: int) -> tuple[float, float]:
-    """Returns the probability of the target, and that of every other token."""
-    return 1.0 - label_smoothing, label_smoothing / (vocab - 1)
 
 
 Tokens = dict[str, Array]
@@ -97,23 +35,24 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Array, Tokens]:
-    """Returns the weighted sum of the `token_losses` of the logits `x @ kernel`, and each token's.
+    """Returns the weighted sum of the tokens' losses for the logits `x @ kernel`, and their parts.
 
-    Only the sum has gradients, to x and the kernel.
+    Only the sum has gradients, with respect to x and the kernel.
 
     Args:
       x: [B, L, D], float32.
       kernel: [D, V], float32.
       targets: int [B, L].
       weights: [B, L].
-      label_smoothing, z_loss: as of `token_losses`.
+      label_smoothing, z_loss: see `steps.Loss`. As in T5X, the entropy of the smoothed target is
+        subtracted, so that a perfect prediction has loss 0.
 
     Returns:
-      (Σ weights · (cross-entropy + z-loss), {'nll', 'z', 'correct'}: [B, L] each), float32.
-      `correct` is 1 if no logit is above the target's.
+      (Σ weights · (nll + z), {'nll', 'z', 'correct'}: [B, L] each), float32, in nats: the
+      cross-entropy, the z-loss, and 1 if no logit is above the target's.
     """
-    settings = label_smoothing, z_loss
-    return _sum_over_chunks(x, kernel, targets, weights, *settings, (False, False))[:2]
+    needs_grad = (False, False)
+    return _sum_over_chunks(x, kernel, targets, weights, label_smoothing, z_loss, needs_grad)[:2]
 
 
 def _vjp_forward(
@@ -212,21 +151,30 @@ def _chunk(
 ) -> tuple[Array, Tokens, Gradients]:
     logits = jnp.matmul(x, kernel)  # [B, l, V]
     vocab = logits.shape[-1]
-    parts = _logit_parts(logits, targets)
-    nll, z = _losses(parts, vocab, label_smoothing, z_loss)
+    largest = jnp.max(logits, axis=-1)
+    log_z = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+    # A sum and not a gather: XLA fuses it, and V may be sharded.
+    target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    # The smoothed target q: the probability of the target, and of each other token.
+    confidence, low = 1.0 - label_smoothing, label_smoothing / (vocab - 1)
+    nll = log_z - target_logit
+    if label_smoothing:
+        # -Σ q log softmax, minus q's entropy.
+        expected = (confidence - low) * target_logit + low * jnp.sum(logits, axis=-1)
+        entropy = -(confidence * jnp.log(confidence) + (vocab - 1) * low * jnp.log(low + 1e-20))
+        nll = log_z - expected - entropy
+    z = z_loss * jnp.square(log_z)
     total = jnp.sum((nll + z) * weights)
     # No argmax, which takes as long on a CPU as all the rest; so ties count for the target.
-    correct = (parts.target >= parts.largest).astype(jnp.float32)
-    tokens = {"nll": nll, "z": z, "correct": correct}
+    tokens = {"nll": nll, "z": z, "correct": (target_logit >= largest).astype(jnp.float32)}
     if not any(needs_grad):
         return total, tokens, (None, None)
 
-    # d loss / d logits = softmax · (1 + 2 z_loss log Z) - smoothed target
-    confidence, low = _smoothed_target(label_smoothing, vocab)
-    scale = weights * (1.0 + 2.0 * z_loss * parts.log_z)
-    smoothed = jnp.where(_is_target(logits, targets), confidence, low)
-    grad_logits = jnp.exp(logits - parts.log_z[..., None]) * scale[..., None]
-    grad_logits -= smoothed * weights[..., None]
+    # d loss / d logits = softmax · (1 + 2 z_loss log Z) - q
+    scale = weights * (1.0 + 2.0 * z_loss * log_z)
+    grad_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None]
+    grad_logits -= jnp.where(is_target, confidence, low) * weights[..., None]
     # einsum: with `grad_logits @ kernel.T`, a sharded kernel would be gathered twice.
     grad_x = jnp.einsum("blv,dv->bld", grad_logits, kernel) if needs_grad[0] else None
     grad_kernel = jnp.einsum("bld,blv->dv", x, grad_logits) if needs_grad[1] else None

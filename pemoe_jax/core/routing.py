@@ -34,10 +34,10 @@ DETAIL_LEVELS = ("sites", "layers")
 
 @flax.struct.dataclass
 class Tokens:
-    """What routers know about the tokens at a site, apart from their features.
+    """What routers read of a batch's tokens besides the features of a site.
 
     Attributes:
-      valid: [B, L], False or 0 at padding, which statistics ignore; None: no padding.
+      valid: [B, L], False or 0 at padding, which statistics ignore; None if nothing is padding.
       sentence: [B, S], an embedding of each row's example, for routers that read it.
       deterministic: disables noise and dropout.
     """
@@ -52,7 +52,7 @@ class RouterOutput(NamedTuple):
 
     Attributes:
       probs: float32 [..., E]; sums to one unless `top_k` is set without `renormalize`.
-      statistics: float32 [6], the `STATISTICS` of the batch's real tokens.
+      statistics: float32 [6], the `STATISTICS` over tokens that are not padding.
     """
 
     probs: Array
@@ -114,23 +114,17 @@ class Router(nn.Module):
 
     def route(self, logits: Array, tokens: Tokens | None = None) -> RouterOutput:
         """Turns logits [..., E], the features' product with the kernel, into probabilities."""
-        return _route(
-            logits,
-            None if tokens is None else tokens.valid,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            renormalize=self.renormalize,
-            straight_through=self.straight_through,
-            balance_loss=self.balance_loss,
-            z_loss=self.z_loss,
-        )
+        valid = None if tokens is None else tokens.valid
+        top_k_options = self.top_k, self.renormalize, self.straight_through
+        losses = self.balance_loss, self.z_loss
+        return _route(logits, valid, self.temperature, *top_k_options, *losses)
 
     def has_noise(self, tokens: Tokens | None) -> bool:
         """Whether features are multiplied by noise."""
         return bool(self.jitter_noise) and tokens is not None and not tokens.deterministic
 
     def is_soft(self, tokens: Tokens | None) -> bool:
-        """Whether the probabilities are the softmax of the features themselves."""
+        """Whether the probabilities are the softmax itself: no top-k, no noise."""
         keeps_all = self.top_k is None or self.top_k >= self.num_experts
         return keeps_all and not self.has_noise(tokens)
 
@@ -152,20 +146,12 @@ class Router(nn.Module):
 RouterFactory = Callable[..., Router]  # (num_experts=..., feature_axis=..., name=...)
 
 
-# A jitted function is traced once for all routers of a shape. There are hundreds of routers with
-# dozens of operations each: without it, they took a third of the time to trace MoLORA. `inline`
-# keeps the compiled program the same.
-@functools.partial(
-    jax.jit,
-    inline=True,
-    static_argnames=(
-        *("temperature", "top_k", "renormalize", "straight_through", "balance_loss", "z_loss"),
-    ),
-)
+# Jitted, so that it is traced once for all routers of a shape: a model has hundreds of them, which
+# took a third of MoLORA's tracing time. `inline` leaves the compiled program as it is.
+@functools.partial(jax.jit, inline=True, static_argnums=range(2, 8))
 def _route(
     logits: Array,
     valid: Array | None,
-    *,
     temperature: float,
     top_k: int | None,
     renormalize: bool,
@@ -214,26 +200,6 @@ def _token_weights(logits: Array, valid: Array | None) -> Array:
     return jnp.broadcast_to(valid, logits.shape[:-1])
 
 
-class StatisticSums(NamedTuple):
-    """Weighted sums over routing distributions, float32.
-
-    Attributes:
-      soft: [E], sum of the softmax probabilities.
-      top_1: [E], number of distributions that have their largest probability at an expert.
-      mixture: [E], sum of the probabilities that mix the experts.
-      entropy: [], sum of the softmax's entropies.
-      squared_log_z: [], sum of log(Σ exp(logits))².
-      weight: [], sum of the weights.
-    """
-
-    soft: Array
-    top_1: Array
-    mixture: Array
-    entropy: Array
-    squared_log_z: Array
-    weight: Array
-
-
 def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Array:
     """Returns the first five of `STATISTICS`, float32, as weighted means over distributions.
 
@@ -264,32 +230,35 @@ def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array)
         return jnp.tensordot(weights, x, axes=weights.ndim, precision=jax.lax.Precision.HIGHEST)
 
     soft_sum = weighted_sum(soft)
-    return statistics_from_sums(
-        StatisticSums(
-            soft=soft_sum,
-            top_1=weighted_sum(top_1),
-            mixture=soft_sum if probs is soft else weighted_sum(probs),
-            entropy=weighted_sum(entropy),
-            squared_log_z=weighted_sum(squared_log_z),
-            weight=jnp.sum(weights),
-        )
-    )
+    mixture_sum = soft_sum if probs is soft else weighted_sum(probs)
+    sums = soft_sum, weighted_sum(top_1), weighted_sum(entropy), weighted_sum(squared_log_z)
+    return statistics_from_sums(*sums, mixture_sum, jnp.sum(weights))
 
 
-def statistics_from_sums(sums: StatisticSums) -> Array:
-    """Returns the first five of `STATISTICS`, see `compute_statistics`."""
-    (num_experts,) = sums.soft.shape
+def statistics_from_sums(
+    soft: Array, top_1: Array, entropy: Array, squared_log_z: Array, mixture: Array, weight: Array
+) -> Array:
+    """Returns the first five of `STATISTICS` from weighted sums over distributions, float32.
+
+    Args:
+      soft: [E], of the softmax probabilities.
+      top_1: [E], number of distributions whose largest probability is the expert's.
+      entropy, squared_log_z: [], as in `compute_statistics`.
+      mixture: [E], of the probabilities that mix the experts.
+      weight: [], of the weights.
+    """
+    (num_experts,) = soft.shape
     tiny = 1e-9  # a batch of padding has weight 0
-    weight = jnp.maximum(sums.weight, tiny)
-    top_1_share = sums.top_1 / jnp.maximum(jnp.sum(sums.top_1), tiny)
-    load = num_experts * sums.mixture / jnp.maximum(jnp.sum(sums.mixture), tiny)
+    weight = jnp.maximum(weight, tiny)
+    top_1_share = top_1 / jnp.maximum(jnp.sum(top_1), tiny)
+    load = num_experts * mixture / jnp.maximum(jnp.sum(mixture), tiny)
     return jnp.stack(
         [
-            sums.entropy / weight,
+            entropy / weight,
             jnp.max(load),
             jnp.mean((load < DEAD_LOAD).astype(jnp.float32)),
-            num_experts * jnp.sum(top_1_share * sums.soft) / weight,
-            sums.squared_log_z / weight,
+            num_experts * jnp.sum(top_1_share * soft) / weight,
+            squared_log_z / weight,
         ]
     )
 
@@ -310,7 +279,9 @@ def summarize_statistics(
     """
     groups: dict[str, list[int]] = {"": list(range(len(paths)))}
     for row, path in enumerate(paths):
-        name = path.removesuffix("_adapter") if detail == "layers" else site_name(path)
+        name = path.removesuffix("_adapter")
+        if detail != "layers":  # 'encoder/layers_3/mlp/gate' -> 'encoder/mlp/gate'
+            name = re.sub(r"/layers_\d+/", "/", name)
         groups.setdefault(name, []).append(row)
     metrics = {}
     for name, rows in groups.items():
@@ -321,8 +292,3 @@ def summarize_statistics(
             metric = values.max() if statistic == "load" else values.mean()
             metrics[f"{name}/{statistic}".lstrip("/")] = metric
     return metrics
-
-
-def site_name(path: str) -> str:
-    """'encoder/layers_3/mlp/gate_adapter' -> 'encoder/mlp/gate', shared by all layers."""
-    return re.sub(r"/layers_\d+/", "/", path).removesuffix("_adapter")

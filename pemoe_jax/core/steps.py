@@ -28,7 +28,7 @@ NORMALIZERS = ("NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER
 
 
 class Model(Protocol):
-    """What can be trained: a module with the signature of `network.Transformer`."""
+    """A module that can be trained: its `apply` has the signature of `network.Transformer`'s."""
 
     @property
     def apply(self) -> Callable[..., PyTree]: ...
@@ -36,7 +36,7 @@ class Model(Protocol):
 
 @flax.struct.dataclass
 class TrainState:
-    """What a run changes: the step, the trainable parameters, the optimizer's state."""
+    """The state of a run: the step, the trainable parameters and the optimizer's state."""
 
     step: Array
     params: Params
@@ -75,7 +75,7 @@ class Loss:
 
 
 def _token_weights(batch: Batch) -> Array:
-    # Weights can leave out a part of the targets, as the prefix of T5X's prefix LM.
+    # Weights may exclude some targets, such as the prefix of T5X's prefix LM.
     weights = batch.get("decoder_loss_weights")
     if weights is None:
         weights = batch["decoder_target_tokens"] > 0
@@ -83,12 +83,10 @@ def _token_weights(batch: Batch) -> Array:
 
 
 def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Array, Array]:
-    """Returns token weights [B, L] and what the weighted sum of losses is divided by."""
+    """Returns token weights [B, L] and the divisor of the weighted sum of losses."""
     weights = _token_weights(batch)
-    if factor is None:
-        return weights, jnp.ones(())
     if not isinstance(factor, str):
-        return weights, jnp.asarray(factor, jnp.float32)
+        return weights, jnp.asarray(1.0 if factor is None else factor, jnp.float32)
     if factor == "NUM_REAL_TARGET_TOKENS":
         return weights, jnp.maximum(jnp.sum(weights), 1.0)
     if factor == "NUM_TOTAL_TARGET_TOKENS":
@@ -96,8 +94,8 @@ def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Ar
     segments = batch.get("decoder_segment_ids")
     if segments is None:
         segments = jnp.ones(weights.shape, jnp.int32)
-    # Packed sequences are told apart by comparing all pairs of tokens, since their number varies
-    # and a program has fixed shapes.
+    # All pairs of tokens are compared, since a program has fixed shapes and the number of packed
+    # sequences varies.
     same_sequence = (segments[:, :, None] == segments[:, None, :]).astype(jnp.float32)  # [B, L, L]
     sequence_weight = jnp.einsum("blm,bm->bl", same_sequence, weights)
     weights = jnp.where(sequence_weight > 0, weights / jnp.maximum(sequence_weight, 1e-9), 0.0)
@@ -107,12 +105,12 @@ def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Ar
 def apply_model(
     model: Model, params: Params, batch: Batch, dropout_rng: Array | None, **options: object
 ) -> PyTree:
-    """Returns the logits [B, L, V] of a batch in T5X's names, packed or not.
+    """Returns the logits [B, L, V] of a batch, packed or not.
 
     Args:
       model: the network.
       params: its parameters.
-      batch: arrays [B, L], and perhaps sentence_embeddings [B, S].
+      batch: arrays [B, L] under T5X's names, and optionally sentence_embeddings [B, S].
       dropout_rng: dropout key; None disables dropout.
       options: arguments of the network or of Linen's `apply`; with `mutable`, the result is a pair
         of logits and collections.
@@ -142,7 +140,7 @@ def _sentence_embeddings(batch: Batch) -> dict[str, Array | np.ndarray]:
 def _loss_sums(
     model: Model, loss: Loss, params: Params, batch: Batch, weights: Array, rng: Array | None
 ) -> tuple[Array, Metrics]:
-    """Returns the weighted sum of losses over a batch, and the sums that metrics are made from."""
+    """Returns the weighted sum of losses over a batch, and the sums behind the metrics."""
     hidden, collections = apply_model(
         model, params, batch, rng, return_hidden=True, mutable=["routers"]
     )
@@ -161,11 +159,11 @@ def _loss_sums(
     if routers:
         statistics = [statistic for _, (statistic,) in sorted(routers.items())]
         sums["routers"] = jnp.stack(statistics) * sums["tokens"]
-        # Taken from each router before stacking, so that XLA drops statistics that nothing reads.
+        # Indexed before stacking, so that XLA drops the statistics that nothing reads.
         column = routing.STATISTICS.index("objective")
         objectives = [jax.lax.index_in_dim(row, column, keepdims=False) for row in statistics]
-        # The mean over routers counts once per token, as a token's loss does: so their ratio does
-        # not depend on the normalization.
+        # The mean over routers counts once per token, like a token's loss, so their ratio does not
+        # depend on the normalization.
         total += jnp.mean(jnp.stack(objectives)) * jnp.sum(weights)
     return total, sums
 
@@ -182,9 +180,8 @@ def router_paths(model: network.Transformer) -> list[str]:
 
 def _metrics(total: Array, sums: Metrics) -> Metrics:
     tokens = jnp.maximum(sums["tokens"], 1.0)
-    routers = {"routers": sums["routers"] / tokens} if "routers" in sums else {}
-    return {
-        **routers,
+    metrics = {"routers": sums["routers"] / tokens} if "routers" in sums else {}
+    return metrics | {
         "loss": total,
         "cross_ent_loss": sums["nll"] / tokens,
         "z_loss": sums["z"] / tokens,
@@ -204,16 +201,16 @@ def loss_and_grads(
 ) -> tuple[PyTree, Metrics]:
     """Returns the gradients with respect to `trainable`, and the metrics, of one batch.
 
-    The normalizer of the whole batch divides the sum over microbatches, so accumulated gradients
-    are those of the whole batch, however its tokens are spread over microbatches.
+    Accumulated gradients equal those of the whole batch, however its tokens are spread over
+    microbatches: the normalizer is that of the whole batch.
 
     Args:
       model: the network.
       loss: settings.
-      trainable, frozen: the two halves of the parameters.
-      batch: arrays [B, L] in T5X's names.
+      trainable, frozen: the two parts of the parameters.
+      batch: arrays [B, L] under T5X's names.
       rng: dropout key; None disables dropout.
-      microbatches: number of pieces that the batch is run in, one after the other.
+      microbatches: number of pieces of the batch that run in sequence.
 
     Raises:
       InputError: `microbatches` does not divide B.
@@ -227,7 +224,7 @@ def loss_and_grads(
         total, sums = _loss_sums(model, loss, params, batch, weights, rng)
         return total / normalizer, sums
 
-    # `frozen` is no argument of `loss_fn`, so JAX does not even trace its gradient.
+    # `frozen` is not an argument of `loss_fn`: JAX does not even trace its gradient.
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if microbatches == 1:
         (total, sums), grads = grad_fn(trainable, batch, weights, rng)
@@ -247,7 +244,6 @@ def _accumulate(
     rng: Array | None,
     microbatches: int,
 ) -> tuple[tuple[Array, Metrics], PyTree]:
-    """Returns the sum of `grad_fn` over microbatches."""
     size = weights.shape[0]
     if size % microbatches:
         raise InputError(f"MICROBATCHES must divide the batch of {size} rows, got {microbatches}")
@@ -264,7 +260,7 @@ def _accumulate(
     def add(sums: PyTree, item: tuple[Array, tuple[Batch, Array]]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, sums, run(*item)), None
 
-    # Shapes from an abstract run: only the model knows which metrics its sums have.
+    # Shapes from an abstract run, since the model determines which sums there are.
     shapes = jax.eval_shape(lambda: run(0, jax.tree.map(lambda a: a[0], pieces)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     sums, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), pieces))
@@ -289,13 +285,13 @@ def make_train_step(
       optimizer: of the trainable parameters.
       loss: settings.
       microbatches: see `loss_and_grads`.
-      router_metrics: whether metrics have `routers` [routers, 6], the `routing.STATISTICS` of each
-        of `router_paths`; all other metrics are scalars. Without, XLA drops the statistics that no
-        loss needs.
+      router_metrics: whether metrics include `routers` [routers, 6], the `routing.STATISTICS` of
+        each of `router_paths`; all other metrics are scalars. If False, XLA drops the statistics
+        that no loss needs.
       state_sharding: shardings of the new state; None leaves them to XLA.
 
-    `rng` is the run's key. The step folds its number in, so that a resumed run draws the same
-    dropout masks.
+    `rng` is the run's key. It is folded with the step's number, so that a resumed run draws the
+    same dropout masks.
     """
 
     def step(

@@ -156,7 +156,7 @@ def test_equals_the_sum_over_experts(method, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", MODULES)
 def test_parameters_and_axes(method, shape):
-    """Shapes are read off x and y, and every parameter names each of its axes."""
+    """Shapes follow from x and y, and every axis of every parameter has a name."""
     module, _, x, y = sample(method, shape)
     variables = jax.eval_shape(module.init, jax.random.PRNGKey(0), x, y)
     shapes = jax.tree.map(lambda a: a.shape, variables["params"])
@@ -184,10 +184,10 @@ def test_parameters_and_axes(method, shape):
 
 
 @pytest.mark.parametrize("method", MODULES)
-def test_start(method):
+def test_initial_adapters_do_not_change_y(method):
     """Vectors start at one and B at zero, so y is unchanged bit for bit.
 
-    By MoV it is changed by rounding, since probabilities sum to one within float32.
+    MoV changes it by rounding: in float32, probabilities sum to one only approximately.
     """
     module, _, x, y = sample(method, "heads")
     out, variables = jax.jit(module.init_with_output)(jax.random.PRNGKey(0), x, y)
@@ -205,7 +205,7 @@ def test_start(method):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("routed, plain", [("mov", "ia3"), ("molora", "lora")])
-def test_one_expert_is_the_plain_method(routed, plain, shape):
+def test_a_single_expert_is_the_method_without_router(routed, plain, shape):
     """A softmax over one expert is exactly 1, so the outputs are equal bit for bit."""
     module, params, x, y = sample(plain, shape)
     read = y if routed == "mov" else x
@@ -215,7 +215,7 @@ def test_one_expert_is_the_plain_method(routed, plain, shape):
 
 
 @pytest.mark.parametrize("routed, plain", [("mov", "ia3"), ("molora", "lora")])
-def test_equal_experts_equal_one(routed, plain):
+def test_equal_experts_act_as_a_single_expert(routed, plain):
     """The mixture of E copies is the copy, whatever the probabilities are."""
     _, params, x, y = sample(plain, "heads")
     module, routed_params, _, _ = sample(routed, "heads")
@@ -228,7 +228,7 @@ def test_equal_experts_equal_one(routed, plain):
 
 @pytest.mark.parametrize("method", MODULES)
 def test_bfloat16_stays_near_float32(method):
-    """8 bits of mantissa: relative steps of 2^-8 = 0.4 %, a few of them in a row."""
+    """8 bits of mantissa: a few roundings with relative errors of 2^-8 = 0.4 %."""
     module, params, x, y = sample(method, "heads")
     out = apply(module, params, x.astype(jnp.bfloat16), y.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16

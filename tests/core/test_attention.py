@@ -102,7 +102,7 @@ def test_segment_mask_by_hand():
 
 
 def test_bfloat16(monkeypatch):
-    """Values are those of 'plain'; gradients of keys and values are sums of rounded parts."""
+    """Values equal those of 'plain'; gradients of keys and values are sums of rounded terms."""
     monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     inputs = arrays(11, 5, jnp.bfloat16)
     (out, grads), (expected, expected_grads) = run("chunked", *inputs), run("plain", *inputs)
@@ -165,7 +165,7 @@ def test_wrong_settings(settings, message):
 
 
 def test_fused_has_no_gradient_of_the_bias():
-    """Biases that train are an error; frozen ones are not, although other arrays have gradients."""
+    """Trainable biases are an error; frozen ones are not, even if other arrays have gradients."""
     mask, bias = jnp.ones((1, 1, 4, 4), bool), jnp.zeros((1, 2, 4, 4))
 
     def total(bias, other):

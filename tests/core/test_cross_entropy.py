@@ -20,11 +20,15 @@ def inputs(rows=3, length=7, features=5, vocab=11):
 
 
 def plain(x, kernel, targets, weights, smoothing, z_loss):
-    nll, z = cross_entropy.token_losses(x @ kernel, targets, smoothing, z_loss)
+    """KL(smoothed target ‖ softmax) and z_loss · log(Z)², of all logits at once."""
+    logits, vocab = x @ kernel, kernel.shape[1]
+    q = jnp.where(jax.nn.one_hot(targets, vocab) > 0, 1 - smoothing, smoothing / (vocab - 1))
+    nll = jnp.sum(jax.scipy.special.xlogy(q, q) - q * jax.nn.log_softmax(logits), axis=-1)
+    z = z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
     return jnp.sum((nll + z) * weights), (nll, z)
 
 
-@pytest.mark.parametrize("count", [1, 3, 7])  # 7 tokens in pieces of 7, 3 and 1
+@pytest.mark.parametrize("count", [1, 3, 7])  # chunks of 7, 3 and 1 of 7 tokens
 @pytest.mark.parametrize(("smoothing", "z_loss"), SETTINGS)
 def test_equals_the_plain_form(monkeypatch, count, smoothing, z_loss):
     monkeypatch.setattr(cross_entropy, "num_chunks", lambda *_: count)
@@ -35,7 +39,7 @@ def test_equals_the_plain_form(monkeypatch, count, smoothing, z_loss):
     )
 
     @jax.jit
-    def scaled(x, kernel):  # the operations after the loss scale its gradients
+    def scaled(x, kernel):  # the factor must reach the gradients, computed in the forward pass
         total, tokens = cross_entropy.chunked_cross_entropy(
             x, kernel, targets, weights, smoothing, z_loss
         )
@@ -62,7 +66,7 @@ def test_correct_by_hand():
 
 
 def test_no_residual_has_the_size_of_the_vocabulary():
-    """Only the gradient of x, [2, 4, 3], is kept for the backward pass; no logits of 50 tokens."""
+    """The backward pass saves the gradient of x, [2, 4, 3], and no logits of 50 tokens."""
     x, kernel, targets, weights = inputs(2, 4, 3, 50)
     _, pullback = jax.vjp(
         lambda x: cross_entropy.chunked_cross_entropy(x, kernel, targets, weights)[0], x
@@ -73,7 +77,7 @@ def test_no_residual_has_the_size_of_the_vocabulary():
 
 
 def test_chunks_by_hand():
-    """16 × 256 tokens of 32,128 logits in float32 are 526 MB: four pieces of at most 134 MB."""
+    """16 × 256 tokens of 32,128 logits in float32 are 526 MB: four chunks of at most 134 MB."""
     assert cross_entropy.num_chunks(16, 256, 32_128) == 4
     assert cross_entropy.num_chunks(8, 32, 32_128) == 1
     assert cross_entropy.num_chunks(1_000_000, 5, 32_128) == 5

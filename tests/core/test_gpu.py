@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_mov
 import pytest
 
 from pemoe_jax.core import adapters, attention, network, params, routing, steps
@@ -20,13 +21,13 @@ EXACT = jax.default_matmul_precision("highest")
 
 
 def relative(actual, expected):
-    """The largest difference over the largest value."""
+    """Returns the largest difference relative to the largest value."""
     actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
     return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
 
 
 def segment_ids(rows, queries, keys):
-    """Segment ids of queries and keys: some examples in a row, then padding."""
+    """Returns segment ids of queries and keys: some packed examples, then padding."""
     rng = np.random.default_rng(0)
     query_ids, key_ids = (np.sort(rng.integers(1, 4, (rows, n)), axis=1) for n in (queries, keys))
     query_ids[:, -3:] = key_ids[:, -3:] = 0
@@ -57,12 +58,13 @@ def test_fused_attention(queries, keys, heads, causal, biased):
     if biased:
         bias = jax.random.normal(jax.random.key(9), (1, heads, queries, keys)).astype(jnp.bfloat16)
 
-    def run(way, *of):
-        mask, added = attention.prepare_mask_and_bias(way, segments, bias)
-        out, pull = jax.vjp(
-            lambda *of: attention.dot_product_attention(*of, mask, added, None, way), *of
-        )
-        return jnp.where(has_key, out, 0), *pull(g.astype(out.dtype))
+    def run(implementation, *inputs):
+        def attend(*inputs):
+            mask_and_bias = attention.prepare_mask_and_bias(implementation, segments, bias)
+            return attention.dot_product_attention(*inputs, *mask_and_bias, None, implementation)
+
+        out, pullback = jax.vjp(attend, *inputs)
+        return jnp.where(has_key, out, 0), *pullback(g.astype(out.dtype))
 
     with EXACT:
         f32 = [x.astype(jnp.float32) for x in (q, k, v)]
@@ -83,7 +85,7 @@ def test_fused_attention(queries, keys, heads, causal, biased):
 def test_fused_mov(features, dtype, experts):
     """float32 within 1e-5 of the plain form; bfloat16 within 1 % of it in float32.
 
-    There are enough tokens for programs that sum over several tiles of rows, and some over fewer.
+    There are enough tokens that programs sum over several tiles of rows, some over fewer.
     """
     shape = (5, 777, *features)
     y, g = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in range(2))
@@ -98,7 +100,7 @@ def test_fused_mov(features, dtype, experts):
 
     f32 = (y.astype(jnp.float32), kernel, vectors)
     with EXACT:
-        expected = run(mov.plain_route_and_scale, g.astype(jnp.float32), *f32)
+        expected = run(plain_mov.route_and_scale, g.astype(jnp.float32), *f32)
     actual = run(mov.route_and_scale, g, y, kernel, vectors)
     bound = 1e-5 if dtype == "float32" else 0.01
     assert relative(actual[0], expected[0]) < 1e-3
@@ -108,7 +110,7 @@ def test_fused_mov(features, dtype, experts):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_whole_step(scan):
-    """A step of MoV, packed, bfloat16: loss and gradients of the kernels are those of plain."""
+    """A packed bfloat16 step of MoV: the kernels' loss and gradients match the plain forms'."""
     config = network.T5Config(
         vocab_size=512,
         emb_dim=128,
@@ -127,20 +129,21 @@ def test_whole_step(scan):
     }
     batch |= {f"{side}_segment_ids": segments for side in ("encoder", "decoder")}
 
-    def run(**how):
-        fused = how.pop("fused", False)
+    def run(fused=False, **settings):
         factory = functools.partial(
             adapters.VectorExperts, num_experts=10, router=routing.Router, fused=fused
         )
         sites = adapters.Adapters(**dict.fromkeys(("key", "value", "gate"), factory))
-        model = network.Transformer(dataclasses.replace(config, **how), sites)
-        both = network.init_params(model, 0, lambda path: True)
-        trains, frozen = params.split(both, [params.ADAPTER_PATTERN])
+        model = network.Transformer(dataclasses.replace(config, **settings), sites)
+        all_params = network.init_params(model, 0, lambda path: True)
+        trainable, frozen = params.split(all_params, [params.ADAPTER_PATTERN])
         keys = iter(jax.random.split(jax.random.key(1), 99))
-        trains = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), trains)
+        trainable = jax.tree.map(
+            lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), trainable
+        )
         frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
         step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
-        grads, metrics = step(trains, frozen, batch)
+        grads, metrics = step(trainable, frozen, batch)
         return float(metrics["loss"]), params.flatten(grads)
 
     loss, grads = run(attention="fused", fused=True, scan_layers=scan)

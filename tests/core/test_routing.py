@@ -51,7 +51,7 @@ def test_bfloat16_input_is_routed_in_float32():
 
 
 def test_large_logits_do_not_overflow():
-    """exp(1e4) overflows float32: the softmax has to subtract the maximum first."""
+    """exp(1e4) overflows float32, so the softmax must subtract the maximum first."""
     probs, _ = Router(num_experts=2).apply(
         {"params": {"kernel": jnp.array([[1e4, 0.0]])}}, jnp.ones((1, 1, 1))
     )

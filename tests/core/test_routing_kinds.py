@@ -52,7 +52,7 @@ def test_top_k_of_all_experts_is_soft_routing():
 
 
 def test_ties_keep_the_first():
-    """Exactly k experts are kept, also with ties."""
+    """Top-k keeps exactly k experts, even if some are tied."""
     probs, _ = route(x=np.zeros((1, 1, 4)), top_k=2)
     np.testing.assert_allclose(probs, [[[0.25, 0.25, 0, 0]]])
 
@@ -80,7 +80,7 @@ def test_statistics_by_hand():
     assert statistics == pytest.approx(expected, rel=1e-5)
 
 
-def test_load_is_that_of_the_mixture():
+def test_load_of_top_1():
     """Top-1 of the two tokens: experts 0 and 3 share the mixture, 0.4 each; two are dead.
 
     Load: half of the mixture over a quarter: 2. The balance loss stays that of the softmax.
@@ -110,7 +110,7 @@ def test_balance_loss_of_even_and_skewed_routing():
 @pytest.mark.parametrize("settings", [{}, {"top_k": 1}], ids=["soft", "top_1"])
 @pytest.mark.parametrize("heads", [(), (3,)], ids=["joined", "heads"])
 def test_padding_never_counts(settings, heads):
-    """Statistics of a padded batch are those of its real tokens, with or without heads."""
+    """Statistics of a padded batch equal those of its real tokens, with and without heads."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 5, *heads, 4)) * 3
     valid = np.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
@@ -190,7 +190,7 @@ def router_numpy(kernel, x, valid, top_k=None, renormalize=False, balance_loss=0
     z = np.exp(logits).sum(-1, keepdims=True)
     soft = np.exp(logits) / z
     probs = soft
-    if top_k is not None and not straight_through:  # its gradients are the soft router's
+    if top_k is not None and not straight_through:  # that has the soft router's gradients
         least = np.sort(soft, axis=-1)[..., -top_k:].min(-1, keepdims=True)
         probs = np.where(soft >= least, soft, 0)
         if renormalize:

@@ -18,9 +18,9 @@ VOCAB = 7
 
 
 class Table:
-    """Logits are a row of `table` [V, V] for each decoder input, plus noise under dropout.
+    """A model whose logits are a row of `table` [V, V] for each decoder input, plus dropout noise.
 
-    They are its hidden states too: its logits matrix is the identity.
+    Its hidden states are the logits; its logits matrix is the identity.
     """
 
     def __init__(self, noisy: bool = False):
@@ -69,7 +69,7 @@ def batch() -> dict[str, np.ndarray]:
 
 
 def loss_and_grads(loss, data, rng=None, microbatches=1):
-    """steps.loss_and_grads of the table, jitted: an eager run takes longer."""
+    """Runs `steps.loss_and_grads` of the table, jitted, which is faster than eager."""
     run = functools.partial(
         steps.loss_and_grads, Table(rng is not None), loss, microbatches=microbatches
     )
@@ -77,6 +77,18 @@ def loss_and_grads(loss, data, rng=None, microbatches=1):
 
 
 # --- the loss of a token ---
+
+
+def token_losses(logits, targets, smoothing=0.0, z_loss=0.0):
+    """Returns (sum, (cross-entropy, z-loss) of each token) of logits [B, L, V] and targets [B, L].
+
+    The identity as the logits matrix turns hidden states into logits.
+    """
+    kernel, weights = jnp.eye(logits.shape[-1]), jnp.ones(targets.shape)
+    total, tokens = cross_entropy.chunked_cross_entropy(
+        logits, kernel, targets, weights, smoothing, z_loss
+    )
+    return total, (tokens["nll"], tokens["z"])
 
 
 def token_losses_numpy(logits, targets, smoothing, z_loss):
@@ -95,10 +107,10 @@ def test_token_losses_by_hand():
 
     The z-loss at 0.1 is 0.1 * (ln 4)² = 0.192181 for both.
     """
-    logits = jnp.array([[0.0, np.log(3)], [0.0, np.log(3)]])
-    losses, z = cross_entropy.token_losses(logits, jnp.array([1, 0]), z_loss=0.1)
-    np.testing.assert_allclose(losses, [0.287682, 1.386294], rtol=1e-5)
-    np.testing.assert_allclose(z, [0.192181, 0.192181], rtol=1e-5)
+    logits = jnp.array([[[0.0, np.log(3)], [0.0, np.log(3)]]])
+    _, (losses, z) = token_losses(logits, jnp.array([[1, 0]]), z_loss=0.1)
+    np.testing.assert_allclose(losses, [[0.287682, 1.386294]], rtol=1e-5)
+    np.testing.assert_allclose(z, [[0.192181, 0.192181]], rtol=1e-5)
 
 
 def test_label_smoothing_by_hand():
@@ -108,9 +120,9 @@ def test_label_smoothing_by_hand():
     -(0.8 ln 0.8 + 2 * 0.1 ln 0.1) = 0.178515 + 0.460517 = 0.639032, leaves 0.459580.
     Logits ln(0.1, 0.8, 0.1), the smoothed target itself, cost nothing.
     """
-    logits = jnp.array([[0.0, 0, 0], list(np.log([0.1, 0.8, 0.1]))])
-    losses, _ = cross_entropy.token_losses(logits, jnp.array([1, 1]), label_smoothing=0.2)
-    np.testing.assert_allclose(losses, [0.459580, 0.0], atol=1e-6)
+    logits = jnp.array([[[0.0, 0, 0], list(np.log([0.1, 0.8, 0.1]))]])
+    _, (losses, _) = token_losses(logits, jnp.array([[1, 1]]), smoothing=0.2)
+    np.testing.assert_allclose(losses, [[0.459580, 0.0]], atol=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -121,11 +133,9 @@ def test_token_losses_and_gradients(smoothing, z_loss):
     logits = rng.standard_normal((2, 3, VOCAB)) * 4
     targets = rng.integers(0, VOCAB, (2, 3))
 
-    def ours(logits):
-        nll, z = cross_entropy.token_losses(logits, targets, smoothing, z_loss)
-        return jnp.sum(nll + z), (nll, z)
-
-    grad, (nll, z) = jax.grad(ours, has_aux=True)(jnp.asarray(logits, jnp.float32))
+    grad, (nll, z) = jax.grad(token_losses, has_aux=True)(
+        jnp.asarray(logits, jnp.float32), jnp.asarray(targets), smoothing, z_loss
+    )
     expected_nll, expected_z = token_losses_numpy(logits, targets, smoothing, z_loss)
     np.testing.assert_allclose(nll, expected_nll, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(z, expected_z, rtol=1e-5)
@@ -140,12 +150,12 @@ def test_token_losses_and_gradients(smoothing, z_loss):
 
 
 def test_large_logits_do_not_overflow():
-    losses, z = cross_entropy.token_losses(jnp.array([[1e4, 0.0]]), jnp.array([1]), z_loss=1e-4)
-    np.testing.assert_allclose(losses, [1e4])
-    np.testing.assert_allclose(z, [1e4], rtol=1e-5)  # 1e-4 * (1e4)²
+    _, (losses, z) = token_losses(jnp.array([[[1e4, 0.0]]]), jnp.array([[1]]), z_loss=1e-4)
+    np.testing.assert_allclose(losses, [[1e4]])
+    np.testing.assert_allclose(z, [[1e4]], rtol=1e-5)  # 1e-4 * (1e4)²
 
 
-# --- normalisation ---
+# --- normalization ---
 
 
 # Rows of 5, 2, 3, 1 tokens in an array of 4 * 5 = 20.
@@ -159,8 +169,8 @@ NORMALIZERS = [
 
 
 @pytest.mark.parametrize("factor, divisor, by_row", NORMALIZERS)
-def test_normalisation_by_hand(factor, divisor, by_row):
-    """T5X's settings: a sum over tokens and its divisor; by sequence, a row's mean counts once."""
+def test_normalization_by_hand(factor, divisor, by_row):
+    """T5X's settings: a sum over tokens and its divisor, or the mean over rows of their means."""
     trainable, frozen = parameters()
     data = batch()
     weights = (data["decoder_target_tokens"] > 0) / 1.0
@@ -200,8 +210,8 @@ def test_default_weights_are_the_targets():
     assert float(normalizer) == 3
 
 
-def test_loss_weights_of_zero_take_tokens_out():
-    """A prefix (T5X's prefix LM) has targets without weight: only weighted tokens count."""
+def test_loss_weights_of_zero_exclude_tokens():
+    """Only weighted tokens count; the prefix of T5X's prefix LM has weight 0."""
     data = batch()
     data["decoder_loss_weights"] = data["decoder_loss_weights"] * np.array([0, 1, 1, 1])[:, None]
     rest = {k: v[1:] for k, v in batch().items()}
@@ -212,7 +222,7 @@ def test_loss_weights_of_zero_take_tokens_out():
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
-def test_a_batch_of_padding_is_no_division_by_zero():
+def test_a_batch_of_padding_does_not_divide_by_zero():
     data = {k: np.zeros_like(v) for k, v in batch().items()}
     for factor, _, _ in NORMALIZERS:
         loss = steps.Loss(loss_normalizing_factor=factor)
@@ -265,7 +275,7 @@ def test_train_step_by_hand():
 
 
 def test_dropout_keys():
-    """Each step draws anew; the same step of the same run draws the same, so resumed runs agree."""
+    """Noise differs between steps and runs; a step that is repeated has the same noise."""
     trainable, frozen = parameters()
     optimizer = optax.sgd(0.0)  # nothing moves: only the noise differs
     step = steps.make_train_step(Table(noisy=True), optimizer, steps.Loss())
@@ -281,7 +291,7 @@ def test_dropout_keys():
 
 
 def test_microbatches_draw_different_dropout():
-    """Four equal rows in four pieces: piece i draws from the key folded with i, no two alike."""
+    """Four equal rows in four microbatches: each folds its index into the key."""
     data = {k: np.repeat(v[:1], 4, axis=0) for k, v in batch().items()}
     row = {k: v[:1] for k, v in data.items()}
     key = jax.random.PRNGKey(0)
@@ -310,17 +320,17 @@ def test_eval_step_sums_without_dropout():
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_two_devices_equal_one(microbatches):
-    """The batch's rows on two devices, parameters on both: the same step as on one device."""
+    """Rows split over two devices, parameters replicated: the step equals that on one device."""
     mesh = partitioning.make_mesh()
     assert mesh.shape["data"] == 2
     optimizer = optax.sgd(0.1)
     loss = steps.Loss(loss_normalizing_factor="AVERAGE_PER_SEQUENCE")
 
-    def run(place, place_batch):
+    def run(place_state, place_batch):
         trainable, frozen = parameters()
         step = steps.make_train_step(Table(), optimizer, loss, microbatches)
-        state = place(steps.TrainState.create(trainable, optimizer))
-        return step(state, place(frozen), place_batch(batch()), jax.random.PRNGKey(0))
+        state = place_state(steps.TrainState.create(trainable, optimizer))
+        return step(state, place_state(frozen), place_batch(batch()), jax.random.PRNGKey(0))
 
     expected = run(lambda tree: tree, lambda data: data)
     actual = run(

@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jsonl_folder import write_folder, write_vocabulary
 from test_encoders import base_params, letters, mean_embedding
@@ -16,7 +17,7 @@ from pemoe_jax import evaluate, infer, train
 from pemoe_jax.analysis.routing import probe as probe_lib
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints import models, runs
-from pemoe_jax.core import cross_entropy, decoding, network, steps
+from pemoe_jax.core import decoding, network, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import batching, choices, feed, sentence_table, sentences, seqio_tasks
@@ -210,9 +211,9 @@ def test_choices_scored_together_are_as_scored_one_by_one(folder, trained, tmp_p
     vocabulary = seqio_tasks.get_mixture_or_task("check_1").output_features["inputs"].vocabulary
     lines = (tmp_path / "predictions" / method / "check_1_score_eval.jsonl").read_text()
     losses = jax.jit(
-        lambda batch: cross_entropy.token_losses(
+        lambda batch: optax.softmax_cross_entropy_with_integer_labels(
             steps.apply_model(opened.model, params, batch, None), batch["decoder_target_tokens"]
-        )[0]
+        )
     )
     for line in list(map(json.loads, lines.splitlines()))[:3]:
         ids = pad([*vocabulary.encode(line["inputs"]), 1], 32)

@@ -1,1 +1,1 @@
-"""Forms of core functions for one backend, with the same signatures, tested against the core."""
+"""Implementations of core functions for one backend; tests compare them with the plain form."""

@@ -1,19 +1,19 @@
-"""T5's attention in fused kernels for GPUs: the logits of all pairs are never in memory.
+"""T5's attention in fused kernels for GPUs, which never write the logits to memory.
 
-As flash attention (arXiv 2205.14135, 2307.08691), with T5's relative position bias, which is added
-to each tile of logits and shared by all rows of the batch. The mask is given by segment ids, one
-for each token, so that a row that packs several examples costs as much as they do: tiles of queries
-and keys without a common segment are skipped. Forward and backward, [16, 1024, 32, 64] on an H200,
-packed: 0.82 ms; cuDNN with bias and mask: 4.39 ms.
+Flash attention (arXiv 2205.14135, 2307.08691) with T5's relative position bias, which is added to
+each tile of logits and shared by all rows of the batch. The mask is given by segment ids, one for
+each token. Tiles of queries and keys without a common segment are skipped, so a row of packed
+examples costs as much as its examples would alone. Forward and backward, [16, 1024, 32, 64] on an
+H200, packed: 0.82 ms; cuDNN with bias and mask: 4.39 ms.
 
 Products are bfloat16 and summed in float32; the softmax is float32. Each gradient is summed in one
-program in a fixed order, so two runs give the same bits. The bias has no gradient.
+program in a fixed order, so results are reproducible bit for bit. The bias has no gradient.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 
-_NEG_INF = -1e10  # of masked logits; finite, so that a fully masked row gives no NaN
-_TILE = 64  # queries, and keys; of 32 to 128 the fastest on an H200, for all three kernels
+_NEG_INF = -1e10  # of masked logits; finite, so that a fully masked row is not NaN
+_TILE = 64  # queries or keys; the fastest of 32, 64 and 128 on an H200, for all three kernels
 
 
 def supports(query: Array) -> bool:
     """Whether the kernels run here for queries [B, Lq, H, K].
 
-    They need GPUs, one or a mesh that divides rows and heads evenly, bfloat16, and a head size that
-    matrix units take.
+    They need bfloat16, a head size that matrix units support, and one GPU or a mesh of GPUs that
+    divides rows and heads evenly.
     """
     rows, _, heads, size = query.shape
     mesh = jax.sharding.get_abstract_mesh().shape
@@ -47,26 +47,15 @@ def supports(query: Array) -> bool:
     return jax.default_backend() == "gpu" and divides and fits
 
 
-def fused_attention_on_mesh(
-    query: Array,
-    key: Array,
-    value: Array,
-    query_segment_ids: Array,
-    key_segment_ids: Array,
-    bias: Array | None,
-    *,
-    causal: bool,
-) -> Array:
-    """As `fused_attention`, partitioned by rows and heads over the mesh in scope."""
-    arguments = query, key, value, query_segment_ids, key_segment_ids, bias
+def fused_attention_on_mesh(*arrays: Array | None, causal: bool) -> Array:
+    """Returns `fused_attention` of the arrays, partitioned by rows and heads over the mesh."""
     run = functools.partial(fused_attention, causal=causal)
-
-    # XLA cannot partition a kernel: without `shard_map` each device would run all of it.
+    # XLA cannot partition a kernel: without `shard_map`, each device would compute everything.
     if math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1:
         heads, ids = PartitionSpec("data", None, "model"), PartitionSpec("data")
         specs = (heads, heads, heads, ids, ids, PartitionSpec(None, "model"))
         run = jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)
-    return run(*arguments)
+    return run(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -86,34 +75,25 @@ def fused_attention(
       query: [B, Lq, H, K], bfloat16, K of 16, 32, 64 or 128.
       key, value: [B, Lk, H, K].
       query_segment_ids, key_segment_ids: int32 [B, Lq], [B, Lk]: queries attend to keys of the
-        same segment; no query attends to segment 0. A query without keys gets a mean of some
-        values.
+        same segment; none attends to segment 0. The output of a query without keys is undefined.
       bias: [1, H, Lq, Lk], added to the logits, without a gradient.
       causal: whether a query attends to no key to its right (Lq = Lk).
       interpret: runs the kernels on any device, slowly, for tests.
     """
-    arguments = query, key, value, query_segment_ids, key_segment_ids, bias
-    return _vjp_forward(*arguments, causal, interpret)[0]
+    arrays = query, key, value, query_segment_ids, key_segment_ids, bias
+    return _vjp_forward(*arrays, causal, interpret)[0]
 
 
-_Saved = dict[str, Array | None]
+_Saved = dict[str, Any]
 
 
-def _vjp_forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    query_segment_ids: Array,
-    key_segment_ids: Array,
-    bias: Array | None,
-    causal: bool,
-    interpret: bool,
-) -> tuple[Array, _Saved]:
-    ids = {"query_ids": query_segment_ids, "key_ids": key_segment_ids}
-    inputs: _Saved = {"query": query, "key": key, "value": value, **ids, "bias": bias}
-    call = _Call(query, key, causal, interpret)
+def _vjp_forward(*arguments: Any) -> tuple[Array, _Saved]:
+    *arrays, causal, interpret = arguments
+    names = ("query", "key", "value", "query_ids", "key_ids", "bias")
+    inputs: _Saved = dict(zip(names, arrays, strict=True))
+    call = _Call(inputs["query"], inputs["key"], causal, interpret)
     out, normalizer = call(_forward_kernel, "queries", ["out", "normalizer"], **inputs)
-    # Rematerialization keeps these by name, see `stacks.REMAT_POLICIES`.
+    # Rematerialization saves these by name, see `stacks.REMAT_POLICIES`.
     out = checkpoint_name(out, "attended")
     normalizer = checkpoint_name(normalizer, "attended")
     return out, {**inputs, "out": out, "normalizer": normalizer}
@@ -123,15 +103,14 @@ def _vjp_backward(
     causal: bool, interpret: bool, saved: _Saved, grad: Array
 ) -> tuple[Array, Array, Array, None, None, None]:
     arrays = {**saved, "grad": grad}
-    query, key, out, bias = saved["query"], saved["key"], arrays.pop("out"), arrays.pop("bias")
-    assert query is not None and key is not None and out is not None
-    # [B, H, Lq], Σ_m p_m dp_m: what the softmax's gradient subtracts in each row
+    out, bias = arrays.pop("out"), arrays.pop("bias")
+    # The term Σ_m p_m dp_m of the softmax's gradient, [B, H, Lq].
     arrays["delta"] = jnp.einsum(
         "bqhk,bqhk->bhq", grad.astype(jnp.float32), out.astype(jnp.float32)
     )
-    call = _Call(query, key, causal, interpret)
+    call = _Call(saved["query"], saved["key"], causal, interpret)
     (grad_query,) = call(_query_grad_kernel, "queries", ["out"], **arrays, bias=bias)
-    # That kernel's tiles are [keys, queries].
+    # The next kernel's tiles are [keys, queries].
     arrays["transposed_bias"] = None if bias is None else jnp.swapaxes(bias, 2, 3)
     outputs = ["key_grad", "key_grad"]
     grad_key, grad_value = call(_key_value_grad_kernel, "keys", outputs, **arrays)
@@ -142,12 +121,8 @@ fused_attention.defvjp(_vjp_forward, _vjp_backward)
 
 # The axes of the kernels' arrays.
 _AXES = {
-    "query": ("batch", "queries", "heads", "size"),
-    "grad": ("batch", "queries", "heads", "size"),
-    "out": ("batch", "queries", "heads", "size"),
-    "key": ("batch", "keys", "heads", "size"),
-    "value": ("batch", "keys", "heads", "size"),
-    "key_grad": ("batch", "keys", "heads", "size"),
+    **dict.fromkeys(("query", "grad", "out"), ("batch", "queries", "heads", "size")),
+    **dict.fromkeys(("key", "value", "key_grad"), ("batch", "keys", "heads", "size")),
     "query_ids": ("batch", "queries"),
     "key_ids": ("batch", "keys"),
     "normalizer": ("batch", "heads", "queries"),
@@ -160,9 +135,9 @@ _AXES = {
 
 
 class _Call:
-    """Runs a kernel over tiles of queries, or of keys, of all heads and rows.
+    """Runs kernels over tiles of queries, or of keys, of all heads and rows.
 
-    Lengths are padded to whole tiles; padding has segment 0, which nothing attends to.
+    Lengths are padded to whole tiles; padding has segment 0, which no query attends to.
     """
 
     def __init__(self, query: Array, key: Array, causal: bool, interpret: bool):
@@ -235,15 +210,15 @@ class _Call:
     def _visited_tiles(self, query_ids: Array, key_ids: Array, over: str) -> tuple[Array, Array]:
         """Returns the range of tiles of the other side that each tile has to visit.
 
-        Tiles are compared by their least and largest segment: no pair is missed, and if segments
-        ascend along a row, as in packed examples, none is visited in vain.
+        Tiles are compared by their least and largest segments. No pair with a common segment is
+        missed, and none without is visited if segments ascend along a row, as in packed examples.
 
         Returns:
           int32 [B, tiles] each: the first tile, and the last one plus 1.
         """
         query_ids = query_ids.reshape(self.batch, -1, 1, self.tile["queries"])
         key_ids = key_ids.reshape(self.batch, 1, -1, self.tile["keys"])
-        # Padding is left out of the least segment, else it would pair with every query before it.
+        # The least segment ignores padding, 0, which is below the segment of every query.
         least = jnp.min(jnp.where(key_ids > 0, key_ids, jnp.iinfo(jnp.int32).max), axis=-1)
         overlap = (jnp.max(key_ids, axis=-1) >= jnp.min(query_ids, axis=-1)) & (
             least <= jnp.max(query_ids, axis=-1)
@@ -259,12 +234,12 @@ class _Call:
         return first.astype(jnp.int32), last.astype(jnp.int32)
 
 
-# The kernels. A program has one head of one row: query and the output's gradient [queries, K], key
-# and value [keys, K].
+# The kernels. A program has one head of one row: the query and the output's gradient [queries, K],
+# key and value [keys, K].
 
 
 def _dot(a: Array, b: Array, b_axis: int) -> Array:
-    """Contracts a [m, k] with this axis of b -> [m, n], float32."""
+    """Contracts the last axis of a [m, k] with an axis of b -> [m, n], float32."""
     return jax.lax.dot_general(
         a, b, (((1,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
     )
@@ -315,11 +290,11 @@ def _forward_kernel(
 
     zeros = jnp.zeros(query.shape, jnp.float32)
     row = jnp.zeros(query_tile, jnp.float32)
-    # The first maximum is below masked logits, so that these are rescaled as all others are.
+    # The initial maximum is below masked logits, so that these need no special case.
     total, largest, denominator = jax.lax.fori_loop(
         ref["first"][...], ref["last"][...], add, (zeros, row + 2 * _NEG_INF, row)
     )
-    denominator = jnp.where(denominator == 0, 1.0, denominator)  # of a tile that visits no other
+    denominator = jnp.where(denominator == 0, 1.0, denominator)  # if no tile of keys was visited
     out[...] = (total / denominator[:, None]).astype(out.dtype)
     normalizer[...] = largest + jnp.log(denominator)
 

@@ -4,11 +4,11 @@ import jax
 
 
 def rematerialization_options(remat_policy: str) -> dict[str, str]:
-    """Returns XLA's compiler options for a step with this `stacks` policy, to pass to `jax.jit`.
+    """Returns the compiler options of `jax.jit` for a step with one of `stacks.REMAT_POLICIES`.
 
-    The default schedule on CPUs runs independent operations side by side and is 4 to 10 % faster.
-    With rematerialization it would compute all that is to be recomputed at once, and so hold it in
-    memory; then the schedule that needs the least memory is chosen.
+    The default schedule on CPUs runs independent operations in parallel and is 4 to 10 % faster.
+    With rematerialization, however, it would recompute all layers at once and hold them in memory,
+    so the schedule with the lowest memory use is chosen instead.
     """
     if remat_policy == "none" or jax.default_backend() != "cpu":
         return {}

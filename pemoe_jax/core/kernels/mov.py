@@ -1,22 +1,22 @@
 """MoV's layer in fused kernels for one GPU: `y * Σ_e softmax(y k)_e l_e`, and its gradients.
 
-As array operations, the layer writes and reads a float32 scale of y's size, and as much again in
-the backward pass. The kernels read y and write the product; backwards they read y and the gradient
-g of the output, and write the gradient of y. MoV-10's step of XL's geometry on an H200 takes
-84.7 ms, 103 ms with array operations.
+Array operations write and read a float32 scale of y's size, forward and backward. The forward
+kernels read y and write the product; the backward kernels read y and the gradient of the output,
+and write the gradient of y. A step of MoV-10 with T5 XL's sizes takes 84.7 ms on an H200; with
+array operations, 103 ms.
 
-- If a head's features fit into one tile (key, value), one kernel does each pass: 1 copy of the
-  tensor forward, 1½ backward.
-- Otherwise (gate) a row's probabilities, and the gradients of its logits, are known only after all
-  its features. One kernel streams through y (backwards y and g) and computes what belongs to rows,
-  [rows, E]; another maps tiles of rows and features with that: 1½ copies forward, 2½ backward. The
-  second begins with the features that the first read last, which are likely still in the L2 cache.
+- If a head's features fit into one tile (key, value), each pass is one kernel. Its memory traffic,
+  relative to reading and writing y once, is 1 forward and 1½ backward.
+- Otherwise (gate), a row's probabilities, and its logits' gradients, depend on all its tiles of
+  features. A first kernel reads y (backward, also the output's gradient) and computes these,
+  [rows, E]; a second uses them on tiles of rows and features: 1½ forward, 2½ backward. The second
+  starts with the features that the first read last, which are likely still in the L2 cache.
 
 Float32 products are three passes of TF32, nearly float32. For bfloat16, products are bfloat16 and
-summed in float32; parameters, and forward the probabilities too, are sums of two bfloat16 numbers
-(16 bits of mantissa); gradients, and the probabilities that they are multiplied by, are rounded.
-Softmax and sums are float32. Sums over rows are split in a fixed order, so two runs give the same
-bits.
+summed in float32. Parameters, and probabilities in the forward pass, are then sums of two bfloat16
+numbers (16 bits of mantissa); gradients, and the probabilities multiplied with them, are rounded.
+Softmax and sums are float32. Sums over rows have a fixed order, so results are reproducible bit for
+bit.
 
 Tested in Pallas's interpret mode, and on a GPU by `tests/core/test_gpu.py`.
 """
@@ -40,33 +40,13 @@ Carry = TypeVar("Carry")
 
 _ROW_TILE = 64
 _FEATURE_TILE_BYTES = 256  # of one row
-_FORWARD_ROW_TILES = 4  # of a program that scales rows: it loads the parameters once for them
-_MAX_PROGRAMS = 1056  # where sums over rows are split: eight for each of an H100's 132 processors
+_FORWARD_ROW_TILES = 4  # per program of the forward pass, which loads the parameters once for all
+_MAX_PROGRAMS = 1056  # that split sums over rows: eight per multiprocessor of an H100 (132)
 
 
 def is_supported() -> bool:
-    """Whether the only device is a GPU: XLA cannot partition a kernel over several."""
+    """Whether the only device is a GPU; XLA cannot partition a kernel over several."""
     return jax.default_backend() == "gpu" and jax.device_count() == 1
-
-
-def plain_route_and_scale(
-    y: Array, kernel: Array, vectors: Array, weights: Array
-) -> tuple[Array, Array]:
-    """As `route_and_scale`, in array operations."""
-    logits = y.astype(jnp.float32) @ kernel  # [B, L, (H,) E]
-    probs = jax.nn.softmax(logits)
-    scale = jnp.einsum("bl...e,...ek->bl...k", probs, vectors)
-    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    top_1 = logits >= jnp.max(logits, axis=-1, keepdims=True)
-    entropy = log_z - jnp.sum(probs * logits, axis=-1, keepdims=True)
-    weights = jnp.expand_dims(weights, range(2, y.ndim))
-
-    def weighted_sum(x: Array) -> Array:
-        x = jnp.broadcast_to(x, logits.shape) * weights
-        return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
-
-    sums = jnp.stack([weighted_sum(x) for x in (probs, top_1, entropy, jnp.square(log_z))])
-    return y * scale.astype(y.dtype), jax.lax.stop_gradient(sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -83,9 +63,9 @@ def route_and_scale(
       interpret: runs the kernels on any device, slowly, for tests.
 
     Returns:
-      The product in y's shape and dtype; and [4, E], float32, weighted sums over tokens and heads:
-      of p, of ones where p is largest, and, equal in all columns, of p's entropy and of log(Z)².
-      The sums have no gradient.
+      The product, in y's shape and dtype; and float32 [4, E], weighted sums over tokens and heads:
+      of p, of 1 where p is largest, of p's entropy and of log(Z)². The last two are the same in all
+      columns. The sums have no gradient.
     """
     out, sums, _ = _Layer(y, kernel, interpret).forward(y, kernel, vectors, weights)
     return out, sums
@@ -117,7 +97,7 @@ def _pad(x: Array, *shape: int) -> Array:
     return jnp.pad(x, [(0, to - size) for size, to in zip(x.shape, shape, strict=True)])
 
 
-# The axes of the kernels' arrays; sums over rows are split into 'row programs'.
+# The axes of the kernels' arrays. Each of the 'row programs' sums over a part of the rows.
 _ACTIVATION = ("rows", "heads", "features")
 _PARAMETER_GRADIENT = ("row programs", "heads", "features", "columns")
 _AXES = {
@@ -140,8 +120,8 @@ _FLOAT32 = ("weights", "probs", "sums", "grad_kernel", "grad_vectors")  # whatev
 class _Layer:
     """The sizes of one layer, and the calls of its kernels.
 
-    Padding is zero: padded rows and features add nothing to any sum, and padded experts have a
-    probability of zero. Nothing is padded if tiles divide the rows and features.
+    Padded rows and features are zero, so they add nothing to any sum; padded experts have
+    probability zero. Nothing is padded if tiles divide the rows and features.
     """
 
     def __init__(self, y: Array, kernel: Array, interpret: bool):
@@ -154,11 +134,11 @@ class _Layer:
         self.feature_tiles = tiling.num_tiles(self.features, self.feature_tile)
         self.padded_features = self.feature_tiles * self.feature_tile
         self.columns = tiling.power_of_two(self.experts)
-        self.parts = 1 if y.dtype == jnp.float32 else 2  # numbers that a parameter is split into
+        self.parts = 1 if y.dtype == jnp.float32 else 2  # terms that a parameter is split into
         self.stages = 3 if self.columns <= 32 else 2  # more do not fit into shared memory
         self.row_tiles = tiling.num_tiles(y.shape[0] * y.shape[1], _ROW_TILE)
         self.rows = self.row_tiles * _ROW_TILE
-        # row tiles of a program where sums over rows are split
+        # Row tiles of each program that sums over rows.
         programs = max(1, _MAX_PROGRAMS // (self.heads * self.feature_tiles))
         self.summed_row_tiles = tiling.num_tiles(self.row_tiles, programs)
 
@@ -166,18 +146,17 @@ class _Layer:
         self, y: Array, kernel: Array, vectors: Array, weights: Array
     ) -> tuple[Array, Array, Array | None]:
         """Returns `route_and_scale`'s results, and padded probabilities if backward needs them."""
-        y, kernel = self._pad_activation(y), self._pad_kernel(kernel)
-        vectors = self._pad_vectors(vectors)
+        y, parameters = self._pad_activation(y), self._pad_parameters(kernel, vectors)
         weights = _pad(weights.reshape(-1, 1), self.rows, 1)
         if self.feature_tiles == 1:
             probs = None
             run = self._call(_forward_kernel, "heads rows", _FORWARD_ROW_TILES, "out sums")
-            out, sums = run(y=y, kernel=kernel, vectors=vectors, weights=weights)
+            out, sums = run(y=y, **parameters, weights=weights)
         else:
             run = self._call(_route_kernel, "heads rows", 1, "probs sums", self.stages)
-            probs, sums = run(y=y, kernel=kernel, weights=weights)
+            probs, sums = run(y=y, kernel=parameters["kernel"], weights=weights)
             run = self._call(_scale_kernel, "rows heads features", _FORWARD_ROW_TILES, "out")
-            (out,) = run(y=y, probs=probs, vectors=vectors)
+            (out,) = run(y=y, probs=probs, vectors=parameters["vectors"])
         return self._unpad_activation(out), jnp.sum(sums, (0, 1))[:, : self.experts], probs
 
     def backward(
@@ -186,7 +165,7 @@ class _Layer:
         """Returns the gradients of y, kernel and vectors."""
         shape = vectors.shape
         y, grad = self._pad_activation(y), self._pad_activation(grad)
-        parameters = {"kernel": self._pad_kernel(kernel), "vectors": self._pad_vectors(vectors)}
+        parameters = self._pad_parameters(kernel, vectors)
         outputs, row_tiles = "grad_y grad_kernel grad_vectors", self.summed_row_tiles
         if probs is None:
             run = self._call(_backward_kernel, "heads rows", row_tiles, outputs)
@@ -210,19 +189,17 @@ class _Layer:
         rows = self.shape[0] * self.shape[1]
         return x[:rows, :, : self.features].reshape(self.shape)
 
-    def _pad_kernel(self, kernel: Array) -> Array:
-        """[parts, features, columns]."""
-        return self._split(_pad(kernel, self.padded_features, self.columns))
-
-    def _pad_vectors(self, vectors: Array) -> Array:
-        """[heads, parts, features, columns], in the kernel's order of axes."""
+    def _pad_parameters(self, kernel: Array, vectors: Array) -> dict[str, Array]:
         vectors = vectors.reshape(self.heads, self.experts, self.features)
-        vectors = jnp.swapaxes(vectors, 1, 2)
+        vectors = jnp.swapaxes(vectors, 1, 2)  # in the kernel's order of axes
         vectors = _pad(vectors, self.heads, self.padded_features, self.columns)
-        return jnp.swapaxes(self._split(vectors), 0, 1)
+        return {
+            "kernel": self._split(_pad(kernel, self.padded_features, self.columns)),
+            "vectors": jnp.swapaxes(self._split(vectors), 0, 1),
+        }
 
     def _split(self, x: Array) -> Array:
-        """Splits x into a sum of `parts` numbers in the activation's dtype, on a new first axis."""
+        """Splits x into `parts` terms in the activation's dtype, on a new first axis."""
         if self.parts == 1:
             return x[None]
         # Not a cast to bfloat16 and back, which XLA simplifies away.
@@ -232,14 +209,13 @@ class _Layer:
     def _call(
         self, kernel: Callable[..., None], grid: str, row_tiles: int, outputs: str, stages: int = 2
     ) -> Callable[..., list[Array]]:
-        """Returns a function that runs a kernel on inputs by their names.
+        """Returns a function that runs a kernel on inputs, passed by their names in `_AXES`.
 
         Args:
           kernel: takes a `_Program` and the refs of inputs and outputs.
-          grid: its axes, the first runs fastest: 'rows', 'heads' and perhaps 'features', without
-            which a program has all features.
+          grid: names of its axes, the fastest first. Without 'features', a program has all of them.
           row_tiles: row tiles of a program; the last program may have fewer.
-          outputs: names of `_AXES`.
+          outputs: names in `_AXES`.
           stages: of Triton's pipeline.
         """
         # Imported late: it takes a second, which only users of these kernels should pay.
@@ -262,7 +238,7 @@ class _Layer:
             "sums": 4,
             "one": 1,
         }
-        # None: a program has one index of the axis, and does not see the axis.
+        # None: a program has one index of this axis, which its refs do not have.
         blocks = {**sizes, "rows": row_tiles * _ROW_TILE, "row programs": None, "heads": None}
         if "features" in grid_axes:
             blocks["features"] = self.feature_tile
@@ -272,7 +248,7 @@ class _Layer:
                 index = dict(zip(grid_axes, program, strict=True))
                 index["row programs"] = index["rows"]
                 if "features" in index:
-                    # From the last tile on, which the kernel before has read last.
+                    # The last tile first: the previous kernel has just read it.
                     index["features"] = self.feature_tiles - 1 - index["features"]
                 return tuple(index.get(axis, 0) for axis in _AXES[name])
 
@@ -313,23 +289,16 @@ class _Layer:
 
 
 class _Program(NamedTuple):
-    """What a kernel knows besides its refs.
+    """A program's sizes, its loops `(body(tile, carry), carry) -> carry`, and its products."""
 
-    Attributes:
-      experts: number of columns that are not padding.
-      over_rows, over_features: (body, carry) -> carry, loops over the program's tiles of rows or
-        features: `body(tile's index, carry)`.
-      interpret: see `route_and_scale`.
-    """
-
-    experts: int
+    experts: int  # columns that are not padding
     over_rows: Callable[..., tuple[Array, ...]]
     over_features: Callable[..., Array]
     interpret: bool
 
     def dot(self, a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-        """Contracts these axes of two matrices of one dtype, in float32."""
-        # Interpret mode runs on CPUs, which do not know TF32.
+        """Contracts these axes of two matrices of the same dtype, in float32."""
+        # Interpret mode runs on CPUs, which have no TF32.
         precise = a.dtype == jnp.float32 and not self.interpret
         return jax.lax.dot_general(
             a,
@@ -341,13 +310,11 @@ class _Program(NamedTuple):
 
     def times(self, a: Array, parts: Sequence[Array], parts_axis: int) -> Array:
         """`a @ Σ parts`, contracting this axis of the parts."""
-        total = self.dot(a, parts[0], 1, parts_axis)
-        for part in parts[1:]:
-            total += self.dot(a, part, 1, parts_axis)
-        return total
+        products = [self.dot(a, part, 1, parts_axis) for part in parts]
+        return functools.reduce(jnp.add, products)
 
     def mix(self, probs: Array, vectors: Sequence[Array]) -> Array:
-        """`probs @ vectors`, [rows, features]; both have 16 bits if the vectors are bfloat16."""
+        """`probs @ vectors`, [rows, features], each with 16 bits of mantissa if y is bfloat16."""
         high = probs.astype(vectors[0].dtype)
         scale = self.times(high, vectors, 1)
         if len(vectors) == 1:
@@ -357,9 +324,9 @@ class _Program(NamedTuple):
         return scale + self.dot(low, vectors[0], 1, 1)
 
 
-# The kernels. A program has rows of one head: y and the output's gradient [rows, features], kernel
-# and vectors [parts, features, columns], probabilities and gradients of logits [rows, columns],
-# weights [rows, 1]; all features of a row, or a tile of them.
+# The kernels. A program has rows of one head, with all features or a tile of them: y and the
+# gradient of the output [rows, features], kernel and vectors [parts, features, columns],
+# probabilities and gradients of logits [rows, columns], weights [rows, 1].
 
 
 def _parts(ref: Ref, features: object = slice(None)) -> list[Array]:
@@ -369,7 +336,7 @@ def _parts(ref: Ref, features: object = slice(None)) -> list[Array]:
 def _softmax(logits: Array, experts: int) -> tuple[Array, Array]:
     """Returns the probabilities, and log(Z) of each row, [rows, 1]."""
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    # Only padding's columns are masked: a fully masked row, which gives NaN, cannot occur.
+    # Only padded columns are masked, so no row is fully masked, which would be NaN.
     logits = jnp.where(column < experts, logits, -jnp.inf)
     largest = jnp.max(logits, axis=1, keepdims=True)
     weights = jnp.exp(logits - largest)
@@ -408,15 +375,8 @@ def _backward_tile(
     vectors: Sequence[Array],
     sums: tuple[Array, Array],
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Returns the gradient of a tile of y, and the sums of those of kernel and vectors.
-
-    Args:
-      program: as in the kernels.
-      tile: y, the output's gradient, probabilities and gradients of the logits, in y's dtype.
-      kernel, vectors: parts.
-      sums: [features, columns] each.
-    """
-    y, grad, probs, grad_logits = tile
+    """Returns the gradient of a tile of y, and adds those of kernel and vectors to their sums."""
+    y, grad, probs, grad_logits = tile  # all in y's dtype
     grad_y = grad.astype(jnp.float32) * program.times(probs, vectors, 1)  # through the product
     grad_y += program.times(grad_logits, kernel, 1)  # through the logits
     grad_kernel, grad_vectors = sums
@@ -438,7 +398,7 @@ def _forward_kernel(
         out[rows, :] = (tile.astype(jnp.float32) * scale).astype(out.dtype)
         return tuple(a + b for a, b in zip(totals, terms, strict=True))
 
-    # One sum for each row of a tile, reduced once at the end and not once per tile.
+    # A sum for each row of a tile, reduced once at the end instead of once per tile.
     wide, narrow = (jnp.zeros((_ROW_TILE, n), jnp.float32) for n in (sums.shape[1], 1))
     _store_sums(sums, program.over_rows(add, (wide, wide, narrow, narrow)))
 

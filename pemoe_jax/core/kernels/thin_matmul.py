@@ -1,10 +1,10 @@
 """Matrix products with a short side, the number of experts or the rank, for CPUs.
 
-The gradient of a matrix w [in, out] is a product xᵀ g. XLA's product on CPUs transposes its left
-factor; if that is the activation, it costs many times the product itself:
-`x[1024, 1024]ᵀ @ g[1024, 30]` took 3.8 ms on one thread and `(gᵀ @ x)ᵀ` takes 0.65 ms. The
-gradients here keep the short factor left, behind a barrier that stops XLA from reordering them.
-MoV-30's step on T5 Small went from 1.33 to 1.22 of (IA)³'s. Values are those of plain products.
+The gradient of a matrix w [in, out] is a product xᵀ g. XLA transposes the left factor of a product
+on CPUs, which costs many times the product itself if the factor is an activation:
+`x[1024, 1024]ᵀ @ g[1024, 30]` takes 3.8 ms on one thread, and `(gᵀ @ x)ᵀ` 0.65 ms. Here the short
+factor is always the left one, behind a barrier that stops XLA from reordering. A step of MoV-30 on
+T5 Small takes 1.22 times as long as (IA)³'s, before 1.33. Values equal those of plain products.
 """
 
 import jax
@@ -34,7 +34,7 @@ def _thin_matmul_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Arra
     transposed = x.shape[-1] > grad.shape[-1]
     left, right = (grad, x) if transposed else (x, grad)
     grad_w = jax.lax.dot_general(left, right, ((rows, rows), ((), ())))
-    # Without a barrier, XLA folds the transposition below into the product again.
+    # Without a barrier, XLA would fold the transposition below back into the product.
     grad_w = jax.lax.optimization_barrier(grad_w)
     return jnp.matmul(grad, w.T), grad_w.T if transposed else grad_w
 
@@ -45,8 +45,8 @@ thin_matmul.defvjp(_thin_matmul_forward, _thin_matmul_backward)
 def joint_matmul(x: Array, kernel: Array, lora_a: Array) -> tuple[Array, Array]:
     """Returns `(x @ kernel, x @ lora_a)`, MoLORA's router logits and low-rank activations.
 
-    One product instead of two saves a pass over x at each of 128 sites of T5 Small: 4 % of a
-    MoLORA-10 step.
+    One product instead of two saves a pass over x at each of the 128 sites of T5 Small, 4 % of the
+    time of a MoLORA-10 step.
 
     Args:
       x: [..., in].
@@ -69,7 +69,7 @@ def mix_vectors(probs: Array, vectors: Array) -> Array:
     return _heads_to_back(jnp.matmul(_heads_to_front(probs), vectors), probs.shape[:2])
 
 
-# XLA's products have their batch axes, here the heads, first.
+# XLA's products need the batch axes, here the heads, in front.
 def _heads_to_front(x: Array) -> Array:
     """[B, L, H, …] -> [H, B·L, …]."""
     return jnp.swapaxes(x.reshape(-1, *x.shape[2:]), 0, 1)

@@ -1,4 +1,4 @@
-"""What the Pallas kernels share: sizes of tiles, and types."""
+"""Tile sizes and types of the Pallas kernels."""
 
 from typing import Any, TypeAlias
 
@@ -11,7 +11,7 @@ Ref: TypeAlias = Any  # a program's block of an array, for which Pallas has no p
 
 
 def power_of_two(size: int) -> int:
-    """Returns the least power of two that holds `size` and is a side of a product."""
+    """Returns the least power of two that is at least `size` and `MIN_SIDE`."""
     return max(MIN_SIDE, 1 << (size - 1).bit_length())
 
 

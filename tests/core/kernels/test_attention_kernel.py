@@ -15,7 +15,7 @@ from pemoe_jax.core.kernels import attention as attention_kernels
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Interprets the kernels here; returns the shapes of the queries of each call."""
+    """Runs the kernels in interpret mode; returns the shape of the queries of each call."""
     calls, kernels = [], attention_kernels.fused_attention
 
     def fused_attention(*args, causal):
@@ -29,7 +29,7 @@ def interpreted(monkeypatch):
 
 
 def arrays(queries, keys, heads=2, size=16, packed=True):
-    """Returns (query, key, value), cotangent, bias, segment ids of some examples and padding."""
+    """Returns (query, key, value), cotangent, bias, and segment ids of examples and padding."""
     rng = np.random.default_rng(queries + keys)
 
     def draw(*shape):
@@ -48,7 +48,7 @@ def arrays(queries, keys, heads=2, size=16, packed=True):
 
 
 def value_and_gradients(attend, segments, cotangent, *inputs):
-    """Output and gradients of queries that have a key; those of padding are undefined."""
+    """Returns output and gradients of queries that have a key; those of padding are undefined."""
     has_key = jnp.any(segments.to_bool(), axis=(1, 3))[:, :, None, None]
     out, pullback = jax.vjp(attend, *inputs)
     cotangent = jnp.where(has_key, cotangent, 0).astype(out.dtype)
@@ -83,7 +83,7 @@ def assert_equals_plain(segments, bias, dropout_mask, cotangent, inputs):
     ],
 )
 def test_equals_plain(interpreted, queries, keys, causal, biased, packed):
-    """One tile or several, whole or not."""
+    """One or several tiles, full or partial."""
     inputs, cotangent, bias, ids = arrays(queries, keys, packed=packed)
     segments = attention.SegmentMask(*ids, causal)
     assert_equals_plain(segments, bias if biased else None, None, cotangent, inputs)
@@ -102,7 +102,7 @@ def test_unpacked_cross_attention_with_dropout(interpreted):
 
 @pytest.mark.parametrize(("model_parallelism", "shard"), [(1, (1, 2)), (2, (2, 1))])
 def test_two_devices(interpreted, model_parallelism, shard):
-    """Each device has its own rows, or heads; equal to one device up to the last bit."""
+    """Each device has its own rows or heads; equal to one device except for the last bit."""
     inputs, cotangent, bias, ids = arrays(70, 70)
     segments = attention.SegmentMask(*ids, True)
 
@@ -144,7 +144,7 @@ def test_tiles_without_a_common_segment_are_skipped():
 
 
 def whole_step(**settings):
-    """Loss and gradients of packed rows with dropout."""
+    """Returns loss and gradients of packed rows with dropout."""
     batch, adapters = pack(example_batch()), METHODS["mov"].adapters()
     config = dataclasses.replace(CONFIG, dropout_rate=0.2, head_dim=16)
     all_params = network.init_params(network.Transformer(config, adapters), 1, lambda path: True)
@@ -161,7 +161,7 @@ def whole_step(**settings):
 
 @pytest.fixture(scope="module")
 def plain_steps():
-    """'plain' in float32 and in bfloat16."""
+    """Returns `whole_step` of 'plain' in float32 and in bfloat16."""
     return whole_step(), whole_step(dtype="bfloat16")
 
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_mov
 import pytest
 
 from pemoe_jax.core import routing
@@ -13,14 +14,13 @@ from pemoe_jax.core.kernels import mov
 from pemoe_jax.core.routing import Router
 
 
-def fused(y, kernel, vectors, weights=None):
-    """The kernels' product, with all tokens in the sums."""
-    weights = jnp.ones(y.shape[:2]) if weights is None else weights
-    return mov.route_and_scale(y, kernel, vectors, weights, True)[0]
+def fused(y, kernel, vectors):
+    """Returns the kernels' product."""
+    return mov.route_and_scale(y, kernel, vectors, jnp.ones(y.shape[:2]), True)[0]
 
 
 def plain(y, kernel, vectors):
-    return mov.plain_route_and_scale(y, kernel, vectors, jnp.ones(y.shape[:2]))[0]
+    return plain_mov.route_and_scale(y, kernel, vectors, jnp.ones(y.shape[:2]))[0]
 
 
 def draw(shape, experts, dtype=jnp.float32):
@@ -38,7 +38,7 @@ def value_and_gradients(function, y, kernel, vectors, g):
 
 
 def assert_close(actual, expected, tolerance):
-    """Equal shapes and dtypes; values within a share of the largest element."""
+    """Asserts equal shapes and dtypes, and values within a fraction of the largest one."""
     for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -65,8 +65,8 @@ def test_equals_the_plain_form(shape, experts):
 
 @pytest.mark.parametrize("shape", [(2, 37, 3, 24), (2, 37, 300)], ids=["heads", "features"])
 def test_bfloat16(shape):
-    """Bounded by 2⁻⁶ of the largest against the plain form, which rounds as often, and by 2⁻⁷
-    against the exact one: gradients are rounded to 8 bits on the way and at the end.
+    """Within 2⁻⁶ of the largest value of the plain form, which has as many roundings; within 2⁻⁷ of
+    the exact result, since gradients are rounded to 8 bits twice.
     """
     args = draw(shape, 10, jnp.bfloat16)
     actual = jax.jit(functools.partial(value_and_gradients, fused))(*args)
@@ -77,7 +77,7 @@ def test_bfloat16(shape):
 
 
 def test_sums_over_rows_in_parts(monkeypatch):
-    """9 tiles of rows: programs sum over 3 or 5 each, the last one over the rest."""
+    """9 tiles of rows: each program sums over 3 or 5, the last one over the rest."""
     monkeypatch.setattr(mov, "_MAX_PROGRAMS", 6)
     for shape in ((3, 180, 2, 8), (3, 180, 260)):
         args = draw(shape, 3)
@@ -87,7 +87,7 @@ def test_sums_over_rows_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(2, 137, 3, 24), (2, 37, 300)], ids=["heads", "features"])
 def test_sums(shape):
-    """Over several tiles of rows, without the tokens of weight 0; and they have no gradient."""
+    """Sums span several tiles of rows, ignore tokens of weight 0 and have no gradient."""
     y, kernel, vectors, g = draw(shape, 10)
     weights = jnp.asarray(np.random.default_rng(1).random(shape[:2]) < 0.7, jnp.float32)
 
@@ -95,7 +95,7 @@ def test_sums(shape):
         return mov.route_and_scale(y, kernel, vectors, weights, True)
 
     (_, sums), pullback = jax.vjp(run, y, kernel, vectors)
-    _, expected = mov.plain_route_and_scale(y, kernel, vectors, weights)
+    _, expected = plain_mov.route_and_scale(y, kernel, vectors, weights)
     np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(pullback((g, sums)), pullback((g, jnp.zeros_like(sums))), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -133,8 +133,8 @@ def test_under_transformations(around):
 def test_lowers_for_a_gpu(features, experts, dtype):
     """T5 v1.1's layers, Large to XXL, become Triton kernels: one forward and one backward, or two.
 
-    The number of tokens leaves some programs with fewer tiles than others. If tiles divide the
-    sizes, y is not copied into a padded array.
+    With this number of tokens, some programs have fewer tiles than others. Where tiles divide
+    the sizes, y is not copied into a padded array.
     """
     y = jax.ShapeDtypeStruct((7, 1024, *features), dtype)
     kernel = jax.ShapeDtypeStruct((features[-1], experts), jnp.float32)
@@ -155,16 +155,16 @@ def test_lowers_for_a_gpu(features, experts, dtype):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """Pretends that there is a GPU; returns the list of calls."""
+    """Uses the kernels, interpreted, as on a GPU; returns the list of their calls."""
     calls = []
     function = functools.partial(mov.route_and_scale, interpret=True)
 
-    def counted(*args):
+    def record_call(*args):
         calls.append(args)
         return function(*args)
 
     monkeypatch.setattr(mov, "is_supported", lambda: True)
-    monkeypatch.setattr(mov, "route_and_scale", counted)
+    monkeypatch.setattr(mov, "route_and_scale", record_call)
     return calls
 
 
@@ -222,7 +222,7 @@ def test_probabilities_are_computed_without_the_kernels(on_a_gpu):
 
 
 def test_the_kernels_replace_the_router(on_a_gpu):
-    """Outside the kernels, nothing computes a softmax or a product."""
+    """The layer has no softmax and no product outside of the kernels."""
     module, shape = layer((2, 3, 7)), (2, 3, 7)
     x, y = jnp.ones((2, 3, 5)), jnp.ones(shape)
     params = jax.eval_shape(module.init, jax.random.key(0), x, y)["params"]
@@ -230,8 +230,8 @@ def test_the_kernels_replace_the_router(on_a_gpu):
     def run(params, y):
         return module.apply({"params": params}, x, y, mutable=["routers"])
 
-    outside = [equation.primitive.name for equation in jax.make_jaxpr(run)(params, y).eqns]
-    assert on_a_gpu and "exp" not in outside and "dot_general" not in outside
+    primitives = [equation.primitive.name for equation in jax.make_jaxpr(run)(params, y).eqns]
+    assert on_a_gpu and "exp" not in primitives and "dot_general" not in primitives
 
 
 def test_jitter_is_noise_only_in_training():
