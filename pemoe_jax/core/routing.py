@@ -98,13 +98,8 @@ class Router(nn.Module):
         """Routes features [B, L, ..., D] or, for sentences, [B, D]."""
         self._check()
         tokens = tokens or Tokens()
-        kernel = params_lib.param(
-            self,
-            "kernel",
-            self.kernel_init,
-            (features.shape[-1], self.num_experts),
-            (self.feature_axis, "expert"),
-        )
+        shape, axes = (features.shape[-1], self.num_experts), (self.feature_axis, "expert")
+        kernel = params_lib.param(self, "kernel", self.kernel_init, shape, axes)
         features = features.astype(jnp.float32)
         if self.has_noise(tokens):
             low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise

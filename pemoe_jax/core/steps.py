@@ -108,8 +108,6 @@ def apply_model(
     """Returns the logits [B, L, V] of a batch, packed or not.
 
     Args:
-      model: the network.
-      params: its parameters.
       batch: arrays [B, L] under T5X's names, and optionally sentence_embeddings [B, S].
       dropout_rng: dropout key; None disables dropout.
       options: arguments of the network or of Linen's `apply`; with `mutable`, the result is a pair
@@ -205,8 +203,6 @@ def loss_and_grads(
     microbatches: the normalizer is that of the whole batch.
 
     Args:
-      model: the network.
-      loss: settings.
       trainable, frozen: the two parts of the parameters.
       batch: arrays [B, L] under T5X's names.
       rng: dropout key; None disables dropout.
@@ -281,9 +277,6 @@ def make_train_step(
     """Returns step(state, frozen, batch, rng) -> (state, metrics); jitted, the state is donated.
 
     Args:
-      model: the network.
-      optimizer: of the trainable parameters.
-      loss: settings.
       microbatches: see `loss_and_grads`.
       router_metrics: whether metrics include `routers` [routers, 6], the `routing.STATISTICS` of
         each of `router_paths`; all other metrics are scalars. If False, XLA drops the statistics
@@ -338,8 +331,6 @@ def score_choices(model: network.Transformer, params: Params, batch: Batch) -> A
     nats, not normalized by length.
 
     Args:
-      model: the network.
-      params: its parameters.
       batch: encoder_input_tokens [B, L]; decoder_input_tokens and decoder_target_tokens
         [B, C, Lt]; sentence_embeddings [B, S] for routers that read them. Choices that only pad a
         row are all zeros.

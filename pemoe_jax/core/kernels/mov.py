@@ -67,8 +67,7 @@ def route_and_scale(
       of p, of 1 where p is largest, of p's entropy and of log(Z)². The last two are the same in all
       columns. The sums have no gradient.
     """
-    out, sums, _ = _Layer(y, kernel, interpret).forward(y, kernel, vectors, weights)
-    return out, sums
+    return _vjp_forward(y, kernel, vectors, weights, interpret)[0]
 
 
 _Saved = tuple[Array, Array, Array, Array | None]
@@ -98,21 +97,15 @@ def _pad(x: Array, *shape: int) -> Array:
 
 
 # The axes of the kernels' arrays. Each of the 'row programs' sums over a part of the rows.
-_ACTIVATION = ("rows", "heads", "features")
-_PARAMETER_GRADIENT = ("row programs", "heads", "features", "columns")
 _AXES = {
-    "y": _ACTIVATION,
-    "grad": _ACTIVATION,
-    "out": _ACTIVATION,
-    "grad_y": _ACTIVATION,
+    **dict.fromkeys(("y", "grad", "out", "grad_y"), ("rows", "heads", "features")),
     "weights": ("rows", "one"),
     "kernel": ("parts", "features", "columns"),
     "vectors": ("heads", "parts", "features", "columns"),
-    "probs": ("rows", "heads", "columns"),
-    "grad_logits": ("rows", "heads", "columns"),
+    **dict.fromkeys(("probs", "grad_logits"), ("rows", "heads", "columns")),
     "sums": ("row programs", "heads", "sums", "columns"),
-    "grad_kernel": _PARAMETER_GRADIENT,
-    "grad_vectors": _PARAMETER_GRADIENT,
+    "grad_kernel": ("row programs", "heads", "features", "columns"),
+    "grad_vectors": ("row programs", "heads", "features", "columns"),
 }
 _FLOAT32 = ("weights", "probs", "sums", "grad_kernel", "grad_vectors")  # whatever y's dtype is
 
@@ -258,20 +251,18 @@ class _Layer:
             dtype = jnp.float32 if name in _FLOAT32 else self.dtype
             return jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in _AXES[name]), dtype)
 
-        def over_rows(body: Callable[[object, Carry], Carry], start: Carry) -> Carry:
-            left = self.row_tiles - row_tiles * pl.program_id(grid_axes.index("rows"))
+        def loop(
+            count: Index, size: int, body: Callable[[object, Carry], Carry], start: Carry
+        ) -> Carry:
             return jax.lax.fori_loop(
-                0,
-                jnp.minimum(row_tiles, left),
-                lambda i, carry: body(pl.ds(i * _ROW_TILE, _ROW_TILE), carry),
-                start,
+                0, count, lambda i, carry: body(pl.ds(i * size, size), carry), start
             )
 
-        def over_features(body: Callable[[object, Carry], Carry], start: Carry) -> Carry:
-            tile = self.feature_tile
-            return jax.lax.fori_loop(
-                0, self.feature_tiles, lambda i, carry: body(pl.ds(i * tile, tile), carry), start
-            )
+        def over_rows(body: Callable[[object, Carry], Carry], start: Carry) -> Carry:
+            left = self.row_tiles - row_tiles * pl.program_id(grid_axes.index("rows"))
+            return loop(jnp.minimum(row_tiles, left), _ROW_TILE, body, start)
+
+        over_features = functools.partial(loop, self.feature_tiles, self.feature_tile)
 
         def run(**inputs: Array) -> list[Array]:
             program = _Program(self.experts, over_rows, over_features, self.interpret)
@@ -368,21 +359,32 @@ def _scale_grad(grad: Array, y: Array) -> Array:
     return (grad.astype(jnp.float32) * y.astype(jnp.float32)).astype(y.dtype)
 
 
-def _backward_tile(
+def _store_gradients(
     program: _Program,
-    tile: tuple[Array, Array, Array, Array],
-    kernel: Sequence[Array],
-    vectors: Sequence[Array],
-    sums: tuple[Array, Array],
-) -> tuple[Array, tuple[Array, Array]]:
-    """Returns the gradient of a tile of y, and adds those of kernel and vectors to their sums."""
-    y, grad, probs, grad_logits = tile  # all in y's dtype
-    grad_y = grad.astype(jnp.float32) * program.times(probs, vectors, 1)  # through the product
-    grad_y += program.times(grad_logits, kernel, 1)  # through the logits
-    grad_kernel, grad_vectors = sums
-    grad_kernel += program.dot(y, grad_logits, 0, 0)
-    grad_vectors += program.dot(_scale_grad(grad, y), probs, 0, 0)
-    return grad_y.astype(y.dtype), (grad_kernel, grad_vectors)
+    kernel: Ref,
+    vectors: Ref,
+    outputs: Sequence[Ref],
+    load_tile: Callable[..., tuple[Array, ...]],
+) -> None:
+    """Writes the gradients of y, kernel and vectors.
+
+    `load_tile(rows, parts of kernel, parts of vectors)` returns rows of y, of the output's
+    gradient, of the probabilities and of the logits' gradient, all in y's dtype.
+    """
+    grad_y, grad_kernel, grad_vectors = outputs
+    k, v = _parts(kernel), _parts(vectors)
+
+    def add(rows: object, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        y, grad, probs, grad_logits = load_tile(rows, k, v)
+        tile = grad.astype(jnp.float32) * program.times(probs, v, 1)  # through the product
+        tile += program.times(grad_logits, k, 1)  # through the logits
+        kernel_sum = sums[0] + program.dot(y, grad_logits, 0, 0)
+        vectors_sum = sums[1] + program.dot(_scale_grad(grad, y), probs, 0, 0)
+        grad_y[rows, :] = tile.astype(y.dtype)
+        return kernel_sum, vectors_sum
+
+    zeros = jnp.zeros(grad_kernel.shape, jnp.float32)
+    grad_kernel[...], grad_vectors[...] = program.over_rows(add, (zeros, zeros))
 
 
 def _forward_kernel(
@@ -404,28 +406,16 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    program: _Program,
-    y: Ref,
-    grad: Ref,
-    kernel: Ref,
-    vectors: Ref,
-    grad_y: Ref,
-    grad_kernel: Ref,
-    grad_vectors: Ref,
+    program: _Program, y: Ref, grad: Ref, kernel: Ref, vectors: Ref, *outputs: Ref
 ) -> None:
-    k, v = _parts(kernel), _parts(vectors)
-
-    def add(rows: object, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+    def load_tile(rows: object, k: list[Array], v: list[Array]) -> tuple[Array, ...]:
         tile, tile_grad = y[rows, :], grad[rows, :]
         probs, _ = _softmax(program.times(tile, k, 0), program.experts)
         grad_probs = program.times(_scale_grad(tile_grad, tile), v, 0)
         grad_logits = _softmax_grad(probs, grad_probs).astype(tile.dtype)
-        arrays = tile, tile_grad, probs.astype(tile.dtype), grad_logits
-        grad_y[rows, :], sums = _backward_tile(program, arrays, k, v, sums)
-        return sums
+        return tile, tile_grad, probs.astype(tile.dtype), grad_logits
 
-    zeros = jnp.zeros(grad_kernel.shape, jnp.float32)
-    grad_kernel[...], grad_vectors[...] = program.over_rows(add, (zeros, zeros))
+    _store_gradients(program, kernel, vectors, outputs, load_tile)
 
 
 def _route_kernel(
@@ -468,17 +458,10 @@ def _backward_scale_kernel(
     grad_logits: Ref,
     kernel: Ref,
     vectors: Ref,
-    grad_y: Ref,
-    grad_kernel: Ref,
-    grad_vectors: Ref,
+    *outputs: Ref,
 ) -> None:
-    k, v = _parts(kernel), _parts(vectors)
+    def load_tile(rows: object, *parts: list[Array]) -> tuple[Array, ...]:
+        tile_probs = probs[rows, :].astype(y.dtype)
+        return y[rows, :], grad[rows, :], tile_probs, grad_logits[rows, :]
 
-    def add(rows: object, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        p = probs[rows, :].astype(y.dtype)
-        arrays = y[rows, :], grad[rows, :], p, grad_logits[rows, :]
-        grad_y[rows, :], sums = _backward_tile(program, arrays, k, v, sums)
-        return sums
-
-    zeros = jnp.zeros(grad_kernel.shape, jnp.float32)
-    grad_kernel[...], grad_vectors[...] = program.over_rows(add, (zeros, zeros))
+    _store_gradients(program, kernel, vectors, outputs, load_tile)
