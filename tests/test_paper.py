@@ -1,4 +1,4 @@
-"""gin/paper: the configuration of each documented command; gin/sweeps: the runs of each list."""
+"""gin/paper: the configuration of each documented command; gin/sweeps: the runs of each sweep."""
 
 import pathlib
 import re
@@ -43,7 +43,7 @@ TABLE: dict[str, tuple[str, int, int | None, int, dict, dict]] = {
     "mov_10_rate_1e-3": ("mov", 10, None, MOV * 10, {}, {"LEARNING_RATE": 1e-3}),
     "mov_10_steps": ("mov", 10, None, MOV * 10, {}, {"KEEP_CHECKPOINTS": None}),
 }
-NO_EXPERIMENTS = {"settings", "evaluate", "size_770m", "size_3b", "size_11b"}
+OTHER_FILES = {"settings", "evaluate", "size_770m", "size_3b", "size_11b"}
 # From the paper's code: configs/*.gin, scripts/*_train.sh.
 SHARED = {
     "BATCH_SIZE": 32,
@@ -88,7 +88,7 @@ def macro(name: str):
 
 
 def test_every_experiment_is_in_the_table():
-    assert {file.stem for file in PAPER.glob("*")} == set(TABLE) | NO_EXPERIMENTS
+    assert {file.stem for file in PAPER.glob("*")} == set(TABLE) | OTHER_FILES
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -156,7 +156,7 @@ def test_figures_have_a_source():
         ("paper_sensitivity", 1 + 5),
     ],
 )
-def test_lists(name, runs, tmp_path):
+def test_sweeps(name, runs, tmp_path):
     more = [] if name.startswith("quickstart") else ["--gin.INITIAL_CHECKPOINT_PATH=x"]
     arguments = sweep.expand_argument_files([f"@sweeps/{name}.txt", f"--output={tmp_path}", *more])
     rest, bindings = gin_flags.split_bindings(arguments)
@@ -165,7 +165,7 @@ def test_lists(name, runs, tmp_path):
     assert f"@sweeps/{name}.txt" in (PAPER.parent / "sweeps" / f"{name}.txt").read_text()
 
 
-def test_every_list_is_tested():
+def test_every_sweep_is_tested():
     assert {file.stem for file in (PAPER.parent / "sweeps").glob("*")} == {
         *("quickstart_routing", "paper_experts", "paper_routing", "paper_sensitivity")
     }

@@ -156,12 +156,8 @@ def method_label(
 ) -> str:
     """Returns the method with its experts, rank and routing, such as 'mov-10 top-2'.
 
-    Sizes that differ between sites are joined: 'molora-10 r4/8'.
-
-    Args:
-      method: name of the method.
-      shapes: path -> array or shape, of all parameters.
-      adapters: the adapters as described by `core.adapters.describe`; None omits the routing.
+    Sizes that differ between sites are joined: 'molora-10 r4/8'. Without `adapters`, a description
+    by `core.adapters.describe`, the routing is omitted.
     """
 
     def last_axes(ending: str) -> str:

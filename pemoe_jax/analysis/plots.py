@@ -66,17 +66,11 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
         raise InputError(f"{metrics}: expected lines with {list(_LOSS_PANELS)}, got none")
 
     heights = [_LOSS_PANELS[metric][1] for metric in series]
-    figure, axes = import_pyplot().subplots(
-        len(series),
-        1,
-        sharex=True,
-        squeeze=False,
-        figsize=(7.5, 0.9 + 1.25 * sum(heights)),
-        height_ratios=heights,
-        layout="constrained",
-    )
+    size = (7.5, 0.9 + 1.25 * sum(heights))
+    figure = import_pyplot().figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(series), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     color = COLORS[0]
-    for axis, (metric, curves) in zip(axes[:, 0], series.items(), strict=True):
+    for axis, (metric, curves) in zip(axes, series.items(), strict=True):
         for name, curve in curves.items():
             steps, values = curve.T
             if name.startswith("eval/"):
@@ -93,13 +87,13 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
         axis.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
         if metric == "learning_rate":
             axis.set_ylim(bottom=0)
-    axes[-1, 0].set_xlabel("step")
+    axes[-1].set_xlabel("step")
     # Short runs would get ticks at fractions of a step.
-    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 1:
-        axes[0, 0].legend(handles, labels, frameon=False, fontsize=9)
-    axes[0, 0].set_title(title, loc="left", fontweight="bold")
+        axes[0].legend(handles, labels, frameon=False, fontsize=9)
+    axes[0].set_title(title, loc="left", fontweight="bold")
     return save_figure(figure, png)
 
 
@@ -223,14 +217,9 @@ def _draw_map_panel(axis: Axes, image: np.ndarray, limit: float) -> AxesImage:
     from matplotlib import colormaps
 
     rows, experts = image.shape
-    axes_image = axis.imshow(
-        image,
-        aspect="auto",
-        cmap=colormaps["PuOr_r"].with_extremes(bad="white"),
-        vmin=-limit,
-        vmax=limit,
-        interpolation="none",
-    )
+    colors = colormaps["PuOr_r"].with_extremes(bad="white")
+    scale = {"vmin": -limit, "vmax": limit}
+    axes_image = axis.imshow(image, colors, aspect="auto", interpolation="none", **scale)
     # White grid lines at the minor ticks separate the cells.
     axis.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(rows + 1) - 0.5, minor=True)

@@ -43,11 +43,7 @@ count.configured_count.trainable = %TRAINABLE
 def configured_count(
     model: "network.Transformer | None", method: str | None, trainable: Sequence[str] | None
 ) -> "counts.ParameterCount":
-    """Counts the parameters of the model that the gin files configure.
-
-    Raises:
-      InputError: no model or method is configured, or a pattern in `trainable` matches nothing.
-    """
+    """Counts the parameters of the model that the gin files configure."""
     if model is None:
         raise InputError("MODEL is not set: pass --gin_file=models/…")
     if not trainable:
@@ -66,7 +62,7 @@ def count(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     Raises:
       InputError: see `gin_flags.load_config` and `configured_count`.
     """
-    # Imported here: --help answers before jax is imported.
+    # Imported here, so that --help does not import jax.
     from pemoe_jax.analysis import counts, tables
 
     if args.gin_file or args.gin_bindings or bindings:

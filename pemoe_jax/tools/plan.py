@@ -88,11 +88,7 @@ def configured_step(
     optimizer: "Callable[[optax.Schedule], optax.GradientTransformation]",
     frozen_dtype: str,
 ) -> "tuple[network.Transformer, str, Sequence[str], optax.GradientTransformation, str]":
-    """Returns the arguments that gin files configure, with a constructed optimizer.
-
-    Raises:
-      InputError: no model or method is configured.
-    """
+    """Returns the arguments that gin files configure, with a constructed optimizer."""
     if model is None:
         raise InputError("MODEL is not set: pass --gin_file=models/…")
     if not trainable:
@@ -186,11 +182,7 @@ def _parse_lengths(text: str) -> tuple[int, int]:
 
 
 def parse_memory(text: str | None) -> tuple[str, int] | None:
-    """Parses a device's memory ('v4', '32GB' or '79.6 GiB') and returns its name and bytes.
-
-    Raises:
-      InputError: the text has another form, or the size is 0.
-    """
+    """Returns the name and bytes of a device's memory: 'v4', '32GB' or '79.6 GiB'."""
     if text is None:
         return None
     if size := CHIPS.get(text.lower()):

@@ -68,8 +68,7 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
     """Loads results, and prints and writes the table.
 
     Raises:
-      InputError: a RUN has no results of an evaluation, --only matches no run, a number is
-        negative, or --output cannot be written.
+      InputError: a RUN has no results of an evaluation, or a flag is wrong.
     """
     # Imported here, so that --help does not import numpy.
     from pemoe_jax.analysis.zero_shot import paper_table, paper_table_formats, results
@@ -97,8 +96,7 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
             ) from None
     paper_table_formats.print_paper_table(table, args.format)
     if args.output:
-        files = "report.md, report.csv, report.json, report.png"
-        print(f"in {args.output}: {files}", file=sys.stderr)
+        print(f"in {args.output}: report.md, report.csv, report.json, report.png", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

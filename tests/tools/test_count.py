@@ -189,7 +189,7 @@ def test_arithmetic_of_the_note_on_published_figures():
     assert f"{100 * (60 * (72 * 2 * 4096 + 48 * 10240) + routers) / 11e9:.2f}" == "0.86"
 
 
-# --- one configuration ---
+# --- a configured model ---
 
 
 def test_flags_change_the_count(capsys):

@@ -74,7 +74,7 @@ def test_frozen_matrices_are_bfloat16():
 
 
 def test_model_parallelism_halves_matrices():
-    """Norms are replicated, and routers by head too: K is not sharded."""
+    """Norms are replicated, and so are routers by head, since K is not sharded."""
     trainable = (HEADS + GATES) // 2 + HEAD_ROUTERS
     frozen = (BASE - NORMS) // 2 + NORMS
     assert memory(step(), 1, 2) == (4 * frozen, 4 * trainable, 8 * trainable + COUNTERS)
@@ -179,7 +179,7 @@ def test_bfloat16_halves_the_bytes_of_collectives():
 
 
 def test_arguments_match_the_compiled_step():
-    """XLA counts the bytes of the arguments that the program reads; it reads no positions."""
+    """XLA counts only arguments that the program reads; it does not read positions."""
     arguments = compiled_step.abstract_arguments(step("ia3"), make_mesh(2, 1))
     unread = [v for k, v in arguments.batch.items() if k.endswith("_positions")]
     expected = compiled_step.bytes_per_device(arguments) - compiled_step.bytes_per_device(unread)
@@ -283,7 +283,7 @@ def test_sentence_routers_run_once_per_row():
 
 
 def test_compiled_products_match_the_formula():
-    """In full fine-tuning XLA can leave no product out."""
+    """In full fine-tuning XLA cannot omit any product."""
     once, total = hlo.matrix_product_flops(hlo.parse(compiled("full", 1, 1).as_text()))
     assert once == total == model_flops("full").total
 
@@ -528,7 +528,7 @@ def figure(cell: str) -> tuple[float, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("document", ["README.md", "docs/pods.md"])
 def test_documents_show_what_their_command_prints(xxl, document):
-    """Equal but for the compiler's temporaries, which agree within 3 %."""
+    """All figures are equal, except the compiler's temporaries, which agree within 3 %."""
     text = (ROOT / document).read_text()
     assert XXL in text
     table = cells(text)

@@ -54,7 +54,7 @@ def write(folder: Path, runs: dict[str, dict[str, tuple[str, list[int]]]], **abo
 
 
 def eight(correct: int) -> dict[str, tuple[str, list[int]]]:
-    """Returns one prompt of each of the eight datasets, with so many of ten answers correct."""
+    """Returns a prompt of each of the eight datasets; `correct` of ten answers are correct."""
     return {f"{name}_a": (name, [1] * correct + [0] * (10 - correct)) for name in EIGHT}
 
 
@@ -115,7 +115,7 @@ def test_medians_means_and_anli_by_hand(tmp_path, capsys):
     assert [medians["examples"][c] for c in columns[3:]] == ["20", "20", "", "2"]
 
 
-def test_other_datasets_are_averaged_if_there_are_no_others(tmp_path, capsys):
+def test_other_datasets_are_averaged_without_the_papers(tmp_path, capsys):
     write(tmp_path, {"first": {"b_1": ("b", [1, 0]), "a_1": ("a", [1, 1])}})
     medians = table(printed(capsys, tmp_path), "median")
     assert list(medians["first"])[3:] == ["a", "b", "average"]
@@ -148,9 +148,9 @@ def test_training_datasets_may_be_unknown(tmp_path):
     )
 
 
-def test_runs_are_merged_and_chosen(tmp_path, capsys):
+def test_runs_are_merged_and_selected(tmp_path, capsys):
     first = write(tmp_path / "a", {"x": eight(6), "y": eight(7)})
-    second = write(tmp_path / "b", {"x": eight(8)})  # the same name, checkpoint and step: the last
+    second = write(tmp_path / "b", {"x": eight(8)})  # replaces x of the first
     other = write(tmp_path / "c", {"x": eight(9)}, step=10)
     medians = table(printed(capsys, first, second / "results.json", other), "median")
     averages = {name: row["average"] for name, row in medians.items()}
@@ -204,7 +204,7 @@ def test_missing_predictions_leave_intervals_out(tmp_path, capsys):
 def seeded(
     folder: Path, correct_by_seed: dict[int, int], settings: str = "abc", **about
 ) -> list[Path]:
-    """Writes an evaluation for each seed, with so many of ten answers correct."""
+    """Writes an evaluation for each seed; the given number of ten answers is correct."""
     return [
         write(
             folder / f"{settings}{seed}",
@@ -481,7 +481,7 @@ def test_wrong_flags_are_a_one_line_error(tmp_path, capsys, flags, message):
     assert re.search(message, error) and error.count("\n") == 1, error
 
 
-# --- what evaluate records for it ---
+# --- what `pemoe evaluate` records for the report ---
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,11 @@ def estimate_cost(step: TrainStep, layout: MeshLayout, every_layer: bool = False
     state = arguments.state
     trees = (arguments.frozen, state.params, (state.opt_state, state.step), arguments.batch)
     memory = [*map(bytes_per_device, trees), totals["temporaries"]]
+    compiled = "the whole model"
+    if len(depths) > 1:
+        layers = ", ".join(f"{encoder}+{decoder}" for encoder, decoder in depths)
+        compiled = f"{layers} encoder and decoder layers, extrapolated to"
+        compiled += f" {config.num_encoder_layers}+{config.num_decoder_layers}"
     return StepCost(
         layout=str(layout),
         devices=layout.devices,
@@ -112,16 +117,12 @@ def estimate_cost(step: TrainStep, layout: MeshLayout, every_layer: bool = False
         flops=totals["flops"],
         model_flops=model_flops(step),
         tokens=step.batch_size * sum(step.lengths),
-        compiled=_describe_depths(depths, config),
+        compiled=compiled,
     )
 
 
 def make_mesh(step: TrainStep, layout: MeshLayout) -> Mesh:
-    """Returns a mesh of virtual devices.
-
-    Raises:
-      InputError: jax has too few devices, or they cannot divide the batch evenly.
-    """
+    """Returns a mesh of virtual devices; raises InputError if it does not fit them or the batch."""
     devices = jax.devices("cpu")
     if len(devices) < layout.devices:
         raise InputError(
@@ -149,15 +150,14 @@ def abstract_arguments(step: TrainStep, mesh: Mesh, fsdp: bool = False) -> StepA
             return array
         return quantized.quantized_shape(array, step.frozen_dtype)
 
-    arrays = {path: abstract(path) for path in shapes}
-    params = params_lib.unflatten({path: arrays[path] for path in shapes if path in trainable})
-    frozen = params_lib.unflatten({path: arrays[path] for path in shapes if path not in trainable})
+    arrays = params_lib.unflatten({path: abstract(path) for path in shapes})
+    params, frozen = params_lib.split(arrays, step.trainable)
     if model.config.scan_layers:
         frozen = network.stack_layers(model, frozen, stacks.stack_abstract)
     state = jax.eval_shape(lambda p: steps.TrainState.create(p, step.optimizer), params)
     # eval_shape drops shardings.
     state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        lambda leaf, sharding: leaf.update(sharding=sharding),
         state,
         partitioning.state_shardings(state, shardings, mesh),
     )
@@ -183,9 +183,7 @@ def compile_step(
         state_sharding=jax.tree.map(lambda leaf: leaf.sharding, arguments.state),
     )
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    rng = jax.ShapeDtypeStruct(
-        rng.shape, rng.dtype, sharding=partitioning.replicated_sharding(mesh)
-    )
+    rng = rng.update(sharding=partitioning.replicated_sharding(mesh))
     with partitioning.use_mesh(mesh, partitioning.axis_rules(fsdp)):
         lowered = train_step.lower(arguments.state, arguments.frozen, arguments.batch, rng)  # type: ignore[attr-defined]
         return compile_lowered(lowered, **options)
@@ -205,12 +203,9 @@ def compiled_depths(config: network.T5Config, every_layer: bool = False) -> list
     shallow = (min(encoder, SHALLOW), min(decoder, SHALLOW))
     if encoder == decoder:
         return [shallow, (DEEPER, DEEPER)]
-    depths = [shallow]
-    if encoder > SHALLOW:
-        depths.append((min(encoder, DEEPER), shallow[1]))
-    if decoder > SHALLOW:
-        depths.append((shallow[0], min(decoder, DEEPER)))
-    return depths
+    deeper = (min(encoder, DEEPER), min(decoder, DEEPER))
+    # A stack of at most SHALLOW layers yields no further depth.
+    return list(dict.fromkeys([shallow, (deeper[0], shallow[1]), (shallow[0], deeper[1])]))
 
 
 def extrapolate(
@@ -306,11 +301,3 @@ def _measure(step: TrainStep, mesh: Mesh, fsdp: bool) -> dict[str, float]:
     for kind, (arrays, size) in hlo.collectives(program).items():
         measured |= {f"{kind} arrays": arrays, f"{kind} bytes": size}
     return measured
-
-
-def _describe_depths(depths: Sequence[tuple[int, int]], config: network.T5Config) -> str:
-    if len(depths) == 1:
-        return "the whole model"
-    layers = ", ".join(f"{encoder}+{decoder}" for encoder, decoder in depths)
-    goal = f"{config.num_encoder_layers}+{config.num_decoder_layers}"
-    return f"{layers} encoder and decoder layers, extrapolated to {goal}"

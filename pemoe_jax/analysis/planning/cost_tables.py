@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pemoe_jax.analysis.planning.flops import StepFlops
 from pemoe_jax.analysis.planning.hlo import COLLECTIVES
@@ -45,11 +45,7 @@ class MeshLayout:
 
     @classmethod
     def parse(cls, text: str, fsdp: bool = False) -> MeshLayout:
-        """Parses '4x8' or '32x1:fsdp'.
-
-        Raises:
-          InputError: the text has another form.
-        """
+        """Parses '4x8' or '32x1:fsdp'; raises InputError for any other form."""
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(:fsdp)?", text)
         if not match:
             raise InputError(f"--mesh must be DATAxMODEL or DATAxMODEL:fsdp, got {text!r}")
@@ -99,7 +95,7 @@ class Chip:
     """A device with its memory in bytes."""
 
     name: str
-    memory: int = field(compare=False)
+    memory: int
 
 
 def to_tables(title: str, costs: Sequence[StepCost], chip: Chip | None) -> list[Table]:

@@ -87,13 +87,13 @@ def _multiplications(
     rows: int,
     router_reads: Mapping[str, str | None],
 ) -> int:
-    """Returns how many times an element of the parameter is multiplied by an activation."""
+    """Returns how many multiplications with activations a parameter takes in a batch."""
     size = math.prod(shape)
     # Keys and values of cross-attention are projections of the encoder's output.
     reads_inputs = path.startswith("encoder/") or re.search(
         r"/encoder_decoder_attention/(key|value)(_adapter)?/", path
     )
-    per_token = size * tokens[0 if reads_inputs else 1]
+    by_tokens = size * tokens[0 if reads_inputs else 1]
     if path.endswith("/router/kernel"):
         site = path.removesuffix("_adapter/router/kernel").rpartition("/")[2]
         vectors = shapes.get(path.replace("/router/kernel", "/vectors"))
@@ -103,11 +103,11 @@ def _multiplications(
             return size * rows
         # MoV at key and value: vectors [H, E, K], and one kernel [K, E] applied to each head.
         is_by_head = reads == "y" and len(vectors_shape) == 3
-        return per_token * (vectors_shape[0] if is_by_head else 1)
+        return by_tokens * (vectors_shape[0] if is_by_head else 1)
     if path.endswith("/vectors"):
         # A single (IA)³ vector is an elementwise product; a mixture [.., E, ..] is a matrix.
         has_router = path.replace("/vectors", "/router/kernel") in shapes
-        return per_token if has_router else 0
+        return by_tokens if has_router else 0
     if path.endswith(("/kernel", "/lora_a", "/lora_b")):
-        return per_token
+        return by_tokens
     return 0  # embedding lookups, norm scales and position biases

@@ -47,13 +47,8 @@ def resampled_accuracies(
 
     rng = np.random.default_rng([seed, zlib.crc32(dataset.encode())])
     chunk = max(1, _MAX_DRAWN // len(indices))
-    return np.concatenate(
-        [
-            _median_and_mean(correct, count, rng, min(chunk, draws - start))
-            for start in range(0, draws, chunk)
-        ],
-        axis=1,
-    )
+    sizes = [min(chunk, draws - start) for start in range(0, draws, chunk)]
+    return np.concatenate([_median_and_mean(correct, count, rng, size) for size in sizes], axis=1)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -75,6 +70,6 @@ def _median_and_mean(
     with np.errstate(invalid="ignore"):  # NaN for a prompt of which no example was drawn
         accuracies = (weights @ correct.T) / (weights @ count.T)  # [draws, prompts]
     # The NaN functions are several times slower and rarely needed.
-    if np.isnan(accuracies).any():
-        return np.stack([np.nanmedian(accuracies, axis=1), np.nanmean(accuracies, axis=1)])
-    return np.stack([np.median(accuracies, axis=1), np.mean(accuracies, axis=1)])
+    has_nan = np.isnan(accuracies).any()
+    functions = (np.nanmedian, np.nanmean) if has_nan else (np.median, np.mean)
+    return np.stack([function(accuracies, axis=1) for function in functions])

@@ -122,8 +122,6 @@ class PaperTable:
         return [*self.columns[:index], AVERAGE, *self.columns[index:]]
 
 
-# column -> task -> result
-_ByColumn = dict[str, dict[str, JsonObject]]
 # column -> median and mean of resampled examples [2, draws]
 _Resampled = dict[str, np.ndarray]
 
@@ -147,25 +145,22 @@ def build_paper_table(
     Raises:
       InputError: predictions do not match the results.
     """
-    tasks = [_group_by_column(run) for run in runs]
-    existing = {name for by_column in tasks for name in by_column}
+    existing = {column for run in runs for column in _tasks_by_column(run)}
     paper_columns = [name for name in published_figures.COLUMNS if name in existing or with_paper]
     columns = paper_columns + sorted(existing - set(paper_columns))
     averaged = paper_columns or columns
-    groups = [[i] for i in range(len(runs))] if seeds_apart else run_settings.group_by_seed(runs)
+    groups = [[run] for run in runs] if seeds_apart else run_settings.group_by_seed(runs)
     # Labels are made unique after grouping, since the seeds of one row may share a name.
-    names = result_tables.run_labels(
-        [run_settings.representative([runs[i] for i in group]) for group in groups]
-    )
+    names = result_tables.run_labels(list(map(run_settings.representative, groups)))
     rows = []
     for name, group in zip(names, groups, strict=True):
-        resampled = [_resample(runs[i], tasks[i], draws, seed) for i in group]
+        resampled = [_resample(run, draws, seed) for run in group]
         members = [
-            _row(name, runs[i], tasks[i], averaged, accuracies)
-            for i, accuracies in zip(group, resampled, strict=True)
+            _row(name, run, averaged, accuracies)
+            for run, accuracies in zip(group, resampled, strict=True)
         ]
         if len(group) > 1:
-            seeds = tuple(runs[i]["seed"] for i in group)
+            seeds = tuple(run["seed"] for run in group)
             members = [_mean_over_seeds(members, seeds, averaged, resampled)]
         rows += members
     if with_paper:
@@ -177,17 +172,18 @@ def _column(dataset: str) -> str:
     return _PAPER_COLUMNS.get(dataset, dataset)
 
 
-def _group_by_column(run: JsonObject) -> _ByColumn:
-    grouped: _ByColumn = {}
+def _tasks_by_column(run: JsonObject) -> dict[str, dict[str, JsonObject]]:
+    """Returns column -> task -> result."""
+    grouped: dict[str, dict[str, JsonObject]] = {}
     for name, task in run["tasks"].items():
         grouped.setdefault(_column(task["dataset"]), {})[name] = task
     return grouped
 
 
-def _resample(run: JsonObject, by_column: _ByColumn, draws: int, seed: int) -> _Resampled:
+def _resample(run: JsonObject, draws: int, seed: int) -> _Resampled:
     """Returns resampled accuracies in % of the columns whose tasks all have predictions."""
     resampled: _Resampled = {}
-    for column, tasks in by_column.items() if draws else ():
+    for column, tasks in _tasks_by_column(run).items() if draws else ():
         predictions = (load_predictions(run[PREDICTIONS], *task) for task in tasks.items())
         prompts = [prompt for prompt in predictions if prompt is not None]
         if len(prompts) == len(tasks):
@@ -195,18 +191,12 @@ def _resample(run: JsonObject, by_column: _ByColumn, draws: int, seed: int) -> _
     return resampled
 
 
-def _row(
-    name: str,
-    run: JsonObject,
-    by_column: _ByColumn,
-    averaged: Sequence[str],
-    resampled: _Resampled,
-) -> Row:
+def _row(name: str, run: JsonObject, averaged: Sequence[str], resampled: _Resampled) -> Row:
     datasets = run.get("trained_datasets")
     trained = None if datasets is None else {_column(dataset) for dataset in datasets}
     scores = {
         column: _score(tasks, resampled.get(column), None if trained is None else column in trained)
-        for column, tasks in by_column.items()
+        for column, tasks in _tasks_by_column(run).items()
     }
     share = result_tables.trainable_share(run)
     return Row(
@@ -267,6 +257,7 @@ def _mean_over_seeds(
         if all(column in accuracies for accuracies in resampled)
     }
     average_draws = _mean_draws(draws, [column for column in averaged if column in first.scores])
+    checkpoints = "; ".join(str(row.about["checkpoint"]) for row in members)
     return dataclasses.replace(
         first,
         scores={
@@ -274,17 +265,14 @@ def _mean_over_seeds(
             for column in first.scores
         },
         average=_mean_score([row.average for row in members], average_draws),
-        about=first.about
-        | {"checkpoint": "; ".join(str(row.about["checkpoint"]) for row in members)},
+        about={**first.about, "checkpoint": checkpoints},
         seeds=seeds,
     )
 
 
 def _mean_score(members: Sequence[Score], draws: np.ndarray | None) -> Score:
     values = {
-        measure: tuple(
-            getattr(score, measure) for score in members if getattr(score, measure) is not None
-        )
+        measure: tuple(v for score in members if (v := getattr(score, measure)) is not None)
         for measure in MEASURES
     }
     means = {measure: statistics.fmean(known) for measure, known in values.items() if known}

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from pemoe_jax.analysis import published_figures, tables
 from pemoe_jax.analysis.tables import MISSING, Table
@@ -18,7 +17,7 @@ from pemoe_jax.analysis.zero_shot.results import JsonObject
 from pemoe_jax.runtime import atomic_write
 
 _SCORE_FIELDS = ("median", "mean", "chance", "prompts", "examples", "trained")
-_ABOUT_FIELDS = ("step", "checkpoint", "trainable", "total")
+_NOTE_ON_AVERAGE = "average: over the paper's datasets, without those in the columns after it."
 _NOTE_ON_ANLI = "ANLI: over the prompts of its three rounds together, with equal weights."
 _NOTE_ON_PARTIAL = (
     "† Average over the datasets that the run was evaluated on; not comparable with the others."
@@ -28,8 +27,6 @@ _NOTE_ON_SEEDS = (
     " those of the mean, under other examples and the same seeds."
 )
 _NOTE_ON_TRAINED = "* The run was trained on the dataset, or on one of the average: not zero-shot."
-
-T = TypeVar("T")
 
 
 def print_paper_table(table: PaperTable, format: str) -> None:
@@ -51,7 +48,7 @@ def write_paper_table(table: PaperTable, folder: Path) -> None:
 
 
 def to_tables(table: PaperTable) -> list[Table]:
-    """Returns tables of medians, means and intervals, and of seeds and counts if these differ."""
+    """Returns tables of medians, means and intervals, and if they differ of seeds and counts."""
     result = []
     for measure in MEASURES:
         result.append(_accuracy_table(table, measure))
@@ -79,7 +76,9 @@ def to_csv(table: PaperTable) -> str:
     # The csv module ends lines in \r\n by default.
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(name for name, _ in records[0])
-    writer.writerows([_csv_cell(value) for _, value in record] for record in records)
+    for record in records:
+        # Without int(), True would be written as text; None is written as an empty cell.
+        writer.writerow(int(v) if isinstance(v, bool) else _rounded(v) for _, v in record)
     return text.getvalue()
 
 
@@ -156,7 +155,7 @@ def _csv_record(row: Row, keys: Sequence[str]) -> list[tuple[str, object]]:
             record.append((f"{key}_{measure}_sd", score.deviation(measure)))
             record.append((f"{key}_{measure}_least", min(values, default=None)))
             record.append((f"{key}_{measure}_greatest", max(values, default=None)))
-    record += [(name, row.about.get(name)) for name in _ABOUT_FIELDS]
+    record += [(name, row.about.get(name)) for name in ("step", "checkpoint", "trainable", "total")]
     # Published rows have only the paper's columns, so "complete" would say nothing.
     record += [("complete", None if row.source else row.complete), ("source", row.source)]
     return [*record, ("seeds", " ".join(map(str, row.seeds)))]
@@ -178,7 +177,6 @@ def _bar(row: Row, key: str) -> bar_chart.Bar | None:
 
 def _accuracy_table(table: PaperTable, measure: str) -> Table:
     has_seeds = _has_seeds(table)
-
     opening = ["run", "method", "parameters", *(["seeds"] if has_seeds else [])]
     rows = []
     for row in table.rows:
@@ -235,28 +233,22 @@ def _count_table(table: PaperTable) -> Table:
 
 def _notes(table: PaperTable) -> list[str]:
     runs = _runs(table)
-    notes = []
-    if len(table.columns) > len(table.averaged):
-        notes.append("average: over the paper's datasets; the columns after it are not included.")
-    if "ANLI" in table.columns:
-        notes.append(_NOTE_ON_ANLI)
-    if any(not row.complete for row in runs):
-        notes.append(_NOTE_ON_PARTIAL)
-    if _has_seeds(table):
-        notes.append(_NOTE_ON_SEEDS)
-    if any(score.trained for row in runs for score in _all_scores(row)):
-        notes.append(_NOTE_ON_TRAINED)
-    if any(map(_has_any_interval, runs)):
-        notes.append(
-            f"Intervals: the middle 95 % of {table.draws:,} bootstrap draws of examples, the same"
-            " for all prompts of a dataset; prompts are fixed."
-        )
-    incomplete = [row.name for row in runs if not all(s.intervals for s in row.scores.values())]
-    if table.draws and incomplete:
-        notes.append(f"Intervals left out, as predictions are missing: {', '.join(incomplete)}.")
-    if len(runs) < len(table.rows):
-        notes.append(published_figures.NOTE)
-    return notes
+    intervals = (
+        f"Intervals: the middle 95 % of {table.draws:,} bootstrap draws of examples, the same for"
+        " all prompts of a dataset; prompts are fixed."
+    )
+    without = [row.name for row in runs if not all(s.intervals for s in row.scores.values())]
+    notes = {
+        _NOTE_ON_AVERAGE: len(table.columns) > len(table.averaged),
+        _NOTE_ON_ANLI: "ANLI" in table.columns,
+        _NOTE_ON_PARTIAL: any(not row.complete for row in runs),
+        _NOTE_ON_SEEDS: _has_seeds(table),
+        _NOTE_ON_TRAINED: any(score.trained for row in runs for score in _all_scores(row)),
+        intervals: any(map(_has_any_interval, runs)),
+        f"No intervals, as predictions are missing: {', '.join(without)}.": table.draws and without,
+        published_figures.NOTE: len(runs) < len(table.rows),
+    }
+    return [note for note, applies in notes.items() if applies]
 
 
 def _runs(table: PaperTable) -> list[Row]:
@@ -302,7 +294,7 @@ def _values(table: PaperTable, key: str, name: str) -> list[float | None]:
 
 
 def _ranges(table: PaperTable, name: str, number_format: str) -> list[str]:
-    """Returns the range of a field over the runs by column; of averages only that of chance."""
+    """Returns a field's range over the runs for each column; for the average only of chance."""
     return [
         format_range(_values(table, key, name), number_format.format)
         if key != AVERAGE or name == "chance"
@@ -311,12 +303,6 @@ def _ranges(table: PaperTable, name: str, number_format: str) -> list[str]:
     ]
 
 
-def _rounded(value: T) -> T | float:
+def _rounded(value: object) -> object:
     """Rounds a number in % to four decimals, which removes floating-point noise."""
     return round(value, 4) if isinstance(value, float) else value
-
-
-def _csv_cell(value: object) -> str:
-    if value is None:
-        return ""
-    return str(int(value)) if isinstance(value, bool) else str(_rounded(value))

@@ -67,9 +67,9 @@ def trainable_share(run: JsonObject) -> str:
 
 def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
     """Returns the tables of medians and of means over the prompts of a dataset."""
-    labels = run_labels(runs)
     datasets = list(dict.fromkeys(name for run in runs for name in run["datasets"]))
     is_partial = [not set(datasets) <= set(run["datasets"]) for run in runs]
+    rows = list(zip(run_labels(runs), runs, is_partial, strict=True))
 
     def accuracies(run: JsonObject, measure: str, partial: bool) -> list[str]:
         cells = [_percent(run["datasets"].get(name, {}).get(measure)) for name in datasets]
@@ -82,12 +82,7 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
         ]
 
     # A partial average has the chance of other datasets.
-    chances = [
-        run["average"].get("chance")
-        for run, partial in zip(runs, is_partial, strict=True)
-        if not partial
-    ]
-    rows = list(zip(labels, runs, is_partial, strict=True))
+    chances = [run["average"].get("chance") for _, run, partial in rows if not partial]
     medians = Table(
         "Accuracy in %: median over the prompts of a dataset",
         ["run", "method", "trainable", *datasets, "average"],
@@ -125,17 +120,11 @@ def _prompt_table(runs: Sequence[JsonObject]) -> Table:
     names = sorted(tasks, key=lambda name: (datasets.index(tasks[name]["dataset"]), name))
     rows = []
     for name in names:
-        by_run = [run.get("tasks", {}).get(name, {}) for run in runs]
-        rows.append(
-            [
-                tasks[name]["dataset"],
-                name,
-                tasks[name].get("split", MISSING),
-                format_range([task.get("examples") for task in by_run], _integer),
-                _percent(tasks[name].get("chance")),
-                *(_percent(task.get("accuracy")) for task in by_run),
-            ]
-        )
+        first, by_run = tasks[name], [run.get("tasks", {}).get(name, {}) for run in runs]
+        examples = format_range([task.get("examples") for task in by_run], _integer)
+        fractions = [first.get("chance"), *(task.get("accuracy") for task in by_run)]
+        cells = [first["dataset"], name, first.get("split", MISSING), examples]
+        rows.append([*cells, *map(_percent, fractions)])
     columns = ["dataset", "prompt", "split", "examples", "chance", *run_labels(runs)]
     table = Table("Accuracy in %: prompt by prompt", columns, rows)
     lines = []

@@ -58,10 +58,7 @@ def task_result(
 
 
 def summarize(tasks: Mapping[str, Mapping[str, Any]]) -> JsonObject:
-    """Combines prompts into datasets (arXiv 2110.08207: median and mean) and averages datasets.
-
-    Args:
-      tasks: name -> result by `task_result`.
+    """Combines results by `task_result` into datasets, as arXiv 2110.08207 does, and averages them.
 
     Returns:
       {'datasets': {name: {median, mean, chance, prompts, examples}}, 'average': {…}}.

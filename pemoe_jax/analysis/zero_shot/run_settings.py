@@ -54,13 +54,11 @@ def fingerprint(settings: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def group_by_seed(runs: Sequence[JsonObject]) -> list[list[int]]:
+def group_by_seed(runs: Sequence[JsonObject]) -> list[list[JsonObject]]:
     """Groups runs that differ only in the seed: equal settings, variant, step and tasks.
 
-    If a seed occurs twice, say in a copied run, these runs are not grouped.
-
-    Returns:
-      Groups of indices into `runs`, in the order of their first run.
+    If a seed occurs twice, say in a copied run, these runs are not grouped. Groups are in the order
+    of their first run.
     """
     by_key: dict[tuple, list[int]] = {}
     for number, run in enumerate(runs):
@@ -69,7 +67,7 @@ def group_by_seed(runs: Sequence[JsonObject]) -> list[list[int]]:
     for group in by_key.values():
         seeds = {runs[i]["seed"] for i in group if "seed" in runs[i]}
         groups += [group] if len(seeds) == len(group) else [[i] for i in group]
-    return sorted(groups)
+    return [[runs[i] for i in group] for group in sorted(groups)]
 
 
 def representative(group: Sequence[JsonObject]) -> JsonObject:

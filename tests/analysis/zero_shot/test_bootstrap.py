@@ -31,7 +31,7 @@ def test_equal_indices_of_different_examples():
 
 
 def test_prompts_with_different_examples():
-    """The prompt of example 7 alone is always correct or not drawn, the other always wrong."""
+    """A prompt with example 7 alone is correct or not drawn; the other prompt is always wrong."""
     accuracies = bootstrap.resampled_accuracies(
         [(np.array([7]), np.ones(1)), (np.array([3, 7]), np.zeros(2))], 500, 0, "a"
     )

@@ -42,7 +42,7 @@ def mov():
 
 
 def tables(*runs):
-    """Returns the cells after the first one of each row, by the first one, for every table."""
+    """Returns first cell -> other cells of the rows, for every table."""
     markdown = result_tables.results_markdown({"runs": list(runs)})
     parts = [part for part in markdown.split("\n\n") if part.startswith("|")]
     cells = [
