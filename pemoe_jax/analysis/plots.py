@@ -218,8 +218,8 @@ def _draw_map_panel(axis: Axes, image: np.ndarray, limit: float) -> AxesImage:
 
     rows, experts = image.shape
     colors = colormaps["PuOr_r"].with_extremes(bad="white")
-    scale = {"vmin": -limit, "vmax": limit}
-    axes_image = axis.imshow(image, colors, aspect="auto", interpolation="none", **scale)
+    axes_image = axis.imshow(image, colors, aspect="auto", interpolation="none")
+    axes_image.set_clim(-limit, limit)
     # White grid lines at the minor ticks separate the cells.
     axis.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(rows + 1) - 0.5, minor=True)

@@ -87,8 +87,8 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
         axis.barh(row, bar.value, 0.72, color=color, hatch=hatch, edgecolor="white", linewidth=0)
         end = bar.value
         if bar.interval:
-            style = {"color": plots.TEXT_COLOR, "lw": 1.2, "solid_capstyle": "butt"}
-            axis.plot(bar.interval, [row, row], **style)
+            (line,) = axis.plot(bar.interval, [row, row], color=plots.TEXT_COLOR, lw=1.2)
+            line.set_solid_capstyle("butt")
             end = max(end, bar.interval[1])
         if bar.seeds:
             rows = [row] * len(bar.seeds)
