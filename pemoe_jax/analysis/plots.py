@@ -188,12 +188,12 @@ def import_pyplot() -> ModuleType:
     matplotlib.use("Agg")  # the default backend may need a display
     import matplotlib.pyplot
 
-    texts = ("axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    matplotlib.pyplot.rcParams.update(
-        dict.fromkeys(texts, TEXT_COLOR)
-        | dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
-        | {"axes.edgecolor": MUTED_COLOR, "font.size": 10, "savefig.dpi": 150}
-    )
+    matplotlib.rc("font", size=10)
+    matplotlib.rc("savefig", dpi=150)
+    matplotlib.rc("axes", edgecolor=MUTED_COLOR, labelcolor=TEXT_COLOR, titlecolor=TEXT_COLOR)
+    matplotlib.rc("axes.spines", top=False, right=False)
+    matplotlib.rc("xtick", color=TEXT_COLOR)
+    matplotlib.rc("ytick", color=TEXT_COLOR)
     return matplotlib.pyplot
 
 
