@@ -54,7 +54,7 @@ class BaseModel:
     stored_config: JsonObject = dataclasses.field(default_factory=dict)
 
     def config(self) -> JsonObject:
-        """Returns the known fields of `T5Config`; dimensions are those of the arrays."""
+        """Returns the known fields of `T5Config`."""
         shapes = {path: array.shape for path, array in self.arrays.items()}
         # Dimensions of the arrays take precedence: a stored configuration may have been edited.
         return {**self.stored_config, **dimensions.infer(shapes, str(self))}
@@ -175,7 +175,7 @@ def _open_single_file(path: epath.Path, kind: str) -> BaseModel:
 
 def _open_run(folder: epath.Path) -> BaseModel:
     arrays, record, _ = runs.open_trained(os.fspath(folder))
-    # Even if the base was trained as well: as a base its adapters would be dropped.
+    # Refused even if it trained the base as well: opened as a base, it would lose its adapters.
     if record.adapters:
         raise InputError(
             f"base model {folder}: expected a run that trained the whole model, got one of method"

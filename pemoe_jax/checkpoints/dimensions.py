@@ -1,4 +1,4 @@
-"""The dimensions of a T5 from the shapes of its parameters; T5X checkpoints do not state them."""
+"""Infers a T5's dimensions from its parameters' shapes; T5X checkpoints do not state them."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -1,8 +1,8 @@
-"""Folders of Hugging Face transformers with a T5 v1.1, read and written.
+"""Reads and writes T5 v1.1 in the format of Hugging Face transformers, a folder.
 
     config.json               the model's settings
-    model.safetensors         the weights; or shards of them and model.safetensors.index.json
-    pytorch_model.bin         the same by torch.save; or shards and pytorch_model.bin.index.json
+    model.safetensors         the weights; or shards and model.safetensors.index.json
+    pytorch_model.bin         weights of torch.save; or shards and pytorch_model.bin.index.json
 
 Their kernels are [out, in], ours [in, out]; their relative position bias is [32, H], ours [H, 32].
 """
@@ -44,7 +44,7 @@ _EXPECTED_CONFIG = {
 # By model_type: the defaults in transformers that differ from the expected value.
 _DEFAULTS: dict[str, JsonObject] = {"t5": {"feed_forward_proj": "relu"}, "mt5": {}}
 
-# The sublayers of a block, in order: stack, module in transformers, our module, our norm.
+# Sublayers of a block: stack, module in transformers, our module, prefix of our norm's name.
 SUBLAYERS = (
     ("encoder", "layer.0.SelfAttention", "attention", "pre_attention"),
     ("encoder", "layer.1.DenseReluDense", "mlp", "pre_mlp"),
@@ -90,7 +90,7 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
             weights.setdefault(_EMBEDDING, weights[name])
             del weights[name]
     table = _name_table(_num_layers(weights, "encoder"), _num_layers(weights, "decoder"))
-    # All names are checked here: an array that nothing reads would hide another architecture.
+    # An unknown array means another architecture: loading the others would give wrong outputs.
     missing = sorted(table.keys() - weights.keys() - {_HEAD})
     unknown = sorted(weights.keys() - table.keys())
     for names, problem in ((missing, "missing"), (unknown, "unknown")):
@@ -165,7 +165,7 @@ def _open_shards(folder: epath.Path, index: str, open_file: _Opener) -> dict[str
 
 
 def _num_layers(names: Iterable[str], stack: str) -> int:
-    # The number of different indices: one of 99999999 must not make a table of as many layers.
+    # Counts different indices: an index of 99999999 must not create a table of as many layers.
     matches = (re.match(rf"{stack}\.block\.(\d+)\.", name) for name in names)
     return len({match[1] for match in matches if match})
 
@@ -189,7 +189,7 @@ def _name_table(encoder_layers: int, decoder_layers: int) -> dict[str, str]:
 
 
 def _convert_layout(path: str, array: LazyArray) -> LazyArray:
-    """Converts an array from their layout to ours, or from ours to theirs."""
+    """Converts an array between the layouts of transformers and this package, either way."""
     return array.T if path.endswith(("/kernel", "/rel_embedding")) else array
 
 

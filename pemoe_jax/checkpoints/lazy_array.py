@@ -67,8 +67,8 @@ def load_arrays(
 
     Args:
       arrays: path -> array, as stored.
-      target: tree of `jax.ShapeDtypeStruct`; one without a sharding goes to the default device.
-      source: name of the checkpoint in errors.
+      target: tree of `jax.ShapeDtypeStruct`; without a sharding: the default device.
+      source: the checkpoint, for errors.
       report: called with the number of arrays loaded so far.
       transform: maps (path, array) to the value to return, before the next array is loaded.
 
@@ -84,7 +84,7 @@ def load_arrays(
     for path in targets:
         if not jnp.issubdtype(arrays[path].dtype, jnp.floating):
             raise InputError(f"{source}: {path}: expected floats, got {arrays[path].dtype}")
-    # The largest first: the buffers of reading are then small when memory is fullest.
+    # The largest first: read buffers are then small by the time most of the memory is used.
     order = sorted(targets, key=lambda path: -arrays[path].nbytes)
     loaded: dict[str, PyTree] = {}
     for path, shards in _read_ahead({path: (arrays[path], targets[path]) for path in order}):

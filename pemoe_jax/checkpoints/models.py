@@ -97,10 +97,9 @@ def load_base(
 
     Args:
       model: determines names, shapes, and the dtype of frozen matrices.
-      path: base model in any format that `base_model` knows; None: random weights.
-      seed: of random weights.
+      path: base model in any format that `base_model` knows; None: random weights from `seed`.
       is_trainable: maps a path to whether the parameter is trained; trained ones are float32.
-      shardings: by path, or of all arrays.
+      shardings: one for all arrays, or path -> sharding; None: the default device.
       frozen_dtype: one of `quantized.FROZEN_DTYPES`, for the frozen matrices of attention and
         MLPs. Each is quantized from float32 as soon as it is on the device.
 

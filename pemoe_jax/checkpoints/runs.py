@@ -61,7 +61,6 @@ class RunCheckpoints:
     Saves are asynchronous, and appear whole or not at all.
 
     Args:
-      model_dir: folder of the run.
       keep: number of newest checkpoints to keep; None: all.
     """
 
@@ -78,10 +77,10 @@ class RunCheckpoints:
     ) -> None:
         """Saves a state under its step, unless that step is saved already.
 
-        `position` is the one in the training data, for `read_data_position`.
+        `position` is a position in the training data, which `read_data_position` reads.
         """
         step = int(state.step)
-        # The last step is saved at the end of training and may be due by the period as well.
+        # The last step may be due twice: as a multiple of the period and at the end of training.
         if step in self._manager.all_steps():
             return
         items = {

@@ -166,7 +166,7 @@ class _Storage:
     size: int
 
     def read(self, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
-        """Reads a slice of the row-major array of a shape that starts at a value's position."""
+        """Reads a slice of a row-major array whose first value is the storage's at `offset`."""
         start = self.archive.data_offset(f"data/{self.key}") + offset * self.dtype.itemsize
         return read_rows(self.archive.path, start, shape, self.dtype, index)
 

@@ -52,7 +52,7 @@ def _path_text(path: object, prefix: str = "") -> str:
 
 @contextlib.contextmanager
 def remote_errors(path: epath.Path) -> Iterator[None]:
-    """Raises errors of a remote path as an `InputError` of one line; local ones pass unchanged."""
+    """Converts errors at a remote path to an `InputError` of one line; other errors pass."""
     try:
         yield
     except InputError:

@@ -373,7 +373,7 @@ def test_keys_missing_in_older_configs(key, copy, goldens):
 
 
 def test_missing_untied_head(copy):
-    """transformers 4 would draw it at random."""
+    """Refused: transformers 4 draws a missing head at random."""
     folder = copy("tied_scaled_4")
     edit(folder / "config.json", tie_word_embeddings=False)
     check_refused(folder, "tie_word_embeddings false: expected lm_head.weight, got none")
@@ -426,14 +426,14 @@ WO = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
 def test_index_and_shards_disagree(name, copy):
     folder = copy(name)
     (index,) = folder.glob("*.index.json")
-    places = json.loads(index.read_text())["weight_map"]
-    without = {n: file for n, file in places.items() if n != WO}
+    weight_map = json.loads(index.read_text())["weight_map"]
+    without = {n: file for n, file in weight_map.items() if n != WO}
     edit(index, weight_map=without)
-    check_refused(folder, f"{places[WO]}: '{WO}': in the file, but not in {index.name}")
-    other = next(file for file in places.values() if file != places[WO])
+    check_refused(folder, f"{weight_map[WO]}: '{WO}': in the file, but not in {index.name}")
+    other = next(file for file in weight_map.values() if file != weight_map[WO])
     edit(index, weight_map=without | {WO: other})
     check_refused(folder, WO)
-    edit(index, weight_map=places | {"a.weight": other})
+    edit(index, weight_map=weight_map | {"a.weight": other})
     check_refused(folder, f"{other}: 'a.weight': in {index.name}, but not in the file")
 
 
@@ -445,8 +445,8 @@ def test_index_with_paths_outside_the_folder(name, file, copy):
     folder = copy(name)
     shutil.copy(next(folder.glob("*-00001-*")), folder.parent / "evil")
     (index,) = folder.glob("*.index.json")
-    places = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": places | {WO: file}}))
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map | {WO: file}}))
     check_refused(folder, "expected names of files in its own folder, got")
 
 
@@ -485,14 +485,14 @@ def test_wrong_arrays(change, message, copy):
 
 def test_malicious_torch_file(copy, tmp_path):
     folder = copy("torch")
-    mark = tmp_path / "executed"
-    body = f"\x80\x02cos\nsystem\n(X{chr(len(f'touch {mark}'))}\0\0\0touch {mark}tR.".encode(
+    marker = tmp_path / "executed"
+    body = f"\x80\x02cos\nsystem\n(X{chr(len(f'touch {marker}'))}\0\0\0touch {marker}tR.".encode(
         "latin-1"
     )
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
         archive.writestr("model/data.pkl", body)
     check_refused(folder, "expected a pickle of tensors only, got os.system")
-    assert not mark.exists()
+    assert not marker.exists()
 
 
 def test_nan_and_shapes_are_refused_on_loading(copy, goldens):

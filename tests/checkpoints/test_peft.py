@@ -211,10 +211,7 @@ def check_equal(actual, expected) -> None:
 def test_tensor_names_with_the_adapter_name(saved, load, edited, case, old, new):
     folder = edited(case, tensors=lambda t: {k.replace(old, new): v for k, v in t.items()})
     assert not tensors_of(folder).keys() & tensors_of(saved / case).keys()
-    check_equal(
-        load(folder),
-        load(saved / case),
-    )
+    check_equal(load(folder), load(saved / case))
 
 
 def module_names(saved, case: str) -> list[str]:
@@ -240,10 +237,7 @@ def test_forms_of_target_modules(saved, load, edited, case, form):
     if case == "ia3" and form != "exclusion":
         wo = [name for name in modules if name.endswith("wo")]
         settings["feedforward_modules"] = wo if form == "full names" else r".*\.wo"
-    check_equal(
-        load(edited(case, settings)),
-        load(saved / case),
-    )
+    check_equal(load(edited(case, settings)), load(saved / case))
 
 
 def test_training_settings_are_ignored(saved, load, edited):
@@ -259,10 +253,7 @@ def test_training_settings_are_ignored(saved, load, edited):
         "another": [],
     }
     folder = edited("lora_paper", settings)
-    check_equal(
-        load(folder),
-        load(saved / "lora_paper"),
-    )
+    check_equal(load(folder), load(saved / "lora_paper"))
     assert peft.base_model_name(folder) == "google/t5-large-lm-adapt"
 
 
@@ -271,10 +262,7 @@ def test_config_of_an_early_version(saved, load, edited):
     early = ("peft_type", "r", "lora_alpha", "target_modules", "bias", "fan_in_fan_out")
     settings = {key: value for key, value in config_of(folder).items() if key in early}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    check_equal(
-        load(folder),
-        load(saved / "lora_paper"),
-    )
+    check_equal(load(folder), load(saved / "lora_paper"))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])

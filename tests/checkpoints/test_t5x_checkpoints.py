@@ -53,7 +53,7 @@ def model() -> network.Transformer:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_logits_of_t5x(checkpoints, name):
-    """Paths: a folder of checkpoints, a checkpoint, and for Orbax the folder of its arrays."""
+    """Loads a folder of checkpoints, a checkpoint and, for Orbax, the folder of its arrays."""
     paths = [checkpoints[name], checkpoints[name] / "checkpoint_7"]
     if name == "orbax":
         paths.append(checkpoints[name] / "checkpoint_7" / "state")
@@ -106,7 +106,7 @@ def test_dtypes_and_shardings(checkpoints, name):
 
 
 def test_optimizer_state_is_not_read(copies):
-    """Its folders (legacy) are deleted, its keys (Orbax) overwritten."""
+    """Loading works with its folders deleted (legacy) and its keys overwritten (Orbax)."""
     states = list(copies["legacy"].glob("state.*"))
     assert len(states) > 10
     for folder in states:
@@ -274,11 +274,11 @@ def test_paths_that_are_not_a_base(tmp_path):
 
 
 def test_unreachable_paths_are_one_line(monkeypatch):
-    """For a base, a checkpoint to evaluate, and a source of `convert`."""
+    """Opening a base, or a model to evaluate or convert."""
     from etils import epath
 
     class RemoteError(Exception):
-        """Like tensorflow's errors, no subclass of OSError."""
+        """Not a subclass of OSError, as tensorflow's errors."""
 
     def fail(self):
         raise RemoteError("no network\nat all")

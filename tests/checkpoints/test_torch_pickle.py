@@ -310,11 +310,11 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", attacks(""))
 def test_nothing_is_executed(name, tmp_path):
-    mark = tmp_path / "executed"
-    body, message = attacks(f"touch {mark}")[name]
+    marker = tmp_path / "executed"
+    body, message = attacks(f"touch {marker}")[name]
     for path in (write(tmp_path / "a.bin", body), write(tmp_path / "b.bin", state(body))):
         check_refused(path, message)
-        assert not mark.exists()
+        assert not marker.exists()
 
 
 # The other attacks only name a function; they need packages or arguments to run it.
@@ -324,9 +324,9 @@ EXECUTED = ("reduce", "os.system", "eval", "stack_global", "stack_global from me
 @pytest.mark.parametrize("name", EXECUTED)
 def test_python_unpickler_executes_it(name, tmp_path):
     """Checks the tests above: the pickles are valid, and would run the command."""
-    mark = tmp_path / "executed"
-    pickle.loads(PROTOCOL + attacks(f"touch {mark}")[name][0] + STOP)
-    assert mark.exists()
+    marker = tmp_path / "executed"
+    pickle.loads(PROTOCOL + attacks(f"touch {marker}")[name][0] + STOP)
+    assert marker.exists()
 
 
 @pytest.mark.parametrize("name", HARMLESS)

@@ -56,7 +56,7 @@ def write_checkpoint(folder: pathlib.Path, trained: dict, record: runs.Record) -
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> dict[str, pathlib.Path]:
-    """Returns name -> two bases, and a run of every method on the first."""
+    """Returns name -> path of two bases, and of a run of every method on the first base."""
     root = tmp_path_factory.mktemp("convert")
     paths = {name: root / f"{name}.safetensors" for name in ("base", "other")}
     base_model.save_base(paths["base"], random_params("full"), CONFIG.as_dict())

@@ -106,7 +106,7 @@ def _open_tensors(folder: epath.Path) -> dict[str, LazyArray]:
         tensors = torch_pickle.open_file(folder / _PICKLED_WEIGHTS)
     else:
         raise InputError(f"{folder}: expected {_WEIGHTS} or {_PICKLED_WEIGHTS}, got neither")
-    # With and without the adapter's name, both forms could name one tensor.
+    # A damaged file may hold a tensor twice, with and without the adapter's name.
     stripped = {names.strip_adapter_name(name): tensor for name, tensor in tensors.items()}
     if len(stripped) != len(tensors):
         duplicate = next(name for name in tensors if name not in stripped)

@@ -130,9 +130,9 @@ def _sublayers(num_layers: Mapping[str, int]) -> Iterator[tuple[str, str, dict[s
 
 
 def strip_adapter_name(name: str) -> str:
-    """'….lora_A.default.weight' -> '….lora_A.weight'.
+    """Removes the adapter's name: '….lora_A.default.weight' -> '….lora_A.weight'.
 
-    `save_pretrained` strips the adapter's name; a model's own state dict has it. PEFT loads both.
+    Files of `save_pretrained` are without it, a model's state dict has it. PEFT loads both.
     """
     return re.sub(r"\.(ia3_l|lora_[AB])\.default(\.weight)?$", r".\1\2", name)
 
