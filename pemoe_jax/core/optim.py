@@ -82,7 +82,7 @@ def create_learning_rate_scheduler(
         if name in ("linear_decay", "cosine_decay") and total_steps is None:
             raise InputError(f"SCHEDULE factor {name!r} needs total_steps, got None")
 
-    def schedule(step: Step) -> jax.Array:
+    def schedule(step: Step) -> jax.Array | float:
         step = jnp.asarray(step, jnp.float32)
         decay_steps = max((total_steps or 0) - warmup_steps, 1)
         progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
