@@ -1,4 +1,4 @@
-"""Fixtures that the suite shares; JAX on two virtual CPU devices, set before it is imported."""
+"""Shared fixtures, and JAX's settings for tests: two virtual CPU devices, set before its import."""
 
 import gc
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# No cache from an earlier session: every session compiles everything that it runs.
+# No programs from an earlier session: each session compiles all that it runs.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 # Two devices, and fast compilation: most programs run once, on small arrays. With all of XLA's
 # optimizations, compilation took three quarters of the tests' time.
@@ -21,11 +21,11 @@ _XLA_FLAGS = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=2",
 )
-_GIVEN = os.environ.get("XLA_FLAGS", "").split()
-# After the given flags: XLA takes the last of two.
-os.environ["XLA_FLAGS"] = " ".join([*_GIVEN, *(flag for flag in _XLA_FLAGS if flag not in _GIVEN)])
-# Tests share a compilation cache, also with their subprocesses: many train the same model. The
-# folder is new in each session; xdist's workers inherit it from the process that starts them.
+_USER_FLAGS = os.environ.get("XLA_FLAGS", "").split()
+# Last, as XLA uses the last of several values of a flag.
+os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*_USER_FLAGS, *_XLA_FLAGS]))
+# Many tests train the same model, so they and their subprocesses share a compilation cache, a new
+# folder in each session. The workers of xdist inherit it from the process that starts them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory(prefix="pemoe_jax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
@@ -47,24 +47,24 @@ def _existing(variable: str, default: pathlib.Path) -> pathlib.Path:
 # The slowest files start first, so that two workers end at about the same time.
 LONGEST = (
     *("test_train", "test_sweep", "test_stacks", "test_pod", "test_p3", "test_benchmarks"),
-    *("test_routers", "test_fused_attention", "test_quantized", "test_plan", "test_embed"),
+    *("test_routers", "test_quantized", "test_plan", "test_embed"),
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: place for place, name in enumerate(LONGEST)}
+    order = {name: position for position, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
 def p3_sample() -> pathlib.Path:
-    """A folder of `<task>/<split>.jsonl` cut from P3; skips where it is absent."""
+    """A folder of `<task>/<split>.jsonl`, a sample of P3; skips the test if it is absent."""
     return _existing("PEMOE_P3_SAMPLE", REPO.parent / "shared" / "p3_sample")
 
 
 @pytest.fixture(scope="session")
 def t5_vocab() -> pathlib.Path:
-    """T5's SentencePiece file; skips where it is absent."""
+    """T5's SentencePiece file; skips the test if it is absent."""
     return _existing("PEMOE_VOCAB_PATH", REPO.parent / "shared" / "t5_vocab" / "spiece.model")
 
 
@@ -72,8 +72,8 @@ def t5_vocab() -> pathlib.Path:
 def clear_compiled_programs() -> Iterator[None]:
     """Frees compiled programs after each module: thousands of them take several GB.
 
-    The garbage collector skips the million objects of imports that remain: it would traverse them
-    at every collection.
+    The garbage collector then ignores the million objects of imports, which stay: each collection
+    would traverse them.
     """
     yield
     jax.clear_caches()
@@ -89,7 +89,7 @@ def unregister_tasks() -> Iterator[None]:
     jsonl = sys.modules.get("pemoe_jax.tasks.jsonl")
     if jsonl is not None:
         jsonl.remove()
-    p3 = sys.modules.pop("pemoe_jax.tasks.p3", None)  # registers what it has when it is imported
+    p3 = sys.modules.pop("pemoe_jax.tasks.p3", None)  # importing it registers its tasks
     if p3 is not None:
         p3.remove()
         del sys.modules["pemoe_jax.tasks"].p3

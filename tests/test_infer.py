@@ -113,10 +113,10 @@ def test_results(decoded):
     assert [run["name"] for run in results["runs"]] == ["base_0", "base_1"]
     for run in results["runs"]:
         assert run["tasks"].keys() == TASKS
-        one = run["tasks"]["colour_1"]
-        assert (one["dataset"], one["split"], one["examples"]) == ("colour", "validation", 6)
-        assert one["metrics"].keys() == {"accuracy"}
-        assert one["cut_inputs"] == sum("cut_input" in line for line in read(decoded, "colour_1"))
+        task = run["tasks"]["colour_1"]
+        assert (task["dataset"], task["split"], task["examples"]) == ("colour", "validation", 6)
+        assert task["metrics"].keys() == {"accuracy"}
+        assert task["cut_inputs"] == sum("cut_input" in line for line in read(decoded, "colour_1"))
     text = (decoded / "results.md").read_text()
     assert "| colour " in text and "| free_1 " in text and "base_1: decoded" in text
 
@@ -134,7 +134,7 @@ def test_long_inputs_are_truncated_and_counted(decoded):
 
 def test_metrics_by_name_and_their_values(folder, decoded, tmp_path):
     """Targets are chosen so that 4 of 6 predictions are correct."""
-    for name in ("said", "asked"):
+    for name in ("plain", "asked"):
         rows = [
             {"inputs": line["inputs"], "targets": line["prediction"] if i % 3 else "zebra"}
             for i, line in enumerate(read(decoded, "free_1"))
@@ -147,9 +147,9 @@ def test_metrics_by_name_and_their_values(folder, decoded, tmp_path):
     index = {"asked": {"metrics": ["Squad", "ROUGE", "Other"]}}
     (tmp_path / "tasks" / "INDEX.json").write_text(json.dumps(index))
     assert infer.main(flags(folder, tmp_path / "out", JSONL_DIR=tmp_path / "tasks")) == 0
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["tasks"]
-    assert found["said"]["metrics"] == {"accuracy": pytest.approx(400 / 6)}
-    asked = found["asked"]["metrics"]
+    tasks = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["tasks"]
+    assert tasks["plain"]["metrics"] == {"accuracy": pytest.approx(400 / 6)}
+    asked = tasks["asked"]["metrics"]
     assert asked.keys() == {"exact_match", "f1", "rouge1", "rouge2", "rougeLsum"}
     assert asked["exact_match"] == pytest.approx(400 / 6)
 
@@ -158,8 +158,8 @@ def test_a_held_out_mixture_and_a_few_examples(folder, tmp_path):
     """For <task>_score_eval tasks of a mixture, <task> is decoded."""
     macros = {"MIXTURE_OR_TASK_NAME": "jsonl_score_eval", "EVAL_EXAMPLES": 2}
     assert infer.main(flags(folder, tmp_path, **macros)) == 0
-    found = json.loads((tmp_path / "results.json").read_text())["runs"][0]["tasks"]
-    assert {name: task["examples"] for name, task in found.items()} == {"check_1": 2, "check_2": 2}
+    tasks = json.loads((tmp_path / "results.json").read_text())["runs"][0]["tasks"]
+    assert {name: task["examples"] for name, task in tasks.items()} == {"check_1": 2, "check_2": 2}
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ def test_wrong_metrics_and_no_evaluation_split_are_one_line(folder, tmp_path, ca
 def test_metrics_of_scores_are_an_error(folder, tmp_path, capsys):
     import seqio
 
-    def of_scores(targets, scores):
+    def score_metric(targets, scores):
         return {}
 
     assert infer.main(flags(folder, tmp_path, EVAL_EXAMPLES=1)) == 0
     capsys.readouterr()
     plain = seqio_tasks.get_mixture_or_task("free_1")
-    scored = plain.replace(name="users_scored", metric_fns=[of_scores])
+    scored = plain.replace(name="users_scored", metric_fns=[score_metric])
     seqio.TaskRegistry.add_provider("users_scored", scored)
     try:
         macros = {"EVAL_EXAMPLES": 1, "MIXTURE_OR_TASK_NAME": "users_scored"}

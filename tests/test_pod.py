@@ -66,7 +66,7 @@ def run_in_two(command: list[str]) -> None:
     )
 
 
-def flags_of(folder, model_dir, **macros) -> list[str]:
+def mov_flags(folder, model_dir, **macros) -> list[str]:
     return train_flags(folder, "mov", model_dir, **{**SETTINGS, "TRAIN_STEPS": 4, **macros})
 
 
@@ -97,7 +97,7 @@ def alone(folder, tmp_path_factory) -> pathlib.Path:
     """A run of one process on one device, scored."""
     root = tmp_path_factory.mktemp("alone")
     run_alone(
-        ("train", flags_of(folder, root / "run")),
+        ("train", mov_flags(folder, root / "run")),
         ("evaluate", evaluation(folder, root / "run", root / "scores")),
     )
     return root
@@ -111,13 +111,13 @@ def in_two(folder, tmp_path_factory) -> pathlib.Path:
     for mesh, macros in MESHES.items():
         run = root / mesh / "run"
         commands += [
-            ("train", flags_of(folder, run, **macros)),
+            ("train", mov_flags(folder, run, **macros)),
             ("evaluate", evaluation(folder, run, root / mesh / "scores", **macros)),
         ]
     changes = root / "changes"
     commands += [
-        ("train", flags_of(folder, changes, **MESHES["4x1"], TRAIN_STEPS=2)),
-        ("train", flags_of(folder, changes, **MESHES["1x4"], TRAIN_STEPS=3)),
+        ("train", mov_flags(folder, changes, **MESHES["4x1"], TRAIN_STEPS=2)),
+        ("train", mov_flags(folder, changes, **MESHES["1x4"], TRAIN_STEPS=3)),
     ]
     run_in_two(in_turn(*commands))
     return root
@@ -125,10 +125,10 @@ def in_two(folder, tmp_path_factory) -> pathlib.Path:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_two_processes_equal_one(alone, in_two, mesh):
-    found, expected = losses(in_two / mesh / "run"), losses(alone / "run")
-    assert found.keys() == expected.keys() == {1, 2, 3, 4}
+    actual, expected = losses(in_two / mesh / "run"), losses(alone / "run")
+    assert actual.keys() == expected.keys() == {1, 2, 3, 4}
     for step, loss in expected.items():
-        assert found[step] == pytest.approx(loss, rel=1e-5), step
+        assert actual[step] == pytest.approx(loss, rel=1e-5), step
     assert_moved_alike(alone / "run", in_two / mesh / "run")
     np.testing.assert_allclose(  # scores are written with five decimals
         scores(in_two / mesh / "scores"), scores(alone / "scores"), rtol=1e-5, atol=1.1e-5
@@ -138,15 +138,15 @@ def test_two_processes_equal_one(alone, in_two, mesh):
 def test_a_run_resumes_on_other_meshes(folder, alone, in_two):
     """Two steps on 4 × 1, one on 1 × 4, one by a single process equal a run of one process."""
     run = in_two / "changes"
-    run_alone(("train", flags_of(folder, run)))
-    found, expected = losses(run), losses(alone / "run")
-    assert found.keys() == expected.keys()
+    run_alone(("train", mov_flags(folder, run)))
+    actual, expected = losses(run), losses(alone / "run")
+    assert actual.keys() == expected.keys()
     for step, loss in expected.items():
-        assert found[step] == pytest.approx(loss, rel=1e-5), step
+        assert actual[step] == pytest.approx(loss, rel=1e-5), step
     assert_moved_alike(alone / "run", run)
 
 
-OTHERS = "another process of the run has ended or cannot be reached: start all of them again"
+PEER_FAILED = "another process of the run has ended or cannot be reached: start all of them again"
 PATIENCE = distributed.HEARTBEAT_SECONDS + 60  # and time to end on a busy machine
 
 
@@ -170,21 +170,21 @@ def start_two(arguments: list[str], folder: pathlib.Path) -> list[subprocess.Pop
 
 
 def last_error(file: pathlib.Path) -> str:
-    """Returns the last line of stderr, which must be the only one of this package."""
+    """Returns the last line of stderr, which must be the only line that this package printed."""
     for _ in range(100):  # the watchdog may outlive the process by a moment
         lines = file.read_text().splitlines()
-        ours = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-        if ours:
+        errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+        if errors:
             break
         time.sleep(0.1)
-    assert ours == [len(lines) - 1], "\n".join(lines)
+    assert errors == [len(lines) - 1], "\n".join(lines)
     return lines[-1]
 
 
 def test_a_killed_process_ends_the_other(folder, tmp_path):
     """Within a bounded time and with one line; restarted, both resume from the last checkpoint."""
     run = tmp_path / "run"
-    flags = flags_of(folder, run, TRAIN_STEPS=100_000, KEEP_CHECKPOINTS=2)
+    flags = mov_flags(folder, run, TRAIN_STEPS=100_000, KEEP_CHECKPOINTS=2)
     train = [sys.executable, "-m", "pemoe_jax.train"]
     both = start_two([*train, *flags], tmp_path)
     try:
@@ -197,9 +197,9 @@ def test_a_killed_process_ends_the_other(folder, tmp_path):
     finally:
         for process in both:
             process.kill()
-    assert code != 0 and OTHERS in last_error(tmp_path / "errors_0")
+    assert code != 0 and PEER_FAILED in last_error(tmp_path / "errors_0")
     last = max(runs.saved_steps(run))
-    run_in_two([*train, *flags_of(folder, run, TRAIN_STEPS=last + 1)])
+    run_in_two([*train, *mov_flags(folder, run, TRAIN_STEPS=last + 1)])
     assert list(losses(run)) == list(range(1, last + 2))
 
 
@@ -215,7 +215,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_an_idle_process_ends_too(tmp_path, killed):
-    """Whether process 0, which runs jax's service, is killed or the other one."""
+    """Whichever is killed: process 0, which runs JAX's coordination service, or the other."""
     both = start_two([sys.executable, "-c", WAIT, str(tmp_path / "up")], tmp_path)
     try:
         deadline = time.monotonic() + 120
@@ -227,4 +227,4 @@ def test_an_idle_process_ends_too(tmp_path, killed):
     finally:
         for process in both:
             process.kill()
-    assert code != 0 and OTHERS in last_error(tmp_path / f"errors_{1 - killed}")
+    assert code != 0 and PEER_FAILED in last_error(tmp_path / f"errors_{1 - killed}")

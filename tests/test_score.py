@@ -25,13 +25,13 @@ def twins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("score")
     rng = np.random.default_rng(1)
 
-    def some(low, high):
+    def words(low, high):
         return " ".join(rng.choice(WORDS, rng.integers(low, high)))
 
     ragged = []
     for i in range(13):
-        choices = [some(1, 3 if i % 2 else 9) for _ in range(2 + i % 5)]
-        ragged.append((some(1, 60), choices[i % len(choices)], choices))
+        choices = [words(1, 3 if i % 2 else 9) for _ in range(2 + i % 5)]
+        ragged.append((words(1, 60), choices[i % len(choices)], choices))
     odd = [
         ("the sky", "blue", ["blue", "red", "blue"]),
         ("the sky", "blue", ["red", "blue", "blue"]),
@@ -39,7 +39,7 @@ def twins(tmp_path_factory):
         ("the sea", "green", ["red", "blue"]),
         ("", "no", ["yes", "no"]),
         ("a film", "good", ["good"]),
-        ("a film", "good", ["good", some(30, 31)]),
+        ("a film", "good", ["good", words(30, 31)]),
     ]
     write(folder, "ragged", "validation", ragged)
     write(folder, "odd", "validation", odd)
@@ -56,12 +56,12 @@ def transformer() -> network.Transformer:
 @functools.cache
 def weights() -> dict:
     """Random parameters, also of the expert vectors."""
-    drawn = params.flatten(network.init_params(transformer(), 0, lambda _: True))
-    keys = jax.random.split(jax.random.key(1), len(drawn))
+    initial = params.flatten(network.init_params(transformer(), 0, lambda _: True))
+    keys = jax.random.split(jax.random.key(1), len(initial))
     return params.unflatten(
         {
             path: leaf + 0.3 * jax.random.normal(key, leaf.shape) if "_adapter" in path else leaf
-            for (path, leaf), key in zip(drawn.items(), keys, strict=True)
+            for (path, leaf), key in zip(initial.items(), keys, strict=True)
         }
     )
 
@@ -77,7 +77,7 @@ def score_row(tokens: dict) -> jax.Array:
 
 
 @functools.cache
-def one_by_one(twin: str) -> tuple[np.ndarray, float]:
+def seqio_scores(twin: str) -> tuple[np.ndarray, float]:
     """Returns every choice's score and the accuracy by seqio's Evaluator, a pass per choice."""
     import seqio
 
@@ -106,16 +106,16 @@ def test_grouped_scores_are_those_of_seqios_evaluator(twins, batch_size):
     groups = choices.load_choice_groups("jsonl_score_eval", LENGTHS)
     mesh = partitioning.make_mesh()
     assert mesh.shape["data"] == 2
-    params_there = partitioning.replicate(weights(), mesh)
-    found = evaluate.score_groups(transformer(), params_there, groups, batch_size, mesh)
+    device_params = partitioning.replicate(weights(), mesh)
+    predictions = evaluate.score_groups(transformer(), device_params, groups, batch_size, mesh)
     for twin in twins:
         members = [group for group in groups if group.task == twin]
-        expected, accuracy = one_by_one(twin)
-        scores = [score for group in members for score in found[group].scores]
+        expected, accuracy = seqio_scores(twin)
+        scores = [score for group in members for score in predictions[group].scores]
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
         assert np.ptp(expected) > 1, "scores should differ by much more than the tolerance"
         result = results_lib.task_result(
-            correct=[group.is_correct[found[group].best] for group in members],
+            correct=[group.is_correct[predictions[group].best] for group in members],
             chance=[0.5] * len(members),
             dataset=twin,
             split="validation",
@@ -144,14 +144,14 @@ def test_the_batches_had_remainders_and_ragged_choices(twins):
 
 
 def test_doubled_choices_score_alike(twins):
-    scores, _ = one_by_one("odd_score_eval")
+    scores, _ = seqio_scores("odd_score_eval")
     groups = [
         g for g in choices.load_choice_groups("jsonl_score_eval", LENGTHS) if g.task == twins[0]
     ]
     mesh = partitioning.make_mesh()
-    found = evaluate.score_groups(transformer(), weights(), groups, 8, mesh)
+    predictions = evaluate.score_groups(transformer(), weights(), groups, 8, mesh)
     for group in groups[:3]:
-        own = found[group].scores
+        own = predictions[group].scores
         for text in set(group.choice_texts):
             same = [s for s, t in zip(own, group.choice_texts, strict=True) if t == text]
             assert np.ptp(same) < 1e-5

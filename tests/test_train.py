@@ -37,7 +37,7 @@ CONFIG = network.T5Config(vocab_size=256, **DIMENSIONS)
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """Training tasks, held-out tasks, a vocabulary and two bases."""
+    """A folder with training tasks, held-out tasks, a vocabulary and two base models."""
     root = tmp_path_factory.mktemp("train")
     write_folder(root / "tasks")
     write_vocabulary(root / "vocab.model")
@@ -102,11 +102,11 @@ def test_loss_falls_and_run_leaves_its_files(trained, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_checkpoint_holds_what_trains_and_nothing_else(trained, folder, method):
+def test_checkpoint_holds_the_trainable_parameters_alone(trained, folder, method):
     arrays, record, step = runs.open_trained(str(trained[method]))
     paths = set(arrays)
-    everything = set(params_lib.flatten(network.param_shapes(models.build_model(record))))
-    expected = everything if method == "full" else set(filter(params_lib.is_adapter, everything))
+    all_paths = set(params_lib.flatten(network.param_shapes(models.build_model(record))))
+    expected = all_paths if method == "full" else set(filter(params_lib.is_adapter, all_paths))
     assert (paths, step) == (expected, 12)
     assert record.counts["trainable"] == params_lib.count(arrays)
     saved = saved_shapes(trained[method] / "checkpoint_12" / "state")
@@ -166,10 +166,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, trained, stopped, tmp
 def test_a_run_resumes_in_another_form(folder, tmp_path, capsys):
     """A run with scanned layers, remat and FSDP resumes with unrolled layers, replicated.
 
-    MoV's experts start alike, so the first gradients of its routers are zero but for rounding, some
-    1e-8, and no two programs round alike: AdamW's usual eps makes whole steps of them. 1e-3 is far
-    above them. Later a router's gradient is a small difference of large terms, and is not as exact
-    as the others.
+    MoV's experts start equal, so the first gradients of its routers are zero except for rounding
+    errors of about 1e-8, which differ between programs. AdamW with its usual eps would turn them
+    into full steps; 1e-3 is far above them. Later a router's gradient is a small difference of
+    large terms, which is less exact than other gradients.
     """
     layers = {"network.T5Config.num_encoder_layers": 2, "network.T5Config.num_decoder_layers": 3}
     settings = {"LOG_PERIOD": 1, "optim.adamw.eps": 1e-3, "INITIAL_CHECKPOINT_PATH": None, **layers}
@@ -179,21 +179,22 @@ def test_a_run_resumes_in_another_form(folder, tmp_path, capsys):
     assert train.main(train_flags(folder, "mov", parts, **settings | loop)) == 0
     assert train.main(train_flags(folder, "mov", parts, **settings)) == 0
     assert "resuming from" in capsys.readouterr().out
-    expected, found = read_metrics(whole), read_metrics(parts)
-    assert found.keys() == expected.keys() == set(range(1, 13))
+    expected, losses = read_metrics(whole), read_metrics(parts)
+    assert losses.keys() == expected.keys() == set(range(1, 13))
     for step, loss in expected.items():
-        assert found[step] == pytest.approx(loss, rel=1e-5), step
-    (arrays, record, _), (of_parts, of_loop, _) = map(runs.open_trained, (str(whole), str(parts)))
-    assert of_loop.config == record.config and arrays.keys() == of_parts.keys()
+        assert losses[step] == pytest.approx(loss, rel=1e-5), step
+    (first, record, _), (second, resumed, _) = map(runs.open_trained, (str(whole), str(parts)))
+    assert resumed.config == record.config and first.keys() == second.keys()
     assert_moved_alike(whole, parts)
 
 
-def assert_moved_alike(one: pathlib.Path, other: pathlib.Path) -> None:
-    """Adapters of two runs, to 2e-5 of what each moved and its last bits, routers to 2e-3.
+def assert_moved_alike(run: pathlib.Path, other: pathlib.Path) -> None:
+    """Compares the adapters of two runs, relative to how far training moved each array.
 
-    A gradient wrong by a percent leaves a router 5e-3 of what it moved away, or more.
+    The tolerance is 2e-3 for routers and 2e-5 for the others, plus rounding. A gradient that is
+    wrong by one percent changes a router by 5e-3 or more.
     """
-    (first, record, step), (second, _, other_step) = map(runs.open_trained, map(str, (one, other)))
+    (first, record, step), (second, _, other_step) = map(runs.open_trained, map(str, (run, other)))
     assert step == other_step and first.keys() == second.keys()
     start = params_lib.flatten(
         network.init_params(models.build_model(record), 0, params_lib.is_adapter)
@@ -206,18 +207,18 @@ def assert_moved_alike(one: pathlib.Path, other: pathlib.Path) -> None:
         assert np.abs(second[path].read() - array).max() < bound, path
 
 
-def assert_ends_alike(one: pathlib.Path, other: pathlib.Path) -> None:
-    """Trained parameters, and how much of the data was consumed, bit for bit."""
-    first, _, step = runs.open_trained(str(one))
+def assert_ends_alike(run: pathlib.Path, other: pathlib.Path) -> None:
+    """Compares trained parameters bit for bit, and the positions in the data."""
+    first, _, step = runs.open_trained(str(run))
     second, _, other_step = runs.open_trained(str(other))
     assert step == other_step and first.keys() == second.keys()
     for path, array in first.items():
         np.testing.assert_array_equal(array.read(), second[path].read())
-    assert runs.read_data_position(str(one)) == runs.read_data_position(str(other)) != [0]
+    assert runs.read_data_position(str(run)) == runs.read_data_position(str(other)) != [0]
 
 
 def test_a_run_resumed_at_an_odd_step_equals_an_uninterrupted_one(folder, tmp_path):
-    """Past the blocks of examples that are read, encoded and handed over at a time."""
+    """The run is longer than the blocks in which examples are read and encoded."""
     settings = {
         "BATCH_SIZE": 64,
         "TRAIN_STEPS": 11,
@@ -236,11 +237,11 @@ def test_an_interrupted_run_resumes_at_its_last_step(
 ):
     """Batches that were prefetched but not trained on are read again."""
     plain = train_loop.count_tokens
-    taken = []
+    batches = []
 
     def interrupt(batch):
-        taken.append(batch)
-        if len(taken) == 6:
+        batches.append(batch)
+        if len(batches) == 6:
             raise KeyboardInterrupt
         return plain(batch)
 
@@ -256,8 +257,8 @@ def test_an_interrupted_run_resumes_at_its_last_step(
 def test_positions_of_another_number_of_shards(stopped, tmp_path):
     """A run of two shards, at examples 6 = 2 · 3 and 9 = 2 · 4 + 1, resumes at example 6.
 
-    Of four shards the first two resume at their second example (4, 5 are read), the others too
-    early at their first (2, 3): no example is left out.
+    Of four shards the first two resume at their third example (8 and 9), the others at their second
+    (6 and 7): no example is skipped.
     """
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint_5" / "feed" / "metadata").write_text('{"examples": [3, 4]}')
@@ -284,7 +285,7 @@ def test_waiting_for_data_is_measured(folder, trained, tmp_path, monkeypatch, ca
 
     plain = packing.BatchIterator.__next__
     monkeypatch.setattr(
-        packing.BatchIterator, "__next__", lambda one: time.sleep(0.8) or plain(one)
+        packing.BatchIterator, "__next__", lambda self: time.sleep(0.8) or plain(self)
     )
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert read_metrics(tmp_path, "train/wait_share")[12] > 0.5
@@ -357,24 +358,24 @@ def test_several_checkpoints_in_one_table(folder, trained, tmp_path):
 def test_results_are_only_replaced_by_results_of_the_same_run(folder, trained, tmp_path, capsys):
     """Also: DTYPE replaces the dtype of training."""
 
-    def evaluated(run: str, **macros) -> int:
+    def run_evaluate(run: str, **macros) -> int:
         flags = [f"--gin.CHECKPOINT_PATH={trained[run]}", f"--gin.EVAL_OUTPUT_DIR={tmp_path}"]
         flags += [f"--gin.{name}={value}" for name, value in macros.items()]
         return evaluate.main(["--gin_file=runs/evaluate.gin", *flags, *data_flags(folder)])
 
-    assert evaluated("mov") == 0
+    assert run_evaluate("mov") == 0
     assert "replacing" not in capsys.readouterr().out
     first = json.loads((tmp_path / "results.json").read_text())["runs"][0]
-    assert evaluated("lora") == 1
+    assert run_evaluate("lora") == 1
     error = capsys.readouterr().err
     assert f"results would be lost, those of {trained['mov']} on " in error
     assert error.count("\n") == 1
-    assert evaluated("mov", DTYPE="bfloat16") == 0
+    assert run_evaluate("mov", DTYPE="bfloat16") == 0
     assert f"replacing the results in {tmp_path}" in capsys.readouterr().out
     second = json.loads((tmp_path / "results.json").read_text())["runs"][0]
     assert (first["dtype"], second["dtype"]) == ("float32", "bfloat16")
     assert first["tasks"].keys() == second["tasks"].keys()
-    assert evaluated("mov", DTYPE="float16") == 1
+    assert run_evaluate("mov", DTYPE="float16") == 1
     assert "must be float32 or bfloat16, got 'float16'" in capsys.readouterr().err
 
 

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 
 def run(*command, cwd):
     """Runs a command as a user does, without the tests' XLA settings."""
-    of_tests = ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")
-    environment = {k: v for k, v in os.environ.items() if k not in of_tests}
+    removed = ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")
+    environment = {k: v for k, v in os.environ.items() if k not in removed}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -77,13 +77,13 @@ def test_content(wheel):
 
 
 def test_installed(python, tmp_path):
-    found = run(
+    output = run(
         str(python),
         "-c",
         "import gin, pemoe_jax.tasks.quickstart as q; print(gin.__file__, q.__file__, sep='\\n')",
         cwd=tmp_path,
     )
-    gin_config, quickstart = map(Path, found.split())
+    gin_config, quickstart = map(Path, output.split())
     assert gin_config.parent.parent == Path(sysconfig.get_path("purelib"))
     assert python.parent.parent in quickstart.parents
     package = quickstart.parent.parent.parent
@@ -94,9 +94,9 @@ def test_installed(python, tmp_path):
 
 
 def test_runs_the_quickstart(python, tmp_path):
-    """The commands of `make quickstart`, cut short."""
+    """The commands of `make quickstart`, with fewer steps and examples."""
     recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
-    commands = [line.split()[1:] for line in recipe[1].splitlines()]  # less $(BIN)/python
+    commands = [line.split()[1:] for line in recipe[1].splitlines()]  # without $(BIN)/python
     assert [command[1] for command in commands] == ["pemoe_jax.train", "pemoe_jax.evaluate"]
     short = ["--gin.TRAIN_STEPS=2"], ["--gin.EVAL_EXAMPLES=2"]
     for command, flags in zip(commands, short, strict=True):
