@@ -1,27 +1,13 @@
 """Decodes tasks greedily and computes their metrics: `pemoe infer --help`."""
 
-import collections
-import dataclasses
-import functools
-import json
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags, options
 
 if TYPE_CHECKING:
-    import jax
-    import numpy as np
-    import seqio
-
-    from pemoe_jax.analysis import tables
-    from pemoe_jax.checkpoints.models import OpenedModel
     from pemoe_jax.core import partitioning
-    from pemoe_jax.core.params import PyTree
-    from pemoe_jax.tasks import Registered
 
 FLAGS = gin_flags.make_parser(
     "infer",
@@ -35,23 +21,6 @@ FLAGS = gin_flags.make_parser(
 """,
     macros=["runs/infer.gin"],
 )
-
-
-@dataclasses.dataclass
-class _Task:
-    """The examples of a task's evaluation split, and seqio's Evaluator for them."""
-
-    name: str
-    dataset: str
-    split: str
-    evaluator: "seqio.Evaluator"
-    vocabulary: "seqio.Vocabulary"
-    inputs: "list[np.ndarray]" = dataclasses.field(default_factory=list)  # int32 [Li] each
-    input_texts: list[str] = dataclasses.field(default_factory=list)
-    target_texts: list[str] = dataclasses.field(default_factory=list)
-    is_truncated: list[bool] = dataclasses.field(default_factory=list)
-    # [S] each for routers that read sentence embeddings, else empty
-    sentences: "list[np.ndarray]" = dataclasses.field(default_factory=list)
 
 
 def infer(
@@ -72,13 +41,13 @@ def infer(
     Raises:
       InputError: a setting or a file is wrong.
     """
-    from pemoe_jax.analysis import evaluation, tables
+    from pemoe_jax.analysis import evaluation, generation, tables
     from pemoe_jax.analysis.zero_shot import result_tables
     from pemoe_jax.core import partitioning
     from pemoe_jax.runtime import atomic_write
 
-    setup = evaluation.open_evaluation(models, data, output_dir, mesh, _decoded_names)
-    tasks = read_tasks(data, setup.lengths, setup.task_info)
+    setup = evaluation.open_evaluation(models, data, output_dir, mesh, generation.decoded_names)
+    tasks = generation.read_tasks(data, setup.lengths, setup.task_info)
     if setup.sentences is not None and setup.sentences.table is not None:
         for task in tasks:
             task.sentences = setup.sentences.vectors(task.inputs, task.name)
@@ -86,269 +55,25 @@ def infer(
     for opened in setup.models:
         params = opened.load(opened.shardings(setup.mesh, setup.rules))
         with partitioning.use_mesh(setup.mesh, setup.rules):
-            tokens = _decode(
+            tokens = generation.decode(
                 opened, params, tasks, data.batch_size, setup.lengths["targets"], setup.mesh
             )
         del params  # before the next model is loaded
         task_results = {}
         for task in tasks:
             rows = [tokens.popleft() for _ in task.inputs]
-            task_results[task.name] = _compute_metrics(task, rows, opened.step)
+            task_results[task.name] = generation.compute_metrics(task, rows, opened.step)
             file = setup.folder / "predictions" / opened.name / f"{task.name}.jsonl"
-            atomic_write.write_text(file, _prediction_lines(task, rows))
+            atomic_write.write_text(file, generation.prediction_lines(task, rows))
         results["runs"].append({**opened.summary(), "tasks": task_results})
-        by_dataset = [_dataset_table(run) for run in results["runs"]]
-        by_prompt = [_prompt_table(run) for run in results["runs"]]
+        by_dataset = [generation.dataset_table(run) for run in results["runs"]]
+        by_prompt = [generation.prompt_table(run) for run in results["runs"]]
         checkpoints = result_tables.checkpoint_table(results["runs"])
         # Written after each run, so that a later run that fails leaves the results so far.
         setup.write(results, tables.to_markdown([*by_dataset, *by_prompt, checkpoints]))
     tables.print_tables(by_dataset)
     print(f"results in {setup.folder}/results.md, predictions in {setup.folder}/predictions")
     return results
-
-
-# --- reading ---
-
-
-def read_tasks(
-    data: options.Data, lengths: Mapping[str, int], task_info: "Registered"
-) -> list[_Task]:
-    """Returns the tasks with their examples; tasks of a mixture without data are reported."""
-    from pemoe_jax.data import seqio_tasks
-    from pemoe_jax.runtime import progress
-
-    use_cached = data.use_cached_tasks
-    names = _decoded_names(data.name)
-    present = [task for task in names if seqio_tasks.has_data(task, use_cached)]
-    if use_cached and not present:
-        seqio_tasks.cached_subtask_names(names[0])  # raises
-    _print_skipped("no data", [task for task in names if present and task not in present])
-    # Without any data, reading the first task raises with the reason.
-    eval_splits = {task: seqio_tasks.eval_split(task) for task in present or names}
-    splits = {task: split for task, split in eval_splits.items() if split}
-    if not splits:
-        raise InputError(
-            f"no task of {data.name!r} has an evaluation split"
-            f" ({', '.join(seqio_tasks.EVAL_SPLITS)})"
-        )
-    _print_skipped("no evaluation split", [task for task in eval_splits if task not in splits])
-    for name in splits:
-        _set_metrics(name, task_info)
-    bar = progress.Progress("reading", len(splits), note="tasks")
-    tasks = []
-    try:
-        for name, split in splits.items():
-            with seqio_tasks.translate_read_errors(name, split, use_cached):
-                task = _read_examples(name, split, lengths, use_cached, data.max_examples)
-            # A file test.jsonl may be read as the split `validation`: results name the file's.
-            task.dataset = task_info.datasets.get(name, name)
-            task.split = task_info.eval_splits.get(name) or split
-            tasks.append(task)
-            bar.report_if_slow(len(tasks), "tasks")
-    finally:
-        bar.close()
-    return tasks
-
-
-def _print_skipped(reason: str, tasks: Sequence[str]) -> None:
-    from pemoe_jax.tasks.registered import abbreviate
-
-    if tasks:
-        print(f"skipping {len(tasks)} tasks, {reason}: {abbreviate(tasks, 3)}")
-
-
-def _decoded_names(name: str) -> list[str]:
-    """Returns the tasks of a mixture, `<task>` for `<task>_score_eval`, whose rows are choices."""
-    from pemoe_jax.data import seqio_import, seqio_tasks
-
-    names = []
-    for task in seqio_tasks.subtask_names(name):
-        base = task.removesuffix("_score_eval")
-        if base != task and base not in seqio_import.import_seqio().TaskRegistry.names():
-            raise InputError(
-                f"MIXTURE_OR_TASK_NAME must be a task to decode, got {task!r}, which has a row for"
-                f" each answer choice (pemoe evaluate scores it), and no task {base!r}"
-            )
-        names.append(base)
-    return list(dict.fromkeys(names))
-
-
-def _set_metrics(name: str, task_info: "Registered") -> None:
-    """Sets the metrics of a task without any, from P3's table or a folder's INDEX.json."""
-    from pemoe_jax.data import seqio_import, seqio_tasks
-    from pemoe_jax.tasks import metrics
-    from pemoe_jax.tasks.p3 import published
-
-    prediction = seqio_import.import_seqio().metrics.ModelOutputType.PREDICTION
-    metrics.add_metrics(name, task_info.metrics.get(name, published.metric_names(name)))
-    types = {
-        metric.model_output_type for metric in seqio_tasks.get_mixture_or_task(name).metric_objs
-    }
-    if others := types - {prediction}:
-        raise InputError(
-            f"{name!r} has a metric of {min(kind.name for kind in others)}:"
-            " pemoe infer computes only metrics of PREDICTION"
-        )
-
-
-@functools.cache
-def _identity_converter() -> "seqio.FeatureConverter":
-    from pemoe_jax.data import seqio_import
-
-    seqio = seqio_import.import_seqio()
-
-    # `batching.input_batches` batches the examples: with seqio's own converter, which pads each of
-    # them, converting takes most of the time of reading a task.
-    class IdentityConverter(seqio.EncDecFeatureConverter):  # type: ignore[name-defined]
-        def __call__(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
-            return ds
-
-    return IdentityConverter(pack=False)
-
-
-def _read_examples(
-    name: str, split: str, lengths: Mapping[str, int], use_cached: bool, max_examples: int | None
-) -> _Task:
-    from pemoe_jax.data import choices, seqio_import, seqio_tasks
-
-    evaluator = seqio_import.import_seqio().Evaluator(
-        name,
-        _identity_converter(),
-        eval_split=split,
-        use_cached=use_cached,
-        # One token more than fits, so that a truncated input differs from one that just fits.
-        sequence_length={key: length + 1 for key, length in lengths.items()},
-        num_examples=max_examples,
-        async_compute_metrics=False,
-    )
-    features = seqio_tasks.get_mixture_or_task(name).output_features
-    eos_id = features["inputs"].vocabulary.eos_id
-    task = _Task(name, name, split, evaluator, features["targets"].vocabulary)
-    for row in evaluator.cached_task_datasets[name].as_numpy_iterator():
-        ids, is_truncated = choices.truncate(row["inputs"], lengths["inputs"], eos_id)
-        task.inputs.append(ids)
-        task.is_truncated.append(is_truncated)
-        task.input_texts.append(choices.feature_text(features, row, "inputs"))
-        task.target_texts.append(choices.feature_text(features, row, "targets"))
-        if seqio_tasks.SENTENCE_FEATURE in row:
-            task.sentences.append(row[seqio_tasks.SENTENCE_FEATURE])
-    return task
-
-
-# --- decoding ---
-
-
-def _decode(
-    opened: "OpenedModel",
-    params: "PyTree",
-    tasks: Sequence[_Task],
-    batch_size: int,
-    length: int,
-    mesh: "jax.sharding.Mesh",
-) -> "collections.deque[np.ndarray]":
-    """Returns the decoded tokens [length] of every example, task after task."""
-    import numpy as np
-
-    from pemoe_jax.core import decoding, partitioning
-    from pemoe_jax.data import batching, prefetch
-    from pemoe_jax.runtime import in_flight, progress
-
-    inputs = [ids for task in tasks for ids in task.inputs]
-    sentences = [vector for task in tasks for vector in task.sentences]
-    eos_id = tasks[0].vocabulary.eos_id
-
-    def decode(tokens: np.ndarray, indices: list[int]) -> "jax.Array":
-        batch = {"inputs": tokens}
-        if len(sentences) == len(inputs):
-            # The rows that fill up a batch repeat its last input, so repeat its embedding too.
-            rows = indices + [indices[-1]] * (len(tokens) - len(indices))
-            batch["sentences"] = np.stack([sentences[row] for row in rows], dtype=np.float32)
-        arrays = partitioning.shard_batch(batch, mesh)
-        return decoding.greedy_decode(
-            opened.model, params, arrays["inputs"], length, eos_id, arrays.get("sentences")
-        )
-
-    batches = batching.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
-    results = ((decode(tokens, indices), indices) for tokens, indices in prefetch.prefetch(batches))
-    bar = progress.Progress(f"decoding {opened.name}", len(inputs))
-    decoded: dict[int, np.ndarray] = {}  # batches are sorted by length, not in the inputs' order
-    for tokens, indices in in_flight.keep_in_flight(results):
-        decoded.update(zip(indices, partitioning.gather(tokens), strict=False))
-        bar.report_if_due(len(decoded), "inputs")
-    bar.close()
-    return collections.deque(decoded[index] for index in range(len(inputs)))
-
-
-# --- results ---
-
-
-def _compute_metrics(task: _Task, rows: "Sequence[np.ndarray]", step: int) -> dict[str, Any]:
-    """Returns one task's entry in results.json."""
-    all_metrics, _ = task.evaluator.evaluate(
-        compute_metrics=True, step=step, predict_fn=lambda _: list(enumerate(rows))
-    )
-    values = all_metrics.result()[task.name]
-    return {
-        "dataset": task.dataset,
-        "split": task.split,
-        "examples": len(rows),
-        "cut_inputs": sum(task.is_truncated),
-        "metrics": {name: float(getattr(value, "value", value)) for name, value in values.items()},
-    }
-
-
-def _prediction_lines(task: _Task, rows: "Sequence[np.ndarray]") -> str:
-    lines = [
-        {
-            "inputs": task.input_texts[index],
-            "targets": task.target_texts[index],
-            "prediction": task.vocabulary.decode(row.tolist()),
-            **({"cut_input": True} if task.is_truncated[index] else {}),
-        }
-        for index, row in enumerate(rows)
-    ]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def _metric_names(run: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for task in run["tasks"].values() for name in task["metrics"]))
-
-
-def _format_means(tasks: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
-    values = [
-        [task["metrics"][name] for task in tasks if name in task["metrics"]] for name in metrics
-    ]
-    return [f"{statistics.fmean(members):.1f}" if members else "–" for members in values]
-
-
-def _dataset_table(run: Mapping[str, Any]) -> "tables.Table":
-    """Returns a table with a row for each dataset: means over its prompts."""
-    from pemoe_jax.analysis import tables
-
-    names = _metric_names(run)
-    by_dataset: dict[str, list[Any]] = collections.defaultdict(list)
-    for task in run["tasks"].values():
-        by_dataset[task["dataset"]].append(task)
-    rows = [
-        [dataset, str(len(tasks)), f"{sum(task['examples'] for task in tasks):,}"]
-        + _format_means(tasks, names)
-        for dataset, tasks in sorted(by_dataset.items())
-    ]
-    title = f"{run['name']}: decoded greedily, in %, mean over the prompts of a dataset"
-    return tables.Table(title, ["dataset", "prompts", "examples", *names], rows)
-
-
-def _prompt_table(run: Mapping[str, Any]) -> "tables.Table":
-    from pemoe_jax.analysis import tables
-
-    names = _metric_names(run)
-    rows = [
-        [name, task["split"], f"{task['examples']:,}", f"{task['cut_inputs']:,}"]
-        + _format_means([task], names)
-        for name, task in run["tasks"].items()
-    ]
-    title = f"{run['name']}: decoded greedily, in %, by prompt"
-    return tables.Table(title, ["prompt", "split", "examples", "inputs truncated", *names], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -83,8 +83,8 @@ def _jax_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
                 raise InputError(f"{name} is not set, but {next(iter(variables))} is: set both")
             if name != "JAX_COORDINATOR_ADDRESS" and not variables[name].isdecimal():
                 raise InputError(f"{name} must be a number, got {variables[name]!r}")
-        address, count, index = (variables[name] for name in COORDINATOR_VARIABLES)
-        count, index = int(count), int(index)
+        address, *numbers = (variables[name] for name in COORDINATOR_VARIABLES)
+        count, index = map(int, numbers)
         if not 0 <= index < count:
             raise InputError(f"JAX_PROCESS_ID must be between 0 and {count - 1}, got {index}")
         return {

@@ -13,7 +13,8 @@ import numpy as np
 import p3_forms
 import pytest
 
-from pemoe_jax import infer, tasks
+from pemoe_jax import tasks
+from pemoe_jax.analysis import generation
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks, warnings
 from pemoe_jax.data.providers import StreamOptions
@@ -310,15 +311,15 @@ def test_stream_of_313_tasks_starts_anywhere(p3, tmp_path):
 
 def test_infer_skips_tasks_without_data(p3, forms, tmp_path, capsys):
     registered = register(forms["parquet"])
-    decoded = infer.read_tasks(options.Data("t0_train", max_examples=2), LENGTHS, registered)
+    decoded = generation.read_tasks(options.Data("t0_train", max_examples=2), LENGTHS, registered)
     assert [(task.name, len(task.inputs)) for task in decoded] == [("ag_news_recommend", 2)]
     assert "skipping 312 tasks, no data: " in capsys.readouterr().out
     with pytest.raises(InputError, match="has no task 'super_glue_wic_same_sense'"):
-        infer.read_tasks(
+        generation.read_tasks(
             options.Data("super_glue_wic_same_sense", max_examples=2), LENGTHS, registered
         )
     with pytest.raises(InputError, match="USE_CACHED_TASKS: no cache of "):
-        infer.read_tasks(
+        generation.read_tasks(
             options.Data("super_glue_wic", use_cached_tasks=True, max_examples=2),
             LENGTHS,
             registered,

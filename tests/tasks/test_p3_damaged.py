@@ -10,7 +10,8 @@ import pytest
 from data_tasks import LENGTHS
 from p3_runs import VOCAB, train_flags
 
-from pemoe_jax import infer, tasks, train
+from pemoe_jax import tasks, train
+from pemoe_jax.analysis import generation
 from pemoe_jax.checkpoints import runs
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks, tfrecords
@@ -226,7 +227,9 @@ def test_damage_in_evaluation_and_decoding(copy):
             list(feed.eval_batches(TASK, LENGTHS, 4, use_cached=use_cached))
         assert one_line(error).startswith(f"{path}: damaged at byte")
         with pytest.raises(InputError) as error:
-            infer.read_tasks(options.Data(TASK, use_cached_tasks=use_cached), LENGTHS, Registered())
+            generation.read_tasks(
+                options.Data(TASK, use_cached_tasks=use_cached), LENGTHS, Registered()
+            )
         assert one_line(error).startswith(f"{path}: damaged at byte")
     with pytest.raises(InputError) as error:
         choices.load_choice_groups("t0_train_score_eval", LENGTHS)
