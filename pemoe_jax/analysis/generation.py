@@ -6,7 +6,7 @@ import functools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,9 +21,6 @@ from pemoe_jax.runtime import in_flight, options, progress
 from pemoe_jax.tasks import Registered, metrics
 from pemoe_jax.tasks.registered import abbreviate
 
-if TYPE_CHECKING:
-    import seqio
-
 
 @dataclasses.dataclass
 class Task:
@@ -32,8 +29,8 @@ class Task:
     name: str
     dataset: str
     split: str
-    evaluator: "seqio.Evaluator"
-    vocabulary: "seqio.Vocabulary"
+    evaluator: Any  # seqio.Evaluator
+    vocabulary: Any  # seqio.Vocabulary
     inputs: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [Li] each
     input_texts: list[str] = dataclasses.field(default_factory=list)
     target_texts: list[str] = dataclasses.field(default_factory=list)
@@ -116,12 +113,12 @@ def _set_metrics(name: str, task_info: Registered) -> None:
 
 
 @functools.cache
-def _identity_converter() -> "seqio.FeatureConverter":
+def _identity_converter() -> Any:
     seqio = seqio_import.import_seqio()
 
     # `batching.input_batches` batches the examples: with seqio's own converter, which pads each of
     # them, converting takes most of the time of reading a task.
-    class IdentityConverter(seqio.EncDecFeatureConverter):  # type: ignore[name-defined]
+    class IdentityConverter(seqio.EncDecFeatureConverter):
         def __call__(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
             return ds
 
