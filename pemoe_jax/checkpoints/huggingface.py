@@ -248,7 +248,8 @@ def save_checkpoint(
     dims = dimensions.infer({name: array.shape for name, array in arrays.items()}, f"{path}")
     table = _name_table(dims["num_encoder_layers"], dims["num_decoder_layers"])
     # Before anything is written. Adapters are extra arrays, and so refused here.
-    expected = network.param_shapes(network.Transformer(network.T5Config(**dims)))
+    config: JsonObject = dict(dims)
+    expected = network.param_shapes(network.Transformer(network.T5Config(**config)))
     params_lib.check_matches(arrays, expected, f"model to write to {path}")
     theirs = {name: _convert_layout(ours, arrays[ours]) for name, ours in table.items()}
     sizes = {name: array.nbytes for name, array in theirs.items()}
