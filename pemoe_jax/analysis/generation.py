@@ -118,7 +118,7 @@ def _identity_converter() -> Any:
 
     # `batching.input_batches` batches the examples: with seqio's own converter, which pads each of
     # them, converting takes most of the time of reading a task.
-    class IdentityConverter(seqio.EncDecFeatureConverter):
+    class IdentityConverter(seqio.EncDecFeatureConverter):  # type: ignore[name-defined]
         def __call__(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
             return ds
 

@@ -36,7 +36,7 @@ class T5Config:
       scan_layers: whether the layers of a stack run as a loop, so that one layer is compiled
         instead of all.
       remat_policy: which activations the backward pass recomputes to save memory: 'none', 'minimal'
-        (all but matrix products) or 'full' (all).
+        (all but matrix products and fused attention) or 'full' (all).
       attention: implementation of attention: 'plain', 'chunked' (less memory for long inputs) or
         'fused' (bfloat16 on a GPU).
     """
