@@ -72,7 +72,7 @@ class FolderMixture(SeekableMixture, seqio.Mixture):
     def cached_examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset | None:
-        names = seqio_tasks.cached_subtask_names(self.name)
+        names = seqio_tasks.subtask_names(self.name, use_cached=True)
         tasks = [task for task in self.tasks if task.name in names and split in task.splits]
         rates = self.rates(tasks)
         return cached_example_dataset(tasks, rates, sequence_length, split, options)

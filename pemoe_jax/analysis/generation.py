@@ -48,7 +48,7 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Regist
     names = decoded_names(data.name)
     present = [task for task in names if seqio_tasks.has_data(task, use_cached)]
     if use_cached and not present:
-        seqio_tasks.cached_subtask_names(names[0])  # raises
+        seqio_tasks.subtask_names(names[0], use_cached=True)  # raises
     _print_skipped("no data", [task for task in names if present and task not in present])
     # Without any data, reading the first task raises with the reason.
     eval_splits = {task: seqio_tasks.eval_split(task) for task in present or names}

@@ -1,4 +1,4 @@
-"""Batches of few shapes for scoring, decoding and encoding, because every shape is compiled.
+"""Batches for scoring, decoding and encoding, of few shapes because every shape is compiled.
 
 Shapes: `B` batch, `L` length (`Li` of inputs, `Lt` of targets), `C` answer choices.
 """
@@ -14,37 +14,33 @@ from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data.choices import ChoiceGroup
 from pemoe_jax.data.packing import Batch
 
-Shape = tuple[int, int, int]  # of a scoring program without its rows: Li, C, Lt
+Shape = tuple[int, int, int]  # Li, C, Lt: the shape of a batch without its number of rows
 
-# Cost of a target token in input tokens; its logits make it 1.7 in T5 Small and 1.1 in XL.
+# Cost of a target token in input tokens: measured 1.7 in T5 Small and 1.1 in XL, for its logits.
 _TARGET_COST = 2
 
 
 def _round_up(n: int, least: int, steps: int) -> int:
-    """Returns the smallest number >= n of a ladder with `steps` even steps an octave.
+    """Returns the smallest allowed size >= n.
 
-    The ladder begins with `least` and its multiples by powers of two.
+    Allowed are `least` times powers of two, and `steps` - 1 evenly spaced sizes between two powers.
     """
-    octave = least
-    while 2 * octave < n:
-        octave *= 2
-    ladder = (octave + octave * i // steps for i in range(steps + 1))
-    return next(size for size in ladder if size >= n)
+    power = least
+    while 2 * power < n:
+        power *= 2
+    sizes = (power + power * i // steps for i in range(steps + 1))
+    return next(size for size in sizes if size >= n)
 
 
 def _group_by_shape(sizes: Sequence[Shape]) -> dict[Shape, list[int]]:
     """Returns the indices of the sizes by rounded shape, sorted by shape."""
     indices: dict[Shape, list[int]] = {}
-    # Planning takes quadratic memory: beyond 256 shapes, sizes are rounded more coarsely.
+    # Merging takes quadratic memory: beyond 256 shapes, sizes are rounded more coarsely.
     for steps in (4, 2, 1):
         indices = collections.defaultdict(list)
-        for index, (inputs, choices, targets) in enumerate(sizes):
-            shape = (
-                _round_up(inputs, 32, steps),
-                _round_up(choices, 1, steps),
-                _round_up(targets, 4, steps),
-            )
-            indices[shape].append(index)
+        for index, size in enumerate(sizes):
+            inputs, choices, targets = map(_round_up, size, (32, 1, 4), (steps,) * 3)
+            indices[inputs, choices, targets].append(index)
         if len(indices) <= 256:
             break
     return dict(sorted(indices.items()))
@@ -58,12 +54,12 @@ def _merge_shapes(
 ) -> dict[Shape, Shape]:
     """Returns the shape that each shape is padded to.
 
-    Greedy: the pair of shapes whose merging saves most is merged, until no merging saves anything
-    and there are at most `max_programs` shapes.
+    Greedy: merges the pair of shapes that saves most, until no pair saves anything and there are at
+    most `max_programs` shapes.
 
     Args:
       counts: number of examples of each shape.
-      rows_of: (shapes [..., 3], counts [...]) to the number of rows of a batch [...].
+      rows_of: (shapes [..., 3], counts [...]) -> rows of a batch [...].
       program_cost, max_programs: see `score_batches`.
     """
     shapes = np.array(list(counts), np.int64).reshape(-1, 3)
@@ -71,7 +67,7 @@ def _merge_shapes(
     members = [[shape] for shape in counts]
 
     def cost(shapes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Returns the tokens that are computed for shapes, padding included, plus compilation."""
+        """Returns the tokens that shapes compute, padding included, plus the cost of compiling."""
         rows = rows_of(shapes, sizes)
         row = shapes[..., 0] + _TARGET_COST * shapes[..., 1] * shapes[..., 2]
         return program_cost + -(-sizes // rows) * rows * row
@@ -105,7 +101,7 @@ def _plan_batches(
     program_cost: int,
     max_programs: int,
 ) -> Iterator[tuple[Shape, int, list[int]]]:
-    """Yields the shape, number of rows and indices of each batch, the largest shapes first."""
+    """Yields the shape, number of rows and indices of each batch, largest shape first."""
     check_integer("BATCH_SIZE", batch_size)
     if batch_size % multiple_of:
         raise InputError(
@@ -116,7 +112,7 @@ def _plan_batches(
     def rows_of(shapes: np.ndarray, counts: np.ndarray) -> np.ndarray:
         affordable = max_target_tokens // (shapes[..., 1] * shapes[..., 2])
         most = np.clip(affordable // multiple_of * multiple_of, multiple_of, batch_size)
-        # Spread evenly over the batches, or the last one would be mostly padding.
+        # Examples are spread evenly: otherwise the last batch could be mostly padding.
         even = -(-counts // -(-counts // most))
         return -(-even // multiple_of) * multiple_of
 
@@ -146,12 +142,12 @@ def score_batches(
     A batch has encoder_input_tokens [B, Li], decoder_input_tokens and decoder_target_tokens
     [B, C, Lt], int32, and sentence_embeddings [B, S] if all groups have one. Further rows, and
     choices beyond those of a group, are zeros. Groups of similar size share a shape. The largest
-    shape comes first: a batch that does not fit into memory fails at once.
+    shape comes first, so that a batch that does not fit into memory fails at once.
 
     Args:
       groups: the examples.
       batch_size: largest number of rows.
-      multiple_of: B is a multiple of this number of devices, which must divide `batch_size`.
+      multiple_of: number of devices, which must divide B and `batch_size`.
       max_target_tokens: limit of B * C * Lt: shapes with many or long choices have fewer rows.
       program_cost: cost of compiling a shape, in tokens of padding. On two CPU cores it takes as
         long as scoring 5,000 (T5 Small) to 30,000 tokens (Tiny); many more on accelerators.
@@ -160,9 +156,7 @@ def score_batches(
     Raises:
       InputError: `batch_size` is not a positive multiple of `multiple_of`.
     """
-    sizes = [
-        (len(group.inputs), len(group.choices), max(map(len, group.choices))) for group in groups
-    ]
+    sizes = [(len(g.inputs), len(g.choices), max(map(len, g.choices))) for g in groups]
     limits = (multiple_of, max_target_tokens, program_cost, max_programs)
     for shape, rows, indices in _plan_batches(sizes, batch_size, *limits):
         members = [groups[index] for index in indices]
@@ -176,8 +170,8 @@ def _score_batch(groups: Sequence[ChoiceGroup], rows: int, shape: Shape) -> Batc
     for i, group in enumerate(groups):
         for j, ids in enumerate(group.choices):
             targets[i, j, : len(ids)] = ids
-    # Choices start from token 0, as in training. The scores of padded choices are meaningless; the
-    # caller drops them by the number of choices of each group.
+    # Choices start from token 0, as in training. The scores of padded choices are meaningless: the
+    # caller drops them, knowing how many choices each group has.
     batch = {
         "encoder_input_tokens": _pad([group.inputs for group in groups], rows, input_length),
         "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
@@ -210,16 +204,13 @@ def input_batches(
 
     A batch is int32 [B, Li]. Further rows repeat the last input, so that they stop decoding when it
     does. There are fewer shapes than in `score_batches`, because a decoder takes longer to compile.
+    Other arguments and errors are those of `score_batches`.
 
     Args:
       inputs: token ids [Li] of each input.
-      batch_size, multiple_of, program_cost, max_programs: see `score_batches`.
-
-    Raises:
-      InputError: `batch_size` is not a positive multiple of `multiple_of`.
     """
     sizes = [(len(ids), 1, 1) for ids in inputs]
-    # The target of one token is rounded up to 4, so this limit of target tokens never cuts rows.
+    # The target of one token is rounded up to 4: this limit of target tokens reduces no batch.
     limits = (multiple_of, 4 * batch_size, program_cost, max_programs)
     for shape, rows, indices in _plan_batches(sizes, batch_size, *limits):
         repeated = [inputs[indices[-1]]] * (rows - len(indices))
@@ -237,12 +228,11 @@ def encoder_batches(
     Args:
       inputs: token ids [Li] of each input.
       batch_size: B at 512 tokens and more; up to 8 times as many rows of shorter inputs.
-      multiple_of: B is a multiple of this number of devices.
+      multiple_of: number of devices, of which B is a multiple.
     """
     order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
     while order:
-        # Of 32, 48, 64, 96, 128, …: two steps an octave.
-        length = _round_up(len(inputs[order[0]]), 32, 2)
+        length = _round_up(len(inputs[order[0]]), 32, 2)  # 32, 48, 64, 96, 128, …
         rows = max(batch_size, min(8 * batch_size, batch_size * 512 // length))
         rows = -(-rows // multiple_of) * multiple_of
         indices, order = order[:rows], order[rows:]

@@ -30,10 +30,11 @@ class ChoiceGroup:
 
     Attributes:
       task: name of the task.
-      idx: number of the example in its split.
+      idx: index of the example in its split.
       inputs: token ids, int32 [Li], ending in EOS.
       choices: token ids of each choice, C times int32 [Lt], ending in EOS.
-      is_correct: of each choice; several if choices are repeated, none if no choice is the target.
+      is_correct: whether each choice equals the target: usually one does, several if choices are
+        repeated, none if the target is not among them.
       input_text, choice_texts: the text that was tokenized.
       input_truncated, target_truncated: whether the input, or any choice, was too long.
       sentence_embedding: [S], for routers that read it.
@@ -74,10 +75,8 @@ def load_choice_groups(
     """Returns the examples of a `_score_eval` task, or of the tasks of a mixture in order.
 
     Args:
-      name: name of the task or mixture. A `SeekableMixture` is read much faster than its tasks one
-        by one.
-      task_feature_lengths: lengths that 'inputs' and 'targets' are truncated to; they keep their
-        EOS.
+      name: the task or mixture. A `SeekableMixture` is read much faster than its tasks one by one.
+      task_feature_lengths: lengths that 'inputs' and 'targets' are truncated to, keeping their EOS.
       split: the split; None: the evaluation split.
       max_examples: number of examples of each task; None: all.
       use_cached: whether to read seqio's offline caches.
@@ -89,11 +88,10 @@ def load_choice_groups(
     lengths = seqio_tasks.validate_lengths(task_feature_lengths)
     if max_examples is not None:
         check_integer("EVAL_EXAMPLES", max_examples)
-    # One token more than fits, so that a truncated sequence differs from one that just fits.
+    # One token more than fits: a sequence that is too long then differs from one that just fits.
     longer = {key: length + 1 for key, length in lengths.items()}
     provider = seqio_tasks.get_mixture_or_task(name)
-    subtask_names = seqio_tasks.cached_subtask_names if use_cached else seqio_tasks.subtask_names
-    tasks = subtask_names(name)
+    tasks = seqio_tasks.subtask_names(name, use_cached)
     if not isinstance(provider, seqio.Mixture):
         task_split = _check_split(name, split)
         if not use_cached:

@@ -6,7 +6,7 @@ Shapes: `B` batch, `L` length, `S` sentence embedding size.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data import choices, seqio_import, seqio_tasks
 from pemoe_jax.data.packing import Batch, BatchIterator, Example, Truncations
 from pemoe_jax.data.providers import SeekableMixture, SeekableProvider, StreamOptions
+from pemoe_jax.data.rows import TEXT_FEATURES
 from pemoe_jax.data.seqio_tasks import SENTENCE_FEATURE
 
 if TYPE_CHECKING:
@@ -22,10 +23,7 @@ if TYPE_CHECKING:
 
     from pemoe_jax.data.sentences import SentenceSource
 
-# Token ids of inputs and of targets, and sentence embeddings if the tasks have them as a feature.
-Block = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]
-
-# Examples that TensorFlow hands over at a time: one by one takes several times longer.
+# Examples converted from TensorFlow to numpy at a time: one by one takes several times longer.
 _BLOCK = 256
 
 
@@ -82,9 +80,7 @@ def train_batches(
     with seqio_tasks.translate_read_errors(name, split, use_cached):
         ds = _example_dataset(name, lengths, split, use_cached, options)
     truncations = Truncations()
-    blocks = _read_blocks(ds, name, split, use_cached, sentences)
-    blocks = _truncate_blocks(blocks, name, lengths, truncations)
-    examples = _split_blocks(blocks, name, sentences)
+    examples = _read_examples(ds, name, lengths, split, use_cached, sentences, truncations)
     return BatchIterator(examples, lengths, batch_size, pack, begin, truncations=truncations)
 
 
@@ -119,13 +115,17 @@ def eval_batches(
     check_integer("BATCH_SIZE", batch_size)
     if max_batches is not None:
         check_integer("EVAL_BATCHES", max_batches)
-    with_embeddings = _feature_dim(sentences) is not None
-    ds = _eval_dataset(name, lengths, use_cached, with_embeddings)
-    blocks = _read_blocks(ds, name, None, use_cached, sentences)
-    examples = _split_blocks(blocks, name, sentences)
+    ds = _eval_dataset(name, lengths, use_cached, _feature_names(sentences))
+    examples = _read_examples(ds, name, lengths, None, use_cached, sentences, Truncations())
     pack = pack and sentences is None
     batches = BatchIterator(examples, lengths, batch_size, pack, pad_last=True)
     return itertools.islice(batches, max_batches)
+
+
+def _feature_names(sentences: SentenceSource | None) -> Sequence[str]:
+    """Returns the features to read of each example."""
+    own_embeddings = sentences is not None and sentences.table is None
+    return (*TEXT_FEATURES, SENTENCE_FEATURE) if own_embeddings else TEXT_FEATURES
 
 
 def _example_dataset(
@@ -142,13 +142,13 @@ def _example_dataset(
     if missing:
         features = ", ".join(sorted(provider.output_features))
         raise InputError(f"{name!r} has no feature {missing[0]!r} to train on (it has: {features})")
-    if use_cached:
-        seqio_tasks.cached_subtask_names(name)
-    else:
-        seqio_tasks.check_source_files(seqio_tasks.subtask_names(name), split)
+    tasks = seqio_tasks.subtask_names(name, use_cached)
+    if not use_cached:
+        seqio_tasks.check_source_files(tasks, split)
     if isinstance(provider, SeekableProvider):
-        # One token more than fits, so that a truncated example differs from one that just fits.
-        # Other providers' preprocessors may do anything with the lengths: they get the true ones.
+        # One token more than fits: an example that is too long then differs from one that just
+        # fits. Other providers' preprocessors may do anything with the lengths: they get the true
+        # ones.
         longer = {key: length + 1 for key, length in lengths.items()}
         read = provider.cached_examples_from if use_cached else provider.examples_from
         ds = read(longer, split, options)
@@ -168,13 +168,13 @@ def _example_dataset(
 
 
 def _eval_dataset(
-    name: str, lengths: Mapping[str, int], use_cached: bool, with_embeddings: bool
+    name: str, lengths: Mapping[str, int], use_cached: bool, features: Sequence[str]
 ) -> tf.data.Dataset:
     """Returns the examples of the evaluation splits; tasks take turns."""
     import tensorflow as tf
 
-    subtask_names = seqio_tasks.cached_subtask_names if use_cached else seqio_tasks.subtask_names
-    splits = {task: seqio_tasks.eval_split(task) for task in subtask_names(name)}
+    tasks = seqio_tasks.subtask_names(name, use_cached)
+    splits = {task: seqio_tasks.eval_split(task) for task in tasks}
     if not any(splits.values()):
         raise InputError(
             f"no task of {name!r} has an evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"
@@ -184,11 +184,9 @@ def _eval_dataset(
         # One pipeline instead of one for each task.
         return provider.eval_examples(lengths, interleave=True)[0]
 
-    keys = ["inputs", "targets", *([SENTENCE_FEATURE] if with_embeddings else [])]
-
     def select(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         # Datasets can only be interleaved if they have the same features.
-        return {key: example[key] for key in keys}
+        return {key: example[key] for key in features}
 
     with seqio_tasks.translate_read_errors(name, use_cached=use_cached):
         datasets = [
@@ -200,69 +198,53 @@ def _eval_dataset(
     return tf.data.Dataset.choose_from_datasets(datasets, turns, stop_on_empty_dataset=False)
 
 
-def _read_blocks(
+def _read_examples(
     ds: tf.data.Dataset,
     name: str,
+    lengths: Mapping[str, int],
     split: str | None,
     use_cached: bool,
     sentences: SentenceSource | None,
-) -> Iterator[Block]:
-    """Yields the examples of a dataset as numpy arrays, `_BLOCK` at a time."""
+    truncations: Truncations,
+) -> Iterator[Example]:
+    """Yields the examples of a dataset, with their sentence embeddings if there is a source.
+
+    Sequences are truncated, keep an EOS at their end, and are counted in `truncations`.
+    """
     import tensorflow as tf
 
-    dim = _feature_dim(sentences)
+    names = _feature_names(sentences)
+    features = seqio_tasks.get_mixture_or_task(name).output_features
+    eos_ids = {key: features[key].vocabulary.eos_id for key in TEXT_FEATURES}
 
     def select(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        features = {key: example[key] for key in ("inputs", "targets")}
-        if dim is not None:
-            features[SENTENCE_FEATURE] = tf.ensure_shape(example[SENTENCE_FEATURE], [dim])
-        return features
+        selected = {key: example[key] for key in names}
+        if sentences is not None and SENTENCE_FEATURE in selected:
+            embedding = selected[SENTENCE_FEATURE]
+            selected[SENTENCE_FEATURE] = tf.ensure_shape(embedding, [sentences.dim])
+        return selected
 
     def flatten(block: Mapping[str, tf.Tensor]) -> tuple[object, ...]:
         # A ragged tensor is converted to numpy row by row; its two parts are not.
-        ids = tuple(
-            (tf.cast(block[key].values, tf.int32), block[key].row_splits)
-            for key in ("inputs", "targets")
-        )
-        return ids, block[SENTENCE_FEATURE] if dim is not None else ()
+        ids = {
+            key: (tf.cast(block[key].values, tf.int32), block[key].row_splits)
+            for key in TEXT_FEATURES
+        }
+        return ids, block.get(SENTENCE_FEATURE, ())
 
     blocks = ds.map(select).ragged_batch(_BLOCK).map(flatten).prefetch(2)
     for ids, embeddings in seqio_tasks.numpy_iterator(blocks, name, split, use_cached):
-        inputs, targets = (np.split(column, ends[1:-1]) for column, ends in ids)
-        yield inputs, targets, list(embeddings)
-
-
-def _feature_dim(sentences: SentenceSource | None) -> int | None:
-    """Returns the size of the tasks' own sentence embeddings; None if they are not used."""
-    return sentences.dim if sentences is not None and sentences.table is None else None
-
-
-def _truncate_blocks(
-    blocks: Iterable[Block], name: str, lengths: Mapping[str, int], truncations: Truncations
-) -> Iterator[Block]:
-    """Truncates the sequences, which keep an EOS at their end, and counts those truncated."""
-    features = seqio_tasks.get_mixture_or_task(name).output_features
-
-    def truncate(column: list[np.ndarray], key: str) -> tuple[list[np.ndarray], int]:
-        eos_id = features[key].vocabulary.eos_id
-        pairs = [choices.truncate(ids, lengths[key], eos_id) for ids in column]
-        return [ids for ids, _ in pairs], sum(truncated for _, truncated in pairs)
-
-    for inputs, targets, embeddings in blocks:
-        inputs, num_inputs = truncate(inputs, "inputs")
-        targets, num_targets = truncate(targets, "targets")
+        inputs, targets = (
+            [
+                choices.truncate(sequence, lengths[key], eos_ids[key])
+                for sequence in np.split(values, ends[1:-1])
+            ]
+            for key, (values, ends) in ids.items()
+        )
         truncations.examples += len(inputs)
-        truncations.inputs += num_inputs
-        truncations.targets += num_targets
-        yield inputs, targets, embeddings
-
-
-def _split_blocks(
-    blocks: Iterable[Block], name: str, sentences: SentenceSource | None
-) -> Iterator[Example]:
-    """Yields single examples, with their sentence embeddings if there is a source."""
-    for inputs, targets, embeddings in blocks:
-        columns = [inputs, targets]
+        truncations.inputs += sum(truncated for _, truncated in inputs)
+        truncations.targets += sum(truncated for _, truncated in targets)
+        columns = [[tokens for tokens, _ in column] for column in (inputs, targets)]
         if sentences is not None:
-            columns.append(embeddings or sentences.vectors(inputs, name))
+            columns.append(list(embeddings) or sentences.vectors(columns[0], name))
         yield from zip(*columns, strict=True)

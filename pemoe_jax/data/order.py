@@ -5,16 +5,16 @@ happened before. Two functions of the seed and a counter decide it:
 
 - the task of the n-th example is the n-th draw of a counter-based generator (Philox: Salmon et al.,
   "Parallel random numbers: as easy as 1, 2, 3", SC 2011), by the mixing rates;
-- the k-th draw of a task is row k mod size of its epoch k // size, in the order of a keyed
-  permutation that is computed row by row and never stored (a Feistel network over a x b >= size
-  with cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+- the k-th draw of a task is element k mod size of its epoch k // size: a keyed permutation of its
+  rows that is computed row by row and never stored (a Feistel network over a x b >= size with cycle
+  walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
 
 So the only state is the number of draws of each task. Starting at a distant example costs counting
 the draws before it, some 12 ns each; a single task starts anywhere at no cost.
 
-`grain` has the same parts, but shuffles 32-bit indices and mixes by a fixed interleaving in integer
-proportions, where seqio draws tasks at random. It comes only with T5X, and would change the order
-that saved runs resume in.
+`grain` has the same parts, but it shuffles 32-bit indices, and interleaves tasks in a fixed pattern
+of integer proportions where seqio draws them at random. It is installed with T5X only, and would
+change the order that saved runs resume in.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ import numpy as np
 from pemoe_jax.core.errors import InputError
 
 _CHUNK = 1 << 13  # draws computed at a time; more would not fit into the processor's cache
-_SNAPSHOT = 1 << 20  # number of draws between the counts that are remembered
+_SNAPSHOT = 1 << 20  # number of draws between snapshots of the counts
 _ROUNDS = 8  # of the Feistel network
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: SplitMix64's increment
 
 
 class ExampleOrder:
-    """The order of the examples of a mixture, whose rows are numbered task after task.
+    """The order of a mixture's examples. Rows are numbered consecutively, task after task.
 
     Every row of a task comes once in each of the task's epochs. Objects are cheap to create;
     `row_numbers` is fastest if a call continues where the last one ended.
 
     Args:
       sizes: number of rows of each task, at least 1.
-      rates: mixing rate of each task, to any scale.
+      rates: mixing rate of each task; they need not sum to 1.
       seed: any integer.
-      shuffle: whether each epoch of a task has an order of its own; otherwise rows come in their
-        own order, though the tasks of a mixture are still drawn at random.
-      num_epochs: the order ends when the first task has no row left after this many epochs, as a
-        seqio mixture does; None: never.
+      shuffle: whether each epoch of a task has its own order. Otherwise its rows keep theirs, but
+        the tasks of a mixture are still drawn at random.
+      num_epochs: the order ends when a task that has completed this many epochs is drawn again, as
+        in a seqio mixture; None: never.
 
     Raises:
       InputError: a size is below 1, a rate is negative, or no rate is above 0.
@@ -70,7 +70,7 @@ class ExampleOrder:
         self._max_draws = None if num_epochs is None else self._sizes * num_epochs
         self._sampler = _TaskSampler(rates)
         # Number of draws of each task before every _SNAPSHOT-th example, and before the example
-        # where the last call ended: where counting can begin.
+        # where the last call ended. Counting starts from the nearest of them.
         self._snapshots = [np.zeros(len(self._sizes), np.int64)]
         self._last = 0, self._snapshots[0]
 
@@ -87,8 +87,7 @@ class ExampleOrder:
         counts = self._count_draws(start)
         parts = [np.zeros(0, np.int64)]
         while start < stop:
-            self._remember(start, counts)
-            tasks = self._draw_tasks(start, min(stop, _chunk_end(start)))
+            tasks = self._draw_chunk(start, stop, counts)
             draws = counts[tasks] + _occurrences(tasks)
             if self._max_draws is not None:
                 exhausted = np.flatnonzero(draws >= self._max_draws[tasks])
@@ -103,6 +102,12 @@ class ExampleOrder:
             parts.append(self._starts[tasks] + rows)
         self._last = start, counts
         return np.concatenate(parts)
+
+    def _draw_chunk(self, start: int, stop: int, counts: np.ndarray) -> np.ndarray:
+        """Returns the tasks from `start` to the end of its chunk; keeps a snapshot of counts."""
+        if start == len(self._snapshots) * _SNAPSHOT:
+            self._snapshots.append(counts)
+        return self._draw_tasks(start, min(stop, start + _CHUNK - start % _CHUNK))
 
     def _draw_tasks(self, start: int, stop: int) -> np.ndarray:
         """Returns the tasks of examples start to stop - 1: int64 [stop - start]."""
@@ -121,19 +126,10 @@ class ExampleOrder:
         if at > start or at < snapshot * _SNAPSHOT:
             at, counts = snapshot * _SNAPSHOT, self._snapshots[snapshot]
         while at < start:
-            self._remember(at, counts)
-            stop = min(start, _chunk_end(at))
-            counts = counts + np.bincount(self._draw_tasks(at, stop), minlength=len(self._sizes))
-            at = stop
+            tasks = self._draw_chunk(at, start, counts)
+            counts = counts + np.bincount(tasks, minlength=len(self._sizes))
+            at += len(tasks)
         return counts
-
-    def _remember(self, at: int, counts: np.ndarray) -> None:
-        if at == len(self._snapshots) * _SNAPSHOT:
-            self._snapshots.append(counts)
-
-
-def _chunk_end(at: int) -> int:
-    return at + _CHUNK - at % _CHUNK
 
 
 def _check(sizes: Sequence[int], rates: Sequence[float]) -> None:
@@ -164,7 +160,7 @@ class _TaskSampler:
     """Maps words of 64 random bits to tasks by their rates.
 
     Walker's alias method: the 2^64 words are divided into columns of equal width, and each column
-    is shared by its own task and at most one other. In integers, the result is exact.
+    is shared by its own task and at most one other. Integers make the shares exact.
     """
 
     def __init__(self, rates: Sequence[float]) -> None:
@@ -209,18 +205,15 @@ class _Permutations:
         self._sizes = sizes.astype(np.uint64)
         # Row r is the pair (r // b, r % b). With a = ceil(sqrt(size)) and b = ceil(size / a), fewer
         # than a of the a * b pairs are not rows.
-        highs = [math.isqrt(int(size) - 1) + 1 for size in sizes]
-        self._a = np.array(highs, np.uint64)
-        self._b = np.array(
-            [-(-int(size) // a) for size, a in zip(sizes, highs, strict=True)], np.uint64
-        )
+        self._a = np.array([math.isqrt(int(size) - 1) + 1 for size in sizes], np.uint64)
+        self._b = (self._sizes + self._a - np.uint64(1)) // self._a
 
     def __call__(self, tasks: np.ndarray, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
         key = _mix64(self._key + (tasks + 1).astype(np.uint64) * _GOLDEN)
         key = _mix64(key + (epochs + 1).astype(np.uint64) * _GOLDEN)
         rows, sizes = rows.astype(np.uint64), self._sizes[tasks]
-        # Cycle walking: a pair that is not a row is permuted again until it is one. This ends,
-        # because the walk follows a cycle of the permutation that began at a row.
+        # Cycle walking: a pair that is not a row is permuted again until it is one. This ends
+        # because the walk follows a cycle of the permutation that contains the row it began at.
         walking = np.arange(len(rows))
         while len(walking):
             rows[walking] = self._permute_pairs(tasks[walking], key[walking], rows[walking])
@@ -228,7 +221,7 @@ class _Permutations:
         return rows.astype(np.int64)
 
     def _permute_pairs(self, tasks: np.ndarray, key: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Applies the Feistel network to pairs that are written as r = high * b + low."""
+        """Applies the Feistel network to pairs r = high * b + low."""
         a, b = self._a[tasks], self._b[tasks]
         high, low = np.divmod(rows, b)
         for _ in range(_ROUNDS // 2):

@@ -1,9 +1,9 @@
 """Packs examples into rows, and rows into batches.
 
-Packing is next-fit: an example that does not fit begins the next row. seqio packs so within blocks
-of examples; `grain` packs first-fit or best-fit, which fills rows better, but then a row depends on
-many examples around it. Here a row depends only on the examples in it, so the number of examples
-consumed is all that a run needs to resume. Training and evaluation share the packer.
+Packing is next-fit: an example that does not fit begins the next row. A row therefore depends only
+on the examples in it, and the number of examples consumed is all that a run needs to resume. seqio
+also packs next-fit, but within blocks of examples. `grain` packs first-fit or best-fit, which fills
+rows better, but makes a row depend on many examples around it.
 
 Shapes: `B` batch, `L` length, `S` sentence embedding size, `N` examples.
 """
@@ -24,12 +24,7 @@ Example = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass
 class Truncations:
-    """How many of the examples read so far, prefetched ones included, were truncated.
-
-    Attributes:
-      examples: number of examples read.
-      inputs, targets: number of them whose inputs or targets were too long.
-    """
+    """Numbers of examples read so far, prefetched ones included, and of truncated sequences."""
 
     examples: int = 0
     inputs: int = 0
@@ -43,14 +38,14 @@ class Truncations:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches of examples, with the position in the data that they have reached.
+    """Batches of examples, and their position in the data.
 
     Args:
-      examples: the examples, from number `start` on.
+      examples: the examples, from index `start` on.
       lengths: lengths of 'inputs' and 'targets'; longer examples are truncated.
       batch_size: number of rows, B.
       pack: whether a row holds several examples.
-      start: number of examples consumed before.
+      start: number of examples before the first one.
       pad_last: whether an incomplete last batch is padded with rows of zeros rather than dropped.
       truncations: statistics that the source of `examples` keeps.
     """
@@ -73,7 +68,7 @@ class BatchIterator(Iterator[Batch]):
 
     @property
     def position(self) -> dict[str, int]:
-        """Where the next batch begins, as `feed.train_batches` takes it."""
+        """Position of the next batch, as `feed.train_batches` takes it."""
         return {"examples": self._consumed}
 
     def __next__(self) -> Batch:
@@ -127,11 +122,7 @@ def _fill_rows(
 
 
 def _lay_out(rows: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:
-    """Concatenates the sequences of each row, padded to `length`.
-
-    Returns:
-      `tokens`, `segment_ids` from 1 on, and `positions` in the segment: int32 [B, L].
-    """
+    """Returns `tokens`, `segment_ids` from 1 on, and `positions` within them: int32 [B, L]."""
     # One scatter for the whole batch, because a loop over its sequences would be slow.
     sequences = [sequence for row in rows for sequence in row]
     counts = np.array([len(row) for row in rows])

@@ -1,4 +1,4 @@
-"""tf.data pipelines over rows with random access, which can start at any example.
+"""tf.data pipelines that can start at any example, over rows with random access.
 
 Importing this module imports seqio, which takes 8 s.
 """
@@ -29,7 +29,7 @@ READ_SIZE = 128  # rows read at a time
 def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -> tf.data.Dataset:
     """Returns the row numbers of an order in blocks, int64 [N], from example `start` of a shard."""
 
-    # Here and below: autograph gains nothing and makes pipelines slow to build.
+    # No autograph here and below: the functions do not need it, and it is slow.
     @tf.autograph.experimental.do_not_convert
     def block(first: tf.Tensor) -> tf.Tensor:
         numbers = tf.numpy_function(
@@ -53,9 +53,7 @@ def read_blocks(readers: Sequence[RowReader], blocks: tf.data.Dataset) -> tf.dat
     first_rows = np.cumsum([0, *(reader.num_rows for reader in readers[:-1])])
 
     def read_numbers(numbers: np.ndarray) -> np.ndarray:
-        records = read_parts(
-            first_rows, numbers, lambda index, rows: readers[index].read_records(rows)
-        )
+        records = read_parts(first_rows, numbers, lambda n, rows: readers[n].read_records(rows))
         return np.array(records, object)
 
     @tf.autograph.experimental.do_not_convert
@@ -81,17 +79,12 @@ def example_dataset(
       sequence_length: length that each feature is truncated to.
       options: order and extent.
     """
-    order = ExampleOrder(
-        [reader.num_rows for reader in readers],
-        rates,
-        options.seed,
-        options.shuffle,
-        options.num_epochs,
-    )
+    sizes = [reader.num_rows for reader in readers]
+    order = ExampleOrder(sizes, rates, options.seed, options.shuffle, options.num_epochs)
     blocks = read_blocks(readers, row_number_blocks(order, options.start, options.shard))
     features = {key: tf.io.RaggedFeature(tf.int64) for key in TEXT_FEATURES}
     if options.include_text:
-        # The text is in one of the two: old caches have _plaintext. The other is empty.
+        # Caches have one of the two, old ones _plaintext; the other is then empty.
         kinds = ("pretokenized", "plaintext")
         text_keys = [f"{key}_{kind}" for key in TEXT_FEATURES for kind in kinds]
         features |= {key: tf.io.FixedLenFeature([], tf.string, "") for key in text_keys}
@@ -106,8 +99,8 @@ def example_dataset(
             ids = tf.cast(rows[key], tf.int32)
             block[key] = tf.concat([tf.fill([tf.size(records), 1], 0), ids], axis=1)
             if options.include_text:
-                text = rows[f"{key}_pretokenized"] + rows[f"{key}_plaintext"]
-                block[f"{key}_pretokenized"] = text
+                text_key = f"{key}_pretokenized"
+                block[text_key] = rows[text_key] + rows[f"{key}_plaintext"]
         return block
 
     @tf.autograph.experimental.do_not_convert
@@ -120,7 +113,7 @@ def example_dataset(
 
 
 def local_cache_dir(task: seqio.Task) -> pathlib.Path | None:
-    """Returns the folder of a task's offline cache; None without one or if it is remote."""
+    """Returns the folder of a task's offline cache; None if it has none or a remote one."""
     folder = task.cache_dir
     return None if folder is None or "://" in folder else pathlib.Path(folder)
 

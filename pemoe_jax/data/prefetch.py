@@ -1,7 +1,7 @@
 """Prefetching: a thread prepares the next items while the caller works on the last.
 
-`grain` prefetches its own datasets only. This takes any iterable, and keeps the position in the
-data that belongs to the item returned last rather than to the items prepared ahead.
+`grain` prefetches its own datasets only. This module prefetches any iterable. It also tracks the
+position in the data after the item returned last, not after the items prepared ahead.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 Position = dict[str, int]
 
-
-class _EndOfSource(BaseException):
-    """Put into the queue after the last item."""
+# An item and its position, an exception to raise, or the end.
+_Entry = tuple[T, Position | None] | BaseException | None
 
 
 class PrefetchIterator(Iterator[T], Generic[T]):
@@ -30,11 +29,10 @@ class PrefetchIterator(Iterator[T], Generic[T]):
     """
 
     def __init__(self, source: Iterable[S], size: int, transform: Callable[[S], T]) -> None:
-        self._queue: queue.Queue[tuple[T, Position | None] | BaseException]
-        self._queue = queue.Queue(max(1, size))
-        # A thread that is inside TensorFlow when Python ends can make it hang.
+        self._queue: queue.Queue[_Entry[T]] = queue.Queue(max(1, size))
+        # Python can hang at exit while a thread is inside TensorFlow.
         self._items = seqio_import.close_at_exit(_read_in_thread(source, self._queue, transform))
-        self.position = _position(source)
+        self.position: Position | None = getattr(source, "position", None)
 
     @property
     def is_ready(self) -> bool:
@@ -76,34 +74,28 @@ def prefetch(
     return PrefetchIterator(source, size, transform or (lambda item: item))
 
 
-def _position(source: object) -> Position | None:
-    return getattr(source, "position", None)
-
-
 def _read_in_thread(
-    source: Iterable[S],
-    items: queue.Queue[tuple[T, Position | None] | BaseException],
-    transform: Callable[[S], T],
+    source: Iterable[S], entries: queue.Queue[_Entry[T]], transform: Callable[[S], T]
 ) -> Generator[tuple[T, Position | None], None, None]:
     """Yields transformed items, each with the position of the source after it."""
     stop = threading.Event()
 
-    def put(entry: tuple[T, Position | None] | BaseException) -> bool:
+    def put(entry: _Entry[T]) -> None:
         # A blocking put would keep the thread alive when nobody reads the queue any more.
         while not stop.is_set():
             try:
-                items.put(entry, timeout=0.1)
-                return True
+                entries.put(entry, timeout=0.1)
+                return
             except queue.Full:
                 continue
-        return False
 
     def work() -> None:
         try:
             for item in source:
-                if not put((transform(item), _position(source))):
+                put((transform(item), getattr(source, "position", None)))
+                if stop.is_set():
                     return
-            put(_EndOfSource())
+            put(None)
         except BaseException as error:  # raised again where the items are read
             put(error)
 
@@ -112,7 +104,7 @@ def _read_in_thread(
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
-        while not isinstance(entry := items.get(), _EndOfSource):
+        while (entry := entries.get()) is not None:
             if isinstance(entry, BaseException):
                 raise entry
             yield entry

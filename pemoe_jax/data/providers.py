@@ -1,9 +1,9 @@
 """What tasks and mixtures may offer beyond seqio's own interface.
 
 A seqio pipeline can only be read from its beginning, and a seqio mixture builds one pipeline for
-each of its tasks. Tasks and mixtures that can do better subclass `SeekableTask` and
-`SeekableMixture` in addition to seqio's classes. `data` checks for them with `isinstance` and reads
-all others through seqio's `get_dataset`.
+each of its tasks. Tasks that can start anywhere subclass `SeekableTask` in addition to seqio's
+class; mixtures that need one pipeline only, `SeekableMixture`. `data` checks for them with
+`isinstance` and reads all others through seqio's `get_dataset`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class StreamOptions:
     Attributes:
       seed: seed of the order.
       start: index of the first example, counted within the shard.
-      shuffle: whether every epoch has an order of its own; otherwise tasks keep their row order.
-      num_epochs: the stream ends when the first task has had this many; None: never.
+      shuffle: whether every epoch has its own order; otherwise each task's rows keep theirs.
+      num_epochs: the stream ends when the first task has completed this many; None: never.
       shard: (index, count), to take every count-th example of the order.
       include_text: whether elements also have `inputs_pretokenized` and `targets_pretokenized`.
     """
@@ -50,17 +50,14 @@ class SeekableProvider(abc.ABC):
     ) -> tf.data.Dataset:
         """Returns the stream: elements `inputs` and `targets`, int32 [L].
 
-        Args:
-          sequence_length: length that each feature is truncated to.
-          split: split of the tasks; tasks without it are left out.
-          options: order and extent.
+        Tasks without the split are left out.
         """
 
     @abc.abstractmethod
     def cached_examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset | None:
-        """Returns the stream read from seqio's offline caches, None unless all are local."""
+        """Returns the stream read from seqio's offline caches; None unless all are local."""
 
 
 class SeekableTask(SeekableProvider):
@@ -91,5 +88,5 @@ class SeekableMixture(SeekableProvider):
           interleave: whether tasks take turns; otherwise they follow one another.
 
         Returns:
-          The examples, and each task's name with the number its first example has in `idx`.
+          The examples, and the name of each task with the number of its first example in `idx`.
         """

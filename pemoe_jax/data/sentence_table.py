@@ -4,18 +4,17 @@ A table is a folder that `pemoe embed` writes:
 
 about.json             the encoder, and the number of parts in the index
 parts/<n>.vectors.npy  [N, S], float16 or float32
-parts/<n>.keys.npy     [N], 16 bytes each: `input_key` of each input; completes the part
-keys.<parts>.npy       the keys of all parts, sorted
-rows.<parts>.npy       the row of each key's vector, counted over all parts
+parts/<n>.keys.npy     [N], 16 bytes each: `input_key` of each input; written last
+keys.<parts>.npy       index: the keys of all parts, sorted
+rows.<parts>.npy       index: the row of each key's vector, counted over all parts
 
-Vectors are never rewritten: an addition writes further parts and a new index, to which about.json
-points once it is replaced. Shapes: `S` size of the embedding, `N` inputs.
+Vectors are never rewritten: an addition writes further parts and a new index, and then replaces
+about.json, which points to the index. Shapes: `S` size of the embedding, `N` inputs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -26,40 +25,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
-
-FORMAT = "pemoe_jax sentence embeddings"
-VERSION = 1
-DTYPES = ("float16", "float32")
+from pemoe_jax.core.errors import InputError, check_choice
+from pemoe_jax.runtime import atomic_write, file_io
 
 _KEY = np.dtype("S16")
 
-# A part is written after this many vectors, or after this time: what an interruption may lose.
+# A part is written after this many vectors or seconds, whichever comes first: an interruption loses
+# the vectors after the last part.
 _PART_ROWS = 65_536
 _PART_SECONDS = 60.0
 
 EncoderInfo = Mapping[str, Any]  # name, dim, fingerprint and probe: see `is_same_encoder`
 About = dict[str, Any]  # content of about.json
 
+_FORMAT: About = {"format": "pemoe_jax sentence embeddings", "version": 1}
+
 
 def input_key(ids: ArrayLike) -> bytes:
-    """Returns the key of an input: blake2b, 128 bits, of its token ids [L] without padding (0)."""
+    """Returns the key of an input: 128 bits of blake2b of its token ids [L] without padding (0)."""
     ids = np.asarray(ids)
-    tokens = np.ascontiguousarray(ids[ids != 0], "<i4")
-    return hashlib.blake2b(tokens.tobytes(), digest_size=_KEY.itemsize).digest()
+    tokens = ids[ids != 0].astype("<i4").tobytes()
+    return hashlib.blake2b(tokens, digest_size=_KEY.itemsize).digest()
 
 
 def is_same_encoder(first: EncoderInfo, second: EncoderInfo) -> bool:
     """Returns whether two descriptions are of the same encoder.
 
-    Name, dim and fingerprint must be equal. Encoders without a fingerprint must also give nearly
-    the same vector for a fixed sentence (`probe`).
+    Name, dim and fingerprint must be equal. An encoder without a fingerprint has a `probe` instead,
+    its vector of a fixed sentence, which must be nearly equal.
     """
     if any(first.get(field) != second.get(field) for field in ("name", "dim", "fingerprint")):
         return False
     a, b = (np.asarray(info.get("probe") or [], np.float64) for info in (first, second))
-    # Not equal, because other hardware rounds differently.
+    # Only nearly equal, because other hardware rounds differently.
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=0.02, atol=0.05))
 
 
@@ -70,21 +68,19 @@ def check_same_encoder(
 
     Args:
       path: the checkpoint.
-      trained_with, current: None if unknown or none; then nothing is checked.
+      trained_with, current: the encoders; None, if there is none or it is unknown, is not checked.
     """
     if trained_with is None or current is None or is_same_encoder(trained_with, current):
         return
     raise InputError(
         f"{path}: expected the sentence embeddings that it was trained with, of"
-        f" {format_encoder(trained_with)}; got those of {format_encoder(current)}"
+        f" {format_encoder(trained_with)}, got those of {format_encoder(current)}"
         f"{_probe_hint(trained_with, current)}"
     )
 
 
-def format_encoder(encoder: EncoderInfo | None) -> str:
+def format_encoder(encoder: EncoderInfo) -> str:
     """Returns an encoder in a few words, for messages."""
-    if not encoder:
-        return "none"
     fingerprint = encoder.get("fingerprint")
     suffix = f", fingerprint {fingerprint}" if fingerprint else ""
     return f"{encoder.get('name')}{suffix}, size {encoder.get('dim')}"
@@ -99,9 +95,9 @@ class SentenceTable:
     """A complete table, opened for reading. Files are mapped into memory.
 
     Attributes:
-      path: its folder.
-      encoder: the encoder.
-      lengths: lengths that inputs were truncated to, one for each addition that used another.
+      path: the folder.
+      encoder: the encoder that computed the vectors.
+      lengths: lengths that inputs were truncated to; several if additions used different ones.
       vocabulary: fingerprint of the inputs' vocabulary, see `sentences.vocabulary_fingerprint`.
 
     Raises:
@@ -109,12 +105,12 @@ class SentenceTable:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = _resolve_folder(path)
+        self.path = file_io.resolve_local(path, "SENTENCE_EMBEDDINGS")
         about = _read_about(self.path)
         if about is None:
-            what = "no about.json in it" if self.path.exists() else "nothing there"
+            actual = "a folder without about.json" if self.path.exists() else "no such folder"
             raise InputError(
-                f"SENTENCE_EMBEDDINGS {self.path}: expected a folder of pemoe embed, got {what}"
+                f"SENTENCE_EMBEDDINGS {self.path}: expected a folder of pemoe embed, got {actual}"
             )
         if about["parts"] is None:
             raise InputError(
@@ -145,15 +141,11 @@ class SentenceTable:
         return len(self._keys)
 
     def rows(self, inputs: Iterable[ArrayLike]) -> np.ndarray:
-        """Returns the rows of inputs' vectors, int64 [N]; -1 for inputs not in the table.
-
-        Args:
-          inputs: token ids, [Li] each.
-        """
+        """Returns the rows of the vectors of token ids [Li], int64 [N]; -1 if not in the table."""
         keys = np.frombuffer(b"".join(map(input_key, inputs)), _KEY)
-        # Keys beyond the last one have no place of their own; comparing with the last says so.
-        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[places] == keys, self._rows[places], -1)
+        # For a key after the last one searchsorted returns an index out of bounds.
+        indices = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[indices] == keys, self._rows[indices], -1)
 
     def vectors(self, rows: np.ndarray) -> list[np.ndarray]:
         """Returns the vectors [S] of rows as views of the files, in the stored dtype."""
@@ -166,10 +158,10 @@ class TableWriter:
     """Creates a table or adds to one, and resumes after an interruption.
 
     Attributes:
-      known_keys: keys of the inputs that have a vector, in the index or not.
+      known_keys: keys of the inputs that have a vector, whether in the index or not yet.
 
     Args:
-      path: its folder.
+      path: folder of the table.
       encoder: the encoder of the vectors.
       dtype: 'float16' or 'float32'.
       vocabulary: fingerprint of the inputs' vocabulary, see `sentences.vocabulary_fingerprint`.
@@ -188,63 +180,51 @@ class TableWriter:
         vocabulary: str,
         length: int,
     ) -> None:
-        if dtype not in DTYPES:
-            raise InputError(f"EMBEDDING_DTYPE must be one of {DTYPES}, got {dtype!r}")
-        self.path = _resolve_folder(path)
+        check_choice("EMBEDDING_DTYPE", dtype, ("float16", "float32"))
+        self.path = file_io.resolve_local(path, "SENTENCE_EMBEDDINGS")
         about = _read_about(self.path)
-        # Hidden files are the lock and what an interrupted write leaves.
+        # Hidden files are the lock and the remains of an interrupted write.
         if about is None and any(path.name[0] != "." for path in self.path.glob("*")):
             raise InputError(
                 f"SENTENCE_EMBEDDINGS {self.path}: expected a new folder or a table, got one with"
                 " other files in it"
             )
-        new: About = {
-            "format": FORMAT,
-            "version": VERSION,
-            "encoder": dict(encoder),
-            "dtype": dtype,
-            "vocabulary": vocabulary,
-            "lengths": [],
-            "inputs": 0,
-            "parts": None,
-        }
+        new: About = {"encoder": dict(encoder), "dtype": dtype, "vocabulary": vocabulary}
         if about is not None:
             _check_matches(about, new, self.path)
-        self._about = about or new
+        self._about = about or _FORMAT | new | {"lengths": [], "inputs": 0, "parts": None}
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_folder(self.path)
-        lengths: list[int] = self._about["lengths"]
-        lengths += [length] if length not in lengths else []
+        if length not in self._about["lengths"]:
+            self._about["lengths"].append(length)
         self._write_about()
         (self.path / "parts").mkdir(exist_ok=True)
         self.known_keys: set[bytes] = set()
         self._parts = 0
         while (file := _part_file(self.path, self._parts, "keys")).exists():
-            self.known_keys.update(_split_keys(_map_array(file)))
+            # As V16: numpy drops zero bytes at the end of an S16.
+            self.known_keys.update(_map_array(file).view("V16").tolist())
             self._parts += 1
         self._pending: list[tuple[bytes, np.ndarray]] = []
         self._last_write = time.monotonic()
 
     def add(self, keys: Sequence[bytes], vectors: ArrayLike) -> None:
-        """Adds vectors [N, S] of new keys [N], and writes a part now and then.
+        """Adds vectors [N, S] of new keys [N], and writes a part when one is due.
 
         Raises:
           InputError: the vectors have the wrong shape, or are not finite in the table's dtype.
         """
-        dim = self._about["encoder"]["dim"]
+        expected, dtype = (len(keys), self._about["encoder"]["dim"]), self._about["dtype"]
         vectors = np.asarray(vectors)
-        if vectors.shape != (len(keys), dim):
+        if vectors.shape != expected:
             raise InputError(
-                f"SENTENCE_ENCODER must return an array of shape ({len(keys)}, {dim}), got"
-                f" {vectors.shape}"
+                f"SENTENCE_ENCODER must return an array of shape {expected}, got {vectors.shape}"
             )
-        # Overflow becomes infinity, which the next check reports in plain words.
+        # Without numpy's warning about overflow, which the next check reports.
         with np.errstate(over="ignore"):
-            stored = vectors.astype(self._about["dtype"])
+            stored = vectors.astype(dtype)
         if not np.isfinite(stored).all():
-            raise InputError(
-                f"SENTENCE_ENCODER must return numbers that are finite in {self._about['dtype']}"
-            )
+            raise InputError(f"SENTENCE_ENCODER must return numbers that are finite in {dtype}")
         self._pending += zip(keys, stored, strict=True)
         self.known_keys.update(keys)
         due = time.monotonic() - self._last_write > _PART_SECONDS
@@ -262,14 +242,14 @@ class TableWriter:
         if not parts:
             raise InputError(f"SENTENCE_EMBEDDINGS {self.path}: the tasks have no inputs to embed")
         if self._about["parts"] != parts:
-            files = [_part_file(self.path, n, "keys") for n in range(parts)]
+            files = (_part_file(self.path, n, "keys") for n in range(parts))
             keys = np.concatenate([_map_array(file) for file in files])
             order = np.argsort(keys, kind="stable")
             _write_array(self.path / f"keys.{parts}.npy", keys[order])
             _write_array(self.path / f"rows.{parts}.npy", order)
             self._about |= {"parts": parts, "inputs": len(keys)}
         self._write_about()
-        # Processes that have the old index open keep it: it is unlinked, not overwritten.
+        # Deleted, not overwritten: processes that have an old index open can still read it.
         for old in self.path.iterdir():
             index = re.fullmatch(r"(?:keys|rows)\.(\d+)\.npy", old.name)
             if index and int(index[1]) != parts:
@@ -277,14 +257,14 @@ class TableWriter:
         return int(self._about["inputs"])
 
     def close(self) -> None:
-        """Releases the folder. Vectors that are not written in a part yet are lost."""
+        """Unlocks the folder. Vectors that were added after the last part are lost."""
         os.close(self._lock)
 
     def _write_part(self) -> None:
         if self._pending:
             keys = np.frombuffer(b"".join(key for key, _ in self._pending), _KEY)
             vectors = np.stack([vector for _, vector in self._pending])
-            # Keys last: a part without them is ignored and overwritten by the next run.
+            # Keys last: a part without keys is ignored, and the next run overwrites it.
             _write_array(_part_file(self.path, self._parts, "vectors"), vectors)
             _write_array(_part_file(self.path, self._parts, "keys"), keys)
             self._parts += 1
@@ -295,7 +275,7 @@ class TableWriter:
 
 
 def _check_matches(about: About, new: About, path: pathlib.Path) -> None:
-    """Raises InputError if vectors of another kind are to be added to a table."""
+    """Raises InputError unless new vectors can be added to a table."""
     if not is_same_encoder(about["encoder"], new["encoder"]):
         raise InputError(
             f"SENTENCE_EMBEDDINGS {path} has the encoder {format_encoder(about['encoder'])}:"
@@ -310,49 +290,32 @@ def _check_matches(about: About, new: About, path: pathlib.Path) -> None:
             )
 
 
-def _resolve_folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "://" in os.fspath(path):
-        raise InputError(f"SENTENCE_EMBEDDINGS must be a local folder, got {path!r}")
-    return pathlib.Path(path).expanduser().absolute()
-
-
 def _part_file(folder: pathlib.Path, number: int, kind: str) -> pathlib.Path:
     return folder / "parts" / f"{number:05d}.{kind}.npy"
 
 
 def _map_array(path: pathlib.Path) -> np.ndarray:
     try:
-        # As a plain array: slicing an np.memmap, here once for each example, costs much more.
+        # As a plain array: it is indexed once for each example, which is slow for an np.memmap.
         return np.asarray(np.load(path, mmap_mode="r"))
     except (OSError, ValueError) as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
-        raise InputError(f"SENTENCE_EMBEDDINGS: {path}: {what}") from error
+        problem = "no such file" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
+        raise InputError(f"SENTENCE_EMBEDDINGS: {path}: {problem}") from error
 
 
 def _read_about(folder: pathlib.Path) -> About | None:
     """Returns the content of about.json; None without one."""
     path = folder / "about.json"
-    try:
-        about = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except ValueError as error:
-        raise InputError(f"SENTENCE_EMBEDDINGS: {path}: expected JSON ({error})") from error
-    expected = {"format": FORMAT, "version": VERSION}
-    actual = {name: about.get(name) for name in expected} if isinstance(about, dict) else about
-    if actual != expected:
-        raise InputError(f"SENTENCE_EMBEDDINGS: {path}: expected {expected}, got {actual}")
+    about = file_io.read_json(path)
+    actual = {name: about.get(name) for name in _FORMAT}
+    if actual != _FORMAT:
+        raise InputError(f"SENTENCE_EMBEDDINGS: {path}: expected {_FORMAT}, got {actual}")
     fields = {"encoder", "dtype", "vocabulary", "lengths", "inputs", "parts"}
     if missing := sorted(fields - about.keys()):
         raise InputError(f"SENTENCE_EMBEDDINGS: {path}: expected {missing[0]!r} in it, got none")
-    return dict(about)
-
-
-def _split_keys(keys: np.ndarray) -> list[bytes]:
-    """Returns keys [N] as bytes objects."""
-    # Not keys.tolist(): numpy drops zero bytes at the end of a string.
-    size, joined = _KEY.itemsize, keys.tobytes()
-    return [joined[at : at + size] for at in range(0, len(joined), size)]
+    return about
 
 
 def _write_array(path: pathlib.Path, array: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -18,34 +18,12 @@ from pemoe_jax.data.choices import ChoiceGroup
 from pemoe_jax.data.sentence_table import EncoderInfo, SentenceTable, check_same_encoder
 from pemoe_jax.data.seqio_tasks import SENTENCE_FEATURE
 
-if TYPE_CHECKING:
-    from typing import Protocol
-
-    class Record(Protocol):
-        """The part of a checkpoint's record that is read here."""
-
-        @property
-        def adapters(self) -> Mapping[str, Mapping[str, object]]: ...
-
-        @property
-        def sentence_encoder(self) -> EncoderInfo | None: ...
-
-    class OpenedModel(Protocol):
-        """The part of `checkpoints.models.OpenedModel` that is read here."""
-
-        @property
-        def path(self) -> str: ...
-
-        @property
-        def record(self) -> Record | None: ...
-
 
 def vocabulary_fingerprint(name: str) -> str:
-    """Returns what identifies the vocabulary of a task's or mixture's inputs."""
+    """Returns a fingerprint of the vocabulary of a task's or mixture's inputs."""
     vocabulary = seqio_tasks.get_mixture_or_task(name).output_features["inputs"].vocabulary
-    # The content of SentencePiece's file: its path may differ on another machine.
-    model = getattr(vocabulary, "sp_model", None)
-    if model:
+    # SentencePiece's model itself: the path of its file may differ on another machine.
+    if model := getattr(vocabulary, "sp_model", None):
         return hashlib.blake2b(model, digest_size=8).hexdigest()
     return f"{type(vocabulary).__name__} of {vocabulary.vocab_size} ids"
 
@@ -74,19 +52,29 @@ class SentenceSource:
 
         Args:
           inputs: token ids [Li] as the model reads them.
-          names: name of the task or mixture, of each input or of all.
+          names: the task or mixture of each input, or of all.
 
         Raises:
           InputError: an input is not in the table.
         """
-        assert self.table is not None
-        rows = self.table.rows(inputs)
+        table = self.table
+        assert table is not None
+        rows = table.rows(inputs)
         missing = np.flatnonzero(rows < 0)
-        if len(missing):
-            index = int(missing[0])
-            name = names if isinstance(names, str) else names[index]
-            raise InputError(self._missing_message(self.table, inputs[index], name))
-        return self.table.vectors(rows)
+        if not len(missing):
+            return table.vectors(rows)
+        index = int(missing[0])
+        name = names if isinstance(names, str) else names[index]
+        vocabulary = seqio_tasks.get_mixture_or_task(name).output_features["inputs"].vocabulary
+        text = vocabulary.decode([int(i) for i in inputs[index]])
+        truncated = ""
+        if self.length not in table.lengths:
+            lengths = " and ".join(map(str, table.lengths))
+            truncated = f" (inputs are truncated to {self.length} tokens here, to {lengths} there)"
+        raise InputError(
+            f"SENTENCE_EMBEDDINGS {table.path} lacks an input of {name!r}: {text[:60]!r}{truncated}"
+            f"; pemoe embed with --gin.MIXTURE_OR_TASK_NAME={name} adds it"
+        )
 
     def attach_to(self, groups: Sequence[ChoiceGroup]) -> list[ChoiceGroup]:
         """Returns groups of answer choices with the embeddings of their inputs.
@@ -102,30 +90,11 @@ class SentenceSource:
             for group, vector in zip(groups, vectors, strict=True)
         ]
 
-    def _missing_message(self, table: SentenceTable, ids: np.ndarray, name: str) -> str:
-        vocabulary = seqio_tasks.get_mixture_or_task(name).output_features["inputs"].vocabulary
-        text = vocabulary.decode([int(i) for i in ids])
-        truncated = ""
-        if self.length not in table.lengths:
-            lengths = " and ".join(map(str, table.lengths))
-            truncated = f" (inputs are truncated to {self.length} tokens here, to {lengths} there)"
-        return (
-            f"SENTENCE_EMBEDDINGS {table.path} lacks an input of {name!r}:"
-            f" {text[:60]!r}{truncated}; pemoe embed with"
-            f" --gin.MIXTURE_OR_TASK_NAME={name} adds it"
-        )
-
 
 def reads_sentence_embeddings(adapters: Mapping[str, Mapping[str, object]]) -> bool:
-    """Returns whether a router of adapters reads sentence embeddings.
-
-    Args:
-      adapters: description of the adapters by `core.adapters.describe`.
-    """
+    """Returns whether a router reads sentence embeddings, by `core.adapters.describe`."""
     routers = [site.get("router") for site in adapters.values()]
-    return any(
-        isinstance(router, Mapping) and router.get("reads") == "sentence" for router in routers
-    )
+    return any(isinstance(r, Mapping) and r.get("reads") == "sentence" for r in routers)
 
 
 def open_for_training(
@@ -139,15 +108,16 @@ def open_for_training(
     """Returns the sentence embeddings to train with; None if no router reads them.
 
     Args:
-      adapters: description of the adapters by `core.adapters.describe`.
+      adapters: the model's adapters, by `core.adapters.describe`.
       path: folder of a table; None: the embeddings are a feature of the tasks.
-      name: name of the task or mixture.
+      name: the task or mixture.
       length: length that its inputs are truncated to.
       pack: whether rows hold several examples.
       use_cached: whether tasks are read from seqio's offline caches.
 
     Raises:
-      InputError: routers read embeddings and there are none, or the reverse; or rows are packed.
+      InputError: routers read embeddings and there are none, a table is set that no router reads,
+        or rows are packed.
     """
     if not reads_sentence_embeddings(adapters):
         if path is not None:
@@ -166,7 +136,7 @@ def open_for_training(
 
 
 def open_for_models(
-    models: Sequence[OpenedModel],
+    models: Sequence[Any],
     path: str | None,
     name: str,
     length: int,
@@ -175,7 +145,7 @@ def open_for_models(
     """Returns the sentence embeddings to run models with; None if no router reads them.
 
     Args:
-      models: the opened models.
+      models: models opened by `checkpoints.models`.
       path, name, length, use_cached: see `open_for_training`.
 
     Raises:
@@ -214,7 +184,7 @@ def _open(path: str | None, name: str, length: int, use_cached: bool) -> Sentenc
 
 
 def _feature_dim(name: str, use_cached: bool) -> int:
-    """Returns S of the embeddings that are a feature of tasks."""
+    """Returns the size S of the embeddings that are a feature of tasks."""
     tasks = [seqio_tasks.get_mixture_or_task(task) for task in seqio_tasks.subtask_names(name)]
     for task in tasks:
         if SENTENCE_FEATURE not in task.output_features:
@@ -223,13 +193,12 @@ def _feature_dim(name: str, use_cached: bool) -> int:
                 f" pemoe embed, or give {task.name!r} a feature {SENTENCE_FEATURE!r}"
             )
     first = tasks[0]
-    lengths = {"inputs": 1, "targets": 1}
     split = next(iter(first.splits))
     with seqio_tasks.translate_read_errors(first.name, split, use_cached):
-        ds = seqio_tasks.get_dataset(first.name, lengths, split, use_cached)
+        ds = seqio_tasks.get_dataset(first.name, {"inputs": 1, "targets": 1}, split, use_cached)
     shape = tuple(ds.element_spec[SENTENCE_FEATURE].shape)
     if shape == (None,):
-        # The feature does not declare its size: an example shows it.
+        # The feature's size is not declared; an example shows it.
         example = next(seqio_tasks.numpy_iterator(ds.take(1), first.name, split, use_cached))
         shape = example[SENTENCE_FEATURE].shape
     if len(shape) != 1 or not shape[0]:

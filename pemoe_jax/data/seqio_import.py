@@ -31,8 +31,10 @@ _IMPORT_NOISE = re.compile(
 
 @contextlib.contextmanager
 def _filter_stderr() -> Iterator[None]:
-    """Withholds file descriptor 2, then writes it without the noise; all of it after an error."""
-    # The descriptor belongs to the whole process: output of other threads is delayed, not lost.
+    """Captures stderr and writes it at the end, without TensorFlow's noise unless it raises.
+
+    File descriptor 2 belongs to the whole process: output of other threads is delayed, not lost.
+    """
     with _stderr_lock, tempfile.TemporaryFile() as captured:
         stderr = os.dup(2)
         os.dup2(captured.fileno(), 2)
@@ -53,7 +55,6 @@ def _filter_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pause_gc() -> Iterator[None]:
-    """Disables garbage collection."""
     # TensorFlow's import creates a million objects that live as long as the process: collecting
     # among them costs a fifth of the import, and another 1.5 s at exit unless they are frozen.
     enabled = gc.isenabled()
@@ -88,11 +89,6 @@ def import_seqio() -> ModuleType:
         seqio.add_global_cache_dirs(seqio_caches.additional_cache_dirs)
     module: ModuleType = seqio
     return module
-
-
-def global_cache_dirs() -> list[str]:
-    """Returns the folders in which seqio looks for offline caches."""
-    return list(import_seqio().utils.get_global_cache_dirs())
 
 
 _open_generators: weakref.WeakSet[Generator[object, None, None]] = weakref.WeakSet()

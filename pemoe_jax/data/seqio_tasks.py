@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import os
 import re
+import sys
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError, check_integer, first_line
 from pemoe_jax.data import seqio_import, tfrecords
 from pemoe_jax.data.providers import SeekableMixture, SeekableTask
-from pemoe_jax.data.warnings import warn_once
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -31,6 +32,12 @@ Row = Mapping[str, Any]
 
 # Names that users may expect but that could not be registered, with the reason.
 unavailable: dict[str, str] = {}
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Prints a line to stderr the first time only: several pipelines may meet the same problem."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def get_mixture_or_task(name: str) -> Any:
@@ -52,41 +59,40 @@ def get_mixture_or_task(name: str) -> Any:
     raise InputError(f"unknown task or mixture {name!r} ({len(names)} are registered{hint})")
 
 
-def subtask_names(name: str) -> list[str]:
-    """Returns the names of a mixture's tasks, sorted, or of the task itself."""
-    provider = get_mixture_or_task(name)
-    return [task.name for task in seqio_import.import_seqio().get_subtasks(provider)]
+def subtask_names(name: str, use_cached: bool = False) -> list[str]:
+    """Returns the names of a mixture's tasks, sorted, or of the task itself.
 
-
-def cached_subtask_names(name: str) -> list[str]:
-    """Returns `subtask_names`, checked for offline caches.
-
-    Tasks without a cache are left out with a warning if the mixture's `skips_missing_tasks` is set.
+    Args:
+      name: name of the task or mixture.
+      use_cached: whether tasks are read from seqio's offline caches. Tasks without a cache are then
+        left out with a warning if the mixture's `skips_missing_tasks` is set.
 
     Raises:
-      InputError: a task that supports caching has no cache in any of seqio's folders.
+      InputError: with `use_cached`, a task that supports caching has no cache.
     """
-    provider = get_mixture_or_task(name)
-    tasks = seqio_import.import_seqio().get_subtasks(provider)
+    provider, seqio = get_mixture_or_task(name), seqio_import.import_seqio()
+    tasks = seqio.get_subtasks(provider)
+    names = [task.name for task in tasks]
+    if not use_cached:
+        return names
     missing = [task.name for task in tasks if task.supports_caching and not task.cache_dir]
     if not missing:
-        return [task.name for task in tasks]
-    of_tasks = f"{len(missing)} of {len(tasks)} tasks, " if len(tasks) > 1 else ""
+        return names
+    count = f"{len(missing)} of {len(tasks)} tasks, " if len(tasks) > 1 else ""
     skips = isinstance(provider, SeekableMixture) and provider.skips_missing_tasks
     if len(missing) == len(tasks) or not skips:
-        folders = ", ".join(seqio_import.global_cache_dirs())
         raise InputError(
-            f"USE_CACHED_TASKS: no cache of {of_tasks}{missing[0]!r}: expected"
-            f" {missing[0]}/COMPLETED in one of --seqio_additional_cache_dirs, got"
-            f" {folders or 'none'}"
+            f"USE_CACHED_TASKS: no cache of {count}{missing[0]!r}: expected {missing[0]}/COMPLETED"
+            " in one of --seqio_additional_cache_dirs, got"
+            f" {', '.join(seqio.utils.get_global_cache_dirs()) or 'none'}"
         )
     more = ", …" * (len(missing) > 3)
-    warn_once(f"{name}: no cache of {of_tasks}{', '.join(missing[:3])}{more}")
-    return [task.name for task in tasks if task.name not in missing]
+    warn_once(f"{name}: no cache of {count}{', '.join(missing[:3])}{more}")
+    return [task for task in names if task not in missing]
 
 
 def has_data(name: str, use_cached: bool) -> bool:
-    """Returns whether a task's data is present, as far as that can be known without reading it."""
+    """Returns whether a task's data seems to be present; reads none of it."""
     task = get_mixture_or_task(name)
     if use_cached:
         return not task.supports_caching or bool(task.cache_dir)
@@ -109,12 +115,12 @@ def check_vocab_size(name: str, model_vocab_size: int) -> None:
 
 
 def eval_split(name: str) -> str | None:
-    """Returns a task's evaluation split, the first of `EVAL_SPLITS` that it has; None without."""
+    """Returns a task's evaluation split: the first of `EVAL_SPLITS` that it has, or None."""
     return first_eval_split(get_mixture_or_task(name).splits)
 
 
 def first_eval_split(splits: Collection[str]) -> str | None:
-    """Returns the first of `EVAL_SPLITS` that is among `splits`; None without."""
+    """Returns the first of `EVAL_SPLITS` that is among `splits`, or None."""
     return next((split for split in EVAL_SPLITS if split in splits), None)
 
 
@@ -132,8 +138,8 @@ def validate_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
 
 def check_source_files(tasks: Iterable[str], split: str | None) -> None:
     """Raises InputError if the files of tasks are malformed."""
-    # Counting the rows makes our sources check their files. Later, seqio would log the exception
-    # with a long traceback first.
+    # Counting its rows makes a source of this package check its files. Later the error would come
+    # from within seqio, which logs a long traceback first.
     for task in map(get_mixture_or_task, tasks):
         if split in task.splits:
             task.num_input_examples(split)
@@ -173,12 +179,6 @@ def numpy_iterator(
     return seqio_import.close_at_exit(iterate())
 
 
-# TensorFlow quotes exceptions of Python functions, and the offset of a damaged record, in the text
-# of its own errors only.
-_QUOTED_INPUT_ERROR = re.compile(r"\bInputError: (.+)")
-_RECORD_OFFSET = re.compile(r"(?:corrupted|truncated) record at (\d+)")
-
-
 @contextlib.contextmanager
 def translate_read_errors(
     name: str, split: str | None = None, use_cached: bool = False
@@ -201,16 +201,16 @@ def translate_read_errors(
     try:
         yield
     except tf.errors.OpError as error:
+        # Exceptions of Python functions and offsets of damaged records are in its message only.
         message = str(error.message)
-        input_error = _QUOTED_INPUT_ERROR.search(message)
-        if input_error:
+        if input_error := re.search(r"\bInputError: (.+)", message):
             raise InputError(input_error[1]) from error
         if "Traceback (most recent call last)" in message:
             raise
-        offset = _RECORD_OFFSET.search(message)
+        offset = re.search(r"(?:corrupted|truncated) record at (\d+)", message)
         damaged = _describe_damage(name, split, use_cached, int(offset[1])) if offset else ""
         raise InputError(damaged or f"reading {name!r}: {_reason(message)}") from error
-    except UnicodeDecodeError as error:  # a message of TensorFlow that quotes the data it rejects
+    except UnicodeDecodeError as error:  # TensorFlow's message quotes data that is not UTF-8
         message = error.object.decode("ascii", "replace")
         raise InputError(f"reading {name!r}: {_reason(message)}") from error
 
@@ -222,12 +222,11 @@ def _reason(message: str) -> str:
 
 
 def _describe_damage(name: str, split: str | None, use_cached: bool, offset: int) -> str:
-    """Returns what is wrong with the tfrecord that is damaged at an offset; '' if none is."""
+    """Returns what is wrong with the tfrecord file that is damaged at an offset; '' if none is."""
     seqio = seqio_import.import_seqio()
-    names = cached_subtask_names(name) if use_cached else subtask_names(name)
-    for task in map(get_mixture_or_task, names):
-        task_split = split or eval_split(task.name)
-        if task_split is None or task_split not in task.splits:
+    for task in map(get_mixture_or_task, subtask_names(name, use_cached)):
+        task_split = split or first_eval_split(task.splits)
+        if task_split not in task.splits:
             continue
         cached = use_cached and task.supports_caching
         source = task._get_cached_source(task_split) if cached else task.source

@@ -3,8 +3,8 @@
 For each split, a cache contains `<split>.tfrecord-00000-of-00001`, `info.<split>.json` (number of
 shards, features) and `stats.<split>.json` (number of rows). `COMPLETED` is written last.
 
-A tfrecord file has no index: the start of each row is found by stepping from frame to frame, as far
-into the file as needed, and is kept in memory (8 bytes a row).
+A tfrecord file has no index. Reading a row scans the file frame by frame up to it, and keeps the
+offset of every frame in memory (8 bytes a row).
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ _BLOCK = 1 << 22  # bytes scanned at a time
 _HEADER = 12
 _FRAME = 16
 _LENGTH = struct.Struct("<Q")
-_CHECKSUM = struct.Struct("<I")
-
 _LFS_POINTER = b"version https://git-lfs"
 
 
 def masked_checksum(data: bytes) -> int:
     """Returns the CRC-32C of the data as tfrecords store it: rotated, plus a constant."""
-    # A checksum of data that contains checksums is weak, so the format masks them.
+    # The format masks checksums because a CRC of data that contains CRCs is weak.
     crc: int = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -86,7 +84,7 @@ class TFRecordFile:
                 file.seek(self._starts[number])
                 length = _LENGTH.unpack(file.read(_HEADER)[: _LENGTH.size])[0]
                 record = file.read(length)
-                if file.read(4) != _CHECKSUM.pack(masked_checksum(record)):
+                if file.read(4) != masked_checksum(record).to_bytes(4, "little"):
                     raise InputError(
                         f"{self.path}: damaged at byte {self._starts[number]:,}: the checksum of"
                         f" row {number + 1:,} is wrong"
@@ -95,11 +93,7 @@ class TFRecordFile:
         return records
 
     def check_at(self, offset: int) -> None:
-        """Verifies the row whose frame or data begins at a byte offset, if one does.
-
-        Raises:
-          InputError: the row, or the file before it, is damaged.
-        """
+        """Raises InputError if the row whose frame or data begins at a byte offset is damaged."""
         with self._lock:
             self._scan(end=offset + 1)
         number = int(np.searchsorted(self._starts, offset, side="right")) - 1
@@ -107,7 +101,7 @@ class TFRecordFile:
             self.read([number])
 
     def _scan(self, num_rows: int | None = None, end: int | None = None) -> None:
-        """Finds the starts of rows, up to a number of rows or an offset; None: of all rows."""
+        """Scans the file for frames, up to a number of rows or an offset; None: to the end."""
         end = self._size if end is None else min(self._size, end)
         with open(self.path, "rb") as file:
             while self._scanned < end and (num_rows is None or len(self._starts) < num_rows):
@@ -115,7 +109,7 @@ class TFRecordFile:
                 self._scan_block(file.read(_BLOCK))
 
     def _scan_block(self, block: bytes) -> None:
-        """Finds the frames whose header is in a block that begins where the scan stopped."""
+        """Records the frames whose header is in a block that begins where the scan stopped."""
         begin, at, size, last = self._scanned, 0, self._size, len(block) - _HEADER
         if last < 0:
             raise self._damaged(begin, block)
@@ -136,12 +130,7 @@ class TFRecordFile:
 
 
 class TFRecordReader(RowReader):
-    """A split of a cached task.
-
-    Args:
-      folder: folder of the task's cache.
-      split: name of the split.
-    """
+    """A split of a task's offline cache in `folder`."""
 
     def __init__(self, folder: pathlib.Path, split: str) -> None:
         self.location = str(folder / f"{split}.tfrecord")
@@ -160,12 +149,12 @@ class TFRecordReader(RowReader):
             raise InputError(
                 f"{info_path}: 'num_shards' must be a positive integer, got {num_shards!r}"
             )
-        files = []
-        for number in range(num_shards):
-            path = self._folder / f"{self._split}.tfrecord-{number:05d}-of-{num_shards:05d}"
+        names = [f"{n:05d}-of-{num_shards:05d}" for n in range(num_shards)]
+        paths = [self._folder / f"{self._split}.tfrecord-{name}" for name in names]
+        for path in paths:
             if not path.is_file():
                 raise InputError(f"{path}: no such file, expected {num_shards} by {info_path.name}")
-            files.append(TFRecordFile(str(path)))
+        files = [TFRecordFile(str(path)) for path in paths]
         for file in files:
             file.check_first_record()
         return files
@@ -185,17 +174,14 @@ class TFRecordReader(RowReader):
     @functools.cached_property
     def _first_rows(self) -> np.ndarray:
         """Number of the first row of each shard: int64 [shards]."""
-        counts = [file.count() for file in self.files[:-1]]
-        return np.cumsum([0, *counts])
+        return np.cumsum([0, *(file.count() for file in self.files[:-1])])
 
     def read_records(self, numbers: Sequence[int]) -> list[bytes]:
         """See RowReader."""
         # A single shard is read without counting its rows, which would scan the whole file.
         if len(self.files) == 1:
             return self.files[0].read(numbers)
-        return read_parts(
-            self._first_rows, numbers, lambda shard, rows: self.files[shard].read(rows)
-        )
+        return read_parts(self._first_rows, numbers, lambda n, rows: self.files[n].read(rows))
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
         """See RowReader."""

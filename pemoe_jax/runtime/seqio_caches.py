@@ -26,7 +26,7 @@ def add_cache_dirs(folders: Iterable[str]) -> None:
         if "://" not in folder:
             folder = os.path.abspath(os.path.expanduser(folder))
             if not os.path.isdir(folder):
-                kind = "a file" if os.path.exists(folder) else "nothing there"
+                kind = "a file" if os.path.exists(folder) else "no such folder"
                 raise InputError(
                     f"--seqio_additional_cache_dirs: {folder} must be a folder, got {kind}"
                 )

@@ -1,21 +1,20 @@
 """Writes a table of sentence embeddings for routers: `pemoe embed --help`."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, NamedTuple
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags, options
+from pemoe_jax.tools.encoders import EncoderInput, resolve_encoder
 
 # gin files name it `@embed.mean_pooled()`.
-from pemoe_jax.tools.encoders import Encoder, EncoderInput, resolve_encoder
 from pemoe_jax.tools.encoders import mean_pooled as mean_pooled
 
 if TYPE_CHECKING:
     import numpy as np
     import tensorflow as tf
 
-    from pemoe_jax.data.sentence_table import TableWriter
     from pemoe_jax.runtime import progress
 
 FLAGS = gin_flags.make_parser(
@@ -33,24 +32,15 @@ FLAGS = gin_flags.make_parser(
 )
 
 _SPLITS = ("train", "evaluation")
-_BLOCK = 256  # examples that TensorFlow hands over at a time
+_BLOCK = 256  # examples converted from TensorFlow to numpy at a time
 _CHUNK = 8192  # inputs that are sorted by length and encoded at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class _SplitToRead:
-    """A split of a task.
-
-    Attributes:
-      task, split: their names.
-      is_evaluation: whether it is the task's evaluation split.
-      num_examples: number of examples, or 1 if it is unknown.
-    """
-
+class _SplitToRead(NamedTuple):
     task: str
     split: str
     is_evaluation: bool
-    num_examples: int
+    num_examples: int  # 1 if it is unknown
 
 
 def embed(
@@ -64,8 +54,8 @@ def embed(
 
     Args:
       output: folder of the table.
-      data: the tasks and mixtures whose inputs are embedded. Inputs are truncated to their length
-        before they are looked up, so it must be that of the run that reads the table.
+      data: the tasks and mixtures whose inputs are embedded. A run looks up its inputs after
+        truncation, so TASK_FEATURE_LENGTHS must be those of the run.
       encoder: @embed.mean_pooled(), the mean over tokens of the base model's own encoder, or the
         dotted name of a function from a list of texts to an array [N, S].
       splits: 'train', 'evaluation' or both.
@@ -85,7 +75,7 @@ def embed(
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     resolved = resolve_encoder(encoder)
     run_register(data.register).print_summary()
-    parts = _find_splits(names, splits, data.use_cached_tasks)
+    split_list = _find_splits(names, splits, data.use_cached_tasks)
     vocabularies = {sentences.vocabulary_fingerprint(name) for name in names}
     if len(vocabularies) > 1:
         raise InputError(
@@ -96,13 +86,16 @@ def embed(
     num_before = len(writer.known_keys)
     if num_before:
         print(f"{writer.path} has {num_before:,} inputs already", flush=True)
-    bar = progress.Progress("reading", sum(part.num_examples for part in parts), note="examples")
-
-    def read(part: _SplitToRead) -> Iterator[EncoderInput]:
-        return _read_inputs(part, lengths, data.use_cached_tasks, resolved.reads_text)
-
+    bar = progress.Progress("reading", sum(s.num_examples for s in split_list), note="examples")
+    read = functools.partial(
+        _read_inputs,
+        lengths=lengths,
+        use_cached=data.use_cached_tasks,
+        with_text=resolved.reads_text,
+    )
     try:
-        _add_missing(parts, read, resolved, writer, data.batch_size, bar)
+        for inputs in _new_inputs(split_list, read, writer.known_keys, bar):
+            writer.add(list(inputs), resolved.encode(list(inputs.values()), data.batch_size))
         total = writer.finish()
     finally:
         bar.close()
@@ -113,43 +106,41 @@ def embed(
     )
 
 
-def _add_missing(
-    parts: Sequence[_SplitToRead],
+def _new_inputs(
+    splits: Sequence[_SplitToRead],
     read: Callable[[_SplitToRead], Iterator[EncoderInput]],
-    encoder: Encoder,
-    writer: "TableWriter",
-    batch_size: int,
+    known_keys: Set[bytes],
     bar: "progress.Progress",
-) -> None:
-    """Encodes the inputs that the table lacks and adds them."""
+) -> Iterator[dict[bytes, EncoderInput]]:
+    """Yields the inputs that the table lacks by key, `_CHUNK` at a time.
+
+    The caller adds their keys to `known_keys`.
+    """
     from pemoe_jax.data import sentence_table
     from pemoe_jax.runtime import progress
 
-    pending: dict[bytes, EncoderInput] = {}
-    num_before, num_read = len(writer.known_keys), 0
-
-    def encode() -> None:
-        if pending:
-            writer.add(list(pending), encoder.encode(list(pending.values()), batch_size))
-            pending.clear()
+    inputs: dict[bytes, EncoderInput] = {}
+    num_before, num_read = len(known_keys), 0
 
     def note() -> str:
-        num_new = len(writer.known_keys) + len(pending) - num_before
+        num_new = len(known_keys) + len(inputs) - num_before
         return f"{progress.format_count(num_new)} new inputs"
 
-    for part in parts:
-        for number, item in enumerate(read(part), 1):
+    for split in splits:
+        for number, item in enumerate(read(split), 1):
             key = sentence_table.input_key(item.ids)
             # Of several texts that are truncated to the same ids, the first is embedded.
-            if key not in writer.known_keys:
-                pending.setdefault(key, item)
-            if len(pending) >= _CHUNK:
-                encode()
+            if key not in known_keys:
+                inputs.setdefault(key, item)
+            if len(inputs) >= _CHUNK:
+                yield inputs
+                inputs = {}
             if number % _BLOCK == 0:
-                bar.report_if_slow(num_read + min(number, part.num_examples), note())
-        num_read += part.num_examples
+                bar.report_if_slow(num_read + min(number, split.num_examples), note())
+        num_read += split.num_examples
         bar.report_if_slow(num_read, note())
-    encode()
+    if inputs:
+        yield inputs
 
 
 def _find_splits(
@@ -158,59 +149,55 @@ def _find_splits(
     """Returns the splits to read; reports tasks without data."""
     from pemoe_jax.data import seqio_tasks
 
-    subtask_names = seqio_tasks.cached_subtask_names if use_cached else seqio_tasks.subtask_names
-    tasks = list(dict.fromkeys(task for name in names for task in subtask_names(name)))
-    # P3's mixtures name tasks that a folder may lack, and are read without them.
+    subtasks = (task for name in names for task in seqio_tasks.subtask_names(name, use_cached))
+    tasks = list(dict.fromkeys(subtasks))
+    # P3's mixtures contain tasks that a folder may lack; runs skip these.
     missing = [task for task in tasks if not seqio_tasks.has_data(task, use_cached)]
     if missing:
         more = f", … {len(missing) - 3} more" if len(missing) > 3 else ""
-        print(f"no data, so left out: {len(missing)} tasks ({', '.join(missing[:3])}{more})")
-    parts = []
+        print(f"skipped without data: {len(missing)} tasks ({', '.join(missing[:3])}{more})")
+    to_read = []
     for name in tasks:
         task = seqio_tasks.get_mixture_or_task(name)
-        eval_split = seqio_tasks.eval_split(name)
-        requested = {"train": "train" in splits, eval_split: "evaluation" in splits}
-        for split, is_requested in requested.items():
-            if split is None or name in missing:
-                continue
-            if is_requested and split in task.splits:
+        for kind, split in (("train", "train"), ("evaluation", seqio_tasks.eval_split(name))):
+            if split and kind in splits and split in task.splits and name not in missing:
                 num_examples = 1 if use_cached else task.num_input_examples(split) or 1
-                parts.append(_SplitToRead(name, split, split == eval_split, num_examples))
-    if not parts:
+                to_read.append(_SplitToRead(name, split, kind == "evaluation", num_examples))
+    if not to_read:
         raise InputError(
             f"MIXTURE_OR_TASK_NAME {', '.join(names)}: expected a split of EMBED_SPLITS"
             f" {', '.join(splits)}, got none in {len(tasks)} tasks"
         )
-    return parts
+    return to_read
 
 
 def _read_inputs(
-    part: _SplitToRead, lengths: Mapping[str, int], use_cached: bool, with_text: bool
+    split: _SplitToRead, lengths: Mapping[str, int], use_cached: bool, with_text: bool
 ) -> Iterator[EncoderInput]:
     """Yields the inputs of a split as runs read them, repeated for each answer choice."""
     from pemoe_jax.data import choices, providers, seqio_tasks
 
-    task = seqio_tasks.get_mixture_or_task(part.task)
-    feature = task.output_features["inputs"]
-    eos_id, length = feature.vocabulary.eos_id, lengths["inputs"]
+    task = seqio_tasks.get_mixture_or_task(split.task)
+    features = task.output_features
+    eos_id, length = features["inputs"].vocabulary.eos_id, lengths["inputs"]
     # Training and its evaluation loss read `length` tokens; scoring and decoding read one more and
     # truncate before the EOS. A `SeekableProvider` truncates in the same way, so one pass suffices.
-    # Tasks of seqio itself may not: their evaluation splits are read in both ways.
+    # Other tasks may not: their evaluation splits are read in both ways.
     extra_tokens = [0]
-    if part.is_evaluation:
+    if split.is_evaluation:
         extra_tokens = [1] if isinstance(task, providers.SeekableProvider) else [0, 1]
     for extra in extra_tokens:
         longer = {key: value + extra for key, value in lengths.items()}
-        with seqio_tasks.translate_read_errors(part.task, part.split, use_cached):
-            ds = seqio_tasks.get_dataset(part.task, longer, part.split, use_cached)
-        for ids, encoded_text in _read_rows(ds, part, use_cached, with_text):
+        with seqio_tasks.translate_read_errors(split.task, split.split, use_cached):
+            ds = seqio_tasks.get_dataset(split.task, longer, split.split, use_cached)
+        for ids, encoded_text in _read_rows(ds, split, use_cached, with_text):
             row = {"inputs": ids, "inputs_pretokenized": encoded_text}
-            text = choices.feature_text({"inputs": feature}, row, "inputs") if with_text else None
+            text = choices.feature_text(features, row, "inputs") if with_text else None
             yield EncoderInput(choices.truncate(ids, length, eos_id)[0] if extra else ids, text)
 
 
 def _read_rows(
-    ds: "tf.data.Dataset", part: _SplitToRead, use_cached: bool, with_text: bool
+    ds: "tf.data.Dataset", split: _SplitToRead, use_cached: bool, with_text: bool
 ) -> "Iterator[tuple[np.ndarray, bytes | None]]":
     """Yields the token ids of inputs, int32 [Li], and their text if they have one."""
     import numpy as np
@@ -226,7 +213,9 @@ def _read_rows(
 
     blocks = ds.map(select).ragged_batch(_BLOCK).prefetch(2)
     flat = blocks.map(lambda ids, text: (ids.values, ids.row_splits, text))
-    for values, ends, texts in seqio_tasks.numpy_iterator(flat, part.task, part.split, use_cached):
+    for values, ends, texts in seqio_tasks.numpy_iterator(
+        flat, split.task, split.split, use_cached
+    ):
         for ids, text in zip(np.split(values, ends[1:-1]), texts, strict=True):
             yield ids, text if has_text else None
 

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from pemoe_jax.core.params import Params
     from pemoe_jax.data.sentence_table import EncoderInfo
 
-# Embedded to recognize encoders that have no fingerprint.
+# Its vector identifies an encoder that has no fingerprint.
 _PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind."
-_PROBE_SIZE = 16  # elements of its vector that are stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class EncoderInput:
 
     Attributes:
       ids: token ids as the model reads them, truncated and with EOS: int32 [Li].
-      text: the text that was tokenized; None if the encoder does not read it.
+      text: the text before tokenization; None if the encoder does not read it.
     """
 
     ids: np.ndarray
@@ -41,21 +40,15 @@ class EncoderInput:
 
 @runtime_checkable
 class Encoder(Protocol):
-    """A sentence encoder.
+    """A sentence encoder."""
 
-    Attributes:
-      reads_text: whether inputs need a text.
-    """
-
-    reads_text: bool
+    reads_text: bool  # whether inputs need a text
 
     def describe(self) -> "EncoderInfo":
         """Returns name, dim, and fingerprint or probe, see `sentence_table.is_same_encoder`."""
-        ...
 
     def encode(self, inputs: Sequence[EncoderInput], batch_size: int) -> np.ndarray:
         """Returns the embeddings of inputs, in their order: [N, S]."""
-        ...
 
 
 @dataclasses.dataclass
@@ -79,22 +72,19 @@ class MeanPooledEncoder:
         dim = self.model.config.emb_dim
         return {"name": "mean_pooled", "dim": dim, "fingerprint": fingerprint}
 
-    # Loaded when first used: gin creates the encoder before any other setting is checked.
-
     @functools.cached_property
     def _mesh(self) -> "jax.sharding.Mesh":
         from pemoe_jax.core import partitioning
 
         return partitioning.make_mesh()
 
+    # Loaded when first used: gin creates the encoder before any other setting is checked.
     @functools.cached_property
     def _loaded(self) -> "tuple[Params, object]":
         """Parameters of the encoder, and fingerprint of the base model."""
         from pemoe_jax.checkpoints import models
-        from pemoe_jax.core import network, params, partitioning
+        from pemoe_jax.core import params, partitioning
 
-        # The model file's dropout rate is that of training.
-        self.model = network.Transformer(dataclasses.replace(self.model.config, dropout_rate=0.0))
         sharding = partitioning.replicated_sharding(self._mesh)
         base, identity = models.load_base(self.model, self.base_path, self.seed, shardings=sharding)
         without_decoder = params.select(base, lambda path: not path.startswith("decoder/"))
@@ -107,13 +97,11 @@ class MeanPooledEncoder:
         import jax.numpy as jnp
 
         def pool(params: "Params", tokens: jax.Array) -> jax.Array:
-            model = self.model
-            encoded = model.apply(
-                {"params": params}, tokens, enable_dropout=False, method=model.encode
-            )
+            model, variables = self.model, {"params": params}
+            encoded = model.apply(variables, tokens, enable_dropout=False, method=model.encode)
             assert isinstance(encoded, jax.Array)
             mask = (tokens > 0).astype(jnp.float32)[..., None]
-            # In float32: a sum over hundreds of tokens in bfloat16 would keep two or three digits.
+            # In float32: a bfloat16 sum over hundreds of tokens has only two or three digits.
             total = jnp.sum(encoded.astype(jnp.float32) * mask, axis=1)
             return total / jnp.maximum(jnp.sum(mask, axis=1), 1.0)  # zeros for rows of padding
 
@@ -143,11 +131,11 @@ class MeanPooledEncoder:
 def mean_pooled(
     model: "network.Transformer | None" = None, initial_checkpoint_path: str | None = None
 ) -> MeanPooledEncoder:
-    """Returns the built-in encoder, which loads its weights when it is first used.
+    """Returns the built-in encoder, which loads the base model when it is first used.
 
     Args:
-      model: model of a model file.
-      initial_checkpoint_path: the frozen base model.
+      model: MODEL of a model file.
+      initial_checkpoint_path: the base model.
 
     Raises:
       InputError: one of them is not set.
@@ -166,23 +154,19 @@ def mean_pooled(
 class TextEncoder:
     """A user's function from a list of texts to an array [N, S], as an encoder.
 
-    It is identified by its attributes `name` and `fingerprint` if they are strings, and otherwise
-    by its dotted name and its vector of a fixed sentence.
+    It is identified by its attributes `name` and `fingerprint` if they are strings. Otherwise the
+    dotted name and the vector of a fixed sentence stand in for them.
     """
 
     function: Callable[[list[str]], ArrayLike]
     reads_text = True
 
     def describe(self) -> "EncoderInfo":
-        """See `Encoder`.
-
-        Raises:
-          InputError: the function does not return vectors.
-        """
+        """See `Encoder`; raises InputError unless the function returns vectors."""
         vector = self._call([_PROBE_TEXT])[0]
         name = getattr(self.function, "name", None)
         if not isinstance(name, str):
-            # A callable object goes by its class.
+            # A callable object has no dotted name, but its class has.
             is_named = hasattr(self.function, "__qualname__")
             definition = self.function if is_named else type(self.function)
             name = f"{definition.__module__}.{definition.__qualname__}"
@@ -192,16 +176,15 @@ class TextEncoder:
             return {**info, "fingerprint": fingerprint}
         # Scaled, so that the comparison's absolute tolerance means the same for every encoder.
         scale = max(float(np.sqrt(np.mean(np.square(vector)))), 1e-30)
-        return {**info, "probe": [round(float(x), 4) for x in vector[:_PROBE_SIZE] / scale]}
+        return {**info, "probe": [round(float(x), 4) for x in vector[:16] / scale]}
 
     def encode(self, inputs: Sequence[EncoderInput], batch_size: int) -> np.ndarray:
         """See `Encoder`; texts of similar length share a batch."""
         order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index].ids))
-        batches = []
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batches.append(self._call([inputs[index].text or "" for index in indices]))
-        return np.concatenate(batches)[np.argsort(order)]
+        texts = [inputs[index].text or "" for index in order]
+        starts = range(0, len(texts), batch_size)
+        vectors = np.concatenate([self._call(texts[n : n + batch_size]) for n in starts])
+        return vectors[np.argsort(order)]
 
     def _call(self, texts: list[str]) -> np.ndarray:
         try:

@@ -223,7 +223,7 @@ def _count(names: Sequence[str], show_total: bool = False) -> str:
 
 
 def _summarize_caches() -> str:
-    folders = seqio_import.global_cache_dirs()
+    folders = seqio_import.import_seqio().utils.get_global_cache_dirs()
     if not folders or any("://" in folder for folder in folders):
         return f"P3: {_count(published.names())}, to be read from seqio's caches"
     cached = [

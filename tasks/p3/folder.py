@@ -69,7 +69,7 @@ class Folder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path).expanduser().absolute()
         if not self.path.is_dir():
-            kind = "a file" if self.path.exists() else "nothing there"
+            kind = "a file" if self.path.exists() else "no such folder"
             raise InputError(f"P3_DIR {self.path} must be a folder, got {kind}")
         self.unreadable: dict[str, str] = {}
         self.unavailable: dict[str, str] = {}

@@ -11,7 +11,7 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data.rows import EOS, READ_SIZE, TEXT_FEATURES, Encode, Row, RowReader
-from pemoe_jax.data.warnings import warn_once
+from pemoe_jax.data.seqio_tasks import warn_once
 from pemoe_jax.tasks.p3.tables import Example, ParquetTable, Table
 from pemoe_jax.tasks.p3.templates import Prompt, Template, TemplateError
 

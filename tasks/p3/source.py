@@ -16,7 +16,6 @@ from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.data.pipelines import READ_SIZE, example_dataset, local_cache_dir, read_blocks
 from pemoe_jax.data.providers import StreamOptions
 from pemoe_jax.data.rows import TEXT_FEATURES, RowReader
-from pemoe_jax.data.warnings import warn_once
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.p3 import published
 from pemoe_jax.tasks.p3.folder import Folder, TaskFiles, cached_splits
@@ -281,7 +280,7 @@ class P3Mixture(FolderMixture):
                 f" {len(left_out)} tasks of {self.name!r}"
             )
         if left_out:
-            warn_once(
+            seqio_tasks.warn_once(
                 f"{self.name}: no {kind} split in P3_DIR of {len(left_out)} of"
                 f" {len(self.tasks)} tasks: {abbreviate(left_out, 3)}"
             )

@@ -151,8 +151,8 @@ def test_addition_must_match_the_table(tmp_path, changes, message):
 
 def test_damaged_tables_and_other_folders_raise(tmp_path):
     for path, message in (
-        (tmp_path / "no", "nothing there"),
-        (tmp_path, "no about.json"),
+        (tmp_path / "no", "no such folder"),
+        (tmp_path, "without about.json"),
         (7, "got 7"),
     ):
         with pytest.raises(InputError, match=message):

@@ -16,7 +16,7 @@ import pytest
 from pemoe_jax import tasks
 from pemoe_jax.analysis import generation
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks, warnings
+from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks
 from pemoe_jax.data.providers import StreamOptions
 from pemoe_jax.runtime import options
 from pemoe_jax.tasks.p3 import published
@@ -58,7 +58,7 @@ def no_caches(monkeypatch):
     seqio = seqio_import.import_seqio()
     seqio.set_global_cache_dirs([])
     monkeypatch.delenv("PEMOE_P3_DIR", raising=False)
-    monkeypatch.setattr(warnings, "_printed", set())
+    seqio_tasks.warn_once.cache_clear()
 
 
 def register(folder, **settings):

@@ -146,7 +146,7 @@ def test_missing_caches(cache, tmp_path, capsys):
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    assert "--seqio_additional_cache_dirs: /nowhere must be a folder, got nothing there" in message(
+    assert "cache_dirs: /nowhere must be a folder, got no such folder" in message(
         cached, f"--seqio_additional_cache_dirs={cache},/nowhere"
     )
     assert "no cache of P3 in" in message(cached, f"--seqio_additional_cache_dirs={tmp_path}")

@@ -146,7 +146,7 @@ def test_unpublished_score_eval_task(forms, tmp_path):
         (["--tasks=nothing_*"], "'nothing_*' matched none of"),
         (["--tasks=super_glue_wic_*"], "has none of the 20 tasks"),
         (["--workers=0"], "--workers must be a positive integer, got 0"),
-        (["--p3_dir=/nowhere"], "P3_DIR /nowhere must be a folder, got nothing there"),
+        (["--p3_dir=/nowhere"], "P3_DIR /nowhere must be a folder, got no such folder"),
         (["--vocab_path=/nowhere", f"--tasks={RTE}"], "got no file at /nowhere"),
         (["--gin.X=1"], "no gin bindings"),
     ],

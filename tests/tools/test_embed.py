@@ -315,7 +315,7 @@ def test_training_checks_embeddings_before_the_base_is_read(folder, tmp_path, ca
     assert train.main([*flags, "--gin.SENTENCE_EMBEDDINGS=None"]) == 1
     assert "SENTENCE_EMBEDDINGS is not set: pass" in one_line(capsys)
     assert train.main([*flags, f"--gin.SENTENCE_EMBEDDINGS={tmp_path / 'no'}"]) == 1
-    assert "nothing there" in one_line(capsys)
+    assert "no such folder" in one_line(capsys)
     assert train.main([flag for flag in flags if "sentence.gin" not in flag]) == 1
     assert "because no router reads them" in one_line(capsys)
     plain = [flag for flag in sentence_flags(folder, "ia3", tmp_path) if "NUM_EXPERTS" not in flag]

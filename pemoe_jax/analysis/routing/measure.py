@@ -179,7 +179,7 @@ def read_examples(
 
     split, task = task_split(name), seqio_tasks.get_mixture_or_task(name)
     if use_cached:
-        seqio_tasks.cached_subtask_names(name)  # raises if the task has no cache
+        seqio_tasks.subtask_names(name, use_cached=True)  # raises if the task has no cache
     else:
         seqio_tasks.check_source_files([name], split)
     lengths = seqio_tasks.validate_lengths(task_feature_lengths)
