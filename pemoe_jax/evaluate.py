@@ -131,7 +131,7 @@ def score_groups(
 
     from pemoe_jax.core import partitioning, steps
     from pemoe_jax.data import batching, prefetch
-    from pemoe_jax.runtime import in_flight, progress
+    from pemoe_jax.runtime import progress
 
     score = jax.jit(
         functools.partial(steps.score_choices, model),
@@ -144,7 +144,7 @@ def score_groups(
         for batch, members in prefetch.prefetch(batches)
     )
     predictions: dict[ChoiceGroup, Prediction] = {}
-    for scores, members in in_flight.keep_in_flight(results):
+    for scores, members in prefetch.keep_in_flight(results):
         for row, group in zip(np.asarray(scores), members, strict=False):  # [B, C]
             group_scores = row[: len(group.choices)]
             predictions[group] = Prediction(int(np.argmax(group_scores)), group_scores.tolist())

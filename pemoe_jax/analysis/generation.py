@@ -17,7 +17,7 @@ from pemoe_jax.core import decoding, partitioning
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.data import batching, choices, prefetch, seqio_import, seqio_tasks
-from pemoe_jax.runtime import in_flight, options, progress
+from pemoe_jax.runtime import options, progress
 from pemoe_jax.tasks import Registered, metrics
 from pemoe_jax.tasks.registered import abbreviate
 
@@ -185,7 +185,7 @@ def decode(
     )
     bar = progress.Progress(f"decoding {opened.name}", len(inputs))
     decoded: dict[int, np.ndarray] = {}  # batches are sorted by length, not in the inputs' order
-    for tokens, indices in in_flight.keep_in_flight(results):
+    for tokens, indices in prefetch.keep_in_flight(results):
         decoded.update(zip(indices, partitioning.gather(tokens), strict=False))
         bar.report_if_due(len(decoded), "inputs")
     bar.close()

@@ -55,12 +55,8 @@ def _merge_shapes(
     """Returns the shape that each shape is padded to.
 
     Greedy: merges the pair of shapes that saves most, until no pair saves anything and there are at
-    most `max_programs` shapes.
-
-    Args:
-      counts: number of examples of each shape.
-      rows_of: (shapes [..., 3], counts [...]) -> rows of a batch [...].
-      program_cost, max_programs: see `score_batches`.
+    most `max_programs` shapes. `rows_of` returns the rows of a batch [...] for shapes [..., 3] and
+    their numbers of examples [...].
     """
     shapes = np.array(list(counts), np.int64).reshape(-1, 3)
     sizes = np.array(list(counts.values()), np.int64)
@@ -145,7 +141,6 @@ def score_batches(
     shape comes first, so that a batch that does not fit into memory fails at once.
 
     Args:
-      groups: the examples.
       batch_size: largest number of rows.
       multiple_of: number of devices, which must divide B and `batch_size`.
       max_target_tokens: limit of B * C * Lt: shapes with many or long choices have fewer rows.
@@ -159,29 +154,23 @@ def score_batches(
     sizes = [(len(g.inputs), len(g.choices), max(map(len, g.choices))) for g in groups]
     limits = (multiple_of, max_target_tokens, program_cost, max_programs)
     for shape, rows, indices in _plan_batches(sizes, batch_size, *limits):
+        input_length, num_choices, target_length = shape
         members = [groups[index] for index in indices]
-        yield _score_batch(members, rows, shape), members
-
-
-def _score_batch(groups: Sequence[ChoiceGroup], rows: int, shape: Shape) -> Batch:
-    """Returns groups as T5X's features, padded to a number of rows and a shape."""
-    input_length, num_choices, target_length = shape
-    targets = np.zeros((rows, num_choices, target_length), np.int32)
-    for i, group in enumerate(groups):
-        for j, ids in enumerate(group.choices):
-            targets[i, j, : len(ids)] = ids
-    # Choices start from token 0, as in training. The scores of padded choices are meaningless: the
-    # caller drops them, knowing how many choices each group has.
-    batch = {
-        "encoder_input_tokens": _pad([group.inputs for group in groups], rows, input_length),
-        "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
-        "decoder_target_tokens": targets,
-    }
-    embeddings = [g.sentence_embedding for g in groups if g.sentence_embedding is not None]
-    if len(embeddings) == len(groups):
-        missing = ((0, rows - len(groups)), (0, 0))
-        batch["sentence_embeddings"] = np.pad(np.stack(embeddings, dtype=np.float32), missing)
-    return batch
+        targets = np.zeros((rows, num_choices, target_length), np.int32)
+        for target, group in zip(targets, members, strict=False):
+            target[:] = _pad(group.choices, num_choices, target_length)
+        # Choices start from token 0, as in training. The scores of padded choices are meaningless:
+        # the caller drops them, knowing how many choices each group has.
+        batch = {
+            "encoder_input_tokens": _pad([group.inputs for group in members], rows, input_length),
+            "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
+            "decoder_target_tokens": targets,
+        }
+        embeddings = [g.sentence_embedding for g in members if g.sentence_embedding is not None]
+        if len(embeddings) == len(members):
+            missing = ((0, rows - len(members)), (0, 0))
+            batch["sentence_embeddings"] = np.pad(np.stack(embeddings, dtype=np.float32), missing)
+        yield batch, members
 
 
 def _pad(sequences: Sequence[np.ndarray], rows: int, length: int) -> np.ndarray:

@@ -82,7 +82,7 @@ def load_choice_groups(
       use_cached: whether to read seqio's offline caches.
 
     Raises:
-      InputError: an argument is wrong, the task has no answer choices, or it cannot be read.
+      InputError: an argument is wrong, a task has no answer choices, or it cannot be read.
     """
     seqio = seqio_import.import_seqio()
     lengths = seqio_tasks.validate_lengths(task_feature_lengths)
@@ -93,7 +93,11 @@ def load_choice_groups(
     provider = seqio_tasks.get_mixture_or_task(name)
     tasks = seqio_tasks.subtask_names(name, use_cached)
     if not isinstance(provider, seqio.Mixture):
-        task_split = _check_split(name, split)
+        task_split = split or seqio_tasks.eval_split(name)
+        if task_split not in provider.splits:
+            kind = repr(split) if split else "evaluation"
+            has = ", ".join(sorted(provider.splits))
+            raise InputError(f"{name!r} has no {kind} split (it has: {has})")
         if not use_cached:
             seqio_tasks.check_source_files([name], task_split)
         with seqio_tasks.translate_read_errors(name, task_split, use_cached):
@@ -129,16 +133,6 @@ def load_choice_groups(
             continue
         groups.append(_group(task, number - start, list(members), provider, lengths))
     return groups
-
-
-def _check_split(name: str, split: str | None) -> str:
-    """Returns the split of a task to read, by default its evaluation split."""
-    splits = seqio_tasks.get_mixture_or_task(name).splits
-    selected = split or seqio_tasks.eval_split(name)
-    if selected is None or selected not in splits:
-        kind = repr(split) if split else "evaluation"
-        raise InputError(f"{name!r} has no {kind} split (it has: {', '.join(sorted(splits))})")
-    return selected
 
 
 def _group(

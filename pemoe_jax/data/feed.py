@@ -45,7 +45,7 @@ def train_batches(
     """Returns training batches, which depend on the arguments alone.
 
     Args:
-      name: name of a seqio task or mixture.
+      name: a seqio task or mixture.
       task_feature_lengths: lengths of 'inputs' and 'targets'.
       batch_size: number of rows, B.
       split: split of the tasks.
@@ -53,15 +53,11 @@ def train_batches(
       pack: whether rows hold several examples.
       shuffle: whether each task's examples are shuffled.
       start: `position` of an earlier iterator, to resume there. A `SeekableProvider` starts at that
-        example; of any other provider the examples before it are read and dropped.
-      num_epochs: None: endless; else a mixture ends with the first task that is used up.
+        example; for other providers the examples before it are read and dropped.
+      num_epochs: epochs until the first task is exhausted, which ends a mixture; None: endless.
       use_cached: whether to read seqio's offline caches.
       shard: (index, count), to read every count-th example; `start` counts these.
       sentences: source of the inputs' sentence embeddings; rows must not be packed.
-
-    Returns:
-      Batches with T5X's features, int32 [B, L], and with `sentences` also `sentence_embeddings`,
-      float32 [B, S].
 
     Raises:
       InputError: an argument is wrong or the data cannot be read. As much as possible is checked
@@ -97,13 +93,13 @@ def eval_batches(
     """Returns batches with every example of the evaluation splits once.
 
     Tasks take turns, so that the first batches cover all of them; tasks without an evaluation split
-    are left out. Building the pipeline takes some milliseconds a task: keep the batches in a list
-    to use them again.
+    are left out. Building the pipeline takes some milliseconds per task, so to use the batches
+    again, keep them in a list.
 
     Args:
       name, task_feature_lengths, use_cached: see `train_batches`.
       batch_size: number of rows; the last batch is padded with rows of loss weight 0.
-      max_batches: number of batches to return; None: all.
+      max_batches: largest number of batches; None: all.
       pack: whether rows hold several examples; with `sentences` they never do.
       sentences: source of the inputs' sentence embeddings.
 

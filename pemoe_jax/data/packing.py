@@ -132,14 +132,13 @@ def _lay_out(rows: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.
     begins = np.cumsum(sizes) - sizes
     begins_in_row = begins - begins[first][row_of]  # [N]
     positions = np.arange(sizes.sum()) - np.repeat(begins, sizes)
-    places = np.repeat(row_of * length + begins_in_row, sizes) + positions
+    offsets = np.repeat(row_of * length + begins_in_row, sizes) + positions
     values = {
         "tokens": np.concatenate(sequences),
         "segment_ids": np.repeat(np.arange(len(sequences)) - first[row_of] + 1, sizes),
         "positions": positions,
     }
-    features = {}
+    features = {name: np.zeros((len(rows), length), np.int32) for name in values}
     for name, value in values.items():
-        features[name] = np.zeros((len(rows), length), np.int32)
-        features[name].reshape(-1)[places] = value
+        features[name].reshape(-1)[offsets] = value
     return features

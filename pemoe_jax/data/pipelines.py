@@ -44,11 +44,9 @@ def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -
 
 
 def read_blocks(readers: Sequence[RowReader], blocks: tf.data.Dataset) -> tf.data.Dataset:
-    """Returns blocks of serialized tf.train.Examples for blocks of row numbers.
+    """Returns blocks of serialized tf.train.Examples for blocks of row numbers, int64 [N].
 
-    Args:
-      readers: their rows are numbered one reader after the other.
-      blocks: row numbers, int64 [N].
+    Rows are numbered consecutively, one reader after the other.
     """
     first_rows = np.cumsum([0, *(reader.num_rows for reader in readers[:-1])])
 

@@ -1,11 +1,12 @@
-"""Prefetching: a thread prepares the next items while the caller works on the last.
+"""Work ahead of the caller: items prepared by a thread, results computed by the device.
 
-`grain` prefetches its own datasets only. This module prefetches any iterable. It also tracks the
-position in the data after the item returned last, not after the items prepared ahead.
+`grain` prefetches its own datasets only. `prefetch` takes any iterable, and the position it reports
+is after the item returned last, not after the items prepared ahead.
 """
 
 from __future__ import annotations
 
+import collections
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -111,3 +112,17 @@ def _read_in_thread(
     finally:
         stop.set()
         thread.join(timeout=5)
+
+
+def keep_in_flight(results: Iterable[T], count: int = 2) -> Iterator[T]:
+    """Yields the items of a lazy iterable with `count` further items already requested.
+
+    jax returns arrays before they are computed. Reading a result only after the next calls are
+    dispatched keeps the device busy; a bound on their number keeps their memory small.
+    """
+    pending: collections.deque[T] = collections.deque()
+    for result in results:
+        pending.append(result)
+        if len(pending) > count:
+            yield pending.popleft()
+    yield from pending

@@ -161,7 +161,6 @@ class TableWriter:
       known_keys: keys of the inputs that have a vector, whether in the index or not yet.
 
     Args:
-      path: folder of the table.
       encoder: the encoder of the vectors.
       dtype: 'float16' or 'float32'.
       vocabulary: fingerprint of the inputs' vocabulary, see `sentences.vocabulary_fingerprint`.
@@ -191,7 +190,7 @@ class TableWriter:
             )
         new: About = {"encoder": dict(encoder), "dtype": dtype, "vocabulary": vocabulary}
         if about is not None:
-            _check_matches(about, new, self.path)
+            self._check_same(about, new)
         self._about = about or _FORMAT | new | {"lengths": [], "inputs": 0, "parts": None}
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_folder(self.path)
@@ -260,6 +259,21 @@ class TableWriter:
         """Unlocks the folder. Vectors that were added after the last part are lost."""
         os.close(self._lock)
 
+    def _check_same(self, about: About, new: About) -> None:
+        old_encoder, new_encoder = about["encoder"], new["encoder"]
+        if not is_same_encoder(old_encoder, new_encoder):
+            raise InputError(
+                f"SENTENCE_EMBEDDINGS {self.path} has the encoder {format_encoder(old_encoder)}:"
+                f" expected the same to add to it, got {format_encoder(new_encoder)}"
+                f"{_probe_hint(old_encoder, new_encoder)}"
+            )
+        for field, setting in (("dtype", "EMBEDDING_DTYPE"), ("vocabulary", "the vocabulary")):
+            if about[field] != new[field]:
+                raise InputError(
+                    f"SENTENCE_EMBEDDINGS {self.path} has {setting} {about[field]!r}: expected the"
+                    f" same to add to it, got {new[field]!r}"
+                )
+
     def _write_part(self) -> None:
         if self._pending:
             keys = np.frombuffer(b"".join(key for key, _ in self._pending), _KEY)
@@ -272,22 +286,6 @@ class TableWriter:
 
     def _write_about(self) -> None:
         atomic_write.write_json(self.path / "about.json", self._about, indent=1)
-
-
-def _check_matches(about: About, new: About, path: pathlib.Path) -> None:
-    """Raises InputError unless new vectors can be added to a table."""
-    if not is_same_encoder(about["encoder"], new["encoder"]):
-        raise InputError(
-            f"SENTENCE_EMBEDDINGS {path} has the encoder {format_encoder(about['encoder'])}:"
-            f" expected the same to add to it, got {format_encoder(new['encoder'])}"
-            f"{_probe_hint(about['encoder'], new['encoder'])}"
-        )
-    for field, setting in (("dtype", "EMBEDDING_DTYPE"), ("vocabulary", "the vocabulary")):
-        if about[field] != new[field]:
-            raise InputError(
-                f"SENTENCE_EMBEDDINGS {path} has {setting} {about[field]!r}: expected the same to"
-                f" add to it, got {new[field]!r}"
-            )
 
 
 def _part_file(folder: pathlib.Path, number: int, kind: str) -> pathlib.Path:

@@ -77,11 +77,7 @@ class SentenceSource:
         )
 
     def attach_to(self, groups: Sequence[ChoiceGroup]) -> list[ChoiceGroup]:
-        """Returns groups of answer choices with the embeddings of their inputs.
-
-        Raises:
-          InputError: an input is not in the table.
-        """
+        """Returns groups with the embeddings of their inputs; raises InputError as `vectors`."""
         if self.table is None:  # `load_choice_groups` has read the feature
             return list(groups)
         vectors = self.vectors([group.inputs for group in groups], [group.task for group in groups])

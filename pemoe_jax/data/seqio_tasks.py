@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pemoe_jax.core.errors import InputError, check_integer, first_line
 from pemoe_jax.data import seqio_import, tfrecords
 from pemoe_jax.data.providers import SeekableMixture, SeekableTask
+from pemoe_jax.data.rows import TEXT_FEATURES
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -130,10 +131,9 @@ def validate_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
     Raises:
       InputError: one is missing or not a positive integer.
     """
-    lengths = {key: task_feature_lengths.get(key) for key in ("inputs", "targets")}
-    for key, length in lengths.items():
-        check_integer(f"TASK_FEATURE_LENGTHS[{key!r}]", length)
-    return {key: length for key, length in lengths.items() if length is not None}
+    for key in TEXT_FEATURES:
+        check_integer(f"TASK_FEATURE_LENGTHS[{key!r}]", task_feature_lengths.get(key))
+    return {key: task_feature_lengths[key] for key in TEXT_FEATURES}
 
 
 def check_source_files(tasks: Iterable[str], split: str | None) -> None:
@@ -164,12 +164,7 @@ def numpy_iterator(
 ) -> Generator[Any, None, None]:
     """Yields the elements of a dataset as numpy; the generator is closed before Python ends.
 
-    Args:
-      ds: the dataset.
-      name, split, use_cached: what it reads, see `translate_read_errors`.
-
-    Raises:
-      InputError: see `translate_read_errors`.
+    Other arguments and errors are those of `translate_read_errors`.
     """
 
     def iterate() -> Generator[Any, None, None]:
@@ -188,7 +183,7 @@ def translate_read_errors(
     Other exceptions of Python functions in the pipeline are bugs and are not translated.
 
     Args:
-      name: name of the task or mixture.
+      name: the task or mixture.
       split: split of its tasks; None: their evaluation splits.
       use_cached: whether seqio's offline caches are read.
 

@@ -149,14 +149,13 @@ class TFRecordReader(RowReader):
             raise InputError(
                 f"{info_path}: 'num_shards' must be a positive integer, got {num_shards!r}"
             )
-        names = [f"{n:05d}-of-{num_shards:05d}" for n in range(num_shards)]
-        paths = [self._folder / f"{self._split}.tfrecord-{name}" for name in names]
-        for path in paths:
+        files = []
+        for number in range(num_shards):
+            path = self._folder / f"{self._split}.tfrecord-{number:05d}-of-{num_shards:05d}"
             if not path.is_file():
                 raise InputError(f"{path}: no such file, expected {num_shards} by {info_path.name}")
-        files = [TFRecordFile(str(path)) for path in paths]
-        for file in files:
-            file.check_first_record()
+            files.append(TFRecordFile(str(path)))
+            files[-1].check_first_record()
         return files
 
     @functools.cached_property
@@ -174,13 +173,11 @@ class TFRecordReader(RowReader):
     @functools.cached_property
     def _first_rows(self) -> np.ndarray:
         """Number of the first row of each shard: int64 [shards]."""
+        # The last shard is not counted: counting scans the whole file.
         return np.cumsum([0, *(file.count() for file in self.files[:-1])])
 
     def read_records(self, numbers: Sequence[int]) -> list[bytes]:
         """See RowReader."""
-        # A single shard is read without counting its rows, which would scan the whole file.
-        if len(self.files) == 1:
-            return self.files[0].read(numbers)
         return read_parts(self._first_rows, numbers, lambda n, rows: self.files[n].read(rows))
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:

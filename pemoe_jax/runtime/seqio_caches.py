@@ -13,10 +13,7 @@ additional_cache_dirs: list[str] = []
 
 
 def add_cache_dirs(folders: Iterable[str]) -> None:
-    """Registers folders with offline caches of tasks (--seqio_additional_cache_dirs).
-
-    Args:
-      folders: local paths, which must exist, or URLs.
+    """Registers folders, local or URLs, of offline caches (--seqio_additional_cache_dirs).
 
     Raises:
       InputError: a local folder does not exist.
@@ -31,8 +28,8 @@ def add_cache_dirs(folders: Iterable[str]) -> None:
                     f"--seqio_additional_cache_dirs: {folder} must be a folder, got {kind}"
                 )
         added.append(folder)
-    # only now, so that an error changes nothing
+    # Only now: if a later folder is wrong, none is added.
     additional_cache_dirs.extend(f for f in added if f not in additional_cache_dirs)
-    # Importing seqio takes 7 to 8 s, so only one that is loaded already is updated at once.
+    # Importing seqio takes 8 s, so it is updated here only if it is imported already.
     if "seqio" in sys.modules:
         sys.modules["seqio"].add_global_cache_dirs(additional_cache_dirs)

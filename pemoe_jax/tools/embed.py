@@ -12,7 +12,6 @@ from pemoe_jax.tools.encoders import EncoderInput, resolve_encoder
 from pemoe_jax.tools.encoders import mean_pooled as mean_pooled
 
 if TYPE_CHECKING:
-    import numpy as np
     import tensorflow as tf
 
     from pemoe_jax.runtime import progress
@@ -68,14 +67,14 @@ def embed(
     from pemoe_jax.runtime import progress
     from pemoe_jax.tasks.registered import run_register
 
-    names = data.names
+    names, use_cached = data.names, data.use_cached_tasks
     splits = [splits] if isinstance(splits, str) else splits
     if not splits or not set(splits) <= set(_SPLITS):
         raise InputError(f"EMBED_SPLITS must be some of {_SPLITS}, got {splits!r}")
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     resolved = resolve_encoder(encoder)
     run_register(data.register).print_summary()
-    split_list = _find_splits(names, splits, data.use_cached_tasks)
+    split_list = _find_splits(names, splits, use_cached)
     vocabularies = {sentences.vocabulary_fingerprint(name) for name in names}
     if len(vocabularies) > 1:
         raise InputError(
@@ -88,10 +87,7 @@ def embed(
         print(f"{writer.path} has {num_before:,} inputs already", flush=True)
     bar = progress.Progress("reading", sum(s.num_examples for s in split_list), note="examples")
     read = functools.partial(
-        _read_inputs,
-        lengths=lengths,
-        use_cached=data.use_cached_tasks,
-        with_text=resolved.reads_text,
+        _read_inputs, lengths=lengths, use_cached=use_cached, with_text=resolved.reads_text
     )
     try:
         for inputs in _new_inputs(split_list, read, writer.known_keys, bar):
@@ -112,9 +108,9 @@ def _new_inputs(
     known_keys: Set[bytes],
     bar: "progress.Progress",
 ) -> Iterator[dict[bytes, EncoderInput]]:
-    """Yields the inputs that the table lacks by key, `_CHUNK` at a time.
+    """Yields the inputs of splits whose key is not known yet, `_CHUNK` of them at a time, by key.
 
-    The caller adds their keys to `known_keys`.
+    The caller adds their keys to `known_keys` before it asks for more.
     """
     from pemoe_jax.data import sentence_table
     from pemoe_jax.runtime import progress
@@ -175,7 +171,14 @@ def _read_inputs(
     split: _SplitToRead, lengths: Mapping[str, int], use_cached: bool, with_text: bool
 ) -> Iterator[EncoderInput]:
     """Yields the inputs of a split as runs read them, repeated for each answer choice."""
+    import numpy as np
+    import tensorflow as tf
+
     from pemoe_jax.data import choices, providers, seqio_tasks
+
+    def select(example: "Mapping[str, tf.Tensor]") -> "tuple[tf.Tensor, tf.Tensor | str]":
+        ids = tf.cast(example["inputs"], tf.int32)
+        return ids, example.get("inputs_pretokenized", "") if with_text else ""
 
     task = seqio_tasks.get_mixture_or_task(split.task)
     features = task.output_features
@@ -190,34 +193,15 @@ def _read_inputs(
         longer = {key: value + extra for key, value in lengths.items()}
         with seqio_tasks.translate_read_errors(split.task, split.split, use_cached):
             ds = seqio_tasks.get_dataset(split.task, longer, split.split, use_cached)
-        for ids, encoded_text in _read_rows(ds, split, use_cached, with_text):
-            row = {"inputs": ids, "inputs_pretokenized": encoded_text}
-            text = choices.feature_text(features, row, "inputs") if with_text else None
-            yield EncoderInput(choices.truncate(ids, length, eos_id)[0] if extra else ids, text)
-
-
-def _read_rows(
-    ds: "tf.data.Dataset", split: _SplitToRead, use_cached: bool, with_text: bool
-) -> "Iterator[tuple[np.ndarray, bytes | None]]":
-    """Yields the token ids of inputs, int32 [Li], and their text if they have one."""
-    import numpy as np
-    import tensorflow as tf
-
-    from pemoe_jax.data import seqio_tasks
-
-    has_text = with_text and "inputs_pretokenized" in ds.element_spec
-
-    def select(example: "Mapping[str, tf.Tensor]") -> "tuple[tf.Tensor, tf.Tensor | str]":
-        text = example["inputs_pretokenized"] if has_text else ""
-        return tf.cast(example["inputs"], tf.int32), text
-
-    blocks = ds.map(select).ragged_batch(_BLOCK).prefetch(2)
-    flat = blocks.map(lambda ids, text: (ids.values, ids.row_splits, text))
-    for values, ends, texts in seqio_tasks.numpy_iterator(
-        flat, split.task, split.split, use_cached
-    ):
-        for ids, text in zip(np.split(values, ends[1:-1]), texts, strict=True):
-            yield ids, text if has_text else None
+        blocks = ds.map(select).ragged_batch(_BLOCK).prefetch(2)
+        flat = blocks.map(lambda ids, text: (ids.values, ids.row_splits, text))
+        has_text = "inputs_pretokenized" in ds.element_spec
+        arrays = seqio_tasks.numpy_iterator(flat, split.task, split.split, use_cached)
+        for values, ends, texts in arrays:
+            for ids, encoded in zip(np.split(values, ends[1:-1]), texts, strict=True):
+                row = {"inputs": ids, "inputs_pretokenized": encoded if has_text else None}
+                text = choices.feature_text(features, row, "inputs") if with_text else None
+                yield EncoderInput(choices.truncate(ids, length, eos_id)[0] if extra else ids, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

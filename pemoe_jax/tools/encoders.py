@@ -68,27 +68,21 @@ class MeanPooledEncoder:
 
     def describe(self) -> "EncoderInfo":
         """See `Encoder`; the fingerprint is the base model's, whatever its dtype."""
-        _, fingerprint = self._loaded
-        dim = self.model.config.emb_dim
+        dim, fingerprint = self.model.config.emb_dim, self._loaded[-1]
         return {"name": "mean_pooled", "dim": dim, "fingerprint": fingerprint}
-
-    @functools.cached_property
-    def _mesh(self) -> "jax.sharding.Mesh":
-        from pemoe_jax.core import partitioning
-
-        return partitioning.make_mesh()
 
     # Loaded when first used: gin creates the encoder before any other setting is checked.
     @functools.cached_property
-    def _loaded(self) -> "tuple[Params, object]":
-        """Parameters of the encoder, and fingerprint of the base model."""
+    def _loaded(self) -> "tuple[jax.sharding.Mesh, Params, object]":
+        """The mesh, parameters of the encoder, and fingerprint of the base model."""
         from pemoe_jax.checkpoints import models
         from pemoe_jax.core import params, partitioning
 
-        sharding = partitioning.replicated_sharding(self._mesh)
+        mesh = partitioning.make_mesh()
+        sharding = partitioning.replicated_sharding(mesh)
         base, identity = models.load_base(self.model, self.base_path, self.seed, shardings=sharding)
         without_decoder = params.select(base, lambda path: not path.startswith("decoder/"))
-        return without_decoder, identity["fingerprint"]
+        return mesh, without_decoder, identity["fingerprint"]
 
     @functools.cached_property
     def _pool(self) -> "Callable[[Params, jax.Array], jax.Array]":
@@ -110,20 +104,19 @@ class MeanPooledEncoder:
     def encode(self, inputs: Sequence[EncoderInput], batch_size: int) -> np.ndarray:
         """See `Encoder`; batches of short inputs have more than `batch_size` rows."""
         from pemoe_jax.core import partitioning
-        from pemoe_jax.data import batching
-        from pemoe_jax.runtime import in_flight
+        from pemoe_jax.data import batching, prefetch
 
-        params, _ = self._loaded
+        mesh, params, _ = self._loaded
 
         def pool(tokens: np.ndarray) -> "jax.Array":
-            batch = partitioning.shard_batch({"tokens": tokens}, self._mesh)
+            batch = partitioning.shard_batch({"tokens": tokens}, mesh)
             return self._pool(params, batch["tokens"])
 
         ids = [item.ids for item in inputs]
-        batches = batching.encoder_batches(ids, batch_size, self._mesh.shape["data"])
+        batches = batching.encoder_batches(ids, batch_size, mesh.shape["data"])
         results = ((pool(tokens), indices) for tokens, indices in batches)
         vectors = np.zeros((len(inputs), self.model.config.emb_dim), np.float32)
-        for pooled, indices in in_flight.keep_in_flight(results):
+        for pooled, indices in prefetch.keep_in_flight(results):
             vectors[indices] = np.asarray(pooled)[: len(indices)]
         return vectors
 
