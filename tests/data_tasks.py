@@ -10,28 +10,8 @@ from pemoe_jax.tasks import jsonl
 
 LENGTHS = {"inputs": 32, "targets": 8}
 YES_NO = ["yes", "no"]
-WORDS = [
-    "yes",
-    "no",
-    "maybe",
-    "red",
-    "green",
-    "blue",
-    "is",
-    "the",
-    "sky",
-    "grass",
-    "sea",
-    "what",
-    "colour",
-    "of",
-    "a",
-    "good",
-    "bad",
-    "film",
-    "it",
-    "was",
-]
+WORDS = "yes no maybe red green blue is the sky grass sea what colour of a good bad film it was"
+WORDS = WORDS.split()
 
 
 def make_vocab(folder: pathlib.Path, **settings) -> pathlib.Path:
@@ -68,7 +48,7 @@ def write(folder: pathlib.Path, task: str, split: str, rows: list) -> pathlib.Pa
 
 
 def register(folder: pathlib.Path) -> tuple:
-    """Registers a and b for training, with 40 and 25 examples, and plain and scored with choices.
+    """Registers tasks a and b for training, and plain and scored, with choices, for evaluation.
 
     Returns:
       The return value of `jsonl.register`, and the rows of scored.
@@ -78,13 +58,10 @@ def register(folder: pathlib.Path) -> tuple:
     def words(low, high):
         return " ".join(rng.choice(WORDS, rng.integers(low, high)))
 
-    for task, count in (("a", 40), ("b", 25)):
-        write(
-            folder, task, "train", [(f"{task} {words(1, 12)}", words(1, 4)) for _ in range(count)]
-        )
-        write(
-            folder, task, "validation", [(f"{task} {words(1, 12)}", words(1, 4)) for _ in range(5)]
-        )
+    for task, num_train in (("a", 40), ("b", 25)):
+        for split, count in (("train", num_train), ("validation", 5)):
+            rows = [(f"{task} {words(1, 12)}", words(1, 4)) for _ in range(count)]
+            write(folder, task, split, rows)
     rows = []
     for i in range(23):
         choices = [words(1, 3 if i % 2 else 9) for _ in range(2 + i % 5)]

@@ -1,4 +1,4 @@
-"""Batches of few shapes: every group and input in one of them, little padding, even sizes."""
+"""Batches of few shapes: they contain everything once, with little padding and even sizes."""
 
 import data_tasks
 import numpy as np
@@ -14,7 +14,7 @@ def registered(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_every_group_is_in_one_batch_whole(registered, batch_size):
+def test_every_group_is_whole_in_one_batch(registered, batch_size):
     groups = choices.load_choice_groups("jsonl_score_eval", {"inputs": 128, "targets": 32})
     seen = []
     for batch, members in batching.score_batches(groups, batch_size):
@@ -35,7 +35,7 @@ def test_every_group_is_in_one_batch_whole(registered, batch_size):
     assert sorted(map(id, seen)) == sorted(map(id, groups))
 
 
-def fake_group(num_choices, input_length, target_length):
+def make_group(num_choices, input_length, target_length):
     return choices.ChoiceGroup(
         task="t",
         idx=0,
@@ -49,16 +49,16 @@ def fake_group(num_choices, input_length, target_length):
     )
 
 
-def some_groups():
+def random_groups():
     rng = np.random.default_rng(0)
     sizes = zip(
         rng.integers(2, 4, 800), rng.integers(5, 250, 800), rng.integers(2, 8, 800), strict=True
     )
-    return [fake_group(*size) for size in sizes]
+    return [make_group(*size) for size in sizes]
 
 
 def shapes_and_padding(groups, batch_size, **settings):
-    """The shapes of the batches, and tokens of inputs and choices over those that are real."""
+    """Returns the shapes of the batches, and how many times padding multiplies the tokens."""
     batches = [batch for batch, _ in batching.score_batches(groups, batch_size, **settings)]
     keys = ("encoder_input_tokens", "decoder_target_tokens")
     shapes = {tuple(batch[key].shape for key in keys) for batch in batches}
@@ -71,23 +71,23 @@ def shapes_and_padding(groups, batch_size, **settings):
 
 
 def test_few_shapes_for_many_sizes():
-    shapes, inputs, choices = shapes_and_padding(some_groups(), 16)
+    shapes, inputs, choices = shapes_and_padding(random_groups(), 16)
     assert len(shapes) <= 3 and inputs < 1.4 and choices < 2.5
 
 
-def test_a_shape_is_compiled_where_that_saves_more_padding_than_it_costs():
-    groups = some_groups()
+def test_shapes_are_added_while_they_save_more_padding_than_they_cost():
+    groups = random_groups()
     many, tight, _ = shapes_and_padding(groups, 16, program_cost=0, max_programs=100)
     few, loose, _ = shapes_and_padding(groups, 16, program_cost=0, max_programs=3)
-    one, all_padded, _ = shapes_and_padding(groups, 16, program_cost=1 << 30)
-    assert len(many) > len(few) == 3 > len(one) == 1
+    single, all_padded, _ = shapes_and_padding(groups, 16, program_cost=1 << 30)
+    assert len(many) > len(few) == 3 > len(single) == 1
     assert tight < loose < all_padded
     assert tight < 1.2
 
 
 def test_batches_of_a_shape_are_of_even_size():
-    """33 groups of one shape: two batches of 17, not one of 32 and one of 32 for the last."""
-    batches = list(batching.score_batches([fake_group(2, 10, 4)] * 33, 32))
+    """33 groups of a shape come in two batches of 17, not in one of 32 and one for the last."""
+    batches = list(batching.score_batches([make_group(2, 10, 4)] * 33, 32))
     assert [len(batch["encoder_input_tokens"]) for batch, _ in batches] == [17, 17]
     assert [len(members) for _, members in batches] == [17, 16]
 
@@ -97,14 +97,14 @@ def test_no_groups_give_no_batches():
 
 
 def test_wide_groups_come_in_smaller_batches():
-    groups = [fake_group(50, 10, 100) for _ in range(20)] + [fake_group(2, 10, 4)] * 32
+    groups = [make_group(50, 10, 100) for _ in range(20)] + [make_group(2, 10, 4)] * 32
     batches = list(
         batching.score_batches(groups, 32, multiple_of=4, max_target_tokens=56 * 112 * 6)
     )
     rows = [len(batch["encoder_input_tokens"]) for batch, _ in batches]
     assert rows == [4] * 5 + [32]  # 6 would fit, 4 is a multiple of 4
-    one = next(batching.score_batches(groups, 32, multiple_of=8, max_target_tokens=1))
-    assert len(one[0]["encoder_input_tokens"]) == 8
+    batch, _ = next(batching.score_batches(groups, 32, multiple_of=8, max_target_tokens=1))
+    assert len(batch["encoder_input_tokens"]) == 8
     with pytest.raises(InputError, match="BATCH_SIZE must be a multiple of .* devices, 4, got 30"):
         next(batching.score_batches(groups, 30, multiple_of=4))
 

@@ -105,7 +105,7 @@ SPLITS = {"scored_score_eval": "validation"}
 
 @pytest.fixture
 def users_own(registered):
-    """A mixture that is not seekable: resuming reads and drops the examples before."""
+    """A mixture that is not seekable: resuming reads and drops the earlier examples."""
     import seqio
 
     seqio.MixtureRegistry.add("users_own", [("a", 1.0), ("b", 1.0)])
@@ -137,8 +137,8 @@ def test_shards_take_every_nth_example(registered):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_batches_equal_seqios(registered, pack):
-    """Within a block of the examples that seqio packs at a time, max(lengths) of them."""
+def test_batches_equal_those_of_seqio(registered, pack):
+    """In the first max(lengths) examples, the block that seqio packs at a time."""
     import seqio
 
     lengths = {"inputs": 64, "targets": 24}
@@ -226,7 +226,7 @@ def test_mixture_draws_by_rate_and_covers_every_example(registered):
     assert len(set(texts)) > 55  # of 65, a few of them equal once truncated
 
 
-def test_mixture_has_the_examples_of_seqios(registered):
+def test_mixture_has_the_examples_of_a_seqio_mixture(registered):
     """Each task's examples come in the same order; how tasks are drawn differs."""
     import seqio
 

@@ -1,4 +1,4 @@
-"""The order of a mixture's examples: complete, by the rates, the same from any start."""
+"""The order of a mixture's examples: every row, drawn by the rates, the same from any start."""
 
 import collections
 import itertools
@@ -16,15 +16,15 @@ STARTS = np.cumsum([0, *SIZES[:-1]])
 
 
 def by_task(numbers):
-    """Returns the rows of each task in their order, counted from the task's first."""
+    """Returns the rows of each task in the order drawn, numbered from 0 in each task."""
     tasks = np.searchsorted(STARTS, numbers, side="right") - 1
     return [numbers[tasks == task] - STARTS[task] for task in range(len(SIZES))]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_row_comes_once_an_epoch(shuffle):
-    found = by_task(ExampleOrder(SIZES, SIZES, 0, shuffle).row_numbers(0, 5000))
-    for size, rows in zip(SIZES, found, strict=True):
+    drawn = by_task(ExampleOrder(SIZES, SIZES, 0, shuffle).row_numbers(0, 5000))
+    for size, rows in zip(SIZES, drawn, strict=True):
         epochs = rows[: len(rows) // size * size].reshape(-1, size)
         assert len(epochs) > 5
         assert (np.sort(epochs, axis=1) == np.arange(size)).all()
@@ -37,12 +37,11 @@ def test_every_row_comes_once_an_epoch(shuffle):
 @pytest.mark.parametrize("rates", [SIZES, [3.5, 0, 1e-3, 1, 2], [0, 0, 0, 1e9, 0]])
 def test_tasks_are_drawn_by_rate(rates):
     count = 200_000
-    found = np.array(
-        [len(rows) for rows in by_task(ExampleOrder(SIZES, rates, 1).row_numbers(0, count))]
-    )
+    drawn = by_task(ExampleOrder(SIZES, rates, 1).row_numbers(0, count))
+    counts = np.array([len(rows) for rows in drawn])
     share = np.array(rates) / sum(rates)
-    # five standard errors of a binomial share; none where the share is 0 or 1
-    assert (abs(found / count - share) <= 5 * np.sqrt(share * (1 - share) / count)).all()
+    # Five standard errors of a binomial share, which are 0 for shares of 0 and 1.
+    assert (abs(counts / count - share) <= 5 * np.sqrt(share * (1 - share) / count)).all()
 
 
 def test_task_sampler_is_exact():
@@ -103,9 +102,9 @@ def test_seeds_and_epochs_differ():
     other = ExampleOrder([size], [1], 1).row_numbers(0, size)
     same_task = ExampleOrder([size, size], [1, 1], 0).row_numbers(0, 4 * size)
     first, second = (same_task[same_task // size == task][:size] % size for task in (0, 1))
-    for one, two in itertools.combinations([*rows, other, second], 2):
-        # permutations of 1,000 that have nothing to do with each other agree at one place
-        assert (one == two).sum() < 8
+    for a, b in itertools.combinations([*rows, other, second], 2):
+        # Independent permutations of 1,000 agree at 1 position on average.
+        assert (a == b).sum() < 8
     np.testing.assert_array_equal(first, rows[0])
     np.testing.assert_array_equal(
         ExampleOrder([size], [1], -1).row_numbers(0, 9),
@@ -116,10 +115,10 @@ def test_seeds_and_epochs_differ():
 
 
 def test_all_small_permutations_occur():
-    """The 24 orders of 4 rows: each is expected 1,000 times of 24,000, with a deviation of 31.
+    """Each of the 24 orders of 4 rows is expected 1,000 times in 24,000, with a deviation of 31.
 
-    The sum of squares over 1,000 is then chi-square of 23 degrees of freedom: below 50 but for one
-    seed in 1,000.
+    The sum of squared deviations over 1,000 is chi-square with 23 degrees of freedom, which exceeds
+    50 for one seed in 1,000.
     """
     epochs = ExampleOrder([4], [1], 1).row_numbers(0, 4 * 24_000).reshape(-1, 4)
     counts = collections.Counter(map(tuple, epochs.tolist()))
@@ -166,15 +165,15 @@ def test_every_row_of_many_tasks():
 def test_order_ends_with_the_first_exhausted_task(epochs):
     whole = ExampleOrder(SIZES, SIZES, 4).row_numbers(0, 5000)
     ended = ExampleOrder(SIZES, SIZES, 4, num_epochs=epochs)
-    found = ended.row_numbers(0, 5000)
-    np.testing.assert_array_equal(found, whole[: len(found)])
-    counts = [len(rows) for rows in by_task(found)]
+    numbers = ended.row_numbers(0, 5000)
+    np.testing.assert_array_equal(numbers, whole[: len(numbers)])
+    counts = [len(rows) for rows in by_task(numbers)]
     assert all(count <= epochs * size for count, size in zip(counts, SIZES, strict=True))
-    after = [len(rows) for rows in by_task(whole[: len(found) + 1])]
+    after = [len(rows) for rows in by_task(whole[: len(numbers) + 1])]
     assert any(count > epochs * size for count, size in zip(after, SIZES, strict=True))
-    assert len(ended.row_numbers(len(found), 5000)) == len(ended.row_numbers(4000, 5000)) == 0
+    assert len(ended.row_numbers(len(numbers), 5000)) == len(ended.row_numbers(4000, 5000)) == 0
     again = ExampleOrder(SIZES, SIZES, 4, num_epochs=epochs)
-    np.testing.assert_array_equal(again.row_numbers(5, 5000), found[5:])
+    np.testing.assert_array_equal(again.row_numbers(5, 5000), numbers[5:])
     np.testing.assert_array_equal(
         ExampleOrder([9], [1], 0, False, 1).row_numbers(0, 99), np.arange(9)
     )

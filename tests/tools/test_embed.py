@@ -111,7 +111,7 @@ def test_table_holds_every_distinct_input(folder):
 
 
 def test_truncated_inputs_are_found_by_every_reader(folder, tmp_path):
-    """Training, its evaluation, scoring and decoding find their inputs in a table of short ones."""
+    """Training, its evaluation loss and scoring find truncated inputs in the table."""
     short = {"TASK_FEATURE_LENGTHS": "{'inputs': 5, 'targets': 8}"}
     flags = embed_flags(folder, tmp_path / "table", **short)
     assert embed.main(flags) == 0
@@ -186,7 +186,7 @@ def test_router_probabilities_are_equal_for_all_tokens_of_an_example(folder, tra
         assert np.ptp(probs[:, 0], axis=0).max() > 1e-3
     zeros = probe_lib.init_totals(opened.model, len(members))
     rows = len(batch["encoder_input_tokens"])
-    by_example = np.minimum(np.arange(rows), len(members) - 1)  # rows below are padding
+    by_example = np.minimum(np.arange(rows), len(members) - 1)  # further rows are padding
     sums = probe_lib.make_probe(opened.model)(params, batch, by_example, zeros)
     for site, probs in sums.probs.items():
         np.testing.assert_allclose(
@@ -202,7 +202,7 @@ def pad(ids: list[int], length: int) -> np.ndarray:
     return np.array([[*ids, *[0] * (length - len(ids))]], np.int32)
 
 
-def test_choices_scored_together_are_as_scored_one_by_one(folder, trained, tmp_path):
+def test_scores_of_choices_equal_those_scored_one_by_one(folder, trained, tmp_path):
     method = "molora"
     assert evaluate.main(run_flags(folder, "evaluate", trained[method], tmp_path)) == 0
     opened = models.open_model(str(trained[method]))
@@ -231,7 +231,7 @@ def test_choices_scored_together_are_as_scored_one_by_one(folder, trained, tmp_p
 
 
 def test_embeddings_change_what_is_scored(folder, trained, tmp_path):
-    """Scores with the embeddings of other inputs, scaled up, differ."""
+    """Scores with the embeddings of other inputs, three times as large, differ."""
     table = sentence_table.SentenceTable(folder / "table")
     keys = [table._keys[i : i + 1].tobytes() for i in range(len(table))]
     swapped = sentence_table.TableWriter(
@@ -252,7 +252,7 @@ def test_embeddings_change_what_is_scored(folder, trained, tmp_path):
 
 
 def test_decoding_uses_the_embedding_of_each_example(folder, trained, tmp_path, monkeypatch):
-    """In batches of several shapes, where padding rows repeat the last example."""
+    """Batches have several shapes, and rows of padding repeat the last example."""
     table = sentence_table.SentenceTable(folder / "table")
     seen = []
 
@@ -487,23 +487,23 @@ def choices(ds):
 
 source = seqio.FunctionDataSource(rows, splits=("train", "validation"))
 last = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
-seqio.TaskRegistry.add("given", source, preprocessors=last, output_features=features)
+seqio.TaskRegistry.add("with_feature", source, preprocessors=last, output_features=features)
 seqio.TaskRegistry.add(
-    "given_score_eval", source, preprocessors=[choices, *last], output_features=features
+    "with_feature_score_eval", source, preprocessors=[choices, *last], output_features=features
 )
 """
 
 
 def test_embeddings_can_be_a_feature_of_the_tasks(folder, tmp_path, monkeypatch, capsys):
     text = _TASKS.format(vocabulary=str(folder / "vocab.model"))
-    (tmp_path / "given_tasks.py").write_text(text)
+    (tmp_path / "feature_tasks.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     own = [
-        "--gin.MIXTURE_OR_TASK_MODULE=given_tasks",
+        "--gin.MIXTURE_OR_TASK_MODULE=feature_tasks",
         "--gin.JSONL_DIR=None",
         "--gin.SENTENCE_EMBEDDINGS=None",
     ]
-    named = "--gin.MIXTURE_OR_TASK_NAME=given"
+    named = "--gin.MIXTURE_OR_TASK_NAME=with_feature"
     run = tmp_path / "run"
     flags = [*sentence_flags(folder, "mov", run, TRAIN_STEPS=2), *own, named]
     assert train.main(flags) == 0
@@ -514,8 +514,8 @@ def test_embeddings_can_be_a_feature_of_the_tasks(folder, tmp_path, monkeypatch,
     lengths = {"inputs": 32, "targets": 8}
     source = sentences.SentenceSource(encoder, 32)
     for batch in (
-        next(feed.train_batches("given", lengths, 8, pack=False, sentences=source)),
-        next(feed.eval_batches("given", lengths, 8, sentences=source)),
+        next(feed.train_batches("with_feature", lengths, 8, pack=False, sentences=source)),
+        next(feed.eval_batches("with_feature", lengths, 8, sentences=source)),
     ):
         by_row = {}
         for ids, row in zip(
@@ -527,7 +527,7 @@ def test_embeddings_can_be_a_feature_of_the_tasks(folder, tmp_path, monkeypatch,
         assert {row.index(1.0) for rows in real for row in rows} == {0, 1, 2}
     scored = [*run_flags(folder, "evaluate", run, tmp_path / "scored"), *own, f"{named}_score_eval"]
     assert evaluate.main(scored) == 0
-    groups = choices.load_choice_groups("given_score_eval", lengths)
+    groups = choices.load_choice_groups("with_feature_score_eval", lengths)
     assert [int(np.argmax(group.sentence_embedding)) for group in groups] == [0, 1, 2, 0, 1, 2]
     assert infer.main([*run_flags(folder, "infer", run, tmp_path / "said"), *own, named]) == 0
     capsys.readouterr()
