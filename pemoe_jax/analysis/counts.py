@@ -192,9 +192,7 @@ def parameter_summary(
 
     Args:
       trainable: path -> array or shape, of the parameters that train.
-      frozen: the same for the frozen parameters.
       base: path and fingerprint of the base model.
-      method: name of the method.
       extra: name -> text of further lines.
     """
     count = count_parameters({**trainable, **frozen}, trainable.keys(), method)

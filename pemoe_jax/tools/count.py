@@ -43,7 +43,13 @@ count.configured_count.trainable = %TRAINABLE
 def configured_count(
     model: "network.Transformer | None", method: str | None, trainable: Sequence[str] | None
 ) -> "counts.ParameterCount":
-    """Counts the parameters of the model that the gin files configure."""
+    """Counts the parameters of the model that the gin files configure.
+
+    Args:
+      model: network with its adapters.
+      method: name of the method.
+      trainable: patterns of the parameters that train; each must match a parameter.
+    """
     if model is None:
         raise InputError("MODEL is not set: pass --gin_file=models/…")
     if not trainable:

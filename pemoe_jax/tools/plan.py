@@ -88,7 +88,16 @@ def configured_step(
     optimizer: "Callable[[optax.Schedule], optax.GradientTransformation]",
     frozen_dtype: str,
 ) -> "tuple[network.Transformer, str, Sequence[str], optax.GradientTransformation, str]":
-    """Returns the arguments that gin files configure, with a constructed optimizer."""
+    """Returns the arguments that gin files configure, with a constructed optimizer.
+
+    Args:
+      model: network with its adapters.
+      method: name of the method.
+      trainable: patterns of the parameters that train.
+      optimizer: schedule -> optax transformation.
+      frozen_dtype: dtype of frozen matrices, one of `quantized.FROZEN_DTYPES`.
+    """
+    # `--help` describes the macros by these lines.
     if model is None:
         raise InputError("MODEL is not set: pass --gin_file=models/…")
     if not trainable:

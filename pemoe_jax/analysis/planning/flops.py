@@ -53,11 +53,8 @@ def train_step_flops(
     """Computes the FLOPs of a train step.
 
     Args:
-      config: dimensions of the model.
       shapes: path -> array or shape, of all parameters.
-      trainable: paths of the parameters that train.
       rows: B.
-      lengths: lengths of inputs and targets.
       router_reads: site -> `Router.reads`: 'x', 'y', 'sentence', or None for the default of the
         expert module.
       examples: number of examples of equal length packed into a row; each attends to itself only.

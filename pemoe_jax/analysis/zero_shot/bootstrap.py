@@ -29,9 +29,7 @@ def resampled_accuracies(
       prompts: for each prompt, indices of the examples in the dataset and whether the answer is
         correct, both [N]. ANLI's rounds may share indices, which all start at 0: independent
         answers stay independent under common weights.
-      draws: number of draws.
       seed: seed of the draws, combined with the dataset's name.
-      dataset: name of the dataset.
 
     Returns:
       float64 [2, draws]: median and mean over the prompts.

@@ -43,8 +43,6 @@ def task_result(
     Args:
       correct: for each example, whether the chosen answer is the target.
       chance: for each example, the fraction of its choices that are the target.
-      dataset: name of the dataset.
-      split: split of the examples.
       odd: the kind of every irregularity in the examples, with repetitions.
     """
     return {
