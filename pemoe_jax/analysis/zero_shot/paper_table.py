@@ -138,7 +138,6 @@ def build_paper_table(
     Args:
       runs: runs by `results.load_results`.
       draws: number of bootstrap draws; 0 omits intervals.
-      seed: seed of the draws.
       with_paper: whether to add `published_figures.ROWS`.
       seeds_apart: whether runs that differ only in the seed have a row each.
 
