@@ -11,11 +11,11 @@ DOCS = Path(__file__).parent
 
 PURPOSES = {
     "core": "T5, adapters, routers, steps; kernels/",
-    "runtime": "gin flags, processes, progress, files",
+    "runtime": "options, processes, loop, files",
     "data": "seqio tasks to numpy batches",
     "checkpoints": "base models, runs, adapters",
     "tasks": "P3, JSON lines, metrics",
-    "analysis": "accuracy, experts, planning, counts",
+    "analysis": "accuracy, routing, planning, counts",
     "train": "training",
     "evaluate": "zero-shot accuracy",
     "infer": "generation",

@@ -130,7 +130,7 @@ def score_groups(
     import numpy as np
 
     from pemoe_jax.core import partitioning, steps
-    from pemoe_jax.data import batching, prefetch
+    from pemoe_jax.data import inference_batches, prefetch
     from pemoe_jax.runtime import progress
 
     score = jax.jit(
@@ -138,7 +138,7 @@ def score_groups(
         out_shardings=partitioning.replicated_sharding(mesh),
     )
     bar = progress.Progress(label, len(groups))
-    batches = batching.score_batches(groups, batch_size, multiple_of=mesh.shape["data"])
+    batches = inference_batches.score_batches(groups, batch_size, multiple_of=mesh.shape["data"])
     results = (
         (score(params, partitioning.shard_batch(batch, mesh)), members)
         for batch, members in prefetch.prefetch(batches)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Sequence
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import seqio_caches
+from pemoe_jax.runtime import seqio_cache_dirs
 from pemoe_jax.tasks.registered import Registered
 from pemoe_jax.tasks.vocabulary import default_vocab_path
 
@@ -58,7 +58,9 @@ def register(
     # PEMOE_P3_DIR is usually set for a whole machine, so a run that names other data ignores it.
     if jsonl_dir is None and module is None:
         p3_dir = p3_dir or os.environ.get("PEMOE_P3_DIR")
-    only_caches = jsonl_dir is None and module is None and bool(seqio_caches.additional_cache_dirs)
+    only_caches = (
+        jsonl_dir is None and module is None and bool(seqio_cache_dirs.additional_cache_dirs)
+    )
     if p3_dir or only_caches:
         if jsonl_dir is not None:
             raise InputError(f"expected JSONL_DIR or P3_DIR, got both: {jsonl_dir}, {p3_dir}")

@@ -9,8 +9,8 @@ import os
 from collections.abc import Mapping, Sequence
 
 from pemoe_jax.data import seqio_import, seqio_tasks
-from pemoe_jax.data.pipelines import cached_example_dataset
-from pemoe_jax.data.providers import SeekableMixture, SeekableTask, StreamOptions
+from pemoe_jax.data.seekable_datasets import cached_example_dataset
+from pemoe_jax.data.seekable_tasks import SeekableMixture, SeekableTask, StreamOptions
 
 seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and filters its log
 import seqio  # noqa: E402

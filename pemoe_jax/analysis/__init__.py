@@ -1,1 +1,1 @@
-"""Analysis of runs: tables, plots, parameter counts, zero-shot accuracy, routing, planning."""
+"""Evaluates and analyzes models: zero-shot accuracy, routing, planning, counts, tables, plots."""

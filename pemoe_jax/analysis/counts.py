@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pemoe_jax.analysis import published_figures
+from pemoe_jax.analysis import published_numbers
 from pemoe_jax.analysis.tables import MISSING, Table, format_share
 from pemoe_jax.core.adapters import SITES
 
@@ -247,7 +247,7 @@ def _router_label(router: Mapping[str, Any], default_reads: str) -> str:
 
 def _published_share(count: ParameterCount) -> str | None:
     key = (count.base, count.method, tuple(count.sites))
-    figure = published_figures.TRAINABLE_SHARES.get(key)
+    figure = published_numbers.TRAINABLE_SHARES.get(key)
     # The same sites are not enough: norms that train too would not be the paper's model.
     only_adapters = count.trainable_base == 0 and count.trainable == count.total - count.base
     return f"{figure} %" if figure and only_adapters else None

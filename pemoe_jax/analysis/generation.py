@@ -16,7 +16,7 @@ from pemoe_jax.checkpoints.models import OpenedModel
 from pemoe_jax.core import decoding, partitioning
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
-from pemoe_jax.data import batching, choices, prefetch, seqio_import, seqio_tasks
+from pemoe_jax.data import choices, inference_batches, prefetch, seqio_import, seqio_tasks
 from pemoe_jax.runtime import options, progress
 from pemoe_jax.tasks import Registered, metrics
 from pemoe_jax.tasks.registered import abbreviate
@@ -116,8 +116,8 @@ def _set_metrics(name: str, task_info: Registered) -> None:
 def _identity_converter() -> Any:
     seqio = seqio_import.import_seqio()
 
-    # `batching.input_batches` batches the examples: with seqio's own converter, which pads each of
-    # them, converting takes most of the time of reading a task.
+    # `inference_batches` batches the examples. seqio's own converter would pad each of them, which
+    # takes most of the time of reading a task.
     class IdentityConverter(seqio.EncDecFeatureConverter):  # type: ignore[name-defined]
         def __call__(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
             return ds
@@ -179,7 +179,7 @@ def decode(
             opened.model, params, arrays["inputs"], length, eos_id, arrays.get("sentences")
         )
 
-    batches = batching.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
+    batches = inference_batches.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
     results = (
         (decode_batch(tokens, indices), indices) for tokens, indices in prefetch.prefetch(batches)
     )

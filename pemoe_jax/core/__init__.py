@@ -1,1 +1,1 @@
-"""The mathematics: T5, adapters, routing, optimisers, steps. Imports jax, flax, optax alone."""
+"""Numerics: T5, adapters, routing, optimizers, steps. Imports only jax, flax, optax, numpy."""

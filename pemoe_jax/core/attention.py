@@ -9,7 +9,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.kernels import attention as attention_kernels
-from pemoe_jax.core.kernels import softmax_matmul
+from pemoe_jax.core.kernels import cpu_attention
 
 Array = jax.Array
 
@@ -139,7 +139,7 @@ def _plain_attention(
     if mask is not None:
         logits = jnp.where(mask, logits, NEG_INF)
     if dropout_mask is None and value.dtype == jnp.float32 and jax.default_backend() == "cpu":
-        return softmax_matmul.softmax_matmul(logits, value)
+        return cpu_attention.softmax_matmul(logits, value)
     probs = jax.nn.softmax(logits, axis=-1)
     if dropout_mask is not None:
         probs *= dropout_mask

@@ -17,7 +17,7 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data import seqio_import, seqio_tasks
-from pemoe_jax.data.providers import SeekableMixture
+from pemoe_jax.data.seekable_tasks import SeekableMixture
 from pemoe_jax.data.seqio_tasks import Row
 
 if TYPE_CHECKING:

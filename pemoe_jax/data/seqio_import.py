@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator
 from types import ModuleType
 from typing import TypeVar
 
-from pemoe_jax.runtime import seqio_caches
+from pemoe_jax.runtime import seqio_cache_dirs
 
 T = TypeVar("T")
 
@@ -85,8 +85,8 @@ def import_seqio() -> ModuleType:
             tf.config.set_visible_devices([], "GPU")
         import seqio
 
-    if seqio_caches.additional_cache_dirs:
-        seqio.add_global_cache_dirs(seqio_caches.additional_cache_dirs)
+    if seqio_cache_dirs.additional_cache_dirs:
+        seqio.add_global_cache_dirs(seqio_cache_dirs.additional_cache_dirs)
     module: ModuleType = seqio
     return module
 

@@ -21,7 +21,7 @@ import google_crc32c
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, first_line
-from pemoe_jax.data.rows import READ_SIZE, Row, RowReader, parse, read_parts
+from pemoe_jax.data.row_reader import READ_SIZE, Row, RowReader, parse, read_parts
 from pemoe_jax.runtime import file_io
 
 _BLOCK = 1 << 22  # bytes scanned at a time

@@ -1,1 +1,1 @@
-"""What every command needs: gin flags, process start-up, progress bars, caches, atomic writes."""
+"""How commands run: options, gin flags, several processes, the training loop, files, caches."""

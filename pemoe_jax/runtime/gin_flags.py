@@ -17,7 +17,7 @@ from pemoe_jax.runtime import (
     gin_help,
     gin_types,
     host_memory,
-    seqio_caches,
+    seqio_cache_dirs,
 )
 
 T = TypeVar("T")
@@ -265,7 +265,7 @@ def run_command(
             host_memory.disable_async_dispatch()
         folders = getattr(args, "seqio_additional_cache_dirs", "").split(",")
         if any(folders):
-            seqio_caches.add_cache_dirs([*filter(None, folders)])
+            seqio_cache_dirs.add_cache_dirs([*filter(None, folders)])
         work(args, bindings)
         code = 0
     except InputError as error:

@@ -1,1 +1,1 @@
-"""The commands beside train, evaluate and infer."""
+"""The commands other than train, evaluate and infer, and their helpers."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pemoe_jax.core.errors import InputError, check_integer
-from pemoe_jax.runtime import gin_flags, seqio_caches
+from pemoe_jax.runtime import gin_flags, seqio_cache_dirs
 
 if TYPE_CHECKING:
-    from pemoe_jax.data.rows import Row, RowReader
+    from pemoe_jax.data.row_reader import Row, RowReader
 
 _DESCRIPTION = """\
 Writes tasks of P3 as tfrecords in the layout of the published caches. The source is Parquet as the
@@ -154,12 +154,12 @@ def _splits_to_write(
         for name, task_files in files.items():
             is_cached = any(
                 os.path.exists(f"{cache_dir}/{name}/COMPLETED")
-                for cache_dir in seqio_caches.additional_cache_dirs
+                for cache_dir in seqio_cache_dirs.additional_cache_dirs
             )
             if task_files.form != CACHE and task_files.splits and not is_cached:
                 splits[name] = sorted(task_files.splits)
     if not splits:
-        where = ", ".join([str(folder.path), *seqio_caches.additional_cache_dirs])
+        where = ", ".join([str(folder.path), *seqio_cache_dirs.additional_cache_dirs])
         raise InputError(f"{where}: all tasks that match are tfrecord caches already")
     return str(folder.path), splits
 
@@ -234,7 +234,7 @@ def _write_shards(
     """
     import tensorflow as tf
 
-    from pemoe_jax.data import rows as rows_lib
+    from pemoe_jax.data import row_reader as rows_lib
 
     paths: list[Path] = []
     stats = {"examples": 0}

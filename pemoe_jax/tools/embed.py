@@ -174,7 +174,7 @@ def _read_inputs(
     import numpy as np
     import tensorflow as tf
 
-    from pemoe_jax.data import choices, providers, seqio_tasks
+    from pemoe_jax.data import choices, seekable_tasks, seqio_tasks
 
     def select(example: "Mapping[str, tf.Tensor]") -> "tuple[tf.Tensor, tf.Tensor | str]":
         ids = tf.cast(example["inputs"], tf.int32)
@@ -188,7 +188,7 @@ def _read_inputs(
     # Other tasks may not: their evaluation splits are read in both ways.
     extra_tokens = [0]
     if split.is_evaluation:
-        extra_tokens = [1] if isinstance(task, providers.SeekableProvider) else [0, 1]
+        extra_tokens = [1] if isinstance(task, seekable_tasks.SeekableProvider) else [0, 1]
     for extra in extra_tokens:
         longer = {key: value + extra for key, value in lengths.items()}
         with seqio_tasks.translate_read_errors(split.task, split.split, use_cached):

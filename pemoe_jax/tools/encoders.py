@@ -104,7 +104,7 @@ class MeanPooledEncoder:
     def encode(self, inputs: Sequence[EncoderInput], batch_size: int) -> np.ndarray:
         """See `Encoder`; batches of short inputs have more than `batch_size` rows."""
         from pemoe_jax.core import partitioning
-        from pemoe_jax.data import batching, prefetch
+        from pemoe_jax.data import inference_batches, prefetch
 
         mesh, params, _ = self._loaded
 
@@ -113,7 +113,7 @@ class MeanPooledEncoder:
             return self._pool(params, batch["tokens"])
 
         ids = [item.ids for item in inputs]
-        batches = batching.encoder_batches(ids, batch_size, mesh.shape["data"])
+        batches = inference_batches.encoder_batches(ids, batch_size, mesh.shape["data"])
         results = ((pool(tokens), indices) for tokens, indices in batches)
         vectors = np.zeros((len(inputs), self.model.config.emb_dim), np.float32)
         for pooled, indices in prefetch.keep_in_flight(results):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.rows import read_parts
+from pemoe_jax.data.row_reader import read_parts
 from pemoe_jax.tasks import metrics
 from pemoe_jax.tasks.registered import abbreviate
 

@@ -13,8 +13,8 @@ import numpy as np
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import
 from pemoe_jax.data.order import ExampleOrder
-from pemoe_jax.data.pipelines import READ_SIZE, row_number_blocks
-from pemoe_jax.data.providers import StreamOptions
+from pemoe_jax.data.seekable_datasets import READ_SIZE, row_number_blocks
+from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.jsonl.files import FileScan, Rows, scan_file
 from pemoe_jax.tasks.seekable import FolderMixture, FolderTask, shard_of, trim_and_append_eos

@@ -19,7 +19,7 @@ import pathlib
 from collections.abc import Collection, Mapping
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.rows import Encode, RowReader
+from pemoe_jax.data.row_reader import Encode, RowReader
 from pemoe_jax.data.tfrecords import TFRecordReader
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.p3 import published, raw_examples, templates

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.rows import EOS, READ_SIZE, TEXT_FEATURES, Encode, Row, RowReader
+from pemoe_jax.data.row_reader import EOS, READ_SIZE, TEXT_FEATURES, Encode, Row, RowReader
 from pemoe_jax.data.seqio_tasks import warn_once
 from pemoe_jax.tasks.p3.tables import Example, ParquetTable, Table
 from pemoe_jax.tasks.p3.templates import Prompt, Template, TemplateError

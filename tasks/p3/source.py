@@ -13,9 +13,14 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import, seqio_tasks
-from pemoe_jax.data.pipelines import READ_SIZE, example_dataset, local_cache_dir, read_blocks
-from pemoe_jax.data.providers import StreamOptions
-from pemoe_jax.data.rows import TEXT_FEATURES, RowReader
+from pemoe_jax.data.row_reader import TEXT_FEATURES, RowReader
+from pemoe_jax.data.seekable_datasets import (
+    READ_SIZE,
+    example_dataset,
+    local_cache_dir,
+    read_blocks,
+)
+from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.p3 import published
 from pemoe_jax.tasks.p3.folder import Folder, TaskFiles, cached_splits

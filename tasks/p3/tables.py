@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, first_line
-from pemoe_jax.data.rows import read_parts
+from pemoe_jax.data.row_reader import read_parts
 
 if TYPE_CHECKING:
     import pyarrow

@@ -13,7 +13,7 @@ from data_tasks import LENGTHS
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import feed, prefetch, seqio_import, seqio_tasks
-from pemoe_jax.data.providers import StreamOptions
+from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.tasks.jsonl import files
 
 

@@ -17,7 +17,7 @@ from pemoe_jax import tasks
 from pemoe_jax.analysis import generation
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks
-from pemoe_jax.data.providers import StreamOptions
+from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.runtime import options
 from pemoe_jax.tasks.p3 import published
 

@@ -14,7 +14,7 @@ from pemoe_jax import evaluate, train
 from pemoe_jax.checkpoints import runs
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, feed, seqio_import
-from pemoe_jax.runtime import seqio_caches
+from pemoe_jax.runtime import seqio_cache_dirs
 from pemoe_jax.tools import cache_tasks
 
 RTE = "super_glue_rte_can_we_infer"
@@ -32,7 +32,7 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def no_caches(monkeypatch):
-    monkeypatch.setattr(seqio_caches, "additional_cache_dirs", [])
+    monkeypatch.setattr(seqio_cache_dirs, "additional_cache_dirs", [])
     monkeypatch.delenv("PEMOE_P3_DIR", raising=False)
     seqio_import.import_seqio().set_global_cache_dirs([])
 
@@ -125,7 +125,7 @@ def test_stream_from_a_cache_of_json_lines_starts_anywhere(tmp_path):
         ds = task.source.get_dataset(split, shuffle=False)
         rows = list(task.preprocess_precache(ds).as_numpy_iterator())
         write_as_seqio_does(tmp_path / "cache" / name, split, rows)
-    seqio_caches.add_cache_dirs([str(tmp_path / "cache")])
+    seqio_cache_dirs.add_cache_dirs([str(tmp_path / "cache")])
     for name, split in (("jsonl_train", "train"), ("scored_score_eval", "validation")):
         whole = examples(name, 120, split=split, seed=2)
         assert examples(name, 20, split=split, seed=2, start={"examples": 100}) == whole[100:]
@@ -151,7 +151,7 @@ def test_missing_caches(cache, tmp_path, capsys):
     )
     assert "no cache of P3 in" in message(cached, f"--seqio_additional_cache_dirs={tmp_path}")
     seqio_import.import_seqio().set_global_cache_dirs([])
-    seqio_caches.additional_cache_dirs.clear()
+    seqio_cache_dirs.additional_cache_dirs.clear()
     error = message(cached, f"--seqio_additional_cache_dirs={cache}")
     assert "no cache of 10 of 10 tasks, 'super_glue_wic_" in error and str(cache) in error
     assert "P3_DIR is not set" in message(f"--seqio_additional_cache_dirs={cache}")

@@ -20,7 +20,7 @@ from pemoe_jax.checkpoints import models, runs
 from pemoe_jax.core import decoding, network, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import batching, choices, feed, sentence_table, sentences, seqio_tasks
+from pemoe_jax.data import choices, feed, inference_batches, sentence_table, sentences, seqio_tasks
 from pemoe_jax.tools import convert, embed
 
 # --- runs ---
@@ -174,7 +174,7 @@ def test_router_probabilities_are_equal_for_all_tokens_of_an_example(folder, tra
     params = opened.load()
     groups = choices.load_choice_groups("jsonl_score_eval", {"inputs": 32, "targets": 8})
     source = sentences.open_for_models([opened], str(folder / "table"), "jsonl_score_eval", 32)
-    batch, members = next(batching.score_batches(source.attach_to(groups), 8))
+    batch, members = next(inference_batches.score_batches(source.attach_to(groups), 8))
     batch = {k: v[:, 0] if v.ndim == 3 else v for k, v in batch.items()}
     _, collections = steps.apply_model(opened.model, params, batch, None, mutable=["intermediates"])
     sites = params_lib.flatten(collections["intermediates"])

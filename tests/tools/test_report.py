@@ -11,7 +11,7 @@ import pytest
 from methods import CONFIG, METHODS
 
 from pemoe_jax import evaluate
-from pemoe_jax.analysis import published_figures
+from pemoe_jax.analysis import published_numbers
 from pemoe_jax.analysis.zero_shot import bar_chart, paper_table, paper_table_formats
 from pemoe_jax.analysis.zero_shot import results as results_lib
 from pemoe_jax.core import network
@@ -85,7 +85,7 @@ def test_columns_of_the_paper_in_its_order(tmp_path, capsys):
     write(tmp_path, {"first": eight(6)})
     medians = table(printed(capsys, tmp_path), "median")
     assert list(medians["first"]) == ["run", "method", "parameters", *EIGHT.values(), "average"]
-    assert list(EIGHT.values()) == list(published_figures.COLUMNS)
+    assert list(EIGHT.values()) == list(published_numbers.COLUMNS)
     assert medians["first"]["method"] == "mov-10"
     assert medians["first"]["parameters"] == "0.32 %"  # 32 / 10,000
     assert {medians["first"][column] for column in EIGHT.values()} == {"60.0"}
@@ -308,7 +308,7 @@ def test_with_paper(tmp_path, capsys):
     write(tmp_path, {"part": {"cb_a": ("cb", [1, 0])}})
     output = printed(capsys, tmp_path, "--with_paper")
     medians, means = table(output, "median"), table(output, "mean")
-    assert list(medians["part"])[3:] == [*published_figures.COLUMNS, "average"]
+    assert list(medians["part"])[3:] == [*published_numbers.COLUMNS, "average"]
     assert medians["part"]["average"] == "50.0 †"  # the paper's is over eight
     assert medians["paper 3B mov-30"]["average"] == "60.6"
     assert medians["paper 3B mov-30"]["parameters"] == "0.68 %"
@@ -316,21 +316,21 @@ def test_with_paper(tmp_path, capsys):
     assert "T0 3B" not in medians and "paper 3B mov-30" not in means
     report.main([str(tmp_path), "--with_paper"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "arXiv 2309.05444" in out and published_figures.PAPER_SOURCE in out
+    assert "arXiv 2309.05444" in out and published_numbers.PAPER_SOURCE in out
 
 
 def test_published_rows_have_a_source_and_agree_with_the_shares():
-    for row in published_figures.ROWS:
+    for row in published_numbers.ROWS:
         assert row.source and row.measure in paper_table.MEASURES
-        assert set(row.accuracies) <= set(published_figures.COLUMNS)
+        assert set(row.accuracies) <= set(published_numbers.COLUMNS)
         assert row.accuracies or row.average is not None
-    assert len({row.name for row in published_figures.ROWS}) == len(published_figures.ROWS)
+    assert len({row.name for row in published_numbers.ROWS}) == len(published_numbers.ROWS)
     shares = {
         method: share
-        for (base, method, _), share in published_figures.TRAINABLE_SHARES.items()
+        for (base, method, _), share in published_numbers.TRAINABLE_SHARES.items()
         if base < 3e9
     }
-    for row in published_figures.ROWS:
+    for row in published_numbers.ROWS:
         if row.method in shares:
             assert row.share == shares[row.method]
 
@@ -364,12 +364,12 @@ def test_csv_and_json_agree(tmp_path):
         "run",
         "method",
         "parameters",
-        *published_figures.COLUMNS,
+        *published_numbers.COLUMNS,
         "average",
     ]
     for line, row in zip(lines, rows, strict=True):
         assert float(line["parameters"]) == row["parameters"]
-        for key in (*published_figures.COLUMNS, "average"):
+        for key in (*published_numbers.COLUMNS, "average"):
             score = row["average"] if key == "average" else row["scores"].get(key, {})
             assert line[key] == str(score.get("median", ""))
             assert line[f"{key}_mean"] == str(score.get("mean", ""))
@@ -396,7 +396,7 @@ def test_bars(tmp_path, monkeypatch):
     write(tmp_path, {"first": eight(6), "part": {"cb_a": ("cb", [1, 0])}}, trained_datasets=["cb"])
     paper_table_formats.draw_bars(build(tmp_path, draws=10), tmp_path / "a.png")
     by_title = {title: (widths, texts) for title, widths, texts in panels}
-    assert list(by_title) == [*published_figures.COLUMNS, "average"]
+    assert list(by_title) == [*published_numbers.COLUMNS, "average"]
     assert by_title["CB"] == ([(60.0, "////"), (50.0, "////")], ["60.0", "50.0"])
     assert by_title["RTE"] == ([(60.0, None)], ["60.0", "–"])
     assert by_title["average"][1] == ["60.0", "50.0 †"]
@@ -414,7 +414,7 @@ def test_tables_fit_the_terminal(tmp_path, capsys, monkeypatch, width):
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= width
     assert "mov-30 [seed/0]" in out  # rich would read it as markup
-    for column in (*published_figures.COLUMNS, "average"):
+    for column in (*published_numbers.COLUMNS, "average"):
         assert re.search(rf"\b{column}\b", out)
 
 

@@ -250,7 +250,7 @@ def bytes_per_device(tree: PyTree) -> int:
 
 
 def _abstract_batch(step: TrainStep, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns a batch as `data.batching` packs it."""
+    """Returns a batch as `data.packing` packs it."""
     inputs, targets = step.lengths
     widths = {"encoder_input_tokens": inputs, "decoder_input_tokens": targets}
     widths |= {"decoder_target_tokens": targets, "decoder_loss_weights": targets}

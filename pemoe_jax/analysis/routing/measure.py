@@ -263,7 +263,7 @@ def measure_routing(
 
     from pemoe_jax.analysis.routing import probe as probe_lib
     from pemoe_jax.core import partitioning
-    from pemoe_jax.data import batching, prefetch
+    from pemoe_jax.data import inference_batches, prefetch
 
     members = {task: [keep_correct_choice(group) for group in groups[task]] for task in groups}
     # `score_batches` sorts groups by length, so their tasks are looked up by the groups' identity.
@@ -272,7 +272,7 @@ def measure_routing(
     }
     probe = probe_lib.make_probe(model)
     totals = partitioning.replicate(probe_lib.init_totals(model, len(groups), token_sites), mesh)
-    batches = batching.score_batches(
+    batches = inference_batches.score_batches(
         [group for task_groups in members.values() for group in task_groups],
         batch_size,
         multiple_of=mesh.shape["data"],

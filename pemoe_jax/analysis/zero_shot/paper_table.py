@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pemoe_jax.analysis import published_figures
+from pemoe_jax.analysis import published_numbers
 from pemoe_jax.analysis.tables import MISSING
 from pemoe_jax.analysis.zero_shot import bootstrap, result_tables, run_settings
 from pemoe_jax.analysis.zero_shot.results import PREDICTIONS, JsonObject, load_predictions
@@ -138,14 +138,14 @@ def build_paper_table(
     Args:
       runs: runs by `results.load_results`.
       draws: number of bootstrap draws; 0 omits intervals.
-      with_paper: whether to add `published_figures.ROWS`.
+      with_paper: whether to add `published_numbers.ROWS`.
       seeds_apart: whether runs that differ only in the seed have a row each.
 
     Raises:
       InputError: predictions do not match the results.
     """
     existing = {column for run in runs for column in _tasks_by_column(run)}
-    paper_columns = [name for name in published_figures.COLUMNS if name in existing or with_paper]
+    paper_columns = [name for name in published_numbers.COLUMNS if name in existing or with_paper]
     columns = paper_columns + sorted(existing - set(paper_columns))
     averaged = paper_columns or columns
     groups = [[run] for run in runs] if seeds_apart else run_settings.group_by_seed(runs)
@@ -163,7 +163,7 @@ def build_paper_table(
             members = [_mean_over_seeds(members, seeds, averaged, resampled)]
         rows += members
     if with_paper:
-        rows += map(_published_row, published_figures.ROWS)
+        rows += map(_published_row, published_numbers.ROWS)
     return PaperTable(columns, averaged, rows, draws, seed)
 
 
@@ -300,7 +300,7 @@ def _intervals(draws: np.ndarray | None) -> dict[str, tuple[float, float]]:
     return {measure: bootstrap.interval(draws[i]) for i, measure in enumerate(MEASURES)}
 
 
-def _published_row(row: published_figures.PublishedRow) -> Row:
+def _published_row(row: published_numbers.PublishedRow) -> Row:
     def score(value: float | None) -> Score:
         return Score(median=value) if row.measure == "median" else Score(mean=value)
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pemoe_jax.analysis import published_figures, tables
+from pemoe_jax.analysis import published_numbers, tables
 from pemoe_jax.analysis.tables import MISSING, Table
 from pemoe_jax.analysis.zero_shot import bar_chart
 from pemoe_jax.analysis.zero_shot.paper_table import AVERAGE, MEASURES, PaperTable, Row, Score
@@ -246,7 +246,7 @@ def _notes(table: PaperTable) -> list[str]:
         _NOTE_ON_TRAINED: any(score.trained for row in runs for score in _all_scores(row)),
         intervals: any(map(_has_any_interval, runs)),
         f"No intervals, as predictions are missing: {', '.join(without)}.": table.draws and without,
-        published_figures.NOTE: len(runs) < len(table.rows),
+        published_numbers.NOTE: len(runs) < len(table.rows),
     }
     return [note for note, applies in notes.items() if applies]
 

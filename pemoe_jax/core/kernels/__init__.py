@@ -1,1 +1,1 @@
-"""Implementations of core functions for one backend; tests compare them with the plain form."""
+"""Forms of core functions for one backend; tests compare them with the plain forms."""

@@ -13,8 +13,8 @@ import numpy as np
 
 from pemoe_jax.data import seqio_import
 from pemoe_jax.data.order import ExampleOrder
-from pemoe_jax.data.providers import StreamOptions
-from pemoe_jax.data.rows import TEXT_FEATURES, RowReader, read_parts
+from pemoe_jax.data.row_reader import TEXT_FEATURES, RowReader, read_parts
+from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.data.tfrecords import TFRecordReader
 
 seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and silences its log

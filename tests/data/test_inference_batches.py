@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import batching, choices
+from pemoe_jax.data import choices, inference_batches
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def registered(tmp_path_factory):
 def test_every_group_is_whole_in_one_batch(registered, batch_size):
     groups = choices.load_choice_groups("jsonl_score_eval", {"inputs": 128, "targets": 32})
     seen = []
-    for batch, members in batching.score_batches(groups, batch_size):
+    for batch, members in inference_batches.score_batches(groups, batch_size):
         inputs, fed, targets = (
             batch[key]
             for key in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
@@ -59,7 +59,9 @@ def random_groups():
 
 def shapes_and_padding(groups, batch_size, **settings):
     """Returns the shapes of the batches, and how many times padding multiplies the tokens."""
-    batches = [batch for batch, _ in batching.score_batches(groups, batch_size, **settings)]
+    batches = [
+        batch for batch, _ in inference_batches.score_batches(groups, batch_size, **settings)
+    ]
     keys = ("encoder_input_tokens", "decoder_target_tokens")
     shapes = {tuple(batch[key].shape for key in keys) for batch in batches}
     spent = [sum(batch[key].size for batch in batches) for key in keys]
@@ -87,33 +89,35 @@ def test_shapes_are_added_while_they_save_more_padding_than_they_cost():
 
 def test_batches_of_a_shape_are_of_even_size():
     """33 groups of a shape come in two batches of 17, not in one of 32 and one for the last."""
-    batches = list(batching.score_batches([make_group(2, 10, 4)] * 33, 32))
+    batches = list(inference_batches.score_batches([make_group(2, 10, 4)] * 33, 32))
     assert [len(batch["encoder_input_tokens"]) for batch, _ in batches] == [17, 17]
     assert [len(members) for _, members in batches] == [17, 16]
 
 
 def test_no_groups_give_no_batches():
-    assert list(batching.score_batches([], 4)) == []
+    assert list(inference_batches.score_batches([], 4)) == []
 
 
 def test_wide_groups_come_in_smaller_batches():
     groups = [make_group(50, 10, 100) for _ in range(20)] + [make_group(2, 10, 4)] * 32
     batches = list(
-        batching.score_batches(groups, 32, multiple_of=4, max_target_tokens=56 * 112 * 6)
+        inference_batches.score_batches(groups, 32, multiple_of=4, max_target_tokens=56 * 112 * 6)
     )
     rows = [len(batch["encoder_input_tokens"]) for batch, _ in batches]
     assert rows == [4] * 5 + [32]  # 6 would fit, 4 is a multiple of 4
-    batch, _ = next(batching.score_batches(groups, 32, multiple_of=8, max_target_tokens=1))
+    batch, _ = next(inference_batches.score_batches(groups, 32, multiple_of=8, max_target_tokens=1))
     assert len(batch["encoder_input_tokens"]) == 8
     with pytest.raises(InputError, match="BATCH_SIZE must be a multiple of .* devices, 4, got 30"):
-        next(batching.score_batches(groups, 30, multiple_of=4))
+        next(inference_batches.score_batches(groups, 30, multiple_of=4))
 
 
 def test_input_batches_hold_every_input_once():
     rng = np.random.default_rng(0)
     inputs = [rng.integers(1, 9, n).astype(np.int32) for n in rng.integers(1, 70, 41)]
     seen = []
-    for tokens, numbers in batching.input_batches(inputs, 8, multiple_of=2, program_cost=100):
+    for tokens, numbers in inference_batches.input_batches(
+        inputs, 8, multiple_of=2, program_cost=100
+    ):
         assert len(tokens) % 2 == 0 and len(numbers) <= len(tokens) <= 8
         for row, number in zip(tokens, numbers, strict=False):
             np.testing.assert_array_equal(row[: len(inputs[number])], inputs[number])
@@ -129,7 +133,7 @@ def test_encoder_batches_have_few_shapes_and_hold_every_input_once():
     lengths = rng.integers(1, 1025, 3000)
     inputs = [rng.integers(3, 200, length).astype(np.int32) for length in lengths]
     seen, shapes, area = [], set(), 0
-    for tokens, numbers in batching.encoder_batches(inputs, 32, multiple_of=3):
+    for tokens, numbers in inference_batches.encoder_batches(inputs, 32, multiple_of=3):
         shapes.add(tokens.shape)
         area += tokens.size
         seen += numbers

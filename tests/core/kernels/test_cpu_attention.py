@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pemoe_jax.core.kernels import softmax_matmul
+from pemoe_jax.core.kernels import cpu_attention
 
 
 def test_equals_the_plain_form():
@@ -13,9 +13,9 @@ def test_equals_the_plain_form():
     logits = jnp.asarray(rng.standard_normal((2, 3, 5, 7)), jnp.float32)
     logits = jnp.where(rng.random((2, 1, 5, 7)) < 0.6, logits, -1e10).at[0, :, 0].set(-1e10)
     value = jnp.asarray(rng.standard_normal((2, 7, 3, 4)), jnp.float32)
-    expected, expected_pullback = jax.vjp(softmax_matmul.plain_softmax_matmul, logits, value)
-    out, pullback = jax.vjp(softmax_matmul.softmax_matmul, logits, value)
-    inference = jax.jit(softmax_matmul.softmax_matmul)(logits, value)
+    expected, expected_pullback = jax.vjp(cpu_attention.plain_softmax_matmul, logits, value)
+    out, pullback = jax.vjp(cpu_attention.softmax_matmul, logits, value)
+    inference = jax.jit(cpu_attention.softmax_matmul)(logits, value)
     np.testing.assert_allclose(inference, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(inference[0, 0], jnp.mean(value[0], axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(out, expected)

@@ -13,7 +13,7 @@ from methods import CONFIG, METHODS
 from pemoe_jax import evaluate
 from pemoe_jax.analysis.zero_shot import results as results_lib
 from pemoe_jax.core import network, params, partitioning, steps
-from pemoe_jax.data import batching, choices
+from pemoe_jax.data import choices, inference_batches
 from pemoe_jax.tasks import jsonl
 
 LENGTHS = {"inputs": 32, "targets": 8}
@@ -134,12 +134,12 @@ def test_the_batches_had_remainders_and_ragged_choices(twins):
     )
     assert sum("doubled_choices" in group.anomalies for group in groups) >= 3
     for batch_size in (4, 32):
-        batches = list(batching.score_batches(groups, batch_size, multiple_of=2))
+        batches = list(inference_batches.score_batches(groups, batch_size, multiple_of=2))
         rows = [batch["decoder_target_tokens"] for batch, _ in batches]
         assert any(
             (part.sum(-1) == 0).any() for part in rows
         )  # groups with fewer choices than their batch
-    _, members = list(batching.score_batches(groups[:3], 4, multiple_of=2))[0]
+    _, members = list(inference_batches.score_batches(groups[:3], 4, multiple_of=2))[0]
     assert len(members) == 3  # of 4 rows
 
 
