@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 MISSING = "–"
 # Headings of the columns that Markdown aligns to the left; the others hold numbers.
 TEXT_COLUMNS = {"run", "method", "dataset", "prompt", "split", "site", "seen", "tokens by share"}
-TEXT_COLUMNS |= {"held-out task", "nearest trained on", "on each device", "part"}
+TEXT_COLUMNS |= {"held-out task", "nearest training task", "on each device", "part"}
 TEXT_COLUMNS |= {"checkpoint", "base", "activations"}
 
 

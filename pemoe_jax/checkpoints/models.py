@@ -80,8 +80,8 @@ def build_model(record: runs.Record) -> Transformer:
 
 @functools.cache
 def _build_model(config: T5Config, description: str) -> Transformer:
-    # Cached, because `network` traces every new model (0.3 s of CPU time and more), and one process
-    # may open several checkpoints of the same model.
+    # Cached, because functions of `network` trace each new model (0.3 s of CPU time and more), and
+    # one process may open several checkpoints of the same model.
     return Transformer(config, adapters.from_description(json.loads(description)))
 
 
@@ -97,9 +97,10 @@ def load_base(
 
     Args:
       model: determines names, shapes, and the dtype of frozen matrices.
-      path: base model in any format that `base_model` knows; None: random weights from `seed`.
-      is_trainable: maps a path to whether the parameter is trained; trained ones are float32.
-      shardings: one for all arrays, or path -> sharding; None: the default device.
+      path: file or folder of a base in any format of `base_model`; None: random weights.
+      seed: seed of random weights.
+      is_trainable: maps a parameter's path to whether it is trained; trained ones are float32.
+      shardings: one for all arrays, or parameter path -> sharding; None: the default device.
       frozen_dtype: one of `quantized.FROZEN_DTYPES`, for the frozen matrices of attention and
         MLPs. Each is quantized from float32 as soon as it is on the device.
 
@@ -124,7 +125,7 @@ def load_base(
     samples: dict[str, jax.Array | np.ndarray] = {}
 
     def transform(name: str, array: jax.Array) -> PyTree:
-        # For the fingerprint, while the array has its stored values.
+        # For the fingerprint, which is that of the values before quantization.
         samples[name] = params_lib.sample_array(array)
         if not is_quantized(name):
             return array
@@ -164,8 +165,8 @@ class OpenedModel:
       model: the network with its adapters.
       record: record of a run or an adapter; None for a base.
       step: training step of the checkpoint.
-      trained_arrays: path -> array, of a run or an adapter.
-      base_path: where the adapters' base is read from; None: random weights.
+      trained_arrays: parameter path -> array, of a run or an adapter; empty for a base.
+      base_path: where the base is read from, if `needs_base`; None: random weights.
       frozen_dtype: dtype of the base's frozen matrices, see `load_base`.
     """
 
@@ -180,7 +181,7 @@ class OpenedModel:
 
     @property
     def needs_base(self) -> bool:
-        """Whether parameters that were not trained are read from a base."""
+        """Whether parameters that were not trained are loaded from a base or drawn at random."""
         return self.record is not None and self.record.base["needed"]
 
     def load(self, shardings: Shardings = None) -> dict[str, PyTree]:
@@ -254,7 +255,7 @@ class OpenedModel:
             )
 
     def summary(self) -> JsonObject:
-        """Returns name, method, checkpoint, step, dtype, counts and base, for result files."""
+        """Returns name, method, checkpoint, step, dtypes, counts and base, for result files."""
         summary: JsonObject = {
             "name": self.name,
             "method": "none" if self.record is None else self.record.method,
@@ -281,11 +282,11 @@ def open_models(
     dtype: str | None = None,
     frozen_dtype: str | None = None,
 ) -> list[OpenedModel]:
-    """Opens each path: a base, a run (its newest checkpoint), a checkpoint of one, or an adapter.
+    """Opens each path: a base, a run (its newest checkpoint), a run's checkpoint, or an adapter.
 
     Args:
       paths: one or several paths.
-      model: its activation dtype is used for bases that state none.
+      model: the gin files' model, whose activation dtype is used for bases that state none.
       base_path: replaces the base that a run or an adapter names.
       dtype: dtype of activations; None: the checkpoint's.
       frozen_dtype: dtype of frozen matrices (`quantized.FROZEN_DTYPES`); None: as the run was
@@ -333,8 +334,8 @@ def open_model(path: str, base_path: str | None = None) -> OpenedModel:
 
 
 def _open(path: str, model: Transformer | None, base_path: str | None) -> OpenedModel:
-    # In this order: our adapters and PEFT's have a file of the same name, and a run that trained
-    # the whole model is a base too.
+    # In this order: our adapters have PEFT's `adapter_config.json` too, and a run that trained the
+    # whole model is also a base.
     if adapter_file.is_adapter(path):
         trained_arrays, record, step = adapter_file.open_adapter(path)
         name = adapter_file.adapter_folder(path).name

@@ -1,8 +1,9 @@
 """Adapters at a layer's sites: mixtures of vectors ((IA)³, MoV) and of LoRA pairs (LoRA, MoLORA).
 
-At a site, a projection of `x` produced `y`; an adapter maps `(x, y) -> y`. Shapes are read from x
-and y, so the same settings serve a model of any size. Sources: (IA)³ arXiv 2205.05638, LoRA arXiv
-2106.09685, MoV and MoLORA arXiv 2309.05444.
+A site is a projection of `x` to `y` (at gate, y is the GELU of wi_0's output), and its adapter maps
+`(x, y)` to a new y. Shapes are read from x and y, so the same settings serve a model of any size.
+In formulas, p_e is the router's probability of expert e, or 1 without a router. Sources: (IA)³
+arXiv 2205.05638, LoRA arXiv 2106.09685, MoV and MoLORA arXiv 2309.05444.
 """
 
 import dataclasses
@@ -39,9 +40,11 @@ SITES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class VectorExperts(nn.Module):
-    """`y * Σ_e p_e l_e`: (IA)³ without a router, MoV with one, which reads `y` of each head.
+    """`y * Σ_e p_e l_e`: (IA)³ without a router, MoV with one, which reads y by default.
 
-    Parameters: `vectors` [H, E, K] at query, key and value, else [E, D or F], initialized to ones.
+    A router that reads y has a distribution for each head.
+
+    Parameters: `vectors` l, [H, E, K] at query, key and value, else [E, D or F]; initially ones.
 
     Attributes:
       num_experts: number of experts at each site, E.
@@ -74,7 +77,7 @@ class VectorExperts(nn.Module):
             return y * vectors[..., 0, :].astype(y.dtype)
         reads, router = _make_router(self, default="y", y_axis=self.y_axes[-1])
         if self._can_fuse(reads, router, tokens):
-            return self._fused(y, vectors, router, tokens)
+            return self._call_fused(y, vectors, router, tokens)
         output = router(_router_input(reads, x, y, tokens), tokens)
         probs = _record_routing(self, output, x.shape[1])
         # Mixed in float32 and rounded once: near 1, bfloat16 has steps of 0.8 %.
@@ -92,7 +95,7 @@ class VectorExperts(nn.Module):
             and not self.is_mutable_collection("intermediates")
         )
 
-    def _fused(
+    def _call_fused(
         self, y: Array, vectors: Array, router: routing.Router, tokens: routing.Tokens | None
     ) -> Array:
         # softmax((y k) / τ) = softmax(y (k / τ)), so the kernels need no temperature.
@@ -101,21 +104,21 @@ class VectorExperts(nn.Module):
         weights = jnp.ones(y.shape[:2]) if valid is None else valid.astype(jnp.float32)
         out, sums = mov.route_and_scale(y, kernel, vectors, weights)
         soft, top_1, entropy, squared_log_z = jax.lax.stop_gradient(sums)
-        weight = jnp.sum(weights) * math.prod(y.shape[2:-1])  # each head is a distribution
+        weight = jnp.sum(weights) * math.prod(y.shape[2:-1])  # each head has a distribution
         statistics = routing.statistics_from_sums(
             soft, top_1, entropy[0], squared_log_z[0], mixture=soft, weight=weight
         )
-        self.sow("routers", "statistics", jnp.append(statistics, 0.0))  # the objective is 0
+        self.sow("routers", "statistics", jnp.append(statistics, 0.0))  # no losses: objective 0
         return out
 
 
 class LoRAExperts(nn.Module):
-    """`y + (α/R) Σ_e p_e B_e A_e x`: LoRA without a router, MoLORA with one, which reads `x`.
+    """`y + (α/R) Σ_e p_e B_e A_e x`: LoRA without a router, MoLORA with one, reading x by default.
 
-    The probabilities are multiplied in at the rank axis, `((x @ A[D, E·R]) * p) @ B[E·R, D]`, so
-    that the experts' outputs [B, L, E, D] are never materialized.
+    The probabilities are multiplied in at the rank axis, `((x @ A[Din, E·R]) * p) @ B[E·R, Dout]`,
+    so that the experts' outputs [B, L, E, Dout] are never materialized.
 
-    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02), `lora_b` [E, R, Dout] = 0 (heads joined).
+    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02), `lora_b` [E, R, Dout] = 0; Dout joins the heads.
 
     Attributes:
       num_experts: number of experts at each site, E.
@@ -154,7 +157,7 @@ class LoRAExperts(nn.Module):
             probs, low_rank = self._route_and_project(x, joined_y, lora_a, y_axis, tokens)
             by_expert = low_rank.reshape(*x.shape[:2], experts, rank)
             low_rank = (probs[..., None] * by_expert).reshape(low_rank.shape)  # [B, L, E·R]
-        # Scaled before the second product: E·R columns instead of D or F.
+        # Scaled before the second product: E·R columns instead of Dout.
         low_rank = (low_rank * (self.alpha / rank)).astype(dtype)
         return y + thin_matmul.thin_matmul(low_rank, lora_b).reshape(y.shape)
 
@@ -163,8 +166,8 @@ class LoRAExperts(nn.Module):
     ) -> tuple[Array, Array]:
         """Returns the probabilities [B, L or 1, E] and `x @ lora_a`, [B, L, E·R]."""
         reads, router = _make_router(self, default="x", y_axis=y_axis)
-        # One product for both if their dtypes agree: in bfloat16, the router's stays float32. The
-        # kernel is read from the variables, which exist only after initialization.
+        # One product for router and LoRA if both are float32, as the router's always is. The kernel
+        # is read from the variables, which exist only after initialization.
         if (
             reads == "x"
             and x.dtype == lora_a.dtype == jnp.float32
@@ -195,7 +198,7 @@ def _make_router(module: Experts, default: str, y_axis: str) -> tuple[str, routi
     """Returns what the router reads, and the router; call it in the compact method."""
     assert module.router is not None
     factory = functools.partial(module.router, num_experts=module.num_experts)
-    # Only to read this field. Without a parent, the instance does not become a submodule.
+    # An instance only for its `reads`: without a parent, it does not become a submodule.
     reads = factory(parent=None).reads or default
     axis = {"x": module.x_axis, "y": y_axis}.get(reads, "embed")
     return reads, factory(feature_axis=axis, name="router")
@@ -206,7 +209,7 @@ def _router_input(reads: str, x: Array, y: Array, tokens: routing.Tokens | None)
         return {"x": x, "y": y}[reads]
     if tokens is None or tokens.sentence is None:
         raise InputError(
-            "SENTENCE_EMBEDDINGS is not set and a router reads sentence embeddings: pass"
+            "SENTENCE_EMBEDDINGS is not set, but a router reads sentence embeddings: pass"
             " --gin.SENTENCE_EMBEDDINGS=… (a table written by `pemoe embed`)"
         )
     return tokens.sentence
@@ -282,7 +285,7 @@ class Adapters:
 
 Description = dict[str, Any]  # of a module: its kind and its settings
 
-# The kinds' names in checkpoints, which stay if a class is renamed.
+# Names of the kinds in checkpoints; they stay if a class is renamed.
 _KINDS: dict[str, type[nn.Module]] = {
     "VectorExperts": VectorExperts,
     "LoRAExperts": LoRAExperts,
@@ -293,6 +296,7 @@ _OMITTED = ("x_axis", "y_axes", "feature_axis", "kernel_init", "fused", "parent"
 
 
 def _describe_factory(factory: Callable[..., nn.Module], **arguments: object) -> Description:
+    """Describes the module that a factory makes, without the `arguments` that its caller passes."""
     module = factory(**arguments)
     kind = next((k for k, cls in _KINDS.items() if isinstance(module, cls)), None)
     if kind is None:
@@ -331,7 +335,7 @@ def _factory_from(description: Mapping[str, Any]) -> Callable[..., nn.Module]:
 
 
 def from_description(description: Mapping[str, Description]) -> Adapters:
-    """Returns the adapters of a description by `describe`.
+    """Returns the adapters that `describe` described, from its result.
 
     Raises:
       InputError: an unknown site, kind of adapter or setting.

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Writes tasks of P3 as tfrecords in the layout of the published caches. The source is Parquet as the
-hub serves it, JSON lines, or prompt templates with the datasets' examples (see docs/p3.md). P3_DIR
-and seqio (USE_CACHED_TASKS, --seqio_additional_cache_dirs) read the result. Run the same command
-again to continue after a stop."""
+Hugging Face hub serves it, JSON lines, or prompt templates with the datasets' examples (see
+docs/p3.md). To read the result, pass it as P3_DIR, or to seqio (USE_CACHED_TASKS,
+--seqio_additional_cache_dirs). Run the same command again to continue after a stop."""
 _EPILOG = """\
 example:
   pemoe cache_tasks --tasks='super_glue_rte_*' --p3_dir=parquet --output=cache
@@ -54,7 +54,11 @@ FLAGS.add_argument(
 )
 FLAGS.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes")
 FLAGS.add_argument(
-    "--shard_rows", type=int, default=1_000_000, metavar="N", help="maximum rows of a file"
+    "--shard_rows",
+    type=int,
+    default=1_000_000,
+    metavar="N",
+    help="maximum number of rows in a file",
 )
 gin_flags.add_cache_dirs_flag(
     FLAGS, "folders of caches, separated by commas; tasks in them are not written again"
@@ -99,9 +103,10 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     )
     if settings.output == Path(settings.p3_dir):
         raise InputError(f"--output must differ from --p3_dir, got {settings.output} for both")
-    _readers.cache_clear()  # the folder may have changed since an earlier call
+    _reader_factory.cache_clear()  # the folder may have changed since an earlier call
     folder, splits = _splits_to_write(settings, args.tasks.split(","))
-    # A task with all its splits but no COMPLETED gets it when its jobs find the files.
+    # A task whose splits are all written, but not COMPLETED, is not finished: its jobs find the
+    # files and write nothing.
     finished = [task for task in splits if (settings.output / task / "COMPLETED").exists()]
     jobs = [
         _Job(task, split)
@@ -109,8 +114,8 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         if task not in finished
         for split in names
     ]
-    complete = f", {len(finished)} of them complete already" if finished else ""
-    print(f"{folder}: {len(splits)} tasks to {settings.output}{complete}", flush=True)
+    already = f", {len(finished)} of them complete already" if finished else ""
+    print(f"{folder}: {len(splits)} tasks to {settings.output}{already}", flush=True)
     bar = progress.Progress("splits", len(jobs), note="starting")
     done: dict[str, set[str]] = collections.defaultdict(set)
     rows = 0
@@ -130,7 +135,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
 def _splits_to_write(
     settings: _Settings, patterns: Sequence[str]
 ) -> tuple[str, dict[str, list[str]]]:
-    """Returns the folder's path, and the splits of each task that matches and is not cached."""
+    """Returns P3_DIR's path, and the splits of each matching task that is not a cache yet."""
     from pemoe_jax.tasks.p3 import published
     from pemoe_jax.tasks.p3.folder import CACHE, Folder
 
@@ -142,13 +147,13 @@ def _splits_to_write(
         if not matched:
             raise InputError(f"--tasks {pattern!r} matched none of {len(names)} tasks")
         files = {name: files for name in matched if (files := folder.find(name)) is not None}
-        # a training run leaves out templates that cannot be read, but a cache must be complete
+        # the first is an error: training leaves such templates out, but a cache must be complete
         for reason in folder.unreadable.values():
             raise InputError(reason)
         unavailable = folder.describe_unavailable(matched)
         if not files:
-            none = f"{folder.path} has none of the {len(matched)} tasks"
-            raise InputError("; ".join([f"--tasks {pattern!r}: {none}", *unavailable]))
+            problem = f"--tasks {pattern!r}: {folder.path} has none of the {len(matched)} tasks"
+            raise InputError("; ".join([problem, *unavailable]))
         for reason in unavailable:
             print(f"left out: {reason}", flush=True)
         for name, task_files in files.items():
@@ -194,7 +199,7 @@ def write_split(settings: _Settings, job: _Job) -> int:
     info_path = target / f"info.{job.split}.json"
     if info_path.exists():
         return 0
-    reader = _readers(settings)(job.task, job.split)
+    reader = _reader_factory(settings)(job.task, job.split)
     partial = target / f".{job.split}"
     shutil.rmtree(partial, ignore_errors=True)  # from a run that was stopped
     partial.mkdir(parents=True)
@@ -211,8 +216,8 @@ def write_split(settings: _Settings, job: _Job) -> int:
 
 
 @functools.cache
-def _readers(settings: _Settings) -> Callable[[str, str], "RowReader"]:
-    """Returns the function from task and split to reader; each process registers P3 once."""
+def _reader_factory(settings: _Settings) -> Callable[[str, str], "RowReader"]:
+    """Returns a function (task, split) -> reader; cached, so that a process registers P3 once."""
     gin_flags.silence_libraries()
     from pemoe_jax.tasks import p3
 
@@ -221,16 +226,16 @@ def _readers(settings: _Settings) -> Callable[[str, str], "RowReader"]:
     return lambda task, split: folder.reader(task, split, encode)
 
 
-Feature = dict[str, object]  # shape and dtype, as in info.<split>.json
+_FeatureInfo = dict[str, object]  # shape and dtype, as in info.<split>.json
 
 
 def _write_shards(
     reader: "RowReader", folder: Path, shard_rows: int
-) -> tuple[list[Path], dict[str, int], dict[str, Feature]]:
+) -> tuple[list[Path], dict[str, int], dict[str, _FeatureInfo]]:
     """Writes the rows of a reader.
 
     Returns:
-      The files, the content of stats.<split>.json, and the features in the rows.
+      The files, the content of stats.<split>.json, and the shape and dtype of each feature.
     """
     import tensorflow as tf
 
@@ -238,7 +243,7 @@ def _write_shards(
 
     paths: list[Path] = []
     stats = {"examples": 0}
-    features: dict[str, Feature] = {}
+    features: dict[str, _FeatureInfo] = {}
     writer = None
     try:
         for rows in reader.row_blocks():
@@ -252,7 +257,7 @@ def _write_shards(
                 _update_stats(stats, row)
                 for key in row:
                     features.setdefault(key, _FEATURES[key])
-        if writer is None:  # without rows: seqio can read an empty file, but not none
+        if writer is None:  # no rows: seqio needs a file, which may be empty
             paths.append(folder / "00000")
             paths[0].touch()
     finally:
@@ -261,7 +266,7 @@ def _write_shards(
     return paths, stats, features or {key: _FEATURES[key] for key in rows_lib.TEXT_FEATURES}
 
 
-_FEATURES: dict[str, Feature] = {
+_FEATURES: dict[str, _FeatureInfo] = {
     "inputs": {"shape": [None], "dtype": "int32"},
     "targets": {"shape": [None], "dtype": "int32"},
     "inputs_pretokenized": {"shape": [], "dtype": "string"},

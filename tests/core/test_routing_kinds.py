@@ -302,7 +302,7 @@ def test_default_router_input():
 
 
 def test_missing_sentence_embeddings():
-    with pytest.raises(InputError, match="SENTENCE_EMBEDDINGS is not set and a router reads"):
+    with pytest.raises(InputError, match="SENTENCE_EMBEDDINGS is not set, but a router reads"):
         adapted(VectorExperts, "sentence", X4, Y4)
 
 

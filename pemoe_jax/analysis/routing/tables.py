@@ -15,8 +15,8 @@ from pemoe_jax.analysis.routing.metrics import ProbeResult
 from pemoe_jax.analysis.tables import MISSING, Table
 
 _SEEN = {True: "trained on", False: "held out", None: MISSING}
-_READS = {"encoder": "input tokens", "decoder": "tokens that the decoder reads"}
-# Keys of routes.json; files that earlier versions wrote stay comparable.
+_TOKENS = {"encoder": "input tokens", "decoder": "tokens that the decoder reads"}
+# Fields of `RouterEntropy` -> keys of routes.json, which stay as earlier versions wrote them.
 _JSON_KEYS = {
     "token_entropy": "per_token",
     "mean_entropy": "of_mean",
@@ -27,8 +27,8 @@ _FULL_MASS = 0.999  # float32 sums of a full distribution stay above it
 _ENTROPY_NOTE = (
     "Entropies are fractions of log E; every task has the same weight. Each token: 0 if it uses"
     " one expert, 1 if it uses all equally. Mean: the entropy of the mean over tokens and tasks; 0"
-    " if one expert serves everything. Tasks: by how many bits the entropy within tasks is below"
-    " that of their mean; 0 if routing does not depend on the task."
+    " if one expert serves everything. Tasks: by how many bits the tasks' mean entropy is below the"
+    " entropy of their mean; 0 if routing does not depend on the task."
 )
 _MASS_NOTE = (
     "Kept: the mean sum of a token's probabilities after top-k. All other columns refer to"
@@ -37,13 +37,13 @@ _MASS_NOTE = (
 
 
 def value_name(result: ProbeResult) -> str:
-    """Returns the name of the values in mean distributions, which for top-k are normalized."""
-    is_normalized = any(router.mass <= _FULL_MASS for router in metrics.router_entropies(result))
-    return "mean share of the mixture" if is_normalized else "mean probability"
+    """Returns what mean distributions hold: shares if top-k leaves probabilities' sums below 1."""
+    is_truncated = any(router.mass <= _FULL_MASS for router in metrics.router_entropies(result))
+    return "mean share of the mixture" if is_truncated else "mean probability"
 
 
 def runs_table(results: Sequence[ProbeResult]) -> Table:
-    """Returns a row per run: the run and the examples it was probed with."""
+    """Returns a table with a row per run: the run and the examples it was probed with."""
     rows = []
     for result in results:
         seen = [task.seen for task in result.tasks]
@@ -97,7 +97,7 @@ def _decimals(values: np.ndarray) -> list[str]:
 
 
 def entropy_table(result: ProbeResult) -> Table:
-    """Returns a row per router, of all layers."""
+    """Returns a table of entropies, with a row for the router of each site in each layer."""
     routers = metrics.router_entropies(result)
     shows_mass = any(router.mass <= _FULL_MASS for router in routers)
     rows = []
@@ -111,17 +111,17 @@ def entropy_table(result: ProbeResult) -> Table:
 
 
 def nearest_table(result: ProbeResult) -> Table | None:
-    """Returns the nearest training task of each held-out task; None without tasks of both kinds."""
+    """Returns a table of held-out tasks and their nearest training tasks; None without both."""
     nearest = metrics.nearest_trained(result)
     if not nearest:
         return None
     rows = [[name, other, f"{distance:.4f}"] for name, (other, distance) in nearest.items()]
-    columns = ["held-out task", "nearest trained on", "distance"]
+    columns = ["held-out task", "nearest training task", "distance"]
     return Table("Held-out tasks and their nearest training tasks by routing", columns, rows)
 
 
 def token_tables(result: ProbeResult) -> list[Table]:
-    """Returns each site's top tokens, with a row per expert, for Markdown."""
+    """Returns a table of top tokens for each site, with a row per expert, for Markdown."""
     tables = []
     for site in result.sites:
         rows = []
@@ -129,7 +129,7 @@ def token_tables(result: ProbeResult) -> list[Table]:
             text = "  ".join(f"{token.piece} {token.ratio:.2f}" for token in tokens) or MISSING
             # As code: Markdown would take `<start>` for a tag and `*` for emphasis.
             rows.append([str(number), "`" + text.replace("`", "'") + "`"])
-        title = f"{site}: {_READS[probe.token_stack(site)]} by expert"
+        title = f"{site}: {_TOKENS[probe.token_stack(site)]} by expert"
         tables.append(Table(title, ["expert", "tokens by share"], rows))
     return tables
 
@@ -208,6 +208,6 @@ def _site_entry(result: ProbeResult, site: str) -> dict[str, object]:
     }
 
 
-# Six digits: float32 totals do not carry more, and files of equal runs stay equal.
 def _rounded(row: np.ndarray) -> list[float]:
+    # Six decimals: float32 totals hold no more, and equal runs write equal files.
     return [round(float(value), 6) for value in row]

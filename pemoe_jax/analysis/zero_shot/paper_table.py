@@ -2,8 +2,9 @@
 
 `build_paper_table` computes it from results, `paper_table_formats` prints it. Cells hold the median
 over the prompts of a dataset, the paper's main figure, and the mean, in %. As in the paper, ANLI is
-one column: median and mean are over the prompts of its three rounds, 45 in P3. Other datasets than
-the paper's follow the average, which excludes them; if there are no others, it is over all.
+one column: median and mean are over the prompts of its three rounds, 45 in P3. Datasets that the
+paper does not have come after the average, which excludes them; without any of the paper's, the
+average is over all.
 
 Runs that differ only in the seed are one row: the mean over seeds.
 """
@@ -25,8 +26,8 @@ from pemoe_jax.analysis.zero_shot.results import PREDICTIONS, JsonObject, load_p
 AVERAGE = "average"
 MEASURES = ("median", "mean")
 
-# Dataset of P3's tasks -> column of the paper. In P3 ANLI's rounds are splits of one dataset; other
-# sources have a dataset for each.
+# Dataset of a task -> column of the paper. In P3, ANLI's rounds are splits of one dataset; other
+# sources have a dataset for each round.
 _PAPER_COLUMNS = {
     **dict.fromkeys(("anli", "anli_r1", "anli_r2", "anli_r3"), "ANLI"),
     "cb": "CB",
@@ -44,12 +45,12 @@ class Score:
     """Accuracy on a dataset, or averaged over datasets.
 
     Attributes:
-      median, mean: accuracy over the prompts, in %; None if unknown.
+      median, mean: median and mean accuracy over the prompts, in %; None if unknown.
       chance: accuracy of guessing, in %.
       intervals: measure -> ends of the 95 % bootstrap interval.
       prompts: number of prompts.
       examples: number of examples, summed over prompts.
-      trained: whether the run was trained on the dataset or one of them; None if unknown.
+      trained: whether the run was trained on the dataset, or any of them; None if unknown.
       seeds: measure -> value of each seed, if the row is a mean over seeds.
     """
 
@@ -76,10 +77,10 @@ class Row:
       name: name that is unique among the runs.
       method: method, with experts and rank if they are known.
       percent: trainable parameters, in %.
-      share: the same as text.
+      share: `percent` as text.
       scores: column -> score.
-      average: average over the columns `PaperTable.averaged`.
-      complete: whether the run has all of these columns.
+      average: average over those of `PaperTable.averaged` that a run has, or as published.
+      complete: whether a run has all of `PaperTable.averaged`; True for a published row.
       source: source of a published row; '' for a run.
       about: step, checkpoint, trainable and total parameters of a run.
       seeds: seeds of the runs, if there are several.
@@ -102,7 +103,8 @@ class PaperTable:
     """The zero-shot table.
 
     Attributes:
-      columns: the paper's columns that have results, in its order, then other datasets.
+      columns: the paper's columns, in its order, then other datasets. Columns without results
+        are left out, except the paper's if there are published rows.
       averaged: the columns that averages are over, a prefix of `columns`.
       rows: runs, then published rows.
       draws: number of bootstrap draws.
@@ -117,12 +119,12 @@ class PaperTable:
 
     @property
     def keys(self) -> list[str]:
-        """The columns, with `AVERAGE` after those that it is over."""
+        """The columns, with `AVERAGE` after the averaged ones."""
         index = len(self.averaged)
         return [*self.columns[:index], AVERAGE, *self.columns[index:]]
 
 
-# column -> median and mean of resampled examples [2, draws]
+# column -> [2, draws]: median and mean accuracy over prompts in %, for each resampling of examples
 _Resampled = dict[str, np.ndarray]
 
 
@@ -136,8 +138,8 @@ def build_paper_table(
     """Builds the table.
 
     Args:
-      runs: runs by `results.load_results`.
-      draws: number of bootstrap draws; 0 omits intervals.
+      runs: runs as `results.load_results` loads them.
+      draws, seed: number and seed of the bootstrap draws; 0 draws omit the intervals.
       with_paper: whether to add `published_numbers.ROWS`.
       seeds_apart: whether runs that differ only in the seed have a row each.
 
@@ -180,10 +182,12 @@ def _tasks_by_column(run: JsonObject) -> dict[str, dict[str, JsonObject]]:
 
 
 def _resample(run: JsonObject, draws: int, seed: int) -> _Resampled:
-    """Returns resampled accuracies in % of the columns whose tasks all have predictions."""
+    """Returns the resampled accuracies of the columns whose tasks all have predictions."""
     resampled: _Resampled = {}
     for column, tasks in _tasks_by_column(run).items() if draws else ():
-        predictions = (load_predictions(run[PREDICTIONS], *task) for task in tasks.items())
+        predictions = (
+            load_predictions(run[PREDICTIONS], name, task) for name, task in tasks.items()
+        )
         prompts = [prompt for prompt in predictions if prompt is not None]
         if len(prompts) == len(tasks):
             resampled[column] = 100 * bootstrap.resampled_accuracies(prompts, draws, seed, column)
@@ -234,7 +238,7 @@ def _average(scores: Mapping[str, Score], resampled: _Resampled, columns: Sequen
         median=statistics.fmean(score.median for score in members if score.median is not None),
         mean=statistics.fmean(score.mean for score in members if score.mean is not None),
         chance=statistics.fmean(score.chance for score in members if score.chance is not None),
-        intervals=_intervals(_mean_draws(resampled, columns)),
+        intervals=_intervals(_average_resampled(resampled, columns)),
         prompts=sum(score.prompts or 0 for score in members),
         examples=sum(score.examples or 0 for score in members),
         trained=None if members[0].trained is None else any(score.trained for score in members),
@@ -245,31 +249,33 @@ def _mean_over_seeds(
     members: Sequence[Row],
     seeds: tuple[int, ...],
     averaged: Sequence[str],
-    resampled: Sequence[_Resampled],
+    resampled_by_seed: Sequence[_Resampled],
 ) -> Row:
     """Merges the rows of several seeds: means over seeds, and the intervals of these means."""
     first = members[0]
     # All seeds share the draws of a dataset: draw i of each is the accuracy on the same examples.
-    draws = {
-        column: np.mean([accuracies[column] for accuracies in resampled], axis=0)
+    resampled = {
+        column: np.mean([accuracies[column] for accuracies in resampled_by_seed], axis=0)
         for column in first.scores
-        if all(column in accuracies for accuracies in resampled)
+        if all(column in accuracies for accuracies in resampled_by_seed)
     }
-    average_draws = _mean_draws(draws, [column for column in averaged if column in first.scores])
+    columns = [column for column in averaged if column in first.scores]
     checkpoints = "; ".join(str(row.about["checkpoint"]) for row in members)
     return dataclasses.replace(
         first,
         scores={
-            column: _mean_score([row.scores[column] for row in members], draws.get(column))
+            column: _mean_score([row.scores[column] for row in members], resampled.get(column))
             for column in first.scores
         },
-        average=_mean_score([row.average for row in members], average_draws),
+        average=_mean_score(
+            [row.average for row in members], _average_resampled(resampled, columns)
+        ),
         about={**first.about, "checkpoint": checkpoints},
         seeds=seeds,
     )
 
 
-def _mean_score(members: Sequence[Score], draws: np.ndarray | None) -> Score:
+def _mean_score(members: Sequence[Score], resampled: np.ndarray | None) -> Score:
     values = {
         measure: tuple(v for score in members if (v := getattr(score, measure)) is not None)
         for measure in MEASURES
@@ -280,24 +286,24 @@ def _mean_score(members: Sequence[Score], draws: np.ndarray | None) -> Score:
         members[0],
         median=means.get("median"),
         mean=means.get("mean"),
-        intervals=_intervals(draws),
+        intervals=_intervals(resampled),
         trained=None if None in trained else any(trained),
         seeds=values,
     )
 
 
-def _mean_draws(resampled: _Resampled, columns: Sequence[str]) -> np.ndarray | None:
-    """Averages columns draw by draw; None if one of them has no draws."""
+def _average_resampled(resampled: _Resampled, columns: Sequence[str]) -> np.ndarray | None:
+    """Averages columns draw by draw; None if one of them is not resampled."""
     if not columns or not all(column in resampled for column in columns):
         return None
     # Each dataset has its own draws, so the average treats datasets as independent.
     return np.mean([resampled[column] for column in columns], axis=0)
 
 
-def _intervals(draws: np.ndarray | None) -> dict[str, tuple[float, float]]:
-    if draws is None:
+def _intervals(resampled: np.ndarray | None) -> dict[str, tuple[float, float]]:
+    if resampled is None:
         return {}
-    return {measure: bootstrap.interval(draws[i]) for i, measure in enumerate(MEASURES)}
+    return {measure: bootstrap.interval(resampled[i]) for i, measure in enumerate(MEASURES)}
 
 
 def _published_row(row: published_numbers.PublishedRow) -> Row:
