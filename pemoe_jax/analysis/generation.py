@@ -43,15 +43,21 @@ class Task:
 
 
 def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Registered) -> list[Task]:
-    """Returns the tasks with their examples; tasks of a mixture without data are reported."""
+    """Returns the tasks of a mixture with their examples.
+
+    Those without data or without an evaluation split are skipped, and a line says so.
+
+    Raises:
+      InputError: all tasks would be skipped, or a task cannot be read or decoded.
+    """
     use_cached = data.use_cached_tasks
     names = decoded_names(data.name)
-    present = [task for task in names if seqio_tasks.has_data(task, use_cached)]
-    if use_cached and not present:
-        seqio_tasks.subtask_names(names[0], use_cached=True)  # raises
-    _print_skipped("no data", [task for task in names if present and task not in present])
+    with_data = [task for task in names if seqio_tasks.has_data(task, use_cached)]
+    if use_cached and not with_data:
+        seqio_tasks.subtask_names(names[0], use_cached=True)  # raises with the reason
+    _print_skipped("no data", [task for task in names if with_data and task not in with_data])
     # Without any data, reading the first task raises with the reason.
-    eval_splits = {task: seqio_tasks.eval_split(task) for task in present or names}
+    eval_splits = {task: seqio_tasks.eval_split(task) for task in with_data or names}
     splits = {task: split for task, split in eval_splits.items() if split}
     if not splits:
         raise InputError(
@@ -67,7 +73,7 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Regist
         for name, split in splits.items():
             with seqio_tasks.translate_read_errors(name, split, use_cached):
                 task = _read_examples(name, split, lengths, use_cached, data.max_examples)
-            # A file test.jsonl may be read as the split `validation`: results name the file's.
+            # The split `validation` may come from test.jsonl: results then name the split test.
             task.dataset = task_info.datasets.get(name, name)
             task.split = task_info.eval_splits.get(name) or split
             tasks.append(task)
@@ -83,7 +89,11 @@ def _print_skipped(reason: str, tasks: Sequence[str]) -> None:
 
 
 def decoded_names(name: str) -> list[str]:
-    """Returns the tasks of a mixture, `<task>` for `<task>_score_eval`, whose rows are choices."""
+    """Returns the tasks of a mixture to decode: `<task>` in place of `<task>_score_eval`.
+
+    Raises:
+      InputError: `<task>_score_eval`, which has a row for each answer choice, has no `<task>`.
+    """
     names = []
     for task in seqio_tasks.subtask_names(name):
         base = task.removesuffix("_score_eval")
@@ -97,7 +107,11 @@ def decoded_names(name: str) -> list[str]:
 
 
 def _set_metrics(name: str, task_info: Registered) -> None:
-    """Sets the metrics of a task without any, from P3's table or a folder's INDEX.json."""
+    """Adds metrics, from a folder's INDEX.json or P3's table, to a task that has none.
+
+    Raises:
+      InputError: the task has a metric of scores, which decoding does not give.
+    """
     from pemoe_jax.tasks.p3 import published  # here, as importing P3 registers its tasks
 
     prediction = seqio_import.import_seqio().metrics.ModelOutputType.PREDICTION
@@ -163,7 +177,10 @@ def decode(
     length: int,
     mesh: jax.sharding.Mesh,
 ) -> collections.deque[np.ndarray]:
-    """Returns the decoded tokens [length] of every example, task after task."""
+    """Returns the decoded tokens [length] of every example, task after task.
+
+    A deque, so that the caller can take the examples of each task from its left end.
+    """
     inputs = [ids for task in tasks for ids in task.inputs]
     sentences = [vector for task in tasks for vector in task.sentences]
     eos_id = tasks[0].vocabulary.eos_id
@@ -195,42 +212,43 @@ def decode(
 # --- results ---
 
 
-def compute_metrics(task: Task, rows: Sequence[np.ndarray], step: int) -> dict[str, Any]:
+def compute_metrics(task: Task, decoded: Sequence[np.ndarray], step: int) -> dict[str, Any]:
     """Returns one task's entry in results.json."""
     all_metrics, _ = task.evaluator.evaluate(
-        compute_metrics=True, step=step, predict_fn=lambda _: list(enumerate(rows))
+        compute_metrics=True, step=step, predict_fn=lambda _: list(enumerate(decoded))
     )
     values = all_metrics.result()[task.name]
     return {
         "dataset": task.dataset,
         "split": task.split,
-        "examples": len(rows),
+        "examples": len(decoded),
         "cut_inputs": sum(task.is_truncated),
         "metrics": {name: float(getattr(value, "value", value)) for name, value in values.items()},
     }
 
 
-def prediction_lines(task: Task, rows: Sequence[np.ndarray]) -> str:
-    """Returns the content of a task's file of predictions."""
+def prediction_lines(task: Task, decoded: Sequence[np.ndarray]) -> str:
+    """Returns the content of a task's file of predictions, a JSON object per line."""
     lines = [
         {
             "inputs": task.input_texts[index],
             "targets": task.target_texts[index],
-            "prediction": task.vocabulary.decode(row.tolist()),
+            "prediction": task.vocabulary.decode(tokens.tolist()),
             **({"cut_input": True} if task.is_truncated[index] else {}),
         }
-        for index, row in enumerate(rows)
+        for index, tokens in enumerate(decoded)
     ]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def _metric_names(run: Mapping[str, Any]) -> list[str]:
+    """Returns the metrics in a run, an entry of `runs` in results.json."""
     return list(dict.fromkeys(name for task in run["tasks"].values() for name in task["metrics"]))
 
 
-def _format_means(tasks: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
+def _format_means(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     values = [
-        [task["metrics"][name] for task in tasks if name in task["metrics"]] for name in metrics
+        [task["metrics"][name] for task in tasks if name in task["metrics"]] for name in names
     ]
     return [f"{statistics.fmean(members):.1f}" if members else "–" for members in values]
 

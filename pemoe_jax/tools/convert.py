@@ -11,7 +11,7 @@ _DESCRIPTION = """\
 Writes a checkpoint in another format. SOURCE is one of these; its format is detected:
   a base     a T5X checkpoint_<step> (legacy or Orbax), a Hugging Face folder of T5 v1.1,
              a .safetensors file that `convert base` wrote, a run that trained the whole model
-  a run      MODEL_DIR of train (its newest checkpoint), or one checkpoint_<step> in it
+  a run      MODEL_DIR of pemoe train (its newest checkpoint), or one checkpoint_<step> in it
   an adapter a folder that `convert adapter` wrote, or one of Hugging Face PEFT ((IA)3, LoRA)
 Sources may be gs:// paths; OUTPUT is a local path that does not exist yet.
 """
@@ -30,10 +30,10 @@ examples:
 _DIRECTIONS = {
     "adapter": (
         "a run or a PEFT adapter -> adapter.safetensors + adapter_config.json",
-        "SOURCE is a run of an adapter method, an exported adapter, or a PEFT adapter with --base."
-        " Writes a folder of some MB: the adapter's parameters, the method, its sites, experts,"
-        " rank, alpha and router, and the base that it belongs to. `evaluate` takes the folder as"
-        " CHECKPOINT_PATH.",
+        "SOURCE is a run of an adapter method, or an adapter (PEFT's with --base, unless it names a"
+        " local base). Writes a folder of some MB: the adapter's parameters, the method, its sites,"
+        " experts, rank, alpha and router, and the base that it belongs to. `pemoe evaluate` takes"
+        " the folder as CHECKPOINT_PATH.",
     ),
     "peft": (
         "a run or an adapter, of (IA)3 or LoRA -> Hugging Face PEFT's format",
@@ -41,15 +41,15 @@ _DIRECTIONS = {
         " refused: PEFT would silently leave their routers out.",
     ),
     "huggingface": (
-        "a base, or (IA)3 or LoRA merged into theirs -> a Hugging Face folder",
-        "SOURCE is a base or a run. Writes config.json and model.safetensors (in shards of at most"
-        " 5 GB) for `transformers.T5ForConditionalGeneration.from_pretrained`. Tokenizer files are"
-        " not written: copy them from the base's folder.",
+        "a base, or (IA)3 or LoRA merged into its base -> a Hugging Face folder",
+        "SOURCE is a base, a run or an adapter. Writes config.json and model.safetensors (in shards"
+        " of at most 5 GB) for `transformers.T5ForConditionalGeneration.from_pretrained`. Tokenizer"
+        " files are not written: copy them from the base's folder.",
     ),
     "base": (
-        "a base, or (IA)3 or LoRA merged into theirs -> one .safetensors file",
-        "SOURCE is a base or a run. Writes one file for INITIAL_CHECKPOINT_PATH; needs memory for"
-        " the whole model.",
+        "a base, or (IA)3 or LoRA merged into its base -> one .safetensors file",
+        "SOURCE is a base, a run or an adapter. Writes one file for INITIAL_CHECKPOINT_PATH; needs"
+        " memory for the whole model.",
     ),
 }
 
@@ -71,8 +71,8 @@ def flags() -> argparse.ArgumentParser:
         direction.add_argument(
             "--base",
             metavar="PATH",
-            help="base of the adapter, if it differs from the recorded path; its fingerprint is"
-            " checked, and its path recorded",
+            help="base of the adapter, if it is not at the recorded path; must have the recorded"
+            " fingerprint, if there is one; its path is recorded in OUTPUT",
         )
         if name in ("huggingface", "base"):
             direction.add_argument(
@@ -97,14 +97,14 @@ def convert(args: argparse.Namespace) -> None:
     Raises:
       InputError: this direction cannot convert the source, or OUTPUT exists.
     """
-    # In the function, because `--help` must answer within a second.
+    # Imported here, because `--help` must answer within a second.
     from pemoe_jax.checkpoints import export, models
     from pemoe_jax.runtime import file_io
 
     output = file_io.resolve_local(args.output, "OUTPUT")
     if output.exists():
         raise InputError(f"OUTPUT must be a new path, got {args.output}, which exists")
-    # A base is recognized by this suffix.
+    # Commands recognize a base in a single file by this suffix.
     if (output.suffix == ".safetensors") != (args.direction == "base"):
         expected = "a .safetensors file" if args.direction == "base" else "a folder"
         raise InputError(f"OUTPUT must be {expected}, got {args.output}")

@@ -1,8 +1,8 @@
-"""Datasets on disk as Hugging Face's `datasets` writes them: Arrow streams, read by index.
+"""Datasets on disk as Hugging Face's `datasets` writes them: Arrow streams, read by row number.
 
-pyarrow alone reads both forms: that of `save_to_disk`, and the cache of `load_dataset`,
-`<dataset>/<config>/<version>/<hash>/<dataset>-<split>.arrow` (`<owner>___<dataset>` for a dataset
-of the hub). Files are memory-mapped.
+There are two layouts: the folder of `save_to_disk`, and the cache of `load_dataset`,
+`<dataset>/<config>/<version>/<hash>/<dataset>-<split>.arrow` (in a folder `<owner>___<dataset>` if
+the dataset has an owner on the Hub). pyarrow memory-maps the files; `datasets` is not needed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"(?P<name>.+)-(?P<split>[\w.]+)-\d{5}-of-(?P<count>\d{5})\.arrow")
 _WHOLE = re.compile(r"(?P<name>.+)-(?P<split>[\w.]+)\.arrow")
-_DEFAULT_CONFIGS = ("default", "plain_text")  # of datasets that have only one
+_DEFAULT_CONFIGS = ("default", "plain_text")  # names of a dataset's only config
 
 
 def saved_splits(folder: pathlib.Path) -> Splits:
-    """Lists the files of a folder of `save_to_disk`; empty if it is not one.
+    """Returns the splits in a folder that `save_to_disk` wrote; empty for any other folder.
 
     Raises:
-      InputError: its JSON is not what `datasets` writes.
+      InputError: its JSON is malformed, or selects rows by a file of indices.
     """
     if (folder / "dataset_dict.json").is_file():
         names = read_json(folder / "dataset_dict.json").get("splits")
@@ -43,13 +43,13 @@ def saved_splits(folder: pathlib.Path) -> Splits:
 
 
 def _saved_files(folder: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
-    """Returns the split and the files of a saved Dataset; without a name the split is train."""
+    """Returns the split (train if it has no name) and the files of a saved `Dataset`."""
     path = folder / "state.json"
     state = read_json(path)
     try:
         files = [folder / str(entry["filename"]) for entry in state["_data_files"]]
     except (KeyError, TypeError):
-        raise InputError(f"{path}: expected a list '_data_files' of 'filename'") from None
+        raise InputError(f"{path}: expected a list '_data_files', each with a 'filename'") from None
     if state.get("_indices_data_files"):
         raise InputError(
             f"{path}: rows are selected by '_indices_data_files', which is not supported: save the"
@@ -59,23 +59,24 @@ def _saved_files(folder: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
 
 
 def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
-    """Lists a dataset's files in the cache of `load_dataset`; empty if the cache has none.
+    """Returns a dataset's splits in the cache of `load_dataset`; empty if the cache has none.
 
-    Of several versions or downloads the newest is used.
+    `subset` names the config; without it, the usual names of an only config are tried. Of several
+    versions or downloads of the config the newest is used.
 
     Raises:
       InputError: files of a split are missing.
     """
-    for home in [root / dataset, *sorted(root.glob(f"*___{dataset}"))]:
+    for dataset_folder in [root / dataset, *sorted(root.glob(f"*___{dataset}"))]:
         for config in (subset,) if subset else (*_DEFAULT_CONFIGS, dataset):
             # `datasets` renames a folder when its download is complete
             infos = [
                 path
-                for path in (home / config).glob("*/*/dataset_info.json")
+                for path in (dataset_folder / config).glob("*/*/dataset_info.json")
                 if not path.parent.name.endswith((".incomplete", "_tmp"))
             ]
-            # the folders are named by hashes, so only their times show which is newest
             if infos:
+                # the folders are named by hashes, so only their times show which is newest
                 newest = max(infos, key=lambda path: (path.stat().st_mtime_ns, str(path)))
                 return _files_in(newest.parent)
     return {}
@@ -83,25 +84,25 @@ def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
 
 def _files_in(folder: pathlib.Path) -> Splits:
     splits: Splits = {}
-    counts: dict[str, int] = {}
+    expected_counts: dict[str, int] = {}
     for path in sorted(folder.glob("*.arrow")):
         match = _SHARD.fullmatch(path.name) or _WHOLE.fullmatch(path.name)
         # `Dataset.map` writes cache-<hash>.arrow into the same folder
         if match is None or match["name"] == "cache":
             continue
         splits.setdefault(match["split"], []).append(path)
-        counts[match["split"]] = int(match.groupdict().get("count") or 1)
+        expected_counts[match["split"]] = int(match.groupdict().get("count") or 1)
     for split, files in splits.items():
-        if len(files) != counts[split]:
+        if len(files) != expected_counts[split]:
             raise InputError(
-                f"{folder}: expected {counts[split]} Arrow files of split {split!r}, got"
+                f"{folder}: expected {expected_counts[split]} Arrow files of split {split!r}, got"
                 f" {len(files)}"
             )
     return splits
 
 
 class ArrowTable(Table):
-    """Arrow files, one after the other."""
+    """A split's Arrow files, one after the other; each record batch is a part."""
 
     @functools.cached_property
     def _batches(self) -> list[pyarrow.RecordBatch]:
@@ -127,4 +128,4 @@ def _read_batches(path: pathlib.Path) -> Iterator[pyarrow.RecordBatch]:
                 batch.validate(full=True)
                 yield batch
     except (OSError, ValueError) as error:  # base classes of pyarrow's errors
-        raise InputError(f"{path}: not a whole Arrow stream: {first_line(error)}") from None
+        raise InputError(f"{path}: not an intact Arrow stream: {first_line(error)}") from None

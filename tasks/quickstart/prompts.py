@@ -1,7 +1,7 @@
-"""The sample's datasets: functions that draw their rows, and the prompts of `prompts.json`.
+"""Datasets of the quickstart's sample: functions that draw rows, and prompts that render them.
 
-A dataset draws rows: the fields of its templates, the answer and all options. A prompt renders a
-row: a template, and labels if the prompt expects other words than the options as answers.
+A row has values for the fields of templates, all options, and the correct one. A prompt is a
+template (in `prompts.json`), with labels if it expects other words than the options.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pemoe_jax.tasks.quickstart.world import TextRng, a, capital, pronoun
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The fields of the templates, the correct option, and all options."""
+    """Values of the templates' fields, the correct option, and all options."""
 
     fields: Mapping[str, str]
     answer: str
@@ -31,9 +31,10 @@ class Dataset:
 
     Attributes:
       name: name of the dataset.
-      task_type: P3's kind of task.
+      task_type: kind of task; training datasets and held-out ones have none in common.
+      draw: function that draws a row.
       prompts: {prompt name: format string over the fields and options of a row}.
-      labels: {prompt name: {option: answer}} of prompts whose answers are not the options.
+      labels: {prompt name: {option: label}} of prompts that expect other words than the options.
       held_out: whether it is for zero-shot evaluation only.
     """
 
@@ -45,7 +46,7 @@ class Dataset:
     held_out: bool = False
 
     def render(self, prompt: str, row: Row) -> dict[str, Any]:
-        """Returns a row as a line of the sample."""
+        """Returns the sample's line for a row, rendered with the prompt of this name."""
         fields = {f"option{n}": option for n, option in enumerate(row.options, 1)}
         fields |= {**row.fields, "options": ", ".join(row.options)}
         labels = self.labels.get(prompt) or {option: option for option in row.options}
@@ -57,6 +58,7 @@ class Dataset:
 
 
 def _options(rng: TextRng, answer: str, others: Sequence[str]) -> list[str]:
+    """Returns the answer and three of the others, shuffled."""
     return rng.shuffled([answer, *rng.several([other for other in others if other != answer], 3)])
 
 
@@ -95,16 +97,16 @@ def _jobs(rng: TextRng) -> Row:
     topic = rng.pick(world.TOPICS)
     job = rng.pick(topic.jobs)
     others = [rng.pick(other.jobs) for other in world.TOPICS if other is not topic]
-    thing, more = rng.several(topic.things, 2)
-    fields = {"place": rng.pick(topic.places), "thing": thing, "other": more, "a_thing": a(thing)}
+    thing, second = rng.several(topic.things, 2)
+    fields = {"place": rng.pick(topic.places), "thing": thing, "other": second, "a_thing": a(thing)}
     return Row(fields, job, _options(rng, job, others))
 
 
 def _kinds(rng: TextRng) -> Row:
     topic = rng.pick(world.TOPICS)
-    thing, more = rng.several(topic.things, 2)
+    thing, second = rng.several(topic.things, 2)
     return Row(
-        {"thing": thing, "other": more, "a_thing": a(thing)},
+        {"thing": thing, "other": second, "a_thing": a(thing)},
         topic.name,
         _options(rng, topic.name, world.TOPIC_NAMES),
     )
@@ -200,15 +202,15 @@ def _pronouns(rng: TextRng) -> Row:
     name = rng.choose(first, second)
     topic = rng.pick(world.TOPICS)
     word = pronoun(name)
-    verb = rng.past(topic, capital(word), time=0.0)
+    deed = rng.past(topic, capital(word), time=0.0)
     meeting = rng.choose(
         f"{first} met {second} in the {rng.pick(topic.places)}.",
         f"{first} and {second} went to the {rng.pick(topic.places)}.",
     )
     fields = {
-        "text": f"{meeting} {verb}",
+        "text": f"{meeting} {deed}",
         "pronoun": word,
-        "did": verb.removeprefix(capital(word) + " ").removesuffix("."),
+        "did": deed.removeprefix(capital(word) + " ").removesuffix("."),
     }
     return Row(fields, name, (first, second))
 
@@ -243,6 +245,6 @@ _DRAW = {
 
 
 def datasets() -> list[Dataset]:
-    """Returns the datasets; no dataset to train on has the task type of a held-out one."""
+    """Returns the datasets of `prompts.json`."""
     entries = json.loads(pathlib.Path(__file__).with_name("prompts.json").read_text())
     return [Dataset(name, draw=_DRAW[name], **entry) for name, entry in entries.items()]

@@ -170,7 +170,7 @@ def test_format_and_method_are_detected(saved, load):
     assert peft.is_adapter(saved / "ia3") and not peft.is_adapter(saved)
     assert peft.method_name(load(saved / "ia3")[0]) == "ia3"
     assert peft.method_name(load(saved / "lora_all")[0]) == "lora"
-    with pytest.raises(InputError, match="base_model_name_or_path: expected .* got None"):
+    with pytest.raises(InputError, match="expected .* base_model_name_or_path, got None"):
         peft.base_model_name(saved / "ia3")
 
 

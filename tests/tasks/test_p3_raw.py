@@ -104,7 +104,7 @@ def test_damaged_arrow_files(datasets, tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError) as error:
             read_all(arrow.ArrowTable([path]))
-        assert one_line(error).startswith(f"{path}: not a whole Arrow stream: ")
+        assert one_line(error).startswith(f"{path}: not an intact Arrow stream: ")
     state = tmp_path / "state.json"
     for content, message in (({}, "'_data_files'"), ([], "expected a JSON object")):
         state.write_text(json.dumps(content))

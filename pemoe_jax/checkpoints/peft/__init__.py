@@ -1,4 +1,4 @@
-"""The format of Hugging Face PEFT for T5 v1.1, read and written: (IA)³ and LoRA.
+"""Reads and writes (IA)³ and LoRA of T5 v1.1 in the format of Hugging Face PEFT.
 
 An adapter is a folder of adapter_config.json and adapter_model.safetensors (or .bin). Names,
 shapes and the meaning of settings follow PEFT 0.21. PEFT has no routed adapters.
@@ -42,8 +42,8 @@ def base_model_name(folder: str | os.PathLike[str]) -> str:
     name = file_io.read_json(config).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(
-            f"{config}: base_model_name_or_path: expected the base's path, got {name!r}: pass the"
-            " base (INITIAL_CHECKPOINT_PATH, or --base of pemoe convert)"
+            f"{config}: expected a path in base_model_name_or_path, got {name!r}: pass the base"
+            " (INITIAL_CHECKPOINT_PATH, or --base of pemoe convert)"
         )
     return name
 
@@ -64,7 +64,7 @@ def load_adapter(
       dimensions: dimensions of the base, under the field names of `T5Config`.
 
     Returns:
-      (adapters as `core.adapters.describe` returns them, path -> float32 array). With
+      (adapters as `core.adapters.describe` returns them, parameter path -> float32 array). With
       `use_rslora` our alpha is PEFT's times √rank, so that the factor alpha / rank is the same.
 
     Raises:
@@ -125,8 +125,8 @@ def save_adapter(
     Args:
       path: the folder.
       description: `core.adapters.describe` of the adapters.
-      arrays: path -> array, of every adapter.
-      base_model_name: path or name of the base, as information for users of the adapter.
+      arrays: parameter path -> array, of every adapter.
+      base_model_name: path or name of the base, which loaders of the adapter open by default.
 
     Raises:
       InputError: PEFT cannot express the adapters, routed ones for example; an array is missing
@@ -136,10 +136,10 @@ def save_adapter(
     # At least one layer, so that the comparison below names the missing arrays.
     num_layers = {stack: max(1, dimensions_lib.num_layers(arrays, stack)) for stack in names.STACKS}
     expected = names.adapter_arrays(description, num_layers)
-    sizes: dict[str, int] = {}  # of each axis, by the first array that has it
+    sizes: dict[str, int] = {}  # axis -> size in the first array that has it
     for array in expected:
         shape = arrays[array.path].shape if array.path in arrays else ()
-        for axis, size in zip(array.axes(), shape, strict=False):  # ranks are compared below
+        for axis, size in zip(array.axes(), shape, strict=False):  # check_matches compares lengths
             if isinstance(axis, str):
                 sizes.setdefault(axis, size)
     target = {a.path: jax.ShapeDtypeStruct(a.shape(sizes), jnp.float32) for a in expected}
@@ -165,13 +165,14 @@ def _check_expressible(description: names.Description) -> None:
     kinds = {settings["kind"] for settings in description.values()}
     if len(kinds) > 1:
         shown = ", ".join(f"{site}: {settings['kind']}" for site, settings in description.items())
-        raise InputError(f"adapter to write: expected (IA)3 or LoRA at all sites, got {shown}")
-    # gate is the product of two modules; PEFT adapts the output of single modules.
+        raise InputError(f"adapter to write: expected only (IA)3 or only LoRA, got {shown}")
+    # PEFT's LoRA changes the output of one module; gate is the product of two modules' outputs.
     if kinds == {"LoRAExperts"} and "gate" in description:
-        raise InputError("LoRA at gate: PEFT has no module there: expected other sites")
+        raise InputError("LoRA at gate: expected other sites, as PEFT has no module there")
     if {"gate", "wo"} <= description.keys():
         raise InputError(
-            "(IA)3 at gate and at wo: PEFT scales wo's input or its output: expected one of them"
+            "(IA)3 at gate and at wo: expected one of them, as PEFT scales either wo's input or its"
+            " output"
         )
 
 
@@ -194,7 +195,7 @@ def _make_config(description: names.Description, base_model_name: str | None) ->
         module: int(alpha) if float(alpha := settings["alpha"]).is_integer() else alpha
         for module, settings in by_module.items()
     }
-    # Patterns name the modules that differ from the first; PEFT matches them in every layer.
+    # The first module gives r and lora_alpha; patterns name, for all layers, those that differ.
     first = next(iter(by_module))
     return {
         "peft_type": "LORA",
