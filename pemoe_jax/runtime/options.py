@@ -1,7 +1,7 @@
 """Options of the commands, grouped into records that gin builds and commands take whole.
 
 A new option is one field with its line in the docstring, one macro and one line in a run file.
-`--help` shows the docstring's line beside the macro and its default (`gin_help`).
+`--help` shows the docstring's line next to the macro and its default (`gin_help`).
 """
 
 import dataclasses
