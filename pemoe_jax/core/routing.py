@@ -221,13 +221,16 @@ def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array)
     # No argmax, which takes as long on a CPU as all other statistics; so all tied experts count.
     top_1 = jax.lax.stop_gradient((shifted >= 0).astype(jnp.float32))
 
-    def weighted_sum(x: Array) -> Array:  # [..., E] -> [E], or [...] -> []
+    def weighted_sum(x: Array) -> Array:  # [..., E] -> [E]
         return jnp.tensordot(weights, x, axes=weights.ndim, precision=jax.lax.Precision.HIGHEST)
 
     soft_sum = weighted_sum(soft)
     mixture_sum = soft_sum if probs is soft else weighted_sum(probs)
-    sums = soft_sum, weighted_sum(top_1), weighted_sum(entropy), weighted_sum(squared_log_z)
-    return statistics_from_sums(*sums, mixture_sum, jnp.sum(weights))
+    # In one sum, because each sum is an all-reduce of its own where the batch is sharded.
+    scalars = jnp.stack([entropy, squared_log_z, jnp.ones_like(entropy)], axis=-1)
+    entropy_sum, squared_log_z_sum, weight = weighted_sum(scalars)
+    sums = soft_sum, weighted_sum(top_1), entropy_sum, squared_log_z_sum
+    return statistics_from_sums(*sums, mixture_sum, weight)
 
 
 def statistics_from_sums(
