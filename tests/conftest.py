@@ -93,3 +93,7 @@ def unregister_tasks() -> Iterator[None]:
     if p3 is not None:
         p3.remove()
         del sys.modules["pemoe_jax.tasks"].p3
+    # A cache folder that one module added would be data to the next.
+    seqio_cache_dirs = sys.modules.get("pemoe_jax.runtime.seqio_cache_dirs")
+    if seqio_cache_dirs is not None:
+        seqio_cache_dirs.additional_cache_dirs.clear()

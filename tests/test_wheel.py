@@ -63,7 +63,7 @@ def test_content(wheel):
     expected = {  # glob does not follow links
         str(path.relative_to(ROOT)) for path in (ROOT / "pemoe_jax").glob("**/*.py")
     }
-    expected.add("pemoe_jax/analysis/routing/page.html")
+    expected |= {"pemoe_jax/py.typed", "pemoe_jax/analysis/routing/page.html"}
     for folder in ("gin", "tasks"):
         for path in (ROOT / folder).glob("**/*"):
             if path.suffix in DATA or (path.suffix == ".py" and folder == "tasks"):
@@ -96,11 +96,14 @@ def test_installed(python, tmp_path):
 def test_runs_the_quickstart(python, tmp_path):
     """The commands of `make quickstart`, with fewer steps and examples."""
     recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
-    commands = [line.split()[1:] for line in recipe[1].splitlines()]  # without $(BIN)/python
-    assert [command[1] for command in commands] == ["pemoe_jax.train", "pemoe_jax.evaluate"]
+    commands = [line.split() for line in recipe[1].splitlines()]
+    assert [command[:2] for command in commands] == [
+        ["$(BIN)/pemoe", "train"],
+        ["$(BIN)/pemoe", "evaluate"],
+    ]
     short = ["--gin.TRAIN_STEPS=2"], ["--gin.EVAL_EXAMPLES=2"]
     for command, flags in zip(commands, short, strict=True):
-        run(str(python), *command, *flags, cwd=tmp_path)
+        run(str(python.with_name("pemoe")), *command[1:], *flags, cwd=tmp_path)
     assert len(list(tmp_path.glob("**/results.md"))) == 1
     assert len(list(tmp_path.glob("**/*.png"))) >= 2  # a loss curve and a routing map
 

@@ -159,18 +159,14 @@ def whole_step(**settings):
     return metrics["loss"], params.flatten(grads)
 
 
-@pytest.fixture(scope="module")
-def plain_steps():
-    """Returns `whole_step` of 'plain' in float32 and in bfloat16."""
-    return whole_step(), whole_step(dtype="bfloat16")
-
-
 @pytest.mark.parametrize(
     "execution", [{}, {"scan_layers": True, "remat_policy": "minimal"}], ids=["unrolled", "loop"]
 )
-def test_whole_network(plain_steps, interpreted, execution):
+def test_whole_network(interpreted, execution):
     """Loss and gradients are about as close to float32 as those of 'plain' in bfloat16."""
-    (exact_loss, exact_grads), (plain_loss, plain_grads) = plain_steps
+    # A loop draws other dropout masks than unrolled layers, so each has plain steps of its own.
+    exact_loss, exact_grads = whole_step(**execution)
+    plain_loss, plain_grads = whole_step(dtype="bfloat16", **execution)
     fused_loss, fused_grads = whole_step(dtype="bfloat16", attention="fused", **execution)
     assert interpreted
     assert abs(fused_loss - exact_loss) < 2 * abs(plain_loss - exact_loss) + 0.01
