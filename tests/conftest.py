@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -66,6 +66,15 @@ def p3_sample() -> pathlib.Path:
 def t5_vocab() -> pathlib.Path:
     """T5's SentencePiece file; skips the test if it is absent."""
     return _existing("PEMOE_VOCAB_PATH", REPO.parent / "shared" / "t5_vocab" / "spiece.model")
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable[[str], list[int]]:
+    """Returns the quickstart's tokenizer: text to token ids, without EOS."""
+    import sentencepiece
+
+    model = REPO / "tasks" / "quickstart" / "vocab.model"
+    return sentencepiece.SentencePieceProcessor(model_file=str(model)).encode
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import p3_forms
 import pytest
+from p3_runs import VOCAB
 
 from pemoe_jax import tasks
 from pemoe_jax.analysis import generation
@@ -22,7 +23,6 @@ from pemoe_jax.runtime import options
 from pemoe_jax.tasks.p3 import published
 
 LENGTHS = {"inputs": 128, "targets": 32}
-VOCAB = pathlib.Path(tasks.__file__).parent / "quickstart" / "vocab.model"
 RTE, GPT = "super_glue_rte_can_we_infer", "super_glue_rte_GPT_3_style"
 FORMS = ("cache", "parquet", "templates", "datasets", "tfds")
 
@@ -32,13 +32,6 @@ def p3():
     from pemoe_jax.tasks import p3
 
     return p3
-
-
-@pytest.fixture(scope="module")
-def encode():
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=str(VOCAB)).encode
 
 
 @pytest.fixture(scope="module")

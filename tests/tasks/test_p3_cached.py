@@ -21,11 +21,8 @@ RTE = "super_glue_rte_can_we_infer"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> pathlib.Path:
-    import sentencepiece
-
+def cache(tmp_path_factory, encode) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("cache")
-    encode = sentencepiece.SentencePieceProcessor(model_file=str(VOCAB)).encode
     p3_forms.write_cache(folder, encode)
     return folder
 
@@ -160,10 +157,7 @@ def test_missing_caches(cache, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_cache_tasks_skips_tasks_cached_elsewhere(cache, tmp_path, capsys):
-    import sentencepiece
-
-    encode = sentencepiece.SentencePieceProcessor(model_file=str(VOCAB)).encode
+def test_cache_tasks_skips_tasks_cached_elsewhere(cache, tmp_path, encode, capsys):
     p3_forms.write_parquet(tmp_path / "parquet", encode)
     (cache / RTE).rename(tmp_path / "kept")
     try:

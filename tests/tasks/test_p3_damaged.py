@@ -24,13 +24,6 @@ ROWS = 3000
 
 
 @pytest.fixture(scope="module")
-def encode():
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=str(VOCAB)).encode
-
-
-@pytest.fixture(scope="module")
 def cache(tmp_path_factory, encode) -> pathlib.Path:
     """A training task of 3,000 rows."""
     folder = tmp_path_factory.mktemp("p3")

@@ -5,21 +5,14 @@ import pathlib
 
 import p3_forms
 import pytest
+from p3_runs import VOCAB
 
 from pemoe_jax import tasks
 from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.tools import cache_tasks
 
-VOCAB = pathlib.Path(tasks.__file__).parent / "quickstart" / "vocab.model"
 LENGTHS = {"inputs": 128, "targets": 32}
 RTE = "super_glue_rte_can_we_infer"
-
-
-@pytest.fixture(scope="module")
-def encode():
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=str(VOCAB)).encode
 
 
 @pytest.fixture(scope="module")
