@@ -105,13 +105,43 @@ def test_values_of_flags(value, expected):
         (["--gin_file=models/no_such.gin"], "no_such.gin"),
         (["--gin_file=runs/finetune.gin", "--gin.TRAIN_STEP=1"], "did you mean TRAIN_STEPS"),
         (["--gin_file=runs/finetune.gin", "--gin.train.train.speed=1"], "'speed'"),
-        (["--gin_file=runs/evaluate.gin"], "MODEL_DIR: no gin file has a macro"),
+        (["--gin_file=runs/finetune.gin", "--gin.NUM_EXPERT=1"], "NUM_EXPERT: no gin file has"),
         ([], "no gin file"),
     ],
 )
 def test_wrong_flags(flags, message):
     with pytest.raises(InputError, match=message):
         configure(*flags)
+
+
+@pytest.mark.parametrize(
+    ("gin_file", "flag", "owners"),
+    [
+        ("methods/lora.gin", "--gin.NUM_EXPERTS=5", "methods/molora.gin and methods/mov.gin"),
+        ("methods/lora.gin", "--gin_bindings=NUM_EXPERTS = 5", "methods/molora.gin and"),
+        ("paper/ia3.gin", "--gin.NUM_EXPERTS=5", "methods/molora.gin and methods/mov.gin"),
+        ("methods/mov.gin", "--gin.RANK=8", "methods/lora.gin and methods/molora.gin"),
+        ("methods/full.gin", "--gin.ALPHA=8", "methods/lora.gin and methods/molora.gin"),
+        ("methods/molora.gin", "--gin.FUSED_MOV=True", "methods/mov.gin"),
+        ("runs/finetune.gin", "--gin.ROUTING_PICTURE=True", "runs/evaluate.gin"),
+        ("runs/finetune.gin", "--gin.VOCAB_SIZE=64", "a file of models/"),
+        ("runs/finetune.gin", "--gin.DECODE_FN=None", "a file of runs_t5x/"),
+        ("runs/evaluate.gin", "--gin.SEED=1", "runs/finetune.gin, runs/pretrain.gin and"),
+    ],
+)
+def test_macros_of_another_method_or_run_are_refused(gin_file, flag, owners):
+    rest, bindings = gin_flags.split_bindings([f"--gin_file={gin_file}", flag])
+    name = flag.replace("gin_bindings=", "gin.")[6:].partition("=")[0].strip()
+    with pytest.raises(InputError) as error:
+        gin_flags.load_config(train.FLAGS.parse_args(rest), bindings)
+    assert str(error.value).startswith(f"{name} belongs to {owners}")
+    assert str(error.value).endswith(f", got --gin_file={gin_file}")
+
+
+def test_lines_of_gin_may_define_macros():
+    flags = ["--gin_file=runs/finetune.gin", "--gin_bindings=MINE = 7", "--gin.SEED=%MINE"]
+    configure(*flags)
+    assert gin.query_parameter("MINE/macro.value") == 7
 
 
 def test_every_file_starts_with_a_comment_and_none_is_python():

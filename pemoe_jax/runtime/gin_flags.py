@@ -164,7 +164,7 @@ def load_config(
         gin.parse_config([f"{macro} = None" for macro in _SET_BY_MODEL_AND_METHOD])
         gin.parse_config([_DEFAULTS, *macros])
         gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
-        _check_macro_names(bindings)
+        _check_macro_names(bindings, args.gin_bindings, args.gin_file)
         gin.parse_config_files_and_bindings([], [*_IMPORTS, *args.gin_bindings, *bindings])
     except InputError:
         raise
@@ -180,17 +180,37 @@ def _user_message(error: Exception) -> str:
     return f"gin: {line}"
 
 
-def _check_macro_names(bindings: Sequence[str]) -> None:
-    """Raises InputError for a macro that no file sets: gin would accept a misspelling silently."""
+def _check_macro_names(
+    bindings: Sequence[str], lines: Sequence[str], gin_files: Sequence[str]
+) -> None:
+    """Raises InputError for a macro that no file sets: gin would accept it silently.
+
+    The macro is misspelled, or belongs to a method or a run whose gin file was not passed.
+
+    Args:
+      bindings: bindings of `--gin.NAME=value`.
+      lines: lines of --gin_bindings, which may define macros of their own.
+      gin_files: the gin files that were passed.
+    """
     import gin
 
     known = set(re.findall(r"^\s*([A-Z][A-Z0-9_]*)\s*=", gin.config_str(), re.MULTILINE))
-    for binding in bindings:
+    for binding in [*bindings, *lines]:
         name = binding.partition("=")[0].strip()
-        if re.fullmatch(r"[A-Za-z_]\w*", name) and name not in known:
+        if name in known or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            continue
+        if owners := gin_help.find_macro_owners(name):
+            flags = " ".join(f"--gin_file={file}" for file in gin_files)
+            raise InputError(f"{name} belongs to {_join(owners)}, got {flags}")
+        if binding in bindings:
             close = difflib.get_close_matches(name, known, n=2)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise InputError(f"--gin.{name}: no gin file has a macro of this name{hint}")
+
+
+def _join(names: Sequence[str]) -> str:
+    """Joins names as 'a, b and c'."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def call_configured(function: Callable[..., T]) -> T:

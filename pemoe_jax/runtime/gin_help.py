@@ -78,15 +78,34 @@ def read_macros(texts: Iterable[str]) -> list[Macro]:
     return [macro for macro in macros.values() if macro.name in descriptions]
 
 
+def find_macro_owners(name: str) -> list[str]:
+    """Returns the package's gin files that set a macro, e.g. ['methods/mov.gin'].
+
+    A folder with more than three of them stands for its files ('a file of runs/'). Files for T5X
+    are listed if no others set the macro; experiments, which combine the others' macros, never.
+    """
+    folders = [["methods", "models", "routing", "runs"], ["runs_t5x"]]
+    for group in folders:
+        owners: list[str] = []
+        for folder in group:
+            files = [f"{folder}/{path.name}" for path in sorted((GIN_DIR / folder).glob("*.gin"))]
+            files = [f for f in files if any(x.startswith(f"{name} = ") for x in _lines(f))]
+            owners += files if len(files) <= 3 else [f"a file of {folder}/"]
+        if owners:
+            return owners
+    return []
+
+
 def _lines(text: str) -> Iterable[str]:
     """Yields the lines of a gin text or of a file by name, with those of the files it includes."""
     if "\n" not in text:
         text = (GIN_DIR / text).read_text()
     for line in text.splitlines():
-        if match := re.match(r"include '(.*)'", line):
-            yield from _lines(match[1])
-        else:
+        match = re.match(r"include '(.*)'", line)
+        if match is None:
             yield line
+        elif (GIN_DIR / match[1]).is_file():  # T5X's own files are not in the package
+            yield from _lines(match[1])
 
 
 @functools.cache
