@@ -53,7 +53,18 @@ def adamw(
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 
-_FACTORS = ("constant", "linear_warmup", "rsqrt_decay", "linear_decay", "cosine_decay")
+# T5X's factors, and two of our own.
+_FACTORS = (
+    "constant",
+    "linear_warmup",
+    "linear_decay",
+    "rsqrt_decay",
+    "rsqrt_normalized_decay",
+    "decay_every",
+    "cosine_decay",
+    "linear_to_zero",
+    "cosine_to_zero",
+)
 
 
 def create_learning_rate_scheduler(
@@ -61,38 +72,74 @@ def create_learning_rate_scheduler(
     base_learning_rate: float = 1e-3,
     warmup_steps: int = 0,
     total_steps: int | None = None,
+    decay_factor: float = 0.5,
+    steps_per_decay: int = 20_000,
+    steps_per_cycle: int = 100_000,
+    step_offset: int = 0,
+    min_learning_rate: float = 1e-8,
 ) -> Schedule:
-    """Returns step -> learning rate, a product of named factors as in T5X.
+    """Returns step -> learning rate, a product of named factors.
+
+    The first seven factors have T5X's values (`t5x.utils.create_learning_rate_scheduler`). With
+    W = warmup_steps:
+
+    - constant: base_learning_rate.
+    - linear_warmup: min(1, step / W), or 1 without a warm-up.
+    - linear_decay: base_learning_rate * min(step / W, 1 + decay_factor * (W - step)); it contains
+      `constant` and `linear_warmup`, and reaches zero 1 / decay_factor steps after the warm-up.
+    - rsqrt_decay: 1 / sqrt(max(step, W)).
+    - rsqrt_normalized_decay: sqrt(W) / sqrt(max(step, W)), which is 1 until the end of the warm-up.
+    - decay_every: decay_factor to the power of step // steps_per_decay.
+    - cosine_decay: half a cosine from 1 to 0, once every steps_per_cycle steps after the warm-up.
+    - linear_to_zero, cosine_to_zero: a line and half a cosine from 1 at the end of the warm-up to 0
+      at total_steps.
 
     Args:
-      factors: factors joined by `*`: constant (the base learning rate), linear_warmup (0 to 1 over
-        warmup_steps), rsqrt_decay (1 / sqrt(max(step, warmup_steps, 1))), linear_decay and
-        cosine_decay (1 to 0 from the end of the warm-up to total_steps).
-      base_learning_rate: the base learning rate, which is the factor `constant`.
-      warmup_steps: number of steps that linear_warmup takes; decays begin after them.
-      total_steps: step at which the decays end.
+      factors: names of factors joined by `*`, such as 'constant * linear_warmup * cosine_to_zero'.
+      base_learning_rate: the base learning rate.
+      warmup_steps: number of steps of the warm-up.
+      total_steps: step at which linear_to_zero and cosine_to_zero end.
+      decay_factor: see linear_decay and decay_every.
+      steps_per_decay: see decay_every.
+      steps_per_cycle: see cosine_decay.
+      step_offset: number of steps to subtract from each step.
+      min_learning_rate: lower bound of the result, which a warm-up starts from.
 
     Raises:
-      InputError: a factor is unknown, or a decay has no total_steps.
+      InputError: a factor is unknown, or a setting that it needs is missing.
     """
     names = [name.strip() for name in factors.split("*")]
     for name in names:
         if name not in _FACTORS:
             raise InputError(f"SCHEDULE must be a product of {[*_FACTORS]}, got factor {name!r}")
-        if name in ("linear_decay", "cosine_decay") and total_steps is None:
+        if name.endswith("_to_zero") and total_steps is None:
             raise InputError(f"SCHEDULE factor {name!r} needs total_steps, got None")
+        if name == "rsqrt_normalized_decay" and warmup_steps < 1:
+            raise InputError(
+                f"WARMUP_STEPS must be at least 1 for SCHEDULE factor {name!r}, got {warmup_steps}"
+            )
 
     def schedule(step: Step) -> jax.Array | float:
-        step = jnp.asarray(step, jnp.float32)
+        step = jnp.maximum(0.0, jnp.asarray(step, jnp.float32) - step_offset)
+        warmup = step / warmup_steps if warmup_steps else jnp.ones_like(step)
+        # T5X divides by zero at step 0 of a schedule without a warm-up.
+        root = jnp.sqrt(jnp.maximum(step, max(warmup_steps, 1)))
+        cycle = jnp.maximum(0.0, (step - warmup_steps) / steps_per_cycle) % 1.0
         decay_steps = max((total_steps or 0) - warmup_steps, 1)
         progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+        linear_decay = jnp.minimum(warmup, 1.0 + decay_factor * (warmup_steps - step))
         values: dict[str, Callable[[], jax.Array | float]] = {
             "constant": lambda: base_learning_rate,
-            "linear_warmup": lambda: jnp.minimum(1.0, step / max(warmup_steps, 1)),
-            "rsqrt_decay": lambda: jax.lax.rsqrt(jnp.maximum(step, max(warmup_steps, 1))),
-            "linear_decay": lambda: 1.0 - progress,
-            "cosine_decay": lambda: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+            "linear_warmup": lambda: jnp.minimum(1.0, warmup),
+            "linear_decay": lambda: base_learning_rate * linear_decay,
+            "rsqrt_decay": lambda: 1.0 / root,
+            "rsqrt_normalized_decay": lambda: math.sqrt(warmup_steps) / root,
+            "decay_every": lambda: decay_factor ** (step // steps_per_decay),
+            "cosine_decay": lambda: 0.5 * (1.0 + jnp.cos(jnp.pi * cycle)),
+            "linear_to_zero": lambda: 1.0 - progress,
+            "cosine_to_zero": lambda: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
         }
-        return math.prod((values[name]() for name in names), start=jnp.asarray(1.0, jnp.float32))
+        rate = math.prod((values[name]() for name in names), start=jnp.asarray(1.0, jnp.float32))
+        return jnp.maximum(rate, min_learning_rate)
 
     return schedule

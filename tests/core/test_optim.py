@@ -1,5 +1,8 @@
 """Optimizers against numpy and numbers by hand; schedules by hand."""
 
+import json
+
+import archives
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,26 +155,33 @@ def test_clip_norm_by_hand():
 @pytest.mark.parametrize(
     "factors, warmup, total, expected",
     [
-        # the base rate alone
-        ("constant", 0, None, {0: 0.5, 1000: 0.5}),
-        # 0 to 1 over 10 steps
-        ("constant * linear_warmup", 10, None, {0: 0, 1: 0.05, 5: 0.25, 10: 0.5, 99: 0.5}),
-        # 1 / sqrt(max(step, 100)): 0.5 / 10 up to step 100, then 0.5 / 20 at 400
-        ("constant * rsqrt_decay", 100, None, {0: 0.05, 100: 0.05, 400: 0.025}),
-        # T5's pretraining has both; at step 25: 0.5 * 25 / 100 / 10
-        ("constant * linear_warmup * rsqrt_decay", 100, None, {25: 0.0125, 400: 0.025}),
+        # without a warm-up its factor is 1 from the first step
+        ("constant * linear_warmup", 0, None, {0: 0.5, 1: 0.5}),
         # without a warm-up 1 / sqrt(max(step, 1))
         ("constant * rsqrt_decay", 0, None, {0: 0.5, 1: 0.5, 4: 0.25}),
         # from step 10 (1) to step 50 (0): at 20 three quarters are left
-        ("constant * linear_decay", 10, 50, {5: 0.5, 10: 0.5, 20: 0.375, 50: 0, 60: 0}),
+        ("constant * linear_to_zero", 10, 50, {5: 0.5, 10: 0.5, 20: 0.375, 50: 0, 60: 0}),
         # half a cosine: a third of the way (1 + cos 60°) / 2 = 3/4, halfway 1/2
-        ("constant * cosine_decay", 0, 30, {0: 0.5, 10: 0.375, 15: 0.25, 30: 0, 40: 0}),
+        ("constant * cosine_to_zero", 0, 30, {0: 0.5, 10: 0.375, 15: 0.25, 30: 0, 40: 0}),
     ],
 )
 def test_schedule_by_hand(factors, warmup, total, expected):
     schedule = optim.create_learning_rate_scheduler(factors, 0.5, warmup, total)
     rates = {step: float(schedule(jnp.array(step))) for step in expected}
-    assert rates == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    # As in T5X, a rate is at least 1e-8.
+    assert rates == pytest.approx({k: max(v, 1e-8) for k, v in expected.items()}, rel=1e-6, abs=0)
+
+
+with (archives.GOLDENS / "t5x_schedules.json").open() as file:
+    T5X_SCHEDULES = json.load(file)
+
+
+@pytest.mark.parametrize(("settings", "rates"), T5X_SCHEDULES["schedules"])
+def test_schedules_equal_those_of_t5x(settings, rates):
+    """Goldens of T5X (goldens/make_t5x_schedules.py): all its factors, offset and lower bound."""
+    schedule = optim.create_learning_rate_scheduler(**settings)
+    steps = jnp.array(T5X_SCHEDULES["steps"])
+    np.testing.assert_allclose(schedule(steps), rates, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +191,8 @@ def test_schedule_by_hand(factors, warmup, total, expected):
             "constant * linear_warmpu",
             "SCHEDULE must be a product of .*linear_warmup.*, got factor 'linear_warmpu'",
         ),
-        ("constant * cosine_decay", "'cosine_decay' needs total_steps, got None"),
+        ("constant * cosine_to_zero", "'cosine_to_zero' needs total_steps, got None"),
+        ("rsqrt_normalized_decay", "WARMUP_STEPS must be at least 1 .*, got 0"),
     ],
 )
 def test_wrong_schedule(factors, message):
