@@ -44,7 +44,8 @@ _SITE = re.compile(
 def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training") -> Path:
     """Draws loss, accuracy and learning rate over steps, one panel for each recorded metric.
 
-    Training is drawn as a running mean over the raw values, evaluation as points.
+    Training is drawn as a running mean over the raw values, evaluation as points. A training loss
+    or accuracy is the mean of the steps since the last report, so it is drawn in their middle.
 
     Args:
       metrics: a metrics.jsonl: lines `{"step": 10, "train/loss": 2.3, "eval/loss": 2.5, …}`.
@@ -59,9 +60,12 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
     series: dict[str, dict[str, np.ndarray]] = {}
     for metric in _LOSS_PANELS:
         for name in (f"train/{metric}", f"eval/{metric}"):
-            points = [(step, row[name]) for step, row in rows.items() if name in row]
-            if points:
-                series.setdefault(metric, {})[name] = np.array(sorted(points), float)
+            steps = sorted(step for step, row in rows.items() if name in row)
+            if steps:
+                is_mean = name.startswith("train/") and metric != "learning_rate"
+                positions = _window_middles(steps) if is_mean else steps
+                curve = np.array([positions, [rows[step][name] for step in steps]], float)
+                series.setdefault(metric, {})[name] = curve
     if not series:
         raise InputError(f"{metrics}: expected lines with {list(_LOSS_PANELS)}, got none")
 
@@ -72,7 +76,7 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
     color = COLORS[0]
     for axis, (metric, curves) in zip(axes, series.items(), strict=True):
         for name, curve in curves.items():
-            steps, values = curve.T
+            steps, values = curve
             if name.startswith("eval/"):
                 axis.plot(steps, values, "o", ms=5, color=color, mec="white", label="evaluation")
             elif metric == "learning_rate" or len(steps) < 20:
@@ -288,13 +292,24 @@ def _read_metrics(file: Path) -> dict[int, dict[str, Any]]:
     return rows
 
 
+def _window_middles(steps: Sequence[int]) -> np.ndarray:
+    """Returns the middle of the steps that each report covers: those since the last report."""
+    last = np.array(steps, float)
+    first = np.array([0, *steps[:-1]]) + 1.0
+    return (first + last) / 2
+
+
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Returns the mean of each value and up to `width` values on each side, ignoring NaN."""
+    """Returns the mean of each value and up to `width` values on each side, ignoring NaN.
+
+    Both sides have the same number of values, fewer near the ends: a mean of one side would lag.
+    """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     # Differences of cumulative sums take linear time whatever the width.
     index = np.arange(len(values))
-    low, high = np.maximum(index - width, 0), np.minimum(index + width + 1, len(values))
+    widths = np.minimum(width, np.minimum(index, index[::-1]))
+    low, high = index - widths, index + widths + 1
     with np.errstate(invalid="ignore"):
         return (sums[high] - sums[low]) / (counts[high] - counts[low])

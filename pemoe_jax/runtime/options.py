@@ -113,7 +113,7 @@ class Logging:
     """What a training reports and how often.
 
     Attributes:
-      log_period: steps between two reports of the training loss.
+      log_period: steps between two reports of the training loss, which is their mean.
       eval_period: steps between two evaluations of the loss on the evaluation splits; 0: never.
       eval_batches: maximum number of batches of an evaluation of the loss.
       router_metrics: router metrics to report: 'sites' (each site, averaged over layers), 'layers'

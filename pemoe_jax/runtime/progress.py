@@ -65,6 +65,8 @@ def _is_up_to(line: str, last_step: int) -> bool:
 class Progress:
     """A bar on a terminal, one line per report elsewhere; both with the remaining time.
 
+    The pace is measured from the first count on, since work up to there includes compiling.
+
     Args:
       label: name of the thing that is counted, e.g. 'step'.
       total: count at the end.
@@ -73,8 +75,9 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, done: int = 0, note: str = "compiling") -> None:
-        self._label, self._total, self._first = label, total, done
-        self._start = self._last_report = time.monotonic()
+        self._label, self._total = label, total
+        self._last_report = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first count and its time
         self._bar: rich_progress.Progress | None = None
         if sys.stdout.isatty():
             from rich import progress
@@ -92,6 +95,7 @@ class Progress:
 
     def advance(self, done: int) -> None:
         """Moves the bar; prints nothing without a terminal."""
+        self._first = self._first or (done, time.monotonic())
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
 
@@ -112,13 +116,17 @@ class Progress:
             self.advance(done)
 
     def report(self, done: int, note: str) -> None:
-        """Shows the count, the note and an estimate of the remaining time."""
-        if self._bar is not None:
+        """Shows the count, the note and, from the second count on, the remaining time."""
+        now = time.monotonic()
+        first, start = self._first = self._first or (done, now)
+        if self._bar is not None:  # `rich` measures the pace from the first count too
             self._bar.update(self._task, completed=done, note=note)
             return
-        pace = (time.monotonic() - self._start) / max(done - self._first, 1)
-        left = format_duration(pace * (self._total - done))
-        print(f"{self._label} {done}/{self._total}  {note}  left {left}", flush=True)
+        left = ""
+        if done > first or done == self._total:
+            pace = (now - start) / max(done - first, 1)
+            left = f"  left {format_duration(pace * (self._total - done))}"
+        print(f"{self._label} {done}/{self._total}  {note}{left}", flush=True)
 
     def print_line(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""

@@ -11,16 +11,42 @@ from pemoe_jax.core.errors import InputError
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_loss_curve(tmp_path, monkeypatch):
-    """Every curve is on its panel; a step that is logged twice counts once."""
+@pytest.fixture
+def curves(monkeypatch):
+    """The (label, steps, values) of all lines that are drawn."""
     save, curves = plots.save_figure, []
 
     def save_figure(figure, png):
         for axis in figure.axes:
-            curves.extend((axis.get_ylabel(), *line.get_data()) for line in axis.get_lines())
+            for line in axis.get_lines():
+                curves.append((axis.get_ylabel(), *map(list, line.get_data())))
         return save(figure, png)
 
     monkeypatch.setattr(plots, "save_figure", save_figure)
+    return curves
+
+
+def test_training_losses_are_drawn_amid_their_steps(tmp_path, curves):
+    """A report is the mean of the steps since the last one, an evaluation is of the moment."""
+    lines = [
+        {"step": 1, "train/loss": 9.8, "train/accuracy": 0.1, "train/learning_rate": 0.1},
+        {"step": 50, "train/loss": 6.2, "train/accuracy": 0.3, "train/learning_rate": 0.2},
+        {"step": 50, "eval/loss": 3.1, "eval/accuracy": 0.5},
+    ]
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plots.loss_curve(metrics, tmp_path / "curve.png")
+    assert curves == [
+        ("loss", [1, 26], [9.8, 6.2]),  # the middle of the steps 2 to 50
+        ("loss", [50], [3.1]),
+        ("token accuracy", [1, 26], [0.1, 0.3]),
+        ("token accuracy", [50], [0.5]),
+        ("learning rate", [1, 50], [0.1, 0.2]),
+    ]
+
+
+def test_loss_curve(tmp_path, curves):
+    """Every curve is on its panel; a step that is logged twice counts once."""
     lines = [
         {"step": 1, "train/loss": 3.0, "train/learning_rate": 0.1},
         {"step": 2, "train/loss": 9.0, "train/learning_rate": 0.1},
@@ -36,7 +62,7 @@ def test_loss_curve(tmp_path, monkeypatch):
     png = plots.loss_curve(metrics, tmp_path / "new" / "curve.png")
     assert png.read_bytes().startswith(PNG)
     assert [path.name for path in png.parent.iterdir()] == ["curve.png"]  # no temporary file
-    assert [(label, list(x), list(y)) for label, x, y in curves] == [
+    assert curves == [
         ("loss", [1, 2], [3.0, 2.0]),
         ("loss", [2], [2.5]),
         ("learning rate", [1, 2], [0.1, 0.2]),
@@ -44,9 +70,11 @@ def test_loss_curve(tmp_path, monkeypatch):
 
 
 def test_running_mean():
-    # Width 1: means of (1, 2), (1, 2, 6), (2, 6), (6, 4), (4); the NaN is left out.
+    # Width 1: means of (1), (1, 2, 6), (2, 6), (6, 4), (4); the NaN is left out.
     smooth = plots._running_mean(np.array([1.0, 2.0, 6.0, np.nan, 4.0]), 1)
-    np.testing.assert_allclose(smooth, [1.5, 3.0, 4.0, 5.0, 4.0])
+    np.testing.assert_allclose(smooth, [1.0, 3.0, 4.0, 5.0, 4.0])
+    # A line stays a line, to its ends.
+    np.testing.assert_allclose(plots._running_mean(np.arange(9.0), 3), np.arange(9.0))
 
 
 @pytest.mark.parametrize(

@@ -11,23 +11,45 @@ def test_durations_and_thousands():
     assert [progress.format_count(n) for n in (999, 12_345, 2_500_000)] == ["999", "12.3k", "2.5M"]
 
 
+def set_clock(monkeypatch, seconds):
+    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds)
+
+
 def test_lines_show_the_count_and_the_remaining_time(capsys, monkeypatch):
-    clock = iter([100.0, 105.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    set_clock(monkeypatch, 100)
     bar = progress.Progress("step", total=50, done=10)
+    set_clock(monkeypatch, 105)
     bar.report_if_due(20, "early")  # 5 s after the start: nothing yet
-    clock = iter([111.0, 111.0])
-    bar.report_if_due(32, "loss 1.0")  # 11 s for 22 steps: half a second each, 18 steps left
+    set_clock(monkeypatch, 111)
+    bar.report_if_due(32, "loss 1.0")  # 6 s for 12 steps: half a second each, 18 steps left
     assert capsys.readouterr().out == "step 32/50  loss 1.0  left 0:09\n"
-    clock = iter([112.0, 112.0])
+    set_clock(monkeypatch, 112)
     bar.report_if_due(50, "done")  # the end is always reported
     assert "step 50/50  done  left 0:00" in capsys.readouterr().out
-    clock = iter([100.0, 111.0, 111.0])
     bar = progress.Progress("reading", total=50)
+    bar.advance(10)
+    set_clock(monkeypatch, 123)
     bar.report_if_slow(20, "arrays")
-    assert "reading 20/50  arrays  left 0:16" in capsys.readouterr().out  # 11 s for 20, 30 left
+    assert "reading 20/50  arrays  left 0:33" in capsys.readouterr().out  # 11 s for 10, 30 left
     bar.report_if_slow(50, "arrays")  # not at the end
     assert capsys.readouterr().out == ""
+
+
+def test_remaining_time_leaves_compiling_out(capsys, monkeypatch):
+    """The first step takes 41 s, 40 of them to compile, and each further step one."""
+    set_clock(monkeypatch, 0)
+    bar = progress.Progress("step", total=120)
+    set_clock(monkeypatch, 40)
+    bar.advance(1)  # the first step is under way
+    set_clock(monkeypatch, 41)
+    bar.report(1, "loss 9.0")
+    assert capsys.readouterr().out == "step 1/120  loss 9.0\n"  # nothing to estimate it from
+    set_clock(monkeypatch, 60)
+    bar.report(21, "loss 5.0")  # 20 s for 20 steps
+    assert capsys.readouterr().out == "step 21/120  loss 5.0  left 1:39\n"
+    bar = progress.Progress("step", total=1)
+    bar.report(1, "loss 9.0")
+    assert capsys.readouterr().out == "step 1/1  loss 9.0  left 0:00\n"
 
 
 def test_metrics_resume_from_a_checkpoint(tmp_path):
