@@ -28,7 +28,9 @@ class FolderTask(SeekableTask, seqio.Task):
             # The source shuffles row indices, so that a buffer of examples and a copy of all
             # examples in memory would cost and gain nothing.
             kwargs.update(shuffle_buffer_size=1, try_in_mem_cache=False)
-        return super().get_dataset(*args, use_cached=use_cached, **kwargs)
+        ds = super().get_dataset(*args, use_cached=use_cached, **kwargs)
+        # Here too, for seqio's Evaluator and T5X, which make the iterators themselves.
+        return seqio_import.disable_autotune(ds)
 
     def cached_examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
@@ -55,9 +57,10 @@ class FolderMixture(SeekableMixture, seqio.Mixture):
         **kwargs: object,
     ) -> tf.data.Dataset:
         if use_cached or kwargs.get("passthrough_features"):
-            return super().get_dataset(
+            ds = super().get_dataset(
                 sequence_length, split, use_cached, shuffle, seed, shard_info, num_epochs, **kwargs
             )
+            return seqio_import.disable_autotune(ds)
         if seed is None:
             seed = int.from_bytes(os.urandom(8), "big") if shuffle else 0
         options = StreamOptions(
@@ -67,7 +70,8 @@ class FolderMixture(SeekableMixture, seqio.Mixture):
             shard=shard_of(shard_info),
             include_text=bool(kwargs.get("copy_pretokenized")),
         )
-        return self.examples_from(sequence_length or {}, split, options)
+        ds = self.examples_from(sequence_length or {}, split, options)
+        return seqio_import.disable_autotune(ds)
 
     def cached_examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions

@@ -14,9 +14,12 @@ import threading
 import weakref
 from collections.abc import Generator, Iterator
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pemoe_jax.runtime import seqio_cache_dirs
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 T = TypeVar("T")
 
@@ -89,6 +92,19 @@ def import_seqio() -> ModuleType:
         seqio.add_global_cache_dirs(seqio_cache_dirs.additional_cache_dirs)
     module: ModuleType = seqio
     return module
+
+
+def disable_autotune(ds: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns a dataset whose iterators do not tune their parallelism and buffers.
+
+    The destructor of a tuned iterator waits for the tuning thread, 3 to 70 s on one core. Without
+    tuning, `tf.data.AUTOTUNE` is the number of cores, at most 16.
+    """
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return ds.with_options(options)
 
 
 _open_generators: weakref.WeakSet[Generator[object, None, None]] = weakref.WeakSet()

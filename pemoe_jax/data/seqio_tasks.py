@@ -169,7 +169,7 @@ def numpy_iterator(
 
     def iterate() -> Generator[Any, None, None]:
         with translate_read_errors(name, split, use_cached):
-            yield from ds.as_numpy_iterator()
+            yield from seqio_import.disable_autotune(ds).as_numpy_iterator()
 
     return seqio_import.close_at_exit(iterate())
 

@@ -21,6 +21,7 @@ import google_crc32c
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.data import seqio_import
 from pemoe_jax.data.row_reader import READ_SIZE, Row, RowReader, parse, read_parts
 from pemoe_jax.runtime import file_io
 
@@ -195,6 +196,7 @@ class TFRecordReader(RowReader):
         num_read = 0
         for file in self.files:
             records = tf.data.TFRecordDataset(file.path).batch(READ_SIZE)
+            records = seqio_import.disable_autotune(records)
             try:
                 for batch in records.as_numpy_iterator():
                     num_read += len(batch)

@@ -12,7 +12,7 @@ import pytest
 from data_tasks import LENGTHS
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import feed, prefetch, seqio_import, seqio_tasks
+from pemoe_jax.data import choices, feed, prefetch, seqio_import, seqio_tasks
 from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.tasks.jsonl import files
 
@@ -340,6 +340,28 @@ def test_prefetched_position_is_that_of_the_last_batch(registered):
             time.sleep(0.01)
         assert ahead.position == plain.position != batches.position
     ahead.close()
+
+
+def test_no_iterator_tunes_itself(registered, users_own, monkeypatch):
+    """Its destructor would wait for the tuning thread, up to a minute on one core."""
+    import tensorflow as tf
+
+    read, make_iterator = [], tf.data.Dataset.__iter__
+
+    def record(ds):
+        read.append(ds.options().autotune.enabled)
+        return make_iterator(ds)
+
+    monkeypatch.setattr(tf.data.Dataset, "__iter__", record)
+    for name in ("jsonl_train", "a", users_own):
+        next(feed.train_batches(name, LENGTHS, 2))
+    next(feed.eval_batches("jsonl_train", LENGTHS, 2))
+    choices.load_choice_groups("scored_score_eval", LENGTHS)
+    for name in ("jsonl_train", "a"):  # as seqio's Evaluator does
+        provider = seqio_tasks.get_mixture_or_task(name)
+        next(provider.get_dataset(LENGTHS, num_epochs=1).as_numpy_iterator())
+    assert len(read) >= 7
+    assert set(read) == {False}
 
 
 def test_dropped_iterator_closes_its_pipeline(registered):

@@ -425,6 +425,8 @@ def test_random_access_in_a_file_larger_than_a_block(tmp_path, monkeypatch, enco
     reader = tfrecords.TFRecordReader(tmp_path, "train")
     read = reader.read_rows([149, 0, 75, 49, 50])
     assert [row["inputs"] for row in read] == [rows[i]["inputs"] for i in (149, 0, 75, 49, 50)]
+    blocks = [row["inputs"] for block in reader.row_blocks() for row in block]
+    assert blocks == [row["inputs"] for row in rows]
 
 
 def test_missing_data(p3, tmp_path, forms, monkeypatch):
