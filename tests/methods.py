@@ -86,7 +86,8 @@ def random_params_of(transformer: network.Transformer) -> dict:
             noise *= 0.2
         elif path.endswith("kernel") and "router" not in path:
             noise *= shape.shape[0] ** -0.5
-        arrays[path] = jnp.asarray(noise, jnp.float32)
+        # NumPy's name: tests in double precision patch `jnp.float32`, and this result is cached.
+        arrays[path] = jnp.asarray(noise.astype(np.float32))
     return params.unflatten(arrays)
 
 
