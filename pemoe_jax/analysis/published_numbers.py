@@ -1,10 +1,10 @@
 """Figures that papers publish, each with its source.
 
-"The paper" is arXiv 2309.05444 (MoV, MoLORA). Its own tables were not available: its figures are
-quoted from a public note on it (`PAPER_SOURCE`), those of T0 from two model cards. No figure is
-computed from others. Figures without a source are omitted: the paper's accuracies by dataset, its
-averages for (IA)³, LoRA and MoLORA, its 770M and 11B models, and its shares of trainable parameters
-for MoLORA-10 and, at 3B, MoV-60.
+"The paper" is arXiv 2309.05444 (MoV, MoLORA). Its figures are quoted second-hand, from a summary by
+others (`PAPER_SOURCE`), since the paper's own tables were not consulted; those of T0 are from two
+model cards. No figure is computed from others. Figures without a source are omitted: the paper's
+accuracies by dataset, its averages for (IA)³, LoRA and MoLORA, its accuracies at 770M and 11B, and
+its shares of trainable parameters for MoLORA-10 and, at 3B, MoV-60.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _T0_CARD = "huggingface.co/hamishivi/hypertask_T0_"
 _MOV_SITES = ("key", "value", "gate")
 _LORA_SITES = ("query", "key", "value", "out", "wi_0", "wo")
 # Parameters of T5 v1.1 XL and XXL, which the papers call 3B and 11B.
-_XL, _XXL = 2_849_757_184, 11_135_332_352
+_XL_PARAMS, _XXL_PARAMS = 2_849_757_184, 11_135_332_352
 
 # (base parameters, method, sites) -> trainable parameters in %, as printed. From PAPER_SOURCE.
 TRAINABLE_SHARES = {
-    (_XL, "ia3", _MOV_SITES): "0.018",
-    (_XL, "lora r4", _LORA_SITES): "0.3",
-    (_XL, "mov-10", _MOV_SITES): "0.32",
-    (_XL, "mov-30", _MOV_SITES): "0.68",
-    (_XL, "molora-15 r4", _LORA_SITES): "4.69",
-    (_XXL, "mov-60", _MOV_SITES): "0.86",
+    (_XL_PARAMS, "ia3", _MOV_SITES): "0.018",
+    (_XL_PARAMS, "lora r4", _LORA_SITES): "0.3",
+    (_XL_PARAMS, "mov-10", _MOV_SITES): "0.32",
+    (_XL_PARAMS, "mov-30", _MOV_SITES): "0.68",
+    (_XL_PARAMS, "molora-15 r4", _LORA_SITES): "4.69",
+    (_XXL_PARAMS, "mov-60", _MOV_SITES): "0.86",
 }
 
 
@@ -58,14 +58,14 @@ class PublishedRow:
 
 
 def _t0_row(size: str, *accuracies: float) -> PublishedRow:
-    """Returns a row of T0 (arXiv 2110.08207): full fine-tuning of T5 v1.1 + LM."""
+    """Returns a row of T0 (arXiv 2110.08207): full fine-tuning of LM-adapted T5 v1.1."""
     by_column = dict(zip(COLUMNS, accuracies, strict=True))
     source = f"{_T0_CARD}{size} (model card)"
     return PublishedRow(f"T0 {size}", "full", "100", "mean", source, by_column)
 
 
 def _paper_row(method: str, share: str, average: float) -> PublishedRow:
-    """Returns a row of arXiv 2309.05444 with T5 v1.1 XL + LM."""
+    """Returns a row of arXiv 2309.05444 with LM-adapted T5 v1.1 XL."""
     name = f"paper 3B {method}"
     return PublishedRow(name, method, share, "median", PAPER_SOURCE, average=average)
 
@@ -81,10 +81,10 @@ ROWS = (
 )
 
 NOTE = (
-    "Published: paper 3B is arXiv 2309.05444 (T5 v1.1 XL + LM; full: its own run of T0), averages"
-    f" over the eight datasets as quoted by a note on the paper ({PAPER_SOURCE}). Its figures by"
-    " dataset, and those of (IA)³, LoRA, MoLORA and of its 770M and 11B models are omitted, as they"
-    " have no source. T0 3B and 11B are the models of arXiv 2110.08207, means over prompts as"
+    "Published: rows 'paper 3B' are from arXiv 2309.05444 (LM-adapted T5 v1.1 XL; its row 'full' is"
+    " the authors' own run of T0's recipe), averages over the eight datasets as quoted by a summary"
+    f" of the paper ({PAPER_SOURCE}). Its figures by dataset, and those of (IA)³, LoRA, MoLORA and"
+    " of its 770M and 11B models are omitted, as they have no source. T0 3B and 11B are the models of arXiv 2110.08207, means over prompts as"
     f" printed on the model cards {_T0_CARD}3B and …11B. Those cards average over StoryCloze too,"
     " so their average is omitted. `pemoe count` explains the paper's shares of parameters."
 )

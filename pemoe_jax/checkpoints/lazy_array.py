@@ -62,8 +62,8 @@ def load_arrays(
 ) -> dict[str, PyTree]:
     """Reads arrays onto devices, with the dtypes and shardings of `target`.
 
-    Names and shapes are compared before anything is read. Host memory peaks at the parameters
-    plus the largest stored array; arrays are read ahead as long as they fit into that.
+    Names and shapes are compared before anything is read. Arrays are read ahead; besides the
+    loaded parameters, the host's memory holds at most the bytes of the largest stored array.
 
     Args:
       arrays: path -> array, as stored.
@@ -98,6 +98,7 @@ def load_arrays(
 
 # ((start, stop) of each axis) -> that part of an array
 _Shards = dict[tuple[tuple[int, int], ...], np.ndarray]
+# (path, bytes, shards that are being read)
 _Pending = tuple[str, int, "concurrent.futures.Future[_Shards]"]
 
 
@@ -125,10 +126,8 @@ def _read_ahead(
 
 
 def _pop_first(pending: list[_Pending]) -> tuple[str, _Shards]:
-    path, _, future = pending[0]
-    shards = future.result()
-    del pending[0]  # only now: its bytes count while it is being read
-    return path, shards
+    path, _, future = pending.pop(0)
+    return path, future.result()
 
 
 def _read_shards(array: LazyArray, target: jax.ShapeDtypeStruct) -> _Shards:
@@ -139,20 +138,21 @@ def _read_shards(array: LazyArray, target: jax.ShapeDtypeStruct) -> _Shards:
     # Devices that hold the same part (replicas) have the same key.
     parts = {_bounds(index, target.shape): index for index in indices}
     dtype = np.dtype(target.dtype)
-    return {key: _to_row_major(array.read_slice(index), dtype) for key, index in parts.items()}
+    return {key: _cast(array.read_slice(index), dtype) for key, index in parts.items()}
 
 
-_BLOCK = 64  # columns per copy: 64 rows and 64 columns of float32 fit into the L1 cache
+_BLOCK = 64  # columns per copy: each cache line that is read then serves 16 float32 values
 
 
-def _to_row_major(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Casts an array; copies a transposed matrix in blocks of columns.
+def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Casts an array; a transposed matrix becomes row-major, copied in blocks of columns.
 
     A plain copy of a transposed matrix reads one value per cache line; Hugging Face kernels are
     stored [out, in], so all of them come transposed.
     """
     if array.flags.c_contiguous or array.ndim != 2:
         return array.astype(dtype, copy=False)
+    # Aligned, so that JAX on a CPU adopts the memory without a copy.
     result = file_io.aligned_empty(array.shape, dtype)
     for i in range(0, array.shape[1], _BLOCK):
         result[:, i : i + _BLOCK] = array[:, i : i + _BLOCK]

@@ -108,7 +108,7 @@ class VectorExperts(nn.Module):
         statistics = routing.statistics_from_sums(
             soft, top_1, entropy[0], squared_log_z[0], mixture=soft, weight=weight
         )
-        self.sow("routers", "statistics", jnp.append(statistics, 0.0))  # no losses: objective 0
+        self.sow("routers", "statistics", jnp.append(statistics, 0.0))  # no auxiliary loss
         return out
 
 

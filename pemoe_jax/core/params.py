@@ -103,7 +103,8 @@ def initialize(
     arrays = {}
     for path, spec in specs.items():
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        # A small program for each shape: one for the model compiles for minutes at T5-Large.
+        # One small program for each shape: a single program for the whole model takes minutes to
+        # compile at T5-Large.
         arrays[path] = transform(path, _init_array(path_key, spec.init, spec.shape))
     return unflatten(arrays)
 
@@ -166,7 +167,7 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
             )
         chosen |= matched
     if not chosen:
-        raise InputError(f"TRAINABLE matched 0 of {len(paths)} parameters: {list(patterns)}")
+        raise InputError("TRAINABLE must hold at least one pattern, got []")
     return chosen
 
 
@@ -244,13 +245,11 @@ def check_finite(tree: Params, source_name: str) -> None:
 
 def frozen_dtype(path: str, dtype: jax.typing.DTypeLike) -> np.dtype:
     """Returns a frozen parameter's dtype: that of the activations, or float32."""
-    # Norms, logits and adapters compute in float32. The layers cast the other matrices to the
-    # activation dtype anyway, so storing them in it changes no result. Adapters can be frozen: a
-    # pattern may train a part of them.
+    # The layers cast matrices to the activation dtype, so storing them in it changes no result.
+    # Logits and routers compute in float32; norms and adapters are small, and a frozen adapter (a
+    # pattern may train a part of them) stays as it was trained.
     keep_float32 = (
-        path.endswith("norm/scale")
-        or path.startswith("decoder/logits_dense/")
-        or "_adapter/" in path
+        path.endswith("norm/scale") or path.startswith("decoder/logits_dense/") or is_adapter(path)
     )
     return jnp.dtype(jnp.float32 if keep_float32 else dtype)
 
@@ -271,8 +270,8 @@ def sample_array(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 
 
 def _sample(leaf: PyTree) -> PyTree:
-    flat = np.linspace(0, leaf.size - 1, min(64, leaf.size)).astype(np.int64)
-    return leaf[np.unravel_index(flat, leaf.shape)].astype(jnp.bfloat16).view(np.uint16)
+    indices = np.linspace(0, leaf.size - 1, min(64, leaf.size)).astype(np.int64)
+    return leaf[np.unravel_index(indices, leaf.shape)].astype(jnp.bfloat16).view(np.uint16)
 
 
 _sample_on_device = jax.jit(_sample)
@@ -293,8 +292,8 @@ def fingerprint(params: Params) -> str:
 def fingerprint_samples(
     samples: Mapping[str, tuple[tuple[int, ...], jax.Array | np.ndarray]],
 ) -> str:
-    """Returns `fingerprint` from path -> (shape, sample), if all arrays do not fit in memory."""
+    """Returns `fingerprint` from path -> (shape, sample): all arrays need not be in memory at once."""
     digest = hashlib.sha256()
-    for path, (shape, bits) in sorted(samples.items()):
-        digest.update(f"{path} {tuple(shape)} {bits.tolist()}\n".encode())
+    for path, (shape, sample) in sorted(samples.items()):
+        digest.update(f"{path} {tuple(shape)} {sample.tolist()}\n".encode())
     return digest.hexdigest()[:16]

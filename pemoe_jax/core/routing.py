@@ -23,18 +23,20 @@ from pemoe_jax.core.kernels import thin_matmul
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
 
+# What a router can read: see `Router.reads`.
 READS = ("x", "y", "sentence")
 
 # The entries of `RouterOutput.statistics`, in order.
-STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "objective")
+STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "aux_loss")
 # An expert is dead if its load is below this fraction of an even load.
 DEAD_LOAD = 0.01
+# Router metrics are averaged over the layers of a stack, or reported for each router.
 DETAIL_LEVELS = ("sites", "layers")
 
 
 @flax.struct.dataclass
 class Tokens:
-    """What routers read of a batch's tokens besides the features of a site.
+    """What routers and dropout need of a batch besides the features of a site.
 
     Attributes:
       valid: [B, L], False or 0 at padding, which statistics ignore; None if nothing is padding.
@@ -95,7 +97,7 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, tokens: Tokens | None = None) -> RouterOutput:
-        """Routes features [B, L, ..., D] or, for sentences, [B, D]."""
+        """Routes features [B, L, ..., D], or sentence embeddings [B, S]."""
         self._check()
         tokens = tokens or Tokens()
         shape, axes = (features.shape[-1], self.num_experts), (self.feature_axis, "expert")
@@ -103,7 +105,7 @@ class Router(nn.Module):
         features = features.astype(jnp.float32)
         if self.has_noise(tokens):
             low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
-            rng = self.make_rng("dropout")
+            rng = self.make_rng("dropout")  # T5X passes no other key
             features *= jax.random.uniform(rng, features.shape, minval=low, maxval=high)
         return self.route(thin_matmul.thin_matmul(features, kernel), tokens)
 
@@ -164,16 +166,16 @@ def _route(
         if straight_through:
             probs = soft + jax.lax.stop_gradient(probs - soft)
     statistics = compute_statistics(logits, soft, probs, _token_weights(logits, valid))
-    objective = jnp.zeros(())
+    aux_loss = jnp.zeros(())
     # A term with coefficient 0 is left out, since XLA does not simplify `0 * x` (x may be NaN) and
     # would compute x and its gradient.
     if balance_loss:
-        objective += balance_loss * statistics[STATISTICS.index("balance_loss")]
+        aux_loss += balance_loss * statistics[STATISTICS.index("balance_loss")]
     if z_loss:
-        objective += z_loss * statistics[STATISTICS.index("z_loss")]
-    # Only the objective has a gradient. Metrics would otherwise send gradients of zeros through
-    # the whole network.
-    return RouterOutput(probs, jnp.append(jax.lax.stop_gradient(statistics), objective))
+        aux_loss += z_loss * statistics[STATISTICS.index("z_loss")]
+    # Only the auxiliary loss has a gradient. Metrics would otherwise send gradients of zeros
+    # through the whole network.
+    return RouterOutput(probs, jnp.append(jax.lax.stop_gradient(statistics), aux_loss))
 
 
 def _keep_largest(probs: Array, k: int) -> Array:
@@ -185,7 +187,7 @@ def _keep_largest(probs: Array, k: int) -> Array:
 
 
 def _token_weights(logits: Array, valid: Array | None) -> Array:
-    """Returns the weight of each distribution of logits [B, L, ..., E] or [B, E] in statistics."""
+    """Returns weights [B, L, ...] of logits [B, L, ..., E], or [B] of one distribution per row."""
     if valid is None:
         return jnp.ones(logits.shape[:-1], jnp.float32)
     valid = valid.astype(jnp.float32)
@@ -196,7 +198,7 @@ def _token_weights(logits: Array, valid: Array | None) -> Array:
 
 
 def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Array:
-    """Returns the first five of `STATISTICS`, float32, as weighted means over distributions.
+    """Returns all `STATISTICS` but aux_loss, float32, as weighted means over distributions.
 
     - entropy: of the softmax, in nats; log E if all experts are equally likely.
     - load: the most used expert's share of the mixture relative to an even share; 1 to E.
@@ -236,17 +238,17 @@ def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array)
 def statistics_from_sums(
     soft: Array, top_1: Array, entropy: Array, squared_log_z: Array, mixture: Array, weight: Array
 ) -> Array:
-    """Returns the first five of `STATISTICS` from weighted sums over distributions, float32.
+    """Returns all `STATISTICS` but aux_loss from weighted sums over distributions, float32.
 
     Args:
-      soft: [E], of the softmax probabilities.
+      soft: [E], sums of the softmax probabilities.
       top_1: [E], number of distributions whose largest probability is the expert's.
-      entropy, squared_log_z: [], as in `compute_statistics`.
-      mixture: [E], of the probabilities that mix the experts.
-      weight: [], of the weights.
+      entropy, squared_log_z: [], sums of what `compute_statistics` averages.
+      mixture: [E], sums of the probabilities that mix the experts.
+      weight: [], sum of the weights.
     """
     (num_experts,) = soft.shape
-    tiny = 1e-9  # a batch of padding has weight 0
+    tiny = 1e-9  # the weights of a batch that is all padding sum to 0
     weight = jnp.maximum(weight, tiny)
     top_1_share = top_1 / jnp.maximum(jnp.sum(top_1), tiny)
     load = num_experts * mixture / jnp.maximum(jnp.sum(mixture), tiny)
@@ -273,7 +275,8 @@ def summarize_statistics(
 
     Returns:
       Scalars 'entropy', … over all routers and 'encoder/mlp/gate/entropy', … for each site or
-      router: the largest load, and the mean of every other statistic.
+      router: the largest load, and the mean of every other statistic. The auxiliary loss is
+      reported over all routers only.
     """
     groups: dict[str, list[int]] = {"": list(range(len(paths)))}
     for row, path in enumerate(paths):
@@ -284,7 +287,7 @@ def summarize_statistics(
     metrics = {}
     for name, rows in groups.items():
         for column, statistic in enumerate(STATISTICS):
-            if name and statistic == "objective":
+            if name and statistic == "aux_loss":
                 continue
             values = statistics[np.array(rows), column]
             metric = values.max() if statistic == "load" else values.mean()

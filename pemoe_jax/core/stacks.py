@@ -1,8 +1,9 @@
-"""The layers of a stack: unrolled or as a loop, with activations stored or rematerialized.
+"""The layers of a stack: unrolled or scanned, with activations stored or rematerialized.
 
-A loop is compiled once however deep the stack is. It reads each parameter of its N layers as one
-array `<stack>/layers/…` [N, …]. Frozen parameters are stacked once, before training, and trainable
-ones in each step, since optimizer states, checkpoints and masks know `<stack>/layers_<i>/…` alone.
+The body of a scan is compiled once, whatever the depth. It reads each parameter of its N layers as
+one array `<stack>/layers/…` [N, …]. Frozen parameters are stacked once, before training, and
+trainable ones in each step, since optimizer states, checkpoints and masks use only the unstacked
+names `<stack>/layers_<i>/…`.
 """
 
 import functools
@@ -21,30 +22,33 @@ from pemoe_jax.core import quantized
 from pemoe_jax.core.params import Params, PyTree
 
 Array = jax.Array
-# A policy of `jax.checkpoint`: (primitive, *inputs, **settings) -> whether its output is stored.
+# A policy of `jax.checkpoint`: (primitive, *avals, **parameters) -> whether its output is stored.
 _Policy: TypeAlias = Callable[..., bool]
 
 
 def _all_but_copies(
-    primitive: Primitive, *inputs: jax.core.ShapedArray, **settings: PyTree
+    primitive: Primitive, *avals: jax.core.ShapedArray, **parameters: PyTree
 ) -> bool:
-    # Outputs that only copy parameters are excluded, such as those of sharding constraints: a loop
-    # would store a second copy of all its weights.
+    # Outputs that only copy parameters are excluded, such as those of sharding constraints: a scan
+    # would store a second copy of all its weights. So are casts to a wider dtype, which are cheaper
+    # to repeat than to store.
     if primitive.name == "convert_element_type":
-        return bool(settings["new_dtype"].itemsize <= inputs[0].dtype.itemsize)
+        return bool(parameters["new_dtype"].itemsize <= avals[0].dtype.itemsize)
     return primitive.name not in ("sharding_constraint", "broadcast_in_dim", "reshape")
 
 
 # The activations of a layer, besides its input, that are stored for its gradients; the others are
 # recomputed. The names are T5X's: `none` stores all that gradients need; `minimal` the outputs of
-# matrices and of fused attention, but nothing that adapters compute from them; `full` nothing.
+# matrix products ("product", named in `layers`) and of fused attention ("attended"), but nothing
+# that adapters compute from them; `full` nothing.
 REMAT_POLICIES: dict[str, _Policy] = {
     "none": _all_but_copies,
     "minimal": jax.checkpoint_policies.save_only_these_names("product", "attended"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-_COLLECTIONS = ("routers", "intermediates")  # outputs of layers besides x, if mutable
+# Collections that layers sow into; a scan returns them, and they are written back for each layer.
+_COLLECTIONS = ("routers", "intermediates")
 _LAYER_PATH = re.compile(r"(.*?)layers_(\d+)/(.*)")
 
 
@@ -65,11 +69,11 @@ def apply_layers(
       num_layers: N.
       apply: (layer, x) -> x, which fills in the layer's other arguments.
       x: input of the first layer.
-      scan: whether to run as a loop. Dropout masks then differ from those of the unrolled form.
+      scan: whether to use `jax.lax.scan`. Dropout masks then differ from those of the unrolled form.
       remat_policy: one of `REMAT_POLICIES`.
     """
     policy = REMAT_POLICIES[remat_policy]
-    # `init` creates layer by layer: the parameter tree has `layers_0`, `layers_1`, … in any form.
+    # `init` creates layer by layer: the parameter tree has `layers_0`, `layers_1`, … in either form.
     if scan and num_layers and not stack.is_initializing():
         return _scan_layers(stack, make_layer, num_layers, apply, x, policy)
     if remat_policy != "none" and not stack.is_initializing():
@@ -87,7 +91,8 @@ def _scan_layers(
     x: Array,
     policy: _Policy,
 ) -> Array:
-    # Not `nn.scan`, whose parameters are one stacked array each: the tree must stay that of T5X.
+    # Not `nn.scan`, which creates stacked parameters: the tree must stay that of T5X's minimal T5,
+    # with one subtree per layer.
     layer = make_layer(parent=None)
     mutable = [name for name in _COLLECTIONS if stack.is_mutable_collection(name)]
     keys = None
@@ -100,7 +105,7 @@ def _scan_layers(
         rngs = None if key is None else {"dropout": key}
         return nn.apply(apply, layer, mutable=mutable)({"params": params}, x, rngs=rngs)
 
-    # XLA does not merge recomputation with the forward pass across loops: no barrier is needed.
+    # XLA does not merge recomputation with the forward pass across scans: no barrier is needed.
     body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     x, collections = jax.lax.scan(body, x, (params, keys))
     for name, tree in collections.items():
@@ -113,9 +118,9 @@ def _scan_layers(
 def stack_layers(
     params: Params,
     depth: Callable[[str], int],
-    stack: Callable[[list[PyTree]], PyTree] = jnp.stack,
+    stack_leaves: Callable[[list[PyTree]], PyTree] = jnp.stack,
 ) -> dict[str, PyTree]:
-    """Stacks the parameters of `layers_0`, `layers_1`, … as `layers`, for a loop.
+    """Stacks the parameters of `layers_0`, `layers_1`, … as `layers`, for a scan.
 
     A parameter that only some layers have in `params`, since it is trained in the others, is not
     stacked.
@@ -123,7 +128,7 @@ def stack_layers(
     Args:
       params: parameters of a stack, or of a tree with stacks.
       depth: the part of a path before 'layers_0', such as 'encoder/' -> number of layers.
-      stack: N leaves -> one leaf.
+      stack_leaves: N leaves -> one leaf.
     """
     flat: dict[str, PyTree] = {}
     by_layer: dict[tuple[str, str], dict[int, PyTree]] = {}
@@ -139,13 +144,14 @@ def stack_layers(
             continue
         ordered = [leaves[i] for i in sorted(leaves)]
         if len(set(map(jax.tree.structure, ordered))) > 1:
-            # Trainable and quantized matrices have no common form but float32.
+            # A trainable leaf is an array, a quantized one a pytree: dequantized, all have one
+            # structure.
             ordered = [
                 quantized.dequantize(leaf) if isinstance(leaf, quantized.QuantizedMatrix) else leaf
                 for leaf in ordered
             ]
         # A quantized matrix is a pytree of two arrays, each stacked by itself.
-        flat[f"{prefix}layers/{rest}"] = jax.tree.map(lambda *each: stack([*each]), *ordered)
+        flat[f"{prefix}layers/{rest}"] = jax.tree.map(lambda *each: stack_leaves([*each]), *ordered)
     return params_lib.unflatten(flat)
 
 
@@ -160,7 +166,7 @@ def stack_and_delete(leaves: list[jax.Array]) -> jax.Array:
 
 
 def stack_abstract(leaves: list[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
-    """Returns the shape and sharding of `stack_and_delete`."""
+    """Returns the shape and sharding of the array that `stack_and_delete` would return."""
     shape, dtype = (len(leaves), *leaves[0].shape), leaves[0].dtype
     return jax.ShapeDtypeStruct(shape, dtype, sharding=_stacked_sharding(leaves[0].sharding))
 

@@ -105,13 +105,13 @@ def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Ar
 def apply_model(
     model: Model, params: Params, batch: Batch, dropout_rng: Array | None, **options: object
 ) -> PyTree:
-    """Returns the logits [B, L, V] of a batch, packed or not.
+    """Returns the logits [B, L, V] of a batch, packed or not, or what `options` asks for.
 
     Args:
       batch: arrays [B, L] under T5X's names, and optionally sentence_embeddings [B, S].
       dropout_rng: dropout key; None disables dropout.
-      options: arguments of the network or of Linen's `apply`; with `mutable`, the result is a pair
-        of logits and collections.
+      options: arguments of the network or of Linen's `apply`: `return_hidden` returns the input of
+        the logits layer [B, L, D], `mutable` a pair with the collections.
     """
     return model.apply(
         {"params": params},
@@ -150,19 +150,19 @@ def _loss_sums(
         loss.label_smoothing,
         loss.z_loss,
     )
-    is_real = _token_weights(batch)
-    sums = {name: jnp.sum(values * is_real) for name, values in token_values.items()}
-    sums["tokens"] = jnp.sum(is_real)
+    token_weights = _token_weights(batch)
+    sums = {name: jnp.sum(values * token_weights) for name, values in token_values.items()}
+    sums["tokens"] = jnp.sum(token_weights)
     routers = params_lib.flatten(collections.get("routers", {}))
     if routers:
         statistics = [statistic for _, (statistic,) in sorted(routers.items())]
         sums["routers"] = jnp.stack(statistics) * sums["tokens"]
         # Indexed before stacking, so that XLA drops the statistics that nothing reads.
-        column = routing.STATISTICS.index("objective")
-        objectives = [jax.lax.index_in_dim(row, column, keepdims=False) for row in statistics]
-        # The mean over routers counts once per token, like a token's loss, so their ratio does not
-        # depend on the normalization.
-        total += jnp.mean(jnp.stack(objectives)) * jnp.sum(weights)
+        column = routing.STATISTICS.index("aux_loss")
+        aux_losses = [jax.lax.index_in_dim(row, column, keepdims=False) for row in statistics]
+        # Weighted like the tokens' losses, so that the ratio of the two does not depend on the
+        # normalizer.
+        total += jnp.mean(jnp.stack(aux_losses)) * jnp.sum(weights)
     return total, sums
 
 
@@ -188,7 +188,7 @@ def _metrics(total: Array, sums: Metrics) -> Metrics:
     }
 
 
-def loss_and_grads(
+def grads_and_metrics(
     model: Model,
     loss: Loss,
     trainable: Params,
@@ -199,8 +199,8 @@ def loss_and_grads(
 ) -> tuple[PyTree, Metrics]:
     """Returns the gradients with respect to `trainable`, and the metrics, of one batch.
 
-    Accumulated gradients equal those of the whole batch, however its tokens are spread over
-    microbatches: the normalizer is that of the whole batch.
+    The normalizer is that of the whole batch. So without dropout, router noise and balance losses,
+    accumulated gradients equal those of the whole batch, however its tokens are divided.
 
     Args:
       trainable, frozen: the two parts of the parameters.
@@ -256,7 +256,7 @@ def _accumulate(
     def add(sums: PyTree, item: tuple[Array, tuple[Batch, Array]]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, sums, run(*item)), None
 
-    # Shapes from an abstract run, since the model determines which sums there are.
+    # An abstract evaluation returns the tree of sums: its keys depend on the model's routers.
     shapes = jax.eval_shape(lambda: run(0, jax.tree.map(lambda a: a[0], pieces)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     sums, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), pieces))
@@ -277,7 +277,7 @@ def make_train_step(
     """Returns step(state, frozen, batch, rng) -> (state, metrics); jitted, the state is donated.
 
     Args:
-      microbatches: see `loss_and_grads`.
+      microbatches: see `grads_and_metrics`.
       router_metrics: whether metrics include `routers` [routers, 6], the `routing.STATISTICS` of
         each of `router_paths`; all other metrics are scalars. If False, XLA drops the statistics
         that no loss needs.
@@ -291,7 +291,7 @@ def make_train_step(
         state: TrainState, frozen: Params, batch: Batch, rng: Array
     ) -> tuple[TrainState, Metrics]:
         dropout_rng = jax.random.fold_in(rng, state.step)
-        grads, metrics = loss_and_grads(
+        grads, metrics = grads_and_metrics(
             model, loss, state.params, frozen, batch, dropout_rng, microbatches
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -304,7 +304,7 @@ def make_train_step(
     # Donated: the new state takes the memory of the old one.
     options: dict[str, Any] = {"donate_argnums": (0,)}
     if state_sharding is not None:
-        options["out_shardings"] = (state_sharding, state_sharding.step)
+        options["out_shardings"] = (state_sharding, state_sharding.step)  # replicated metrics
     # A `Model` need not have a config.
     remat_policy = getattr(getattr(model, "config", None), "remat_policy", "none")
     if compiler_options := cpu_schedule.rematerialization_options(remat_policy):

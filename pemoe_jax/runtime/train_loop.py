@@ -52,7 +52,7 @@ class TrainLoop:
       optimizer: optimizer of the trainable parameters.
       schedule: function from a step to a learning rate, for reports.
       loss: settings of the loss.
-      microbatches: number of pieces of a batch, see `steps.loss_and_grads`.
+      microbatches: number of pieces of a batch, see `steps.grads_and_metrics`.
       mesh: the device mesh.
       folder: folder for metrics.
       rng: key of dropout masks.

@@ -135,10 +135,10 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         routers = params_lib.flatten(collections.get("routers", {}))
         if routers:
             statistics = jnp.stack([statistic for _, (statistic,) in sorted(routers.items())])
-            objective = statistics[:, routing.STATISTICS.index("objective")]
+            aux_losses = statistics[:, routing.STATISTICS.index("aux_loss")]
             # T5X's loss is a sum over tokens, divided by the factor: so the routers' mean is added
             # for each token.
-            loss += jnp.mean(objective) * weight_sum / (1.0 if factor is None else factor)
+            loss += jnp.mean(aux_losses) * weight_sum / (1.0 if factor is None else factor)
             metrics["loss"] = t5x_metrics.AveragePerStep(total=loss)
             if self._router_metrics is not None:
                 paths = [path.removesuffix("/statistics") for path in sorted(routers)]

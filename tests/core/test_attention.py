@@ -142,7 +142,7 @@ def test_whole_network(monkeypatch, loop):
             CONFIG, dropout_rate=0.2, attention=implementation, **execution
         )
         model = network.Transformer(config, METHODS["mov"].adapters())
-        step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
+        step = jax.jit(functools.partial(steps.grads_and_metrics, model, steps.Loss()))
         grads, metrics = step(trainable, frozen, batch, rng)
         return float(metrics["loss"]), params.flatten(grads)
 

@@ -142,7 +142,7 @@ def test_whole_step(scan):
             lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), trainable
         )
         frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
-        step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
+        step = jax.jit(functools.partial(steps.grads_and_metrics, model, steps.Loss()))
         grads, metrics = step(trainable, frozen, batch)
         return float(metrics["loss"]), params.flatten(grads)
 

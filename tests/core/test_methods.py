@@ -154,7 +154,7 @@ def test_no_gradient_of_a_frozen_parameter_is_formed():
     method = "molora"
     trainable, frozen = params.split(random_params(method), METHODS[method].trainable)
     grads, _ = jax.eval_shape(
-        functools.partial(steps.loss_and_grads, model(method), steps.Loss()),
+        functools.partial(steps.grads_and_metrics, model(method), steps.Loss()),
         trainable, frozen, example_batch(),
     )  # fmt: skip
     assert jax.tree.structure(grads) == jax.tree.structure(trainable)

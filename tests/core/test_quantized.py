@@ -107,7 +107,7 @@ def test_logits_and_gradients_equal_those_of_dequantized_matrices(method, kind):
         forward(method)(params.merge(trainable, half), example_batch()) for half in (frozen, plain)
     ]
     assert largest_difference(*logits) < 1e-5
-    grad_fn = jax.jit(functools.partial(steps.loss_and_grads, _model(method), steps.Loss()))
+    grad_fn = jax.jit(functools.partial(steps.grads_and_metrics, _model(method), steps.Loss()))
     actual, expected = (
         params.flatten(grad_fn(trainable, half, example_batch())[0]) for half in (frozen, plain)
     )
@@ -148,7 +148,7 @@ def test_loops_and_rematerialization():
     assert kernel.values.shape == (2, 20, 16) and kernel.scale.shape == (2, 16)
 
     def grads(model, half):
-        step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
+        step = jax.jit(functools.partial(steps.grads_and_metrics, model, steps.Loss()))
         return params.flatten(step(trainable, half, example_batch())[0])
 
     expected = grads(plain, frozen)

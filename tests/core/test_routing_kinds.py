@@ -75,7 +75,7 @@ def test_statistics_by_hand():
         "dead": 0.0,
         "balance_loss": 1.1,
         "z_loss": 5.30190,
-        "objective": 0.01 * 1.1 + 0.001 * 5.30190,
+        "aux_loss": 0.01 * 1.1 + 0.001 * 5.30190,
     }
     assert statistics == pytest.approx(expected, rel=1e-5)
 
@@ -140,7 +140,7 @@ def test_summary_by_site_and_by_layer():
     by_site = routing.summarize_statistics(paths, statistics, "sites")
     expected = {"entropy": 2.0, "load": 2.0, "dead": 0.25, "balance_loss": 1.5, "z_loss": 5.0}
     assert by_site == pytest.approx(
-        {**expected, "objective": 0.6, **{f"encoder/mlp/gate/{k}": v for k, v in expected.items()}}
+        {**expected, "aux_loss": 0.6, **{f"encoder/mlp/gate/{k}": v for k, v in expected.items()}}
     )
     by_layer = routing.summarize_statistics(paths, statistics, "layers")
     assert by_layer["encoder/layers_1/mlp/gate/load"] == 1.0
@@ -185,7 +185,7 @@ KINDS = {
 
 def router_numpy(kernel, x, valid, top_k=None, renormalize=False, balance_loss=0.0, z_loss=0.0,
                  temperature=1.0, straight_through=False):  # fmt: skip
-    """The definition in float64 -> (probabilities, objective)."""
+    """The definition in float64 -> (probabilities, aux_loss)."""
     logits = x @ kernel / temperature
     z = np.exp(logits).sum(-1, keepdims=True)
     soft = np.exp(logits) / z
@@ -218,8 +218,8 @@ def test_gradients_match_finite_differences(kind):
         return jnp.sum(probs * cotangent) + statistics[-1]
 
     def definition(kernel, x):
-        probs, objective = router_numpy(kernel, x, valid, **settings)
-        return (probs * cotangent).sum() + objective
+        probs, aux_loss = router_numpy(kernel, x, valid, **settings)
+        return (probs * cotangent).sum() + aux_loss
 
     def numeric(f, at):
         gradient = np.zeros_like(at)

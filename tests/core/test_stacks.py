@@ -59,7 +59,7 @@ def run(model, trainable, frozen, rng=None, microbatches=2, batch=None):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(model, microbatches, trainable, frozen, batch, rng):
     loss = steps.Loss(z_loss=1e-3)
-    return steps.loss_and_grads(model, loss, trainable, frozen, batch, rng, microbatches)
+    return steps.grads_and_metrics(model, loss, trainable, frozen, batch, rng, microbatches)
 
 
 @functools.cache
@@ -121,8 +121,8 @@ def test_router_losses_reach_the_parameters(form):
         for each in (form, UNROLLED)
     )
     assert_same(actual, expected)
-    objective = np.asarray(expected[1]["routers"])[:, -1]
-    assert (objective > 0.1).all()
+    aux_loss = np.asarray(expected[1]["routers"])[:, -1]
+    assert (aux_loss > 0.1).all()
 
 
 @SLOW

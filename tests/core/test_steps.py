@@ -68,10 +68,10 @@ def batch() -> dict[str, np.ndarray]:
     }
 
 
-def loss_and_grads(loss, data, rng=None, microbatches=1):
-    """Runs `steps.loss_and_grads` of the table, jitted, which is faster than eager."""
+def grads_and_metrics(loss, data, rng=None, microbatches=1):
+    """Runs `steps.grads_and_metrics` of the table, jitted, which is faster than eager."""
     run = functools.partial(
-        steps.loss_and_grads, Table(rng is not None), loss, microbatches=microbatches
+        steps.grads_and_metrics, Table(rng is not None), loss, microbatches=microbatches
     )
     return jax.jit(run)(*parameters(), data, rng)
 
@@ -180,7 +180,7 @@ def test_normalization_by_hand(factor, divisor, by_row):
     nll, z = token_losses_numpy(logits, data["decoder_target_tokens"], 0.1, 0.01)
     expected = ((nll + z) * weights).sum() / divisor
     loss = steps.Loss(z_loss=0.01, label_smoothing=0.1, loss_normalizing_factor=factor)
-    _, metrics = loss_and_grads(loss, data)
+    _, metrics = grads_and_metrics(loss, data)
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
     # the other metrics are per token, whatever the loss is divided by
     real = data["decoder_target_tokens"] > 0
@@ -215,8 +215,8 @@ def test_loss_weights_of_zero_exclude_tokens():
     data = batch()
     data["decoder_loss_weights"] = data["decoder_loss_weights"] * np.array([0, 1, 1, 1])[:, None]
     rest = {k: v[1:] for k, v in batch().items()}
-    a = loss_and_grads(steps.Loss(), data)
-    b = loss_and_grads(steps.Loss(), rest)
+    a = grads_and_metrics(steps.Loss(), data)
+    b = grads_and_metrics(steps.Loss(), rest)
     assert float(a[1]["tokens"]) == 6
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
@@ -226,7 +226,7 @@ def test_a_batch_of_padding_does_not_divide_by_zero():
     data = {k: np.zeros_like(v) for k, v in batch().items()}
     for factor, _, _ in NORMALIZERS:
         loss = steps.Loss(loss_normalizing_factor=factor)
-        grads, metrics = loss_and_grads(loss, data)
+        grads, metrics = grads_and_metrics(loss, data)
         for leaf in jax.tree.leaves((grads, metrics)):
             np.testing.assert_array_equal(leaf, 0)
 
@@ -243,8 +243,8 @@ def test_unknown_normalizer():
 @pytest.mark.parametrize("factor", [row[0] for row in NORMALIZERS])
 def test_accumulation_equals_the_whole_batch(factor, microbatches):
     loss = steps.Loss(0.01, 0.1, factor)
-    whole = loss_and_grads(loss, batch())
-    pieces = loss_and_grads(loss, batch(), microbatches=microbatches)
+    whole = grads_and_metrics(loss, batch())
+    pieces = grads_and_metrics(loss, batch(), microbatches=microbatches)
     assert jax.tree.structure(whole) == jax.tree.structure(pieces)
     for a, b in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -252,7 +252,7 @@ def test_accumulation_equals_the_whole_batch(factor, microbatches):
 
 def test_microbatches_must_divide_the_batch():
     with pytest.raises(InputError, match="MICROBATCHES must divide the batch of 4 rows, got 3"):
-        loss_and_grads(steps.Loss(), batch(), microbatches=3)
+        grads_and_metrics(steps.Loss(), batch(), microbatches=3)
 
 
 # --- steps ---
@@ -262,7 +262,7 @@ def test_train_step_by_hand():
     """SGD at 0.1 moves the table by -0.1 times the gradient, whose norm is reported."""
     trainable, frozen = parameters()
     optimizer = optax.sgd(0.1)
-    grads, _ = loss_and_grads(steps.Loss(), batch())
+    grads, _ = grads_and_metrics(steps.Loss(), batch())
     step = steps.make_train_step(Table(), optimizer, steps.Loss())
     state = steps.TrainState.create({"table": jnp.array(trainable["table"])}, optimizer)
     assert int(state.step) == 0
@@ -295,8 +295,8 @@ def test_microbatches_draw_different_dropout():
     data = {k: np.repeat(v[:1], 4, axis=0) for k, v in batch().items()}
     row = {k: v[:1] for k, v in data.items()}
     key = jax.random.PRNGKey(0)
-    _, metrics = loss_and_grads(steps.Loss(), data, key, microbatches=4)
-    run = jax.jit(functools.partial(steps.loss_and_grads, Table(noisy=True), steps.Loss()))
+    _, metrics = grads_and_metrics(steps.Loss(), data, key, microbatches=4)
+    run = jax.jit(functools.partial(steps.grads_and_metrics, Table(noisy=True), steps.Loss()))
     losses = [
         float(run(*parameters(), row, jax.random.fold_in(key, i))[1]["loss"]) for i in range(4)
     ]
@@ -309,7 +309,7 @@ def test_eval_step_sums_without_dropout():
     trainable, frozen = parameters()
     loss = steps.Loss(z_loss=0.01)
     sums = steps.make_eval_step(Table(noisy=True), loss)(trainable, frozen, batch())
-    _, metrics = loss_and_grads(loss, batch())
+    _, metrics = grads_and_metrics(loss, batch())
     assert float(sums["tokens"]) == 11
     assert float(sums["nll"]) / 11 == pytest.approx(float(metrics["cross_ent_loss"]), rel=1e-5)
     assert float(sums["correct"]) / 11 == pytest.approx(float(metrics["accuracy"]), rel=1e-5)

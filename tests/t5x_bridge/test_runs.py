@@ -152,7 +152,7 @@ def test_router_metrics_have_the_names_of_pemoe_train(run):
         for name in names:
             assert actual[step][name] == pytest.approx(expected[step][name], rel=1e-5, abs=1e-7)
     if run.method.endswith("balanced"):
-        assert actual[STEPS]["router/objective"] > 0.009  # 1e-2 times a loss of at least about 1
+        assert actual[STEPS]["router/aux_loss"] > 0.009  # 1e-2 times a loss of at least about 1
 
 
 def test_both_evaluate_runs_of_both(run, workspace):

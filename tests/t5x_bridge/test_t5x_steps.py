@@ -87,7 +87,7 @@ def test_loss_and_gradients(double_precision, method, factor, batch):
     settings = {"z_loss": 1e-3, "label_smoothing": 0.1, "loss_normalizing_factor": factor}
     trained, frozen = params.split(start, [methods.ADAPTER])
     loss = steps.Loss(**settings)
-    expected, metrics_here = jax.jit(functools.partial(steps.loss_and_grads, net, loss))(
+    expected, metrics_here = jax.jit(functools.partial(steps.grads_and_metrics, net, loss))(
         trained, frozen, batch
     )
 
@@ -155,7 +155,7 @@ def test_updates(double_precision, method, optimizer):
 
 
 def _step(net, transformation, loss, state, frozen, batch):
-    grads, _ = steps.loss_and_grads(net, loss, state.params, frozen, batch)
+    grads, _ = steps.grads_and_metrics(net, loss, state.params, frozen, batch)
     updates, opt_state = transformation.update(grads, state.opt_state, state.params)
     changed = jax.tree.map(jnp.add, state.params, updates)
     return steps.TrainState(step=state.step + 1, params=changed, opt_state=opt_state)
@@ -188,7 +188,7 @@ def test_no_gradient_of_the_base_is_formed(microbatches):
     net, loss = module("lora"), steps.Loss()
     trained, frozen = params.split(methods.random_params("lora"), [methods.ADAPTER])
     grads = jax.jit(
-        lambda trained: steps.loss_and_grads(
+        lambda trained: steps.grads_and_metrics(
             net,
             loss,
             trained,

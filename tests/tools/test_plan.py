@@ -514,7 +514,8 @@ def test_tables():
 
 def cells(markdown: str) -> dict[str, list[str]]:
     """Returns name -> values of the first table of costs."""
-    header, _, *lines = markdown[markdown.index("| on each device ") :].split("\n\n")[0].splitlines()
+    table = markdown[markdown.index("| on each device ") :].split("\n\n")[0]
+    header, _, *lines = table.splitlines()
     rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in [header, *lines])
     return {name: values for name, *values in rows}
 

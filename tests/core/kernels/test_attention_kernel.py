@@ -154,7 +154,7 @@ def whole_step(**settings):
     )
     trainable, frozen = params.split(all_params, METHODS["mov"].trainable)
     model = network.Transformer(dataclasses.replace(config, **settings), adapters)
-    step = jax.jit(functools.partial(steps.loss_and_grads, model, steps.Loss()))
+    step = jax.jit(functools.partial(steps.grads_and_metrics, model, steps.Loss()))
     grads, metrics = step(trainable, frozen, batch, jax.random.key(0))
     return metrics["loss"], params.flatten(grads)
 
