@@ -84,7 +84,8 @@ NOTE = (
     "Published: rows 'paper 3B' are from arXiv 2309.05444 (LM-adapted T5 v1.1 XL; its row 'full' is"
     " the authors' own run of T0's recipe), averages over the eight datasets as quoted by a summary"
     f" of the paper ({PAPER_SOURCE}). Its figures by dataset, and those of (IA)³, LoRA, MoLORA and"
-    " of its 770M and 11B models are omitted, as they have no source. T0 3B and 11B are the models of arXiv 2110.08207, means over prompts as"
-    f" printed on the model cards {_T0_CARD}3B and …11B. Those cards average over StoryCloze too,"
-    " so their average is omitted. `pemoe count` explains the paper's shares of parameters."
+    " of its 770M and 11B models are omitted, as they have no source. T0 3B and 11B are"
+    " the models of arXiv 2110.08207, means over prompts as printed on the model cards"
+    f" {_T0_CARD}3B and …11B. Those cards average over StoryCloze too, so their average is"
+    " omitted. `pemoe count` explains the paper's shares of parameters."
 )

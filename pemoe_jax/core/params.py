@@ -292,7 +292,7 @@ def fingerprint(params: Params) -> str:
 def fingerprint_samples(
     samples: Mapping[str, tuple[tuple[int, ...], jax.Array | np.ndarray]],
 ) -> str:
-    """Returns `fingerprint` from path -> (shape, sample): all arrays need not be in memory at once."""
+    """Returns `fingerprint` from path -> (shape, sample), to load arrays one at a time."""
     digest = hashlib.sha256()
     for path, (shape, sample) in sorted(samples.items()):
         digest.update(f"{path} {tuple(shape)} {sample.tolist()}\n".encode())

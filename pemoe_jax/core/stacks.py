@@ -69,11 +69,11 @@ def apply_layers(
       num_layers: N.
       apply: (layer, x) -> x, which fills in the layer's other arguments.
       x: input of the first layer.
-      scan: whether to use `jax.lax.scan`. Dropout masks then differ from those of the unrolled form.
+      scan: whether to use `jax.lax.scan`. Dropout masks then differ from the unrolled form.
       remat_policy: one of `REMAT_POLICIES`.
     """
     policy = REMAT_POLICIES[remat_policy]
-    # `init` creates layer by layer: the parameter tree has `layers_0`, `layers_1`, … in either form.
+    # `init` creates layer by layer: either form has the subtrees `layers_0`, `layers_1`, …
     if scan and num_layers and not stack.is_initializing():
         return _scan_layers(stack, make_layer, num_layers, apply, x, policy)
     if remat_policy != "none" and not stack.is_initializing():
