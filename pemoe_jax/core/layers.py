@@ -37,7 +37,7 @@ def constrain_sharding(x: Array, axes: tuple[str, ...]) -> Array:
 
 
 def row_dropout(rate: float, tokens: Tokens | None) -> nn.Dropout:
-    """Returns T5X's dropout, whose mask is shared by all positions of a row."""
+    """Returns dropout whose mask is shared by all positions of a row, as in T5."""
     deterministic = tokens is None or tokens.deterministic
     return nn.Dropout(rate, broadcast_dims=(-2,), deterministic=deterministic)
 

@@ -26,12 +26,18 @@ class T5Config:
 
     The last three fields change how a step is computed, not the model.
 
+    Dropout masks are shared by the positions of a row, and in attention by a head's queries. T5X's
+    minimal T5 and flaxformer differ in the encoder's output alone: see `broadcast_encoder_dropout`.
+
     Attributes:
       vocab_size: number of rows of the embedding, V; 32,128 in the public checkpoints.
       dtype: dtype of activations, 'float32' or 'bfloat16'; parameters are created in float32.
       emb_dim, num_heads, head_dim, mlp_dim: D, H, K and F.
       num_encoder_layers, num_decoder_layers: depths of the stacks.
       dropout_rate: dropout rate of embeddings, attention, MLPs and residual branches.
+      broadcast_encoder_dropout: whether the dropout mask of the encoder's output is shared by the
+        positions of a row, as in flaxformer and so in the MoV paper's code (gin/paper/), or drawn
+        for each position, as in T5X's minimal T5.
       sentence_dim: S, size of the sentence embeddings that routers may read; None for D.
       scan_layers: whether the layers of a stack run as a loop, so that one layer is compiled
         instead of all.
@@ -50,6 +56,7 @@ class T5Config:
     head_dim: int = 64
     mlp_dim: int = 1024
     dropout_rate: float = 0.0
+    broadcast_encoder_dropout: bool = False
     sentence_dim: int | None = None
     scan_layers: bool = False
     remat_policy: str = "none"
@@ -64,8 +71,12 @@ class T5Config:
                 raise InputError(f"T5Config.{field.name} must be at least 1, got {value}")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise InputError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}")
-        if not isinstance(self.scan_layers, bool):
-            raise InputError(f"SCAN_LAYERS must be True or False, got {self.scan_layers!r}")
+        for name, value in (
+            ("SCAN_LAYERS", self.scan_layers),
+            ("T5Config.broadcast_encoder_dropout", self.broadcast_encoder_dropout),
+        ):
+            if not isinstance(value, bool):
+                raise InputError(f"{name} must be True or False, got {value!r}")
         if self.remat_policy not in stacks.REMAT_POLICIES:
             expected = [*stacks.REMAT_POLICIES]
             raise InputError(f"REMAT_POLICY must be one of {expected}, got {self.remat_policy!r}")
@@ -78,7 +89,7 @@ class T5Config:
 
 
 # Not part of a checkpoint's identity: a run may resume with other values.
-_EXECUTION_FIELDS = ("scan_layers", "remat_policy", "attention")
+_EXECUTION_FIELDS = ("broadcast_encoder_dropout", "scan_layers", "remat_policy", "attention")
 
 
 class _Block(nn.Module):
@@ -183,6 +194,8 @@ class Encoder(nn.Module):
             scan=cfg.scan_layers,
             remat_policy=cfg.remat_policy,
         )
+        if not cfg.broadcast_encoder_dropout:
+            dropout = nn.Dropout(cfg.dropout_rate, deterministic=tokens.deterministic)
         return dropout(layers.LayerNorm(cfg.dtype, name="encoder_norm")(x))
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import zlib
 
+import archives
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -312,12 +314,48 @@ def test_dropout_needs_a_key_and_differs_by_key():
     assert largest_difference(a, forward("ia3")(weights, example_batch())) > 0.01
 
 
+@pytest.mark.parametrize("source", ["t5x", "flaxformer"])
+def test_dropout_is_that_of_t5x_or_flaxformer(monkeypatch, source):
+    """Goldens of both (goldens/make_dropout.py): under equal masks the logits are equal.
+
+    By hand: a mask [B, 1, D or F] for embeddings, MLPs and residual branches and [B, H, 1, L] for
+    attention; for the encoder's output, the tenth after two layers, [B, L, D] in T5X's minimal T5.
+    """
+    shapes = []
+
+    def bernoulli(key, p, shape):
+        shapes.append((*shape, *[1] * (4 - len(shape))))
+        return jnp.asarray(np.random.default_rng(len(shapes)).random(shape) < p)
+
+    golden = np.load(archives.GOLDENS / "dropout.npz")
+    sizes = {key[7:]: int(golden[key]) for key in golden if key.startswith("config/")}
+    settings = {"broadcast_encoder_dropout": True} if source == "flaxformer" else {}
+    config = network.T5Config(**sizes, dropout_rate=float(golden["rate"]), **settings)
+    transformer = network.Transformer(config)
+    weights = {
+        path: np.random.default_rng(zlib.crc32(path.encode())).normal(0.0, 0.4, leaf.shape)
+        for path, leaf in params.flatten(network.param_shapes(transformer)).items()
+    }
+    tokens = {key: golden[key] for key in golden if key.endswith("_tokens")}
+    monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+    rngs = {"dropout": jax.random.key(0)}
+    logits = transformer.apply({"params": params.unflatten(weights)}, **tokens, rngs=rngs)
+    assert shapes == [*map(tuple, golden[f"{source}/shapes"].tolist())]
+    assert shapes[9] == (2, 6 if source == "t5x" else 1, 12, 1)
+    real = tokens["decoder_target_tokens"] > 0
+    assert largest_difference(logits[real], golden[f"{source}/logits"][real]) < 1e-5
+
+
 # --- configuration ---
 
 
 @pytest.mark.parametrize(
     "field, value, message",
-    [("dtype", "float16", "float32 or bfloat16"), ("dropout_rate", 1.5, "got 1.5")],
+    [
+        ("dtype", "float16", "float32 or bfloat16"),
+        ("dropout_rate", 1.5, "got 1.5"),
+        ("broadcast_encoder_dropout", 1, "must be True or False, got 1"),
+    ],
 )
 def test_wrong_configuration(field, value, message):
     with pytest.raises(InputError, match=message):
