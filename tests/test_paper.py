@@ -1,15 +1,18 @@
 """gin/paper: the configuration of each documented command; gin/sweeps: the runs of each sweep."""
 
+import json
 import pathlib
 import re
 import shlex
 
 import gin
 import pytest
+from p3_runs import VOCAB
 
 from pemoe_jax import evaluate, train
 from pemoe_jax.core import adapters, network, params
-from pemoe_jax.runtime import gin_flags
+from pemoe_jax.data import seqio_tasks
+from pemoe_jax.runtime import gin_flags, options
 from pemoe_jax.tools import sweep
 
 PAPER = pathlib.Path(gin_flags.GIN_DIR) / "paper"
@@ -22,11 +25,19 @@ MOLORA = 7_471_104 + 933_888
 SENTENCE = 9_338_880
 SOFT = {"top_k": None, "balance_loss": 0.0, "reads": None}
 
+# configs/t0.gin, scripts/t0_train.sh
+FULL = {
+    **{"BATCH_SIZE": 256, "TRAIN_STEPS": 10_000},
+    **{"LEARNING_RATE": 1e-3, "CHECKPOINT_PERIOD": 1000},
+}
+# configs/ia3.gin, configs/lora.gin
+RARE = {"CHECKPOINT_PERIOD": 50_000}
+
 # file -> (method, experts, rank, trainable at 3B, routing that is not soft, macros not in SHARED)
 TABLE: dict[str, tuple[str, int, int | None, int, dict, dict]] = {
-    "full": ("full", 1, None, 2_849_757_184, {}, {"BATCH_SIZE": 256, "TRAIN_STEPS": 10_000}),
-    "ia3": ("ia3", 1, None, 540_672, {}, {}),
-    **{f"lora_{r}": ("lora", 1, r, 7_471_104 * r // 4, {}, {}) for r in (4, 8, 16)},
+    "full": ("full", 1, None, 2_849_757_184, {}, FULL),
+    "ia3": ("ia3", 1, None, 540_672, {}, RARE),
+    **{f"lora_{r}": ("lora", 1, r, 7_471_104 * r // 4, {}, RARE) for r in (4, 8, 16)},
     **{f"mov_{e}": ("mov", e, None, MOV * e, {}, {}) for e in (1, 2, 5, 10, 20, 30, 60)},
     **{f"molora_{e}": ("molora", e, 4, MOLORA * e, {}, {}) for e in (2, 5, 10, 15)},
     "mov_10_top_1": ("mov", 10, None, MOV * 10, {"top_k": 1}, {}),
@@ -43,20 +54,47 @@ TABLE: dict[str, tuple[str, int, int | None, int, dict, dict]] = {
     "mov_10_rate_1e-3": ("mov", 10, None, MOV * 10, {}, {"LEARNING_RATE": 1e-3}),
     "mov_10_steps": ("mov", 10, None, MOV * 10, {}, {"KEEP_CHECKPOINTS": None}),
 }
-OTHER_FILES = {"settings", "evaluate", "size_770m", "size_3b", "size_11b"}
-# From the paper's code: configs/*.gin, scripts/*_train.sh.
-SHARED = {
-    "BATCH_SIZE": 32,
-    "TRAIN_STEPS": 500_000,
-    "LOSS_NORMALIZING_FACTOR": "AVERAGE_PER_SEQUENCE",
-    "TASK_FEATURE_LENGTHS": {"inputs": 1024, "targets": 256},
-    "MIXTURE_OR_TASK_NAME": "t0_train",
-    "LEARNING_RATE": 3e-4,
-    "SCHEDULE": "constant",
-    "PACK": True,
-    "Z_LOSS": 1e-4,
-    "DTYPE": "bfloat16",
+OTHER_FILES = {"settings", "tasks", "evaluate", "size_770m", "size_3b", "size_11b"}
+# The settings of the paper's code (gin/paper/settings.gin names the repositories), by source file.
+SETTINGS = {
+    "scripts/*_train.sh": {
+        "MIXTURE_OR_TASK_NAME": "t0_train",
+        "BATCH_SIZE": 32,
+        "PACK": True,
+        "TRAIN_STEPS": 500_000,
+        "LOSS_NORMALIZING_FACTOR": "AVERAGE_PER_SEQUENCE",
+    },
+    "scripts/*_train.sh, scripts/*_eval.sh": {
+        "TASK_FEATURE_LENGTHS": {"inputs": 1024, "targets": 256}
+    },
+    "t0_data/tasks.py": {"P3_INPUTS_EOS": False},
+    "configs/t5/models/t5_1_1_base.gin": {"Z_LOSS": 1e-4, "LABEL_SMOOTHING": 0.0},
+    "configs/t5/architectures/t5_1_1_flaxformer.gin": {
+        "DTYPE": "bfloat16",
+        "network.T5Config.broadcast_encoder_dropout": True,
+    },
+    "t5x/configs/runs/finetune_no_eval.gin": {
+        "DROPOUT_RATE": 0.1,
+        "MICROBATCHES": 1,
+        "EVAL_PERIOD": 0,
+        "WARMUP_STEPS": 1000,
+    },
+    "configs/{ia3,lora,mov,molora}.gin": {
+        "SCHEDULE": "constant",
+        "LEARNING_RATE": 3e-4,
+        "CHECKPOINT_PERIOD": 10_000,
+        "KEEP_CHECKPOINTS": 60,
+        "optim.adafactor.decay_rate": 0.8,
+        "optim.adafactor.step_offset": -1_100_000,
+    },
+    "t5x/adafactor.py": {
+        "optim.adafactor.clipping_threshold": 1.0,
+        "optim.adafactor.multiply_by_parameter_scale": True,
+        "optim.adafactor.min_dim_size_to_factor": 128,
+        "optim.adafactor.weight_decay_rate": None,
+    },
 }
+SHARED = {name: value for settings in SETTINGS.values() for name, value in settings.items()}
 
 
 def header(file: pathlib.Path) -> dict[str, str]:
@@ -84,7 +122,8 @@ def load(command: str, *flags: str) -> None:
 
 
 def macro(name: str):
-    return gin.query_parameter(f"{name}/macro.value")
+    """Returns the value of a macro, or of a parameter such as optim.adafactor.decay_rate."""
+    return gin.query_parameter(name if "." in name else f"{name}/macro.value")
 
 
 def test_every_experiment_is_in_the_table():
@@ -99,12 +138,13 @@ def test_experiment(name):
     load(about["Command"])
     assert f"{trainable:,} trainable parameters at 3B" in about["Cost"]
     assert macro("METHOD") == method and macro("MODEL_DIR") == f"runs/{name}"
-    rates = {"LEARNING_RATE": 1e-3} if method == "full" else {}
-    for setting, value in {**SHARED, **rates, **macros}.items():
+    for setting, value in {**SHARED, **macros}.items():
         assert macro(setting) == value, setting
+    assert macro("OPTIMIZER").selector.endswith("optim.adafactor")
     transformer = gin.get_configurable(network.Transformer)()
     config_ = transformer.config
     assert (config_.emb_dim, config_.num_heads, config_.mlp_dim) == (2048, 32, 5120)
+    assert (config_.dropout_rate, config_.broadcast_encoder_dropout) == (0.1, True)
     described = adapters.describe(transformer.adapters)
     assert bool(described) == (method != "full")
     for site in described.values():
@@ -133,9 +173,48 @@ def test_another_size(size, width):
     assert macro("BATCH_SIZE") == 32
 
 
+def test_settings_name_their_sources():
+    """Each setting stands below or beside its source; the gin files set nothing else."""
+    found: dict[str, str] = {}
+    for name in ("settings", "tasks", "size_3b"):
+        source, block = "", ""
+        for line in (PAPER / f"{name}.gin").read_text().splitlines():
+            comment = re.fullmatch(r"# ([\w./{},*]+\.(?:gin|sh|py))\b.*", line)
+            setting = re.match(r"( *)([\w.]+) = [^#]*(?:# (.*))?", line)
+            if comment:
+                source = comment[1]
+            elif line.endswith(":"):
+                block = line[:-1]
+            elif setting:
+                full_name = f"{block}.{setting[2]}" if setting[1] else setting[2]
+                found[full_name] = f"{source} {setting[3] or ''}"
+    assert found.keys() == SHARED.keys() | {"OPTIMIZER"}
+    for source, settings in SETTINGS.items():
+        for name in settings:
+            assert name == "DTYPE" or source in found[name], name
+
+
+@pytest.mark.parametrize("name", ["mov_10", "evaluate"])
+def test_p3_is_read_without_eos_on_inputs(name, tmp_path):
+    """The tasks that training and evaluation register; the base's dropout is that of T5Config."""
+    task = "super_glue_rte_can_we_infer"
+    (tmp_path / task).mkdir()
+    row = {"inputs_pretokenized": "a", "targets_pretokenized": "b", "answer_choices": ["b", "c"]}
+    (tmp_path / task / "validation.jsonl").write_text(json.dumps(row))
+    flags = [f"--gin.P3_DIR={tmp_path}", f"--gin.VOCAB_PATH={VOCAB}"]
+    load(header(PAPER / f"{name}.gin")["Command"], *flags)
+    gin.get_configurable(options.Data)().register()
+    for name in (task, f"{task}_score_eval"):
+        features = seqio_tasks.get_mixture_or_task(name).output_features
+        assert (features["inputs"].add_eos, features["targets"].add_eos) == (False, True)
+
+
 def test_evaluation():
     load(header(PAPER / "evaluate.gin")["Command"])
-    assert macro("MIXTURE_OR_TASK_NAME") == "t0_eval_score_eval"
+    settings = ("MIXTURE_OR_TASK_NAME", "BATCH_SIZE", "DTYPE", "TASK_FEATURE_LENGTHS")
+    assert [*map(macro, settings)] == [
+        *("t0_eval_score_eval", 32, "bfloat16", {"inputs": 1024, "targets": 256})
+    ]
 
 
 def test_figures_have_a_source():

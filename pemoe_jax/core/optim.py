@@ -18,6 +18,7 @@ OptimizerFactory: TypeAlias = Callable[[Schedule], optax.GradientTransformation]
 def adafactor(
     learning_rate: Schedule,
     decay_rate: float = 0.8,
+    step_offset: int = 0,
     clipping_threshold: float | None = 1.0,
     multiply_by_parameter_scale: bool = True,
     min_dim_size_to_factor: int = 128,
@@ -27,11 +28,22 @@ def adafactor(
 
     With `multiply_by_parameter_scale` a step is relative to the root mean square of the parameter,
     but at least 1e-3: LoRA's B, which starts at zero, then starts slowly.
+
+    Args:
+      learning_rate: step -> learning rate.
+      decay_rate: c; the second moments decay by 1 - (step - step_offset + 1)^-c.
+      step_offset: as in T5X, whose steps go on from those of the base model. A negative offset is
+        the number of those steps: the second moments of a run are then almost a sum.
+      clipping_threshold: bound of an update's root mean square; None: no bound.
+      multiply_by_parameter_scale: see above.
+      min_dim_size_to_factor: smallest size of two axes over which second moments are factored.
+      weight_decay_rate: rate of the weight decay; None: no decay.
     """
     return optax.adafactor(
         learning_rate=learning_rate,
         min_dim_size_to_factor=min_dim_size_to_factor,
         decay_rate=decay_rate,
+        decay_offset=step_offset,
         multiply_by_parameter_scale=multiply_by_parameter_scale,
         clipping_threshold=clipping_threshold,
         weight_decay_rate=weight_decay_rate,

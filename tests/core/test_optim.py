@@ -106,6 +106,19 @@ def test_adafactor_factors_from_size_128():
     assert numbers((127, 256)) >= 127 * 256
 
 
+def test_adafactor_with_a_step_offset_by_hand():
+    """As in T5X after 3 steps of a base model: step n decays by 1 - (n + 3)^-0.8.
+
+    Step 1: decay 1 - 4^-0.8 = 0.670123, so v = 0.329877 for g = 1 and u = 1.741101, not clipped.
+    Step 2: decay 1 - 5^-0.8 = 0.724054; v = 0.724054 * 0.329877 + 0.275946 * 4 = 1.342633 for
+    g = 2, and u = 2 / 1.158720 = 1.726042.
+    """
+    settings = {"multiply_by_parameter_scale": False, "clipping_threshold": None}
+    optimizer = optim.adafactor(lambda _: 0.01, step_offset=-3, **settings)
+    path = run(optimizer, np.zeros(1), [np.ones(1), np.full(1, 2.0)])
+    np.testing.assert_allclose(np.ravel(path), [-0.01741101, -0.01741101 - 0.01726042], rtol=1e-5)
+
+
 def test_adafactor_follows_the_schedule():
     """Step n uses rate(n - 1): rates 0, 1, 2 hundredths."""
     path = run(
