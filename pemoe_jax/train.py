@@ -83,6 +83,7 @@ def train(
 
     quantized.check_frozen_dtype(method.frozen_dtype)
     model_dir = file_io.resolve_local(checkpointing.model_dir, "MODEL_DIR")
+    file_io.check_no_pattern(model_dir, "MODEL_DIR")
     device_mesh, rules = distributed.start(mesh, data.batch_size, data.microbatches)
     task_info = run_register(data.register)
     seqio_tasks.check_vocab_size(data.name, model.config.vocab_size)
@@ -95,7 +96,8 @@ def train(
     )
     record = dataclasses.replace(
         record,
-        trained_datasets=task_info.datasets_of(seqio_tasks.subtask_names(data.name)),
+        **task_info.training_record(seqio_tasks.subtask_names(data.name)),
+        optimizer=getattr(optimizer, "__name__", type(optimizer).__name__),
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
     )
     print(_summarize(state.params, frozen, record, len(jax.devices())), flush=True)
@@ -320,7 +322,7 @@ def _gather_positions(
 
 def _resume_step(model_dir: Path, record: "runs.Record") -> int:
     """Returns the newest checkpoint's step, 0 without one; checks that it fits the new run."""
-    from pemoe_jax.checkpoints import runs
+    from pemoe_jax.checkpoints import runs, same_run
     from pemoe_jax.data import sentence_table
 
     saved_steps = runs.saved_steps(model_dir)
@@ -330,30 +332,8 @@ def _resume_step(model_dir: Path, record: "runs.Record") -> int:
     sentence_table.check_same_encoder(
         str(model_dir), saved.sentence_encoder, record.sentence_encoder
     )
-    current = _identity(record, saved.base["needed"])
-    for name, value in _identity(saved, saved.base["needed"]).items():
-        if current.get(name) != value:
-            raise InputError(
-                f"{name} must be {value!r} to resume the run in {model_dir},"
-                f" got {current.get(name)!r}: change it, or choose another MODEL_DIR"
-            )
+    same_run.check_same_run(model_dir, saved, record)
     return saved_steps[-1]
-
-
-def _identity(record: "runs.Record", with_base: bool) -> dict[str, object]:
-    """Returns the settings that a resumed run must keep, by the names that users know."""
-    base = {
-        "base fingerprint": record.base["fingerprint"],
-        # Runs from before quantization recorded none.
-        "FROZEN_DTYPE": record.base.get("frozen_dtype", "activations"),
-    }
-    return {
-        "method": record.method,
-        "adapters": record.adapters,
-        "TRAINABLE": record.trainable,
-        **{f"T5Config.{k}": v for k, v in record.config.items() if k != "dropout_rate"},
-        **(base if with_base else {}),
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

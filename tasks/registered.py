@@ -39,6 +39,14 @@ class Registered:
         """Returns the sorted names of the datasets of `tasks`; an unknown task is its own."""
         return sorted({self.datasets.get(task, task) for task in tasks})
 
+    def training_record(self, tasks: Sequence[str]) -> dict[str, list[str]]:
+        """Returns the fields of `checkpoints.runs.Record` of a training on `tasks`."""
+        return {
+            "trained_datasets": self.datasets_of(tasks),
+            "trained_tasks": [*tasks],
+            "held_out": self.datasets_of(self.eval_tasks),
+        }
+
     def print_summary(self) -> None:
         """Prints the summary, if there is one."""
         if self.summary:

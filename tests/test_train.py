@@ -254,6 +254,15 @@ def test_an_interrupted_run_resumes_at_its_last_step(
     assert_ends_alike(trained["mov"], tmp_path)
 
 
+def test_a_state_that_is_not_finite_is_never_saved(folder, tmp_path, capsys):
+    settings = {"LEARNING_RATE": 1e30, "CHECKPOINT_PERIOD": 1, "LOG_PERIOD": 50, "TRAIN_STEPS": 4}
+    assert train.main(train_flags(folder, "mov", tmp_path, **settings)) == 1
+    assert "infinite or NaN after step 2" in capsys.readouterr().err
+    arrays, _, step = runs.open_trained(str(tmp_path))
+    assert step == 1
+    assert all(np.isfinite(array.read()).all() for array in arrays.values())
+
+
 def test_positions_of_another_number_of_shards(stopped, tmp_path):
     """A run of two shards, at examples 6 = 2 · 3 and 9 = 2 · 4 + 1, resumes at example 6.
 
@@ -292,13 +301,17 @@ def test_waiting_for_data_is_measured(folder, trained, tmp_path, monkeypatch, ca
     assert "waiting for data" in capsys.readouterr().out
 
 
-def test_resuming_on_another_base_is_refused(folder, trained, capsys):
-    flags = train_flags(
-        folder, "mov", trained["mov"], INITIAL_CHECKPOINT_PATH=folder / "other.safetensors"
-    )
-    assert train.main(flags) == 1
+def test_resuming_with_another_base_or_other_tasks_is_refused(folder, trained, capsys):
+    changes = {
+        "INITIAL_CHECKPOINT_PATH": folder / "other.safetensors",
+        "EVAL_TASKS": "['colour_1']",
+        "OPTIMIZER": "@optim.adafactor",
+    }
+    assert train.main(train_flags(folder, "mov", trained["mov"], **changes)) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "base fingerprint" in error and error.count("\n") == 1
+    assert error.startswith("error: ") and error.count("\n") == 1
+    for change in ("base fingerprint", "training tasks", "held-out", "adamw -> adafactor"):
+        assert change in error
 
 
 def test_evaluating_on_another_base_is_refused(folder, trained, tmp_path, capsys):
@@ -383,6 +396,7 @@ def test_results_are_only_replaced_by_results_of_the_same_run(folder, trained, t
     ("macros", "message"),
     [
         ({"TRAINABLE": "['.*/mov_.*']"}, "TRAINABLE matched 0 of"),
+        ({"MODEL_DIR": "/tmp/run[1]"}, "MODEL_DIR must be a path without"),
         ({"BATCH_SIZE": 7}, "BATCH_SIZE must be a positive multiple of 2"),
         ({"MIXTURE_OR_TASK_NAME": "colour_a"}, "unknown task or mixture 'colour_a'"),
         ({"VOCAB_PATH": "/nowhere/v.model"}, "/nowhere/v.model"),

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from pemoe_jax import __version__
 from pemoe_jax.checkpoints import t5x, tensorstore_file
 from pemoe_jax.checkpoints.lazy_array import LazyArray
+from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.core.steps import TrainState
@@ -39,6 +40,9 @@ class Record:
       versions: versions of the packages that wrote the checkpoint.
       seed: seed of the adapters' initial values; those that are not trained are drawn again.
       trained_datasets: names of the datasets of training, as in tables; None: unknown.
+      trained_tasks: names of the tasks of training; None: unknown.
+      held_out: names of the datasets that are held out from training; None: unknown.
+      optimizer: name of the optimizer's function; None: unknown.
       sentence_encoder: encoder of the sentence embeddings that routers read (name, dim,
         fingerprint or probe: `sentence_table.is_same_encoder`); None: routers read none.
     """
@@ -52,13 +56,17 @@ class Record:
     versions: dict[str, str]
     seed: int = 0
     trained_datasets: list[str] | None = None
+    trained_tasks: list[str] | None = None
+    held_out: list[str] | None = None
+    optimizer: str | None = None
     sentence_encoder: JsonObject | None = None
 
 
 class RunCheckpoints:
     """Writes and restores the checkpoints of a MODEL_DIR.
 
-    Saves are asynchronous, and appear whole or not at all.
+    Saves are asynchronous, and appear whole or not at all. Each is opened once after it is written,
+    which raises InputError if it is unreadable.
 
     Args:
       keep: number of newest checkpoints to keep; None: all.
@@ -71,6 +79,7 @@ class RunCheckpoints:
         self._manager = ocp.CheckpointManager(
             Path(model_dir).absolute(), options=options, item_names=("state", "record", "feed")
         )
+        self._to_check: tuple[int, set[str]] | None = None  # a step, and its parameters' paths
 
     def save(
         self, state: TrainState, record: Record, position: Mapping[str, list[int]] | None = None
@@ -89,6 +98,8 @@ class RunCheckpoints:
         }
         if position is not None:
             items["feed"] = ocp.args.JsonSave(dict(position))
+        self._finish()
+        self._to_check = step, set(params_lib.flatten(state.params))
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, state: TrainState) -> TrainState:
@@ -99,9 +110,21 @@ class RunCheckpoints:
         return dataclasses.replace(state, **tree)
 
     def close(self) -> None:
-        """Waits for pending saves."""
-        self._manager.wait_until_finished()
+        """Waits for pending saves and checks them."""
+        self._finish()
         self._manager.close()
+
+    def _finish(self) -> None:
+        """Waits for the pending save and checks that it can be read."""
+        self._manager.wait_until_finished()
+        if self._to_check is None:
+            return
+        (step, expected), self._to_check = self._to_check, None
+        checkpoint = self._manager.directory / f"checkpoint_{step}"
+        if missing := expected - open_trained(str(checkpoint))[0].keys():
+            raise InputError(
+                f"{checkpoint}: expected {len(expected)} arrays, {min(missing)} is missing"
+            )
 
 
 def _as_tree(state: TrainState) -> dict[str, PyTree]:
@@ -189,7 +212,10 @@ def read_data_position(path: str, num_shards: int = 1) -> list[int] | None:
     return [max(0, -(-(first - shard) // num_shards)) for shard in range(num_shards)]
 
 
-_TYPES = {"method": str, "trainable": list, "seed": int, "trained_datasets": list}
+_TYPES = {
+    **{"method": str, "trainable": list, "seed": int, "optimizer": str},
+    **{"trained_datasets": list, "trained_tasks": list, "held_out": list},
+}
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
 
@@ -207,7 +233,7 @@ def parse_record(values: JsonObject, source: str) -> Record:
     ]
     for name in names:
         value, expected = values.get(name), _TYPES.get(name, dict)
-        is_null = value is None and name in ("trained_datasets", "sentence_encoder")
+        is_null = value is None and Record.__dataclass_fields__[name].default is None
         if not is_null and not isinstance(value, expected):
             raise InputError(
                 f"{source}: {name}: expected {_TYPE_NAMES[expected]}, got {value!r:.80}"

@@ -324,6 +324,12 @@ def make_eval_step(model: Model, loss: Loss) -> Callable[[Params, Params, Batch]
     return jax.jit(step)
 
 
+@jax.jit
+def all_finite(tree: PyTree) -> Array:
+    """Returns whether no value of a tree of arrays is infinite or NaN: bool []."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 def score_choices(model: network.Transformer, params: Params, batch: Batch) -> Array:
     """Returns the log-probability of every answer choice, [B, C] float32.
 

@@ -42,6 +42,15 @@ def resolve_local(path: str | os.PathLike[str], setting: str) -> Path:
     return Path(text).expanduser().absolute()
 
 
+def check_no_pattern(path: str | os.PathLike[str], setting: str) -> None:
+    """Raises InputError for a path with a character of shell patterns.
+
+    Orbax and T5X match the paths of checkpoints as patterns; those of this path would not match.
+    """
+    if re.search(r"[][*?\\]", os.fspath(path)):
+        raise InputError(rf"{setting} must be a path without any of []*?\, got {os.fspath(path)}")
+
+
 def _path_text(path: object, prefix: str = "") -> str:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         # gin reads a name of digits alone as a number

@@ -126,7 +126,7 @@ class TrainLoop:
                     scores = f"validation loss {loss:.4f}  accuracy {accuracy:.3f} (tokens)"
                     bar.print_line(f"step {step}  {scores}")
                 if step % self.save_period == 0 or is_last:
-                    self.save(state, positions[step])
+                    self._save(state, positions[step])
                 window.start += time.monotonic() - paused  # not part of the steps' speed
         except KeyboardInterrupt:
             # A step that was interrupted halfway has consumed the state, which is donated to it.
@@ -134,7 +134,7 @@ class TrainLoop:
             if not state.step.is_deleted() and jax.process_count() == 1:
                 step = int(state.step)
                 bar.print_line(f"interrupted: saving step {step}")
-                self.save(state, positions[step])
+                self._save(state, positions[step])
             raise
         finally:
             batches.close()
@@ -175,6 +175,17 @@ class TrainLoop:
                 f" (learning rate {scalars['learning_rate']:g}):"
                 " lower LEARNING_RATE and resume from the last checkpoint"
             )
+
+    def _save(self, state: steps.TrainState, position: Position | None) -> None:
+        """Saves a state; InputError if a value of it is infinite or NaN, as all later ones are."""
+        if not steps.all_finite((state.params, state.opt_state)):
+            step = int(state.step)
+            raise InputError(
+                f"parameters are infinite or NaN after step {step}, which is not saved"
+                f" (learning rate {float(self.schedule(step - 1)):g}): lower LEARNING_RATE and"
+                " resume from the last checkpoint, if there is one"
+            )
+        self.save(state, position)
 
     def _evaluate(self, state: steps.TrainState, frozen: PyTree) -> tuple[float, float]:
         """Returns the loss and the accuracy per target token on the evaluation batches."""

@@ -24,7 +24,7 @@ Position: TypeAlias = Mapping[str, int]  # in the data: the number of examples r
 
 
 class _LastRegistration:
-    """The last return value of `register`: gin calls `mixture_or_task`, but not `datasets`."""
+    """The last return value of `register`: gin calls `mixture_or_task` alone."""
 
     registered = Registered()
 
@@ -50,9 +50,9 @@ def vocabulary(name: str, register: Register, feature: str = "targets") -> "seqi
     return seqio_tasks.get_mixture_or_task(name).output_features[feature].vocabulary
 
 
-def datasets(name: str) -> list[str]:
-    """Returns the datasets of a mixture, under their names in tables."""
-    return _LastRegistration.registered.datasets_of(seqio_tasks.subtask_names(name))
+def training_record(name: str) -> dict[str, list[str]]:
+    """Returns the fields of `runs.Record` of a training on a mixture or task."""
+    return _LastRegistration.registered.training_record(seqio_tasks.subtask_names(name))
 
 
 def get_dataset(

@@ -16,7 +16,7 @@ from t5x import optimizers, utils
 from t5x import partitioning as t5x_partitioning
 from t5x import train_state as t5x_train_state
 
-from pemoe_jax.checkpoints import models, runs, t5x_run
+from pemoe_jax.checkpoints import models, runs, same_run, t5x_run
 from pemoe_jax.core import adapters, network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
@@ -118,6 +118,8 @@ class TrainStateInitializer(utils.TrainStateInitializer):
                 "t5x_bridge.TrainStateInitializer is for training: to read a checkpoint, set"
                 " CHECKPOINT_PATH and use t5x_bridge.Checkpoints"
             )
+        if model_dir:
+            file_io.check_no_pattern(model_dir, "MODEL_DIR")
         shapes = self.global_train_state_shape
         self._frozen = frozenset(params_lib.flatten(shapes.params)) - self._model.trainable_paths
         frozen = FrozenParams(self._frozen, self._read_frozen) if self._frozen else None
@@ -158,7 +160,9 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         if self._model_dir is not None:
             record = self._record(identity)
             if is_resumed:
-                _check_same_run(self._model_dir, t5x_run.read_record(self._model_dir), record)
+                same_run.check_same_run(
+                    self._model_dir, t5x_run.read_record(self._model_dir), record
+                )
             elif jax.process_index() == 0:
                 t5x_run.write_record(self._model_dir, record)
         return params_lib.flatten(base)
@@ -183,24 +187,5 @@ class TrainStateInitializer(utils.TrainStateInitializer):
             counts={"trainable": params_lib.count(trainable), "total": params_lib.count(shapes)},
             versions=runs.package_versions(),
             seed=self._model.seed,
-            trained_datasets=None if self._name is None else data.datasets(self._name),
+            **({} if self._name is None else data.training_record(self._name)),
         )
-
-
-def _check_same_run(model_dir: str, before: runs.Record, now: runs.Record) -> None:
-    """Raises InputError if a setting that a resumed run must keep has changed."""
-    settings: dict[str, Callable[[runs.Record], object]] = {
-        "base fingerprint": lambda record: record.base["fingerprint"],
-        "method": lambda record: record.method,
-        "adapters": lambda record: record.adapters,
-        "TRAINABLE": lambda record: record.trainable,
-        "SEED": lambda record: record.seed,
-        "T5Config": lambda record: {k: v for k, v in record.config.items() if k != "dropout_rate"},
-    }
-    for name, setting in settings.items():
-        if setting(before) != setting(now):
-            raise InputError(
-                f"{file_io.resolve(model_dir)} holds a run with {name} {setting(before)!r},"
-                f" expected the same to resume, got {setting(now)!r}: choose another MODEL_DIR or"
-                " correct the setting"
-            )

@@ -34,6 +34,13 @@ def test_names_outside_a_folder(tmp_path, name):
         file_io.child_path(file_io.resolve(tmp_path), name, "index.json")
 
 
+@pytest.mark.parametrize("name", ["run[1]", "a]", "a*", "b?", "c\\d"])
+def test_characters_of_patterns_are_refused(name):
+    with pytest.raises(InputError, match="MODEL_DIR must be a path without"):
+        file_io.check_no_pattern(f"/tmp/{name}/run", "MODEL_DIR")
+    file_io.check_no_pattern("/tmp/$a {b} %d #1 ü:'\"", "MODEL_DIR")
+
+
 def test_urls_for_tensorstore():
     url = file_io.url(file_io.resolve("gs://bucket/a/checkpoint_1"))
     assert url == "gs://bucket/a/checkpoint_1/"

@@ -145,8 +145,8 @@ def test_microbatches_and_evaluation_during_training(common, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"SEED": 1}, "holds a run with base fingerprint '.*', expected the same to resume"),
-        ({"ALPHA": 8.0}, "holds a run with adapters .*, expected the same to resume"),
+        ({"SEED": 1}, "to resume, got SEED 0 -> 1; base fingerprint .* -> "),
+        ({"ALPHA": 8.0}, "to resume, got alpha 16.0 -> 8.0 at query, key, value, out, "),
     ],
 )
 def test_a_run_does_not_resume_with_other_settings(common, plain, changed, message):

@@ -1,0 +1,98 @@
+"""Compares a resumed run with the record in its checkpoint."""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from pemoe_jax.checkpoints.runs import Record
+from pemoe_jax.core.errors import InputError
+
+
+def check_same_run(folder: str | os.PathLike[str], saved: Record, current: Record) -> None:
+    """Raises InputError, with every difference, if a run cannot resume from a checkpoint.
+
+    Fields that a record does not know are not compared: those that are None, of earlier versions,
+    and an empty `base`. So the settings can be compared before the base is read.
+    """
+    if differences := [*_differences(saved, current)]:
+        raise InputError(
+            f"{folder}: expected the settings of its checkpoint to resume, got"
+            f" {'; '.join(differences)}: change them back, or choose another MODEL_DIR"
+        )
+
+
+def _differences(saved: Record, current: Record) -> Iterator[str]:
+    before, after = _settings(saved, saved.base), _settings(current, saved.base)
+    if saved.method == current.method:  # otherwise everything differs
+        before["TRAINABLE"], after["TRAINABLE"] = saved.trainable, current.trainable
+        yield from _adapter_differences(saved.adapters, current.adapters)
+    for name, value in before.items():
+        if name in after and after[name] != value:
+            yield f"{name} {value!s:.60} -> {after[name]!s:.60}"
+    yield from _changed_names("training tasks", saved.trained_tasks, current.trained_tasks)
+    yield from _changed_names("held-out datasets", saved.held_out, current.held_out)
+
+
+def _settings(record: Record, saved_base: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a run keeps, by the names that users know; without unknown ones."""
+    base = record.base if saved_base["needed"] else {}
+    settings = {
+        "method": record.method,
+        "SEED": record.seed,
+        "OPTIMIZER": record.optimizer,
+        # Dropout may change; the sentence encoder is compared by itself, with its size.
+        **{
+            f"T5Config.{name}": value
+            for name, value in record.config.items()
+            if name not in ("dropout_rate", "sentence_dim")
+        },
+        "base fingerprint": base.get("fingerprint"),
+        # Runs from before quantization recorded none.
+        "FROZEN_DTYPE": base.get("frozen_dtype", "activations") if base else None,
+    }
+    known = {name: value for name, value in settings.items() if value is not None}
+    # None is a value of these, not an unknown one.
+    return known | {name: value for name, value in settings.items() if name.startswith("T5Config.")}
+
+
+def _adapter_differences(
+    saved: Mapping[str, Mapping[str, Any]], current: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """Yields lines such as 'num_experts 10 -> 5 at key, value, gate'."""
+    if saved.keys() != current.keys():
+        yield f"adapters at {', '.join(saved)} -> {', '.join(current)}"
+        return
+    sites: dict[str, list[str]] = {}
+    for site in saved:
+        before, after = _flatten(saved[site]), _flatten(current[site])
+        for name in before | after:
+            if before.get(name) != after.get(name):
+                change = f"{name} {before.get(name)} -> {after.get(name)}"
+                sites.setdefault(change, []).append(site)
+    yield from (f"{change} at {', '.join(names)}" for change, names in sites.items())
+
+
+def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of an adapter, those of its router as 'router.<field>'."""
+    router = description.get("router")
+    fields = {name: value for name, value in description.items() if name != "router"}
+    if isinstance(router, Mapping):
+        return fields | {f"router.{name}": value for name, value in router.items()}
+    return fields | ({} if router is None else {"router": router})
+
+
+def _changed_names(
+    title: str, saved: Collection[str] | None, current: Collection[str] | None
+) -> Iterator[str]:
+    """Yields a line such as 'training tasks without a, b, with c'."""
+    if saved is None or current is None or set(saved) == set(current):
+        return
+    changes = []
+    for word, names in (
+        ("without", set(saved) - set(current)),
+        ("with", set(current) - set(saved)),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            changes.append(f"{word} {', '.join(sorted(names)[:3])}{more}")
+    yield f"{title} {', '.join(changes)}"

@@ -1,0 +1,82 @@
+"""Checkpoints of runs: unreadable ones, and resuming with other settings."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+from pemoe_jax.checkpoints import runs, same_run
+from pemoe_jax.core import adapters, routing, steps
+from pemoe_jax.core.errors import InputError
+
+RECORD = runs.Record(
+    method="full",
+    trainable=[".*"],
+    config={},
+    adapters={},
+    base={"path": None, "seed": 0, "fingerprint": "", "needed": False},
+    counts={},
+    versions={},
+)
+
+
+def test_a_checkpoint_is_opened_once_after_it_is_written(tmp_path):
+    """Orbax reads this folder's name as a pattern and saves no arrays."""
+    checkpoints = runs.RunCheckpoints(str(tmp_path / "run[1]"), keep=None)
+    state = steps.TrainState.create({"kernel": jnp.ones((2, 3))}, optax.sgd(0.1))
+    checkpoints.save(state, RECORD)
+    with pytest.raises(InputError, match=r"checkpoint_0/state: expected arrays named params"):
+        checkpoints.save(state.replace(step=state.step + 1), RECORD)
+    checkpoints.close()
+
+
+def mov(num_experts: int, top_k: int | None = None) -> dict:
+    def factory(**arguments):
+        router = functools.partial(routing.Router, top_k=top_k)
+        return adapters.VectorExperts(num_experts=num_experts, router=router, **arguments)
+
+    return adapters.describe(adapters.Adapters(key=factory, value=factory, gate=factory))
+
+
+@pytest.mark.parametrize(
+    ("saved", "current", "difference"),
+    [
+        (
+            {"adapters": mov(10)},
+            {"adapters": mov(5, top_k=2)},
+            "num_experts 10 -> 5 at key, value, gate; router.top_k None -> 2 at key, value, gate",
+        ),
+        ({"seed": 0}, {"seed": 1}, "SEED 0 -> 1"),
+        ({"optimizer": "adafactor"}, {"optimizer": "adamw"}, "OPTIMIZER adafactor -> adamw"),
+        ({"config": {"emb_dim": 8}}, {"config": {"emb_dim": 9}}, "T5Config.emb_dim 8 -> 9"),
+        ({"trainable": [".*"]}, {"trainable": ["a"]}, "TRAINABLE ['.*'] -> ['a']"),
+        ({"held_out": ["a", "b"]}, {"held_out": ["b"]}, "held-out datasets without a"),
+        (
+            {"trained_tasks": ["a", "b"]},
+            {"trained_tasks": [*"bcdefg"]},
+            "training tasks without a, with c, d, e and 2 more",
+        ),
+        (
+            {"method": "mov", "adapters": mov(10)},
+            {"method": "ia3", "adapters": {}, "trainable": ["a"]},
+            "method mov -> ia3",
+        ),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings(saved, current, difference):
+    before, after = (dataclasses.replace(RECORD, **changes) for changes in (saved, current))
+    same_run.check_same_run("run", before, before)
+    with pytest.raises(InputError) as error:
+        same_run.check_same_run("run", before, after)
+    assert f"to resume, got {difference}: change" in str(error.value)
+
+
+def test_settings_that_a_record_does_not_know_are_not_compared():
+    later = dataclasses.replace(RECORD, optimizer="adamw", trained_tasks=["a"], held_out=["b"])
+    same_run.check_same_run("run", RECORD, later)
+    base = {"path": "x", "seed": 0, "fingerprint": "f", "needed": True, "frozen_dtype": "int8"}
+    same_run.check_same_run(
+        "run", dataclasses.replace(RECORD, base=base), dataclasses.replace(RECORD, base={})
+    )
