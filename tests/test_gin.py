@@ -103,7 +103,7 @@ def test_values_of_flags(value, expected):
     ("flags", "message"),
     [
         (["--gin_file=models/no_such.gin"], "no_such.gin"),
-        (["--gin_file=runs/finetune.gin", "--gin.TRAIN_STEP=1"], "did you mean TRAIN_STEPS"),
+        (["--gin_file=runs/finetune.gin", "--gin.TRAIN_STEP=1"], "close: TRAIN_STEPS"),
         (["--gin_file=runs/finetune.gin", "--gin.train.train.speed=1"], "'speed'"),
         (["--gin_file=runs/finetune.gin", "--gin.NUM_EXPERT=1"], "NUM_EXPERT: no gin file has"),
         ([], "no gin file"),

@@ -402,7 +402,7 @@ def test_results_are_only_replaced_by_results_of_the_same_run(folder, trained, t
         ({"VOCAB_PATH": "/nowhere/v.model"}, "/nowhere/v.model"),
         ({"VOCAB_SIZE": 100}, "T5Config.vocab_size must be at least"),
         ({"REMAT_POLICY": "most"}, "REMAT_POLICY must be one of ['none', 'minimal', 'full']"),
-        ({"TRAIN_STEP": 3}, "did you mean TRAIN_STEPS"),
+        ({"TRAIN_STEP": 3}, "close: TRAIN_STEPS"),
         ({"INITIAL_CHECKPOINT_PATH": "/nowhere.safetensors"}, "/nowhere.safetensors"),
         ({"LOSS_NORMALIZING_FACTOR": "'TOKENS'"}, "LOSS_NORMALIZING_FACTOR"),
         ({"SCHEDULE": "'linear'"}, "SCHEDULE must be a product of ['constant',"),

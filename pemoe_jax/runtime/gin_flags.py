@@ -2,11 +2,11 @@
 
 import argparse
 import ast
-import difflib
 import logging
 import os
 import re
 import sys
+import tokenize
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.runtime import (
     compile_cache,
     distributed,
+    gin_errors,
     gin_help,
     gin_types,
     host_memory,
@@ -45,7 +46,10 @@ _IMPORTS = [
 ]
 
 # What gin raises for a missing file, a line that does not parse, an unknown name or import.
-_GIN_ERRORS = (OSError, ValueError, SyntaxError, ImportError, NameError, AttributeError, TypeError)
+_GIN_ERRORS = (
+    *(OSError, ValueError, SyntaxError, ImportError, NameError, AttributeError, TypeError),
+    tokenize.TokenError,
+)
 
 # Files whose macros `--help` lists for commands that take model and method files.
 MODEL_AND_METHOD_FILES = ("models/t5_1_1.gin", "methods/molora.gin", "methods/mov.gin")
@@ -159,25 +163,19 @@ def load_config(
     gin.clear_config()
     for folder in [*filter(None, args.gin_search_paths.split(",")), str(GIN_DIR)]:
         gin.add_config_file_search_path(folder)
+    lines = [*_IMPORTS, *args.gin_bindings, *bindings]
     try:
         # Later values win: defaults, then files, then flags.
         gin.parse_config([f"{macro} = None" for macro in _SET_BY_MODEL_AND_METHOD])
         gin.parse_config([_DEFAULTS, *macros])
         gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macro_names(bindings, args.gin_bindings, args.gin_file)
-        gin.parse_config_files_and_bindings([], [*_IMPORTS, *args.gin_bindings, *bindings])
+        gin.parse_config_files_and_bindings([], lines)
     except InputError:
         raise
     except _GIN_ERRORS as error:
-        raise InputError(_user_message(error)) from error
+        raise InputError(gin_errors.describe_error(error, lines)) from error
     gin_types.check_bindings(_SET_BY_MODEL_AND_METHOD)
-
-
-def _user_message(error: Exception) -> str:
-    line = first_line(error)
-    if required := re.match(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", line):
-        return f"{required[1]} is not set: pass --gin.{required[1]}=…"
-    return f"gin: {line}"
 
 
 def _check_macro_names(
@@ -203,8 +201,9 @@ def _check_macro_names(
             flags = " ".join(f"--gin_file={file}" for file in gin_files)
             raise InputError(f"{name} belongs to {_join(owners)}, got {flags}")
         if binding in bindings:
-            close = difflib.get_close_matches(name, known, n=2)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            if flags := gin_errors.t5x_flags(name):
+                raise InputError(f"{name} belongs to T5X: pass {flags}")
+            hint = gin_errors.close(name, known)
             raise InputError(f"--gin.{name}: no gin file has a macro of this name{hint}")
 
 
@@ -230,7 +229,7 @@ def call_configured(function: Callable[..., T]) -> T:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
         if "Required bindings" in str(error) or "gin.REQUIRED" in str(error):
-            raise InputError(_user_message(error)) from error
+            raise InputError(gin_errors.describe_error(error, ())) from error
         raise
 
 

@@ -257,7 +257,7 @@ def test_a_run_file_is_accepted(capsys):
         (["--gin_file=methods/mov.gin"], "MODEL is not set: pass --gin_file=models/…"),
         (["--gin.NUM_EXPERTS=3"], "no gin file"),
         (["--gin_file=models/no_such.gin"], "no_such.gin"),
-        ([*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERT=3"], "did you mean NUM_EXPERTS"),
+        ([*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERT=3"], "close: NUM_EXPERTS"),
         (
             [*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERTS=0"],
             "num_experts must be at least 1",
