@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pemoe_jax.core.errors import InputError, check_integer
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags, options
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ def train(
     """
     if model is None:
         raise InputError("MODEL is not set: pass --gin_file=models/… before the run file")
-    check_integer("TRAIN_STEPS", total_steps)
 
     import gin
     import jax

@@ -255,7 +255,7 @@ def test_an_interrupted_run_resumes_at_its_last_step(
 
 
 def test_a_state_that_is_not_finite_is_never_saved(folder, tmp_path, capsys):
-    settings = {"LEARNING_RATE": 1e30, "CHECKPOINT_PERIOD": 1, "LOG_PERIOD": 50, "TRAIN_STEPS": 4}
+    settings = {"LEARNING_RATE": 3e38, "CHECKPOINT_PERIOD": 1, "LOG_PERIOD": 50, "TRAIN_STEPS": 4}
     assert train.main(train_flags(folder, "mov", tmp_path, **settings)) == 1
     assert "infinite or NaN after step 2" in capsys.readouterr().err
     arrays, _, step = runs.open_trained(str(tmp_path))

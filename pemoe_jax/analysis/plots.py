@@ -193,6 +193,8 @@ def import_pyplot() -> ModuleType:
     import matplotlib.pyplot
 
     matplotlib.rc("font", size=10)
+    # Names of folders and tasks are no formulas: `$` in them would be an error.
+    matplotlib.rc("text", parse_math=False)
     matplotlib.rc("savefig", dpi=150)
     matplotlib.rc("axes", edgecolor=MUTED_COLOR, labelcolor=TEXT_COLOR, titlecolor=TEXT_COLOR)
     matplotlib.rc("axes.spines", top=False, right=False)
@@ -213,6 +215,7 @@ def text_width(text: str, size: float) -> float:
     """Returns the width in inches of a line of text at a font size in points."""
     from matplotlib.textpath import TextPath
 
+    import_pyplot()  # its style says how `$` is read
     return TextPath((0, 0), text, size=size).get_extents().width / 72
 
 

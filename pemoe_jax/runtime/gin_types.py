@@ -1,4 +1,4 @@
-"""Checks the literals that gin binds against the annotated types of their parameters."""
+"""Checks the literals that gin binds: the types of their parameters, and the ranges of numbers."""
 
 import collections.abc
 import inspect
@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime.gin_ranges import RANGES
 
 # An annotation: a class, a generic alias, a union. Python has no common type for these.
 Type: TypeAlias = Any
@@ -32,7 +33,8 @@ def check_bindings(optional_macros: Collection[str] = ()) -> None:
       optional_macros: macros that may be None whatever the type, as no gin file may set them.
 
     Raises:
-      InputError: a value does not fit its parameter. The message names its macro, if it has one.
+      InputError: a value does not fit its parameter, or is out of its range. The message names
+        its macro, if it has one.
     """
     import gin
 
@@ -41,7 +43,10 @@ def check_bindings(optional_macros: Collection[str] = ()) -> None:
     for (_, selector), values in bindings.items():
         if selector == "gin.macro":
             continue
-        annotations = _parameter_types(registry[selector].wrapped)
+        function = registry[selector].wrapped
+        annotations = _parameter_types(function)
+        module = getattr(function, "__module__", "").rpartition(".")[2]
+        ranges = RANGES.get(f"{module}.{getattr(function, '__name__', '')}", {})
         for parameter, bound in values.items():
             name, value = _resolve_macro(f"{selector}.{parameter}", bound, bindings)
             annotation = annotations.get(parameter, Any)
@@ -49,6 +54,11 @@ def check_bindings(optional_macros: Collection[str] = ()) -> None:
             is_optional = value is None and name in optional_macros
             if is_literal and not is_optional and not _matches(value, annotation):
                 raise InputError(f"{name} must be {_describe(annotation)}, got {value!r}")
+            if parameter in ranges and isinstance(value, (int, float)):
+                interval, members = ranges[parameter], _union_members(annotation)
+                if value not in interval:
+                    expected = interval.describe(is_integer=float not in members)
+                    raise InputError(f"{name} must be {expected}, got {value!r}")
 
 
 def _resolve_macro(

@@ -1,6 +1,7 @@
 """Options of the commands, grouped into records that gin builds and commands take whole.
 
-A new option is one field with its line in the docstring, one macro and one line in a run file.
+A new option is one field with its line in the docstring, one macro and one line in a run file, and
+for a number its range in `gin_ranges`.
 `--help` shows the docstring's line next to the macro and its default (`gin_help`).
 """
 
@@ -8,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pemoe_jax.core.errors import InputError, check_choice, check_integer
+from pemoe_jax.core.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     from pemoe_jax.core import network
@@ -41,12 +42,6 @@ class Data:
     use_cached_tasks: bool = False
     sentence_embeddings: str | None = None
     max_examples: int | None = None
-
-    def __post_init__(self) -> None:
-        check_integer("BATCH_SIZE", self.batch_size)
-        check_integer("MICROBATCHES", self.microbatches)
-        if self.max_examples is not None:
-            check_integer("EVAL_EXAMPLES", self.max_examples)
 
     @property
     def name(self) -> str:
@@ -102,11 +97,6 @@ class Checkpointing:
     period: int = 1000
     keep: int | None = 1
 
-    def __post_init__(self) -> None:
-        check_integer("CHECKPOINT_PERIOD", self.period)
-        if self.keep is not None:
-            check_integer("KEEP_CHECKPOINTS", self.keep)
-
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
@@ -126,9 +116,6 @@ class Logging:
     router_metrics: str | None = "sites"
 
     def __post_init__(self) -> None:
-        check_integer("LOG_PERIOD", self.log_period)
-        check_integer("EVAL_PERIOD", self.eval_period, minimum=0)
-        check_integer("EVAL_BATCHES", self.eval_batches)
         check_choice("ROUTER_METRICS", self.router_metrics, ("sites", "layers", None))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.analysis.routing import measure
-from pemoe_jax.core.errors import InputError, check_integer
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags, options
 
 if TYPE_CHECKING:
@@ -86,7 +86,6 @@ def routes(
     from pemoe_jax.runtime import atomic_write, file_io, progress
     from pemoe_jax.tasks.registered import run_register
 
-    check_integer("ROUTES_EXAMPLES", examples)
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     mesh = partitioning.make_mesh()
     partitioning.check_batch_size(data.batch_size, mesh)

@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -24,6 +25,15 @@ def curves(monkeypatch):
 
     monkeypatch.setattr(plots, "save_figure", save_figure)
     return curves
+
+
+def test_names_are_no_formulas(tmp_path):
+    title = r"mov_$JOB_$SEED \frac{ ^2 _"
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "train/loss": 9.8}\n')
+    assert plots.loss_curve(metrics, tmp_path / "a.png", title=title).read_bytes()[:8] == PNG
+    matplotlib.rc("text", parse_math=True)  # as before the first figure
+    assert plots.text_width(title, 9) > plots.text_width(title[4:], 9) > 1
 
 
 def test_training_losses_are_drawn_amid_their_steps(tmp_path, curves):

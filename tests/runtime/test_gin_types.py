@@ -1,15 +1,17 @@
 """A value of the wrong type is a one-line error before any data or checkpoint is read."""
 
 import collections.abc
+import importlib
 import inspect
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from pemoe_jax import evaluate, train
-from pemoe_jax.runtime import gin_flags, gin_types
+from pemoe_jax.runtime import gin_flags, gin_ranges, gin_types
 from pemoe_jax.tools import encoders
 
 FILES = ("models/t5_1_1_tiny.gin", "methods/molora.gin", "runs/finetune.gin")
@@ -50,7 +52,21 @@ EVALUATE += ["--gin.EVAL_OUTPUT_DIR=/nowhere/out"]
         ),
         (["--gin.MICROBATCHES=0"], "MICROBATCHES must be a positive integer, got 0"),
         (["--gin.KEEP_CHECKPOINTS=0"], "KEEP_CHECKPOINTS must be a positive integer, got 0"),
-        (["--gin.network.T5Config.emb_dim=0"], "T5Config.emb_dim must be at least 1, got 0"),
+        (
+            ["--gin.network.T5Config.emb_dim=0"],
+            "T5Config.emb_dim must be a positive integer",
+        ),
+        (["--gin.SEED=18446744073709551616"], "SEED must be an integer in [0, 2147483647], got 18"),
+        (["--gin.SEED=-1"], "SEED must be an integer in [0, 2147483647], got -1"),
+        (["--gin.TRAIN_STEPS=0"], "TRAIN_STEPS must be an integer in [1, 2147483647], got 0"),
+        (["--gin.LABEL_SMOOTHING=1.5"], "LABEL_SMOOTHING must be a number in [0, 1), got 1.5"),
+        (["--gin.LEARNING_RATE=-1e-3"], "LEARNING_RATE must be a number of at least 0, got -0.001"),
+        (["--gin.LEARNING_RATE=1e999"], "LEARNING_RATE must be a number of at least 0, got inf"),
+        (["--gin.WARMUP_STEPS=-1"], "WARMUP_STEPS must be an integer of at least 0, got -1"),
+        (["--gin.EVAL_PERIOD=-1"], "EVAL_PERIOD must be an integer of at least 0, got -1"),
+        (["--gin.LOG_PERIOD=0"], "LOG_PERIOD must be a positive integer, got 0"),
+        (["--gin.ALPHA=-1"], "ALPHA must be a positive number, got -1"),
+        (["--gin.optim.adamw.b1=1.0"], "optim.adamw.b1 must be a number in [0, 1), got 1.0"),
         (["--gin.RANK=%ALPHA", "--gin.ALPHA=%RANK"], "must be a value, got a reference to itself"),
         (["--gin.DTYPE=abc"], "T5Config.dtype must be float32 or bfloat16, got 'abc'"),
     ],
@@ -72,6 +88,26 @@ def test_correct_values_pass():
     flags = ["--gin.ALPHA=16", "--gin.KEEP_CHECKPOINTS=None", "--gin.RANK=%NUM_EXPERTS"]
     rest, bindings = gin_flags.split_bindings([*FLAGS, *flags])
     gin_flags.load_config(train.FLAGS.parse_args(rest), bindings)  # raises nothing
+
+
+def test_every_number_has_a_range():
+    """Of every function in the table, and of every function that a gin file binds."""
+    functions = {}
+    for package, names in gin_flags._MODULES.items():
+        for name in names:
+            module = importlib.import_module(f"{package}.{name}")
+            functions |= {f"{name}.{key}": value for key, value in vars(module).items()}
+    bound = r"^(\w+\.\w+)(?::$|\.\w+ =)"
+    texts = [path.read_text() for path in gin_flags.GIN_DIR.glob("*/*.gin")]
+    bound = {name for text in texts for name in re.findall(bound, text, re.MULTILINE)}
+    for name in (bound & functions.keys()) | gin_ranges.RANGES.keys():
+        types = gin_types._parameter_types(functions[name])
+        numbers = {
+            parameter
+            for parameter, annotation in types.items()
+            if {int, float} & {*gin_types._union_members(annotation)}
+        }
+        assert numbers == gin_ranges.RANGES.get(name, {}).keys(), name
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""The range of each number that gin files and flags can set."""
+
+import math
+from typing import NamedTuple
+
+
+class Interval(NamedTuple):
+    """The numbers between two bounds, which `[` and `]` include and `(` and `)` exclude."""
+
+    left: str
+    low: float
+    high: float
+    right: str
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, (int, float))
+        above = value >= self.low if self.left == "[" else value > self.low
+        below = value <= self.high if self.right == "]" else value < self.high
+        return above and below  # false for NaN
+
+    def describe(self, is_integer: bool) -> str:
+        """Returns e.g. 'a positive integer', 'a number of at least 0' or 'a number in [0, 1)'."""
+        noun = "integer" if is_integer else "number"
+        if self == POSITIVE:
+            return f"a positive {noun}"
+        article = "an" if is_integer else "a"
+        if self.high == math.inf:
+            return f"{article} {noun} of at least {self.low}"
+        return f"{article} {noun} in {self.left}{self.low}, {self.high}{self.right}"
+
+
+POSITIVE = Interval("(", 0, math.inf, ")")
+NOT_NEGATIVE = Interval("[", 0, math.inf, ")")
+FRACTION = Interval("[", 0, 1, ")")
+UP_TO_ONE = Interval("(", 0, 1, "]")
+# int32, as jax counts steps and makes keys
+STEPS = Interval("[", 1, 2**31 - 1, "]")
+SEED = Interval("[", 0, 2**31 - 1, "]")
+
+# By function and parameter. A test compares them with the parameters that are numbers.
+RANGES: dict[str, dict[str, Interval]] = {
+    "train.train": {"total_steps": STEPS, "seed": SEED},
+    "options.Data": dict.fromkeys(("batch_size", "microbatches", "max_examples"), POSITIVE),
+    "options.Checkpointing": {"period": POSITIVE, "keep": POSITIVE},
+    "options.Logging": {
+        "log_period": POSITIVE,
+        "eval_period": NOT_NEGATIVE,
+        "eval_batches": POSITIVE,
+    },
+    "tasks.register": {"eval_examples": POSITIVE},
+    "routes.routes": {"examples": POSITIVE, "min_count": POSITIVE},
+    "partitioning.MeshConfig": {"model_parallelism": POSITIVE},
+    "steps.Loss": {
+        "z_loss": NOT_NEGATIVE,
+        "label_smoothing": FRACTION,
+        "loss_normalizing_factor": POSITIVE,
+    },
+    "optim.create_learning_rate_scheduler": {
+        "base_learning_rate": NOT_NEGATIVE,
+        "warmup_steps": NOT_NEGATIVE,
+        "total_steps": STEPS,
+        "decay_factor": UP_TO_ONE,
+        "steps_per_decay": POSITIVE,
+        "steps_per_cycle": POSITIVE,
+        "step_offset": NOT_NEGATIVE,
+        "min_learning_rate": NOT_NEGATIVE,
+    },
+    "optim.adafactor": {
+        "decay_rate": UP_TO_ONE,
+        "step_offset": NOT_NEGATIVE,
+        "clipping_threshold": POSITIVE,
+        "min_dim_size_to_factor": POSITIVE,
+        "weight_decay_rate": NOT_NEGATIVE,
+    },
+    "optim.adamw": {
+        **{"b1": FRACTION, "b2": FRACTION, "eps": NOT_NEGATIVE},
+        **{"weight_decay": NOT_NEGATIVE, "clip_norm": POSITIVE},
+    },
+    "adapters.VectorExperts": {"num_experts": POSITIVE},
+    "adapters.LoRAExperts": {"num_experts": POSITIVE, "rank": POSITIVE, "alpha": POSITIVE},
+    "routing.Router": {
+        **{"num_experts": POSITIVE, "top_k": POSITIVE, "temperature": POSITIVE},
+        **{"jitter_noise": FRACTION, "balance_loss": NOT_NEGATIVE, "z_loss": NOT_NEGATIVE},
+    },
+    "network.T5Config": {
+        **dict.fromkeys(
+            (
+                *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "sentence_dim"),
+                *("num_encoder_layers", "num_decoder_layers"),
+            ),
+            POSITIVE,
+        ),
+        "dropout_rate": FRACTION,
+    },
+}
