@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Registered:
         """Returns the sorted names of the datasets of `tasks`; an unknown task is its own."""
         return sorted({self.datasets.get(task, task) for task in tasks})
 
-    def training_record(self, tasks: Sequence[str]) -> dict[str, list[str]]:
+    def training_record(self, tasks: Sequence[str]) -> dict[str, Any]:
         """Returns the fields of `checkpoints.runs.Record` of a training on `tasks`."""
         return {
             "trained_datasets": self.datasets_of(tasks),

@@ -201,8 +201,8 @@ def _check_macro_names(
             flags = " ".join(f"--gin_file={file}" for file in gin_files)
             raise InputError(f"{name} belongs to {_join(owners)}, got {flags}")
         if binding in bindings:
-            if flags := gin_errors.t5x_flags(name):
-                raise InputError(f"{name} belongs to T5X: pass {flags}")
+            if t5x_flags := gin_errors.t5x_flags(name):
+                raise InputError(f"{name} belongs to T5X: pass {t5x_flags}")
             hint = gin_errors.close(name, known)
             raise InputError(f"--gin.{name}: no gin file has a macro of this name{hint}")
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from clu.data import dataset_iterator
@@ -50,7 +50,7 @@ def vocabulary(name: str, register: Register, feature: str = "targets") -> "seqi
     return seqio_tasks.get_mixture_or_task(name).output_features[feature].vocabulary
 
 
-def training_record(name: str) -> dict[str, list[str]]:
+def training_record(name: str) -> dict[str, Any]:
     """Returns the fields of `runs.Record` of a training on a mixture or task."""
     return _LastRegistration.registered.training_record(seqio_tasks.subtask_names(name))
 
