@@ -25,6 +25,7 @@ MESHES = {
     "1x4": {"MODEL_PARALLELISM": 4},
     "fsdp": {"FSDP": True},
 }
+SCORED = ("2x2", "fsdp")  # scores too: both axes of the mesh are sharded there
 # Without packing: with two shards, packed rows would hold other examples.
 SETTINGS = {"PACK": False, "LOG_PERIOD": 1, "CHECKPOINT_PERIOD": 2, "KEEP_CHECKPOINTS": None}
 SETTINGS["optim.adamw.eps"] = 1e-3  # see test_train.test_a_run_resumes_in_another_form
@@ -110,10 +111,10 @@ def in_two(folder, tmp_path_factory) -> pathlib.Path:
     commands: list[Command] = []
     for mesh, macros in MESHES.items():
         run = root / mesh / "run"
-        commands += [
-            ("train", mov_flags(folder, run, **macros)),
-            ("evaluate", evaluation(folder, run, root / mesh / "scores", **macros)),
-        ]
+        commands.append(("train", mov_flags(folder, run, **macros)))
+        if mesh in SCORED:
+            scoring = evaluation(folder, run, root / mesh / "scores", **macros)
+            commands.append(("evaluate", scoring))
     changes = root / "changes"
     commands += [
         ("train", mov_flags(folder, changes, **MESHES["4x1"], TRAIN_STEPS=2)),
@@ -130,6 +131,8 @@ def test_two_processes_equal_one(alone, in_two, mesh):
     for step, loss in expected.items():
         assert actual[step] == pytest.approx(loss, rel=1e-5), step
     assert_moved_alike(alone / "run", in_two / mesh / "run")
+    if mesh not in SCORED:
+        return
     np.testing.assert_allclose(  # scores are written with five decimals
         scores(in_two / mesh / "scores"), scores(alone / "scores"), rtol=1e-5, atol=1.1e-5
     )

@@ -171,7 +171,7 @@ def test_a_run_resumes_in_another_form(folder, tmp_path, capsys):
     into full steps; 1e-3 is far above them. Later a router's gradient is a small difference of
     large terms, which is less exact than other gradients.
     """
-    layers = {"network.T5Config.num_encoder_layers": 2, "network.T5Config.num_decoder_layers": 3}
+    layers = {"network.T5Config.num_encoder_layers": 2, "network.T5Config.num_decoder_layers": 1}
     settings = {"LOG_PERIOD": 1, "optim.adamw.eps": 1e-3, "INITIAL_CHECKPOINT_PATH": None, **layers}
     loop = {"SCAN_LAYERS": True, "REMAT_POLICY": "minimal", "FSDP": True, "TRAIN_STEPS": 6}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
