@@ -5,6 +5,7 @@ argument, so their gradients are never computed. Loss and normalization are T5X'
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -249,7 +250,9 @@ def _accumulate(
         (dict(batch), weights),
     )
 
-    def run(index: Array | int, piece: tuple[Batch, Array]) -> PyTree:
+    # Jitted, so that it is traced once for its shapes and for the loop.
+    @functools.partial(jax.jit, inline=True)
+    def run(index: Array, piece: tuple[Batch, Array]) -> PyTree:
         piece_rng = None if rng is None else jax.random.fold_in(rng, index)
         return grad_fn(trainable, *piece, piece_rng)
 
@@ -257,9 +260,10 @@ def _accumulate(
         return jax.tree.map(jnp.add, sums, run(*item)), None
 
     # An abstract evaluation returns the tree of sums: its keys depend on the model's routers.
-    shapes = jax.eval_shape(lambda: run(0, jax.tree.map(lambda a: a[0], pieces)))
+    indices = jnp.arange(microbatches)
+    shapes = jax.eval_shape(run, *jax.tree.map(lambda a: a[0], (indices, pieces)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    sums, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), pieces))
+    sums, _ = jax.lax.scan(add, zeros, (indices, pieces))
     return sums
 
 
