@@ -29,7 +29,7 @@ def register(
 
     Args:
       jsonl_dir: folder of <task>/<split>.jsonl, with an optional INDEX.json.
-      vocab_path: the base model's SentencePiece file.
+      vocab_path: the base model's SentencePiece file, T5's or mT5's; 'bytes' for ByT5.
       module: name of a Python module that registers seqio tasks.
       p3_dir: folder of P3, as tfrecords, Parquet or templates. None without other data: the
         environment's PEMOE_P3_DIR, or else the caches in --seqio_additional_cache_dirs.
@@ -84,7 +84,7 @@ def register(
     if vocab_path is None:
         raise InputError(
             "VOCAB_PATH is not set: pass --gin.VOCAB_PATH=… with the base model's SentencePiece"
-            " file"
+            " file, or 'bytes' for ByT5"
         )
     from pemoe_jax.tasks import jsonl
 

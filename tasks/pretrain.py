@@ -21,7 +21,7 @@ import numpy as np
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import
 from pemoe_jax.tasks.registered import Registered
-from pemoe_jax.tasks.vocabulary import load_vocabulary
+from pemoe_jax.tasks.vocabulary import load_vocabulary, sentinel_ids
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -44,14 +44,14 @@ def _random_lengths(total: int, parts: int, rng: np.random.Generator) -> list[in
 
 
 def span_corruption(
-    ids: Sequence[int], rng: np.random.Generator, first_sentinel: int
+    ids: Sequence[int], rng: np.random.Generator, sentinels: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Replaces spans of a text by sentinels.
 
     Args:
       ids: a text of at least two tokens, without EOS.
       rng: source of the draws.
-      first_sentinel: id of the first sentinel; the others count down from it.
+      sentinels: ids of the sentinels, the first one first; no more spans are removed than these.
 
     Returns:
       (inputs, targets), without EOS. The first token stays, the last is removed.
@@ -59,13 +59,13 @@ def span_corruption(
     # Both counts are bounded so that no span and no gap is empty, whatever the length.
     num_noise = min(max(round(len(ids) * _NOISE_DENSITY), 1), len(ids) - 1)
     num_spans = min(max(round(num_noise / _MEAN_SPAN_LENGTH), 1), len(ids) - num_noise)
+    num_spans = min(num_spans, len(sentinels))
     keep_lengths = _random_lengths(len(ids) - num_noise, num_spans, rng)
     span_lengths = _random_lengths(num_noise, num_spans, rng)
     inputs: list[int] = []
     targets: list[int] = []
     start = 0
-    for number, (keep, span) in enumerate(zip(keep_lengths, span_lengths, strict=True)):
-        sentinel = first_sentinel - number
+    for keep, span, sentinel in zip(keep_lengths, span_lengths, sentinels, strict=False):
         inputs += [*ids[start : start + keep], sentinel]
         targets += [sentinel, *ids[start + keep : start + keep + span]]
         start += keep + span
@@ -132,7 +132,7 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
 
     Args:
       text_path: file with a text per line, in UTF-8.
-      vocab_path: SentencePiece file; T5's 100 sentinels are added to its pieces.
+      vocab_path: see `load_vocabulary` (VOCAB_PATH).
 
     Raises:
       InputError: a file does not exist, or the vocabulary is not a SentencePiece model.
@@ -147,9 +147,9 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
     vocabulary = load_vocabulary(vocab_path)
     # encode, not piece_to_id: the vocabulary may have merged the mark with the word before it
     ends = [ids[-1] for ids in (vocabulary.encode(f"a{end}") for end in _SENTENCE_ENDS) if ids]
-    first_sentinel = vocabulary.vocab_size - 1
+    sentinels = sentinel_ids(vocabulary)
     objectives: dict[str, Objective] = {
-        SPAN_CORRUPTION: lambda ids, rng: span_corruption(ids, rng, first_sentinel),
+        SPAN_CORRUPTION: lambda ids, rng: span_corruption(ids, rng, sentinels),
         PREFIX_LM: lambda ids, rng: prefix_lm(ids, rng, ends),
     }
     for name, objective in objectives.items():

@@ -1,20 +1,23 @@
-"""The SentencePiece vocabulary of a run: VOCAB_PATH."""
+"""The vocabulary of a run: VOCAB_PATH."""
 
 from __future__ import annotations
 
 import functools
 import os
 import pathlib
+import re
 from typing import TYPE_CHECKING
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import
 
 if TYPE_CHECKING:
+    import sentencepiece
     import seqio
 
 T5_VOCAB_PATH = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
-SENTINELS = 100  # sentinel tokens of span corruption, added after the file's own pieces
+BYTES = "bytes"  # VOCAB_PATH of ByT5's vocabulary, which has no file
+SENTINELS = 100  # sentinel tokens of span corruption
 
 
 def default_vocab_path() -> str:
@@ -22,38 +25,61 @@ def default_vocab_path() -> str:
     return os.environ.get("PEMOE_VOCAB_PATH") or T5_VOCAB_PATH
 
 
-def load_vocabulary(path: str | os.PathLike[str]) -> seqio.SentencePieceVocabulary:
-    """Loads a SentencePiece file and adds T5's sentinels; the same file returns the same object.
+def load_vocabulary(path: str | os.PathLike[str]) -> seqio.Vocabulary:
+    """Loads a SentencePiece file; the same file returns the same object.
+
+    Args:
+      path: the file, T5's or mT5's (100 sentinels are added if it has none), or 'bytes' for ByT5's
+        vocabulary (its sentinels are the last 100 bytes).
 
     Raises:
       InputError: the file does not exist, is not a SentencePiece model, or has other special ids
         than T5's.
     """
-    if "://" in os.fspath(path):  # seqio reads remote files through TensorFlow
-        return _load(os.fspath(path), 0)
-    local = pathlib.Path(path).expanduser().absolute()
-    if not local.is_file():
-        raise InputError(f"VOCAB_PATH must be a SentencePiece model file, got no file at {path}")
-    return _load(str(local), local.stat().st_mtime_ns)
+    text = os.fspath(path)
+    if text == BYTES or "://" in text:
+        vocabulary = open_vocabulary(text)
+    else:
+        local = pathlib.Path(text).expanduser().absolute()
+        if not local.is_file():
+            raise InputError(
+                f"VOCAB_PATH must be a SentencePiece model file or {BYTES!r}, got no file at {path}"
+            )
+        vocabulary = open_vocabulary(str(local), local.stat().st_mtime_ns)
+    _ = vocabulary.vocab_size  # reads the file
+    return vocabulary
 
 
 # One object for each file: every object holds a copy of the model.
 @functools.cache
-def _load(path: str, modified: int) -> seqio.SentencePieceVocabulary:
-    del modified  # part of the cache's key: a file that was replaced is loaded again
-    vocabulary = seqio_import.import_seqio().SentencePieceVocabulary(path, extra_ids=SENTINELS)
-    try:
-        # seqio loads the file at the first access
-        ids = vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id
-    except Exception as error:  # protobuf, sentencepiece and tensorflow each raise their own types
-        message = str(error).strip().split("\n")[0]
-        if "://" in path:
-            raise InputError(
-                f"VOCAB_PATH {path} cannot be read: {message}; pass a local copy of the base"
-                " model's SentencePiece file by --gin.VOCAB_PATH or the environment's"
-                " PEMOE_VOCAB_PATH"
-            ) from None
-        raise InputError(f"VOCAB_PATH {path} is not a SentencePiece model: {message}") from None
-    if ids != (0, 1, 2):
-        raise InputError(f"VOCAB_PATH {path}: expected pad, eos, unk at ids (0, 1, 2), got {ids}")
-    return vocabulary
+def open_vocabulary(path: str, modified: int = 0) -> seqio.Vocabulary:
+    """Returns the vocabulary of an absolute path or 'bytes'; its file is read at the first use.
+
+    Args:
+      path: see `load_vocabulary`.
+      modified: time of the file's last change; a file that was replaced is opened again.
+    """
+    del modified
+    if path == BYTES:
+        return seqio_import.import_seqio().ByteVocabulary()
+    from pemoe_jax.tasks.lazy_vocabulary import LazyVocabulary  # imports seqio
+
+    return LazyVocabulary(path)
+
+
+def find_sentinels(tokenizer: sentencepiece.SentencePieceProcessor) -> list[int]:
+    """Returns the ids of the pieces <extra_id_0>, <extra_id_1>, …; [] if there are none."""
+    ids = {}
+    for token_id in range(tokenizer.get_piece_size()):
+        # the pieces of mT5 and those that seqio adds begin with the mark of a space
+        if match := re.fullmatch(r"▁?<extra_id_(\d+)>", tokenizer.id_to_piece(token_id)):
+            ids[int(match[1])] = token_id
+    return [ids[number] for number in sorted(ids)]
+
+
+def sentinel_ids(vocabulary: seqio.Vocabulary) -> list[int]:
+    """Returns the ids of the sentinels of `load_vocabulary`'s vocabularies, the first one first."""
+    if isinstance(vocabulary, seqio_import.import_seqio().ByteVocabulary):
+        last = vocabulary.vocab_size - 1
+        return [last - number for number in range(SENTINELS)]
+    return find_sentinels(vocabulary.tokenizer)

@@ -106,7 +106,10 @@ def vocab_size(name: str) -> int:
 
 
 def check_vocab_size(name: str, model_vocab_size: int) -> None:
-    """Raises InputError if a task or mixture has ids that the model's embedding has no row for."""
+    """Raises InputError if a task or mixture has ids that the model's embedding has no row for.
+
+    More rows than ids are padding, which a TPU multiplies faster.
+    """
     size = vocab_size(name)
     if size > model_vocab_size:
         raise InputError(

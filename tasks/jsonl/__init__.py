@@ -78,7 +78,7 @@ def register(
 
     Args:
       jsonl_dir: the folder (JSONL_DIR).
-      vocab_path: a SentencePiece model with pad 0, eos 1, unk 2 (VOCAB_PATH).
+      vocab_path: see `load_vocabulary` (VOCAB_PATH).
       train_tasks: patterns of the tasks to train on (TRAIN_TASKS), instead of the training role.
       eval_tasks: patterns of the tasks to score (EVAL_TASKS), instead of the scoring role.
       eval_examples: use only the first examples of every split but `train` (EVAL_EXAMPLES).

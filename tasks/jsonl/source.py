@@ -182,7 +182,7 @@ def _encode_blocks(
     def encode(block: TensorDict) -> TensorDict:
         encoded = {}
         for key, feature in features.items():
-            ids = _tokenizer(feature.vocabulary.sp_model).tokenize(block[key])
+            ids = _tokenizer(feature.vocabulary)(block[key])
             length = lengths.get(key)
             ids = ids if length is None else ids[:, : length - 1]
             eos = tf.fill([tf.size(block[key]), 1], feature.vocabulary.eos_id)
@@ -193,11 +193,27 @@ def _encode_blocks(
     return blocks.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
 
 
+def _tokenizer(vocabulary: seqio.Vocabulary) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns the function from a text, or several, to ids."""
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return _tokenize_bytes
+    return _sentencepiece_tokenizer(vocabulary.sp_model).tokenize
+
+
 @functools.cache
-def _tokenizer(model: bytes) -> tf_text.SentencepieceTokenizer:
+def _sentencepiece_tokenizer(model: bytes) -> tf_text.SentencepieceTokenizer:
     # Shared: seqio creates one (32 ms and a copy of the model) for each feature of each task.
     with tf.init_scope():
         return tf_text.SentencepieceTokenizer(model=model)
+
+
+def _tokenize_bytes(text: tf.Tensor) -> tf.Tensor:
+    # seqio's ByteVocabulary takes a single text
+    def to_ids(characters: tf.Tensor) -> tf.Tensor:
+        numbers = tf.reshape(tf.io.decode_raw(characters, tf.uint8), [-1])
+        return tf.cast(numbers, tf.int32) + 3  # after pad, eos and unk
+
+    return tf.ragged.map_flat_values(to_ids, tf.strings.bytes_split(text))
 
 
 Preprocessor = Callable[[tf.data.Dataset, Features], tf.data.Dataset]
@@ -207,11 +223,11 @@ def _map(function: Callable[[TensorDict, Tokenize], TensorDict]) -> Preprocessor
     """Turns a function of an example into a preprocessor, without autograph (slow to build)."""
 
     def preprocess(ds: tf.data.Dataset, output_features: Features) -> tf.data.Dataset:
-        models = {key: feature.vocabulary.sp_model for key, feature in output_features.items()}
+        tokenizers = {key: _tokenizer(value.vocabulary) for key, value in output_features.items()}
 
         @tf.autograph.experimental.do_not_convert
         def call(example: TensorDict) -> TensorDict:
-            return function(example, lambda key, text: _tokenizer(models[key]).tokenize(text))
+            return function(example, lambda key, text: tokenizers[key](text))
 
         return ds.map(call, num_parallel_calls=tf.data.AUTOTUNE)
 

@@ -25,23 +25,18 @@ from pemoe_jax.tasks import metrics, score_eval
 from pemoe_jax.tasks.p3 import published, source
 from pemoe_jax.tasks.registered import Registered, abbreviate
 from pemoe_jax.tasks.seekable import trim_and_append_eos
-from pemoe_jax.tasks.vocabulary import SENTINELS, default_vocab_path, load_vocabulary
+from pemoe_jax.tasks.vocabulary import default_vocab_path, load_vocabulary, open_vocabulary
 
 seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and filters its log
 import seqio  # noqa: E402
-
-
-def _lazy_vocabulary(path: str) -> seqio.SentencePieceVocabulary:
-    # Unlike load_vocabulary this reads nothing: seqio loads the file at the first use, so that the
-    # import works without a vocabulary, and a remote file is read only if text is tokenized.
-    return seqio.SentencePieceVocabulary(path, extra_ids=SENTINELS)
 
 
 def _default_folder() -> str | None:
     return os.environ.get("PEMOE_P3_DIR") or None
 
 
-settings = source.Settings(_lazy_vocabulary(default_vocab_path()), _default_folder())
+# The file is read at its first use, so that the import works without it.
+settings = source.Settings(open_vocabulary(default_vocab_path()), _default_folder())
 # Vocabulary, EOS of inputs and folder of the registered tasks; None before there are any.
 _registered_with: tuple[int, bool, str | None] | None = None
 
@@ -107,7 +102,7 @@ def register(
     Args:
       p3_dir: a folder of P3 (P3_DIR). None: the environment's PEMOE_P3_DIR, or without it seqio's
         caches alone. seqio reads tfrecords in the folder as caches too.
-      vocab_path: SentencePiece file (VOCAB_PATH), for text that is not tokenized yet.
+      vocab_path: see `load_vocabulary` (VOCAB_PATH), for text that is not tokenized yet.
       eval_examples: use only the first examples of every split but `train` (EVAL_EXAMPLES); seqio's
         caches are read whole.
       inputs_eos: whether inputs end in EOS, as in JSON lines. T0's code adds none, and the example
@@ -122,12 +117,9 @@ def register(
     if path is not None and "://" not in path:
         path = os.path.abspath(os.path.expanduser(path))
     vocab_path = vocab_path or default_vocab_path()
-    if "://" not in vocab_path:
-        vocabulary = load_vocabulary(vocab_path)
-    elif settings.vocabulary.sentencepiece_model_file == vocab_path:
-        vocabulary = settings.vocabulary
-    else:
-        vocabulary = _lazy_vocabulary(vocab_path)
+    # a remote file is read only if text is tokenized
+    is_remote = "://" in vocab_path
+    vocabulary = open_vocabulary(vocab_path) if is_remote else load_vocabulary(vocab_path)
     # The summary lists the new folder, but an error must leave the settings as they were.
     previous = settings.p3_dir, settings.eval_examples
     settings.read_from(path, eval_examples)

@@ -165,7 +165,7 @@ def test_span_corruption_is_invertible() -> None:
     rng = np.random.default_rng(0)
     for length in (2, 3, 7, 40):
         ids = list(range(10, 10 + length))
-        inputs, targets = pretrain.span_corruption(ids, rng, first_sentinel=999)
+        inputs, targets = pretrain.span_corruption(ids, rng, sentinels=range(999, 899, -1))
         spans: dict[int, list[int]] = {}
         for token in targets:
             if token > 900:

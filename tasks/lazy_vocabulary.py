@@ -1,0 +1,52 @@
+"""`LazyVocabulary`: a SentencePiece file that is read at its first use.
+
+Importing this imports seqio, which takes 7 to 8 s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.data import seqio_import
+from pemoe_jax.tasks.vocabulary import SENTINELS, find_sentinels
+
+seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and filters its log
+import seqio  # noqa: E402
+
+
+class LazyVocabulary(seqio.SentencePieceVocabulary):
+    """T5's or mT5's vocabulary: sentinels are added if the file has none.
+
+    Raises:
+      InputError: at the first use: the file cannot be read, is not a SentencePiece model, or has
+        other special ids than T5's.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, extra_ids=SENTINELS)
+
+    def _model_context(self) -> Any:
+        if self._model is not None:
+            return self._model
+        path = self.sentencepiece_model_file
+        try:
+            plain = seqio.SentencePieceVocabulary(path).tokenizer
+        except Exception as error:  # protobuf, sentencepiece, tensorflow raise their own types
+            if "://" not in path:
+                raise InputError(
+                    f"VOCAB_PATH {path} is not a SentencePiece model: {first_line(error)}"
+                ) from None
+            raise InputError(
+                f"VOCAB_PATH {path} cannot be read: {first_line(error)}; pass a local copy of the"
+                " base model's SentencePiece file (VOCAB_PATH, --vocab_path of cache_tasks, or the"
+                " environment's PEMOE_VOCAB_PATH)"
+            ) from None
+        ids = plain.pad_id(), plain.eos_id(), plain.unk_id()
+        if ids != (0, 1, 2):
+            raise InputError(
+                f"VOCAB_PATH {path}: expected pad, eos, unk at ids (0, 1, 2), got {ids}"
+            )
+        if find_sentinels(plain):
+            self._extra_ids = 0
+        return super()._model_context()

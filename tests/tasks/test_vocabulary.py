@@ -1,0 +1,103 @@
+"""Vocabularies of T5, mT5 and ByT5: special ids, sentinels, files that cannot be read."""
+
+import json
+
+import pytest
+import sentencepiece
+
+from pemoe_jax import tasks
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.data import seqio_tasks
+from pemoe_jax.tasks import p3, pretrain, vocabulary
+from pemoe_jax.tools import cache_tasks
+
+
+def write_model(path, sentinels=()) -> int:
+    """Writes a SentencePiece file with `sentinels` among its pieces; returns their number."""
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a hat is not a cat"] * 9),
+            model_writer=file,
+            vocab_size=len(sentinels) + 20,
+            hard_vocab_limit=False,
+            user_defined_symbols=list(sentinels),
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size()
+
+
+@pytest.mark.parametrize("space", ["", "▁"])
+def test_sentinels_of_the_file_are_not_added_again(tmp_path, space):
+    path = tmp_path / "mt5.model"
+    # mT5's file has the last of them first
+    sentinels = [f"{space}<extra_id_{number}>" for number in reversed(range(100))]
+    num_pieces = write_model(path, sentinels)
+    loaded = vocabulary.load_vocabulary(path)
+    assert loaded.vocab_size == num_pieces and loaded.extra_ids == 0
+    ids = vocabulary.sentinel_ids(loaded)
+    assert ids == list(range(102, 2, -1)), "the pieces follow pad, eos and unk"
+    assert vocabulary.load_vocabulary(path) is loaded
+
+
+def test_sentinels_are_added_to_a_file_without_them(tmp_path):
+    path = tmp_path / "t5.model"
+    num_pieces = write_model(path)
+    loaded = vocabulary.load_vocabulary(path)
+    assert loaded.vocab_size == num_pieces + 100
+    assert vocabulary.sentinel_ids(loaded) == list(range(num_pieces + 99, num_pieces - 1, -1))
+
+
+def test_bytes_are_byt5(tmp_path):
+    loaded = vocabulary.load_vocabulary("bytes")
+    # ByT5: pad, eos and unk, then the bytes; the last 100 bytes serve as sentinels
+    assert loaded.vocab_size == 259 and vocabulary.sentinel_ids(loaded)[:2] == [258, 257]
+    rows = [{"inputs": "aé", "targets": "b"}, {"inputs": "", "targets": "cd"}]
+    path = tmp_path / "tasks" / "t" / "train.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks.register(jsonl_dir=str(tmp_path / "tasks"), vocab_path="bytes")
+    task = seqio_tasks.get_mixture_or_task("t")
+    ds = task.get_dataset({"inputs": 8, "targets": 2}, split="train", shuffle=False)
+    read = [(row["inputs"].tolist(), row["targets"].tolist()) for row in ds.as_numpy_iterator()]
+    # a is byte 97, é is 195 169; targets are truncated to one byte and EOS
+    assert read == [([100, 198, 172, 1], [101, 1]), ([1], [102, 1])]
+    assert p3.source.Settings(loaded).encode(["aé"]) == [[100, 198, 172]]
+    seqio_tasks.check_vocab_size("t", 384)  # ByT5's rows, of which the last ones are padding
+    with pytest.raises(InputError, match="must be at least 259"):
+        seqio_tasks.check_vocab_size("t", 258)
+
+
+def test_spans_are_no_more_than_the_sentinels():
+    import numpy as np
+
+    ids = list(range(1000, 1100))
+    inputs, targets = pretrain.span_corruption(ids, np.random.default_rng(0), sentinels=[7, 5])
+    assert [token for token in inputs if token < 1000] == [7, 5]
+    assert [token for token in targets if token < 1000] == [7, 5]
+    assert len(inputs) + len(targets) == 104
+
+
+def test_a_remote_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys):
+    """As T5's public file without a network: here a scheme that TensorFlow does not know."""
+    url = "none://vocab.model"
+    monkeypatch.setenv("PEMOE_VOCAB_PATH", url)
+    message = f"VOCAB_PATH {url} cannot be read: "
+    with pytest.raises(InputError, match=message):
+        vocabulary.load_vocabulary(vocabulary.default_vocab_path())
+    path = tmp_path / "p3" / "trec_fine_grained_open" / "train.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"inputs": "a", "targets": "b"}) + "\n")
+    registered = tasks.register(p3_dir=str(tmp_path / "p3"))
+    assert registered.summary, "ids in tfrecords need no vocabulary"
+    with pytest.raises(InputError, match=message):
+        seqio_tasks.check_vocab_size("trec_fine_grained_open", 640)
+    out = tmp_path / "out"
+    assert cache_tasks.main([f"--p3_dir={tmp_path / 'p3'}", f"--output={out}"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f"error: {message}") and "PEMOE_VOCAB_PATH" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+    assert not out.exists() or not list(out.iterdir())
