@@ -3,6 +3,7 @@
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import fnmatch
 import functools
 import multiprocessing
@@ -50,7 +51,7 @@ FLAGS.add_argument("--output", required=True, metavar="DIR", help="folder to wri
 FLAGS.add_argument(
     "--vocab_path",
     metavar="FILE",
-    help="SentencePiece file; by default the environment's PEMOE_VOCAB_PATH, or T5's",
+    help="SentencePiece file, or 'bytes'; by default the environment's PEMOE_VOCAB_PATH, or T5's",
 )
 FLAGS.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes")
 FLAGS.add_argument(
@@ -119,17 +120,29 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     bar = progress.Progress("splits", len(jobs), note="starting")
     done: dict[str, set[str]] = collections.defaultdict(set)
     rows = 0
+    left_out: list[str] = []
     try:
         for number, (job, written) in enumerate(_run(settings, jobs, args.workers), 1):
-            rows += written
             done[job.task].add(job.split)
-            if done[job.task] == set(splits[job.task]):
+            if isinstance(written, str):
+                left_out.append(written)
+                splits[job.task].remove(job.split)
+                done[job.task].remove(job.split)
+            else:
+                rows += written
+            if splits[job.task] and done[job.task] == set(splits[job.task]):
                 # written last, because seqio reads a cache only if it has this file
                 (settings.output / job.task / "COMPLETED").touch()
             bar.report_if_due(number, f"{progress.format_count(rows)} rows")
     finally:
         bar.close()
-    print(f"{len(splits)} tasks in {settings.output}", flush=True)
+    num_tasks = sum(map(bool, splits.values()))
+    if left_out:
+        others = f" (and {len(left_out) - 1} more splits)" if len(left_out) > 1 else ""
+        if not num_tasks:
+            raise InputError(f"no task has rows: {left_out[0]}{others}")
+        print(f"left out: {left_out[0]}{others}", flush=True)
+    print(f"{num_tasks} tasks in {settings.output}", flush=True)
 
 
 def _splits_to_write(
@@ -169,8 +182,10 @@ def _splits_to_write(
     return str(folder.path), splits
 
 
-def _run(settings: _Settings, jobs: Sequence[_Job], workers: int) -> Iterator[tuple[_Job, int]]:
-    """Runs the jobs, and yields each with the number of rows written when it ends."""
+def _run(
+    settings: _Settings, jobs: Sequence[_Job], workers: int
+) -> Iterator[tuple[_Job, int | str]]:
+    """Runs the jobs, and yields each with the result of `write_split` when it ends."""
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
             yield job, write_split(settings, job)
@@ -187,13 +202,17 @@ def _run(settings: _Settings, jobs: Sequence[_Job], workers: int) -> Iterator[tu
             raise
 
 
-def write_split(settings: _Settings, job: _Job) -> int:
-    """Writes a split of a task, unless it exists; returns the number of rows written.
+def write_split(settings: _Settings, job: _Job) -> int | str:
+    """Writes a split of a task, unless it exists.
+
+    Returns:
+      The number of rows written; why the split is left out if none of its examples can be used.
 
     Files are written into a temporary folder and then moved, `info.<split>.json` last, so that a
     split with this file is complete even if the process was killed.
     """
     from pemoe_jax.runtime import atomic_write
+    from pemoe_jax.tasks.p3.readers import NoRowsError
 
     target = settings.output / job.task
     info_path = target / f"info.{job.split}.json"
@@ -203,7 +222,15 @@ def write_split(settings: _Settings, job: _Job) -> int:
     partial = target / f".{job.split}"
     shutil.rmtree(partial, ignore_errors=True)  # from a run that was stopped
     partial.mkdir(parents=True)
-    shards, stats, features = _write_shards(reader, partial, settings.shard_rows)
+    try:
+        shards, stats, features = _write_shards(reader, partial, settings.shard_rows)
+    except InputError as error:
+        shutil.rmtree(partial)
+        with contextlib.suppress(OSError):  # another split of the task may have been written
+            target.rmdir()
+        if not isinstance(error, NoRowsError):
+            raise
+        return str(error)
     for number, path in enumerate(shards):
         path.rename(target / f"{job.split}.tfrecord-{number:05d}-of-{len(shards):05d}")
     from seqio import __version__ as seqio_version

@@ -100,7 +100,8 @@ def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
     if not path.exists():
         return None
     try:
-        index = json.loads(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
+        index = json.loads(text, object_pairs_hook=functools.partial(_check_keys, path))
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
@@ -110,6 +111,15 @@ def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
     if not isinstance(index, dict):
         raise InputError(f"{path}: expected an object of tasks, got {_short(index)}")
     return {task: _task_info(entry, f"{path}: {task!r}") for task, entry in index.items()}
+
+
+def _check_keys(path: pathlib.Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    index = dict(pairs)
+    if len(index) < len(pairs):  # JSON would keep the last of equal keys
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InputError(f"{path}: the key {twice!r} occurs twice in an object")
+    return index
 
 
 def _task_info(entry: object, where: str) -> TaskInfo:

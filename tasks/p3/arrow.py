@@ -7,6 +7,7 @@ the dataset has an owner on the Hub). pyarrow memory-maps the files; `datasets` 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 import re
@@ -108,6 +109,10 @@ class ArrowTable(Table):
     def _batches(self) -> list[pyarrow.RecordBatch]:
         return [batch for path in self._paths for batch in _read_batches(path)]
 
+    def field_names(self) -> set[str]:
+        with _open_stream(self._paths[0]) as stream:
+            return {*stream.schema.names}
+
     def part_sizes(self) -> list[int]:
         return [batch.num_rows for batch in self._batches]
 
@@ -119,13 +124,19 @@ class ArrowTable(Table):
 
 
 def _read_batches(path: pathlib.Path) -> Iterator[pyarrow.RecordBatch]:
+    with _open_stream(path) as stream:
+        for batch in stream:
+            # pyarrow trusts offsets: reading a damaged batch would crash the process
+            batch.validate(full=True)
+            yield batch
+
+
+@contextlib.contextmanager
+def _open_stream(path: pathlib.Path) -> Iterator[pyarrow.RecordBatchReader]:
     import pyarrow
 
     try:
         with pyarrow.memory_map(str(path)) as file:
-            for batch in pyarrow.ipc.open_stream(file):
-                # pyarrow trusts offsets: reading a damaged batch would crash the process
-                batch.validate(full=True)
-                yield batch
+            yield pyarrow.ipc.open_stream(file)
     except (OSError, ValueError) as error:  # base classes of pyarrow's errors
         raise InputError(f"{path}: not an intact Arrow stream: {first_line(error)}") from None

@@ -134,7 +134,7 @@ class Folder:
             return None
         try:
             dataset = self._dataset_of(task.dataset, task.subset)
-            missing = dataset.missing_fields(template.fields) if dataset is not None else []
+            missing = dataset.describe_missing(template.fields) if dataset is not None else ""
         except (InputError, templates.TemplateError) as error:
             self.unavailable[task.name] = str(error)
             return None
@@ -144,9 +144,7 @@ class Folder:
             return None
         if missing:
             self.unavailable[task.name] = (
-                f"its template reads {missing[0]!r}, which the builder"
-                f" {dataset.builder.name if dataset.builder else ''!r} of tensorflow-datasets does"
-                " not have"
+                f"its template reads {missing}, which the examples in {dataset.folder} do not have"
             )
             return None
         splits = {

@@ -12,7 +12,9 @@ folder of templates.yaml, each for
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import pathlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 from pemoe_jax.tasks.p3 import arrow, tfds
@@ -37,13 +39,18 @@ class RawDataset:
     # Tables are shared by all templates of a dataset, because each indexes its files.
     _tables: dict[str, Table] = dataclasses.field(default_factory=dict)
 
-    def missing_fields(self, fields: Collection[str]) -> list[str]:
-        """Returns the fields that a builder's examples do not have; [] for other forms."""
-        if self.builder is None:
-            return []  # their fields are only known from the examples
-        folder = next(iter(self.splits.values()))[0].parent
-        names = {name.replace("-", "_") for name in tfds.field_names(folder, self.builder)}
-        return sorted(set(fields) - names)
+    def describe_missing(self, fields: Collection[str]) -> str:
+        """Returns the fields that no split has, each with the nearest that there is; '' if none."""
+        names = set().union(*(self.table(split).field_names() for split in self.splits))
+        by_words = {" ".join(sorted(re.split("[-_]", name))): name for name in sorted(names)}
+        missing = sorted(set(fields) - {name.replace("-", "_") for name in names})
+        described = []
+        for field in missing if names else ():
+            # words are sorted, so that label_coarse is near to coarse_label
+            words = " ".join(sorted(field.split("_")))
+            (nearest,) = difflib.get_close_matches(words, by_words, n=1, cutoff=0)
+            described.append(f"{field!r} (nearest: {by_words[nearest]!r})")
+        return ", ".join(described)
 
     def table(self, split: str) -> Table:
         """Returns the examples of a split, one object for all templates."""

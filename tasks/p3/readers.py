@@ -13,7 +13,17 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.data.row_reader import EOS, READ_SIZE, TEXT_FEATURES, Encode, Row, RowReader
 from pemoe_jax.data.seqio_tasks import warn_once
 from pemoe_jax.tasks.p3.tables import Example, ParquetTable, Table
-from pemoe_jax.tasks.p3.templates import Prompt, Template, TemplateError
+from pemoe_jax.tasks.p3.templates import (
+    NO_LABEL,
+    Prompt,
+    Template,
+    TemplateError,
+    UnlabeledError,
+)
+
+
+class NoRowsError(InputError):
+    """All examples of a split are left out, because their template fails or they have no label."""
 
 
 def add_ids(rows: list[Row], encode: Encode) -> list[Row]:
@@ -94,12 +104,18 @@ def _to_bytes(text: object) -> bytes:
 
 
 class TemplateReader(RowReader):
-    """The examples that a template has a prompt for; failures are counted in a warning."""
+    """The examples that a template has a prompt and a target for; others are counted in a warning.
+
+    Raises:
+      NoRowsError: while reading, if no example is left.
+    """
 
     def __init__(self, table: Table, template: Template, name: str, encode: Encode) -> None:
         self.location = f"{table.location} with template {template.name!r}"
         self._table, self._template, self._name, self._encode = table, template, name, encode
-        self._failures: dict[int, str] = {}  # index of an example -> why its template failed
+        # Index of an example -> why its template failed, or why it has no target.
+        self._failures: dict[int, str] = {}
+        self._unlabeled: dict[int, str] = {}
 
     @functools.cached_property
     def _indices(self) -> Sequence[int]:
@@ -109,7 +125,7 @@ class TemplateReader(RowReader):
             for index, example in enumerate(examples, start):
                 if self._render(example, index) is not None:
                     indices.append(index)
-        self._warn()
+        self._report_left_out(len(indices))
         return indices
 
     @property
@@ -122,9 +138,12 @@ class TemplateReader(RowReader):
 
     def row_blocks(self) -> Iterator[list[Row]]:
         # renders each example once: `num_rows` and `read_rows` together would render it twice
+        num_rows = 0
         for start, examples in self._table.chunks(READ_SIZE):
-            yield self._rows(enumerate(examples, start))
-        self._warn()
+            rows = self._rows(enumerate(examples, start))
+            num_rows += len(rows)
+            yield rows
+        self._report_left_out(num_rows)
 
     def _rows(self, examples: Iterable[tuple[int, Example]]) -> list[Row]:
         rows: list[Row] = []
@@ -137,20 +156,34 @@ class TemplateReader(RowReader):
 
     def _render(self, example: Example, index: int) -> Prompt | None:
         try:
-            return self._template.apply(example, index)
+            prompt = self._template.apply(example, index)
+        except UnlabeledError as error:
+            self._unlabeled[index] = str(error)
         except TemplateError as error:
             self._failures[index] = str(error)
-            return None
+        else:
+            if prompt is None or prompt.targets != NO_LABEL:
+                return prompt
+            self._unlabeled[index] = "its target is empty"
+        return None
 
-    def _warn(self) -> None:
+    def _report_left_out(self, num_rows: int) -> None:
         # A template without a prompt for some examples is as published; one that fails is not.
-        if self._failures:
-            index, reason = next(iter(self._failures.items()))
-            warn_once(
-                f"{self._name}: {len(self._failures):,} of {self._table.num_rows:,} examples of"
-                f" {self._table.location} left out, because the template fails (number {index + 1}:"
-                f" {reason})"
-            )
+        lines = []
+        for left_out, problem in (
+            (self._failures, "because the template fails"),
+            (self._unlabeled, "because they have no label"),
+        ):
+            if left_out:
+                index, reason = next(iter(left_out.items()))
+                lines.append(
+                    f"{self._name}: {len(left_out):,} of {self._table.num_rows:,} examples of"
+                    f" {self._table.location} left out, {problem} (number {index + 1}: {reason})"
+                )
+        if lines and not num_rows:
+            raise NoRowsError(lines[0])
+        for line in lines:
+            warn_once(line)
 
 
 def choice_rows(row: Row, example: int, encode: Encode) -> list[Row]:

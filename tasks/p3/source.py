@@ -24,6 +24,7 @@ from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.p3 import published
 from pemoe_jax.tasks.p3.folder import Folder, TaskFiles, cached_splits
+from pemoe_jax.tasks.p3.readers import NoRowsError
 from pemoe_jax.tasks.registered import abbreviate
 from pemoe_jax.tasks.seekable import FolderMixture, FolderTask, shard_of
 
@@ -37,12 +38,12 @@ class Settings:
     """Settings that all tasks share and `p3.register` changes.
 
     Attributes:
-      vocabulary: seqio loads its file when it is first used.
+      vocabulary: its file is read when it is first used.
       p3_dir: P3_DIR; a URL can only be read as seqio's cache.
       eval_examples: use only the first examples of every split but `train`; None: all.
     """
 
-    vocabulary: seqio.SentencePieceVocabulary
+    vocabulary: seqio.Vocabulary
     p3_dir: str | None = None
     eval_examples: int | None = None
 
@@ -77,6 +78,8 @@ class Settings:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of texts, without EOS."""
+        if isinstance(self.vocabulary, seqio.ByteVocabulary):
+            return [self.vocabulary.encode(text) for text in texts]
         ids: list[list[int]] = self.vocabulary.tokenizer.encode(list(texts)) if texts else []
         return ids
 
@@ -266,14 +269,17 @@ class P3Mixture(FolderMixture):
     def _tasks_with_rows(self, split: str | None) -> list[P3Task]:
         """Returns the tasks with rows of a split (None: their evaluation split) in the folder."""
         tasks, left_out = [], []
+        reason = ""
         # ExampleOrder needs at least one row of each task
         for task in self.tasks:
             task_split = split or task.eval_split
-            if (
-                task.source.files is not None
-                and task_split in task.splits
-                and task.source.reader(task_split).num_rows
-            ):
+            has_rows = False
+            if task.source.files is not None and task_split in task.splits:
+                try:
+                    has_rows = task.source.reader(task_split).num_rows > 0
+                except NoRowsError as error:
+                    reason = reason or f"; {error}"
+            if has_rows:
                 tasks.append(task)
             else:
                 left_out.append(task.name)
@@ -282,11 +288,11 @@ class P3Mixture(FolderMixture):
             # `folder` raises if P3_DIR is not set
             raise InputError(
                 f"P3_DIR {self.tasks[0].source.settings.folder.path} has a {kind} split of none of"
-                f" {len(left_out)} tasks of {self.name!r}"
+                f" {len(left_out)} tasks of {self.name!r}{reason}"
             )
         if left_out:
             seqio_tasks.warn_once(
                 f"{self.name}: no {kind} split in P3_DIR of {len(left_out)} of"
-                f" {len(self.tasks)} tasks: {abbreviate(left_out, 3)}"
+                f" {len(self.tasks)} tasks: {abbreviate(left_out, 3)}{reason}"
             )
         return tasks

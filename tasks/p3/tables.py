@@ -10,6 +10,7 @@ import abc
 import array
 import collections
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -46,6 +47,10 @@ class Table(abc.ABC):
     def read_part(self, part: int, numbers: list[int]) -> list[Example]:
         """Reads examples of a part."""
 
+    @abc.abstractmethod
+    def field_names(self) -> set[str]:
+        """Returns the fields of the examples, without reading all of them."""
+
     @functools.cached_property
     def _first_rows(self) -> np.ndarray:
         return np.cumsum([0, *self.part_sizes()])
@@ -77,6 +82,12 @@ class JsonLinesTable(Table):
                     offsets.append(end)
                 end += len(line)
         return offsets
+
+    def field_names(self) -> set[str]:
+        # a row may leave out fields that are null
+        with open(self.location, "rb") as file:
+            lines = [*itertools.islice(filter(bytes.strip, file), 100)]
+        return {field for row, line in enumerate(lines) for field in self._parse(line, row)}
 
     def part_sizes(self) -> list[int]:
         return [len(self._offsets)]
@@ -156,6 +167,9 @@ class ParquetTable(Table):
         from pyarrow import parquet
 
         return list(parquet.read_schema(self._paths[0]).names) if self._groups else []
+
+    def field_names(self) -> set[str]:
+        return {*self.columns}
 
     def part_sizes(self) -> list[int]:
         return [group.num_rows for group in self._groups]

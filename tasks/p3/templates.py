@@ -14,6 +14,10 @@ A file `<dataset>[/<subset>]/templates.yaml` has under `templates` objects tagge
 - an example whose rendering does not have two parts, or has an empty input, has no prompt; an
   empty target is `<NO LABEL>`.
 
+Unlike promptsource, an example is refused if the template prints or compares a field that the
+example does not have (promptsource prints nothing), or if its label is -1, '' or None, as in splits
+whose answers are not public: `answer_choices[-1]` would be the last choice.
+
 The filter `choice` draws by the example's index, so that an example always has the same prompt.
 promptsource itself is not used: it needs Python below 3.10 and a web framework.
 Templates run in jinja's sandbox, and YAML tags other than `!Template` and `!TemplateMetadata` are
@@ -27,9 +31,10 @@ import dataclasses
 import functools
 import pathlib
 import random
+import re
 import threading
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pemoe_jax.core.errors import InputError, first_line
 
@@ -48,6 +53,10 @@ _HIDDEN_BAR = "\ue000bar\ue001"  # private use characters, in place of ||| in an
 
 class TemplateError(Exception):
     """A template cannot be rendered with an example."""
+
+
+class UnlabeledError(TemplateError):
+    """An example has no label."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +84,23 @@ class Template:
           TemplateError: jinja cannot parse the template.
         """
         import jinja2
-        from jinja2 import meta
+        from jinja2 import meta, nodes
 
         environment = _environment()
         names: set[str] = set()
         try:
             for text in (self.jinja, self.answer_choices or ""):
-                names |= meta.find_undeclared_variables(environment.parse(text))
+                tree = environment.parse(text)
+                # `{% if … %}{% set x = … %}{% endif %}{{x}}` declares x in one branch only
+                declared = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+                names |= meta.find_undeclared_variables(tree) - declared
         except jinja2.TemplateError as error:
             raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
         return names - {"answer_choices", *environment.globals}
+
+    @functools.cached_property
+    def _label_fields(self) -> list[str]:
+        return sorted(filter(re.compile("(^|_)labels?($|_)").search, self.fields))
 
     def apply(self, example: Mapping[str, object], index: int = 0) -> Prompt | None:
         """Renders an example.
@@ -97,11 +113,15 @@ class Template:
           The prompt; None if the template has none for this example.
 
         Raises:
+          UnlabeledError: the example has no label.
           TemplateError: jinja cannot render the template.
         """
         fields = {key.replace("-", "_"): _hide_bars(value) for key, value in example.items()}
         if "answer_choices" in fields:
             raise TemplateError("the example has a field 'answer_choices', which templates use")
+        for name in self._label_fields:
+            if _is_unlabeled(fields.get(name, 0)):
+                raise UnlabeledError(f"{name} is {fields[name]!r}")
         try:
             # one generator serves all threads, so drawing and rendering must not be interleaved
             with _random_lock:
@@ -113,6 +133,8 @@ class Template:
                 # as promptsource does, on the text: "}}" inside a string would be hit as well
                 text = self.jinja.replace("}}", f" | string | truncate({MAX_CHARACTERS}) }}}}")
                 rendered = _compile(text).render(**fields, answer_choices=choices)
+        except TemplateError:
+            raise
         except Exception as error:  # jinja's, or whatever an expression in it does to the example
             raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
         parts = [_show_bars(part).strip() for part in rendered.split(_BAR)]
@@ -150,23 +172,83 @@ def _highlight(text: str) -> str:
     return f"<span style='color: #F08080'>{text}</span>"
 
 
+def _is_unlabeled(value: object) -> bool:
+    # The value -1, also as text or a float. None and NaN are JSON's and pandas' missing values.
+    return value is None or value != value or value in (-1, "-1", "")
+
+
+def _get_item(environment: jinja2.Environment, items: object, index: Any) -> Any:
+    """Returns `items[index]`, where a template computes the index.
+
+    Raises:
+      UnlabeledError: the index counts from the end of a list, or is missing.
+      TemplateError: the index of a list is not an integer.
+    """
+    if isinstance(items, list | tuple | str):
+        if _is_unlabeled(index) or (isinstance(index, int) and index < 0):
+            raise UnlabeledError(f"the index of its label is {index!r}")
+        if not isinstance(index, int):
+            raise TemplateError(f"the index of a list must be an integer, got {index!r}")
+    return environment.getitem(items, index)
+
+
 @functools.cache
 def _environment() -> jinja2.sandbox.SandboxedEnvironment:
     import jinja2
     from jinja2 import sandbox
 
-    environment = sandbox.SandboxedEnvironment()
+    class MissingField(jinja2.Undefined):
+        """A field that an example does not have: only a test for truth may read it."""
+
+        def _read(self, *unused: object) -> Any:
+            # The exception is an item beyond the end of a list, such as the first of no answers.
+            if not isinstance(self._undefined_name, int):
+                self._fail_with_undefined_error()
+            return ""
+
+        __str__ = _read
+
+        def __iter__(self) -> Iterator[object]:
+            return iter(self._read())
+
+        def __eq__(self, other: object) -> bool:
+            return bool(self._read() == other)
+
+        __hash__ = jinja2.Undefined.__hash__
+
+    environment = sandbox.SandboxedEnvironment(undefined=MissingField)
     environment.globals.update(zip=zip, enumerate=enumerate)
     choice = jinja2.pass_context(_choice)
     environment.filters.update(
-        choice=choice, random=choice, most_frequent=_most_frequent, highlight=_highlight
+        choice=choice,
+        random=choice,
+        most_frequent=_most_frequent,
+        highlight=_highlight,
+        get_item=jinja2.pass_environment(_get_item),
     )
     return environment
 
 
 @functools.lru_cache(maxsize=4096)
 def _compile(text: str) -> jinja2.Template:
-    return _environment().from_string(text)
+    """Compiles a template, with `items[index]` replaced by `_get_item` unless it is constant."""
+    from jinja2 import nodes, visitor
+
+    class ReplaceItems(visitor.NodeTransformer):
+        def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+            self.generic_visit(node)
+            if isinstance(node.arg, nodes.Slice):
+                return node
+            try:
+                node.arg.as_const()  # a constant -1 does mean the last item
+            except nodes.Impossible:
+                return nodes.Filter(
+                    node.node, "get_item", [node.arg], [], None, None, lineno=node.lineno
+                )
+            return node
+
+    tree = ReplaceItems().visit(_environment().parse(text))
+    return _environment().from_string(tree.set_environment(_environment()))
 
 
 # --- reading YAML
@@ -221,7 +303,24 @@ def _loader() -> type[yaml.SafeLoader]:
     import yaml
 
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # not every build has libyaml
-    loader: type[yaml.SafeLoader] = type("TemplateLoader", (base,), {})
+
+    def construct_mapping(
+        loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False
+    ) -> dict[Hashable, Any]:
+        # without keys that `<<` merges
+        key_nodes = [key for key, _ in node.value if key.value != "<<"]
+        mapping = base.construct_mapping(loader, node, deep=deep)
+        seen = set()
+        for key_node in key_nodes:  # PyYAML would keep the last of equal keys
+            key = loader.construct_object(key_node)
+            if key in seen:
+                problem = f"the key {key!r} occurs twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return mapping
+
+    attributes = {"construct_mapping": construct_mapping}
+    loader: type[yaml.SafeLoader] = type("TemplateLoader", (base,), attributes)
     for tag in ("!Template", "!TemplateMetadata"):
         loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
     return loader

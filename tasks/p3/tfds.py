@@ -134,19 +134,6 @@ def _files_in(folder: pathlib.Path) -> Splits:
     return splits
 
 
-def field_names(folder: pathlib.Path, builder: Builder) -> set[str]:
-    """Returns the fields of a version's examples, derived ones included.
-
-    Raises:
-      InputError: the version has no list of fields (prepared before tensorflow-datasets 4).
-    """
-    path = folder / "features.json"
-    features = read_json(path).get("featuresDict", {}).get("features")
-    if not isinstance(features, dict):
-        raise InputError(f"{path}: expected the features of a dataset; run tfds build again")
-    return {*features, *(field.name for field in builder.fields)}
-
-
 class TfdsTable(Table):
     """A split's tfrecords, one after the other."""
 
@@ -166,6 +153,13 @@ class TfdsTable(Table):
     @functools.cached_property
     def _files(self) -> list[TFRecordFile]:
         return [TFRecordFile(str(path)) for path in self._paths]
+
+    def field_names(self) -> set[str]:
+        path = self._paths[0].parent / "features.json"
+        features = read_json(path).get("featuresDict", {}).get("features")
+        if not isinstance(features, dict):  # prepared before tensorflow-datasets 4
+            raise InputError(f"{path}: expected the features of a dataset; run tfds build again")
+        return {*features, *(field.name for field in self._builder.fields)}
 
     def part_sizes(self) -> list[int]:
         return [file.count() for file in self._files]

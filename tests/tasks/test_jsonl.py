@@ -569,6 +569,8 @@ def test_index_errors(folder, vocab):
     assert error(folder, vocab) == f"{path}:2: not JSON: Expecting value at column 7"
     path.write_text("[]")
     assert error(folder, vocab) == f"{path}: expected an object of tasks, got list []"
+    path.write_text('{"a": {}, "free": {}, "a": {"dataset": "b"}}')
+    assert error(folder, vocab) == f"{path}: the key 'a' occurs twice in an object"
     index(folder, free={"t0_blacklisted": "no"})
     message = f"{path}: 'free': 't0_blacklisted' must be bool, got str \"no\""
     assert error(folder, vocab) == message

@@ -219,11 +219,12 @@ def test_template_with_a_field_that_the_builder_lacks_is_left_out(prepared, seqi
     assert any("1 of 544 tasks" in line for line in registered.summary)
     left_out = [line for line in registered.summary if line.startswith("left out: ")]
     assert left_out == [
-        "left out: hellaswag_complete_first_then: its template reads 'ctx_a', which the builder"
-        " 'hellaswag' of tensorflow-datasets does not have"
+        "left out: hellaswag_complete_first_then: its template reads 'ctx_a' (nearest: 'ctx'),"
+        f" which the examples in {prepared / 'tfds'} do not have"
     ]
     groups = choices.load_choice_groups("t0_eval_score_eval", LENGTHS)
-    assert [group.choice_texts for group in groups] == [("a", "b"), ("",)]
+    # the second example has the label ''
+    assert [group.choice_texts for group in groups] == [("a", "b")]
     assert groups[0].input_text == "é rains: a, b?" and groups[0].is_correct == (False, True)
     with pytest.raises(InputError, match="its template reads 'ctx_a'"):
         choices.load_choice_groups("hellaswag_complete_first_then_score_eval", LENGTHS)

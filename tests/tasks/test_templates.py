@@ -4,9 +4,15 @@ import pytest
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.tasks.p3 import published, templates
-from pemoe_jax.tasks.p3.templates import Prompt, Template, TemplateError
+from pemoe_jax.tasks.p3.templates import Prompt, Template, TemplateError, UnlabeledError
 
-EXAMPLE = {"premise": "It rains.", "label": 1, "names": ["b", "a", "b", "c", "c"], "a-b": "x"}
+EXAMPLE = {
+    "premise": "It rains.",
+    "label": 1,
+    "names": ["b", "a", "b", "c", "c"],
+    "a-b": "x",
+    "inner": {"number": 1.0},
+}
 
 
 def apply(jinja: str, choices: str | None = None, number: int = 0, **fields) -> Prompt | None:
@@ -35,8 +41,10 @@ def apply(jinja: str, choices: str | None = None, number: int = 0, **fields) -> 
         ("{{answer_choices}} ||| b", None, "None", "b"),
         # hyphens in field names become underscores
         ("{{a_b}} ||| y", None, "x", "y"),
-        # missing fields render as empty text
-        ("a{{other}}b ||| y", None, "ab", "y"),
+        # a missing field is false, and an item beyond the end of a list is empty text
+        ("{% if other %}a{% endif %}b{{names[9]}} ||| y", None, "b", "y"),
+        # a constant index counts from the end; a computed one selects by the label
+        ("{{names[-1]}}{{names[:-1][0]}} ||| {{names[label - 1]}}", None, "cb", "b"),
         # a condition that leaves the target empty: <NO LABEL>
         ("{{premise}} ||| {% if label == 0 %} no {% endif %}", None, "It rains.", "<NO LABEL>"),
         ("{{names | most_frequent | join(',')}} ||| y", None, "b,c", "y"),
@@ -98,6 +106,13 @@ def test_draws_are_the_same_for_the_same_example():
         ("{{premise", "TemplateSyntaxError"),
         ("{{label + names}} ||| a", "TypeError"),
         ("{{other.more}} ||| a", "UndefinedError"),
+        # promptsource prints nothing for a missing field
+        ("a{{other}}b ||| y", "'other' is undefined"),
+        ("{{inner.other}} ||| y", "'dict object' has no attribute 'other'"),
+        ("{{other | join}} ||| y", "'other' is undefined"),
+        ("a ||| {% if other == 1 %}b{% else %}c{% endif %}", "'other' is undefined"),
+        ("a ||| {{names[premise]}}", "must be an integer, got 'It rains.'"),
+        ("a ||| {{names[inner.number]}}", "must be an integer, got 1.0"),
         ("{{premise | nothing}} ||| a", "TemplateAssertionError"),
         ("{{premise.__class__.__mro__}} ||| a", "SecurityError"),
         ("{{().__class__.__base__.__subclasses__()}} ||| a", "SecurityError"),
@@ -107,6 +122,22 @@ def test_draws_are_the_same_for_the_same_example():
 def test_what_cannot_be_rendered(jinja, why):
     with pytest.raises(TemplateError, match=why):
         apply(jinja)
+
+
+@pytest.mark.parametrize("value", [-1, -1.0, "-1", "", None, float("nan")])
+def test_examples_without_a_label(value):
+    for jinja in (
+        "a ||| {{names[label]}}",
+        "a ||| {% if label == 1 %}yes{% else %}no{% endif %}",
+        "a ||| {{names[label | int]}}",
+    ):
+        with pytest.raises(UnlabeledError):
+            apply(jinja, label=value)
+    with pytest.raises(UnlabeledError, match="the index of its label"):
+        apply("a ||| {{names[answer]}}", answer=value)
+    # the answer of winogrande is '1' or '2', and '' in the test split
+    with pytest.raises(UnlabeledError, match="is -1"):
+        apply("a ||| {{names[answer | int - 1]}}", answer="")
 
 
 def test_an_example_may_not_have_a_field_answer_choices():
@@ -173,6 +204,14 @@ def test_reading_yaml(tmp_path):
             "templates:\n  a: !Template {name: x, jinja: y}\n  b: !Template {name: x, jinja: z}\n",
             "two templates are named 'x'",
         ),
+        (
+            "templates:\n  a: !Template {name: x, jinja: y}\n  a: !Template {name: z, jinja: z}\n",
+            "templates.yaml:3: not YAML of templates: the key 'a' occurs twice",
+        ),
+        (
+            "templates:\n  a: !Template\n    name: x\n    jinja: y\n    jinja: z\n",
+            "templates.yaml:5: not YAML of templates: the key 'jinja' occurs twice",
+        ),
     ],
 )
 def test_what_is_wrong_in_yaml_is_named_in_one_line(tmp_path, text, message):
@@ -197,7 +236,8 @@ def test_fields_are_those_that_are_read():
     jinja = (
         "{% set x = premise %}{% for n in names %}{{n}}{% endfor %}{{x}}{{range(2)}} ||| {{c-d}}"
     )
+    jinja += "{% if e %}{% set y = 1 %}{% endif %}{{y}}"
     template = Template("t", jinja, "{{ zip(a, [1]) | choice }} ||| {{answer}}")
-    assert template.fields == {"premise", "names", "c", "d", "a", "answer"}
+    assert template.fields == {"premise", "names", "c", "d", "a", "answer", "e"}
     with pytest.raises(TemplateError, match="unexpected"):
         _ = Template("t", "{{ ", None).fields

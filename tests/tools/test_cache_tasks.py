@@ -163,3 +163,42 @@ def test_missing_column_leaves_the_task_incomplete(forms, tmp_path, capsys):
     assert run(source, tmp_path / "out", "--workers=1") == 1
     assert f"{path}: expected a column 'targets'" in capsys.readouterr().err
     assert not (tmp_path / "out" / "ag_news_recommend" / "COMPLETED").exists()
+
+
+TREC = """\
+templates:
+  k: !Template
+    answer_choices: thing ||| person ||| place
+    jinja: "What is asked for? {{text}} ||| {{answer_choices[label_coarse]}}"
+    metadata: [Accuracy]
+    name: fine_grained_open
+"""
+
+
+@pytest.mark.parametrize(
+    ("field", "labels", "message"),
+    [
+        ("coarse_label", [1, 2], "its template reads 'label_coarse' (nearest: 'coarse_label')"),
+        ("label-coarse", ["1", "2"], "2 of 2 examples of {} left out, because the template fails"),
+        ("label-coarse", [1.0, 2.0], "(number 1: the index of a list must be an integer, got 1.0)"),
+        ("label-coarse", [-1, -1], "left out, because they have no label (number 1: label_coarse"),
+        ("label-coarse", [2, -1], None),
+    ],
+)
+def test_labels_of_other_names_and_types(tmp_path, capsys, field, labels, message):
+    path = tmp_path / "raw" / "trec" / "train.jsonl"
+    path.parent.mkdir(parents=True)
+    rows = [{"text": f"Who is {label}?", field: label} for label in labels]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "trec").mkdir()
+    (tmp_path / "trec" / "templates.yaml").write_text(TREC)
+    out = tmp_path / "out"
+    code = run(tmp_path, out, "--tasks=trec_fine_grained_open")
+    error = capsys.readouterr().err
+    if message is not None:
+        assert code == 1 and message.format(path) in error.splitlines()[-1]
+        assert not out.exists() or not list(out.iterdir())
+    else:
+        assert code == 0 and "1 of 2 examples" in error
+        stats = json.loads((out / "trec_fine_grained_open" / "stats.train.json").read_text())
+        assert stats["examples"] == 1
