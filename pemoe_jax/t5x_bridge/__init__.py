@@ -13,7 +13,7 @@ import importlib
 _MODULES = {
     "EncoderDecoderModel": "model",
     "FrozenBase": "optimizer",
-    **dict.fromkeys(["PjitPartitioner", "axis_rules"], "partitioner"),
+    **dict.fromkeys(["axis_rules", "replicate_uneven_axes"], "partitioner"),
     "TrainStateInitializer": "state",
     **dict.fromkeys(["Checkpoints", "checkpoint_path"], "checkpoints"),
     **dict.fromkeys(["get_dataset", "mixture_or_task", "vocabulary"], "data"),

@@ -1,9 +1,11 @@
 """Runs T5X's and this package's programs in the process, with the gin files and users' flags."""
 
+import contextlib
 import importlib
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -28,8 +30,9 @@ def bindings(settings: dict) -> list[str]:
     ]
 
 
-def t5x(program: str, files: list[str], **settings):
-    """Runs `python -m t5x.<program>`; returns (step, state) for `train`, else None."""
+@contextlib.contextmanager
+def parsed(program: str, files: list[str], **settings) -> Iterator[Callable]:
+    """Parses gin files and settings as `python -m t5x.<program>`; yields its function."""
     import gin
     from t5x import gin_utils
 
@@ -42,10 +45,16 @@ def t5x(program: str, files: list[str], **settings):
         gin_utils.parse_gin_flags(
             [str(GIN), *module._DEFAULT_GIN_SEARCH_PATHS], files, bindings(settings)
         )
-        return gin.get_configurable(function)()
+        yield gin.get_configurable(function)
     finally:
         sys.modules["__main__"] = before
         gin.clear_config()
+
+
+def t5x(program: str, files: list[str], **settings):
+    """Runs `python -m t5x.<program>`; returns (step, state) for `train`, else None."""
+    with parsed(program, files, **settings) as function:
+        return function()
 
 
 def pemoe(command: str, files: list[str], **settings) -> None:

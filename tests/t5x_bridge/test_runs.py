@@ -1,5 +1,6 @@
 """Whole runs with the gin files: the same as `pemoe train`, resumed, scored and decoded."""
 
+import copy
 import json
 import pathlib
 import types
@@ -7,7 +8,7 @@ import types
 import numpy as np
 import pytest
 from jsonl_folder import write_folder, write_vocabulary
-from programs import DIMENSIONS, flat, pemoe, read_metrics, read_tensorboard, t5x
+from programs import DIMENSIONS, flat, parsed, pemoe, read_metrics, read_tensorboard, t5x
 
 MODEL = "models/t5_1_1_tiny.gin"
 METHODS = {
@@ -186,3 +187,37 @@ def test_decoding_equals_that_of_pemoe_infer(run, workspace):
         assert predictions == expected, file.stem
         compared += len(predictions)
     assert compared >= 18
+
+
+@pytest.mark.parametrize(
+    ("flag", "changed", "value"),
+    [
+        ("RANDOM_SEED", "SEED", 7),
+        ("SEED", "SEED", 7),
+        ("partitioning.PjitPartitioner.num_partitions", "partition", 2),
+        ("MODEL_PARALLELISM", "partition", 2),
+        ("utils.create_learning_rate_scheduler.base_learning_rate", "rate", 0.25),
+        ("LEARNING_RATE", "rate", 0.25),
+    ],
+)
+def test_names_of_t5x_take_effect(workspace, tmp_path, flag, changed, value):
+    """Flags with T5X's names reach what T5X's `train` gets, as our macros do."""
+    import gin
+
+    def evaluate(name: str):  # gin evaluates references where they are copied
+        return copy.deepcopy(gin.query_parameter(name))
+
+    files = [MODEL, *METHODS["mov"], "runs_t5x/finetune.gin"]
+    settings = {**train_settings(workspace, "mov", tmp_path), "LEARNING_RATE": 0.125, flag: value}
+    with parsed("train", files, **settings):
+        seeds = (
+            evaluate("train_script.train.random_seed"),
+            evaluate("train_script.train.model").seed,
+        )
+        actual = {
+            "SEED": seeds,
+            "partition": evaluate("train_script.train.partitioner")._num_partitions,
+            "rate": float(evaluate("t5x.trainer.Trainer.learning_rate_fn")(5)),
+        }
+    expected = {"SEED": (0, 0), "partition": 1, "rate": 0.125}
+    assert actual == {**expected, changed: (value, value) if changed == "SEED" else value}
