@@ -134,7 +134,9 @@ def main() -> None:
     del flat  # or a second copy would stay while layers are stacked
     if spec.get("scan_layers"):
         frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
-    optimizer = getattr(optim, spec.get("optimizer", "adafactor"))(lambda step: jnp.asarray(3e-4))
+    optimizer = getattr(optim, spec.get("optimizer", "adafactor"))(
+        lambda step: jnp.asarray(3e-4), param_axes=network.param_axes(model)
+    )
     state = jax.jit(lambda p: steps.TrainState.create(p, optimizer))(trainable_params)
     del trainable_params
     batch = jax.device_put(random_batch(rows, lengths, spec.get("packed", False)))

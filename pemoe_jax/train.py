@@ -88,7 +88,7 @@ def train(
     seqio_tasks.check_vocab_size(data.name, model.config.vocab_size)
 
     model, sentence_source = _open_sentences(model, data)
-    transformation = optimizer(schedule)
+    transformation = optimizer(schedule, param_axes=network.param_axes(model))
     base_path = checkpointing.initial_checkpoint_path
     state, frozen, record = _initialize(
         model, method, transformation, base_path, seed, device_mesh, rules

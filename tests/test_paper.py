@@ -87,6 +87,7 @@ SETTINGS = {
         "optim.adafactor.decay_rate": 0.8,
         "optim.adafactor.step_offset": -1_100_000,
     },
+    "src/adafactor_custom.py": {"optim.adafactor.per_expert": False},
     "t5x/adafactor.py": {
         "optim.adafactor.clipping_threshold": 1.0,
         "optim.adafactor.multiply_by_parameter_scale": True,

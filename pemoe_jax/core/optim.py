@@ -1,18 +1,24 @@
 """Optimizers and learning-rate schedules, with T5X's settings as defaults."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from pemoe_jax.core import params as params_lib
+from pemoe_jax.core import partitioning
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.params import Params, PyTree
 
 Step: TypeAlias = jax.typing.ArrayLike
 Schedule: TypeAlias = Callable[[Step], jax.Array | float]
-OptimizerFactory: TypeAlias = Callable[[Schedule], optax.GradientTransformation]
+ParamAxes: TypeAlias = Mapping[str, Sequence[str]]  # path -> axis names: `network.param_axes`
+# (schedule, param_axes=…) -> the optimizer of those parameters.
+OptimizerFactory: TypeAlias = Callable[..., optax.GradientTransformation]
 
 
 def adafactor(
@@ -23,11 +29,16 @@ def adafactor(
     multiply_by_parameter_scale: bool = True,
     min_dim_size_to_factor: int = 128,
     weight_decay_rate: float | None = None,
+    per_expert: bool = True,
+    param_axes: ParamAxes | None = None,
 ) -> optax.GradientTransformation:
     """Adafactor (arXiv 1804.04235) as T5 was trained with it: without momentum.
 
     With `multiply_by_parameter_scale` a step is relative to the root mean square of the parameter,
     but at least 1e-3: LoRA's B, which starts at zero, then starts slowly.
+
+    Each expert of a parameter is updated as if it were a parameter of its own. Routers, which
+    compare experts, are one parameter each, and are not factored over their experts.
 
     Args:
       learning_rate: step -> learning rate.
@@ -38,16 +49,99 @@ def adafactor(
       multiply_by_parameter_scale: see above.
       min_dim_size_to_factor: smallest size of two axes over which second moments are factored.
       weight_decay_rate: rate of the weight decay; None: no decay.
+      per_expert: whether root mean squares are those of an expert or, as in the paper's code, of
+        all experts of a parameter. Second moments are by expert in either case.
+      param_axes: names of the parameters' axes; None: no parameter has experts.
     """
-    return optax.adafactor(
-        learning_rate=learning_rate,
-        min_dim_size_to_factor=min_dim_size_to_factor,
+    over = functools.partial(_map_over_axis, param_axes=param_axes or {})
+    rms_axes = ("expert",) if per_expert else ()
+    # The order, and so the state, is that of `optax.adafactor`.
+    second_moments = optax.scale_by_factored_rms(
         decay_rate=decay_rate,
-        decay_offset=step_offset,
-        multiply_by_parameter_scale=multiply_by_parameter_scale,
-        clipping_threshold=clipping_threshold,
-        weight_decay_rate=weight_decay_rate,
+        step_offset=step_offset,
+        min_dim_size_to_factor=min_dim_size_to_factor,
+        epsilon=1e-30,
     )
+    parts = [over(second_moments, names=("expert", "unmodeled"))]
+    if clipping_threshold is not None:
+        parts.append(over(optax.clip_by_block_rms(clipping_threshold), names=rms_axes))
+    parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
+    if multiply_by_parameter_scale:
+        parts.append(over(optax.scale_by_param_block_rms(), names=rms_axes))
+    if weight_decay_rate is not None:
+        parts.append(optax.add_decayed_weights(weight_decay_rate))
+    return optax.chain(*parts, optax.scale(-1))
+
+
+def _map_over_axis(
+    transformation: optax.GradientTransformation, names: Sequence[str], param_axes: ParamAxes
+) -> optax.GradientTransformation:
+    """Applies a transformation to the slices of parameters along their axis of one of the names.
+
+    Other parameters stay whole. A state of the shape of its slice has the parameter's shape, and
+    the slices of another state, such as a factored moment, are stacked along its first axis.
+    """
+    positions = {
+        path: next((i for i, axis in enumerate(axes) if axis in names), None)
+        for path, axes in param_axes.items()
+    }
+    if not any(position is not None for position in positions.values()):
+        return transformation
+
+    def slice_axes(params: Params) -> list[tuple[PyTree, PyTree]]:
+        """Returns, for each number of slices, the axes to map in parameters and in states."""
+        flat = params_lib.flatten(params)
+        slices = {path: _remove_axis(leaf, positions[path]) for path, leaf in flat.items()}
+        state = jax.eval_shape(transformation.init, params_lib.unflatten(slices))
+        sizes: dict[int, dict[str, int]] = {}
+        for path, leaf in flat.items():
+            position = positions[path]
+            if position is not None:
+                sizes.setdefault(leaf.shape[position], {})[path] = position
+
+        def state_axis(
+            key_path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct, mapped: Mapping[str, int]
+        ) -> int | None:
+            position = partitioning.value_of_param(key_path, mapped)
+            parameter_slice = partitioning.value_of_param(key_path, slices)
+            if position is None or parameter_slice is None:
+                return None
+            if leaf.shape == parameter_slice.shape:
+                return position
+            return None if leaf.shape == (1,) else 0  # (1,) is optax's placeholder for no state
+
+        return [
+            (
+                params_lib.unflatten({path: mapped.get(path) for path in flat}),
+                jax.tree_util.tree_map_with_path(
+                    functools.partial(state_axis, mapped=mapped), state
+                ),
+            )
+            for mapped in sizes.values()
+        ]
+
+    def init(params: Params) -> PyTree:
+        function = transformation.init
+        # A map takes axes of one size.
+        for param_map, state_map in slice_axes(params):
+            function = jax.vmap(function, in_axes=(param_map,), out_axes=state_map)
+        return function(params)
+
+    def update(
+        updates: Params, state: PyTree, params: Params | None = None
+    ) -> tuple[PyTree, PyTree]:
+        function = transformation.update
+        for param_map, state_map in slice_axes(updates):
+            axes = (param_map, state_map)
+            function = jax.vmap(function, in_axes=(*axes, param_map), out_axes=axes)
+        return function(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _remove_axis(leaf: jax.Array, axis: int | None) -> jax.ShapeDtypeStruct:
+    shape = tuple(size for i, size in enumerate(leaf.shape) if i != axis)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
 
 def adamw(
@@ -57,8 +151,10 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
+    param_axes: ParamAxes | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101); `clip_norm` bounds the gradient's global norm, None does not."""
+    del param_axes  # an entry's update does not depend on other entries
     optimizer = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if clip_norm is None:
         return optimizer

@@ -32,7 +32,8 @@ _RULES: Rules = (
     ("embed", None),
     ("length", None),
     ("kv", None),
-    ("expert", None),
+    ("expert", None),  # of experts; a router's outputs are "unmodeled", as in T5X
+    ("unmodeled", None),
     ("rank", None),
     ("relpos_buckets", None),
 )

@@ -100,7 +100,7 @@ class Router(nn.Module):
         """Routes features [B, L, ..., D], or sentence embeddings [B, S]."""
         self._check()
         tokens = tokens or Tokens()
-        shape, axes = (features.shape[-1], self.num_experts), (self.feature_axis, "expert")
+        shape, axes = (features.shape[-1], self.num_experts), (self.feature_axis, "unmodeled")
         kernel = params_lib.param(self, "kernel", self.kernel_init, shape, axes)
         features = features.astype(jnp.float32)
         if self.has_noise(tokens):

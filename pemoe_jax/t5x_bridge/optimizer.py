@@ -20,14 +20,24 @@ class FrozenBase(optimizers.OptaxWrapper):
     same schedule the states equal those of `pemoe train`.
 
     Args:
-      optimizer: learning-rate schedule -> optax transformation.
+      optimizer: (learning-rate schedule, param_axes=…) -> optax transformation.
       trainable: patterns of the trainable parameters; each must match a parameter.
     """
 
     def __init__(self, optimizer: optim.OptimizerFactory, trainable: Sequence[str]) -> None:
         self._optimizer, self._trainable = optimizer, trainable
-        # For the initial state alone: each step builds an optimizer with the trainer's rate.
-        super().__init__(optimizer(lambda _: jnp.zeros(())))
+        self._param_axes: optim.ParamAxes | None = None
+        super().__init__(self._make(jnp.zeros(())))
+
+    def _make(self, learning_rate: jax.Array) -> optax.GradientTransformation:
+        return self._optimizer(lambda _: learning_rate, param_axes=self._param_axes)
+
+    def set_param_axes(self, param_logical_axes: PyTree) -> None:
+        """Sets the names of the parameters' axes; T5X calls it before it creates a state."""
+        axes = params_lib.flatten(param_logical_axes)
+        self._param_axes = {path: tuple(names) for path, names in axes.items()}
+        # For the initial state alone: each step makes an optimizer with the trainer's rate.
+        self.optax_optimizer = self._make(jnp.zeros(()))
 
     def init_state(self, params: Params) -> optimizers.OptimizerState:
         """Returns the first step and the states of the trainable parameters."""
@@ -42,7 +52,7 @@ class FrozenBase(optimizers.OptaxWrapper):
         grads: Params,
     ) -> tuple[Params, optimizers.OptimizerState]:
         """Returns the parameters and the state after a step."""
-        transformation = self._optimizer(lambda _: hyper_params.learning_rate)
+        transformation = self._make(hyper_params.learning_rate)
         trainable, frozen = params_lib.split(params, self._trainable)
         trainable_grads, _ = params_lib.split(grads, self._trainable)
         updates, states = transformation.update(trainable_grads, state.param_states, trainable)

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import optax
 
     from pemoe_jax.analysis.planning import compiled_step
-    from pemoe_jax.core import network
+    from pemoe_jax.core import network, optim
 
 _BINDINGS = """\
 from pemoe_jax.tools import plan
@@ -85,7 +85,7 @@ def configured_step(
     model: "network.Transformer | None",
     method: str | None,
     trainable: Sequence[str] | None,
-    optimizer: "Callable[[optax.Schedule], optax.GradientTransformation]",
+    optimizer: "optim.OptimizerFactory",
     frozen_dtype: str,
 ) -> "tuple[network.Transformer, str, Sequence[str], optax.GradientTransformation, str]":
     """Returns the arguments that gin files configure, with a constructed optimizer.
@@ -94,7 +94,7 @@ def configured_step(
       model: network with its adapters.
       method: name of the method.
       trainable: patterns of the parameters that train.
-      optimizer: schedule -> optax transformation.
+      optimizer: (schedule, param_axes=…) -> optax transformation.
       frozen_dtype: dtype of frozen matrices, one of `quantized.FROZEN_DTYPES`.
     """
     # `--help` describes the macros by these lines.
@@ -102,8 +102,11 @@ def configured_step(
         raise InputError("MODEL is not set: pass --gin_file=models/…")
     if not trainable:
         raise InputError("TRAINABLE is not set: pass --gin_file=methods/…")
+    from pemoe_jax.core import network
+
     # The learning rate changes neither shapes nor FLOPs.
-    return model, method or "custom", trainable, optimizer(lambda step: 1e-3), frozen_dtype
+    transformation = optimizer(lambda step: 1e-3, param_axes=network.param_axes(model))
+    return model, method or "custom", trainable, transformation, frozen_dtype
 
 
 def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from pemoe_jax.core import optim
+from pemoe_jax.core import optim, params
 from pemoe_jax.core.errors import InputError
 
 
@@ -117,6 +117,122 @@ def test_adafactor_with_a_step_offset_by_hand():
     optimizer = optim.adafactor(lambda _: 0.01, step_offset=-3, **settings)
     path = run(optimizer, np.zeros(1), [np.ones(1), np.full(1, 2.0)])
     np.testing.assert_allclose(np.ravel(path), [-0.01741101, -0.01741101 - 0.01726042], rtol=1e-5)
+
+
+# Names of axes and shapes, with 4 and 5 experts. Second moments are factored from size 4.
+EXPERTS = {
+    "a/vectors": (("heads", "expert", "kv"), (2, 4, 5)),
+    "b/vectors": (("expert", "mlp"), (5, 7)),
+    "c/lora_a": (("embed", "expert", "rank"), (6, 4, 4)),
+    "ffn/wi": (("expert", "embed", "mlp"), (4, 6, 7)),
+    "ffn/narrow": (("expert", "embed"), (4, 1)),
+}
+WHOLE = {
+    "a/router": (("kv", "unmodeled"), (6, 5)),
+    "mlp/wi": (("embed", "mlp"), (6, 7)),
+    "norm": (("embed",), (6,)),
+}
+NAMES = {path: axes for path, (axes, _) in {**EXPERTS, **WHOLE}.items()}
+LAYOUT = {path: shape for path, (_, shape) in {**EXPERTS, **WHOLE}.items()}
+
+
+def expert_steps() -> list[dict[str, np.ndarray]]:
+    """Returns parameters by path, and the gradients of three steps."""
+    rng = np.random.default_rng(0)
+
+    def draw() -> dict[str, np.ndarray]:
+        # Experts, and columns of the router, differ a thousandfold in scale.
+        arrays = {}
+        for path, shape in LAYOUT.items():
+            axis = next((i for i, n in enumerate(NAMES[path]) if n in ("expert", "unmodeled")), 0)
+            sizes = 10.0 ** rng.uniform(-2, 1, [n if i == axis else 1 for i, n in enumerate(shape)])
+            arrays[path] = np.float32(rng.standard_normal(shape) * sizes)
+        return arrays
+
+    return [draw() for _ in range(4)]
+
+
+def run_tree(steps: list[dict[str, np.ndarray]], **settings) -> list[dict[str, np.ndarray]]:
+    """Returns the parameters after each step of Adafactor, by path."""
+    optimizer = optim.adafactor(lambda step: 0.1 / (step + 1), weight_decay_rate=0.01, **settings)
+    tree = params.unflatten(steps[0])
+    state, update, trees = optimizer.init(tree), jax.jit(optimizer.update), []
+    for grads in steps[1:]:
+        updates, state = update(params.unflatten(grads), state, tree)
+        tree = optax.apply_updates(tree, updates)
+        trees.append({path: np.asarray(leaf) for path, leaf in params.flatten(tree).items()})
+    return trees
+
+
+def assert_trees_equal(actual: list[dict], expected: list[dict]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        for path, array in theirs.items():
+            np.testing.assert_allclose(ours[path], array, rtol=2e-6, err_msg=path)
+
+
+def split_experts(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns each expert of each parameter as a parameter, and the other parameters."""
+    apart = {}
+    for path, array in arrays.items():
+        if "expert" not in NAMES[path]:
+            apart[path] = array
+            continue
+        axis = NAMES[path].index("expert")
+        apart |= {f"{path}/{e}": np.take(array, e, axis) for e in range(array.shape[axis])}
+    return apart
+
+
+def test_adafactor_updates_each_expert_as_a_parameter():
+    """It equals an optimizer of parameters without experts; a router is one whole matrix."""
+    steps = expert_steps()
+    actual = run_tree(steps, min_dim_size_to_factor=4, param_axes=NAMES)
+    routers = [{"a/router": arrays.pop("a/router")} for arrays in steps]
+    expected = run_tree([*map(split_experts, steps)], min_dim_size_to_factor=4)
+    assert_trees_equal([*map(split_experts, actual)], expected)
+    assert_trees_equal(actual, run_tree(routers, min_dim_size_to_factor=99))  # not factored
+
+
+def test_adafactor_with_root_mean_squares_over_experts():
+    """As in the paper's code: of all experts of a parameter, with second moments by entry."""
+    steps = expert_steps()
+    settings = {"min_dim_size_to_factor": 4, "per_expert": False, "param_axes": NAMES}
+    actual = run_tree(steps, **settings)
+    paths = ("a/vectors", "b/vectors", "a/router", "norm")
+    whole = [{path: arrays[path] for path in paths} for arrays in steps]
+    assert_trees_equal(actual, run_tree(whole, min_dim_size_to_factor=99))
+
+
+def test_adafactor_states_of_experts():
+    """From 128 experts on the state of MoV's vectors is still a number for each entry.
+
+    A whole-FFN expert [D, F] = [128, 256] has D + F numbers; no state has another layout than its
+    parameter or its parameter's factored moments, so that meshes shard it as the parameter.
+    """
+    axes = {
+        "vectors": ("heads", "expert", "kv"), "gate": ("expert", "mlp"),
+        "router": ("mlp", "unmodeled"), "wi": ("expert", "embed", "mlp"),
+    }  # fmt: skip
+    shapes = {
+        "vectors": (2, 128, 128), "gate": (128, 256), "router": (256, 128), "wi": (3, 128, 256)
+    }  # fmt: skip
+    tree = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    optimizer = optim.adafactor(lambda _: 0.01, param_axes=axes)
+    moments = jax.eval_shape(optimizer.init, tree)[0]
+    states = {
+        path: [getattr(moments, name)[path].shape for name in ("v_row", "v_col", "v")]
+        for path in shapes
+    }
+    whole = ("vectors", "gate", "router")
+    assert {path: states.pop(path) for path in whole} == {
+        path: [(1,), (1,), shapes[path]] for path in whole
+    }
+    assert states == {"wi": [(3, 128), (3, 256), (1,)]}
+
+
+def test_adafactor_needs_the_axes_of_all_parameters():
+    optimizer = optim.adafactor(lambda _: 0.01, param_axes={"a": ("expert", "mlp")})
+    with pytest.raises(KeyError, match="b"):
+        optimizer.init({"a": jnp.ones((2, 3)), "b": jnp.ones(3)})
 
 
 def test_adafactor_follows_the_schedule():

@@ -135,7 +135,7 @@ def test_updates(double_precision, method, optimizer):
     net, batch = module(method, dtype=jnp.float64), methods.example_batch()
     start = jax.tree.map(lambda array: array.astype(jnp.float64), methods.random_params(method))
     trained, frozen = params.split(start, trainable)
-    transformation = optimizer(lambda _: RATE)
+    transformation = optimizer(lambda _: RATE, param_axes=network.param_axes(net))
     state = steps.TrainState.create(trained, transformation)
     step = jax.jit(functools.partial(_step, net, transformation, steps.Loss()))
     bridged = model(net, optimizer, trainable, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
