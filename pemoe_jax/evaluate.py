@@ -171,6 +171,9 @@ def _task_results(
             or seqio_tasks.eval_split(name)
             or "",
             odd=[kind for group in groups for kind in group.anomalies],
+            same_answer=results_lib.same_answer(
+                (predictions[group].best, group.choice_texts) for group in groups
+            ),
         )
         for name, groups in groups_by_task.items()
         if groups

@@ -68,7 +68,10 @@ def train(
         infinite.
     """
     if model is None:
-        raise InputError("MODEL is not set: pass --gin_file=models/… before the run file")
+        raise InputError(
+            "MODEL is not set: pass --gin_file=models/… before the run file (models/t5_1_1.gin for"
+            " any base)"
+        )
 
     import gin
     import jax
@@ -85,11 +88,12 @@ def train(
     file_io.check_no_pattern(model_dir, "MODEL_DIR")
     device_mesh, rules = distributed.start(mesh, data.batch_size, data.microbatches)
     task_info = run_register(data.register)
+    base_path = checkpointing.initial_checkpoint_path
+    model = _with_base_dimensions(model, base_path)
     seqio_tasks.check_vocab_size(data.name, model.config.vocab_size)
 
     model, sentence_source = _open_sentences(model, data)
     transformation = optimizer(schedule, param_axes=network.param_axes(model))
-    base_path = checkpointing.initial_checkpoint_path
     state, frozen, record = _initialize(
         model, method, transformation, base_path, seed, device_mesh, rules
     )
@@ -109,6 +113,8 @@ def train(
     shard = partitioning.data_shard(device_mesh)
     positions = runs.read_data_position(str(model_dir), shard[1]) if first_step else [0] * shard[1]
     batches, eval_batches = _open_feeds(data, logging, seed, shard, positions, sentence_source)
+    examples = seqio_tasks.describe_examples(data.name, "train", data.use_cached_tasks)
+    print(f"training on {data.name}: {examples}", flush=True)
 
     # Every setting has been checked by now: only from here on are files written.
     checkpoints = runs.RunCheckpoints(str(model_dir), checkpointing.keep)
@@ -161,6 +167,20 @@ def train(
 
 
 # --- model and state ---
+
+
+def _with_base_dimensions(
+    model: "network.Transformer", base_path: str | None
+) -> "network.Transformer":
+    """Returns the model in the dimensions of its base, as evaluation opens it."""
+    from pemoe_jax.checkpoints import base_model, dimensions
+
+    if base_path is None:
+        return model
+    base = base_model.open_base(base_path)
+    shapes = {path: array.shape for path, array in base.arrays.items()}
+    config = dataclasses.replace(model.config, **dimensions.infer(shapes, str(base)))
+    return model.clone(config=config)
 
 
 def _initialize(

@@ -1,17 +1,23 @@
 """The gin files of the package: sizes, methods, and flags that override them."""
 
+import os
 import pathlib
+import re
+import shlex
 
 import gin
 import pytest
 
-from pemoe_jax import train
+from pemoe_jax import evaluate, tasks, train
 from pemoe_jax.core import network, params
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
 
 GIN = pathlib.Path(gin_flags.GIN_DIR)
 RUN = ["--gin.MODEL_DIR=x", "--gin.INITIAL_CHECKPOINT_PATH=None", "--gin.TRAIN_STEPS=1"]
+
+
+DATA_MACROS = ("jsonl_dir", "vocab_path", "eval_tasks")
 
 
 def configure(*flags: str) -> None:
@@ -136,6 +142,27 @@ def test_macros_of_another_method_or_run_are_refused(gin_file, flag, owners):
         gin_flags.load_config(train.FLAGS.parse_args(rest), bindings)
     assert str(error.value).startswith(f"{name} belongs to {owners}")
     assert str(error.value).endswith(f", got --gin_file={gin_file}")
+
+
+def test_the_readmes_commands_on_own_data_run_in_a_clone(monkeypatch):
+    """They name shipped files alone; the model has the dimensions of the shipped base."""
+    root = pathlib.Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    section = (root / "README.md").read_text().split("## Your own data")[1]
+    block = next(part for part in section.split("```") if "pemoe train" in part)
+    commands = block.replace("\\\n", " ").strip().splitlines()
+    assert [command.split()[1] for command in commands] == ["train", "evaluate"]
+    for command, flags in zip(commands, (train.FLAGS, evaluate.FLAGS), strict=True):
+        rest, bindings = gin_flags.split_bindings(shlex.split(command)[2:])
+        gin_flags.load_config(flags.parse_args(rest), bindings)
+        paths = re.findall(r"(?:docs|tasks)/\S+", command)
+        assert len(paths) >= 2 and all(map(os.path.exists, paths))
+        registered = tasks.register(
+            **{key: gin.query_parameter(f"{key.upper()}/macro.value") for key in DATA_MACROS}
+        )
+        assert registered.held_out == ["reviews"] and len(registered.train_tasks) == 4
+    sizes = [path.stat().st_size for path in (root / "docs/my_prompts").glob("*/*")]
+    assert len(sizes) == 12 and sum(sizes) < 100_000
 
 
 def test_lines_of_gin_may_define_macros():

@@ -100,6 +100,29 @@ def has_data(name: str, use_cached: bool) -> bool:
     return not isinstance(task, SeekableTask) or task.has_data()
 
 
+def describe_examples(name: str, split: str, use_cached: bool) -> str:
+    """Returns the numbers of a mixture's tasks with rows of a split, and of these rows, as text."""
+    counts: list[int | None] = []
+    for task in map(get_mixture_or_task, subtask_names(name)):
+        if not has_data(task.name, use_cached) or split not in task.splits:
+            continue
+        try:
+            if use_cached and task.supports_caching:
+                counts.append(task.get_cached_stats(split)["examples"])
+            else:
+                counts.append(task.num_input_examples(split))
+        except InputError:  # all rows of a mixture's task are left out, and a line said so
+            continue
+        except ValueError:  # a cache without statistics
+            counts.append(None)
+    num_tasks = len(counts) - counts.count(0)
+    tasks = f"{num_tasks:,} task{'' if num_tasks == 1 else 's'}"
+    known = [count for count in counts if count is not None]
+    unknown = len(counts) - len(known)
+    more = f" and those of {unknown:,} tasks that do not state theirs" if unknown else ""
+    return f"{tasks}, {sum(known):,} examples{more}"
+
+
 def vocab_size(name: str) -> int:
     """Returns the number of target ids of a task or mixture, sentinels included."""
     return int(get_mixture_or_task(name).output_features["targets"].vocabulary.vocab_size)

@@ -19,6 +19,12 @@ def test_unknown_names_raise_with_close_matches(registered):
         seqio_tasks.vocab_size("qqq")
 
 
+def test_numbers_of_tasks_and_examples(registered):
+    assert seqio_tasks.describe_examples("a", "train", False) == "1 task, 40 examples"
+    assert seqio_tasks.describe_examples("jsonl_train", "train", False) == "2 tasks, 65 examples"
+    assert seqio_tasks.describe_examples("a", "nowhere", False) == "0 tasks, 0 examples"
+
+
 def test_vocab_size_includes_sentinels(registered):
     vocabulary = seqio_tasks.get_mixture_or_task("a").output_features["targets"].vocabulary
     assert (

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from pemoe_jax.analysis.tables import MISSING, Table, format_share, markdown_table, print_tables
 from pemoe_jax.analysis.zero_shot.results import JsonObject
+from pemoe_jax.tasks.registered import abbreviate
 
 Number = TypeVar("Number", int, float)
 
@@ -99,6 +100,16 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
     )
     if any(is_partial):
         medians.notes.append("† Average over the datasets that the run was evaluated on.")
+    for label, run, _ in rows:
+        tasks = run.get("tasks", {})
+        constant = [
+            f"{name} ({t['same_answer']})" for name, t in tasks.items() if "same_answer" in t
+        ]
+        if constant:
+            medians.notes.append(
+                f"{label} gives the same answer to every example of {len(constant)} of {len(tasks)}"
+                f" prompts: {abbreviate(constant, 3)}"
+            )
     means = Table(
         "Accuracy in %: mean over the prompts of a dataset",
         ["run", *datasets, "average"],

@@ -36,7 +36,12 @@ _TYPE_NAMES = {str: "text", dict: "an object", int: "a number"}
 
 
 def task_result(
-    correct: Sequence[bool], chance: Sequence[float], dataset: str, split: str, odd: Sequence[str]
+    correct: Sequence[bool],
+    chance: Sequence[float],
+    dataset: str,
+    split: str,
+    odd: Sequence[str],
+    same_answer: str = "",
 ) -> JsonObject:
     """Returns the result of one task, that is, of one prompt of a dataset.
 
@@ -44,6 +49,7 @@ def task_result(
       correct: for each example, whether the chosen answer is the target.
       chance: for each example, the fraction of its choices that are the target.
       odd: the kind of every irregularity in the examples, with repetitions.
+      same_answer: return value of the function `same_answer`.
     """
     return {
         "dataset": dataset,
@@ -52,7 +58,26 @@ def task_result(
         "chance": statistics.fmean(chance),
         "examples": len(correct),
         "odd": dict(collections.Counter(odd)),
+        **({"same_answer": same_answer} if same_answer else {}),
     }
+
+
+def same_answer(answers: Iterable[tuple[int, Sequence[str]]]) -> str:
+    """Returns the answer that a model gives to every example of a task; '' if answers differ.
+
+    Args:
+      answers: for each example, the index of the chosen answer, and all choices.
+
+    Returns:
+      The text of the answer, or 'choice 1' if only its index is always the same.
+    """
+    chosen = [(index, choices[index].strip()) for index, choices in answers if len(choices) > 1]
+    if len(chosen) < 2:
+        return ""
+    indices, texts = map(set, zip(*chosen, strict=True))
+    if len(texts) == 1:
+        return repr(chosen[0][1])
+    return f"choice {chosen[0][0] + 1}" if len(indices) == 1 else ""
 
 
 def summarize(tasks: Mapping[str, Mapping[str, Any]]) -> JsonObject:

@@ -78,6 +78,14 @@ def test_prompts_and_odd_examples(base, mov):
     assert "- rte_b" not in text
 
 
+def test_a_model_that_always_gives_the_same_answer_is_flagged(base, mov):
+    base["tasks"]["rte_b"]["same_answer"] = "'yes'"
+    base["tasks"]["cb_a"]["same_answer"] = "choice 1"
+    text = result_tables.results_markdown({"runs": [base, mov]})
+    note = "base gives the same answer to every example of 2 of 3 prompts: rte_b ('yes'), cb_a"
+    assert text.count(f"{note} (choice 1)") == 1 and "mov-10 gives" not in text
+
+
 def test_runs_with_equal_names_have_different_labels(mov):
     medians, *_ = tables(mov, {**mov, "step": 600})
     assert {"mov-10 (step 300)", "mov-10 (step 600)"} <= set(medians)

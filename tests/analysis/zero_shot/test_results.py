@@ -32,6 +32,19 @@ def test_task_result():
     }
 
 
+def test_a_model_that_always_gives_the_same_answer():
+    yes_no, mixed = ["yes", "no"], ["no", "yes "]
+    assert results.same_answer([(0, yes_no), (0, yes_no)]) == "'yes'"
+    assert results.same_answer([(0, yes_no), (1, mixed)]) == "'yes'"
+    assert results.same_answer([(0, yes_no), (0, mixed)]) == "choice 1"
+    assert results.same_answer([(0, yes_no), (1, yes_no)]) == ""
+    # one example, or one choice, says nothing
+    assert results.same_answer([(0, yes_no)]) == ""
+    assert results.same_answer([(0, yes_no), (0, ["no"])]) == ""
+    task = results.task_result([True], [0.5], "a", "test", [], same_answer="'yes'")
+    assert task["same_answer"] == "'yes'"
+
+
 def test_summary_of_datasets_and_average():
     tasks = {
         "a_1": prompt(9, 1, "a"),  # 0.9
