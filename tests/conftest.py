@@ -3,10 +3,14 @@
 import gc
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
+# A shell starts background jobs with SIGINT ignored, and programs inherit that: tests that interrupt
+# a program would wait forever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
