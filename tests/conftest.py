@@ -8,8 +8,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
-# A shell starts background jobs with SIGINT ignored, and programs inherit that: tests that interrupt
-# a program would wait forever.
+# A shell starts background jobs with SIGINT ignored, and programs inherit that: tests that
+# interrupt a program would wait forever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
