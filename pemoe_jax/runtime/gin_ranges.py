@@ -35,6 +35,9 @@ FRACTION = Interval("[", 0, 1, ")")
 UP_TO_ONE = Interval("(", 0, 1, "]")
 # int32, as jax counts steps and makes keys
 STEPS = Interval("[", 1, 2**31 - 1, "]")
+# A positive offset in Adafactor would make a power of a negative number of the first steps.
+OFFSET = Interval("[", 1 - 2**31, 2**31 - 1, "]")
+EARLIER_STEPS = OFFSET._replace(high=0)
 SEED = Interval("[", 0, 2**31 - 1, "]")
 
 # By function and parameter. A test compares them with the parameters that are numbers.
@@ -62,12 +65,12 @@ RANGES: dict[str, dict[str, Interval]] = {
         "decay_factor": UP_TO_ONE,
         "steps_per_decay": POSITIVE,
         "steps_per_cycle": POSITIVE,
-        "step_offset": NOT_NEGATIVE,
+        "step_offset": OFFSET,
         "min_learning_rate": NOT_NEGATIVE,
     },
     "optim.adafactor": {
         "decay_rate": UP_TO_ONE,
-        "step_offset": NOT_NEGATIVE,
+        "step_offset": EARLIER_STEPS,
         "clipping_threshold": POSITIVE,
         "min_dim_size_to_factor": POSITIVE,
         "weight_decay_rate": NOT_NEGATIVE,
