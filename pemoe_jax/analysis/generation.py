@@ -277,4 +277,6 @@ def prompt_table(run: Mapping[str, Any]) -> tables.Table:
         for name, task in run["tasks"].items()
     ]
     title = f"{run['name']}: decoded greedily, in %, by prompt"
-    return tables.Table(title, ["prompt", "split", "examples", "inputs truncated", *names], rows)
+    return tables.Table(
+        title, ["prompt", "split", "examples", "inputs truncated", *names], rows, num_text=2
+    )

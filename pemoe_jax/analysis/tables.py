@@ -11,21 +11,27 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 MISSING = "–"
-# Headings of the columns that Markdown aligns to the left; the others hold numbers.
-TEXT_COLUMNS = {"run", "method", "dataset", "prompt", "split", "site", "seen", "tokens by share"}
-TEXT_COLUMNS |= {"held-out task", "nearest training task", "on each device", "part"}
-TEXT_COLUMNS |= {"checkpoint", "base", "activations"}
 
 
 @dataclass
 class Table:
-    """A table of text, with `footer` rows below a rule and `notes` printed after all tables."""
+    """A table of text.
+
+    Attributes:
+      title: the heading.
+      columns: the columns' headings.
+      rows: the cells.
+      footer: rows below a rule.
+      notes: sentences that are printed after all tables.
+      num_text: number of leading columns that are aligned to the left; the others hold numbers.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     footer: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    num_text: int = 1
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
@@ -38,7 +44,7 @@ def markdown_table(table: Table) -> str:
     """Returns a table as Markdown without its title and notes, with aligned columns."""
     rows = [table.columns, *table.rows, *table.footer]
     lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    is_text = [name in TEXT_COLUMNS for name in table.columns]
+    is_text = [i < table.num_text for i in range(len(table.columns))]
     # Some Markdown dialects need at least three characters in the line below the header.
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = [
@@ -113,7 +119,7 @@ def _rich_table(table: Table, columns: Sequence[int]) -> RichTable:
     )
     # "fold" wraps a long cell; by default rich truncates it with an ellipsis.
     for i in columns:
-        justify: JustifyMethod = "left" if i == 0 or table.columns[i] == "method" else "right"
+        justify: JustifyMethod = "left" if i < table.num_text else "right"
         rich_table.add_column(escape(table.columns[i]), justify=justify, overflow="fold")
     for number, row in enumerate([*table.rows, *table.footer], 1):
         rule_follows = bool(table.footer) and number == len(table.rows)

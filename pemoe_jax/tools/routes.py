@@ -165,7 +165,7 @@ def _probe_run(
             split = registered.eval_splits.get(name) or split
         tasks.append(metrics.ProbedTask(name, dataset, seen, split, len(members)))
     return metrics.ProbeResult(
-        about=opened.summary(),
+        run=opened.summary(),
         tasks=tasks,
         totals=totals,
         experts=probe.expert_counts(opened.model),

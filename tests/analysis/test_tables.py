@@ -15,6 +15,13 @@ def test_markdown_is_aligned_and_escaped():
     ]
 
 
+def test_alignment_does_not_depend_on_names():
+    """Runs have any names, such as those of other columns."""
+    table = tables.Table("t", ["prompt", "dataset", "base"], [["p", "d", "1.0"]], num_text=2)
+    rule = tables.markdown_table(table).split("\n")[1]
+    assert rule == "| :----- | :------ | ---: |"
+
+
 def test_notes_follow_the_tables_once():
     first = tables.Table("a", ["run"], [["x"]], notes=["note"])
     second = tables.Table("b", ["run"], [["y"]], footer=[["sum"]], notes=["note", "other"])

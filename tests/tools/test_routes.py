@@ -174,7 +174,7 @@ def make_result(probs, entropy=None, token_probs=None, counts=None, **settings) 
     )
     about = {"name": "mov", "method": "mov", "checkpoint": "/runs/mov", "step": 3}
     return ProbeResult(
-        about={**about, "trainable": 10, "total": 100},
+        run={**about, "trainable": 10, "total": 100},
         tasks=[
             metrics.ProbedTask(name, f"set of {name}", is_seen, "validation", 2)
             for name, is_seen in zip(names, seen, strict=True)
@@ -512,7 +512,7 @@ def run_alone(transformer, weights, task, row) -> tuple[dict, dict]:
     [
         ("base.safetensors", [], r"expected a run of mov, molora .*, got a run of none"),
         ("ia3", [], r"expected a run of mov, molora .*, got a run of ia3"),
-        ("mov", ["--sites", "decoder/layers_1/mlp/gat"], r"layers_1/mlp/gat' matches none of 13"),
+        ("mov", ["--sites", "decoder/layers_1/mlp/gat"], r"mlp/gat' matches none of the 13"),
         (
             "mov",
             ["--tasks", "colour_9"],
@@ -595,7 +595,7 @@ def test_select_sites_by_patterns():
 def test_select_sites_rejects_different_numbers_of_experts():
     experts = {"encoder/layers_0/mlp/gate": 3, "decoder/layers_0/mlp/gate": 5}
     assert measure.select_sites(None, experts) == ["decoder/layers_0/mlp/gate"]
-    with pytest.raises(InputError, match=r"same number of experts.*\[3, 5\]"):
+    with pytest.raises(InputError, match=r"same number of experts.*3 and 5"):
         measure.select_sites(["*"], experts)
-    with pytest.raises(InputError, match="one or more sites"):
+    with pytest.raises(InputError, match="at least one site"):
         measure.select_sites([], experts)

@@ -1,4 +1,4 @@
-"""Selects tasks and router sites, reads examples and runs them through a model's probe."""
+"""Selects tasks and routers, reads examples and accumulates router probabilities over them."""
 
 import dataclasses
 import difflib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pemoe_jax.runtime import progress
     from pemoe_jax.tasks import Registered
 
-DEFAULT_EXAMPLES = 32  # a task's mean then covers some hundred tokens
+DEFAULT_EXAMPLES = 32  # of each task: also short targets then have about a hundred tokens
 _SCORE_SUFFIX = "_score_eval"
 
 
@@ -108,8 +108,8 @@ def _available_tasks(names: Sequence[str], use_cached: bool) -> list[str]:
 def _tasks_by_role(registered: "Registered", use_cached: bool) -> list[str]:
     if not registered.datasets:
         raise InputError(
-            "ROUTES_TASKS is not set: pass names of tasks or mixtures (the tasks of"
-            " MIXTURE_OR_TASK_MODULE have no roles to select them by)"
+            "ROUTES_TASKS is not set: pass names of tasks or mixtures (tasks of"
+            " MIXTURE_OR_TASK_MODULE are not marked as training or evaluation tasks)"
         )
     names: dict[str, None] = {}
     for tasks in (registered.train_tasks, registered.eval_tasks):
@@ -117,7 +117,7 @@ def _tasks_by_role(registered: "Registered", use_cached: bool) -> list[str]:
         datasets = {name: registered.datasets[name] for name in available}
         names |= dict.fromkeys(first_task_per_dataset(datasets))
     if not names:
-        raise InputError("ROUTES_TASKS is not set, and no task has a training or evaluation role")
+        raise InputError("ROUTES_TASKS is not set, and no training or evaluation task has data")
     return list(names)
 
 
@@ -130,8 +130,11 @@ def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
 
 
 def trained_datasets(opened: "models.OpenedModel", registered: "Registered") -> set[str] | None:
-    """Returns the datasets that a run was trained on; None if unknown."""
-    # Adapters of other tools and base models have no record of their datasets.
+    """Returns the datasets that a run was trained on.
+
+    Without a record (base models, adapters of other tools), these are the registered training
+    datasets; None if there are none.
+    """
     recorded = getattr(opened.record, "trained_datasets", None)
     if recorded is not None:
         return set(recorded)
@@ -207,10 +210,10 @@ def _make_group(
 ) -> "ChoiceGroup":
     from pemoe_jax.data import choices, seqio_tasks
 
-    ids, was_cut = {}, {}
+    ids, is_truncated = {}, {}
     for key, length in lengths.items():
         eos_id = task.output_features[key].vocabulary.eos_id
-        ids[key], was_cut[key] = choices.truncate(row[key], length, eos_id)
+        ids[key], is_truncated[key] = choices.truncate(row[key], length, eos_id)
     return choices.ChoiceGroup(
         task=task.name,
         idx=index,
@@ -219,20 +222,20 @@ def _make_group(
         is_correct=(True,),
         input_text=choices.feature_text(task.output_features, row, "inputs"),
         choice_texts=(choices.feature_text(task.output_features, row, "targets"),),
-        input_truncated=was_cut["inputs"],
-        target_truncated=was_cut["targets"],
+        input_truncated=is_truncated["inputs"],
+        target_truncated=is_truncated["targets"],
         sentence_embedding=row.get(seqio_tasks.SENTENCE_FEATURE),
     )
 
 
 def keep_correct_choice(group: "ChoiceGroup") -> "ChoiceGroup":
     """Returns the group with its correct choice alone, or the first if none is correct."""
-    best = group.is_correct.index(True) if any(group.is_correct) else 0
+    index = group.is_correct.index(True) if any(group.is_correct) else 0
     return dataclasses.replace(
         group,
-        choices=(group.choices[best],),
-        is_correct=(group.is_correct[best],),
-        choice_texts=(group.choice_texts[best],),
+        choices=(group.choices[index],),
+        is_correct=(group.is_correct[index],),
+        choice_texts=(group.choice_texts[index],),
     )
 
 
@@ -248,7 +251,9 @@ def measure_routing(
     token_sites: Collection[str] = (),
     bar: "progress.Progress | None" = None,
 ) -> "probe_lib.ProbeTotals":
-    """Returns totals over the examples of tasks with their correct answers, as NumPy arrays.
+    """Sums router probabilities and entropies over the examples of each task, as NumPy arrays.
+
+    The decoder reads the correct answers.
 
     Args:
       model: network with routers.
@@ -265,15 +270,15 @@ def measure_routing(
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import inference_batches, prefetch
 
-    members = {task: [keep_correct_choice(group) for group in groups[task]] for task in groups}
+    correct = {task: [keep_correct_choice(group) for group in groups[task]] for task in groups}
     # `score_batches` sorts groups by length, so their tasks are looked up by the groups' identity.
     task_ids = {
-        id(g): task for task, task_groups in enumerate(members.values()) for g in task_groups
+        id(g): task for task, task_groups in enumerate(correct.values()) for g in task_groups
     }
     probe = probe_lib.make_probe(model)
     totals = partitioning.replicate(probe_lib.init_totals(model, len(groups), token_sites), mesh)
     batches = inference_batches.score_batches(
-        [group for task_groups in members.values() for group in task_groups],
+        [group for task_groups in correct.values() for group in task_groups],
         batch_size,
         multiple_of=mesh.shape["data"],
     )
@@ -304,36 +309,36 @@ def mean_probs(
     }
 
 
-def select_sites(patterns: Sequence[str] | None, experts: Mapping[str, int]) -> list[str]:
+def select_sites(patterns: Sequence[str] | None, num_experts: Mapping[str, int]) -> list[str]:
     """Returns the sites that match, in layer order.
 
     Args:
       patterns: shell-style patterns of names such as 'decoder/layers_3/mlp/gate'. None: all sites
         of the last block with routers (the last decoder block, as in arXiv 2309.05444).
-      experts: {site: E} of every router.
+      num_experts: {site: E} of every router.
 
     Raises:
       InputError: a pattern matches nothing, or the sites differ in E.
     """
     if patterns is None:
-        last = list(experts)[-1].split("/")[:2]
-        return [site for site in experts if site.split("/")[:2] == last]
+        last = list(num_experts)[-1].split("/")[:2]
+        return [site for site in num_experts if site.split("/")[:2] == last]
     patterns = _check_patterns("ROUTES_SITES", "site", patterns)
     selected: set[str] = set()
     for pattern in patterns:
-        matches = fnmatch.filter(experts, pattern)
+        matches = fnmatch.filter(num_experts, pattern)
         if not matches:
-            close = difflib.get_close_matches(pattern.strip("*"), experts, n=1, cutoff=0.0)
+            close = difflib.get_close_matches(pattern.strip("*"), num_experts, n=1, cutoff=0.0)
             raise InputError(
-                f"ROUTES_SITES: {pattern!r} matches none of {len(experts)} sites with routers, for"
-                f" example {close[0]!r}"
+                f"ROUTES_SITES: {pattern!r} matches none of the {len(num_experts)} sites with"
+                f" routers, such as {close[0]!r}"
             )
         selected.update(matches)
     # Maps and distances share a column per expert across sites.
-    sizes = {experts[site] for site in selected}
+    sizes = {num_experts[site] for site in selected}
     if len(sizes) != 1:
         raise InputError(
-            "ROUTES_SITES must select one or more sites of the same number of experts, got sites of"
-            f" {sorted(sizes)} experts"
+            "ROUTES_SITES must select at least one site, all with the same number of experts, got"
+            f" sites with {' and '.join(map(str, sorted(sizes))) or 'no'} experts"
         )
-    return [site for site in experts if site in selected]
+    return [site for site in num_experts if site in selected]

@@ -42,7 +42,7 @@ class ProbeResult:
     """The probe's totals for one run, with the names needed to read them.
 
     Attributes:
-      about: the run's name, method, checkpoint, step and parameter counts.
+      run: the run's name, method, checkpoint, step and parameter counts.
       tasks: T tasks, in the order of the rows of `totals`.
       totals: totals as NumPy arrays.
       experts: {site: E} of every router, in layer order.
@@ -51,7 +51,7 @@ class ProbeResult:
       min_count: top tokens must occur at least this often.
     """
 
-    about: dict[str, object]
+    run: dict[str, object]
     tasks: list[ProbedTask]
     totals: probe.ProbeTotals
     experts: dict[str, int]

@@ -26,7 +26,7 @@ _ALT = {
 
 def draw_plots(result: ProbeResult, folder: Path) -> None:
     """Writes <run>_map.png, <run>_entropy.png and, for several tasks, <run>_tasks.png."""
-    name = result.about["name"]
+    name = result.run["name"]
     means = measure.mean_probs(result.totals, result.task_names)
     plots.routing_map(
         {site: means[site] for site in result.sites},
@@ -53,7 +53,7 @@ def draw_plots(result: ProbeResult, folder: Path) -> None:
 
 
 def _png(result: ProbeResult, folder: Path, kind: str) -> Path:
-    return folder / f"{result.about['name']}_{kind}.png"
+    return folder / f"{result.run['name']}_{kind}.png"
 
 
 def _kinds(result: ProbeResult) -> list[str]:
@@ -78,11 +78,10 @@ def render_files(results: Sequence[ProbeResult], folder: Path) -> dict[str, str]
 def to_html(results: Sequence[ProbeResult], folder: Path) -> str:
     """Returns the page; it embeds its pictures, so that the file can be sent on its own."""
     return _template().render(
-        title="What the experts do: " + ", ".join(str(r.about["name"]) for r in results),
+        title="What the experts do: " + ", ".join(str(r.run["name"]) for r in results),
         runs=routing_tables.runs_table(results),
         sections=[_section(i, result, folder) for i, result in enumerate(results, 1)],
         distance=metrics.DISTANCE_DEFINITION,
-        text_columns=tables.TEXT_COLUMNS,
     )
 
 
@@ -104,9 +103,9 @@ def _section(number: int, result: ProbeResult, folder: Path) -> dict[str, object
     """Returns a run's values for the template."""
     return {
         "anchor": f"run-{number}",
-        "name": result.about["name"],
-        "checkpoint": result.about["checkpoint"],
-        "measure": routing_tables.value_name(result),
+        "name": result.run["name"],
+        "checkpoint": result.run["checkpoint"],
+        "quantity": routing_tables.value_name(result),
         "pictures": {kind: _picture(_png(result, folder, kind), kind) for kind in _kinds(result)},
         "site_tables": routing_tables.site_tables(result),
         "entropies": routing_tables.entropy_table(result),
@@ -135,7 +134,7 @@ def to_markdown(results: Sequence[ProbeResult], folder: Path) -> str:
     """Returns the tables, with links to the pictures in the same folder."""
     parts = ["# What the experts do", tables.markdown_table(routing_tables.runs_table(results))]
     for result in results:
-        parts.append(f"# {result.about['name']}")
+        parts.append(f"# {result.run['name']}")
         for kind in _kinds(result):
             parts.append(f"![{_ALT[kind]}]({_png(result, folder, kind).name})")
         nearest = routing_tables.nearest_table(result)
@@ -148,19 +147,21 @@ def to_markdown(results: Sequence[ProbeResult], folder: Path) -> str:
             parts += [f"## {table.title}", tables.markdown_table(table), *table.notes]
         parts += [
             f"Distance: {metrics.DISTANCE_DEFINITION}.",
-            f"Tokens: occurring at least {result.min_count} times, with a mean share above 1/E.",
+            f"Tokens that occur at least {result.min_count} times and whose mean probability of"
+            " the expert exceeds 1/E.",
         ]
     return "\n\n".join(parts) + "\n"
 
 
 def summary(results: Sequence[ProbeResult]) -> str:
-    """Returns the command's output: the entropies at each run's sites."""
+    """Returns the lines that `pemoe routes` prints: the entropies at each run's sites."""
     lines = []
     for result in results:
         routers = [r for r in metrics.router_entropies(result) if r.site in result.sites]
         width = max(len(router.site) for router in routers)
         lines.append(
-            f"{result.about['name']}: entropy of each token, entropy of the mean, bits by task"
+            f"{result.run['name']}: mean entropy of a token and entropy of the mean, as fractions"
+            " of log E; distance between tasks in bits"
         )
         lines += [
             f"  {router.site:<{width}}  {router.token_entropy:.3f}  {router.mean_entropy:.3f}"

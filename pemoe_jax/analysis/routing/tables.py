@@ -51,20 +51,20 @@ def runs_table(results: Sequence[ProbeResult]) -> Table:
         tokens = [int(np.sum(result.totals.num_tokens[stack])) for stack in probe.STACKS]
         rows.append(
             [
-                str(result.about["name"]),
-                str(result.about["method"]),
-                f"{result.about['step']:,}",
+                str(result.run["name"]),
+                str(result.run["method"]),
+                f"{result.run['step']:,}",
                 "–".join(map(str, sorted(set(result.experts.values())))),
-                f"{result.about['trainable']:,}",
+                f"{result.run['trainable']:,}",
                 str(seen.count(True)) if is_known else MISSING,
                 str(seen.count(False)) if is_known else MISSING,
                 f"{sum(task.examples for task in result.tasks):,}",
                 f"{tokens[0]:,} + {tokens[1]:,}",
             ]
         )
-    # Column names are shared with `analysis.tables`, which aligns text columns by their names.
-    columns = ["run", "method", "step", "experts", "trainable", "tasks trained on", "held out"]
-    return Table("Runs", [*columns, "examples", "tokens in + out"], rows)
+    columns = ["run", "method", "step", "experts", "trainable"]
+    columns += ["measured: trained on", "held out", "examples", "tokens in + out"]
+    return Table("Runs", columns, rows, num_text=2)
 
 
 def site_tables(result: ProbeResult) -> dict[str, Table]:
@@ -88,6 +88,7 @@ def site_tables(result: ProbeResult) -> dict[str, Table]:
                 ["mean over tasks", "", "", "", *_decimals(mean)],
                 ["uniform", "", "", "", *_decimals(uniform)],
             ],
+            num_text=3,
         )
     return tables
 
@@ -117,7 +118,8 @@ def nearest_table(result: ProbeResult) -> Table | None:
         return None
     rows = [[name, other, f"{distance:.4f}"] for name, (other, distance) in nearest.items()]
     columns = ["held-out task", "nearest training task", "distance"]
-    return Table("Held-out tasks and their nearest training tasks by routing", columns, rows)
+    title = "Held-out tasks and their nearest training tasks by routing"
+    return Table(title, columns, rows, num_text=2)
 
 
 def token_tables(result: ProbeResult) -> list[Table]:
@@ -130,7 +132,9 @@ def token_tables(result: ProbeResult) -> list[Table]:
             # As code: Markdown would take `<start>` for a tag and `*` for emphasis.
             rows.append([str(number), "`" + text.replace("`", "'") + "`"])
         title = f"{site}: {_TOKENS[probe.token_stack(site)]} by expert"
-        tables.append(Table(title, ["expert", "tokens by share"], rows))
+        tables.append(
+            Table(title, ["expert", "tokens, with their probability times E"], rows, num_text=2)
+        )
     return tables
 
 
@@ -143,7 +147,7 @@ def distributions_csv(results: Sequence[ProbeResult]) -> str:
         for site in result.sites:
             for task, row in zip(result.tasks, result.distributions(site), strict=True):
                 seen = "" if task.seen is None else int(task.seen)
-                key = [result.about["name"], site, task.name, task.dataset, seen]
+                key = [result.run["name"], site, task.name, task.dataset, seen]
                 lines += [[*key, expert, f"{value:.6g}"] for expert, value in enumerate(row, 1)]
     return _to_csv(lines)
 
@@ -154,7 +158,7 @@ def distances_csv(results: Sequence[ProbeResult]) -> str:
     for result in results:
         distances, names = metrics.task_distances(result), result.task_names
         lines += [
-            [result.about["name"], names[i], names[j], f"{distances[i, j]:.6g}"]
+            [result.run["name"], names[i], names[j], f"{distances[i, j]:.6g}"]
             for i in range(len(names))
             for j in range(i + 1, len(names))
         ]
@@ -177,7 +181,7 @@ def to_json(results: Sequence[ProbeResult]) -> str:
 def _run_entry(result: ProbeResult) -> dict[str, object]:
     num_tokens = {f"{stack}_tokens": result.totals.num_tokens[stack] for stack in probe.STACKS}
     return {
-        **result.about,
+        **result.run,
         "tasks": [
             {**dataclasses.asdict(task), **{key: int(n[i]) for key, n in num_tokens.items()}}
             for i, task in enumerate(result.tasks)

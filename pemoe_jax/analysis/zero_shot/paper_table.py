@@ -82,7 +82,7 @@ class Row:
       average: average over those of `PaperTable.averaged` that a run has, or as published.
       complete: whether a run has all of `PaperTable.averaged`; True for a published row.
       source: source of a published row; '' for a run.
-      about: step, checkpoint, trainable and total parameters of a run.
+      run: step, checkpoint, trainable and total parameters of a run.
       seeds: seeds of the runs, if there are several.
     """
 
@@ -94,7 +94,7 @@ class Row:
     average: Score
     complete: bool = True
     source: str = ""
-    about: JsonObject = field(default_factory=dict)
+    run: JsonObject = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
 
 
@@ -210,7 +210,7 @@ def _row(name: str, run: JsonObject, averaged: Sequence[str], resampled: _Resamp
         scores=scores,
         average=_average(scores, resampled, [column for column in averaged if column in scores]),
         complete=set(averaged) <= set(scores),
-        about={key: run.get(key) for key in ("step", "checkpoint", "trainable", "total")},
+        run={key: run.get(key) for key in ("step", "checkpoint", "trainable", "total")},
     )
 
 
@@ -260,7 +260,7 @@ def _mean_over_seeds(
         if all(column in accuracies for accuracies in resampled_by_seed)
     }
     columns = [column for column in averaged if column in first.scores]
-    checkpoints = "; ".join(str(row.about["checkpoint"]) for row in members)
+    checkpoints = "; ".join(str(row.run["checkpoint"]) for row in members)
     return dataclasses.replace(
         first,
         scores={
@@ -270,7 +270,7 @@ def _mean_over_seeds(
         average=_mean_score(
             [row.average for row in members], _average_resampled(resampled, columns)
         ),
-        about={**first.about, "checkpoint": checkpoints},
+        run={**first.run, "checkpoint": checkpoints},
         seeds=seeds,
     )
 

@@ -100,7 +100,7 @@ def to_json(table: PaperTable) -> str:
             "run": row.name,
             "method": row.method,
             "parameters": row.percent,
-            **row.about,
+            **row.run,
             **({"source": row.source} if row.source else {"complete": row.complete}),
             **({"seeds": list(row.seeds)} if row.seeds else {}),
             "scores": {
@@ -155,7 +155,7 @@ def _csv_record(row: Row, keys: Sequence[str]) -> list[tuple[str, object]]:
             record.append((f"{key}_{measure}_sd", score.deviation(measure)))
             record.append((f"{key}_{measure}_least", min(values, default=None)))
             record.append((f"{key}_{measure}_greatest", max(values, default=None)))
-    record += [(name, row.about.get(name)) for name in ("step", "checkpoint", "trainable", "total")]
+    record += [(name, row.run.get(name)) for name in ("step", "checkpoint", "trainable", "total")]
     # Published rows have only the paper's columns, so "complete" would say nothing.
     record += [("complete", None if row.source else row.complete), ("source", row.source)]
     return [*record, ("seeds", " ".join(map(str, row.seeds)))]
@@ -194,7 +194,7 @@ def _accuracy_table(table: PaperTable, measure: str) -> Table:
             ["examples", *blank, *_ranges(table, "examples", "{:,}")],
         ]
     title = f"Zero-shot accuracy in %: {measure} over the prompts of a dataset"
-    return Table(title, [*opening, *table.keys], rows, footer=footer)
+    return Table(title, [*opening, *table.keys], rows, footer=footer, num_text=2)
 
 
 def _interval_table(table: PaperTable, measure: str) -> Table:

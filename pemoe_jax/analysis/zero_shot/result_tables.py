@@ -47,8 +47,9 @@ def checkpoint_table(runs: Sequence[JsonObject]) -> Table:
         keys = ("checkpoint", "base", "dtype")
         checkpoint, base, dtype = (str(run.get(key) or MISSING) for key in keys)
         frozen = f" (frozen {run['frozen']})" if run.get("frozen") else ""
-        rows.append([label, checkpoint, _integer(run.get("step")), base, dtype + frozen])
-    return Table("Checkpoints", ["run", "checkpoint", "step", "base", "activations"], rows)
+        rows.append([label, checkpoint, base, dtype + frozen, _integer(run.get("step"))])
+    columns = ["run", "checkpoint", "base", "activations", "step"]
+    return Table("Checkpoints", columns, rows, num_text=4)
 
 
 def format_range(values: Sequence[Number | None], format_value: Callable[[Number], str]) -> str:
@@ -97,6 +98,7 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
             ["prompts", "", "", *ranges("prompts", _integer), ""],
             ["examples", "", "", *ranges("examples", _integer), ""],
         ],
+        num_text=2,
     )
     if any(is_partial):
         medians.notes.append("† Average over the datasets that the run was evaluated on.")
@@ -137,7 +139,7 @@ def _prompt_table(runs: Sequence[JsonObject]) -> Table:
         cells = [first["dataset"], name, first.get("split", MISSING), examples]
         rows.append([*cells, *map(_percent, fractions)])
     columns = ["dataset", "prompt", "split", "examples", "chance", *run_labels(runs)]
-    table = Table("Accuracy in %: prompt by prompt", columns, rows)
+    table = Table("Accuracy in %: prompt by prompt", columns, rows, num_text=3)
     lines = []
     for name in sorted(odd, key=names.index):
         kinds = [f"{kind.replace('_', ' ')} {n:,}" for kind, n in odd[name].items() if n]

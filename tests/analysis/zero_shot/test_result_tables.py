@@ -62,8 +62,8 @@ def test_cells(base, mov):
     assert medians["examples"] == ["", "", "100–1,000", "100", ""]
     assert means["base"] == ["49.0", "26.0", "37.5"]
     assert means["mov-10"] == ["54.1", "–", "54.1 †"]
-    assert checkpoints["base"] == ["base", "0", "–", "–"]  # results of an older version
-    assert checkpoints["mov-10"] == ["runs/mov", "300", "/bases/b.safetensors", "bfloat16"]
+    assert checkpoints["base"] == ["base", "–", "–", "0"]  # results of an older version
+    assert checkpoints["mov-10"] == ["runs/mov", "/bases/b.safetensors", "bfloat16", "300"]
 
 
 def test_prompts_and_odd_examples(base, mov):
