@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags, options
@@ -78,35 +78,46 @@ def train(
 
     from pemoe_jax.analysis import plots
     from pemoe_jax.checkpoints import runs
-    from pemoe_jax.core import network, partitioning, quantized, stacks
+    from pemoe_jax.core import adapters, network, partitioning, stacks
     from pemoe_jax.data import prefetch, seqio_tasks
     from pemoe_jax.runtime import atomic_write, distributed, file_io, train_loop
     from pemoe_jax.tasks.registered import run_register
 
-    quantized.check_frozen_dtype(method.frozen_dtype)
     model_dir = file_io.resolve_local(checkpointing.model_dir, "MODEL_DIR")
     file_io.check_no_pattern(model_dir, "MODEL_DIR")
     device_mesh, rules = distributed.start(mesh, data.batch_size, data.microbatches)
-    task_info = run_register(data.register)
     base_path = checkpointing.initial_checkpoint_path
     model = _with_base_dimensions(model, base_path)
+    record = runs.Record(
+        method=method.name,
+        trainable=list(method.trainable),
+        config=model.config.as_dict(),
+        adapters=adapters.describe(model.adapters),
+        base={},
+        counts={},
+        versions=runs.package_versions(),
+        seed=seed,
+        optimizer=getattr(optimizer, "__name__", type(optimizer).__name__),
+    )
+    _check_before_tasks(model, method, data, record.adapters)
+    first_step = _resume_step(model_dir, record)
+    task_info = run_register(data.register)
     seqio_tasks.check_vocab_size(data.name, model.config.vocab_size)
 
     model, sentence_source = _open_sentences(model, data)
     transformation = optimizer(schedule, param_axes=network.param_axes(model))
     state, frozen, record = _initialize(
-        model, method, transformation, base_path, seed, device_mesh, rules
+        model, method, transformation, base_path, record, device_mesh, rules
     )
     record = dataclasses.replace(
         record,
         **task_info.training_record(seqio_tasks.subtask_names(data.name)),
-        optimizer=getattr(optimizer, "__name__", type(optimizer).__name__),
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
     )
     print(_summarize(state.params, frozen, record, len(jax.devices())), flush=True)
     task_info.print_summary()
 
-    first_step = _resume_step(model_dir, record)
+    _resume_step(model_dir, record)  # again, with the tasks and the base
     if first_step >= total_steps:
         print(f"{model_dir} is at step {first_step}; TRAIN_STEPS is {total_steps}: nothing to do")
         return
@@ -183,49 +194,76 @@ def _with_base_dimensions(
     return model.clone(config=config)
 
 
+def _check_before_tasks(
+    model: "network.Transformer",
+    method: options.Method,
+    data: options.Data,
+    descriptions: Mapping[str, Any],
+) -> None:
+    """Raises InputError for what the settings show before TensorFlow, 8 s, is imported.
+
+    `descriptions` are the model's adapters, by `core.adapters.describe`.
+    """
+    from pemoe_jax.core import network
+    from pemoe_jax.core import params as params_lib
+    from pemoe_jax.data import sentences, seqio_tasks
+
+    seqio_tasks.validate_lengths(data.task_feature_lengths)
+    if not sentences.check_settings(descriptions, data.sentence_embeddings, data.pack):
+        # Otherwise shapes depend on the embeddings' size, which the tasks may define.
+        _trainable_paths(method, params_lib.flatten(network.param_shapes(model)))
+
+
+def _trainable_paths(
+    method: options.Method, shapes: "Mapping[str, jax.ShapeDtypeStruct]"
+) -> set[str]:
+    """Returns the paths of the parameters to train; InputError if the method does not fit."""
+    from pemoe_jax.core import params as params_lib
+    from pemoe_jax.core import quantized
+
+    quantized.check_frozen_dtype(method.frozen_dtype)
+    paths = params_lib.trainable_paths(shapes, method.trainable)
+    is_frozen = (params_lib.is_matrix(path) for path in shapes.keys() - paths)
+    if method.frozen_dtype != quantized.ACTIVATIONS and not any(is_frozen):
+        raise InputError(
+            f"FROZEN_DTYPE must be 'activations' for {method.name}, which trains all matrices,"
+            f" got {method.frozen_dtype!r}"
+        )
+    return paths
+
+
 def _initialize(
     model: "network.Transformer",
     method: options.Method,
     optimizer: "optax.GradientTransformation",
     base_path: str | None,
-    seed: int,
+    record: "runs.Record",
     mesh: "jax.sharding.Mesh",
     rules: "partitioning.Rules",
 ) -> "tuple[steps.TrainState, PyTree, runs.Record]":
-    """Returns the sharded train state and frozen parameters at step 0, and the run's record."""
+    """Returns the sharded train state and frozen parameters at step 0, and the completed record."""
     import jax
 
-    from pemoe_jax.checkpoints import models, runs
-    from pemoe_jax.core import adapters, network, partitioning, quantized, steps
+    from pemoe_jax.checkpoints import models
+    from pemoe_jax.core import network, partitioning, steps
     from pemoe_jax.core import params as params_lib
 
     shapes = params_lib.flatten(network.param_shapes(model))
     # Before the base is read, which may take minutes: a wrong pattern is an error here.
-    trainable_paths = params_lib.trainable_paths(shapes, method.trainable)
+    trainable_paths = _trainable_paths(method, shapes)
     shardings = partitioning.param_shardings(mesh, rules, network.param_axes(model), shapes)
-    if method.frozen_dtype != quantized.ACTIVATIONS and not any(
-        params_lib.is_matrix(path) for path in shapes.keys() - trainable_paths
-    ):
-        raise InputError(
-            f"FROZEN_DTYPE must be 'activations' for {method.name}, which trains all matrices,"
-            f" got {method.frozen_dtype!r}"
-        )
     base, base_identity = models.load_base(
-        model, base_path, seed, trainable_paths.__contains__, shardings, method.frozen_dtype
+        model, base_path, record.seed, trainable_paths.__contains__, shardings, method.frozen_dtype
     )
     adapter_params = models.device_put(
-        network.init_params(model, seed, params_lib.is_adapter), shardings
+        network.init_params(model, record.seed, params_lib.is_adapter), shardings
     )
     trained, frozen = params_lib.split(params_lib.merge(adapter_params, base), method.trainable)
-    record = runs.Record(
-        method=method.name,
-        trainable=list(method.trainable),
+    record = dataclasses.replace(
+        record,
         config=model.config.as_dict(),
-        adapters=adapters.describe(model.adapters),
         base={**base_identity, "needed": bool(frozen), "frozen_dtype": method.frozen_dtype},
         counts={"trainable": params_lib.count(trained), "total": params_lib.count(shapes)},
-        versions=runs.package_versions(),
-        seed=seed,
     )
 
     def create(params: "PyTree") -> steps.TrainState:
@@ -340,7 +378,10 @@ def _gather_positions(
 
 
 def _resume_step(model_dir: Path, record: "runs.Record") -> int:
-    """Returns the newest checkpoint's step, 0 without one; checks that it fits the new run."""
+    """Returns the newest checkpoint's step, 0 without one; checks that it fits the new run.
+
+    Before the base is read, `record.base` is empty, and the settings alone are compared.
+    """
     from pemoe_jax.checkpoints import runs, same_run
     from pemoe_jax.data import sentence_table
 
@@ -348,9 +389,10 @@ def _resume_step(model_dir: Path, record: "runs.Record") -> int:
     if not saved_steps:
         return 0
     saved = runs.read_record(str(model_dir))
-    sentence_table.check_same_encoder(
-        str(model_dir), saved.sentence_encoder, record.sentence_encoder
-    )
+    if record.base:
+        sentence_table.check_same_encoder(
+            str(model_dir), saved.sentence_encoder, record.sentence_encoder
+        )
     same_run.check_same_run(model_dir, saved, record)
     return saved_steps[-1]
 

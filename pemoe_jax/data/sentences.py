@@ -93,6 +93,37 @@ def reads_sentence_embeddings(adapters: Mapping[str, Mapping[str, object]]) -> b
     return any(isinstance(r, Mapping) and r.get("reads") == "sentence" for r in routers)
 
 
+def check_settings(
+    adapters: Mapping[str, Mapping[str, object]], path: str | None, pack: bool
+) -> bool:
+    """Returns whether a router reads embeddings; checks what can be known without the tasks.
+
+    Args:
+      adapters: the model's adapters, by `core.adapters.describe`.
+      path: folder of a table; None: the embeddings are a feature of the tasks.
+      pack: whether rows hold several examples.
+
+    Raises:
+      InputError: a table is set that no router reads, or is unreadable, or rows are packed.
+    """
+    if not reads_sentence_embeddings(adapters):
+        if path is not None:
+            raise InputError(
+                f"SENTENCE_EMBEDDINGS must be None, because no router reads them, got {path}:"
+                " to read them add --gin_file=routing/sentence.gin after a method with routers"
+            )
+        return False
+    if pack:
+        # A packed row would need a distribution over experts for each of its examples.
+        raise InputError(
+            "PACK must be False for routers that read sentence embeddings, which have one"
+            " distribution a row, got True"
+        )
+    if path is not None:
+        SentenceTable(path)
+    return True
+
+
 def open_for_training(
     adapters: Mapping[str, Mapping[str, object]],
     path: str | None,
@@ -104,31 +135,16 @@ def open_for_training(
     """Returns the sentence embeddings to train with; None if no router reads them.
 
     Args:
-      adapters: the model's adapters, by `core.adapters.describe`.
-      path: folder of a table; None: the embeddings are a feature of the tasks.
+      adapters, path, pack: see `check_settings`.
       name: the task or mixture.
       length: length that its inputs are truncated to.
-      pack: whether rows hold several examples.
       use_cached: whether tasks are read from seqio's offline caches.
 
     Raises:
-      InputError: routers read embeddings and there are none, a table is set that no router reads,
-        or rows are packed.
+      InputError: as `check_settings`, or routers read embeddings and there are none.
     """
-    if not reads_sentence_embeddings(adapters):
-        if path is not None:
-            raise InputError(
-                f"SENTENCE_EMBEDDINGS must be None, because no router reads them, got {path}:"
-                " to read them add --gin_file=routing/sentence.gin after a method with routers"
-            )
-        return None
-    if pack:
-        # A packed row would need a distribution over experts for each of its examples.
-        raise InputError(
-            "PACK must be False for routers that read sentence embeddings, which have one"
-            " distribution a row, got True"
-        )
-    return _open(path, name, length, use_cached)
+    reads_embeddings = check_settings(adapters, path, pack)
+    return _open(path, name, length, use_cached) if reads_embeddings else None
 
 
 def open_for_models(

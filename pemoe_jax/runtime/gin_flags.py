@@ -273,12 +273,15 @@ def run_command(
       argv: the arguments; None: `sys.argv`.
     """
     silence_libraries()
+    command = flags.prog.rpartition(" ")[2]
     code = 1
     try:
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
         args = flags.parse_args(rest)
+        if command in _RUN_MODELS:  # the imports to come take many seconds
+            print(f"pemoe {command}: {' '.join([*args.gin_file, *bindings])}", flush=True)
         # Only in a process of the command's own: these settings hold for the whole process.
-        if flags.prog.rpartition(" ")[2] in _RUN_MODELS and "jax" not in sys.modules:
+        if command in _RUN_MODELS and "jax" not in sys.modules:
             compile_cache.enable()
             host_memory.configure()
             host_memory.disable_async_dispatch()
