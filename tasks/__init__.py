@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import seqio_cache_dirs
 from pemoe_jax.tasks.registered import Registered
-from pemoe_jax.tasks.vocabulary import default_vocab_path
+from pemoe_jax.tasks.vocabulary import default_vocab_path, locate_vocabulary
 
 __all__ = ["Registered", "default_vocab_path", "register"]
 
@@ -70,7 +71,11 @@ def register(
                     f"{macro} must be None with P3_DIR, got {patterns!r}: name a mixture or a task"
                     " by MIXTURE_OR_TASK_NAME"
                 )
-        # importing P3 imports seqio, which takes 7 to 8 s
+        # Importing P3 imports seqio, which takes 7 to 8 s: the paths are checked before.
+        if p3_dir and "://" not in p3_dir and not Path(p3_dir).expanduser().is_dir():
+            raise InputError(f"P3_DIR {p3_dir} must be a folder, got no such folder")
+        if vocab_path is not None:
+            locate_vocabulary(vocab_path)
         from pemoe_jax.tasks import p3
 
         return p3.register(p3_dir, vocab_path, eval_examples, inputs_eos)

@@ -36,18 +36,22 @@ def load_vocabulary(path: str | os.PathLike[str]) -> seqio.Vocabulary:
       InputError: the file does not exist, is not a SentencePiece model, or has other special ids
         than T5's.
     """
-    text = os.fspath(path)
-    if text == BYTES or "://" in text:
-        vocabulary = open_vocabulary(text)
-    else:
-        local = pathlib.Path(text).expanduser().absolute()
-        if not local.is_file():
-            raise InputError(
-                f"VOCAB_PATH must be a SentencePiece model file or {BYTES!r}, got no file at {path}"
-            )
-        vocabulary = open_vocabulary(str(local), local.stat().st_mtime_ns)
+    vocabulary = open_vocabulary(*locate_vocabulary(path))
     _ = vocabulary.vocab_size  # reads the file
     return vocabulary
+
+
+def locate_vocabulary(path: str | os.PathLike[str]) -> tuple[str, int]:
+    """Returns the arguments of `open_vocabulary`; InputError if a local file does not exist."""
+    text = os.fspath(path)
+    if text == BYTES or "://" in text:
+        return text, 0
+    local = pathlib.Path(text).expanduser().absolute()
+    if not local.is_file():
+        raise InputError(
+            f"VOCAB_PATH must be a SentencePiece model file or {BYTES!r}, got no file at {path}"
+        )
+    return str(local), local.stat().st_mtime_ns
 
 
 # One object for each file: every object holds a copy of the model.

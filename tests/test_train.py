@@ -305,12 +305,11 @@ def test_resuming_with_another_base_or_other_tasks_is_refused(folder, trained, c
     changes = {
         "INITIAL_CHECKPOINT_PATH": folder / "other.safetensors",
         "EVAL_TASKS": "['colour_1']",
-        "OPTIMIZER": "@optim.adafactor",
     }
     assert train.main(train_flags(folder, "mov", trained["mov"], **changes)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    for change in ("base fingerprint", "training tasks", "held-out", "adamw -> adafactor"):
+    for change in ("base fingerprint", "training tasks", "held-out datasets"):
         assert change in error
 
 
@@ -428,6 +427,55 @@ def test_dimensions_are_those_of_the_base(folder):
     expected = {**CONFIG.as_dict(), "dtype": "bfloat16", "dropout_rate": 0.1}
     assert model.config.as_dict() == expected
     assert train._with_base_dimensions(small, None) is small
+
+
+EARLY_MISTAKES = """
+import json, sys
+from pemoe_jax import evaluate, train
+for command, flags in json.loads(sys.argv[1]):
+    assert {"train": train, "evaluate": evaluate}[command].main(flags) == 1
+    print(end="\\n", file=sys.stderr)
+    assert "tensorflow" not in sys.modules, flags
+"""
+
+
+def test_what_settings_and_paths_show_is_said_before_tensorflow_is_imported(
+    folder, trained, tmp_path
+):
+    bad_index = tmp_path / "INDEX.json"
+    bad_index.write_text('{"a": {"dataset": 3}}')
+    shutil.copytree(folder / "tasks" / "colour_1", tmp_path / "colour_1")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text('{"runs": [{"checkpoint": "x", "tasks": [1]}]}')
+    mistakes = [
+        ({"INITIAL_CHECKPOINT_PATH": "/nowhere"}, "base model /nowhere: no such file"),
+        ({"TRAINABLE": "['x']"}, "TRAINABLE matched 0 of"),
+        ({"TASK_FEATURE_LENGTHS": "{'inputs': 3}"}, "TASK_FEATURE_LENGTHS['targets'] must be"),
+        ({"MODEL_DIR": trained["mov"], "NUM_EXPERTS": 5}, "num_experts 10 -> 5 at key, value, "),
+        ({"JSONL_DIR": "/nowhere"}, "JSONL_DIR /nowhere"),
+        ({"JSONL_DIR": tmp_path}, "'dataset'"),
+        ({"VOCAB_PATH": "/nowhere"}, "got no file at /nowhere"),
+        ({"JSONL_DIR": None, "P3_DIR": "/nowhere"}, "P3_DIR /nowhere must be a folder"),
+        ({"TRAIN_TASKS": "['zzz']"}, "'zzz' matched none of"),
+    ]
+    runs_file = ["--gin_file=runs/evaluate.gin", f"--gin.EVAL_OUTPUT_DIR={tmp_path / 'out'}"]
+    base = f"--gin.CHECKPOINT_PATH={folder / 'base.safetensors'}"
+    commands = [
+        *(
+            ("train", train_flags(folder, "mov", tmp_path / "run", **flags))
+            for flags, _ in mistakes
+        ),
+        ("evaluate", [*runs_file, *data_flags(folder), "--gin.CHECKPOINT_PATH=/nowhere"]),
+        ("evaluate", [*runs_file, *data_flags(folder), base]),
+    ]
+    expected = [*(message for _, message in mistakes), "/nowhere", "results would be lost"]
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY_MISTAKES, json.dumps(commands)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for line, message in zip(done.stderr.split("\n\n"), expected, strict=False):
+        assert line.startswith("error: ") and message in line
+    assert done.stdout.startswith("pemoe train models/t5_1_1_tiny.gin methods/mov.gin runs/")
 
 
 def test_unreadable_line_is_named(folder, tmp_path, capsys):

@@ -73,12 +73,15 @@ def open_evaluation(
         models.dtype,
         models.frozen_dtype,
     )
+    # Before TensorFlow, 8 s, is imported, and again when the tasks are known.
+    paths = [opened.path for opened in opened_models]
+    results_lib.check_overwrites(output, paths)
     task_info = run_register(data.register)
     task_info.print_summary()
     for opened in opened_models:
         seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
     task_names = find_tasks(data.name)
-    if results_lib.check_overwrites(output, [opened.path for opened in opened_models], task_names):
+    if results_lib.check_overwrites(output, paths, task_names):
         print(f"replacing the results in {output}", flush=True)
     return Evaluation(
         folder=distributed.output_folder(output),

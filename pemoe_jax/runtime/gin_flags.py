@@ -279,7 +279,7 @@ def run_command(
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
         args = flags.parse_args(rest)
         if command in _RUN_MODELS:  # the imports to come take many seconds
-            print(f"pemoe {command}: {' '.join([*args.gin_file, *bindings])}", flush=True)
+            print(" ".join(["pemoe", command, *args.gin_file]), flush=True)
         # Only in a process of the command's own: these settings hold for the whole process.
         if command in _RUN_MODELS and "jax" not in sys.modules:
             compile_cache.enable()

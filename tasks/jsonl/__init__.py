@@ -43,7 +43,7 @@ from pemoe_jax.tasks.jsonl.roles import (
     JsonLinesTasks,
     OddRows,
 )
-from pemoe_jax.tasks.vocabulary import load_vocabulary
+from pemoe_jax.tasks.vocabulary import load_vocabulary, locate_vocabulary
 
 if TYPE_CHECKING:
     import seqio
@@ -99,7 +99,7 @@ def register(
         plain = score_eval.plain_name(task)
         if task in _MIXTURES or (plain != task and plain in files):
             raise InputError(f"{folder / task}: the name {task!r} is reserved: rename the folder")
-    vocabulary = load_vocabulary(vocab_path)
+    vocabulary_file = locate_vocabulary(vocab_path)
     index_path = folder / "INDEX.json"
     paths = [pathlib.Path(path) for splits in files.values() for path in splits.values()]
     stats = {path: path.stat() for path in (*paths, index_path) if path.exists()}
@@ -108,14 +108,15 @@ def register(
     key = (
         str(folder),
         tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()),
-        id(vocabulary),
+        vocabulary_file,
         repr((train_tasks, eval_tasks, eval_examples, sorted(use))),
     )
-    seqio = seqio_import.import_seqio()
-    registry = seqio.TaskRegistry.names()
-    if _current.tasks and _current.key == key and set(_current.names) <= set(registry):
-        return _current.tasks
+    if _current.tasks and _current.key == key:
+        registry = seqio_import.import_seqio().TaskRegistry.names()
+        if set(_current.names) <= set(registry):
+            return _current.tasks
 
+    # The files are read and checked before seqio, 8 s, is imported.
     eval_splits: dict[str, str] = {}
     has_choices: dict[str, bool] = {}
     for task, splits in files.items():
@@ -132,6 +133,9 @@ def register(
     )
     tasks = _read_files(tasks, files, use, eval_examples)
 
+    vocabulary = load_vocabulary(vocab_path)
+    seqio = seqio_import.import_seqio()
+    registry = seqio.TaskRegistry.names()
     names = [*files, *(task + score_eval.SUFFIX for task in files if has_choices[task])]
     for name in names:
         if name in registry and name not in _current.names:

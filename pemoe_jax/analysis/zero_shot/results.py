@@ -106,10 +106,17 @@ def summarize(tasks: Mapping[str, Mapping[str, Any]]) -> JsonObject:
     return {"datasets": datasets, "average": average}
 
 
-def check_overwrites(folder: Path, checkpoints: Collection[str], tasks: Collection[str]) -> bool:
+def check_overwrites(
+    folder: Path, checkpoints: Collection[str], tasks: Collection[str] | None = None
+) -> bool:
     """Checks that an evaluation recomputes every result that it overwrites in `folder`.
 
     Steps may differ: evaluating a run again after more training replaces its results.
+
+    Args:
+      folder: the output folder.
+      checkpoints: paths of the models to evaluate.
+      tasks: names of the tasks to evaluate; None: not known yet.
 
     Returns:
       Whether the folder has results.
@@ -130,7 +137,11 @@ def check_overwrites(folder: Path, checkpoints: Collection[str], tasks: Collecti
             f"{file}: expected the results of an evaluation, got another file: {advice}"
         ) from error
     recomputed = {_absolute(path) for path in checkpoints}
-    lost = [(p, t) for p, t in existing if _absolute(p) not in recomputed or t not in tasks]
+    lost = [
+        (path, task)
+        for path, task in existing
+        if _absolute(path) not in recomputed or (tasks is not None and task not in tasks)
+    ]
     if lost:
         path, task = lost[0]
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
