@@ -8,11 +8,18 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.data import seqio_tasks
 from pemoe_jax.runtime import seqio_cache_dirs
 from pemoe_jax.tasks.registered import Registered
 from pemoe_jax.tasks.vocabulary import default_vocab_path, locate_vocabulary
 
 __all__ = ["Registered", "default_vocab_path", "register"]
+
+# T0's mixtures, for an error without importing P3, which would register them.
+_P3_MIXTURES = (
+    *("t0_train", "t0+_train", "t0++_train", "t0_train_one_og_prompt", "t0_train_all_og_prompts"),
+    *("t0_eval_score_eval", "t0_train_score_eval"),
+)
 
 
 def register(
@@ -79,6 +86,8 @@ def register(
         from pemoe_jax.tasks import p3
 
         return p3.register(p3_dir, vocab_path, eval_examples, inputs_eos)
+    for name in _P3_MIXTURES:
+        seqio_tasks.unavailable[name] = "it is a mixture of P3: pass P3_DIR instead of other data"
     if jsonl_dir is None:
         if module is None:
             raise InputError(

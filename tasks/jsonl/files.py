@@ -19,8 +19,11 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data.row_reader import read_parts
+from pemoe_jax.data.seqio_tasks import EVAL_SPLITS
 from pemoe_jax.tasks import metrics
 from pemoe_jax.tasks.registered import abbreviate
+
+_SPLITS = ("train", *EVAL_SPLITS)
 
 
 def find_files(folder: pathlib.Path) -> dict[str, dict[str, str]]:
@@ -40,7 +43,14 @@ def find_files(folder: pathlib.Path) -> dict[str, dict[str, str]]:
     for entry in sorted(folder.iterdir()):
         if not entry.is_dir() or entry.name.startswith("."):
             continue
-        splits = {path.stem: str(path) for path in sorted(entry.glob("*.jsonl")) if path.is_file()}
+        paths = [path for path in sorted(entry.iterdir()) if path.is_file()]
+        splits = {path.stem: str(path) for path in paths if path.suffix == ".jsonl"}
+        named = [path for path in paths if path.name.partition(".")[0] in (*_SPLITS, "dev")]
+        # A misnamed file would be left out silently.
+        if not set(splits) & set(_SPLITS) and (splits or named):
+            expected = ", ".join(f"{split}.jsonl" for split in _SPLITS)
+            got = abbreviate([path.name for path in named] or [f"{s}.jsonl" for s in splits], 3)
+            raise InputError(f"{entry}: expected one of {expected}, got {got}")
         if not splits:
             continue
         # seqio's registries accept no other names

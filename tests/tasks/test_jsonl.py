@@ -501,6 +501,11 @@ def test_folder_errors(tmp_path, vocab):
     assert "got a file" in error(loose / "train.jsonl", vocab)
     empty = write(tmp_path / "empty", "t", "train", [])
     assert error(tmp_path / "empty", vocab) == f"{empty}: expected at least one row, got none"
+    for name in ("train.json", "dev.jsonl", "train.jsonl.gz"):
+        (tmp_path / name / "a_b").mkdir(parents=True)
+        (tmp_path / name / "a_b" / name).write_text("{}")
+        expected = "a_b: expected one of train.jsonl, validation.jsonl, val.jsonl, test.jsonl, got "
+        assert error(tmp_path / name, vocab).endswith(expected + name)
     write(tmp_path / "name", "a b", "train", [("a", "b")])
     assert "may hold letters, digits" in error(tmp_path / "name", vocab)
     write(tmp_path / "reserved", "t", "train", [("a", "b")])
@@ -508,9 +513,17 @@ def test_folder_errors(tmp_path, vocab):
     assert "the name 't_score_eval' is reserved" in error(tmp_path / "reserved", vocab)
 
 
+def test_mixtures_of_p3_need_its_folder(folder, vocab):
+    from pemoe_jax import tasks
+
+    tasks.register(jsonl_dir=str(folder), vocab_path=str(vocab))
+    with pytest.raises(InputError, match="'t0_train' is not registered: .* pass P3_DIR"):
+        seqio_tasks.get_mixture_or_task("t0_train")
+
+
 def test_vocabulary_errors(folder, tmp_path, vocab):
     missing = tmp_path / "none.model"
-    message = f"VOCAB_PATH must be a SentencePiece model file, got no file at {missing}"
+    message = f"VOCAB_PATH must be a SentencePiece model file or 'bytes', got no file at {missing}"
     assert error(folder, missing) == message
     broken = tmp_path / "broken.model"
     broken.write_bytes(b"this is no model")
