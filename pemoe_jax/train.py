@@ -190,8 +190,8 @@ def _with_base_dimensions(
         return model
     base = base_model.open_base(base_path)
     shapes = {path: array.shape for path, array in base.arrays.items()}
-    config = dataclasses.replace(model.config, **dimensions.infer(shapes, str(base)))
-    return model.clone(config=config)
+    sizes: dict[str, Any] = dict(dimensions.infer(shapes, str(base)))
+    return model.clone(config=dataclasses.replace(model.config, **sizes))
 
 
 def _check_before_tasks(
