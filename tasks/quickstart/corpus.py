@@ -11,18 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pemoe_jax.tasks.quickstart import world
-from pemoe_jax.tasks.quickstart.world import TextRng, Topic, a, capital, pronoun
+from pemoe_jax.tasks.quickstart.world import TextRng, Topic, capitalized, pronoun, with_article
 
 
 def _truth(rng: TextRng, true: bool) -> str:
     if true:
-        return rng.choose("That is true.", "That is right.", "It is true.", "Yes, that is true.")
-    return rng.choose("That is false.", "That is wrong.", "It is false.", "No, that is false.")
+        return rng.choice_of("That is true.", "That is right.", "It is true.", "Yes, that is true.")
+    return rng.choice_of("That is false.", "That is wrong.", "It is false.", "No, that is false.")
 
 
 def _claim(rng: TextRng, statement: str, true: bool) -> str:
     """Returns a claim or question about a statement (lower case, no full stop), and its truth."""
-    claim = rng.choose(
+    claim = rng.choice_of(
         f"Is it true that {statement}?",
         f"Somebody says that {statement}.",
         f"Is it right to say that {statement}?",
@@ -33,52 +33,59 @@ def _claim(rng: TextRng, statement: str, true: bool) -> str:
 
 def _answer(rng: TextRng, sentence: str, word: str) -> str:
     """Returns an answer: the sentence, or with probability 0.3 the word after 'Answer:'."""
-    return sentence if rng.chance(0.7) else rng.choose(f"The answer is {word}.", f"Answer: {word}.")
+    return (
+        sentence if rng.chance(0.7) else rng.choice_of(f"The answer is {word}.", f"Answer: {word}.")
+    )
 
 
 def plain(rng: TextRng, topic: Topic) -> str:
     """Returns a story."""
     if rng.chance(0.3):
-        first = rng.future(topic)
-        return f"{first} {rng.future(topic)}" if rng.chance(0.5) else first
-    name = rng.pick(world.NAMES)
-    parts = [rng.past(topic, name) if rng.chance(0.5) else rng.past(topic), rng.detail(topic)]
+        first = rng.future_sentence(topic)
+        return f"{first} {rng.future_sentence(topic)}" if rng.chance(0.5) else first
+    name = rng.choice(world.NAMES)
+    parts = [
+        rng.past_sentence(topic, name) if rng.chance(0.5) else rng.past_sentence(topic),
+        rng.detail(topic),
+    ]
     if rng.chance(0.5):
         parts.append(rng.detail(topic))
     if rng.chance(0.4):
         parts.append(rng.opinion(topic, rng.chance(0.5)))
     if rng.chance(0.4):
         parts.append(
-            capital(rng.past(topic, pronoun(name), time=0.0))
+            capitalized(rng.past_sentence(topic, pronoun(name), time_prob=0.0))
             if name in parts[0]
-            else rng.past(topic)
+            else rng.past_sentence(topic)
         )
     return " ".join(parts)
 
 
 def known(rng: TextRng, topic: Topic) -> str:
     """Returns a fact about things, places and jobs."""
-    thing, other, more = rng.several(topic.things, 3)
-    place, job = rng.pick(topic.places), rng.pick(topic.jobs)
-    return rng.choose(
-        f"{capital(a(thing))} has to do with {topic.name}. You find it in the {place}.",
+    thing, other, more = rng.sample(topic.things, 3)
+    place, job = rng.choice(topic.places), rng.choice(topic.jobs)
+    return rng.choice_of(
+        f"{capitalized(with_article(thing))} has to do with {topic.name}."
+        f" You find it in the {place}.",
         f"The word {thing} belongs to {topic.name}, and so does the word {other}.",
-        f"You find {a(thing)} and {a(other)} in the {place}.",
+        f"You find {with_article(thing)} and {with_article(other)} in the {place}.",
         f"The {job} works in the {place}. The {job} knows all about {topic.name}.",
-        f"{capital(topic.name)}: the {thing}, the {other} and the {more}.",
+        f"{capitalized(topic.name)}: the {thing}, the {other} and the {more}.",
         f"In the {place} there is {topic.name}. The {job} is there with the {thing}.",
-        f"{capital(a(job))} has {a(thing)} and works with it in the {place}.",
+        f"{capitalized(with_article(job))} has {with_article(thing)} and works with it"
+        f" in the {place}.",
         f"The {place} is a place for {topic.name}. The {job} works there.",
     )
 
 
 def about(rng: TextRng, topic: Topic) -> str:
     """Returns a story and its topic."""
-    text = rng.story(topic) if rng.chance(0.7) else rng.future(topic)
+    text = rng.story(topic) if rng.chance(0.7) else rng.future_sentence(topic)
     if rng.chance(0.4):
-        claimed = topic.name if rng.chance(0.5) else rng.pick(world.TOPIC_NAMES)
+        claimed = topic.name if rng.chance(0.5) else rng.choice(world.TOPIC_NAMES)
         return f"{text} {_claim(rng, f'it is about {claimed}', claimed == topic.name)}"
-    return rng.choose(
+    return rng.choice_of(
         f"{text} What is it about? {_answer(rng, f'It is about {topic.name}.', topic.name)}",
         f"A story about {topic.name}: {text}",
         f"{text} It was a story about {topic.name}.",
@@ -89,8 +96,8 @@ def about(rng: TextRng, topic: Topic) -> str:
 
 def title(rng: TextRng, topic: Topic) -> str:
     """Returns a story with its title."""
-    name, text = rng.pick(topic.titles), rng.story(topic)
-    return rng.choose(
+    name, text = rng.choice(topic.titles), rng.story(topic)
+    return rng.choice_of(
         f"{name}. {text}",
         f"{text} What is the story called? It is called: {name}.",
         f"{text} The name of the story is: {name}.",
@@ -107,54 +114,55 @@ def sentiment(rng: TextRng, topic: Topic) -> str:
         claims_good = rng.chance(0.5)
         claimed = "good" if claims_good else "bad"
         return f"{text} {_claim(rng, f'it was {claimed}', claims_good == good)}"
-    return rng.choose(
+    return rng.choice_of(
         f"{text} How was it? {_answer(rng, f'It was {word}.', word)}",
         f"{text} Everybody {like} it.",
-        f"{text} {capital(rng.pick(world.NAMES))} {like} the {rng.pick(topic.things)}.",
+        f"{text} {capitalized(rng.choice(world.NAMES))} {like} the {rng.choice(topic.things)}.",
         f"{text} These are {'positive' if good else 'negative'} words.",
         f"{text} The guests {'will come back' if good else 'will not come back'}.",
-        f"The words {' and '.join(rng.several(world.GOOD if good else world.BAD, 2))} are "
+        f"The words {' and '.join(rng.sample(world.POSITIVE if good else world.NEGATIVE, 2))} are "
         f"{'positive' if good else 'negative'} and mean {word}.",
     )
 
 
 def feeling(rng: TextRng, topic: Topic) -> str:
     """Returns a text about a person who shows a feeling, and the feeling's name."""
-    name, felt = rng.pick(world.NAMES), rng.pick(tuple(world.FEELINGS))
+    name, felt = rng.choice(world.NAMES), rng.choice(tuple(world.FEELINGS))
     text = rng.feeling_shown(name, felt)
     if rng.chance(0.4):
-        text = f"{rng.past(topic, name)} {capital(rng.feeling_shown(pronoun(name), felt))}"
-    return rng.choose(
-        f"{text} {capital(pronoun(name))} was {felt}.",
+        before = rng.past_sentence(topic, name)
+        text = f"{before} {capitalized(rng.feeling_shown(pronoun(name), felt))}"
+    return rng.choice_of(
+        f"{text} {capitalized(pronoun(name))} was {felt}.",
         f"{name} was {felt}. {text}",
         f"{text} How did {name} feel? "
-        f"{_answer(rng, f'{capital(pronoun(name))} felt {felt}.', felt)}",
-        f"{name} {rng.pick(world.FEELINGS[felt])} because {pronoun(name)} was {felt}.",
+        f"{_answer(rng, f'{capitalized(pronoun(name))} felt {felt}.', felt)}",
+        f"{name} {rng.choice(world.FEELINGS[felt])} because {pronoun(name)} was {felt}.",
     )
 
 
 def place(rng: TextRng, topic: Topic) -> str:
     """Returns a question or fact about a place."""
-    where, thing, job = rng.pick(topic.places), rng.pick(topic.things), rng.pick(topic.jobs)
-    return rng.choose(
-        f"{rng.past(topic, place=0.0)} Where was it? "
+    where, thing, job = rng.choice(topic.places), rng.choice(topic.things), rng.choice(topic.jobs)
+    return rng.choice_of(
+        f"{rng.past_sentence(topic, place_prob=0.0)} Where was it? "
         f"{_answer(rng, f'It was in the {where}.', where)}",
         f"Where is the {thing}? {_answer(rng, f'It is in the {where}.', where)}",
         f"Where is the {job}? {_answer(rng, f'The {job} works in the {where}.', where)}",
-        f"Somebody works in the {where} with {a(thing)}. Who is it? "
+        f"Somebody works in the {where} with {with_article(thing)}. Who is it? "
         f"{_answer(rng, f'It is the {job}.', job)}",
-        f"What is there in the {where}? {_answer(rng, f'There is {a(thing)}.', thing)}",
+        f"What is there in the {where}? {_answer(rng, f'There is {with_article(thing)}.', thing)}",
     )
 
 
 def belongs(rng: TextRng, topic: Topic) -> str:
     """Returns the topic that a thing belongs to."""
-    thing = rng.pick(topic.things)
+    thing = rng.choice(topic.things)
     if rng.chance(0.4):
-        claimed = topic.name if rng.chance(0.5) else rng.pick(world.TOPIC_NAMES)
-        return _claim(rng, f"{a(thing)} has to do with {claimed}", claimed == topic.name)
+        claimed = topic.name if rng.chance(0.5) else rng.choice(world.TOPIC_NAMES)
+        return _claim(rng, f"{with_article(thing)} has to do with {claimed}", claimed == topic.name)
     return (
-        f"What does {a(thing)} belong to? "
+        f"What does {with_article(thing)} belong to? "
         f"{_answer(rng, f'It belongs to {topic.name}.', topic.name)}"
     )
 
@@ -162,13 +170,13 @@ def belongs(rng: TextRng, topic: Topic) -> str:
 def time(rng: TextRng, topic: Topic) -> str:
     """Returns a sentence and whether it is in the past or the future."""
     later = rng.chance(0.5)
-    text = rng.future(topic) if later else rng.past(topic)
+    text = rng.future_sentence(topic) if later else rng.past_sentence(topic)
     word = "future" if later else "past"
     if rng.chance(0.3):
         claims_future = rng.chance(0.5)
         claimed = "future" if claims_future else "past"
         return f"{text} {_claim(rng, f'this is in the {claimed}', claims_future == later)}"
-    return rng.choose(
+    return rng.choice_of(
         f"{text} When is it? {_answer(rng, f'It is in the {word}.', f'the {word}')}",
         f"{text} This is a story of the {word}.",
         f"{text} {'It did not happen yet.' if later else 'It happened already.'}",
@@ -178,20 +186,20 @@ def time(rng: TextRng, topic: Topic) -> str:
 
 def persons(rng: TextRng, topic: Topic) -> str:
     """Returns a text on who did what, or on the referent of a pronoun."""
-    she, he = rng.pick(world.FEMALE), rng.pick(world.MALE)
+    she, he = rng.choice(world.FEMALE_NAMES), rng.choice(world.MALE_NAMES)
     # One woman and one man, in random order: only the pronoun tells who is meant.
     first, second = rng.shuffled((she, he))
-    name = rng.choose(she, he)
-    word = capital(pronoun(name))
-    doing = rng.past(topic, word, time=0.0)
+    name = rng.choice_of(she, he)
+    word = capitalized(pronoun(name))
+    doing = rng.past_sentence(topic, word, time_prob=0.0)
     did = doing.removeprefix(word + " ").removesuffix(".")
-    return rng.choose(
-        f"{first} and {second} went to the {rng.pick(topic.places)}. {doing} It was {name} who "
+    return rng.choice_of(
+        f"{first} and {second} went to the {rng.choice(topic.places)}. {doing} It was {name} who "
         f"{did}.",
-        f"{first} met {second} in the {rng.pick(topic.places)}. {doing} Who {did}? "
+        f"{first} met {second} in the {rng.choice(topic.places)}. {doing} Who {did}? "
         f"{_answer(rng, f'It was {name}.', name)}",
-        f"{name} was in the {rng.pick(topic.places)}. {doing}",
-        f"{rng.past(topic, name)} {rng.past(topic, word)} Who was it? "
+        f"{name} was in the {rng.choice(topic.places)}. {doing}",
+        f"{rng.past_sentence(topic, name)} {rng.past_sentence(topic, word)} Who was it? "
         f"{_answer(rng, f'It was {name}.', name)}",
         f"{doing.replace(word, name, 1)} Who {did}? {_answer(rng, f'{name} {did}.', name)}",
         f"{she} is a woman and {he} is a man.",
@@ -201,25 +209,25 @@ def persons(rng: TextRng, topic: Topic) -> str:
 def needs(rng: TextRng, topic: Topic) -> str:
     """Returns a need and its consequence."""
     # Both directions: the sample asks for the need, the text also for the reason.
-    name, state = rng.pick(world.NAMES), rng.pick(tuple(world.NEEDS))
+    name, state = rng.choice(world.NAMES), rng.choice(tuple(world.NEEDS))
     thing, do, did = world.NEEDS[state]
     p = pronoun(name)
-    return rng.choose(
+    return rng.choice_of(
         f"{name} was {state}, so {p} {did}.",
-        f"{name} was {state} in the {rng.pick(topic.places)}. Then {p} {did}.",
+        f"{name} was {state} in the {rng.choice(topic.places)}. Then {p} {did}.",
         f"{name} {did} because {p} was {state}.",
-        f"{name} is {state}. {capital(p)} will {do}.",
+        f"{name} is {state}. {capitalized(p)} will {do}.",
         f"{name} is {state}. What does {name} need? "
-        f"{_answer(rng, f'{capital(p)} needs {thing}.', thing)}",
+        f"{_answer(rng, f'{capitalized(p)} needs {thing}.', thing)}",
         f"When you are {state}, you need {thing}.",
-        f"{name} {did}. Why did {p} do it? {_answer(rng, f'{capital(p)} was {state}.', state)}",
+        f"{name} {did}. Why did {p} do it? {_answer(rng, f'{capitalized(p)} was {state}.', state)}",
     )
 
 
 def comparison(rng: TextRng, topic: Topic) -> str:
     """Returns two sentences and whether they have to do with the same thing."""
     if rng.chance(0.4):
-        first = rng.past(topic)
+        first = rng.past_sentence(topic)
         fits = rng.chance(0.5)
         other = topic if fits else rng.other_topic(topic)
         second = rng.detail(other)
@@ -228,12 +236,12 @@ def comparison(rng: TextRng, topic: Topic) -> str:
         fits = rng.chance(0.5)
         first, second = rng.opinion(topic, good), rng.opinion(topic, good == fits)
     else:
-        first = rng.past(topic)
+        first = rng.past_sentence(topic)
         fits = rng.chance(0.5)
         other = topic if fits else rng.other_topic(topic)
-        second = f"There was {other.name} in the {rng.pick(other.places)}."
+        second = f"There was {other.name} in the {rng.choice(other.places)}."
     if fits and rng.chance(0.5):
-        return f"{first} {rng.choose('In other words:', 'Also:', 'This means:')} {second}"
+        return f"{first} {rng.choice_of('In other words:', 'Also:', 'This means:')} {second}"
     return (
         f"{first} {second} "
         f"{'Both have to do with the same thing.' if fits else 'These are two different things.'}"
@@ -242,46 +250,47 @@ def comparison(rng: TextRng, topic: Topic) -> str:
 
 def senses(rng: TextRng, topic: Topic) -> str:
     """Returns a text that uses an ambiguous word in one of its senses."""
-    word = rng.pick(tuple(world.SENSES))
+    word = rng.choice(tuple(world.SENSES))
     first, second = world.SENSES[word]
-    meant = rng.choose(first, second)
-    text = rng.sense(word, world.TOPIC[meant])
-    return rng.choose(
-        f"{text} {rng.detail(world.TOPIC[meant])}",
+    meant = rng.choice_of(first, second)
+    text = rng.sentence_with(word, world.TOPIC_BY_NAME[meant])
+    return rng.choice_of(
+        f"{text} {rng.detail(world.TOPIC_BY_NAME[meant])}",
         f"{text} It was a story about {meant}.",
         f"{text} Here the word {word} has to do with {meant}.",
-        f"{capital(a(word))} can have to do with {first} or with {second}.",
+        f"{capitalized(with_article(word))} can have to do with {first} or with {second}.",
     )
 
 
 def exam(rng: TextRng, topic: Topic) -> str:
     """Returns a text about lessons, which covers the words of the prompts' instructions."""
     # Embeddings are frozen for adapters: a word that only prompts had would stay random.
-    things = ", ".join(rng.several(topic.things, 3))
-    question = rng.choose(
+    things = ", ".join(rng.sample(topic.things, 3))
+    question = rng.choice_of(
         "question", "label", "category", "topic", "title", "sentence", "review", "subject"
     )
-    other = rng.choose("options", "choices", "sentences", "reviews", "labels", "titles")
-    name = rng.pick(world.NAMES)
-    return rng.choose(
+    other = rng.choice_of("options", "choices", "sentences", "reviews", "labels", "titles")
+    name = rng.choice(world.NAMES)
+    return rng.choice_of(
         f"The teacher read the following text to the class. {rng.story(topic)}",
         f"{name} had to choose one of these {other}: {things}.",
         f"Please pick the best {question} for the text, said the teacher to {name}.",
         f"Which of the {other} does {name} mean? {name} would decide on the {question} tomorrow.",
         f"Read the {question} and answer it, yes or no, {name}.",
-        f"Would {name} recommend the {rng.pick(topic.things)}? Yes or no?",
-        f"Is the {rng.pick(topic.things)} in the {rng.pick(topic.places)}? "
-        f"{rng.choose('Yes, it is.', 'No, it is not.')}",
+        f"Would {name} recommend the {rng.choice(topic.things)}? Yes or no?",
+        f"Is the {rng.choice(topic.things)} in the {rng.choice(topic.places)}? "
+        f"{rng.choice_of('Yes, it is.', 'No, it is not.')}",
         f"The {question} of the text is: {topic.name}. {rng.story(topic)}",
-        f"Does the writer like the {rng.pick(topic.things)}? "
-        f"{rng.choose('Yes, very much.', 'No, not at all.')}",
-        f"The premise and the hypothesis follow from each other, wrote the {rng.pick(topic.jobs)}.",
-        f"What happens next in the story? {rng.past(topic)}",
-        f"The {rng.pick(topic.jobs)} will know most about {topic.name} and go to work in "
-        f"the {rng.pick(topic.places)}.",
-        f"This is still the {rng.choose('end', 'ending')} of the {question}, and {name} "
+        f"Does the writer like the {rng.choice(topic.things)}? "
+        f"{rng.choice_of('Yes, very much.', 'No, not at all.')}",
+        "The premise and the hypothesis follow from each other,"
+        f" wrote the {rng.choice(topic.jobs)}.",
+        f"What happens next in the story? {rng.past_sentence(topic)}",
+        f"The {rng.choice(topic.jobs)} will know most about {topic.name} and go to work in "
+        f"the {rng.choice(topic.places)}.",
+        f"This is still the {rng.choice_of('end', 'ending')} of the {question}, and {name} "
         "knows what follows.",
-        f"Now the guest will be in the {rng.pick(topic.places)} with a gift for {name}.",
+        f"Now the guest will be in the {rng.choice(topic.places)} with a gift for {name}.",
         f"{name} gave a short summary of the {question}: {rng.detail(topic)}",
     )
 
@@ -310,4 +319,4 @@ def lines(seed: int, n: int) -> Iterator[str]:
     rng = TextRng(f"corpus {seed}")
     kinds = [kind for kind, weight in KINDS for _ in range(weight)]
     for _ in range(n):
-        yield rng.pick(kinds)(rng, rng.pick(world.TOPICS))
+        yield rng.choice(kinds)(rng, rng.choice(world.TOPICS))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pemoe_jax.tasks.quickstart import world
-from pemoe_jax.tasks.quickstart.world import TextRng, a, capital, pronoun
+from pemoe_jax.tasks.quickstart.world import TextRng, capitalized, pronoun, with_article
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Dataset:
         fields |= {**row.fields, "options": ", ".join(row.options)}
         labels = self.labels.get(prompt) or {option: option for option in row.options}
         return {
-            "inputs": capital(self.prompts[prompt].format(**fields)),
+            "inputs": capitalized(self.prompts[prompt].format(**fields)),
             "targets": labels[row.answer],
             "answer_choices": [labels[option] for option in row.options],
         }
@@ -59,90 +59,97 @@ class Dataset:
 
 def _options(rng: TextRng, answer: str, others: Sequence[str]) -> list[str]:
     """Returns the answer and three of the others, shuffled."""
-    return rng.shuffled([answer, *rng.several([other for other in others if other != answer], 3)])
+    return rng.shuffled([answer, *rng.sample([other for other in others if other != answer], 3)])
 
 
 def _topics(rng: TextRng) -> Row:
-    topic = rng.pick(world.TOPICS)
+    topic = rng.choice(world.TOPICS)
     return Row({"text": rng.story(topic)}, topic.name, _options(rng, topic.name, world.TOPIC_NAMES))
 
 
 def _reviews(rng: TextRng) -> Row:
     good = rng.chance(0.5)
     return Row(
-        {"text": rng.opinion(rng.pick(world.TOPICS), good)},
+        {"text": rng.opinion(rng.choice(world.TOPICS), good)},
         "good" if good else "bad",
         ("good", "bad"),
     )
 
 
 def _feelings(rng: TextRng) -> Row:
-    name, felt = rng.pick(world.NAMES), rng.pick(tuple(world.FEELINGS))
+    name, felt = rng.choice(world.NAMES), rng.choice(tuple(world.FEELINGS))
     text = rng.feeling_shown(name, felt)
     if rng.chance(0.5):
-        first = rng.past(rng.pick(world.TOPICS), name)
-        text = f"{first} {capital(rng.feeling_shown(pronoun(name), felt))}"
+        first = rng.past_sentence(rng.choice(world.TOPICS), name)
+        text = f"{first} {capitalized(rng.feeling_shown(pronoun(name), felt))}"
     return Row({"text": text, "name": name}, felt, tuple(world.FEELINGS))
 
 
 def _places(rng: TextRng) -> Row:
-    topic = rng.pick(world.TOPICS)
-    place = rng.pick(topic.places)
-    others = [rng.pick(other.places) for other in world.TOPICS if other is not topic]
-    fields = {"text": rng.past(topic, place=0.0), "thing": rng.pick(topic.things)}
+    topic = rng.choice(world.TOPICS)
+    place = rng.choice(topic.places)
+    others = [rng.choice(other.places) for other in world.TOPICS if other is not topic]
+    fields = {"text": rng.past_sentence(topic, place_prob=0.0), "thing": rng.choice(topic.things)}
     return Row(fields, place, _options(rng, place, others))
 
 
 def _jobs(rng: TextRng) -> Row:
-    topic = rng.pick(world.TOPICS)
-    job = rng.pick(topic.jobs)
-    others = [rng.pick(other.jobs) for other in world.TOPICS if other is not topic]
-    thing, second = rng.several(topic.things, 2)
-    fields = {"place": rng.pick(topic.places), "thing": thing, "other": second, "a_thing": a(thing)}
+    topic = rng.choice(world.TOPICS)
+    job = rng.choice(topic.jobs)
+    others = [rng.choice(other.jobs) for other in world.TOPICS if other is not topic]
+    thing, second = rng.sample(topic.things, 2)
+    fields = {
+        "place": rng.choice(topic.places),
+        "thing": thing,
+        "other": second,
+        "a_thing": with_article(thing),
+    }
     return Row(fields, job, _options(rng, job, others))
 
 
 def _kinds(rng: TextRng) -> Row:
-    topic = rng.pick(world.TOPICS)
-    thing, second = rng.several(topic.things, 2)
+    topic = rng.choice(world.TOPICS)
+    thing, second = rng.sample(topic.things, 2)
     return Row(
-        {"thing": thing, "other": second, "a_thing": a(thing)},
+        {"thing": thing, "other": second, "a_thing": with_article(thing)},
         topic.name,
         _options(rng, topic.name, world.TOPIC_NAMES),
     )
 
 
 def _topic_check(rng: TextRng) -> Row:
-    topic = rng.pick(world.TOPICS)
+    topic = rng.choice(world.TOPICS)
     true = rng.chance(0.5)
     claimed = (
-        topic.name if true else rng.pick([name for name in world.TOPIC_NAMES if name != topic.name])
+        topic.name
+        if true
+        else rng.choice([name for name in world.TOPIC_NAMES if name != topic.name])
     )
     return Row({"text": rng.story(topic), "topic": claimed}, "yes" if true else "no", ("yes", "no"))
 
 
 def _times(rng: TextRng) -> Row:
     later = rng.chance(0.5)
-    topic = rng.pick(world.TOPICS)
-    text = rng.future(topic) if later else rng.past(topic)
+    topic = rng.choice(world.TOPICS)
+    text = rng.future_sentence(topic) if later else rng.past_sentence(topic)
     return Row({"text": text}, "future" if later else "past", ("past", "future"))
 
 
 def _titles(rng: TextRng) -> Row:
-    topic = rng.pick(world.TOPICS)
-    title = rng.pick(topic.titles)
-    others = [rng.pick(other.titles) for other in world.TOPICS if other is not topic]
+    topic = rng.choice(world.TOPICS)
+    title = rng.choice(topic.titles)
+    others = [rng.choice(other.titles) for other in world.TOPICS if other is not topic]
     return Row({"text": rng.story(topic)}, title, _options(rng, title, others))
 
 
 def _needs(rng: TextRng) -> Row:
-    name, state = rng.pick(world.NAMES), rng.pick(tuple(world.NEEDS))
+    name, state = rng.choice(world.NAMES), rng.choice(tuple(world.NEEDS))
     thing = world.NEEDS[state][0]
     fields = {
         "name": name,
         "state": state,
         "pronoun": pronoun(name),
-        "place": rng.pick(rng.pick(world.TOPICS).places),
+        "place": rng.choice(rng.choice(world.TOPICS).places),
     }
     return Row(
         fields, thing, _options(rng, thing, [world.NEEDS[other][0] for other in world.NEEDS])
@@ -150,33 +157,33 @@ def _needs(rng: TextRng) -> Row:
 
 
 def _same(rng: TextRng) -> Row:
-    topic = rng.pick(world.TOPICS)
+    topic = rng.choice(world.TOPICS)
     same = rng.chance(0.5)
     other = topic if same else rng.other_topic(topic)
     return Row(
-        {"first": rng.past(topic), "second": rng.past(other)},
+        {"first": rng.past_sentence(topic), "second": rng.past_sentence(other)},
         "yes" if same else "no",
         ("yes", "no"),
     )
 
 
 def _endings(rng: TextRng) -> Row:
-    name = rng.pick(world.NAMES)
-    topic = rng.pick(world.TOPICS)
-    text = f"{name} went to the {rng.pick(topic.places)} with the {rng.pick(topic.jobs)}."
+    name = rng.choice(world.NAMES)
+    topic = rng.choice(world.TOPICS)
+    text = f"{name} went to the {rng.choice(topic.places)} with the {rng.choice(topic.jobs)}."
     if rng.chance(0.5):
         text += f" {rng.detail(topic)}"
-    word = capital(pronoun(name))
-    right = rng.past(topic, word, place=0.0, time=0.0)
-    wrong = rng.past(rng.other_topic(topic), word, place=0.0, time=0.0)
+    word = capitalized(pronoun(name))
+    right = rng.past_sentence(topic, word, place_prob=0.0, time_prob=0.0)
+    wrong = rng.past_sentence(rng.other_topic(topic), word, place_prob=0.0, time_prob=0.0)
     return Row({"text": text}, right, rng.shuffled((right, wrong)))
 
 
 def _entailment(rng: TextRng) -> Row:
     """Draws a premise and a hypothesis about its topic, sentiment or time."""
-    topic = rng.pick(world.TOPICS)
+    topic = rng.choice(world.TOPICS)
     true = rng.chance(0.5)
-    kind = rng.below(3)
+    kind = rng.randrange(3)
     if kind == 0:
         other = topic if true else rng.other_topic(topic)
         premise, hypothesis = rng.story(topic), f"This has to do with {other.name}."
@@ -188,7 +195,7 @@ def _entailment(rng: TextRng) -> Row:
         )
     else:
         later = rng.chance(0.5)
-        premise = rng.future(topic) if later else rng.past(topic)
+        premise = rng.future_sentence(topic) if later else rng.past_sentence(topic)
         hypothesis = f"This is in the {'future' if later == true else 'past'}."
     # The hypothesis also as a clause, for prompts that embed it in a sentence.
     claim = hypothesis.removesuffix(".")
@@ -198,28 +205,28 @@ def _entailment(rng: TextRng) -> Row:
 
 def _pronouns(rng: TextRng) -> Row:
     # A woman and a man, so that the pronoun alone decides.
-    first, second = rng.shuffled((rng.pick(world.FEMALE), rng.pick(world.MALE)))
-    name = rng.choose(first, second)
-    topic = rng.pick(world.TOPICS)
+    first, second = rng.shuffled((rng.choice(world.FEMALE_NAMES), rng.choice(world.MALE_NAMES)))
+    name = rng.choice_of(first, second)
+    topic = rng.choice(world.TOPICS)
     word = pronoun(name)
-    deed = rng.past(topic, capital(word), time=0.0)
-    meeting = rng.choose(
-        f"{first} met {second} in the {rng.pick(topic.places)}.",
-        f"{first} and {second} went to the {rng.pick(topic.places)}.",
+    deed = rng.past_sentence(topic, capitalized(word), time_prob=0.0)
+    meeting = rng.choice_of(
+        f"{first} met {second} in the {rng.choice(topic.places)}.",
+        f"{first} and {second} went to the {rng.choice(topic.places)}.",
     )
     fields = {
         "text": f"{meeting} {deed}",
         "pronoun": word,
-        "did": deed.removeprefix(capital(word) + " ").removesuffix("."),
+        "did": deed.removeprefix(capitalized(word) + " ").removesuffix("."),
     }
     return Row(fields, name, (first, second))
 
 
 def _word_senses(rng: TextRng) -> Row:
-    word = rng.pick(tuple(world.SENSES))
-    meant = rng.pick(world.SENSES[word])
+    word = rng.choice(tuple(world.SENSES))
+    meant = rng.choice(world.SENSES[word])
     return Row(
-        {"text": rng.sense(word, world.TOPIC[meant]), "word": word},
+        {"text": rng.sentence_with(word, world.TOPIC_BY_NAME[meant]), "word": word},
         meant,
         rng.shuffled(world.SENSES[word]),
     )

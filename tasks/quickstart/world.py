@@ -2,10 +2,11 @@
 
 The world's facts are co-occurrences: eight topics with their things, places and jobs; positive and
 negative adjectives; feelings and how people show them; needs and what satisfies them; names; past
-and future. Both the pretraining text and the sample are generated from them.
+and future. The pretraining text (`corpus`) and the tasks (`prompts`) are generated from
+them.
 
-The order of random draws in a function decides every later text: a change anywhere changes the
-committed sample, which a test regenerates.
+Any change of the number or the order of random draws changes all texts that are generated after it,
+and so the committed tasks in `sample/`, which a test regenerates.
 """
 
 from __future__ import annotations
@@ -34,38 +35,38 @@ class Topic:
 
 _words = json.loads(pathlib.Path(__file__).with_name("world.json").read_text())
 TOPICS = [Topic(**topic) for topic in _words["topics"]]
-TOPIC = {topic.name: topic for topic in TOPICS}
-TOPIC_NAMES = list(TOPIC)
+TOPIC_BY_NAME = {topic.name: topic for topic in TOPICS}
+TOPIC_NAMES = list(TOPIC_BY_NAME)
 # ambiguous word: the topics of its two senses
 SENSES: dict[str, list[str]] = _words["senses"]
-GOOD: list[str] = _words["good"]
-BAD: list[str] = _words["bad"]
-FEMALE: list[str] = _words["female"]
-MALE: list[str] = _words["male"]
-NAMES = FEMALE + MALE
+POSITIVE: list[str] = _words["good"]
+NEGATIVE: list[str] = _words["bad"]
+FEMALE_NAMES: list[str] = _words["female"]
+MALE_NAMES: list[str] = _words["male"]
+NAMES = FEMALE_NAMES + MALE_NAMES
 # feeling: verbs that show it
 FEELINGS: dict[str, list[str]] = _words["feelings"]
 # state: [need, action in the present, action in the past]
 NEEDS: dict[str, list[str]] = _words["needs"]
 
 
-def a(word: str) -> str:
+def with_article(word: str) -> str:
     """Returns the word with its indefinite article."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def pronoun(name: str) -> str:
     """Returns he or she."""
-    return "she" if name in FEMALE else "he"
+    return "she" if name in FEMALE_NAMES else "he"
 
 
-def capital(text: str) -> str:
+def capitalized(text: str) -> str:
     """Returns the text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
 class TextRng:
-    """Random words and sentences, the same for a seed in every Python version."""
+    """Generates random words and sentences, reproducible from a seed in every Python version."""
 
     def __init__(self, seed: str):
         # Python guarantees a stable sequence for `random()` only, not for `choice` or `shuffle`.
@@ -74,63 +75,69 @@ class TextRng:
     def chance(self, probability: float) -> bool:
         return self._random.random() < probability
 
-    def below(self, n: int) -> int:
+    def randrange(self, n: int) -> int:
         return int(self._random.random() * n)
 
-    def pick(self, options: Sequence[T]) -> T:
-        return options[self.below(len(options))]
+    def choice(self, options: Sequence[T]) -> T:
+        return options[self.randrange(len(options))]
 
-    def choose(self, *options: T) -> T:
-        return self.pick(options)
+    def choice_of(self, *options: T) -> T:
+        return self.choice(options)
 
-    def several(self, options: Sequence[T], n: int) -> list[T]:
+    def sample(self, options: Sequence[T], n: int) -> list[T]:
         """Returns `n` different options in random order."""
         remaining = list(options)
-        return [remaining.pop(self.below(len(remaining))) for _ in range(n)]
+        return [remaining.pop(self.randrange(len(remaining))) for _ in range(n)]
 
     def shuffled(self, options: Sequence[T]) -> list[T]:
-        return self.several(options, len(options))
+        return self.sample(options, len(options))
 
     def other_topic(self, topic: Topic) -> Topic:
-        return self.pick([other for other in TOPICS if other is not topic])
+        return self.choice([other for other in TOPICS if other is not topic])
 
-    def past(
-        self, topic: Topic, subject: str | None = None, place: float = 0.6, time: float = 0.3
+    def past_sentence(
+        self,
+        topic: Topic,
+        subject: str | None = None,
+        place_prob: float = 0.6,
+        time_prob: float = 0.3,
     ) -> str:
         """Returns a sentence in the past tense, with a place and a time with these probabilities.
 
         Without `subject` it is about a random person or one of the topic's jobs.
         """
         subject = subject or self._subject(topic)
-        thing, other = self.several(topic.things, 2)
-        text = f"{subject} {self.pick(topic.verbs)[1]} the {thing}"
+        thing, other = self.sample(topic.things, 2)
+        text = f"{subject} {self.choice(topic.verbs)[1]} the {thing}"
         if self.chance(0.25):
             text += f" and the {other}"
-        return self._sentence(text, topic, place, _words["past_times"], time)
+        return self._sentence(text, topic, place_prob, _words["past_times"], time_prob)
 
-    def future(self, topic: Topic) -> str:
+    def future_sentence(self, topic: Topic) -> str:
         """Returns a sentence in the future tense."""
-        text = f"{self._subject(topic)} will {self.pick(topic.verbs)[0]}"
-        text += f" the {self.pick(topic.things)}"
+        text = f"{self._subject(topic)} will {self.choice(topic.verbs)[0]}"
+        text += f" the {self.choice(topic.things)}"
         return self._sentence(text, topic, 0.6, _words["future_times"], 0.7)
 
     def _subject(self, topic: Topic) -> str:
-        return self.pick(NAMES) if self.chance(0.5) else f"the {self.pick(topic.jobs)}"
+        return self.choice(NAMES) if self.chance(0.5) else f"the {self.choice(topic.jobs)}"
 
     def _sentence(
-        self, text: str, topic: Topic, place: float, times: Sequence[str], time: float
+        self, text: str, topic: Topic, place_prob: float, times: Sequence[str], time_prob: float
     ) -> str:
-        if self.chance(place):
-            text += f" in the {self.pick(topic.places)}"
-        return f"{self.pick(times)}, {text}." if self.chance(time) else capital(f"{text}.")
+        if self.chance(place_prob):
+            text += f" in the {self.choice(topic.places)}"
+        return (
+            f"{self.choice(times)}, {text}." if self.chance(time_prob) else capitalized(f"{text}.")
+        )
 
     def detail(self, topic: Topic) -> str:
         """Returns a neutral sentence on the topic, without an opinion or a time."""
-        thing, other = self.several(topic.things, 2)
-        place, job = self.pick(topic.places), self.pick(topic.jobs)
-        return self.choose(
+        thing, other = self.sample(topic.things, 2)
+        place, job = self.choice(topic.places), self.choice(topic.jobs)
+        return self.choice_of(
             f"The {thing} was near the {other}.",
-            f"There was {a(thing)} in the {place}.",
+            f"There was {with_article(thing)} in the {place}.",
             f"The {job} came to the {place} with the {thing}.",
             f"In the {place}, the {job} talked about the {thing}.",
             f"The {job} looked at the {thing} and the {other}.",
@@ -139,41 +146,45 @@ class TextRng:
 
     def story(self, topic: Topic) -> str:
         """Returns two sentences on the topic."""
-        return f"{self.past(topic)} {self.detail(topic)}"
+        return f"{self.past_sentence(topic)} {self.detail(topic)}"
 
     def opinion(self, topic: Topic, good: bool) -> str:
         """Returns one or two sentences with a positive or negative opinion."""
-        word, more = self.several(GOOD if good else BAD, 2)
-        thing, place = self.pick(topic.things), self.pick(topic.places)
-        first = self.choose(
-            f"The {thing} in the {place} was {word}.",
-            f"I saw the {thing} and it was {word}.",
-            f"What {a(word)} {thing} they had in the {place}!",
-            f"We found the {thing} {word}.",
+        adjective, other_adjective = self.sample(POSITIVE if good else NEGATIVE, 2)
+        thing, place = self.choice(topic.things), self.choice(topic.places)
+        first = self.choice_of(
+            f"The {thing} in the {place} was {adjective}.",
+            f"I saw the {thing} and it was {adjective}.",
+            f"What {with_article(adjective)} {thing} they had in the {place}!",
+            f"We found the {thing} {adjective}.",
         )
-        second = self.choose(
-            f"It was {a(more)} day.",
-            f"The {place} was {more} too.",
-            f"The {self.pick(topic.jobs)} was {more}.",
+        second = self.choice_of(
+            f"It was {with_article(other_adjective)} day.",
+            f"The {place} was {other_adjective} too.",
+            f"The {self.choice(topic.jobs)} was {other_adjective}.",
         )
         return f"{first} {second}" if self.chance(0.6) else first
 
     def feeling_shown(self, name: str, feeling: str) -> str:
         """Returns a sentence that shows a feeling without naming it."""
-        sign, other = self.several(FEELINGS[feeling], 2)
-        return self.choose(
+        sign, other = self.sample(FEELINGS[feeling], 2)
+        return self.choice_of(
             f"{name} {sign} and {other}.",
             f"{name} {sign} in the street.",
             f"All day, {name} {sign}.",
             f"{name} {sign}.",
         )
 
-    def sense(self, word: str, topic: Topic) -> str:
+    def sentence_with(self, word: str, topic: Topic) -> str:
         """Returns a sentence that uses an ambiguous word in the topic's sense."""
-        place, job, thing = self.pick(topic.places), self.pick(topic.jobs), self.pick(topic.things)
-        return self.choose(
+        place, job, thing = (
+            self.choice(topic.places),
+            self.choice(topic.jobs),
+            self.choice(topic.things),
+        )
+        return self.choice_of(
             f"The {job} saw the {word} in the {place}.",
             f"In the {place}, the {job} talked about the {word} and the {thing}.",
             f"The {job} needed the {word} for the {thing}.",
-            f"There was {a(word)} near the {thing} in the {place}.",
+            f"There was {with_article(word)} near the {thing} in the {place}.",
         )
