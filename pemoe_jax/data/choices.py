@@ -176,6 +176,7 @@ def truncate(ids: np.ndarray, length: int, eos_id: int) -> tuple[np.ndarray, boo
 def feature_text(features: Mapping[str, seqio.Feature], row: Row, key: str) -> str:
     """Returns the text that was tokenized to a feature of a row."""
     text = row.get(f"{key}_pretokenized")
-    if text is None:  # caches may have been written without text
+    # Caches and rows of token ids may have no text, which reads as an empty one.
+    if text is None or (len(text) == 0 and len(row[key]) > 0):
         return str(features[key].vocabulary.decode([int(i) for i in row[key]]))
     return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)

@@ -14,7 +14,7 @@ import numpy as np
 from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data import choices, seqio_import, seqio_tasks
 from pemoe_jax.data.packing import Batch, BatchIterator, Example, Truncations
-from pemoe_jax.data.row_reader import TEXT_FEATURES
+from pemoe_jax.data.row_checks import TEXT_FEATURES
 from pemoe_jax.data.seekable_tasks import SeekableMixture, SeekableProvider, StreamOptions
 from pemoe_jax.data.seqio_tasks import SENTENCE_FEATURE
 

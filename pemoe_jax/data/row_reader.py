@@ -9,24 +9,47 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.data.row_checks import TEXT_FEATURES
 
 T = TypeVar("T")
 
-# inputs, targets: list of token ids; inputs_pretokenized, targets_pretokenized: bytes;
-# answer_choices (optional): list of bytes. Of _score_eval tasks also idx: [example, choice],
-# is_correct: bool, weight: float.
+# inputs, targets: list of token ids; inputs_pretokenized, targets_pretokenized: bytes, missing in
+# rows without text; answer_choices (optional): list of bytes. Of _score_eval tasks also
+# idx: [example, choice], is_correct: bool, weight: float.
 Row = dict[str, Any]
-Encode = Callable[[Sequence[str]], list[list[int]]]  # texts to token ids without EOS
 
 EOS = 1
 READ_SIZE = 512  # rows read at a time
-TEXT_FEATURES = ("inputs", "targets")
+
+# The kind of list in a tf.train.Example that holds each feature.
+_KINDS = {
+    **dict.fromkeys((*TEXT_FEATURES, "idx", "is_correct"), "int64_list"),
+    **{
+        f"{key}_{kind}": "bytes_list"
+        for key in TEXT_FEATURES
+        for kind in ("pretokenized", "plaintext")
+    },
+    "answer_choices": "bytes_list",
+    "weight": "float_list",
+}
+
+
+class Tokenizer(Hashable, Protocol):
+    """The vocabulary of a run, as readers of rows use it."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of texts, without EOS."""
+        ...
+
+    def vocab_size(self) -> int:
+        """Returns the number of token ids."""
+        ...
 
 
 def serialize(row: Row) -> bytes:
@@ -52,7 +75,7 @@ def parse(record: bytes) -> Row:
     """Returns the row of a serialized tf.train.Example, without features that P3 does not have.
 
     Raises:
-      ValueError: the record is not a tf.train.Example.
+      ValueError: the record is not a tf.train.Example, or a feature has a wrong type.
     """
     import tensorflow as tf
 
@@ -60,7 +83,14 @@ def parse(record: bytes) -> Row:
         features = tf.train.Example.FromString(record).features.feature
     except Exception as error:  # protobuf's DecodeError, whose module depends on its version
         raise ValueError("not a tf.train.Example") from error
+    for key, kind in _KINDS.items():
+        # a list of another kind would read as an empty one
+        if key in features and features[key].WhichOneof("kind") not in (kind, None):
+            raise ValueError(f"{key!r} must be a {kind}, got a {features[key].WhichOneof('kind')}")
     row: Row = {}
+    for key in TEXT_FEATURES:
+        if key not in features:
+            raise ValueError(f"no feature {key!r}")
     for key in (*TEXT_FEATURES, "idx"):
         if key in features:
             row[key] = list(features[key].int64_list.value)

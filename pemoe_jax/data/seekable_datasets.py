@@ -6,14 +6,15 @@ Importing this module imports seqio, which takes 8 s.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pemoe_jax.data import seqio_import
 from pemoe_jax.data.order import ExampleOrder
-from pemoe_jax.data.row_reader import TEXT_FEATURES, RowReader, read_parts
+from pemoe_jax.data.row_checks import TEXT_FEATURES, check_token_ids
+from pemoe_jax.data.row_reader import RowReader, read_parts
 from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.data.tfrecords import TFRecordReader
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import seqio
 
 READ_SIZE = 128  # rows read at a time
+
+_IDS = {key: tf.io.RaggedFeature(tf.int64) for key in TEXT_FEATURES}
 
 
 def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -> tf.data.Dataset:
@@ -44,21 +47,69 @@ def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -
 
 
 def read_blocks(readers: Sequence[RowReader], blocks: tf.data.Dataset) -> tf.data.Dataset:
-    """Returns blocks of serialized tf.train.Examples for blocks of row numbers, int64 [N].
+    """Reads blocks of row numbers, int64 [N]; elements are the numbers and tf.train.Examples, [N].
 
     Rows are numbered consecutively, one reader after the other.
     """
-    first_rows = np.cumsum([0, *(reader.num_rows for reader in readers[:-1])])
+    first_rows = _first_rows(readers)
 
     def read_numbers(numbers: np.ndarray) -> np.ndarray:
         records = read_parts(first_rows, numbers, lambda n, rows: readers[n].read_records(rows))
         return np.array(records, object)
 
     @tf.autograph.experimental.do_not_convert
-    def read(numbers: tf.Tensor) -> tf.Tensor:
-        return tf.ensure_shape(tf.numpy_function(read_numbers, [numbers], tf.string), [None])
+    def read(numbers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        records = tf.numpy_function(read_numbers, [numbers], tf.string)
+        return numbers, tf.ensure_shape(records, [None])
 
     return blocks.map(read)
+
+
+def _first_rows(readers: Sequence[RowReader]) -> np.ndarray:
+    """Returns the number of each reader's first row: int64 [readers]."""
+    return np.cumsum([0, *(reader.num_rows for reader in readers[:-1])])
+
+
+def read_records(
+    readers: Sequence[RowReader], blocks: tf.data.Dataset, vocab_size: int
+) -> tf.data.Dataset:
+    """Returns `read_blocks` record by record, after a check of their token ids."""
+    check = _id_check(readers, vocab_size)
+
+    @tf.autograph.experimental.do_not_convert
+    def check_block(numbers: tf.Tensor, records: tf.Tensor) -> tf.Tensor:
+        check(numbers, tf.io.parse_example(records, _IDS))
+        return records
+
+    return read_blocks(readers, blocks).map(check_block).unbatch()
+
+
+def _id_check(
+    readers: Sequence[RowReader], vocab_size: int
+) -> Callable[[tf.Tensor, Mapping[str, tf.RaggedTensor]], None]:
+    """Returns a function of row numbers [N] and their ids that raises if an id is not valid."""
+    first_rows = _first_rows(readers)
+
+    def raise_error(numbers: np.ndarray, key: bytes, ids: np.ndarray, ends: np.ndarray) -> bool:
+        for number, row in zip(numbers, np.split(ids, ends[1:-1]), strict=True):
+            reader = int(np.searchsorted(first_rows, number, side="right")) - 1
+            where = f"{readers[reader].location}: row {number - first_rows[reader] + 1}"
+            check_token_ids(row, where, key.decode(), vocab_size)
+        return False
+
+    def check(numbers: tf.Tensor, rows: Mapping[str, tf.RaggedTensor]) -> None:
+        for key in TEXT_FEATURES:
+            ids, ends = rows[key].values, rows[key].row_splits
+            # One comparison for a whole block; Python is called only if it fails.
+            tf.cond(
+                tf.reduce_any((ids < 0) | (ids >= vocab_size)),
+                lambda args=(numbers, key, ids, ends): tf.numpy_function(
+                    raise_error, args, tf.bool
+                ),
+                lambda: False,
+            )
+
+    return check
 
 
 def example_dataset(
@@ -80,7 +131,8 @@ def example_dataset(
     sizes = [reader.num_rows for reader in readers]
     order = ExampleOrder(sizes, rates, options.seed, options.shuffle, options.num_epochs)
     blocks = read_blocks(readers, row_number_blocks(order, options.start, options.shard))
-    features = {key: tf.io.RaggedFeature(tf.int64) for key in TEXT_FEATURES}
+    check_ids = _id_check(readers, task.output_features["inputs"].vocabulary.vocab_size)
+    features = dict(_IDS)
     if options.include_text:
         # Caches have one of the two, old ones _plaintext; the other is then empty.
         kinds = ("pretokenized", "plaintext")
@@ -88,8 +140,9 @@ def example_dataset(
         features |= {key: tf.io.FixedLenFeature([], tf.string, "") for key in text_keys}
 
     @tf.autograph.experimental.do_not_convert
-    def parse(records: tf.Tensor) -> dict[str, tf.Tensor]:
+    def parse(numbers: tf.Tensor, records: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = tf.io.parse_example(records, features)
+        check_ids(numbers, rows)
         block = {}
         for key in TEXT_FEATURES:
             # TensorFlow 2.21 crashes when it unbatches a row without elements: each row gets a 0 in
@@ -125,7 +178,12 @@ def cached_example_dataset(
 ) -> tf.data.Dataset | None:
     """Returns `example_dataset` of the tasks' offline caches; None unless all have a local one."""
     folders = [local_cache_dir(task) for task in tasks]
-    readers = [TFRecordReader(folder, split) for folder in folders if folder is not None]
-    if len(readers) < len(tasks) or not tasks:
+    if not tasks or None in folders:
         return None
+    vocabulary = tasks[0].output_features["inputs"].vocabulary
+    readers = [
+        TFRecordReader(folder, split, lambda: vocabulary.vocab_size)
+        for folder in folders
+        if folder is not None
+    ]
     return example_dataset(readers, rates, tasks[0], sequence_length, options)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError, check_integer, first_line
 from pemoe_jax.data import seqio_import, tfrecords
-from pemoe_jax.data.row_reader import TEXT_FEATURES
+from pemoe_jax.data.row_checks import TEXT_FEATURES
 from pemoe_jax.data.seekable_tasks import SeekableMixture, SeekableTask
 
 if TYPE_CHECKING:

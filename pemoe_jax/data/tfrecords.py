@@ -15,13 +15,14 @@ import os
 import pathlib
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import google_crc32c
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.data import seqio_import
+from pemoe_jax.data.row_checks import TEXT_FEATURES, check_token_ids
 from pemoe_jax.data.row_reader import READ_SIZE, Row, RowReader, parse, read_parts
 from pemoe_jax.runtime import file_io
 
@@ -131,11 +132,14 @@ class TFRecordFile:
 
 
 class TFRecordReader(RowReader):
-    """A split of a task's offline cache in `folder`."""
+    """A split of a task's offline cache in `folder`.
 
-    def __init__(self, folder: pathlib.Path, split: str) -> None:
+    Rows are checked, also that their token ids are below `vocab_size()`; records are not.
+    """
+
+    def __init__(self, folder: pathlib.Path, split: str, vocab_size: Callable[[], int]) -> None:
         self.location = str(folder / f"{split}.tfrecord")
-        self._folder, self._split = folder, split
+        self._folder, self._split, self._vocab_size = folder, split, vocab_size
 
     @functools.cached_property
     def files(self) -> list[TFRecordFile]:
@@ -183,7 +187,7 @@ class TFRecordReader(RowReader):
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
         """See RowReader."""
-        return self._parse(self.read_records(numbers))
+        return self._parse(self.read_records(numbers), numbers)
 
     def row_blocks(self) -> Iterator[list[Row]]:
         """See RowReader; verifies every checksum.
@@ -199,8 +203,8 @@ class TFRecordReader(RowReader):
             records = seqio_import.disable_autotune(records)
             try:
                 for batch in records.as_numpy_iterator():
+                    yield self._parse(batch, range(num_read, num_read + len(batch)))
                     num_read += len(batch)
-                    yield self._parse(batch)
             except tf.errors.DataLossError as error:
                 # Scanning the file gives a better message for truncated files and LFS pointers.
                 file.count()
@@ -212,8 +216,14 @@ class TFRecordReader(RowReader):
                 f" {num_read:,}"
             )
 
-    def _parse(self, records: Sequence[bytes]) -> list[Row]:
-        try:
-            return [parse(record) for record in records]
-        except ValueError as error:
-            raise InputError(f"{self.location}: damaged: {error}") from None
+    def _parse(self, records: Sequence[bytes], numbers: Sequence[int]) -> list[Row]:
+        rows = []
+        for number, record in zip(numbers, records, strict=True):
+            where = f"{self.location}: row {number + 1}"
+            try:
+                rows.append(parse(record))
+            except ValueError as error:
+                raise InputError(f"{where}: damaged: {error}") from None
+            for key in TEXT_FEATURES:
+                check_token_ids(rows[-1][key], where, key, self._vocab_size())
+        return rows

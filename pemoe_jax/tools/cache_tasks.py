@@ -249,8 +249,8 @@ def _reader_factory(settings: _Settings) -> Callable[[str, str], "RowReader"]:
     from pemoe_jax.tasks import p3
 
     p3.register(settings.p3_dir, settings.vocab_path)
-    folder, encode = p3.settings.folder, p3.settings.encode
-    return lambda task, split: folder.reader(task, split, encode)
+    folder = p3.settings.folder
+    return lambda task, split: folder.reader(task, split, p3.settings)
 
 
 _FeatureInfo = dict[str, object]  # shape and dtype, as in info.<split>.json

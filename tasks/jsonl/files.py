@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.data import row_checks
 from pemoe_jax.data.row_reader import read_parts
 from pemoe_jax.data.seqio_tasks import EVAL_SPLITS
 from pemoe_jax.tasks import metrics
@@ -119,7 +120,9 @@ def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     if not isinstance(index, dict):
-        raise InputError(f"{path}: expected an object of tasks, got {_short(index)}")
+        raise InputError(
+            f"{path}: expected an object of tasks, got {row_checks.describe_value(index)}"
+        )
     return {task: _task_info(entry, f"{path}: {task!r}") for task, entry in index.items()}
 
 
@@ -134,12 +137,14 @@ def _check_keys(path: pathlib.Path, pairs: list[tuple[str, object]]) -> dict[str
 
 def _task_info(entry: object, where: str) -> TaskInfo:
     if not isinstance(entry, dict):
-        raise InputError(f"{where} must be an object, got {_short(entry)}")
+        raise InputError(f"{where} must be an object, got {row_checks.describe_value(entry)}")
     known = {key: entry[key] for key in (*_OPTIONAL_STRINGS, *_BOOLEANS) if key in entry}
     for key, value in known.items():
         types, expected = (bool, "bool") if key in _BOOLEANS else (str | None, "str or null")
         if not isinstance(value, types):
-            raise InputError(f"{where}: {key!r} must be {expected}, got {_short(value)}")
+            raise InputError(
+                f"{where}: {key!r} must be {expected}, got {row_checks.describe_value(value)}"
+            )
     names = metrics.check_names(entry.get("metrics", metrics.DEFAULT_METRICS), where)
     has_roles = "t0_do_train" in entry or "t0_do_eval" in entry
     return TaskInfo(**known, has_roles=has_roles, metrics=tuple(names))
@@ -159,40 +164,8 @@ def parse_line(line: bytes, where: str) -> Example:
     Raises:
       InputError: the line is not a JSON object with the fields of an example.
     """
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise InputError(f"{where}: not an example: nested too deeply") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object, got {_short(row)}")
-    for key in ("inputs", "targets"):
-        if key not in row:
-            raise InputError(f"{where}: expected a field {key!r}, got {', '.join(row) or 'none'}")
-        if not isinstance(row[key], str):
-            raise InputError(f"{where}: {key!r} must be a string, got {_short(row[key])}")
-    # exporters write null for a missing list
-    choices = row.get("answer_choices")
-    choices = [] if choices is None else choices
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise InputError(
-            f"{where}: 'answer_choices' must be a list of strings, got {_short(choices)}"
-        )
-    try:
-        # JSON can escape half a surrogate pair, which has no UTF-8 and would fail in TensorFlow
-        "".join((row["inputs"], row["targets"], *choices)).encode()
-    except UnicodeEncodeError as error:
-        code = ord(error.object[error.start])
-        raise InputError(f"{where}: \\u{code:04x} is half a surrogate pair") from None
-    return Example(row["inputs"], row["targets"], choices)
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:39] + '…'}"
+    row = row_checks.check_row(row_checks.parse_object(line, where), where)
+    return Example(row.texts["inputs"], row.texts["targets"], row.answer_choices)
 
 
 def first_example(path: str) -> Example:

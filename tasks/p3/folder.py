@@ -19,7 +19,7 @@ import pathlib
 from collections.abc import Collection, Mapping
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.row_reader import Encode, RowReader
+from pemoe_jax.data.row_reader import RowReader, Tokenizer
 from pemoe_jax.data.tfrecords import TFRecordReader
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.p3 import published, raw_examples, templates
@@ -163,7 +163,7 @@ class Folder:
         return [f"{reason}{others}" for reason in reasons[:1]]
 
     @functools.cache  # noqa: B019
-    def reader(self, name: str, split: str, encode: Encode) -> RowReader:
+    def reader(self, name: str, split: str, tokenizer: Tokenizer) -> RowReader:
         """Returns the reader of a split of a task or `_score_eval` task.
 
         Raises:
@@ -183,11 +183,11 @@ class Folder:
                 f" (it has: {', '.join(sorted(files.splits)) or 'none'})"
             )
         if files.form == CACHE:
-            return TFRecordReader(files.folder, split)
+            return TFRecordReader(files.folder, split, tokenizer.vocab_size)
         if files.form == DERIVED:
-            return ChoiceReader(self.reader(plain_name, split, encode), encode)
+            return ChoiceReader(self.reader(plain_name, split, tokenizer), tokenizer)
         if files.template is not None and files.dataset is not None:
             table = files.dataset.table(published.tasks()[name].source_split(split))
-            return TemplateReader(table, files.template, f"{name} {split}", encode)
+            return TemplateReader(table, files.template, f"{name} {split}", tokenizer)
         table = open_table(files.splits[split])
-        return PromptedReader(table, encode, score_eval.is_score_eval(name))
+        return PromptedReader(table, tokenizer, score_eval.is_score_eval(name))

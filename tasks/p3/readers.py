@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import array
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data.row_reader import EOS, READ_SIZE, TEXT_FEATURES, Encode, Row, RowReader
+from pemoe_jax.data import row_checks
+from pemoe_jax.data.row_checks import TEXT_FEATURES
+from pemoe_jax.data.row_reader import EOS, READ_SIZE, Row, RowReader, Tokenizer
 from pemoe_jax.data.seqio_tasks import warn_once
 from pemoe_jax.tasks.p3.tables import Example, ParquetTable, Table
 from pemoe_jax.tasks.p3.templates import (
@@ -26,12 +27,12 @@ class NoRowsError(InputError):
     """All examples of a split are left out, because their template fails or they have no label."""
 
 
-def add_ids(rows: list[Row], encode: Encode) -> list[Row]:
+def add_ids(rows: list[Row], tokenizer: Tokenizer) -> list[Row]:
     """Tokenizes inputs and targets of rows that have only their text; ids end in EOS."""
     for key in TEXT_FEATURES:
         without_ids = [row for row in rows if key not in row]
-        texts = [row[f"{key}_pretokenized"].decode("utf-8", "replace") for row in without_ids]
-        for row, ids in zip(without_ids, encode(texts), strict=True):
+        texts = [row[f"{key}_pretokenized"].decode() for row in without_ids]
+        for row, ids in zip(without_ids, tokenizer.encode(texts), strict=True):
             row[key] = [*ids, EOS]
     return rows
 
@@ -44,9 +45,9 @@ class PromptedReader(RowReader):
     `is_correct` and `weight`. Either ids or text may be missing.
     """
 
-    def __init__(self, table: Table, encode: Encode, scored: bool) -> None:
+    def __init__(self, table: Table, tokenizer: Tokenizer, scored: bool) -> None:
         self.location, self._table = table.location, table
-        self._encode, self._scored = encode, scored
+        self._tokenizer, self._scored = tokenizer, scored
         if isinstance(table, ParquetTable) and table.num_rows:
             self._check_columns(table.columns)
 
@@ -58,9 +59,8 @@ class PromptedReader(RowReader):
             if key not in columns:
                 raise self._error(f"a column {key!r}", columns)
 
-    def _error(self, expected: str, fields: Sequence[str], row: int | None = None) -> InputError:
-        where = self.location if row is None else f"{self.location}: row {row + 1}"
-        return InputError(f"{where}: expected {expected}, got {', '.join(fields) or 'none'}")
+    def _error(self, expected: str, columns: Sequence[str]) -> InputError:
+        return InputError(f"{self.location}: expected {expected}, got {', '.join(columns)}")
 
     @property
     def num_rows(self) -> int:
@@ -71,36 +71,15 @@ class PromptedReader(RowReader):
         rows = [
             self._row(example, number) for example, number in zip(examples, numbers, strict=True)
         ]
-        return add_ids(rows, self._encode)
+        return add_ids(rows, self._tokenizer)
 
-    def _row(self, example: Mapping[str, Any], number: int) -> Row:
-        row: Row = {}
-        for key in TEXT_FEATURES:
-            ids, text = example.get(key), example.get(f"{key}_pretokenized")
-            # the hub has ids in `inputs`, JSON lines have text
-            if isinstance(ids, str):
-                ids, text = None, ids
-            if ids is None and text is None:
-                raise self._error(repr(key), [*example], number)
-            if ids is not None:
-                row[key] = ids
-            row[f"{key}_pretokenized"] = b"" if text is None else _to_bytes(text)
-        choices = example.get("answer_choices")
+    def _row(self, example: Example, number: int) -> Row:
+        where = f"{self.location}: row {number + 1}"
+        texts, ids, choices = row_checks.check_row(example, where, self._tokenizer.vocab_size)
+        row: Row = {**ids, **{f"{key}_pretokenized": text.encode() for key, text in texts.items()}}
         if choices:
-            row["answer_choices"] = [_to_bytes(choice) for choice in choices]
-        if self._scored:
-            if example.get("idx") is None or example.get("is_correct") is None:
-                raise self._error("'idx' and 'is_correct'", [*example], number)
-            row["idx"] = [int(i) for i in example["idx"]]
-            row["is_correct"] = bool(example["is_correct"])
-            # all published weights are 1, and other writers leave them out
-            weight = example.get("weight")
-            row["weight"] = 1.0 if weight is None else float(weight)
-        return row
-
-
-def _to_bytes(text: object) -> bytes:
-    return text if isinstance(text, bytes) else str(text).encode("utf-8", "replace")
+            row["answer_choices"] = [choice.encode() for choice in choices]
+        return row | (row_checks.check_choice_fields(example, where) if self._scored else {})
 
 
 class TemplateReader(RowReader):
@@ -110,9 +89,10 @@ class TemplateReader(RowReader):
       NoRowsError: while reading, if no example is left.
     """
 
-    def __init__(self, table: Table, template: Template, name: str, encode: Encode) -> None:
+    def __init__(self, table: Table, template: Template, name: str, tokenizer: Tokenizer) -> None:
         self.location = f"{table.location} with template {template.name!r}"
-        self._table, self._template, self._name, self._encode = table, template, name, encode
+        self._table, self._template, self._name = table, template, name
+        self._tokenizer = tokenizer
         # Index of an example -> why its template failed, or why it has no target.
         self._failures: dict[int, str] = {}
         self._unlabeled: dict[int, str] = {}
@@ -147,12 +127,16 @@ class TemplateReader(RowReader):
 
     def _rows(self, examples: Iterable[tuple[int, Example]]) -> list[Row]:
         rows: list[Row] = []
-        for prompt in filter(None, (self._render(example, index) for index, example in examples)):
-            rows.append({"inputs_pretokenized": _to_bytes(prompt.inputs)})
-            rows[-1]["targets_pretokenized"] = _to_bytes(prompt.targets)
-            if prompt.answer_choices:
-                rows[-1]["answer_choices"] = [*map(_to_bytes, prompt.answer_choices)]
-        return add_ids(rows, self._encode)
+        for index, example in examples:
+            prompt = self._render(example, index)
+            if prompt is None:
+                continue
+            where = f"{self.location}: example {index + 1}"
+            texts, _, choices = row_checks.check_row(vars(prompt), where)
+            rows.append({f"{key}_pretokenized": text.encode() for key, text in texts.items()})
+            if choices:
+                rows[-1]["answer_choices"] = [choice.encode() for choice in choices]
+        return add_ids(rows, self._tokenizer)
 
     def _render(self, example: Example, index: int) -> Prompt | None:
         try:
@@ -186,23 +170,23 @@ class TemplateReader(RowReader):
             warn_once(line)
 
 
-def choice_rows(row: Row, example: int, encode: Encode) -> list[Row]:
+def choice_rows(row: Row, example: int, tokenizer: Tokenizer) -> list[Row]:
     """Returns the `_score_eval` rows of a row: one for each answer choice.
 
-    A choice is correct if its text is the target's.
+    A choice is correct if its text is the target's, or its ids are in a row without text.
     """
-    target = row["targets_pretokenized"].strip()
+    target = row.get("targets_pretokenized", b"").strip()
+    target_ids = [i for i in row["targets"] if i != EOS]
     choices = row.get("answer_choices", [])
-    ids = encode([choice.decode("utf-8", "replace") for choice in choices])
+    ids = tokenizer.encode([choice.decode("utf-8", "replace") for choice in choices])
     return [
         {
-            "inputs": row["inputs"],
-            "inputs_pretokenized": row["inputs_pretokenized"],
+            **{key: row[key] for key in ("inputs", "inputs_pretokenized") if key in row},
             "targets": [*ids[number], EOS],
             "targets_pretokenized": choice,
             "answer_choices": choices,
             "idx": [example, number],
-            "is_correct": choice.strip() == target,
+            "is_correct": choice.strip() == target if target else ids[number] == target_ids,
             "weight": 1.0,
         }
         for number, choice in enumerate(choices)
@@ -215,8 +199,8 @@ class ChoiceReader(RowReader):
     Rows without choices are left out, with a warning.
     """
 
-    def __init__(self, plain: RowReader, encode: Encode) -> None:
-        self.location, self._plain, self._encode = plain.location, plain, encode
+    def __init__(self, plain: RowReader, tokenizer: Tokenizer) -> None:
+        self.location, self._plain, self._tokenizer = plain.location, plain, tokenizer
 
     @functools.cached_property
     def _starts(self) -> np.ndarray:
@@ -240,7 +224,7 @@ class ChoiceReader(RowReader):
         # a row is read and tokenized once for all of its choices
         distinct = np.unique(owners).tolist()
         plain = zip(distinct, self._plain.read_rows(distinct), strict=True)
-        rows = {owner: choice_rows(row, owner, self._encode) for owner, row in plain}
+        rows = {owner: choice_rows(row, owner, self._tokenizer) for owner, row in plain}
         choices = np.asarray(numbers) - self._starts[owners]
         return [rows[o][c] for o, c in zip(owners.tolist(), choices.tolist(), strict=True)]
 
@@ -250,6 +234,6 @@ class ChoiceReader(RowReader):
         for rows in self._plain.row_blocks():
             block = []
             for row in rows:
-                block += choice_rows(row, example, self._encode)
+                block += choice_rows(row, example, self._tokenizer)
                 example += 1
             yield block

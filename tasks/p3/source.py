@@ -13,12 +13,13 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import, seqio_tasks
-from pemoe_jax.data.row_reader import TEXT_FEATURES, RowReader
+from pemoe_jax.data.row_checks import TEXT_FEATURES
+from pemoe_jax.data.row_reader import RowReader
 from pemoe_jax.data.seekable_datasets import (
     READ_SIZE,
     example_dataset,
     local_cache_dir,
-    read_blocks,
+    read_records,
 )
 from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.tasks import score_eval
@@ -33,9 +34,9 @@ import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # readers are cached by it
 class Settings:
-    """Settings that all tasks share and `p3.register` changes.
+    """Settings that all tasks share and `p3.register` changes; the readers' tokenizer.
 
     Attributes:
       vocabulary: its file is read when it is first used.
@@ -83,6 +84,10 @@ class Settings:
         ids: list[list[int]] = self.vocabulary.tokenizer.encode(list(texts)) if texts else []
         return ids
 
+    def vocab_size(self) -> int:
+        """Returns the number of token ids, sentinels included."""
+        return int(self.vocabulary.vocab_size)
+
 
 class P3Source(seqio.DataSource):
     """The rows of a published task, from whatever form the folder P3_DIR holds."""
@@ -112,7 +117,7 @@ class P3Source(seqio.DataSource):
 
     def reader(self, split: str) -> RowReader:
         """Returns the reader of a split; InputError if the folder does not have it."""
-        return self.settings.folder.reader(self._name, split, self.settings.encode)
+        return self.settings.folder.reader(self._name, split, self.settings)
 
     def num_input_examples(self, split: str) -> int:
         """Returns the rows in the folder, or those published if it does not have the task."""
@@ -146,7 +151,7 @@ class P3Source(seqio.DataSource):
             indices = np.random.default_rng(seed).permutation(indices)
         first, step = shard_of(shard_info)
         blocks = tf.data.Dataset.from_tensor_slices(indices[first::step]).batch(READ_SIZE)
-        records = read_blocks([self.reader(split)], blocks).unbatch()
+        records = read_records([self.reader(split)], blocks, self.settings.vocab_size())
         return records.map(_parser(self._name), num_parallel_calls=tf.data.AUTOTUNE)
 
 
@@ -247,7 +252,7 @@ class P3Mixture(FolderMixture):
             order = np.argsort(turns, kind="stable")
             rows, offsets = rows[order], offsets[order]
         blocks = tf.data.Dataset.from_tensor_slices(rows).batch(READ_SIZE)
-        records = read_blocks(readers, blocks).unbatch()
+        records = read_records(readers, blocks, tasks[0].source.settings.vocab_size())
         parse = _parser(tasks[0].name)
 
         @tf.autograph.experimental.do_not_convert

@@ -11,7 +11,6 @@ import array
 import collections
 import functools
 import itertools
-import json
 import os
 import pathlib
 import threading
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.data.row_checks import parse_object
 from pemoe_jax.data.row_reader import read_parts
 
 if TYPE_CHECKING:
@@ -86,8 +86,12 @@ class JsonLinesTable(Table):
     def field_names(self) -> set[str]:
         # a row may leave out fields that are null
         with open(self.location, "rb") as file:
-            lines = [*itertools.islice(filter(bytes.strip, file), 100)]
-        return {field for row, line in enumerate(lines) for field in self._parse(line, row)}
+            lines = itertools.islice(filter(bytes.strip, file), 100)
+            rows = [
+                parse_object(line, f"{self.location}: row {number}")
+                for number, line in enumerate(lines, 1)
+            ]
+        return set().union(*rows)
 
     def part_sizes(self) -> list[int]:
         return [len(self._offsets)]
@@ -97,17 +101,9 @@ class JsonLinesTable(Table):
         with open(self.location, "rb") as file:
             for number in numbers:
                 file.seek(self._offsets[number])
-                examples.append(self._parse(file.readline(), number))
+                where = f"{self.location}: row {number + 1}"
+                examples.append(parse_object(file.readline(), where))
         return examples
-
-    def _parse(self, line: bytes, number: int) -> Example:
-        try:
-            example = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
-            raise InputError(f"{self.location}: row {number + 1}: not JSON: {error}") from None
-        if not isinstance(example, dict):
-            raise InputError(f"{self.location}: row {number + 1}: expected an object")
-        return example
 
 
 # Reading a row decodes its whole row group, so that rows in random order need groups in memory.

@@ -493,7 +493,7 @@ def test_wrong_row_files(p3, tmp_path):
     scored.unlink()
     scored.parent.rmdir()
     (home / "validation.jsonl").write_text('{"inputs": "a"}\n')
-    assert "validation.jsonl: row 1: expected 'targets'" in score()
+    assert "validation.jsonl: row 1: expected a field 'targets'" in score()
     (home / "validation.jsonl").write_text("{\n")
     assert "validation.jsonl: row 1: not JSON" in score()
 

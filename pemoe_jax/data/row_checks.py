@@ -1,0 +1,164 @@
+"""Checks of rows, the same for every source: types of fields, token ids, and odd rows.
+
+A row of a wrong type is an error that names its place. An odd row is valid, but affects what a
+result means: it is counted by kind (`ODD_ROWS`). docs/rows.md has the table of all kinds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pemoe_jax.core.errors import InputError
+
+TEXT_FEATURES = ("inputs", "targets")
+
+
+class CheckedRow(NamedTuple):
+    """A row whose fields have the right types."""
+
+    texts: dict[str, str]  # by feature; rows of token ids may have none
+    ids: dict[str, list[int]]  # by feature; rows of text have none
+    answer_choices: list[str]  # empty if the row has none
+
+
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+    """Parses a line of JSON; `where`, the file and the line, begins an error's message.
+
+    Raises:
+      InputError: the line is not a JSON object in UTF-8.
+    """
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise InputError(f"{where}: not an example: nested too deeply") from None
+    except ValueError as error:  # an integer of more than 4,300 digits
+        raise InputError(f"{where}: not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}: expected an object, got {describe_value(fields)}")
+    return fields
+
+
+def check_row(
+    fields: Mapping[str, Any], where: str, vocab_size: Callable[[], int] | None = None
+) -> CheckedRow:
+    """Returns the inputs, targets and answer choices of a row.
+
+    Args:
+      fields: `inputs` and `targets` (text), and optionally `answer_choices` (null: none).
+      where: the file and the row, for errors.
+      vocab_size: returns the number of token ids. If it is set, `inputs` and `targets` may be token
+        ids as well, or missing beside `<feature>_pretokenized` (text), as in P3.
+
+    Raises:
+      InputError: a field is missing or has a wrong type, or an id is not of the vocabulary.
+    """
+    texts, ids = {}, {}
+    for key in TEXT_FEATURES:
+        value, text_key = fields.get(key), f"{key}_pretokenized"
+        text = fields.get(text_key) if vocab_size is not None else None
+        if text is not None:
+            texts[key] = check_text(text, where, text_key)
+        if vocab_size is not None and isinstance(value, list):
+            ids[key] = _check_ids(value, where, key, vocab_size())
+        elif value is not None or (key in fields and text is None):
+            expected = "a string" if vocab_size is None else "a string or a list of token ids"
+            texts[key] = check_text(value, where, key, expected)
+        elif text is None:
+            names = ", ".join(fields) or "none"
+            raise InputError(f"{where}: expected a field {key!r}, got {names}")
+    choices = fields.get("answer_choices")
+    choices = [] if choices is None else choices  # exporters write null for a missing list
+    if not isinstance(choices, list) or not all(
+        isinstance(choice, str | bytes) for choice in choices
+    ):
+        raise InputError(
+            f"{where}: 'answer_choices' must be a list of strings, got {describe_value(choices)}"
+        )
+    choices = [check_text(choice, where, "answer_choices") for choice in choices]
+    return CheckedRow(texts, ids, choices)
+
+
+def check_text(value: object, where: str, key: str, expected: str = "a string") -> str:
+    """Returns a text that has a UTF-8 form; Parquet may hold it as bytes.
+
+    Raises:
+      InputError: the value is not such a text.
+    """
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where}: {key!r} is not UTF-8: {error.reason} at byte {error.start}"
+            ) from None
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {key!r} must be {expected}, got {describe_value(value)}")
+    try:
+        # JSON can escape half a surrogate pair, which has no UTF-8 and would fail in TensorFlow.
+        value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise InputError(f"{where}: \\u{code:04x} is half a surrogate pair") from None
+    return value
+
+
+def _check_ids(ids: list[Any], where: str, key: str, size: int) -> list[int]:
+    # bool is a subclass of int, so types are compared and not tested by isinstance
+    if not set(map(type, ids)) <= {int}:
+        raise InputError(
+            f"{where}: {key!r} must be a string or a list of token ids, got {describe_value(ids)}"
+        )
+    check_token_ids(ids, where, key, size)
+    return ids
+
+
+def check_token_ids(ids: Sequence[int] | np.ndarray, where: str, key: str, size: int) -> None:
+    """Raises InputError if a token id is negative or not below `size`, the vocabulary's."""
+    values = np.asarray(ids)
+    if values.size and (values.min() < 0 or values.max() >= size):
+        wrong = values[(values < 0) | (values >= size)]
+        raise InputError(
+            f"{where}: {key!r} must have token ids from 0 to {size - 1}, as the vocabulary has"
+            f" {size}, got {wrong[0]}"
+        )
+
+
+def check_choice_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns `idx`, `is_correct` and `weight` of a row of a `_score_eval` task.
+
+    Raises:
+      InputError: one is missing or has a wrong type.
+    """
+    idx, is_correct, weight = (fields.get(key) for key in ("idx", "is_correct", "weight"))
+    if idx is None or is_correct is None:
+        names = ", ".join(fields) or "none"
+        raise InputError(f"{where}: expected 'idx' and 'is_correct', got {names}")
+    is_pair = isinstance(idx, list) and len(idx) == 2 and set(map(type, idx)) == {int}
+    if not is_pair or not all(0 <= i < 2**31 for i in idx):
+        raise InputError(
+            f"{where}: 'idx' must be [example, choice], two integers from 0 on, got"
+            f" {describe_value(idx)}"
+        )
+    if not isinstance(is_correct, int) or is_correct not in (0, 1):
+        raise InputError(
+            f"{where}: 'is_correct' must be true or false, got {describe_value(is_correct)}"
+        )
+    weight = 1.0 if weight is None else weight  # all published weights are 1
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise InputError(f"{where}: 'weight' must be a number, got {describe_value(weight)}")
+    return {"idx": idx, "is_correct": bool(is_correct), "weight": float(weight)}
+
+
+def describe_value(value: object) -> str:
+    """Returns a value's type and its beginning, for messages."""
+    text = json.dumps(value, default=repr)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:39] + '…'}"
