@@ -38,11 +38,13 @@ class Prediction:
     """The scores of an input's answer choices.
 
     Attributes:
-      best: index of the choice with the highest score.
+      best: index of the choice with the highest score, the first if several have it.
+      is_tied: whether a choice of another text has the same score.
       scores: log-probability of each choice.
     """
 
     best: int
+    is_tied: bool
     scores: list[float]
 
 
@@ -73,7 +75,7 @@ def evaluate(
     from pemoe_jax.analysis.zero_shot import result_tables
     from pemoe_jax.analysis.zero_shot import results as results_lib
     from pemoe_jax.core import partitioning
-    from pemoe_jax.data import choices, seqio_tasks
+    from pemoe_jax.data import choices, row_checks, seqio_tasks
 
     setup = evaluation.open_evaluation(models, data, output_dir, mesh, seqio_tasks.subtask_names)
 
@@ -87,6 +89,7 @@ def evaluate(
     groups_by_task: dict[str, list[ChoiceGroup]] = {name: [] for name in setup.task_names}
     for group in groups:
         groups_by_task[group.task].append(group)
+    _report_rows(data.name, groups_by_task, setup.task_info)
     results: dict[str, Any] = {"runs": []}
     for opened in setup.models:
         params = opened.load(opened.shardings(setup.mesh, setup.rules))
@@ -94,6 +97,13 @@ def evaluate(
             predictions = score_groups(
                 opened.model, params, groups, data.batch_size, setup.mesh, f"scoring {opened.name}"
             )
+        ties = [
+            ("tied_scores", f"{group.task} example {group.idx + 1}")
+            for group in groups
+            if predictions[group].is_tied
+        ]
+        for line in row_checks.describe_odd_rows(ties):
+            print(f"{opened.name}: {line}", flush=True)
         tasks = _task_results(groups_by_task, predictions, setup.task_info)
         _write_predictions(setup.folder / "predictions" / opened.name, groups_by_task, predictions)
         summary = results_lib.summarize(tasks)
@@ -107,6 +117,35 @@ def evaluate(
     result_tables.print_results(results)
     print(f"results in {setup.folder}/results.md, predictions in {setup.folder}/predictions")
     return results
+
+
+def _report_rows(
+    name: str, groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]", task_info: "Registered"
+) -> None:
+    """Prints the tasks without rows to score, and the odd rows that the summary has not counted.
+
+    Raises:
+      InputError: there is nothing to score.
+    """
+    from pemoe_jax.core.errors import InputError
+    from pemoe_jax.data import row_checks
+    from pemoe_jax.tasks.registered import abbreviate
+
+    empty = [task for task, groups in groups_by_task.items() if not groups]
+    without = "no rows with answer choices in the evaluation split"
+    if len(empty) == len(groups_by_task):
+        raise InputError(f"nothing to score in {name!r}: {without} of {abbreviate(empty, 3)}")
+    if empty:
+        print(f"not scored, {without}: {len(empty)} tasks ({abbreviate(empty, 3)})")
+    odd = [
+        (kind, f"{group.task} example {group.idx + 1}")
+        for groups in groups_by_task.values()
+        for group in groups
+        for kind in group.anomalies
+        if kind not in task_info.counted_odd_rows.get(group.task, ())
+    ]
+    for line in row_checks.describe_odd_rows(odd):
+        print(line, flush=True)
 
 
 def score_groups(
@@ -125,11 +164,16 @@ def score_groups(
       batch_size: inputs per batch, over all devices.
       mesh: the device mesh.
       label: label of the progress bar.
+
+    Raises:
+      InputError: a score is not finite.
     """
     import jax
     import numpy as np
 
+    from pemoe_jax.analysis import evaluation
     from pemoe_jax.core import partitioning, steps
+    from pemoe_jax.core.errors import InputError
     from pemoe_jax.data import inference_batches, prefetch
     from pemoe_jax.runtime import progress
 
@@ -147,10 +191,24 @@ def score_groups(
     for scores, members in prefetch.keep_in_flight(results):
         for row, group in zip(np.asarray(scores), members, strict=False):  # [B, C]
             group_scores = row[: len(group.choices)]
-            predictions[group] = Prediction(int(np.argmax(group_scores)), group_scores.tolist())
+            if not np.isfinite(group_scores).all():
+                raise InputError(
+                    f"{label}: expected finite scores, got {group_scores.tolist()} for"
+                    f" {group.task}, example {group.idx + 1}: {evaluation.NOT_FINITE_ADVICE}"
+                )
+            best = int(np.argmax(group_scores))
+            tied = {
+                group.choice_texts[i].strip()
+                for i in np.flatnonzero(group_scores == group_scores[best])
+            }
+            predictions[group] = Prediction(best, len(tied) > 1, group_scores.tolist())
         bar.report_if_due(len(predictions), "inputs")
     bar.close()
     return predictions
+
+
+def _odd_kinds(group: "ChoiceGroup", prediction: Prediction) -> tuple[str, ...]:
+    return (*group.anomalies, *(["tied_scores"] if prediction.is_tied else []))
 
 
 def _task_results(
@@ -170,7 +228,7 @@ def _task_results(
             split=task_info.eval_splits.get(name.removesuffix("_score_eval"))
             or seqio_tasks.eval_split(name)
             or "",
-            odd=[kind for group in groups for kind in group.anomalies],
+            odd=[kind for group in groups for kind in _odd_kinds(group, predictions[group])],
             same_answer=results_lib.same_answer(
                 (predictions[group].best, group.choice_texts) for group in groups
             ),
@@ -223,11 +281,11 @@ def _write_predictions(
                 "scores": [round(score, 5) for score in predictions[group].scores],
                 "prediction": group.choice_texts[predictions[group].best],
                 "correct": group.is_correct[predictions[group].best],
-                "odd": group.anomalies,
+                "odd": _odd_kinds(group, predictions[group]),
             }
             for group in groups
         ]
-        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        lines = "\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
         atomic_write.write_text(folder / f"{name}.jsonl", lines + "\n")
 
 

@@ -168,8 +168,8 @@ def train(
             checkpoints.close()
         raise
     checkpoints.close()
-    if batches.truncations.inputs or batches.truncations.targets:
-        print(batches.truncations)
+    for line in batches.counts.describe():
+        print(line)
     title = f"Training: {model_dir.name}"
     plots.loss_curve(folder / "metrics.jsonl", folder / "loss.png", title=title)
     print(

@@ -25,6 +25,8 @@ class Registered:
       metrics: names of each task's metrics of generated text (keys of `metrics.BY_NAME`), where
         the data defines them.
       summary: lines that a run prints.
+      counted_odd_rows: task -> kinds of odd rows (keys of `row_checks.ODD_ROWS`) of its evaluation
+        split that the summary counts.
     """
 
     folder: str = ""
@@ -35,6 +37,7 @@ class Registered:
     eval_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     summary: Sequence[str] = ()
+    counted_odd_rows: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def datasets_of(self, tasks: Sequence[str]) -> list[str]:
         """Returns the sorted names of the datasets of `tasks`; an unknown task is its own."""

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from pemoe_jax.core.errors import InputError
+
 # T0's suffix, by which users and tables know these tasks.
 SUFFIX = "_score_eval"
 Output = TypeVar("Output")
@@ -44,12 +46,21 @@ def rank_accuracy(
     Args:
       targets: `target_of_row` of each row.
       scores: log-likelihood of each row, or a pair of them and the model's other outputs.
+
+    Raises:
+      InputError: a score is not finite.
     """
     # T5X returns a pair if the model has other outputs
     log_likelihoods = scores[0] if isinstance(scores, tuple) else scores
-    best: dict[int, tuple[float, bool]] = {}
-    for ((example, _), is_correct), score in zip(targets, log_likelihoods, strict=True):
+    best: dict[int, tuple[float, int, bool]] = {}
+    for ((example, choice), is_correct), score in zip(targets, log_likelihoods, strict=True):
+        if not np.isfinite(score):
+            raise InputError(
+                f"expected finite scores, got {score} for choice {choice + 1} of example"
+                f" {example + 1}"
+            )
         # the first of equal scores wins, as in pemoe evaluate
-        if example not in best or score > best[example][0]:
-            best[example] = float(score), is_correct
-    return {"accuracy": float(np.mean([is_correct for _, is_correct in best.values()]))}
+        best[example] = max(
+            best.get(example, (-np.inf, 0, False)), (float(score), -choice, is_correct)
+        )
+    return {"accuracy": float(np.mean([is_correct for *_, is_correct in best.values()]))}

@@ -13,8 +13,9 @@ from methods import CONFIG, METHODS
 from pemoe_jax import evaluate
 from pemoe_jax.analysis.zero_shot import results as results_lib
 from pemoe_jax.core import network, params, partitioning, steps
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, inference_batches
-from pemoe_jax.tasks import jsonl
+from pemoe_jax.tasks import Registered, jsonl
 
 LENGTHS = {"inputs": 32, "targets": 8}
 
@@ -156,3 +157,52 @@ def test_doubled_choices_score_alike(twins):
             same = [s for s, t in zip(own, group.choice_texts, strict=True) if t == text]
             assert np.ptp(same) < 1e-5
     assert scores[0] == pytest.approx(scores[2], abs=1e-5)  # blue, red, blue
+
+
+def test_ties_of_different_texts_are_odd(twins):
+    """Two choices of the same tokens tie; two of the same text are counted as doubled instead."""
+    first, second = choices.load_choice_groups(twins[0], LENGTHS)[3:5]
+    same = first.choices[0], first.choices[0]
+    tied = dataclasses.replace(first, choices=same, choice_texts=("{", "}"))
+    doubled = dataclasses.replace(first, choices=same, choice_texts=("a", "a "))
+    groups = [tied, doubled, second, first]
+    predictions = evaluate.score_groups(
+        transformer(), weights(), groups, 4, partitioning.make_mesh()
+    )
+    assert [predictions[group].is_tied for group in groups] == [True, False, False, False]
+    assert predictions[tied].best == 0
+    results = evaluate._task_results({twins[0]: groups}, predictions, Registered())
+    odd = results[twins[0]]["odd"]
+    assert (odd["tied_scores"], odd["equal_tokens"], odd["doubled_choices"]) == (1, 1, 1)
+
+
+def test_nothing_to_score():
+    empty = {"a_score_eval": [], "b_score_eval": []}
+    with pytest.raises(InputError, match="nothing to score in 'm': no rows with answer choices in"):
+        evaluate._report_rows("m", empty, Registered())
+
+
+def test_odd_rows_are_printed_unless_the_summary_has_counted_them(twins, capsys):
+    groups = {name: choices.load_choice_groups(name, LENGTHS) for name in twins}
+    evaluate._report_rows("m", {**groups, "empty_score_eval": []}, Registered())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "not scored, no rows with answer choices in the evaluation split: 1 tasks"
+        " (empty_score_eval)"
+    )
+    assert lines[1] == "odd rows: 1 targets not among their choices (odd_score_eval example 4)"
+    assert "odd rows: 1 empty inputs (odd_score_eval example 5)" in lines
+    kinds = ["target_not_in_choices", "empty_input"]
+    counted = Registered(counted_odd_rows={"odd_score_eval": kinds})
+    evaluate._report_rows("m", groups, counted)
+    others = [line for line in lines[1:] if "not among" not in line and "empty" not in line]
+    assert capsys.readouterr().out.splitlines() == others
+
+
+def test_scores_that_are_not_finite_are_an_error(twins):
+    groups = choices.load_choice_groups(twins[0], LENGTHS)[3:5]
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), weights())
+    with pytest.raises(
+        InputError, match=r"run: expected finite scores, got \[nan.* for odd_score_"
+    ):
+        evaluate.score_groups(transformer(), broken, groups, 2, partitioning.make_mesh(), "run")

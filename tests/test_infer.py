@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from jsonl_folder import write_folder, write_vocabulary
 
 from pemoe_jax import infer
+from pemoe_jax.analysis import generation
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints import models
 from pemoe_jax.core import decoding, network
@@ -132,7 +134,7 @@ def test_long_inputs_are_truncated_and_counted(decoded):
     assert 0 < sum(task["cut_inputs"] for task in tasks.values()) < 18
 
 
-def test_metrics_by_name_and_their_values(folder, decoded, tmp_path):
+def test_metrics_by_name_and_their_values(folder, decoded, tmp_path, capsys):
     """Targets are chosen so that 4 of 6 predictions are correct."""
     for name in ("plain", "asked"):
         rows = [
@@ -149,6 +151,11 @@ def test_metrics_by_name_and_their_values(folder, decoded, tmp_path):
     assert infer.main(flags(folder, tmp_path / "out", JSONL_DIR=tmp_path / "tasks")) == 0
     tasks = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["tasks"]
     assert tasks["plain"]["metrics"] == {"accuracy": pytest.approx(400 / 6)}
+    assert tasks["plain"]["unreachable_targets"] == 2  # the vocabulary has no z
+    lines = read(tmp_path / "out", "plain")
+    assert [i for i, line in enumerate(lines) if "unreachable_target" in line] == [0, 3]
+    printed = capsys.readouterr().out
+    assert "odd rows: 4 targets that cannot be decoded (characters that the vocabulary" in printed
     asked = tasks["asked"]["metrics"]
     assert asked.keys() == {"exact_match", "f1", "rouge1", "rouge2", "rougeLsum"}
     assert asked["exact_match"] == pytest.approx(400 / 6)
@@ -219,3 +226,41 @@ def test_metrics_of_scores_are_an_error(folder, tmp_path, capsys):
 def test_devices_are_two():
     """The tests above rely on it."""
     assert len(jax.devices()) == 2
+
+
+def test_logits_that_are_not_finite_are_an_error(folder, tmp_path, capsys, monkeypatch):
+    def not_finite(model, params, inputs, length, *_):
+        return np.full((len(inputs), length), decoding.NOT_FINITE)
+
+    monkeypatch.setattr(decoding, "greedy_decode", not_finite)
+    macros = {"MIXTURE_OR_TASK_NAME": "free_1", "EVAL_EXAMPLES": 1}
+    assert infer.main(flags(folder, tmp_path, **macros)) == 1
+    error = capsys.readouterr().err.strip()
+    assert "expected finite logits, got infinite or NaN ones for free_1, example 1: " in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_undefined_metrics_are_null():
+    """JSON has no NaN."""
+    results = {"t": {"m": float("nan"), "n": 2.0}}
+    evaluator = types.SimpleNamespace(
+        evaluate=lambda **_: (types.SimpleNamespace(result=lambda: results), None)
+    )
+    task = generation.Task("t", "t", "test", evaluator, None)
+    result = generation.compute_metrics(task, [], 0)
+    assert result["metrics"] == {"m": None, "n": 2.0}
+    run = {"name": "r", "tasks": {"t": result}}
+    assert generation.dataset_table(run).rows == [["t", "1", "0", "–", "2.0"]]
+
+
+def test_reachable_targets():
+    class Vocabulary:  # lacks braces, changes ½ and keeps single spaces, as T5's
+        def encode(self, text):
+            return text.replace("½", "1/2").replace("{", "?").split()
+
+        def decode(self, ids):
+            return " ".join(ids)
+
+    texts = ("a b", " a  b ", "½", "{", "a b c", "")
+    reachable = [generation.is_reachable(Vocabulary(), text, 2) for text in texts]
+    assert reachable == [True, True, False, False, False, True]

@@ -16,6 +16,9 @@ from pemoe_jax.runtime import atomic_write, distributed, file_io, options
 from pemoe_jax.tasks import Registered
 from pemoe_jax.tasks.registered import run_register
 
+# What to do about scores or logits that are not finite; token ids are checked when rows are read.
+NOT_FINITE_ADVICE = "the checkpoint is damaged or diverged, or its numbers overflow in DTYPE"
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -42,7 +45,7 @@ class Evaluation:
 
     def write(self, results: dict[str, Any], markdown: str) -> None:
         """Writes results.json and results.md."""
-        text = json.dumps(results, indent=1) + "\n"
+        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
         atomic_write.write_text(self.folder / "results.json", text)
         atomic_write.write_text(self.folder / "results.md", markdown)
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from pemoe_jax.analysis import tables
+from pemoe_jax.analysis import evaluation, tables
 from pemoe_jax.checkpoints.models import OpenedModel
 from pemoe_jax.core import decoding, partitioning
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
-from pemoe_jax.data import choices, inference_batches, prefetch, seqio_import, seqio_tasks
+from pemoe_jax.data import (
+    choices,
+    inference_batches,
+    prefetch,
+    row_checks,
+    seqio_import,
+    seqio_tasks,
+)
 from pemoe_jax.runtime import options, progress
 from pemoe_jax.tasks import Registered, metrics
 from pemoe_jax.tasks.registered import abbreviate
@@ -35,6 +43,9 @@ class Task:
     input_texts: list[str] = dataclasses.field(default_factory=list)
     target_texts: list[str] = dataclasses.field(default_factory=list)
     is_truncated: list[bool] = dataclasses.field(default_factory=list)
+    is_reachable: list[bool] = dataclasses.field(
+        default_factory=list
+    )  # whether decoding can give it
     # [S] each for routers that read sentence embeddings, else empty
     sentences: list[np.ndarray] = dataclasses.field(default_factory=list)
 
@@ -80,7 +91,31 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Regist
             bar.report_if_slow(len(tasks), "tasks")
     finally:
         bar.close()
+    _print_skipped("no examples", [task.name for task in tasks if not task.inputs])
+    tasks = [task for task in tasks if task.inputs]
+    if not tasks:
+        raise InputError(f"nothing to decode in {data.name!r}: its evaluation splits have no rows")
+    _print_odd_rows(tasks, task_info)
     return tasks
+
+
+def _print_odd_rows(tasks: Sequence[Task], task_info: Registered) -> None:
+    odd = []
+    for task in tasks:
+        for number, (inputs, target) in enumerate(
+            zip(task.input_texts, task.target_texts, strict=True), 1
+        ):
+            kinds = {
+                "empty_input": not inputs.strip(),
+                "empty_target": not target.strip(),
+                "unreachable_target": not task.is_reachable[number - 1],
+                "cut_input": task.is_truncated[number - 1],
+            }
+            place = f"{task.name} example {number}"
+            counted = task_info.counted_odd_rows.get(task.name, ())
+            odd += [(kind, place) for kind in kinds if kinds[kind] and kind not in counted]
+    for line in row_checks.describe_odd_rows(odd):
+        print(line, flush=True)
 
 
 def _print_skipped(reason: str, tasks: Sequence[str]) -> None:
@@ -155,15 +190,30 @@ def _read_examples(
     features = seqio_tasks.get_mixture_or_task(name).output_features
     eos_id = features["inputs"].vocabulary.eos_id
     task = Task(name, name, split, evaluator, features["targets"].vocabulary)
-    for row in evaluator.cached_task_datasets[name].as_numpy_iterator():
+    # Targets repeat, and tokenizing takes longer than reading.
+    reachable = functools.cache(
+        functools.partial(is_reachable, task.vocabulary, max_length=lengths["targets"])
+    )
+    for number, row in enumerate(evaluator.cached_task_datasets[name].as_numpy_iterator(), 1):
+        seqio_tasks.check_ids(features, row, f"{name}: example {number}")
         ids, is_truncated = choices.truncate(row["inputs"], lengths["inputs"], eos_id)
         task.inputs.append(ids)
         task.is_truncated.append(is_truncated)
         task.input_texts.append(choices.feature_text(features, row, "inputs"))
         task.target_texts.append(choices.feature_text(features, row, "targets"))
+        task.is_reachable.append(reachable(task.target_texts[-1]))
         if seqio_tasks.SENTENCE_FEATURE in row:
             task.sentences.append(row[seqio_tasks.SENTENCE_FEATURE])
     return task
+
+
+def is_reachable(vocabulary: Any, text: str, max_length: int) -> bool:
+    """Returns whether decoding at most `max_length` tokens can give a text, up to whitespace.
+
+    A vocabulary lacks characters (T5's has no braces), and changes others ('½' to '1/2').
+    """
+    ids = vocabulary.encode(text)
+    return len(ids) <= max_length and vocabulary.decode(ids).split() == text.split()
 
 
 # --- decoding ---
@@ -180,6 +230,9 @@ def decode(
     """Returns the decoded tokens [length] of every example, task after task.
 
     A deque, so that the caller can take the examples of each task from its left end.
+
+    Raises:
+      InputError: the model's logits for an example are not finite.
     """
     inputs = [ids for task in tasks for ids in task.inputs]
     sentences = [vector for task in tasks for vector in task.sentences]
@@ -204,9 +257,22 @@ def decode(
     decoded: dict[int, np.ndarray] = {}  # batches are sorted by length, not in the inputs' order
     for tokens, indices in prefetch.keep_in_flight(results):
         decoded.update(zip(indices, partitioning.gather(tokens), strict=False))
+        for index in indices:
+            if (decoded[index] == decoding.NOT_FINITE).any():
+                raise _not_finite(opened, tasks, index)
         bar.report_if_due(len(decoded), "inputs")
     bar.close()
     return collections.deque(decoded[index] for index in range(len(inputs)))
+
+
+def _not_finite(opened: OpenedModel, tasks: Sequence[Task], index: int) -> InputError:
+    """Returns the error for an example whose logits are not finite."""
+    names = [(task.name, number) for task in tasks for number in range(1, 1 + len(task.inputs))]
+    name, number = names[index]
+    return InputError(
+        f"{opened.path}: expected finite logits, got infinite or NaN ones for {name}, example"
+        f" {number}: {evaluation.NOT_FINITE_ADVICE}"
+    )
 
 
 # --- results ---
@@ -223,8 +289,16 @@ def compute_metrics(task: Task, decoded: Sequence[np.ndarray], step: int) -> dic
         "split": task.split,
         "examples": len(decoded),
         "cut_inputs": sum(task.is_truncated),
-        "metrics": {name: float(getattr(value, "value", value)) for name, value in values.items()},
+        "unreachable_targets": task.is_reachable.count(False),
+        "metrics": {
+            name: _finite(float(getattr(value, "value", value))) for name, value in values.items()
+        },
     }
+
+
+def _finite(value: float) -> float | None:
+    """Returns a metric, None if it is undefined: JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def prediction_lines(task: Task, decoded: Sequence[np.ndarray]) -> str:
@@ -235,10 +309,11 @@ def prediction_lines(task: Task, decoded: Sequence[np.ndarray]) -> str:
             "targets": task.target_texts[index],
             "prediction": task.vocabulary.decode(tokens.tolist()),
             **({"cut_input": True} if task.is_truncated[index] else {}),
+            **({} if task.is_reachable[index] else {"unreachable_target": True}),
         }
         for index, tokens in enumerate(decoded)
     ]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
 
 
 def _metric_names(run: Mapping[str, Any]) -> list[str]:
@@ -248,7 +323,8 @@ def _metric_names(run: Mapping[str, Any]) -> list[str]:
 
 def _format_means(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     values = [
-        [task["metrics"][name] for task in tasks if name in task["metrics"]] for name in names
+        [value for task in tasks if (value := task["metrics"].get(name)) is not None]
+        for name in names
     ]
     return [f"{statistics.fmean(members):.1f}" if members else "–" for members in values]
 
@@ -272,11 +348,11 @@ def prompt_table(run: Mapping[str, Any]) -> tables.Table:
     """Returns a table with a row for each prompt."""
     names = _metric_names(run)
     rows = [
-        [name, task["split"], f"{task['examples']:,}", f"{task['cut_inputs']:,}"]
+        [name, task["split"]]
+        + [f"{task[key]:,}" for key in ("examples", "cut_inputs", "unreachable_targets")]
         + _format_means([task], names)
         for name, task in run["tasks"].items()
     ]
     title = f"{run['name']}: decoded greedily, in %, by prompt"
-    return tables.Table(
-        title, ["prompt", "split", "examples", "inputs truncated", *names], rows, num_text=2
-    )
+    columns = ["prompt", "split", "examples", "inputs truncated", "targets out of reach"]
+    return tables.Table(title, [*columns, *names], rows, num_text=2)

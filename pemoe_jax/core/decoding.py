@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pemoe_jax.core.network import Transformer
 
 Array = jax.Array
+NOT_FINITE = -1  # in place of a token where the logits are not finite
 # (position, tokens [B, T], last token [B], finished [B], cache)
 _Carry: TypeAlias = tuple[Array, Array, Array, Array, PyTree]
 
@@ -36,7 +37,8 @@ def greedy_decode(
       sentence_embeddings: [B, S], for routers that read them.
 
     Returns:
-      int32 [B, T]; a row holds its end token, and 0 after it.
+      int32 [B, T]; a row holds its end token, and 0 after it. A row whose logits are not finite
+      ends in `NOT_FINITE`.
     """
     inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
     batch = inputs.shape[0]
@@ -63,9 +65,12 @@ def greedy_decode(
         token = last[:, None]
         logits, updated = decode(variables, encoded, inputs, token, token, mutable=["cache"])
         best = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
+        # The maximum is NaN if any logit is; argmax would return the first NaN as a token.
+        best = jnp.where(jnp.isfinite(jnp.max(logits[:, -1], axis=-1)), best, NOT_FINITE)
         best = jnp.where(finished, 0, best)
         tokens = tokens.at[:, position].set(best)
-        return position + 1, tokens, best, finished | (best == eos_id), updated["cache"]
+        finished |= (best == eos_id) | (best == NOT_FINITE)
+        return position + 1, tokens, best, finished, updated["cache"]
 
     start = jnp.zeros((batch,), jnp.int32)  # the decoder's start token is padding
     carry = (jnp.array(0), blank, start, jnp.zeros((batch,), bool), caches["cache"])

@@ -9,19 +9,23 @@ import bisect
 import collections
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError, check_integer
-from pemoe_jax.data import seqio_import, seqio_tasks
+from pemoe_jax.data import row_checks, seqio_import, seqio_tasks
 from pemoe_jax.data.seekable_tasks import SeekableMixture
 from pemoe_jax.data.seqio_tasks import Row
 
 if TYPE_CHECKING:
     import seqio
+
+
+# Features of a `_score_eval` row that belong to the choice, and to the example.
+_CHOICE_KEYS = ("targets", "targets_pretokenized", "is_correct")
+_EXAMPLE_KEYS = ("inputs", "inputs_pretokenized", seqio_tasks.SENTENCE_FEATURE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,12 +55,15 @@ class ChoiceGroup:
     target_truncated: bool
     sentence_embedding: np.ndarray | None = None
 
-    @property
+    @functools.cached_property
     def anomalies(self) -> tuple[str, ...]:
         """What is unusual about the example, by the keys of results.json."""
+        texts = [text.strip() for text in self.choice_texts]  # as `is_correct` compares them
+        ids = {text: tokens.tobytes() for text, tokens in zip(texts, self.choices, strict=True)}
         kinds = {
             "target_not_in_choices": not any(self.is_correct),
-            "doubled_choices": len(set(self.choice_texts)) < len(self.choice_texts),
+            "doubled_choices": len(ids) < len(texts),
+            "equal_tokens": len(set(ids.values())) < len(ids),
             "empty_input": not self.input_text.strip(),
             "cut_input": self.input_truncated,
             "cut_target": self.target_truncated,
@@ -117,35 +124,53 @@ def load_choice_groups(
         raise InputError(
             f"{name!r} has no answer choices to score (no feature {missing[0]!r}){hint}"
         )
-    rows: Iterable[Row] = seqio_tasks.numpy_iterator(ds, name, split, use_cached)
-    if use_cached:
-        # seqio shuffles the rows of its caches, and with them the choices of an example.
-        rows = sorted(rows, key=lambda row: tuple(row["idx"]))
+    # Grouped by `idx` in any order of rows: seqio shuffles its caches, and a user's task need not
+    # have the choices of an example next to each other.
+    members: dict[int, dict[int, Row]] = collections.defaultdict(dict)
+    for count, row in enumerate(seqio_tasks.numpy_iterator(ds, name, split, use_cached), 1):
+        example, choice = _choice_index(row, f"{name}: row {count}")
+        if choice in members[example]:
+            raise InputError(
+                f"{name}: row {count}: expected unique 'idx', got [{example}, {choice}] again"
+            )
+        # The inputs are kept once for all choices of an example, not in each row.
+        keys = _CHOICE_KEYS if members[example] else (*_CHOICE_KEYS, *_EXAMPLE_KEYS)
+        members[example][choice] = {key: row[key] for key in keys if key in row}
     groups = []
     counts: collections.Counter[str] = collections.Counter()
     first_numbers = [start for _, start in starts]
-    for number, members in itertools.groupby(rows, key=lambda row: int(row["idx"][0])):
+    for number in sorted(members):
         task, start = starts[bisect.bisect_right(first_numbers, number) - 1]
         counts[task] += 1
-        if max_examples is not None and counts[task] > max_examples:
-            if task == starts[-1][0]:
-                break
-            continue
-        groups.append(_group(task, number - start, list(members), provider, lengths))
+        if max_examples is None or counts[task] <= max_examples:
+            groups.append(_group(task, number - start, members.pop(number), provider, lengths))
     return groups
+
+
+def _choice_index(row: Row, where: str) -> tuple[int, int]:
+    """Returns the number of a row's example and that of its choice."""
+    fields = {key: np.asarray(row[key]) for key in ("idx", "is_correct")}
+    values = {key: value.tolist() for key, value in fields.items()}
+    example, choice = row_checks.check_choice_fields(values, where)["idx"]
+    return example, choice
 
 
 def _group(
     task: str,
     idx: int,
-    rows: list[Row],
+    choice_rows: Mapping[int, Row],
     provider: seqio.Task | seqio.Mixture,
     lengths: Mapping[str, int],
 ) -> ChoiceGroup:
-    """Returns the rows of an example, one for each choice, as a group."""
+    """Returns the rows of an example, by the number of their choice, as a group."""
     features = provider.output_features
+    example = next(iter(choice_rows.values()))  # the row that was read first has the inputs
+    rows = [row for _, row in sorted(choice_rows.items())]
+    for row in rows:
+        keys = [key for key in lengths if key in row]
+        seqio_tasks.check_ids(features, row, f"{task}: example {idx + 1}", keys)
     eos_ids = {key: features[key].vocabulary.eos_id for key in lengths}
-    inputs, input_truncated = truncate(rows[0]["inputs"], lengths["inputs"], eos_ids["inputs"])
+    inputs, input_truncated = truncate(example["inputs"], lengths["inputs"], eos_ids["inputs"])
     targets = [truncate(row["targets"], lengths["targets"], eos_ids["targets"]) for row in rows]
     return ChoiceGroup(
         task=task,
@@ -153,11 +178,11 @@ def _group(
         inputs=inputs,
         choices=tuple(ids for ids, _ in targets),
         is_correct=tuple(bool(row["is_correct"]) for row in rows),
-        input_text=feature_text(features, rows[0], "inputs"),
+        input_text=feature_text(features, example, "inputs"),
         choice_texts=tuple(feature_text(features, row, "targets") for row in rows),
         input_truncated=input_truncated,
         target_truncated=any(truncated for _, truncated in targets),
-        sentence_embedding=rows[0].get(seqio_tasks.SENTENCE_FEATURE),
+        sentence_embedding=example.get(seqio_tasks.SENTENCE_FEATURE),
     )
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data import choices, seqio_import, seqio_tasks
-from pemoe_jax.data.packing import Batch, BatchIterator, Example, Truncations
-from pemoe_jax.data.row_checks import TEXT_FEATURES
+from pemoe_jax.data.packing import Batch, BatchIterator, Example, ExampleCounts
+from pemoe_jax.data.row_checks import TEXT_FEATURES, check_block_ids
 from pemoe_jax.data.seekable_tasks import SeekableMixture, SeekableProvider, StreamOptions
 from pemoe_jax.data.seqio_tasks import SENTENCE_FEATURE
 
@@ -75,9 +75,9 @@ def train_batches(
     options = StreamOptions(seed, begin, shuffle, num_epochs, shard)
     with seqio_tasks.translate_read_errors(name, split, use_cached):
         ds = _example_dataset(name, lengths, split, use_cached, options)
-    truncations = Truncations()
-    examples = _read_examples(ds, name, lengths, split, use_cached, sentences, truncations)
-    return BatchIterator(examples, lengths, batch_size, pack, begin, truncations=truncations)
+    counts = ExampleCounts()
+    examples = _read_examples(ds, name, lengths, split, use_cached, sentences, counts, begin)
+    return BatchIterator(examples, lengths, batch_size, pack, begin, counts=counts)
 
 
 def eval_batches(
@@ -104,7 +104,7 @@ def eval_batches(
       sentences: source of the inputs' sentence embeddings.
 
     Raises:
-      InputError: an argument is wrong, or no task has an evaluation split.
+      InputError: an argument is wrong, or no task has an evaluation split with rows.
     """
     seqio_import.import_seqio()
     lengths = seqio_tasks.validate_lengths(task_feature_lengths)
@@ -112,10 +112,13 @@ def eval_batches(
     if max_batches is not None:
         check_integer("EVAL_BATCHES", max_batches)
     ds = _eval_dataset(name, lengths, use_cached, _feature_names(sentences))
-    examples = _read_examples(ds, name, lengths, None, use_cached, sentences, Truncations())
+    examples = _read_examples(ds, name, lengths, None, use_cached, sentences, ExampleCounts())
     pack = pack and sentences is None
     batches = BatchIterator(examples, lengths, batch_size, pack, pad_last=True)
-    return itertools.islice(batches, max_batches)
+    first = next(batches, None)
+    if first is None:
+        raise InputError(f"the evaluation splits of {name!r} have no rows")
+    return itertools.islice(itertools.chain([first], batches), max_batches)
 
 
 def _feature_names(sentences: SentenceSource | None) -> Sequence[str]:
@@ -201,17 +204,22 @@ def _read_examples(
     split: str | None,
     use_cached: bool,
     sentences: SentenceSource | None,
-    truncations: Truncations,
+    counts: ExampleCounts,
+    start: int = 0,
 ) -> Iterator[Example]:
     """Yields the examples of a dataset, with their sentence embeddings if there is a source.
 
-    Sequences are truncated, keep an EOS at their end, and are counted in `truncations`.
+    Sequences are truncated, keep an EOS at their end, and are counted in `counts`. `start` is
+    the number of the first example, for errors.
+
+    Raises:
+      InputError: a token id is not of the vocabulary.
     """
     import tensorflow as tf
 
     names = _feature_names(sentences)
     features = seqio_tasks.get_mixture_or_task(name).output_features
-    eos_ids = {key: features[key].vocabulary.eos_id for key in TEXT_FEATURES}
+    vocabularies = {key: features[key].vocabulary for key in TEXT_FEATURES}
 
     def select(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         selected = {key: example[key] for key in names}
@@ -222,25 +230,41 @@ def _read_examples(
 
     def flatten(block: Mapping[str, tf.Tensor]) -> tuple[object, ...]:
         # A ragged tensor is converted to numpy row by row; its two parts are not.
-        ids = {
-            key: (tf.cast(block[key].values, tf.int32), block[key].row_splits)
-            for key in TEXT_FEATURES
-        }
+        ids = {key: (block[key].values, block[key].row_splits) for key in TEXT_FEATURES}
         return ids, block.get(SENTENCE_FEATURE, ())
 
     blocks = ds.map(select).ragged_batch(_BLOCK).map(flatten).prefetch(2)
     for ids, embeddings in seqio_tasks.numpy_iterator(blocks, name, split, use_cached):
+        first = start + counts.examples
+        for key, (values, ends) in ids.items():
+            check_block_ids(values, ends, name, key, vocabularies[key].vocab_size, first)
         inputs, targets = (
             [
-                choices.truncate(sequence, lengths[key], eos_ids[key])
+                choices.truncate(sequence, lengths[key], vocabularies[key].eos_id)
                 for sequence in np.split(values, ends[1:-1])
             ]
             for key, (values, ends) in ids.items()
         )
-        truncations.examples += len(inputs)
-        truncations.inputs += sum(truncated for _, truncated in inputs)
-        truncations.targets += sum(truncated for _, truncated in targets)
+        counts.examples += len(inputs)
+        counts.cut_inputs += sum(truncated for _, truncated in inputs)
+        counts.cut_targets += sum(truncated for _, truncated in targets)
+        empty = {
+            key: _count_empty(values, ends, vocabularies[key].eos_id)
+            for key, (values, ends) in ids.items()
+        }
+        counts.empty_inputs += empty["inputs"]
+        counts.empty_targets += empty["targets"]
         columns = [[tokens for tokens, _ in column] for column in (inputs, targets)]
         if sentences is not None:
-            columns.append(list(embeddings) or sentences.vectors(columns[0], name))
+            vectors = list(embeddings) or sentences.vectors(columns[0], name)
+            if not np.isfinite(vectors).all():
+                raise InputError(f"{name}: expected finite sentence embeddings, got inf or nan")
+            columns.append(vectors)
         yield from zip(*columns, strict=True)
+
+
+def _count_empty(ids: np.ndarray, ends: np.ndarray, eos_id: int) -> int:
+    """Returns how many sequences of a block have no token but an EOS."""
+    sizes = np.diff(ends)
+    single = ids[ends[:-1][sizes == 1]]
+    return int((sizes == 0).sum() + (single == eos_id).sum())

@@ -23,18 +23,28 @@ Example = tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass
-class Truncations:
-    """Numbers of examples read so far, prefetched ones included, and of truncated sequences."""
+class ExampleCounts:
+    """Numbers of examples read so far, prefetched ones included, and of odd ones among them."""
 
     examples: int = 0
-    inputs: int = 0
-    targets: int = 0
+    cut_inputs: int = 0
+    cut_targets: int = 0
+    empty_inputs: int = 0
+    empty_targets: int = 0
 
-    def __str__(self) -> str:
-        return (
-            f"{self.inputs:,} inputs and {self.targets:,} targets of {self.examples:,} examples"
-            " were longer than TASK_FEATURE_LENGTHS and were truncated"
-        )
+    def describe(self) -> list[str]:
+        """Returns a line for each kind of odd examples that was read."""
+        lines = []
+        for inputs, targets, kind in (
+            (self.cut_inputs, self.cut_targets, "longer than TASK_FEATURE_LENGTHS and truncated"),
+            (self.empty_inputs, self.empty_targets, "empty"),
+        ):
+            if inputs or targets:
+                lines.append(
+                    f"{inputs:,} inputs and {targets:,} targets of {self.examples:,} examples were"
+                    f" {kind}"
+                )
+        return lines
 
 
 class BatchIterator(Iterator[Batch]):
@@ -47,7 +57,7 @@ class BatchIterator(Iterator[Batch]):
       pack: whether a row holds several examples.
       start: number of examples before the first one.
       pad_last: whether an incomplete last batch is padded with rows of zeros rather than dropped.
-      truncations: statistics that the source of `examples` keeps.
+      counts: statistics that the source of `examples` keeps.
     """
 
     def __init__(
@@ -58,13 +68,13 @@ class BatchIterator(Iterator[Batch]):
         pack: bool,
         start: int = 0,
         pad_last: bool = False,
-        truncations: Truncations | None = None,
+        counts: ExampleCounts | None = None,
     ) -> None:
         self._lengths = lengths["inputs"], lengths["targets"]
         self._batch_size, self._pack = batch_size, pack
         self._rows = _fill_rows(examples, self._lengths, pack)
         self._consumed, self._pad_last = start, pad_last
-        self.truncations = truncations or Truncations()
+        self.counts = counts or ExampleCounts()
 
     @property
     def position(self) -> dict[str, int]:

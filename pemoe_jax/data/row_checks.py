@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,21 @@ import numpy as np
 from pemoe_jax.core.errors import InputError
 
 TEXT_FEATURES = ("inputs", "targets")
+
+# Kinds of odd rows, by their keys in results.json.
+ODD_ROWS = {
+    "target_not_in_choices": "targets not among their choices",
+    "doubled_choices": "doubled choices",
+    "equal_tokens": "choices that differ as text and have the same tokens",
+    "tied_scores": "best scores that several choices have (the first is the prediction)",
+    "no_choices": "rows without choices in a task with choices (not scored)",
+    "empty_input": "empty inputs",
+    "empty_target": "empty targets",
+    "unreachable_target": "targets that cannot be decoded (characters that the vocabulary lacks or"
+    " changes, or too long)",
+    "cut_input": "inputs truncated to TASK_FEATURE_LENGTHS",
+    "cut_target": "choices truncated to TASK_FEATURE_LENGTHS",
+}
 
 
 class CheckedRow(NamedTuple):
@@ -132,6 +147,24 @@ def check_token_ids(ids: Sequence[int] | np.ndarray, where: str, key: str, size:
         )
 
 
+def check_block_ids(
+    ids: np.ndarray, ends: np.ndarray, name: str, key: str, size: int, start: int = 0
+) -> None:
+    """Raises InputError if a row of a block has an id that `check_token_ids` refuses.
+
+    Args:
+      ids: the ids of all rows, one after the other.
+      ends: where each row ends, after a 0: [rows + 1].
+      name: the task, or the mixture that the examples are drawn from.
+      key: the feature.
+      size: number of ids in its vocabulary.
+      start: number of the first row.
+    """
+    if ids.size and (ids.min() < 0 or ids.max() >= size):
+        for number, row in enumerate(np.split(ids, ends[1:-1]), start + 1):
+            check_token_ids(row, f"{name}: example {number}", key, size)
+
+
 def check_choice_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns `idx`, `is_correct` and `weight` of a row of a `_score_eval` task.
 
@@ -156,6 +189,41 @@ def check_choice_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise InputError(f"{where}: 'weight' must be a number, got {describe_value(weight)}")
     return {"idx": idx, "is_correct": bool(is_correct), "weight": float(weight)}
+
+
+def odd_kinds(inputs: str, targets: str, choices: Sequence[str]) -> list[str]:
+    """Returns the kinds of odd rows that a row's text is of; `choices` may be empty."""
+    # Choices and targets are compared stripped, as `is_correct` is.
+    target, stripped = targets.strip(), [choice.strip() for choice in choices]
+    kinds = {
+        "empty_input": not inputs.strip(),
+        "empty_target": not target,
+        "target_not_in_choices": stripped and target not in stripped,
+        "doubled_choices": len(set(stripped)) < len(stripped),
+    }
+    return [kind for kind, applies in kinds.items() if applies]
+
+
+def describe_odd_rows(
+    rows: Iterable[tuple[str, str]], counts: Mapping[str, int] | None = None
+) -> list[str]:
+    """Returns a line for each kind of odd rows, in the order of `ODD_ROWS`.
+
+    Args:
+      rows: kind and place of each odd row, or of the first of several.
+      counts: number of rows of each kind; None: one for each place.
+    """
+    places: dict[str, list[str]] = {}
+    for kind, place in rows:
+        places.setdefault(kind, []).append(place)
+    lines = []
+    for kind, text in ODD_ROWS.items():
+        if kind in places:
+            count = len(places[kind]) if counts is None else counts[kind]
+            shown = ", ".join(places[kind][:2])
+            more = f", … {len(places[kind]) - 2} more" if len(places[kind]) > 2 else ""
+            lines.append(f"odd rows: {count:,} {text} ({shown}{more})")
+    return lines
 
 
 def describe_value(value: object) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import
 from pemoe_jax.data.order import ExampleOrder
 from pemoe_jax.data.row_checks import TEXT_FEATURES, check_token_ids
@@ -129,6 +130,9 @@ def example_dataset(
       options: order and extent.
     """
     sizes = [reader.num_rows for reader in readers]
+    for reader, size in zip(readers, sizes, strict=True):
+        if not size:
+            raise InputError(f"{reader.location}: expected at least one row, got none")
     order = ExampleOrder(sizes, rates, options.seed, options.shuffle, options.num_epochs)
     blocks = read_blocks(readers, row_number_blocks(order, options.start, options.shard))
     check_ids = _id_check(readers, task.output_features["inputs"].vocabulary.vocab_size)

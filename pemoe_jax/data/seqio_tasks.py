@@ -11,12 +11,12 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError, check_integer, first_line
 from pemoe_jax.data import seqio_import, tfrecords
-from pemoe_jax.data.row_checks import TEXT_FEATURES
+from pemoe_jax.data.row_checks import TEXT_FEATURES, check_token_ids
 from pemoe_jax.data.seekable_tasks import SeekableMixture, SeekableTask
 
 if TYPE_CHECKING:
@@ -139,6 +139,14 @@ def check_vocab_size(name: str, model_vocab_size: int) -> None:
             f"T5Config.vocab_size must be at least {size}, the size of the vocabulary of {name!r}"
             f" with sentinels, got {model_vocab_size}"
         )
+
+
+def check_ids(
+    features: Mapping[str, Any], row: Row, where: str, keys: Sequence[str] = TEXT_FEATURES
+) -> None:
+    """Raises InputError if a token id of a row, at `where`, is not of its feature's vocabulary."""
+    for key in keys:
+        check_token_ids(row[key], where, key, features[key].vocabulary.vocab_size)
 
 
 def eval_split(name: str) -> str | None:

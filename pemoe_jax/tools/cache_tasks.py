@@ -273,7 +273,7 @@ def _write_shards(
     features: dict[str, _FeatureInfo] = {}
     writer = None
     try:
-        for rows in reader.row_blocks():
+        for rows in _report_odd_rows(reader.row_blocks(), reader.location):
             for row in rows:
                 if writer is None or stats["examples"] % shard_rows == 0:
                     if writer is not None:
@@ -291,6 +291,33 @@ def _write_shards(
         if writer is not None:
             writer.close()
     return paths, stats, features or {key: _FEATURES[key] for key in rows_lib.TEXT_FEATURES}
+
+
+def _report_odd_rows(blocks: "Iterator[list[Row]]", location: str) -> "Iterator[list[Row]]":
+    """Yields blocks of rows, and prints the odd ones among them by kind after the last."""
+    from pemoe_jax.data import row_checks
+
+    number, has_choices = 0, False
+    first: dict[str, str] = {}  # kind -> the first row
+    counts: collections.Counter[str] = collections.Counter()
+    for rows in blocks:
+        yield rows
+        for row in rows:
+            number += 1
+            choices = [text.decode() for text in row.get("answer_choices", [])]
+            has_choices = has_choices or bool(choices)
+            texts = [row.get(f"{key}_pretokenized") for key in row_checks.TEXT_FEATURES]
+            # Rows of a _score_eval task repeat those of its task; rows of ids alone have no text.
+            if "idx" not in row and None not in texts:
+                inputs, targets = (text.decode() for text in texts if text is not None)
+                kinds = row_checks.odd_kinds(inputs, targets, choices)
+                kinds += [] if choices else ["no_choices"]
+                counts.update(kinds)
+                first |= {kind: f"row {number}" for kind in kinds if kind not in first}
+    if not has_choices:  # a task without any choices is not irregular
+        first.pop("no_choices", None)
+    for line in row_checks.describe_odd_rows(first.items(), counts):
+        print(f"{location}: {line}", flush=True)
 
 
 _FEATURES: dict[str, _FeatureInfo] = {

@@ -172,17 +172,15 @@ def _read_inputs(
 ) -> Iterator[EncoderInput]:
     """Yields the inputs of a split as runs read them, repeated for each answer choice."""
     import numpy as np
-    import tensorflow as tf
 
-    from pemoe_jax.data import choices, seekable_tasks, seqio_tasks
+    from pemoe_jax.data import choices, row_checks, seekable_tasks, seqio_tasks
 
     def select(example: "Mapping[str, tf.Tensor]") -> "tuple[tf.Tensor, tf.Tensor | str]":
-        ids = tf.cast(example["inputs"], tf.int32)
-        return ids, example.get("inputs_pretokenized", "") if with_text else ""
+        return example["inputs"], example.get("inputs_pretokenized", "") if with_text else ""
 
     task = seqio_tasks.get_mixture_or_task(split.task)
     features = task.output_features
-    eos_id, length = features["inputs"].vocabulary.eos_id, lengths["inputs"]
+    vocabulary, length = features["inputs"].vocabulary, lengths["inputs"]
     # Training and its evaluation loss read `length` tokens; scoring and decoding read one more and
     # truncate before the EOS. A `SeekableProvider` truncates in the same way, so one pass suffices.
     # Other tasks may not: their evaluation splits are read in both ways.
@@ -197,11 +195,19 @@ def _read_inputs(
         flat = blocks.map(lambda ids, text: (ids.values, ids.row_splits, text))
         has_text = "inputs_pretokenized" in ds.element_spec
         arrays = seqio_tasks.numpy_iterator(flat, split.task, split.split, use_cached)
+        count = 0
         for values, ends, texts in arrays:
-            for ids, encoded in zip(np.split(values, ends[1:-1]), texts, strict=True):
+            row_checks.check_block_ids(
+                values, ends, split.task, "inputs", vocabulary.vocab_size, count
+            )
+            count += len(texts)
+            sequences = np.split(values.astype(np.int32), ends[1:-1])
+            for ids, encoded in zip(sequences, texts, strict=True):
                 row = {"inputs": ids, "inputs_pretokenized": encoded if has_text else None}
                 text = choices.feature_text(features, row, "inputs") if with_text else None
-                yield EncoderInput(choices.truncate(ids, length, eos_id)[0] if extra else ids, text)
+                yield EncoderInput(
+                    choices.truncate(ids, length, vocabulary.eos_id)[0] if extra else ids, text
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

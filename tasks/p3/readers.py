@@ -209,10 +209,10 @@ class ChoiceReader(RowReader):
             len(row.get("answer_choices", [])) for rows in self._plain.row_blocks() for row in rows
         ]
         without = counts.count(0)
-        if without:
-            warn_once(
-                f"{self.location}: {without:,} of {len(counts):,} rows have no answer choices"
-            )
+        # Without any choices there is nothing to score, which the commands say.
+        if 0 < without < len(counts):
+            place = "no_choices", f"{self.location}: row {counts.index(0) + 1}"
+            warn_once(row_checks.describe_odd_rows([place], {"no_choices": without})[0])
         return np.cumsum([0, *counts])
 
     @property

@@ -292,12 +292,12 @@ class P3Mixture(FolderMixture):
         if not tasks:
             # `folder` raises if P3_DIR is not set
             raise InputError(
-                f"P3_DIR {self.tasks[0].source.settings.folder.path} has a {kind} split of none of"
-                f" {len(left_out)} tasks of {self.name!r}{reason}"
+                f"P3_DIR {self.tasks[0].source.settings.folder.path}: none of {len(left_out)} tasks"
+                f" of {self.name!r} has rows in its {kind} split{reason}"
             )
         if left_out:
             seqio_tasks.warn_once(
-                f"{self.name}: no {kind} split in P3_DIR of {len(left_out)} of"
-                f" {len(self.tasks)} tasks: {abbreviate(left_out, 3)}{reason}"
+                f"{self.name}: no rows in the {kind} split of {len(left_out)} of"
+                f" {len(self.tasks)} tasks in P3_DIR: {abbreviate(left_out, 3)}{reason}"
             )
         return tasks

@@ -61,3 +61,11 @@ def test_rows_that_end_at_once():
     flat["decoder/decoder_norm/scale"] = jnp.zeros(16)
     tokens = np.asarray(decode(8)(params.unflatten(flat), INPUTS, 0))
     np.testing.assert_array_equal(tokens, np.zeros((4, 8)))
+
+
+def test_logits_that_are_not_finite_end_a_row():
+    """A NaN would be the argmax's token 0, padding: an empty text."""
+    flat = params.flatten(random_params("mov"))
+    flat["decoder/decoder_norm/scale"] = jnp.full(16, jnp.nan)
+    tokens = np.asarray(decode(8)(params.unflatten(flat), INPUTS, 1))
+    np.testing.assert_array_equal(tokens, [[decoding.NOT_FINITE] + [0] * 7] * 4)

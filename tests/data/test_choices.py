@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 from data_tasks import LENGTHS
 
+from pemoe_jax.analysis import generation
+from pemoe_jax.analysis.routing import measure
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import choices, seqio_tasks
+from pemoe_jax.data import choices, feed, seqio_tasks
+from pemoe_jax.runtime import options
+from pemoe_jax.tasks import Registered
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +77,82 @@ def test_groups_of_a_mixture_are_those_of_its_tasks(registered):
         ("scored_score_eval", 0),
         ("scored_score_eval", 1),
     ]
+
+
+def choice_row(example: int, choice: int, target: int, correct: bool) -> dict:
+    return {
+        "inputs": [10 + example, 1],
+        "targets": [target, 1],
+        "idx": [example, choice],
+        "is_correct": correct,
+    }
+
+
+def test_rows_are_grouped_by_index_in_any_order(registered):
+    rows = [
+        choice_row(example, choice, 20 + choice, correct=choice == example)
+        for choice in (2, 0, 1)  # all examples' choices 2, then 0, then 1
+        for example in (1, 0)
+    ]
+    data_tasks.add_rows("users_scored", rows)
+    groups = choices.load_choice_groups("users_scored", LENGTHS)
+    assert [(g.idx, g.inputs.tolist()) for g in groups] == [(0, [10, 1]), (1, [11, 1])]
+    for group in groups:
+        assert [ids.tolist() for ids in group.choices] == [[20, 1], [21, 1], [22, 1]]
+        assert group.is_correct == tuple(choice == group.idx for choice in range(3))
+    capped = choices.load_choice_groups("users_scored", LENGTHS, max_examples=1)
+    assert [(g.idx, len(g.choices)) for g in capped] == [(0, 3)]
+    data_tasks.add_rows("users_scored", [*rows, rows[1]])
+    with pytest.raises(InputError, match=r"row 7: expected unique 'idx', got \[0, 2\] again"):
+        choices.load_choice_groups("users_scored", LENGTHS)
+
+
+@pytest.mark.parametrize("key", ["inputs", "targets"])
+@pytest.mark.parametrize("wrong", [-1, 5000])
+def test_ids_outside_of_the_vocabulary_are_errors(registered, key, wrong):
+    rows = [choice_row(example, 0, 20, True) for example in range(3)]
+    rows[1][key] = [5, wrong, 1]
+    data_tasks.add_rows("users_scored", rows)
+    size = seqio_tasks.vocab_size("a")
+    message = (
+        f"users_scored: example 2: '{key}' must have token ids from 0 to {size - 1}, as the"
+        f" vocabulary has {size}, got {wrong}"
+    )
+    with pytest.raises(InputError) as error:
+        choices.load_choice_groups("users_scored", LENGTHS)
+    assert str(error.value) == message
+    with pytest.raises(InputError) as error:
+        list(feed.eval_batches("users_scored", LENGTHS, 2))
+    assert str(error.value) == message
+    with pytest.raises(InputError) as error:
+        measure.read_examples("users_scored", LENGTHS, 3)
+    assert str(error.value) == message
+    rows = [{"inputs": row["inputs"], "targets": row["targets"]} for row in rows]
+    data_tasks.add_rows("users_plain", rows)
+    with pytest.raises(InputError) as error:
+        generation.read_tasks(options.Data("users_plain"), LENGTHS, Registered())
+    assert str(error.value) == message.replace("users_scored", "users_plain")
+    data_tasks.add_rows("users_plain", rows, split="train")
+    with pytest.raises(InputError) as error:
+        list(feed.train_batches("users_plain", LENGTHS, 2, shuffle=False, num_epochs=1))
+    assert str(error.value) == message.replace("users_scored", "users_plain")
+
+
+def test_choices_of_other_text_and_the_same_tokens_are_odd():
+    def anomalies(texts, ids):
+        return choices.ChoiceGroup(
+            task="t",
+            idx=0,
+            inputs=np.array([5, 1]),
+            choices=tuple(np.array([i, 1], np.int32) for i in ids),
+            is_correct=(True,) + (False,) * (len(ids) - 1),
+            input_text="a",
+            choice_texts=texts,
+            input_truncated=False,
+            target_truncated=False,
+        ).anomalies
+
+    assert anomalies(("{", "}", "a"), (2, 2, 7)) == ("equal_tokens",)
+    assert anomalies(("{", "a"), (2, 7)) == ()
+    assert anomalies(("a", " a"), (7, 7)) == ("doubled_choices",)
+    assert anomalies(("a", "a", "{", "}"), (7, 7, 2, 2)) == ("doubled_choices", "equal_tokens")

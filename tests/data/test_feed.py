@@ -12,7 +12,7 @@ import pytest
 from data_tasks import LENGTHS
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import choices, feed, prefetch, seqio_import, seqio_tasks
+from pemoe_jax.data import choices, feed, packing, prefetch, seqio_import, seqio_tasks
 from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.tasks.jsonl import files
 
@@ -152,6 +152,14 @@ def test_batches_equal_those_of_seqio(registered, pack):
     assert_same([dict(sorted(b.items())) for b in ours], [dict(sorted(b.items())) for b in theirs])
 
 
+def test_empty_sequences_are_counted(registered):
+    rows = [{"inputs": ids, "targets": [7, 1]} for ids in ([], [1], [5], [5, 1])]
+    data_tasks.add_rows("users_rows", [*rows, {"inputs": [5, 1], "targets": [1]}], "train")
+    batches = feed.train_batches("users_rows", LENGTHS, 5, pack=False, num_epochs=1)
+    next(batches)
+    assert batches.counts.describe() == ["2 inputs and 1 targets of 5 examples were empty"]
+
+
 @pytest.mark.parametrize("name", ["jsonl_train", "a"])
 def test_truncations_are_counted(registered, name):
     """Examples that just fit are not counted."""
@@ -160,14 +168,14 @@ def test_truncations_are_counted(registered, name):
         batches = feed.train_batches(name, lengths, 1, pack=False, num_epochs=1, shuffle=False)
         keys = ("encoder_input_tokens", "decoder_target_tokens")
         pairs = [[batch[key][0] for key in keys] for batch in batches]
-        return batches.truncations, [[row[row > 0].tolist() for row in pair] for pair in pairs]
+        return batches.counts, [[row[row > 0].tolist() for row in pair] for pair in pairs]
 
     none, whole = examples({"inputs": 500, "targets": 100})
-    assert (none.inputs, none.targets, none.examples) == (0, 0, len(whole))
+    assert none == packing.ExampleCounts(examples=len(whole)) and not none.describe()
     limit = sorted(len(inputs) for inputs, _ in whole)[len(whole) // 2]
-    truncations, truncated = examples({"inputs": limit, "targets": 100})
+    counts, truncated = examples({"inputs": limit, "targets": 100})
     longer = [inputs for inputs, _ in whole if len(inputs) > limit]
-    assert truncations.inputs == len(longer) > 0 and truncations.targets == 0
+    assert counts.cut_inputs == len(longer) > 0 and counts.cut_targets == 0
     assert any(len(inputs) == limit for inputs, _ in whole)
     expected = [i if len(i) <= limit else [*i[: limit - 1], 1] for i, _ in whole]
     assert [inputs for inputs, _ in truncated] == expected

@@ -82,3 +82,16 @@ def test_wrong_types_of_choice_rows(change, message):
     assert error(row_checks.check_choice_fields, fields, "f: row 1").startswith(message)
     assert row_checks.check_choice_fields(SCORED, "")["is_correct"] is True
     assert row_checks.check_choice_fields(SCORED | {"is_correct": 0}, "")["is_correct"] is False
+
+
+def test_odd_rows_are_counted_by_kind():
+    rows = [("empty_input", "t example 4"), ("equal_tokens", "t example 1")]
+    rows += [("empty_input", f"u example {number}") for number in (7, 8)]
+    assert row_checks.describe_odd_rows(rows) == [
+        "odd rows: 1 choices that differ as text and have the same tokens (t example 1)",
+        "odd rows: 3 empty inputs (t example 4, u example 7, … 1 more)",
+    ]
+    counts = {"empty_input": 1000, "equal_tokens": 1}
+    assert row_checks.describe_odd_rows(rows[:1], counts) == [
+        "odd rows: 1,000 empty inputs (t example 4)"
+    ]

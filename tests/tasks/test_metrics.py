@@ -8,7 +8,7 @@ from data_tasks import make_vocab, write
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_tasks
-from pemoe_jax.tasks import jsonl, metrics
+from pemoe_jax.tasks import jsonl, metrics, score_eval
 from pemoe_jax.tasks.p3 import published
 
 
@@ -148,3 +148,13 @@ def test_metrics_are_added_once(tmp_path):
     assert seqio_tasks.get_mixture_or_task("t") is task and type(task) is kind
     assert task.predict_metric_fns == [metrics.squad]
     assert len(task.metric_objs) == 1
+
+
+def test_rank_accuracy_by_hand():
+    """Rows in any order: of equal scores the first choice wins, here a wrong and a right one."""
+    targets = [((1, 0), True), ((0, 1), True), ((0, 0), False), ((1, 1), False)]
+    assert score_eval.rank_accuracy(targets, [-1.0, -2.0, -2.0, -1.0]) == {"accuracy": 0.5}
+    assert score_eval.rank_accuracy(targets, ([-1.0, -1.0, -2.0, -3.0], {})) == {"accuracy": 1.0}
+    for wrong in (math.nan, math.inf, -math.inf):
+        with pytest.raises(InputError, match="finite scores, got .* choice 2 of example 1"):
+            score_eval.rank_accuracy(targets, [-1.0, wrong, -1.0, -1.0])

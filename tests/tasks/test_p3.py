@@ -468,6 +468,46 @@ def test_reading_without_p3_dir_is_an_error(p3):
         choices.load_choice_groups("t0_eval_score_eval", LENGTHS)
 
 
+def test_splits_without_rows(p3, tmp_path):
+    """Parquet of no rows: one line, whatever is to be done with it."""
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = pyarrow.schema({"inputs": pyarrow.string(), "targets": pyarrow.string()})
+    (tmp_path / RTE).mkdir()
+    for split in ("train", "validation"):
+        path = tmp_path / RTE / f"{split}-00000-of-00001.parquet"
+        parquet.write_table(schema.empty_table(), path)
+    registered = register(tmp_path)
+    assert choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS) == []
+    with pytest.raises(InputError, match="none of 10 tasks of .* has rows in its evaluation split"):
+        choices.load_choice_groups("super_glue_rte_score_eval", LENGTHS)
+    with pytest.raises(InputError, match="parquet: expected at least one row, got none"):
+        feed.train_batches(RTE, LENGTHS, 2)
+    with pytest.raises(InputError, match=f"the evaluation splits of '{RTE}' have no rows"):
+        feed.eval_batches(RTE, LENGTHS, 2)
+    with pytest.raises(InputError, match=f"nothing to decode in '{RTE}': "):
+        generation.read_tasks(options.Data(RTE), LENGTHS, registered)
+
+
+def test_rows_without_choices(p3, tmp_path, capsys):
+    path = tmp_path / RTE / "validation.jsonl"
+    path.parent.mkdir()
+    rows = [
+        {"inputs": "a", "targets": "No", "answer_choices": c} for c in (None, [], ["No", "Yes"])
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    register(tmp_path)
+    assert [g.idx for g in choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)] == [2]
+    assert capsys.readouterr().err == (
+        f"odd rows: 2 rows without choices in a task with choices (not scored) ({path}: row 1)\n"
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    register(tmp_path)
+    assert choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS) == []
+    assert capsys.readouterr().err == ""
+
+
 def test_wrong_row_files(p3, tmp_path):
     import pyarrow
     from pyarrow import parquet

@@ -227,3 +227,37 @@ def test_damage_in_evaluation_and_decoding(copy):
     with pytest.raises(InputError) as error:
         choices.load_choice_groups("t0_train_score_eval", LENGTHS)
     assert one_line(error).startswith(f"{path}: damaged")
+
+
+@pytest.mark.parametrize("wrong", [-1, 5000, 2**32 + 5])
+def test_token_ids_outside_of_the_vocabulary(tmp_path, encode, wrong):
+    """In tfrecords: the file and the row are named wherever they are read from."""
+    row = {"inputs_pretokenized": "a", "targets_pretokenized": "b", "answer_choices": ["b", "c"]}
+    rows = [p3_forms.with_ids(row, encode, True) for _ in range(3)]
+    rows[1]["inputs"] = [5, wrong, 1]
+    for split in ("train", "test"):
+        p3_forms.write_cache_split(tmp_path / TASK, split, rows)
+    (tmp_path / TASK / "COMPLETED").touch()
+    tasks.register(p3_dir=str(tmp_path), vocab_path=str(VOCAB))
+    size = seqio_tasks.vocab_size(TASK)
+
+    def check(split, read):
+        with pytest.raises(InputError) as error:
+            read()
+        assert one_line(error) == (
+            f"{tmp_path / TASK}/{split}.tfrecord: row 2: 'inputs' must have token ids from 0 to"
+            f" {size - 1}, as the vocabulary has {size}, got {wrong}"
+        )
+
+    settings = {"pack": False, "num_epochs": 1}
+    for name in (TASK, "t0_train"):
+        for cached in (False, True):
+            check(
+                "train",
+                lambda name=name, cached=cached: list(
+                    feed.train_batches(name, LENGTHS, 1, use_cached=cached, **settings)
+                ),
+            )
+    check("test", lambda: list(feed.eval_batches("t0_train", LENGTHS, 1)))
+    check("test", lambda: generation.read_tasks(options.Data(TASK), LENGTHS, Registered()))
+    check("test", lambda: choices.load_choice_groups(f"{TASK}_score_eval", LENGTHS))

@@ -202,3 +202,19 @@ def test_labels_of_other_names_and_types(tmp_path, capsys, field, labels, messag
         assert code == 0 and "1 of 2 examples" in error
         stats = json.loads((out / "trec_fine_grained_open" / "stats.train.json").read_text())
         assert stats["examples"] == 1
+
+
+def test_odd_rows_are_printed(tmp_path, capsys):
+    path = tmp_path / "p3" / RTE / "train.jsonl"
+    path.parent.mkdir(parents=True)
+    rows = [("a", "No", ["No"]), ("", "x", ["No", "No"]), ("a", "x", ["No"]), ("a", "No", None)]
+    keys = ("inputs", "targets", "answer_choices")
+    lines = [json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows]
+    path.write_text("".join(lines))
+    assert run(tmp_path / "p3", tmp_path / "cache", f"--tasks={RTE}") == 0
+    assert capsys.readouterr().out.splitlines()[1:5] == [
+        f"{path}: odd rows: 2 targets not among their choices (row 2)",
+        f"{path}: odd rows: 1 doubled choices (row 2)",
+        f"{path}: odd rows: 1 rows without choices in a task with choices (not scored) (row 4)",
+        f"{path}: odd rows: 1 empty inputs (row 2)",
+    ]

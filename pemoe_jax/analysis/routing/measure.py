@@ -210,6 +210,7 @@ def _make_group(
 ) -> "ChoiceGroup":
     from pemoe_jax.data import choices, seqio_tasks
 
+    seqio_tasks.check_ids(task.output_features, row, f"{task.name}: example {index + 1}")
     ids, is_truncated = {}, {}
     for key, length in lengths.items():
         eos_id = task.output_features[key].vocabulary.eos_id
@@ -263,9 +264,13 @@ def measure_routing(
       mesh: the devices.
       token_sites: sites whose probabilities are also summed by token.
       bar: advanced by the number of examples.
+
+    Raises:
+      InputError: a router's probabilities are not finite.
     """
     import jax
 
+    from pemoe_jax.analysis.evaluation import NOT_FINITE_ADVICE
     from pemoe_jax.analysis.routing import probe as probe_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import inference_batches, prefetch
@@ -294,7 +299,15 @@ def measure_routing(
         done += len(batch_groups)
         if bar is not None:
             bar.report_if_due(done, "examples")
-    return jax.device_get(totals)
+    totals = jax.device_get(totals)
+    for site, probs in totals.probs.items():
+        wrong = np.flatnonzero(~np.isfinite(probs).all(axis=-1))
+        if len(wrong):
+            raise InputError(
+                f"expected finite router probabilities, got infinite or NaN ones at {site} for"
+                f" {list(groups)[wrong[0]]}: {NOT_FINITE_ADVICE}"
+            )
+    return totals
 
 
 def mean_probs(
