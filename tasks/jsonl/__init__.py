@@ -14,12 +14,14 @@ The split `validation` of a task is its evaluation split: the first of validatio
 An optional `INDEX.json` maps a task to `dataset`, `subset`, `original_task`, `t0_do_train`,
 `t0_do_eval`, `t0_blacklisted` and `metrics` (all optional). Roles follow P3: training if
 `t0_do_train` is "BASE" and the task is not blacklisted; scoring if `t0_do_eval` is "BASE" and the
-task is an original one with choices. A task without roles is trained on, and a task without a
-dataset is its own dataset. TRAIN_TASKS and EVAL_TASKS, lists of shell-style patterns (`*`, `?`,
-`[abc]`; the whole name must match), override the roles.
+task is an original one with choices. A task has choices if a row of its evaluation split has some
+(without one, of its train split). A task without roles is trained on, and a task without a dataset
+is its own dataset. TRAIN_TASKS and EVAL_TASKS, lists of shell-style patterns (`*`, `?`, `[abc]`;
+the whole name must match), override the roles.
 
-A dataset is held out if one of its tasks has the scoring role or is matched by EVAL_TASKS: none of
-its tasks is trained on, unless TRAIN_TASKS names it, and then the summary warns.
+A dataset is held out if one of its tasks has a `t0_do_eval` or is matched by EVAL_TASKS, whether or
+not that task can be scored: none of its tasks is trained on, unless TRAIN_TASKS names it, and then
+the summary warns.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from pemoe_jax.tasks.jsonl.roles import (
     JsonLinesTasks,
     OddRows,
 )
+from pemoe_jax.tasks.registered import abbreviate
 from pemoe_jax.tasks.vocabulary import load_vocabulary, locate_vocabulary
 
 if TYPE_CHECKING:
@@ -125,8 +128,7 @@ def register(
             eval_splits[task] = split
         else:
             split = "train" if "train" in splits else next(iter(splits))
-        # Only the first row is read here: a folder may hold all of P3.
-        has_choices[task] = bool(files_lib.first_example(splits[split]).answer_choices)
+        has_choices[task] = files_lib.has_choices(splits[split])
     index = files_lib.read_index(index_path)
     tasks = roles.assign_roles(
         folder, files, index, has_choices, eval_splits, train_tasks, eval_tasks
@@ -154,6 +156,13 @@ def register(
         source.add_tasks(task, has_choices[task], paths_by_split, vocabulary, eval_examples)
     sizes = collections.Counter(tasks.datasets[task] for task in files)
     rates = {task: _rate(sizes[tasks.datasets[task]]) for task in tasks.train_tasks}
+    reason = ""
+    for left_out, lacks in (
+        (tasks.no_choices, "answer_choices"),
+        (tasks.no_eval_split, f"an evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"),
+    ):
+        if left_out:
+            reason += f"; without {lacks}: {abbreviate(left_out, 3)}"
     for mixture, members, purpose in (
         (TRAIN_MIXTURE, tasks.train_tasks, "train on"),
         (SCORE_MIXTURE, tasks.eval_tasks, "score (EVAL_TASKS or roles in INDEX.json choose them)"),
@@ -169,7 +178,7 @@ def register(
             provider = source.JsonLinesMixture(mixture, task_rates)
             seqio.MixtureRegistry.add_provider(mixture, provider)
         else:
-            seqio_tasks.unavailable[mixture] = f"{folder} has no task to {purpose}"
+            seqio_tasks.unavailable[mixture] = f"{folder} has no task to {purpose}{reason}"
     _current.key, _current.tasks = key, tasks
     return tasks
 
@@ -199,14 +208,21 @@ def _read_files(
         scan = files_lib.scan_file(path, None if split == "train" else eval_examples)
         name = task if split == "train" else task + score_eval.SUFFIX
         if name in tasks.datasets:  # a task without choices has no _score_eval task
-            examples[name] = scan.num_rows
+            unscored, _ = scan.odd.get("no_choices", (0, 0))
+            examples[name] = scan.num_rows - (unscored if name != task else 0)
         max_choices, max_words = max(max_choices, scan.max_choices), max(max_words, scan.max_words)
         for kind, (count, line) in scan.odd.items():
             odd.append(OddRows(task, split, kind, count, path, line))
     tasks = dataclasses.replace(
         tasks, examples=examples, odd=odd, max_choices=max_choices, max_words=max_words
     )
-    return dataclasses.replace(tasks, summary=tasks.summarize())
+    counted = {
+        name: files_lib.ODD_KINDS
+        for task, split in splits
+        if split == tasks.eval_splits.get(task)
+        for name in (task, task + score_eval.SUFFIX)
+    }
+    return dataclasses.replace(tasks, summary=tasks.summarize(), counted_odd_rows=counted)
 
 
 def _rate(tasks: int) -> Callable[[seqio.Task], float]:

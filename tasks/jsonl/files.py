@@ -6,6 +6,7 @@ Nothing here imports seqio or TensorFlow.
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import functools
 import json
@@ -168,15 +169,32 @@ def parse_line(line: bytes, where: str) -> Example:
     return Example(row.texts["inputs"], row.texts["targets"], row.answer_choices)
 
 
-def first_example(path: str) -> Example:
-    """Reads the first example of a file.
+def has_choices(path: str) -> bool:
+    """Returns whether a row of a file has answer choices; cached until the file changes.
+
+    Reads up to the first such row. A malformed row is skipped here: it is an error once the file is
+    used, and an unused one may hold anything.
 
     Raises:
-      InputError: the file has no example, or the first line is malformed.
+      InputError: the file has no row.
     """
+    stat = os.stat(path)
+    return _has_choices(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.cache
+def _has_choices(path: str, modified: int, size: int) -> bool:
+    del modified, size  # part of the cache's key
+    number = 0
     for number, _, line in _lines(path):
-        return parse_line(line, f"{path}:{number}")
-    raise InputError(f"{path}: expected at least one row, got none")
+        # A folder may hold all of P3: only lines with the field are parsed.
+        if b'"answer_choices"' in line:
+            with contextlib.suppress(InputError):
+                if parse_line(line, f"{path}:{number}").answer_choices:
+                    return True
+    if not number:
+        raise InputError(f"{path}: expected at least one row, got none")
+    return False
 
 
 def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
@@ -187,6 +205,16 @@ def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
             if line.strip():
                 yield number, offset, line
             offset += len(line)
+
+
+# The kinds of odd rows that a scan counts.
+ODD_KINDS = (
+    "target_not_in_choices",
+    "doubled_choices",
+    "no_choices",
+    "empty_input",
+    "empty_target",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -234,26 +262,17 @@ def _scan(path: str, modified: int, size: int, limit: int | None) -> FileScan:
         number, first = odd.get(kind, (0, line))
         odd[kind] = number + 1, first
 
-    # Choices and targets are compared stripped, as `is_correct` is.
     for number, offset, line in _lines(path):
         if limit is not None and len(offsets) >= limit:
             break
         example = parse_line(line, f"{path}:{number}")
         offsets.append(offset)
         max_words = max(max_words, len(example.inputs.split()))
-        if not example.inputs.strip():
-            count("empty_input", number)
-        if not example.targets.strip():
-            count("empty_target", number)
-        choices = [choice.strip() for choice in example.answer_choices]
-        max_choices = max(max_choices, len(choices))
-        if not choices:
+        max_choices = max(max_choices, len(example.answer_choices))
+        if not example.answer_choices:
             without_choices.append(number)
-            continue
-        if example.targets.strip() not in choices:
-            count("target_not_in_choices", number)
-        if len(set(choices)) < len(choices):
-            count("doubled_choices", number)
+        for kind in row_checks.odd_kinds(*example):
+            count(kind, number)
     if not offsets:
         raise InputError(f"{path}: expected at least one row, got none")
     # a task without any choices is not irregular

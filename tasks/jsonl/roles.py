@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import fnmatch
@@ -10,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import seqio_tasks
+from pemoe_jax.data import row_checks, seqio_tasks
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.jsonl.files import TaskInfo
 from pemoe_jax.tasks.registered import Registered, abbreviate
@@ -19,14 +20,6 @@ TRAIN_MIXTURE = "jsonl_train"
 SCORE_MIXTURE = "jsonl_score_eval"
 TRAIN_SCORE_MIXTURE = "jsonl_train_score_eval"
 
-_ODD = {
-    "target_not_in_choices": "targets not among their choices",
-    "doubled_choices": "doubled choices",
-    "no_choices": "rows without choices in a task with choices (not scored)",
-    "empty_input": "empty inputs",
-    "empty_target": "empty targets",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class OddRows:
@@ -34,7 +27,7 @@ class OddRows:
 
     task: str
     split: str
-    kind: str  # a key of `_ODD`
+    kind: str  # a key of `row_checks.ODD_ROWS`
     count: int
     path: str
     line: int  # of the first
@@ -46,12 +39,12 @@ class JsonLinesTasks(Registered):
 
     Attributes:
       has_index: whether the folder has an INDEX.json.
-      held_out: datasets that are scored, and so not trained on.
+      held_out: datasets with a task to evaluate, and so not trained on.
       held_out_skipped: tasks with the training role whose dataset is held out.
       held_out_trained: tasks of held-out datasets that TRAIN_TASKS names.
       no_train_split: tasks with the training role but no train split.
       no_eval_split: tasks with a role but no evaluation split.
-      no_choices: tasks that EVAL_TASKS matches but that have no answer choices.
+      no_choices: tasks to score that have no answer choices.
       not_in_index: tasks without an entry in INDEX.json.
       examples: numbers of rows of the files that were read: of the train split for a task, of the
         evaluation split for a `_score_eval` task.
@@ -96,12 +89,11 @@ class JsonLinesTasks(Registered):
         ):
             if left_out:
                 lines.append(f"{reason}: {len(left_out)} tasks ({abbreviate(left_out, 3)})")
-        for kind, text in _ODD.items():
-            rows = [odd for odd in self.odd if odd.kind == kind]
-            if rows:
-                count = sum(odd.count for odd in rows)
-                places = [f"{odd.task}/{pathlib.Path(odd.path).name}:{odd.line}" for odd in rows]
-                lines.append(f"odd rows: {count:,} {text} ({abbreviate(places, 2)})")
+        counts: collections.Counter[str] = collections.Counter()
+        for odd in self.odd:
+            counts[odd.kind] += odd.count
+        places = [(o.kind, f"{o.task}/{pathlib.Path(o.path).name}:{o.line}") for o in self.odd]
+        lines += row_checks.describe_odd_rows(places, counts)
         if self.max_words:
             choices = f"; up to {self.max_choices} choices" if self.max_choices else ""
             lines.append(f"longest input: {self.max_words:,} words{choices}")
@@ -132,7 +124,10 @@ def _check_patterns(macro: str, value: object) -> list[str]:
 
 
 def _match(
-    macro: str, patterns: Sequence[str], tasks: Collection[str], missing: Callable[[str], str]
+    macro: str,
+    patterns: Sequence[str],
+    tasks: Collection[str],
+    missing: Callable[[str], str] = lambda task: "",
 ) -> list[str]:
     """Returns the tasks that match patterns, in the order of `tasks`.
 
@@ -192,28 +187,23 @@ def assign_roles(
         # GPT_EVAL and SGLUE are roles of T0+ and T0++, which also train on datasets scored here.
         return not info.has_roles or (info.t0_do_train == "BASE" and not info.t0_blacklisted)
 
-    def has_eval_role(task: str) -> bool:
-        info = infos[task]
-        return info.t0_do_eval == "BASE" and info.original_task and has_choices[task]
-
     # "" if nothing is missing, else the end of an error's message
     def missing_to_train(task: str) -> str:
         return "" if "train" in files[task] else "no train split"
 
-    def missing_to_score(task: str) -> str:
-        if not has_choices[task]:
-            return "no answer_choices and cannot be scored"
-        if task not in eval_splits:
-            return f"no evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"
-        return ""
+    def can_score(task: str) -> bool:
+        return has_choices[task] and task in eval_splits
 
-    by_role = [task for task in files if has_eval_role(task)]
-    to_score = by_role
+    to_score = [
+        task for task in files if infos[task].t0_do_eval == "BASE" and infos[task].original_task
+    ]
     if eval_patterns is not None:
         plain = [score_eval.plain_name(pattern) for pattern in eval_patterns]
-        to_score = _match("EVAL_TASKS", plain, files, missing_to_score)
-    # EVAL_TASKS may select a few of the tasks with the role; the others' datasets stay held out.
-    held_out = {datasets[task] for task in (*by_role, *to_score)}
+        to_score = _match("EVAL_TASKS", plain, files)
+    # Whatever can be scored: an evaluation task may be generative, or its files may be elsewhere.
+    evaluated = {task: info for task, info in (index or {}).items() if info.t0_do_eval}
+    held_out = {info.dataset_name or task for task, info in evaluated.items()}
+    held_out |= {datasets[task] for task in to_score}
 
     skipped = []
     if train_patterns is not None:
@@ -233,10 +223,8 @@ def assign_roles(
         folder=str(folder),
         datasets=datasets | score_datasets,
         train_tasks=train,
-        eval_tasks=[task + score_eval.SUFFIX for task in to_score if not missing_to_score(task)],
-        train_score_tasks=[
-            task + score_eval.SUFFIX for task in train if not missing_to_score(task)
-        ],
+        eval_tasks=[task + score_eval.SUFFIX for task in to_score if can_score(task)],
+        train_score_tasks=[task + score_eval.SUFFIX for task in train if can_score(task)],
         eval_splits=eval_splits,
         metrics={task: info.metrics for task, info in infos.items()},
         has_index=index is not None,
