@@ -134,7 +134,8 @@ def _report_rows(
     empty = [task for task, groups in groups_by_task.items() if not groups]
     without = "no rows with answer choices in the evaluation split"
     if len(empty) == len(groups_by_task):
-        raise InputError(f"nothing to score in {name!r}: {without} of {abbreviate(empty, 3)}")
+        tasks = f" of {abbreviate(empty, 3)}" if empty != [name] else ""
+        raise InputError(f"nothing to score in {name!r}: {without}{tasks}")
     if empty:
         print(f"not scored, {without}: {len(empty)} tasks ({abbreviate(empty, 3)})")
     odd = [

@@ -102,6 +102,9 @@ def unregister_tasks() -> Iterator[None]:
     jsonl = sys.modules.get("pemoe_jax.tasks.jsonl")
     if jsonl is not None:
         jsonl.remove()
+    data_tasks = sys.modules.get("data_tasks")
+    if data_tasks is not None:
+        data_tasks.remove_rows()
     p3 = sys.modules.pop("pemoe_jax.tasks.p3", None)  # importing it registers its tasks
     if p3 is not None:
         p3.remove()

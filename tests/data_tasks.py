@@ -77,6 +77,19 @@ def register(folder: pathlib.Path) -> tuple:
     return summary, rows
 
 
+_added: set[str] = set()  # names of `add_rows`
+
+
+def remove_rows() -> None:
+    """Removes the tasks that `add_rows` added."""
+    if _added:
+        import seqio
+
+        for name in _added:
+            seqio.TaskRegistry.remove(name)
+        _added.clear()
+
+
 def add_rows(name: str, rows: list[dict], split: str = "validation") -> None:
     """Adds (or replaces) a user's own seqio task of rows of token ids, read as they are.
 
@@ -89,6 +102,7 @@ def add_rows(name: str, rows: list[dict], split: str = "validation") -> None:
     specs |= {"idx": ([2], tf.int32), "is_correct": ([], tf.bool)} if "idx" in rows[0] else {}
     signature = {key: tf.TensorSpec(*spec) for key, spec in specs.items()}
     seqio.TaskRegistry.remove(name)
+    _added.add(name)
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(

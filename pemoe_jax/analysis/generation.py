@@ -91,10 +91,11 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Regist
             bar.report_if_slow(len(tasks), "tasks")
     finally:
         bar.close()
-    _print_skipped("no examples", [task.name for task in tasks if not task.inputs])
-    tasks = [task for task in tasks if task.inputs]
-    if not tasks:
+    empty = [task.name for task in tasks if not task.inputs]
+    if len(empty) == len(tasks):
         raise InputError(f"nothing to decode in {data.name!r}: its evaluation splits have no rows")
+    _print_skipped("no examples", empty)
+    tasks = [task for task in tasks if task.inputs]
     _print_odd_rows(tasks, task_info)
     return tasks
 

@@ -124,8 +124,12 @@ def describe_examples(name: str, split: str, use_cached: bool) -> str:
 
 
 def vocab_size(name: str) -> int:
-    """Returns the number of target ids of a task or mixture, sentinels included."""
-    return int(get_mixture_or_task(name).output_features["targets"].vocabulary.vocab_size)
+    """Returns the number of ids of a task or mixture, sentinels included.
+
+    If the vocabularies of inputs and targets differ, it is that of the larger one.
+    """
+    features = get_mixture_or_task(name).output_features
+    return max(int(features[key].vocabulary.vocab_size) for key in TEXT_FEATURES if key in features)
 
 
 def check_vocab_size(name: str, model_vocab_size: int) -> None:

@@ -33,3 +33,16 @@ def test_vocab_size_includes_sentinels(registered):
         == vocabulary.vocab_size
     )
     assert seqio_tasks.vocab_size("a") == len(vocabulary.tokenizer)
+
+
+def test_vocab_size_is_that_of_the_larger_vocabulary(registered):
+    import seqio
+
+    data_tasks.add_rows("users_rows", [{"inputs": [5], "targets": [5]}])
+    task = seqio.TaskRegistry.get("users_rows")
+    features = dict(task.output_features, inputs=seqio.Feature(seqio.ByteVocabulary()))
+    seqio.TaskRegistry.remove("users_rows")
+    seqio.TaskRegistry.add("users_rows", task.source, preprocessors=[], output_features=features)
+    assert seqio_tasks.vocab_size("users_rows") == seqio.ByteVocabulary().vocab_size
+    with pytest.raises(InputError, match="T5Config.vocab_size must be at least 2.., .* got 200"):
+        seqio_tasks.check_vocab_size("users_rows", 200)
