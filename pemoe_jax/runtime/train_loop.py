@@ -107,7 +107,8 @@ class TrainLoop:
             for step in range(first_step + 1, self.total_steps + 1):
                 arrays, tokens = self._next_batch(batches, window, step)
                 positions = {step - 1: positions[step - 1], step: batches.position}
-                if step == first_step + 1:
+                is_first, is_last = step == first_step + 1, step == self.total_steps
+                if is_first:
                     # Compiled apart from the first call, to free the compiler's memory before the
                     # step allocates its own.
                     train_step = train_step.lower(state, frozen, arrays, self.rng).compile()
@@ -115,9 +116,8 @@ class TrainLoop:
                 state, metrics = train_step(state, frozen, arrays, self.rng)
                 window.append(metrics, tokens)
                 bar.advance(step)
-                is_last = step == self.total_steps
-                if step % self.logging.log_period == 0 or is_last or step == first_step + 1:
-                    self._report(step, window, writer, bar)
+                if step % self.logging.log_period == 0 or is_last or is_first:
+                    self._report(step, window, writer, bar, is_first)
                 paused = time.monotonic()
                 eval_period = self.logging.eval_period
                 if eval_period and (step % eval_period == 0 or is_last):
@@ -151,7 +151,12 @@ class TrainLoop:
         return batch
 
     def _report(
-        self, step: int, window: "_Window", writer: progress.MetricWriter, bar: progress.Progress
+        self,
+        step: int,
+        window: "_Window",
+        writer: progress.MetricWriter,
+        bar: progress.Progress,
+        is_first: bool,
     ) -> None:
         scalars, routers = window.summarize()
         scalars["learning_rate"] = float(self.schedule(step - 1))
@@ -170,10 +175,14 @@ class TrainLoop:
             f"  {progress.format_count(scalars['tokens_per_second'])} tokens/s{waiting}",
         )
         if not math.isfinite(scalars["loss"]):
+            advice = "lower LEARNING_RATE and resume from the last checkpoint"
+            if is_first:  # no learning rate has had an effect yet
+                advice = (
+                    "the run starts from damaged parameters, or their numbers overflow in DTYPE"
+                )
             raise InputError(
                 f"the loss is {scalars['loss']} at step {step}"
-                f" (learning rate {scalars['learning_rate']:g}):"
-                " lower LEARNING_RATE and resume from the last checkpoint"
+                f" (learning rate {scalars['learning_rate']:g}): {advice}"
             )
 
     def _save(self, state: steps.TrainState, position: Position | None) -> None:
