@@ -1,9 +1,12 @@
-"""Decodes tasks greedily and computes their metrics: `pemoe infer --help`."""
+"""Decodes tasks, or texts, greedily and computes the tasks' metrics: `pemoe infer --help`."""
 
+import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags, options
 
 if TYPE_CHECKING:
@@ -12,14 +15,25 @@ if TYPE_CHECKING:
 FLAGS = gin_flags.make_parser(
     "infer",
     "Decodes the evaluation splits of tasks greedily and writes predictions, results.json and\n"
-    "results.md to EVAL_OUTPUT_DIR. A task's metrics are those that it is registered with, else\n"
-    "those of P3 or of INDEX.json in JSONL_DIR (Accuracy, BLEU, ROUGE, Squad, Spearman\n"
-    "Correlation), else accuracy: the share of predictions that equal their target exactly.",
+    "results.md to EVAL_OUTPUT_DIR: of the tasks of EVAL_TASKS if it is set, else of the training\n"
+    "tasks. Rows need no targets, and metrics leave out those without. A task's metrics are those\n"
+    "that it is registered with, else those of P3 or of INDEX.json in JSONL_DIR (Accuracy, BLEU,\n"
+    "ROUGE, Squad, Spearman Correlation), else accuracy: the share of predictions that equal the\n"
+    "target exactly. With --text, texts are decoded, and nothing is written.",
     example="""\
   pemoe infer --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/mov \\
     --gin.EVAL_OUTPUT_DIR=/tmp/decoded --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
+  pemoe infer --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/mov \\
+    --gin.VOCAB_PATH=spiece.model --text "Is the sky blue?"
 """,
     macros=["runs/infer.gin"],
+)
+FLAGS.add_argument(
+    "--text",
+    action="append",
+    metavar="TEXT",
+    help="an input to decode instead of tasks, printed with its answer; may be repeated; '-' reads"
+    " the lines of standard input",
 )
 
 
@@ -76,9 +90,86 @@ def infer(
     return results
 
 
+def decode_texts(
+    texts: Sequence[str],
+    models: options.Models,
+    vocab_path: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    mesh: "partitioning.MeshConfig",
+) -> list[list[str]]:
+    """Decodes texts with every model and prints the answers.
+
+    Args:
+      texts: the inputs.
+      models: the models to decode with.
+      vocab_path: their vocabulary, see `tasks.register`.
+      task_feature_lengths: maximum number of tokens of 'inputs' and of answers ('targets').
+      batch_size: number of texts of a batch, over all devices.
+      mesh: how each model is spread over the devices.
+
+    Returns:
+      The answers [texts] of each model.
+
+    Raises:
+      InputError: a setting or a file is wrong.
+    """
+    from pemoe_jax.analysis import generation
+    from pemoe_jax.checkpoints import models as models_lib
+    from pemoe_jax.core import partitioning
+    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.runtime import distributed
+    from pemoe_jax.tasks.vocabulary import load_vocabulary
+
+    lengths = seqio_tasks.validate_lengths(task_feature_lengths)
+    device_mesh, rules = distributed.start(mesh, batch_size)
+    opened_models = models_lib.open_models(
+        models.checkpoint_path,
+        models.model,
+        models.initial_checkpoint_path,
+        models.dtype,
+        models.frozen_dtype,
+    )
+    task = generation.text_task(texts, load_vocabulary(vocab_path), lengths["inputs"])
+    answers = []
+    for opened in opened_models:
+        generation.check_decodes_texts(opened, task.vocabulary)
+        # standard output is for the answers
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            partitioning.use_mesh(device_mesh, rules),
+        ):
+            params = opened.load(opened.shardings(device_mesh, rules))
+            rows = generation.decode(
+                opened, params, [task], batch_size, lengths["targets"], device_mesh
+            )
+        del params  # before the next model is loaded
+        answers.append([task.vocabulary.decode(tokens.tolist()) for tokens in rows])
+        prefix = f"{opened.name}: " if len(opened_models) > 1 else ""
+        for answer in answers[-1]:
+            print(f"{prefix}{answer}", flush=True)
+    return answers
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    return gin_flags.run_configured(FLAGS, infer, argv)
+
+    def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
+        if args.text is None:
+            gin_flags.load_config(args, bindings)
+            gin_flags.call_configured(infer)
+            return
+        gin_flags.load_config(args, ["EVAL_OUTPUT_DIR = ''", *bindings])  # required for tasks
+        texts = [
+            text
+            for value in args.text
+            for text in (sys.stdin.read().splitlines() if value == "-" else [value])
+        ]
+        if not any(map(str.strip, texts)):
+            raise InputError("--text must be a text, or '-' for lines of standard input, got none")
+        gin_flags.call_configured(decode_texts, texts)
+
+    return gin_flags.run_command(FLAGS, run, argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """`pemoe infer` end to end on a tiny model: predictions, metrics, wrong input."""
 
+import io
 import json
 import pathlib
+import shutil
 import types
 
 import jax
@@ -169,6 +171,52 @@ def test_a_held_out_mixture_and_a_few_examples(folder, tmp_path):
     assert {name: task["examples"] for name, task in tasks.items()} == {"check_1": 2, "check_2": 2}
 
 
+def test_held_out_tasks_are_decoded_where_eval_tasks_is_set(folder, decoded, tmp_path):
+    """Also one without choices, and rows without targets, which no metric counts."""
+    root = tmp_path / "tasks"
+    shutil.copytree(folder / "tasks", root)
+    rows = [{"inputs": line["inputs"], "targets": line["prediction"]} for line in
+            read(decoded, "free_1")]  # fmt: skip
+    for number in (0, 2):
+        del rows[number]["targets"]
+    rows[3]["targets"] = "zebra"
+    path = root / "free_1" / "validation.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = root / "check_2" / "validation.jsonl"
+    path.write_text('{"inputs": "is the grass green"}\n')
+    macros = {"JSONL_DIR": root, "EVAL_TASKS": ["free_*", "check_*"]}
+    assert infer.main(flags(folder, tmp_path / "out", **macros)) == 0
+    tasks = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["tasks"]
+    assert tasks.keys() == {"free_1", "check_1", "check_2"}
+    # of 6 rows two have no target, and of the other four one is wrong
+    assert tasks["free_1"]["metrics"] == {"accuracy": 75.0}
+    assert (tasks["free_1"]["examples"], tasks["free_1"]["without_target"]) == (6, 2)
+    assert tasks["check_2"]["metrics"] == {} and "without_target" not in tasks["check_1"]
+    lines = read(tmp_path / "out", "free_1")
+    assert ["targets" in line for line in lines] == [False, True, False, True, True, True]
+    assert [line["prediction"] for line in lines] == [
+        line["prediction"] for line in read(decoded, "free_1")
+    ]
+
+
+def test_texts_and_standard_input(folder, decoded, monkeypatch, capsys):
+    lines = read(decoded, "free_1")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{lines[1]['inputs']}\n{lines[2]['inputs']}\n"))
+    settings = {
+        "CHECKPOINT_PATH": folder / "base_0.safetensors",
+        "VOCAB_PATH": folder / "vocab.model",
+        "TASK_FEATURE_LENGTHS": LENGTHS,
+        "BATCH_SIZE": 4,
+    }
+    command = [f"--gin.{name}={value}" for name, value in settings.items()]
+    texts = ["--text", lines[0]["inputs"], "--text=-"]
+    assert infer.main(["--gin_file=runs/infer.gin", *command, *texts]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert answers == [line["prediction"] for line in lines[:3]]
+    assert infer.main(["--gin_file=runs/infer.gin", *command, "--text= "]) == 1
+    assert "--text must be a text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("macros", "message"),
     [
@@ -195,7 +243,7 @@ def test_wrong_metrics_and_no_evaluation_split_are_one_line(folder, tmp_path, ca
     path.write_text(json.dumps({"inputs": "say", "targets": "yes"}) + "\n")
     command = flags(folder, tmp_path / "out", JSONL_DIR=tmp_path / "tasks")
     assert infer.main(command) == 1
-    assert "no task of 'jsonl_train' has an evaluation split" in capsys.readouterr().err
+    assert "no task of 'jsonl_decode' has an evaluation split" in capsys.readouterr().err
     path.with_name("test.jsonl").write_text(path.read_text())
     (tmp_path / "tasks" / "INDEX.json").write_text(json.dumps({"t": {"metrics": ["Rouge"]}}))
     assert infer.main(command) == 1
@@ -246,11 +294,11 @@ def test_undefined_metrics_are_null():
     evaluator = types.SimpleNamespace(
         evaluate=lambda **_: (types.SimpleNamespace(result=lambda: results), None)
     )
-    task = generation.Task("t", "t", "test", evaluator, None)
-    result = generation.compute_metrics(task, [], 0)
+    task = generation.Task("t", "t", "test", evaluator, None, target_texts=["a"])
+    result = generation.compute_metrics(task, [np.zeros(1)], 0)
     assert result["metrics"] == {"m": None, "n": 2.0}
     run = {"name": "r", "tasks": {"t": result}}
-    assert generation.dataset_table(run).rows == [["t", "1", "0", "–", "2.0"]]
+    assert generation.dataset_table(run).rows == [["t", "1", "1", "–", "2.0"]]
 
 
 def test_reachable_targets():

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,11 @@ class Task:
     )  # whether decoding can give it
     # [S] each for routers that read sentence embeddings, else empty
     sentences: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    @property
+    def has_target(self) -> list[bool]:
+        """Whether each example has a target, which is not empty."""
+        return [bool(text.strip()) for text in self.target_texts]
 
 
 # --- reading ---
@@ -97,18 +103,47 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Regist
     _print_skipped("no examples", empty)
     tasks = [task for task in tasks if task.inputs]
     _print_odd_rows(tasks, task_info)
+    without = {task.name: task.has_target.count(False) for task in tasks}
+    if count := sum(without.values()):
+        shown = abbreviate([name for name in without if without[name]], 3)
+        print(f"{count:,} examples without a target, which metrics leave out: {shown}", flush=True)
     return tasks
+
+
+def text_task(texts: Sequence[str], vocabulary: Any, max_length: int) -> Task:
+    """Returns a task of texts, without targets and metrics."""
+    task = Task("text", "text", "", None, vocabulary)
+    for text in texts:
+        ids = np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
+        ids, is_truncated = choices.truncate(ids, max_length, vocabulary.eos_id)
+        task.inputs.append(ids)
+        task.input_texts.append(text)
+        task.is_truncated.append(is_truncated)
+    if any(task.is_truncated):
+        print(f"{sum(task.is_truncated)} inputs truncated to {max_length} tokens", file=sys.stderr)
+    return task
+
+
+def check_decodes_texts(opened: OpenedModel, vocabulary: Any) -> None:
+    """Raises InputError if a model cannot read texts in a vocabulary."""
+    if vocabulary.vocab_size > opened.model.config.vocab_size:
+        raise InputError(
+            f"VOCAB_PATH must have at most {opened.model.config.vocab_size} ids, the rows of"
+            f" {opened.path}, got {vocabulary.vocab_size}"
+        )
+    if opened.record is not None and opened.record.sentence_encoder is not None:
+        raise InputError(
+            f"--text: the routers of {opened.path} read sentence embeddings: decode tasks that have"
+            " them"
+        )
 
 
 def _print_odd_rows(tasks: Sequence[Task], task_info: Registered) -> None:
     odd = []
     for task in tasks:
-        for number, (inputs, target) in enumerate(
-            zip(task.input_texts, task.target_texts, strict=True), 1
-        ):
+        for number, inputs in enumerate(task.input_texts, 1):
             kinds = {
                 "empty_input": not inputs.strip(),
-                "empty_target": not target.strip(),
                 "unreachable_target": not task.is_reachable[number - 1],
                 "cut_input": task.is_truncated[number - 1],
             }
@@ -205,6 +240,14 @@ def _read_examples(
         task.is_reachable.append(reachable(task.target_texts[-1]))
         if seqio_tasks.SENTENCE_FEATURE in row:
             task.sentences.append(row[seqio_tasks.SENTENCE_FEATURE])
+    if not all(task.has_target):
+        import tensorflow as tf
+
+        # Metrics compare the predictions with the examples of this dataset.
+        mask = tf.data.Dataset.from_tensor_slices(task.has_target)
+        ds = tf.data.Dataset.zip((evaluator.cached_task_datasets[name], mask))
+        ds = ds.filter(lambda _, has_target: has_target).map(lambda row, _: row)
+        evaluator.cached_task_datasets[name] = ds
     return task
 
 
@@ -281,16 +324,21 @@ def _not_finite(opened: OpenedModel, tasks: Sequence[Task], index: int) -> Input
 
 def compute_metrics(task: Task, decoded: Sequence[np.ndarray], step: int) -> dict[str, Any]:
     """Returns one task's entry in results.json."""
-    all_metrics, _ = task.evaluator.evaluate(
-        compute_metrics=True, step=step, predict_fn=lambda _: list(enumerate(decoded))
-    )
-    values = all_metrics.result()[task.name]
+    kept = np.flatnonzero(task.has_target).tolist()
+    values: dict[str, Any] = {}
+    if kept:
+        predictions = [*enumerate(decoded[index] for index in kept)]
+        all_metrics, _ = task.evaluator.evaluate(
+            compute_metrics=True, step=step, predict_fn=lambda _: predictions
+        )
+        values = all_metrics.result()[task.name]
     return {
         "dataset": task.dataset,
         "split": task.split,
         "examples": len(decoded),
         "cut_inputs": sum(task.is_truncated),
         "unreachable_targets": task.is_reachable.count(False),
+        **({"without_target": len(decoded) - len(kept)} if len(kept) < len(decoded) else {}),
         "metrics": {
             name: _finite(float(getattr(value, "value", value))) for name, value in values.items()
         },
@@ -304,10 +352,11 @@ def _finite(value: float) -> float | None:
 
 def prediction_lines(task: Task, decoded: Sequence[np.ndarray]) -> str:
     """Returns the content of a task's file of predictions, a JSON object per line."""
+    has_target = task.has_target
     lines = [
         {
             "inputs": task.input_texts[index],
-            "targets": task.target_texts[index],
+            **({"targets": task.target_texts[index]} if has_target[index] else {}),
             "prediction": task.vocabulary.decode(tokens.tolist()),
             **({"cut_input": True} if task.is_truncated[index] else {}),
             **({} if task.is_reachable[index] else {"unreachable_target": True}),

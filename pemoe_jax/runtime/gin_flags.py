@@ -212,8 +212,8 @@ def _join(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def call_configured(function: Callable[..., T]) -> T:
-    """Calls a function with the arguments that gin binds; gin's errors become an InputError."""
+def call_configured(function: Callable[..., T], *args: object) -> T:
+    """Calls a function with `args` and those that gin binds; gin's errors become an InputError."""
     import gin
 
     try:
@@ -224,7 +224,7 @@ def call_configured(function: Callable[..., T]) -> T:
             " pass a run file, e.g. --gin_file=runs/finetune.gin"
         ) from error
     try:
-        return configured()
+        return configured(*args)
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
@@ -279,7 +279,9 @@ def run_command(
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
         args = flags.parse_args(rest)
         if command in _RUN_MODELS:  # the imports to come take many seconds
-            print(" ".join(["pemoe", command, *args.gin_file]), flush=True)
+            # infer's answers to --text have standard output to themselves
+            stream = sys.stderr if getattr(args, "text", None) else sys.stdout
+            print(" ".join(["pemoe", command, *args.gin_file]), file=stream, flush=True)
         # Only in a process of the command's own: these settings hold for the whole process.
         if command in _RUN_MODELS and "jax" not in sys.modules:
             compile_cache.enable()

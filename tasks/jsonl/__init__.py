@@ -7,7 +7,9 @@ The folder holds `<task>/<split>.jsonl` with an example per line: `{"inputs": st
 - for each task with choices a `<task>_score_eval` in P3's form (see `score_eval`), with a metric,
   so that seqio's Evaluator and T5X score it too;
 - the mixtures `jsonl_train`, `jsonl_score_eval`, and `jsonl_train_score_eval`, which scores the
-  training tasks (so its accuracy is not zero-shot).
+  training tasks (so its accuracy is not zero-shot);
+- the mixture `jsonl_decode` for `pemoe infer`: the tasks that EVAL_TASKS matches, with or without
+  choices, or else the training tasks, or without any of these all tasks.
 
 The split `validation` of a task is its evaluation split: the first of validation, val and test.
 
@@ -39,6 +41,7 @@ from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.jsonl import files as files_lib
 from pemoe_jax.tasks.jsonl import roles
 from pemoe_jax.tasks.jsonl.roles import (
+    DECODE_MIXTURE,
     SCORE_MIXTURE,
     TRAIN_MIXTURE,
     TRAIN_SCORE_MIXTURE,
@@ -53,8 +56,8 @@ if TYPE_CHECKING:
 
 # A task of a larger dataset is mixed at this rate, divided by the number of the dataset's tasks.
 MAX_RATE = 500_000
-_MIXTURES = (TRAIN_MIXTURE, SCORE_MIXTURE, TRAIN_SCORE_MIXTURE)
-_USES = ("train", "eval", "train_eval")
+_MIXTURES = (TRAIN_MIXTURE, SCORE_MIXTURE, TRAIN_SCORE_MIXTURE, DECODE_MIXTURE)
+_USES = ("train", "eval", "train_eval", "decode")
 
 
 @dataclasses.dataclass
@@ -87,7 +90,7 @@ def register(
       eval_examples: use only the first examples of every split but `train` (EVAL_EXAMPLES).
       use: mixtures whose files are read and checked now: 'train' (with the evaluation splits of its
         tasks, for the validation loss), 'eval', 'train_eval'. Other files are checked when they
-        are read.
+        are read. With 'decode', rows of evaluation splits need no `targets`.
 
     Raises:
       InputError: an argument or a file is wrong; the tasks of an earlier call stay.
@@ -153,9 +156,16 @@ def register(
         paths_by_split = dict(splits)
         if task in eval_splits:
             paths_by_split["validation"] = splits[eval_splits[task]]
-        source.add_tasks(task, has_choices[task], paths_by_split, vocabulary, eval_examples)
+        needs_targets = "decode" not in use
+        source.add_tasks(
+            task, has_choices[task], paths_by_split, vocabulary, eval_examples, needs_targets
+        )
     sizes = collections.Counter(tasks.datasets[task] for task in files)
     rates = {task: _rate(sizes[tasks.datasets[task]]) for task in tasks.train_tasks}
+    to_decode: Sequence[str] = tasks.train_tasks or [*files]
+    if eval_tasks is not None:
+        held_out = {*map(score_eval.plain_name, tasks.eval_tasks), *tasks.no_choices}
+        to_decode = [task for task in files if task in held_out]
     reason = ""
     for left_out, lacks in (
         (tasks.no_choices, "answer_choices"),
@@ -171,6 +181,7 @@ def register(
             tasks.train_score_tasks,
             "train on that has answer choices and an evaluation split",
         ),
+        (DECODE_MIXTURE, to_decode, "decode"),
     ):
         seqio_tasks.unavailable.pop(mixture, None)
         if members:

@@ -159,13 +159,21 @@ class Example(NamedTuple):
     answer_choices: list[str]  # empty if the task has none
 
 
-def parse_line(line: bytes, where: str) -> Example:
-    """Parses a line; `where`, the file and the line, begins an error's message.
+def parse_line(line: bytes, where: str, needs_targets: bool = True) -> Example:
+    """Parses a line.
+
+    Args:
+      line: the line.
+      where: the file and the line, for errors.
+      needs_targets: whether `targets` must be there; else they are '' if not.
 
     Raises:
       InputError: the line is not a JSON object with the fields of an example.
     """
-    row = row_checks.check_row(row_checks.parse_object(line, where), where)
+    fields = row_checks.parse_object(line, where)
+    if not needs_targets and fields.get("targets") is None:
+        fields["targets"] = ""
+    row = row_checks.check_row(fields, where)
     return Example(row.texts["inputs"], row.texts["targets"], row.answer_choices)
 
 
@@ -226,12 +234,14 @@ class FileScan:
       odd: kind of irregular row -> (number of such rows, line of the first).
       max_choices: most answer choices of a row.
       max_words: words of the longest input.
+      needs_targets: whether every row has `targets`.
     """
 
     offsets: np.ndarray
     odd: Mapping[str, tuple[int, int]]
     max_choices: int
     max_words: int
+    needs_targets: bool = True
 
     @property
     def num_rows(self) -> int:
@@ -239,18 +249,20 @@ class FileScan:
         return len(self.offsets)
 
 
-def scan_file(path: str, limit: int | None = None) -> FileScan:
+def scan_file(path: str, limit: int | None = None, needs_targets: bool = True) -> FileScan:
     """Reads and checks a file or its first `limit` rows; cached until the file changes.
+
+    See `parse_line` for `needs_targets`.
 
     Raises:
       InputError: a row is malformed, or the file has none.
     """
     stat = os.stat(path)
-    return _scan(path, stat.st_mtime_ns, stat.st_size, limit)
+    return _scan(path, stat.st_mtime_ns, stat.st_size, limit, needs_targets)
 
 
 @functools.cache
-def _scan(path: str, modified: int, size: int, limit: int | None) -> FileScan:
+def _scan(path: str, modified: int, size: int, limit: int | None, needs_targets: bool) -> FileScan:
     del modified, size  # part of the cache's key
     # 8 bytes a row, where a list of int would take 40
     offsets = array.array("q")
@@ -265,7 +277,7 @@ def _scan(path: str, modified: int, size: int, limit: int | None) -> FileScan:
     for number, offset, line in _lines(path):
         if limit is not None and len(offsets) >= limit:
             break
-        example = parse_line(line, f"{path}:{number}")
+        example = parse_line(line, f"{path}:{number}", needs_targets)
         offsets.append(offset)
         max_words = max(max_words, len(example.inputs.split()))
         max_choices = max(max_choices, len(example.answer_choices))
@@ -278,7 +290,7 @@ def _scan(path: str, modified: int, size: int, limit: int | None) -> FileScan:
     # a task without any choices is not irregular
     if max_choices and without_choices:
         odd["no_choices"] = len(without_choices), without_choices[0]
-    return FileScan(np.array(offsets, np.int64), odd, max_choices, max_words)
+    return FileScan(np.array(offsets, np.int64), odd, max_choices, max_words, needs_targets)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -313,10 +325,11 @@ class Rows:
         return indices.astype(np.int32), inputs, targets, choices, counts
 
     def _read_file(self, index: int, rows: list[int]) -> list[Example]:
-        path, offsets = self.paths[index], self.scans[index].offsets
+        path, scan = self.paths[index], self.scans[index]
         examples = []
         with open(path, "rb") as file:
-            for offset in offsets[rows].tolist():
+            for offset in scan.offsets[rows].tolist():
                 file.seek(offset)
-                examples.append(parse_line(file.readline(), f"{path}, byte {offset}"))
+                where = f"{path}, byte {offset}"
+                examples.append(parse_line(file.readline(), where, scan.needs_targets))
         return examples

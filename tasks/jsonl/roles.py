@@ -19,6 +19,7 @@ from pemoe_jax.tasks.registered import Registered, abbreviate
 TRAIN_MIXTURE = "jsonl_train"
 SCORE_MIXTURE = "jsonl_score_eval"
 TRAIN_SCORE_MIXTURE = "jsonl_train_score_eval"
+DECODE_MIXTURE = "jsonl_decode"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,8 @@ class JsonLinesTasks(Registered):
       held_out: datasets with a task to evaluate, and so not trained on.
       held_out_skipped: tasks with the training role whose dataset is held out.
       held_out_trained: tasks of held-out datasets that TRAIN_TASKS names.
+      named_like_held_out: tasks to train on without a dataset in INDEX.json that are named like a
+        held-out task or dataset.
       no_train_split: tasks with the training role but no train split.
       no_eval_split: tasks with a role but no evaluation split.
       no_choices: tasks to score that have no answer choices.
@@ -57,6 +60,7 @@ class JsonLinesTasks(Registered):
     held_out: list[str]
     held_out_skipped: list[str]
     held_out_trained: list[str]
+    named_like_held_out: list[str]
     no_train_split: list[str]
     no_eval_split: list[str]
     no_choices: list[str]
@@ -81,6 +85,11 @@ class JsonLinesTasks(Registered):
             lines.append(f"held out: {abbreviate(self.held_out, 12)}")
         for left_out, reason in (
             (self.held_out_trained, "WARNING: held out, but trained on because of TRAIN_TASKS"),
+            (
+                self.named_like_held_out,
+                "WARNING: trained on, but named like a held-out dataset (if they are its prompts,"
+                " say so by 'dataset' in INDEX.json)",
+            ),
             (self.held_out_skipped, "held out, so not trained on"),
             (self.no_train_split, "no train split, so not trained on"),
             (self.no_eval_split, f"no evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"),
@@ -152,6 +161,18 @@ def _match(
             raise InputError(f"{macro} {subject} has {reasons[0]}")
         matched.update(names)
     return [task for task in tasks if task in matched]
+
+
+def _is_named_like(task: str, datasets: Collection[str], tasks: Collection[str]) -> bool:
+    """Returns whether a task's name begins with that of a dataset, or with the word of a task.
+
+    Args:
+      task: the task, such as `reviews_hated`.
+      datasets: names such as `reviews`.
+      tasks: names such as `reviews_liked`, whose first word may be that of a dataset.
+    """
+    words = {*datasets, *(name.split("_")[0] for name in tasks if "_" in name)}
+    return any(task == word or task.startswith(f"{word}_") for word in words)
 
 
 def assign_roles(
@@ -231,6 +252,13 @@ def assign_roles(
         held_out=sorted(held_out),
         held_out_skipped=skipped,
         held_out_trained=[task for task in train if datasets[task] in held_out],
+        named_like_held_out=[
+            task
+            for task in train
+            if not infos[task].dataset
+            and datasets[task] not in held_out
+            and _is_named_like(task, held_out, {name for name in held_out if name in files})
+        ],
         no_train_split=[task for task in to_train if missing_to_train(task)],
         no_eval_split=[task for task in files if task in used and task not in eval_splits],
         no_choices=[task for task in to_score if not has_choices[task]],

@@ -61,10 +61,12 @@ def _read_rows(rows: Rows, indices: tf.data.Dataset) -> tf.data.Dataset:
 class JsonLinesSource(seqio.DataSource):
     """Files of JSON lines, one for each split; only the offsets of their rows stay in memory."""
 
-    def __init__(self, paths: Mapping[str, str], eval_examples: int | None) -> None:
+    def __init__(
+        self, paths: Mapping[str, str], eval_examples: int | None, needs_targets: bool = True
+    ) -> None:
         super().__init__(splits=paths.keys())
         self.paths = dict(paths)
-        self._eval_examples = eval_examples
+        self._eval_examples, self._needs_targets = eval_examples, needs_targets
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -75,7 +77,9 @@ class JsonLinesSource(seqio.DataSource):
 
     def scan(self, split: str) -> FileScan:
         """Reads and checks the file of a split, once."""
-        return scan_file(self.paths[split], None if split == "train" else self._eval_examples)
+        if split == "train":
+            return scan_file(self.paths[split])
+        return scan_file(self.paths[split], self._eval_examples, self._needs_targets)
 
     def num_input_examples(self, split: str) -> int:
         return self.scan(split).num_rows
@@ -281,6 +285,7 @@ def add_tasks(
     paths: Mapping[str, str],
     vocabulary: seqio.Vocabulary,
     eval_examples: int | None,
+    needs_targets: bool = True,
 ) -> None:
     """Adds a task to seqio's registry, and its `_score_eval` task if it has answer choices.
 
@@ -290,9 +295,10 @@ def add_tasks(
       paths: split -> file.
       vocabulary: of inputs and targets.
       eval_examples: use only the first rows of every split but `train`; None: all.
+      needs_targets: whether rows of these splits must have `targets`.
     """
     common = {
-        "source": JsonLinesSource(paths, eval_examples),
+        "source": JsonLinesSource(paths, eval_examples, needs_targets),
         "output_features": {
             key: seqio.Feature(vocabulary, add_eos=True) for key in ("inputs", "targets")
         },

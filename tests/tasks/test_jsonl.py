@@ -129,6 +129,18 @@ def test_index_without_roles_or_without_tasks(folder, vocab):
     assert tasks.not_in_index == ["colour_ask", "colour_say", "free"]
 
 
+def test_tasks_named_like_held_out_ones_are_named_in_a_warning(folder, vocab):
+    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"])
+    assert tasks.named_like_held_out == ["nli_b"]
+    warning = "WARNING: trained on, but named like a held-out dataset"
+    assert [line for line in tasks.summary if line.startswith(warning)][0].endswith("(nli_b)")
+    index(folder, nli_b={"dataset": "other"})  # said to be another one
+    assert jsonl.register(folder, vocab, eval_tasks=["nli_a"]).named_like_held_out == []
+    index(folder, colour_ask={"dataset": "nli"})
+    tasks = jsonl.register(folder, vocab, eval_tasks=["colour_ask"])
+    assert tasks.named_like_held_out == ["nli_a", "nli_b"]
+
+
 def test_train_tasks_overrides_held_out_datasets(folder, vocab):
     entries = {
         "colour_ask": role("colour", "BASE"),
