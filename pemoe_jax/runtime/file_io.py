@@ -73,8 +73,14 @@ def remote_errors(path: epath.Path) -> Iterator[None]:
 
 
 def url(folder: epath.Path) -> str:
-    """Returns a folder's URL as tensorstore writes it: `file:///…/` or `gs://…/`."""
+    """Returns a folder's URL as tensorstore writes it: `file:///…/` or `gs://…/`.
+
+    Raises:
+      InputError: the path has a backslash, with which tensorstore finds no files.
+    """
     text = os.fspath(folder)
+    if "\\" in text:
+        raise InputError(f"{text}: expected a path without a backslash: rename the folder")
     return (text if "://" in text else Path(text).as_uri()).rstrip("/") + "/"
 
 

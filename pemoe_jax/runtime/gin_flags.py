@@ -278,10 +278,11 @@ def run_command(
     try:
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
         args = flags.parse_args(rest)
-        if command in _RUN_MODELS:  # the imports to come take many seconds
+        if command in (*_RUN_MODELS, "cache_tasks"):  # the imports to come take many seconds
             # infer's answers to --text have standard output to themselves
             stream = sys.stderr if getattr(args, "text", None) else sys.stdout
-            print(" ".join(["pemoe", command, *args.gin_file]), file=stream, flush=True)
+            words = ["pemoe", command, *getattr(args, "gin_file", [])]
+            print(" ".join(words), file=stream, flush=True)
         # Only in a process of the command's own: these settings hold for the whole process.
         if command in _RUN_MODELS and "jax" not in sys.modules:
             compile_cache.enable()

@@ -47,3 +47,5 @@ def test_urls_for_tensorstore():
     spec = ts.KvStore.Spec(url).to_json()
     assert spec == {"driver": "gcs", "bucket": "bucket", "path": "a/checkpoint_1/"}
     assert file_io.url(file_io.resolve("/tmp/a b")) == "file:///tmp/a%20b/"
+    with pytest.raises(InputError, match="expected a path without a backslash"):
+        file_io.url(file_io.resolve("/tmp/a\\b"))
