@@ -18,7 +18,7 @@ from pemoe_jax import __version__
 from pemoe_jax.checkpoints import t5x, tensorstore_file
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import params as params_lib
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.core.steps import TrainState
 from pemoe_jax.runtime import file_io
@@ -103,10 +103,22 @@ class RunCheckpoints:
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """Restores a saved state with the shapes, dtypes and shardings of `state`."""
+        """Restores a saved state with the shapes, dtypes and shardings of `state`.
+
+        Raises:
+          InputError: the checkpoint is damaged, or of an optimizer with another state.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        tree = self._manager.restore(step, args=args)["state"]
+        try:
+            tree = self._manager.restore(step, args=args)["state"]
+        except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
+            folder = self._manager.directory / f"checkpoint_{step}" / "state"
+            if "tree structure" in str(error):
+                reason = "expected the state of the run's optimizer, got other optimizer settings"
+            else:
+                reason = f"cannot be restored: {first_line(error):.200}"
+            raise InputError(f"{folder}: {reason}") from error
         return dataclasses.replace(state, **tree)
 
     def close(self) -> None:

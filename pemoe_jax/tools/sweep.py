@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write, gin_flags, progress
+from pemoe_jax.runtime import atomic_write, file_io, gin_flags, progress
 from pemoe_jax.tools import report, subprocesses
 
 _DESCRIPTION = """\
@@ -177,6 +177,7 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
     Raises:
       InputError: a flag or an experiment is wrong.
     """
+    file_io.check_no_pattern(Path(args.output).absolute(), "--output")
     seeds = _parse_seeds(args.seeds)
     for name in map(_binding_name, [*bindings, *args.gin_bindings]):
         if name in _SWEEP_MACROS:

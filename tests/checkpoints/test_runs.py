@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax.numpy as jnp
 import optax
@@ -29,6 +30,31 @@ def test_a_checkpoint_is_opened_once_after_it_is_written(tmp_path):
     checkpoints.save(state, RECORD)
     with pytest.raises(InputError, match=r"checkpoint_0/state: expected arrays named params"):
         checkpoints.save(state.replace(step=state.step + 1), RECORD)
+    checkpoints.close()
+
+
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+    return max(filter(pathlib.Path.is_file, folder.rglob("*")), key=lambda f: f.stat().st_size)
+
+
+def test_checkpoints_that_cannot_be_restored(tmp_path):
+    state = steps.TrainState.create({"kernel": jnp.arange(6000.0)}, optax.adamw(0.1))
+    checkpoints = runs.RunCheckpoints(str(tmp_path))
+    checkpoints.save(state, RECORD)
+    folder = tmp_path / "checkpoint_0" / "state"
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+    checkpoints.close()
+    checkpoints = runs.RunCheckpoints(str(tmp_path))
+    other = steps.TrainState.create(state.params, clipped)
+    with pytest.raises(InputError, match=r"checkpoint_0/state: .* got other optimizer settings"):
+        checkpoints.restore(0, other)
+    for file in (largest_file(folder), folder / "manifest.ocdbt", folder / "_METADATA"):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(InputError, match=r"checkpoint_0/state: cannot be restored: "):
+            checkpoints.restore(0, state)
+        file.write_bytes(content)
+    assert checkpoints.restore(0, state).params["kernel"][7] == 7
     checkpoints.close()
 
 

@@ -112,6 +112,11 @@ def test_mistakes_are_reported_before_anything_runs(tmp_path, capsys, flags, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_with_characters_of_patterns_is_refused(capsys):
+    assert sweep.main([*FLAGS, "methods/mov.gin", "--output=/tmp/sweep[1]"]) == 1
+    assert "--output must be a path without any of" in capsys.readouterr().err
+
+
 def test_dry_run_prints_the_commands(tmp_path, capsys):
     assert sweep.main(["methods/mov.gin", *FLAGS, f"--output={tmp_path}/out", "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
