@@ -50,6 +50,7 @@ RANGES: dict[str, dict[str, Interval]] = {
         "eval_period": NOT_NEGATIVE,
         "eval_batches": POSITIVE,
     },
+    "infer.decode_texts": {"batch_size": POSITIVE},
     "tasks.register": {"eval_examples": POSITIVE},
     "routes.routes": {"examples": POSITIVE, "min_count": POSITIVE},
     "partitioning.MeshConfig": {"model_parallelism": POSITIVE},
