@@ -37,8 +37,9 @@ def adafactor(
     With `multiply_by_parameter_scale` a step is relative to the root mean square of the parameter,
     but at least 1e-3: LoRA's B, which starts at zero, then starts slowly.
 
-    Each expert of a parameter is updated as if it were a parameter of its own. Routers, which
-    compare experts, are one parameter each, and are not factored over their experts.
+    Each expert of a parameter is updated as if it were a parameter of its own, as by T5X's
+    `FactorDim.BATCH` for the axis `expert`. Routers, which compare experts, are one parameter each,
+    and are not factored over their experts.
 
     Args:
       learning_rate: step -> learning rate.
