@@ -54,7 +54,7 @@ CORE = {
     "decoding": {"network", "params"},
     "params": {"partitioning"},
     "quantized": set(),
-    "optim": set(),
+    "optim": {"params", "partitioning"},
     "steps": {"cross_entropy", "kernels.cpu_schedule", "optim", "params", "network", "routing"},
     "cross_entropy": set(),
     "partitioning": set(),
