@@ -86,7 +86,7 @@ def parse(record: bytes) -> Row:
     for key, kind in _KINDS.items():
         # a list of another kind would read as an empty one
         if key in features and features[key].WhichOneof("kind") not in (kind, None):
-            raise ValueError(f"{key!r} must be a {kind}, got a {features[key].WhichOneof('kind')}")
+            raise ValueError(f"{key!r} must be {kind}, got {features[key].WhichOneof('kind')}")
     row: Row = {}
     for key in TEXT_FEATURES:
         if key not in features:

@@ -166,22 +166,30 @@ def register(
     if eval_tasks is not None:
         held_out = {*map(score_eval.plain_name, tasks.eval_tasks), *tasks.no_choices}
         to_decode = [task for task in files if task in held_out]
-    reason = ""
-    for left_out, lacks in (
-        (tasks.no_choices, "answer_choices"),
-        (tasks.no_eval_split, f"an evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})"),
-    ):
-        if left_out:
-            reason += f"; without {lacks}: {abbreviate(left_out, 3)}"
-    for mixture, members, purpose in (
-        (TRAIN_MIXTURE, tasks.train_tasks, "train on"),
-        (SCORE_MIXTURE, tasks.eval_tasks, "score (EVAL_TASKS or roles in INDEX.json choose them)"),
+    unscored = {
+        "without answer_choices": tasks.no_choices,
+        f"without an evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})": tasks.no_eval_split,
+    }
+    for mixture, members, purpose, left_out in (
+        (
+            TRAIN_MIXTURE,
+            tasks.train_tasks,
+            "train on",
+            {"held-out datasets": tasks.held_out, "without a train split": tasks.no_train_split},
+        ),
+        (
+            SCORE_MIXTURE,
+            tasks.eval_tasks,
+            "score (EVAL_TASKS or roles in INDEX.json choose them)",
+            unscored,
+        ),
         (
             TRAIN_SCORE_MIXTURE,
             tasks.train_score_tasks,
             "train on that has answer choices and an evaluation split",
+            {},
         ),
-        (DECODE_MIXTURE, to_decode, "decode"),
+        (DECODE_MIXTURE, to_decode, "decode", {}),
     ):
         seqio_tasks.unavailable.pop(mixture, None)
         if members:
@@ -189,7 +197,9 @@ def register(
             provider = source.JsonLinesMixture(mixture, task_rates)
             seqio.MixtureRegistry.add_provider(mixture, provider)
         else:
-            seqio_tasks.unavailable[mixture] = f"{folder} has no task to {purpose}{reason}"
+            reasons = [f"{why}: {abbreviate(names, 3)}" for why, names in left_out.items() if names]
+            reason = f"{folder} has no task to {purpose}"
+            seqio_tasks.unavailable[mixture] = "; ".join([reason, *reasons])
     _current.key, _current.tasks = key, tasks
     return tasks
 

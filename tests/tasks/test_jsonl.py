@@ -214,7 +214,7 @@ def test_patterns_override_roles(folder, vocab):
     assert tasks.eval_tasks == ["nli_a_score_eval", "nli_b_score_eval"]
     assert tasks.no_choices == ["colour_ask", "colour_say", "free"]
     assert tasks.train_tasks == []
-    with pytest.raises(InputError, match="no task to train on"):
+    with pytest.raises(InputError, match="no task to train on; held-out datasets: colour_ask, co"):
         seqio_tasks.get_mixture_or_task("jsonl_train")
     assert jsonl.register(folder, vocab, eval_tasks=[]).eval_tasks == []
 

@@ -14,7 +14,7 @@ from pemoe_jax import tasks, train
 from pemoe_jax.analysis import generation
 from pemoe_jax.checkpoints import runs
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks, tfrecords
+from pemoe_jax.data import choices, feed, row_reader, seqio_import, seqio_tasks, tfrecords
 from pemoe_jax.data.order import ExampleOrder
 from pemoe_jax.runtime import options
 from pemoe_jax.tasks import Registered
@@ -261,3 +261,23 @@ def test_token_ids_outside_of_the_vocabulary(tmp_path, encode, wrong):
     check("test", lambda: list(feed.eval_batches("t0_train", LENGTHS, 1)))
     check("test", lambda: generation.read_tasks(options.Data(TASK), LENGTHS, Registered()))
     check("test", lambda: choices.load_choice_groups(f"{TASK}_score_eval", LENGTHS))
+
+
+def test_features_of_another_kind_are_damaged():
+    """Ids as bytes would read as no ids."""
+    import tensorflow as tf
+
+    train = tf.train
+    ids, text = train.Int64List(value=[5, 1]), train.BytesList(value=[b"x"])
+    good = {"inputs": train.Feature(int64_list=ids), "targets": train.Feature(int64_list=ids)}
+    for changed, message in (
+        ({"targets": train.Feature(bytes_list=text)}, "'targets' must be int64_list, got bytes"),
+        ({"is_correct": train.Feature(bytes_list=text)}, "'is_correct' must be int64_list"),
+        ({"answer_choices": train.Feature(int64_list=ids)}, "'answer_choices' must be bytes_list"),
+    ):
+        example = train.Example(features=train.Features(feature=good | changed))
+        with pytest.raises(ValueError, match=message):
+            row_reader.parse(example.SerializeToString())
+    with pytest.raises(ValueError, match="no feature 'targets'"):
+        example = train.Example(features=train.Features(feature={"inputs": good["inputs"]}))
+        row_reader.parse(example.SerializeToString())
