@@ -599,3 +599,13 @@ def test_select_sites_rejects_different_numbers_of_experts():
         measure.select_sites(["*"], experts)
     with pytest.raises(InputError, match="at least one site"):
         measure.select_sites([], experts)
+
+
+def test_probabilities_that_are_not_finite_are_an_error():
+    probs = np.ones((3, EXPERTS), np.float32)
+    totals = probe.ProbeTotals({GATES[0]: probs, GATES[1]: probs.copy()}, {}, {}, {}, {})
+    measure.check_finite(totals, ["a", "b", "c"])
+    for value in (np.nan, np.inf):
+        totals.probs[GATES[1]][2, 1] = value
+        with pytest.raises(InputError, match=rf"ones at {GATES[1]} for c: "):
+            measure.check_finite(totals, ["a", "b", "c"])

@@ -270,7 +270,6 @@ def measure_routing(
     """
     import jax
 
-    from pemoe_jax.analysis.evaluation import NOT_FINITE_ADVICE
     from pemoe_jax.analysis.routing import probe as probe_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import inference_batches, prefetch
@@ -300,14 +299,21 @@ def measure_routing(
         if bar is not None:
             bar.report_if_due(done, "examples")
     totals = jax.device_get(totals)
+    check_finite(totals, list(groups))
+    return totals
+
+
+def check_finite(totals: "probe_lib.ProbeTotals", tasks: Sequence[str]) -> None:
+    """Raises InputError if a router's probabilities for one of the tasks are not finite."""
+    from pemoe_jax.analysis.evaluation import NOT_FINITE_ADVICE
+
     for site, probs in totals.probs.items():
         wrong = np.flatnonzero(~np.isfinite(probs).all(axis=-1))
         if len(wrong):
             raise InputError(
                 f"expected finite router probabilities, got infinite or NaN ones at {site} for"
-                f" {list(groups)[wrong[0]]}: {NOT_FINITE_ADVICE}"
+                f" {tasks[wrong[0]]}: {NOT_FINITE_ADVICE}"
             )
-    return totals
 
 
 def mean_probs(
