@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -570,6 +571,9 @@ def test_folder_errors(tmp_path, vocab):
 def test_mixtures_of_p3_need_its_folder(folder, vocab):
     from pemoe_jax import tasks
 
+    # Test modules that import a part of P3 register its tasks when they are collected.
+    if "pemoe_jax.tasks.p3" in sys.modules:
+        sys.modules["pemoe_jax.tasks.p3"].remove()
     tasks.register(jsonl_dir=str(folder), vocab_path=str(vocab))
     with pytest.raises(InputError, match="'t0_train' is not registered: .* pass P3_DIR"):
         seqio_tasks.get_mixture_or_task("t0_train")
