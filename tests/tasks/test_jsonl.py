@@ -528,7 +528,9 @@ def test_use_limits_the_files_read(folder, vocab):
     assert message.startswith(f"{path}:3: not JSON")
     for wrong in ("train_eval", ["test"]):
         message = error(folder, vocab, use=wrong)
-        assert message.startswith("use must be a list of 'train', 'eval', 'train_eval', got")
+        assert message.startswith(
+            "use must be a list of 'train', 'eval', 'train_eval', 'decode', got"
+        )
 
 
 def test_task_with_both_roles_is_counted_once(tmp_path, vocab):
