@@ -25,7 +25,7 @@ def _differences(saved: Record, current: Record) -> Iterator[str]:
     before, after = _settings(saved, saved.base), _settings(current, saved.base)
     if saved.method == current.method:  # otherwise everything differs
         before["TRAINABLE"], after["TRAINABLE"] = saved.trainable, current.trainable
-        yield from _adapter_differences(saved.adapters, current.adapters)
+        yield from adapter_differences(saved.adapters, current.adapters)
     for name, value in before.items():
         if name in after and after[name] != value:
             yield f"{name} {value!s:.60} -> {after[name]!s:.60}"
@@ -55,7 +55,7 @@ def _settings(record: Record, saved_base: Mapping[str, Any]) -> dict[str, Any]:
     return known | {name: value for name, value in settings.items() if name.startswith("T5Config.")}
 
 
-def _adapter_differences(
+def adapter_differences(
     saved: Mapping[str, Mapping[str, Any]], current: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
     """Yields lines such as 'num_experts 10 -> 5 at key, value, gate'."""

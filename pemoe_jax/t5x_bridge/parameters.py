@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from flax.core import FrozenDict, freeze
 
-from pemoe_jax.checkpoints import models
+from pemoe_jax.checkpoints import models, same_run
 from pemoe_jax.core import adapters, network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
@@ -45,15 +45,15 @@ def read_model(
 def _check_same_network(
     path: str, actual: network.Transformer, expected: network.Transformer
 ) -> None:
-    def settings(module: network.Transformer) -> dict[str, object]:
-        config = {f"T5Config.{name}": value for name, value in module.config.as_dict().items()}
-        return config | {"adapters": adapters.describe(module.adapters)}
-
-    actual_settings = settings(actual)
-    for name, value in settings(expected).items():
-        ignored = name in ("T5Config.dropout_rate", "T5Config.dtype", "T5Config.sentence_dim")
-        if not ignored and actual_settings[name] != value:
-            raise InputError(
-                f"{path} is of another network: {name}: expected {value} by the gin files, got"
-                f" {actual_settings[name]}"
-            )
+    expected_config = expected.config.as_dict()
+    differences = [
+        f"T5Config.{name} {value} -> {expected_config[name]}"
+        for name, value in actual.config.as_dict().items()
+        if name not in ("dropout_rate", "dtype", "sentence_dim") and value != expected_config[name]
+    ]
+    described = (adapters.describe(module.adapters) for module in (actual, expected))
+    differences += same_run.adapter_differences(*described)
+    if differences:
+        raise InputError(
+            f"{path} is of another network than the gin files: {'; '.join(differences)}"
+        )

@@ -161,7 +161,9 @@ def test_a_checkpoint_of_another_network_is_rejected(common, plain, tmp_path):
 
     settings = {name: value for name, value in common.items() if name != "INITIAL_CHECKPOINT_PATH"}
     settings |= {"CHECKPOINT_PATH": str(plain[0]), "EVAL_OUTPUT_DIR": str(tmp_path)}
-    with pytest.raises(InputError, match="is of another network: adapters: expected"):
+    with pytest.raises(
+        InputError, match="another network than the gin files: adapters at query, key, "
+    ):
         t5x("eval", [MODEL, "methods/ia3.gin", "runs_t5x/evaluate.gin"], **settings)
 
 
