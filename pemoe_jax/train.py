@@ -114,7 +114,8 @@ def train(
         **task_info.training_record(seqio_tasks.subtask_names(data.name)),
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
     )
-    print(_summarize(state.params, frozen, record, len(jax.devices())), flush=True)
+    recipe = _describe_recipe(optimizer, schedule, total_steps)
+    print(_summarize(state.params, frozen, record, recipe), flush=True)
     task_info.print_summary()
 
     _resume_step(model_dir, record)  # again, with the tasks and the base
@@ -275,9 +276,22 @@ def _initialize(
     return jax.jit(create, out_shardings=state_shardings)(trained), frozen, record
 
 
-def _summarize(
-    trainable: "PyTree", frozen: "PyTree", record: "runs.Record", num_devices: int
+def _describe_recipe(
+    optimizer: "optim.OptimizerFactory", schedule: "optim.Schedule", total_steps: int
 ) -> str:
+    """Returns the optimizer, the schedule and its highest rate in a run with the step of it."""
+    import jax
+    import numpy as np
+
+    rates = np.asarray(jax.vmap(schedule)(np.arange(total_steps)))
+    names = [getattr(function, "__name__", repr(function)) for function in (optimizer, schedule)]
+    step = int(rates.argmax())
+    return f"{', '.join(names)}, learning rate up to {rates[step]:.3g} (at step {step + 1})"
+
+
+def _summarize(trainable: "PyTree", frozen: "PyTree", record: "runs.Record", recipe: str) -> str:
+    import jax
+
     from pemoe_jax.analysis import counts
     from pemoe_jax.core import params as params_lib
 
@@ -289,7 +303,8 @@ def _summarize(
         base=f"{name}, fingerprint {base['fingerprint']}",
         method=record.method,
         extra={
-            "devices": str(num_devices),
+            "optimizer": recipe,
+            "devices": str(len(jax.devices())),
             "activations": record.config["dtype"],
             "matrices": f"{base['frozen_dtype']} (frozen)",
         },

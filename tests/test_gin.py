@@ -86,6 +86,22 @@ def test_flags_reach_the_model():
 
 
 @pytest.mark.parametrize(
+    ("method", "rate"),
+    [("full", 3e-4), ("ia3", 3e-2), ("mov", 3e-2), ("lora", 1e-3), ("molora", 1e-3)],
+)
+def test_short_runs_by_default(method, rate):
+    """A method's file has its rate, a run's file AdamW with a warm-up; T5X's runs include it."""
+    configured_model("t5_1_1_tiny", method)
+    assert str(gin.query_parameter("train.train.optimizer")) == "%OPTIMIZER"
+    expected = {"OPTIMIZER": "@optim.adamw", "SCHEDULE": "constant * linear_warmup"}
+    expected |= {"WARMUP_STEPS": 20, "LEARNING_RATE": rate}
+    actual = {name: gin.query_parameter(f"{name}/macro.value") for name in expected}
+    assert actual | {"OPTIMIZER": str(actual["OPTIMIZER"])} == expected
+    t5x = (GIN / "runs_t5x/finetune.gin").read_text()
+    assert "\ninclude 'runs/optimizer.gin'\n" in t5x and "OPTIMIZER = " not in t5x
+
+
+@pytest.mark.parametrize(
     ("value", "expected"),
     [
         ("/tmp/a b", "'/tmp/a b'"),

@@ -18,7 +18,7 @@ from jsonl_folder import write_folder, write_vocabulary
 from pemoe_jax import evaluate, train
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints import models, runs
-from pemoe_jax.core import network
+from pemoe_jax.core import network, optim
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.data import feed, packing
 from pemoe_jax.runtime import train_loop
@@ -63,7 +63,7 @@ def train_flags(folder: pathlib.Path, method: str, model_dir: pathlib.Path, **ma
         "TRAIN_STEPS": 12,
         "LOG_PERIOD": 4,
         "LEARNING_RATE": 0.02,
-        "OPTIMIZER": "@optim.adamw",
+        "SCHEDULE": "constant",
         "VOCAB_SIZE": 256,
         **macros,
     }
@@ -296,9 +296,14 @@ def test_waiting_for_data_is_measured(folder, trained, tmp_path, monkeypatch, ca
     monkeypatch.setattr(
         packing.BatchIterator, "__next__", lambda self: time.sleep(0.8) or plain(self)
     )
+    # The losses of all steps are checked at the reports.
+    trend = train_loop.LossTrend
+    monkeypatch.setattr(trend, "update", lambda self, step, losses: f"{step}: {len(losses)} losses")
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert read_metrics(tmp_path, "train/wait_share")[12] > 0.5
-    assert "waiting for data" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "waiting for data" in out
+    assert re.findall(r"\n(.*) losses\n", out) == ["1: 1", "4: 3", "8: 4", "12: 4"]
 
 
 def test_resuming_with_another_base_or_other_tasks_is_refused(folder, trained, capsys):
@@ -326,6 +331,20 @@ def test_evaluating_on_another_base_is_refused(folder, trained, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "factors", "steps", "expected"),
+    [
+        (optim.adamw, "constant * linear_warmup", 200, "up to 0.007 (at step 21)"),
+        (optim.adamw, "constant * linear_warmup", 11, "up to 0.0035 (at step 11)"),
+        (optim.adafactor, "constant", 200, "up to 0.007 (at step 1)"),
+    ],
+)
+def test_recipe_in_one_line(optimizer, factors, steps, expected):
+    schedule = optim.create_learning_rate_scheduler(factors, 7e-3, 20, steps)
+    line = train._describe_recipe(optimizer, schedule, steps)
+    assert line == f"{optimizer.__name__}, {factors}, learning rate {expected}"
+
+
 def test_a_random_base_is_recreated_from_its_seed(folder, tmp_path, capsys):
     """Also: examples longer than TASK_FEATURE_LENGTHS are counted."""
     short = {"TASK_FEATURE_LENGTHS": "{'inputs': 5, 'targets': 8}", "TRAIN_STEPS": 1}
@@ -333,6 +352,7 @@ def test_a_random_base_is_recreated_from_its_seed(folder, tmp_path, capsys):
     assert train.main(flags) == 0
     out = capsys.readouterr().out
     assert "RANDOM WEIGHTS" in out
+    assert re.search(r"\noptimizer +adamw, constant, learning rate up to 0.02 \(at step 1\)\n", out)
     assert re.search(r"\n[1-9]\d* inputs and 0 targets of \d+ examples", out), out
     opened = models.open_models(str(tmp_path))[0]
     base = network.init_params(opened.model, 0, params_lib.is_base)

@@ -251,4 +251,5 @@ def create_learning_rate_scheduler(
         rate = math.prod((values[name]() for name in names), start=jnp.asarray(1.0, jnp.float32))
         return jnp.maximum(rate, min_learning_rate)
 
+    schedule.__name__ = factors  # how a run names it
     return schedule

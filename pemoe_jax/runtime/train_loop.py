@@ -100,7 +100,7 @@ class TrainLoop:
         first_step = int(state.step)
         bar = progress.Progress("step", self.total_steps, first_step)
         writer = progress.MetricWriter(self.folder, first_step)
-        window = _Window()
+        window, trend = _Window(), LossTrend(first_step, self.total_steps)
         # The position of the last step too: an interrupt may come before its state is replaced.
         positions = {first_step: batches.position}
         try:
@@ -117,7 +117,9 @@ class TrainLoop:
                 window.append(metrics, tokens)
                 bar.advance(step)
                 if step % self.logging.log_period == 0 or is_last or is_first:
-                    self._report(step, window, writer, bar, is_first)
+                    losses = self._report(step, window, writer, bar, is_first)
+                    if warning := trend.update(step, losses):
+                        bar.print_line(warning)
                 paused = time.monotonic()
                 eval_period = self.logging.eval_period
                 if eval_period and (step % eval_period == 0 or is_last):
@@ -157,8 +159,9 @@ class TrainLoop:
         writer: progress.MetricWriter,
         bar: progress.Progress,
         is_first: bool,
-    ) -> None:
-        scalars, routers = window.summarize()
+    ) -> list[float]:
+        """Reports the steps since the last report; returns the loss per token of each of them."""
+        scalars, routers, losses = window.summarize()
         scalars["learning_rate"] = float(self.schedule(step - 1))
         values = {f"train/{name}": value for name, value in scalars.items()}
         if routers is not None:
@@ -184,6 +187,7 @@ class TrainLoop:
                 f"the loss is {scalars['loss']} at step {step}"
                 f" (learning rate {scalars['learning_rate']:g}): {advice}"
             )
+        return losses
 
     def _save(self, state: steps.TrainState, position: Position | None) -> None:
         """Saves a state; InputError if a value of it is infinite or NaN, as all later ones are."""
@@ -205,6 +209,51 @@ class TrainLoop:
         total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
         tokens = max(total["tokens"], 1.0)
         return total["nll"] / tokens, total["correct"] / tokens
+
+
+class LossTrend:
+    """Warns once, after the first tenth of a run, if its loss has not fallen.
+
+    The tenth has at least 50 steps: in fewer the noise of small batches hides what runs with the
+    default rates have learned after their warm-up.
+    """
+
+    def __init__(self, first_step: int, total_steps: int) -> None:
+        self._last = max(total_steps // 10, 50)
+        # None: there is nothing to check, or no more.
+        self._losses: list[float] | None = None if first_step else []
+
+    def update(self, step: int, losses: Sequence[float]) -> str | None:
+        """Adds the losses of the steps up to `step`; returns the warning when it is due."""
+        if self._losses is None:
+            return None
+        self._losses += losses
+        if step < self._last:
+            return None
+        start, end, has_fallen = summarize_trend(self._losses)
+        self._losses = None
+        if has_fallen:
+            return None
+        return (
+            f"step {step}  the loss has not fallen since the start ({start:.4f} to {end:.4f}):"
+            " try another LEARNING_RATE"
+        )
+
+
+def summarize_trend(losses: Sequence[float]) -> tuple[float, float, bool]:
+    """Returns the medians of the first and the last third, and whether the loss has fallen.
+
+    It has if it fell by more than 1 % and by more than two standard errors of the difference. The
+    noise of a step is taken from differences of neighbors, which a trend hardly changes.
+    """
+    array = np.asarray(losses, float)
+    third = len(array) // 3
+    start, end = float(np.median(array[:third])), float(np.median(array[-third:]))
+    # Of normal noise, 1.48 median absolute deviations are a standard deviation, neighbors differ by
+    # √2 of it, and a median's standard error is 1.25 times that of a mean.
+    noise = 1.48 * float(np.median(np.abs(np.diff(array)))) / math.sqrt(2)
+    error = 1.25 * noise * math.sqrt(2 / third)
+    return start, end, start - end > max(0.01 * start, 2 * error)
 
 
 class _Window:
@@ -231,8 +280,11 @@ class _Window:
         for metrics, _ in self._steps[-2:-1] if is_batch_ready else self._steps[-1:]:
             jax.block_until_ready(metrics)
 
-    def summarize(self) -> tuple[dict[str, float], np.ndarray | None]:
-        """Returns mean metrics and speeds, and mean router statistics; starts a new window."""
+    def summarize(self) -> tuple[dict[str, float], np.ndarray | None, list[float]]:
+        """Returns mean metrics and speeds, mean router statistics, and the loss per token by step.
+
+        Starts a new window.
+        """
         fetched = jax.device_get([metrics for metrics, _ in self._steps])
         means = {name: np.mean([m[name] for m in fetched], axis=0) for name in fetched[0]}
         routers = means.pop("routers", None)
@@ -243,4 +295,4 @@ class _Window:
         scalars["steps_per_second"] = len(self._steps) / seconds
         scalars["wait_share"] = self.waited / seconds
         self._steps, self.start, self.waited = [], now, 0.0
-        return scalars, routers
+        return scalars, routers, [float(m["cross_ent_loss"]) for m in fetched]

@@ -64,7 +64,10 @@ FLAGS.add_argument(
 )
 FLAGS.add_argument("--microbatches", type=int, default=1, help="per batch (default: 1)")
 FLAGS.add_argument(
-    "--optimizer", choices=("adafactor", "adamw"), default="adafactor", help="(default: adafactor)"
+    "--optimizer",
+    choices=("adafactor", "adamw"),
+    default="adafactor",
+    help="adafactor (default, that of gin/paper/) or adamw (that of runs/finetune.gin)",
 )
 FLAGS.add_argument("--hbm", metavar="SIZE", help="memory of a device: 32GB, or a name such as v4")
 FLAGS.add_argument(

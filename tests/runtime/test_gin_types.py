@@ -39,7 +39,7 @@ EVALUATE += ["--gin.EVAL_OUTPUT_DIR=/nowhere/out"]
         (["--gin.MODEL_DIR=3"], "MODEL_DIR must be a string, got 3"),
         (["--gin.TASK_FEATURE_LENGTHS=64"], "TASK_FEATURE_LENGTHS must be a dict, got 64"),
         (["--gin.TRAINABLE=.*"], "TRAINABLE must be a list, got '.*'"),
-        (["--gin.RANK=%SCHEDULE"], "SCHEDULE must be an integer, got 'constant'"),
+        (["--gin.RANK=%SCHEDULE"], "SCHEDULE must be an integer, got 'constant"),
         (
             ["--gin.routing.Router.top_k=two"],
             "routing.Router.top_k must be an integer or None, got 'two'",

@@ -14,6 +14,7 @@ from programs import DIMENSIONS, GIN, flat, pemoe, read_metrics, read_tensorboar
 MODEL = "models/t5_1_1_tiny.gin"
 METHOD = ["methods/lora.gin"]
 RUN = {"TRAIN_STEPS": 2, "BATCH_SIZE": 4, "LOG_PERIOD": 1, "LEARNING_RATE": 1e-2}
+RUN |= {"OPTIMIZER": "@optim.adafactor", "SCHEDULE": "constant"}
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ SMOOTH = {"OPTIMIZER": "@optim.adamw", "optim.adamw.eps": 1e-3}
 STEPS = 6
 HALF = 3
 RUN = {"TRAIN_STEPS": STEPS, "BATCH_SIZE": 4, "LOG_PERIOD": 1, "LEARNING_RATE": 1e-2}
+RUN |= {"OPTIMIZER": "@optim.adafactor", "SCHEDULE": "constant"}
 SAVED = {"CHECKPOINT_PERIOD": HALF, "KEEP_CHECKPOINTS": None}
 
 
