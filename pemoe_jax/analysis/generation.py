@@ -241,13 +241,9 @@ def _read_examples(
         if seqio_tasks.SENTENCE_FEATURE in row:
             task.sentences.append(row[seqio_tasks.SENTENCE_FEATURE])
     if not all(task.has_target):
-        import tensorflow as tf
-
         # Metrics compare the predictions with the examples of this dataset.
-        mask = tf.data.Dataset.from_tensor_slices(task.has_target)
-        ds = tf.data.Dataset.zip((evaluator.cached_task_datasets[name], mask))
-        ds = ds.filter(lambda _, has_target: has_target).map(lambda row, _: row)
-        evaluator.cached_task_datasets[name] = ds
+        ds = evaluator.cached_task_datasets[name]
+        evaluator.cached_task_datasets[name] = seqio_tasks.keep_rows(ds, task.has_target)
     return task
 
 

@@ -197,6 +197,14 @@ def get_dataset(
     )
 
 
+def keep_rows(ds: tf.data.Dataset, is_kept: Sequence[bool]) -> tf.data.Dataset:
+    """Returns the rows of a dataset whose entry in `is_kept` is true."""
+    import tensorflow as tf
+
+    pairs = tf.data.Dataset.zip((ds, tf.data.Dataset.from_tensor_slices(list(is_kept))))
+    return pairs.filter(lambda _, kept: kept).map(lambda row, _: row)
+
+
 def numpy_iterator(
     ds: tf.data.Dataset, name: str, split: str | None = None, use_cached: bool = False
 ) -> Generator[Any, None, None]:
