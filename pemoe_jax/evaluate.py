@@ -247,7 +247,6 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     """
     from pemoe_jax.analysis import counts
     from pemoe_jax.analysis.zero_shot import run_settings
-    from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import adapters, network, params
 
     about = opened.summary()
@@ -257,9 +256,8 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     record = opened.record
     if record is None:
         return about
-    config_file = runs.is_run(opened.path) and runs.resolve(opened.path)[0] / "config.gin"
-    if config_file and config_file.is_file():
-        settings = run_settings.parse_settings(config_file.read_text())
+    settings = run_settings.read_settings(opened.path)
+    if settings:
         about |= {"seed": record.seed, "settings": run_settings.fingerprint(settings)}
     if record.trained_datasets is not None:
         about["trained_datasets"] = sorted(set(record.trained_datasets) & set(datasets))

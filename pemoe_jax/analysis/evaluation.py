@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from pemoe_jax.analysis.zero_shot import results as results_lib
+from pemoe_jax.analysis.zero_shot import run_settings
 from pemoe_jax.checkpoints import models as models_lib
 from pemoe_jax.core import partitioning
 from pemoe_jax.data import sentences, seqio_tasks
@@ -79,6 +80,7 @@ def open_evaluation(
     # Before TensorFlow, 8 s, is imported, and again when the tasks are known.
     paths = [opened.path for opened in opened_models]
     results_lib.check_overwrites(output, paths)
+    run_settings.warn_of_other_eos(paths)
     task_info = run_register(data.register)
     task_info.print_summary()
     for opened in opened_models:

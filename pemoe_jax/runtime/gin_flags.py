@@ -212,6 +212,16 @@ def _join(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
+def macro_value(name: str) -> object:
+    """Returns a macro's value in the loaded configuration; None if no file or flag sets it."""
+    import gin
+
+    try:
+        return gin.query_parameter(f"{name}/macro.value")
+    except ValueError:
+        return None
+
+
 def call_configured(function: Callable[..., T], *args: object) -> T:
     """Calls a function with `args` and those that gin binds; gin's errors become an InputError."""
     import gin

@@ -80,6 +80,7 @@ def routes(
       InputError: a method has no routers, or a setting or file is invalid.
     """
     from pemoe_jax.analysis.routing import page
+    from pemoe_jax.analysis.zero_shot import run_settings
     from pemoe_jax.checkpoints import models as models_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
@@ -95,6 +96,7 @@ def routes(
     )
     # Before any data is read, which takes longest: a mistake in ROUTES_SITES shows at once.
     sites_by_model = [_select_sites(opened, sites) for opened in opened_models]
+    run_settings.warn_of_other_eos([opened.path for opened in opened_models])
     task_info = run_register(data.register)
     task_info.print_summary()
     use_cached, embeddings = data.use_cached_tasks, data.sentence_embeddings

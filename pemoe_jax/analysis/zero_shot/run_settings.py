@@ -34,6 +34,29 @@ def parse_settings(config: str) -> dict[str, str]:
     return drop_wiring({n: v for n, v in settings.items() if n not in _MACROS_WITHOUT_EFFECT})
 
 
+def read_settings(path: str) -> dict[str, str]:
+    """Returns the parsed settings of a run, or nothing if `path` is no run or has no config.gin."""
+    from pemoe_jax.checkpoints import runs  # imports jax, which reports do without
+
+    config = runs.is_run(path) and runs.resolve(path)[0] / "config.gin"
+    return parse_settings(config.read_text()) if config and config.is_file() else {}
+
+
+def warn_of_other_eos(paths: Sequence[str]) -> None:
+    """Warns of each run that was trained with another P3_INPUTS_EOS than gin has now."""
+    from pemoe_jax.data import seqio_tasks
+    from pemoe_jax.runtime import gin_flags
+
+    current = gin_flags.macro_value("P3_INPUTS_EOS")
+    for path in paths:
+        trained = read_settings(path).get("P3_INPUTS_EOS", str(current))
+        if current is not None and trained != str(current):
+            seqio_tasks.warn_once(
+                f"{path} was trained with P3_INPUTS_EOS={trained}, and P3_INPUTS_EOS is"
+                f" {current}: pass --gin.P3_INPUTS_EOS={trained} for equal inputs"
+            )
+
+
 def drop_wiring(settings: Mapping[str, str]) -> dict[str, str]:
     """Removes bindings that only pass macros and option records to a command.
 
