@@ -169,7 +169,8 @@ def _summarize(path: str | None) -> list[str]:
     folder = settings.folder
     files = {name: files for name in published.names() if (files := folder.find(name)) is not None}
     if not files:
-        reasons = [*folder.unreadable.values(), *folder.unavailable.values()]
+        left_out = folder.describe_unavailable(folder.unavailable)
+        reasons = [*folder.unreadable.values(), *left_out]
         entries = abbreviate(sorted(os.listdir(folder.path)), 3) or "nothing"
         expected = (
             "<task>/<split>.tfrecord-*, <task>/<split>*.parquet or"

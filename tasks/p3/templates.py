@@ -102,6 +102,22 @@ class Template:
     def _label_fields(self) -> list[str]:
         return sorted(filter(re.compile("(^|_)labels?($|_)").search, self.fields))
 
+    @functools.cached_property
+    def _compared(self) -> dict[str, set[bool]]:
+        """Maps names to whether the constants that the template compares them with are text."""
+        from jinja2 import nodes
+
+        compared: dict[str, set[bool]] = collections.defaultdict(set)
+        for node in _environment().parse(self.jinja).find_all(nodes.Compare):
+            constants = [op.expr for op in node.ops if op.op == "eq"]
+            if isinstance(node.expr, nodes.Name):
+                compared[node.expr.name] |= {
+                    isinstance(constant.value, str)
+                    for constant in constants
+                    if isinstance(constant, nodes.Const)
+                }
+        return compared
+
     def apply(self, example: Mapping[str, object], index: int = 0) -> Prompt | None:
         """Renders an example.
 
@@ -122,6 +138,11 @@ class Template:
         for name in self._label_fields:
             if _is_unlabeled(fields.get(name, 0)):
                 raise UnlabeledError(f"{name} is {fields[name]!r}")
+            is_text, compared = isinstance(fields.get(name), str), self._compared[name]
+            if name in fields and compared and is_text not in compared:
+                # it would differ from each of them, and `else` would be its label
+                expected = "text" if True in compared else "a number"
+                raise TemplateError(f"{name} must be {expected}, got {fields[name]!r}")
         try:
             # one generator serves all threads, so drawing and rendering must not be interleaved
             with _random_lock:

@@ -234,7 +234,7 @@ def test_missing_dataset_names_the_command_that_prepares_it(prepared, tmp_path, 
     p3_forms.write_yaml(tmp_path)
     with pytest.raises(InputError) as error:
         register(tmp_path)
-    assert "it has a template but no dataset: expected" in one_line(error)
+    assert ": it has a template but no dataset: expected" in one_line(error)
     shutil.copytree(prepared / "templates" / "hellaswag", tmp_path / "templates" / "hellaswag")
     (tmp_path / "tfds").symlink_to(prepared / "tfds")
     register(tmp_path)

@@ -12,6 +12,7 @@ EXAMPLE = {
     "names": ["b", "a", "b", "c", "c"],
     "a-b": "x",
     "inner": {"number": 1.0},
+    "a_label": "1",
 }
 
 
@@ -47,6 +48,7 @@ def apply(jinja: str, choices: str | None = None, number: int = 0, **fields) -> 
         ("{{names[-1]}}{{names[:-1][0]}} ||| {{names[label - 1]}}", None, "cb", "b"),
         # a condition that leaves the target empty: <NO LABEL>
         ("{{premise}} ||| {% if label == 0 %} no {% endif %}", None, "It rains.", "<NO LABEL>"),
+        ("a ||| {% if a_label == 1 or a_label == '1' %}b{% endif %}", None, "a", "b"),
         ("{{names | most_frequent | join(',')}} ||| y", None, "b,c", "y"),
         ("{{'it' | highlight}} ||| y", None, "<span style='color: #F08080'>it</span>", "y"),
         ("{% for x, y in zip(names, [1, 2]) %}{{x}}{{y}}{% endfor %} ||| y", None, "b1a2", "y"),
@@ -112,6 +114,8 @@ def test_draws_are_the_same_for_the_same_example():
         ("{{other | join}} ||| y", "'other' is undefined"),
         ("a ||| {% if other == 1 %}b{% else %}c{% endif %}", "'other' is undefined"),
         ("a ||| {{names[premise]}}", "must be an integer, got 'It rains.'"),
+        ("a ||| {% if label == '1' %}b{% else %}c{% endif %}", "label must be text, got 1"),
+        ("a ||| {% if a_label == 1 %}b{% else %}c{% endif %}", "a_label must be a number, got '1'"),
         ("a ||| {{names[inner.number]}}", "must be an integer, got 1.0"),
         ("{{premise | nothing}} ||| a", "TemplateAssertionError"),
         ("{{premise.__class__.__mro__}} ||| a", "SecurityError"),
