@@ -187,6 +187,15 @@ def test_lines_of_gin_may_define_macros():
     assert gin.query_parameter("MINE/macro.value") == 7
 
 
+def test_folders_of_the_working_folder_do_not_hide_gin_files(tmp_path, monkeypatch):
+    """`python -m` puts the working folder on Python's path, where gin would search packages."""
+    for folder in ("runs", "methods"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    configure("--gin_file=methods/mov.gin", "--gin_file=runs/finetune.gin")
+    assert gin.query_parameter("METHOD/macro.value") == "mov"
+
+
 def test_every_file_starts_with_a_comment_and_none_is_python():
     files = sorted(GIN.rglob("*.gin"))
     assert len(files) > 15

@@ -2,12 +2,13 @@
 
 import argparse
 import ast
+import contextlib
 import logging
 import os
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from pemoe_jax.core.errors import InputError, first_line
@@ -168,7 +169,8 @@ def load_config(
         # Later values win: defaults, then files, then flags.
         gin.parse_config([f"{macro} = None" for macro in _SET_BY_MODEL_AND_METHOD])
         gin.parse_config([_DEFAULTS, *macros])
-        gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
+        with _only_files():
+            gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macro_names(bindings, args.gin_bindings, args.gin_file)
         gin.parse_config_files_and_bindings([], lines)
     except InputError:
@@ -176,6 +178,19 @@ def load_config(
     except _GIN_ERRORS as error:
         raise InputError(gin_errors.describe_error(error, lines)) from error
     gin_types.check_bindings(_SET_BY_MODEL_AND_METHOD)
+
+
+@contextlib.contextmanager
+def _only_files() -> Iterator[None]:
+    """Keeps gin from searching packages: it fails on a folder `runs/` of the working folder."""
+    import gin
+
+    readers = gin.config._FILE_READERS  # the first opens files
+    gin.config._FILE_READERS = readers[:1]
+    try:
+        yield
+    finally:
+        gin.config._FILE_READERS = readers
 
 
 def _check_macro_names(
@@ -245,8 +260,6 @@ def call_configured(function: Callable[..., T], *args: object) -> T:
 
 def silence_libraries() -> None:
     """Keeps the libraries' log messages off the terminal; must be called before their import."""
-    # gin logs an error for each search path without the file.
-    logging.getLogger().addFilter(lambda record: "Path not found" not in record.getMessage())
     # orbax warns about settings that are as intended, such as saving without a `custom metadata`.
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
