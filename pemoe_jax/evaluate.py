@@ -127,7 +127,7 @@ def _report_rows(
     Raises:
       InputError: there is nothing to score.
     """
-    from pemoe_jax.core.errors import InputError
+    from pemoe_jax.core.errors import InputError, plural
     from pemoe_jax.data import row_checks
     from pemoe_jax.tasks.registered import abbreviate
 
@@ -137,7 +137,7 @@ def _report_rows(
         tasks = f" of {abbreviate(empty, 3)}" if empty != [name] else ""
         raise InputError(f"nothing to score in {name!r}: {without}{tasks}")
     if empty:
-        print(f"not scored, {without}: {len(empty)} tasks ({abbreviate(empty, 3)})")
+        print(f"not scored, {without}: {plural(len(empty), 'task')} ({abbreviate(empty, 3)})")
     odd = [
         (kind, f"{group.task} example {group.idx + 1}")
         for groups in groups_by_task.values()

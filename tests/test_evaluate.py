@@ -187,11 +187,10 @@ def test_odd_rows_are_printed_unless_the_summary_has_counted_them(twins, capsys)
     evaluate._report_rows("m", {**groups, "empty_score_eval": []}, Registered())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        "not scored, no rows with answer choices in the evaluation split: 1 tasks"
-        " (empty_score_eval)"
+        "not scored, no rows with answer choices in the evaluation split: 1 task (empty_score_eval)"
     )
-    assert lines[1] == "odd rows: 1 targets not among their choices (odd_score_eval example 4)"
-    assert "odd rows: 1 empty inputs (odd_score_eval example 5)" in lines
+    assert lines[1] == "odd rows: targets not among their choices: 1 (odd_score_eval example 4)"
+    assert "odd rows: empty inputs: 1 (odd_score_eval example 5)" in lines
     kinds = ["target_not_in_choices", "empty_input"]
     counted = Registered(counted_odd_rows={"odd_score_eval": kinds})
     evaluate._report_rows("m", groups, counted)

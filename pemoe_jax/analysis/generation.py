@@ -16,7 +16,7 @@ import numpy as np
 from pemoe_jax.analysis import evaluation, tables
 from pemoe_jax.checkpoints.models import OpenedModel
 from pemoe_jax.core import decoding, partitioning
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.data import (
     choices,
@@ -106,7 +106,8 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Regist
     without = {task.name: task.has_target.count(False) for task in tasks}
     if count := sum(without.values()):
         shown = abbreviate([name for name in without if without[name]], 3)
-        print(f"{count:,} examples without a target, which metrics leave out: {shown}", flush=True)
+        examples = plural(count, "example")
+        print(f"{examples} without a target, which metrics leave out: {shown}", flush=True)
     return tasks
 
 
@@ -120,7 +121,8 @@ def text_task(texts: Sequence[str], vocabulary: Any, max_length: int) -> Task:
         task.input_texts.append(text)
         task.is_truncated.append(is_truncated)
     if any(task.is_truncated):
-        print(f"{sum(task.is_truncated)} inputs truncated to {max_length} tokens", file=sys.stderr)
+        truncated = plural(sum(task.is_truncated), "input")
+        print(f"{truncated} truncated to {max_length} tokens", file=sys.stderr)
     return task
 
 
@@ -156,7 +158,7 @@ def _print_odd_rows(tasks: Sequence[Task], task_info: Registered) -> None:
 
 def _print_skipped(reason: str, tasks: Sequence[str]) -> None:
     if tasks:
-        print(f"skipping {len(tasks)} tasks, {reason}: {abbreviate(tasks, 3)}")
+        print(f"skipping {plural(len(tasks), 'task')}, {reason}: {abbreviate(tasks, 3)}")
 
 
 def decoded_names(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, and checks of settings."""
+"""The exception for mistakes of the user, checks of settings, and counts in messages."""
 
 from collections.abc import Sequence
 
@@ -14,6 +14,11 @@ def first_line(error: BaseException | str) -> str:
     """Returns the first line of a message that is not blank; the error's class if all are."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def plural(count: int, noun: str) -> str:
+    """Returns '1 task' or '1,200 tasks'."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def check_integer(name: str, value: object, minimum: int = 1) -> None:

@@ -222,7 +222,7 @@ def describe_odd_rows(
             count = len(places[kind]) if counts is None else counts[kind]
             shown = ", ".join(places[kind][:2])
             more = f", … {len(places[kind]) - 2} more" if len(places[kind]) > 2 else ""
-            lines.append(f"odd rows: {count:,} {text} ({shown}{more})")
+            lines.append(f"odd rows: {text}: {count:,} ({shown}{more})")
     return lines
 
 

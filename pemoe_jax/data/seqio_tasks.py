@@ -14,7 +14,7 @@ import sys
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pemoe_jax.core.errors import InputError, check_integer, first_line
+from pemoe_jax.core.errors import InputError, check_integer, first_line, plural
 from pemoe_jax.data import seqio_import, tfrecords
 from pemoe_jax.data.row_checks import TEXT_FEATURES, check_token_ids
 from pemoe_jax.data.seekable_tasks import SeekableMixture, SeekableTask
@@ -116,11 +116,10 @@ def describe_examples(name: str, split: str, use_cached: bool) -> str:
         except ValueError:  # a cache without statistics
             counts.append(None)
     num_tasks = len(counts) - counts.count(0)
-    tasks = f"{num_tasks:,} task{'' if num_tasks == 1 else 's'}"
     known = [count for count in counts if count is not None]
     unknown = len(counts) - len(known)
-    more = f" and those of {unknown:,} tasks that do not state theirs" if unknown else ""
-    return f"{tasks}, {sum(known):,} examples{more}"
+    more = f" and those of {plural(unknown, 'task')} without statistics" if unknown else ""
+    return f"{plural(num_tasks, 'task')}, {plural(sum(known), 'example')}{more}"
 
 
 def vocab_size(name: str) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pemoe_jax.core.errors import InputError, check_integer
+from pemoe_jax.core.errors import InputError, check_integer, plural
 from pemoe_jax.runtime import gin_flags, seqio_cache_dirs
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         for split in names
     ]
     already = f", {len(finished)} of them complete already" if finished else ""
-    print(f"{folder}: {len(splits)} tasks to {settings.output}{already}", flush=True)
+    print(f"{folder}: {plural(len(splits), 'task')} to {settings.output}{already}", flush=True)
     bar = progress.Progress("splits", len(jobs), note="starting")
     done: dict[str, set[str]] = collections.defaultdict(set)
     rows = 0
@@ -142,7 +142,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         if not num_tasks:
             raise InputError(f"no task has rows: {left_out[0]}{others}")
         print(f"left out: {left_out[0]}{others}", flush=True)
-    print(f"{num_tasks} tasks in {settings.output}", flush=True)
+    print(f"{plural(num_tasks, 'task')} in {settings.output}", flush=True)
 
 
 def _splits_to_write(

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.runtime import gin_flags, options
 from pemoe_jax.tools.encoders import EncoderInput, resolve_encoder
 
@@ -151,7 +151,9 @@ def _find_splits(
     missing = [task for task in tasks if not seqio_tasks.has_data(task, use_cached)]
     if missing:
         more = f", … {len(missing) - 3} more" if len(missing) > 3 else ""
-        print(f"skipped without data: {len(missing)} tasks ({', '.join(missing[:3])}{more})")
+        print(
+            f"skipped without data: {plural(len(missing), 'task')} ({', '.join(missing[:3])}{more})"
+        )
     to_read = []
     for name in tasks:
         task = seqio_tasks.get_mixture_or_task(name)

@@ -10,7 +10,7 @@ import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.data import row_checks, seqio_tasks
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.jsonl.files import TaskInfo
@@ -75,7 +75,8 @@ class JsonLinesTasks(Registered):
         tasks = [task for task in self.datasets if not self._is_score_eval(task)]
         names = {self.datasets[task] for task in tasks}
         source = "datasets from INDEX.json" if self.has_index else "no INDEX.json"
-        lines = [f"{self.folder}: {len(tasks)} tasks, {len(names)} datasets ({source})"]
+        counts = f"{plural(len(tasks), 'task')}, {plural(len(names), 'dataset')}"
+        lines = [f"{self.folder}: {counts} ({source})"]
         lines.append(self._line("training", self.train_tasks, TRAIN_MIXTURE))
         lines.append(self._line("scoring", self.eval_tasks, SCORE_MIXTURE))
         if self.train_score_tasks:
@@ -97,12 +98,14 @@ class JsonLinesTasks(Registered):
             (self.not_in_index, "not in INDEX.json"),
         ):
             if left_out:
-                lines.append(f"{reason}: {len(left_out)} tasks ({abbreviate(left_out, 3)})")
-        counts: collections.Counter[str] = collections.Counter()
+                lines.append(
+                    f"{reason}: {plural(len(left_out), 'task')} ({abbreviate(left_out, 3)})"
+                )
+        odd_counts: collections.Counter[str] = collections.Counter()
         for odd in self.odd:
-            counts[odd.kind] += odd.count
+            odd_counts[odd.kind] += odd.count
         places = [(o.kind, f"{o.task}/{pathlib.Path(o.path).name}:{o.line}") for o in self.odd]
-        lines += row_checks.describe_odd_rows(places, counts)
+        lines += row_checks.describe_odd_rows(places, odd_counts)
         if self.max_words:
             choices = f"; up to {self.max_choices} choices" if self.max_choices else ""
             lines.append(f"longest input: {self.max_words:,} words{choices}")
@@ -114,10 +117,10 @@ class JsonLinesTasks(Registered):
         datasets = self.datasets_of(names)
         examples = ""
         if all(name in self.examples for name in names):
-            examples = f", {sum(self.examples[name] for name in names):,} examples"
+            examples = ", " + plural(sum(self.examples[name] for name in names), "example")
         return (
-            f"{role}: {len(names)} tasks of {len(datasets)} datasets{examples} ({mixture}): "
-            f"{abbreviate(datasets, 8)}"
+            f"{role}: {plural(len(names), 'task')} of {plural(len(datasets), 'dataset')}{examples}"
+            f" ({mixture}): {abbreviate(datasets, 8)}"
         )
 
     def _is_score_eval(self, name: str) -> bool:

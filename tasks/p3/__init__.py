@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from pemoe_jax.core.errors import InputError, check_integer
+from pemoe_jax.core.errors import InputError, check_integer, plural
 from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.tasks import metrics, score_eval
 from pemoe_jax.tasks.p3 import published, source
@@ -200,7 +200,7 @@ def _summarize(path: str | None) -> list[str]:
         (f"no evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})", no_eval),
     ):
         if names:
-            lines.append(f"{reason}: {len(names)} tasks ({abbreviate(names, 3)})")
+            lines.append(f"{reason}: {plural(len(names), 'task')} ({abbreviate(names, 3)})")
     left_out = [*folder.describe_unavailable(folder.unavailable), *folder.unreadable.values()]
     return [*lines, *(f"left out: {line}" for line in left_out)]
 
@@ -208,11 +208,13 @@ def _summarize(path: str | None) -> list[str]:
 def _count(names: Sequence[str], show_total: bool = False) -> str:
     """'544 tasks and 116 _score_eval tasks', or '5 of 544 tasks and …'."""
     scored = sum(map(score_eval.is_score_eval, names))
-    tasks, score_tasks = f"{len(names) - scored}", f"{scored}"
+    tasks, score_tasks = plural(len(names) - scored, "task"), plural(scored, "_score_eval task")
     if show_total:
-        tasks += f" of {len(published.tasks())}"
-        score_tasks += f" of {len(published.names()) - len(published.tasks())}"
-    return f"{tasks} tasks and {score_tasks} _score_eval tasks"
+        total = len(published.tasks())
+        score_total = len(published.names()) - total
+        tasks = f"{len(names) - scored} of {plural(total, 'task')}"
+        score_tasks = f"{scored} of {plural(score_total, '_score_eval task')}"
+    return f"{tasks} and {score_tasks}"
 
 
 def _summarize_caches() -> str:

@@ -242,8 +242,8 @@ def test_mixture_of_training_tasks_to_score(folder, vocab):
         "nli_a_score_eval",
     ]
     lines = tasks.summary
-    assert "scoring: 1 tasks of 1 datasets, 2 examples (jsonl_score_eval): rte" in lines
-    line = "scoring of training tasks: 1 tasks of 1 datasets, 2 examples"
+    assert "scoring: 1 task of 1 dataset, 2 examples (jsonl_score_eval): rte" in lines
+    line = "scoring of training tasks: 1 task of 1 dataset, 2 examples"
     assert f"{line} (jsonl_train_score_eval): nli" in lines
     tasks = jsonl.register(folder, vocab, train_tasks=["colour_*"])
     assert tasks.train_score_tasks == []
@@ -459,7 +459,7 @@ def test_odd_rows_are_counted(tmp_path, vocab):
         assert odd == expected
     assert (tasks.max_choices, tasks.max_words) == (50, 2000)
     text = "\n".join(tasks.summary)
-    assert "targets not among their choices (t/train.jsonl:2" in text
+    assert "odd rows: targets not among their choices: 2 (t/train.jsonl:2" in text
     assert "longest input: 2,000 words; up to 50 choices" in text
     groups = choices.load_choice_groups("t_score_eval", LENGTHS)
     assert [g.idx for g in groups] == [0, 1, 2, 3, 4, 6]  # row 5 (0-based) has no choices

@@ -500,7 +500,7 @@ def test_rows_without_choices(p3, tmp_path, capsys):
     register(tmp_path)
     assert [g.idx for g in choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)] == [2]
     assert capsys.readouterr().err == (
-        f"odd rows: 2 rows without choices in a task with choices (not scored) ({path}: row 1)\n"
+        f"odd rows: rows without choices in a task with choices (not scored): 2 ({path}: row 1)\n"
     )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     register(tmp_path)
