@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pemoe_jax.core import network, partitioning
     from pemoe_jax.core.params import PyTree
     from pemoe_jax.data.choices import ChoiceGroup
-    from pemoe_jax.tasks import Registered
+    from pemoe_jax.tasks import TaskRoles
 
 FLAGS = gin_flags.make_parser(
     "evaluate",
@@ -89,7 +89,7 @@ def evaluate(
     groups_by_task: dict[str, list[ChoiceGroup]] = {name: [] for name in setup.task_names}
     for group in groups:
         groups_by_task[group.task].append(group)
-    _report_rows(data.name, groups_by_task, setup.task_info)
+    _report_rows(data.name, groups_by_task, setup.task_roles)
     results: dict[str, Any] = {"runs": []}
     for opened in setup.models:
         params = opened.load(opened.shardings(setup.mesh, setup.rules))
@@ -104,14 +104,14 @@ def evaluate(
         ]
         for line in row_checks.describe_odd_rows(ties):
             print(f"{opened.name}: {line}", flush=True)
-        tasks = _task_results(groups_by_task, predictions, setup.task_info)
+        tasks = _task_results(groups_by_task, predictions, setup.task_roles)
         _write_predictions(setup.folder / "predictions" / opened.name, groups_by_task, predictions)
         summary = results_lib.summarize(tasks)
         about = describe_run(opened, summary["datasets"])
         results["runs"].append({**about, **summary, "tasks": tasks})
         # Written after each run, so that a later run that fails leaves the results so far.
         setup.write(results, result_tables.results_markdown(results))
-        if routing_picture and setup.task_info.datasets:
+        if routing_picture and setup.task_roles.datasets:
             _draw_routing(setup, opened, params, groups_by_task, read_groups, data.batch_size)
         del params  # before the next model is loaded
     result_tables.print_results(results)
@@ -120,7 +120,7 @@ def evaluate(
 
 
 def _report_rows(
-    name: str, groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]", task_info: "Registered"
+    name: str, groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]", task_roles: "TaskRoles"
 ) -> None:
     """Prints the tasks without rows to score, and the odd rows that the summary has not counted.
 
@@ -129,7 +129,7 @@ def _report_rows(
     """
     from pemoe_jax.core.errors import InputError, plural
     from pemoe_jax.data import row_checks
-    from pemoe_jax.tasks.registered import abbreviate
+    from pemoe_jax.tasks.task_roles import abbreviate
 
     empty = [task for task, groups in groups_by_task.items() if not groups]
     without = "no rows with answer choices in the evaluation split"
@@ -143,7 +143,7 @@ def _report_rows(
         for groups in groups_by_task.values()
         for group in groups
         for kind in group.anomalies
-        if kind not in task_info.counted_odd_rows.get(group.task, ())
+        if kind not in task_roles.counted_odd_rows.get(group.task, ())
     ]
     for line in row_checks.describe_odd_rows(odd):
         print(line, flush=True)
@@ -215,7 +215,7 @@ def _odd_kinds(group: "ChoiceGroup", prediction: Prediction) -> tuple[str, ...]:
 def _task_results(
     groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]",
     predictions: "Mapping[ChoiceGroup, Prediction]",
-    task_info: "Registered",
+    task_roles: "TaskRoles",
 ) -> dict[str, Any]:
     """Returns the entry of each task in a run's `tasks` in results.json."""
     from pemoe_jax.analysis.zero_shot import results as results_lib
@@ -225,8 +225,8 @@ def _task_results(
         name: results_lib.task_result(
             correct=[group.is_correct[predictions[group].best] for group in groups],
             chance=[sum(group.is_correct) / len(group.choices) for group in groups],
-            dataset=task_info.datasets.get(name, name),
-            split=task_info.eval_splits.get(name.removesuffix("_score_eval"))
+            dataset=task_roles.datasets.get(name, name),
+            split=task_roles.eval_splits.get(name.removesuffix("_score_eval"))
             or seqio_tasks.eval_split(name)
             or "",
             odd=[kind for group in groups for kind in _odd_kinds(group, predictions[group])],
@@ -303,10 +303,10 @@ def _draw_routing(
     experts = probe.expert_counts(opened.model)
     if not experts:
         return
-    datasets = setup.task_info.datasets
+    datasets = setup.task_roles.datasets
     scored, trained = (
         measure.first_task_per_dataset({name: datasets[name] for name in names})
-        for names in (groups_by_task, setup.task_info.train_score_tasks)
+        for names in (groups_by_task, setup.task_roles.train_score_tasks)
     )
     groups = {name: read_groups(name) for name in trained}
     groups |= {name: groups_by_task[name] for name in scored}
@@ -316,7 +316,7 @@ def _draw_routing(
     }
     totals = measure.measure_routing(opened.model, params, examples, batch_size, setup.mesh)
     means = measure.mean_probs(totals, list(examples))
-    trained_datasets = measure.trained_datasets(opened, setup.task_info) or set()
+    trained_datasets = measure.trained_datasets(opened, setup.task_roles) or set()
     plots.routing_map(
         {site: means[site] for site in measure.select_sites(None, experts)},
         setup.folder / f"routing_{opened.name}.png",

@@ -61,7 +61,7 @@ def infer(
     from pemoe_jax.runtime import atomic_write
 
     setup = evaluation.open_evaluation(models, data, output_dir, mesh, generation.decoded_names)
-    tasks = generation.read_tasks(data, setup.lengths, setup.task_info)
+    tasks = generation.read_tasks(data, setup.lengths, setup.task_roles)
     if setup.sentences is not None and setup.sentences.table is not None:
         for task in tasks:
             task.sentences = setup.sentences.vectors(task.inputs, task.name)

@@ -81,7 +81,7 @@ def train(
     from pemoe_jax.core import adapters, network, partitioning, stacks
     from pemoe_jax.data import prefetch, seqio_tasks
     from pemoe_jax.runtime import atomic_write, distributed, file_io, train_loop
-    from pemoe_jax.tasks.registered import run_register
+    from pemoe_jax.tasks.task_roles import run_register
 
     model_dir = file_io.resolve_local(checkpointing.model_dir, "MODEL_DIR")
     file_io.check_no_pattern(model_dir, "MODEL_DIR")
@@ -101,7 +101,7 @@ def train(
     )
     _check_before_tasks(model, method, data, record.adapters)
     first_step = _resume_step(model_dir, record)
-    task_info = run_register(data.register)
+    task_roles = run_register(data.register)
     seqio_tasks.check_vocab_size(data.name, model.config.vocab_size)
 
     model, sentence_source = _open_sentences(model, data)
@@ -111,12 +111,12 @@ def train(
     )
     record = dataclasses.replace(
         record,
-        **task_info.training_record(seqio_tasks.subtask_names(data.name)),
+        **task_roles.training_record(seqio_tasks.subtask_names(data.name)),
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
     )
     recipe = _describe_recipe(optimizer, schedule, total_steps)
     print(_summarize(state.params, frozen, record, recipe), flush=True)
-    task_info.print_summary()
+    task_roles.print_summary()
 
     _resume_step(model_dir, record)  # again, with the tasks and the base
     if first_step >= total_steps:

@@ -10,10 +10,10 @@ from pathlib import Path
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_tasks
 from pemoe_jax.runtime import seqio_cache_dirs
-from pemoe_jax.tasks.registered import Registered
+from pemoe_jax.tasks.task_roles import TaskRoles
 from pemoe_jax.tasks.vocabulary import default_vocab_path, locate_vocabulary
 
-__all__ = ["Registered", "default_vocab_path", "register"]
+__all__ = ["TaskRoles", "default_vocab_path", "register"]
 
 # T0's mixtures, for an error without importing P3, which would register them.
 _P3_MIXTURES = (
@@ -32,7 +32,7 @@ def register(
     eval_tasks: Sequence[str] | None = None,
     eval_examples: int | None = None,
     use: Collection[str] = ("train", "eval"),
-) -> Registered:
+) -> TaskRoles:
     """Registers a folder of JSON lines or P3, after importing a user's module if it is set.
 
     Args:
@@ -51,7 +51,7 @@ def register(
       use: see `jsonl.register`.
 
     Returns:
-      The tasks by role; `Registered()` for a module's tasks.
+      The tasks by role; `TaskRoles()` for a module's tasks.
 
     Raises:
       InputError: no data is set, or both folders are, or `jsonl.register` or `p3.register` raises.
@@ -94,7 +94,7 @@ def register(
                 "no data is set: pass JSONL_DIR and VOCAB_PATH, or P3_DIR (or"
                 " --seqio_additional_cache_dirs), or MIXTURE_OR_TASK_MODULE"
             )
-        return Registered()
+        return TaskRoles()
     if vocab_path is None:
         raise InputError(
             "VOCAB_PATH is not set: pass --gin.VOCAB_PATH=… with the base model's SentencePiece"

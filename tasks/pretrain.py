@@ -20,7 +20,7 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import
-from pemoe_jax.tasks.registered import Registered
+from pemoe_jax.tasks.task_roles import TaskRoles
 from pemoe_jax.tasks.vocabulary import load_vocabulary, sentinel_ids
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _at_least_two_tokens(ds: tf.data.Dataset) -> tf.data.Dataset:
     return ds.filter(lambda example: tf.size(example["targets"]) > 1)
 
 
-def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[str]) -> Registered:
+def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[str]) -> TaskRoles:
     """Registers the two tasks over a text file, in place of those of an earlier call.
 
     Args:
@@ -170,4 +170,4 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
                 key: seqio.Feature(vocabulary, add_eos=True) for key in ("inputs", "targets")
             },
         )
-    return Registered()
+    return TaskRoles()

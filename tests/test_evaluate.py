@@ -15,7 +15,7 @@ from pemoe_jax.analysis.zero_shot import results as results_lib
 from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, inference_batches
-from pemoe_jax.tasks import Registered, jsonl
+from pemoe_jax.tasks import TaskRoles, jsonl
 
 LENGTHS = {"inputs": 32, "targets": 8}
 
@@ -171,7 +171,7 @@ def test_ties_of_different_texts_are_odd(twins):
     )
     assert [predictions[group].is_tied for group in groups] == [True, False, False, False]
     assert predictions[tied].best == 0
-    results = evaluate._task_results({twins[0]: groups}, predictions, Registered())
+    results = evaluate._task_results({twins[0]: groups}, predictions, TaskRoles())
     odd = results[twins[0]]["odd"]
     assert (odd["tied_scores"], odd["equal_tokens"], odd["doubled_choices"]) == (1, 1, 1)
 
@@ -179,12 +179,12 @@ def test_ties_of_different_texts_are_odd(twins):
 def test_nothing_to_score():
     empty = {"a_score_eval": [], "b_score_eval": []}
     with pytest.raises(InputError, match="nothing to score in 'm': no rows with answer choices in"):
-        evaluate._report_rows("m", empty, Registered())
+        evaluate._report_rows("m", empty, TaskRoles())
 
 
 def test_odd_rows_are_printed_unless_the_summary_has_counted_them(twins, capsys):
     groups = {name: choices.load_choice_groups(name, LENGTHS) for name in twins}
-    evaluate._report_rows("m", {**groups, "empty_score_eval": []}, Registered())
+    evaluate._report_rows("m", {**groups, "empty_score_eval": []}, TaskRoles())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "not scored, no rows with answer choices in the evaluation split: 1 task (empty_score_eval)"
@@ -192,7 +192,7 @@ def test_odd_rows_are_printed_unless_the_summary_has_counted_them(twins, capsys)
     assert lines[1] == "odd rows: targets not among their choices: 1 (odd_score_eval example 4)"
     assert "odd rows: empty inputs: 1 (odd_score_eval example 5)" in lines
     kinds = ["target_not_in_choices", "empty_input"]
-    counted = Registered(counted_odd_rows={"odd_score_eval": kinds})
+    counted = TaskRoles(counted_odd_rows={"odd_score_eval": kinds})
     evaluate._report_rows("m", groups, counted)
     others = [line for line in lines[1:] if "not among" not in line and "empty" not in line]
     assert capsys.readouterr().out.splitlines() == others

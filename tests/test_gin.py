@@ -173,10 +173,10 @@ def test_the_readmes_commands_on_own_data_run_in_a_clone(monkeypatch):
         gin_flags.load_config(flags.parse_args(rest), bindings)
         paths = re.findall(r"(?:docs|tasks)/\S+", command)
         assert len(paths) >= 2 and all(map(os.path.exists, paths))
-        registered = tasks.register(
+        task_roles = tasks.register(
             **{key: gin.query_parameter(f"{key.upper()}/macro.value") for key in DATA_MACROS}
         )
-        assert registered.held_out == ["reviews"] and len(registered.train_tasks) == 4
+        assert task_roles.held_out == ["reviews"] and len(task_roles.train_tasks) == 4
     sizes = [path.stat().st_size for path in (root / "docs/my_prompts").glob("*/*")]
     assert len(sizes) == 12 and sum(sizes) < 100_000
 

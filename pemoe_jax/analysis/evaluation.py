@@ -14,8 +14,8 @@ from pemoe_jax.checkpoints import models as models_lib
 from pemoe_jax.core import partitioning
 from pemoe_jax.data import sentences, seqio_tasks
 from pemoe_jax.runtime import atomic_write, distributed, file_io, options
-from pemoe_jax.tasks import Registered
-from pemoe_jax.tasks.registered import run_register
+from pemoe_jax.tasks import TaskRoles
+from pemoe_jax.tasks.task_roles import run_register
 
 # What to do about scores or logits that are not finite; token ids are checked when rows are read.
 NOT_FINITE_ADVICE = "the checkpoint is damaged or diverged, or its numbers overflow in DTYPE"
@@ -29,7 +29,7 @@ class Evaluation:
       folder: folder for the results; a temporary one in all processes but the first.
       mesh, rules: the device mesh and the sharding rules.
       models: the opened models.
-      task_info: what the registered tasks are, by role.
+      task_roles: what the registered tasks are, by role.
       task_names: the tasks to evaluate.
       lengths: maximum number of tokens of 'inputs' and 'targets'.
       sentences: source of sentence embeddings; None if no router reads them.
@@ -39,7 +39,7 @@ class Evaluation:
     mesh: jax.sharding.Mesh
     rules: partitioning.Rules
     models: list[models_lib.OpenedModel]
-    task_info: Registered
+    task_roles: TaskRoles
     task_names: list[str]
     lengths: dict[str, int]
     sentences: sentences.SentenceSource | None
@@ -81,8 +81,8 @@ def open_evaluation(
     paths = [opened.path for opened in opened_models]
     results_lib.check_overwrites(output, paths)
     run_settings.warn_of_other_eos(paths)
-    task_info = run_register(data.register)
-    task_info.print_summary()
+    task_roles = run_register(data.register)
+    task_roles.print_summary()
     for opened in opened_models:
         seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
     task_names = find_tasks(data.name)
@@ -93,7 +93,7 @@ def open_evaluation(
         mesh=device_mesh,
         rules=rules,
         models=opened_models,
-        task_info=task_info,
+        task_roles=task_roles,
         task_names=task_names,
         lengths=lengths,
         sentences=sentences.open_for_models(

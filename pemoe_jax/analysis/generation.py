@@ -27,8 +27,8 @@ from pemoe_jax.data import (
     seqio_tasks,
 )
 from pemoe_jax.runtime import options, progress
-from pemoe_jax.tasks import Registered, metrics
-from pemoe_jax.tasks.registered import abbreviate
+from pemoe_jax.tasks import TaskRoles, metrics
+from pemoe_jax.tasks.task_roles import abbreviate
 
 
 @dataclasses.dataclass
@@ -59,7 +59,7 @@ class Task:
 # --- reading ---
 
 
-def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Registered) -> list[Task]:
+def read_tasks(data: options.Data, lengths: Mapping[str, int], task_roles: TaskRoles) -> list[Task]:
     """Returns the tasks of a mixture with their examples.
 
     Those without data or without an evaluation split are skipped, and a line says so.
@@ -83,7 +83,7 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Regist
         )
     _print_skipped("no evaluation split", [task for task in eval_splits if task not in splits])
     for name in splits:
-        _set_metrics(name, task_info)
+        _set_metrics(name, task_roles)
     bar = progress.Progress("reading", len(splits), note="tasks")
     tasks = []
     try:
@@ -91,8 +91,8 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Regist
             with seqio_tasks.translate_read_errors(name, split, use_cached):
                 task = _read_examples(name, split, lengths, use_cached, data.max_examples)
             # The split `validation` may come from test.jsonl: results then name the split test.
-            task.dataset = task_info.datasets.get(name, name)
-            task.split = task_info.eval_splits.get(name) or split
+            task.dataset = task_roles.datasets.get(name, name)
+            task.split = task_roles.eval_splits.get(name) or split
             tasks.append(task)
             bar.report_if_slow(len(tasks), "tasks")
     finally:
@@ -102,7 +102,7 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_info: Regist
         raise InputError(f"nothing to decode in {data.name!r}: its evaluation splits have no rows")
     _print_skipped("no examples", empty)
     tasks = [task for task in tasks if task.inputs]
-    _print_odd_rows(tasks, task_info)
+    _print_odd_rows(tasks, task_roles)
     without = {task.name: task.has_target.count(False) for task in tasks}
     if count := sum(without.values()):
         shown = abbreviate([name for name in without if without[name]], 3)
@@ -140,7 +140,7 @@ def check_decodes_texts(opened: OpenedModel, vocabulary: Any) -> None:
         )
 
 
-def _print_odd_rows(tasks: Sequence[Task], task_info: Registered) -> None:
+def _print_odd_rows(tasks: Sequence[Task], task_roles: TaskRoles) -> None:
     odd = []
     for task in tasks:
         for number, inputs in enumerate(task.input_texts, 1):
@@ -150,7 +150,7 @@ def _print_odd_rows(tasks: Sequence[Task], task_info: Registered) -> None:
                 "cut_input": task.is_truncated[number - 1],
             }
             place = f"{task.name} example {number}"
-            counted = task_info.counted_odd_rows.get(task.name, ())
+            counted = task_roles.counted_odd_rows.get(task.name, ())
             odd += [(kind, place) for kind in kinds if kinds[kind] and kind not in counted]
     for line in row_checks.describe_odd_rows(odd):
         print(line, flush=True)
@@ -179,7 +179,7 @@ def decoded_names(name: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _set_metrics(name: str, task_info: Registered) -> None:
+def _set_metrics(name: str, task_roles: TaskRoles) -> None:
     """Adds metrics, from a folder's INDEX.json or P3's table, to a task that has none.
 
     Raises:
@@ -188,7 +188,7 @@ def _set_metrics(name: str, task_info: Registered) -> None:
     from pemoe_jax.tasks.p3 import published  # here, as importing P3 registers its tasks
 
     prediction = seqio_import.import_seqio().metrics.ModelOutputType.PREDICTION
-    metrics.add_metrics(name, task_info.metrics.get(name, published.metric_names(name)))
+    metrics.add_metrics(name, task_roles.metrics.get(name, published.metric_names(name)))
     types = {
         metric.model_output_type for metric in seqio_tasks.get_mixture_or_task(name).metric_objs
     }

@@ -128,7 +128,7 @@ def _report_if_killed() -> None:
     )
     os.close(read_end)
     _watchdog_pipes.append(write_end)
-    # Registered before jax registers its own functions, so called after them: those may abort too.
+    # TaskRoles before jax registers its own functions, so called after them: those may abort too.
     atexit.register(_dismiss_watchdog)
 
 

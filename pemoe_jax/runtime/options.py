@@ -26,7 +26,7 @@ class Data:
       batch_size: number of rows of a batch, over all devices.
       microbatches: number of pieces that a training batch is split into, to save memory.
       pack: whether a training row holds several examples.
-      register: registers the tasks with seqio and returns a `tasks.Registered`.
+      register: registers the tasks with seqio and returns a `tasks.TaskRoles`.
       use_cached_tasks: whether to read the tasks from seqio's offline caches.
       sentence_embeddings: folder of a table by `pemoe embed`, for routers that read sentence
         embeddings; None: a feature of the tasks holds them.

@@ -11,7 +11,7 @@ from clu.data import dataset_iterator
 from etils import epath
 
 from pemoe_jax.data import feed, prefetch, seqio_tasks
-from pemoe_jax.tasks.registered import Register, Registered, run_register
+from pemoe_jax.tasks.task_roles import Register, TaskRoles, run_register
 
 if TYPE_CHECKING:
     import seqio
@@ -26,7 +26,7 @@ Position: TypeAlias = Mapping[str, int]  # in the data: the number of examples r
 class _LastRegistration:
     """The last return value of `register`: gin calls `mixture_or_task` alone."""
 
-    registered = Registered()
+    task_roles = TaskRoles()
 
 
 def mixture_or_task(name: str, register: Register) -> str:
@@ -39,7 +39,7 @@ def mixture_or_task(name: str, register: Register) -> str:
     Raises:
       InputError: no mixture or task has this name.
     """
-    _LastRegistration.registered = run_register(register)
+    _LastRegistration.task_roles = run_register(register)
     seqio_tasks.get_mixture_or_task(name)
     return name
 
@@ -52,7 +52,7 @@ def vocabulary(name: str, register: Register, feature: str = "targets") -> "seqi
 
 def training_record(name: str) -> dict[str, Any]:
     """Returns the fields of `runs.Record` of a training on a mixture or task."""
-    return _LastRegistration.registered.training_record(seqio_tasks.subtask_names(name))
+    return _LastRegistration.task_roles.training_record(seqio_tasks.subtask_names(name))
 
 
 def get_dataset(

@@ -65,7 +65,7 @@ def embed(
     """
     from pemoe_jax.data import sentence_table, sentences, seqio_tasks
     from pemoe_jax.runtime import progress
-    from pemoe_jax.tasks.registered import run_register
+    from pemoe_jax.tasks.task_roles import run_register
 
     names, use_cached = data.names, data.use_cached_tasks
     splits = [splits] if isinstance(splits, str) else splits

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pemoe_jax.analysis.routing.probe import ProbeTotals
     from pemoe_jax.checkpoints import models
     from pemoe_jax.data.choices import ChoiceGroup
-    from pemoe_jax.tasks import Registered
+    from pemoe_jax.tasks import TaskRoles
 
 FLAGS = gin_flags.make_parser(
     "routes",
@@ -85,7 +85,7 @@ def routes(
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
     from pemoe_jax.runtime import atomic_write, file_io, progress
-    from pemoe_jax.tasks.registered import run_register
+    from pemoe_jax.tasks.task_roles import run_register
 
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     mesh = partitioning.make_mesh()
@@ -97,10 +97,10 @@ def routes(
     # Before any data is read, which takes longest: a mistake in ROUTES_SITES shows at once.
     sites_by_model = [_select_sites(opened, sites) for opened in opened_models]
     run_settings.warn_of_other_eos([opened.path for opened in opened_models])
-    task_info = run_register(data.register)
-    task_info.print_summary()
+    task_roles = run_register(data.register)
+    task_roles.print_summary()
     use_cached, embeddings = data.use_cached_tasks, data.sentence_embeddings
-    names = measure.select_tasks(tasks, task_info, use_cached)
+    names = measure.select_tasks(tasks, task_roles, use_cached)
     sentence_source = sentences.open_for_models(
         opened_models, embeddings, names[0], lengths["inputs"], use_cached
     )
@@ -114,7 +114,7 @@ def routes(
     results: list[ProbeResult] = []
     for opened, model_sites in zip(opened_models, sites_by_model, strict=True):
         results.append(
-            _probe_run(opened, model_sites, groups, task_info, data.batch_size, mesh, min_count)
+            _probe_run(opened, model_sites, groups, task_roles, data.batch_size, mesh, min_count)
         )
         page.draw_plots(results[-1], folder)
         # Written after each run, so that a later run that fails leaves the page so far.
@@ -140,7 +140,7 @@ def _probe_run(
     opened: "models.OpenedModel",
     sites: list[str],
     groups: "Mapping[str, Sequence[ChoiceGroup]]",
-    registered: "Registered",
+    task_roles: "TaskRoles",
     batch_size: int,
     mesh: "jax.sharding.Mesh",
     min_count: int,
@@ -157,14 +157,14 @@ def _probe_run(
     num_examples = sum(map(len, groups.values()))
     with contextlib.closing(progress.Progress(f"routing {opened.name}", num_examples)) as bar:
         totals = measure.measure_routing(opened.model, params, groups, batch_size, mesh, sites, bar)
-    trained = measure.trained_datasets(opened, registered)
+    trained = measure.trained_datasets(opened, task_roles)
     tasks = []
     for name, members in groups.items():
-        dataset = registered.datasets.get(name, name)
+        dataset = task_roles.datasets.get(name, name)
         seen = None if trained is None else dataset in trained
         split = measure.task_split(name)
         if split != "train":  # as its file is named; seqio may know a `test` file as `validation`
-            split = registered.eval_splits.get(name) or split
+            split = task_roles.eval_splits.get(name) or split
         tasks.append(metrics.ProbedTask(name, dataset, seen, split, len(members)))
     return metrics.ProbeResult(
         run=opened.summary(),

@@ -48,7 +48,7 @@ from pemoe_jax.tasks.jsonl.roles import (
     JsonLinesTasks,
     OddRows,
 )
-from pemoe_jax.tasks.registered import abbreviate
+from pemoe_jax.tasks.task_roles import abbreviate
 from pemoe_jax.tasks.vocabulary import load_vocabulary, locate_vocabulary
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from pemoe_jax.data import row_checks
 from pemoe_jax.data.row_reader import read_parts
 from pemoe_jax.data.seqio_tasks import EVAL_SPLITS
 from pemoe_jax.tasks import metrics
-from pemoe_jax.tasks.registered import abbreviate
+from pemoe_jax.tasks.task_roles import abbreviate
 
 _SPLITS = ("train", *EVAL_SPLITS)
 

@@ -14,7 +14,7 @@ from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.data import row_checks, seqio_tasks
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.jsonl.files import TaskInfo
-from pemoe_jax.tasks.registered import Registered, abbreviate
+from pemoe_jax.tasks.task_roles import TaskRoles, abbreviate
 
 TRAIN_MIXTURE = "jsonl_train"
 SCORE_MIXTURE = "jsonl_score_eval"
@@ -35,7 +35,7 @@ class OddRows:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JsonLinesTasks(Registered):
+class JsonLinesTasks(TaskRoles):
     """The tasks of a folder of JSON lines, and those that were left out.
 
     Attributes:

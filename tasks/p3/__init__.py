@@ -23,8 +23,8 @@ from pemoe_jax.core.errors import InputError, check_integer, plural
 from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.tasks import metrics, score_eval
 from pemoe_jax.tasks.p3 import published, source
-from pemoe_jax.tasks.registered import Registered, abbreviate
 from pemoe_jax.tasks.seekable import trim_and_append_eos
+from pemoe_jax.tasks.task_roles import TaskRoles, abbreviate
 from pemoe_jax.tasks.vocabulary import default_vocab_path, load_vocabulary, open_vocabulary
 
 seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and filters its log
@@ -96,7 +96,7 @@ def register(
     vocab_path: str | None = None,
     eval_examples: int | None = None,
     inputs_eos: bool = True,
-) -> Registered:
+) -> TaskRoles:
     """Sets where P3's rows come from and how they are read.
 
     Args:
@@ -141,7 +141,7 @@ def register(
         seqio.add_global_cache_dirs([path])
     names = [*published.names(), *published.unpublished_score_tasks()]
     tasks = {name: seqio.TaskRegistry.get(name) for name in published.tasks()}
-    return Registered(
+    return TaskRoles(
         folder=path or "",
         datasets={name: published.task_of(name).label for name in names},
         train_tasks=sorted(published.mixtures()[published.TRAIN_MIXTURE]),

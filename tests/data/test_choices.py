@@ -10,7 +10,7 @@ from pemoe_jax.analysis.routing import measure
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, feed, seqio_tasks
 from pemoe_jax.runtime import options
-from pemoe_jax.tasks import Registered
+from pemoe_jax.tasks import TaskRoles
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_ids_outside_of_the_vocabulary_are_errors(registered, key, wrong):
     rows = [{"inputs": row["inputs"], "targets": row["targets"]} for row in rows]
     data_tasks.add_rows("users_plain", rows)
     with pytest.raises(InputError) as error:
-        generation.read_tasks(options.Data("users_plain"), LENGTHS, Registered())
+        generation.read_tasks(options.Data("users_plain"), LENGTHS, TaskRoles())
     assert str(error.value) == message.replace("users_scored", "users_plain")
     data_tasks.add_rows("users_plain", rows, split="train")
     with pytest.raises(InputError) as error:

@@ -506,7 +506,7 @@ def test_malformed_line_is_an_error(folder, vocab, line, message):
     path = folder / "colour_say" / "train.jsonl"
     path.write_bytes(b'{"inputs": "a", "targets": "b"}\n\n' + line + b"\n")
     assert error(folder, vocab) == f"{path}:3: {message}"
-    # Unused files are not read, and an error leaves the earlier tasks registered.
+    # Unused files are not read, and an error leaves the earlier tasks task_roles.
     jsonl.register(folder, vocab, train_tasks=["free"])
     assert error(folder, vocab) == f"{path}:3: {message}"
     assert seqio_tasks.subtask_names("jsonl_train") == ["free"]

@@ -204,8 +204,8 @@ def test_all_forms_have_the_same_ids(p3, forms, encode, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_all_forms_have_the_same_choice_groups(p3, forms, encode, form):
-    registered = register(forms[form])
-    assert registered.datasets[f"{RTE}_score_eval"] == "rte"
+    task_roles = register(forms[form])
+    assert task_roles.datasets[f"{RTE}_score_eval"] == "rte"
     groups = choices.load_choice_groups("t0_eval_score_eval", LENGTHS)
     groups_by_task: dict[str, list] = {}
     for group in groups:
@@ -303,19 +303,19 @@ def test_stream_of_313_tasks_starts_anywhere(p3, tmp_path):
 
 
 def test_infer_skips_tasks_without_data(p3, forms, tmp_path, capsys):
-    registered = register(forms["parquet"])
-    decoded = generation.read_tasks(options.Data("t0_train", max_examples=2), LENGTHS, registered)
+    task_roles = register(forms["parquet"])
+    decoded = generation.read_tasks(options.Data("t0_train", max_examples=2), LENGTHS, task_roles)
     assert [(task.name, len(task.inputs)) for task in decoded] == [("ag_news_recommend", 2)]
     assert "skipping 312 tasks, no data: " in capsys.readouterr().out
     with pytest.raises(InputError, match="has no task 'super_glue_wic_same_sense'"):
         generation.read_tasks(
-            options.Data("super_glue_wic_same_sense", max_examples=2), LENGTHS, registered
+            options.Data("super_glue_wic_same_sense", max_examples=2), LENGTHS, task_roles
         )
     with pytest.raises(InputError, match="USE_CACHED_TASKS: no cache of "):
         generation.read_tasks(
             options.Data("super_glue_wic", use_cached_tasks=True, max_examples=2),
             LENGTHS,
-            registered,
+            task_roles,
         )
 
 
@@ -329,12 +329,12 @@ def test_train_and_eval_batches(p3, forms):
 
 
 def test_unpublished_score_eval_tasks(p3, forms):
-    registered = register(forms["cache"])
-    assert registered.train_score_tasks == ["ag_news_recommend_score_eval"]
+    task_roles = register(forms["cache"])
+    assert task_roles.train_score_tasks == ["ag_news_recommend_score_eval"]
     groups = choices.load_choice_groups("t0_train_score_eval", LENGTHS)
     assert len(groups) == 50
     assert groups[3].choice_texts == ("Politician", "Athlete", "Manager", "Scientist")
-    assert registered.eval_splits["ag_news_recommend"] == "test"
+    assert task_roles.eval_splits["ag_news_recommend"] == "test"
 
 
 # --- errors
@@ -436,9 +436,9 @@ def test_missing_data(p3, tmp_path, forms, monkeypatch):
     with pytest.raises(InputError) as error:
         register(tmp_path)
     assert "holds nothing of P3" in one_line(error)
-    registered = register(forms["parquet"])
-    assert registered.summary[0].endswith("5 of 544 tasks and 4 of 116 _score_eval tasks (rows: 9)")
-    assert "not in P3_DIR: 539 tasks" in registered.summary[1]
+    task_roles = register(forms["parquet"])
+    assert task_roles.summary[0].endswith("5 of 544 tasks and 4 of 116 _score_eval tasks (rows: 9)")
+    assert "not in P3_DIR: 539 tasks" in task_roles.summary[1]
     with pytest.raises(InputError) as error:
         choices.load_choice_groups("super_glue_wic_score_eval", LENGTHS)
     assert "none of 10 tasks" in one_line(error)
@@ -478,7 +478,7 @@ def test_splits_without_rows(p3, tmp_path):
     for split in ("train", "validation"):
         path = tmp_path / RTE / f"{split}-00000-of-00001.parquet"
         parquet.write_table(schema.empty_table(), path)
-    registered = register(tmp_path)
+    task_roles = register(tmp_path)
     assert choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS) == []
     with pytest.raises(InputError, match="none of 10 tasks of .* has rows in its evaluation split"):
         choices.load_choice_groups("super_glue_rte_score_eval", LENGTHS)
@@ -487,7 +487,7 @@ def test_splits_without_rows(p3, tmp_path):
     with pytest.raises(InputError, match=f"the evaluation splits of '{RTE}' have no rows"):
         feed.eval_batches(RTE, LENGTHS, 2)
     with pytest.raises(InputError, match=f"nothing to decode in '{RTE}': "):
-        generation.read_tasks(options.Data(RTE), LENGTHS, registered)
+        generation.read_tasks(options.Data(RTE), LENGTHS, task_roles)
 
 
 def test_rows_without_choices(p3, tmp_path, capsys):
@@ -565,8 +565,8 @@ def test_failing_templates(p3, tmp_path, forms, capsys):
     assert "1 of 50 examples" in warning
     assert "number 5: TypeError: can only concatenate" in warning
     yaml.write_text(whole.replace("metadata: !TemplateMetadata", "metadata: [", 1))
-    registered = register(folder)
-    assert any("templates.yaml" in line and "not YAML" in line for line in registered.summary)
+    task_roles = register(folder)
+    assert any("templates.yaml" in line and "not YAML" in line for line in task_roles.summary)
     with pytest.raises(InputError, match=r"no task .*templates.yaml:\d+: not YAML"):
         choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
 

@@ -17,7 +17,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, feed, row_reader, seqio_import, seqio_tasks, tfrecords
 from pemoe_jax.data.order import ExampleOrder
 from pemoe_jax.runtime import options
-from pemoe_jax.tasks import Registered
+from pemoe_jax.tasks import TaskRoles
 
 TASK = "ag_news_recommend"
 ROWS = 3000
@@ -221,7 +221,7 @@ def test_damage_in_evaluation_and_decoding(copy):
         assert one_line(error).startswith(f"{path}: damaged at byte")
         with pytest.raises(InputError) as error:
             generation.read_tasks(
-                options.Data(TASK, use_cached_tasks=use_cached), LENGTHS, Registered()
+                options.Data(TASK, use_cached_tasks=use_cached), LENGTHS, TaskRoles()
             )
         assert one_line(error).startswith(f"{path}: damaged at byte")
     with pytest.raises(InputError) as error:
@@ -259,7 +259,7 @@ def test_token_ids_outside_of_the_vocabulary(tmp_path, encode, wrong):
                 ),
             )
     check("test", lambda: list(feed.eval_batches("t0_train", LENGTHS, 1)))
-    check("test", lambda: generation.read_tasks(options.Data(TASK), LENGTHS, Registered()))
+    check("test", lambda: generation.read_tasks(options.Data(TASK), LENGTHS, TaskRoles()))
     check("test", lambda: choices.load_choice_groups(f"{TASK}_score_eval", LENGTHS))
 
 

@@ -215,9 +215,9 @@ def register(folder: pathlib.Path):
 
 
 def test_template_with_a_field_that_the_builder_lacks_is_left_out(prepared, seqio):
-    registered = register(prepared)
-    assert any("1 of 544 tasks" in line for line in registered.summary)
-    left_out = [line for line in registered.summary if line.startswith("left out: ")]
+    task_roles = register(prepared)
+    assert any("1 of 544 tasks" in line for line in task_roles.summary)
+    left_out = [line for line in task_roles.summary if line.startswith("left out: ")]
     assert left_out == [
         "left out: hellaswag_complete_first_then: its template reads 'ctx_a' (nearest: 'ctx'),"
         f" which the examples in {prepared / 'tfds'} do not have"

@@ -91,8 +91,8 @@ def test_a_remote_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, ca
     path = tmp_path / "p3" / "trec_fine_grained_open" / "train.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"inputs": "a", "targets": "b"}) + "\n")
-    registered = tasks.register(p3_dir=str(tmp_path / "p3"))
-    assert registered.summary, "ids in tfrecords need no vocabulary"
+    task_roles = tasks.register(p3_dir=str(tmp_path / "p3"))
+    assert task_roles.summary, "ids in tfrecords need no vocabulary"
     with pytest.raises(InputError, match=message):
         seqio_tasks.check_vocab_size("trec_fine_grained_open", 640)
     out = tmp_path / "out"

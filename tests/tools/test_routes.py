@@ -27,7 +27,7 @@ from pemoe_jax.core.adapters import Adapters, VectorExperts, describe
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
 from pemoe_jax.data import seqio_tasks
-from pemoe_jax.tasks import Registered, jsonl
+from pemoe_jax.tasks import TaskRoles, jsonl
 from pemoe_jax.tools import routes
 
 GATES = ["encoder/layers_0/mlp/gate", "decoder/layers_0/mlp/gate"]
@@ -537,29 +537,29 @@ def registered(folder):
     return jsonl.register(folder / "tasks", folder / "vocab.model", use=())
 
 
-def test_select_tasks(registered):
-    assert measure.select_tasks(["check_*"], registered) == ["check_1", "check_2"]
-    assert measure.select_tasks("check_2_score_eval", registered) == [
+def test_select_tasks(task_roles):
+    assert measure.select_tasks(["check_*"], task_roles) == ["check_1", "check_2"]
+    assert measure.select_tasks("check_2_score_eval", task_roles) == [
         "check_2"
     ]  # the task that it scores
-    assert measure.select_tasks(["free_1", "colour_2", "*"], registered)[:2] == [
+    assert measure.select_tasks(["free_1", "colour_2", "*"], task_roles)[:2] == [
         "free_1",
         "colour_2",
     ]
-    assert measure.select_tasks(["jsonl_score_eval"], registered) == ["check_1", "check_2"]
-    assert "colour_1" in measure.select_tasks(["colour_1"], Registered())
+    assert measure.select_tasks(["jsonl_score_eval"], task_roles) == ["check_1", "check_2"]
+    assert "colour_1" in measure.select_tasks(["colour_1"], TaskRoles())
     for patterns, message in (
         ([], "must name at least one task"),
         ([3], "must be a list of name patterns"),
         (["check_1", "x*"], r"'x\*' matches none"),
     ):
         with pytest.raises(InputError, match=message):
-            measure.select_tasks(patterns, registered)
+            measure.select_tasks(patterns, task_roles)
     with pytest.raises(InputError, match="ROUTES_TASKS is not set"):
-        measure.select_tasks(None, Registered())
+        measure.select_tasks(None, TaskRoles())
 
 
-def test_task_and_its_score_task_read_the_same_examples(registered):
+def test_task_and_its_score_task_read_the_same_examples(task_roles):
     examples = measure.read_examples("colour_1", LENGTHS, 3)
     score_examples = measure.read_examples("colour_1_score_eval", LENGTHS, 3)
     assert len(examples) == len(score_examples) == 3
@@ -571,7 +571,7 @@ def test_task_and_its_score_task_read_the_same_examples(registered):
     assert len(truncated.inputs) == 3 and truncated.input_truncated
 
 
-def test_trained_datasets_come_from_the_record_or_roles(registered):
+def test_trained_datasets_come_from_the_record_or_roles(task_roles):
     @dataclasses.dataclass
     class Opened:
         record: object
@@ -580,9 +580,9 @@ def test_trained_datasets_come_from_the_record_or_roles(registered):
     class Record:
         trained_datasets: list[str] | None
 
-    assert measure.trained_datasets(Opened(Record(["check"])), registered) == {"check"}
-    assert measure.trained_datasets(Opened(Record(None)), registered) == {"colour", "free"}
-    assert measure.trained_datasets(Opened(None), Registered()) is None
+    assert measure.trained_datasets(Opened(Record(["check"])), task_roles) == {"check"}
+    assert measure.trained_datasets(Opened(Record(None)), task_roles) == {"colour", "free"}
+    assert measure.trained_datasets(Opened(None), TaskRoles()) is None
 
 
 def test_select_sites_by_patterns():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pemoe_jax.core.params import Params
     from pemoe_jax.data.choices import ChoiceGroup
     from pemoe_jax.runtime import progress
-    from pemoe_jax.tasks import Registered
+    from pemoe_jax.tasks import TaskRoles
 
 DEFAULT_EXAMPLES = 32  # of each task: also short targets then have about a hundred tokens
 _SCORE_SUFFIX = "_score_eval"
@@ -29,7 +29,7 @@ _SCORE_SUFFIX = "_score_eval"
 
 
 def select_tasks(
-    patterns: Sequence[str] | None, registered: "Registered", use_cached: bool = False
+    patterns: Sequence[str] | None, task_roles: "TaskRoles", use_cached: bool = False
 ) -> list[str]:
     """Returns the names of the tasks that match, in the order of the patterns.
 
@@ -38,7 +38,7 @@ def select_tasks(
     Args:
       patterns: names of tasks or mixtures, or shell-style patterns of task names. None: the first
         prompt of each dataset, of the training tasks and then of the held-out ones.
-      registered: return value of `tasks.register`.
+      task_roles: return value of `tasks.register`.
       use_cached: whether tasks are read from seqio's offline caches.
 
     Raises:
@@ -47,12 +47,12 @@ def select_tasks(
     from pemoe_jax.data import seqio_import
 
     if patterns is None:
-        return _tasks_by_role(registered, use_cached)
+        return _tasks_by_role(task_roles, use_cached)
     patterns = _check_patterns("ROUTES_TASKS", "name", patterns)
     registry = set(seqio_import.import_seqio().TaskRegistry.names())
     names = [
         name
-        for name in registered.datasets or sorted(registry)
+        for name in task_roles.datasets or sorted(registry)
         if name in registry
         and not (name.endswith(_SCORE_SUFFIX) and name.removesuffix(_SCORE_SUFFIX) in registry)
     ]
@@ -105,16 +105,16 @@ def _available_tasks(names: Sequence[str], use_cached: bool) -> list[str]:
     return list(available)
 
 
-def _tasks_by_role(registered: "Registered", use_cached: bool) -> list[str]:
-    if not registered.datasets:
+def _tasks_by_role(task_roles: "TaskRoles", use_cached: bool) -> list[str]:
+    if not task_roles.datasets:
         raise InputError(
             "ROUTES_TASKS is not set: pass names of tasks or mixtures (tasks of"
             " MIXTURE_OR_TASK_MODULE are not marked as training or evaluation tasks)"
         )
     names: dict[str, None] = {}
-    for tasks in (registered.train_tasks, registered.eval_tasks):
+    for tasks in (task_roles.train_tasks, task_roles.eval_tasks):
         available = _available_tasks(tasks, use_cached)
-        datasets = {name: registered.datasets[name] for name in available}
+        datasets = {name: task_roles.datasets[name] for name in available}
         names |= dict.fromkeys(first_task_per_dataset(datasets))
     if not names:
         raise InputError("ROUTES_TASKS is not set, and no training or evaluation task has data")
@@ -129,7 +129,7 @@ def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
     return list(first.values())
 
 
-def trained_datasets(opened: "models.OpenedModel", registered: "Registered") -> set[str] | None:
+def trained_datasets(opened: "models.OpenedModel", task_roles: "TaskRoles") -> set[str] | None:
     """Returns the datasets that a run was trained on.
 
     Without a record (base models, adapters of other tools), these are the registered training
@@ -138,9 +138,9 @@ def trained_datasets(opened: "models.OpenedModel", registered: "Registered") -> 
     recorded = getattr(opened.record, "trained_datasets", None)
     if recorded is not None:
         return set(recorded)
-    if not registered.datasets:
+    if not task_roles.datasets:
         return None
-    return set(registered.datasets_of(registered.train_tasks))
+    return set(task_roles.datasets_of(task_roles.train_tasks))
 
 
 # --- examples ---

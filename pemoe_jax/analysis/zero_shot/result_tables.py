@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pemoe_jax.analysis.tables import MISSING, Table, format_share, markdown_table, print_tables
 from pemoe_jax.analysis.zero_shot.results import JsonObject
-from pemoe_jax.tasks.registered import abbreviate
+from pemoe_jax.tasks.task_roles import abbreviate
 
 Number = TypeVar("Number", int, float)
 

@@ -1,4 +1,4 @@
-"""`Registered`: what the commands know about the tasks of a run."""
+"""`TaskRoles`: what the commands know about the tasks of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Registered:
+class TaskRoles:
     """The tasks that `tasks.register` registered, by role.
 
     The default, with every field empty, stands for tasks that a user's module registered by
@@ -58,12 +58,12 @@ class Registered:
 
 
 # What run files bind as `register`. A user's own function may return nothing.
-Register = Callable[[], Registered | None]
+Register = Callable[[], TaskRoles | None]
 
 
-def run_register(register: Register | None) -> Registered:
-    """Calls the function that a run file binds; `Registered()` if there is none."""
-    return (register() if register is not None else None) or Registered()
+def run_register(register: Register | None) -> TaskRoles:
+    """Calls the function that a run file binds; `TaskRoles()` if there is none."""
+    return (register() if register is not None else None) or TaskRoles()
 
 
 def abbreviate(names: Sequence[str], limit: int) -> str:
