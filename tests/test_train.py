@@ -452,8 +452,10 @@ def test_dimensions_are_those_of_the_base(folder):
 EARLY_MISTAKES = """
 import json, sys
 from pemoe_jax import evaluate, train
+from pemoe_jax.tools import cache_tasks, embed
+commands = {"train": train, "evaluate": evaluate, "embed": embed, "cache_tasks": cache_tasks}
 for command, flags in json.loads(sys.argv[1]):
-    assert {"train": train, "evaluate": evaluate}[command].main(flags) == 1
+    assert commands[command].main(flags) == 1
     print(end="\\n", file=sys.stderr)
     assert "tensorflow" not in sys.modules, flags
 """
@@ -480,6 +482,8 @@ def test_what_settings_and_paths_show_is_said_before_tensorflow_is_imported(
     ]
     runs_file = ["--gin_file=runs/evaluate.gin", f"--gin.EVAL_OUTPUT_DIR={tmp_path / 'out'}"]
     base = f"--gin.CHECKPOINT_PATH={folder / 'base.safetensors'}"
+    embed_files = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=runs/embed.gin"]
+    embed_files.append(f"--gin.SENTENCE_EMBEDDINGS={tmp_path / 'table'}")
     commands = [
         *(
             ("train", train_flags(folder, "mov", tmp_path / "run", **flags))
@@ -487,8 +491,11 @@ def test_what_settings_and_paths_show_is_said_before_tensorflow_is_imported(
         ),
         ("evaluate", [*runs_file, *data_flags(folder), "--gin.CHECKPOINT_PATH=/nowhere"]),
         ("evaluate", [*runs_file, *data_flags(folder), base]),
+        ("embed", [*embed_files, *data_flags(folder), "--gin.INITIAL_CHECKPOINT_PATH=/nowhere"]),
+        ("cache_tasks", ["--p3_dir=/nowhere", f"--output={tmp_path / 'cache'}"]),
     ]
-    expected = [*(message for _, message in mistakes), "/nowhere", "results would be lost"]
+    expected = [message for _, message in mistakes]
+    expected += ["/nowhere", "results would be lost", "base model /nowhere", "P3_DIR /nowhere must"]
     done = subprocess.run(
         [sys.executable, "-c", EARLY_MISTAKES, json.dumps(commands)], capture_output=True, text=True
     )

@@ -87,6 +87,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
       InputError: a flag or the data is wrong. Splits that were written stay.
     """
     from pemoe_jax.runtime import progress
+    from pemoe_jax.tasks import check_p3_paths
     from pemoe_jax.tasks.vocabulary import default_vocab_path
 
     if bindings:
@@ -96,6 +97,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     p3_dir = args.p3_dir or os.environ.get("PEMOE_P3_DIR")
     if not p3_dir:
         raise InputError("--p3_dir is not set: pass a folder of P3, or set PEMOE_P3_DIR")
+    check_p3_paths(p3_dir, args.vocab_path)
     settings = _Settings(
         os.path.abspath(os.path.expanduser(p3_dir)),
         args.vocab_path or default_vocab_path(),

@@ -202,8 +202,12 @@ def resolve_encoder(encoder: object) -> Encoder:
       encoder: an `Encoder`, a function from a list of texts to an array, or its dotted name.
 
     Raises:
-      InputError: it is none of these.
+      InputError: it is none of these, or its base model cannot be opened.
     """
+    if isinstance(encoder, MeanPooledEncoder) and encoder.base_path is not None:
+        from pemoe_jax.checkpoints import base_model
+
+        base_model.open_base(encoder.base_path)  # it is read after the tasks are registered
     if isinstance(encoder, str):
         module, _, name = encoder.replace(":", ".").rpartition(".")
         try:
