@@ -524,7 +524,7 @@ def test_scoring_a_task_without_choices_is_refused(folder, tmp_path, capsys):
         "--gin.EVAL_TASKS=['free_1']",
     ]
     assert evaluate.main(flags) == 1
-    assert "has no answer_choices" in capsys.readouterr().err
+    assert "without answer_choices: free_1" in capsys.readouterr().err
 
 
 def test_runs_from_the_clone_without_an_install(folder, tmp_path):
