@@ -184,7 +184,10 @@ def train(
 def _with_base_dimensions(
     model: "network.Transformer", base_path: str | None
 ) -> "network.Transformer":
-    """Returns the model in the dimensions of its base, as evaluation opens it."""
+    """Returns the model in the dimensions of its base, as evaluation opens it.
+
+    Prints the dimensions in which a model file differs.
+    """
     from pemoe_jax.checkpoints import base_model, dimensions
 
     if base_path is None:
@@ -192,6 +195,13 @@ def _with_base_dimensions(
     base = base_model.open_base(base_path)
     shapes = {path: array.shape for path, array in base.arrays.items()}
     sizes: dict[str, Any] = dict(dimensions.infer(shapes, str(base)))
+    others = {name: value for name, value in sizes.items() if getattr(model.config, name) != value}
+    if others:
+        stated = ", ".join(
+            f"{name} {value} (model file: {getattr(model.config, name)})"
+            for name, value in others.items()
+        )
+        print(f"dimensions of {base_path}: {stated}", flush=True)
     return model.clone(config=dataclasses.replace(model.config, **sizes))
 
 
