@@ -1,24 +1,17 @@
 """Scores held-out tasks by rank classification: `pemoe evaluate --help`."""
 
-import dataclasses
-import functools
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.runtime import gin_flags, options
 
 if TYPE_CHECKING:
-    import jax
-
     from pemoe_jax.analysis.evaluation import Evaluation
     from pemoe_jax.checkpoints.models import OpenedModel
-    from pemoe_jax.core import network, partitioning
+    from pemoe_jax.core import partitioning
     from pemoe_jax.core.params import PyTree
     from pemoe_jax.data.choices import ChoiceGroup
-    from pemoe_jax.tasks import TaskRoles
 
 FLAGS = gin_flags.make_parser(
     "evaluate",
@@ -31,21 +24,6 @@ FLAGS = gin_flags.make_parser(
 """,
     macros=["runs/evaluate.gin"],
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """The scores of an input's answer choices.
-
-    Attributes:
-      best: index of the choice with the highest score, the first if several have it.
-      is_tied: whether a choice of another text has the same score.
-      scores: log-probability of each choice.
-    """
-
-    best: int
-    is_tied: bool
-    scores: list[float]
 
 
 def evaluate(
@@ -72,7 +50,7 @@ def evaluate(
       InputError: a setting or a file is wrong.
     """
     from pemoe_jax.analysis import evaluation
-    from pemoe_jax.analysis.zero_shot import result_tables
+    from pemoe_jax.analysis.zero_shot import rank_classification, result_tables
     from pemoe_jax.analysis.zero_shot import results as results_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import choices, row_checks, seqio_tasks
@@ -89,12 +67,12 @@ def evaluate(
     groups_by_task: dict[str, list[ChoiceGroup]] = {name: [] for name in setup.task_names}
     for group in groups:
         groups_by_task[group.task].append(group)
-    _report_rows(data.name, groups_by_task, setup.task_roles)
+    rank_classification.report_rows(data.name, groups_by_task, setup.task_roles)
     results: dict[str, Any] = {"runs": []}
     for opened in setup.models:
         params = opened.load(opened.shardings(setup.mesh, setup.rules))
         with partitioning.use_mesh(setup.mesh, setup.rules):
-            predictions = score_groups(
+            predictions = rank_classification.score_groups(
                 opened.model, params, groups, data.batch_size, setup.mesh, f"scoring {opened.name}"
             )
         ties = [
@@ -104,8 +82,10 @@ def evaluate(
         ]
         for line in row_checks.describe_odd_rows(ties):
             print(f"{opened.name}: {line}", flush=True)
-        tasks = _task_results(groups_by_task, predictions, setup.task_roles)
-        _write_predictions(setup.folder / "predictions" / opened.name, groups_by_task, predictions)
+        tasks = rank_classification.task_results(groups_by_task, predictions, setup.task_roles)
+        rank_classification.write_predictions(
+            setup.folder / "predictions" / opened.name, groups_by_task, predictions
+        )
         summary = results_lib.summarize(tasks)
         about = describe_run(opened, summary["datasets"])
         results["runs"].append({**about, **summary, "tasks": tasks})
@@ -117,126 +97,6 @@ def evaluate(
     result_tables.print_results(results)
     print(f"results in {setup.folder}/results.md, predictions in {setup.folder}/predictions")
     return results
-
-
-def _report_rows(
-    name: str, groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]", task_roles: "TaskRoles"
-) -> None:
-    """Prints the tasks without rows to score, and the odd rows that the summary has not counted.
-
-    Raises:
-      InputError: there is nothing to score.
-    """
-    from pemoe_jax.core.errors import InputError, plural
-    from pemoe_jax.data import row_checks
-    from pemoe_jax.tasks.task_roles import abbreviate
-
-    empty = [task for task, groups in groups_by_task.items() if not groups]
-    without = "no rows with answer choices in the evaluation split"
-    if len(empty) == len(groups_by_task):
-        tasks = f" of {abbreviate(empty, 3)}" if empty != [name] else ""
-        raise InputError(f"nothing to score in {name!r}: {without}{tasks}")
-    if empty:
-        print(f"not scored, {without}: {plural(len(empty), 'task')} ({abbreviate(empty, 3)})")
-    odd = [
-        (kind, f"{group.task} example {group.idx + 1}")
-        for groups in groups_by_task.values()
-        for group in groups
-        for kind in group.anomalies
-        if kind not in task_roles.counted_odd_rows.get(group.task, ())
-    ]
-    for line in row_checks.describe_odd_rows(odd):
-        print(line, flush=True)
-
-
-def score_groups(
-    model: "network.Transformer",
-    params: "PyTree",
-    groups: "Sequence[ChoiceGroup]",
-    batch_size: int,
-    mesh: "jax.sharding.Mesh",
-    label: str = "scoring",
-) -> "dict[ChoiceGroup, Prediction]":
-    """Returns the prediction for each group of answer choices.
-
-    Args:
-      model, params: the network, and its parameters on the mesh.
-      groups: inputs with their choices.
-      batch_size: inputs per batch, over all devices.
-      mesh: the device mesh.
-      label: label of the progress bar.
-
-    Raises:
-      InputError: a score is not finite.
-    """
-    import jax
-    import numpy as np
-
-    from pemoe_jax.analysis import evaluation
-    from pemoe_jax.core import partitioning, steps
-    from pemoe_jax.core.errors import InputError
-    from pemoe_jax.data import inference_batches, prefetch
-    from pemoe_jax.runtime import progress
-
-    score = jax.jit(
-        functools.partial(steps.score_choices, model),
-        out_shardings=partitioning.replicated_sharding(mesh),
-    )
-    bar = progress.Progress(label, len(groups))
-    batches = inference_batches.score_batches(groups, batch_size, multiple_of=mesh.shape["data"])
-    results = (
-        (score(params, partitioning.shard_batch(batch, mesh)), members)
-        for batch, members in prefetch.prefetch(batches)
-    )
-    predictions: dict[ChoiceGroup, Prediction] = {}
-    for scores, members in prefetch.keep_in_flight(results):
-        for row, group in zip(np.asarray(scores), members, strict=False):  # [B, C]
-            group_scores = row[: len(group.choices)]
-            if not np.isfinite(group_scores).all():
-                raise InputError(
-                    f"{label}: expected finite scores, got {group_scores.tolist()} for"
-                    f" {group.task}, example {group.idx + 1}: {evaluation.NOT_FINITE_ADVICE}"
-                )
-            best = int(np.argmax(group_scores))
-            tied = {
-                group.choice_texts[i].strip()
-                for i in np.flatnonzero(group_scores == group_scores[best])
-            }
-            predictions[group] = Prediction(best, len(tied) > 1, group_scores.tolist())
-        bar.report_if_due(len(predictions), "inputs")
-    bar.close()
-    return predictions
-
-
-def _odd_kinds(group: "ChoiceGroup", prediction: Prediction) -> tuple[str, ...]:
-    return (*group.anomalies, *(["tied_scores"] if prediction.is_tied else []))
-
-
-def _task_results(
-    groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]",
-    predictions: "Mapping[ChoiceGroup, Prediction]",
-    task_roles: "TaskRoles",
-) -> dict[str, Any]:
-    """Returns the entry of each task in a run's `tasks` in results.json."""
-    from pemoe_jax.analysis.zero_shot import results as results_lib
-    from pemoe_jax.data import seqio_tasks
-
-    return {
-        name: results_lib.task_result(
-            correct=[group.is_correct[predictions[group].best] for group in groups],
-            chance=[sum(group.is_correct) / len(group.choices) for group in groups],
-            dataset=task_roles.datasets.get(name, name),
-            split=task_roles.eval_splits.get(name.removesuffix("_score_eval"))
-            or seqio_tasks.eval_split(name)
-            or "",
-            odd=[kind for group in groups for kind in _odd_kinds(group, predictions[group])],
-            same_answer=results_lib.same_answer(
-                (predictions[group].best, group.choice_texts) for group in groups
-            ),
-        )
-        for name, groups in groups_by_task.items()
-        if groups
-    }
 
 
 def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[str, Any]:
@@ -262,30 +122,6 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     if record.trained_datasets is not None:
         about["trained_datasets"] = sorted(set(record.trained_datasets) & set(datasets))
     return about
-
-
-def _write_predictions(
-    folder: Path,
-    groups_by_task: "Mapping[str, Sequence[ChoiceGroup]]",
-    predictions: "Mapping[ChoiceGroup, Prediction]",
-) -> None:
-    from pemoe_jax.runtime import atomic_write
-
-    for name, groups in groups_by_task.items():
-        rows = [
-            {
-                "idx": group.idx,
-                "inputs": group.input_text,
-                "answer_choices": group.choice_texts,
-                "scores": [round(score, 5) for score in predictions[group].scores],
-                "prediction": group.choice_texts[predictions[group].best],
-                "correct": group.is_correct[predictions[group].best],
-                "odd": _odd_kinds(group, predictions[group]),
-            }
-            for group in groups
-        ]
-        lines = "\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-        atomic_write.write_text(folder / f"{name}.jsonl", lines + "\n")
 
 
 def _draw_routing(

@@ -10,7 +10,7 @@ import pytest
 from data_tasks import WORDS, make_vocab, write
 from methods import CONFIG, METHODS
 
-from pemoe_jax import evaluate
+from pemoe_jax.analysis.zero_shot import rank_classification
 from pemoe_jax.analysis.zero_shot import results as results_lib
 from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.core.errors import InputError
@@ -108,7 +108,9 @@ def test_grouped_scores_are_those_of_seqios_evaluator(twins, batch_size):
     mesh = partitioning.make_mesh()
     assert mesh.shape["data"] == 2
     device_params = partitioning.replicate(weights(), mesh)
-    predictions = evaluate.score_groups(transformer(), device_params, groups, batch_size, mesh)
+    predictions = rank_classification.score_groups(
+        transformer(), device_params, groups, batch_size, mesh
+    )
     for twin in twins:
         members = [group for group in groups if group.task == twin]
         expected, accuracy = seqio_scores(twin)
@@ -150,7 +152,7 @@ def test_doubled_choices_score_alike(twins):
         g for g in choices.load_choice_groups("jsonl_score_eval", LENGTHS) if g.task == twins[0]
     ]
     mesh = partitioning.make_mesh()
-    predictions = evaluate.score_groups(transformer(), weights(), groups, 8, mesh)
+    predictions = rank_classification.score_groups(transformer(), weights(), groups, 8, mesh)
     for group in groups[:3]:
         own = predictions[group].scores
         for text in set(group.choice_texts):
@@ -166,12 +168,12 @@ def test_ties_of_different_texts_are_odd(twins):
     tied = dataclasses.replace(first, choices=same, choice_texts=("{", "}"))
     doubled = dataclasses.replace(first, choices=same, choice_texts=("a", "a "))
     groups = [tied, doubled, second, first]
-    predictions = evaluate.score_groups(
+    predictions = rank_classification.score_groups(
         transformer(), weights(), groups, 4, partitioning.make_mesh()
     )
     assert [predictions[group].is_tied for group in groups] == [True, False, False, False]
     assert predictions[tied].best == 0
-    results = evaluate._task_results({twins[0]: groups}, predictions, TaskRoles())
+    results = rank_classification.task_results({twins[0]: groups}, predictions, TaskRoles())
     odd = results[twins[0]]["odd"]
     assert (odd["tied_scores"], odd["equal_tokens"], odd["doubled_choices"]) == (1, 1, 1)
 
@@ -179,12 +181,12 @@ def test_ties_of_different_texts_are_odd(twins):
 def test_nothing_to_score():
     empty = {"a_score_eval": [], "b_score_eval": []}
     with pytest.raises(InputError, match="nothing to score in 'm': no rows with answer choices in"):
-        evaluate._report_rows("m", empty, TaskRoles())
+        rank_classification.report_rows("m", empty, TaskRoles())
 
 
 def test_odd_rows_are_printed_unless_the_summary_has_counted_them(twins, capsys):
     groups = {name: choices.load_choice_groups(name, LENGTHS) for name in twins}
-    evaluate._report_rows("m", {**groups, "empty_score_eval": []}, TaskRoles())
+    rank_classification.report_rows("m", {**groups, "empty_score_eval": []}, TaskRoles())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "not scored, no rows with answer choices in the evaluation split: 1 task (empty_score_eval)"
@@ -193,7 +195,7 @@ def test_odd_rows_are_printed_unless_the_summary_has_counted_them(twins, capsys)
     assert "odd rows: empty inputs: 1 (odd_score_eval example 5)" in lines
     kinds = ["target_not_in_choices", "empty_input"]
     counted = TaskRoles(counted_odd_rows={"odd_score_eval": kinds})
-    evaluate._report_rows("m", groups, counted)
+    rank_classification.report_rows("m", groups, counted)
     others = [line for line in lines[1:] if "not among" not in line and "empty" not in line]
     assert capsys.readouterr().out.splitlines() == others
 
@@ -204,4 +206,6 @@ def test_scores_that_are_not_finite_are_an_error(twins):
     with pytest.raises(
         InputError, match=r"run: expected finite scores, got \[nan.* for odd_score_"
     ):
-        evaluate.score_groups(transformer(), broken, groups, 2, partitioning.make_mesh(), "run")
+        rank_classification.score_groups(
+            transformer(), broken, groups, 2, partitioning.make_mesh(), "run"
+        )

@@ -1,0 +1,163 @@
+"""Rank classification: scores answer choices, of which the likeliest is the prediction."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from pemoe_jax.analysis import evaluation
+from pemoe_jax.analysis.zero_shot import results
+from pemoe_jax.core import network, partitioning, steps
+from pemoe_jax.core.errors import InputError, plural
+from pemoe_jax.core.params import PyTree
+from pemoe_jax.data import inference_batches, prefetch, row_checks, seqio_tasks
+from pemoe_jax.data.choices import ChoiceGroup
+from pemoe_jax.runtime import atomic_write, progress
+from pemoe_jax.tasks.task_roles import TaskRoles, abbreviate
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The scores of an input's answer choices.
+
+    Attributes:
+      best: index of the choice with the highest score, the first if several have it.
+      is_tied: whether a choice of another text has the same score.
+      scores: log-probability of each choice.
+    """
+
+    best: int
+    is_tied: bool
+    scores: list[float]
+
+
+def report_rows(
+    name: str, groups_by_task: Mapping[str, Sequence[ChoiceGroup]], task_roles: TaskRoles
+) -> None:
+    """Prints the tasks without rows to score, and the odd rows that the summary has not counted.
+
+    Raises:
+      InputError: there is nothing to score.
+    """
+    empty = [task for task, groups in groups_by_task.items() if not groups]
+    without = "no rows with answer choices in the evaluation split"
+    if len(empty) == len(groups_by_task):
+        tasks = f" of {abbreviate(empty, 3)}" if empty != [name] else ""
+        raise InputError(f"nothing to score in {name!r}: {without}{tasks}")
+    if empty:
+        print(f"not scored, {without}: {plural(len(empty), 'task')} ({abbreviate(empty, 3)})")
+    odd = [
+        (kind, f"{group.task} example {group.idx + 1}")
+        for groups in groups_by_task.values()
+        for group in groups
+        for kind in group.anomalies
+        if kind not in task_roles.counted_odd_rows.get(group.task, ())
+    ]
+    for line in row_checks.describe_odd_rows(odd):
+        print(line, flush=True)
+
+
+def score_groups(
+    model: network.Transformer,
+    params: PyTree,
+    groups: Sequence[ChoiceGroup],
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    label: str = "scoring",
+) -> dict[ChoiceGroup, Prediction]:
+    """Returns the prediction for each group of answer choices.
+
+    Args:
+      model, params: the network, and its parameters on the mesh.
+      groups: inputs with their choices.
+      batch_size: inputs per batch, over all devices.
+      mesh: the device mesh.
+      label: label of the progress bar.
+
+    Raises:
+      InputError: a score is not finite.
+    """
+    score = jax.jit(
+        functools.partial(steps.score_choices, model),
+        out_shardings=partitioning.replicated_sharding(mesh),
+    )
+    bar = progress.Progress(label, len(groups))
+    batches = inference_batches.score_batches(groups, batch_size, multiple_of=mesh.shape["data"])
+    results = (
+        (score(params, partitioning.shard_batch(batch, mesh)), members)
+        for batch, members in prefetch.prefetch(batches)
+    )
+    predictions: dict[ChoiceGroup, Prediction] = {}
+    for scores, members in prefetch.keep_in_flight(results):
+        for row, group in zip(np.asarray(scores), members, strict=False):  # [B, C]
+            group_scores = row[: len(group.choices)]
+            if not np.isfinite(group_scores).all():
+                raise InputError(
+                    f"{label}: expected finite scores, got {group_scores.tolist()} for"
+                    f" {group.task}, example {group.idx + 1}: {evaluation.NOT_FINITE_ADVICE}"
+                )
+            best = int(np.argmax(group_scores))
+            tied = {
+                group.choice_texts[i].strip()
+                for i in np.flatnonzero(group_scores == group_scores[best])
+            }
+            predictions[group] = Prediction(best, len(tied) > 1, group_scores.tolist())
+        bar.report_if_due(len(predictions), "inputs")
+    bar.close()
+    return predictions
+
+
+def _odd_kinds(group: ChoiceGroup, prediction: Prediction) -> tuple[str, ...]:
+    return (*group.anomalies, *(["tied_scores"] if prediction.is_tied else []))
+
+
+def task_results(
+    groups_by_task: Mapping[str, Sequence[ChoiceGroup]],
+    predictions: Mapping[ChoiceGroup, Prediction],
+    task_roles: TaskRoles,
+) -> dict[str, Any]:
+    """Returns the entry of each task in a run's `tasks` in results.json."""
+    return {
+        name: results.task_result(
+            correct=[group.is_correct[predictions[group].best] for group in groups],
+            chance=[sum(group.is_correct) / len(group.choices) for group in groups],
+            dataset=task_roles.datasets.get(name, name),
+            split=task_roles.eval_splits.get(name.removesuffix("_score_eval"))
+            or seqio_tasks.eval_split(name)
+            or "",
+            odd=[kind for group in groups for kind in _odd_kinds(group, predictions[group])],
+            same_answer=results.same_answer(
+                (predictions[group].best, group.choice_texts) for group in groups
+            ),
+        )
+        for name, groups in groups_by_task.items()
+        if groups
+    }
+
+
+def write_predictions(
+    folder: Path,
+    groups_by_task: Mapping[str, Sequence[ChoiceGroup]],
+    predictions: Mapping[ChoiceGroup, Prediction],
+) -> None:
+    """Writes <folder>/<task>.jsonl with a line for each example."""
+    for name, groups in groups_by_task.items():
+        rows = [
+            {
+                "idx": group.idx,
+                "inputs": group.input_text,
+                "answer_choices": group.choice_texts,
+                "scores": [round(score, 5) for score in predictions[group].scores],
+                "prediction": group.choice_texts[predictions[group].best],
+                "correct": group.is_correct[predictions[group].best],
+                "odd": _odd_kinds(group, predictions[group]),
+            }
+            for group in groups
+        ]
+        lines = "\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+        atomic_write.write_text(folder / f"{name}.jsonl", lines + "\n")
