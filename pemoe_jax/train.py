@@ -52,7 +52,7 @@ def train(
 
     Args:
       model: the network with its adapters, from a model file and a method file.
-      method: what trains.
+      method: name, trainable parameters and dtype of the frozen matrices.
       data: the tasks to train on, and the batches.
       total_steps: step to stop at, counted from the start of the run.
       optimizer: the optimizer, e.g. @optim.adafactor or @optim.adamw.
@@ -61,7 +61,7 @@ def train(
       checkpointing: where to start from and where to save.
       logging: what to report, and how often.
       mesh: how the run is spread over its devices.
-      seed: seed of new adapters, of the data order and of dropout.
+      seed: seed of new adapters, a random base model, the data order and dropout.
 
     Raises:
       InputError: a setting or a file is wrong, before any file is written; or the loss became
@@ -164,7 +164,8 @@ def train(
         with partitioning.use_mesh(device_mesh, rules):
             loop.run(state, frozen, prefetch.prefetch(batches, transform=loop.to_devices))
     except BaseException as error:
-        # Closing waits for saves under way, which need all processes: another may have ended.
+        # close() waits for pending saves, which need all processes. An InputError is raised in all
+        # of them; after any other error, another process may be gone.
         if isinstance(error, InputError) or jax.process_count() == 1:
             checkpoints.close()
         raise
@@ -184,9 +185,9 @@ def train(
 def _with_base_dimensions(
     model: "network.Transformer", base_path: str | None
 ) -> "network.Transformer":
-    """Returns the model in the dimensions of its base, as evaluation opens it.
+    """Returns the model with the dimensions of its base checkpoint, as `pemoe evaluate` does.
 
-    Prints the dimensions in which a model file differs.
+    Prints the dimensions that override those of the model file.
     """
     from pemoe_jax.checkpoints import base_model, dimensions
 
@@ -195,13 +196,13 @@ def _with_base_dimensions(
     base = base_model.open_base(base_path)
     shapes = {path: array.shape for path, array in base.arrays.items()}
     sizes: dict[str, Any] = dict(dimensions.infer(shapes, str(base)))
-    others = {name: value for name, value in sizes.items() if getattr(model.config, name) != value}
-    if others:
-        stated = ", ".join(
+    changed = {name: value for name, value in sizes.items() if getattr(model.config, name) != value}
+    if changed:
+        text = ", ".join(
             f"{name} {value} (model file: {getattr(model.config, name)})"
-            for name, value in others.items()
+            for name, value in changed.items()
         )
-        print(f"dimensions of {base_path}: {stated}", flush=True)
+        print(f"dimensions of {base_path}: {text}", flush=True)
     return model.clone(config=dataclasses.replace(model.config, **sizes))
 
 
@@ -211,7 +212,7 @@ def _check_before_tasks(
     data: options.Data,
     descriptions: Mapping[str, Any],
 ) -> None:
-    """Raises InputError for what the settings show before TensorFlow, 8 s, is imported.
+    """Checks what needs no tasks, before the import of TensorFlow, which takes 8 s.
 
     `descriptions` are the model's adapters, by `core.adapters.describe`.
     """
@@ -221,7 +222,7 @@ def _check_before_tasks(
 
     seqio_tasks.validate_lengths(data.task_feature_lengths)
     if not sentences.check_settings(descriptions, data.sentence_embeddings, data.pack):
-        # Otherwise shapes depend on the embeddings' size, which the tasks may define.
+        # With sentence embeddings, routers' shapes depend on their size, which only tasks know.
         _trainable_paths(method, params_lib.flatten(network.param_shapes(model)))
 
 
@@ -234,8 +235,8 @@ def _trainable_paths(
 
     quantized.check_frozen_dtype(method.frozen_dtype)
     paths = params_lib.trainable_paths(shapes, method.trainable)
-    is_frozen = (params_lib.is_matrix(path) for path in shapes.keys() - paths)
-    if method.frozen_dtype != quantized.ACTIVATIONS and not any(is_frozen):
+    has_frozen_matrix = any(params_lib.is_matrix(path) for path in shapes.keys() - paths)
+    if method.frozen_dtype != quantized.ACTIVATIONS and not has_frozen_matrix:
         raise InputError(
             f"FROZEN_DTYPE must be 'activations' for {method.name}, which trains all matrices,"
             f" got {method.frozen_dtype!r}"
@@ -289,7 +290,7 @@ def _initialize(
 def _describe_recipe(
     optimizer: "optim.OptimizerFactory", schedule: "optim.Schedule", total_steps: int
 ) -> str:
-    """Returns the optimizer, the schedule and its highest rate in a run with the step of it."""
+    """Returns the names of optimizer and schedule, and the highest rate with its step."""
     import jax
     import numpy as np
 

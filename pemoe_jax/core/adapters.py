@@ -51,7 +51,7 @@ class VectorExperts(nn.Module):
       router: factory of the router; None for (IA)³, with one expert.
       fused: whether to run the fused kernels (`kernels.mov`) where they apply: on a single GPU, for
         a soft router that reads y and has no auxiliary losses, unless router probabilities are
-        collected. Elsewhere the plain form runs.
+        collected. Otherwise array operations compute the same.
       x_axis, y_axes: logical axis names of the site; the layer sets them.
     """
 
@@ -62,7 +62,7 @@ class VectorExperts(nn.Module):
     y_axes: tuple[str, ...] = ("mlp",)
 
     @nn.compact
-    def __call__(self, x: Array, y: Array, tokens: routing.Tokens | None = None) -> Array:
+    def __call__(self, x: Array, y: Array, tokens: routing.TokenInfo | None = None) -> Array:
         """x [B, L, Din], y [B, L, H, K] or [B, L, D or F] -> y's shape and dtype."""
         _check_experts(self)
         *heads, features = y.shape[2:]
@@ -75,20 +75,22 @@ class VectorExperts(nn.Module):
         )
         if self.router is None:
             return y * vectors[..., 0, :].astype(y.dtype)
-        reads, router = _make_router(self, default="y", y_axis=self.y_axes[-1])
-        if self._can_fuse(reads, router, tokens):
+        source, router = _make_router(self, default="y", y_axis=self.y_axes[-1])
+        if self._can_fuse(source, router, tokens):
             return self._call_fused(y, vectors, router, tokens)
-        output = router(_router_input(reads, x, y, tokens), tokens)
+        output = router(_router_input(source, x, y, tokens), tokens)
         probs = _record_routing(self, output, x.shape[1])
         # Mixed in float32 and rounded once: near 1, bfloat16 has steps of 0.8 %.
         scale = _mix_vectors(probs, vectors)  # [B, L, H, K] or [B, L, D or F]
         return y * scale.astype(y.dtype)
 
-    def _can_fuse(self, reads: str, router: routing.Router, tokens: routing.Tokens | None) -> bool:
+    def _can_fuse(
+        self, source: str, router: routing.Router, tokens: routing.TokenInfo | None
+    ) -> bool:
         return (
             self.fused
             and mov.is_supported()
-            and reads == "y"
+            and source == "y"
             and router.is_soft(tokens)
             and not (router.balance_loss or router.z_loss)  # the kernels' sums have no gradient
             and not self.is_initializing()
@@ -96,7 +98,7 @@ class VectorExperts(nn.Module):
         )
 
     def _call_fused(
-        self, y: Array, vectors: Array, router: routing.Router, tokens: routing.Tokens | None
+        self, y: Array, vectors: Array, router: routing.Router, tokens: routing.TokenInfo | None
     ) -> Array:
         # softmax((y k) / τ) = softmax(y (k / τ)), so the kernels need no temperature.
         kernel = router.variables["params"]["kernel"] / router.temperature
@@ -118,7 +120,8 @@ class LoRAExperts(nn.Module):
     The probabilities are multiplied in at the rank axis, `((x @ A[Din, E·R]) * p) @ B[E·R, Dout]`,
     so that the experts' outputs [B, L, E, Dout] are never materialized.
 
-    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02), `lora_b` [E, R, Dout] = 0; Dout joins the heads.
+    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02), `lora_b` [E, R, Dout] = 0; Dout is H·K with
+    heads.
 
     Attributes:
       num_experts: number of experts at each site, E.
@@ -136,7 +139,7 @@ class LoRAExperts(nn.Module):
     y_axes: tuple[str, ...] = ("mlp",)
 
     @nn.compact
-    def __call__(self, x: Array, y: Array, tokens: routing.Tokens | None = None) -> Array:
+    def __call__(self, x: Array, y: Array, tokens: routing.TokenInfo | None = None) -> Array:
         """x [B, L, Din], y [B, L, ...] -> y's shape and dtype."""
         _check_experts(self)
         if self.rank < 1:
@@ -162,14 +165,15 @@ class LoRAExperts(nn.Module):
         return y + thin_matmul.thin_matmul(low_rank, lora_b).reshape(y.shape)
 
     def _route_and_project(
-        self, x: Array, y: Array, lora_a: Array, y_axis: str, tokens: routing.Tokens | None
+        self, x: Array, y: Array, lora_a: Array, y_axis: str, tokens: routing.TokenInfo | None
     ) -> tuple[Array, Array]:
         """Returns the probabilities [B, L or 1, E] and `x @ lora_a`, [B, L, E·R]."""
-        reads, router = _make_router(self, default="x", y_axis=y_axis)
-        # One product for router and LoRA if both are float32, as the router's always is. The kernel
-        # is read from the variables, which exist only after initialization.
+        source, router = _make_router(self, default="x", y_axis=y_axis)
+        # The router computes in float32. If LoRA does too, one product serves both. The router is
+        # then not called, so its kernel is read from its variables, which exist only after
+        # initialization.
         if (
-            reads == "x"
+            source == "x"
             and x.dtype == lora_a.dtype == jnp.float32
             and not router.has_noise(tokens)
             and not self.is_initializing()
@@ -178,7 +182,7 @@ class LoRAExperts(nn.Module):
             logits, low_rank = thin_matmul.joint_matmul(x, kernel, lora_a)
             output = router.route(logits, tokens)
         else:
-            output = router(_router_input(reads, x, y, tokens), tokens)
+            output = router(_router_input(source, x, y, tokens), tokens)
             low_rank = thin_matmul.thin_matmul(x.astype(lora_a.dtype), lora_a)
         return _record_routing(self, output, x.shape[1]), low_rank
 
@@ -195,7 +199,7 @@ def _check_experts(module: Experts) -> None:
 
 
 def _make_router(module: Experts, default: str, y_axis: str) -> tuple[str, routing.Router]:
-    """Returns what the router reads, and the router; call it in the compact method."""
+    """Returns the router and what it reads: 'x', 'y' or 'sentence'; for a compact method."""
     assert module.router is not None
     factory = functools.partial(module.router, num_experts=module.num_experts)
     # An instance only for its `reads`: without a parent, it does not become a submodule.
@@ -204,9 +208,9 @@ def _make_router(module: Experts, default: str, y_axis: str) -> tuple[str, routi
     return reads, factory(feature_axis=axis, name="router")
 
 
-def _router_input(reads: str, x: Array, y: Array, tokens: routing.Tokens | None) -> Array:
-    if reads != "sentence":
-        return {"x": x, "y": y}[reads]
+def _router_input(source: str, x: Array, y: Array, tokens: routing.TokenInfo | None) -> Array:
+    if source != "sentence":
+        return {"x": x, "y": y}[source]
     if tokens is None or tokens.sentence is None:
         raise InputError(
             "SENTENCE_EMBEDDINGS is not set, but a router reads sentence embeddings: pass"
@@ -217,7 +221,7 @@ def _router_input(reads: str, x: Array, y: Array, tokens: routing.Tokens | None)
 
 def _record_routing(module: Experts, output: routing.RouterOutput, length: int) -> Array:
     """Sows statistics and probabilities; returns probabilities [B, L or 1, (H,) E]."""
-    # Not while initializing: T5X keeps all collections that `init` returns as state of the model.
+    # Not while initializing: T5X keeps every collection that `init` returns as model state.
     if not module.is_initializing():
         module.sow("routers", "statistics", output.statistics)
     probs = output.probs
@@ -232,7 +236,8 @@ def _mix_vectors(probs: Array, vectors: Array) -> Array:
     """`Σ_e p_e l_e`: probs [B, L, (H,) E], vectors [(H,) E, K] -> [B, L, (H,) K]."""
     if probs.ndim == 4:
         return thin_matmul.mix_vectors(probs, vectors)
-    # A router that reads x or a sentence has one distribution for all heads: they are joined.
+    # One distribution for all heads (a router that reads x or a sentence), or a site without heads:
+    # heads and features are joined into one axis.
     *heads, experts, features = vectors.shape
     joined = jnp.moveaxis(vectors, -2, 0).reshape(experts, -1)  # [E, H·K]
     scale = thin_matmul.thin_matmul(probs, joined)
@@ -271,7 +276,9 @@ class Adapters:
         """Returns the sites that have an adapter."""
         return tuple(site for site in SITES if getattr(self, site) is not None)
 
-    def adapt(self, site: str, x: Array, y: Array, tokens: routing.Tokens | None = None) -> Array:
+    def adapt(
+        self, site: str, x: Array, y: Array, tokens: routing.TokenInfo | None = None
+    ) -> Array:
         """Applies a site's adapter to the input x and the output y of the site's projection.
 
         Call it inside a layer's compact method.
@@ -335,7 +342,7 @@ def _factory_from(description: Mapping[str, Any]) -> Callable[..., nn.Module]:
 
 
 def from_description(description: Mapping[str, Description]) -> Adapters:
-    """Returns the adapters that `describe` described, from its result.
+    """Returns the adapters of a description; the inverse of `describe`.
 
     Raises:
       InputError: an unknown site, kind of adapter or setting.

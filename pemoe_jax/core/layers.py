@@ -12,7 +12,7 @@ from pemoe_jax.core import attention, quantized
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
 from pemoe_jax.core.params import PyTree
-from pemoe_jax.core.routing import Tokens
+from pemoe_jax.core.routing import TokenInfo
 
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
@@ -32,11 +32,12 @@ def _query_init(head_dim: int) -> Initializer:
 
 def constrain_sharding(x: Array, axes: tuple[str, ...]) -> Array:
     """Constrains an activation's sharding by logical axis names; a no-op without a mesh."""
-    # Without it XLA may shard the residual stream as a parameter, and gather it in each layer.
+    # Unconstrained, XLA may propagate a parameter's sharding to the residual stream, and gather the
+    # stream in each layer.
     return nn.with_logical_constraint(x, axes)
 
 
-def row_dropout(rate: float, tokens: Tokens | None) -> nn.Dropout:
+def row_dropout(rate: float, tokens: TokenInfo | None) -> nn.Dropout:
     """Returns dropout whose mask is shared by all positions of a row, as in T5."""
     deterministic = tokens is None or tokens.deterministic
     return nn.Dropout(rate, broadcast_dims=(-2,), deterministic=deterministic)
@@ -59,9 +60,9 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         """[..., in] -> [..., features]."""
-        stored: PyTree = self.get_variable("params", "kernel")
-        if isinstance(stored, quantized.QuantizedMatrix):
-            return checkpoint_name(quantized.matmul(inputs, stored, self.dtype), "product")
+        kernel: PyTree = self.get_variable("params", "kernel")
+        if isinstance(kernel, quantized.QuantizedMatrix):
+            return checkpoint_name(quantized.matmul(inputs, kernel, self.dtype), "product")
         kernel = params_lib.param(
             self, "kernel", self.kernel_init, (inputs.shape[-1], self.features), self.kernel_axes
         )
@@ -69,7 +70,7 @@ class Dense(nn.Module):
         # the kernel's gradient, which doubles the time of that product (benchmarks/NOTES.md).
         rows = inputs.astype(self.dtype).reshape(-1, inputs.shape[-1])
         product = jnp.matmul(rows, kernel.astype(self.dtype))
-        # `stacks.REMAT_POLICIES` refers to the name.
+        # "product" (also above) is what the policy "minimal" of `stacks.REMAT_POLICIES` stores.
         return checkpoint_name(product.reshape(*inputs.shape[:-1], self.features), "product")
 
 
@@ -81,12 +82,12 @@ class Embed(nn.Module):
     dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Array) -> Array:
-        """Token ids [B, L] -> [B, L, D]."""
+    def __call__(self, token_ids: Array) -> Array:
+        """[B, L] -> [B, L, D]."""
         embedding = params_lib.param(
             self, "embedding", _EMBED_INIT, (self.num_embeddings, self.features), ("vocab", "embed")
         )
-        return jnp.take(embedding.astype(self.dtype), tokens, axis=0)
+        return jnp.take(embedding.astype(self.dtype), token_ids, axis=0)
 
 
 class LayerNorm(nn.Module):
@@ -106,7 +107,7 @@ class LayerNorm(nn.Module):
         return y * scale.astype(self.dtype)
 
 
-_NUM_BUCKETS = 32  # over both directions
+_NUM_BUCKETS = 32  # the encoder uses half of them for each direction
 _MAX_DISTANCE = 128  # all positions from here on share the last bucket
 
 
@@ -176,16 +177,18 @@ class MultiHeadDotProductAttention(nn.Module):
     implementation: str = "plain"
     adapters: Adapters = Adapters()
 
-    def _project(self, site: str, inputs: Array, tokens: Tokens | None) -> Array:
+    def _project(self, site: str, inputs: Array, tokens: TokenInfo | None) -> Array:
         init = _query_init(self.head_dim) if site == "query" else _ATTENTION_INIT
         features = self.num_heads * self.head_dim
         y = Dense(features, ("embed", "joined_kv"), self.dtype, init, name=site)(inputs)
         y = y.reshape(*y.shape[:2], self.num_heads, self.head_dim)  # [B, L, H, K]
         return self.adapters.adapt(site, inputs, y, tokens)
 
-    def _project_kv(self, inputs_kv: Array, tokens: Tokens | None, use_cache: bool) -> list[Array]:
-        # The cache of cross-attention is a collection of its own, which the caller makes mutable:
-        # T5X's decoding does not know it, and projects the encoder's output at every step.
+    def _project_kv(
+        self, inputs_kv: Array, tokens: TokenInfo | None, use_cache: bool
+    ) -> list[Array]:
+        # Cross-attention is cached in a collection of its own, if the caller makes it mutable.
+        # T5X's decoding does not, so it projects the encoder's output again at every step.
         arrays: list[Array] = []
         for site in ("key", "value"):
             if use_cache and self.has_variable("cross_cache", site):
@@ -196,13 +199,15 @@ class MultiHeadDotProductAttention(nn.Module):
                 self.put_variable("cross_cache", site, arrays[-1])
         return arrays
 
-    def _cached_self_kv(
+    def _update_self_cache(
         self, key: Array, value: Array, bias: Array | None
     ) -> tuple[Array, Array, Array | None, Array | None]:
         """Writes one step's key and value to the cache; the first call only creates the cache.
 
         Returns:
-          Keys and values so far [B, T, H, K], the mask of filled positions, and this step's bias.
+          The cached keys and values [B, T, H, K], T being the length of the cache; the mask of the
+          positions written so far; and this step's bias. The first call returns its arguments,
+          without a mask.
         """
         is_initialized = self.has_variable("cache", "cached_key")
         cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
@@ -236,8 +241,8 @@ class MultiHeadDotProductAttention(nn.Module):
         mask: attention.Mask | None = None,
         bias: Array | None = None,
         *,
-        tokens_q: Tokens | None = None,
-        tokens_kv: Tokens | None = None,
+        tokens_q: TokenInfo | None = None,
+        tokens_kv: TokenInfo | None = None,
         decode: bool = False,
     ) -> Array:
         """[B, Lq, D], [B, Lk, D] -> [B, Lq, D].
@@ -246,7 +251,7 @@ class MultiHeadDotProductAttention(nn.Module):
           inputs_q, inputs_kv: inputs of queries, and of keys and values; the same object in
             self-attention.
           mask: bool that broadcasts to [B, H, Lq, Lk], True where a query attends to a key, or a
-            `SegmentMask`.
+            `SegmentMask`; unused by self-attention with `decode`, which masks by its cache.
           bias: added to the logits; broadcasts to [B, H, Lq, Lk].
           tokens_q, tokens_kv: tokens of inputs_q and inputs_kv, for routers and dropout.
           decode: whether to decode one token at a step with a cache.
@@ -255,7 +260,7 @@ class MultiHeadDotProductAttention(nn.Module):
         query = self._project("query", inputs_q, tokens_q)
         key, value = self._project_kv(inputs_kv, tokens_kv, decode and not is_self_attention)
         if decode and is_self_attention:
-            key, value, mask, bias = self._cached_self_kv(key, value, bias)
+            key, value, mask, bias = self._update_self_cache(key, value, bias)
         batch = key.shape[0]
         if query.shape[0] % batch:
             raise ValueError(
@@ -294,7 +299,7 @@ class MlpBlock(nn.Module):
     adapters: Adapters = Adapters()
 
     @nn.compact
-    def __call__(self, x: Array, tokens: Tokens | None = None) -> Array:
+    def __call__(self, x: Array, tokens: TokenInfo | None = None) -> Array:
         """[B, L, D] -> [B, L, D]; `tokens` describes the tokens of x, for routers and dropout."""
 
         def wi(name: str) -> Array:

@@ -14,7 +14,7 @@ from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import Params, ParamSpec, PyTree
-from pemoe_jax.core.routing import Tokens
+from pemoe_jax.core.routing import TokenInfo
 
 Array = jax.Array
 _T = TypeVar("_T")
@@ -113,11 +113,11 @@ class _Block(nn.Module):
     def norm(self, name: str) -> layers.LayerNorm:
         return layers.LayerNorm(dtype=self.config.dtype, name=name)
 
-    def residual(self, x: Array, y: Array, tokens: Tokens) -> Array:
+    def residual(self, x: Array, y: Array, tokens: TokenInfo) -> Array:
         y = layers.row_dropout(self.config.dropout_rate, tokens)(y)
         return layers.constrain_sharding(x + y, ("batch", "length", "embed"))
 
-    def mlp_branch(self, x: Array, tokens: Tokens) -> Array:
+    def mlp_branch(self, x: Array, tokens: TokenInfo) -> Array:
         cfg = self.config
         mlp = layers.MlpBlock(cfg.mlp_dim, cfg.dtype, cfg.dropout_rate, self.adapters, name="mlp")
         y = mlp(self.norm("pre_mlp_layer_norm")(x), tokens)
@@ -129,7 +129,7 @@ class EncoderLayer(_Block):
 
     @nn.compact
     def __call__(
-        self, x: Array, mask: attention.Mask | None, bias: Array | None, tokens: Tokens
+        self, x: Array, mask: attention.Mask | None, bias: Array | None, tokens: TokenInfo
     ) -> Array:
         """[B, L, D] -> [B, L, D]; mask and bias are those of `attention.prepare_mask_and_bias`."""
         h = self.norm("pre_attention_layer_norm")(x)
@@ -147,8 +147,8 @@ class DecoderLayer(_Block):
         encoded: Array,
         self_mask_and_bias: tuple[attention.Mask | None, Array | None],
         cross_mask_and_bias: tuple[attention.Mask | None, Array | None],
-        tokens: Tokens,
-        encoded_tokens: Tokens,
+        tokens: TokenInfo,
+        encoded_tokens: TokenInfo,
         decode: bool,
     ) -> Array:
         """x [B·C, L, D], encoded [B, Le, D] -> [B·C, L, D]."""
@@ -176,7 +176,7 @@ class Encoder(nn.Module):
     adapters: Adapters = Adapters()
 
     @nn.compact
-    def __call__(self, embedded: Array, mask: attention.SegmentMask, tokens: Tokens) -> Array:
+    def __call__(self, embedded: Array, mask: attention.SegmentMask, tokens: TokenInfo) -> Array:
         """Embedded tokens [B, L, D] -> [B, L, D]."""
         cfg, length = self.config, embedded.shape[1]
         dropout = layers.row_dropout(cfg.dropout_rate, tokens)
@@ -212,8 +212,8 @@ class Decoder(nn.Module):
         encoded: Array,
         decoder_mask: attention.SegmentMask | None,
         cross_mask: attention.SegmentMask,
-        tokens: Tokens,
-        encoded_tokens: Tokens,
+        tokens: TokenInfo,
+        encoded_tokens: TokenInfo,
         decode: bool,
         max_decode_length: int | None,
         return_hidden: bool,
@@ -282,7 +282,7 @@ class Transformer(nn.Module):
         segment_ids = _segment_ids(is_token, encoder_segment_ids)
         mask = attention.SegmentMask(segment_ids, segment_ids)
         embedded = self.token_embedder(encoder_input_tokens)
-        tokens = Tokens(is_token, sentence_embeddings, not enable_dropout)
+        tokens = TokenInfo(is_token, sentence_embeddings, not enable_dropout)
         return self.encoder(embedded, mask, tokens)
 
     def decode(
@@ -329,7 +329,7 @@ class Transformer(nn.Module):
             segment_ids = _segment_ids(is_decoder_token, decoder_segment_ids)
             decoder_mask = attention.SegmentMask(segment_ids, segment_ids, causal=True)
         embedded = self.token_embedder(decoder_input_tokens)
-        encoded_tokens = Tokens(is_encoder_token, sentence_embeddings, not enable_dropout)
+        encoded_tokens = TokenInfo(is_encoder_token, sentence_embeddings, not enable_dropout)
         if sentence_embeddings is not None:  # [B, S] -> [B·C, S]
             num_choices = embedded.shape[0] // sentence_embeddings.shape[0]
             sentence_embeddings = jnp.repeat(sentence_embeddings, num_choices, axis=0)
@@ -338,7 +338,7 @@ class Transformer(nn.Module):
             encoded,
             decoder_mask,
             cross_mask,
-            Tokens(is_decoder_token, sentence_embeddings, not enable_dropout),
+            TokenInfo(is_decoder_token, sentence_embeddings, not enable_dropout),
             encoded_tokens,
             decode,
             max_decode_length,

@@ -34,8 +34,8 @@ def adafactor(
 ) -> optax.GradientTransformation:
     """Adafactor (arXiv 1804.04235) as T5 was trained with it: without momentum.
 
-    With `multiply_by_parameter_scale` a step is relative to the root mean square of the parameter,
-    but at least 1e-3: LoRA's B, which starts at zero, then starts slowly.
+    With `multiply_by_parameter_scale` an update is multiplied by the parameter's root mean square,
+    which counts as at least 1e-3: LoRA's B, which starts at zero, then starts slowly.
 
     Each expert of a parameter is updated as if it were a parameter of its own, as by T5X's
     `FactorDim.BATCH` for the axis `expert`. Routers, which compare experts, are one parameter each,
@@ -44,8 +44,8 @@ def adafactor(
     Args:
       learning_rate: step -> learning rate.
       decay_rate: c; the second moments decay by 1 - (step - step_offset + 1)^-c.
-      step_offset: as in T5X, whose steps go on from those of the base model. A negative offset is
-        the number of those steps: the second moments of a run are then almost a sum.
+      step_offset: subtracted from the step in this decay. To continue a base model's count of
+        steps, as T5X does, pass minus its number of steps; second moments then hardly decay.
       clipping_threshold: bound of an update's root mean square; None: no bound.
       multiply_by_parameter_scale: see above.
       min_dim_size_to_factor: smallest size of two axes over which second moments are factored.
@@ -54,7 +54,7 @@ def adafactor(
         all experts of a parameter. Second moments are by expert in either case.
       param_axes: names of the parameters' axes; None: no parameter has experts.
     """
-    over = functools.partial(_map_over_axis, param_axes=param_axes or {})
+    map_over = functools.partial(_map_over_axis, param_axes=param_axes or {})
     rms_axes = ("expert",) if per_expert else ()
     # The order, and so the state, is that of `optax.adafactor`.
     second_moments = optax.scale_by_factored_rms(
@@ -63,12 +63,12 @@ def adafactor(
         min_dim_size_to_factor=min_dim_size_to_factor,
         epsilon=1e-30,
     )
-    parts = [over(second_moments, names=("expert", "unmodeled"))]
+    parts = [map_over(second_moments, names=("expert", "unmodeled"))]
     if clipping_threshold is not None:
-        parts.append(over(optax.clip_by_block_rms(clipping_threshold), names=rms_axes))
+        parts.append(map_over(optax.clip_by_block_rms(clipping_threshold), names=rms_axes))
     parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
     if multiply_by_parameter_scale:
-        parts.append(over(optax.scale_by_param_block_rms(), names=rms_axes))
+        parts.append(map_over(optax.scale_by_param_block_rms(), names=rms_axes))
     if weight_decay_rate is not None:
         parts.append(optax.add_decayed_weights(weight_decay_rate))
     return optax.chain(*parts, optax.scale(-1))
@@ -77,10 +77,10 @@ def adafactor(
 def _map_over_axis(
     transformation: optax.GradientTransformation, names: Sequence[str], param_axes: ParamAxes
 ) -> optax.GradientTransformation:
-    """Applies a transformation to the slices of parameters along their axis of one of the names.
+    """Maps a transformation over the axis of each parameter whose name is in `names`.
 
-    Other parameters stay whole. A state of the shape of its slice has the parameter's shape, and
-    the slices of another state, such as a factored moment, are stacked along its first axis.
+    Parameters without such an axis are not split. A state with the shape of a parameter's slice is
+    stacked along the same axis; any other state, such as a factored moment, along axis 0.
     """
     positions = {
         path: next((i for i, axis in enumerate(axes) if axis in names), None)
@@ -90,15 +90,15 @@ def _map_over_axis(
         return transformation
 
     def slice_axes(params: Params) -> list[tuple[PyTree, PyTree]]:
-        """Returns, for each number of slices, the axes to map in parameters and in states."""
+        """Returns (parameter axes, state axes) for `vmap`, for each size of the mapped axis."""
         flat = params_lib.flatten(params)
         slices = {path: _remove_axis(leaf, positions[path]) for path, leaf in flat.items()}
         state = jax.eval_shape(transformation.init, params_lib.unflatten(slices))
-        sizes: dict[int, dict[str, int]] = {}
+        axes_by_size: dict[int, dict[str, int]] = {}
         for path, leaf in flat.items():
             position = positions[path]
             if position is not None:
-                sizes.setdefault(leaf.shape[position], {})[path] = position
+                axes_by_size.setdefault(leaf.shape[position], {})[path] = position
 
         def state_axis(
             key_path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct, mapped: Mapping[str, int]
@@ -118,12 +118,12 @@ def _map_over_axis(
                     functools.partial(state_axis, mapped=mapped), state
                 ),
             )
-            for mapped in sizes.values()
+            for mapped in axes_by_size.values()
         ]
 
     def init(params: Params) -> PyTree:
         function = transformation.init
-        # A map takes axes of one size.
+        # All axes of one `vmap` must have the same size.
         for param_map, state_map in slice_axes(params):
             function = jax.vmap(function, in_axes=(param_map,), out_axes=state_map)
         return function(params)
@@ -155,7 +155,7 @@ def adamw(
     param_axes: ParamAxes | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101); `clip_norm` bounds the gradient's global norm, None does not."""
-    del param_axes  # an entry's update does not depend on other entries
+    del param_axes  # moments are per entry, so experts need no special treatment
     optimizer = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if clip_norm is None:
         return optimizer
@@ -205,7 +205,7 @@ def create_learning_rate_scheduler(
 
     Args:
       factors: names of factors joined by `*`, such as 'constant * linear_warmup * cosine_to_zero'.
-      base_learning_rate: the base learning rate.
+      base_learning_rate: learning rate of the factors `constant` and `linear_decay`.
       warmup_steps: number of steps of the warm-up.
       total_steps: step at which linear_to_zero and cosine_to_zero end.
       decay_factor: see linear_decay and decay_every.
@@ -231,7 +231,7 @@ def create_learning_rate_scheduler(
     def schedule(step: Step) -> jax.Array | float:
         step = jnp.maximum(0.0, jnp.asarray(step, jnp.float32) - step_offset)
         warmup = step / warmup_steps if warmup_steps else jnp.ones_like(step)
-        # T5X divides by zero at step 0 of a schedule without a warm-up.
+        # At least 1: without a warm-up, T5X divides by zero at step 0.
         root = jnp.sqrt(jnp.maximum(step, max(warmup_steps, 1)))
         cycle = jnp.maximum(0.0, (step - warmup_steps) / steps_per_cycle) % 1.0
         decay_steps = max((total_steps or 0) - warmup_steps, 1)
@@ -251,5 +251,5 @@ def create_learning_rate_scheduler(
         rate = math.prod((values[name]() for name in names), start=jnp.asarray(1.0, jnp.float32))
         return jnp.maximum(rate, min_learning_rate)
 
-    schedule.__name__ = factors  # how a run names it
+    schedule.__name__ = factors  # shown in the summary of a run
     return schedule

@@ -35,7 +35,7 @@ DETAIL_LEVELS = ("sites", "layers")
 
 
 @flax.struct.dataclass
-class Tokens:
+class TokenInfo:
     """What routers and dropout need of a batch besides the features of a site.
 
     Attributes:
@@ -96,10 +96,10 @@ class Router(nn.Module):
     feature_axis: str = "embed"
 
     @nn.compact
-    def __call__(self, features: Array, tokens: Tokens | None = None) -> RouterOutput:
+    def __call__(self, features: Array, tokens: TokenInfo | None = None) -> RouterOutput:
         """Routes features [B, L, ..., D], or sentence embeddings [B, S]."""
         self._check()
-        tokens = tokens or Tokens()
+        tokens = tokens or TokenInfo()
         shape, axes = (features.shape[-1], self.num_experts), (self.feature_axis, "unmodeled")
         kernel = params_lib.param(self, "kernel", self.kernel_init, shape, axes)
         features = features.astype(jnp.float32)
@@ -109,18 +109,18 @@ class Router(nn.Module):
             features *= jax.random.uniform(rng, features.shape, minval=low, maxval=high)
         return self.route(thin_matmul.thin_matmul(features, kernel), tokens)
 
-    def route(self, logits: Array, tokens: Tokens | None = None) -> RouterOutput:
+    def route(self, logits: Array, tokens: TokenInfo | None = None) -> RouterOutput:
         """Turns logits [..., E], the features' product with the kernel, into probabilities."""
         valid = None if tokens is None else tokens.valid
         top_k_options = self.top_k, self.renormalize, self.straight_through
         losses = self.balance_loss, self.z_loss
         return _route(logits, valid, self.temperature, *top_k_options, *losses)
 
-    def has_noise(self, tokens: Tokens | None) -> bool:
+    def has_noise(self, tokens: TokenInfo | None) -> bool:
         """Whether features are multiplied by noise."""
         return bool(self.jitter_noise) and tokens is not None and not tokens.deterministic
 
-    def is_soft(self, tokens: Tokens | None) -> bool:
+    def is_soft(self, tokens: TokenInfo | None) -> bool:
         """Whether the probabilities are the softmax itself: no top-k, no noise."""
         keeps_all = self.top_k is None or self.top_k >= self.num_experts
         return keeps_all and not self.has_noise(tokens)

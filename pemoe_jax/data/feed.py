@@ -54,7 +54,7 @@ def train_batches(
       shuffle: whether each task's examples are shuffled.
       start: `position` of an earlier iterator, to resume there. A `SeekableProvider` starts at that
         example; for other providers the examples before it are read and dropped.
-      num_epochs: epochs until the first task is exhausted, which ends a mixture; None: endless.
+      num_epochs: the stream ends once a task has been read this many times; None: never.
       use_cached: whether to read seqio's offline caches.
       shard: (index, count), to read every count-th example; `start` counts these.
       sentences: source of the inputs' sentence embeddings; rows must not be packed.
@@ -90,7 +90,7 @@ def eval_batches(
     use_cached: bool = False,
     sentences: SentenceSource | None = None,
 ) -> Iterator[Batch]:
-    """Returns batches with every example of the evaluation splits once.
+    """Yields the examples of the evaluation splits once, in at most `max_batches` batches.
 
     Tasks take turns, so that the first batches cover all of them; tasks without an evaluation split
     are left out. Building the pipeline takes some milliseconds per task, so to use the batches
@@ -123,8 +123,8 @@ def eval_batches(
 
 def _feature_names(sentences: SentenceSource | None) -> Sequence[str]:
     """Returns the features to read of each example."""
-    own_embeddings = sentences is not None and sentences.table is None
-    return (*TEXT_FEATURES, SENTENCE_FEATURE) if own_embeddings else TEXT_FEATURES
+    reads_feature = sentences is not None and sentences.table is None
+    return (*TEXT_FEATURES, SENTENCE_FEATURE) if reads_feature else TEXT_FEATURES
 
 
 def _example_dataset(
@@ -145,9 +145,8 @@ def _example_dataset(
     if not use_cached:
         seqio_tasks.check_source_files(tasks, split)
     if isinstance(provider, SeekableProvider):
-        # One token more than fits: an example that is too long then differs from one that just
-        # fits. Other providers' preprocessors may do anything with the lengths: they get the true
-        # ones.
+        # One token longer, so that `_read_examples` can detect the examples that it truncates.
+        # Other providers get the exact lengths, which their preprocessors may depend on.
         longer = {key: length + 1 for key, length in lengths.items()}
         read = provider.cached_examples_from if use_cached else provider.examples_from
         ds = read(longer, split, options)
@@ -210,10 +209,11 @@ def _read_examples(
     """Yields the examples of a dataset, with their sentence embeddings if there is a source.
 
     Sequences are truncated, keep an EOS at their end, and are counted in `counts`. `start` is
-    the number of the first example, for errors.
+    the index of the first example; errors number examples from 1.
 
     Raises:
-      InputError: a token id is not of the vocabulary.
+      InputError: a token id is outside the vocabulary, or a sentence embedding is missing or not
+        finite.
     """
     import tensorflow as tf
 
@@ -236,21 +236,21 @@ def _read_examples(
     blocks = ds.map(select).ragged_batch(_BLOCK).map(flatten).prefetch(2)
     for ids, embeddings in seqio_tasks.numpy_iterator(blocks, name, split, use_cached):
         first = start + counts.examples
-        for key, (values, ends) in ids.items():
-            check_block_ids(values, ends, name, key, vocabularies[key].vocab_size, first)
+        for key, (values, row_splits) in ids.items():
+            check_block_ids(values, row_splits, name, key, vocabularies[key].vocab_size, first)
         inputs, targets = (
             [
                 choices.truncate(sequence, lengths[key], vocabularies[key].eos_id)
-                for sequence in np.split(values, ends[1:-1])
+                for sequence in np.split(values, row_splits[1:-1])
             ]
-            for key, (values, ends) in ids.items()
+            for key, (values, row_splits) in ids.items()
         )
         counts.examples += len(inputs)
         counts.cut_inputs += sum(truncated for _, truncated in inputs)
         counts.cut_targets += sum(truncated for _, truncated in targets)
         empty = {
-            key: _count_empty(values, ends, vocabularies[key].eos_id)
-            for key, (values, ends) in ids.items()
+            key: _count_empty(values, row_splits, vocabularies[key].eos_id)
+            for key, (values, row_splits) in ids.items()
         }
         counts.empty_inputs += empty["inputs"]
         counts.empty_targets += empty["targets"]
@@ -263,8 +263,8 @@ def _read_examples(
         yield from zip(*columns, strict=True)
 
 
-def _count_empty(ids: np.ndarray, ends: np.ndarray, eos_id: int) -> int:
+def _count_empty(ids: np.ndarray, row_splits: np.ndarray, eos_id: int) -> int:
     """Returns how many sequences of a block have no token but an EOS."""
-    sizes = np.diff(ends)
-    single = ids[ends[:-1][sizes == 1]]
+    sizes = np.diff(row_splits)
+    single = ids[row_splits[:-1][sizes == 1]]
     return int((sizes == 0).sum() + (single == eos_id).sum())

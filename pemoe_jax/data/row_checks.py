@@ -1,7 +1,7 @@
 """Checks of rows, the same for every source: types of fields, token ids, and odd rows.
 
-A row of a wrong type is an error that names its place. An odd row is valid, but affects what a
-result means: it is counted by kind (`ODD_ROWS`). docs/rows.md has the table of all kinds.
+A field of a wrong type raises an InputError that names the file and the row. An odd row is valid,
+but changes what a score means, so it is counted by kind (`ODD_ROWS`, docs/rows.md).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ TEXT_FEATURES = ("inputs", "targets")
 # Kinds of odd rows, by their keys in results.json.
 ODD_ROWS = {
     "target_not_in_choices": "targets not among their choices",
-    "doubled_choices": "doubled choices",
-    "equal_tokens": "choices that differ as text and have the same tokens",
-    "tied_scores": "best scores that several choices have (the first is the prediction)",
+    "doubled_choices": "duplicate choices",
+    "equal_tokens": "choices whose texts differ but whose tokens are the same",
+    "tied_scores": "ties for the best score (the first choice is the prediction)",
     "no_choices": "rows without choices in a task with choices (not scored)",
     "empty_input": "empty inputs",
     "empty_target": "empty targets",
@@ -70,8 +70,8 @@ def check_row(
     Args:
       fields: `inputs` and `targets` (text), and optionally `answer_choices` (null: none).
       where: the file and the row, for errors.
-      vocab_size: returns the number of token ids. If it is set, `inputs` and `targets` may be token
-        ids as well, or missing beside `<feature>_pretokenized` (text), as in P3.
+      vocab_size: returns the number of token ids. If set, `inputs` and `targets` may also be
+        token ids, or be absent if `<feature>_pretokenized` holds the text, as in P3.
 
     Raises:
       InputError: a field is missing or has a wrong type, or an id is not of the vocabulary.
@@ -122,7 +122,7 @@ def check_text(value: object, where: str, key: str, expected: str = "a string") 
         value.encode()
     except UnicodeEncodeError as error:
         code = ord(error.object[error.start])
-        raise InputError(f"{where}: \\u{code:04x} is half a surrogate pair") from None
+        raise InputError(f"{where}: {key!r} has an unpaired surrogate \\u{code:04x}") from None
     return value
 
 
@@ -137,7 +137,7 @@ def _check_ids(ids: list[Any], where: str, key: str, size: int) -> list[int]:
 
 
 def check_token_ids(ids: Sequence[int] | np.ndarray, where: str, key: str, size: int) -> None:
-    """Raises InputError if a token id is negative or not below `size`, the vocabulary's."""
+    """Raises InputError if a token id is not in [0, size), the ids of the vocabulary."""
     values = np.asarray(ids)
     if values.size and (values.min() < 0 or values.max() >= size):
         wrong = values[(values < 0) | (values >= size)]
@@ -148,20 +148,20 @@ def check_token_ids(ids: Sequence[int] | np.ndarray, where: str, key: str, size:
 
 
 def check_block_ids(
-    ids: np.ndarray, ends: np.ndarray, name: str, key: str, size: int, start: int = 0
+    ids: np.ndarray, row_splits: np.ndarray, name: str, key: str, size: int, start: int = 0
 ) -> None:
-    """Raises InputError if a row of a block has an id that `check_token_ids` refuses.
+    """Raises InputError if a token id of a block of rows is not in [0, size).
 
     Args:
       ids: the ids of all rows, one after the other.
-      ends: where each row ends, after a 0: [rows + 1].
+      row_splits: int [rows + 1], boundaries of the rows in `ids`, as in `tf.RaggedTensor`.
       name: the task, or the mixture that the examples are drawn from.
       key: the feature.
       size: number of ids in its vocabulary.
       start: number of the first row.
     """
     if ids.size and (ids.min() < 0 or ids.max() >= size):
-        for number, row in enumerate(np.split(ids, ends[1:-1]), start + 1):
+        for number, row in enumerate(np.split(ids, row_splits[1:-1]), start + 1):
             check_token_ids(row, f"{name}: example {number}", key, size)
 
 
@@ -191,8 +191,8 @@ def check_choice_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]
     return {"idx": idx, "is_correct": bool(is_correct), "weight": float(weight)}
 
 
-def odd_kinds(inputs: str, targets: str, choices: Sequence[str]) -> list[str]:
-    """Returns the kinds of odd rows that a row's text is of; `choices` may be empty."""
+def find_odd_kinds(inputs: str, targets: str, choices: Sequence[str]) -> list[str]:
+    """Returns the keys of `ODD_ROWS` that apply to a row's text; `choices` may be empty."""
     # Choices and targets are compared stripped, as `is_correct` is.
     target, stripped = targets.strip(), [choice.strip() for choice in choices]
     kinds = {
@@ -210,8 +210,8 @@ def describe_odd_rows(
     """Returns a line for each kind of odd rows, in the order of `ODD_ROWS`.
 
     Args:
-      rows: kind and place of each odd row, or of the first of several.
-      counts: number of rows of each kind; None: one for each place.
+      rows: (kind, location) of each odd row, or of the first one of a file.
+      counts: number of odd rows of each kind; None: `rows` has all of them.
     """
     places: dict[str, list[str]] = {}
     for kind, place in rows:

@@ -312,7 +312,7 @@ def _report_odd_rows(blocks: "Iterator[list[Row]]", location: str) -> "Iterator[
             # Rows of a _score_eval task repeat those of its task; rows of ids alone have no text.
             if "idx" not in row and None not in texts:
                 inputs, targets = (text.decode() for text in texts if text is not None)
-                kinds = row_checks.odd_kinds(inputs, targets, choices)
+                kinds = row_checks.find_odd_kinds(inputs, targets, choices)
                 kinds += [] if choices else ["no_choices"]
                 counts.update(kinds)
                 first |= {kind: f"row {number}" for kind in kinds if kind not in first}

@@ -283,7 +283,7 @@ def _scan(path: str, modified: int, size: int, limit: int | None, needs_targets:
         max_choices = max(max_choices, len(example.answer_choices))
         if not example.answer_choices:
             without_choices.append(number)
-        for kind in row_checks.odd_kinds(*example):
+        for kind in row_checks.find_odd_kinds(*example):
             count(kind, number)
     if not offsets:
         raise InputError(f"{path}: expected at least one row, got none")

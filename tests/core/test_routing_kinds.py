@@ -10,7 +10,7 @@ import pytest
 from pemoe_jax.core import routing
 from pemoe_jax.core.adapters import LoRAExperts, VectorExperts
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.core.routing import Router, Tokens
+from pemoe_jax.core.routing import Router, TokenInfo
 
 # Logits are x @ I = x, so with logarithms in x the softmax is a ratio of whole numbers.
 RATIOS = np.array([[[4, 1, 3, 2], [1, 2, 3, 4]]])  # [1, 2, 4]: probabilities are tenths of these
@@ -114,7 +114,7 @@ def test_padding_never_counts(settings, heads):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 5, *heads, 4)) * 3
     valid = np.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
-    _, padded = route(x, Tokens(valid=jnp.asarray(valid)), **settings)
+    _, padded = route(x, TokenInfo(valid=jnp.asarray(valid)), **settings)
     _, alone = route(x[valid][None], **settings)
     assert padded == pytest.approx(alone, rel=1e-5, abs=1e-6)
     _, other = route(np.where(valid.reshape(2, 5, *[1] * (len(heads) + 1)), x, 9.0), **settings)
@@ -122,14 +122,14 @@ def test_padding_never_counts(settings, heads):
 
 
 def test_a_batch_of_padding_does_not_divide_by_zero():
-    _, statistics = route(X, Tokens(valid=jnp.zeros((1, 2), bool)))
+    _, statistics = route(X, TokenInfo(valid=jnp.zeros((1, 2), bool)))
     assert np.isfinite(list(statistics.values())).all()
 
 
 def test_a_sentence_counts_once_per_token():
     """Sentences of 3 tokens and of 1: P = (3 · (.4, .1, .3, .2) + (.1, .2, .3, .4)) / 4."""
     valid = jnp.asarray([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
-    _, statistics = route(X[0], Tokens(valid=valid))
+    _, statistics = route(X[0], TokenInfo(valid=valid))
     _, expected = route(X[:, [0, 0, 0, 1]])
     assert statistics == pytest.approx(expected, rel=1e-6)
 
@@ -158,10 +158,10 @@ def test_jitter_only_in_training_and_within_its_bounds():
 
     def noisy(seed):
         rngs = {"dropout": jax.random.PRNGKey(seed)}
-        probs, _ = router.apply(IDENTITY, x, Tokens(deterministic=False), rngs=rngs)
+        probs, _ = router.apply(IDENTITY, x, TokenInfo(deterministic=False), rngs=rngs)
         return np.log(np.asarray(probs)[..., :1] / np.asarray(probs)) / np.log(2.0)
 
-    np.testing.assert_array_equal(router.apply(IDENTITY, x, Tokens())[0], plain)
+    np.testing.assert_array_equal(router.apply(IDENTITY, x, TokenInfo())[0], plain)
     differences = noisy(0)[..., 1:]  # of two factors: within 0.2 of 0
     assert np.abs(differences).max() <= 0.2 + 1e-5
     # U(-a, a) - U(-a, a) has variance 2 a² / 3: a deviation of 0.0816; 6,000 draws, within 5 %
@@ -213,7 +213,7 @@ def test_gradients_match_finite_differences(kind):
 
     def value(kernel, x):
         probs, statistics = Router(num_experts=4, **settings).apply(
-            {"params": {"kernel": kernel}}, x, Tokens(valid=jnp.asarray(valid))
+            {"params": {"kernel": kernel}}, x, TokenInfo(valid=jnp.asarray(valid))
         )
         return jnp.sum(probs * cotangent) + statistics[-1]
 
@@ -273,7 +273,7 @@ SENTENCE = np.random.default_rng(4).standard_normal((2, 6)).astype(np.float32)
 @pytest.mark.parametrize("reads", ["x", "y", "sentence"])
 def test_router_input(expert, reads):
     """x [B, L, D]; y [B, L, H, K] for vectors, with heads joined for LoRA pairs; a sentence."""
-    tokens = Tokens(sentence=jnp.asarray(SENTENCE))
+    tokens = TokenInfo(sentence=jnp.asarray(SENTENCE))
     out, weights, probs = adapted(expert, reads, X4, Y4, tokens)
     features = {
         "x": X4,

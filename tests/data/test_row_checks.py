@@ -88,7 +88,7 @@ def test_odd_rows_are_counted_by_kind():
     rows = [("empty_input", "t example 4"), ("equal_tokens", "t example 1")]
     rows += [("empty_input", f"u example {number}") for number in (7, 8)]
     assert row_checks.describe_odd_rows(rows) == [
-        "odd rows: choices that differ as text and have the same tokens: 1 (t example 1)",
+        "odd rows: choices whose texts differ but whose tokens are the same: 1 (t example 1)",
         "odd rows: empty inputs: 3 (t example 4, u example 7, … 1 more)",
     ]
     counts = {"empty_input": 1000, "equal_tokens": 1}

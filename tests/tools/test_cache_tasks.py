@@ -215,7 +215,7 @@ def test_odd_rows_are_printed(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in printed if "odd rows" in line] == [
         f"{path}: odd rows: targets not among their choices: 2 (row 2)",
-        f"{path}: odd rows: doubled choices: 1 (row 2)",
+        f"{path}: odd rows: duplicate choices: 1 (row 2)",
         f"{path}: odd rows: rows without choices in a task with choices (not scored): 1 (row 4)",
         f"{path}: odd rows: empty inputs: 1 (row 2)",
     ]

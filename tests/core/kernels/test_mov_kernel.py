@@ -179,7 +179,7 @@ def outcome(module, shape, mutable=("routers",)):
     """Returns the module's output, statistics and other collections, and its gradients."""
     rng = np.random.default_rng(0)
     x, y = jnp.ones((2, 3, 5)), jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    tokens = routing.Tokens(valid=jnp.asarray([[1, 1, 0], [1, 0, 0]]))
+    tokens = routing.TokenInfo(valid=jnp.asarray([[1, 1, 0], [1, 0, 0]]))
     shapes = jax.eval_shape(module.init, jax.random.key(0), x, y)["params"]
     params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), shapes)
 
@@ -236,8 +236,8 @@ def test_the_kernels_replace_the_router(on_a_gpu):
 
 def test_jitter_is_noise_only_in_training():
     router = Router(num_experts=4, jitter_noise=0.1)
-    assert router.is_soft(None) and router.is_soft(routing.Tokens())
-    assert not router.is_soft(routing.Tokens(deterministic=False))
+    assert router.is_soft(None) and router.is_soft(routing.TokenInfo())
+    assert not router.is_soft(routing.TokenInfo(deterministic=False))
 
 
 def test_fused_falls_back_without_a_gpu():
