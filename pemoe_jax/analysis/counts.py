@@ -1,4 +1,4 @@
-"""Parameter counts: how many parameters train, at which sites, and what papers publish.
+"""Counts trainable parameters, in total and by site, next to the figures that papers publish.
 
 Counts are computed from paths and shapes alone (`encoder/layers_0/mlp/gate_adapter/router/kernel`):
 a model of any size is counted without weights.
@@ -29,13 +29,13 @@ _NOTE_ON_SHARE = (
 # parameters at XL: its code (r-three/t-few, configs/lora.json) adapts every linear layer and trains
 # the norms.
 _NOTE_ON_PUBLISHED = (
-    "paper: the figure that arXiv 2309.05444 prints for T5 3B and 11B, quoted from a note on it"
-    " (Krebbet/wiki-kit on GitHub); – without a source. The figure for 11B is this count divided by"
-    " 11·10⁹. Those for 3B fit (E · n + 4.2M) / 3·10⁹, without routers n / 3·10⁹, where n is what"
-    " arXiv 2205.05638 states for one adapter: 0.54M for (IA)³, 9.1M for a LoRA that adapts wi_1"
-    " and trains the norms too. So their router part does not grow with E. In the paper's code it"
-    " does, by a kernel [features, E] at each site, and the modules of that code have the counts of"
-    " this table."
+    "paper: the figure that arXiv 2309.05444 prints for T5 3B and 11B, quoted from a summary of it"
+    " (Krebbet/wiki-kit on GitHub); '–' if no source has it. The figure for 11B is this count"
+    " divided by 11·10⁹. Those for 3B equal (E·n + 4.2M) / (3·10⁹), or n / (3·10⁹) without routers,"
+    " where n is what arXiv 2205.05638 states for one adapter: 0.54M for (IA)³, and 9.1M for a LoRA"
+    " that adapts every linear layer (wi_1 too) and trains the norms. Their router part does not"
+    " grow with E. In the paper's code it does, by a kernel [features, E] at each site, and the"
+    " modules of that code have the counts of this table."
 )
 
 
@@ -132,7 +132,7 @@ def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
 
 
 def site_tables(name: str, count: ParameterCount) -> list[Table]:
-    """Returns the first table of `method_tables` for one method, and a table of its sites."""
+    """Returns a table of one method's totals, and a table of its counts at each site."""
     summary = method_tables(name, [count])[0]
     if not count.sites:
         return [summary]
@@ -160,12 +160,12 @@ def method_label(
     by `core.adapters.describe`, the routing is omitted.
     """
 
-    def last_axes(ending: str) -> str:
+    def joined_sizes(ending: str) -> str:
         sizes = {leaf.shape[-1] for path, leaf in shapes.items() if path.endswith(ending)}
         return "/".join(map(str, sorted(sizes)))
 
-    # Router kernels are [features, E]; lora_a is [D, E, R] or [D, R].
-    experts, rank = last_axes("_adapter/router/kernel"), last_axes("_adapter/lora_a")
+    # Router kernels are [features, E], and lora_a is [D, E, R].
+    experts, rank = joined_sizes("_adapter/router/kernel"), joined_sizes("_adapter/lora_a")
     label = method + (f"-{experts}" if experts else "") + (f" r{rank}" if rank else "")
     return f"{label} {routing_label(adapters or {})}".rstrip()
 
@@ -228,7 +228,7 @@ def _sites_by_method(name: str, counts: Sequence[ParameterCount]) -> Table:
 
 def _router_label(router: Mapping[str, Any], default_reads: str) -> str:
     def setting(name: str, default: float, word: str, usual: float) -> str:
-        """Returns '' for the default, the word alone for the value in gin/routing/."""
+        """Returns '' for the default, the word for the usual value, else word and value."""
         value = router.get(name, default)
         return "" if value == default else word if value == usual else f"{word} {value:g}"
 
@@ -254,7 +254,7 @@ def _published_share(count: ParameterCount) -> str | None:
 
 
 def _percent(part: int, whole: int) -> str:
-    """Returns a percentage with three digits, which the papers' smallest differences need."""
+    """Returns a percentage with three significant digits: papers differ by as little."""
     return "100 %" if part == whole else f"{100 * part / whole:#.3g} %".replace(". %", " %")
 
 

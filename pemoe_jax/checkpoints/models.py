@@ -73,7 +73,7 @@ def build_model(record: runs.Record) -> Transformer:
         config = T5Config(**record.config)
     except TypeError as error:
         raise InputError(
-            f"a checkpoint's T5Config: {error}: written by another version?"
+            f"the checkpoint's T5Config does not fit this version of the package: {error}"
         ) from error
     return _build_model(config, json.dumps(record.adapters))
 
@@ -125,7 +125,7 @@ def load_base(
     samples: dict[str, jax.Array | np.ndarray] = {}
 
     def transform(name: str, array: jax.Array) -> PyTree:
-        # For the fingerprint, which is that of the values before quantization.
+        # The fingerprint identifies the base whatever FROZEN_DTYPE is: it precedes quantization.
         samples[name] = params_lib.sample_array(array)
         if not is_quantized(name):
             return array
@@ -181,7 +181,7 @@ class OpenedModel:
 
     @property
     def needs_base(self) -> bool:
-        """Whether parameters that were not trained are loaded from a base or drawn at random."""
+        """Whether a base, from a file or at random, has the parameters that were not trained."""
         return self.record is not None and self.record.base["needed"]
 
     def load(self, shardings: Shardings = None) -> dict[str, PyTree]:
@@ -209,14 +209,14 @@ class OpenedModel:
             self.frozen_dtype,
         )
         self.check_base(identity["fingerprint"])
-        # Adapters that were not trained are not in the checkpoint: the seed reproduces them.
-        drawn = network.init_params(
+        # Checkpoints omit adapters that were not trained: the seed initializes them again.
+        frozen_adapters = network.init_params(
             self.model,
             self.record.seed,
             lambda path: params_lib.is_adapter(path) and path not in trained_paths,
         )
         frozen = params_lib.select(
-            params_lib.merge(device_put(drawn, shardings), base),
+            params_lib.merge(device_put(frozen_adapters, shardings), base),
             lambda path: path not in trained_paths,
         )
         params = params_lib.merge(trained, frozen)
@@ -251,7 +251,7 @@ class OpenedModel:
         if base["fingerprint"] not in (None, fingerprint):
             raise InputError(
                 f"checkpoint {self.path} belongs to the base {base['path']} with fingerprint"
-                f" {base['fingerprint']}; {self.base_path} has {fingerprint}"
+                f" {base['fingerprint']}; {self.base_path or 'the random base'} has {fingerprint}"
             )
 
     def summary(self) -> JsonObject:
@@ -285,8 +285,8 @@ def open_models(
     """Opens each path: a base, a run (its newest checkpoint), a run's checkpoint, or an adapter.
 
     Args:
-      paths: one or several paths.
-      model: the gin files' model, whose activation dtype is used for bases that state none.
+      paths: a path or a list of paths (CHECKPOINT_PATH).
+      model: the model of the gin files; only its dtype is used, for bases that do not state one.
       base_path: replaces the base that a run or an adapter names.
       dtype: dtype of activations; None: the checkpoint's.
       frozen_dtype: dtype of frozen matrices (`quantized.FROZEN_DTYPES`); None: as the run was
@@ -322,8 +322,8 @@ def open_models(
     if base_path is not None and not any(opened.needs_base for opened in models):
         shown = ", ".join(opened.path for opened in models)
         raise InputError(
-            f"{base_path} was passed as the base of adapters, but {shown} needs none:"
-            " are the two swapped?"
+            f"{base_path} was passed as the base of adapters, but the model to open is not an"
+            f" adapter: {shown}: are the two swapped?"
         )
     return models
 

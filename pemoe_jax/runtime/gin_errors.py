@@ -20,7 +20,8 @@ _TRAIN = {
     "random_seed": "SEED",
 }
 
-# The macros that stand for the bindings of T5X's gin files, by function, and for its macros.
+# T5X function -> parameter -> our macro, for errors about bindings of T5X. The parameter "" stands
+# for a reference to the function. `_T5X_MACROS` has T5X's macros.
 _T5X_BINDINGS = {
     "train_script.train": _TRAIN,
     "train.train": _TRAIN,
@@ -59,8 +60,8 @@ def describe_error(error: Exception, lines: Sequence[str]) -> str:
     """Returns gin's error as a line for the user.
 
     Args:
-      error: what gin raised.
-      lines: the lines that were parsed, besides files.
+      error: the exception from gin.
+      lines: the imports and bindings that were parsed after the gin files.
     """
     line = first_line(error)
     if required := re.match(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", line):
@@ -68,11 +69,12 @@ def describe_error(error: Exception, lines: Sequence[str]) -> str:
     if missing := re.match(r"Unable to open file: (\S+)\. Searched", line):
         return _describe_missing_file(missing[1])
     if undefined := re.match(r"No bindings specified for '(\w+)/gin\.macro'", line):
-        hint = close(undefined[1], _macros())
+        hint = suggest_names(undefined[1], _macros())
         return f"%{undefined[1]}: no gin file has a macro of this name{hint}"
     if isinstance(error, tokenize.TokenError):
         return f"gin: expected a closing bracket in {_find_unclosed(lines) or 'a gin file'}"
-    # The place, its line, and often a caret; syntax errors of `lines` have the number alone.
+    # gin appends the file, the line number and the code; for a syntax error in `lines` only the
+    # number.
     place = re.search(r"\n  In (?:bindings string|file \"(.+?)\",) line (\d+)\n +(.+)", str(error))
     number = re.search(r" ?\(line (\d+)\)", line)
     where, code = "", ""
@@ -84,8 +86,11 @@ def describe_error(error: Exception, lines: Sequence[str]) -> str:
     return where + (_describe_name(line, code) or f"gin: {line.rstrip('.')}{got}")
 
 
-def t5x_flags(name: str) -> str | None:
-    """Returns the flags for a binding or macro of T5X such as 'utils.DatasetConfig.seed'."""
+def describe_t5x_flags(name: str) -> str | None:
+    """Returns the flags that replace a binding or macro of T5X; None if it is unknown.
+
+    `name` is such as 'utils.DatasetConfig.seed'.
+    """
     function, _, parameter = name.rpartition(".")
     macros = [_T5X_MACROS.get(name) or _T5X_BINDINGS.get(function, {}).get(parameter)]
     if macros == [None]:
@@ -96,11 +101,11 @@ def t5x_flags(name: str) -> str | None:
     return " or ".join(flags) or None
 
 
-def close(name: str, names: Iterable[str]) -> str:
+def suggest_names(name: str, names: Iterable[str]) -> str:
     """Returns '; close: …' with the names that resemble `name`; '' if none does."""
     names = [*names]
     matches = []
-    # A name whose last part is a part of `name`, in any case, is closer than a similar one.
+    # Names whose last part occurs in `name` (ignoring case) come first, then similar spellings.
     for part in reversed(name.lower().split(".")):
         matches += [full for full in names if full.rpartition(".")[2].lower() == part]
     lower = {full.lower(): full for full in names}
@@ -121,9 +126,9 @@ def _describe_name(line: str, code: str) -> str | None:
         return f"expected MODULE.FUNCTION.PARAMETER = value or MACRO = value, got `{code}`"
     else:
         return None
-    if flags := t5x_flags(name):
+    if flags := describe_t5x_flags(name):
         return f"{name} belongs to T5X: pass {flags}"
-    return f"unknown name {name}{close(name, _configurables())}"
+    return f"unknown name {name}{suggest_names(name, _configurables())}"
 
 
 def _full_name(prefix: str, code: str) -> str:
@@ -136,10 +141,13 @@ def _describe_parameter(function: str, parameter: str) -> str:
     import gin
 
     if parameter in _T5X_BINDINGS.get(function, {}):
-        return f"{function}.{parameter} belongs to T5X: pass {t5x_flags(f'{function}.{parameter}')}"
+        name = f"{function}.{parameter}"
+        return f"{name} belongs to T5X: pass {describe_t5x_flags(name)}"
     configurable = gin.config._REGISTRY.get_match(function)
     names = [*inspect.signature(configurable.wrapped).parameters] if configurable else []
-    known = f" (it has: {', '.join(names)})" if len(names) <= 12 else close(parameter, names)
+    known = (
+        f" (it has: {', '.join(names)})" if len(names) <= 12 else suggest_names(parameter, names)
+    )
     return f"{function} has no parameter {parameter!r}{known}"
 
 
@@ -148,7 +156,8 @@ def _describe_missing_file(name: str) -> str:
         str(path.relative_to(gin_help.GIN_DIR).with_suffix(""))
         for path in sorted(gin_help.GIN_DIR.glob("*/*.gin"))
     ]
-    hint = re.sub(r"(?<=\w)(?=,|$)", ".gin", close(name.removesuffix(".gin"), names))
+    # The names were compared without their suffix.
+    hint = re.sub(r"(?<=\w)(?=,|$)", ".gin", suggest_names(name.removesuffix(".gin"), names))
     searched = "the working folder, --gin_search_paths or the package's gin/"
     return f"{name}: no such file in {searched}{hint}"
 
@@ -160,9 +169,10 @@ def _macros() -> list[str]:
 
 
 def _configurables() -> Iterator[str]:
-    """Yields 'module.name' of the functions and classes of this package that gin has imported."""
+    """Yields 'module.name' of the public functions and classes in this package's loaded modules."""
     for module in [*sys.modules.values()]:
         package = getattr(module, "__name__", "")
+        # Modules of gin's own handling have nothing to configure.
         if not package.startswith("pemoe_jax.") or ".runtime.gin" in package:
             continue
         for name, value in vars(module).items():

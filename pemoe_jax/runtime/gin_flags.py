@@ -212,13 +212,13 @@ def _check_macro_names(
         name = binding.partition("=")[0].strip()
         if name in known or not re.fullmatch(r"[A-Za-z_]\w*", name):
             continue
-        if t5x_flags := gin_errors.t5x_flags(name):
-            raise InputError(f"{name} belongs to T5X: pass {t5x_flags}")
+        if describe_t5x_flags := gin_errors.describe_t5x_flags(name):
+            raise InputError(f"{name} belongs to T5X: pass {describe_t5x_flags}")
         if owners := gin_help.find_macro_owners(name):
             flags = " ".join(f"--gin_file={file}" for file in gin_files)
             raise InputError(f"{name} belongs to {_join(owners)}, got {flags}")
         if binding in bindings:
-            hint = gin_errors.close(name, known)
+            hint = gin_errors.suggest_names(name, known)
             raise InputError(f"--gin.{name}: no gin file has a macro of this name{hint}")
 
 

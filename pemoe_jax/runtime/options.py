@@ -1,7 +1,7 @@
-"""Options of the commands, grouped into records that gin builds and commands take whole.
+"""Options of the commands, as dataclasses that gin files configure.
 
-A new option is one field with its line in the docstring, one macro and one line in a run file, and
-for a number its range in `gin_ranges`.
+To add an option: add a field and its line in the docstring, a macro and a binding in a run file,
+and for a number its range in `gin_ranges`.
 `--help` shows the docstring's line next to the macro and its default (`gin_help`).
 """
 
@@ -26,7 +26,7 @@ class Data:
       batch_size: number of rows of a batch, over all devices.
       microbatches: number of pieces that a training batch is split into, to save memory.
       pack: whether a training row holds several examples.
-      register: registers the tasks with seqio and returns a `tasks.TaskRoles`.
+      register: registers the tasks with seqio; returns a `tasks.TaskRoles` or None.
       use_cached_tasks: whether to read the tasks from seqio's offline caches.
       sentence_embeddings: folder of a table by `pemoe embed`, for routers that read sentence
         embeddings; None: a feature of the tasks holds them.
@@ -61,11 +61,12 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What trains.
+    """A fine-tuning method: which parameters train, and the dtype of the frozen matrices.
 
     Attributes:
       name: name of the method in tables and records.
-      trainable: regular expressions of the paths of trainable parameters; each must match one.
+      trainable: regular expressions of the paths of trainable parameters; each must match at least
+        one.
       frozen_dtype: dtype of frozen matrices: 'activations' (the dtype of activations), 'int8' or
         'float8_e4m3fn'.
     """
@@ -81,10 +82,10 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing:
-    """Where a training starts and where it saves.
+    """Where a training run starts, and where and how often it saves checkpoints.
 
     Attributes:
-      model_dir: folder of the run: config.gin, metrics.jsonl, tensorboard/ and checkpoint_<step>/;
+      model_dir: folder of config.gin, metrics.jsonl, loss.png, tensorboard/ and checkpoint_<step>/;
         a run resumes from the newest checkpoint in it.
       initial_checkpoint_path: base model, in the format of T5X, Hugging Face or this package; None:
         random weights.
@@ -100,10 +101,10 @@ class Checkpointing:
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """What a training reports and how often.
+    """What a training run reports and how often.
 
     Attributes:
-      log_period: steps between two reports of the training loss, which is their mean.
+      log_period: steps between two reports of the training loss, averaged over these steps.
       eval_period: steps between two evaluations of the loss on the evaluation splits; 0: never.
       eval_batches: maximum number of batches of an evaluation of the loss.
       router_metrics: router metrics to report: 'sites' (each site, averaged over layers), 'layers'
@@ -130,7 +131,7 @@ class Models:
       dtype: dtype of activations, 'float32' or 'bfloat16'; None: as in training.
       frozen_dtype: dtype of frozen matrices: 'activations', 'int8' or 'float8_e4m3fn'; None: as in
         training.
-      model: the network of a base model whose files do not state its dimensions.
+      model: the model of the gin files; only its dtype is used, for a base that does not state one.
     """
 
     checkpoint_path: str | Sequence[str]

@@ -84,12 +84,12 @@ class JsonLinesTasks(TaskRoles):
             lines.append(self._line(role, self.train_score_tasks, TRAIN_SCORE_MIXTURE))
         if self.held_out:
             lines.append(f"held out: {abbreviate(self.held_out, 12)}")
-        for left_out, reason in (
+        for tasks, message in (
             (self.held_out_trained, "WARNING: held out, but trained on because of TRAIN_TASKS"),
             (
                 self.named_like_held_out,
-                "WARNING: trained on, but named like a held-out dataset (if they are its prompts,"
-                " say so by 'dataset' in INDEX.json)",
+                "WARNING: trained on, but named like a held-out dataset (if a task is a prompt of"
+                " that dataset, set its 'dataset' in INDEX.json)",
             ),
             (self.held_out_skipped, "held out, so not trained on"),
             (self.no_train_split, "no train split, so not trained on"),
@@ -97,10 +97,8 @@ class JsonLinesTasks(TaskRoles):
             (self.no_choices, "no answer choices, so not scored"),
             (self.not_in_index, "not in INDEX.json"),
         ):
-            if left_out:
-                lines.append(
-                    f"{reason}: {plural(len(left_out), 'task')} ({abbreviate(left_out, 3)})"
-                )
+            if tasks:
+                lines.append(f"{message}: {plural(len(tasks), 'task')} ({abbreviate(tasks, 3)})")
         odd_counts: collections.Counter[str] = collections.Counter()
         for odd in self.odd:
             odd_counts[odd.kind] += odd.count
@@ -124,7 +122,7 @@ class JsonLinesTasks(TaskRoles):
         )
 
     def _is_score_eval(self, name: str) -> bool:
-        # a folder may hold a task that is only named like one
+        # A task of the folder may have a name that ends in `_score_eval` by chance.
         return score_eval.is_score_eval(name) and score_eval.plain_name(name) in self.datasets
 
 
@@ -167,7 +165,7 @@ def _match(
 
 
 def _is_named_like(task: str, datasets: Collection[str], tasks: Collection[str]) -> bool:
-    """Returns whether a task's name begins with that of a dataset, or with the word of a task.
+    """Returns whether a task's name begins with a dataset's name or the first word of a task's.
 
     Args:
       task: the task, such as `reviews_hated`.
@@ -211,7 +209,7 @@ def assign_roles(
         # GPT_EVAL and SGLUE are roles of T0+ and T0++, which also train on datasets scored here.
         return not info.has_roles or (info.t0_do_train == "BASE" and not info.t0_blacklisted)
 
-    # "" if nothing is missing, else the end of an error's message
+    # Returns what a task lacks for training, for a message; "" if nothing.
     def missing_to_train(task: str) -> str:
         return "" if "train" in files[task] else "no train split"
 
@@ -224,7 +222,8 @@ def assign_roles(
     if eval_patterns is not None:
         plain = [score_eval.plain_name(pattern) for pattern in eval_patterns]
         to_score = _match("EVAL_TASKS", plain, files)
-    # Whatever can be scored: an evaluation task may be generative, or its files may be elsewhere.
+    # A dataset is held out even if its evaluation tasks cannot be scored here: they may be
+    # generative, or have no files in this folder.
     evaluated = {task: info for task, info in (index or {}).items() if info.t0_do_eval}
     held_out = {info.dataset_name or task for task, info in evaluated.items()}
     held_out |= {datasets[task] for task in to_score}
@@ -233,10 +232,12 @@ def assign_roles(
     if train_patterns is not None:
         to_train = _match("TRAIN_TASKS", train_patterns, files, missing_to_train)
     else:
-        role = [task for task in files if has_train_role(task)]
-        to_train = [task for task in role if datasets[task] not in held_out]
+        candidates = [task for task in files if has_train_role(task)]
+        to_train = [task for task in candidates if datasets[task] not in held_out]
         # A task that is scored instead needs no explanation in the summary.
-        skipped = [task for task in role if datasets[task] in held_out and task not in to_score]
+        skipped = [
+            task for task in candidates if datasets[task] in held_out and task not in to_score
+        ]
     # A pattern may match tasks that cannot be used, as long as one can: the rest is reported.
     train = [task for task in to_train if not missing_to_train(task)]
     used = {*train, *(task for task in to_score if has_choices[task])}

@@ -1,4 +1,4 @@
-"""A reader of promptsource's prompt templates in YAML, safe on files from elsewhere.
+"""Reads promptsource's prompt templates (YAML) and applies them, safely for untrusted files.
 
 A file `<dataset>[/<subset>]/templates.yaml` has under `templates` objects tagged `!Template`, with
 `name`, `jinja` and `answer_choices`; the rest is ignored (the roles of P3's tasks are in
@@ -8,8 +8,9 @@ A file `<dataset>[/<subset>]/templates.yaml` has under `templates` objects tagge
   stripped. `answer_choices` is a template too, split at `|||` into choices, each stripped, which
   `jinja` sees as the list `answer_choices`;
 - `|||` in an example's own text does not split;
-- the value of `{{ }}` becomes a string of at most 2048 characters, cut at the end of a word, with
-  `...` (in `jinja` only; of `{{ a + b }}` only `b` is cut, because a filter binds more tightly);
+- the value of `{{ }}` becomes a string; above 2,053 characters it is cut to at most 2,048, at the
+  end of a word, with `...` (in `jinja` only; of `{{ a + b }}` only `b` is cut, because a filter
+  binds more tightly);
 - hyphens in names of fields are underscores;
 - an example whose rendering does not have two parts, or has an empty input, has no prompt; an
   empty target is `<NO LABEL>`.
@@ -103,8 +104,8 @@ class Template:
         return sorted(filter(re.compile("(^|_)labels?($|_)").search, self.fields))
 
     @functools.cached_property
-    def _compared(self) -> dict[str, set[bool]]:
-        """Maps names to whether the constants that the template compares them with are text."""
+    def _constant_types(self) -> dict[str, set[bool]]:
+        """Returns field -> whether constants that it is compared with are strings (True) or not."""
         from jinja2 import nodes
 
         compared: dict[str, set[bool]] = collections.defaultdict(set)
@@ -138,9 +139,9 @@ class Template:
         for name in self._label_fields:
             if _is_unlabeled(fields.get(name, 0)):
                 raise UnlabeledError(f"{name} is {fields[name]!r}")
-            is_text, compared = isinstance(fields.get(name), str), self._compared[name]
+            is_text, compared = isinstance(fields.get(name), str), self._constant_types[name]
             if name in fields and compared and is_text not in compared:
-                # it would differ from each of them, and `else` would be its label
+                # No comparison would hold, and the template's `else` would choose the label.
                 expected = "text" if True in compared else "a number"
                 raise TemplateError(f"{name} must be {expected}, got {fields[name]!r}")
         try:
@@ -151,7 +152,7 @@ class Template:
                 if self.answer_choices is not None:
                     rendered = _compile(self.answer_choices).render(**fields)
                     choices = [_show_bars(choice.strip()) for choice in rendered.split(_BAR)]
-                # as promptsource does, on the text: "}}" inside a string would be hit as well
+                # A text replacement, as in promptsource: a "}}" in a string literal changes too.
                 text = self.jinja.replace("}}", f" | string | truncate({MAX_CHARACTERS}) }}}}")
                 rendered = _compile(text).render(**fields, answer_choices=choices)
         except TemplateError:
@@ -179,7 +180,7 @@ _random_lock = threading.Lock()
 
 
 def _choice(context: object, choices: Sequence[T]) -> T:
-    del context  # a filter that takes it is not folded when jinja compiles, but draws each time
+    del context  # with it, jinja does not evaluate the filter once at compile time
     return _random.choice(list(choices))
 
 
@@ -222,7 +223,7 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
         """A field that an example does not have: only a test for truth may read it."""
 
         def _read(self, *unused: object) -> Any:
-            # The exception is an item beyond the end of a list, such as the first of no answers.
+            # An item beyond the end of a list (the first of an empty list of answers) reads as ''.
             if not isinstance(self._undefined_name, int):
                 self._fail_with_undefined_error()
             return ""
@@ -252,7 +253,7 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
 
 @functools.lru_cache(maxsize=4096)
 def _compile(text: str) -> jinja2.Template:
-    """Compiles a template, with `items[index]` replaced by `_get_item` unless it is constant."""
+    """Compiles a template; `items[index]` calls `_get_item` unless the index is a constant."""
     from jinja2 import nodes, visitor
 
     class ReplaceItems(visitor.NodeTransformer):
@@ -328,7 +329,7 @@ def _loader() -> type[yaml.SafeLoader]:
     def construct_mapping(
         loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False
     ) -> dict[Hashable, Any]:
-        # without keys that `<<` merges
+        # A key may override one that `<<` merges: only the mapping's own keys must differ.
         key_nodes = [key for key, _ in node.value if key.value != "<<"]
         mapping = base.construct_mapping(loader, node, deep=deep)
         seen = set()

@@ -44,7 +44,7 @@ def test_rows_of_text_and_of_ids():
         ({"inputs": [1.0]}, "'inputs' must be a string"),
         ({"inputs": [True]}, "'inputs' must be a string"),
         ({"inputs": b"\xff"}, "'inputs' is not UTF-8"),
-        ({"inputs": "\ud800"}, "\\ud800 is half a surrogate pair"),
+        ({"inputs": "\ud800"}, "'inputs' has an unpaired surrogate \\ud800"),
     ],
 )
 def test_wrong_types_are_errors_of_every_source(change, message):

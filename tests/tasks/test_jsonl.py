@@ -498,7 +498,7 @@ def test_odd_rows_are_counted(tmp_path, vocab):
         (b'{"inputs": "\xff", "targets": "b"}', "not UTF-8: invalid start byte at byte 12"),
         (
             b'{"inputs": "\\ud800", "targets": "b"}',
-            "\\ud800 is half a surrogate pair",
+            "'inputs' has an unpaired surrogate \\ud800",
         ),
     ],
 )

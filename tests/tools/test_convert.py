@@ -218,7 +218,10 @@ def test_routed_adapters_are_not_merged_nor_written_for_peft(paths, tmp_path, ca
         (("base", "ia3", "out.safetensors", "--base", "other"), "belongs to the base"),
         (("adapter", "ia3", "out", "--base", "other"), "belongs to the base"),
         (("peft", "ia3", "out", "--base", "other"), "belongs to the base"),
-        (("huggingface", "base", "out", "--base", "other"), "needs none: are the two swapped?"),
+        (
+            ("huggingface", "base", "out", "--base", "other"),
+            "are the two swapped?",
+        ),
         (("base", "base", "out"), "OUTPUT must be a .safetensors file"),
         (("huggingface", "base", "out.safetensors"), "OUTPUT must be a folder"),
         (("huggingface", "lora", "out", "--base", "other"), "belongs to the base"),
@@ -238,7 +241,7 @@ def test_refused(paths, tmp_path, capsys, argv, message):
 
 
 def test_swapped_paths_are_detected(paths):
-    with pytest.raises(InputError, match="lora was passed as the base .*needs none"):
+    with pytest.raises(InputError, match="lora was passed as the base .*not an adapter"):
         models.open_models(str(paths["base"]), base_path=str(paths["lora"]))
 
 
