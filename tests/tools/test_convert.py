@@ -333,7 +333,7 @@ def add_nan(arrays: dict) -> None:
         (lambda f: damage(f, adapters={"knee": {}}), "unknown adapter sites"),
         (lambda f: damage(f, adapters={"key": {"kind": "Knee"}}), "unknown adapter kind 'Knee'"),
         (lambda f: damage(f, adapters=3), "adapter_config.json: adapters"),
-        (lambda f: damage(f, config={"emb": 3}), "a checkpoint's T5Config: .*emb"),
+        (lambda f: damage(f, config={"emb": 3}), "the checkpoint's T5Config does not fit .*emb"),
         (lambda f: damage(f, step=None), "adapter_config.json: step"),
     ],
 )
