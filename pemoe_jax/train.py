@@ -77,6 +77,7 @@ def train(
     import jax
 
     from pemoe_jax.analysis import plots
+    from pemoe_jax.analysis.zero_shot import run_settings
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import adapters, network, partitioning, stacks
     from pemoe_jax.data import prefetch, seqio_tasks
@@ -87,6 +88,7 @@ def train(
     file_io.check_no_pattern(model_dir, "MODEL_DIR")
     device_mesh, rules = distributed.start(mesh, data.batch_size, data.microbatches)
     base_path = checkpointing.initial_checkpoint_path
+    _check_references(model, optimizer, schedule)
     model = _with_base_dimensions(model, base_path)
     record = runs.Record(
         method=method.name,
@@ -129,17 +131,22 @@ def train(
     print(f"training on {data.name}: {examples}", flush=True)
 
     # Every setting has been checked by now: only from here on are files written.
+    config = gin.config_str()
     checkpoints = runs.RunCheckpoints(str(model_dir), checkpointing.keep)
     if first_step:
         state = checkpoints.restore(first_step, state)
         print(f"resuming from {model_dir}/checkpoint_{first_step}", flush=True)
+        # A run keeps what `same_run` compares. Any other change gives another run, and is said.
+        settings = run_settings.read_settings(str(model_dir)), run_settings.parse_settings(config)
+        if settings[0] and (changes := run_settings.describe_changes(*settings)):
+            print(f"settings that changed since: {changes}", flush=True)
         if positions is None:
             print(f"the checkpoint has no position in the data: skipping {first_step} batches")
             collections.deque(itertools.islice(batches, first_step), maxlen=0)
     if model.config.scan_layers:
         frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
     folder = distributed.output_folder(model_dir)
-    atomic_write.write_text(folder / "config.gin", gin.config_str())
+    atomic_write.write_text(folder / "config.gin", config)
 
     def save(state: "steps.TrainState", position: Mapping[str, int] | None) -> None:
         assert position is not None  # `feed.train_batches` has positions
@@ -180,6 +187,26 @@ def train(
 
 
 # --- model and state ---
+
+
+def _check_references(model: object, optimizer: Any, schedule: object) -> None:
+    """Raises InputError if gin refers to something else than a model or an optimizer."""
+    import inspect
+
+    from pemoe_jax.core import network
+
+    if not isinstance(model, network.Transformer):
+        raise InputError(f"MODEL must be @network.Transformer() (models/….gin), got {model!r:.80}")
+    try:
+        if inspect.isclass(optimizer):
+            raise TypeError
+        # Partially: gin may bind further parameters of an optimizer of the user's own.
+        inspect.signature(optimizer).bind_partial(schedule, param_axes=None)
+    except (TypeError, ValueError):
+        raise InputError(
+            "OPTIMIZER must be a function of (schedule, param_axes), such as @optim.adamw, got"
+            f" {optimizer!r:.80}"
+        ) from None
 
 
 def _with_base_dimensions(

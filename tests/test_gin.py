@@ -160,6 +160,60 @@ def test_macros_of_another_method_or_run_are_refused(gin_file, flag, owners):
     assert str(error.value).endswith(f", got --gin_file={gin_file}")
 
 
+@pytest.mark.parametrize(
+    ("flag", "function"),
+    [
+        ("--gin.optim.adafactor.decay_rate=0.9", "optim.adafactor"),
+        ("--gin.adapters.LoRAExperts.rank=8", "adapters.LoRAExperts"),
+        ("--gin_bindings=options.Models.dtype = 'bfloat16'", "options.Models"),
+        ("--gin.evaluate.evaluate.routing_picture=True", "evaluate.evaluate"),
+    ],
+)
+def test_parameters_that_nothing_reads_are_refused(flag, function):
+    files = [f"--gin_file={file}" for file in ("methods/mov.gin", "runs/finetune.gin")]
+    with pytest.raises(InputError, match=f"has no effect: nothing in this run uses {function} "):
+        configure(*files, flag)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gin.optim.adamw.b1=0.8", "--gin.train.train.seed=4", "--gin.routing.Router.top_k=1"],
+        ["--gin.OPTIMIZER=@optim.adafactor", "--gin.optim.adafactor.decay_rate=0.9"],
+    ],
+)
+def test_parameters_of_functions_of_the_run_are_kept(flags):
+    configure("--gin_file=methods/mov.gin", "--gin_file=runs/finetune.gin", *flags)
+    for flag in flags:
+        name, _, value = flag.removeprefix("--gin.").partition("=")
+        if "." in name:
+            assert str(gin.query_parameter(name)) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gin.OPTIMIZER=@optim.adamw()"], "adamw: no value for 'learning_rate': "),
+        (["--gin.OPTIMIZER=@network.T5Config"], "OPTIMIZER must be a function of "),
+        (["--gin.OPTIMIZER=None"], "OPTIMIZER must be a function of "),
+        (["--gin.MODEL=@network.Transformer"], "MODEL must be @network.Transformer() "),
+        (["--gin.LEARNING_RATE=None"], "LEARNING_RATE is not set: "),
+    ],
+)
+def test_references_of_another_kind(flags, message, tmp_path, capsys):
+    files = ("models/t5_1_1_tiny.gin", "methods/mov.gin", "runs/finetune.gin")
+    run = [*(f"--gin_file={file}" for file in files), *RUN, f"--gin.MODEL_DIR={tmp_path / 'run'}"]
+    assert train.main([*run, *flags]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("module", "run"), [(train, "finetune"), (evaluate, "evaluate")])
+def test_a_run_file_is_missing(module, run, capsys):
+    assert module.main(["--gin_file=models/t5_1_1_tiny.gin"]) == 1
+    assert f"pass a run file, e.g. --gin_file=runs/{run}.gin" in capsys.readouterr().err
+
+
 def test_the_readmes_commands_on_own_data_run_in_a_clone(monkeypatch):
     """They name shipped files alone; the model has the dimensions of the shipped base."""
     root = pathlib.Path(__file__).parent.parent

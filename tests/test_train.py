@@ -152,7 +152,9 @@ def stopped(folder, tmp_path_factory) -> pathlib.Path:
 def test_a_resumed_run_equals_an_uninterrupted_one(folder, trained, stopped, tmp_path, capsys):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
-    assert "resuming from" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resuming from" in out
+    assert "\nsettings that changed since: TRAIN_STEPS 5 -> 12\n" in out
     whole, _, _ = runs.open_trained(str(trained["mov"]))
     resumed, _, step = runs.open_trained(str(tmp_path))
     assert step == 12 and whole.keys() == resumed.keys()

@@ -228,6 +228,11 @@ def create_learning_rate_scheduler(
                 f"WARMUP_STEPS must be at least 1 for SCHEDULE factor {name!r}, got {warmup_steps}"
             )
 
+    if base_learning_rate is None:  # in gin, where no file or flag sets it
+        raise InputError(
+            "LEARNING_RATE is not set: pass --gin_file=methods/… or --gin.LEARNING_RATE=…"
+        )
+
     def schedule(step: Step) -> jax.Array | float:
         step = jnp.maximum(0.0, jnp.asarray(step, jnp.float32) - step_offset)
         warmup = step / warmup_steps if warmup_steps else jnp.ones_like(step)

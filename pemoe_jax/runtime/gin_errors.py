@@ -86,6 +86,24 @@ def describe_error(error: Exception, lines: Sequence[str]) -> str:
     return where + (_describe_name(line, code) or f"gin: {line.rstrip('.')}{got}")
 
 
+def describe_missing(error: Exception, command: str) -> str:
+    """Returns a call without some of its arguments, in the function `command`, as a line."""
+    names = re.search(r"for arguments: \[(.*)\]", str(error))
+    function = re.search(r"In call to configurable '([\w.]+)'", str(error))
+    if not names or not function or function[1] == command:
+        return describe_unconfigured(command)
+    return (
+        f"{function[1]}: no value for {names[1]}: bind it, or refer to the function itself"
+        " (@… without parentheses)"
+    )
+
+
+def describe_unconfigured(command: str) -> str:
+    """Returns the line for a command that no gin file configures."""
+    file = {"train": "finetune", "decode_texts": "infer"}.get(command, command)
+    return f"no gin file configures {command}: pass a run file, e.g. --gin_file=runs/{file}.gin"
+
+
 def describe_t5x_flags(name: str) -> str | None:
     """Returns the flags that replace a binding or macro of T5X; None if it is unknown.
 

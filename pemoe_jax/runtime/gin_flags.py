@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from pemoe_jax.core.errors import InputError, first_line
@@ -172,12 +172,14 @@ def load_config(
         with _only_files():
             gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macro_names(bindings, args.gin_bindings, args.gin_file)
+        in_files = {selector for _, selector in gin.config._CONFIG}
         gin.parse_config_files_and_bindings([], lines)
     except InputError:
         raise
     except _GIN_ERRORS as error:
         raise InputError(gin_errors.describe_error(error, lines)) from error
     gin_types.check_bindings(_SET_BY_MODEL_AND_METHOD)
+    _check_has_effect([*args.gin_bindings, *bindings], in_files)
 
 
 @contextlib.contextmanager
@@ -222,6 +224,34 @@ def _check_macro_names(
             raise InputError(f"--gin.{name}: no gin file has a macro of this name{hint}")
 
 
+def _check_has_effect(bindings: Sequence[str], in_files: Collection[str]) -> None:
+    """Raises InputError for a parameter of a function of ours that the run does not use.
+
+    Such are the parameters of another optimizer or method, which gin would accept silently.
+
+    Args:
+      bindings: bindings of flags.
+      in_files: the functions that gin files bind parameters of.
+    """
+    import gin
+
+    config, registry = gin.config._CONFIG, gin.config._REGISTRY
+    used = {reference.configurable.selector for reference in gin.config.iterate_references(config)}
+    for binding in bindings:
+        name = binding.partition("=")[0].strip()
+        match = registry.get_match(name.rpartition(".")[0].rpartition("/")[2])
+        if match is None or not match.selector.startswith("pemoe_jax.") or match.selector in used:
+            continue
+        module, function = match.selector.rsplit(".", 2)[-2:]
+        # No binding refers to the commands themselves; a run file binds their parameters.
+        if match.selector in in_files and module in _RUN_MODELS:
+            continue
+        raise InputError(
+            f"{name} has no effect: nothing in this run uses {module}.{function}"
+            " (it belongs to another method, optimizer or command)"
+        )
+
+
 def _join(names: Sequence[str]) -> str:
     """Joins names as 'a, b and c'."""
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
@@ -244,10 +274,7 @@ def call_configured(function: Callable[..., T], *args: object) -> T:
     try:
         configured = gin.get_configurable(function)
     except ValueError as error:
-        raise InputError(
-            f"no gin file configures {function.__module__}.{function.__name__}:"
-            " pass a run file, e.g. --gin_file=runs/finetune.gin"
-        ) from error
+        raise InputError(gin_errors.describe_unconfigured(function.__name__)) from error
     try:
         return configured(*args)
     except InputError:
@@ -255,6 +282,8 @@ def call_configured(function: Callable[..., T], *args: object) -> T:
     except (RuntimeError, ValueError, TypeError) as error:
         if "Required bindings" in str(error) or "gin.REQUIRED" in str(error):
             raise InputError(gin_errors.describe_error(error, ())) from error
+        if "No values supplied by Gin" in str(error):
+            raise InputError(gin_errors.describe_missing(error, function.__name__)) from error
         raise
 
 

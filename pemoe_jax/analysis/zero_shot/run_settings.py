@@ -39,7 +39,19 @@ def read_settings(path: str) -> dict[str, str]:
     from pemoe_jax.checkpoints import runs  # imports jax, which reports do without
 
     config = runs.is_run(path) and runs.resolve(path)[0] / "config.gin"
-    return parse_settings(config.read_text()) if config and config.is_file() else {}
+    if not config or not config.is_file():
+        return {}
+    return parse_settings(config.read_text(errors="replace"))
+
+
+def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Returns 'NAME old -> new; …' of the settings that differ, '' if none does."""
+    changes = []
+    for name in {**before, **after}:
+        old, new = (settings.get(name, "(not set)") for settings in (before, after))
+        if old != new:
+            changes.append(f"{name} {old:.60} -> {new:.60}")
+    return "; ".join(changes)
 
 
 def warn_of_other_eos(paths: Sequence[str]) -> None:

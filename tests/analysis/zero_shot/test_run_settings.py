@@ -62,3 +62,12 @@ options.Data.register = @tasks.register
     assert run_settings.fingerprint(parsed) == run_settings.fingerprint(other_seed)
     other_top_k = run_settings.parse_settings(text.replace("top_k = 2", "top_k = 1"))
     assert run_settings.fingerprint(parsed) != run_settings.fingerprint(other_top_k)
+
+
+def test_changed_settings_are_described():
+    before = {"VOCAB_PATH": "'a.model'", "PACK": "True", "OLD": "1"}
+    after = {"VOCAB_PATH": "'b.model'", "PACK": "True", "NEW": "2"}
+    assert run_settings.describe_changes(before, after) == (
+        "VOCAB_PATH 'a.model' -> 'b.model'; OLD 1 -> (not set); NEW (not set) -> 2"
+    )
+    assert run_settings.describe_changes(before, before) == ""
