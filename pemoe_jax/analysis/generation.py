@@ -322,10 +322,10 @@ def _not_finite(opened: OpenedModel, tasks: Sequence[Task], index: int) -> Input
 
 def compute_metrics(task: Task, decoded: Sequence[np.ndarray], step: int) -> dict[str, Any]:
     """Returns one task's entry in results.json."""
-    kept = np.flatnonzero(task.has_target).tolist()
+    with_target = np.flatnonzero(task.has_target).tolist()
     values: dict[str, Any] = {}
-    if kept:
-        predictions = [*enumerate(decoded[index] for index in kept)]
+    if with_target:
+        predictions = [*enumerate(decoded[index] for index in with_target)]
         all_metrics, _ = task.evaluator.evaluate(
             compute_metrics=True, step=step, predict_fn=lambda _: predictions
         )
@@ -336,7 +336,11 @@ def compute_metrics(task: Task, decoded: Sequence[np.ndarray], step: int) -> dic
         "examples": len(decoded),
         "cut_inputs": sum(task.is_truncated),
         "unreachable_targets": task.is_reachable.count(False),
-        **({"without_target": len(decoded) - len(kept)} if len(kept) < len(decoded) else {}),
+        **(
+            {"without_target": len(decoded) - len(with_target)}
+            if len(with_target) < len(decoded)
+            else {}
+        ),
         "metrics": {
             name: _finite(float(getattr(value, "value", value))) for name, value in values.items()
         },

@@ -201,7 +201,7 @@ def keep_rows(ds: tf.data.Dataset, is_kept: Sequence[bool]) -> tf.data.Dataset:
     import tensorflow as tf
 
     pairs = tf.data.Dataset.zip((ds, tf.data.Dataset.from_tensor_slices(list(is_kept))))
-    return pairs.filter(lambda _, kept: kept).map(lambda row, _: row)
+    return pairs.filter(lambda _, is_valid: is_valid).map(lambda row, _: row)
 
 
 def numpy_iterator(
