@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from programs import DIMENSIONS, GIN, flat, pemoe, read_metrics, read_tensorboard, t5x
+from programs import DIMENSIONS, GIN, bindings, flat, pemoe, read_metrics, read_tensorboard, t5x
 
 MODEL = "models/t5_1_1_tiny.gin"
 METHOD = ["methods/lora.gin"]
@@ -195,7 +195,7 @@ def test_the_commands_of_the_documentation(common, tmp_path):
     )
 
     def run(program, files, **macros):
-        flags = [f"--gin.{name}={value!r}" for name, value in macros.items()]
+        flags = [f"--gin.{line.replace(' = ', '=', 1)}" for line in bindings(macros)]
         gin_files = [f"--gin_file={file}" for file in files]
         command = [sys.executable, "-m", f"t5x.{program}", f"--gin_search_paths={GIN}"]
         done = subprocess.run(
