@@ -48,17 +48,27 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
       InputError: the line is not a JSON object in UTF-8.
     """
     try:
-        fields = json.loads(line.decode("utf-8-sig"))
+        fields = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise InputError(f"{where}: not an example: nested too deeply") from None
-    except ValueError as error:  # an integer of more than 4,300 digits
+    except ValueError as error:  # an integer of more than 4,300 digits, a key that occurs twice
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected an object, got {describe_value(fields)}")
+    return fields
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON; raises ValueError if a key occurs twice, as the last would win."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in an object")
     return fields
 
 

@@ -102,7 +102,10 @@ def parse(record: bytes) -> Row:
     if "answer_choices" in features:
         row["answer_choices"] = list(features["answer_choices"].bytes_list.value)
     if "is_correct" in features:
-        row["is_correct"] = bool(sum(features["is_correct"].int64_list.value))
+        values = list(features["is_correct"].int64_list.value)
+        if values not in ([0], [1]):
+            raise ValueError(f"'is_correct' must be [0] or [1], got {values}")
+        row["is_correct"] = bool(values[0])
     if "weight" in features:
         row["weight"] = float(sum(features["weight"].float_list.value))
     return row

@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
+import difflib
 import functools
 import json
 import os
@@ -98,6 +99,7 @@ class TaskInfo:
 
 _OPTIONAL_STRINGS = ("dataset", "subset", "t0_do_train", "t0_do_eval")
 _BOOLEANS = ("original_task", "t0_blacklisted")
+_KEYS = (*_OPTIONAL_STRINGS, *_BOOLEANS, "metrics")
 
 
 def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
@@ -113,13 +115,17 @@ def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
         return None
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        index = json.loads(text, object_pairs_hook=functools.partial(_check_keys, path))
+        index = json.loads(text, object_pairs_hook=row_checks.unique_keys)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise InputError(f"{path}: not an index: nested too deeply") from None
+    except ValueError as error:  # an integer of more than 4,300 digits, a key that occurs twice
+        raise InputError(f"{path}: {error}") from None
     if not isinstance(index, dict):
         raise InputError(
             f"{path}: expected an object of tasks, got {row_checks.describe_value(index)}"
@@ -127,18 +133,13 @@ def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
     return {task: _task_info(entry, f"{path}: {task!r}") for task, entry in index.items()}
 
 
-def _check_keys(path: pathlib.Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
-    index = dict(pairs)
-    if len(index) < len(pairs):  # JSON would keep the last of equal keys
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise InputError(f"{path}: the key {twice!r} occurs twice in an object")
-    return index
-
-
 def _task_info(entry: object, where: str) -> TaskInfo:
     if not isinstance(entry, dict):
         raise InputError(f"{where} must be an object, got {row_checks.describe_value(entry)}")
+    for key in entry:
+        near = difflib.get_close_matches(key.lower().strip(), _KEYS, n=1, cutoff=0.8)
+        if near and key not in _KEYS:  # a misspelled role would be no role
+            raise InputError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
     known = {key: entry[key] for key in (*_OPTIONAL_STRINGS, *_BOOLEANS) if key in entry}
     for key, value in known.items():
         types, expected = (bool, "bool") if key in _BOOLEANS else (str | None, "str or null")

@@ -15,9 +15,13 @@ A file `<dataset>[/<subset>]/templates.yaml` has under `templates` objects tagge
 - an example whose rendering does not have two parts, or has an empty input, has no prompt; an
   empty target is `<NO LABEL>`.
 
-Unlike promptsource, an example is refused if the template prints or compares a field that the
-example does not have (promptsource prints nothing), or if its label is -1, '' or None, as in splits
-whose answers are not public: `answer_choices[-1]` would be the last choice.
+Unlike promptsource, an example is refused
+
+- if the template prints, measures or compares a field that the example does not have, also one of
+  an object (`x.y`, `x['y']`, `x.get('y')`): promptsource prints nothing;
+- if a value is compared with constants of another type, such as '0' with 0: `else` would be taken;
+- if its label is -1, '' or None, as in splits whose answers are not public: `answer_choices[-1]`
+  would be the last choice; or if its target or a choice prints None.
 
 The filter `choice` draws by the example's index, so that an example always has the same prompt.
 promptsource itself is not used: it needs Python below 3.10 and a web framework.
@@ -28,6 +32,7 @@ errors.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -50,6 +55,8 @@ MAX_CHARACTERS = 2048
 NO_LABEL = "<NO LABEL>"
 _BAR = "|||"
 _HIDDEN_BAR = "\ue000bar\ue001"  # private use characters, in place of ||| in an example's own text
+_HIDDEN_NULL = "\ue000null\ue001"  # in place of the None that a template prints
+_LABEL = re.compile("(^|_)labels?($|_)")  # names of fields that hold labels
 
 
 class TemplateError(Exception):
@@ -101,23 +108,7 @@ class Template:
 
     @functools.cached_property
     def _label_fields(self) -> list[str]:
-        return sorted(filter(re.compile("(^|_)labels?($|_)").search, self.fields))
-
-    @functools.cached_property
-    def _constant_types(self) -> dict[str, set[bool]]:
-        """Returns field -> whether constants that it is compared with are strings (True) or not."""
-        from jinja2 import nodes
-
-        compared: dict[str, set[bool]] = collections.defaultdict(set)
-        for node in _environment().parse(self.jinja).find_all(nodes.Compare):
-            constants = [op.expr for op in node.ops if op.op == "eq"]
-            if isinstance(node.expr, nodes.Name):
-                compared[node.expr.name] |= {
-                    isinstance(constant.value, str)
-                    for constant in constants
-                    if isinstance(constant, nodes.Const)
-                }
-        return compared
+        return sorted(filter(_LABEL.search, self.fields))
 
     def apply(self, example: Mapping[str, object], index: int = 0) -> Prompt | None:
         """Renders an example.
@@ -139,11 +130,6 @@ class Template:
         for name in self._label_fields:
             if _is_unlabeled(fields.get(name, 0)):
                 raise UnlabeledError(f"{name} is {fields[name]!r}")
-            is_text, compared = isinstance(fields.get(name), str), self._constant_types[name]
-            if name in fields and compared and is_text not in compared:
-                # No comparison would hold, and the template's `else` would choose the label.
-                expected = "text" if True in compared else "a number"
-                raise TemplateError(f"{name} must be {expected}, got {fields[name]!r}")
         try:
             # one generator serves all threads, so drawing and rendering must not be interleaved
             with _random_lock:
@@ -151,6 +137,8 @@ class Template:
                 choices = None
                 if self.answer_choices is not None:
                     rendered = _compile(self.answer_choices).render(**fields)
+                    if _HIDDEN_NULL in rendered:
+                        raise TemplateError("an answer choice prints None")
                     choices = [_show_bars(choice.strip()) for choice in rendered.split(_BAR)]
                 # A text replacement, as in promptsource: a "}}" in a string literal changes too.
                 text = self.jinja.replace("}}", f" | string | truncate({MAX_CHARACTERS}) }}}}")
@@ -159,6 +147,9 @@ class Template:
             raise
         except Exception as error:  # jinja's, or whatever an expression in it does to the example
             raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
+        if _HIDDEN_NULL in rendered.partition(_BAR)[2]:
+            raise UnlabeledError("its target prints None")
+        rendered = rendered.replace(_HIDDEN_NULL, "None")
         parts = [_show_bars(part).strip() for part in rendered.split(_BAR)]
         if len(parts) != 2 or not parts[0]:
             return None
@@ -197,6 +188,71 @@ def _highlight(text: str) -> str:
 def _is_unlabeled(value: object) -> bool:
     # The value -1, also as text or a float. None and NaN are JSON's and pandas' missing values.
     return value is None or value != value or value in (-1, "-1", "")
+
+
+def _is_null(value: object) -> bool:
+    return value is None or value != value  # pandas' missing value is NaN
+
+
+def _print(value: Any) -> Any:
+    import jinja2
+
+    if isinstance(value, jinja2.Undefined):
+        return str(value)
+    if callable(value):  # jinja finds the method of a dict before its item: x.values, x.items
+        raise TemplateError(f"expected a value to print, got the method {value.__name__!r}")
+    return _HIDDEN_NULL if _is_null(value) else value
+
+
+def _to_int(value: object, default: int | None = None, base: int = 10) -> int:
+    """Returns an integer, where jinja's filter returns 0 for what is none."""
+    if default is not None:
+        from jinja2 import filters
+
+        return filters.do_int(value, default, base)
+    if _is_null(value) or value == "":
+        raise UnlabeledError(f"the value of its label is {value!r}")
+    try:
+        number = int(value, base) if isinstance(value, str) else int(value)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        number = None
+    if number is None or (not isinstance(value, str) and number != value):
+        raise TemplateError(f"expected an integer, got {value!r}")
+    return int(number)
+
+
+def _check_compared(value: Any, constants: Sequence[object], name: str) -> Any:
+    """Returns a value that a template compares with constants, all text or all numbers.
+
+    Raises:
+      UnlabeledError: the value is that of a missing label.
+      TemplateError: the value has another type. It would differ from each constant, and `else`
+        would be its label.
+    """
+    import jinja2
+
+    if isinstance(value, jinja2.Undefined) or value in constants:
+        return value
+    is_text = isinstance(constants[0], str)
+    if _is_unlabeled(value) and (not is_text or _LABEL.search(name)):
+        raise UnlabeledError(f"{name} is {value!r}")
+    types = str if is_text else int | float
+    if not isinstance(value, types) and value is not None:
+        raise TemplateError(f"{name} must be {'text' if is_text else 'a number'}, got {value!r}")
+    return value
+
+
+def _check_label_test(value: Any, name: str) -> Any:
+    """Returns a label that a template tests for truth: every text would be true."""
+    import jinja2
+
+    if isinstance(value, jinja2.Undefined):
+        return str(value)
+    if _is_unlabeled(value):
+        raise UnlabeledError(f"{name} is {value!r}")
+    if isinstance(value, str):
+        raise TemplateError(f"{name} must be true, false or a number, got {value!r}")
+    return value
 
 
 def _get_item(environment: jinja2.Environment, items: object, index: Any) -> Any:
@@ -238,7 +294,10 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
 
         __hash__ = jinja2.Undefined.__hash__
 
-    environment = sandbox.SandboxedEnvironment(undefined=MissingField)
+        def __len__(self) -> int:
+            return len(self._read())
+
+    environment = sandbox.SandboxedEnvironment(undefined=MissingField, finalize=_print)
     environment.globals.update(zip=zip, enumerate=enumerate)
     choice = jinja2.pass_context(_choice)
     environment.filters.update(
@@ -247,16 +306,53 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
         most_frequent=_most_frequent,
         highlight=_highlight,
         get_item=jinja2.pass_environment(_get_item),
+        check_compared=_check_compared,
+        check_label_test=_check_label_test,
+        string=lambda value: str(_print(value)),
+        int=_to_int,
     )
     return environment
 
 
+def _name_of(node: object) -> str:
+    """Returns the name of the field that an expression reads; '' for other expressions."""
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.Name):
+        return node.name
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        return str(node.arg.value)
+    return ""
+
+
+def _find_constants(node: jinja2.nodes.Compare) -> tuple[Any, list[object]]:
+    """Returns the operand of `==`, `!=` or `in` that is no constant, and the constants; or None."""
+    from jinja2 import nodes
+
+    operator = node.ops[0]
+    for operand, other in ((node.expr, operator.expr), (operator.expr, node.expr)):
+        with contextlib.suppress(nodes.Impossible):
+            value = other.as_const()
+            if operator.op in ("eq", "ne"):
+                return operand, [value]
+            if operator.op in ("in", "notin") and isinstance(value, list | tuple):
+                return operand, list(value)
+    return None, []
+
+
 @functools.lru_cache(maxsize=4096)
 def _compile(text: str) -> jinja2.Template:
-    """Compiles a template; `items[index]` calls `_get_item` unless the index is a constant."""
+    """Compiles a template with checks of `items[index]`, comparisons and tests of labels."""
     from jinja2 import nodes, visitor
 
-    class ReplaceItems(visitor.NodeTransformer):
+    def call_filter(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
+        return nodes.Filter(
+            node, name, [*args], [], None, None, lineno=node.lineno, environment=environment
+        )
+
+    class CheckItems(visitor.NodeTransformer):
         def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
             self.generic_visit(node)
             if isinstance(node.arg, nodes.Slice):
@@ -264,13 +360,72 @@ def _compile(text: str) -> jinja2.Template:
             try:
                 node.arg.as_const()  # a constant -1 does mean the last item
             except nodes.Impossible:
-                return nodes.Filter(
-                    node.node, "get_item", [node.arg], [], None, None, lineno=node.lineno
-                )
+                return call_filter(node.node, "get_item", node.arg)
             return node
 
-    tree = ReplaceItems().visit(_environment().parse(text))
-    return _environment().from_string(tree.set_environment(_environment()))
+        def visit_Call(self, node: nodes.Call) -> nodes.Expr:
+            # x.get(key) would be None for a missing key
+            is_get = isinstance(node.node, nodes.Getattr) and node.node.attr == "get"
+            if is_get and len(node.args) == 1 and not node.kwargs:
+                item = nodes.Getitem(
+                    node.node.node,
+                    node.args[0],
+                    "load",
+                    lineno=node.lineno,
+                    environment=environment,
+                )
+                return self.visit_Getitem(item)
+            self.generic_visit(node)
+            return node
+
+    class CheckComparisons(visitor.NodeTransformer):
+        def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+            self.generic_visit(node)
+            operand, _ = _find_constants(node)
+            constants = compared.get(repr(operand), [])
+            # a template that compares with both '1' and 1 provides for either type
+            are_texts = {isinstance(constant, str) for constant in constants}
+            if len(are_texts) == 1 and all(isinstance(c, str | int | float) for c in constants):
+                checked = call_filter(
+                    operand,
+                    "check_compared",
+                    nodes.Const(tuple(constants)),
+                    nodes.Const(_name_of(operand)),
+                )
+                if operand is node.expr:
+                    node.expr = checked
+                else:
+                    node.ops[0].expr = checked
+            return node
+
+        def visit_If(self, node: nodes.If) -> nodes.If:
+            self.generic_visit(node)
+            node.test = check_test(node.test)
+            return node
+
+        def visit_CondExpr(self, node: nodes.CondExpr) -> nodes.CondExpr:
+            self.generic_visit(node)
+            node.test = check_test(node.test)
+            return node
+
+    def check_test(node: nodes.Expr) -> nodes.Expr:
+        if isinstance(node, nodes.Not):
+            node.node = check_test(node.node)
+        elif isinstance(node, nodes.And | nodes.Or):
+            node.left, node.right = check_test(node.left), check_test(node.right)
+        elif _name_of(node).split("_")[-1] == "label":
+            return call_filter(node, "check_label_test", nodes.Const(_name_of(node)))
+        return node
+
+    environment = _environment()
+    tree = CheckItems().visit(environment.parse(text))
+    compared: dict[str, list[object]] = collections.defaultdict(list)
+    for node in tree.find_all(nodes.Compare):
+        if len(node.ops) == 1:
+            operand, constants = _find_constants(node)
+            compared[repr(operand)] += [value for value in constants if value is not None]
+    tree = CheckComparisons().visit(tree)
+    return environment.from_string(tree.set_environment(environment))
 
 
 # --- reading YAML
@@ -299,6 +454,8 @@ def read_templates(path: pathlib.Path) -> dict[str, Template]:
         raise InputError(f"{path}: not YAML of templates: {first_line(error)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError as error:  # a scalar such as the date 2001-99-99
+        raise InputError(f"{path}: not YAML of templates: {first_line(error)}") from None
     entries = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected an object with 'templates', an object of !Template")

@@ -105,6 +105,9 @@ def test_rows_are_grouped_by_index_in_any_order(registered):
     data_tasks.add_rows("users_scored", [*rows, rows[1]])
     with pytest.raises(InputError, match=r"row 7: expected unique 'idx', got \[0, 2\] again"):
         choices.load_choice_groups("users_scored", LENGTHS)
+    data_tasks.add_rows("users_scored", [*rows, {**rows[1], "idx": [1, 3]}])
+    with pytest.raises(InputError, match="row 7: expected the same inputs for all choices of"):
+        choices.load_choice_groups("users_scored", LENGTHS)
 
 
 @pytest.mark.parametrize("key", ["inputs", "targets"])

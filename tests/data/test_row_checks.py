@@ -53,6 +53,16 @@ def test_wrong_types_are_errors_of_every_source(change, message):
     assert error(row_checks.check_row, fields, "f: row 1").startswith(message)
 
 
+def test_keys_of_an_object_are_unique():
+    assert row_checks.parse_object(b'\xef\xbb\xbf{"a": {"b": 1}, "b": 2}\r\n', "") == {
+        "a": {"b": 1},
+        "b": 2,
+    }
+    for line in (b'{"targets": "yes", "targets": "no"}', b'{"a": [{"targets": 1, "targets": 1}]}'):
+        message = error(row_checks.parse_object, line, "f: row 1")
+        assert message == "not JSON: the key 'targets' occurs twice in an object"
+
+
 def test_token_ids_belong_to_the_vocabulary():
     for wrong in (20, -1, 2**40, 2**70):
         assert error(check_p3, ROW | {"inputs": [5, wrong, 1]}) == (

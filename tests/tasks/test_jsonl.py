@@ -636,6 +636,9 @@ def test_index_errors(folder, vocab):
     assert error(folder, vocab) == f"{path}: expected an object of tasks, got list []"
     path.write_text('{"a": {}, "free": {}, "a": {"dataset": "b"}}')
     assert error(folder, vocab) == f"{path}: the key 'a' occurs twice in an object"
+    index(folder, free={"t0_do_evl": "BASE", "n": 5, "has_answer_choices": True})
+    expected = f"{path}: 'free': unknown key 't0_do_evl'; did you mean 't0_do_eval'?"
+    assert error(folder, vocab) == expected
     index(folder, free={"t0_blacklisted": "no"})
     message = f"{path}: 'free': 't0_blacklisted' must be bool, got str \"no\""
     assert error(folder, vocab) == message

@@ -273,6 +273,8 @@ def test_features_of_another_kind_are_damaged():
     for changed, message in (
         ({"targets": train.Feature(bytes_list=text)}, "'targets' must be int64_list, got bytes"),
         ({"is_correct": train.Feature(bytes_list=text)}, "'is_correct' must be int64_list"),
+        ({"is_correct": train.Feature(int64_list=ids)}, r"must be \[0\] or \[1\], got \[5, 1\]"),
+        ({"is_correct": train.Feature(int64_list=train.Int64List())}, r"\[1\], got \[\]"),
         ({"answer_choices": train.Feature(int64_list=ids)}, "'answer_choices' must be bytes_list"),
     ):
         example = train.Example(features=train.Features(feature=good | changed))

@@ -49,6 +49,8 @@ def apply(jinja: str, choices: str | None = None, number: int = 0, **fields) -> 
         # a condition that leaves the target empty: <NO LABEL>
         ("{{premise}} ||| {% if label == 0 %} no {% endif %}", None, "It rains.", "<NO LABEL>"),
         ("a ||| {% if a_label == 1 or a_label == '1' %}b{% endif %}", None, "a", "b"),
+        # comparisons with a list are of any type, as in squad_v2
+        ("a ||| {% if names == [] %}none{% else %}{{names[0]}}{% endif %}", None, "a", "b"),
         ("{{names | most_frequent | join(',')}} ||| y", None, "b,c", "y"),
         ("{{'it' | highlight}} ||| y", None, "<span style='color: #F08080'>it</span>", "y"),
         ("{% for x, y in zip(names, [1, 2]) %}{{x}}{{y}}{% endfor %} ||| y", None, "b1a2", "y"),
@@ -116,6 +118,19 @@ def test_draws_are_the_same_for_the_same_example():
         ("a ||| {{names[premise]}}", "must be an integer, got 'It rains.'"),
         ("a ||| {% if label == '1' %}b{% else %}c{% endif %}", "label must be text, got 1"),
         ("a ||| {% if a_label == 1 %}b{% else %}c{% endif %}", "a_label must be a number, got '1'"),
+        ("a ||| {% if 0 == a_label %}b{% else %}c{% endif %}", "a_label must be a number, got '1'"),
+        ("a ||| {% if premise != 0 %}b{% endif %}", "premise must be a number, got 'It"),
+        ("a ||| {{'b' if a_label in [0, 1] else 'c'}}", "a_label must be a number, got '1'"),
+        ("a ||| {{'b' if inner['number'] == '1' else 'c'}}", "number must be text, got 1.0"),
+        ("a ||| {{'b' if inner.number == '1' else 'c'}}", "number must be text, got 1.0"),
+        ("a ||| {{'b' if names == 1 else 'c'}}", "names must be a number, got "),
+        # a text is true, whatever it says
+        ("a ||| {% if not a_label %}b{% else %}c{% endif %}", "a_label must be true, false or a"),
+        ("a ||| {{'b' if inner.label else 'c'}}", "no attribute 'label'"),
+        ("a ||| {{inner.get('other')}}", "no attribute 'other'"),
+        ("a ||| {{'b' if inner.other | length == 0 else 'c'}}", "no attribute 'other'"),
+        ("a ||| {{names[premise | int]}}", "expected an integer, got 'It rains.'"),
+        ("{{inner.values}} ||| a", "got the method 'values'"),
         ("a ||| {{names[inner.number]}}", "must be an integer, got 1.0"),
         ("{{premise | nothing}} ||| a", "TemplateAssertionError"),
         ("{{premise.__class__.__mro__}} ||| a", "SecurityError"),
@@ -139,9 +154,24 @@ def test_examples_without_a_label(value):
             apply(jinja, label=value)
     with pytest.raises(UnlabeledError, match="the index of its label"):
         apply("a ||| {{names[answer]}}", answer=value)
+    for jinja in (
+        "{{'b' if inner.number == 1 else 'c'}}",
+        "{% if inner.get('number') in [0, 1] %}b{% endif %}",
+    ):
+        with pytest.raises(UnlabeledError, match="number is"):
+            apply(f"a ||| {jinja}", inner={"number": value})
     # the answer of winogrande is '1' or '2', and '' in the test split
-    with pytest.raises(UnlabeledError, match="is -1"):
+    with pytest.raises(UnlabeledError, match="value of its label is ''"):
         apply("a ||| {{names[answer | int - 1]}}", answer="")
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_null_is_no_target_and_no_choice(value):
+    assert apply("{{premise}}? ||| b", premise=value).inputs == "None?"  # as published
+    with pytest.raises(UnlabeledError, match="its target prints None"):
+        apply("a ||| {{premise}}", premise=value)
+    with pytest.raises(TemplateError, match="an answer choice prints None"):
+        apply("a ||| b", "b ||| {{premise}}", premise=value)
 
 
 def test_an_example_may_not_have_a_field_answer_choices():
@@ -216,6 +246,8 @@ def test_reading_yaml(tmp_path):
             "templates:\n  a: !Template\n    name: x\n    jinja: y\n    jinja: z\n",
             "templates.yaml:5: not YAML of templates: the key 'jinja' occurs twice",
         ),
+        ("x: 2001-99-99\n", "not YAML of templates: month must be in 1..12"),
+        ("x: !!int abc\n", "not YAML of templates: invalid literal for int()"),
     ],
 )
 def test_what_is_wrong_in_yaml_is_named_in_one_line(tmp_path, text, message):
