@@ -365,10 +365,10 @@ def _compile(text: str) -> jinja2.Template:
 
         def visit_Call(self, node: nodes.Call) -> nodes.Expr:
             # x.get(key) would be None for a missing key
-            is_get = isinstance(node.node, nodes.Getattr) and node.node.attr == "get"
-            if is_get and len(node.args) == 1 and not node.kwargs:
+            method = node.node
+            if isinstance(method, nodes.Getattr) and method.attr == "get" and len(node.args) == 1:
                 item = nodes.Getitem(
-                    node.node.node,
+                    method.node,
                     node.args[0],
                     "load",
                     lineno=node.lineno,
@@ -408,7 +408,7 @@ def _compile(text: str) -> jinja2.Template:
             node.test = check_test(node.test)
             return node
 
-    def check_test(node: nodes.Expr) -> nodes.Expr:
+    def check_test(node: Any) -> Any:
         if isinstance(node, nodes.Not):
             node.node = check_test(node.node)
         elif isinstance(node, nodes.And | nodes.Or):
