@@ -307,9 +307,8 @@ def test_records_without_encoder_can_be_opened(trained):
         runs.parse_record({**fields, "sentence_encoder": 3}, "x")
 
 
-def test_training_checks_embeddings_before_the_base_is_read(folder, tmp_path, capsys):
-    missing = {"INITIAL_CHECKPOINT_PATH": tmp_path / "no_such_base"}
-    flags = sentence_flags(folder, "mov", tmp_path, **missing)
+def test_training_checks_embeddings_before_it_writes(folder, tmp_path, capsys):
+    flags = sentence_flags(folder, "mov", tmp_path)
     assert train.main([*flags, "--gin.PACK=True"]) == 1
     assert "PACK must be False for routers that read sentence embeddings" in one_line(capsys)
     assert train.main([*flags, "--gin.SENTENCE_EMBEDDINGS=None"]) == 1

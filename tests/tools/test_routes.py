@@ -533,7 +533,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys, checkpoint, flags, messag
 
 
 @pytest.fixture
-def registered(folder):
+def task_roles(folder):
     return jsonl.register(folder / "tasks", folder / "vocab.model", use=())
 
 
