@@ -106,7 +106,7 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     they are unknown. `settings` is equal for runs that differ only by `seed`.
     """
     from pemoe_jax.analysis import counts
-    from pemoe_jax.analysis.zero_shot import run_settings
+    from pemoe_jax.checkpoints import run_settings
     from pemoe_jax.core import adapters, network, params
 
     about = opened.summary()

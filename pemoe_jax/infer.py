@@ -123,13 +123,7 @@ def decode_texts(
 
     lengths = seqio_tasks.validate_lengths(task_feature_lengths)
     device_mesh, rules = distributed.start(mesh, batch_size)
-    opened_models = models_lib.open_models(
-        models.checkpoint_path,
-        models.model,
-        models.initial_checkpoint_path,
-        models.dtype,
-        models.frozen_dtype,
-    )
+    opened_models = models_lib.open_selected(models)
     task = generation.text_task(texts, load_vocabulary(vocab_path), lengths["inputs"])
     answers = []
     for opened in opened_models:

@@ -77,8 +77,7 @@ def train(
     import jax
 
     from pemoe_jax.analysis import plots
-    from pemoe_jax.analysis.zero_shot import run_settings
-    from pemoe_jax.checkpoints import runs
+    from pemoe_jax.checkpoints import run_settings, runs
     from pemoe_jax.core import adapters, network, partitioning, stacks
     from pemoe_jax.data import prefetch, seqio_tasks
     from pemoe_jax.runtime import atomic_write, distributed, file_io, train_loop

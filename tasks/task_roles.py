@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from pemoe_jax.data import row_checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,16 @@ class TaskRoles:
             "trained_tasks": [*tasks],
             "held_out": self.datasets_of(self.eval_tasks),
         }
+
+    def print_odd_rows(self, rows: Iterable[tuple[str, int, str]]) -> None:
+        """Prints odd rows, (task, number of the example, kind), that the summary does not count."""
+        places = [
+            (kind, f"{task} example {number}")
+            for task, number, kind in rows
+            if kind not in self.counted_odd_rows.get(task, ())
+        ]
+        for line in row_checks.describe_odd_rows(places):
+            print(line, flush=True)
 
     def print_summary(self) -> None:
         """Prints the summary, if there is one."""

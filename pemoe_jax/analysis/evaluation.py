@@ -2,18 +2,18 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from pemoe_jax.analysis.zero_shot import results as results_lib
-from pemoe_jax.analysis.zero_shot import run_settings
 from pemoe_jax.checkpoints import models as models_lib
+from pemoe_jax.checkpoints import run_settings
 from pemoe_jax.core import partitioning
 from pemoe_jax.data import sentences, seqio_tasks
-from pemoe_jax.runtime import atomic_write, distributed, file_io, options
+from pemoe_jax.runtime import atomic_write, distributed, file_io, gin_flags, options
 from pemoe_jax.tasks import TaskRoles
 from pemoe_jax.tasks.task_roles import run_register
 
@@ -70,17 +70,11 @@ def open_evaluation(
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
     device_mesh, rules = distributed.start(mesh, data.batch_size)
-    opened_models = models_lib.open_models(
-        models.checkpoint_path,
-        models.model,
-        models.initial_checkpoint_path,
-        models.dtype,
-        models.frozen_dtype,
-    )
+    opened_models = models_lib.open_selected(models)
     # Before TensorFlow, 8 s, is imported, and again when the tasks are known.
     paths = [opened.path for opened in opened_models]
     results_lib.check_overwrites(output, paths)
-    run_settings.warn_of_other_eos(paths)
+    warn_of_other_eos(paths)
     task_roles = run_register(data.register)
     task_roles.print_summary()
     for opened in opened_models:
@@ -104,3 +98,15 @@ def open_evaluation(
             data.use_cached_tasks,
         ),
     )
+
+
+def warn_of_other_eos(paths: Sequence[str]) -> None:
+    """Warns of each run that was trained with another P3_INPUTS_EOS than gin has now."""
+    current = gin_flags.macro_value("P3_INPUTS_EOS")
+    for path in paths:
+        trained = run_settings.read_settings(path).get("P3_INPUTS_EOS", str(current))
+        if current is not None and trained != str(current):
+            seqio_tasks.warn_once(
+                f"{path} was trained with P3_INPUTS_EOS={trained}, and P3_INPUTS_EOS is"
+                f" {current}: pass --gin.P3_INPUTS_EOS={trained} for equal inputs"
+            )

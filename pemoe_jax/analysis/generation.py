@@ -22,7 +22,6 @@ from pemoe_jax.data import (
     choices,
     inference_batches,
     prefetch,
-    row_checks,
     seqio_import,
     seqio_tasks,
 )
@@ -44,9 +43,8 @@ class Task:
     input_texts: list[str] = dataclasses.field(default_factory=list)
     target_texts: list[str] = dataclasses.field(default_factory=list)
     is_truncated: list[bool] = dataclasses.field(default_factory=list)
-    is_reachable: list[bool] = dataclasses.field(
-        default_factory=list
-    )  # whether decoding can give it
+    # whether decoding can produce each target
+    is_reachable: list[bool] = dataclasses.field(default_factory=list)
     # [S] each for routers that read sentence embeddings, else empty
     sentences: list[np.ndarray] = dataclasses.field(default_factory=list)
 
@@ -149,11 +147,8 @@ def _print_odd_rows(tasks: Sequence[Task], task_roles: TaskRoles) -> None:
                 "unreachable_target": not task.is_reachable[number - 1],
                 "cut_input": task.is_truncated[number - 1],
             }
-            place = f"{task.name} example {number}"
-            counted = task_roles.counted_odd_rows.get(task.name, ())
-            odd += [(kind, place) for kind in kinds if kinds[kind] and kind not in counted]
-    for line in row_checks.describe_odd_rows(odd):
-        print(line, flush=True)
+            odd += [(task.name, number, kind) for kind, applies in kinds.items() if applies]
+    task_roles.print_odd_rows(odd)
 
 
 def _print_skipped(reason: str, tasks: Sequence[str]) -> None:

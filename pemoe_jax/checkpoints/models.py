@@ -20,7 +20,7 @@ from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import T5Config, Transformer
 from pemoe_jax.core.params import Params, PyTree
-from pemoe_jax.runtime import file_io, progress
+from pemoe_jax.runtime import file_io, options, progress
 from pemoe_jax.runtime.file_io import JsonObject
 
 # One sharding for all arrays, or path -> sharding; None: the default device.
@@ -273,6 +273,17 @@ class OpenedModel:
             random = f"random weights, seed {self.record.base['seed'] or 0}"
             summary["base"] = self.base_path or random
         return summary
+
+
+def open_selected(models: options.Models) -> list[OpenedModel]:
+    """Opens the models of a command's options; see `open_models`."""
+    return open_models(
+        models.checkpoint_path,
+        models.model,
+        models.initial_checkpoint_path,
+        models.dtype,
+        models.frozen_dtype,
+    )
 
 
 def open_models(

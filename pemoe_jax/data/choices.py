@@ -9,7 +9,6 @@ import bisect
 import collections
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -134,12 +133,12 @@ def load_choice_groups(
             raise InputError(
                 f"{name}: row {count}: expected unique 'idx', got [{example}, {choice}] again"
             )
-        for first in itertools.islice(members[example].values(), 1):
-            if not np.array_equal(row["inputs"], first["inputs"]):
-                raise InputError(
-                    f"{name}: row {count}: expected the same inputs for all choices of example"
-                    f" {example} in 'idx', got others"
-                )
+        first = next(iter(members[example].values()), row)
+        if not np.array_equal(row["inputs"], first["inputs"]):
+            raise InputError(
+                f"{name}: row {count}: expected the same inputs for all choices of example"
+                f" {example} in 'idx', got others"
+            )
         # The inputs are kept once for all choices of an example, not in each row.
         keys = _CHOICE_KEYS if members[example] else (*_CHOICE_KEYS, *_EXAMPLE_KEYS)
         members[example][choice] = {key: row[key] for key in keys if key in row}

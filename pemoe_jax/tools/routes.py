@@ -79,8 +79,8 @@ def routes(
     Raises:
       InputError: a method has no routers, or a setting or file is invalid.
     """
+    from pemoe_jax.analysis import evaluation
     from pemoe_jax.analysis.routing import page
-    from pemoe_jax.analysis.zero_shot import run_settings
     from pemoe_jax.checkpoints import models as models_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import sentences, seqio_tasks
@@ -91,12 +91,10 @@ def routes(
     mesh = partitioning.make_mesh()
     partitioning.check_batch_size(data.batch_size, mesh)
     folder = file_io.resolve_local(output_dir, "ROUTES_OUTPUT_DIR")
-    opened_models = models_lib.open_models(
-        models.checkpoint_path, None, models.initial_checkpoint_path, models.dtype
-    )
+    opened_models = models_lib.open_selected(models)
     # Before any data is read, which takes longest: a mistake in ROUTES_SITES shows at once.
     sites_by_model = [_select_sites(opened, sites) for opened in opened_models]
-    run_settings.warn_of_other_eos([opened.path for opened in opened_models])
+    evaluation.warn_of_other_eos([opened.path for opened in opened_models])
     task_roles = run_register(data.register)
     task_roles.print_summary()
     use_cached, embeddings = data.use_cached_tasks, data.sentence_embeddings

@@ -272,7 +272,7 @@ def _parse_settings(command: str, flags: Sequence[str], where: str) -> dict[str,
     import gin
 
     from pemoe_jax import evaluate, train
-    from pemoe_jax.analysis.zero_shot import run_settings
+    from pemoe_jax.checkpoints import run_settings
 
     parser = {"train": train.FLAGS, "evaluate": evaluate.FLAGS}[command]
     rest, bindings = gin_flags.split_bindings(flags)
@@ -313,7 +313,7 @@ def _read_state(run: Run) -> State:
     Raises:
       InputError: the folder holds a run with other settings, or files that no sweep wrote.
     """
-    from pemoe_jax.analysis.zero_shot import run_settings
+    from pemoe_jax.checkpoints import run_settings
 
     file = run.folder / "sweep.json"
     if not file.exists():

@@ -20,7 +20,7 @@ import numpy as np
 
 from pemoe_jax.analysis import published_numbers
 from pemoe_jax.analysis.tables import MISSING
-from pemoe_jax.analysis.zero_shot import bootstrap, result_tables, run_settings
+from pemoe_jax.analysis.zero_shot import bootstrap, result_tables, seed_groups
 from pemoe_jax.analysis.zero_shot.results import PREDICTIONS, JsonObject, load_predictions
 
 AVERAGE = "average"
@@ -150,9 +150,9 @@ def build_paper_table(
     paper_columns = [name for name in published_numbers.COLUMNS if name in existing or with_paper]
     columns = paper_columns + sorted(existing - set(paper_columns))
     averaged = paper_columns or columns
-    groups = [[run] for run in runs] if seeds_apart else run_settings.group_by_seed(runs)
+    groups = [[run] for run in runs] if seeds_apart else seed_groups.group_by_seed(runs)
     # Labels are made unique after grouping, since the seeds of one row may share a name.
-    names = result_tables.run_labels(list(map(run_settings.representative, groups)))
+    names = result_tables.run_labels(list(map(seed_groups.representative, groups)))
     rows = []
     for name, group in zip(names, groups, strict=True):
         resampled = [_resample(run, draws, seed) for run in group]

@@ -15,7 +15,7 @@ from pemoe_jax.analysis.zero_shot import results
 from pemoe_jax.core import network, partitioning, steps
 from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.core.params import PyTree
-from pemoe_jax.data import inference_batches, prefetch, row_checks, seqio_tasks
+from pemoe_jax.data import inference_batches, prefetch, seqio_tasks
 from pemoe_jax.data.choices import ChoiceGroup
 from pemoe_jax.runtime import atomic_write, progress
 from pemoe_jax.tasks.task_roles import TaskRoles, abbreviate
@@ -51,15 +51,12 @@ def report_rows(
         raise InputError(f"nothing to score in {name!r}: {without}{tasks}")
     if empty:
         print(f"not scored, {without}: {plural(len(empty), 'task')} ({abbreviate(empty, 3)})")
-    odd = [
-        (kind, f"{group.task} example {group.idx + 1}")
+    task_roles.print_odd_rows(
+        (group.task, group.idx + 1, kind)
         for groups in groups_by_task.values()
         for group in groups
         for kind in group.anomalies
-        if kind not in task_roles.counted_odd_rows.get(group.task, ())
-    ]
-    for line in row_checks.describe_odd_rows(odd):
-        print(line, flush=True)
+    )
 
 
 def score_groups(

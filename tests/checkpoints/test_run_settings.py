@@ -3,7 +3,8 @@
 import gin
 import pytest
 
-from pemoe_jax.analysis.zero_shot import run_settings
+from pemoe_jax.analysis import evaluation
+from pemoe_jax.checkpoints import run_settings
 from pemoe_jax.data import seqio_tasks
 
 
@@ -15,10 +16,10 @@ def test_another_eos_than_in_training_is_a_warning(tmp_path, capsys, current, wa
         (paths[name] / "checkpoint_1" / "record").mkdir(parents=True)
         (paths[name] / "config.gin").write_text(f"{config}\n")
     gin.clear_config()
-    run_settings.warn_of_other_eos([*map(str, paths.values())])  # without gin files
+    evaluation.warn_of_other_eos([*map(str, paths.values())])  # without gin files
     gin.parse_config(f"P3_INPUTS_EOS = {current}")
     seqio_tasks.warn_once.cache_clear()
-    run_settings.warn_of_other_eos([*map(str, paths.values())])
+    evaluation.warn_of_other_eos([*map(str, paths.values())])
     expected = [
         f"{paths[name]} was trained with P3_INPUTS_EOS={not current}, and P3_INPUTS_EOS is"
         f" {current}: pass --gin.P3_INPUTS_EOS={not current} for equal inputs"

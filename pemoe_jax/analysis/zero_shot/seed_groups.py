@@ -1,0 +1,42 @@
+"""Groups runs that differ only in the seed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pemoe_jax.analysis.zero_shot.results import JsonObject
+
+_SEED_IN_NAME = re.compile(r"[-_. ]*seed[-_= ]?\d+", re.IGNORECASE)
+
+
+def group_by_seed(runs: Sequence[JsonObject]) -> list[list[JsonObject]]:
+    """Groups runs that differ only in the seed: equal settings, variant, step and tasks.
+
+    If a seed occurs twice, say in a copied run, these runs are not grouped. Groups are in the order
+    of their first run.
+    """
+    by_key: dict[tuple, list[int]] = {}
+    for number, run in enumerate(runs):
+        by_key.setdefault(_key_without_seed(run) or (number,), []).append(number)
+    groups = []
+    for group in by_key.values():
+        seeds = {runs[i]["seed"] for i in group if "seed" in runs[i]}
+        groups += [group] if len(seeds) == len(group) else [[i] for i in group]
+    return [[runs[i] for i in group] for group in sorted(groups)]
+
+
+def representative(group: Sequence[JsonObject]) -> JsonObject:
+    """Returns the first run of a group; if there are more, its name is without the seed."""
+    name = group[0]["name"]
+    if len(group) > 1:
+        name = _SEED_IN_NAME.sub("", name) or name
+    return {**group[0], "name": name}
+
+
+def _key_without_seed(run: JsonObject) -> tuple | None:
+    # Results of older versions have no seed or settings.
+    if not isinstance(run.get("seed"), int) or not run.get("settings"):
+        return None
+    tasks = tuple(sorted((name, task["examples"]) for name, task in run["tasks"].items()))
+    return run["settings"], run.get("variant"), run.get("step"), tasks
