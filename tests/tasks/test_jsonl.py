@@ -1,4 +1,4 @@
-"""Folders of JSON lines as seqio tasks: rows, roles, held-out datasets, errors, the P3 sample."""
+"""Folders of JSON lines as seqio tasks: rows, odd rows, errors, the P3 sample."""
 
 import json
 import pathlib
@@ -34,282 +34,20 @@ def folder(tmp_path) -> pathlib.Path:
     return tmp_path
 
 
-def index(folder: pathlib.Path, **entries: dict) -> None:
+def write_index(folder: pathlib.Path, **entries: dict) -> None:
     (folder / "INDEX.json").write_text(json.dumps(entries))
 
 
-def role(dataset: str, train: str = "", evaluate: str = "", **more) -> dict:
+def index_entry(dataset: str, train: str = "", evaluate: str = "", **more) -> dict:
     return {"dataset": dataset, "t0_do_train": train, "t0_do_eval": evaluate} | more
 
 
-def error(*args, **kwargs) -> str:
+def register_error(*args, **kwargs) -> str:
     with pytest.raises(InputError) as caught:
         jsonl.register(*args, **kwargs)
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-# --- roles
-
-
-def test_without_index_unscored_tasks_are_trained_on(folder, vocab):
-    tasks = jsonl.register(folder, vocab)
-    assert tasks.train_tasks == ["colour_ask", "colour_say", "free", "nli_a", "nli_b"]
-    assert tasks.eval_tasks == []
-    assert tasks.no_eval_split == ["free"]
-    assert tasks.eval_splits == {
-        "colour_ask": "validation",
-        "colour_say": "validation",
-        "nli_a": "test",
-        "nli_b": "test",
-    }
-    with pytest.raises(
-        InputError, match="'jsonl_score_eval' is not registered: .* no task to score"
-    ):
-        seqio_tasks.get_mixture_or_task("jsonl_score_eval")
-    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_*"])
-    assert tasks.train_tasks == ["colour_ask", "colour_say", "free"]
-    assert tasks.eval_tasks == ["nli_a_score_eval", "nli_b_score_eval"]
-    assert seqio_tasks.subtask_names("jsonl_score_eval") == tasks.eval_tasks
-    assert seqio_tasks.subtask_names("jsonl_train") == tasks.train_tasks
-    assert tasks.examples == {
-        "colour_ask": 3,
-        "colour_say": 3,
-        "free": 1,
-        "nli_a_score_eval": 2,
-        "nli_b_score_eval": 2,
-    }
-    # Without an index every task is its own dataset: nli_b is not held out because nli_a is.
-    assert "nli_b" in jsonl.register(folder, vocab, eval_tasks=["nli_a"]).train_tasks
-
-
-def test_tasks_with_choices_have_a_score_eval_task(folder, vocab):
-    import seqio
-
-    jsonl.register(folder, vocab)
-    names = set(seqio.TaskRegistry.names())
-    assert {"nli_a_score_eval", "nli_b_score_eval"} <= names
-    assert not {"free_score_eval", "colour_ask_score_eval"} & names
-
-
-def test_roles_from_index(folder, vocab):
-    index(
-        folder,
-        colour_ask=role("colour", "BASE"),
-        colour_say=role("colour", "GPT_EVAL"),
-        nli_a=role("super_glue", "", "BASE", subset="rte"),
-        nli_b=role("super_glue", "BASE", "", subset="rte"),
-        free=role("free", "BASE", t0_blacklisted=True),
-    )
-    tasks = jsonl.register(folder, vocab)
-    assert tasks.has_index
-    assert tasks.train_tasks == ["colour_ask"]
-    assert tasks.eval_tasks == ["nli_a_score_eval"]
-    assert tasks.held_out == ["rte"]
-    assert tasks.held_out_skipped == ["nli_b"]  # a training role, but its dataset is held out
-    assert tasks.datasets["nli_b"] == tasks.datasets["nli_a_score_eval"] == "rte"
-    assert tasks.datasets["colour_ask"] == "colour"
-
-
-@pytest.mark.parametrize("change", [{"original_task": False}, {"t0_do_eval": "BIAS_FAIRNESS"}])
-def test_scoring_role_requires_base_and_original_task(folder, vocab, change):
-    entry = role("nli", "", "BASE", original_task=True)
-    index(folder, nli_a=entry | change, nli_b=entry)
-    assert jsonl.register(folder, vocab).eval_tasks == ["nli_b_score_eval"]
-    index(folder, colour_ask=entry, nli_b=entry)  # colour_ask has no choices
-    assert jsonl.register(folder, vocab).eval_tasks == ["nli_b_score_eval"]
-
-
-def test_index_without_roles_or_without_tasks(folder, vocab):
-    index(folder, nli_a={"dataset": "nli"}, nli_b={"dataset": "nli", "subset": "x"})
-    tasks = jsonl.register(folder, vocab)
-    assert tasks.train_tasks == ["colour_ask", "colour_say", "free", "nli_a", "nli_b"]
-    assert (tasks.datasets["nli_a"], tasks.datasets["nli_b"]) == ("nli", "nli_x")
-    assert tasks.datasets["free"] == "free"
-    assert tasks.not_in_index == ["colour_ask", "colour_say", "free"]
-
-
-def test_tasks_named_like_held_out_ones_are_named_in_a_warning(folder, vocab):
-    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"])
-    assert tasks.named_like_held_out == ["nli_b"]
-    warning = "WARNING: trained on, but named like a held-out dataset"
-    assert [line for line in tasks.summary if line.startswith(warning)][0].endswith("(nli_b)")
-    index(folder, nli_b={"dataset": "other"})  # said to be another one
-    assert jsonl.register(folder, vocab, eval_tasks=["nli_a"]).named_like_held_out == []
-    index(folder, colour_ask={"dataset": "nli"})
-    tasks = jsonl.register(folder, vocab, eval_tasks=["colour_ask"])
-    assert tasks.named_like_held_out == ["nli_a", "nli_b"]
-
-
-def test_train_tasks_overrides_held_out_datasets(folder, vocab):
-    entries = {
-        "colour_ask": role("colour", "BASE"),
-        "colour_say": role("colour", "BASE"),
-        "nli_a": role("nli", "", "BASE"),
-        "nli_b": role("nli", "BASE", ""),
-    }
-    index(folder, **entries)
-    # EVAL_TASKS selects another task; the dataset with the scoring role stays held out.
-    write(folder, "colour_ask", "validation", [("sky", "blue", ["blue", "red"])])
-    tasks = jsonl.register(folder, vocab, eval_tasks=["colour_ask"])
-    assert tasks.held_out == ["colour", "nli"]
-    assert tasks.eval_tasks == ["colour_ask_score_eval"]
-    assert tasks.train_tasks == ["free"]
-    assert tasks.held_out_skipped == ["colour_say", "nli_b"]
-    assert tasks.held_out_trained == []
-    tasks = jsonl.register(folder, vocab, train_tasks=["nli_*", "free"])
-    assert tasks.train_tasks == ["free", "nli_a", "nli_b"]
-    assert tasks.held_out_trained == ["nli_a", "nli_b"]
-    assert any("WARNING: held out, but trained on" in line for line in tasks.summary)
-    assert tasks.eval_tasks == ["nli_a_score_eval"]  # TRAIN_TASKS does not change scoring
-
-
-@pytest.mark.parametrize(
-    "evaluation",
-    [
-        {"free": role("colour", "", "BASE")},  # no choices
-        {"nli_a": role("colour", "", "BASE", original_task=False)},
-        {"nli_a": role("colour", "", "BIAS_FAIRNESS")},
-        {"elsewhere": role("colour", "", "BASE")},  # no files here
-    ],
-)
-def test_datasets_to_evaluate_are_held_out_whatever_can_be_scored(folder, vocab, evaluation):
-    index(folder, colour_ask=role("colour", "BASE"), nli_b=role("nli", "BASE"), **evaluation)
-    tasks = jsonl.register(folder, vocab, train_tasks=None)
-    assert tasks.held_out == ["colour"]
-    assert tasks.held_out_skipped == ["colour_ask"]
-    assert "nli_b" in tasks.train_tasks and not {"colour_ask", "free"} & {
-        task for task in tasks.train_tasks if tasks.datasets[task] == "colour"
-    }
-
-
-def test_tasks_that_cannot_be_scored_are_held_out_and_listed(folder, vocab):
-    tasks = jsonl.register(folder, vocab, eval_tasks=["free", "colour_*"])
-    assert tasks.held_out == ["colour_ask", "colour_say", "free"]
-    assert tasks.train_tasks == ["nli_a", "nli_b"]
-    reason = "no answer choices, so not scored: 3 tasks (colour_ask, colour_say, free)"
-    assert reason in tasks.summary
-    (folder / "nli_a" / "test.jsonl").unlink()
-    tasks = jsonl.register(folder, vocab, eval_tasks=["free", "nli_a"])
-    with pytest.raises(InputError, match="no task to score .*without answer_choices: free; wit"):
-        seqio_tasks.get_mixture_or_task("jsonl_score_eval")
-
-
-def test_a_later_row_may_be_the_first_with_choices(folder, vocab):
-    rows = [("x", "y"), ("x", "y", []), ("sky", "yes", YES_NO), ("x", "y", None)]
-    write(folder, "late", "validation", rows)
-    write(folder, "none", "validation", rows[:2])
-    tasks = jsonl.register(folder, vocab, eval_tasks=["late", "none"])
-    assert tasks.eval_tasks == ["late_score_eval"] and tasks.no_choices == ["none"]
-    assert tasks.examples["late_score_eval"] == 1
-    assert [(odd.kind, odd.count, odd.line) for odd in tasks.odd] == [("no_choices", 3, 1)]
-    assert [g.idx for g in choices.load_choice_groups("late_score_eval", LENGTHS)] == [2]
-
-
-def test_patterns_override_roles(folder, vocab):
-    index(folder, nli_a=role("nli", "", ""), nli_b=role("nli", "", ""), free=role("free", "", ""))
-    tasks = jsonl.register(folder, vocab, train_tasks=["f*"], eval_tasks=["nli_[b-z]_score_eval"])
-    assert (tasks.train_tasks, tasks.eval_tasks) == (["free"], ["nli_b_score_eval"])
-    tasks = jsonl.register(folder, vocab, eval_tasks=["*"])  # those without choices are left out
-    assert tasks.eval_tasks == ["nli_a_score_eval", "nli_b_score_eval"]
-    assert tasks.no_choices == ["colour_ask", "colour_say", "free"]
-    assert tasks.train_tasks == []
-    with pytest.raises(InputError, match="no task to train on; held-out datasets: colour_ask, co"):
-        seqio_tasks.get_mixture_or_task("jsonl_train")
-    assert jsonl.register(folder, vocab, eval_tasks=[]).eval_tasks == []
-
-
-def test_mixture_of_training_tasks_to_score(folder, vocab):
-    index(
-        folder,
-        nli_a=role("nli", "BASE"),
-        nli_b=role("rte", "", "BASE"),
-        colour_say=role("colour", "BASE"),  # no choices
-        colour_ask=role("colour", "BASE"),
-        free=role("free", "BASE"),
-    )
-    write(
-        folder, "free", "train", [("what was it", "good", ["good", "bad"])]
-    )  # no evaluation split
-    tasks = jsonl.register(folder, vocab)
-    assert tasks.eval_tasks == ["nli_b_score_eval"]
-    assert tasks.train_score_tasks == ["nli_a_score_eval"]
-    assert tasks.held_out == ["rte"]
-    assert seqio_tasks.subtask_names("jsonl_train_score_eval") == ["nli_a_score_eval"]
-    assert [g.task for g in choices.load_choice_groups("jsonl_train_score_eval", LENGTHS)] == [
-        "nli_a_score_eval",
-        "nli_a_score_eval",
-    ]
-    lines = tasks.summary
-    assert "scoring: 1 task of 1 dataset, 2 examples (jsonl_score_eval): rte" in lines
-    line = "scoring of training tasks: 1 task of 1 dataset, 2 examples"
-    assert f"{line} (jsonl_train_score_eval): nli" in lines
-    tasks = jsonl.register(folder, vocab, train_tasks=["colour_*"])
-    assert tasks.train_score_tasks == []
-    assert not any("scoring of training tasks" in line for line in tasks.summary)
-    with pytest.raises(InputError, match="no task to train on that has answer choices and an eval"):
-        seqio_tasks.get_mixture_or_task("jsonl_train_score_eval")
-
-
-def test_evaluation_split_is_the_first_of_validation_val_test(tmp_path, vocab):
-    for task, splits in {"a": ["test", "val"], "b": ["test"], "c": ["validation", "val"]}.items():
-        for split in ["train", *splits]:
-            write(tmp_path, task, split, [(split, "yes", YES_NO)])
-    tasks = jsonl.register(tmp_path, vocab, eval_tasks=["*"])
-    assert tasks.eval_splits == {"a": "val", "b": "test", "c": "validation"}
-    texts = {g.task: g.input_text for g in choices.load_choice_groups("jsonl_score_eval", LENGTHS)}
-    assert texts == {"a_score_eval": "val", "b_score_eval": "test", "c_score_eval": "validation"}
-    assert choices.load_choice_groups("a_score_eval", LENGTHS, split="test")[0].input_text == "test"
-
-
-def test_rate_is_the_number_of_examples_capped_as_in_t0(folder, vocab, monkeypatch):
-    import seqio
-
-    index(folder, nli_a={"dataset": "nli"}, nli_b={"dataset": "nli"})
-    jsonl.register(folder, vocab)
-    mixture = seqio.MixtureRegistry.get("jsonl_train")
-    rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
-    assert rates == {"colour_ask": 3, "colour_say": 3, "free": 1, "nli_a": 4, "nli_b": 4}
-    monkeypatch.setattr(jsonl, "MAX_RATE", 3)  # 4 > 3: 3 shared by two templates
-    assert mixture.get_rate(seqio.TaskRegistry.get("nli_a")) == 1.5
-    assert mixture.get_rate(seqio.TaskRegistry.get("colour_ask")) == 3
-
-
-def test_eval_examples_caps_every_split_but_train(folder, vocab):
-    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"], eval_examples=1)
-    assert tasks.examples["nli_a_score_eval"] == 1
-    assert [g.idx for g in choices.load_choice_groups("nli_a_score_eval", LENGTHS)] == [0]
-    assert seqio_tasks.get_mixture_or_task("nli_b").num_input_examples("train") == 4
-    for wrong in (0, -1, "3"):
-        assert "EVAL_EXAMPLES" in error(folder, vocab, eval_examples=wrong)
-
-
-def test_register_is_idempotent_and_replaces_changed_folders(folder, vocab):
-    import seqio
-
-    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"])
-    task = seqio.TaskRegistry.get("nli_a")
-    assert jsonl.register(folder, str(vocab), eval_tasks=["nli_a"]) is tasks
-    assert seqio.TaskRegistry.get("nli_a") is task
-    assert jsonl.register(folder, vocab, eval_tasks=["nli_b"]).eval_tasks == ["nli_b_score_eval"]
-    assert seqio_tasks.subtask_names("jsonl_score_eval") == ["nli_b_score_eval"]
-    write(folder, "new", "train", [("sky", "blue")])  # the folder has changed
-    assert "new" in jsonl.register(folder, vocab, eval_tasks=["nli_b"]).train_tasks
-    other = folder / "other"
-    write(other, "only", "train", [("sky", "blue")])
-    jsonl.register(other, vocab)
-    assert "nli_a" not in seqio.TaskRegistry.names()
-    assert "nli_a_score_eval" not in seqio.TaskRegistry.names()
-
-
-def test_vocabulary_is_loaded_once_per_file(vocab, tmp_path):
-    assert load_vocabulary(vocab) is load_vocabulary(str(vocab))
-    import seqio
-
-    plain = seqio.SentencePieceVocabulary(str(vocab), extra_ids=100)
-    assert load_vocabulary(vocab) == plain  # so a user's own tasks mix with these
-    assert load_vocabulary(vocab).vocab_size == plain.vocab_size
 
 
 # --- examples
@@ -505,10 +243,10 @@ def test_odd_rows_are_counted(tmp_path, vocab):
 def test_malformed_line_is_an_error(folder, vocab, line, message):
     path = folder / "colour_say" / "train.jsonl"
     path.write_bytes(b'{"inputs": "a", "targets": "b"}\n\n' + line + b"\n")
-    assert error(folder, vocab) == f"{path}:3: {message}"
+    assert register_error(folder, vocab) == f"{path}:3: {message}"
     # Unused files are not read, and an error leaves the earlier tasks task_roles.
     jsonl.register(folder, vocab, train_tasks=["free"])
-    assert error(folder, vocab) == f"{path}:3: {message}"
+    assert register_error(folder, vocab) == f"{path}:3: {message}"
     assert seqio_tasks.subtask_names("jsonl_train") == ["free"]
     with pytest.raises(InputError, match=re.escape(f"{path}:3: {message}")):
         feed.train_batches("colour_say", LENGTHS, 2)
@@ -518,16 +256,16 @@ def test_use_limits_the_files_read(folder, vocab):
     (folder / "free" / "train.jsonl").write_text('{"inputs": "a", "targets": "b"}\nnonsense\n')
     tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval",))
     assert set(tasks.examples) == {"nli_a_score_eval"}
-    assert "free/train.jsonl:2: not JSON" in error(folder, vocab, eval_tasks=["nli_a"])
+    assert "free/train.jsonl:2: not JSON" in register_error(folder, vocab, eval_tasks=["nli_a"])
     tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval", "train_eval"))
     assert set(tasks.examples) == {"nli_a_score_eval", "nli_b_score_eval"}
     path = folder / "nli_b" / "test.jsonl"
     path.write_text(path.read_text() + "nonsense\n")
     jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval",))
-    message = error(folder, vocab, eval_tasks=["nli_a"], use=("train_eval",))
+    message = register_error(folder, vocab, eval_tasks=["nli_a"], use=("train_eval",))
     assert message.startswith(f"{path}:3: not JSON")
     for wrong in ("train_eval", ["test"]):
-        message = error(folder, vocab, use=wrong)
+        message = register_error(folder, vocab, use=wrong)
         assert message.startswith(
             "use must be a list of 'train', 'eval', 'train_eval', 'decode', got"
         )
@@ -548,26 +286,28 @@ def test_byte_order_mark_is_ignored(folder, vocab):
 
 def test_folder_errors(tmp_path, vocab):
     missing = tmp_path / "missing"
-    assert error(missing, vocab) == f"JSONL_DIR {missing} does not exist"
+    assert register_error(missing, vocab) == f"JSONL_DIR {missing} does not exist"
     loose = tmp_path / "loose"
     loose.mkdir()
     expected = f"JSONL_DIR {loose} must hold <task>/<split>.jsonl"
-    assert error(loose, vocab) == f"{expected}, got none"
+    assert register_error(loose, vocab) == f"{expected}, got none"
     (loose / "train.jsonl").write_text("{}")
-    assert error(loose, vocab) == f"{expected}, got train.jsonl directly in it"
-    assert "got a file" in error(loose / "train.jsonl", vocab)
+    assert register_error(loose, vocab) == f"{expected}, got train.jsonl directly in it"
+    assert "got a file" in register_error(loose / "train.jsonl", vocab)
     empty = write(tmp_path / "empty", "t", "train", [])
-    assert error(tmp_path / "empty", vocab) == f"{empty}: expected at least one row, got none"
+    assert (
+        register_error(tmp_path / "empty", vocab) == f"{empty}: expected at least one row, got none"
+    )
     for name in ("train.json", "dev.jsonl", "train.jsonl.gz"):
         (tmp_path / name / "a_b").mkdir(parents=True)
         (tmp_path / name / "a_b" / name).write_text("{}")
         expected = "a_b: expected one of train.jsonl, validation.jsonl, val.jsonl, test.jsonl, got "
-        assert error(tmp_path / name, vocab).endswith(expected + name)
+        assert register_error(tmp_path / name, vocab).endswith(expected + name)
     write(tmp_path / "name", "a b", "train", [("a", "b")])
-    assert "may hold letters, digits" in error(tmp_path / "name", vocab)
+    assert "may hold letters, digits" in register_error(tmp_path / "name", vocab)
     write(tmp_path / "reserved", "t", "train", [("a", "b")])
     write(tmp_path / "reserved", "t_score_eval", "train", [("a", "b")])
-    assert "the name 't_score_eval' is reserved" in error(tmp_path / "reserved", vocab)
+    assert "the name 't_score_eval' is reserved" in register_error(tmp_path / "reserved", vocab)
 
 
 def test_mixtures_of_p3_need_its_folder(folder, vocab):
@@ -584,14 +324,14 @@ def test_mixtures_of_p3_need_its_folder(folder, vocab):
 def test_vocabulary_errors(folder, tmp_path, vocab):
     missing = tmp_path / "none.model"
     message = f"VOCAB_PATH must be a SentencePiece model file or 'bytes', got no file at {missing}"
-    assert error(folder, missing) == message
+    assert register_error(folder, missing) == message
     broken = tmp_path / "broken.model"
     broken.write_bytes(b"this is no model")
-    assert f"VOCAB_PATH {broken} is not a SentencePiece model" in error(folder, broken)
+    assert f"VOCAB_PATH {broken} is not a SentencePiece model" in register_error(folder, broken)
     other = tmp_path / "other"
     other.mkdir()
     path = make_vocab(other, pad_id=3, unk_id=0)
-    assert "expected pad, eos, unk at ids (0, 1, 2), got" in error(folder, path)
+    assert "expected pad, eos, unk at ids (0, 1, 2), got" in register_error(folder, path)
 
 
 def test_default_vocabulary(monkeypatch):
@@ -613,35 +353,37 @@ def test_remote_vocabulary(folder, vocab):
     assert load_vocabulary("ram://vocabulary/spiece.model").vocab_size == (
         load_vocabulary(vocab).vocab_size
     )
-    message = error(folder, "ram://nowhere/spiece.model")
+    message = register_error(folder, "ram://nowhere/spiece.model")
     assert "VOCAB_PATH ram://nowhere/spiece.model cannot be read" in message
     assert "PEMOE_VOCAB_PATH" in message
 
 
 def test_pattern_errors(folder, vocab):
-    message = error(folder, vocab, eval_tasks=["nli_*", "nil_a"])
+    message = register_error(folder, vocab, eval_tasks=["nli_*", "nil_a"])
     assert message == "EVAL_TASKS pattern 'nil_a' matched none of 5 tasks; close: nli_a, nli_b"
-    message = error(folder, vocab, train_tasks=["zzz*"])
+    message = register_error(folder, vocab, train_tasks=["zzz*"])
     assert message == "TRAIN_TASKS pattern 'zzz*' matched none of 5 tasks"
     (folder / "nli_b" / "train.jsonl").unlink()
-    assert "'nli_b', which has no train split" in error(folder, vocab, train_tasks=["nli_b"])
-    assert "must be a list of name patterns" in error(folder, vocab, eval_tasks=5)
+    assert "'nli_b', which has no train split" in register_error(
+        folder, vocab, train_tasks=["nli_b"]
+    )
+    assert "must be a list of name patterns" in register_error(folder, vocab, eval_tasks=5)
 
 
 def test_index_errors(folder, vocab):
     path = folder / "INDEX.json"
     path.write_text('{"a": {},\n "b": }')
-    assert error(folder, vocab) == f"{path}:2: not JSON: Expecting value at column 7"
+    assert register_error(folder, vocab) == f"{path}:2: not JSON: Expecting value at column 7"
     path.write_text("[]")
-    assert error(folder, vocab) == f"{path}: expected an object of tasks, got list []"
+    assert register_error(folder, vocab) == f"{path}: expected an object of tasks, got list []"
     path.write_text('{"a": {}, "free": {}, "a": {"dataset": "b"}}')
-    assert error(folder, vocab) == f"{path}: the key 'a' occurs twice in an object"
-    index(folder, free={"t0_do_evl": "BASE", "n": 5, "has_answer_choices": True})
+    assert register_error(folder, vocab) == f"{path}: the key 'a' occurs twice in an object"
+    write_index(folder, free={"t0_do_evl": "BASE", "n": 5, "has_answer_choices": True})
     expected = f"{path}: 'free': unknown key 't0_do_evl'; did you mean 't0_do_eval'?"
-    assert error(folder, vocab) == expected
-    index(folder, free={"t0_blacklisted": "no"})
+    assert register_error(folder, vocab) == expected
+    write_index(folder, free={"t0_blacklisted": "no"})
     message = f"{path}: 'free': 't0_blacklisted' must be bool, got str \"no\""
-    assert error(folder, vocab) == message
+    assert register_error(folder, vocab) == message
 
 
 def test_name_of_another_seqio_task_is_an_error(folder, vocab):
@@ -654,7 +396,7 @@ def test_name_of_another_seqio_task_is_an_error(folder, vocab):
     )
     try:
         write(folder, "taken", "train", [("a", "b")])
-        assert "a seqio task named 'taken' exists already" in error(folder, vocab)
+        assert "a seqio task named 'taken' exists already" in register_error(folder, vocab)
         assert seqio.TaskRegistry.get("taken") is other
     finally:
         seqio.TaskRegistry.remove("taken")
