@@ -1,6 +1,7 @@
 """T5's layers with adapters at eight sites; names and shapes of parameters are T5X's."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -81,13 +82,13 @@ class Embed(nn.Module):
     features: int
     dtype: jax.typing.DTypeLike = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        shape, axes = (self.num_embeddings, self.features), ("vocab", "embed")
+        self.embedding = params_lib.param(self, "embedding", _EMBED_INIT, shape, axes)
+
     def __call__(self, token_ids: Array) -> Array:
         """[B, L] -> [B, L, D]."""
-        embedding = params_lib.param(
-            self, "embedding", _EMBED_INIT, (self.num_embeddings, self.features), ("vocab", "embed")
-        )
-        return jnp.take(embedding.astype(self.dtype), token_ids, axis=0)
+        return jnp.take(self.embedding.astype(self.dtype), token_ids, axis=0)
 
 
 class LayerNorm(nn.Module):
@@ -283,17 +284,37 @@ class MultiHeadDotProductAttention(nn.Module):
         return self.adapters.adapt("out", joined, out(joined), tokens_q)
 
 
+# GELU by its tanh approximation, as in T5 v1.1.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=True),
+    "linear": lambda x: x,
+    "relu": nn.relu,
+}
+
+
+def activations_by_name(activations: tuple[str, ...]) -> dict[str, str]:
+    """Returns the activation of each input projection by name: wi, or wi_0 and wi_1 if gated."""
+    if len(activations) == 1:
+        return {"wi": activations[0]}
+    return {f"wi_{i}": activation for i, activation in enumerate(activations)}
+
+
 class MlpBlock(nn.Module):
-    """T5 v1.1's gated GELU, `wo(gelu(wi_0 x) * wi_1 x)`, with the sites wi_0, wi_1, gate and wo.
+    """T5's MLP with the sites wi_0, wi_1, gate and wo.
+
+    T5 v1.1's is gated, `wo(gelu(wi_0 x) * wi_1 x)`; T5 1.0's is `wo(relu(wi x))`, whose projection
+    `wi` is the site wi_0.
 
     Attributes:
       mlp_dim: F.
+      activations: of each input projection; their results are multiplied.
       dtype: dtype of the products.
       dropout_rate: dropout rate of the hidden activations.
       adapters: adapter factories by site.
     """
 
     mlp_dim: int
+    activations: tuple[str, ...] = ("gelu", "linear")
     dtype: jax.typing.DTypeLike = jnp.float32
     dropout_rate: float = 0.0
     adapters: Adapters = Adapters()
@@ -301,14 +322,15 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, tokens: TokenInfo | None = None) -> Array:
         """[B, L, D] -> [B, L, D]; `tokens` describes the tokens of x, for routers and dropout."""
-
-        def wi(name: str) -> Array:
+        hidden = None
+        for name, activation in activations_by_name(self.activations).items():
             dense = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)
-            return self.adapters.adapt(name, x, dense(x), tokens)
-
-        # GELU by its tanh approximation, as in T5 v1.1.
-        gate = self.adapters.adapt("gate", x, nn.gelu(wi("wi_0"), approximate=True), tokens)
-        hidden = gate * wi("wi_1")  # [B, L, F]
+            site = "wi_0" if name == "wi" else name
+            wi = ACTIVATIONS[activation](self.adapters.adapt(site, x, dense(x), tokens))
+            if hidden is None:
+                hidden = self.adapters.adapt("gate", x, wi, tokens)
+            else:
+                hidden = hidden * wi  # [B, L, F]
         hidden = row_dropout(self.dropout_rate, tokens)(hidden)
         wo = Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")
         return self.adapters.adapt("wo", hidden, wo(hidden), tokens)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from pemoe_jax.core import attention, layers, stacks
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.experts import SparseMlpBlock
 from pemoe_jax.core.params import Params, ParamSpec, PyTree
 from pemoe_jax.core.routing import TokenInfo
+from pemoe_jax.core.sparse import Sparse
 
 Array = jax.Array
 _T = TypeVar("_T")
@@ -35,6 +38,10 @@ class T5Config:
       emb_dim, num_heads, head_dim, mlp_dim: D, H, K and F.
       num_encoder_layers, num_decoder_layers: depths of the stacks.
       dropout_rate: dropout rate of embeddings, attention, MLPs and residual branches.
+      mlp_activations: activations of an MLP's input projections: ('gelu', 'linear') in T5 v1.1,
+        ('relu',) in T5 1.0.
+      logits_via_embedding: whether the logits layer is the embedding, its input scaled by D^-1/2,
+        as in T5 1.0.
       broadcast_encoder_dropout: whether the dropout mask of the encoder's output is shared by the
         positions of a row, as in flaxformer and so in the MoV paper's code (gin/paper/), or drawn
         for each position, as in T5X's minimal T5.
@@ -56,6 +63,8 @@ class T5Config:
     head_dim: int = 64
     mlp_dim: int = 1024
     dropout_rate: float = 0.0
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    logits_via_embedding: bool = False
     broadcast_encoder_dropout: bool = False
     sentence_dim: int | None = None
     scan_layers: bool = False
@@ -74,9 +83,17 @@ class T5Config:
         for name, value in (
             ("SCAN_LAYERS", self.scan_layers),
             ("T5Config.broadcast_encoder_dropout", self.broadcast_encoder_dropout),
+            ("T5Config.logits_via_embedding", self.logits_via_embedding),
         ):
             if not isinstance(value, bool):
                 raise InputError(f"{name} must be True or False, got {value!r}")
+        activations = tuple(self.mlp_activations)  # a list in JSON and gin
+        object.__setattr__(self, "mlp_activations", activations)
+        if not 1 <= len(activations) <= 2 or not set(activations) <= layers.ACTIVATIONS.keys():
+            raise InputError(
+                "T5Config.mlp_activations must be one or two of"
+                f" {[*layers.ACTIVATIONS]}, got {self.mlp_activations!r}"
+            )
         if self.remat_policy not in stacks.REMAT_POLICIES:
             expected = [*stacks.REMAT_POLICIES]
             raise InputError(f"REMAT_POLICY must be one of {expected}, got {self.remat_policy!r}")
@@ -93,10 +110,13 @@ _EXECUTION_FIELDS = ("broadcast_encoder_dropout", "scan_layers", "remat_policy",
 
 
 class _Block(nn.Module):
-    """Parts of encoder and decoder layers."""
+    """Parts of encoder and decoder layers; a layer with `sparse` has a sparse MLP."""
 
     config: T5Config
     adapters: Adapters = Adapters()
+    sparse: Sparse | None = None
+
+    is_causal: ClassVar[bool] = False
 
     def attention(self, name: str) -> layers.MultiHeadDotProductAttention:
         cfg = self.config
@@ -119,9 +139,17 @@ class _Block(nn.Module):
 
     def mlp_branch(self, x: Array, tokens: TokenInfo) -> Array:
         cfg = self.config
-        mlp = layers.MlpBlock(cfg.mlp_dim, cfg.dtype, cfg.dropout_rate, self.adapters, name="mlp")
+        settings = cfg.mlp_dim, cfg.mlp_activations, cfg.dtype, cfg.dropout_rate
+        if self.sparse is None:
+            mlp: nn.Module = layers.MlpBlock(*settings, self.adapters, name="mlp")
+        else:
+            mlp = SparseMlpBlock(self.sparse, *settings, self.is_causal, name="mlp")
         y = mlp(self.norm("pre_mlp_layer_norm")(x), tokens)
-        return self.residual(x, y, tokens)
+        x = self.residual(x, y, tokens)
+        if self.sparse is None or not self.sparse.extra_mlp:
+            return x
+        extra_mlp = layers.MlpBlock(*settings, name="extra_mlp")
+        return self.residual(x, extra_mlp(self.norm("pre_extra_mlp_layer_norm")(x), tokens), tokens)
 
 
 class EncoderLayer(_Block):
@@ -139,6 +167,8 @@ class EncoderLayer(_Block):
 
 class DecoderLayer(_Block):
     """Causal self-attention, cross-attention to the encoder's output, and MLP."""
+
+    is_causal: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -169,11 +199,25 @@ class DecoderLayer(_Block):
         return self.mlp_branch(self.residual(x, h, tokens), tokens)
 
 
+def _make_layer(
+    layer: type[_Block],
+    config: T5Config,
+    adapters: Adapters,
+    sparse: Sparse | None,
+    index: int,
+    **options: PyTree,
+) -> nn.Module:
+    """Returns layer `index` of a stack."""
+    is_sparse = sparse is not None and sparse.is_sparse(index)
+    return layer(config, adapters, sparse if is_sparse else None, **options)
+
+
 class Encoder(nn.Module):
     """The encoder stack."""
 
     config: T5Config
     adapters: Adapters = Adapters()
+    sparse: Sparse | None = None
 
     @nn.compact
     def __call__(self, embedded: Array, mask: attention.SegmentMask, tokens: TokenInfo) -> Array:
@@ -187,7 +231,7 @@ class Encoder(nn.Module):
         mask_and_bias = attention.prepare_mask_and_bias(cfg.attention, mask, bias)
         x = stacks.apply_layers(
             self,
-            functools.partial(EncoderLayer, cfg, self.adapters),
+            functools.partial(_make_layer, EncoderLayer, cfg, self.adapters, self.sparse),
             cfg.num_encoder_layers,
             lambda layer, x: layer(x, *mask_and_bias, tokens),
             x,
@@ -200,10 +244,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder stack and the logits layer."""
+    """The decoder stack and the logits layer; `embedding` [V, D] is that of tied logits."""
 
     config: T5Config
     adapters: Adapters = Adapters()
+    sparse: Sparse | None = None
 
     @nn.compact
     def __call__(
@@ -217,6 +262,7 @@ class Decoder(nn.Module):
         decode: bool,
         max_decode_length: int | None,
         return_hidden: bool,
+        embedding: Array | None = None,
     ) -> Array:
         """Embedded tokens [B·C, L, D], encoded [B, Le, D] -> logits [B·C, L, V], float32.
 
@@ -234,7 +280,7 @@ class Decoder(nn.Module):
         cross_mask_and_bias = attention.prepare_mask_and_bias(cfg.attention, cross_mask, None)
         x = stacks.apply_layers(
             self,
-            functools.partial(DecoderLayer, cfg, self.adapters),
+            functools.partial(_make_layer, DecoderLayer, cfg, self.adapters, self.sparse),
             cfg.num_decoder_layers,
             lambda layer, x: layer(
                 x, encoded, self_mask_and_bias, cross_mask_and_bias, tokens, encoded_tokens, decode
@@ -244,9 +290,14 @@ class Decoder(nn.Module):
             remat_policy="none" if decode else cfg.remat_policy,
         )
         x = dropout(layers.LayerNorm(cfg.dtype, name="decoder_norm")(x))
+        x = x.astype(jnp.float32)
+        if cfg.logits_via_embedding:
+            x *= cfg.emb_dim**-0.5
         if return_hidden:
-            return x.astype(jnp.float32)
-        # T5 v1.1 does not tie the logits to the embedding, and so does not scale them by 1/sqrt(D).
+            return x
+        if cfg.logits_via_embedding:
+            assert embedding is not None
+            return x @ embedding.astype(jnp.float32).T
         return layers.Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32, name="logits_dense")(x)
 
 
@@ -259,16 +310,18 @@ class Transformer(nn.Module):
     Attributes:
       config: dimensions.
       adapters: adapter factories by site.
+      sparse: which MLPs are mixtures of whole feed-forward experts; None for none.
     """
 
     config: T5Config
     adapters: Adapters = Adapters()
+    sparse: Sparse | None = None
 
     def setup(self) -> None:
         cfg = self.config
         self.token_embedder = layers.Embed(cfg.vocab_size, cfg.emb_dim, dtype=cfg.dtype)
-        self.encoder = Encoder(cfg, self.adapters)
-        self.decoder = Decoder(cfg, self.adapters)
+        self.encoder = Encoder(cfg, self.adapters, self.sparse)
+        self.decoder = Decoder(cfg, self.adapters, self.sparse)
 
     def encode(
         self,
@@ -343,6 +396,7 @@ class Transformer(nn.Module):
             decode,
             max_decode_length,
             return_hidden,
+            self.token_embedder.embedding if self.config.logits_via_embedding else None,
         )
 
     def __call__(
@@ -387,7 +441,9 @@ def _segment_ids(is_token: Array, segment_ids: Array | None) -> Array:
 
 def logits_kernel(params: Params) -> Array:
     """Returns the matrix [D, V] of the logits layer, which is applied to the hidden states."""
-    return params["decoder"]["logits_dense"]["kernel"]
+    if "logits_dense" in params["decoder"]:
+        return params["decoder"]["logits_dense"]["kernel"]
+    return params["token_embedder"]["embedding"].T
 
 
 def init_params(
@@ -440,13 +496,13 @@ def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]
     attributes = vars(model)
     if "_traced_params" in attributes:
         return attributes["_traced_params"]
-    # The layers of a stack differ in their names alone, so one of each stack is traced, and its
-    # parameters are repeated: T5-XXL takes 0.1 s instead of 2 s.
-    depths = _depths(model)
+    # After the first `period` layers of a stack, layers differ in their names alone. So only these
+    # are traced, and their parameters are repeated: T5-XXL takes 0.1 s instead of 2 s.
+    depths, period = _depths(model), layer_period(model.sparse)
     shallow = dataclasses.replace(
         model.config,
-        num_encoder_layers=min(1, depths["encoder"]),
-        num_decoder_layers=min(1, depths["decoder"]),
+        num_encoder_layers=min(period, depths["encoder"]),
+        num_decoder_layers=min(period, depths["decoder"]),
     )
     init = functools.partial(model.clone(config=shallow).init, enable_dropout=False)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -456,16 +512,25 @@ def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]
         shapes = jax.eval_shape(
             lambda t, s: init(jax.random.key(0), t, t, t, sentence_embeddings=s), tokens, sentence
         )
-    tree = params_lib.unflatten(_repeat(params_lib.flatten(shapes["params"]), depths))
-    attributes["_traced_params"] = tree, _repeat(specs, depths)
+    tree = params_lib.unflatten(_repeat(params_lib.flatten(shapes["params"]), depths, period))
+    attributes["_traced_params"] = tree, _repeat(specs, depths, period)
     return attributes["_traced_params"]
 
 
-def _repeat(values: Mapping[str, _T], depths: Mapping[str, int]) -> dict[str, _T]:
-    """Copies the values of '<stack>/layers_0/…' to every layer of the stack."""
+def layer_period(sparse: Sparse | None) -> int:
+    """Returns the number of layers after which the layers of a stack repeat."""
+    return 1 if sparse is None else sparse.sparse_step
+
+
+def _repeat(values: Mapping[str, _T], depths: Mapping[str, int], period: int) -> dict[str, _T]:
+    """Copies the values of '<stack>/layers_<i>/…', i < period, to every `period`th layer."""
     repeated: dict[str, _T] = {}
     for path, value in values.items():
-        stack, is_layer, rest = path.partition("/layers_0/")
-        layer_paths = [f"{stack}/layers_{i}/{rest}" for i in range(depths.get(stack, 0))]
-        repeated |= dict.fromkeys(layer_paths if is_layer else [path], value)
+        match = re.fullmatch(r"(\w+)/layers_(\d+)/(.*)", path)
+        if match is None:
+            repeated[path] = value
+            continue
+        stack, first, rest = match[1], int(match[2]), match[3]
+        for i in range(first, depths[stack], period):
+            repeated[f"{stack}/layers_{i}/{rest}"] = value
     return repeated

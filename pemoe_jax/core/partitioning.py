@@ -79,6 +79,12 @@ def make_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
     return Mesh(grid, ("data", "model"))
 
 
+def data_parallelism() -> int:
+    """Returns the number of parts that the mesh of the context divides a batch into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape.get("data", 1)
+
+
 def connect_processes(mesh: Mesh) -> None:
     """Opens the connections between processes along each axis of a mesh.
 

@@ -108,3 +108,9 @@ def matmul(x: jax.Array, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -
     # The cast is exact: bfloat16 represents all values of int8 and float8_e4m3fn. The product is
     # scaled, not the matrix, which saves a pass over the matrix.
     return jnp.matmul(x.astype(dtype), matrix.values.astype(dtype)) * matrix.scale.astype(dtype)
+
+
+def expert_matmul(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
+    """x [E, M, in] times a matrix [E, in, out], scales [E, out] -> [E, M, out] in x's dtype."""
+    product = jnp.einsum("emd,edf->emf", x, matrix.values.astype(x.dtype))
+    return product * matrix.scale.astype(x.dtype)[:, None]

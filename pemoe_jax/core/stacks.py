@@ -65,7 +65,7 @@ def apply_layers(
 
     Args:
       stack: the module of the layers, inside its compact method.
-      make_layer: (name=…) -> a layer; all layers have the same hyperparameters.
+      make_layer: (index, name=…) -> layer `index`.
       num_layers: N.
       apply: (layer, x) -> x, which fills in the layer's other arguments.
       x: input of the first layer.
@@ -79,7 +79,7 @@ def apply_layers(
     if remat_policy != "none" and not stack.is_initializing():
         apply = nn.remat(apply, policy=policy)
     for i in range(num_layers):
-        x = apply(make_layer(name=f"layers_{i}"), x)
+        x = apply(make_layer(i, name=f"layers_{i}"), x)
     return x
 
 
@@ -93,7 +93,7 @@ def _scan_layers(
 ) -> Array:
     # Not `nn.scan`, which creates stacked parameters: the tree must stay that of T5X's minimal T5,
     # with one subtree per layer.
-    layer = make_layer(parent=None)
+    layer = make_layer(0, parent=None)
     mutable = [name for name in _COLLECTIONS if stack.is_mutable_collection(name)]
     keys = None
     if stack.has_rng("dropout"):

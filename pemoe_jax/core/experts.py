@@ -1,0 +1,394 @@
+"""Sparse MLPs: each token goes to a few of E whole feed-forward experts (arXiv 2305.14705).
+
+    y = Σ_k w_k MLP_e(k)(x),   p = softmax(x W)
+
+The k experts of a token are the most probable ones (Switch Transformers, arXiv 2101.03961; GShard,
+2006.16668; ST-MoE, 2202.08906), or each expert chooses its tokens (expert choice, 2202.09368).
+`core/dispatch.py` has the equations of who goes where.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pemoe_jax.core import dispatch, layers, partitioning, quantized, routing
+from pemoe_jax.core import params as params_lib
+from pemoe_jax.core.kernels import block_matmul
+from pemoe_jax.core.params import PyTree
+from pemoe_jax.core.routing import TokenInfo
+from pemoe_jax.core.sparse import Sparse
+
+Array = jax.Array
+
+# Constants, see `params.param`. The fan-in of an expert's matrix is that of one expert.
+_ROUTER_INIT = nn.initializers.normal(stddev=0.02)
+_EXPERT_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
+
+# The entries of the statistics that a sparse layer sows besides `routing.STATISTICS`, in order.
+DISPATCH_STATISTICS = ("dropped", "without_expert", "used")
+
+
+class Router(nn.Module):
+    """A linear layer without bias, in float32, under T5X's names."""
+
+    num_experts: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> logits [..., E]."""
+        return _RouterWeights(self.num_experts, name="router_weights")(x)
+
+
+class _RouterWeights(nn.Module):
+    num_experts: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        axes = ("embed", "unmodeled")
+        dense = layers.Dense(self.num_experts, axes, jnp.float32, _ROUTER_INIT, name="w")
+        return dense(x.astype(jnp.float32))
+
+
+class ExpertKernel(nn.Module):
+    """The matrices [E, in, out] of all experts."""
+
+    num_experts: int
+    features: int
+    kernel_axes: tuple[str, str]
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, in_features: int) -> PyTree:
+        """Returns the kernel, in the activation dtype or quantized."""
+        kernel: PyTree = self.get_variable("params", "kernel")
+        if isinstance(kernel, quantized.QuantizedMatrix):
+            return kernel
+        shape, axes = (self.num_experts, in_features, self.features), ("expert", *self.kernel_axes)
+        return params_lib.param(self, "kernel", _EXPERT_INIT, shape, axes).astype(self.dtype)
+
+
+# (rows by slot, kernel [E, in, out]) -> rows by slot
+Product = Callable[[Array, PyTree], Array]
+
+
+class ExpertMlp(nn.Module):
+    """The MLPs of all experts, with T5's activations.
+
+    Attributes:
+      num_experts, mlp_dim: E and F.
+      activations: see `layers.MlpBlock`.
+      dtype: dtype of the products.
+    """
+
+    num_experts: int
+    mlp_dim: int
+    activations: tuple[str, ...] = ("gelu", "linear")
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, product: Product, dropout: Callable[[Array], Array]) -> Array:
+        """Rows by slot [..., D] -> [..., D]; `product` multiplies each with its expert's matrix."""
+
+        def kernel(name: str, features: int, axes: tuple[str, str]) -> Callable[[int], PyTree]:
+            return ExpertKernel(self.num_experts, features, axes, self.dtype, name=name)
+
+        hidden = jnp.ones((), self.dtype)
+        for name, activation in layers.activations_by_name(self.activations).items():
+            wi = kernel(name, self.mlp_dim, ("embed", "mlp"))(x.shape[-1])
+            hidden *= layers.ACTIVATIONS[activation](product(x, wi))
+        hidden = dropout(hidden)
+        wo = kernel("wo", x.shape[-1], ("mlp", "embed"))(self.mlp_dim)
+        return product(hidden, wo)
+
+
+class SparseMlpBlock(nn.Module):
+    """A sparse MLP; a token without an expert gets zero.
+
+    Attributes:
+      sparse: settings.
+      mlp_dim: F.
+      activations: see `layers.MlpBlock`.
+      dtype: dtype of the products; routers compute in float32.
+      dropout_rate: the model's dropout rate.
+      is_causal: whether this is a decoder's layer: tokens choose, from left to right.
+    """
+
+    sparse: Sparse
+    mlp_dim: int
+    activations: tuple[str, ...] = ("gelu", "linear")
+    dtype: jax.typing.DTypeLike = jnp.float32
+    dropout_rate: float = 0.0
+    is_causal: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, tokens: TokenInfo | None = None) -> Array:
+        """[B, L, D] -> [B, L, D]; `tokens` describes the tokens of x."""
+        cfg, tokens = self.sparse, tokens or TokenInfo()
+        if self.is_causal:  # what depends on later tokens is the encoder's alone
+            cfg = dataclasses.replace(cfg, routing="tokens", priority="position")
+        is_token = jnp.ones(x.shape[:2], bool)
+        if tokens.valid is not None and not cfg.count_padding:
+            is_token = tokens.valid.astype(bool)
+        groups, is_token, ungroup = _group(x, is_token, cfg)
+        logits = Router(cfg.num_experts, name="router")(self._with_jitter(groups, tokens))
+        probs = jax.nn.softmax(logits, axis=-1)  # [G, T, E]
+        route = _experts_choose if cfg.routing == "experts" else _tokens_choose
+        rng = None
+        if cfg.second_expert == "random" and cfg.top_k > 1 and not tokens.deterministic:
+            rng = self.make_rng("dropout")
+        routed = route(cfg, groups, probs, is_token, tokens.deterministic, rng)
+        expert_mlp = ExpertMlp(
+            cfg.num_experts, self.mlp_dim, self.activations, self.dtype, name="expert"
+        )
+        dropout = functools.partial(self._dropout, tokens=tokens, routed=routed)
+        y = routed.combine(expert_mlp(routed.x.astype(self.dtype), routed.product, dropout))
+        self._record(cfg, logits, probs, is_token, routed, ungroup)
+        return ungroup(y).astype(self.dtype)
+
+    def _with_jitter(self, x: Array, tokens: TokenInfo) -> Array:
+        x = x.astype(jnp.float32)
+        epsilon = self.sparse.jitter
+        if not epsilon or tokens.deterministic:
+            return x
+        rng = self.make_rng("dropout")  # T5X passes no other key
+        return x * jax.random.uniform(rng, x.shape, minval=1.0 - epsilon, maxval=1.0 + epsilon)
+
+    def _dropout(self, hidden: Array, tokens: TokenInfo, routed: "_Routed") -> Array:
+        rate = self.sparse.expert_dropout_rate
+        rate = self.dropout_rate if rate is None else rate
+        if not rate or tokens.deterministic:
+            return hidden
+        # As in a dense MLP, a row's positions share a mask, whichever their experts.
+        ones = jnp.ones((routed.num_groups, hidden.shape[-1]), hidden.dtype)
+        return hidden * routed.by_slot(nn.Dropout(rate, deterministic=False)(ones))
+
+    def _record(
+        self,
+        cfg: Sparse,
+        logits: Array,
+        probs: Array,
+        is_token: Array,
+        routed: "_Routed",
+        ungroup: Callable[[Array], Array],
+    ) -> None:
+        """Sows statistics, and probabilities if they are collected."""
+        # Not while initializing: T5X keeps every collection that `init` returns as model state.
+        if self.is_initializing():
+            return
+        statistics = _statistics(cfg, logits, probs, is_token, routed)
+        self.sow("routers", "statistics", statistics)
+        self.sow("routers", "dispatch", jax.lax.stop_gradient(routed.dispatch_statistics))
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "probs", ungroup(routed.mixture()))
+
+
+class _Routed(NamedTuple):
+    """Tokens in the slots of experts, and the way back.
+
+    Attributes:
+      x: rows by slot, [E, M, D] or [S, D].
+      product: multiplies rows by slot with their experts' matrices.
+      by_slot: [G, F] -> an array that broadcasts to rows by slot, each slot having its group's row.
+      combine: rows by slot -> [G, T, D].
+      choice_share: [G, E], the share f of each expert among the choices of a group's tokens.
+      dispatch_statistics: the `DISPATCH_STATISTICS`, float32 [3].
+      mixture: () -> the weights of the experts at each token, [G, T, E]; before any is dropped.
+      num_groups: G.
+    """
+
+    x: Array
+    product: Product
+    by_slot: Callable[[Array], Array]
+    combine: Callable[[Array], Array]
+    choice_share: Array
+    dispatch_statistics: Array
+    mixture: Callable[[], Array]
+    num_groups: int
+
+
+def _group(x: Array, is_token: Array, cfg: Sparse) -> tuple[Array, Array, Callable[[Array], Array]]:
+    """Returns x [G, T, D], is_token [G, T] and the inverse [G, T, ...] -> [B, L, ...]."""
+    if cfg.group == "row":
+        return x, is_token, lambda y: y
+    assert isinstance(cfg.group, int)
+    batch, length, features = x.shape
+    replicas = partitioning.data_parallelism()
+    rows, columns = dispatch.group_padding(batch, length, replicas * cfg.num_experts)
+    x = jnp.pad(x, ((0, rows), (0, columns), (0, 0)))
+    is_token = jnp.pad(is_token, ((0, rows), (0, columns)), constant_values=cfg.count_padding)
+    num_groups = dispatch.num_groups(is_token.size, cfg.group, replicas * cfg.num_experts)
+
+    def ungroup(y: Array) -> Array:
+        y = y.reshape(batch + rows, length + columns, *y.shape[2:])
+        return y[:batch, :length]
+
+    return x.reshape(num_groups, -1, features), is_token.reshape(num_groups, -1), ungroup
+
+
+def _tokens_choose(
+    cfg: Sparse,
+    x: Array,
+    probs: Array,
+    is_token: Array,
+    deterministic: bool,
+    rng: Array | None,
+) -> _Routed:
+    groups, tokens, num_experts = probs.shape
+    experts, chosen = dispatch.choose_experts(probs, cfg.top_k)
+    weights = dispatch.combine_weights(chosen, cfg.combine)
+    takes_place = jnp.broadcast_to(is_token[..., None], experts.shape)
+    if rng is not None:
+        takes_place &= dispatch.keep_at_random(chosen, rng)
+    capacity = cfg.group_capacity(tokens, deterministic)
+    if capacity is None or capacity >= tokens:
+        # Without a limit groups do not matter: all tokens are sorted by expert at once.
+        flat = [a.reshape(1, -1, a.shape[-1]) for a in (experts, takes_place)]
+        order, places, counts = dispatch.assign_places(flat[0], flat[1], num_experts)
+        size = dispatch.block_size(order.shape[-1], num_experts)
+        blocks = dispatch.slots_in_blocks(flat[0], order, places, counts, flat[1], size)
+        slots = blocks.slots
+        rows = dispatch.dispatch(x.reshape(1, -1, x.shape[-1]), slots)[0]
+        group_of_slot = jnp.minimum(slots.assignments[0] // (tokens * cfg.top_k), groups - 1)
+
+        def product(rows: Array, kernel: PyTree) -> Array:
+            return block_matmul.multiply(rows, kernel, blocks.experts, blocks.used)
+
+        def combine(rows: Array) -> Array:
+            flat_weights = weights.reshape(1, -1, cfg.top_k)
+            return dispatch.combine(rows[None], flat_weights, slots).reshape(x.shape)
+
+        def by_slot(per_group: Array) -> Array:
+            return per_group[group_of_slot]
+
+        used = jnp.ones(())
+    else:
+        priority = chosen[..., 0] if cfg.priority == "probability" else None
+        order, places, counts = dispatch.assign_places(experts, takes_place, num_experts, priority)
+        slots = dispatch.slots_with_capacity(experts, order, places, counts, takes_place, capacity)
+        rows = _by_expert(dispatch.dispatch(x, slots), num_experts)
+        product = _batched_product
+
+        def combine(rows: Array) -> Array:
+            return dispatch.combine(_by_group(rows, groups), weights, slots)
+
+        by_slot = functools.partial(_repeat_by_group, capacity=capacity)
+        used = jnp.mean((slots.assignments < tokens * cfg.top_k).astype(jnp.float32))
+    num_slots = slots.assignments.shape[-1]
+    has_slot = (slots.slots < num_slots).reshape(experts.shape)
+
+    def mixture() -> Array:
+        one_hot = jax.nn.one_hot(experts, num_experts) * takes_place[..., None]
+        return jnp.sum(weights[..., None] * one_hot, axis=2)
+
+    choices = jnp.sum(jax.nn.one_hot(experts, num_experts) * is_token[..., None, None], axis=(1, 2))
+    choice_share = choices / jnp.maximum(jnp.sum(choices, axis=-1, keepdims=True), 1.0)
+    statistics = jnp.stack(
+        [
+            1.0 - _share(has_slot, takes_place),
+            1.0 - _share(jnp.any(has_slot, axis=-1), is_token),
+            used,
+        ]
+    )
+    return _Routed(rows, product, by_slot, combine, choice_share, statistics, mixture, groups)
+
+
+def _experts_choose(
+    cfg: Sparse,
+    x: Array,
+    probs: Array,
+    is_token: Array,
+    deterministic: bool,
+    rng: Array | None,
+) -> _Routed:
+    del rng
+    groups, tokens, num_experts = probs.shape
+    capacities = [
+        min(cfg.group_capacity(count, deterministic) or count, count) for count in range(tokens + 1)
+    ]
+    capacity = max(capacities)
+    # A group's capacity is counted from its tokens that are not padding.
+    group_capacity = jnp.asarray(capacities)[jnp.sum(is_token, axis=-1)]
+    chosen = dispatch.choose_tokens(probs, is_token, capacity, group_capacity)
+    chosen = dispatch.chosen_weights(chosen, tokens, cfg.combine)
+    rows = _by_expert(dispatch.dispatch_chosen(x, chosen), num_experts)
+
+    def combine(rows: Array) -> Array:
+        return dispatch.combine_chosen(_by_group(rows, groups), chosen, tokens)
+
+    def mixture() -> Array:
+        one_hot = jax.nn.one_hot(chosen.tokens, tokens)  # zeros at T
+        return jnp.einsum("gect,gec->gte", one_hot, chosen.weights)
+
+    is_filled = chosen.tokens < tokens
+    add = jax.vmap(lambda tokens_: jnp.zeros(tokens, bool).at[tokens_].set(True, mode="drop"))
+    has_expert = add(chosen.tokens.reshape(groups, -1))
+    counts = jnp.sum(is_filled, axis=-1).astype(jnp.float32)
+    choice_share = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
+    without_expert = 1.0 - _share(has_expert, is_token)
+    statistics = jnp.stack([jnp.zeros(()), without_expert, jnp.mean(is_filled.astype(jnp.float32))])
+    by_slot = functools.partial(_repeat_by_group, capacity=capacity)
+    return _Routed(
+        rows, _batched_product, by_slot, combine, choice_share, statistics, mixture, groups
+    )
+
+
+def _share(part: Array, whole: Array) -> Array:
+    """Returns the share of `whole` that is `part`, both bool; 1 if `whole` is empty."""
+    count = jnp.sum(whole).astype(jnp.float32)
+    return jnp.where(count > 0, jnp.sum(part & whole) / jnp.maximum(count, 1.0), 1.0)
+
+
+def _by_expert(rows: Array, num_experts: int) -> Array:
+    """[G, E·C, D] -> [E, G·C, D]."""
+    groups, _, features = rows.shape
+    rows = rows.reshape(groups, num_experts, -1, features)
+    return jnp.swapaxes(rows, 0, 1).reshape(num_experts, -1, features)
+
+
+def _by_group(rows: Array, groups: int) -> Array:
+    """[E, G·C, D] -> [G, E·C, D]."""
+    num_experts, _, features = rows.shape
+    rows = rows.reshape(num_experts, groups, -1, features)
+    return jnp.swapaxes(rows, 0, 1).reshape(groups, -1, features)
+
+
+def _repeat_by_group(per_group: Array, capacity: int) -> Array:
+    """[G, F] -> [1, G·C, F]."""
+    return jnp.repeat(per_group, capacity, axis=0)[None]
+
+
+def _batched_product(rows: Array, kernel: PyTree) -> Array:
+    """[E, M, in], [E, in, out] -> [E, M, out]."""
+    if isinstance(kernel, quantized.QuantizedMatrix):
+        return quantized.expert_matmul(rows, kernel)
+    return jnp.einsum("emd,edf->emf", rows, kernel)
+
+
+def _statistics(
+    cfg: Sparse, logits: Array, probs: Array, is_token: Array, routed: _Routed
+) -> Array:
+    """Returns the `routing.STATISTICS` of a sparse layer, float32."""
+    weights = is_token.astype(jnp.float32)  # [G, T]
+    total = jnp.maximum(jnp.sum(weights), 1.0)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    entropy = jnp.sum((log_z - jnp.sum(probs * logits, axis=-1)) * weights) / total
+    z_loss = jnp.sum(jnp.square(log_z) * weights) / total
+    # The product of two means is that of a group, as in T5X; groups of padding alone do not count.
+    group_tokens = jnp.sum(weights, axis=-1, keepdims=True)  # [G, 1]
+    mean_probs = jnp.einsum("gte,gt->ge", probs, weights) / jnp.maximum(group_tokens, 1.0)
+    balances = cfg.num_experts * jnp.sum(routed.choice_share * mean_probs, axis=-1)  # [G]
+    is_group = (group_tokens[:, 0] > 0).astype(jnp.float32)
+    balance_loss = jnp.sum(balances * is_group) / jnp.maximum(jnp.sum(is_group), 1.0)
+    shares = jnp.sum(routed.choice_share * group_tokens, axis=0) / total
+    load = cfg.num_experts * shares
+    aux_loss = cfg.router_z_loss * z_loss
+    if cfg.routing == "tokens":
+        aux_loss += cfg.balance_loss * balance_loss
+    dead = jnp.mean((load < routing.DEAD_LOAD).astype(jnp.float32))
+    statistics = jnp.stack([entropy, jnp.max(load), dead, balance_loss, z_loss])
+    return jnp.append(jax.lax.stop_gradient(statistics), aux_loss)

@@ -1,0 +1,144 @@
+"""Settings of sparse MLPs: which layers are sparse, and how tokens meet experts."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from pemoe_jax.core import dispatch
+from pemoe_jax.core.errors import InputError
+
+ROUTINGS = ("tokens", "experts")
+SECOND_EXPERTS = ("all", "random")
+PRIORITIES = ("position", "probability")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """Which MLPs of a model are sparse, and how tokens and experts choose each other.
+
+    Attributes:
+      num_experts: E.
+      sparse_step: layer i of a stack is sparse where i % sparse_step == sparse_step - 1.
+      routing: 'tokens' (tokens choose their top_k experts) or 'experts' (experts choose tokens;
+        encoder only: in the decoder, where that would depend on later tokens, tokens choose).
+      top_k: k, the number of experts that a token chooses.
+      combine: weights of the experts' outputs, see `dispatch.combine_weights`.
+      second_expert: 'all' (every choice is used) or 'random' (in training, a choice after the first
+        is used with probability min(1, g / 0.2), g being its normalized weight).
+      priority: who takes the places of an expert first: 'position' (tokens from left to right) or
+        'probability' (the most certain tokens; encoder only).
+      capacity_factor: C = max(round(factor · tokens / E), min_capacity) places of an expert in a
+        group in training, so C does not grow with k (as in T5X); None: no limit.
+      eval_capacity_factor: the same in evaluation and decoding; with expert choice, None stands
+        for capacity_factor.
+      min_capacity: see capacity_factor.
+      capacity: C itself, in place of both factors and the minimum (as in Hugging Face's Switch).
+      group: the tokens among which an expert's places are shared: 'row' (a row of the batch) or the
+        largest number of tokens of a group over the global batch (as in T5X).
+      count_padding: whether padding is routed, takes places and counts in losses (as in T5X).
+      jitter: ε; in training the router's input is multiplied by U(1 - ε, 1 + ε).
+      expert_dropout_rate: dropout rate of the experts' hidden activations; None: the model's.
+      balance_loss: coefficient of E·Σ f_e P_e, where f_e is the share of all choices that are
+        expert e and P_e its mean probability; 1 if routing is even. Zero in layers whose experts
+        choose.
+      router_z_loss: coefficient of the mean of log(Z)².
+      extra_mlp: whether a dense MLP follows each sparse one (ST-MoE).
+
+    Raises:
+      InputError: a setting is out of its range.
+    """
+
+    num_experts: int = 8
+    sparse_step: int = 2
+    routing: str = "tokens"
+    top_k: int = 1
+    combine: str = "probability"
+    second_expert: str = "all"
+    priority: str = "position"
+    capacity_factor: float | None = 1.25
+    eval_capacity_factor: float | None = None
+    min_capacity: int = 4
+    capacity: int | None = None
+    group: int | str = "row"
+    count_padding: bool = False
+    jitter: float = 0.0
+    expert_dropout_rate: float | None = None
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    extra_mlp: bool = False
+
+    def __post_init__(self) -> None:
+        _check_integer("NUM_EXPERTS", self.num_experts, 2)
+        _check_integer("SPARSE_STEP", self.sparse_step, 1)
+        _check_integer("TOP_K", self.top_k, 1)
+        if self.top_k > self.num_experts:
+            raise InputError(
+                f"TOP_K must be at most NUM_EXPERTS ({self.num_experts}), got {self.top_k}"
+            )
+        _check_integer("MIN_CAPACITY", self.min_capacity, 1)
+        if self.capacity is not None:
+            _check_integer("CAPACITY", self.capacity, 1)
+        if self.group != "row":
+            _check_integer("GROUP", self.group, 1, "'row' or ")
+        _check_choice("ROUTING", self.routing, ROUTINGS)
+        _check_choice("COMBINE", self.combine, dispatch.COMBINE)
+        _check_choice("SECOND_EXPERT", self.second_expert, SECOND_EXPERTS)
+        _check_choice("PRIORITY", self.priority, PRIORITIES)
+        _check_factor("CAPACITY_FACTOR", self.capacity_factor)
+        _check_factor("EVAL_CAPACITY_FACTOR", self.eval_capacity_factor)
+        if self.routing == "experts" and self.capacity_factor is None and self.capacity is None:
+            raise InputError("CAPACITY_FACTOR must be a number with ROUTING='experts', got None")
+        _check_number("JITTER", self.jitter, 1.0)
+        if self.expert_dropout_rate is not None:
+            _check_number("EXPERT_DROPOUT_RATE", self.expert_dropout_rate, 1.0)
+        _check_number("BALANCE_LOSS", self.balance_loss)
+        _check_number("ROUTER_Z_LOSS", self.router_z_loss)
+        _check_choice("COUNT_PADDING", self.count_padding, (True, False))
+        _check_choice("EXTRA_MLP", self.extra_mlp, (True, False))
+        if self.combine == "normalized" and self.top_k == 1:
+            raise InputError(
+                "COMBINE='normalized' with TOP_K=1 gives routers no gradient from the task: pass"
+                " --gin.COMBINE=\"'straight'\""
+            )
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer i of a stack has a sparse MLP."""
+        return layer % self.sparse_step == self.sparse_step - 1
+
+    def group_capacity(self, num_tokens: int, deterministic: bool) -> int | None:
+        """Returns C for groups of T tokens; None without a limit."""
+        if self.capacity is not None:
+            return self.capacity
+        factor = self.eval_capacity_factor if deterministic else self.capacity_factor
+        if self.routing == "experts" and factor is None:
+            factor = self.capacity_factor
+        if factor is None:
+            return None
+        return dispatch.capacity(num_tokens, self.num_experts, factor, self.min_capacity)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise InputError(f"{name} must be one of {[*choices]}, got {value!r}")
+
+
+def _check_integer(name: str, value: object, minimum: int, alternative: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise InputError(
+            f"{name} must be {alternative}an integer of at least {minimum}, got {value!r}"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_factor(name: str, value: float | None) -> None:
+    if value is not None and not (_is_number(value) and 0 < value < math.inf):
+        raise InputError(f"{name} must be None or a positive number, got {value!r}")
+
+
+def _check_number(name: str, value: float, below: float = math.inf) -> None:
+    if not (_is_number(value) and 0 <= value < below):
+        expected = f"in [0, {below:g})" if below < math.inf else "a number of at least 0"
+        raise InputError(f"{name} must be {expected}, got {value!r}")
