@@ -68,9 +68,9 @@ def weights() -> dict:
 
 
 @jax.jit
-def score_row(tokens: dict) -> jax.Array:
+def score_row(network_params: dict, tokens: dict) -> jax.Array:
     """Returns the log-probability of one choice by a pass of the whole network."""
-    logits = steps.apply_model(transformer(), weights(), tokens, None)
+    logits = steps.apply_model(transformer(), network_params, tokens, None)
     target = tokens["decoder_target_tokens"]
     log_probs = jax.nn.log_softmax(logits)
     picked = jnp.take_along_axis(log_probs, target[..., None], -1)[..., 0]
@@ -94,7 +94,7 @@ def seqio_scores(twin: str) -> tuple[np.ndarray, float]:
     def score_fn(dataset):
         for number, row in dataset.as_numpy_iterator():
             tokens = {key: value[None] for key, value in row.items() if key != "idx"}
-            scores[int(number)] = float(score_row(tokens))
+            scores[int(number)] = float(score_row(weights(), tokens))
         return sorted(scores.items())
 
     metrics, _ = evaluator.evaluate(compute_metrics=True, score_fn=score_fn, step=0)
