@@ -215,13 +215,11 @@ def _with_base_dimensions(
 
     Prints the dimensions that override those of the model file.
     """
-    from pemoe_jax.checkpoints import base_model, dimensions
+    from pemoe_jax.checkpoints import base_model
 
     if base_path is None:
         return model
-    base = base_model.open_base(base_path)
-    shapes = {path: array.shape for path, array in base.arrays.items()}
-    sizes: dict[str, Any] = dict(dimensions.infer(shapes, str(base)))
+    sizes = base_model.open_base(base_path).model_dimensions()
     changed = {name: value for name, value in sizes.items() if getattr(model.config, name) != value}
     if changed:
         text = ", ".join(

@@ -5,6 +5,7 @@ model, and this package's single file: safetensors with the dimensions in its me
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from pemoe_jax.checkpoints import (
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.network import T5Config
 from pemoe_jax.core.params import Params, PyTree
 from pemoe_jax.runtime import atomic_write, file_io
 from pemoe_jax.runtime.file_io import JsonObject
@@ -53,11 +55,47 @@ class BaseModel:
     arrays: dict[str, LazyArray]
     stored_config: JsonObject = dataclasses.field(default_factory=dict)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays, path -> shape."""
+        return {path: array.shape for path, array in self.arrays.items()}
+
+    @functools.cached_property
+    def sparse(self) -> JsonObject | None:
+        """Fields of `Sparse` that the arrays determine (`dimensions.infer_sparse`); None: dense."""
+        return dimensions.infer_sparse(self.shapes, str(self))
+
+    def model_dimensions(self) -> JsonObject:
+        """Returns the fields of `T5Config` that the arrays determine.
+
+        Names of activations are not in shapes: those that the checkpoint states are taken if it has
+        as many projections.
+
+        Raises:
+          InputError: see `dimensions.infer`; or the logits' matrix is missing.
+        """
+        inferred = dimensions.infer(self.shapes, str(self))
+        activations = tuple(self.stored_config.get("mlp_activations", ()))
+        if len(activations) == len(inferred["mlp_activations"]):
+            inferred["mlp_activations"] = activations
+        if inferred["logits_via_embedding"] and not self.stored_config.get(
+            "logits_via_embedding", True
+        ):
+            raise InputError(f"{self}: expected decoder/logits_dense/kernel, got none")
+        return inferred
+
     def config(self) -> JsonObject:
-        """Returns the known fields of `T5Config`."""
-        shapes = {path: array.shape for path, array in self.arrays.items()}
+        """Returns the known fields of `T5Config`.
+
+        Activations and tied logits are left out if they are those of T5 v1.1, as in the records of
+        earlier versions.
+        """
         # Dimensions of the arrays take precedence: a stored configuration may have been edited.
-        return {**self.stored_config, **dimensions.infer(shapes, str(self))}
+        config = {**self.stored_config, **self.model_dimensions()}
+        for name in ("mlp_activations", "logits_via_embedding"):
+            if config[name] == getattr(T5Config, name):
+                del config[name]
+        return config
 
     def load(
         self,
@@ -68,11 +106,12 @@ class BaseModel:
         """Loads the parameters of `target`; see `lazy_array.load_arrays`."""
         # Compared before the arrays: "mlp_dim 32, got 16" says more than three of 500 shapes.
         shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(target).items()}
-        config, expected = self.config(), dimensions.infer(shapes, "the model")
+        expected = dimensions.infer(shapes, "the model") | _sparse_sizes(shapes, "the model")
+        actual = dimensions.infer(self.shapes, str(self)) | _sparse_sizes(self.shapes, str(self))
         wrong = [
-            f"{name} {value}, got {config[name]}"
+            f"{name} {value}, got {actual[name]}"
             for name, value in expected.items()
-            if config[name] != value
+            if name in actual and actual[name] != value
         ]
         if wrong:
             raise InputError(f"{self} has another size: expected {'; '.join(wrong)}")
@@ -85,6 +124,14 @@ class BaseModel:
 
     def __str__(self) -> str:
         return f"base model {self.path} ({self.format})"
+
+
+def _sparse_sizes(shapes: dimensions.Shapes, source: str) -> JsonObject:
+    """Returns the fields of `dimensions.infer_sparse` under their settings' names."""
+    sparse = dimensions.infer_sparse(shapes, source)
+    if sparse is None:
+        return {"NUM_EXPERTS": "none (dense)"}
+    return {name.upper(): value for name, value in sparse.items()}
 
 
 def open_base(

@@ -2,13 +2,19 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pemoe_jax.core.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_STACKS = ("encoder", "decoder")
+# The activations of each form of MLP, by its first projection. The names of activations are not in
+# shapes: these are those of T5 v1.1 and of T5 1.0.
+_MLPS = {"wi_0": ("gelu", "linear"), "wi": ("relu",)}
 
-def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, int]:
+
+def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, Any]:
     """Returns the dimensions under the field names of `T5Config`.
 
     Args:
@@ -19,16 +25,19 @@ def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, int]:
       InputError: an array that determines a dimension is missing or has another rank.
     """
     layer = "encoder/layers_0"
-    vocab_size, emb_dim = _matrix_shape(shapes, "token_embedder/embedding", source)
+    vocab_size, emb_dim = _array_shape(shapes, "token_embedder/embedding", source)
     # Kernels join heads and head_dim; only the position bias has the heads as an axis.
-    num_heads, _ = _matrix_shape(shapes, "encoder/relpos_bias/rel_embedding", source)
-    _, joined_kv = _matrix_shape(shapes, f"{layer}/attention/query/kernel", source)
-    _, mlp_dim = _matrix_shape(shapes, f"{layer}/mlp/wi_0/kernel", source)
+    num_heads, _ = _array_shape(shapes, "encoder/relpos_bias/rel_embedding", source)
+    _, joined_kv = _array_shape(shapes, f"{layer}/attention/query/kernel", source)
     if joined_kv % num_heads:
         raise InputError(
             f"{source}: expected the query's {joined_kv} columns to be a multiple of the number"
             f" of heads, got {num_heads} heads"
         )
+    # The MLP of layer 0 may be sparse, as in Switch-C: [E, D, F].
+    is_sparse = any(path.startswith(f"{layer}/mlp/expert/") for path in shapes)
+    mlp, rank = (f"{layer}/mlp/expert", 3) if is_sparse else (f"{layer}/mlp", 2)
+    wi = "wi" if f"{mlp}/wi/kernel" in shapes else "wi_0"
     return {
         "vocab_size": vocab_size,
         "emb_dim": emb_dim,
@@ -36,7 +45,43 @@ def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, int]:
         "num_encoder_layers": num_layers(shapes, "encoder"),
         "num_decoder_layers": num_layers(shapes, "decoder"),
         "head_dim": joined_kv // num_heads,
-        "mlp_dim": mlp_dim,
+        "mlp_dim": _array_shape(shapes, f"{mlp}/{wi}/kernel", source, rank)[-1],
+        "mlp_activations": _MLPS[wi],
+        "logits_via_embedding": "decoder/logits_dense/kernel" not in shapes,
+    }
+
+
+def infer_sparse(shapes: Shapes, source: str = "checkpoint") -> dict[str, Any] | None:
+    """Returns the fields of `Sparse` that shapes determine; None for a dense model.
+
+    Raises:
+      InputError: the sparse layers are not those of a `sparse_step`, or an expert is no matrix.
+    """
+    layers: dict[str, set[int]] = {stack: set() for stack in _STACKS}
+    for path in shapes:
+        if match := re.match(r"(encoder|decoder)/layers_(\d+)/mlp/(expert|router)/", path):
+            layers[match[1]].add(int(match[2]))
+    if not any(layers.values()):
+        return None
+    step = 1 + min(i for indices in layers.values() for i in indices)
+    depths = {stack: num_layers(shapes, stack) for stack in _STACKS}
+    for stack, indices in layers.items():
+        # Counted, not listed: a damaged name may have an index of 99999999.
+        if len(indices) != depths[stack] // step or any(i % step != step - 1 for i in indices):
+            text = "; ".join(
+                f"layers {sorted(indices)} of {depths[stack]} in the {stack}"
+                for stack, indices in layers.items()
+            )
+            raise InputError(
+                f"{source}: expected layer i of both stacks to be sparse where i % step == step - 1"
+                f" (SPARSE_STEP), got sparse {text}"
+            )
+    expert = f"encoder/layers_{step - 1}/mlp/expert"
+    wi = "wi" if f"{expert}/wi/kernel" in shapes else "wi_0"
+    return {
+        "num_experts": _array_shape(shapes, f"{expert}/{wi}/kernel", source, 3)[0],
+        "sparse_step": step,
+        "extra_mlp": any("/extra_mlp/" in path for path in shapes),
     }
 
 
@@ -47,8 +92,9 @@ def num_layers(paths: Iterable[str], stack: str) -> int:
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
-def _matrix_shape(shapes: Shapes, path: str, source: str) -> tuple[int, ...]:
+def _array_shape(shapes: Shapes, path: str, source: str, rank: int = 2) -> tuple[int, ...]:
     shape = shapes.get(path)
-    if shape is None or len(shape) != 2:
-        raise InputError(f"{source}: expected a T5 v1.1 with a matrix {path}, got {shape}")
+    if shape is None or len(shape) != rank:
+        kind = "a matrix" if rank == 2 else "matrices [E, in, out]"
+        raise InputError(f"{source}: expected a T5 with {kind} {path}, got {shape}")
     return shape

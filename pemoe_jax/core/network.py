@@ -101,7 +101,11 @@ class T5Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields that define the model; `T5Config(**fields)` is the inverse."""
-        fields = {**dataclasses.asdict(self), "dtype": jnp.dtype(self.dtype).name}
+        fields = {
+            **dataclasses.asdict(self),
+            "dtype": jnp.dtype(self.dtype).name,
+            "mlp_activations": [*self.mlp_activations],  # a list, as read from JSON
+        }
         return {name: value for name, value in fields.items() if name not in _EXECUTION_FIELDS}
 
 

@@ -1,5 +1,6 @@
 """Checkpoints that T5X itself wrote (goldens/make_t5x.py): loaded by path, damaged, refused."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -17,6 +18,7 @@ from methods import largest_difference
 from pemoe_jax.checkpoints import base_model, models, t5x, tensorstore_file
 from pemoe_jax.core import network, params
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.sparse import Sparse
 from pemoe_jax.runtime import file_io
 
 FORMATS = ("legacy", "orbax")
@@ -156,6 +158,48 @@ def test_orbax_without_ocdbt(checkpoints, tmp_path, driver):
     (state / "_METADATA").write_text("{}")
     _, identity = models.load_base(model(), str(tmp_path), 0)
     assert identity["fingerprint"] == base_model.open_base(checkpoints["orbax"]).fingerprint()
+
+
+def write_legacy(checkpoint: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a checkpoint in T5X's legacy format: an index, and a zarr folder an array."""
+    leaves = {}
+    for path, array in arrays.items():
+        name = f"target.{path.replace('/', '.')}"
+        kvstore = {"driver": "file", "path": f"{checkpoint}/{name}"}
+        # As in T5X's Switch checkpoints, a chunk holds some of the experts.
+        chunks = [max(1, array.shape[0] // 2), *array.shape[1:]]
+        metadata = {"chunks": chunks, "compressor": {"id": "gzip"}}
+        spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata}
+        dtype = ts.dtype(array.dtype.name)
+        ts.open(spec, create=True, dtype=dtype, shape=array.shape).result()[...] = array
+        leaves[path] = {**spec, "kvstore": {"driver": "file", "path": f"{name}/"}}
+    optimizer = {
+        "target": params.unflatten(leaves),
+        "state": {"param_states": {}, "step": np.int32(3)},
+    }
+    contents = {"version": 3, "optimizer": optimizer}
+    (checkpoint / "checkpoint").write_bytes(serialization.msgpack_serialize(contents))
+
+
+@pytest.mark.parametrize("experts", [None, 4], ids=["t5_1_0", "switch"])
+def test_switch_and_t5_1_0(tmp_path, experts):
+    """Read without a map: `mlp/wi`, a tied head, `mlp/expert/wi` [E, D, F], `mlp/router`."""
+    config = dataclasses.replace(model().config, mlp_activations=("relu",))
+    config = dataclasses.replace(config, logits_via_embedding=True, num_encoder_layers=2)
+    transformer = network.Transformer(config, sparse=experts and Sparse(experts))
+    shapes = params.flatten(network.param_shapes(transformer))
+    rng = np.random.default_rng(0)
+    arrays = {path: rng.normal(size=leaf.shape).astype("float32") for path, leaf in shapes.items()}
+    write_legacy(tmp_path / "checkpoint_500100", arrays)
+    opened = base_model.open_base(tmp_path)
+    assert opened.format == "T5X, legacy" and opened.sparse == (
+        experts and {"num_experts": 4, "sparse_step": 2, "extra_mlp": False}
+    )
+    assert network.T5Config(**opened.config()) == config
+    loaded = params.flatten(models.load_base(transformer, str(tmp_path), 0)[0])
+    assert loaded.keys() == arrays.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(loaded[path], array, path)
 
 
 def chunk(checkpoint: pathlib.Path, path: str) -> pathlib.Path:
