@@ -77,7 +77,10 @@ CORE = {
     "params": {"partitioning"},
     "quantized": set(),
     "optim": {"params", "partitioning"},
-    "steps": {"cross_entropy", "kernels.cpu_schedule", "optim", "params", "network", "routing"},
+    "steps": {
+        *("cross_entropy", "experts", "kernels.cpu_schedule", "network", "optim", "params"),
+        "routing",
+    },
     "cross_entropy": set(),
     "partitioning": set(),
 }

@@ -7,7 +7,7 @@ The mixture uses all of p (soft routing) or its k largest values (top-k routing)
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -19,6 +19,7 @@ from flax import linen as nn
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.kernels import thin_matmul
+from pemoe_jax.core.params import PyTree
 
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
@@ -30,6 +31,8 @@ READS = ("x", "y", "sentence")
 STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "aux_loss")
 # An expert is dead if its load is below this fraction of an even load.
 DEAD_LOAD = 0.01
+# The site of a sparse layer's router; other routers belong to the adapter of a site.
+EXPERTS_SITE = "mlp/experts"
 # Router metrics are averaged over the layers of a stack, or reported for each router.
 DETAIL_LEVELS = ("sites", "layers")
 
@@ -263,20 +266,57 @@ def statistics_from_sums(
     )
 
 
+def sown_by_router(collection: Mapping[str, PyTree], name: str) -> dict[str, Array]:
+    """Returns router path -> the array that it sowed as `name`, sorted by path.
+
+    A path is '<stack>/layers_<i>/mlp/experts' of a sparse layer, and '<site>_adapter' of an
+    adapter's router.
+    """
+    # Sorted by these paths and not by the sown ones, whose endings would change the order.
+    by_router = {}
+    for path, (value,) in params_lib.flatten(collection).items():
+        module, _, ending = path.rpartition("/")
+        if ending == name:
+            is_adapter = module.endswith("_adapter")
+            by_router[module if is_adapter else f"{module}/experts"] = value
+    return dict(sorted(by_router.items()))
+
+
+def is_sparse_layer(path: str) -> bool:
+    """Whether a router is that of a sparse layer, and not of an adapter."""
+    return path.endswith(f"/{EXPERTS_SITE}")
+
+
+def total_aux_loss(paths: Sequence[str], aux_losses: Array | np.ndarray) -> Array | np.ndarray:
+    """Returns the auxiliary loss [] of a model from those of its routers, [len(paths)].
+
+    It is the mean over the sparse layers of both stacks, plus the mean over adapters' routers: each
+    kind keeps its coefficients in a model with both.
+    """
+    is_sparse = np.array([is_sparse_layer(path) for path in paths])
+    rows = [np.flatnonzero(kind) for kind in (is_sparse, ~is_sparse) if kind.any()]
+    means = [aux_losses[kind].mean() for kind in rows]
+    return means[0] if len(means) == 1 else means[0] + means[1]
+
+
 def summarize_statistics(
-    paths: Sequence[str], statistics: Array | np.ndarray, detail: str
+    paths: Sequence[str],
+    statistics: Array | np.ndarray,
+    detail: str,
+    names: Sequence[str] = STATISTICS,
 ) -> dict[str, Array | np.ndarray]:
     """Returns routers' statistics by metric name.
 
     Args:
       paths: paths of the routers, e.g. 'encoder/layers_3/mlp/gate_adapter'.
-      statistics: [len(paths), 6], the `STATISTICS` of each router.
+      statistics: [len(paths), len(names)], the statistics of each router.
       detail: 'sites' (averages over the layers of a stack) or 'layers' (each router).
+      names: `STATISTICS`, or those of a sparse layer's dispatch.
 
     Returns:
       Scalars 'entropy', … over all routers and 'encoder/mlp/gate/entropy', … for each site or
       router: the largest load, and the mean of every other statistic. The auxiliary loss is
-      reported over all routers only.
+      reported for the whole model only, see `total_aux_loss`.
     """
     groups: dict[str, list[int]] = {"": list(range(len(paths)))}
     for row, path in enumerate(paths):
@@ -286,10 +326,12 @@ def summarize_statistics(
         groups.setdefault(name, []).append(row)
     metrics = {}
     for name, rows in groups.items():
-        for column, statistic in enumerate(STATISTICS):
-            if name and statistic == "aux_loss":
-                continue
+        for column, statistic in enumerate(names):
             values = statistics[np.array(rows), column]
+            if statistic == "aux_loss":
+                if not name:
+                    metrics[statistic] = total_aux_loss(paths, values)
+                continue
             metric = values.max() if statistic == "load" else values.mean()
             metrics[f"{name}/{statistic}".lstrip("/")] = metric
     return metrics

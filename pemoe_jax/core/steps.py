@@ -6,7 +6,7 @@ argument, so their gradients are never computed. Loss and normalization are T5X'
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pemoe_jax.core import cross_entropy, network, routing
+from pemoe_jax.core import cross_entropy, experts, network, routing
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.kernels import cpu_schedule
@@ -24,6 +24,9 @@ from pemoe_jax.core.params import Params, PyTree
 Array = jax.Array
 Batch = Mapping[str, Array | np.ndarray]
 Metrics = dict[str, Array]
+
+# The metrics that have a row for each router, or for that of each sparse layer.
+ROUTER_ROWS = ("routers", "dispatch")
 
 NORMALIZERS = ("NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE")
 
@@ -154,32 +157,59 @@ def _loss_sums(
     token_weights = _token_weights(batch)
     sums = {name: jnp.sum(values * token_weights) for name, values in token_values.items()}
     sums["tokens"] = jnp.sum(token_weights)
-    routers = params_lib.flatten(collections.get("routers", {}))
-    if routers:
-        statistics = [statistic for _, (statistic,) in sorted(routers.items())]
-        sums["routers"] = jnp.stack(statistics) * sums["tokens"]
+    sown = collections.get("routers", {})
+    statistics = routing.sown_by_router(sown, "statistics")
+    if statistics:
+        sums["routers"] = jnp.stack([*statistics.values()]) * sums["tokens"]
         # Indexed before stacking, so that XLA drops the statistics that nothing reads.
         column = routing.STATISTICS.index("aux_loss")
-        aux_losses = [jax.lax.index_in_dim(row, column, keepdims=False) for row in statistics]
+        aux_losses = jnp.stack(
+            [jax.lax.index_in_dim(row, column, keepdims=False) for row in statistics.values()]
+        )
         # Weighted like the tokens' losses, so that the ratio of the two does not depend on the
         # normalizer.
-        total += jnp.mean(jnp.stack(aux_losses)) * jnp.sum(weights)
+        total += routing.total_aux_loss([*statistics], aux_losses) * jnp.sum(weights)
+    if dispatch := routing.sown_by_router(sown, "dispatch"):
+        sums["dispatch"] = jnp.stack([*dispatch.values()]) * sums["tokens"]
     return total, sums
 
 
 def router_paths(model: network.Transformer) -> list[str]:
     """Returns the paths of the routers, in the order of the rows of a step's `routers`.
 
-    E.g. ['decoder/layers_0/mlp/gate_adapter', …].
+    E.g. ['decoder/layers_0/mlp/gate_adapter', …]; that of a sparse layer is 'decoder/layers_1/mlp/
+    experts', and the rows of a step's `dispatch` are those of the sparse layers alone.
     """
-    suffix = "/router/kernel"
-    paths = params_lib.flatten(network.param_shapes(model))
-    return sorted(path.removesuffix(suffix) for path in paths if path.endswith(suffix))
+    # By the names of `routing.sown_by_router`, so that both have one order.
+    adapter, sparse = "/router/kernel", "/router/router_weights/w/kernel"
+    paths = []
+    for path in params_lib.flatten(network.param_shapes(model)):
+        if path.endswith(adapter):
+            paths.append(path.removesuffix(adapter))
+        elif path.endswith(sparse):
+            paths.append(path.removesuffix(sparse) + "/experts")
+    return sorted(paths)
+
+
+def summarize_routers(
+    paths: Sequence[str], rows: Mapping[str, Array | np.ndarray], detail: str
+) -> dict[str, Array | np.ndarray]:
+    """Returns a step's `routers` and `dispatch` by metric name, e.g. 'encoder/mlp/experts/dropped'.
+
+    `paths` are the `router_paths`; see `routing.summarize_statistics`.
+    """
+    metrics = routing.summarize_statistics(paths, rows["routers"], detail)
+    if "dispatch" in rows:
+        sparse_paths = [path for path in paths if routing.is_sparse_layer(path)]
+        metrics |= routing.summarize_statistics(
+            sparse_paths, rows["dispatch"], detail, experts.DISPATCH_STATISTICS
+        )
+    return metrics
 
 
 def _metrics(total: Array, sums: Metrics) -> Metrics:
     tokens = jnp.maximum(sums["tokens"], 1.0)
-    metrics = {"routers": sums["routers"] / tokens} if "routers" in sums else {}
+    metrics = {name: sums[name] / tokens for name in ROUTER_ROWS if name in sums}
     return metrics | {
         "loss": total,
         "cross_ent_loss": sums["nll"] / tokens,
@@ -283,8 +313,9 @@ def make_train_step(
     Args:
       microbatches: see `grads_and_metrics`.
       router_metrics: whether metrics include `routers` [routers, 6], the `routing.STATISTICS` of
-        each of `router_paths`; all other metrics are scalars. If False, XLA drops the statistics
-        that no loss needs.
+        each of `router_paths`, and `dispatch` [sparse layers, 3], the
+        `experts.DISPATCH_STATISTICS`; all other metrics are scalars. If False, XLA drops the
+        statistics that no loss needs.
       state_sharding: shardings of the new state; None leaves them to XLA.
 
     `rng` is the run's key. It is folded with the step's number, so that a resumed run draws the
@@ -302,7 +333,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
         if not router_metrics:
-            metrics.pop("routers", None)
+            metrics = {name: value for name, value in metrics.items() if name not in ROUTER_ROWS}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     # Donated: the new state takes the memory of the old one.
@@ -322,8 +353,7 @@ def make_eval_step(model: Model, loss: Loss) -> Callable[[Params, Params, Batch]
     def step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
         params = params_lib.merge(trainable, frozen)
         _, sums = _loss_sums(model, loss, params, batch, _token_weights(batch), None)
-        sums.pop("routers", None)
-        return sums
+        return {name: value for name, value in sums.items() if name not in ROUTER_ROWS}
 
     return jax.jit(step)
 

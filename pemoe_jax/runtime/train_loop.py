@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from pemoe_jax.core import network, optim, partitioning, routing, steps
+from pemoe_jax.core import network, optim, partitioning, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.runtime import host_memory, options, progress
@@ -161,21 +162,25 @@ class TrainLoop:
         is_first: bool,
     ) -> list[float]:
         """Reports the steps since the last report; returns the loss per token of each of them."""
-        scalars, routers, losses = window.summarize()
+        scalars, rows, losses = window.summarize()
         scalars["learning_rate"] = float(self.schedule(step - 1))
         values = {f"train/{name}": value for name, value in scalars.items()}
-        if routers is not None:
-            metrics = routing.summarize_statistics(
-                steps.router_paths(self.model), routers, self.logging.router_metrics or ""
+        dropped = ""
+        if rows:
+            metrics = steps.summarize_routers(
+                steps.router_paths(self.model), rows, self.logging.router_metrics or ""
             )
             values |= {f"router/{name}": float(value) for name, value in metrics.items()}
+            shares = [float(metrics.get(name, 0.0)) for name in ("dropped", "without_expert")]
+            if any(shares):
+                dropped = f"  dropped {shares[0]:.1%} of assignments, {shares[1]:.1%} of tokens"
         writer.write(step, values)
         share = scalars["wait_share"]
         waiting = f"  waiting for data {share:.0%} of the time" if share > 0.05 else ""
         bar.report(
             step,
             f"loss {scalars['loss']:.4f}  accuracy {scalars['accuracy']:.3f}"
-            f"  {progress.format_count(scalars['tokens_per_second'])} tokens/s{waiting}",
+            f"  {progress.format_count(scalars['tokens_per_second'])} tokens/s{dropped}{waiting}",
         )
         if not math.isfinite(scalars["loss"]):
             advice = "lower LEARNING_RATE and resume from the last checkpoint"
@@ -183,11 +188,25 @@ class TrainLoop:
                 advice = (
                     "the run starts from damaged parameters, or their numbers overflow in DTYPE"
                 )
+            router = self._first_damaged_router(rows) if rows else None
+            where = f", and the router at {router} has logits that are not finite" if router else ""
             raise InputError(
                 f"the loss is {scalars['loss']} at step {step}"
-                f" (learning rate {scalars['learning_rate']:g}): {advice}"
+                f" (learning rate {scalars['learning_rate']:g}){where}: {advice}"
             )
         return losses
+
+    def _first_damaged_router(self, rows: Mapping[str, np.ndarray]) -> str | None:
+        """Returns the first router, in the order of a forward pass, with statistics of NaN."""
+        is_finite = np.isfinite(rows["routers"]).all(axis=-1)
+        paths = np.array(steps.router_paths(self.model))[~is_finite].tolist()
+
+        def layer(path: str) -> tuple[bool, int]:
+            match = re.match(r"(\w+)/layers_(\d+)/", path)
+            assert match is not None
+            return match[1] == "decoder", int(match[2])
+
+        return min(paths, key=layer).removesuffix("_adapter") if paths else None
 
     def _save(self, state: steps.TrainState, position: Position | None) -> None:
         """Saves a state; InputError if a value of it is infinite or NaN, as all later ones are."""
@@ -280,14 +299,18 @@ class _Window:
         for metrics, _ in self._steps[-2:-1] if is_batch_ready else self._steps[-1:]:
             jax.block_until_ready(metrics)
 
-    def summarize(self) -> tuple[dict[str, float], np.ndarray | None, list[float]]:
-        """Returns mean metrics and speeds, mean router statistics, and the loss per token by step.
+    def summarize(self) -> tuple[dict[str, float], dict[str, np.ndarray], list[float]]:
+        """Returns mean metrics and speeds, mean `ROUTER_ROWS`, and the loss per token by step.
 
-        Starts a new window.
+        The rows are those of the first step whose loss is not finite, if there is one. Starts a new
+        window.
         """
         fetched = jax.device_get([metrics for metrics, _ in self._steps])
         means = {name: np.mean([m[name] for m in fetched], axis=0) for name in fetched[0]}
-        routers = means.pop("routers", None)
+        rows = {name: means.pop(name) for name in steps.ROUTER_ROWS if name in means}
+        damaged = [m for m in fetched if not np.isfinite(m["loss"])]
+        if damaged:  # in later steps all routers are damaged
+            rows = {name: damaged[0][name] for name in rows}
         scalars = {name: float(mean) for name, mean in means.items()}
         now = time.monotonic()
         seconds = now - self.start
@@ -295,4 +318,4 @@ class _Window:
         scalars["steps_per_second"] = len(self._steps) / seconds
         scalars["wait_share"] = self.waited / seconds
         self._steps, self.start, self.waited = [], now, 0.0
-        return scalars, routers, [float(m["cross_ent_loss"]) for m in fetched]
+        return scalars, rows, [float(m["cross_ent_loss"]) for m in fetched]

@@ -12,7 +12,7 @@ from flax.linen import partitioning as nn_partitioning
 from t5x import losses, models
 from t5x import metrics as t5x_metrics
 
-from pemoe_jax.core import adapters, network, routing
+from pemoe_jax.core import adapters, network, routing, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError, check_choice
 from pemoe_jax.core.params import Params, PyTree
@@ -101,8 +101,8 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     ) -> tuple[jax.Array, PyTree]:
         """Returns the sum of T5X's loss and the routers' losses, and the metrics.
 
-        As in `pemoe train`, the routers' losses are averaged over routers and weighted as the loss
-        of each token.
+        As in `pemoe train`, the routers' losses are averaged over the routers of a kind and
+        weighted as the loss of each token.
 
         Args:
           params: all parameters.
@@ -132,17 +132,21 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
             z_loss=z_loss,
             segment_ids=_segments(batch),
         )
-        routers = params_lib.flatten(collections.get("routers", {}))
-        if routers:
-            statistics = jnp.stack([statistic for _, (statistic,) in sorted(routers.items())])
-            aux_losses = statistics[:, routing.STATISTICS.index("aux_loss")]
-            # T5X's loss is a sum over tokens, divided by the factor: so the routers' mean is added
+        sown = collections.get("routers", {})
+        statistics = routing.sown_by_router(sown, "statistics")
+        if statistics:
+            routers = jnp.stack([*statistics.values()])
+            aux_losses = routers[:, routing.STATISTICS.index("aux_loss")]
+            # T5X's loss is a sum over tokens, divided by the factor: so the routers' loss is added
             # for each token.
-            loss += jnp.mean(aux_losses) * weight_sum / (1.0 if factor is None else factor)
+            aux_loss = routing.total_aux_loss([*statistics], aux_losses)
+            loss += aux_loss * weight_sum / (1.0 if factor is None else factor)
             metrics["loss"] = t5x_metrics.AveragePerStep(total=loss)
             if self._router_metrics is not None:
-                paths = [path.removesuffix("/statistics") for path in sorted(routers)]
-                metrics |= _router_metrics(paths, statistics, self._router_metrics)
+                rows = {"routers": routers}
+                if dispatch := routing.sown_by_router(sown, "dispatch"):
+                    rows["dispatch"] = jnp.stack([*dispatch.values()])
+                metrics |= _router_metrics([*statistics], rows, self._router_metrics)
         return loss, metrics
 
     def _stop_frozen_gradients(self, params: Params) -> dict[str, PyTree]:
@@ -164,11 +168,11 @@ def _segments(batch: Batch) -> dict[str, jax.Array]:
 
 
 def _router_metrics(
-    paths: Sequence[str], statistics: jax.Array, detail: str
+    paths: Sequence[str], rows: Mapping[str, jax.Array], detail: str
 ) -> dict[str, clu_metrics.Metric]:
-    """Returns `routing.summarize_statistics` of traced statistics [routers, 6], under `router/`."""
+    """Returns `steps.summarize_routers` of traced statistics, under `router/`."""
     # clu's Average, since T5X's AveragePerStep is a sum over microbatches.
     return {
         f"router/{name}": clu_metrics.Average(total=value, count=jnp.ones(()))
-        for name, value in routing.summarize_statistics(paths, statistics, detail).items()
+        for name, value in steps.summarize_routers(paths, rows, detail).items()
     }

@@ -5,9 +5,11 @@ import types
 
 import numpy as np
 import pytest
+from sparse_models import model
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime.train_loop import LossTrend, TrainLoop, summarize_trend
+from pemoe_jax.runtime import options
+from pemoe_jax.runtime.train_loop import LossTrend, TrainLoop, _Window, summarize_trend
 
 
 def numbers(text: str) -> list[float]:
@@ -105,3 +107,25 @@ def test_the_loss_before_any_update_does_not_depend_on_the_learning_rate(is_firs
     bar = types.SimpleNamespace(report=lambda *_: None)
     with pytest.raises(InputError, match=rf"the loss is nan at step 5 .*{advice}"):
         loop._report(5, window, writer, bar, is_first)
+
+
+@pytest.mark.parametrize(("first_bad_rows", "stack"), [([0], "decoder"), ([0, 1], "encoder")])
+def test_a_loss_of_nan_names_the_first_router_with_logits_of_nan(first_bad_rows, stack):
+    """The rows are those of the first bad step; later ones have NaN everywhere."""
+    loop = TrainLoop.__new__(TrainLoop)
+    loop.schedule, loop.logging = lambda step: 0.1, options.Logging(router_metrics="sites")
+    loop.model = model("switch")  # decoder/layers_1 and encoder/layers_1
+    window = _Window()
+    for bad_rows in ([], first_bad_rows, [0, 1]):
+        routers = np.zeros((2, 6))
+        routers[bad_rows] = math.nan
+        metrics = {"loss": math.nan if bad_rows else 1.0, "cross_ent_loss": 1.0, "accuracy": 0.0}
+        dispatch = np.full((2, 3), 0.25)
+        window.append({**metrics, "routers": routers, "dispatch": dispatch}, 10)
+    written, lines = {}, []
+    writer = types.SimpleNamespace(write=lambda _, values: written.update(values))
+    bar = types.SimpleNamespace(report=lambda _, line: lines.append(line))
+    with pytest.raises(InputError, match=rf"the router at {stack}/layers_1/mlp/experts has log"):
+        loop._report(5, window, writer, bar, is_first=False)
+    assert written["router/encoder/mlp/experts/dropped"] == written["router/without_expert"] == 0.25
+    assert "dropped 25.0% of assignments, 25.0% of tokens" in lines[0]

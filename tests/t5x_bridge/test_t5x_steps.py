@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import methods
 import numpy as np
 import pytest
+import sparse_models
 from programs import flat
 
 from pemoe_jax.core import network, optim, params, steps
@@ -100,6 +101,22 @@ def test_loss_and_gradients(double_precision, method, factor, batch):
     for path, gradient in flat(expected).items():
         assert methods.largest_difference(actual.pop(path), gradient) < EXACT, path
     assert actual and not any(gradient.any() for gradient in actual.values())  # frozen
+
+
+def test_losses_and_metrics_of_sparse_layers():
+    """A model with sparse layers and adapters' routers, each with its own mean."""
+    net, start = sparse_models.model("switch", "mov"), sparse_models.parameters("switch", "mov")
+    batch = methods.example_batch()
+    _, expected = jax.jit(functools.partial(steps.grads_and_metrics, net, steps.Loss(), {}))(
+        start, batch
+    )
+    bridged = model(net, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
+    loss, metrics = jax.jit(bridged.loss_fn, static_argnums=2)(start, batch, None)
+    assert float(loss) == pytest.approx(float(expected["loss"]), rel=1e-6)
+    by_name = steps.summarize_routers(steps.router_paths(net), expected, "sites")
+    for name, value in by_name.items():
+        assert float(metrics[f"router/{name}"].compute()) == pytest.approx(float(value), rel=1e-5)
+    assert {"decoder/mlp/experts/used", "dropped", "encoder/mlp/gate/load"} < by_name.keys()
 
 
 def test_layers_as_a_loop():
