@@ -9,7 +9,7 @@ import gin
 import pytest
 
 from pemoe_jax import evaluate, tasks, train
-from pemoe_jax.core import network, params
+from pemoe_jax.core import freezing, network, params, sparse
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
 
@@ -17,6 +17,7 @@ GIN = pathlib.Path(gin_flags.GIN_DIR)
 RUN = ["--gin.MODEL_DIR=x", "--gin.INITIAL_CHECKPOINT_PATH=None", "--gin.TRAIN_STEPS=1"]
 
 
+EXPERT_METHODS = "methods/flan_*.gin, methods/molora.gin and methods/mov.gin"
 DATA_MACROS = ("jsonl_dir", "vocab_path", "eval_tasks")
 
 
@@ -85,6 +86,106 @@ def test_flags_reach_the_model():
     assert model.config.dtype == "bfloat16"
 
 
+# What differs from the method before it: docs/flan_moe.md has the public settings.
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("switch", {"combine": "straight", "balance_loss": 1e-2}),
+        (
+            "gshard",
+            {"combine": "normalized", "balance_loss": 1e-2, "top_k": 2}
+            | {"second_expert": "random", "priority": "probability"},
+        ),
+        (
+            "st",
+            {"combine": "normalized", "balance_loss": 1e-2, "top_k": 2}
+            | {"router_z_loss": 1e-3, "extra_mlp": True},
+        ),
+        (
+            "ec",
+            {"combine": "normalized", "balance_loss": 1e-2, "top_k": 2}
+            | {"routing": "experts", "capacity_factor": 2.0},
+        ),
+    ],
+)
+def test_methods_of_whole_experts(method, settings):
+    """All others are the defaults of `Sparse`: E 8, every second layer, factor 1.25, by row."""
+    model = configured_model("t5_1_1_tiny", f"flan_{method}")
+    assert model.sparse == sparse.Sparse(**settings)
+    assert gin.query_parameter("METHOD/macro.value") == f"flan_{method}"
+    model = configured_model(
+        *("t5_1_1_tiny", f"flan_{method}", "--gin.NUM_EXPERTS=4", "--gin.CAPACITY=6"),
+        *("--gin.GROUP=64", "--gin.JITTER=0.01", "--gin.COUNT_PADDING=True", "--gin.FREEZE=moe"),
+    )
+    changed = {"num_experts": 4, "capacity": 6, "group": 64, "jitter": 0.01, "count_padding": True}
+    assert model.sparse == sparse.Sparse(**settings | changed)
+    patterns = gin.get_configurable(freezing.trainable_patterns)()
+    assert patterns == [".*", "!.*/mlp/(?:router|expert)/.*"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gin.NUM_EXPERTS=1"], "NUM_EXPERTS must be an integer of at least 2, got 1"),
+        (["--gin.NUM_EXPERTS=2.5"], "NUM_EXPERTS must be an integer, got 2.5"),
+        (["--gin.TOP_K=0"], "TOP_K must be a positive integer, got 0"),
+        (["--gin.TOP_K=9"], r"TOP_K must be at most NUM_EXPERTS \(8\), got 9"),
+        (["--gin.SPARSE_STEP=3"], "SPARSE_STEP must divide the 2 layers of the encoder, got 3"),
+        (["--gin.CAPACITY_FACTOR=0"], "CAPACITY_FACTOR must be a positive number, got 0"),
+        (["--gin.CAPACITY_FACTOR=-1e0"], "CAPACITY_FACTOR must be a positive number, got -1"),
+        (["--gin.CAPACITY_FACTOR=1e999"], "CAPACITY_FACTOR must be a positive number, got inf"),
+        (["--gin.CAPACITY_FACTOR=nan"], "CAPACITY_FACTOR must be a number or None, got 'nan'"),
+        (["--gin.EVAL_CAPACITY_FACTOR=-2"], "EVAL_CAPACITY_FACTOR must be a positive number"),
+        (["--gin.CAPACITY=0"], "CAPACITY must be a positive integer, got 0"),
+        (["--gin.GROUP=rows"], "GROUP must be 'row' or an integer of at least 1, got 'rows'"),
+        (["--gin.GROUP=0"], "GROUP must be a positive integer, got 0"),
+        (["--gin.ROUTING=expert"], "ROUTING must be one of "),
+        (["--gin.PRIORITY=none"], "PRIORITY must be one of "),
+        (["--gin.COMBINE=normalized"], "COMBINE='normalized' with TOP_K=1 gives routers no"),
+        (["--gin.JITTER=1"], r"JITTER must be a number in \[0, 1\), got 1"),
+        (["--gin.COUNT_PADDING=1"], "COUNT_PADDING must be True or False, got 1"),
+        (["--gin.UPCYCLE_NOISE=-1"], "UPCYCLE_NOISE must be a number of at least 0, got -1"),
+        (["--gin.FREEZE=routers"], "FREEZE must be one of None, 'router', 'experts', 'moe', "),
+        (
+            ["--gin.FREEZE=moe", "--gin.TRAINABLE=['.*/mlp/router/.*']"],
+            "TRAINABLE and FREEZE leave nothing to train, got ",
+        ),
+    ],
+)
+def test_wrong_settings_of_whole_experts(flags, message):
+    with pytest.raises(InputError, match=message):
+        model = configured_model("t5_1_1_tiny", "flan_switch", *flags)
+        patterns = gin.get_configurable(freezing.trainable_patterns)()
+        params.trainable_paths(params.flatten(network.param_shapes(model)), patterns)
+
+
+@pytest.mark.parametrize(
+    ("method", "routing", "message"),
+    [
+        (
+            "flan_ec",
+            "top_2_balanced",
+            "top_k has no effect: .* sparse layers have TOP_K and BALANCE_LOSS",
+        ),
+        ("flan_st", "jitter", "jitter_noise has no effect: .* sparse layers have JITTER"),
+        ("flan_switch", "sentence", "reads has no effect: .* sparse layers have no such setting"),
+        ("lora", "z_loss", "z_loss has no effect: no adapter of lora has a router, .* for these$"),
+    ],
+)
+def test_files_for_routers_of_adapters(method, routing, message):
+    files = ("models/t5_1_1_tiny.gin", f"methods/{method}.gin", f"routing/{routing}.gin")
+    with pytest.raises(InputError, match=message):
+        configure(*(f"--gin_file={file}" for file in (*files, "runs/finetune.gin")))
+
+
+@pytest.mark.parametrize("part", [*freezing.FREEZE])
+def test_freezing_needs_a_sparse_model(part):
+    model = configured_model("t5_1_1_tiny", "full", f"--gin.FREEZE={part}")
+    patterns = gin.get_configurable(freezing.trainable_patterns)()
+    with pytest.raises(InputError, match="FREEZE must be None for a model without sparse layers"):
+        params.trainable_paths(params.flatten(network.param_shapes(model)), patterns)
+
+
 @pytest.mark.parametrize(
     ("method", "rate"),
     [("full", 3e-4), ("ia3", 3e-2), ("mov", 3e-2), ("lora", 1e-3), ("molora", 1e-3)],
@@ -139,14 +240,16 @@ def test_wrong_flags(flags, message):
 @pytest.mark.parametrize(
     ("gin_file", "flag", "owners"),
     [
-        ("methods/lora.gin", "--gin.NUM_EXPERTS=5", "methods/molora.gin and methods/mov.gin"),
-        ("methods/lora.gin", "--gin_bindings=NUM_EXPERTS = 5", "methods/molora.gin and"),
-        ("paper/ia3.gin", "--gin.NUM_EXPERTS=5", "methods/molora.gin and methods/mov.gin"),
+        ("methods/lora.gin", "--gin.NUM_EXPERTS=5", f"{EXPERT_METHODS}, got --gin_file=methods/l"),
+        ("methods/lora.gin", "--gin_bindings=NUM_EXPERTS = 5", EXPERT_METHODS),
+        ("paper/ia3.gin", "--gin.NUM_EXPERTS=5", EXPERT_METHODS),
+        ("methods/mov.gin", "--gin.CAPACITY=5", "methods/flan_*.gin, got"),
         ("methods/mov.gin", "--gin.RANK=8", "methods/lora.gin and methods/molora.gin"),
         ("methods/full.gin", "--gin.ALPHA=8", "methods/lora.gin and methods/molora.gin"),
         ("methods/molora.gin", "--gin.FUSED_MOV=True", "methods/mov.gin"),
         ("runs/finetune.gin", "--gin.ROUTING_PICTURE=True", "runs/evaluate.gin"),
-        ("runs/finetune.gin", "--gin.VOCAB_SIZE=64", "a file of models/"),
+        ("runs/finetune.gin", "--gin.VOCAB_SIZE=64", "models/quickstart.gin, models/"),
+        ("models/quickstart.gin", "--gin.BATCH_SIZE=8", "a file of runs/"),
         ("runs/finetune.gin", "--gin.DECODE_FN=None", "a file of runs_t5x/"),
         ("runs/evaluate.gin", "--gin.SEED=1", "runs/finetune.gin, runs/pretrain.gin and"),
     ],

@@ -37,6 +37,7 @@ PARTS = {
 # `params` creates every parameter.
 CORE = {
     "errors": set(),
+    "freezing": {"errors"},
     "kernels": set(),
     "kernels.thin_matmul": set(),
     "kernels.tiling": set(),

@@ -503,6 +503,11 @@ def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]
     # After the first `period` layers of a stack, layers differ in their names alone. So only these
     # are traced, and their parameters are repeated: T5-XXL takes 0.1 s instead of 2 s.
     depths, period = _depths(model), layer_period(model.sparse)
+    for stack, depth in depths.items():
+        if depth % period:
+            raise InputError(
+                f"SPARSE_STEP must divide the {depth} layers of the {stack}, got {period}"
+            )
     shallow = dataclasses.replace(
         model.config,
         num_encoder_layers=min(period, depths["encoder"]),

@@ -140,26 +140,35 @@ def is_base(path: str) -> bool:
 
 
 def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
-    """Returns the paths that at least one pattern matches in full.
+    """Returns the paths that at least one pattern matches in full, and no pattern after a '!'.
 
     Args:
       paths: all paths of a model.
-      patterns: regular expressions over 'a/b/c'.
+      patterns: regular expressions over 'a/b/c'; a leading '!' excludes (`core.freezing`).
 
     Raises:
-      InputError: a pattern is not a regular expression, or matches no parameter.
+      InputError: a pattern is not a regular expression, or matches no parameter; or none is left.
     """
     paths = list(paths)
     if isinstance(patterns, str):
         patterns = [patterns]
     chosen: set[str] = set()
+    excluded: set[str] = set()
     for pattern in patterns:
         try:
-            matched = {path for path in paths if re.fullmatch(pattern, path)}
+            matched = {path for path in paths if re.fullmatch(pattern.removeprefix("!"), path)}
         except re.error as error:
             raise InputError(
                 f"TRAINABLE must hold regular expressions, got {pattern!r}: {error}"
             ) from error
+        if pattern.startswith("!"):
+            excluded |= matched
+            if not matched or not excluded < set(paths):
+                raise InputError(
+                    "FREEZE must be None for a model without sparse layers (methods/flan_….gin),"
+                    f" got the pattern {pattern!r}"
+                )
+            continue
         if not matched:
             raise InputError(
                 f"TRAINABLE matched 0 of {len(paths)} parameters: {[pattern]}"
@@ -168,7 +177,9 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
         chosen |= matched
     if not chosen:
         raise InputError("TRAINABLE must hold at least one pattern, got []")
-    return chosen
+    if not chosen - excluded:
+        raise InputError(f"TRAINABLE and FREEZE leave nothing to train, got {[*patterns]}")
+    return chosen - excluded
 
 
 def split(params: Params, patterns: Sequence[str]) -> tuple[dict[str, PyTree], dict[str, PyTree]]:

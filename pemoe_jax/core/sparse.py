@@ -17,7 +17,7 @@ class Sparse:
     """Which MLPs of a model are sparse, and how tokens and experts choose each other.
 
     Attributes:
-      num_experts: E.
+      num_experts: number of experts, E.
       sparse_step: layer i of a stack is sparse where i % sparse_step == sparse_step - 1.
       routing: 'tokens' (tokens choose their top_k experts) or 'experts' (experts choose tokens;
         encoder only: in the decoder, where that would depend on later tokens, tokens choose).

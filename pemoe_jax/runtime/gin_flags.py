@@ -27,7 +27,10 @@ T = TypeVar("T")
 GIN_DIR = gin_help.GIN_DIR  # the package's gin files
 
 # Run files read these macros; model and method files set them. None: not set.
-_SET_BY_MODEL_AND_METHOD = ("MODEL", "METHOD", "TRAINABLE", "LEARNING_RATE")
+_SET_BY_MODEL_AND_METHOD = (
+    *("MODEL", "METHOD", "TRAINABLE", "LEARNING_RATE"),
+    *("FREEZE", "UPCYCLE_NOISE"),
+)
 
 # Model files read DROPOUT_RATE, for commands without a run file; some run files read DTYPE, which
 # model files set.
@@ -37,7 +40,9 @@ _DEFAULTS = "DROPOUT_RATE = 0.0\nDTYPE = None\n"
 # file alone.
 _MODULES = {
     "pemoe_jax": ("evaluate", "infer", "tasks", "train"),
-    "pemoe_jax.core": ("adapters", "network", "optim", "partitioning", "routing", "steps"),
+    "pemoe_jax.core": (
+        *("adapters", "freezing", "network", "optim", "partitioning", "routing", "sparse", "steps"),
+    ),
     "pemoe_jax.runtime": ("options",),
     "pemoe_jax.tools": ("embed", "routes"),
 }
@@ -52,8 +57,18 @@ _GIN_ERRORS = (
     tokenize.TokenError,
 )
 
+# For commands without a run file.
+FREEZE_BINDINGS = """\
+from pemoe_jax.core import freezing
+freezing.trainable_patterns.trainable = %TRAINABLE
+freezing.trainable_patterns.freeze = %FREEZE
+"""
+
 # Files whose macros `--help` lists for commands that take model and method files.
-MODEL_AND_METHOD_FILES = ("models/t5_1_1.gin", "methods/molora.gin", "methods/mov.gin")
+MODEL_AND_METHOD_FILES = (
+    "models/t5_1_1.gin",
+    *("methods/flan_moe.gin", "methods/molora.gin", "methods/mov.gin"),
+)
 
 _RUN_MODELS = ("train", "evaluate", "infer", "embed", "routes")  # commands that read tasks
 
@@ -179,6 +194,7 @@ def load_config(
     except _GIN_ERRORS as error:
         raise InputError(gin_errors.describe_error(error, lines)) from error
     gin_types.check_bindings(_SET_BY_MODEL_AND_METHOD)
+    _check_routers_have_effect()
     _check_has_effect([*args.gin_bindings, *bindings], in_files)
 
 
@@ -250,6 +266,35 @@ def _check_has_effect(bindings: Sequence[str], in_files: Collection[str]) -> Non
             f"{name} has no effect: nothing in this run uses {module}.{function}"
             " (it belongs to another method, optimizer or command)"
         )
+
+
+# Settings of adapters' routers that sparse layers have under other names.
+_SPARSE_MACROS = {
+    **{"top_k": "TOP_K", "renormalize": "COMBINE", "straight_through": "COMBINE"},
+    **{"balance_loss": "BALANCE_LOSS", "z_loss": "ROUTER_Z_LOSS", "jitter_noise": "JITTER"},
+}
+
+
+def _check_routers_have_effect() -> None:
+    """Raises InputError for a file of routing/ with a method that has no such routers."""
+    import gin
+
+    selector = "pemoe_jax.core.routing.Router"
+    bound = [
+        name for (_, s), values in gin.config._CONFIG.items() if s == selector for name in values
+    ]
+    references = gin.config.iterate_references(gin.config._CONFIG)
+    used = {reference.configurable.selector for reference in references}
+    if not bound or selector in used or macro_value("METHOD") is None:
+        return
+    hint = ""
+    if "pemoe_jax.core.sparse.Sparse" in used:
+        macros = [*dict.fromkeys(_SPARSE_MACROS[name] for name in bound if name in _SPARSE_MACROS)]
+        hint = f"; sparse layers have {_join(macros) if macros else 'no such setting'}"
+    raise InputError(
+        f"routing.Router.{bound[0]} has no effect: no adapter of {macro_value('METHOD')} has a"
+        f" router, and files of routing/ are for these{hint}"
+    )
 
 
 def _join(names: Sequence[str]) -> str:

@@ -81,8 +81,9 @@ def read_macros(texts: Iterable[str]) -> list[Macro]:
 def find_macro_owners(name: str) -> list[str]:
     """Returns the package's gin files that set a macro, e.g. ['methods/mov.gin'].
 
-    A folder with more than three of them stands for its files ('a file of runs/'). Files for T5X
-    are listed if no others set the macro; experiments, which combine the others' macros, never.
+    Of more than three in a folder, those of a family are one ('methods/flan_*.gin'); if more than
+    three remain, the folder stands for its files ('a file of runs/'). Files for T5X are listed if
+    no others set the macro; experiments, which combine the others' macros, never.
     """
     folders = [["methods", "models", "routing", "runs"], ["runs_t5x"]]
     for group in folders:
@@ -90,6 +91,8 @@ def find_macro_owners(name: str) -> list[str]:
         for folder in group:
             files = [f"{folder}/{path.name}" for path in sorted((GIN_DIR / folder).glob("*.gin"))]
             files = [f for f in files if any(x.startswith(f"{name} = ") for x in _lines(f))]
+            if len(files) > 3:
+                files = sorted({re.sub(r"_\w+\.gin", "_*.gin", file) for file in files})
             owners += files if len(files) <= 3 else [f"a file of {folder}/"]
         if owners:
             return owners

@@ -30,6 +30,7 @@ class Interval(NamedTuple):
 
 
 POSITIVE = Interval("(", 0, math.inf, ")")
+AT_LEAST_TWO = Interval("[", 2, math.inf, ")")
 NOT_NEGATIVE = Interval("[", 0, math.inf, ")")
 FRACTION = Interval("[", 0, 1, ")")
 UP_TO_ONE = Interval("(", 0, 1, "]")
@@ -44,7 +45,9 @@ SEED = Interval("[", 0, 2**31 - 1, "]")
 RANGES: dict[str, dict[str, Interval]] = {
     "train.train": {"total_steps": STEPS, "seed": SEED},
     "options.Data": dict.fromkeys(("batch_size", "microbatches", "max_examples"), POSITIVE),
-    "options.Checkpointing": {"period": POSITIVE, "keep": POSITIVE},
+    "options.Checkpointing": {
+        **{"period": POSITIVE, "keep": POSITIVE, "upcycle_noise": NOT_NEGATIVE},
+    },
     "options.Logging": {
         "log_period": POSITIVE,
         "eval_period": NOT_NEGATIVE,
@@ -85,6 +88,13 @@ RANGES: dict[str, dict[str, Interval]] = {
     "routing.Router": {
         **{"num_experts": POSITIVE, "top_k": POSITIVE, "temperature": POSITIVE},
         **{"jitter_noise": FRACTION, "balance_loss": NOT_NEGATIVE, "z_loss": NOT_NEGATIVE},
+    },
+    "sparse.Sparse": {
+        **{"num_experts": AT_LEAST_TWO, "sparse_step": POSITIVE, "top_k": POSITIVE},
+        **dict.fromkeys(("capacity_factor", "eval_capacity_factor"), POSITIVE),
+        **dict.fromkeys(("min_capacity", "capacity", "group"), POSITIVE),
+        **{"jitter": FRACTION, "expert_dropout_rate": FRACTION},
+        **{"balance_loss": NOT_NEGATIVE, "router_z_loss": NOT_NEGATIVE},
     },
     "network.T5Config": {
         **dict.fromkeys(

@@ -89,12 +89,15 @@ class Checkpointing:
         a run resumes from the newest checkpoint in it.
       initial_checkpoint_path: base model, in the format of T5X, Hugging Face or this package; None:
         random weights.
+      upcycle_noise: σ, where a sparse model starts from a dense base: each expert is the dense MLP
+        times 1 + N(0, σ²); None: 0.
       period: steps between two checkpoints.
       keep: number of newest checkpoints to keep; None: all.
     """
 
     model_dir: str
     initial_checkpoint_path: str | None
+    upcycle_noise: float | None = None
     period: int = 1000
     keep: int | None = 1
 

@@ -32,11 +32,12 @@ METHODS: list[tuple[str, list[str]]] = [("full", []), ("ia3", []), ("lora", [])]
 METHODS += [("mov", [f"NUM_EXPERTS = {experts}"]) for experts in (10, 30, 60)]
 METHODS += [("molora", [f"NUM_EXPERTS = {experts}"]) for experts in (10, 15)]
 
-_BINDINGS = """\
+_BINDINGS = f"""\
+{gin_flags.FREEZE_BINDINGS}\
 from pemoe_jax.tools import count
 count.configured_count.model = %MODEL
 count.configured_count.method = %METHOD
-count.configured_count.trainable = %TRAINABLE
+count.configured_count.trainable = @freezing.trainable_patterns()
 """
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pemoe_jax.analysis.planning import compiled_step
     from pemoe_jax.core import network, optim
 
-_BINDINGS = """\
+_BINDINGS = f"""\
+{gin_flags.FREEZE_BINDINGS}\
 from pemoe_jax.tools import plan
 from pemoe_jax.core import network
 from pemoe_jax.core import optim
@@ -27,7 +28,7 @@ network.T5Config.remat_policy = %REMAT_POLICY
 network.T5Config.attention = %ATTENTION
 plan.configured_step.model = %MODEL
 plan.configured_step.method = %METHOD
-plan.configured_step.trainable = %TRAINABLE
+plan.configured_step.trainable = @freezing.trainable_patterns()
 plan.configured_step.frozen_dtype = %FROZEN_DTYPE
 plan.configured_step.optimizer = @optim."""
 

@@ -1,0 +1,29 @@
+"""Parts of a sparse model that do not train, by name: the setting FREEZE."""
+
+from collections.abc import Sequence
+
+from pemoe_jax.core.errors import check_choice
+
+_PARTS = {"router": "router", "experts": "expert", "moe": "(?:router|expert)"}
+# FREEZE -> pattern of the frozen parameters. Routers of adapters are under `<site>_adapter/`.
+FREEZE = {
+    **{name: rf".*/mlp/{part}/.*" for name, part in _PARTS.items()},
+    **{f"all_but_{name}": rf"(?!.*/mlp/{part}/).*" for name, part in _PARTS.items()},
+}
+
+
+def trainable_patterns(trainable: Sequence[str], freeze: str | None = None) -> list[str]:
+    """Returns the patterns of trainable parameters, for `params.trainable_paths`.
+
+    Args:
+      trainable: regular expressions of the paths of trainable parameters; each must match at least
+        one.
+      freeze: part that does not train although it matches: 'router', 'experts', 'moe' (both, of
+        sparse layers), 'all_but_router', 'all_but_experts', 'all_but_moe', or None.
+
+    Raises:
+      InputError: another part.
+    """
+    check_choice("FREEZE", freeze, (None, *FREEZE))
+    excluded = [] if freeze is None else [f"!{FREEZE[freeze]}"]
+    return [*trainable, *excluded] if trainable else []
