@@ -69,7 +69,7 @@ class ExpertKernel(nn.Module):
         if isinstance(kernel, quantized.QuantizedMatrix):
             return kernel
         shape, axes = (self.num_experts, in_features, self.features), ("expert", *self.kernel_axes)
-        return params_lib.param(self, "kernel", _EXPERT_INIT, shape, axes).astype(self.dtype)
+        return jnp.asarray(params_lib.param(self, "kernel", _EXPERT_INIT, shape, axes), self.dtype)
 
 
 # (rows by slot, kernel [E, in, out]) -> rows by slot
