@@ -174,21 +174,28 @@ def _loss_sums(
     return total, sums
 
 
+def router_kernels(model: network.Transformer) -> dict[str, PyTree]:
+    """Returns router path -> shape [features, E] of its kernel, sorted as `routing.sown_by_router`.
+
+    Paths are e.g. 'decoder/layers_0/mlp/gate_adapter' and, of a sparse layer,
+    'decoder/layers_1/mlp/experts'.
+    """
+    adapter, sparse = "/router/kernel", "/router/router_weights/w/kernel"
+    kernels = {}
+    for path, shape in params_lib.flatten(network.param_shapes(model)).items():
+        if path.endswith(adapter):
+            kernels[path.removesuffix(adapter)] = shape
+        elif path.endswith(sparse):
+            kernels[path.removesuffix(sparse) + "/experts"] = shape
+    return dict(sorted(kernels.items()))
+
+
 def router_paths(model: network.Transformer) -> list[str]:
     """Returns the paths of the routers, in the order of the rows of a step's `routers`.
 
-    E.g. ['decoder/layers_0/mlp/gate_adapter', …]; that of a sparse layer is 'decoder/layers_1/mlp/
-    experts', and the rows of a step's `dispatch` are those of the sparse layers alone.
+    The rows of a step's `dispatch` are those of the sparse layers alone.
     """
-    # By the names of `routing.sown_by_router`, so that both have one order.
-    adapter, sparse = "/router/kernel", "/router/router_weights/w/kernel"
-    paths = []
-    for path in params_lib.flatten(network.param_shapes(model)):
-        if path.endswith(adapter):
-            paths.append(path.removesuffix(adapter))
-        elif path.endswith(sparse):
-            paths.append(path.removesuffix(sparse) + "/experts")
-    return sorted(paths)
+    return [*router_kernels(model)]
 
 
 def summarize_routers(

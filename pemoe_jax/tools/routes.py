@@ -128,8 +128,8 @@ def _select_sites(opened: "models.OpenedModel", patterns: Sequence[str] | None) 
     experts = probe.expert_counts(opened.model)
     if not experts:
         raise InputError(
-            f"{opened.path}: expected a run of mov, molora or another method with routers, got a"
-            f" run of {opened.summary()['method']}"
+            f"{opened.path}: expected a run of mov, molora, flan_switch or another method with"
+            f" routers, got a run of {opened.summary()['method']}"
         )
     return measure.select_sites(patterns, experts)
 

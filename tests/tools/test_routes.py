@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sparse_models
 from jsonl_folder import write_folder, write_vocabulary
 from methods import CONFIG, EXPERTS, METHODS, example_batch, model, random_params
 
@@ -135,6 +136,34 @@ def test_head_wise_totals_are_means_over_heads_and_accumulate():
     )
     for double, single in zip(jax.tree.leaves(twice), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(double, 2 * single, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["switch", "ec"])
+def test_totals_of_sparse_layers(name):
+    """Beside MoV's routers; the weights of one expert a token, or of all that chose the token."""
+    transformer = sparse_models.model(name, "mov")
+    weights = sparse_models.parameters(name, "mov")
+    batch = {k: v for k, v in BATCH.items() if k != "sentence_embeddings"}
+    experts = probe.expert_counts(transformer)
+    sites = ["encoder/layers_1/mlp/experts", "decoder/layers_1/mlp/experts"]
+    assert [*experts][-1] == sites[1] and experts.keys() > {"encoder/layers_0/mlp/gate", sites[0]}
+    assert measure.select_sites(None, experts) == sites[1:]  # MoV's sites have 3 experts
+    assert measure.select_sites(["*/mlp/experts"], experts) == sites
+    totals = run_probe(transformer, weights, batch, sites=sites)
+    sown = router_probs(transformer, weights, batch)
+    for site in sites:
+        stack = probe.token_stack(site)
+        mask = batch["encoder_input_tokens" if stack == "encoder" else "decoder_target_tokens"] > 0
+        probs = np.asarray(sown[site.replace("experts", "probs")]) * mask[..., None]
+        expected = [probs[task == TASKS].sum(axis=(0, 1)) for task in (0, 1)]
+        np.testing.assert_allclose(totals.probs[site], expected, rtol=1e-5)
+        np.testing.assert_allclose(np.sum(totals.token_probs[site], 0), np.sum(expected, 0), 1e-5)
+        if name == "switch" or stack == "decoder":
+            assert ((probs > 0).sum(axis=-1) == mask * transformer.sparse.top_k).all()
+        if name == "switch":
+            np.testing.assert_allclose(totals.entropy[site], 0, atol=1e-6)
+    check = metrics.mean_distributions(totals, sites[0])
+    np.testing.assert_allclose(check.sum(axis=-1), 1, rtol=1e-6)
 
 
 def test_sites_are_in_layer_order():
@@ -388,6 +417,21 @@ def test_files_contain_the_metrics(tmp_path):
     assert re.search(r"\| a +\| set of a +\| trained on \| +10 \| 0.700 \|", files["routes.md"])
 
 
+def test_page_of_sparse_layers(tmp_path):
+    """Every second layer has a router."""
+    by_site = {
+        f"{s}/layers_{i}/mlp/experts": [[0.9, 0.1]] * 2 for s in probe.STACKS for i in (1, 3)
+    }
+    result = make_result(by_site, dict.fromkeys(by_site, [0.0, 0.0]))
+    page_lib.draw_plots(result, tmp_path)
+    text = page_lib.to_markdown([result], tmp_path)
+    assert "| decoder/layers_3/mlp/experts |" in text and "has a dense MLP" in text
+    assert plots._site_title("decoder/layers_3/mlp/experts") == "dec 3 · experts"
+    assert "has a dense MLP" not in page_lib.to_markdown(
+        [make_result({SITE: [[0.5, 0.5]]})], tmp_path
+    )
+
+
 def test_page_with_one_task_and_unknown_roles(tmp_path):
     result = make_result({SITE: [[0.1, 0.1]]}, seen=[None])  # top-k, with 0.2 of the probability
     page_lib.draw_plots(result, tmp_path)
@@ -510,8 +554,8 @@ def run_alone(transformer, weights, task, row) -> tuple[dict, dict]:
 @pytest.mark.parametrize(
     ("checkpoint", "flags", "message"),
     [
-        ("base.safetensors", [], r"expected a run of mov, molora .*, got a run of none"),
-        ("ia3", [], r"expected a run of mov, molora .*, got a run of ia3"),
+        ("base.safetensors", [], r"expected a run of mov, .*, got a run of none"),
+        ("ia3", [], r"expected a run of mov, .*, got a run of ia3"),
         ("mov", ["--sites", "decoder/layers_1/mlp/gat"], r"mlp/gat' matches none of the 13"),
         (
             "mov",

@@ -332,16 +332,22 @@ def select_sites(patterns: Sequence[str] | None, num_experts: Mapping[str, int])
     """Returns the sites that match, in layer order.
 
     Args:
-      patterns: shell-style patterns of names such as 'decoder/layers_3/mlp/gate'. None: all sites
-        of the last block with routers (the last decoder block, as in arXiv 2309.05444).
+      patterns: shell-style patterns of names such as 'decoder/layers_3/mlp/gate'. None: the
+        sites of the last block with routers (the last decoder block, as in arXiv 2309.05444) with
+        as many experts as its last site.
       num_experts: {site: E} of every router.
 
     Raises:
       InputError: a pattern matches nothing, or the sites differ in E.
     """
     if patterns is None:
-        last = list(num_experts)[-1].split("/")[:2]
-        return [site for site in num_experts if site.split("/")[:2] == last]
+        last = list(num_experts)[-1]
+        block = last.rsplit("/", 2)[0] + "/"
+        return [
+            site
+            for site, size in num_experts.items()
+            if site.startswith(block) and size == num_experts[last]
+        ]
     patterns = _check_patterns("ROUTES_SITES", "site", patterns)
     selected: set[str] = set()
     for pattern in patterns:

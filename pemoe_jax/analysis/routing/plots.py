@@ -18,6 +18,7 @@ from pemoe_jax.core.errors import InputError
 
 # A site's projection sets the color, its attention the line: self and cross keys look related.
 _COLOR = {"key": 0, "value": 1, "gate": 2, "query": 3, "out": 4, "wi_0": 5, "wi_1": 2, "wo": 6}
+_COLOR |= {"experts": 6}  # of a sparse layer
 _LINES = {"self": "-", "cross": (0, (4, 2)), "": "-"}
 _MARKERS = {"self": "o", "cross": "s", "": "D"}
 _ROWS = (

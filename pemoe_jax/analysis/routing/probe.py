@@ -1,7 +1,9 @@
 """Totals of router probabilities by task and by token, accumulated on the device.
 
 Shapes: `T` tasks, `V` vocabulary, `E` experts of a site. A site is the parameter path of a router's
-adapter without its suffix, e.g. 'decoder/layers_3/mlp/gate'.
+adapter without its suffix, e.g. 'decoder/layers_3/mlp/gate'; a sparse layer's router is at the site
+'decoder/layers_3/mlp/experts', and its probabilities are the weights of the experts that a token
+has, before any is dropped.
 """
 
 import functools
@@ -11,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pemoe_jax.core import adapters, network, steps
+from pemoe_jax.core import adapters, network, routing, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 
@@ -19,7 +21,7 @@ Array = jax.Array
 
 STACKS = ("encoder", "decoder")
 _MODULES = ("attention", "self_attention", "encoder_decoder_attention", "mlp")
-_SUFFIX = "_adapter/probs"
+_SUFFIX = "_adapter"
 
 # GPUs and TPUs multiply float32 matrices with fewer bits by default, which would round the counts.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -50,16 +52,17 @@ Probe = Callable[[params_lib.Params, steps.Batch, Array, ProbeTotals], ProbeTota
 def expert_counts(model: network.Transformer) -> dict[str, int]:
     """Returns {site: E} of every router in layer order; empty if the method has no routers."""
     # Shapes are traced, not computed: this also works for models that do not fit into memory.
-    shapes = params_lib.flatten(network.param_shapes(model))
+    kernels = steps.router_kernels(model)
     return {
-        path.removesuffix("_adapter"): shapes[f"{path}/router/kernel"].shape[-1]
-        for path in sorted(steps.router_paths(model), key=_layer_order)
+        path.removesuffix(_SUFFIX): kernels[path].shape[-1]
+        for path in sorted(kernels, key=_layer_order)
     }
 
 
 def _layer_order(path: str) -> tuple[int, int, int, int]:
-    stack, layer, module, site = path.removesuffix("_adapter").split("/")
-    order = _MODULES.index(module), list(adapters.SITES).index(site)
+    stack, layer, module, site = path.removesuffix(_SUFFIX).split("/")
+    sites = [*adapters.SITES, routing.EXPERTS_SITE.rpartition("/")[2]]
+    order = _MODULES.index(module), sites.index(site)
     return STACKS.index(stack), int(layer.removeprefix("layers_")), *order
 
 
@@ -120,7 +123,8 @@ def make_probe(model: network.Transformer) -> Probe:
         task_one_hot = jax.nn.one_hot(task_ids, totals.num_tokens["encoder"].shape[0])  # [B, T]
         probs, entropy = dict(totals.probs), dict(totals.entropy)
         token_probs = dict(totals.token_probs)
-        for path, (site_probs,) in params_lib.flatten(collections["intermediates"]).items():
+        sown = routing.sown_by_router(collections["intermediates"], "probs")
+        for path, site_probs in sown.items():
             site = path.removesuffix(_SUFFIX)
             stack = token_stack(site)
             p, h = _average_heads(site_probs)

@@ -13,6 +13,7 @@ import numpy as np
 from pemoe_jax.analysis.routing import metrics, probe
 from pemoe_jax.analysis.routing.metrics import ProbeResult
 from pemoe_jax.analysis.tables import MISSING, Table
+from pemoe_jax.core import routing
 
 _SEEN = {True: "trained on", False: "held out", None: MISSING}
 _TOKENS = {"encoder": "input tokens", "decoder": "tokens that the decoder reads"}
@@ -29,6 +30,11 @@ _ENTROPY_NOTE = (
     " one expert, 1 if it uses all equally. Mean: the entropy of the mean over tokens and tasks; 0"
     " if one expert serves everything. Tasks: by how many bits the tasks' mean entropy is below the"
     " entropy of their mean; 0 if routing does not depend on the task."
+)
+_SPARSE_NOTE = (
+    "mlp/experts is the router of a sparse layer, whose experts are whole MLPs; a layer without"
+    " this row has a dense MLP. Its probabilities are the weights of the chosen experts, before any"
+    " token is dropped: with one expert for each token, its first column is 0."
 )
 _MASS_NOTE = (
     "Kept: the mean sum of a token's probabilities after top-k. All other columns refer to"
@@ -107,7 +113,9 @@ def entropy_table(result: ProbeResult) -> Table:
         mass = [f"{router.mass:.3f}"] if shows_mass else []
         rows.append([router.site, *(f"{value:.4f}" for value in values), *mass])
     columns = ["site", "each token", "mean", "tasks (bits)", *(["kept"] if shows_mass else [])]
-    notes = [_ENTROPY_NOTE, *([_MASS_NOTE] if shows_mass else [])]
+    is_sparse = any(routing.is_sparse_layer(router.site) for router in routers)
+    notes = [_ENTROPY_NOTE, *([_SPARSE_NOTE] if is_sparse else [])]
+    notes += [_MASS_NOTE] if shows_mass else []
     return Table("Entropy of the routers", columns, rows, notes=notes)
 
 
