@@ -241,6 +241,7 @@ class Encoder(nn.Module):
             x,
             scan=cfg.scan_layers,
             remat_policy=cfg.remat_policy,
+            period=layer_period(self.sparse),
         )
         if not cfg.broadcast_encoder_dropout:
             dropout = nn.Dropout(cfg.dropout_rate, deterministic=tokens.deterministic)
@@ -292,6 +293,7 @@ class Decoder(nn.Module):
             x,
             scan=cfg.scan_layers and not decode,  # the caches of decoding are by layer
             remat_policy="none" if decode else cfg.remat_policy,
+            period=layer_period(self.sparse),
         )
         x = dropout(layers.LayerNorm(cfg.dtype, name="decoder_norm")(x))
         x = x.astype(jnp.float32)
@@ -315,11 +317,23 @@ class Transformer(nn.Module):
       config: dimensions.
       adapters: adapter factories by site.
       sparse: which MLPs are mixtures of whole feed-forward experts; None for none.
+
+    Raises:
+      InputError: the layers of a stack are not a multiple of `sparse_step`.
     """
 
     config: T5Config
     adapters: Adapters = Adapters()
     sparse: Sparse | None = None
+
+    def __post_init__(self) -> None:
+        period = layer_period(self.sparse)
+        for stack, depth in _depths(self).items():
+            if depth % period:
+                raise InputError(
+                    f"SPARSE_STEP must divide the {depth} layers of the {stack}, got {period}"
+                )
+        super().__post_init__()
 
     def setup(self) -> None:
         cfg = self.config
@@ -485,7 +499,8 @@ def stack_layers(
     `stack` is `stacks.stack_and_delete` or `stacks.stack_abstract`.
     """
     depths = _depths(model)
-    return stacks.stack_layers(params, lambda prefix: depths[prefix.rstrip("/")], stack)
+    period = layer_period(model.sparse)
+    return stacks.stack_layers(params, lambda prefix: depths[prefix.rstrip("/")], stack, period)
 
 
 def _depths(model: Transformer) -> dict[str, int]:
@@ -500,20 +515,17 @@ def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]
     attributes = vars(model)
     if "_traced_params" in attributes:
         return attributes["_traced_params"]
-    # After the first `period` layers of a stack, layers differ in their names alone. So only these
-    # are traced, and their parameters are repeated: T5-XXL takes 0.1 s instead of 2 s.
-    depths, period = _depths(model), layer_period(model.sparse)
-    for stack, depth in depths.items():
-        if depth % period:
-            raise InputError(
-                f"SPARSE_STEP must divide the {depth} layers of the {stack}, got {period}"
-            )
+    # The dense layers of a stack differ in their names alone, and so do the sparse ones. So one of
+    # each is traced, and its parameters are repeated: T5-XXL takes 0.1 s instead of 2 s.
+    sparse = model.sparse
+    if sparse is not None and sparse.sparse_step > 2:
+        sparse = dataclasses.replace(sparse, sparse_step=2)
+    period = layer_period(sparse)
     shallow = dataclasses.replace(
-        model.config,
-        num_encoder_layers=min(period, depths["encoder"]),
-        num_decoder_layers=min(period, depths["decoder"]),
+        model.config, num_encoder_layers=period, num_decoder_layers=period
     )
-    init = functools.partial(model.clone(config=shallow).init, enable_dropout=False)
+    init = model.clone(config=shallow, sparse=sparse).init
+    init = functools.partial(init, enable_dropout=False)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     sentence_dim = model.config.sentence_dim or model.config.emb_dim
     sentence = jax.ShapeDtypeStruct((1, sentence_dim), jnp.float32)
@@ -521,8 +533,8 @@ def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]
         shapes = jax.eval_shape(
             lambda t, s: init(jax.random.key(0), t, t, t, sentence_embeddings=s), tokens, sentence
         )
-    tree = params_lib.unflatten(_repeat(params_lib.flatten(shapes["params"]), depths, period))
-    attributes["_traced_params"] = tree, _repeat(specs, depths, period)
+    tree = params_lib.unflatten(_repeat(params_lib.flatten(shapes["params"]), model))
+    attributes["_traced_params"] = tree, _repeat(specs, model)
     return attributes["_traced_params"]
 
 
@@ -531,15 +543,18 @@ def layer_period(sparse: Sparse | None) -> int:
     return 1 if sparse is None else sparse.sparse_step
 
 
-def _repeat(values: Mapping[str, _T], depths: Mapping[str, int], period: int) -> dict[str, _T]:
-    """Copies the values of '<stack>/layers_<i>/…', i < period, to every `period`th layer."""
+def _repeat(values: Mapping[str, _T], model: Transformer) -> dict[str, _T]:
+    """Copies the values of '<stack>/layers_<i>/…', i < 2, to all dense or all sparse layers."""
     repeated: dict[str, _T] = {}
+    depths, period = _depths(model), layer_period(model.sparse)
     for path, value in values.items():
         match = re.fullmatch(r"(\w+)/layers_(\d+)/(.*)", path)
         if match is None:
             repeated[path] = value
             continue
-        stack, first, rest = match[1], int(match[2]), match[3]
-        for i in range(first, depths[stack], period):
-            repeated[f"{stack}/layers_{i}/{rest}"] = value
+        stack, traced, rest = match[1], int(match[2]), match[3]
+        for i in range(depths[stack]):
+            is_last_of_period = i % period == period - 1
+            if traced == (0 if period == 1 else int(is_last_of_period)):
+                repeated[f"{stack}/layers_{i}/{rest}"] = value
     return repeated

@@ -64,12 +64,13 @@ def param(
     specs = _specs.get()
     if specs is not None:
         specs["/".join((*module.path, name))] = ParamSpec(init, shape, axes)
+        init = nn.initializers.zeros  # to trace draws would take as long as to trace the network
     return nn_partitioning.param_with_axes(name, init, shape, jnp.float32, axes=axes)
 
 
 @contextlib.contextmanager
 def record_specs() -> Iterator[dict[str, ParamSpec]]:
-    """Collects path -> spec of the parameters that are created inside the context."""
+    """Collects path -> spec of the parameters that are created, as zeros, inside the context."""
     specs: dict[str, ParamSpec] = {}
     token = _specs.set(specs)
     try:

@@ -1,9 +1,11 @@
 """The layers of a stack: unrolled or scanned, with activations stored or rematerialized.
 
-The body of a scan is compiled once, whatever the depth. It reads each parameter of its N layers as
-one array `<stack>/layers/…` [N, …]. Frozen parameters are stacked once, before training, and
-trainable ones in each step, since optimizer states, checkpoints and masks use only the unstacked
-names `<stack>/layers_<i>/…`.
+The body of a scan is compiled once, whatever the depth. It is a period of P layers, after which the
+layers repeat: P = 1 where all are alike, and the step of sparse layers otherwise. It reads each
+parameter of the N / P layers j, j + P, … as one array [N / P, …]: `<stack>/layers/…` for P = 1, and
+`<stack>/layers/<j>/…` otherwise. Frozen parameters are stacked once, before training, and trainable
+ones in each step, since optimizer states, checkpoints and masks use only the unstacked names
+`<stack>/layers_<i>/…`.
 """
 
 import functools
@@ -60,6 +62,7 @@ def apply_layers(
     x: Array,
     scan: bool,
     remat_policy: str,
+    period: int = 1,
 ) -> Array:
     """Applies the N layers `layers_0`, `layers_1`, … of a stack to x [B, L, D].
 
@@ -71,11 +74,12 @@ def apply_layers(
       x: input of the first layer.
       scan: whether to use `jax.lax.scan`. Dropout masks then differ from the unrolled form.
       remat_policy: one of `REMAT_POLICIES`.
+      period: P, a divisor of N; layers i and i + P have the same parameters' shapes and function.
     """
     policy = REMAT_POLICIES[remat_policy]
     # `init` creates layer by layer: either form has the subtrees `layers_0`, `layers_1`, …
     if scan and num_layers and not stack.is_initializing():
-        return _scan_layers(stack, make_layer, num_layers, apply, x, policy)
+        return _scan_layers(stack, make_layer, num_layers, apply, x, policy, period)
     if remat_policy != "none" and not stack.is_initializing():
         apply = nn.remat(apply, policy=policy)
     for i in range(num_layers):
@@ -90,27 +94,41 @@ def _scan_layers(
     apply: Callable[[PyTree, Array], Array],
     x: Array,
     policy: _Policy,
+    period: int,
 ) -> Array:
     # Not `nn.scan`, which creates stacked parameters: the tree must stay that of T5X's minimal T5,
     # with one subtree per layer.
-    layer = make_layer(0, parent=None)
     mutable = [name for name in _COLLECTIONS if stack.is_mutable_collection(name)]
-    keys = None
-    if stack.has_rng("dropout"):
-        keys = jax.random.split(stack.make_rng("dropout"), num_layers)
-    params = stack_layers(stack.variables["params"], lambda _: num_layers)["layers"]
+    has_rng = stack.has_rng("dropout")
+    keys = jax.random.split(stack.make_rng("dropout"), num_layers) if has_rng else None
+    params = stack_layers(stack.variables["params"], lambda _: num_layers, period=period)["layers"]
 
-    def body(x: Array, params_and_key: tuple[PyTree, Array | None]) -> tuple[Array, PyTree]:
-        params, key = params_and_key
-        rngs = None if key is None else {"dropout": key}
-        return nn.apply(apply, layer, mutable=mutable)({"params": params}, x, rngs=rngs)
+    def layer_function(j: int) -> Callable[[Array, PyTree, Array | None], tuple[Array, PyTree]]:
+        layer_apply = nn.apply(apply, make_layer(j, parent=None), mutable=mutable)
 
-    # XLA does not merge recomputation with the forward pass across scans: no barrier is needed.
-    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    x, collections = jax.lax.scan(body, x, (params, keys))
-    for name, tree in collections.items():
-        for i in range(num_layers):
-            layer_tree = jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+        def apply_layer(x: Array, params: PyTree, key: Array | None) -> tuple[Array, PyTree]:
+            return layer_apply({"params": params}, x, rngs={"dropout": key} if has_rng else None)
+
+        # XLA does not merge recomputation with the forward pass across scans: no barrier is needed.
+        return jax.checkpoint(apply_layer, policy=policy, prevent_cse=False)
+
+    functions = [layer_function(j) for j in range(period)]
+
+    def body(x: Array, inputs: list[tuple[PyTree, Array | None]]) -> tuple[Array, list[PyTree]]:
+        collections = []
+        for function, (layer_params, key) in zip(functions, inputs, strict=True):
+            x, layer_collections = function(x, layer_params, key)
+            collections.append(layer_collections)
+        return x, collections
+
+    inputs = [
+        (params if period == 1 else params[str(j)], None if keys is None else keys[j::period])
+        for j in range(period)
+    ]
+    x, collections = jax.lax.scan(body, x, inputs)
+    for i in range(num_layers):
+        for name, tree in collections[i % period].items():
+            layer_tree = jax.tree.map(lambda leaf, i=i: leaf[i // period], tree)
             stack.put_variable(name, f"layers_{i}", layer_tree)
     return x
 
@@ -119,27 +137,30 @@ def stack_layers(
     params: Params,
     depth: Callable[[str], int],
     stack_leaves: Callable[[list[PyTree]], PyTree] = jnp.stack,
+    period: int = 1,
 ) -> dict[str, PyTree]:
     """Stacks the parameters of `layers_0`, `layers_1`, … as `layers`, for a scan.
 
-    A parameter that only some layers have in `params`, since it is trained in the others, is not
-    stacked.
+    A parameter that only some of the layers j, j + P, … have in `params`, since it is trained in
+    the others, is not stacked.
 
     Args:
       params: parameters of a stack, or of a tree with stacks.
       depth: the part of a path before 'layers_0', such as 'encoder/' -> number of layers.
-      stack_leaves: N leaves -> one leaf.
+      stack_leaves: N / P leaves -> one leaf.
+      period: P.
     """
     flat: dict[str, PyTree] = {}
-    by_layer: dict[tuple[str, str], dict[int, PyTree]] = {}
+    by_layer: dict[tuple[str, int, str], dict[int, PyTree]] = {}
     for path, leaf in params_lib.flatten(params).items():
         match = _LAYER_PATH.fullmatch(path)
         if match is None:
             flat[path] = leaf
         else:
-            by_layer.setdefault((match[1], match[3]), {})[int(match[2])] = leaf
-    for (prefix, rest), leaves in by_layer.items():
-        if len(leaves) != depth(prefix):
+            index = int(match[2])
+            by_layer.setdefault((match[1], index % period, match[3]), {})[index] = leaf
+    for (prefix, j, rest), leaves in by_layer.items():
+        if len(leaves) != depth(prefix) // period:
             flat |= {f"{prefix}layers_{i}/{rest}": leaf for i, leaf in leaves.items()}
             continue
         ordered = [leaves[i] for i in sorted(leaves)]
@@ -151,7 +172,8 @@ def stack_layers(
                 for leaf in ordered
             ]
         # A quantized matrix is a pytree of two arrays, each stacked by itself.
-        flat[f"{prefix}layers/{rest}"] = jax.tree.map(lambda *each: stack_leaves([*each]), *ordered)
+        stacked = jax.tree.map(lambda *each: stack_leaves([*each]), *ordered)
+        flat[f"{prefix}layers/{rest}" if period == 1 else f"{prefix}layers/{j}/{rest}"] = stacked
     return params_lib.unflatten(flat)
 
 

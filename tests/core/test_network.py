@@ -25,6 +25,7 @@ from pemoe_jax.core.adapters import SITES, Adapters, LoRAExperts, VectorExperts
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.layers import MlpBlock, relative_position_bucket
 from pemoe_jax.core.routing import Router
+from pemoe_jax.core.sparse import Sparse
 
 DEEP = dataclasses.replace(CONFIG, num_decoder_layers=2)
 
@@ -213,21 +214,27 @@ def test_initial_parameters_depend_on_path_and_seed_alone():
     assert (draw("full", 4, path.__eq__)[path] != base[path]).any()
 
 
-def test_tracing_one_layer_of_a_stack_suffices():
-    """Shapes and draws are those of tracing the whole network, with three layers and two."""
-    config = dataclasses.replace(CONFIG, num_encoder_layers=3, num_decoder_layers=2)
+@pytest.mark.parametrize(("sparse", "depths"), [(None, (3, 2)), (Sparse(sparse_step=3), (6, 3))])
+def test_tracing_one_layer_of_each_kind_suffices(sparse, depths):
+    """Shapes, axes and draws are those of tracing the whole network."""
+    config = dataclasses.replace(CONFIG, num_encoder_layers=depths[0], num_decoder_layers=depths[1])
     routed = {"num_experts": 3, "router": Router}
     vectors = functools.partial(VectorExperts, **routed)
     pairs = functools.partial(LoRAExperts, **routed)
-    transformer = network.Transformer(config, Adapters(key=vectors, gate=vectors, out=pairs))
+    adapters = Adapters(key=vectors, gate=vectors, out=pairs)
+    transformer = network.Transformer(config, adapters, sparse)
     tokens = jnp.ones((1, 1), jnp.int32)
     init = functools.partial(transformer.init, enable_dropout=False)
     with params.record_specs() as specs:
         whole = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)["params"]
 
     assert network.param_shapes(transformer) == whole
-    # Seven attention blocks (3 and 2 · 2) with key and out, five MLPs with gate.
-    assert sum("_adapter/" in path for path in params.flatten(whole)) == 7 * 2 + 7 * 3 + 5 * 2
+    # Attention blocks have key and out, dense MLPs gate.
+    attention = depths[0] + 2 * depths[1]
+    mlps = sum(depths) if sparse is None else sum(depths) // 3 * 2
+    adapter_paths = [path for path in params.flatten(whole) if "_adapter/" in path]
+    assert len(adapter_paths) == attention * (2 + 3) + mlps * 2
+    assert network.param_axes(transformer) == {path: spec.axes for path, spec in specs.items()}
     expected = params.flatten(params.initialize(specs, 5))
     drawn = params.flatten(network.init_params(transformer, 5, lambda _: True))
     assert drawn.keys() == expected.keys() == params.flatten(whole).keys()
@@ -235,6 +242,25 @@ def test_tracing_one_layer_of_a_stack_suffices():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
     first, second = (f"decoder/layers_{i}/mlp/wo/kernel" for i in (0, 1))
     assert (drawn[first] != drawn[second]).any()
+
+
+def test_xxl_is_traced_as_two_layers_of_a_stack(monkeypatch):
+    """Its shapes take 0.2 s at most, whatever the depth and the step."""
+    traced = []
+    make_layer = network._make_layer
+    monkeypatch.setattr(
+        network, "_make_layer", lambda *args, **kw: traced.append(args) or make_layer(*args, **kw)
+    )
+    xxl = network.T5Config(
+        emb_dim=4096, num_heads=64, mlp_dim=10240, num_encoder_layers=24, num_decoder_layers=24
+    )
+    transformer = network.Transformer(xxl, sparse=Sparse(num_experts=64, sparse_step=4))
+    # 11.1e9 parameters, and 63 further MLPs and a router in each of 6 + 6 layers.
+    extra = 12 * (63 * 3 * 4096 * 10240 + 4096 * 64)
+    dense = network.Transformer(xxl)
+    assert params.count(network.param_shapes(dense)) == 11_135_332_352
+    assert params.count(network.param_shapes(transformer)) == 11_135_332_352 + extra
+    assert len(traced) == 2 + 4
 
 
 # --- positions ---

@@ -22,6 +22,7 @@ from pemoe_jax.core import network, optim, params, partitioning, quantized, stac
 from pemoe_jax.core.adapters import Adapters, VectorExperts
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
+from pemoe_jax.core.sparse import Sparse
 
 # Different depths, so that the layers of one stack cannot be taken for the other's.
 DEEP = dataclasses.replace(CONFIG, num_encoder_layers=2, num_decoder_layers=1)
@@ -171,6 +172,113 @@ def test_layers_of_a_loop_draw_different_masks():
     _, metrics = run(model, trainable, frozen, jax.random.key(0), microbatches=1)
     entropies = np.asarray(metrics["routers"])[:, 0]
     assert len(set(entropies.round(6).tolist())) == 3
+
+
+# --- sparse layers: a period of layers repeats ---
+
+SPARSE = Sparse(num_experts=4, top_k=2, combine="normalized", balance_loss=0.1, router_z_loss=0.01)
+SPARSE_PATTERNS = {"full": ["encoder/.*"], "mov": ["encoder/.*_adapter/.*", "encoder/layers_3/.*"]}
+
+
+def sparse_model(method: str, form=UNROLLED, **settings) -> network.Transformer:
+    """Returns a model whose encoder has four layers, the second and fourth of which are sparse."""
+    config = dataclasses.replace(
+        CONFIG, num_encoder_layers=4, num_decoder_layers=2, scan_layers=form[0],
+        remat_policy=form[1], **settings,
+    )  # fmt: skip
+    return network.Transformer(config, METHODS[method].adapters(), SPARSE)
+
+
+@functools.cache
+def sparse_halves(method: str):
+    return params.split(random_params_of(sparse_model(method)), SPARSE_PATTERNS[method])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_sparse(model, trainable, frozen, rng=None):
+    """Returns (gradients and collections by path, loss) of the encoder with routers' losses."""
+    rngs = None if rng is None else {"dropout": rng}
+
+    def loss(trainable):
+        encoded, collections = model.apply(
+            {"params": params.merge(trainable, frozen)},
+            example_batch()["encoder_input_tokens"],
+            enable_dropout=rng is not None, rngs=rngs,
+            mutable=["routers", "intermediates"], method="encode",
+        )  # fmt: skip
+        aux = [row[-1] for row in jax.tree.leaves(collections["routers"]) if row.shape == (6,)]
+        return jnp.mean(jnp.sin(encoded)) + sum(aux), collections
+
+    (value, collections), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+    return params.flatten({"grads": grads, **collections}), value
+
+
+@functools.cache
+def unrolled_sparse(method: str):
+    return encode_sparse(sparse_model(method), *sparse_halves(method))[0]
+
+
+def assert_same_encoder(actual, expected) -> None:
+    assert actual.keys() == expected.keys()
+    for path in expected:
+        value = np.asarray(expected[path])
+        tolerance = 1e-5 * np.abs(value).max()
+        np.testing.assert_allclose(actual[path], value, rtol=0, atol=tolerance, err_msg=path)
+    for name in ("dispatch", "probs"):
+        assert {path[-len(name) :] for path in expected if "/mlp/" + name in path} == {name}
+
+
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [
+        ("full", (True, "minimal")),
+        *(pytest.param("full", form, marks=SLOW) for form in ((True, "none"), (True, "full"))),
+        *(pytest.param("mov", form, marks=SLOW) for form in ((True, "none"), (False, "full"))),
+    ],
+)
+def test_sparse_layers_equal_the_unrolled_form(method, form):
+    """Gradients, statistics and probabilities of each layer."""
+    actual, _ = encode_sparse(sparse_model(method, form), *sparse_halves(method))
+    assert_same_encoder(actual, unrolled_sparse(method))
+
+
+@SLOW
+def test_dropout_of_sparse_layers():
+    """Each layer of a period and each period has its own masks; a repeated key repeats them."""
+    loop = sparse_model("full", (True, "full"), dropout_rate=0.5)
+    keys = (jax.random.key(0), jax.random.key(0), jax.random.key(1))
+    values = [float(encode_sparse(loop, *sparse_halves("full"), key)[1]) for key in keys]
+    assert values[0] == values[1] != values[2]
+
+
+def test_frozen_sparse_parameters_are_stacked_by_period():
+    """[N / P, …] under 'layers/<j>', but not where a layer of the same j trains."""
+    model = sparse_model("mov", (True, "minimal"))
+    trainable, frozen = sparse_halves("mov")
+    flat = params.flatten(frozen)
+    wi = [np.asarray(flat[f"encoder/layers_{i}/mlp/wi_0/kernel"]) for i in (0, 2)]
+    copies = jax.tree.map(jnp.array, frozen)
+    stacked = params.flatten(network.stack_layers(model, copies, stacks.stack_and_delete))
+    np.testing.assert_array_equal(stacked["encoder/layers/0/mlp/wi_0/kernel"], np.stack(wi))
+    assert stacked["encoder/layers/0/attention/query/kernel"].shape == (2, 16, 12)
+    assert stacked["decoder/layers/1/mlp/expert/wo/kernel"].shape == (1, 4, 20, 16)
+    assert "encoder/layers_1/mlp/expert/wo/kernel" in stacked
+    assert params.count(stacked) == params.count(frozen)
+    stacked = params.unflatten(stacked)
+    again = network.stack_layers(model, stacked, stacks.stack_abstract)
+    assert jax.tree.structure(again) == jax.tree.structure(stacked)
+    actual, _ = encode_sparse(model, trainable, stacked)
+    assert_same_encoder(actual, unrolled_sparse("mov"))
+
+
+@pytest.mark.parametrize(
+    ("depths", "step", "stack"),
+    [((3, 2), 2, "3 layers of the encoder"), ((4, 2), 4, "2 layers of the decoder")],
+)
+def test_sparse_step_divides_the_layers(depths, step, stack):
+    config = dataclasses.replace(CONFIG, num_encoder_layers=depths[0], num_decoder_layers=depths[1])
+    with pytest.raises(InputError, match=f"SPARSE_STEP must divide the {stack}, got {step}"):
+        network.Transformer(config, sparse=Sparse(sparse_step=step))
 
 
 # --- parameters ---
