@@ -261,14 +261,26 @@ def frozen_dtype(path: str, dtype: jax.typing.DTypeLike) -> np.dtype:
     # Logits and routers compute in float32; norms and adapters are small, and a frozen adapter (a
     # pattern may train a part of them) stays as it was trained.
     keep_float32 = (
-        path.endswith("norm/scale") or path.startswith("decoder/logits_dense/") or is_adapter(path)
+        path.endswith("norm/scale")
+        or path.startswith("decoder/logits_dense/")
+        or is_adapter(path)
+        or is_router(path)
     )
     return jnp.dtype(jnp.float32 if keep_float32 else dtype)
 
 
 def is_matrix(path: str) -> bool:
-    """Whether a parameter is a matrix [in, out] of the base model's attention or MLPs."""
-    return path.endswith("/kernel") and is_base(path) and not path.startswith("decoder/logits")
+    """Whether a parameter is a matrix [in, out], or one of each expert, of attention or MLPs.
+
+    Those of adapters and of routers do not count.
+    """
+    is_excluded = path.startswith("decoder/logits") or is_adapter(path) or is_router(path)
+    return path.endswith("/kernel") and not is_excluded
+
+
+def is_router(path: str) -> bool:
+    """Whether a parameter belongs to the router of a sparse MLP, which computes in float32."""
+    return "/router/router_weights/" in path
 
 
 def sample_array(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:

@@ -26,9 +26,11 @@ FROZEN_DTYPES = (ACTIVATIONS, "int8", "float8_e4m3fn")
 class QuantizedMatrix:
     """A matrix [in, out] as `values * scale`; takes the place of a kernel in a parameter tree.
 
+    The matrices of experts [E, in, out] are each quantized by itself.
+
     Attributes:
-      values: int8 or float8_e4m3fn [in, out].
-      scale: float32 [out], with bfloat16 values.
+      values: int8 or float8_e4m3fn [in, out] or [E, in, out].
+      scale: float32 [out] or [E, out], with bfloat16 values.
     """
 
     # Any, because as a pytree it also holds shapes and shardings in place of the arrays.
@@ -48,12 +50,15 @@ def check_frozen_dtype(frozen_dtype: object) -> None:
 
 
 def quantize(matrix: jax.Array, dtype: str) -> QuantizedMatrix:
-    """Rounds a float32 matrix [in, out] to 'int8' or 'float8_e4m3fn'; its sharding stays.
+    """Rounds a matrix [in, out], or [E, in, out], to 'int8' or 'float8_e4m3fn'.
+
+    Its sharding stays.
 
     The error of a value is at most scale / 2 for int8, and 1/16 of the value for float8_e4m3fn.
     """
     sharding = matrix.sharding
-    return _quantizer(dtype, sharding if isinstance(sharding, NamedSharding) else None)(matrix)
+    named = sharding if isinstance(sharding, NamedSharding) else None
+    return _quantizer(dtype, matrix.ndim, named)(matrix)
 
 
 def quantized_shape(
@@ -62,45 +67,47 @@ def quantized_shape(
     """Returns the shapes and shardings of `quantize`; the matrix itself if not quantized."""
     if frozen_dtype == ACTIVATIONS:
         return matrix
-    shardings = _shardings(matrix.sharding)
+    shardings = _shardings(matrix.sharding, len(matrix.shape))
+    scale_shape = (*matrix.shape[:-2], matrix.shape[-1])
     return QuantizedMatrix(
         jax.ShapeDtypeStruct(matrix.shape, jnp.dtype(frozen_dtype), sharding=shardings.values),
-        jax.ShapeDtypeStruct(matrix.shape[1:], jnp.float32, sharding=shardings.scale),
+        jax.ShapeDtypeStruct(scale_shape, jnp.float32, sharding=shardings.scale),
     )
 
 
 @functools.cache
 def _quantizer(
-    dtype: str, sharding: NamedSharding | None
+    dtype: str, ndim: int, sharding: NamedSharding | None
 ) -> Callable[[jax.Array], QuantizedMatrix]:
     largest = float(jnp.iinfo(dtype).max if dtype == "int8" else jnp.finfo(dtype).max)
 
     def quantize_matrix(matrix: jax.Array) -> QuantizedMatrix:
         matrix = matrix.astype(jnp.float32)
-        scale = jnp.max(jnp.abs(matrix), axis=0) / largest  # [out]
+        scale = jnp.max(jnp.abs(matrix), axis=-2, keepdims=True) / largest  # [1, out]
         # Rounded to bfloat16, so that float32 and bfloat16 activations use the same scale.
         scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
         scale = jnp.where(scale > 0, scale, 1.0)
         # If the scale was rounded down, the largest value is just beyond the range.
         scaled = jnp.clip(matrix / scale, -largest, largest)
         values = (jnp.round(scaled) if dtype == "int8" else scaled).astype(dtype)
-        return QuantizedMatrix(values, scale)
+        return QuantizedMatrix(values, jnp.squeeze(scale, axis=-2))
 
-    out_shardings = None if sharding is None else _shardings(sharding)
+    out_shardings = None if sharding is None else _shardings(sharding, ndim)
     return jax.jit(quantize_matrix, out_shardings=out_shardings)
 
 
-def _shardings(sharding: jax.sharding.Sharding | None) -> QuantizedMatrix:
-    """Returns the shardings of values and scale; the scale is sharded as the last axis."""
+def _shardings(sharding: jax.sharding.Sharding | None, ndim: int) -> QuantizedMatrix:
+    """Returns the shardings of values and scale, which has all axes but the last but one."""
     if not isinstance(sharding, NamedSharding):
         return QuantizedMatrix(sharding, sharding)
-    scale_spec = PartitionSpec(*sharding.spec[1:])
+    spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+    scale_spec = PartitionSpec(*spec[:-2], spec[-1])
     return QuantizedMatrix(sharding, NamedSharding(sharding.mesh, scale_spec))
 
 
 def dequantize(matrix: QuantizedMatrix) -> jax.Array:
-    """Returns the matrix in float32 [in, out]."""
-    return matrix.values.astype(jnp.float32) * matrix.scale
+    """Returns the matrix in float32, [in, out] or [E, in, out]."""
+    return matrix.values.astype(jnp.float32) * matrix.scale[..., None, :]
 
 
 def matmul(x: jax.Array, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -30,6 +30,7 @@ from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints import models, runs
 from pemoe_jax.core import network, optim, params, partitioning, quantized, stacks, steps
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.sparse import Sparse
 from pemoe_jax.tools import convert
 
 KINDS = ("int8", "float8_e4m3fn")
@@ -83,6 +84,60 @@ def test_float8_error_is_at_most_a_sixteenth(shape):
     clipped = np.clip(matrix / scale, -448, 448)
     expected = clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(result.values).astype(np.float32), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_expert_is_quantized_by_itself(kind):
+    """An expert 100 times smaller keeps its precision, as scales are by expert and output."""
+    experts = np.random.default_rng(0).standard_normal((3, 7, 5)).astype(np.float32)
+    experts[1] *= 0.01
+    joined = quantized.quantize(jnp.asarray(experts), kind)
+    each = [quantized.quantize(jnp.asarray(expert), kind) for expert in experts]
+    np.testing.assert_array_equal(joined.values, np.stack([matrix.values for matrix in each]))
+    np.testing.assert_array_equal(joined.scale, np.stack([matrix.scale for matrix in each]))
+    dequantized = np.stack([quantized.dequantize(matrix) for matrix in each])
+    np.testing.assert_array_equal(quantized.dequantize(joined), dequantized)
+    mesh = partitioning.make_mesh(2)
+    spec = jax.sharding.PartitionSpec(None, None, "model")
+    shape = jax.ShapeDtypeStruct(
+        (3, 8, 6), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec)
+    )
+    abstract = quantized.quantized_shape(shape, kind)
+    actual = quantized.quantize(jax.device_put(jnp.ones(shape.shape), shape.sharding), kind)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(abstract), strict=True):
+        assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+    assert abstract.scale.sharding.spec == jax.sharding.PartitionSpec(None, "model")
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_quantized_sparse_layers(factor):
+    """Logits and gradients are those of dequantized experts; routers stay in float32."""
+    config = dataclasses.replace(CONFIG, num_encoder_layers=2, num_decoder_layers=2)
+    cfg = Sparse(num_experts=3, top_k=2, eval_capacity_factor=factor, min_capacity=1)
+    model = network.Transformer(config, sparse=cfg)
+    router = "encoder/layers_1/mlp/router/router_weights/w/kernel"
+    whole = random_params_of(model)
+    assert not params.is_matrix(router) and params.is_matrix(
+        "decoder/layers_1/mlp/expert/wo/kernel"
+    )
+    assert params.frozen_dtype(router, jnp.bfloat16) == jnp.float32
+
+    @jax.jit
+    def encode(trainable, frozen):
+        tokens = example_batch()["encoder_input_tokens"]
+        variables = {"params": params.merge(trainable, frozen)}
+        encoded = model.apply(variables, tokens, enable_dropout=False, method="encode")
+        return jnp.mean(jnp.sin(encoded)), encoded
+
+    results = []
+    for transform in (lambda matrix: matrix, quantized.dequantize):
+        halves = params.split(
+            quantize_tree(whole, "int8", transform), [router, "token_embedder/.*"]
+        )
+        grads, encoded = jax.grad(encode, has_aux=True)(*halves)
+        results.append([encoded, *jax.tree.leaves(grads)])
+    for actual, expected in zip(*results, strict=True):
+        assert largest_difference(actual, expected) < 5e-5
 
 
 def test_matrices_are_those_of_attention_and_mlps():
