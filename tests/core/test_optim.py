@@ -1,5 +1,6 @@
 """Optimizers against numpy and numbers by hand; schedules by hand."""
 
+import functools
 import json
 
 import archives
@@ -9,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from pemoe_jax.core import optim, params
+from pemoe_jax.core import network, optim, params
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.sparse import Sparse
 
 
 def run(optimizer, start: np.ndarray, grads: list[np.ndarray]) -> list[np.ndarray]:
@@ -227,6 +229,38 @@ def test_adafactor_states_of_experts():
         path: [(1,), (1,), shapes[path]] for path in whole
     }
     assert states == {"wi": [(3, 128), (3, 256), (1,)]}
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_whole_experts_are_updated_as_parameters_of_their_own(name):
+    """E = 256 is larger than D = 192, yet moments are those of an expert's matrix [D, F].
+
+    The update of an expert that is 100 times smaller is that much smaller with Adafactor.
+    """
+    config = network.T5Config(vocab_size=8, emb_dim=192, num_heads=1, mlp_dim=384)
+    axes = network.param_axes(network.Transformer(config, sparse=Sparse(num_experts=256)))
+    path = "encoder/layers_1/mlp/expert/wi_0/kernel"
+    optimizer = getattr(optim, name)(lambda _: 0.01, param_axes=axes)
+    alone = getattr(optim, name)(lambda _: 0.01)
+    rng = np.random.default_rng(0)
+    start, *grads = rng.standard_normal((3, 256, 192, 384), np.float32)
+    start[1] *= 0.01
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def last_update(optimizer, start, grads):
+        tree = params.unflatten({path: start})
+        state = optimizer.init(tree)
+        for grad in grads:
+            updates, state = optimizer.update(params.unflatten({path: grad}), state, tree)
+            tree = optax.apply_updates(tree, updates)
+        return params.flatten(updates)[path]
+
+    joined = np.asarray(last_update(optimizer, start, grads))
+    for e in (0, 1, 255):
+        expected = last_update(alone, start[e], [grad[e] for grad in grads])
+        np.testing.assert_allclose(joined[e], expected, rtol=2e-6, atol=1e-9)
+    ratio = np.abs(joined[1]).mean() / np.abs(joined[0]).mean()
+    assert ratio == pytest.approx(0.01 if name == "adafactor" else 1.0, rel=0.05)
 
 
 def test_adafactor_needs_the_axes_of_all_parameters():
