@@ -169,7 +169,9 @@ def _open_folder(folder: epath.Path, kind: str, expected: str) -> BaseModel:
         return _open_run(folder)
     path = os.fspath(folder)
     if huggingface.is_checkpoint(folder):
-        return BaseModel(path, "Hugging Face", huggingface.open_checkpoint(folder))
+        arrays = huggingface.open_checkpoint(folder)
+        activations = huggingface.read_activations(folder, arrays)
+        return BaseModel(path, "Hugging Face", arrays, {"mlp_activations": activations})
     is_orbax = tensorstore_file.orbax_state_folder(folder) is not None
     if is_orbax or (folder / t5x.INDEX).is_file():
         name = "T5X, Orbax" if is_orbax else "T5X, legacy"

@@ -63,7 +63,13 @@ def write_huggingface(source: OpenedModel, output: Path, dtype: str | None) -> N
     """Writes a whole model as a Hugging Face folder; `dtype` None: as stored."""
     arrays = _merged_arrays(source, dtype)
     with models.array_progress("writing", len(arrays)) as report:
-        huggingface.save_checkpoint(output, arrays, report=report)
+        huggingface.save_checkpoint(
+            output,
+            arrays,
+            activations=source.model.config.mlp_activations,
+            sparse=source.model.sparse,
+            report=report,
+        )
 
 
 def write_base(source: OpenedModel, output: Path, dtype: str | None) -> None:
@@ -101,7 +107,8 @@ def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArra
     if source.record is not None:
         trained = params_lib.flatten(source.load_trained())
         adapter = {path: array for path, array in trained.items() if params_lib.is_adapter(path)}
-        updates = merging.kernel_updates(source.record.adapters, adapter)
+        is_gated = len(source.model.config.mlp_activations) > 1
+        updates = merging.kernel_updates(source.record.adapters, adapter, is_gated)
         # Parameters of the base that were trained replace the stored ones.
         others = trained.keys() - adapter.keys()
         arrays = arrays | {p: lazy_array.from_numpy(np.asarray(trained[p])) for p in others}
@@ -114,6 +121,8 @@ def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArra
 def _merged(
     path: str, array: LazyArray, update: KernelUpdate | None, dtype: str | None
 ) -> LazyArray:
+    if array.parts:  # experts, which have no adapters
+        return lazy_array.stack([_merged(path, part, None, dtype) for part in array.parts])
     output_dtype = array.dtype if dtype is None else jnp.dtype(dtype)
 
     # The whole array is merged, whatever slice is read: writers read whole arrays.

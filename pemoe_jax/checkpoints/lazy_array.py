@@ -2,9 +2,10 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,13 @@ class LazyArray:
       dtype: stored dtype.
       read_slice: maps one slice per axis to that part of the array; raises `InputError` if the
         part cannot be read.
+      parts: the arrays along the first axis, if they are stored one by one; see `stack`.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read_slice: Callable[[Index], np.ndarray]
+    parts: tuple["LazyArray", ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +54,64 @@ class LazyArray:
 def from_numpy(array: np.ndarray) -> LazyArray:
     """Wraps an array in memory."""
     return LazyArray(array.shape, array.dtype, lambda index: array[index])
+
+
+_ROWS = 4096  # compared at a time
+
+
+def is_equal(a: LazyArray, b: LazyArray) -> bool:
+    """Whether two arrays are equal, read by rows until they differ."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.shape:
+        return False
+    rest = (slice(None),) * (len(a.shape) - 1)
+    parts = ((slice(i, i + _ROWS), *rest) for i in range(0, a.shape[0], _ROWS))
+    return all(np.array_equal(a.read_slice(part), b.read_slice(part)) for part in parts)
+
+
+def stack(parts: Sequence[LazyArray]) -> LazyArray:
+    """Stacks arrays of one shape and dtype along a new first axis.
+
+    They are read one by one into the stacked array, so that only one exists twice.
+    """
+    shape, dtype = (len(parts), *parts[0].shape), parts[0].dtype
+    return LazyArray(shape, dtype, lambda index: _read_parts(parts, index, dtype), tuple(parts))
+
+
+def _read_parts(parts: Sequence[LazyArray], index: Index, dtype: np.dtype) -> np.ndarray:
+    """Reads a slice of stacked arrays in a dtype; each is cast on its own."""
+    parts, rest = parts[index[0]], index[1:]
+    shape = (len(range(*i.indices(n))) for i, n in zip(rest, parts[0].shape, strict=True))
+    result = file_io.aligned_empty((len(parts), *shape), dtype)
+    for target, part in zip(result, parts, strict=True):
+        _copy(part.read_slice(rest), target)
+    return result
+
+
+def unstack(array: LazyArray) -> list[LazyArray]:
+    """Returns the arrays along the first axis, the inverse of `stack`.
+
+    An array that is not stored in parts is read whole, once, and kept until its last part is read:
+    a part of a chunk cannot be read alone.
+    """
+    if array.parts:
+        return list(array.parts)
+    remaining = set(range(array.shape[0]))
+    whole: list[np.ndarray] = []
+
+    def read_part(i: int, index: Index) -> np.ndarray:
+        if not whole:
+            whole.append(array.read())
+        part = whole[0][i][index]
+        remaining.discard(i)
+        if not remaining:
+            whole.clear()
+            remaining.update(range(array.shape[0]))
+        return part
+
+    return [
+        LazyArray(array.shape[1:], array.dtype, functools.partial(read_part, i))
+        for i in range(array.shape[0])
+    ]
 
 
 def load_arrays(
@@ -138,25 +199,34 @@ def _read_shards(array: LazyArray, target: jax.ShapeDtypeStruct) -> _Shards:
     # Devices that hold the same part (replicas) have the same key.
     parts = {_bounds(index, target.shape): index for index in indices}
     dtype = np.dtype(target.dtype)
-    return {key: _cast(array.read_slice(index), dtype) for key, index in parts.items()}
+    return {key: _read_as(array, index, dtype) for key, index in parts.items()}
+
+
+def _read_as(array: LazyArray, index: Index, dtype: np.dtype) -> np.ndarray:
+    """Reads a slice in a dtype; a transposed matrix becomes row-major."""
+    if array.parts:
+        return _read_parts(array.parts, index, dtype)
+    values = array.read_slice(index)
+    if values.flags.c_contiguous or values.ndim != 2:
+        return values.astype(dtype, copy=False)
+    # Aligned, so that JAX on a CPU adopts the memory without a copy.
+    result = file_io.aligned_empty(values.shape, dtype)
+    _copy(values, result)
+    return result
 
 
 _BLOCK = 64  # columns per copy: each cache line that is read then serves 16 float32 values
 
 
-def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Casts an array; a transposed matrix becomes row-major, copied in blocks of columns.
+def _copy(values: np.ndarray, target: np.ndarray) -> None:
+    """Copies values into an array of any dtype, a transposed matrix in blocks of columns.
 
     A plain copy of a transposed matrix reads one value per cache line; Hugging Face kernels are
     stored [out, in], so all of them come transposed.
     """
-    if array.flags.c_contiguous or array.ndim != 2:
-        return array.astype(dtype, copy=False)
-    # Aligned, so that JAX on a CPU adopts the memory without a copy.
-    result = file_io.aligned_empty(array.shape, dtype)
-    for i in range(0, array.shape[1], _BLOCK):
-        result[:, i : i + _BLOCK] = array[:, i : i + _BLOCK]
-    return result
+    block = values.shape[-1] if values.flags.c_contiguous else _BLOCK
+    for i in range(0, values.shape[-1], max(block, 1)):
+        target[..., i : i + block] = values[..., i : i + block]
 
 
 def _bounds(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

@@ -4,6 +4,7 @@ The safetensors library reads local files only, so the header is parsed here. Fo
 https://github.com/huggingface/safetensors#format
 """
 
+import collections
 import json
 import math
 import os
@@ -55,7 +56,8 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
             f" bytes, the file has {file_bytes:,}"
         )
     try:
-        header = json.loads(file_io.read_range(path, 8, header_bytes).tobytes())
+        text = file_io.read_range(path, 8, header_bytes).tobytes()
+        header = json.loads(text, object_pairs_hook=lambda pairs: _unique_keys(path, pairs))
         metadata = header.pop("__metadata__", {})
         data_start = 8 + header_bytes
         arrays = {name: _parse_entry(path, name, e, data_start) for name, e in header.items()}
@@ -72,6 +74,15 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
             f"{path}: {problem}: expected {data_end:,} bytes by its header, got {file_bytes:,}"
         )
     return arrays, metadata
+
+
+def _unique_keys(path: epath.Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object; by itself `json` would keep the last of two equal keys."""
+    keys = collections.Counter(key for key, _ in pairs)
+    if len(keys) != len(pairs):
+        name = keys.most_common(1)[0][0]
+        raise InputError(f"{path}: {name!r:.100}: expected every name once, got it twice")
+    return dict(pairs)
 
 
 def is_size(number: object) -> bool:

@@ -236,7 +236,10 @@ class _Interpreter:
         # Only strings: hashing a deeply nested tuple overflows the C stack.
         if not isinstance(self.stack[-1], dict) or not all(type(key) is str for key in keys):
             self.refuse("a dict whose keys are not strings")
-        self.stack[-1].update(zip(keys, values, strict=True))
+        for key, value in zip(keys, values, strict=True):
+            if key in self.stack[-1]:
+                self.refuse(f"{key!r:.100} twice")
+            self.stack[-1][key] = value
 
     def build(self) -> None:
         """Drops the attribute `_metadata` of a state dict, which no reader needs."""

@@ -22,18 +22,21 @@ def check_mergeable(description: Mapping[str, Mapping[str, Any]]) -> None:
             )
         if record["kind"] == "LoRAExperts" and site == "gate":
             raise InputError(
-                "LoRA at gate cannot be merged: it is added to gelu(wi_0 x), after the matrix"
+                "LoRA at gate cannot be merged: it is added to the activation, after the matrix"
             )
 
 
 def kernel_updates(
-    description: Mapping[str, Mapping[str, Any]], arrays: Mapping[str, np.ndarray]
+    description: Mapping[str, Mapping[str, Any]],
+    arrays: Mapping[str, np.ndarray],
+    is_gated: bool = True,
 ) -> dict[str, KernelUpdate]:
     """Returns the merge of each matrix: path of a kernel -> function of the kernel.
 
     Args:
       description: `adapters.describe` of the adapters.
       arrays: path -> array of every adapter parameter.
+      is_gated: whether MLPs have `wi_0` and `wi_1`, as in T5 v1.1, and not one `wi`.
 
     Raises:
       InputError: see `check_mergeable`.
@@ -44,10 +47,18 @@ def kernel_updates(
     for path, array in arrays.items():  # such as a/mlp/gate_adapter/vectors
         module, adapter, leaf = path.rsplit("/", 2)
         site = adapter.removesuffix("_adapter")
-        # A vector at gate moves to wi_1: (gelu(wi_0 x) · l) · wi_1 x = gelu(wi_0 x) · (wi_1 x · l)
-        kernel = f"{module}/{'wi_1' if site == 'gate' else site}/kernel"
+        # A vector at gate moves to wi_1: (gelu(wi_0 x) · l) · wi_1 x = gelu(wi_0 x) · (wi_1 x · l);
+        # in an MLP without a gate to the rows of wo: wo (relu(wi x) · l) = (wo · l) relu(wi x).
+        matrix = site
+        if site == "gate":
+            matrix = "wi_1" if is_gated else "wo"
+        elif site == "wi_0" and not is_gated:
+            matrix = "wi"
+        kernel = f"{module}/{matrix}/kernel"
         if leaf == "vectors":  # [H, 1, K], [1, D] or [1, F]
-            scalings.setdefault(kernel, []).append(np.asarray(array, np.float32).reshape(-1))
+            shape = (-1, 1) if (site, matrix) == ("gate", "wo") else (1, -1)
+            scaling = np.asarray(array, np.float32).reshape(shape)
+            scalings.setdefault(kernel, []).append(scaling)
         elif leaf == "lora_a":
             factor = description[site]["alpha"] / description[site]["rank"]
             lora_b = arrays[path.removesuffix("lora_a") + "lora_b"]
@@ -62,7 +73,8 @@ def kernel_updates(
 def _merge(
     pair: tuple[float, np.ndarray, np.ndarray] | None, vectors: list[np.ndarray], kernel: np.ndarray
 ) -> np.ndarray:
-    # LoRA before vectors: a vector at gate scales the output of wi_1 with LoRA's part.
+    # LoRA before vectors: a vector at gate scales the output of wi_1, or the input of wo, with
+    # LoRA's part.
     if pair is not None:
         factor, lora_a, lora_b = pair
         kernel = kernel + factor * (lora_a @ lora_b)

@@ -340,7 +340,7 @@ def check_refused(folder, message: str) -> None:
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"model_type": "bert"}, r"model_type: expected one of \['t5', 'mt5'\], got 'bert'"),
+        ({"model_type": "bert"}, r"model_type: expected one of \['t5', 'mt5', 's.*'\], got 'bert'"),
         ({"model_type": None}, "model_type: expected one of .*, got None"),
         ({"feed_forward_proj": "relu"}, "feed_forward_proj: expected 'gated-gelu' .*got 'relu'"),
         ({"feed_forward_proj": None}, r"feed_forward_proj: .*got 'relu' \(the default\)"),

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -217,3 +218,51 @@ def test_written_files_have_the_usual_mode(tmp_path):
     safetensors_file.save_file(tmp_path / "a.safetensors", {"a": np.ones(2)}, {})
     mode = (tmp_path / "text").stat().st_mode
     assert (tmp_path / "a.safetensors").stat().st_mode == mode
+
+
+def test_stacked_arrays(tmp_path):
+    """Experts that are stored one by one and transposed: one of them exists twice at a time."""
+    experts = RNG.standard_normal((16, 48, 512)).astype(ml_dtypes.bfloat16)  # [E, out, in]
+    safetensors.numpy.save_file({f"{e}": a for e, a in enumerate(experts)}, tmp_path / "x")
+    opened, _ = safetensors_file.open_file(file_io.resolve(tmp_path / "x"))
+    stacked = lazy_array.stack([opened[f"{e}"].T for e in range(16)])
+    expected = experts.transpose(0, 2, 1)
+    assert stacked.shape == expected.shape and stacked.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(stacked.read(), expected)
+    index = (slice(3, 9), slice(100, 300), slice(7, 8))
+    np.testing.assert_array_equal(stacked.read_slice(index), expected[index])
+    mesh = Mesh(np.array(jax.devices()), ("expert",))
+    for spec in (PartitionSpec(), PartitionSpec("expert"), PartitionSpec(None, None, "expert")):
+        sharding = NamedSharding(mesh, spec)
+        shape = jax.ShapeDtypeStruct(stacked.shape, jnp.float32, sharding=sharding)
+        loaded = lazy_array.load_arrays({"a": stacked}, {"a": shape}, "x")["a"]
+        np.testing.assert_array_equal(loaded, expected.astype(np.float32))
+    target = {"a": jax.ShapeDtypeStruct(stacked.shape, jnp.float32)}
+    tracemalloc.start()
+    try:
+        lazy_array.load_arrays({"a": stacked}, target, "x")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    final = 4 * experts.size
+    # The array in its final dtype and, while one expert is read, that one as stored; then which
+    # values are finite. Less than another expert for all else.
+    assert final <= peak < final + experts.size + 2 * experts[0].nbytes
+
+
+def test_unstacked_arrays():
+    """A part of an array that is not stored in parts: it is read once for all of them."""
+    reads = []
+    array = RNG.standard_normal((3, 4, 2))
+
+    def read_slice(index):
+        reads.append(index)
+        return array[index]
+
+    parts = lazy_array.unstack(LazyArray(array.shape, array.dtype, read_slice))
+    for _ in range(2):  # a second pass reads again
+        for part, values in zip(parts, array, strict=True):
+            np.testing.assert_array_equal(part.T.read(), values.T)
+    assert len(reads) == 2
+    stacked = lazy_array.stack(parts)
+    assert lazy_array.unstack(stacked) == parts

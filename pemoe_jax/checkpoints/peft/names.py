@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from pemoe_jax.checkpoints import huggingface
+from pemoe_jax.checkpoints.huggingface.names import SUBLAYERS
 from pemoe_jax.runtime.file_io import JsonObject
 
 Description = Mapping[str, JsonObject]  # `core.adapters.describe`: site -> settings
@@ -123,7 +123,7 @@ def module_names(num_layers: Mapping[str, int]) -> list[str]:
 
 def _sublayers(num_layers: Mapping[str, int]) -> Iterator[tuple[str, str, dict[str, Site]]]:
     """Yields (our path, PEFT's module, sites) of every attention and MLP."""
-    for stack, module, ours, _ in huggingface.SUBLAYERS:
+    for stack, module, ours, _ in SUBLAYERS:
         sites = _MLP if ours == "mlp" else _ATTENTION
         for i in range(num_layers[stack]):
             yield f"{stack}/layers_{i}/{ours}", f"{stack}.block.{i}.{module}", sites

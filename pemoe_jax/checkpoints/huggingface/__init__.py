@@ -1,0 +1,255 @@
+"""Reads and writes T5 and Switch Transformers in the format of Hugging Face transformers, a folder.
+
+    config.json               the model's settings
+    model.safetensors         the weights; or shards and model.safetensors.index.json
+    pytorch_model.bin         weights of torch.save; or shards and pytorch_model.bin.index.json
+
+`names` has the names and layouts of the arrays, `config` the settings.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from etils import epath
+
+from pemoe_jax.checkpoints import dimensions, lazy_array, safetensors_file, torch_pickle
+from pemoe_jax.checkpoints.huggingface import config as config_lib
+from pemoe_jax.checkpoints.huggingface import names as names_lib
+from pemoe_jax.checkpoints.huggingface.names import DECODER_HEAD, EMBEDDING, HEAD, OUR_HEAD, Layout
+from pemoe_jax.checkpoints.lazy_array import LazyArray
+from pemoe_jax.core import network
+from pemoe_jax.core import params as params_lib
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.network import T5Config
+from pemoe_jax.core.sparse import Sparse
+from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.runtime.file_io import JsonObject
+
+_SAFETENSORS = "model.safetensors"
+_TORCH = "pytorch_model.bin"
+
+
+def is_checkpoint(folder: epath.Path) -> bool:
+    """Whether a folder has this format."""
+    names = (_SAFETENSORS, f"{_SAFETENSORS}.index.json", _TORCH, f"{_TORCH}.index.json")
+    return (folder / config_lib.NAME).is_file() and any((folder / name).is_file() for name in names)
+
+
+def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
+    """Opens a folder as path -> array; reads config.json and the headers of the weights.
+
+    The logits are those that transformers 5.24 computes, see `_open_logits`.
+
+    Raises:
+      InputError: the model is not a T5 or a Switch Transformer that this package has, or a file is
+        missing, truncated or has other arrays.
+    """
+    path = folder / config_lib.NAME
+    config = file_io.read_json(path)
+    config_lib.check(path, config)
+    weights = _open_weights(folder)
+    names_lib.drop_copies(f"{folder}", weights)
+    is_switch = config["model_type"] == config_lib.SWITCH
+    layout = names_lib.find_layout(weights, is_switch)
+    head_name = DECODER_HEAD if DECODER_HEAD in weights and is_switch else HEAD
+    head = weights.pop(head_name, None)
+    arrays = names_lib.to_ours(f"{folder}", weights, layout)
+    config_lib.read_activations(path, config, layout.is_gated)  # refuses activations without ours
+    embedding = weights[EMBEDDING]
+    if head_name == DECODER_HEAD:
+        # Of models that transformers does not load; their config.json may say that they are tied.
+        arrays[OUR_HEAD] = _check_logits(folder, head or embedding).T
+    else:
+        arrays |= _open_logits(folder, config, layout, embedding, head)
+    shapes = {path: array.shape for path, array in arrays.items()}
+    sizes = dimensions.infer(shapes, f"{folder}") | (
+        dimensions.infer_sparse(shapes, f"{folder}") or {}
+    )
+    config_lib.check_sizes(path, config, sizes, layout, head_name != DECODER_HEAD)
+    return arrays
+
+
+def read_activations(folder: epath.Path, arrays: Mapping[str, LazyArray]) -> tuple[str, ...]:
+    """Returns `T5Config.mlp_activations` of an opened folder."""
+    path = folder / config_lib.NAME
+    is_gated = any(name.endswith("/wi_0/kernel") for name in arrays)
+    return config_lib.read_activations(path, file_io.read_json(path), is_gated)
+
+
+_Opener = Callable[[epath.Path], dict[str, LazyArray]]
+
+
+def _open_weights(folder: epath.Path) -> dict[str, LazyArray]:
+    openers: dict[str, _Opener] = {  # safetensors before torch, as in transformers
+        _SAFETENSORS: lambda path: safetensors_file.open_file(path)[0],
+        _TORCH: torch_pickle.open_file,
+    }
+    for name, open_file in openers.items():
+        if (folder / name).is_file():
+            return open_file(folder / name)
+        if (folder / f"{name}.index.json").is_file():
+            return _open_shards(folder, f"{name}.index.json", open_file)
+    raise InputError(f"{folder}: expected {_SAFETENSORS}, {_TORCH} or an index of either")
+
+
+def _open_shards(folder: epath.Path, index: str, open_file: _Opener) -> dict[str, LazyArray]:
+    weight_map = file_io.read_json(folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / index}: expected a weight_map of names to files, got none")
+    names_by_file: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        names_by_file.setdefault(file_io.child_path(folder, file, index).name, set()).add(name)
+    arrays: dict[str, LazyArray] = {}
+    for file, names in sorted(names_by_file.items()):
+        shard = open_file(folder / file)
+        for different, problem in (
+            (names - shard.keys(), f"in {index}, but not in the file"),
+            (shard.keys() - names, f"in the file, but not in {index}"),
+        ):
+            if different:
+                raise InputError(f"{folder / file}: {min(different)!r:.100}: {problem}")
+        arrays |= shard
+    return arrays
+
+
+def _open_logits(
+    folder: epath.Path,
+    config: JsonObject,
+    layout: Layout,
+    embedding: LazyArray,
+    head: LazyArray | None,
+) -> dict[str, LazyArray]:
+    """Returns the logits' kernel [D, V] by its path; nothing if the logits are the embedding's.
+
+    Of T5, transformers 5 ties lm_head to the embedding if the folder has no lm_head, whatever the
+    configuration says, and scales by `scale_decoder_outputs`, a separate key. transformers 4 has
+    only `tie_word_embeddings`: tied and scaled, or neither; it draws a missing, untied head at
+    random. Its mT5 scales likewise; that of transformers 5 never does. Of Switch Transformers both
+    have only `tie_word_embeddings`. A head that differs from the embedding is used, and scaled.
+
+    T5 1.0 and Switch Transformers are opened as tied if they are tied and scaled. The gated T5 v1.1
+    always has a kernel of its own here, scaled by D**-0.5 if the model scales its output.
+
+    Source: configuration_t5.py, modeling_t5.py, modeling_mt5.py, modeling_switch_transformers.py in
+    transformers 5.24.
+    """
+    kind = config["model_type"]
+    is_tied = config.get("tie_word_embeddings", kind != "mt5") is not False
+    has_own_key = kind != config_lib.SWITCH and "scale_decoder_outputs" in config
+    if head is None and not is_tied and not has_own_key:
+        raise InputError(
+            f"{folder}: {config_lib.NAME} has tie_word_embeddings false: expected {HEAD}, got none"
+        )
+    is_scaled = config["scale_decoder_outputs"] if has_own_key else is_tied
+    is_scaled = is_scaled and kind != "mt5"
+    has_tied_form = layout.is_switch or not layout.is_gated
+    # torch.save writes the head of a tied model too.
+    if is_scaled and has_tied_form and (head is None or lazy_array.is_equal(head, embedding)):
+        return {}
+    kernel = _check_logits(folder, embedding if head is None else head).T
+    if not is_scaled:
+        return {OUR_HEAD: kernel}
+    scale, dtype = np.float32(kernel.shape[0] ** -0.5), np.dtype(np.float32)
+    scaled = LazyArray(
+        kernel.shape, dtype, lambda index: kernel.read_slice(index).astype(dtype) * scale
+    )
+    return {OUR_HEAD: scaled}
+
+
+def _check_logits(folder: epath.Path, array: LazyArray) -> LazyArray:
+    if len(array.shape) != 2 or 0 in array.shape:
+        raise InputError(f"{folder}: logits: expected a matrix [V, D], got {array.shape}")
+    return array
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, LazyArray],
+    *,
+    activations: tuple[str, ...] | None = None,
+    sparse: Sparse | None = None,
+    dropout_rate: float = 0.1,
+    shard_bytes: int = 5_000_000_000,
+    report: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes a model for `from_pretrained` of transformers 4 and 5.
+
+    The class is `T5ForConditionalGeneration`, or `SwitchTransformersForConditionalGeneration` if
+    layers are sparse. Host memory holds one shard and one array of experts at a time. Tokenizer
+    files are not written.
+
+    Args:
+      path: the folder.
+      arrays: path -> array, of a model without adapters.
+      activations: `T5Config.mlp_activations`; None: those of T5 v1.1 or 1.0, by the shapes.
+      sparse: how tokens meet experts, if layers are sparse; None: by default, as in Switch.
+      dropout_rate: rate in config.json, for training in transformers.
+      shard_bytes: maximum size of a file, unless a single array is larger.
+      report: called with the number of arrays written so far.
+
+    Raises:
+      InputError: an array is missing, extra or of another shape, transformers has no such model, or
+        `path` exists.
+    """
+    shapes = {name: array.shape for name, array in arrays.items()}
+    sizes = dimensions.infer(shapes, f"{path}")
+    sizes["mlp_activations"] = activations or sizes["mlp_activations"]
+    config, layers = T5Config(**sizes), dimensions.infer_sparse(shapes, f"{path}")
+    # Before anything is written. Adapters are extra arrays, and so refused here.
+    if layers is not None:
+        sparse = sparse or Sparse(**layers)
+        layout = _make_layout(config, sparse)
+    else:
+        sparse, layout = None, _make_layout(config, None)
+    expected = network.param_shapes(network.Transformer(config, sparse=sparse))
+    params_lib.check_matches(arrays, expected, f"model to write to {path}")
+    config_lib.check_writable(f"{path}", config, sparse)
+    theirs = names_lib.to_theirs(arrays, layout)
+    sizes = {name: array.nbytes for name, array in theirs.items()}
+    shards = _split_into_shards(sizes, shard_bytes)
+    # config.json has one dtype for all arrays: the widest.
+    widest = max((array.dtype for array in arrays.values()), key=lambda dtype: dtype.itemsize)
+    with atomic_write.temporary_path(path) as folder:
+        folder.mkdir()
+        contents = config_lib.make(config, sparse, dropout_rate, widest.name)
+        atomic_write.write_json(folder / config_lib.NAME, contents)
+        num_written = 0
+        for file, names in shards.items():
+            # Made contiguous here, so that only one array exists twice at a time.
+            shard = {name: np.ascontiguousarray(theirs[name].read()) for name in names}
+            safetensors_file.save_file(folder / file, shard, {"format": "pt"})
+            del shard  # frees the memory before the next shard is read
+            num_written += len(names)
+            report(num_written)
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            atomic_write.write_json(folder / f"{_SAFETENSORS}.index.json", index)
+
+
+def _make_layout(config: T5Config, sparse: Sparse | None) -> Layout:
+    depths = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+    is_gated = len(config.mlp_activations) > 1
+    if sparse is None:
+        return Layout(depths, is_gated)
+    layers = {stack: frozenset(filter(sparse.is_sparse, range(n))) for stack, n in depths.items()}
+    return Layout(depths, is_gated, True, layers, sparse.num_experts)
+
+
+def _split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """Returns file name -> names of its arrays, in order; file names as in transformers."""
+    shards: list[list[str]] = [[]]
+    num_bytes = 0
+    for name, size in sizes.items():
+        if shards[-1] and num_bytes + size > max_bytes:
+            shards.append([])
+            num_bytes = 0
+        shards[-1].append(name)
+        num_bytes += size
+    if len(shards) == 1:
+        return {_SAFETENSORS: shards[0]}
+    return {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": names
+        for i, names in enumerate(shards, 1)
+    }
