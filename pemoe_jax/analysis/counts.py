@@ -1,4 +1,4 @@
-"""Counts trainable parameters, in total and by site, next to the figures that papers publish.
+"""Counts parameters, in total, by site and of a token, next to the figures that papers publish.
 
 Counts are computed from paths and shapes alone (`encoder/layers_0/mlp/gate_adapter/router/kernel`):
 a model of any size is counted without weights.
@@ -11,19 +11,44 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pemoe_jax.analysis import published_numbers
-from pemoe_jax.analysis.tables import MISSING, Table, format_share
+from pemoe_jax.analysis.planning import flops
+from pemoe_jax.analysis.tables import MISSING, Table, format_scaled, format_share
 from pemoe_jax.core.adapters import SITES
+from pemoe_jax.core.routing import EXPERTS_SITE
+
+if TYPE_CHECKING:
+    from pemoe_jax.core.sparse import Sparse
 
 _ADAPTER_PATH = re.compile(r"(?:^|/)(\w+)_adapter/(router/)?")
+_SPARSE_PATH = re.compile(r".*?/mlp/(?:expert|(router))/")
+_SPARSE_ROUTER = "/mlp/router/router_weights/w/kernel"
+_SITES = (*SITES, EXPERTS_SITE)
+# Sites of dense MLPs; in layers with a sparse MLP adapters have the sites of attention alone.
+_MLP_SITES = ("wi_0", "wi_1", "gate", "wo")
 # The default of `Router.reads` in each expert module.
 _DEFAULT_READS = {"VectorExperts": "y", "LoRAExperts": "x"}
 
 _NOTE_ON_SHARE = (
     "share: trainable / total, where total is base and adapters together, as in a run's summary;"
     " of base: trainable / base."
+)
+_NOTE_ON_TOKENS = (
+    "a token: the parameters that a token uses, k of E experts in each sparse layer and all others"
+    " (for experts that choose tokens, as many as choose a token on average). FLOPs: matrix"
+    " products of an input token and of a target token together, forward, without those between"
+    " tokens; with places: what sparse layers compute in training, E experts with C places"
+    " each, filled or not."
+)
+_NOTE_ON_SPARSE_BASE = (
+    "The base of a sparse model is the dense model with one expert in each sparse layer, without"
+    " routers."
+)
+_NOTE_ON_DENSE_BLOCKS = (
+    "On a sparse model, adapters of MLP sites are in its dense blocks alone, those of attention in"
+    " all blocks."
 )
 # tests/tools/test_count.py checks this arithmetic. The 9.1M of arXiv 2205.05638 are 9,097,216
 # parameters at XL: its code (r-three/t-few, configs/lora.json) adapts every linear layer and trains
@@ -47,7 +72,7 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True)
 class SiteCount:
-    """Trainable parameters of vectors or LoRA pairs, and of routers, at one site of all blocks."""
+    """Trainable parameters of experts (vectors, LoRA pairs, MLPs) and routers at a site."""
 
     blocks: int
     experts: int
@@ -62,8 +87,13 @@ class ParameterCount:
       method: name with experts and rank, such as 'mov-30' or 'molora-10 r4'.
       trainable: trainable parameters, of the base and the adapters.
       total: parameters of the base and the adapters.
-      base: parameters of the base.
-      sites: site -> its counts, for sites with trainable parameters in the order of `SITES`.
+      base: parameters of the base; of a sparse one, with one expert in each sparse layer.
+      sites: site -> its counts, for sites with trainable parameters in the order of `SITES`; last
+        the sparse layers.
+      used: parameters that a token uses.
+      flops: forward FLOPs of an input token and a target token, see `flops.token_flops`: of the
+        experts that they use, and of all places of the experts.
+      is_sparse: whether the model has sparse layers.
     """
 
     method: str
@@ -71,6 +101,9 @@ class ParameterCount:
     total: int
     base: int
     sites: dict[str, SiteCount]
+    used: int = 0
+    flops: tuple[int, int] = (0, 0)
+    is_sparse: bool = False
 
     @property
     def routers(self) -> int:
@@ -84,21 +117,35 @@ class ParameterCount:
 
 
 def count_parameters(
-    shapes: Mapping[str, HasShape], trainable: Collection[str], method: str
+    shapes: Mapping[str, HasShape],
+    trainable: Collection[str],
+    method: str,
+    sparse: Sparse | None = None,
+    router_reads: Mapping[str, str | None] | None = None,
 ) -> ParameterCount:
-    """Counts the parameters of a model, given all of them and the paths of those that train."""
+    """Counts the parameters of a model, given all of them and the paths of those that train.
+
+    `sparse` are the settings of its sparse layers, `router_reads` are those of its adapters, see
+    `flops.describe_router_reads`.
+    """
     experts: Counter[str] = Counter()
     routers: Counter[str] = Counter()
     blocks: dict[str, set[str]] = {}
     base = 0
     for path, leaf in shapes.items():
+        size = math.prod(leaf.shape)
         match = _ADAPTER_PATH.search(path)
-        if not match:
-            base += math.prod(leaf.shape)
-        elif path in trainable:
-            (routers if match.group(2) else experts)[match.group(1)] += math.prod(leaf.shape)
-            # The path up to the adapter identifies the block.
-            blocks.setdefault(match.group(1), set()).add(path[: match.end(1)])
+        if match:
+            site, is_router, block = match[1], bool(match[2]), path[: match.end(1)]
+        elif match := _SPARSE_PATH.match(path):
+            site, is_router, block = EXPERTS_SITE, bool(match[1]), path.partition("/mlp/")[0]
+            base += 0 if is_router else size // leaf.shape[0]
+        else:
+            base += 0 if "extra_mlp" in path else size
+            continue
+        if path in trainable:
+            (routers if is_router else experts)[site] += size
+            blocks.setdefault(site, set()).add(block)
     return ParameterCount(
         method=method_label(method, shapes),
         trainable=sum(math.prod(shapes[path].shape) for path in trainable),
@@ -106,26 +153,48 @@ def count_parameters(
         base=base,
         sites={
             site: SiteCount(len(blocks[site]), experts[site], routers[site])
-            for site in SITES
+            for site in _SITES
             if site in blocks
         },
+        used=flops.used_parameters(shapes, sparse),
+        flops=flops.token_flops(shapes, router_reads or {}, sparse),
+        is_sparse=sparse is not None,
     )
 
 
 def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
     """Returns a table of methods on one base, and a table of what they train at each site."""
     published = [_published_share(count) for count in counts]
-    has_published = any(published)
+    # Column -> cells; a column without figures is left out.
+    columns = {
+        "trainable": [_number(count.trainable) for count in counts],
+        "total": [_number(count.total) for count in counts],
+        "a token": [_number(count.used) for count in counts],
+        "share": [_percent(count.trainable, count.total) for count in counts],
+        "of base": [_percent(count.trainable, count.base) for count in counts],
+        "FLOPs": [format_scaled(count.flops[0]) for count in counts],
+        "with places": [format_scaled(count.flops[1]) for count in counts],
+        "paper": [figure or MISSING for figure in published],
+    }
+    notes = {
+        _NOTE_ON_SHARE: True,
+        _NOTE_ON_TOKENS: any(count.is_sparse for count in counts),
+        _NOTE_ON_SPARSE_BASE: any(count.is_sparse for count in counts),
+        _NOTE_ON_DENSE_BLOCKS: any(
+            count.is_sparse and set(_MLP_SITES) & set(count.sites) for count in counts
+        ),
+        _NOTE_ON_PUBLISHED: any(published),
+    }
+    if not any(published):
+        del columns["paper"]
+    if not any(count.is_sparse for count in counts):
+        for column in ("a token", "FLOPs", "with places"):
+            del columns[column]
     summary = Table(
         f"{name}: a base of {counts[0].base:,} parameters",
-        ["method", "trainable", "total", "share", "of base", *(["paper"] if has_published else [])],
-        [
-            [count.method, _number(count.trainable), _number(count.total)]
-            + [_percent(count.trainable, count.total), _percent(count.trainable, count.base)]
-            + ([figure or MISSING] if has_published else [])
-            for count, figure in zip(counts, published, strict=True)
-        ],
-        notes=[_NOTE_ON_SHARE, *([_NOTE_ON_PUBLISHED] if has_published else [])],
+        ["method", *columns],
+        [[count.method, *cells] for count, *cells in zip(counts, *columns.values(), strict=True)],
+        notes=[note for note, applies in notes.items() if applies],
     )
     with_sites = [count for count in counts if count.sites]
     return [summary, _sites_by_method(name, with_sites)] if with_sites else [summary]
@@ -153,11 +222,13 @@ def method_label(
     method: str,
     shapes: Mapping[str, HasShape],
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    sparse: Sparse | None = None,
 ) -> str:
     """Returns the method with its experts, rank and routing, such as 'mov-10 top-2'.
 
-    Sizes that differ between sites are joined: 'molora-10 r4/8'. Without `adapters`, a description
-    by `core.adapters.describe`, the routing is omitted.
+    Sizes that differ between sites are joined: 'molora-10 r4/8'; on a base with eight experts it is
+    'mov-10 on 8 experts'. Without `adapters`, a description by `core.adapters.describe`, and
+    `sparse`, the settings of sparse layers, the routing is omitted.
     """
 
     def joined_sizes(ending: str) -> str:
@@ -167,7 +238,13 @@ def method_label(
     # Router kernels are [features, E], and lora_a is [D, E, R].
     experts, rank = joined_sizes("_adapter/router/kernel"), joined_sizes("_adapter/lora_a")
     label = method + (f"-{experts}" if experts else "") + (f" r{rank}" if rank else "")
-    return f"{label} {routing_label(adapters or {})}".rstrip()
+    label = f"{label} {routing_label(adapters or {})}".rstrip()
+    if whole_mlps := joined_sizes(_SPARSE_ROUTER):
+        has_adapters = any("_adapter/" in path for path in shapes)
+        label += f" on {whole_mlps} experts" if has_adapters else f"-{whole_mlps}"
+        if sparse is not None:
+            label += " expert choice" if sparse.routing == "experts" else f" top-{sparse.top_k}"
+    return label
 
 
 def routing_label(adapters: Mapping[str, Mapping[str, Any]]) -> str:
@@ -213,7 +290,7 @@ def parameter_summary(
 
 
 def _sites_by_method(name: str, counts: Sequence[ParameterCount]) -> Table:
-    sites = [site for site in SITES if any(site in count.sites for count in counts)]
+    sites = [site for site in _SITES if any(site in count.sites for count in counts)]
     base = ["base"] if any(count.trainable_base for count in counts) else []
     rows = [
         [count.method]
@@ -221,7 +298,10 @@ def _sites_by_method(name: str, counts: Sequence[ParameterCount]) -> Table:
         + [_number(count.routers), *(_number(count.trainable_base) for _ in base)]
         for count in counts
     ]
-    note = "Sites count the vectors or LoRA pairs of all blocks; routers counts those of all sites."
+    note = (
+        "Sites count the vectors, LoRA pairs or whole MLPs of all blocks; routers counts those of"
+        " all sites."
+    )
     columns = ["method", *sites, "routers", *base]
     return Table(f"{name}: trainable at each site", columns, rows, notes=[note])
 

@@ -91,6 +91,15 @@ def format_share(part: int, whole: int) -> str:
     return f"{percent:.{digits}f} %"
 
 
+def format_scaled(number: float, units: Sequence[str] = ("", "k", "M", "G", "T", "P", "E")) -> str:
+    """Returns a number with three digits and a decimal unit: 1,234,567 -> '1.23 M'."""
+    unit = 0
+    while number >= 999.5 and unit < len(units) - 1:
+        number, unit = number / 1000, unit + 1
+    digits = 0 if number >= 99.5 or unit == 0 else 1 if number >= 9.95 else 2
+    return f"{number:.{digits}f} {units[unit]}".rstrip()
+
+
 def _distinct_notes(tables: Iterable[Table]) -> list[str]:
     return list(dict.fromkeys(note for table in tables for note in table.notes))
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 FLAGS = gin_flags.make_parser(
     "count",
-    "Prints how many parameters a method trains, out of how many, and at which sites.\n"
+    "Prints how many parameters a method trains, out of how many, and at which sites; of sparse\n"
+    "models also the parameters that a token uses, and its FLOPs.\n"
     "Without gin files: every size with every method, next to the papers' figures.",
     example="""\
   pemoe count
@@ -31,6 +32,8 @@ SIZES = ("small", "base", "large", "xl", "xxl")
 METHODS: list[tuple[str, list[str]]] = [("full", []), ("ia3", []), ("lora", [])]
 METHODS += [("mov", [f"NUM_EXPERTS = {experts}"]) for experts in (10, 30, 60)]
 METHODS += [("molora", [f"NUM_EXPERTS = {experts}"]) for experts in (10, 15)]
+# Whole MLPs as experts, arXiv 2305.14705.
+METHODS += [(f"flan_{routing}", []) for routing in ("switch", "gshard", "st", "ec")]
 
 _BINDINGS = f"""\
 {gin_flags.FREEZE_BINDINGS}\
@@ -56,11 +59,15 @@ def configured_count(
     if not trainable:
         raise InputError("TRAINABLE is not set: pass --gin_file=methods/…")
     from pemoe_jax.analysis import counts
-    from pemoe_jax.core import network, params
+    from pemoe_jax.analysis.planning import flops
+    from pemoe_jax.core import adapters, network, params
 
     shapes = params.flatten(network.param_shapes(model))
     trainable_paths = params.trainable_paths(shapes, trainable)
-    return counts.count_parameters(shapes, trainable_paths, method or "custom")
+    router_reads = flops.describe_router_reads(adapters.describe(model.adapters))
+    return counts.count_parameters(
+        shapes, trainable_paths, method or "custom", model.sparse, router_reads
+    )
 
 
 def count(args: argparse.Namespace, bindings: Sequence[str]) -> None:

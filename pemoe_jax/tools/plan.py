@@ -164,7 +164,7 @@ def _load_step(
 ) -> "tuple[compiled_step.TrainStep, str]":
     """Returns the step that gin files and flags configure, and its method's label."""
     from pemoe_jax.analysis import counts
-    from pemoe_jax.analysis.planning import compiled_step
+    from pemoe_jax.analysis.planning import compiled_step, flops
     from pemoe_jax.core import adapters, network, params, quantized
 
     args.gin_bindings = [_BINDINGS + args.optimizer, *args.gin_bindings]
@@ -176,7 +176,11 @@ def _load_step(
     )
     shapes = params.flatten(network.param_shapes(model))
     params.trainable_paths(shapes, trainable)  # raises before anything is compiled
-    return step, counts.method_label(method, shapes, adapters.describe(model.adapters))
+    label = counts.method_label(method, shapes, adapters.describe(model.adapters), model.sparse)
+    if model.sparse is not None:
+        used = flops.used_parameters(shapes, model.sparse)
+        label += f", {used:,} of {params.count(shapes):,} parameters a token"
+    return step, label
 
 
 def _title(args: argparse.Namespace, method: str, step: "compiled_step.TrainStep") -> str:

@@ -13,7 +13,8 @@ from pemoe_jax.tools import count
 
 ROOT = Path(__file__).parents[2]
 XL = ["--gin_file=models/t5_1_1_xl.gin"]
-METHOD_FILES = ("full", "ia3", "lora", "mov", "molora")
+FLAN_FILES = ("flan_switch", "flan_gshard", "flan_st", "flan_ec")
+METHOD_FILES = ("full", "ia3", "lora", "mov", "molora", *FLAN_FILES)
 
 
 def number(cell: str) -> int:
@@ -101,6 +102,8 @@ def test_sites_of_xl_by_hand(sizes):
     """mov-30: key 72·2048·30, gate 48·5120·30, routers 30·(72·2·64 + 48·5120)."""
     row = sizes["t5_1_1_xl"][1]["mov-30"]
     assert {site: number(cell) for site, cell in row.items() if site != "method"} == {
+        "mlp/experts": 0,
+        "base": 0,
         "query": 0,
         "key": 4_423_680,
         "value": 4_423_680,
@@ -140,6 +143,41 @@ def test_every_size_and_method_file_is_in_the_table(sizes):
     assert {method for method, _ in count.METHODS} == set(METHOD_FILES)
     for methods, _ in sizes.values():
         assert len(methods) == len(count.METHODS)
+
+
+def test_sparse_models_of_base_by_hand(sizes):
+    """T5 v1.1 Base: D = 768, F = 2048, 6 + 6 sparse layers; dense methods use all parameters."""
+    matrices, routers, dense = 3 * 768 * 2048, 12 * 768 * 8, 247_577_856
+    methods, sites = sizes["t5_1_1_base"]
+    for method, top_k, extra in (("switch", 1, 0), ("gshard", 2, 0), ("ec", 2, 0), ("st", 2, 1)):
+        row, sparse = methods[f"flan_{method}-8"], sites[f"flan_{method}-8"]
+        total = dense + 12 * (7 + extra) * matrices + routers + extra * 12 * 768
+        assert number(row["total"]) == number(row["trainable"]) == total
+        assert number(row["a token"]) == total - 12 * (8 - top_k) * matrices
+        assert number(sparse["mlp/experts"]) == 12 * 8 * matrices
+        assert number(sparse["routers"]) == routers
+    assert {
+        number(methods[m]["a token"]) - number(methods[m]["total"]) for m in ("full", "mov-10")
+    } == {0}
+    flops = {method: row["FLOPs"] for method, row in methods.items()}
+    # Of an input and a target token: 24 MLPs, 36 attentions of 4·768², logits 768·32128.
+    assert flops["full"] == "446 M"
+    assert flops["flan_switch-8"] == "446 M" and methods["flan_switch-8"]["with places"] == "474 M"
+    # Another expert in each of 12 layers: 446 + 113; places for 1.25 experts, however large k is.
+    assert flops["flan_gshard-8"] == "559 M" and methods["flan_gshard-8"]["with places"] == "474 M"
+    assert flops["flan_ec-8"] == methods["flan_ec-8"]["with places"] == "559 M"
+
+
+def test_adapters_of_a_sparse_model(capsys):
+    """Sites of the MLP are in the 12 dense blocks, those of attention in all 36."""
+    flags = [f"--gin_file={name}.gin" for name in ("models/t5_1_1_base", "methods/flan_switch")]
+    flags += ["--gin_file=methods/mov.gin", "--gin.sparse.Sparse.num_experts=8"]
+    assert count.main([*flags, "--markdown"]) == 0
+    text = capsys.readouterr().out
+    summary, sites = read(text).values()
+    assert summary["mov-10 on 8 experts"]["total"] == f"{644_013_312 + 1_090_560:,}"
+    assert sites["key"]["blocks"] == "36" and sites["gate"]["blocks"] == "12"
+    assert "adapters of MLP sites are in its dense blocks alone" in text
 
 
 # --- published figures ---

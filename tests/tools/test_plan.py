@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import sparse_models
 from methods import CONFIG, METHODS
 
 from pemoe_jax.analysis.planning import compiled_step, cost_tables, flops, hlo
@@ -286,6 +287,51 @@ def test_compiled_products_match_the_formula():
     """In full fine-tuning XLA cannot omit any product."""
     once, total = hlo.matrix_product_flops(hlo.parse(compiled("full", 1, 1).as_text()))
     assert once == total == model_flops("full").total
+
+
+def sparse_step(name: str, **settings) -> compiled_step.TrainStep:
+    """A train step of a model with one dense and one sparse layer in each stack."""
+    model = sparse_models.sparse_model(
+        dataclasses.replace(sparse_models.ROUTINGS[name], **settings),
+        num_heads=2,
+        mlp_activations=("relu",),
+        logits_via_embedding=True,
+    )
+    return dataclasses.replace(step("full"), model=model)
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "slots"), [("switch", 1, (8, 8)), ("gshard", 2, (8, 8)), ("ec", 2, (16, 12))]
+)
+def test_flops_of_sparse_layers_by_hand(name, choices, slots):
+    """T5 1.0's MLPs of two matrices and tied logits: 2 · 16 · 20 and 32 · 16 of a token.
+
+    Places of each of 4 experts, in rows of 8 and of 6: 8/4 and round(1.5); round(1.25 · 8/4) and
+    round(1.875); 2 · 8/4 and 2 · 6/4.
+    """
+    mlp, attention = 2 * 16 * 20, 4 * 4 * 12 * 2 * (64 + 36 + 48)
+    encoder, decoder = 2 * 768 + mlp + 16 * 4, 2 * 1152 + mlp + 512 + 16 * 4
+    others = 2 * (32 * (encoder + 2 * 384) + 24 * decoder) + attention
+    result = compiled_step.model_flops(sparse_step(name))
+    assert result.forward == others + 2 * mlp * (32 + 24) * choices
+    products = 2 * mlp * 4 * sum(slots)  # 4 rows
+    assert result.with_places == 3 * (others + products)
+
+
+def test_compiled_products_of_sparse_layers():
+    """XLA counts those of all places, and of statistics alone a few more."""
+    train_step = sparse_step("switch")
+    mesh = make_mesh(1, 1)
+    text = compiled_step.compile_step(train_step, mesh).as_text()
+    once, total = hlo.matrix_product_flops(hlo.parse(text))
+    expected = compiled_step.model_flops(train_step).with_places
+    assert once == total and expected <= total < 1.01 * expected
+
+
+def test_depths_to_compile_are_whole_periods():
+    config = dataclasses.replace(CONFIG, num_encoder_layers=12, num_decoder_layers=12)
+    depths = {period: compiled_step.compiled_depths(config, period=period) for period in (1, 2, 3)}
+    assert depths == {1: [(2, 2), (4, 4)], 2: [(2, 2), (4, 4)], 3: [(3, 3), (6, 6)]}
 
 
 def test_a_loop_over_layers_is_not_extrapolated():

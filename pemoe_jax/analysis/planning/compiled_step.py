@@ -24,7 +24,7 @@ from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
 
-# Depths at which a deeper stack is compiled, to extrapolate from.
+# Depths at which a deeper stack is compiled, to extrapolate from; whole periods of sparse models.
 SHALLOW, DEEPER = 2, 4
 
 # These make the CPU compiler allocate as an accelerator's would: its schedule saves memory, it does
@@ -80,8 +80,9 @@ class StepArguments:
 def estimate_cost(step: TrainStep, layout: MeshLayout, every_layer: bool = False) -> StepCost:
     """Compiles a step for a mesh and reads its cost on each device.
 
-    All layers of a stack are alike. A deep model is compiled with 2 and with 4 layers, and the cost
-    of the others is extrapolated, which saves minutes and gigabytes at XXL.
+    The layers of a stack repeat: all are alike, or every period of a sparse model is. A deep model
+    is compiled with 2 and with 4 layers, and the cost of the others is extrapolated, which saves
+    minutes and gigabytes at XXL.
 
     Args:
       step: the train step.
@@ -94,7 +95,8 @@ def estimate_cost(step: TrainStep, layout: MeshLayout, every_layer: bool = False
     mesh = make_mesh(step, layout)
     arguments = abstract_arguments(step, mesh, layout.fsdp)
     config = step.model.config
-    depths = compiled_depths(config, every_layer)
+    period = network.layer_period(step.model.sparse)
+    depths = compiled_depths(config, every_layer, period)
     measured = [_measure(step.with_layers(*depth), mesh, layout.fsdp) for depth in depths]
     totals = extrapolate(config, depths, measured)
     state = arguments.state
@@ -194,18 +196,25 @@ def compile_lowered(lowered: jax.stages.Lowered, **options: str | bool) -> jax.s
     return lowered.compile(compiler_options={**_COMPILER_OPTIONS, **options})
 
 
-def compiled_depths(config: network.T5Config, every_layer: bool = False) -> list[tuple[int, int]]:
-    """Returns (encoder, decoder) layers of the models to compile: the whole one, or small ones."""
+def compiled_depths(
+    config: network.T5Config, every_layer: bool = False, period: int = 1
+) -> list[tuple[int, int]]:
+    """Returns (encoder, decoder) layers of the models to compile: the whole one, or small ones.
+
+    `period` is the number of layers after which layers repeat.
+    """
     encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
+    shallow = -(-SHALLOW // period) * period
+    deeper = max(DEEPER, 2 * shallow)
     # Scanned layers are one loop, which compiles equally fast at any depth.
-    if every_layer or config.scan_layers or max(encoder, decoder) <= DEEPER:
+    if every_layer or config.scan_layers or max(encoder, decoder) <= deeper:
         return [(encoder, decoder)]
-    shallow = (min(encoder, SHALLOW), min(decoder, SHALLOW))
+    first = (min(encoder, shallow), min(decoder, shallow))
     if encoder == decoder:
-        return [shallow, (DEEPER, DEEPER)]
-    deeper = (min(encoder, DEEPER), min(decoder, DEEPER))
-    # A stack of at most SHALLOW layers yields no further depth.
-    return list(dict.fromkeys([shallow, (deeper[0], shallow[1]), (shallow[0], deeper[1])]))
+        return [first, (deeper, deeper)]
+    last = (min(encoder, deeper), min(decoder, deeper))
+    # A stack of at most `shallow` layers yields no further depth.
+    return list(dict.fromkeys([first, (last[0], first[1]), (first[0], last[1])]))
 
 
 def extrapolate(
@@ -238,6 +247,7 @@ def model_flops(step: TrainStep) -> flops.StepFlops:
         step.batch_size,
         step.lengths,
         _router_reads(step.model),
+        sparse=step.model.sparse,
     )
 
 
@@ -273,8 +283,7 @@ def _abstract_batch(step: TrainStep, mesh: Mesh) -> dict[str, jax.ShapeDtypeStru
 
 def _router_reads(model: network.Transformer) -> dict[str, str | None]:
     """Returns site -> `Router.reads`."""
-    described = adapters.describe(model.adapters)
-    return {site: a["router"]["reads"] for site, a in described.items() if a.get("router")}
+    return flops.describe_router_reads(adapters.describe(model.adapters))
 
 
 def _as_float16(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

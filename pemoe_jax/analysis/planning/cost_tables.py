@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pemoe_jax.analysis.planning.flops import StepFlops
 from pemoe_jax.analysis.planning.hlo import COLLECTIVES
-from pemoe_jax.analysis.tables import MISSING, Table
+from pemoe_jax.analysis.tables import MISSING, Table, format_scaled
 from pemoe_jax.core.errors import InputError
 
 # Parts of a device's memory, in the order of the table.
@@ -32,6 +32,10 @@ _NOTE_ON_COLLECTIVES = (
 _NOTE_ON_FLOPS = (
     "FLOPs: of the compiled program, on each device; of the model: matrix products by formula, with"
     " the gradients of activations and of trainable weights. Tokens: inputs and targets."
+)
+_NOTE_ON_PLACES = (
+    "Experts: the parts count the experts that a token uses; the last line the places that the"
+    " experts compute in training, whether they hold a token or not."
 )
 
 
@@ -108,7 +112,7 @@ def to_tables(title: str, costs: Sequence[StepCost], chip: Chip | None) -> list[
     for kind in COLLECTIVES:
         if any(kind in cost.collectives for cost in costs):
             rows.append([kind, *(_collective(cost.collectives.get(kind)) for cost in costs)])
-    rows.append(["FLOPs", *(_count(cost.flops) for cost in costs)])
+    rows.append(["FLOPs", *(format_scaled(cost.flops) for cost in costs)])
     rows.append(["of the model", *(_overhead(cost) for cost in costs)])
     notes = [_NOTE_ON_MEMORY, _NOTE_ON_COLLECTIVES, _NOTE_ON_FLOPS]
     notes += list(dict.fromkeys(f"Compiled: {cost.compiled}." for cost in costs))
@@ -132,29 +136,24 @@ def _model_flops_table(cost: StepCost) -> Table:
         "gradients of the base's weights": flops.weights,
         "adapters and routers": flops.adapters,
     }
+    totals = {"total": flops.total}
+    if flops.with_places is not None:
+        totals |= {"with all places of the experts": flops.with_places}
+
+    def row(name: str, number: int) -> list[str]:
+        return [name, format_scaled(number / cost.tokens), format_scaled(number)]
+
     return Table(
         "FLOPs of the model",
         ["part", "a token", "a step"],
-        [[name, _count(n / cost.tokens), _count(n)] for name, n in parts.items() if n],
-        footer=[["total", _count(flops.total / cost.tokens), _count(flops.total)]],
+        [row(name, number) for name, number in parts.items() if number],
+        footer=[row(name, number) for name, number in totals.items()],
+        notes=[_NOTE_ON_PLACES] if flops.with_places is not None else [],
     )
 
 
 def _bytes(number: float) -> str:
-    return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
-
-
-def _count(number: float) -> str:
-    return _scaled(number, ("", "k", "M", "G", "T", "P", "E"))
-
-
-def _scaled(number: float, units: Sequence[str]) -> str:
-    """Returns a number with three digits and a decimal unit: 1,234,567 -> '1.23 MB'."""
-    unit = 0
-    while number >= 999.5 and unit < len(units) - 1:
-        number, unit = number / 1000, unit + 1
-    digits = 0 if number >= 99.5 or unit == 0 else 1 if number >= 9.95 else 2
-    return f"{number:.{digits}f} {units[unit]}".rstrip()
+    return format_scaled(number, ("B", "kB", "MB", "GB", "TB"))
 
 
 def _collective(arrays_and_bytes: tuple[int, int] | None) -> str:
@@ -171,5 +170,7 @@ def _share(peak: int, chip: Chip) -> str:
 
 def _overhead(cost: StepCost) -> str:
     """Returns the FLOPs of all devices as a multiple of the model's."""
-    # Remat, and work that is replicated instead of sharded, raise it above 1.
-    return f"{cost.flops * cost.devices / cost.model_flops.total:.2f} ×"
+    # Remat, and work that is replicated instead of sharded, raise it above 1; the empty places of
+    # experts do not, as the method needs them.
+    total = cost.model_flops.with_places or cost.model_flops.total
+    return f"{cost.flops * cost.devices / total:.2f} ×"
