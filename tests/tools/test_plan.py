@@ -301,7 +301,8 @@ def sparse_step(name: str, **settings) -> compiled_step.TrainStep:
 
 
 @pytest.mark.parametrize(
-    ("name", "choices", "slots"), [("switch", 1, (8, 8)), ("gshard", 2, (8, 8)), ("ec", 2, (16, 12))]
+    ("name", "choices", "slots"),
+    [("switch", 1, (8, 8)), ("gshard", 2, (8, 8)), ("ec", 2, (16, 12))],
 )
 def test_flops_of_sparse_layers_by_hand(name, choices, slots):
     """T5 1.0's MLPs of two matrices and tied logits: 2 · 16 · 20 and 32 · 16 of a token.
