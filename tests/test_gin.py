@@ -54,6 +54,25 @@ def test_sizes_equal_the_published_ones(size, parameters):
     assert count(configured_model(size, "full")) == parameters
 
 
+# T5 1.0 has no matrix of logits, and an MLP of 2·D·F without a gate. Half the layers of a Switch,
+# and all of C, have E of them and a router D·E.
+# Switch-Base-8: 36·4·768² + (12 + 8·12)·2·768·3072 + 12·768·8 + 12·5·768 + 2·768
+# + 32128·768 + 64·12 = 619,339,008.
+@pytest.mark.parametrize(
+    ("size", "method", "num_experts", "parameters"),
+    [
+        ("t5_1_0", "full", 0, 60_506_624),
+        ("switch_base", "flan_switch", 8, 619_339_008),
+        ("switch_large", "flan_switch", 128, 26_309_291_008),
+        ("switch_xxl", "flan_switch", 128, 394_675_073_024),
+        ("switch_c", "flan_switch", 2048, 1_571_327_875_360),
+    ],
+)
+def test_sizes_of_t5_1_0_and_switch(size, method, num_experts, parameters):
+    flags = [f"--gin.NUM_EXPERTS={num_experts}"] if num_experts else []
+    assert count(configured_model(size, method, *flags)) == parameters
+
+
 # At XL, 72 attentions and 48 MLPs:
 # (IA)³: 72·2·2048 + 48·5120.
 # MoV-10: 72·2·(10·2048 + 64·10) + 48·(10·5120 + 5120·10).
