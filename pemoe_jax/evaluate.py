@@ -103,16 +103,23 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     """Returns a model's entry in results.json, without its scores.
 
     `trained_datasets` are the scored datasets that the run was trained on; the key is absent if
-    they are unknown. `settings` is equal for runs that differ only by `seed`.
+    they are unknown. `settings` is equal for runs that differ only by `seed`. `used` are the
+    parameters that a token uses, `flops` and `flops_with_places` those of `flops.token_flops`.
     """
     from pemoe_jax.analysis import counts
+    from pemoe_jax.analysis.planning import flops
     from pemoe_jax.checkpoints import run_settings
     from pemoe_jax.core import adapters, network, params
 
     about = opened.summary()
     shapes = params.flatten(network.param_shapes(opened.model))
     described = adapters.describe(opened.model.adapters)
-    about["variant"] = counts.method_label(about["method"], shapes, described)
+    model = opened.model
+    about["variant"] = counts.method_label(about["method"], shapes, described, model.sparse)
+    about["used"] = flops.used_parameters(shapes, model.sparse)
+    router_reads = flops.describe_router_reads(described)
+    by_experts, with_places = flops.token_flops(shapes, router_reads, model.sparse)
+    about |= {"flops": by_experts, "flops_with_places": with_places}
     record = opened.record
     if record is None:
         return about

@@ -35,13 +35,6 @@ _NOTE_ON_SHARE = (
     "share: trainable / total, where total is base and adapters together, as in a run's summary;"
     " of base: trainable / base."
 )
-_NOTE_ON_TOKENS = (
-    "a token: the parameters that a token uses, k of E experts in each sparse layer and all others"
-    " (for experts that choose tokens, as many as choose a token on average). FLOPs: matrix"
-    " products of an input token and of a target token together, forward, without those between"
-    " tokens; with places: what sparse layers compute in training, E experts with C places"
-    " each, filled or not."
-)
 _NOTE_ON_SPARSE_BASE = (
     "The base of a sparse model is the dense model with one expert in each sparse layer, without"
     " routers."
@@ -178,7 +171,7 @@ def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
     }
     notes = {
         _NOTE_ON_SHARE: True,
-        _NOTE_ON_TOKENS: any(count.is_sparse for count in counts),
+        flops.NOTE_ON_TOKENS: any(count.is_sparse for count in counts),
         _NOTE_ON_SPARSE_BASE: any(count.is_sparse for count in counts),
         _NOTE_ON_DENSE_BLOCKS: any(
             count.is_sparse and set(_MLP_SITES) & set(count.sites) for count in counts

@@ -8,13 +8,14 @@ import types
 from pathlib import Path
 
 import pytest
+import sparse_models
 from methods import CONFIG, METHODS
 
 from pemoe_jax import evaluate
 from pemoe_jax.analysis import published_numbers
 from pemoe_jax.analysis.zero_shot import bar_chart, paper_table, paper_table_formats
 from pemoe_jax.analysis.zero_shot import results as results_lib
-from pemoe_jax.core import network
+from pemoe_jax.core import network, params
 from pemoe_jax.tools import report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -335,6 +336,24 @@ def test_published_rows_have_a_source_and_agree_with_the_shares():
             assert row.share == shares[row.method]
 
 
+def test_dense_and_sparse_runs_are_in_one_table_of_sizes(tmp_path, capsys):
+    """Older evaluations did not record what a token uses; dense runs alone need no table."""
+    folders = [tmp_path / name for name in ("mov", "flan", "old")]
+    sizes = {"used": 10_000, "flops": 1_230_000, "flops_with_places": 1_230_000}
+    write(folders[0], {"mov": eight(6)}, **sizes)
+    other = {"total": 50_000, "trainable": 50_000, "flops_with_places": 2_000_000}
+    flan = {**sizes, **other, "variant": "flan_switch-8 top-1"}
+    write(folders[1], {"flan": eight(5)}, **flan)
+    write(folders[2], {"old": eight(5)})
+    title = "Parameters and FLOPs"
+    assert title not in printed(capsys, folders[0], folders[2])
+    rows = printed(capsys, *folders)[title]
+    assert [*rows["flan"].values()][1:] == [
+        *("flan_switch-8 top-1", "50,000", "50,000", "10,000", "1.23 M", "2.00 M"),
+    ]
+    assert rows["mov"]["a token"] == "10,000" and rows["old"]["a token"] == "–"
+
+
 # --- files ---
 
 
@@ -502,3 +521,17 @@ def test_evaluate_records_variant_and_training_datasets(trained, expected):
     assert (about["method"], about["variant"]) == ("mov", "mov-3")
     assert about.get("trained_datasets") == expected
     assert "settings" not in about  # it has no folder with a config.gin
+    shapes = params.flatten(network.param_shapes(opened.model))
+    assert about["used"] == params.count(shapes) and about["flops"] == about["flops_with_places"]
+
+
+def test_evaluate_records_what_a_token_of_a_sparse_model_uses():
+    """3 of 4 experts of 3 · 16 · 20 parameters in two layers are not used."""
+    model = sparse_models.model("switch")
+    summary = {"name": "first", "method": "flan_switch"}
+    opened = types.SimpleNamespace(model=model, record=None, path="", summary=summary.copy)
+    about = evaluate.describe_run(opened, {})
+    assert about["variant"] == "flan_switch-4 top-1"
+    assert about["used"] == params.count(network.param_shapes(model)) - 2 * 3 * 960
+    # Capacity factor 1 and one expert a token: as many places as tokens.
+    assert about["flops"] == about["flops_with_places"]

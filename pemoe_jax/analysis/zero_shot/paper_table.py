@@ -25,6 +25,8 @@ from pemoe_jax.analysis.zero_shot.results import PREDICTIONS, JsonObject, load_p
 
 AVERAGE = "average"
 MEASURES = ("median", "mean")
+# What a row keeps of a run's results: see `evaluate.describe_run`.
+RUN_KEYS = ("step", "checkpoint", "trainable", "total", "used", "flops", "flops_with_places")
 
 # Dataset of a task -> column of the paper. In P3, ANLI's rounds are splits of one dataset; other
 # sources have a dataset for each round.
@@ -82,7 +84,7 @@ class Row:
       average: average over those of `PaperTable.averaged` that a run has, or as published.
       complete: whether a run has all of `PaperTable.averaged`; True for a published row.
       source: source of a published row; '' for a run.
-      run: step, checkpoint, trainable and total parameters of a run.
+      run: the `RUN_KEYS` of a run.
       seeds: seeds of the runs, if there are several.
     """
 
@@ -210,7 +212,7 @@ def _row(name: str, run: JsonObject, averaged: Sequence[str], resampled: _Resamp
         scores=scores,
         average=_average(scores, resampled, [column for column in averaged if column in scores]),
         complete=set(averaged) <= set(scores),
-        run={key: run.get(key) for key in ("step", "checkpoint", "trainable", "total")},
+        run={key: run.get(key) for key in RUN_KEYS},
     )
 
 

@@ -9,9 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pemoe_jax.analysis import published_numbers, tables
-from pemoe_jax.analysis.tables import MISSING, Table
+from pemoe_jax.analysis.planning.flops import NOTE_ON_TOKENS
+from pemoe_jax.analysis.tables import MISSING, Table, format_scaled
 from pemoe_jax.analysis.zero_shot import bar_chart
-from pemoe_jax.analysis.zero_shot.paper_table import AVERAGE, MEASURES, PaperTable, Row, Score
+from pemoe_jax.analysis.zero_shot.paper_table import (
+    AVERAGE,
+    MEASURES,
+    RUN_KEYS,
+    PaperTable,
+    Row,
+    Score,
+)
 from pemoe_jax.analysis.zero_shot.result_tables import format_range
 from pemoe_jax.analysis.zero_shot.results import JsonObject
 from pemoe_jax.runtime import atomic_write
@@ -48,7 +56,10 @@ def write_paper_table(table: PaperTable, folder: Path) -> None:
 
 
 def to_tables(table: PaperTable) -> list[Table]:
-    """Returns tables of medians, means and intervals, and if they differ of seeds and counts."""
+    """Returns tables of medians, means and intervals, and if they differ of seeds and counts.
+
+    Last is a table of sizes, if a run has parameters that not every token uses.
+    """
     result = []
     for measure in MEASURES:
         result.append(_accuracy_table(table, measure))
@@ -59,6 +70,8 @@ def to_tables(table: PaperTable) -> list[Table]:
     counts = _count_table(table)
     if any(len({*cells} - {MISSING}) > 1 for cells in list(zip(*counts.rows, strict=True))[1:]):
         result.append(counts)
+    if any(row.run["used"] not in (None, row.run["total"]) for row in _runs(table)):
+        result.append(_size_table(table))
     result[0].notes += _notes(table)
     return result
 
@@ -155,7 +168,7 @@ def _csv_record(row: Row, keys: Sequence[str]) -> list[tuple[str, object]]:
             record.append((f"{key}_{measure}_sd", score.deviation(measure)))
             record.append((f"{key}_{measure}_least", min(values, default=None)))
             record.append((f"{key}_{measure}_greatest", max(values, default=None)))
-    record += [(name, row.run.get(name)) for name in ("step", "checkpoint", "trainable", "total")]
+    record += [(name, row.run.get(name)) for name in RUN_KEYS]
     # Published rows have only the paper's columns, so "complete" would say nothing.
     record += [("complete", None if row.source else row.complete), ("source", row.source)]
     return [*record, ("seeds", " ".join(map(str, row.seeds)))]
@@ -229,6 +242,25 @@ def _count_table(table: PaperTable) -> Table:
         [row.name, *(cell(_score(row, column)) for column in table.columns)] for row in _runs(table)
     ]
     return Table("Prompts / examples of each run", ["run", *table.columns], rows)
+
+
+def _size_table(table: PaperTable) -> Table:
+    """Returns the table of parameters, in total and of a token, and of a token's FLOPs."""
+
+    def parameters(number: int | None) -> str:
+        return MISSING if number is None else f"{number:,}"
+
+    def flops(number: int | None) -> str:
+        return MISSING if number is None else format_scaled(number)
+
+    rows = [
+        [row.name, row.method]
+        + [parameters(row.run.get(key)) for key in ("trainable", "total", "used")]
+        + [flops(row.run.get(key)) for key in ("flops", "flops_with_places")]
+        for row in _runs(table)
+    ]
+    columns = ["run", "method", "trainable", "total", "a token", "FLOPs", "with places"]
+    return Table("Parameters and FLOPs", columns, rows, notes=[NOTE_ON_TOKENS], num_text=2)
 
 
 def _notes(table: PaperTable) -> list[str]:

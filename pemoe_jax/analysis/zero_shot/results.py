@@ -242,7 +242,7 @@ def _check_run(run: JsonObject, where: str) -> None:
                 f"{where}, task {name!r}: expected an accuracy of 0 to 1 over at least one"
                 f" example, got {task['accuracy']} over {task['examples']}"
             )
-    for key in ("trainable", "total", "seed"):
+    for key in ("trainable", "total", "used", "flops", "flops_with_places", "seed"):
         if not isinstance(run.get(key), int | None):
             raise InputError(f"{where}: expected {key!r} to be a number, got {run[key]!r}")
     trained = run.get("trained_datasets")
