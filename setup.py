@@ -28,6 +28,7 @@ setup(
         "pemoe_jax.analysis.routing",
         "pemoe_jax.analysis.zero_shot",
         "pemoe_jax.checkpoints",
+        "pemoe_jax.checkpoints.huggingface",
         "pemoe_jax.checkpoints.peft",
         "pemoe_jax.core",
         "pemoe_jax.core.kernels",
