@@ -47,7 +47,15 @@ def write_peft(source: OpenedModel, output: Path, base_name: str | None) -> None
         raise InputError(
             f"{source.path}: PEFT's format has adapters only, the run trained {others[0]} as well"
         )
-    peft.save_adapter(output, record.adapters, arrays, base_name or source.base_path)
+    mlp_sites = [site for site in record.adapters if site in ("wi_0", "wi_1", "gate", "wo")]
+    if source.model.sparse is not None and mlp_sites:
+        # PEFT selects modules by their names, which experts share with dense MLPs.
+        raise InputError(
+            f"{source.path}: PEFT would adapt the experts as well: expected adapters at attention"
+            f" alone in a sparse model, got {mlp_sites[0]}"
+        )
+    is_gated = len(source.model.config.mlp_activations) > 1
+    peft.save_adapter(output, record.adapters, arrays, base_name or source.base_path, is_gated)
 
 
 def _load_adapter(source: OpenedModel) -> tuple[dict[str, np.ndarray], runs.Record]:

@@ -9,8 +9,9 @@ from pemoe_jax.runtime import gin_flags
 
 _DESCRIPTION = """\
 Writes a checkpoint in another format. SOURCE is one of these; its format is detected:
-  a base     a T5X checkpoint_<step> (legacy or Orbax), a Hugging Face folder of T5 v1.1,
-             a .safetensors file that `convert base` wrote, a run that trained the whole model
+  a base     a T5X checkpoint_<step> (legacy or Orbax), a Hugging Face folder of T5 or Switch
+             Transformers, a .safetensors file that `convert base` wrote, a run that trained the
+             whole model
   a run      MODEL_DIR of pemoe train (its newest checkpoint), or one checkpoint_<step> in it
   an adapter a folder that `convert adapter` wrote, or one of Hugging Face PEFT ((IA)3, LoRA)
 Sources may be gs:// paths; OUTPUT is a local path that does not exist yet.
@@ -43,8 +44,10 @@ _DIRECTIONS = {
     "huggingface": (
         "a base, or (IA)3 or LoRA merged into its base -> a Hugging Face folder",
         "SOURCE is a base, a run or an adapter. Writes config.json and model.safetensors (in shards"
-        " of at most 5 GB) for `transformers.T5ForConditionalGeneration.from_pretrained`. Tokenizer"
-        " files are not written: copy them from the base's folder.",
+        " of at most 5 GB) for `transformers.T5ForConditionalGeneration.from_pretrained`, or, if"
+        " layers have experts, for SwitchTransformersForConditionalGeneration: with top-1 routing"
+        " and COMBINE='probability', without gated experts or EXTRA_MLP. Tokenizer files are not"
+        " written: copy them from the base's folder.",
     ),
     "base": (
         "a base, or (IA)3 or LoRA merged into its base -> one .safetensors file",

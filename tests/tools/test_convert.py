@@ -18,7 +18,9 @@ from methods import (
     forward,
     largest_difference,
     model,
+    model_inputs,
     random_params,
+    random_params_of,
 )
 
 from pemoe_jax.checkpoints import adapter_file, base_model, models, runs
@@ -30,16 +32,22 @@ PLAIN = ("ia3", "lora")
 ROUTED = ("mov", "molora")
 
 
-def write_run(folder: pathlib.Path, method: str, base_path: pathlib.Path) -> pathlib.Path:
-    """Writes a run's checkpoint with random parameters."""
-    values = random_params(method)
+def write_run(
+    folder: pathlib.Path,
+    method: str,
+    base_path: pathlib.Path,
+    transformer: network.Transformer | None = None,
+) -> pathlib.Path:
+    """Writes a run's checkpoint with random parameters; by default of the method's small model."""
+    transformer = transformer or model(method)
+    values = random_params_of(transformer)
     trained, frozen = params.split(values, METHODS[method].trainable)
-    identity = models.load_base(model(method), str(base_path), 0)[1]
+    identity = models.load_base(transformer, str(base_path), 0)[1]
     record = runs.Record(
         method=method,
         trainable=list(METHODS[method].trainable),
-        config=CONFIG.as_dict(),
-        adapters=adapters.describe(model(method).adapters),
+        config=transformer.config.as_dict(),
+        adapters=adapters.describe(transformer.adapters),
         base={**identity, "needed": bool(frozen)},
         counts={"trainable": params.count(trained), "total": params.count(values)},
         versions=runs.package_versions(),
@@ -160,6 +168,37 @@ def test_whole_model(paths, tmp_path, source):
         assert base.arrays.keys() == expected.keys()
         for path, array in base.arrays.items():
             np.testing.assert_array_equal(array.read(), expected[path])
+
+
+T5_1_0 = dataclasses.replace(CONFIG, mlp_activations=("relu",), logits_via_embedding=True)
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_t5_1_0(tmp_path, method):
+    """Merged, or as PEFT's adapter: an MLP without gate, logits by the embedding."""
+    sites = METHODS[method].adapters()
+    transformer = network.Transformer(T5_1_0, sites)
+    values = random_params_of(transformer)
+    base = params.select(values, params.is_base)
+    base_model.save_base(tmp_path / "base.safetensors", base, T5_1_0.as_dict())
+    folder = write_run(tmp_path / "run", method, tmp_path / "base.safetensors", transformer)
+    assert run("huggingface", folder, tmp_path / "hf") == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["feed_forward_proj"] == "relu" and config["tie_word_embeddings"]
+    assert run("peft", folder, tmp_path / "peft") == 0
+    names = " ".join(safetensors.numpy.load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    assert "wi_0" not in names and (".wi." in names) == (method == "lora")
+    batch = model_inputs(example_batch())
+    expected = apply(transformer, values, batch)
+    for source in (tmp_path / "hf", tmp_path / "peft", folder):
+        opened = models.open_model(str(source))
+        assert opened.model.config == T5_1_0
+        assert largest_difference(apply(opened.model, opened.load(), batch), expected) < 2e-6
+
+
+def apply(transformer: network.Transformer, values: dict, batch: dict) -> np.ndarray:
+    program = jax.jit(lambda v: transformer.apply({"params": v}, **batch, enable_dropout=False))
+    return np.asarray(program(values))[batch["decoder_target_tokens"] > 0]
 
 
 def test_dtype(paths, tmp_path):

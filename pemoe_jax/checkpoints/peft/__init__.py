@@ -1,4 +1,4 @@
-"""Reads and writes (IA)³ and LoRA of T5 v1.1 in the format of Hugging Face PEFT.
+"""Reads and writes (IA)³ and LoRA of T5 in the format of Hugging Face PEFT.
 
 An adapter is a folder of adapter_config.json and adapter_model.safetensors (or .bin). Names,
 shapes and the meaning of settings follow PEFT 0.21. PEFT has no routed adapters.
@@ -19,6 +19,7 @@ from pemoe_jax.checkpoints.peft import config as config_lib
 from pemoe_jax.checkpoints.peft import names
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.network import T5Config
 from pemoe_jax.runtime import atomic_write, file_io
 from pemoe_jax.runtime.file_io import JsonObject
 
@@ -55,13 +56,14 @@ def method_name(description: names.Description) -> str:
 
 
 def load_adapter(
-    folder: str | os.PathLike[str], dimensions: Mapping[str, int]
+    folder: str | os.PathLike[str], dimensions: JsonObject
 ) -> tuple[dict[str, JsonObject], dict[str, np.ndarray]]:
     """Loads a folder that PEFT's `save_pretrained` wrote.
 
     Args:
       folder: local or `gs://`.
-      dimensions: dimensions of the base, under the field names of `T5Config`.
+      dimensions: dimensions of the base, under the field names of `T5Config`; without
+        `mlp_activations`: those of T5 v1.1.
 
     Returns:
       (adapters as `core.adapters.describe` returns them, parameter path -> float32 array). With
@@ -77,8 +79,9 @@ def load_adapter(
     tensors = _open_tensors(resolved)
     num_layers = {stack: dimensions[f"num_{stack}_layers"] for stack in names.STACKS}
     # Nothing is read yet: shapes alone determine the adapters.
-    description = config_lib.describe(resolved / _CONFIG, config, tensors, num_layers)
-    arrays = names.adapter_arrays(description, num_layers)
+    is_gated = len(dimensions.get("mlp_activations", T5Config.mlp_activations)) > 1
+    description = config_lib.describe(resolved / _CONFIG, config, tensors, num_layers, is_gated)
+    arrays = names.adapter_arrays(description, num_layers, is_gated)
     sizes = {
         "embed": dimensions["emb_dim"],
         "heads": dimensions["num_heads"],
@@ -119,14 +122,16 @@ def save_adapter(
     description: names.Description,
     arrays: Mapping[str, np.ndarray],
     base_model_name: str | None,
+    is_gated: bool = True,
 ) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` loads onto a T5 v1.1.
+    """Writes a folder that `peft.PeftModel.from_pretrained` loads onto a T5.
 
     Args:
       path: the folder.
       description: `core.adapters.describe` of the adapters.
       arrays: parameter path -> array, of every adapter.
       base_model_name: path or name of the base, which loaders of the adapter open by default.
+      is_gated: whether the base is a T5 v1.1, and not a T5 1.0, whose module at wi_0 is `wi`.
 
     Raises:
       InputError: PEFT cannot express the adapters, routed ones for example; an array is missing
@@ -135,7 +140,7 @@ def save_adapter(
     _check_expressible(description)
     # At least one layer, so that the comparison below names the missing arrays.
     num_layers = {stack: max(1, dimensions_lib.num_layers(arrays, stack)) for stack in names.STACKS}
-    expected = names.adapter_arrays(description, num_layers)
+    expected = names.adapter_arrays(description, num_layers, is_gated)
     sizes: dict[str, int] = {}  # axis -> size in the first array that has it
     for array in expected:
         shape = arrays[array.path].shape if array.path in arrays else ()
@@ -149,7 +154,8 @@ def save_adapter(
     with atomic_write.temporary_path(path) as folder:
         folder.mkdir()
         safetensors_file.save_file(folder / _WEIGHTS, tensors, {"format": "pt"})
-        atomic_write.write_json(folder / _CONFIG, _make_config(description, base_model_name))
+        config = _make_config(description, base_model_name, is_gated)
+        atomic_write.write_json(folder / _CONFIG, config)
 
 
 def _check_expressible(description: names.Description) -> None:
@@ -176,8 +182,13 @@ def _check_expressible(description: names.Description) -> None:
         )
 
 
-def _make_config(description: names.Description, base_model_name: str | None) -> JsonObject:
-    by_module = {names.SITES[site].module: settings for site, settings in description.items()}
+def _make_config(
+    description: names.Description, base_model_name: str | None, is_gated: bool
+) -> JsonObject:
+    sites = names.sites_of(is_gated)
+    by_module = {
+        sites[site].module: settings for site, settings in description.items() if site in sites
+    }
     common: JsonObject = {
         "base_model_name_or_path": base_model_name,
         "task_type": "SEQ_2_SEQ_LM",

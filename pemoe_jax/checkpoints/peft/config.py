@@ -83,6 +83,7 @@ def describe(
     config: JsonObject,
     tensors: Mapping[str, LazyArray],
     num_layers: Mapping[str, int],
+    is_gated: bool,
 ) -> dict[str, JsonObject]:
     """Returns the adapters as `core.adapters.describe` does.
 
@@ -94,6 +95,7 @@ def describe(
       config: its settings, accepted by `check_config`.
       tensors: PEFT's name -> tensor.
       num_layers: stack -> number of layers of the base.
+      is_gated: whether the base's MLPs have wi_0 and wi_1, and not one wi.
 
     Raises:
       InputError: settings and tensors disagree, or a rank or an alpha is invalid.
@@ -107,7 +109,7 @@ def describe(
         names.module_of(name) == "wo" and tensor.shape[:1] == (1,)
         for name, tensor in tensors.items()
     )
-    modules = names.module_names(num_layers)
+    modules = names.module_names(num_layers, is_gated)
     adapted_modules = [module for module in modules if _leaf(module) in adapted]
     _check_targets(path, config, adapted_modules, modules)
     feedforward = config.get("feedforward_modules")
@@ -119,11 +121,12 @@ def describe(
             _refuse(path, "feedforward_modules", expected, feedforward)
     # The sites gate and wo share the module wo.
     unused = "wo" if is_input_scaled else "gate"
-    sites = [s for s, site in names.SITES.items() if site.module in adapted and s != unused]
+    by_site = {s: site for s, site in names.sites_of(is_gated).items() if s != unused}
+    sites = {s: site.module for s, site in by_site.items() if site.module in adapted}
     plain = {"kind": kind, "num_experts": 1, "router": None}
     if kind == "VectorExperts":
         return {site: dict(plain) for site in sites}
-    return {site: plain | _rank_and_alpha(path, config, names.SITES[site].module) for site in sites}
+    return {site: plain | _rank_and_alpha(path, config, module) for site, module in sites.items()}
 
 
 def _leaf(module: str) -> str:

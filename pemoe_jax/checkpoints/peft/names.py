@@ -44,7 +44,18 @@ _MLP = {
     "wo": Site("wo", "mlp", "embed"),
 }
 SITES = {**_ATTENTION, **_MLP}
-MODULES = tuple(dict.fromkeys(site.module for site in SITES.values()))
+# T5 1.0's MLP has one projection, the site wi_0.
+_UNGATED_SITES = {
+    **{site: value for site, value in SITES.items() if site != "wi_1"},
+    "wi_0": Site("wi", "embed", "mlp"),
+}
+MODULES = tuple(dict.fromkeys(site.module for site in (*SITES.values(), *_UNGATED_SITES.values())))
+
+
+def sites_of(is_gated: bool) -> dict[str, Site]:
+    """Returns the sites of a model whose MLPs have wi_0 and wi_1, or one wi."""
+    return SITES if is_gated else _UNGATED_SITES
+
 
 _LEAVES = {
     "VectorExperts": {"vectors": "ia3_l"},
@@ -95,36 +106,41 @@ class AdapterArray:
         return (array[:, 0] if self.leaf == "lora_a" else array[0]).T
 
 
-def adapter_arrays(description: Description, num_layers: Mapping[str, int]) -> list[AdapterArray]:
+def adapter_arrays(
+    description: Description, num_layers: Mapping[str, int], is_gated: bool
+) -> list[AdapterArray]:
     """Returns every array of adapters without routers; `num_layers` is by stack."""
     return [
         AdapterArray(
             path=f"{path}/{site}_adapter/{leaf}",
-            peft_name=f"{_PREFIX}{module}.{SITES[site].module}.{peft_leaf}",
+            peft_name=f"{_PREFIX}{module}.{sites[site].module}.{peft_leaf}",
             site=site,
             leaf=leaf,
             rank=description[site].get("rank", 0),
         )
-        for path, module, sites in _sublayers(num_layers)
+        for path, module, sites in _sublayers(num_layers, is_gated)
         for site in sites
         if site in description
         for leaf, peft_leaf in _LEAVES[description[site]["kind"]].items()
     ]
 
 
-def module_names(num_layers: Mapping[str, int]) -> list[str]:
+def module_names(num_layers: Mapping[str, int], is_gated: bool) -> list[str]:
     """Returns every module that PEFT can adapt: 'encoder.block.0.layer.0.SelfAttention.q', …."""
     return [
         f"{module}.{name}"
-        for _, module, sites in _sublayers(num_layers)
+        for _, module, sites in _sublayers(num_layers, is_gated)
         for name in dict.fromkeys(site.module for site in sites.values())
     ]
 
 
-def _sublayers(num_layers: Mapping[str, int]) -> Iterator[tuple[str, str, dict[str, Site]]]:
+def _sublayers(
+    num_layers: Mapping[str, int], is_gated: bool
+) -> Iterator[tuple[str, str, dict[str, Site]]]:
     """Yields (our path, PEFT's module, sites) of every attention and MLP."""
+    mlp = {site: value for site, value in sites_of(is_gated).items() if site in _MLP}
     for stack, module, ours, _ in SUBLAYERS:
-        sites = _MLP if ours == "mlp" else _ATTENTION
+        sites = mlp if ours == "mlp" else _ATTENTION
         for i in range(num_layers[stack]):
             yield f"{stack}/layers_{i}/{ours}", f"{stack}.block.{i}.{module}", sites
 
