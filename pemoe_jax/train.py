@@ -76,9 +76,9 @@ def train(
     import gin
     import jax
 
-    from pemoe_jax.analysis import plots
+    from pemoe_jax.analysis import plots, sparse_layers
     from pemoe_jax.checkpoints import run_settings, runs
-    from pemoe_jax.core import adapters, network, partitioning, stacks
+    from pemoe_jax.core import adapters, network, partitioning, sparse, stacks
     from pemoe_jax.data import prefetch, seqio_tasks
     from pemoe_jax.runtime import atomic_write, distributed, file_io, train_loop
     from pemoe_jax.tasks.task_roles import run_register
@@ -94,6 +94,7 @@ def train(
         trainable=list(method.trainable),
         config=model.config.as_dict(),
         adapters=adapters.describe(model.adapters),
+        sparse=sparse.describe(model.sparse),
         base={},
         counts={},
         versions=runs.package_versions(),
@@ -108,7 +109,7 @@ def train(
     model, sentence_source = _open_sentences(model, data)
     transformation = optimizer(schedule, param_axes=network.param_axes(model))
     state, frozen, record = _initialize(
-        model, method, transformation, base_path, record, device_mesh, rules
+        model, method, transformation, checkpointing, record, device_mesh, rules
     )
     record = dataclasses.replace(
         record,
@@ -116,7 +117,11 @@ def train(
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
     )
     recipe = _describe_recipe(optimizer, schedule, total_steps)
-    print(_summarize(state.params, frozen, record, recipe), flush=True)
+    with partitioning.use_mesh(device_mesh, rules):
+        sparse_lines = sparse_layers.summary_lines(
+            model, record.base, data.task_feature_lengths, data.batch_size // data.microbatches
+        )
+    print(_summarize(state.params, frozen, record, recipe, sparse_lines), flush=True)
     task_roles.print_summary()
 
     _resume_step(model_dir, record)  # again, with the tasks and the base
@@ -213,13 +218,16 @@ def _with_base_dimensions(
 ) -> "network.Transformer":
     """Returns the model with the dimensions of its base checkpoint, as `pemoe evaluate` does.
 
-    Prints the dimensions that override those of the model file.
+    Prints the dimensions that override those of the model file; InputError if the base has other
+    experts.
     """
-    from pemoe_jax.checkpoints import base_model
+    from pemoe_jax.checkpoints import base_model, upcycling
 
     if base_path is None:
         return model
-    sizes = base_model.open_base(base_path).model_dimensions()
+    base = base_model.open_base(base_path)
+    upcycling.check_base(model, base)
+    sizes = base.model_dimensions()
     changed = {name: value for name, value in sizes.items() if getattr(model.config, name) != value}
     if changed:
         text = ", ".join(
@@ -272,7 +280,7 @@ def _initialize(
     model: "network.Transformer",
     method: options.Method,
     optimizer: "optax.GradientTransformation",
-    base_path: str | None,
+    start: options.Checkpointing,
     record: "runs.Record",
     mesh: "jax.sharding.Mesh",
     rules: "partitioning.Rules",
@@ -289,7 +297,13 @@ def _initialize(
     trainable_paths = _trainable_paths(method, shapes)
     shardings = partitioning.param_shardings(mesh, rules, network.param_axes(model), shapes)
     base, base_identity = models.load_base(
-        model, base_path, record.seed, trainable_paths.__contains__, shardings, method.frozen_dtype
+        model,
+        start.initial_checkpoint_path,
+        record.seed,
+        trainable_paths.__contains__,
+        shardings,
+        method.frozen_dtype,
+        start.upcycle_noise or 0.0,
     )
     adapter_params = models.device_put(
         network.init_params(model, record.seed, params_lib.is_adapter), shardings
@@ -324,7 +338,13 @@ def _describe_recipe(
     return f"{', '.join(names)}, learning rate up to {rates[step]:.3g} (at step {step + 1})"
 
 
-def _summarize(trainable: "PyTree", frozen: "PyTree", record: "runs.Record", recipe: str) -> str:
+def _summarize(
+    trainable: "PyTree",
+    frozen: "PyTree",
+    record: "runs.Record",
+    recipe: str,
+    sparse_lines: Mapping[str, str],
+) -> str:
     import jax
 
     from pemoe_jax.analysis import counts
@@ -338,6 +358,7 @@ def _summarize(trainable: "PyTree", frozen: "PyTree", record: "runs.Record", rec
         base=f"{name}, fingerprint {base['fingerprint']}",
         method=record.method,
         extra={
+            **sparse_lines,
             "optimizer": recipe,
             "devices": str(len(jax.devices())),
             "activations": record.config["dtype"],

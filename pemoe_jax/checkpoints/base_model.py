@@ -32,7 +32,8 @@ from pemoe_jax.core.params import Params, PyTree
 from pemoe_jax.runtime import atomic_write, file_io
 from pemoe_jax.runtime.file_io import JsonObject
 
-CONFIG_KEY = "t5_config"  # metadata key of our single file: `T5Config` fields as JSON
+# Metadata keys of our single file: the fields of `T5Config` and, if any, of `Sparse` as JSON.
+CONFIG_KEY, SPARSE_KEY = "t5_config", "sparse"
 EXPECTED = (
     "a T5X checkpoint_<step> (or a folder of them), a Hugging Face folder,"
     " a .safetensors file that pemoe convert wrote, or a run that trained the whole model"
@@ -48,12 +49,14 @@ class BaseModel:
       format: name of the format, for messages and records.
       arrays: path -> array.
       stored_config: fields of `T5Config` that the checkpoint states.
+      stored_sparse: fields of `Sparse` that it states; None: none.
     """
 
     path: str
     format: str
     arrays: dict[str, LazyArray]
     stored_config: JsonObject = dataclasses.field(default_factory=dict)
+    stored_sparse: JsonObject | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,8 +65,9 @@ class BaseModel:
 
     @functools.cached_property
     def sparse(self) -> JsonObject | None:
-        """Fields of `Sparse` that the arrays determine (`dimensions.infer_sparse`); None: dense."""
-        return dimensions.infer_sparse(self.shapes, str(self))
+        """Known fields of `Sparse`; those of the arrays take precedence. None: dense."""
+        inferred = dimensions.infer_sparse(self.shapes, str(self))
+        return None if inferred is None else {**(self.stored_sparse or {}), **inferred}
 
     def model_dimensions(self) -> JsonObject:
         """Returns the fields of `T5Config` that the arrays determine.
@@ -215,22 +219,25 @@ def _open_single_file(path: epath.Path, kind: str) -> BaseModel:
             raise InputError(
                 f"{kind} {path}: got an adapter: pass the folder of {adapter_file.WEIGHTS}"
             )
-    try:
-        config = dict(json.loads(metadata.get(CONFIG_KEY, "{}")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{kind} {path}: unreadable {CONFIG_KEY} ({error})") from error
-    return BaseModel(os.fspath(path), "pemoe_jax", arrays, config)
+    stated: dict[str, JsonObject] = {}
+    for key in (CONFIG_KEY, SPARSE_KEY):
+        try:
+            stated[key] = dict(json.loads(metadata.get(key, "{}")))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{kind} {path}: unreadable {key} ({error})") from error
+    return BaseModel(os.fspath(path), "pemoe_jax", arrays, stated[CONFIG_KEY], stated[SPARSE_KEY])
 
 
 def _open_run(folder: epath.Path) -> BaseModel:
     arrays, record, _ = runs.open_trained(os.fspath(folder))
     # Refused even if it trained the base as well: opened as a base, it would lose its adapters.
-    if record.adapters:
+    if record.adapters or record.base["needed"]:
         raise InputError(
             f"base model {folder}: expected a run that trained the whole model, got one of method"
-            f" {record.method!r}, which saves adapters only"
+            f" {record.method!r}, which saves what it trained only"
         )
-    return BaseModel(os.fspath(folder), f"run of {record.method}", arrays, record.config)
+    name = f"run of {record.method}"
+    return BaseModel(os.fspath(folder), name, arrays, record.config, record.sparse)
 
 
 def save_base(
@@ -238,6 +245,7 @@ def save_base(
     params: Params,
     config: Mapping[str, object],
     overwrite: bool = True,
+    sparse: Mapping[str, object] | None = None,
 ) -> None:
     """Writes a base model, all of it in memory, as a single file.
 
@@ -246,11 +254,14 @@ def save_base(
       params: nested dict of arrays.
       config: `T5Config.as_dict()`, or its dimensions.
       overwrite: whether to replace an existing file.
+      sparse: `sparse.describe()` of its sparse layers; None: a dense model.
 
     Raises:
       InputError: the file exists, without `overwrite`.
     """
     arrays = {name: np.asarray(leaf) for name, leaf in params_lib.flatten(params).items()}
     metadata = {CONFIG_KEY: json.dumps(dict(config)), "format": "pemoe_jax"}
+    if sparse is not None:
+        metadata[SPARSE_KEY] = json.dumps(dict(sparse))
     with atomic_write.temporary_path(path, overwrite) as file:
         safetensors_file.save_file(file, arrays, metadata)

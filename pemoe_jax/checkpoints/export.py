@@ -7,12 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pemoe_jax.checkpoints import adapter_file, huggingface, lazy_array, models, peft, runs
+from pemoe_jax.checkpoints import (
+    adapter_file,
+    huggingface,
+    lazy_array,
+    models,
+    peft,
+    runs,
+    upcycling,
+)
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.checkpoints.models import OpenedModel
 from pemoe_jax.core import merging
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.core import sparse as sparse_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.merging import KernelUpdate
 
@@ -89,7 +98,8 @@ def write_base(source: OpenedModel, output: Path, dtype: str | None) -> None:
             arrays[path] = array.read()
             report(len(arrays))
     config = source.model.config.as_dict()
-    base_lib.save_base(output, params_lib.unflatten(arrays), config, overwrite=False)
+    sparse = sparse_lib.describe(source.model.sparse)
+    base_lib.save_base(output, params_lib.unflatten(arrays), config, overwrite=False, sparse=sparse)
 
 
 def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArray]:
@@ -111,6 +121,8 @@ def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArra
         base = base_lib.open_base(source.base_path)
         source.check_base(base.fingerprint())
         arrays = base.arrays
+        if upcycled := source.record.base.get("upcycled"):
+            arrays = upcycling.Upcycling(source.model, **upcycled).lazy_arrays(arrays)
     updates: dict[str, KernelUpdate] = {}
     if source.record is not None:
         trained = params_lib.flatten(source.load_trained())

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pemoe_jax.checkpoints import adapter_file, lazy_array, peft, runs, t5x, t5x_run
+from pemoe_jax.checkpoints import adapter_file, lazy_array, peft, runs, t5x, t5x_run, upcycling
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import adapters, network, partitioning, quantized
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.core import sparse as sparse_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import T5Config, Transformer
 from pemoe_jax.core.params import Params, PyTree
@@ -64,7 +65,7 @@ def array_progress(label: str, num_arrays: int) -> Iterator[Callable[[int], None
 
 
 def build_model(record: runs.Record) -> Transformer:
-    """Returns the network, with its adapters, that a record describes.
+    """Returns the network, with its adapters and sparse layers, that a record describes.
 
     Raises:
       InputError: the record has settings that this version does not know.
@@ -75,14 +76,47 @@ def build_model(record: runs.Record) -> Transformer:
         raise InputError(
             f"the checkpoint's T5Config does not fit this version of the package: {error}"
         ) from error
-    return _build_model(config, json.dumps(record.adapters))
+    return _build_model(config, json.dumps(record.adapters), json.dumps(record.sparse))
 
 
 @functools.cache
-def _build_model(config: T5Config, description: str) -> Transformer:
+def _build_model(config: T5Config, description: str, sparse: str) -> Transformer:
     # Cached, because functions of `network` trace each new model (0.3 s of CPU time and more), and
     # one process may open several checkpoints of the same model.
-    return Transformer(config, adapters.from_description(json.loads(description)))
+    sites = adapters.from_description(json.loads(description))
+    return Transformer(config, sites, sparse_lib.from_description(json.loads(sparse)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """The dtype, sharding and quantization of the parameters of a base; see `load_base`."""
+
+    dtype: str
+    is_trainable: Callable[[str], bool]
+    shardings: Shardings
+    frozen_dtype: str
+
+    def is_quantized(self, name: str) -> bool:
+        is_plain = self.frozen_dtype == quantized.ACTIVATIONS or self.is_trainable(name)
+        return not is_plain and params_lib.is_matrix(name)
+
+    def dtype_of(self, name: str) -> jnp.dtype:
+        # Quantized from float32: rounding to bfloat16 first would add its error.
+        if self.is_trainable(name) or self.is_quantized(name):
+            return jnp.dtype(jnp.float32)
+        return params_lib.frozen_dtype(name, self.dtype)
+
+    def put(self, name: str, array: jax.Array) -> jax.Array:
+        """Casts a drawn array and moves it to its devices."""
+        array, sharding = array.astype(self.dtype_of(name)), _sharding_of(self.shardings, name)
+        return array if sharding is None else partitioning.device_put(array, sharding)
+
+    def finish(self, name: str, array: jax.Array) -> PyTree:
+        """Quantizes an array, if it is a frozen matrix."""
+        if not self.is_quantized(name):
+            return array
+        # Waits, or several float32 arrays would be on the device at the same time.
+        return jax.block_until_ready(quantized.quantize(array, self.frozen_dtype))
 
 
 def load_base(
@@ -92,66 +126,85 @@ def load_base(
     is_trainable: Callable[[str], bool] = lambda _: False,
     shardings: Shardings = None,
     frozen_dtype: str = quantized.ACTIVATIONS,
+    upcycle_noise: float = 0.0,
+    keep: Callable[[str], bool] = lambda _: True,
 ) -> tuple[dict[str, PyTree], JsonObject]:
     """Loads the base parameters of a model, or draws them at random.
+
+    The base of a sparse model may be dense: it is upcycled, see `upcycling`.
 
     Args:
       model: determines names, shapes, and the dtype of frozen matrices.
       path: file or folder of a base in any format of `base_model`; None: random weights.
-      seed: seed of random weights.
+      seed: seed of random weights, and of what a dense base lacks.
       is_trainable: maps a parameter's path to whether it is trained; trained ones are float32.
       shardings: one for all arrays, or parameter path -> sharding; None: the default device.
       frozen_dtype: one of `quantized.FROZEN_DTYPES`, for the frozen matrices of attention and
         MLPs. Each is quantized from float32 as soon as it is on the device.
+      upcycle_noise: σ, see `upcycling`.
+      keep: maps a parameter's path to whether it is returned; all of a base are read, for its
+        fingerprint.
 
     Returns:
-      (parameters, identity): the identity has the base's path, format, seed (of random weights)
-      and the fingerprint of the arrays before quantization.
+      (parameters, identity): the identity has the base's path, format, seed (of random weights),
+      the fingerprint of its arrays before quantization, and `upcycled` (see `runs.Record`).
 
     Raises:
-      InputError: see `base_model.open_base` and `lazy_array.load_arrays`.
+      InputError: see `base_model.open_base`, `upcycling.check_base` and `lazy_array.load_arrays`.
     """
 
-    def is_quantized(name: str) -> bool:
-        is_plain = frozen_dtype == quantized.ACTIVATIONS or is_trainable(name)
-        return not is_plain and params_lib.is_matrix(name)
-
-    def dtype_of(name: str) -> jnp.dtype:
-        # Quantized from float32: rounding to bfloat16 first would add its error.
-        if is_trainable(name) or is_quantized(name):
-            return jnp.dtype(jnp.float32)
-        return params_lib.frozen_dtype(name, model.config.dtype)
-
+    form = _Form(model.config.dtype, is_trainable, shardings, frozen_dtype)
+    shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
+    opened = None if path is None else base_lib.open_base(path)
+    made = upcycling.Upcycling(model, seed, upcycle_noise)
+    is_upcycled = opened is not None and upcycling.check_base(model, opened)
+    names = upcycling.names_by_source(shapes) if is_upcycled else {name: [name] for name in shapes}
+    loaded: dict[str, PyTree] = {}
+    source_shapes: dict[str, tuple[int, ...]] = {}
     samples: dict[str, jax.Array | np.ndarray] = {}
 
-    def transform(name: str, array: jax.Array) -> PyTree:
+    def take(source: str, array: jax.Array) -> None:
         # The fingerprint identifies the base whatever FROZEN_DTYPE is: it precedes quantization.
-        samples[name] = params_lib.sample_array(array)
-        if not is_quantized(name):
-            return array
-        # Waits, or several float32 arrays would be on the device at the same time.
-        return jax.block_until_ready(quantized.quantize(array, frozen_dtype))
-
-    def transform_random(name: str, array: jax.Array) -> PyTree:
-        array, sharding = array.astype(dtype_of(name)), _sharding_of(shardings, name)
-        if sharding is not None:
-            array = partitioning.device_put(array, sharding)
-        return transform(name, array)
+        source_shapes[source], samples[source] = array.shape, params_lib.sample_array(array)
+        for name in filter(keep, names[source]):
+            dtype = form.dtype_of(name)
+            if is_upcycled and upcycling.is_expert(name):
+                leaf = made.copy_to_experts(name, array, dtype, _sharding_of(shardings, name))
+            else:
+                leaf = array.astype(dtype)
+            loaded[name] = form.finish(name, leaf)
 
     identity: JsonObject
-    shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
-    if path is None:
-        base = network.init_params(model, seed, params_lib.is_base, transform_random)
+    if opened is None:
         identity = {"path": None, "format": "random", "seed": seed}
+        network.init_params(
+            model, seed, params_lib.is_base, lambda name, array: take(name, form.put(name, array))
+        )
     else:
-        opened = base_lib.open_base(path)
-        with array_progress("loading the base", len(shapes)) as report:
-            base = opened.load(_make_target(shapes, dtype_of, shardings), report, transform)
         identity = {"path": opened.path, "format": opened.format, "seed": None}
-    gathered = partitioning.gather(samples)
+        if is_upcycled:
+            identity["upcycled"] = {"seed": seed, "noise": upcycle_noise}
+            loaded |= made.draw(
+                filter(keep, shapes), lambda name, array: form.finish(name, form.put(name, array))
+            )
+        targets = {}
+        for source, (name, *others) in names.items():
+            shape, dtype = shapes[name].shape, jnp.result_type(*map(form.dtype_of, (name, *others)))
+            sharding = _sharding_of(shardings, name)
+            if is_upcycled and upcycling.is_expert(name):
+                shape, sharding = shape[1:], upcycling.dense_sharding(sharding)
+                # The noise is in float32, and rounded once.
+                dtype = jnp.dtype(jnp.float32) if upcycle_noise else dtype
+            targets[source] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        with array_progress("loading the base", len(targets)) as report:
+            opened.load(params_lib.unflatten(targets), report, take)
     fingerprint = params_lib.fingerprint_samples(
-        {name: (shapes[name].shape, sample) for name, sample in gathered.items()}
+        {
+            source: (source_shapes[source], sample)
+            for source, sample in partitioning.gather(samples).items()
+        }
     )
+    base = params_lib.unflatten({name: loaded[name] for name in shapes if name in loaded})
     return base, {**identity, "fingerprint": fingerprint}
 
 
@@ -200,13 +253,16 @@ class OpenedModel:
         if not self.needs_base:
             return trained
         trained_paths = params_lib.flatten(trained).keys()
+        upcycled = self.record.base.get("upcycled", {})
         base, identity = load_base(
             self.model,
             self.base_path,
-            self.record.base["seed"] or 0,
+            self.record.base["seed"] or upcycled.get("seed", 0),
             trained_paths.__contains__,
             shardings,
             self.frozen_dtype,
+            upcycled.get("noise", 0.0),
+            lambda path: path not in trained_paths,
         )
         self.check_base(identity["fingerprint"])
         # Checkpoints omit adapters that were not trained: the seed initializes them again.
@@ -215,10 +271,7 @@ class OpenedModel:
             self.record.seed,
             lambda path: params_lib.is_adapter(path) and path not in trained_paths,
         )
-        frozen = params_lib.select(
-            params_lib.merge(device_put(frozen_adapters, shardings), base),
-            lambda path: path not in trained_paths,
-        )
+        frozen = params_lib.merge(device_put(frozen_adapters, shardings), base)
         params = params_lib.merge(trained, frozen)
         shapes = network.param_shapes(self.model)
         return params_lib.check_matches(params, shapes, f"checkpoint {self.path} and its base")
@@ -365,7 +418,8 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
         # Only the activation dtype is taken from the gin files; dimensions are the checkpoint's.
         defaults = {} if model is None else {"dtype": model.config.dtype}
         config = T5Config(**{**defaults, **base.config()})
-        return OpenedModel(_base_name(base.path), path, _build_model(config, "{}"))
+        sparse = json.dumps(base.sparse)
+        return OpenedModel(_base_name(base.path), path, _build_model(config, "{}", sparse))
     if record.base["needed"] and base_path is None:
         base_path = record.base["path"]
         if base_path is not None and not file_io.resolve(base_path).exists():
@@ -397,13 +451,14 @@ def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], 
         raise InputError(f"PEFT adapter {path}{hint}: {error}") from error
     config = T5Config(**base.config())
     description, arrays = peft.load_adapter(path, config.as_dict())
-    model = _build_model(config, json.dumps(description))
+    model = _build_model(config, json.dumps(description), json.dumps(base.sparse))
     shapes = network.param_shapes(model)
     record = runs.Record(
         method=peft.method_name(description),
         trainable=[params_lib.ADAPTER_PATTERN],
         config=config.as_dict(),
         adapters=description,
+        sparse=sparse_lib.describe(model.sparse),
         # PEFT does not record a fingerprint: any base of these dimensions is accepted.
         base={"path": base.path, "seed": None, "fingerprint": None, "needed": True},
         counts={

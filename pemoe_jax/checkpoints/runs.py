@@ -34,8 +34,10 @@ class Record:
       trainable: patterns of the trainable parameters.
       config: `T5Config.as_dict()`.
       adapters: `adapters.describe()` of the adapters.
+      sparse: `sparse.describe()` of the sparse layers; None: a dense model.
       base: path (None: random weights), seed and fingerprint of the base model, and whether the
-        checkpoint needs it (False if every parameter was trained).
+        checkpoint needs it (False if every parameter was trained); `upcycled`, the seed and the
+        noise of `upcycling`, if a sparse model started from a dense one.
       counts: trainable and total number of parameters.
       versions: versions of the packages that wrote the checkpoint.
       seed: seed of the adapters' initial values; those that are not trained are drawn again.
@@ -55,6 +57,7 @@ class Record:
     counts: dict[str, int]
     versions: dict[str, str]
     seed: int = 0
+    sparse: JsonObject | None = None
     trained_datasets: list[str] | None = None
     trained_tasks: list[str] | None = None
     held_out: list[str] | None = None

@@ -26,6 +26,7 @@ def _differences(saved: Record, current: Record) -> Iterator[str]:
     if saved.method == current.method:  # otherwise everything differs
         before["TRAINABLE"], after["TRAINABLE"] = saved.trainable, current.trainable
         yield from adapter_differences(saved.adapters, current.adapters)
+        yield from _sparse_differences(saved.sparse, current.sparse)
     for name, value in before.items():
         if name in after and after[name] != value:
             yield f"{name} {value!s:.60} -> {after[name]!s:.60}"
@@ -49,6 +50,7 @@ def _settings(record: Record, saved_base: Mapping[str, Any]) -> dict[str, Any]:
         "base fingerprint": base.get("fingerprint"),
         # Runs from before quantization recorded none.
         "FROZEN_DTYPE": base.get("frozen_dtype", "activations") if base else None,
+        "UPCYCLE_NOISE": base.get("upcycled", {}).get("noise"),
     }
     known = {name: value for name, value in settings.items() if value is not None}
     # None is a value of these, not an unknown one.
@@ -70,6 +72,26 @@ def adapter_differences(
                 change = f"{name} {before.get(name)} -> {after.get(name)}"
                 sites.setdefault(change, []).append(site)
     yield from (f"{change} at {', '.join(names)}" for change, names in sites.items())
+
+
+def _sparse_differences(
+    saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None
+) -> Iterator[str]:
+    """Yields lines such as 'num_experts 8 -> 4 at sparse'."""
+    if saved is None or current is None:
+        if saved is not current:
+            yield f"sparse layers {_describe(saved)} -> {_describe(current)}"
+        return
+    # Dropout may change.
+    settings = [
+        {"sparse": {name: value for name, value in sparse.items() if name != "expert_dropout_rate"}}
+        for sparse in (saved, current)
+    ]
+    yield from adapter_differences(*settings)
+
+
+def _describe(sparse: Mapping[str, Any] | None) -> str:
+    return "none" if sparse is None else f"with {sparse['num_experts']} experts"
 
 
 def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:

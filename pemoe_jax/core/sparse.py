@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pemoe_jax.core import dispatch
 from pemoe_jax.core.errors import InputError
@@ -115,6 +116,25 @@ class Sparse:
         if factor is None:
             return None
         return dispatch.capacity(num_tokens, self.num_experts, factor, self.min_capacity)
+
+
+def describe(sparse: Sparse | None) -> dict[str, Any] | None:
+    """Returns the settings as plain data, for checkpoints; None for a dense model."""
+    return None if sparse is None else dataclasses.asdict(sparse)
+
+
+def from_description(description: Mapping[str, Any] | None) -> Sparse | None:
+    """Returns the settings of a description, or of a part of one; the inverse of `describe`.
+
+    Raises:
+      InputError: a setting is unknown or out of its range.
+    """
+    if description is None:
+        return None
+    known = {field.name for field in dataclasses.fields(Sparse)}
+    if unknown := sorted(description.keys() - known):
+        raise InputError(f"Sparse has no settings {unknown}: written by another version?")
+    return Sparse(**description)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -17,7 +17,7 @@ from t5x import partitioning as t5x_partitioning
 from t5x import train_state as t5x_train_state
 
 from pemoe_jax.checkpoints import models, runs, same_run, t5x_run
-from pemoe_jax.core import adapters, network
+from pemoe_jax.core import adapters, network, sparse
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import Params, PyTree
@@ -183,6 +183,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
             trainable=list(self._model.trainable),
             config=module.config.as_dict(),
             adapters=adapters.describe(module.adapters),
+            sparse=sparse.describe(module.sparse),
             base={**identity, "needed": bool(self._frozen)},
             counts={"trainable": params_lib.count(trainable), "total": params_lib.count(shapes)},
             versions=runs.package_versions(),

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from pemoe_jax.checkpoints import runs, same_run
-from pemoe_jax.core import adapters, routing, steps
+from pemoe_jax.core import adapters, routing, sparse, steps
 from pemoe_jax.core.errors import InputError
 
 RECORD = runs.Record(
@@ -66,6 +66,23 @@ def mov(num_experts: int, top_k: int | None = None) -> dict:
     return adapters.describe(adapters.Adapters(key=factory, value=factory, gate=factory))
 
 
+SPARSE = sparse.describe(sparse.Sparse(8))
+UPCYCLED = RECORD.base | {"needed": True, "upcycled": {"seed": 0, "noise": 0.0}}
+
+
+def test_records_of_earlier_versions_are_of_dense_models():
+    values = dataclasses.asdict(RECORD)
+    del values["sparse"]
+    assert runs.parse_record(values, "record").sparse is None
+    values["sparse"] = SPARSE
+    assert runs.parse_record(values, "record").sparse == SPARSE
+    values["sparse"] = 8
+    with pytest.raises(InputError, match="record: sparse: expected an object, got 8"):
+        runs.parse_record(values, "record")
+    with pytest.raises(InputError, match=r"Sparse has no settings \['colour'\]"):
+        sparse.from_description(SPARSE | {"colour": 1})
+
+
 @pytest.mark.parametrize(
     ("saved", "current", "difference"),
     [
@@ -73,6 +90,18 @@ def mov(num_experts: int, top_k: int | None = None) -> dict:
             {"adapters": mov(10)},
             {"adapters": mov(5, top_k=2)},
             "num_experts 10 -> 5 at key, value, gate; router.top_k None -> 2 at key, value, gate",
+        ),
+        (
+            {"sparse": SPARSE},
+            {"sparse": SPARSE | {"num_experts": 4}},
+            "num_experts 8 -> 4 at sparse",
+        ),
+        ({"sparse": None}, {"sparse": SPARSE}, "sparse layers none -> with 8 experts"),
+        ({"sparse": SPARSE}, {"sparse": None}, "sparse layers with 8 experts -> none"),
+        (
+            {"base": UPCYCLED},
+            {"base": UPCYCLED | {"upcycled": {"seed": 0, "noise": 0.1}}},
+            "UPCYCLE_NOISE 0.0 -> 0.1",
         ),
         ({"seed": 0}, {"seed": 1}, "SEED 0 -> 1"),
         ({"optimizer": "adafactor"}, {"optimizer": "adamw"}, "OPTIMIZER adafactor -> adamw"),
@@ -102,6 +131,9 @@ def test_a_resumed_run_keeps_its_settings(saved, current, difference):
 def test_settings_that_a_record_does_not_know_are_not_compared():
     later = dataclasses.replace(RECORD, optimizer="adamw", trained_tasks=["a"], held_out=["b"])
     same_run.check_same_run("run", RECORD, later)
+    dropout = SPARSE | {"expert_dropout_rate": 0.2}  # dropout may change
+    records = [dataclasses.replace(RECORD, sparse=each) for each in (SPARSE, dropout)]
+    same_run.check_same_run("run", *records)
     base = {"path": "x", "seed": 0, "fingerprint": "f", "needed": True, "frozen_dtype": "int8"}
     same_run.check_same_run(
         "run", dataclasses.replace(RECORD, base=base), dataclasses.replace(RECORD, base={})
