@@ -25,6 +25,12 @@ def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, Any]:
       InputError: an array that determines a dimension is missing or has another rank.
     """
     layer = "encoder/layers_0"
+    scanned = next((path for path in shapes if path.startswith("encoder/encoder/")), None)
+    if scanned is not None:
+        # Not only other names: every layer of a period has position biases of its own.
+        raise InputError(
+            f"{source}: expected unscanned layers ({layer}/…), got scanned ones ({scanned})"
+        )
     vocab_size, emb_dim = _array_shape(shapes, "token_embedder/embedding", source)
     # Kernels join heads and head_dim; only the position bias has the heads as an axis.
     num_heads, _ = _array_shape(shapes, "encoder/relpos_bias/rel_embedding", source)

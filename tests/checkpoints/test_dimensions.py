@@ -90,6 +90,13 @@ def test_layouts_that_no_step_has(encoder, decoder):
     assert str(caught.value).startswith("/base: ") and got in str(caught.value)
 
 
+def test_scanned_layers_are_named():
+    """Flaxformer's scanned models have position biases by sub-block."""
+    path = "encoder/encoder/subblock_0/relpos_bias/rel_embedding"
+    with pytest.raises(InputError, match=f"expected unscanned layers .* got scanned ones .{path}"):
+        dimensions.infer({"token_embedder/embedding": (8, 4), path: (2, 3, 32)})
+
+
 def test_another_size_is_named():
     """The model's experts and layers against those of a base, before any array is compared."""
     config = dataclasses.replace(DEEP, **T5_1_0)
