@@ -79,9 +79,10 @@ class BaseModel:
           InputError: see `dimensions.infer`; or the logits' matrix is missing.
         """
         inferred = dimensions.infer(self.shapes, str(self))
-        activations = tuple(self.stored_config.get("mlp_activations", ()))
-        if len(activations) == len(inferred["mlp_activations"]):
-            inferred["mlp_activations"] = activations
+        stored = self.stored_config.get("mlp_activations")
+        is_known = isinstance(stored, (list, tuple)) and all(isinstance(a, str) for a in stored)
+        if is_known and len(stored) == len(inferred["mlp_activations"]):
+            inferred["mlp_activations"] = tuple(stored)
         if inferred["logits_via_embedding"] and not self.stored_config.get(
             "logits_via_embedding", True
         ):

@@ -57,7 +57,7 @@ def test_shapes_of_the_model(changes, sparse):
     assert stated == {name for name in T5_1_0 if changes.get(name)}
 
 
-@pytest.mark.parametrize("stored", [["gelu"], ["gelu", "linear"], None])
+@pytest.mark.parametrize("stored", [["gelu"], ["gelu", "linear"], 3, [[]], None])
 def test_names_of_activations_are_stored(stored):
     """They are not in shapes: `wi` may be of any activation."""
     shapes = model_shapes(dataclasses.replace(CONFIG, **T5_1_0))
