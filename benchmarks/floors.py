@@ -51,9 +51,11 @@ def train_step_floor(
 
     described = adapters.describe(model.adapters)
     reads = {site: d["router"]["reads"] for site, d in described.items() if d.get("router")}
-    operations = flops.train_step_flops(
-        model.config, shapes, trainable, rows, tuple(lengths), reads, examples
-    ).total
+    counted = flops.train_step_flops(
+        model.config, shapes, trainable, rows, tuple(lengths), reads, examples, model.sparse
+    )
+    # With two choices a token and few places, experts compute fewer products than were chosen.
+    operations = min(counted.total, counted.with_places or counted.total)
     tokens = (rows * lengths[0], rows * lengths[1])
     moved = 2 * _forward_bytes(model, shapes, tokens, trainable, frozen_dtype)
     moved += sum(8 * 4 * math.prod(shapes[path].shape) for path in trainable)
@@ -72,14 +74,17 @@ def scoring_floor(
     As `train_step_floor`, forward pass only: the encoder and the cross-attention's keys and values
     process the inputs' tokens, the rest of the decoder the choices' tokens.
     """
+    from pemoe_jax.analysis.planning import flops
+
     config, (input_length, target_length) = model.config, lengths
     tokens = (inputs * input_length, inputs * choices * target_length)
     pairs = config.num_encoder_layers * tokens[0] * input_length
     pairs += config.num_decoder_layers * tokens[1] * (target_length + input_length)
     operations = 4 * pairs * config.num_heads * config.head_dim
     for path, leaf in shapes.items():
-        if path.endswith("kernel"):
-            operations += 2 * math.prod(leaf.shape) * tokens[0 if _reads_encoder(path) else 1]
+        if path.endswith("kernel") or (path.endswith("/embedding") and _has_tied_logits(shapes)):
+            products = math.prod(leaf.shape) * flops.used_share(path, model.sparse)
+            operations += 2 * round(products) * tokens[0 if _reads_encoder(path) else 1]
     return {"flops": operations, "bytes": _forward_bytes(model, shapes, tokens)}
 
 
@@ -92,6 +97,7 @@ def _forward_bytes(
 ) -> int:
     import jax.numpy as jnp
 
+    from pemoe_jax.analysis.planning import flops
     from pemoe_jax.core import params as params_lib
 
     dtype, moved = model.config.dtype, 0
@@ -101,14 +107,26 @@ def _forward_bytes(
             own = 1
         if path.startswith("token_embedder"):
             moved += sum(tokens) * leaf.shape[1] * own
+            if _has_tied_logits(shapes):
+                moved += math.prod(leaf.shape) * own
+                moved += tokens[1] * leaf.shape[1] * jnp.dtype(dtype).itemsize
             continue
         moved += math.prod(leaf.shape) * own
         # An adapter's products are fused with those of its site.
         if path.endswith("kernel") and "_adapter/" not in path:
             num_tokens = tokens[0 if _reads_encoder(path) else 1]
-            outputs = 0 if "logits_dense" in path else leaf.shape[1]
-            moved += num_tokens * (leaf.shape[0] + outputs) * jnp.dtype(dtype).itemsize
+            inputs, outputs = leaf.shape[-2:]
+            outputs = 0 if "logits_dense" in path else outputs
+            if leaf.ndim == 3:  # experts [E, in, out], each with the tokens that use it
+                num_tokens = round(
+                    num_tokens * leaf.shape[0] * flops.used_share(path, model.sparse)
+                )
+            moved += num_tokens * (inputs + outputs) * jnp.dtype(dtype).itemsize
     return moved
+
+
+def _has_tied_logits(shapes: Mapping[str, Any]) -> bool:
+    return "decoder/logits_dense/kernel" not in shapes
 
 
 def _reads_encoder(path: str) -> bool:

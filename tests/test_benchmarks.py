@@ -1,5 +1,6 @@
 """The benchmarks: their arithmetic by hand, and each script on a tiny model."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import sparse_models
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
@@ -100,6 +102,32 @@ def test_floor_of_a_training_step():
     vectors = 3 * 2 * 6 + 2 * 5
     looked_up = 20 * 4
     assert floor["bytes"] == 4 * (2 * once + 2 * through + 10 * vectors + 2 * looked_up)
+
+
+def test_floors_of_experts_and_tied_logits():
+    """One expert a token costs the products of the dense model, and the weights of all experts."""
+    import floors
+
+    from pemoe_jax.core import network, params
+
+    shape = {"logits_via_embedding": True, "mlp_activations": ("relu",)}
+    sparse = sparse_models.sparse_model(sparse_models.ROUTINGS["switch"], **shape)
+    step, score = [], []
+    for model in (sparse.clone(sparse=None), sparse):
+        shapes = params.flatten(network.param_shapes(model))
+        step.append(floors.train_step_floor(model, shapes, set(), 2, (8, 4)))
+        score.append(floors.scoring_floor(model, shapes, 2, 3, (8, 4)))
+    # D = 16, F = 20, E = 4, V = 32; a router [16, 4] in each stack
+    router = 16 * 4
+    assert step[1]["flops"] - step[0]["flops"] == 4 * router * (16 + 8)
+    assert score[1]["flops"] - score[0]["flops"] == 2 * router * (16 + 24)
+    weights = 3 * 2 * (2 * 16 * 20) + 2 * router
+    moved = 4 * (weights + (16 + 24) * (16 + 4))
+    assert score[1]["bytes"] - score[0]["bytes"] == moved
+    # The logits of 24 target tokens: 32 · 16 products each, the matrix, and the tokens' rows.
+    untied = sparse.clone(config=dataclasses.replace(sparse.config, logits_via_embedding=False))
+    shapes = params.flatten(network.param_shapes(untied))
+    assert floors.scoring_floor(untied, shapes, 2, 3, (8, 4)) == score[1]
 
 
 def test_floor_time_is_the_larger_time_at_the_best_rates():

@@ -328,7 +328,10 @@ def _published_share(count: ParameterCount) -> str | None:
 
 def _percent(part: int, whole: int) -> str:
     """Returns a percentage with three significant digits: papers differ by as little."""
-    return "100 %" if part == whole else f"{100 * part / whole:#.3g} %".replace(". %", " %")
+    percent = 100 * part / whole
+    if part == whole or percent >= 999.5:
+        return f"{percent:,.0f} %"
+    return f"{percent:#.3g} %".replace(". %", " %")
 
 
 def _number(count: int) -> str:
