@@ -42,7 +42,7 @@ CORE = {
     "kernels.thin_matmul": set(),
     "kernels.tiling": set(),
     "kernels.mov": {"kernels.tiling"},
-    "kernels.attention": {"kernels.tiling"},
+    "kernels.attention": {"kernels.tiling", "partitioning"},
     "kernels.cpu_attention": set(),
     "kernels.cpu_schedule": set(),
     "routing": {"params", "kernels.thin_matmul"},

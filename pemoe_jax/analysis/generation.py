@@ -286,7 +286,8 @@ def decode(
             opened.model, params, arrays["inputs"], length, eos_id, arrays.get("sentences")
         )
 
-    batches = inference_batches.input_batches(inputs, batch_size, multiple_of=mesh.shape["data"])
+    multiple_of = partitioning.data_parallelism(mesh)
+    batches = inference_batches.input_batches(inputs, batch_size, multiple_of=multiple_of)
     results = (
         (decode_batch(tokens, indices), indices) for tokens, indices in prefetch.prefetch(batches)
     )

@@ -71,7 +71,7 @@ class VectorExperts(nn.Module):
             "vectors",
             nn.initializers.ones_init(),
             (*heads, self.num_experts, features),
-            (*self.y_axes[:-1], "expert", self.y_axes[-1]),
+            (*self.y_axes[:-1], "adapter_expert", self.y_axes[-1]),
         )
         if self.router is None:
             return y * vectors[..., 0, :].astype(y.dtype)
@@ -147,9 +147,9 @@ class LoRAExperts(nn.Module):
         experts, rank, dtype = self.num_experts, self.rank, y.dtype
         x_features, y_features = x.shape[-1], math.prod(y.shape[2:])
         y_axis = "joined_kv" if len(self.y_axes) > 1 else self.y_axes[0]
-        shape, axes = (x_features, experts, rank), (self.x_axis, "expert", "rank")
+        shape, axes = (x_features, experts, rank), (self.x_axis, "adapter_expert", "rank")
         lora_a = params_lib.param(self, "lora_a", _LORA_A_INIT, shape, axes)
-        shape, axes = (experts, rank, y_features), ("expert", "rank", y_axis)
+        shape, axes = (experts, rank, y_features), ("adapter_expert", "rank", y_axis)
         lora_b = params_lib.param(self, "lora_b", nn.initializers.zeros_init(), shape, axes)
         lora_a = lora_a.reshape(x_features, experts * rank).astype(dtype)
         lora_b = lora_b.reshape(experts * rank, y_features).astype(dtype)

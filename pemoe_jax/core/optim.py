@@ -20,6 +20,8 @@ ParamAxes: TypeAlias = Mapping[str, Sequence[str]]  # path -> axis names: `netwo
 # (schedule, param_axes=…) -> the optimizer of those parameters.
 OptimizerFactory: TypeAlias = Callable[..., optax.GradientTransformation]
 
+_EXPERT_AXES = ("expert", "adapter_expert")
+
 
 def adafactor(
     learning_rate: Schedule,
@@ -55,7 +57,7 @@ def adafactor(
       param_axes: names of the parameters' axes; None: no parameter has experts.
     """
     map_over = functools.partial(_map_over_axis, param_axes=param_axes or {})
-    rms_axes = ("expert",) if per_expert else ()
+    rms_axes = _EXPERT_AXES if per_expert else ()
     # The order, and so the state, is that of `optax.adafactor`.
     second_moments = optax.scale_by_factored_rms(
         decay_rate=decay_rate,
@@ -63,7 +65,7 @@ def adafactor(
         min_dim_size_to_factor=min_dim_size_to_factor,
         epsilon=1e-30,
     )
-    parts = [map_over(second_moments, names=("expert", "unmodeled"))]
+    parts = [map_over(second_moments, names=(*_EXPERT_AXES, "unmodeled"))]
     if clipping_threshold is not None:
         parts.append(map_over(optax.clip_by_block_rms(clipping_threshold), names=rms_axes))
     parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))

@@ -1,11 +1,12 @@
-"""The device mesh, `data` × `model`, and the shardings of batches, parameters and their states.
+"""The device mesh, `data` × `expert` × `model`, and shardings of batches, parameters and states.
 
-Parameters and activations name their axes; rules map each name to an axis of the mesh, as in T5X
+Parameters and activations name their axes; rules map each name to axes of the mesh, as in T5X
 (arXiv 2203.17189). XLA derives the other shardings and the communication.
 """
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -19,12 +20,16 @@ from pemoe_jax.core.errors import InputError
 
 PyTree: TypeAlias = Any  # a leaf or a tree of arrays, shapes or shardings; jax has no type for it
 _T = TypeVar("_T")
-Rules: TypeAlias = tuple[tuple[str, str | None], ...]
+MeshAxes: TypeAlias = str | tuple[str, ...] | None
+Rules: TypeAlias = tuple[tuple[str, MeshAxes], ...]
+
+MESH_AXES = ("data", "expert", "model")
+BATCH_AXES = ("data", "expert")  # a batch is spread over both
 
 # Earlier rules have priority: with FSDP both `batch` and `embed` map to `data`, and an activation
 # [batch, length, embed] is sharded by its batch.
 _RULES: Rules = (
-    ("batch", "data"),
+    ("batch", BATCH_AXES),
     ("vocab", "model"),
     ("mlp", "model"),
     ("heads", "model"),
@@ -32,7 +37,8 @@ _RULES: Rules = (
     ("embed", None),
     ("length", None),
     ("kv", None),
-    ("expert", None),  # of experts; a router's outputs are "unmodeled", as in T5X
+    ("expert", "expert"),  # of sparse layers; a router's outputs are "unmodeled", as in T5X
+    ("adapter_expert", None),  # small, so each device holds all of them
     ("unmodeled", None),
     ("rank", None),
     ("relpos_buckets", None),
@@ -45,44 +51,68 @@ class MeshConfig:
 
     Attributes:
       model_parallelism: tensor-parallel size: the number of devices that each matrix is sharded
-        over. It must divide the number of devices; the quotient is the data-parallel size.
+        over. It must divide the number of devices.
       fsdp: whether parameters and optimizer states are also sharded over the data axis.
+      expert_parallelism: number of devices that the experts of each sparse layer are spread over.
+        It must divide the devices that model parallelism leaves, and the number of experts. A batch
+        is spread over the data axis, which has the other devices, and over these.
     """
 
     model_parallelism: int = 1
     fsdp: bool = False
+    expert_parallelism: int = 1
 
     def make_mesh(self) -> Mesh:
-        """Returns the mesh of all devices, `data` × `model`."""
-        return make_mesh(self.model_parallelism)
+        """Returns the mesh of all devices, `data` × `expert` × `model`."""
+        return make_mesh(self.model_parallelism, expert_parallelism=self.expert_parallelism)
 
     def axis_rules(self) -> Rules:
         """Returns the rules that map logical axis names to axes of the mesh."""
         return axis_rules(self.fsdp)
 
 
-def make_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh `data` × `model` of the devices; None for all devices of all processes.
+def make_mesh(
+    model_parallelism: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    expert_parallelism: int = 1,
+) -> Mesh:
+    """Returns a mesh `data` × `expert` × `model` of devices; None for all of all processes.
 
     Raises:
-      InputError: model_parallelism does not divide the number of devices.
+      InputError: the sizes do not divide the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
-    if not isinstance(model_parallelism, int) or model_parallelism < 1 or count % model_parallelism:
-        raise InputError(
-            f"MODEL_PARALLELISM must be a divisor of the {count} devices, got {model_parallelism!r}"
-        )
-    shape = (count // model_parallelism, model_parallelism)
+    _check_divisor("MODEL_PARALLELISM", model_parallelism, count, f"{count} devices")
+    left = count // model_parallelism
+    text = f"{count} devices" if left == count else f"{left} devices that MODEL_PARALLELISM leaves"
+    _check_divisor("EXPERT_PARALLELISM", expert_parallelism, left, text)
+    shape = (left // expert_parallelism, expert_parallelism, model_parallelism)
     # Splitting lets a mesh axis take a part of a physical axis of a TPU's torus.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, ("data", "model"))
+    return Mesh(grid, MESH_AXES)
 
 
-def data_parallelism() -> int:
-    """Returns the number of parts that the mesh of the context divides a batch into."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape.get("data", 1)
+def _check_divisor(name: str, value: object, of: int, text: str) -> None:
+    if not isinstance(value, int) or value < 1 or of % value:
+        raise InputError(f"{name} must be a divisor of the {text}, got {value!r}")
+
+
+def data_parallelism(mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> int:
+    """Returns the number of parts that a mesh, by default the context's, divides a batch into."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def batch_axes() -> tuple[str, ...]:
+    """Returns the axes of the context's mesh that a batch is spread over."""
+    shape = jax.sharding.get_abstract_mesh().shape  # T5X's mesh has no axis `expert`
+    return tuple(axis for axis in BATCH_AXES if axis in shape)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch by its rows."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def connect_processes(mesh: Mesh) -> None:
@@ -92,16 +122,17 @@ def connect_processes(mesh: Mesh) -> None:
     """
     # On CPUs XLA connects processes at a program's first collective, and fails if one process
     # arrives 30 seconds after another, for example after a longer compilation. So a small
-    # collective runs over each axis, and over both, before any such work.
+    # collective runs over each axis, over those of a batch, and over all, before any such work.
     if jax.process_count() == 1:
         return
 
     def sums(ones: jax.Array) -> list[jax.Array]:
-        return [jax.lax.psum(ones, axes) for axes in (*mesh.axis_names, mesh.axis_names)]
+        groups = (*mesh.axis_names, BATCH_AXES, mesh.axis_names)
+        return [jax.lax.psum(ones, axes) for axes in groups]
 
     spec = PartitionSpec(*mesh.axis_names)
     ones = jax.make_array_from_callback(
-        mesh.devices.shape, NamedSharding(mesh, spec), lambda index: np.ones((1, 1))
+        mesh.devices.shape, NamedSharding(mesh, spec), lambda index: np.ones((1, 1, 1))
     )
     sum_all = jax.shard_map(
         sums, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False
@@ -110,7 +141,7 @@ def connect_processes(mesh: Mesh) -> None:
 
 
 def axis_rules(fsdp: bool = False) -> Rules:
-    """Returns the pairs (logical axis name, mesh axis or None); the first that applies wins.
+    """Returns the pairs (logical axis name, mesh axes or None); the first that applies wins.
 
     With `fsdp` parameters are also sharded over `data`, along D (as ZeRO-3, arXiv 1910.02054).
     """
@@ -122,17 +153,30 @@ def logical_to_mesh_sharding(
 ) -> NamedSharding:
     """Returns the sharding of an array with named axes; each mesh axis shards one axis at most.
 
-    An axis whose size is not a multiple of the mesh axis is replicated.
+    An axis whose size is not a multiple of the mesh axes is replicated.
     """
-    spec: list[str | None] = [None] * len(axes)
-    for name, mesh_axis in rules:
-        if mesh_axis is None or mesh_axis in spec or mesh.shape[mesh_axis] == 1:
+    spec: list[MeshAxes] = [None] * len(axes)
+    used: set[str] = set()
+    for name, mesh_axes in rules:
+        names, size = set(_axis_names(mesh_axes)), _axis_size(mesh, mesh_axes)
+        if size == 1 or names & used:
             continue
         for i, axis in enumerate(axes):
-            if axis == name and spec[i] is None and shape[i] % mesh.shape[mesh_axis] == 0:
-                spec[i] = mesh_axis
+            if axis == name and spec[i] is None and shape[i] % size == 0:
+                spec[i] = mesh_axes
+                used |= names
                 break
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _axis_names(mesh_axes: MeshAxes) -> tuple[str, ...]:
+    if mesh_axes is None:
+        return ()
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+
+
+def _axis_size(mesh: Mesh | jax.sharding.AbstractMesh, mesh_axes: MeshAxes) -> int:
+    return math.prod(mesh.shape[name] for name in _axis_names(mesh_axes))
 
 
 def param_shardings(
@@ -141,11 +185,33 @@ def param_shardings(
     axes: Mapping[str, Sequence[str]],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, NamedSharding]:
-    """Returns path -> sharding, from paths' `axis_rules`, `network.param_axes` and shapes."""
+    """Returns path -> sharding, from `axis_rules`, `network.param_axes` and shapes by path.
+
+    Raises:
+      InputError: experts cannot be spread evenly over the axis `expert`.
+    """
+    _check_experts(mesh.shape.get("expert", 1), axes, shapes)
     return {
         path: logical_to_mesh_sharding(mesh, rules, axes[path], leaf.shape)
         for path, leaf in shapes.items()
     }
+
+
+def _check_experts(
+    size: int, axes: Mapping[str, Sequence[str]], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+    if size == 1:
+        return
+    if not any("expert" in names for names in axes.values()):
+        raise InputError(
+            f"EXPERT_PARALLELISM must be 1 for a model without sparse layers, got {size}"
+        )
+    for path, leaf in shapes.items():
+        experts = dict(zip(axes[path], leaf.shape, strict=True)).get("expert", size)
+        if experts % size:
+            raise InputError(
+                f"EXPERT_PARALLELISM must be a divisor of NUM_EXPERTS ({experts}), got {size}"
+            )
 
 
 def state_shardings(
@@ -178,7 +244,7 @@ def value_of_param(key_path: jax.tree_util.KeyPath, values: Mapping[str, _T]) ->
 
 def _fits(sharding: NamedSharding, shape: Sequence[int]) -> bool:
     return len(sharding.spec) == len(shape) and all(
-        axis is None or size % sharding.mesh.shape[axis] == 0
+        size % _axis_size(sharding.mesh, axis) == 0
         for axis, size in zip(sharding.spec, shape, strict=True)
     )
 
@@ -192,7 +258,7 @@ def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Raises InputError if a batch does not divide into the devices' microbatches."""
-    devices = mesh.shape["data"]
+    devices = data_parallelism(mesh)
     if not isinstance(batch_size, int) or batch_size < 1 or batch_size % (devices * microbatches):
         pieces = f" × {microbatches} microbatches" if microbatches > 1 else ""
         raise InputError(
@@ -202,13 +268,13 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Shards the rows of a batch over `data`; every process passes the whole batch."""
-    return device_put(dict(batch), NamedSharding(mesh, PartitionSpec("data")))
+    """Shards the rows of a batch; every process passes the whole batch."""
+    return device_put(dict(batch), batch_sharding(mesh))
 
 
 def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Shards the rows of a batch over `data`; every process passes its `data_shard` alone."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    """Shards the rows of a batch; every process passes its `data_shard` alone."""
+    sharding = batch_sharding(mesh)
     num_shards = data_shard(mesh)[1]
     return {
         name: jax.make_array_from_process_local_data(
@@ -221,13 +287,14 @@ def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
     """Returns (shard id, number of shards): which part of each batch this process reads.
 
-    Processes whose devices are in the same rows of the mesh read the same part.
+    Processes whose devices are in the same rows of the mesh, numbered over `data` and `expert`,
+    read the same part.
 
     Raises:
       InputError: the rows of two processes overlap, but are not the same.
     """
     rows: dict[int, set[int]] = {}
-    for row, devices in enumerate(mesh.devices):
+    for row, devices in enumerate(mesh.devices.reshape(-1, mesh.devices.shape[-1])):
         for device in devices:
             rows.setdefault(device.process_index, set()).add(row)
     shards = sorted({tuple(sorted(shard)) for shard in rows.values()})

@@ -56,7 +56,10 @@ RANGES: dict[str, dict[str, Interval]] = {
     "infer.decode_texts": {"batch_size": POSITIVE},
     "tasks.register": {"eval_examples": POSITIVE},
     "routes.routes": {"examples": POSITIVE, "min_count": POSITIVE},
-    "partitioning.MeshConfig": {"model_parallelism": POSITIVE},
+    "partitioning.MeshConfig": {
+        "model_parallelism": POSITIVE,
+        "expert_parallelism": POSITIVE,
+    },
     "steps.Loss": {
         "z_loss": NOT_NEGATIVE,
         "label_smoothing": FRACTION,

@@ -6,8 +6,27 @@ from t5x import partitioning as t5x_partitioning
 from t5x import train_state as t5x_train_state
 
 from pemoe_jax.core import partitioning
+from pemoe_jax.core.errors import InputError
 
-axis_rules = partitioning.axis_rules  # for `PjitPartitioner.logical_axis_rules`
+
+def axis_rules(fsdp: bool = False, expert_parallelism: int = 1) -> partitioning.Rules:
+    """Returns `partitioning.axis_rules` for T5X's mesh `data` × `model`.
+
+    Args:
+      fsdp: whether parameters are also sharded over `data`.
+      expert_parallelism: must be 1.
+
+    Raises:
+      InputError: experts shall be spread over devices.
+    """
+    if expert_parallelism != 1:
+        raise InputError(
+            "EXPERT_PARALLELISM must be 1 in T5X, whose mesh has no axis for experts, got"
+            f" {expert_parallelism!r}: use pemoe train"
+        )
+    t5x_axes: dict[partitioning.MeshAxes, partitioning.MeshAxes]
+    t5x_axes = {partitioning.BATCH_AXES: "data", "expert": None}
+    return tuple((name, t5x_axes.get(axes, axes)) for name, axes in partitioning.axis_rules(fsdp))
 
 
 def replicate_uneven_axes(

@@ -113,7 +113,9 @@ class MeanPooledEncoder:
             return self._pool(params, batch["tokens"])
 
         ids = [item.ids for item in inputs]
-        batches = inference_batches.encoder_batches(ids, batch_size, mesh.shape["data"])
+        batches = inference_batches.encoder_batches(
+            ids, batch_size, partitioning.data_parallelism(mesh)
+        )
         results = ((pool(tokens), indices) for tokens, indices in batches)
         vectors = np.zeros((len(inputs), self.model.config.emb_dim), np.float32)
         for pooled, indices in prefetch.keep_in_flight(results):

@@ -55,8 +55,9 @@ FLAGS.add_argument(
     "--mesh",
     action="append",
     default=[],
-    metavar="DATAxMODEL[:fsdp]",
-    help="devices, such as 4x8: the batch over 4, matrices over 8; may be repeated (default: 1x1)",
+    metavar="DATAx[EXPERTx]MODEL[:fsdp]",
+    help="devices, such as 4x8: the batch over 4, matrices over 8; or 2x4x1: the batch over 2 x 4,"
+    " experts over 4; may be repeated (default: 1x1)",
 )
 FLAGS.add_argument("--fsdp", action="store_true", help="append :fsdp to every mesh")
 FLAGS.add_argument("--batch_size", type=int, default=32, help="rows over all devices (default: 32)")

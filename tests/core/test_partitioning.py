@@ -13,6 +13,7 @@ from methods import CONFIG, METHODS, example_batch, random_params
 
 from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.sparse import Sparse
 
 MESHES = {"data": (1, False), "model": (2, False), "fsdp": (1, True)}
 
@@ -199,9 +200,50 @@ def test_shards_that_overlap_in_part():
 
 
 @pytest.mark.parametrize("value", [0, 3, "2"])
-def test_model_parallelism_divides_the_devices(value):
+def test_parallelism_divides_the_devices(value):
     with pytest.raises(InputError, match="MODEL_PARALLELISM must be a divisor of the 2 devices"):
         partitioning.make_mesh(value)
+    with pytest.raises(InputError, match="EXPERT_PARALLELISM must be a divisor of the 2 devices"):
+        partitioning.MeshConfig(expert_parallelism=value).make_mesh()
+    message = "EXPERT_PARALLELISM must be a divisor of the 1 devices that MODEL_PARALLELISM leaves"
+    with pytest.raises(InputError, match=message):
+        partitioning.make_mesh(2, expert_parallelism=2)
+
+
+def sparse_shardings(num_experts: int | None, devices: int, fsdp: bool = False, **sizes):
+    """Returns path -> partition spec of a model with MoV of 4 experts; None: no sparse layers."""
+    config = dataclasses.replace(CONFIG, num_encoder_layers=2, num_decoder_layers=2)
+    sparse = None if num_experts is None else Sparse(num_experts=num_experts)
+    model = network.Transformer(config, METHODS["mov"].adapters(num_experts=4), sparse)
+    axes, shapes = network.param_axes(model), params.flatten(network.param_shapes(model))
+    mesh = jax.sharding.AbstractMesh((devices, *sizes.values()), ("data", *sizes))
+    rules = partitioning.axis_rules(fsdp)
+    shardings = partitioning.param_shardings(mesh, rules, axes, shapes)
+    return {path: tuple(sharding.spec) for path, sharding in shardings.items()}
+
+
+def test_experts_are_spread_over_their_axis():
+    """F is sharded over `model`, with FSDP D over `data`; experts of adapters are replicated."""
+    specs = sparse_shardings(8, 2, fsdp=True, expert=4, model=2)
+    layer = "encoder/layers_1"
+    assert specs[f"{layer}/mlp/expert/wi_0/kernel"] == ("expert", "data", "model")
+    assert specs[f"{layer}/mlp/expert/wo/kernel"] == ("expert", "model", "data")
+    assert specs[f"{layer}/mlp/router/router_weights/w/kernel"] == ("data", None)
+    vectors = {spec for path, spec in specs.items() if path.endswith("key_adapter/vectors")}
+    assert vectors == {("model", None, None)}
+    assert "expert" not in specs["encoder/layers_0/mlp/gate_adapter/vectors"]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "message"),
+    [
+        (6, r"EXPERT_PARALLELISM must be a divisor of NUM_EXPERTS \(6\), got 4"),
+        (None, "EXPERT_PARALLELISM must be 1 for a model without sparse layers, got 4"),
+    ],
+)
+def test_experts_that_cannot_be_spread(num_experts, message):
+    with pytest.raises(InputError, match=message):
+        sparse_shardings(num_experts, 1, expert=4, model=1)
 
 
 def test_gather_returns_whole_arrays():

@@ -10,6 +10,8 @@ import pytest
 from jsonl_folder import write_folder, write_vocabulary
 from programs import DIMENSIONS, flat, parsed, pemoe, read_metrics, read_tensorboard, t5x
 
+from pemoe_jax.core.errors import InputError
+
 MODEL = "models/t5_1_1_tiny.gin"
 METHODS = {
     "ia3": ["methods/ia3.gin"],
@@ -188,6 +190,15 @@ def test_decoding_equals_that_of_pemoe_infer(run, workspace):
         assert predictions == expected, file.stem
         compared += len(predictions)
     assert compared >= 18
+
+
+def test_experts_are_not_spread_over_devices():
+    """T5X's mesh is `data` × `model`: rules name no other axis, and asking for one is an error."""
+    from pemoe_jax import t5x_bridge
+
+    assert {axes for _, axes in t5x_bridge.axis_rules(fsdp=True)} == {"data", "model", None}
+    with pytest.raises(InputError, match="EXPERT_PARALLELISM must be 1 in T5X, .* got 2"):
+        t5x_bridge.axis_rules(expert_parallelism=2)
 
 
 @pytest.mark.parametrize(

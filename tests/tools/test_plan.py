@@ -18,6 +18,7 @@ from methods import CONFIG, METHODS
 from pemoe_jax.analysis.planning import compiled_step, cost_tables, flops, hlo
 from pemoe_jax.core import adapters, network, optim, partitioning, routing
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.sparse import Sparse
 from pemoe_jax.tools import plan
 
 ROOT = Path(__file__).parents[2]
@@ -472,6 +473,23 @@ def test_microbatches_need_less_memory_for_the_same_products():
     assert sizes[1] < 0.6 * sizes[0]
 
 
+def test_a_plan_with_experts_on_several_devices():
+    """Of 4 experts each device holds two, and with them half of their states."""
+    config = dataclasses.replace(CONFIG, num_encoder_layers=2, num_decoder_layers=2)
+    model = network.Transformer(config, sparse=Sparse(num_experts=4))
+    train_step = compiled_step.TrainStep(model, [".*"], optim.adamw(lambda _: 1e-3), 4, (8, 4))
+    sizes = []
+    for layout in map(cost_tables.MeshLayout.parse, ("2x1", "1x2x1")):
+        mesh = compiled_step.make_mesh(train_step, layout)
+        arguments = compiled_step.abstract_arguments(train_step, mesh)
+        sizes.append(compiled_step.bytes_per_device(arguments.state.params))
+        assert compiled_step.bytes_per_device(arguments.batch) * 2 == sum(
+            leaf.size * leaf.dtype.itemsize for leaf in arguments.batch.values()
+        )
+    assert sizes[0] - sizes[1] == 2 * 2 * 3 * 16 * 20 * 4  # layers, experts, matrices, D, F, bytes
+    assert str(cost_tables.MeshLayout.parse("2x4x1:fsdp")) == "2x4x1 FSDP"
+
+
 # --- the command ---
 
 TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=methods/mov.gin"]
@@ -480,7 +498,10 @@ TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=methods/mov.gin"]
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mesh=4"], "--mesh must be DATAxMODEL or DATAxMODEL:fsdp, got '4'"),
+        (
+            ["--mesh=4"],
+            "--mesh must be DATAxMODEL or DATAxEXPERTxMODEL, or one with :fsdp, got '4'",
+        ),
         (["--mesh=0x2"], "got '0x2'"),
         (["--mesh=2x1:zero"], "got '2x1:zero'"),
         (

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from pemoe_jax.analysis.planning import flops, hlo
 from pemoe_jax.analysis.planning.cost_tables import MEMORY, MeshLayout, StepCost
@@ -130,7 +130,7 @@ def make_mesh(step: TrainStep, layout: MeshLayout) -> Mesh:
         raise InputError(
             f"--mesh must have at most {len(devices)} devices, those of this process, got {layout}"
         )
-    mesh = partitioning.make_mesh(layout.model, devices[: layout.devices])
+    mesh = partitioning.make_mesh(layout.model, devices[: layout.devices], layout.expert)
     partitioning.check_batch_size(step.batch_size, mesh, step.microbatches)
     return mesh
 
@@ -270,7 +270,7 @@ def _abstract_batch(step: TrainStep, mesh: Mesh) -> dict[str, jax.ShapeDtypeStru
     else:
         for stack, length in (("encoder", inputs), ("decoder", targets)):
             widths |= {f"{stack}_segment_ids": length, f"{stack}_positions": length}
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = partitioning.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(
             (step.batch_size, width),

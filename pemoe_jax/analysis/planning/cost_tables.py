@@ -41,27 +41,32 @@ _NOTE_ON_PLACES = (
 
 @dataclass(frozen=True)
 class MeshLayout:
-    """A mesh of `data` × `model` devices; with `fsdp`, parameters are sharded over both axes."""
+    """A mesh of `data` × `expert` × `model` devices; `fsdp` also shards parameters over `data`."""
 
     data: int
     model: int
     fsdp: bool = False
+    expert: int = 1
 
     @classmethod
     def parse(cls, text: str, fsdp: bool = False) -> MeshLayout:
-        """Parses '4x8' or '32x1:fsdp'; raises InputError for any other form."""
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(:fsdp)?", text)
+        """Parses '4x8', '2x4x1' or '32x1:fsdp'; raises InputError for any other form."""
+        match = re.fullmatch(r"([1-9]\d*)(x[1-9]\d*)?x([1-9]\d*)(:fsdp)?", text)
         if not match:
-            raise InputError(f"--mesh must be DATAxMODEL or DATAxMODEL:fsdp, got {text!r}")
-        return cls(int(match[1]), int(match[2]), fsdp or bool(match[3]))
+            raise InputError(
+                f"--mesh must be DATAxMODEL or DATAxEXPERTxMODEL, or one with :fsdp, got {text!r}"
+            )
+        expert = int((match[2] or "x1")[1:])
+        return cls(int(match[1]), int(match[3]), fsdp or bool(match[4]), expert)
 
     @property
     def devices(self) -> int:
         """Number of devices."""
-        return self.data * self.model
+        return self.data * self.expert * self.model
 
     def __str__(self) -> str:
-        return f"{self.data}x{self.model}" + (" FSDP" if self.fsdp else "")
+        expert = f"x{self.expert}" if self.expert > 1 else ""
+        return f"{self.data}{expert}x{self.model}" + (" FSDP" if self.fsdp else "")
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ def measure_routing(
     batches = inference_batches.score_batches(
         [group for task_groups in correct.values() for group in task_groups],
         batch_size,
-        multiple_of=mesh.shape["data"],
+        multiple_of=partitioning.data_parallelism(mesh),
     )
     done = 0
     for batch, batch_groups in prefetch.prefetch(batches):

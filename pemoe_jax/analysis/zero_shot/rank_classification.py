@@ -84,7 +84,8 @@ def score_groups(
         out_shardings=partitioning.replicated_sharding(mesh),
     )
     bar = progress.Progress(label, len(groups))
-    batches = inference_batches.score_batches(groups, batch_size, multiple_of=mesh.shape["data"])
+    multiple_of = partitioning.data_parallelism(mesh)
+    batches = inference_batches.score_batches(groups, batch_size, multiple_of=multiple_of)
     results = (
         (score(params, partitioning.shard_batch(batch, mesh)), members)
         for batch, members in prefetch.prefetch(batches)

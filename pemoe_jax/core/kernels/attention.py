@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from pemoe_jax.core import partitioning
 from pemoe_jax.core.kernels import tiling
 from pemoe_jax.core.kernels.tiling import Index, Ref
 
@@ -42,7 +43,7 @@ def supports(query: Array) -> bool:
     mesh = jax.sharding.get_abstract_mesh().shape
     if jax.device_count() > 1 and not mesh:
         return False
-    divides = rows % mesh.get("data", 1) == heads % mesh.get("model", 1) == 0
+    divides = rows % partitioning.data_parallelism() == heads % mesh.get("model", 1) == 0
     fits = query.dtype == jnp.bfloat16 and size in (16, 32, 64, 128)
     return jax.default_backend() == "gpu" and divides and fits
 
@@ -52,7 +53,8 @@ def fused_attention_on_mesh(*arrays: Array | None, causal: bool) -> Array:
     run = functools.partial(fused_attention, causal=causal)
     # XLA cannot partition a kernel: without `shard_map`, each device would compute everything.
     if math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1:
-        heads, ids = PartitionSpec("data", None, "model"), PartitionSpec("data")
+        batch = partitioning.batch_axes()
+        heads, ids = PartitionSpec(batch, None, "model"), PartitionSpec(batch)
         specs = (heads, heads, heads, ids, ids, PartitionSpec(None, "model"))
         run = jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)
     return run(*arrays)
