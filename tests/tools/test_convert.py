@@ -24,8 +24,9 @@ from methods import (
 )
 
 from pemoe_jax.checkpoints import adapter_file, base_model, models, runs
-from pemoe_jax.core import adapters, network, params, steps
+from pemoe_jax.core import adapters, network, params, sparse, steps
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.sparse import Sparse
 from pemoe_jax.tools import convert
 
 PLAIN = ("ia3", "lora")
@@ -48,6 +49,7 @@ def write_run(
         trainable=list(METHODS[method].trainable),
         config=transformer.config.as_dict(),
         adapters=adapters.describe(transformer.adapters),
+        sparse=sparse.describe(transformer.sparse),
         base={**identity, "needed": bool(frozen)},
         counts={"trainable": params.count(trained), "total": params.count(values)},
         versions=runs.package_versions(),
@@ -171,17 +173,24 @@ def test_whole_model(paths, tmp_path, source):
 
 
 T5_1_0 = dataclasses.replace(CONFIG, mlp_activations=("relu",), logits_via_embedding=True)
+SWITCH = dataclasses.replace(T5_1_0, num_encoder_layers=2, num_decoder_layers=2)
+
+
+def save_run(root: pathlib.Path, method: str, config: network.T5Config, experts: Sparse | None):
+    """Returns (model, parameters) of a run in `root/run` on a base in `root/base.safetensors`."""
+    transformer = network.Transformer(config, METHODS[method].adapters(), experts)
+    values = random_params_of(transformer)
+    base, path = params.select(values, params.is_base), root / "base.safetensors"
+    base_model.save_base(path, base, config.as_dict(), sparse=sparse.describe(experts))
+    write_run(root / "run", method, path, transformer)
+    return transformer, values
 
 
 @pytest.mark.parametrize("method", PLAIN)
 def test_t5_1_0(tmp_path, method):
     """Merged, or as PEFT's adapter: an MLP without gate, logits by the embedding."""
-    sites = METHODS[method].adapters()
-    transformer = network.Transformer(T5_1_0, sites)
-    values = random_params_of(transformer)
-    base = params.select(values, params.is_base)
-    base_model.save_base(tmp_path / "base.safetensors", base, T5_1_0.as_dict())
-    folder = write_run(tmp_path / "run", method, tmp_path / "base.safetensors", transformer)
+    transformer, values = save_run(tmp_path, method, T5_1_0, None)
+    folder = tmp_path / "run"
     assert run("huggingface", folder, tmp_path / "hf") == 0
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["feed_forward_proj"] == "relu" and config["tie_word_embeddings"]
@@ -194,6 +203,54 @@ def test_t5_1_0(tmp_path, method):
         opened = models.open_model(str(source))
         assert opened.model.config == T5_1_0
         assert largest_difference(apply(opened.model, opened.load(), batch), expected) < 2e-6
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_a_sparse_base(tmp_path, capsys, method):
+    """Adapters of attention and dense MLPs are merged, and the experts kept bit for bit."""
+    transformer, values = save_run(tmp_path, method, SWITCH, Sparse(3))
+    expert = "encoder/layers_1/mlp/expert/wi/kernel"
+    assert not any("layers_1/mlp/" in path for path in params.flatten(values) if "_adap" in path)
+    batch = model_inputs(example_batch())
+    expected = apply(transformer, values, batch)
+    for direction, name in (("huggingface", "hf"), ("base", "own.safetensors")):
+        assert run(direction, tmp_path / "run", tmp_path / name) == 0
+        opened = models.open_model(str(tmp_path / name))
+        assert opened.model.config == SWITCH and opened.model.sparse == Sparse(3)
+        loaded = opened.load()
+        np.testing.assert_array_equal(
+            params.flatten(loaded)[expert], params.flatten(values)[expert]
+        )
+        assert largest_difference(apply(opened.model, loaded, batch), expected) < 2e-6
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["model_type"] == "switch_transformers"
+    # Hugging Face's folder to our file and back, also as another dtype.
+    assert run("base", tmp_path / "hf", tmp_path / "again.safetensors") == 0
+    assert run("huggingface", tmp_path / "again.safetensors", tmp_path / "again") == 0
+    first, again = (
+        safetensors.numpy.load_file(tmp_path / name / "model.safetensors")
+        for name in ("hf", "again")
+    )
+    assert first.keys() == again.keys()
+    for name, array in first.items():
+        assert array.tobytes() == again[name].tobytes(), name
+    assert run("huggingface", tmp_path / "hf", tmp_path / "half", "--dtype=bfloat16") == 0
+    half = safetensors.numpy.load_file(tmp_path / "half" / "model.safetensors")
+    for name, array in half.items():
+        np.testing.assert_array_equal(array, first[name].astype(jnp.bfloat16))
+    capsys.readouterr()
+    assert run("peft", tmp_path / "run", tmp_path / "peft") == 1
+    assert "PEFT would adapt the experts as well" in error_line(capsys)
+
+
+def test_sparse_models_that_transformers_lacks(tmp_path, capsys):
+    """Settings of a run, also after it was converted to our own file."""
+    save_run(tmp_path, "full", SWITCH, Sparse(3, combine="straight"))
+    assert run("base", tmp_path / "run", tmp_path / "own.safetensors") == 0
+    capsys.readouterr()
+    for source in ("run", "own.safetensors"):
+        assert run("huggingface", tmp_path / source, tmp_path / "hf") == 1
+        assert "got COMBINE 'straight': use convert base" in error_line(capsys)
 
 
 def apply(transformer: network.Transformer, values: dict, batch: dict) -> np.ndarray:
