@@ -80,9 +80,10 @@ class BaseModel:
         """
         inferred = dimensions.infer(self.shapes, str(self))
         stored = self.stored_config.get("mlp_activations")
-        is_known = isinstance(stored, (list, tuple)) and all(isinstance(a, str) for a in stored)
-        if is_known and len(stored) == len(inferred["mlp_activations"]):
-            inferred["mlp_activations"] = tuple(stored)
+        names = tuple(stored) if isinstance(stored, (list, tuple)) else ()
+        is_known = all(isinstance(name, str) for name in names)
+        if is_known and len(names) == len(inferred["mlp_activations"]):
+            inferred["mlp_activations"] = names
         if inferred["logits_via_embedding"] and not self.stored_config.get(
             "logits_via_embedding", True
         ):
