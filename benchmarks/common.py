@@ -104,7 +104,8 @@ def measure_row(
     """Alternates our side and its peer, if there is one, and returns the row."""
     other_load = workers.alternate(sides, rounds, sequential)
     rates = [side.info["rates"] for side in sides if "rates" in side.info]
-    floor = floors.floor_time(sides[0].info["floor"], *rates)
+    work = sides[0].info.get("floor")
+    floor = floors.floor_time(work, *rates) if work else None
     return make_row(name, sides[0], sides[1] if len(sides) > 1 else None, other_load, floor)
 
 

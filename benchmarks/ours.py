@@ -1,9 +1,10 @@
 """A worker with our training step on random rows (see `workers.Worker`); uses the core alone.
 
 Its spec: `dimensions` and other fields of T5Config (`dtype`, `scan_layers`, `remat_policy`,
-`attention`); `frozen_dtype`; `method` with `experts`, `rank` and whether MoV is `fused`; `rows` and
-`lengths` of inputs and targets; `optimizer`, `packed`, `microbatches`; `gpu`; `steps` per
-measurement, since a single GPU step is too short to time.
+`attention`, …); fields of `sparse.Sparse`, with `router_scale`, by which routers are multiplied;
+`gradients_only`, to compute no update; `frozen_dtype`; `method` with `experts`, `rank` and whether
+MoV is `fused`; `rows` and `lengths` of inputs and targets; `optimizer`, `packed`, `microbatches`;
+`gpu`; `steps` per measurement, since a single GPU step is too short to time.
 """
 
 from __future__ import annotations
@@ -48,12 +49,15 @@ def make_adapters(spec: Mapping[str, Any]) -> Adapters:
 
 def make_model(spec: Mapping[str, Any]) -> Transformer:
     """Returns the network of a spec."""
-    from pemoe_jax.core import network
+    from pemoe_jax.core import network, sparse
 
     names = ("dtype", "scan_layers", "remat_policy", "attention")
+    names += ("mlp_activations", "logits_via_embedding")
     settings = {name: spec[name] for name in names if name in spec}
+    config = network.T5Config(**spec["dimensions"], **settings)
+    settings = spec.get("sparse")
     return network.Transformer(
-        network.T5Config(**spec["dimensions"], **settings), adapters=make_adapters(spec)
+        config, make_adapters(spec), None if settings is None else sparse.Sparse(**settings)
     )
 
 
@@ -78,7 +82,10 @@ def random_batch(rows: int, lengths: Sequence[int], packed: bool = False) -> dic
 
 
 def random_params(
-    model: Transformer, trainable: Collection[str], frozen_dtype: str = "activations"
+    model: Transformer,
+    trainable: Collection[str],
+    frozen_dtype: str = "activations",
+    router_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Returns {path: array}, trainable parameters in float32, the others in a run's dtype."""
     import jax
@@ -98,6 +105,8 @@ def random_params(
         if path.endswith(("scale", "vectors")):
             return jnp.ones(shape, dtype)
         size = 1.0 if path.startswith("token_embedder") else 1 / math.sqrt(shape[-2])
+        if "/router/" in path:
+            size *= router_scale
         # Seeded by path: `hash` differs between processes, and an order may change.
         array = normal(jax.random.key(zlib.crc32(path.encode())), shape, dtype, size)
         if frozen_dtype == "activations" or path in trainable or not params_lib.is_matrix(path):
@@ -126,7 +135,7 @@ def main() -> None:
     trainable = params_lib.trainable_paths(shapes, patterns)
     before = machine.memory("VmRSS")
     frozen_dtype = spec.get("frozen_dtype", "activations")
-    flat = random_params(model, trainable, frozen_dtype)
+    flat = random_params(model, trainable, frozen_dtype, spec.get("router_scale", 1.0))
     trainable_params, frozen = (
         params_lib.unflatten({p: a for p, a in flat.items() if (p in trainable) == is_trainable})
         for is_trainable in (True, False)
@@ -143,6 +152,12 @@ def main() -> None:
     train_step: Any = steps.make_train_step(
         model, optimizer, steps.Loss(), spec.get("microbatches", 1)
     )
+    if spec.get("gradients_only"):
+
+        @jax.jit
+        def train_step(state: Any, frozen: Any, batch: Any, rng: Any) -> Any:
+            return steps.grads_and_metrics(model, steps.Loss(), state.params, frozen, batch, rng)
+
     inputs = (frozen, batch, jax.random.key(0))
     compiled = train_step.lower(state, *inputs).compile()
     host_memory.trim_heap()
@@ -150,8 +165,10 @@ def main() -> None:
     def step() -> Any:
         nonlocal state
         for _ in range(spec.get("steps", 1)):
-            state, metrics = compiled(state, *inputs)
-        jax.block_until_ready((state, metrics))
+            result, metrics = compiled(state, *inputs)
+            if not spec.get("gradients_only"):
+                state = result
+        jax.block_until_ready((result, metrics))
         return metrics["loss"]
 
     examples = PACKED_EXAMPLES if spec.get("packed") else 1
@@ -160,11 +177,12 @@ def main() -> None:
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "trained": sum(math.prod(shapes[path].shape) for path in trainable),
         "tokens": rows * sum(lengths),
-        "floor": floors.train_step_floor(
-            model, shapes, trainable, rows, lengths, frozen_dtype, examples
-        ),
         **workers.jax_info(spec.get("gpu", False)),
     }
+    if model.sparse is None and not spec.get("gradients_only"):
+        info["floor"] = floors.train_step_floor(
+            model, shapes, trainable, rows, lengths, frozen_dtype, examples
+        )
     worker.run(step, info, functools.partial(final_info, spec))
 
 

@@ -1,8 +1,9 @@
 """A worker with the training step of Hugging Face's T5 and PEFT (see `workers.Worker`).
 
 Its spec: `dimensions` under T5Config's names, `method` (ia3, lora, full) with `rank`, `rows` and
-`lengths` of inputs and targets, `dtype`, `steps`, `gpu`, whether rows have a `mask` (of ones, as
-batches that may have padding), and `mode`, words among:
+`lengths` of inputs and targets, `sparse` with the `capacity` of an expert in a row, `dtype`,
+`steps`, `gpu`, whether rows have a `mask` (of ones, as batches that may have padding), and `mode`,
+words among:
 
 - eager, sdpa, flex: the attention implementation;
 - compile: torch.compile of the model, or with `blocks` of each block, which compiles faster;
@@ -26,14 +27,23 @@ import workers
 
 
 def network(spec: Mapping[str, Any]) -> Any:
-    """Returns Hugging Face's T5 v1.1 of the spec's dimensions with random weights."""
+    """Returns Hugging Face's T5 v1.1, or Switch, of the spec's dimensions with random weights."""
     import torch
-    from transformers import T5Config, T5ForConditionalGeneration
+    import transformers
 
     if not spec.get("gpu"):
         torch.set_num_threads(machine.CORES)
     dimensions = spec["dimensions"]
-    config = T5Config(
+    settings: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    if spec.get("sparse"):
+        settings = {
+            "num_experts": spec["sparse"]["num_experts"],
+            "expert_capacity": spec["capacity"],
+            "num_sparse_encoder_layers": dimensions["num_encoder_layers"] // 2,
+            "num_sparse_decoder_layers": dimensions["num_decoder_layers"] // 2,
+        }
+    kind = "SwitchTransformers" if spec.get("sparse") else "T5"
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=common.VOCAB_SIZE,
         d_model=dimensions["emb_dim"],
         d_kv=dimensions["head_dim"],
@@ -41,20 +51,19 @@ def network(spec: Mapping[str, Any]) -> Any:
         num_layers=dimensions["num_encoder_layers"],
         num_decoder_layers=dimensions["num_decoder_layers"],
         num_heads=dimensions["num_heads"],
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
         dropout_rate=0.0,
         decoder_start_token_id=0,
         use_cache=False,
+        **settings,
     )
     torch.manual_seed(0)
     device = torch.device("cuda" if spec.get("gpu") else "cpu")
     with device:
-        model = T5ForConditionalGeneration(config)
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     model = model.to(getattr(torch, spec.get("dtype", "float32")))
     mode = spec["mode"].split()
-    kind = "eager" if "eager" in mode else "flex_attention" if "flex" in mode else "sdpa"
-    model.set_attn_implementation(kind)
+    attention = "eager" if "eager" in mode else "flex_attention" if "flex" in mode else "sdpa"
+    model.set_attn_implementation(attention)
     return model
 
 
