@@ -172,9 +172,14 @@ def _group(
     features = provider.output_features
     example = next(iter(choice_rows.values()))  # the row that was read first has the inputs
     rows = [row for _, row in sorted(choice_rows.items())]
-    for row in rows:
+    for choice, row in sorted(choice_rows.items()):
         keys = [key for key in lengths if key in row]
         seqio_tasks.check_ids(features, row, f"{task}: example {idx + 1}", keys)
+        if not np.any(row["targets"]):  # 0 is padding
+            raise InputError(
+                f"{task}: example {idx + 1}: choice {choice}: expected a token in 'targets', got"
+                " none: its log-probability would be 0, above all others"
+            )
     eos_ids = {key: features[key].vocabulary.eos_id for key in lengths}
     inputs, input_truncated = truncate(example["inputs"], lengths["inputs"], eos_ids["inputs"])
     targets = [truncate(row["targets"], lengths["targets"], eos_ids["targets"]) for row in rows]
