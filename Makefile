@@ -44,13 +44,15 @@ test-t5x: t5x
 
 # The rows of benchmarks/RESULTS.md that need no GPU. Run it on an idle machine.
 bench: $(VENV)/.installed
-	for script in molora_against_lora mov_against_ia3 mov_layer molora_formulation step_against_peft step_against_t5x score_choices startup; do \
+	for script in molora_against_lora mov_against_ia3 mov_layer molora_formulation step_against_peft step_against_t5x score_choices sparse_step startup; do \
 	  $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; done
 	$(BIN)/python benchmarks/results.py
 
 # PEMOE_TORCH_PYTHON and PEMOE_T5X_PYTHON select other interpreters for the peers.
 bench-peers: .venv-torch/.installed
 	$(MAKE) t5x VENV=.venv-t5x
+	.venv-t5x/bin/python -m pip install --quiet --disable-pip-version-check --no-deps aqtp==0.9.0 \
+	  flaxformer@git+https://github.com/google/flaxformer@399ea3a85e9807ada653fd0de1a9de627eb0acde
 
 .venv-torch/.installed: benchmarks/environments/torch.txt
 	$(PYTHON) -m venv .venv-torch

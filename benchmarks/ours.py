@@ -179,7 +179,7 @@ def main() -> None:
         "tokens": rows * sum(lengths),
         **workers.jax_info(spec.get("gpu", False)),
     }
-    if model.sparse is None and not spec.get("gradients_only"):
+    if not spec.get("gradients_only"):
         info["floor"] = floors.train_step_floor(
             model, shapes, trainable, rows, lengths, frozen_dtype, examples
         )

@@ -47,6 +47,9 @@ _FORMULATION = "MoLORA's layer, 30 experts, against the paper's formulation, 512
 _LAYER = "MoV-30's layer, forward and backward, against its floor of 2½ copies"
 _PEFT = "against transformers and PEFT"
 _SCORING = "rank classification, Small, 16 × 4 choices, 256/8, against"
+_SPARSE = "step of Switch-8, T5 Small's width, against"
+_SPARSE_GRADS = "gradients of Switch-8, T5 Small's width, against"
+_NO_LIMIT = "gradients of Switch-8 without a limit against capacity factor 1.25,"
 
 ROWS = [
     Row("molora_against_lora/cpu", f"{_MOLORA}, Small", {"time": 1.05}),
@@ -93,6 +96,17 @@ ROWS = [
     Row("xxl_on_one_gpu/gpu", "XXL, 11B, MoV-10, on one GPU of 80 GB", {}),
     Row("score_choices/cpu passes", f"{_SCORING} one pass per choice", {"speed": 3.0}),
     Row("score_choices/cpu torch", f"{_SCORING} torch, inputs encoded once as well", {"time": 1.0}),
+    Row("sparse_step/hf", f"{_SPARSE} Hugging Face's", {"time": 0.8}),
+    Row(
+        "sparse_step/flaxformer",
+        f"{_SPARSE} flaxformer's, as shipped",
+        {"time": 0.5, "temporaries": 0.6},
+    ),
+    Row("sparse_step/lookup", f"{_SPARSE} flaxformer's, embedding by lookup", {"time": 0.75}),
+    Row("sparse_step/dense", f"{_SPARSE_GRADS} dense T5", {"time": 1.15}),
+    Row("sparse_step/dense_top_2", f"{_SPARSE_GRADS} dense T5, top-2", {"time": 1.6}),
+    Row("sparse_step/no_limit", f"{_NO_LIMIT} balanced", {"time": 1.3}),
+    Row("sparse_step/one_expert", f"{_NO_LIMIT} all tokens at one expert", {"time": 1.5}),
     Row("startup/cpu", "process start to first step, tiny, programs cached", {"seconds": 15.0}),
 ]
 

@@ -1,7 +1,7 @@
 """Our training step with sparse layers against Switch of Hugging Face and flaxformer, and dense T5.
 
     python benchmarks/sparse_step.py [--pairs hf flaxformer …] [--rounds 7]
-        [--torch .venv-torch/bin/python] [--flaxformer .venv-flaxformer/bin/python] [--json FILE]
+        [--torch .venv-torch/bin/python] [--flaxformer .venv-t5x/bin/python] [--json FILE]
 
 T5 Small's width with T5 1.0's ReLU and tied logits, every second MLP sparse: 8 experts, top-1,
 capacity factor 1.25; 8 rows of 128 and 32 tokens without padding, float32, AdamW, no dropout, two
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", default=PAIRS, choices=PAIRS)
     common.add_torch_flags(parser, "eager")
     parser.add_argument(
-        "--flaxformer", default=common.peer_python("flaxformer"), help="Python with flaxformer"
+        "--flaxformer", default=common.peer_python("t5x"), help="Python of the T5X peer"
     )
     args = parser.parse_args()
     spec = {**pairs.step_spec(args.size), **T5_1_0, "method": "full", "optimizer": "adamw"}
