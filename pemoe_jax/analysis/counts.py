@@ -27,7 +27,7 @@ _SPARSE_PATH = re.compile(r".*?/mlp/(?:expert|(router))/")
 _SPARSE_ROUTER = "/mlp/router/router_weights/w/kernel"
 _SITES = (*SITES, EXPERTS_SITE)
 # Sites of dense MLPs; in layers with a sparse MLP adapters have the sites of attention alone.
-_MLP_SITES = ("wi_0", "wi_1", "gate", "wo")
+MLP_SITES = ("wi_0", "wi_1", "gate", "wo")
 # The default of `Router.reads` in each expert module.
 _DEFAULT_READS = {"VectorExperts": "y", "LoRAExperts": "x"}
 
@@ -174,7 +174,7 @@ def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
         flops.NOTE_ON_TOKENS: any(count.is_sparse for count in counts),
         _NOTE_ON_SPARSE_BASE: any(count.is_sparse for count in counts),
         _NOTE_ON_DENSE_BLOCKS: any(
-            count.is_sparse and set(_MLP_SITES) & set(count.sites) for count in counts
+            count.is_sparse and set(MLP_SITES) & set(count.sites) for count in counts
         ),
         _NOTE_ON_PUBLISHED: any(published),
     }

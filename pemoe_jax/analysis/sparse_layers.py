@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pemoe_jax.analysis.tables import format_share
-from pemoe_jax.core import dispatch, partitioning
+from pemoe_jax.analysis.counts import MLP_SITES
+from pemoe_jax.analysis.planning import flops
+from pemoe_jax.analysis.tables import format_scaled, format_share
+from pemoe_jax.core import adapters, dispatch, network, partitioning
+from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.network import Transformer
 from pemoe_jax.core.sparse import Sparse
-
-# Sites of MLPs, which sparse layers do not have.
-_MLP_SITES = ("wi_0", "wi_1", "gate", "wo")
 
 
 def summary_lines(
@@ -49,10 +49,22 @@ def summary_lines(
             f"{stack}: {_places(sparse, stack, length, batch_size)}"
             for stack, length in by_stack.items()
         ),
+        "a token": _token_cost(model),
     }
-    if sites := [site for site in model.adapters.sites() if site in _MLP_SITES]:
+    if sites := [site for site in model.adapters.sites() if site in MLP_SITES]:
         lines["adapters"] = f"at {', '.join(sites)} in the {depth - num_sparse} dense blocks alone"
     return lines
+
+
+def _token_cost(model: Transformer) -> str:
+    shapes = params_lib.flatten(network.param_shapes(model))
+    used = flops.used_parameters(shapes, model.sparse)
+    reads = flops.describe_router_reads(adapters.describe(model.adapters))
+    by_experts, with_places = flops.token_flops(shapes, reads, model.sparse)
+    return (
+        f"{used:,} of {params_lib.count(shapes):,} parameters; an input and a target token:"
+        f" {format_scaled(by_experts)} FLOPs forward, {format_scaled(with_places)} with all places"
+    )
 
 
 def _places(sparse: Sparse, stack: str, length: int, batch_size: int) -> str:

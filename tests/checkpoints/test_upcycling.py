@@ -246,6 +246,10 @@ def test_lines_of_a_summary(sparse, expected):
     base = {"upcycled": {"seed": 0, "noise": 0.0}}
     lines = sparse_layers.summary_lines(sparse_model(sparse), base, LENGTHS, 4)
     experts, _, places = expected.partition("|")
+    used, _, total = lines.pop("a token").partition(" parameters")[0].partition(" of ")
+    # 8 - k experts of three matrices [D, F] in two blocks
+    unused = 2 * 3 * DENSE.config.emb_dim * DENSE.config.mlp_dim * (8 - sparse.top_k)
+    assert int(total.replace(",", "")) - int(used.replace(",", "")) == unused
     assert lines == {
         "experts": f"upcycled from a dense base: 8 experts in {experts}",
         "places": places,
