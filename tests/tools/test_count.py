@@ -168,6 +168,16 @@ def test_sparse_models_of_base_by_hand(sizes):
     assert flops["flan_ec-8"] == methods["flan_ec-8"]["with places"] == "559 M"
 
 
+def test_documents_show_what_the_command_prints(sizes):
+    text = (ROOT / "docs" / "flan_moe.md").read_text()
+    table = text.split("| T5 v1.1 Base |")[1].split("\n\n")[0].splitlines()[2:]
+    documented = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table]
+    methods = ["full", "mov-10", "molora-10 r4", *(f"{name}-8" for name in FLAN_FILES)]
+    columns = ("total", "a token", "FLOPs", "with places")
+    rows = sizes["t5_1_1_base"][0]
+    assert documented == [[rows[method][column] for column in columns] for method in methods]
+
+
 def test_adapters_of_a_sparse_model(capsys):
     """Sites of the MLP are in the 12 dense blocks, those of attention in all 36."""
     flags = [f"--gin_file={name}.gin" for name in ("models/t5_1_1_base", "methods/flan_switch")]
