@@ -293,6 +293,7 @@ def test_a_router_of_another_size(copy):
         ({"router_bias": True}, "router_bias: expected False"),
         ({"router_dtype": "bfloat16"}, "router_dtype: expected 'float32'"),
         ({"dense_act_fn": "gelu"}, r"dense_act_fn: .*\(one wi\), got 'gelu'"),
+        ({"dense_act_fn": ["relu"]}, r"dense_act_fn: .* got \['relu'\]"),
         ({"d_ff": 20}, "d_ff: expected 18"),
         ({"model_type": "t5"}, "expected the arrays of a T5, got"),
     ],

@@ -64,12 +64,11 @@ def read_activations(path: epath.Path, config: JsonObject, is_gated: bool) -> tu
     """
     arrays = "wi_0 and wi_1" if is_gated else "one wi"
     if config["model_type"] == SWITCH:
-        key, value = "dense_act_fn", config.get("dense_act_fn", "relu")
+        key = "dense_act_fn"
+        value = config.get(key, "gelu" if is_gated else "relu")
+        name = str(value)
         if is_gated:  # not a model of transformers: switch-xxl-128, whose file says gelu
-            name = "gelu_new" if str(value).removeprefix("gated-").startswith("gelu") else ""
-            name = name if key in config else "gelu_new"
-        else:
-            name = value
+            name = "gelu_new" if name in ("gelu", "gated-gelu", "gelu_new") else ""
     else:
         key = "feed_forward_proj"
         value = config.get(key, "relu" if config["model_type"] == "t5" else "gated-gelu")
