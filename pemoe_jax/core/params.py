@@ -245,7 +245,14 @@ def all_finite(array: np.ndarray) -> bool:
     # In chunks, since `np.isfinite` of a whole embedding allocates a quarter of its size.
     flat = array.ravel(order="K")  # a view for transposed arrays too
     starts = range(0, flat.size, _FINITE_CHUNK)
-    return all(bool(np.isfinite(flat[i : i + _FINITE_CHUNK]).all()) for i in starts)
+    return all(bool(_is_finite(flat[i : i + _FINITE_CHUNK]).all()) for i in starts)
+
+
+def _is_finite(values: np.ndarray) -> np.ndarray:
+    if values.dtype != jnp.bfloat16:
+        return np.isfinite(values)
+    # By the exponent's bits: `np.isfinite` takes 9 times as long, as it is not vectorized for it.
+    return (values.view(np.uint16) & 0x7F80) != 0x7F80
 
 
 def check_finite(tree: Params, source_name: str) -> None:

@@ -147,6 +147,9 @@ def test_all_finite(monkeypatch):
         bad[index] = np.nan
         assert not params.all_finite(bad) and not params.all_finite(bad.T)
         assert not params.all_finite(bad.astype(jnp.bfloat16))
+    bits = np.arange(1 << 16, dtype=np.uint16)  # every bfloat16
+    finite = np.isfinite((bits.astype(np.uint32) << 16).view(np.float32))
+    np.testing.assert_array_equal(params._is_finite(bits.view(jnp.bfloat16)), finite)
 
 
 # --- fingerprints ---
