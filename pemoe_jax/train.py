@@ -222,11 +222,21 @@ def _with_base_dimensions(
     experts.
     """
     from pemoe_jax.checkpoints import base_model, upcycling
+    from pemoe_jax.core import sparse
 
     if base_path is None:
         return model
     base = base_model.open_base(base_path)
-    upcycling.check_base(model, base)
+    if not upcycling.check_base(model, base) and model.sparse is not None:
+        # A Switch Transformer states none of these, and has the defaults.
+        trained = sparse.from_description(base.sparse)
+        changed = [
+            f"{name.upper()} {getattr(trained, name)!r} (this run: {getattr(model.sparse, name)!r})"
+            for name in ("routing", "top_k", "combine")
+            if getattr(trained, name) != getattr(model.sparse, name)
+        ]
+        if changed:
+            print(f"routing of {base_path}: {', '.join(changed)}", flush=True)
     sizes = base.model_dimensions()
     changed = {name: value for name, value in sizes.items() if getattr(model.config, name) != value}
     if changed:

@@ -26,7 +26,7 @@ def _differences(saved: Record, current: Record) -> Iterator[str]:
     if saved.method == current.method:  # otherwise everything differs
         before["TRAINABLE"], after["TRAINABLE"] = saved.trainable, current.trainable
         yield from adapter_differences(saved.adapters, current.adapters)
-        yield from _sparse_differences(saved.sparse, current.sparse)
+        yield from sparse_differences(saved.sparse, current.sparse)
     for name, value in before.items():
         if name in after and after[name] != value:
             yield f"{name} {value!s:.60} -> {after[name]!s:.60}"
@@ -74,7 +74,7 @@ def adapter_differences(
     yield from (f"{change} at {', '.join(names)}" for change, names in sites.items())
 
 
-def _sparse_differences(
+def sparse_differences(
     saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None
 ) -> Iterator[str]:
     """Yields lines such as 'num_experts 8 -> 4 at sparse'."""

@@ -6,7 +6,7 @@ import jax
 from flax.core import FrozenDict, freeze
 
 from pemoe_jax.checkpoints import models, same_run
-from pemoe_jax.core import adapters, network
+from pemoe_jax.core import adapters, network, sparse
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import Params
@@ -53,6 +53,8 @@ def _check_same_network(
     ]
     described = (adapters.describe(module.adapters) for module in (actual, expected))
     differences += same_run.adapter_differences(*described)
+    settings = (sparse.describe(module.sparse) for module in (actual, expected))
+    differences += same_run.sparse_differences(*settings)
     if differences:
         raise InputError(
             f"{path} is of another network than the gin files: {'; '.join(differences)}"

@@ -84,6 +84,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
       optimizer_def, init_fn, input_shapes, partitioner, input_types: as in T5X; `init_fn` is a
         method of `EncoderDecoderModel`.
       base_path: path of the base model (INITIAL_CHECKPOINT_PATH); None for random weights.
+      upcycle_noise: see `options.Checkpointing`.
       model_dir: MODEL_DIR, where a record of the base model and the settings is written, with
         which `pemoe` commands read the checkpoints; a resumed run must have the same.
       method: name of the method, for tables.
@@ -105,6 +106,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         input_types: Mapping[str, jax.typing.DTypeLike] | None = None,
         *,
         base_path: str | None = None,
+        upcycle_noise: float = 0.0,
         model_dir: str | None = None,
         method: str = "",
         mixture_or_task_name: str | None = None,
@@ -112,6 +114,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         super().__init__(optimizer_def, init_fn, input_shapes, partitioner, input_types)
         self._model, self._optimizer = init_fn.__self__, optimizer_def
         self._base_path, self._model_dir = base_path, model_dir
+        self._upcycle_noise = upcycle_noise
         self._method, self._name = method, mixture_or_task_name
         if optimizer_def is None:
             raise InputError(
@@ -155,7 +158,12 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         model = self._model
         is_trainable = model.trainable_paths.__contains__
         base, identity = models.load_base(
-            model.module, self._base_path, model.seed, is_trainable, self._shardings
+            model.module,
+            self._base_path,
+            model.seed,
+            is_trainable,
+            self._shardings,
+            upcycle_noise=self._upcycle_noise,
         )
         if self._model_dir is not None:
             record = self._record(identity)

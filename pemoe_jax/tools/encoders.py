@@ -208,8 +208,13 @@ def resolve_encoder(encoder: object) -> Encoder:
     """
     if isinstance(encoder, MeanPooledEncoder) and encoder.base_path is not None:
         from pemoe_jax.checkpoints import base_model
+        from pemoe_jax.core import sparse
 
-        base_model.open_base(encoder.base_path)  # it is read after the tasks are registered
+        # It is read after the tasks are registered.
+        base = base_model.open_base(encoder.base_path)
+        if encoder.model.sparse is None and base.sparse is not None:
+            model = encoder.model.clone(sparse=sparse.from_description(base.sparse))
+            encoder = dataclasses.replace(encoder, model=model)
     if isinstance(encoder, str):
         module, _, name = encoder.replace(":", ".").rpartition(".")
         try:
