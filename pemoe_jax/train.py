@@ -230,13 +230,13 @@ def _with_base_dimensions(
     if not upcycling.check_base(model, base) and model.sparse is not None:
         # A Switch Transformer states none of these, and has the defaults.
         trained = sparse.from_description(base.sparse)
-        changed = [
+        differences = [
             f"{name.upper()} {getattr(trained, name)!r} (this run: {getattr(model.sparse, name)!r})"
             for name in ("routing", "top_k", "combine")
             if getattr(trained, name) != getattr(model.sparse, name)
         ]
-        if changed:
-            print(f"routing of {base_path}: {', '.join(changed)}", flush=True)
+        if differences:
+            print(f"routing of {base_path}: {', '.join(differences)}", flush=True)
     sizes = base.model_dimensions()
     changed = {name: value for name, value in sizes.items() if getattr(model.config, name) != value}
     if changed:
