@@ -63,7 +63,7 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
     # always ends at 1, and never shows less than 0.02, which would magnify noise.
     for (attribute, _), axis in zip(_ROWS, axes[:, 0], strict=True):
         lowest = min(getattr(r, attribute) for r in routers)
-        bottom = max(-0.02, 1 - 1.15 * max(1 - lowest, 0.02))
+        bottom = max(-0.05, 1 - 1.15 * max(1 - lowest, 0.02))
         axis.set_ylim(bottom, 1 + 0.05 * (1 - bottom))
     figure.supylabel("entropy as a share of log E", size=9.5, color=plots.TEXT_COLOR)
     figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", color=plots.TEXT_COLOR)
