@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods import random_params_of, rows, shift_right
+from methods import example_batch, pack, random_params_of, rows, shift_right
 from sparse_models import ROUTINGS, sparse_model
 
 from pemoe_jax.core import steps
@@ -65,6 +65,22 @@ def test_scores_of_an_input_are_its_own(name):
     for i, (x, targets) in enumerate(zip(INPUTS, TARGETS, strict=True)):
         alone = score(name)(weights, batch_of([x], [[other, *targets]], (20, 9)))
         np.testing.assert_allclose(alone[0, 1:], together[i], rtol=0, atol=LARGEST)
+
+
+def test_packed_rows_equal_unpacked_ones():
+    """Without a limit, tokens of other examples in a row change nothing, nor does padding."""
+    transformer, weights = sparse("gshard")
+    batch = example_batch()
+
+    @jax.jit
+    def logits(batch):
+        return steps.apply_model(transformer, weights, batch, None)
+
+    packed = pack(batch)
+    apart, together = (
+        np.asarray(logits(rows))[rows["decoder_target_tokens"] > 0] for rows in (batch, packed)
+    )
+    np.testing.assert_allclose(together, apart, rtol=0, atol=LARGEST)
 
 
 @every_routing
