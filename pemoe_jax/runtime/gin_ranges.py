@@ -23,6 +23,8 @@ class Interval(NamedTuple):
         noun = "integer" if is_integer else "number"
         if self == POSITIVE:
             return f"a positive {noun}"
+        if self == SIZE:
+            return f"a positive {noun} up to {self.high}"
         article = "an" if is_integer else "a"
         if self.high == math.inf:
             return f"{article} {noun} of at least {self.low}"
@@ -30,7 +32,9 @@ class Interval(NamedTuple):
 
 
 POSITIVE = Interval("(", 0, math.inf, ")")
-AT_LEAST_TWO = Interval("[", 2, math.inf, ")")
+# Sizes of arrays. Beyond int32, JAX's errors do not name the setting.
+SIZE = Interval("[", 1, 2**24, "]")
+SEVERAL = SIZE._replace(low=2)
 NOT_NEGATIVE = Interval("[", 0, math.inf, ")")
 FRACTION = Interval("[", 0, 1, ")")
 UP_TO_ONE = Interval("(", 0, 1, "]")
@@ -86,14 +90,14 @@ RANGES: dict[str, dict[str, Interval]] = {
         **{"b1": FRACTION, "b2": FRACTION, "eps": NOT_NEGATIVE},
         **{"weight_decay": NOT_NEGATIVE, "clip_norm": POSITIVE},
     },
-    "adapters.VectorExperts": {"num_experts": POSITIVE},
-    "adapters.LoRAExperts": {"num_experts": POSITIVE, "rank": POSITIVE, "alpha": POSITIVE},
+    "adapters.VectorExperts": {"num_experts": SIZE},
+    "adapters.LoRAExperts": {"num_experts": SIZE, "rank": SIZE, "alpha": POSITIVE},
     "routing.Router": {
-        **{"num_experts": POSITIVE, "top_k": POSITIVE, "temperature": POSITIVE},
+        **{"num_experts": SIZE, "top_k": POSITIVE, "temperature": POSITIVE},
         **{"jitter_noise": FRACTION, "balance_loss": NOT_NEGATIVE, "z_loss": NOT_NEGATIVE},
     },
     "sparse.Sparse": {
-        **{"num_experts": AT_LEAST_TWO, "sparse_step": POSITIVE, "top_k": POSITIVE},
+        **{"num_experts": SEVERAL, "sparse_step": POSITIVE, "top_k": POSITIVE},
         **dict.fromkeys(("capacity_factor", "eval_capacity_factor"), POSITIVE),
         **dict.fromkeys(("min_capacity", "capacity", "group"), POSITIVE),
         **{"jitter": FRACTION, "expert_dropout_rate": FRACTION},
@@ -105,7 +109,7 @@ RANGES: dict[str, dict[str, Interval]] = {
                 *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "sentence_dim"),
                 *("num_encoder_layers", "num_decoder_layers"),
             ),
-            POSITIVE,
+            SIZE,
         ),
         "dropout_rate": FRACTION,
     },

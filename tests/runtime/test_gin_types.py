@@ -64,6 +64,10 @@ EVALUATE += ["--gin.EVAL_OUTPUT_DIR=/nowhere/out"]
         (["--gin.LEARNING_RATE=1e999"], "LEARNING_RATE must be a number of at least 0, got inf"),
         (["--gin.WARMUP_STEPS=-1"], "WARMUP_STEPS must be an integer of at least 0, got -1"),
         (["--gin.EVAL_PERIOD=-1"], "EVAL_PERIOD must be an integer of at least 0, got -1"),
+        (
+            ["--gin.NUM_EXPERTS=2147483648"],
+            "NUM_EXPERTS must be a positive integer up to 16777216, got 2147483648",
+        ),
         (["--gin.LOG_PERIOD=0"], "LOG_PERIOD must be a positive integer, got 0"),
         (["--gin.ALPHA=-1"], "ALPHA must be a positive number, got -1"),
         (["--gin.optim.adamw.b1=1.0"], "optim.adamw.b1 must be a number in [0, 1), got 1.0"),
