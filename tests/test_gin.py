@@ -145,7 +145,7 @@ def test_methods_of_whole_experts(method, settings):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gin.NUM_EXPERTS=1"], "NUM_EXPERTS must be an integer of at least 2, got 1"),
+        (["--gin.NUM_EXPERTS=1"], r"NUM_EXPERTS must be an integer in \[2, 16777216\], got 1"),
         (["--gin.NUM_EXPERTS=2.5"], "NUM_EXPERTS must be an integer, got 2.5"),
         (["--gin.TOP_K=0"], "TOP_K must be a positive integer, got 0"),
         (["--gin.TOP_K=9"], r"TOP_K must be at most NUM_EXPERTS \(8\), got 9"),
