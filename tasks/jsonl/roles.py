@@ -44,7 +44,8 @@ class JsonLinesTasks(TaskRoles):
       held_out_skipped: tasks with the training role whose dataset is held out.
       held_out_trained: tasks of held-out datasets that TRAIN_TASKS names.
       named_like_held_out: tasks to train on without a dataset in INDEX.json that are named like a
-        held-out task or dataset.
+        held-out task or dataset, or with the dataset of a held-out task and another subset, if one
+        of the two has none.
       no_train_split: tasks with the training role but no train split.
       no_eval_split: tasks with a role but no evaluation split.
       no_choices: tasks to score that have no answer choices.
@@ -164,6 +165,13 @@ def _match(
     return [task for task in tasks if task in matched]
 
 
+def _may_contain(info: TaskInfo, held_out: Sequence[TaskInfo]) -> bool:
+    """Whether a task's dataset is a held-out one, of which one of the two has no subset."""
+    return any(
+        info.dataset == other.dataset and not (info.subset and other.subset) for other in held_out
+    )
+
+
 def _is_named_like(task: str, datasets: Collection[str], tasks: Collection[str]) -> bool:
     """Returns whether a task's name begins with a dataset's name or the first word of a task's.
 
@@ -227,6 +235,7 @@ def assign_roles(
     evaluated = {task: info for task, info in (index or {}).items() if info.t0_do_eval}
     held_out = {info.dataset_name or task for task, info in evaluated.items()}
     held_out |= {datasets[task] for task in to_score}
+    held_out_infos = [*evaluated.values(), *(infos[task] for task in to_score)]
 
     skipped = []
     if train_patterns is not None:
@@ -259,9 +268,12 @@ def assign_roles(
         named_like_held_out=[
             task
             for task in train
-            if not infos[task].dataset
-            and datasets[task] not in held_out
-            and _is_named_like(task, held_out, {name for name in held_out if name in files})
+            if datasets[task] not in held_out
+            and (
+                _may_contain(infos[task], held_out_infos)
+                if infos[task].dataset
+                else _is_named_like(task, held_out, {name for name in held_out if name in files})
+            )
         ],
         no_train_split=[task for task in to_train if missing_to_train(task)],
         no_eval_split=[task for task in files if task in used and task not in eval_splits],

@@ -101,6 +101,19 @@ def test_tasks_named_like_held_out_ones_are_named_in_a_warning(folder, vocab):
     assert tasks.named_like_held_out == ["nli_a", "nli_b"]
 
 
+@pytest.mark.parametrize(
+    "subsets, is_named", [(("", "x"), True), (("x", ""), True), (("x", "y"), False)]
+)
+def test_a_dataset_with_and_without_a_subset_is_named_in_a_warning(
+    folder, vocab, subsets, is_named
+):
+    entries = [{"dataset": "nli", **({"subset": each} if each else {})} for each in subsets]
+    write_index(folder, nli_a=entries[0], nli_b=entries[1])
+    tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"])
+    assert "nli_b" in tasks.train_tasks
+    assert tasks.named_like_held_out == ["nli_b"] * is_named
+
+
 def test_train_tasks_overrides_held_out_datasets(folder, vocab):
     entries = {
         "colour_ask": index_entry("colour", "BASE"),
