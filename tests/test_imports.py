@@ -50,9 +50,12 @@ CORE = {
     "kernels.block_matmul": {"partitioning", "quantized"},
     "dispatch": set(),
     "sparse": {"dispatch"},
+    "expert_mlp": {
+        *("dispatch", "kernels.block_matmul", "layers", "params", "partitioning", "quantized"),
+    },
     "experts": {
         "dispatch",
-        "kernels.block_matmul",
+        "expert_mlp",
         "layers",
         "params",
         "partitioning",

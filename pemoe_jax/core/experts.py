@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pemoe_jax.core import dispatch, layers, partitioning, quantized, routing
+from pemoe_jax.core import dispatch, expert_mlp, layers, partitioning, quantized, routing
 from pemoe_jax.core import params as params_lib
-from pemoe_jax.core.kernels import block_matmul
+from pemoe_jax.core.expert_mlp import ExpertMlp
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.core.routing import TokenInfo
 from pemoe_jax.core.sparse import Sparse
@@ -72,12 +72,8 @@ class ExpertKernel(nn.Module):
         return jnp.asarray(params_lib.param(self, "kernel", _EXPERT_INIT, shape, axes), self.dtype)
 
 
-# (rows by slot, kernel [E, in, out]) -> rows by slot
-Product = Callable[[Array, PyTree], Array]
-
-
-class ExpertMlp(nn.Module):
-    """The MLPs of all experts, with T5's activations.
+class ExpertKernels(nn.Module):
+    """The matrices of all experts by name: `wi_0`, `wi_1` or `wi`, and `wo`.
 
     Attributes:
       num_experts, mlp_dim: E and F.
@@ -91,19 +87,17 @@ class ExpertMlp(nn.Module):
     dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, product: Product, dropout: Callable[[Array], Array]) -> Array:
-        """Rows by slot [..., D] -> [..., D]; `product` multiplies each with its expert's matrix."""
+    def __call__(self, features: int) -> dict[str, PyTree]:
+        """Returns [E, D, F] by the names of the activations, and [E, F, D] as `wo`."""
 
-        def kernel(name: str, features: int, axes: tuple[str, str]) -> Callable[[int], PyTree]:
-            return ExpertKernel(self.num_experts, features, axes, self.dtype, name=name)
+        def kernel(name: str, sizes: tuple[int, int], axes: tuple[str, str]) -> PyTree:
+            module = ExpertKernel(self.num_experts, sizes[1], axes, self.dtype, name=name)
+            return module(sizes[0])
 
-        hidden = jnp.ones((), self.dtype)
-        for name, activation in layers.activations_by_name(self.activations).items():
-            wi = kernel(name, self.mlp_dim, ("embed", "mlp"))(x.shape[-1])
-            hidden *= layers.ACTIVATIONS[activation](product(x, wi))
-        hidden = dropout(hidden)
-        wo = kernel("wo", x.shape[-1], ("mlp", "embed"))(self.mlp_dim)
-        return product(hidden, wo)
+        sizes = features, self.mlp_dim
+        names = layers.activations_by_name(self.activations)
+        kernels = {name: kernel(name, sizes, ("embed", "mlp")) for name in names}
+        return kernels | {"wo": kernel("wo", sizes[::-1], ("mlp", "embed"))}
 
 
 class SparseMlpBlock(nn.Module):
@@ -136,23 +130,24 @@ class SparseMlpBlock(nn.Module):
             is_token = tokens.valid.astype(bool)
         groups, is_token, ungroup = _group(x, is_token, cfg)
         logits = Router(cfg.num_experts, name="router")(self._with_jitter(groups, tokens))
-        expert_mlp = ExpertMlp(
+        expert_kernels = ExpertKernels(
             cfg.num_experts, self.mlp_dim, self.activations, self.dtype, name="expert"
         )
+        kernels = expert_kernels(x.shape[-1])
         # Parameters do not depend on the routing, whose tracing takes 0.1 s. Nor is anything sown:
         # T5X keeps every collection that `init` returns as model state.
         if self.is_initializing():
-            return expert_mlp(x.astype(self.dtype), _empty_product, lambda hidden: hidden)
+            return x.astype(self.dtype)
         probs = jax.nn.softmax(logits, axis=-1)  # [G, T, E]
         route = _experts_choose if cfg.routing == "experts" else _tokens_choose
         rng = None
         if cfg.second_expert == "random" and cfg.top_k > 1 and not tokens.deterministic:
             rng = self.make_rng("dropout")
-        routed = route(cfg, groups, probs, is_token, tokens.deterministic, rng)
-        dropout = functools.partial(self._dropout, tokens=tokens, routed=routed)
-        y = routed.combine(expert_mlp(routed.x.astype(self.dtype), routed.product, dropout))
+        mlp = ExpertMlp(kernels, self.activations, self._dropout_mask(len(groups), tokens))
+        groups = groups.astype(self.dtype)
+        routed = route(cfg, mlp, groups, probs, is_token, tokens.deterministic, rng)
         self._record(cfg, logits, probs, is_token, routed, ungroup)
-        return ungroup(y).astype(self.dtype)
+        return ungroup(routed.y).astype(self.dtype)
 
     def _with_jitter(self, x: Array, tokens: TokenInfo) -> Array:
         x = x.astype(jnp.float32)
@@ -162,14 +157,14 @@ class SparseMlpBlock(nn.Module):
         rng = self.make_rng("dropout")  # T5X passes no other key
         return x * jax.random.uniform(rng, x.shape, minval=1.0 - epsilon, maxval=1.0 + epsilon)
 
-    def _dropout(self, hidden: Array, tokens: TokenInfo, routed: "_Routed") -> Array:
+    def _dropout_mask(self, groups: int, tokens: TokenInfo) -> Array | None:
         rate = self.sparse.expert_dropout_rate
         rate = self.dropout_rate if rate is None else rate
         if not rate or tokens.deterministic:
-            return hidden
+            return None
         # As in a dense MLP, a row's positions share a mask, whichever their experts.
-        ones = jnp.ones((routed.num_groups, hidden.shape[-1]), hidden.dtype)
-        return hidden * routed.by_slot(nn.Dropout(rate, deterministic=False)(ones))
+        ones = jnp.ones((groups, self.mlp_dim), self.dtype)
+        return nn.Dropout(rate, deterministic=False)(ones)
 
     def _record(
         self,
@@ -189,27 +184,19 @@ class SparseMlpBlock(nn.Module):
 
 
 class _Routed(NamedTuple):
-    """Tokens in the slots of experts, and the way back.
+    """The experts' outputs and who went where.
 
     Attributes:
-      x: rows by slot, [E, M, D] or [S, D].
-      product: multiplies rows by slot with their experts' matrices.
-      by_slot: [G, F] -> an array that broadcasts to rows by slot, each slot having its group's row.
-      combine: rows by slot -> [G, T, D].
+      y: [G, T, D].
       choice_share: [G, E], the share f of each expert among the choices of a group's tokens.
       dispatch_statistics: the `DISPATCH_STATISTICS`, float32 [3].
       mixture: () -> the weights of the experts at each token, [G, T, E]; before any is dropped.
-      num_groups: G.
     """
 
-    x: Array
-    product: Product
-    by_slot: Callable[[Array], Array]
-    combine: Callable[[Array], Array]
+    y: Array
     choice_share: Array
     dispatch_statistics: Array
     mixture: Callable[[], Array]
-    num_groups: int
 
 
 def _group(x: Array, is_token: Array, cfg: Sparse) -> tuple[Array, Array, Callable[[Array], Array]]:
@@ -233,6 +220,7 @@ def _group(x: Array, is_token: Array, cfg: Sparse) -> tuple[Array, Array, Callab
 
 def _tokens_choose(
     cfg: Sparse,
+    mlp: ExpertMlp,
     x: Array,
     probs: Array,
     is_token: Array,
@@ -240,47 +228,24 @@ def _tokens_choose(
     rng: Array | None,
 ) -> _Routed:
     groups, tokens, num_experts = probs.shape
-    experts, chosen = dispatch.choose_experts(probs, cfg.top_k)
+    choose = functools.partial(dispatch.choose_experts, top_k=cfg.top_k)
+    experts, chosen = partitioning.map_rows(choose, probs)
     weights = dispatch.combine_weights(chosen, cfg.combine)
     takes_place = jnp.broadcast_to(is_token[..., None], experts.shape)
     if rng is not None:
         takes_place &= dispatch.keep_at_random(chosen, rng)
     capacity = cfg.group_capacity(tokens, deterministic)
     if capacity is None or capacity >= tokens:
-        # Without a limit groups do not matter: all tokens are sorted by expert at once.
-        flat = [a.reshape(1, -1, a.shape[-1]) for a in (experts, takes_place)]
-        order, places, counts = dispatch.assign_places(flat[0], flat[1], num_experts)
-        size = dispatch.block_size(order.shape[-1], num_experts)
-        blocks = dispatch.slots_in_blocks(flat[0], order, places, counts, flat[1], size)
-        slots = blocks.slots
-        rows = dispatch.dispatch(x.reshape(1, -1, x.shape[-1]), slots)[0]
-        group_of_slot = jnp.minimum(slots.assignments[0] // (tokens * cfg.top_k), groups - 1)
-
-        def product(rows: Array, kernel: PyTree) -> Array:
-            return block_matmul.multiply(rows, kernel, blocks.experts, blocks.used)
-
-        def combine(rows: Array) -> Array:
-            flat_weights = weights.reshape(1, -1, cfg.top_k)
-            return dispatch.combine(rows[None], flat_weights, slots).reshape(x.shape)
-
-        def by_slot(per_group: Array) -> Array:
-            return per_group[group_of_slot]
-
-        used = jnp.ones(())
+        y = expert_mlp.apply_without_limit(mlp, x, experts, weights, takes_place)
+        has_slot, used = takes_place, jnp.ones(())
     else:
         priority = chosen[..., 0] if cfg.priority == "probability" else None
         order, places, counts = dispatch.assign_places(experts, takes_place, num_experts, priority)
         slots = dispatch.slots_with_capacity(experts, order, places, counts, takes_place, capacity)
-        rows = _by_expert(dispatch.dispatch(x, slots), num_experts)
-        product = _batched_product
-
-        def combine(rows: Array) -> Array:
-            return dispatch.combine(_by_group(rows, groups), weights, slots)
-
-        by_slot = functools.partial(_repeat_by_group, capacity=capacity)
+        rows = expert_mlp.apply_by_expert(mlp, dispatch.dispatch(x, slots), num_experts)
+        y = dispatch.combine(rows, weights, slots)
+        has_slot = slots.slots < slots.assignments.shape[-1]
         used = jnp.mean((slots.assignments < tokens * cfg.top_k).astype(jnp.float32))
-    num_slots = slots.assignments.shape[-1]
-    has_slot = (slots.slots < num_slots).reshape(experts.shape)
 
     def mixture() -> Array:
         one_hot = jax.nn.one_hot(experts, num_experts) * takes_place[..., None]
@@ -295,11 +260,12 @@ def _tokens_choose(
             used,
         ]
     )
-    return _Routed(rows, product, by_slot, combine, choice_share, statistics, mixture, groups)
+    return _Routed(y, choice_share, statistics, mixture)
 
 
 def _experts_choose(
     cfg: Sparse,
+    mlp: ExpertMlp,
     x: Array,
     probs: Array,
     is_token: Array,
@@ -314,12 +280,14 @@ def _experts_choose(
     capacity = max(capacities)
     # A group's capacity is counted from its tokens that are not padding.
     group_capacity = jnp.asarray(capacities)[jnp.sum(is_token, axis=-1)]
-    chosen = dispatch.choose_tokens(probs, is_token, capacity, group_capacity)
-    chosen = dispatch.chosen_weights(chosen, tokens, cfg.combine)
-    rows = _by_expert(dispatch.dispatch_chosen(x, chosen), num_experts)
 
-    def combine(rows: Array) -> Array:
-        return dispatch.combine_chosen(_by_group(rows, groups), chosen, tokens)
+    def choose(probs: Array, is_token: Array, group_capacity: Array) -> dispatch.ChosenTokens:
+        return dispatch.choose_tokens(probs, is_token, capacity, group_capacity)
+
+    chosen = partitioning.map_rows(choose, probs, is_token, group_capacity)
+    chosen = dispatch.chosen_weights(chosen, tokens, cfg.combine)
+    rows = expert_mlp.apply_by_expert(mlp, dispatch.dispatch_chosen(x, chosen), num_experts)
+    y = dispatch.combine_chosen(rows, chosen, tokens)
 
     def mixture() -> Array:
         one_hot = jax.nn.one_hot(chosen.tokens, tokens)  # zeros at T
@@ -332,47 +300,13 @@ def _experts_choose(
     choice_share = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
     without_expert = 1.0 - _share(has_expert, is_token)
     statistics = jnp.stack([jnp.zeros(()), without_expert, jnp.mean(is_filled.astype(jnp.float32))])
-    by_slot = functools.partial(_repeat_by_group, capacity=capacity)
-    return _Routed(
-        rows, _batched_product, by_slot, combine, choice_share, statistics, mixture, groups
-    )
+    return _Routed(y, choice_share, statistics, mixture)
 
 
 def _share(part: Array, whole: Array) -> Array:
     """Returns the share of `whole` that is `part`, both bool; 1 if `whole` is empty."""
     count = jnp.sum(whole).astype(jnp.float32)
     return jnp.where(count > 0, jnp.sum(part & whole) / jnp.maximum(count, 1.0), 1.0)
-
-
-def _by_expert(rows: Array, num_experts: int) -> Array:
-    """[G, E·C, D] -> [E, G·C, D]."""
-    groups, _, features = rows.shape
-    rows = rows.reshape(groups, num_experts, -1, features)
-    return jnp.swapaxes(rows, 0, 1).reshape(num_experts, -1, features)
-
-
-def _by_group(rows: Array, groups: int) -> Array:
-    """[E, G·C, D] -> [G, E·C, D]."""
-    num_experts, _, features = rows.shape
-    rows = rows.reshape(num_experts, groups, -1, features)
-    return jnp.swapaxes(rows, 0, 1).reshape(groups, -1, features)
-
-
-def _repeat_by_group(per_group: Array, capacity: int) -> Array:
-    """[G, F] -> [1, G·C, F]."""
-    return jnp.repeat(per_group, capacity, axis=0)[None]
-
-
-def _batched_product(rows: Array, kernel: PyTree) -> Array:
-    """[E, M, in], [E, in, out] -> [E, M, out]."""
-    if isinstance(kernel, quantized.QuantizedMatrix):
-        return quantized.expert_matmul(rows, kernel)
-    return jnp.einsum("emd,edf->emf", rows, kernel)
-
-
-def _empty_product(rows: Array, kernel: PyTree) -> Array:
-    """[..., in], [E, in, out] -> zeros [..., out]."""
-    return jnp.zeros((*rows.shape[:-1], kernel.shape[-1]), rows.dtype)
 
 
 def _statistics(

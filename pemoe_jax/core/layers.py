@@ -31,7 +31,7 @@ def _query_init(head_dim: int) -> Initializer:
     return nn.initializers.variance_scaling(1.0 / head_dim, "fan_in", "normal")
 
 
-def constrain_sharding(x: Array, axes: tuple[str, ...]) -> Array:
+def constrain_sharding(x: Array, axes: tuple[str | None, ...]) -> Array:
     """Constrains an activation's sharding by logical axis names; a no-op without a mesh."""
     # Unconstrained, XLA may propagate a parameter's sharding to the residual stream, and gather the
     # stream in each layer.

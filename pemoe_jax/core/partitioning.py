@@ -7,7 +7,7 @@ Parameters and activations name their axes; rules map each name to axes of the m
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -30,6 +30,7 @@ BATCH_AXES = ("data", "expert")  # a batch is spread over both
 # [batch, length, embed] is sharded by its batch.
 _RULES: Rules = (
     ("batch", BATCH_AXES),
+    ("expert_groups", "data"),  # groups of tokens at their experts
     ("vocab", "model"),
     ("mlp", "model"),
     ("heads", "model"),
@@ -108,6 +109,23 @@ def batch_axes() -> tuple[str, ...]:
     """Returns the axes of the context's mesh that a batch is spread over."""
     shape = jax.sharding.get_abstract_mesh().shape  # T5X's mesh has no axis `expert`
     return tuple(axis for axis in BATCH_AXES if axis in shape)
+
+
+def divides_rows(rows: int) -> bool:
+    """Whether the context's mesh has several devices and divides this number of rows evenly."""
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
+    return devices > 1 and rows % data_parallelism() == 0
+
+
+def map_rows(function: Callable[..., PyTree], *arrays: jax.Array) -> PyTree:
+    """Applies a function, which treats each row by itself, to each device's rows of the arrays.
+
+    XLA gathers the operands of operations that it does not partition, such as top-k.
+    """
+    if not divides_rows(len(arrays[0])):
+        return function(*arrays)
+    rows = PartitionSpec(batch_axes())
+    return jax.shard_map(function, in_specs=rows, out_specs=rows)(*arrays)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
