@@ -110,6 +110,35 @@ def test_full_fine_tuning_resumes(common, tmp_path):
         assert np.array_equal(resumed[path], array), path
 
 
+def test_an_upcycled_model_with_frozen_routers_resumes(common, tmp_path):
+    """Checkpoints have no routers; the first loss is that of `pemoe train`, noise included."""
+    from pemoe_jax.checkpoints import base_model, models, t5x_run
+    from pemoe_jax.core import network
+
+    layers = {f"network.T5Config.num_{stack}_layers": 2 for stack in ("encoder", "decoder")}
+    sizes = {name.rpartition(".")[2].lower(): n for name, n in (DIMENSIONS | layers).items()}
+    config = network.T5Config(**sizes)
+    dense = network.init_params(network.Transformer(config), 0, lambda _: True)
+    base_model.save_base(base := tmp_path / "base.safetensors", dense, config.as_dict())
+    method = ["methods/flan_switch.gin"]
+    settings = common | layers | {"INITIAL_CHECKPOINT_PATH": str(base), "NUM_EXPERTS": 4}
+    settings |= {"FREEZE": "router", "UPCYCLE_NOISE": 0.1}
+    _, whole = train(tmp_path / "whole", settings, method)
+    train(tmp_path / "parts", settings | {"TRAIN_STEPS": 1}, method)
+    _, parts = train(tmp_path / "parts", settings, method)
+    resumed = flat(parts.params)
+    for path, array in flat(whole.params).items():
+        assert np.array_equal(resumed[path], array), path
+    arrays, _, _ = t5x_run.open_trained(tmp_path / "whole")
+    assert arrays.keys() == {path for path in resumed if "/mlp/router/" not in path}
+    opened = flat(models.open_model(str(tmp_path / "whole")).load())
+    assert all(np.array_equal(opened[path], array) for path, array in resumed.items())
+    files = [MODEL, *method, "runs/finetune.gin"]
+    pemoe("train", files, **RUN | settings | {"MODEL_DIR": str(tmp_path / "pemoe")})
+    actual, expected = read_tensorboard(tmp_path / "whole"), read_metrics(tmp_path / "pemoe")
+    assert actual[1]["loss"] == pytest.approx(expected[1]["train/loss"], rel=1e-6)
+
+
 def test_the_legacy_format_is_resumed_and_read(common, plain, tmp_path):
     from pemoe_jax.checkpoints import t5x_run
 
