@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pemoe_jax.core import errors, experts, params
+from pemoe_jax.core import dispatch, errors, experts, params
 from pemoe_jax.core.routing import STATISTICS, TokenInfo
 from pemoe_jax.core.sparse import Sparse
 
@@ -257,6 +257,26 @@ def test_no_array_of_all_experts_for_all_tokens():
         largest = max_size(compiled.as_text())
         capacity = sparse.group_capacity(tokens, False) or tokens
         assert largest < tokens * num_experts * min(capacity, mlp_dim), settings
+
+
+def test_no_limit_multiplies_each_token_with_its_experts_alone():
+    """`jax.lax.ragged_dot` would multiply it with all, on a CPU."""
+    tokens, features, mlp_dim = 1024, 16, 32
+    layer = experts.SparseMlpBlock(Sparse(num_experts=8, capacity_factor=None), mlp_dim)
+    x = jax.ShapeDtypeStruct((1, tokens, features), jnp.float32)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    compiled = jax.jit(layer.apply).lower(variables, x).compile()
+    chosen = 3 * 2 * tokens * features * mlp_dim  # wi_0, wi_1 and wo of one expert
+    router = 2 * tokens * features * 8
+    assert compiled.cost_analysis()["flops"] < 1.5 * chosen + router
+    # XLA counts a loop's body once; here are the rows of its blocks.
+    probs = jax.random.uniform(jax.random.key(0), (1, tokens, 8))
+    chosen_experts, _ = dispatch.choose_experts(probs, 1)
+    takes_place = jnp.ones(chosen_experts.shape, bool)
+    routing = dispatch.assign_places(chosen_experts, takes_place, 8)
+    size = dispatch.block_size(tokens, 8)
+    blocks = dispatch.slots_in_blocks(chosen_experts, *routing, takes_place, size)
+    assert tokens <= blocks.used * size <= 1.5 * tokens
 
 
 def max_size(hlo):
