@@ -205,6 +205,8 @@ def test_packed_rows_hold_four_examples():
             "--size tiny --rows 2 --microbatches 2 --frozen int8",
             ["xxl_on_one_gpu/trial"],
         ),
+        ("sparse_step", "--size tiny --pairs no_limit", ["sparse_step/no_limit"]),
+        ("sparse_routing", "--experts 4 --rows 1", ["sparse_routing/cpu"]),
         ("startup", "", ["startup/cpu"]),
     ],
 )
