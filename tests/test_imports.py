@@ -78,7 +78,7 @@ CORE = {
     "attention": {"kernels.attention", "kernels.cpu_attention"},
     "stacks": {"params", "quantized"},
     "decoding": {"network", "params"},
-    "params": {"partitioning"},
+    "params": {"freezing", "partitioning"},
     "quantized": set(),
     "optim": {"params", "partitioning"},
     "steps": {

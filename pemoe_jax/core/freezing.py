@@ -27,3 +27,8 @@ def trainable_patterns(trainable: Sequence[str], freeze: str | None = None) -> l
     check_choice("FREEZE", freeze, (None, *FREEZE))
     excluded = [] if freeze is None else [f"!{FREEZE[freeze]}"]
     return [*trainable, *excluded] if trainable else []
+
+
+def part_of(pattern: str) -> str:
+    """Returns the value of FREEZE that added a pattern '!…'; the pattern itself if none did."""
+    return next((part for part, regex in FREEZE.items() if pattern == f"!{regex}"), pattern)

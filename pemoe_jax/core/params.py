@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.linen import partitioning as nn_partitioning
 
-from pemoe_jax.core import partitioning
+from pemoe_jax.core import freezing, partitioning
 from pemoe_jax.core.errors import InputError
 
 PyTree: TypeAlias = partitioning.PyTree
@@ -167,7 +167,7 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
             if not matched or not excluded < set(paths):
                 raise InputError(
                     "FREEZE must be None for a model without sparse layers (methods/flan_….gin),"
-                    f" got the pattern {pattern!r}"
+                    f" got {freezing.part_of(pattern)!r}"
                 )
             continue
         if not matched:

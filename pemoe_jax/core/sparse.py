@@ -23,7 +23,8 @@ class Sparse:
       routing: 'tokens' (tokens choose their top_k experts) or 'experts' (experts choose tokens;
         encoder only: in the decoder, where that would depend on later tokens, tokens choose).
       top_k: k, the number of experts that a token chooses.
-      combine: weights of the experts' outputs, see `dispatch.combine_weights`.
+      combine: weights of the experts' outputs: 'probability' (p), 'normalized' (p / Σ p over the
+        chosen) or 'straight' (p / stop_gradient(Σ p)); see `dispatch.combine_weights`.
       second_expert: 'all' (every choice is used) or 'random' (in training, a choice after the first
         is used with probability min(1, g / 0.2), g being its normalized weight).
       priority: who takes the places of an expert first: 'position' (tokens from left to right) or
