@@ -52,11 +52,12 @@ def st(dense):
 def logits(model: network.Transformer, params: dict) -> jax.Array:
     """Returns the logits of the targets' tokens; padding has no experts."""
     batch = model_inputs(example_batch())
+    return _apply(model, params, batch)[batch["decoder_target_tokens"] > 0]
 
-    def apply(params: dict, batch: dict) -> jax.Array:
-        return model.apply({"params": params}, **batch, enable_dropout=False)
 
-    return jax.jit(apply)(params, batch)[batch["decoder_target_tokens"] > 0]
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model: network.Transformer, params: dict, batch: dict) -> jax.Array:
+    return model.apply({"params": params}, **batch, enable_dropout=False)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -134,14 +134,14 @@ def test_whole_network(monkeypatch, loop):
     """Packed rows with dropout: the same dropout masks, loss and gradients, also in a loop."""
     monkeypatch.setattr(attention, "QUERY_CHUNK", 5)
     batch, rng = pack(example_batch()), jax.random.key(0)
-    trainable, frozen = params.split(random_params("mov"), METHODS["mov"].trainable)
+    trainable, frozen = params.split(random_params("ia3"), METHODS["ia3"].trainable)
     execution = {"scan_layers": True, "remat_policy": "minimal"} if loop else {}
 
     def run_step(implementation):
         config = dataclasses.replace(
             CONFIG, dropout_rate=0.2, attention=implementation, **execution
         )
-        model = network.Transformer(config, METHODS["mov"].adapters())
+        model = network.Transformer(config, METHODS["ia3"].adapters())
         step = jax.jit(functools.partial(steps.grads_and_metrics, model, steps.Loss()))
         grads, metrics = step(trainable, frozen, batch, rng)
         return float(metrics["loss"]), params.flatten(grads)

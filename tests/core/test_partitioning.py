@@ -9,17 +9,20 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from methods import CONFIG, METHODS, example_batch, random_params
+from methods import CONFIG, METHODS, example_batch, random_params, random_params_of
 
 from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.sparse import Sparse
 
+# Of MoLORA's sites, one whose B is sharded as its kernel and one whose A is.
+MOLORA = dataclasses.replace(METHODS["molora"], sites=("query", "wo"))
+TESTED = METHODS | {"molora": MOLORA}
 MESHES = {"data": (1, False), "model": (2, False), "fsdp": (1, True)}
 
 
 def method_shardings(method: str, kind: str) -> tuple[network.Transformer, jax.sharding.Mesh, dict]:
-    model = network.Transformer(CONFIG, METHODS[method].adapters())
+    model = network.Transformer(CONFIG, TESTED[method].adapters())
     model_parallelism, fsdp = MESHES[kind]
     mesh = partitioning.make_mesh(model_parallelism)
     shardings = partitioning.param_shardings(
@@ -105,7 +108,7 @@ def test_training_does_not_depend_on_the_mesh(method, kinds):
         if kind is None:
             mesh = partitioning.make_mesh(1, jax.devices()[:1])
             shardings = {path: partitioning.replicated_sharding(mesh) for path in shardings}
-        whole = jax.tree.map(np.asarray, random_params(method))  # a step donates its state
+        whole = jax.tree.map(np.asarray, random_params_of(model))  # a step donates its state
         trainable, frozen = params.split(whole, METHODS[method].trainable)
         optimizer = optax.sgd(1e-3, momentum=0.9)
         state = steps.TrainState.create(trainable, optimizer)

@@ -1,4 +1,4 @@
-"""Shipped routings with MoV, some with MoLORA: trains, freezes, saves, restores, evaluates.
+"""Shipped routings with MoV, some also with MoLORA: trains, freezes, saves, restores, evaluates.
 
 In bfloat16, with packed rows and an odd number of heads of an odd size, on two devices.
 """
@@ -29,14 +29,13 @@ OPTIONS = {  # settings that no file has: the file they are added to, and the pa
 }
 
 
-# Both methods have the same router. These differ in what it reads or whether it is fused with A.
+# Both methods have the same router. These differ in what it reads or whether it is fused with A, so
+# their model has both methods, each at its own sites.
 MOLORA = ("soft", "activation", "jitter", "sentence", "top_2_balanced")
-CASES = [(routing, "mov") for routing in [*ROUTINGS, *OPTIONS]]
-CASES += [(routing, "molora") for routing in MOLORA]
 
 
-def shipped_adapters(routing: str, method: str) -> adapters.Adapters:
-    """Returns the adapters of the gin files of a method and a routing, at two sites."""
+def shipped_adapters(routing: str, method: str) -> dict[str, adapters.Description]:
+    """Describes the adapters of the gin files of a method and a routing, at two sites."""
     file, option = OPTIONS.get(routing, (routing, None))
     files = ("models/t5_1_1_tiny.gin", f"methods/{method}.gin", f"routing/{file}.gin")
     flags = [*(f"--gin_file={name}" for name in files), f"--gin.NUM_EXPERTS={EXPERTS}"]
@@ -45,7 +44,7 @@ def shipped_adapters(routing: str, method: str) -> adapters.Adapters:
     gin_flags.load_config(train.FLAGS.parse_args(rest), bindings)
     # A copy from its description does not depend on gin's state.
     description = adapters.describe(gin.get_configurable(adapters.Adapters)())
-    return adapters.from_description({site: description[site] for site in SITES[method]})
+    return {site: description[site] for site in SITES[method]}
 
 
 def unpacked() -> dict[str, np.ndarray]:
@@ -69,14 +68,18 @@ def choices() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(("routing", "method"), CASES)
-def test_router(routing, method, tmp_path):
+@pytest.mark.parametrize("routing", [*ROUTINGS, *OPTIONS])
+def test_router(routing, tmp_path):
+    described = shipped_adapters(routing, "mov")
+    if routing in MOLORA:
+        described |= shipped_adapters(routing, "molora")
     settings = {"sentence_dim": 9, "num_heads": 3, "head_dim": 5, "dtype": "bfloat16"}
     model = network.Transformer(
-        dataclasses.replace(CONFIG, **settings), shipped_adapters(routing, method)
+        dataclasses.replace(CONFIG, **settings), adapters.from_description(described)
     )
     mesh = partitioning.make_mesh(1, jax.devices()[:2])
-    assert len(steps.router_paths(model)) == 5  # three attentions, two MLPs
+    # three attentions and two MLPs of each method
+    assert len(steps.router_paths(model)) == (10 if routing in MOLORA else 5)
 
     base, identity = models.load_base(model, None, seed=0)
     added = network.init_params(model, 1, params.is_adapter)
@@ -110,7 +113,7 @@ def test_router(routing, method, tmp_path):
 
     # saves, restores
     record = runs.Record(
-        method=method,
+        method="mov",
         trainable=[ADAPTER],
         config=model.config.as_dict(),
         adapters=adapters.describe(model.adapters),

@@ -361,7 +361,7 @@ def test_init_and_decoding_are_unrolled():
 # --- on a mesh, and memory ---
 
 
-def planned_step(form, method="mov", layers=4, dtype="float32"):
+def planned_step(form, method="ia3", layers=4, dtype="float32"):
     scan, remat = form
     config = dataclasses.replace(
         CONFIG,

@@ -49,14 +49,13 @@ def assert_same(first: dict, second: dict) -> None:
 
 
 def test_train_and_evaluate_from_a_cache(cache, tmp_path, capsys):
-    """Without P3_DIR; a resumed run equals an uninterrupted one, and so does one with P3_DIR."""
+    """Without P3_DIR; a resumed run equals an uninterrupted one with P3_DIR."""
     few = {"TRAIN_STEPS": 6, "BATCH_SIZE": 8, "PACK": True, "EVAL_PERIOD": 6}
     cached = ["--gin.USE_CACHED_TASKS=True", f"--seqio_additional_cache_dirs={cache}"]
     for name, steps, flags in (
-        ("whole", 6, cached),
         ("parts", 3, cached),
         ("parts", 6, cached),
-        ("folder", 6, [f"--gin.P3_DIR={cache}"]),
+        ("whole", 6, [f"--gin.P3_DIR={cache}"]),
     ):
         few["TRAIN_STEPS"] = steps
         assert train.main([*train_flags(tmp_path / name, "super_glue_rte", **few), *flags]) == 0
@@ -64,7 +63,6 @@ def test_train_and_evaluate_from_a_cache(cache, tmp_path, capsys):
     assert f"P3, cached in {cache}: 5 of 544 tasks and 4 of 116 _score_eval tasks" in output
     assert "validation loss" in output
     assert_same(trained(tmp_path / "whole"), trained(tmp_path / "parts"))
-    assert_same(trained(tmp_path / "whole"), trained(tmp_path / "folder"))
     predictions = []
     for name, flags in (("cached", cached), ("folder", [f"--gin.P3_DIR={cache}"])):
         scoring = [

@@ -176,7 +176,12 @@ def test_router_probabilities_are_equal_for_all_tokens_of_an_example(folder, tra
     source = sentences.open_for_models([opened], str(folder / "table"), "jsonl_score_eval", 32)
     batch, members = next(inference_batches.score_batches(source.attach_to(groups), 8))
     batch = {k: v[:, 0] if v.ndim == 3 else v for k, v in batch.items()}
-    _, collections = steps.apply_model(opened.model, params, batch, None, mutable=["intermediates"])
+    apply = jax.jit(
+        lambda params, batch: steps.apply_model(
+            opened.model, params, batch, None, mutable=["intermediates"]
+        )
+    )
+    _, collections = apply(params, batch)
     sites = params_lib.flatten(collections["intermediates"])
     assert any(path.startswith("decoder") for path in sites)
     for (probs,) in sites.values():
@@ -414,10 +419,10 @@ def test_user_defined_encoder(folder, tmp_path, capsys):
     np.testing.assert_array_equal(vector, letters(["say grass"])[0])
     macros = {"SENTENCE_EMBEDDINGS": tmp_path / "table"}
     macros["TRAIN_STEPS"] = 1
-    assert train.main(sentence_flags(folder, "molora", tmp_path / "run", **macros)) == 0
+    assert train.main(sentence_flags(folder, "mov", tmp_path / "run", **macros)) == 0
     opened = models.open_model(str(tmp_path / "run"))
     assert opened.model.config.sentence_dim == 7
-    kernel = "encoder/layers_0/mlp/wo_adapter/router/kernel"
+    kernel = "encoder/layers_0/mlp/gate_adapter/router/kernel"
     assert params_lib.flatten(opened.load())[kernel].shape == (7, 3)
     by_gin = [flag for flag in flags if "ENCODER" not in flag]
     by_gin += ["--gin_bindings=import test_encoders"]

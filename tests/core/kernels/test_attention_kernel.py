@@ -145,14 +145,14 @@ def test_tiles_without_a_common_segment_are_skipped():
 
 def whole_step(**settings):
     """Returns loss and gradients of packed rows with dropout."""
-    batch, adapters = pack(example_batch()), METHODS["mov"].adapters()
+    batch, adapters = pack(example_batch()), METHODS["ia3"].adapters()
     config = dataclasses.replace(CONFIG, dropout_rate=0.2, head_dim=16)
     all_params = network.init_params(network.Transformer(config, adapters), 1, lambda path: True)
     keys = iter(jax.random.split(jax.random.key(1), 999))
     all_params = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), all_params
     )
-    trainable, frozen = params.split(all_params, METHODS["mov"].trainable)
+    trainable, frozen = params.split(all_params, METHODS["ia3"].trainable)
     model = network.Transformer(dataclasses.replace(config, **settings), adapters)
     step = jax.jit(functools.partial(steps.grads_and_metrics, model, steps.Loss()))
     grads, metrics = step(trainable, frozen, batch, jax.random.key(0))
