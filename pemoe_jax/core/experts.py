@@ -271,8 +271,10 @@ def _tokens_choose(
 def _has_mostly_empty_slots(num_slots: int, num_assignments: int) -> bool:
     """Whether blocks of the assignments that have a place are cheaper than all places."""
     # Short groups have many places by the minimal capacity: 512 for 32 tokens and 128 experts. On
-    # GPUs the loop over blocks takes longer than products with empty rows.
-    return jax.default_backend() == "cpu" and num_slots > 2 * num_assignments
+    # GPUs the loop over blocks takes longer than products with empty rows; a mesh is that of
+    # accelerators, also where `pemoe plan` compiles for it on a CPU.
+    is_one_cpu = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    return is_one_cpu and num_slots > 2 * num_assignments
 
 
 def _experts_choose(
