@@ -209,7 +209,7 @@ def test_the_adapter_of_a_run_is_converted_and_scored_with_its_base(common, plai
     scores = {}
     for name, path in out.items():
         more = {"CHECKPOINT_PATH": str(path), "INFER_OUTPUT_DIR": str(tmp_path / name)}
-        more |= {"infer.mode": "score", "MIXTURE_OR_TASK_NAME": "colour_1"}
+        more |= {"infer_script.infer.mode": "score", "MIXTURE_OR_TASK_NAME": "colour_1"}
         t5x("infer", files, **settings | more)
         (file,) = (tmp_path / name).glob("colour_1-score.jsonl-00000-of-00001")
         scores[name] = [json.loads(line)["score"] for line in file.read_text().splitlines()]
