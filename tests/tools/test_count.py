@@ -308,7 +308,7 @@ def test_a_run_file_is_accepted(capsys):
         ([*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERT=3"], "close: NUM_EXPERTS"),
         (
             [*XL, "--gin_file=methods/mov.gin", "--gin.NUM_EXPERTS=0"],
-            "NUM_EXPERTS must be a positive integer, got 0",
+            "NUM_EXPERTS must be a positive integer up to 16777216, got 0",
         ),
         ([*XL, "--gin_file=methods/mov.gin", "--gin.TRAINABLE=['x']"], "TRAINABLE matched 0 of"),
     ],
