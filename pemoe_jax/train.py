@@ -290,7 +290,7 @@ def _initialize(
     model: "network.Transformer",
     method: options.Method,
     optimizer: "optax.GradientTransformation",
-    start: options.Checkpointing,
+    checkpointing: options.Checkpointing,
     record: "runs.Record",
     mesh: "jax.sharding.Mesh",
     rules: "partitioning.Rules",
@@ -308,12 +308,12 @@ def _initialize(
     shardings = partitioning.param_shardings(mesh, rules, network.param_axes(model), shapes)
     base, base_identity = models.load_base(
         model,
-        start.initial_checkpoint_path,
+        checkpointing.initial_checkpoint_path,
         record.seed,
         trainable_paths.__contains__,
         shardings,
         method.frozen_dtype,
-        start.upcycle_noise or 0.0,
+        checkpointing.upcycle_noise or 0.0,
     )
     adapter_params = models.device_put(
         network.init_params(model, record.seed, params_lib.is_adapter), shardings

@@ -156,7 +156,7 @@ def test_methods_of_whole_experts(method, settings):
         (["--gin.CAPACITY_FACTOR=nan"], "CAPACITY_FACTOR must be a number or None, got 'nan'"),
         (["--gin.EVAL_CAPACITY_FACTOR=-2"], "EVAL_CAPACITY_FACTOR must be a positive number"),
         (["--gin.CAPACITY=0"], "CAPACITY must be a positive integer, got 0"),
-        (["--gin.GROUP=rows"], "GROUP must be 'row' or an integer of at least 1, got 'rows'"),
+        (["--gin.GROUP=rows"], "GROUP must be 'row' or a positive integer, got 'rows'"),
         (["--gin.GROUP=0"], "GROUP must be a positive integer, got 0"),
         (["--gin.ROUTING=expert"], "ROUTING must be one of "),
         (["--gin.PRIORITY=none"], "PRIORITY must be one of "),

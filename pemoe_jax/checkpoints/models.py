@@ -152,11 +152,10 @@ def load_base(
     Raises:
       InputError: see `base_model.open_base`, `upcycling.check_base` and `lazy_array.load_arrays`.
     """
-
     form = _Form(model.config.dtype, is_trainable, shardings, frozen_dtype)
     shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
     opened = None if path is None else base_lib.open_base(path)
-    made = upcycling.Upcycling(model, seed, upcycle_noise)
+    upcycler = upcycling.Upcycling(model, seed, upcycle_noise)
     is_upcycled = opened is not None and upcycling.check_base(model, opened)
     names = upcycling.names_by_source(shapes) if is_upcycled else {name: [name] for name in shapes}
     loaded: dict[str, PyTree] = {}
@@ -169,7 +168,7 @@ def load_base(
         for name in filter(keep, names[source]):
             dtype = form.dtype_of(name)
             if is_upcycled and upcycling.is_expert(name):
-                leaf = made.copy_to_experts(name, array, dtype, _sharding_of(shardings, name))
+                leaf = upcycler.copy_to_experts(name, array, dtype, _sharding_of(shardings, name))
             else:
                 leaf = array.astype(dtype)
             loaded[name] = form.finish(name, leaf)
@@ -184,7 +183,7 @@ def load_base(
         identity = {"path": opened.path, "format": opened.format, "seed": None}
         if is_upcycled:
             identity["upcycled"] = {"seed": seed, "noise": upcycle_noise}
-            loaded |= made.draw(
+            loaded |= upcycler.draw(
                 filter(keep, shapes), lambda name, array: form.finish(name, form.put(name, array))
             )
         targets = {}

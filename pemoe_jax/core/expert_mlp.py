@@ -156,7 +156,7 @@ def _apply_on_device(
     slots, block_experts, used = dispatch.slots_in_blocks(
         experts, order, places, counts, takes_place, size
     )
-    groups_of_slots = jnp.minimum(slots.assignments[0] // (tokens * top_k), groups - 1)
+    groups_of_slots = jnp.minimum(slots.assignment_ids[0] // (tokens * top_k), groups - 1)
     rows = _Rows(dispatch.dispatch(x, slots)[0], groups_of_slots, block_experts, used)
     y = rows.apply(mlp) if num_peers == 1 else _apply_to_peers(mlp, rows, num_peers)
     if model_axis is not None:

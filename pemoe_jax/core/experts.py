@@ -33,7 +33,7 @@ _EXPERT_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal
 DISPATCH_STATISTICS = ("dropped", "without_expert", "used")
 
 
-class Router(nn.Module):
+class _Router(nn.Module):
     """A linear layer without bias, in float32, under T5X's names."""
 
     num_experts: int
@@ -129,7 +129,7 @@ class SparseMlpBlock(nn.Module):
         if tokens.valid is not None and not cfg.count_padding:
             is_token = tokens.valid.astype(bool)
         groups, is_token, ungroup = _group(x, is_token, cfg)
-        logits = Router(cfg.num_experts, name="router")(self._with_jitter(groups, tokens))
+        logits = _Router(cfg.num_experts, name="router")(self._with_jitter(groups, tokens))
         expert_kernels = ExpertKernels(
             cfg.num_experts, self.mlp_dim, self.activations, self.dtype, name="expert"
         )
@@ -139,13 +139,15 @@ class SparseMlpBlock(nn.Module):
         if self.is_initializing():
             return x.astype(self.dtype)
         probs = jax.nn.softmax(logits, axis=-1)  # [G, T, E]
-        route = _experts_choose if cfg.routing == "experts" else _tokens_choose
-        rng = None
-        if cfg.second_expert == "random" and cfg.top_k > 1 and not tokens.deterministic:
-            rng = self.make_rng("dropout")
         mlp = ExpertMlp(kernels, self.activations, self._dropout_mask(len(groups), tokens))
         groups = groups.astype(self.dtype)
-        routed = route(cfg, mlp, groups, probs, is_token, tokens.deterministic, rng)
+        arguments = cfg, mlp, groups, probs, is_token, tokens.deterministic
+        if cfg.routing == "experts":
+            routed = _experts_choose(*arguments)
+        else:
+            is_random = cfg.second_expert == "random" and cfg.top_k > 1
+            needs_rng = is_random and not tokens.deterministic
+            routed = _tokens_choose(*arguments, self.make_rng("dropout") if needs_rng else None)
         self._record(cfg, logits, probs, is_token, routed, ungroup)
         return ungroup(routed.y).astype(self.dtype)
 
@@ -270,9 +272,9 @@ def _tokens_choose(
 
 def _has_mostly_empty_slots(num_slots: int, num_assignments: int) -> bool:
     """Whether blocks of the assignments that have a place are cheaper than all places."""
-    # Short groups have many places by the minimal capacity: 512 for 32 tokens and 128 experts. On
-    # GPUs the loop over blocks takes longer than products with empty rows; a mesh is that of
-    # accelerators, also where `pemoe plan` compiles for it on a CPU.
+    # Short groups have many places by the minimal capacity: 512 for 32 tokens and 128 experts. Only
+    # on a CPU: a GPU would wait for the host at each block, which was not measured. A mesh is that
+    # of accelerators, also where `pemoe plan` compiles for it on a CPU.
     is_one_cpu = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
     return is_one_cpu and num_slots > 2 * num_assignments
 
@@ -284,9 +286,7 @@ def _experts_choose(
     probs: Array,
     is_token: Array,
     deterministic: bool,
-    rng: Array | None,
 ) -> _Routed:
-    del rng
     groups, tokens, num_experts = probs.shape
     capacities = [
         min(cfg.group_capacity(count, deterministic) or count, count) for count in range(tokens + 1)

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pemoe_jax.core import dispatch
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_choice, check_integer
 
 ROUTINGS = ("tokens", "experts")
 SECOND_EXPERTS = ("all", "random")
@@ -70,22 +70,24 @@ class Sparse:
     extra_mlp: bool = False
 
     def __post_init__(self) -> None:
-        _check_integer("NUM_EXPERTS", self.num_experts, 2)
-        _check_integer("SPARSE_STEP", self.sparse_step, 1)
-        _check_integer("TOP_K", self.top_k, 1)
+        check_integer("NUM_EXPERTS", self.num_experts, 2)
+        check_integer("SPARSE_STEP", self.sparse_step)
+        check_integer("TOP_K", self.top_k)
         if self.top_k > self.num_experts:
             raise InputError(
                 f"TOP_K must be at most NUM_EXPERTS ({self.num_experts}), got {self.top_k}"
             )
-        _check_integer("MIN_CAPACITY", self.min_capacity, 1)
+        check_integer("MIN_CAPACITY", self.min_capacity)
         if self.capacity is not None:
-            _check_integer("CAPACITY", self.capacity, 1)
-        if self.group != "row":
-            _check_integer("GROUP", self.group, 1, "'row' or ")
-        _check_choice("ROUTING", self.routing, ROUTINGS)
-        _check_choice("COMBINE", self.combine, dispatch.COMBINE)
-        _check_choice("SECOND_EXPERT", self.second_expert, SECOND_EXPERTS)
-        _check_choice("PRIORITY", self.priority, PRIORITIES)
+            check_integer("CAPACITY", self.capacity)
+        if not isinstance(self.group, str):
+            check_integer("GROUP", self.group)
+        elif self.group != "row":
+            raise InputError(f"GROUP must be 'row' or a positive integer, got {self.group!r}")
+        check_choice("ROUTING", self.routing, ROUTINGS)
+        check_choice("COMBINE", self.combine, dispatch.COMBINE)
+        check_choice("SECOND_EXPERT", self.second_expert, SECOND_EXPERTS)
+        check_choice("PRIORITY", self.priority, PRIORITIES)
         _check_factor("CAPACITY_FACTOR", self.capacity_factor)
         _check_factor("EVAL_CAPACITY_FACTOR", self.eval_capacity_factor)
         if self.routing == "experts" and self.capacity_factor is None and self.capacity is None:
@@ -95,8 +97,9 @@ class Sparse:
             _check_number("EXPERT_DROPOUT_RATE", self.expert_dropout_rate, 1.0)
         _check_number("BALANCE_LOSS", self.balance_loss)
         _check_number("ROUTER_Z_LOSS", self.router_z_loss)
-        _check_choice("COUNT_PADDING", self.count_padding, (True, False))
-        _check_choice("EXTRA_MLP", self.extra_mlp, (True, False))
+        for name, value in (("COUNT_PADDING", self.count_padding), ("EXTRA_MLP", self.extra_mlp)):
+            if not isinstance(value, bool):
+                raise InputError(f"{name} must be True or False, got {value!r}")
         if self.combine == "normalized" and self.top_k == 1:
             raise InputError(
                 "COMBINE='normalized' with TOP_K=1 gives routers no gradient from the task: pass"
@@ -136,18 +139,6 @@ def from_description(description: Mapping[str, Any] | None) -> Sparse | None:
     if unknown := sorted(description.keys() - known):
         raise InputError(f"Sparse has no settings {unknown}: written by another version?")
     return Sparse(**description)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if type(value) is not type(choices[0]) or value not in choices:
-        raise InputError(f"{name} must be one of {[*choices]}, got {value!r}")
-
-
-def _check_integer(name: str, value: object, minimum: int, alternative: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise InputError(
-            f"{name} must be {alternative}an integer of at least {minimum}, got {value!r}"
-        )
 
 
 def _is_number(value: object) -> bool:

@@ -1,7 +1,7 @@
 """Products of blocks of rows with the matrix of each block's expert: only the blocks that are used.
 
-`jax.lax.ragged_dot` computes E times as much on CPUs and on NVIDIA GPUs, where it multiplies every
-row with every expert (benchmarks/NOTES.md).
+On CPUs `jax.lax.ragged_dot` multiplies every row with every expert: 135.3 MFLOP by XLA's count, for
+products of 16.8 MFLOP (256 rows, 128 to 256, 8 experts).
 """
 
 import jax
