@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
@@ -15,7 +16,8 @@ def enable(environment: MutableMapping[str, str] = os.environ) -> None:
 
     JAX_COMPILATION_CACHE_DIR selects another folder; if it is empty, the cache stays off. Without a
     writable folder a warning is printed and nothing is cached. JAX's cache keys include its version
-    and the CPU's features, so that different machines can share a home directory.
+    and the CPU's features, so that different machines can share a home directory. Several processes
+    may fill the folder at the same time.
     """
     if CACHE_DIR_VARIABLE not in environment:
         try:
@@ -36,6 +38,9 @@ def enable(environment: MutableMapping[str, str] = os.environ) -> None:
         # By default jax caches programs that took over a second to compile. A start also compiles
         # dozens of small ones, which take longer than that together.
         environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        # JAX does not write its files at once: a program that another process is writing is
+        # incomplete when read. JAX warns and compiles it, and a user has nothing to do.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
 
 
 def default_folder(environment: Mapping[str, str]) -> Path:

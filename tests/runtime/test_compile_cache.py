@@ -89,7 +89,10 @@ def losses(process: subprocess.Popen, folder: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_the_next_process_compiles_nothing_and_computes_the_same(tmp_path):
-    """Two processes fill the folder at the same time; a third finds all programs in it."""
+    """Two processes fill the folder at the same time; a third finds all programs in it.
+
+    A fourth finds only incomplete programs.
+    """
     write_folder(tmp_path / "tasks")
     write_vocabulary(tmp_path / "vocab.model")
     first, second = train(tmp_path, "first"), train(tmp_path, "second")
@@ -100,3 +103,7 @@ def test_the_next_process_compiles_nothing_and_computes_the_same(tmp_path):
     assert any(name.startswith("jit_step-") for name in programs)
     assert losses(train(tmp_path, "third"), tmp_path / "third") == expected
     assert sorted(path.name for path in folder.iterdir()) == programs
+    # As they are while another process writes them.
+    for program in folder.iterdir():
+        program.write_bytes(program.read_bytes()[:1000])
+    assert losses(train(tmp_path, "fourth"), tmp_path / "fourth") == expected
