@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import network, optim, partitioning, steps
     from pemoe_jax.core.params import PyTree
+    from pemoe_jax.core.sparse import Sparse
     from pemoe_jax.data import sentences
     from pemoe_jax.data.packing import Batch, BatchIterator
 
@@ -228,15 +229,10 @@ def _with_base_dimensions(
         return model
     base = base_model.open_base(base_path)
     if not upcycling.check_base(model, base) and model.sparse is not None:
-        # A Switch Transformer states none of these, and has the defaults.
+        # A Switch Transformer states no routing, and has the defaults.
         trained = sparse.from_description(base.sparse)
-        differences = [
-            f"{name.upper()} {getattr(trained, name)!r} (this run: {getattr(model.sparse, name)!r})"
-            for name in ("routing", "top_k", "combine")
-            if getattr(trained, name) != getattr(model.sparse, name)
-        ]
-        if differences:
-            print(f"routing of {base_path}: {', '.join(differences)}", flush=True)
+        assert trained is not None
+        _warn_of_other_routing(model.sparse, trained, base_path)
     sizes = base.model_dimensions()
     changed = {name: value for name, value in sizes.items() if getattr(model.config, name) != value}
     if changed:
@@ -246,6 +242,22 @@ def _with_base_dimensions(
         )
         print(f"dimensions of {base_path}: {text}", flush=True)
     return model.clone(config=dataclasses.replace(model.config, **sizes))
+
+
+def _warn_of_other_routing(current: "Sparse", trained: "Sparse", base_path: str) -> None:
+    """Prints a warning if a run's routing is not the one that its base was trained with."""
+    settings, flags = [], []
+    for name in ("routing", "top_k", "combine"):
+        before, now = getattr(trained, name), getattr(current, name)
+        if before != now:
+            settings.append(f"{name.upper()} {before!r} (this run: {now!r})")
+            flags.append(f"--gin.{name.upper()}={before}")
+    if settings:
+        print(
+            f"warning: {base_path} was trained with {', '.join(settings)}: to start as its"
+            f" function, pass {' '.join(flags)}",
+            flush=True,
+        )
 
 
 def _check_before_tasks(

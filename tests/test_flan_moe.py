@@ -89,17 +89,25 @@ def switch(tmp_path_factory) -> str:
     ("sparse", "expected"),
     [
         (Sparse(4), ""),
-        (Sparse(4, combine="straight"), "COMBINE 'probability' (this run: 'straight')\n"),
+        (
+            Sparse(4, combine="straight"),
+            "COMBINE 'probability' (this run: 'straight')|--gin.COMBINE=probability",
+        ),
         (
             Sparse(4, top_k=2, combine="normalized"),
-            "TOP_K 1 (this run: 2), COMBINE 'probability' (this run: 'normalized')\n",
+            "TOP_K 1 (this run: 2), COMBINE 'probability' (this run: 'normalized')|--gin.TOP_K=1"
+            " --gin.COMBINE=probability",
         ),
     ],
 )
-def test_another_routing_than_that_of_a_base_is_said(switch, capsys, sparse, expected):
+def test_another_routing_than_that_of_a_base_is_a_warning(switch, capsys, sparse, expected):
     model = sparse_model(sparse)
     assert train._with_base_dimensions(model, switch) == model
-    assert capsys.readouterr().out == (expected and f"routing of {switch}: {expected}")
+    settings, _, flags = expected.partition("|")
+    warning = (
+        f"warning: {switch} was trained with {settings}: to start as its function, pass {flags}\n"
+    )
+    assert capsys.readouterr().out == (warning if expected else "")
 
 
 def test_a_sparse_base_for_a_dense_model(switch):

@@ -178,6 +178,16 @@ def test_wrong_settings_of_whole_experts(flags, message):
         params.trainable_paths(params.flatten(network.param_shapes(model)), patterns)
 
 
+@pytest.mark.parametrize("method", ["flan_switch", "mov", "full"])
+def test_commands_that_open_checkpoints_take_files_of_methods(method):
+    """Their model is that of the checkpoint."""
+    flags = [f"--gin_file=methods/{method}.gin", "--gin_file=runs/evaluate.gin"]
+    bindings = ["CHECKPOINT_PATH = 'a'", "EVAL_OUTPUT_DIR = 'b'"]
+    gin_flags.load_config(evaluate.FLAGS.parse_args(flags), bindings)
+    with pytest.raises(InputError, match="SPARSE_STEP belongs to models/"):
+        gin_flags.load_config(evaluate.FLAGS.parse_args(flags), [*bindings, "SPARSE_STEP = 4"])
+
+
 @pytest.mark.parametrize(
     ("method", "routing", "message"),
     [

@@ -263,6 +263,11 @@ def test_a_state_that_is_not_finite_is_never_saved(folder, tmp_path, capsys):
     arrays, _, step = runs.open_trained(str(tmp_path))
     assert step == 1
     assert all(np.isfinite(array.read()).all() for array in arrays.values())
+    # Between reports the loss of a step is looked at while the next one runs.
+    settings |= {"CHECKPOINT_PERIOD": 50, "TRAIN_STEPS": 50}
+    assert train.main(train_flags(folder, "mov", tmp_path / "later", **settings)) == 1
+    assert "the loss is nan at step 2 (learning rate 3e+38), and the" in capsys.readouterr().err
+    assert [*read_metrics(tmp_path / "later")] == [1, 3]
 
 
 def test_positions_of_another_number_of_shards(stopped, tmp_path):

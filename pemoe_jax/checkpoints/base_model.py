@@ -79,16 +79,28 @@ class BaseModel:
           InputError: see `dimensions.infer`; or the logits' matrix is missing.
         """
         inferred = dimensions.infer(self.shapes, str(self))
-        stored = self.stored_config.get("mlp_activations")
-        names = tuple(stored) if isinstance(stored, (list, tuple)) else ()
-        is_known = all(isinstance(name, str) for name in names)
-        if is_known and len(names) == len(inferred["mlp_activations"]):
-            inferred["mlp_activations"] = names
+        inferred["mlp_activations"] = self._stated_activations() or inferred["mlp_activations"]
         if inferred["logits_via_embedding"] and not self.stored_config.get(
             "logits_via_embedding", True
         ):
             raise InputError(f"{self}: expected decoder/logits_dense/kernel, got none")
         return inferred
+
+    def _stated_activations(self) -> tuple[str, ...] | None:
+        """Returns the names of the activations that the checkpoint states for its projections."""
+        stated = self.stored_config.get("mlp_activations")
+        names = tuple(stated) if isinstance(stated, (list, tuple)) else ()
+        inferred = dimensions.infer(self.shapes, str(self))["mlp_activations"]
+        is_known = all(isinstance(name, str) for name in names)
+        return names if is_known and len(names) == len(inferred) else None
+
+    def check_activations(self, activations: tuple[str, ...]) -> None:
+        """Raises InputError if a model's activations are not those that the base states, if any."""
+        stated = self._stated_activations()
+        if stated is not None and len(stated) == len(activations) and stated != activations:
+            raise InputError(
+                f"T5Config.mlp_activations must be {stated}, as in the {self}, got {activations}"
+            )
 
     def config(self) -> JsonObject:
         """Returns the known fields of `T5Config`.

@@ -119,6 +119,7 @@ def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArra
                 " pass --base, a checkpoint of them"
             )
         base = base_lib.open_base(source.base_path)
+        base.check_activations(source.model.config.mlp_activations)
         source.check_base(base.fingerprint())
         arrays = base.arrays
         if upcycled := source.record.base.get("upcycled"):

@@ -150,13 +150,17 @@ def load_base(
       the fingerprint of its arrays before quantization, and `upcycled` (see `runs.Record`).
 
     Raises:
-      InputError: see `base_model.open_base`, `upcycling.check_base` and `lazy_array.load_arrays`.
+      InputError: the base states other activations; see `base_model.open_base`,
+        `upcycling.check_base` and `lazy_array.load_arrays`.
     """
     form = _Form(model.config.dtype, is_trainable, shardings, frozen_dtype)
     shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
     opened = None if path is None else base_lib.open_base(path)
     upcycler = upcycling.Upcycling(model, seed, upcycle_noise)
-    is_upcycled = opened is not None and upcycling.check_base(model, opened)
+    is_upcycled = False
+    if opened is not None:
+        opened.check_activations(model.config.mlp_activations)
+        is_upcycled = upcycling.check_base(model, opened)
     names = upcycling.names_by_source(shapes) if is_upcycled else {name: [name] for name in shapes}
     loaded: dict[str, PyTree] = {}
     source_shapes: dict[str, tuple[int, ...]] = {}

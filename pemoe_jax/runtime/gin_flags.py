@@ -32,6 +32,10 @@ _SET_BY_MODEL_AND_METHOD = (
     *("FREEZE", "UPCYCLE_NOISE"),
 )
 
+# Method files read this macro of model files, which commands that open checkpoints need not have.
+# None is set behind the files, so that a flag for it is refused where nothing reads it.
+_SET_BY_MODEL = "SPARSE_STEP"
+
 # Model files read DROPOUT_RATE, for commands without a run file; some run files read DTYPE, which
 # model files set.
 _DEFAULTS = "DROPOUT_RATE = 0.0\nDTYPE = None\n"
@@ -187,13 +191,15 @@ def load_config(
         with _only_files():
             gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macro_names(bindings, args.gin_bindings, args.gin_file)
+        if macro_value(_SET_BY_MODEL) is None:
+            gin.parse_config(f"{_SET_BY_MODEL} = None")
         in_files = {selector for _, selector in gin.config._CONFIG}
         gin.parse_config_files_and_bindings([], lines)
     except InputError:
         raise
     except _GIN_ERRORS as error:
         raise InputError(gin_errors.describe_error(error, lines)) from error
-    gin_types.check_bindings(_SET_BY_MODEL_AND_METHOD)
+    gin_types.check_bindings([*_SET_BY_MODEL_AND_METHOD, _SET_BY_MODEL])
     _check_routers_have_effect()
     _check_has_effect([*args.gin_bindings, *bindings], in_files)
 

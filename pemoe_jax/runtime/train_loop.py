@@ -107,6 +107,8 @@ class TrainLoop:
         try:
             for step in range(first_step + 1, self.total_steps + 1):
                 arrays, tokens = self._next_batch(batches, window, step)
+                if not window.is_finite_before_last():
+                    self._report(step - 1, window, writer, bar, is_first=False)  # raises
                 positions = {step - 1: positions[step - 1], step: batches.position}
                 is_first, is_last = step == first_step + 1, step == self.total_steps
                 if is_first:
@@ -115,7 +117,7 @@ class TrainLoop:
                     train_step = train_step.lower(state, frozen, arrays, self.rng).compile()
                     host_memory.trim_heap()
                 state, metrics = train_step(state, frozen, arrays, self.rng)
-                window.append(metrics, tokens)
+                window.append(step, metrics, tokens)
                 bar.advance(step)
                 if step % self.logging.log_period == 0 or is_last or is_first:
                     losses = self._report(step, window, writer, bar, is_first)
@@ -161,8 +163,12 @@ class TrainLoop:
         bar: progress.Progress,
         is_first: bool,
     ) -> list[float]:
-        """Reports the steps since the last report; returns the loss per token of each of them."""
-        scalars, rows, losses = window.summarize()
+        """Reports the steps since the last report; returns the loss per token of each of them.
+
+        Raises:
+          InputError: the loss of a step is not finite.
+        """
+        scalars, rows, losses, damaged = window.summarize()
         scalars["learning_rate"] = float(self.schedule(step - 1))
         values = {f"train/{name}": value for name, value in scalars.items()}
         dropped = ""
@@ -182,7 +188,8 @@ class TrainLoop:
             f"loss {scalars['loss']:.4f}  accuracy {scalars['accuracy']:.3f}"
             f"  {progress.format_count(scalars['tokens_per_second'])} tokens/s{dropped}{waiting}",
         )
-        if not math.isfinite(scalars["loss"]):
+        if damaged:
+            damaged_step, loss = damaged
             advice = "lower LEARNING_RATE and resume from the last checkpoint"
             if is_first:  # no learning rate has had an effect yet
                 advice = (
@@ -191,8 +198,8 @@ class TrainLoop:
             router = self._first_damaged_router(rows) if rows else None
             where = f", and the router at {router} has logits that are not finite" if router else ""
             raise InputError(
-                f"the loss is {scalars['loss']} at step {step}"
-                f" (learning rate {scalars['learning_rate']:g}){where}: {advice}"
+                f"the loss is {loss} at step {damaged_step}"
+                f" (learning rate {float(self.schedule(damaged_step - 1)):g}){where}: {advice}"
             )
         return losses
 
@@ -284,11 +291,11 @@ class _Window:
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[steps.Metrics, int]] = []
+        self._steps: list[tuple[int, steps.Metrics, int]] = []
         self.start, self.waited = time.monotonic(), 0.0
 
-    def append(self, metrics: steps.Metrics, tokens: int) -> None:
-        self._steps.append((metrics, tokens))
+    def append(self, step: int, metrics: steps.Metrics, tokens: int) -> None:
+        self._steps.append((step, metrics, tokens))
 
     def limit_steps_in_flight(self, is_batch_ready: bool) -> None:
         """Waits until at most one step is running, or none if the next batch is not ready.
@@ -296,26 +303,40 @@ class _Window:
         In the second case the devices are idle while the loop waits for the batch: `wait_share` is
         the share of this time.
         """
-        for metrics, _ in self._steps[-2:-1] if is_batch_ready else self._steps[-1:]:
+        for _, metrics, _ in self._steps[-2:-1] if is_batch_ready else self._steps[-1:]:
             jax.block_until_ready(metrics)
 
-    def summarize(self) -> tuple[dict[str, float], dict[str, np.ndarray], list[float]]:
-        """Returns mean metrics and speeds, mean `ROUTER_ROWS`, and the loss per token by step.
+    def is_finite_before_last(self) -> bool:
+        """Whether the loss of the step before the last is finite; True if it has been reported.
 
-        The rows are those of the first step whose loss is not finite, if there is one. Starts a new
-        window.
+        That step has ended (`limit_steps_in_flight`), so that its loss is read while the last one
+        runs. The last one is not read even if it has ended too: processes must agree on the step at
+        which they stop, and may differ in whether their next batch is ready.
         """
-        fetched = jax.device_get([metrics for metrics, _ in self._steps])
+        return all(math.isfinite(metrics["loss"]) for _, metrics, _ in self._steps[-2:-1])
+
+    def summarize(
+        self,
+    ) -> tuple[dict[str, float], dict[str, np.ndarray], list[float], tuple[int, float] | None]:
+        """Returns mean metrics and speeds, mean `ROUTER_ROWS`, losses, and the first damaged step.
+
+        The losses are those per token by step. The damaged step is the first whose loss is not
+        finite, and this loss; the rows are then those of this step. Starts a new window.
+        """
+        fetched = jax.device_get([metrics for _, metrics, _ in self._steps])
         means = {name: np.mean([m[name] for m in fetched], axis=0) for name in fetched[0]}
         rows = {name: means.pop(name) for name in steps.ROUTER_ROWS if name in means}
-        damaged = [m for m in fetched if not np.isfinite(m["loss"])]
-        if damaged:  # in later steps all routers are damaged
-            rows = {name: damaged[0][name] for name in rows}
+        damaged = None
+        for (step, _, _), metrics in zip(self._steps, fetched, strict=True):
+            if not math.isfinite(metrics["loss"]):
+                damaged = step, float(metrics["loss"])
+                rows = {name: metrics[name] for name in rows}  # later, all routers are damaged
+                break
         scalars = {name: float(mean) for name, mean in means.items()}
         now = time.monotonic()
         seconds = now - self.start
-        scalars["tokens_per_second"] = sum(tokens for _, tokens in self._steps) / seconds
+        scalars["tokens_per_second"] = sum(tokens for _, _, tokens in self._steps) / seconds
         scalars["steps_per_second"] = len(self._steps) / seconds
         scalars["wait_share"] = self.waited / seconds
         self._steps, self.start, self.waited = [], now, 0.0
-        return scalars, rows, [float(m["cross_ent_loss"]) for m in fetched]
+        return scalars, rows, [float(m["cross_ent_loss"]) for m in fetched], damaged

@@ -67,6 +67,16 @@ def test_names_of_activations_are_stored(stored):
     assert network.T5Config(**opened.config()).mlp_activations == expected
 
 
+def test_a_model_of_other_activations_than_its_base_states():
+    shapes = model_shapes(dataclasses.replace(CONFIG, **T5_1_0))
+    stated = base(shapes, mlp_activations=["gelu"])
+    stated.check_activations(("gelu",))
+    base(shapes).check_activations(("gelu",))  # as T5X's checkpoints, which state none
+    stated.check_activations(("gelu", "linear"))  # the shapes differ, which `load` says
+    with pytest.raises(InputError, match=r"mlp_activations must be \('gelu',\), as in the base mo"):
+        stated.check_activations(("relu",))
+
+
 def test_a_missing_head():
     shapes = model_shapes(CONFIG)
     del shapes["decoder/logits_dense/kernel"]

@@ -206,6 +206,15 @@ def test_a_sparse_base_of_another_model(tmp_path, sparse, message):
     assert "upcycled" not in models.load_base(base, str(path), 0)[1]
 
 
+def test_a_base_of_other_activations(dense):
+    for sparse in (None, METHODS["switch"]):
+        model = sparse_model(sparse, mlp_activations=("relu", "linear"))
+        with pytest.raises(
+            InputError, match=r"must be \('gelu', 'linear'\), as .* got \('relu', 'li"
+        ):
+            models.load_base(model, dense, 0)
+
+
 LENGTHS = {"inputs": 128, "targets": 32}
 
 

@@ -102,10 +102,11 @@ def test_the_loss_before_any_update_does_not_depend_on_the_learning_rate(is_firs
     loop = TrainLoop.__new__(TrainLoop)
     loop.schedule = lambda step: 0.1
     scalars = {"loss": math.nan, "accuracy": 0.0, "wait_share": 0.0, "tokens_per_second": 1.0}
-    window = types.SimpleNamespace(summarize=lambda: (dict(scalars), None, [math.nan]))
+    damaged = (4, math.nan)
+    window = types.SimpleNamespace(summarize=lambda: (dict(scalars), None, [math.nan], damaged))
     writer = types.SimpleNamespace(write=lambda *_: None)
     bar = types.SimpleNamespace(report=lambda *_: None)
-    with pytest.raises(InputError, match=rf"the loss is nan at step 5 .*{advice}"):
+    with pytest.raises(InputError, match=rf"the loss is nan at step 4 .*{advice}"):
         loop._report(5, window, writer, bar, is_first)
 
 
@@ -116,16 +117,27 @@ def test_a_loss_of_nan_names_the_first_router_with_logits_of_nan(first_bad_rows,
     loop.schedule, loop.logging = lambda step: 0.1, options.Logging(router_metrics="sites")
     loop.model = model("switch")  # decoder/layers_1 and encoder/layers_1
     window = _Window()
-    for bad_rows in ([], first_bad_rows, [0, 1]):
+    for step, bad_rows in enumerate(([], first_bad_rows, [0, 1]), 3):
         routers = np.zeros((2, 6))
         routers[bad_rows] = math.nan
         metrics = {"loss": math.nan if bad_rows else 1.0, "cross_ent_loss": 1.0, "accuracy": 0.0}
         dispatch = np.full((2, 3), 0.25)
-        window.append({**metrics, "routers": routers, "dispatch": dispatch}, 10)
+        window.append(step, {**metrics, "routers": routers, "dispatch": dispatch}, 10)
     written, lines = {}, []
     writer = types.SimpleNamespace(write=lambda _, values: written.update(values))
     bar = types.SimpleNamespace(report=lambda _, line: lines.append(line))
-    with pytest.raises(InputError, match=rf"the router at {stack}/layers_1/mlp/experts has log"):
+    with pytest.raises(InputError, match=rf"at step 4 .* the router at {stack}/layers_1/mlp/ex"):
         loop._report(5, window, writer, bar, is_first=False)
     assert written["router/encoder/mlp/experts/dropped"] == written["router/without_expert"] == 0.25
     assert "dropped 25.0% of assignments, 25.0% of tokens" in lines[0]
+
+
+def test_a_loss_is_looked_at_when_its_step_has_ended():
+    """Not the last step's, which may be running."""
+    window = _Window()
+    assert window.is_finite_before_last()
+    for step, loss in enumerate((1.0, math.inf), 1):
+        window.append(step, {"loss": loss}, 1)
+        assert window.is_finite_before_last()
+    window.append(3, {"loss": 1.0}, 1)
+    assert not window.is_finite_before_last()
