@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.runtime import gin_flags, options
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ def train(
     from pemoe_jax.analysis import plots, sparse_layers
     from pemoe_jax.checkpoints import run_settings, runs
     from pemoe_jax.core import adapters, network, partitioning, sparse, stacks
-    from pemoe_jax.data import prefetch, seqio_tasks
+    from pemoe_jax.data import prefetch, seqio_tasks, task_fraction
     from pemoe_jax.runtime import atomic_write, distributed, file_io, train_loop
-    from pemoe_jax.tasks.task_roles import run_register
+    from pemoe_jax.tasks.task_roles import abbreviate, run_register
 
     model_dir = file_io.resolve_local(checkpointing.model_dir, "MODEL_DIR")
     file_io.check_no_pattern(model_dir, "MODEL_DIR")
@@ -105,6 +105,12 @@ def train(
     _check_before_tasks(model, method, data, record.adapters)
     first_step = _resume_step(model_dir, record)
     task_roles = run_register(data.register)
+    mixture = data.name
+    fraction_name = task_fraction.register_fraction(
+        mixture, data.task_fraction, seed, data.use_cached_tasks
+    )
+    data = dataclasses.replace(data, mixture_or_task_name=fraction_name)
+    trained_tasks = seqio_tasks.subtask_names(data.name)
     seqio_tasks.check_vocab_size(data.name, model.config.vocab_size)
 
     model, sentence_source = _open_sentences(model, data)
@@ -114,7 +120,7 @@ def train(
     )
     record = dataclasses.replace(
         record,
-        **task_roles.training_record(seqio_tasks.subtask_names(data.name)),
+        **task_roles.training_record(trained_tasks),
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
     )
     recipe = _describe_recipe(optimizer, schedule, total_steps)
@@ -124,6 +130,12 @@ def train(
         )
     print(_summarize(state.params, frozen, record, recipe, sparse_lines), flush=True)
     task_roles.print_summary()
+    if data.name != mixture:
+        print(
+            f"TASK_FRACTION {data.task_fraction}: {plural(len(trained_tasks), 'task')} of"
+            f" {mixture}, drawn with seed {seed}: {abbreviate(trained_tasks, 8)}",
+            flush=True,
+        )
 
     _resume_step(model_dir, record)  # again, with the tasks and the base
     if first_step >= total_steps:

@@ -325,6 +325,25 @@ def test_resuming_with_another_base_or_other_tasks_is_refused(folder, trained, c
         assert change in error
 
 
+def test_a_fraction_of_the_training_tasks(folder, trained, tmp_path, capsys):
+    flags = train_flags(folder, "mov", tmp_path / "run", TASK_FRACTION=0.4, TRAIN_STEPS=1)
+    assert train.main(flags) == 0
+    out = capsys.readouterr().out
+    (task,) = runs.read_record(str(tmp_path / "run")).trained_tasks
+    assert f"\nTASK_FRACTION 0.4: 1 task of jsonl_train, drawn with seed 0: {task}\n" in out
+    assert "\ntraining on jsonl_train_fraction_0.4_seed_0: 1 task, 16 examples\n" in out
+    # Other tasks are another run; a fraction without a task leaves no file.
+    for run, fraction, message in (
+        (trained["mov"], 0.4, "resume, got training tasks without "),
+        (tmp_path / "none", 0.1, "TASK_FRACTION must leave a task of 'jsonl_train', which has 3 "),
+        (tmp_path / "none", 0.0, "TASK_FRACTION must be a number in (0, 1], got 0.0"),
+    ):
+        assert train.main(train_flags(folder, "mov", run, TASK_FRACTION=fraction)) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+
+
 def test_evaluating_on_another_base_is_refused(folder, trained, tmp_path, capsys):
     flags = [
         "--gin_file=runs/evaluate.gin",

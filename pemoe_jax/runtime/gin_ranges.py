@@ -48,7 +48,10 @@ SEED = Interval("[", 0, 2**31 - 1, "]")
 # By function and parameter. A test compares them with the parameters that are numbers.
 RANGES: dict[str, dict[str, Interval]] = {
     "train.train": {"total_steps": STEPS, "seed": SEED},
-    "options.Data": dict.fromkeys(("batch_size", "microbatches", "max_examples"), POSITIVE),
+    "options.Data": {
+        **dict.fromkeys(("batch_size", "microbatches", "max_examples"), POSITIVE),
+        "task_fraction": UP_TO_ONE,
+    },
     "options.Checkpointing": {
         **{"period": POSITIVE, "keep": POSITIVE, "upcycle_noise": NOT_NEGATIVE},
     },

@@ -31,6 +31,8 @@ class Data:
       sentence_embeddings: folder of a table by `pemoe embed`, for routers that read sentence
         embeddings; None: a feature of the tasks holds them.
       max_examples: maximum number of examples of each evaluated task; None: all.
+      task_fraction: fraction of the mixture's tasks to train on, drawn by SEED; the tasks of a
+        smaller fraction are among those of a larger one.
     """
 
     mixture_or_task_name: str | Sequence[str] = ""
@@ -42,6 +44,7 @@ class Data:
     use_cached_tasks: bool = False
     sentence_embeddings: str | None = None
     max_examples: int | None = None
+    task_fraction: float = 1.0
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ from p3_runs import VOCAB
 from pemoe_jax import tasks
 from pemoe_jax.analysis import generation
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks
+from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks, task_fraction
 from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.runtime import options
 from pemoe_jax.tasks.p3 import published
@@ -300,6 +300,20 @@ def test_stream_of_313_tasks_starts_anywhere(p3, tmp_path):
     far = read(100_000_000, 100)
     assert read(100_000_040, 60) == far[40:]
     assert len(set(far)) > 30
+    name = task_fraction.register_fraction("t0_train", 0.1, seed=0)
+    drawn = seqio_tasks.subtask_names(name)
+    assert len(drawn) == 31 and set(drawn) < set(names)
+    batch = next(feed.train_batches(name, LENGTHS, 64))
+    assert batch["encoder_input_tokens"].any(axis=1).all()
+
+
+def test_a_fraction_of_the_tasks_that_a_folder_has(p3, forms):
+    register(forms["parquet"])
+    with pytest.raises(InputError, match="must leave a task of 't0_train', which has 1 task to"):
+        task_fraction.register_fraction("t0_train", 0.5, seed=0)
+    name = task_fraction.register_fraction("super_glue_rte", 0.5, seed=0)
+    (drawn,) = seqio_tasks.subtask_names(name)
+    assert drawn in (RTE, GPT)
 
 
 def test_infer_skips_tasks_without_data(p3, forms, tmp_path, capsys):

@@ -1,0 +1,67 @@
+"""A fraction of a mixture's tasks, drawn by seed, as a mixture of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+
+from pemoe_jax.core.errors import InputError, plural
+from pemoe_jax.data import seqio_import, seqio_tasks
+
+
+def draw_tasks(tasks: Collection[str], fraction: float, seed: int) -> list[str]:
+    """Returns the sorted names of round(fraction · len(tasks)) tasks.
+
+    A task's place in the draw depends on its name and the seed alone, so the tasks of a smaller
+    fraction are among those of a larger one with the same seed.
+    """
+
+    def place(task: str) -> bytes:
+        return hashlib.sha256(f"{seed} {task}".encode()).digest()
+
+    return sorted(sorted(tasks, key=place)[: round(fraction * len(tasks))])
+
+
+def register_fraction(name: str, fraction: float, seed: int, use_cached: bool = False) -> str:
+    """Registers a mixture of a fraction of the tasks with training data, at their rates.
+
+    Args:
+      name: name of a seqio mixture, or of a task.
+      fraction: the fraction, in (0, 1].
+      seed: seed of the draw.
+      use_cached: whether tasks are read from seqio's offline caches.
+
+    Returns:
+      The name of the new mixture; `name` itself for all tasks.
+
+    Raises:
+      InputError: no task is left, or no mixture or task has this name.
+    """
+    provider = seqio_tasks.get_mixture_or_task(name)
+    if fraction == 1:
+        return name
+    # P3's mixtures name hundreds of tasks, of which a folder may have a few.
+    tasks = {
+        task.name: task
+        for task in map(seqio_tasks.get_mixture_or_task, seqio_tasks.subtask_names(name))
+        if "train" in task.splits and seqio_tasks.has_data(task.name, use_cached)
+    }
+    drawn = draw_tasks(tasks, fraction, seed)
+    if not drawn:
+        raise InputError(
+            f"TASK_FRACTION must leave a task of {name!r}, which has {plural(len(tasks), 'task')}"
+            f" to train on, got {fraction}"
+        )
+    if drawn == [name]:
+        return name
+    seqio = seqio_import.import_seqio()
+    fraction_name = f"{name}_fraction_{fraction:g}_seed_{seed}"
+    # Of the mixture's class, which may read all tasks in one pipeline, and with its sampling.
+    mixture = type(provider)(
+        fraction_name,
+        [(tasks[task], provider.get_rate) for task in drawn],
+        sample_fn=provider._sample_fn,
+    )
+    seqio.MixtureRegistry.remove(fraction_name)
+    seqio.MixtureRegistry.add_provider(fraction_name, mixture)
+    return fraction_name
