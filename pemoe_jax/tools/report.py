@@ -13,9 +13,9 @@ Prints the zero-shot table of arXiv 2309.05444: a row for each run, a column
 for each dataset (ANLI CB RTE WSC WiC COPA WNG HS, then others by name), and
 in the cells the median and mean accuracy over prompts in %, with 95 %
 intervals. A RUN is a results.json of pemoe evaluate, or a folder with one;
-several are merged. Of runs with equal name, checkpoint and step the last
-counts. Runs that differ only in the seed are one row: the mean over seeds
-± the standard deviation.
+several are merged. Of runs with equal name, checkpoint, step and shots the
+last counts. Runs that differ only in the seed are one row: the mean over
+seeds ± the standard deviation.
 """
 
 _EPILOG = """\

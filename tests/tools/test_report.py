@@ -82,6 +82,35 @@ def table(printed_tables: dict, measure: str) -> dict[str, dict[str, str]]:
 # --- the table ---
 
 
+def test_shots_have_a_column_where_a_run_has_some(tmp_path, capsys):
+    """Runs with other shots are other rows, also where seeds are joined."""
+    seeds = [{"seed": seed, "settings": "same"} for seed in (0, 1)]
+    few = {"shots": 3, "shots_seed": 0}
+    folders = [
+        write(tmp_path / name, {"mov": eight(correct)}, **about)
+        for name, correct, about in (
+            ("zero", 6, seeds[0]),
+            ("few", 8, seeds[0] | few),
+            ("few_1", 7, seeds[1] | few | {"checkpoint": "runs/mov_1"}),
+            ("other", 9, seeds[0] | few | {"shots_seed": 1}),
+        )
+    ]
+    output = printed(capsys, *folders, "--draws=0")
+    rows = output["Accuracy in %: median over the prompts of a dataset"]
+    columns = ["run", "method", "parameters", "seeds", "shots"]
+    assert [[row[column] for column in columns] for row in list(rows.values())[:3]] == [
+        ["mov (shots 0)", "mov-10", "0.32 %", "1", "0"],
+        ["mov (shots 3) (shots seed 0)", "mov-10", "0.32 %", "2", "3"],
+        ["mov (shots 3) (shots seed 1)", "mov-10", "0.32 %", "1", "3"],
+    ]
+    assert report.main([*map(str, folders[1:3]), "--draws=0", "--format=csv"]) == 0
+    (record,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (record["shots"], record["seeds"], record["average"]) == ("3", "0 1", "75.0")
+    (row,) = json.loads(paper_table_formats.to_json(build(folders[1])))["rows"]
+    assert row["shots"] == 3
+    assert not any("shots" in text for text in (paper_table_formats.to_json(build(folders[0])),))
+
+
 def test_columns_of_the_paper_in_its_order(tmp_path, capsys):
     write(tmp_path, {"first": eight(6)})
     medians = table(printed(capsys, tmp_path), "median")

@@ -86,6 +86,7 @@ class Row:
       source: source of a published row; '' for a run.
       run: the `RUN_KEYS` of a run.
       seeds: seeds of the runs, if there are several.
+      shots: number of solved examples in front of each input.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Row:
     source: str = ""
     run: JsonObject = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
+    shots: int = 0
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ def _row(name: str, run: JsonObject, averaged: Sequence[str], resampled: _Resamp
         average=_average(scores, resampled, [column for column in averaged if column in scores]),
         complete=set(averaged) <= set(scores),
         run={key: run.get(key) for key in RUN_KEYS},
+        shots=run.get("shots", 0),
     )
 
 

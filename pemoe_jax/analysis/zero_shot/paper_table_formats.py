@@ -85,6 +85,9 @@ def to_csv(table: PaperTable) -> str:
     %; unknown values are empty.
     """
     records = [_csv_record(row, [*table.columns, AVERAGE]) for row in table.rows]
+    if _has_shots(table):
+        for row, record in zip(table.rows, records, strict=True):
+            record.append(("shots", row.shots))
     text = io.StringIO()
     # The csv module ends lines in \r\n by default.
     writer = csv.writer(text, lineterminator="\n")
@@ -116,6 +119,7 @@ def to_json(table: PaperTable) -> str:
             **row.run,
             **({"source": row.source} if row.source else {"complete": row.complete}),
             **({"seeds": list(row.seeds)} if row.seeds else {}),
+            **({"shots": row.shots} if row.shots else {}),
             "scores": {
                 key: score_object(row.scores[key]) for key in table.columns if key in row.scores
             },
@@ -149,7 +153,7 @@ def draw_bars(table: PaperTable, png: str | Path) -> Path:
         else f"{row.name} · {row.method}"
         for row in rows
     ]
-    title = "Zero-shot accuracy in %: median over prompts"
+    title = f"{_accuracy_title(table)}: median over prompts"
     return bar_chart.draw(panels, labels, png, title=title)
 
 
@@ -189,14 +193,16 @@ def _bar(row: Row, key: str) -> bar_chart.Bar | None:
 
 
 def _accuracy_table(table: PaperTable, measure: str) -> Table:
-    has_seeds = _has_seeds(table)
+    has_seeds, has_shots = _has_seeds(table), _has_shots(table)
     opening = ["run", "method", "parameters", *(["seeds"] if has_seeds else [])]
+    opening += ["shots"] if has_shots else []
     rows = []
     for row in table.rows:
         if all(getattr(score, measure) is None for score in _all_scores(row)):
             continue
         seed_count = "" if row.source else str(len(row.seeds) or 1)
         cells = [row.name, row.method, row.share, *([seed_count] if has_seeds else [])]
+        cells += [str(row.shots)] if has_shots else []
         rows.append([*cells, *(_accuracy(row, key, measure) for key in table.keys)])
     footer = []
     if measure == "median":
@@ -206,7 +212,7 @@ def _accuracy_table(table: PaperTable, measure: str) -> Table:
             ["prompts", *blank, *_ranges(table, "prompts", "{:,}")],
             ["examples", *blank, *_ranges(table, "examples", "{:,}")],
         ]
-    title = f"Zero-shot accuracy in %: {measure} over the prompts of a dataset"
+    title = f"{_accuracy_title(table)}: {measure} over the prompts of a dataset"
     return Table(title, [*opening, *table.keys], rows, footer=footer, num_text=2)
 
 
@@ -306,6 +312,14 @@ def _has_any_interval(row: Row) -> bool:
 
 def _has_seeds(table: PaperTable) -> bool:
     return any(row.seeds for row in table.rows)
+
+
+def _has_shots(table: PaperTable) -> bool:
+    return any(row.shots for row in table.rows)
+
+
+def _accuracy_title(table: PaperTable) -> str:
+    return "Accuracy in %" if _has_shots(table) else "Zero-shot accuracy in %"
 
 
 def _accuracy(row: Row, key: str, measure: str) -> str:

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from pemoe_jax.analysis.tables import MISSING, Table, format_share, markdown_table, print_tables
-from pemoe_jax.analysis.zero_shot.results import JsonObject
+from pemoe_jax.analysis.zero_shot.results import SHOTS_KEYS, JsonObject
 from pemoe_jax.tasks.task_roles import abbreviate
 
 Number = TypeVar("Number", int, float)
+
+# Title of the number of shots that did not fit, summed over the examples.
+LEFT_OUT = "shots left out"
 
 
 def results_markdown(results: JsonObject) -> str:
@@ -27,14 +30,21 @@ def print_results(results: JsonObject) -> None:
     print_tables(_dataset_tables(results["runs"]))
 
 
+def any_shots(runs: Sequence[JsonObject]) -> bool:
+    """Returns whether inputs of a run have shots."""
+    return any(run.get("shots") for run in runs)
+
+
 def run_labels(runs: Sequence[JsonObject]) -> list[str]:
-    """Returns the names of the runs; equal names are followed by the step or the checkpoint."""
+    """Returns the names of the runs; equal names are followed by shots, step or checkpoint."""
     labels = [run["name"] for run in runs]
-    # The step comes first, as it is shorter than the checkpoint.
-    for key in ("step", "checkpoint"):
+    runs = [dict.fromkeys(SHOTS_KEYS, 0) | run for run in runs]
+    differing = [key for key in SHOTS_KEYS if len({run[key] for run in runs}) > 1]
+    # The step comes before the checkpoint, as it is shorter.
+    for key in (*differing, "step", "checkpoint"):
         counts = Counter(labels)
         labels = [
-            f"{label} ({key} {run.get(key)})" if counts[label] > 1 else label
+            f"{label} ({key.replace('_', ' ')} {run.get(key)})" if counts[label] > 1 else label
             for label, run in zip(labels, runs, strict=True)
         ]
     return labels
@@ -70,6 +80,7 @@ def trainable_share(run: JsonObject) -> str:
 def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
     """Returns the tables of medians and of means over the prompts of a dataset."""
     datasets = list(dict.fromkeys(name for run in runs for name in run["datasets"]))
+    has_shots = any_shots(runs)
     is_partial = [not set(datasets) <= set(run["datasets"]) for run in runs]
     rows = list(zip(run_labels(runs), runs, is_partial, strict=True))
 
@@ -85,18 +96,21 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
 
     # A partial average has the chance of other datasets.
     chances = [run["average"].get("chance") for _, run, partial in rows if not partial]
+    blank = [""] * (2 + has_shots)
     medians = Table(
         "Accuracy in %: median over the prompts of a dataset",
-        ["run", "method", "trainable", *datasets, "average"],
+        ["run", "method", "trainable", *(["shots"] if has_shots else []), *datasets, "average"],
         [
             [label, str(run.get("method") or MISSING), trainable_share(run)]
+            + ([str(run.get("shots", 0))] if has_shots else [])
             + accuracies(run, "median", partial)
             for label, run, partial in rows
         ],
         footer=[
-            ["chance", "", "", *ranges("chance", _percent), format_range(chances, _percent)],
-            ["prompts", "", "", *ranges("prompts", _integer), ""],
-            ["examples", "", "", *ranges("examples", _integer), ""],
+            ["chance", *blank, *ranges("chance", _percent), format_range(chances, _percent)],
+            ["prompts", *blank, *ranges("prompts", _integer), ""],
+            ["examples", *blank, *ranges("examples", _integer), ""],
+            *([[LEFT_OUT, *blank, *ranges("shots_left_out", _integer), ""]] if has_shots else []),
         ],
         num_text=2,
     )
@@ -130,6 +144,7 @@ def _prompt_table(runs: Sequence[JsonObject]) -> Table:
             if any((task.get("odd") or {}).values()):
                 odd[name] = task["odd"]
     datasets = list(dict.fromkeys(task["dataset"] for task in tasks.values()))
+    has_shots = any_shots(runs)
     names = sorted(tasks, key=lambda name: (datasets.index(tasks[name]["dataset"]), name))
     rows = []
     for name in names:
@@ -137,8 +152,12 @@ def _prompt_table(runs: Sequence[JsonObject]) -> Table:
         examples = format_range([task.get("examples") for task in by_run], _integer)
         fractions = [first.get("chance"), *(task.get("accuracy") for task in by_run)]
         cells = [first["dataset"], name, first.get("split", MISSING), examples]
+        if has_shots:
+            left_out = [task["shots_left_out"] for task in by_run if "shots_left_out" in task]
+            cells.append(format_range(left_out, _integer))
         rows.append([*cells, *map(_percent, fractions)])
-    columns = ["dataset", "prompt", "split", "examples", "chance", *run_labels(runs)]
+    columns = ["dataset", "prompt", "split", "examples", *([LEFT_OUT] if has_shots else [])]
+    columns += ["chance", *run_labels(runs)]
     table = Table("Accuracy in %: prompt by prompt", columns, rows, num_text=3)
     lines = []
     for name in sorted(odd, key=names.index):

@@ -1,6 +1,7 @@
 """results.json of `pemoe evaluate`: computing, checking and loading it, with its predictions.
 
 The file holds {"runs": [run, …]}. A run has "name", "checkpoint" and "step", which identify it,
+with the number and the seed of the shots if its inputs have some ("shots", "shots_seed"), and
 "tasks" (one per prompt, see `task_result`), and "datasets" and "average" (see `summarize`).
 Accuracies are fractions in the file; tables show them in %.
 """
@@ -20,6 +21,8 @@ from pemoe_jax.core.errors import InputError
 RESULTS = "results.json"
 # `load_results` adds the folder of a run's predictions under this key.
 PREDICTIONS = "predictions"
+# Absent from zero-shot runs.
+SHOTS_KEYS = ("shots", "shots_seed")
 
 # A run, or a part of one, as read from JSON.
 JsonObject: TypeAlias = dict[str, Any]
@@ -42,6 +45,7 @@ def task_result(
     split: str,
     odd: Sequence[str],
     same_answer: str = "",
+    shots_left_out: int | None = None,
 ) -> JsonObject:
     """Returns the result of one task, that is, of one prompt of a dataset.
 
@@ -50,6 +54,7 @@ def task_result(
       chance: for each example, the fraction of its choices that are the target.
       odd: the kind of every irregularity in the examples, with repetitions.
       same_answer: return value of the function `same_answer`.
+      shots_left_out: number of shots that did not fit, over all examples; None without shots.
     """
     return {
         "dataset": dataset,
@@ -59,6 +64,7 @@ def task_result(
         "examples": len(correct),
         "odd": dict(collections.Counter(odd)),
         **({"same_answer": same_answer} if same_answer else {}),
+        **({} if shots_left_out is None else {"shots_left_out": shots_left_out}),
     }
 
 
@@ -96,6 +102,7 @@ def summarize(tasks: Mapping[str, Mapping[str, Any]]) -> JsonObject:
             "chance": statistics.fmean(task["chance"] for task in members),
             "prompts": len(members),
             "examples": sum(task["examples"] for task in members),
+            **_sum_known(members, "shots_left_out"),
         }
         for name, members in sorted(by_dataset.items())
     }
@@ -106,8 +113,16 @@ def summarize(tasks: Mapping[str, Mapping[str, Any]]) -> JsonObject:
     return {"datasets": datasets, "average": average}
 
 
+def _sum_known(tasks: Sequence[Mapping[str, Any]], key: str) -> dict[str, int]:
+    values = [task[key] for task in tasks if key in task]
+    return {key: sum(values)} if values else {}
+
+
 def check_overwrites(
-    folder: Path, checkpoints: Collection[str], tasks: Collection[str] | None = None
+    folder: Path,
+    checkpoints: Collection[str],
+    tasks: Collection[str] | None = None,
+    shots: tuple[int, ...] = (0, 0),
 ) -> bool:
     """Checks that an evaluation recomputes every result that it overwrites in `folder`.
 
@@ -117,13 +132,14 @@ def check_overwrites(
       folder: the output folder.
       checkpoints: paths of the models to evaluate.
       tasks: names of the tasks to evaluate; None: not known yet.
+      shots: `shots_of` the evaluation.
 
     Returns:
       Whether the folder has results.
 
     Raises:
-      InputError: results of another checkpoint or task would be lost, or the results.json is not
-        one of `pemoe evaluate` or `pemoe infer`.
+      InputError: results of another checkpoint, task or shots would be lost, or the results.json
+        is not one of `pemoe evaluate` or `pemoe infer`.
     """
     file = folder / RESULTS
     if not file.exists():
@@ -132,10 +148,16 @@ def check_overwrites(
     try:
         runs = json.loads(file.read_text())["runs"]
         existing = [(run["checkpoint"], task) for run in runs for task in run["tasks"]]
+        other_shots = [existing_shots for run in runs if (existing_shots := shots_of(run)) != shots]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file}: expected the results of an evaluation, got another file: {advice}"
         ) from error
+    if other_shots:
+        raise InputError(
+            f"{folder}: results with {_describe_shots(other_shots[0])} would be lost, got"
+            f" {_describe_shots(shots)}: {advice}"
+        )
     recomputed = {_absolute(path) for path in checkpoints}
     lost = [
         (path, task)
@@ -149,6 +171,10 @@ def check_overwrites(
             f"{folder}: results would be lost, those of {path} on {task}{more}: {advice}"
         )
     return True
+
+
+def _describe_shots(shots: tuple[int, ...]) -> str:
+    return f"SHOTS={shots[0]}" + (f" and SHOTS_SEED={shots[1]}" if shots[0] else "")
 
 
 def load_results(path: str) -> JsonObject:
@@ -183,10 +209,15 @@ def load_results(path: str) -> JsonObject:
     return results
 
 
+def shots_of(run: JsonObject) -> tuple[int, ...]:
+    """Returns the `SHOTS_KEYS` of a run, zeros if it is zero-shot."""
+    return tuple(run.get(key, 0) for key in SHOTS_KEYS)
+
+
 def merge_runs(results: Iterable[JsonObject]) -> list[JsonObject]:
-    """Returns all runs, but only the last of those with equal name, checkpoint and step."""
+    """Returns all runs, but only the last of those with equal name, checkpoint, step and shots."""
     runs = {
-        (run["name"], run.get("checkpoint"), run.get("step")): run
+        (run["name"], run.get("checkpoint"), run.get("step"), shots_of(run)): run
         for result in results
         for run in result["runs"]
     }
@@ -242,7 +273,8 @@ def _check_run(run: JsonObject, where: str) -> None:
                 f"{where}, task {name!r}: expected an accuracy of 0 to 1 over at least one"
                 f" example, got {task['accuracy']} over {task['examples']}"
             )
-    for key in ("trainable", "total", "used", "flops", "flops_with_places", "seed"):
+    numbers = ("trainable", "total", "used", "flops", "flops_with_places", "seed", *SHOTS_KEYS)
+    for key in numbers:
         if not isinstance(run.get(key), int | None):
             raise InputError(f"{where}: expected {key!r} to be a number, got {run[key]!r}")
     trained = run.get("trained_datasets")

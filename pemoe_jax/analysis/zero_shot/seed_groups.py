@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pemoe_jax.analysis.zero_shot.results import JsonObject
+from pemoe_jax.analysis.zero_shot.results import JsonObject, shots_of
 
 _SEED_IN_NAME = re.compile(r"[-_. ]*seed[-_= ]?\d+", re.IGNORECASE)
 
 
 def group_by_seed(runs: Sequence[JsonObject]) -> list[list[JsonObject]]:
-    """Groups runs that differ only in the seed: equal settings, variant, step and tasks.
+    """Groups runs that differ only in the seed: equal settings, variant, step, shots and tasks.
 
     If a seed occurs twice, say in a copied run, these runs are not grouped. Groups are in the order
     of their first run.
@@ -39,4 +39,4 @@ def _key_without_seed(run: JsonObject) -> tuple | None:
     if not isinstance(run.get("seed"), int) or not run.get("settings"):
         return None
     tasks = tuple(sorted((name, task["examples"]) for name, task in run["tasks"].items()))
-    return run["settings"], run.get("variant"), run.get("step"), tasks
+    return run["settings"], run.get("variant"), run.get("step"), shots_of(run), tasks

@@ -66,6 +66,20 @@ def test_cells(base, mov):
     assert checkpoints["mov-10"] == ["runs/mov", "/bases/b.safetensors", "bfloat16", "300"]
 
 
+def test_shots_have_columns_where_a_run_has_some(base, mov):
+    mov["shots"] = 3
+    mov["datasets"]["rte"]["shots_left_out"] = mov["tasks"]["rte_a"]["shots_left_out"] = 1234
+    medians, _, prompts, _ = tables(base, mov)
+    assert medians["run"] == ["method", "trainable", "shots", "rte", "cb", "average"]
+    assert (medians["base"][2], medians["mov-10"][2]) == ("0", "3")
+    assert medians["shots left out"] == ["", "", "", "1,234", "–", ""]
+    assert medians["examples"] == ["", "", "", "100–1,000", "100", ""]
+    assert prompts["dataset"][3] == "shots left out"
+    text = result_tables.results_markdown({"runs": [base, mov]})
+    cells = next(line for line in text.split("\n") if " rte_a " in line).split("|")
+    assert [cell.strip() for cell in cells[3:6]] == ["validation", "50", "1,234"]
+
+
 def test_prompts_and_odd_examples(base, mov):
     text = result_tables.results_markdown({"runs": [base, mov]})
     lines = [line for line in text.split("\n") if line.startswith(("| rte ", "| cb "))]

@@ -77,6 +77,16 @@ def test_results_that_are_not_recomputed_are_not_overwritten(tmp_path, monkeypat
         results.check_overwrites(tmp_path, ["run"], ["a", "b"])
     with pytest.raises(InputError, match="lost, those of base on b: choose another EVAL_OUTPUT"):
         results.check_overwrites(tmp_path, ["run", "base"], ["a", "a_score_eval"])
+    with pytest.raises(
+        InputError, match="with SHOTS=0 would be lost, got SHOTS=3 and SHOTS_SEED=1"
+    ):
+        results.check_overwrites(tmp_path, ["run", "base"], ["a", "b"], shots=(3, 1))
+    few = [run | {"shots": 3, "shots_seed": 1} for run in runs]
+    (tmp_path / "results.json").write_text(json.dumps({"runs": few}))
+    assert results.check_overwrites(tmp_path, ["run", "base"], ["a", "b"], shots=(3, 1))
+    for other in ((0, 0), (2, 1), (3, 0)):
+        with pytest.raises(InputError, match="with SHOTS=3 and SHOTS_SEED=1 would be lost"):
+            results.check_overwrites(tmp_path, ["run", "base"], ["a", "b"], shots=other)
     for text in ("{", '{"results": 3}', '{"runs": [{"name": "x"}]}', "[]"):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(InputError, match="results.json: expected the results of an evaluation"):
@@ -87,6 +97,8 @@ def test_merge_keeps_the_last_of_equal_runs():
     old = [{"name": "base"}, {"name": "mov", "checkpoint": "runs/mov", "step": 3, "average": 1}]
     new = [{"name": "mov", "checkpoint": "runs/mov", "step": 3, "average": 2}]
     assert results.merge_runs([{"runs": old}, {"runs": new}]) == [old[0], new[0]]
+    few = new[0] | {"shots": 3, "shots_seed": 0}
+    assert results.merge_runs([{"runs": new}, {"runs": [few]}]) == [new[0], few]
 
 
 @pytest.mark.parametrize(
