@@ -49,7 +49,7 @@ def evaluate(
     Raises:
       InputError: a setting or a file is wrong.
     """
-    from pemoe_jax.analysis import evaluation
+    from pemoe_jax.analysis import benchmark_table, evaluation
     from pemoe_jax.analysis.zero_shot import rank_classification, result_tables
     from pemoe_jax.analysis.zero_shot import results as results_lib
     from pemoe_jax.core import partitioning
@@ -87,6 +87,9 @@ def evaluate(
             setup.folder / "predictions" / opened.name, groups_by_task, predictions
         )
         summary = results_lib.summarize(tasks)
+        benchmarks = benchmark_table.summarize_benchmarks(setup.task_roles.benchmarks, tasks)
+        if benchmarks:
+            summary["benchmarks"] = benchmarks
         about = describe_run(opened, summary["datasets"])
         results["runs"].append({**about, **summary, "tasks": tasks})
         # Written after each run, so that a later run that fails leaves the results so far.

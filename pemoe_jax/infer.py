@@ -55,7 +55,7 @@ def infer(
     Raises:
       InputError: a setting or a file is wrong.
     """
-    from pemoe_jax.analysis import evaluation, generation, tables
+    from pemoe_jax.analysis import benchmark_table, evaluation, generation, tables
     from pemoe_jax.analysis.zero_shot import result_tables
     from pemoe_jax.core import partitioning
     from pemoe_jax.runtime import atomic_write
@@ -79,13 +79,23 @@ def infer(
             task_results[task.name] = generation.compute_metrics(task, rows, opened.step)
             file = setup.folder / "predictions" / opened.name / f"{task.name}.jsonl"
             atomic_write.write_text(file, generation.prediction_lines(task, rows))
-        results["runs"].append({**opened.summary(), "tasks": task_results})
+        metrics = {name: result["metrics"] for name, result in task_results.items()}
+        benchmarks = benchmark_table.summarize_benchmarks(setup.task_roles.benchmarks, metrics)
+        results["runs"].append(
+            {
+                **opened.summary(),
+                **({"benchmarks": benchmarks} if benchmarks else {}),
+                "tasks": task_results,
+            }
+        )
+        labels = result_tables.run_labels(results["runs"])
+        means = benchmark_table.benchmark_tables(results["runs"], labels, scale=1)
         by_dataset = [generation.dataset_table(run) for run in results["runs"]]
         by_prompt = [generation.prompt_table(run) for run in results["runs"]]
         checkpoints = result_tables.checkpoint_table(results["runs"])
         # Written after each run, so that a later run that fails leaves the results so far.
-        setup.write(results, tables.to_markdown([*by_dataset, *by_prompt, checkpoints]))
-    tables.print_tables(by_dataset)
+        setup.write(results, tables.to_markdown([*means, *by_dataset, *by_prompt, checkpoints]))
+    tables.print_tables([*means, *by_dataset])
     print(f"results in {setup.folder}/results.md, predictions in {setup.folder}/predictions")
     return results
 

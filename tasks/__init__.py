@@ -1,4 +1,4 @@
-"""Tasks: P3, JSON lines and pretraining as seqio tasks, and `register`, which run files bind."""
+"""Tasks: P3, JSON lines, MMLU, BBH and pretraining as seqio tasks; run files bind `register`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ def register(
     eval_tasks: Sequence[str] | None = None,
     eval_examples: int | None = None,
     use: Collection[str] = ("train", "eval"),
+    mmlu_dir: str | None = None,
+    mmlu_split: str = "test",
+    bbh_dir: str | None = None,
 ) -> TaskRoles:
-    """Registers a folder of JSON lines or P3, after importing a user's module if it is set.
+    """Registers a folder of tasks, after importing a user's module if it is set.
 
     Args:
       jsonl_dir: folder of <task>/<split>.jsonl, with an optional INDEX.json.
@@ -57,12 +60,16 @@ def register(
       eval_examples: maximum number of examples of each evaluation split, counted from its start.
         None: all.
       use: see `jsonl.register`.
+      mmlu_dir: folder of MMLU's csv files, for evaluation: <split>/<subject>_<split>.csv of dev
+        and `mmlu_split`.
+      mmlu_split: MMLU's split to score, 'test' or 'val'.
+      bbh_dir: folder of BIG-Bench Hard, for decoding: bbh/<task>.json and cot-prompts/<task>.txt.
 
     Returns:
       The tasks by role; `TaskRoles()` for a module's tasks.
 
     Raises:
-      InputError: no data is set, or both folders are, or `jsonl.register` or `p3.register` raises.
+      InputError: no data is set, or several folders are, or the folder's `register` raises.
     """
     if module is not None:
         try:
@@ -72,31 +79,42 @@ def register(
                 raise  # the module exists, but something that it imports does not
             raise InputError(f"MIXTURE_OR_TASK_MODULE {module!r}: no such module") from error
     # PEMOE_P3_DIR is usually set for a whole machine, so a run that names other data ignores it.
-    if jsonl_dir is None and module is None:
+    others = (jsonl_dir, module, mmlu_dir, bbh_dir)
+    only_caches = False
+    if all(other is None for other in others):
         p3_dir = p3_dir or os.environ.get("PEMOE_P3_DIR")
-    only_caches = (
-        jsonl_dir is None and module is None and bool(seqio_cache_dirs.additional_cache_dirs)
-    )
-    if p3_dir or only_caches:
-        if jsonl_dir is not None:
-            raise InputError(f"expected JSONL_DIR or P3_DIR, got both: {jsonl_dir}, {p3_dir}")
-        for macro, patterns in (("TRAIN_TASKS", train_tasks), ("EVAL_TASKS", eval_tasks)):
+        only_caches = p3_dir is None and bool(seqio_cache_dirs.additional_cache_dirs)
+    folders = {
+        macro: folder
+        for macro, folder in (
+            *(("JSONL_DIR", jsonl_dir), ("P3_DIR", p3_dir)),
+            *(("MMLU_DIR", mmlu_dir), ("BBH_DIR", bbh_dir)),
+        )
+        if folder
+    }
+    if len(folders) > 1:
+        settings = ", ".join(f"{macro}={folder!r}" for macro, folder in folders.items())
+        raise InputError(f"expected one folder of tasks, got {settings}")
+    macro = next(iter(folders), "P3_DIR" if only_caches else "")
+    if macro not in ("", "JSONL_DIR"):
+        for name, patterns in (("TRAIN_TASKS", train_tasks), ("EVAL_TASKS", eval_tasks)):
             if patterns is not None:
                 raise InputError(
-                    f"{macro} must be None with P3_DIR, got {patterns!r}: name a mixture or a task"
+                    f"{name} must be None with {macro}, got {patterns!r}: name a mixture or a task"
                     " by MIXTURE_OR_TASK_NAME"
                 )
+    if macro == "P3_DIR":
         check_p3_paths(p3_dir, vocab_path)
         from pemoe_jax.tasks import p3
 
         return p3.register(p3_dir, vocab_path, eval_examples, inputs_eos)
     for name in _P3_MIXTURES:
         seqio_tasks.unavailable[name] = "it is a mixture of P3: pass P3_DIR instead of other data"
-    if jsonl_dir is None:
+    if not macro:
         if module is None:
             raise InputError(
                 "no data is set: pass JSONL_DIR and VOCAB_PATH, or P3_DIR (or"
-                " --seqio_additional_cache_dirs), or MIXTURE_OR_TASK_MODULE"
+                " --seqio_additional_cache_dirs), MMLU_DIR, BBH_DIR or MIXTURE_OR_TASK_MODULE"
             )
         return TaskRoles()
     if vocab_path is None:
@@ -104,6 +122,15 @@ def register(
             "VOCAB_PATH is not set: pass --gin.VOCAB_PATH=… with the base model's SentencePiece"
             " file, or 'bytes' for ByT5"
         )
+    if mmlu_dir is not None:
+        from pemoe_jax.tasks import mmlu
+
+        return mmlu.register(mmlu_dir, vocab_path, eval_examples, mmlu_split)
+    if bbh_dir is not None:
+        from pemoe_jax.tasks import bbh
+
+        return bbh.register(bbh_dir, vocab_path, eval_examples)
     from pemoe_jax.tasks import jsonl
 
+    assert jsonl_dir is not None
     return jsonl.register(jsonl_dir, vocab_path, train_tasks, eval_tasks, eval_examples, use)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pemoe_jax.data import row_checks
+from pemoe_jax.tasks.benchmarks import Benchmark
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class TaskRoles:
     itself: their roles are unknown.
 
     Attributes:
-      folder: JSONL_DIR or P3_DIR; "" for seqio's caches.
+      folder: JSONL_DIR, P3_DIR, MMLU_DIR or BBH_DIR; "" for seqio's caches.
       datasets: dataset of each task and `_score_eval` task, by its name in tables.
       train_tasks: tasks to train on.
       eval_tasks: `_score_eval` tasks to score.
@@ -29,6 +30,7 @@ class TaskRoles:
       summary: lines that a run prints.
       counted_odd_rows: task -> kinds of odd rows (keys of `row_checks.ODD_ROWS`) of its evaluation
         split that the summary counts.
+      benchmarks: the benchmarks that the tasks belong to.
     """
 
     folder: str = ""
@@ -40,6 +42,7 @@ class TaskRoles:
     metrics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     summary: Sequence[str] = ()
     counted_odd_rows: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    benchmarks: Sequence[Benchmark] = ()
 
     def datasets_of(self, tasks: Sequence[str]) -> list[str]:
         """Returns the sorted names of the datasets of `tasks`; an unknown task is its own."""

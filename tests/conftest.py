@@ -102,6 +102,9 @@ def unregister_tasks() -> Iterator[None]:
     jsonl = sys.modules.get("pemoe_jax.tasks.jsonl")
     if jsonl is not None:
         jsonl.remove()
+    benchmark_tasks = sys.modules.get("pemoe_jax.tasks.benchmark_tasks")
+    if benchmark_tasks is not None:
+        benchmark_tasks.remove()
     data_tasks = sys.modules.get("data_tasks")
     if data_tasks is not None:
         data_tasks.remove_rows()

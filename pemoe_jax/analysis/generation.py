@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,8 @@ class Task:
     is_reachable: list[bool] = dataclasses.field(default_factory=list)
     # [S] each for routers that read sentence embeddings, else empty
     sentences: list[np.ndarray] = dataclasses.field(default_factory=list)
+    # from a prediction to the answer that the metrics compare; None: they compare the whole text
+    extract_answer: Callable[[str], str] | None = None
 
     @property
     def has_target(self) -> list[bool]:
@@ -220,9 +222,14 @@ def _read_examples(
         num_examples=max_examples,
         async_compute_metrics=False,
     )
-    features = seqio_tasks.get_mixture_or_task(name).output_features
+    from pemoe_jax.tasks.benchmark_tasks import BenchmarkTask  # here, as it imports seqio
+
+    provider = seqio_tasks.get_mixture_or_task(name)
+    features = provider.output_features
     eos_id = features["inputs"].vocabulary.eos_id
     task = Task(name, name, split, evaluator, features["targets"].vocabulary)
+    if isinstance(provider, BenchmarkTask):
+        task.extract_answer = provider.extract_answer
     # Targets repeat, and tokenizing takes longer than reading.
     reachable = functools.cache(
         functools.partial(is_reachable, task.vocabulary, max_length=lengths["targets"])
@@ -351,15 +358,18 @@ def _finite(value: float) -> float | None:
 def prediction_lines(task: Task, decoded: Sequence[np.ndarray]) -> str:
     """Returns the content of a task's file of predictions, a JSON object per line."""
     has_target = task.has_target
+    predictions = [task.vocabulary.decode(tokens.tolist()) for tokens in decoded]
+    extract = task.extract_answer
     lines = [
         {
             "inputs": task.input_texts[index],
             **({"targets": task.target_texts[index]} if has_target[index] else {}),
-            "prediction": task.vocabulary.decode(tokens.tolist()),
+            "prediction": prediction,
+            **({"answer": extract(prediction)} if extract is not None else {}),
             **({"cut_input": True} if task.is_truncated[index] else {}),
             **({} if task.is_reachable[index] else {"unreachable_target": True}),
         }
-        for index, tokens in enumerate(decoded)
+        for index, prediction in enumerate(predictions)
     ]
     return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
 

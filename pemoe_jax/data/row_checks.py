@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,30 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected an object, got {describe_value(fields)}")
+    return fields
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a file that holds an object of JSON.
+
+    Raises:
+      InputError: the file is not an object of JSON in UTF-8.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        fields = json.loads(text, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise InputError(f"{path}: not JSON that can be read: nested too deeply") from None
+    except ValueError as error:  # an integer of more than 4,300 digits, a key that occurs twice
+        raise InputError(f"{path}: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: expected an object, got {describe_value(fields)}")
     return fields
 
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import json
 import os
 import pathlib
 import re
@@ -113,23 +112,7 @@ def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
     """
     if not path.exists():
         return None
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        index = json.loads(text, object_pairs_hook=row_checks.unique_keys)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    except RecursionError:
-        raise InputError(f"{path}: not an index: nested too deeply") from None
-    except ValueError as error:  # an integer of more than 4,300 digits, a key that occurs twice
-        raise InputError(f"{path}: {error}") from None
-    if not isinstance(index, dict):
-        raise InputError(
-            f"{path}: expected an object of tasks, got {row_checks.describe_value(index)}"
-        )
+    index = row_checks.read_object(path)
     return {task: _task_info(entry, f"{path}: {task!r}") for task, entry in index.items()}
 
 

@@ -375,7 +375,7 @@ def test_index_errors(folder, vocab):
     path.write_text('{"a": {},\n "b": }')
     assert register_error(folder, vocab) == f"{path}:2: not JSON: Expecting value at column 7"
     path.write_text("[]")
-    assert register_error(folder, vocab) == f"{path}: expected an object of tasks, got list []"
+    assert register_error(folder, vocab) == f"{path}: expected an object, got list []"
     path.write_text('{"a": {}, "free": {}, "a": {"dataset": "b"}}')
     assert register_error(folder, vocab) == f"{path}: the key 'a' occurs twice in an object"
     write_index(folder, free={"t0_do_evl": "BASE", "n": 5, "has_answer_choices": True})

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from pemoe_jax.analysis import benchmark_table
 from pemoe_jax.analysis.tables import MISSING, Table, format_share, markdown_table, print_tables
 from pemoe_jax.analysis.zero_shot.results import SHOTS_KEYS, JsonObject
 from pemoe_jax.tasks.task_roles import abbreviate
@@ -17,17 +18,17 @@ LEFT_OUT = "shots left out"
 
 
 def results_markdown(results: JsonObject) -> str:
-    """Returns the tables of datasets, prompts and checkpoints, each followed by its notes."""
+    """Returns the tables of means, prompts and checkpoints, each followed by its notes."""
     runs = results["runs"]
     parts = []
-    for table in [*_dataset_tables(runs), _prompt_table(runs), checkpoint_table(runs)]:
+    for table in [*_mean_tables(runs), _prompt_table(runs), checkpoint_table(runs)]:
         parts += [f"## {table.title}", markdown_table(table), *table.notes]
     return "\n\n".join(parts) + "\n"
 
 
 def print_results(results: JsonObject) -> None:
-    """Prints the tables of datasets."""
-    print_tables(_dataset_tables(results["runs"]))
+    """Prints the tables of means."""
+    print_tables(_mean_tables(results["runs"]))
 
 
 def any_shots(runs: Sequence[JsonObject]) -> bool:
@@ -77,6 +78,15 @@ def trainable_share(run: JsonObject) -> str:
     return format_share(run["trainable"], run["total"])
 
 
+def _mean_tables(runs: Sequence[JsonObject]) -> list[Table]:
+    """Returns the tables of benchmarks, or else those of datasets."""
+    # A benchmark may have more datasets than a table can have columns.
+    benchmarks = benchmark_table.benchmark_tables(runs, run_labels(runs), scale=100)
+    tables = benchmarks or _dataset_tables(runs)
+    tables[0].notes += _same_answer_notes(runs)
+    return tables
+
+
 def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
     """Returns the tables of medians and of means over the prompts of a dataset."""
     datasets = list(dict.fromkeys(name for run in runs for name in run["datasets"]))
@@ -116,22 +126,27 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
     )
     if any(is_partial):
         medians.notes.append("† Average over the datasets that the run was evaluated on.")
-    for label, run, _ in rows:
-        tasks = run.get("tasks", {})
-        constant = [
-            f"{name} ({t['same_answer']})" for name, t in tasks.items() if "same_answer" in t
-        ]
-        if constant:
-            medians.notes.append(
-                f"{label} gives the same answer to every example of {len(constant)} of {len(tasks)}"
-                f" prompts: {abbreviate(constant, 3)}"
-            )
     means = Table(
         "Accuracy in %: mean over the prompts of a dataset",
         ["run", *datasets, "average"],
         [[label, *accuracies(run, "mean", partial)] for label, run, partial in rows],
     )
     return [medians, means]
+
+
+def _same_answer_notes(runs: Sequence[JsonObject]) -> list[str]:
+    notes = []
+    for label, run in zip(run_labels(runs), runs, strict=True):
+        tasks = run.get("tasks", {})
+        constant = [
+            f"{name} ({t['same_answer']})" for name, t in tasks.items() if "same_answer" in t
+        ]
+        if constant:
+            notes.append(
+                f"{label} gives the same answer to every example of {len(constant)} of {len(tasks)}"
+                f" prompts: {abbreviate(constant, 3)}"
+            )
+    return notes
 
 
 def _prompt_table(runs: Sequence[JsonObject]) -> Table:

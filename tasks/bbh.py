@@ -1,0 +1,240 @@
+"""BIG-Bench Hard (arXiv 2210.09261) as seqio tasks that are decoded, direct and with reasoning.
+
+The folder is the public one: `bbh/<task>.json` with {"examples": [{"input": str, "target": str}]},
+and `cot-prompts/<task>.txt`: a canary, a line `-----`, a description of the task, and solved
+examples `Q: … A: Let's think step by step. … So the answer is X.`. `register` adds for each task
+
+- `bbh_direct_<task>`: shots are the solved examples without their reasoning;
+- `bbh_reasoning_<task>`: with it; the model reasons before it answers.
+
+The mixtures are `bbh_direct`, `bbh_reasoning` and `bbh`, which has both. A prediction's answer is
+`extract_answer` of it, and must equal the target.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pemoe_jax.core.errors import InputError, check_integer, plural
+from pemoe_jax.data import row_checks
+from pemoe_jax.tasks import metrics
+from pemoe_jax.tasks.benchmarks import Benchmark
+from pemoe_jax.tasks.task_roles import TaskRoles, abbreviate
+from pemoe_jax.tasks.vocabulary import load_vocabulary, locate_vocabulary
+
+MIXTURE = "bbh"
+_REASONING = "Let's think step by step."
+_ANSWER = "the answer is"
+
+# Each task of the mean, and the files that it has; by default the file is named like the task.
+_OBJECTS = ("three_objects", "five_objects", "seven_objects")
+_FILES = {
+    **dict.fromkeys(
+        (
+            *("boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa"),
+            *("dyck_languages", "formal_fallacies", "geometric_shapes", "hyperbaton"),
+            *("logical_deduction", "movie_recommendation", "multistep_arithmetic_two", "navigate"),
+            *("object_counting", "penguins_in_a_table", "reasoning_about_colored_objects"),
+            *("ruin_names", "salient_translation_error_detection", "snarks"),
+            *("sports_understanding", "temporal_sequences", "tracking_shuffled_objects"),
+            *("web_of_lies", "word_sorting"),
+        ),
+        ("",),
+    ),
+    "logical_deduction": _OBJECTS,
+    "tracking_shuffled_objects": _OBJECTS,
+}
+# The 27 files, and the 23 tasks that they belong to.
+TASKS = {
+    f"{task}_{part}" if part else task: task for task, parts in _FILES.items() for part in parts
+}
+
+
+class SolvedExample(NamedTuple):
+    """A solved example of a prompt."""
+
+    question: str
+    reasoning: str  # ends in the sentence with the answer
+    answer: str
+
+
+class Prompt(NamedTuple):
+    """A file of `cot-prompts`."""
+
+    description: str
+    examples: list[SolvedExample]
+
+
+def extract_answer(text: str) -> str:
+    """Returns the answer in a model's text, or in a solved example.
+
+    It is what follows the last 'the answer is', or the whole text, without a full stop at its end.
+    """
+    return text.rpartition(_ANSWER)[2].strip().removesuffix(".").rstrip()
+
+
+def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Share of answers that equal the target, case included, in %; runs of spaces are one."""
+    return {"exact_match": metrics.accuracy(targets, predictions)["accuracy"]}
+
+
+def read_examples(path: pathlib.Path, limit: int | None = None) -> list[tuple[str, str]]:
+    """Returns input and target of the examples of a file of `bbh/`, or of its first `limit` ones.
+
+    Raises:
+      InputError: the file is malformed or has no examples.
+    """
+    fields = row_checks.read_object(path)
+    examples = fields.get("examples")
+    if not isinstance(examples, list) or not examples:
+        raise InputError(
+            f"{path}: 'examples' must be a list of objects, got"
+            f" {row_checks.describe_value(examples)}"
+        )
+    rows = []
+    for number, example in enumerate(examples, 1):
+        where = f"{path}: example {number}"
+        if not isinstance(example, dict):
+            raise InputError(f"{where} must be an object, got {row_checks.describe_value(example)}")
+        texts = [row_checks.check_text(example.get(k), where, k) for k in ("input", "target")]
+        rows.append((texts[0], texts[1]))
+    return rows[:limit]
+
+
+def read_prompt(path: pathlib.Path) -> Prompt:
+    """Reads a file of `cot-prompts/`.
+
+    Raises:
+      InputError: the file is missing or malformed.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected the task's prompt, got no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    lines = [line.rstrip() for line in text.splitlines()]
+    if "-----" not in lines:
+        raise InputError(f"{path}: expected a line '-----' before the prompt, got none")
+    start = lines.index("-----") + 1
+    questions = [i for i in range(start, len(lines)) if lines[i].startswith("Q: ")]
+    if not questions:
+        raise InputError(f"{path}: expected solved examples that begin with 'Q: ', got none")
+    description = "\n".join(lines[start : questions[0]]).strip()
+    examples = [
+        _solved_example("\n".join(lines[i:end]).strip(), f"{path}:{i + 1}")
+        for i, end in zip(questions, [*questions[1:], len(lines)], strict=True)
+    ]
+    return Prompt(description, examples)
+
+
+def _solved_example(text: str, where: str) -> SolvedExample:
+    parts = re.fullmatch(rf"Q: (.*?)\nA: {re.escape(_REASONING)}(.*)", text, re.DOTALL)
+    if parts is None:
+        raise InputError(f"{where}: expected a line 'A: {_REASONING} …' in the example, got none")
+    question, reasoning = (part.strip() for part in parts.groups())
+    if _ANSWER not in reasoning:
+        raise InputError(f"{where}: expected 'So {_ANSWER} …' in the example, got none")
+    return SolvedExample(question, reasoning, extract_answer(reasoning))
+
+
+def find_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns the file of each task that the folder has, by its name in `TASKS`.
+
+    Raises:
+      InputError: the folder or all files are missing, or a file is of no task.
+    """
+    if not folder.is_dir():
+        raise InputError(f"BBH_DIR {folder} must be a folder, got no such folder")
+    files = {path.stem: path for path in (folder / "bbh").glob("*.json")}
+    if not files:
+        raise InputError(f"BBH_DIR {folder} must hold bbh/<task>.json, got none")
+    for name in sorted(set(files) - set(TASKS)):
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"{files[name]}: {name!r} is not a task of BBH{hint}")
+    return {name: files[name] for name in TASKS if name in files}
+
+
+def register(
+    bbh_dir: str | os.PathLike[str],
+    vocab_path: str | os.PathLike[str],
+    eval_examples: int | None = None,
+) -> TaskRoles:
+    """Registers the tasks of a folder, in place of the tasks of an earlier call.
+
+    Args:
+      bbh_dir: the folder (BBH_DIR).
+      vocab_path: see `load_vocabulary` (VOCAB_PATH).
+      eval_examples: use only the first examples of each task (EVAL_EXAMPLES).
+
+    Raises:
+      InputError: an argument or a file is wrong, or a task has no prompt.
+    """
+    if eval_examples is not None:
+        check_integer("EVAL_EXAMPLES", eval_examples)
+    folder = pathlib.Path(bbh_dir).expanduser().absolute()
+    locate_vocabulary(vocab_path)
+    files = find_files(folder)
+    examples = {name: read_examples(path, eval_examples) for name, path in files.items()}
+    prompts = {name: read_prompt(folder / "cot-prompts" / f"{name}.txt") for name in files}
+
+    # here, because it imports seqio, which takes 8 s
+    from pemoe_jax.tasks import benchmark_tasks
+
+    vocabulary = load_vocabulary(vocab_path)
+    tasks = []
+    benchmarks = []
+    datasets: dict[str, str] = {}
+    for mode, instruction in (("direct", "A:"), ("reasoning", f"A: {_REASONING}")):
+        names = {f"bbh_{mode}_{name}": name for name in files}
+        for task, name in names.items():
+            solved = [
+                (
+                    f"Q: {example.question}\n{instruction}",
+                    example.reasoning if mode == "reasoning" else example.answer,
+                )
+                for example in prompts[name].examples
+            ]
+            rows = [(f"Q: {text}\n{instruction}", target) for text, target in examples[name]]
+            shots = benchmark_tasks.Shots(
+                f"{prompts[name].description}\n\n", functools.partial(list, solved)
+            )
+            tasks.append(
+                benchmark_tasks.decoded_task(
+                    task, rows, shots, vocabulary, extract_answer, exact_match
+                )
+            )
+        datasets |= {task: f"{TASKS[name]}_{mode}" for task, name in names.items()}
+        benchmarks.append(
+            Benchmark(
+                name=f"BBH, {mode}",
+                noun="task",
+                metric="exact_match",
+                members=TASKS,
+                tasks=names,
+            )
+        )
+    mixtures = {f"bbh_{mode}": [t.name for t in tasks if t.name.startswith(f"bbh_{mode}_")]
+                for mode in ("direct", "reasoning")}  # fmt: skip
+    benchmark_tasks.register(tasks, {**mixtures, MIXTURE: list(datasets)})
+    summary = [
+        f"BBH_DIR {folder}: {len(files)} of {len(TASKS)} files,"
+        f" {plural(sum(map(len, examples.values())), 'example')}"
+    ]
+    if missing := benchmarks[0].missing:
+        summary.append(f"missing tasks, not in the means: {abbreviate(missing, 5)}")
+    return TaskRoles(
+        folder=str(folder),
+        datasets=datasets,
+        eval_tasks=list(datasets),
+        eval_splits=dict.fromkeys(datasets, "test"),
+        summary=summary,
+        benchmarks=benchmarks,
+    )

@@ -1,0 +1,183 @@
+"""The seqio side of benchmarks: tasks of rows in memory that bring their solved examples.
+
+Importing this imports seqio, which takes 7 to 8 s; `mmlu` and `bbh` do so inside functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.data import seqio_import
+from pemoe_jax.data.shots import SolvedExample, TaskWithShots
+from pemoe_jax.tasks import score_eval
+from pemoe_jax.tasks.seekable import trim_and_append_eos
+
+seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and filters its log
+import seqio  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+Pairs = Sequence[tuple[str, str]]  # input and target of each example
+# The name of evaluation splits in T5X's files too; `TaskRoles.eval_splits` has the published one.
+_SPLIT = "validation"
+_registered: list[str] = []  # tasks and mixtures in seqio's registries
+
+
+@dataclasses.dataclass(frozen=True)
+class Shots:
+    """The solved examples of a task.
+
+    Attributes:
+      header: text before the first of them.
+      read: returns input and target of each.
+    """
+
+    header: str
+    read: Callable[[], Pairs]
+
+
+class BenchmarkTask(TaskWithShots, seqio.Task):
+    """A task with its own solved examples.
+
+    Attributes:
+      extract_answer: function from a decoded text to the answer that the metric compares; None for
+        tasks with answer choices.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shots: Shots,
+        extract_answer: Callable[[str], str] | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(name, **arguments)
+        self._shots = shots
+        self.extract_answer = extract_answer
+
+    @functools.cached_property
+    def _solved_examples(self) -> list[SolvedExample]:
+        encode = {key: self.output_features[key].vocabulary.encode for key in ("inputs", "targets")}
+        return [
+            SolvedExample(encode["inputs"](inputs), encode["targets"](target), inputs, target)
+            for inputs, target in self._shots.read()
+        ]
+
+    def solved_examples(self) -> Sequence[SolvedExample]:
+        return self._solved_examples
+
+    def shots_header(self) -> Sequence[int]:
+        return self.output_features["inputs"].vocabulary.encode(self._shots.header)
+
+
+def score_task(
+    name: str,
+    rows: Pairs,
+    answer_choices: Sequence[str],
+    shots: Shots,
+    vocabulary: seqio.Vocabulary,
+) -> BenchmarkTask:
+    """Returns a `_score_eval` task of rows that all have the same answer choices."""
+    numbered = [
+        (inputs, choice, (row, number), choice == target)
+        for row, (inputs, target) in enumerate(rows)
+        for number, choice in enumerate(answer_choices)
+    ]
+    inputs, targets, indices, is_correct = (list(column) for column in zip(*numbered, strict=True))
+    tensors = {
+        "inputs": inputs,
+        "targets": targets,
+        "idx": tf.constant(indices, tf.int32),
+        "is_correct": is_correct,
+        "weight": [1.0] * len(numbered),
+        "answer_choices": [list(answer_choices)] * len(numbered),
+    }
+    return _task(
+        name,
+        tensors,
+        shots,
+        vocabulary,
+        postprocess_fn=score_eval.target_of_row,
+        metric_fns=[score_eval.rank_accuracy],
+    )
+
+
+def decoded_task(
+    name: str,
+    rows: Pairs,
+    shots: Shots,
+    vocabulary: seqio.Vocabulary,
+    extract_answer: Callable[[str], str],
+    metric: Callable[[Sequence[str], Sequence[str]], dict[str, float]],
+) -> BenchmarkTask:
+    """Returns a task to decode, whose metric compares `extract_answer` of the texts."""
+
+    def postprocess(text: str, **unused: object) -> str:
+        return extract_answer(text)
+
+    inputs, targets = (list(column) for column in zip(*rows, strict=True))
+    tensors = {"inputs": inputs, "targets": targets}
+    return _task(
+        name,
+        tensors,
+        shots,
+        vocabulary,
+        extract_answer=extract_answer,
+        postprocess_fn=postprocess,
+        metric_fns=[metric],
+    )
+
+
+def _task(
+    name: str,
+    tensors: Mapping[str, Any],
+    shots: Shots,
+    vocabulary: seqio.Vocabulary,
+    **arguments: Any,
+) -> BenchmarkTask:
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del split, shuffle_files, seed
+        return tf.data.Dataset.from_tensor_slices(dict(tensors))
+
+    source = seqio.FunctionDataSource(
+        dataset, [_SPLIT], {_SPLIT: len(tensors["inputs"])}, caching_permitted=False
+    )
+    features = {key: seqio.Feature(vocabulary, add_eos=True) for key in ("inputs", "targets")}
+    return BenchmarkTask(
+        name,
+        shots,
+        source=source,
+        output_features=features,
+        preprocessors=[seqio.preprocessors.tokenize, trim_and_append_eos],
+        **arguments,
+    )
+
+
+def register(tasks: Sequence[BenchmarkTask], mixtures: Mapping[str, Sequence[str]]) -> None:
+    """Adds tasks, and mixtures of them by name, in place of those of an earlier call.
+
+    Raises:
+      InputError: a name is taken by another task or mixture.
+    """
+    names = [*(task.name for task in tasks), *mixtures]
+    taken = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} - {*_registered}
+    for name in names:
+        if name in taken:
+            raise InputError(f"a seqio task or mixture named {name!r} exists already")
+    remove()
+    _registered.extend(names)
+    for task in tasks:
+        seqio.TaskRegistry.add_provider(task.name, task)
+    for mixture, members in mixtures.items():
+        seqio.MixtureRegistry.add(mixture, [(name, 1.0) for name in members])
+
+
+def remove() -> None:
+    """Removes everything that `register` added to seqio's registries."""
+    for name in _registered:
+        seqio.TaskRegistry.remove(name)
+        seqio.MixtureRegistry.remove(name)
+    _registered.clear()

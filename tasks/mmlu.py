@@ -1,0 +1,205 @@
+"""MMLU (arXiv 2009.03300) as seqio tasks, scored by rank classification over the letters A to D.
+
+The folder is the public one: `dev/<subject>_dev.csv`, `val/<subject>_val.csv` and
+`test/<subject>_test.csv`, without a header, with the columns question, A, B, C, D and the letter of
+the answer. `register` adds a task `mmlu_<subject>_score_eval` for each subject, and the mixture
+`mmlu_score_eval`. Their shots are the questions of `dev`, in its order.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pemoe_jax.core.errors import InputError, check_choice, check_integer, plural
+from pemoe_jax.tasks import score_eval
+from pemoe_jax.tasks.benchmarks import Benchmark
+from pemoe_jax.tasks.task_roles import TaskRoles, abbreviate
+from pemoe_jax.tasks.vocabulary import load_vocabulary, locate_vocabulary
+
+MIXTURE = f"mmlu{score_eval.SUFFIX}"
+LETTERS = ("A", "B", "C", "D")
+SPLITS = ("test", "val")
+
+# The public areas of the subjects.
+_SUBJECTS_BY_AREA = {
+    "STEM": (
+        *("abstract_algebra", "astronomy", "college_biology", "college_chemistry"),
+        *("college_computer_science", "college_mathematics", "college_physics"),
+        *("computer_security", "conceptual_physics", "electrical_engineering"),
+        *("elementary_mathematics", "high_school_biology", "high_school_chemistry"),
+        *("high_school_computer_science", "high_school_mathematics", "high_school_physics"),
+        *("high_school_statistics", "machine_learning"),
+    ),
+    "humanities": (
+        *("formal_logic", "high_school_european_history", "high_school_us_history"),
+        *("high_school_world_history", "international_law", "jurisprudence", "logical_fallacies"),
+        *("moral_disputes", "moral_scenarios", "philosophy", "prehistory", "professional_law"),
+        "world_religions",
+    ),
+    "social sciences": (
+        *("econometrics", "high_school_geography", "high_school_government_and_politics"),
+        *("high_school_macroeconomics", "high_school_microeconomics", "high_school_psychology"),
+        *("human_sexuality", "professional_psychology", "public_relations", "security_studies"),
+        *("sociology", "us_foreign_policy"),
+    ),
+    "other": (
+        *("anatomy", "business_ethics", "clinical_knowledge", "college_medicine", "global_facts"),
+        *("human_aging", "management", "marketing", "medical_genetics", "miscellaneous"),
+        *("nutrition", "professional_accounting", "professional_medicine", "virology"),
+    ),
+}
+AREAS = {subject: area for area, subjects in _SUBJECTS_BY_AREA.items() for subject in subjects}
+
+
+class Question(NamedTuple):
+    """A row of a file."""
+
+    text: str
+    options: tuple[str, str, str, str]
+    answer: str  # a letter
+
+    def prompt(self) -> str:
+        """Returns the question with its options, as a model reads it."""
+        options = [f"{letter}. {text}" for letter, text in zip(LETTERS, self.options, strict=True)]
+        return "\n".join([self.text, *options, "Answer:"])
+
+
+def header(subject: str) -> str:
+    """Returns the line that precedes the shots of a subject."""
+    name = subject.replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {name}.\n\n"
+
+
+def read_questions(path: pathlib.Path, limit: int | None = None) -> list[Question]:
+    """Returns the rows of a file, or its first `limit` ones; all are checked.
+
+    Raises:
+      InputError: a row has another number of columns or an answer that is no letter, or the file
+        is not CSV in UTF-8 or has no rows.
+    """
+    questions: list[Question] = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            first = 1  # line of a row, which may span several
+            for row in reader:
+                if row:
+                    questions.append(_question(row, f"{path}:{first}"))
+                first = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{first}: not CSV: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    if not questions:
+        raise InputError(f"{path}: expected at least one row, got none")
+    return questions[:limit]
+
+
+def _question(row: Sequence[str], where: str) -> Question:
+    if len(row) != 6:
+        raise InputError(
+            f"{where}: expected 6 columns (question, A, B, C, D, answer), got {len(row)}"
+        )
+    text, a, b, c, d, answer = row
+    check_choice(f"{where}: the answer", answer.strip(), LETTERS)
+    return Question(text, (a, b, c, d), answer.strip())
+
+
+def find_files(folder: pathlib.Path, split: str) -> dict[str, pathlib.Path]:
+    """Returns the file of each subject that a split has, in the order of `AREAS`.
+
+    Raises:
+      InputError: the folder or all files are missing, or a file is of no subject.
+    """
+    if not folder.is_dir():
+        raise InputError(f"MMLU_DIR {folder} must be a folder, got no such folder")
+    end = f"_{split}.csv"
+    files = {path.name.removesuffix(end): path for path in (folder / split).glob(f"*{end}")}
+    if not files:
+        raise InputError(f"MMLU_DIR {folder} must hold {split}/<subject>{end}, got none")
+    for subject in sorted(set(files) - set(AREAS)):
+        near = difflib.get_close_matches(subject, AREAS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"{files[subject]}: {subject!r} is not a subject of MMLU{hint}")
+    return {subject: files[subject] for subject in AREAS if subject in files}
+
+
+def register(
+    mmlu_dir: str | os.PathLike[str],
+    vocab_path: str | os.PathLike[str],
+    eval_examples: int | None = None,
+    split: str = "test",
+) -> TaskRoles:
+    """Registers the subjects of a folder, in place of the tasks of an earlier call.
+
+    Args:
+      mmlu_dir: the folder (MMLU_DIR).
+      vocab_path: see `load_vocabulary` (VOCAB_PATH).
+      eval_examples: use only the first questions of each subject (EVAL_EXAMPLES).
+      split: 'test' or 'val' (MMLU_SPLIT).
+
+    Raises:
+      InputError: an argument or a file is wrong.
+    """
+    if eval_examples is not None:
+        check_integer("EVAL_EXAMPLES", eval_examples)
+    check_choice("MMLU_SPLIT", split, SPLITS)
+    folder = pathlib.Path(mmlu_dir).expanduser().absolute()
+    locate_vocabulary(vocab_path)
+    files = find_files(folder, split)
+    questions = {subject: read_questions(path, eval_examples) for subject, path in files.items()}
+
+    def solved_questions(subject: str) -> list[tuple[str, str]]:
+        path = folder / "dev" / f"{subject}_dev.csv"
+        if not path.is_file():
+            raise InputError(f"SHOTS of {subject} are read from {path}, got no such file")
+        return [(question.prompt(), question.answer) for question in read_questions(path)]
+
+    # here, because it imports seqio, which takes 8 s
+    from pemoe_jax.tasks import benchmark_tasks
+
+    tasks = {f"mmlu_{subject}{score_eval.SUFFIX}": subject for subject in files}
+    vocabulary = load_vocabulary(vocab_path)
+    benchmark_tasks.register(
+        [
+            benchmark_tasks.score_task(
+                name,
+                [(question.prompt(), question.answer) for question in questions[subject]],
+                LETTERS,
+                benchmark_tasks.Shots(
+                    header(subject), functools.partial(solved_questions, subject)
+                ),
+                vocabulary,
+            )
+            for name, subject in tasks.items()
+        ],
+        {MIXTURE: list(tasks)},
+    )
+    benchmark = Benchmark(
+        name="MMLU",
+        noun="subject",
+        metric="accuracy",
+        members={subject: subject for subject in AREAS},
+        areas=AREAS,
+        tasks=tasks,
+    )
+    summary = [
+        f"MMLU_DIR {folder}: {len(files)} of {len(AREAS)} subjects,"
+        f" {plural(sum(map(len, questions.values())), 'question')} of {split}"
+    ]
+    if benchmark.missing:
+        summary.append(f"missing subjects, not in the means: {abbreviate(benchmark.missing, 5)}")
+    return TaskRoles(
+        folder=str(folder),
+        datasets=tasks,
+        eval_tasks=list(tasks),
+        eval_splits={score_eval.plain_name(name): split for name in tasks},
+        summary=summary,
+        benchmarks=[benchmark],
+    )
