@@ -107,12 +107,14 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
 
     `trained_datasets` are the scored datasets that the run was trained on; the key is absent if
     they are unknown. `settings` is equal for runs that differ only by `seed`. `used` are the
-    parameters that a token uses, `flops` and `flops_with_places` those of `flops.token_flops`.
+    parameters that a token uses, `flops` and `flops_with_places` those of `flops.token_flops`,
+    `step_times` those of `step_times.read_step_times`, if the run's metrics.jsonl has them.
     """
     from pemoe_jax.analysis import counts
     from pemoe_jax.analysis.planning import flops
-    from pemoe_jax.checkpoints import run_settings
+    from pemoe_jax.checkpoints import run_settings, runs
     from pemoe_jax.core import adapters, network, params
+    from pemoe_jax.runtime import step_times
 
     about = opened.summary()
     shapes = params.flatten(network.param_shapes(opened.model))
@@ -129,6 +131,9 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     settings = run_settings.read_settings(opened.path)
     if settings:
         about |= {"seed": record.seed, "settings": run_settings.fingerprint(settings)}
+    if runs.is_run(opened.path):
+        metrics = runs.resolve(opened.path)[0] / "metrics.jsonl"
+        about["step_times"] = step_times.read_step_times(metrics, opened.step)
     if record.trained_datasets is not None:
         about["trained_datasets"] = sorted(set(record.trained_datasets) & set(datasets))
     return about

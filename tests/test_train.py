@@ -308,6 +308,10 @@ def test_waiting_for_data_is_measured(folder, trained, tmp_path, monkeypatch, ca
     monkeypatch.setattr(trend, "update", lambda self, step, losses: f"{step}: {len(losses)} losses")
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert read_metrics(tmp_path, "train/wait_share")[12] > 0.5
+    # The first step is not measured; waiting is in no step.
+    seconds = read_metrics(tmp_path, "train/step_seconds")
+    assert seconds.keys() == {4, 8, 12} and 0 < seconds[12] < 0.8
+    assert set(read_metrics(tmp_path, "batch").values()) == {"8 × (32 + 8)"}
     out = capsys.readouterr().out
     assert "waiting for data" in out
     assert re.findall(r"\n(.*) losses\n", out) == ["1: 1", "4: 3", "8: 4", "12: 4"]

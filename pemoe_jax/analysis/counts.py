@@ -162,7 +162,7 @@ def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
     columns = {
         "trainable": [_number(count.trainable) for count in counts],
         "total": [_number(count.total) for count in counts],
-        "a token": [_number(count.used) for count in counts],
+        "activated": [_number(count.used) for count in counts],
         "share": [_percent(count.trainable, count.total) for count in counts],
         "of base": [_percent(count.trainable, count.base) for count in counts],
         "FLOPs": [format_scaled(count.flops[0]) for count in counts],
@@ -181,7 +181,7 @@ def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
     if not any(published):
         del columns["paper"]
     if not any(count.is_sparse for count in counts):
-        for column in ("a token", "FLOPs", "with places"):
+        for column in ("activated", "FLOPs", "with places"):
             del columns[column]
     summary = Table(
         f"{name}: a base of {counts[0].base:,} parameters",

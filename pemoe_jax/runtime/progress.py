@@ -45,8 +45,12 @@ class MetricWriter:
         self._file = file.open("a")
         self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+    def write(
+        self, step: int, scalars: Mapping[str, float], texts: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes scalars; `texts` say in `metrics.jsonl` what they are of."""
+        line = {"step": step, **scalars, **(texts or {})}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
         self._tensorboard.write_scalars(step, scalars)
 

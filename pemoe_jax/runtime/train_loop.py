@@ -15,7 +15,7 @@ import optax
 from pemoe_jax.core import network, optim, partitioning, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
-from pemoe_jax.runtime import host_memory, options, progress
+from pemoe_jax.runtime import host_memory, options, progress, step_times
 
 Batch = Mapping[str, np.ndarray]
 DeviceBatch = tuple[dict[str, jax.Array], int]  # a batch and its number of tokens
@@ -116,8 +116,13 @@ class TrainLoop:
                     # step allocates its own.
                     train_step = train_step.lower(state, frozen, arrays, self.rng).compile()
                     host_memory.trim_heap()
+                    window.texts = {
+                        step_times.DEVICE: step_times.describe_devices([*self.mesh.devices.flat]),
+                        step_times.BATCH: _describe_batch(arrays),
+                    }
+                dispatch_time = time.monotonic()
                 state, metrics = train_step(state, frozen, arrays, self.rng)
-                window.append(step, metrics, tokens)
+                window.append(step, metrics, tokens, dispatch_time)
                 bar.advance(step)
                 if step % self.logging.log_period == 0 or is_last or is_first:
                     losses = self._report(step, window, writer, bar, is_first)
@@ -147,7 +152,9 @@ class TrainLoop:
             writer.close()
 
     def _next_batch(self, batches: Batches, window: "_Window", step: int) -> DeviceBatch:
-        window.limit_steps_in_flight(batches.is_ready)
+        # If the next batch is not ready, the devices are idle while the loop waits for it:
+        # `wait_share` is the share of this time.
+        window.timer.wait(max_running=1 if batches.is_ready else 0)
         start = time.monotonic()
         batch = next(batches, None)
         window.waited += time.monotonic() - start
@@ -169,6 +176,8 @@ class TrainLoop:
           InputError: the loss of a step is not finite.
         """
         scalars, rows, losses, damaged = window.summarize()
+        if is_first:  # it also loads the program, and libraries of the devices
+            del scalars["step_seconds"]
         scalars["learning_rate"] = float(self.schedule(step - 1))
         values = {f"train/{name}": value for name, value in scalars.items()}
         dropped = ""
@@ -180,7 +189,7 @@ class TrainLoop:
             shares = [float(metrics.get(name, 0.0)) for name in ("dropped", "without_expert")]
             if any(shares):
                 dropped = f"  dropped {shares[0]:.1%} of assignments, {shares[1]:.1%} of tokens"
-        writer.write(step, values)
+        writer.write(step, values, {} if is_first else window.texts)
         share = scalars["wait_share"]
         waiting = f"  waiting for data {share:.0%} of the time" if share > 0.05 else ""
         bar.report(
@@ -237,6 +246,14 @@ class TrainLoop:
         return total["nll"] / tokens, total["correct"] / tokens
 
 
+def _describe_batch(arrays: Mapping[str, jax.Array]) -> str:
+    """Returns the shape of a batch, '32 × (1,024 + 256)': rows, input tokens and target tokens."""
+    (rows, inputs), (_, targets) = (
+        arrays[name].shape for name in ("encoder_input_tokens", "decoder_target_tokens")
+    )
+    return f"{rows:,} × ({inputs:,} + {targets:,})"
+
+
 class LossTrend:
     """Warns once, after the first tenth of a run, if its loss has not fallen.
 
@@ -288,28 +305,24 @@ class _Window:
     Attributes:
       start: time at which they began, plus the time of evaluations and saves between them.
       waited: seconds spent waiting for batches.
+      timer: measures the steps.
+      texts: what their times are of: the devices and the batch, under the keys of `step_times`.
     """
 
     def __init__(self) -> None:
         self._steps: list[tuple[int, steps.Metrics, int]] = []
         self.start, self.waited = time.monotonic(), 0.0
+        self.timer = step_times.StepTimer()
+        self.texts: dict[str, str] = {}
 
-    def append(self, step: int, metrics: steps.Metrics, tokens: int) -> None:
+    def append(self, step: int, metrics: steps.Metrics, tokens: int, dispatch_time: float) -> None:
         self._steps.append((step, metrics, tokens))
-
-    def limit_steps_in_flight(self, is_batch_ready: bool) -> None:
-        """Waits until at most one step is running, or none if the next batch is not ready.
-
-        In the second case the devices are idle while the loop waits for the batch: `wait_share` is
-        the share of this time.
-        """
-        for _, metrics, _ in self._steps[-2:-1] if is_batch_ready else self._steps[-1:]:
-            jax.block_until_ready(metrics)
+        self.timer.add(dispatch_time, metrics)
 
     def is_finite_before_last(self) -> bool:
         """Whether the loss of the step before the last is finite; True if it has been reported.
 
-        That step has ended (`limit_steps_in_flight`), so that its loss is read while the last one
+        That step has ended (`timer.wait`), so that its loss is read while the last one
         runs. The last one is not read even if it has ended too: processes must agree on the step at
         which they stop, and may differ in whether their next batch is ready.
         """
@@ -323,6 +336,7 @@ class _Window:
         The losses are those per token by step. The damaged step is the first whose loss is not
         finite, and this loss; the rows are then those of this step. Starts a new window.
         """
+        self.timer.wait(max_running=0)
         fetched = jax.device_get([metrics for _, metrics, _ in self._steps])
         means = {name: np.mean([m[name] for m in fetched], axis=0) for name in fetched[0]}
         rows = {name: means.pop(name) for name in steps.ROUTER_ROWS if name in means}
@@ -338,5 +352,6 @@ class _Window:
         scalars["tokens_per_second"] = sum(tokens for _, _, tokens in self._steps) / seconds
         scalars["steps_per_second"] = len(self._steps) / seconds
         scalars["wait_share"] = self.waited / seconds
+        scalars["step_seconds"] = float(np.median(self.timer.take_seconds()))
         self._steps, self.start, self.waited = [], now, 0.0
         return scalars, rows, [float(m["cross_ent_loss"]) for m in fetched], damaged

@@ -3,6 +3,8 @@
 import math
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sparse_models import model
@@ -102,8 +104,10 @@ def test_the_loss_before_any_update_does_not_depend_on_the_learning_rate(is_firs
     loop = TrainLoop.__new__(TrainLoop)
     loop.schedule = lambda step: 0.1
     scalars = {"loss": math.nan, "accuracy": 0.0, "wait_share": 0.0, "tokens_per_second": 1.0}
+    scalars["step_seconds"] = 1.0
     damaged = (4, math.nan)
-    window = types.SimpleNamespace(summarize=lambda: (dict(scalars), None, [math.nan], damaged))
+    summary = dict(scalars), None, [math.nan], damaged
+    window = types.SimpleNamespace(summarize=lambda: summary, texts={})
     writer = types.SimpleNamespace(write=lambda *_: None)
     bar = types.SimpleNamespace(report=lambda *_: None)
     with pytest.raises(InputError, match=rf"the loss is nan at step 4 .*{advice}"):
@@ -122,9 +126,10 @@ def test_a_loss_of_nan_names_the_first_router_with_logits_of_nan(first_bad_rows,
         routers[bad_rows] = math.nan
         metrics = {"loss": math.nan if bad_rows else 1.0, "cross_ent_loss": 1.0, "accuracy": 0.0}
         dispatch = np.full((2, 3), 0.25)
-        window.append(step, {**metrics, "routers": routers, "dispatch": dispatch}, 10)
+        arrays = jax.tree.map(jnp.asarray, {**metrics, "routers": routers, "dispatch": dispatch})
+        window.append(step, arrays, 10, dispatch_time=0.0)
     written, lines = {}, []
-    writer = types.SimpleNamespace(write=lambda _, values: written.update(values))
+    writer = types.SimpleNamespace(write=lambda _, values, texts: written.update(values))
     bar = types.SimpleNamespace(report=lambda _, line: lines.append(line))
     with pytest.raises(InputError, match=rf"at step 4 .* the router at {stack}/layers_1/mlp/ex"):
         loop._report(5, window, writer, bar, is_first=False)
@@ -137,7 +142,7 @@ def test_a_loss_is_looked_at_when_its_step_has_ended():
     window = _Window()
     assert window.is_finite_before_last()
     for step, loss in enumerate((1.0, math.inf), 1):
-        window.append(step, {"loss": loss}, 1)
+        window.append(step, {"loss": jnp.asarray(loss)}, 1, 0.0)
         assert window.is_finite_before_last()
-    window.append(3, {"loss": 1.0}, 1)
+    window.append(3, {"loss": jnp.asarray(1.0)}, 1, 0.0)
     assert not window.is_finite_before_last()

@@ -153,11 +153,11 @@ def test_sparse_models_of_base_by_hand(sizes):
         row, sparse = methods[f"flan_{method}-8"], sites[f"flan_{method}-8"]
         total = dense + 12 * (7 + extra) * matrices + routers + extra * 12 * 768
         assert number(row["total"]) == number(row["trainable"]) == total
-        assert number(row["a token"]) == total - 12 * (8 - top_k) * matrices
+        assert number(row["activated"]) == total - 12 * (8 - top_k) * matrices
         assert number(sparse["mlp/experts"]) == 12 * 8 * matrices
         assert number(sparse["routers"]) == routers
     assert {
-        number(methods[m]["a token"]) - number(methods[m]["total"]) for m in ("full", "mov-10")
+        number(methods[m]["activated"]) - number(methods[m]["total"]) for m in ("full", "mov-10")
     } == {0}
     flops = {method: row["FLOPs"] for method, row in methods.items()}
     # Of an input and a target token: 24 MLPs, 36 attentions of 4·768², logits 768·32128.
@@ -173,7 +173,7 @@ def test_documents_show_what_the_command_prints(sizes):
     table = text.split("| T5 v1.1 Base |")[1].split("\n\n")[0].splitlines()[2:]
     documented = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table]
     methods = ["full", "mov-10", "molora-10 r4", *(f"{name}-8" for name in FLAN_FILES)]
-    columns = ("total", "a token", "FLOPs", "with places")
+    columns = ("total", "activated", "FLOPs", "with places")
     rows = sizes["t5_1_1_base"][0]
     assert documented == [[rows[method][column] for column in columns] for method in methods]
 

@@ -82,35 +82,6 @@ def table(printed_tables: dict, measure: str) -> dict[str, dict[str, str]]:
 # --- the table ---
 
 
-def test_shots_have_a_column_where_a_run_has_some(tmp_path, capsys):
-    """Runs with other shots are other rows, also where seeds are joined."""
-    seeds = [{"seed": seed, "settings": "same"} for seed in (0, 1)]
-    few = {"shots": 3, "shots_seed": 0}
-    folders = [
-        write(tmp_path / name, {"mov": eight(correct)}, **about)
-        for name, correct, about in (
-            ("zero", 6, seeds[0]),
-            ("few", 8, seeds[0] | few),
-            ("few_1", 7, seeds[1] | few | {"checkpoint": "runs/mov_1"}),
-            ("other", 9, seeds[0] | few | {"shots_seed": 1}),
-        )
-    ]
-    output = printed(capsys, *folders, "--draws=0")
-    rows = output["Accuracy in %: median over the prompts of a dataset"]
-    columns = ["run", "method", "parameters", "seeds", "shots"]
-    assert [[row[column] for column in columns] for row in list(rows.values())[:3]] == [
-        ["mov (shots 0)", "mov-10", "0.32 %", "1", "0"],
-        ["mov (shots 3) (shots seed 0)", "mov-10", "0.32 %", "2", "3"],
-        ["mov (shots 3) (shots seed 1)", "mov-10", "0.32 %", "1", "3"],
-    ]
-    assert report.main([*map(str, folders[1:3]), "--draws=0", "--format=csv"]) == 0
-    (record,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
-    assert (record["shots"], record["seeds"], record["average"]) == ("3", "0 1", "75.0")
-    (row,) = json.loads(paper_table_formats.to_json(build(folders[1])))["rows"]
-    assert row["shots"] == 3
-    assert not any("shots" in text for text in (paper_table_formats.to_json(build(folders[0])),))
-
-
 def test_columns_of_the_paper_in_its_order(tmp_path, capsys):
     write(tmp_path, {"first": eight(6)})
     medians = table(printed(capsys, tmp_path), "median")
@@ -365,8 +336,11 @@ def test_published_rows_have_a_source_and_agree_with_the_shares():
             assert row.share == shares[row.method]
 
 
-def test_dense_and_sparse_runs_are_in_one_table_of_sizes(tmp_path, capsys):
-    """Older evaluations did not record what a token uses; dense runs alone need no table."""
+COSTS = "Costs, and the average of the medians"
+
+
+def test_dense_and_sparse_runs_are_in_one_table_of_costs(tmp_path, capsys):
+    """Older evaluations did not record what a token uses."""
     folders = [tmp_path / name for name in ("mov", "flan", "old")]
     sizes = {"used": 10_000, "flops": 1_230_000, "flops_with_places": 1_230_000}
     write(folders[0], {"mov": eight(6)}, **sizes)
@@ -374,13 +348,143 @@ def test_dense_and_sparse_runs_are_in_one_table_of_sizes(tmp_path, capsys):
     flan = {**sizes, **other, "variant": "flan_switch-8 top-1"}
     write(folders[1], {"flan": eight(5)}, **flan)
     write(folders[2], {"old": eight(5)})
-    title = "Parameters and FLOPs"
-    assert title not in printed(capsys, folders[0], folders[2])
-    rows = printed(capsys, *folders)[title]
-    assert [*rows["flan"].values()][1:] == [
-        *("flan_switch-8 top-1", "50,000", "50,000", "10,000", "1.23 M", "2.00 M"),
+    assert COSTS not in printed(capsys, folders[2])
+    dense = printed(capsys, folders[0], folders[2])[COSTS]
+    assert [*dense["mov"].items()][1:] == [
+        *(("method", "mov-10"), ("trainable", "32"), ("total", "10,000")),
+        *(("FLOPs", "1.23 M"), ("average", "60.0")),
     ]
-    assert rows["mov"]["a token"] == "10,000" and rows["old"]["a token"] == "–"
+    rows = printed(capsys, *folders)[COSTS]
+    assert [*rows["flan"].values()][1:] == [
+        *("flan_switch-8 top-1", "50,000", "50,000", "10,000", "1.23 M", "2.00 M", "50.0"),
+    ]
+    assert rows["mov"]["activated"] == "10,000" and rows["old"]["activated"] == "–"
+
+
+def csv_text(*folders: Path) -> str:
+    runs = [run for folder in folders for run in load(folder)]
+    return paper_table_formats.to_csv(paper_table.build_paper_table(runs, draws=0))
+
+
+def step_time(seconds: float, device: str = "A", batch: str = "8 × (16 + 8)") -> dict:
+    return {"seconds": seconds, "device": device, "batch": batch}
+
+
+def test_step_times(tmp_path, capsys):
+    """Mean 0.2 s, deviation sqrt((0.01 + 0 + 0.01) / 2) = 0.1; a run without them has none."""
+    folders = [
+        seeded(tmp_path, {seed: 6}, step_times=[step_time(0.1 + 0.1 * seed)])[0]
+        for seed in (0, 1, 2)
+    ]
+    folders.append(write(tmp_path / "old", {"old": eight(5)}))
+    rows = printed(capsys, *folders)[COSTS]
+    assert rows["first"]["step time"] == "200 ms ±100 ms" and rows["first"]["seeds"] == "3"
+    assert rows["old"]["step time"] == "–" and "device" not in rows["old"]
+    report.main([*map(str, folders)])
+    assert "device A; batch 8 × (16 + 8)." in " ".join(capsys.readouterr().out.split())
+    # A run that went on on another machine, and a third machine.
+    both = [step_time(0.3), step_time(1.25, "B")]
+    folders.append(write(tmp_path / "moved", {"moved": eight(5)}, step_times=both))
+    rows = printed(capsys, *folders)[COSTS]
+    assert rows["moved"]["step time"] == "300 ms / 1.25 s" and rows["moved"]["device"] == "A / B"
+    assert rows["first"]["device"] == "A" and rows["old"]["device"] == "–"
+    assert "batch" not in rows["first"]
+    report.main([*map(str, folders)])
+    assert "not comparable" in capsys.readouterr().out
+    report_table = paper_table.build_paper_table([run for f in folders for run in load(f)], draws=0)
+    lines = list(csv.DictReader(io.StringIO(paper_table_formats.to_csv(report_table))))
+    by_run = {line["run"]: (line["step_seconds"], line["device"]) for line in lines}
+    assert by_run == {"first": ("0.2", "A"), "old": ("", ""), "moved": ("0.3; 1.25", "A; B")}
+    assert lines[0]["step_seconds_sd"] == "0.1"
+    by_run = {
+        row["run"]: row for row in json.loads(paper_table_formats.to_json(report_table))["rows"]
+    }
+    assert by_run["moved"]["step_times"] == both and "step_times" not in by_run["old"]
+    assert by_run["first"]["step_times"] == [
+        {**step_time(0.2), "sd": 0.1, "seeds": [0.1, 0.2, 0.3]},
+    ]
+
+
+# --- solved examples in the input ---
+
+
+def test_zero_and_few_shots_of_a_run_are_a_row(tmp_path, capsys):
+    """Nothing is averaged over both; a run with one of them has blanks in the other's columns."""
+    zero = write(tmp_path / "0", {"a": eight(6), "b": eight(5)})
+    few = {f"{name}_a": (name, [1] * 9 + [0]) for name in ("cb", "mine")}
+    five = write(tmp_path / "5", {"a": few, "c": few}, shots=5)
+    file = five / "results.json"
+    contents = json.loads(file.read_text())
+    for run in contents["runs"]:
+        run["tasks"]["cb_a"]["shots_left_out"] = 7
+    file.write_text(json.dumps(contents))
+    output = printed(capsys, zero, five)
+    medians = output["Accuracy in %: median over the prompts of a dataset"]
+    columns = [*EIGHT.values(), "average", "CB 5-shot", "average 5-shot", "mine 5-shot"]
+    assert list(medians["a"])[3:] == columns and list(medians)[:3] == ["a", "b", "c"]
+    assert [medians["a"][c] for c in columns[-5:]] == ["60.0", "60.0", "90.0", "90.0", "90.0"]
+    assert [medians["b"][c] for c in columns[-4:]] == ["50.0", "–", "–", "–"]
+    assert [medians["c"][c] for c in columns[-4:]] == ["–", "90.0", "90.0", "90.0"]
+    assert medians["chance"]["CB 5-shot"] == "50.0"
+    assert (medians["shots left out"]["CB"], medians["shots left out"]["CB 5-shot"]) == ("–", "7")
+    assert output["95 % interval of the median"]["b"]["CB 5-shot"] == "–"
+    report_table = paper_table.build_paper_table(load(zero) + load(five), draws=0)
+    lines = list(csv.DictReader(io.StringIO(paper_table_formats.to_csv(report_table))))
+    assert (lines[0]["CB"], lines[0]["CB_5_shots"], lines[0]["average_5_shots"]) == (
+        *("60.0", "90.0", "90.0"),
+    )
+    assert lines[1]["CB_5_shots"] == lines[2]["CB"] == ""
+    contents = json.loads(paper_table_formats.to_json(report_table))
+    shots = {"shots": 5, "shots_seed": 0}
+    assert contents["few_shot"] == [{**shots, "columns": ["CB", "mine"], "averaged": ["CB"]}]
+    rows = contents["rows"]
+    assert rows[0]["few_shot"][0]["scores"]["mine"]["median"] == 90.0
+    assert rows[0]["average"]["median"] == 60.0 and "few_shot" not in rows[1]
+    assert rows[2]["scores"] == {} and rows[2]["few_shot"][0]["complete"]
+
+
+def test_other_shots_are_other_columns_also_where_seeds_are_joined(tmp_path, capsys):
+    """Of one seed without shots, two with three of them, and one with others drawn."""
+    few = {"shots": 3, "shots_seed": 0}
+    seeds = [{"seed": seed, "settings": "abc"} for seed in (0, 1)]
+    folders = [
+        write(tmp_path / name, {"mov": eight(correct)}, **about)
+        for name, correct, about in (
+            ("zero", 6, seeds[0]),
+            ("few", 8, seeds[0] | few),
+            ("few_1", 7, seeds[1] | few | {"checkpoint": "runs/mov_1"}),
+            ("other", 9, seeds[0] | few | {"shots_seed": 1}),
+        )
+    ]
+    output = printed(capsys, *folders, "--draws=0")
+    row = output["Accuracy in %: median over the prompts of a dataset"]["mov"]
+    averages = {name: cell for name, cell in row.items() if "average" in name}
+    assert averages == {
+        "average": "60.0",
+        "average 3-shot": "75.0 ±7.1",
+        "average 3-shot seed 1": "90.0",
+    }
+    assert row["seeds"] == "1 / 2 / 1"
+    lines = list(csv.DictReader(io.StringIO(csv_text(*folders))))
+    assert [line["average_3_shots_seed_1"] for line in lines] == ["90.0"]
+
+
+def test_seeds_of_zero_and_few_shots(tmp_path, capsys):
+    """Three seeds at 0 shots and two of them at 5: 60 ± 10, and 85 ± 7.1."""
+    folders = seeded(tmp_path / "0", {0: 5, 1: 6, 2: 7}, used=10_000)
+    folders += seeded(tmp_path / "5", {0: 8, 1: 9}, shots=5)
+    output = printed(capsys, *folders)
+    costs = output[COSTS]["first"]
+    assert (costs["average"], costs["average 5-shot"]) == ("60.0 ±10.0", "85.0 ±7.1")
+    assert costs["seeds"] == "3 / 2"
+    by_seed = output["Average of the medians, seed by seed"]["first"]
+    assert by_seed["seed 2"] == "70.0" and by_seed["seed 0 5-shot"] == "80.0"
+    # Rows of single seeds are not joined to a row of their mean.
+    apart = seeded(tmp_path / "again", {0: 5}, checkpoint="copy")
+    runs = [run for folder in [*folders[:3], *apart, *folders[3:]] for run in load(folder)]
+    rows = paper_table.build_paper_table(runs, draws=0).rows
+    few = [row for row in rows if any(key.shots[0] for key in row.scores)]
+    assert [{key.shots for key in row.scores} for row in few] == [{(5, 0)}] and len(rows) == 5
 
 
 # --- files ---
@@ -490,6 +594,9 @@ def broken(folder: Path, change) -> str:
         (lambda run: run.update(tasks={"a": 3}), "task 'a': expected an object, got 3"),
         (lambda run: run.update(trained_datasets="cb"), "list of names, got 'cb'"),
         (lambda run: run.update(trainable="1 %"), "'trainable' to be a number"),
+        (lambda run: run.update(shots="5"), "'shots' to be a number"),
+        (lambda run: run.update(step_times=3), "'step_times' to be a list, got 3"),
+        (lambda run: run.update(step_times=[{"seconds": 3}]), "step_times: .*'device' to be text"),
         (lambda run: run["tasks"]["cb_a"].update(examples=11), "cb_a.jsonl: .*11 with .* 10 with"),
         (lambda run: run["tasks"]["cb_a"].update(accuracy=0.7), "0.7000, got 10 with 0.6000"),
     ],
@@ -552,6 +659,24 @@ def test_evaluate_records_variant_and_training_datasets(trained, expected):
     assert "settings" not in about  # it has no folder with a config.gin
     shapes = params.flatten(network.param_shapes(opened.model))
     assert about["used"] == params.count(shapes) and about["flops"] == about["flops_with_places"]
+
+
+def test_evaluate_records_step_times_up_to_the_checkpoint(tmp_path):
+    (tmp_path / "checkpoint_20" / "record").mkdir(parents=True)
+    line = {"train/step_seconds": 0.5, "device": "A", "batch": "8 × (16 + 8)"}
+    lines = [json.dumps({"step": step, **line}) for step in (10, 20)]
+    lines.append(json.dumps({"step": 30, **line, "train/step_seconds": 9.0}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    opened = types.SimpleNamespace(
+        model=network.Transformer(CONFIG),
+        record=types.SimpleNamespace(trained_datasets=None),
+        path=str(tmp_path),
+        step=20,
+        summary=lambda: {"name": "first", "method": "full"},
+    )
+    assert evaluate.describe_run(opened, {})["step_times"] == [step_time(0.5)]
+    (tmp_path / "metrics.jsonl").unlink()
+    assert evaluate.describe_run(opened, {})["step_times"] == []
 
 
 def test_evaluate_records_what_a_token_of_a_sparse_model_uses():

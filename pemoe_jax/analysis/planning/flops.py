@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from pemoe_jax.core.sparse import Sparse
 
 _EXPERT = "/mlp/expert/"
+NOTE_ON_FLOPS = (
+    "FLOPs: matrix products of an input token and of a target token together, forward, without"
+    " those between tokens."
+)
 NOTE_ON_TOKENS = (
-    "a token: the parameters that a token uses, k of E experts in each sparse layer and all others"
-    " (for experts that choose tokens, as many as choose a token on average). FLOPs: matrix"
-    " products of an input token and of a target token together, forward, without those between"
-    " tokens; with places: what sparse layers compute in training, E experts with C places"
+    "activated: the parameters that a token uses, k of E experts in each sparse layer and all"
+    " others (for experts that choose tokens, as many as choose a token on average)."
+    f" {NOTE_ON_FLOPS} With places: what sparse layers compute in training, E experts with C places"
     " each, filled or not."
 )
 

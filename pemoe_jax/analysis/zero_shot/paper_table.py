@@ -6,22 +6,32 @@ one column: median and mean are over the prompts of its three rounds, 45 in P3. 
 paper does not have come after the average, which excludes them; without any of the paper's, the
 average is over all.
 
-Runs that differ only in the seed are one row: the mean over seeds.
+Runs that differ only in the seed are one row: the mean over seeds. Results of a run with k solved
+examples in each input (`SHOTS`) are in its row too, in columns of their own after the zero-shot
+ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from pemoe_jax.analysis import published_numbers
 from pemoe_jax.analysis.tables import MISSING
 from pemoe_jax.analysis.zero_shot import bootstrap, result_tables, seed_groups
-from pemoe_jax.analysis.zero_shot.results import PREDICTIONS, JsonObject, load_predictions
+from pemoe_jax.analysis.zero_shot.results import (
+    NO_SHOTS,
+    PREDICTIONS,
+    JsonObject,
+    Shots,
+    load_predictions,
+    shots_of,
+)
 
 AVERAGE = "average"
 MEASURES = ("median", "mean")
@@ -52,6 +62,7 @@ class Score:
       intervals: measure -> ends of the 95 % bootstrap interval.
       prompts: number of prompts.
       examples: number of examples, summed over prompts.
+      shots_left_out: number of shots that did not fit, over all examples; None without shots.
       trained: whether the run was trained on the dataset, or any of them; None if unknown.
       seeds: measure -> value of each seed, if the row is a mean over seeds.
     """
@@ -62,6 +73,7 @@ class Score:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     prompts: int | None = None
     examples: int | None = None
+    shots_left_out: int | None = None
     trained: bool | None = None
     seeds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -69,6 +81,38 @@ class Score:
         """Returns the standard deviation over seeds (n - 1); None for a single run."""
         values = self.seeds.get(measure, ())
         return statistics.stdev(values) if len(values) > 1 else None
+
+
+class Column(NamedTuple):
+    """A column of the paper, another dataset, or `AVERAGE`, with shots in front of the inputs."""
+
+    name: str
+    shots: Shots = NO_SHOTS
+
+    @property
+    def label(self) -> str:
+        """The name, and for shots '5-shot', with their seed unless it is 0."""
+        number, seed = self.shots
+        words = [self.name, f"{number}-shot" if number else "", f"seed {seed}" if seed else ""]
+        return " ".join(filter(None, words))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a training step, of each seed, on a machine with a batch."""
+
+    device: str
+    batch: str
+    seconds: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.seconds)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds (n - 1); None for a single run."""
+        return statistics.stdev(self.seconds) if len(self.seconds) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -80,26 +124,29 @@ class Row:
       method: method, with experts and rank if they are known.
       percent: trainable parameters, in %.
       share: `percent` as text.
-      scores: column -> score.
-      average: average over those of `PaperTable.averaged` that a run has, or as published.
-      complete: whether a run has all of `PaperTable.averaged`; True for a published row.
+      scores: column -> score. Averages are over those of `PaperTable.averaged` that a run has, or
+        as published.
+      partial: the shots with which a run has not all of `PaperTable.averaged`.
       source: source of a published row; '' for a run.
       run: the `RUN_KEYS` of a run.
-      seeds: seeds of the runs, if there are several.
-      shots: number of solved examples in front of each input.
+      step_times: those of each machine and batch; empty if unknown.
+      seeds: shots -> seeds of the runs, if there are several.
     """
 
     name: str
     method: str
     percent: float | None
     share: str
-    scores: Mapping[str, Score]
-    average: Score
-    complete: bool = True
+    scores: Mapping[Column, Score]
+    partial: frozenset[Shots] = frozenset()
     source: str = ""
     run: JsonObject = field(default_factory=dict)
-    seeds: tuple[int, ...] = ()
-    shots: int = 0
+    step_times: Sequence[StepTime] = ()
+    seeds: Mapping[Shots, tuple[int, ...]] = field(default_factory=dict)
+
+    def average(self, shots: Shots = NO_SHOTS) -> Score:
+        """Returns the average over datasets; an empty score if the run has none."""
+        return self.scores.get(Column(AVERAGE, shots), Score())
 
 
 @dataclass(frozen=True)
@@ -107,25 +154,34 @@ class PaperTable:
     """The zero-shot table.
 
     Attributes:
-      columns: the paper's columns, in its order, then other datasets. Columns without results
-        are left out, except the paper's if there are published rows.
-      averaged: the columns that averages are over, a prefix of `columns`.
+      columns: datasets, zero-shot ones first: the paper's columns, in its order, then others.
+        Columns without results are left out, except the paper's if there are published rows.
+      averaged: the columns that averages are over.
       rows: runs, then published rows.
       draws: number of bootstrap draws.
       seed: seed of the draws.
     """
 
-    columns: list[str]
-    averaged: list[str]
+    columns: list[Column]
+    averaged: list[Column]
     rows: list[Row]
     draws: int
     seed: int
 
     @property
-    def keys(self) -> list[str]:
-        """The columns, with `AVERAGE` after the averaged ones."""
-        index = len(self.averaged)
-        return [*self.columns[:index], AVERAGE, *self.columns[index:]]
+    def shots(self) -> list[Shots]:
+        """The shots that columns have, ascending."""
+        return list(dict.fromkeys(column.shots for column in self.columns))
+
+    @property
+    def keys(self) -> list[Column]:
+        """The columns, with an `AVERAGE` after the averaged ones of the same shots."""
+        keys = []
+        for shots in self.shots:
+            columns = [column for column in self.columns if column.shots == shots]
+            averaged = [column for column in columns if column in self.averaged]
+            keys += [*averaged, Column(AVERAGE, shots), *columns[len(averaged) :]]
+        return keys
 
 
 # column -> [2, draws]: median and mean accuracy over prompts in %, for each resampling of examples
@@ -150,27 +206,55 @@ def build_paper_table(
     Raises:
       InputError: predictions do not match the results.
     """
-    existing = {column for run in runs for column in _tasks_by_column(run)}
-    paper_columns = [name for name in published_numbers.COLUMNS if name in existing or with_paper]
-    columns = paper_columns + sorted(existing - set(paper_columns))
-    averaged = paper_columns or columns
-    groups = [[run] for run in runs] if seeds_apart else seed_groups.group_by_seed(runs)
+    columns: list[Column] = []
+    averaged: list[Column] = []
+    all_shots = {shots_of(run) for run in runs} | ({NO_SHOTS} if with_paper else set())
+    for shots in sorted(all_shots):
+        members = [run for run in runs if shots_of(run) == shots]
+        existing = {column for run in members for column in _tasks_by_column(run)}
+        published = with_paper and shots == NO_SHOTS
+        in_paper = [name for name in published_numbers.COLUMNS if name in existing or published]
+        names = in_paper + sorted(existing - set(in_paper))
+        columns += [Column(name, shots) for name in names]
+        averaged += [Column(name, shots) for name in in_paper or names]
+    groups = _group_rows(runs, seeds_apart)
     # Labels are made unique after grouping, since the seeds of one row may share a name.
-    names = result_tables.run_labels(list(map(seed_groups.representative, groups)))
-    rows = []
-    for name, group in zip(names, groups, strict=True):
-        resampled = [_resample(run, draws, seed) for run in group]
-        members = [
-            _row(name, run, averaged, accuracies)
-            for run, accuracies in zip(group, resampled, strict=True)
-        ]
-        if len(group) > 1:
-            seeds = tuple(run["seed"] for run in group)
-            members = [_mean_over_seeds(members, seeds, averaged, resampled)]
-        rows += members
+    names = result_tables.run_labels([seed_groups.representative(_largest(g)) for g in groups])
+    rows = [
+        _row(name, group, averaged, draws, seed) for name, group in zip(names, groups, strict=True)
+    ]
     if with_paper:
         rows += map(_published_row, published_numbers.ROWS)
     return PaperTable(columns, averaged, rows, draws, seed)
+
+
+# shots -> the runs of all seeds
+_Group: TypeAlias = dict[Shots, list[JsonObject]]
+
+
+def _group_rows(runs: Sequence[JsonObject], seeds_apart: bool) -> list[_Group]:
+    """Groups the runs of a row: those that differ in the seed, and the same with other shots."""
+    groups: list[_Group] = []
+    group_of: dict[tuple, int] = {}  # identity of a run -> index of its group
+    for shots in sorted({shots_of(run) for run in runs}):
+        members = [run for run in runs if shots_of(run) == shots]
+        by_seed = [[run] for run in members] if seeds_apart else seed_groups.group_by_seed(members)
+        for group in by_seed:
+            identities = [(run["name"], run.get("checkpoint"), run.get("step")) for run in group]
+            indices = {group_of[i] for i in identities if i in group_of}
+            # Seeds that are a row each without shots stay so: a mean of them is another row.
+            (index,) = indices if len(indices) == 1 else (len(groups),)
+            if index == len(groups) or shots in groups[index]:
+                index = len(groups)
+                groups.append({})
+            groups[index][shots] = group
+            for identity in identities:
+                group_of.setdefault(identity, index)
+    return groups
+
+
+def _largest(group: _Group) -> list[JsonObject]:
+    return max(group.values(), key=len)
 
 
 def _column(dataset: str) -> str:
@@ -198,25 +282,58 @@ def _resample(run: JsonObject, draws: int, seed: int) -> _Resampled:
     return resampled
 
 
-def _row(name: str, run: JsonObject, averaged: Sequence[str], resampled: _Resampled) -> Row:
+def _row(name: str, group: _Group, averaged: Sequence[Column], draws: int, seed: int) -> Row:
+    first, seeds = _largest(group)[0], _largest(group)
+    scores: dict[Column, Score] = {}
+    partial = set()
+    for shots, runs in group.items():
+        names = [column.name for column in averaged if column.shots == shots]
+        resampled = [_resample(run, draws, seed) for run in runs]
+        members = [_scores(run, names, r) for run, r in zip(runs, resampled, strict=True)]
+        by_name = members[0] if len(runs) == 1 else _mean_over_seeds(members, names, resampled)
+        scores |= {Column(name, shots): score for name, score in by_name.items()}
+        if not set(names) <= set(by_name):
+            partial.add(shots)
+    share = result_tables.trainable_share(first)
+    run_values = {key: first.get(key) for key in RUN_KEYS}
+    if len(seeds) > 1:
+        run_values["checkpoint"] = "; ".join(str(run.get("checkpoint")) for run in seeds)
+    return Row(
+        name=name,
+        method=str(first.get("variant") or first.get("method") or MISSING),
+        percent=None if share == MISSING else round(100 * first["trainable"] / first["total"], 6),
+        share=share,
+        scores=scores,
+        partial=frozenset(partial),
+        run=run_values,
+        step_times=_step_times(seeds),
+        seeds={
+            shots: tuple(run["seed"] for run in runs)
+            for shots, runs in group.items()
+            if len(runs) > 1
+        },
+    )
+
+
+def _step_times(runs: Sequence[JsonObject]) -> list[StepTime]:
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        for entry in run.get("step_times", []):
+            key = entry["device"], entry["batch"]
+            seconds.setdefault(key, []).append(entry["seconds"])
+    return [StepTime(*key, tuple(values)) for key, values in seconds.items()]
+
+
+def _scores(run: JsonObject, averaged: Sequence[str], resampled: _Resampled) -> dict[str, Score]:
+    """Returns the scores of a run by column, with `AVERAGE`."""
     datasets = run.get("trained_datasets")
     trained = None if datasets is None else {_column(dataset) for dataset in datasets}
     scores = {
         column: _score(tasks, resampled.get(column), None if trained is None else column in trained)
         for column, tasks in _tasks_by_column(run).items()
     }
-    share = result_tables.trainable_share(run)
-    return Row(
-        name=name,
-        method=str(run.get("variant") or run.get("method") or MISSING),
-        percent=None if share == MISSING else round(100 * run["trainable"] / run["total"], 6),
-        share=share,
-        scores=scores,
-        average=_average(scores, resampled, [column for column in averaged if column in scores]),
-        complete=set(averaged) <= set(scores),
-        run={key: run.get(key) for key in RUN_KEYS},
-        shots=run.get("shots", 0),
-    )
+    columns = [column for column in averaged if column in scores]
+    return scores | {AVERAGE: _average(scores, resampled, columns)}
 
 
 def _score(
@@ -230,8 +347,14 @@ def _score(
         intervals=_intervals(resampled),
         prompts=len(tasks),
         examples=sum(task["examples"] for task in tasks.values()),
+        shots_left_out=_sum_known(task.get("shots_left_out") for task in tasks.values()),
         trained=trained,
     )
+
+
+def _sum_known(values: Iterable[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _average(scores: Mapping[str, Score], resampled: _Resampled, columns: Sequence[str]) -> Score:
@@ -246,38 +369,32 @@ def _average(scores: Mapping[str, Score], resampled: _Resampled, columns: Sequen
         intervals=_intervals(_average_resampled(resampled, columns)),
         prompts=sum(score.prompts or 0 for score in members),
         examples=sum(score.examples or 0 for score in members),
+        shots_left_out=_sum_known(score.shots_left_out for score in members),
         trained=None if members[0].trained is None else any(score.trained for score in members),
     )
 
 
 def _mean_over_seeds(
-    members: Sequence[Row],
-    seeds: tuple[int, ...],
+    members: Sequence[Mapping[str, Score]],
     averaged: Sequence[str],
     resampled_by_seed: Sequence[_Resampled],
-) -> Row:
-    """Merges the rows of several seeds: means over seeds, and the intervals of these means."""
+) -> dict[str, Score]:
+    """Merges the scores of several seeds: means over seeds, and the intervals of these means."""
     first = members[0]
     # All seeds share the draws of a dataset: draw i of each is the accuracy on the same examples.
     resampled = {
         column: np.mean([accuracies[column] for accuracies in resampled_by_seed], axis=0)
-        for column in first.scores
+        for column in first
         if all(column in accuracies for accuracies in resampled_by_seed)
     }
-    columns = [column for column in averaged if column in first.scores]
-    checkpoints = "; ".join(str(row.run["checkpoint"]) for row in members)
-    return dataclasses.replace(
-        first,
-        scores={
-            column: _mean_score([row.scores[column] for row in members], resampled.get(column))
-            for column in first.scores
-        },
-        average=_mean_score(
-            [row.average for row in members], _average_resampled(resampled, columns)
-        ),
-        run={**first.run, "checkpoint": checkpoints},
-        seeds=seeds,
-    )
+    average = _average_resampled(resampled, [column for column in averaged if column in first])
+    return {
+        column: _mean_score(
+            [scores[column] for scores in members],
+            average if column == AVERAGE else resampled.get(column),
+        )
+        for column in first
+    }
 
 
 def _mean_score(members: Sequence[Score], resampled: np.ndarray | None) -> Score:
@@ -320,7 +437,7 @@ def _published_row(row: published_numbers.PublishedRow) -> Row:
         method=row.method,
         percent=float(row.share),
         share=f"{row.share} %",
-        scores={column: score(value) for column, value in row.accuracies.items()},
-        average=score(row.average),
+        scores={Column(column): score(value) for column, value in row.accuracies.items()}
+        | {Column(AVERAGE): score(row.average)},
         source=row.source,
     )

@@ -5,26 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pemoe_jax.analysis import published_numbers, tables
-from pemoe_jax.analysis.planning.flops import NOTE_ON_TOKENS
+from pemoe_jax.analysis.planning.flops import NOTE_ON_FLOPS, NOTE_ON_TOKENS
 from pemoe_jax.analysis.tables import MISSING, Table, format_scaled
-from pemoe_jax.analysis.zero_shot import bar_chart
+from pemoe_jax.analysis.zero_shot import bar_chart, result_tables
 from pemoe_jax.analysis.zero_shot.paper_table import (
     AVERAGE,
     MEASURES,
     RUN_KEYS,
+    Column,
     PaperTable,
     Row,
     Score,
+    StepTime,
 )
-from pemoe_jax.analysis.zero_shot.result_tables import format_range
-from pemoe_jax.analysis.zero_shot.results import JsonObject
+from pemoe_jax.analysis.zero_shot.results import NO_SHOTS, SHOTS_KEYS, JsonObject, Shots
 from pemoe_jax.runtime import atomic_write
 
-_SCORE_FIELDS = ("median", "mean", "chance", "prompts", "examples", "trained")
+_SCORE_FIELDS = ("median", "mean", "chance", "prompts", "examples", "trained", "shots_left_out")
 _NOTE_ON_AVERAGE = "average: over the paper's datasets, without those in the columns after it."
 _NOTE_ON_ANLI = "ANLI: over the prompts of its three rounds together, with equal weights."
 _NOTE_ON_PARTIAL = (
@@ -34,6 +35,14 @@ _NOTE_ON_SEEDS = (
     "±: mean and standard deviation (n - 1) over runs that differ only in the seed; intervals are"
     " those of the mean, under other examples and the same seeds."
 )
+_NOTE_ON_SHOTS = (
+    "k-shot: up to k solved examples in front of each input, fewer where they do not fit; columns"
+    " without it are zero-shot."
+)
+_NOTE_ON_STEP_TIME = (
+    "Step time: the median step of training, without compilation and waiting for data"
+)
+_NOTE_ON_MACHINES = "Step times of different devices or batches are not comparable: both are named."
 _NOTE_ON_TRAINED = "* The run was trained on the dataset, or on one of the average: not zero-shot."
 
 
@@ -58,7 +67,7 @@ def write_paper_table(table: PaperTable, folder: Path) -> None:
 def to_tables(table: PaperTable) -> list[Table]:
     """Returns tables of medians, means and intervals, and if they differ of seeds and counts.
 
-    Last is a table of sizes, if a run has parameters that not every token uses.
+    Last is a table of costs, if a run has recorded any.
     """
     result = []
     for measure in MEASURES:
@@ -70,8 +79,8 @@ def to_tables(table: PaperTable) -> list[Table]:
     counts = _count_table(table)
     if any(len({*cells} - {MISSING}) > 1 for cells in list(zip(*counts.rows, strict=True))[1:]):
         result.append(counts)
-    if any(row.run["used"] not in (None, row.run["total"]) for row in _runs(table)):
-        result.append(_size_table(table))
+    if any(row.run["used"] is not None or row.step_times for row in _runs(table)):
+        result.append(_cost_table(table))
     result[0].notes += _notes(table)
     return result
 
@@ -81,13 +90,13 @@ def to_csv(table: PaperTable) -> str:
 
     Columns `<dataset>_mean`, `_chance`, `_prompts`, `_examples`, `_trained`; `_median_low`,
     `_median_high`, `_mean_low`, `_mean_high` of the intervals; over seeds `_median_sd`,
-    `_median_least`, `_median_greatest` and the same of the mean. Accuracies and parameters are in
-    %; unknown values are empty.
+    `_median_least`, `_median_greatest` and the same of the mean. With k shots the dataset is
+    `<dataset>_<k>_shots`, and `<dataset>_<k>_shots_seed_<n>` if their seed n is not 0. Accuracies
+    and parameters are in %; unknown values are empty. Step times of several devices are joined by
+    `; `.
     """
-    records = [_csv_record(row, [*table.columns, AVERAGE]) for row in table.rows]
-    if _has_shots(table):
-        for row, record in zip(table.rows, records, strict=True):
-            record.append(("shots", row.shots))
+    keys = [key for shots in table.shots for key in _keys_of(table, shots)]
+    records = [_csv_record(row, keys) for row in table.rows]
     text = io.StringIO()
     # The csv module ends lines in \r\n by default.
     writer = csv.writer(text, lineterminator="\n")
@@ -111,26 +120,68 @@ def to_json(table: PaperTable) -> str:
             result[f"{measure}_sd"] = _rounded(score.deviation(measure))
         return result
 
+    def scores_of(row: Row, shots: Shots) -> JsonObject:
+        columns = [column for column in table.columns if column.shots == shots]
+        return {
+            "scores": {
+                column.name: score_object(row.scores[column])
+                for column in columns
+                if column in row.scores
+            },
+            AVERAGE: score_object(row.average(shots)),
+        }
+
+    def few_shot(row: Row) -> JsonObject:
+        entries = [
+            {
+                **dict(zip(SHOTS_KEYS, shots, strict=True)),
+                "complete": shots not in row.partial,
+                **({"seeds": list(row.seeds[shots])} if shots in row.seeds else {}),
+                **scores_of(row, shots),
+            }
+            for shots in table.shots
+            if shots != NO_SHOTS and Column(AVERAGE, shots) in row.scores
+        ]
+        return {"few_shot": entries} if entries else {}
+
+    def step_time(time: StepTime) -> JsonObject:
+        about = {"device": time.device, "batch": time.batch, "seconds": _seconds(time.mean)}
+        if time.deviation is None:
+            return about
+        return about | {"sd": _seconds(time.deviation), "seeds": [*map(_seconds, time.seconds)]}
+
     rows = [
         {
             "run": row.name,
             "method": row.method,
             "parameters": row.percent,
             **row.run,
-            **({"source": row.source} if row.source else {"complete": row.complete}),
-            **({"seeds": list(row.seeds)} if row.seeds else {}),
-            **({"shots": row.shots} if row.shots else {}),
-            "scores": {
-                key: score_object(row.scores[key]) for key in table.columns if key in row.scores
-            },
-            AVERAGE: score_object(row.average),
+            **({"step_times": [*map(step_time, row.step_times)]} if row.step_times else {}),
+            **({"source": row.source} if row.source else {"complete": NO_SHOTS not in row.partial}),
+            **({"seeds": list(row.seeds[NO_SHOTS])} if NO_SHOTS in row.seeds else {}),
+            **scores_of(row, NO_SHOTS),
+            **few_shot(row),
         }
         for row in table.rows
     ]
+
+    def names(columns: Sequence[Column], shots: Shots = NO_SHOTS) -> list[str]:
+        return [column.name for column in columns if column.shots == shots]
+
+    few = [
+        {
+            **dict(zip(SHOTS_KEYS, shots, strict=True)),
+            "columns": names(table.columns, shots),
+            "averaged": names(table.averaged, shots),
+        }
+        for shots in table.shots
+        if shots != NO_SHOTS
+    ]
     contents = {
         "unit": "per cent",
-        "columns": table.columns,
-        "averaged": table.averaged,
+        "columns": names(table.columns),
+        "averaged": names(table.averaged),
+        **({"few_shot": few} if few else {}),
         "bootstrap": {"draws": table.draws, "seed": table.seed},
         "rows": rows,
         "notes": _notes(table),
@@ -145,7 +196,7 @@ def draw_bars(table: PaperTable, png: str | Path) -> Path:
     for key in table.keys:
         chances = [chance for chance in _values(table, key, "chance") if chance is not None]
         chance = sum(chances) / len(chances) if chances else None
-        panels.append(bar_chart.Panel(key, [_bar(row, key) for row in rows], chance))
+        panels.append(bar_chart.Panel(key.label, [_bar(row, key) for row in rows], chance))
     # Runs are often named after their method, which is not repeated then.
     labels = [
         row.name
@@ -153,32 +204,61 @@ def draw_bars(table: PaperTable, png: str | Path) -> Path:
         else f"{row.name} · {row.method}"
         for row in rows
     ]
-    title = f"{_accuracy_title(table)}: median over prompts"
+    title = f"{_accuracy_name(table)} in %: median over prompts"
     return bar_chart.draw(panels, labels, png, title=title)
 
 
-def _csv_record(row: Row, keys: Sequence[str]) -> list[tuple[str, object]]:
+def _csv_record(row: Row, keys: Sequence[Column]) -> list[tuple[str, object]]:
     """Returns (column, value) of a line of CSV."""
+
+    def name(key: Column) -> str:
+        number, seed = key.shots
+        words = [key.name, f"{number}_shots" if number else "", f"seed_{seed}" if seed else ""]
+        return "_".join(filter(None, words))
+
     record: list[tuple[str, object]] = [("run", row.name), ("method", row.method)]
-    record += [("parameters", row.percent), *((key, _score(row, key).median) for key in keys)]
+    record += [("parameters", row.percent)]
+    record += [(name(key), _score(row, key).median) for key in keys]
     for key in keys:
         score = _score(row, key)
-        record += [(f"{key}_{name}", getattr(score, name)) for name in _SCORE_FIELDS[1:]]
+        fields = _SCORE_FIELDS[1:] if key.shots != NO_SHOTS else _SCORE_FIELDS[1:-1]
+        record += [(f"{name(key)}_{field}", getattr(score, field)) for field in fields]
         for measure in MEASURES:
             low, high = score.intervals.get(measure, (None, None))
-            record += [(f"{key}_{measure}_low", low), (f"{key}_{measure}_high", high)]
+            record += [(f"{name(key)}_{measure}_low", low), (f"{name(key)}_{measure}_high", high)]
         for measure in MEASURES:
             values = score.seeds.get(measure, ())
-            record.append((f"{key}_{measure}_sd", score.deviation(measure)))
-            record.append((f"{key}_{measure}_least", min(values, default=None)))
-            record.append((f"{key}_{measure}_greatest", max(values, default=None)))
-    record += [(name, row.run.get(name)) for name in RUN_KEYS]
+            record.append((f"{name(key)}_{measure}_sd", score.deviation(measure)))
+            record.append((f"{name(key)}_{measure}_least", min(values, default=None)))
+            record.append((f"{name(key)}_{measure}_greatest", max(values, default=None)))
+    record += [(field, row.run.get(field)) for field in RUN_KEYS]
+    times = row.step_times
+    record += [
+        ("step_seconds", _joined(_seconds(time.mean) for time in times)),
+        ("step_seconds_sd", _joined(_seconds(time.deviation) for time in times)),
+        ("device", _joined(time.device for time in times)),
+        ("batch", _joined(time.batch for time in times)),
+    ]
     # Published rows have only the paper's columns, so "complete" would say nothing.
-    record += [("complete", None if row.source else row.complete), ("source", row.source)]
-    return [*record, ("seeds", " ".join(map(str, row.seeds)))]
+    record += [("complete", None if row.source else not row.partial), ("source", row.source)]
+    return [*record, ("seeds", _seeds_text(row, " "))]
 
 
-def _bar(row: Row, key: str) -> bar_chart.Bar | None:
+def _joined(values: Iterable[object]) -> str:
+    return "; ".join("" if value is None else str(value) for value in values)
+
+
+def _seconds(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _seeds_text(row: Row, separator: str) -> str:
+    """Returns the seeds of a row; those of several shots, if they differ, by '/'."""
+    texts = (separator.join(map(str, seeds)) for seeds in row.seeds.values())
+    return " / ".join(dict.fromkeys(texts))
+
+
+def _bar(row: Row, key: Column) -> bar_chart.Bar | None:
     score = _score(row, key)
     if score.median is None:
         return None
@@ -193,17 +273,16 @@ def _bar(row: Row, key: str) -> bar_chart.Bar | None:
 
 
 def _accuracy_table(table: PaperTable, measure: str) -> Table:
-    has_seeds, has_shots = _has_seeds(table), _has_shots(table)
+    has_seeds = _has_seeds(table)
     opening = ["run", "method", "parameters", *(["seeds"] if has_seeds else [])]
-    opening += ["shots"] if has_shots else []
     rows = []
     for row in table.rows:
         if all(getattr(score, measure) is None for score in _all_scores(row)):
             continue
-        seed_count = "" if row.source else str(len(row.seeds) or 1)
+        seed_count = "" if row.source else _seed_count(row)
         cells = [row.name, row.method, row.share, *([seed_count] if has_seeds else [])]
-        cells += [str(row.shots)] if has_shots else []
         rows.append([*cells, *(_accuracy(row, key, measure) for key in table.keys)])
+    columns = [*opening, *(key.label for key in table.keys)]
     footer = []
     if measure == "median":
         blank = [""] * (len(opening) - 1)
@@ -212,8 +291,26 @@ def _accuracy_table(table: PaperTable, measure: str) -> Table:
             ["prompts", *blank, *_ranges(table, "prompts", "{:,}")],
             ["examples", *blank, *_ranges(table, "examples", "{:,}")],
         ]
-    title = f"{_accuracy_title(table)}: {measure} over the prompts of a dataset"
-    return Table(title, [*opening, *table.keys], rows, footer=footer, num_text=2)
+        if _has_shots(table):
+            left_out = _ranges(table, "shots_left_out", "{:,}")
+            footer.append([result_tables.LEFT_OUT, *blank, *left_out])
+    title = f"{_accuracy_name(table)} in %: {measure} over the prompts of a dataset"
+    return Table(title, columns, rows, footer=footer, num_text=2)
+
+
+def _accuracy_name(table: PaperTable) -> str:
+    return "Accuracy" if _has_shots(table) else "Zero-shot accuracy"
+
+
+def _has_shots(table: PaperTable) -> bool:
+    return any(shots != NO_SHOTS for shots in table.shots)
+
+
+def _seed_count(row: Row) -> str:
+    """Returns the number of seeds; '3 / 2' where it differs by shots."""
+    all_shots = {key.shots for key in row.scores}
+    counts = [str(len(row.seeds.get(shots, ())) or 1) for shots in sorted(all_shots)]
+    return " / ".join(counts if len(set(counts)) > 1 else counts[:1])
 
 
 def _interval_table(table: PaperTable, measure: str) -> Table:
@@ -222,20 +319,29 @@ def _interval_table(table: PaperTable, measure: str) -> Table:
         return f"{ends[0]:.1f}–{ends[1]:.1f}" if ends else MISSING
 
     rows = [[row.name, *(interval(_score(row, key)) for key in table.keys)] for row in _runs(table)]
-    return Table(f"95 % interval of the {measure}", ["run", *table.keys], rows)
+    columns = ["run", *(key.label for key in table.keys)]
+    return Table(f"95 % interval of the {measure}", columns, rows)
 
 
 def _seed_table(table: PaperTable) -> Table:
     """Returns the table of each seed's average of the medians."""
-    seeds = sorted({seed for row in table.rows for seed in row.seeds})
+    seeds = sorted(
+        {(shots, seed) for row in table.rows for shots, s in row.seeds.items() for seed in s}
+    )
 
     def cells(row: Row) -> list[str]:
-        averages = dict(zip(row.seeds, row.average.seeds.get("median", ()), strict=False))
-        return [f"{averages[seed]:.1f}" if seed in averages else MISSING for seed in seeds]
+        averages = {
+            (shots, seed): f"{average:.1f}"
+            for shots, row_seeds in row.seeds.items()
+            for seed, average in zip(
+                row_seeds, row.average(shots).seeds.get("median", ()), strict=False
+            )
+        }
+        return [averages.get(key, MISSING) for key in seeds]
 
     return Table(
         "Average of the medians, seed by seed",
-        ["run", *(f"seed {seed}" for seed in seeds)],
+        ["run", *(Column(f"seed {seed}", shots).label for shots, seed in seeds)],
         [[row.name, *cells(row)] for row in table.rows if row.seeds],
     )
 
@@ -247,26 +353,67 @@ def _count_table(table: PaperTable) -> Table:
     rows = [
         [row.name, *(cell(_score(row, column)) for column in table.columns)] for row in _runs(table)
     ]
-    return Table("Prompts / examples of each run", ["run", *table.columns], rows)
+    columns = ["run", *(column.label for column in table.columns)]
+    return Table("Prompts / examples of each run", columns, rows)
 
 
-def _size_table(table: PaperTable) -> Table:
-    """Returns the table of parameters, in total and of a token, and of a token's FLOPs."""
+def _cost_table(table: PaperTable) -> Table:
+    """Returns the table of parameters, FLOPs and step times, and of the averages they buy."""
+    rows = _runs(table)
 
-    def parameters(number: int | None) -> str:
-        return MISSING if number is None else f"{number:,}"
+    def numbers(key: str, format_number: Callable[[int], str]) -> list[str]:
+        values = [row.run.get(key) for row in rows]
+        return [MISSING if value is None else format_number(value) for value in values]
 
-    def flops(number: int | None) -> str:
-        return MISSING if number is None else format_scaled(number)
+    columns = {
+        "method": [row.method for row in rows],
+        **({"seeds": [*map(_seed_count, rows)]} if _has_seeds(table) else {}),
+        "trainable": numbers("trainable", "{:,}".format),
+        "total": numbers("total", "{:,}".format),
+        "activated": numbers("used", "{:,}".format),
+        "FLOPs": numbers("flops", format_scaled),
+    }
+    notes = [NOTE_ON_FLOPS]
+    if any(row.run["used"] not in (None, row.run["total"]) for row in rows):
+        columns["with places"] = numbers("flops_with_places", format_scaled)
+        notes = [NOTE_ON_TOKENS]
+    else:
+        del columns["activated"]
+    if times := [time for row in rows for time in row.step_times]:
+        columns["step time"] = [_join_cells(map(_step_time, row.step_times)) for row in rows]
+        shared = []
+        for name in ("device", "batch"):
+            values = list(dict.fromkeys(getattr(time, name) for time in times))
+            if len(values) > 1:
+                columns[name] = [
+                    _join_cells(getattr(time, name) for time in row.step_times) for row in rows
+                ]
+            else:
+                shared.append(f"{name} {values[0]}")
+        notes += [_NOTE_ON_STEP_TIME + "".join(f"; {text}" for text in shared) + "."]
+        notes += [_NOTE_ON_MACHINES] if len(shared) < 2 else []
+    for shots in table.shots:
+        key = Column(AVERAGE, shots)
+        columns[key.label] = [_accuracy(row, key, "median") for row in rows]
+    cells = zip(*columns.values(), strict=True)
+    return Table(
+        "Costs, and the average of the medians",
+        ["run", *columns],
+        [[row.name, *row_cells] for row, row_cells in zip(rows, cells, strict=True)],
+        notes=notes,
+        num_text=2,
+    )
 
-    rows = [
-        [row.name, row.method]
-        + [parameters(row.run.get(key)) for key in ("trainable", "total", "used")]
-        + [flops(row.run.get(key)) for key in ("flops", "flops_with_places")]
-        for row in _runs(table)
-    ]
-    columns = ["run", "method", "trainable", "total", "a token", "FLOPs", "with places"]
-    return Table("Parameters and FLOPs", columns, rows, notes=[NOTE_ON_TOKENS], num_text=2)
+
+def _step_time(time: StepTime) -> str:
+    def text(seconds: float) -> str:
+        return format_scaled(1e6 * seconds, ("µs", "ms", "s"))
+
+    return text(time.mean) + ("" if time.deviation is None else f" ±{text(time.deviation)}")
+
+
+def _join_cells(texts: Iterable[str]) -> str:
+    return " / ".join(texts) or MISSING
 
 
 def _notes(table: PaperTable) -> list[str]:
@@ -277,9 +424,10 @@ def _notes(table: PaperTable) -> list[str]:
     )
     without = [row.name for row in runs if not all(s.intervals for s in row.scores.values())]
     notes = {
+        _NOTE_ON_SHOTS: _has_shots(table),
         _NOTE_ON_AVERAGE: len(table.columns) > len(table.averaged),
-        _NOTE_ON_ANLI: "ANLI" in table.columns,
-        _NOTE_ON_PARTIAL: any(not row.complete for row in runs),
+        _NOTE_ON_ANLI: any(column.name == "ANLI" for column in table.columns),
+        _NOTE_ON_PARTIAL: any(row.partial for row in runs),
         _NOTE_ON_SEEDS: _has_seeds(table),
         _NOTE_ON_TRAINED: any(score.trained for row in runs for score in _all_scores(row)),
         intervals: any(map(_has_any_interval, runs)),
@@ -294,16 +442,21 @@ def _runs(table: PaperTable) -> list[Row]:
     return [row for row in table.rows if not row.source]
 
 
-def _partial_mark(row: Row, key: str) -> str:
-    return "†" if key == AVERAGE and not row.complete else ""
+def _keys_of(table: PaperTable, shots: Shots) -> list[Column]:
+    """Returns the datasets with these shots, and their average."""
+    return [*(c for c in table.columns if c.shots == shots), Column(AVERAGE, shots)]
 
 
-def _score(row: Row, key: str) -> Score:
-    return row.average if key == AVERAGE else row.scores.get(key, Score())
+def _partial_mark(row: Row, key: Column) -> str:
+    return "†" if key.name == AVERAGE and key.shots in row.partial else ""
+
+
+def _score(row: Row, key: Column) -> Score:
+    return row.scores.get(key, Score())
 
 
 def _all_scores(row: Row) -> list[Score]:
-    return [*row.scores.values(), row.average]
+    return [*row.scores.values()]
 
 
 def _has_any_interval(row: Row) -> bool:
@@ -314,15 +467,7 @@ def _has_seeds(table: PaperTable) -> bool:
     return any(row.seeds for row in table.rows)
 
 
-def _has_shots(table: PaperTable) -> bool:
-    return any(row.shots for row in table.rows)
-
-
-def _accuracy_title(table: PaperTable) -> str:
-    return "Accuracy in %" if _has_shots(table) else "Zero-shot accuracy in %"
-
-
-def _accuracy(row: Row, key: str, measure: str) -> str:
+def _accuracy(row: Row, key: Column, measure: str) -> str:
     score = _score(row, key)
     value = getattr(score, measure)
     if value is None:
@@ -333,17 +478,17 @@ def _accuracy(row: Row, key: str, measure: str) -> str:
     return " ".join([f"{value:.1f}{spread}", *filter(None, marks)])
 
 
-def _values(table: PaperTable, key: str, name: str) -> list[float | None]:
+def _values(table: PaperTable, key: Column, name: str) -> list[float | None]:
     """Returns a field of the runs' scores, without that of partial averages (other datasets)."""
-    rows = [row for row in _runs(table) if row.complete or key != AVERAGE]
+    rows = [row for row in _runs(table) if not _partial_mark(row, key)]
     return [getattr(_score(row, key), name) for row in rows]
 
 
 def _ranges(table: PaperTable, name: str, number_format: str) -> list[str]:
     """Returns a field's range over the runs for each column; for the average only of chance."""
     return [
-        format_range(_values(table, key, name), number_format.format)
-        if key != AVERAGE or name == "chance"
+        result_tables.format_range(_values(table, key, name), number_format.format)
+        if key.name != AVERAGE or name == "chance"
         else ""
         for key in table.keys
     ]

@@ -23,6 +23,9 @@ RESULTS = "results.json"
 PREDICTIONS = "predictions"
 # Absent from zero-shot runs.
 SHOTS_KEYS = ("shots", "shots_seed")
+# Values of `SHOTS_KEYS`: the number of shots and their seed.
+Shots: TypeAlias = tuple[int, ...]
+NO_SHOTS: Shots = (0, 0)
 
 # A run, or a part of one, as read from JSON.
 JsonObject: TypeAlias = dict[str, Any]
@@ -35,6 +38,7 @@ _TASK_KEYS: dict[str, _Types] = {
     "chance": (int, float),
     "examples": int,
 }
+_STEP_TIME_KEYS: dict[str, _Types] = {"seconds": (int, float), "device": str, "batch": str}
 _TYPE_NAMES = {str: "text", dict: "an object", int: "a number"}
 
 
@@ -122,7 +126,7 @@ def check_overwrites(
     folder: Path,
     checkpoints: Collection[str],
     tasks: Collection[str] | None = None,
-    shots: tuple[int, ...] = (0, 0),
+    shots: Shots = NO_SHOTS,
 ) -> bool:
     """Checks that an evaluation recomputes every result that it overwrites in `folder`.
 
@@ -173,7 +177,7 @@ def check_overwrites(
     return True
 
 
-def _describe_shots(shots: tuple[int, ...]) -> str:
+def _describe_shots(shots: Shots) -> str:
     return f"SHOTS={shots[0]}" + (f" and SHOTS_SEED={shots[1]}" if shots[0] else "")
 
 
@@ -209,7 +213,7 @@ def load_results(path: str) -> JsonObject:
     return results
 
 
-def shots_of(run: JsonObject) -> tuple[int, ...]:
+def shots_of(run: JsonObject) -> Shots:
     """Returns the `SHOTS_KEYS` of a run, zeros if it is zero-shot."""
     return tuple(run.get(key, 0) for key in SHOTS_KEYS)
 
@@ -277,6 +281,11 @@ def _check_run(run: JsonObject, where: str) -> None:
     for key in numbers:
         if not isinstance(run.get(key), int | None):
             raise InputError(f"{where}: expected {key!r} to be a number, got {run[key]!r}")
+    step_times = run.get("step_times", [])
+    if not isinstance(step_times, list):
+        raise InputError(f"{where}: expected 'step_times' to be a list, got {step_times!r:.60}")
+    for step_time in step_times:
+        _check_object(step_time, _STEP_TIME_KEYS, f"{where}, step_times")
     trained = run.get("trained_datasets")
     is_list = isinstance(trained, list) and all(isinstance(name, str) for name in trained)
     if trained is not None and not is_list:
