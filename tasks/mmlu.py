@@ -55,6 +55,8 @@ _SUBJECTS_BY_AREA = {
     ),
 }
 AREAS = {subject: area for area, subjects in _SUBJECTS_BY_AREA.items() for subject in subjects}
+# The names of the subjects' datasets in tables.
+DATASETS = {subject: f"mmlu_{subject}" for subject in AREAS}
 
 
 class Question(NamedTuple):
@@ -164,7 +166,7 @@ def register(
     # here, because it imports seqio, which takes 8 s
     from pemoe_jax.tasks import benchmark_tasks
 
-    tasks = {f"mmlu_{subject}{score_eval.SUFFIX}": subject for subject in files}
+    tasks = {DATASETS[subject] + score_eval.SUFFIX: subject for subject in files}
     vocabulary = load_vocabulary(vocab_path)
     benchmark_tasks.register(
         [
@@ -197,7 +199,7 @@ def register(
         summary.append(f"missing subjects, not in the means: {abbreviate(benchmark.missing, 5)}")
     return TaskRoles(
         folder=str(folder),
-        datasets=tasks,
+        datasets={name: DATASETS[subject] for name, subject in tasks.items()},
         eval_tasks=list(tasks),
         eval_splits={score_eval.plain_name(name): split for name in tasks},
         summary=summary,

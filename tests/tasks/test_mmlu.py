@@ -96,7 +96,7 @@ def test_tasks_of_a_folder(folder):
     groups = choices.load_choice_groups(mmlu.MIXTURE, LENGTHS)
     assert len(groups) == 25
     for group in groups:
-        subject = roles.datasets[group.task]
+        subject = roles.datasets[group.task].removeprefix("mmlu_")
         question = mmlu.Question(*_split(questions(subject, 16)[9 + group.idx]))
         assert group.input_text == question.prompt()
         assert group.choice_texts == mmlu.LETTERS

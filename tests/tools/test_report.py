@@ -82,6 +82,17 @@ def table(printed_tables: dict, measure: str) -> dict[str, dict[str, str]]:
 # --- the table ---
 
 
+def test_mmlu_is_a_column_over_its_subjects(tmp_path, capsys):
+    answers = {"astronomy": [1, 1, 1, 0], "virology": [1], "sociology": [0, 0]}
+    tasks = {
+        f"mmlu_{subject}_score_eval": (f"mmlu_{subject}", correct)
+        for subject, correct in answers.items()
+    }
+    output = printed(capsys, write(tmp_path, {"mov": tasks}))
+    assert table(output, "mean")["mov"]["MMLU"] == "58.3"  # (75 + 100 + 0) / 3
+    assert table(output, "median")["mov"]["MMLU"] == "75.0"
+
+
 def test_columns_of_the_paper_in_its_order(tmp_path, capsys):
     write(tmp_path, {"first": eight(6)})
     medians = table(printed(capsys, tmp_path), "median")

@@ -4,7 +4,7 @@
 over the prompts of a dataset, the paper's main figure, and the mean, in %. As in the paper, ANLI is
 one column: median and mean are over the prompts of its three rounds, 45 in P3. Datasets that the
 paper does not have come after the average, which excludes them; without any of the paper's, the
-average is over all.
+average is over all. MMLU is one such column, over its subjects.
 
 Runs that differ only in the seed are one row: the mean over seeds. Results of a run with k solved
 examples in each input (`SHOTS`) are in its row too, in columns of their own after the zero-shot
@@ -32,15 +32,16 @@ from pemoe_jax.analysis.zero_shot.results import (
     load_predictions,
     shots_of,
 )
+from pemoe_jax.tasks import mmlu
 
 AVERAGE = "average"
 MEASURES = ("median", "mean")
 # What a row keeps of a run's results: see `evaluate.describe_run`.
 RUN_KEYS = ("step", "checkpoint", "trainable", "total", "used", "flops", "flops_with_places")
 
-# Dataset of a task -> column of the paper. In P3, ANLI's rounds are splits of one dataset; other
-# sources have a dataset for each round.
-_PAPER_COLUMNS = {
+# Dataset of a task -> its column, if that has another name. In P3, ANLI's rounds are splits of one
+# dataset; other sources have a dataset for each round.
+_COLUMNS = {
     **dict.fromkeys(("anli", "anli_r1", "anli_r2", "anli_r3"), "ANLI"),
     "cb": "CB",
     "rte": "RTE",
@@ -49,6 +50,7 @@ _PAPER_COLUMNS = {
     "copa": "COPA",
     "winogrande_winogrande_xl": "WNG",
     "hellaswag": "HS",
+    **dict.fromkeys(mmlu.DATASETS.values(), "MMLU"),
 }
 
 
@@ -258,7 +260,7 @@ def _largest(group: _Group) -> list[JsonObject]:
 
 
 def _column(dataset: str) -> str:
-    return _PAPER_COLUMNS.get(dataset, dataset)
+    return _COLUMNS.get(dataset, dataset)
 
 
 def _tasks_by_column(run: JsonObject) -> dict[str, dict[str, JsonObject]]:
