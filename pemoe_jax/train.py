@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import optax
 
     from pemoe_jax.checkpoints import runs
+    from pemoe_jax.checkpoints.models import OpenedModel
     from pemoe_jax.core import network, optim, partitioning, steps
     from pemoe_jax.core.params import PyTree
     from pemoe_jax.core.sparse import Sparse
@@ -78,7 +79,7 @@ def train(
     import jax
 
     from pemoe_jax.analysis import plots, sparse_layers
-    from pemoe_jax.checkpoints import run_settings, runs
+    from pemoe_jax.checkpoints import initial_run, run_settings, runs
     from pemoe_jax.core import adapters, network, partitioning, sparse, stacks
     from pemoe_jax.data import prefetch, seqio_tasks, task_fraction
     from pemoe_jax.runtime import atomic_write, distributed, file_io, train_loop
@@ -89,7 +90,11 @@ def train(
     device_mesh, rules = distributed.start(mesh, data.batch_size, data.microbatches)
     base_path = checkpointing.initial_checkpoint_path
     _check_references(model, optimizer, schedule)
-    model = _with_base_dimensions(model, base_path)
+    initial = initial_run.open_initial_run(base_path)
+    if initial is None:
+        model = _with_base_dimensions(model, base_path)
+    else:
+        model = initial_run.take_dimensions(model, initial)
     record = runs.Record(
         method=method.name,
         trainable=list(method.trainable),
@@ -102,6 +107,8 @@ def train(
         seed=seed,
         optimizer=getattr(optimizer, "__name__", type(optimizer).__name__),
     )
+    if initial is not None:
+        _check_initial_run(initial, record, model, method)
     _check_before_tasks(model, method, data, record.adapters)
     first_step = _resume_step(model_dir, record)
     task_roles = run_register(data.register)
@@ -116,11 +123,12 @@ def train(
     model, sentence_source = _open_sentences(model, data)
     transformation = optimizer(schedule, param_axes=network.param_axes(model))
     state, frozen, record = _initialize(
-        model, method, transformation, checkpointing, record, device_mesh, rules
+        model, method, transformation, checkpointing, record, device_mesh, rules, initial
     )
+    training_record = task_roles.training_record(trained_tasks)
     record = dataclasses.replace(
         record,
-        **task_roles.training_record(trained_tasks),
+        **initial_run.add_training(training_record, base_path),
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
     )
     recipe = _describe_recipe(optimizer, schedule, total_steps)
@@ -272,6 +280,24 @@ def _warn_of_other_routing(current: "Sparse", trained: "Sparse", base_path: str)
         )
 
 
+def _check_initial_run(
+    initial: "OpenedModel",
+    record: "runs.Record",
+    model: "network.Transformer",
+    method: options.Method,
+) -> None:
+    """Checks that a run can continue from another, and prints the settings that it changes."""
+    from pemoe_jax.checkpoints import initial_run
+    from pemoe_jax.core import network
+    from pemoe_jax.core import params as params_lib
+
+    changes = initial_run.check_shape(initial, record, model)
+    shapes = params_lib.flatten(network.param_shapes(model))
+    initial_run.check_trainable(initial, _trainable_paths(method, shapes), method.name)
+    if changes:
+        print(f"settings that differ from those of {initial.path}: {changes}", flush=True)
+
+
 def _check_before_tasks(
     model: "network.Transformer",
     method: options.Method,
@@ -318,11 +344,12 @@ def _initialize(
     record: "runs.Record",
     mesh: "jax.sharding.Mesh",
     rules: "partitioning.Rules",
+    initial: "OpenedModel | None",
 ) -> "tuple[steps.TrainState, PyTree, runs.Record]":
     """Returns the sharded train state and frozen parameters at step 0, and the completed record."""
     import jax
 
-    from pemoe_jax.checkpoints import models
+    from pemoe_jax.checkpoints import initial_run, models
     from pemoe_jax.core import network, partitioning, steps
     from pemoe_jax.core import params as params_lib
 
@@ -330,24 +357,32 @@ def _initialize(
     # Before the base is read, which may take minutes: a wrong pattern is an error here.
     trainable_paths = _trainable_paths(method, shapes)
     shardings = partitioning.param_shardings(mesh, rules, network.param_axes(model), shapes)
-    base, base_identity = models.load_base(
-        model,
-        checkpointing.initial_checkpoint_path,
-        record.seed,
-        trainable_paths.__contains__,
-        shardings,
-        method.frozen_dtype,
-        checkpointing.upcycle_noise or 0.0,
-    )
-    adapter_params = models.device_put(
-        network.init_params(model, record.seed, params_lib.is_adapter), shardings
-    )
-    trained, frozen = params_lib.split(params_lib.merge(adapter_params, base), method.trainable)
+    base_path = checkpointing.initial_checkpoint_path
+    if initial is None:
+        base, base_identity = models.load_base(
+            model,
+            base_path,
+            record.seed,
+            trainable_paths.__contains__,
+            shardings,
+            method.frozen_dtype,
+            checkpointing.upcycle_noise or 0.0,
+        )
+        adapter_params = models.device_put(
+            network.init_params(model, record.seed, params_lib.is_adapter), shardings
+        )
+        params, fingerprint = params_lib.merge(adapter_params, base), base_identity["fingerprint"]
+    else:
+        params, base_identity, fingerprint = initial_run.load_params(
+            initial, model, record.seed, trainable_paths, shardings, method.frozen_dtype
+        )
+    trained, frozen = params_lib.split(params, method.trainable)
     record = dataclasses.replace(
         record,
         config=model.config.as_dict(),
         base={**base_identity, "needed": bool(frozen), "frozen_dtype": method.frozen_dtype},
         counts={"trainable": params_lib.count(trained), "total": params_lib.count(shapes)},
+        initial=initial_run.describe(base_path, fingerprint),
     )
 
     def create(params: "PyTree") -> steps.TrainState:
@@ -382,6 +417,7 @@ def _summarize(
     import jax
 
     from pemoe_jax.analysis import counts
+    from pemoe_jax.checkpoints import initial_run
     from pemoe_jax.core import params as params_lib
 
     base = record.base
@@ -392,6 +428,7 @@ def _summarize(
         base=f"{name}, fingerprint {base['fingerprint']}",
         method=record.method,
         extra={
+            **({"initial run": initial_run.summarize(record.initial)} if record.initial else {}),
             **sparse_lines,
             "optimizer": recipe,
             "devices": str(len(jax.devices())),

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -251,17 +251,32 @@ class OpenedModel:
             return load_base(
                 self.model, self.path, 0, shardings=shardings, frozen_dtype=self.frozen_dtype
             )[0]
+        return self.load_with_identity(shardings)[0]
+
+    def load_with_identity(
+        self, shardings: Shardings = None, trainable: Collection[str] = ()
+    ) -> tuple[dict[str, PyTree], JsonObject]:
+        """Loads all parameters of a run, and the identity of its base; see `load_base`.
+
+        Args:
+          shardings: see `load_base`.
+          trainable: paths of parameters to load in float32, beside those that the run trained.
+
+        Raises:
+          InputError: see `load`.
+        """
+        assert self.record is not None
         # First, because it is small: a wrong adapter fails before the base is read.
         trained = self.load_trained(shardings)
         if not self.needs_base:
-            return trained
+            return trained, self.record.base
         trained_paths = params_lib.flatten(trained).keys()
         upcycled = self.record.base.get("upcycled", {})
         base, identity = load_base(
             self.model,
             self.base_path,
             self.record.base["seed"] or upcycled.get("seed", 0),
-            trained_paths.__contains__,
+            {*trained_paths, *trainable}.__contains__,
             shardings,
             self.frozen_dtype,
             upcycled.get("noise", 0.0),
@@ -277,7 +292,8 @@ class OpenedModel:
         frozen = params_lib.merge(device_put(frozen_adapters, shardings), base)
         params = params_lib.merge(trained, frozen)
         shapes = network.param_shapes(self.model)
-        return params_lib.check_matches(params, shapes, f"checkpoint {self.path} and its base")
+        matched = params_lib.check_matches(params, shapes, f"checkpoint {self.path} and its base")
+        return matched, identity
 
     def shardings(
         self, mesh: jax.sharding.Mesh, rules: partitioning.Rules

@@ -22,7 +22,7 @@ def check_same_run(folder: str | os.PathLike[str], saved: Record, current: Recor
 
 
 def _differences(saved: Record, current: Record) -> Iterator[str]:
-    before, after = _settings(saved, saved.base), _settings(current, saved.base)
+    before, after = _settings(saved, saved), _settings(current, saved)
     if saved.method == current.method:  # otherwise everything differs
         before["TRAINABLE"], after["TRAINABLE"] = saved.trainable, current.trainable
         yield from adapter_differences(saved.adapters, current.adapters)
@@ -34,9 +34,9 @@ def _differences(saved: Record, current: Record) -> Iterator[str]:
     yield from _changed_names("held-out datasets", saved.held_out, current.held_out)
 
 
-def _settings(record: Record, saved_base: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(record: Record, saved: Record) -> dict[str, Any]:
     """Returns the settings that a run keeps, by the names that users know; without unknown ones."""
-    base = record.base if saved_base["needed"] else {}
+    base = record.base if saved.base["needed"] else {}
     settings = {
         "method": record.method,
         "SEED": record.seed,
@@ -51,10 +51,18 @@ def _settings(record: Record, saved_base: Mapping[str, Any]) -> dict[str, Any]:
         # Runs from before quantization recorded none.
         "FROZEN_DTYPE": base.get("frozen_dtype", "activations") if base else None,
         "UPCYCLE_NOISE": base.get("upcycled", {}).get("noise"),
+        "INITIAL_CHECKPOINT_PATH, a run with fingerprint": _initial_fingerprint(record, saved),
     }
     known = {name: value for name, value in settings.items() if value is not None}
     # None is a value of these, not an unknown one.
     return known | {name: value for name, value in settings.items() if name.startswith("T5Config.")}
+
+
+def _initial_fingerprint(record: Record, saved: Record) -> str | None:
+    """Returns that of the run that a run started from; 'none' for a base; None: unknown."""
+    if saved.initial is None or not record.base:
+        return None
+    return "none" if record.initial is None else record.initial["fingerprint"]
 
 
 def adapter_differences(
@@ -62,16 +70,17 @@ def adapter_differences(
 ) -> Iterator[str]:
     """Yields lines such as 'num_experts 10 -> 5 at key, value, gate'."""
     if saved.keys() != current.keys():
-        yield f"adapters at {', '.join(saved)} -> {', '.join(current)}"
+        before, after = (", ".join(sites) or "none" for sites in (saved, current))
+        yield f"adapters at {before} -> {after}"
         return
-    sites: dict[str, list[str]] = {}
+    changes: dict[str, list[str]] = {}
     for site in saved:
-        before, after = _flatten(saved[site]), _flatten(current[site])
-        for name in before | after:
-            if before.get(name) != after.get(name):
-                change = f"{name} {before.get(name)} -> {after.get(name)}"
-                sites.setdefault(change, []).append(site)
-    yield from (f"{change} at {', '.join(names)}" for change, names in sites.items())
+        old, new = _flatten(saved[site]), _flatten(current[site])
+        for name in old | new:
+            if old.get(name) != new.get(name):
+                change = f"{name} {old.get(name)} -> {new.get(name)}"
+                changes.setdefault(change, []).append(site)
+    yield from (f"{change} at {', '.join(names)}" for change, names in changes.items())
 
 
 def sparse_differences(

@@ -90,8 +90,8 @@ class Checkpointing:
     Attributes:
       model_dir: folder of config.gin, metrics.jsonl, loss.png, tensorboard/ and checkpoint_<step>/;
         a run resumes from the newest checkpoint in it.
-      initial_checkpoint_path: base model, in the format of T5X, Hugging Face or this package; None:
-        random weights.
+      initial_checkpoint_path: base model, in the format of T5X, Hugging Face or this package, or a
+        run to continue from; None: random weights.
       upcycle_noise: σ, where a sparse model starts from a dense base: each expert is the dense MLP
         times 1 + N(0, σ²); None: 0.
       period: steps between two checkpoints.

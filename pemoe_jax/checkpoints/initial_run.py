@@ -1,0 +1,170 @@
+"""A run that another run continues from (INITIAL_CHECKPOINT_PATH): what it trained, on its base.
+
+A run that trained a whole model without adapters is a base like any other, see `base_model`. Of all
+other runs, the new one takes over the trained parameters and the base that they belong to. Its own
+checkpoints then hold the same parameters, so they need the base alone.
+"""
+
+import dataclasses
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pemoe_jax.checkpoints import adapter_file, models, runs, same_run, t5x_run
+from pemoe_jax.checkpoints.models import OpenedModel
+from pemoe_jax.checkpoints.runs import Record
+from pemoe_jax.core import network
+from pemoe_jax.core import params as params_lib
+from pemoe_jax.core.errors import InputError, plural
+from pemoe_jax.core.network import Transformer
+from pemoe_jax.core.params import PyTree
+from pemoe_jax.runtime import file_io
+from pemoe_jax.runtime.file_io import JsonObject
+
+# Fields of `T5Config` that determine the shapes of parameters.
+DIMENSIONS = (
+    *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "num_encoder_layers"),
+    *("num_decoder_layers", "mlp_activations", "logits_via_embedding", "sentence_dim"),
+)
+
+
+def read_record(path: str | None) -> Record | None:
+    """Returns the record of a run or an exported adapter; None if the path is neither."""
+    if path is None:
+        return None
+    if adapter_file.is_adapter(path):
+        return adapter_file.open_adapter(path)[1]
+    if runs.is_run(path):
+        return runs.read_record(path)
+    return t5x_run.read_record(path) if t5x_run.is_run(path) else None
+
+
+def open_initial_run(path: str | None) -> OpenedModel | None:
+    """Opens a run that is not a base by itself; None for a base or a path that is no run.
+
+    Raises:
+      InputError: the run's base does not exist, or a checkpoint is unreadable.
+    """
+    record = read_record(path)
+    if record is None or not (record.adapters or record.base["needed"]):
+        return None
+    assert path is not None
+    base_path = record.base["path"]
+    if record.base["needed"] and base_path is not None and not file_io.resolve(base_path).exists():
+        raise InputError(
+            f"INITIAL_CHECKPOINT_PATH {path} belongs to the base {base_path}, which does not exist"
+        )
+    return models.open_model(path)
+
+
+def take_dimensions(model: Transformer, initial: OpenedModel) -> Transformer:
+    """Returns the model with the dimensions of a run."""
+    config = initial.model.config
+    sizes = {name: getattr(config, name) for name in DIMENSIONS}
+    return model.clone(config=dataclasses.replace(model.config, **sizes))
+
+
+def check_shape(initial: OpenedModel, current: Record, model: Transformer) -> str:
+    """Checks that a new run's parameters have the shapes of an initial run's.
+
+    Args:
+      initial: the initial run.
+      current: the new run.
+      model: its network, with the dimensions of the initial run.
+
+    Returns:
+      The settings of adapters that differ, such as 'top_k None -> 2 at key'; '' if none does.
+
+    Raises:
+      InputError: another shape, with both runs and every difference.
+    """
+    assert initial.record is not None
+    saved = initial.record
+    differences = [
+        *same_run.adapter_differences(saved.adapters, current.adapters),
+        *same_run.sparse_differences(saved.sparse, current.sparse),
+    ]
+    shapes = [
+        {path: leaf.shape for path, leaf in params_lib.flatten(network.param_shapes(m)).items()}
+        for m in (initial.model, model)
+    ]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"INITIAL_CHECKPOINT_PATH must be a base, or a run of this run's shape, got"
+            f" {initial.path}: {saved.method} -> {current.method}, {'; '.join(differences)}"
+        )
+    return "; ".join(differences)
+
+
+def check_trainable(initial: OpenedModel, trainable: Collection[str], method: str) -> None:
+    """Raises InputError if a new run freezes what an initial run trained.
+
+    Its checkpoints would then lack these parameters, and the base does not have them.
+    """
+    if frozen := initial.trained_arrays.keys() - set(trainable):
+        raise InputError(
+            f"TRAINABLE and FREEZE must leave trainable what the run {initial.path} trained, got"
+            f" {plural(len(frozen), 'array')} that {method} freezes, such as {min(frozen)}"
+            " (a run that trained a whole model, also by pemoe convert base, has no such limit)"
+        )
+
+
+def load_params(
+    initial: OpenedModel,
+    model: Transformer,
+    seed: int,
+    trainable: Collection[str],
+    shardings: models.Shardings,
+    frozen_dtype: str,
+) -> tuple[dict[str, PyTree], JsonObject, str]:
+    """Returns an initial run's parameters, its base's identity, and the fingerprint of the trained.
+
+    Args:
+      initial: the initial run.
+      model: the new run's network, of the same shape.
+      seed: the new run's seed.
+      trainable: paths of the parameters that the new run trains; they are float32.
+      shardings, frozen_dtype: see `models.load_base`.
+
+    Raises:
+      InputError: see `OpenedModel.load`; or `seed` would draw other frozen adapters.
+    """
+    assert initial.record is not None
+    paths = params_lib.flatten(network.param_shapes(model)).keys()
+    is_drawn = any(map(params_lib.is_adapter, paths - set(trainable)))
+    if is_drawn and seed != initial.record.seed:
+        raise InputError(
+            f"SEED must be {initial.record.seed}, which draws the frozen adapters of the run"
+            f" {initial.path}, got {seed}"
+        )
+    opened = dataclasses.replace(initial, model=model, frozen_dtype=frozen_dtype)
+    params, identity = opened.load_with_identity(shardings, trainable)
+    trained = params_lib.select(params, initial.trained_arrays.__contains__)
+    return params, identity, params_lib.fingerprint(trained)
+
+
+def describe(path: str | None, fingerprint: str) -> JsonObject | None:
+    """Returns `Record.initial` for INITIAL_CHECKPOINT_PATH; None unless it is a run."""
+    record = read_record(path)
+    if record is None or path is None:
+        return None
+    absolute = os.fspath(file_io.resolve(path))
+    return {"path": absolute, "method": record.method, "fingerprint": fingerprint}
+
+
+def summarize(initial: Mapping[str, Any]) -> str:
+    """Returns `Record.initial` as text."""
+    return f"{initial['path']}, a run of {initial['method']}, fingerprint {initial['fingerprint']}"
+
+
+def add_training(fields: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+    """Returns `TaskRoles.training_record` with the datasets and tasks of an initial run too.
+
+    They are unknown if those of the initial run are; without one the fields stay as they are.
+    """
+    joined = dict(fields)
+    if (initial := read_record(path)) is not None:
+        for name in ("trained_datasets", "trained_tasks"):
+            before = getattr(initial, name)
+            joined[name] = None if before is None else sorted({*before, *fields[name]})
+    return joined
