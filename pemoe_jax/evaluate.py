@@ -112,7 +112,7 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     """
     from pemoe_jax.analysis import counts
     from pemoe_jax.analysis.planning import flops
-    from pemoe_jax.checkpoints import run_settings, runs
+    from pemoe_jax.checkpoints import initial_run, runs
     from pemoe_jax.core import adapters, network, params
     from pemoe_jax.runtime import step_times
 
@@ -128,9 +128,9 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     record = opened.record
     if record is None:
         return about
-    settings = run_settings.read_settings(opened.path)
-    if settings:
-        about |= {"seed": record.seed, "settings": run_settings.fingerprint(settings)}
+    settings = initial_run.fingerprint_settings(opened.path, record)
+    if settings is not None:
+        about |= {"seed": record.seed, "settings": settings}
     if runs.is_run(opened.path):
         metrics = runs.resolve(opened.path)[0] / "metrics.jsonl"
         about["step_times"] = step_times.read_step_times(metrics, opened.step)

@@ -1,6 +1,7 @@
 """Runs that continue from another run: INITIAL_CHECKPOINT_PATH is a run of this package."""
 
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_train import assert_ends_alike, train_flags
 from test_train import folder as folder  # a fixture
 
 from pemoe_jax import train
-from pemoe_jax.checkpoints import models, runs
+from pemoe_jax.checkpoints import initial_run, models, runs
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.tools import convert
 
@@ -67,6 +68,15 @@ def test_adapters_continue_on_the_base_of_their_run(folder, adapter_run, tmp_pat
     assert record.base == before.base and record.counts == before.counts
     assert record.trained_tasks == ["check_1", *before.trained_tasks]
     assert record.trained_datasets == ["check", *before.trained_datasets]
+
+    # The path of the initial run is no setting that distinguishes seeds.
+    shutil.copytree(adapter_run, tmp_path / "copy")
+    assert run(tmp_path / "other", INITIAL_CHECKPOINT_PATH=tmp_path / "copy", SEED=4, **STILL) == 0
+    settings = [
+        initial_run.fingerprint_settings(str(path), runs.read_record(str(path)))
+        for path in (tmp_path / "still", tmp_path / "other")
+    ]
+    assert settings[0] == settings[1]
 
     exported = tmp_path / "exported"
     assert convert.main(["adapter", str(adapter_run), str(exported)]) == 0

@@ -10,7 +10,14 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pemoe_jax.checkpoints import adapter_file, models, runs, same_run, t5x_run
+from pemoe_jax.checkpoints import (
+    adapter_file,
+    models,
+    run_settings,
+    runs,
+    same_run,
+    t5x_run,
+)
 from pemoe_jax.checkpoints.models import OpenedModel
 from pemoe_jax.checkpoints.runs import Record
 from pemoe_jax.core import network
@@ -148,8 +155,24 @@ def describe(path: str | None, fingerprint: str) -> JsonObject | None:
     record = read_record(path)
     if record is None or path is None:
         return None
-    absolute = os.fspath(file_io.resolve(path))
-    return {"path": absolute, "method": record.method, "fingerprint": fingerprint}
+    return {
+        "path": os.fspath(file_io.resolve(path)),
+        "method": record.method,
+        "fingerprint": fingerprint,
+        "settings": fingerprint_settings(path, record),
+    }
+
+
+def fingerprint_settings(path: str, record: Record) -> str | None:
+    """Returns a hash of all settings of a run but the seed; None if it has no config.gin.
+
+    An initial run is represented by its settings, not by its path, which differs from seed to seed.
+    """
+    settings = run_settings.read_settings(path)
+    initial_settings = (record.initial or {}).get("settings")
+    if settings and initial_settings is not None:
+        settings["INITIAL_CHECKPOINT_PATH"] = initial_settings
+    return run_settings.fingerprint(settings) if settings else None
 
 
 def summarize(initial: Mapping[str, Any]) -> str:

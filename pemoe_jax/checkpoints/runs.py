@@ -47,9 +47,9 @@ class Record:
       optimizer: name of the optimizer's function; None: unknown.
       sentence_encoder: encoder of the sentence embeddings that routers read (name, dim,
         fingerprint or probe: `sentence_table.is_same_encoder`); None: routers read none.
-      initial: path and method of the run that this one started from, and the fingerprint of what
-        it trained; None: it started from a base model. `trained_datasets` and `trained_tasks` then
-        have those of both.
+      initial: path and method of the run that this one started from, the fingerprint of what it
+        trained, and a hash of its settings (`initial_run.fingerprint_settings`); None: it started
+        from a base model. `trained_datasets` and `trained_tasks` then have those of both.
     """
 
     method: str

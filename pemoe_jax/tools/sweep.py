@@ -27,7 +27,10 @@ failed ones.
 
 An EXPERIMENT is gin files and settings joined by +. Its files come before those
 of --gin_file, so that a method precedes the run file; its settings override all
-others. @FILE inserts the arguments of a file, in which # starts a comment."""
+others. +FROM=NAME starts it from the run of the experiment NAME, before it in
+the sweep, with the same seed; the gain over the same experiment without FROM is
+a table of its own. @FILE inserts the arguments of a file, in which # starts a
+comment."""
 
 _EPILOG = """\
 --gin.NAME=value is passed to training, and the macros of runs/tasks.gin, which
@@ -36,7 +39,7 @@ locate the data, to evaluation as well. Join settings of evaluation alone to
 
 output in DIR: report.md, .csv, .json and .png; for each run the MODEL_DIR
 <experiment>-seed<n>/ with train.log, evaluate.log and results/; base/ with the
-scores of the base model.
+scores of the base model; gains.md, if an experiment has FROM.
 
 examples:
   pemoe sweep @sweeps/quickstart_routing.txt --output=/tmp/routing
@@ -80,6 +83,7 @@ _MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_j
 # Macros that the sweep sets for each run; a user's value would be overridden silently.
 _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
+_FROM = re.compile(r"\+FROM=([\w.=-]+)")
 # INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
 _RESOLVE_BASE_CONFIG = """\
 from __gin__ import dynamic_registration
@@ -98,6 +102,7 @@ class Run:
       evaluate_flags: flags of `pemoe_jax.evaluate`.
       train_settings: gin settings that the trained parameters depend on.
       evaluate_settings: gin settings that the scores depend on.
+      direct: folder of the run that differs in that it does not start from another; None: none.
     """
 
     folder: Path
@@ -105,6 +110,7 @@ class Run:
     evaluate_flags: list[str]
     train_settings: dict[str, str]
     evaluate_settings: dict[str, str]
+    direct: Path | None = None
 
     @property
     def results(self) -> Path:
@@ -156,6 +162,7 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
                 flags = [f"--output={args.output}", *["--with_paper"] * args.with_paper]
                 folders = [str(run.results) for run in finished]
                 report.report(report.FLAGS.parse_args([*folders, *flags]))
+                _report_gains(finished, Path(args.output))
     except KeyboardInterrupt:
         print("stopped: run the same command to continue", file=sys.stderr)
         raise
@@ -200,24 +207,35 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
     runs: list[Run] = []
     bases: dict[str, None] = {}  # an ordered set
     for experiment in args.experiments:
-        files, settings = _split_experiment(experiment)
-        words = [Path(flag.removeprefix("--gin_file=")).stem for flag in files]
-        words += [flag.removeprefix("--gin.") for flag in settings]
-        name = re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.")
+        start = _FROM.search(experiment)
+        name = _experiment_name(experiment)
+        files, settings = _split_experiment(_FROM.sub("", experiment))
         files += [f"--gin_file={file}" for file in args.gin_file]
         experiment_flags = [*files, *shared, *train_bindings, *settings]
         for seed in seeds:
-            folder = Path(args.output) / f"{name}-seed{seed}"
+            folder = _folder(args.output, name, seed)
             # Two experiments may differ only in characters that a folder's name cannot have.
             if folder in [run.folder for run in runs]:
                 raise InputError(f"{experiment}: another experiment has the name {name}")
             flags = [*experiment_flags, f"--gin.SEED={seed}", f"--gin.MODEL_DIR={folder}"]
+            folders = [run.folder for run in runs]
+            direct = None
+            if start is not None:
+                initial = _folder(args.output, start[1], seed)
+                if initial not in folders:
+                    raise InputError(
+                        f"{experiment}: FROM must be an experiment before this one, got {start[1]}"
+                    )
+                flags.append(f"--gin.INITIAL_CHECKPOINT_PATH={initial}")
+                direct = _folder(args.output, _experiment_name(_FROM.sub("", experiment)), seed)
             train_settings = _parse_settings("train", flags, experiment)
-            base = _parsed_base(experiment)
-            if base is not None:
+            if start is not None:  # a moved output folder changes no setting
+                train_settings["INITIAL_CHECKPOINT_PATH"] = f"the run of {start[1]}"
+            elif (base := _parsed_base(experiment)) is not None:
                 bases[base] = None
             scoring_flags = [*evaluate_flags, f"--gin.CHECKPOINT_PATH={folder}"]
-            runs.append(_make_run(folder, flags, train_settings, scoring_flags))
+            run = _make_run(folder, flags, train_settings, scoring_flags)
+            runs.append(dataclasses.replace(run, direct=direct if direct in folders else None))
     base_runs: list[Run] = []
     for number, base in enumerate([] if args.no_base else bases, 1):
         folder = Path(args.output) / ("base" if number == 1 else f"base_{number}")
@@ -253,6 +271,18 @@ def _split_experiment(text: str) -> tuple[list[str], list[str]]:
     if not all(file.endswith(".gin") for file in files):
         raise InputError(f"{text}: expected gin files and NAME=value joined by +")
     return files, [f"--gin.{part}" for part in parts if "=" in part]
+
+
+def _experiment_name(text: str) -> str:
+    """'methods/mov.gin+B=1+FROM=mov' -> 'mov_B=1_FROM=mov', for a folder."""
+    files, settings = _split_experiment(text)
+    words = [Path(flag.removeprefix("--gin_file=")).stem for flag in files]
+    words += [flag.removeprefix("--gin.") for flag in settings]
+    return re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.")
+
+
+def _folder(output: str, experiment: str, seed: int) -> Path:
+    return Path(output) / f"{experiment}-seed{seed}"
 
 
 def _binding_name(binding: str) -> str:
@@ -411,6 +441,23 @@ def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
         state[name] = max(0.1, round(time.monotonic() - start, 1))
         atomic_write.write_json(run.folder / "sweep.json", state)
     return ""
+
+
+def _report_gains(finished: Sequence[Run], output: Path) -> None:
+    """Prints and writes what experiments gain by starting FROM another run, if there are any."""
+    from pemoe_jax.analysis import tables
+    from pemoe_jax.analysis.zero_shot import gains
+
+    folders = {run.folder for run in finished}
+    pairs: dict[str, list[tuple[Path, Path]]] = {}
+    for run in finished:
+        if run.direct in folders:
+            experiment = run.folder.name.rpartition("-seed")[0]
+            pairs.setdefault(experiment, []).append((run.results, run.direct / "results"))
+    if pairs:
+        table = gains.build_gains_table(pairs)
+        tables.print_tables([table])
+        atomic_write.write_text(output / "gains.md", tables.to_markdown([table]))
 
 
 def _score(run: Run) -> str:

@@ -62,6 +62,27 @@ def test_order_of_files_and_settings():
     assert run.train_settings["routing.Router.top_k"] == "2"
 
 
+def test_experiments_that_start_from_others():
+    tuned = "methods/mov.gin+NUM_EXPERTS=3"
+    experiments = ("methods/mov.gin", tuned, f"{tuned}+FROM=mov", "methods/ia3.gin+FROM=mov")
+    base, *runs = plan(*experiments, *FLAGS, "--output=out", "--seeds=0,7")
+    assert base.folder.name == "base"
+    assert [run.folder.name for run in runs[1::2]] == [
+        *("mov-seed7", "mov_NUM_EXPERTS=3-seed7", "mov_NUM_EXPERTS=3_FROM=mov-seed7"),
+        "ia3_FROM=mov-seed7",
+    ]
+    assert [run.train_flags[-1] for run in runs[5::2]] == [
+        "--gin.INITIAL_CHECKPOINT_PATH=out/mov-seed7"
+    ] * 2
+    assert "--gin.INITIAL_CHECKPOINT_PATH=base.safetensors" in runs[3].train_flags
+    assert runs[5].train_settings == {
+        **runs[3].train_settings,
+        "INITIAL_CHECKPOINT_PATH": "the run of mov",
+    }
+    # The same experiment without FROM, if the sweep has it.
+    assert runs[5].direct == runs[3].folder and runs[3].direct is runs[7].direct is None
+
+
 def test_data_macros_are_passed_to_evaluation():
     evaluate = "--evaluate=runs/evaluate.gin+BATCH_SIZE=2"
     (_, run) = plan(
@@ -102,6 +123,10 @@ def test_arguments_from_a_file(tmp_path):
         (["methods/mov.gin", "--gin.SEED=3"], r"the sweep sets it from --seeds"),
         (["methods/mov.gin", "--gin.MODEL_DIR=x"], "MODEL_DIR: the sweep sets it$"),
         (["methods/mov.gin", "--evaluate=runs/infer.gin"], "expected a run file of evaluate"),
+        (
+            ["methods/mov.gin+FROM=ia3", "methods/ia3.gin"],
+            r"methods/mov.gin\+FROM=ia3: FROM must be an experiment before this one, got ia3",
+        ),
         (["@no.txt"], "@no.txt: expected a file of arguments"),
     ],
 )
@@ -248,6 +273,24 @@ def test_report_and_skipping_of_finished_runs(finished, stand_ins, capsys):
     assert sweep.main(sweep_flags(finished)) == 0
     assert capsys.readouterr().out.count("already finished") == 3
     assert steps(finished) == before and len(before.split()) == 20
+
+
+def test_gains_of_experiments_that_start_from_others(finished, stand_ins, tmp_path):
+    output = shutil.copytree(finished, tmp_path / "copy")
+    tuned = "methods/mov.gin+NUM_EXPERTS=3"
+    _, *flags = sweep_flags(output)
+    assert sweep.main(["methods/mov.gin", tuned, f"{tuned}+FROM=mov", *flags]) == 0
+    *_, row, _, _ = (output / "gains.md").read_text().splitlines()
+    name = "mov_NUM_EXPERTS=3"
+    scores = [
+        [sum(map(ord, f"{run}-seed{seed}")) % 10 for run in (f"{name}_FROM=mov", name)]
+        for seed in (0, 1)
+    ]
+    differences = [10 * (run - direct) for run, direct in scores]
+    gain = f"{sum(differences) / 2:+.1f} ±{abs(differences[0] - differences[1]) / 2**0.5:.1f}"
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        *(f"{name}_FROM=mov", "2", gain, gain)
+    ]
 
 
 def test_state_files_of_earlier_versions(finished, stand_ins, tmp_path, capsys):

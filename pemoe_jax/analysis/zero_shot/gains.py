@@ -1,0 +1,67 @@
+"""What runs gain in accuracy by starting from another run instead of from a base model."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pemoe_jax.analysis.tables import MISSING, Table
+
+_NOTE = (
+    "In points of accuracy (median over prompts), over the same experiment without FROM with the"
+    " same seed: mean over seeds ± standard deviation (n - 1). * marks a dataset that both were"
+    " trained on."
+)
+
+
+def build_gains_table(pairs: Mapping[str, Sequence[tuple[Path, Path]]]) -> Table:
+    """Returns a table with a row for each experiment and a column for each dataset.
+
+    Args:
+      pairs: experiment -> folders of results, of a run that started from another and of the run
+        without it, for each seed. Each folder has the results of one run.
+    """
+    rows: dict[str, dict[str, list[float]]] = {}
+    trained: dict[str, set[str]] = {}
+    for experiment, folders in pairs.items():
+        differences = rows.setdefault(experiment, {})
+        for run_folder, direct_folder in folders:
+            run, direct = map(_read_run, (run_folder, direct_folder))
+            trained.setdefault(experiment, set()).update(direct.get("trained_datasets", ()))
+            scores, direct_scores = _medians(run), _medians(direct)
+            for name in scores.keys() & direct_scores.keys():
+                gain = 100 * (scores[name] - direct_scores[name])
+                differences.setdefault(name, []).append(gain)
+    datasets = sorted({name for gains in rows.values() for name in gains} - {"average"})
+    columns = [*datasets, "average"]
+    cells = [
+        [
+            experiment,
+            str(len(pairs[experiment])),
+            *(
+                _format(gains.get(name, []), name in trained[experiment] and name != "average")
+                for name in columns
+            ),
+        ]
+        for experiment, gains in rows.items()
+    ]
+    return Table("Gains of FROM", ["experiment", "seeds", *columns], cells, notes=[_NOTE])
+
+
+def _read_run(folder: Path) -> dict:
+    (run,) = json.loads((folder / "results.json").read_text())["runs"]
+    return run
+
+
+def _medians(run: dict) -> dict[str, float]:
+    medians = {name: score["median"] for name, score in run["datasets"].items()}
+    return {**medians, "average": run["average"]["median"]}
+
+
+def _format(gains: Sequence[float], is_trained: bool) -> str:
+    if not gains:
+        return MISSING
+    deviation = f" ±{statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
+    return f"{statistics.fmean(gains):+.1f}{deviation}{'*' if is_trained else ''}"
