@@ -32,16 +32,19 @@ def evaluate(
     output_dir: str,
     mesh: "partitioning.MeshConfig",
     routing_picture: bool = False,
+    few_shot: options.FewShot = options.ZERO_SHOT,
 ) -> dict[str, Any]:
     """Scores every model on every task; each input is encoded once for all of its choices.
 
     Args:
       models: the models to score, each a row of the table.
       data: `_score_eval` tasks, or a mixture of them.
-      output_dir: folder for results.json, results.md, predictions/<run>/<task>.jsonl and
-        routing_<run>.png.
+      output_dir: folder for results.json, results.md, predictions/<run>/<task>.jsonl,
+        shots/<task>.jsonl and routing_<run>.png.
       mesh: how each model is spread over the devices.
       routing_picture: whether to draw which experts the tasks use, if the model has routers.
+        It is drawn of inputs without shots.
+      few_shot: the solved examples in front of each input.
 
     Returns:
       The contents of results.json.
@@ -53,9 +56,11 @@ def evaluate(
     from pemoe_jax.analysis.zero_shot import rank_classification, result_tables
     from pemoe_jax.analysis.zero_shot import results as results_lib
     from pemoe_jax.core import partitioning
-    from pemoe_jax.data import choices, row_checks, seqio_tasks
+    from pemoe_jax.data import choices, row_checks, seqio_tasks, shots
 
-    setup = evaluation.open_evaluation(models, data, output_dir, mesh, seqio_tasks.subtask_names)
+    setup = evaluation.open_evaluation(
+        models, data, output_dir, mesh, seqio_tasks.subtask_names, few_shot
+    )
 
     def read_groups(name: str) -> "list[ChoiceGroup]":
         groups = choices.load_choice_groups(
@@ -64,10 +69,16 @@ def evaluate(
         return groups if setup.sentences is None else setup.sentences.attach_to(groups)
 
     groups = read_groups(data.name)
-    groups_by_task: dict[str, list[ChoiceGroup]] = {name: [] for name in setup.task_names}
-    for group in groups:
-        groups_by_task[group.task].append(group)
+    groups_by_task = rows_by_task = _group_by_task(groups, setup.task_names)
     rank_classification.report_rows(data.name, groups_by_task, setup.task_roles)
+    if few_shot.shots:
+        names = [name for name, members in rows_by_task.items() if members]
+        length = setup.lengths["inputs"]
+        task_shots = shots.load_shots(names, few_shot, length, data.use_cached_tasks)
+        groups = shots.add_shots(groups, task_shots, length)
+        groups_by_task = _group_by_task(groups, setup.task_names)
+        num_shots = [group.num_shots or 0 for group in groups]
+        evaluation.report_shots(setup.folder, task_shots, num_shots, length)
     results: dict[str, Any] = {"runs": []}
     for opened in setup.models:
         params = opened.load(opened.shardings(setup.mesh, setup.rules))
@@ -82,7 +93,9 @@ def evaluate(
         ]
         for line in row_checks.describe_odd_rows(ties):
             print(f"{opened.name}: {line}", flush=True)
-        tasks = rank_classification.task_results(groups_by_task, predictions, setup.task_roles)
+        tasks = rank_classification.task_results(
+            groups_by_task, predictions, setup.task_roles, few_shot.shots
+        )
         rank_classification.write_predictions(
             setup.folder / "predictions" / opened.name, groups_by_task, predictions
         )
@@ -91,15 +104,24 @@ def evaluate(
         if benchmarks:
             summary["benchmarks"] = benchmarks
         about = describe_run(opened, summary["datasets"])
-        results["runs"].append({**about, **summary, "tasks": tasks})
+        results["runs"].append({**about, **few_shot.record, **summary, "tasks": tasks})
         # Written after each run, so that a later run that fails leaves the results so far.
         setup.write(results, result_tables.results_markdown(results))
         if routing_picture and setup.task_roles.datasets:
-            _draw_routing(setup, opened, params, groups_by_task, read_groups, data.batch_size)
+            _draw_routing(setup, opened, params, rows_by_task, read_groups, data.batch_size)
         del params  # before the next model is loaded
     result_tables.print_results(results)
     print(f"results in {setup.folder}/results.md, predictions in {setup.folder}/predictions")
     return results
+
+
+def _group_by_task(
+    groups: "Sequence[ChoiceGroup]", names: Sequence[str]
+) -> "dict[str, list[ChoiceGroup]]":
+    by_task: dict[str, list[ChoiceGroup]] = {name: [] for name in names}
+    for group in groups:
+        by_task[group.task].append(group)
+    return by_task
 
 
 def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[str, Any]:

@@ -38,7 +38,11 @@ FLAGS.add_argument(
 
 
 def infer(
-    models: options.Models, data: options.Data, output_dir: str, mesh: "partitioning.MeshConfig"
+    models: options.Models,
+    data: options.Data,
+    output_dir: str,
+    mesh: "partitioning.MeshConfig",
+    few_shot: options.FewShot = options.ZERO_SHOT,
 ) -> dict[str, Any]:
     """Decodes every task with every model and computes its metrics, with seqio's Evaluator.
 
@@ -46,8 +50,10 @@ def infer(
       models: the models to decode with.
       data: tasks, or a mixture of them; those without an evaluation split are skipped. The length
         of 'targets' is the maximum number of decoded tokens.
-      output_dir: folder for results.json, results.md and predictions/<run>/<task>.jsonl.
+      output_dir: folder for results.json, results.md, predictions/<run>/<task>.jsonl and
+        shots/<task>.jsonl.
       mesh: how each model is spread over the devices.
+      few_shot: the solved examples in front of each input.
 
     Returns:
       The contents of results.json; metrics in percent.
@@ -58,13 +64,24 @@ def infer(
     from pemoe_jax.analysis import benchmark_table, evaluation, generation, tables
     from pemoe_jax.analysis.zero_shot import result_tables
     from pemoe_jax.core import partitioning
+    from pemoe_jax.data import shots
     from pemoe_jax.runtime import atomic_write
 
-    setup = evaluation.open_evaluation(models, data, output_dir, mesh, generation.decoded_names)
+    setup = evaluation.open_evaluation(
+        models, data, output_dir, mesh, generation.decoded_names, few_shot
+    )
     tasks = generation.read_tasks(data, setup.lengths, setup.task_roles)
     if setup.sentences is not None and setup.sentences.table is not None:
         for task in tasks:
             task.sentences = setup.sentences.vectors(task.inputs, task.name)
+    if few_shot.shots:
+        length = setup.lengths["inputs"]
+        names = [task.name for task in tasks]
+        task_shots = shots.load_shots(names, few_shot, length, data.use_cached_tasks)
+        for task in tasks:
+            task.add_shots(task_shots[task.name], length)
+        num_shots = [number for task in tasks for number in task.num_shots]
+        evaluation.report_shots(setup.folder, task_shots, num_shots, length)
     results: dict[str, Any] = {"runs": []}
     for opened in setup.models:
         params = opened.load(opened.shardings(setup.mesh, setup.rules))
@@ -76,7 +93,9 @@ def infer(
         task_results = {}
         for task in tasks:
             rows = [tokens.popleft() for _ in task.inputs]
-            task_results[task.name] = generation.compute_metrics(task, rows, opened.step)
+            task_results[task.name] = generation.compute_metrics(
+                task, rows, opened.step, few_shot.shots
+            )
             file = setup.folder / "predictions" / opened.name / f"{task.name}.jsonl"
             atomic_write.write_text(file, generation.prediction_lines(task, rows))
         metrics = {name: result["metrics"] for name, result in task_results.items()}
@@ -84,6 +103,7 @@ def infer(
         results["runs"].append(
             {
                 **opened.summary(),
+                **few_shot.record,
                 **({"benchmarks": benchmarks} if benchmarks else {}),
                 "tasks": task_results,
             }
@@ -164,6 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             gin_flags.call_configured(infer)
             return
         gin_flags.load_config(args, ["EVAL_OUTPUT_DIR = ''", *bindings])  # required for tasks
+        if shots := gin_flags.macro_value("SHOTS"):
+            raise InputError(
+                f"SHOTS must be 0 with --text, which has no train split, got {shots!r}"
+            )
         texts = [
             text
             for value in args.text

@@ -90,10 +90,12 @@ def remove_rows() -> None:
         _added.clear()
 
 
-def add_rows(name: str, rows: list[dict], split: str = "validation") -> None:
+def add_rows(
+    name: str, rows: list[dict], split: str = "validation", train: list[dict] | None = None
+) -> None:
     """Adds (or replaces) a user's own seqio task of rows of token ids, read as they are.
 
-    Its vocabulary is that of the registered task `a`.
+    Its vocabulary is that of the registered task `a`. The split `train` is optional.
     """
     import seqio
     import tensorflow as tf
@@ -101,15 +103,16 @@ def add_rows(name: str, rows: list[dict], split: str = "validation") -> None:
     specs = {"inputs": ([None], tf.int32), "targets": ([None], tf.int32)}
     specs |= {"idx": ([2], tf.int32), "is_correct": ([], tf.bool)} if "idx" in rows[0] else {}
     signature = {key: tf.TensorSpec(*spec) for key, spec in specs.items()}
+    splits = {split: rows} | ({} if train is None else {"train": train})
     seqio.TaskRegistry.remove(name)
     _added.add(name)
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(
             lambda split, shuffle_files, seed=None: tf.data.Dataset.from_generator(
-                lambda: iter(rows), output_signature=signature
+                lambda: iter(splits[split]), output_signature=signature
             ),
-            splits=[split],
+            splits=splits,
         ),
         output_features=seqio.TaskRegistry.get("a").output_features,
         preprocessors=[],

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,10 @@ import pytest
 from data_tasks import WORDS, make_vocab, write
 from methods import CONFIG, METHODS
 
+from pemoe_jax import evaluate
 from pemoe_jax.analysis.zero_shot import rank_classification
 from pemoe_jax.analysis.zero_shot import results as results_lib
+from pemoe_jax.checkpoints import base_model
 from pemoe_jax.core import network, params, partitioning, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, inference_batches
@@ -209,3 +213,75 @@ def test_scores_that_are_not_finite_are_an_error(twins):
         rank_classification.score_groups(
             transformer(), broken, groups, 2, partitioning.make_mesh(), "run"
         )
+
+
+# --- few-shot evaluation, last as it registers other folders ---
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> pathlib.Path:
+    """A random base model."""
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    config = dataclasses.replace(CONFIG, vocab_size=256)
+    initial = network.init_params(network.Transformer(config), 0, params.is_base)
+    base_model.save_base(path, initial, config.as_dict())
+    return path
+
+
+def evaluate_folder(base: pathlib.Path, folder: pathlib.Path, out: pathlib.Path, shots: int):
+    """Returns the run in results.json, and the predictions of each task."""
+    settings = {
+        "CHECKPOINT_PATH": base,
+        "EVAL_OUTPUT_DIR": out,
+        "JSONL_DIR": folder,
+        "VOCAB_PATH": make_vocab(folder),
+        "EVAL_TASKS": ["*"],
+        "TASK_FEATURE_LENGTHS": {"inputs": 24, "targets": 8},
+        "BATCH_SIZE": 4,
+        "SHOTS": shots,
+    }
+    flags = [f"--gin.{name}={value}" for name, value in settings.items()]
+    assert evaluate.main(["--gin_file=runs/evaluate.gin", *flags]) == 0
+    (run,) = json.loads((out / "results.json").read_text())["runs"]
+    predictions = {
+        path.name.removesuffix("_score_eval.jsonl"): [*map(json.loads, path.open())]
+        for path in (out / "predictions" / "base").iterdir()
+    }
+    return run, predictions
+
+
+def test_shots_equal_longer_inputs(base, tmp_path):
+    """The scores are those of a zero-shot evaluation of the same text."""
+    rng = np.random.default_rng(3)
+    choices = ["yes", "no", "maybe"]
+    for task in ("first", "second"):
+        rows = [
+            (" ".join(rng.choice(WORDS, rng.integers(2, 9))), str(rng.choice(choices)), choices)
+            for _ in range(16)
+        ]
+        write(tmp_path / "few", task, "train", rows)
+        # The first row is leaked.
+        write(tmp_path / "few", task, "validation", [rows[0], *rows[-6:]][:7])
+    run, few = evaluate_folder(base, tmp_path / "few", tmp_path / "few_results", shots=3)
+    for task, lines in few.items():
+        file = tmp_path / "few_results" / "shots" / f"{task}_score_eval.jsonl"
+        shots = [*map(json.loads, file.open())]
+        joined = []
+        for line in lines:
+            others = [shot for shot in shots if shot["inputs"] != line["inputs"]][:3]
+            texts = [f"{shot['inputs']} {shot['targets']}" for shot in others]
+            joined.append(" ".join([*texts[len(texts) - line["shots"] :], line["inputs"]]))
+        write(tmp_path / "joined", task, "validation", [(text, "yes", choices) for text in joined])
+        left_out = run["tasks"][f"{task}_score_eval"]["shots_left_out"]
+        assert left_out == sum(3 - line["shots"] for line in lines)
+        assert 0 < left_out < 3 * len(lines)
+    assert (run["shots"], run["shots_seed"]) == (3, 0)
+    table = (tmp_path / "few_results" / "results.md").read_text()
+    assert "| shots left out |" in table and "cut input" not in table
+    run, zero = evaluate_folder(base, tmp_path / "joined", tmp_path / "zero_results", shots=0)
+    assert {task: [line["scores"] for line in lines] for task, lines in few.items()} == {
+        task: [line["scores"] for line in lines] for task, lines in zero.items()
+    }
+    assert len(zero) == 2 and "shots" not in json.dumps([run, zero])
+    assert "shots" not in (tmp_path / "zero_results" / "results.md").read_text()
+    assert not (tmp_path / "zero_results" / "shots").exists()

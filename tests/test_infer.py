@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import shutil
 import types
 
@@ -110,6 +111,61 @@ def test_predictions_are_in_the_order_of_the_examples(folder, decoded):
         rows = (folder / "tasks" / task / "validation.jsonl").read_text().splitlines()
         for row, line in zip(map(json.loads, rows), read(decoded, task), strict=True):
             assert (line["inputs"], line["targets"]) == (row["inputs"], row["targets"])
+
+
+def test_shots_come_before_each_input(folder, tmp_path, capsys):
+    """Every evaluated row is also in the train split, and never a shot of itself."""
+    out = tmp_path / "out"
+    lengths = {"inputs": 22, "targets": 6}
+    macros = {"TASK_FEATURE_LENGTHS": lengths, "SHOTS": 2, "SHOTS_SEED": 5}
+    assert infer.main(flags(folder, out, **macros)) == 0
+    assert "2 shots in front of each input; " in capsys.readouterr().out
+    (run,) = json.loads((out / "results.json").read_text())["runs"]
+    assert (run["shots"], run["shots_seed"]) == (2, 5)
+    opened = models.open_model(str(folder / "base_0.safetensors"))
+    params = opened.load()
+    used = set()
+    for task in TASKS:
+        vocabulary = seqio_tasks.get_mixture_or_task(task).output_features["inputs"].vocabulary
+        shots = [json.loads(line) for line in (out / "shots" / f"{task}.jsonl").open()]
+        assert len({shot["inputs"] for shot in shots}) == 3
+        lines = read(out, task)
+        for line in lines:
+            others = [shot for shot in shots if shot["inputs"] != line["inputs"]][:2]
+            texts = [f"{shot['inputs']} {shot['targets']}" for shot in others]
+            texts = [*texts[len(texts) - line["shots"] :], line["inputs"]]
+            ids = [*vocabulary.encode(" ".join(texts)), 1]
+            assert len(ids) <= lengths["inputs"]
+            tokens = decoding.greedy_decode(opened.model, params, np.array([ids]), 6)
+            assert vocabulary.decode(np.asarray(tokens)[0].tolist()) == line["prediction"]
+            used.add(line["shots"])
+        left_out = sum(2 - line["shots"] for line in lines)
+        assert run["tasks"][task]["shots_left_out"] == left_out
+        assert re.search(rf"\| {task} .* {left_out} \|", (out / "results.md").read_text())
+    assert len(used) > 1, "the shots should fit before some inputs only"
+    # Other shots would replace these results.
+    assert infer.main(flags(folder, out, **macros | {"SHOTS": 0})) == 1
+    assert "results with SHOTS=2 and SHOTS_SEED=5 would be lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-1, "SHOTS must be an integer of at least 0, got -1"),
+        (1.5, "SHOTS must be an integer, got 1.5"),
+        (4, "SHOTS must be at most 3 for 'free_1', as one of its 4 solved examples"),
+        (9, "SHOTS must be at most 4 for 'colour_1', the number of its solved examples"),
+    ],
+)
+def test_wrong_shots(folder, tmp_path, capsys, value, message):
+    assert infer.main(flags(folder, tmp_path / "out", SHOTS=value)) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shots_of_a_text(folder, tmp_path, capsys):
+    assert infer.main([*flags(folder, tmp_path, SHOTS=1), "--text", "say snow"]) == 1
+    assert "SHOTS must be 0 with --text" in capsys.readouterr().err
 
 
 def test_results(decoded):

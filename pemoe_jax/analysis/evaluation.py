@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from pemoe_jax.analysis.zero_shot import results as results_lib
 from pemoe_jax.checkpoints import models as models_lib
 from pemoe_jax.checkpoints import run_settings
 from pemoe_jax.core import partitioning
-from pemoe_jax.data import sentences, seqio_tasks
+from pemoe_jax.core.errors import plural
+from pemoe_jax.data import sentences, seqio_tasks, shots
 from pemoe_jax.runtime import atomic_write, distributed, file_io, gin_flags, options
 from pemoe_jax.tasks import TaskRoles
 from pemoe_jax.tasks.task_roles import run_register
@@ -57,12 +58,14 @@ def open_evaluation(
     output_dir: str,
     mesh: partitioning.MeshConfig,
     find_tasks: Callable[[str], list[str]],
+    few_shot: options.FewShot = options.ZERO_SHOT,
 ) -> Evaluation:
     """Joins the run's processes, opens the models and registers the tasks; writes nothing.
 
     Args:
       models, data, output_dir, mesh: arguments of the command.
       find_tasks: function from the name of a task or mixture to the tasks to evaluate.
+      few_shot: argument of the command.
 
     Raises:
       InputError: a setting or a checkpoint is wrong, or results of others would be overwritten.
@@ -73,14 +76,15 @@ def open_evaluation(
     opened_models = models_lib.open_selected(models)
     # Before TensorFlow, 8 s, is imported, and again when the tasks are known.
     paths = [opened.path for opened in opened_models]
-    results_lib.check_overwrites(output, paths)
+    shots_id = results_lib.shots_of(few_shot.record)
+    results_lib.check_overwrites(output, paths, shots=shots_id)
     warn_of_other_eos(paths)
     task_roles = run_register(data.register)
     task_roles.print_summary()
     for opened in opened_models:
         seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
     task_names = find_tasks(data.name)
-    if results_lib.check_overwrites(output, paths, task_names):
+    if results_lib.check_overwrites(output, paths, task_names, shots_id):
         print(f"replacing the results in {output}", flush=True)
     return Evaluation(
         folder=distributed.output_folder(output),
@@ -97,6 +101,33 @@ def open_evaluation(
             lengths["inputs"],
             data.use_cached_tasks,
         ),
+    )
+
+
+def report_shots(
+    folder: Path, task_shots: Mapping[str, shots.TaskShots], num_shots: Sequence[int], length: int
+) -> None:
+    """Writes <folder>/shots/<task>.jsonl, and prints how many shots did not fit.
+
+    Args:
+      folder: folder of the results.
+      task_shots: task -> shots.
+      num_shots: number of shots in front of each input.
+      length: largest number of tokens of an input.
+    """
+    for task, its_shots in task_shots.items():
+        rows = [
+            {"inputs": example.input_text, "targets": example.target_text}
+            for example in its_shots.examples
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        atomic_write.write_text(folder / "shots" / f"{task}.jsonl", lines)
+    count = max(its_shots.count for its_shots in task_shots.values())
+    total = count * len(num_shots)
+    print(
+        f"{plural(count, 'shot')} in front of each input; {total - sum(num_shots):,} of {total:,}"
+        f" left out, as they do not fit into {length:,} tokens",
+        flush=True,
     )
 
 

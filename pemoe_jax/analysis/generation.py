@@ -24,6 +24,7 @@ from pemoe_jax.data import (
     prefetch,
     seqio_import,
     seqio_tasks,
+    shots,
 )
 from pemoe_jax.runtime import options, progress
 from pemoe_jax.tasks import TaskRoles, metrics
@@ -49,11 +50,19 @@ class Task:
     sentences: list[np.ndarray] = dataclasses.field(default_factory=list)
     # from a prediction to the answer that the metrics compare; None: they compare the whole text
     extract_answer: Callable[[str], str] | None = None
+    # number of shots in front of each input; empty if zero-shot
+    num_shots: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def has_target(self) -> list[bool]:
         """Whether each example has a target, which is not empty."""
         return [bool(text.strip()) for text in self.target_texts]
+
+    def add_shots(self, task_shots: shots.TaskShots, limit: int) -> None:
+        """Puts shots in front of the inputs, up to `limit` tokens."""
+        added = [task_shots.prepend_to(ids, limit) for ids in self.inputs]
+        self.inputs = [ids for ids, _ in added]
+        self.num_shots = [number for _, number in added]
 
 
 # --- reading ---
@@ -323,8 +332,17 @@ def _not_finite(opened: OpenedModel, tasks: Sequence[Task], index: int) -> Input
 # --- results ---
 
 
-def compute_metrics(task: Task, decoded: Sequence[np.ndarray], step: int) -> dict[str, Any]:
-    """Returns one task's entry in results.json."""
+def compute_metrics(
+    task: Task, decoded: Sequence[np.ndarray], step: int, num_shots: int = 0
+) -> dict[str, Any]:
+    """Returns one task's entry in results.json.
+
+    Args:
+      task: the task.
+      decoded: tokens of each example.
+      step: training step of the model.
+      num_shots: number of shots in front of each input, of which some may not have fitted.
+    """
     with_target = np.flatnonzero(task.has_target).tolist()
     values: dict[str, Any] = {}
     if with_target:
@@ -339,6 +357,7 @@ def compute_metrics(task: Task, decoded: Sequence[np.ndarray], step: int) -> dic
         "examples": len(decoded),
         "cut_inputs": sum(task.is_truncated),
         "unreachable_targets": task.is_reachable.count(False),
+        **({"shots_left_out": num_shots * len(decoded) - sum(task.num_shots)} if num_shots else {}),
         **(
             {"without_target": len(decoded) - len(with_target)}
             if len(with_target) < len(decoded)
@@ -368,6 +387,7 @@ def prediction_lines(task: Task, decoded: Sequence[np.ndarray]) -> str:
             **({"answer": extract(prediction)} if extract is not None else {}),
             **({"cut_input": True} if task.is_truncated[index] else {}),
             **({} if task.is_reachable[index] else {"unreachable_target": True}),
+            **({"shots": task.num_shots[index]} if task.num_shots else {}),
         }
         for index, prediction in enumerate(predictions)
     ]
@@ -387,6 +407,11 @@ def _format_means(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> l
     return [f"{statistics.fmean(members):.1f}" if members else "–" for members in values]
 
 
+def _describe(run: Mapping[str, Any]) -> str:
+    with_shots = f" with {plural(run['shots'], 'shot')}" if run.get("shots") else ""
+    return f"{run['name']}: decoded greedily{with_shots}"
+
+
 def dataset_table(run: Mapping[str, Any]) -> tables.Table:
     """Returns a table with a row for each dataset: means over its prompts."""
     names = _metric_names(run)
@@ -398,19 +423,24 @@ def dataset_table(run: Mapping[str, Any]) -> tables.Table:
         + _format_means(tasks, names)
         for dataset, tasks in sorted(by_dataset.items())
     ]
-    title = f"{run['name']}: decoded greedily, in %, mean over the prompts of a dataset"
+    title = f"{_describe(run)}, in %, mean over the prompts of a dataset"
     return tables.Table(title, ["dataset", "prompts", "examples", *names], rows)
 
 
 def prompt_table(run: Mapping[str, Any]) -> tables.Table:
     """Returns a table with a row for each prompt."""
     names = _metric_names(run)
+    counts = {
+        "examples": "examples",
+        "cut_inputs": "inputs truncated",
+        "unreachable_targets": "targets out of reach",
+    }
+    if run.get("shots"):
+        counts["shots_left_out"] = "shots left out"
     rows = [
-        [name, task["split"]]
-        + [f"{task[key]:,}" for key in ("examples", "cut_inputs", "unreachable_targets")]
-        + _format_means([task], names)
+        [name, task["split"]] + [f"{task[key]:,}" for key in counts] + _format_means([task], names)
         for name, task in run["tasks"].items()
     ]
-    title = f"{run['name']}: decoded greedily, in %, by prompt"
-    columns = ["prompt", "split", "examples", "inputs truncated", "targets out of reach"]
-    return tables.Table(title, [*columns, *names], rows, num_text=2)
+    title = f"{_describe(run)}, in %, by prompt"
+    columns = ["prompt", "split", *counts.values(), *names]
+    return tables.Table(title, columns, rows, num_text=2)

@@ -42,6 +42,7 @@ class ChoiceGroup:
       input_text, choice_texts: the text that was tokenized.
       input_truncated, target_truncated: whether the input, or any choice, was too long.
       sentence_embedding: [S], for routers that read it.
+      num_shots: number of solved examples in front of the input; None in zero-shot evaluation.
     """
 
     task: str
@@ -54,6 +55,7 @@ class ChoiceGroup:
     input_truncated: bool
     target_truncated: bool
     sentence_embedding: np.ndarray | None = None
+    num_shots: int | None = None
 
     @functools.cached_property
     def anomalies(self) -> tuple[str, ...]:

@@ -7,16 +7,25 @@ line. It ends in no EOS, so that the encoder reads one sequence with the input's
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
+import functools
 import hashlib
-import heapq
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-T = TypeVar("T")
+from pemoe_jax.core.errors import InputError, check_integer
+from pemoe_jax.data import choices, seqio_import, seqio_tasks
+from pemoe_jax.data.choices import ChoiceGroup
+from pemoe_jax.data.seekable_tasks import SeekableTask, StreamOptions
+from pemoe_jax.runtime import options
 
+_SPLIT = "train"
+# Length that examples are read with: long inputs that begin alike still differ, and an example that
+# is truncated does not fit into any input.
+_LENGTH = 1 << 16
 # What follows the input and the target of a shot. SentencePiece drops them, as its pieces begin
 # with a space anyway; byte vocabularies keep them.
 _AFTER_INPUT, _AFTER_TARGET = " ", "\n\n"
@@ -38,7 +47,7 @@ class SolvedExample:
 
 
 class TaskWithShots(abc.ABC):
-    """A seqio task that brings its solved examples; `train` splits are those of other tasks."""
+    """A seqio task that brings its solved examples, instead of a train split to draw them from."""
 
     @abc.abstractmethod
     def solved_examples(self) -> Sequence[SolvedExample]:
@@ -49,21 +58,224 @@ class TaskWithShots(abc.ABC):
         return ()
 
 
-def draw(examples: Iterable[T], count: int, seed: int, task: str) -> list[T]:
-    """Returns `count` of the examples (all, if there are fewer), drawn by seed and task.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskShots:
+    """The shots of a task.
 
-    Only the drawn examples stay in memory.
+    Attributes:
+      task: name of the task.
+      count: number of shots in front of an input.
+      examples: the solved examples in order, `count` + 1 if the task has as many. Inputs differ.
+      vocabulary: the seqio vocabulary of inputs.
+      header: token ids in front of the first shot.
     """
-    random = np.random.default_rng(draw_seed(seed, task))
-    # The number breaks ties, as examples cannot be compared.
-    keyed = ((random.random(), number, example) for number, example in enumerate(examples))
-    return [example for *_, example in heapq.nsmallest(count, keyed, key=lambda item: item[:2])]
+
+    task: str
+    count: int
+    examples: Sequence[SolvedExample]
+    vocabulary: Any
+    header: Sequence[int] = ()
+
+    def prepend_to(self, inputs: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
+        """Puts the first shots in front of an input, except the one with the same input.
+
+        Args:
+          inputs, limit: see `prepend_shots`.
+
+        Returns:
+          The token ids, int32, and the number of shots among them.
+
+        Raises:
+          InputError: without the one with the same input there are too few shots.
+        """
+        own_key = input_key(inputs, self.vocabulary.eos_id)
+        keys = (input_key(example.inputs, self.vocabulary.eos_id) for example in self.examples)
+        others = [shot for key, shot in zip(keys, self.tokens, strict=True) if key != own_key]
+        if len(others) < self.count:
+            raise InputError(
+                f"SHOTS must be at most {len(others)} for {self.task!r}, as one of its"
+                f" {len(self.examples)} solved examples is also evaluated, got {self.count}"
+            )
+        tokens, left_out = prepend_shots(others[: self.count], inputs, limit, self.header)
+        return tokens, self.count - left_out
+
+    @functools.cached_property
+    def tokens(self) -> list[np.ndarray]:
+        """Token ids of each shot."""
+        return [shot_tokens(example, self.vocabulary) for example in self.examples]
+
+
+# --- reading ---
+
+
+def load_shots(
+    names: Sequence[str], few_shot: options.FewShot, limit: int, use_cached: bool = False
+) -> dict[str, TaskShots]:
+    """Returns the shots of each task, drawn from its train split by seed and task.
+
+    A task `<name>_score_eval` and its task `<name>` have the same shots.
+
+    Args:
+      names: the tasks.
+      few_shot: number and seed of the shots.
+      limit: largest number of tokens of an input with its shots.
+      use_cached: whether to read seqio's offline caches.
+
+    Raises:
+      InputError: a task has no train split, or too few examples in it, or it cannot be read.
+    """
+    check_integer("SHOTS", few_shot.shots, minimum=0)
+    sources = {name: _find_source(name, use_cached) for name in names}
+    missing = [name for name, source in sources.items() if source is None]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(
+            f"SHOTS must be 0 for tasks without a {_SPLIT!r} split, got {few_shot.shots}:"
+            f" {', '.join(missing[:3])}{more}"
+        )
+    return {
+        name: _load_task_shots(name, source, few_shot, limit, use_cached)
+        for name, source in sources.items()
+        if source is not None
+    }
+
+
+def _find_source(name: str, use_cached: bool) -> str | None:
+    """Returns the task whose solved examples are the shots of a task; None if there is none."""
+    if isinstance(seqio_tasks.get_mixture_or_task(name), TaskWithShots):
+        return name
+    registered = seqio_import.import_seqio().TaskRegistry.names()
+    # The plain task first: a row for each choice takes longer to read, and in no random order.
+    for candidate in dict.fromkeys([_plain_name(name), name]):
+        if (
+            candidate in registered
+            and seqio_tasks.has_data(candidate, use_cached)
+            and _SPLIT in seqio_tasks.get_mixture_or_task(candidate).splits
+        ):
+            return candidate
+    return None
+
+
+def _plain_name(name: str) -> str:
+    return name.removesuffix("_score_eval")
+
+
+def _load_task_shots(
+    name: str, source: str, few_shot: options.FewShot, limit: int, use_cached: bool
+) -> TaskShots:
+    task = seqio_tasks.get_mixture_or_task(source)
+    vocabulary = task.output_features["inputs"].vocabulary
+    header: Sequence[int] = ()
+    # An example more than needed: an evaluated row may be equal to one.
+    wanted = few_shot.shots + 1
+    if isinstance(task, TaskWithShots):
+        examples: Iterable[SolvedExample] = task.solved_examples()
+        header = task.shots_header()
+    else:
+        seed = draw_seed(few_shot.seed, _plain_name(name))
+        examples = _read_drawn(source, seed, wanted, limit, use_cached)
+    distinct: dict[bytes, SolvedExample] = {}
+    for example in examples:
+        # Equal examples would waste room.
+        distinct.setdefault(input_key(example.inputs, vocabulary.eos_id), example)
+        if len(distinct) == wanted:
+            break
+    if len(distinct) < few_shot.shots:
+        raise InputError(
+            f"SHOTS must be at most {len(distinct)} for {name!r}, the number of its solved examples"
+            f" with different inputs, got {few_shot.shots}"
+        )
+    return TaskShots(name, few_shot.shots, [*distinct.values()], vocabulary, header)
+
+
+def _read_drawn(
+    source: str, seed: int, wanted: int, limit: int, use_cached: bool
+) -> Iterator[SolvedExample]:
+    """Yields the solved examples of a train split in an order drawn by a seed, at least `wanted`.
+
+    Examples may repeat.
+    """
+    task = seqio_tasks.get_mixture_or_task(source)
+    if not use_cached:
+        seqio_tasks.check_source_files([source], _SPLIT)
+    length = max(_LENGTH, limit + 1)
+    lengths = {"inputs": length, "targets": length}
+    with seqio_tasks.translate_read_errors(source, _SPLIT, use_cached):
+        ds = None
+        if isinstance(task, SeekableTask) and source == _plain_name(source):
+            # Random access: a train split may have 100,000s of rows.
+            stream = StreamOptions(seed, num_epochs=1, include_text=True)
+            read = task.cached_examples_from if use_cached else task.examples_from
+            ds = read(lengths, _SPLIT, stream)
+        is_drawn = ds is not None
+        if ds is None:
+            ds = seqio_tasks.get_dataset(source, lengths, _SPLIT, use_cached)
+    with contextlib.closing(seqio_tasks.numpy_iterator(ds, source, _SPLIT, use_cached)) as rows:
+        examples = _solved_examples(source, rows)
+        yield from examples if is_drawn else draw(examples, wanted, seed)
+
+
+def _solved_examples(source: str, rows: Iterable[seqio_tasks.Row]) -> Iterator[SolvedExample]:
+    """Yields the rows of a task that have a target, and of answer choices only the correct ones."""
+    features = seqio_tasks.get_mixture_or_task(source).output_features
+    vocabulary = features["inputs"].vocabulary
+    for number, row in enumerate(rows, 1):
+        if not row.get("is_correct", True):
+            continue
+        seqio_tasks.check_ids(features, row, f"{source}: {_SPLIT} row {number}")
+        targets = row["targets"]
+        target_text = choices.feature_text(features, row, "targets")
+        if features["targets"].vocabulary != vocabulary:
+            targets = vocabulary.encode(target_text)
+        if len(strip_eos(targets, vocabulary.eos_id)):
+            input_text = choices.feature_text(features, row, "inputs")
+            yield SolvedExample(row["inputs"], targets, input_text, target_text)
+
+
+# --- drawing ---
+
+
+def draw(examples: Iterable[SolvedExample], count: int, seed: int) -> list[SolvedExample]:
+    """Returns `count` examples of different inputs (all, if there are fewer), drawn by a seed.
+
+    The draw does not depend on the order of the examples. Only drawn ones stay in memory.
+    """
+    drawn: dict[bytes, SolvedExample] = {}
+    for example in examples:
+        content = np.asarray(example.inputs, np.int32).tobytes()
+        drawn.setdefault(hashlib.blake2b(content, salt=seed.to_bytes(8, "big")).digest(), example)
+        if len(drawn) > count:
+            del drawn[max(drawn)]
+    return [drawn[key] for key in sorted(drawn)]
 
 
 def draw_seed(seed: int, task: str) -> int:
     """Returns the seed of a task's shots, int31: equal in all processes and versions of Python."""
     digest = hashlib.blake2b(f"{seed} {task}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+# --- few-shot inputs ---
+
+
+def add_shots(
+    groups: Sequence[ChoiceGroup], shots: Mapping[str, TaskShots], limit: int
+) -> list[ChoiceGroup]:
+    """Returns groups with the shots of their task in front of their inputs.
+
+    Args:
+      groups: inputs with their choices.
+      shots: task -> shots.
+      limit: largest number of tokens of an input.
+
+    Raises:
+      InputError: as `TaskShots.prepend_to`.
+    """
+    added = []
+    for group in groups:
+        inputs, num_shots = shots[group.task].prepend_to(group.inputs, limit)
+        added.append(dataclasses.replace(group, inputs=inputs, num_shots=num_shots))
+    return added
 
 
 def shot_tokens(example: SolvedExample, vocabulary: Any) -> np.ndarray:
@@ -82,6 +294,11 @@ def strip_eos(ids: Sequence[int] | np.ndarray, eos_id: int) -> np.ndarray:
     """Returns token ids without an EOS at their end, int32."""
     ids = np.asarray(ids, np.int32)
     return ids[:-1] if len(ids) and ids[-1] == eos_id else ids
+
+
+def input_key(inputs: Sequence[int] | np.ndarray, eos_id: int) -> bytes:
+    """Returns what is equal for equal inputs, with or without EOS."""
+    return strip_eos(inputs, eos_id).tobytes()
 
 
 def prepend_shots(

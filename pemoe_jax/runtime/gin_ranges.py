@@ -52,6 +52,7 @@ RANGES: dict[str, dict[str, Interval]] = {
         **dict.fromkeys(("batch_size", "microbatches", "max_examples"), POSITIVE),
         "task_fraction": UP_TO_ONE,
     },
+    "options.FewShot": {"shots": NOT_NEGATIVE, "seed": SEED},
     "options.Checkpointing": {
         **{"period": POSITIVE, "keep": POSITIVE, "upcycle_noise": NOT_NEGATIVE},
     },

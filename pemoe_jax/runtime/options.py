@@ -63,6 +63,29 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class FewShot:
+    """Solved examples ("shots") in front of each evaluated input.
+
+    Attributes:
+      shots: number of examples of the task's train split in front of each input; 0: zero-shot.
+        Those that do not fit into the length of 'inputs' are left out whole, from the front, and
+        counted.
+      seed: seed of the draw of a task's shots.
+    """
+
+    shots: int = 0
+    seed: int = 0
+
+    @property
+    def record(self) -> dict[str, int]:
+        """The entries of a run in results.json; none in zero-shot evaluation."""
+        return {"shots": self.shots, "shots_seed": self.seed} if self.shots else {}
+
+
+ZERO_SHOT = FewShot()
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """A fine-tuning method: which parameters train, and the dtype of the frozen matrices.
 

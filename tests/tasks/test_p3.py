@@ -17,7 +17,7 @@ from p3_runs import VOCAB
 from pemoe_jax import tasks
 from pemoe_jax.analysis import generation
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks, task_fraction
+from pemoe_jax.data import choices, feed, seqio_import, seqio_tasks, shots, task_fraction
 from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.runtime import options
 from pemoe_jax.tasks.p3 import published
@@ -200,6 +200,39 @@ def test_all_forms_have_the_same_ids(p3, forms, encode, form):
         assert ids(name, split) == [(row["inputs"], row["targets"]) for row in expected]
         count += 0 if name.endswith("_score_eval") else len(rows)
     assert count == 1000
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_forms_have_the_same_shots(p3, forms, form):
+    register(forms[form])
+    name = f"{RTE}_score_eval"
+    task_shots = shots.load_shots([name], options.FewShot(3), 128)[name]
+    rows = p3_forms.plain_rows(RTE, "train")
+    texts = {row["inputs_pretokenized"]: row["targets_pretokenized"] for row in rows}
+    drawn = [(example.input_text, example.target_text) for example in task_shots.examples]
+    assert len(set(drawn)) == 4 and all(texts[inputs] == target for inputs, target in drawn)
+    # The same rows in every form.
+    assert [list(texts).index(inputs) for inputs, _ in drawn] == [1, 98, 49, 83]
+    assert task_shots.tokens[0].tolist() == task_shots.vocabulary.encode(" ".join(drawn[0]))
+    if form == "cache":
+        cached = shots.load_shots([name], options.FewShot(3), 128, use_cached=True)[name]
+        assert [example.input_text for example in cached.examples] == [text for text, _ in drawn]
+
+
+def test_shots_of_a_folder_without_the_plain_task(p3, forms, tmp_path):
+    name = f"{RTE}_score_eval"
+    (tmp_path / name).symlink_to(forms["parquet"] / name)
+    register(tmp_path)
+    task_shots = shots.load_shots([name], options.FewShot(3), 128)[name]
+    rows = p3_forms.plain_rows(RTE, "train")
+    texts = {row["inputs_pretokenized"]: row["targets_pretokenized"] for row in rows}
+    assert len(task_shots.examples) == 4
+    assert all(texts[example.input_text] == example.target_text for example in task_shots.examples)
+
+
+def test_every_task_of_the_evaluation_mixture_has_a_train_split():
+    names = published.mixtures()[published.SCORE_MIXTURE]
+    assert all("train" in published.task_of(name).splits for name in names)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -118,8 +118,16 @@ def task_results(
     groups_by_task: Mapping[str, Sequence[ChoiceGroup]],
     predictions: Mapping[ChoiceGroup, Prediction],
     task_roles: TaskRoles,
+    shots: int = 0,
 ) -> dict[str, Any]:
-    """Returns the entry of each task in a run's `tasks` in results.json."""
+    """Returns the entry of each task in a run's `tasks` in results.json.
+
+    Args:
+      groups_by_task: the examples of each task.
+      predictions: the prediction for each example.
+      task_roles: what the registered tasks are, by role.
+      shots: number of shots in front of each input, of which some may not have fitted.
+    """
     return {
         name: results.task_result(
             correct=[group.is_correct[predictions[group].best] for group in groups],
@@ -132,6 +140,9 @@ def task_results(
             same_answer=results.same_answer(
                 (predictions[group].best, group.choice_texts) for group in groups
             ),
+            shots_left_out=sum(shots - (group.num_shots or 0) for group in groups)
+            if shots
+            else None,
         )
         for name, groups in groups_by_task.items()
         if groups
@@ -154,6 +165,7 @@ def write_predictions(
                 "prediction": group.choice_texts[predictions[group].best],
                 "correct": group.is_correct[predictions[group].best],
                 "odd": _odd_kinds(group, predictions[group]),
+                **({} if group.num_shots is None else {"shots": group.num_shots}),
             }
             for group in groups
         ]
