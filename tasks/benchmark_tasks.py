@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import
 from pemoe_jax.data.shots import SolvedExample, TaskWithShots
@@ -140,7 +142,10 @@ def _task(
 ) -> BenchmarkTask:
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed
-        return tf.data.Dataset.from_tensor_slices(dict(tensors))
+        texts = {key: tensors[key] for key in ("inputs", "targets")}
+        ids = {key: _tokenize(text, vocabulary) for key, text in texts.items()}
+        texts = {f"{key}_pretokenized": text for key, text in texts.items()}
+        return tf.data.Dataset.from_tensor_slices({**tensors, **ids, **texts})
 
     source = seqio.FunctionDataSource(
         dataset, [_SPLIT], {_SPLIT: len(tensors["inputs"])}, caching_permitted=False
@@ -151,9 +156,20 @@ def _task(
         shots,
         source=source,
         output_features=features,
-        preprocessors=[seqio.preprocessors.tokenize, trim_and_append_eos],
+        preprocessors=[trim_and_append_eos],
         **arguments,
     )
+
+
+def _tokenize(texts: Sequence[str], vocabulary: seqio.Vocabulary) -> tf.RaggedTensor:
+    """Returns token ids, int32 [texts, None], without EOS.
+
+    Each text once: seqio's preprocessor, which tokenizes an input again for each of its choices,
+    takes half as much CPU time again for a task of 246 questions (0.78 s, not 0.51 s).
+    """
+    ids_by_text = {text: vocabulary.encode(text) for text in dict.fromkeys(texts)}
+    rows = [np.asarray(ids_by_text[text], np.int32) for text in texts]
+    return tf.RaggedTensor.from_row_lengths(np.concatenate(rows), list(map(len, rows)))
 
 
 def register(tasks: Sequence[BenchmarkTask], mixtures: Mapping[str, Sequence[str]]) -> None:
