@@ -98,8 +98,7 @@ def infer(
             )
             file = setup.folder / "predictions" / opened.name / f"{task.name}.jsonl"
             atomic_write.write_text(file, generation.prediction_lines(task, rows))
-        metrics = {name: result["metrics"] for name, result in task_results.items()}
-        benchmarks = benchmark_table.summarize_benchmarks(setup.task_roles.benchmarks, metrics)
+        benchmarks = benchmark_table.summarize_benchmarks(setup.task_roles.benchmarks, task_results)
         results["runs"].append(
             {
                 **opened.summary(),

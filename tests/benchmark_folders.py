@@ -54,7 +54,7 @@ def write_mmlu(folder: pathlib.Path) -> pathlib.Path:
 
 def solved(number: int) -> tuple[str, str, str]:
     """Returns question, reasoning and answer of an example about steps."""
-    steps = number % 4 + 1
+    steps = number + 1
     question = f"If I take {steps} steps to the left and {steps} to the right, am I back?"
     wrong = number % 3 == 1
     if wrong:

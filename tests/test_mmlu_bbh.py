@@ -94,6 +94,13 @@ def test_means_of_mmlu_are_those_of_its_predictions(folder, tmp_path, capsys):
             "other": pytest.approx(accuracies["nutrition"]),
         }
         means[name] = summary["mean"]
+        # The subject with the longest name and questions has no room for five shots.
+        left_out = {task: result["shots_left_out"] for task, result in runs[name]["tasks"].items()}
+        for task, count in left_out.items():
+            rows = predictions(tmp_path, name, task)
+            assert count == sum(5 - row["shots"] for row in rows)
+        assert runs[name]["shots"] == 5
+        assert 0 < summary["shots_left_out"] == sum(left_out.values()) < 25 * 5
     assert len(set(means.values())) == 2, "the bases should differ"
     printed = capsys.readouterr().out
     markdown = (tmp_path / "results.md").read_text()
@@ -117,14 +124,15 @@ def test_means_of_bbh_are_those_of_its_predictions(folder, tmp_path, monkeypatch
         return rows
 
     monkeypatch.setattr(decoding, "greedy_decode", decode)
-    lengths = {"inputs": 320, "targets": 24}
+    lengths = {"inputs": 512, "targets": 24}
     macros = {"BBH_DIR": folder / "bbh", "TASK_FEATURE_LENGTHS": lengths}
     macros["CHECKPOINT_PATH"] = folder / "base_0.safetensors"
     assert infer.main(flags(folder, "bbh", tmp_path, **macros)) == 0
     run = read(tmp_path)["base_0"]
     means = {}
+    by_mode = {}
     for mode in ("direct", "reasoning"):
-        scores = {}
+        scores = by_mode[mode] = {}
         for task in BBH_TASKS:
             examples = json.loads((folder / "bbh" / "bbh" / f"{task}.json").read_text())["examples"]
             rows = predictions(tmp_path, "base_0", f"bbh_{mode}_{task}")
@@ -139,12 +147,17 @@ def test_means_of_bbh_are_those_of_its_predictions(folder, tmp_path, monkeypatch
         means[mode] = (scores["navigate"] + sum(deduction) / 2) / 2
         assert summary["mean"] == pytest.approx(means[mode])
         assert (summary["members"], summary["of"], len(summary["missing"])) == (2, 23, 24)
-    assert means["direct"] != means["reasoning"] and min(means.values()) > 0
+        assert all(
+            row["shots"] == 3
+            for task in BBH_TASKS
+            for row in predictions(tmp_path, "base_0", f"bbh_{mode}_{task}")
+        )
+    assert by_mode["direct"] != by_mode["reasoning"] and min(means.values()) > 0
     printed = capsys.readouterr().out
     assert "BBH, direct: accuracy in %" in printed and "2 of 23" in printed
     markdown = (tmp_path / "results.md").read_text()
     for mean in means.values():
-        assert re.search(rf"\| base_0 \| none +\| +{mean:.1f} \|\n", markdown)
+        assert re.search(rf"\| base_0 +\| none +\| +3 \| +{mean:.1f} \|\n", markdown)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pemoe_jax.analysis.tables import MISSING, Table
+from pemoe_jax.analysis.tables import MISSING, SHOTS_LEFT_OUT, Table
 from pemoe_jax.tasks.benchmarks import Benchmark
 from pemoe_jax.tasks.task_roles import abbreviate
 
@@ -13,23 +13,35 @@ _NAMED = 20  # missing tasks that a note names
 
 
 def summarize_benchmarks(
-    benchmarks: Iterable[Benchmark], metrics: Mapping[str, Mapping[str, float | None]]
+    benchmarks: Iterable[Benchmark], tasks: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Returns a run's `benchmarks` in results.json: name -> `Benchmark.summarize`.
+    """Returns a run's `benchmarks` in results.json.
+
+    It is name -> `Benchmark.summarize`, in few-shot evaluation with `shots_left_out`: the number of
+    shots that did not fit.
 
     Args:
       benchmarks: those that the tasks may belong to.
-      metrics: task -> metric -> score; None is undefined.
+      tasks: the run's `tasks` in results.json.
     """
     summaries = {}
     for benchmark in benchmarks:
+        results = {name: tasks[name] for name in benchmark.tasks if name in tasks}
         scores = {
-            task: score
-            for task, values in metrics.items()
-            if (score := values.get(benchmark.metric)) is not None
+            name: score
+            for name, result in results.items()
+            # `pemoe infer` has metrics by name, and null for an undefined one
+            if (score := result.get("metrics", result).get(benchmark.metric)) is not None
         }
-        if (summary := benchmark.summarize(scores)) is not None:
-            summaries[benchmark.name] = summary
+        summary = benchmark.summarize(scores)
+        if summary is None:
+            continue
+        left_out = [
+            n for result in results.values() if (n := result.get("shots_left_out")) is not None
+        ]
+        if left_out:
+            summary["shots_left_out"] = sum(left_out)
+        summaries[benchmark.name] = summary
     return summaries
 
 
@@ -59,15 +71,22 @@ def _table(
     first = next(summary for _, summary in by_label.values())
     noun = first["noun"]
     columns = [*first["areas"].values(), first]
+    has_shots = "shots_left_out" in first
+    blank = [""] * (1 + has_shots)
+    footer = [[f"{noun}s", *blank, *(f"{mean['members']} of {mean['of']}" for mean in columns)]]
+    if has_shots:
+        blank += [""] * len(first["areas"])
+        footer.append([SHOTS_LEFT_OUT, *blank, f"{first['shots_left_out']:,}"])
     table = Table(
         f"{name}: accuracy in %, mean over {noun}s",
-        ["run", "method", *first["areas"], "mean"],
+        ["run", "method", *(["shots"] if has_shots else []), *first["areas"], "mean"],
         [
             [label, str(run.get("method") or MISSING)]
+            + ([str(run.get("shots", 0))] if has_shots else [])
             + [_percent(column["mean"], scale) for column in [*summary["areas"].values(), summary]]
             for label, (run, summary) in by_label.items()
         ],
-        footer=[[f"{noun}s", "", *(f"{mean['members']} of {mean['of']}" for mean in columns)]],
+        footer=footer,
         num_text=2,
     )
     if missing := first["missing"]:

@@ -124,9 +124,11 @@ def report_shots(
         atomic_write.write_text(folder / "shots" / f"{task}.jsonl", lines)
     count = max(its_shots.count for its_shots in task_shots.values())
     total = count * len(num_shots)
+    prescribed = any(its_shots.is_prescribed for its_shots in task_shots.values())
     print(
         f"{plural(count, 'shot')} in front of each input; {total - sum(num_shots):,} of {total:,}"
-        f" left out, as they do not fit into {length:,} tokens",
+        f" left out, as they do not fit into {length:,} tokens"
+        + (" or solve the input itself" if prescribed else ""),
         flush=True,
     )
 

@@ -436,7 +436,7 @@ def prompt_table(run: Mapping[str, Any]) -> tables.Table:
         "unreachable_targets": "targets out of reach",
     }
     if run.get("shots"):
-        counts["shots_left_out"] = "shots left out"
+        counts["shots_left_out"] = tables.SHOTS_LEFT_OUT
     rows = [
         [name, task["split"]] + [f"{task[key]:,}" for key in counts] + _format_means([task], names)
         for name, task in run["tasks"].items()

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 MISSING = "–"
+# Title of the number of shots that did not fit, summed over the examples.
+SHOTS_LEFT_OUT = "shots left out"
 
 
 @dataclass

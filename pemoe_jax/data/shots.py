@@ -47,7 +47,10 @@ class SolvedExample:
 
 
 class TaskWithShots(abc.ABC):
-    """A seqio task that brings its solved examples, instead of a train split to draw them from."""
+    """A seqio task that brings its solved examples, instead of a train split to draw them from.
+
+    A benchmark prescribes them: where an input is one of them, it has a shot fewer.
+    """
 
     @abc.abstractmethod
     def solved_examples(self) -> Sequence[SolvedExample]:
@@ -68,6 +71,7 @@ class TaskShots:
       examples: the solved examples in order, `count` + 1 if the task has as many. Inputs differ.
       vocabulary: the seqio vocabulary of inputs.
       header: token ids in front of the first shot.
+      is_prescribed: whether the examples are those of a `TaskWithShots`.
     """
 
     task: str
@@ -75,6 +79,7 @@ class TaskShots:
     examples: Sequence[SolvedExample]
     vocabulary: Any
     header: Sequence[int] = ()
+    is_prescribed: bool = False
 
     def prepend_to(self, inputs: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
         """Puts the first shots in front of an input, except the one with the same input.
@@ -86,18 +91,20 @@ class TaskShots:
           The token ids, int32, and the number of shots among them.
 
         Raises:
-          InputError: without the one with the same input there are too few shots.
+          InputError: without the one with the same input there are too few shots, and the examples
+            are not prescribed.
         """
         own_key = input_key(inputs, self.vocabulary.eos_id)
         keys = (input_key(example.inputs, self.vocabulary.eos_id) for example in self.examples)
         others = [shot for key, shot in zip(keys, self.tokens, strict=True) if key != own_key]
-        if len(others) < self.count:
+        if len(others) < self.count and not self.is_prescribed:
             raise InputError(
                 f"SHOTS must be at most {len(others)} for {self.task!r}, as one of its"
                 f" {len(self.examples)} solved examples is also evaluated, got {self.count}"
             )
-        tokens, left_out = prepend_shots(others[: self.count], inputs, limit, self.header)
-        return tokens, self.count - left_out
+        shots = others[: self.count]
+        tokens, left_out = prepend_shots(shots, inputs, limit, self.header)
+        return tokens, len(shots) - left_out
 
     @functools.cached_property
     def tokens(self) -> list[np.ndarray]:
@@ -185,7 +192,8 @@ def _load_task_shots(
             f"SHOTS must be at most {len(distinct)} for {name!r}, the number of its solved examples"
             f" with different inputs, got {few_shot.shots}"
         )
-    return TaskShots(name, few_shot.shots, [*distinct.values()], vocabulary, header)
+    is_prescribed = isinstance(task, TaskWithShots)
+    return TaskShots(name, few_shot.shots, [*distinct.values()], vocabulary, header, is_prescribed)
 
 
 def _read_drawn(

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 from benchmark_folders import BBH_TASKS, solved, write_bbh
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.data import seqio_tasks
+from pemoe_jax.data import seqio_tasks, shots
+from pemoe_jax.runtime import options
 from pemoe_jax.tasks import bbh
 
 VOCABULARY = "tasks/quickstart/vocab.model"
@@ -129,3 +131,30 @@ def test_tasks_of_a_folder(folder):
             )
             for question, reasoning, answer in map(solved, range(3))
         ]
+
+
+def test_a_leaked_row_is_no_shot_of_itself(folder):
+    """A row of `bbh/` that the prompt has too: its input has the other shots alone."""
+    question, _, answer = solved(1)
+    path = folder / "bbh" / "navigate.json"
+    content = json.loads(path.read_text())
+    content["examples"].append({"input": question, "target": answer})
+    path.write_text(json.dumps(content))
+    bbh.register(folder, VOCABULARY)
+    task = seqio_tasks.get_mixture_or_task("bbh_reasoning_navigate")
+    few_shot = options.FewShot(shots=3)
+    task_shots = shots.load_shots([task.name], few_shot, 512)[task.name]
+    rows = [*seqio_tasks.get_dataset(task.name, {}, "validation", False).as_numpy_iterator()]
+    vocabulary = task.output_features["inputs"].vocabulary
+    counts = []
+    for row in rows:
+        tokens, count = task_shots.prepend_to(row["inputs"], 512)
+        counts.append(count)
+        text = vocabulary.decode(tokens.tolist())
+        assert text.startswith(vocabulary.decode(vocabulary.encode("Say whether I am back")))
+        own = vocabulary.decode(row["inputs"].tolist())
+        assert text.endswith(own) and text.count(own) == 1
+        np.testing.assert_array_equal(tokens[-len(row["inputs"]) :], row["inputs"])
+    assert counts == [3, 3, 3, 3, 3, 2]
+    with pytest.raises(InputError, match="SHOTS must be at most 3 for 'bbh_reasoning_navigate'"):
+        shots.load_shots([task.name], options.FewShot(shots=4), 512)

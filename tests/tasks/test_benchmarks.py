@@ -35,25 +35,36 @@ def test_means_have_equal_weights_and_missing_tasks_are_named():
 
 
 def test_tables():
-    metrics = [
-        {"s_owl": {"accuracy": 0.5}, "s_tit_low": {"accuracy": None}},
-        {"s_owl": {"accuracy": 0.75}},
+    task_results = [
+        {"s_owl": {"accuracy": 0.5, "shots_left_out": 1}, "s_tit_low": {"shots_left_out": 2}},
+        {"s_owl": {"metrics": {"accuracy": 0.75, "f1": 0.5}, "shots_left_out": 1}},
     ]
     runs = [
         {
             "name": "base",
             "method": None,
-            "benchmarks": benchmark_table.summarize_benchmarks([SONGS], scores),
+            "shots": 4,
+            "benchmarks": benchmark_table.summarize_benchmarks([SONGS], results),
         }
-        for scores in metrics
+        for results in task_results
     ]
     (table,) = benchmark_table.benchmark_tables(runs, ["base", "mov"], scale=100)
     assert table.title == "SONGS: accuracy in %, mean over birds"
-    assert table.columns == ["run", "method", "small", "large", "mean"]
-    assert table.rows == [["base", "–", "–", "50.0", "50.0"], ["mov", "–", "–", "75.0", "75.0"]]
-    assert table.footer == [["birds", "", "0 of 2", "1 of 2", "1 of 4"]]
+    assert table.columns == ["run", "method", "shots", "small", "large", "mean"]
+    assert table.rows == [
+        ["base", "–", "4", "–", "50.0", "50.0"],
+        ["mov", "–", "4", "–", "75.0", "75.0"],
+    ]
+    assert table.footer == [
+        ["birds", "", "", "0 of 2", "1 of 2", "1 of 4"],
+        ["shots left out", "", "", "", "", "3"],
+    ]
     assert table.notes == [
         "Without scores, and so not in the means over birds: tit_high, tit_low, rook, wren"
     ]
+    del runs[0]["benchmarks"]["SONGS"]["shots_left_out"]
+    (table,) = benchmark_table.benchmark_tables(runs[:1], ["base"], scale=1)
+    assert table.columns == ["run", "method", "small", "large", "mean"]
+    assert (table.rows, len(table.footer)) == ([["base", "–", "–", "0.5", "0.5"]], 1)
     assert benchmark_table.benchmark_tables([{"name": "base"}], ["base"], scale=100) == []
     assert benchmark_table.summarize_benchmarks([SONGS], {"other": {"accuracy": 1.0}}) == {}

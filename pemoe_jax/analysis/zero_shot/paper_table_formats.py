@@ -293,7 +293,7 @@ def _accuracy_table(table: PaperTable, measure: str) -> Table:
         ]
         if _has_shots(table):
             left_out = _ranges(table, "shots_left_out", "{:,}")
-            footer.append([result_tables.LEFT_OUT, *blank, *left_out])
+            footer.append([tables.SHOTS_LEFT_OUT, *blank, *left_out])
     title = f"{_accuracy_name(table)} in %: {measure} over the prompts of a dataset"
     return Table(title, columns, rows, footer=footer, num_text=2)
 

@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from pemoe_jax.analysis import benchmark_table
-from pemoe_jax.analysis.tables import MISSING, Table, format_share, markdown_table, print_tables
+from pemoe_jax.analysis.tables import (
+    MISSING,
+    SHOTS_LEFT_OUT,
+    Table,
+    format_share,
+    markdown_table,
+    print_tables,
+)
 from pemoe_jax.analysis.zero_shot.results import SHOTS_KEYS, JsonObject
 from pemoe_jax.tasks.task_roles import abbreviate
 
 Number = TypeVar("Number", int, float)
-
-# Title of the number of shots that did not fit, summed over the examples.
-LEFT_OUT = "shots left out"
 
 
 def results_markdown(results: JsonObject) -> str:
@@ -120,7 +124,11 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
             ["chance", *blank, *ranges("chance", _percent), format_range(chances, _percent)],
             ["prompts", *blank, *ranges("prompts", _integer), ""],
             ["examples", *blank, *ranges("examples", _integer), ""],
-            *([[LEFT_OUT, *blank, *ranges("shots_left_out", _integer), ""]] if has_shots else []),
+            *(
+                [[SHOTS_LEFT_OUT, *blank, *ranges("shots_left_out", _integer), ""]]
+                if has_shots
+                else []
+            ),
         ],
         num_text=2,
     )
@@ -171,7 +179,7 @@ def _prompt_table(runs: Sequence[JsonObject]) -> Table:
             left_out = [task["shots_left_out"] for task in by_run if "shots_left_out" in task]
             cells.append(format_range(left_out, _integer))
         rows.append([*cells, *map(_percent, fractions)])
-    columns = ["dataset", "prompt", "split", "examples", *([LEFT_OUT] if has_shots else [])]
+    columns = ["dataset", "prompt", "split", "examples", *([SHOTS_LEFT_OUT] if has_shots else [])]
     columns += ["chance", *run_labels(runs)]
     table = Table("Accuracy in %: prompt by prompt", columns, rows, num_text=3)
     lines = []
