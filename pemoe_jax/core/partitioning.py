@@ -237,7 +237,8 @@ def state_shardings(
 ) -> PyTree:
     """Returns the shardings of a tree that holds states of parameters, such as Adam's moments.
 
-    A state that does not have the shape of its parameter (factored moments, counts) is replicated.
+    A state that does not have the shape of its parameter (factored moments, counts) is replicated;
+    of experts, which have states of their own, it is spread like them over `expert`.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct`, such as the train state's.
@@ -248,7 +249,11 @@ def state_shardings(
 
     def leaf_sharding(key_path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         sharding = value_of_param(key_path, param_shardings)
-        return sharding if sharding and _fits(sharding, leaf.shape) else replicated
+        if sharding is None or _fits(sharding, leaf.shape):
+            return sharding or replicated
+        experts = NamedSharding(mesh, PartitionSpec("expert"))
+        has_experts = sharding.spec[:1] == ("expert",) and leaf.ndim > 0
+        return experts if has_experts and _fits(experts, leaf.shape[:1]) else replicated
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, abstract)
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from methods import CONFIG, METHODS, example_batch, random_params, random_params_of
 
-from pemoe_jax.core import network, params, partitioning, steps
+from pemoe_jax.core import network, optim, params, partitioning, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.sparse import Sparse
 
@@ -92,6 +92,23 @@ def test_states_are_sharded_as_their_parameters():
     factored = states(optax.adafactor(1e-3, min_dim_size_to_factor=2))
     rows = [spec for name, spec in factored.items() if "v_row" in name]
     assert rows and not any(axis for spec in rows for axis in spec)
+
+
+def test_factored_states_of_experts_are_on_their_devices():
+    """Else a step would gather Adafactor's rows and columns of all experts."""
+    mesh = partitioning.make_mesh(1, jax.devices()[:2], expert_parallelism=2)
+    path, axes = "encoder/layers_1/mlp/expert/wo/kernel", ("expert", "mlp", "embed")
+    shapes = {path: jax.ShapeDtypeStruct((4, 256, 128), jnp.float32)}
+    shardings = partitioning.param_shardings(mesh, partitioning.axis_rules(), {path: axes}, shapes)
+    optimizer = optim.adafactor(lambda _: 1e-3, param_axes={path: axes})
+    abstract = jax.eval_shape(optimizer.init, params.unflatten(shapes))
+    states = jax.tree.leaves(abstract)
+    specs = [
+        s.spec for s in jax.tree.leaves(partitioning.state_shardings(abstract, shardings, mesh))
+    ]
+    by_shape = {leaf.shape: spec for leaf, spec in zip(states, specs, strict=True)}
+    assert by_shape[4, 256] == by_shape[4, 128] == PartitionSpec("expert")
+    assert by_shape[()] == PartitionSpec()
 
 
 # Every mesh with everything trainable; adapters where their own axes are sharded.
