@@ -92,8 +92,9 @@ def train(
     _check_references(model, optimizer, schedule)
     initial = initial_run.open_initial_run(base_path)
     if initial is None:
-        model = _with_base_dimensions(model, base_path)
+        model = _with_base_dimensions(model, base_path, checkpointing.upcycle_noise)
     else:
+        _check_noise(checkpointing.upcycle_noise, is_upcycled=False)
         model = initial_run.take_dimensions(model, initial)
     record = runs.Record(
         method=method.name,
@@ -235,24 +236,26 @@ def _check_references(model: object, optimizer: Any, schedule: object) -> None:
 
 
 def _with_base_dimensions(
-    model: "network.Transformer", base_path: str | None
+    model: "network.Transformer", base_path: str | None, upcycle_noise: float | None = None
 ) -> "network.Transformer":
     """Returns the model with the dimensions of its base checkpoint, as `pemoe evaluate` does.
 
     Prints the dimensions that override those of the model file; InputError if the base has other
-    experts.
+    experts, or is not upcycled although there is noise for it.
     """
     from pemoe_jax.checkpoints import base_model, upcycling
     from pemoe_jax.core import sparse
 
-    if base_path is None:
+    base = None if base_path is None else base_model.open_base(base_path)
+    is_upcycled = base is not None and upcycling.check_base(model, base)
+    _check_noise(upcycle_noise, is_upcycled)
+    if base is None:
         return model
-    base = base_model.open_base(base_path)
-    if not upcycling.check_base(model, base) and model.sparse is not None:
+    if model.sparse is not None and not is_upcycled:
         # A Switch Transformer states no routing, and has the defaults.
         trained = sparse.from_description(base.sparse)
         assert trained is not None
-        _warn_of_other_routing(model.sparse, trained, base_path)
+        _warn_of_other_routing(model.sparse, trained, str(base_path))
     sizes = base.model_dimensions()
     changed = {name: value for name, value in sizes.items() if getattr(model.config, name) != value}
     if changed:
@@ -262,6 +265,15 @@ def _with_base_dimensions(
         )
         print(f"dimensions of {base_path}: {text}", flush=True)
     return model.clone(config=dataclasses.replace(model.config, **sizes))
+
+
+def _check_noise(upcycle_noise: float | None, is_upcycled: bool) -> None:
+    """Raises InputError for noise without effect."""
+    if upcycle_noise and not is_upcycled:
+        raise InputError(
+            "UPCYCLE_NOISE must be 0.0 unless a sparse model starts from a dense base, got"
+            f" {upcycle_noise}"
+        )
 
 
 def _warn_of_other_routing(current: "Sparse", trained: "Sparse", base_path: str) -> None:

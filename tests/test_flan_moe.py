@@ -11,6 +11,7 @@ from test_train import folder as folder  # the fixture
 
 from pemoe_jax import evaluate, infer, train
 from pemoe_jax.checkpoints import base_model, models
+from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import flatten
@@ -108,6 +109,19 @@ def test_another_routing_than_that_of_a_base_is_a_warning(switch, capsys, sparse
         f"warning: {switch} was trained with {settings}: to start as its function, pass {flags}\n"
     )
     assert capsys.readouterr().out == (warning if expected else "")
+
+
+def test_noise_without_a_dense_base(switch):
+    """It would have no effect."""
+    for model, path in ((sparse_model(Sparse(4)), switch), (sparse_model(Sparse(4)), None)):
+        with pytest.raises(InputError, match=r"UPCYCLE_NOISE must be 0.0 unless .*, got 0.1$"):
+            train._with_base_dimensions(model, path, 0.1)
+
+
+def test_sparse_step_divides_the_layers_of_the_base(switch):
+    """Not those of the model file, which the base's replace."""
+    model = sparse_model(Sparse(4), num_encoder_layers=3)
+    network.param_shapes(train._with_base_dimensions(model, switch))
 
 
 def test_a_sparse_base_for_a_dense_model(switch):

@@ -317,25 +317,14 @@ class Transformer(nn.Module):
       config: dimensions.
       adapters: adapter factories by site.
       sparse: which MLPs are mixtures of whole feed-forward experts; None for none.
-
-    Raises:
-      InputError: the layers of a stack are not a multiple of `sparse_step`.
     """
 
     config: T5Config
     adapters: Adapters = Adapters()
     sparse: Sparse | None = None
 
-    def __post_init__(self) -> None:
-        period = layer_period(self.sparse)
-        for stack, depth in _depths(self).items():
-            if depth % period:
-                raise InputError(
-                    f"SPARSE_STEP must divide the {depth} layers of the {stack}, got {period}"
-                )
-        super().__post_init__()
-
     def setup(self) -> None:
+        _check_depths(self)
         cfg = self.config
         self.token_embedder = layers.Embed(cfg.vocab_size, cfg.emb_dim, dtype=cfg.dtype)
         self.encoder = Encoder(cfg, self.adapters, self.sparse)
@@ -482,7 +471,11 @@ def init_params(
 def param_shapes(
     model: Transformer, predicate: Callable[[str], bool] = lambda _: True
 ) -> dict[str, PyTree]:
-    """Returns the tree of `jax.ShapeDtypeStruct` of the parameters; allocates nothing."""
+    """Returns the tree of `jax.ShapeDtypeStruct` of the parameters; allocates nothing.
+
+    Raises:
+      InputError: the layers of a stack are not a multiple of SPARSE_STEP.
+    """
     return params_lib.select(_trace(model)[0], predicate)
 
 
@@ -508,6 +501,16 @@ def _depths(model: Transformer) -> dict[str, int]:
     return {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
 
 
+def _check_depths(model: Transformer) -> None:
+    # Not as a model is built: the depths of a gin file give way to those of a base.
+    period = layer_period(model.sparse)
+    for stack, depth in _depths(model).items():
+        if depth % period:
+            raise InputError(
+                f"SPARSE_STEP must divide the {depth} layers of the {stack}, got {period}"
+            )
+
+
 def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]:
     """Returns (tree of the parameters' shapes, path -> spec); uses no device."""
     # A run calls this five times, so the result is stored on the model. A cache by equality would
@@ -515,6 +518,7 @@ def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]
     attributes = vars(model)
     if "_traced_params" in attributes:
         return attributes["_traced_params"]
+    _check_depths(model)
     # The dense layers of a stack differ in their names alone, and so do the sparse ones. So one of
     # each is traced, and its parameters are repeated: T5-XXL takes 0.1 s instead of 2 s.
     sparse = model.sparse

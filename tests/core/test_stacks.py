@@ -277,8 +277,9 @@ def test_frozen_sparse_parameters_are_stacked_by_period():
 )
 def test_sparse_step_divides_the_layers(depths, step, stack):
     config = dataclasses.replace(CONFIG, num_encoder_layers=depths[0], num_decoder_layers=depths[1])
+    model = network.Transformer(config, sparse=Sparse(sparse_step=step))
     with pytest.raises(InputError, match=f"SPARSE_STEP must divide the {stack}, got {step}"):
-        network.Transformer(config, sparse=Sparse(sparse_step=step))
+        network.param_shapes(model)
 
 
 # --- parameters ---
