@@ -20,7 +20,7 @@ from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.data import choices, seqio_import, seqio_tasks
 from pemoe_jax.data.choices import ChoiceGroup
 from pemoe_jax.data.seekable_tasks import SeekableTask, StreamOptions
-from pemoe_jax.runtime import options
+from pemoe_jax.runtime import options, progress
 
 _SPLIT = "train"
 # Length that examples are read with: long inputs that begin alike still differ, and an example that
@@ -140,11 +140,17 @@ def load_shots(
             f"SHOTS must be 0 for tasks without a {_SPLIT!r} split, got {few_shot.shots}:"
             f" {', '.join(missing[:3])}{more}"
         )
-    return {
-        name: _load_task_shots(name, source, few_shot, limit, use_cached)
-        for name, source in sources.items()
-        if source is not None
-    }
+    shots: dict[str, TaskShots] = {}
+    # TensorFlow takes 0.3 s of a core to build the pipeline of a task.
+    bar = progress.Progress("reading shots", len(sources), note="tasks")
+    try:
+        for name, source in sources.items():
+            assert source is not None
+            shots[name] = _load_task_shots(name, source, few_shot, limit, use_cached)
+            bar.report_if_slow(len(shots), "tasks")
+    finally:
+        bar.close()
+    return shots
 
 
 def _find_source(name: str, use_cached: bool) -> str | None:
