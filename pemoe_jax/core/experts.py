@@ -177,12 +177,14 @@ class SparseMlpBlock(nn.Module):
         routed: "_Routed",
         ungroup: Callable[[Array], Array],
     ) -> None:
-        """Sows statistics, and probabilities if they are collected."""
+        """Sows statistics, and if they are collected, probabilities and assignments."""
         statistics = _statistics(cfg, logits, probs, is_token, routed)
         self.sow("routers", "statistics", statistics)
         self.sow("routers", "dispatch", jax.lax.stop_gradient(routed.dispatch_statistics))
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "probs", ungroup(routed.mixture()))
+            self.sow("intermediates", "router_probs", ungroup(probs))
+            self.sow("intermediates", "assignments", ungroup(routed.assignments()))
 
 
 class _Routed(NamedTuple):
@@ -193,12 +195,14 @@ class _Routed(NamedTuple):
       choice_share: [G, E], the share f of each expert among the choices of a group's tokens.
       dispatch_statistics: the `DISPATCH_STATISTICS`, float32 [3].
       mixture: () -> the weights of the experts at each token, [G, T, E]; before any is dropped.
+      assignments: () -> int8 [G, T, E], `routing.PLACED`, `DROPPED` or `NOT_ASSIGNED`.
     """
 
     y: Array
     choice_share: Array
     dispatch_statistics: Array
     mixture: Callable[[], Array]
+    assignments: Callable[[], Array]
 
 
 def _group(x: Array, is_token: Array, cfg: Sparse) -> tuple[Array, Array, Callable[[Array], Array]]:
@@ -258,6 +262,12 @@ def _tokens_choose(
         one_hot = jax.nn.one_hot(experts, num_experts) * takes_place[..., None]
         return jnp.sum(weights[..., None] * one_hot, axis=2)
 
+    def assignments() -> Array:
+        kinds = jnp.where(has_slot, routing.PLACED, routing.DROPPED)
+        kinds = jnp.where(takes_place, kinds, routing.NOT_ASSIGNED).astype(jnp.int8)
+        one_hot = jax.nn.one_hot(experts, num_experts, dtype=jnp.int8)
+        return jnp.sum(kinds[..., None] * one_hot, axis=2, dtype=jnp.int8)
+
     choices = jnp.sum(jax.nn.one_hot(experts, num_experts) * is_token[..., None, None], axis=(1, 2))
     choice_share = choices / jnp.maximum(jnp.sum(choices, axis=-1, keepdims=True), 1.0)
     statistics = jnp.stack(
@@ -267,7 +277,7 @@ def _tokens_choose(
             used,
         ]
     )
-    return _Routed(y, choice_share, statistics, mixture)
+    return _Routed(y, choice_share, statistics, mixture, assignments)
 
 
 def _has_mostly_empty_slots(num_slots: int, num_assignments: int) -> bool:
@@ -307,6 +317,10 @@ def _experts_choose(
         one_hot = jax.nn.one_hot(chosen.tokens, tokens)  # zeros at T
         return jnp.einsum("gect,gec->gte", one_hot, chosen.weights)
 
+    def assignments() -> Array:
+        one_hot = jax.nn.one_hot(chosen.tokens, tokens, dtype=jnp.int8)
+        return routing.PLACED * jnp.swapaxes(jnp.sum(one_hot, axis=2, dtype=jnp.int8), 1, 2)
+
     is_filled = chosen.tokens < tokens
     add = jax.vmap(lambda tokens_: jnp.zeros(tokens, bool).at[tokens_].set(True, mode="drop"))
     has_expert = add(chosen.tokens.reshape(groups, -1))
@@ -314,7 +328,7 @@ def _experts_choose(
     choice_share = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
     without_expert = 1.0 - _share(has_expert, is_token)
     statistics = jnp.stack([jnp.zeros(()), without_expert, jnp.mean(is_filled.astype(jnp.float32))])
-    return _Routed(y, choice_share, statistics, mixture)
+    return _Routed(y, choice_share, statistics, mixture, assignments)
 
 
 def _share(part: Array, whole: Array) -> Array:

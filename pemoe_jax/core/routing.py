@@ -30,6 +30,8 @@ READS = ("x", "y", "sentence")
 # The entries of `RouterOutput.statistics`, in order.
 STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "aux_loss")
 # An expert is dead if its load is below this fraction of an even load.
+# What a sparse layer sows of each token and expert, int8, as `assignments`.
+NOT_ASSIGNED, DROPPED, PLACED = 0, 1, 2
 DEAD_LOAD = 0.01
 # The site of a sparse layer's router; other routers belong to the adapter of a site.
 EXPERTS_SITE = "mlp/experts"

@@ -22,9 +22,9 @@ FLAGS = gin_flags.make_parser(
     "routes",
     "Shows which experts a run uses for tasks that it was trained on and for held-out ones:\n"
     "each task's mean probabilities over experts (a map), the entropy of the routers by layer,\n"
-    "which tasks are routed alike (a dendrogram), and which tokens each expert gets. Writes\n"
-    "routes.html (a self-contained page), routes.md, routes.json, routes.csv, distances.csv and\n"
-    "PNG files to the output folder.",
+    "which tasks are routed alike (a dendrogram), and which tokens each expert gets; of sparse\n"
+    "models also the load of the experts and the tokens that training drops. Writes routes.html\n"
+    "(a self-contained page), routes.md, routes.json, CSV and PNG files to the output folder.",
     example="""\
   pemoe routes /tmp/mov --tasks 'super_glue_*' ag_news_classify --output /tmp/page \\
     --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
@@ -71,7 +71,7 @@ def routes(
       tasks: names or patterns (*) of tasks, or mixtures; None: one prompt of each dataset, of those
         trained on and of those held out.
       sites: patterns of sites to show in detail, e.g. ['*/mlp/gate']; None: all of the last decoder
-        block.
+        block, and of sparse layers the last ones of encoder and decoder.
       examples: maximum number of examples of each task, the first of its evaluation split, or else
         of `train`.
       min_count: minimum number of occurrences of a token in the lists of top tokens.
@@ -112,7 +112,10 @@ def routes(
     results: list[ProbeResult] = []
     for opened, model_sites in zip(opened_models, sites_by_model, strict=True):
         results.append(
-            _probe_run(opened, model_sites, groups, task_roles, data.batch_size, mesh, min_count)
+            _probe_run(
+                *(opened, model_sites, groups, task_roles),
+                *(lengths, data.batch_size, mesh, min_count),
+            )
         )
         page.draw_plots(results[-1], folder)
         # Written after each run, so that a later run that fails leaves the page so far.
@@ -139,11 +142,12 @@ def _probe_run(
     sites: list[str],
     groups: "Mapping[str, Sequence[ChoiceGroup]]",
     task_roles: "TaskRoles",
+    lengths: Mapping[str, int],
     batch_size: int,
     mesh: "jax.sharding.Mesh",
     min_count: int,
 ) -> "ProbeResult":
-    from pemoe_jax.analysis.routing import metrics, probe
+    from pemoe_jax.analysis.routing import dispatch_probe, metrics, probe
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import seqio_tasks
     from pemoe_jax.runtime import progress
@@ -155,6 +159,9 @@ def _probe_run(
     num_examples = sum(map(len, groups.values()))
     with contextlib.closing(progress.Progress(f"routing {opened.name}", num_examples)) as bar:
         totals = measure.measure_routing(opened.model, params, groups, batch_size, mesh, sites, bar)
+    # The rows of a run's own training, if they are known.
+    rows = dispatch_probe.TrainingRows(lengths)
+    rows, sparse = dispatch_probe.read_training_rows(opened.path, rows), opened.model.sparse
     trained = measure.trained_datasets(opened, task_roles)
     tasks = []
     for name, members in groups.items():
@@ -172,6 +179,11 @@ def _probe_run(
         sites=sites,
         pieces=_token_texts(tasks[0].name, totals),
         min_count=min_count,
+        dispatch=dispatch_probe.measure_dispatch(
+            opened.model, params, groups, rows, batch_size, mesh
+        ),
+        experts_choose=sparse is not None and sparse.routing == "experts",
+        rows=str(rows),
     )
 
 

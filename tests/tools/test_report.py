@@ -657,7 +657,7 @@ def test_wrong_flags_are_a_one_line_error(tmp_path, capsys, flags, message):
 def test_evaluate_records_variant_and_training_datasets(trained, expected):
     """Training datasets are limited to the evaluated ones, and omitted if they are unknown."""
     method = METHODS["mov"]
-    record = types.SimpleNamespace(trained_datasets=trained)
+    record = types.SimpleNamespace(trained_datasets=trained, initial=None)
     opened = types.SimpleNamespace(
         model=network.Transformer(CONFIG, method.adapters(num_experts=3)),
         record=record,
@@ -680,7 +680,7 @@ def test_evaluate_records_step_times_up_to_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     opened = types.SimpleNamespace(
         model=network.Transformer(CONFIG),
-        record=types.SimpleNamespace(trained_datasets=None),
+        record=types.SimpleNamespace(trained_datasets=None, initial=None),
         path=str(tmp_path),
         step=20,
         summary=lambda: {"name": "first", "method": "full"},

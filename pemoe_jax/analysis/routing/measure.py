@@ -334,14 +334,20 @@ def select_sites(patterns: Sequence[str] | None, num_experts: Mapping[str, int])
     Args:
       patterns: shell-style patterns of names such as 'decoder/layers_3/mlp/gate'. None: the
         sites of the last block with routers (the last decoder block, as in arXiv 2309.05444) with
-        as many experts as its last site.
+        as many experts as its last site. If this is a sparse layer, the last one of the encoder is
+        selected too.
       num_experts: {site: E} of every router.
 
     Raises:
       InputError: a pattern matches nothing, or the sites differ in E.
     """
     if patterns is None:
+        from pemoe_jax.core import routing  # imports jax, which `--help` does without
+
         last = list(num_experts)[-1]
+        if routing.is_sparse_layer(last):
+            sparse_sites = filter(routing.is_sparse_layer, num_experts)
+            return list({site.partition("/")[0]: site for site in sparse_sites}.values())
         block = last.rsplit("/", 2)[0] + "/"
         return [
             site

@@ -8,11 +8,12 @@ Shapes: `T` tasks, `E` experts. A site is a path such as 'decoder/layers_3/mlp/g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from pemoe_jax.analysis.routing import probe
+from pemoe_jax.analysis.routing import dispatch_probe, probe
+from pemoe_jax.core import routing
 
 MAX_TOP_TOKENS = 10
 _ATTENTION = {
@@ -49,6 +50,9 @@ class ProbeResult:
       sites: sites shown in maps, distances and token tables.
       pieces: {token id: text} of the tokens that occurred.
       min_count: top tokens must occur at least this often.
+      dispatch: {site: who goes where in training} of the sparse layers; empty for a dense model.
+      experts_choose: whether the encoder's experts choose tokens.
+      rows: the rows of training that `dispatch` is of.
     """
 
     run: dict[str, object]
@@ -58,6 +62,9 @@ class ProbeResult:
     sites: list[str]
     pieces: dict[int, str]
     min_count: int = 5
+    dispatch: dispatch_probe.Totals = field(default_factory=dict)
+    experts_choose: bool = False
+    rows: str = ""
 
     @property
     def task_names(self) -> list[str]:
@@ -85,7 +92,8 @@ class RouterEntropy:
       layer: 3.
       kind: the projection and its attention, 'cross key'.
       token_entropy: mean entropy of single tokens' distributions over log E; 0: each token uses one
-        expert, 1: each token uses all experts equally.
+        expert, 1: each token uses all experts equally. At sparse layers that of the softmax before
+        experts are chosen.
       mean_entropy: entropy of the mean distribution over log E; 0: one expert serves all tokens,
         1: all experts are used equally.
       task_bits: Jensen-Shannon divergence of all tasks in bits, at most log2(min(T, E)); 0: the
@@ -180,6 +188,66 @@ def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> R
         task_bits=max(0.0, mean_bits - float(entropy_bits(distributions).mean())),
         mass=float(masses.mean()),
     )
+
+
+@dataclass(frozen=True)
+class SparseLoad:
+    """Who goes where in a sparse layer in training, see `dispatch_probe`.
+
+    Attributes:
+      site: e.g. 'decoder/layers_1/mlp/experts'.
+      experts_choose: whether experts choose tokens, of which none is dropped then.
+      assigned: [E], tokens that chose an expert, or that it chose, over all tasks.
+      placed: [E], those of them that have a place.
+      tokens_by_experts: [E + 1], tokens that 0, 1, … E experts compute.
+    """
+
+    site: str
+    experts_choose: bool
+    assigned: np.ndarray
+    placed: np.ndarray
+    tokens_by_experts: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return int(self.tokens_by_experts.sum())
+
+    @property
+    def load(self) -> np.ndarray:
+        """Each expert's share of the assignments relative to an even share, [E]."""
+        return len(self.assigned) * self.assigned / max(self.assigned.sum(), 1)
+
+    @property
+    def dead(self) -> int:
+        """Number of experts with a load below `routing.DEAD_LOAD`."""
+        return int((self.load < routing.DEAD_LOAD).sum())
+
+    @property
+    def dropped(self) -> float:
+        """Share of the assignments that have no place."""
+        return 1 - float(self.placed.sum() / max(self.assigned.sum(), 1))
+
+    @property
+    def shares_by_experts(self) -> np.ndarray:
+        """Shares of the tokens that 0, 1, … E experts compute, [E + 1]."""
+        return self.tokens_by_experts / max(self.tokens, 1)
+
+    @property
+    def without_expert(self) -> float:
+        """Share of the tokens that no expert computes."""
+        return float(self.shares_by_experts[0])
+
+
+def sparse_loads(result: ProbeResult) -> list[SparseLoad]:
+    """Returns the loads of all sparse layers, in layer order; empty for a dense model."""
+    loads = []
+    for site in result.experts:
+        if totals := result.dispatch.get(site):
+            by_task = totals.assigned, totals.placed, totals.tokens_by_experts
+            choose = result.experts_choose and site.startswith("encoder/")
+            sums = (np.asarray(array, np.float64).sum(axis=0) for array in by_task)
+            loads.append(SparseLoad(site, choose, *sums))
+    return loads
 
 
 @dataclass(frozen=True)

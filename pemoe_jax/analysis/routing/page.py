@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 # Alternative texts of the pictures, by the ends of their file names.
 _ALT = {
     "map": "Map: mean probability of each expert for each task",
+    "load": "Load of the experts of sparse layers, and drops",
     "entropy": "Entropy of the routers by layer",
     "tasks": "Dendrogram of tasks by the distance of their routing",
 }
 
 
 def draw_plots(result: ProbeResult, folder: Path) -> None:
-    """Writes <run>_map.png, <run>_entropy.png and, for several tasks, <run>_tasks.png."""
+    """Writes <run>_map.png, <run>_entropy.png, <run>_load.png and <run>_tasks.png.
+
+    The load is that of sparse layers, the last picture that of several tasks; without, there is
+    none.
+    """
     name = result.run["name"]
     means = measure.mean_probs(result.totals, result.task_names)
     plots.routing_map(
@@ -42,6 +47,12 @@ def draw_plots(result: ProbeResult, folder: Path) -> None:
         _png(result, folder, "entropy"),
         title=f"Entropy of the routers by layer: {name}",
     )
+    if loads := metrics.sparse_loads(result):
+        routing_plots.plot_loads(
+            loads,
+            _png(result, folder, "load"),
+            title=f"Load of the experts in training: {name}",
+        )
     if len(result.tasks) > 1:
         routing_plots.plot_dendrogram(
             metrics.task_distances(result),
@@ -57,8 +68,10 @@ def _png(result: ProbeResult, folder: Path, kind: str) -> Path:
 
 
 def _kinds(result: ProbeResult) -> list[str]:
-    # A single task has no dendrogram.
-    return [kind for kind in _ALT if kind != "tasks" or len(result.tasks) > 1]
+    # A single task has no dendrogram, a dense model no load of sparse layers.
+    missing = {"tasks"} if len(result.tasks) < 2 else set()
+    missing |= {"load"} if not result.dispatch else set()
+    return [kind for kind in _ALT if kind not in missing]
 
 
 def render_files(results: Sequence[ProbeResult], folder: Path) -> dict[str, str]:
@@ -69,6 +82,11 @@ def render_files(results: Sequence[ProbeResult], folder: Path) -> dict[str, str]
         "routes.json": routing_tables.to_json(results),
         "routes.csv": routing_tables.distributions_csv(results),
         "distances.csv": routing_tables.distances_csv(results),
+        **(
+            {"loads.csv": routing_tables.loads_csv(results)}
+            if any(result.dispatch for result in results)
+            else {}
+        ),
     }
 
 
@@ -108,11 +126,17 @@ def _section(number: int, result: ProbeResult, folder: Path) -> dict[str, object
         "quantity": routing_tables.value_name(result),
         "pictures": {kind: _picture(_png(result, folder, kind), kind) for kind in _kinds(result)},
         "site_tables": routing_tables.site_tables(result),
+        "load_tables": _load_tables(result),
         "entropies": routing_tables.entropy_table(result),
         "nearest": routing_tables.nearest_table(result),
         "top_tokens": {site: metrics.top_tokens(result, site) for site in result.sites},
         "min_count": result.min_count,
     }
+
+
+def _load_tables(result: ProbeResult) -> list[tables.Table]:
+    both = routing_tables.load_table(result), routing_tables.assignment_table(result)
+    return [table for table in both if table is not None]
 
 
 def _picture(png: Path, kind: str) -> dict[str, object]:
@@ -140,6 +164,7 @@ def to_markdown(results: Sequence[ProbeResult], folder: Path) -> str:
         nearest = routing_tables.nearest_table(result)
         for table in [
             *routing_tables.site_tables(result).values(),
+            *_load_tables(result),
             routing_tables.entropy_table(result),
             *([nearest] if nearest else []),
             *routing_tables.token_tables(result),

@@ -1,4 +1,4 @@
-"""Plots of routing as PNG files: entropies by layer and a dendrogram of tasks.
+"""Plots of routing as PNG files: entropies by layer, loads of experts, a dendrogram of tasks.
 
 `analysis.plots.routing_map` draws the map of tasks and experts.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pemoe_jax.analysis import plots
 from pemoe_jax.analysis.routing import probe
-from pemoe_jax.analysis.routing.metrics import RouterEntropy
+from pemoe_jax.analysis.routing.metrics import RouterEntropy, SparseLoad
 from pemoe_jax.core.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # A site's projection sets the color, its attention the line: self and cross keys look related.
 _COLOR = {"key": 0, "value": 1, "gate": 2, "query": 3, "out": 4, "wi_0": 5, "wi_1": 2, "wo": 6}
@@ -25,7 +28,10 @@ _ROWS = (
     ("token_entropy", "each token (low: few experts)"),
     ("mean_entropy", "mean over all (low: few experts)"),
 )
+_SPARSE_ROWS = (("token_entropy", "softmax of each token (low: certain)"), _ROWS[1])
 _GRID = "#E6E6E6"
+_PLACED_COLOR, _DROPPED_COLOR = plots.COLORS[0], plots.COLORS[4]
+_MAX_LOAD_WIDTH = 14  # inches
 
 
 def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: str) -> Path:
@@ -33,13 +39,14 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
     plt = plots.import_pyplot()
     stacks = [stack for stack in probe.STACKS if any(r.stack == stack for r in routers)]
     kinds = list(dict.fromkeys(r.kind for r in routers))
+    rows = _SPARSE_ROWS if kinds == ["experts"] else _ROWS
     legend_width = 0.55 + max(plots.text_width(kind, 9) for kind in kinds)
     width = max(0.9 + 3.2 * len(stacks) + legend_width, 0.5 + plots.text_width(title, 13))
     figure, axes = plt.subplots(
         2, len(stacks), sharey="row", squeeze=False, figsize=(width, 5.2), layout="constrained"
     )
     for column, stack in enumerate(stacks):
-        for row, (attribute, meaning) in enumerate(_ROWS):
+        for row, (attribute, meaning) in enumerate(rows):
             axis = axes[row, column]
             for kind in kinds:
                 line = [r for r in routers if (r.stack, r.kind) == (stack, kind)]
@@ -80,6 +87,92 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
         handlelength=2.6,
     )
     return plots.save_figure(figure, png)
+
+
+def plot_loads(loads: Sequence[SparseLoad], png: str | Path, *, title: str) -> Path:
+    """Draws a panel for each sparse layer, encoder above decoder.
+
+    Its bars are the loads of the experts, of which the upper part is dropped. Where experts choose,
+    loads are equal, and the bars are the shares of tokens by the number of their experts.
+    """
+    plt = plots.import_pyplot()
+    panel_width = float(np.clip(0.17 * len(loads[0].assigned), 1.7, 5.0))
+    max_panels = max(1, int(_MAX_LOAD_WIDTH / (panel_width + 0.35)))
+    lines = []  # of at most max_panels layers of a stack
+    for stack in probe.STACKS:
+        layers = [load for load in loads if load.site.startswith(f"{stack}/")]
+        line_count = max(1, -(-len(layers) // max_panels))
+        size = max(1, -(-len(layers) // line_count))  # equal lengths if possible
+        lines += [layers[i : i + size] for i in range(0, len(layers), size)]
+    legend = _load_legend(loads)
+    # In inches, so that panels keep their size for any number of layers.
+    left, between, panel_height, pitch, top, bottom = 0.75, 0.35, 1.2, 2.25, 1.1, 1.0
+    width = left + max(map(len, lines)) * (panel_width + between)
+    legend_width = 0.5 + sum(0.5 + plots.text_width(label, 9) for label, _ in legend)
+    width = max(width, legend_width, 0.5 + plots.text_width(title, 13))
+    height = top + pitch * len(lines) - (pitch - panel_height) + bottom
+    figure = plt.figure(figsize=(width, height))
+    style: dict[str, Any] = {"size": 12, "weight": "bold", "va": "center", "c": plots.TEXT_COLOR}
+    figure.text(0.15 / width, 1 - 0.3 / height, title, **style)
+    for row, line in enumerate(lines):
+        y = height - top - row * pitch - panel_height
+        limit = 1.08 * max(_load_bars(load)[0].max() for load in line)
+        for column, load in enumerate(line):
+            x = left + column * (panel_width + between)
+            rect = (x / width, y / height, panel_width / width, panel_height / height)
+            axis = figure.add_axes(rect)
+            _draw_load(axis, load, max(limit, 0.0 if load.experts_choose else 1.1))
+            if column:
+                axis.set_yticklabels([])
+            else:
+                axis.set_ylabel("share of tokens" if load.experts_choose else "load", size=9)
+    x = 0.2
+    for label, color in legend:
+        figure.text(x / width, 0.22 / height, "■" if color else "- -", size=9, c=color or "k")
+        figure.text((x + 0.2) / width, 0.22 / height, label, size=9, c=plots.TEXT_COLOR)
+        x += 0.5 + plots.text_width(label, 9)
+    return plots.save_figure(figure, png)
+
+
+def _load_bars(load: SparseLoad) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the heights of the bars, and of their upper parts that stand out."""
+    if load.experts_choose:
+        used = int(np.flatnonzero(load.tokens_by_experts).max(initial=1))
+        shares = load.shares_by_experts[: used + 1]
+        return shares, np.where(np.arange(used + 1) == 0, shares, 0.0)
+    return load.load, load.load * (1 - load.placed / np.maximum(load.assigned, 1))
+
+
+def _load_legend(loads: Sequence[SparseLoad]) -> list[tuple[str, str]]:
+    """Returns texts and colors; '' is the dashed line."""
+    kinds = {load.experts_choose for load in loads}
+    dropped = {False: "dropped", True: "without expert"}
+    return [
+        ("computed", _PLACED_COLOR),
+        (" or ".join(dropped[kind] for kind in sorted(kinds)), _DROPPED_COLOR),
+        *([("even load", "")] if False in kinds else []),
+    ]
+
+
+def _draw_load(axis: Axes, load: SparseLoad, limit: float) -> None:
+    heights, upper = _load_bars(load)
+    first = 0 if load.experts_choose else 1
+    positions = np.arange(len(heights)) + first
+    axis.bar(positions, heights - upper, color=_PLACED_COLOR, width=0.8)
+    axis.bar(positions, upper, bottom=heights - upper, color=_DROPPED_COLOR, width=0.8)
+    stack, layer = load.site.split("/")[:2]
+    lines = [f"{stack} {layer.removeprefix('layers_')}"]
+    if not load.experts_choose:
+        lines.append(f"dropped {100 * load.dropped:.1f} %")
+        axis.axhline(1, color=plots.TEXT_COLOR, lw=0.9, ls=(0, (3, 2)))
+    lines.append(f"without expert {100 * load.without_expert:.1f} %")
+    axis.set_title("\n".join(lines), size=8.5, loc="left", linespacing=1.35)
+    axis.set_xlabel("experts of a token" if load.experts_choose else "expert", size=9, labelpad=2)
+    axis.set_ylim(0, limit)
+    axis.set_xticks(positions[:: -(-len(positions) // 16)])
+    axis.tick_params(labelsize=8)
+    axis.grid(axis="y", color=_GRID, lw=0.8)
+    axis.set_axisbelow(True)
 
 
 def plot_dendrogram(

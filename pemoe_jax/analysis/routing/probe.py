@@ -3,7 +3,7 @@
 Shapes: `T` tasks, `V` vocabulary, `E` experts of a site. A site is the parameter path of a router's
 adapter without its suffix, e.g. 'decoder/layers_3/mlp/gate'; a sparse layer's router is at the site
 'decoder/layers_3/mlp/experts', and its probabilities are the weights of the experts that a token
-has, before any is dropped.
+has, before any is dropped. Its entropy is that of the softmax over all experts.
 """
 
 import functools
@@ -33,7 +33,8 @@ class ProbeTotals:
 
     Attributes:
       probs: {site: [T, E]} router probabilities, at every router.
-      entropy: {site: [T]} entropies in nats of the probabilities normalized to sum to one.
+      entropy: {site: [T]} entropies in nats of the probabilities normalized to sum to one; at
+        sparse layers of the softmax before experts are chosen.
       num_tokens: {stack: [T]} number of tokens.
       token_probs: {site: [V, E]} router probabilities by token id, at the requested sites.
       token_counts: {stack: [V]} number of tokens by token id.
@@ -124,10 +125,13 @@ def make_probe(model: network.Transformer) -> Probe:
         probs, entropy = dict(totals.probs), dict(totals.entropy)
         token_probs = dict(totals.token_probs)
         sown = routing.sown_by_router(collections["intermediates"], "probs")
+        softmax = routing.sown_by_router(collections["intermediates"], "router_probs")
         for path, site_probs in sown.items():
             site = path.removesuffix(_SUFFIX)
             stack = token_stack(site)
             p, h = _average_heads(site_probs)
+            if site in softmax:
+                h = jnp.sum(jax.scipy.special.entr(softmax[site]), axis=-1)
             probs[site] += _einsum("bt,ble,bl->te", task_one_hot, p, masks[stack])
             entropy[site] += _einsum("bt,bl,bl->t", task_one_hot, h, masks[stack])
             if site in token_probs:

@@ -33,9 +33,18 @@ _ENTROPY_NOTE = (
 )
 _SPARSE_NOTE = (
     "mlp/experts is the router of a sparse layer, whose experts are whole MLPs; a layer without"
-    " this row has a dense MLP. Its probabilities are the weights of the chosen experts, before any"
-    " token is dropped: with one expert for each token, its first column is 0."
+    " this row has a dense MLP. Each token: there the entropy of the softmax over all experts, of"
+    " which the router then keeps a few: 0 if the router is certain. The other columns are of the"
+    " weights of the chosen experts, before any token is dropped."
 )
+_LOAD_NOTE = (
+    "Load: an expert's share of all assignments relative to an even share, over all tokens. Dead:"
+    f" experts with a load below {routing.DEAD_LOAD:g}. Dropped: assignments that have no place."
+    " Then the shares of tokens that no expert computes, that one computes, … A token without any"
+    " passes the layer by its residual connection."
+)
+# Numbers of experts of a token from this one on share a column.
+_MANY_EXPERTS = 4
 _MASS_NOTE = (
     "Kept: the mean sum of a token's probabilities after top-k. All other columns refer to"
     " probabilities normalized to sum to one."
@@ -43,7 +52,13 @@ _MASS_NOTE = (
 
 
 def value_name(result: ProbeResult) -> str:
-    """Returns what mean distributions hold: shares if top-k leaves probabilities' sums below 1."""
+    """Returns what mean distributions hold.
+
+    These are weights of whole MLPs, or probabilities, or shares if top-k leaves the sums of
+    probabilities below 1.
+    """
+    if all(map(routing.is_sparse_layer, result.sites)):
+        return "mean weight"
     is_truncated = any(router.mass <= _FULL_MASS for router in metrics.router_entropies(result))
     return "mean share of the mixture" if is_truncated else "mean probability"
 
@@ -119,6 +134,63 @@ def entropy_table(result: ProbeResult) -> Table:
     return Table("Entropy of the routers", columns, rows, notes=notes)
 
 
+def load_table(result: ProbeResult) -> Table | None:
+    """Returns a table of loads and drops with a row for each sparse layer; None without any."""
+    loads = metrics.sparse_loads(result)
+    if not loads:
+        return None
+    largest = max(np.flatnonzero(load.tokens_by_experts).max(initial=1) for load in loads)
+    many = min(int(largest), _MANY_EXPERTS)
+    rows = []
+    for load in loads:
+        shares = load.shares_by_experts
+        by_number = [*shares[:many], shares[many:].sum()]
+        rows.append(
+            [
+                load.site,
+                "experts" if load.experts_choose else "tokens",
+                f"{load.tokens:,}",
+                f"{load.load.max():.2f}",
+                f"{load.load.min():.2f}",
+                str(load.dead),
+                MISSING if load.experts_choose else _percent(load.dropped),
+                *map(_percent, by_number),
+            ]
+        )
+    numbers = [f"{n} expert{'' if n == 1 else 's'}" for n in range(many + 1)]
+    if largest > many:
+        numbers[-1] = f"{many} or more"
+    columns = ["site", "who chooses", "tokens", "largest load", "least load", "dead", "dropped"]
+    title = "Load of the experts, and drops, with the capacity of training"
+    notes = [_LOAD_NOTE, _rows_note(result)]
+    return Table(title, [*columns, *numbers], rows, notes=notes, num_text=2)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _rows_note(result: ProbeResult) -> str:
+    return (
+        f"Measured in training mode, on the examples in {result.rows}; without dropout. Evaluation"
+        " has no limit, and drops nothing."
+    )
+
+
+def assignment_table(result: ProbeResult) -> Table | None:
+    """Returns a table of tokens by expert with two rows for each sparse layer; None without any."""
+    loads = metrics.sparse_loads(result)
+    if not loads:
+        return None
+    rows = []
+    for load in loads:
+        for name, counts in (("assigned", load.assigned), ("dropped", load.assigned - load.placed)):
+            if name == "assigned" or not load.experts_choose:
+                rows.append([load.site, name, *(f"{count:,.0f}" for count in counts)])
+    experts = [str(number + 1) for number in range(max(len(load.assigned) for load in loads))]
+    return Table("Tokens by expert", ["site", "", *experts], rows, num_text=2)
+
+
 def nearest_table(result: ProbeResult) -> Table | None:
     """Returns a table of held-out tasks and their nearest training tasks; None without both."""
     nearest = metrics.nearest_trained(result)
@@ -157,6 +229,22 @@ def distributions_csv(results: Sequence[ProbeResult]) -> str:
                 seen = "" if task.seen is None else int(task.seen)
                 key = [result.run["name"], site, task.name, task.dataset, seen]
                 lines += [[*key, expert, f"{value:.6g}"] for expert, value in enumerate(row, 1)]
+    return _to_csv(lines)
+
+
+def loads_csv(results: Sequence[ProbeResult]) -> str:
+    """Returns CSV of the tokens, with a line per run, sparse layer, task and expert."""
+    lines: list[list[object]] = [
+        ["run", "site", "task", "dataset", "seen", "expert", "assigned", "dropped"]
+    ]
+    for result in results:
+        for site, totals in result.dispatch.items():
+            by_task = np.asarray(totals.assigned), np.asarray(totals.placed)
+            for task, assigned, placed in zip(result.tasks, *by_task, strict=True):
+                seen = "" if task.seen is None else int(task.seen)
+                key = [result.run["name"], site, task.name, task.dataset, seen]
+                counts = zip(assigned, assigned - placed, strict=True)
+                lines += [[*key, e, *map(int, count)] for e, count in enumerate(counts, 1)]
     return _to_csv(lines)
 
 
@@ -200,12 +288,30 @@ def _run_entry(result: ProbeResult) -> dict[str, object]:
             {_JSON_KEYS.get(key, key): value for key, value in dataclasses.asdict(router).items()}
             for router in metrics.router_entropies(result)
         ],
+        **_sparse_entry(result),
         "distances": [_rounded(row) for row in metrics.task_distances(result)],
         "nearest_seen": {
             name: {"task": other, "distance": round(distance, 6)}
             for name, (other, distance) in metrics.nearest_trained(result).items()
         },
     }
+
+
+def _sparse_entry(result: ProbeResult) -> dict[str, object]:
+    """Returns the loads of the sparse layers; nothing for a dense model."""
+    entries = {
+        load.site: {
+            "experts_choose": load.experts_choose,
+            "tokens": load.tokens,
+            "dropped": round(load.dropped, 6),
+            "without_expert": round(load.without_expert, 6),
+            "assigned": load.assigned.astype(int).tolist(),
+            "placed": load.placed.astype(int).tolist(),
+            "tokens_by_experts": load.tokens_by_experts.astype(int).tolist(),
+        }
+        for load in metrics.sparse_loads(result)
+    }
+    return {"training_rows": result.rows, "sparse_layers": entries} if entries else {}
 
 
 def _site_entry(result: ProbeResult, site: str) -> dict[str, object]:

@@ -1,0 +1,209 @@
+"""Who goes where in sparse layers in training: tokens assigned to experts, dropped and computed.
+
+Evaluation has no limit on the tokens of an expert, and drops nothing. So examples are laid out in
+rows as in training, and pass the model in training mode, with the capacity of training, the random
+second experts of GShard and jitter, but without dropout.
+
+Shapes: `B` rows of `L` tokens, `E` experts, `T` tasks.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pemoe_jax.checkpoints import run_settings
+from pemoe_jax.core import network, partitioning, routing, steps
+from pemoe_jax.core import params as params_lib
+from pemoe_jax.data import packing
+
+if TYPE_CHECKING:
+    from pemoe_jax.data.choices import ChoiceGroup
+
+Array = jax.Array
+
+_STACK_TOKENS = {"encoder": "encoder_input_tokens", "decoder": "decoder_target_tokens"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRows:
+    """The rows of a batch in training.
+
+    Attributes:
+      lengths: tokens of 'inputs' and 'targets' of a row.
+      pack: whether a row holds several examples.
+    """
+
+    lengths: Mapping[str, int]
+    pack: bool = True
+
+    def __str__(self) -> str:
+        kind = "packed rows" if self.pack else "rows of an example each"
+        return f"{kind}, {self.lengths['inputs']:,} + {self.lengths['targets']:,} tokens"
+
+
+@flax.struct.dataclass
+class DispatchTotals:
+    """Numbers of assignments and tokens of each task at a sparse layer, float32.
+
+    Attributes:
+      assigned: [T, E], tokens that chose an expert, or that it chose.
+      placed: [T, E], those of them that have a place, so that the expert computes them.
+      tokens_by_experts: [T, E + 1], tokens that 0, 1, … E experts compute.
+    """
+
+    assigned: Array | np.ndarray
+    placed: Array | np.ndarray
+    tokens_by_experts: Array | np.ndarray
+
+
+Totals = dict[str, DispatchTotals]  # by site, such as 'decoder/layers_1/mlp/experts'
+Probe = Callable[[params_lib.Params, steps.Batch, Mapping[str, Array], Array, Totals], Totals]
+
+
+def read_training_rows(path: str, default: TrainingRows) -> TrainingRows:
+    """Returns the rows of a run by its config.gin; the default if it has none."""
+    settings = run_settings.read_settings(path)
+    try:
+        lengths = ast.literal_eval(settings["TASK_FEATURE_LENGTHS"])
+        return TrainingRows(
+            {name: int(lengths[name]) for name in ("inputs", "targets")},
+            bool(ast.literal_eval(settings["PACK"])),
+        )
+    except (KeyError, TypeError, ValueError, SyntaxError):
+        return default
+
+
+def init_totals(sites: Mapping[str, int], num_tasks: int) -> Totals:
+    """Returns totals of zeros for the sparse layers among {site: E}."""
+    return {
+        site: DispatchTotals(*(jnp.zeros((num_tasks, n)) for n in (size, size, size + 1)))
+        for site, size in sites.items()
+        if routing.is_sparse_layer(site)
+    }
+
+
+def make_probe(model: network.Transformer) -> Probe:
+    """Returns the jitted `probe(params, batch, task_ids, rng, totals) -> totals`.
+
+    `task_ids` are int32 [B, L] by stack, the task of each token and -1 for padding.
+    """
+    assert model.sparse is not None
+    model = model.clone(
+        config=dataclasses.replace(model.config, dropout_rate=0.0),
+        sparse=dataclasses.replace(model.sparse, expert_dropout_rate=0.0),
+    )
+
+    def probe(
+        params: params_lib.Params,
+        batch: steps.Batch,
+        task_ids: Mapping[str, Array],
+        rng: Array,
+        totals: Totals,
+    ) -> Totals:
+        _, collections = steps.apply_model(model, params, batch, rng, mutable=["intermediates"])
+        sown = routing.sown_by_router(collections["intermediates"], "assignments")
+        result = {}
+        for site, total in totals.items():
+            kinds = sown[site]  # [B, L, E]
+            num_tasks, num_experts = total.assigned.shape
+            tasks = jax.nn.one_hot(task_ids[site.partition("/")[0]], num_tasks)  # zeros at -1
+            num_placed = jnp.sum(kinds == routing.PLACED, axis=-1)
+            by_token = DispatchTotals(
+                assigned=kinds != routing.NOT_ASSIGNED,
+                placed=kinds == routing.PLACED,
+                tokens_by_experts=jax.nn.one_hot(num_placed, num_experts + 1),
+            )
+            result[site] = jax.tree.map(
+                # GPUs and TPUs multiply with fewer bits by default, which would round the counts.
+                lambda whole, part, tasks=tasks: (
+                    whole
+                    + jnp.einsum(
+                        "blt,ble->te",
+                        tasks,
+                        part.astype(jnp.float32),
+                        precision=jax.lax.Precision.HIGHEST,
+                    )
+                ),
+                total,
+                by_token,
+            )
+        return result
+
+    return jax.jit(probe, donate_argnums=(4,))
+
+
+def training_batches(
+    groups: Mapping[str, Sequence[ChoiceGroup]], rows: TrainingRows, batch_size: int
+) -> Iterator[tuple[packing.Batch, dict[str, np.ndarray]]]:
+    """Yields batches of examples with their correct answers, and the task ids of their tokens.
+
+    Args:
+      groups: {task: its examples}, each with its correct choice alone.
+      rows: the rows of a batch.
+      batch_size: B; the last batch is filled with padding.
+
+    Yields:
+      T5X's features, and {stack: int32 [B, L]}, -1 for padding.
+    """
+    examples, tasks = [], []
+    for task, members in enumerate(groups.values()):
+        for group in members:
+            sequences = group.inputs, group.choices[0]
+            embedding = () if group.sentence_embedding is None else (group.sentence_embedding,)
+            examples.append((*sequences, *embedding))
+            # Packed in the same way as the tokens; 0 is padding.
+            tasks.append(tuple(np.full(len(ids), task + 1, np.int32) for ids in sequences))
+    # As in training, a row has examples of several tasks.
+    order = np.random.default_rng(0).permutation(len(examples)).tolist()
+    layout = rows.lengths, batch_size, rows.pack
+    batches = packing.BatchIterator((examples[i] for i in order), *layout, pad_last=True)
+    task_batches = packing.BatchIterator((tasks[i] for i in order), *layout, pad_last=True)
+    for batch, task_batch in zip(batches, task_batches, strict=True):
+        yield batch, {stack: task_batch[name] - 1 for stack, name in _STACK_TOKENS.items()}
+
+
+def measure_dispatch(
+    model: network.Transformer,
+    params: params_lib.Params,
+    groups: Mapping[str, Sequence[ChoiceGroup]],
+    rows: TrainingRows,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Totals:
+    """Returns the totals of a model's sparse layers as NumPy arrays; empty for a dense model.
+
+    Args:
+      model: the network.
+      params: its parameters, replicated on every device.
+      groups: {task: its examples}; the rows of the totals follow this order.
+      rows: rows of training.
+      batch_size: rows of a batch, over all devices.
+      mesh: the devices.
+    """
+    if model.sparse is None:
+        return {}
+    from pemoe_jax.analysis.routing import measure, probe
+
+    probe_batch = make_probe(model)
+    zeros = init_totals(probe.expert_counts(model), len(groups))
+    totals = partitioning.replicate(zeros, mesh)
+    correct = {task: [measure.keep_correct_choice(g) for g in groups[task]] for task in groups}
+    batches = training_batches(correct, rows, batch_size)
+    for number, (batch, task_ids) in enumerate(batches):
+        totals = probe_batch(
+            params,
+            partitioning.shard_batch(batch, mesh),
+            partitioning.shard_batch(task_ids, mesh),
+            jax.random.key(number),
+            totals,
+        )
+    totals = jax.device_get(totals)
+    return {site: totals[site] for site in zeros}  # in layer order, which jit does not keep
