@@ -31,6 +31,8 @@ from pemoe_jax.tasks.vocabulary import load_vocabulary, locate_vocabulary
 MIXTURE = "bbh"
 _REASONING = "Let's think step by step."
 _ANSWER = "the answer is"
+# The last line of an input in each mode.
+_INSTRUCTIONS = {"direct": "A:", "reasoning": f"A: {_REASONING}"}
 
 # Each task of the mean, and the files that it has; by default the file is named like the task.
 _OBJECTS = ("three_objects", "five_objects", "seven_objects")
@@ -189,41 +191,42 @@ def register(
     from pemoe_jax.tasks import benchmark_tasks
 
     vocabulary = load_vocabulary(vocab_path)
+    names = {mode: {f"bbh_{mode}_{name}": name for name in files} for mode in _INSTRUCTIONS}
     tasks = []
-    benchmarks = []
-    datasets: dict[str, str] = {}
-    for mode, instruction in (("direct", "A:"), ("reasoning", f"A: {_REASONING}")):
-        names = {f"bbh_{mode}_{name}": name for name in files}
-        for task, name in names.items():
+    for mode, instruction in _INSTRUCTIONS.items():
+        for task, name in names[mode].items():
+            prompt = prompts[name]
             solved = [
                 (
                     f"Q: {example.question}\n{instruction}",
                     example.reasoning if mode == "reasoning" else example.answer,
                 )
-                for example in prompts[name].examples
+                for example in prompt.examples
             ]
-            rows = [(f"Q: {text}\n{instruction}", target) for text, target in examples[name]]
             shots = benchmark_tasks.Shots(
-                f"{prompts[name].description}\n\n", functools.partial(list, solved)
+                f"{prompt.description}\n\n", functools.partial(list, solved)
             )
+            rows = [(f"Q: {text}\n{instruction}", target) for text, target in examples[name]]
             tasks.append(
                 benchmark_tasks.decoded_task(
                     task, rows, shots, vocabulary, extract_answer, exact_match
                 )
             )
-        datasets |= {task: f"{TASKS[name]}_{mode}" for task, name in names.items()}
-        benchmarks.append(
-            Benchmark(
-                name=f"BBH, {mode}",
-                noun="task",
-                metric="exact_match",
-                members=TASKS,
-                tasks=names,
-            )
-        )
-    mixtures = {f"bbh_{mode}": [t.name for t in tasks if t.name.startswith(f"bbh_{mode}_")]
-                for mode in ("direct", "reasoning")}  # fmt: skip
+    datasets = {
+        task: f"{TASKS[name]}_{mode}" for mode in names for task, name in names[mode].items()
+    }
+    mixtures = {f"{MIXTURE}_{mode}": list(names[mode]) for mode in names}
     benchmark_tasks.register(tasks, {**mixtures, MIXTURE: list(datasets)})
+    benchmarks = [
+        Benchmark(
+            name=f"BBH, {mode}",
+            noun="task",
+            metric="exact_match",
+            members=TASKS,
+            tasks=names[mode],
+        )
+        for mode in names
+    ]
     summary = [
         f"BBH_DIR {folder}: {len(files)} of {len(TASKS)} files,"
         f" {plural(sum(map(len, examples.values())), 'example')}"
