@@ -58,9 +58,10 @@ def test_metrics_resume_from_a_checkpoint(tmp_path):
     lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3))
     file.write_text(lines + '{"step": 4, "lo')
     metrics = progress.MetricWriter(tmp_path, first_step=2)
-    metrics.write(3, {"loss": 0.5})
+    metrics.write(3, {"loss": 0.5}, {"device": "8 × TPU v4"})
     metrics.close()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert rows == [{"step": s, "loss": loss} for s, loss in ((1, 1.0), (2, 1.0), (3, 0.5))]
+    assert rows[:2] == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}]
+    assert rows[2:] == [{"step": 3, "loss": 0.5, "device": "8 × TPU v4"}]
     progress.MetricWriter(tmp_path).close()  # a run from step 0
     assert file.read_text() == ""

@@ -440,6 +440,9 @@ def test_zero_and_few_shots_of_a_run_are_a_row(tmp_path, capsys):
     assert (medians["shots left out"]["CB"], medians["shots left out"]["CB 5-shot"]) == ("–", "7")
     assert output["95 % interval of the median"]["b"]["CB 5-shot"] == "–"
     report_table = paper_table.build_paper_table(load(zero) + load(five), draws=0)
+    note = "over different datasets"
+    assert note in paper_table_formats.to_json(report_table)
+    assert note not in paper_table_formats.to_json(build(five))
     lines = list(csv.DictReader(io.StringIO(paper_table_formats.to_csv(report_table))))
     assert (lines[0]["CB"], lines[0]["CB_5_shots"], lines[0]["average_5_shots"]) == (
         *("60.0", "90.0", "90.0"),

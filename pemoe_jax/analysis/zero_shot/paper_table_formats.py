@@ -39,6 +39,9 @@ _NOTE_ON_SHOTS = (
     "k-shot: up to k solved examples in front of each input, fewer where they do not fit; columns"
     " without it are zero-shot."
 )
+_NOTE_ON_OTHER_AVERAGES = (
+    "Averages with different shots are over different datasets; not comparable with each other."
+)
 _NOTE_ON_STEP_TIME = (
     "Step time: the median step of training, without compilation and waiting for data"
 )
@@ -302,6 +305,15 @@ def _accuracy_name(table: PaperTable) -> str:
     return "Accuracy" if _has_shots(table) else "Zero-shot accuracy"
 
 
+def _averages_differ(table: PaperTable) -> bool:
+    """Returns whether averages with different shots are over different datasets."""
+    names = {
+        frozenset(column.name for column in table.averaged if column.shots == shots)
+        for shots in table.shots
+    }
+    return len(names) > 1
+
+
 def _has_shots(table: PaperTable) -> bool:
     return any(shots != NO_SHOTS for shots in table.shots)
 
@@ -425,6 +437,7 @@ def _notes(table: PaperTable) -> list[str]:
     without = [row.name for row in runs if not all(s.intervals for s in row.scores.values())]
     notes = {
         _NOTE_ON_SHOTS: _has_shots(table),
+        _NOTE_ON_OTHER_AVERAGES: _averages_differ(table),
         _NOTE_ON_AVERAGE: len(table.columns) > len(table.averaged),
         _NOTE_ON_ANLI: any(column.name == "ANLI" for column in table.columns),
         _NOTE_ON_PARTIAL: any(row.partial for row in runs),
