@@ -38,6 +38,8 @@ def register_fraction(name: str, fraction: float, seed: int, use_cached: bool = 
       InputError: no task is left, or no mixture or task has this name.
     """
     provider = seqio_tasks.get_mixture_or_task(name)
+    if not 0 < fraction <= 1:
+        raise InputError(f"TASK_FRACTION must be a number in (0, 1], got {fraction!r}")
     if fraction == 1:
         return name
     # P3's mixtures name hundreds of tasks, of which a folder may have a few.

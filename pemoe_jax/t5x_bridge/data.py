@@ -10,7 +10,7 @@ import numpy as np
 from clu.data import dataset_iterator
 from etils import epath
 
-from pemoe_jax.data import feed, prefetch, seqio_tasks
+from pemoe_jax.data import feed, prefetch, seqio_tasks, task_fraction
 from pemoe_jax.tasks.task_roles import Register, TaskRoles, run_register
 
 if TYPE_CHECKING:
@@ -29,19 +29,21 @@ class _LastRegistration:
     task_roles = TaskRoles()
 
 
-def mixture_or_task(name: str, register: Register) -> str:
+def mixture_or_task(name: str, register: Register, fraction: float = 1.0, seed: int = 0) -> str:
     """Registers the tasks and returns the name of a mixture or task.
 
     Args:
       name: name of a seqio mixture or task (MIXTURE_OR_TASK_NAME).
       register: `pemoe_jax.tasks.register`.
+      fraction: fraction of the mixture's tasks (TASK_FRACTION); the name is then that of a mixture
+        of these, see `task_fraction.register_fraction`.
+      seed: seed of the draw of the fraction.
 
     Raises:
-      InputError: no mixture or task has this name.
+      InputError: no mixture or task has this name, or the fraction leaves none.
     """
     _LastRegistration.task_roles = run_register(register)
-    seqio_tasks.get_mixture_or_task(name)
-    return name
+    return task_fraction.register_fraction(name, fraction, seed)
 
 
 def vocabulary(name: str, register: Register, feature: str = "targets") -> "seqio.Vocabulary":

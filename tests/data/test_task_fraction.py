@@ -70,9 +70,19 @@ def test_a_fraction_of_a_users_mixture_keeps_its_sampling(registered):
         seqio.MixtureRegistry.remove("users_mixture")
 
 
+def test_t5x_reads_the_same_mixture(registered):
+    from pemoe_jax.t5x_bridge import data
+
+    name = data.mixture_or_task("jsonl_train", lambda: None, 0.5, 3)
+    assert name == task_fraction.register_fraction("jsonl_train", 0.5, 3)
+    assert data.training_record(name)["trained_tasks"] == seqio_tasks.subtask_names(name)
+    assert len(seqio_tasks.subtask_names(name)) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "fraction", "message"),
     [
+        ("jsonl_train", 1.5, r"TASK_FRACTION must be a number in \(0, 1\], got 1.5"),
         ("jsonl_train", 0.1, "TASK_FRACTION must leave a task of 'jsonl_train', which has 2 tasks"),
         ("a", 0.5, "TASK_FRACTION must leave a task of 'a', which has 1 task to train on, got 0.5"),
         ("plain", 0.9, "TASK_FRACTION must leave a task of 'plain', which has 0 tasks to train on"),
