@@ -47,7 +47,7 @@ def test_a_sparse_model_end_to_end(deep_folder, tmp_path, capsys):
     assert "upcycled from a dense base: 4 experts in 2 of 4 blocks, noise 0.05\n" in out
     assert run("parts", TRAIN_STEPS=3) == 0
     assert run("parts", NUM_EXPERTS=8) == 1
-    assert "num_experts 4 -> 8 at sparse" in capsys.readouterr().err
+    assert "NUM_EXPERTS 4 -> 8" in capsys.readouterr().err
     assert run("parts", UPCYCLE_NOISE=0.1) == 1
     assert "UPCYCLE_NOISE 0.05 -> 0.1" in capsys.readouterr().err
     assert run("parts") == 0

@@ -162,7 +162,7 @@ def test_a_sparse_model_continues_with_the_frozen_parts_of_its_run(
         capsys.readouterr().err
     )
     assert run("eight", NUM_EXPERTS=8) == 1
-    assert f"got {sparse_run}: flan_st -> flan_st, num_experts 4 -> 8 at sparse\n" in (
+    assert f"got {sparse_run}: flan_st -> flan_st, NUM_EXPERTS 4 -> 8\n" in (
         capsys.readouterr().err
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pemoe_jax.checkpoints.runs import Record
+from pemoe_jax.core import freezing
 from pemoe_jax.core.errors import InputError
 
 
@@ -24,7 +25,9 @@ def check_same_run(folder: str | os.PathLike[str], saved: Record, current: Recor
 def _differences(saved: Record, current: Record) -> Iterator[str]:
     before, after = _settings(saved, saved), _settings(current, saved)
     if saved.method == current.method:  # otherwise everything differs
-        before["TRAINABLE"], after["TRAINABLE"] = saved.trainable, current.trainable
+        for settings, record in ((before, saved), (after, current)):
+            patterns, freeze = freezing.parse_patterns(record.trainable)
+            settings |= {"TRAINABLE": patterns, "FREEZE": freeze}
         yield from adapter_differences(saved.adapters, current.adapters)
         yield from sparse_differences(saved.sparse, current.sparse)
     for name, value in before.items():
@@ -86,17 +89,15 @@ def adapter_differences(
 def sparse_differences(
     saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None
 ) -> Iterator[str]:
-    """Yields lines such as 'num_experts 8 -> 4 at sparse'."""
+    """Yields lines such as 'NUM_EXPERTS 8 -> 4'."""
     if saved is None or current is None:
         if saved is not current:
             yield f"sparse layers {_describe(saved)} -> {_describe(current)}"
         return
-    # Dropout may change.
-    settings = [
-        {"sparse": {name: value for name, value in sparse.items() if name != "expert_dropout_rate"}}
-        for sparse in (saved, current)
-    ]
-    yield from adapter_differences(*settings)
+    for name in saved | current:
+        # Dropout may change.
+        if name != "expert_dropout_rate" and saved.get(name) != current.get(name):
+            yield f"{name.upper()} {saved.get(name)} -> {current.get(name)}"
 
 
 def _describe(sparse: Mapping[str, Any] | None) -> str:

@@ -29,6 +29,12 @@ def trainable_patterns(trainable: Sequence[str], freeze: str | None = None) -> l
     return [*trainable, *excluded] if trainable else []
 
 
+def parse_patterns(patterns: Sequence[str]) -> tuple[list[str], str | None]:
+    """Returns the arguments of `trainable_patterns` from its result."""
+    freeze = part_of(patterns[-1]) if patterns else None
+    return ([*patterns[:-1]], freeze) if freeze in FREEZE else ([*patterns], None)
+
+
 def part_of(pattern: str) -> str:
     """Returns the value of FREEZE that added a pattern '!…'; the pattern itself if none did."""
     return next((part for part, regex in FREEZE.items() if pattern == f"!{regex}"), pattern)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from pemoe_jax.checkpoints import runs, same_run
-from pemoe_jax.core import adapters, routing, sparse, steps
+from pemoe_jax.core import adapters, freezing, routing, sparse, steps
 from pemoe_jax.core.errors import InputError
 
 RECORD = runs.Record(
@@ -94,7 +94,7 @@ def test_records_of_earlier_versions_are_of_dense_models():
         (
             {"sparse": SPARSE},
             {"sparse": SPARSE | {"num_experts": 4}},
-            "num_experts 8 -> 4 at sparse",
+            "NUM_EXPERTS 8 -> 4",
         ),
         ({"sparse": None}, {"sparse": SPARSE}, "sparse layers none -> with 8 experts"),
         ({"sparse": SPARSE}, {"sparse": None}, "sparse layers with 8 experts -> none"),
@@ -107,6 +107,11 @@ def test_records_of_earlier_versions_are_of_dense_models():
         ({"optimizer": "adafactor"}, {"optimizer": "adamw"}, "OPTIMIZER adafactor -> adamw"),
         ({"config": {"emb_dim": 8}}, {"config": {"emb_dim": 9}}, "T5Config.emb_dim 8 -> 9"),
         ({"trainable": [".*"]}, {"trainable": ["a"]}, "TRAINABLE ['.*'] -> ['a']"),
+        (
+            {"trainable": [".*"]},
+            {"trainable": freezing.trainable_patterns([".*"], "router")},
+            "FREEZE None -> router",
+        ),
         ({"held_out": ["a", "b"]}, {"held_out": ["b"]}, "held-out datasets without a"),
         (
             {"trained_tasks": ["a", "b"]},
