@@ -55,7 +55,7 @@ def _existing(variable: str, default: pathlib.Path) -> pathlib.Path:
 # The slowest files start first, so that two workers end at about the same time.
 LONGEST = (
     *("test_train", "test_sweep", "test_stacks", "test_pod", "test_p3", "test_benchmarks"),
-    *("test_routers", "test_quantized", "test_plan", "test_embed"),
+    *("test_routers", "test_quantized", "test_compiled_step", "test_plan", "test_embed"),
 )
 
 
