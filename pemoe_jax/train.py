@@ -94,7 +94,6 @@ def train(
     if initial is None:
         model = _with_base_dimensions(model, base_path, checkpointing.upcycle_noise)
     else:
-        _check_noise(checkpointing.upcycle_noise, is_upcycled=False)
         model = initial_run.take_dimensions(model, initial)
     record = runs.Record(
         method=method.name,
@@ -248,7 +247,11 @@ def _with_base_dimensions(
 
     base = None if base_path is None else base_model.open_base(base_path)
     is_upcycled = base is not None and upcycling.check_base(model, base)
-    _check_noise(upcycle_noise, is_upcycled)
+    if upcycle_noise and not is_upcycled:
+        raise InputError(
+            "UPCYCLE_NOISE must be 0.0 unless a sparse model starts from a dense base, got"
+            f" {upcycle_noise}"
+        )
     if base is None:
         return model
     if model.sparse is not None and not is_upcycled:
@@ -265,15 +268,6 @@ def _with_base_dimensions(
         )
         print(f"dimensions of {base_path}: {text}", flush=True)
     return model.clone(config=dataclasses.replace(model.config, **sizes))
-
-
-def _check_noise(upcycle_noise: float | None, is_upcycled: bool) -> None:
-    """Raises InputError for noise without effect."""
-    if upcycle_noise and not is_upcycled:
-        raise InputError(
-            "UPCYCLE_NOISE must be 0.0 unless a sparse model starts from a dense base, got"
-            f" {upcycle_noise}"
-        )
 
 
 def _warn_of_other_routing(current: "Sparse", trained: "Sparse", base_path: str) -> None:

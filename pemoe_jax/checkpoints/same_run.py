@@ -94,7 +94,7 @@ def sparse_differences(
         if saved is not current:
             yield f"sparse layers {_describe(saved)} -> {_describe(current)}"
         return
-    for name in saved | current:
+    for name in dict(saved) | dict(current):
         # Dropout may change.
         if name != "expert_dropout_rate" and saved.get(name) != current.get(name):
             yield f"{name.upper()} {saved.get(name)} -> {current.get(name)}"
