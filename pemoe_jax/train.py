@@ -280,7 +280,7 @@ def _warn_of_other_routing(current: "Sparse", trained: "Sparse", base_path: str)
             flags.append(f"--gin.{name.upper()}={before}")
     if settings:
         print(
-            f"warning: {base_path} was trained with {', '.join(settings)}: to start as its"
+            f"WARNING: {base_path} was trained with {', '.join(settings)}: to start as its"
             f" function, pass {' '.join(flags)}",
             flush=True,
         )
@@ -439,7 +439,7 @@ def _summarize(
             "optimizer": recipe,
             "devices": str(len(jax.devices())),
             "activations": record.config["dtype"],
-            "matrices": f"{base['frozen_dtype']} (frozen)",
+            **({"matrices": f"{base['frozen_dtype']} (frozen)"} if frozen else {}),
         },
     )
 

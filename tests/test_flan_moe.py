@@ -106,7 +106,7 @@ def test_another_routing_than_that_of_a_base_is_a_warning(switch, capsys, sparse
     assert train._with_base_dimensions(model, switch) == model
     settings, _, flags = expected.partition("|")
     warning = (
-        f"warning: {switch} was trained with {settings}: to start as its function, pass {flags}\n"
+        f"WARNING: {switch} was trained with {settings}: to start as its function, pass {flags}\n"
     )
     assert capsys.readouterr().out == (warning if expected else "")
 
