@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import jax
     import optax
 
-    from pemoe_jax.checkpoints import runs
+    from pemoe_jax.checkpoints import initial_run, runs
     from pemoe_jax.checkpoints.models import OpenedModel
     from pemoe_jax.core import network, optim, partitioning, steps
     from pemoe_jax.core.params import PyTree
@@ -91,10 +91,10 @@ def train(
     base_path = checkpointing.initial_checkpoint_path
     _check_references(model, optimizer, schedule)
     initial = initial_run.open_initial_run(base_path)
-    if initial is None:
+    if initial is None or initial.opened is None:
         model = _with_base_dimensions(model, base_path, checkpointing.upcycle_noise)
     else:
-        model = initial_run.take_dimensions(model, initial)
+        model = initial_run.take_dimensions(model, initial.opened)
     record = runs.Record(
         method=method.name,
         trainable=list(method.trainable),
@@ -107,8 +107,8 @@ def train(
         seed=seed,
         optimizer=getattr(optimizer, "__name__", type(optimizer).__name__),
     )
-    if initial is not None:
-        _check_initial_run(initial, record, model, method)
+    if initial is not None and initial.opened is not None:
+        _check_initial_run(initial.opened, record, model, method)
     _check_before_tasks(model, method, data, record.adapters)
     first_step = _resume_step(model_dir, record)
     task_roles = run_register(data.register)
@@ -128,7 +128,7 @@ def train(
     training_record = task_roles.training_record(trained_tasks)
     record = dataclasses.replace(
         record,
-        **initial_run.add_training(training_record, base_path),
+        **initial_run.add_training(training_record, initial),
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
     )
     recipe = _describe_recipe(optimizer, schedule, total_steps)
@@ -350,7 +350,7 @@ def _initialize(
     record: "runs.Record",
     mesh: "jax.sharding.Mesh",
     rules: "partitioning.Rules",
-    initial: "OpenedModel | None",
+    initial: "initial_run.InitialRun | None",
 ) -> "tuple[steps.TrainState, PyTree, runs.Record]":
     """Returns the sharded train state and frozen parameters at step 0, and the completed record."""
     import jax
@@ -363,11 +363,10 @@ def _initialize(
     # Before the base is read, which may take minutes: a wrong pattern is an error here.
     trainable_paths = _trainable_paths(method, shapes)
     shardings = partitioning.param_shardings(mesh, rules, network.param_axes(model), shapes)
-    base_path = checkpointing.initial_checkpoint_path
-    if initial is None:
+    if initial is None or initial.opened is None:
         base, base_identity = models.load_base(
             model,
-            base_path,
+            checkpointing.initial_checkpoint_path,
             record.seed,
             trainable_paths.__contains__,
             shardings,
@@ -380,7 +379,7 @@ def _initialize(
         params, fingerprint = params_lib.merge(adapter_params, base), base_identity["fingerprint"]
     else:
         params, base_identity, fingerprint = initial_run.load_params(
-            initial, model, record.seed, trainable_paths, shardings, method.frozen_dtype
+            initial.opened, model, record.seed, trainable_paths, shardings, method.frozen_dtype
         )
     trained, frozen = params_lib.split(params, method.trainable)
     record = dataclasses.replace(
@@ -388,7 +387,7 @@ def _initialize(
         config=model.config.as_dict(),
         base={**base_identity, "needed": bool(frozen), "frozen_dtype": method.frozen_dtype},
         counts={"trainable": params_lib.count(trained), "total": params_lib.count(shapes)},
-        initial=initial_run.describe(base_path, fingerprint),
+        initial=None if initial is None else initial_run.describe(initial, fingerprint),
     )
 
     def create(params: "PyTree") -> steps.TrainState:

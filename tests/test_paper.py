@@ -234,7 +234,7 @@ def test_figures_have_a_source():
         ("paper_experts", 1 + 11),
         ("paper_routing", 1 + 4),
         ("paper_sensitivity", 1 + 5),
-        ("quickstart_flan", 1 + 8 * 3),
+        ("quickstart_flan", 1 + 9 * 3),
         ("quickstart_flan_settings", 1 + 6 * 3),
         ("paper_flan_routing", 1 + 5),
         ("paper_flan_experts", 1 + 6),

@@ -35,33 +35,49 @@ DIMENSIONS = (
 )
 
 
-def read_record(path: str | None) -> Record | None:
-    """Returns the record of a run or an exported adapter; None if the path is neither."""
-    if path is None:
-        return None
-    if adapter_file.is_adapter(path):
-        return adapter_file.open_adapter(path)[1]
-    if runs.is_run(path):
-        return runs.read_record(path)
-    return t5x_run.read_record(path) if t5x_run.is_run(path) else None
+@dataclasses.dataclass(frozen=True)
+class InitialRun:
+    """A run, or an exported adapter, that a new run starts from.
+
+    Attributes:
+      path: path that the user passed.
+      record: its record.
+      opened: the model, whose base is another one; None: the run is a base by itself.
+    """
+
+    path: str
+    record: Record
+    opened: OpenedModel | None
 
 
-def open_initial_run(path: str | None) -> OpenedModel | None:
-    """Opens a run that is not a base by itself; None for a base or a path that is no run.
+def open_initial_run(path: str | None) -> InitialRun | None:
+    """Opens INITIAL_CHECKPOINT_PATH if it is a run or an exported adapter; None if it is neither.
 
     Raises:
       InputError: the run's base does not exist, or a checkpoint is unreadable.
     """
-    record = read_record(path)
-    if record is None or not (record.adapters or record.base["needed"]):
+    if path is None:
         return None
-    assert path is not None
+    with file_io.remote_errors(file_io.resolve(path)):
+        record = _read_record(path)
+    if record is None:
+        return None
+    if not record.adapters and not record.base["needed"]:
+        return InitialRun(path, record, None)
     base_path = record.base["path"]
     if record.base["needed"] and base_path is not None and not file_io.resolve(base_path).exists():
         raise InputError(
             f"INITIAL_CHECKPOINT_PATH {path} belongs to the base {base_path}, which does not exist"
         )
-    return models.open_model(path)
+    return InitialRun(path, record, models.open_model(path))
+
+
+def _read_record(path: str) -> Record | None:
+    if adapter_file.is_adapter(path):
+        return adapter_file.open_adapter(path)[1]
+    if runs.is_run(path):
+        return runs.read_record(path)
+    return t5x_run.read_record(path) if t5x_run.is_run(path) else None
 
 
 def take_dimensions(model: Transformer, initial: OpenedModel) -> Transformer:
@@ -150,16 +166,13 @@ def load_params(
     return params, identity, params_lib.fingerprint(trained)
 
 
-def describe(path: str | None, fingerprint: str) -> JsonObject | None:
-    """Returns `Record.initial` for INITIAL_CHECKPOINT_PATH; None unless it is a run."""
-    record = read_record(path)
-    if record is None or path is None:
-        return None
+def describe(initial: InitialRun, fingerprint: str) -> JsonObject:
+    """Returns `Record.initial`, given `params.fingerprint` of what the run trained."""
     return {
-        "path": os.fspath(file_io.resolve(path)),
-        "method": record.method,
+        "path": os.fspath(file_io.resolve(initial.path)),
+        "method": initial.record.method,
         "fingerprint": fingerprint,
-        "settings": fingerprint_settings(path, record),
+        "settings": fingerprint_settings(initial.path, initial.record),
     }
 
 
@@ -180,14 +193,14 @@ def summarize(initial: Mapping[str, Any]) -> str:
     return f"{initial['path']}, a run of {initial['method']}, fingerprint {initial['fingerprint']}"
 
 
-def add_training(fields: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+def add_training(fields: Mapping[str, Any], initial: InitialRun | None) -> dict[str, Any]:
     """Returns `TaskRoles.training_record` with the datasets and tasks of an initial run too.
 
     They are unknown if those of the initial run are; without one the fields stay as they are.
     """
     joined = dict(fields)
-    if (initial := read_record(path)) is not None:
+    if initial is not None:
         for name in ("trained_datasets", "trained_tasks"):
-            before = getattr(initial, name)
+            before = getattr(initial.record, name)
             joined[name] = None if before is None else sorted({*before, *fields[name]})
     return joined
