@@ -96,14 +96,17 @@ done
 # shellcheck disable=SC2016
 command='cd pemoe_jax && env "PATH=$PWD/.venv/bin:$PATH"'" $settings$(printf ' %q' "$@")"
 
+# A training that is preempted saves and ends with 0: it is finished if the TPU is still there.
+finish() { on_all "$command" && [[ ! $spot || $dry_run || $(state) == READY ]]; }
+
 [[ ! $delete ]] || trap remove EXIT
 
-ensure_tpu && copy && on_all "$command" && exit
+ensure_tpu && copy && finish && exit
 code=$?
 while [[ $spot && $(state) != READY ]]; do
   echo "tpu_pod.sh: $TPU_NAME was preempted: creating it again" >&2
   until ensure_tpu; do sleep 60; done
-  copy && on_all "$command" && exit
+  copy && finish && exit
   code=$?
 done
 exit "$code"

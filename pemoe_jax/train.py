@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -194,7 +195,9 @@ def train(
     )
     try:
         with partitioning.use_mesh(device_mesh, rules):
-            loop.run(state, frozen, prefetch.prefetch(batches, transform=loop.to_devices))
+            signal_number = loop.run(
+                state, frozen, prefetch.prefetch(batches, transform=loop.to_devices)
+            )
     except BaseException as error:
         # close() waits for pending saves, which need all processes. An InputError is raised in all
         # of them; after any other error, another process may be gone.
@@ -202,6 +205,16 @@ def train(
             checkpoints.close()
         raise
     checkpoints.close()
+    if signal_number is not None:
+        step = runs.saved_steps(model_dir)[-1]
+        print(
+            f"stopped by {signal_number.name}: the same command resumes from"
+            f" {model_dir}/checkpoint_{step}",
+            flush=True,
+        )
+        if signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        return
     for line in batches.counts.describe():
         print(line)
     title = f"Training: {model_dir.name}"

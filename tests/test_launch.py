@@ -130,7 +130,8 @@ def test_tpu_pod_names_missing_variables():
 
 # --- a fake gcloud ---
 
-# Keeps the TPU's state in a file; preempts it at the first run of the command if `preempts` exists.
+# Keeps the TPU's state in a file; preempts it at the first run of the command if `preempts` exists,
+# which holds the command's exit code.
 GCLOUD = r"""#!/usr/bin/env bash
 state=$STUB/state
 echo "$4 ${!#}" >>"$STUB/log"
@@ -142,9 +143,10 @@ case $4 in
     [[ ${!#} == *pemoe_jax.train* ]] || exit 0
     [[ -e $STUB/fails ]] && exit 3
     if [[ -e $STUB/preempts ]]; then
+      code=$(<"$STUB/preempts")
       rm "$STUB/preempts"
       echo PREEMPTED >"$state"
-      exit 255
+      exit "$code"
     fi
     echo trained
     ;;
@@ -184,12 +186,14 @@ def test_a_tpu_is_created_once_and_reused(gcloud_stub):
     assert not [name for name in archive if name.startswith((".git/", ".venv/"))]
 
 
-def test_a_preempted_tpu_is_created_again(gcloud_stub):
-    (gcloud_stub.folder / "preempts").touch()
+@pytest.mark.parametrize("code", [255, 0])
+def test_a_preempted_tpu_is_created_again(gcloud_stub, code):
+    """Also if the command has saved and ended with 0."""
+    (gcloud_stub.folder / "preempts").write_text(str(code))
     out, calls = gcloud_stub("--spot", "--delete")
     assert out == "trained\n"
-    second = ["describe", "describe", "delete", "create", "scp", "ssh", "ssh"]
-    assert calls == [*FIRST, *second, "delete"]
+    second = ["describe", "describe", "delete", "create", "scp", "ssh", "ssh", "describe"]
+    assert calls == [*FIRST, *["describe"] * (code == 0), *second, "delete"]
 
 
 def test_a_failed_run_is_not_repeated(gcloud_stub):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -204,6 +205,28 @@ def test_a_killed_process_ends_the_other(folder, tmp_path):
     last = max(runs.saved_steps(run))
     run_in_two([*train, *mov_flags(folder, run, TRAIN_STEPS=last + 1)])
     assert list(losses(run)) == list(range(1, last + 2))
+
+
+def test_a_signal_to_any_process_saves_on_all(folder, tmp_path):
+    """Both stop after the same step; an interrupt is handled as SIGTERM."""
+    run = tmp_path / "run"
+    flags = mov_flags(folder, run, TRAIN_STEPS=100_000, CHECKPOINT_PERIOD=100_000)
+    for number, target in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
+        before = [*losses(run)] if run.exists() else []
+        both = start_two([sys.executable, "-m", "pemoe_jax.train", *flags], tmp_path)
+        try:
+            deadline = time.monotonic() + 600
+            while not (run / "metrics.jsonl").exists() or len(losses(run)) < len(before) + 3:
+                assert time.monotonic() < deadline and both[0].poll() is None, "no steps"
+                time.sleep(0.5)
+            both[target].send_signal(number)
+            codes = [process.wait(60) for process in both]
+        finally:
+            for process in both:
+                process.kill()
+        assert codes == [0, 0], [(tmp_path / f"errors_{i}").read_text() for i in (0, 1)]
+        assert runs.saved_steps(run)[-1] == [*losses(run)][-1]
+    assert [*losses(run)] == [*range(1, len(losses(run)) + 1)]
 
 
 WAIT = """

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from pemoe_jax.checkpoints import models, runs
 from pemoe_jax.core import network, optim
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.data import feed, packing
-from pemoe_jax.runtime import train_loop
+from pemoe_jax.runtime import step_times, train_loop
 
 METHODS = ("full", "ia3", "lora", "mov", "molora")
 DIMENSIONS = {
@@ -234,26 +235,41 @@ def test_a_run_resumed_at_an_odd_step_equals_an_uninterrupted_one(folder, tmp_pa
     assert runs.read_data_position(str(tmp_path / "whole"))[0] > 2 * feed._BLOCK
 
 
-def test_an_interrupted_run_resumes_at_its_last_step(
-    folder, trained, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_that_runs(
+    folder, trained, tmp_path, monkeypatch, capfd, number, code
 ):
     """Batches that were prefetched but not trained on are read again."""
-    plain = train_loop.count_tokens
-    batches = []
+    plain, times = step_times.StepTimer.add, []
 
-    def interrupt(batch):
-        batches.append(batch)
-        if len(batches) == 6:
-            raise KeyboardInterrupt
-        return plain(batch)
+    def add(timer, *arguments):
+        times.append(plain(timer, *arguments))
+        if len(times) == 5:
+            signal.raise_signal(number)
 
-    monkeypatch.setattr(train_loop, "count_tokens", interrupt)
-    assert train.main(train_flags(folder, "mov", tmp_path)) != 0
-    assert "saving step 5" in capsys.readouterr().out
+    monkeypatch.setattr(step_times.StepTimer, "add", add)
+    handlers = [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
+    assert train.main(train_flags(folder, "mov", tmp_path)) == code
+    assert handlers == [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
+    output = capfd.readouterr()
+    assert output.out.endswith(
+        f"stopped by {number.name}: the same command resumes from {tmp_path}/checkpoint_5\n"
+    )
+    assert output.err.startswith("\nstopping after this step; interrupt again")
     assert runs.saved_steps(tmp_path) == [5]
     monkeypatch.undo()
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert_ends_alike(trained["mov"], tmp_path)
+
+
+def test_a_second_interrupt_stops_at_once(folder, tmp_path, monkeypatch):
+    def add(timer, *_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(step_times.StepTimer, "add", add)
+    assert train.main(train_flags(folder, "mov", tmp_path)) == 130
+    assert runs.saved_steps(tmp_path) == []
 
 
 def test_a_state_that_is_not_finite_is_never_saved(folder, tmp_path, capsys):

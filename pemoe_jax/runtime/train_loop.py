@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import optax
 from pemoe_jax.core import network, optim, partitioning, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
-from pemoe_jax.runtime import host_memory, options, progress, step_times
+from pemoe_jax.runtime import host_memory, options, progress, step_times, stop_signals
 
 Batch = Mapping[str, np.ndarray]
 DeviceBatch = tuple[dict[str, jax.Array], int]  # a batch and its number of tokens
@@ -85,10 +86,16 @@ class TrainLoop:
         """Returns the global batch of this process's rows, and its number of tokens."""
         return partitioning.make_global_batch(batch, self.mesh), count_tokens(batch)
 
-    def run(self, state: steps.TrainState, frozen: PyTree, batches: Batches) -> None:
+    def run(
+        self, state: steps.TrainState, frozen: PyTree, batches: Batches
+    ) -> signal.Signals | None:
         """Trains on batches from `to_devices`.
 
-        An interrupt (Ctrl-C) saves the last finished step before it is raised.
+        SIGTERM and the first SIGINT (Ctrl-C) save the step that runs and end the loop. Before the
+        first step is compiled, they end the process.
+
+        Returns:
+          The signal that ended the loop; None: it reached the last step.
         """
         train_step: Any = steps.make_train_step(
             self.model,
@@ -102,20 +109,20 @@ class TrainLoop:
         bar = progress.Progress("step", self.total_steps, first_step)
         writer = progress.MetricWriter(self.folder, first_step)
         window, trend = _Window(), LossTrend(first_step, self.total_steps)
-        # The position of the last step too: an interrupt may come before its state is replaced.
-        positions = {first_step: batches.position}
+        stop = stop_signals.StopSignals()
         try:
             for step in range(first_step + 1, self.total_steps + 1):
                 arrays, tokens = self._next_batch(batches, window, step)
                 if not window.is_finite_before_last():
                     self._report(step - 1, window, writer, bar, is_first=False)  # raises
-                positions = {step - 1: positions[step - 1], step: batches.position}
+                position = batches.position
                 is_first, is_last = step == first_step + 1, step == self.total_steps
                 if is_first:
                     # Compiled apart from the first call, to free the compiler's memory before the
                     # step allocates its own.
                     train_step = train_step.lower(state, frozen, arrays, self.rng).compile()
                     host_memory.trim_heap()
+                    stop.install()
                     window.texts = {
                         step_times.DEVICE: step_times.describe_devices([*self.mesh.devices.flat]),
                         step_times.BATCH: _describe_batch(arrays),
@@ -135,18 +142,15 @@ class TrainLoop:
                     writer.write(step, {"eval/loss": loss, "eval/accuracy": accuracy})
                     scores = f"validation loss {loss:.4f}  accuracy {accuracy:.3f} (tokens)"
                     bar.print_line(f"step {step}  {scores}")
-                if step % self.save_period == 0 or is_last:
-                    self._save(state, positions[step])
+                is_stop = stop.is_due(step)
+                if step % self.save_period == 0 or is_last or is_stop:
+                    self._save(state, position)
                 window.start += time.monotonic() - paused  # not part of the steps' speed
-        except KeyboardInterrupt:
-            # A step that was interrupted halfway has consumed the state, which is donated to it.
-            # With several processes a save needs all of them, and the others have not noticed.
-            if not state.step.is_deleted() and jax.process_count() == 1:
-                step = int(state.step)
-                bar.print_line(f"interrupted: saving step {step}")
-                self._save(state, positions[step])
-            raise
+                if is_stop and not is_last:
+                    return stop.received
+            return None
         finally:
+            stop.restore()
             batches.close()
             bar.close()
             writer.close()

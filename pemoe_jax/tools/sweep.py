@@ -437,6 +437,10 @@ def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
                 print("\r\x1b[K", end="", flush=True)
         if code:
             return f"in {name}, {subprocesses.describe_exit(code, log)} (log: {log})"
+        # A training that SIGTERM ends has saved and exits with 0.
+        last = run.folder / f"checkpoint_{run.train_settings.get('TRAIN_STEPS')}"
+        if name == "train" and not last.is_dir():
+            return f"in train, {subprocesses.last_line(log)} (log: {log})"
         # Never 0, which would read as unfinished.
         state[name] = max(0.1, round(time.monotonic() - start, 1))
         atomic_write.write_json(run.folder / "sweep.json", state)

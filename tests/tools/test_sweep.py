@@ -168,6 +168,9 @@ try:
         (folder / "steps").open("a").write(f"{step} ")
         time.sleep(float(os.environ["STAND_IN_PAUSE"]))
         progress.write_text(str(step + 1))
+        if os.environ.get("STOPPED_RUN") == folder.name:
+            sys.exit(print("stopped by SIGTERM"))
+    (folder / f"checkpoint_{flags['TRAIN_STEPS']}").mkdir(exist_ok=True)
 except KeyboardInterrupt:
     (folder / "saved").touch()
     sys.exit(130)
@@ -368,6 +371,20 @@ def test_killed_training_leaves_the_other_runs(finished, stand_ins, monkeypatch,
     assert "FAILED in train, ended by SIGKILL, often for lack of memory" in captured.out
     assert "1 of 3 runs failed (mov-seed0): run the same command to retry them" in captured.err
     assert "seed1" in table(output) and "seed0" not in table(output)
+    assert sweep.main(sweep_flags(output)) == 0
+    assert table(output) == table(finished)
+
+
+def test_a_training_that_sigterm_stops_is_not_finished(
+    finished, stand_ins, monkeypatch, tmp_path, capsys
+):
+    """It has saved and exits with 0."""
+    output = tmp_path / "stopped"
+    with monkeypatch.context() as stopping:
+        stopping.setenv("STOPPED_RUN", "mov-seed0")
+        assert sweep.main(sweep_flags(output, "--stop_at_failure")) == 1
+    assert "FAILED in train, stopped by SIGTERM (log: " in capsys.readouterr().out
+    assert not (output / "mov-seed0" / "results").exists()
     assert sweep.main(sweep_flags(output)) == 0
     assert table(output) == table(finished)
 
