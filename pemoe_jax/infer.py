@@ -174,6 +174,25 @@ def decode_texts(
     return answers
 
 
+def _read_texts(values: Sequence[str]) -> list[str]:
+    """Returns the texts of `--text`, those of '-' from standard input."""
+    texts: list[str] = []
+    try:
+        for value in values:
+            if value == "-":
+                content = "" if sys.stdin is None else sys.stdin.read()
+                # Not splitlines, which has other ends of lines too: there is an answer for each.
+                lines = content.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+                texts += lines[:-1] if not lines[-1] else lines
+            else:
+                texts.append(value)
+        for text in texts:
+            text.encode()
+    except UnicodeError:
+        raise InputError("--text must be UTF-8, got other bytes") from None
+    return texts
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
 
@@ -187,11 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 f"SHOTS must be 0 with --text, which has no train split, got {shots!r}"
             )
-        texts = [
-            text
-            for value in args.text
-            for text in (sys.stdin.read().splitlines() if value == "-" else [value])
-        ]
+        texts = _read_texts(args.text)
         if not any(map(str.strip, texts)):
             raise InputError("--text must be a text, or '-' for lines of standard input, got none")
         gin_flags.call_configured(decode_texts, texts)

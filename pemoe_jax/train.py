@@ -86,7 +86,7 @@ def train(
     from pemoe_jax.runtime import atomic_write, distributed, file_io, train_loop
     from pemoe_jax.tasks.task_roles import abbreviate, run_register
 
-    model_dir = file_io.resolve_local(checkpointing.model_dir, "MODEL_DIR")
+    model_dir = file_io.resolve_output_folder(checkpointing.model_dir, "MODEL_DIR")
     file_io.check_no_pattern(model_dir, "MODEL_DIR")
     device_mesh, rules = distributed.start(mesh, data.batch_size, data.microbatches)
     base_path = checkpointing.initial_checkpoint_path

@@ -105,6 +105,9 @@ def read_examples(path: pathlib.Path, limit: int | None = None) -> list[tuple[st
         if not isinstance(example, dict):
             raise InputError(f"{where} must be an object, got {row_checks.describe_value(example)}")
         texts = [row_checks.check_text(example.get(k), where, k) for k in ("input", "target")]
+        for key, text in zip(("input", "target"), texts, strict=True):
+            if not text.strip():
+                raise InputError(f"{where}: {key!r} must be a text, got {text!r}")
         rows.append((texts[0], texts[1]))
     return rows[:limit]
 
@@ -125,9 +128,9 @@ def read_prompt(path: pathlib.Path) -> Prompt:
     if "-----" not in lines:
         raise InputError(f"{path}: expected a line '-----' before the prompt, got none")
     start = lines.index("-----") + 1
-    questions = [i for i in range(start, len(lines)) if lines[i].startswith("Q: ")]
+    questions = [i for i in range(start, len(lines)) if lines[i].startswith("Q:")]
     if not questions:
-        raise InputError(f"{path}: expected solved examples that begin with 'Q: ', got none")
+        raise InputError(f"{path}: expected solved examples that begin with 'Q:', got none")
     description = "\n".join(lines[start : questions[0]]).strip()
     examples = [
         _solved_example("\n".join(lines[i:end]).strip(), f"{path}:{i + 1}")
@@ -137,13 +140,16 @@ def read_prompt(path: pathlib.Path) -> Prompt:
 
 
 def _solved_example(text: str, where: str) -> SolvedExample:
-    parts = re.fullmatch(rf"Q: (.*?)\nA: {re.escape(_REASONING)}(.*)", text, re.DOTALL)
+    parts = re.fullmatch(rf"Q:(.*?)\nA: {re.escape(_REASONING)}(.*)", text, re.DOTALL)
     if parts is None:
         raise InputError(f"{where}: expected a line 'A: {_REASONING} …' in the example, got none")
     question, reasoning = (part.strip() for part in parts.groups())
-    if _ANSWER not in reasoning:
+    if not question:
+        raise InputError(f"{where}: expected a question behind 'Q:', got none")
+    answer = extract_answer(reasoning)
+    if _ANSWER not in reasoning or not answer:
         raise InputError(f"{where}: expected 'So {_ANSWER} …' in the example, got none")
-    return SolvedExample(question, reasoning, extract_answer(reasoning))
+    return SolvedExample(question, reasoning, answer)
 
 
 def find_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -154,7 +160,7 @@ def find_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """
     if not folder.is_dir():
         raise InputError(f"BBH_DIR {folder} must be a folder, got no such folder")
-    files = {path.stem: path for path in (folder / "bbh").glob("*.json")}
+    files = {path.stem: path for path in (folder / "bbh").glob("[!.]*.json")}
     if not files:
         raise InputError(f"BBH_DIR {folder} must hold bbh/<task>.json, got none")
     for name in sorted(set(files) - set(TASKS)):

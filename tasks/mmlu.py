@@ -122,7 +122,8 @@ def find_files(folder: pathlib.Path, split: str) -> dict[str, pathlib.Path]:
     if not folder.is_dir():
         raise InputError(f"MMLU_DIR {folder} must be a folder, got no such folder")
     end = f"_{split}.csv"
-    files = {path.name.removesuffix(end): path for path in (folder / split).glob(f"*{end}")}
+    # Hidden files are those that a Mac adds to archives.
+    files = {path.name.removesuffix(end): path for path in (folder / split).glob(f"[!.]*{end}")}
     if not files:
         raise InputError(f"MMLU_DIR {folder} must hold {split}/<subject>{end}, got none")
     for subject in sorted(set(files) - set(AREAS)):

@@ -269,8 +269,19 @@ def test_texts_and_standard_input(folder, decoded, monkeypatch, capsys):
     assert infer.main(["--gin_file=runs/infer.gin", *command, *texts]) == 0
     answers = capsys.readouterr().out.splitlines()
     assert answers == [line["prediction"] for line in lines[:3]]
+    # An answer for each line, whatever else ends a line elsewhere.
+    text = f"\ufeff{lines[0]['inputs']}\r\na\x0bb\u2028c\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert infer.main(["--gin_file=runs/infer.gin", *command, "--text=-"]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 2 and answers[0] == lines[0]["prediction"]
     assert infer.main(["--gin_file=runs/infer.gin", *command, "--text= "]) == 1
     assert "--text must be a text" in capsys.readouterr().err
+    latin = io.TextIOWrapper(io.BytesIO("é".encode("latin-1")), encoding="utf-8")
+    for content, value in ((latin, "-"), (None, "a\udcff")):
+        monkeypatch.setattr("sys.stdin", content)
+        assert infer.main(["--gin_file=runs/infer.gin", *command, f"--text={value}"]) == 1
+        assert "error: --text must be UTF-8, got other bytes\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def open_evaluation(
       InputError: a setting or a checkpoint is wrong, or results of others would be overwritten.
     """
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
-    output = file_io.resolve_local(output_dir, "EVAL_OUTPUT_DIR")
+    output = file_io.resolve_output_folder(output_dir, "EVAL_OUTPUT_DIR")
     device_mesh, rules = distributed.start(mesh, data.batch_size)
     opened_models = models_lib.open_selected(models)
     # Before TensorFlow, 8 s, is imported, and again when the tasks are known.

@@ -1,6 +1,7 @@
 """Paths that are local or `gs://`, and reading from them: byte ranges and JSON."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -40,6 +41,27 @@ def resolve_local(path: str | os.PathLike[str], setting: str) -> Path:
     if "://" in text:
         raise InputError(f"{setting} must be a local path, got {text}")
     return Path(text).expanduser().absolute()
+
+
+def resolve_output_folder(path: str | os.PathLike[str], setting: str) -> Path:
+    """Returns the absolute path of a folder to write to, which may not exist yet.
+
+    Raises:
+      InputError: `resolve_local` raises, or the folder cannot be created or written to.
+    """
+    folder = resolve_local(path, setting)
+    # Commands call this first: their results would be lost after hours of work.
+    try:
+        existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+        if len(os.fsencode(folder.name)) > 255:  # not known before the folder is created
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), folder)
+    except OSError as error:
+        raise InputError(f"{setting} must be a folder, got {folder}: {error.strerror}") from None
+    if not existing.is_dir():
+        raise InputError(f"{setting} must be a folder, got {folder}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{setting} must be a folder to write to, got {folder}: no permission")
+    return folder
 
 
 def check_no_pattern(path: str | os.PathLike[str], setting: str) -> None:

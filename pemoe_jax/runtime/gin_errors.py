@@ -76,7 +76,9 @@ def describe_error(error: Exception, lines: Sequence[str]) -> str:
     # gin appends the file, the line number and the code; for a syntax error in `lines` only the
     # number.
     place = re.search(r"\n  In (?:bindings string|file \"(.+?)\",) line (\d+)\n +(.+)", str(error))
-    number = re.search(r" ?\(line (\d+)\)", line)
+    number = re.search(r" ?\(line (\d+)\)", str(error))
+    if token := re.search(r"Failed to parse token '(.+)'", str(error)):
+        line = f"{token[1]} is not a value (text needs quotes)"
     where, code = "", ""
     if place:
         where, code = f"{place[1]} line {place[2]}: " if place[1] else "", place[3]

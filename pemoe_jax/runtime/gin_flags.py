@@ -403,9 +403,18 @@ def run_command(
         code = 130
     except Exception as error:
         # An OSError with an errno is the user's: no permission, no space, a file for a folder.
-        if not isinstance(error, OSError) or error.strerror is None:
+        os_error = _os_error(error)
+        if os_error is None:
             distributed.exit_on_error(error)
             raise
-        path = error.filename2 or error.filename
-        print(f"error: {path or 'writing'}: {error.strerror}", file=sys.stderr)
+        path = os_error.filename2 or os_error.filename
+        print(f"error: {path or 'writing'}: {os_error.strerror}", file=sys.stderr)
     return distributed.exit_process(code)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """Returns an error of the operating system, with its number; None for other errors."""
+    # Through a configured function, gin raises a copy without the number.
+    while isinstance(error, OSError) and error.strerror is None:
+        error = error.__context__
+    return error if isinstance(error, OSError) else None

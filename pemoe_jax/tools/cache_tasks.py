@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pemoe_jax.core.errors import InputError, check_integer, plural
-from pemoe_jax.runtime import gin_flags, seqio_cache_dirs
+from pemoe_jax.runtime import file_io, gin_flags, seqio_cache_dirs
 
 if TYPE_CHECKING:
     from pemoe_jax.data.row_reader import Row, RowReader
@@ -101,7 +101,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     settings = _Settings(
         os.path.abspath(os.path.expanduser(p3_dir)),
         args.vocab_path or default_vocab_path(),
-        Path(args.output).expanduser().absolute(),
+        file_io.resolve_output_folder(args.output, "--output"),
         args.shard_rows,
     )
     if settings.output == Path(settings.p3_dir):

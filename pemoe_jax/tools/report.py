@@ -75,12 +75,15 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
     """
     # Imported here, so that --help does not import numpy.
     from pemoe_jax.analysis.zero_shot import paper_table, paper_table_formats, results
+    from pemoe_jax.runtime import file_io
 
     if bindings:
         raise InputError(f"--gin.{bindings[0].split(' ')[0]}: report takes no gin flags")
     for flag in ("draws", "seed"):
         if getattr(args, flag) < 0:
             raise InputError(f"--{flag} must be at least 0, got {getattr(args, flag)}")
+    if args.output is not None:
+        file_io.resolve_output_folder(args.output, "--output")
     runs = results.merge_runs(results.load_results(path) for path in args.runs)
     names = list(dict.fromkeys(run["name"] for run in runs))
     for name in args.only:

@@ -90,7 +90,7 @@ def routes(
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     mesh = partitioning.make_mesh()
     partitioning.check_batch_size(data.batch_size, mesh)
-    folder = file_io.resolve_local(output_dir, "ROUTES_OUTPUT_DIR")
+    folder = file_io.resolve_output_folder(output_dir, "ROUTES_OUTPUT_DIR")
     opened_models = models_lib.open_selected(models)
     # Before any data is read, which takes longest: a mistake in ROUTES_SITES shows at once.
     sites_by_model = [_select_sites(opened, sites) for opened in opened_models]

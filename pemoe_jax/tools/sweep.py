@@ -184,6 +184,7 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
     Raises:
       InputError: a flag or an experiment is wrong.
     """
+    file_io.resolve_output_folder(args.output, "--output")
     file_io.check_no_pattern(Path(args.output).absolute(), "--output")
     seeds = _parse_seeds(args.seeds)
     for name in map(_binding_name, [*bindings, *args.gin_bindings]):

@@ -53,6 +53,12 @@ def find_files(folder: pathlib.Path) -> dict[str, dict[str, str]]:
             expected = ", ".join(f"{split}.jsonl" for split in _SPLITS)
             got = abbreviate([path.name for path in named] or [f"{s}.jsonl" for s in splits], 3)
             raise InputError(f"{entry}: expected one of {expected}, got {got}")
+        has_eval = not set(splits).isdisjoint(EVAL_SPLITS)
+        for path in named if splits else ():
+            split = path.name.partition(".")[0]
+            if split not in splits or (split == "dev" and not has_eval):
+                expected = "validation" if split == "dev" else split
+                raise InputError(f"{entry}: expected {expected}.jsonl, got {path.name}")
         if not splits:
             continue
         # seqio's registries accept no other names

@@ -12,11 +12,11 @@ import functools
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.runtime.file_io import read_json
-from pemoe_jax.tasks.p3.tables import Example, Splits, Table
+from pemoe_jax.tasks.p3.tables import Example, Splits, Table, check_unique, take_examples
 
 if TYPE_CHECKING:
     import pyarrow
@@ -117,14 +117,15 @@ class ArrowTable(Table):
         return [batch.num_rows for batch in self._batches]
 
     def read_part(self, part: int, numbers: list[int]) -> list[Example]:
-        try:
-            return cast(list[Example], self._batches[part].take(numbers).to_pylist())
-        except (OSError, ValueError, IndexError) as error:
-            raise InputError(f"{self.location}: damaged: {first_line(error)}") from None
+        import pyarrow
+
+        table = pyarrow.Table.from_batches([self._batches[part]])
+        return take_examples(table, numbers, self.location)
 
 
 def _read_batches(path: pathlib.Path) -> Iterator[pyarrow.RecordBatch]:
     with _open_stream(path) as stream:
+        check_unique(stream.schema.names, str(path))
         for batch in stream:
             # pyarrow trusts offsets: reading a damaged batch would crash the process
             batch.validate(full=True)

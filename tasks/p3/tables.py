@@ -13,19 +13,24 @@ import functools
 import itertools
 import os
 import pathlib
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.core.errors import InputError, first_line, plural
 from pemoe_jax.data.row_checks import parse_object
 from pemoe_jax.data.row_reader import read_parts
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
+
+# A file of several as Hugging Face writes them, sometimes with a hash.
+_SHARD = re.compile(r".*-\d{5}-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 _CACHE_BYTES = 1 << 30  # of row groups in memory, over all tables
 Example = dict[str, Any]  # a dataset's fields, of any JSON type
@@ -152,6 +157,7 @@ class ParquetTable(Table):
                 file = parquet.ParquetFile(path)
             except (OSError, ValueError) as error:  # base classes of pyarrow's errors
                 raise InputError(f"{path}: not a Parquet file: {first_line(error)}") from None
+            check_unique(file.schema_arrow.names, path)
             for number in range(file.num_row_groups):
                 num_rows = file.metadata.row_group(number).num_rows
                 groups.append(_RowGroup(path, number, file, num_rows))
@@ -176,19 +182,73 @@ class ParquetTable(Table):
             table = _row_groups.get(group.path, group.number, group.file)
         except (OSError, ValueError) as error:
             raise InputError(f"{group.path}: damaged: {first_line(error)}") from None
-        return cast(list[Example], table.take(numbers).to_pylist())
+        return take_examples(table, numbers, group.path)
+
+
+def take_examples(table: pyarrow.Table, numbers: list[int], location: str) -> list[Example]:
+    """Returns examples of a table in memory as Python values.
+
+    Raises:
+      InputError: a column's type has no Python value; `location` begins the message.
+    """
+    import pyarrow
+
+    try:
+        taken = table.take(numbers)
+    except NotImplementedError:  # of string_view and others
+        taken = pyarrow.concat_tables([table.slice(number, 1) for number in numbers])
+    columns: list[list[Any]] = []
+    for name, column in zip(taken.column_names, taken.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except (OSError, ValueError, OverflowError, NotImplementedError) as error:
+            raise InputError(
+                f"{location}: the column {name!r} of {column.type} must have values that Python"
+                f" can hold, got {first_line(error)}"
+            ) from None
+    return [dict(zip(taken.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def check_unique(columns: Sequence[str], location: str) -> None:
+    """Raises InputError if two columns have the same name, as the last would win."""
+    if twice := [name for name, count in collections.Counter(columns).items() if count > 1]:
+        raise InputError(f"{location}: expected unique columns, got several {twice[0]!r}")
 
 
 def open_table(paths: Sequence[pathlib.Path]) -> Table:
-    """Returns the table of a split's files."""
+    """Returns the table of a split's files.
+
+    Raises:
+      InputError: files of the split are missing, or too many.
+    """
     if paths[0].suffix == ".parquet":
+        _check_shards(paths)
         return ParquetTable(sorted(paths))
     return JsonLinesTable(paths)
 
 
+def _check_shards(paths: Sequence[pathlib.Path]) -> None:
+    shards = list(filter(None, (_SHARD.fullmatch(path.name) for path in paths)))
+    if not shards:
+        return
+    counts = {shard["count"] for shard in shards}
+    count = int(shards[0]["count"])
+    if len(counts) > 1 or len(shards) != len(paths) or len(paths) != count:
+        names = ", ".join(path.name for path in paths[:3]) + (", …" if len(paths) > 3 else "")
+        raise InputError(
+            f"{paths[0].parent}: expected {plural(count, 'Parquet file')}, as the name of"
+            f" {shards[0][0]} says, got {names}"
+        )
+
+
 def find_splits(folder: pathlib.Path) -> Splits:
-    """Lists `<split>*.parquet`, `<split>/*.parquet` and `<split>.jsonl` by split."""
+    """Lists `<split>*.parquet`, `<split>/*.parquet` and `<split>.jsonl` by split.
+
+    Raises:
+      InputError: the only file of a split is compressed.
+    """
     splits: Splits = {}
+    compressed: Splits = {}
     if not folder.is_dir():
         return splits
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -201,6 +261,10 @@ def find_splits(folder: pathlib.Path) -> Splits:
             splits.setdefault(path.stem.split("-")[0], []).append(path)
         elif path.suffix == ".jsonl":
             splits.setdefault(path.stem, []).append(path)
+        elif path.suffix in _COMPRESSED and path.stem.endswith((".jsonl", ".parquet")):
+            compressed.setdefault(re.split(r"[-.]", path.name)[0], []).append(path)
+    for split in compressed.keys() - splits:
+        raise InputError(f"{compressed[split][0]}: expected a file that is not compressed")
     # Where a split has files in both formats, the first by name decides.
     return {
         split: [path for path in paths if path.suffix == paths[0].suffix]

@@ -49,3 +49,16 @@ def test_urls_for_tensorstore():
     assert file_io.url(file_io.resolve("/tmp/a b")) == "file:///tmp/a%20b/"
     with pytest.raises(InputError, match="expected a path without a backslash"):
         file_io.url(file_io.resolve("/tmp/a\\b"))
+
+
+def test_output_folders(tmp_path):
+    for name in ("new/folder $X {é} ", "here/../there", "."):
+        assert file_io.resolve_output_folder(tmp_path / name, "OUT") == tmp_path / name
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/a/b", "link"):
+        with pytest.raises(InputError, match=r"OUT must be a folder, got .*(file|link) is a file"):
+            file_io.resolve_output_folder(tmp_path / name, "OUT")
+    with pytest.raises(InputError, match="OUT must be a folder, got .*: File name too long"):
+        file_io.resolve_output_folder(tmp_path / ("n" * 256), "OUT")
+    assert len(list(tmp_path.iterdir())) == 2

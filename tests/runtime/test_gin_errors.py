@@ -1,5 +1,8 @@
 """gin's errors: one line, with the names that the user may have meant."""
 
+import argparse
+
+import gin
 import pytest
 
 from pemoe_jax import train
@@ -42,6 +45,7 @@ FLAGS += [f"--gin.{name}=1" for name in ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH",
         ("--gin.TRAIN_STEPS=%STEPS", "%STEPS: no gin file has a macro of this name; close: TRAIN_"),
         ("--gin.TRAIN_STEP=2", "TRAIN_STEP: no gin file has a macro of this name; close: TRAIN_"),
         ("--gin.TASK_FEATURE_LENGTHS={'inputs': 3", "a closing bracket in `TASK_FEATURE_LENGTHS ="),
+        ("--gin.TASK_FEATURE_LENGTHS={x}", "x is not a value (text needs quotes), got `TASK_FEA"),
         ("--gin.optim.adafactor=3", "expected MODULE.FUNCTION.PARAMETER = value or MACRO = value"),
         ("--gin_bindings=foo bar", "expected ':' or '=', got `foo bar`"),
     ],
@@ -64,3 +68,14 @@ def test_macros_for_bindings_of_t5x_exist():
     tables = [gin_errors._T5X_MACROS, *gin_errors._T5X_BINDINGS.values()]
     macros = {macro.partition("=")[0] for table in tables for macro in table.values()}
     assert [macro for macro in macros if not gin_help.find_macro_owners(macro)] == []
+
+
+def test_errors_of_the_system_are_one_line_also_through_gin(tmp_path, capsys):
+    def read(args, bindings):
+        try:
+            tmp_path.read_text()
+        except OSError as error:
+            gin.utils.augment_exception_message_and_reraise(error, "\n  In call to configurable")
+
+    assert gin_flags.run_command(argparse.ArgumentParser(prog="pemoe x"), read, []) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"

@@ -56,7 +56,9 @@ def test_prompts(folder):
     ("old", "new", "message"),
     [
         ("-----\n", "", r"navigate.txt: expected a line '-----' before the prompt, got none"),
-        ("Q: ", "R: ", "navigate.txt: expected solved examples that begin with 'Q: ', got none"),
+        ("Q: ", "R: ", "navigate.txt: expected solved examples that begin with 'Q:', got none"),
+        (f"Q: {solved(0)[0]}", "Q:", "navigate.txt:5: expected a question behind 'Q:', got none"),
+        ("answer is yes.", "answer is .", "navigate.txt:5: expected 'So the answer is …' in the"),
         ("A: Let's", "Let's", "navigate.txt:5: expected a line 'A: Let's think step by step. …'"),
         ("the answer is", "it is", "navigate.txt:5: expected 'So the answer is …' in the example"),
     ],
@@ -78,6 +80,10 @@ def test_wrong_prompts(folder, old, new, message):
         (
             '{"examples": [{"input": "a", "target": "b"}, {"input": "a"}]}',
             "navigate.json: example 2: 'target' must be a string, got NoneType null",
+        ),
+        (
+            '{"examples": [{"input": "a", "target": " "}]}',
+            "navigate.json: example 1: 'target' must be a text, got ' '",
         ),
     ],
 )
@@ -103,6 +109,15 @@ def test_wrong_folders(folder, tmp_path):
     (folder / "bbh" / "snark.json").write_text("{}")
     with pytest.raises(InputError, match="'snark' is not a task of BBH; did you mean 'snarks'"):
         bbh.register(folder, VOCABULARY)
+
+
+def test_examples_without_a_space_and_hidden_files(folder):
+    path = folder / "cot-prompts" / "navigate.txt"
+    prompt = bbh.read_prompt(path)
+    path.write_text(path.read_text().replace("Q: ", "Q:", 1))
+    assert bbh.read_prompt(path) == prompt
+    (folder / "bbh" / "._navigate.json").write_bytes(b"\0")
+    assert "._navigate" not in bbh.find_files(folder)
 
 
 def test_tasks_of_a_folder(folder):

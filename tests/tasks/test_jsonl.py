@@ -303,6 +303,11 @@ def test_folder_errors(tmp_path, vocab):
         (tmp_path / name / "a_b" / name).write_text("{}")
         expected = "a_b: expected one of train.jsonl, validation.jsonl, val.jsonl, test.jsonl, got "
         assert register_error(tmp_path / name, vocab).endswith(expected + name)
+    for name, expected in (("test.jsonl.gz", "test"), ("test.csv", "test"), ("dev.jsonl", "valid")):
+        task = write(tmp_path / f"with_{name}", "t", "train", [("a", "b")]).parent
+        (task / name).write_text("{}")
+        error = register_error(task.parent, vocab)
+        assert error.startswith(f"{task}: expected {expected}") and error.endswith(f", got {name}")
     write(tmp_path / "name", "a b", "train", [("a", "b")])
     assert "may hold letters, digits" in register_error(tmp_path / "name", vocab)
     write(tmp_path / "reserved", "t", "train", [("a", "b")])

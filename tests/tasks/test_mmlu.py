@@ -81,6 +81,9 @@ def test_wrong_folders(folder, tmp_path):
             mmlu.register(path, VOCABULARY)
     with pytest.raises(InputError, match="MMLU_SPLIT must be one of 'test', 'val', got 'dev'"):
         mmlu.register(folder, VOCABULARY, split="dev")
+    write_csv(tmp_path / "test" / "astronomy_test.csv", questions("astronomy", 1))
+    (tmp_path / "test" / "._astronomy_test.csv").write_bytes(b"\0")
+    assert [*mmlu.find_files(tmp_path, "test")] == ["astronomy"]
     write_csv(tmp_path / "test" / "astronomie_test.csv", questions("astronomy", 1))
     message = "'astronomie' is not a subject of MMLU; did you mean 'astronomy'"
     with pytest.raises(InputError, match=message):

@@ -1,8 +1,11 @@
 """P3's prompted rows in JSON lines and Parquet: checked, and scored also without their text."""
 
+import contextlib
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.tasks.p3 import readers, tables
@@ -20,9 +23,6 @@ class Letters:
 
 def prompted(path, rows, scored=False):
     if path.suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,3 +65,60 @@ def test_published_choice_rows_are_checked(tmp_path):
     reader = prompted(tmp_path / "b.jsonl", [row | {"is_correct": "False"}], scored=True)
     with pytest.raises(InputError, match=r"b.jsonl: row 1: 'is_correct' must be true or false"):
         reader.read_rows([0])
+
+
+def test_types_of_parquet(tmp_path):
+    rows = {"inputs": ["a", "b"], "targets": ["c", "d"]}
+
+    def read(**columns):
+        # Row groups stay in memory by path.
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet"
+        parquet.write_table(pyarrow.table(rows | columns), path)
+        reader = readers.PromptedReader(tables.open_table([path]), Letters(), False)
+        return [row for rows in reader.row_blocks() for row in rows]
+
+    expected = read()
+    for kind in (pyarrow.string_view(), pyarrow.large_string(), pyarrow.binary()):
+        assert read(inputs=pyarrow.array(["a", "b"]).cast(kind)) == expected
+    ids = pyarrow.array([[97, 1], [98, 1]], pyarrow.large_list(pyarrow.uint64()))
+    assert [row["inputs"] for row in read(inputs=ids)] == [row["inputs"] for row in expected]
+    for values, kind in (([1, 2], pyarrow.timestamp("ns")), ([2**62, 1], pyarrow.timestamp("us"))):
+        message = f"[0-9].parquet: the column 'time' of timestamp.{kind.unit}. must have"
+        with pytest.raises(InputError, match=message):
+            read(time=pyarrow.array(values).cast(kind))
+
+
+def test_columns_of_the_same_name(tmp_path):
+    path = tmp_path / "validation.parquet"
+    columns = [pyarrow.array([text]) for text in "abc"]
+    parquet.write_table(pyarrow.table(columns, ["inputs", "targets", "targets"]), path)
+    with pytest.raises(InputError, match="expected unique columns, got several 'targets'"):
+        tables.open_table([path]).part_sizes()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["00000-of-00002"], "expected 2 Parquet files, as the name of .*-00000-of-00002.parquet"),
+        (["00000-of-00001", "x"], "expected 1 Parquet file, as .* got validation-00000-of-00001"),
+        (["00000-of-00001", "00001-of-00002"], "expected 1 Parquet file, as"),
+        (["00000-of-00002", "00001-of-00002"], ""),
+        (["00000-of-00001-0a1b"], ""),
+        (["1", "2"], ""),
+    ],
+)
+def test_files_of_a_split_are_complete(tmp_path, names, message):
+    for name in names:
+        (tmp_path / f"validation-{name}.parquet").write_bytes(b"")
+    files = tables.find_splits(tmp_path)["validation"]
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        tables.open_table(files)
+
+
+def test_compressed_files_are_not_left_out_silently(tmp_path):
+    (tmp_path / "train.jsonl").write_text("")
+    (tmp_path / "train.jsonl.gz").write_text("")
+    assert [*tables.find_splits(tmp_path)] == ["train"]
+    (tmp_path / "validation-00000-of-00001.parquet.zst").write_text("")
+    with pytest.raises(InputError, match="parquet.zst: expected a file that is not compressed"):
+        tables.find_splits(tmp_path)

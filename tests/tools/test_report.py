@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import types
 from pathlib import Path
@@ -609,6 +610,18 @@ def broken(folder: Path, change) -> str:
         (lambda run: run.update(trained_datasets="cb"), "list of names, got 'cb'"),
         (lambda run: run.update(trainable="1 %"), "'trainable' to be a number"),
         (lambda run: run.update(shots="5"), "'shots' to be a number"),
+        (lambda run: run.update(shots=None), "'shots' to be a number, got None"),
+        (lambda run: run.update(checkpoint=["a"]), "'checkpoint' to be text, got \\['a'\\]"),
+        (lambda run: run.update(settings={}), "'settings' to be text, got {}"),
+        (lambda run: run.update(step=-1), "'step' to be a number, got -1"),
+        (lambda run: run.update(flops=10**400), "'flops' to be a number, got 1000"),
+        (lambda run: run["tasks"]["cb_a"].update(chance=math.nan), "a chance of 0 to 1, got nan"),
+        (lambda run: run["tasks"]["cb_a"].update(shots_left_out="x"), "a number of shots, got 'x'"),
+        (
+            lambda run: run.update(step_times=[step_time(math.inf)]),
+            "step_times: expected positive 'seconds', got inf",
+        ),
+        (lambda run: run.update(tasks={"a": {"metrics": {}}}), "got those of `pemoe infer`"),
         (lambda run: run.update(step_times=3), "'step_times' to be a list, got 3"),
         (lambda run: run.update(step_times=[{"seconds": 3}]), "step_times: .*'device' to be text"),
         (lambda run: run["tasks"]["cb_a"].update(examples=11), "cb_a.jsonl: .*11 with .* 10 with"),
@@ -629,6 +642,10 @@ def test_a_broken_prediction_names_its_line(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 1
     assert "cb_a.jsonl, line 4: expected" in capsys.readouterr().err
     assert report.main([str(tmp_path), "--draws=0"]) == 0
+    for old, new in (('"idx": 3', '"idx": 0'), ('"idx": 3', '"idx": 1e999'), ("true", '"true"')):
+        file.write_text("\n".join(lines).replace(old, new))
+        assert report.main([str(tmp_path)]) == 1
+        assert re.search("cb_a.jsonl(, line .)?: expected .*\n$", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -638,7 +655,8 @@ def test_a_broken_prediction_names_its_line(tmp_path, capsys):
         (["{}", "--only=mov"], "--only must be one of first, got mov"),
         (["{}", "--draws=-1"], "--draws must be at least 0, got -1"),
         (["{}", "--gin.RUN=3"], "--gin.RUN: report takes no gin flags"),
-        (["{}", "--output={}/results.json"], "--output must be a writable folder"),
+        (["{}", "--output={}/results.json"], "--output must be a folder, got .* is a file"),
+        (["{}", "--output="], "--output: expected a path, got ''"),
     ],
 )
 def test_wrong_flags_are_a_one_line_error(tmp_path, capsys, flags, message):

@@ -38,6 +38,9 @@ _TASK_KEYS: dict[str, _Types] = {
     "chance": (int, float),
     "examples": int,
 }
+_TEXTS = ("checkpoint", "method", "variant", "settings")  # of a run, or null
+_NUMBERS = ("step", "seed", "trainable", "total", "used", "flops", "flops_with_places")
+_LONGEST_STEP = 1e9  # seconds; also less than infinity
 _STEP_TIME_KEYS: dict[str, _Types] = {"seconds": (int, float), "device": str, "batch": str}
 _TYPE_NAMES = {str: "text", dict: "an object", int: "a number"}
 
@@ -200,13 +203,14 @@ def load_results(path: str) -> JsonObject:
             f"{file}: expected a {RESULTS} of `pemoe evaluate`, or a folder with one, got"
             f" {error.strerror}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: expected JSON, got {error}") from None
     runs = results.get("runs") if isinstance(results, dict) else None
     if not isinstance(runs, list) or not runs:
         raise InputError(f'{file}: expected {{"runs": [...]}} with at least one run, got none')
     # Only the keys that tables need are required: results of older versions lack others.
     for number, run in enumerate(runs):
+        _check_not_decoded(run, file)
         _check_object(run, _RUN_KEYS, f"{file}, run {number}")
         _check_run(run, f"{file}, run {run['name']!r}")
         run[PREDICTIONS] = str(file.parent / "predictions" / run["name"])
@@ -245,17 +249,23 @@ def load_predictions(
     if not file.is_file():
         return None
     indices, correct = [], []
-    with file.open() as lines:
+    # Other bytes than UTF-8 are not JSON.
+    with file.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                indices.append(int(row["idx"]))
-                correct.append(bool(row["correct"]))
-            except (ValueError, KeyError, TypeError):
+                indices.append(row["idx"])
+                correct.append(row["correct"])
+                is_prediction = _is_count(row["idx"]) and isinstance(row["correct"], bool)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                is_prediction = False
+            if not is_prediction:
                 raise InputError(
                     f'{file}, line {number}: expected an object with "idx" and "correct", got'
                     f" {line.strip()[:60]!r}"
-                ) from None
+                )
+    if len(set(indices)) < len(indices):
+        raise InputError(f"{file}: expected a line for each example, got two with the same 'idx'")
     # The intervals of another evaluation's predictions would be around another accuracy.
     accuracy = sum(correct) / max(1, len(correct))
     if len(correct) != result["examples"] or abs(accuracy - result["accuracy"]) > 1e-9:
@@ -277,21 +287,55 @@ def _check_run(run: JsonObject, where: str) -> None:
                 f"{where}, task {name!r}: expected an accuracy of 0 to 1 over at least one"
                 f" example, got {task['accuracy']} over {task['examples']}"
             )
-    numbers = ("trainable", "total", "used", "flops", "flops_with_places", "seed", *SHOTS_KEYS)
-    for key in numbers:
-        if not isinstance(run.get(key), int | None):
-            raise InputError(f"{where}: expected {key!r} to be a number, got {run[key]!r}")
+        if not 0 <= task["chance"] <= 1:
+            raise InputError(
+                f"{where}, task {name!r}: expected a chance of 0 to 1, got {task['chance']}"
+            )
+        if not _is_count(task.get("shots_left_out", 0)):
+            raise InputError(
+                f"{where}, task {name!r}: expected 'shots_left_out' to be a number of shots, got"
+                f" {task['shots_left_out']!r:.60}"
+            )
+    for key in _TEXTS:
+        if not isinstance(run.get(key), str | None):
+            raise InputError(f"{where}: expected {key!r} to be text, got {run[key]!r:.60}")
+    for key in _NUMBERS:
+        if run.get(key) is not None and not _is_count(run[key]):
+            raise InputError(f"{where}: expected {key!r} to be a number, got {run[key]!r:.60}")
+    for key in SHOTS_KEYS:
+        if not _is_count(run.get(key, 0)):
+            raise InputError(f"{where}: expected {key!r} to be a number, got {run[key]!r:.60}")
     step_times = run.get("step_times", [])
     if not isinstance(step_times, list):
         raise InputError(f"{where}: expected 'step_times' to be a list, got {step_times!r:.60}")
     for step_time in step_times:
         _check_object(step_time, _STEP_TIME_KEYS, f"{where}, step_times")
+        seconds = step_time["seconds"]
+        if not 0 < seconds < _LONGEST_STEP:
+            raise InputError(
+                f"{where}, step_times: expected positive 'seconds', got {seconds!r:.60}"
+            )
     trained = run.get("trained_datasets")
     is_list = isinstance(trained, list) and all(isinstance(name, str) for name in trained)
     if trained is not None and not is_list:
         raise InputError(
             f"{where}: expected 'trained_datasets' to be a list of names, got {trained!r}"
         )
+
+
+def _check_not_decoded(run: object, file: Path) -> None:
+    """Raises InputError for a run of `pemoe infer`."""
+    tasks = run.get("tasks") if isinstance(run, dict) else None
+    for task in tasks.values() if isinstance(tasks, dict) else ():
+        if isinstance(task, dict) and "metrics" in task and "accuracy" not in task:
+            raise InputError(
+                f"{file}: expected results of `pemoe evaluate`, got those of `pemoe infer`"
+            )
+
+
+def _is_count(value: object) -> bool:
+    """Returns whether a value of JSON is an integer that is not negative, and fits int64."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _check_object(value: object, keys: Mapping[str, _Types], where: str) -> None:

@@ -38,5 +38,7 @@ def _key_without_seed(run: JsonObject) -> tuple | None:
     # Results of older versions have no seed or settings.
     if not isinstance(run.get("seed"), int) or not run.get("settings"):
         return None
-    tasks = tuple(sorted((name, task["examples"]) for name, task in run["tasks"].items()))
+    tasks = tuple(
+        sorted((name, task["dataset"], task["examples"]) for name, task in run["tasks"].items())
+    )
     return run["settings"], run.get("variant"), run.get("step"), shots_of(run), tasks
