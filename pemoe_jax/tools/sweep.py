@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.runtime import atomic_write, file_io, gin_flags, progress
 from pemoe_jax.tools import report, subprocesses
 
@@ -83,7 +83,7 @@ _MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_j
 # Macros that the sweep sets for each run; a user's value would be overridden silently.
 _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
-_FROM = re.compile(r"\+FROM=([\w.=-]+)")
+_FROM = "--gin.FROM="
 # INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
 _RESOLVE_BASE_CONFIG = """\
 from __gin__ import dynamic_registration
@@ -102,6 +102,7 @@ class Run:
       evaluate_flags: flags of `pemoe_jax.evaluate`.
       train_settings: gin settings that the trained parameters depend on.
       evaluate_settings: gin settings that the scores depend on.
+      initial: folder of the run that it starts from; None: a base.
       direct: folder of the run that differs in that it does not start from another; None: none.
     """
 
@@ -110,6 +111,7 @@ class Run:
     evaluate_flags: list[str]
     train_settings: dict[str, str]
     evaluate_settings: dict[str, str]
+    initial: Path | None = None
     direct: Path | None = None
 
     @property
@@ -184,13 +186,12 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
     Raises:
       InputError: a flag or an experiment is wrong.
     """
+    from pemoe_jax.checkpoints import run_settings
+
     file_io.resolve_output_folder(args.output, "--output")
     file_io.check_no_pattern(Path(args.output).absolute(), "--output")
     seeds = _parse_seeds(args.seeds)
-    for name in map(_binding_name, [*bindings, *args.gin_bindings]):
-        if name in _SWEEP_MACROS:
-            hint = " from --seeds" if name == "SEED" else ""
-            raise InputError(f"--gin.{name}: the sweep sets it{hint}")
+    _check_not_swept([f"--gin.{binding}" for binding in [*bindings, *args.gin_bindings]])
     shared = [
         f"--{name}={getattr(args, name)}"
         for name in ("gin_search_paths", "seqio_additional_cache_dirs")
@@ -203,14 +204,22 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
     data_macros = set(re.findall(r"^([A-Z][A-Z0-9_]*) = ", tasks_gin, re.MULTILINE))
     data_bindings = [_binding_flag(b) for b in bindings if _binding_name(b) in data_macros]
     files, settings = _split_experiment(args.evaluate)
+    _check_not_swept(settings, "--evaluate")
     evaluate_flags = [*files, *shared, *data_bindings, *settings]
 
     runs: list[Run] = []
     bases: dict[str, None] = {}  # an ordered set
     for experiment in args.experiments:
-        start = _FROM.search(experiment)
-        name = _experiment_name(experiment)
-        files, settings = _split_experiment(_FROM.sub("", experiment))
+        files, settings = _split_experiment(experiment)
+        _check_not_swept(settings, experiment)
+        name = _experiment_name(files, settings)
+        starts = [flag.removeprefix(_FROM) for flag in settings if flag.startswith(_FROM)]
+        settings = [flag for flag in settings if not flag.startswith(_FROM)]
+        if len(starts) > 1:
+            raise InputError(f"{experiment}: expected a single FROM, got {len(starts)}")
+        if starts and any(flag.startswith("--gin.INITIAL_CHECKPOINT_PATH=") for flag in settings):
+            raise InputError(f"{experiment}: INITIAL_CHECKPOINT_PATH: FROM sets it")
+        direct_name = _experiment_name(files, settings)
         files += [f"--gin_file={file}" for file in args.gin_file]
         experiment_flags = [*files, *shared, *train_bindings, *settings]
         for seed in seeds:
@@ -219,24 +228,30 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
             if folder in [run.folder for run in runs]:
                 raise InputError(f"{experiment}: another experiment has the name {name}")
             flags = [*experiment_flags, f"--gin.SEED={seed}", f"--gin.MODEL_DIR={folder}"]
-            folders = [run.folder for run in runs]
-            direct = None
-            if start is not None:
-                initial = _folder(args.output, start[1], seed)
-                if initial not in folders:
+            by_folder = {run.folder: run for run in runs}
+            initial = direct = None
+            for start in starts:
+                initial = _folder(args.output, start, seed)
+                if initial not in by_folder:
+                    names = dict.fromkeys(path.name.rpartition("-seed")[0] for path in by_folder)
                     raise InputError(
-                        f"{experiment}: FROM must be an experiment before this one, got {start[1]}"
+                        f"{experiment}: FROM must be an experiment before this one"
+                        f" ({', '.join(names) or 'none'}), got {start!r}"
                     )
                 flags.append(f"--gin.INITIAL_CHECKPOINT_PATH={initial}")
-                direct = _folder(args.output, _experiment_name(_FROM.sub("", experiment)), seed)
+                direct = _folder(args.output, direct_name, seed)
             train_settings = _parse_settings("train", flags, experiment)
-            if start is not None:  # a moved output folder changes no setting
-                train_settings["INITIAL_CHECKPOINT_PATH"] = f"the run of {start[1]}"
+            if initial is not None:
+                # A moved output folder changes no setting; those of the initial run count.
+                fingerprint = run_settings.fingerprint(by_folder[initial].train_settings)
+                text = f"the run of {starts[0]} with settings {fingerprint}"
+                train_settings["INITIAL_CHECKPOINT_PATH"] = text
             elif (base := _parsed_base(experiment)) is not None:
                 bases[base] = None
             scoring_flags = [*evaluate_flags, f"--gin.CHECKPOINT_PATH={folder}"]
             run = _make_run(folder, flags, train_settings, scoring_flags)
-            runs.append(dataclasses.replace(run, direct=direct if direct in folders else None))
+            direct = direct if direct in by_folder else None
+            runs.append(dataclasses.replace(run, initial=initial, direct=direct))
     base_runs: list[Run] = []
     for number, base in enumerate([] if args.no_base else bases, 1):
         folder = Path(args.output) / ("base" if number == 1 else f"base_{number}")
@@ -244,6 +259,16 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
         base_runs.append(_make_run(folder, [], {"base": base}, flags))
     # Bases first: a mistake in --evaluate shows before hours of training.
     return base_runs + runs
+
+
+def _check_not_swept(settings: Sequence[str], where: str = "") -> None:
+    """Raises InputError if a setting --gin.NAME=value is one that the sweep sets."""
+    for setting in settings:
+        name = _binding_name(setting.removeprefix("--gin."))
+        if name in _SWEEP_MACROS:
+            hint = " from --seeds" if name == "SEED" else ""
+            prefix = f"{where}: " if where else ""
+            raise InputError(f"{prefix}--gin.{name}: the sweep sets it{hint}")
 
 
 def _make_run(
@@ -274,9 +299,8 @@ def _split_experiment(text: str) -> tuple[list[str], list[str]]:
     return files, [f"--gin.{part}" for part in parts if "=" in part]
 
 
-def _experiment_name(text: str) -> str:
-    """'methods/mov.gin+B=1+FROM=mov' -> 'mov_B=1_FROM=mov', for a folder."""
-    files, settings = _split_experiment(text)
+def _experiment_name(files: Sequence[str], settings: Sequence[str]) -> str:
+    """Returns 'mov_B=1_FROM=mov' for methods/mov.gin, B=1 and FROM=mov, for a folder."""
     words = [Path(flag.removeprefix("--gin_file=")).stem for flag in files]
     words += [flag.removeprefix("--gin.") for flag in settings]
     return re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.")
@@ -418,6 +442,8 @@ def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
     for name, flags in run.commands():
         if state[name]:
             continue
+        if name == "train" and run.initial is not None and not _is_trained(run.initial):
+            return f"in train, as {run.initial.name}, which it starts FROM, is not trained"
         if name == "evaluate":
             # An evaluation refuses to overwrite scores that it does not compute again.
             shutil.rmtree(run.results, ignore_errors=True)
@@ -448,6 +474,12 @@ def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
     return ""
 
 
+def _is_trained(folder: Path) -> bool:
+    """Returns whether the training of a run finished: it may have left an earlier checkpoint."""
+    state = json.loads((folder / "sweep.json").read_text())
+    return bool(state["train"])
+
+
 def _report_gains(finished: Sequence[Run], output: Path) -> None:
     """Prints and writes what experiments gain by starting FROM another run, if there are any."""
     from pemoe_jax.analysis import tables
@@ -474,7 +506,8 @@ def expand_argument_files(argv: Sequence[str]) -> list[str]:
     """Returns the arguments with each @FILE replaced by the arguments in that file.
 
     Raises:
-      InputError: the file exists neither in the working folder nor in the package's gin folder.
+      InputError: the file exists neither in the working folder nor in the package's gin folder, or
+        does not hold arguments.
     """
     # argparse's fromfile_prefix_chars knows neither comments, quotes nor the package's folder.
     expanded: list[str] = []
@@ -486,7 +519,10 @@ def expand_argument_files(argv: Sequence[str]) -> list[str]:
         file = next((path for path in candidates if path.is_file()), None)
         if file is None:
             raise InputError(f"{argument}: expected a file of arguments, got no such file")
-        expanded += shlex.split(file.read_text(), comments=True)
+        try:
+            expanded += shlex.split(file.read_text(encoding="utf-8-sig"), comments=True)
+        except ValueError as error:  # not UTF-8, or a quote that is not closed
+            raise InputError(f"{argument}: expected arguments, got {first_line(error)}") from None
     return expanded
 
 

@@ -75,12 +75,23 @@ def test_experiments_that_start_from_others():
         "--gin.INITIAL_CHECKPOINT_PATH=out/mov-seed7"
     ] * 2
     assert "--gin.INITIAL_CHECKPOINT_PATH=base.safetensors" in runs[3].train_flags
-    assert runs[5].train_settings == {
-        **runs[3].train_settings,
-        "INITIAL_CHECKPOINT_PATH": "the run of mov",
-    }
+    settings = runs[5].train_settings
+    initial = settings["INITIAL_CHECKPOINT_PATH"]
+    assert settings == {**runs[3].train_settings, "INITIAL_CHECKPOINT_PATH": initial}
+    assert initial.startswith("the run of mov with settings ")
+    # A run that started from a run with other settings is another one, as is one further behind.
+    *_, other = plan(*experiments, *FLAGS, "--gin.BATCH_SIZE=3", "--output=out")
+    assert initial != other.train_settings["INITIAL_CHECKPOINT_PATH"]
+    assert [run.initial for run in runs[1::2]] == [None, None, runs[1].folder, runs[1].folder]
     # The same experiment without FROM, if the sweep has it.
     assert runs[5].direct == runs[3].folder and runs[3].direct is runs[7].direct is None
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'methods/mov.gin "'])
+def test_files_that_hold_no_arguments(tmp_path, capsys, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    assert sweep.main([f"@{tmp_path / 'list.txt'}", *FLAGS, "--output=out"]) == 1
+    assert "list.txt: expected arguments, got " in capsys.readouterr().err
 
 
 def test_data_macros_are_passed_to_evaluation():
@@ -125,7 +136,21 @@ def test_arguments_from_a_file(tmp_path):
         (["methods/mov.gin", "--evaluate=runs/infer.gin"], "expected a run file of evaluate"),
         (
             ["methods/mov.gin+FROM=ia3", "methods/ia3.gin"],
-            r"methods/mov.gin\+FROM=ia3: FROM must be an experiment before this one, got ia3",
+            r"mov.gin\+FROM=ia3: FROM must be an experiment before this one \(none\), got 'ia3'",
+        ),
+        (["methods/mov.gin", "methods/mov.gin+FROM="], r"before this one \(mov\), got ''"),
+        (["methods/mov.gin", "methods/ia3.gin+FROM=mov+FROM=mov"], "expected a single FROM, got 2"),
+        (
+            ["methods/mov.gin", "methods/ia3.gin+FROM=mov+INITIAL_CHECKPOINT_PATH=x"],
+            "INITIAL_CHECKPOINT_PATH: FROM sets it",
+        ),
+        (
+            ["methods/mov.gin+SEED=3"],
+            r"mov.gin\+SEED=3: --gin.SEED: the sweep sets it from",
+        ),
+        (
+            ["methods/mov.gin", "--evaluate=runs/evaluate.gin+CHECKPOINT_PATH=x"],
+            "the sweep sets it",
         ),
         (["@no.txt"], "@no.txt: expected a file of arguments"),
     ],
@@ -402,6 +427,11 @@ def test_failed_runs_are_reported(stand_ins, tmp_path, capsys):
     assert "FAILED in train, exit code 1: error: thirteen is too many (log: " in captured.out
     assert "1 of 2 runs failed (mov_NUM_EXPERTS=13-seed0)" in captured.err
     assert (tmp_path / "a" / "mov-seed0" / "results").is_dir()
+    # A failed training may have left a checkpoint, from which no other run may start.
+    flags.insert(2, "methods/ia3.gin+FROM=mov_NUM_EXPERTS=13")
+    assert sweep.main([*flags, f"--output={tmp_path / 'a'}"]) == 1
+    reason = "FAILED in train, as mov_NUM_EXPERTS=13-seed0, which it starts FROM, is not trained"
+    assert reason in capsys.readouterr().out
     assert sweep.main([*flags, f"--output={tmp_path / 'b'}", "--stop_at_failure"]) == 1
     assert not (tmp_path / "b" / "mov-seed0").exists()
 
