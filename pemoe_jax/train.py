@@ -83,7 +83,7 @@ def train(
     from pemoe_jax.checkpoints import initial_run, run_settings, runs
     from pemoe_jax.core import adapters, network, partitioning, sparse, stacks
     from pemoe_jax.data import prefetch, seqio_tasks, task_fraction
-    from pemoe_jax.runtime import atomic_write, distributed, file_io, train_loop
+    from pemoe_jax.runtime import atomic_write, distributed, file_io, folder_lock, train_loop
     from pemoe_jax.tasks.task_roles import abbreviate, run_register
 
     model_dir = file_io.resolve_output_folder(checkpointing.model_dir, "MODEL_DIR")
@@ -111,6 +111,9 @@ def train(
     if initial is not None and initial.opened is not None:
         _check_initial_run(initial.opened, record, model, method)
     _check_before_tasks(model, method, data, record.adapters)
+    folder = distributed.output_folder(model_dir)
+    if folder.is_dir():
+        folder_lock.hold(folder, "MODEL_DIR")
     first_step = _resume_step(model_dir, record)
     task_roles = run_register(data.register)
     mixture = data.name
@@ -146,7 +149,8 @@ def train(
             flush=True,
         )
 
-    _resume_step(model_dir, record)  # again, with the tasks and the base
+    # Again, with the tasks and the base. A folder that was new may have a run by now.
+    first_step = _resume_step(model_dir, record)
     if first_step >= total_steps:
         print(f"{model_dir} is at step {first_step}; TRAIN_STEPS is {total_steps}: nothing to do")
         return
@@ -158,6 +162,9 @@ def train(
 
     # Every setting has been checked by now: only from here on are files written.
     config = gin.config_str()
+    folder_lock.hold(folder, "MODEL_DIR")
+    if not first_step and runs.saved_steps(model_dir):
+        raise InputError(f"{model_dir}: another run has written to it: run the same command again")
     checkpoints = runs.RunCheckpoints(str(model_dir), checkpointing.keep)
     if first_step:
         state = checkpoints.restore(first_step, state)
@@ -171,7 +178,6 @@ def train(
             collections.deque(itertools.islice(batches, first_step), maxlen=0)
     if model.config.scan_layers:
         frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
-    folder = distributed.output_folder(model_dir)
     atomic_write.write_text(folder / "config.gin", config)
 
     def save(state: "steps.TrainState", position: Mapping[str, int] | None) -> None:

@@ -1,5 +1,6 @@
 """The gin files end to end on a tiny model: training, resuming, scoring, wrong input."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ from pemoe_jax.checkpoints import models, runs
 from pemoe_jax.core import network, optim
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.data import feed, packing
-from pemoe_jax.runtime import step_times, train_loop
+from pemoe_jax.runtime import folder_lock, step_times, train_loop
 
 METHODS = ("full", "ia3", "lora", "mov", "molora")
 DIMENSIONS = {
@@ -270,6 +271,21 @@ def test_a_second_interrupt_stops_at_once(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(step_times.StepTimer, "add", add)
     assert train.main(train_flags(folder, "mov", tmp_path)) == 130
     assert runs.saved_steps(tmp_path) == []
+
+
+def test_a_folder_that_another_command_writes_to(folder, tmp_path, monkeypatch, capsys):
+    """In an existing folder before data is read."""
+    monkeypatch.setattr(folder_lock, "TIMEOUT", 0.0)
+    scoring = ["--gin_file=runs/evaluate.gin", f"--gin.EVAL_OUTPUT_DIR={tmp_path}"]
+    scoring += [f"--gin.CHECKPOINT_PATH={folder / 'base.safetensors'}", *data_flags(folder)]
+    with (tmp_path / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert train.main(train_flags(folder, "mov", tmp_path)) == 1
+        assert evaluate.main(scoring) == 1
+    lines = capsys.readouterr().err.splitlines()
+    for line, setting in zip(lines, ("MODEL_DIR", "EVAL_OUTPUT_DIR"), strict=True):
+        assert line.startswith(f"error: {setting} must be a folder that no other command writes to")
+    assert [*tmp_path.iterdir()] == [tmp_path / ".lock"]
 
 
 def test_a_state_that_is_not_finite_is_never_saved(folder, tmp_path, capsys):

@@ -14,7 +14,14 @@ from pemoe_jax.checkpoints import run_settings
 from pemoe_jax.core import partitioning
 from pemoe_jax.core.errors import plural
 from pemoe_jax.data import sentences, seqio_tasks, shots
-from pemoe_jax.runtime import atomic_write, distributed, file_io, gin_flags, options
+from pemoe_jax.runtime import (
+    atomic_write,
+    distributed,
+    file_io,
+    folder_lock,
+    gin_flags,
+    options,
+)
 from pemoe_jax.tasks import TaskRoles
 from pemoe_jax.tasks.task_roles import run_register
 
@@ -60,7 +67,7 @@ def open_evaluation(
     find_tasks: Callable[[str], list[str]],
     few_shot: options.FewShot = options.ZERO_SHOT,
 ) -> Evaluation:
-    """Joins the run's processes, opens the models and registers the tasks; writes nothing.
+    """Joins the run's processes, opens the models, registers the tasks and locks the folder.
 
     Args:
       models, data, output_dir, mesh: arguments of the command.
@@ -68,7 +75,8 @@ def open_evaluation(
       few_shot: argument of the command.
 
     Raises:
-      InputError: a setting or a checkpoint is wrong, or results of others would be overwritten.
+      InputError: a setting or a checkpoint is wrong, or results of others would be overwritten,
+        or another command writes to the folder.
     """
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     output = file_io.resolve_output_folder(output_dir, "EVAL_OUTPUT_DIR")
@@ -84,10 +92,12 @@ def open_evaluation(
     for opened in opened_models:
         seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
     task_names = find_tasks(data.name)
+    folder = distributed.output_folder(output)
+    folder_lock.hold(folder, "EVAL_OUTPUT_DIR")
     if results_lib.check_overwrites(output, paths, task_names, shots_id):
         print(f"replacing the results in {output}", flush=True)
     return Evaluation(
-        folder=distributed.output_folder(output),
+        folder=folder,
         mesh=device_mesh,
         rules=rules,
         models=opened_models,

@@ -15,6 +15,7 @@ from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.runtime import (
     compile_cache,
     distributed,
+    folder_lock,
     gin_errors,
     gin_help,
     gin_types,
@@ -409,6 +410,8 @@ def run_command(
             raise
         path = os_error.filename2 or os_error.filename
         print(f"error: {path or 'writing'}: {os_error.strerror}", file=sys.stderr)
+    finally:
+        folder_lock.release_all()
     return distributed.exit_process(code)
 
 

@@ -1,16 +1,11 @@
 """Commands of the package as child processes that end with their parent."""
 
-import contextlib
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from pemoe_jax.core.errors import InputError
 
 # On Linux the kernel kills the child when its parent dies, even by SIGKILL (PR_SET_PDEATHSIG = 1),
 # so that no training continues unseen. Elsewhere the inherited lock of the folder reveals it.
@@ -44,7 +39,7 @@ def run_module(
       module: e.g. 'pemoe_jax.train'.
       flags: arguments of the module.
       log: output file; its folder is created.
-      lock: file descriptor that the child inherits, see `exclusive_lock`.
+      lock: file descriptor that the child inherits, see `folder_lock.hold`.
       on_tick: called about once a second.
 
     Returns:
@@ -77,34 +72,6 @@ def run_module(
             if child.poll() is None:
                 child.kill()
                 child.wait()
-
-
-@contextlib.contextmanager
-def exclusive_lock(folder: Path, timeout: float = 15.0) -> Iterator[int]:
-    """Locks a folder, which is created, and yields the file descriptor of its `.lock`.
-
-    Args:
-      folder: the folder.
-      timeout: seconds to wait for the lock; children of a killed process need some to end.
-
-    Raises:
-      InputError: another process has the lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                # A lock of the open file, which children share through their inherited descriptor.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise InputError(
-                        f"{folder}: another sweep or one of its runs uses it"
-                    ) from None
-                time.sleep(0.2)
-        yield file.fileno()
 
 
 def last_line(log: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from pemoe_jax.core.errors import InputError, first_line
-from pemoe_jax.runtime import atomic_write, file_io, gin_flags, progress
+from pemoe_jax.runtime import atomic_write, file_io, folder_lock, gin_flags, progress
 from pemoe_jax.tools import report, subprocesses
 
 _DESCRIPTION = """\
@@ -156,15 +156,15 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     # As for SIGINT: the running training gets the chance to save a checkpoint.
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with subprocesses.exclusive_lock(Path(args.output)) as lock:
-            failed = _run_all(runs, lock, args.stop_at_failure)
-            finished = [run for run in runs if _read_state(run)["evaluate"]]
-            if finished:
-                # In this process: another start of Python would take seconds.
-                flags = [f"--output={args.output}", *["--with_paper"] * args.with_paper]
-                folders = [str(run.results) for run in finished]
-                report.report(report.FLAGS.parse_args([*folders, *flags]))
-                _report_gains(finished, Path(args.output))
+        lock = folder_lock.hold(Path(args.output), "--output")
+        failed = _run_all(runs, lock, args.stop_at_failure)
+        finished = [run for run in runs if _read_state(run)["evaluate"]]
+        if finished:
+            # In this process: another start of Python would take seconds.
+            flags = [f"--output={args.output}", *["--with_paper"] * args.with_paper]
+            folders = [str(run.results) for run in finished]
+            report.report(report.FLAGS.parse_args([*folders, *flags]))
+            _report_gains(finished, Path(args.output))
     except KeyboardInterrupt:
         print("stopped: run the same command to continue", file=sys.stderr)
         raise

@@ -17,9 +17,8 @@ from jsonl_folder import write_folder, write_vocabulary
 
 from pemoe_jax import evaluate, train
 from pemoe_jax.checkpoints import runs as checkpoints
-from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import gin_flags
-from pemoe_jax.tools import subprocesses, sweep
+from pemoe_jax.runtime import folder_lock, gin_flags
+from pemoe_jax.tools import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=runs/finetune.gin"]
@@ -461,15 +460,14 @@ def test_other_folders_are_refused(stand_ins, tmp_path, capsys):
     assert not (tmp_path / "out" / "mov-seed0").exists()
 
 
-def test_two_sweeps_in_one_folder_are_refused(tmp_path):
-    with (
-        subprocesses.exclusive_lock(tmp_path / "out"),
-        pytest.raises(InputError, match="another sweep"),
-        subprocesses.exclusive_lock(tmp_path / "out", timeout=0.3),
-    ):
-        pass
-    with subprocesses.exclusive_lock(tmp_path / "out", timeout=0):  # released
-        pass
+def test_two_sweeps_in_one_folder_are_refused(stand_ins, processes, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    monkeypatch.setenv("STAND_IN_PAUSE", "0.3")
+    first = processes([sys.executable, stand_ins / "driver.py", *sweep_flags(output)])
+    wait_for_step_4(output, first)
+    monkeypatch.setattr(folder_lock, "TIMEOUT", 0.0)
+    assert sweep.main(sweep_flags(output)) == 1
+    assert f"in use by process {first.pid} on " in capsys.readouterr().err
 
 
 # --- running, with real trainings ---

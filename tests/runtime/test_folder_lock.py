@@ -1,0 +1,65 @@
+"""Locks of output folders between processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import folder_lock
+
+HOLD = """
+import pathlib, sys, time
+from pemoe_jax.runtime import folder_lock
+folder_lock.hold(pathlib.Path(sys.argv[1]), "MODEL_DIR")
+print(flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def release():
+    yield
+    folder_lock.release_all()
+
+
+def test_the_owner_is_named_and_leaves_no_lock_when_it_is_killed(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    owner.stdout.readline()
+    monkeypatch.setattr(folder_lock, "TIMEOUT", 0.0)
+    with pytest.raises(InputError, match=rf"^MODEL_DIR must .* by process {owner.pid} on \w"):
+        folder_lock.hold(folder, "MODEL_DIR")
+    owner.kill()
+    owner.communicate()
+    folder_lock.hold(folder, "MODEL_DIR")
+    assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_process_holds_a_folder_until_it_releases_all(tmp_path, monkeypatch):
+    lock = folder_lock.hold(tmp_path, "MODEL_DIR")
+    assert folder_lock.hold(tmp_path, "MODEL_DIR") == lock
+    monkeypatch.setattr(folder_lock, "TIMEOUT", 0.0)
+    command = [
+        sys.executable,
+        "-c",
+        HOLD.replace("time.sleep(600)", "").replace(
+            "folder_lock.hold", "folder_lock.TIMEOUT = 0; folder_lock.hold"
+        ),
+        str(tmp_path),
+    ]
+    assert subprocess.run(command, timeout=60, stderr=subprocess.PIPE).returncode == 1
+    folder_lock.release_all()
+    assert subprocess.run(command, timeout=60).returncode == 0
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(folder_lock.errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
+    folder_lock.hold(tmp_path, "MODEL_DIR")
+    assert capsys.readouterr().out.endswith("run one command in it at a time\n")
