@@ -78,6 +78,10 @@ def test_adapters_continue_on_the_base_of_their_run(folder, adapter_run, tmp_pat
     ]
     assert settings[0] == settings[1]
 
+    # A run of the base cannot resume as one that started from a run, such as itself.
+    assert run(tmp_path / "copy", TRAIN_STEPS=9, INITIAL_CHECKPOINT_PATH=tmp_path / "copy") == 1
+    assert "INITIAL_CHECKPOINT_PATH, a run with fingerprint none -> " in capsys.readouterr().err
+
     exported = tmp_path / "exported"
     assert convert.main(["adapter", str(adapter_run), str(exported)]) == 0
     assert run(tmp_path / "colleague", INITIAL_CHECKPOINT_PATH=exported, **STILL) == 0

@@ -33,6 +33,7 @@ def _differences(saved: Record, current: Record) -> Iterator[str]:
     for name, value in before.items():
         if name in after and after[name] != value:
             yield f"{name} {value!s:.60} -> {after[name]!s:.60}"
+    yield from _initial_differences(saved, current)
     yield from _changed_names("training tasks", saved.trained_tasks, current.trained_tasks)
     yield from _changed_names("held-out datasets", saved.held_out, current.held_out)
 
@@ -54,18 +55,25 @@ def _settings(record: Record, saved: Record) -> dict[str, Any]:
         # Runs from before quantization recorded none.
         "FROZEN_DTYPE": base.get("frozen_dtype", "activations") if base else None,
         "UPCYCLE_NOISE": base.get("upcycled", {}).get("noise"),
-        "INITIAL_CHECKPOINT_PATH, a run with fingerprint": _initial_fingerprint(record, saved),
     }
     known = {name: value for name, value in settings.items() if value is not None}
     # None is a value of these, not an unknown one.
     return known | {name: value for name, value in settings.items() if name.startswith("T5Config.")}
 
 
-def _initial_fingerprint(record: Record, saved: Record) -> str | None:
-    """Returns that of the run that a run started from; 'none' for a base; None: unknown."""
-    if saved.initial is None or not record.base:
-        return None
-    return "none" if record.initial is None else record.initial["fingerprint"]
+def _initial_differences(saved: Record, current: Record) -> Iterator[str]:
+    """Yields a line if the runs started from others, which are known once the base is read."""
+    if not current.base:
+        return
+    before, after = (
+        "none" if record.initial is None else record.initial["fingerprint"]
+        for record in (saved, current)
+    )
+    # Earlier versions recorded a run that trained a whole model as the base alone.
+    if saved.initial is None and after == saved.base.get("fingerprint"):
+        return
+    if before != after:
+        yield f"INITIAL_CHECKPOINT_PATH, a run with fingerprint {before} -> {after}"
 
 
 def adapter_differences(
