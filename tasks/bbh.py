@@ -1,14 +1,14 @@
-"""BIG-Bench Hard (arXiv 2210.09261) as seqio tasks that are decoded, direct and with reasoning.
+"""BIG-Bench Hard (arXiv 2210.09261) as decoded seqio tasks, direct and with reasoning.
 
 The folder is the public one: `bbh/<task>.json` with {"examples": [{"input": str, "target": str}]},
 and `cot-prompts/<task>.txt`: a canary, a line `-----`, a description of the task, and solved
 examples `Q: … A: Let's think step by step. … So the answer is X.`. `register` adds for each task
 
-- `bbh_direct_<task>`: shots are the solved examples without their reasoning;
-- `bbh_reasoning_<task>`: with it; the model reasons before it answers.
+- `bbh_direct_<task>`: the shots are the solved examples without their reasoning;
+- `bbh_reasoning_<task>`: the shots have the reasoning, and the model reasons before it answers.
 
-The mixtures are `bbh_direct`, `bbh_reasoning` and `bbh`, which has both. A prediction's answer is
-`extract_answer` of it, and must equal the target.
+The mixtures are `bbh_direct`, `bbh_reasoning` and `bbh`, which has both. A prediction is correct if
+the answer in it (`extract_answer`) equals the target.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _ANSWER = "the answer is"
 # The last line of an input in each mode.
 _INSTRUCTIONS = {"direct": "A:", "reasoning": f"A: {_REASONING}"}
 
-# Each task of the mean, and the files that it has; by default the file is named like the task.
+# The tasks with equal weights in the mean, and the suffixes of their files' names.
 _OBJECTS = ("three_objects", "five_objects", "seven_objects")
-_FILES = {
+_FILE_SUFFIXES = {
     **dict.fromkeys(
         (
             *("boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa"),
@@ -52,9 +52,11 @@ _FILES = {
     "logical_deduction": _OBJECTS,
     "tracking_shuffled_objects": _OBJECTS,
 }
-# The 27 files, and the 23 tasks that they belong to.
+# The names of the 27 files, and the 23 tasks that they belong to.
 TASKS = {
-    f"{task}_{part}" if part else task: task for task, parts in _FILES.items() for part in parts
+    f"{task}_{suffix}" if suffix else task: task
+    for task, suffixes in _FILE_SUFFIXES.items()
+    for suffix in suffixes
 }
 
 
@@ -74,20 +76,21 @@ class Prompt(NamedTuple):
 
 
 def extract_answer(text: str) -> str:
-    """Returns the answer in a model's text, or in a solved example.
+    """Returns the answer in a prediction, or in the reasoning of a solved example.
 
-    It is what follows the last 'the answer is', or the whole text, without a full stop at its end.
+    It is the text after the last 'the answer is', or the whole text if there is none, without a
+    final full stop.
     """
     return text.rpartition(_ANSWER)[2].strip().removesuffix(".").rstrip()
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of answers that equal the target, case included, in %; runs of spaces are one."""
+    """Returns the share of exact answers in %; case counts, a run of spaces is one space."""
     return {"exact_match": metrics.accuracy(targets, predictions)["accuracy"]}
 
 
 def read_examples(path: pathlib.Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """Returns input and target of the examples of a file of `bbh/`, or of its first `limit` ones.
+    """Returns the input and target of each example in a file of `bbh/`, of the first `limit` only.
 
     Raises:
       InputError: the file is malformed or has no examples.
@@ -153,10 +156,10 @@ def _solved_example(text: str, where: str) -> SolvedExample:
 
 
 def find_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Returns the file of each task that the folder has, by its name in `TASKS`.
+    """Returns the path of each file of a task that the folder has, by its name in `TASKS`.
 
     Raises:
-      InputError: the folder or all files are missing, or a file is of no task.
+      InputError: the folder or all files are missing, or a file is not that of a task.
     """
     if not folder.is_dir():
         raise InputError(f"BBH_DIR {folder} must be a folder, got no such folder")
@@ -193,7 +196,7 @@ def register(
     examples = {name: read_examples(path, eval_examples) for name, path in files.items()}
     prompts = {name: read_prompt(folder / "cot-prompts" / f"{name}.txt") for name in files}
 
-    # here, because it imports seqio, which takes 8 s
+    # Imported here because it imports seqio, which takes 8 s.
     from pemoe_jax.tasks import benchmark_tasks
 
     vocabulary = load_vocabulary(vocab_path)
@@ -209,12 +212,12 @@ def register(
                 )
                 for example in prompt.examples
             ]
-            shots = benchmark_tasks.Shots(
+            shots = benchmark_tasks.ShotsSource(
                 f"{prompt.description}\n\n", functools.partial(list, solved)
             )
             rows = [(f"Q: {text}\n{instruction}", target) for text, target in examples[name]]
             tasks.append(
-                benchmark_tasks.decoded_task(
+                benchmark_tasks.make_decoded_task(
                     task, rows, shots, vocabulary, extract_answer, exact_match
                 )
             )

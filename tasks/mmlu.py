@@ -171,11 +171,11 @@ def register(
     vocabulary = load_vocabulary(vocab_path)
     benchmark_tasks.register(
         [
-            benchmark_tasks.score_task(
+            benchmark_tasks.make_score_task(
                 name,
                 [(question.prompt(), question.answer) for question in questions[subject]],
                 LETTERS,
-                benchmark_tasks.Shots(
+                benchmark_tasks.ShotsSource(
                     header(subject), functools.partial(solved_questions, subject)
                 ),
                 vocabulary,

@@ -114,7 +114,7 @@ def test_settings_that_do_not_change_shapes_may_differ(folder, adapter_run, tmp_
         (
             "mov",
             {"TRAINABLE": "['.*/router/.*']"},
-            "TRAINABLE and FREEZE must leave trainable what the run ",
+            "TRAINABLE and FREEZE must not freeze parameters that the initial run ",
         ),
     ],
 )

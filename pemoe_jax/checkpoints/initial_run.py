@@ -1,8 +1,8 @@
-"""A run that another run continues from (INITIAL_CHECKPOINT_PATH): what it trained, on its base.
+"""Continues from a run of which INITIAL_CHECKPOINT_PATH is the path, the initial run.
 
-A run that trained a whole model without adapters is a base like any other, see `base_model`. Of all
-other runs, the new one takes over the trained parameters and the base that they belong to. Its own
-checkpoints then hold the same parameters, so they need the base alone.
+A run that trained a whole model without adapters is opened as a base, see `base_model`. From any
+other run, the new run takes the trained parameters and the base that they belong to. It trains the
+same parameters, so its checkpoints need that base, but not the initial run.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ class InitialRun:
     """A run, or an exported adapter, that a new run starts from.
 
     Attributes:
-      path: path that the user passed.
+      path: the path that the user passed.
       record: its record.
-      opened: the model, whose base is another one; None: the run is a base by itself.
+      opened: the model, if it has a base of its own; None: the run is a whole model, thus a base.
     """
 
     path: str
@@ -81,14 +81,14 @@ def _read_record(path: str) -> Record | None:
 
 
 def take_dimensions(model: Transformer, initial: OpenedModel) -> Transformer:
-    """Returns the model with the dimensions of a run."""
+    """Returns the model with the dimensions of an initial run."""
     config = initial.model.config
     sizes = {name: getattr(config, name) for name in DIMENSIONS}
     return model.clone(config=dataclasses.replace(model.config, **sizes))
 
 
 def check_shape(initial: OpenedModel, current: Record, model: Transformer) -> str:
-    """Checks that a new run's parameters have the shapes of an initial run's.
+    """Checks that a new run has parameters of the same shapes as its initial run.
 
     Args:
       initial: the initial run.
@@ -96,10 +96,10 @@ def check_shape(initial: OpenedModel, current: Record, model: Transformer) -> st
       model: its network, with the dimensions of the initial run.
 
     Returns:
-      The settings of adapters that differ, such as 'top_k None -> 2 at key'; '' if none does.
+      The settings that differ, such as 'top_k None -> 2 at key'; '' if none does.
 
     Raises:
-      InputError: another shape, with both runs and every difference.
+      InputError: shapes differ; names both methods and every difference of their settings.
     """
     assert initial.record is not None
     saved = initial.record
@@ -113,22 +113,22 @@ def check_shape(initial: OpenedModel, current: Record, model: Transformer) -> st
     ]
     if shapes[0] != shapes[1]:
         raise InputError(
-            f"INITIAL_CHECKPOINT_PATH must be a base, or a run of this run's shape, got"
-            f" {initial.path}: {saved.method} -> {current.method}, {'; '.join(differences)}"
+            "INITIAL_CHECKPOINT_PATH must be a base, or a run with parameters of the same shapes,"
+            f" got {initial.path}: {saved.method} -> {current.method}, {'; '.join(differences)}"
         )
     return "; ".join(differences)
 
 
 def check_trainable(initial: OpenedModel, trainable: Collection[str], method: str) -> None:
-    """Raises InputError if a new run freezes what an initial run trained.
+    """Raises InputError if a new run freezes parameters that its initial run trained.
 
-    Its checkpoints would then lack these parameters, and the base does not have them.
+    A checkpoint holds only trained parameters, and the base does not have these.
     """
     if frozen := initial.trained_arrays.keys() - set(trainable):
         raise InputError(
-            f"TRAINABLE and FREEZE must leave trainable what the run {initial.path} trained, got"
-            f" {plural(len(frozen), 'array')} that {method} freezes, such as {min(frozen)}"
-            " (a run that trained a whole model, also by pemoe convert base, has no such limit)"
+            "TRAINABLE and FREEZE must not freeze parameters that the initial run"
+            f" {initial.path} trained, got {plural(len(frozen), 'frozen array')} of {method}, such"
+            f" as {min(frozen)} (a whole model, such as pemoe convert base writes, may be frozen)"
         )
 
 
@@ -140,25 +140,29 @@ def load_params(
     shardings: models.Shardings,
     frozen_dtype: str,
 ) -> tuple[dict[str, PyTree], JsonObject, str]:
-    """Returns an initial run's parameters, its base's identity, and the fingerprint of the trained.
+    """Loads the parameters of an initial run and of its base.
 
     Args:
       initial: the initial run.
-      model: the new run's network, of the same shape.
+      model: the new run's network, with parameters of the same shapes.
       seed: the new run's seed.
-      trainable: paths of the parameters that the new run trains; they are float32.
+      trainable: paths of the parameters that the new run trains; they are loaded as float32.
       shardings, frozen_dtype: see `models.load_base`.
 
+    Returns:
+      (parameters, identity of the base, fingerprint of the parameters that the initial run trained)
+
     Raises:
-      InputError: see `OpenedModel.load`; or `seed` would draw other frozen adapters.
+      InputError: see `OpenedModel.load`; or frozen adapters are drawn by the seed, and `seed` is
+        not that of the initial run.
     """
     assert initial.record is not None
     paths = params_lib.flatten(network.param_shapes(model)).keys()
-    is_drawn = any(map(params_lib.is_adapter, paths - set(trainable)))
-    if is_drawn and seed != initial.record.seed:
+    has_frozen_adapters = any(map(params_lib.is_adapter, paths - set(trainable)))
+    if has_frozen_adapters and seed != initial.record.seed:
         raise InputError(
-            f"SEED must be {initial.record.seed}, which draws the frozen adapters of the run"
-            f" {initial.path}, got {seed}"
+            f"SEED must be {initial.record.seed}, by which the frozen adapters of the run"
+            f" {initial.path} were drawn, got {seed}"
         )
     opened = dataclasses.replace(initial, model=model, frozen_dtype=frozen_dtype)
     params, identity = opened.load_with_identity(shardings, trainable)
@@ -167,7 +171,7 @@ def load_params(
 
 
 def describe(initial: InitialRun, fingerprint: str) -> JsonObject:
-    """Returns `Record.initial`, given `params.fingerprint` of what the run trained."""
+    """Returns `Record.initial`; `fingerprint` is that of the parameters that the run trained."""
     return {
         "path": os.fspath(file_io.resolve(initial.path)),
         "method": initial.record.method,
@@ -177,9 +181,10 @@ def describe(initial: InitialRun, fingerprint: str) -> JsonObject:
 
 
 def fingerprint_settings(path: str, record: Record) -> str | None:
-    """Returns a hash of all settings of a run but the seed; None if it has no config.gin.
+    """Returns a hash of all settings of a run except its seed; None if it has no config.gin.
 
-    An initial run is represented by its settings, not by its path, which differs from seed to seed.
+    If the run itself has an initial run, the hash of that run's settings takes the place of its
+    path, which differs from seed to seed.
     """
     settings = run_settings.read_settings(path)
     initial_settings = (record.initial or {}).get("settings")
@@ -194,13 +199,21 @@ def summarize(initial: Mapping[str, Any]) -> str:
 
 
 def add_training(fields: Mapping[str, Any], initial: InitialRun | None) -> dict[str, Any]:
-    """Returns `TaskRoles.training_record` with the datasets and tasks of an initial run too.
+    """Adds the training datasets and tasks of an initial run to `TaskRoles.training_record`.
 
-    They are unknown if those of the initial run are; without one the fields stay as they are.
+    Args:
+      fields: the new run's `TaskRoles.training_record`.
+      initial: its initial run; None: the fields are returned unchanged.
+
+    Returns:
+      The fields with the union of both runs' datasets and tasks, None if the initial run's are
+      unknown.
     """
-    joined = dict(fields)
+    merged = dict(fields)
     if initial is not None:
         for name in ("trained_datasets", "trained_tasks"):
-            before = getattr(initial.record, name)
-            joined[name] = None if before is None else sorted({*before, *fields[name]})
-    return joined
+            initial_names = getattr(initial.record, name)
+            merged[name] = None
+            if initial_names is not None:
+                merged[name] = sorted({*initial_names, *fields[name]})
+    return merged

@@ -1,11 +1,13 @@
-"""Dispatch of tokens to experts: who goes where, in which place, with which weight.
-
-Functions of arrays alone. Shapes: G groups of T tokens, K choices of a token, E experts, C places
-of an expert in a group, S slots. Tokens go to the slots of experts and back by gathers: no array
-has T·E·C entries.
+"""Dispatch: assigns tokens to experts, moves them to the experts and combines the outputs.
 
 Tokens choose experts as in Switch Transformers (arXiv 2101.03961) and GShard (arXiv 2006.16668), or
-experts choose tokens (arXiv 2202.09368).
+experts choose tokens (arXiv 2202.09368). The functions are pure and have no parameters.
+
+Shapes: G groups of T tokens, K choices of a token, E experts, C places of an expert in a group (its
+capacity), S slots. A choice of a token is an assignment. Its place is its position among those of
+its expert, its slot a row of the experts' input. With a limit, an assignment whose place is C or
+larger has no slot: it is dropped. Tokens are gathered into slots, and outputs from them, so that no
+array has T·E·C entries.
 """
 
 import functools
@@ -19,15 +21,15 @@ import numpy as np
 Array = jax.Array
 
 COMBINE = ("probability", "normalized", "straight")
-# Below this weight the second expert is kept at random, by GShard's `SECOND_EXPERT='random'`.
+# With SECOND_EXPERT='random', as in GShard, a second expert of less weight is kept at random.
 SECOND_EXPERT_THRESHOLD = 0.2
 
 
 class Slots(NamedTuple):
-    """Slots of experts and the assignments (token t, choice k), numbered t·K + k, that fill them.
+    """The slots of experts and the assignments in them: choice k of token t has the id t·K + k.
 
     Attributes:
-      assignment_ids: int32 [G, S], the assignment in each slot; T·K in an empty slot.
+      assignment_ids: int32 [G, S], the id of the assignment in each slot; T·K in an empty slot.
       slot_ids: int32 [G, T, K], the slot of each assignment; S if it has none.
     """
 
@@ -38,15 +40,16 @@ class Slots(NamedTuple):
 def capacity(num_tokens: int, num_experts: int, factor: float, minimum: int = 1) -> int:
     """Returns C = max(round(factor · T / E), minimum), which does not grow with K, as in T5X.
 
-    Halves are rounded to even, as by Python.
+    Halves are rounded to even, as Python's `round` does.
     """
     return max(round(factor * num_tokens / num_experts), minimum)
 
 
 def group_padding(batch: int, length: int, multiple: int) -> tuple[int, int]:
-    """Returns the rows or columns, by which a batch grows to a multiple of tokens, as in T5X.
+    """Returns the rows and columns of padding that make a batch's tokens a multiple, as in T5X.
 
-    The smaller of the two is taken; columns if they are equal.
+    One of the two is zero: the batch grows by rows or by columns, whichever adds fewer tokens, by
+    columns if both add as many.
     """
     if batch * length % multiple == 0:
         return 0, 0
@@ -58,9 +61,9 @@ def group_padding(batch: int, length: int, multiple: int) -> tuple[int, int]:
 def num_groups(num_tokens: int, group_size: int, multiple: int) -> int:
     """Returns T5X's number of groups of at most `group_size` tokens.
 
-    It is the smallest that divides the tokens, is a multiple of `multiple` (data-parallel size ·
-    experts) and is not smaller than `multiple` and `num_tokens // group_size`. `num_tokens` is a
-    multiple of `multiple`.
+    It is the smallest number that divides `num_tokens`, is a multiple of `multiple` (data-parallel
+    size · experts) and is at least `num_tokens // group_size`. `num_tokens` must be a multiple of
+    `multiple`.
     """
     smallest = max(num_tokens // group_size, multiple)
     return next(
@@ -73,7 +76,7 @@ def num_groups(num_tokens: int, group_size: int, multiple: int) -> int:
 def choose_experts(probs: Array, top_k: int) -> tuple[Array, Array]:
     """Returns each token's K most probable experts and their probabilities, both [G, T, K].
 
-    Of equal probabilities the first expert wins.
+    Of experts with equal probabilities, the first is chosen.
     """
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(probs), top_k)
     return experts, jnp.take_along_axis(probs, experts, axis=-1)
@@ -85,7 +88,7 @@ def combine_weights(chosen: Array, combine: str) -> Array:
     Args:
       chosen: probabilities of the chosen experts, [G, T, K].
       combine: 'probability' (p, as in Switch Transformers), 'normalized' (p / Σ_k p, as in GShard)
-        or 'straight' (p / stop_gradient(Σ_k p): the same value, and a gradient for K = 1 too).
+        or 'straight' (p / stop_gradient(Σ_k p): the same value, with a gradient also for K = 1).
     """
     if combine == "probability":
         return chosen
@@ -94,9 +97,10 @@ def combine_weights(chosen: Array, combine: str) -> Array:
 
 
 def keep_at_random(chosen: Array, rng: Array) -> Array:
-    """Returns which choices are kept, bool [G, T, K]: the first, others by their normalized weight.
+    """Draws which choices are kept, bool [G, T, K]: always the first, others at random.
 
-    A choice of weight g = p / Σ_k p is kept with probability min(1, g / 0.2), as in GShard.
+    A choice of normalized weight g = p / Σ_k p is kept with probability min(1, g / 0.2), as in
+    GShard.
     """
     normalized = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
     draws = jax.random.uniform(rng, chosen.shape, maxval=SECOND_EXPERT_THRESHOLD)
@@ -105,27 +109,27 @@ def keep_at_random(chosen: Array, rng: Array) -> Array:
 
 
 def assign_places(
-    experts: Array, takes_place: Array, num_experts: int, priority: Array | None = None
+    experts: Array, needs_slot: Array, num_experts: int, priority: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """Orders the assignments of each expert.
+    """Numbers the assignments of each expert: their places.
 
     All first choices come before all second ones; within a choice, tokens come from left to right,
-    or by falling priority (batch-prioritized routing, arXiv 2106.05974).
+    or by decreasing priority (batch-prioritized routing, arXiv 2106.05974).
 
     Args:
       experts: int32 [G, T, K].
-      takes_place: bool, broadcasts to [G, T, K]; False for padding.
+      needs_slot: bool, broadcasts to [G, T, K]; False for padding and second experts not kept.
       num_experts: E.
       priority: [G, T], or None.
 
     Returns:
-      order: int32 [G, K·T], assignments by expert, in the order of their places; those that take no
-        place come last.
-      places: int32 [G, T, K], the place of each assignment among those of its expert.
+      order: int32 [G, K·T], ids of the assignments, sorted by expert and place; those that need no
+        slot come last.
+      places: int32 [G, T, K], the place of each assignment, from 0.
       counts: int32 [G, E], the number of each expert's assignments.
     """
     groups, tokens, choices = experts.shape
-    experts = jnp.where(takes_place, experts, num_experts)
+    experts = jnp.where(needs_slot, experts, num_experts)
     token_order = jnp.broadcast_to(jnp.arange(tokens), (groups, tokens))
     if priority is not None:
         token_order = jnp.argsort(-jax.lax.stop_gradient(priority), axis=-1, stable=True)
@@ -133,7 +137,7 @@ def assign_places(
     by_choice = jnp.swapaxes(experts, 1, 2).reshape(groups, choices * tokens)
     assignments = token_order[:, None] * choices + jnp.arange(choices)[:, None]  # [G, K, T]
     assignments = assignments.reshape(by_choice.shape).astype(jnp.int32)
-    # One stable sort: its keys order the assignments by expert, its values carry their numbers.
+    # One stable sort, whose keys are the experts and whose values are the ids.
     sorted_experts, order = jax.lax.sort((by_choice, assignments), num_keys=1, dimension=-1)
     starts = jax.vmap(lambda keys: jnp.searchsorted(keys, jnp.arange(num_experts + 1)))(
         sorted_experts
@@ -153,12 +157,12 @@ def _invert(order: Array, values: Array) -> Array:
 
 
 def slots_with_capacity(
-    experts: Array, order: Array, places: Array, counts: Array, takes_place: Array, capacity: int
+    experts: Array, order: Array, places: Array, counts: Array, needs_slot: Array, capacity: int
 ) -> Slots:
-    """Gives each expert `capacity` slots; assignments whose place is beyond them have none.
+    """Assigns the slots of experts with a capacity; drops assignments whose place is beyond it.
 
     Args:
-      experts, takes_place: arguments of `assign_places`.
+      experts, needs_slot: arguments of `assign_places`.
       order, places, counts: its results.
       capacity: C.
 
@@ -167,7 +171,7 @@ def slots_with_capacity(
     """
     num_experts = counts.shape[-1]
     size = num_experts * capacity
-    has_slot = takes_place & (places < capacity)
+    has_slot = needs_slot & (places < capacity)
     slots = jnp.where(has_slot, experts * capacity + places, size)
     starts = jnp.cumsum(counts, axis=-1) - counts
     indices = starts[..., None] + jnp.arange(capacity)  # [G, E, C]
@@ -181,12 +185,12 @@ def slots_with_capacity(
 
 
 class Blocks(NamedTuple):
-    """Blocks of slots without a limit: each block belongs to one expert.
+    """Slots in blocks, of which each belongs to one expert; an expert has as many as it needs.
 
     Attributes:
       slots: the slots, S = blocks · block size.
       experts: int32 [blocks], the expert of each block.
-      used: int32 [], the number of blocks that hold a token; the others follow them.
+      used: int32 [], the number of blocks that hold a token. They come first.
     """
 
     slots: Slots
@@ -195,21 +199,22 @@ class Blocks(NamedTuple):
 
 
 def block_size(num_assignments: int, num_experts: int) -> int:
-    """Returns a power of two from 8 to 128, at most half of the assignments of an expert.
+    """Returns the number of slots in a block, a power of two from 8 to 128.
 
-    Half a block of each expert is empty on average: from 16 assignments of an expert on, the empty
-    slots are a quarter of the assignments at most.
+    It is at most half of an expert's mean number of assignments, unless that is below 16. Half a
+    block of each expert is empty on average, so at most a quarter as many slots are empty as are
+    filled.
     """
     largest = num_assignments // (2 * num_experts)
     return int(np.clip(1 << max(largest, 1).bit_length() - 1, 8, 128))
 
 
 def slots_in_blocks(
-    experts: Array, order: Array, places: Array, counts: Array, takes_place: Array, size: int
+    experts: Array, order: Array, places: Array, counts: Array, needs_slot: Array, size: int
 ) -> Blocks:
-    """Gives every assignment a slot: each expert gets whole blocks of `size` slots.
+    """Assigns a slot to every assignment: each expert gets whole blocks of `size` slots.
 
-    The arguments are those of `slots_with_capacity`, for one group: G = 1.
+    The other arguments are those of `slots_with_capacity`, with G = 1.
     """
     num_assignments, num_experts = order.shape[-1], counts.shape[-1]
     # Each expert leaves at most size - 1 slots empty.
@@ -218,7 +223,7 @@ def slots_in_blocks(
     ends = jnp.cumsum(blocks)
     block_starts = ends - blocks
     empty_slot = num_blocks * size
-    slots = jnp.where(takes_place, block_starts[experts] * size + places, empty_slot)
+    slots = jnp.where(needs_slot, block_starts[experts] * size + places, empty_slot)
     block_experts = jnp.searchsorted(ends, jnp.arange(num_blocks), side="right")
     block_experts = jnp.minimum(block_experts, num_experts - 1).astype(jnp.int32)
     place = (jnp.arange(num_blocks) - block_starts[block_experts])[:, None] * size
@@ -227,12 +232,12 @@ def slots_in_blocks(
     is_filled = (place >= 0) & (place < counts[0][block_experts][:, None])
     indices = jnp.clip(starts[block_experts][:, None] + place, 0, num_assignments - 1)
     assignments = jnp.where(is_filled, order[0][indices], num_assignments)
-    both = Slots(assignments.reshape(1, -1), slots.astype(jnp.int32))
-    return Blocks(both, block_experts, ends[-1].astype(jnp.int32))
+    numbered_slots = Slots(assignments.reshape(1, -1), slots.astype(jnp.int32))
+    return Blocks(numbered_slots, block_experts, ends[-1].astype(jnp.int32))
 
 
 def _take(rows: Array, indices: Array) -> Array:
-    """rows [G, N, D], indices [G, M] -> [G, M, D]; zeros where an index is N."""
+    """Gathers rows: [G, N, D], indices [G, M] -> [G, M, D]; zeros where an index is N."""
     take = jax.vmap(lambda rows, indices: jnp.take(rows, indices, 0, mode="fill", fill_value=0))
     return take(rows, indices)
 
@@ -248,7 +253,7 @@ def _dispatch_fwd(x: Array, slots: Slots) -> tuple[Array, Slots]:
 
 
 def _dispatch_bwd(slots: Slots, grad: Array) -> tuple[Array, None]:
-    # By gathers too, where the transpose of a gather would be a scatter.
+    # Gathers as well: JAX would derive a scatter-add as the transpose of a gather.
     choices = range(slots.slot_ids.shape[-1])
     by_choice = [_take(grad, slots.slot_ids[..., k]) for k in choices]
     return functools.reduce(jnp.add, by_choice), None
@@ -303,8 +308,9 @@ class ChosenTokens(NamedTuple):
     """The tokens that experts chose.
 
     Attributes:
-      tokens: int32 [G, E, C]; T where an expert has no token.
-      weights: float32 [G, E, C], the probabilities of the expert at its tokens.
+      tokens: int32 [G, E, C]; T in an empty slot.
+      weights: float32 [G, E, C], each token's probability of the expert, or weights computed from
+        it; 0 in an empty slot.
     """
 
     tokens: Array
@@ -314,15 +320,16 @@ class ChosenTokens(NamedTuple):
 def choose_tokens(
     probs: Array, is_token: Array, capacity: int, group_capacity: Array | None = None
 ) -> ChosenTokens:
-    """Returns the C tokens of each group that are most probable to each expert.
+    """Returns for each expert the C tokens of each group with the largest probability of it.
 
-    Of equal probabilities the first token wins. An expert of a group with fewer tokens has fewer.
+    Of tokens with equal probabilities, the first is chosen. If a group has fewer tokens than C, all
+    of them are chosen.
 
     Args:
       probs: [G, T, E].
       is_token: bool [G, T]; False for tokens that no expert may choose.
       capacity: C.
-      group_capacity: int32 [G], a smaller capacity of each group, or None.
+      group_capacity: int32 [G], the capacity in each group, if it is smaller than C.
     """
     by_expert = jnp.swapaxes(probs, 1, 2)  # [G, E, T]
     keys = jnp.where(is_token[:, None], jax.lax.stop_gradient(by_expert), -1.0)
@@ -338,9 +345,9 @@ def choose_tokens(
 
 
 def chosen_weights(chosen: ChosenTokens, num_tokens: int, combine: str) -> ChosenTokens:
-    """Returns the tokens with weights of the `combine` of `combine_weights`.
+    """Replaces probabilities by weights, with the `combine` of `combine_weights`.
 
-    The sum Σ p of a token is that of the experts that chose it.
+    The sum Σ p of a token is over the experts that chose it.
     """
     if combine == "probability":
         return chosen
@@ -361,10 +368,10 @@ def dispatch_chosen(x: Array, chosen: ChosenTokens) -> Array:
 
 
 def combine_chosen(y: Array, chosen: ChosenTokens, num_tokens: int) -> Array:
-    """Sums the outputs [G, E·C, D] of the experts that chose a token; [G, T, D] in y's dtype."""
+    """Sums the weighted outputs [G, E·C, D] for each token; returns [G, T, D] in y's dtype."""
     groups = y.shape[0]
     weighted = chosen.weights.reshape(groups, -1, 1) * y.astype(jnp.float32)
-    # A token may be in the slots of all experts, so here a scatter adds.
+    # Up to E experts choose the same token, so this is a scatter-add where `combine` has K gathers.
     add = jax.vmap(
         lambda rows, tokens: (
             jnp.zeros((num_tokens, rows.shape[-1])).at[tokens].add(rows, mode="drop")

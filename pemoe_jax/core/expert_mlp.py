@@ -85,7 +85,7 @@ def _batched_product(rows: Array, kernel: PyTree) -> Array:
 
 
 def apply_without_limit(
-    mlp: ExpertMlp, x: Array, experts: Array, weights: Array, takes_place: Array
+    mlp: ExpertMlp, x: Array, experts: Array, weights: Array, needs_slot: Array
 ) -> Array:
     """Sums the weighted outputs of each token's experts, [G, T, D] -> [G, T, D].
 
@@ -94,9 +94,9 @@ def apply_without_limit(
       x: [G, T, D].
       experts: int32 [G, T, K].
       weights: float32 [G, T, K].
-      takes_place: bool [G, T, K], whether an assignment is computed.
+      needs_slot: bool [G, T, K], whether an assignment is computed; others contribute zero.
     """
-    tokens = (x, experts, weights, takes_place)
+    tokens = (x, experts, weights, needs_slot)
     if not partitioning.divides_rows(len(x)):
         return _apply_on_device(mlp, *tokens)
     # A sort of the whole batch would gather it: each device sorts its own tokens. The experts of a
@@ -133,7 +133,7 @@ def _apply_on_device(
     x: Array,
     experts: Array,
     weights: Array,
-    takes_place: Array,
+    needs_slot: Array,
     *,
     num_peers: int = 1,
     model_axis: str | None = None,
@@ -142,19 +142,19 @@ def _apply_on_device(
 
     Args:
       mlp: the experts of the device.
-      x, experts, weights, takes_place: see `apply_without_limit`.
+      x, experts, weights, needs_slot: see `apply_without_limit`.
       num_peers: number of devices along `expert`, each with an equal part of the experts.
       model_axis: mesh axis over which F is spread.
     """
     groups, tokens, top_k = experts.shape
     num_experts = mlp.kernels["wo"].shape[0] * num_peers
     # Groups do not matter here: all tokens are sorted by expert at once.
-    flat = [a.reshape(1, -1, a.shape[-1]) for a in (x, experts, weights, takes_place)]
-    x, experts, weights, takes_place = flat
-    order, places, counts = dispatch.assign_places(experts, takes_place, num_experts)
+    flat = [a.reshape(1, -1, a.shape[-1]) for a in (x, experts, weights, needs_slot)]
+    x, experts, weights, needs_slot = flat
+    order, places, counts = dispatch.assign_places(experts, needs_slot, num_experts)
     size = dispatch.block_size(order.shape[-1], num_experts)
     slots, block_experts, used = dispatch.slots_in_blocks(
-        experts, order, places, counts, takes_place, size
+        experts, order, places, counts, needs_slot, size
     )
     groups_of_slots = jnp.minimum(slots.assignment_ids[0] // (tokens * top_k), groups - 1)
     rows = _Rows(dispatch.dispatch(x, slots)[0], groups_of_slots, block_experts, used)

@@ -4,7 +4,7 @@
 
 The k experts of a token are the most probable ones (Switch Transformers, arXiv 2101.03961; GShard,
 2006.16668; ST-MoE, 2202.08906), or each expert chooses its tokens (expert choice, 2202.09368).
-`core/dispatch.py` has the equations of who goes where.
+`core/dispatch.py` assigns tokens to experts, `core/expert_mlp.py` computes the experts.
 """
 
 import dataclasses
@@ -25,16 +25,17 @@ from pemoe_jax.core.sparse import Sparse
 
 Array = jax.Array
 
-# Constants, see `params.param`. The fan-in of an expert's matrix is that of one expert.
+# Module-level constants, see `params.param`. E is a batch axis: the fan-in is that of one expert.
 _ROUTER_INIT = nn.initializers.normal(stddev=0.02)
 _EXPERT_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
 
-# The entries of the statistics that a sparse layer sows besides `routing.STATISTICS`, in order.
+# Names of the statistics, in order, that a sparse layer sows in addition to `routing.STATISTICS`:
+# the share of assignments that are dropped, of tokens without an expert, and of places in use.
 DISPATCH_STATISTICS = ("dropped", "without_expert", "used")
 
 
 class _Router(nn.Module):
-    """A linear layer without bias, in float32, under T5X's names."""
+    """The router: a linear layer without bias in float32. Parameter names are T5X's."""
 
     num_experts: int
 
@@ -101,7 +102,7 @@ class ExpertKernels(nn.Module):
 
 
 class SparseMlpBlock(nn.Module):
-    """A sparse MLP; a token without an expert gets zero.
+    """A sparse MLP. The output of a token without an expert is zero.
 
     Attributes:
       sparse: settings.
@@ -109,7 +110,8 @@ class SparseMlpBlock(nn.Module):
       activations: see `layers.MlpBlock`.
       dtype: dtype of the products; routers compute in float32.
       dropout_rate: the model's dropout rate.
-      is_causal: whether this is a decoder's layer: tokens choose, from left to right.
+      is_causal: whether this is a decoder's layer, where routing must not depend on later tokens:
+        tokens choose their experts, and take places from left to right.
     """
 
     sparse: Sparse
@@ -123,7 +125,7 @@ class SparseMlpBlock(nn.Module):
     def __call__(self, x: Array, tokens: TokenInfo | None = None) -> Array:
         """[B, L, D] -> [B, L, D]; `tokens` describes the tokens of x."""
         cfg, tokens = self.sparse, tokens or TokenInfo()
-        if self.is_causal:  # what depends on later tokens is the encoder's alone
+        if self.is_causal:  # routing must not depend on later tokens
             cfg = dataclasses.replace(cfg, routing="tokens", priority="position")
         is_token = jnp.ones(x.shape[:2], bool)
         if tokens.valid is not None and not cfg.count_padding:
@@ -134,8 +136,8 @@ class SparseMlpBlock(nn.Module):
             cfg.num_experts, self.mlp_dim, self.activations, self.dtype, name="expert"
         )
         kernels = expert_kernels(x.shape[-1])
-        # Parameters do not depend on the routing, whose tracing takes 0.1 s. Nor is anything sown:
-        # T5X keeps every collection that `init` returns as model state.
+        # Initialization needs the parameters alone. Tracing the routing would take 0.1 s, and T5X
+        # would keep what is sown as model state, as it does with all collections of `init`.
         if self.is_initializing():
             return x.astype(self.dtype)
         probs = jax.nn.softmax(logits, axis=-1)  # [G, T, E]
@@ -143,20 +145,20 @@ class SparseMlpBlock(nn.Module):
         groups = groups.astype(self.dtype)
         arguments = cfg, mlp, groups, probs, is_token, tokens.deterministic
         if cfg.routing == "experts":
-            routed = _experts_choose(*arguments)
+            result = _experts_choose(*arguments)
         else:
             is_random = cfg.second_expert == "random" and cfg.top_k > 1
             needs_rng = is_random and not tokens.deterministic
-            routed = _tokens_choose(*arguments, self.make_rng("dropout") if needs_rng else None)
-        self._record(cfg, logits, probs, is_token, routed, ungroup)
-        return ungroup(routed.y).astype(self.dtype)
+            result = _tokens_choose(*arguments, self.make_rng("dropout") if needs_rng else None)
+        self._record(cfg, logits, probs, is_token, result, ungroup)
+        return ungroup(result.y).astype(self.dtype)
 
     def _with_jitter(self, x: Array, tokens: TokenInfo) -> Array:
         x = x.astype(jnp.float32)
         epsilon = self.sparse.jitter
         if not epsilon or tokens.deterministic:
             return x
-        rng = self.make_rng("dropout")  # T5X passes no other key
+        rng = self.make_rng("dropout")  # the only key that T5X passes
         return x * jax.random.uniform(rng, x.shape, minval=1.0 - epsilon, maxval=1.0 + epsilon)
 
     def _dropout_mask(self, groups: int, tokens: TokenInfo) -> Array | None:
@@ -164,7 +166,7 @@ class SparseMlpBlock(nn.Module):
         rate = self.dropout_rate if rate is None else rate
         if not rate or tokens.deterministic:
             return None
-        # As in a dense MLP, a row's positions share a mask, whichever their experts.
+        # As in T5's dense MLP, all tokens of a row share a mask, whichever experts they go to.
         ones = jnp.ones((groups, self.mlp_dim), self.dtype)
         return nn.Dropout(rate, deterministic=False)(ones)
 
@@ -174,28 +176,29 @@ class SparseMlpBlock(nn.Module):
         logits: Array,
         probs: Array,
         is_token: Array,
-        routed: "_Routed",
+        result: "_SparseMlpResult",
         ungroup: Callable[[Array], Array],
     ) -> None:
-        """Sows statistics, and if they are collected, probabilities and assignments."""
-        statistics = _statistics(cfg, logits, probs, is_token, routed)
+        """Sows statistics; also probabilities and assignments if 'intermediates' are collected."""
+        statistics = _statistics(cfg, logits, probs, is_token, result)
         self.sow("routers", "statistics", statistics)
-        self.sow("routers", "dispatch", jax.lax.stop_gradient(routed.dispatch_statistics))
+        self.sow("routers", "dispatch", jax.lax.stop_gradient(result.dispatch_statistics))
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "probs", ungroup(routed.mixture()))
+            self.sow("intermediates", "probs", ungroup(result.mixture()))
             self.sow("intermediates", "router_probs", ungroup(probs))
-            self.sow("intermediates", "assignments", ungroup(routed.assignments()))
+            self.sow("intermediates", "assignments", ungroup(result.assignments()))
 
 
-class _Routed(NamedTuple):
-    """The experts' outputs and who went where.
+class _SparseMlpResult(NamedTuple):
+    """The output of a sparse MLP, and the assignments that it comes from.
 
     Attributes:
       y: [G, T, D].
       choice_share: [G, E], the share f of each expert among the choices of a group's tokens.
       dispatch_statistics: the `DISPATCH_STATISTICS`, float32 [3].
-      mixture: () -> the weights of the experts at each token, [G, T, E]; before any is dropped.
-      assignments: () -> int8 [G, T, E], `routing.PLACED`, `DROPPED` or `NOT_ASSIGNED`.
+      mixture: function that returns the weights of experts by token, [G, T, E], before dropping.
+      assignments: function that returns `routing.PLACED`, `DROPPED` or `NOT_ASSIGNED` of each token
+        and expert, int8 [G, T, E].
     """
 
     y: Array
@@ -206,7 +209,11 @@ class _Routed(NamedTuple):
 
 
 def _group(x: Array, is_token: Array, cfg: Sparse) -> tuple[Array, Array, Callable[[Array], Array]]:
-    """Returns x [G, T, D], is_token [G, T] and the inverse [G, T, ...] -> [B, L, ...]."""
+    """Divides tokens into groups.
+
+    Returns:
+      x [G, T, D], is_token [G, T], and the inverse function, [G, T, ...] -> [B, L, ...].
+    """
     if cfg.group == "row":
         return x, is_token, lambda y: y
     assert isinstance(cfg.group, int)
@@ -232,39 +239,40 @@ def _tokens_choose(
     is_token: Array,
     deterministic: bool,
     rng: Array | None,
-) -> _Routed:
+) -> _SparseMlpResult:
+    """Computes the MLP where each token chooses its top-k experts; `rng` drops second experts."""
     groups, tokens, num_experts = probs.shape
     choose = functools.partial(dispatch.choose_experts, top_k=cfg.top_k)
     experts, chosen = partitioning.map_rows(choose, probs)
     weights = dispatch.combine_weights(chosen, cfg.combine)
-    takes_place = jnp.broadcast_to(is_token[..., None], experts.shape)
+    needs_slot = jnp.broadcast_to(is_token[..., None], experts.shape)
     if rng is not None:
-        takes_place &= dispatch.keep_at_random(chosen, rng)
+        needs_slot &= dispatch.keep_at_random(chosen, rng)
     capacity = cfg.group_capacity(tokens, deterministic)
     if capacity is None or capacity >= tokens:
-        y = expert_mlp.apply_without_limit(mlp, x, experts, weights, takes_place)
-        has_slot, used = takes_place, jnp.ones(())
+        y = expert_mlp.apply_without_limit(mlp, x, experts, weights, needs_slot)
+        has_slot, used = needs_slot, jnp.ones(())
     else:
         priority = chosen[..., 0] if cfg.priority == "probability" else None
-        order, places, counts = dispatch.assign_places(experts, takes_place, num_experts, priority)
-        has_slot = takes_place & (places < capacity)
+        order, places, counts = dispatch.assign_places(experts, needs_slot, num_experts, priority)
+        has_slot = needs_slot & (places < capacity)
         used = jnp.mean(jnp.sum(has_slot, axis=(1, 2)) / (num_experts * capacity))
-        if _has_mostly_empty_slots(num_experts * capacity, tokens * cfg.top_k):
+        if _should_skip_empty_slots(num_experts * capacity, tokens * cfg.top_k):
             y = expert_mlp.apply_without_limit(mlp, x, experts, weights, has_slot)
         else:
             slots = dispatch.slots_with_capacity(
-                experts, order, places, counts, takes_place, capacity
+                experts, order, places, counts, needs_slot, capacity
             )
             rows = expert_mlp.apply_by_expert(mlp, dispatch.dispatch(x, slots), num_experts)
             y = dispatch.combine(rows, weights, slots)
 
     def mixture() -> Array:
-        one_hot = jax.nn.one_hot(experts, num_experts) * takes_place[..., None]
+        one_hot = jax.nn.one_hot(experts, num_experts) * needs_slot[..., None]
         return jnp.sum(weights[..., None] * one_hot, axis=2)
 
     def assignments() -> Array:
         kinds = jnp.where(has_slot, routing.PLACED, routing.DROPPED)
-        kinds = jnp.where(takes_place, kinds, routing.NOT_ASSIGNED).astype(jnp.int8)
+        kinds = jnp.where(needs_slot, kinds, routing.NOT_ASSIGNED).astype(jnp.int8)
         one_hot = jax.nn.one_hot(experts, num_experts, dtype=jnp.int8)
         return jnp.sum(kinds[..., None] * one_hot, axis=2, dtype=jnp.int8)
 
@@ -272,19 +280,22 @@ def _tokens_choose(
     choice_share = choices / jnp.maximum(jnp.sum(choices, axis=-1, keepdims=True), 1.0)
     statistics = jnp.stack(
         [
-            1.0 - _share(has_slot, takes_place),
+            1.0 - _share(has_slot, needs_slot),
             1.0 - _share(jnp.any(has_slot, axis=-1), is_token),
             used,
         ]
     )
-    return _Routed(y, choice_share, statistics, mixture, assignments)
+    return _SparseMlpResult(y, choice_share, statistics, mixture, assignments)
 
 
-def _has_mostly_empty_slots(num_slots: int, num_assignments: int) -> bool:
-    """Whether blocks of the assignments that have a place are cheaper than all places."""
-    # Short groups have many places by the minimal capacity: 512 for 32 tokens and 128 experts. Only
-    # on a CPU: a GPU would wait for the host at each block, which was not measured. A mesh is that
-    # of accelerators, also where `pemoe plan` compiles for it on a CPU.
+def _should_skip_empty_slots(num_slots: int, num_assignments: int) -> bool:
+    """Whether computing filled slots in blocks is cheaper than computing all slots of capacity C.
+
+    It is on one CPU, if most slots are empty.
+    """
+    # MIN_CAPACITY leaves most slots of short groups empty: 32 tokens have 512 slots of 128 experts.
+    # A GPU would wait for the host at each block, which was not measured. A mesh of several devices
+    # stands for accelerators, as `pemoe plan` compiles for them on a CPU.
     is_one_cpu = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
     return is_one_cpu and num_slots > 2 * num_assignments
 
@@ -296,13 +307,14 @@ def _experts_choose(
     probs: Array,
     is_token: Array,
     deterministic: bool,
-) -> _Routed:
+) -> _SparseMlpResult:
+    """Computes the MLP where each expert chooses its C tokens."""
     groups, tokens, num_experts = probs.shape
     capacities = [
         min(cfg.group_capacity(count, deterministic) or count, count) for count in range(tokens + 1)
     ]
     capacity = max(capacities)
-    # A group's capacity is counted from its tokens that are not padding.
+    # The capacity in a group follows from the number of its tokens that are not padding.
     group_capacity = jnp.asarray(capacities)[jnp.sum(is_token, axis=-1)]
 
     def choose(probs: Array, is_token: Array, group_capacity: Array) -> dispatch.ChosenTokens:
@@ -328,17 +340,17 @@ def _experts_choose(
     choice_share = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
     without_expert = 1.0 - _share(has_expert, is_token)
     statistics = jnp.stack([jnp.zeros(()), without_expert, jnp.mean(is_filled.astype(jnp.float32))])
-    return _Routed(y, choice_share, statistics, mixture, assignments)
+    return _SparseMlpResult(y, choice_share, statistics, mixture, assignments)
 
 
 def _share(part: Array, whole: Array) -> Array:
-    """Returns the share of `whole` that is `part`, both bool; 1 if `whole` is empty."""
+    """Returns the share of the True entries of `whole` that are True in `part`; 1 without any."""
     count = jnp.sum(whole).astype(jnp.float32)
     return jnp.where(count > 0, jnp.sum(part & whole) / jnp.maximum(count, 1.0), 1.0)
 
 
 def _statistics(
-    cfg: Sparse, logits: Array, probs: Array, is_token: Array, routed: _Routed
+    cfg: Sparse, logits: Array, probs: Array, is_token: Array, result: _SparseMlpResult
 ) -> Array:
     """Returns the `routing.STATISTICS` of a sparse layer, float32."""
     weights = is_token.astype(jnp.float32)  # [G, T]
@@ -346,13 +358,14 @@ def _statistics(
     log_z = jax.nn.logsumexp(logits, axis=-1)
     entropy = jnp.sum((log_z - jnp.sum(probs * logits, axis=-1)) * weights) / total
     z_loss = jnp.sum(jnp.square(log_z) * weights) / total
-    # The product of two means is that of a group, as in T5X; groups of padding alone do not count.
+    # The balance loss is computed in each group and averaged over the groups, as in T5X, without
+    # those that are all padding.
     group_tokens = jnp.sum(weights, axis=-1, keepdims=True)  # [G, 1]
     mean_probs = jnp.einsum("gte,gt->ge", probs, weights) / jnp.maximum(group_tokens, 1.0)
-    balances = cfg.num_experts * jnp.sum(routed.choice_share * mean_probs, axis=-1)  # [G]
+    balances = cfg.num_experts * jnp.sum(result.choice_share * mean_probs, axis=-1)  # [G]
     is_group = (group_tokens[:, 0] > 0).astype(jnp.float32)
     balance_loss = jnp.sum(balances * is_group) / jnp.maximum(jnp.sum(is_group), 1.0)
-    shares = jnp.sum(routed.choice_share * group_tokens, axis=0) / total
+    shares = jnp.sum(result.choice_share * group_tokens, axis=0) / total
     load = cfg.num_experts * shares
     aux_loss = cfg.router_z_loss * z_loss
     if cfg.routing == "tokens":

@@ -1,7 +1,7 @@
 """Shots: solved examples that are put in front of an input, for few-shot evaluation.
 
 A few-shot input is `[header] [shot] … [shot] [input]`. A shot is an input, its target and a blank
-line. It ends in no EOS, so that the encoder reads one sequence with the input's EOS alone.
+line, without EOS: the encoder reads one sequence, which ends in the EOS of the input.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pemoe_jax.data.seekable_tasks import SeekableTask, StreamOptions
 from pemoe_jax.runtime import options, progress
 
 _SPLIT = "train"
-# Length that examples are read with: long inputs that begin alike still differ, and an example that
-# is truncated does not fit into any input.
-_LENGTH = 1 << 16
-# What follows the input and the target of a shot. SentencePiece drops them, as its pieces begin
+# Examples are truncated to this many tokens, or to limit + 1 if that is more. So long inputs with a
+# common beginning stay distinct, and a truncated example never fits in front of an input.
+_MIN_READ_LENGTH = 1 << 16
+# Separators after the input and the target of a shot. SentencePiece drops them, as its pieces begin
 # with a space anyway; byte vocabularies keep them.
 _AFTER_INPUT, _AFTER_TARGET = " ", "\n\n"
 
@@ -47,17 +47,17 @@ class SolvedExample:
 
 
 class TaskWithShots(abc.ABC):
-    """A seqio task that brings its solved examples, instead of a train split to draw them from.
+    """A seqio task with prescribed solved examples, as benchmarks have; no train split is read.
 
-    A benchmark prescribes them: where an input is one of them, it has a shot fewer.
+    An input that is itself one of the examples has one shot fewer.
     """
 
     @abc.abstractmethod
     def solved_examples(self) -> Sequence[SolvedExample]:
-        """Returns the examples. The first of them are used, in this order."""
+        """Returns the examples; the first SHOTS of them are the shots, in this order."""
 
     def shots_header(self) -> Sequence[int]:
-        """Returns token ids, without EOS, that come before the first shot."""
+        """Returns the token ids, without EOS, in front of the first shot."""
         return ()
 
 
@@ -68,7 +68,8 @@ class TaskShots:
     Attributes:
       task: name of the task.
       count: number of shots in front of an input.
-      examples: the solved examples in order, `count` + 1 if the task has as many. Inputs differ.
+      examples: solved examples with distinct inputs, in order: `count` + 1, if the task has as
+        many.
       vocabulary: the seqio vocabulary of inputs.
       header: token ids in front of the first shot.
       is_prescribed: whether the examples are those of a `TaskWithShots`.
@@ -82,7 +83,7 @@ class TaskShots:
     is_prescribed: bool = False
 
     def prepend_to(self, inputs: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
-        """Puts the first shots in front of an input, except the one with the same input.
+        """Puts the first shots in front of an input, skipping a shot with the same input.
 
         Args:
           inputs, limit: see `prepend_shots`.
@@ -91,8 +92,8 @@ class TaskShots:
           The token ids, int32, and the number of shots among them.
 
         Raises:
-          InputError: without the one with the same input there are too few shots, and the examples
-            are not prescribed.
+          InputError: too few shots remain without the skipped one, and the examples are not
+            prescribed.
         """
         own_key = input_key(inputs, self.vocabulary.eos_id)
         keys = (input_key(example.inputs, self.vocabulary.eos_id) for example in self.examples)
@@ -141,7 +142,7 @@ def load_shots(
             f" {', '.join(missing[:3])}{more}"
         )
     shots: dict[str, TaskShots] = {}
-    # TensorFlow takes 0.3 s of a core to build the pipeline of a task.
+    # TensorFlow takes 0.3 s of CPU time to build the pipeline of a task.
     bar = progress.Progress("reading shots", len(sources), note="tasks")
     try:
         for name, source in sources.items():
@@ -154,11 +155,12 @@ def load_shots(
 
 
 def _find_source(name: str, use_cached: bool) -> str | None:
-    """Returns the task whose solved examples are the shots of a task; None if there is none."""
+    """Returns the name of the task that provides the shots of a task; None if there is none."""
     if isinstance(seqio_tasks.get_mixture_or_task(name), TaskWithShots):
         return name
     registered = seqio_import.import_seqio().TaskRegistry.names()
-    # The plain task first: a row for each choice takes longer to read, and in no random order.
+    # The plain task first: a `_score_eval` task has a row for each choice, which takes longer to
+    # read, and its rows are not read in random order.
     for candidate in dict.fromkeys([_plain_name(name), name]):
         if (
             candidate in registered
@@ -179,19 +181,19 @@ def _load_task_shots(
     task = seqio_tasks.get_mixture_or_task(source)
     vocabulary = task.output_features["inputs"].vocabulary
     header: Sequence[int] = ()
-    # An example more than needed: an evaluated row may be equal to one.
-    wanted = few_shot.shots + 1
+    # One example more than SHOTS, as an evaluated input may be among them.
+    num_examples = few_shot.shots + 1
     if isinstance(task, TaskWithShots):
         examples: Iterable[SolvedExample] = task.solved_examples()
         header = task.shots_header()
     else:
         seed = draw_seed(few_shot.seed, _plain_name(name))
-        examples = _read_drawn(source, seed, wanted, limit, use_cached)
+        examples = _read_shuffled(source, seed, num_examples, limit, use_cached)
     distinct: dict[bytes, SolvedExample] = {}
     for example in examples:
-        # Equal examples would waste room.
+        # The same example twice would teach nothing and use up tokens.
         distinct.setdefault(input_key(example.inputs, vocabulary.eos_id), example)
-        if len(distinct) == wanted:
+        if len(distinct) == num_examples:
             break
     if len(distinct) < few_shot.shots:
         raise InputError(
@@ -202,17 +204,17 @@ def _load_task_shots(
     return TaskShots(name, few_shot.shots, [*distinct.values()], vocabulary, header, is_prescribed)
 
 
-def _read_drawn(
-    source: str, seed: int, wanted: int, limit: int, use_cached: bool
+def _read_shuffled(
+    source: str, seed: int, min_examples: int, limit: int, use_cached: bool
 ) -> Iterator[SolvedExample]:
-    """Yields the solved examples of a train split in an order drawn by a seed, at least `wanted`.
+    """Yields solved examples of a train split in an order that a seed determines.
 
-    Examples may repeat.
+    Yields at least `min_examples`, or all if the split has fewer. Inputs may repeat.
     """
     task = seqio_tasks.get_mixture_or_task(source)
     if not use_cached:
         seqio_tasks.check_source_files([source], _SPLIT)
-    length = max(_LENGTH, limit + 1)
+    length = max(_MIN_READ_LENGTH, limit + 1)
     lengths = {"inputs": length, "targets": length}
     with seqio_tasks.translate_read_errors(source, _SPLIT, use_cached):
         ds = None
@@ -221,16 +223,16 @@ def _read_drawn(
             stream = StreamOptions(seed, num_epochs=1, include_text=True)
             read = task.cached_examples_from if use_cached else task.examples_from
             ds = read(lengths, _SPLIT, stream)
-        is_drawn = ds is not None
+        is_shuffled = ds is not None
         if ds is None:
             ds = seqio_tasks.get_dataset(source, lengths, _SPLIT, use_cached)
     with contextlib.closing(seqio_tasks.numpy_iterator(ds, source, _SPLIT, use_cached)) as rows:
         examples = _solved_examples(source, rows)
-        yield from examples if is_drawn else draw(examples, wanted, seed)
+        yield from examples if is_shuffled else draw(examples, min_examples, seed)
 
 
 def _solved_examples(source: str, rows: Iterable[seqio_tasks.Row]) -> Iterator[SolvedExample]:
-    """Yields the rows of a task that have a target, and of answer choices only the correct ones."""
+    """Yields the rows that have a target, without those of wrong answer choices."""
     features = seqio_tasks.get_mixture_or_task(source).output_features
     vocabulary = features["inputs"].vocabulary
     for number, row in enumerate(rows, 1):
@@ -250,9 +252,9 @@ def _solved_examples(source: str, rows: Iterable[seqio_tasks.Row]) -> Iterator[S
 
 
 def draw(examples: Iterable[SolvedExample], count: int, seed: int) -> list[SolvedExample]:
-    """Returns `count` examples of different inputs (all, if there are fewer), drawn by a seed.
+    """Returns a random sample of `count` examples with distinct inputs, or all if there are fewer.
 
-    The draw does not depend on the order of the examples. Only drawn ones stay in memory.
+    The sample does not depend on the order of `examples`. No others are held in memory.
     """
     drawn: dict[bytes, SolvedExample] = {}
     for example in examples:
@@ -264,7 +266,7 @@ def draw(examples: Iterable[SolvedExample], count: int, seed: int) -> list[Solve
 
 
 def draw_seed(seed: int, task: str) -> int:
-    """Returns the seed of a task's shots, int31: equal in all processes and versions of Python."""
+    """Returns the seed of a task's shots, 31 bits, the same in every process and Python version."""
     digest = hashlib.blake2b(f"{seed} {task}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -275,7 +277,7 @@ def draw_seed(seed: int, task: str) -> int:
 def add_shots(
     groups: Sequence[ChoiceGroup], shots: Mapping[str, TaskShots], limit: int
 ) -> list[ChoiceGroup]:
-    """Returns groups with the shots of their task in front of their inputs.
+    """Returns the groups, with the shots of their tasks in front of the inputs.
 
     Args:
       groups: inputs with their choices.
@@ -285,11 +287,11 @@ def add_shots(
     Raises:
       InputError: as `TaskShots.prepend_to`.
     """
-    added = []
+    groups_with_shots = []
     for group in groups:
         inputs, num_shots = shots[group.task].prepend_to(group.inputs, limit)
-        added.append(dataclasses.replace(group, inputs=inputs, num_shots=num_shots))
-    return added
+        groups_with_shots.append(dataclasses.replace(group, inputs=inputs, num_shots=num_shots))
+    return groups_with_shots
 
 
 def shot_tokens(example: SolvedExample, vocabulary: Any) -> np.ndarray:
@@ -311,7 +313,7 @@ def strip_eos(ids: Sequence[int] | np.ndarray, eos_id: int) -> np.ndarray:
 
 
 def input_key(inputs: Sequence[int] | np.ndarray, eos_id: int) -> bytes:
-    """Returns what is equal for equal inputs, with or without EOS."""
+    """Returns a hashable key of an input's token ids, which ignores an EOS at their end."""
     return strip_eos(inputs, eos_id).tobytes()
 
 
@@ -321,10 +323,10 @@ def prepend_shots(
     limit: int,
     header: Sequence[int] | np.ndarray = (),
 ) -> tuple[np.ndarray, int]:
-    """Puts shots in front of an input, as far as they fit.
+    """Puts the shots that fit in front of an input.
 
-    Shots are left out whole, from the front. The header is left out if it does not fit with the
-    input alone. The input itself is never changed.
+    Shots that do not fit are left out whole, from the front. The header is left out if it does not
+    fit in front of the input alone. The input itself is never truncated.
 
     Args:
       shots: token ids of each shot, in order.

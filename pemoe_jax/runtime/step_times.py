@@ -1,7 +1,7 @@
 """Step times: measured while training, recorded in metrics.jsonl, and read for reports.
 
-A line of metrics.jsonl has the median time of the steps since the last report, and the devices and
-the batch that it is of: a run may resume on another machine, or with another batch.
+A line of metrics.jsonl has the median time of the steps since the line before it, with the devices
+and the batch, which may change when a run is resumed.
 """
 
 import collections
@@ -24,8 +24,8 @@ SECONDS, DEVICE, BATCH = "train/step_seconds", "device", "batch"
 class StepTimer:
     """Measures steps from their start to their end on the devices.
 
-    A step starts when it is dispatched, or when the step before it ends if that is later. So
-    waiting for data, reports, evaluations and saves between two steps are in neither.
+    A step starts when it is dispatched, or when the previous step ends if that is later. So the
+    time between two steps, for data, reports, evaluations and saves, counts in neither.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class StepTimer:
         self._seconds: list[float] = []
 
     def add(self, dispatch_time: float, outputs: PyTree) -> None:
-        """Adds a step that was dispatched at a time of `time.monotonic`."""
+        """Adds a running step: the `time.monotonic()` of its dispatch, and its output arrays."""
         self._running.append((dispatch_time, jax.tree.leaves(outputs)))
         self._end_finished_steps()
 
@@ -46,7 +46,7 @@ class StepTimer:
         self._end_finished_steps()
 
     def take_seconds(self) -> list[float]:
-        """Returns the durations of the finished steps since the last call."""
+        """Returns and forgets the durations of the steps that finished since the last call."""
         seconds, self._seconds = self._seconds, []
         return seconds
 
@@ -61,7 +61,7 @@ class StepTimer:
 
 
 def describe_devices(devices: Sequence[jax.Device]) -> str:
-    """Returns the number and kind of devices, such as '8 × TPU v4'; of a CPU also its cores."""
+    """Returns the number and kind of devices, such as '8 × TPU v4', and the cores of a CPU."""
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
         kind = f"{_processor_name()}, {_count_cores()} cores"
@@ -76,37 +76,37 @@ def _processor_name() -> str:
 
 def _count_cores() -> int:
     """Returns the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux alone has it
+    if hasattr(os, "sched_getaffinity"):  # only on Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def read_step_times(metrics: Path, last_step: int) -> list[dict[str, str | float]]:
-    """Reads the step times of a run up to a step, of each machine and batch.
+    """Reads the step times of a run up to a step, by devices and batch.
 
     Args:
       metrics: the run's metrics.jsonl.
       last_step: later lines are ignored.
 
     Returns:
-      {"seconds", "device", "batch"} of each pair of device and batch, those of most reports first;
-      "seconds" is the median of the reports' medians. Empty if the file has none.
+      {"seconds", "device", "batch"} of each pair of devices and batch, the pair with most lines
+      first. "seconds" is the median of the medians in its lines. Empty if the file has none.
     """
     seconds: dict[tuple[str, str], list[float]] = {}
     for line in metrics.read_text().splitlines() if metrics.is_file() else ():
         row = _parse_line(line)
         if {SECONDS, DEVICE, BATCH, "step"} <= row.keys() and row["step"] <= last_step:
             seconds.setdefault((row[DEVICE], row[BATCH]), []).append(row[SECONDS])
-    by_reports = sorted(seconds.items(), key=lambda item: -len(item[1]))
+    most_lines_first = sorted(seconds.items(), key=lambda item: -len(item[1]))
     return [
         {"seconds": statistics.median(values), "device": device, "batch": batch}
-        for (device, batch), values in by_reports
+        for (device, batch), values in most_lines_first
     ]
 
 
 def _parse_line(line: str) -> dict:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:  # the last line of a run that is training
+    except json.JSONDecodeError:  # a last line that a running training has not finished
         return {}
     return row if isinstance(row, dict) else {}

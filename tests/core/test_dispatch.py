@@ -1,4 +1,4 @@
-"""Who goes where, against loops over tokens and experts."""
+"""Assignments, places and slots against loops over tokens and experts."""
 
 import functools
 
@@ -31,7 +31,7 @@ def make_probs(groups, tokens, experts, kind):
 KINDS = ["random", "one_expert", "ties", "padding", "only_padding"]
 
 
-def loop_places(experts, takes_place, num_experts, priority=None):
+def loop_places(experts, needs_slot, num_experts, priority=None):
     """Gives each assignment its place: first choices first, then left to right or by priority."""
     groups, tokens, choices = experts.shape
     places = np.full(experts.shape, -1)
@@ -42,7 +42,7 @@ def loop_places(experts, takes_place, num_experts, priority=None):
         count = [0] * num_experts
         for k in range(choices):
             for t in order:
-                if takes_place[g, t, k]:
+                if needs_slot[g, t, k]:
                     places[g, t, k] = count[experts[g, t, k]]
                     count[experts[g, t, k]] += 1
     return places
@@ -57,15 +57,15 @@ def test_places_are_those_of_a_loop(size, kind, by_probability):
     experts, chosen = dispatch.choose_experts(jnp.asarray(probs), choices)
     np.testing.assert_array_equal(experts, np.argsort(-probs, -1, kind="stable")[..., :choices])
     np.testing.assert_array_equal(chosen, np.take_along_axis(probs, np.asarray(experts), -1))
-    takes_place = np.broadcast_to(is_token[..., None], experts.shape)
+    needs_slot = np.broadcast_to(is_token[..., None], experts.shape)
     priority = chosen[..., 0] if by_probability else None
-    order, places, counts = dispatch.assign_places(experts, takes_place, num_experts, priority)
+    order, places, counts = dispatch.assign_places(experts, needs_slot, num_experts, priority)
     expected = loop_places(
-        np.asarray(experts), takes_place, num_experts, None if priority is None else probs.max(-1)
+        np.asarray(experts), needs_slot, num_experts, None if priority is None else probs.max(-1)
     )
-    np.testing.assert_array_equal(np.where(takes_place, places, -1), expected)
+    np.testing.assert_array_equal(np.where(needs_slot, places, -1), expected)
     for g in range(groups):
-        of_experts = np.asarray(experts)[g][takes_place[g]]
+        of_experts = np.asarray(experts)[g][needs_slot[g]]
         np.testing.assert_array_equal(counts[g], np.bincount(of_experts, minlength=num_experts))
         assert sorted(np.asarray(order[g])) == list(range(tokens * choices))
 
@@ -73,8 +73,8 @@ def test_places_are_those_of_a_loop(size, kind, by_probability):
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def through_experts(x, weights, cotangent, routing, capacity, num_experts):
     """Sends tokens to experts that multiply by e + 1, and back; returns y and gradients."""
-    experts, takes_place, order, places, counts = routing
-    arguments = experts, order, places, counts, takes_place
+    experts, needs_slot, order, places, counts = routing
+    arguments = experts, order, places, counts, needs_slot
     if capacity is None:
         blocks = dispatch.slots_in_blocks(*arguments, 8)
         slots, scale = blocks.slots, jnp.repeat(blocks.experts + 1.0, 8)
@@ -97,10 +97,10 @@ def test_tokens_go_to_their_experts_and_back(kind, capacity):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(groups, tokens, 3)).astype(np.float32)
     experts, chosen = dispatch.choose_experts(jnp.asarray(probs), choices)
-    takes_place = np.broadcast_to(is_token[..., None], experts.shape)
-    order, places, counts = dispatch.assign_places(experts, takes_place, num_experts)
-    routing = experts, takes_place, order, places, counts
-    kept = takes_place & (np.asarray(places) < (capacity or tokens))
+    needs_slot = np.broadcast_to(is_token[..., None], experts.shape)
+    order, places, counts = dispatch.assign_places(experts, needs_slot, num_experts)
+    routing = experts, needs_slot, order, places, counts
+    kept = needs_slot & (np.asarray(places) < (capacity or tokens))
 
     cotangent = rng.normal(size=x.shape).astype(np.float32)
     weights, scale = np.asarray(chosen), np.asarray(experts) + 1

@@ -59,7 +59,7 @@ def test_layer_is_flaxformers(name):
 
     grad = jax.jit(jax.grad(apply, argnums=(0, 1), has_aux=True))
     (grads, grad_x), (y, sown) = grad(flat, x)
-    # A token that is left out is exactly zero in both: who goes where is the same.
+    # A token without an expert is exactly zero in both: the assignments are the same.
     np.testing.assert_array_equal(y == 0, GOLDENS[f"{name}/y"] == 0)
     expected = arrays_under(f"{name}/grad/") | {"y": GOLDENS[f"{name}/y"]}
     values = {**grads, "x": grad_x, "y": y}
@@ -272,10 +272,10 @@ def test_no_limit_multiplies_each_token_with_its_experts_alone():
     # XLA counts a loop's body once; here are the rows of its blocks.
     probs = jax.random.uniform(jax.random.key(0), (1, tokens, 8))
     chosen_experts, _ = dispatch.choose_experts(probs, 1)
-    takes_place = jnp.ones(chosen_experts.shape, bool)
-    routing = dispatch.assign_places(chosen_experts, takes_place, 8)
+    needs_slot = jnp.ones(chosen_experts.shape, bool)
+    routing = dispatch.assign_places(chosen_experts, needs_slot, 8)
     size = dispatch.block_size(tokens, 8)
-    blocks = dispatch.slots_in_blocks(chosen_experts, *routing, takes_place, size)
+    blocks = dispatch.slots_in_blocks(chosen_experts, *routing, needs_slot, size)
     assert tokens <= blocks.used * size <= 1.5 * tokens
 
 

@@ -1,8 +1,8 @@
-"""Who goes where in sparse layers in training: tokens assigned to experts, dropped and computed.
+"""Measures the dispatch of sparse layers in training: tokens that experts get, drop and compute.
 
-Evaluation has no limit on the tokens of an expert, and drops nothing. So examples are laid out in
-rows as in training, and pass the model in training mode, with the capacity of training, the random
-second experts of GShard and jitter, but without dropout.
+An evaluation has no capacity limit by default, so it drops nothing. This probe therefore lays out
+examples in rows as a training does, and runs the model in training mode: with the capacity limit,
+GShard's random second expert and jitter, but without dropout.
 
 Shapes: `B` rows of `L` tokens, `E` experts, `T` tasks.
 """
@@ -34,10 +34,10 @@ _STACK_TOKENS = {"encoder": "encoder_input_tokens", "decoder": "decoder_target_t
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRows:
-    """The rows of a batch in training.
+    """The layout of rows in training.
 
     Attributes:
-      lengths: tokens of 'inputs' and 'targets' of a row.
+      lengths: the number of tokens of a row's 'inputs' and 'targets'.
       pack: whether a row holds several examples.
     """
 
@@ -45,17 +45,17 @@ class TrainingRows:
     pack: bool = True
 
     def __str__(self) -> str:
-        kind = "packed rows" if self.pack else "rows of an example each"
+        kind = "packed rows" if self.pack else "rows of one example"
         return f"{kind}, {self.lengths['inputs']:,} + {self.lengths['targets']:,} tokens"
 
 
 @flax.struct.dataclass
 class DispatchTotals:
-    """Numbers of assignments and tokens of each task at a sparse layer, float32.
+    """Counts of each task's tokens at a sparse layer, float32.
 
     Attributes:
-      assigned: [T, E], tokens that chose an expert, or that it chose.
-      placed: [T, E], those of them that have a place, so that the expert computes them.
+      assigned: [T, E], tokens assigned to an expert, by their choice or by its.
+      placed: [T, E], those of them within the expert's capacity, which it computes.
       tokens_by_experts: [T, E + 1], tokens that 0, 1, … E experts compute.
     """
 
@@ -69,7 +69,7 @@ Probe = Callable[[params_lib.Params, steps.Batch, Mapping[str, Array], Array, To
 
 
 def read_training_rows(path: str, default: TrainingRows) -> TrainingRows:
-    """Returns the rows of a run by its config.gin; the default if it has none."""
+    """Reads the layout of a run's rows from its config.gin; returns `default` if that lacks it."""
     settings = run_settings.read_settings(path)
     try:
         lengths = ast.literal_eval(settings["TASK_FEATURE_LENGTHS"])
@@ -82,7 +82,7 @@ def read_training_rows(path: str, default: TrainingRows) -> TrainingRows:
 
 
 def init_totals(sites: Mapping[str, int], num_tasks: int) -> Totals:
-    """Returns totals of zeros for the sparse layers among {site: E}."""
+    """Returns zeros for each sparse layer in `sites`, {site: E}."""
     return {
         site: DispatchTotals(*(jnp.zeros((num_tasks, n)) for n in (size, size, size + 1)))
         for site, size in sites.items()
@@ -143,11 +143,11 @@ def make_probe(model: network.Transformer) -> Probe:
 def training_batches(
     groups: Mapping[str, Sequence[ChoiceGroup]], rows: TrainingRows, batch_size: int
 ) -> Iterator[tuple[packing.Batch, dict[str, np.ndarray]]]:
-    """Yields batches of examples with their correct answers, and the task ids of their tokens.
+    """Yields training batches, and the task ids of their tokens.
 
     Args:
       groups: {task: its examples}, each with its correct choice alone.
-      rows: the rows of a batch.
+      rows: the layout of rows.
       batch_size: B; the last batch is filled with padding.
 
     Yields:
@@ -183,9 +183,9 @@ def measure_dispatch(
     Args:
       model: the network.
       params: its parameters, replicated on every device.
-      groups: {task: its examples}; the rows of the totals follow this order.
-      rows: rows of training.
-      batch_size: rows of a batch, over all devices.
+      groups: {task: its examples}; totals have the tasks in this order.
+      rows: the layout of rows in training.
+      batch_size: number of rows in a batch, over all devices.
       mesh: the devices.
     """
     if model.sparse is None:

@@ -50,7 +50,7 @@ class ProbeResult:
       sites: sites shown in maps, distances and token tables.
       pieces: {token id: text} of the tokens that occurred.
       min_count: top tokens must occur at least this often.
-      dispatch: {site: who goes where in training} of the sparse layers; empty for a dense model.
+      dispatch: {site: assignments in training} of the sparse layers; empty for a dense model.
       experts_choose: whether the encoder's experts choose tokens.
       rows: the rows of training that `dispatch` is of.
     """

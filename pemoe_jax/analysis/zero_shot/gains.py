@@ -1,4 +1,4 @@
-"""What runs gain in accuracy by starting from another run instead of from a base model."""
+"""Accuracy gains of runs that start from another run, over those that start from the base."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from pemoe_jax.analysis.tables import MISSING, Table
 
 _NOTE = (
-    "In points of accuracy (median over prompts), over the same experiment without FROM with the"
-    " same seed: mean over seeds ± standard deviation (n - 1). * marks a dataset that both were"
-    " trained on."
+    "Accuracy (median over prompts) of the experiment with FROM minus that of the same experiment"
+    " without FROM, in percentage points: mean over pairs with the same seed ± standard deviation"
+    " (n - 1). * marks a dataset that both were trained on."
 )
 
 
@@ -20,8 +20,8 @@ def build_gains_table(pairs: Mapping[str, Sequence[tuple[Path, Path]]]) -> Table
     """Returns a table with a row for each experiment and a column for each dataset.
 
     Args:
-      pairs: experiment -> folders of results, of a run that started from another and of the run
-        without it, for each seed. Each folder has the results of one run.
+      pairs: experiment -> for each seed, the folder of results of the run that started from another
+        run, and that of the run that started from the base. Each folder has a single run.
     """
     rows: dict[str, dict[str, list[float]]] = {}
     trained: dict[str, set[str]] = {}
@@ -47,7 +47,12 @@ def build_gains_table(pairs: Mapping[str, Sequence[tuple[Path, Path]]]) -> Table
         ]
         for experiment, gains in rows.items()
     ]
-    return Table("Gains of FROM", ["experiment", "seeds", *columns], cells, notes=[_NOTE])
+    return Table(
+        "Gain over the experiment without FROM",
+        ["experiment", "seeds", *columns],
+        cells,
+        notes=[_NOTE],
+    )
 
 
 def _read_run(folder: Path) -> dict:

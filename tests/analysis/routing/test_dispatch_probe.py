@@ -1,4 +1,4 @@
-"""Who goes where in sparse layers in training, against a loop over tokens and the layers' own."""
+"""Dispatch of sparse layers in training, against a loop over tokens and the layers' own."""
 
 import collections
 import dataclasses
@@ -167,6 +167,6 @@ def test_rows_of_a_run_are_those_of_its_settings(tmp_path):
     )
     rows = dispatch_probe.read_training_rows(str(tmp_path), ROWS)
     assert rows == TrainingRows({"inputs": 64, "targets": 1024}, pack=False)
-    assert str(rows) == "rows of an example each, 64 + 1,024 tokens"
+    assert str(rows) == "rows of one example, 64 + 1,024 tokens"
     (tmp_path / "config.gin").write_text("PACK = True\nTASK_FEATURE_LENGTHS = @lengths()\n")
     assert dispatch_probe.read_training_rows(str(tmp_path), ROWS) == ROWS
