@@ -265,7 +265,7 @@ def _with_base_dimensions(
     from pemoe_jax.core import sparse
 
     base = None if base_path is None else base_model.open_base(base_path)
-    is_upcycled = base is not None and upcycling.check_base(model, base)
+    is_upcycled = base is not None and upcycling.should_upcycle(model, base)
     if upcycle_noise and not is_upcycled:
         raise InputError(
             "UPCYCLE_NOISE must be 0.0 unless a sparse model starts from a dense base, got"

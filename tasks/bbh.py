@@ -60,8 +60,8 @@ TASKS = {
 }
 
 
-class SolvedExample(NamedTuple):
-    """A solved example of a prompt."""
+class PromptExample(NamedTuple):
+    """A solved example in a prompt file."""
 
     question: str
     reasoning: str  # ends in the sentence with the answer
@@ -72,7 +72,7 @@ class Prompt(NamedTuple):
     """A file of `cot-prompts`."""
 
     description: str
-    examples: list[SolvedExample]
+    examples: list[PromptExample]
 
 
 def extract_answer(text: str) -> str:
@@ -142,17 +142,17 @@ def read_prompt(path: pathlib.Path) -> Prompt:
     return Prompt(description, examples)
 
 
-def _solved_example(text: str, where: str) -> SolvedExample:
+def _solved_example(text: str, where: str) -> PromptExample:
     parts = re.fullmatch(rf"Q:(.*?)\nA: {re.escape(_REASONING)}(.*)", text, re.DOTALL)
     if parts is None:
         raise InputError(f"{where}: expected a line 'A: {_REASONING} …' in the example, got none")
     question, reasoning = (part.strip() for part in parts.groups())
     if not question:
-        raise InputError(f"{where}: expected a question behind 'Q:', got none")
+        raise InputError(f"{where}: expected a question after 'Q:', got none")
     answer = extract_answer(reasoning)
     if _ANSWER not in reasoning or not answer:
         raise InputError(f"{where}: expected 'So {_ANSWER} …' in the example, got none")
-    return SolvedExample(question, reasoning, answer)
+    return PromptExample(question, reasoning, answer)
 
 
 def find_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:

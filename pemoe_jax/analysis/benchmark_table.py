@@ -1,4 +1,4 @@
-"""Means of benchmarks: their entries in results.json, and their tables."""
+"""Means of benchmarks, MMLU and BBH: their entries in results.json, and their tables."""
 
 from __future__ import annotations
 

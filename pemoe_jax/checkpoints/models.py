@@ -151,7 +151,7 @@ def load_base(
 
     Raises:
       InputError: the base states other activations; see `base_model.open_base`,
-        `upcycling.check_base` and `lazy_array.load_arrays`.
+        `upcycling.should_upcycle` and `lazy_array.load_arrays`.
     """
     form = _Form(model.config.dtype, is_trainable, shardings, frozen_dtype)
     shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
@@ -160,7 +160,7 @@ def load_base(
     is_upcycled = False
     if opened is not None:
         opened.check_activations(model.config.mlp_activations)
-        is_upcycled = upcycling.check_base(model, opened)
+        is_upcycled = upcycling.should_upcycle(model, opened)
     names = upcycling.names_by_source(shapes) if is_upcycled else {name: [name] for name in shapes}
     loaded: dict[str, PyTree] = {}
     source_shapes: dict[str, tuple[int, ...]] = {}

@@ -48,8 +48,8 @@ def is_expert(path: str) -> bool:
     return "/mlp/expert/" in path
 
 
-def check_base(model: Transformer, base: BaseModel) -> bool:
-    """Returns whether a sparse model starts from a dense base, which is then upcycled.
+def should_upcycle(model: Transformer, base: BaseModel) -> bool:
+    """Returns whether a base is dense and the model is sparse, so that the base is upcycled.
 
     Raises:
       InputError: the base is sparse, and the model is dense or has other experts.

@@ -2,7 +2,8 @@
 
     p = softmax(x W / τ)
 
-The mixture uses all of p (soft routing) or its k largest values (top-k routing).
+The mixture uses all of p (soft routing) or its k largest values (top-k routing). These routers are
+those of adapters; sparse MLPs have their own in `experts`, and choose their experts in `dispatch`.
 """
 
 import functools

@@ -46,7 +46,7 @@ def test_prompts(folder):
     prompt = bbh.read_prompt(folder / "cot-prompts" / "navigate.txt")
     assert prompt.description == "Say whether I am back (navigate)."
     expected = [
-        bbh.SolvedExample(question, f"{reasoning} So the answer is {answer}.", answer)
+        bbh.PromptExample(question, f"{reasoning} So the answer is {answer}.", answer)
         for question, reasoning, answer in map(solved, range(3))
     ]
     assert prompt.examples == expected
@@ -57,7 +57,7 @@ def test_prompts(folder):
     [
         ("-----\n", "", r"navigate.txt: expected a line '-----' before the prompt, got none"),
         ("Q: ", "R: ", "navigate.txt: expected solved examples that begin with 'Q:', got none"),
-        (f"Q: {solved(0)[0]}", "Q:", "navigate.txt:5: expected a question behind 'Q:', got none"),
+        (f"Q: {solved(0)[0]}", "Q:", "navigate.txt:5: expected a question after 'Q:', got none"),
         ("answer is yes.", "answer is .", "navigate.txt:5: expected 'So the answer is …' in the"),
         ("A: Let's", "Let's", "navigate.txt:5: expected a line 'A: Let's think step by step. …'"),
         ("the answer is", "it is", "navigate.txt:5: expected 'So the answer is …' in the example"),
