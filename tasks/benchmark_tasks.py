@@ -16,7 +16,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import
 from pemoe_jax.data.shots import SolvedExample, TaskWithShots
 from pemoe_jax.tasks import score_eval
-from pemoe_jax.tasks.seekable import trim_and_append_eos
+from pemoe_jax.tasks.folder_tasks import trim_and_append_eos
 
 seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and filters its log
 import seqio  # noqa: E402

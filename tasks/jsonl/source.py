@@ -16,8 +16,8 @@ from pemoe_jax.data.order import ExampleOrder
 from pemoe_jax.data.seekable_datasets import READ_SIZE, row_number_blocks
 from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.tasks import score_eval
+from pemoe_jax.tasks.folder_tasks import FolderMixture, FolderTask, shard_of, trim_and_append_eos
 from pemoe_jax.tasks.jsonl.files import FileScan, Rows, scan_file
-from pemoe_jax.tasks.seekable import FolderMixture, FolderTask, shard_of, trim_and_append_eos
 
 seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and filters its log
 import seqio  # noqa: E402

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pemoe_jax.core.errors import InputError, check_integer, plural
 from pemoe_jax.data import seqio_import, seqio_tasks
 from pemoe_jax.tasks import metrics, score_eval
+from pemoe_jax.tasks.folder_tasks import trim_and_append_eos
 from pemoe_jax.tasks.p3 import published, source
-from pemoe_jax.tasks.seekable import trim_and_append_eos
 from pemoe_jax.tasks.task_roles import TaskRoles, abbreviate
 from pemoe_jax.tasks.vocabulary import default_vocab_path, load_vocabulary, open_vocabulary
 

@@ -23,10 +23,10 @@ from pemoe_jax.data.seekable_datasets import (
 )
 from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.tasks import score_eval
+from pemoe_jax.tasks.folder_tasks import FolderMixture, FolderTask, shard_of
 from pemoe_jax.tasks.p3 import published
 from pemoe_jax.tasks.p3.folder import Folder, TaskFiles, cached_splits
 from pemoe_jax.tasks.p3.readers import NoRowsError
-from pemoe_jax.tasks.seekable import FolderMixture, FolderTask, shard_of
 from pemoe_jax.tasks.task_roles import abbreviate
 
 seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and filters its log
