@@ -109,7 +109,7 @@ def train(
         optimizer=getattr(optimizer, "__name__", type(optimizer).__name__),
     )
     if initial is not None and initial.opened is not None:
-        _check_initial_run(initial.opened, record, model, method)
+        _check_initial_run(initial.opened, record, model, method, checkpointing.upcycle_noise)
     _check_before_tasks(model, method, data, record.adapters)
     folder = distributed.output_folder(model_dir)
     if folder.is_dir():
@@ -310,6 +310,7 @@ def _check_initial_run(
     record: "runs.Record",
     model: "network.Transformer",
     method: options.Method,
+    upcycle_noise: float | None,
 ) -> None:
     """Checks that a run can continue from another, and prints the settings that it changes."""
     from pemoe_jax.checkpoints import initial_run
@@ -319,6 +320,13 @@ def _check_initial_run(
     changes = initial_run.check_shape(initial, record, model)
     shapes = params_lib.flatten(network.param_shapes(model))
     initial_run.check_trainable(initial, _trainable_paths(method, shapes), method.name)
+    assert initial.record is not None
+    kept_noise = initial.record.base.get("upcycled", {}).get("noise", 0.0)
+    if upcycle_noise and upcycle_noise != kept_noise:
+        raise InputError(
+            f"UPCYCLE_NOISE must be {kept_noise}, which the run {initial.path} keeps, got"
+            f" {upcycle_noise}"
+        )
     if changes:
         print(f"settings that differ from those of {initial.path}: {changes}", flush=True)
 
