@@ -154,9 +154,9 @@ def check_overwrites(
     advice = "choose another EVAL_OUTPUT_DIR, or delete it"
     try:
         runs = json.loads(file.read_text())["runs"]
-        existing = [(run["checkpoint"], task) for run in runs for task in run["tasks"]]
+        existing = [(os.fspath(run["checkpoint"]), task) for run in runs for task in run["tasks"]]
         other_shots = [existing_shots for run in runs if (existing_shots := shots_of(run)) != shots]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{file}: expected the results of an evaluation, got another file: {advice}"
         ) from error
