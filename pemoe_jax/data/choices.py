@@ -105,7 +105,7 @@ def load_choice_groups(
         task_split = split or seqio_tasks.eval_split(name)
         if task_split not in provider.splits:
             kind = repr(split) if split else "evaluation"
-            has = ", ".join(sorted(provider.splits))
+            has = ", ".join(sorted(provider.splits)) or "none"
             raise InputError(f"{name!r} has no {kind} split (it has: {has})")
         if not use_cached:
             seqio_tasks.check_source_files([name], task_split)

@@ -157,6 +157,13 @@ class Template:
 
 
 def _hide_bars(value: object) -> object:
+    """Returns text without the mark between inputs and targets, and bytes of Parquet as text."""
+    if isinstance(value, list):
+        return [_hide_bars(item) if isinstance(item, bytes) else item for item in value]
+    if isinstance(value, bytes):
+        # Other bytes, such as those of an image, must not be printed.
+        with contextlib.suppress(UnicodeDecodeError):
+            value = value.decode()
     return value.replace(_BAR, _HIDDEN_BAR) if isinstance(value, str) else value
 
 
@@ -201,6 +208,8 @@ def _print(value: Any) -> Any:
         return str(value)
     if callable(value):  # jinja finds the method of a dict before its item: x.values, x.items
         raise TemplateError(f"expected a value to print, got the method {value.__name__!r}")
+    if isinstance(value, bytes):
+        raise TemplateError("expected a value to print, got bytes that are not UTF-8")
     return _HIDDEN_NULL if _is_null(value) else value
 
 

@@ -277,3 +277,11 @@ def test_fields_are_those_that_are_read():
     assert template.fields == {"premise", "names", "c", "d", "a", "answer", "e"}
     with pytest.raises(TemplateError, match="unexpected"):
         _ = Template("t", "{{ ", None).fields
+
+
+def test_bytes_of_parquet_are_text():
+    template = Template("a", "{{text}} {{names | join(', ')}} ||| {{label}}", None)
+    example = {"text": b"it rains", "names": [b"a", "b"], "label": b"no"}
+    assert template.apply(example) == Prompt("it rains a, b", "no", [])
+    with pytest.raises(TemplateError, match="a value to print, got bytes that are not UTF-8"):
+        template.apply(example | {"text": b"\xff"})

@@ -87,7 +87,8 @@ def test_results_that_are_not_recomputed_are_not_overwritten(tmp_path, monkeypat
     for other in ((0, 0), (2, 1), (3, 0)):
         with pytest.raises(InputError, match="with SHOTS=3 and SHOTS_SEED=1 would be lost"):
             results.check_overwrites(tmp_path, ["run", "base"], ["a", "b"], shots=other)
-    for text in ("{", '{"results": 3}', '{"runs": [{"name": "x"}]}', "[]"):
+    wrong = ("{", '{"results": 3}', '{"runs": [{"name": "x"}]}', "[]", "[" * 100_000)
+    for text in (*wrong, '{"runs": [{"checkpoint": 5, "tasks": {"a": {}}}]}'):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(InputError, match="results.json: expected the results of an evaluation"):
             results.check_overwrites(tmp_path, ["run"], ["a"])
