@@ -35,13 +35,15 @@ _DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_MAX_RANK = 32  # numpy's, before version 2
 
 
 def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     """Opens a file as (name -> array, its metadata); reads its header only.
 
     Raises:
-      InputError: the file is missing, is not a safetensors file, or is truncated.
+      InputError: the file is missing, is not a safetensors file, is truncated, or its arrays
+        overlap or have gaps.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file")
@@ -63,7 +65,7 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
         arrays = {name: _parse_entry(path, name, e, data_start) for name, e in header.items()}
         if not isinstance(metadata, dict) or not all(name.isprintable() for name in header):
             raise ValueError("metadata that is not an object, or an unprintable name")
-        data_end = data_start + max((e["data_offsets"][1] for e in header.values()), default=0)
+        data_end = data_start + _check_contiguous(path, header)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -85,9 +87,35 @@ def _unique_keys(path: epath.Path, pairs: list[tuple[str, Any]]) -> dict[str, An
     return dict(pairs)
 
 
+def _check_contiguous(path: epath.Path, header: Mapping[str, Any]) -> int:
+    """Returns the end of the last array; raises InputError if arrays overlap or have gaps."""
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, next_end = entry["data_offsets"]
+        if begin != end:
+            problem = "overlaps another array" if begin < end else "has a gap before it"
+            raise InputError(
+                f"{path}: {name!r:.100}: expected its first byte at {end:,} by the header, got"
+                f" {begin:,}, which {problem}"
+            )
+        end = next_end
+    return end
+
+
 def is_size(number: object) -> bool:
     """Whether a value of an untrusted file is an integer >= 0 that numpy can represent."""
     return type(number) is int and 0 <= number < 2**63  # isinstance would accept True as 1
+
+
+def is_shape(sizes: object) -> bool:
+    """Whether a value of an untrusted file is a shape that numpy can represent."""
+    # The rank is checked first: a product of 300,000 sizes takes seconds.
+    return (
+        isinstance(sizes, tuple)
+        and len(sizes) <= _MAX_RANK
+        and all(map(is_size, sizes))
+        and is_size(math.prod(sizes))
+    )
 
 
 def _parse_entry(
@@ -101,8 +129,8 @@ def _parse_entry(
     dtype = _DTYPES[entry["dtype"]]
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if not all(map(is_size, (*shape, begin, end))):
-        raise ValueError("sizes that are not integers >= 0")
+    if not is_shape(shape) or not is_size(begin) or not is_size(end):
+        raise ValueError("sizes that are not integers >= 0, or too large")
     num_bytes = math.prod(shape) * dtype.itemsize
     if end - begin != num_bytes:
         raise InputError(

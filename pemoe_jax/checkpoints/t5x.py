@@ -52,7 +52,14 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
         target = dict(contents.get("optimizer", contents)["target"])
         # A dict with a `driver` is a leaf: tensorstore's spec of one array.
         leaves = traverse_util.flatten_dict(target, is_leaf=lambda _, x: "driver" in x, sep="/")
-    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,  # nested more deeply than Python's functions may call each other
+        msgpack.UnpackException,
+    ) as error:
         raise InputError(
             f"{index}: expected a T5X index with a `target`, got something else"
             f" ({type(error).__name__}: {error})"
@@ -78,4 +85,5 @@ def _zarr_name(leaf: object, index: epath.Path, path: str) -> str:
     match leaf:
         case {"kvstore": {"path": str(name)}} | {"kvstore": Mapping(), "path": str(name)}:
             return name.rstrip("/")
-    raise InputError(f"{index}: {path}: expected an array, got {leaf!r:.80}")
+    # Without the value: the text of a deeply nested one would raise RecursionError.
+    raise InputError(f"{index}: {path:.200}: expected an array, got {type(leaf).__name__}")

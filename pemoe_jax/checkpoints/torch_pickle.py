@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 
 from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
-from pemoe_jax.checkpoints.safetensors_file import is_size, read_rows
+from pemoe_jax.checkpoints.safetensors_file import is_shape, is_size, read_rows
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
@@ -314,9 +314,12 @@ _OPERATIONS: dict[str, Callable[[_Interpreter], None]] = {
 def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> LazyArray:
     """Returns a view of a storage; offset and strides count values."""
     path, dtype = storage.archive.path, storage.dtype
-    for sizes in ((offset,), shape, strides):
-        if type(sizes) is not tuple or not all(map(is_size, sizes)):
-            raise InputError(f"{path}: a tensor's offset, shape or strides: expected integers >= 0")
+    is_valid = is_shape(shape) and type(strides) is tuple and all(map(is_size, (offset, *strides)))
+    if not is_valid:
+        raise InputError(
+            f"{path}: a tensor's offset, shape or strides: expected integers >= 0 that numpy can"
+            " represent"
+        )
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     count = math.prod(shape)
     # `count` is checked too: a stride of 0 repeats a value, and could ask for any amount of memory.

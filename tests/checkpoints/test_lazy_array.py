@@ -1,5 +1,7 @@
 """Lazy arrays: slices, dtypes, shardings, memory use and errors; safetensors files."""
 
+import json
+import struct
 import threading
 import time
 import tracemalloc
@@ -10,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pemoe_jax.checkpoints import lazy_array, safetensors_file
@@ -200,6 +203,37 @@ def test_damaged_files(file, tmp_path, damage, message):
     with pytest.raises(InputError, match=message) as caught:
         safetensors_file.open_file(file_io.resolve(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            {"a": ([2], 0, 8), "b": ([2], 4, 12)},
+            "'b': .* at 8 by the header, got 4, which overlaps",
+        ),
+        ({"a": ([2], 0, 8), "b": ([2], 0, 8)}, "got 0, which overlaps"),
+        ({"a": ([2], 0, 8), "b": ([2], 12, 20)}, "at 8 by the header, got 12, which has a gap"),
+        ({"a": ([2], 4, 12)}, "got 4, which has a gap"),
+        ({"a": ([2**62] * 300_000, 0, 8)}, "too large"),
+        ({"a": ([2**62] * 3, 0, 8)}, "too large"),
+        ({"a": ([1] * 65, 0, 4)}, "too large"),
+    ],
+)
+def test_headers_that_no_writer_makes(tmp_path, entries, message):
+    """Each is refused before a product of its sizes is computed, which takes seconds."""
+    header = json.dumps(
+        {
+            name: {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+            for name, (shape, begin, end) in entries.items()
+        }
+    ).encode()
+    end = max(end for _, _, end in entries.values())
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(end))
+    with pytest.raises(InputError, match=message) as caught:
+        safetensors_file.open_file(epath.Path(path))
+    assert len(str(caught.value)) < 500
 
 
 def test_a_file_that_shrinks_after_it_was_opened(file, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from archives import GOLDENS, unpack
+from etils import epath
 from flax import serialization
 from methods import largest_difference
 
@@ -218,6 +219,16 @@ def rewrite_index(checkpoint: pathlib.Path, change) -> None:
     index.write_bytes(serialization.msgpack_serialize(contents))
 
 
+@pytest.mark.parametrize(
+    "value", [b"\x81\xa1a" * 1000 + b"\xc0", b"\x81\xa1a" + b"\x91" * 1000 + b"\xc0"]
+)
+def test_a_deeply_nested_index(tmp_path, value):
+    (tmp_path / "checkpoint").write_bytes(b"\x81\xa6target" + value)
+    with pytest.raises(InputError, match="expected an? ") as caught:
+        t5x.open_checkpoint(epath.Path(tmp_path))
+    assert len(str(caught.value)) < 600
+
+
 def set_path_outside(leaf: dict) -> None:
     leaf["kernel"]["kvstore"]["path"] = "../../elsewhere/"
 
@@ -242,7 +253,7 @@ def set_number(leaf: dict) -> None:
         (lambda c: (c / "checkpoint").write_bytes(b"\x80"), "expected a T5X index"),
         (lambda c: rewrite_index(c, set_path_outside), r"own folder, got '\.\./\.\./elsewhere'"),
         (lambda c: rewrite_index(c, set_absolute_path), "own folder, got '/etc'"),
-        (lambda c: rewrite_index(c, set_number), "mlp/wo/kernel: expected an array, got 3"),
+        (lambda c: rewrite_index(c, set_number), "mlp/wo/kernel: expected an array, got int"),
         (lambda c: rewrite_index(c, lambda leaf: leaf.clear()), "1 missing: .*mlp/wo/kernel"),
         (lambda c: rewrite_index(c, lambda leaf: leaf.update(bias=np.ones(2))), "1 extra: .*bias"),
     ],

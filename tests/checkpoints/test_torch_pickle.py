@@ -296,12 +296,13 @@ EXCEEDING = {
     "a stride": tensor((3, 4), (5, 1)),
     "huge strides": tensor((2, 2), (2**62, 2**62)),
     "a value many times": tensor((2**40,), (0,)),
-    "a huge product": tensor((2**62, 2**62), (0, 0)),
 }
 MALFORMED = {
     "a negative offset": tensor(offset=-1),
     "a negative size": tensor((-3, -4), (4, 1)),
     "a negative stride": tensor((3, 4), (-4, 1), 8),
+    "a huge product": tensor((2**62, 2**62), (0, 0)),
+    "too many axes": tensor((1,) * 100, (1,) * 100),
     "an integer beyond 64 bits": tensor((3, 4), (4, 1), 2**2000),
     "a float": tensor(offset=0).replace(number(0), b"G" + b"\0" * 8, 1),
     "a boolean": tensor(offset=0).replace(b"K\x00", b"\x88", 1),
