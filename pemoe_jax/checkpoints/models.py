@@ -18,7 +18,7 @@ from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import adapters, network, partitioning, quantized
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core import sparse as sparse_lib
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.core.network import T5Config, Transformer
 from pemoe_jax.core.params import Params, PyTree
 from pemoe_jax.runtime import file_io, options, progress
@@ -76,6 +76,11 @@ def build_model(record: runs.Record) -> Transformer:
         raise InputError(
             f"the checkpoint's T5Config does not fit this version of the package: {error}"
         ) from error
+    for field in dataclasses.fields(T5Config):
+        value = getattr(config, field.name)
+        # Others would raise far from here, where the network is traced.
+        if field.type is int or (field.type == int | None and value is not None):
+            check_integer(f"the checkpoint's T5Config.{field.name}", value)
     return _build_model(config, json.dumps(record.adapters), json.dumps(record.sparse))
 
 

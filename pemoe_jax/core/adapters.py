@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core import routing
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.core.kernels import mov, thin_matmul
 
 Array = jax.Array
@@ -326,7 +326,9 @@ def describe(adapters: Adapters) -> dict[str, Description]:
     return {site: _describe_factory(getattr(adapters, site)) for site in adapters.sites()}
 
 
-def _factory_from(description: Mapping[str, Any]) -> Callable[..., nn.Module]:
+def _factory_from(description: object) -> Callable[..., nn.Module]:
+    if not isinstance(description, Mapping):
+        raise InputError(f"an adapter must be described by an object, got {description!r:.60}")
     fields = dict(description)
     kind = fields.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KINDS:
@@ -335,9 +337,11 @@ def _factory_from(description: Mapping[str, Any]) -> Callable[..., nn.Module]:
     unknown = sorted(fields.keys() - known)
     if unknown:
         raise InputError(f"{kind} has no settings {unknown}: written by another version?")
-    router = fields.get("router")
-    if isinstance(router, Mapping):
-        fields["router"] = _factory_from(router)
+    for field in dataclasses.fields(_KINDS[kind]):
+        if field.type is int and field.name in fields:
+            check_integer(f"{kind}.{field.name}", fields[field.name])
+    if fields.get("router") is not None:
+        fields["router"] = _factory_from(fields["router"])
     return functools.partial(_KINDS[kind], **fields)
 
 

@@ -104,7 +104,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         file_io.resolve_output_folder(args.output, "--output"),
         args.shard_rows,
     )
-    if settings.output == Path(settings.p3_dir):
+    if settings.output.resolve() == Path(settings.p3_dir).resolve():
         raise InputError(f"--output must differ from --p3_dir, got {settings.output} for both")
     _reader_factory.cache_clear()  # the folder may have changed since an earlier call
     folder, splits = _splits_to_write(settings, args.tasks.split(","))

@@ -384,7 +384,10 @@ def _read_state(run: Run) -> State:
         # Older versions recorded other bindings that only pass macros on.
         previous = run_settings.drop_wiring(state["settings"])
         scoring = run_settings.drop_wiring(state["scoring"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+        for seconds in (state["train"], state["evaluate"]):
+            if seconds is not None and not (type(seconds) in (int, float) and seconds > 0):
+                raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{file}: expected the state of a sweep's run; delete {run.folder} to run it again"
         ) from None

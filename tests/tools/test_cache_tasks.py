@@ -150,6 +150,12 @@ def test_errors_are_one_line(forms, tmp_path, capsys, flags, message):
     assert error.startswith("error: ") and message in error
 
 
+def test_output_differs_from_the_source(forms, capsys):
+    for output in (forms / "parquet", forms / "templates" / ".." / "parquet"):
+        assert run(forms / "parquet", output, f"--tasks={RTE}") == 1
+        assert "error: --output must differ from --p3_dir, got " in capsys.readouterr().err
+
+
 def test_missing_column_leaves_the_task_incomplete(forms, tmp_path, capsys):
     import shutil
 

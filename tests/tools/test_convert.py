@@ -435,6 +435,13 @@ def add_nan(arrays: dict) -> None:
         (lambda f: damage(f, adapters={"knee": {}}), "unknown adapter sites"),
         (lambda f: damage(f, adapters={"key": {"kind": "Knee"}}), "unknown adapter kind 'Knee'"),
         (lambda f: damage(f, adapters=3), "adapter_config.json: adapters"),
+        (lambda f: damage(f, adapters={"key": 3}), "must be described by an object, got 3"),
+        (lambda f: damage(f, adapters={"key": {"kind": "VectorExperts", "router": 3}}), "got 3"),
+        (
+            lambda f: damage(f, adapters={"key": {"kind": "VectorExperts", "num_experts": 1.5}}),
+            "VectorExperts.num_experts must be a positive integer, got 1.5",
+        ),
+        (lambda f: damage(f, config={"emb_dim": 1.5}), "T5Config.emb_dim must be a positive integ"),
         (lambda f: damage(f, config={"emb": 3}), "the checkpoint's T5Config does not fit .*emb"),
         (lambda f: damage(f, step=None), "adapter_config.json: step"),
     ],

@@ -331,6 +331,15 @@ def test_state_files_of_earlier_versions(finished, stand_ins, tmp_path, capsys):
     assert capsys.readouterr().out.count("already finished") == 3
 
 
+@pytest.mark.parametrize("seconds", [-1, True, "1", [1], float("nan")])
+def test_damaged_state_files(finished, stand_ins, tmp_path, capsys, seconds):
+    output = shutil.copytree(finished, tmp_path / "copy")
+    file = output / "mov-seed0" / "sweep.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "train": seconds}))
+    assert sweep.main(sweep_flags(output)) == 1
+    assert "sweep.json: expected the state of a sweep's run; delete " in capsys.readouterr().err
+
+
 def wait_for_step_4(output: pathlib.Path, process: subprocess.Popen | None = None) -> None:
     """Waits until the sweep's first training has reached step 4."""
     progress = output / "mov-seed0" / "progress"
