@@ -5,7 +5,6 @@ matplotlib is imported when a figure is drawn: importing it takes longer than mo
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime import atomic_write, file_io
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -280,13 +279,13 @@ def _read_metrics(file: Path) -> dict[int, dict[str, Any]]:
     """Returns step -> metrics."""
     rows: dict[int, dict[str, Any]] = {}
     try:
-        text = file.read_text()
+        text = file.read_text(errors="surrogateescape")  # other bytes than UTF-8 are not JSON
     except OSError as error:
         raise InputError(f"{file}: expected a file of metrics, got {error.strerror}") from None
     lines = text.split("\n")[:-1]  # a last line without a newline is still being written
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = file_io.parse_json(line)
             rows.setdefault(int(row["step"]), {}).update(row)
         except (ValueError, KeyError, TypeError):
             raise InputError(

@@ -236,7 +236,7 @@ def _open_single_file(path: epath.Path, kind: str) -> BaseModel:
     stated: dict[str, JsonObject] = {}
     for key in (CONFIG_KEY, SPARSE_KEY):
         try:
-            stated[key] = dict(json.loads(metadata.get(key, "{}")))
+            stated[key] = dict(file_io.parse_json(metadata.get(key, "{}")))
         except (ValueError, TypeError) as error:
             raise InputError(f"{kind} {path}: unreadable {key} ({error})") from error
     return BaseModel(os.fspath(path), "pemoe_jax", arrays, stated[CONFIG_KEY], stated[SPARSE_KEY])

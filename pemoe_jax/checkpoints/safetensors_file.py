@@ -5,7 +5,6 @@ https://github.com/huggingface/safetensors#format
 """
 
 import collections
-import json
 import math
 import os
 import struct
@@ -59,14 +58,14 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
         )
     try:
         text = file_io.read_range(path, 8, header_bytes).tobytes()
-        header = json.loads(text, object_pairs_hook=lambda pairs: _unique_keys(path, pairs))
+        header = file_io.parse_json(text, lambda pairs: _unique_keys(path, pairs))
         metadata = header.pop("__metadata__", {})
         data_start = 8 + header_bytes
         arrays = {name: _parse_entry(path, name, e, data_start) for name, e in header.items()}
         if not isinstance(metadata, dict) or not all(name.isprintable() for name in header):
             raise ValueError("metadata that is not an object, or an unprintable name")
         data_end = data_start + _check_contiguous(path, header)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a safetensors file ({error!r:.200})") from error

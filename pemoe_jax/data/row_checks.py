@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import file_io
 
 TEXT_FEATURES = ("inputs", "targets")
 
@@ -49,14 +50,12 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
       InputError: the line is not a JSON object in UTF-8.
     """
     try:
-        fields = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+        fields = file_io.parse_json(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise InputError(f"{where}: not an example: nested too deeply") from None
-    except ValueError as error:  # an integer of more than 4,300 digits, a key that occurs twice
+    except ValueError as error:  # too deep, an integer of too many digits, a key that occurs twice
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected an object, got {describe_value(fields)}")
@@ -71,17 +70,15 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        fields = json.loads(text, object_pairs_hook=unique_keys)
+        fields = file_io.parse_json(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    except RecursionError:
-        raise InputError(f"{path}: not JSON that can be read: nested too deeply") from None
-    except ValueError as error:  # an integer of more than 4,300 digits, a key that occurs twice
-        raise InputError(f"{path}: {error}") from None
+    except ValueError as error:  # too deep, an integer of too many digits, a key that occurs twice
+        raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{path}: expected an object, got {describe_value(fields)}")
     return fields

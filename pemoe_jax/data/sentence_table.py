@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pemoe_jax.core.errors import InputError, check_choice
+from pemoe_jax.core.errors import InputError, check_choice, first_line
 from pemoe_jax.runtime import atomic_write, file_io
 
 _KEY = np.dtype("S16")
@@ -130,6 +130,13 @@ class SentenceTable:
             raise InputError(
                 f"SENTENCE_EMBEDDINGS {self.path}: expected as many keys as rows and vectors of"
                 f" size {self.dim}, got {len(self._keys)}, {len(self._rows)} and {sorted(shapes)}"
+            )
+        keys, rows, num_rows = self._keys, self._rows, self._first_rows[-1]
+        is_index = keys.dtype == _KEY and rows.dtype.kind == "i" and keys.ndim == rows.ndim == 1
+        if not is_index or rows.min() < 0 or rows.max() >= num_rows:
+            raise InputError(
+                f"SENTENCE_EMBEDDINGS {self.path}: damaged: expected an index of keys and of rows"
+                f" below {num_rows:,}"
             )
 
     @property
@@ -294,11 +301,18 @@ def _part_file(folder: pathlib.Path, number: int, kind: str) -> pathlib.Path:
 
 def _map_array(path: pathlib.Path) -> np.ndarray:
     try:
-        # As a plain array: it is indexed once for each example, which is slow for an np.memmap.
-        return np.asarray(np.load(path, mmap_mode="r"))
-    except (OSError, ValueError) as error:
-        problem = "no such file" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
-        raise InputError(f"SENTENCE_EMBEDDINGS: {path}: {problem}") from error
+        array = np.load(path, mmap_mode="r")
+    except FileNotFoundError as error:
+        raise InputError(f"SENTENCE_EMBEDDINGS: {path}: no such file") from error
+    except Exception as error:  # numpy parses a header as Python: it may raise anything
+        raise InputError(
+            f"SENTENCE_EMBEDDINGS: {path}: damaged ({first_line(error):.200})"
+        ) from error
+    # numpy opens a zip archive too.
+    if not isinstance(array, np.ndarray) or not array.ndim or not len(array):
+        raise InputError(f"SENTENCE_EMBEDDINGS: {path}: damaged (expected an array with rows)")
+    # As a plain array: it is indexed once for each example, which is slow for an np.memmap.
+    return np.asarray(array)
 
 
 def _read_about(folder: pathlib.Path) -> About | None:
@@ -313,7 +327,25 @@ def _read_about(folder: pathlib.Path) -> About | None:
     fields = {"encoder", "dtype", "vocabulary", "lengths", "inputs", "parts"}
     if missing := sorted(fields - about.keys()):
         raise InputError(f"SENTENCE_EMBEDDINGS: {path}: expected {missing[0]!r} in it, got none")
+    encoder, parts = about["encoder"], about["parts"]
+    valid = {
+        "encoder": isinstance(encoder, dict) and _is_positive(encoder.get("dim")),
+        "dtype": about["dtype"] in ("float16", "float32"),
+        "vocabulary": isinstance(about["vocabulary"], str),
+        "lengths": isinstance(about["lengths"], list) and all(map(_is_positive, about["lengths"])),
+        "inputs": about["inputs"] == 0 or _is_positive(about["inputs"]),
+        "parts": parts is None or _is_positive(parts),
+    }
+    for name, is_valid in valid.items():
+        if not is_valid:
+            raise InputError(
+                f"SENTENCE_EMBEDDINGS: {path}: damaged: {name} cannot be {about[name]!r:.80}"
+            )
     return about
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def _write_array(path: pathlib.Path, array: np.ndarray) -> None:

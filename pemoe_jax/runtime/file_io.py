@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -154,6 +154,21 @@ def read_range(path: epath.Path, offset: int, size: int) -> np.ndarray:
     return data
 
 
+def parse_json(
+    text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """Returns the value of a JSON text; every reader of JSON calls this.
+
+    Raises:
+      ValueError: the text is not JSON in UTF-8, is nested too deeply, or has an integer of more
+        digits than Python reads (4,300); or `object_pairs_hook` raises it.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=object_pairs_hook)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: str | os.PathLike[str]) -> JsonObject:
     """Reads a JSON object.
 
@@ -161,12 +176,12 @@ def read_json(path: str | os.PathLike[str]) -> JsonObject:
       InputError: the file is missing, cannot be read, is not JSON, or is JSON but not an object.
     """
     try:
-        value = json.loads(epath.Path(path).read_text())
+        value = parse_json(epath.Path(path).read_text())
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: expected JSON, got something else ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")

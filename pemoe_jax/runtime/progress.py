@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pemoe_jax.runtime import file_io
+
 if TYPE_CHECKING:
     from rich import progress as rich_progress
 
@@ -38,7 +40,7 @@ class MetricWriter:
         from pemoe_jax.runtime import atomic_write
 
         file = model_dir / "metrics.jsonl"
-        text = file.read_text() if file.exists() else ""
+        text = file.read_text(errors="replace") if file.exists() else ""
         lines = "".join(f"{x}\n" for x in text.splitlines() if _is_up_to(x, first_step))
         if lines != text:
             atomic_write.write_text(file, lines)
@@ -61,8 +63,8 @@ class MetricWriter:
 
 def _is_up_to(line: str, last_step: int) -> bool:
     try:
-        return json.loads(line)["step"] <= last_step
-    except json.JSONDecodeError:
+        return bool(file_io.parse_json(line)["step"] <= last_step)
+    except (ValueError, KeyError, TypeError):  # unfinished, or no record of ours
         return False
 
 

@@ -5,7 +5,6 @@ and the batch, which may change when a run is resumed.
 """
 
 import collections
-import json
 import os
 import platform
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 import jax
 
 from pemoe_jax.core.params import PyTree
+from pemoe_jax.runtime import file_io
 
 SECONDS, DEVICE, BATCH = "train/step_seconds", "device", "batch"
 
@@ -93,7 +93,7 @@ def read_step_times(metrics: Path, last_step: int) -> list[dict[str, str | float
       first. "seconds" is the median of the medians in its lines. Empty if the file has none.
     """
     seconds: dict[tuple[str, str], list[float]] = {}
-    for line in metrics.read_text().splitlines() if metrics.is_file() else ():
+    for line in metrics.read_text(errors="replace").splitlines() if metrics.is_file() else ():
         row = _parse_line(line)
         if {SECONDS, DEVICE, BATCH, "step"} <= row.keys() and row["step"] <= last_step:
             seconds.setdefault((row[DEVICE], row[BATCH]), []).append(row[SECONDS])
@@ -106,7 +106,7 @@ def read_step_times(metrics: Path, last_step: int) -> list[dict[str, str | float
 
 def _parse_line(line: str) -> dict:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:  # a last line that a running training has not finished
+        row = file_io.parse_json(line)
+    except ValueError:  # a last line that a running training has not finished
         return {}
     return row if isinstance(row, dict) else {}

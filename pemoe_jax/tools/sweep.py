@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import re
 import shlex
 import shutil
@@ -380,7 +379,7 @@ def _read_state(run: Run) -> State:
             settings=run.train_settings, scoring=run.evaluate_settings, train=None, evaluate=None
         )
     try:
-        state: State = json.loads(file.read_text())
+        state: State = file_io.parse_json(file.read_text())
         # Older versions recorded other bindings that only pass macros on.
         previous = run_settings.drop_wiring(state["settings"])
         scoring = run_settings.drop_wiring(state["scoring"])
@@ -479,7 +478,7 @@ def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
 
 def _is_trained(folder: Path) -> bool:
     """Returns whether the training of a run finished: it may have left an earlier checkpoint."""
-    state = json.loads((folder / "sweep.json").read_text())
+    state = file_io.read_json(folder / "sweep.json")
     return bool(state["train"])
 
 
@@ -501,7 +500,7 @@ def _report_gains(finished: Sequence[Run], output: Path) -> None:
 
 
 def _score(run: Run) -> str:
-    results = json.loads((run.results / "results.json").read_text())
+    results = file_io.read_json(run.results / "results.json")
     return f"average {100 * results['runs'][0]['average']['median']:.1f}"
 
 

@@ -192,3 +192,50 @@ def test_encoders_without_fingerprint_are_compared_by_probe():
         assert not sentence_table.is_same_encoder(probe, other)
     with pytest.raises(InputError, match="which now returns other vectors"):
         sentence_table.check_same_encoder("run", probe, {**probe, "probe": [0.0, 0.0, 0.0]})
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"encoder": 5}, "encoder cannot be 5"),
+        ({"encoder": {"name": "some"}}, "encoder cannot be"),
+        ({"encoder": {**ENCODER, "dim": "3"}}, "encoder cannot be"),
+        ({"parts": "1"}, "parts cannot be '1'"),
+        ({"parts": 0}, "parts cannot be 0"),
+        ({"parts": -1}, "parts cannot be -1"),
+        ({"lengths": 5}, "lengths cannot be 5"),
+        ({"vocabulary": None}, "vocabulary cannot be None"),
+        ({"dtype": []}, r"dtype cannot be \[\]"),
+    ],
+)
+def test_damaged_about(tmp_path, about, message):
+    add(tmp_path, range(5))
+    file = tmp_path / "about.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | about))
+    with pytest.raises(InputError, match=message):
+        sentence_table.SentenceTable(tmp_path)
+    with pytest.raises(InputError, match=message):
+        open_writer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([0, 1, 2, 3, 5]), "rows below 5"),
+        (np.array([0, 1, 2, 3, -1]), "rows below 5"),
+        (np.ones(5), "rows below 5"),
+        (np.ones((5, 1), int), "rows below 5"),
+        (np.array(3), "an array with rows"),
+        (np.array([], int), "an array with rows"),
+        (np.array([{}]), "damaged"),
+        (None, "damaged"),
+    ],
+)
+def test_damaged_index(tmp_path, array, message):
+    add(tmp_path, range(5))
+    (file,) = tmp_path.glob("rows.*.npy")
+    file.write_bytes(b"")
+    if array is not None:
+        np.save(file, array)
+    with pytest.raises(InputError, match=message):
+        sentence_table.SentenceTable(tmp_path)

@@ -1,10 +1,13 @@
-"""Paths, and files that are written whole or not at all."""
+"""Paths, files that are written whole or not at all, and JSON."""
 
 import pytest
 import tensorstore as ts
 
+from pemoe_jax.analysis import plots
+from pemoe_jax.analysis.zero_shot import results
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.data import row_checks, sentence_table
+from pemoe_jax.runtime import atomic_write, file_io, step_times
 
 
 def test_failed_writes_leave_nothing_behind(tmp_path):
@@ -62,3 +65,31 @@ def test_output_folders(tmp_path):
     with pytest.raises(InputError, match="OUT must be a folder, got .*: File name too long"):
         file_io.resolve_output_folder(tmp_path / ("n" * 256), "OUT")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"a": ' * 5000, "9" * 5000, "", "\0", '{"a": 1', b"\xff\xfe", b"\x80", "{,}"],
+)
+def test_json_that_cannot_be_read(tmp_path, text):
+    """`parse_json` raises ValueError only, and readers of files an InputError of one short line."""
+    with pytest.raises(ValueError):
+        file_io.parse_json(text)
+    data = text if isinstance(text, bytes) else text.encode()
+    files = {name: tmp_path / name for name in ("results.json", "metrics.jsonl", "about.json")}
+    for file in files.values():
+        file.write_bytes(data + b"\n")
+    readers = [
+        lambda: file_io.read_json(files["results.json"]),
+        lambda: row_checks.read_object(files["results.json"]),
+        lambda: row_checks.parse_object(data, "rows.jsonl: row 1"),
+        lambda: results.load_results(str(tmp_path)),
+        lambda: results.check_overwrites(tmp_path, ["base"]),
+        lambda: plots.loss_curve(files["metrics.jsonl"], tmp_path / "loss.png"),
+        lambda: sentence_table.SentenceTable(tmp_path),
+    ]
+    for read in readers:
+        with pytest.raises(InputError) as error:
+            read()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert step_times.read_step_times(files["metrics.jsonl"], 5) == []

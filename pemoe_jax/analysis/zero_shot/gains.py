@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pemoe_jax.analysis.tables import MISSING, Table
+from pemoe_jax.runtime import file_io
 
 _NOTE = (
     "Accuracy (median over prompts) of the experiment with FROM minus that of the same experiment"
@@ -56,7 +56,7 @@ def build_gains_table(pairs: Mapping[str, Sequence[tuple[Path, Path]]]) -> Table
 
 
 def _read_run(folder: Path) -> dict:
-    (run,) = json.loads((folder / "results.json").read_text())["runs"]
+    (run,) = file_io.read_json(folder / "results.json")["runs"]
     return run
 
 

@@ -7,7 +7,6 @@ Accuracies are fractions in the file; tables show them in %.
 """
 
 import collections
-import json
 import os
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import file_io
 
 RESULTS = "results.json"
 # `load_results` adds the folder of a run's predictions under this key.
@@ -153,10 +153,10 @@ def check_overwrites(
         return False
     advice = "choose another EVAL_OUTPUT_DIR, or delete it"
     try:
-        runs = json.loads(file.read_text())["runs"]
+        runs = file_io.parse_json(file.read_text())["runs"]
         existing = [(os.fspath(run["checkpoint"]), task) for run in runs for task in run["tasks"]]
         other_shots = [existing_shots for run in runs if (existing_shots := shots_of(run)) != shots]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file}: expected the results of an evaluation, got another file: {advice}"
         ) from error
@@ -197,13 +197,13 @@ def load_results(path: str) -> JsonObject:
     if file.is_dir():
         file /= RESULTS
     try:
-        results = json.loads(file.read_text())
+        results = file_io.parse_json(file.read_text())
     except OSError as error:
         raise InputError(
             f"{file}: expected a {RESULTS} of `pemoe evaluate`, or a folder with one, got"
             f" {error.strerror}"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{file}: expected JSON, got {error}") from None
     runs = results.get("runs") if isinstance(results, dict) else None
     if not isinstance(runs, list) or not runs:
@@ -253,11 +253,11 @@ def load_predictions(
     with file.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = file_io.parse_json(line)
                 indices.append(row["idx"])
                 correct.append(row["correct"])
                 is_prediction = _is_count(row["idx"]) and isinstance(row["correct"], bool)
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 is_prediction = False
             if not is_prediction:
                 raise InputError(
