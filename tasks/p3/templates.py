@@ -52,6 +52,8 @@ T = TypeVar("T")
 H = TypeVar("H", bound=Hashable)
 
 MAX_CHARACTERS = 2048
+_MAX_YAML_DEPTH = 50  # a file of promptsource has 5
+_MAX_YAML_NODES = 1_000_000
 NO_LABEL = "<NO LABEL>"
 _BAR = "|||"
 _HIDDEN_BAR = "\ue000bar\ue001"  # private use characters, in place of ||| in an example's own text
@@ -452,7 +454,9 @@ def read_templates(path: pathlib.Path) -> dict[str, Template]:
     import yaml
 
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())  # a SafeLoader
+        text = path.read_text(encoding="utf-8")
+        _check_yaml_size(path, text)
+        content = yaml.load(text, Loader=_loader())  # a SafeLoader
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except yaml.MarkedYAMLError as error:
@@ -463,18 +467,52 @@ def read_templates(path: pathlib.Path) -> dict[str, Template]:
         raise InputError(f"{path}: not YAML of templates: {first_line(error)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    except ValueError as error:  # a scalar such as the date 2001-99-99
-        raise InputError(f"{path}: not YAML of templates: {first_line(error)}") from None
+    except InputError:
+        raise
+    except Exception as error:  # PyYAML's constructors raise any, such as for !!bool abc
+        problem = f"{type(error).__name__}: {first_line(error):.200}"
+        raise InputError(f"{path}: not YAML of templates: {problem}") from None
     entries = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected an object with 'templates', an object of !Template")
     templates: dict[str, Template] = {}
     for key, fields in entries.items():
-        template = _template(f"{path}: template {key!r}", fields)
+        template = _template(f"{path}: template {key!r:.80}", fields)
         if template.name in templates:
-            raise InputError(f"{path}: two templates are named {template.name!r}")
+            raise InputError(f"{path}: two templates are named {template.name!r:.80}")
         templates[template.name] = template
     return templates
+
+
+def _check_yaml_size(path: pathlib.Path, text: str) -> None:
+    """Raises InputError for YAML that is nested too deeply or grows too much.
+
+    libyaml builds nodes recursively in C: 100,000 brackets end the process. Aliases of aliases
+    (`b: [*a, *a]`, `c: [*b, *b]`, …) take exponential time where they are merged or printed.
+    """
+    import yaml
+
+    sizes: dict[str, int] = {}  # anchor -> nodes, with those of its aliases
+    open_nodes: list[tuple[str | None, int]] = []  # anchor and number of nodes before
+    size = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            size += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, size))
+            size += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = size - before
+        elif isinstance(event, yaml.ScalarEvent):
+            size += 1
+        if len(open_nodes) > _MAX_YAML_DEPTH or size > _MAX_YAML_NODES:
+            line = event.start_mark.line + 1
+            raise InputError(
+                f"{path}:{line}: not YAML of templates: expected at most {_MAX_YAML_DEPTH} nested"
+                f" objects and {_MAX_YAML_NODES:,} values, with those of aliases"
+            )
 
 
 def _template(where: str, fields: object) -> Template:
@@ -495,6 +533,9 @@ def _loader() -> type[yaml.SafeLoader]:
     def construct_mapping(
         loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False
     ) -> dict[Hashable, Any]:
+        if not isinstance(node, yaml.MappingNode):  # PyYAML checks it after `flatten_mapping`
+            problem = f"expected an object, got a {node.id}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         # A key may override one that `<<` merges: only the mapping's own keys must differ.
         key_nodes = [key for key, _ in node.value if key.value != "<<"]
         mapping = base.construct_mapping(loader, node, deep=deep)

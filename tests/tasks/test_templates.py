@@ -209,6 +209,17 @@ templates:
 """
 
 
+def yaml_bomb(form: str) -> str:
+    """Returns YAML whose each anchor has nine aliases of the one before."""
+    anchors = "abcdefghi"
+    lines = ["a: &a {x: 1}"]
+    lines += [
+        f"{name}: &{name} {form.format(*[f'*{before}'] * 9)}"
+        for before, name in zip(anchors, anchors[1:], strict=False)
+    ]
+    return "\n".join([*lines, "templates:", "  t: *i", ""])
+
+
 def test_reading_yaml(tmp_path):
     path = tmp_path / "templates.yaml"
     path.write_text(YAML)
@@ -246,8 +257,25 @@ def test_reading_yaml(tmp_path):
             "templates:\n  a: !Template\n    name: x\n    jinja: y\n    jinja: z\n",
             "templates.yaml:5: not YAML of templates: the key 'jinja' occurs twice",
         ),
-        ("x: 2001-99-99\n", "not YAML of templates: month must be in 1..12"),
-        ("x: !!int abc\n", "not YAML of templates: invalid literal for int()"),
+        ("x: 2001-99-99\n", "not YAML of templates: ValueError: month must be in 1..12"),
+        ("x: !!int abc\n", "not YAML of templates: ValueError: invalid literal for int()"),
+        ("x: !!bool abc\n", "not YAML of templates: KeyError"),
+        ('x: !!int ""\n', "not YAML of templates: IndexError"),
+        ("x: !!timestamp abc\n", "not YAML of templates: AttributeError"),
+        (f"x: 1{':59' * 20_000}.5\n", "not YAML of templates: OverflowError"),
+        (f"x: {'9' * 5000}\n", "not YAML of templates: ValueError: Exceeds the limit"),
+        ("x: !!set [1]\n", "templates.yaml:1: not YAML of templates: expected an object"),
+        (
+            "templates:\n  a: !Template [1]\n",
+            "templates.yaml:2: not YAML of templates: expected an",
+        ),
+        ("templates:\n  a: !Template b\n", "templates.yaml:2: not YAML of templates: expected an"),
+        ("x: " + "[" * 100_000, "expected at most 50 nested"),
+        ("x: " + "[" * 800 + "]" * 800, "expected at most 50 nested"),
+        ("x: " + "{a: " * 5000 + "}" * 5000, "expected at most 50 nested"),
+        ("".join(f"{' ' * n}a:\n" for n in range(100)), "expected at most 50 nested"),
+        (yaml_bomb("[{}, {}, {}, {}, {}, {}, {}, {}, {}]"), "with those of aliases"),
+        (yaml_bomb("{{<<: [{}, {}, {}, {}, {}, {}, {}, {}, {}]}}"), "with those of aliases"),
     ],
 )
 def test_what_is_wrong_in_yaml_is_named_in_one_line(tmp_path, text, message):
@@ -258,6 +286,7 @@ def test_what_is_wrong_in_yaml_is_named_in_one_line(tmp_path, text, message):
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
 
 
 def test_folders(tmp_path):
