@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import signal
 import sys
@@ -83,7 +84,14 @@ def train(
     from pemoe_jax.checkpoints import initial_run, run_settings, runs
     from pemoe_jax.core import adapters, network, partitioning, sparse, stacks
     from pemoe_jax.data import prefetch, seqio_tasks, task_fraction
-    from pemoe_jax.runtime import atomic_write, distributed, file_io, folder_lock, train_loop
+    from pemoe_jax.runtime import (
+        atomic_write,
+        distributed,
+        file_io,
+        folder_lock,
+        progress,
+        train_loop,
+    )
     from pemoe_jax.tasks.task_roles import abbreviate, run_register
 
     model_dir = file_io.resolve_output_folder(checkpointing.model_dir, "MODEL_DIR")
@@ -149,13 +157,28 @@ def train(
             flush=True,
         )
 
-    # Again, with the tasks and the base. A folder that was new may have a run by now.
-    first_step = _resume_step(model_dir, record)
+    _resume_step(model_dir, record)  # again, with the tasks and the base
+    checkpoints = runs.RunCheckpoints(str(model_dir), checkpointing.keep)
+    draw_loss = functools.partial(
+        plots.loss_curve,
+        folder / "metrics.jsonl",
+        folder / "loss.png",
+        title=f"Training: {model_dir.name}",
+    )
     if first_step >= total_steps:
         print(f"{model_dir} is at step {first_step}; TRAIN_STEPS is {total_steps}: nothing to do")
+        # What a run that was killed after its last checkpoint has left undone.
+        checkpoints.delete_older(first_step)
+        if (folder / "metrics.jsonl").exists():
+            progress.truncate_metrics(folder / "metrics.jsonl", first_step)
+            draw_loss()
         return
+    if first_step:
+        state, first_step = checkpoints.restore_newest(state)
     shard = partitioning.data_shard(device_mesh)
-    positions = runs.read_data_position(str(model_dir), shard[1]) if first_step else [0] * shard[1]
+    positions: list[int] | None = [0] * shard[1]
+    if first_step:
+        positions = runs.read_data_position(f"{model_dir}/checkpoint_{first_step}", shard[1])
     batches, eval_batches = _open_feeds(data, logging, seed, shard, positions, sentence_source)
     examples = seqio_tasks.describe_examples(data.name, "train", data.use_cached_tasks)
     print(f"training on {data.name}: {examples}", flush=True)
@@ -165,9 +188,7 @@ def train(
     folder_lock.hold(folder, "MODEL_DIR")
     if not first_step and runs.saved_steps(model_dir):
         raise InputError(f"{model_dir}: another run has written to it: run the same command again")
-    checkpoints = runs.RunCheckpoints(str(model_dir), checkpointing.keep)
     if first_step:
-        state = checkpoints.restore(first_step, state)
         print(f"resuming from {model_dir}/checkpoint_{first_step}", flush=True)
         # A run keeps what `same_run` compares. Any other change gives another run, and is said.
         settings = run_settings.read_settings(str(model_dir)), run_settings.parse_settings(config)
@@ -197,6 +218,7 @@ def train(
         logging=logging,
         eval_batches=eval_batches,
         save=save,
+        check_save=checkpoints.check_save,
         save_period=checkpointing.period,
     )
     try:
@@ -207,7 +229,9 @@ def train(
     except BaseException as error:
         # close() waits for pending saves, which need all processes. An InputError is raised in all
         # of them; after any other error, another process may be gone.
-        if isinstance(error, InputError) or jax.process_count() == 1:
+        # An interrupt, the second one, does not wait.
+        is_alone = jax.process_count() == 1 and isinstance(error, Exception)
+        if isinstance(error, InputError) or is_alone:
             checkpoints.close()
         raise
     checkpoints.close()
@@ -223,8 +247,7 @@ def train(
         return
     for line in batches.counts.describe():
         print(line)
-    title = f"Training: {model_dir.name}"
-    plots.loss_curve(folder / "metrics.jsonl", folder / "loss.png", title=title)
+    draw_loss()
     print(
         f"trained to step {total_steps}: {model_dir}/checkpoint_{total_steps}, {model_dir}/loss.png"
     )
@@ -559,16 +582,16 @@ def _resume_step(model_dir: Path, record: "runs.Record") -> int:
     from pemoe_jax.checkpoints import runs, same_run
     from pemoe_jax.data import sentence_table
 
-    saved_steps = runs.saved_steps(model_dir)
-    if not saved_steps:
+    step = runs.newest_readable_step(model_dir)
+    if not step:
         return 0
-    saved = runs.read_record(str(model_dir))
+    saved = runs.read_record(str(model_dir / f"checkpoint_{step}"))
     if record.base:
         sentence_table.check_same_encoder(
             str(model_dir), saved.sentence_encoder, record.sentence_encoder
         )
     same_run.check_same_run(model_dir, saved, record)
-    return saved_steps[-1]
+    return step
 
 
 def main(argv: Sequence[str] | None = None) -> int:

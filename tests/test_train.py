@@ -273,6 +273,51 @@ def test_a_second_interrupt_stops_at_once(folder, tmp_path, monkeypatch):
     assert runs.saved_steps(tmp_path) == []
 
 
+def test_a_run_with_damaged_files_goes_on(folder, trained, tmp_path, capsys):
+    """A damaged checkpoint, lines of metrics that are no record, and what a killed run left."""
+    settings = {"CHECKPOINT_PERIOD": 2, "KEEP_CHECKPOINTS": None, "LOG_PERIOD": 1}
+    assert train.main(train_flags(folder, "mov", tmp_path, TRAIN_STEPS=4, **settings)) == 0
+    for file in (tmp_path / "checkpoint_4" / "state").glob("**/d/*"):
+        file.write_bytes(b"damaged")
+    metrics = tmp_path / "metrics.jsonl"
+    junk = b'5\n[1]\n{"a": 1}\n{"step": "1"}\n\xff\xfe\n' + b"[" * 100_000 + b"\n"
+    metrics.write_bytes(junk + metrics.read_bytes() + b'{"st')
+    capsys.readouterr()
+    assert train.main(train_flags(folder, "mov", tmp_path, KEEP_CHECKPOINTS=2)) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\nwarning: .*checkpoint_4/.*: renamed to damaged_checkpoint_4\n", out)
+    assert f"resuming from {tmp_path}/checkpoint_2\n" in out
+    assert f"warning: {metrics}: deleted 6 lines without a record\n" in out
+    assert [*read_metrics(tmp_path)] == [1, 2, 3, 4, 8, 12]
+    assert runs.saved_steps(tmp_path) == [2, 12]
+    assert_ends_alike(trained["mov"], tmp_path)
+    # Killed after the last checkpoint: the older one is deleted and the curve is drawn.
+    (tmp_path / "loss.png").unlink()
+    shutil.rmtree(tmp_path / "checkpoint_2" / "state")
+    assert train.main(train_flags(folder, "mov", tmp_path)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "loss.png").exists() and not (tmp_path / "checkpoint_2").exists()
+
+
+def test_a_failed_save_ends_the_run_at_the_next_step(folder, tmp_path, monkeypatch, capsys):
+    plain = ocp.CheckpointManager.wait_until_finished
+
+    def fail(manager):
+        plain(manager)
+        if manager.latest_step() == 4:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
+    monkeypatch.setattr(ocp.CheckpointManager, "is_saving_in_progress", lambda manager: False)
+    settings = {"CHECKPOINT_PERIOD": 2, "LOG_PERIOD": 1}
+    assert train.main(train_flags(folder, "mov", tmp_path, **settings)) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/checkpoint_4 could not be saved: [Errno 28] No space left on device:"
+        " resume from checkpoint_2\n"
+    )
+    assert [*read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
 def test_a_folder_that_another_command_writes_to(folder, tmp_path, monkeypatch, capsys):
     """In an existing folder before data is read."""
     monkeypatch.setattr(folder_lock, "TIMEOUT", 0.0)

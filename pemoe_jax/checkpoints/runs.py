@@ -5,9 +5,13 @@ MODEL_DIR/checkpoint_<step>/record   JSON: `Record`
 MODEL_DIR/checkpoint_<step>/feed     JSON: the position in the training data
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -69,24 +73,33 @@ class Record:
     initial: JsonObject | None = None
 
 
+class DamagedCheckpoint(InputError):
+    """A checkpoint that cannot be read."""
+
+
 class RunCheckpoints:
     """Writes and restores the checkpoints of a MODEL_DIR.
 
-    Saves are asynchronous, and appear whole or not at all. Each is opened once after it is written,
-    which raises InputError if it is unreadable.
+    Saves are asynchronous, and appear whole or not at all. Each is opened once after it is written;
+    only then are older ones deleted.
 
     Args:
       keep: number of newest checkpoints to keep; None: all.
     """
 
     def __init__(self, model_dir: str, keep: int | None = 1) -> None:
+        self._folder, self._keep = Path(model_dir).absolute(), keep
+        self._pending: tuple[int, set[str]] | None = None  # a step, and its parameters' paths
+        self._has_failed = False
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            step_prefix="checkpoint", max_to_keep=keep, create=True, enable_async_checkpointing=True
+            step_prefix="checkpoint", create=True, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(
-            Path(model_dir).absolute(), options=options, item_names=("state", "record", "feed")
+        return ocp.CheckpointManager(
+            self._folder, options=options, item_names=("state", "record", "feed")
         )
-        self._to_check: tuple[int, set[str]] | None = None  # a step, and its parameters' paths
 
     def save(
         self, state: TrainState, record: Record, position: Mapping[str, list[int]] | None = None
@@ -94,6 +107,9 @@ class RunCheckpoints:
         """Saves a state under its step, unless that step is saved already.
 
         `position` is a position in the training data, which `read_data_position` reads.
+
+        Raises:
+          InputError: this save, or the one before, has failed.
         """
         step = int(state.step)
         # The last step may be due twice: as a multiple of the period and at the end of training.
@@ -106,44 +122,138 @@ class RunCheckpoints:
         if position is not None:
             items["feed"] = ocp.args.JsonSave(dict(position))
         self._finish()
-        self._to_check = step, set(params_lib.flatten(state.params))
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with self._one_line_errors(step):
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        self._pending = step, set(params_lib.flatten(state.params))
+
+    def check_save(self) -> None:
+        """Checks the last save if it has ended; cheap enough for each step.
+
+        Raises:
+          InputError: it has failed.
+        """
+        if self._pending is not None and not self._manager.is_saving_in_progress():
+            self._finish()
+
+    def restore_newest(self, state: TrainState) -> tuple[TrainState, int]:
+        """Restores the newest checkpoint that is whole, and returns its step too.
+
+        Newer ones are renamed to `damaged_checkpoint_<step>`, and named in a warning. Of several
+        processes some may read a damaged array and others not: then it is an error.
+
+        Raises:
+          InputError: no checkpoint is whole, or the run's optimizer has another state.
+        """
+        errors: dict[int, DamagedCheckpoint] = {}
+        for step in reversed(_checkpoint_steps(self._folder)):
+            is_open = False
+            try:
+                _check_opens(self._folder / f"checkpoint_{step}")
+                is_open = True
+                restored = self.restore(step, state)
+            except DamagedCheckpoint as error:
+                if is_open and jax.process_count() > 1:
+                    raise
+                errors[step] = error
+                continue
+            for damaged_step, reason in errors.items():
+                path = self._set_aside(damaged_step)
+                print(f"warning: {reason}: renamed to {path.name}", flush=True)
+            return restored, step
+        raise next(iter(errors.values()))
+
+    def _set_aside(self, step: int) -> Path:
+        path = self._folder / f"damaged_checkpoint_{step}"
+        while path.exists():
+            path = path.with_name(f"{path.name}_again")
+        if jax.process_index() == 0:
+            (self._folder / f"checkpoint_{step}").rename(path)
+        self._manager.reload()
+        return path
 
     def restore(self, step: int, state: TrainState) -> TrainState:
         """Restores a saved state with the shapes, dtypes and shardings of `state`.
 
         Raises:
-          InputError: the checkpoint is damaged, or of an optimizer with another state.
+          DamagedCheckpoint: it cannot be read.
+          InputError: it is of an optimizer with another state.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:
             tree = self._manager.restore(step, args=args)["state"]
         except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
-            folder = self._manager.directory / f"checkpoint_{step}" / "state"
+            folder = self._folder / f"checkpoint_{step}" / "state"
             if "tree structure" in str(error):
-                reason = "expected the state of the run's optimizer, got other optimizer settings"
-            else:
-                reason = f"cannot be restored: {first_line(error):.200}"
-            raise InputError(f"{folder}: {reason}") from error
+                raise InputError(
+                    f"{folder}: expected the state of the run's optimizer, got other optimizer"
+                    " settings"
+                ) from error
+            raise DamagedCheckpoint(
+                f"{folder}: cannot be restored: {first_line(error):.200}"
+            ) from error
         return dataclasses.replace(state, **tree)
 
     def close(self) -> None:
-        """Waits for pending saves and checks them."""
+        """Waits for the pending save and checks it.
+
+        Raises:
+          InputError: it has failed.
+        """
+        if self._has_failed:  # the manager would wait for the other processes, or raise again
+            return
         self._finish()
         self._manager.close()
 
-    def _finish(self) -> None:
-        """Waits for the pending save and checks that it can be read."""
-        self._manager.wait_until_finished()
-        if self._to_check is None:
+    def delete_older(self, step: int) -> None:
+        """Deletes checkpoints before `step`, which has been opened, but for those to keep.
+
+        Also deletes what killed and failed saves left.
+        """
+        if jax.process_index():
             return
-        (step, expected), self._to_check = self._to_check, None
-        checkpoint = self._manager.directory / f"checkpoint_{step}"
-        if missing := expected - open_trained(str(checkpoint))[0].keys():
-            raise InputError(
-                f"{checkpoint}: expected {len(expected)} arrays, {min(missing)} is missing"
+        steps = [each for each in _checkpoint_steps(self._folder) if each <= step]
+        for old_step in [] if self._keep is None else steps[: -self._keep]:
+            # Renamed first: half of a checkpoint must not look like a checkpoint.
+            path = self._folder / f"checkpoint_{old_step}"
+            path.rename(self._folder / f".deleted_{path.name}")
+        for pattern in (".deleted_checkpoint_*", "checkpoint_*.orbax-checkpoint-tmp*"):
+            for path in self._folder.glob(pattern):
+                shutil.rmtree(path)
+
+    def _finish(self) -> None:
+        """Waits for the pending save, checks that it can be read, and deletes older ones."""
+        if self._pending is None:
+            return
+        (step, expected), self._pending = self._pending, None
+        with self._one_line_errors(step):
+            self._manager.wait_until_finished()
+            arrays = open_trained(str(self._folder / f"checkpoint_{step}"))[0]
+            if missing := expected - arrays.keys():
+                raise InputError(f"expected {len(expected)} arrays, {min(missing)} is missing")
+        self.delete_older(step)
+
+    @contextlib.contextmanager
+    def _one_line_errors(self, step: int) -> Iterator[None]:
+        """Converts what Orbax raises in a save to an InputError that names the last checkpoint."""
+        try:
+            yield
+        except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
+            self._has_failed = True
+            saved = [str(each) for each in saved_steps(self._folder) if each != step]
+            advice = (
+                f"resume from checkpoint_{saved[-1]}" if saved else "there is no checkpoint yet"
             )
+            path = self._folder / f"checkpoint_{step}"
+            raise InputError(
+                f"{path} could not be saved: {_last_words(error)}: {advice}"
+            ) from error
+
+
+def _last_words(error: Exception) -> str:
+    """Returns the end of a message's first line: tensorstore's starts with paths."""
+    line = re.sub(r"\s*\[os_error_code=.*?\]", "", first_line(error))
+    return line if len(line) < 120 else f"…{line[-120:]}"
 
 
 def _as_tree(state: TrainState) -> dict[str, PyTree]:
@@ -156,6 +266,39 @@ def saved_steps(folder: Path) -> list[int]:
     # A folder without `record` belongs to T5X, or is one that Orbax has not finished.
     folders = (path for path in folder.glob("checkpoint_*") if (path / "record").is_dir())
     return sorted(step for path in folders if (step := t5x.step_of(path.name)) is not None)
+
+
+def _checkpoint_steps(folder: Path) -> list[int]:
+    """Returns the steps of a run's checkpoints, also of those that have no record."""
+    return t5x.checkpoint_steps(file_io.resolve(folder)) if folder.is_dir() else []
+
+
+def _check_opens(checkpoint: Path) -> None:
+    """Raises DamagedCheckpoint unless its record, position and array metadata can be read."""
+    try:
+        open_trained(str(checkpoint))
+        read_data_position(str(checkpoint))
+    except InputError as error:
+        raise DamagedCheckpoint(str(error)) from error
+
+
+def newest_readable_step(folder: Path) -> int:
+    """Returns the step of a run's newest checkpoint that opens, 0 without one; reads no array.
+
+    Raises:
+      DamagedCheckpoint: there are checkpoints, and none opens.
+    """
+    first_error: DamagedCheckpoint | None = None
+    for step in reversed(_checkpoint_steps(folder)):
+        try:
+            _check_opens(folder / f"checkpoint_{step}")
+        except DamagedCheckpoint as error:
+            first_error = first_error or error
+        else:
+            return step
+    if first_error is not None:
+        raise first_error
+    return 0
 
 
 def resolve(path: str) -> tuple[Path, int]:

@@ -10,12 +10,14 @@ from typing import IO
 
 from pemoe_jax.core.errors import InputError
 
+_NAME = ".lock"
 # What flock reports on file systems without locks, such as some of clusters.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 TIMEOUT = 15.0  # seconds to wait for a lock: processes that were killed need some to end
 
-_held: dict[Path, IO[str]] = {}
+# Folder -> its open `.lock`, and whether this process has created the folder.
+_held: dict[Path, tuple[IO[str], bool]] = {}
 
 
 def hold(folder: Path, setting: str) -> int:
@@ -34,20 +36,41 @@ def hold(folder: Path, setting: str) -> int:
     Raises:
       InputError: another process has the lock.
     """
-    if folder in _held:
-        return _held[folder].fileno()
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a+")
+    if folder not in _held:
+        is_new = not folder.exists()
+        file = _lock(folder, setting)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        _held[folder] = file, is_new
+    return _held[folder][0].fileno()
+
+
+def release_all() -> None:
+    """Releases the locks of this process; removes new folders that nothing was written to."""
+    while _held:
+        folder, (file, is_new) = _held.popitem()
+        if is_new and folder.is_dir() and [path.name for path in folder.iterdir()] == [_NAME]:
+            (folder / _NAME).unlink()
+            folder.rmdir()
+        file.close()
+
+
+def _lock(folder: Path, setting: str) -> IO[str]:
+    """Returns the open and locked `.lock` of a folder."""
     deadline = time.monotonic() + TIMEOUT
     while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _NAME).open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            # Another process may have removed the file after it was opened.
+            if os.fstat(file.fileno()).st_nlink:
+                return file
         except BlockingIOError:
             if time.monotonic() > deadline:
                 file.seek(0)
                 owner = file.read(200).strip() or "another process"
-                file.close()
                 raise InputError(
                     f"{setting} must be a folder that no other command writes to, got {folder}, in"
                     f" use by {owner}: wait for it to end, or choose another folder"
@@ -57,15 +80,5 @@ def hold(folder: Path, setting: str) -> int:
             if error.errno not in _NO_LOCKS:
                 raise
             print(f"warning: {folder} cannot be locked: run one command in it at a time")
-            break
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _held[folder] = file
-    return file.fileno()
-
-
-def release_all() -> None:
-    """Releases the locks of this process."""
-    while _held:
-        _held.popitem()[1].close()
+            return file
+        file.close()

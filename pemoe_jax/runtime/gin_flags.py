@@ -342,10 +342,20 @@ def call_configured(function: Callable[..., T], *args: object) -> T:
 def silence_libraries() -> None:
     """Keeps the libraries' log messages off the terminal; must be called before their import."""
     # orbax warns about settings that are as intended, such as saving without a `custom metadata`.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Its errors are raised too; before, its threads and asyncio log each with a stack trace.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _print_unraisable
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    # After a failed write, each of tensorstore's threads raises this, where nothing can catch it.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def run_configured(

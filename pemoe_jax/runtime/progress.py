@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pemoe_jax.core.errors import plural
 from pemoe_jax.runtime import file_io
 
 if TYPE_CHECKING:
@@ -30,20 +31,14 @@ def format_count(number: float) -> str:
 class MetricWriter:
     """Writes scalars by step to `metrics.jsonl` and to TensorBoard, both in `model_dir`.
 
-    A run that resumes from step `first_step` first deletes the lines of later steps, which a killed
-    run wrote after its last checkpoint, and an unfinished last line.
+    A run that resumes from step `first_step` first deletes the lines of later steps.
     """
 
     def __init__(self, model_dir: Path, first_step: int = 0) -> None:
         from clu import metric_writers
 
-        from pemoe_jax.runtime import atomic_write
-
         file = model_dir / "metrics.jsonl"
-        text = file.read_text(errors="replace") if file.exists() else ""
-        lines = "".join(f"{x}\n" for x in text.splitlines() if _is_up_to(x, first_step))
-        if lines != text:
-            atomic_write.write_text(file, lines)
+        truncate_metrics(file, first_step)
         self._file = file.open("a")
         self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
 
@@ -61,11 +56,38 @@ class MetricWriter:
         self._tensorboard.close()
 
 
-def _is_up_to(line: str, last_step: int) -> bool:
+def truncate_metrics(file: Path, last_step: int) -> None:
+    """Deletes lines of later steps, which a killed run wrote after its last checkpoint.
+
+    Also deletes an unfinished last line and, with a warning, lines without a record.
+    """
+    from pemoe_jax.runtime import atomic_write
+
+    text = file.read_text(errors="replace") if file.exists() else ""
+    lines = text.splitlines()
+    steps = [*map(_step_of, lines)]
+    damaged = steps.count(None)
+    if not text.endswith("\n") and steps[-1:] == [None]:
+        damaged -= 1  # a killed run was writing it
+    if damaged:
+        print(f"warning: {file}: deleted {plural(damaged, 'line')} without a record", flush=True)
+    rest = "".join(
+        f"{line}\n"
+        for line, step in zip(lines, steps, strict=True)
+        if step is not None and step <= last_step
+    )
+    if rest != text:
+        atomic_write.write_text(file, rest)
+
+
+def _step_of(line: str) -> int | None:
+    """Returns the step of a line of metrics; None if the line is no record."""
     try:
-        return bool(file_io.parse_json(line)["step"] <= last_step)
-    except (ValueError, KeyError, TypeError):  # unfinished, or no record of ours
-        return False
+        row = file_io.parse_json(line)
+    except ValueError:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None
 
 
 class Progress:

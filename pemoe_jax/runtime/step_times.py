@@ -109,4 +109,4 @@ def _parse_line(line: str) -> dict:
         row = file_io.parse_json(line)
     except ValueError:  # a last line that a running training has not finished
         return {}
-    return row if isinstance(row, dict) else {}
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else {}

@@ -62,6 +62,7 @@ class TrainLoop:
       logging: what to report, and how often.
       eval_batches: batches of an evaluation of the loss.
       save: saves a state with the feed's position.
+      check_save: raises InputError if the last save has failed; called after each step.
       save_period: steps between two checkpoints.
     """
 
@@ -77,6 +78,7 @@ class TrainLoop:
     logging: options.Logging
     eval_batches: Sequence[Batch]
     save: Callable[[steps.TrainState, Position | None], None]
+    check_save: Callable[[], None]
     save_period: int
 
     def __post_init__(self) -> None:
@@ -142,6 +144,7 @@ class TrainLoop:
                     writer.write(step, {"eval/loss": loss, "eval/accuracy": accuracy})
                     scores = f"validation loss {loss:.4f}  accuracy {accuracy:.3f} (tokens)"
                     bar.print_line(f"step {step}  {scores}")
+                self.check_save()
                 is_stop = stop.is_due(step)
                 if step % self.save_period == 0 or is_last or is_stop:
                     self._save(state, position)

@@ -3,14 +3,19 @@
 import dataclasses
 import functools
 import pathlib
+import resource
+import shutil
+import time
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from pemoe_jax.checkpoints import runs, same_run
 from pemoe_jax.core import adapters, freezing, routing, sparse, steps
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import gin_flags
 
 RECORD = runs.Record(
     method="full",
@@ -56,6 +61,109 @@ def test_checkpoints_that_cannot_be_restored(tmp_path):
         file.write_bytes(content)
     assert checkpoints.restore(0, state).params["kernel"][7] == 7
     checkpoints.close()
+
+
+def save_steps(folder: pathlib.Path, number: int, keep: int | None = None) -> steps.TrainState:
+    """Saves steps 1 to `number`, each with its number in a parameter; returns the last state."""
+    checkpoints = runs.RunCheckpoints(str(folder), keep)
+    for step in range(1, number + 1):
+        kernel = jnp.arange(6000.0).at[0].set(step)
+        state = steps.TrainState.create({"kernel": kernel}, optax.sgd(0.1))
+        checkpoints.save(state.replace(step=jnp.asarray(step)), RECORD, {"examples": [step]})
+    checkpoints.close()
+    return state
+
+
+def cut(file: pathlib.Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_bits(checkpoint: pathlib.Path) -> None:
+    for file in (checkpoint / "state").glob("**/d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 8
+        file.write_bytes(content)
+
+
+DAMAGES = {
+    "no state": lambda checkpoint: shutil.rmtree(checkpoint / "state"),
+    "manifest cut": lambda checkpoint: cut(checkpoint / "state" / "manifest.ocdbt"),
+    "metadata empty": lambda checkpoint: (checkpoint / "state" / "_METADATA").write_text(""),
+    "no record": lambda checkpoint: shutil.rmtree(checkpoint / "record"),
+    "record cut": lambda checkpoint: cut(checkpoint / "record" / "metadata"),
+    "position cut": lambda checkpoint: cut(checkpoint / "feed" / "metadata"),
+    "bits flipped": flip_bits,
+    "array cut": lambda checkpoint: cut(largest_file(checkpoint / "state")),
+    "empty later folder": lambda checkpoint: checkpoint.with_name("checkpoint_99").mkdir(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_renamed_and_the_one_before_is_used(
+    tmp_path, damage, capsys
+):
+    state = save_steps(tmp_path, 2)
+    DAMAGES[damage](tmp_path / "checkpoint_2")
+    good, bad = (2, 99) if "later" in damage else (1, 2)
+    checkpoints = runs.RunCheckpoints(str(tmp_path), keep=1)
+    restored, step = checkpoints.restore_newest(state)
+    assert (step, restored.step, restored.params["kernel"][0]) == (good, good, good)
+    out = capsys.readouterr().out
+    assert out.startswith("warning: ") and f"checkpoint_{bad}" in out and out.count("\n") == 1
+    assert (tmp_path / f"damaged_checkpoint_{bad}").is_dir()
+    checkpoints.delete_older(good)  # never deletes the last good one
+    assert runs.newest_readable_step(tmp_path) == good
+    checkpoints.save(restored.replace(step=restored.step + 1), RECORD, {"examples": [9]})
+    checkpoints.close()
+    assert runs.saved_steps(tmp_path) == [good + 1]
+
+
+def test_without_a_whole_checkpoint_nothing_is_renamed(tmp_path):
+    state = save_steps(tmp_path, 2)
+    for step in (1, 2):
+        flip_bits(tmp_path / f"checkpoint_{step}")
+    checkpoints = runs.RunCheckpoints(str(tmp_path))
+    with pytest.raises(InputError, match="checkpoint_2/state: unreadable: "):
+        checkpoints.restore_newest(state)
+    assert runs.saved_steps(tmp_path) == [1, 2]
+
+
+def test_older_checkpoints_are_deleted_when_the_new_one_has_been_opened(tmp_path, monkeypatch):
+    state = save_steps(tmp_path, 3, keep=2)
+    assert runs.saved_steps(tmp_path) == [2, 3]
+    (tmp_path / "checkpoint_1.orbax-checkpoint-tmp").mkdir()  # of a run that was killed
+    checkpoints = runs.RunCheckpoints(str(tmp_path), keep=1)
+    checkpoints.save(state.replace(step=jnp.asarray(4)), RECORD)
+    monkeypatch.setattr(runs, "open_trained", lambda path: ({}, RECORD, 4))
+    with pytest.raises(InputError, match="checkpoint_4 .* is missing: resume from checkpoint_3"):
+        checkpoints.close()
+    assert runs.saved_steps(tmp_path) == [2, 3, 4]
+    monkeypatch.undo()
+    runs.RunCheckpoints(str(tmp_path), keep=1).delete_older(4)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_4"]
+
+
+def test_a_failed_save_is_one_line_and_names_the_last_checkpoint(tmp_path, capfd):
+    """As on a full disk: no file can be larger than 4 kB."""
+    gin_flags.silence_libraries()
+    state = save_steps(tmp_path, 1)
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=6000))
+    checkpoints = runs.RunCheckpoints(str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(InputError) as error:
+            checkpoints.save(state.replace(step=jnp.asarray(2), params={"kernel": kernel}), RECORD)
+            for _ in range(300):  # without another save
+                checkpoints.check_save()
+                time.sleep(0.1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/checkpoint_2 could not be saved: ")
+    assert message.endswith("File too large: resume from checkpoint_1")
+    checkpoints.close()
+    assert runs.saved_steps(tmp_path) == [1] and capfd.readouterr() == ("", "")
 
 
 def mov(num_experts: int, top_k: int | None = None) -> dict:

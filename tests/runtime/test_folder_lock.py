@@ -63,3 +63,12 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
     folder_lock.hold(tmp_path, "MODEL_DIR")
     assert capsys.readouterr().out.endswith("run one command in it at a time\n")
+
+
+def test_a_new_folder_that_stays_empty_is_removed(tmp_path):
+    folder_lock.hold(tmp_path / "empty", "MODEL_DIR")
+    folder_lock.hold(tmp_path / "full", "MODEL_DIR")
+    (tmp_path / "full" / "config.gin").touch()
+    folder_lock.hold(tmp_path, "EVAL_OUTPUT_DIR")
+    folder_lock.release_all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "full"]
