@@ -124,18 +124,22 @@ def register(
 
     # The files are read and checked before seqio, 8 s, is imported.
     eval_splits: dict[str, str] = {}
-    has_choices: dict[str, bool] = {}
+    choices_files: dict[str, str] = {}  # the file of a task that decides whether it has choices
     for task, splits in files.items():
         split = seqio_tasks.first_eval_split(splits)
         if split is not None:
             eval_splits[task] = split
         else:
             split = "train" if "train" in splits else next(iter(splits))
-        has_choices[task] = files_lib.has_choices(splits[split])
+        choices_files[task] = splits[split]
+    has_choices = {task: files_lib.has_choices(path) for task, path in choices_files.items()}
     index = files_lib.read_index(index_path)
     tasks = roles.assign_roles(
         folder, files, index, has_choices, eval_splits, train_tasks, eval_tasks
     )
+    for task in tasks.no_choices if "eval" in use else ():
+        # Not left out as a task without choices where the rows are malformed.
+        files_lib.scan_file(choices_files[task], limit=1, needs_targets=False)
     tasks = _read_files(tasks, files, use, eval_examples)
 
     vocabulary = load_vocabulary(vocab_path)

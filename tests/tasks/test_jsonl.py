@@ -252,6 +252,26 @@ def test_malformed_line_is_an_error(folder, vocab, line, message):
         feed.train_batches("colour_say", LENGTHS, 2)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x1f\x8b\x08", ":1: not UTF-8: "),
+        ('{"inputs": "a", "targets": "b"}'.encode("utf-16"), ":1: not UTF-8: "),
+        (b'[{"inputs": "a", "targets": "b", "answer_choices": ["b", "c"]}]', ":1: expected an obj"),
+        (b'{\n"inputs": "a", "targets": "b", "answer_choices": ["b"]\n}\n', ":1: not JSON: "),
+        (
+            b'{"inputs": "a", "targets": "b", "answer_choices": "b|c"}',
+            ":1: 'answer_choices' must be a list of strings, got str",
+        ),
+    ],
+)
+def test_malformed_tasks_to_score_are_not_left_out(folder, vocab, content, message):
+    path = folder / "nli_a" / "test.jsonl"
+    path.write_bytes(content)
+    assert register_error(folder, vocab, eval_tasks=["nli_*"]).startswith(f"{path}{message}")
+    jsonl.register(folder, vocab, eval_tasks=["nli_b"], use=["eval"])
+
+
 def test_use_limits_the_files_read(folder, vocab):
     (folder / "free" / "train.jsonl").write_text('{"inputs": "a", "targets": "b"}\nnonsense\n')
     tasks = jsonl.register(folder, vocab, eval_tasks=["nli_a"], use=("eval",))
