@@ -276,7 +276,7 @@ def _resample(run: JsonObject, draws: int, seed: int) -> _Resampled:
     resampled: _Resampled = {}
     for column, tasks in _tasks_by_column(run).items() if draws else ():
         predictions = (
-            load_predictions(run[PREDICTIONS], name, task) for name, task in tasks.items()
+            load_predictions(task[PREDICTIONS], name, task) for name, task in tasks.items()
         )
         prompts = [prompt for prompt in predictions if prompt is not None]
         if len(prompts) == len(tasks):

@@ -19,7 +19,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
 RESULTS = "results.json"
-# `load_results` adds the folder of a run's predictions under this key.
+# `load_results` adds the folder of a task's predictions under this key.
 PREDICTIONS = "predictions"
 # Absent from zero-shot runs.
 SHOTS_KEYS = ("shots", "shots_seed")
@@ -188,7 +188,7 @@ def load_results(path: str) -> JsonObject:
     """Loads a results.json, or the one in a folder.
 
     Returns:
-      {'runs': […]} as in the file; each run also has the folder of its predictions.
+      {'runs': […]} as in the file; each task also has the folder of its predictions.
 
     Raises:
       InputError: the file is missing, or not one of `pemoe evaluate`.
@@ -213,7 +213,8 @@ def load_results(path: str) -> JsonObject:
         _check_not_decoded(run, file)
         _check_object(run, _RUN_KEYS, f"{file}, run {number}")
         _check_run(run, f"{file}, run {run['name']!r}")
-        run[PREDICTIONS] = str(file.parent / "predictions" / run["name"])
+        for task in run["tasks"].values():
+            task[PREDICTIONS] = str(file.parent / "predictions" / run["name"])
     return results
 
 
@@ -223,13 +224,34 @@ def shots_of(run: JsonObject) -> Shots:
 
 
 def merge_runs(results: Iterable[JsonObject]) -> list[JsonObject]:
-    """Returns all runs, but only the last of those with equal name, checkpoint, step and shots."""
-    runs = {
-        (run["name"], run.get("checkpoint"), run.get("step"), shots_of(run)): run
-        for result in results
-        for run in result["runs"]
-    }
+    """Returns all runs; results of equal name, checkpoint, step and shots are joined to one run.
+
+    It has the tasks of all of them. Of results on the same task the last counts.
+
+    Raises:
+      InputError: results on the same task are of different splits.
+    """
+    runs: dict[tuple[Any, ...], JsonObject] = {}
+    for run in (run for result in results for run in result["runs"]):
+        identity = (run["name"], run.get("checkpoint"), run.get("step"), shots_of(run))
+        runs[identity] = _join(runs[identity], run) if identity in runs else run
     return list(runs.values())
+
+
+def _join(before: JsonObject, run: JsonObject) -> JsonObject:
+    for name in before["tasks"].keys() & run["tasks"].keys():
+        splits = [r["tasks"][name].get("split") for r in (before, run)]
+        if None not in splits and splits[0] != splits[1]:
+            raise InputError(
+                f"{run['name']}: expected one split of {name!r}, got results on {splits[0]!r} and"
+                f" {splits[1]!r}: pass one of them"
+            )
+    tasks = {**before["tasks"], **run["tasks"]}
+    joined = {**run, "tasks": tasks, **summarize(tasks)}
+    # Each evaluation records those of its own datasets.
+    trained = [known for r in (before, run) if (known := r.get("trained_datasets")) is not None]
+    joined["trained_datasets"] = sorted(set().union(*trained)) if len(trained) == 2 else None
+    return joined
 
 
 def load_predictions(

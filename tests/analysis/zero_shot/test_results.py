@@ -94,12 +94,30 @@ def test_results_that_are_not_recomputed_are_not_overwritten(tmp_path, monkeypat
             results.check_overwrites(tmp_path, ["run"], ["a"])
 
 
-def test_merge_keeps_the_last_of_equal_runs():
-    old = [{"name": "base"}, {"name": "mov", "checkpoint": "runs/mov", "step": 3, "average": 1}]
-    new = [{"name": "mov", "checkpoint": "runs/mov", "step": 3, "average": 2}]
-    assert results.merge_runs([{"runs": old}, {"runs": new}]) == [old[0], new[0]]
-    few = new[0] | {"shots": 3, "shots_seed": 0}
-    assert results.merge_runs([{"runs": new}, {"runs": [few]}]) == [new[0], few]
+def test_merge_joins_the_tasks_of_a_run():
+    def result(shots=0, trained=None, **correct):
+        tasks = {
+            name: results.task_result([True] * count + [False] * (4 - count), [0.5], name, "", [])
+            for name, count in correct.items()
+        }
+        run = {"name": "mov", "checkpoint": "runs/mov", "step": 3, "shots": shots}
+        known = {} if trained is None else {"trained_datasets": trained}
+        return {"runs": [run | known | {"tasks": tasks} | results.summarize(tasks)]}
+
+    (run,) = results.merge_runs([result(a=1, b=2, trained=["a"]), result(b=3, c=4, trained=["c"])])
+    assert {name: task["accuracy"] for name, task in run["tasks"].items()} == {
+        **{"a": 0.25, "b": 0.75, "c": 1.0}
+    }
+    assert run["average"]["mean"] == pytest.approx(2 / 3) and len(run["datasets"]) == 3
+    assert run["trained_datasets"] == ["a", "c"]
+    (run,) = results.merge_runs([result(a=1), result(b=3, trained=["b"])])
+    assert run["trained_datasets"] is None, "unknown of the first"
+    other = result(a=1)
+    other["runs"][0]["tasks"]["a"]["split"] = "val"
+    with pytest.raises(InputError, match="mov: expected one split of 'a', got results on '' and "):
+        results.merge_runs([result(a=1), other])
+    few = result(shots=3, a=1)
+    assert results.merge_runs([result(a=1), few]) == [*result(a=1)["runs"], *few["runs"]]
 
 
 @pytest.mark.parametrize(
