@@ -235,24 +235,31 @@ class RunCheckpoints:
 
     @contextlib.contextmanager
     def _one_line_errors(self, step: int) -> Iterator[None]:
-        """Converts what Orbax raises in a save to an InputError that names the last checkpoint."""
+        """Converts what a save raises to an InputError that names the last checkpoint."""
         try:
             yield
         except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
             self._has_failed = True
+            if isinstance(error, jax.errors.JaxRuntimeError):  # a device, or another process, fails
+                raise
             saved = [str(each) for each in saved_steps(self._folder) if each != step]
             advice = (
                 f"resume from checkpoint_{saved[-1]}" if saved else "there is no checkpoint yet"
             )
             path = self._folder / f"checkpoint_{step}"
+            if jax.process_count() == 1:  # on a full disk, the next run needs the space
+                shutil.rmtree(f"{path}.orbax-checkpoint-tmp", ignore_errors=True)
             raise InputError(
                 f"{path} could not be saved: {_last_words(error)}: {advice}"
             ) from error
 
 
 def _last_words(error: Exception) -> str:
-    """Returns the end of a message's first line: tensorstore's starts with paths."""
-    line = re.sub(r"\s*\[os_error_code=.*?\]", "", first_line(error))
+    """Returns the end of a message's first line: tensorstore's starts with paths.
+
+    What it appends, as [os_error_code='28'], is left out.
+    """
+    line = re.split(r"\s*\[\w+='", first_line(error))[0]
     return line if len(line) < 120 else f"…{line[-120:]}"
 
 

@@ -29,7 +29,8 @@ def temporary_path(path: str | os.PathLike[str], overwrite: bool = False) -> Ite
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     _remove(temporary)
     try:
-        yield temporary
+        with file_io.named_errors(path):
+            yield temporary
         if path.is_dir() or temporary.is_dir():
             _remove(path)  # os.replace cannot replace a folder that is not empty
         temporary.replace(path)

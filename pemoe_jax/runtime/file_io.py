@@ -94,6 +94,17 @@ def remote_errors(path: epath.Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be reached: {first_line(error)}") from error
 
 
+@contextlib.contextmanager
+def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the path in errors of the operating system that have none, as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def url(folder: epath.Path) -> str:
     """Returns a folder's URL as tensorstore writes it: `file:///…/` or `gs://…/`.
 

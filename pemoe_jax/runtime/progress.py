@@ -39,7 +39,7 @@ class MetricWriter:
 
         file = model_dir / "metrics.jsonl"
         truncate_metrics(file, first_step)
-        self._file = file.open("a")
+        self._folder, self._file = model_dir, file.open("a")
         self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
 
     def write(
@@ -47,13 +47,15 @@ class MetricWriter:
     ) -> None:
         """Writes scalars; `texts` say in `metrics.jsonl` what they are of."""
         line = {"step": step, **scalars, **(texts or {})}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
-        self._tensorboard.write_scalars(step, scalars)
+        with file_io.named_errors(self._folder):
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
+            self._tensorboard.write_scalars(step, scalars)
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        with file_io.named_errors(self._folder):
+            self._file.close()
+            self._tensorboard.close()
 
 
 def truncate_metrics(file: Path, last_step: int) -> None:

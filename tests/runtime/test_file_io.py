@@ -31,6 +31,13 @@ def test_failed_writes_leave_nothing_behind(tmp_path):
         raise AssertionError
 
 
+def test_errors_of_a_full_disk_name_the_file(tmp_path):
+    path = tmp_path / "results.json"
+    with pytest.raises(OSError) as error, atomic_write.temporary_path(path):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(path) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0", 3])
 def test_names_outside_a_folder(tmp_path, name):
     with pytest.raises(InputError, match="expected names of files in its own folder"):
