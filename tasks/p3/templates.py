@@ -25,20 +25,23 @@ Unlike promptsource, an example is refused
 
 The filter `choice` draws by the example's index, so that an example always has the same prompt.
 promptsource itself is not used: it needs Python below 3.10 and a web framework.
-Templates run in jinja's sandbox, and YAML tags other than `!Template` and `!TemplateMetadata` are
-errors.
+Templates run in jinja's sandbox on a copy of the example, with limits (`_Budget`) and without the
+filters and methods whose output may be of any size. YAML tags other than `!Template` and
+`!TemplateMetadata` are errors.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import pathlib
 import random
 import re
 import threading
+import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,8 +107,10 @@ class Template:
                 # `{% if … %}{% set x = … %}{% endif %}{{x}}` declares x in one branch only
                 declared = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
                 names |= meta.find_undeclared_variables(tree) - declared
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
+        except Exception as error:  # also RecursionError, for thousands of parentheses
+            if not isinstance(error, jinja2.TemplateError | RecursionError | ValueError):
+                raise
+            raise TemplateError(f"{type(error).__name__}: {first_line(error):.300}") from None
         return names - {"answer_choices", *environment.globals}
 
     @functools.cached_property
@@ -126,7 +131,12 @@ class Template:
           UnlabeledError: the example has no label.
           TemplateError: jinja cannot render the template.
         """
-        fields = {key.replace("-", "_"): _hide_bars(value) for key, value in example.items()}
+        # Copied: a template may change a list (`x.append(y)`), which all templates share.
+        copies = {
+            key: copy.deepcopy(value) if isinstance(value, list | dict) else value
+            for key, value in example.items()
+        }
+        fields = {key.replace("-", "_"): _hide_bars(value) for key, value in copies.items()}
         if "answer_choices" in fields:
             raise TemplateError("the example has a field 'answer_choices', which templates use")
         for name in self._label_fields:
@@ -136,6 +146,7 @@ class Template:
             # one generator serves all threads, so drawing and rendering must not be interleaved
             with _random_lock:
                 _random.seed(index)
+                _budget.reset()
                 choices = None
                 if self.answer_choices is not None:
                     rendered = _compile(self.answer_choices).render(**fields)
@@ -148,7 +159,7 @@ class Template:
         except TemplateError:
             raise
         except Exception as error:  # jinja's, or whatever an expression in it does to the example
-            raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from None
+            raise TemplateError(f"{type(error).__name__}: {first_line(error):.300}") from None
         if _HIDDEN_NULL in rendered.partition(_BAR)[2]:
             raise UnlabeledError("its target prints None")
         rendered = rendered.replace(_HIDDEN_NULL, "None")
@@ -171,6 +182,136 @@ def _hide_bars(value: object) -> object:
 
 def _show_bars(text: str) -> str:
     return text.replace(_HIDDEN_BAR, _BAR)
+
+
+# --- limits
+
+_MAX_SIZE = 1_000_000  # characters and items of a value
+_MAX_PRINTED = 10_000_000  # characters
+_MAX_STEPS = 100_000  # of loops and macros
+_MAX_SECONDS = 60.0
+_MAX_BITS = 10_000  # of an integer
+# Of jinja's filters and str's methods, those whose output may be much larger than their input. None
+# is in promptsource's 2,085 templates.
+_UNBOUNDED_FILTERS = (
+    *("batch", "center", "indent", "pprint", "slice", "sum", "tojson", "urlize", "wordwrap"),
+    "xmlattr",
+)
+_UNBOUNDED_METHODS = ("center", "expandtabs", "ljust", "rjust", "translate", "zfill")
+_WIDE_FORMAT = re.compile(r"\d{4,}|[*{].*[*{]", re.DOTALL)
+
+
+class _Budget:
+    """What the rendering of an example may still use; rendering holds `_random_lock`."""
+
+    def reset(self) -> None:
+        self.steps, self.characters = _MAX_STEPS, _MAX_PRINTED
+        self.deadline = time.monotonic() + _MAX_SECONDS
+
+    def count_step(self) -> None:
+        self.steps -= 1
+        if self.steps < 0:
+            raise TemplateError(f"its loops take more than {_MAX_STEPS:,} steps")
+        if time.monotonic() > self.deadline:
+            raise TemplateError(f"it takes more than {_MAX_SECONDS:.0f} s")
+
+    def count_printed(self, size: int) -> None:
+        self.characters -= size
+        if self.characters < 0:
+            raise TemplateError(f"it prints more than {_MAX_PRINTED:,} characters")
+
+
+_budget = _Budget()
+_budget.reset()
+
+
+def _check_size(size: int) -> None:
+    if size > _MAX_SIZE:
+        raise TemplateError(f"a value has more than {_MAX_SIZE:,} characters or items")
+
+
+def _text_size(value: object) -> int:
+    """Returns about the number of characters of `str(value)`, which is not computed.
+
+    Raises:
+      TemplateError: the value is too large, such as lists of lists that repeat one list.
+    """
+    size, rest = 0, [value]
+    while rest:
+        item = rest.pop()
+        size += len(item) if isinstance(item, str) else 1
+        if isinstance(item, list | tuple):
+            rest += item
+        elif isinstance(item, dict):
+            rest += [*item.keys(), *item.values()]
+        _check_size(size + len(rest))
+    return size
+
+
+def _check_operands(operator: str, left: Any, right: Any) -> None:
+    """Raises TemplateError if the result of `+`, `*`, `**` or `%` would be too large."""
+    if isinstance(left, int) and isinstance(right, int):
+        bits = {
+            "**": left.bit_length() * max(right, 0),
+            "*": left.bit_length() + right.bit_length(),
+        }
+        if bits.get(operator, 0) > _MAX_BITS:
+            raise TemplateError(f"a number has more than {_MAX_BITS:,} bits")
+    elif operator == "%" and isinstance(left, str):
+        _check_format(left, (right,))
+    elif operator == "*":
+        for items, count in ((left, right), (right, left)):
+            if isinstance(items, str | list | tuple) and isinstance(count, int):
+                _check_size(len(items) * max(count, 0))
+    elif operator == "+" and isinstance(left, str | list | tuple):
+        _check_size(len(left) + (len(right) if isinstance(right, str | list | tuple) else 0))
+
+
+def _check_format(text: object, values: Iterable[object]) -> None:
+    """Raises TemplateError for widths of four digits, or that are fields themselves."""
+    text = str(text)
+    if any(_WIDE_FORMAT.search(match) for match in re.findall(r"%[^a-zA-Z%]*|{[^}]*", text)):
+        raise TemplateError(f"expected a format with widths below 1,000, got {text!r:.80}")
+    _check_size(len(text) + sum(map(_text_size, values)) * (text.count("%") + text.count("{")))
+
+
+def _format(text: object, *args: object, **kwargs: object) -> str:
+    from jinja2 import filters
+
+    _check_format(text, (*args, *kwargs.values()))
+    return filters.do_format(str(text), *args, **kwargs)
+
+
+def _replace(text: object, old: object, new: object, count: int | None = None) -> str:
+    text, old, new = str(_print(text)), str(_print(old)), str(_print(new))
+    _check_size(len(text) + text.count(old) * len(new))
+    return text.replace(old, new, -1 if count is None else count)
+
+
+def _join(
+    environment: jinja2.Environment, items: Any, separator: str = "", attribute: str | None = None
+) -> str:
+    from jinja2 import filters
+
+    if attribute is not None:
+        items = map(filters.make_attrgetter(environment, attribute), items)
+    texts, size = [], 0
+    for item in items:
+        size += _text_size(item) + len(separator)
+        _check_size(size)
+        texts.append(str(item))
+    return str(separator).join(texts)
+
+
+def _concat(items: Sequence[object]) -> str:
+    _check_size(sum(map(_text_size, items)))
+    return "".join(map(str, items))
+
+
+def _count_step(context: object, value: T) -> T:
+    del context  # with it, jinja does not evaluate the filter once at compile time
+    _budget.count_step()
+    return value
 
 
 # --- filters and globals of templates
@@ -212,6 +353,7 @@ def _print(value: Any) -> Any:
         raise TemplateError(f"expected a value to print, got the method {value.__name__!r}")
     if isinstance(value, bytes):
         raise TemplateError("expected a value to print, got bytes that are not UTF-8")
+    _budget.count_printed(_text_size(value))
     return _HIDDEN_NULL if _is_null(value) else value
 
 
@@ -308,8 +450,38 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
         def __len__(self) -> int:
             return len(self._read())
 
-    environment = sandbox.SandboxedEnvironment(undefined=MissingField, finalize=_print)
+    class Environment(sandbox.SandboxedEnvironment):
+        """A sandbox with limits."""
+
+        intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            _check_operands(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            if isinstance(obj, str) and attr in _UNBOUNDED_METHODS:
+                return False
+            return super().is_safe_attribute(obj, attr, value)
+
+        def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+            text = getattr(function, "__self__", None)
+            if isinstance(text, str):
+                method = function.__name__
+                if method == "replace" and all(isinstance(arg, str) for arg in args[:2]):
+                    _check_size(len(text) + text.count(args[0]) * len("".join(args[1:2])))
+                if method == "join" and args:
+                    args = ([*args[0]], *args[1:])  # an iterator can be read once
+                    _check_size(sum(_text_size(item) + len(text) for item in args[0]))
+                if method in ("format", "format_map"):
+                    _check_format(text, (*args, *kwargs.values()))
+            return super().call(context, function, *args, **kwargs)
+
+    environment = Environment(undefined=MissingField, finalize=_print)
     environment.globals.update(zip=zip, enumerate=enumerate)
+    del environment.globals["lipsum"]
+    for name in _UNBOUNDED_FILTERS:
+        del environment.filters[name]
     choice = jinja2.pass_context(_choice)
     environment.filters.update(
         choice=choice,
@@ -321,6 +493,11 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
         check_label_test=_check_label_test,
         string=lambda value: str(_print(value)),
         int=_to_int,
+        format=_format,
+        replace=_replace,
+        join=jinja2.pass_environment(_join),
+        concat=_concat,
+        count_step=jinja2.pass_context(_count_step),
     )
     return environment
 
@@ -363,6 +540,15 @@ def _compile(text: str) -> jinja2.Template:
             node, name, [*args], [], None, None, lineno=node.lineno, environment=environment
         )
 
+    def at(node: Any, place: nodes.Node) -> Any:
+        node.lineno, node.environment = place.lineno, environment
+        return node
+
+    def count_steps(node: Any) -> Any:
+        step = call_filter(at(nodes.Const(True), node), "count_step")
+        node.body.insert(0, at(nodes.ExprStmt(step), node))
+        return node
+
     class CheckItems(visitor.NodeTransformer):
         def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
             self.generic_visit(node)
@@ -373,6 +559,21 @@ def _compile(text: str) -> jinja2.Template:
             except nodes.Impossible:
                 return call_filter(node.node, "get_item", node.arg)
             return node
+
+        def visit_For(self, node: nodes.For) -> nodes.For:
+            self.generic_visit(node)
+            if node.test is not None:
+                step = call_filter(at(nodes.Const(True), node), "count_step")
+                node.test = at(nodes.And(step, node.test), node)
+            return count_steps(node)
+
+        def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
+            self.generic_visit(node)
+            return count_steps(node)
+
+        def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+            self.generic_visit(node)
+            return call_filter(at(nodes.List(node.nodes), node), "concat")
 
         def visit_Call(self, node: nodes.Call) -> nodes.Expr:
             # x.get(key) would be None for a missing key

@@ -143,6 +143,98 @@ def test_what_cannot_be_rendered(jinja, why):
         apply(jinja)
 
 
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'a' * (10**9 * 20)",
+        "([1] * 10**9) | length",
+        "(10**9) ** (10**9)",
+        "lipsum(n=10**7) | length",
+        "premise | indent(10**9)",
+        "premise | center(10**9)",
+        "premise.ljust(10**9)",
+        "premise.zfill(10**9) | length",
+        "'\t'.expandtabs(10**9)",
+        "names | slice(10**8) | list",
+        "'%1000000000d' | format(1)",
+        "'%1000000000d' % 1",
+        "'%*d' | format(10**9, 1)",
+        "'{:1000000000d}'.format(1)",
+        "'{:{}d}'.format(1, 10**9)",
+        "('a' * 10000) | replace('a', 'b' * 100000)",
+        "('a' * 10000).replace('a', 'b' * 100000)",
+        "(['a' * 10000] * 10000) | join",
+        "''.join(['a' * 10000] * 10000)",
+        "[[[1] * 1000] * 1000] * 1000",
+        "('a' * 600000) ~ ('a' * 600000)",
+        "('a' * 600000) + ('a' * 600000)",
+        "(" * 5000 + "1" + ")" * 5000,
+        "1" + " + 1" * 20_000,
+        "9" * 5000,
+    ],
+)
+def test_expressions_of_any_size_are_refused(expression):
+    with pytest.raises(TemplateError) as error:
+        apply(f"{{{{ ({expression}) }}}} ||| a")
+    assert len(str(error.value)) < 600
+    assert "TypeError" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("jinja", "why"),
+    [
+        (
+            "{% set ns = namespace(x='a') %}{% for i in range(40) %}"
+            "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "characters or items",
+        ),
+        (
+            "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}"
+            "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+            "characters or items",
+        ),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "100,000 steps",
+        ),
+        (
+            "{% for i in range(9999) %}{% for j in range(9999) if j < 0 %}{% endfor %}{% endfor %}",
+            "100,000 steps",
+        ),
+        ("{% macro a(n) %}{{ a(n) }}{% endmacro %}{{ a(1) }}", "RecursionError"),
+        ("{% for i in range(99999) %}{{ ('a' * 2000) }}{% endfor %}", "10,000,000 characters"),
+        ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "RecursionError"),
+    ],
+)
+def test_templates_of_any_size_are_refused(jinja, why):
+    with pytest.raises(TemplateError, match=why):
+        apply(f"{jinja} ||| a")
+
+
+def test_fields_of_deeply_nested_templates():
+    with pytest.raises(TemplateError, match="RecursionError"):
+        _ = Template("x", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", None).fields
+
+
+def test_methods_of_text_in_loops():
+    jinja = (
+        "{% for name in names %}{{ name.replace('a', '-') }}{{ '+'.join([name, name]) }}"
+        "{{ '{}'.format(name) }}{% endfor %} ||| x"
+    )
+    prompt = Template("x", jinja, None).apply({"names": ["ab", "b"]})
+    assert prompt is not None and prompt.inputs == "-bab+ababbb+bb"
+
+
+def test_templates_do_not_change_their_example():
+    example = {"names": ["a"], "inner": {"b": 1}}
+    jinja = (
+        "{{ names.append('c') }}{{ inner.update({'b': 2}) }}{{ names | join('~') ~ inner.b }}|||x"
+    )
+    prompt = Template("x", jinja, None).apply(example)
+    assert prompt is not None and prompt.inputs == "NoneNonea~c2"
+    assert example == {"names": ["a"], "inner": {"b": 1}}
+
+
 @pytest.mark.parametrize("value", [-1, -1.0, "-1", "", None, float("nan")])
 def test_examples_without_a_label(value):
     for jinja in (
