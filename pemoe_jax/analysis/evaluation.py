@@ -94,7 +94,7 @@ def open_evaluation(
     task_names = find_tasks(data.name)
     folder = distributed.output_folder(output)
     folder_lock.hold(folder, "EVAL_OUTPUT_DIR")
-    if results_lib.check_overwrites(output, paths, task_names, shots_id):
+    if results_lib.check_overwrites(output, paths, task_names, shots_id, task_roles.eval_splits):
         print(f"replacing the results in {output}", flush=True)
     return Evaluation(
         folder=folder,

@@ -17,8 +17,9 @@ several are merged. Tasks of a run (equal name, checkpoint, step and shots)
 that were evaluated apart are joined; of a task the last result counts. Runs
 that differ only in the seed are one row: the mean over seeds ± the standard
 deviation. A run with other shots (SHOTS=5) keeps its row, and has columns of
-its own for them. The last table has what a run costs: parameters, those that a token uses, FLOPs of a token, and the step time of
-its training, with the device that it was measured on.
+its own for them. The last table has what a run costs: parameters, those that
+a token uses, FLOPs of a token, and the step time of its training, with the
+device that it was measured on.
 """
 
 _EPILOG = """\

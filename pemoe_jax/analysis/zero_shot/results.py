@@ -130,6 +130,7 @@ def check_overwrites(
     checkpoints: Collection[str],
     tasks: Collection[str] | None = None,
     shots: Shots = NO_SHOTS,
+    splits: Mapping[str, str] | None = None,
 ) -> bool:
     """Checks that an evaluation recomputes every result that it overwrites in `folder`.
 
@@ -140,13 +141,14 @@ def check_overwrites(
       checkpoints: paths of the models to evaluate.
       tasks: names of the tasks to evaluate; None: not known yet.
       shots: `shots_of` the evaluation.
+      splits: task, without `_score_eval` -> the split to evaluate, as far as known.
 
     Returns:
       Whether the folder has results.
 
     Raises:
-      InputError: results of another checkpoint, task or shots would be lost, or the results.json
-        is not one of `pemoe evaluate` or `pemoe infer`.
+      InputError: results of another checkpoint, task, split or shots would be lost, or the
+        results.json is not one of `pemoe evaluate` or `pemoe infer`.
     """
     file = folder / RESULTS
     if not file.exists():
@@ -155,8 +157,9 @@ def check_overwrites(
     try:
         runs = file_io.parse_json(file.read_text())["runs"]
         existing = [(os.fspath(run["checkpoint"]), task) for run in runs for task in run["tasks"]]
+        existing_splits = [(t, run["tasks"][t].get("split")) for run in runs for t in run["tasks"]]
         other_shots = [existing_shots for run in runs if (existing_shots := shots_of(run)) != shots]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{file}: expected the results of an evaluation, got another file: {advice}"
         ) from error
@@ -165,6 +168,13 @@ def check_overwrites(
             f"{folder}: results with {_describe_shots(other_shots[0])} would be lost, got"
             f" {_describe_shots(shots)}: {advice}"
         )
+    for task, split in existing_splits:
+        current = (splits or {}).get(task.removesuffix("_score_eval"), split)
+        if split not in (None, current):
+            raise InputError(
+                f"{folder}: results of {task} on its split {split!r} would be lost, got"
+                f" {current!r}: {advice}"
+            )
     recomputed = {_absolute(path) for path in checkpoints}
     lost = [
         (path, task)

@@ -81,6 +81,14 @@ def test_results_that_are_not_recomputed_are_not_overwritten(tmp_path, monkeypat
         InputError, match="with SHOTS=0 would be lost, got SHOTS=3 and SHOTS_SEED=1"
     ):
         results.check_overwrites(tmp_path, ["run", "base"], ["a", "b"], shots=(3, 1))
+    runs[0]["tasks"] = {"a_score_eval": {"split": "test"}}
+    (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
+    tasks = ["a", "a_score_eval"]
+    for splits in ({}, {"a": "test"}):
+        assert results.check_overwrites(tmp_path, ["run", "base"], tasks, splits=splits)
+    with pytest.raises(InputError, match="a_score_eval on its split 'test' would be lost, got 'va"):
+        results.check_overwrites(tmp_path, ["run", "base"], tasks, splits={"a": "val"})
+    runs[0]["tasks"] = {"a": {}, "b": {}}
     few = [run | {"shots": 3, "shots_seed": 1} for run in runs]
     (tmp_path / "results.json").write_text(json.dumps({"runs": few}))
     assert results.check_overwrites(tmp_path, ["run", "base"], ["a", "b"], shots=(3, 1))
