@@ -1,7 +1,9 @@
-"""Tables of text, printed on the terminal or as Markdown."""
+"""Tables of text, printed on the terminal, as Markdown or as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -34,6 +36,29 @@ class Table:
     footer: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     num_text: int = 1
+
+
+def to_csv(lines: Iterable[Iterable[object]]) -> str:
+    """Returns lines of cells as CSV.
+
+    Text that a spreadsheet would run as a formula begins with an apostrophe: names of runs and
+    tasks may be those of other people.
+    """
+    text = io.StringIO()
+    # csv ends lines with \r\n by default, which shell tools take for a part of the last field.
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows(map(_escape_formula, line) for line in lines)
+    return text.getvalue()
+
+
+def _escape_formula(cell: object) -> object:
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("=", "+", "-", "@")):
+        return cell
+    try:
+        float(cell)  # a number that is formatted
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def to_markdown(tables: Sequence[Table]) -> str:

@@ -1,4 +1,7 @@
-"""Tables as Markdown, and shares in %."""
+"""Tables as Markdown and CSV, and shares in %."""
+
+import csv
+import io
 
 import pytest
 
@@ -38,3 +41,24 @@ def test_notes_follow_the_tables_once():
 )  # fmt: skip
 def test_format_share(part, whole, text):
     assert tables.format_share(part, whole) == text
+
+
+def test_csv_has_no_formulas():
+    """A spreadsheet runs text that begins with one of these signs; numbers stay numbers."""
+    cells = [
+        "=1+1",
+        "@SUM(1)",
+        "+a",
+        "-a",
+        " =1",
+        "\t=1",
+        "-0.5",
+        "+1e-3",
+        -0.5,
+        None,
+        "a=b",
+        "a,b",
+    ]
+    lines = list(csv.reader(io.StringIO(tables.to_csv([cells]))))
+    escaped = [f"'{text}" for text in texts]
+    assert lines == [[*escaped, "-0.5", "+1e-3", "-0.5", "", "a=b", "a,b"]]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 
@@ -12,7 +10,7 @@ import numpy as np
 
 from pemoe_jax.analysis.routing import metrics, probe
 from pemoe_jax.analysis.routing.metrics import ProbeResult
-from pemoe_jax.analysis.tables import MISSING, Table
+from pemoe_jax.analysis.tables import MISSING, Table, to_csv
 from pemoe_jax.core import routing
 
 _SEEN = {True: "trained on", False: "held out", None: MISSING}
@@ -229,7 +227,7 @@ def distributions_csv(results: Sequence[ProbeResult]) -> str:
                 seen = "" if task.seen is None else int(task.seen)
                 key = [result.run["name"], site, task.name, task.dataset, seen]
                 lines += [[*key, expert, f"{value:.6g}"] for expert, value in enumerate(row, 1)]
-    return _to_csv(lines)
+    return to_csv(lines)
 
 
 def loads_csv(results: Sequence[ProbeResult]) -> str:
@@ -245,7 +243,7 @@ def loads_csv(results: Sequence[ProbeResult]) -> str:
                 key = [result.run["name"], site, task.name, task.dataset, seen]
                 counts = zip(assigned, assigned - placed, strict=True)
                 lines += [[*key, e, *map(int, count)] for e, count in enumerate(counts, 1)]
-    return _to_csv(lines)
+    return to_csv(lines)
 
 
 def distances_csv(results: Sequence[ProbeResult]) -> str:
@@ -258,14 +256,7 @@ def distances_csv(results: Sequence[ProbeResult]) -> str:
             for i in range(len(names))
             for j in range(i + 1, len(names))
         ]
-    return _to_csv(lines)
-
-
-def _to_csv(lines: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    # csv ends lines with \r\n by default, which shell tools take for a part of the last field.
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()
+    return to_csv(lines)
 
 
 def to_json(results: Sequence[ProbeResult]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -100,14 +98,11 @@ def to_csv(table: PaperTable) -> str:
     """
     keys = [key for shots in table.shots for key in _keys_of(table, shots)]
     records = [_csv_record(row, keys) for row in table.rows]
-    text = io.StringIO()
-    # The csv module ends lines in \r\n by default.
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(name for name, _ in records[0])
+    lines: list[list[object]] = [[name for name, _ in records[0]]]
     for record in records:
         # Without int(), True would be written as text; None is written as an empty cell.
-        writer.writerow(int(v) if isinstance(v, bool) else _rounded(v) for _, v in record)
-    return text.getvalue()
+        lines.append([int(v) if isinstance(v, bool) else _rounded(v) for _, v in record])
+    return tables.to_csv(lines)
 
 
 def to_json(table: PaperTable) -> str:
