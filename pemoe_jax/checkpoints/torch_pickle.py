@@ -18,6 +18,7 @@ import math
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -111,8 +112,15 @@ class _Archive:
         return offset + 30 + name_size + extra_size
 
     def read(self, name: str) -> bytes:
-        offset = self.data_offset(name)
-        return file_io.read_range(self.path, offset, self.entry(name).file_size).tobytes()
+        """Returns a small entry; the checksums of storages, read in slices, are not looked at."""
+        offset, entry = self.data_offset(name), self.entry(name)
+        data = file_io.read_range(self.path, offset, entry.file_size).tobytes()
+        if zlib.crc32(data) != entry.CRC:
+            raise InputError(
+                f"{self.path}: {name!r:.80}: damaged: its checksum is wrong (or it was saved with"
+                " torch.serialization.set_crc32_options(False))"
+            )
+        return data
 
 
 def _open_archive(path: epath.Path) -> _Archive:

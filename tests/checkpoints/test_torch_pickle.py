@@ -351,6 +351,15 @@ def test_invalid_sizes(name, tmp_path):
     )
 
 
+def test_a_damaged_pickle_is_not_read(tmp_path):
+    """A flipped bit in a name or an offset would be a pickle of other tensors."""
+    path = write(tmp_path / "a.bin", state(tensor()))
+    data = path.read_bytes()
+    position = data.index(PROTOCOL + state(tensor())[:1]) + len(PROTOCOL)
+    path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+    check_refused(path, "'data.pkl': damaged: its checksum is wrong")
+
+
 def test_strides_and_axes_differ_in_number(tmp_path):
     check_refused(write(tmp_path / "a.bin", state(tensor((3, 4), (4,)))), "not a pickle of tensors")
 
