@@ -13,7 +13,7 @@ from flax import linen as nn
 from pemoe_jax.core import attention, layers, stacks
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.adapters import Adapters
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.core.experts import SparseMlpBlock
 from pemoe_jax.core.params import Params, ParamSpec, PyTree
 from pemoe_jax.core.routing import TokenInfo
@@ -76,8 +76,8 @@ class T5Config:
             raise InputError(f"T5Config.dtype must be float32 or bfloat16, got {self.dtype!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise InputError(f"T5Config.{field.name} must be at least 1, got {value}")
+            if field.type is int or (field.name == "sentence_dim" and value is not None):
+                check_integer(f"T5Config.{field.name}", value)
         if not 0.0 <= self.dropout_rate < 1.0:
             raise InputError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}")
         for name, value in (

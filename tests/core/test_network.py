@@ -391,3 +391,18 @@ def test_wrong_configuration(field, value, message):
 def test_config_round_trip():
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     assert network.T5Config(**config.as_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab_size", 1.5),
+        ("num_heads", True),
+        ("emb_dim", "8"),
+        ("sentence_dim", "8"),
+        ("mlp_dim", 0),
+    ],
+)
+def test_dimensions_are_positive_integers(field, value):
+    with pytest.raises(InputError, match=f"T5Config.{field} must be a positive integer, got"):
+        network.T5Config(**{field: value})
