@@ -10,7 +10,7 @@ from test_train import assert_ends_alike, data_flags, train_flags
 from test_train import folder as folder  # the fixture
 
 from pemoe_jax import evaluate, infer, train
-from pemoe_jax.checkpoints import base_model, models
+from pemoe_jax.checkpoints import base_model, models, new_run
 from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
@@ -103,7 +103,7 @@ def switch(tmp_path_factory) -> str:
 )
 def test_another_routing_than_that_of_a_base_is_a_warning(switch, capsys, sparse, expected):
     model = sparse_model(sparse)
-    assert train._with_base_dimensions(model, switch) == model
+    assert new_run.take_base_dimensions(model, switch) == model
     settings, _, flags = expected.partition("|")
     warning = (
         f"WARNING: {switch} was trained with {settings}: to start as its function, pass {flags}\n"
@@ -115,19 +115,19 @@ def test_noise_without_a_dense_base(switch):
     """It would have no effect."""
     for model, path in ((sparse_model(Sparse(4)), switch), (sparse_model(Sparse(4)), None)):
         with pytest.raises(InputError, match=r"UPCYCLE_NOISE must be 0.0 unless .*, got 0.1$"):
-            train._with_base_dimensions(model, path, 0.1)
+            new_run.take_base_dimensions(model, path, 0.1)
 
 
 def test_sparse_step_divides_the_layers_of_the_base(switch):
     """Not those of the model file, which the base's replace."""
     model = sparse_model(Sparse(4), num_encoder_layers=3)
-    network.param_shapes(train._with_base_dimensions(model, switch))
+    network.param_shapes(new_run.take_base_dimensions(model, switch))
 
 
 def test_a_sparse_base_for_a_dense_model(switch):
     """Refused for training; sentence embeddings are those of its encoder as it is."""
     dense = sparse_model(None)
     with pytest.raises(InputError, match=r"has 4 experts in one of every 2 blocks: pass a method"):
-        train._with_base_dimensions(dense, switch)
+        new_run.take_base_dimensions(dense, switch)
     encoder = encoders.resolve_encoder(encoders.mean_pooled(dense, switch))
     assert encoder.model.sparse == Sparse(4)

@@ -19,7 +19,7 @@ from jsonl_folder import write_folder, write_vocabulary
 
 from pemoe_jax import evaluate, train
 from pemoe_jax.checkpoints import base_model as base_lib
-from pemoe_jax.checkpoints import models, runs
+from pemoe_jax.checkpoints import models, new_run, runs
 from pemoe_jax.core import network, optim
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.data import feed, packing
@@ -550,12 +550,12 @@ def test_wrong_input_is_one_line(folder, tmp_path, capsys, macros, message):
 def test_dimensions_are_those_of_the_base(folder, capsys):
     """As in evaluation: the model file may be of any size, and the base may have padding rows."""
     small = network.Transformer(config=network.T5Config(dtype="bfloat16", dropout_rate=0.1))
-    model = train._with_base_dimensions(small, str(folder / "base.safetensors"))
+    model = new_run.take_base_dimensions(small, str(folder / "base.safetensors"))
     expected = {**CONFIG.as_dict(), "dtype": "bfloat16", "dropout_rate": 0.1}
     assert model.config.as_dict() == expected
     assert f"emb_dim {CONFIG.emb_dim} (model file: 512), " in capsys.readouterr().out
-    assert train._with_base_dimensions(small, None) is small
-    assert train._with_base_dimensions(model, str(folder / "base.safetensors")) == model
+    assert new_run.take_base_dimensions(small, None) is small
+    assert new_run.take_base_dimensions(model, str(folder / "base.safetensors")) == model
     assert capsys.readouterr().out == ""
 
 

@@ -248,7 +248,7 @@ def _check_macro_names(
 
 
 def _check_has_effect(bindings: Sequence[str], in_files: Collection[str]) -> None:
-    """Raises InputError for a parameter of a function of ours that the run does not use.
+    """Raises InputError for a parameter of a function of the package that the run does not use.
 
     Such are the parameters of another optimizer or method, which gin would accept silently.
 

@@ -1,4 +1,4 @@
-"""config.json of transformers: what a model of ours needs it to say, and what it is written as."""
+"""config.json of transformers: checks one against a model, and writes one for a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -60,7 +60,7 @@ def read_activations(path: epath.Path, config: JsonObject, is_gated: bool) -> tu
     """Returns `T5Config.mlp_activations`; `is_gated` is whether the arrays are wi_0 and wi_1.
 
     Raises:
-      InputError: the activation is not one of ours, or contradicts the arrays.
+      InputError: the activation is unknown, or contradicts the arrays.
     """
     arrays = "wi_0 and wi_1" if is_gated else "one wi"
     if config["model_type"] == SWITCH:
