@@ -578,7 +578,8 @@ def test_what_settings_and_paths_show_is_said_before_tensorflow_is_imported(
     bad_index.write_text('{"a": {"dataset": 3}}')
     shutil.copytree(folder / "tasks" / "colour_1", tmp_path / "colour_1")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "results.json").write_text('{"runs": [{"checkpoint": "x", "tasks": [1]}]}')
+    results = {"runs": [{"checkpoint": "x", "tasks": {"a": {}}}]}
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
     mistakes = [
         ({"INITIAL_CHECKPOINT_PATH": "/nowhere"}, "base model /nowhere: no such file"),
         ({"TRAINABLE": "['x']"}, "TRAINABLE matched 0 of"),

@@ -159,7 +159,7 @@ def check_overwrites(
         existing = [(os.fspath(run["checkpoint"]), task) for run in runs for task in run["tasks"]]
         existing_splits = [(t, run["tasks"][t].get("split")) for run in runs for t in run["tasks"]]
         other_shots = [existing_shots for run in runs if (existing_shots := shots_of(run)) != shots]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{file}: expected the results of an evaluation, got another file: {advice}"
         ) from error
