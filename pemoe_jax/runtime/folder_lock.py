@@ -47,12 +47,13 @@ def hold(folder: Path, setting: str) -> int:
 
 
 def release_all() -> None:
-    """Releases the locks of this process; removes new folders that nothing was written to."""
+    """Releases the locks of this process; leaves nothing in folders that nothing was written to."""
     while _held:
         folder, (file, is_new) = _held.popitem()
-        if is_new and folder.is_dir() and [path.name for path in folder.iterdir()] == [_NAME]:
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == [_NAME]:
             (folder / _NAME).unlink()
-            folder.rmdir()
+            if is_new:
+                folder.rmdir()
         file.close()
 
 
