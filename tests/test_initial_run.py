@@ -163,7 +163,7 @@ def test_a_sparse_model_continues_with_the_frozen_parts_of_its_run(
     assert not runs.read_record(str(tmp_path / "all")).base["needed"]
     capsys.readouterr()
     assert run("experts", FREEZE="experts") == 1
-    assert "arrays that flan_st freezes, such as decoder/layers_1/mlp/expert/" in (
+    assert "frozen arrays of flan_st, such as decoder/layers_1/mlp/expert/" in (
         capsys.readouterr().err
     )
     assert run("eight", NUM_EXPERTS=8) == 1

@@ -25,7 +25,7 @@ from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.core.steps import TrainState
-from pemoe_jax.runtime import file_io
+from pemoe_jax.runtime import distributed, file_io
 from pemoe_jax.runtime.file_io import JsonObject
 
 
@@ -240,7 +240,10 @@ class RunCheckpoints:
             yield
         except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
             self._has_failed = True
-            if isinstance(error, jax.errors.JaxRuntimeError):  # a device, or another process, fails
+            # A device, or another process, fails.
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise
+            if jax.process_count() > 1 and distributed.peer_error_message(error):
                 raise
             saved = [str(each) for each in saved_steps(self._folder) if each != step]
             advice = (

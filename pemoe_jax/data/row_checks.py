@@ -78,7 +78,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     except ValueError as error:  # too deep, an integer of too many digits, a key that occurs twice
-        raise InputError(f"{path}: not JSON: {error}") from None
+        raise InputError(f"{path}: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{path}: expected an object, got {describe_value(fields)}")
     return fields

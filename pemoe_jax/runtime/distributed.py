@@ -159,7 +159,7 @@ def exit_on_error(error: BaseException) -> None:
     Prints one line if the error is about another process, else a stack trace.
     """
     if _is_initialized():
-        if message := _peer_error_message(error):
+        if message := peer_error_message(error):
             print(f"error: {_PEER_FAILED} ({message})", file=sys.stderr)
         else:
             traceback.print_exception(error)
@@ -172,7 +172,7 @@ def _is_initialized() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
-def _peer_error_message(error: BaseException) -> str | None:
+def peer_error_message(error: BaseException) -> str | None:
     """Returns XLA's message about another process, from the error or a cause; else None."""
     cause: BaseException | None = error
     while cause is not None:

@@ -64,7 +64,5 @@ def test_errors_that_report_other_processes(error, is_reported):
     wrapped.__cause__ = error
     expected = str(error).splitlines()[0] if is_reported else None
     assert (
-        distributed._peer_error_message(error)
-        == distributed._peer_error_message(wrapped)
-        == expected
+        distributed.peer_error_message(error) == distributed.peer_error_message(wrapped) == expected
     )

@@ -496,7 +496,7 @@ def test_missing_data(p3, tmp_path, forms, monkeypatch):
     assert "'test'" in one_line(error)
     with pytest.raises(InputError) as error:
         tasks.register(p3_dir=str(forms["parquet"]), jsonl_dir="x", vocab_path=str(VOCAB))
-    assert "got both" in one_line(error)
+    assert "expected one folder of tasks, got JSONL_DIR=" in one_line(error)
     with pytest.raises(InputError) as error:
         register(forms["parquet"], eval_tasks=["rte_*"])
     assert "EVAL_TASKS" in one_line(error)
