@@ -49,17 +49,7 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
     Raises:
       InputError: the line is not a JSON object in UTF-8.
     """
-    try:
-        fields = file_io.parse_json(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # too deep, an integer of too many digits, a key that occurs twice
-        raise InputError(f"{where}: not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{where}: expected an object, got {describe_value(fields)}")
-    return fields
+    return _parse_object(line, where, has_lines=False)
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -68,19 +58,22 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       InputError: the file is not an object of JSON in UTF-8.
     """
+    return _parse_object(path.read_bytes(), str(path), has_lines=True)
+
+
+def _parse_object(content: bytes, where: str, has_lines: bool) -> dict[str, Any]:
+    """Parses an object; `has_lines`: whether `where` is a file, whose line an error names."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        fields = file_io.parse_json(text, object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
-        ) from None
+        fields = file_io.parse_json(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+        raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        line = f":{error.lineno}" if has_lines else ""
+        raise InputError(f"{where}{line}: not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:  # too deep, an integer of too many digits, a key that occurs twice
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{where}: {'' if has_lines else 'not JSON: '}{error}") from None
     if not isinstance(fields, dict):
-        raise InputError(f"{path}: expected an object, got {describe_value(fields)}")
+        raise InputError(f"{where}: expected an object, got {describe_value(fields)}")
     return fields
 
 

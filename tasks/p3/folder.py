@@ -22,7 +22,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.data.row_reader import RowReader, Tokenizer
 from pemoe_jax.data.tfrecords import TFRecordReader
 from pemoe_jax.tasks import score_eval
-from pemoe_jax.tasks.p3 import published, raw_examples, templates
+from pemoe_jax.tasks.p3 import published, raw_examples, template_files, templates
 from pemoe_jax.tasks.p3.readers import ChoiceReader, PromptedReader, TemplateReader
 from pemoe_jax.tasks.p3.tables import find_splits, open_table
 
@@ -89,8 +89,8 @@ class Folder:
     @functools.cached_property
     def _template_files(self) -> dict[tuple[str, str], pathlib.Path]:
         inside = self.path / "templates"
-        files = templates.find_templates(self.path)
-        return files | (templates.find_templates(inside) if inside.is_dir() else {})
+        files = template_files.find_templates(self.path)
+        return files | (template_files.find_templates(inside) if inside.is_dir() else {})
 
     @functools.cache  # noqa: B019  a folder lives as long as the process
     def _templates_of(self, dataset: str, subset: str) -> dict[str, templates.Template]:
@@ -98,7 +98,7 @@ class Folder:
         if path is None:
             return {}
         try:
-            return templates.read_templates(path)
+            return template_files.read_templates(path)
         # the other datasets can still be read
         except InputError as error:
             self.unreadable[str(path)] = str(error)

@@ -1,8 +1,6 @@
-"""Reads promptsource's prompt templates (YAML) and applies them, safely for untrusted files.
+"""Applies promptsource's prompt templates to examples, safely for untrusted templates.
 
-A file `<dataset>[/<subset>]/templates.yaml` has under `templates` objects tagged `!Template`, with
-`name`, `jinja` and `answer_choices`; the rest is ignored (the roles of P3's tasks are in
-`tasks.csv`). A template is applied to an example as promptsource did when P3 was generated:
+A template is applied to an example as promptsource did when P3 was generated:
 
 - `jinja` is rendered with the example's fields and split at `|||` into input and target, both
   stripped. `answer_choices` is a template too, split at `|||` into choices, each stripped, which
@@ -25,9 +23,8 @@ Unlike promptsource, an example is refused
 
 The filter `choice` draws by the example's index, so that an example always has the same prompt.
 promptsource itself is not used: it needs Python below 3.10 and a web framework.
-Templates run in jinja's sandbox on a copy of the example, with limits (`_Budget`) and without the
-filters and methods whose output may be of any size. YAML tags other than `!Template` and
-`!TemplateMetadata` are errors.
+Templates run in jinja's sandbox on a copy of the example, with limits (`template_limits`) and
+without the filters and methods whose output may be of any size.
 """
 
 from __future__ import annotations
@@ -37,35 +34,28 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import pathlib
 import random
 import re
 import threading
-import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.core.errors import first_line
+from pemoe_jax.tasks.p3 import template_limits
+from pemoe_jax.tasks.p3.template_limits import TemplateError
 
 if TYPE_CHECKING:
     import jinja2.sandbox
-    import yaml
 
 T = TypeVar("T")
 H = TypeVar("H", bound=Hashable)
 
 MAX_CHARACTERS = 2048
-_MAX_YAML_DEPTH = 50  # a file of promptsource has 5
-_MAX_YAML_NODES = 1_000_000
 NO_LABEL = "<NO LABEL>"
 _BAR = "|||"
 _HIDDEN_BAR = "\ue000bar\ue001"  # private use characters, in place of ||| in an example's own text
 _HIDDEN_NULL = "\ue000null\ue001"  # in place of the None that a template prints
 _LABEL = re.compile("(^|_)labels?($|_)")  # names of fields that hold labels
-
-
-class TemplateError(Exception):
-    """A template cannot be rendered with an example."""
 
 
 class UnlabeledError(TemplateError):
@@ -146,7 +136,7 @@ class Template:
             # one generator serves all threads, so drawing and rendering must not be interleaved
             with _random_lock:
                 _random.seed(index)
-                _budget.reset()
+                template_limits.budget.reset()
                 choices = None
                 if self.answer_choices is not None:
                     rendered = _compile(self.answer_choices).render(**fields)
@@ -184,13 +174,8 @@ def _show_bars(text: str) -> str:
     return text.replace(_HIDDEN_BAR, _BAR)
 
 
-# --- limits
+# --- limits (those of sizes are in `template_limits`)
 
-_MAX_SIZE = 1_000_000  # characters and items of a value
-_MAX_PRINTED = 10_000_000  # characters
-_MAX_STEPS = 100_000  # of loops and macros
-_MAX_SECONDS = 60.0
-_MAX_BITS = 10_000  # of an integer
 # Of jinja's filters and str's methods, those whose output may be much larger than their input. None
 # is in promptsource's 2,085 templates.
 _UNBOUNDED_FILTERS = (
@@ -198,93 +183,18 @@ _UNBOUNDED_FILTERS = (
     "xmlattr",
 )
 _UNBOUNDED_METHODS = ("center", "expandtabs", "ljust", "rjust", "translate", "zfill")
-_WIDE_FORMAT = re.compile(r"\d{4,}|[*{].*[*{]", re.DOTALL)
-
-
-class _Budget:
-    """What the rendering of an example may still use; rendering holds `_random_lock`."""
-
-    def reset(self) -> None:
-        self.steps, self.characters = _MAX_STEPS, _MAX_PRINTED
-        self.deadline = time.monotonic() + _MAX_SECONDS
-
-    def count_step(self) -> None:
-        self.steps -= 1
-        if self.steps < 0:
-            raise TemplateError(f"its loops take more than {_MAX_STEPS:,} steps")
-        if time.monotonic() > self.deadline:
-            raise TemplateError(f"it takes more than {_MAX_SECONDS:.0f} s")
-
-    def count_printed(self, size: int) -> None:
-        self.characters -= size
-        if self.characters < 0:
-            raise TemplateError(f"it prints more than {_MAX_PRINTED:,} characters")
-
-
-_budget = _Budget()
-_budget.reset()
-
-
-def _check_size(size: int) -> None:
-    if size > _MAX_SIZE:
-        raise TemplateError(f"a value has more than {_MAX_SIZE:,} characters or items")
-
-
-def _text_size(value: object) -> int:
-    """Returns about the number of characters of `str(value)`, which is not computed.
-
-    Raises:
-      TemplateError: the value is too large, such as lists of lists that repeat one list.
-    """
-    size, rest = 0, [value]
-    while rest:
-        item = rest.pop()
-        size += len(item) if isinstance(item, str) else 1
-        if isinstance(item, list | tuple):
-            rest += item
-        elif isinstance(item, dict):
-            rest += [*item.keys(), *item.values()]
-        _check_size(size + len(rest))
-    return size
-
-
-def _check_operands(operator: str, left: Any, right: Any) -> None:
-    """Raises TemplateError if the result of `+`, `*`, `**` or `%` would be too large."""
-    if isinstance(left, int) and isinstance(right, int):
-        bits = {
-            "**": left.bit_length() * max(right, 0),
-            "*": left.bit_length() + right.bit_length(),
-        }
-        if bits.get(operator, 0) > _MAX_BITS:
-            raise TemplateError(f"a number has more than {_MAX_BITS:,} bits")
-    elif operator == "%" and isinstance(left, str):
-        _check_format(left, (right,))
-    elif operator == "*":
-        for items, count in ((left, right), (right, left)):
-            if isinstance(items, str | list | tuple) and isinstance(count, int):
-                _check_size(len(items) * max(count, 0))
-    elif operator == "+" and isinstance(left, str | list | tuple):
-        _check_size(len(left) + (len(right) if isinstance(right, str | list | tuple) else 0))
-
-
-def _check_format(text: object, values: Iterable[object]) -> None:
-    """Raises TemplateError for widths of four digits, or that are fields themselves."""
-    text = str(text)
-    if any(_WIDE_FORMAT.search(match) for match in re.findall(r"%[^a-zA-Z%]*|{[^}]*", text)):
-        raise TemplateError(f"expected a format with widths below 1,000, got {text!r:.80}")
-    _check_size(len(text) + sum(map(_text_size, values)) * (text.count("%") + text.count("{")))
 
 
 def _format(text: object, *args: object, **kwargs: object) -> str:
     from jinja2 import filters
 
-    _check_format(text, (*args, *kwargs.values()))
+    template_limits.check_format(text, (*args, *kwargs.values()))
     return filters.do_format(str(text), *args, **kwargs)
 
 
 def _replace(text: object, old: object, new: object, count: int | None = None) -> str:
     text, old, new = str(_print(text)), str(_print(old)), str(_print(new))
-    _check_size(len(text) + text.count(old) * len(new))
+    template_limits.check_size(len(text) + text.count(old) * len(new))
     return text.replace(old, new, -1 if count is None else count)
 
 
@@ -297,20 +207,20 @@ def _join(
         items = map(filters.make_attrgetter(environment, attribute), items)
     texts, size = [], 0
     for item in items:
-        size += _text_size(item) + len(separator)
-        _check_size(size)
+        size += template_limits.text_size(item) + len(separator)
+        template_limits.check_size(size)
         texts.append(str(item))
     return str(separator).join(texts)
 
 
 def _concat(items: Sequence[object]) -> str:
-    _check_size(sum(map(_text_size, items)))
+    template_limits.check_size(sum(map(template_limits.text_size, items)))
     return "".join(map(str, items))
 
 
 def _count_step(context: object, value: T) -> T:
     del context  # with it, jinja does not evaluate the filter once at compile time
-    _budget.count_step()
+    template_limits.budget.count_step()
     return value
 
 
@@ -353,7 +263,7 @@ def _print(value: Any) -> Any:
         raise TemplateError(f"expected a value to print, got the method {value.__name__!r}")
     if isinstance(value, bytes):
         raise TemplateError("expected a value to print, got bytes that are not UTF-8")
-    _budget.count_printed(_text_size(value))
+    template_limits.budget.count_printed(template_limits.text_size(value))
     return _HIDDEN_NULL if _is_null(value) else value
 
 
@@ -456,7 +366,7 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
         intercepted_binops = frozenset(("+", "*", "**", "%"))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_operands(operator, left, right)
+            template_limits.check_operands(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -469,12 +379,14 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
             if isinstance(text, str):
                 method = function.__name__
                 if method == "replace" and all(isinstance(arg, str) for arg in args[:2]):
-                    _check_size(len(text) + text.count(args[0]) * len("".join(args[1:2])))
+                    growth = text.count(args[0]) * len("".join(args[1:2]))
+                    template_limits.check_size(len(text) + growth)
                 if method == "join" and args:
                     args = ([*args[0]], *args[1:])  # an iterator can be read once
-                    _check_size(sum(_text_size(item) + len(text) for item in args[0]))
+                    sizes = [template_limits.text_size(item) + len(text) for item in args[0]]
+                    template_limits.check_size(sum(sizes))
                 if method in ("format", "format_map"):
-                    _check_format(text, (*args, *kwargs.values()))
+                    template_limits.check_format(text, (*args, *kwargs.values()))
             return super().call(context, function, *args, **kwargs)
 
     environment = Environment(undefined=MissingField, finalize=_print)
@@ -638,129 +550,3 @@ def _compile(text: str) -> jinja2.Template:
             compared[repr(operand)] += [value for value in constants if value is not None]
     tree = CheckComparisons().visit(tree)
     return environment.from_string(tree.set_environment(environment))
-
-
-# --- reading YAML
-
-
-def read_templates(path: pathlib.Path) -> dict[str, Template]:
-    """Reads the templates of a file.
-
-    Returns:
-      The templates by name.
-
-    Raises:
-      InputError: the file is not YAML of templates.
-    """
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        _check_yaml_size(path, text)
-        content = yaml.load(text, Loader=_loader())  # a SafeLoader
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        problem = error.problem or first_line(error)
-        raise InputError(f"{path}{line}: not YAML of templates: {problem}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML of templates: {first_line(error)}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    except InputError:
-        raise
-    except Exception as error:  # PyYAML's constructors raise any, such as for !!bool abc
-        problem = f"{type(error).__name__}: {first_line(error):.200}"
-        raise InputError(f"{path}: not YAML of templates: {problem}") from None
-    entries = content.get("templates") if isinstance(content, dict) else None
-    if not isinstance(entries, dict):
-        raise InputError(f"{path}: expected an object with 'templates', an object of !Template")
-    templates: dict[str, Template] = {}
-    for key, fields in entries.items():
-        template = _template(f"{path}: template {key!r:.80}", fields)
-        if template.name in templates:
-            raise InputError(f"{path}: two templates are named {template.name!r:.80}")
-        templates[template.name] = template
-    return templates
-
-
-def _check_yaml_size(path: pathlib.Path, text: str) -> None:
-    """Raises InputError for YAML that is nested too deeply or grows too much.
-
-    libyaml builds nodes recursively in C: 100,000 brackets end the process. Aliases of aliases
-    (`b: [*a, *a]`, `c: [*b, *b]`, …) take exponential time where they are merged or printed.
-    """
-    import yaml
-
-    sizes: dict[str, int] = {}  # anchor -> nodes, with those of its aliases
-    open_nodes: list[tuple[str | None, int]] = []  # anchor and number of nodes before
-    size = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        if isinstance(event, yaml.AliasEvent):
-            size += sizes.get(event.anchor, 1)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((event.anchor, size))
-            size += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_nodes.pop()
-            if anchor is not None:
-                sizes[anchor] = size - before
-        elif isinstance(event, yaml.ScalarEvent):
-            size += 1
-        if len(open_nodes) > _MAX_YAML_DEPTH or size > _MAX_YAML_NODES:
-            line = event.start_mark.line + 1
-            raise InputError(
-                f"{path}:{line}: not YAML of templates: expected at most {_MAX_YAML_DEPTH} nested"
-                f" objects and {_MAX_YAML_NODES:,} values, with those of aliases"
-            )
-
-
-def _template(where: str, fields: object) -> Template:
-    if not isinstance(fields, dict):
-        raise InputError(f"{where}: expected an object, got {fields!r:.40}")
-    for name, types in (("name", str), ("jinja", str), ("answer_choices", str | None)):
-        if not isinstance(fields.get(name), types):
-            raise InputError(f"{where}: {name!r} must be a string, got {fields.get(name)!r:.40}")
-    return Template(fields["name"], fields["jinja"], fields.get("answer_choices"))
-
-
-@functools.cache
-def _loader() -> type[yaml.SafeLoader]:
-    import yaml
-
-    base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # not every build has libyaml
-
-    def construct_mapping(
-        loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False
-    ) -> dict[Hashable, Any]:
-        if not isinstance(node, yaml.MappingNode):  # PyYAML checks it after `flatten_mapping`
-            problem = f"expected an object, got a {node.id}"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        # A key may override one that `<<` merges: only the mapping's own keys must differ.
-        key_nodes = [key for key, _ in node.value if key.value != "<<"]
-        mapping = base.construct_mapping(loader, node, deep=deep)
-        seen = set()
-        for key_node in key_nodes:  # PyYAML would keep the last of equal keys
-            key = loader.construct_object(key_node)
-            if key in seen:
-                problem = f"the key {key!r} occurs twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return mapping
-
-    attributes = {"construct_mapping": construct_mapping}
-    loader: type[yaml.SafeLoader] = type("TemplateLoader", (base,), attributes)
-    for tag in ("!Template", "!TemplateMetadata"):
-        loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
-    return loader
-
-
-def find_templates(folder: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
-    """Lists `<dataset>[/<subset>]/templates.yaml` by (dataset, subset or '')."""
-    files = {}
-    for path in sorted(folder.glob("*/templates.yaml")):
-        files[path.parent.name, ""] = path
-    for path in sorted(folder.glob("*/*/templates.yaml")):
-        files[path.parent.parent.name, path.parent.name] = path
-    return {key: path for key, path in files.items() if not key[0].startswith(".")}

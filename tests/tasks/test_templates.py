@@ -3,7 +3,7 @@
 import pytest
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.tasks.p3 import published, templates
+from pemoe_jax.tasks.p3 import published, template_files
 from pemoe_jax.tasks.p3.templates import Prompt, Template, TemplateError, UnlabeledError
 
 EXAMPLE = {
@@ -315,7 +315,7 @@ def yaml_bomb(form: str) -> str:
 def test_reading_yaml(tmp_path):
     path = tmp_path / "templates.yaml"
     path.write_text(YAML)
-    templates_by_name = templates.read_templates(path)
+    templates_by_name = template_files.read_templates(path)
     template = templates_by_name["what's it? (new)"]
     assert template.apply(EXAMPLE) == Prompt("Say It rains.", "No", ["Yes", "No"])
     assert templates_by_name["plain"].answer_choices is None
@@ -374,7 +374,7 @@ def test_what_is_wrong_in_yaml_is_named_in_one_line(tmp_path, text, message):
     path = tmp_path / "templates.yaml"
     path.write_text(text)
     with pytest.raises(InputError) as error:
-        templates.read_templates(path)
+        template_files.read_templates(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -385,7 +385,7 @@ def test_folders(tmp_path):
     for name in ("imdb", "super_glue/rte", "anli"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "templates.yaml").touch()
-    files = templates.find_templates(tmp_path)
+    files = template_files.find_templates(tmp_path)
     assert set(files) == {("imdb", ""), ("super_glue", "rte"), ("anli", "")}
 
 
