@@ -13,7 +13,6 @@ the answer in it (`extract_answer`) equals the target.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import pathlib
@@ -24,7 +23,7 @@ from typing import NamedTuple
 from pemoe_jax.core.errors import InputError, check_integer, plural
 from pemoe_jax.data import row_checks
 from pemoe_jax.tasks import metrics
-from pemoe_jax.tasks.benchmarks import Benchmark
+from pemoe_jax.tasks.benchmarks import Benchmark, check_file_names
 from pemoe_jax.tasks.task_roles import TaskRoles, abbreviate
 from pemoe_jax.tasks.vocabulary import load_vocabulary, locate_vocabulary
 
@@ -166,10 +165,7 @@ def find_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     files = {path.stem: path for path in (folder / "bbh").glob("[!.]*.json")}
     if not files:
         raise InputError(f"BBH_DIR {folder} must hold bbh/<task>.json, got none")
-    for name in sorted(set(files) - set(TASKS)):
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"{files[name]}: {name!r} is not a task of BBH{hint}")
+    check_file_names(files, TASKS, "a task of BBH")
     return {name: files[name] for name in TASKS if name in files}
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import difflib
+import pathlib
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+from pemoe_jax.core.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,3 +83,13 @@ def _mean(means: Mapping[str, float], members: list[str]) -> dict[str, Any]:
     values = [means[member] for member in members if member in means]
     mean = statistics.fmean(values) if values else None
     return {"mean": mean, "members": len(values), "of": len(members)}
+
+
+def check_file_names(
+    files: Mapping[str, pathlib.Path], names: Collection[str], description: str
+) -> None:
+    """Raises InputError for a file of none of the names, such as 'a subject of MMLU'."""
+    for name in sorted(set(files) - set(names)):
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"{files[name]}: {name!r} is not {description}{hint}")

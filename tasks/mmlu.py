@@ -9,7 +9,6 @@ the answer. `register` adds a task `mmlu_<subject>_score_eval` for each subject,
 from __future__ import annotations
 
 import csv
-import difflib
 import functools
 import os
 import pathlib
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 from pemoe_jax.core.errors import InputError, check_choice, check_integer, plural
 from pemoe_jax.tasks import score_eval
-from pemoe_jax.tasks.benchmarks import Benchmark
+from pemoe_jax.tasks.benchmarks import Benchmark, check_file_names
 from pemoe_jax.tasks.task_roles import TaskRoles, abbreviate
 from pemoe_jax.tasks.vocabulary import load_vocabulary, locate_vocabulary
 
@@ -126,10 +125,7 @@ def find_files(folder: pathlib.Path, split: str) -> dict[str, pathlib.Path]:
     files = {path.name.removesuffix(end): path for path in (folder / split).glob(f"[!.]*{end}")}
     if not files:
         raise InputError(f"MMLU_DIR {folder} must hold {split}/<subject>{end}, got none")
-    for subject in sorted(set(files) - set(AREAS)):
-        near = difflib.get_close_matches(subject, AREAS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"{files[subject]}: {subject!r} is not a subject of MMLU{hint}")
+    check_file_names(files, AREAS, "a subject of MMLU")
     return {subject: files[subject] for subject in AREAS if subject in files}
 
 
