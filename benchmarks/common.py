@@ -182,7 +182,15 @@ def describe_row(row: Mapping[str, Any]) -> str:
     lines = [title]
     for side in [row["ours"], *([row["peer"]] if "peer" in row else [])]:
         parts = [f"{side['seconds'] * 1e3:.4g} ms per step", f"fastest {side['fastest'] * 1e3:.4g}"]
-        for key in ("peak", "peak of steps", "before", "temporaries", "device peak"):
+        for key in (
+            "peak",
+            "peak of steps",
+            "before",
+            "temporaries",
+            "device peak",
+            "parameters",
+            "beyond",
+        ):
             if side.get(key) is not None:
                 parts.append(f"{key} {side[key] / machine.MEGABYTE:.0f} MB")
         if "tokens" in side:

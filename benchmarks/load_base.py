@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
@@ -166,7 +166,10 @@ def compare(folder: pathlib.Path, repeats: int, dtype: str) -> None:
             continue
         readers = ["ours", "library"] if has_library(name) else ["ours"]
         # Readers alternate, so that a slow minute of the machine slows both.
-        rounds = [[measure_in_process(r, path, dtype) for r in readers] for _ in range(repeats)]
+        rounds = [
+            [run_load(__file__, ["--load", r, str(path), "--dtype", dtype]) for r in readers]
+            for _ in range(repeats)
+        ]
         for reader, runs in zip(readers, zip(*rounds, strict=True), strict=True):
             seconds = statistics.median(run["seconds"] for run in runs)
             share = statistics.median(run["bytes"] for run in runs) / param_bytes
@@ -180,10 +183,9 @@ def has_library(name: str) -> bool:
     return name != "T5X legacy"
 
 
-def measure_in_process(reader: str, path: pathlib.Path, dtype: str) -> dict[str, float]:
-    """Runs `measure` in a process that has loaded nothing else."""
-    command = [sys.executable, __file__, "--load", reader, str(path), "--dtype", dtype]
-    process = subprocess.run(command, capture_output=True, text=True)
+def run_load(script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Runs a script with --load in a process that has loaded nothing else; returns its JSON."""
+    process = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     if process.returncode:
         raise SystemExit(process.stderr)
     return json.loads(process.stdout.splitlines()[-1])
