@@ -1,10 +1,11 @@
 """Commands of the package as child processes that end with their parent."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # On Linux the kernel kills the child when its parent dies, even by SIGKILL (PR_SET_PDEATHSIG = 1),
@@ -12,43 +13,60 @@ from pathlib import Path
 # `preexec_fn` could do the same but forks with JAX's threads running, which can deadlock.
 _CHILD = """\
 import ctypes, os, runpy, signal, sys
-parent, module, *flags = sys.argv[1:]
+parent, cores, module, *flags = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != int(parent):
         sys.exit(1)
+    if cores:  # XLA, TensorFlow and NumPy size their thread pools by it
+        os.sched_setaffinity(0, map(int, cores.split(",")))
 sys.argv = [module, *flags]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 
 
-def run_module(
-    module: str,
-    flags: Sequence[str],
-    log: Path,
-    lock: int,
-    on_tick: Callable[[], None] = lambda: None,
-) -> int:
-    """Runs `python -m module flags` to its end and appends its output to `log`.
+@contextlib.contextmanager
+def end_children() -> Iterator[list[subprocess.Popen]]:
+    """Yields a list for the children of `start_module`, all of which end with the block.
 
-    The first interrupt is passed to the child, which saves a checkpoint and ends; a second one
-    kills it.
+    The first interrupt is passed to the children, which save checkpoints and end; a second one
+    kills them.
+    """
+    children: list[subprocess.Popen] = []
+    try:
+        yield children
+    except KeyboardInterrupt:
+        message = "\nstopping after the runs have saved; interrupt again to stop at once"
+        print(message, file=sys.stderr, flush=True)
+        for child in children:
+            child.send_signal(signal.SIGINT)
+        for child in children:
+            child.wait()
+        raise
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def start_module(
+    module: str, flags: Sequence[str], log: Path, lock: int, cores: Sequence[int] = ()
+) -> subprocess.Popen:
+    """Starts `python -m module flags`, whose output is appended to `log`.
 
     Args:
       module: e.g. 'pemoe_jax.train'.
       flags: arguments of the module.
       log: output file; its folder is created.
       lock: file descriptor that the child inherits, see `folder_lock.hold`.
-      on_tick: called about once a second.
-
-    Returns:
-      The exit code; negative if a signal ended the child.
+      cores: CPUs that it may use (on Linux); empty: all.
     """
+    command = [sys.executable, "-c", _CHILD, str(os.getpid()), ",".join(map(str, cores)), module]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
-        child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(os.getpid()), module, *flags],
+        return subprocess.Popen(
+            [*command, *flags],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -56,22 +74,6 @@ def run_module(
             # A terminal interrupts its whole process group; the child must get the signal once.
             process_group=0,
         )
-        try:
-            while True:
-                try:
-                    return child.wait(timeout=1)
-                except subprocess.TimeoutExpired:
-                    on_tick()
-        except KeyboardInterrupt:
-            message = "\nstopping after the run has saved; interrupt again to stop at once"
-            print(message, file=sys.stderr, flush=True)
-            child.send_signal(signal.SIGINT)
-            child.wait()
-            raise
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
 
 
 def last_line(log: Path) -> str:
@@ -94,3 +96,12 @@ def describe_exit(code: int, log: Path) -> str:
         hint = ", often for lack of memory" if code == -signal.SIGKILL else ""
         return f"ended by {name}{hint}"
     return f"exit code {code}: {last_line(log)}"
+
+
+def split_cores(jobs: int) -> list[list[int]]:
+    """Returns the CPUs of each of `jobs` processes that run at the same time; empty lists: all."""
+    if jobs == 1 or not hasattr(os, "sched_getaffinity"):  # only on Linux
+        return [[] for _ in range(jobs)]
+    cores = sorted(os.sched_getaffinity(0))
+    # With more processes than cores, several share a core.
+    return [cores[job::jobs] or [cores[job % len(cores)]] for job in range(jobs)]

@@ -7,9 +7,10 @@ import shlex
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -70,6 +71,9 @@ for _flag, _metavar in (("--gin_file", "FILE"), ("--gin_bindings", "BINDING")):
     )
 for _flag in ("--gin_search_paths", "--seqio_additional_cache_dirs"):
     FLAGS.add_argument(_flag, default="", metavar="DIR,DIR", help="as for pemoe train")
+FLAGS.add_argument(
+    "--jobs", type=int, default=1, metavar="N", help="runs at the same time, which share the cores"
+)
 FLAGS.add_argument("--no_base", action="store_true", help="do not evaluate the base model")
 FLAGS.add_argument(
     "--stop_at_failure", action="store_true", help="do not continue with the other runs"
@@ -83,6 +87,7 @@ _MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_j
 _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _FROM = "--gin.FROM="
+_TICK = 0.1  # seconds between two looks at the running commands
 # INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
 _RESOLVE_BASE_CONFIG = """\
 from __gin__ import dynamic_registration
@@ -156,7 +161,7 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         lock = folder_lock.hold(Path(args.output), "--output")
-        failed = _run_all(runs, lock, args.stop_at_failure)
+        failed = _run_all(runs, lock, args.stop_at_failure, args.jobs)
         finished = [run for run in runs if _read_state(run)["evaluate"]]
         if finished:
             # In this process: another start of Python would take seconds.
@@ -190,6 +195,8 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
     file_io.resolve_output_folder(args.output, "--output")
     file_io.check_no_pattern(Path(args.output).absolute(), "--output")
     seeds = _parse_seeds(args.seeds)
+    if args.jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {args.jobs}")
     _check_not_swept([f"--gin.{binding}" for binding in [*bindings, *args.gin_bindings]])
     shared = [
         f"--{name}={getattr(args, name)}"
@@ -404,42 +411,96 @@ def _read_state(run: Run) -> State:
     return state
 
 
-def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool) -> list[str]:
-    """Runs what is unfinished and returns the names of the runs that failed."""
+def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool, jobs: int) -> list[str]:
+    """Runs what is unfinished, `jobs` runs at a time; returns the names of the runs that failed."""
     # Flushed after each line, because Python buffers what goes to a file.
     print(f"{len(runs)} runs, with their logs in {runs[0].folder.parent}/<run>/", flush=True)
-    failed: list[str] = []
     width = max(len(run.folder.name) for run in runs)
-    for number, run in enumerate(runs, 1):
-        prefix = f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.folder.name:<{width}}"
-        state = _read_state(run)
-        if state["evaluate"]:
-            print(f"{prefix}  already finished  {_score(run)}", flush=True)
-            continue
-        problem = _run_commands(run, state, lock, prefix)
-        if problem:
-            failed.append(run.folder.name)
-            print(f"{prefix}  FAILED {problem}", flush=True)
-            if stop_at_failure:
-                break
-            continue
-        words = [
-            f"{name} {progress.format_duration(state[name] or 0)}" for name, _ in run.commands()
-        ]
-        words.append(_score(run))
-        # Time left: the mean of the finished trainings. Evaluations of bases are much shorter.
-        states = [_read_state(r) for r in runs[:number] if r.train_flags]
-        seconds = [(s["train"] or 0) + s["evaluate"] for s in states if s["evaluate"]]
-        if seconds:
-            unfinished = sum(not _read_state(r)["evaluate"] for r in runs[number:])
-            left = progress.format_duration(statistics.mean(seconds) * unfinished)
-            words.append(f"left {left}")
-        print("  ".join([prefix, *words]), flush=True)
+    prefixes = {
+        run.folder: f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.folder.name:<{width}}"
+        for number, run in enumerate(runs, 1)
+    }
+    failed: list[str] = []
+    waiting = {run.folder: run for run in runs}
+    active: dict[Path, tuple[Run, Generator[str, None, str], list[int]]] = {}
+    free_cores = subprocesses.split_cores(jobs)
+    with subprocesses.end_children() as children:
+        while waiting or active:
+            for folder, run in list(waiting.items()):
+                if not free_cores or run.initial in {*waiting, *active}:
+                    continue
+                del waiting[folder]
+                state = _read_state(run)
+                if state["evaluate"]:
+                    print(f"{prefixes[folder]}  already finished  {_score(run)}", flush=True)
+                    continue
+                cores = free_cores.pop(0)
+                active[folder] = (run, _run_commands(run, state, lock, cores, children), cores)
+            statuses = []
+            for folder, (run, commands, cores) in list(active.items()):
+                try:
+                    statuses.append(f"{prefixes[folder]}  {next(commands)}")
+                    continue
+                except StopIteration as end:
+                    problem = end.value
+                del active[folder]
+                free_cores.append(cores)
+                if problem:
+                    failed.append(folder.name)
+                    waiting = {} if stop_at_failure else waiting
+                    line = f"FAILED {problem}"
+                else:
+                    line = _describe_end(run, runs, len(waiting) + len(active), jobs)
+                print(f"{prefixes[folder]}  {line}", flush=True)
+            _show(statuses)
     return failed
 
 
-def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
-    """Runs a run's unfinished commands and records them; returns the error, '' without one."""
+def _describe_end(run: Run, runs: Sequence[Run], unfinished: int, jobs: int) -> str:
+    """Returns the durations and the score of a run, and the time left for the unfinished ones."""
+    state = _read_state(run)
+    words = [f"{name} {progress.format_duration(state[name] or 0)}" for name, _ in run.commands()]
+    words.append(_score(run))
+    # Time left: the mean of the finished trainings. Evaluations of bases are much shorter.
+    states = [_read_state(other) for other in runs if other.train_flags]
+    seconds = [(s["train"] or 0) + s["evaluate"] for s in states if s["evaluate"]]
+    if seconds:
+        left = statistics.mean(seconds) * unfinished / jobs
+        words.append(f"left {progress.format_duration(left)}")
+    return "  ".join(words)
+
+
+def _show(statuses: Sequence[str]) -> None:
+    """Shows for a moment what runs, on a terminal, in a line that the next one replaces."""
+    show = sys.stdout.isatty() and statuses
+    if show:
+        # A line that is wrapped could not be replaced.
+        width = 100 // len(statuses) - 2
+        print("\r\x1b[K" + "  ".join(s[:width] for s in statuses), end="", flush=True)
+    try:
+        time.sleep(_TICK if statuses else 0)
+    finally:
+        if show:
+            print("\r\x1b[K", end="", flush=True)
+
+
+def _run_commands(
+    run: Run, state: State, lock: int, cores: Sequence[int], children: list[subprocess.Popen]
+) -> Generator[str, None, str]:
+    """Runs a run's unfinished commands and records them.
+
+    Args:
+      run, state: the run, and how far it is.
+      lock: file descriptor that the commands inherit.
+      cores: CPUs that they may use; empty: all.
+      children: list to which their processes are added.
+
+    Yields:
+      What is running, as often as it is asked.
+
+    Returns:
+      The error, '' without one.
+    """
     atomic_write.write_json(run.folder / "sweep.json", state)
     for name, flags in run.commands():
         if state[name]:
@@ -451,19 +512,11 @@ def _run_commands(run: Run, state: State, lock: int, prefix: str) -> str:
             shutil.rmtree(run.results, ignore_errors=True)
         log = run.folder / f"{name}.log"
         start = time.monotonic()
-
-        # On a terminal the last line of the log, in place.
-        def show(start: float = start, name: str = name, log: Path = log) -> None:
-            if sys.stdout.isatty():
-                duration = progress.format_duration(time.monotonic() - start)
-                line = f"{prefix}  {name} {duration}  {subprocesses.last_line(log)}"
-                print(f"\r\x1b[K{line[:100]}", end="", flush=True)
-
-        try:
-            code = subprocesses.run_module(_MODULES[name], flags, log, lock, show)
-        finally:
-            if sys.stdout.isatty():
-                print("\r\x1b[K", end="", flush=True)
+        child = subprocesses.start_module(_MODULES[name], flags, log, lock, cores)
+        children.append(child)
+        while (code := child.poll()) is None:
+            duration = progress.format_duration(time.monotonic() - start)
+            yield f"{name} {duration}  {subprocesses.last_line(log)}"
         if code:
             return f"in {name}, {subprocesses.describe_exit(code, log)} (log: {log})"
         # A training that SIGTERM ends has saved and exits with 0.

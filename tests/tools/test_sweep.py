@@ -18,7 +18,7 @@ from jsonl_folder import write_folder, write_vocabulary
 from pemoe_jax import evaluate, train
 from pemoe_jax.checkpoints import runs as checkpoints
 from pemoe_jax.runtime import folder_lock, gin_flags
-from pemoe_jax.tools import sweep
+from pemoe_jax.tools import subprocesses, sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=runs/finetune.gin"]
@@ -130,6 +130,7 @@ def test_arguments_from_a_file(tmp_path):
             ["methods/mov.gin", "--seeds=0;1"],
             "--seeds must be integers joined by commas, got '0;1'",
         ),
+        (["methods/mov.gin", "--jobs=0"], "--jobs must be at least 1, got 0"),
         (["methods/mov.gin", "--gin.SEED=3"], r"the sweep sets it from --seeds"),
         (["methods/mov.gin", "--gin.MODEL_DIR=x"], "MODEL_DIR: the sweep sets it$"),
         (["methods/mov.gin", "--evaluate=runs/infer.gin"], "expected a run file of evaluate"),
@@ -182,6 +183,8 @@ import json, os, pathlib, signal, sys, time
 flags = dict(flag.removeprefix("--gin.").split("=", 1) for flag in sys.argv[1:])
 folder = pathlib.Path(flags["MODEL_DIR"]); folder.mkdir(parents=True, exist_ok=True)
 progress = folder / "progress"
+cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+start = time.monotonic()
 if flags.get("NUM_EXPERTS") == "13":
     sys.exit("error: thirteen is too many")
 if os.environ.get("KILLED_RUN") == folder.name:
@@ -195,6 +198,7 @@ try:
         if os.environ.get("STOPPED_RUN") == folder.name:
             sys.exit(print("stopped by SIGTERM"))
     (folder / f"checkpoint_{flags['TRAIN_STEPS']}").mkdir(exist_ok=True)
+    (folder / "process.json").write_text(json.dumps([start, time.monotonic(), cores]))
 except KeyboardInterrupt:
     (folder / "saved").touch()
     sys.exit(130)
@@ -373,13 +377,38 @@ def test_interrupted_sweep_saves_and_resumes(
         with monkeypatch.context() as slow:
             slow.setenv("STAND_IN_PAUSE", "0.2")
             thread.start()
-            assert sweep.main(sweep_flags(output)) == 130
+            assert sweep.main(sweep_flags(output, "--jobs=2")) == 130
     finally:
         thread.join()
         signal.signal(signal.SIGINT, previous)
     assert "run the same command to continue" in capsys.readouterr().err
     assert (output / "mov-seed0" / "saved").exists()
+    assert all((file.parent / "saved").exists() for file in output.glob("mov-seed*/progress"))
     check_resumes(output, finished)
+
+
+def test_jobs_run_at_the_same_time(finished, stand_ins, monkeypatch, tmp_path, capsys):
+    """Each waits for the run that it starts from, and on Linux has cores of its own."""
+    monkeypatch.setenv("STAND_IN_PAUSE", "0.05")
+    output = tmp_path / "parallel"
+    _, *flags = sweep_flags(output, "--jobs=2", "--no_base")
+    assert sweep.main(["methods/mov.gin", "methods/mov.gin+FROM=mov", *flags]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " average " in line]
+    assert sorted(line[:5] for line in lines) == [f"[{number}/4]" for number in range(1, 5)]
+    names = [f"mov{start}-seed{seed}" for start in ("", "_FROM=mov") for seed in (0, 1)]
+    processes = [json.loads((output / name / "process.json").read_text()) for name in names]
+    starts, ends, cores = zip(*processes, strict=True)
+    assert max(starts[:2]) < min(ends[:2])
+    assert starts[2] > ends[0] and starts[3] > ends[1]
+    if sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1:
+        assert not set(cores[0]) & set(cores[1])
+
+
+def test_cores_are_split(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3}, raising=False)
+    assert subprocesses.split_cores(1) == [[]]
+    assert subprocesses.split_cores(2) == [[0, 3], [2]]
+    assert subprocesses.split_cores(4) == [[0], [2], [3], [0]]
 
 
 def test_killed_sweep_kills_its_training_and_resumes(finished, stand_ins, processes, tmp_path):
