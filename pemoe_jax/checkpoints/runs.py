@@ -3,6 +3,7 @@
 MODEL_DIR/checkpoint_<step>/state    Orbax: step, params (the trainable ones), opt_state
 MODEL_DIR/checkpoint_<step>/record   JSON: `Record`
 MODEL_DIR/checkpoint_<step>/feed     JSON: the position in the training data
+MODEL_DIR/checkpoint_<step>/checksums.json    CRC-32C of each file; missing in earlier versions
 """
 
 import contextlib
@@ -11,21 +12,23 @@ import functools
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from pemoe_jax import __version__
 from pemoe_jax.checkpoints import t5x, tensorstore_file
-from pemoe_jax.checkpoints.lazy_array import LazyArray
+from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.core.steps import TrainState
-from pemoe_jax.runtime import distributed, file_io
+from pemoe_jax.runtime import checksums, distributed, file_io
 from pemoe_jax.runtime.file_io import JsonObject
 
 
@@ -178,6 +181,11 @@ class RunCheckpoints:
           DamagedCheckpoint: it cannot be read.
           InputError: it is of an optimizer with another state.
         """
+        try:  # each process reads a part of the files
+            part = jax.process_index(), jax.process_count()
+            checksums.verify_checksums(self._folder / f"checkpoint_{step}", part)
+        except InputError as error:
+            raise DamagedCheckpoint(str(error)) from error
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:
@@ -228,9 +236,12 @@ class RunCheckpoints:
         (step, expected), self._pending = self._pending, None
         with self._one_line_errors(step):
             self._manager.wait_until_finished()
-            arrays = open_trained(str(self._folder / f"checkpoint_{step}"))[0]
+            checkpoint = self._folder / f"checkpoint_{step}"
+            arrays = open_trained(str(checkpoint))[0]
             if missing := expected - arrays.keys():
                 raise InputError(f"expected {len(expected)} arrays, {min(missing)} is missing")
+            if jax.process_index() == 0:
+                checksums.write_checksums(checkpoint)
         self.delete_older(step)
 
     @contextlib.contextmanager
@@ -419,10 +430,30 @@ def parse_record(values: JsonObject, source: str) -> Record:
 def open_trained(path: str) -> tuple[dict[str, LazyArray], Record, int]:
     """Opens a checkpoint, a run's newest, as (path -> array, the record, the step).
 
+    The first read of an array compares the checksums of the checkpoint's files.
+
     Raises:
       InputError: the checkpoint does not exist, or is unreadable.
     """
     folder, step = resolve(path)
     checkpoint = folder / f"checkpoint_{step}"  # resolved once: a run may save another meanwhile
     arrays = tensorstore_file.open_orbax(file_io.resolve(checkpoint / "state"), "params")
-    return arrays, read_record(str(checkpoint)), step
+    return _verify_on_read(arrays, checkpoint), read_record(str(checkpoint)), step
+
+
+def _verify_on_read(arrays: Mapping[str, LazyArray], checkpoint: Path) -> dict[str, LazyArray]:
+    """Returns arrays whose first read, of any of them, compares the checkpoint's checksums."""
+    lock, is_verified = threading.Lock(), False
+
+    def read_slice(array: LazyArray, index: Index) -> np.ndarray:
+        nonlocal is_verified
+        with lock:  # several threads read
+            if not is_verified:
+                checksums.verify_checksums(checkpoint)
+            is_verified = True
+        return array.read_slice(index)
+
+    return {
+        path: dataclasses.replace(array, read_slice=functools.partial(read_slice, array))
+        for path, array in arrays.items()
+    }

@@ -5,10 +5,11 @@ https://github.com/huggingface/safetensors#format
 """
 
 import collections
+import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ from etils import epath
 
 from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import file_io
+from pemoe_jax.runtime import checksums, file_io
+
+# Metadata of files that this package writes: the CRC-32C of each block of an array's bytes. Blocks,
+# because a process may read some rows only.
+CHECKSUMS_KEY = "crc32c"
+_BLOCK_BYTES = 1 << 24
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -61,7 +67,11 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
         header = file_io.parse_json(text, lambda pairs: _unique_keys(path, pairs))
         metadata = header.pop("__metadata__", {})
         data_start = 8 + header_bytes
-        arrays = {name: _parse_entry(path, name, e, data_start) for name, e in header.items()}
+        crcs = _parse_checksums(metadata)
+        arrays = {
+            name: _parse_entry(path, name, entry, data_start, crcs.get(name))
+            for name, entry in header.items()
+        }
         if not isinstance(metadata, dict) or not all(name.isprintable() for name in header):
             raise ValueError("metadata that is not an object, or an unprintable name")
         data_end = data_start + _check_contiguous(path, header)
@@ -118,7 +128,7 @@ def is_shape(sizes: object) -> bool:
 
 
 def _parse_entry(
-    path: epath.Path, name: str, entry: Mapping[str, Any], data_start: int
+    path: epath.Path, name: str, entry: Mapping[str, Any], data_start: int, crcs: str | None
 ) -> LazyArray:
     if entry["dtype"] not in _DTYPES:
         dtype_text = ascii(entry["dtype"]).strip("'")  # keeps the message on one line
@@ -137,37 +147,102 @@ def _parse_entry(
             f" got {end - begin:,} by the header"
         )
     offset = data_start + begin
-    return LazyArray(shape, dtype, lambda index: read_rows(path, offset, shape, dtype, index))
+    bounds = offset, offset + num_bytes
+    if crcs is not None and len(crcs) != 8 * -(-num_bytes // _BLOCK_BYTES):
+        raise ValueError(f"checksums of {name!r:.80} for another number of bytes")
+
+    def read(start: int, size: int) -> np.ndarray:
+        if crcs is None:
+            return file_io.read_range(path, start, size)
+        return _read_verified(path, name, bounds, crcs, start, size)
+
+    return LazyArray(shape, dtype, lambda index: read_rows(read, offset, shape, dtype, index))
+
+
+def _parse_checksums(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Returns name -> 8 hexadecimal digits for each block; {} for files of other programs."""
+    stored = file_io.parse_json(metadata.get(CHECKSUMS_KEY, "{}"))
+    if not stored:
+        return {}
+    if stored["block_bytes"] != _BLOCK_BYTES:
+        raise ValueError(f"checksums of blocks that have not {_BLOCK_BYTES:,} bytes")
+    if not all(isinstance(crcs, str) for crcs in stored["arrays"].values()):
+        raise ValueError("checksums that are not texts")
+    return dict(stored["arrays"])
+
+
+def _make_checksums(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns the metadata that `_parse_checksums` reads, of row-major arrays."""
+    crcs = {}
+    for name, array in arrays.items():
+        data = array.reshape(-1).view(np.uint8)
+        starts = range(0, data.size, _BLOCK_BYTES)
+        crcs[name] = "".join(f"{checksums.crc32c(data[i : i + _BLOCK_BYTES]):08x}" for i in starts)
+    return json.dumps({"block_bytes": _BLOCK_BYTES, "arrays": crcs})
+
+
+def _read_verified(
+    path: epath.Path, name: str, bounds: tuple[int, int], crcs: str, offset: int, size: int
+) -> np.ndarray:
+    """Reads a range of an array's bytes, with the checksums of the blocks that it is in.
+
+    Raises:
+      InputError: the file is truncated, or a checksum is wrong.
+    """
+    begin, end = bounds
+    first, last = (offset - begin) // _BLOCK_BYTES, -(-(offset + size - begin) // _BLOCK_BYTES)
+    start, stop = begin + first * _BLOCK_BYTES, min(end, begin + last * _BLOCK_BYTES)
+    data = file_io.read_range(path, start, stop - start)
+    for block in range(first, last):
+        at = (block - first) * _BLOCK_BYTES
+        crc = f"{checksums.crc32c(data[at : at + _BLOCK_BYTES]):08x}"
+        if crc != crcs[8 * block : 8 * block + 8]:
+            raise InputError(
+                f"{path}: {name!r:.100}: damaged: expected the checksum"
+                f" {crcs[8 * block : 8 * block + 8]!r} of its bytes from {start + at:,} on, got"
+                f" {crc!r}"
+            )
+    return data[offset - start : offset - start + size]
 
 
 def read_rows(
-    path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, index: Index
+    read: Callable[[int, int], np.ndarray],
+    offset: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    index: Index,
 ) -> np.ndarray:
     """Reads a slice of a row-major, little-endian array whose first byte is at `offset`.
 
     Rows outside of the slice are skipped.
 
+    Args:
+      read: function from an offset in the file and a size to bytes, uint8 [size].
+      offset, shape, dtype: of the array.
+      index: the slice.
+
     Raises:
       InputError: the file is truncated.
     """
     if not shape:
-        return file_io.read_range(path, offset, dtype.itemsize).view(dtype).reshape(())
+        return read(offset, dtype.itemsize).view(dtype).reshape(())
     first, last, _ = index[0].indices(shape[0])
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    data = file_io.read_range(path, offset + first * row_bytes, (last - first) * row_bytes)
+    data = read(offset + first * row_bytes, (last - first) * row_bytes)
     return data.view(dtype).reshape(last - first, *shape[1:])[(slice(None), *index[1:])]
 
 
 def save_file(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a file with the usual permissions.
+    """Writes a file with the usual permissions, and checksums in its metadata.
 
     Raises:
       InputError: the file cannot be written, because the disk is full for example.
     """
     # The library writes an array's memory as it is: a transposed view would be saved transposed.
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    metadata = {**metadata, CHECKSUMS_KEY: _make_checksums(contiguous)}
     try:
-        safetensors.numpy.save_file(contiguous, path, metadata=dict(metadata))
+        safetensors.numpy.save_file(contiguous, path, metadata=metadata)
     except safetensors.SafetensorError as error:
         raise InputError(f"{path}: cannot be written: {error}") from error
     # The library creates files that only their owner can read. The umask can only be read by

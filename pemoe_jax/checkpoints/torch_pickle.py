@@ -49,6 +49,7 @@ _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
 _GLOBALS = {_DICT, _TENSOR, _PARAMETER, *_STORAGES}
 
+_BLOCK = 1 << 24  # bytes read at a time for a checksum
 _MAX_PICKLE_BYTES = 10_000_000  # T5-XXL's data.pkl has 0.1 MB
 _RESAVE = "torch.save(torch.load(path, weights_only=True), path)"
 
@@ -94,6 +95,7 @@ class _Archive:
 
     path: epath.Path
     entries: dict[str, zipfile.ZipInfo]  # by name, without the archive's top folder
+    verified: set[str] = dataclasses.field(default_factory=set)  # entries with a right checksum
 
     def entry(self, name: str) -> zipfile.ZipInfo:
         if name not in self.entries:
@@ -112,15 +114,30 @@ class _Archive:
         return offset + 30 + name_size + extra_size
 
     def read(self, name: str) -> bytes:
-        """Returns a small entry; the checksums of storages, read in slices, are not looked at."""
-        offset, entry = self.data_offset(name), self.entry(name)
-        data = file_io.read_range(self.path, offset, entry.file_size).tobytes()
-        if zlib.crc32(data) != entry.CRC:
+        """Returns an entry, after comparing its checksum."""
+        return self.read_range(name, 0, self.entry(name).file_size).tobytes()
+
+    def read_range(self, name: str, offset: int, size: int) -> np.ndarray:
+        """Returns bytes of an entry, uint8 [size]; the first read compares its checksum."""
+        start, entry = self.data_offset(name), self.entry(name)
+        data = file_io.read_range(self.path, start + offset, size)
+        if name not in self.verified:
+            crc = zlib.crc32(data.data)
+            if size != entry.file_size:  # a part: the rest is read too, block by block
+                crc = 0
+                for at in range(0, entry.file_size, _BLOCK):
+                    block = min(_BLOCK, entry.file_size - at)
+                    crc = zlib.crc32(file_io.read_range(self.path, start + at, block).data, crc)
+            self._check_crc(name, crc)
+        return data
+
+    def _check_crc(self, name: str, crc: int) -> None:
+        if crc != self.entry(name).CRC:
             raise InputError(
                 f"{self.path}: {name!r:.80}: damaged: its checksum is wrong (or it was saved with"
                 " torch.serialization.set_crc32_options(False))"
             )
-        return data
+        self.verified.add(name)
 
 
 def _open_archive(path: epath.Path) -> _Archive:
@@ -175,8 +192,8 @@ class _Storage:
 
     def read(self, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
         """Reads a slice of a row-major array whose first value is the storage's at `offset`."""
-        start = self.archive.data_offset(f"data/{self.key}") + offset * self.dtype.itemsize
-        return read_rows(self.archive.path, start, shape, self.dtype, index)
+        read = functools.partial(self.archive.read_range, f"data/{self.key}")
+        return read_rows(read, offset * self.dtype.itemsize, shape, self.dtype, index)
 
 
 class _Interpreter:

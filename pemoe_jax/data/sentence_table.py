@@ -2,7 +2,7 @@
 
 A table is a folder that `pemoe embed` writes:
 
-about.json             the encoder, and the number of parts in the index
+about.json             the encoder, the number of parts in the index, checksums of the files
 parts/<n>.vectors.npy  [N, S], float16 or float32
 parts/<n>.keys.npy     [N], 16 bytes each: `input_key` of each input; written last
 keys.<parts>.npy       index: the keys of all parts, sorted
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pemoe_jax.core.errors import InputError, check_choice, first_line
-from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.runtime import atomic_write, checksums, file_io
 
 _KEY = np.dtype("S16")
 
@@ -121,6 +121,10 @@ class SentenceTable:
         self.lengths: list[int] = about["lengths"]
         self.vocabulary: str = about["vocabulary"]
         parts = about["parts"]
+        # File -> its checksum, until it has been compared: that of vectors at their first use.
+        self._unverified: dict[str, str] = dict(about["checksums"])
+        self._verify(f"keys.{parts}.npy")
+        self._verify(f"rows.{parts}.npy")
         self._keys = _map_array(self.path / f"keys.{parts}.npy")
         self._rows = _map_array(self.path / f"rows.{parts}.npy")
         self._parts = [_map_array(_part_file(self.path, n, "vectors")) for n in range(parts)]
@@ -155,10 +159,32 @@ class SentenceTable:
         return np.where(self._keys[indices] == keys, self._rows[indices], -1)
 
     def vectors(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Returns the vectors [S] of rows as views of the files, in the stored dtype."""
+        """Returns the vectors [S] of rows as views of the files, in the stored dtype.
+
+        Raises:
+          InputError: a file of vectors is damaged.
+        """
         parts = np.searchsorted(self._first_rows, rows, side="right") - 1
         in_part = rows - self._first_rows[parts]
+        for part in np.unique(parts).tolist() if self._unverified else ():
+            self._verify(_part_name(part, "vectors"))
         return [self._parts[n][row] for n, row in zip(parts, in_part, strict=True)]
+
+    def verify(self) -> int:
+        """Compares the checksums of all files that have one; returns their number.
+
+        Raises:
+          InputError: a file is damaged.
+        """
+        names = list(self._unverified)
+        for name in names:
+            self._verify(name)
+        return len(names)
+
+    def _verify(self, name: str) -> None:
+        if name in self._unverified:
+            _verify_file(self.path, name, self._unverified[name])
+            self._unverified.pop(name, None)
 
 
 class TableWriter:
@@ -198,7 +224,11 @@ class TableWriter:
         new: About = {"encoder": dict(encoder), "dtype": dtype, "vocabulary": vocabulary}
         if about is not None:
             self._check_same(about, new)
-        self._about = about or _FORMAT | new | {"lengths": [], "inputs": 0, "parts": None}
+        self._about = about or {
+            **_FORMAT,
+            **new,
+            **{"lengths": [], "inputs": 0, "parts": None, "checksums": {}},
+        }
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_folder(self.path)
         if length not in self._about["lengths"]:
@@ -207,10 +237,15 @@ class TableWriter:
         (self.path / "parts").mkdir(exist_ok=True)
         self.known_keys: set[bytes] = set()
         self._parts = 0
-        while (file := _part_file(self.path, self._parts, "keys")).exists():
-            # As V16: numpy drops zero bytes at the end of an S16.
-            self.known_keys.update(_map_array(file).view("V16").tolist())
-            self._parts += 1
+        try:
+            while (file := _part_file(self.path, self._parts, "keys")).exists():
+                self._verify_part(self._parts)
+                # As V16: numpy drops zero bytes at the end of an S16.
+                self.known_keys.update(_map_array(file).view("V16").tolist())
+                self._parts += 1
+        except InputError:
+            self.close()
+            raise
         self._pending: list[tuple[bytes, np.ndarray]] = []
         self._last_write = time.monotonic()
 
@@ -251,9 +286,13 @@ class TableWriter:
             files = (_part_file(self.path, n, "keys") for n in range(parts))
             keys = np.concatenate([_map_array(file) for file in files])
             order = np.argsort(keys, kind="stable")
-            _write_array(self.path / f"keys.{parts}.npy", keys[order])
-            _write_array(self.path / f"rows.{parts}.npy", order)
+            self._write_array(f"keys.{parts}.npy", keys[order])
+            self._write_array(f"rows.{parts}.npy", order)
             self._about |= {"parts": parts, "inputs": len(keys)}
+        current = {f"keys.{parts}.npy", f"rows.{parts}.npy"}
+        for name in [*self._about["checksums"]]:
+            if "/" not in name and name not in current:
+                del self._about["checksums"][name]
         self._write_about()
         # Deleted, not overwritten: processes that have an old index open can still read it.
         for old in self.path.iterdir():
@@ -286,17 +325,49 @@ class TableWriter:
             keys = np.frombuffer(b"".join(key for key, _ in self._pending), _KEY)
             vectors = np.stack([vector for _, vector in self._pending])
             # Keys last: a part without keys is ignored, and the next run overwrites it.
-            _write_array(_part_file(self.path, self._parts, "vectors"), vectors)
-            _write_array(_part_file(self.path, self._parts, "keys"), keys)
+            self._write_array(_part_name(self._parts, "vectors"), vectors)
+            self._write_array(_part_name(self._parts, "keys"), keys)
             self._parts += 1
+            self._write_about()
         self._pending, self._last_write = [], time.monotonic()
+
+    def _write_array(self, name: str, array: np.ndarray) -> None:
+        path = self.path / name
+        with atomic_write.temporary_path(path, overwrite=True) as temporary:
+            with temporary.open("wb") as file:
+                np.save(file, array)
+            self._about["checksums"][name] = checksums.crc32c_of_file(temporary)
+
+    def _verify_part(self, number: int) -> None:
+        """Compares the checksum of a part's keys; adds checksums that are missing."""
+        stored = self._about["checksums"]
+        keys, vectors = (_part_name(number, kind) for kind in ("keys", "vectors"))
+        if keys in stored:
+            _verify_file(self.path, keys, stored[keys])
+        for name in {keys, vectors} - stored.keys():  # an earlier version, or an interruption
+            if (self.path / name).is_file():
+                stored[name] = checksums.crc32c_of_file(self.path / name)
 
     def _write_about(self) -> None:
         atomic_write.write_json(self.path / "about.json", self._about, indent=1)
 
 
+def _part_name(number: int, kind: str) -> str:
+    return f"parts/{number:05d}.{kind}.npy"
+
+
 def _part_file(folder: pathlib.Path, number: int, kind: str) -> pathlib.Path:
-    return folder / "parts" / f"{number:05d}.{kind}.npy"
+    return folder / _part_name(number, kind)
+
+
+def _verify_file(folder: pathlib.Path, name: str, expected: str) -> None:
+    if not (folder / name).is_file():
+        raise InputError(f"SENTENCE_EMBEDDINGS: {folder / name}: no such file")
+    if (actual := checksums.crc32c_of_file(folder / name)) != expected:
+        raise InputError(
+            f"SENTENCE_EMBEDDINGS: {folder / name}: damaged: expected the checksum {expected!r},"
+            f" got {actual!r}"
+        )
 
 
 def _map_array(path: pathlib.Path) -> np.ndarray:
@@ -328,7 +399,9 @@ def _read_about(folder: pathlib.Path) -> About | None:
     if missing := sorted(fields - about.keys()):
         raise InputError(f"SENTENCE_EMBEDDINGS: {path}: expected {missing[0]!r} in it, got none")
     encoder, parts = about["encoder"], about["parts"]
+    stored = about.setdefault("checksums", {})  # missing in tables of earlier versions
     valid = {
+        "checksums": isinstance(stored, dict) and all(map(_is_file_name, stored)),
         "encoder": isinstance(encoder, dict) and _is_positive(encoder.get("dim")),
         "dtype": about["dtype"] in ("float16", "float32"),
         "vocabulary": isinstance(about["vocabulary"], str),
@@ -348,12 +421,8 @@ def _is_positive(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
-    with (
-        atomic_write.temporary_path(path, overwrite=True) as temporary,
-        temporary.open("wb") as file,
-    ):
-        np.save(file, array)
+def _is_file_name(name: str) -> bool:
+    return re.fullmatch(r"(parts/\d{5,}\.|)(keys|rows|vectors)\.(\d+\.)?npy", name) is not None
 
 
 def _lock_folder(folder: pathlib.Path) -> int:

@@ -300,3 +300,41 @@ def test_unstacked_arrays():
     assert len(reads) == 2
     stacked = lazy_array.stack(parts)
     assert lazy_array.unstack(stacked) == parts
+
+
+def test_written_files_have_checksums(tmp_path, monkeypatch):
+    """A flipped bit is noticed by each read of a block that has it, and by no other."""
+    monkeypatch.setattr(safetensors_file, "_BLOCK_BYTES", 80)  # three rows of 24 bytes and a third
+    path, array = tmp_path / "a.safetensors", RNG.standard_normal((12, 6)).astype(np.float32)
+    arrays = {"a": array, "empty": np.empty((0, 2)), "half": array[0].astype(ml_dtypes.bfloat16)}
+    safetensors_file.save_file(path, arrays, {"k": "v"})
+    written = safetensors.numpy.load_file(path)
+    opened, metadata = safetensors_file.open_file(file_io.resolve(path))
+    assert metadata["k"] == "v"
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(opened[name].read(), values)
+        np.testing.assert_array_equal(written[name], values)
+    content = bytearray(path.read_bytes())
+    content[content.index(array[7].tobytes()) + 3] ^= 1
+    path.write_bytes(content)
+    rows = [slice(n, n + 1) for n in range(12)]
+    for n, row in enumerate(rows):
+        if 6 <= n <= 9:  # byte 171 is in the third block: bytes 160 to 239
+            with pytest.raises(InputError, match=r"'a': damaged: expected the checksum '\w{8}'"):
+                opened["a"].read_slice((row, slice(None)))
+        else:
+            part = opened["a"].read_slice((row, slice(1, 3)))
+            np.testing.assert_array_equal(part, array[row, 1:3])
+    with pytest.raises(InputError, match="damaged"):
+        opened["a"].T.read()
+
+
+@pytest.mark.parametrize(
+    "stored",
+    ["x", "5", "{}x", '{"block_bytes": 1}', '{"block_bytes": 16777216, "arrays": {"a": 1}}'],
+)
+def test_damaged_checksums(tmp_path, stored):
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({"a": np.ones(3)}, path, metadata={"crc32c": stored})
+    with pytest.raises(InputError, match="not a safetensors file"):
+        safetensors_file.open_file(file_io.resolve(path))

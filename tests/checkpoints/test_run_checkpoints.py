@@ -53,6 +53,7 @@ def test_checkpoints_that_cannot_be_restored(tmp_path):
     other = steps.TrainState.create(state.params, clipped)
     with pytest.raises(InputError, match=r"checkpoint_0/state: .* got other optimizer settings"):
         checkpoints.restore(0, other)
+    (tmp_path / "checkpoint_0" / "checksums.json").unlink()  # as in earlier versions
     for file in (largest_file(folder), folder / "manifest.ocdbt", folder / "_METADATA"):
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
@@ -85,7 +86,14 @@ def flip_bits(checkpoint: pathlib.Path) -> None:
         file.write_bytes(content)
 
 
+def change_values(checkpoint: pathlib.Path) -> None:
+    """Replaces the arrays by others, of which every file is whole."""
+    shutil.rmtree(checkpoint / "state")
+    shutil.copytree(checkpoint.with_name("checkpoint_1") / "state", checkpoint / "state")
+
+
 DAMAGES = {
+    "values changed": change_values,
     "no state": lambda checkpoint: shutil.rmtree(checkpoint / "state"),
     "manifest cut": lambda checkpoint: cut(checkpoint / "state" / "manifest.ocdbt"),
     "metadata empty": lambda checkpoint: (checkpoint / "state" / "_METADATA").write_text(""),

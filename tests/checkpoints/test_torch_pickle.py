@@ -59,6 +59,7 @@ def test_pickle_protocol_4(goldens):
 
 def test_only_requested_rows_are_read(goldens, monkeypatch):
     array = torch_pickle.open_file(file_io.resolve(goldens / "tensors.bin"))["table"]
+    array.read_slice((slice(0, 1), slice(0, 1)))  # the first read compares the storage's checksum
     sizes = []
     read_range = file_io.read_range
     monkeypatch.setattr(
@@ -441,3 +442,15 @@ def test_damaged_files(goldens, tmp_path):
             assert "\n" not in str(error)
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 40, outcomes
+
+
+def test_a_changed_value_is_noticed(tmp_path):
+    """By the zip's checksum, whichever rows are read."""
+    path = write(tmp_path / "a.bin", state(tensor()))
+    content = bytearray(path.read_bytes())
+    content[content.index(VALUES.tobytes()) + 1] ^= 1
+    path.write_bytes(content)
+    array = torch_pickle.open_file(file_io.resolve(path))["a"]
+    for index in ((slice(0, 3), slice(0, 4)), (slice(2, 3), slice(0, 4))):
+        with pytest.raises(InputError, match=r"a\.bin: 'data/0': damaged: its checksum is wrong"):
+            array.read_slice(index)

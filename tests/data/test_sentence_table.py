@@ -38,6 +38,14 @@ def add(folder: pathlib.Path, numbers, finish: bool = True, **changes) -> None:
     writer.close()
 
 
+def forget_checksums(folder: pathlib.Path) -> None:
+    """Makes a table one of an earlier version."""
+    file = folder / "about.json"
+    about = json.loads(file.read_text())
+    del about["checksums"]
+    file.write_text(json.dumps(about))
+
+
 def check_table(folder: pathlib.Path, numbers) -> None:
     """Asserts that a table has exactly these inputs, each with its own vector."""
     table = sentence_table.SentenceTable(folder)
@@ -174,6 +182,7 @@ def test_damaged_tables_and_other_folders_raise(tmp_path):
         (lambda: np.save(table / "rows.1.npy", np.arange(4)), "got 5, 4 and"),
     ):
         add(table, range(5))
+        forget_checksums(table)
         damage()
         with pytest.raises(InputError, match=message):
             sentence_table.SentenceTable(table)
@@ -206,6 +215,8 @@ def test_encoders_without_fingerprint_are_compared_by_probe():
         ({"lengths": 5}, "lengths cannot be 5"),
         ({"vocabulary": None}, "vocabulary cannot be None"),
         ({"dtype": []}, r"dtype cannot be \[\]"),
+        ({"checksums": []}, r"checksums cannot be \[\]"),
+        ({"checksums": {"../keys.1.npy": "0"}}, "checksums cannot be"),
     ],
 )
 def test_damaged_about(tmp_path, about, message):
@@ -233,9 +244,47 @@ def test_damaged_about(tmp_path, about, message):
 )
 def test_damaged_index(tmp_path, array, message):
     add(tmp_path, range(5))
+    forget_checksums(tmp_path)
     (file,) = tmp_path.glob("rows.*.npy")
     file.write_bytes(b"")
     if array is not None:
         np.save(file, array)
     with pytest.raises(InputError, match=message):
         sentence_table.SentenceTable(tmp_path)
+
+
+def flip_bit(file: pathlib.Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path, monkeypatch):
+    """In the index when a table is opened, in vectors when the first of their file is used."""
+    monkeypatch.setattr(sentence_table, "_PART_ROWS", 2)
+    add(tmp_path, range(4), finish=False)
+    add(tmp_path, range(9))  # resumes
+    table = sentence_table.SentenceTable(tmp_path)
+    assert table.verify() == 2 * len(list(tmp_path.glob("parts/*.keys.npy")))
+    flip_bit(tmp_path / "parts" / "00001.vectors.npy")
+    table = sentence_table.SentenceTable(tmp_path)
+    assert table.vectors(np.array([0]))[0].tolist() == make_vectors([0])[0].tolist()
+    with pytest.raises(
+        InputError, match=r"parts/00001.vectors.npy: damaged: expected the checksum"
+    ):
+        table.vectors(table.rows([make_ids(3)]))
+    flip_bit(tmp_path / "parts" / "00001.vectors.npy")
+    flip_bit(tmp_path / "parts" / "00000.keys.npy")
+    with pytest.raises(InputError, match=r"parts/00000.keys.npy: damaged"):
+        open_writer(tmp_path)
+    flip_bit(tmp_path / "parts" / "00000.keys.npy")
+    (index,) = tmp_path.glob("keys.*.npy")
+    flip_bit(index)
+    with pytest.raises(InputError, match="keys.*npy: damaged"):
+        sentence_table.SentenceTable(tmp_path)
+    flip_bit(index)
+    forget_checksums(tmp_path)
+    check_table(tmp_path, range(9))  # a table of an earlier version
+    add(tmp_path, range(20))
+    assert sentence_table.SentenceTable(tmp_path).verify() > 2
+    check_table(tmp_path, range(20))
