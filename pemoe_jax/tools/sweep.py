@@ -10,13 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.runtime import atomic_write, file_io, folder_lock, gin_flags, progress
-from pemoe_jax.tools import report, subprocesses
+from pemoe_jax.tools import report, subprocesses, sweep_choices
 
 _DESCRIPTION = """\
 Trains each EXPERIMENT with each seed, evaluates it, and writes one report: median
@@ -29,8 +29,10 @@ An EXPERIMENT is gin files and settings joined by +. Its files come before those
 of --gin_file, so that a method precedes the run file; its settings override all
 others. +FROM=NAME starts it from the run of the experiment NAME, before it in
 the sweep, with the same seed; the gain over the same experiment without FROM is
-a table of its own. @FILE inserts the arguments of a file, in which # starts a
-comment."""
+a table of its own. +NAME=best(A,B,C) first trains the experiment with each value
+and the first seed, and takes the one with the highest accuracy on --choose_on;
++NAME=best_of(EXPERIMENT) takes that of another experiment. @FILE inserts the
+arguments of a file, in which # starts a comment."""
 
 _EPILOG = """\
 --gin.NAME=value is passed to training, and the macros of runs/tasks.gin, which
@@ -39,7 +41,8 @@ locate the data, to evaluation as well. Join settings of evaluation alone to
 
 output in DIR: report.md, .csv, .json and .png; for each run the MODEL_DIR
 <experiment>-seed<n>/ with train.log, evaluate.log and results/; base/ with the
-scores of the base model; gains.md, if an experiment has FROM.
+scores of the base model; gains.md, if an experiment has FROM; choices.md, .json
+and choices/, a sweep by itself, if one has best().
 
 examples:
   pemoe sweep @sweeps/quickstart_routing.txt --output=/tmp/routing
@@ -74,6 +77,12 @@ for _flag in ("--gin_search_paths", "--seqio_additional_cache_dirs"):
 FLAGS.add_argument(
     "--jobs", type=int, default=1, metavar="N", help="runs at the same time, which share the cores"
 )
+FLAGS.add_argument(
+    "--choose_on",
+    default="jsonl_train_score_eval",
+    metavar="MIXTURE",
+    help="scores that choose values of best() (default: validation splits of training tasks)",
+)
 FLAGS.add_argument("--no_base", action="store_true", help="do not evaluate the base model")
 FLAGS.add_argument(
     "--stop_at_failure", action="store_true", help="do not continue with the other runs"
@@ -87,6 +96,7 @@ _MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_j
 _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _FROM = "--gin.FROM="
+_CHOICES = "choices"  # folder of the trials of best()
 _TICK = 0.1  # seconds between two looks at the running commands
 # INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
 _RESOLVE_BASE_CONFIG = """\
@@ -149,26 +159,33 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
       InputError: a flag or an experiment is wrong, before anything runs; or runs failed, after the
         others were reported.
     """
+    trials = plan_trials(args, bindings)
+    trial_runs = [run for by_value in trials.values() for run in by_value.values()]
+    # Values that are not chosen yet do not matter to whether configurations are valid.
     runs = plan_runs(args, bindings)
     if args.dry_run:
-        for run in runs:
+        for run in [*trial_runs, *runs]:
             for name, flags in run.commands():
                 print(shlex.join(["pemoe", name, *flags]))
         return
-    for run in runs:
+    for run in [*trial_runs, *([] if trials else runs)]:
         _read_state(run)  # raises if a folder belongs to something else
     # As for SIGINT: the running training gets the chance to save a checkpoint.
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failed: list[str] = []
     try:
         lock = folder_lock.hold(Path(args.output), "--output")
-        failed = _run_all(runs, lock, args.stop_at_failure, args.jobs)
-        finished = [run for run in runs if _read_state(run)["evaluate"]]
-        if finished:
-            # In this process: another start of Python would take seconds.
-            flags = [f"--output={args.output}", *["--with_paper"] * args.with_paper]
-            folders = [str(run.results) for run in finished]
-            report.report(report.FLAGS.parse_args([*folders, *flags]))
-            _report_gains(finished, Path(args.output))
+        if trials:
+            failed = _run_all(trial_runs, lock, args.stop_at_failure, args.jobs)
+            _report(trial_runs, Path(args.output) / _CHOICES)
+            if not (failed and args.stop_at_failure):
+                runs = plan_runs(args, bindings, _choose(trials, Path(args.output)))
+                for run in runs:
+                    _read_state(run)
+        if not (failed and args.stop_at_failure):
+            failed += _run_all(runs, lock, args.stop_at_failure, args.jobs)
+            _report(runs, Path(args.output), args.with_paper)
+            _report_gains(runs, Path(args.output))
     except KeyboardInterrupt:
         print("stopped: run the same command to continue", file=sys.stderr)
         raise
@@ -176,16 +193,65 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         signal.signal(signal.SIGTERM, previous_handler)
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}): run the same command"
-            " to retry them"
+            f"{len(failed)} of {len(trial_runs) + len(runs)} runs failed ({', '.join(failed)}): run"
+            " the same command to retry them"
         )
+
+
+def _report(runs: Sequence[Run], output: Path, with_paper: bool = False) -> None:
+    """Writes and prints the report of the finished runs, if there are any."""
+    folders = [str(run.results) for run in _finished(runs)]
+    if folders:
+        # In this process: another start of Python would take seconds.
+        flags = [f"--output={output}", *["--with_paper"] * with_paper]
+        report.report(report.FLAGS.parse_args([*folders, *flags]))
+
+
+def _finished(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if _read_state(run)["evaluate"]]
 
 
 # --- planning ---
 
 
-def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
+def plan_trials(
+    args: argparse.Namespace, bindings: Sequence[str]
+) -> dict[tuple[str, sweep_choices.Choice], dict[str, Run]]:
+    """Returns {(experiment, what it chooses): {value: run}} of the experiments with best().
+
+    Raises:
+      InputError: a flag or an experiment is wrong.
+    """
+    trials = {}
+    for experiment in args.experiments:
+        files, settings = _split_experiment(experiment)
+        settings, choice = sweep_choices.split_choice(settings, experiment)
+        if choice is None or choice.source:
+            continue
+        words = [flag.removeprefix("--gin_file=").removeprefix("--gin.") for flag in files]
+        words += [flag.removeprefix("--gin.") for flag in settings]
+        trial_args = argparse.Namespace(**vars(args))
+        trial_args.experiments = [
+            "+".join([*words, f"{choice.setting}={v}"]) for v in choice.values
+        ]
+        trial_args.output = str(Path(args.output) / _CHOICES)
+        trial_args.seeds = args.seeds.partition(",")[0]
+        trial_args.evaluate = f"{args.evaluate}+MIXTURE_OR_TASK_NAME={args.choose_on}"
+        trial_args.no_base = True
+        runs = plan_runs(trial_args, bindings)
+        name = _experiment_name(files, settings)
+        trials[name, choice] = dict(zip(choice.values, runs, strict=True))
+    return trials
+
+
+def plan_runs(
+    args: argparse.Namespace, bindings: Sequence[str], chosen: Mapping[str, str] | None = None
+) -> list[Run]:
     """Returns the runs that the flags describe; parses every configuration.
+
+    Args:
+      args, bindings: the parsed flags.
+      chosen: experiment -> value of its best(); None: each takes its first one.
 
     Raises:
       InputError: a flag or an experiment is wrong.
@@ -215,9 +281,11 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
 
     runs: list[Run] = []
     bases: dict[str, None] = {}  # an ordered set
+    values: dict[str, str] = {}  # experiment -> value of its best()
     for experiment in args.experiments:
         files, settings = _split_experiment(experiment)
         _check_not_swept(settings, experiment)
+        settings, choice = sweep_choices.split_choice(settings, experiment)
         name = _experiment_name(files, settings)
         starts = [flag.removeprefix(_FROM) for flag in settings if flag.startswith(_FROM)]
         settings = [flag for flag in settings if not flag.startswith(_FROM)]
@@ -226,6 +294,15 @@ def plan_runs(args: argparse.Namespace, bindings: Sequence[str]) -> list[Run]:
         if starts and any(flag.startswith("--gin.INITIAL_CHECKPOINT_PATH=") for flag in settings):
             raise InputError(f"{experiment}: INITIAL_CHECKPOINT_PATH: FROM sets it")
         direct_name = _experiment_name(files, settings)
+        if choice is not None:
+            if choice.values:
+                values[name] = (chosen or {}).get(name, choice.values[0])
+            if (choice.source or name) not in values:
+                raise InputError(
+                    f"{experiment}: best_of must be an experiment with best() before this one"
+                    f" ({', '.join(values) or 'none'}), got {choice.source!r}"
+                )
+            settings.append(f"--gin.{choice.setting}={values[choice.source or name]}")
         files += [f"--gin_file={file}" for file in args.gin_file]
         experiment_flags = [*files, *shared, *train_bindings, *settings]
         for seed in seeds:
@@ -535,11 +612,30 @@ def _is_trained(folder: Path) -> bool:
     return bool(state["train"])
 
 
-def _report_gains(finished: Sequence[Run], output: Path) -> None:
+def _choose(
+    trials: Mapping[tuple[str, sweep_choices.Choice], Mapping[str, Run]], output: Path
+) -> dict[str, str]:
+    """Chooses values by the trials' results, prints and writes them; returns them by experiment."""
+    from pemoe_jax.analysis import tables
+
+    chosen = []
+    for (name, choice), by_value in trials.items():
+        finished = _finished(list(by_value.values()))
+        folders = {value: run.results for value, run in by_value.items() if run in finished}
+        chosen.append(sweep_choices.choose(name, choice, folders))
+    table = sweep_choices.choices_table(chosen)
+    tables.print_tables([table])
+    atomic_write.write_text(output / "choices.md", tables.to_markdown([table]))
+    atomic_write.write_json(output / "choices.json", {"choices": chosen})
+    return {entry["experiment"]: entry["value"] for entry in chosen}
+
+
+def _report_gains(runs: Sequence[Run], output: Path) -> None:
     """Prints and writes what experiments gain by starting FROM another run, if there are any."""
     from pemoe_jax.analysis import tables
     from pemoe_jax.analysis.zero_shot import gains
 
+    finished = _finished(runs)
     folders = {run.folder for run in finished}
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     for run in finished:

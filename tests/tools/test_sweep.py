@@ -86,6 +86,26 @@ def test_experiments_that_start_from_others():
     assert runs[5].direct == runs[3].folder and runs[3].direct is runs[7].direct is None
 
 
+def test_values_that_are_chosen():
+    """Names do not have the value; another experiment can take it."""
+    experiments = ["methods/mov.gin+LEARNING_RATE=best(1e-2, 3e-2)"]
+    experiments += ["methods/mov.gin+NUM_EXPERTS=3+LEARNING_RATE=best_of(mov)"]
+    flags = [*experiments, *FLAGS, "--output=out", "--seeds=4,5"]
+    _, *runs = plan(*flags)
+    assert [run.folder.name for run in runs[::2]] == ["mov-seed4", "mov_NUM_EXPERTS=3-seed4"]
+    rest, bindings = gin_flags.split_bindings(flags)
+    args = sweep.FLAGS.parse_args(rest)
+    runs = sweep.plan_runs(args, bindings, {"mov": "3e-2"})
+    assert {run.train_settings["LEARNING_RATE"] for run in runs[1:]} == {"0.03"}
+    (((name, choice), by_value),) = sweep.plan_trials(args, bindings).items()
+    assert (name, choice.setting, list(by_value)) == ("mov", "LEARNING_RATE", ["1e-2", "3e-2"])
+    trial = by_value["3e-2"]
+    assert str(trial.folder) == "out/choices/mov_LEARNING_RATE=3e-2-seed4"
+    assert trial.train_settings["LEARNING_RATE"] == "0.03"
+    assert trial.evaluate_settings["MIXTURE_OR_TASK_NAME"] == "'jsonl_train_score_eval'"
+    assert runs[1].evaluate_settings["MIXTURE_OR_TASK_NAME"] == "'jsonl_score_eval'"
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b'methods/mov.gin "'])
 def test_files_that_hold_no_arguments(tmp_path, capsys, content):
     (tmp_path / "list.txt").write_bytes(content)
@@ -129,6 +149,13 @@ def test_arguments_from_a_file(tmp_path):
         (
             ["methods/mov.gin", "--seeds=0;1"],
             "--seeds must be integers joined by commas, got '0;1'",
+        ),
+        (["methods/mov.gin+RANK=best(1)"], r"best\(\) must have different values, got"),
+        (["methods/mov.gin+A=best(1,2)+B=best_of(x)"], r"expected a single best\(\), got 2"),
+        (["methods/mov.gin+A=best(1,2)+FROM=x"], "must not be in an experiment with FROM"),
+        (
+            ["methods/mov.gin+NUM_EXPERTS=best_of(ia3)"],
+            r"best_of must be an experiment with best\(\) before this one \(none\), got 'ia3'",
         ),
         (["methods/mov.gin", "--jobs=0"], "--jobs must be at least 1, got 0"),
         (["methods/mov.gin", "--gin.SEED=3"], r"the sweep sets it from --seeds"),
@@ -322,6 +349,30 @@ def test_gains_of_experiments_that_start_from_others(finished, stand_ins, tmp_pa
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         *(f"{name}_FROM=mov", "2", gain, gain)
     ]
+
+
+def test_the_best_value_is_chosen(stand_ins, tmp_path, monkeypatch, capsys):
+    """A training that fails is not chosen, and neither it nor the others are repeated."""
+    output = tmp_path / "chosen"
+    _, *flags = sweep_flags(output, "--no_base", "--jobs=2")
+    flags = ["methods/mov.gin+NUM_EXPERTS=best(2,3,5,13)", *flags]
+    assert sweep.main(flags) == 1  # 13 fails
+    (choice,) = json.loads((output / "choices.json").read_text())["choices"]
+    name = "mov_NUM_EXPERTS={}-seed0"
+    scores = {v: sum(map(ord, name.format(v))) % 10 * 10.0 for v in ("2", "3", "5")}
+    assert choice == {
+        "experiment": "mov",
+        "setting": "NUM_EXPERTS",
+        "scores": pytest.approx({**scores, "13": None}),
+        "value": max(scores, key=lambda v: scores[v]),
+    }
+    state = json.loads((output / "mov-seed1" / "sweep.json").read_text())
+    assert state["settings"]["NUM_EXPERTS"] == choice["value"]
+    assert f"| {choice['value']}" in (output / "choices.md").read_text()
+    assert "seed1" in table(output) and "NUM_EXPERTS=" in table(output / "choices")
+    capsys.readouterr()
+    assert sweep.main(flags) == 1
+    assert capsys.readouterr().out.count("already finished") == 5
 
 
 def test_state_files_of_earlier_versions(finished, stand_ins, tmp_path, capsys):

@@ -1,0 +1,110 @@
+"""Values that a sweep chooses by itself: `+LEARNING_RATE=best(1e-3,3e-3)` of an experiment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from pemoe_jax.analysis.tables import MISSING, Table
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import file_io
+
+_BEST = re.compile(r"--gin\.([\w./]+)=best\((.*)\)")
+_BEST_OF = re.compile(r"--gin\.([\w./]+)=best_of\((.*)\)")
+_NOTE = (
+    "Accuracy in % by rank classification on the validation splits of training tasks: mean over"
+    " prompts and then over datasets, one seed. Highest first counts; no held-out task was scored."
+)
+
+
+class Chosen(TypedDict):
+    """A chosen value of `choices.json`.
+
+    `scores` are accuracies in %, None for a training that failed.
+    """
+
+    experiment: str
+    setting: str
+    scores: dict[str, float | None]
+    value: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting of an experiment whose value is chosen.
+
+    Attributes:
+      setting: its name, such as LEARNING_RATE.
+      values: the candidates; empty: the value that the experiment `source` chooses.
+      source: name of that experiment; '' with values of its own.
+    """
+
+    setting: str
+    values: tuple[str, ...] = ()
+    source: str = ""
+
+
+def split_choice(settings: Sequence[str], experiment: str) -> tuple[list[str], Choice | None]:
+    """Returns the settings --gin.NAME=value without the one that is chosen, and the latter.
+
+    Raises:
+      InputError: several settings are chosen, or one among fewer than two values, or with FROM.
+    """
+    fixed, choices = [], []
+    for setting in settings:
+        if match := _BEST_OF.fullmatch(setting):
+            choices.append(Choice(match[1], source=match[2].strip()))
+        elif match := _BEST.fullmatch(setting):
+            values = tuple(value.strip() for value in match[2].split(","))
+            if len(set(values)) < max(2, len(values)) or not all(values):
+                raise InputError(f"{experiment}: best() must have different values, got {values}")
+            choices.append(Choice(match[1], values))
+        else:
+            fixed.append(setting)
+    if len(choices) > 1:
+        raise InputError(f"{experiment}: expected a single best(), got {len(choices)}")
+    if choices and choices[0].values and any(s.startswith("--gin.FROM=") for s in settings):
+        raise InputError(f"{experiment}: best() must not be in an experiment with FROM")
+    return fixed, choices[0] if choices else None
+
+
+def choose(experiment: str, choice: Choice, folders: Mapping[str, Path]) -> Chosen:
+    """Returns the value with the highest score; of equal ones the first.
+
+    Args:
+      experiment: name of the experiment.
+      choice: what it chooses.
+      folders: value -> folder with the results of its training; absent if it failed.
+
+    Raises:
+      InputError: all trainings failed.
+    """
+    scores: dict[str, float | None] = dict.fromkeys(choice.values)
+    for value, folder in folders.items():
+        (run,) = file_io.read_json(folder / "results.json")["runs"]
+        scores[value] = 100 * run["average"]["mean"]
+    known = {value: score for value, score in scores.items() if score is not None}
+    if not known:
+        raise InputError(f"{experiment}: no training with one of the values of best() succeeded")
+    return Chosen(
+        experiment=experiment,
+        setting=choice.setting,
+        scores=scores,
+        value=max(known, key=lambda value: known[value]),
+    )
+
+
+def choices_table(chosen: Sequence[Chosen]) -> Table:
+    """Returns a table with a row for each experiment, the chosen value in bold."""
+    rows = []
+    for entry in chosen:
+        cells = [
+            f"{value}: {MISSING if score is None else f'{score:.1f}'}"
+            for value, score in entry["scores"].items()
+        ]
+        rows.append([entry["experiment"], entry["setting"], entry["value"], "  ".join(cells)])
+    columns = ["experiment", "setting", "chosen", "scores"]
+    return Table("Values chosen on training tasks", columns, rows, notes=[_NOTE], num_text=4)
