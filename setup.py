@@ -42,7 +42,7 @@ setup(
         "pemoe_jax.tools",
     ],
     package_data={
-        "pemoe_jax": ["py.typed", "gin/**/*.gin", "gin/**/*.txt"],
+        "pemoe_jax": ["py.typed", "gin/**/*.gin", "gin/**/*.json", "gin/**/*.txt"],
         "pemoe_jax.analysis.routing": ["*.html"],
         "pemoe_jax.tasks.p3": ["*.csv"],
         "pemoe_jax.tasks.quickstart": [

@@ -10,11 +10,13 @@ import pytest
 from p3_runs import VOCAB
 
 from pemoe_jax import evaluate, train
+from pemoe_jax.analysis.zero_shot import claims
 from pemoe_jax.core import adapters, network, params
 from pemoe_jax.data import seqio_tasks
 from pemoe_jax.runtime import gin_flags, options
 from pemoe_jax.tools import sweep
 
+ROOT = pathlib.Path(__file__).parents[1]
 PAPER = pathlib.Path(gin_flags.GIN_DIR) / "paper"
 
 # At XL, see test_gin.py for the arithmetic: (IA)³ 540,672, LoRA of rank 4 7,471,104. Routers:
@@ -230,6 +232,8 @@ def test_figures_have_a_source():
     ("name", "runs"),
     [
         # One of the runs is the base model.
+        ("claims", 1 + 7 * 5 + 16 * 3),
+        ("claims_settings", 1 + 6 * 3),
         ("quickstart_routing", 1 + 5 * 3),
         ("paper_experts", 1 + 11),
         ("paper_routing", 1 + 4),
@@ -246,12 +250,20 @@ def test_figures_have_a_source():
     ],
 )
 def test_sweeps(name, runs, tmp_path):
-    more = [] if name.startswith("quickstart") else ["--gin.INITIAL_CHECKPOINT_PATH=x"]
+    more = [] if name.startswith(("quickstart", "claims")) else ["--gin.INITIAL_CHECKPOINT_PATH=x"]
     arguments = sweep.expand_argument_files([f"@sweeps/{name}.txt", f"--output={tmp_path}", *more])
     rest, bindings = gin_flags.split_bindings(arguments)
     planned = sweep.plan_runs(sweep.FLAGS.parse_args(rest), bindings)
     assert len(planned) == runs
     assert f"@sweeps/{name}.txt" in (PAPER.parent / "sweeps" / f"{name}.txt").read_text()
+    experiments = {run.folder.name.rpartition("-seed")[0] for run in planned}
+    if name.startswith("claims"):
+        for claim in claims.load_claims(PAPER.parent / "sweeps" / f"{name}.json"):
+            assert {*claim.plus, *claim.minus} <= experiments, claim.id
+            source = (ROOT / claim.source).read_text()
+            # 60.06, but neither the 10 of MoV-10 nor the 3 of 3B
+            for figure in re.findall(r"(?<![-\w.])\d+\.\d+|\d,\d+|\d+e-\d", claim.paper):
+                assert figure in source, (claim.id, figure)
 
 
 def test_every_sweep_is_tested():

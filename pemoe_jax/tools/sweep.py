@@ -12,11 +12,14 @@ import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.runtime import atomic_write, file_io, folder_lock, gin_flags, progress
 from pemoe_jax.tools import report, subprocesses, sweep_choices
+
+if TYPE_CHECKING:
+    from pemoe_jax.analysis.zero_shot import claims as claims_lib
 
 _DESCRIPTION = """\
 Trains each EXPERIMENT with each seed, evaluates it, and writes one report: median
@@ -31,8 +34,8 @@ others. +FROM=NAME starts it from the run of the experiment NAME, before it in
 the sweep, with the same seed; the gain over the same experiment without FROM is
 a table of its own. +NAME=best(A,B,C) first trains the experiment with each value
 and the first seed, and takes the one with the highest accuracy on --choose_on;
-+NAME=best_of(EXPERIMENT) takes that of another experiment. @FILE inserts the
-arguments of a file, in which # starts a comment."""
++NAME=best_of(EXPERIMENT) takes that of another experiment. +SEEDS=0,1 replaces
+--seeds for the experiment. @FILE inserts the arguments of a file, in which # starts a comment."""
 
 _EPILOG = """\
 --gin.NAME=value is passed to training, and the macros of runs/tasks.gin, which
@@ -42,7 +45,8 @@ locate the data, to evaluation as well. Join settings of evaluation alone to
 output in DIR: report.md, .csv, .json and .png; for each run the MODEL_DIR
 <experiment>-seed<n>/ with train.log, evaluate.log and results/; base/ with the
 scores of the base model; gains.md, if an experiment has FROM; choices.md, .json
-and choices/, a sweep by itself, if one has best().
+and choices/, a sweep by itself, if one has best(); claims.md, .json and .png, if
+--claims names a file of claims.
 
 examples:
   pemoe sweep @sweeps/quickstart_routing.txt --output=/tmp/routing
@@ -77,6 +81,7 @@ for _flag in ("--gin_search_paths", "--seqio_additional_cache_dirs"):
 FLAGS.add_argument(
     "--jobs", type=int, default=1, metavar="N", help="runs at the same time, which share the cores"
 )
+FLAGS.add_argument("--claims", metavar="FILE", help="JSON file of claims to compare with results")
 FLAGS.add_argument(
     "--choose_on",
     default="jsonl_train_score_eval",
@@ -95,7 +100,7 @@ _MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_j
 # Macros that the sweep sets for each run; a user's value would be overridden silently.
 _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
-_FROM = "--gin.FROM="
+_FROM, _SEEDS = "--gin.FROM=", "--gin.SEEDS="
 _CHOICES = "choices"  # folder of the trials of best()
 _TICK = 0.1  # seconds between two looks at the running commands
 # INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
@@ -161,6 +166,7 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     """
     trials = plan_trials(args, bindings)
     trial_runs = [run for by_value in trials.values() for run in by_value.values()]
+    claims = _load_claims(args.claims) if args.claims else []
     # Values that are not chosen yet do not matter to whether configurations are valid.
     runs = plan_runs(args, bindings)
     if args.dry_run:
@@ -186,6 +192,8 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
             failed += _run_all(runs, lock, args.stop_at_failure, args.jobs)
             _report(runs, Path(args.output), args.with_paper)
             _report_gains(runs, Path(args.output))
+            if claims:
+                _report_claims(claims, runs, Path(args.output))
     except KeyboardInterrupt:
         print("stopped: run the same command to continue", file=sys.stderr)
         raise
@@ -226,6 +234,7 @@ def plan_trials(
     for experiment in args.experiments:
         files, settings = _split_experiment(experiment)
         settings, choice = sweep_choices.split_choice(settings, experiment)
+        settings, _ = _split_seeds(settings, args.seeds)
         if choice is None or choice.source:
             continue
         words = [flag.removeprefix("--gin_file=").removeprefix("--gin.") for flag in files]
@@ -260,7 +269,7 @@ def plan_runs(
 
     file_io.resolve_output_folder(args.output, "--output")
     file_io.check_no_pattern(Path(args.output).absolute(), "--output")
-    seeds = _parse_seeds(args.seeds)
+    _parse_seeds(args.seeds)
     if args.jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {args.jobs}")
     _check_not_swept([f"--gin.{binding}" for binding in [*bindings, *args.gin_bindings]])
@@ -286,6 +295,7 @@ def plan_runs(
         files, settings = _split_experiment(experiment)
         _check_not_swept(settings, experiment)
         settings, choice = sweep_choices.split_choice(settings, experiment)
+        settings, seeds = _split_seeds(settings, args.seeds)
         name = _experiment_name(files, settings)
         starts = [flag.removeprefix(_FROM) for flag in settings if flag.startswith(_FROM)]
         settings = [flag for flag in settings if not flag.startswith(_FROM)]
@@ -365,6 +375,13 @@ def _make_run(
     # A moved output folder leaves the scores valid.
     settings = {name: value for name, value in settings.items() if name not in _PATH_MACROS}
     return Run(folder, train_flags, flags, train_settings, settings)
+
+
+def _split_seeds(settings: Sequence[str], default: str) -> tuple[list[str], list[int]]:
+    """Returns the settings --gin.NAME=value without SEEDS, and the seeds."""
+    texts = [flag.removeprefix(_SEEDS) for flag in settings if flag.startswith(_SEEDS)]
+    seeds = _parse_seeds(texts[-1] if texts else default)
+    return [flag for flag in settings if not flag.startswith(_SEEDS)], seeds
 
 
 def _parse_seeds(text: str) -> list[int]:
@@ -648,9 +665,47 @@ def _report_gains(runs: Sequence[Run], output: Path) -> None:
         atomic_write.write_text(output / "gains.md", tables.to_markdown([table]))
 
 
+def _load_claims(file: str) -> "list[claims_lib.Claim]":
+    from pemoe_jax.analysis.zero_shot import claims
+
+    return claims.load_claims(_find_file(file) or Path(file))
+
+
+def _report_claims(claims: "Sequence[claims_lib.Claim]", runs: Sequence[Run], output: Path) -> None:
+    """Compares claims with the results of the finished runs; prints and writes the comparison."""
+    from pemoe_jax.analysis import tables
+    from pemoe_jax.analysis.zero_shot import claims_report, results
+
+    by_experiment: dict[str, dict[int, results.JsonObject]] = {}
+    base = None
+    for run in _finished(runs):
+        (result,) = results.load_results(str(run.results))["runs"]
+        experiment, _, seed = run.folder.name.rpartition("-seed")
+        if run.train_flags:
+            by_experiment.setdefault(experiment, {})[int(seed)] = result
+        else:
+            base = base or result
+    choices_file = output / "choices.json"
+    choices = file_io.read_json(choices_file)["choices"] if choices_file.exists() else []
+    comparison = claims_report.build_report(claims, by_experiment, choices, base)
+    claim_tables = claims_report.to_tables(comparison)
+    tables.print_tables(claim_tables)
+    atomic_write.write_json(output / "claims.json", comparison)
+    claims_report.draw_forest(comparison, output / "claims.png")
+    image = "![Difference of each claim, with intervals](claims.png)"
+    atomic_write.write_text(output / "claims.md", tables.to_markdown(claim_tables) + f"\n{image}\n")
+    print(claims_report.summary(comparison))
+
+
 def _score(run: Run) -> str:
     results = file_io.read_json(run.results / "results.json")
     return f"average {100 * results['runs'][0]['average']['median']:.1f}"
+
+
+def _find_file(name: str) -> Path | None:
+    """Returns a file of the working folder or of the package's gin folder."""
+    candidates = [Path(name), gin_flags.GIN_DIR / name]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def expand_argument_files(argv: Sequence[str]) -> list[str]:
@@ -666,8 +721,7 @@ def expand_argument_files(argv: Sequence[str]) -> list[str]:
         if not argument.startswith("@"):
             expanded.append(argument)
             continue
-        candidates = [Path(argument[1:]), gin_flags.GIN_DIR / argument[1:]]
-        file = next((path for path in candidates if path.is_file()), None)
+        file = _find_file(argument[1:])
         if file is None:
             raise InputError(f"{argument}: expected a file of arguments, got no such file")
         try:

@@ -106,6 +106,14 @@ def test_values_that_are_chosen():
     assert runs[1].evaluate_settings["MIXTURE_OR_TASK_NAME"] == "'jsonl_score_eval'"
 
 
+def test_seeds_of_an_experiment():
+    experiments = ("methods/mov.gin", "methods/ia3.gin+SEEDS=1,8")
+    _, *runs = plan(*experiments, *FLAGS, "--output=out", "--seeds=0,1,2")
+    assert [run.folder.name for run in runs] == [
+        *("mov-seed0", "mov-seed1", "mov-seed2", "ia3-seed1", "ia3-seed8")
+    ]
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b'methods/mov.gin "'])
 def test_files_that_hold_no_arguments(tmp_path, capsys, content):
     (tmp_path / "list.txt").write_bytes(content)
@@ -243,6 +251,10 @@ if "-seed" in run.name:
 score = {"median": number / 10, "mean": number / 10, "chance": 0.5}
 known |= {"datasets": {"cb": {**score, "prompts": 1, "examples": 10}}, "average": score}
 folder.mkdir(parents=True, exist_ok=True)
+predictions = folder / "predictions" / run.name
+predictions.mkdir(parents=True, exist_ok=True)
+lines = [json.dumps({"idx": i, "correct": i < number}) for i in range(10)]
+(predictions / "cb_a.jsonl").write_text("\\n".join(lines))
 (folder / "results.json").write_text(json.dumps({"runs": [{**known, "tasks": {"cb_a": task}}]}))
 """
 DRIVER = """
@@ -373,6 +385,30 @@ def test_the_best_value_is_chosen(stand_ins, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert sweep.main(flags) == 1
     assert capsys.readouterr().out.count("already finished") == 5
+
+
+def test_claims_are_compared(finished, stand_ins, tmp_path, capsys):
+    output = shutil.copytree(finished, tmp_path / "copy")
+    claim = {"id": "a", "claim": "MoV-3 is better.", "paper": "unknown", "source": "a file"}
+    claim |= {"plus": ["mov_NUM_EXPERTS=3"], "minus": ["mov"]}
+    (tmp_path / "claims.json").write_text(json.dumps({"claims": [claim]}))
+    _, *flags = sweep_flags(output, f"--claims={tmp_path / 'claims.json'}")
+    assert sweep.main(["methods/mov.gin", "methods/mov.gin+NUM_EXPERTS=3", *flags]) == 0
+    report = json.loads((output / "claims.json").read_text())
+    score = {
+        name: [10.0 * (sum(map(ord, f"{name}-seed{seed}")) % 10) for seed in (0, 1)]
+        for name in ("mov", "mov_NUM_EXPERTS=3")
+    }
+    base, *experiments = report["experiments"]
+    assert {row["experiment"]: row["accuracies"] for row in experiments} == score
+    assert base["experiment"] == "base" and report["choices"] == []
+    (measured,) = report["claims"]
+    assert measured["differences"] == [
+        a - b for a, b in zip(score["mov_NUM_EXPERTS=3"], score["mov"], strict=True)
+    ]
+    assert "MoV-3 is better." in (output / "claims.md").read_text()
+    assert (output / "claims.png").is_file()
+    assert f"1 claims: 1 {measured['verdict']}" in capsys.readouterr().out
 
 
 def test_state_files_of_earlier_versions(finished, stand_ins, tmp_path, capsys):

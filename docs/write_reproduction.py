@@ -1,0 +1,111 @@
+"""Writes docs/reproduction.md and .png from docs/reproduction.json, the results of the claims.
+
+`python docs/write_reproduction.py /tmp/claims /tmp/claims_settings` first writes reproduction.json
+from the claims.json of these sweeps, whose folders have the names of their files in gin/sweeps/.
+Without arguments reproduction.json is read as it is. A test compares the page with what this
+program writes.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from pemoe_jax.analysis.tables import markdown_table
+from pemoe_jax.analysis.zero_shot import claims, claims_report
+from pemoe_jax.tools import sweep_choices
+
+DOCS = Path(__file__).parent
+VERDICTS = (claims.REPRODUCED, claims.NOT_REPRODUCED, claims.UNDECIDED, claims.NOT_MEASURED)
+INTRODUCTION = """\
+# Do the papers' claims hold here?
+
+This page is written by `docs/write_reproduction.py` from `docs/reproduction.json`, the results of
+
+```
+pemoe embed --gin_file=runs/quickstart_embed.gin
+{commands}
+```
+
+The claims are those of arXiv 2309.05444 (MoV, MoLORA) and arXiv 2305.14705 (FLAN-MoE), in other
+words. Their list, with the papers' figures, the sources of these and the experiments compared, and
+the rule for verdicts were fixed before the results: {files}.
+
+**What differs from the papers.** The base has {total:,} parameters (theirs have 0.25 to 11 billion)
+and is pretrained on text about a small invented world; the tasks ask about this world
+([quickstart.md](quickstart.md)). Trainings take {steps:,} steps of AdamW, not up to 500,000 of
+Adafactor. Learning rates are chosen for each method, by accuracy on validation splits of training
+tasks. A claim that holds here may fail at the papers' size, and the other way round. The papers'
+figures are quoted second-hand.
+
+**Result.** {summary}
+
+![Difference of each claim with its intervals](reproduction.png)
+"""
+
+
+def render(results: dict) -> str:
+    """Returns the page."""
+    sweeps = results["sweeps"]
+    merged = merge(results)
+    first = next(iter(sweeps.values()))
+    tuned = [row for row in first["experiments"] if row["experiment"] == "full"]
+    parts = [
+        INTRODUCTION.format(
+            commands="\n".join(
+                f"pemoe sweep @sweeps/{name}.txt --output=/tmp/{name} --jobs=2" for name in sweeps
+            ),
+            files=", ".join(f"`gin/sweeps/{name}.json`" for name in sweeps),
+            total=tuned[0]["total"],
+            steps=tuned[0]["step"],
+            summary=claims_report.summary(merged) + ".",
+        ).rstrip()
+    ]
+    for verdict in VERDICTS:
+        members = [claim for claim in merged["claims"] if claim["verdict"] == verdict]
+        if members:
+            lines = [
+                f"- {claim['claim']} (paper: {claim['paper']}; {_measured(claim)})"
+                for claim in members
+            ]
+            parts.append(f"**{verdict.capitalize()}** ({len(members)}):\n\n" + "\n".join(lines))
+    notes: list[str] = []
+    for name, report in sweeps.items():
+        tables = claims_report.to_tables(report)
+        if report["choices"]:
+            tables.append(sweep_choices.choices_table(report["choices"]))
+        parts.append(f"## `sweeps/{name}.txt`")
+        for table in tables:
+            parts.append(f"### {table.title}\n\n{markdown_table(table)}")
+            notes += [note for note in table.notes if note not in notes]
+    parts.append("## How to read the tables\n\n" + "\n\n".join(notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(claim: dict) -> str:
+    if claim["difference"] is None:
+        return "no result"
+    agree = f"{claim['agree']} of {len(claim['seeds'])} seeds agree"
+    return f"here {claim['difference']:+.1f} points, {agree}"
+
+
+def merge(results: dict) -> dict:
+    """Returns a report with the claims of all sweeps."""
+    return {"claims": [c for report in results["sweeps"].values() for c in report["claims"]]}
+
+
+def main(folders: list[str]) -> None:
+    """Writes the page, and the results if folders of sweeps are named."""
+    file = DOCS / "reproduction.json"
+    if folders:
+        sweeps = {
+            Path(folder).name: json.loads((Path(folder) / "claims.json").read_text())
+            for folder in folders
+        }
+        file.write_text(json.dumps({"sweeps": sweeps}, indent=1, ensure_ascii=False) + "\n")
+    results = json.loads(file.read_text())
+    claims_report.draw_forest(merge(results), DOCS / "reproduction.png")
+    (DOCS / "reproduction.md").write_text(render(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

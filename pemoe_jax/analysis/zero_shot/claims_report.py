@@ -1,0 +1,221 @@
+"""The results of claims as claims.json, claims.md and claims.png.
+
+claims.json holds {"rule", "experiments", "choices", "claims"}: `claims.VERDICT_RULE`; what each
+experiment of the sweep scored and costs; the settings that were chosen on training tasks; and each
+claim with its `claims.Result`. Accuracies are in %, differences in percentage points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pemoe_jax.analysis import plots
+from pemoe_jax.analysis.tables import MISSING, Table
+from pemoe_jax.analysis.zero_shot import claims as claims_lib
+from pemoe_jax.analysis.zero_shot.results import JsonObject
+
+# What an experiment keeps of its first run, see `evaluate.describe_run`.
+_RUN_KEYS = ("variant", "trainable", "total", "used", "step")
+_VERDICTS = (
+    claims_lib.REPRODUCED,
+    claims_lib.NOT_REPRODUCED,
+    claims_lib.UNDECIDED,
+    claims_lib.NOT_MEASURED,
+)
+_COLORS = dict(zip(_VERDICTS, ("#009E73", "#D55E00", "#0072B2", "#999999"), strict=True))
+_NOTES = (
+    "Difference: of accuracies, in percentage points, mean over seeds. Seeds: paired t-interval of"
+    " 95 % over the differences of single seeds, which covers other adapters and another order of"
+    " the data. Prompts: bootstrap interval of 95 % over prompts and examples, drawn independently,"
+    " of the differences averaged over seeds. Agree: seeds whose difference is above the bound.",
+    claims_lib.VERDICT_RULE + " Intervals are those of single claims, not of all together.",
+)
+
+
+def build_report(
+    claims: Sequence[claims_lib.Claim],
+    runs: Mapping[str, Mapping[int, JsonObject]],
+    choices: Sequence[Mapping[str, object]] = (),
+    base: JsonObject | None = None,
+) -> JsonObject:
+    """Returns the contents of claims.json.
+
+    Args:
+      claims: the claims.
+      runs: experiment -> seed -> run, as `results.load_results` loads it.
+      choices: entries of a sweep's choices.json.
+      base: run of the base model.
+
+    Raises:
+      InputError: see `claims.measure`.
+    """
+    experiments: dict[str, dict[int, JsonObject]] = {"base": {0: base}} if base else {}
+    experiments |= {name: dict(by_seed) for name, by_seed in runs.items()}
+    report = {
+        "rule": claims_lib.VERDICT_RULE,
+        "experiments": [_experiment(name, by_seed) for name, by_seed in experiments.items()],
+        "choices": list(choices),
+        "claims": [
+            {**dataclasses.asdict(claim), **claims_lib.measure(claim, runs)} for claim in claims
+        ],
+    }
+    return _rounded(report)
+
+
+def _experiment(name: str, by_seed: Mapping[int, JsonObject]) -> JsonObject:
+    seeds = sorted(by_seed)
+    first = by_seed[seeds[0]]
+    averages = [100 * by_seed[seed]["average"]["mean"] for seed in seeds]
+    return {
+        "experiment": name,
+        **{key: first.get(key) for key in _RUN_KEYS},
+        "seeds": seeds,
+        "accuracies": averages,
+        "accuracy": statistics.fmean(averages),
+        "chance": 100 * first["average"]["chance"],
+        "datasets": {
+            dataset: statistics.fmean(
+                100 * by_seed[seed]["datasets"][dataset]["mean"] for seed in seeds
+            )
+            for dataset in first["datasets"]
+        },
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Rounds all numbers to four decimals, so that equal runs write equal files."""
+    if isinstance(value, dict):
+        return {key: _rounded(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(member) for member in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def summary(report: JsonObject) -> str:
+    """Returns how many claims have each verdict, as one line."""
+    counts = Counter(claim["verdict"] for claim in report["claims"])
+    words = [f"{counts[verdict]} {verdict}" for verdict in _VERDICTS if counts[verdict]]
+    return f"{len(report['claims'])} claims: {', '.join(words)}"
+
+
+def to_tables(report: JsonObject) -> list[Table]:
+    """Returns the tables of claims and of experiments."""
+    return [_claims_table(report), _experiments_table(report)]
+
+
+def _claims_table(report: JsonObject) -> Table:
+    rows = []
+    for claim in report["claims"]:
+        bound = "" if claim["expect"] == "better" else f" (−{claim['margin']:g})"
+        rows.append(
+            [
+                claim["claim"] + bound,
+                claim["paper"],
+                _compared(claim),
+                claim["verdict"],
+                MISSING if claim["difference"] is None else f"{claim['difference']:+.1f}",
+                _interval(claim["seed_interval"]),
+                _interval(claim["prompt_interval"]),
+                f"{claim['agree']} of {len(claim['seeds'])}",
+            ]
+        )
+    columns = ["claim", "in the paper", "compared", "verdict", "difference", "seeds", "prompts"]
+    return Table(
+        f"Claims: {summary(report).partition(': ')[2]}",
+        [*columns, "agree"],
+        rows,
+        notes=list(_NOTES),
+        num_text=4,
+    )
+
+
+def _compared(claim: JsonObject) -> str:
+    return " + ".join(claim["plus"]) + " − " + " − ".join(claim["minus"])
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return MISSING if ends is None else f"{ends[0]:+.1f} to {ends[1]:+.1f}"
+
+
+def _experiments_table(report: JsonObject) -> Table:
+    experiments = report["experiments"]
+    datasets = list(dict.fromkeys(name for row in experiments for name in row["datasets"]))
+    rows = []
+    for row in experiments:
+        accuracies = row["accuracies"]
+        deviation = f" ±{statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+        trainable = row["trainable"]
+        rows.append(
+            [
+                row["experiment"],
+                str(row["variant"] or MISSING),
+                MISSING if trainable is None else f"{trainable:,}",
+                str(len(row["seeds"])),
+                *(_accuracy(row["datasets"].get(name)) for name in datasets),
+                f"{row['accuracy']:.1f}{deviation}",
+            ]
+        )
+    chances = sorted({f"{row['chance']:.1f}" for row in experiments})
+    return Table(
+        "Accuracy in %: mean over prompts, mean ± standard deviation over seeds",
+        ["experiment", "method", "trainable", "seeds", *datasets, "average"],
+        rows,
+        footer=[["chance", *[""] * (3 + len(datasets)), "–".join([chances[0], *chances[1:][-1:]])]],
+        num_text=2,
+    )
+
+
+def _accuracy(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def draw_forest(report: JsonObject, png: Path) -> Path:
+    """Draws the difference of each claim with both intervals and the single seeds, in one panel."""
+    pyplot = plots.import_pyplot()
+    claims = [claim for claim in report["claims"] if claim["difference"] is not None]
+    labels = [claim["claim"] for claim in claims]
+    left = 0.4 + max((plots.text_width(label, 9) for label in labels), default=1.0)
+    height = 1.3 + 0.42 * len(claims)
+    width = left + 5.2
+    figure = pyplot.figure(figsize=(width, height))
+    axis = figure.add_axes((left / width, 0.75 / height, 4.6 / width, (height - 1.3) / height))
+    for row, claim in enumerate(claims):
+        color = _COLORS[claim["verdict"]]
+        if claim["seed_interval"]:
+            axis.plot(claim["seed_interval"], [row - 0.12] * 2, color=color, lw=2.6)
+        axis.plot(claim["prompt_interval"], [row + 0.16] * 2, color=color, lw=1.0)
+        bound = 0.0 if claim["expect"] == "better" else -claim["margin"]
+        axis.plot([bound] * 2, [row - 0.4, row + 0.4], color=plots.TEXT_COLOR, lw=1.0)
+        seeds = claim["differences"]
+        style = {"fc": "white", "ec": color, "lw": 0.9, "zorder": 3}
+        axis.scatter(seeds, [row - 0.12] * len(seeds), s=12, **style)
+        axis.scatter([claim["difference"]], [row - 0.12], s=34, c=color, zorder=4)
+    axis.axvline(0, color=plots.MUTED_COLOR, lw=0.8)
+    axis.set_yticks(range(len(claims)), labels, size=9)
+    axis.set_ylim(len(claims) - 0.5, -0.5)
+    axis.tick_params(length=0)
+    axis.set_xlabel("difference in percentage points")
+    handles = [
+        pyplot.Line2D([], [], color=_COLORS[verdict], marker="o", lw=2, label=verdict)
+        for verdict in dict.fromkeys(claim["verdict"] for claim in claims)
+    ]
+    if handles:
+        axis.legend(
+            handles=handles,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=3,
+            frameon=False,
+            fontsize=8,
+        )
+    legend = (
+        "dot: mean over seeds · thick: 95 % over seeds, small dots: seeds · thin: 95 % over prompts"
+        " and examples · black line: bound"
+    )
+    figure.text(0.1 / width, 0.12 / height, legend, size=7.5, color=plots.TEXT_COLOR)
+    return plots.save_figure(figure, png)
