@@ -6,7 +6,8 @@ import functools
 import itertools
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,18 @@ FLAGS = gin_flags.make_parser(
 )
 
 
+FLAGS.add_argument(
+    "--allow_changes",
+    action="store_true",
+    help="resume a run although its data, seed or batches have changed",
+)
+FLAGS.add_argument(
+    "--debug_nans",
+    action="store_true",
+    help="find the module where the first infinity or NaN comes from; keeps the state twice",
+)
+
+
 def train(
     model: "network.Transformer | None",
     method: options.Method,
@@ -48,6 +61,9 @@ def train(
     logging: options.Logging,
     mesh: "partitioning.MeshConfig",
     seed: int = 0,
+    numerics: options.Numerics = options.STOP_AT_NONFINITE,
+    allow_changes: bool = False,
+    debug_nans: bool = False,
 ) -> None:
     """Trains from the newest checkpoint in MODEL_DIR, or else from the base model.
 
@@ -63,10 +79,12 @@ def train(
       logging: what to report, and how often.
       mesh: how the run is spread over its devices.
       seed: seed of new adapters, a random base model, the data order and dropout.
+      numerics: what to do about a step that is not finite.
+      allow_changes: whether a run may resume with other data, seed or batches.
+      debug_nans: whether to find where the first infinity or NaN comes from.
 
     Raises:
-      InputError: a setting or a file is wrong, before any file is written; or the loss became
-        infinite.
+      InputError: a setting or a file is wrong, before any file is written; or a step is not finite.
     """
     if model is None:
         raise InputError(
@@ -87,6 +105,8 @@ def train(
         file_io,
         folder_lock,
         progress,
+        run_file,
+        step_times,
         train_loop,
     )
     from pemoe_jax.tasks.task_roles import abbreviate, run_register
@@ -117,11 +137,12 @@ def train(
         new_run.check_initial_run(
             initial.opened, record, model, method, checkpointing.upcycle_noise
         )
+    checkpointing.check_keep_best(logging.eval_period)
     _check_before_tasks(model, method, data, record.adapters)
     folder = distributed.output_folder(model_dir)
     if folder.is_dir():
         folder_lock.hold(folder, "MODEL_DIR")
-    first_step = _resume_step(model_dir, record)
+    first_step, _ = _resume_step(model_dir, record, allow_changes)
     task_roles = run_register(data.register)
     mixture = data.name
     fraction_name = task_fraction.register_fraction(
@@ -136,11 +157,18 @@ def train(
     state, frozen, record = new_run.initialize(
         model, method, transformation, checkpointing, record, device_mesh, rules, initial
     )
+    examples = seqio_tasks.describe_examples(data.name, "train", data.use_cached_tasks)
     training_record = task_roles.training_record(trained_tasks)
     record = dataclasses.replace(
         record,
         **initial_run.add_training(training_record, initial),
         sentence_encoder=None if sentence_source is None else dict(sentence_source.encoder),
+        batches={
+            "training data": examples,
+            "BATCH_SIZE": data.batch_size,
+            "PACK": data.pack,
+            "TASK_FEATURE_LENGTHS": dict(data.task_feature_lengths),
+        },
     )
     recipe = _describe_recipe(optimizer, schedule, total_steps)
     with partitioning.use_mesh(device_mesh, rules):
@@ -156,8 +184,16 @@ def train(
             flush=True,
         )
 
-    _resume_step(model_dir, record)  # again, with the tasks and the base
-    checkpoints = runs.RunCheckpoints(str(model_dir), checkpointing.keep)
+    _, allowed = _resume_step(model_dir, record, allow_changes)  # again, with tasks and base
+
+    def find_best(steps: Collection[int]) -> tuple[int, float] | None:
+        if (metric := checkpointing.keep_best) is None:
+            return None
+        return progress.best_step(folder / "metrics.jsonl", metric, steps)
+
+    checkpoints = runs.RunCheckpoints(
+        str(model_dir), checkpointing.keep, lambda steps: (find_best(steps) or [None])[0]
+    )
     draw_loss = functools.partial(
         plots.loss_curve,
         folder / "metrics.jsonl",
@@ -172,33 +208,44 @@ def train(
             progress.truncate_metrics(folder / "metrics.jsonl", first_step)
             draw_loss()
         return
+    config = gin.config_str()
     if first_step:
+        # A run keeps what `same_run` compares. Any other change gives another run, and is said.
+        settings = run_settings.read_settings(str(model_dir)), run_settings.parse_settings(config)
+        if settings[0] and (changes := run_settings.describe_changes(*settings)):
+            print(f"settings that changed since: {changes}", flush=True)
+        if allowed:
+            print(f"WARNING: another run than before: {'; '.join(allowed)}", flush=True)
         state, first_step = checkpoints.restore_newest(state)
     shard = partitioning.data_shard(device_mesh)
     positions: list[int] | None = [0] * shard[1]
     if first_step:
         positions = runs.read_data_position(f"{model_dir}/checkpoint_{first_step}", shard[1])
     batches, eval_batches = _open_feeds(data, logging, seed, shard, positions, sentence_source)
-    examples = seqio_tasks.describe_examples(data.name, "train", data.use_cached_tasks)
     print(f"training on {data.name}: {examples}", flush=True)
 
     # Every setting has been checked by now: only from here on are files written.
-    config = gin.config_str()
     folder_lock.hold(folder, "MODEL_DIR")
     if not first_step and runs.saved_steps(model_dir):
         raise InputError(f"{model_dir}: another run has written to it: run the same command again")
     if first_step:
         print(f"resuming from {model_dir}/checkpoint_{first_step}", flush=True)
-        # A run keeps what `same_run` compares. Any other change gives another run, and is said.
-        settings = run_settings.read_settings(str(model_dir)), run_settings.parse_settings(config)
-        if settings[0] and (changes := run_settings.describe_changes(*settings)):
-            print(f"settings that changed since: {changes}", flush=True)
         if positions is None:
             print(f"the checkpoint has no position in the data: skipping {first_step} batches")
             collections.deque(itertools.islice(batches, first_step), maxlen=0)
     if model.config.scan_layers:
         frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
     atomic_write.write_text(folder / "config.gin", config)
+    run_file.begin(
+        folder,
+        versions=record.versions,
+        devices=step_times.describe_devices([*device_mesh.devices.flat]),
+        base=record.base,
+        initial=record.initial,
+        data={"mixture": data.name, **(record.batches or {})},
+        seed=seed,
+        first_step=first_step,
+    )
 
     def save(state: "steps.TrainState", position: Mapping[str, int] | None) -> None:
         assert position is not None  # `feed.train_batches` has positions
@@ -219,12 +266,12 @@ def train(
         save=save,
         check_save=checkpoints.check_save,
         save_period=checkpointing.period,
+        numerics=numerics,
+        debug_nans=debug_nans,
     )
     try:
         with partitioning.use_mesh(device_mesh, rules):
-            signal_number = loop.run(
-                state, frozen, prefetch.prefetch(batches, transform=loop.to_devices)
-            )
+            stopped = loop.run(state, frozen, prefetch.prefetch(batches, transform=loop.to_devices))
     except BaseException as error:
         # close() waits for pending saves, which need all processes. An InputError is raised in all
         # of them; after any other error, another process may be gone.
@@ -234,19 +281,25 @@ def train(
             checkpoints.close()
         raise
     checkpoints.close()
-    if signal_number is not None:
+    if stopped is not None and stopped.received is not None:
         step = runs.saved_steps(model_dir)[-1]
+        seconds = time.monotonic() - stopped.time
+        reason = f"stopped by {stopped.received.name}"
         print(
-            f"stopped by {signal_number.name}: the same command resumes from"
+            f"{reason}, saved in {seconds:.1f} s: the same command resumes from"
             f" {model_dir}/checkpoint_{step}",
             flush=True,
         )
-        if signal_number == signal.SIGINT:
+        run_file.finish("stopped", reason, last_step=step, save_seconds=round(seconds, 1))
+        if stopped.received == signal.SIGINT:
             raise KeyboardInterrupt
         return
     for line in batches.counts.describe():
         print(line)
     draw_loss()
+    if best := find_best(runs.saved_steps(model_dir)):
+        print(f"best by {checkpointing.keep_best}: checkpoint_{best[0]} ({best[1]:.4f})")
+    run_file.finish("finished", "reached TRAIN_STEPS", last_step=total_steps)
     print(
         f"trained to step {total_steps}: {model_dir}/checkpoint_{total_steps}, {model_dir}/loss.png"
     )
@@ -421,29 +474,31 @@ def _gather_positions(
 # --- resuming ---
 
 
-def _resume_step(model_dir: Path, record: "runs.Record") -> int:
-    """Returns the newest checkpoint's step, 0 without one; checks that it fits the new run.
+def _resume_step(
+    model_dir: Path, record: "runs.Record", allow_changes: bool
+) -> tuple[int, Sequence[str]]:
+    """Returns (the newest checkpoint's step, 0 without one; allowed changes since then).
 
-    Before the base is read, `record.base` is empty, and the settings alone are compared.
+    Checks that it fits the new run. Before the base is read, `record.base` is empty, and the
+    settings alone are compared.
     """
     from pemoe_jax.checkpoints import runs, same_run
     from pemoe_jax.data import sentence_table
 
     step = runs.newest_readable_step(model_dir)
     if not step:
-        return 0
+        return 0, ()
     saved = runs.read_record(str(model_dir / f"checkpoint_{step}"))
     if record.base:
         sentence_table.check_same_encoder(
             str(model_dir), saved.sentence_encoder, record.sentence_encoder
         )
-    same_run.check_same_run(model_dir, saved, record)
-    return step
+    return step, same_run.check_same_run(model_dir, saved, record, allow_changes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    return gin_flags.run_configured(FLAGS, train, argv)
+    return gin_flags.run_configured(FLAGS, train, argv, ("allow_changes", "debug_nans"))
 
 
 if __name__ == "__main__":

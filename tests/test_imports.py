@@ -65,6 +65,7 @@ CORE = {
     },
     "layers": {"attention", "adapters", "params", "quantized", "routing"},
     "merging": set(),
+    "nonfinite": {"steps", "params"},
     "network": {
         "adapters",
         "attention",

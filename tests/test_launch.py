@@ -69,9 +69,30 @@ def test_a_missing_command_is_a_one_line_error(script):
 
 
 def test_slurm_dry_run():
-    assert commands("slurm.sbatch", *COMMAND) == [
-        ["srun", "--kill-on-bad-exit=1", "--unbuffered", *COMMAND]
-    ]
+    (line,) = commands("slurm.sbatch", *COMMAND)
+    assert line[:5] == ["srun", "--kill-on-bad-exit=1", "--unbuffered", "bash", "-c"]
+    assert "trap" in line[5] and line[6].endswith("/.stopped-0") and line[7:] == COMMAND
+
+
+@pytest.mark.parametrize(
+    ("task", "requeued", "code"),
+    [("kill -TERM $PPID", True, 0), ("true", False, 0), ("kill -TERM $PPID; exit 3", False, 3)],
+)
+def test_slurm_requeues_a_job_whose_tasks_were_told_to_stop(tmp_path, task, requeued, code):
+    """`srun` and `scontrol` are stand-ins; the task signals the shell that srun starts."""
+    for name, text in (("srun", 'shift 2; exec "$@"'), ("scontrol", 'echo "scontrol $*"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/slurm.sbatch"), "bash", "-c", task],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert done.stdout == ("scontrol requeue 7\n" if requeued else "")
 
 
 def test_slurm_outside_of_a_job_is_refused():

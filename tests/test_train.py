@@ -236,7 +236,9 @@ def test_a_run_resumed_at_an_odd_step_equals_an_uninterrupted_one(folder, tmp_pa
     assert runs.read_data_position(str(tmp_path / "whole"))[0] > 2 * feed._BLOCK
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+)
 def test_a_signal_saves_the_step_that_runs(
     folder, trained, tmp_path, monkeypatch, capfd, number, code
 ):
@@ -249,18 +251,44 @@ def test_a_signal_saves_the_step_that_runs(
             signal.raise_signal(number)
 
     monkeypatch.setattr(step_times.StepTimer, "add", add)
-    handlers = [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
-    assert train.main(train_flags(folder, "mov", tmp_path)) == code
-    assert handlers == [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
+    handlers = [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))]
+    # The evaluation that is due after the step is left out: the time may be short.
+    settings = {"EVAL_PERIOD": 5 if number == signal.SIGTERM else 0}
+    assert train.main(train_flags(folder, "mov", tmp_path, **settings)) == code
+    assert handlers == [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))]
+    assert read_metrics(tmp_path, "eval/loss") == {}
     output = capfd.readouterr()
-    assert output.out.endswith(
-        f"stopped by {number.name}: the same command resumes from {tmp_path}/checkpoint_5\n"
+    assert re.search(
+        rf"\nstopped by {number.name}, saved in \d+\.\d s: the same command resumes from"
+        rf" {tmp_path}/checkpoint_5\n$",
+        output.out,
     )
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert (about["status"], about["reason"]) == ("stopped", f"stopped by {number.name}")
+    assert about["last_step"] == 5 and about["earlier"] == []
     assert output.err.startswith("\nstopping after this step; interrupt again")
     assert runs.saved_steps(tmp_path) == [5]
     monkeypatch.undo()
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     assert_ends_alike(trained["mov"], tmp_path)
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["status"] == "finished" and about["last_step"] == 12 and about["first_step"] == 5
+    assert about["earlier"][0]["status"] == "stopped"
+    assert {"versions", "devices", "base", "data", "seed", "config", "commit"} <= about.keys()
+
+
+def test_the_best_checkpoint_is_kept_besides_the_newest(folder, tmp_path, monkeypatch, capsys):
+    losses = iter([2.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr(train_loop.TrainLoop, "_evaluate", lambda *_: (next(losses), 0.5))
+    settings = {"KEEP_BEST": "eval/loss", "CHECKPOINT_PERIOD": 2, "TRAIN_STEPS": 8}
+    flags = train_flags(folder, "mov", tmp_path, **settings)
+    assert train.main([*flags, "--gin.EVAL_PERIOD=4"]) == 1
+    assert "EVAL_PERIOD must divide CHECKPOINT_PERIOD 2 with KEEP_BEST, got 4" in (
+        capsys.readouterr().err
+    )
+    assert train.main([*flags, "--gin.EVAL_PERIOD=2"]) == 0
+    assert runs.saved_steps(tmp_path) == [4, 8]
+    assert "\nbest by eval/loss: checkpoint_4 (1.0000)\n" in capsys.readouterr().out
 
 
 def test_a_second_interrupt_stops_at_once(folder, tmp_path, monkeypatch):
@@ -347,6 +375,30 @@ def test_a_state_that_is_not_finite_is_never_saved(folder, tmp_path, capsys):
     assert [*read_metrics(tmp_path / "later")] == [1, 3]
 
 
+def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(folder, tmp_path, capsys):
+    settings = {"LEARNING_RATE": 3e38, "TRAIN_STEPS": 50, "CHECKPOINT_PERIOD": 50}
+    settings |= {"NONFINITE": "skip", "MAX_SKIPPED_STEPS": 3, "LOG_PERIOD": 2}
+    assert train.main(train_flags(folder, "mov", tmp_path, **settings)) == 1
+    output = capsys.readouterr()
+    assert re.search(
+        r"the loss is nan at step 5 .*, after 3 steps in a row that were skipped"
+        r" \(MAX_SKIPPED_STEPS\): lower LEARNING_RATE and start again: there is no checkpoint yet",
+        output.err,
+    )
+    assert "step 4  skipped 2 steps: not finite\n" in output.out
+    assert read_metrics(tmp_path, "train/skipped") == {1: 0, 2: 1, 4: 2, 6: 2}
+
+
+def test_debug_nans_names_the_module(folder, tmp_path, capsys):
+    settings = {"LEARNING_RATE": 3e38, "TRAIN_STEPS": 50, "LOG_PERIOD": 50}
+    flags = train_flags(folder, "mov", tmp_path, **settings)
+    assert train.main([*flags, "--debug_nans"]) == 1
+    assert re.search(
+        r"error: the output of encoder/layers_0/\S+ is the first that is not finite, at step 2\n",
+        capsys.readouterr().err,
+    )
+
+
 def test_positions_of_another_number_of_shards(stopped, tmp_path):
     """A run of two shards, at examples 6 = 2 · 3 and 9 = 2 · 4 + 1, resumes at example 6.
 
@@ -404,6 +456,20 @@ def test_resuming_with_another_base_or_other_tasks_is_refused(folder, trained, c
     assert error.startswith("error: ") and error.count("\n") == 1
     for change in ("base fingerprint", "training tasks", "held-out datasets"):
         assert change in error
+
+
+def test_resuming_with_other_batches_is_refused_unless_allowed(folder, trained, tmp_path, capsys):
+    shutil.copytree(trained["mov"], tmp_path / "run")
+    changes = {"BATCH_SIZE": 4, "PACK": False, "TRAIN_STEPS": 13}
+    flags = train_flags(folder, "mov", tmp_path / "run", **changes)
+    assert train.main(flags) == 1
+    error = capsys.readouterr().err
+    assert "got BATCH_SIZE 8 -> 4; PACK True -> False: change them back, pass --allow" in error
+    assert error.count("\n") == 1
+    assert train.main([*flags, "--allow_changes"]) == 0
+    out = capsys.readouterr().out
+    assert "WARNING: another run than before: BATCH_SIZE 8 -> 4; PACK True -> False\n" in out
+    assert runs.saved_steps(tmp_path / "run") == [13]
 
 
 def test_a_fraction_of_the_training_tasks(folder, trained, tmp_path, capsys):

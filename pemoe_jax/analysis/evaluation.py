@@ -10,7 +10,7 @@ import jax
 
 from pemoe_jax.analysis.zero_shot import results as results_lib
 from pemoe_jax.checkpoints import models as models_lib
-from pemoe_jax.checkpoints import run_settings
+from pemoe_jax.checkpoints import run_settings, runs
 from pemoe_jax.core import partitioning
 from pemoe_jax.core.errors import plural
 from pemoe_jax.data import sentences, seqio_tasks, shots
@@ -21,6 +21,8 @@ from pemoe_jax.runtime import (
     folder_lock,
     gin_flags,
     options,
+    run_file,
+    step_times,
 )
 from pemoe_jax.tasks import TaskRoles
 from pemoe_jax.tasks.task_roles import run_register
@@ -96,6 +98,7 @@ def open_evaluation(
     folder_lock.hold(folder, "EVAL_OUTPUT_DIR")
     if results_lib.check_overwrites(output, paths, task_names, shots_id, task_roles.eval_splits):
         print(f"replacing the results in {output}", flush=True)
+    begin_run_file(folder, opened_models, device_mesh, data, few_shot.record)
     return Evaluation(
         folder=folder,
         mesh=device_mesh,
@@ -111,6 +114,26 @@ def open_evaluation(
             lengths["inputs"],
             data.use_cached_tasks,
         ),
+    )
+
+
+def begin_run_file(
+    folder: Path,
+    models: Sequence[models_lib.OpenedModel],
+    mesh: jax.sharding.Mesh,
+    data: options.Data,
+    few_shot: Mapping[str, int],
+) -> None:
+    """Writes run.json of a command that reads models and tasks."""
+    run_file.begin(
+        folder,
+        versions=runs.package_versions(),
+        devices=step_times.describe_devices([*mesh.devices.flat]),
+        models=[
+            {"path": each.path, "step": each.step, "base": each.record and each.record.base}
+            for each in models
+        ],
+        data={"tasks": data.mixture_or_task_name, **few_shot},
     )
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -54,6 +54,8 @@ class Record:
       optimizer: name of the optimizer's function; None: unknown.
       sentence_encoder: encoder of the sentence embeddings that routers read (name, dim,
         fingerprint or probe: `sentence_table.is_same_encoder`); None: routers read none.
+      batches: what the examples and the batches of training are, by the names of settings
+        ('BATCH_SIZE'); None: unknown.
       initial: path and method of the run that this one started from, the fingerprint of what it
         trained, and a hash of its settings (`initial_run.fingerprint_settings`); None: it started
         from a base model. `trained_datasets` and `trained_tasks` then have those of both.
@@ -74,6 +76,7 @@ class Record:
     optimizer: str | None = None
     sentence_encoder: JsonObject | None = None
     initial: JsonObject | None = None
+    batches: JsonObject | None = None
 
 
 class DamagedCheckpoint(InputError):
@@ -88,10 +91,17 @@ class RunCheckpoints:
 
     Args:
       keep: number of newest checkpoints to keep; None: all.
+      find_best: function from steps of checkpoints to the one to keep too, or None.
     """
 
-    def __init__(self, model_dir: str, keep: int | None = 1) -> None:
+    def __init__(
+        self,
+        model_dir: str,
+        keep: int | None = 1,
+        find_best: Callable[[Collection[int]], int | None] = lambda steps: None,
+    ) -> None:
         self._folder, self._keep = Path(model_dir).absolute(), keep
+        self._find_best = find_best
         self._pending: tuple[int, set[str]] | None = None  # a step, and its parameters' paths
         self._has_failed = False
 
@@ -192,10 +202,10 @@ class RunCheckpoints:
             tree = self._manager.restore(step, args=args)["state"]
         except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
             folder = self._folder / f"checkpoint_{step}" / "state"
-            if "tree structure" in str(error):
+            if "tree structure" in str(error) or "Requested shape" in str(error):
                 raise InputError(
                     f"{folder}: expected the state of the run's optimizer, got other optimizer"
-                    " settings"
+                    " settings: change them back, or choose another MODEL_DIR"
                 ) from error
             raise DamagedCheckpoint(
                 f"{folder}: cannot be restored: {first_line(error):.200}"
@@ -221,7 +231,8 @@ class RunCheckpoints:
         if jax.process_index():
             return
         steps = [each for each in _checkpoint_steps(self._folder) if each <= step]
-        for old_step in [] if self._keep is None else steps[: -self._keep]:
+        old_steps = [] if self._keep is None else steps[: -self._keep]
+        for old_step in {*old_steps} - {self._find_best(steps) if old_steps else None}:
             # Renamed first: half of a checkpoint must not look like a checkpoint.
             path = self._folder / f"checkpoint_{old_step}"
             path.rename(self._folder / f".deleted_{path.name}")

@@ -9,20 +9,54 @@ from pemoe_jax.core import freezing
 from pemoe_jax.core.errors import InputError
 
 
-def check_same_run(folder: str | os.PathLike[str], saved: Record, current: Record) -> None:
+def check_same_run(
+    folder: str | os.PathLike[str], saved: Record, current: Record, allow_changes: bool = False
+) -> list[str]:
     """Raises InputError, with every difference, if a run cannot resume from a checkpoint.
 
     Fields that a record does not know are not compared: those that are None, of earlier versions,
     and an empty `base`. So the settings can be compared before the base is read.
+
+    Args:
+      folder: the MODEL_DIR, for the message.
+      saved: the checkpoint's record.
+      current: that of the resumed run.
+      allow_changes: whether other data, seed and batches are accepted.
+
+    Returns:
+      The accepted differences.
     """
-    if differences := [*_differences(saved, current)]:
+    of_state, of_data = [*_differences(saved, current)], [*_data_differences(saved, current)]
+    if of_state or (of_data and not allow_changes):
+        advice = "change them back" + ("" if of_state else ", pass --allow_changes")
         raise InputError(
             f"{folder}: expected the settings of its checkpoint to resume, got"
-            f" {'; '.join(differences)}: change them back, or choose another MODEL_DIR"
+            f" {'; '.join(of_state + of_data)}: {advice}, or choose another MODEL_DIR"
         )
+    return of_data
+
+
+def _draws_frozen_parameters(record: Record) -> bool:
+    """Whether the seed draws parameters that are not trained, and so not in the checkpoint."""
+    has_freeze = freezing.parse_patterns(record.trainable)[1] is not None
+    is_drawn = record.base["path"] is None or "upcycled" in record.base
+    return has_freeze or (record.base["needed"] and is_drawn)
+
+
+def _data_differences(saved: Record, current: Record) -> Iterator[str]:
+    """Yields differences that give another run, of the same model and optimizer."""
+    if saved.seed != current.seed and not _draws_frozen_parameters(saved):
+        yield f"SEED {saved.seed} -> {current.seed}"
+    yield from _changed_names("training tasks", saved.trained_tasks, current.trained_tasks)
+    yield from _changed_names("held-out datasets", saved.held_out, current.held_out)
+    before, after = saved.batches or {}, current.batches or {}
+    for name in before:
+        if name in after and before[name] != after[name]:
+            yield f"{name} {before[name]!s:.60} -> {after[name]!s:.60}"
 
 
 def _differences(saved: Record, current: Record) -> Iterator[str]:
+    """Yields differences with which a checkpoint's state is of no use."""
     before, after = _settings(saved, saved), _settings(current, saved)
     if saved.method == current.method:  # otherwise everything differs
         for settings, record in ((before, saved), (after, current)):
@@ -34,8 +68,6 @@ def _differences(saved: Record, current: Record) -> Iterator[str]:
         if name in after and after[name] != value:
             yield f"{name} {value!s:.60} -> {after[name]!s:.60}"
     yield from _initial_differences(saved, current)
-    yield from _changed_names("training tasks", saved.trained_tasks, current.trained_tasks)
-    yield from _changed_names("held-out datasets", saved.held_out, current.held_out)
 
 
 def _settings(record: Record, saved: Record) -> dict[str, Any]:
@@ -43,7 +75,7 @@ def _settings(record: Record, saved: Record) -> dict[str, Any]:
     base = record.base if saved.base["needed"] else {}
     settings = {
         "method": record.method,
-        "SEED": record.seed,
+        "SEED": record.seed if _draws_frozen_parameters(saved) else None,
         "OPTIMIZER": record.optimizer,
         # Dropout may change; the sentence encoder is compared by itself, with its size.
         **{

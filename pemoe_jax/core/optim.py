@@ -31,6 +31,7 @@ def adafactor(
     multiply_by_parameter_scale: bool = True,
     min_dim_size_to_factor: int = 128,
     weight_decay_rate: float | None = None,
+    clip_norm: float | None = None,
     per_expert: bool = True,
     param_axes: ParamAxes | None = None,
 ) -> optax.GradientTransformation:
@@ -52,6 +53,7 @@ def adafactor(
       multiply_by_parameter_scale: see above.
       min_dim_size_to_factor: smallest size of two axes over which second moments are factored.
       weight_decay_rate: rate of the weight decay; None: no decay.
+      clip_norm: bound of the gradient's global norm; None: no bound.
       per_expert: whether root mean squares are those of an expert or, as in the paper's code, of
         all experts of a parameter. Second moments are by expert in either case.
       param_axes: names of the parameters' axes; None: no parameter has experts.
@@ -73,7 +75,16 @@ def adafactor(
         parts.append(map_over(optax.scale_by_param_block_rms(), names=rms_axes))
     if weight_decay_rate is not None:
         parts.append(optax.add_decayed_weights(weight_decay_rate))
-    return optax.chain(*parts, optax.scale(-1))
+    return _clip(optax.chain(*parts, optax.scale(-1)), clip_norm)
+
+
+def _clip(
+    optimizer: optax.GradientTransformation, norm: float | None
+) -> optax.GradientTransformation:
+    """Bounds the global norm of the gradients that an optimizer reads."""
+    if norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(norm), optimizer)
 
 
 def _map_over_axis(
@@ -159,9 +170,7 @@ def adamw(
     """AdamW (arXiv 1711.05101); `clip_norm` bounds the gradient's global norm, None does not."""
     del param_axes  # moments are per entry, so experts need no special treatment
     optimizer = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    if clip_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    return _clip(optimizer, clip_norm)
 
 
 # T5X's factors, and two of our own.

@@ -314,6 +314,8 @@ def make_train_step(
     microbatches: int = 1,
     router_metrics: bool = True,
     state_sharding: TrainState | None = None,
+    skip_nonfinite: bool = False,
+    donate: bool = True,
 ) -> StepFn:
     """Returns step(state, frozen, batch, rng) -> (state, metrics); jitted, the state is donated.
 
@@ -324,6 +326,9 @@ def make_train_step(
         `experts.DISPATCH_STATISTICS`; all other metrics are scalars. If False, XLA drops the
         statistics that no loss needs.
       state_sharding: shardings of the new state; None leaves them to XLA.
+      skip_nonfinite: whether a step whose loss or gradient is not finite leaves the parameters and
+        the optimizer's state as they were.
+      donate: whether the new state takes the memory of the old one.
 
     `rng` is the run's key. It is folded with the step's number, so that a resumed run draws the
     same dropout masks.
@@ -339,12 +344,18 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
+        if skip_nonfinite:  # a norm is not finite if a gradient is not
+            is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(is_finite, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
         if not router_metrics:
             metrics = {name: value for name, value in metrics.items() if name not in ROUTER_ROWS}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    # Donated: the new state takes the memory of the old one.
-    options: dict[str, Any] = {"donate_argnums": (0,)}
+    options: dict[str, Any] = {"donate_argnums": (0,) if donate else ()}
     if state_sharding is not None:
         options["out_shardings"] = (state_sharding, state_sharding.step)  # replicated metrics
     # A `Model` need not have a config.

@@ -20,6 +20,7 @@ from pemoe_jax.runtime import (
     gin_help,
     gin_types,
     host_memory,
+    run_file,
     seqio_cache_dirs,
 )
 
@@ -319,8 +320,11 @@ def macro_value(name: str) -> object:
         return None
 
 
-def call_configured(function: Callable[..., T], *args: object) -> T:
-    """Calls a function with `args` and those that gin binds; gin's errors become an InputError."""
+def call_configured(function: Callable[..., T], *args: object, **kwargs: object) -> T:
+    """Calls a function with these arguments and those that gin binds.
+
+    gin's errors become an InputError.
+    """
     import gin
 
     try:
@@ -328,7 +332,7 @@ def call_configured(function: Callable[..., T], *args: object) -> T:
     except ValueError as error:
         raise InputError(gin_errors.describe_unconfigured(function.__name__)) from error
     try:
-        return configured(*args)
+        return configured(*args, **kwargs)
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
@@ -362,12 +366,16 @@ def run_configured(
     flags: argparse.ArgumentParser,
     function: Callable[..., object],
     argv: Sequence[str] | None = None,
+    flag_names: Sequence[str] = (),
 ) -> int:
-    """Runs a command that is one function configured by gin; returns its exit code."""
+    """Runs a command that is one function configured by gin; returns its exit code.
+
+    `flag_names` are flags that are passed to the function.
+    """
 
     def load_and_call(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         load_config(args, bindings)
-        call_configured(function)
+        call_configured(function, **{name: getattr(args, name) for name in flag_names})
 
     return run_command(flags, load_and_call, argv)
 
@@ -406,13 +414,17 @@ def run_command(
         if any(folders):
             seqio_cache_dirs.add_cache_dirs([*filter(None, folders)])
         work(args, bindings)
+        run_file.finish("finished", "the work is done")
         code = 0
     except InputError as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
+        run_file.finish("failed", first_line(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        run_file.finish("stopped", "interrupted")
         code = 130
     except Exception as error:
+        run_file.finish("failed", f"{type(error).__name__}: {first_line(error)}")
         # An OSError with an errno is the user's: no permission, no space, a file for a folder.
         os_error = _os_error(error)
         if os_error is None:

@@ -56,6 +56,7 @@ RANGES: dict[str, dict[str, Interval]] = {
     "options.Checkpointing": {
         **{"period": POSITIVE, "keep": POSITIVE, "upcycle_noise": NOT_NEGATIVE},
     },
+    "options.Numerics": {"max_skipped": POSITIVE},
     "options.Logging": {
         "log_period": POSITIVE,
         "eval_period": NOT_NEGATIVE,
@@ -88,7 +89,7 @@ RANGES: dict[str, dict[str, Interval]] = {
         "step_offset": EARLIER_STEPS,
         "clipping_threshold": POSITIVE,
         "min_dim_size_to_factor": POSITIVE,
-        "weight_decay_rate": NOT_NEGATIVE,
+        **{"weight_decay_rate": NOT_NEGATIVE, "clip_norm": POSITIVE},
     },
     "optim.adamw": {
         **{"b1": FRACTION, "b2": FRACTION, "eps": NOT_NEGATIVE},

@@ -119,6 +119,8 @@ class Checkpointing:
         times 1 + N(0, σ²); None: 0.
       period: steps between two checkpoints.
       keep: number of newest checkpoints to keep; None: all.
+      keep_best: metric by which the best checkpoint is kept too: 'eval/loss', 'eval/accuracy' or
+        None.
     """
 
     model_dir: str
@@ -126,6 +128,43 @@ class Checkpointing:
     upcycle_noise: float | None = None
     period: int = 1000
     keep: int | None = 1
+    keep_best: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("KEEP_BEST", self.keep_best, ("eval/loss", "eval/accuracy", None))
+
+    def check_keep_best(self, eval_period: int) -> None:
+        """Raises InputError unless the checkpoints of KEEP_BEST are evaluated."""
+        if self.keep_best is not None and (not eval_period or self.period % eval_period):
+            raise InputError(
+                f"EVAL_PERIOD must divide CHECKPOINT_PERIOD {self.period} with KEEP_BEST, got"
+                f" {eval_period}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """What a training run does about numbers that are not finite.
+
+    Attributes:
+      nonfinite: what happens at a step whose loss or gradient is infinite or NaN: 'stop' ends the
+        run; 'skip' leaves parameters and optimizer state as they were.
+      max_skipped: number of steps in a row that may be skipped; one more ends the run.
+    """
+
+    nonfinite: str = "stop"
+    max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        check_choice("NONFINITE", self.nonfinite, ("stop", "skip"))
+
+    @property
+    def skips(self) -> bool:
+        """Whether steps that are not finite are skipped."""
+        return self.nonfinite == "skip"
+
+
+STOP_AT_NONFINITE = Numerics()
 
 
 @dataclasses.dataclass(frozen=True)

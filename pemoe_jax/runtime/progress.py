@@ -1,11 +1,12 @@
 """Progress of a run: a bar or lines on stdout, metrics as JSON lines and in TensorBoard."""
 
 import json
+import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import plural
 from pemoe_jax.runtime import file_io
@@ -82,13 +83,38 @@ def truncate_metrics(file: Path, last_step: int) -> None:
         atomic_write.write_text(file, rest)
 
 
-def _step_of(line: str) -> int | None:
-    """Returns the step of a line of metrics; None if the line is no record."""
+def best_step(file: Path, metric: str, steps: Collection[int]) -> tuple[int, float] | None:
+    """Returns the step with the best value of a metric, and this value; None if none has it.
+
+    The best loss is the lowest, the best of other metrics the highest; of equals, the first.
+    """
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    values = {}
+    for line in lines:
+        step, value = _step_of(line), _row(line).get(metric)
+        if step is None or not isinstance(value, float) or not math.isfinite(value):
+            continue
+        if step in steps:
+            values[step] = value
+    if not values:
+        return None
+    sign = 1 if metric.endswith("loss") else -1
+    step = min(values, key=lambda each: (sign * values[each], each))
+    return step, values[step]
+
+
+def _row(line: str) -> dict[str, Any]:
+    """Returns the JSON object of a line of metrics; an empty one if the line is none."""
     try:
         row = file_io.parse_json(line)
     except ValueError:
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _step_of(line: str) -> int | None:
+    """Returns the step of a line of metrics; None if the line is no record."""
+    step = _row(line).get("step")
     return step if isinstance(step, int) else None
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a flag that a run reads between its steps.
+"""SIGTERM, SIGUSR1 and Ctrl-C as a flag that a run reads between its steps.
 
 An exception that is raised inside of a step finds the state already donated to it, so that nothing
 can be saved. One that is raised in a callback of JAX is even swallowed.
@@ -7,24 +7,28 @@ can be saved. One that is raised in a callback of JAX is even swallowed.
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-_HANDLED = (signal.SIGINT, signal.SIGTERM)
+# Slurm sends SIGUSR1 before the end of a job's time if it is asked to (`--signal=USR1@120`).
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """The first SIGTERM or SIGINT after `install`; a second SIGINT raises KeyboardInterrupt.
+    """The first signal after `install`; a second SIGINT raises KeyboardInterrupt.
 
     Attributes:
       received: the signal; None: none.
+      time: when this process learned of it, by `time.monotonic`.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.time = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -33,7 +37,7 @@ class StopSignals:
             return
         for number in _HANDLED:
             # Of several processes, JAX handles SIGTERM: it tells the others.
-            if number == signal.SIGINT or jax.process_count() == 1:
+            if number != signal.SIGTERM or jax.process_count() == 1:
                 self._previous[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
@@ -50,6 +54,7 @@ class StopSignals:
             return self.received is not None
         is_due = multihost_utils.reached_preemption_sync_point(step)
         if is_due:
+            self.time = self.time or time.monotonic()
             self.received = signal.SIGTERM
         return is_due
 
@@ -58,7 +63,7 @@ class StopSignals:
             if number == signal.SIGINT:
                 signal.default_int_handler(number, frame)
             return
-        self.received = signal.Signals(number)
+        self.received, self.time = signal.Signals(number), time.monotonic()
         # Not `print`, whose buffer the interrupted code may be writing to.
         os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
         if jax.process_count() > 1:

@@ -3,18 +3,17 @@
 import dataclasses
 import math
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 import optax
 
-from pemoe_jax.core import network, optim, partitioning, steps
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core import network, nonfinite, optim, partitioning, steps
+from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.runtime import host_memory, options, progress, step_times, stop_signals
 
@@ -64,6 +63,9 @@ class TrainLoop:
       save: saves a state with the feed's position.
       check_save: raises InputError if the last save has failed; called after each step.
       save_period: steps between two checkpoints.
+      numerics: what to do about a step that is not finite.
+      debug_nans: whether to look at each step at once, and to find the module where the first
+        infinity or NaN comes from; keeps a second copy of the state.
     """
 
     model: network.Transformer
@@ -80,6 +82,9 @@ class TrainLoop:
     save: Callable[[steps.TrainState, Position | None], None]
     check_save: Callable[[], None]
     save_period: int
+    numerics: options.Numerics = options.STOP_AT_NONFINITE
+    debug_nans: bool = False
+    _last_saved: int = dataclasses.field(default=0, init=False)  # 0: no checkpoint
 
     def __post_init__(self) -> None:
         self._eval_step = steps.make_eval_step(self.model, self.loss)
@@ -90,11 +95,11 @@ class TrainLoop:
 
     def run(
         self, state: steps.TrainState, frozen: PyTree, batches: Batches
-    ) -> signal.Signals | None:
+    ) -> stop_signals.StopSignals | None:
         """Trains on batches from `to_devices`.
 
-        SIGTERM and the first SIGINT (Ctrl-C) save the step that runs and end the loop. Before the
-        first step is compiled, they end the process.
+        SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) save the step that runs and end the loop,
+        without an evaluation. Before the first step is compiled, they end the process.
 
         Returns:
           The signal that ended the loop; None: it reached the last step.
@@ -106,16 +111,19 @@ class TrainLoop:
             self.microbatches,
             self.logging.router_metrics is not None,
             jax.tree.map(lambda leaf: leaf.sharding, state),
+            skip_nonfinite=self.numerics.skips,
+            donate=not self.debug_nans,
         )
-        first_step = int(state.step)
+        first_step = self._last_saved = int(state.step)
         bar = progress.Progress("step", self.total_steps, first_step)
         writer = progress.MetricWriter(self.folder, first_step)
-        window, trend = _Window(), LossTrend(first_step, self.total_steps)
+        window = _Window(self.numerics.max_skipped if self.numerics.skips else 0)
+        trend = LossTrend(first_step, self.total_steps)
         stop = stop_signals.StopSignals()
         try:
             for step in range(first_step + 1, self.total_steps + 1):
                 arrays, tokens = self._next_batch(batches, window, step)
-                if not window.is_finite_before_last():
+                if window.has_failed_before_last():
                     self._report(step - 1, window, writer, bar, is_first=False)  # raises
                 position = batches.position
                 is_first, is_last = step == first_step + 1, step == self.total_steps
@@ -130,7 +138,10 @@ class TrainLoop:
                         step_times.BATCH: _describe_batch(arrays),
                     }
                 dispatch_time = time.monotonic()
+                previous = state if self.debug_nans else None
                 state, metrics = train_step(state, frozen, arrays, self.rng)
+                if previous is not None and not _is_finite(metrics):
+                    self._find_nonfinite(step, previous, frozen, arrays)
                 window.append(step, metrics, tokens, dispatch_time)
                 bar.advance(step)
                 if step % self.logging.log_period == 0 or is_last or is_first:
@@ -139,18 +150,18 @@ class TrainLoop:
                         bar.print_line(warning)
                 paused = time.monotonic()
                 eval_period = self.logging.eval_period
-                if eval_period and (step % eval_period == 0 or is_last):
+                is_stop = stop.is_due(step)
+                if eval_period and (is_last or (step % eval_period == 0 and not is_stop)):
                     loss, accuracy = self._evaluate(state, frozen)
                     writer.write(step, {"eval/loss": loss, "eval/accuracy": accuracy})
                     scores = f"validation loss {loss:.4f}  accuracy {accuracy:.3f} (tokens)"
                     bar.print_line(f"step {step}  {scores}")
                 self.check_save()
-                is_stop = stop.is_due(step)
                 if step % self.save_period == 0 or is_last or is_stop:
                     self._save(state, position)
                 window.start += time.monotonic() - paused  # not part of the steps' speed
                 if is_stop and not is_last:
-                    return stop.received
+                    return stop
             return None
         finally:
             stop.restore()
@@ -180,7 +191,7 @@ class TrainLoop:
         """Reports the steps since the last report; returns the loss per token of each of them.
 
         Raises:
-          InputError: the loss of a step is not finite.
+          InputError: a step is not finite, or too many in a row are skipped.
         """
         scalars, rows, losses, damaged = window.summarize()
         if is_first:  # it also loads the program, and libraries of the devices
@@ -204,20 +215,41 @@ class TrainLoop:
             f"loss {scalars['loss']:.4f}  accuracy {scalars['accuracy']:.3f}"
             f"  {progress.format_count(scalars['tokens_per_second'])} tokens/s{dropped}{waiting}",
         )
+        if skipped := scalars.get("skipped"):
+            bar.print_line(f"step {step}  skipped {plural(int(skipped), 'step')}: not finite")
         if damaged:
-            damaged_step, loss = damaged
-            advice = "lower LEARNING_RATE and resume from the last checkpoint"
+            advice = f"lower LEARNING_RATE and {self._resume_advice()}"
             if is_first:  # no learning rate has had an effect yet
                 advice = (
                     "the run starts from damaged parameters, or their numbers overflow in DTYPE"
                 )
             router = self._first_damaged_router(rows) if rows else None
             where = f", and the router at {router} has logits that are not finite" if router else ""
+            row = ""
+            if self.numerics.skips:
+                allowed = plural(self.numerics.max_skipped, "step")
+                row = f", after {allowed} in a row that were skipped (MAX_SKIPPED_STEPS)"
             raise InputError(
-                f"the loss is {loss} at step {damaged_step}"
-                f" (learning rate {float(self.schedule(damaged_step - 1)):g}){where}: {advice}"
+                f"{damaged.name} is {damaged.value} at step {damaged.step}"
+                f" (learning rate {float(self.schedule(damaged.step - 1)):g}){where}{row}: {advice}"
             )
         return losses
+
+    def _resume_advice(self) -> str:
+        # A save that is pending is waited for before the command ends.
+        if not self._last_saved:
+            return "start again: there is no checkpoint yet"
+        return f"resume from checkpoint_{self._last_saved}"
+
+    def _find_nonfinite(
+        self, step: int, state: steps.TrainState, frozen: PyTree, arrays: dict[str, jax.Array]
+    ) -> None:
+        """Raises InputError with the source of the first number that is not finite."""
+        rng = jax.random.fold_in(self.rng, state.step)
+        source = nonfinite.find_source(
+            self.model, self.loss, state.params, frozen, arrays, rng, self.microbatches
+        )
+        raise InputError(f"{source} is the first that is not finite, at step {step}")
 
     def _first_damaged_router(self, rows: Mapping[str, np.ndarray]) -> str | None:
         """Returns the first router, in the order of a forward pass, with statistics of NaN."""
@@ -238,9 +270,10 @@ class TrainLoop:
             raise InputError(
                 f"parameters are infinite or NaN after step {step}, which is not saved"
                 f" (learning rate {float(self.schedule(step - 1)):g}): lower LEARNING_RATE and"
-                " resume from the last checkpoint, if there is one"
+                f" {self._resume_advice()}"
             )
         self.save(state, position)
+        self._last_saved = int(state.step)
 
     def _evaluate(self, state: steps.TrainState, frozen: PyTree) -> tuple[float, float]:
         """Returns the loss and the accuracy per target token on the evaluation batches."""
@@ -306,8 +339,31 @@ def summarize_trend(losses: Sequence[float]) -> tuple[float, float, bool]:
     return start, end, start - end > max(0.01 * start, 2 * error)
 
 
+class _Damage(NamedTuple):
+    """A step that is not finite: `name` is what is not, 'the loss' or 'the gradient norm'."""
+
+    step: int
+    name: str
+    value: float
+
+
+def _nonfinite_metric(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Returns the first metric that says that a step is not finite, and its value."""
+    for key, name in (("loss", "the loss"), ("grad_norm", "the gradient norm")):
+        if key in metrics and not math.isfinite(value := float(metrics[key])):
+            return name, value
+    return None
+
+
+def _is_finite(metrics: Mapping[str, Any]) -> bool:
+    return _nonfinite_metric(metrics) is None
+
+
 class _Window:
     """The steps since the last report.
+
+    Args:
+      max_skipped: number of steps in a row that may be skipped; 0: none are.
 
     Attributes:
       start: time at which they began, plus the time of evaluations and saves between them.
@@ -316,7 +372,10 @@ class _Window:
       texts: what their times are of: the devices and the batch, under the keys of `step_times`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_skipped: int = 0) -> None:
+        self._max_skipped = max_skipped
+        self._in_row = 0  # steps up to the last one that was looked at
+        self._num_checked = 0
         self._steps: list[tuple[int, steps.Metrics, int]] = []
         self.start, self.waited = time.monotonic(), 0.0
         self.timer = step_times.StepTimer()
@@ -326,34 +385,51 @@ class _Window:
         self._steps.append((step, metrics, tokens))
         self.timer.add(dispatch_time, metrics)
 
-    def is_finite_before_last(self) -> bool:
-        """Whether the loss of the step before the last is finite; True if it has been reported.
+    def has_failed_before_last(self) -> bool:
+        """Whether the steps before the last have too many in a row that are not finite.
 
-        That step has ended (`timer.wait`), so that its loss is read while the last one
+        They have ended (`timer.wait`), so that their losses are read while the last one
         runs. The last one is not read even if it has ended too: processes must agree on the step at
         which they stop, and may differ in whether their next batch is ready.
         """
-        return all(math.isfinite(metrics["loss"]) for _, metrics, _ in self._steps[-2:-1])
+        return self._check(self._steps[:-1]) is not None
+
+    def _check(self, ended: Sequence[tuple[int, Mapping[str, Any], int]]) -> _Damage | None:
+        """Looks at steps that it has not yet looked at; returns the one that ends the run."""
+        for index, (step, metrics, _) in enumerate(ended):
+            if index < self._num_checked:
+                continue
+            damage = _nonfinite_metric(metrics)
+            if damage is None:
+                self._in_row = 0
+            elif self._in_row == self._max_skipped:
+                return _Damage(step, *damage)
+            else:
+                self._in_row += 1
+            self._num_checked = index + 1
+        return None
 
     def summarize(
         self,
-    ) -> tuple[dict[str, float], dict[str, np.ndarray], list[float], tuple[int, float] | None]:
-        """Returns mean metrics and speeds, mean `ROUTER_ROWS`, losses, and the first damaged step.
+    ) -> tuple[dict[str, float], dict[str, np.ndarray], list[float], _Damage | None]:
+        """Returns mean metrics and speeds, mean `ROUTER_ROWS`, losses, and the step that ends it.
 
-        The losses are those per token by step. The damaged step is the first whose loss is not
-        finite, and this loss; the rows are then those of this step. Starts a new window.
+        The losses are those per token by step. Without skipped steps, the step that ends the run is
+        the first that is not finite; the rows are then those of this step. Means are of the steps
+        that were not skipped. Starts a new window.
         """
         self.timer.wait(max_running=0)
         fetched = jax.device_get([metrics for _, metrics, _ in self._steps])
-        means = {name: np.mean([m[name] for m in fetched], axis=0) for name in fetched[0]}
+        numbers = [step for step, _, _ in self._steps]
+        damaged = self._check([(s, m, 0) for s, m in zip(numbers, fetched, strict=True)])
+        taken = [m for m in fetched if _is_finite(m)] if self._max_skipped else fetched
+        means = {name: np.mean([m[name] for m in taken or fetched], axis=0) for name in fetched[0]}
         rows = {name: means.pop(name) for name in steps.ROUTER_ROWS if name in means}
-        damaged = None
-        for (step, _, _), metrics in zip(self._steps, fetched, strict=True):
-            if not math.isfinite(metrics["loss"]):
-                damaged = step, float(metrics["loss"])
-                rows = {name: metrics[name] for name in rows}  # later, all routers are damaged
-                break
+        if damaged is not None:  # later, all routers are damaged
+            rows = {name: fetched[numbers.index(damaged.step)][name] for name in rows}
         scalars = {name: float(mean) for name, mean in means.items()}
+        if self._max_skipped:
+            scalars["skipped"] = float(len(fetched) - len(taken))
         now = time.monotonic()
         seconds = now - self.start
         scalars["tokens_per_second"] = sum(tokens for _, _, tokens in self._steps) / seconds
@@ -361,4 +437,5 @@ class _Window:
         scalars["wait_share"] = self.waited / seconds
         scalars["step_seconds"] = float(np.median(self.timer.take_seconds()))
         self._steps, self.start, self.waited = [], now, 0.0
-        return scalars, rows, [float(m["cross_ent_loss"]) for m in fetched], damaged
+        self._num_checked = 0
+        return scalars, rows, [float(m["cross_ent_loss"]) for m in taken], damaged

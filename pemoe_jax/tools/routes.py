@@ -109,6 +109,7 @@ def routes(
             bar.report_if_slow(len(groups), "tasks")
     if sentence_source is not None:
         groups = {name: sentence_source.attach_to(members) for name, members in groups.items()}
+    evaluation.begin_run_file(folder, opened_models, mesh, data, {})
     results: list[ProbeResult] = []
     for opened, model_sites in zip(opened_models, sites_by_model, strict=True):
         results.append(

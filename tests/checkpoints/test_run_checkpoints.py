@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 import resource
 import shutil
 import time
@@ -53,6 +54,10 @@ def test_checkpoints_that_cannot_be_restored(tmp_path):
     other = steps.TrainState.create(state.params, clipped)
     with pytest.raises(InputError, match=r"checkpoint_0/state: .* got other optimizer settings"):
         checkpoints.restore(0, other)
+    # Of a state with other shapes, the checkpoint is not a damaged one.
+    shaped = state.replace(opt_state=optax.adamw(0.1).init({"kernel": jnp.ones(2)}))
+    with pytest.raises(InputError, match=r"checkpoint_0/state: .* got other optimizer settings"):
+        checkpoints.restore_newest(shaped)
     (tmp_path / "checkpoint_0" / "checksums.json").unlink()  # as in earlier versions
     for file in (largest_file(folder), folder / "manifest.ocdbt", folder / "_METADATA"):
         content = file.read_bytes()
@@ -219,7 +224,11 @@ def test_records_of_earlier_versions_are_of_dense_models():
             {"base": UPCYCLED | {"upcycled": {"seed": 0, "noise": 0.1}}},
             "UPCYCLE_NOISE 0.0 -> 0.1",
         ),
-        ({"seed": 0}, {"seed": 1}, "SEED 0 -> 1"),
+        (
+            {"base": RECORD.base | {"needed": True}, "seed": 0},
+            {"base": RECORD.base | {"needed": True}, "seed": 1},
+            "SEED 0 -> 1",
+        ),
         ({"optimizer": "adafactor"}, {"optimizer": "adamw"}, "OPTIMIZER adafactor -> adamw"),
         ({"config": {"emb_dim": 8}}, {"config": {"emb_dim": 9}}, "T5Config.emb_dim 8 -> 9"),
         ({"trainable": [".*"]}, {"trainable": ["a"]}, "TRAINABLE ['.*'] -> ['a']"),
@@ -227,12 +236,6 @@ def test_records_of_earlier_versions_are_of_dense_models():
             {"trainable": [".*"]},
             {"trainable": freezing.trainable_patterns([".*"], "router")},
             "FREEZE None -> router",
-        ),
-        ({"held_out": ["a", "b"]}, {"held_out": ["b"]}, "held-out datasets without a"),
-        (
-            {"trained_tasks": ["a", "b"]},
-            {"trained_tasks": [*"bcdefg"]},
-            "training tasks without a, with c, d, e and 2 more",
         ),
         (
             {"method": "mov", "adapters": mov(10)},
@@ -247,6 +250,32 @@ def test_a_resumed_run_keeps_its_settings(saved, current, difference):
     with pytest.raises(InputError) as error:
         same_run.check_same_run("run", before, after)
     assert f"to resume, got {difference}: change" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "current", "difference"),
+    [
+        ({"held_out": ["a", "b"]}, {"held_out": ["b"]}, "held-out datasets without a"),
+        (
+            {"trained_tasks": ["a", "b"]},
+            {"trained_tasks": [*"bcdefg"]},
+            "training tasks without a, with c, d, e and 2 more",
+        ),
+        ({"seed": 0}, {"seed": 1}, "SEED 0 -> 1"),
+        ({"batches": {"PACK": True, "x": 0}}, {"batches": {"PACK": False}}, "PACK True -> False"),
+    ],
+)
+def test_other_data_and_seeds_are_allowed_on_demand(saved, current, difference):
+    before, after = (dataclasses.replace(RECORD, **changes) for changes in (saved, current))
+    expected = f"to resume, got {difference}: change them back, pass --allow_changes, or choose"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        same_run.check_same_run("run", before, after)
+    assert same_run.check_same_run("run", before, after, allow_changes=True) == [difference]
+    other = dataclasses.replace(after, optimizer="adafactor")
+    with pytest.raises(InputError, match="OPTIMIZER adamw -> adafactor; .*: change them back, or"):
+        same_run.check_same_run(
+            "run", dataclasses.replace(before, optimizer="adamw"), other, allow_changes=True
+        )
 
 
 def test_settings_that_a_record_does_not_know_are_not_compared():

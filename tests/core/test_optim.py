@@ -312,6 +312,14 @@ def test_clip_norm_by_hand():
     np.testing.assert_allclose(after, [-0.0375, -0.0444444], rtol=1e-5)
 
 
+def test_adafactor_clips_the_gradient_to_a_norm():
+    """Equal gradients after clipping: each update is the rate times their sign."""
+    settings = {"clipping_threshold": None, "multiply_by_parameter_scale": False}
+    grads = [np.array([0.6, 0.8]), np.array([30.0, 40.0])]
+    clipped = run(optim.adafactor(lambda _: 0.1, clip_norm=1.0, **settings), np.zeros(2), grads)
+    np.testing.assert_allclose(clipped, [[-0.1, -0.1], [-0.2, -0.2]], rtol=1e-5)
+
+
 # --- schedules ---
 
 

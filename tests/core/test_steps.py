@@ -274,6 +274,40 @@ def test_train_step_by_hand():
     assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(grads["table"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("damaged", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped(damaged):
+    """Parameters and moments stay as they were; the step is counted."""
+    optimizer = optax.adam(0.1)
+    trainable, frozen = parameters()
+    state = steps.TrainState.create(trainable, optimizer)
+    step = steps.make_train_step(
+        Table(), optimizer, steps.Loss(), skip_nonfinite=True, donate=False
+    )
+    rng = jax.random.key(0)
+    taken, _ = step(state, frozen, batch(), rng)
+    bad = batch()
+    bad["decoder_loss_weights"] = bad["decoder_loss_weights"].astype(np.float32)
+    if damaged == "loss":
+        bad["decoder_loss_weights"][0, 0] = np.nan
+    else:  # the norm of the gradient overflows, the loss does not
+        bad["decoder_loss_weights"] *= 3e30
+        step = steps.make_train_step(
+            Table(),
+            optimizer,
+            steps.Loss(loss_normalizing_factor=None),
+            skip_nonfinite=True,
+            donate=False,
+        )
+    skipped, metrics = step(taken, frozen, bad, rng)
+    assert np.isfinite(metrics["loss"]) == (damaged == "gradient")
+    assert not np.isfinite(metrics["grad_norm"])
+    assert int(skipped.step) == 2
+    kept = (taken.params, taken.opt_state), (skipped.params, skipped.opt_state)
+    jax.tree.map(np.testing.assert_array_equal, *kept)
+    resumed, _ = step(skipped, frozen, batch(), rng)
+    assert not np.array_equal(resumed.params["table"], skipped.params["table"])
+
+
 def test_dropout_keys():
     """Noise differs between steps and runs; a step that is repeated has the same noise."""
     trainable, frozen = parameters()

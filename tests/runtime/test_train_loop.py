@@ -11,7 +11,13 @@ from sparse_models import model
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import options
-from pemoe_jax.runtime.train_loop import LossTrend, TrainLoop, _Window, summarize_trend
+from pemoe_jax.runtime.train_loop import (
+    LossTrend,
+    TrainLoop,
+    _Damage,
+    _Window,
+    summarize_trend,
+)
 
 
 def numbers(text: str) -> list[float]:
@@ -98,14 +104,16 @@ def test_no_warning_while_the_loss_falls_and_in_short_or_resumed_runs():
 
 
 @pytest.mark.parametrize(
-    ("is_first", "advice"), [(True, "starts from damaged parameters"), (False, "lower LEARNING_RA")]
+    ("is_first", "advice"),
+    [(True, "starts from damaged"), (False, "lower LEARNING_RATE and resume from checkpoint_2")],
 )
 def test_the_loss_before_any_update_does_not_depend_on_the_learning_rate(is_first, advice):
     loop = TrainLoop.__new__(TrainLoop)
-    loop.schedule = lambda step: 0.1
+    loop.schedule, loop.numerics = lambda step: 0.1, options.Numerics()
+    loop._last_saved = 2
     scalars = {"loss": math.nan, "accuracy": 0.0, "wait_share": 0.0, "tokens_per_second": 1.0}
     scalars["step_seconds"] = 1.0
-    damaged = (4, math.nan)
+    damaged = _Damage(4, "the loss", math.nan)
     summary = dict(scalars), None, [math.nan], damaged
     window = types.SimpleNamespace(summarize=lambda: summary, texts={})
     writer = types.SimpleNamespace(write=lambda *_: None)
@@ -119,6 +127,7 @@ def test_a_loss_of_nan_names_the_first_router_with_logits_of_nan(first_bad_rows,
     """The rows are those of the first bad step; later ones have NaN everywhere."""
     loop = TrainLoop.__new__(TrainLoop)
     loop.schedule, loop.logging = lambda step: 0.1, options.Logging(router_metrics="sites")
+    loop.numerics, loop._last_saved = options.Numerics(), 0
     loop.model = model("switch")  # decoder/layers_1 and encoder/layers_1
     window = _Window()
     for step, bad_rows in enumerate(([], first_bad_rows, [0, 1]), 3):
@@ -140,9 +149,36 @@ def test_a_loss_of_nan_names_the_first_router_with_logits_of_nan(first_bad_rows,
 def test_a_loss_is_looked_at_when_its_step_has_ended():
     """Not the last step's, which may be running."""
     window = _Window()
-    assert window.is_finite_before_last()
+    assert not window.has_failed_before_last()
     for step, loss in enumerate((1.0, math.inf), 1):
         window.append(step, {"loss": jnp.asarray(loss)}, 1, 0.0)
-        assert window.is_finite_before_last()
+        assert not window.has_failed_before_last()
     window.append(3, {"loss": jnp.asarray(1.0)}, 1, 0.0)
-    assert not window.is_finite_before_last()
+    assert window.has_failed_before_last()
+
+
+def losses_of_a_window(window: _Window, first: int, losses: list[float]) -> None:
+    for step, loss in enumerate(losses, first):
+        metrics = {"loss": loss, "grad_norm": loss, "cross_ent_loss": loss}
+        window.append(step, jax.tree.map(jnp.asarray, metrics), 1, 0.0)
+
+
+def test_skipped_steps_are_counted_in_a_row_across_reports():
+    window = _Window(max_skipped=2)
+    losses_of_a_window(window, 1, [3.0, math.nan, math.nan, 1.0, math.nan])
+    assert not window.has_failed_before_last()
+    scalars, _, losses, damaged = window.summarize()
+    assert (scalars["loss"], scalars["skipped"], losses, damaged) == (2.0, 3.0, [3.0, 1.0], None)
+    losses_of_a_window(window, 6, [math.inf, math.inf])
+    assert not window.has_failed_before_last()
+    losses_of_a_window(window, 8, [math.nan])
+    assert window.has_failed_before_last()
+    assert window.summarize()[3] == _Damage(7, "the loss", math.inf)
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run_with_a_finite_loss():
+    window = _Window()
+    for step, norm in ((1, 1.0), (2, math.inf)):
+        metrics = {"loss": 1.0, "grad_norm": norm, "cross_ent_loss": 1.0}
+        window.append(step, jax.tree.map(jnp.asarray, metrics), 1, 0.0)
+    assert window.summarize()[3] == _Damage(2, "the gradient norm", math.inf)

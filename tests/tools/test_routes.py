@@ -79,7 +79,7 @@ def test_page_of_two_runs_and_means_of_examples_run_one_by_one(folder, tmp_path,
     assert routes.main([*checkpoints, *flags]) == 0
     assert "routes.html" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
-        "routes.html", "routes.md", "routes.json", "routes.csv", "distances.csv",
+        "routes.html", "routes.md", "routes.json", "routes.csv", "distances.csv", "run.json",
         "mov_map.png", "mov_entropy.png", "mov_tasks.png",
         "molora_map.png", "molora_entropy.png", "molora_tasks.png",
     }  # fmt: skip

@@ -1,0 +1,117 @@
+"""`run.json` of an output folder: what wrote it, with what, when, and how that ended.
+
+It says 'running' with host and process from the start of the work on, and so also after a kill.
+"""
+
+import calendar
+import contextlib
+import hashlib
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pemoe_jax.core.errors import InputError
+
+NAME = "run.json"
+_MAX_EARLIER = 100
+_SUMMARY = ("status", "reason", "start", "end", "host", "process")  # of earlier commands
+
+# The folder of this process's command, what its file says, and whether it has replaced another.
+_current: tuple[Path, dict[str, Any], bool] | None = None
+
+
+def begin(folder: Path, **facts: object) -> None:
+    """Writes the file of a command that starts to write to a folder.
+
+    A command that has replaced the file of an earlier one lists it under `earlier`.
+
+    Args:
+      folder: the output folder.
+      facts: JSON values of what the command reads: versions, devices, base, data, seed, ….
+    """
+    import gin
+
+    from pemoe_jax.runtime import atomic_write, file_io
+
+    global _current
+    path = folder / NAME
+    earlier: list[object] = []
+    try:
+        before = file_io.read_json(path)
+        listed = before.get("earlier")
+        earlier = [*(listed if isinstance(listed, list) else [])]
+        earlier.append({name: before.get(name) for name in _SUMMARY})
+    except InputError:  # the first command, or a damaged file
+        pass
+    config = gin.config_str().encode()
+    content = {
+        "status": "running",
+        "reason": None,
+        "start": _now(),
+        "end": None,
+        "seconds": None,
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "command": sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "config": hashlib.sha256(config).hexdigest()[:16],
+        **facts,
+        "earlier": earlier[-_MAX_EARLIER:],
+    }
+    _current = folder, content, path.exists()
+    atomic_write.write_json(path, content)
+
+
+def finish(status: str, reason: str, **facts: object) -> None:
+    """Writes how the command ended; a no-op if it has not begun, or has finished.
+
+    A command that failed before it wrote anything else leaves no file.
+
+    Args:
+      status: 'finished', 'stopped' (the same command resumes) or 'failed'.
+      reason: one line.
+      facts: further JSON values.
+    """
+    global _current
+    if _current is None:
+        return
+    from pemoe_jax.runtime import atomic_write  # imports numpy, which --help does without
+
+    (folder, content, has_replaced), _current = _current, None
+    # A full disk has ended the command with an error of its own.
+    with contextlib.suppress(OSError, InputError):
+        others = {path.name for path in folder.iterdir()} - {NAME, ".lock"}
+        if status == "failed" and not others and not has_replaced:
+            (folder / NAME).unlink()
+            return
+        seconds = calendar.timegm(time.gmtime()) - calendar.timegm(
+            time.strptime(content["start"], _FORMAT)
+        )
+        ended = {"status": status, "reason": reason, "end": _now(), "seconds": seconds}
+        atomic_write.write_json(folder / NAME, {**content, **ended, **facts})
+
+
+_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def _now() -> str:
+    return time.strftime(_FORMAT, time.gmtime())
+
+
+def _commit() -> str | None:
+    """Returns the commit of the package's clone, with '-dirty' if files differ; None without."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
