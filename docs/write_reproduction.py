@@ -1,7 +1,7 @@
 """Writes docs/reproduction.md and .png from docs/reproduction.json, the results of the claims.
 
-`python docs/write_reproduction.py /tmp/claims /tmp/claims_settings` first writes reproduction.json
-from the claims.json of these sweeps, whose folders have the names of their files in gin/sweeps/.
+`python docs/write_reproduction.py /tmp/claims` first writes reproduction.json from the claims.json
+of this sweep, whose folder has the name of its file in gin/sweeps/; further sweeps may follow.
 Without arguments reproduction.json is read as it is. A test compares the page with what this
 program writes.
 """

@@ -1,6 +1,7 @@
 """Scores held-out tasks by rank classification: `pemoe evaluate --help`."""
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,10 +83,12 @@ def evaluate(
     results: dict[str, Any] = {"runs": []}
     for opened in setup.models:
         params = opened.load(opened.shardings(setup.mesh, setup.rules))
+        start = time.monotonic()
         with partitioning.use_mesh(setup.mesh, setup.rules):
             predictions = rank_classification.score_groups(
                 opened.model, params, groups, data.batch_size, setup.mesh, f"scoring {opened.name}"
             )
+        seconds = time.monotonic() - start
         ties = [
             ("tied_scores", f"{group.task} example {group.idx + 1}")
             for group in groups
@@ -104,6 +107,7 @@ def evaluate(
         if benchmarks:
             summary["benchmarks"] = benchmarks
         about = describe_run(opened, summary["datasets"])
+        about["evaluation_seconds"] = round(seconds, 3)
         results["runs"].append({**about, **few_shot.record, **summary, "tasks": tasks})
         # Written after each run, so that a later run that fails leaves the results so far.
         setup.write(results, result_tables.results_markdown(results))

@@ -1,14 +1,16 @@
-"""Step times: measured while training, recorded in metrics.jsonl, and read for reports.
+"""Step times and memory: measured while training, recorded in metrics.jsonl, read for reports.
 
-A line of metrics.jsonl has the median time of the steps since the line before it, with the devices
-and the batch, which may change when a run is resumed.
+A line of metrics.jsonl has the median time of the steps since the line before it and the peak
+memory so far, with the devices and the batch, which may change when a run is resumed.
 """
 
 import collections
 import os
 import platform
 import re
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from pemoe_jax.core.params import PyTree
 from pemoe_jax.runtime import file_io
 
 SECONDS, DEVICE, BATCH = "train/step_seconds", "device", "batch"
+PEAK_MEMORY = "train/peak_memory"
 
 
 class StepTimer:
@@ -81,7 +84,15 @@ def _count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def read_step_times(metrics: Path, last_step: int) -> list[dict[str, str | float]]:
+def peak_memory(devices: Sequence[jax.Device]) -> int:
+    """Returns the most bytes that a device had in use, on a CPU the whole process."""
+    if devices[0].platform == "cpu":
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return kilobytes * (1 if sys.platform == "darwin" else 1024)
+    return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices)
+
+
+def read_step_times(metrics: Path, last_step: int) -> list[dict[str, str | float | int]]:
     """Reads the step times of a run up to a step, by devices and batch.
 
     Args:
@@ -89,18 +100,26 @@ def read_step_times(metrics: Path, last_step: int) -> list[dict[str, str | float
       last_step: later lines are ignored.
 
     Returns:
-      {"seconds", "device", "batch"} of each pair of devices and batch, the pair with most lines
-      first. "seconds" is the median of the medians in its lines. Empty if the file has none.
+      {"seconds", "device", "batch", "memory"} of each pair of devices and batch, the pair with most
+      lines first. "seconds" is the median of the medians in its lines, "memory" the peak in bytes;
+      it is absent if unknown. Empty if the file has none.
     """
     seconds: dict[tuple[str, str], list[float]] = {}
+    memory: dict[tuple[str, str], int] = {}
     for line in metrics.read_text(errors="replace").splitlines() if metrics.is_file() else ():
         row = _parse_line(line)
         if {SECONDS, DEVICE, BATCH, "step"} <= row.keys() and row["step"] <= last_step:
-            seconds.setdefault((row[DEVICE], row[BATCH]), []).append(row[SECONDS])
+            key = row[DEVICE], row[BATCH]
+            seconds.setdefault(key, []).append(row[SECONDS])
+            if PEAK_MEMORY in row:
+                memory[key] = max(int(row[PEAK_MEMORY]), memory.get(key, 0))
     most_lines_first = sorted(seconds.items(), key=lambda item: -len(item[1]))
     return [
-        {"seconds": statistics.median(values), "device": device, "batch": batch}
-        for (device, batch), values in most_lines_first
+        {
+            **{"seconds": statistics.median(values), "device": key[0], "batch": key[1]},
+            **({"memory": memory[key]} if key in memory else {}),
+        }
+        for key, values in most_lines_first
     ]
 
 

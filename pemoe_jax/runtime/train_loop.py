@@ -207,6 +207,8 @@ class TrainLoop:
             shares = [float(metrics.get(name, 0.0)) for name in ("dropped", "without_expert")]
             if any(shares):
                 dropped = f"  dropped {shares[0]:.1%} of assignments, {shares[1]:.1%} of tokens"
+        if not is_first:
+            values[step_times.PEAK_MEMORY] = step_times.peak_memory(self.mesh.local_devices)
         writer.write(step, values, {} if is_first else window.texts)
         share = scalars["wait_share"]
         waiting = f"  waiting for data {share:.0%} of the time" if share > 0.05 else ""

@@ -148,6 +148,8 @@ def _probe_run(
     mesh: "jax.sharding.Mesh",
     min_count: int,
 ) -> "ProbeResult":
+    import numpy as np
+
     from pemoe_jax.analysis.routing import dispatch_probe, metrics, probe
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import seqio_tasks
@@ -159,7 +161,11 @@ def _probe_run(
     params = opened.load(partitioning.replicated_sharding(mesh))
     num_examples = sum(map(len, groups.values()))
     with contextlib.closing(progress.Progress(f"routing {opened.name}", num_examples)) as bar:
-        totals = measure.measure_routing(opened.model, params, groups, batch_size, mesh, sites, bar)
+        examples = measure.measure_examples(
+            opened.model, params, groups, batch_size, mesh, sites, bar
+        )
+    example_tasks = measure.example_tasks(groups)
+    totals = measure.sum_by_task(examples, list(groups), example_tasks)
     # The rows of a run's own training, if they are known.
     rows = dispatch_probe.TrainingRows(lengths)
     rows, sparse = dispatch_probe.read_training_rows(opened.path, rows), opened.model.sparse
@@ -185,6 +191,8 @@ def _probe_run(
         ),
         experts_choose=sparse is not None and sparse.routing == "experts",
         rows=str(rows),
+        example_probs={site: np.asarray(probs) for site, probs in examples.probs.items()},
+        example_tasks=example_tasks,
     )
 
 

@@ -39,8 +39,8 @@ and the first seed, and takes the one with the highest accuracy on --choose_on;
 
 _EPILOG = """\
 --gin.NAME=value is passed to training, and the macros of runs/tasks.gin, which
-locate the data, to evaluation as well. Join settings of evaluation alone to
---evaluate.
+locate the data, to evaluation as well, as are those of an experiment. Join
+settings of evaluation alone to --evaluate.
 
 output in DIR: report.md, .csv, .json and .png; for each run the MODEL_DIR
 <experiment>-seed<n>/ with train.log, evaluate.log and results/; base/ with the
@@ -314,6 +314,7 @@ def plan_runs(
                 )
             settings.append(f"--gin.{choice.setting}={values[choice.source or name]}")
         files += [f"--gin_file={file}" for file in args.gin_file]
+        own_data = [f for f in settings if _binding_name(f.removeprefix("--gin.")) in data_macros]
         experiment_flags = [*files, *shared, *train_bindings, *settings]
         for seed in seeds:
             folder = _folder(args.output, name, seed)
@@ -341,7 +342,7 @@ def plan_runs(
                 train_settings["INITIAL_CHECKPOINT_PATH"] = text
             elif (base := _parsed_base(experiment)) is not None:
                 bases[base] = None
-            scoring_flags = [*evaluate_flags, f"--gin.CHECKPOINT_PATH={folder}"]
+            scoring_flags = [*evaluate_flags, *own_data, f"--gin.CHECKPOINT_PATH={folder}"]
             run = _make_run(folder, flags, train_settings, scoring_flags)
             direct = direct if direct in by_folder else None
             runs.append(dataclasses.replace(run, initial=initial, direct=direct))

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from pemoe_jax.runtime import step_times
@@ -74,13 +75,26 @@ def test_times_of_two_machines_and_batches_are_read_apart(tmp_path):
 
     lines = [{"step": 1, "train/loss": 3.0}, line(10, 0.2), line(20, 0.9), line(30, 0.3)]
     lines += [line(40, 0.1, "B"), line(50, 5.0, batch="4 × (16 + 8)"), {"step": 50, "eval/loss": 1}]
-    lines += [line(60, 7.0, "C")]
+    lines[3]["train/peak_memory"], lines[2]["train/peak_memory"] = 5e6, 7e6
+    lines += [{**line(60, 7.0, "C"), "train/peak_memory": 9e6}]
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in lines) + '{"step": 7')
     first, *others = read_step_times(file, last_step=50)
-    assert first == {"seconds": 0.3, "device": "A", "batch": "8 × (16 + 8)"}
+    about = {"seconds": 0.3, "device": "A", "batch": "8 × (16 + 8)"}
+    assert first == {**about, "memory": 7_000_000} and "memory" not in others[0]
     assert [(row["seconds"], row["device"]) for row in others] == [(0.1, "B"), (5.0, "A")]
     assert read_step_times(tmp_path / "none", 50) == []
+
+
+def test_peak_memory_of_devices_and_of_the_process():
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, peak):
+            self.memory_stats = lambda: None if peak is None else {"peak_bytes_in_use": peak}
+
+    assert step_times.peak_memory([Device(7), Device(9), Device(None)]) == 9
+    assert 2**24 < step_times.peak_memory(jax.devices("cpu")) < 2**40  # bytes, not kilobytes
 
 
 def test_devices_are_named():

@@ -363,12 +363,21 @@ def test_dense_and_sparse_runs_are_in_one_table_of_costs(tmp_path, capsys):
     assert COSTS not in printed(capsys, folders[2])
     dense = printed(capsys, folders[0], folders[2])[COSTS]
     assert [*dense["mov"].items()][1:] == [
-        *(("method", "mov-10"), ("trainable", "32"), ("total", "10,000")),
+        *(("method", "mov-10"), ("trainable", "32"), ("file", "128 B"), ("total", "10,000")),
         *(("FLOPs", "1.23 M"), ("average", "60.0")),
     ]
     rows = printed(capsys, *folders)[COSTS]
     assert [*rows["flan"].values()][1:] == [
-        *("flan_switch-8 top-1", "50,000", "50,000", "10,000", "1.23 M", "2.00 M", "50.0"),
+        *(
+            "flan_switch-8 top-1",
+            "50,000",
+            "200 kB",
+            "50,000",
+            "10,000",
+            "1.23 M",
+            "2.00 M",
+            "50.0",
+        ),
     ]
     assert rows["mov"]["activated"] == "10,000" and rows["old"]["activated"] == "–"
 
@@ -395,9 +404,12 @@ def test_step_times(tmp_path, capsys):
     report.main([*map(str, folders)])
     assert "device A; batch 8 × (16 + 8)." in " ".join(capsys.readouterr().out.split())
     # A run that went on on another machine, and a third machine.
-    both = [step_time(0.3), step_time(1.25, "B")]
-    folders.append(write(tmp_path / "moved", {"moved": eight(5)}, step_times=both))
+    both = [{**step_time(0.3), "memory": 1_500_000}, step_time(1.25, "B")]
+    more = {"step_times": both, "evaluation_seconds": 2.25}
+    folders.append(write(tmp_path / "moved", {"moved": eight(5)}, **more))
     rows = printed(capsys, *folders)[COSTS]
+    assert rows["moved"]["peak memory"] == "1.50 MB / –" and rows["old"]["peak memory"] == "–"
+    assert rows["moved"]["evaluation"] == "2.2 s" and rows["first"]["evaluation"] == "–"
     assert rows["moved"]["step time"] == "300 ms / 1.25 s" and rows["moved"]["device"] == "A / B"
     assert rows["first"]["device"] == "A" and rows["old"]["device"] == "–"
     assert "batch" not in rows["first"]
@@ -623,6 +635,14 @@ def broken(folder: Path, change) -> str:
         ),
         (lambda run: run.update(tasks={"a": {"metrics": {}}}), "got those of `pemoe infer`"),
         (lambda run: run.update(step_times=3), "'step_times' to be a list, got 3"),
+        (
+            lambda run: run.update(evaluation_seconds=-1),
+            "'evaluation_seconds' to be a time, got -1",
+        ),
+        (
+            lambda run: run.update(step_times=[{**step_time(1.0), "memory": -3}]),
+            "expected 'memory' in bytes, got -3",
+        ),
         (lambda run: run.update(step_times=[{"seconds": 3}]), "step_times: .*'device' to be text"),
         (lambda run: run["tasks"]["cb_a"].update(examples=11), "cb_a.jsonl: .*11 with .* 10 with"),
         (lambda run: run["tasks"]["cb_a"].update(accuracy=0.7), "0.7000, got 10 with 0.6000"),

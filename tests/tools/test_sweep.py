@@ -133,6 +133,11 @@ def test_data_macros_are_passed_to_evaluation():
     assert "--gin.BATCH_SIZE=4" not in run.evaluate_flags
     assert run.evaluate_settings["BATCH_SIZE"] == "2"
     assert "--gin.TRAIN_STEPS=9" not in run.evaluate_flags
+    own = "methods/mov.gin+routing/sentence.gin+PACK=False+SENTENCE_EMBEDDINGS=table"
+    base, run = plan(own, *FLAGS, "--output=out")
+    assert "--gin.SENTENCE_EMBEDDINGS=table" in run.train_flags
+    assert "--gin.SENTENCE_EMBEDDINGS=table" in run.evaluate_flags
+    assert "--gin.SENTENCE_EMBEDDINGS=table" not in base.evaluate_flags
 
 
 def test_arguments_from_a_file(tmp_path):

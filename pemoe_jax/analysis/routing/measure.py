@@ -268,21 +268,39 @@ def measure_routing(
     Raises:
       InputError: a router's probabilities are not finite.
     """
+    examples = measure_examples(model, params, groups, batch_size, mesh, token_sites, bar)
+    return sum_by_task(examples, list(groups), example_tasks(groups))
+
+
+def example_tasks(groups: "Mapping[str, Sequence[ChoiceGroup]]") -> np.ndarray:
+    """Returns the index of the task of each example, [N]."""
+    return np.repeat(np.arange(len(groups)), [len(members) for members in groups.values()])
+
+
+def measure_examples(
+    model: "network.Transformer",
+    params: "Params",
+    groups: "Mapping[str, Sequence[ChoiceGroup]]",
+    batch_size: int,
+    mesh: "jax.sharding.Mesh",
+    token_sites: Collection[str] = (),
+    bar: "progress.Progress | None" = None,
+) -> "probe_lib.ProbeTotals":
+    """`measure_routing` with totals by example, [N, …], in the order of `groups`."""
     import jax
 
     from pemoe_jax.analysis.routing import probe as probe_lib
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import inference_batches, prefetch
 
-    correct = {task: [keep_correct_choice(group) for group in groups[task]] for task in groups}
-    # `score_batches` sorts groups by length, so their tasks are looked up by the groups' identity.
-    task_ids = {
-        id(g): task for task, task_groups in enumerate(correct.values()) for g in task_groups
-    }
+    correct = [keep_correct_choice(g) for members in groups.values() for g in members]
+    # `score_batches` sorts groups by length, so examples are looked up by the groups' identity.
+    example_ids = {id(group): index for index, group in enumerate(correct)}
     probe = probe_lib.make_probe(model)
-    totals = partitioning.replicate(probe_lib.init_totals(model, len(groups), token_sites), mesh)
+    # The probe sums by task; here each example is a task.
+    totals = partitioning.replicate(probe_lib.init_totals(model, len(correct), token_sites), mesh)
     batches = inference_batches.score_batches(
-        [group for task_groups in correct.values() for group in task_groups],
+        correct,
         batch_size,
         multiple_of=partitioning.data_parallelism(mesh),
     )
@@ -290,16 +308,43 @@ def measure_routing(
     for batch, batch_groups in prefetch.prefetch(batches):
         # a single choice per example: [B, 1, Lt] -> [B, Lt]
         flat = {name: array[:, 0] if array.ndim == 3 else array for name, array in batch.items()}
-        # Padding rows belong to task 0, whose totals they do not change: they have no tokens.
+        # Padding rows belong to example 0, whose totals they do not change: they have no tokens.
         flat["tasks"] = np.zeros(len(flat["encoder_input_tokens"]), np.int32)
-        flat["tasks"][: len(batch_groups)] = [task_ids[id(group)] for group in batch_groups]
+        flat["tasks"][: len(batch_groups)] = [example_ids[id(group)] for group in batch_groups]
         sharded = partitioning.shard_batch(flat, mesh)
         totals = probe(params, sharded, sharded.pop("tasks"), totals)
         done += len(batch_groups)
         if bar is not None:
             bar.report_if_due(done, "examples")
-    totals = jax.device_get(totals)
-    check_finite(totals, list(groups))
+    return jax.device_get(totals)
+
+
+def sum_by_task(
+    examples: "probe_lib.ProbeTotals", names: Sequence[str], tasks: np.ndarray
+) -> "probe_lib.ProbeTotals":
+    """Sums totals by example over the examples of each task.
+
+    Args:
+      examples: totals with a row for each of N examples.
+      names: names of the tasks.
+      tasks: index of each example's task, [N].
+
+    Raises:
+      InputError: a router's probabilities are not finite.
+    """
+
+    def sums(array: Any) -> Any:
+        by_task = np.zeros((len(names), *array.shape[1:]), np.float64)
+        np.add.at(by_task, tasks, array)
+        return by_task.astype(np.float32)
+
+    totals = dataclasses.replace(
+        examples,
+        probs={site: sums(array) for site, array in examples.probs.items()},
+        entropy={site: sums(array) for site, array in examples.entropy.items()},
+        num_tokens={stack: sums(array) for stack, array in examples.num_tokens.items()},
+    )
+    check_finite(totals, names)
     return totals
 
 

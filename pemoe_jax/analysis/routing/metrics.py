@@ -8,6 +8,7 @@ Shapes: `T` tasks, `E` experts. A site is a path such as 'decoder/layers_3/mlp/g
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,6 +54,8 @@ class ProbeResult:
       dispatch: {site: assignments in training} of the sparse layers; empty for a dense model.
       experts_choose: whether the encoder's experts choose tokens.
       rows: the rows of training that `dispatch` is of.
+      example_probs: {site: [N, E]} probabilities summed over the tokens of each example.
+      example_tasks: indices of the examples' tasks, [N].
     """
 
     run: dict[str, object]
@@ -65,6 +68,8 @@ class ProbeResult:
     dispatch: dispatch_probe.Totals = field(default_factory=dict)
     experts_choose: bool = False
     rows: str = ""
+    example_probs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    example_tasks: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def task_names(self) -> list[str]:

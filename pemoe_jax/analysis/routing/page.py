@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pemoe_jax.analysis import plots, tables
-from pemoe_jax.analysis.routing import measure, metrics
+from pemoe_jax.analysis.routing import measure, metrics, specialization
 from pemoe_jax.analysis.routing import plots as routing_plots
 from pemoe_jax.analysis.routing import tables as routing_tables
 from pemoe_jax.analysis.routing.metrics import ProbeResult
@@ -128,6 +128,7 @@ def _section(number: int, result: ProbeResult, folder: Path) -> dict[str, object
         "site_tables": routing_tables.site_tables(result),
         "load_tables": _load_tables(result),
         "entropies": routing_tables.entropy_table(result),
+        "specialization": _specialization(result),
         "nearest": routing_tables.nearest_table(result),
         "top_tokens": {site: metrics.top_tokens(result, site) for site in result.sites},
         "min_count": result.min_count,
@@ -137,6 +138,10 @@ def _section(number: int, result: ProbeResult, folder: Path) -> dict[str, object
 def _load_tables(result: ProbeResult) -> list[tables.Table]:
     both = routing_tables.load_table(result), routing_tables.assignment_table(result)
     return [table for table in both if table is not None]
+
+
+def _specialization(result: ProbeResult) -> tables.Table | None:
+    return specialization.to_table(specialization.measure(result))
 
 
 def _picture(png: Path, kind: str) -> dict[str, object]:
@@ -162,8 +167,10 @@ def to_markdown(results: Sequence[ProbeResult], folder: Path) -> str:
         for kind in _kinds(result):
             parts.append(f"![{_ALT[kind]}]({_png(result, folder, kind).name})")
         nearest = routing_tables.nearest_table(result)
+        specialized = _specialization(result)
         for table in [
             *routing_tables.site_tables(result).values(),
+            *([specialized] if specialized else []),
             *_load_tables(result),
             routing_tables.entropy_table(result),
             *([nearest] if nearest else []),
@@ -192,5 +199,12 @@ def summary(results: Sequence[ProbeResult]) -> str:
             f"  {router.site:<{width}}  {router.token_entropy:.3f}  {router.mean_entropy:.3f}"
             f"  {router.task_bits:.4f}"
             for router in routers
+        ]
+        last = specialization.measure(result)[-2:]
+        lines += [
+            f"  information on the task, {entry.tasks} tasks {entry.group}: {entry.bits:.4f} bits"
+            f" (shuffled {entry.shuffled_mean:.4f}, 95 % below {entry.shuffled_high:.4f})"
+            for entry in last
+            if entry.sites == tuple(result.sites)
         ]
     return "\n".join(lines)

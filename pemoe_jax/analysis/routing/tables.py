@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pemoe_jax.analysis.routing import metrics, probe
+from pemoe_jax.analysis.routing import metrics, probe, specialization
 from pemoe_jax.analysis.routing.metrics import ProbeResult
 from pemoe_jax.analysis.tables import MISSING, Table, to_csv
 from pemoe_jax.core import routing
@@ -279,6 +279,7 @@ def _run_entry(result: ProbeResult) -> dict[str, object]:
             {_JSON_KEYS.get(key, key): value for key, value in dataclasses.asdict(router).items()}
             for router in metrics.router_entropies(result)
         ],
+        "specialization": specialization.to_json(specialization.measure(result)),
         **_sparse_entry(result),
         "distances": [_rounded(row) for row in metrics.task_distances(result)],
         "nearest_seen": {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pemoe_jax.analysis import plots
-from pemoe_jax.analysis.tables import MISSING, Table
+from pemoe_jax.analysis.tables import MISSING, Table, format_scaled
 from pemoe_jax.analysis.zero_shot import claims as claims_lib
 from pemoe_jax.analysis.zero_shot.results import JsonObject
 
@@ -28,6 +28,12 @@ _VERDICTS = (
     claims_lib.NOT_MEASURED,
 )
 _COLORS = dict(zip(_VERDICTS, ("#009E73", "#D55E00", "#0072B2", "#999999"), strict=True))
+_BYTES = ("B", "kB", "MB", "GB", "TB")
+_COST_NOTE = (
+    "Activated: parameters that a token uses. File: of the trained parameters in float32. Peak"
+    " memory: of training, on a CPU that of the whole process, with its libraries. Step: median of"
+    " training, without compilation. Evaluation: scoring of all examples, with compilation."
+)
 _NOTES = (
     "Difference: of accuracies, in percentage points, mean over seeds. Seeds: paired t-interval of"
     " 95 % over the differences of single seeds, which covers other adapters and another order of"
@@ -78,6 +84,7 @@ def _experiment(name: str, by_seed: Mapping[int, JsonObject]) -> JsonObject:
         "accuracies": averages,
         "accuracy": statistics.fmean(averages),
         "chance": 100 * first["average"]["chance"],
+        **_costs([by_seed[seed] for seed in seeds]),
         "datasets": {
             dataset: statistics.fmean(
                 100 * by_seed[seed]["datasets"][dataset]["mean"] for seed in seeds
@@ -85,6 +92,19 @@ def _experiment(name: str, by_seed: Mapping[int, JsonObject]) -> JsonObject:
             for dataset in first["datasets"]
         },
     }
+
+
+def _costs(runs: Sequence[JsonObject]) -> JsonObject:
+    """Returns what is known of step times (means over seeds), evaluations, and peak memory."""
+    steps = [run["step_times"][0] for run in runs if run.get("step_times")]
+    costs = {
+        "step_seconds": [entry["seconds"] for entry in steps],
+        "evaluation_seconds": [run.get("evaluation_seconds") for run in runs],
+        "peak_memory": [max(entry.get("memory", 0) for entry in steps)] if steps else [],
+    }
+    means = {name: [v for v in values if v is not None] for name, values in costs.items()}
+    devices = {"device": steps[0]["device"]} if steps else {}
+    return devices | {name: statistics.fmean(values) for name, values in means.items() if values}
 
 
 def _rounded(value: Any) -> Any:
@@ -104,8 +124,8 @@ def summary(report: JsonObject) -> str:
 
 
 def to_tables(report: JsonObject) -> list[Table]:
-    """Returns the tables of claims and of experiments."""
-    return [_claims_table(report), _experiments_table(report)]
+    """Returns the tables of claims, of the experiments' accuracies, and of their costs."""
+    return [_claims_table(report), _experiments_table(report), _costs_table(report)]
 
 
 def _claims_table(report: JsonObject) -> Table:
@@ -167,6 +187,32 @@ def _experiments_table(report: JsonObject) -> Table:
         rows,
         footer=[["chance", *[""] * (3 + len(datasets)), "–".join([chances[0], *chances[1:][-1:]])]],
         num_text=2,
+    )
+
+
+def _costs_table(report: JsonObject) -> Table:
+    rows = []
+    for row in report["experiments"]:
+        trainable, memory = row["trainable"], row.get("peak_memory")
+        seconds = row.get("step_seconds"), row.get("evaluation_seconds")
+        rows.append(
+            [
+                row["experiment"],
+                *("–" if n is None else f"{n:,}" for n in (trainable, row["total"], row["used"])),
+                MISSING if trainable is None else format_scaled(4 * trainable, _BYTES),
+                MISSING if not memory else format_scaled(memory, _BYTES),
+                MISSING if seconds[0] is None else f"{1000 * seconds[0]:.0f} ms",
+                MISSING if seconds[1] is None else f"{seconds[1]:.1f} s",
+                f"{row['accuracy']:.1f}",
+            ]
+        )
+    devices = dict.fromkeys(row["device"] for row in report["experiments"] if "device" in row)
+    columns = ["experiment", "trainable", "total", "activated", "file", "peak memory"]
+    return Table(
+        "Costs beside accuracy",
+        [*columns, "step", "evaluation", "accuracy"],
+        rows,
+        notes=[_COST_NOTE + f" Device: {'; '.join(devices) or MISSING}."],
     )
 
 

@@ -101,11 +101,15 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a training step, of each seed, on a machine with a batch."""
+    """Seconds of a training step, of each seed, on a machine with a batch.
+
+    `memory` is the peak of all seeds in bytes, None if unknown.
+    """
 
     device: str
     batch: str
     seconds: tuple[float, ...]
+    memory: int | None = None
 
     @property
     def mean(self) -> float:
@@ -130,7 +134,7 @@ class Row:
         as published.
       partial: the shots with which a run has not all of `PaperTable.averaged`.
       source: source of a published row; '' for a run.
-      run: the `RUN_KEYS` of a run.
+      run: the `RUN_KEYS` of a run, and its `evaluation_seconds` if known, the mean over seeds.
       step_times: those of each machine and batch; empty if unknown.
       seeds: shots -> seeds of the runs, if there are several.
     """
@@ -298,6 +302,9 @@ def _row(name: str, group: _Group, averaged: Sequence[Column], draws: int, seed:
             partial.add(shots)
     share = result_tables.trainable_share(first)
     run_values = {key: first.get(key) for key in RUN_KEYS}
+    evaluations = [run["evaluation_seconds"] for run in seeds if "evaluation_seconds" in run]
+    if evaluations:
+        run_values["evaluation_seconds"] = statistics.fmean(evaluations)
     if len(seeds) > 1:
         run_values["checkpoint"] = "; ".join(str(run.get("checkpoint")) for run in seeds)
     return Row(
@@ -318,12 +325,18 @@ def _row(name: str, group: _Group, averaged: Sequence[Column], draws: int, seed:
 
 
 def _step_times(runs: Sequence[JsonObject]) -> list[StepTime]:
-    seconds: dict[tuple[str, str], list[float]] = {}
+    entries: dict[tuple[str, str], list[JsonObject]] = {}
     for run in runs:
         for entry in run.get("step_times", []):
-            key = entry["device"], entry["batch"]
-            seconds.setdefault(key, []).append(entry["seconds"])
-    return [StepTime(*key, tuple(values)) for key, values in seconds.items()]
+            entries.setdefault((entry["device"], entry["batch"]), []).append(entry)
+    return [
+        StepTime(
+            *key,
+            seconds=tuple(entry["seconds"] for entry in members),
+            memory=max((e["memory"] for e in members if "memory" in e), default=None),
+        )
+        for key, members in entries.items()
+    ]
 
 
 def _scores(run: JsonObject, averaged: Sequence[str], resampled: _Resampled) -> dict[str, Score]:

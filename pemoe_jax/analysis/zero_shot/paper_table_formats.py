@@ -43,6 +43,12 @@ _NOTE_ON_OTHER_AVERAGES = (
 _NOTE_ON_STEP_TIME = (
     "Step time: the median step of training, without compilation and waiting for data"
 )
+_NOTE_ON_FILES = "File: of the trained parameters in float32, as `pemoe convert adapter` writes."
+_NOTE_ON_MEMORY = (
+    "Peak memory: of training, on a CPU that of the whole process, with its libraries; otherwise of"
+    " the device with most."
+)
+_NOTE_ON_EVALUATION = "Evaluation: scoring of all examples, with compilation; mean over seeds."
 _NOTE_ON_MACHINES = "Step times of different devices or batches are not comparable: both are named."
 _NOTE_ON_TRAINED = "* The run was trained on the dataset, or on one of the average: not zero-shot."
 
@@ -144,6 +150,8 @@ def to_json(table: PaperTable) -> str:
 
     def step_time(time: StepTime) -> JsonObject:
         about = {"device": time.device, "batch": time.batch, "seconds": _seconds(time.mean)}
+        if time.memory is not None:
+            about["memory"] = time.memory
         if time.deviation is None:
             return about
         return about | {"sd": _seconds(time.deviation), "seeds": [*map(_seconds, time.seconds)]}
@@ -236,6 +244,8 @@ def _csv_record(row: Row, keys: Sequence[Column]) -> list[tuple[str, object]]:
         ("step_seconds_sd", _joined(_seconds(time.deviation) for time in times)),
         ("device", _joined(time.device for time in times)),
         ("batch", _joined(time.batch for time in times)),
+        ("peak_memory", _joined(time.memory for time in times)),
+        ("evaluation_seconds", row.run.get("evaluation_seconds")),
     ]
     # Published rows have only the paper's columns, so "complete" would say nothing.
     record += [("complete", None if row.source else not row.partial), ("source", row.source)]
@@ -376,14 +386,15 @@ def _cost_table(table: PaperTable) -> Table:
         "method": [row.method for row in rows],
         **({"seeds": [*map(_seed_count, rows)]} if _has_seeds(table) else {}),
         "trainable": numbers("trainable", "{:,}".format),
+        "file": numbers("trainable", lambda number: _bytes(4 * number)),
         "total": numbers("total", "{:,}".format),
         "activated": numbers("used", "{:,}".format),
         "FLOPs": numbers("flops", format_scaled),
     }
-    notes = [NOTE_ON_FLOPS]
+    notes = [_NOTE_ON_FILES, NOTE_ON_FLOPS]
     if any(row.run["used"] not in (None, row.run["total"]) for row in rows):
         columns["with places"] = numbers("flops_with_places", format_scaled)
-        notes = [NOTE_ON_TOKENS]
+        notes = [_NOTE_ON_FILES, NOTE_ON_TOKENS]
     else:
         del columns["activated"]
     if times := [time for row in rows for time in row.step_times]:
@@ -399,6 +410,17 @@ def _cost_table(table: PaperTable) -> Table:
                 shared.append(f"{name} {values[0]}")
         notes += [_NOTE_ON_STEP_TIME + "".join(f"; {text}" for text in shared) + "."]
         notes += [_NOTE_ON_MACHINES] if len(shared) < 2 else []
+    if any(time.memory is not None for row in rows for time in row.step_times):
+        columns["peak memory"] = [
+            _join_cells(
+                MISSING if time.memory is None else _bytes(time.memory) for time in row.step_times
+            )
+            for row in rows
+        ]
+        notes.append(_NOTE_ON_MEMORY)
+    if any("evaluation_seconds" in row.run for row in rows):
+        columns["evaluation"] = numbers("evaluation_seconds", "{:.1f} s".format)
+        notes.append(_NOTE_ON_EVALUATION)
     for shots in table.shots:
         key = Column(AVERAGE, shots)
         columns[key.label] = [_accuracy(row, key, "median") for row in rows]
@@ -410,6 +432,10 @@ def _cost_table(table: PaperTable) -> Table:
         notes=notes,
         num_text=2,
     )
+
+
+def _bytes(number: float) -> str:
+    return format_scaled(number, ("B", "kB", "MB", "GB", "TB"))
 
 
 def _step_time(time: StepTime) -> str:

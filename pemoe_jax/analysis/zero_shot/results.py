@@ -347,6 +347,15 @@ def _check_run(run: JsonObject, where: str) -> None:
             raise InputError(
                 f"{where}, step_times: expected positive 'seconds', got {seconds!r:.60}"
             )
+        if not _is_count(step_time.get("memory", 0)):
+            raise InputError(
+                f"{where}, step_times: expected 'memory' in bytes, got {step_time['memory']!r:.60}"
+            )
+    evaluation = run.get("evaluation_seconds", 0.0)
+    if type(evaluation) not in (int, float) or not 0 <= evaluation < _LONGEST_STEP:
+        raise InputError(
+            f"{where}: expected 'evaluation_seconds' to be a time, got {evaluation!r:.60}"
+        )
     trained = run.get("trained_datasets")
     is_list = isinstance(trained, list) and all(isinstance(name, str) for name in trained)
     if trained is not None and not is_list:

@@ -1,0 +1,164 @@
+"""How much of the routing the task explains: mutual information of task and expert.
+
+Tasks have equal weights, and p(expert | task) is the mean distribution over the task's tokens. The
+mutual information is the entropy of the tasks' mean distribution minus the mean of their entropies:
+0 if all tasks use the experts alike, at most log2(min(T, E)) bits, where each task has experts of
+its own. It is never exactly 0, as a task's examples are a sample. So it is measured again with the
+tasks of the examples shuffled: what remains is the level of chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pemoe_jax.analysis.routing.metrics import ProbeResult, entropy_bits
+from pemoe_jax.analysis.tables import Table
+
+SHUFFLES = 200
+_QUANTILE = 0.95
+_GROUPS = {True: "trained on", False: "held out"}
+_NOTE = (
+    "Information: mutual information of task and expert, tasks with equal weights; 0 if routing"
+    " does not depend on the task. Normalized: as a fraction of its maximum, log2 of the number of"
+    f" tasks or experts. Shuffled: the same with the examples' tasks shuffled, mean of {SHUFFLES}"
+    " shuffles and their 95 % quantile; information below it is that of chance. A layer is the mean"
+    " of its sites, the last rows that of the sites shown in detail."
+)
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """Mutual information of task and expert, averaged over sites.
+
+    Attributes:
+      sites: the sites.
+      group: 'trained on' or 'held out', the tasks that it is about; 'all' if that is unknown.
+      tasks: number of tasks.
+      bits: the mutual information.
+      normalized: as a fraction of log2(min(T, E)).
+      shuffled_mean, shuffled_high: mean and 95 % quantile in bits over shuffled tasks.
+    """
+
+    sites: tuple[str, ...]
+    group: str
+    tasks: int
+    bits: float
+    normalized: float
+    shuffled_mean: float
+    shuffled_high: float
+
+
+def mutual_information(sums: np.ndarray) -> np.ndarray:
+    """Returns the mutual information in bits [...] of task and expert.
+
+    Args:
+      sums: probabilities summed over the tokens of each task [..., T, E].
+    """
+    distributions = sums / np.maximum(sums.sum(axis=-1, keepdims=True), 1e-30)
+    mean_bits = entropy_bits(distributions.mean(axis=-2))
+    return np.maximum(mean_bits - entropy_bits(distributions).mean(axis=-1), 0.0)
+
+
+def measure(result: ProbeResult, shuffles: int = SHUFFLES) -> list[Specialization]:
+    """Returns the specialization by layer, and last that of the result's sites.
+
+    Each is measured on the tasks that the run was trained on and on the held-out ones, if there are
+    at least two. Empty without probabilities by example.
+    """
+    if not result.example_probs:
+        return []
+    layers: dict[str, list[str]] = {}
+    for site in result.experts:
+        layers.setdefault(site.rsplit("/", 2)[0], []).append(site)
+    units = [*map(tuple, layers.values()), tuple(result.sites)]
+    entries = []
+    for group, tasks in _task_groups(result).items():
+        bits, shuffled = _measure_sites(result, tasks, shuffles)
+        for sites in units:
+            limits = [np.log2(min(len(tasks), result.experts[site])) for site in sites]
+            drawn = np.mean([shuffled[site] for site in sites], axis=0)
+            mean_bits = float(np.mean([bits[site] for site in sites]))
+            entries.append(
+                Specialization(
+                    sites=sites,
+                    group=group,
+                    tasks=len(tasks),
+                    bits=mean_bits,
+                    normalized=mean_bits / (float(np.mean(limits)) or 1.0),
+                    shuffled_mean=float(drawn.mean()),
+                    shuffled_high=float(np.quantile(drawn, _QUANTILE)),
+                )
+            )
+    # By sites, then by group.
+    return sorted(entries, key=lambda entry: units.index(entry.sites))
+
+
+def _task_groups(result: ProbeResult) -> dict[str, list[int]]:
+    if any(task.seen is None for task in result.tasks):
+        groups = {"all": list(range(len(result.tasks)))}
+    else:
+        groups = {
+            name: [i for i, task in enumerate(result.tasks) if task.seen is seen]
+            for seen, name in _GROUPS.items()
+        }
+    return {name: tasks for name, tasks in groups.items() if len(tasks) > 1}
+
+
+def _measure_sites(
+    result: ProbeResult, tasks: Sequence[int], shuffles: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Returns {site: bits} and {site: bits with shuffled tasks [shuffles]} over some tasks."""
+    chosen = np.isin(result.example_tasks, tasks)
+    labels = np.searchsorted(tasks, result.example_tasks[chosen])  # 0, 1, … of the chosen tasks
+    rng = np.random.default_rng(0)
+    # The same shuffles at all sites, so that their mean over sites is a shuffle too.
+    orders = [labels, *(rng.permutation(labels) for _ in range(shuffles))]
+    one_hot = np.stack(orders)[:, None] == np.arange(len(tasks))[:, None]  # [1 + shuffles, T, N]
+    one_hot = one_hot.astype(np.float64)
+    values = {
+        site: mutual_information(one_hot @ np.asarray(probs[chosen], np.float64))
+        for site, probs in result.example_probs.items()
+    }
+    return {site: float(v[0]) for site, v in values.items()}, {s: v[1:] for s, v in values.items()}
+
+
+def to_table(entries: Sequence[Specialization]) -> Table | None:
+    """Returns a table with a row for each layer and group of tasks; None without entries."""
+    if not entries:
+        return None
+    rows = []
+    for entry in entries:
+        rows.append(
+            [
+                _name(entry.sites),
+                entry.group,
+                str(entry.tasks),
+                f"{entry.bits:.4f}",
+                f"{entry.normalized:.4f}",
+                f"{entry.shuffled_mean:.4f}",
+                f"{entry.shuffled_high:.4f}",
+            ]
+        )
+    columns = ["sites", "tasks", "number", "information (bits)", "normalized"]
+    columns += ["shuffled (bits)", "95 %"]
+    title = "Specialization: mutual information of task and expert"
+    return Table(title, columns, rows, notes=[_NOTE], num_text=2)
+
+
+def _name(sites: Sequence[str]) -> str:
+    layers = list(dict.fromkeys(site.rsplit("/", 2)[0] for site in sites))
+    return f"{', '.join(layers)} ({len(sites)} site{'s' * (len(sites) > 1)})"
+
+
+def to_json(entries: Sequence[Specialization]) -> list[Mapping[str, object]]:
+    """Returns the entries of routes.json, with six decimals."""
+    return [
+        {
+            key: round(value, 6) if isinstance(value, float) else value
+            for key, value in vars(entry).items()
+        }
+        for entry in entries
+    ]
