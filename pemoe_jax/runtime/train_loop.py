@@ -207,7 +207,7 @@ class TrainLoop:
             shares = [float(metrics.get(name, 0.0)) for name in ("dropped", "without_expert")]
             if any(shares):
                 dropped = f"  dropped {shares[0]:.1%} of assignments, {shares[1]:.1%} of tokens"
-        if not is_first:
+        if window.texts and not is_first:
             values[step_times.PEAK_MEMORY] = step_times.peak_memory(self.mesh.local_devices)
         writer.write(step, values, {} if is_first else window.texts)
         share = scalars["wait_share"]
