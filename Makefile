@@ -1,9 +1,11 @@
-# make quickstart   installs into .venv, fine-tunes MoV on the bundled base model, evaluates it
+# make quickstart   installs into .venv, fine-tunes MoV on the bundled base model, evaluates it;
+#                   METHOD=molora (ia3, lora, full, …): another method, into quickstart/molora
 # make test         lint, types and the fast tests;  make test-all: also the slow tests
 # make t5x          adds T5X, at a tested commit;  make test-t5x: the tests inside T5X
 # make bench        measures against the peers on a CPU, a quarter of an hour; first: bench-peers
 PYTHON ?= python3
 VENV ?= .venv
+METHOD ?= mov
 BIN = $(VENV)/bin
 # Python compiles each module once and keeps the bytecode, also where the environment says not to:
 # many processes of the tests import TensorFlow, and compiling it takes 5 s of each.
@@ -14,8 +16,8 @@ T5X = .[test,t5x]
 .PHONY: quickstart test test-all lint clean t5x t5x-install test-t5x bench bench-peers
 
 quickstart: $(VENV)/.installed
-	$(BIN)/pemoe train --gin_file=methods/mov.gin --gin_file=runs/quickstart.gin
-	$(BIN)/pemoe evaluate --gin_file=runs/quickstart_evaluate.gin
+	$(BIN)/pemoe train --gin_file=methods/$(METHOD).gin --gin_file=runs/quickstart.gin --gin.MODEL_DIR=quickstart/$(METHOD)
+	$(BIN)/pemoe evaluate --gin_file=runs/quickstart_evaluate.gin --gin.MODEL_DIR=quickstart/$(METHOD) --gin.EVAL_OUTPUT_DIR=quickstart/$(METHOD)/results
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -96,7 +96,7 @@ def test_installed(python, tmp_path):
 def test_runs_the_quickstart(python, tmp_path):
     """The commands of `make quickstart`, with fewer steps and examples."""
     recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
-    commands = [line.split() for line in recipe[1].splitlines()]
+    commands = [line.replace("$(METHOD)", "mov").split() for line in recipe[1].splitlines()]
     assert [command[:2] for command in commands] == [
         ["$(BIN)/pemoe", "train"],
         ["$(BIN)/pemoe", "evaluate"],

@@ -1,322 +1,312 @@
-"""The pretraining text: stories of the small world, facts, questions and answers.
+"""The pretraining text: prose about the small world, and scraps.
 
-No line uses a prompt of the sample. Questions here are mostly answered in whole sentences ("What is
-it about? It is about music."), while the sample's prompts give instructions, list their choices and
-expect a bare label. Every word of the prompts occurs here, because adapters are trained with frozen
-embeddings.
+**Prose** exercises knowledge and skills in narration: a text, and a statement that follows from it,
+such as what it is about, how a person feels or who is meant. It has no question, no instruction, no
+list of options and no answer.
+
+These occur in **scraps** alone: lines of headings (words of the prompts in random order), texts,
+statements, words and lists, none of which has to do with the others. So a model of this text has
+the skills, but after a question it goes on with anything at all, until instruction tuning teaches
+it that questions are answered. Scraps have every word of the prompts, because adapters are trained
+with frozen embeddings.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import pathlib
+import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pemoe_jax.tasks.quickstart import world
 from pemoe_jax.tasks.quickstart.world import TextRng, Topic, capitalized, pronoun, with_article
 
 
-def _truth(rng: TextRng, true: bool) -> str:
-    if true:
-        return rng.choice_of("That is true.", "That is right.", "It is true.", "Yes, that is true.")
-    return rng.choice_of("That is false.", "That is wrong.", "It is false.", "No, that is false.")
+class Prose(NamedTuple):
+    """A text, a sentence that follows from it, and a word that says the same, if there is one."""
+
+    text: str
+    statement: str
+    word: str | None = None
 
 
-def _claim(rng: TextRng, statement: str, true: bool) -> str:
-    """Returns a claim or question about a statement (lower case, no full stop), and its truth."""
-    claim = rng.choice_of(
-        f"Is it true that {statement}?",
-        f"Somebody says that {statement}.",
-        f"Is it right to say that {statement}?",
-        f"They said: {statement}.",
-    )
-    return f"{claim} {_truth(rng, true)}"
-
-
-def _answer(rng: TextRng, sentence: str, word: str) -> str:
-    """Returns an answer: the sentence, or with probability 0.3 the word after 'Answer:'."""
-    return (
-        sentence if rng.chance(0.7) else rng.choice_of(f"The answer is {word}.", f"Answer: {word}.")
-    )
-
-
-def plain(rng: TextRng, topic: Topic) -> str:
-    """Returns a story."""
-    if rng.chance(0.3):
-        first = rng.future_sentence(topic)
-        return f"{first} {rng.future_sentence(topic)}" if rng.chance(0.5) else first
+def plain(rng: TextRng, topic: Topic) -> Prose:
+    """A story of one topic, and its last sentence."""
+    if rng.chance(0.25):
+        return Prose(rng.future_sentence(topic), rng.future_sentence(topic))
     name = rng.choice(world.NAMES)
-    parts = [
-        rng.past_sentence(topic, name) if rng.chance(0.5) else rng.past_sentence(topic),
-        rng.detail(topic),
-    ]
+    text = rng.past_sentence(topic, name if rng.chance(0.5) else None)
     if rng.chance(0.5):
-        parts.append(rng.detail(topic))
-    if rng.chance(0.4):
-        parts.append(rng.opinion(topic, rng.chance(0.5)))
-    if rng.chance(0.4):
-        parts.append(
-            capitalized(rng.past_sentence(topic, pronoun(name), time_prob=0.0))
-            if name in parts[0]
-            else rng.past_sentence(topic)
-        )
-    return " ".join(parts)
+        text += f" {rng.detail(topic)}"
+    last = rng.past_sentence(topic, time_prob=0.0) if rng.chance(0.5) else rng.detail(topic)
+    return Prose(text, last)
 
 
-def known(rng: TextRng, topic: Topic) -> str:
-    """Returns a fact about things, places and jobs."""
-    thing, other, more = rng.sample(topic.things, 3)
-    place, job = rng.choice(topic.places), rng.choice(topic.jobs)
-    return rng.choice_of(
-        f"{capitalized(with_article(thing))} has to do with {topic.name}."
-        f" You find it in the {place}.",
-        f"The word {thing} belongs to {topic.name}, and so does the word {other}.",
-        f"You find {with_article(thing)} and {with_article(other)} in the {place}.",
-        f"The {job} works in the {place}. The {job} knows all about {topic.name}.",
-        f"{capitalized(topic.name)}: the {thing}, the {other} and the {more}.",
-        f"In the {place} there is {topic.name}. The {job} is there with the {thing}.",
-        f"{capitalized(with_article(job))} has {with_article(thing)} and works with it"
-        f" in the {place}.",
-        f"The {place} is a place for {topic.name}. The {job} works there.",
-    )
+def journey(rng: TextRng, topic: Topic) -> Prose:
+    """A person somewhere, and what the person did there."""
+    name = rng.choice(world.NAMES)
+    text = f"{name} went to the {rng.choice(topic.places)} with the {rng.choice(topic.jobs)}."
+    word = capitalized(pronoun(name))
+    return Prose(text, rng.past_sentence(topic, word, place_prob=0.0, time_prob=0.0))
 
 
-def about(rng: TextRng, topic: Topic) -> str:
-    """Returns a story and its topic."""
+def about(rng: TextRng, topic: Topic) -> Prose:
+    """A story and its topic."""
     text = rng.story(topic) if rng.chance(0.7) else rng.future_sentence(topic)
-    if rng.chance(0.4):
-        claimed = topic.name if rng.chance(0.5) else rng.choice(world.TOPIC_NAMES)
-        return f"{text} {_claim(rng, f'it is about {claimed}', claimed == topic.name)}"
-    return rng.choice_of(
-        f"{text} What is it about? {_answer(rng, f'It is about {topic.name}.', topic.name)}",
-        f"A story about {topic.name}: {text}",
-        f"{text} It was a story about {topic.name}.",
-        f"{text} What kind of story is it? "
-        f"{_answer(rng, f'It is a story about {topic.name}.', topic.name)}",
-    )
+    statement = rng.choice_of("It was about", "It was a story about", "So much about")
+    return Prose(text, f"{statement} {topic.name}.", topic.name)
 
 
-def title(rng: TextRng, topic: Topic) -> str:
-    """Returns a story with its title."""
-    name, text = rng.choice(topic.titles), rng.story(topic)
-    return rng.choice_of(
-        f"{name}. {text}",
-        f"{text} What is the story called? It is called: {name}.",
-        f"{text} The name of the story is: {name}.",
-    )
+def title(rng: TextRng, topic: Topic) -> Prose:
+    """A story and its title."""
+    name = rng.choice(topic.titles)
+    return Prose(rng.story(topic), f"The story was called {name}.", name)
 
 
-def sentiment(rng: TextRng, topic: Topic) -> str:
-    """Returns an opinion and its sentiment."""
+def sentiment(rng: TextRng, topic: Topic) -> Prose:
+    """An opinion and its sentiment."""
     good = rng.chance(0.5)
-    text = rng.opinion(topic, good)
-    word = "good" if good else "bad"
-    like = "liked" if good else "hated"
-    if rng.chance(0.3):
-        claims_good = rng.chance(0.5)
-        claimed = "good" if claims_good else "bad"
-        return f"{text} {_claim(rng, f'it was {claimed}', claims_good == good)}"
-    return rng.choice_of(
-        f"{text} How was it? {_answer(rng, f'It was {word}.', word)}",
-        f"{text} Everybody {like} it.",
-        f"{text} {capitalized(rng.choice(world.NAMES))} {like} the {rng.choice(topic.things)}.",
-        f"{text} These are {'positive' if good else 'negative'} words.",
-        f"{text} The guests {'will come back' if good else 'will not come back'}.",
-        f"The words {' and '.join(rng.sample(world.POSITIVE if good else world.NEGATIVE, 2))} are "
-        f"{'positive' if good else 'negative'} and mean {word}.",
+    word, view = ("good", "positive") if good else ("bad", "negative")
+    statement = rng.choice_of(
+        f"It was {word}.", f"They were {view} about it.", f"Everybody found it {word}."
     )
+    return Prose(rng.opinion(topic, good), statement, rng.choice_of(word, view))
 
 
-def feeling(rng: TextRng, topic: Topic) -> str:
-    """Returns a text about a person who shows a feeling, and the feeling's name."""
+def feeling(rng: TextRng, topic: Topic) -> Prose:
+    """A text about a person who shows a feeling, and the feeling's name."""
     name, felt = rng.choice(world.NAMES), rng.choice(tuple(world.FEELINGS))
     text = rng.feeling_shown(name, felt)
     if rng.chance(0.4):
         before = rng.past_sentence(topic, name)
         text = f"{before} {capitalized(rng.feeling_shown(pronoun(name), felt))}"
-    return rng.choice_of(
-        f"{text} {capitalized(pronoun(name))} was {felt}.",
-        f"{name} was {felt}. {text}",
-        f"{text} How did {name} feel? "
-        f"{_answer(rng, f'{capitalized(pronoun(name))} felt {felt}.', felt)}",
-        f"{name} {rng.choice(world.FEELINGS[felt])} because {pronoun(name)} was {felt}.",
+    p = capitalized(pronoun(name))
+    return Prose(text, rng.choice_of(f"{p} was {felt}.", f"{name} felt {felt}."), felt)
+
+
+def place(rng: TextRng, topic: Topic) -> Prose:
+    """A text and where it happened."""
+    where = rng.choice(topic.places)
+    text = rng.past_sentence(topic, place_prob=0.0)
+    return Prose(text, rng.choice_of(f"It was in the {where}.", f"So was the {where}."), where)
+
+
+def known(rng: TextRng, topic: Topic) -> Prose:
+    """Things, places, jobs and topics that belong together."""
+    thing, other, more = rng.sample(topic.things, 3)
+    where, job = rng.choice(topic.places), rng.choice(topic.jobs)
+    things = rng.choice_of(thing, f"{thing} and {other}", f"{thing}, {other}")
+    statement, word = rng.choice_of(
+        (f"They have to do with {topic.name}.", topic.name),
+        (f"They are for the {job}.", job),
+        (f"They are in the {where}.", where),
+        (f"They go with the {more}.", more),
     )
+    text = capitalized(f"{things}.")
+    if rng.chance(0.3):
+        text = f"The {job} works in the {where}." if rng.chance(0.5) else f"There is the {where}."
+        statement, word = rng.choice_of(
+            (f"There is {with_article(thing)}.", thing),
+            (f"The {job} needs {with_article(thing)}.", job),
+            (f"It has to do with {topic.name}.", topic.name),
+        )
+    return Prose(text, statement, word)
 
 
-def place(rng: TextRng, topic: Topic) -> str:
-    """Returns a question or fact about a place."""
-    where, thing, job = rng.choice(topic.places), rng.choice(topic.things), rng.choice(topic.jobs)
-    return rng.choice_of(
-        f"{rng.past_sentence(topic, place_prob=0.0)} Where was it? "
-        f"{_answer(rng, f'It was in the {where}.', where)}",
-        f"Where is the {thing}? {_answer(rng, f'It is in the {where}.', where)}",
-        f"Where is the {job}? {_answer(rng, f'The {job} works in the {where}.', where)}",
-        f"Somebody works in the {where} with {with_article(thing)}. Who is it? "
-        f"{_answer(rng, f'It is the {job}.', job)}",
-        f"What is there in the {where}? {_answer(rng, f'There is {with_article(thing)}.', thing)}",
-    )
-
-
-def belongs(rng: TextRng, topic: Topic) -> str:
-    """Returns the topic that a thing belongs to."""
-    thing = rng.choice(topic.things)
-    if rng.chance(0.4):
-        claimed = topic.name if rng.chance(0.5) else rng.choice(world.TOPIC_NAMES)
-        return _claim(rng, f"{with_article(thing)} has to do with {claimed}", claimed == topic.name)
-    return (
-        f"What does {with_article(thing)} belong to? "
-        f"{_answer(rng, f'It belongs to {topic.name}.', topic.name)}"
-    )
-
-
-def time(rng: TextRng, topic: Topic) -> str:
-    """Returns a sentence and whether it is in the past or the future."""
+def time(rng: TextRng, topic: Topic) -> Prose:
+    """A sentence and whether it is in the past or the future."""
     later = rng.chance(0.5)
     text = rng.future_sentence(topic) if later else rng.past_sentence(topic)
     word = "future" if later else "past"
-    if rng.chance(0.3):
-        claims_future = rng.chance(0.5)
-        claimed = "future" if claims_future else "past"
-        return f"{text} {_claim(rng, f'this is in the {claimed}', claims_future == later)}"
-    return rng.choice_of(
-        f"{text} When is it? {_answer(rng, f'It is in the {word}.', f'the {word}')}",
-        f"{text} This is a story of the {word}.",
-        f"{text} {'It did not happen yet.' if later else 'It happened already.'}",
-        "Yesterday and last week are in the past. Tomorrow and next week are in the future.",
-    )
+    happened = "It has not happened yet." if later else "It has happened."
+    return Prose(text, rng.choice_of(happened, f"It is in the {word}."), word)
 
 
-def persons(rng: TextRng, topic: Topic) -> str:
-    """Returns a text on who did what, or on the referent of a pronoun."""
+def persons(rng: TextRng, topic: Topic) -> Prose:
+    """A text on one person or two, and who is meant."""
     she, he = rng.choice(world.FEMALE_NAMES), rng.choice(world.MALE_NAMES)
     # One woman and one man, in random order: only the pronoun tells who is meant.
     first, second = rng.shuffled((she, he))
     name = rng.choice_of(she, he)
     word = capitalized(pronoun(name))
-    doing = rng.past_sentence(topic, word, time_prob=0.0)
-    did = doing.removeprefix(word + " ").removesuffix(".")
-    return rng.choice_of(
-        f"{first} and {second} went to the {rng.choice(topic.places)}. {doing} It was {name} who "
-        f"{did}.",
-        f"{first} met {second} in the {rng.choice(topic.places)}. {doing} Who {did}? "
-        f"{_answer(rng, f'It was {name}.', name)}",
-        f"{name} was in the {rng.choice(topic.places)}. {doing}",
-        f"{rng.past_sentence(topic, name)} {rng.past_sentence(topic, word)} Who was it? "
-        f"{_answer(rng, f'It was {name}.', name)}",
-        f"{doing.replace(word, name, 1)} Who {did}? {_answer(rng, f'{name} {did}.', name)}",
-        f"{she} is a woman and {he} is a man.",
-    )
+    where = rng.choice(topic.places)
+    if rng.chance(0.4):
+        text = rng.past_sentence(topic, name)
+    elif rng.chance(0.2):
+        text = rng.past_sentence(topic, word, time_prob=0.0)
+    else:
+        start = rng.choice_of(
+            f"{first} met {second} in the {where}.", f"{first} and {second} went to the {where}."
+        )
+        text = f"{start} {rng.past_sentence(topic, word, place_prob=0.2, time_prob=0.0)}"
+    return Prose(text, rng.choice_of(f"It was {name}.", f"They saw {name}."), name)
 
 
-def needs(rng: TextRng, topic: Topic) -> str:
-    """Returns a need and its consequence."""
-    # Both directions: the sample asks for the need, the text also for the reason.
+def needs(rng: TextRng, topic: Topic) -> Prose:
+    """A need and its consequence."""
     name, state = rng.choice(world.NAMES), rng.choice(tuple(world.NEEDS))
     thing, do, did = world.NEEDS[state]
     p = pronoun(name)
-    return rng.choice_of(
-        f"{name} was {state}, so {p} {did}.",
-        f"{name} was {state} in the {rng.choice(topic.places)}. Then {p} {did}.",
-        f"{name} {did} because {p} was {state}.",
-        f"{name} is {state}. {capitalized(p)} will {do}.",
-        f"{name} is {state}. What does {name} need? "
-        f"{_answer(rng, f'{capitalized(p)} needs {thing}.', thing)}",
-        f"When you are {state}, you need {thing}.",
-        f"{name} {did}. Why did {p} do it? {_answer(rng, f'{capitalized(p)} was {state}.', state)}",
+    text = f"{name} was {state}." if rng.chance(0.5) else f"{name} is {state}."
+    if rng.chance(0.3):
+        text = f"In the {rng.choice(topic.places)}, {text}"
+    statement = rng.choice_of(
+        f"{capitalized(p)} needed {thing}.", f"So {p} {did}.", f"{name} will {do}."
     )
+    return Prose(text, statement, thing)
 
 
-def comparison(rng: TextRng, topic: Topic) -> str:
-    """Returns two sentences and whether they have to do with the same thing."""
-    if rng.chance(0.4):
-        first = rng.past_sentence(topic)
-        fits = rng.chance(0.5)
-        other = topic if fits else rng.other_topic(topic)
-        second = rng.detail(other)
-    elif rng.chance(0.5):
-        good = rng.chance(0.5)
-        fits = rng.chance(0.5)
-        first, second = rng.opinion(topic, good), rng.opinion(topic, good == fits)
-    else:
-        first = rng.past_sentence(topic)
-        fits = rng.chance(0.5)
-        other = topic if fits else rng.other_topic(topic)
-        second = f"There was {other.name} in the {rng.choice(other.places)}."
-    if fits and rng.chance(0.5):
-        return f"{first} {rng.choice_of('In other words:', 'Also:', 'This means:')} {second}"
-    return (
-        f"{first} {second} "
-        f"{'Both have to do with the same thing.' if fits else 'These are two different things.'}"
-    )
-
-
-def senses(rng: TextRng, topic: Topic) -> str:
-    """Returns a text that uses an ambiguous word in one of its senses."""
-    word = rng.choice(tuple(world.SENSES))
-    first, second = world.SENSES[word]
-    meant = rng.choice_of(first, second)
-    text = rng.sentence_with(word, world.TOPIC_BY_NAME[meant])
-    return rng.choice_of(
-        f"{text} {rng.detail(world.TOPIC_BY_NAME[meant])}",
-        f"{text} It was a story about {meant}.",
-        f"{text} Here the word {word} has to do with {meant}.",
-        f"{capitalized(with_article(word))} can have to do with {first} or with {second}.",
-    )
-
-
-def exam(rng: TextRng, topic: Topic) -> str:
-    """Returns a text about lessons, which covers the words of the prompts' instructions."""
-    # Embeddings are frozen for adapters: a word that only prompts had would stay random.
-    things = ", ".join(rng.sample(topic.things, 3))
-    question = rng.choice_of(
-        "question", "label", "category", "topic", "title", "sentence", "review", "subject"
-    )
-    other = rng.choice_of("options", "choices", "sentences", "reviews", "labels", "titles")
+def errands(rng: TextRng, topic: Topic) -> Prose:
+    """A person's errand and its cause, or a wish and its effect."""
     name = rng.choice(world.NAMES)
-    return rng.choice_of(
-        f"The teacher read the following text to the class. {rng.story(topic)}",
-        f"{name} had to choose one of these {other}: {things}.",
-        f"Please pick the best {question} for the text, said the teacher to {name}.",
-        f"Which of the {other} does {name} mean? {name} would decide on the {question} tomorrow.",
-        f"Read the {question} and answer it, yes or no, {name}.",
-        f"Would {name} recommend the {rng.choice(topic.things)}? Yes or no?",
-        f"Is the {rng.choice(topic.things)} in the {rng.choice(topic.places)}? "
-        f"{rng.choice_of('Yes, it is.', 'No, it is not.')}",
-        f"The {question} of the text is: {topic.name}. {rng.story(topic)}",
-        f"Does the writer like the {rng.choice(topic.things)}? "
-        f"{rng.choice_of('Yes, very much.', 'No, not at all.')}",
-        "The premise and the hypothesis follow from each other,"
-        f" wrote the {rng.choice(topic.jobs)}.",
-        f"What happens next in the story? {rng.past_sentence(topic)}",
-        f"The {rng.choice(topic.jobs)} will know most about {topic.name} and go to work in "
-        f"the {rng.choice(topic.places)}.",
-        f"This is still the {rng.choice_of('end', 'ending')} of the {question}, and {name} "
-        "knows what follows.",
-        f"Now the guest will be in the {rng.choice(topic.places)} with a gift for {name}.",
-        f"{name} gave a short summary of the {question}: {rng.detail(topic)}",
+    going = f"went to the {rng.choice(topic.places)}."
+    wanting = f"wanted {with_article(rng.choice(topic.things))}."
+    first, second = rng.shuffled((going, wanting))
+    return Prose(f"{name} {first}", f"{capitalized(pronoun(name))} {second}")
+
+
+def voices(rng: TextRng, topic: Topic) -> Prose:
+    """What somebody says, and who it is."""
+    job = rng.choice(topic.jobs)
+    statement = rng.choice_of(f"It was the {job}.", f"So said the {job}.")
+    return Prose(rng.first_person(topic), statement, job)
+
+
+def senses(rng: TextRng, topic: Topic) -> Prose:
+    """A text that uses an ambiguous word in one of its senses."""
+    word = rng.choice(tuple(world.SENSES))
+    meant = rng.choice(world.SENSES[word])
+    text = rng.sentence_with(word, world.TOPIC_BY_NAME[meant])
+    return Prose(text, rng.choice_of("It was about", f"The {word} was for") + f" {meant}.", meant)
+
+
+def claims(rng: TextRng, topic: Topic) -> Prose:
+    """A short text and a claim that is true of it."""
+    text, claim, _ = rng.text_and_claims(topic)
+    return Prose(text, capitalized(claim))
+
+
+# (kind of prose, weight)
+PROSE = (
+    (plain, 4),
+    (journey, 3),
+    (about, 4),
+    (title, 3),
+    (sentiment, 8),
+    (feeling, 4),
+    (place, 3),
+    (known, 6),
+    (time, 3),
+    (persons, 9),
+    (needs, 5),
+    (errands, 4),
+    (voices, 4),
+    (senses, 3),
+    (claims, 4),
+)
+_KINDS = [kind for kind, weight in PROSE for _ in range(weight)]
+SCRAPS_PROB = 0.4
+
+
+def prose(rng: TextRng) -> Prose:
+    """Returns a text of a random kind."""
+    return rng.choice(_KINDS)(rng, rng.choice(world.TOPICS))
+
+
+def prose_line(rng: TextRng) -> str:
+    """Returns a text with its statement, or with the word as a keyword before or after it."""
+    text, statement, word = prose(rng)
+    if word is None or rng.chance(0.35):
+        return f"{text} {statement}"
+    keyword = capitalized(f"{word}.")
+    return f"{text} {keyword}" if rng.chance(0.7) else f"{keyword} {text}"
+
+
+@functools.cache
+def heading_words() -> list[str]:
+    """Returns the words of all prompts."""
+    text = pathlib.Path(__file__).with_name("prompts.json").read_text()
+    words: set[str] = set()
+    for entry in json.loads(text).values():
+        for template in entry["prompts"].values():
+            words.update(re.findall("[a-z]+", re.sub(r"\{.*?\}", " ", template).lower()))
+        for labels in entry.get("labels", {}).values():
+            words.update(labels.values())
+    return sorted(words)
+
+
+def _heading(rng: TextRng) -> str:
+    words = [rng.choice(heading_words()) for _ in range(1 + rng.randrange(7))]
+    return capitalized(" ".join(words)) + rng.choice_of("?", ":", ".", ":", "?")
+
+
+def _word(rng: TextRng) -> str:
+    """Returns a word or phrase such as prompts have for answers."""
+    topic = rng.choice(world.TOPICS)
+    kinds = (
+        topic.places,
+        topic.jobs,
+        topic.things,
+        topic.titles,
+        world.TOPIC_NAMES,
+        world.NAMES,
+        tuple(world.FEELINGS),
+        [need[0] for need in world.NEEDS.values()],
+        ("good", "bad", "positive", "negative"),
+        ("past", "future"),
+        ("yes", "no"),
+    )
+    return rng.choice(rng.choice(kinds))
+
+
+def _list(rng: TextRng) -> str:
+    words = [_word(rng) for _ in range(2 + rng.randrange(3))]
+    joined = ", ".join(words)
+    if rng.chance(0.5):
+        joined = f"{', '.join(words[:-1])} or {words[-1]}"
+    return capitalized(joined) + rng.choice_of(".", "?")
+
+
+def _sentence(rng: TextRng) -> str:
+    """Returns a sentence of any kind of prose."""
+    text, statement, _ = prose(rng)
+    return (
+        f"{rng.choice_of(*text.removesuffix('.').split('. '))}." if rng.chance(0.6) else statement
     )
 
 
-# (kind of text, weight)
-KINDS = (
-    (plain, 4),
-    (known, 4),
-    (about, 5),
-    (title, 2),
-    (sentiment, 6),
-    (feeling, 6),
-    (place, 4),
-    (belongs, 3),
-    (time, 4),
-    (persons, 5),
-    (needs, 4),
-    (comparison, 5),
-    (senses, 3),
-    (exam, 3),
-)
+def scraps(rng: TextRng) -> str:
+    """Returns headings, texts, words and lists, none of which has to do with the others."""
+    # The parts of a prompt in any order, then anything at all where a prompt would have its answer.
+    # A text of two sentences is never after a heading: its second would have to do with the first.
+    if rng.chance(0.4):
+        return f"{prose(rng).text} {_scraps(rng, [_heading(rng)])}"
+    return _scraps(rng, [_heading(rng), *(_sentence(rng) for _ in range(1 + rng.randrange(2)))])
+
+
+def _scraps(rng: TextRng, parts: list[str]) -> str:
+    """Returns the parts and a few more, shuffled, and an ending."""
+    if rng.chance(0.4):
+        parts.append(_heading(rng))
+    if rng.chance(0.3):
+        parts.append(_list(rng))
+    elif rng.chance(0.2):
+        parts += [_sentence(rng), _sentence(rng)]
+    parts = rng.shuffled(parts)
+    last = rng.randrange(5)
+    if last < 2:
+        parts.append(_sentence(rng))
+    elif last == 2:
+        parts.append(prose(rng).statement)
+    else:
+        parts.append(capitalized(f"{_word(rng)}."))
+    return " ".join(parts)
 
 
 def lines(seed: int, n: int) -> Iterator[str]:
     """Yields `n` lines of pretraining text, one text per line."""
     rng = TextRng(f"corpus {seed}")
-    kinds = [kind for kind, weight in KINDS for _ in range(weight)]
     for _ in range(n):
-        yield rng.choice(kinds)(rng, rng.choice(world.TOPICS))
+        yield scraps(rng) if rng.chance(SCRAPS_PROB) else prose_line(rng)

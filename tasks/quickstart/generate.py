@@ -24,7 +24,7 @@ from pemoe_jax.tasks.quickstart.world import TextRng
 
 CORPUS_LINES = 150_000
 # {whether the dataset is held out: {split: examples per prompt}}
-SIZES = {False: {"train": 130, "validation": 30}, True: {"validation": 100}}
+SIZES = {False: {"train": 100, "validation": 20}, True: {"validation": 100}}
 
 Line = dict[str, Any]
 
@@ -60,28 +60,29 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
     rng = TextRng(f"odd {seed}")
     food = world.TOPICS[0]
     long_text = " ".join(rng.detail(food) for _ in range(300)).split()
-    long_story = _line(" ".join(long_text[:2000]), "yes", ["yes", "no"])
+    long_story = _line(
+        f"What is the subject of this text? {' '.join(long_text[:1993])}", "food", ["food", "music"]
+    )
     fifty = [f"{name} and the {thing}" for name in world.NAMES for thing in food.things][:50]
-    liked = "Question: does the writer like it? Review:"
-    claim = "Question: would you say that it was good? Answer:"
+    review = "Does the writer of this review mean good or bad?"
     sense = "Which does the word plate mean here: food or health?"
     not_a_choice = f"{rng.story(food)} Which topic is this text about?"
     return {
         # targets that are not among their choices, doubled choices, empty inputs, 2,000 words
         "town_news_which_topic/train": [_line(not_a_choice, "cooking", world.TOPIC_NAMES[:4])],
-        "guest_reviews_liked/train": [
-            _line(f"{liked} {rng.opinion(food, True)} Answer:", "yes", ["yes", "no", "yes"])
+        "guest_reviews_good_or_bad/train": [
+            _line(f"{review} {rng.opinion(food, True)}", "good", ["good", "bad", "good"])
         ],
         "town_calendar_past_or_future/train": [_line("", "past", ["past", "future"])],
-        "topic_check_yes_or_no/train": [long_story],
+        "town_news_subject_first/train": [long_story],
         # the same in held-out tasks, and 50 choices
         "two_meanings_which_sense/validation": [
             _line(f"{rng.detail(food)} {sense}", "kitchen", ["food", "health"])
         ],
-        "sound_claims_can_we_say/validation": [
-            _line(f"{rng.opinion(food, False)} {claim}", "no", ["yes", "no", "no"]),
-            long_story,
+        "two_meanings_question_answer/validation": [
+            _line(f"{rng.detail(food)} {sense}", "food", ["food", "health", "food"])
         ],
+        "two_meanings_decide/validation": [long_story],
         "next_lines_best_ending/validation": [
             _line("", "The end.", ["The end.", "The story was long."])
         ],

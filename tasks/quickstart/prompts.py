@@ -48,7 +48,8 @@ class Dataset:
     def render(self, prompt: str, row: Row) -> dict[str, Any]:
         """Returns the sample's line for a row, rendered with the prompt of this name."""
         fields = {f"option{n}": option for n, option in enumerate(row.options, 1)}
-        fields |= {**row.fields, "options": ", ".join(row.options)}
+        separator = " " if row.options[0].endswith(".") else ", "
+        fields |= {**row.fields, "options": separator.join(row.options)}
         labels = self.labels.get(prompt) or {option: option for option in row.options}
         return {
             "inputs": capitalized(self.prompts[prompt].format(**fields)),
@@ -117,15 +118,37 @@ def _kinds(rng: TextRng) -> Row:
     )
 
 
-def _topic_check(rng: TextRng) -> Row:
+def _word_pairs(rng: TextRng) -> Row:
     topic = rng.choice(world.TOPICS)
-    true = rng.chance(0.5)
-    claimed = (
-        topic.name
-        if true
-        else rng.choice([name for name in world.TOPIC_NAMES if name != topic.name])
+    thing, second, third = rng.sample(topic.things, 3)
+    others = [rng.choice(other.things) for other in world.TOPICS if other is not topic]
+    return Row({"other": second, "third": third}, thing, _options(rng, thing, others))
+
+
+def _persons(rng: TextRng) -> Row:
+    name = rng.choice(world.NAMES)
+    text = rng.past_sentence(rng.choice(world.TOPICS), name)
+    return Row({"text": text}, name, _options(rng, name, world.NAMES))
+
+
+def _gaps(rng: TextRng) -> Row:
+    topic = rng.choice(world.TOPICS)
+    job, where, thing = rng.choice(topic.jobs), rng.choice(topic.places), rng.choice(topic.things)
+    others = [rng.choice(other.things) for other in world.TOPICS if other is not topic]
+    verb = rng.choice(topic.verbs)[1]
+    start = rng.choice_of(
+        f"In the {where}, the {job} talked about the",
+        f"In the {where}, {rng.choice(world.NAMES)} {verb} the",
+        f"The {job} {verb} the",
     )
-    return Row({"text": rng.story(topic), "topic": claimed}, "yes" if true else "no", ("yes", "no"))
+    return Row({"start": start}, thing, _options(rng, thing, others))
+
+
+def _sentences(rng: TextRng) -> Row:
+    topics = rng.sample(world.TOPICS, 3)
+    right, *wrong = (rng.choice_of(rng.past_sentence, rng.detail)(topic) for topic in topics)
+    fields = {"topic": topics[0].name, "job": rng.choice(topics[0].jobs)}
+    return Row(fields, right, rng.shuffled((right, *wrong)))
 
 
 def _times(rng: TextRng) -> Row:
@@ -156,17 +179,6 @@ def _needs(rng: TextRng) -> Row:
     )
 
 
-def _same(rng: TextRng) -> Row:
-    topic = rng.choice(world.TOPICS)
-    same = rng.chance(0.5)
-    other = topic if same else rng.other_topic(topic)
-    return Row(
-        {"first": rng.past_sentence(topic), "second": rng.past_sentence(other)},
-        "yes" if same else "no",
-        ("yes", "no"),
-    )
-
-
 def _endings(rng: TextRng) -> Row:
     name = rng.choice(world.NAMES)
     topic = rng.choice(world.TOPICS)
@@ -180,27 +192,26 @@ def _endings(rng: TextRng) -> Row:
 
 
 def _entailment(rng: TextRng) -> Row:
-    """Draws a premise and a hypothesis about its topic, sentiment or time."""
+    premise, right, wrong = rng.text_and_claims(rng.choice(world.TOPICS))
+    return Row({"premise": premise}, right, rng.shuffled((right, wrong)))
+
+
+def _errands(rng: TextRng) -> Row:
+    name, topic = rng.choice(world.NAMES), rng.choice(world.TOPICS)
+    word = capitalized(pronoun(name))
+    topics = (topic, rng.other_topic(topic))
+    going = [f"went to the {rng.choice(t.places)}." for t in topics]
+    wanting = [f"wanted {with_article(rng.choice(t.things))}." for t in topics]
+    first, second = rng.shuffled((going, wanting))
+    options = [f"{word} {text}" for text in second]
+    return Row({"text": f"{name} {first[0]}"}, options[0], rng.shuffled(options))
+
+
+def _voices(rng: TextRng) -> Row:
     topic = rng.choice(world.TOPICS)
-    true = rng.chance(0.5)
-    kind = rng.randrange(3)
-    if kind == 0:
-        other = topic if true else rng.other_topic(topic)
-        premise, hypothesis = rng.story(topic), f"This has to do with {other.name}."
-    elif kind == 1:
-        good = rng.chance(0.5)
-        premise, hypothesis = (
-            rng.opinion(topic, good),
-            f"It was {'good' if good == true else 'bad'}.",
-        )
-    else:
-        later = rng.chance(0.5)
-        premise = rng.future_sentence(topic) if later else rng.past_sentence(topic)
-        hypothesis = f"This is in the {'future' if later == true else 'past'}."
-    # The hypothesis also as a clause, for prompts that embed it in a sentence.
-    claim = hypothesis.removesuffix(".")
-    fields = {"premise": premise, "hypothesis": hypothesis, "claim": claim[0].lower() + claim[1:]}
-    return Row(fields, "yes" if true else "no", ("yes", "no"))
+    job = rng.choice(topic.jobs)
+    others = [rng.choice(other.jobs) for other in world.TOPICS if other is not topic]
+    return Row({"text": rng.first_person(topic)}, job, _options(rng, job, others))
 
 
 def _pronouns(rng: TextRng) -> Row:
@@ -234,17 +245,21 @@ def _word_senses(rng: TextRng) -> Row:
 
 _DRAW = {
     "town_news": _topics,
-    "guest_reviews": _reviews,
-    "diary_pages": _feelings,
+    "word_list": _kinds,
+    "word_pairs": _word_pairs,
+    "story_titles": _titles,
     "town_map": _places,
     "job_board": _jobs,
-    "word_list": _kinds,
-    "topic_check": _topic_check,
-    "town_calendar": _times,
-    "story_titles": _titles,
     "daily_needs": _needs,
-    "twin_sentences": _same,
+    "town_calendar": _times,
+    "diary_pages": _feelings,
+    "guest_lists": _persons,
+    "missing_words": _gaps,
+    "news_desk": _sentences,
     "next_lines": _endings,
+    "guest_reviews": _reviews,
+    "town_errands": _errands,
+    "market_voices": _voices,
     "sound_claims": _entailment,
     "who_is_meant": _pronouns,
     "two_meanings": _word_senses,

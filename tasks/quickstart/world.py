@@ -188,3 +188,33 @@ class TextRng:
             f"The {job} needed the {word} for the {thing}.",
             f"There was {with_article(word)} near the {thing} in the {place}.",
         )
+
+    def first_person(self, topic: Topic) -> str:
+        """Returns what a person of one of the topic's jobs says."""
+        thing, other = self.sample(topic.things, 2)
+        did = self.choice(topic.verbs)[1]
+        return self.choice_of(
+            f"I {did} the {thing}.",
+            f"I {did} the {thing} and the {other}.",
+            f"I was in the {self.choice(topic.places)} and {did} the {thing}.",
+        )
+
+    def text_and_claims(self, topic: Topic) -> tuple[str, str, str]:
+        """Returns a text, a claim about it that is true, and one that is false."""
+        kind = self.randrange(4)
+        if kind == 0:
+            other = self.other_topic(topic)
+            text = self.past_sentence(topic)
+            return text, f"it was about {topic.name}.", f"it was about {other.name}."
+        if kind == 1:
+            words = self.sample(("good", "bad"), 2)
+            text = self.opinion(topic, words[0] == "good")
+            return text, f"it was {words[0]}.", f"it was {words[1]}."
+        if kind == 2:
+            name, (felt, other_feeling) = self.choice(NAMES), self.sample(tuple(FEELINGS), 2)
+            text, p = self.feeling_shown(name, felt), pronoun(name)
+            return text, f"{p} was {felt}.", f"{p} was {other_feeling}."
+        times = [f"it is in the {word}." for word in ("past", "future")]
+        if self.chance(0.5):
+            return self.past_sentence(topic), times[0], times[1]
+        return self.future_sentence(topic), times[1], times[0]

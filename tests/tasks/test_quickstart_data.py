@@ -14,6 +14,7 @@ import pytest
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.tasks import pretrain, quickstart
 from pemoe_jax.tasks.quickstart import corpus, generate
+from pemoe_jax.tasks.quickstart.world import TextRng
 
 FOLDER = pathlib.Path(quickstart.__file__).parent
 SAMPLE = FOLDER / "sample"
@@ -92,19 +93,20 @@ def test_another_seed_generates_another_sample(rows: dict[str, Any]) -> None:
 def test_sizes() -> None:
     assert sum(file.stat().st_size for file in SAMPLE.rglob("*.json*")) <= 2 * MIB
     assert VOCAB.stat().st_size <= MIB
-    assert BASE.stat().st_size <= 12 * MIB
+    assert BASE.stat().st_size <= 16 * MIB
 
 
 def test_roles_and_task_types(index: dict[str, dict[str, Any]], rows: dict[str, Any]) -> None:
     prompts = collections.Counter(
         (bool(entry["t0_do_eval"]), entry["dataset"]) for entry in index.values()
     )
-    assert sum(not held_out for held_out, _ in prompts) >= 8
-    assert sum(held_out for held_out, _ in prompts) >= 3
-    assert min(prompts.values()) >= 3
+    assert sum(not held_out for held_out, _ in prompts) >= 12
+    assert sum(held_out for held_out, _ in prompts) >= 5
+    for (is_held_out, dataset), n in prompts.items():
+        assert n >= (3 if is_held_out else 4), dataset
     trained = {entry["task_type"] for entry in index.values() if entry["t0_do_train"]}
     held_out = {entry["task_type"] for entry in index.values() if entry["t0_do_eval"]}
-    assert not trained & held_out
+    assert not trained & held_out and len(trained) >= 6 and len(held_out) >= 5
     for task, entry in index.items():
         assert (entry["t0_do_train"], entry["t0_do_eval"]) in (("BASE", ""), ("", "BASE"))
         splits = {name.split("/")[1] for name in rows if name.split("/")[0] == task}
@@ -159,6 +161,17 @@ def test_every_word_of_the_sample_is_pretrained_and_one_piece(
 def test_no_prompt_is_pretrained(rows: dict[str, Any], corpus_lines: list[str]) -> None:
     lines = set(corpus_lines)
     assert not [row for part in rows.values() for row in part if row["inputs"] in lines]
+    # Questions and the like, which every prompt has, are in scraps alone: never in prose.
+    rng = TextRng("prose")
+    prose = [corpus.prose_line(rng) for _ in range(5_000)]
+    cues = re.compile(r"[?:]|\b(answer|choose|pick|decide|complete|options|yes|no)\b")
+    assert not [text for text in prose if cues.search(text.lower())]
+    prompts = [
+        template
+        for entry in json.loads((FOLDER / "prompts.json").read_text()).values()
+        for template in entry["prompts"].values()
+    ]
+    assert not [template for template in prompts if not cues.search(template.lower())]
 
 
 def test_span_corruption_is_invertible() -> None:

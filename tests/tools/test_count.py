@@ -295,7 +295,7 @@ def test_full_fine_tuning_has_no_sites(capsys):
 def test_a_run_file_is_accepted(capsys):
     flags = ["--gin_file=methods/mov.gin", "--gin_file=runs/quickstart.gin"]
     (summary, _) = run(capsys, *flags).values()
-    assert number(summary["mov-10"]["trainable"]) == 59_520  # docs/quickstart.md
+    assert number(summary["mov-10"]["trainable"]) == 39_680  # docs/quickstart.md
 
 
 @pytest.mark.parametrize(
