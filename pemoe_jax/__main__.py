@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": ("pemoe_jax.tools.plan", "estimate memory and communication on many devices"),
     "sweep": ("pemoe_jax.tools.sweep", "run and resume a list of trainings and evaluations"),
     "convert": ("pemoe_jax.tools.convert", "export adapters and models, also to PEFT and HF"),
+    "verify": ("pemoe_jax.tools.verify", "read files and say whether they are whole"),
     "embed": ("pemoe_jax.tools.embed", "write sentence embeddings for sentence routing"),
     "cache_tasks": ("pemoe_jax.tools.cache_tasks", "cache P3 tasks offline"),
 }

@@ -29,7 +29,7 @@ from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import T5Config
 from pemoe_jax.core.params import Params, PyTree
-from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.runtime import atomic_write, checksums, file_io
 from pemoe_jax.runtime.file_io import JsonObject
 
 # Metadata keys of our single file: the fields of `T5Config` and, if any, of `Sparse` as JSON.
@@ -120,6 +120,7 @@ class BaseModel:
         target: Params,
         report: Callable[[int], None] = lambda _: None,
         transform: Callable[[str, jax.Array], PyTree] = params_lib.identity,
+        value_checksums: dict[str, tuple[str, int]] | None = None,
     ) -> dict[str, PyTree]:
         """Loads the parameters of `target`; see `lazy_array.load_arrays`."""
         # Compared before the arrays: "mlp_dim 32, got 16" says more than three of 500 shapes.
@@ -133,12 +134,31 @@ class BaseModel:
         ]
         if wrong:
             raise InputError(f"{self} has another size: expected {'; '.join(wrong)}")
-        return lazy_array.load_arrays(self.arrays, target, str(self), report, transform)
+        return lazy_array.load_arrays(
+            self.arrays, target, str(self), report, transform, value_checksums
+        )
 
     def fingerprint(self) -> str:
         """Returns `params.fingerprint` of the arrays, reading one at a time."""
-        samples = {p: (a.shape, params_lib.sample_array(a.read())) for p, a in self.arrays.items()}
-        return params_lib.fingerprint_samples(samples)
+        return self.identity("float32")["fingerprint"]
+
+    def identity(self, dtype: str) -> dict[str, str]:
+        """Returns the fingerprint and the checksum of the arrays, reading one at a time.
+
+        The checksum is of all values in the dtypes of a frozen base, the fingerprint of 64 of each
+        array.
+
+        Args:
+          dtype: dtype of activations.
+        """
+        samples, crcs = {}, {}
+        for path, lazy in self.arrays.items():
+            array = lazy.read()
+            samples[path] = array.shape, params_lib.sample_array(array)
+            values = array.astype(params_lib.frozen_dtype(path, dtype), copy=False)
+            crcs[path] = lazy_array.checksum(lazy, values)
+        fingerprint = params_lib.fingerprint_samples(samples)
+        return {"fingerprint": fingerprint, "checksum": checksums.join(crcs)}
 
     def __str__(self) -> str:
         return f"base model {self.path} ({self.format})"

@@ -27,12 +27,12 @@ from pemoe_jax.core.merging import KernelUpdate
 
 
 def replace_base(source: OpenedModel, base_path: str) -> OpenedModel:
-    """Returns adapters with the path and fingerprint of another base, after checking the latter."""
+    """Returns adapters with the path and identity of another base, after checking the latter."""
     assert source.record is not None
     base = base_lib.open_base(base_path)
     # The fingerprint is recorded too: PEFT adapters come without one.
-    identity = {**source.record.base, "path": base.path, "fingerprint": base.fingerprint()}
-    source.check_base(identity["fingerprint"])
+    identity = {**source.record.base, "path": base.path, **base.identity(source.model.config.dtype)}
+    source.check_base(identity)
     record = dataclasses.replace(source.record, base=identity)
     return dataclasses.replace(source, record=record)
 
@@ -42,8 +42,8 @@ def write_adapter(source: OpenedModel, output: Path) -> None:
     arrays, record = _load_adapter(source)
     if record.base["fingerprint"] is None:  # a PEFT adapter
         assert source.base_path is not None
-        fingerprint = base_lib.open_base(source.base_path).fingerprint()
-        record = dataclasses.replace(record, base={**record.base, "fingerprint": fingerprint})
+        identity = base_lib.open_base(source.base_path).identity(source.model.config.dtype)
+        record = dataclasses.replace(record, base={**record.base, **identity})
     adapter_file.save_adapter(output, arrays, record, source.step)
 
 
@@ -120,7 +120,7 @@ def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArra
             )
         base = base_lib.open_base(source.base_path)
         base.check_activations(source.model.config.mlp_activations)
-        source.check_base(base.fingerprint())
+        source.check_base(base.identity(source.model.config.dtype))
         arrays = base.arrays
         if upcycled := source.record.base.get("upcycled"):
             arrays = upcycling.Upcycling(source.model, **upcycled).lazy_arrays(arrays)

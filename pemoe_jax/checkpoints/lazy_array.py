@@ -14,7 +14,7 @@ import numpy as np
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import Params, PyTree
-from pemoe_jax.runtime import file_io
+from pemoe_jax.runtime import checksums, file_io
 
 Index = tuple[slice, ...]
 
@@ -120,6 +120,7 @@ def load_arrays(
     source: str,
     report: Callable[[int], None] = lambda _: None,
     transform: Callable[[str, jax.Array], PyTree] = params_lib.identity,
+    value_checksums: dict[str, tuple[str, int]] | None = None,
 ) -> dict[str, PyTree]:
     """Reads arrays onto devices, with the dtypes and shardings of `target`.
 
@@ -132,6 +133,7 @@ def load_arrays(
       source: the checkpoint, for errors.
       report: called with the number of arrays loaded so far.
       transform: maps (path, array) to the value to return, before the next array is loaded.
+      value_checksums: a dict to add path -> `checksum` of arrays that are read whole to.
 
     Returns:
       Nested dict of transformed jax arrays.
@@ -148,7 +150,10 @@ def load_arrays(
     # The largest first: read buffers are then small by the time most of the memory is used.
     order = sorted(targets, key=lambda path: -arrays[path].nbytes)
     loaded: dict[str, PyTree] = {}
-    for path, shards in _read_ahead({path: (arrays[path], targets[path]) for path in order}):
+    reads = {path: (arrays[path], targets[path]) for path in order}
+    for path, (shards, checksum_of_array) in _read_ahead(reads, value_checksums is not None):
+        if value_checksums is not None and checksum_of_array is not None:
+            value_checksums[path] = checksum_of_array
         if not all(map(params_lib.all_finite, shards.values())):
             raise InputError(f"{source}: {path} holds NaN or infinity")
         loaded[path] = transform(path, _device_put(shards, targets[path]))
@@ -159,14 +164,16 @@ def load_arrays(
 
 # ((start, stop) of each axis) -> that part of an array
 _Shards = dict[tuple[tuple[int, int], ...], np.ndarray]
+# Shards, and the checksum of an array if one shard has all of it.
+_Read = tuple[_Shards, tuple[str, int] | None]
 # (path, bytes, shards that are being read)
-_Pending = tuple[str, int, "concurrent.futures.Future[_Shards]"]
+_Pending = tuple[str, int, "concurrent.futures.Future[_Read]"]
 
 
 def _read_ahead(
-    targets: Mapping[str, tuple[LazyArray, jax.ShapeDtypeStruct]],
-) -> Iterator[tuple[str, _Shards]]:
-    """Yields (path, shards) in order, read by threads.
+    targets: Mapping[str, tuple[LazyArray, jax.ShapeDtypeStruct]], with_checksums: bool
+) -> Iterator[tuple[str, _Read]]:
+    """Yields (path, (shards, checksum)) in order, read by threads.
 
     Reads in flight, and the array that the caller holds, take at most the bytes of the largest
     array: an array's bytes count until the next one is requested.
@@ -178,7 +185,9 @@ def _read_ahead(
             for path, (array, target) in targets.items():
                 while pending and sum(size for _, size, _ in pending) + array.nbytes > limit:
                     yield _pop_first(pending)
-                pending.append((path, array.nbytes, pool.submit(_read_shards, array, target)))
+                pending.append(
+                    (path, array.nbytes, pool.submit(_read, array, target, with_checksums))
+                )
             while pending:
                 yield _pop_first(pending)
         finally:  # after an error, do not read the rest
@@ -186,9 +195,24 @@ def _read_ahead(
                 future.cancel()
 
 
-def _pop_first(pending: list[_Pending]) -> tuple[str, _Shards]:
+def _pop_first(pending: list[_Pending]) -> tuple[str, _Read]:
     path, _, future = pending.pop(0)
     return path, future.result()
+
+
+def _read(array: LazyArray, target: jax.ShapeDtypeStruct, with_checksum: bool) -> _Read:
+    shards = _read_shards(array, target)
+    is_whole = len(shards) == 1 and next(iter(shards.values())).shape == array.shape
+    return shards, checksum(array, *shards.values()) if with_checksum and is_whole else None
+
+
+def checksum(stored: LazyArray, values: np.ndarray) -> tuple[str, int]:
+    """Returns the checksum of an array as read, and its kind.
+
+    The kind has both dtypes, but for bfloat16: float32 values and their rounding are then equal.
+    """
+    kind = "bfloat16" if values.dtype == jnp.bfloat16 else f"{stored.dtype} as {values.dtype}"
+    return kind, checksums.checksum_of_values(values)
 
 
 def _read_shards(array: LazyArray, target: jax.ShapeDtypeStruct) -> _Shards:

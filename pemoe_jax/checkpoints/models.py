@@ -7,6 +7,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from pemoe_jax.core import sparse as sparse_lib
 from pemoe_jax.core.errors import InputError, check_integer
 from pemoe_jax.core.network import T5Config, Transformer
 from pemoe_jax.core.params import Params, PyTree
-from pemoe_jax.runtime import file_io, options, progress
+from pemoe_jax.runtime import checksums, file_io, options, progress
 from pemoe_jax.runtime.file_io import JsonObject
 
 # One sharding for all arrays, or path -> sharding; None: the default device.
@@ -70,18 +71,24 @@ def build_model(record: runs.Record) -> Transformer:
     Raises:
       InputError: the record has settings that this version does not know.
     """
+    config = _make_config(record.config, "the checkpoint")
+    return _build_model(config, json.dumps(record.adapters), json.dumps(record.sparse))
+
+
+def _make_config(values: JsonObject, source: str) -> T5Config:
+    """Returns the configuration of a record or a base; InputError if it has other settings."""
     try:
-        config = T5Config(**record.config)
+        config = T5Config(**values)
     except TypeError as error:
         raise InputError(
-            f"the checkpoint's T5Config does not fit this version of the package: {error}"
+            f"{source}'s T5Config does not fit this version of the package: {error}"
         ) from error
     for field in dataclasses.fields(T5Config):
         value = getattr(config, field.name)
         # Others would raise far from here, where the network is traced.
         if field.type is int or (field.type == int | None and value is not None):
-            check_integer(f"the checkpoint's T5Config.{field.name}", value)
-    return _build_model(config, json.dumps(record.adapters), json.dumps(record.sparse))
+            check_integer(f"{source}'s T5Config.{field.name}", value)
+    return config
 
 
 @functools.cache
@@ -152,7 +159,8 @@ def load_base(
 
     Returns:
       (parameters, identity): the identity has the base's path, format, seed (of random weights),
-      the fingerprint of its arrays before quantization, and `upcycled` (see `runs.Record`).
+      the fingerprint of its arrays before quantization, the checksum of all of their values if
+      this process has read all of each, and `upcycled` (see `runs.Record`).
 
     Raises:
       InputError: the base states other activations; see `base_model.open_base`,
@@ -204,8 +212,11 @@ def load_base(
                 # The noise is in float32, and rounded once.
                 dtype = jnp.dtype(jnp.float32) if upcycle_noise else dtype
             targets[source] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        crcs: dict[str, tuple[str, int]] = {}
         with array_progress("loading the base", len(targets)) as report:
-            opened.load(params_lib.unflatten(targets), report, take)
+            opened.load(params_lib.unflatten(targets), report, take, crcs)
+        if crcs.keys() == targets.keys():  # not of random weights, which differ between devices
+            identity["checksum"] = checksums.join(crcs)
     fingerprint = params_lib.fingerprint_samples(
         {
             source: (source_shapes[source], sample)
@@ -287,7 +298,7 @@ class OpenedModel:
             upcycled.get("noise", 0.0),
             lambda path: path not in trained_paths,
         )
-        self.check_base(identity["fingerprint"])
+        self.check_base(identity)
         # Checkpoints omit adapters that were not trained: the seed initializes them again.
         frozen_adapters = network.init_params(
             self.model,
@@ -321,15 +332,23 @@ class OpenedModel:
         target = _make_target(trainable, lambda _: jnp.dtype(jnp.float32), shardings)
         return lazy_array.load_arrays(self.trained_arrays, target, f"checkpoint {self.path}")
 
-    def check_base(self, fingerprint: str) -> None:
-        """Raises `InputError` if the adapters belong to a base with another fingerprint."""
+    def check_base(self, identity: Mapping[str, Any]) -> None:
+        """Raises `InputError` if the adapters belong to a base with another identity.
+
+        PEFT adapters have no fingerprint, and adapters of earlier versions no checksum.
+        """
         assert self.record is not None
         base = self.record.base
-        if base["fingerprint"] not in (None, fingerprint):
-            raise InputError(
-                f"checkpoint {self.path} belongs to the base {base['path']} with fingerprint"
-                f" {base['fingerprint']}; {self.base_path or 'the random base'} has {fingerprint}"
-            )
+        name = "fingerprint"
+        if base[name] in (None, identity[name]):
+            name = "checksum"
+            if not checksums.is_other(base.get(name), identity.get(name)):
+                return
+        note = "" if name == "fingerprint" else ": some of its values differ"
+        raise InputError(
+            f"checkpoint {self.path} belongs to the base {base['path']} with {name} {base[name]};"
+            f" {self.base_path or 'the random base'} has {identity[name]}{note}"
+        )
 
     def summary(self) -> JsonObject:
         """Returns name, method, checkpoint, step, dtypes, counts and base, for result files."""
@@ -441,7 +460,7 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
         base = base_lib.open_base(path, "model", expected)
         # Only the activation dtype is taken from the gin files; dimensions are the checkpoint's.
         defaults = {} if model is None else {"dtype": model.config.dtype}
-        config = T5Config(**{**defaults, **base.config()})
+        config = _make_config({**defaults, **base.config()}, base.path)
         sparse = json.dumps(base.sparse)
         return OpenedModel(_base_name(base.path), path, _build_model(config, "{}", sparse))
     if record.base["needed"] and base_path is None:
@@ -473,7 +492,7 @@ def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], 
     except InputError as error:
         hint = "" if base_path else ": pass its base (INITIAL_CHECKPOINT_PATH, or --base)"
         raise InputError(f"PEFT adapter {path}{hint}: {error}") from error
-    config = T5Config(**base.config())
+    config = _make_config(base.config(), base.path)
     description, arrays = peft.load_adapter(path, config.as_dict())
     model = _build_model(config, json.dumps(description), json.dumps(base.sparse))
     shapes = network.param_shapes(model)

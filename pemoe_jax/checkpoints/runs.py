@@ -43,7 +43,8 @@ class Record:
       adapters: `adapters.describe()` of the adapters.
       sparse: `sparse.describe()` of the sparse layers; None: a dense model.
       base: path (None: random weights), seed and fingerprint of the base model, and whether the
-        checkpoint needs it (False if every parameter was trained); `upcycled`, the seed and the
+        checkpoint needs it (False if every parameter was trained); `checksum`, that of all of
+        its values, unless it was read in parts; `upcycled`, the seed and the
         noise of `upcycling`, if a sparse model started from a dense one.
       counts: trainable and total number of parameters.
       versions: versions of the packages that wrote the checkpoint.

@@ -7,6 +7,7 @@ from typing import Any
 from pemoe_jax.checkpoints.runs import Record
 from pemoe_jax.core import freezing
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import checksums
 
 
 def check_same_run(
@@ -67,6 +68,8 @@ def _differences(saved: Record, current: Record) -> Iterator[str]:
     for name, value in before.items():
         if name in after and after[name] != value:
             yield f"{name} {value!s:.60} -> {after[name]!s:.60}"
+    if checksums.is_other(*(r.base.get("checksum") for r in (saved, current))):
+        yield "values of the base, whose fingerprint is the same"
     yield from _initial_differences(saved, current)
 
 

@@ -51,6 +51,7 @@ _GLOBALS = {_DICT, _TENSOR, _PARAMETER, *_STORAGES}
 
 _BLOCK = 1 << 24  # bytes read at a time for a checksum
 _MAX_PICKLE_BYTES = 10_000_000  # T5-XXL's data.pkl has 0.1 MB
+_MAX_OPERATIONS = 500_000  # a tensor takes about 25; a million take seconds
 _RESAVE = "torch.save(torch.load(path, weights_only=True), path)"
 
 
@@ -208,7 +209,9 @@ class _Interpreter:
     def run(self, data: bytes) -> object:
         """Returns the pickled object: dicts, lists, tuples, scalars and `LazyArray`s."""
         argument: Any
-        for operation, argument, _ in pickletools.genops(data):
+        for number, (operation, argument, _) in enumerate(pickletools.genops(data)):
+            if number == _MAX_OPERATIONS:
+                self.refuse(f"more than {_MAX_OPERATIONS:,} operations")
             name = operation.name
             if name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[name](argument))

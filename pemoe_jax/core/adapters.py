@@ -9,6 +9,7 @@ arXiv 2205.05638, LoRA arXiv 2106.09685, MoV and MoLORA arXiv 2309.05444.
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -338,11 +339,27 @@ def _factory_from(description: object) -> Callable[..., nn.Module]:
     if unknown:
         raise InputError(f"{kind} has no settings {unknown}: written by another version?")
     for field in dataclasses.fields(_KINDS[kind]):
-        if field.type is int and field.name in fields:
-            check_integer(f"{kind}.{field.name}", fields[field.name])
+        if field.name in fields:
+            _check_setting(f"{kind}.{field.name}", fields[field.name], field.type)
     if fields.get("router") is not None:
         fields["router"] = _factory_from(fields["router"])
     return functools.partial(_KINDS[kind], **fields)
+
+
+def _check_setting(name: str, value: object, annotation: object) -> None:
+    """Raises InputError if a record's value is not of its field's type; others are not checked."""
+    types = typing.get_args(annotation) or (annotation,)
+    if not set(types) <= {int, float, bool, str, type(None)} or (
+        value is None and type(None) in types
+    ):
+        return
+    if int in types:
+        check_integer(name, value)
+    elif type(value) not in (types if float not in types else (float, int)):
+        expected = " or ".join(getattr(each, "__name__", "") for each in types)
+        raise InputError(
+            f"{name} must be {expected.replace('NoneType', 'None')}, got {value!r:.60}"
+        )
 
 
 def from_description(description: Mapping[str, Description]) -> Adapters:

@@ -3,8 +3,9 @@
 They detect damage, not deliberate changes: whoever changes a file can change its checksum.
 """
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -16,6 +17,7 @@ from pemoe_jax.runtime import atomic_write, file_io
 FILE = "checksums.json"
 # The library copies what it gets: blocks that fit into a core's cache take a third of the time.
 _BLOCK = 1 << 18
+_SUM_BYTES = 1 << 15
 
 
 def crc32c(data: np.ndarray, crc: int = 0) -> int:
@@ -32,6 +34,39 @@ def crc32c_of_file(path: str | os.PathLike[str]) -> str:
         while block := file.read(_BLOCK):
             crc = google_crc32c.extend(crc, block)
     return f"{crc:08x}"
+
+
+def checksum_of_values(array: np.ndarray) -> int:
+    """Returns a checksum of an array in row-major order: the CRC-32C of the sums of its blocks.
+
+    A sum takes a tenth of the time of a CRC. A block is 32 KiB, summed as 64-bit integers, so that
+    every single changed value is noticed.
+    """
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    end = len(data) // _SUM_BYTES * _SUM_BYTES
+    sums = data[:end].view(np.uint64).reshape(-1, _SUM_BYTES // 8).sum(axis=1)
+    return google_crc32c.extend(google_crc32c.value(sums.tobytes()), data[end:].tobytes())
+
+
+def join(checksums: Mapping[str, tuple[str, int]]) -> str:
+    """Returns a hash of name -> (kind, checksum), in any order: 8 hexadecimal digits, ':', 16.
+
+    The digits before the colon depend on names and kinds alone: of other kinds, checksums differ
+    even if values are equal.
+    """
+    rows = sorted((name, kind, f"{crc:08x}") for name, (kind, crc) in checksums.items())
+    kinds, values = (
+        hashlib.sha256("".join(f"{' '.join(row[:n])}\n" for row in rows).encode()).hexdigest()
+        for n in (2, 3)
+    )
+    return f"{kinds[:8]}:{values[:16]}"
+
+
+def is_other(first: str | None, second: str | None) -> bool:
+    """Whether two results of `join` are comparable and differ; None is not comparable."""
+    if first is None or second is None:
+        return False
+    return first != second and first.partition(":")[0] == second.partition(":")[0]
 
 
 def write_checksums(folder: Path) -> None:

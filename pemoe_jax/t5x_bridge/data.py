@@ -10,7 +10,9 @@ import numpy as np
 from clu.data import dataset_iterator
 from etils import epath
 
+from pemoe_jax.core.errors import check_integer
 from pemoe_jax.data import feed, prefetch, seqio_tasks, task_fraction
+from pemoe_jax.runtime import file_io
 from pemoe_jax.tasks.task_roles import Register, TaskRoles, run_register
 
 if TYPE_CHECKING:
@@ -161,7 +163,9 @@ class Batches(dataset_iterator.DatasetIterator):
 
     def restore(self, filename: os.PathLike[str] | str) -> None:
         """Continues from the position that `save` wrote."""
-        self._restart(_step(filename), json.loads(epath.Path(filename).read_text()))
+        position = file_io.read_json(filename)
+        check_integer(f"{filename}: examples", position.get("examples"), 0)
+        self._restart(_step(filename), position)
 
 
 def _step(filename: os.PathLike[str] | str) -> int:

@@ -105,10 +105,20 @@ class TaskInfo:
 _OPTIONAL_STRINGS = ("dataset", "subset", "t0_do_train", "t0_do_eval")
 _BOOLEANS = ("original_task", "t0_blacklisted")
 _KEYS = (*_OPTIONAL_STRINGS, *_BOOLEANS, "metrics")
+# Of P3's tables and of the quickstart: they say what the rows are, and have no effect.
+_NOTES = (
+    *("choices_in_prompt", "fixed_answer_choices", "has_answer_choices", "n", "row_source_split"),
+    *("skipped_empty", "t0_train_size", "targets_not_in_choices", "task_type", "template"),
+    *("template_id", "comment"),
+)
+_ROLES = {
+    "t0_do_train": ("BASE", "GPT_EVAL", "SGLUE", ""),
+    "t0_do_eval": ("BASE", "BIAS_FAIRNESS", ""),
+}
 
 
 def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
-    """Reads INDEX.json.
+    """Reads INDEX.json, whose keys and roles must be known ones.
 
     Returns:
       Task -> its entry; None if the file does not exist.
@@ -126,9 +136,10 @@ def _task_info(entry: object, where: str) -> TaskInfo:
     if not isinstance(entry, dict):
         raise InputError(f"{where} must be an object, got {row_checks.describe_value(entry)}")
     for key in entry:
-        near = difflib.get_close_matches(key.lower().strip(), _KEYS, n=1, cutoff=0.8)
-        if near and key not in _KEYS:  # a misspelled role would be no role
-            raise InputError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
+        if key not in (*_KEYS, *_NOTES):  # a misspelled role would be no role
+            near = difflib.get_close_matches(key.lower().strip(), (*_KEYS, *_NOTES), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(_KEYS)}"
+            raise InputError(f"{where}: unknown key {key!r}; {hint}")
     known = {key: entry[key] for key in (*_OPTIONAL_STRINGS, *_BOOLEANS) if key in entry}
     for key, value in known.items():
         types, expected = (bool, "bool") if key in _BOOLEANS else (str | None, "str or null")
@@ -136,6 +147,11 @@ def _task_info(entry: object, where: str) -> TaskInfo:
             raise InputError(
                 f"{where}: {key!r} must be {expected}, got {row_checks.describe_value(value)}"
             )
+    for key, roles in _ROLES.items():
+        if known.get(key) not in (None, *roles):
+            near = difflib.get_close_matches(known[key].upper().strip(), roles, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(roles)}"
+            raise InputError(f"{where}: {key!r}: unknown role {known[key]!r}; {hint}")
     names = metrics.check_names(entry.get("metrics", metrics.DEFAULT_METRICS), where)
     has_roles = "t0_do_train" in entry or "t0_do_eval" in entry
     return TaskInfo(**known, has_roles=has_roles, metrics=tuple(names))

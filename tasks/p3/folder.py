@@ -49,9 +49,18 @@ class TaskFiles:
 
 
 def cached_splits(folder: pathlib.Path) -> list[str]:
-    """Lists the splits of a task's tfrecord cache."""
+    """Lists the splits of a task's tfrecord cache.
+
+    Raises:
+      InputError: a split has tfrecords and no info.<split>.json.
+    """
     names = sorted(path.name for path in folder.glob("info.*.json"))
-    return [name.removeprefix("info.").removesuffix(".json") for name in names]
+    splits = [name.removeprefix("info.").removesuffix(".json") for name in names]
+    for path in sorted(folder.glob("*.tfrecord-*")):
+        split = path.name.partition(".tfrecord-")[0]
+        if splits and split not in splits:
+            raise InputError(f"{path}: expected info.{split}.json beside it, got none")
+    return splits
 
 
 class Folder:

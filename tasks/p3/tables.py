@@ -33,6 +33,10 @@ _SHARD = re.compile(r".*-\d{5}-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 _CACHE_BYTES = 1 << 30  # of row groups in memory, over all tables
+# A row group may take this much, or this often its file's size: a value that is repeated takes no
+# space in a file, so that a megabyte could fill the memory.
+_MAX_GROUP_BYTES, _MAX_EXPANSION = 1 << 30, 100
+_WIDTHS = {"BOOLEAN": 1, "INT64": 8, "DOUBLE": 8, "INT96": 12}  # others: 4 or more
 Example = dict[str, Any]  # a dataset's fields, of any JSON type
 Splits = dict[str, list[pathlib.Path]]  # split -> its files
 
@@ -126,12 +130,53 @@ class _RowGroupCache:
         with self._lock:
             key = path, group
             if key not in self._groups:
-                self._groups[key] = file.read_row_group(group)
+                self._groups[key] = _read_row_group(path, group, file)
                 self._bytes += self._groups[key].nbytes
                 while self._bytes > self._max_bytes and len(self._groups) > 1:
                     self._bytes -= self._groups.popitem(last=False)[1].nbytes
             self._groups.move_to_end(key)
             return self._groups[key]
+
+
+def _read_row_group(path: str, group: int, file: pyarrow.parquet.ParquetFile) -> pyarrow.Table:
+    """Reads a row group, after comparing its size in memory with that of its file.
+
+    Raises:
+      InputError: the group is too large.
+    """
+    from pyarrow import parquet
+
+    about = file.metadata.row_group(group)
+    columns = [about.column(number) for number in range(about.num_columns)]
+    limit = max(_MAX_GROUP_BYTES, _MAX_EXPANSION * os.path.getsize(path))
+    # Without texts, whose lengths no metadata has. A list may have any number of values.
+    size = sum(column.num_values * _WIDTHS.get(column.physical_type, 4) for column in columns)
+    texts = [column for column in columns if column.physical_type == "BYTE_ARRAY"]
+    # A text is at most as long as all texts of its column, each of which is stored once.
+    if size + sum(c.num_values * c.total_uncompressed_size for c in texts) > limit >= size:
+        names = [column.path_in_schema for column in texts]
+        with parquet.ParquetFile(path, read_dictionary=names, metadata=file.metadata) as coded:
+            for column in coded.read_row_group(group, columns=names).columns:
+                size += sum(map(_decoded_bytes, column.chunks))
+    if size > limit:
+        raise InputError(
+            f"{path}: row group {group + 1} must take at most {limit / 1e9:.1f} GB in memory, got"
+            f" {size / 1e9:.1f} GB: its values repeat; write the file with smaller row groups"
+        )
+    return file.read_row_group(group)
+
+
+def _decoded_bytes(array: pyarrow.Array) -> int:
+    """Returns the bytes of an array's texts, which may be dictionary-coded."""
+    from pyarrow import compute, types
+
+    if types.is_dictionary(array.type):
+        lengths = compute.binary_length(array.dictionary)
+        return int(compute.sum(compute.take(lengths, array.indices)).as_py() or 0)
+    if types.is_nested(array.type):
+        parts = array.flatten()  # of a struct: a list of arrays
+        return sum(map(_decoded_bytes, parts if isinstance(parts, list) else [parts]))
+    return int(array.nbytes)
 
 
 _row_groups = _RowGroupCache(_CACHE_BYTES)
@@ -154,7 +199,7 @@ class ParquetTable(Table):
         groups = []
         for path in map(str, self._paths):
             try:
-                file = parquet.ParquetFile(path)
+                file = parquet.ParquetFile(path, page_checksum_verification=True)
             except (OSError, ValueError) as error:  # base classes of pyarrow's errors
                 raise InputError(f"{path}: not a Parquet file: {first_line(error)}") from None
             check_unique(file.schema_arrow.names, path)
@@ -180,6 +225,8 @@ class ParquetTable(Table):
         group = self._groups[part]
         try:
             table = _row_groups.get(group.path, group.number, group.file)
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise InputError(f"{group.path}: damaged: {first_line(error)}") from None
         return take_examples(table, numbers, group.path)

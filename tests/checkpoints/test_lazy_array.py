@@ -19,7 +19,7 @@ from pemoe_jax.checkpoints import lazy_array, safetensors_file
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import params
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import file_io
+from pemoe_jax.runtime import checksums, file_io
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -338,3 +338,52 @@ def test_damaged_checksums(tmp_path, stored):
     safetensors.numpy.save_file({"a": np.ones(3)}, path, metadata={"crc32c": stored})
     with pytest.raises(InputError, match="not a safetensors file"):
         safetensors_file.open_file(file_io.resolve(path))
+
+
+def test_checksums_of_values():
+    """They do not depend on layout or replicas, and are of arrays that are read whole."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    expected = {
+        name: ("float32 as float32", checksums.checksum_of_values(array))
+        for name, array in ARRAYS.items()
+    }
+    for options in {}, {"sharding": everywhere}:
+        crcs: dict[str, tuple[str, int]] = {}
+        lazy_array.load_arrays(sources(), target(**options), "x", value_checksums=crcs)
+        assert crcs == expected
+    parts = NamedSharding(mesh, PartitionSpec("data"))
+    crcs = {}
+    shape = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=parts)
+    lazy_array.load_arrays({"a": sources()["a/kernel"]}, {"a": shape}, "x", value_checksums=crcs)
+    assert len(crcs) == (len(jax.devices()) == 1)
+    # a float32 file and its rounding are equal as bfloat16, and not compared otherwise
+    rounded = ARRAYS["a/kernel"].astype(ml_dtypes.bfloat16)
+    files = [lazy_array.from_numpy(array) for array in (ARRAYS["a/kernel"], rounded)]
+    for dtype, is_equal in ((ml_dtypes.bfloat16, True), (np.float32, False)):
+        joined = [
+            checksums.join({"a": lazy_array.checksum(file, file.read().astype(dtype))})
+            for file in files
+        ]
+        assert (joined[0] == joined[1]) == is_equal and not checksums.is_other(*joined)
+
+
+@pytest.mark.parametrize("size", [3, 1 << 14, (1 << 15) + 5])
+def test_checksums_notice_every_bit(size):
+    values = RNG.standard_normal(size).astype(np.float32)
+    before = checksums.checksum_of_values(values)
+    for index in {0, 1, size // 2, size - 1}:
+        for bit in (0, 31):
+            changed = values.copy()
+            changed.view(np.uint32)[index] ^= np.uint32(1 << bit)
+            after = checksums.checksum_of_values(changed)
+            assert after != before and after != checksums.checksum_of_values(-changed)
+            joined = [checksums.join({"a": ("float32", each)}) for each in (before, after)]
+            assert checksums.is_other(*joined)
+
+
+def test_a_large_header_is_not_parsed(tmp_path):
+    path, size = tmp_path / "large.safetensors", 26_000_000
+    path.write_bytes(struct.pack("<Q", size) + b"[" * size)
+    with pytest.raises(InputError, match="a header of at most 25,000,000 bytes, got 26,000,000"):
+        safetensors_file.open_file(epath.Path(path))

@@ -76,6 +76,8 @@ def test_both_formats_have_one_fingerprint(checkpoints):
     opened = [base_model.open_base(path) for path in checkpoints.values()]
     fingerprints = {identity["fingerprint"] for identity in identities}
     assert fingerprints == {opened[0].fingerprint()} == {opened[1].fingerprint()}
+    sums = {identity["checksum"] for identity in identities}
+    assert sums == {base.identity("float32")["checksum"] for base in opened} and len(sums) == 1
 
 
 @pytest.mark.parametrize("name", FORMATS)

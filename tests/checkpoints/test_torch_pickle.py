@@ -454,3 +454,8 @@ def test_a_changed_value_is_noticed(tmp_path):
     for index in ((slice(0, 3), slice(0, 4)), (slice(2, 3), slice(0, 4))):
         with pytest.raises(InputError, match=r"a\.bin: 'data/0': damaged: its checksum is wrong"):
             array.read_slice(index)
+
+
+def test_a_pickle_of_many_operations(tmp_path):
+    path = write(tmp_path / "a.bin", b"}" + b"N" * 600_000)
+    check_refused(path, "tensors only, got more than 500,000 operations")

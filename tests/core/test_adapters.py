@@ -329,3 +329,22 @@ def test_description_round_trip():
     assert isinstance(key.router(num_experts=5), Router)
     wo = again.wo()
     assert (wo.rank, wo.alpha, wo.num_experts, wo.router) == (2, 7.0, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 5.0}, "VectorExperts.num_experts must be a positive integer, got 5.0"),
+        ({"num_experts": True}, "VectorExperts.num_experts must be a positive integer, got True"),
+        ({"router": {"kind": "Router", "top_k": "2"}}, "Router.top_k must be a positive integer"),
+        ({"router": {"kind": "Router", "temperature": True}}, "Router.temperature must be float"),
+        (
+            {"router": {"kind": "Router", "renormalize": 1}},
+            "Router.renormalize must be bool, got 1",
+        ),
+        ({"router": {"kind": "Router", "reads": 5}}, "Router.reads must be str or None, got 5"),
+    ],
+)
+def test_types_in_a_description(changes, message):
+    with pytest.raises(InputError, match=message):
+        adapters.from_description({"key": {"kind": "VectorExperts", **changes}})

@@ -406,6 +406,13 @@ def test_index_errors(folder, vocab):
     write_index(folder, free={"t0_do_evl": "BASE", "n": 5, "has_answer_choices": True})
     expected = f"{path}: 'free': unknown key 't0_do_evl'; did you mean 't0_do_eval'?"
     assert register_error(folder, vocab) == expected
+    for entry, message in (
+        ({"colour": 1}, "unknown key 'colour'; expected some of dataset, subset, t0_do_train"),
+        ({"t0_do_train": "base"}, "'t0_do_train': unknown role 'base'; did you mean 'BASE'?"),
+        ({"t0_do_eval": "yes"}, "'t0_do_eval': unknown role 'yes'; expected one of BASE, BIAS_"),
+    ):
+        write_index(folder, free=entry)
+        assert register_error(folder, vocab).startswith(f"{path}: 'free': {message}")
     write_index(folder, free={"t0_blacklisted": "no"})
     message = f"{path}: 'free': 't0_blacklisted' must be bool, got str \"no\""
     assert register_error(folder, vocab) == message

@@ -18,6 +18,7 @@ from pemoe_jax.data import choices, feed, row_reader, seqio_import, seqio_tasks,
 from pemoe_jax.data.order import ExampleOrder
 from pemoe_jax.runtime import options
 from pemoe_jax.tasks import TaskRoles
+from pemoe_jax.tasks.p3 import folder, tables
 
 TASK = "ag_news_recommend"
 ROWS = 3000
@@ -283,3 +284,41 @@ def test_features_of_another_kind_are_damaged():
     with pytest.raises(ValueError, match="no feature 'targets'"):
         example = train.Example(features=train.Features(feature={"inputs": good["inputs"]}))
         row_reader.parse(example.SerializeToString())
+
+
+def test_parquet_that_is_too_large_in_memory(tmp_path, monkeypatch):
+    """A text that is repeated takes the space of one in the file, also in lists and structs."""
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(tables, "_MAX_GROUP_BYTES", 300_000)
+    monkeypatch.setattr(tables, "_MAX_EXPANSION", 10)
+    text = "x" * 1000
+    columns = (
+        ([text] * 2000, True),
+        ([[text, "y"], []] * 1000, True),
+        ([{"a": text}] * 2000, True),
+        ([7] * 50_000, True),
+        ([text] * 200, False),
+        ([[text], ["z"], None] * 20, False),
+        ([*range(2000)], False),
+    )
+    for number, (column, is_large) in enumerate(columns):
+        path = tmp_path / f"{number}.parquet"
+        parquet.write_table(pyarrow.table({"inputs": column}), path)
+        table = tables.ParquetTable([path])
+        if not is_large:
+            assert table.take([1]) == [{"inputs": column[1]}]
+            continue
+        with pytest.raises(
+            InputError, match=r"row group 1 must take at most 0.0 GB in memory, got"
+        ):
+            table.take([1])
+
+
+def test_tfrecords_without_info_are_an_error(copy):
+    """Without it the split would be left out silently."""
+    (info,) = copy.glob("*/info.test.json")
+    info.unlink()
+    with pytest.raises(InputError, match=r"tfrecord-.*: expected info.test.json beside it"):
+        folder.cached_splits(info.parent)

@@ -147,6 +147,22 @@ def test_adapter_of_a_moved_base(paths, tmp_path):
         models.open_model(str(out), str(paths["other"])).load()
 
 
+def test_a_base_with_the_same_fingerprint_and_another_value(paths, tmp_path):
+    """A value that the fingerprint does not sample. Earlier versions recorded no checksum."""
+    out, changed = tmp_path / "adapter", tmp_path / "changed.safetensors"
+    assert run("adapter", paths["mov"], out, f"--base={paths['base']}") == 0
+    arrays = safetensors.numpy.load_file(paths["base"])
+    arrays["token_embedder/embedding"][0, 1] += 1
+    safetensors.numpy.save_file(arrays, changed)
+    assert models.open_model(str(out), str(paths["base"])).load()
+    with pytest.raises(InputError, match="with checksum .*: some of its values differ"):
+        models.open_model(str(out), str(changed)).load()
+    config = json.loads((out / "adapter_config.json").read_text())
+    del config["base"]["checksum"]
+    damage(out, base=config["base"])
+    assert models.open_model(str(out), str(changed)).load()
+
+
 @pytest.mark.parametrize("method", PLAIN)
 @pytest.mark.parametrize("direction", ["base", "huggingface"])
 def test_merged(paths, tmp_path, method, direction):
