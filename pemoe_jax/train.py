@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError, plural
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from pemoe_jax.core.params import PyTree
     from pemoe_jax.data import sentences
     from pemoe_jax.data.packing import Batch, BatchIterator
+    from pemoe_jax.runtime.file_io import AnyPath
 
 FLAGS = gin_flags.make_parser(
     "train",
@@ -475,7 +475,7 @@ def _gather_positions(
 
 
 def _resume_step(
-    model_dir: Path, record: "runs.Record", allow_changes: bool
+    model_dir: "AnyPath", record: "runs.Record", allow_changes: bool
 ) -> tuple[int, Sequence[str]]:
     """Returns (the newest checkpoint's step, 0 without one; allowed changes since then).
 

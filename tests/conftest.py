@@ -14,6 +14,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Of TensorFlow's client for buckets, read at its import; `gin_flags` sets the last one too.
+os.environ["GCS_RETRY_CONFIG_INIT_DELAY_TIME_US"] = "0"
+os.environ["GCS_RETRY_CONFIG_MAX_RETRIES"] = "4"
+os.environ["GCS_STAT_CACHE_MAX_AGE"] = "0"
 # No programs from an earlier session: each session compiles all that it runs.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 # Two devices, and fast compilation: most programs run once, on small arrays. With all of XLA's
@@ -120,3 +124,26 @@ def unregister_tasks() -> Iterator[None]:
     seqio_cache_dirs = sys.modules.get("pemoe_jax.runtime.seqio_cache_dirs")
     if seqio_cache_dirs is not None:
         seqio_cache_dirs.additional_cache_dirs.clear()
+
+
+@pytest.fixture(scope="session")
+def _gcs_server(tmp_path_factory) -> Iterator[tuple]:
+    import fake_gcs
+
+    with fake_gcs.serve(tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture
+def gcs(_gcs_server, monkeypatch) -> Iterator:
+    """A `fake_gcs.FakeGcs` without objects, for the clients in this process and its children."""
+    from pemoe_jax.runtime import folder_lock
+
+    fake, environment = _gcs_server
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    yield fake
+    fake.fault = lambda method, name: None
+    folder_lock.release_all()
+    fake.objects.clear()
+    fake.log.clear()

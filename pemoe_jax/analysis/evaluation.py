@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,7 +44,7 @@ class Evaluation:
       sentences: source of sentence embeddings; None if no router reads them.
     """
 
-    folder: Path
+    folder: file_io.AnyPath
     mesh: jax.sharding.Mesh
     rules: partitioning.Rules
     models: list[models_lib.OpenedModel]
@@ -118,7 +117,7 @@ def open_evaluation(
 
 
 def begin_run_file(
-    folder: Path,
+    folder: file_io.AnyPath,
     models: Sequence[models_lib.OpenedModel],
     mesh: jax.sharding.Mesh,
     data: options.Data,
@@ -138,7 +137,10 @@ def begin_run_file(
 
 
 def report_shots(
-    folder: Path, task_shots: Mapping[str, shots.TaskShots], num_shots: Sequence[int], length: int
+    folder: file_io.AnyPath,
+    task_shots: Mapping[str, shots.TaskShots],
+    num_shots: Sequence[int],
+    length: int,
 ) -> None:
     """Writes <folder>/shots/<task>.jsonl, and prints how many shots did not fit.
 

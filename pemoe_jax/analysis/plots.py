@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.runtime.file_io import AnyPath
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +40,7 @@ _SITE = re.compile(
 )
 
 
-def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training") -> Path:
+def loss_curve(metrics: str | AnyPath, png: str | AnyPath, *, title: str = "Training") -> AnyPath:
     """Draws loss, accuracy and learning rate over steps, one panel for each recorded metric.
 
     Training is drawn as a running mean over the raw values, evaluation as points. A training loss
@@ -55,7 +55,7 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
     Raises:
       InputError: the file is missing, a line is not such an object, or no metric is recorded.
     """
-    rows = _read_metrics(Path(metrics))
+    rows = _read_metrics(file_io.to_path(metrics))
     series: dict[str, dict[str, np.ndarray]] = {}
     for metric in _LOSS_PANELS:
         for name in (f"train/{metric}", f"eval/{metric}"):
@@ -102,13 +102,13 @@ def loss_curve(metrics: str | Path, png: str | Path, *, title: str = "Training")
 
 def routing_map(
     probs: Mapping[str, Mapping[str, Any]],
-    png: str | Path,
+    png: str | AnyPath,
     *,
     trained: Collection[str] | None = None,
     max_ratio: float | None = 4.0,
     title: str = "Where each task is routed",
     quantity: str = "mean probability",
-) -> Path:
+) -> AnyPath:
     """Draws router probabilities: one panel per site, one row per task, one column per expert.
 
     Colors show the ratio of a probability to the uniform 1/E, on a log scale common to all panels.
@@ -202,12 +202,12 @@ def import_pyplot() -> ModuleType:
     return matplotlib.pyplot
 
 
-def save_figure(figure: Figure, png: str | Path) -> Path:
+def save_figure(figure: Figure, png: str | AnyPath) -> AnyPath:
     """Writes a figure as a PNG file, closes it and returns the path."""
     with atomic_write.temporary_path(png, overwrite=True) as temporary:
         figure.savefig(temporary, format="png")
     import_pyplot().close(figure)
-    return Path(png)
+    return file_io.to_path(png)
 
 
 def text_width(text: str, size: float) -> float:
@@ -275,11 +275,11 @@ def _site_title(site: str) -> str:
     return f"{stack[:3]} {layer} · {kind}{name}"
 
 
-def _read_metrics(file: Path) -> dict[int, dict[str, Any]]:
+def _read_metrics(file: AnyPath) -> dict[int, dict[str, Any]]:
     """Returns step -> metrics."""
     rows: dict[int, dict[str, Any]] = {}
     try:
-        text = file.read_text(errors="surrogateescape")  # other bytes than UTF-8 are not JSON
+        text = file_io.read_text(file, "surrogateescape")  # other bytes than UTF-8 are not JSON
     except OSError as error:
         raise InputError(f"{file}: expected a file of metrics, got {error.strerror}") from None
     lines = text.split("\n")[:-1]  # a last line without a newline is still being written

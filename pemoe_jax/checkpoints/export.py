@@ -1,7 +1,6 @@
 """Writes opened models in other formats, for `pemoe convert`."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from pemoe_jax.core import params as params_lib
 from pemoe_jax.core import sparse as sparse_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.merging import KernelUpdate
+from pemoe_jax.runtime.file_io import AnyPath
 
 
 def replace_base(source: OpenedModel, base_path: str) -> OpenedModel:
@@ -37,7 +37,7 @@ def replace_base(source: OpenedModel, base_path: str) -> OpenedModel:
     return dataclasses.replace(source, record=record)
 
 
-def write_adapter(source: OpenedModel, output: Path) -> None:
+def write_adapter(source: OpenedModel, output: AnyPath) -> None:
     """Writes adapters in this package's format."""
     arrays, record = _load_adapter(source)
     if record.base["fingerprint"] is None:  # a PEFT adapter
@@ -47,7 +47,7 @@ def write_adapter(source: OpenedModel, output: Path) -> None:
     adapter_file.save_adapter(output, arrays, record, source.step)
 
 
-def write_peft(source: OpenedModel, output: Path, base_name: str | None) -> None:
+def write_peft(source: OpenedModel, output: AnyPath, base_name: str | None) -> None:
     """Writes adapters in PEFT's format; the base's name defaults to its path."""
     arrays, record = _load_adapter(source)
     # TRAINABLE may add parameters of the base, norms for example.
@@ -76,7 +76,7 @@ def _load_adapter(source: OpenedModel) -> tuple[dict[str, np.ndarray], runs.Reco
     return jax.device_get(params_lib.flatten(source.load_trained())), source.record
 
 
-def write_huggingface(source: OpenedModel, output: Path, dtype: str | None) -> None:
+def write_huggingface(source: OpenedModel, output: AnyPath, dtype: str | None) -> None:
     """Writes a whole model as a Hugging Face folder; `dtype` None: as stored."""
     arrays = _merged_arrays(source, dtype)
     with models.array_progress("writing", len(arrays)) as report:
@@ -89,7 +89,7 @@ def write_huggingface(source: OpenedModel, output: Path, dtype: str | None) -> N
         )
 
 
-def write_base(source: OpenedModel, output: Path, dtype: str | None) -> None:
+def write_base(source: OpenedModel, output: AnyPath, dtype: str | None) -> None:
     """Writes a whole model as one file; `dtype` None: as stored."""
     merged = _merged_arrays(source, dtype)
     arrays = {}

@@ -37,11 +37,12 @@ def parse_settings(config: str) -> dict[str, str]:
 def read_settings(path: str) -> dict[str, str]:
     """Returns the parsed settings of a run, or nothing if `path` is no run or has no config.gin."""
     from pemoe_jax.checkpoints import runs  # imports jax, which `pemoe sweep` does without
+    from pemoe_jax.runtime import file_io
 
     config = runs.is_run(path) and runs.resolve(path)[0] / "config.gin"
     if not config or not config.is_file():
         return {}
-    return parse_settings(config.read_text(errors="replace"))
+    return parse_settings(file_io.read_text(config, "replace"))
 
 
 def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:

@@ -4,12 +4,14 @@ MODEL_DIR/checkpoint_<step>/state    Orbax: step, params (the trainable ones), o
 MODEL_DIR/checkpoint_<step>/record   JSON: `Record`
 MODEL_DIR/checkpoint_<step>/feed     JSON: the position in the training data
 MODEL_DIR/checkpoint_<step>/checksums.json    CRC-32C of each file; missing in earlier versions
+
+Orbax writes a checkpoint of a file system under another name and renames it, one in a bucket under
+its own name, and at last an object that marks it as finished.
 """
 
 import contextlib
 import dataclasses
 import functools
-import os
 import re
 import shutil
 import threading
@@ -20,6 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from pemoe_jax import __version__
 from pemoe_jax.checkpoints import t5x, tensorstore_file
@@ -29,7 +32,10 @@ from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.core.steps import TrainState
 from pemoe_jax.runtime import checksums, distributed, file_io
-from pemoe_jax.runtime.file_io import JsonObject
+from pemoe_jax.runtime.file_io import AnyPath, JsonObject
+
+# What Orbax writes to a checkpoint in a bucket when it is finished, and before that to any.
+_FINISHED, _ABOUT = "commit_success.txt", "_CHECKPOINT_METADATA"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,23 @@ class Record:
     batches: JsonObject | None = None
 
 
+class _BucketSteps(ocp.path.step.NameFormat):
+    """Names and finds the checkpoints of a run; Orbax's own class needs Google's client library."""
+
+    def build_name(self, step: int) -> str:
+        return f"checkpoint_{step}"
+
+    def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
+        for step in _checkpoint_steps(epath.Path(base_path)):
+            yield self.find_step(base_path, step)
+
+    def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
+        path = epath.Path(base_path) / self.build_name(step)
+        if not _is_finished(path):
+            raise ValueError(f"{path} is not finished")
+        return ocp.path.step.Metadata(step=step, path=path)
+
+
 class DamagedCheckpoint(InputError):
     """A checkpoint that cannot be read."""
 
@@ -101,15 +124,21 @@ class RunCheckpoints:
         keep: int | None = 1,
         find_best: Callable[[Collection[int]], int | None] = lambda steps: None,
     ) -> None:
-        self._folder, self._keep = Path(model_dir).absolute(), keep
+        self._folder, self._keep = file_io.resolve_output(model_dir, "MODEL_DIR"), keep
         self._find_best = find_best
         self._pending: tuple[int, set[str]] | None = None  # a step, and its parameters' paths
         self._has_failed = False
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
+        is_remote = file_io.is_remote(self._folder)
         options = ocp.CheckpointManagerOptions(
-            step_prefix="checkpoint", create=True, enable_async_checkpointing=True
+            step_prefix="checkpoint",
+            create=not is_remote,  # a bucket needs no folders
+            enable_async_checkpointing=True,
+            step_name_format=_BucketSteps() if is_remote else None,
+            # `_BucketSteps` finds finished checkpoints only, also those that were copied there.
+            atomicity_options=ocp.options.AtomicityOptions(allow_legacy_atomic_rename=is_remote),
         )
         return ocp.CheckpointManager(
             self._folder, options=options, item_names=("state", "record", "feed")
@@ -129,6 +158,9 @@ class RunCheckpoints:
         # The last step may be due twice: as a multiple of the period and at the end of training.
         if step in self._manager.all_steps():
             return
+        path = self._folder / f"checkpoint_{step}"
+        if not isinstance(path, Path) and jax.process_index() == 0 and path.exists():
+            _delete_in_bucket(path)  # of a save that was killed
         items = {
             "state": ocp.args.StandardSave(_as_tree(state)),
             "record": ocp.args.JsonSave(dataclasses.asdict(record)),
@@ -153,7 +185,8 @@ class RunCheckpoints:
         """Restores the newest checkpoint that is whole, and returns its step too.
 
         Newer ones are renamed to `damaged_checkpoint_<step>`, and named in a warning. Of several
-        processes some may read a damaged array and others not: then it is an error.
+        processes some may read a damaged array and others not: then it is an error, as in a
+        bucket, where it may be the connection that fails.
 
         Raises:
           InputError: no checkpoint is whole, or the run's optimizer has another state.
@@ -166,7 +199,8 @@ class RunCheckpoints:
                 is_open = True
                 restored = self.restore(step, state)
             except DamagedCheckpoint as error:
-                if is_open and jax.process_count() > 1:
+                is_remote = file_io.is_remote(self._folder)
+                if is_remote or (is_open and jax.process_count() > 1):
                     raise
                 errors[step] = error
                 continue
@@ -176,7 +210,7 @@ class RunCheckpoints:
             return restored, step
         raise next(iter(errors.values()))
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int) -> AnyPath:
         path = self._folder / f"damaged_checkpoint_{step}"
         while path.exists():
             path = path.with_name(f"{path.name}_again")
@@ -231,15 +265,30 @@ class RunCheckpoints:
         """
         if jax.process_index():
             return
-        steps = [each for each in _checkpoint_steps(self._folder) if each <= step]
-        old_steps = [] if self._keep is None else steps[: -self._keep]
-        for old_step in {*old_steps} - {self._find_best(steps) if old_steps else None}:
+        if not isinstance(self._folder, Path):
+            with file_io.remote_errors(self._folder):
+                self._delete_older_in_bucket(self._folder, step)
+            return
+        for old_step in self._old_steps(step):
             # Renamed first: half of a checkpoint must not look like a checkpoint.
             path = self._folder / f"checkpoint_{old_step}"
             path.rename(self._folder / f".deleted_{path.name}")
         for pattern in (".deleted_checkpoint_*", "checkpoint_*.orbax-checkpoint-tmp*"):
             for path in self._folder.glob(pattern):
                 shutil.rmtree(path)
+
+    def _old_steps(self, step: int) -> set[int]:
+        """Returns the steps of finished checkpoints before `step` that are not to be kept."""
+        steps = [each for each in _checkpoint_steps(self._folder) if each <= step]
+        old_steps = {*steps[: -self._keep]} if self._keep is not None else set()
+        return old_steps - {self._find_best(steps) if old_steps else None}
+
+    def _delete_older_in_bucket(self, folder: epath.Path, step: int) -> None:
+        old_steps = self._old_steps(step)
+        for each in t5x.checkpoint_steps(folder):
+            path = folder / f"checkpoint_{each}"
+            if each in old_steps or (each < step and not _is_finished(path)):
+                _delete_in_bucket(path)
 
     def _finish(self) -> None:
         """Waits for the pending save, checks that it can be read, and deletes older ones."""
@@ -252,7 +301,8 @@ class RunCheckpoints:
             arrays = open_trained(str(checkpoint))[0]
             if missing := expected - arrays.keys():
                 raise InputError(f"expected {len(expected)} arrays, {min(missing)} is missing")
-            if jax.process_index() == 0:
+            # A bucket's service has checksums of its own.
+            if jax.process_index() == 0 and isinstance(checkpoint, Path):
                 checksums.write_checksums(checkpoint)
         self.delete_older(step)
 
@@ -273,7 +323,8 @@ class RunCheckpoints:
                 f"resume from checkpoint_{saved[-1]}" if saved else "there is no checkpoint yet"
             )
             path = self._folder / f"checkpoint_{step}"
-            if jax.process_count() == 1:  # on a full disk, the next run needs the space
+            # On a full disk, the next run needs the space.
+            if jax.process_count() == 1 and not file_io.is_remote(path):
                 shutil.rmtree(f"{path}.orbax-checkpoint-tmp", ignore_errors=True)
             raise InputError(
                 f"{path} could not be saved: {_last_words(error)}: {advice}"
@@ -294,19 +345,42 @@ def _as_tree(state: TrainState) -> dict[str, PyTree]:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
-def saved_steps(folder: Path) -> list[int]:
+def saved_steps(folder: AnyPath) -> list[int]:
     """Returns the steps of a run's finished checkpoints; none if the folder does not exist."""
     # A folder without `record` belongs to T5X, or is one that Orbax has not finished.
-    folders = (path for path in folder.glob("checkpoint_*") if (path / "record").is_dir())
-    return sorted(step for path in folders if (step := t5x.step_of(path.name)) is not None)
+    steps = _checkpoint_steps(folder)
+    return [step for step in steps if (folder / f"checkpoint_{step}" / "record").is_dir()]
 
 
-def _checkpoint_steps(folder: Path) -> list[int]:
+def _checkpoint_steps(folder: AnyPath) -> list[int]:
     """Returns the steps of a run's checkpoints, also of those that have no record."""
-    return t5x.checkpoint_steps(file_io.resolve(folder)) if folder.is_dir() else []
+    steps = t5x.checkpoint_steps(file_io.resolve(folder)) if folder.is_dir() else []
+    return [step for step in steps if _is_finished(folder / f"checkpoint_{step}")]
 
 
-def _check_opens(checkpoint: Path) -> None:
+def _is_finished(checkpoint: AnyPath) -> bool:
+    """Whether a checkpoint was written to its end; one that was copied to a bucket counts too."""
+    if not file_io.is_remote(checkpoint) or (checkpoint / _FINISHED).exists():
+        return True
+    about = checkpoint / _ABOUT
+    return about.exists() and bool(file_io.read_json(about).get("commit_timestamp_nsecs"))
+
+
+def _delete_older_in_bucket(folder: epath.Path, step: int, keep: int | None) -> None:
+    steps = [each for each in _checkpoint_steps(folder) if each <= step]
+    kept = set(steps if keep is None else steps[-keep:])
+    for old_step in t5x.checkpoint_steps(folder):
+        if old_step <= step and old_step not in kept:
+            _delete_in_bucket(folder / f"checkpoint_{old_step}")
+
+
+def _delete_in_bucket(checkpoint: epath.Path) -> None:
+    for name in (_FINISHED, _ABOUT):  # half of a checkpoint must not look like a checkpoint
+        (checkpoint / name).unlink(missing_ok=True)
+    file_io.delete_folder(checkpoint)
+
+
+def _check_opens(checkpoint: AnyPath) -> None:
     """Raises DamagedCheckpoint unless its record, position and array metadata can be read."""
     try:
         open_trained(str(checkpoint))
@@ -315,7 +389,7 @@ def _check_opens(checkpoint: Path) -> None:
         raise DamagedCheckpoint(str(error)) from error
 
 
-def newest_readable_step(folder: Path) -> int:
+def newest_readable_step(folder: AnyPath) -> int:
     """Returns the step of a run's newest checkpoint that opens, 0 without one; reads no array.
 
     Raises:
@@ -334,13 +408,13 @@ def newest_readable_step(folder: Path) -> int:
     return 0
 
 
-def resolve(path: str) -> tuple[Path, int]:
+def resolve(path: str) -> tuple[AnyPath, int]:
     """Returns (MODEL_DIR, step) of a checkpoint, or of a run's newest checkpoint.
 
     Raises:
       InputError: the path does not exist, or is neither a run nor a checkpoint.
     """
-    folder = Path(file_io.resolve(path))
+    folder = file_io.to_path(file_io.resolve(path))
     if not folder.is_dir():
         raise InputError(f"checkpoint {path}: no such folder")
     step = t5x.step_of(folder.name)
@@ -356,10 +430,8 @@ def resolve(path: str) -> tuple[Path, int]:
 
 def is_run(path: str) -> bool:
     """Whether a path is a run with a checkpoint, or a checkpoint of a run."""
-    folder = file_io.resolve(path)
-    if "://" in os.fspath(folder):  # runs are written to local folders only
-        return False
-    return (folder / "record").is_dir() or bool(saved_steps(Path(folder)))
+    folder = file_io.to_path(file_io.resolve(path))
+    return (folder / "record").is_dir() or bool(saved_steps(folder))
 
 
 def package_versions() -> dict[str, str]:
@@ -373,7 +445,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _item_folder(path: str, item: str) -> Path:
+def _item_folder(path: str, item: str) -> AnyPath:
     folder, step = resolve(path)
     return folder / f"checkpoint_{step}" / item
 
@@ -453,7 +525,7 @@ def open_trained(path: str) -> tuple[dict[str, LazyArray], Record, int]:
     return _verify_on_read(arrays, checkpoint), read_record(str(checkpoint)), step
 
 
-def _verify_on_read(arrays: Mapping[str, LazyArray], checkpoint: Path) -> dict[str, LazyArray]:
+def _verify_on_read(arrays: Mapping[str, LazyArray], checkpoint: AnyPath) -> dict[str, LazyArray]:
     """Returns arrays whose first read, of any of them, compares the checkpoint's checksums."""
     lock, is_verified = threading.Lock(), False
 

@@ -32,7 +32,7 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 
 def write_record(model_dir: str | os.PathLike[str], record: Record) -> None:
     """Writes a run's record."""
-    path = file_io.resolve_local(model_dir, "MODEL_DIR") / RECORD
+    path = file_io.resolve_output(model_dir, "MODEL_DIR") / RECORD
     atomic_write.write_json(path, dataclasses.asdict(record))
 
 

@@ -213,7 +213,8 @@ class TableWriter:
         length: int,
     ) -> None:
         check_choice("EMBEDDING_DTYPE", dtype, ("float16", "float32"))
-        self.path = file_io.resolve_output_folder(path, "SENTENCE_EMBEDDINGS")
+        local = file_io.resolve_local(path, "SENTENCE_EMBEDDINGS")
+        self.path = file_io.resolve_output_folder(local, "SENTENCE_EMBEDDINGS")
         about = _read_about(self.path)
         # Hidden files are the lock and the remains of an interrupted write.
         if about is None and any(path.name[0] != "." for path in self.path.glob("*")):

@@ -1,11 +1,18 @@
-"""Files and folders that appear whole or not at all: written under another name, then renamed."""
+"""Files and folders that appear whole or not at all: written under another name, then renamed.
+
+In a bucket nothing is renamed: a file is written to a local folder and uploaded as one object,
+which appears whole. Of a folder each object does; JSON files, which describe the others, come last.
+"""
 
 import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from etils import epath
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
@@ -15,14 +22,22 @@ from pemoe_jax.runtime import file_io
 def temporary_path(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yields a path next to `path` to write a file or a folder to; renames it at the end.
 
+    For a `gs://` path it is one in the system's temporary folder, which is uploaded at the end.
     If the block raises, the temporary path is removed and `path` is as before.
 
     Raises:
-      InputError: the path is remote, or exists, without `overwrite`.
+      InputError: the path exists, without `overwrite`, or its bucket cannot be written to.
     """
-    path = file_io.resolve_local(path, "output")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: expected a new path, got one that exists")
+    path = file_io.resolve_output(path, "output")
+    with file_io.remote_errors(path):
+        if not overwrite and path.exists():
+            raise InputError(f"{path}: expected a new path, got one that exists")
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="pemoe_jax-") as folder:
+            yield Path(folder, path.name)
+            with file_io.remote_errors(path):
+                _upload(epath.Path(folder) / path.name, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder: a rename is atomic only within one file system. The process id keeps
     # two processes that write the same path apart.
@@ -49,6 +64,15 @@ def write_json(
 ) -> None:
     """Writes a JSON file that ends in a newline, replacing an existing one."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def _upload(source: epath.Path, target: epath.Path) -> None:
+    if not source.is_dir():
+        source.copy(target, overwrite=True)
+        return
+    file_io.delete_folder(target)
+    for file in sorted(source.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
+        file.copy(target / file.name)
 
 
 def _remove(path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.runtime.file_io import AnyPath
 
 FILE = "checksums.json"
 # The library copies what it gets: blocks that fit into a core's cache take a third of the time.
@@ -29,11 +30,15 @@ def crc32c(data: np.ndarray, crc: int = 0) -> int:
 
 def crc32c_of_file(path: str | os.PathLike[str]) -> str:
     """Returns the CRC-32C of a file as 8 hexadecimal digits."""
-    crc = 0
-    with open(path, "rb") as file:
+    return _size_and_crc32c(file_io.to_path(path))[1]
+
+
+def _size_and_crc32c(path: AnyPath) -> tuple[int, str]:
+    size = crc = 0
+    with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            crc = google_crc32c.extend(crc, block)
-    return f"{crc:08x}"
+            size, crc = size + len(block), google_crc32c.extend(crc, block)
+    return size, f"{crc:08x}"
 
 
 def checksum_of_values(array: np.ndarray) -> int:
@@ -72,13 +77,11 @@ def is_other(first: str | None, second: str | None) -> bool:
 def write_checksums(folder: Path) -> None:
     """Writes the sizes and checksums of all files in a folder to its `checksums.json`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
-    files = {
-        str(path.relative_to(folder)): [path.stat().st_size, crc32c_of_file(path)] for path in paths
-    }
+    files = {str(path.relative_to(folder)): [*_size_and_crc32c(path)] for path in paths}
     atomic_write.write_json(folder / FILE, {"format": "pemoe_jax crc32c", "files": files})
 
 
-def verify_checksums(folder: Path, part: tuple[int, int] = (0, 1)) -> Sequence[str] | None:
+def verify_checksums(folder: AnyPath, part: tuple[int, int] = (0, 1)) -> Sequence[str] | None:
     """Compares the files of a folder with its `checksums.json`.
 
     Args:
@@ -99,11 +102,15 @@ def verify_checksums(folder: Path, part: tuple[int, int] = (0, 1)) -> Sequence[s
     names = sorted(files)[part[0] :: part[1]]
     for name in names:
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if isinstance(path, Path) and isinstance(folder, Path):
+            is_inside = path.resolve().is_relative_to(folder.resolve())
+        else:  # there are no links in a bucket
+            is_inside = path.is_relative_to(folder) and ".." not in path.parts
+        if not is_inside:
             raise InputError(f"{folder / FILE}: expected files in its folder, got {name!r:.80}")
         if not path.is_file():
             raise InputError(f"{path}: no such file, expected by {FILE}")
-        actual = [path.stat().st_size, crc32c_of_file(path)]
+        actual = [*_size_and_crc32c(path)]
         if actual != files[name]:
             raise InputError(
                 f"{path}: damaged: expected the size and checksum {files[name]!s:.60}, got {actual}"

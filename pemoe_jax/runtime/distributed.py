@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import jax
 
     from pemoe_jax.core.partitioning import MeshConfig, Rules
+    from pemoe_jax.runtime.file_io import AnyPath
 
 COORDINATOR_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECONDS = 30  # a process that is silent for longer ends the run
@@ -98,7 +99,7 @@ def _jax_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return None
 
 
-def output_folder(folder: Path) -> Path:
+def output_folder(folder: "AnyPath") -> "AnyPath":
     """Returns the folder for files that process 0 alone writes: a temporary one in the others."""
     import jax
 

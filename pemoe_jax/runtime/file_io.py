@@ -1,7 +1,8 @@
-"""Paths that are local or `gs://`, and reading from them: byte ranges and JSON."""
+"""Paths that are local or `gs://`, and reading from them: text, byte ranges and JSON."""
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -17,6 +18,9 @@ from pemoe_jax.core.errors import InputError, first_line
 # An object as json.loads returns it; its values are checked where they are used.
 JsonObject: TypeAlias = dict[str, Any]
 
+# A path to write to: of a file system, or in a bucket (`gs://`). Both have pathlib's methods.
+AnyPath: TypeAlias = Path | epath.Path
+
 
 def resolve(path: str | os.PathLike[str]) -> epath.Path:
     """Returns the absolute path; a `gs://` path is returned unchanged.
@@ -31,6 +35,30 @@ def resolve(path: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(text if separator else os.path.abspath(os.path.expanduser(text)))
 
 
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def to_path(path: str | os.PathLike[str]) -> AnyPath:
+    """Returns a path as an object, as it is."""
+    return epath.Path(path) if is_remote(path) else Path(path)
+
+
+def resolve_output(path: str | os.PathLike[str], setting: str) -> AnyPath:
+    """Returns the absolute path of an output; a `gs://` path is returned unchanged.
+
+    Raises:
+      InputError: `path` is not a path, or has another scheme; names the `setting`.
+    """
+    text = _path_text(path, f"{setting}: ")
+    if not is_remote(text):
+        return Path(text).expanduser().absolute()
+    if not re.match(r"gs://[^/]", text):
+        raise InputError(f"{setting} must be a local path or gs://BUCKET/…, got {text}")
+    return epath.Path(text)
+
+
 def resolve_local(path: str | os.PathLike[str], setting: str) -> Path:
     """Returns the absolute path of an output.
 
@@ -43,14 +71,20 @@ def resolve_local(path: str | os.PathLike[str], setting: str) -> Path:
     return Path(text).expanduser().absolute()
 
 
-def resolve_output_folder(path: str | os.PathLike[str], setting: str) -> Path:
+def resolve_output_folder(path: str | os.PathLike[str], setting: str) -> AnyPath:
     """Returns the absolute path of a folder to write to, which may not exist yet.
 
     Raises:
-      InputError: `resolve_local` raises, or the folder cannot be created or written to.
+      InputError: `resolve_output` raises, or the folder cannot be created or written to, or its
+        bucket cannot be read.
     """
-    folder = resolve_local(path, setting)
+    folder = resolve_output(path, setting)
     # Commands call this first: their results would be lost after hours of work.
+    if not isinstance(folder, Path):
+        with remote_errors(folder):
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"{setting} must be a folder, got {folder}, which is an object")
+        return folder
     try:
         existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
         if len(os.fsencode(folder.name)) > 255:  # not known before the folder is created
@@ -82,14 +116,14 @@ def _path_text(path: object, prefix: str = "") -> str:
 
 
 @contextlib.contextmanager
-def remote_errors(path: epath.Path) -> Iterator[None]:
+def remote_errors(path: AnyPath) -> Iterator[None]:
     """Converts errors at a remote path to an `InputError` of one line; other errors pass."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # tensorflow and fsspec raise classes of their own
-        if "://" not in os.fspath(path):
+        if not is_remote(path):
             raise
         raise InputError(f"{path}: cannot be reached: {first_line(error)}") from error
 
@@ -105,7 +139,7 @@ def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
-def url(folder: epath.Path) -> str:
+def url(folder: AnyPath) -> str:
     """Returns a folder's URL as tensorstore writes it: `file:///…/` or `gs://…/`.
 
     Raises:
@@ -140,6 +174,18 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def delete_folder(folder: epath.Path) -> None:
+    """Deletes all objects of a folder in a bucket, if there are any."""
+    # Of a folder with an object for itself, TensorFlow's first pass may leave others.
+    for _ in range(2):
+        folder.rmtree(missing_ok=True)
+
+
+def read_text(path: AnyPath, errors: str = "strict") -> str:
+    """Reads UTF-8; `errors` as in `open`, which epath's paths do not take."""
+    return io.TextIOWrapper(io.BytesIO(path.read_bytes()), "utf-8", errors).read()
 
 
 def read_range(path: epath.Path, offset: int, size: int) -> np.ndarray:

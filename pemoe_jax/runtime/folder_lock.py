@@ -6,9 +6,13 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from pemoe_jax.core.errors import InputError
+
+if TYPE_CHECKING:
+    from pemoe_jax.runtime.bucket_lock import BucketLock
+    from pemoe_jax.runtime.file_io import AnyPath
 
 _NAME = ".lock"
 # What flock reports on file systems without locks, such as some of clusters.
@@ -18,29 +22,37 @@ TIMEOUT = 15.0  # seconds to wait for a lock: processes that were killed need so
 
 # Folder -> its open `.lock`, and whether this process has created the folder.
 _held: dict[Path, tuple[IO[str], bool]] = {}
+_held_in_buckets: "dict[AnyPath, BucketLock]" = {}
 
 
-def hold(folder: Path, setting: str) -> int:
+def hold(folder: "AnyPath", setting: str) -> int:
     """Locks a folder, which is created, until the command ends (`release_all`).
 
     The kernel releases the lock of a process that dies, so that none is left behind. A no-op if
-    this process has the lock.
+    this process has the lock. For a `gs://` folder see `bucket_lock`.
 
     Args:
       folder: the folder; its file `.lock` names the owner.
       setting: name of the setting that it comes from, for the message.
 
     Returns:
-      The file descriptor of the lock. Children that inherit it share the lock.
+      The file descriptor of the lock. Children that inherit it share the lock. -1 in a bucket.
 
     Raises:
       InputError: another process has the lock.
     """
+    if not isinstance(folder, Path):
+        if folder not in _held_in_buckets:
+            # Imported here: it imports tensorstore.
+            from pemoe_jax.runtime import bucket_lock
+
+            _held_in_buckets[folder] = bucket_lock.BucketLock(folder, setting, _owner())
+        return -1
     if folder not in _held:
         is_new = not folder.exists()
         file = _lock(folder, setting)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"{_owner()}\n")
         file.flush()
         _held[folder] = file, is_new
     return _held[folder][0].fileno()
@@ -48,6 +60,8 @@ def hold(folder: Path, setting: str) -> int:
 
 def release_all() -> None:
     """Releases the locks of this process; leaves nothing in folders that nothing was written to."""
+    while _held_in_buckets:
+        _held_in_buckets.popitem()[1].release()
     while _held:
         folder, (file, is_new) = _held.popitem()
         if folder.is_dir() and [path.name for path in folder.iterdir()] == [_NAME]:
@@ -55,6 +69,10 @@ def release_all() -> None:
             if is_new:
                 folder.rmdir()
         file.close()
+
+
+def _owner() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _lock(folder: Path, setting: str) -> IO[str]:

@@ -354,6 +354,8 @@ def silence_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    # TensorFlow would take a folder in a bucket for existing for 5 s after its deletion.
+    os.environ.setdefault("GCS_STAT_CACHE_MAX_AGE", "0")
 
 
 def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -1,18 +1,24 @@
 """Progress of a run: a bar or lines on stdout, metrics as JSON lines and in TensorBoard."""
 
+import contextlib
+import io
 import json
 import math
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import plural
 from pemoe_jax.runtime import file_io
+from pemoe_jax.runtime.file_io import AnyPath
 
 if TYPE_CHECKING:
     from rich import progress as rich_progress
+
+
+_UPLOAD_SECONDS = 10.0
 
 
 def format_duration(seconds: float) -> str:
@@ -32,15 +38,21 @@ def format_count(number: float) -> str:
 class MetricWriter:
     """Writes scalars by step to `metrics.jsonl` and to TensorBoard, both in `model_dir`.
 
-    A run that resumes from step `first_step` first deletes the lines of later steps.
+    A run that resumes from step `first_step` first deletes the lines of later steps. An object in a
+    bucket cannot be appended to: there each `flush`, and `write` every `_UPLOAD_SECONDS`, replaces
+    it by one with all lines.
     """
 
-    def __init__(self, model_dir: Path, first_step: int = 0) -> None:
+    def __init__(self, model_dir: AnyPath, first_step: int = 0) -> None:
         from clu import metric_writers
 
         file = model_dir / "metrics.jsonl"
-        truncate_metrics(file, first_step)
-        self._folder, self._file = model_dir, file.open("a")
+        with file_io.remote_errors(file):
+            text = truncate_metrics(file, first_step)
+        self._path, self._file = file, file.open("a") if isinstance(file, Path) else io.StringIO()
+        if isinstance(self._file, io.StringIO):
+            self._file.write(text)
+        self._last_upload = -float("inf")
         self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
 
     def write(
@@ -48,25 +60,43 @@ class MetricWriter:
     ) -> None:
         """Writes scalars; `texts` say in `metrics.jsonl` what they are of."""
         line = {"step": step, **scalars, **(texts or {})}
-        with file_io.named_errors(self._folder):
+        with self._errors():
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
             self._tensorboard.write_scalars(step, scalars)
+        if time.monotonic() - self._last_upload > _UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Replaces the object in a bucket; in a file each line is from the start."""
+        from pemoe_jax.runtime import atomic_write
+
+        if isinstance(self._file, io.StringIO):
+            atomic_write.write_text(self._path, self._file.getvalue())
+            self._last_upload = time.monotonic()
 
     def close(self) -> None:
-        with file_io.named_errors(self._folder):
+        self.flush()
+        with self._errors():
             self._file.close()
             self._tensorboard.close()
 
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        folder = self._path.parent
+        with file_io.remote_errors(folder), file_io.named_errors(folder):
+            yield
 
-def truncate_metrics(file: Path, last_step: int) -> None:
+
+def truncate_metrics(file: AnyPath, last_step: int) -> str:
     """Deletes lines of later steps, which a killed run wrote after its last checkpoint.
 
-    Also deletes an unfinished last line and, with a warning, lines without a record.
+    Also deletes an unfinished last line and, with a warning, lines without a record. Returns the
+    rest.
     """
     from pemoe_jax.runtime import atomic_write
 
-    text = file.read_text(errors="replace") if file.exists() else ""
+    text = file_io.read_text(file, "replace") if file.exists() else ""
     lines = text.splitlines()
     steps = [*map(_step_of, lines)]
     damaged = steps.count(None)
@@ -81,14 +111,15 @@ def truncate_metrics(file: Path, last_step: int) -> None:
     )
     if rest != text:
         atomic_write.write_text(file, rest)
+    return rest
 
 
-def best_step(file: Path, metric: str, steps: Collection[int]) -> tuple[int, float] | None:
+def best_step(file: AnyPath, metric: str, steps: Collection[int]) -> tuple[int, float] | None:
     """Returns the step with the best value of a metric, and this value; None if none has it.
 
     The best loss is the lowest, the best of other metrics the highest; of equals, the first.
     """
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    lines = file_io.read_text(file, "replace").splitlines() if file.exists() else []
     values = {}
     for line in lines:
         step, value = _step_of(line), _row(line).get(metric)

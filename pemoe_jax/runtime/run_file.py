@@ -13,19 +13,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError
+
+if TYPE_CHECKING:
+    from pemoe_jax.runtime.file_io import AnyPath
 
 NAME = "run.json"
 _MAX_EARLIER = 100
 _SUMMARY = ("status", "reason", "start", "end", "host", "process")  # of earlier commands
 
 # The folder of this process's command, what its file says, and whether it has replaced another.
-_current: tuple[Path, dict[str, Any], bool] | None = None
+_current: "tuple[AnyPath, dict[str, Any], bool] | None" = None
 
 
-def begin(folder: Path, **facts: object) -> None:
+def begin(folder: "AnyPath", **facts: object) -> None:
     """Writes the file of a command that starts to write to a folder.
 
     A command that has replaced the file of an earlier one lists it under `earlier`.
@@ -81,11 +84,11 @@ def finish(status: str, reason: str, **facts: object) -> None:
     global _current
     if _current is None:
         return
-    from pemoe_jax.runtime import atomic_write  # imports numpy, which --help does without
+    from pemoe_jax.runtime import atomic_write, file_io  # import numpy, which --help does without
 
     (folder, content, has_replaced), _current = _current, None
     # A full disk has ended the command with an error of its own.
-    with contextlib.suppress(OSError, InputError):
+    with contextlib.suppress(OSError, InputError), file_io.remote_errors(folder):
         others = {path.name for path in folder.iterdir()} - {NAME, ".lock"}
         if status == "failed" and not others and not has_replaced:
             (folder / NAME).unlink()

@@ -19,6 +19,7 @@ import jax
 
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.runtime import file_io
+from pemoe_jax.runtime.file_io import AnyPath
 
 SECONDS, DEVICE, BATCH = "train/step_seconds", "device", "batch"
 PEAK_MEMORY = "train/peak_memory"
@@ -92,7 +93,7 @@ def peak_memory(devices: Sequence[jax.Device]) -> int:
     return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices)
 
 
-def read_step_times(metrics: Path, last_step: int) -> list[dict[str, str | float | int]]:
+def read_step_times(metrics: AnyPath, last_step: int) -> list[dict[str, str | float | int]]:
     """Reads the step times of a run up to a step, by devices and batch.
 
     Args:
@@ -106,7 +107,8 @@ def read_step_times(metrics: Path, last_step: int) -> list[dict[str, str | float
     """
     seconds: dict[tuple[str, str], list[float]] = {}
     memory: dict[tuple[str, str], int] = {}
-    for line in metrics.read_text(errors="replace").splitlines() if metrics.is_file() else ():
+    text = file_io.read_text(metrics, "replace") if metrics.is_file() else ""
+    for line in text.splitlines():
         row = _parse_line(line)
         if {SECONDS, DEVICE, BATCH, "step"} <= row.keys() and row["step"] <= last_step:
             key = row[DEVICE], row[BATCH]

@@ -5,7 +5,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,6 +15,7 @@ from pemoe_jax.core import network, nonfinite, optim, partitioning, steps
 from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.core.params import PyTree
 from pemoe_jax.runtime import host_memory, options, progress, step_times, stop_signals
+from pemoe_jax.runtime.file_io import AnyPath
 
 Batch = Mapping[str, np.ndarray]
 DeviceBatch = tuple[dict[str, jax.Array], int]  # a batch and its number of tokens
@@ -74,7 +74,7 @@ class TrainLoop:
     loss: steps.Loss
     microbatches: int
     mesh: jax.sharding.Mesh
-    folder: Path
+    folder: AnyPath
     rng: jax.Array
     total_steps: int
     logging: options.Logging
@@ -158,6 +158,7 @@ class TrainLoop:
                     bar.print_line(f"step {step}  {scores}")
                 self.check_save()
                 if step % self.save_period == 0 or is_last or is_stop:
+                    writer.flush()  # before the checkpoint, which has no later lines
                     self._save(state, position)
                 window.start += time.monotonic() - paused  # not part of the steps' speed
                 if is_stop and not is_last:

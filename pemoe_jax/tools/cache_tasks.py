@@ -101,7 +101,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     settings = _Settings(
         os.path.abspath(os.path.expanduser(p3_dir)),
         args.vocab_path or default_vocab_path(),
-        file_io.resolve_output_folder(args.output, "--output"),
+        file_io.resolve_output_folder(file_io.resolve_local(args.output, "--output"), "--output"),
         args.shard_rows,
     )
     if settings.output.resolve() == Path(settings.p3_dir).resolve():

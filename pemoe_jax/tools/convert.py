@@ -1,11 +1,15 @@
 """Converts checkpoints to other formats: `pemoe convert --help`."""
 
 import argparse
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
+
+if TYPE_CHECKING:
+    from pemoe_jax.runtime.file_io import AnyPath
 
 _DESCRIPTION = """\
 Writes a checkpoint in another format. SOURCE is one of these; its format is detected:
@@ -14,7 +18,7 @@ Writes a checkpoint in another format. SOURCE is one of these; its format is det
              whole model
   a run      MODEL_DIR of pemoe train (its newest checkpoint), or one checkpoint_<step> in it
   an adapter a folder that `convert adapter` wrote, or one of Hugging Face PEFT ((IA)3, LoRA)
-Sources may be gs:// paths; OUTPUT is a local path that does not exist yet.
+Sources may be gs:// paths, and so may OUTPUT, which must not exist yet.
 """
 
 _EXAMPLES = """\
@@ -104,9 +108,10 @@ def convert(args: argparse.Namespace) -> None:
     from pemoe_jax.checkpoints import export, models
     from pemoe_jax.runtime import file_io
 
-    output = file_io.resolve_local(args.output, "OUTPUT")
-    if output.exists():
-        raise InputError(f"OUTPUT must be a new path, got {args.output}, which exists")
+    output = file_io.resolve_output(args.output, "OUTPUT")
+    with file_io.remote_errors(output):
+        if output.exists():
+            raise InputError(f"OUTPUT must be a new path, got {args.output}, which exists")
     # Commands recognize a base in a single file by this suffix.
     if (output.suffix == ".safetensors") != (args.direction == "base"):
         expected = "a .safetensors file" if args.direction == "base" else "a folder"
@@ -131,9 +136,11 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.output}: {_describe_size(output)}")
 
 
-def _describe_size(path: Path) -> str:
+def _describe_size(path: "AnyPath") -> str:
     files = [path] if path.is_file() else sorted(path.iterdir())
-    total = sum(file.stat().st_size for file in files)
+    # epath's paths have other names for what `stat` returns.
+    stats = [file.stat() for file in files]
+    total = sum(s.st_size if isinstance(s, os.stat_result) else s.length for s in stats)
     size = f"{total / 1e6:.1f} MB" if total < 1e9 else f"{total / 1e9:.2f} GB"
     return size if path.is_file() else f"{', '.join(f.name for f in files)} ({size})"
 

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
@@ -84,7 +83,7 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
         if getattr(args, flag) < 0:
             raise InputError(f"--{flag} must be at least 0, got {getattr(args, flag)}")
     if args.output is not None:
-        file_io.resolve_output_folder(args.output, "--output")
+        folder = file_io.resolve_output_folder(args.output, "--output")
     runs = results.merge_runs(results.load_results(path) for path in args.runs)
     names = list(dict.fromkeys(run["name"] for run in runs))
     for name in args.only:
@@ -96,7 +95,7 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
     )
     if args.output:
         try:
-            paper_table_formats.write_paper_table(table, Path(args.output))
+            paper_table_formats.write_paper_table(table, folder)
         except OSError as error:
             raise InputError(
                 f"--output must be a writable folder, got {args.output} ({error.strerror})"

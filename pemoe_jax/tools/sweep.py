@@ -267,7 +267,7 @@ def plan_runs(
     """
     from pemoe_jax.checkpoints import run_settings
 
-    file_io.resolve_output_folder(args.output, "--output")
+    file_io.resolve_output_folder(file_io.resolve_local(args.output, "--output"), "--output")
     file_io.check_no_pattern(Path(args.output).absolute(), "--output")
     _parse_seeds(args.seeds)
     if args.jobs < 1:

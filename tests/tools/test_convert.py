@@ -345,7 +345,7 @@ def test_routed_adapters_are_not_merged_nor_written_for_peft(paths, tmp_path, ca
         (("huggingface", "lora", "out", "--base", "other"), "belongs to the base"),
         (("adapter", "nowhere", "out"), "nowhere: no such file or folder"),
         (("base", "base", "base"), "OUTPUT must be a new path"),
-        (("base", "base", "gs://bucket/out"), "OUTPUT must be a local path"),
+        (("base", "base", "s3://bucket/out"), "OUTPUT must be a local path or gs:"),
     ],
 )
 def test_refused(paths, tmp_path, capsys, argv, message):

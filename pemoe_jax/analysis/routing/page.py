@@ -12,6 +12,7 @@ from pemoe_jax.analysis.routing import measure, metrics, specialization
 from pemoe_jax.analysis.routing import plots as routing_plots
 from pemoe_jax.analysis.routing import tables as routing_tables
 from pemoe_jax.analysis.routing.metrics import ProbeResult
+from pemoe_jax.runtime.file_io import AnyPath
 
 if TYPE_CHECKING:
     import jinja2
@@ -25,7 +26,7 @@ _ALT = {
 }
 
 
-def draw_plots(result: ProbeResult, folder: Path) -> None:
+def draw_plots(result: ProbeResult, folder: AnyPath) -> None:
     """Writes <run>_map.png, <run>_entropy.png, <run>_load.png and <run>_tasks.png.
 
     The load is that of sparse layers, the last picture that of several tasks; without, there is
@@ -63,7 +64,7 @@ def draw_plots(result: ProbeResult, folder: Path) -> None:
         )
 
 
-def _png(result: ProbeResult, folder: Path, kind: str) -> Path:
+def _png(result: ProbeResult, folder: AnyPath, kind: str) -> AnyPath:
     return folder / f"{result.run['name']}_{kind}.png"
 
 
@@ -74,7 +75,7 @@ def _kinds(result: ProbeResult) -> list[str]:
     return [kind for kind in _ALT if kind not in missing]
 
 
-def render_files(results: Sequence[ProbeResult], folder: Path) -> dict[str, str]:
+def render_files(results: Sequence[ProbeResult], folder: AnyPath) -> dict[str, str]:
     """Returns {file name: content}; `draw_plots` must have written the pictures to `folder`."""
     return {
         "routes.html": to_html(results, folder),
@@ -93,7 +94,7 @@ def render_files(results: Sequence[ProbeResult], folder: Path) -> dict[str, str]
 # --- HTML ---
 
 
-def to_html(results: Sequence[ProbeResult], folder: Path) -> str:
+def to_html(results: Sequence[ProbeResult], folder: AnyPath) -> str:
     """Returns the page; it embeds its pictures, so that the file can be sent on its own."""
     return _template().render(
         title="What the experts do: " + ", ".join(str(r.run["name"]) for r in results),
@@ -117,7 +118,7 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html")
 
 
-def _section(number: int, result: ProbeResult, folder: Path) -> dict[str, object]:
+def _section(number: int, result: ProbeResult, folder: AnyPath) -> dict[str, object]:
     """Returns a run's values for the template."""
     return {
         "anchor": f"run-{number}",
@@ -144,7 +145,7 @@ def _specialization(result: ProbeResult) -> tables.Table | None:
     return specialization.to_table(specialization.measure(result))
 
 
-def _picture(png: Path, kind: str) -> dict[str, object]:
+def _picture(png: AnyPath, kind: str) -> dict[str, object]:
     content = png.read_bytes()
     pixels = int.from_bytes(content[16:20], "big")  # the width in PNG's first chunk, IHDR
     # `plots.import_pyplot` sets 150 pixels per inch, CSS has 96: the picture has more pixels than
@@ -159,7 +160,7 @@ def _picture(png: Path, kind: str) -> dict[str, object]:
 # --- text ---
 
 
-def to_markdown(results: Sequence[ProbeResult], folder: Path) -> str:
+def to_markdown(results: Sequence[ProbeResult], folder: AnyPath) -> str:
     """Returns the tables, with links to the pictures in the same folder."""
     parts = ["# What the experts do", tables.markdown_table(routing_tables.runs_table(results))]
     for result in results:

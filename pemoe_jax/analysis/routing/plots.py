@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from pemoe_jax.analysis import plots
 from pemoe_jax.analysis.routing import probe
 from pemoe_jax.analysis.routing.metrics import RouterEntropy, SparseLoad
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime.file_io import AnyPath
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ _PLACED_COLOR, _DROPPED_COLOR = plots.COLORS[0], plots.COLORS[4]
 _MAX_LOAD_WIDTH = 14  # inches
 
 
-def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: str) -> Path:
+def plot_entropies(routers: Sequence[RouterEntropy], png: str | AnyPath, *, title: str) -> AnyPath:
     """Draws router entropies by layer: encoder left, decoder right; tokens above, mean below."""
     plt = plots.import_pyplot()
     stacks = [stack for stack in probe.STACKS if any(r.stack == stack for r in routers)]
@@ -89,7 +89,7 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | Path, *, title: 
     return plots.save_figure(figure, png)
 
 
-def plot_loads(loads: Sequence[SparseLoad], png: str | Path, *, title: str) -> Path:
+def plot_loads(loads: Sequence[SparseLoad], png: str | AnyPath, *, title: str) -> AnyPath:
     """Draws a panel for each sparse layer, encoder above decoder.
 
     Its bars are the loads of the experts, of which the upper part is dropped. Where experts choose,
@@ -178,11 +178,11 @@ def _draw_load(axis: Axes, load: SparseLoad, limit: float) -> None:
 def plot_dendrogram(
     distances: np.ndarray,
     tasks: Sequence[str],
-    png: str | Path,
+    png: str | AnyPath,
     *,
     trained: Collection[str] | None = None,
     title: str,
-) -> Path:
+) -> AnyPath:
     """Draws the dendrogram of T tasks with average linkage.
 
     Args:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pemoe_jax.analysis import plots
+from pemoe_jax.runtime.file_io import AnyPath
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,9 @@ class Panel:
     chance: float | None = None
 
 
-def draw(panels: Sequence[Panel], labels: Sequence[str], png: str | Path, *, title: str) -> Path:
+def draw(
+    panels: Sequence[Panel], labels: Sequence[str], png: str | AnyPath, *, title: str
+) -> AnyPath:
     """Draws panels from 0 to 100 %, five per line; `labels` name the bars of every panel."""
     pyplot = plots.import_pyplot()
     lines = [panels[i : i + _PANELS_PER_LINE] for i in range(0, len(panels), _PANELS_PER_LINE)]

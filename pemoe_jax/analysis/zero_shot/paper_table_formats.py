@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from pemoe_jax.analysis import published_numbers, tables
 from pemoe_jax.analysis.planning.flops import NOTE_ON_FLOPS, NOTE_ON_TOKENS
@@ -22,6 +21,7 @@ from pemoe_jax.analysis.zero_shot.paper_table import (
 )
 from pemoe_jax.analysis.zero_shot.results import NO_SHOTS, SHOTS_KEYS, JsonObject, Shots
 from pemoe_jax.runtime import atomic_write
+from pemoe_jax.runtime.file_io import AnyPath
 
 _SCORE_FIELDS = ("median", "mean", "chance", "prompts", "examples", "trained", "shots_left_out")
 _NOTE_ON_AVERAGE = "average: over the paper's datasets, without those in the columns after it."
@@ -61,7 +61,7 @@ def print_paper_table(table: PaperTable, format: str) -> None:
         print(to_csv(table) if format == "csv" else to_json(table), end="")
 
 
-def write_paper_table(table: PaperTable, folder: Path) -> None:
+def write_paper_table(table: PaperTable, folder: AnyPath) -> None:
     """Writes report.md, report.csv, report.json and report.png."""
     markdown = tables.to_markdown(to_tables(table))
     draw_bars(table, folder / "report.png")
@@ -195,7 +195,7 @@ def to_json(table: PaperTable) -> str:
     return json.dumps(contents, indent=1, ensure_ascii=False) + "\n"
 
 
-def draw_bars(table: PaperTable, png: str | Path) -> Path:
+def draw_bars(table: PaperTable, png: str | AnyPath) -> AnyPath:
     """Draws the medians as bars, one panel per dataset; omits rows without any median."""
     rows = [row for row in table.rows if any(s.median is not None for s in _all_scores(row))]
     panels = []

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from pemoe_jax.core.params import PyTree
 from pemoe_jax.data import inference_batches, prefetch, seqio_tasks
 from pemoe_jax.data.choices import ChoiceGroup
 from pemoe_jax.runtime import atomic_write, progress
+from pemoe_jax.runtime.file_io import AnyPath
 from pemoe_jax.tasks.task_roles import TaskRoles, abbreviate
 
 
@@ -150,7 +150,7 @@ def task_results(
 
 
 def write_predictions(
-    folder: Path,
+    folder: AnyPath,
     groups_by_task: Mapping[str, Sequence[ChoiceGroup]],
     predictions: Mapping[ChoiceGroup, Prediction],
 ) -> None:

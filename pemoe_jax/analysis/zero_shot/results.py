@@ -7,16 +7,17 @@ Accuracies are fractions in the file; tables show them in %.
 """
 
 import collections
+import io
 import os
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
+from pemoe_jax.runtime.file_io import AnyPath
 
 RESULTS = "results.json"
 # `load_results` adds the folder of a task's predictions under this key.
@@ -126,7 +127,7 @@ def _sum_known(tasks: Sequence[Mapping[str, Any]], key: str) -> dict[str, int]:
 
 
 def check_overwrites(
-    folder: Path,
+    folder: AnyPath,
     checkpoints: Collection[str],
     tasks: Collection[str] | None = None,
     shots: Shots = NO_SHOTS,
@@ -203,15 +204,16 @@ def load_results(path: str) -> JsonObject:
     Raises:
       InputError: the file is missing, or not one of `pemoe evaluate`.
     """
-    file = Path(path)
-    if file.is_dir():
-        file /= RESULTS
+    file = file_io.to_path(path)
+    with file_io.remote_errors(file):
+        if file.is_dir():
+            file /= RESULTS
     try:
         results = file_io.parse_json(file.read_text())
     except OSError as error:
         raise InputError(
             f"{file}: expected a {RESULTS} of `pemoe evaluate`, or a folder with one, got"
-            f" {error.strerror}"
+            f" {error.strerror or 'none'}"
         ) from None
     except ValueError as error:
         raise InputError(f"{file}: expected JSON, got {error}") from None
@@ -277,12 +279,12 @@ def load_predictions(
       InputError: the predictions do not match `result`, the task's entry in results.json, or a
         line is not a prediction.
     """
-    file = Path(folder) / f"{task}.jsonl"
+    file = file_io.to_path(folder) / f"{task}.jsonl"
     if not file.is_file():
         return None
     indices, correct = [], []
     # Other bytes than UTF-8 are not JSON.
-    with file.open(encoding="utf-8", errors="surrogateescape") as lines:
+    with io.StringIO(file_io.read_text(file, "surrogateescape")) as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = file_io.parse_json(line)
@@ -364,7 +366,7 @@ def _check_run(run: JsonObject, where: str) -> None:
         )
 
 
-def _check_not_decoded(run: object, file: Path) -> None:
+def _check_not_decoded(run: object, file: AnyPath) -> None:
     """Raises InputError for a run of `pemoe infer`."""
     tasks = run.get("tasks") if isinstance(run, dict) else None
     for task in tasks.values() if isinstance(tasks, dict) else ():
