@@ -36,6 +36,12 @@ FLAGS.add_argument(
     " the lines of standard input",
 )
 
+# Settings that --text has no use for.
+_TASK_MACROS = (
+    *("EVAL_OUTPUT_DIR", "EVAL_TASKS", "TRAIN_TASKS", "EVAL_EXAMPLES", "JSONL_DIR", "P3_DIR"),
+    *("MMLU_DIR", "BBH_DIR", "MIXTURE_OR_TASK_MODULE", "USE_CACHED_TASKS", "SENTENCE_EMBEDDINGS"),
+)
+
 
 def infer(
     models: options.Models,
@@ -206,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 f"SHOTS must be 0 with --text, which has no train split, got {shots!r}"
             )
+        if ignored := [name for name in _TASK_MACROS if gin_flags.macro_value(name)]:
+            print(f"warning: --text has no use for {', '.join(ignored)}", file=sys.stderr)
         texts = _read_texts(args.text)
         if not any(map(str.strip, texts)):
             raise InputError("--text must be a text, or '-' for lines of standard input, got none")

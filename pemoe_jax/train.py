@@ -151,6 +151,9 @@ def train(
     data = dataclasses.replace(data, mixture_or_task_name=fraction_name)
     trained_tasks = seqio_tasks.subtask_names(data.name)
     seqio_tasks.check_vocab_size(data.name, model.config.vocab_size)
+    if initial is not None:
+        seqio_tasks.check_vocabulary(initial.path, initial.record.vocabulary, data.name)
+    record = dataclasses.replace(record, vocabulary=seqio_tasks.fingerprint_vocabulary(data.name))
 
     model, sentence_source = _open_sentences(model, data)
     transformation = optimizer(schedule, param_axes=network.param_axes(model))

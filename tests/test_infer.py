@@ -277,6 +277,10 @@ def test_texts_and_standard_input(folder, decoded, monkeypatch, capsys):
     assert len(answers) == 2 and answers[0] == lines[0]["prediction"]
     assert infer.main(["--gin_file=runs/infer.gin", *command, "--text= "]) == 1
     assert "--text must be a text" in capsys.readouterr().err
+    ignored = ["--gin.EVAL_TASKS=['free_1']", "--gin.EVAL_OUTPUT_DIR=/x"]
+    assert infer.main(["--gin_file=runs/infer.gin", *command, *ignored, "--text= "]) == 1
+    warning = "warning: --text has no use for EVAL_OUTPUT_DIR, EVAL_TASKS\n"
+    assert warning in capsys.readouterr().err
     latin = io.TextIOWrapper(io.BytesIO("é".encode("latin-1")), encoding="utf-8")
     for content, value in ((latin, "-"), (None, "a\udcff")):
         monkeypatch.setattr("sys.stdin", content)

@@ -92,6 +92,8 @@ def open_evaluation(
     task_roles.print_summary()
     for opened in opened_models:
         seqio_tasks.check_vocab_size(data.name, opened.model.config.vocab_size)
+        if opened.record is not None:
+            seqio_tasks.check_vocabulary(opened.path, opened.record.vocabulary, data.name)
     task_names = find_tasks(data.name)
     folder = distributed.output_folder(output)
     folder_lock.hold(folder, "EVAL_OUTPUT_DIR")

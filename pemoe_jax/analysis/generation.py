@@ -142,6 +142,8 @@ def check_decodes_texts(opened: OpenedModel, vocabulary: Any) -> None:
             f"VOCAB_PATH must have at most {opened.model.config.vocab_size} ids, the rows of"
             f" {opened.path}, got {vocabulary.vocab_size}"
         )
+    if opened.record is not None:
+        seqio_tasks.check_vocabulary(opened.path, opened.record.vocabulary, vocabulary)
     if opened.record is not None and opened.record.sentence_encoder is not None:
         raise InputError(
             f"--text: the routers of {opened.path} read sentence embeddings: decode tasks that have"

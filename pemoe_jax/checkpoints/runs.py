@@ -66,6 +66,7 @@ class Record:
       initial: path and method of the run that this one started from, the fingerprint of what it
         trained, and a hash of its settings (`initial_run.fingerprint_settings`); None: it started
         from a base model. `trained_datasets` and `trained_tasks` then have those of both.
+      vocabulary: `seqio_tasks.fingerprint_vocabulary` of the training data; None: unknown.
     """
 
     method: str
@@ -84,6 +85,7 @@ class Record:
     sentence_encoder: JsonObject | None = None
     initial: JsonObject | None = None
     batches: JsonObject | None = None
+    vocabulary: str | None = None
 
 
 class _BucketSteps(ocp.path.step.NameFormat):
@@ -481,6 +483,7 @@ def read_data_position(path: str, num_shards: int = 1) -> list[int] | None:
 
 _TYPES = {
     **{"method": str, "trainable": list, "seed": int, "optimizer": str},
+    "vocabulary": str,
     **{"trained_datasets": list, "trained_tasks": list, "held_out": list},
 }
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}

@@ -80,6 +80,7 @@ def _settings(record: Record, saved: Record) -> dict[str, Any]:
         "method": record.method,
         "SEED": record.seed if _draws_frozen_parameters(saved) else None,
         "OPTIMIZER": record.optimizer,
+        "fingerprint of VOCAB_PATH": record.vocabulary,
         # Dropout may change; the sentence encoder is compared by itself, with its size.
         **{
             f"T5Config.{name}": value

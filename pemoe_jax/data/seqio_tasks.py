@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import hashlib
 import os
 import re
 import sys
@@ -142,6 +143,45 @@ def check_vocab_size(name: str, model_vocab_size: int) -> None:
             f"T5Config.vocab_size must be at least {size}, the size of the vocabulary of {name!r}"
             f" with sentinels, got {model_vocab_size}"
         )
+
+
+def fingerprint_vocabulary(vocabulary: Any) -> str:
+    """Returns 16 hexadecimal digits, a hash of a vocabulary's pieces and their scores.
+
+    Sentinels do not count, so that T5's file with them and the one without them are equal.
+
+    Args:
+      vocabulary: a `seqio.Vocabulary`, or the name of a task or mixture.
+    """
+    if isinstance(vocabulary, str):
+        vocabulary = get_mixture_or_task(vocabulary).output_features["targets"].vocabulary
+    digest = hashlib.sha256(type(vocabulary).__name__.encode())
+    tokenizer = getattr(vocabulary, "tokenizer", None)
+    if tokenizer is None:
+        digest.update(str(vocabulary.vocab_size).encode())
+    else:
+        for number in range(tokenizer.get_piece_size()):
+            piece = tokenizer.id_to_piece(number)
+            if "<extra_id_" not in piece:
+                digest.update(f"{piece} {tokenizer.get_score(number):.6g}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def check_vocabulary(path: str, trained_with: str | None, vocabulary: Any) -> None:
+    """Raises InputError if a checkpoint was trained with another vocabulary.
+
+    Args:
+      path: the checkpoint.
+      trained_with: `fingerprint_vocabulary` of its training; None: unknown.
+      vocabulary: see `fingerprint_vocabulary`.
+    """
+    if trained_with is not None:
+        current = fingerprint_vocabulary(vocabulary)
+        if current != trained_with:
+            raise InputError(
+                f"VOCAB_PATH must be the vocabulary that {path} was trained with, of fingerprint"
+                f" {trained_with}, got one of {current}"
+            )
 
 
 def check_ids(

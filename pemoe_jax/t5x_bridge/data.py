@@ -56,7 +56,8 @@ def vocabulary(name: str, register: Register, feature: str = "targets") -> "seqi
 
 def training_record(name: str) -> dict[str, Any]:
     """Returns the fields of `runs.Record` of a training on a mixture or task."""
-    return _LastRegistration.task_roles.training_record(seqio_tasks.subtask_names(name))
+    record = _LastRegistration.task_roles.training_record(seqio_tasks.subtask_names(name))
+    return {**record, "vocabulary": seqio_tasks.fingerprint_vocabulary(name)}
 
 
 def get_dataset(

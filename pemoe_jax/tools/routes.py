@@ -157,6 +157,8 @@ def _probe_run(
 
     for name in groups:
         seqio_tasks.check_vocab_size(name, opened.model.config.vocab_size)
+        if opened.record is not None:
+            seqio_tasks.check_vocabulary(opened.path, opened.record.vocabulary, name)
     # Replicated: the probe is a forward pass over few examples, so that sharding gains little.
     params = opened.load(partitioning.replicated_sharding(mesh))
     num_examples = sum(map(len, groups.values()))

@@ -237,6 +237,7 @@ def test_records_of_earlier_versions_are_of_dense_models():
             {"trainable": freezing.trainable_patterns([".*"], "router")},
             "FREEZE None -> router",
         ),
+        ({"vocabulary": "a"}, {"vocabulary": "b"}, "fingerprint of VOCAB_PATH a -> b"),
         (
             {"method": "mov", "adapters": mov(10)},
             {"method": "ia3", "adapters": {}, "trainable": ["a"]},

@@ -101,3 +101,26 @@ def test_a_remote_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, ca
     assert lines[-1].startswith(f"error: {message}") and "PEMOE_VOCAB_PATH" in lines[-1]
     assert not any("Traceback" in line for line in lines)
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_fingerprints(tmp_path):
+    """Of the pieces: a copy has the same, other pieces have another."""
+    write_model(tmp_path / "t5.model")
+    (tmp_path / "copy.model").write_bytes((tmp_path / "t5.model").read_bytes())
+    with (tmp_path / "other.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["another text of words"] * 9),
+            model_writer=file,
+            vocab_size=20,
+            hard_vocab_limit=False,
+            **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2},
+        )
+    names = ("t5", "copy", "other")
+    loaded = [vocabulary.load_vocabulary(tmp_path / f"{name}.model") for name in names]
+    loaded.append(vocabulary.load_vocabulary("bytes"))
+    first, copy, *others = map(seqio_tasks.fingerprint_vocabulary, loaded)
+    assert first == copy and len({first, *others}) == 3
+    seqio_tasks.check_vocabulary("run", first, loaded[1])
+    seqio_tasks.check_vocabulary("run", None, loaded[2])
+    with pytest.raises(InputError, match=f"that run was trained with, of fingerprint {first}, got"):
+        seqio_tasks.check_vocabulary("run", first, loaded[2])
