@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.runtime import atomic_write, file_io, progress
 from pemoe_jax.runtime.file_io import AnyPath
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def loss_curve(metrics: str | AnyPath, png: str | AnyPath, *, title: str = "Trai
     series: dict[str, dict[str, np.ndarray]] = {}
     for metric in _LOSS_PANELS:
         for name in (f"train/{metric}", f"eval/{metric}"):
-            steps = sorted(step for step, row in rows.items() if name in row)
+            steps = sorted(s for s, row in rows.items() if not isinstance(row.get(name, ""), str))
             if steps:
                 is_mean = name.startswith("train/") and metric != "learning_rate"
                 positions = _window_middles(steps) if is_mean else steps
@@ -284,13 +284,12 @@ def _read_metrics(file: AnyPath) -> dict[int, dict[str, Any]]:
         raise InputError(f"{file}: expected a file of metrics, got {error.strerror}") from None
     lines = text.split("\n")[:-1]  # a last line without a newline is still being written
     for number, line in enumerate(lines, 1):
-        try:
-            row = file_io.parse_json(line)
-            rows.setdefault(int(row["step"]), {}).update(row)
-        except (ValueError, KeyError, TypeError):
+        row = progress.parse_metrics(line)
+        if not row:
             raise InputError(
                 f'{file}, line {number}: expected a JSON object with "step", got {line[:60]!r}'
-            ) from None
+            )
+        rows.setdefault(row["step"], {}).update(row)
     return rows
 
 

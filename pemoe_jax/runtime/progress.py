@@ -122,11 +122,10 @@ def best_step(file: AnyPath, metric: str, steps: Collection[int]) -> tuple[int, 
     lines = file_io.read_text(file, "replace").splitlines() if file.exists() else []
     values = {}
     for line in lines:
-        step, value = _step_of(line), _row(line).get(metric)
-        if step is None or not isinstance(value, float) or not math.isfinite(value):
-            continue
-        if step in steps:
-            values[step] = value
+        row = parse_metrics(line)
+        value = row.get(metric)
+        if row and row["step"] in steps and isinstance(value, float) and math.isfinite(value):
+            values[row["step"]] = value
     if not values:
         return None
     sign = 1 if metric.endswith("loss") else -1
@@ -134,19 +133,24 @@ def best_step(file: AnyPath, metric: str, steps: Collection[int]) -> tuple[int, 
     return step, values[step]
 
 
-def _row(line: str) -> dict[str, Any]:
-    """Returns the JSON object of a line of metrics; an empty one if the line is none."""
+def parse_metrics(line: str) -> dict[str, Any]:
+    """Returns a record of `metrics.jsonl`: an integer 'step', numbers and texts; else {}."""
     try:
         row = file_io.parse_json(line)
     except ValueError:
         return {}
-    return row if isinstance(row, dict) else {}
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return {}
+    is_record = all(
+        isinstance(value, (float, str)) or (type(value) is int and abs(value) < 2**63)
+        for value in row.values()
+    )
+    return row if is_record else {}
 
 
 def _step_of(line: str) -> int | None:
     """Returns the step of a line of metrics; None if the line is no record."""
-    step = _row(line).get("step")
-    return step if isinstance(step, int) else None
+    return parse_metrics(line).get("step")
 
 
 class Progress:

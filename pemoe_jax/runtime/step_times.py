@@ -5,6 +5,7 @@ memory so far, with the devices and the batch, which may change when a run is re
 """
 
 import collections
+import math
 import os
 import platform
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 import jax
 
 from pemoe_jax.core.params import PyTree
-from pemoe_jax.runtime import file_io
+from pemoe_jax.runtime import file_io, progress
 from pemoe_jax.runtime.file_io import AnyPath
 
 SECONDS, DEVICE, BATCH = "train/step_seconds", "device", "batch"
@@ -109,12 +110,16 @@ def read_step_times(metrics: AnyPath, last_step: int) -> list[dict[str, str | fl
     memory: dict[tuple[str, str], int] = {}
     text = file_io.read_text(metrics, "replace") if metrics.is_file() else ""
     for line in text.splitlines():
-        row = _parse_line(line)
-        if {SECONDS, DEVICE, BATCH, "step"} <= row.keys() and row["step"] <= last_step:
-            key = row[DEVICE], row[BATCH]
-            seconds.setdefault(key, []).append(row[SECONDS])
-            if PEAK_MEMORY in row:
-                memory[key] = max(int(row[PEAK_MEMORY]), memory.get(key, 0))
+        row = progress.parse_metrics(line)
+        device, batch, value = (row.get(name) for name in (DEVICE, BATCH, SECONDS))
+        if not (isinstance(device, str) and isinstance(batch, str) and isinstance(value, float)):
+            continue
+        if row["step"] <= last_step:
+            key = device, batch
+            seconds.setdefault(key, []).append(value)
+            peak = row.get(PEAK_MEMORY)
+            if isinstance(peak, (int, float)) and math.isfinite(peak):
+                memory[key] = max(int(peak), memory.get(key, 0))
     most_lines_first = sorted(seconds.items(), key=lambda item: -len(item[1]))
     return [
         {
@@ -123,11 +128,3 @@ def read_step_times(metrics: AnyPath, last_step: int) -> list[dict[str, str | fl
         }
         for key, values in most_lines_first
     ]
-
-
-def _parse_line(line: str) -> dict:
-    try:
-        row = file_io.parse_json(line)
-    except ValueError:  # a last line that a running training has not finished
-        return {}
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else {}

@@ -2,7 +2,11 @@
 
 import json
 
-from pemoe_jax.runtime import progress
+import pytest
+
+from pemoe_jax.analysis import plots
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime import progress, step_times
 
 
 def test_durations_and_thousands():
@@ -65,3 +69,42 @@ def test_metrics_resume_from_a_checkpoint(tmp_path):
     assert rows[2:] == [{"step": 3, "loss": 0.5, "device": "8 × TPU v4"}]
     progress.MetricWriter(tmp_path).close()  # a run from step 0
     assert file.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"step": 1.0}',
+        '{"step": true}',
+        '{"step": Infinity}',
+        f'{{"step": {2**63}}}',
+    ]
+    + [f'{{"step": 1, "batch": {value}}}' for value in ("[]", "{}", "null", "true", "9" * 400)],
+)
+def test_lines_that_are_no_record(line, tmp_path):
+    """Readers of step times and of curves had tracebacks for some of them."""
+    assert progress.parse_metrics(line) == {}
+    file = tmp_path / "metrics.jsonl"
+    good = {"step": 2, "device": "x", "batch": "y", "train/step_seconds": 1.0, "train/loss": 2.0}
+    file.write_text(f"{line}\n{json.dumps(good)}\n")
+    times = [{"seconds": 1.0, "device": "x", "batch": "y"}]
+    assert step_times.read_step_times(file, 9) == times
+    with pytest.raises(InputError, match="metrics.jsonl, line 1: expected a JSON object with"):
+        plots.loss_curve(file, tmp_path / "loss.png")
+
+
+def test_the_best_step_of_a_metric(tmp_path):
+    """Of steps that have a checkpoint; of equal ones the first; NaN and texts do not count."""
+    file = tmp_path / "metrics.jsonl"
+    assert progress.best_step(file, "eval/loss", [2]) is None
+    losses = {1: 0.5, 2: 2.0, 3: 1.0, 4: 1.0, 5: float("nan"), 6: "0"}
+    file.write_text(
+        "".join(json.dumps({"step": s, "eval/loss": v}) + "\n" for s, v in losses.items())
+    )
+    assert progress.best_step(file, "eval/loss", [2, 3, 4, 5, 6]) == (3, 1.0)
+    assert progress.best_step(file, "eval/accuracy", [2]) is None
+    file.write_text(file.read_text().replace("loss", "accuracy"))
+    assert progress.best_step(file, "eval/accuracy", [*losses]) == (2, 2.0)
