@@ -1,9 +1,9 @@
 """Writes docs/reproduction.md and .png from docs/reproduction.json, the results of the claims.
 
 `python docs/write_reproduction.py /tmp/claims` first writes reproduction.json from the claims.json
-of this sweep, whose folder has the name of its file in gin/sweeps/; further sweeps may follow.
-Without arguments reproduction.json is read as it is. A test compares the page with what this
-program writes.
+of the sweep in /tmp/claims; folders of further sweeps may follow. The folder must have the name of
+the sweep's file in gin/sweeps/ (claims). Without arguments reproduction.json is read as it is. A
+test compares the page with the output of this program.
 """
 
 import json
@@ -94,7 +94,7 @@ def merge(results: dict) -> dict:
 
 
 def main(folders: list[str]) -> None:
-    """Writes the page, and the results if folders of sweeps are named."""
+    """Writes the page and its plot, and reproduction.json first if folders of sweeps are named."""
     file = DOCS / "reproduction.json"
     if folders:
         sweeps = {

@@ -5,8 +5,8 @@ MODEL_DIR/checkpoint_<step>/record   JSON: `Record`
 MODEL_DIR/checkpoint_<step>/feed     JSON: the position in the training data
 MODEL_DIR/checkpoint_<step>/checksums.json    CRC-32C of each file; missing in earlier versions
 
-Orbax writes a checkpoint of a file system under another name and renames it, one in a bucket under
-its own name, and at last an object that marks it as finished.
+On a file system, Orbax writes a checkpoint under another name and renames it. In a bucket, it
+writes the checkpoint under its own name, and at the end an object that marks it as finished.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from pemoe_jax.core.steps import TrainState
 from pemoe_jax.runtime import checksums, distributed, file_io
 from pemoe_jax.runtime.file_io import AnyPath, JsonObject
 
-# What Orbax writes to a checkpoint in a bucket when it is finished, and before that to any.
+# Files of Orbax: the mark of a finished checkpoint in a bucket, and the metadata of any checkpoint.
 _FINISHED, _ABOUT = "commit_success.txt", "_CHECKPOINT_METADATA"
 
 
@@ -49,9 +49,9 @@ class Record:
       adapters: `adapters.describe()` of the adapters.
       sparse: `sparse.describe()` of the sparse layers; None: a dense model.
       base: path (None: random weights), seed and fingerprint of the base model, and whether the
-        checkpoint needs it (False if every parameter was trained); `checksum`, that of all of
-        its values, unless it was read in parts; `upcycled`, the seed and the
-        noise of `upcycling`, if a sparse model started from a dense one.
+        checkpoint needs it (False if every parameter was trained); `checksum` of all of its values,
+        unless it was read in parts; `upcycled`, the seed and the noise of `upcycling`, if a sparse
+        model started from a dense one.
       counts: trainable and total number of parameters.
       versions: versions of the packages that wrote the checkpoint.
       seed: seed of the adapters' initial values; those that are not trained are drawn again.
@@ -61,11 +61,11 @@ class Record:
       optimizer: name of the optimizer's function; None: unknown.
       sentence_encoder: encoder of the sentence embeddings that routers read (name, dim,
         fingerprint or probe: `sentence_table.is_same_encoder`); None: routers read none.
-      batches: what the examples and the batches of training are, by the names of settings
-        ('BATCH_SIZE'); None: unknown.
+      batches: settings that determine the examples and batches of training, by name ('BATCH_SIZE');
+        None: unknown.
       initial: path and method of the run that this one started from, the fingerprint of what it
         trained, and a hash of its settings (`initial_run.fingerprint_settings`); None: it started
-        from a base model. `trained_datasets` and `trained_tasks` then have those of both.
+        from a base model. `trained_datasets` and `trained_tasks` then include those of that run.
       vocabulary: `seqio_tasks.fingerprint_vocabulary` of the training data; None: unknown.
     """
 
@@ -89,7 +89,10 @@ class Record:
 
 
 class _BucketSteps(ocp.path.step.NameFormat):
-    """Names and finds the checkpoints of a run; Orbax's own class needs Google's client library."""
+    """Names and finds the checkpoints of a run in a bucket.
+
+    Orbax's own class for buckets needs Google's client library.
+    """
 
     def build_name(self, step: int) -> str:
         return f"checkpoint_{step}"
@@ -112,12 +115,13 @@ class DamagedCheckpoint(InputError):
 class RunCheckpoints:
     """Writes and restores the checkpoints of a MODEL_DIR.
 
-    Saves are asynchronous, and appear whole or not at all. Each is opened once after it is written;
-    only then are older ones deleted.
+    Saves are asynchronous, and a checkpoint appears whole or not at all. Each checkpoint is opened
+    once after it is written; only then are older ones deleted.
 
     Args:
       keep: number of newest checkpoints to keep; None: all.
-      find_best: function from steps of checkpoints to the one to keep too, or None.
+      find_best: function from the steps of checkpoints to the step of the best one, which is kept
+        too; returns None if there is none.
     """
 
     def __init__(
@@ -128,7 +132,7 @@ class RunCheckpoints:
     ) -> None:
         self._folder, self._keep = file_io.resolve_output(model_dir, "MODEL_DIR"), keep
         self._find_best = find_best
-        self._pending: tuple[int, set[str]] | None = None  # a step, and its parameters' paths
+        self._pending: tuple[int, set[str]] | None = None  # step, paths of the parameters
         self._has_failed = False
 
     @functools.cached_property
@@ -136,10 +140,10 @@ class RunCheckpoints:
         is_remote = file_io.is_remote(self._folder)
         options = ocp.CheckpointManagerOptions(
             step_prefix="checkpoint",
-            create=not is_remote,  # a bucket needs no folders
+            create=not is_remote,  # there are no folders in a bucket
             enable_async_checkpointing=True,
             step_name_format=_BucketSteps() if is_remote else None,
-            # `_BucketSteps` finds finished checkpoints only, also those that were copied there.
+            # `_BucketSteps` finds only finished checkpoints, also those that were copied there.
             atomicity_options=ocp.options.AtomicityOptions(allow_legacy_atomic_rename=is_remote),
         )
         return ocp.CheckpointManager(
@@ -162,7 +166,7 @@ class RunCheckpoints:
             return
         path = self._folder / f"checkpoint_{step}"
         if not isinstance(path, Path) and jax.process_index() == 0 and path.exists():
-            _delete_in_bucket(path)  # of a save that was killed
+            _delete_in_bucket(path)  # left by a save that was killed
         items = {
             "state": ocp.args.StandardSave(_as_tree(state)),
             "record": ocp.args.JsonSave(dataclasses.asdict(record)),
@@ -175,7 +179,7 @@ class RunCheckpoints:
         self._pending = step, set(params_lib.flatten(state.params))
 
     def check_save(self) -> None:
-        """Checks the last save if it has ended; cheap enough for each step.
+        """Checks the last save if it has ended; cheap enough to call at each step.
 
         Raises:
           InputError: it has failed.
@@ -186,9 +190,9 @@ class RunCheckpoints:
     def restore_newest(self, state: TrainState) -> tuple[TrainState, int]:
         """Restores the newest checkpoint that is whole, and returns its step too.
 
-        Newer ones are renamed to `damaged_checkpoint_<step>`, and named in a warning. Of several
-        processes some may read a damaged array and others not: then it is an error, as in a
-        bucket, where it may be the connection that fails.
+        Damaged newer ones are renamed to `damaged_checkpoint_<step>`, and named in a warning. A
+        damaged array is an error if there are several processes, of which only some may have read
+        it. In a bucket any damage is an error, since the connection may be at fault.
 
         Raises:
           InputError: no checkpoint is whole, or the run's optimizer has another state.
@@ -226,7 +230,7 @@ class RunCheckpoints:
 
         Raises:
           DamagedCheckpoint: it cannot be read.
-          InputError: it is of an optimizer with another state.
+          InputError: its optimizer has another state than that of `state`.
         """
         try:  # each process reads a part of the files
             part = jax.process_index(), jax.process_count()
@@ -261,9 +265,10 @@ class RunCheckpoints:
         self._manager.close()
 
     def delete_older(self, step: int) -> None:
-        """Deletes checkpoints before `step`, which has been opened, but for those to keep.
+        """Deletes the checkpoints before `step` that are not to be kept.
 
-        Also deletes what killed and failed saves left.
+        Call it when the checkpoint of `step` has been opened. It also deletes what killed and
+        failed saves left.
         """
         if jax.process_index():
             return
@@ -303,7 +308,7 @@ class RunCheckpoints:
             arrays = open_trained(str(checkpoint))[0]
             if missing := expected - arrays.keys():
                 raise InputError(f"expected {len(expected)} arrays, {min(missing)} is missing")
-            # A bucket's service has checksums of its own.
+            # The service of a bucket has checksums of its own.
             if jax.process_index() == 0 and isinstance(checkpoint, Path):
                 checksums.write_checksums(checkpoint)
         self.delete_older(step)
@@ -315,7 +320,7 @@ class RunCheckpoints:
             yield
         except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
             self._has_failed = True
-            # A device, or another process, fails.
+            # A device or another process has failed.
             if isinstance(error, jax.errors.JaxRuntimeError):
                 raise
             if jax.process_count() > 1 and distributed.peer_error_message(error):
@@ -334,9 +339,9 @@ class RunCheckpoints:
 
 
 def _last_words(error: Exception) -> str:
-    """Returns the end of a message's first line: tensorstore's starts with paths.
+    """Returns the end of the first line of a message, as tensorstore's messages begin with paths.
 
-    What it appends, as [os_error_code='28'], is left out.
+    What tensorstore appends, such as [os_error_code='28'], is left out.
     """
     line = re.split(r"\s*\[\w+='", first_line(error))[0]
     return line if len(line) < 120 else f"…{line[-120:]}"
@@ -349,19 +354,19 @@ def _as_tree(state: TrainState) -> dict[str, PyTree]:
 
 def saved_steps(folder: AnyPath) -> list[int]:
     """Returns the steps of a run's finished checkpoints; none if the folder does not exist."""
-    # A folder without `record` belongs to T5X, or is one that Orbax has not finished.
+    # A folder without `record` is T5X's, or Orbax has not finished it.
     steps = _checkpoint_steps(folder)
     return [step for step in steps if (folder / f"checkpoint_{step}" / "record").is_dir()]
 
 
 def _checkpoint_steps(folder: AnyPath) -> list[int]:
-    """Returns the steps of a run's checkpoints, also of those that have no record."""
+    """Returns the steps of finished checkpoints, including those without a record."""
     steps = t5x.checkpoint_steps(file_io.resolve(folder)) if folder.is_dir() else []
     return [step for step in steps if _is_finished(folder / f"checkpoint_{step}")]
 
 
 def _is_finished(checkpoint: AnyPath) -> bool:
-    """Whether a checkpoint was written to its end; one that was copied to a bucket counts too."""
+    """Whether a checkpoint is complete; a finished one that was copied to a bucket is, too."""
     if not file_io.is_remote(checkpoint) or (checkpoint / _FINISHED).exists():
         return True
     about = checkpoint / _ABOUT
@@ -461,9 +466,8 @@ def read_record(path: str) -> Record:
 def read_data_position(path: str, num_shards: int = 1) -> list[int] | None:
     """Returns the number of examples that each data shard has consumed; None if not saved.
 
-    With another number of shards than the checkpoint's, every shard starts at the first example
-    that was not consumed: no example is skipped, and those that faster shards had consumed are
-    repeated.
+    If the number of shards is not the checkpoint's, all shards start at the first example that was
+    not consumed: no example is skipped, and those that faster shards had consumed are repeated.
 
     Raises:
       InputError: the position is unreadable.
@@ -515,7 +519,7 @@ def parse_record(values: JsonObject, source: str) -> Record:
 
 
 def open_trained(path: str) -> tuple[dict[str, LazyArray], Record, int]:
-    """Opens a checkpoint, a run's newest, as (path -> array, the record, the step).
+    """Opens a checkpoint, or a run's newest one, as (path -> array, record, step).
 
     The first read of an array compares the checksums of the checkpoint's files.
 
@@ -523,18 +527,18 @@ def open_trained(path: str) -> tuple[dict[str, LazyArray], Record, int]:
       InputError: the checkpoint does not exist, or is unreadable.
     """
     folder, step = resolve(path)
-    checkpoint = folder / f"checkpoint_{step}"  # resolved once: a run may save another meanwhile
+    checkpoint = folder / f"checkpoint_{step}"  # resolved once: a run may save a newer one
     arrays = tensorstore_file.open_orbax(file_io.resolve(checkpoint / "state"), "params")
     return _verify_on_read(arrays, checkpoint), read_record(str(checkpoint)), step
 
 
 def _verify_on_read(arrays: Mapping[str, LazyArray], checkpoint: AnyPath) -> dict[str, LazyArray]:
-    """Returns arrays whose first read, of any of them, compares the checkpoint's checksums."""
+    """Returns the arrays; the first read of any of them verifies the checkpoint's checksums."""
     lock, is_verified = threading.Lock(), False
 
     def read_slice(array: LazyArray, index: Index) -> np.ndarray:
         nonlocal is_verified
-        with lock:  # several threads read
+        with lock:  # several threads may read
             if not is_verified:
                 checksums.verify_checksums(checkpoint)
             is_verified = True

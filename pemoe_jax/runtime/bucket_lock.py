@@ -28,13 +28,13 @@ _NAME = ".lock"
 class BucketLock:
     """A lock that this process holds until `release`.
 
-    If the process is silent for `LEASE` seconds, as one that is suspended, another may take the
-    lock. The process ends, with exit code 1, when it notices this at its next renewal.
+    If this process does not renew the lock for `LEASE` seconds, for example because it is
+    suspended, another may take it over. The process then ends with exit code 1 at its next renewal.
 
     Args:
       folder: a `gs://` folder.
       setting: name of the setting that it comes from, for the message.
-      owner: names this process in the messages of others.
+      owner: text that names this process in the messages of other processes.
 
     Raises:
       InputError: another process has the lock, or the bucket cannot be written to.
@@ -51,20 +51,20 @@ class BucketLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Deletes the object, if it is still that of this process."""
+        """Deletes the object if this process still holds the lock."""
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(Exception):  # it expires
+        with contextlib.suppress(Exception):  # the lock expires by itself
             current = self._store.read(_NAME).result()
             if current.value == self._content:
                 self._store.write(_NAME, None, if_equal=current.stamp.generation).result()
 
     def _acquire(self, setting: str) -> bytes:
-        """Returns the generation of the object once it is that of this process."""
+        """Waits until this process holds the lock; returns the generation of the object."""
         watched, since = None, 0.0
         while True:
             current = self._store.read(_NAME).result()
-            if current.value == self._content:  # the answer to a write was lost
+            if current.value == self._content:  # a write succeeded, but its response was lost
                 return current.stamp.generation
             owner = current.value.decode(errors="replace").split("\n")[0] or "another process"
             if current.state != "missing" and current.stamp.generation != watched:
@@ -75,24 +75,26 @@ class BucketLock:
                         " folder"
                     )
                 watched, since = current.stamp.generation, time.monotonic()
-                print(f"{self._folder} is locked by {owner}: waiting for a sign of it", flush=True)
+                print(
+                    f"{self._folder} is locked by {owner}: waiting up to {LEASE:.0f} s", flush=True
+                )
             if current.state == "missing" or time.monotonic() - since > LEASE:
                 generation = self._write(current.stamp.generation)
                 if generation is not None:
                     return generation
-                watched = watched or b""  # another process was faster
+                watched = watched or b""  # another process has taken the lock
             else:
                 time.sleep(min(1.0, RENEWAL / 4))
 
     def _write(self, generation: bytes) -> bytes | None:
-        """Writes the object if it has this generation; returns the new one, or else None."""
+        """Writes the object if it has this generation; returns the new one, None if it did not."""
         return (
             self._store.write(_NAME, self._content, if_equal=generation).result().generation or None
         )
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEWAL):
-            # While the bucket cannot be reached, nobody else can take the lock either.
+            # A process that cannot reach the bucket cannot write its results there either.
             with contextlib.suppress(Exception):
                 generation = self._write(self._generation)
                 if generation is None:

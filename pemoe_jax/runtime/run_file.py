@@ -1,6 +1,6 @@
-"""`run.json` of an output folder: what wrote it, with what, when, and how that ended.
+"""`run.json` of an output folder: describes the command that wrote it and how the command ended.
 
-It says 'running' with host and process from the start of the work on, and so also after a kill.
+Its status is 'running' from the start of the work, and so stays 'running' after a kill.
 """
 
 import calendar
@@ -24,18 +24,18 @@ NAME = "run.json"
 _MAX_EARLIER = 100
 _SUMMARY = ("status", "reason", "start", "end", "host", "process")  # of earlier commands
 
-# The folder of this process's command, what its file says, and whether it has replaced another.
+# The folder of this process's command, the content of its file, and whether it replaced a file.
 _current: "tuple[AnyPath, dict[str, Any], bool] | None" = None
 
 
 def begin(folder: "AnyPath", **facts: object) -> None:
     """Writes the file of a command that starts to write to a folder.
 
-    A command that has replaced the file of an earlier one lists it under `earlier`.
+    The file lists the last 100 commands that wrote to the folder before under `earlier`.
 
     Args:
       folder: the output folder.
-      facts: JSON values of what the command reads: versions, devices, base, data, seed, ….
+      facts: further JSON values: versions, devices, base, data, seed, ….
     """
     import gin
 
@@ -87,7 +87,7 @@ def finish(status: str, reason: str, **facts: object) -> None:
     from pemoe_jax.runtime import atomic_write, file_io  # import numpy, which --help does without
 
     (folder, content, has_replaced), _current = _current, None
-    # A full disk has ended the command with an error of its own.
+    # On a full disk the command has already ended with that error.
     with contextlib.suppress(OSError, InputError), file_io.remote_errors(folder):
         others = {path.name for path in folder.iterdir()} - {NAME, ".lock"}
         if status == "failed" and not others and not has_replaced:
@@ -108,7 +108,7 @@ def _now() -> str:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the package's clone, with '-dirty' if files differ; None without."""
+    """Returns the commit of the package's clone, with '-dirty' if files differ; None: no clone."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

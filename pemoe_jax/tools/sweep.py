@@ -40,7 +40,7 @@ and the first seed, and takes the one with the highest accuracy on --choose_on;
 _EPILOG = """\
 --gin.NAME=value is passed to training, and the macros of runs/tasks.gin, which
 locate the data, to evaluation as well, as are those of an experiment. Join
-settings of evaluation alone to --evaluate.
+settings of evaluation alone to --evaluate with +.
 
 output in DIR: report.md, .csv, .json and .png; for each run the MODEL_DIR
 <experiment>-seed<n>/ with train.log, evaluate.log and results/; base/ with the
@@ -101,7 +101,7 @@ _MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_j
 _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _FROM, _SEEDS = "--gin.FROM=", "--gin.SEEDS="
-_CHOICES = "choices"  # folder of the trials of best()
+_CHOICES = "choices"  # folder of the trials, which compare the values of best()
 _TICK = 0.1  # seconds between two looks at the running commands
 # INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
 _RESOLVE_BASE_CONFIG = """\
@@ -121,8 +121,8 @@ class Run:
       evaluate_flags: flags of `pemoe_jax.evaluate`.
       train_settings: gin settings that the trained parameters depend on.
       evaluate_settings: gin settings that the scores depend on.
-      initial: folder of the run that it starts from; None: a base.
-      direct: folder of the run that differs in that it does not start from another; None: none.
+      initial: folder of the run that it starts FROM; None: it starts from a base model.
+      direct: folder of the run of the same experiment without FROM; None: the sweep has none.
     """
 
     folder: Path
@@ -144,7 +144,10 @@ class Run:
 
 
 class State(TypedDict):
-    """A run's `sweep.json`: its settings, and the seconds each command took, None if unfinished."""
+    """A run's `sweep.json`: settings of training and of scoring, and the seconds of each command.
+
+    Seconds are None for a command that has not finished.
+    """
 
     settings: dict[str, str]
     scoring: dict[str, str]
@@ -167,7 +170,7 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     trials = plan_trials(args, bindings)
     trial_runs = [run for by_value in trials.values() for run in by_value.values()]
     claims = _load_claims(args.claims) if args.claims else []
-    # Values that are not chosen yet do not matter to whether configurations are valid.
+    # Checks the configurations; those with best() take its first value until one is chosen.
     runs = plan_runs(args, bindings)
     if args.dry_run:
         for run in [*trial_runs, *runs]:
@@ -225,7 +228,7 @@ def _finished(runs: Sequence[Run]) -> list[Run]:
 def plan_trials(
     args: argparse.Namespace, bindings: Sequence[str]
 ) -> dict[tuple[str, sweep_choices.Choice], dict[str, Run]]:
-    """Returns {(experiment, what it chooses): {value: run}} of the experiments with best().
+    """Returns the trials of best(): {(experiment's name, its choice): {value: run}}.
 
     Raises:
       InputError: a flag or an experiment is wrong.
@@ -464,7 +467,7 @@ def _parsed_base(where: str) -> str | None:
 
 
 def _read_state(run: Run) -> State:
-    """Returns how far a run is.
+    """Returns the state of a run, from its `sweep.json` if there is one.
 
     Raises:
       InputError: the folder holds a run with other settings, or files that no sweep wrote.
@@ -507,7 +510,7 @@ def _read_state(run: Run) -> State:
 
 
 def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool, jobs: int) -> list[str]:
-    """Runs what is unfinished, `jobs` runs at a time; returns the names of the runs that failed."""
+    """Runs the unfinished runs, `jobs` at a time; returns the names of those that failed."""
     # Flushed after each line, because Python buffers what goes to a file.
     print(f"{len(runs)} runs, with their logs in {runs[0].folder.parent}/<run>/", flush=True)
     width = max(len(run.folder.name) for run in runs)
@@ -552,11 +555,11 @@ def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool, jobs: int) -
 
 
 def _describe_end(run: Run, runs: Sequence[Run], unfinished: int, jobs: int) -> str:
-    """Returns the durations and the score of a run, and the time left for the unfinished ones."""
+    """Returns the durations and the score of a run, and the time left for the unfinished runs."""
     state = _read_state(run)
     words = [f"{name} {progress.format_duration(state[name] or 0)}" for name, _ in run.commands()]
     words.append(_score(run))
-    # Time left: the mean of the finished trainings. Evaluations of bases are much shorter.
+    # Time left: from the mean over finished runs with a training. Base models take much less time.
     states = [_read_state(other) for other in runs if other.train_flags]
     seconds = [(s["train"] or 0) + s["evaluate"] for s in states if s["evaluate"]]
     if seconds:
@@ -566,10 +569,10 @@ def _describe_end(run: Run, runs: Sequence[Run], unfinished: int, jobs: int) -> 
 
 
 def _show(statuses: Sequence[str]) -> None:
-    """Shows for a moment what runs, on a terminal, in a line that the next one replaces."""
+    """Waits a moment; on a terminal, meanwhile shows what is running in a line it then erases."""
     show = sys.stdout.isatty() and statuses
     if show:
-        # A line that is wrapped could not be replaced.
+        # A line that wraps could not be erased.
         width = 100 // len(statuses) - 2
         print("\r\x1b[K" + "  ".join(s[:width] for s in statuses), end="", flush=True)
     try:
@@ -585,13 +588,13 @@ def _run_commands(
     """Runs a run's unfinished commands and records them.
 
     Args:
-      run, state: the run, and how far it is.
+      run, state: the run and its state.
       lock: file descriptor that the commands inherit.
       cores: CPUs that they may use; empty: all.
       children: list to which their processes are added.
 
     Yields:
-      What is running, as often as it is asked.
+      The running command, its duration and the last line of its log, until all commands have ended.
 
     Returns:
       The error, '' without one.
@@ -625,7 +628,7 @@ def _run_commands(
 
 
 def _is_trained(folder: Path) -> bool:
-    """Returns whether the training of a run finished: it may have left an earlier checkpoint."""
+    """Returns whether a run's training finished; an unfinished one may have a checkpoint too."""
     state = file_io.read_json(folder / "sweep.json")
     return bool(state["train"])
 
@@ -633,7 +636,7 @@ def _is_trained(folder: Path) -> bool:
 def _choose(
     trials: Mapping[tuple[str, sweep_choices.Choice], Mapping[str, Run]], output: Path
 ) -> dict[str, str]:
-    """Chooses values by the trials' results, prints and writes them; returns them by experiment."""
+    """Chooses values by the trials' results, and prints and writes them; returns name -> value."""
     from pemoe_jax.analysis import tables
 
     chosen = []
@@ -649,7 +652,7 @@ def _choose(
 
 
 def _report_gains(runs: Sequence[Run], output: Path) -> None:
-    """Prints and writes what experiments gain by starting FROM another run, if there are any."""
+    """Prints and writes the gains of experiments that start FROM another run, if there are any."""
     from pemoe_jax.analysis import tables
     from pemoe_jax.analysis.zero_shot import gains
 

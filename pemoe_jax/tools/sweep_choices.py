@@ -1,4 +1,4 @@
-"""Values that a sweep chooses by itself: `+LEARNING_RATE=best(1e-3,3e-3)` of an experiment."""
+"""Settings whose values a sweep chooses: `+LEARNING_RATE=best(1e-3,3e-3)` of an experiment."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _NOTE = (
 
 
 class Chosen(TypedDict):
-    """A chosen value of `choices.json`.
+    """An entry of `choices.json`: the value chosen for an experiment's setting.
 
-    `scores` are accuracies in %, None for a training that failed.
+    `scores` has the accuracy of each candidate in %, None for a training that failed.
     """
 
     experiment: str
@@ -37,9 +37,9 @@ class Choice:
     """A setting of an experiment whose value is chosen.
 
     Attributes:
-      setting: its name, such as LEARNING_RATE.
-      values: the candidates; empty: the value that the experiment `source` chooses.
-      source: name of that experiment; '' with values of its own.
+      setting: name of the setting, such as LEARNING_RATE.
+      values: the candidates of best(); empty for best_of().
+      source: name of the experiment in best_of(), whose value is used; '' for best().
     """
 
     setting: str
@@ -48,10 +48,11 @@ class Choice:
 
 
 def split_choice(settings: Sequence[str], experiment: str) -> tuple[list[str], Choice | None]:
-    """Returns the settings --gin.NAME=value without the one that is chosen, and the latter.
+    """Splits settings --gin.NAME=value into those with a fixed value and the one that is chosen.
 
     Raises:
-      InputError: several settings are chosen, or one among fewer than two values, or with FROM.
+      InputError: there are several best() or best_of(), or a best() has fewer than two values,
+        equal ones, or is used with FROM.
     """
     fixed, choices = [], []
     for setting in settings:
@@ -72,12 +73,13 @@ def split_choice(settings: Sequence[str], experiment: str) -> tuple[list[str], C
 
 
 def choose(experiment: str, choice: Choice, folders: Mapping[str, Path]) -> Chosen:
-    """Returns the value with the highest score; of equal ones the first.
+    """Chooses the value with the highest score; among equal scores, the first value.
 
     Args:
       experiment: name of the experiment.
-      choice: what it chooses.
-      folders: value -> folder with the results of its training; absent if it failed.
+      choice: its best().
+      folders: value -> folder with the results of its training; without values whose training
+        failed.
 
     Raises:
       InputError: all trainings failed.

@@ -1,4 +1,4 @@
-"""Reads files of any known format and says what is whole: `pemoe verify --help`."""
+"""`pemoe verify`: reads files of any known format and reports which are damaged."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Reads all of PATH and prints a line for each file: what was verified, and what its format cannot
-tell. PATH is one of these; its format is detected:
+show. PATH is one of these; its format is detected:
   a run (MODEL_DIR) or a checkpoint_<step>, an adapter (also PEFT's), a base model (T5X, Hugging
-  Face, .safetensors), weights (.safetensors, .bin), a table of pemoe embed, or data: a folder with
-  tfrecords, Parquet, Arrow or JSON files, or one of these files
+  Face, .safetensors), weights (.safetensors, .bin), a sentence table (pemoe embed), or data: a
+  folder with tfrecords, Parquet, Arrow or JSON files, or one of these files
 The exit code is 0 if everything is whole, 1 if not. Nothing is written.
 """
 
 _NO_CHECKSUMS = "without checksums: a changed value is not noticed"
-_ROWS = 512  # read at a time
+_ROWS = 512  # rows read at a time
 
 # A file's or folder's path, and a function that reads it and returns what was verified.
 Check = tuple[str, Callable[[], str]]
@@ -126,7 +126,7 @@ def _weight_files(folder: epath.Path) -> Iterator[Check]:
 
 
 def _read_all(arrays: Mapping[str, LazyArray], source: str) -> str:
-    """Reads arrays one at a time, and returns their number as text."""
+    """Reads arrays one at a time; returns their number and what was verified, as text."""
     from pemoe_jax.core import params as params_lib
 
     for name, array in arrays.items():
@@ -185,13 +185,13 @@ def _verify_checkpoint(folder: Path) -> str:
 
 def _verify_base(path: str) -> str:
     base = _check_model(path)
-    if base.format == "Hugging Face":  # its files are read one by one
+    if base.format == "Hugging Face":  # `_weight_files` yields its arrays' files
         return "config.json, index of the files, names and shapes of the model"
     return f"{base.format}: {_read_all(base.arrays, str(base))}; {_NO_CHECKSUMS}"
 
 
 def _check_model(path: str) -> BaseModel:
-    """Opens a base; raises InputError if its arrays are not those of its dimensions."""
+    """Opens a base; raises InputError if its arrays do not match its dimensions."""
     from pemoe_jax.checkpoints import base_model, models
     from pemoe_jax.core import network
     from pemoe_jax.core import params as params_lib

@@ -1,14 +1,14 @@
 """The pretraining text: prose about the small world, and scraps.
 
-**Prose** exercises knowledge and skills in narration: a text, and a statement that follows from it,
+**Prose** teaches knowledge and skills by narration: a text, and a statement that follows from it,
 such as what it is about, how a person feels or who is meant. It has no question, no instruction, no
 list of options and no answer.
 
-These occur in **scraps** alone: lines of headings (words of the prompts in random order), texts,
-statements, words and lists, none of which has to do with the others. So a model of this text has
-the skills, but after a question it goes on with anything at all, until instruction tuning teaches
-it that questions are answered. Scraps have every word of the prompts, because adapters are trained
-with frozen embeddings.
+**Scraps** are lines of headings (words of the prompts in random order), texts, statements, words
+and lists, none of which has to do with the others. Only here are there question marks and lists of
+options. So a model of this text has the skills, but after a question it continues with anything at
+all, until instruction tuning teaches it that questions are answered. Scraps have every word of the
+prompts, because adapters are trained with frozen embeddings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pemoe_jax.tasks.quickstart.world import TextRng, Topic, capitalized, pronou
 
 
 class Prose(NamedTuple):
-    """A text, a sentence that follows from it, and a word that says the same, if there is one."""
+    """A text, a sentence that follows from it, and a keyword for the sentence, if there is one."""
 
     text: str
     statement: str
@@ -45,7 +45,7 @@ def plain(rng: TextRng, topic: Topic) -> Prose:
 
 
 def journey(rng: TextRng, topic: Topic) -> Prose:
-    """A person somewhere, and what the person did there."""
+    """A person at a place, and what the person did there."""
     name = rng.choice(world.NAMES)
     text = f"{name} went to the {rng.choice(topic.places)} with the {rng.choice(topic.jobs)}."
     word = capitalized(pronoun(name))
@@ -87,7 +87,7 @@ def feeling(rng: TextRng, topic: Topic) -> Prose:
 
 
 def place(rng: TextRng, topic: Topic) -> Prose:
-    """A text and where it happened."""
+    """A text and the place where it happened."""
     where = rng.choice(topic.places)
     text = rng.past_sentence(topic, place_prob=0.0)
     return Prose(text, rng.choice_of(f"It was in the {where}.", f"So was the {where}."), where)
@@ -188,7 +188,7 @@ def claims(rng: TextRng, topic: Topic) -> Prose:
     return Prose(text, capitalized(claim))
 
 
-# (kind of prose, weight)
+# (function that draws a kind of prose, weight)
 PROSE = (
     (plain, 4),
     (journey, 3),
@@ -243,7 +243,7 @@ def _heading(rng: TextRng) -> str:
 
 
 def _word(rng: TextRng) -> str:
-    """Returns a word or phrase such as prompts have for answers."""
+    """Returns a word or phrase of the kinds that are answers of prompts."""
     topic = rng.choice(world.TOPICS)
     kinds = (
         topic.places,
@@ -280,14 +280,14 @@ def _sentence(rng: TextRng) -> str:
 def scraps(rng: TextRng) -> str:
     """Returns headings, texts, words and lists, none of which has to do with the others."""
     # The parts of a prompt in any order, then anything at all where a prompt would have its answer.
-    # A text of two sentences is never after a heading: its second would have to do with the first.
+    # A text of two sentences never follows a heading: its second would have to do with the first.
     if rng.chance(0.4):
         return f"{prose(rng).text} {_scraps(rng, [_heading(rng)])}"
     return _scraps(rng, [_heading(rng), *(_sentence(rng) for _ in range(1 + rng.randrange(2)))])
 
 
 def _scraps(rng: TextRng, parts: list[str]) -> str:
-    """Returns the parts and a few more, shuffled, and an ending."""
+    """Returns the parts and a few more in random order, then an ending."""
     if rng.chance(0.4):
         parts.append(_heading(rng))
     if rng.chance(0.3):

@@ -32,11 +32,11 @@ Line = dict[str, Any]
 def _rows(
     dataset: Dataset, prompt: str, split: str, n: int, taken: set[str], seed: int
 ) -> list[Line]:
-    """Returns `n` examples with balanced answers that are not in `taken`, and adds them to it."""
+    """Draws up to `n` examples with balanced answers that are not in `taken`; adds them to it."""
     rng = TextRng(f"sample {seed} {dataset.name} {prompt} {split}")
     lines: list[Line] = []
     answers: collections.Counter[str] = collections.Counter()
-    # Datasets of few words repeat themselves, and a draw with a frequent answer is rejected.
+    # More draws than rows: draws that repeat a row or have an answer that is full are rejected.
     for _ in range(100 * n):
         if len(lines) == n:
             break
@@ -56,7 +56,7 @@ def _line(inputs: str, targets: str, choices: list[str]) -> Line:
 
 
 def odd_rows(seed: int) -> dict[str, list[Line]]:
-    """Returns {<task>/<split>: odd rows} such as real data contains; readers report them."""
+    """Returns {<task>/<split>: odd rows}: oddities of real data, which readers report."""
     rng = TextRng(f"odd {seed}")
     food = world.TOPICS[0]
     long_text = " ".join(rng.detail(food) for _ in range(300)).split()
@@ -68,7 +68,7 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
     sense = "Which does the word plate mean here: food or health?"
     not_a_choice = f"{rng.story(food)} Which topic is this text about?"
     return {
-        # targets that are not among their choices, doubled choices, empty inputs, 2,000 words
+        # targets that are not among their choices, duplicate choices, empty inputs, 2,000 words
         "town_news_which_topic/train": [_line(not_a_choice, "cooking", world.TOPIC_NAMES[:4])],
         "guest_reviews_good_or_bad/train": [
             _line(f"{review} {rng.opinion(food, True)}", "good", ["good", "bad", "good"])
@@ -100,7 +100,7 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
     for dataset in datasets():
         for prompt, template in dataset.prompts.items():
             task, taken = f"{dataset.name}_{prompt}", set[str]()
-            # The smaller split first: datasets of few words run out of distinct rows.
+            # The smaller split first: a dataset of few words may run out of distinct rows.
             for split, n in reversed(SIZES[dataset.held_out].items()):
                 rows = _rows(dataset, prompt, split, n, taken, seed)
                 files[f"{task}/{split}"] = rows + odd.get(f"{task}/{split}", [])
@@ -155,7 +155,7 @@ def write_vocabulary(path: pathlib.Path, corpus_path: pathlib.Path) -> None:
 
     # A piece per word keeps the tiny model's sequences short; letters cover unknown words.
     words = set(re.findall("[a-z]+", corpus_path.read_text().lower()))
-    model = io.BytesIO()  # SentencePiece would write the name of a file into the model
+    model = io.BytesIO()  # given a file, SentencePiece would write its name into the model
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(string.ascii_lowercase + string.digits + ".,:;?!'-()"),
         model_writer=model,

@@ -1,7 +1,7 @@
 """Datasets of the quickstart's sample: functions that draw rows, and prompts that render them.
 
 A row has values for the fields of templates, all options, and the correct one. A prompt is a
-template (in `prompts.json`), with labels if it expects other words than the options.
+template (in `prompts.json`), with labels if its answers are other words than the options.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Dataset:
       task_type: kind of task; training datasets and held-out ones have none in common.
       draw: function that draws a row.
       prompts: {prompt name: format string over the fields and options of a row}.
-      labels: {prompt name: {option: label}} of prompts that expect other words than the options.
+      labels: {prompt name: {option: label}} of prompts whose answers are not the options.
       held_out: whether it is for zero-shot evaluation only.
     """
 

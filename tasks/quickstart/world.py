@@ -56,7 +56,7 @@ def with_article(word: str) -> str:
 
 
 def pronoun(name: str) -> str:
-    """Returns he or she."""
+    """Returns 'he' or 'she'."""
     return "she" if name in FEMALE_NAMES else "he"
 
 
@@ -102,9 +102,10 @@ class TextRng:
         place_prob: float = 0.6,
         time_prob: float = 0.3,
     ) -> str:
-        """Returns a sentence in the past tense, with a place and a time with these probabilities.
+        """Returns a sentence in the past tense.
 
-        Without `subject` it is about a random person or one of the topic's jobs.
+        It names a place and a time with the given probabilities. Without `subject` its subject is a
+        random person or one of the topic's jobs.
         """
         subject = subject or self._subject(topic)
         thing, other = self.sample(topic.things, 2)

@@ -2,8 +2,9 @@
 
     python tests/faults/damaged_files.py [--cases 2000] [--output damaged_files.md]
 
-Each reader runs in a process of its own, with a limit of memory and of seconds for a file. The
-damage is random bytes with a fixed seed, and values of JSON that are replaced one by one.
+Each reader runs in a process of its own, with limits of memory and of seconds for a file. The
+damage is drawn with a fixed seed: changed bytes, and replaced values of JSON and msgpack or lines
+of YAML.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from typing import Any, NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-SECONDS = 20  # for one file: with busy cores, reading takes a thousandth of that
-MEMORY = 6 << 30  # beyond what is mapped at the start
+SECONDS = 20  # for one file, of which reading takes about a thousandth
+MEMORY = 6 << 30  # bytes of a process's data (RLIMIT_DATA), mapped files excluded
 OUTCOMES = ("clear", "accepted", "traceback", "hang")
 
 
@@ -38,7 +39,7 @@ class Reader(NamedTuple):
     Attributes:
       read: reads all of the files.
       files: the files to damage.
-      checksum: what notices changed values; None: the format has no checksum.
+      checksum: the checksum that notices changed values; None: the format has none.
     """
 
     read: Callable[[], object]
@@ -89,7 +90,7 @@ _VALUES: tuple[Any, ...] = (
 
 
 def damage_json(value: Any) -> Iterator[Any]:
-    """Yields copies of a JSON value in which one value or key is another."""
+    """Yields other JSON values, then copies of `value` with one value or key replaced."""
     yield from _VALUES
 
     def places(node: Any, path: tuple) -> Iterator[tuple]:
@@ -118,7 +119,7 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def structural_cases(path: pathlib.Path, content: bytes) -> Iterator[bytes]:
-    """Yields a file with each kind of damage that its format has a place for."""
+    """Yields the file with each kind of damage that fits its format."""
     yield from (b"", b"\0", b"\n", b"[]", b"\xef\xbb\xbf" + content, content * 2, content[:-1])
     yield from (b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe", b"null", b"&a [*a]")
     yield b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -403,9 +404,9 @@ def _raise_too_long(*_: object) -> None:
 
 
 def run_reader(name: str, num_cases: int, seed: int = 0) -> dict[str, Any]:
-    """Reads damaged files in this process; returns outcome -> count, tracebacks, and `checksum`.
+    """Reads damaged files in this process; returns outcome -> count, cases, checksum and errors.
 
-    Structural cases come first; if there are more than half of `num_cases`, they are drawn.
+    At most half of `num_cases`, drawn at random, are `structural_cases`, the others random bytes.
     """
     from pemoe_jax.core.errors import InputError
 
@@ -474,7 +475,7 @@ def run_all(num_cases: int, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """Returns the table of `docs/reliability.md`."""
+    """Returns the results as a Markdown table, from which that of `docs/reliability.md` is made."""
     lines = [
         "| reader | cases | one line | read | traceback | too long | notices changed values |",
         "|:--|--:|--:|--:|--:|--:|:--|",

@@ -12,7 +12,7 @@ def test_damaged_files_are_refused_in_one_line_or_read(name):
 
 
 def test_a_traceback_is_counted_and_placed(monkeypatch, tmp_path):
-    """The sample can fail: a reader that trusts its file."""
+    """The check can fail: a reader that trusts its file is reported."""
 
     def trusting(folder):
         path = folder / "x.json"

@@ -1,9 +1,9 @@
-"""Claims of papers against results: differences between experiments, with intervals and verdicts.
+"""Compares claims of papers with results: differences of experiments, intervals and verdicts.
 
-A claim compares two experiments of a sweep, or two differences of experiments. Its difference is
-in percentage points of accuracy: the mean over the examples of a prompt, over the prompts of a
-dataset, over the datasets. Two intervals of 95 % cover two causes of chance, each with the other
-one fixed:
+A claim compares two experiments of a sweep, or two differences of experiments. The measured
+difference is in percentage points of accuracy, averaged over the examples of a prompt, then over
+the prompts of a dataset, then over the datasets. Two intervals of 95 % cover two sources of
+randomness, each with the other one fixed:
 
 - seeds: the paired t-interval over the differences of single seeds. It covers other initial
   adapters and another order of the data, on these prompts.
@@ -49,14 +49,14 @@ class Claim:
 
     Attributes:
       id: a short name.
-      claim: the paper's statement, in other words.
-      paper: its figure, or that it is unknown.
-      source: the file of this repository that has the figure, with where it is quoted from.
-      plus, minus: experiments; the difference is the sum of the accuracies of `plus` minus that of
-        `minus`.
+      claim: the paper's statement, paraphrased.
+      paper: the paper's figure, or 'figure unknown'.
+      source: the file of this repository that has the figure and names where it is quoted from.
+      plus, minus: names of experiments, equally many; the difference is the sum of the accuracies
+        of `plus` minus that of `minus`.
       expect: one of `EXPECTATIONS`.
-      margin: points by which 'not worse' may be worse.
-      datasets: shell-style patterns of the datasets that count.
+      margin: percentage points by which `plus` may be worse if `expect` is 'not worse'.
+      datasets: shell-style patterns of the datasets that the difference is averaged over.
     """
 
     id: str
@@ -75,7 +75,7 @@ class Claim:
 
 
 class Result(TypedDict):
-    """What is measured of a claim, in percentage points; intervals are None if unknown."""
+    """The measurement of a claim, in percentage points; intervals are None if unknown."""
 
     seeds: list[int]
     differences: list[float]  # one for each seed
@@ -200,9 +200,9 @@ def _t_interval(values: Sequence[float]) -> list[float] | None:
 def _contrasts(
     claim: Claim, runs: Sequence[JsonObject], signs: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Returns dataset -> signed sum of the answers' correctness [prompts, examples].
+    """Returns dataset -> sum over runs of sign times correctness (0 or 1), [prompts, examples].
 
-    NaN for an example that a prompt does not have.
+    The value is NaN for an example that a prompt does not have.
     """
     tasks = {
         name: task["dataset"]
@@ -244,7 +244,7 @@ def _draw(dataset: str, values: np.ndarray, draws: int) -> np.ndarray:
     """Returns the mean over prompts and examples of `draws` resamplings of both, [draws].
 
     Args:
-      dataset: seeds the draws, so that equal datasets of several claims have equal draws.
+      dataset: name that seeds the draws, so that all claims draw a dataset in the same way.
       values: [prompts, examples], NaN for missing ones.
       draws: number of resamplings.
     """
@@ -253,7 +253,7 @@ def _draw(dataset: str, values: np.ndarray, draws: int) -> np.ndarray:
     prompts = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), draws)
     examples = rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), draws)
     is_known = np.isfinite(values)
-    # A prompt's accuracy is over its own examples; one without a drawn example counts as 0.
+    # A prompt's accuracy is over its own examples; a prompt without a drawn example counts as 0.
     counts = np.maximum(examples @ is_known.T, 1)
     means = examples @ np.where(is_known, values, 0.0).T / counts  # [draws, prompts]
     return (prompts * means).sum(axis=1) / num_prompts

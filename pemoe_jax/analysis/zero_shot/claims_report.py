@@ -1,8 +1,8 @@
-"""The results of claims as claims.json, claims.md and claims.png.
+"""Reports of measured claims: the contents of claims.json, claims.md and claims.png.
 
-claims.json holds {"rule", "experiments", "choices", "claims"}: `claims.VERDICT_RULE`; what each
-experiment of the sweep scored and costs; the settings that were chosen on training tasks; and each
-claim with its `claims.Result`. Accuracies are in %, differences in percentage points.
+claims.json holds {"rule", "experiments", "choices", "claims"}: `claims.VERDICT_RULE`; the accuracy
+and the costs of each experiment of the sweep; the settings that were chosen on training tasks; and
+each claim with its `claims.Result`. Accuracies are in %, differences in percentage points.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pemoe_jax.analysis.tables import MISSING, Table, format_scaled
 from pemoe_jax.analysis.zero_shot import claims as claims_lib
 from pemoe_jax.analysis.zero_shot.results import JsonObject
 
-# What an experiment keeps of its first run, see `evaluate.describe_run`.
+# Keys that an experiment's entry copies from its first run, see `evaluate.describe_run`.
 _RUN_KEYS = ("variant", "trainable", "total", "used", "step")
 _VERDICTS = (
     claims_lib.REPRODUCED,
@@ -95,7 +95,10 @@ def _experiment(name: str, by_seed: Mapping[int, JsonObject]) -> JsonObject:
 
 
 def _costs(runs: Sequence[JsonObject]) -> JsonObject:
-    """Returns what is known of step times (means over seeds), evaluations, and peak memory."""
+    """Returns the device and the known means over seeds of the costs.
+
+    `step_seconds` and `evaluation_seconds` are in seconds, `peak_memory` in bytes.
+    """
     steps = [run["step_times"][0] for run in runs if run.get("step_times")]
     costs = {
         "step_seconds": [entry["seconds"] for entry in steps],
@@ -108,7 +111,7 @@ def _costs(runs: Sequence[JsonObject]) -> JsonObject:
 
 
 def _rounded(value: Any) -> Any:
-    """Rounds all numbers to four decimals, so that equal runs write equal files."""
+    """Rounds all floats to four decimals, so that equal runs write equal files."""
     if isinstance(value, dict):
         return {key: _rounded(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
