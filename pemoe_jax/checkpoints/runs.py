@@ -373,14 +373,6 @@ def _is_finished(checkpoint: AnyPath) -> bool:
     return about.exists() and bool(file_io.read_json(about).get("commit_timestamp_nsecs"))
 
 
-def _delete_older_in_bucket(folder: epath.Path, step: int, keep: int | None) -> None:
-    steps = [each for each in _checkpoint_steps(folder) if each <= step]
-    kept = set(steps if keep is None else steps[-keep:])
-    for old_step in t5x.checkpoint_steps(folder):
-        if old_step <= step and old_step not in kept:
-            _delete_in_bucket(folder / f"checkpoint_{old_step}")
-
-
 def _delete_in_bucket(checkpoint: epath.Path) -> None:
     for name in (_FINISHED, _ABOUT):  # half of a checkpoint must not look like a checkpoint
         (checkpoint / name).unlink(missing_ok=True)

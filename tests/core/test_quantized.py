@@ -31,6 +31,7 @@ from pemoe_jax.checkpoints import models, runs
 from pemoe_jax.core import network, optim, params, partitioning, quantized, stacks, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.sparse import Sparse
+from pemoe_jax.runtime import checksums
 from pemoe_jax.tools import convert
 
 KINDS = ("int8", "float8_e4m3fn")
@@ -242,13 +243,19 @@ def base_path(tmp_path_factory) -> str:
     return str(path)
 
 
+def is_same_base(first, second):
+    """Whether fingerprints are equal, and checksums unless they are of other values or unknown."""
+    is_other = checksums.is_other(first.get("checksum"), second.get("checksum"))
+    return {**first, "checksum": None} == {**second, "checksum": None} and not is_other
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_base_is_quantized_from_stored_values(base_path, kind, dtype):
     transformer = network.Transformer(dataclasses.replace(CONFIG, dtype=dtype))
     plain, identity = models.load_base(transformer, base_path, 0)
     loaded, loaded_identity = models.load_base(transformer, base_path, 0, frozen_dtype=kind)
-    assert loaded_identity == identity  # its fingerprint too: it is the same base
+    assert is_same_base(loaded_identity, identity)
     expected = quantize_tree(random_params("full"), kind)
     for path, leaf in params.flatten(loaded).items():
         matrix = params.flatten(expected)[path]
@@ -313,7 +320,7 @@ def test_sharding_is_that_of_the_matrix(base_path, from_file, fsdp):
         transformer, path, 0, shardings=shardings, frozen_dtype="int8"
     )
     whole, expected = models.load_base(transformer, path, 0, frozen_dtype="int8")
-    assert identity == expected
+    assert is_same_base(identity, expected)
     jax.tree.map(np.testing.assert_array_equal, sharded, whole)
     wi = params.flatten(sharded)["encoder/layers_0/mlp/wi_0/kernel"]  # [D, F]
     assert wi.values.sharding == shardings["encoder/layers_0/mlp/wi_0/kernel"]

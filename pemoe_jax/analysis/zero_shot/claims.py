@@ -215,14 +215,14 @@ def _contrasts(
     for run, sign in zip(runs, signs, strict=True):
         for name, dataset in tasks.items():
             answers = _load_answers(run, name, claim)
-            of_task = sums.setdefault(dataset, {}).setdefault(name, dict.fromkeys(answers, 0.0))
-            if answers.keys() != of_task.keys():
+            task_sums = sums.setdefault(dataset, {}).setdefault(name, dict.fromkeys(answers, 0.0))
+            if answers.keys() != task_sums.keys():
                 raise InputError(
                     f"claim {claim.id}: expected the same examples of {name} in all runs, got"
                     f" others in {run['name']}"
                 )
             for index, correct in answers.items():
-                of_task[index] += sign * correct
+                task_sums[index] += sign * correct
     return {dataset: _matrix(list(by_task.values())) for dataset, by_task in sums.items()}
 
 
