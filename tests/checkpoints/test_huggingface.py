@@ -164,7 +164,7 @@ def export(path, arrays, **options) -> dict[str, np.ndarray]:
         assert not shard.keys() & written.keys()
         written |= shard
         with safetensors.safe_open(file, "np") as opened:
-            assert opened.metadata() == {"format": "pt"}
+            assert opened.metadata()["format"] == "pt"
     return written
 
 
