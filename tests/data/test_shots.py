@@ -29,8 +29,7 @@ LEAKED = TRAIN[4]
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    """`many` evaluates two rows and one of its train split; others have too few examples."""
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shots")
     rows = {
         "many": {"train": TRAIN * 2, "validation": [("is it good", "no", YES_NO), LEAKED]},
@@ -41,7 +40,14 @@ def tasks(tmp_path_factory):
     for task, splits in rows.items():
         for split, members in splits.items():
             write(folder, task, split, members)
-    jsonl.register(folder, make_vocab(folder), eval_tasks=["many", "few", "none"])
+    make_vocab(folder)
+    return folder
+
+
+@pytest.fixture
+def tasks(folder):
+    """`many` evaluates two rows and one of its train split; others have too few examples."""
+    jsonl.register(folder, folder / "spiece.model", eval_tasks=["many", "few", "none"])
 
 
 def load(name: str, count: int, seed: int = 0, limit: int = 64) -> shots.TaskShots:
