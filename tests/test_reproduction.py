@@ -4,7 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from pemoe_jax.analysis.zero_shot import claims
+from pemoe_jax.analysis.zero_shot import claims, claims_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +74,8 @@ def test_page_is_that_of_the_committed_results():
     file = ROOT / "docs" / "reproduction.json"
     for results in [json.loads(file.read_text())] if file.exists() else []:
         assert (ROOT / "docs" / "reproduction.md").read_text() == program.render(results)
+        summary = claims_report.summary(program.merge(results))
+        assert f"{summary}." in (ROOT / "README.md").read_text()
         for name, report in results["sweeps"].items():
             loaded = claims.load_claims(ROOT / "gin" / "sweeps" / f"{name}.json")
             for claim, entry in zip(loaded, report["claims"], strict=True):
