@@ -191,7 +191,8 @@ def _draw_routing(
         name.removesuffix("_score_eval"): members[: measure.DEFAULT_EXAMPLES]
         for name, members in groups.items()
     }
-    totals = measure.measure_routing(opened.model, params, examples, batch_size, setup.mesh)
+    by_example = measure.measure_examples(opened.model, params, examples, batch_size, setup.mesh)
+    totals = measure.sum_by_task(by_example, list(examples), measure.example_tasks(examples))
     means = measure.mean_probs(totals, list(examples))
     trained_datasets = measure.trained_datasets(opened, setup.task_roles) or set()
     plots.routing_map(

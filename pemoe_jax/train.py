@@ -35,8 +35,6 @@ FLAGS = gin_flags.make_parser(
 """,
     macros=(*gin_flags.MODEL_AND_METHOD_FILES, "runs/finetune.gin"),
 )
-
-
 FLAGS.add_argument(
     "--allow_changes",
     action="store_true",
@@ -194,9 +192,11 @@ def train(
             return None
         return progress.best_step(folder / "metrics.jsonl", metric, steps)
 
-    checkpoints = runs.RunCheckpoints(
-        str(model_dir), checkpointing.keep, lambda steps: (find_best(steps) or [None])[0]
-    )
+    def find_best_step(steps: Collection[int]) -> int | None:
+        best = find_best(steps)
+        return None if best is None else best[0]
+
+    checkpoints = runs.RunCheckpoints(str(model_dir), checkpointing.keep, find_best_step)
     draw_loss = functools.partial(
         plots.loss_curve,
         folder / "metrics.jsonl",

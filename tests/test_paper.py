@@ -14,7 +14,7 @@ from pemoe_jax.analysis.zero_shot import claims
 from pemoe_jax.core import adapters, network, params
 from pemoe_jax.data import seqio_tasks
 from pemoe_jax.runtime import gin_flags, options
-from pemoe_jax.tools import sweep
+from pemoe_jax.tools import sweep, sweep_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAPER = pathlib.Path(gin_flags.GIN_DIR) / "paper"
@@ -250,9 +250,11 @@ def test_figures_have_a_source():
 )
 def test_sweeps(name, runs, tmp_path):
     more = [] if name.startswith(("quickstart", "claims")) else ["--gin.INITIAL_CHECKPOINT_PATH=x"]
-    arguments = sweep.expand_argument_files([f"@sweeps/{name}.txt", f"--output={tmp_path}", *more])
+    arguments = sweep_plan.expand_argument_files(
+        [f"@sweeps/{name}.txt", f"--output={tmp_path}", *more]
+    )
     rest, bindings = gin_flags.split_bindings(arguments)
-    planned = sweep.plan_runs(sweep.FLAGS.parse_args(rest), bindings)
+    planned = sweep_plan.plan_runs(sweep.FLAGS.parse_args(rest), bindings)
     assert len(planned) == runs
     assert f"@sweeps/{name}.txt" in (PAPER.parent / "sweeps" / f"{name}.txt").read_text()
     experiments = {run.folder.name.rpartition("-seed")[0] for run in planned}

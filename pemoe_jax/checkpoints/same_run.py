@@ -27,14 +27,15 @@ def check_same_run(
     Returns:
       The accepted differences.
     """
-    of_state, of_data = [*_differences(saved, current)], [*_data_differences(saved, current)]
-    if of_state or (of_data and not allow_changes):
-        advice = "change them back" + ("" if of_state else ", pass --allow_changes")
+    state_changes = [*_differences(saved, current)]
+    data_changes = [*_data_differences(saved, current)]
+    if state_changes or (data_changes and not allow_changes):
+        advice = "change them back" + ("" if state_changes else ", pass --allow_changes")
         raise InputError(
             f"{folder}: expected the settings of its checkpoint to resume, got"
-            f" {'; '.join(of_state + of_data)}: {advice}, or choose another MODEL_DIR"
+            f" {'; '.join(state_changes + data_changes)}: {advice}, or choose another MODEL_DIR"
         )
-    return of_data
+    return data_changes
 
 
 def _draws_frozen_parameters(record: Record) -> bool:

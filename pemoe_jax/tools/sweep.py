@@ -1,8 +1,6 @@
 """`pemoe sweep`: trains and evaluates experiments with several seeds and reports them."""
 
 import argparse
-import dataclasses
-import re
 import shlex
 import shutil
 import signal
@@ -12,11 +10,12 @@ import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import atomic_write, file_io, folder_lock, gin_flags, progress
-from pemoe_jax.tools import report, subprocesses, sweep_choices
+from pemoe_jax.tools import report, subprocesses, sweep_choices, sweep_plan
+from pemoe_jax.tools.sweep_plan import Command, Run
 
 if TYPE_CHECKING:
     from pemoe_jax.analysis.zero_shot import claims as claims_lib
@@ -95,52 +94,8 @@ FLAGS.add_argument(
 FLAGS.add_argument("--with_paper", action="store_true", help="add published rows to the report")
 FLAGS.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
 
-Command = Literal["train", "evaluate"]
 _MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_jax.evaluate"}
-# Macros that the sweep sets for each run; a user's value would be overridden silently.
-_SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
-_PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
-_FROM, _SEEDS = "--gin.FROM=", "--gin.SEEDS="
-_CHOICES = "choices"  # folder of the trials, which compare the values of best()
 _TICK = 0.1  # seconds between two looks at the running commands
-# INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
-_RESOLVE_BASE_CONFIG = """\
-from __gin__ import dynamic_registration
-from pemoe_jax.tools import sweep
-sweep.resolve_base.path = %INITIAL_CHECKPOINT_PATH
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A training and its evaluation, or the evaluation of a base model.
-
-    Attributes:
-      folder: output folder.
-      train_flags: flags of `pemoe_jax.train`; empty for a base model.
-      evaluate_flags: flags of `pemoe_jax.evaluate`.
-      train_settings: gin settings that the trained parameters depend on.
-      evaluate_settings: gin settings that the scores depend on.
-      initial: folder of the run that it starts FROM; None: it starts from a base model.
-      direct: folder of the run of the same experiment without FROM; None: the sweep has none.
-    """
-
-    folder: Path
-    train_flags: list[str]
-    evaluate_flags: list[str]
-    train_settings: dict[str, str]
-    evaluate_settings: dict[str, str]
-    initial: Path | None = None
-    direct: Path | None = None
-
-    @property
-    def results(self) -> Path:
-        return self.folder / "results"
-
-    def commands(self) -> list[tuple[Command, list[str]]]:
-        """Returns (command, flags) in the order in which they run."""
-        train: list[tuple[Command, list[str]]] = [("train", self.train_flags)]
-        return [*(train if self.train_flags else []), ("evaluate", self.evaluate_flags)]
 
 
 class State(TypedDict):
@@ -155,11 +110,6 @@ class State(TypedDict):
     evaluate: float | None
 
 
-def resolve_base(path: str | None) -> str | None:
-    """Returns its argument, which gin resolves from a macro or a call."""
-    return path
-
-
 def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     """Runs the sweep that the flags describe.
 
@@ -167,11 +117,11 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
       InputError: a flag or an experiment is wrong, before anything runs; or runs failed, after the
         others were reported.
     """
-    trials = plan_trials(args, bindings)
+    trials = sweep_plan.plan_trials(args, bindings)
     trial_runs = [run for by_value in trials.values() for run in by_value.values()]
     claims = _load_claims(args.claims) if args.claims else []
     # Checks the configurations; those with best() take its first value until one is chosen.
-    runs = plan_runs(args, bindings)
+    runs = sweep_plan.plan_runs(args, bindings)
     if args.dry_run:
         for run in [*trial_runs, *runs]:
             for name, flags in run.commands():
@@ -186,9 +136,9 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         lock = folder_lock.hold(Path(args.output), "--output")
         if trials:
             failed = _run_all(trial_runs, lock, args.stop_at_failure, args.jobs)
-            _report(trial_runs, Path(args.output) / _CHOICES)
+            _report(trial_runs, Path(args.output) / sweep_plan.CHOICES)
             if not (failed and args.stop_at_failure):
-                runs = plan_runs(args, bindings, _choose(trials, Path(args.output)))
+                runs = sweep_plan.plan_runs(args, bindings, _choose(trials, Path(args.output)))
                 for run in runs:
                     _read_state(run)
         if not (failed and args.stop_at_failure):
@@ -220,247 +170,6 @@ def _report(runs: Sequence[Run], output: Path, with_paper: bool = False) -> None
 
 def _finished(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if _read_state(run)["evaluate"]]
-
-
-# --- planning ---
-
-
-def plan_trials(
-    args: argparse.Namespace, bindings: Sequence[str]
-) -> dict[tuple[str, sweep_choices.Choice], dict[str, Run]]:
-    """Returns the trials of best(): {(experiment's name, its choice): {value: run}}.
-
-    Raises:
-      InputError: a flag or an experiment is wrong.
-    """
-    trials = {}
-    for experiment in args.experiments:
-        files, settings = _split_experiment(experiment)
-        settings, choice = sweep_choices.split_choice(settings, experiment)
-        settings, _ = _split_seeds(settings, args.seeds)
-        if choice is None or choice.source:
-            continue
-        words = [flag.removeprefix("--gin_file=").removeprefix("--gin.") for flag in files]
-        words += [flag.removeprefix("--gin.") for flag in settings]
-        trial_args = argparse.Namespace(**vars(args))
-        trial_args.experiments = [
-            "+".join([*words, f"{choice.setting}={v}"]) for v in choice.values
-        ]
-        trial_args.output = str(Path(args.output) / _CHOICES)
-        trial_args.seeds = args.seeds.partition(",")[0]
-        trial_args.evaluate = f"{args.evaluate}+MIXTURE_OR_TASK_NAME={args.choose_on}"
-        trial_args.no_base = True
-        runs = plan_runs(trial_args, bindings)
-        name = _experiment_name(files, settings)
-        trials[name, choice] = dict(zip(choice.values, runs, strict=True))
-    return trials
-
-
-def plan_runs(
-    args: argparse.Namespace, bindings: Sequence[str], chosen: Mapping[str, str] | None = None
-) -> list[Run]:
-    """Returns the runs that the flags describe; parses every configuration.
-
-    Args:
-      args, bindings: the parsed flags.
-      chosen: experiment -> value of its best(); None: each takes its first one.
-
-    Raises:
-      InputError: a flag or an experiment is wrong.
-    """
-    from pemoe_jax.checkpoints import run_settings
-
-    file_io.resolve_output_folder(file_io.resolve_local(args.output, "--output"), "--output")
-    file_io.check_no_pattern(Path(args.output).absolute(), "--output")
-    _parse_seeds(args.seeds)
-    if args.jobs < 1:
-        raise InputError(f"--jobs must be at least 1, got {args.jobs}")
-    _check_not_swept([f"--gin.{binding}" for binding in [*bindings, *args.gin_bindings]])
-    shared = [
-        f"--{name}={getattr(args, name)}"
-        for name in ("gin_search_paths", "seqio_additional_cache_dirs")
-        if getattr(args, name)
-    ]
-    train_bindings = [*map(_binding_flag, bindings)]
-    train_bindings += [f"--gin_bindings={line}" for line in args.gin_bindings]
-    # Macros of training, such as TRAIN_STEPS, are unknown to the run files of evaluation.
-    tasks_gin = (gin_flags.GIN_DIR / "runs" / "tasks.gin").read_text()
-    data_macros = set(re.findall(r"^([A-Z][A-Z0-9_]*) = ", tasks_gin, re.MULTILINE))
-    data_bindings = [_binding_flag(b) for b in bindings if _binding_name(b) in data_macros]
-    files, settings = _split_experiment(args.evaluate)
-    _check_not_swept(settings, "--evaluate")
-    evaluate_flags = [*files, *shared, *data_bindings, *settings]
-
-    runs: list[Run] = []
-    bases: dict[str, None] = {}  # an ordered set
-    values: dict[str, str] = {}  # experiment -> value of its best()
-    for experiment in args.experiments:
-        files, settings = _split_experiment(experiment)
-        _check_not_swept(settings, experiment)
-        settings, choice = sweep_choices.split_choice(settings, experiment)
-        settings, seeds = _split_seeds(settings, args.seeds)
-        name = _experiment_name(files, settings)
-        starts = [flag.removeprefix(_FROM) for flag in settings if flag.startswith(_FROM)]
-        settings = [flag for flag in settings if not flag.startswith(_FROM)]
-        if len(starts) > 1:
-            raise InputError(f"{experiment}: expected a single FROM, got {len(starts)}")
-        if starts and any(flag.startswith("--gin.INITIAL_CHECKPOINT_PATH=") for flag in settings):
-            raise InputError(f"{experiment}: INITIAL_CHECKPOINT_PATH: FROM sets it")
-        direct_name = _experiment_name(files, settings)
-        if choice is not None:
-            if choice.values:
-                values[name] = (chosen or {}).get(name, choice.values[0])
-            if (choice.source or name) not in values:
-                raise InputError(
-                    f"{experiment}: best_of must be an experiment with best() before this one"
-                    f" ({', '.join(values) or 'none'}), got {choice.source!r}"
-                )
-            settings.append(f"--gin.{choice.setting}={values[choice.source or name]}")
-        files += [f"--gin_file={file}" for file in args.gin_file]
-        own_data = [f for f in settings if _binding_name(f.removeprefix("--gin.")) in data_macros]
-        experiment_flags = [*files, *shared, *train_bindings, *settings]
-        for seed in seeds:
-            folder = _folder(args.output, name, seed)
-            # Two experiments may differ only in characters that a folder's name cannot have.
-            if folder in [run.folder for run in runs]:
-                raise InputError(f"{experiment}: another experiment has the name {name}")
-            flags = [*experiment_flags, f"--gin.SEED={seed}", f"--gin.MODEL_DIR={folder}"]
-            by_folder = {run.folder: run for run in runs}
-            initial = direct = None
-            for start in starts:
-                initial = _folder(args.output, start, seed)
-                if initial not in by_folder:
-                    names = dict.fromkeys(path.name.rpartition("-seed")[0] for path in by_folder)
-                    raise InputError(
-                        f"{experiment}: FROM must be an experiment before this one"
-                        f" ({', '.join(names) or 'none'}), got {start!r}"
-                    )
-                flags.append(f"--gin.INITIAL_CHECKPOINT_PATH={initial}")
-                direct = _folder(args.output, direct_name, seed)
-            train_settings = _parse_settings("train", flags, experiment)
-            if initial is not None:
-                # A moved output folder changes no setting; those of the initial run count.
-                fingerprint = run_settings.fingerprint(by_folder[initial].train_settings)
-                text = f"the run of {starts[0]} with settings {fingerprint}"
-                train_settings["INITIAL_CHECKPOINT_PATH"] = text
-            elif (base := _parsed_base(experiment)) is not None:
-                bases[base] = None
-            scoring_flags = [*evaluate_flags, *own_data, f"--gin.CHECKPOINT_PATH={folder}"]
-            run = _make_run(folder, flags, train_settings, scoring_flags)
-            direct = direct if direct in by_folder else None
-            runs.append(dataclasses.replace(run, initial=initial, direct=direct))
-    base_runs: list[Run] = []
-    for number, base in enumerate([] if args.no_base else bases, 1):
-        folder = Path(args.output) / ("base" if number == 1 else f"base_{number}")
-        flags = [*evaluate_flags, f"--gin.CHECKPOINT_PATH={base}"]
-        base_runs.append(_make_run(folder, [], {"base": base}, flags))
-    # Bases first: a mistake in --evaluate shows before hours of training.
-    return base_runs + runs
-
-
-def _check_not_swept(settings: Sequence[str], where: str = "") -> None:
-    """Raises InputError if a setting --gin.NAME=value is one that the sweep sets."""
-    for setting in settings:
-        name = _binding_name(setting.removeprefix("--gin."))
-        if name in _SWEEP_MACROS:
-            hint = " from --seeds" if name == "SEED" else ""
-            prefix = f"{where}: " if where else ""
-            raise InputError(f"{prefix}--gin.{name}: the sweep sets it{hint}")
-
-
-def _make_run(
-    folder: Path,
-    train_flags: list[str],
-    train_settings: dict[str, str],
-    evaluate_flags: Sequence[str],
-) -> Run:
-    flags = [*evaluate_flags, f"--gin.EVAL_OUTPUT_DIR={folder / 'results'}"]
-    settings = _parse_settings("evaluate", flags, "--evaluate")
-    # A moved output folder leaves the scores valid.
-    settings = {name: value for name, value in settings.items() if name not in _PATH_MACROS}
-    return Run(folder, train_flags, flags, train_settings, settings)
-
-
-def _split_seeds(settings: Sequence[str], default: str) -> tuple[list[str], list[int]]:
-    """Returns the settings --gin.NAME=value without SEEDS, and the seeds."""
-    texts = [flag.removeprefix(_SEEDS) for flag in settings if flag.startswith(_SEEDS)]
-    seeds = _parse_seeds(texts[-1] if texts else default)
-    return [flag for flag in settings if not flag.startswith(_SEEDS)], seeds
-
-
-def _parse_seeds(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise InputError(f"--seeds must be integers joined by commas, got {text!r}")
-    return list(dict.fromkeys(map(int, text.split(","))))
-
-
-def _split_experiment(text: str) -> tuple[list[str], list[str]]:
-    """'a.gin+B=1' -> (['--gin_file=a.gin'], ['--gin.B=1'])."""
-    parts = re.split(r"\+(?=[A-Za-z_./~])", text)  # not the + of 1e+3
-    files = [f"--gin_file={part}" for part in parts if "=" not in part]
-    if not all(file.endswith(".gin") for file in files):
-        raise InputError(f"{text}: expected gin files and NAME=value joined by +")
-    return files, [f"--gin.{part}" for part in parts if "=" in part]
-
-
-def _experiment_name(files: Sequence[str], settings: Sequence[str]) -> str:
-    """Returns 'mov_B=1_FROM=mov' for methods/mov.gin, B=1 and FROM=mov, for a folder."""
-    words = [Path(flag.removeprefix("--gin_file=")).stem for flag in files]
-    words += [flag.removeprefix("--gin.") for flag in settings]
-    return re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.")
-
-
-def _folder(output: str, experiment: str, seed: int) -> Path:
-    return Path(output) / f"{experiment}-seed{seed}"
-
-
-def _binding_name(binding: str) -> str:
-    return binding.partition("=")[0].strip()
-
-
-def _binding_flag(binding: str) -> str:
-    """Returns the flag of a binding, its value unquoted if that parses to the same binding."""
-    name, value = (part.strip() for part in binding.split("=", 1))
-    # The commands that --dry_run prints are easier to read without quotes inside quotes.
-    plain = f"--gin.{name}={value[1:-1]}"
-    return plain if gin_flags.split_bindings([plain])[1] == [binding] else f"--gin.{name}={value}"
-
-
-def _parse_settings(command: str, flags: Sequence[str], where: str) -> dict[str, str]:
-    """Parses a command's flags and returns the settings that its result depends on."""
-    import gin
-
-    from pemoe_jax import evaluate, train
-    from pemoe_jax.checkpoints import run_settings
-
-    parser = {"train": train.FLAGS, "evaluate": evaluate.FLAGS}[command]
-    rest, bindings = gin_flags.split_bindings(flags)
-    try:
-        gin_flags.load_config(parser.parse_args(rest), bindings)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    # The parsed configuration, not the flags: two ways to write one setting must compare equal.
-    config = gin.config_str()
-    settings = run_settings.parse_settings(config)
-    if f"{command}.{command}.data = " not in config:
-        raise InputError(f"{where}: expected a run file of {command}, such as runs/…, got none")
-    if command == "train" and "None" in (settings["MODEL"], settings["TRAINABLE"]):
-        raise InputError(
-            f"{where}: expected files of a model and of a method, got only one of them"
-        )
-    return settings
-
-
-def _parsed_base(where: str) -> str | None:
-    """Returns the base model of the configuration that was parsed last."""
-    import gin
-
-    try:
-        with gin.unlock_config():
-            gin.parse_config(_RESOLVE_BASE_CONFIG)
-        return gin_flags.call_configured(resolve_base)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 # --- running ---
@@ -672,7 +381,7 @@ def _report_gains(runs: Sequence[Run], output: Path) -> None:
 def _load_claims(file: str) -> "list[claims_lib.Claim]":
     from pemoe_jax.analysis.zero_shot import claims
 
-    return claims.load_claims(_find_file(file) or Path(file))
+    return claims.load_claims(sweep_plan.find_file(file) or Path(file))
 
 
 def _report_claims(claims: "Sequence[claims_lib.Claim]", runs: Sequence[Run], output: Path) -> None:
@@ -706,39 +415,10 @@ def _score(run: Run) -> str:
     return f"average {100 * results['runs'][0]['average']['median']:.1f}"
 
 
-def _find_file(name: str) -> Path | None:
-    """Returns a file of the working folder or of the package's gin folder."""
-    candidates = [Path(name), gin_flags.GIN_DIR / name]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def expand_argument_files(argv: Sequence[str]) -> list[str]:
-    """Returns the arguments with each @FILE replaced by the arguments in that file.
-
-    Raises:
-      InputError: the file exists neither in the working folder nor in the package's gin folder, or
-        does not hold arguments.
-    """
-    # argparse's fromfile_prefix_chars knows neither comments, quotes nor the package's folder.
-    expanded: list[str] = []
-    for argument in argv:
-        if not argument.startswith("@"):
-            expanded.append(argument)
-            continue
-        file = _find_file(argument[1:])
-        if file is None:
-            raise InputError(f"{argument}: expected a file of arguments, got no such file")
-        try:
-            expanded += shlex.split(file.read_text(encoding="utf-8-sig"), comments=True)
-        except ValueError as error:  # not UTF-8, or a quote that is not closed
-            raise InputError(f"{argument}: expected arguments, got {first_line(error)}") from None
-    return expanded
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     try:
-        arguments = expand_argument_files(sys.argv[1:] if argv is None else argv)
+        arguments = sweep_plan.expand_argument_files(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ from jsonl_folder import write_folder, write_vocabulary
 from pemoe_jax import evaluate, train
 from pemoe_jax.checkpoints import runs as checkpoints
 from pemoe_jax.runtime import folder_lock, gin_flags
-from pemoe_jax.tools import subprocesses, sweep
+from pemoe_jax.tools import subprocesses, sweep, sweep_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=runs/finetune.gin"]
@@ -26,9 +26,9 @@ FLAGS = [*TINY, "--evaluate=runs/evaluate.gin", "--gin.JSONL_DIR=tasks", "--gin.
 FLAGS += ["--gin.INITIAL_CHECKPOINT_PATH=base.safetensors"]
 
 
-def plan(*flags: str) -> list[sweep.Run]:
-    rest, bindings = gin_flags.split_bindings(sweep.expand_argument_files(flags))
-    return sweep.plan_runs(sweep.FLAGS.parse_args(rest), bindings)
+def plan(*flags: str) -> list[sweep_plan.Run]:
+    rest, bindings = gin_flags.split_bindings(sweep_plan.expand_argument_files(flags))
+    return sweep_plan.plan_runs(sweep.FLAGS.parse_args(rest), bindings)
 
 
 # --- planning ---
@@ -95,9 +95,9 @@ def test_values_that_are_chosen():
     assert [run.folder.name for run in runs[::2]] == ["mov-seed4", "mov_NUM_EXPERTS=3-seed4"]
     rest, bindings = gin_flags.split_bindings(flags)
     args = sweep.FLAGS.parse_args(rest)
-    runs = sweep.plan_runs(args, bindings, {"mov": "3e-2"})
+    runs = sweep_plan.plan_runs(args, bindings, {"mov": "3e-2"})
     assert {run.train_settings["LEARNING_RATE"] for run in runs[1:]} == {"0.03"}
-    (((name, choice), by_value),) = sweep.plan_trials(args, bindings).items()
+    (((name, choice), by_value),) = sweep_plan.plan_trials(args, bindings).items()
     assert (name, choice.setting, list(by_value)) == ("mov", "LEARNING_RATE", ["1e-2", "3e-2"])
     trial = by_value["3e-2"]
     assert str(trial.folder) == "out/choices/mov_LEARNING_RATE=3e-2-seed4"
@@ -143,7 +143,7 @@ def test_data_macros_are_passed_to_evaluation():
 def test_arguments_from_a_file(tmp_path):
     file = tmp_path / "list.txt"
     file.write_text("# a comment\nmethods/mov.gin 'methods/ia3.gin'  # another\n--seeds=1,2\n")
-    assert sweep.expand_argument_files(["a", f"@{file}", "b"]) == [
+    assert sweep_plan.expand_argument_files(["a", f"@{file}", "b"]) == [
         *("a", "methods/mov.gin", "methods/ia3.gin", "--seeds=1,2", "b")
     ]
 

@@ -243,35 +243,6 @@ def keep_correct_choice(group: "ChoiceGroup") -> "ChoiceGroup":
 # --- the probe ---
 
 
-def measure_routing(
-    model: "network.Transformer",
-    params: "Params",
-    groups: "Mapping[str, Sequence[ChoiceGroup]]",
-    batch_size: int,
-    mesh: "jax.sharding.Mesh",
-    token_sites: Collection[str] = (),
-    bar: "progress.Progress | None" = None,
-) -> "probe_lib.ProbeTotals":
-    """Sums router probabilities and entropies over the examples of each task, as NumPy arrays.
-
-    The decoder reads the correct answers.
-
-    Args:
-      model: network with routers.
-      params: its parameters, replicated on every device.
-      groups: {task: its examples}; the rows of the totals follow this order.
-      batch_size: examples per batch, over all devices.
-      mesh: the devices.
-      token_sites: sites whose probabilities are also summed by token.
-      bar: advanced by the number of examples.
-
-    Raises:
-      InputError: a router's probabilities are not finite.
-    """
-    examples = measure_examples(model, params, groups, batch_size, mesh, token_sites, bar)
-    return sum_by_task(examples, list(groups), example_tasks(groups))
-
-
 def example_tasks(groups: "Mapping[str, Sequence[ChoiceGroup]]") -> np.ndarray:
     """Returns the index of the task of each example, [N]."""
     return np.repeat(np.arange(len(groups)), [len(members) for members in groups.values()])
@@ -286,7 +257,19 @@ def measure_examples(
     token_sites: Collection[str] = (),
     bar: "progress.Progress | None" = None,
 ) -> "probe_lib.ProbeTotals":
-    """`measure_routing` with totals by example, [N, …], in the order of `groups`."""
+    """Sums router probabilities and entropies over the tokens of each example, as NumPy arrays.
+
+    The decoder reads the correct answers.
+
+    Args:
+      model: network with routers.
+      params: its parameters, replicated on every device.
+      groups: {task: its examples}; the totals, [N, …], follow this order.
+      batch_size: examples per batch, over all devices.
+      mesh: the devices.
+      token_sites: sites whose probabilities are also summed by token.
+      bar: advanced by the number of examples.
+    """
     import jax
 
     from pemoe_jax.analysis.routing import probe as probe_lib
