@@ -232,7 +232,7 @@ def test_figures_have_a_source():
     ("name", "runs"),
     [
         # One of the runs is the base model.
-        ("claims", 1 + 7 * 5 + 22 * 3),
+        ("claims", 1 + 29 * 5),
         ("quickstart_routing", 1 + 5 * 3),
         ("paper_experts", 1 + 11),
         ("paper_routing", 1 + 4),
