@@ -233,7 +233,6 @@ def test_figures_have_a_source():
     [
         # One of the runs is the base model.
         ("claims", 1 + 29 * 5),
-        ("quickstart_routing", 1 + 5 * 3),
         ("paper_experts", 1 + 11),
         ("paper_routing", 1 + 4),
         ("paper_sensitivity", 1 + 5),

@@ -48,7 +48,7 @@ and choices/, a sweep by itself, if one has best(); claims.md, .json and .png, i
 --claims names a file of claims.
 
 examples:
-  pemoe sweep @sweeps/quickstart_routing.txt --output=/tmp/routing
+  pemoe sweep @sweeps/quickstart_flan.txt --output=/tmp/flan
   pemoe sweep methods/mov.gin methods/mov.gin+routing/top_1.gin \\
     methods/mov.gin+NUM_EXPERTS=30 --gin_file=runs/quickstart.gin \\
     --evaluate=runs/quickstart_evaluate.gin --seeds=0,1,2 --output=/tmp/sweep
