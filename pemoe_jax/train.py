@@ -16,7 +16,7 @@ from pemoe_jax.runtime import gin_flags, options
 if TYPE_CHECKING:
     import jax
 
-    from pemoe_jax.checkpoints import runs
+    from pemoe_jax.checkpoints.records import Record
     from pemoe_jax.core import network, optim, partitioning, steps
     from pemoe_jax.core.params import PyTree
     from pemoe_jax.data import sentences
@@ -94,7 +94,7 @@ def train(
     import jax
 
     from pemoe_jax.analysis import plots, sparse_layers
-    from pemoe_jax.checkpoints import initial_run, new_run, run_settings, runs
+    from pemoe_jax.checkpoints import initial_run, new_run, records, run_settings, runs
     from pemoe_jax.core import adapters, network, partitioning, sparse, stacks
     from pemoe_jax.data import prefetch, seqio_tasks, task_fraction
     from pemoe_jax.runtime import (
@@ -119,7 +119,7 @@ def train(
         model = new_run.take_base_dimensions(model, base_path, checkpointing.upcycle_noise)
     else:
         model = initial_run.take_dimensions(model, initial.opened)
-    record = runs.Record(
+    record = records.Record(
         method=method.name,
         trainable=list(method.trainable),
         config=model.config.as_dict(),
@@ -127,7 +127,7 @@ def train(
         sparse=sparse.describe(model.sparse),
         base={},
         counts={},
-        versions=runs.package_versions(),
+        versions=records.package_versions(),
         seed=seed,
         optimizer=getattr(optimizer, "__name__", type(optimizer).__name__),
     )
@@ -368,7 +368,7 @@ def _describe_recipe(
 def _summarize(
     trainable: "PyTree",
     frozen: "PyTree",
-    record: "runs.Record",
+    record: "Record",
     recipe: str,
     sparse_lines: Mapping[str, str],
 ) -> str:
@@ -478,7 +478,7 @@ def _gather_positions(
 
 
 def _resume_step(
-    model_dir: "AnyPath", record: "runs.Record", allow_changes: bool
+    model_dir: "AnyPath", record: "Record", allow_changes: bool
 ) -> tuple[int, Sequence[str]]:
     """Returns (the newest checkpoint's step, 0 without one; allowed changes since then).
 

@@ -12,6 +12,7 @@ from test_train import folder as folder  # a fixture
 
 from pemoe_jax import train
 from pemoe_jax.checkpoints import initial_run, models, runs
+from pemoe_jax.checkpoints.records import Record
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.tools import convert
 
@@ -139,7 +140,7 @@ def test_a_base_that_was_moved(folder, adapter_run, tmp_path, capsys, monkeypatc
     assert capsys.readouterr().err.endswith(message)
 
 
-def move_base(record: runs.Record) -> runs.Record:
+def move_base(record: Record) -> Record:
     record.base["path"] = "/nowhere"
     return record
 

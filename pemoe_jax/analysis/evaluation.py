@@ -9,7 +9,8 @@ import jax
 
 from pemoe_jax.analysis.zero_shot import results as results_lib
 from pemoe_jax.checkpoints import models as models_lib
-from pemoe_jax.checkpoints import run_settings, runs
+from pemoe_jax.checkpoints import run_settings
+from pemoe_jax.checkpoints.records import package_versions
 from pemoe_jax.core import partitioning
 from pemoe_jax.core.errors import plural
 from pemoe_jax.data import sentences, seqio_tasks, shots
@@ -128,7 +129,7 @@ def begin_run_file(
     """Writes run.json of a command that reads models and tasks."""
     run_file.begin(
         folder,
-        versions=runs.package_versions(),
+        versions=package_versions(),
         devices=step_times.describe_devices([*mesh.devices.flat]),
         models=[
             {"path": each.path, "step": each.step, "base": each.record and each.record.base}

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
-from pemoe_jax.checkpoints import runs, safetensors_file
+from pemoe_jax.checkpoints import safetensors_file
 from pemoe_jax.checkpoints.lazy_array import LazyArray
-from pemoe_jax.checkpoints.runs import Record
+from pemoe_jax.checkpoints.records import Record, parse_record
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import atomic_write, file_io
 
@@ -76,4 +76,4 @@ def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Re
     if not isinstance(step, int):
         raise InputError(f"{file}: step: expected an integer, got {step!r}")
     arrays, _ = safetensors_file.open_file(folder / WEIGHTS)
-    return arrays, runs.parse_record(config, os.fspath(file)), step
+    return arrays, parse_record(config, os.fspath(file)), step

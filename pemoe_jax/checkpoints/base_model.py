@@ -16,6 +16,7 @@ from etils import epath
 
 from pemoe_jax.checkpoints import (
     adapter_file,
+    device_arrays,
     dimensions,
     huggingface,
     lazy_array,
@@ -25,6 +26,7 @@ from pemoe_jax.checkpoints import (
     tensorstore_file,
 )
 from pemoe_jax.checkpoints.lazy_array import LazyArray
+from pemoe_jax.core import fingerprints
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import T5Config
@@ -122,7 +124,7 @@ class BaseModel:
         transform: Callable[[str, jax.Array], PyTree] = params_lib.identity,
         value_checksums: dict[str, tuple[str, int]] | None = None,
     ) -> dict[str, PyTree]:
-        """Loads the parameters of `target`; see `lazy_array.load_arrays`."""
+        """Loads the parameters of `target`; see `device_arrays.load_arrays`."""
         # Compared before the arrays: "mlp_dim 32, got 16" says more than three of 500 shapes.
         shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(target).items()}
         expected = dimensions.infer(shapes, "the model") | _sparse_sizes(shapes, "the model")
@@ -134,7 +136,7 @@ class BaseModel:
         ]
         if wrong:
             raise InputError(f"{self} has another size: expected {'; '.join(wrong)}")
-        return lazy_array.load_arrays(
+        return device_arrays.load_arrays(
             self.arrays, target, str(self), report, transform, value_checksums
         )
 
@@ -157,7 +159,7 @@ class BaseModel:
             samples[path] = array.shape, params_lib.sample_array(array)
             values = array.astype(params_lib.frozen_dtype(path, dtype), copy=False)
             crcs[path] = lazy_array.checksum(lazy, values)
-        fingerprint = params_lib.fingerprint_samples(samples)
+        fingerprint = fingerprints.hash_samples(samples)
         return {"fingerprint": fingerprint, "checksum": checksums.join(crcs)}
 
     def __str__(self) -> str:

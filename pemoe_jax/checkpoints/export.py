@@ -12,12 +12,12 @@ from pemoe_jax.checkpoints import (
     lazy_array,
     models,
     peft,
-    runs,
     upcycling,
 )
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.checkpoints.models import OpenedModel
+from pemoe_jax.checkpoints.records import Record
 from pemoe_jax.core import merging
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core import sparse as sparse_lib
@@ -67,7 +67,7 @@ def write_peft(source: OpenedModel, output: AnyPath, base_name: str | None) -> N
     peft.save_adapter(output, record.adapters, arrays, base_name or source.base_path, is_gated)
 
 
-def _load_adapter(source: OpenedModel) -> tuple[dict[str, np.ndarray], runs.Record]:
+def _load_adapter(source: OpenedModel) -> tuple[dict[str, np.ndarray], Record]:
     if source.record is None or not source.needs_base:
         raise InputError(
             f"{source.path}: expected adapters on a frozen base, got a whole model"

@@ -19,7 +19,7 @@ from pemoe_jax.checkpoints import (
     t5x_run,
 )
 from pemoe_jax.checkpoints.models import OpenedModel
-from pemoe_jax.checkpoints.runs import Record
+from pemoe_jax.checkpoints.records import Record
 from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError, plural

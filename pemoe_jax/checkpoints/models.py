@@ -13,10 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pemoe_jax.checkpoints import adapter_file, lazy_array, peft, runs, t5x, t5x_run, upcycling
+from pemoe_jax.checkpoints import (
+    adapter_file,
+    device_arrays,
+    lazy_array,
+    peft,
+    runs,
+    t5x,
+    t5x_run,
+    upcycling,
+)
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints.lazy_array import LazyArray
-from pemoe_jax.core import adapters, network, partitioning, quantized
+from pemoe_jax.checkpoints.records import Record, package_versions
+from pemoe_jax.core import adapters, fingerprints, network, partitioning, quantized
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core import sparse as sparse_lib
 from pemoe_jax.core.errors import InputError, check_integer
@@ -44,7 +54,7 @@ def device_put(tree: Params, shardings: Shardings) -> dict[str, PyTree]:
 def _make_target(
     shapes: Mapping[str, PyTree], dtype_of: Callable[[str], jnp.dtype], shardings: Shardings
 ) -> dict[str, PyTree]:
-    """Returns the target of `lazy_array.load_arrays`, from path -> shape."""
+    """Returns the target of `device_arrays.load_arrays`, from path -> shape."""
     return params_lib.unflatten(
         {
             path: jax.ShapeDtypeStruct(
@@ -65,7 +75,7 @@ def array_progress(label: str, num_arrays: int) -> Iterator[Callable[[int], None
         bar.close()
 
 
-def build_model(record: runs.Record) -> Transformer:
+def build_model(record: Record) -> Transformer:
     """Returns the network, with its adapters and sparse layers, that a record describes.
 
     Raises:
@@ -160,11 +170,11 @@ def load_base(
     Returns:
       (parameters, identity): the identity has the base's path, format, seed (of random weights),
       the fingerprint of its arrays before quantization, the checksum of all of their values if
-      this process has read all of each, and `upcycled` (see `runs.Record`).
+      this process has read all of each, and `upcycled` (see `Record`).
 
     Raises:
       InputError: the base states other activations; see `base_model.open_base`,
-        `upcycling.should_upcycle` and `lazy_array.load_arrays`.
+        `upcycling.should_upcycle` and `device_arrays.load_arrays`.
     """
     form = _Form(model.config.dtype, is_trainable, shardings, frozen_dtype)
     shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
@@ -217,7 +227,7 @@ def load_base(
             opened.load(params_lib.unflatten(targets), report, take, crcs)
         if crcs.keys() == targets.keys():  # not of random weights, which differ between devices
             identity["checksum"] = checksums.join(crcs)
-    fingerprint = params_lib.fingerprint_samples(
+    fingerprint = fingerprints.hash_samples(
         {
             source: (source_shapes[source], sample)
             for source, sample in partitioning.gather(samples).items()
@@ -245,7 +255,7 @@ class OpenedModel:
     name: str
     path: str
     model: Transformer
-    record: runs.Record | None = None
+    record: Record | None = None
     step: int = 0
     trained_arrays: dict[str, LazyArray] = dataclasses.field(default_factory=dict)
     base_path: str | None = None
@@ -330,7 +340,7 @@ class OpenedModel:
         paths = params_lib.trainable_paths(shapes, self.record.trainable)
         trainable = {path: leaf for path, leaf in shapes.items() if path in paths}
         target = _make_target(trainable, lambda _: jnp.dtype(jnp.float32), shardings)
-        return lazy_array.load_arrays(self.trained_arrays, target, f"checkpoint {self.path}")
+        return device_arrays.load_arrays(self.trained_arrays, target, f"checkpoint {self.path}")
 
     def check_base(self, identity: Mapping[str, Any]) -> None:
         """Raises `InputError` if the adapters belong to a base with another identity.
@@ -485,7 +495,7 @@ def _base_name(base_path: str) -> str:
     return path.stem if t5x.step_of(path.name) is None else path.parent.name
 
 
-def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], runs.Record, int]:
+def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], Record, int]:
     """Opens a PEFT adapter, with the record that a run of this package would have written."""
     try:
         base = base_lib.open_base(base_path or peft.base_model_name(path))
@@ -496,7 +506,7 @@ def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], 
     description, arrays = peft.load_adapter(path, config.as_dict())
     model = _build_model(config, json.dumps(description), json.dumps(base.sparse))
     shapes = network.param_shapes(model)
-    record = runs.Record(
+    record = Record(
         method=peft.method_name(description),
         trainable=[params_lib.ADAPTER_PATTERN],
         config=config.as_dict(),
@@ -508,6 +518,6 @@ def _open_peft(path: str, base_path: str | None) -> tuple[dict[str, LazyArray], 
             "trainable": params_lib.count(params_lib.select(shapes, params_lib.is_adapter)),
             "total": params_lib.count(shapes),
         },
-        versions=runs.package_versions(),
+        versions=package_versions(),
     )
     return {name: lazy_array.from_numpy(np.asarray(a)) for name, a in arrays.items()}, record, 0

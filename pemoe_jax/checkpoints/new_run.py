@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import jax
 import optax
 
-from pemoe_jax.checkpoints import base_model, initial_run, models, runs, upcycling
+from pemoe_jax.checkpoints import base_model, initial_run, models, upcycling
 from pemoe_jax.checkpoints.models import OpenedModel
+from pemoe_jax.checkpoints.records import Record
 from pemoe_jax.core import network, partitioning, quantized, sparse, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
@@ -67,7 +68,7 @@ def _warn_of_other_routing(current: Sparse, trained: Sparse, base_path: str) -> 
 
 def check_initial_run(
     initial: OpenedModel,
-    record: runs.Record,
+    record: Record,
     model: network.Transformer,
     method: options.Method,
     upcycle_noise: float | None,
@@ -107,11 +108,11 @@ def initialize(
     method: options.Method,
     optimizer: optax.GradientTransformation,
     checkpointing: options.Checkpointing,
-    record: runs.Record,
+    record: Record,
     mesh: jax.sharding.Mesh,
     rules: partitioning.Rules,
     initial: initial_run.InitialRun | None,
-) -> tuple[steps.TrainState, PyTree, runs.Record]:
+) -> tuple[steps.TrainState, PyTree, Record]:
     """Returns the sharded train state and frozen parameters at step 0, and the completed record."""
     shapes = params_lib.flatten(network.param_shapes(model))
     # Before the base is read, which may take minutes: a wrong pattern is an error here.

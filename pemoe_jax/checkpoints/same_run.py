@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from pemoe_jax.checkpoints.runs import Record
+from pemoe_jax.checkpoints.records import Record
 from pemoe_jax.core import freezing
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import checksums

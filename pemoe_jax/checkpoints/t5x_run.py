@@ -1,6 +1,6 @@
 """Runs of T5X's trainer with `t5x_bridge`: T5X checkpoints of the trained parameters, and a record.
 
-MODEL_DIR/pemoe_record.json        JSON: `runs.Record`
+MODEL_DIR/pemoe_record.json        JSON: `Record`
 MODEL_DIR/checkpoint_<step>/       T5X's, Orbax or legacy: `target` (trained), `state`
 """
 
@@ -9,9 +9,9 @@ import os
 
 from etils import epath
 
-from pemoe_jax.checkpoints import runs, t5x
+from pemoe_jax.checkpoints import t5x
 from pemoe_jax.checkpoints.lazy_array import LazyArray
-from pemoe_jax.checkpoints.runs import Record
+from pemoe_jax.checkpoints.records import Record, parse_record
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import atomic_write, file_io
 
@@ -39,7 +39,7 @@ def write_record(model_dir: str | os.PathLike[str], record: Record) -> None:
 def read_record(path: str | os.PathLike[str]) -> Record:
     """Reads the record of a run, or of a run's checkpoint."""
     file = run_folder(path) / RECORD
-    return runs.parse_record(file_io.read_json(file), os.fspath(file))
+    return parse_record(file_io.read_json(file), os.fspath(file))
 
 
 def open_trained(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:

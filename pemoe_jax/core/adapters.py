@@ -9,7 +9,6 @@ arXiv 2205.05638, LoRA arXiv 2106.09685, MoV and MoLORA arXiv 2309.05444.
 import dataclasses
 import functools
 import math
-import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,8 +17,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pemoe_jax.core import params as params_lib
-from pemoe_jax.core import routing
-from pemoe_jax.core.errors import InputError, check_integer
+from pemoe_jax.core import routing, settings
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.kernels import mov, thin_matmul
 
 Array = jax.Array
@@ -65,7 +64,7 @@ class VectorExperts(nn.Module):
     @nn.compact
     def __call__(self, x: Array, y: Array, tokens: routing.TokenInfo | None = None) -> Array:
         """x [B, L, Din], y [B, L, H, K] or [B, L, D or F] -> y's shape and dtype."""
-        _check_experts(self)
+        settings.check_experts(self)
         *heads, features = y.shape[2:]
         vectors = params_lib.param(
             self,
@@ -142,9 +141,7 @@ class LoRAExperts(nn.Module):
     @nn.compact
     def __call__(self, x: Array, y: Array, tokens: routing.TokenInfo | None = None) -> Array:
         """x [B, L, Din], y [B, L, ...] -> y's shape and dtype."""
-        _check_experts(self)
-        if self.rank < 1:
-            raise InputError(f"LoRAExperts.rank must be at least 1, got {self.rank}")
+        settings.check_experts(self)
         experts, rank, dtype = self.num_experts, self.rank, y.dtype
         x_features, y_features = x.shape[-1], math.prod(y.shape[2:])
         y_axis = "joined_kv" if len(self.y_axes) > 1 else self.y_axes[0]
@@ -189,14 +186,6 @@ class LoRAExperts(nn.Module):
 
 
 Experts = VectorExperts | LoRAExperts
-
-
-def _check_experts(module: Experts) -> None:
-    kind, num_experts = type(module).__name__, module.num_experts
-    if num_experts < 1:
-        raise InputError(f"{kind}.num_experts must be at least 1, got {num_experts}")
-    if module.router is None and num_experts != 1:
-        raise InputError(f"{kind}.num_experts must be 1 without a router, got {num_experts}")
 
 
 def _make_router(module: Experts, default: str, y_axis: str) -> tuple[str, routing.Router]:
@@ -340,26 +329,10 @@ def _factory_from(description: object) -> Callable[..., nn.Module]:
         raise InputError(f"{kind} has no settings {unknown}: written by another version?")
     for field in dataclasses.fields(_KINDS[kind]):
         if field.name in fields:
-            _check_setting(f"{kind}.{field.name}", fields[field.name], field.type)
+            settings.check_type(f"{kind}.{field.name}", fields[field.name], field.type)
     if fields.get("router") is not None:
         fields["router"] = _factory_from(fields["router"])
     return functools.partial(_KINDS[kind], **fields)
-
-
-def _check_setting(name: str, value: object, annotation: object) -> None:
-    """Raises InputError if a record's value is not of its field's type; others are not checked."""
-    types = typing.get_args(annotation) or (annotation,)
-    if not set(types) <= {int, float, bool, str, type(None)} or (
-        value is None and type(None) in types
-    ):
-        return
-    if int in types:
-        check_integer(name, value)
-    elif type(value) not in (types if float not in types else (float, int)):
-        expected = " or ".join(getattr(each, "__name__", "") for each in types)
-        raise InputError(
-            f"{name} must be {expected.replace('NoneType', 'None')}, got {value!r:.60}"
-        )
 
 
 def from_description(description: Mapping[str, Description]) -> Adapters:

@@ -5,7 +5,6 @@ A tree is Flax's nested dict of arrays. A path joins its keys: 'encoder/layers_0
 
 import contextlib
 import contextvars
-import hashlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.linen import partitioning as nn_partitioning
 
-from pemoe_jax.core import freezing, partitioning
+from pemoe_jax.core import fingerprints, freezing, partitioning
 from pemoe_jax.core.errors import InputError
 
 PyTree: TypeAlias = partitioning.PyTree
@@ -301,8 +300,7 @@ def sample_array(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 
 
 def _sample(leaf: PyTree) -> PyTree:
-    indices = np.linspace(0, leaf.size - 1, min(64, leaf.size)).astype(np.int64)
-    return leaf[np.unravel_index(indices, leaf.shape)].astype(jnp.bfloat16).view(np.uint16)
+    return leaf[fingerprints.sample_indices(leaf.shape)].astype(jnp.bfloat16).view(np.uint16)
 
 
 _sample_on_device = jax.jit(_sample)
@@ -317,14 +315,6 @@ def fingerprint(params: Params) -> str:
     """
     flat = flatten(params)
     samples = partitioning.gather({path: sample_array(leaf) for path, leaf in flat.items()})
-    return fingerprint_samples({path: (leaf.shape, samples[path]) for path, leaf in flat.items()})
-
-
-def fingerprint_samples(
-    samples: Mapping[str, tuple[tuple[int, ...], jax.Array | np.ndarray]],
-) -> str:
-    """Returns `fingerprint` from path -> (shape, sample), to load arrays one at a time."""
-    digest = hashlib.sha256()
-    for path, (shape, sample) in sorted(samples.items()):
-        digest.update(f"{path} {tuple(shape)} {sample.tolist()}\n".encode())
-    return digest.hexdigest()[:16]
+    return fingerprints.hash_samples(
+        {path: (leaf.shape, samples[path]) for path, leaf in flat.items()}
+    )

@@ -18,15 +18,12 @@ import numpy as np
 from flax import linen as nn
 
 from pemoe_jax.core import params as params_lib
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core import settings
 from pemoe_jax.core.kernels import thin_matmul
 from pemoe_jax.core.params import PyTree
 
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
-
-# What a router can read: see `Router.reads`.
-READS = ("x", "y", "sentence")
 
 # The entries of `RouterOutput.statistics`, in order.
 STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "aux_loss")
@@ -104,7 +101,7 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, features: Array, tokens: TokenInfo | None = None) -> RouterOutput:
         """Routes features [B, L, ..., D], or sentence embeddings [B, S]."""
-        self._check()
+        settings.check_router(self)
         tokens = tokens or TokenInfo()
         shape, axes = (features.shape[-1], self.num_experts), (self.feature_axis, "unmodeled")
         kernel = params_lib.param(self, "kernel", self.kernel_init, shape, axes)
@@ -130,20 +127,6 @@ class Router(nn.Module):
         """Whether the probabilities are the softmax itself: no top-k, no noise."""
         keeps_all = self.top_k is None or self.top_k >= self.num_experts
         return keeps_all and not self.has_noise(tokens)
-
-    def _check(self) -> None:
-        top_k, num_experts = self.top_k, self.num_experts
-        if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= num_experts):
-            raise InputError(
-                f"Router.top_k must be None or between 1 and num_experts ({num_experts}),"
-                f" got {top_k!r}"
-            )
-        if self.reads not in (None, *READS):
-            raise InputError(f"Router.reads must be one of {READS}, got {self.reads!r}")
-        if not self.temperature > 0:
-            raise InputError(f"Router.temperature must be positive, got {self.temperature!r}")
-        if not 0 <= self.jitter_noise < 1:
-            raise InputError(f"Router.jitter_noise must be in [0, 1), got {self.jitter_noise!r}")
 
 
 RouterFactory = Callable[..., Router]  # (num_experts=..., feature_axis=..., name=...)

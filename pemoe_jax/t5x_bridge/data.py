@@ -55,7 +55,7 @@ def vocabulary(name: str, register: Register, feature: str = "targets") -> "seqi
 
 
 def training_record(name: str) -> dict[str, Any]:
-    """Returns the fields of `runs.Record` of a training on a mixture or task."""
+    """Returns the fields of `Record` of a training on a mixture or task."""
     record = _LastRegistration.task_roles.training_record(seqio_tasks.subtask_names(name))
     return {**record, "vocabulary": seqio_tasks.fingerprint_vocabulary(name)}
 

@@ -16,7 +16,8 @@ from t5x import optimizers, utils
 from t5x import partitioning as t5x_partitioning
 from t5x import train_state as t5x_train_state
 
-from pemoe_jax.checkpoints import models, runs, same_run, t5x_run
+from pemoe_jax.checkpoints import models, same_run, t5x_run
+from pemoe_jax.checkpoints.records import Record, package_versions
 from pemoe_jax.core import adapters, network, sparse
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
@@ -182,11 +183,11 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         drawn = self._draw(set(filter(params_lib.is_adapter, self._frozen)))
         return {path: leaf for path, leaf in (base | drawn).items() if path in self._frozen}
 
-    def _record(self, identity: Mapping[str, object]) -> runs.Record:
+    def _record(self, identity: Mapping[str, object]) -> Record:
         module = self._model.module
         shapes = params_lib.flatten(network.param_shapes(module))
         trainable = {path: shapes[path] for path in self._model.trainable_paths}
-        return runs.Record(
+        return Record(
             method=self._method,
             trainable=list(self._model.trainable),
             config=module.config.as_dict(),
@@ -194,7 +195,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
             sparse=sparse.describe(module.sparse),
             base={**identity, "needed": bool(self._frozen)},
             counts={"trainable": params_lib.count(trainable), "total": params_lib.count(shapes)},
-            versions=runs.package_versions(),
+            versions=package_versions(),
             seed=self._model.seed,
             **({} if self._name is None else data.training_record(self._name)),
         )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pemoe_jax.checkpoints.base_model import BaseModel
     from pemoe_jax.checkpoints.lazy_array import LazyArray
-    from pemoe_jax.checkpoints.runs import Record
+    from pemoe_jax.checkpoints.records import Record
 
 _DESCRIPTION = """\
 Reads all of PATH and prints a line for each file: what was verified, and what its format cannot

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from methods import largest_difference
 
-from pemoe_jax.checkpoints import dimensions, huggingface, lazy_array
+from pemoe_jax.checkpoints import device_arrays, dimensions, huggingface, lazy_array
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
@@ -64,7 +64,7 @@ def model(dims: tuple) -> network.Transformer:
 def load(arrays: dict[str, LazyArray], dims=None):
     """Returns (model, parameters in float32)."""
     t5 = model(tuple((dims or dimensions.infer(shapes(arrays))).items()))
-    return t5, lazy_array.load_arrays(arrays, network.param_shapes(t5), "the folder")
+    return t5, device_arrays.load_arrays(arrays, network.param_shapes(t5), "the folder")
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import safetensors.numpy
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pemoe_jax.checkpoints import lazy_array, safetensors_file
+from pemoe_jax.checkpoints import device_arrays, lazy_array, safetensors_file
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core import params
 from pemoe_jax.core.errors import InputError
@@ -80,7 +80,7 @@ def test_only_requested_rows_are_read(file, monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_load(dtype):
     cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), target())
-    loaded = params.flatten(lazy_array.load_arrays(sources(), cast, "x"))
+    loaded = params.flatten(device_arrays.load_arrays(sources(), cast, "x"))
     assert loaded.keys() == ARRAYS.keys()
     for name, leaf in loaded.items():
         assert isinstance(leaf, jax.Array) and leaf.dtype == dtype
@@ -105,7 +105,7 @@ def test_load_onto_a_mesh():
         sharding = NamedSharding(mesh, spec)
         array = ARRAYS["a/kernel"]
         targets = {"k": jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=sharding)}
-        leaf = lazy_array.load_arrays({"k": counted(array)}, targets, "x")["k"]
+        leaf = device_arrays.load_arrays({"k": counted(array)}, targets, "x")["k"]
         assert leaf.sharding == sharding and len(indices) == parts
         np.testing.assert_array_equal(leaf, array)
 
@@ -132,7 +132,7 @@ def test_reading_ahead_stays_within_the_largest_array():
 
     arrays = {f"{i:02}": source(size) for i, size in enumerate(sizes)}
     targets = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in arrays.items()}
-    loaded = lazy_array.load_arrays(arrays, targets, "x")
+    loaded = device_arrays.load_arrays(arrays, targets, "x")
     assert [leaf.shape[0] for leaf in loaded.values()] == sizes
     assert [float(leaf[0]) for leaf in loaded.values()] == sizes
     assert peak <= 4 * max(sizes)
@@ -154,7 +154,7 @@ def test_an_error_cancels_the_other_reads():
     arrays = {f"{i}": LazyArray(shape, dtype, slow if i else broken) for i in range(50)}
     targets = {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k in arrays}
     with pytest.raises(InputError, match="x/b: truncated"):
-        lazy_array.load_arrays(arrays, targets, "x")
+        device_arrays.load_arrays(arrays, targets, "x")
     assert len(started) < 25
 
 
@@ -167,7 +167,7 @@ def test_names_and_shapes_are_checked_before_reading():
     arrays["b/kernel"] = arrays["b/kernel"].T
     arrays["c"] = arrays["a/kernel"]
     with pytest.raises(InputError) as caught:
-        lazy_array.load_arrays(arrays, target(), "the file")
+        device_arrays.load_arrays(arrays, target(), "the file")
     assert str(caught.value) == (
         "the file does not fit the model's 3 parameters: 1 missing: a/scale. 1 extra: c."
         " 1 of another shape: b/kernel: expected (3, 4), got (4, 3)"
@@ -180,7 +180,7 @@ def test_nan_is_refused():
     bad[3, 2] = np.nan
     arrays["a/kernel"] = lazy_array.from_numpy(bad)
     with pytest.raises(InputError, match="the file: a/kernel holds NaN or infinity"):
-        lazy_array.load_arrays(arrays, target(), "the file")
+        device_arrays.load_arrays(arrays, target(), "the file")
 
 
 @pytest.mark.parametrize(
@@ -269,12 +269,12 @@ def test_stacked_arrays(tmp_path):
     for spec in (PartitionSpec(), PartitionSpec("expert"), PartitionSpec(None, None, "expert")):
         sharding = NamedSharding(mesh, spec)
         shape = jax.ShapeDtypeStruct(stacked.shape, jnp.float32, sharding=sharding)
-        loaded = lazy_array.load_arrays({"a": stacked}, {"a": shape}, "x")["a"]
+        loaded = device_arrays.load_arrays({"a": stacked}, {"a": shape}, "x")["a"]
         np.testing.assert_array_equal(loaded, expected.astype(np.float32))
     target = {"a": jax.ShapeDtypeStruct(stacked.shape, jnp.float32)}
     tracemalloc.start()
     try:
-        lazy_array.load_arrays({"a": stacked}, target, "x")
+        device_arrays.load_arrays({"a": stacked}, target, "x")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -350,12 +350,12 @@ def test_checksums_of_values():
     }
     for options in {}, {"sharding": everywhere}:
         crcs: dict[str, tuple[str, int]] = {}
-        lazy_array.load_arrays(sources(), target(**options), "x", value_checksums=crcs)
+        device_arrays.load_arrays(sources(), target(**options), "x", value_checksums=crcs)
         assert crcs == expected
     parts = NamedSharding(mesh, PartitionSpec("data"))
     crcs = {}
     shape = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=parts)
-    lazy_array.load_arrays({"a": sources()["a/kernel"]}, {"a": shape}, "x", value_checksums=crcs)
+    device_arrays.load_arrays({"a": sources()["a/kernel"]}, {"a": shape}, "x", value_checksums=crcs)
     assert len(crcs) == (len(jax.devices()) == 1)
     # a float32 file and its rounding are equal as bfloat16, and not compared otherwise
     rounded = ARRAYS["a/kernel"].astype(ml_dtypes.bfloat16)

@@ -14,11 +14,12 @@ import optax
 import pytest
 
 from pemoe_jax.checkpoints import runs, same_run
+from pemoe_jax.checkpoints.records import Record, parse_record
 from pemoe_jax.core import adapters, freezing, routing, sparse, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import gin_flags
 
-RECORD = runs.Record(
+RECORD = Record(
     method="full",
     trainable=[".*"],
     config={},
@@ -194,12 +195,12 @@ UPCYCLED = RECORD.base | {"needed": True, "upcycled": {"seed": 0, "noise": 0.0}}
 def test_records_of_earlier_versions_are_of_dense_models():
     values = dataclasses.asdict(RECORD)
     del values["sparse"]
-    assert runs.parse_record(values, "record").sparse is None
+    assert parse_record(values, "record").sparse is None
     values["sparse"] = SPARSE
-    assert runs.parse_record(values, "record").sparse == SPARSE
+    assert parse_record(values, "record").sparse == SPARSE
     values["sparse"] = 8
     with pytest.raises(InputError, match="record: sparse: expected an object, got 8"):
-        runs.parse_record(values, "record")
+        parse_record(values, "record")
     with pytest.raises(InputError, match=r"Sparse has no settings \['colour'\]"):
         sparse.from_description(SPARSE | {"colour": 1})
 

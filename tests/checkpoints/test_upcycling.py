@@ -13,6 +13,7 @@ from sparse_models import EXPERTS, ROUTINGS, sparse_model
 
 from pemoe_jax.analysis import sparse_layers
 from pemoe_jax.checkpoints import base_model, export, models, runs, upcycling
+from pemoe_jax.checkpoints.records import Record
 from pemoe_jax.core import freezing, network, partitioning, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core import sparse as sparse_lib
@@ -112,8 +113,8 @@ def test_conversions_read_the_same_arrays(dense, st):
     )
 
 
-def record_of(model: network.Transformer, patterns: list[str], base: dict) -> runs.Record:
-    return runs.Record(
+def record_of(model: network.Transformer, patterns: list[str], base: dict) -> Record:
+    return Record(
         method="flan_st",
         trainable=patterns,
         config=model.config.as_dict(),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from methods import ADAPTER, PEFT_METHODS, model
 
-from pemoe_jax.core import network, params
+from pemoe_jax.core import fingerprints, network, params
 from pemoe_jax.core.errors import InputError
 
 TREE = {
@@ -180,6 +180,6 @@ def test_fingerprint_reads_a_sample():
     samples = {"a": (large.shape, params.sample_array(large))}
     assert params.sample_array(large).shape == (64,)
     name = params.fingerprint({"a": jnp.asarray(large)})
-    assert params.fingerprint_samples(samples) == params.fingerprint({"a": large}) == name
+    assert fingerprints.hash_samples(samples) == params.fingerprint({"a": large}) == name
     large[-1, -1] += 1
     assert params.fingerprint({"a": large}) != name

@@ -28,6 +28,7 @@ from pemoe_jax import evaluate, train
 from pemoe_jax.analysis.planning import compiled_step
 from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints import models, runs
+from pemoe_jax.checkpoints.records import Record
 from pemoe_jax.core import network, optim, params, partitioning, quantized, stacks, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.sparse import Sparse
@@ -463,7 +464,7 @@ def test_wrong_settings(folder, tmp_path, capsys, method, frozen_dtype, message)
 
 
 def test_a_whole_model_has_nothing_frozen(base_path, tmp_path):
-    record = runs.Record(
+    record = Record(
         method="full",
         trainable=[".*"],
         config=CONFIG.as_dict(),

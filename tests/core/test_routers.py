@@ -15,6 +15,7 @@ from methods import ADAPTER, CONFIG, example_batch, pack, rows, shift_right
 
 from pemoe_jax import train
 from pemoe_jax.checkpoints import models, runs
+from pemoe_jax.checkpoints.records import Record, package_versions
 from pemoe_jax.core import adapters, network, params, partitioning, steps
 from pemoe_jax.runtime import gin_flags
 
@@ -112,14 +113,14 @@ def test_router(routing, tmp_path):
     assert not unchanged, unchanged
 
     # saves, restores
-    record = runs.Record(
+    record = Record(
         method="mov",
         trainable=[ADAPTER],
         config=model.config.as_dict(),
         adapters=adapters.describe(model.adapters),
         base={**identity, "needed": True},
         counts={"trainable": params.count(trained), "total": params.count(state.params)},
-        versions=runs.package_versions(),
+        versions=package_versions(),
         seed=1,
     )
     checkpoints = runs.RunCheckpoints(str(tmp_path / "run"))

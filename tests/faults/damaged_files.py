@@ -201,10 +201,11 @@ def _t5x(folder: pathlib.Path) -> Reader:
 def _adapter(folder: pathlib.Path) -> Reader:
     import numpy as np
 
-    from pemoe_jax.checkpoints import adapter_file, runs
+    from pemoe_jax.checkpoints import adapter_file
+    from pemoe_jax.checkpoints.records import Record
 
     base = {"path": None, "seed": 0, "fingerprint": "", "needed": False}
-    record = runs.Record("mov", [".*"], {"emb_dim": 8}, {}, base, {"trainable": 1}, {})
+    record = Record("mov", [".*"], {"emb_dim": 8}, {}, base, {"trainable": 1}, {})
     arrays = {"a/kernel": np.arange(12, dtype="f4"), "b/kernel": np.ones((3, 2), "f4")}
     adapter_file.save_adapter(folder / "adapter", arrays, record, 5)
     files = [folder / "adapter" / name for name in (adapter_file.WEIGHTS, adapter_file.CONFIG)]
@@ -219,10 +220,11 @@ def _record(folder: pathlib.Path) -> Reader:
     import dataclasses
 
     from pemoe_jax.checkpoints import runs
+    from pemoe_jax.checkpoints.records import Record
 
     step = folder / "run" / "checkpoint_3"
     base = {"path": None, "seed": 0, "fingerprint": "", "needed": False}
-    record = runs.Record("mov", [".*"], {"emb_dim": 8}, {}, base, {"trainable": 1}, {})
+    record = Record("mov", [".*"], {"emb_dim": 8}, {}, base, {"trainable": 1}, {})
     files = [step / "record" / "metadata", step / "feed" / "metadata"]
     for file, content in zip(
         files, (dataclasses.asdict(record), {"examples": [5, 6]}), strict=True

@@ -25,6 +25,7 @@ from methods import (
 )
 
 from pemoe_jax.checkpoints import adapter_file, base_model, models, runs
+from pemoe_jax.checkpoints.records import Record, package_versions
 from pemoe_jax.core import adapters, network, params, sparse, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.sparse import Sparse
@@ -45,7 +46,7 @@ def write_run(
     values = random_params_of(transformer)
     trained, frozen = params.split(values, METHODS[method].trainable)
     identity = models.load_base(transformer, str(base_path), 0)[1]
-    record = runs.Record(
+    record = Record(
         method=method,
         trainable=list(METHODS[method].trainable),
         config=transformer.config.as_dict(),
@@ -53,13 +54,13 @@ def write_run(
         sparse=sparse.describe(transformer.sparse),
         base={**identity, "needed": bool(frozen)},
         counts={"trainable": params.count(trained), "total": params.count(values)},
-        versions=runs.package_versions(),
+        versions=package_versions(),
     )
     write_checkpoint(folder, trained, record)
     return folder
 
 
-def write_checkpoint(folder: pathlib.Path, trained: dict, record: runs.Record) -> None:
+def write_checkpoint(folder: pathlib.Path, trained: dict, record: Record) -> None:
     checkpoints = runs.RunCheckpoints(str(folder))
     checkpoints.save(steps.TrainState.create(trained, optax.sgd(0.1)), record)
     checkpoints.close()

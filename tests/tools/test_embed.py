@@ -16,7 +16,8 @@ from test_train import CONFIG, DIMENSIONS, data_flags, read_metrics, train_flags
 from pemoe_jax import evaluate, infer, train
 from pemoe_jax.analysis.routing import probe as probe_lib
 from pemoe_jax.checkpoints import base_model as base_lib
-from pemoe_jax.checkpoints import models, runs
+from pemoe_jax.checkpoints import models
+from pemoe_jax.checkpoints.records import parse_record
 from pemoe_jax.core import decoding, network, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
@@ -307,9 +308,9 @@ def test_records_without_encoder_can_be_opened(trained):
     record = models.open_model(str(trained["mov"])).record
     fields = dataclasses.asdict(record)
     del fields["sentence_encoder"]
-    assert runs.parse_record(fields, "x").sentence_encoder is None
+    assert parse_record(fields, "x").sentence_encoder is None
     with pytest.raises(InputError, match="sentence_encoder: expected an object, got 3"):
-        runs.parse_record({**fields, "sentence_encoder": 3}, "x")
+        parse_record({**fields, "sentence_encoder": 3}, "x")
 
 
 def test_training_checks_embeddings_before_it_writes(folder, tmp_path, capsys):

@@ -15,8 +15,9 @@ from routing_pages import Page, check_self_contained
 from routing_probes import router_probs
 
 from pemoe_jax.analysis.routing import measure, probe
-from pemoe_jax.checkpoints import adapter_file, models, runs
+from pemoe_jax.checkpoints import adapter_file, models
 from pemoe_jax.checkpoints import base_model as base_lib
+from pemoe_jax.checkpoints.records import Record
 from pemoe_jax.core import network, params
 from pemoe_jax.core.adapters import describe
 from pemoe_jax.core.errors import InputError
@@ -44,7 +45,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
         )
         rng = np.random.default_rng(0)
         arrays = {p: a + rng.standard_normal(a.shape, np.float32) for p, a in initial.items()}
-        record = runs.Record(
+        record = Record(
             method=method,
             trainable=[params.ADAPTER_PATTERN],
             config=TINY.as_dict(),

@@ -9,6 +9,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
@@ -18,13 +19,13 @@ from pemoe_jax.checkpoints.huggingface import config as config_lib
 from pemoe_jax.checkpoints.huggingface import names as names_lib
 from pemoe_jax.checkpoints.huggingface.names import DECODER_HEAD, EMBEDDING, HEAD, OUR_HEAD, Layout
 from pemoe_jax.checkpoints.lazy_array import LazyArray
-from pemoe_jax.core import network
-from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.core.network import T5Config
-from pemoe_jax.core.sparse import Sparse
 from pemoe_jax.runtime import atomic_write, file_io
 from pemoe_jax.runtime.file_io import JsonObject
+
+if TYPE_CHECKING:
+    from pemoe_jax.core.network import T5Config
+    from pemoe_jax.core.sparse import Sparse
 
 _SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
@@ -168,7 +169,7 @@ def save_checkpoint(
     arrays: Mapping[str, LazyArray],
     *,
     activations: tuple[str, ...] | None = None,
-    sparse: Sparse | None = None,
+    sparse: "Sparse | None" = None,
     dropout_rate: float = 0.1,
     shard_bytes: int = 5_000_000_000,
     report: Callable[[int], None] = lambda _: None,
@@ -192,6 +193,12 @@ def save_checkpoint(
       InputError: an array is missing, extra or of another shape, transformers has no such model, or
         `path` exists.
     """
+    # Imported here, since `pemoe_jax.torch` uses this package without jax.
+    from pemoe_jax.core import network
+    from pemoe_jax.core import params as params_lib
+    from pemoe_jax.core.network import T5Config
+    from pemoe_jax.core.sparse import Sparse
+
     shapes = {name: array.shape for name, array in arrays.items()}
     sizes = dimensions.infer(shapes, f"{path}")
     sizes["mlp_activations"] = activations or sizes["mlp_activations"]
@@ -228,7 +235,7 @@ def save_checkpoint(
             atomic_write.write_json(folder / f"{_SAFETENSORS}.index.json", index)
 
 
-def _make_layout(config: T5Config, sparse: Sparse | None) -> Layout:
+def _make_layout(config: "T5Config", sparse: "Sparse | None") -> Layout:
     depths = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
     is_gated = len(config.mlp_activations) > 1
     if sparse is None:

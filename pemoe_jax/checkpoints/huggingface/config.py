@@ -1,15 +1,17 @@
 """config.json of transformers: checks one against a model, and writes one for a model."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from pemoe_jax.checkpoints.huggingface.names import Layout
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.core.network import T5Config
-from pemoe_jax.core.sparse import Sparse
 from pemoe_jax.runtime.file_io import JsonObject
+
+if TYPE_CHECKING:  # `pemoe_jax.torch` imports this module, without jax
+    from pemoe_jax.core.network import T5Config
+    from pemoe_jax.core.sparse import Sparse
 
 NAME = "config.json"
 SWITCH = "switch_transformers"
@@ -133,7 +135,7 @@ def _their_sparse_layers(depth: int, count: int) -> list[int]:
     return [i for i in range(depth) if step == 1 or (step and i % step == 1)]
 
 
-def check_writable(path: str, config: T5Config, sparse: Sparse | None) -> None:
+def check_writable(path: str, config: "T5Config", sparse: "Sparse | None") -> None:
     """Raises InputError if transformers has no model of this kind; `sparse` None: a dense one."""
     gate = config.mlp_activations[1:]
     if sparse is None:
@@ -160,11 +162,11 @@ def check_writable(path: str, config: T5Config, sparse: Sparse | None) -> None:
         _num_sparse_layers(path, stack, depth, sparse)
 
 
-def _depths(config: T5Config) -> dict[str, int]:
+def _depths(config: "T5Config") -> dict[str, int]:
     return {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
 
 
-def _num_sparse_layers(path: str, stack: str, depth: int, sparse: Sparse) -> int:
+def _num_sparse_layers(path: str, stack: str, depth: int, sparse: "Sparse") -> int:
     """Returns the `num_sparse_…_layers` with which transformers has our sparse layers."""
     layers = [i for i in range(depth) if sparse.is_sparse(i)]
     for count in range(len(layers), depth + 1):
@@ -176,7 +178,9 @@ def _num_sparse_layers(path: str, stack: str, depth: int, sparse: Sparse) -> int
     )
 
 
-def make(config: T5Config, sparse: Sparse | None, dropout_rate: float, dtype: str) -> JsonObject:
+def make(
+    config: "T5Config", sparse: "Sparse | None", dropout_rate: float, dtype: str
+) -> JsonObject:
     """Returns config.json of a model; see `check_writable`."""
     sizes = config.as_dict() | ({} if sparse is None else {"num_experts": sparse.num_experts})
     activation = _THEIR_ACTIVATIONS[config.mlp_activations[0]]

@@ -1,0 +1,105 @@
+"""The record of a checkpoint or an adapter: what its model is, and what it was trained on.
+
+This module imports no jax, so that `pemoe_jax.torch` can read records without it.
+"""
+
+import dataclasses
+from importlib import metadata
+
+from pemoe_jax import __version__
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime.file_io import JsonObject
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Describes a checkpoint, enough to build its model without the run's gin files.
+
+    Attributes:
+      method: name of the method (mov, lora, …).
+      trainable: patterns of the trainable parameters.
+      config: `T5Config.as_dict()`.
+      adapters: `adapters.describe()` of the adapters.
+      sparse: `sparse.describe()` of the sparse layers; None: a dense model.
+      base: path (None: random weights), seed and fingerprint of the base model, and whether the
+        checkpoint needs it (False if every parameter was trained); `checksum` of all of its values,
+        unless it was read in parts; `upcycled`, the seed and the noise of `upcycling`, if a sparse
+        model started from a dense one.
+      counts: trainable and total number of parameters.
+      versions: versions of the packages that wrote the checkpoint.
+      seed: seed of the adapters' initial values; those that are not trained are drawn again.
+      trained_datasets: names of the datasets of training, as in tables; None: unknown.
+      trained_tasks: names of the tasks of training; None: unknown.
+      held_out: names of the datasets that are held out from training; None: unknown.
+      optimizer: name of the optimizer's function; None: unknown.
+      sentence_encoder: encoder of the sentence embeddings that routers read (name, dim,
+        fingerprint or probe: `sentence_table.is_same_encoder`); None: routers read none.
+      batches: settings that determine the examples and batches of training, by name ('BATCH_SIZE');
+        None: unknown.
+      initial: path and method of the run that this one started from, the fingerprint of what it
+        trained, and a hash of its settings (`initial_run.fingerprint_settings`); None: it started
+        from a base model. `trained_datasets` and `trained_tasks` then include those of that run.
+      vocabulary: `seqio_tasks.fingerprint_vocabulary` of the training data; None: unknown.
+    """
+
+    method: str
+    trainable: list[str]
+    config: JsonObject
+    adapters: JsonObject
+    base: JsonObject
+    counts: dict[str, int]
+    versions: dict[str, str]
+    seed: int = 0
+    sparse: JsonObject | None = None
+    trained_datasets: list[str] | None = None
+    trained_tasks: list[str] | None = None
+    held_out: list[str] | None = None
+    optimizer: str | None = None
+    sentence_encoder: JsonObject | None = None
+    initial: JsonObject | None = None
+    batches: JsonObject | None = None
+    vocabulary: str | None = None
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions of the packages that determine what a checkpoint means."""
+    versions = {"pemoe_jax": __version__}
+    for package in ("jax", "flax", "optax", "orbax-checkpoint"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+_TYPES = {
+    **{"method": str, "trainable": list, "seed": int, "optimizer": str},
+    "vocabulary": str,
+    **{"trained_datasets": list, "trained_tasks": list, "held_out": list},
+}
+_TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+
+
+def parse_record(values: JsonObject, source: str) -> Record:
+    """Returns the record in a JSON object of the file `source`; ignores other keys.
+
+    Raises:
+      InputError: a field is missing or has another type.
+    """
+    # Fields with a default are missing in records of earlier versions.
+    names = [
+        field.name
+        for field in dataclasses.fields(Record)
+        if field.name in values or field.default is dataclasses.MISSING
+    ]
+    for name in names:
+        value, expected = values.get(name), _TYPES.get(name, dict)
+        is_null = value is None and Record.__dataclass_fields__[name].default is None
+        if not is_null and not isinstance(value, expected):
+            raise InputError(
+                f"{source}: {name}: expected {_TYPE_NAMES[expected]}, got {value!r:.80}"
+            )
+    missing = {"path", "seed", "fingerprint", "needed"} - values["base"].keys()
+    if missing:
+        raise InputError(f"{source}: base: expected the keys {', '.join(sorted(missing))}")
+    return Record(**{name: values[name] for name in names})
