@@ -34,7 +34,8 @@ the sweep, with the same seed; the gain over the same experiment without FROM is
 a table of its own. +NAME=best(A,B,C) first trains the experiment with each value
 and the first seed, and takes the one with the highest accuracy on --choose_on;
 +NAME=best_of(EXPERIMENT) takes that of another experiment. +SEEDS=0,1 replaces
---seeds for the experiment. @FILE inserts the arguments of a file, in which # starts a comment."""
+--seeds for the experiment, and +NAME=direct names it. @FILE inserts the
+arguments of a file, in which # starts a comment."""
 
 _EPILOG = """\
 --gin.NAME=value is passed to training, and the macros of runs/tasks.gin, which

@@ -16,7 +16,7 @@ Command = Literal["train", "evaluate"]
 # Macros that the sweep sets for each run; a user's value would be overridden silently.
 _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
-_FROM, _SEEDS = "--gin.FROM=", "--gin.SEEDS="
+_FROM, _SEEDS, _NAME = "--gin.FROM=", "--gin.SEEDS=", "--gin.NAME="
 CHOICES = "choices"  # folder of the trials, which compare the values of best()
 # INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
 _RESOLVE_BASE_CONFIG = """\
@@ -76,6 +76,7 @@ def plan_trials(
         files, settings = _split_experiment(experiment)
         settings, choice = sweep_choices.split_choice(settings, experiment)
         settings, _ = _split_seeds(settings, args.seeds)
+        name, settings = _split_name(files, settings)
         if choice is None or choice.source:
             continue
         words = [flag.removeprefix("--gin_file=").removeprefix("--gin.") for flag in files]
@@ -89,7 +90,6 @@ def plan_trials(
         trial_args.evaluate = f"{args.evaluate}+MIXTURE_OR_TASK_NAME={args.choose_on}"
         trial_args.no_base = True
         runs = plan_runs(trial_args, bindings)
-        name = _experiment_name(files, settings)
         trials[name, choice] = dict(zip(choice.values, runs, strict=True))
     return trials
 
@@ -132,19 +132,21 @@ def plan_runs(
     runs: list[Run] = []
     bases: dict[str, None] = {}  # an ordered set
     values: dict[str, str] = {}  # experiment -> value of its best()
+    names: dict[str, str] = {}  # files and settings of an experiment -> its name
     for experiment in args.experiments:
         files, settings = _split_experiment(experiment)
         _check_not_swept(settings, experiment)
         settings, choice = sweep_choices.split_choice(settings, experiment)
         settings, seeds = _split_seeds(settings, args.seeds)
-        name = _experiment_name(files, settings)
+        name, settings = _split_name(files, settings)
+        names[_describe_experiment(files, settings)] = name
         starts = [flag.removeprefix(_FROM) for flag in settings if flag.startswith(_FROM)]
         settings = [flag for flag in settings if not flag.startswith(_FROM)]
         if len(starts) > 1:
             raise InputError(f"{experiment}: expected a single FROM, got {len(starts)}")
         if starts and any(flag.startswith("--gin.INITIAL_CHECKPOINT_PATH=") for flag in settings):
             raise InputError(f"{experiment}: INITIAL_CHECKPOINT_PATH: FROM sets it")
-        direct_name = _experiment_name(files, settings)
+        direct_name = names.get(_describe_experiment(files, settings))
         if choice is not None:
             if choice.values:
                 values[name] = (chosen or {}).get(name, choice.values[0])
@@ -174,7 +176,7 @@ def plan_runs(
                         f" ({', '.join(names) or 'none'}), got {start!r}"
                     )
                 flags.append(f"--gin.INITIAL_CHECKPOINT_PATH={initial}")
-                direct = _folder(args.output, direct_name, seed)
+                direct = None if direct_name is None else _folder(args.output, direct_name, seed)
             train_settings = _parse_settings("train", flags, experiment)
             if initial is not None:
                 # A moved output folder changes no setting; those of the initial run count.
@@ -241,7 +243,22 @@ def _split_experiment(text: str) -> tuple[list[str], list[str]]:
     return files, [f"--gin.{part}" for part in parts if "=" in part]
 
 
-def _experiment_name(files: Sequence[str], settings: Sequence[str]) -> str:
+def _split_name(files: Sequence[str], settings: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the name of an experiment, and its settings --gin.NAME=value without NAME.
+
+    Raises:
+      InputError: NAME has characters that a folder's name cannot have.
+    """
+    rest = [flag for flag in settings if not flag.startswith(_NAME)]
+    names = [flag.removeprefix(_NAME) for flag in settings if flag.startswith(_NAME)]
+    if not names:
+        return _describe_experiment(files, rest), rest
+    if not re.fullmatch(r"\w[\w.=-]*", names[-1]):
+        raise InputError(f"NAME must be letters, digits and '_.=-', got {names[-1]!r}")
+    return names[-1], rest
+
+
+def _describe_experiment(files: Sequence[str], settings: Sequence[str]) -> str:
     """Returns 'mov_B=1_FROM=mov' for methods/mov.gin, B=1 and FROM=mov, for a folder."""
     words = [Path(flag.removeprefix("--gin_file=")).stem for flag in files]
     words += [flag.removeprefix("--gin.") for flag in settings]

@@ -106,6 +106,23 @@ def test_values_that_are_chosen():
     assert runs[1].evaluate_settings["MIXTURE_OR_TASK_NAME"] == "'jsonl_score_eval'"
 
 
+def test_names_of_experiments():
+    """FROM and best_of() take them, and the same experiment without FROM is found."""
+    tuned = "methods/mov.gin+NUM_EXPERTS=3+RANK=best_of(five)"
+    experiments = ["methods/lora.gin+RANK=best(4,5)+NAME=five"]
+    experiments += [tuned.replace("mov.gin", "molora.gin") + "+NAME=direct"]
+    experiments += [tuned.replace("mov.gin", "molora.gin") + "+FROM=five+NAME=continued"]
+    flags = [*experiments, *FLAGS, "--output=out", "--seeds=0"]
+    _, five, direct, continued = plan(*flags)
+    names = [run.folder.name for run in (five, direct, continued)]
+    assert names == ["five-seed0", "direct-seed0", "continued-seed0"]
+    assert (continued.initial, continued.direct) == (five.folder, direct.folder)
+    rest, bindings = gin_flags.split_bindings(flags)
+    trials = sweep_plan.plan_trials(sweep.FLAGS.parse_args(rest), bindings)
+    (((name, _), by_value),) = trials.items()
+    assert name == "five" and str(by_value["5"].folder) == "out/choices/lora_RANK=5-seed0"
+
+
 def test_seeds_of_an_experiment():
     experiments = ("methods/mov.gin", "methods/ia3.gin+SEEDS=1,8")
     _, *runs = plan(*experiments, *FLAGS, "--output=out", "--seeds=0,1,2")
@@ -163,6 +180,7 @@ def test_arguments_from_a_file(tmp_path):
             ["methods/mov.gin", "--seeds=0;1"],
             "--seeds must be integers joined by commas, got '0;1'",
         ),
+        (["methods/mov.gin+NAME=a/b"], r"NAME must be letters, digits and '_\.=-', got 'a/b'"),
         (["methods/mov.gin+RANK=best(1)"], r"best\(\) must have different values, got"),
         (["methods/mov.gin+A=best(1,2)+B=best_of(x)"], r"expected a single best\(\), got 2"),
         (["methods/mov.gin+A=best(1,2)+FROM=x"], "must not be in an experiment with FROM"),
