@@ -170,10 +170,10 @@ def plan_runs(
             for start in starts:
                 initial = _folder(args.output, start, seed)
                 if initial not in by_folder:
-                    names = dict.fromkeys(path.name.rpartition("-seed")[0] for path in by_folder)
+                    earlier = dict.fromkeys(path.name.rpartition("-seed")[0] for path in by_folder)
                     raise InputError(
                         f"{experiment}: FROM must be an experiment before this one"
-                        f" ({', '.join(names) or 'none'}), got {start!r}"
+                        f" ({', '.join(earlier) or 'none'}), got {start!r}"
                     )
                 flags.append(f"--gin.INITIAL_CHECKPOINT_PATH={initial}")
                 direct = None if direct_name is None else _folder(args.output, direct_name, seed)
