@@ -229,37 +229,41 @@ def test_figures_have_a_source():
 
 
 @pytest.mark.parametrize(
-    ("name", "runs"),
+    ("name", "experiments", "seeds"),
     [
-        # One of the runs is the base model.
-        ("claims", 1 + 29 * 5),
-        ("paper_experts", 1 + 11),
-        ("paper_routing", 1 + 4),
-        ("paper_sensitivity", 1 + 5),
-        ("quickstart_flan", 1 + 9 * 3),
-        ("quickstart_flan_settings", 1 + 6 * 3),
-        ("paper_flan_routing", 1 + 5),
-        ("paper_flan_experts", 1 + 6),
-        ("paper_flan_losses", 1 + 8),
-        ("paper_flan_freezing", 1 + 7),
-        ("paper_flan_sensitivity", 1 + 8),
-        ("paper_flan_tasks", 1 + 8),
-        ("paper_flan_settings", 1 + 6),
+        ("claims", 29, 5),
+        ("paper_experts", 11, 1),
+        ("paper_routing", 4, 1),
+        ("paper_sensitivity", 5, 1),
+        ("quickstart_flan", 9, 3),
+        ("quickstart_flan_settings", 6, 3),
+        ("paper_flan_routing", 5, 1),
+        ("paper_flan_experts", 6, 1),
+        ("paper_flan_losses", 8, 1),
+        ("paper_flan_freezing", 7, 1),
+        ("paper_flan_sensitivity", 8, 1),
+        ("paper_flan_tasks", 8, 1),
+        ("paper_flan_settings", 6, 1),
     ],
 )
-def test_sweeps(name, runs, tmp_path):
+def test_sweeps(name, experiments, seeds, tmp_path):
     more = [] if name.startswith(("quickstart", "claims")) else ["--gin.INITIAL_CHECKPOINT_PATH=x"]
     arguments = sweep_plan.expand_argument_files(
         [f"@sweeps/{name}.txt", f"--output={tmp_path}", *more]
     )
     rest, bindings = gin_flags.split_bindings(arguments)
-    planned = sweep_plan.plan_runs(sweep.FLAGS.parse_args(rest), bindings)
-    assert len(planned) == runs
-    assert f"@sweeps/{name}.txt" in (PAPER.parent / "sweeps" / f"{name}.txt").read_text()
-    experiments = {run.folder.name.rpartition("-seed")[0] for run in planned}
+    args = sweep.FLAGS.parse_args(rest)
+    assert len(args.seeds.split(",")) == seeds
+    args.seeds = "0"  # the other seeds repeat the plan
+    base, *planned = sweep_plan.plan_runs(args, bindings)
+    assert base.folder.name == "base" and len(planned) == experiments
+    text = (PAPER.parent / "sweeps" / f"{name}.txt").read_text()
+    assert f"@sweeps/{name}.txt" in text
+    names = {run.folder.name.rpartition("-seed")[0] for run in planned}
     if name.startswith("claims"):
+        assert f"then {1 + experiments * seeds}," in text
         for claim in claims.load_claims(PAPER.parent / "sweeps" / f"{name}.json"):
-            assert {*claim.plus, *claim.minus} <= experiments, claim.id
+            assert {*claim.plus, *claim.minus} <= names, claim.id
             source = (ROOT / claim.source).read_text()
             # 60.06, but neither the 10 of MoV-10 nor the 3 of 3B
             for figure in re.findall(r"(?<![-\w.])\d+\.\d+|\d,\d+|\d+e-\d", claim.paper):
@@ -268,5 +272,5 @@ def test_sweeps(name, runs, tmp_path):
 
 def test_every_sweep_is_tested():
     (marks,) = test_sweeps.pytestmark
-    names = {name for name, _ in marks.args[1]}
+    names = {name for name, *_ in marks.args[1]}
     assert {file.stem for file in (PAPER.parent / "sweeps").glob("*")} == names
