@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pemoe_jax.data import sentences
     from pemoe_jax.data.packing import Batch, BatchIterator
     from pemoe_jax.runtime.file_io import AnyPath
+    from pemoe_jax.runtime.stop_signals import StopSignals
 
 FLAGS = gin_flags.make_parser(
     "train",
@@ -94,8 +95,8 @@ def train(
     import jax
 
     from pemoe_jax.analysis import plots, sparse_layers
-    from pemoe_jax.checkpoints import initial_run, new_run, records, run_settings, runs
-    from pemoe_jax.core import adapters, network, partitioning, sparse, stacks
+    from pemoe_jax.checkpoints import initial_run, new_run, run_settings, runs
+    from pemoe_jax.core import network, partitioning, stacks
     from pemoe_jax.data import prefetch, seqio_tasks, task_fraction
     from pemoe_jax.runtime import (
         atomic_write,
@@ -119,18 +120,7 @@ def train(
         model = new_run.take_base_dimensions(model, base_path, checkpointing.upcycle_noise)
     else:
         model = initial_run.take_dimensions(model, initial.opened)
-    record = records.Record(
-        method=method.name,
-        trainable=list(method.trainable),
-        config=model.config.as_dict(),
-        adapters=adapters.describe(model.adapters),
-        sparse=sparse.describe(model.sparse),
-        base={},
-        counts={},
-        versions=records.package_versions(),
-        seed=seed,
-        optimizer=getattr(optimizer, "__name__", type(optimizer).__name__),
-    )
+    record = _describe_run(model, method, optimizer, seed)
     if initial is not None and initial.opened is not None:
         new_run.check_initial_run(
             initial.opened, record, model, method, checkpointing.upcycle_noise
@@ -285,17 +275,7 @@ def train(
         raise
     checkpoints.close()
     if stopped is not None and stopped.received is not None:
-        step = runs.saved_steps(model_dir)[-1]
-        seconds = time.monotonic() - stopped.time
-        reason = f"stopped by {stopped.received.name}"
-        print(
-            f"{reason}, saved in {seconds:.1f} s: the same command resumes from"
-            f" {model_dir}/checkpoint_{step}",
-            flush=True,
-        )
-        run_file.finish("stopped", reason, last_step=step, save_seconds=round(seconds, 1))
-        if stopped.received == signal.SIGINT:
-            raise KeyboardInterrupt
+        _report_stop(stopped, f"{model_dir}/checkpoint_{runs.saved_steps(model_dir)[-1]}")
         return
     for line in batches.counts.describe():
         print(line)
@@ -329,6 +309,30 @@ def _check_references(model: object, optimizer: Any, schedule: object) -> None:
             "OPTIMIZER must be a function of (schedule, param_axes), such as @optim.adamw, got"
             f" {optimizer!r:.80}"
         ) from None
+
+
+def _describe_run(
+    model: "network.Transformer",
+    method: options.Method,
+    optimizer: "optim.OptimizerFactory",
+    seed: int,
+) -> "Record":
+    """Returns the record of a run as far as it is known before its base and tasks are read."""
+    from pemoe_jax.checkpoints import records
+    from pemoe_jax.core import adapters, sparse
+
+    return records.Record(
+        method=method.name,
+        trainable=list(method.trainable),
+        config=model.config.as_dict(),
+        adapters=adapters.describe(model.adapters),
+        sparse=sparse.describe(model.sparse),
+        base={},
+        counts={},
+        versions=records.package_versions(),
+        seed=seed,
+        optimizer=getattr(optimizer, "__name__", type(optimizer).__name__),
+    )
 
 
 def _check_before_tasks(
@@ -394,6 +398,23 @@ def _summarize(
             **({"matrices": f"{base['frozen_dtype']} (frozen)"} if frozen else {}),
         },
     )
+
+
+def _report_stop(stopped: "StopSignals", checkpoint: str) -> None:
+    """Prints where a run that a signal has stopped resumes; raises KeyboardInterrupt for SIGINT."""
+    from pemoe_jax.runtime import run_file
+
+    assert stopped.received is not None
+    seconds = time.monotonic() - stopped.time
+    reason = f"stopped by {stopped.received.name}"
+    print(
+        f"{reason}, saved in {seconds:.1f} s: the same command resumes from {checkpoint}",
+        flush=True,
+    )
+    step = int(checkpoint.rpartition("_")[2])
+    run_file.finish("stopped", reason, last_step=step, save_seconds=round(seconds, 1))
+    if stopped.received == signal.SIGINT:
+        raise KeyboardInterrupt
 
 
 # --- data ---

@@ -28,9 +28,9 @@ Initializer = jax.nn.initializers.Initializer
 # The entries of `RouterOutput.statistics`, in order.
 STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "aux_loss")
 # An expert is dead if its load is below this fraction of an even load.
+DEAD_LOAD = 0.01
 # What a sparse layer sows of each token and expert, int8, as `assignments`.
 NOT_ASSIGNED, DROPPED, PLACED = 0, 1, 2
-DEAD_LOAD = 0.01
 # The site of a sparse layer's router; other routers belong to the adapter of a site.
 EXPERTS_SITE = "mlp/experts"
 # Router metrics are averaged over the layers of a stack, or reported for each router.
