@@ -34,6 +34,7 @@ def evaluate(
     mesh: "partitioning.MeshConfig",
     routing_picture: bool = False,
     few_shot: options.FewShot = options.ZERO_SHOT,
+    length_normalized: bool = False,
 ) -> dict[str, Any]:
     """Scores every model on every task; each input is encoded once for all of its choices.
 
@@ -46,6 +47,8 @@ def evaluate(
       routing_picture: whether to draw which experts the tasks use, if the model has routers.
         It is drawn of inputs without shots.
       few_shot: the solved examples in front of each input.
+      length_normalized: whether to also report accuracy by log-likelihood per character, byte and
+        token of a choice.
 
     Returns:
       The contents of results.json.
@@ -97,7 +100,7 @@ def evaluate(
         for line in row_checks.describe_odd_rows(ties):
             print(f"{opened.name}: {line}", flush=True)
         tasks = rank_classification.task_results(
-            groups_by_task, predictions, setup.task_roles, few_shot.shots
+            groups_by_task, predictions, setup.task_roles, few_shot.shots, length_normalized
         )
         rank_classification.write_predictions(
             setup.folder / "predictions" / opened.name, groups_by_task, predictions

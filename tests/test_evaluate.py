@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,36 @@ def test_ties_of_different_texts_are_odd(twins):
     assert (odd["tied_scores"], odd["equal_tokens"], odd["doubled_choices"]) == (1, 1, 1)
 
 
+def test_best_answers_by_length():
+    """By hand, each measure another answer."""
+    group = choices.ChoiceGroup(
+        task="t",
+        idx=0,
+        inputs=np.array([5, 1]),
+        choices=tuple(np.arange(length) for length in (5, 2, 4)),  # per token -0.8, -3, -1.38
+        is_correct=(True, False, False),
+        input_text="x",
+        # per character -2, -1.2, -1.83; per byte -2, -1.2, -0.92
+        choice_texts=("no", "maybe", "ééé"),
+        input_truncated=False,
+        target_truncated=False,
+    )
+    scores = [-4.0, -6.0, -5.5]
+    expected = {"acc_norm": 1, "acc_bytes": 2, "acc_tokens": 0}
+    assert rank_classification.best_by_length(group, scores) == expected
+    empty = dataclasses.replace(group, choice_texts=("", "maybe", "ééé"))
+    assert rank_classification.best_by_length(empty, scores) == expected
+    odd = dataclasses.replace(group, is_correct=(False, True, False))
+    predictions = {g: rank_classification.Prediction(0, False, scores) for g in (group, odd)}
+    roles = TaskRoles(eval_splits={"t": "test"})
+    plain, normalized = (
+        rank_classification.task_results({"t": [group, odd]}, predictions, roles, 0, flag)["t"]
+        for flag in (False, True)
+    )
+    assert normalized == plain | {"acc_norm": 0.5, "acc_bytes": 0.0, "acc_tokens": 0.5}
+    assert plain["accuracy"] == 0.5
+
+
 def test_nothing_to_score():
     empty = {"a_score_eval": [], "b_score_eval": []}
     with pytest.raises(InputError, match="nothing to score in 'm': no rows with answer choices in"):
@@ -239,6 +270,7 @@ def evaluate_folder(base: pathlib.Path, folder: pathlib.Path, out: pathlib.Path,
         "TASK_FEATURE_LENGTHS": {"inputs": 24, "targets": 8},
         "BATCH_SIZE": 4,
         "SHOTS": shots,
+        "LENGTH_NORMALIZED": shots > 0,
     }
     flags = [f"--gin.{name}={value}" for name, value in settings.items()]
     assert evaluate.main(["--gin_file=runs/evaluate.gin", *flags]) == 0
@@ -278,10 +310,12 @@ def test_shots_equal_longer_inputs(base, tmp_path):
     assert (run["shots"], run["shots_seed"]) == (3, 0)
     table = (tmp_path / "few_results" / "results.md").read_text()
     assert "| shots left out |" in table and "cut input" not in table
+    assert "| base | per byte (acc_bytes)     |" in table
+    assert all(0 <= entry["acc_tokens"] <= 1 for entry in run["tasks"].values())
     run, zero = evaluate_folder(base, tmp_path / "joined", tmp_path / "zero_results", shots=0)
     assert {task: [line["scores"] for line in lines] for task, lines in few.items()} == {
         task: [line["scores"] for line in lines] for task, lines in zero.items()
     }
-    assert len(zero) == 2 and "shots" not in json.dumps([run, zero])
-    assert "shots" not in (tmp_path / "zero_results" / "results.md").read_text()
+    assert len(zero) == 2 and not re.search("shots|acc_", json.dumps([run, zero]))
+    assert not re.search("shots|acc_", (tmp_path / "zero_results" / "results.md").read_text())
     assert not (tmp_path / "zero_results" / "shots").exists()

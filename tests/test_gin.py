@@ -54,6 +54,8 @@ def test_sizes_equal_the_published_ones(size, parameters):
     assert count(configured_model(size, "full")) == parameters
 
 
+# UL2: D = H·K = 4096, F 16384, N 32: 32·(3·4·4096² + 2·3·4096·16384 + 5·4096) + 2·4096
+# + 2·32128·4096 + 64·16 = 19,591,209,984.
 # T5 1.0 has no matrix of logits, and an MLP of 2·D·F without a gate. Half the layers of a Switch,
 # and all of C, have E of them and a router D·E.
 # Switch-Base-8: 36·4·768² + (12 + 8·12)·2·768·3072 + 12·768·8 + 12·5·768 + 2·768
@@ -62,13 +64,16 @@ def test_sizes_equal_the_published_ones(size, parameters):
     ("size", "method", "num_experts", "parameters"),
     [
         ("t5_1_0", "full", 0, 60_506_624),
+        ("mt5", "full", 0, 300_176_768),
+        ("byt5", "full", 0, 299_637_760),
+        ("ul2", "full", 0, 19_591_209_984),
         ("switch_base", "flan_switch", 8, 619_339_008),
         ("switch_large", "flan_switch", 128, 26_309_291_008),
         ("switch_xxl", "flan_switch", 128, 394_675_073_024),
         ("switch_c", "flan_switch", 2048, 1_571_327_875_360),
     ],
 )
-def test_sizes_of_t5_1_0_and_switch(size, method, num_experts, parameters):
+def test_sizes_of_other_families(size, method, num_experts, parameters):
     flags = [f"--gin.NUM_EXPERTS={num_experts}"] if num_experts else []
     assert count(configured_model(size, method, *flags)) == parameters
 
@@ -277,7 +282,7 @@ def test_wrong_flags(flags, message):
         ("methods/full.gin", "--gin.ALPHA=8", "methods/lora.gin and methods/molora.gin"),
         ("methods/molora.gin", "--gin.FUSED_MOV=True", "methods/mov.gin"),
         ("runs/finetune.gin", "--gin.ROUTING_PICTURE=True", "runs/evaluate.gin"),
-        ("runs/finetune.gin", "--gin.VOCAB_SIZE=64", "models/quickstart.gin, models/"),
+        ("runs/finetune.gin", "--gin.VOCAB_SIZE=64", "models/byt5.gin, models/mt5.gin"),
         ("models/quickstart.gin", "--gin.BATCH_SIZE=8", "a file of runs/"),
         ("runs/finetune.gin", "--gin.DECODE_FN=None", "a file of runs_t5x/"),
         ("runs/evaluate.gin", "--gin.SEED=1", "runs/finetune.gin, runs/pretrain.gin and"),

@@ -71,17 +71,24 @@ class BaseModel:
         inferred = dimensions.infer_sparse(self.shapes, str(self))
         return None if inferred is None else {**(self.stored_sparse or {}), **inferred}
 
-    def model_dimensions(self) -> JsonObject:
+    def model_dimensions(self, model_file: T5Config | None = None) -> JsonObject:
         """Returns the fields of `T5Config` that the arrays determine.
 
         Names of activations are not in shapes: those that the checkpoint states are taken if it has
-        as many projections.
+        as many projections, and otherwise those of the model file, under the same condition.
+
+        Args:
+          model_file: configuration of the gin files; None: T5 v1.1 or 1.0.
 
         Raises:
           InputError: see `dimensions.infer`; or the logits' matrix is missing.
         """
         inferred = dimensions.infer(self.shapes, str(self))
-        inferred["mlp_activations"] = self._stated_activations() or inferred["mlp_activations"]
+        activations = self._stated_activations()
+        if activations is None and model_file is not None:
+            activations = model_file.mlp_activations
+        if activations is not None and len(activations) == len(inferred["mlp_activations"]):
+            inferred["mlp_activations"] = activations
         if inferred["logits_via_embedding"] and not self.stored_config.get(
             "logits_via_embedding", True
         ):
@@ -104,14 +111,14 @@ class BaseModel:
                 f"T5Config.mlp_activations must be {stated}, as in the {self}, got {activations}"
             )
 
-    def config(self) -> JsonObject:
-        """Returns the known fields of `T5Config`.
+    def config(self, model_file: T5Config | None = None) -> JsonObject:
+        """Returns the known fields of `T5Config`; see `model_dimensions`.
 
         Activations and tied logits are left out if they are those of T5 v1.1, as in the records of
         earlier versions.
         """
         # Dimensions of the arrays take precedence: a stored configuration may have been edited.
-        config = {**self.stored_config, **self.model_dimensions()}
+        config = {**self.stored_config, **self.model_dimensions(model_file)}
         for name in ("mlp_activations", "logits_via_embedding"):
             if config[name] == getattr(T5Config, name):
                 del config[name]

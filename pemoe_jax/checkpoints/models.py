@@ -403,7 +403,8 @@ def open_models(
 
     Args:
       paths: a path or a list of paths (CHECKPOINT_PATH).
-      model: the model of the gin files; only its dtype is used, for bases that do not state one.
+      model: the model of the gin files; its dtype and activations are used for bases that do not
+        state them.
       base_path: replaces the base that a run or an adapter names.
       dtype: dtype of activations; None: the checkpoint's.
       frozen_dtype: dtype of frozen matrices (`quantized.FROZEN_DTYPES`); None: as the run was
@@ -468,9 +469,11 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
     else:
         expected = f"a run, an adapter, {base_lib.EXPECTED}"
         base = base_lib.open_base(path, "model", expected)
-        # Only the activation dtype is taken from the gin files; dimensions are the checkpoint's.
-        defaults = {} if model is None else {"dtype": model.config.dtype}
-        config = _make_config({**defaults, **base.config()}, base.path)
+        # The gin files determine what the checkpoint does not state: the dtype of activations, and
+        # names of activation functions.
+        model_file = None if model is None else model.config
+        defaults = {} if model_file is None else {"dtype": model_file.dtype}
+        config = _make_config({**defaults, **base.config(model_file)}, base.path)
         sparse = json.dumps(base.sparse)
         return OpenedModel(_base_name(base.path), path, _build_model(config, "{}", sparse))
     if record.base["needed"] and base_path is None:

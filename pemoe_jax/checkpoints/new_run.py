@@ -39,7 +39,7 @@ def take_base_dimensions(
         trained = sparse.from_description(base.sparse)
         assert trained is not None
         _warn_of_other_routing(model.sparse, trained, str(base_path))
-    sizes = base.model_dimensions()
+    sizes = base.model_dimensions(model.config)
     changed = {name: value for name, value in sizes.items() if getattr(model.config, name) != value}
     if changed:
         text = ", ".join(

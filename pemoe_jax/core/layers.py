@@ -289,6 +289,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=True),
     "linear": lambda x: x,
     "relu": nn.relu,
+    "silu": nn.silu,
 }
 
 

@@ -39,7 +39,7 @@ class T5Config:
       num_encoder_layers, num_decoder_layers: depths of the stacks.
       dropout_rate: dropout rate of embeddings, attention, MLPs and residual branches.
       mlp_activations: activations of an MLP's input projections: ('gelu', 'linear') in T5 v1.1,
-        ('relu',) in T5 1.0.
+        ('relu',) in T5 1.0, ('silu', 'linear') in UL2.
       logits_via_embedding: whether the logits layer is the embedding, its input scaled by D^-1/2,
         as in T5 1.0.
       broadcast_encoder_dropout: whether the dropout mask of the encoder's output is shared by the

@@ -199,7 +199,8 @@ class Models:
       dtype: dtype of activations, 'float32' or 'bfloat16'; None: as in training.
       frozen_dtype: dtype of frozen matrices: 'activations', 'int8' or 'float8_e4m3fn'; None: as in
         training.
-      model: the model of the gin files; only its dtype is used, for a base that does not state one.
+      model: the model of the gin files; its dtype and activations are used for a base that does not
+        state them.
     """
 
     checkpoint_path: str | Sequence[str]

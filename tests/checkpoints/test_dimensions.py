@@ -67,6 +67,18 @@ def test_names_of_activations_are_stored(stored):
     assert network.T5Config(**opened.config()).mlp_activations == expected
 
 
+def test_activations_of_the_model_file_are_those_of_a_base_that_states_none():
+    """As T5X's checkpoints of UL2 do, with models/ul2.gin; wi_0 and wi_1 are not one `wi`."""
+    silu = dataclasses.replace(CONFIG, mlp_activations=("silu", "linear"))
+    unstated = base(model_shapes(CONFIG))
+    assert unstated.model_dimensions(silu)["mlp_activations"] == ("silu", "linear")
+    assert unstated.config(silu)["mlp_activations"] == ("silu", "linear")
+    stated = base(model_shapes(CONFIG), mlp_activations=["gelu", "linear"])
+    assert stated.model_dimensions(silu)["mlp_activations"] == ("gelu", "linear")
+    relu = base(model_shapes(dataclasses.replace(CONFIG, **T5_1_0)))
+    assert relu.model_dimensions(silu)["mlp_activations"] == ("relu",)
+
+
 def test_a_model_of_other_activations_than_its_base_states():
     shapes = model_shapes(dataclasses.replace(CONFIG, **T5_1_0))
     stated = base(shapes, mlp_activations=["gelu"])

@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from pemoe_jax.analysis import published_numbers
-from pemoe_jax.analysis.tables import MISSING
+from pemoe_jax.analysis.tables import MISSING, Table
 from pemoe_jax.analysis.zero_shot import bootstrap, result_tables, seed_groups
 from pemoe_jax.analysis.zero_shot.results import (
     NO_SHOTS,
@@ -166,6 +166,7 @@ class PaperTable:
       rows: runs, then published rows.
       draws: number of bootstrap draws.
       seed: seed of the draws.
+      normalized: `result_tables.normalized_tables` of the runs.
     """
 
     columns: list[Column]
@@ -173,6 +174,7 @@ class PaperTable:
     rows: list[Row]
     draws: int
     seed: int
+    normalized: Sequence[Table] = ()
 
     @property
     def shots(self) -> list[Shots]:
@@ -231,7 +233,8 @@ def build_paper_table(
     ]
     if with_paper:
         rows += map(_published_row, published_numbers.ROWS)
-    return PaperTable(columns, averaged, rows, draws, seed)
+    normalized = result_tables.normalized_tables(runs, _column)
+    return PaperTable(columns, averaged, rows, draws, seed, normalized)
 
 
 # shots -> the runs of all seeds

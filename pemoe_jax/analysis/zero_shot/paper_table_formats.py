@@ -74,13 +74,15 @@ def write_paper_table(table: PaperTable, folder: AnyPath) -> None:
 def to_tables(table: PaperTable) -> list[Table]:
     """Returns tables of medians, means and intervals, and if they differ of seeds and counts.
 
-    Last is a table of costs, if a run has recorded any.
+    Accuracies by log-likelihood per length follow the means, if a run has them. Last is a table of
+    costs, if a run has recorded any.
     """
     result = []
     for measure in MEASURES:
         result.append(_accuracy_table(table, measure))
         if any(map(_has_any_interval, table.rows)):
             result.append(_interval_table(table, measure))
+    result += table.normalized
     if _has_seeds(table):
         result.append(_seed_table(table))
     counts = _count_table(table)

@@ -114,11 +114,43 @@ def _odd_kinds(group: ChoiceGroup, prediction: Prediction) -> tuple[str, ...]:
     return (*group.anomalies, *(["tied_scores"] if prediction.is_tied else []))
 
 
+def best_by_length(group: ChoiceGroup, scores: Sequence[float]) -> dict[str, int]:
+    """Returns the choice with the highest score per unit of length, for each of `NORMALIZED`.
+
+    Characters and bytes are those of the text, tokens include the EOS, whose log-probability is in
+    the score. As in lm-evaluation-harness, the first of equal choices is taken.
+
+    Source: `process_results` of api/task.py in lm_eval 0.4.13.
+    """
+    texts = group.choice_texts
+    lengths = {
+        "acc_norm": [len(text) for text in texts],
+        "acc_bytes": [len(text.encode()) for text in texts],
+        "acc_tokens": [len(tokens) for tokens in group.choices],
+    }
+    return {
+        # At least 1: an empty answer is scored, by its EOS.
+        name: int(np.argmax(np.asarray(scores) / np.maximum(lengths[name], 1)))
+        for name in results.NORMALIZED
+    }
+
+
+def _normalized_correct(
+    groups: Sequence[ChoiceGroup], predictions: Mapping[ChoiceGroup, Prediction]
+) -> dict[str, list[bool]]:
+    best = [best_by_length(group, predictions[group].scores) for group in groups]
+    return {
+        name: [group.is_correct[i[name]] for group, i in zip(groups, best, strict=True)]
+        for name in results.NORMALIZED
+    }
+
+
 def task_results(
     groups_by_task: Mapping[str, Sequence[ChoiceGroup]],
     predictions: Mapping[ChoiceGroup, Prediction],
     task_roles: TaskRoles,
     shots: int = 0,
+    length_normalized: bool = False,
 ) -> dict[str, Any]:
     """Returns the entry of each task in a run's `tasks` in results.json.
 
@@ -127,6 +159,7 @@ def task_results(
       predictions: the prediction for each example.
       task_roles: what the registered tasks are, by role.
       shots: number of shots in front of each input, of which some may not have fitted.
+      length_normalized: whether to add the accuracies of `results.NORMALIZED`.
     """
     return {
         name: results.task_result(
@@ -143,6 +176,7 @@ def task_results(
             shots_left_out=sum(shots - (group.num_shots or 0) for group in groups)
             if shots
             else None,
+            normalized=_normalized_correct(groups, predictions) if length_normalized else None,
         )
         for name, groups in groups_by_task.items()
         if groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -15,7 +16,7 @@ from pemoe_jax.analysis.tables import (
     markdown_table,
     print_tables,
 )
-from pemoe_jax.analysis.zero_shot.results import SHOTS_KEYS, JsonObject
+from pemoe_jax.analysis.zero_shot.results import NORMALIZED, SHOTS_KEYS, JsonObject
 from pemoe_jax.tasks.task_roles import abbreviate
 
 Number = TypeVar("Number", int, float)
@@ -25,14 +26,15 @@ def results_markdown(results: JsonObject) -> str:
     """Returns the tables of means, prompts and checkpoints, each followed by its notes."""
     runs = results["runs"]
     parts = []
-    for table in [*_mean_tables(runs), _prompt_table(runs), checkpoint_table(runs)]:
+    tables = [*_mean_tables(runs), *normalized_tables(runs), _prompt_table(runs)]
+    for table in [*tables, checkpoint_table(runs)]:
         parts += [f"## {table.title}", markdown_table(table), *table.notes]
     return "\n\n".join(parts) + "\n"
 
 
 def print_results(results: JsonObject) -> None:
     """Prints the tables of means."""
-    print_tables(_mean_tables(results["runs"]))
+    print_tables([*_mean_tables(results["runs"]), *normalized_tables(results["runs"])])
 
 
 def any_shots(runs: Sequence[JsonObject]) -> bool:
@@ -65,6 +67,37 @@ def checkpoint_table(runs: Sequence[JsonObject]) -> Table:
         rows.append([label, checkpoint, base, dtype + frozen, _integer(run.get("step"))])
     columns = ["run", "checkpoint", "base", "activations", "step"]
     return Table("Checkpoints", columns, rows, num_text=4)
+
+
+def normalized_tables(
+    runs: Sequence[JsonObject], column_of: Callable[[str], str] = lambda dataset: dataset
+) -> list[Table]:
+    """Returns the table of accuracies by log-likelihood per length; none if no run has them.
+
+    Args:
+      runs: runs as in results.json; those without these accuracies have no rows.
+      column_of: function from a dataset to its column.
+    """
+    by_row: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for label, run in zip(run_labels(runs), runs, strict=True):
+        for task in run.get("tasks", {}).values():
+            for name, unit in NORMALIZED.items():
+                if name in task:
+                    by_column = by_row.setdefault((label, f"per {unit} ({name})"), {})
+                    by_column.setdefault(column_of(task["dataset"]), []).append(task[name])
+    if not by_row:
+        return []
+    columns = list(dict.fromkeys(column for values in by_row.values() for column in values))
+    rows = []
+    for (label, measure), values in by_row.items():
+        medians = {column: statistics.median(members) for column, members in values.items()}
+        cells = [_percent(medians.get(column)) for column in columns]
+        partial = " †" if len(medians) < len(columns) else ""
+        rows.append(
+            [label, measure, *cells, _percent(statistics.fmean(medians.values())) + partial]
+        )
+    title = "Accuracy by log-likelihood per length, in %: median over the prompts of a dataset"
+    return [Table(title, ["run", "log-likelihood", *columns, "average"], rows, num_text=2)]
 
 
 def format_range(values: Sequence[Number | None], format_value: Callable[[Number], str]) -> str:

@@ -28,6 +28,10 @@ SHOTS_KEYS = ("shots", "shots_seed")
 Shots: TypeAlias = tuple[int, ...]
 NO_SHOTS: Shots = (0, 0)
 
+# Accuracies by log-probability divided by a choice's length, if LENGTH_NORMALIZED, and the unit of
+# that length. The first two have the names of lm-evaluation-harness.
+NORMALIZED = {"acc_norm": "character", "acc_bytes": "byte", "acc_tokens": "token"}
+
 # A run, or a part of one, as read from JSON.
 JsonObject: TypeAlias = dict[str, Any]
 
@@ -54,6 +58,7 @@ def task_result(
     odd: Sequence[str],
     same_answer: str = "",
     shots_left_out: int | None = None,
+    normalized: Mapping[str, Sequence[bool]] | None = None,
 ) -> JsonObject:
     """Returns the result of one task, that is, of one prompt of a dataset.
 
@@ -63,6 +68,8 @@ def task_result(
       odd: the kind of every irregularity in the examples, with repetitions.
       same_answer: return value of the function `same_answer`.
       shots_left_out: number of shots that did not fit, over all examples; None without shots.
+      normalized: name in `NORMALIZED` -> for each example, whether the answer with the highest
+        score per unit of length is the target; None: not computed.
     """
     return {
         "dataset": dataset,
@@ -73,6 +80,7 @@ def task_result(
         "odd": dict(collections.Counter(odd)),
         **({"same_answer": same_answer} if same_answer else {}),
         **({} if shots_left_out is None else {"shots_left_out": shots_left_out}),
+        **{name: statistics.fmean(values) for name, values in (normalized or {}).items()},
     }
 
 
@@ -321,6 +329,11 @@ def _check_run(run: JsonObject, where: str) -> None:
                 f"{where}, task {name!r}: expected an accuracy of 0 to 1 over at least one"
                 f" example, got {task['accuracy']} over {task['examples']}"
             )
+        for key in NORMALIZED.keys() & task.keys():
+            if type(task[key]) not in (int, float) or not 0 <= task[key] <= 1:
+                raise InputError(
+                    f"{where}, task {name!r}: expected {key!r} to be 0 to 1, got {task[key]!r:.60}"
+                )
         if not 0 <= task["chance"] <= 1:
             raise InputError(
                 f"{where}, task {name!r}: expected a chance of 0 to 1, got {task['chance']}"

@@ -25,8 +25,11 @@ _EXPECTED: JsonObject = {
 }
 _EXPECTED_OF_ROUTERS: JsonObject = {"router_bias": False, "router_dtype": "float32"}
 # Their activations that we have. transformers' "gelu" is not T5's approximation by tanh.
-_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "linear": "linear"}
-_THEIR_ACTIVATIONS = {"relu": "relu", "gelu": "gelu_new", "linear": "linear"}
+_ACTIVATIONS = {
+    **{"relu": "relu", "silu": "silu", "linear": "linear"},
+    **{"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"},
+}
+_THEIR_ACTIVATIONS = {"relu": "relu", "silu": "silu", "gelu": "gelu_new", "linear": "linear"}
 
 _DIMENSIONS = {
     "vocab_size": "vocab_size",

@@ -66,6 +66,17 @@ def test_cells(base, mov):
     assert checkpoints["mov-10"] == ["runs/mov", "/bases/b.safetensors", "bfloat16", "300"]
 
 
+def test_accuracies_per_length_have_a_table_where_a_run_has_some(base, mov):
+    for name, accuracy in {"rte_b": 0.2, "rte_a": 0.4, "cb_a": 0.5}.items():
+        base["tasks"][name] |= {"acc_norm": accuracy, "acc_bytes": accuracy + 0.1}
+    mov["tasks"]["rte_a"]["acc_tokens"] = 0.25
+    _, _, table, _, _ = tables(base, mov)
+    assert table["run"] == ["log-likelihood", "rte", "cb", "average"]
+    # the last row of a run: the median of 0.3 and 0.5, and 0.6; (0.4 + 0.6) / 2
+    assert table["base"] == ["per byte (acc_bytes)", "40.0", "60.0", "50.0"]
+    assert table["mov-10"] == ["per token (acc_tokens)", "25.0", "–", "25.0 †"]
+
+
 def test_shots_have_columns_where_a_run_has_some(base, mov):
     mov["shots"] = 3
     mov["datasets"]["rte"]["shots_left_out"] = mov["tasks"]["rte_a"]["shots_left_out"] = 1234
