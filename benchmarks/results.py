@@ -97,6 +97,11 @@ ROWS = [
     Row("xxl_on_one_gpu/gpu", "XXL, 11B, MoV-10, on one GPU of 80 GB", {}),
     Row("score_choices/cpu passes", f"{_SCORING} one pass per choice", {"speed": 3.0}),
     Row("score_choices/cpu torch", f"{_SCORING} torch, inputs encoded once as well", {"time": 1.0}),
+    Row(
+        "api_rank/cpu",
+        "the Python API's `rank`, 16 × 4 choices, 256/8, against its program",
+        {"time": 1.05},
+    ),
     Row("sparse_step/hf", f"{_SPARSE} Hugging Face's", {"time": 0.8}),
     Row(
         "sparse_step/flaxformer",
@@ -119,6 +124,11 @@ ROWS = [
         {"time": 1.3, "arrays": 1.0},
     ),
     Row("sparse_load/switch", "reading Switch-Base-8 from a Hugging Face folder", {"arrays": 2.0}),
+    Row(
+        "api_rank/cpu first answer",
+        "`import pemoe_jax` to the first answer, tiny",
+        {"seconds": 4.0},
+    ),
     Row("startup/cpu", "process start to first step, tiny, programs cached", {"seconds": 15.0}),
 ]
 

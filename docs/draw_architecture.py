@@ -20,6 +20,7 @@ PURPOSES = {
     "evaluate": "zero-shot accuracy",
     "infer": "generation",
     "tools": "the other commands",
+    "api": "from Python: load, rank, generate",
     "t5x_bridge": "the only import of t5x",
 }
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 250, 50, 24, 36, 12

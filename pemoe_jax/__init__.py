@@ -1,3 +1,32 @@
-"""Mixtures of parameter-efficient experts on a frozen T5; importing it imports nothing else."""
+"""Mixtures of parameter-efficient experts on a frozen T5.
 
+    model = pemoe_jax.load_model("t5-large-lm-adapt", adapter="mov_for_a_colleague")
+    model.rank("… Did they like it?", ["yes", "no"])
+
+The names of `__all__` are imported when they are used: importing the package imports nothing else.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pemoe_jax.api import Model, ScoredChoice, finetune, load_model
+    from pemoe_jax.core.errors import InputError
+
+__all__ = ["InputError", "Model", "ScoredChoice", "__version__", "finetune", "load_model"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "InputError":
+        from pemoe_jax.core.errors import InputError
+
+        return InputError
+    if name in __all__:
+        from pemoe_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ from typing import Any
 
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.data import seqio_import
-from pemoe_jax.tasks.vocabulary import SENTINELS, find_sentinels
+from pemoe_jax.tasks.vocabulary import SENTINELS, check_special_ids, find_sentinels
 
 seqio_import.import_seqio()  # before TensorFlow: hides GPUs from it and filters its log
 import seqio  # noqa: E402
@@ -42,11 +42,7 @@ class LazyVocabulary(seqio.SentencePieceVocabulary):
                 " base model's SentencePiece file (VOCAB_PATH, --vocab_path of cache_tasks, or the"
                 " environment's PEMOE_VOCAB_PATH)"
             ) from None
-        ids = plain.pad_id(), plain.eos_id(), plain.unk_id()
-        if ids != (0, 1, 2):
-            raise InputError(
-                f"VOCAB_PATH {path}: expected pad, eos, unk at ids (0, 1, 2), got {ids}"
-            )
+        check_special_ids(plain, path)
         if find_sentinels(plain):
             self._extra_ids = 0
         return super()._model_context()

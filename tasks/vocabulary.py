@@ -71,6 +71,13 @@ def open_vocabulary(path: str, modified: int = 0) -> seqio.Vocabulary:
     return LazyVocabulary(path)
 
 
+def check_special_ids(tokenizer: sentencepiece.SentencePieceProcessor, path: str) -> None:
+    """Raises InputError unless pad, EOS and unknown have T5's ids."""
+    ids = tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id()
+    if ids != (0, 1, 2):
+        raise InputError(f"VOCAB_PATH {path}: expected pad, eos, unk at ids (0, 1, 2), got {ids}")
+
+
 def find_sentinels(tokenizer: sentencepiece.SentencePieceProcessor) -> list[int]:
     """Returns the ids of the pieces <extra_id_0>, <extra_id_1>, …; [] if there are none."""
     ids = {}

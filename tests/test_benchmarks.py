@@ -199,6 +199,11 @@ def test_packed_rows_hold_four_examples():
             "--size tiny --inputs 2 --choices 3 --lengths 8 4 --torch /nowhere",
             ["score_choices/cpu passes"],
         ),
+        (
+            "api_rank",
+            "--size tiny --inputs 2 --choices 3",
+            ["api_rank/cpu", "api_rank/cpu first answer"],
+        ),
         ("gpu_throughput", "--size tiny --methods mov --rows 2", ["gpu_throughput/trial mov"]),
         (
             "xxl_on_one_gpu",

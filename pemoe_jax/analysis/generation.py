@@ -146,8 +146,8 @@ def check_decodes_texts(opened: OpenedModel, vocabulary: Any) -> None:
         seqio_tasks.check_vocabulary(opened.path, opened.record.vocabulary, vocabulary)
     if opened.record is not None and opened.record.sentence_encoder is not None:
         raise InputError(
-            f"--text: the routers of {opened.path} read sentence embeddings: decode tasks that have"
-            " them"
+            f"the routers of {opened.path} read sentence embeddings, which a text alone does not"
+            " have: use tasks that have them"
         )
 
 

@@ -308,7 +308,28 @@ class OpenedModel:
             upcycled.get("noise", 0.0),
             lambda path: path not in trained_paths,
         )
+        return self.join_base(trained, base, identity, shardings), identity
+
+    def join_base(
+        self,
+        trained: Params,
+        base: Params,
+        identity: Mapping[str, Any],
+        shardings: Shardings = None,
+    ) -> dict[str, PyTree]:
+        """Returns all parameters: what the run trained, on a base that is loaded already.
+
+        Args:
+          trained: the parameters of `load_trained`.
+          base, identity: the parameters of `load_base` that are not trained, and its identity.
+          shardings: see `load_base`.
+
+        Raises:
+          InputError: the base is not the one that the adapters were trained on.
+        """
+        assert self.record is not None
         self.check_base(identity)
+        trained_paths = params_lib.flatten(trained).keys()
         # Checkpoints omit adapters that were not trained: the seed initializes them again.
         frozen_adapters = network.init_params(
             self.model,
@@ -318,8 +339,7 @@ class OpenedModel:
         frozen = params_lib.merge(device_put(frozen_adapters, shardings), base)
         params = params_lib.merge(trained, frozen)
         shapes = network.param_shapes(self.model)
-        matched = params_lib.check_matches(params, shapes, f"checkpoint {self.path} and its base")
-        return matched, identity
+        return params_lib.check_matches(params, shapes, f"checkpoint {self.path} and its base")
 
     def shardings(
         self, mesh: jax.sharding.Mesh, rules: partitioning.Rules

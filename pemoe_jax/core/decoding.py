@@ -1,6 +1,10 @@
-"""Greedy decoding with a cache of keys and values."""
+"""Decoding one token at a step with a cache of keys and values: the steps, and greedy decoding.
+
+`sampling` and `beam_search` use the same steps.
+"""
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 import jax
@@ -13,8 +17,94 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 NOT_FINITE = -1  # in place of a token where the logits are not finite
+# (tokens [R], cache) -> (logits [R, V] of the tokens after them, cache)
+Step: TypeAlias = Callable[[Array, PyTree], tuple[Array, PyTree]]
 # (position, tokens [B, T], last token [B], finished [B], cache)
 _Carry: TypeAlias = tuple[Array, Array, Array, Array, PyTree]
+
+
+def start(
+    model: "Transformer",
+    params: Params,
+    inputs: Array,
+    max_decode_length: int,
+    sentence_embeddings: Array | None,
+    copies: int = 1,
+) -> tuple[Step, PyTree]:
+    """Encodes the inputs and returns the function of a decoding step, and its first cache.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      inputs: int32 [B, L], padded with 0.
+      max_decode_length: T, the length of the cache.
+      sentence_embeddings: [B, S], for routers that read them.
+      copies: C, the number of sequences that are decoded from each input. The rows b·C to
+        b·C + C-1 of a step are those of input b, whose keys and values are projected once.
+    """
+    apply = functools.partial(
+        model.apply, enable_dropout=False, sentence_embeddings=sentence_embeddings
+    )
+    encoded = apply({"params": params}, inputs, method=model.encode)
+    decode = functools.partial(
+        apply, method=model.decode, decode=True, max_decode_length=max_decode_length
+    )
+    blank = jnp.zeros((inputs.shape[0] * copies, max_decode_length), jnp.int32)
+    # The first call creates the caches, and projects the encoder's keys and values for all steps.
+    _, caches = decode(
+        {"params": params}, encoded, inputs, blank, blank, mutable=["cache", "cross_cache"]
+    )
+
+    def step(tokens: Array, cache: PyTree) -> tuple[Array, PyTree]:
+        variables = {"params": params, **caches, "cache": cache}
+        token = tokens[:, None]
+        logits, updated = decode(variables, encoded, inputs, token, token, mutable=["cache"])
+        return logits[:, -1], updated["cache"]
+
+    return step, caches["cache"]
+
+
+def decode_rows(
+    step: Step,
+    cache: PyTree,
+    batch: int,
+    max_decode_length: int,
+    eos_id: int | Array,
+    choose: Callable[[Array, Array], Array],
+) -> Array:
+    """Decodes one sequence for each row until every row has ended.
+
+    Args:
+      step, cache: see `start`.
+      batch: B, the number of rows.
+      max_decode_length: T, the number of tokens to decode at most.
+      eos_id: the token that ends a row.
+      choose: function from (logits [B, V], position []) to the next tokens [B].
+
+    Returns:
+      int32 [B, T]; a row holds its end token, and 0 after it. A row whose logits are not finite
+      ends in `NOT_FINITE`.
+    """
+
+    def is_unfinished(carry: _Carry) -> Array:
+        position, _, _, finished, _ = carry
+        return (position < max_decode_length) & ~jnp.all(finished)
+
+    def advance(carry: _Carry) -> _Carry:
+        position, tokens, last, finished, cache = carry
+        logits, cache = step(last, cache)
+        chosen = choose(logits, position).astype(jnp.int32)
+        # The maximum is NaN if any logit is; argmax would return the first NaN as a token.
+        chosen = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), chosen, NOT_FINITE)
+        chosen = jnp.where(finished, 0, chosen)
+        tokens = tokens.at[:, position].set(chosen)
+        finished |= (chosen == eos_id) | (chosen == NOT_FINITE)
+        return position + 1, tokens, chosen, finished, cache
+
+    first = jnp.zeros((batch,), jnp.int32)  # the decoder's start token is padding
+    blank = jnp.zeros((batch, max_decode_length), jnp.int32)
+    carry = (jnp.array(0), blank, first, jnp.zeros((batch,), bool), cache)
+    return jax.lax.while_loop(is_unfinished, advance, carry)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_decode_length"))
@@ -37,41 +127,11 @@ def greedy_decode(
       sentence_embeddings: [B, S], for routers that read them.
 
     Returns:
-      int32 [B, T]; a row holds its end token, and 0 after it. A row whose logits are not finite
-      ends in `NOT_FINITE`.
+      int32 [B, T]; see `decode_rows`.
     """
     inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
-    batch = inputs.shape[0]
-    apply = functools.partial(
-        model.apply, enable_dropout=False, sentence_embeddings=sentence_embeddings
+    step, cache = start(model, params, inputs, max_decode_length, sentence_embeddings)
+    return decode_rows(
+        *(step, cache, inputs.shape[0], max_decode_length, eos_id),
+        lambda logits, _: jnp.argmax(logits, axis=-1),
     )
-    encoded = apply({"params": params}, inputs, method=model.encode)
-    decode = functools.partial(
-        apply, method=model.decode, decode=True, max_decode_length=max_decode_length
-    )
-    blank = jnp.zeros((batch, max_decode_length), jnp.int32)
-    # The first call creates the caches, and projects the encoder's keys and values for all steps.
-    _, caches = decode(
-        {"params": params}, encoded, inputs, blank, blank, mutable=["cache", "cross_cache"]
-    )
-
-    def is_unfinished(carry: _Carry) -> Array:
-        position, _, _, finished, _ = carry
-        return (position < max_decode_length) & ~jnp.all(finished)
-
-    def step(carry: _Carry) -> _Carry:
-        position, tokens, last, finished, cache = carry
-        variables = {"params": params, **caches, "cache": cache}
-        token = last[:, None]
-        logits, updated = decode(variables, encoded, inputs, token, token, mutable=["cache"])
-        best = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-        # The maximum is NaN if any logit is; argmax would return the first NaN as a token.
-        best = jnp.where(jnp.isfinite(jnp.max(logits[:, -1], axis=-1)), best, NOT_FINITE)
-        best = jnp.where(finished, 0, best)
-        tokens = tokens.at[:, position].set(best)
-        finished |= (best == eos_id) | (best == NOT_FINITE)
-        return position + 1, tokens, best, finished, updated["cache"]
-
-    start = jnp.zeros((batch,), jnp.int32)  # the decoder's start token is padding
-    carry = (jnp.array(0), blank, start, jnp.zeros((batch,), bool), caches["cache"])
-    return jax.lax.while_loop(is_unfinished, step, carry)[1]

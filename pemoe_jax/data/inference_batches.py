@@ -151,26 +151,77 @@ def score_batches(
     Raises:
       InputError: `batch_size` is not a positive multiple of `multiple_of`.
     """
-    sizes = [(len(g.inputs), len(g.choices), max(map(len, g.choices))) for g in groups]
+    sizes = [_size(group) for group in groups]
     limits = (multiple_of, max_target_tokens, program_cost, max_programs)
     for shape, rows, indices in _plan_batches(sizes, batch_size, *limits):
-        input_length, num_choices, target_length = shape
         members = [groups[index] for index in indices]
-        targets = np.zeros((rows, num_choices, target_length), np.int32)
-        for target, group in zip(targets, members, strict=False):
-            target[:] = _pad(group.choices, num_choices, target_length)
-        # Choices start from token 0, as in training. The scores of padded choices are meaningless:
-        # the caller drops them, knowing how many choices each group has.
-        batch = {
-            "encoder_input_tokens": _pad([group.inputs for group in members], rows, input_length),
-            "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
-            "decoder_target_tokens": targets,
-        }
-        embeddings = [g.sentence_embedding for g in members if g.sentence_embedding is not None]
-        if len(embeddings) == len(members):
-            missing = ((0, rows - len(members)), (0, 0))
-            batch["sentence_embeddings"] = np.pad(np.stack(embeddings, dtype=np.float32), missing)
-        yield batch, members
+        yield _pad_groups(members, shape, rows), members
+
+
+def _size(group: ChoiceGroup) -> Shape:
+    return len(group.inputs), len(group.choices), max(map(len, group.choices))
+
+
+def _pad_groups(members: Sequence[ChoiceGroup], shape: Shape, rows: int) -> Batch:
+    """Returns the batch of `score_batches` of examples that fit into a shape."""
+    input_length, num_choices, target_length = shape
+    targets = np.zeros((rows, num_choices, target_length), np.int32)
+    for target, group in zip(targets, members, strict=False):
+        target[:] = _pad(group.choices, num_choices, target_length)
+    # Choices start from token 0, as in training. The scores of padded choices are meaningless:
+    # the caller drops them, knowing how many choices each group has.
+    batch = {
+        "encoder_input_tokens": _pad([group.inputs for group in members], rows, input_length),
+        "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
+        "decoder_target_tokens": targets,
+    }
+    embeddings = [g.sentence_embedding for g in members if g.sentence_embedding is not None]
+    if len(embeddings) == len(members):
+        missing = ((0, rows - len(members)), (0, 0))
+        batch["sentence_embeddings"] = np.pad(np.stack(embeddings, dtype=np.float32), missing)
+    return batch
+
+
+def bucketed_score_batches(
+    groups: Sequence[ChoiceGroup], batch_size: int, max_target_tokens: int = 16384
+) -> Iterator[tuple[Batch, list[int]]]:
+    """Yields batches as `score_batches`, and the indices of the groups in their first rows.
+
+    Their shapes are few whatever the groups are, so that calls share compiled programs: see
+    `_bucket`. Arguments are those of `score_batches`.
+    """
+    sizes = [_size(group) for group in groups]
+    for shape, rows, indices in _bucket(sizes, batch_size, max_target_tokens):
+        yield _pad_groups([groups[index] for index in indices], shape, rows), indices
+
+
+def bucketed_input_batches(
+    inputs: Sequence[np.ndarray], batch_size: int
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Yields batches as `input_batches`, of the shapes of `_bucket`."""
+    sizes = [(len(ids), 1, 1) for ids in inputs]
+    for shape, rows, indices in _bucket(sizes, batch_size, 4 * batch_size):
+        repeated = [inputs[indices[-1]]] * (rows - len(indices))
+        yield _pad([inputs[index] for index in indices] + repeated, rows, shape[0]), indices
+
+
+def _bucket(
+    sizes: Sequence[Shape], batch_size: int, max_target_tokens: int
+) -> Iterator[tuple[Shape, int, list[int]]]:
+    """Yields the shape, number of rows and indices of each batch, longest inputs first.
+
+    Lengths are 32, 48, 64, 96, 128, … of inputs and 4, 6, 8, 12, … of targets, choices 1, 2, 3, 4,
+    5, 6, 7, 8, 10, …, and rows powers of two.
+    """
+    check_integer("batch_size", batch_size)
+    order = sorted(range(len(sizes)), key=lambda index: sizes[index], reverse=True)
+    while order:
+        largest = np.max([sizes[index] for index in order[:batch_size]], axis=0).tolist()
+        inputs, choices, targets = map(_round_up, largest, (32, 1, 4), (2, 4, 2))
+        affordable = max(1, min(batch_size, max_target_tokens // (choices * targets)))
+        indices, order = order[:affordable], order[affordable:]
+        rows = min(affordable, 1 << (len(indices) - 1).bit_length())
+        yield (inputs, choices, targets), rows, indices
 
 
 def _pad(sequences: Sequence[np.ndarray], rows: int, length: int) -> np.ndarray:

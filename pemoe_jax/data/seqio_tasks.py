@@ -151,11 +151,12 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
     Sentinels do not count, so that T5's file with them and the one without them are equal.
 
     Args:
-      vocabulary: a `seqio.Vocabulary`, or the name of a task or mixture.
+      vocabulary: a `seqio.Vocabulary`, one of `tasks.tokenizer`, or the name of a task or mixture.
     """
     if isinstance(vocabulary, str):
         vocabulary = get_mixture_or_task(vocabulary).output_features["targets"].vocabulary
-    digest = hashlib.sha256(type(vocabulary).__name__.encode())
+    kind = getattr(vocabulary, "fingerprint_kind", type(vocabulary).__name__)
+    digest = hashlib.sha256(kind.encode())
     tokenizer = getattr(vocabulary, "tokenizer", None)
     if tokenizer is None:
         digest.update(str(vocabulary.vocab_size).encode())

@@ -43,6 +43,25 @@ def enable(environment: MutableMapping[str, str] = os.environ) -> None:
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
 
 
+def enable_in_process() -> None:
+    """Turns the cache on, also if jax is imported already; a cache that is configured stays."""
+    if "jax" not in sys.modules:
+        enable()
+        return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    configured: str | None = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if CACHE_DIR_VARIABLE in os.environ or configured is not None:
+        return
+    environment = dict(os.environ)
+    enable(environment)
+    if folder := environment.get(CACHE_DIR_VARIABLE):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        compilation_cache.reset_cache()  # at its first compilation jax has found no folder
+
+
 def default_folder(environment: Mapping[str, str]) -> Path:
     """Returns `pemoe_jax/compiled` in the user's cache folder.
 

@@ -8,7 +8,7 @@ import sentencepiece
 from pemoe_jax import tasks
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_tasks
-from pemoe_jax.tasks import p3, pretrain, vocabulary
+from pemoe_jax.tasks import p3, pretrain, tokenizer, vocabulary
 from pemoe_jax.tools import cache_tasks
 
 
@@ -124,3 +124,46 @@ def test_fingerprints(tmp_path):
     seqio_tasks.check_vocabulary("run", None, loaded[2])
     with pytest.raises(InputError, match=f"that run was trained with, of fingerprint {first}, got"):
         seqio_tasks.check_vocabulary("run", first, loaded[2])
+
+
+def test_tokenizers_without_seqio_have_the_same_ids(tmp_path):
+    """T5's file with sentinels and without, mT5's, and ByT5's; texts and unknown ids."""
+    plain, t5, mt5 = (tmp_path / name for name in ("plain.model", "t5.model", "mt5.model"))
+    numbers = range(100)
+    write_model(plain)
+    write_model(t5, [f"<extra_id_{number}>" for number in reversed(numbers)])
+    write_model(mt5, [f"▁<extra_id_{number}>" for number in reversed(numbers)])
+    texts = ["a hat", "", "  a  cat \n is é½ ", "not <extra_id_0> a <extra_id_99>", "日本 {x}\t"]
+    for source in (str(plain), str(t5), str(mt5), "bytes"):
+        loaded, light = vocabulary.load_vocabulary(source), tokenizer.open_tokenizer(source)
+        assert (light.vocab_size, light.eos_id) == (loaded.vocab_size, loaded.eos_id)
+        fingerprint = seqio_tasks.fingerprint_vocabulary
+        assert fingerprint(light) == fingerprint(loaded)
+        for text in texts:
+            ids = light.encode(text)
+            assert ids == list(loaded.encode(text)) == loaded.encode_tf(text).numpy().tolist()
+            for row in (ids, [*ids, 1, 0, 0], [*ids, light.vocab_size + 3], [light.vocab_size - 1]):
+                assert light.decode(row) == loaded.decode(row)
+
+
+def test_tokenizers_of_transformers():
+    class T5Tokenizer:
+        pad_token_id, eos_token_id = 0, 1
+
+        def __len__(self):
+            return 32100
+
+        def encode(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return [len(word) for word in text.split()]
+
+        def decode(self, ids, skip_special_tokens):
+            assert skip_special_tokens
+            return " ".join("x" * number for number in ids)
+
+    light = tokenizer.open_tokenizer(T5Tokenizer())
+    assert (light.vocab_size, light.encode("aaa aa")) == (32100, [3, 2])
+    assert light.decode([3, 2, 1, 4]) == "xxx xx"
+    T5Tokenizer.pad_token_id = 1
+    with pytest.raises(InputError, match="vocabulary must be a tokenizer of T5"):
+        tokenizer.open_tokenizer(T5Tokenizer())

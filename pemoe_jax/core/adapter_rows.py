@@ -1,0 +1,53 @@
+"""Batches whose rows have adapters of their own on one base."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import jax
+
+from pemoe_jax.core import params as params_lib
+from pemoe_jax.core.params import Params, PyTree
+
+if TYPE_CHECKING:
+    from pemoe_jax.core.network import Transformer
+
+Array = jax.Array
+
+
+@functools.lru_cache(maxsize=32)
+def map_adapters(
+    function: Callable[..., Array], model: "Transformer", **settings: object
+) -> Callable[[Params, Params, Array, Mapping[str, PyTree], Mapping[str, PyTree]], Array]:
+    """Maps a function of a batch to one whose rows have adapters of their own.
+
+    The products with the base's matrices stay those of the whole batch.
+
+    Args:
+      function: a function `f(model, params, **rows, **settings, **options)` of a batch, such as
+        `steps.score_choices` and `decoding.greedy_decode`.
+      model: the network, of all adapters.
+      settings: further arguments, which the program is compiled for.
+
+    Returns:
+      A jitted function of (base, adapters, ids, rows, options): the base's parameters, A adapters'
+      parameters stacked [A, …], the adapter of each row [B], arguments [B, …] and others.
+    """
+
+    @jax.jit
+    def apply(
+        base: Params,
+        adapters: Params,
+        ids: Array,
+        rows: Mapping[str, PyTree],
+        options: Mapping[str, PyTree],
+    ) -> Array:
+        def apply_to_row(adapter: Params, row: Mapping[str, PyTree]) -> Array:
+            batch_of_one = jax.tree.map(lambda array: array[None], dict(row))
+            params = params_lib.merge(adapter, base)
+            return function(model, params, **batch_of_one, **settings, **options)[0]
+
+        by_row = jax.tree.map(lambda array: array[ids], adapters)
+        return jax.vmap(apply_to_row)(by_row, dict(rows))
+
+    return apply

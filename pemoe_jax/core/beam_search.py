@@ -1,0 +1,147 @@
+"""Beam search: the K most likely sequences so far are continued at each step.
+
+    score(y) = log p(y | x) / |y|^α
+
+for a finished sequence y of |y| tokens, its end included, and the length penalty α. Shapes: `B`
+batch, `K` beams, `T` length, `V` vocabulary.
+"""
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pemoe_jax.core import decoding
+from pemoe_jax.core.params import Params, PyTree
+
+if TYPE_CHECKING:
+    from pemoe_jax.core.network import Transformer
+
+Array = jax.Array
+
+
+class _State(NamedTuple):
+    """The running and the finished sequences.
+
+    Attributes:
+      position: number of tokens decoded so far.
+      running: int32 [B, K, T], sequences to continue, best first.
+      log_probs: [B, K], their log-probabilities.
+      finished: int32 [B, K, T], the best finished sequences.
+      scores: [B, K], their scores, best first; -inf for none.
+      is_done: [B], whether the running sequences of a row are not continued any more.
+      is_finite: [B], whether all logits of a row were finite.
+      cache: keys and values of the running sequences, with B·K rows.
+    """
+
+    position: Array
+    running: Array
+    log_probs: Array
+    finished: Array
+    scores: Array
+    is_done: Array
+    is_finite: Array
+    cache: PyTree
+
+
+def _select(array: Array, beams: Array) -> Array:
+    """Selects [B, N, …] by beams [B, K] -> [B, K, …]."""
+    return jnp.take_along_axis(array, beams.reshape(*beams.shape, *[1] * (array.ndim - 2)), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_decode_length", "num_beams"))
+def beam_search_decode(
+    model: "Transformer",
+    params: Params,
+    encoder_input_tokens: Array,
+    max_decode_length: int,
+    num_beams: int,
+    length_penalty: float | Array = 1.0,
+    early_stopping: bool | Array = False,
+    eos_id: int | Array = 1,
+) -> Array:
+    """Returns the sequence with the highest score of each row.
+
+    A row ends when it has K finished sequences and, without `early_stopping`, the best running
+    sequence would not score higher than the worst of them if it ended now. The settings and their
+    defaults are those of Hugging Face's `generate`.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      encoder_input_tokens: int [B, L], padded with 0.
+      max_decode_length: T, the number of tokens to decode at most.
+      num_beams: K.
+      length_penalty: α; above 0, longer sequences score higher.
+      early_stopping: whether a row ends as soon as it has K finished sequences.
+      eos_id: the token that ends a sequence.
+
+    Returns:
+      int32 [B, T]; a row holds its end token, and 0 after it. A row whose logits are not finite
+      begins with `decoding.NOT_FINITE`.
+    """
+    inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
+    batch, beams = inputs.shape[0], num_beams
+    decode_step, cache = decoding.start(model, params, inputs, max_decode_length, None, beams)
+
+    def is_unfinished(state: _State) -> Array:
+        return (state.position < max_decode_length) & ~jnp.all(state.is_done)
+
+    def advance(state: _State) -> _State:
+        position, length = state.position, state.position + 1
+        # The decoder's start token is padding, which is also before the first position.
+        last = jnp.where(position > 0, state.running[:, :, position - 1], 0)
+        logits, cache = decode_step(last.reshape(-1), state.cache)
+        is_finite = state.is_finite & jnp.isfinite(jnp.max(logits.reshape(batch, -1), axis=-1))
+        log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, -1)
+        log_probs += state.log_probs[:, :, None]
+        vocab_size = log_probs.shape[-1]
+        # 2 K candidates, of which at most K end by the end token: K are left to continue.
+        log_probs, indices = jax.lax.top_k(log_probs.reshape(batch, -1), 2 * beams)  # [B, 2K]
+        parents, tokens = indices // vocab_size, indices % vocab_size
+        candidates = _select(state.running, parents).at[:, :, position].set(tokens)
+        ends = (tokens == eos_id) | (length == max_decode_length)
+
+        # A candidate finishes only if it is among the best K, whether or not those end.
+        is_best = jnp.arange(2 * beams) < beams
+        finishes = ends & is_best & ~state.is_done[:, None]
+        penalty = length.astype(jnp.float32) ** length_penalty
+        new_scores = jnp.where(finishes, log_probs / penalty, -jnp.inf)
+        scores, order = jax.lax.top_k(jnp.concatenate([state.scores, new_scores], 1), beams)
+        finished = _select(jnp.concatenate([state.finished, candidates], 1), order)
+
+        running_log_probs, order = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_probs), beams)
+        rows = jnp.arange(batch)[:, None] * beams + _select(parents, order)  # [B, K]
+        has_all = jnp.isfinite(scores[:, -1])
+        can_improve = running_log_probs[:, 0] / penalty > scores[:, -1]
+        is_done = state.is_done | (has_all & (early_stopping | ~can_improve)) | ~is_finite
+        return _State(
+            position=length,
+            running=_select(candidates, order),
+            log_probs=running_log_probs,
+            finished=finished,
+            scores=scores,
+            is_done=is_done,
+            is_finite=is_finite,
+            # The index of the cache, a scalar, is the same for all sequences.
+            cache=jax.tree.map(lambda a: a[rows.reshape(-1)] if a.ndim else a, cache),
+        )
+
+    blank = jnp.zeros((batch, beams, max_decode_length), jnp.int32)
+    # All beams start as the same empty sequence: only the first is continued, or they would be
+    # K times the same.
+    first = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)
+    state = _State(
+        position=jnp.array(0),
+        running=blank,
+        log_probs=jnp.broadcast_to(first, (batch, beams)),
+        finished=blank,
+        scores=jnp.full((batch, beams), -jnp.inf),
+        is_done=jnp.zeros((batch,), bool),
+        is_finite=jnp.ones((batch,), bool),
+        cache=cache,
+    )
+    state = jax.lax.while_loop(is_unfinished, advance, state)
+    best = state.finished[:, 0]
+    return best.at[:, 0].set(jnp.where(state.is_finite, best[:, 0], decoding.NOT_FINITE))

@@ -1,0 +1,80 @@
+"""Decoding by sampling: temperature, top-k (arXiv 1805.04833) and top-p (arXiv 1904.09751)."""
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from pemoe_jax.core import decoding
+from pemoe_jax.core.params import Params
+
+if TYPE_CHECKING:
+    from pemoe_jax.core.network import Transformer
+
+Array = jax.Array
+
+
+def truncate_logits(logits: Array, top_k: int | Array, top_p: float | Array) -> Array:
+    """Sets the logits of unlikely tokens to -inf; logits are [B, V].
+
+    Args:
+      logits: divided by the temperature.
+      top_k: number of most likely tokens that stay; with ties at the last of them, more.
+      top_p: of these, the most likely tokens stay whose probabilities sum to at least `top_p`.
+    """
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    vocab_size = logits.shape[-1]
+    ordered = jnp.where(jnp.arange(vocab_size) < top_k, ordered, -jnp.inf)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    # A token stays if those before it do not reach top_p; the first one always does.
+    sum_before = jnp.cumsum(probs, axis=-1) - probs
+    stays = (sum_before < top_p) & (probs > 0)
+    threshold = jnp.min(jnp.where(stays.at[:, 0].set(True), ordered, jnp.inf), axis=-1)
+    return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_decode_length", "truncate"))
+def sample_decode(
+    model: "Transformer",
+    params: Params,
+    encoder_input_tokens: Array,
+    max_decode_length: int,
+    seed: int | Array,
+    rows: Array,
+    temperature: float | Array,
+    top_k: int | Array,
+    top_p: float | Array,
+    eos_id: int | Array = 1,
+    truncate: bool = True,
+) -> Array:
+    """Draws a token at each step until every row has ended.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      encoder_input_tokens: int [B, L], padded with 0.
+      max_decode_length: T, the number of tokens to decode at most.
+      seed: seed of the draws.
+      rows: int [B], a number of each row; its draws depend on it and the seed alone, not on the
+        batch that the row is in.
+      temperature: divisor of the logits.
+      top_k, top_p: see `truncate_logits`.
+      eos_id: the token that ends a row.
+      truncate: whether to apply `top_k` and `top_p`, which sorts the vocabulary at each step.
+
+    Returns:
+      int32 [B, T]; see `decoding.decode_rows`.
+    """
+    inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
+    step, cache = decoding.start(model, params, inputs, max_decode_length, None)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+
+    def choose(logits: Array, position: Array) -> Array:
+        logits = logits / temperature
+        if truncate:
+            logits = truncate_logits(logits, top_k, top_p)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+        return jax.vmap(jax.random.categorical)(step_keys, logits)
+
+    return decoding.decode_rows(step, cache, inputs.shape[0], max_decode_length, eos_id, choose)

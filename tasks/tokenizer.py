@@ -1,0 +1,147 @@
+"""Tokenizers without seqio and TensorFlow, for the Python API: the ids are those of seqio's."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.tasks.vocabulary import (
+    BYTES,
+    SENTINELS,
+    check_special_ids,
+    find_sentinels,
+    locate_vocabulary,
+)
+
+
+class Tokenizer(Protocol):
+    """Texts to token ids and back; the ids do not include EOS.
+
+    Attributes:
+      eos_id: id of the end of a text.
+      vocab_size: number of ids, sentinels included.
+    """
+
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+def _until_eos(ids: Iterable[int], eos_id: int) -> list[int]:
+    ids = [int(token_id) for token_id in ids]
+    return ids[: ids.index(eos_id)] if eos_id in ids else ids
+
+
+class SentencePieceTokenizer:
+    """T5's or mT5's SentencePiece file; 100 sentinels are added if it has none.
+
+    Raises:
+      InputError: the file does not exist, is not a SentencePiece model, or has other special ids
+        than T5's.
+    """
+
+    # `seqio_tasks.fingerprint_vocabulary` hashes it in place of the class's name.
+    fingerprint_kind = "LazyVocabulary"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        protos: Any = sentencepiece_model_pb2
+        self.path, _ = locate_vocabulary(path)
+        if "://" in self.path:
+            raise InputError(f"VOCAB_PATH must be a local file, got {self.path}: pass a copy of it")
+        model = pathlib.Path(self.path).read_bytes()
+        try:
+            self.tokenizer = SentencePieceProcessor(model_proto=model)
+        except Exception as error:  # sentencepiece raises types of its own
+            raise InputError(
+                f"VOCAB_PATH {self.path} is not a SentencePiece model: {first_line(error)}"
+            ) from None
+        check_special_ids(self.tokenizer, self.path)
+        if not find_sentinels(self.tokenizer):
+            proto = protos.ModelProto.FromString(model)
+            # As seqio adds them: the first one has the last id.
+            for number in reversed(range(SENTINELS)):
+                piece = f"▁<extra_id_{number}>"
+                proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.USER_DEFINED)
+            self.tokenizer = SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+    @property
+    def eos_id(self) -> int:
+        return int(self.tokenizer.eos_id())
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer.get_piece_size())
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        # Rows of the embedding beyond the vocabulary are padding.
+        known = [
+            token_id if token_id < self.vocab_size else self.tokenizer.unk_id()
+            for token_id in _until_eos(ids, self.eos_id)
+        ]
+        return str(self.tokenizer.decode(known))
+
+
+class ByteTokenizer:
+    """ByT5's vocabulary: UTF-8 bytes after pad, EOS and unknown."""
+
+    fingerprint_kind = "ByteVocabulary"
+    eos_id = 1
+    vocab_size = 3 + 256
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + 3 for byte in text.encode()]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = _until_eos(ids, self.eos_id)
+        numbers = bytes(token_id - 3 for token_id in ids if 3 <= token_id < self.vocab_size)
+        return numbers.decode(errors="ignore")
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of the package transformers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        if tokenizer.pad_token_id != 0 or tokenizer.eos_token_id is None:
+            raise InputError(
+                "vocabulary must be a tokenizer of T5, with padding at id 0 and an end token, got"
+                f" {type(tokenizer).__name__} with {tokenizer.pad_token_id} and"
+                f" {tokenizer.eos_token_id}"
+            )
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.vocab_size = len(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode(_until_eos(ids, self.eos_id), skip_special_tokens=True))
+
+
+def open_tokenizer(vocabulary: object) -> Tokenizer:
+    """Returns the tokenizer of a SentencePiece file, 'bytes', or an object of transformers.
+
+    Raises:
+      InputError: it is none of these; see `SentencePieceTokenizer`.
+    """
+    if vocabulary == BYTES:
+        return ByteTokenizer()
+    if isinstance(vocabulary, (str, os.PathLike)):
+        return SentencePieceTokenizer(vocabulary)
+    if hasattr(vocabulary, "encode") and hasattr(vocabulary, "eos_token_id"):
+        return HuggingFaceTokenizer(vocabulary)
+    raise InputError(
+        f"vocabulary must be a SentencePiece file, {BYTES!r} or a tokenizer of transformers, got"
+        f" {vocabulary!r:.80}"
+    )

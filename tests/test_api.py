@@ -1,0 +1,304 @@
+"""The Python API on the quickstart's base, with small random adapters."""
+
+import functools
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import pemoe_jax
+from pemoe_jax import api
+from pemoe_jax.checkpoints import adapter_file, base_model, runs
+from pemoe_jax.core import adapters, decoding, network, params
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.routing import Router
+
+REPO = pathlib.Path(__file__).parent.parent
+BASE = str(REPO / "tasks/quickstart/base.safetensors")
+VOCAB = str(REPO / "tasks/quickstart/vocab.model")
+TEXTS = ["Did they like it? It was fun.", "What is the subject of this text? " * 6, "Why?"]
+CHOICES = [["yes", "no"], ["farming", "sailing", "a school", "sport"], ["because"]]
+
+
+@functools.cache
+def base_identity() -> dict:
+    return {"path": BASE, "seed": None, "needed": True, **opened_base().identity("float32")}
+
+
+@functools.cache
+def opened_base() -> base_model.BaseModel:
+    return base_model.open_base(BASE)
+
+
+def write_adapter(folder: pathlib.Path, method: str, seed: int, **base) -> str:
+    """Writes an adapter of random values with which the model's answers change."""
+    experts = {"num_experts": 3, "router": Router} if method in ("mov", "molora") else {}
+    if method in ("ia3", "mov"):
+        factory, sites = functools.partial(adapters.VectorExperts, **experts), ("key", "value")
+        sites += ("gate",)
+    else:
+        factory, sites = functools.partial(adapters.LoRAExperts, **experts), ("query", "wo")
+    config = network.T5Config(**{**opened_base().config(), "dropout_rate": 0.1 * (seed % 2)})
+    model = network.Transformer(config, adapters.Adapters(**dict.fromkeys(sites, factory)))
+    shapes = params.flatten(network.param_shapes(model, params.is_adapter))
+    rng = np.random.default_rng(seed)
+    arrays = {
+        path: (rng.normal(size=leaf.shape) * 0.3 + path.endswith("vectors")).astype(np.float32)
+        for path, leaf in shapes.items()
+    }
+    record = runs.Record(
+        method=method,
+        trainable=[params.ADAPTER_PATTERN],
+        config=config.as_dict(),
+        adapters=adapters.describe(model.adapters),
+        base={**base_identity(), **base},
+        counts={"trainable": 1, "total": 2},
+        versions={},
+    )
+    path = folder / f"{method}_{seed}"
+    adapter_file.save_adapter(path, arrays, record, step=1)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def mov(folder) -> str:
+    return write_adapter(folder, "mov", 0)
+
+
+@pytest.fixture(scope="module")
+def model(mov) -> pemoe_jax.Model:
+    return pemoe_jax.load_model(BASE, adapter=mov, vocabulary=VOCAB)
+
+
+def scores(ranked) -> np.ndarray:
+    return np.array([choice.log_prob for row in ranked for choice in row])
+
+
+def test_import_is_light():
+    """Importing the package imports nothing; loading and scoring import neither TensorFlow nor
+    seqio."""
+    code = (
+        "import sys, time; start = time.perf_counter(); import pemoe_jax, pemoe_jax as package\n"
+        "assert time.perf_counter() - start < 0.3, time.perf_counter() - start\n"
+        "assert not {'jax', 'numpy'} & sys.modules.keys()\n"
+        "assert set(pemoe_jax.__all__) <= set(dir(pemoe_jax))\n"
+        f"model = pemoe_jax.load_model({BASE!r}, vocabulary={VOCAB!r})\n"
+        "assert len(model.rank('Did they like it?', ['yes', 'no'])) == 2\n"
+        "assert isinstance(model.generate('Why?', 2), str)\n"
+        "assert not {'seqio', 'tensorflow', 'matplotlib', 'transformers'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+
+
+def test_scores_and_routing_are_those_of_the_commands(model, tmp_path):
+    """Of `pemoe evaluate` and `pemoe routes`, from their tokens on."""
+    from pemoe_jax.analysis.routing import measure
+    from pemoe_jax.analysis.zero_shot import rank_classification
+    from pemoe_jax.checkpoints import models
+    from pemoe_jax.core import partitioning
+    from pemoe_jax.data import choices
+    from pemoe_jax.tasks import jsonl
+
+    jsonl.register(REPO / "docs/my_prompts", VOCAB, eval_tasks=["reviews_liked", "titles_choose"])
+    groups = choices.load_choice_groups("jsonl_score_eval", {"inputs": 128, "targets": 16})[::9]
+    ranked = model.rank([g.input_text for g in groups], [g.choice_texts for g in groups])
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    opened = models.open_models(model.adapter, base_path=BASE)[0]
+    weights = opened.load()
+    expected = rank_classification.score_groups(opened.model, weights, groups, 32, mesh)
+    for group, row in zip(groups, ranked, strict=True):
+        assert row[0].choice == group.choice_texts[expected[group].best]
+        by_choice = [dict(row)[choice] for choice in group.choice_texts]
+        np.testing.assert_allclose(by_choice, expected[group].scores, rtol=2e-5)
+        assert [choice.log_prob for choice in row] == sorted(by_choice, reverse=True)
+
+    few = [measure.keep_correct_choice(group) for group in groups[:3]]
+    totals = measure.measure_examples(opened.model, weights, {"task": few}, 2, mesh)
+    texts, targets = [g.input_text for g in few], [g.choice_texts[0] for g in few]
+    routing = model.routing(texts, targets)
+    assert sorted(routing) == sorted(totals.probs)
+    for site, probs in routing.items():
+        sums = totals.probs[site]
+        np.testing.assert_allclose(probs, sums / sums.sum(-1, keepdims=True), atol=1e-5)
+
+
+def test_routing_without_targets(model):
+    one = model.routing(TEXTS[0])
+    several = model.routing(TEXTS)
+    assert one["encoder/layers_0/mlp/gate"].shape == (3,)
+    assert not any(site.endswith("self_attention/key") for site in one)
+    for site, probs in one.items():
+        np.testing.assert_allclose(several[site].sum(-1), 1, atol=1e-5)
+        np.testing.assert_allclose(probs, several[site][0], atol=1e-5)
+
+
+def test_results_do_not_depend_on_the_batch(model):
+    together = model.rank(TEXTS, CHOICES)
+    alone = [model.rank(text, row) for text, row in zip(TEXTS, CHOICES, strict=True)]
+    assert [[c.choice for c in row] for row in together] == [[c.choice for c in r] for r in alone]
+    np.testing.assert_allclose(scores(together), scores(alone), rtol=2e-5)
+    assert model.generate(TEXTS, 6) == [model.generate(text, 6) for text in TEXTS]
+    shared = model.rank(TEXTS, ["yes", "no"])
+    assert [{c.choice for c in row} for row in shared] == [{"yes", "no"}] * 3
+
+
+def test_programs_are_shared_by_lengths(model):
+    """Texts of 1 to 30 words, in calls of 1 to 4 texts, need a program for few shapes."""
+    before = api._score_choices()._cache_size(), decoding.greedy_decode._cache_size()
+    for count in (1, 3, 4):
+        for words in (1, 8, 9, 15, 22):
+            texts = ["word " * (words + extra) for extra in range(count)]
+            model.rank(texts, ["yes", "no"])
+    model.generate(["a"] * 3, 3)
+    model.generate(["a b c", "d", "e", "f"], 3)
+    after = api._score_choices()._cache_size(), decoding.greedy_decode._cache_size()
+    assert after[0] - before[0] <= 4 and after[1] - before[1] == 1
+
+
+def test_set_adapter(model, mov, folder):
+    """Another adapter of the same method needs no other program; None is the base alone."""
+    other = write_adapter(folder, "mov", 1)  # of another dropout rate
+    lora = write_adapter(folder, "lora", 2)
+    first = model.rank(TEXTS, CHOICES), model.generate(TEXTS, 6)
+    caches = api._score_choices(), decoding.greedy_decode
+    before = [cache._cache_size() for cache in caches]
+    base = model._base
+    try:
+        model.set_adapter(other)
+        second = model.rank(TEXTS, CHOICES), model.generate(TEXTS, 6)
+        assert [cache._cache_size() for cache in caches] == before
+        assert model.adapter == other
+        assert np.abs(scores(first[0]) - scores(second[0])).max() > 0.01
+        for adapter in (other, lora, None):
+            model.set_adapter(adapter)
+            assert model._base is base
+            loaded = pemoe_jax.load_model(BASE, adapter=adapter, vocabulary=VOCAB)
+            np.testing.assert_array_equal(
+                scores(model.rank(TEXTS, CHOICES)), scores(loaded.rank(TEXTS, CHOICES))
+            )
+        with pytest.raises(InputError, match=f"{BASE}: expected a method with routers, got none"):
+            model.routing("a text")
+    finally:
+        model.set_adapter(mov)
+    np.testing.assert_array_equal(scores(model.rank(TEXTS, CHOICES)), scores(first[0]))
+
+
+@pytest.mark.parametrize("method", ["mov", "lora"])
+def test_adapters_of_one_batch(folder, method):
+    """Each row's result is that of its adapter alone, also in a batch with a filling row."""
+    first, second = (write_adapter(folder, method, seed) for seed in (10, 11))
+    model = pemoe_jax.load_model(BASE, vocabulary=VOCAB)
+    adapters = [second, first, second]
+    together = model.rank(TEXTS, CHOICES, adapter=adapters)
+    tokens = model.generate(TEXTS, 5, adapter=adapters)
+    if method == "mov":
+        beams = model.generate(TEXTS, 5, num_beams=2, adapter=adapters)
+        draws = model.generate(TEXTS, 5, do_sample=True, seed=1, adapter=adapters)
+    own_scores = []
+    for adapter in (first, second):
+        model.set_adapter(adapter)
+        alone, own = model.rank(TEXTS, CHOICES), model.generate(TEXTS, 5)
+        rows = [row for row, name in enumerate(adapters) if name == adapter]
+        for row in rows:
+            np.testing.assert_allclose(scores([together[row]]), scores([alone[row]]), rtol=1e-4)
+            assert tokens[row] == own[row]
+            if method == "mov":
+                assert beams[row] == model.generate(TEXTS[row], 5, num_beams=2)
+                assert draws[row] == model.generate(TEXTS, 5, do_sample=True, seed=1)[row]
+        own_scores.append(scores(alone))
+    assert np.abs(own_scores[0] - own_scores[1]).max() > 0.01
+    with pytest.raises(InputError, match="adapter must be a list of 3 adapters, one for each text"):
+        model.rank(TEXTS, CHOICES, adapter=[first])
+    other = write_adapter(folder, "ia3", {"mov": 12, "lora": 13}[method])
+    with pytest.raises(InputError, match="adapter must be adapters of one method and settings"):
+        model.generate(TEXTS[:2], 5, adapter=[first, other])
+
+
+def test_an_adapter_of_another_base_is_refused(model, mov, folder):
+    other = write_adapter(folder, "mov", 3, fingerprint="0123456789abcdef")
+    message = f"checkpoint {other} belongs to the base .* has "
+    with pytest.raises(pemoe_jax.InputError, match=message):
+        model.set_adapter(other)
+    assert model.adapter == mov and model.rank("a", ["b"])
+    with pytest.raises(pemoe_jax.InputError, match=message):
+        pemoe_jax.load_model(BASE, adapter=other, vocabulary=VOCAB)
+
+
+def test_an_adapter_alone_names_its_base(model, mov):
+    loaded = pemoe_jax.load_model(mov, vocabulary=VOCAB)
+    assert (loaded.path, loaded.adapter) == (BASE, mov)
+    np.testing.assert_array_equal(
+        scores(loaded.rank(TEXTS, CHOICES)), scores(model.rank(TEXTS, CHOICES))
+    )
+
+
+def test_vocabularies(tmp_path, monkeypatch):
+    """`spiece.model` beside a base is found; otherwise one line asks for the vocabulary."""
+    monkeypatch.delenv("PEMOE_VOCAB_PATH", raising=False)
+    with pytest.raises(InputError, match="vocabulary must be .* got None, and .* has no spiece"):
+        pemoe_jax.load_model(BASE)
+    with pytest.raises(InputError, match="VOCAB_PATH must be .* got no file at"):
+        pemoe_jax.load_model(BASE, vocabulary=tmp_path / "none.model")
+    with pytest.raises(InputError, match="vocabulary must be a SentencePiece file"):
+        pemoe_jax.load_model(BASE, vocabulary=7)
+    monkeypatch.setenv("PEMOE_VOCAB_PATH", VOCAB)
+    assert pemoe_jax.load_model(BASE).tokenizer.decode([]) == ""
+
+
+def test_wrong_arguments_are_one_line(model):
+    for call, message in (
+        (
+            lambda: model.rank("a", []),
+            r"choices of a text must be a list of at least one text, got \[\]",
+        ),
+        (lambda: model.rank("a", "yes"), "choices of a text must be a list of .*, got 'yes'"),
+        (lambda: model.rank(["a", "b"], [["c"]]), "choices must have a list for each of 2 texts"),
+        (lambda: model.rank([3], ["c"]), r"texts must be a text or a list of texts, got \[3\]"),
+        (lambda: model.generate("a\ud800", 1), "texts must be Unicode"),
+        (lambda: model.generate("a", 0), "max_new_tokens must be a positive integer, got 0"),
+        (lambda: model.generate("a", 1, do_sample=True, top_p=0), r"top_p must be in \(0, 1\]"),
+        (lambda: model.routing(["a"], ["b", "c"]), "targets must be as many as texts, 1, got 2"),
+    ):
+        with pytest.raises(InputError, match=message) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+
+
+def test_long_texts_are_truncated_with_a_warning(mov):
+    short = pemoe_jax.load_model(BASE, mov, VOCAB, max_input_tokens=8, max_target_tokens=3)
+    with pytest.warns(UserWarning, match="1 of 2 texts truncated to 8 tokens") as warned:
+        short.generate(["word " * 30, "a"], 2)
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match="1 of 2 choices truncated to 3 tokens"):
+        short.rank("a", ["a long choice of words", "a"])
+
+
+def test_the_examples_of_the_docs(tmp_path, monkeypatch):
+    """Every example of docs/python.md runs; the last but one fine-tunes."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "docs/python.md").read_text(), re.DOTALL)
+    assert len(blocks) == 9
+    (tmp_path / "tasks").symlink_to(REPO / "tasks")
+    (tmp_path / "quickstart").mkdir()
+    pathlib.Path(write_adapter(tmp_path, "mov", 0)).rename(tmp_path / "quickstart/mov")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["ranked"][0].log_prob > names["ranked"][1].log_prob
+    assert len(names["answers"]) == 1 and isinstance(names["sample"], str)
+    assert names["probs"]["encoder/layers_0/mlp/gate"].shape == (3,)
+    run = tmp_path / "my_run"
+    assert (run / "checkpoint_4").is_dir()
+    tuned = names["tuned"]
+    assert tuned.adapter == names["folder"] == "my_run", "and its VOCAB_PATH was found"
+    assert tuned.routing("a")["encoder/layers_0/mlp/gate"].shape == (10,)
