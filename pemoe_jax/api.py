@@ -66,7 +66,8 @@ def load_model(
       dtype: dtype of activations, 'float32' or 'bfloat16'; None: as in training.
       frozen_dtype: dtype of frozen matrices, 'activations', 'int8' or 'float8_e4m3fn'; None: as in
         training.
-      max_input_tokens, max_target_tokens: longer texts, and answer choices, are truncated.
+      max_input_tokens: longer texts are truncated.
+      max_target_tokens: longer answer choices are truncated.
       batch_size: largest number of texts that are computed together.
 
     Raises:
@@ -382,10 +383,14 @@ class Model:
           texts: a text, or a list of texts.
           max_new_tokens: number of tokens to decode at most; another one compiles a program.
           do_sample: whether to draw the tokens.
-          temperature, top_k, top_p: see `sampling.sample_decode`; top_k None: all tokens.
+          temperature: divides the logits.
+          top_k: number of most likely tokens to draw from; None: all.
+          top_p: of these, the most likely whose probabilities sum to at least `top_p`.
           seed: seed of the draws.
           num_beams: number of beams of a beam search; 1: none.
-          length_penalty, early_stopping: see `beam_search.beam_search_decode`.
+          length_penalty: exponent of the length that divides a beam's score; above 0, longer
+            answers score higher.
+          early_stopping: whether to stop as soon as there are `num_beams` finished answers.
           adapter: see `rank`.
 
         Raises:
