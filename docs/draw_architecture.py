@@ -22,6 +22,7 @@ PURPOSES = {
     "tools": "the other commands",
     "api": "from Python: load, rank, generate",
     "t5x_bridge": "the only import of t5x",
+    "torch": "adapters on transformers' T5",
 }
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 250, 50, 24, 36, 12
 

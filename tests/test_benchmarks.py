@@ -212,6 +212,7 @@ def test_packed_rows_hold_four_examples():
         ),
         ("sparse_step", "--size tiny --pairs no_limit", ["sparse_step/no_limit"]),
         ("sparse_routing", "--experts 4 --rows 1", ["sparse_routing/cpu"]),
+        ("torch_mixture", "--size tiny", ["torch_mixture/mov", "torch_mixture/molora"]),
         ("startup", "", ["startup/cpu"]),
     ],
 )

@@ -35,6 +35,7 @@ PARTS = {
         *("train", "evaluate", "infer"),
     },
     "t5x_bridge": {"core", "runtime", "data", "checkpoints", "tasks"},
+    "torch": {"core", "runtime", "checkpoints"},
 }
 
 # Each module of the core, and the modules of the core that it may import; all may import `errors`.
@@ -124,6 +125,8 @@ DISTRIBUTIONS = {
     "ml_dtypes": None,  # jax
     "scipy": None,  # jax
     "t5x": None,  # not on PyPI; t5x_bridge can say that it is missing
+    "torch": None,  # the extra `torch`
+    "transformers": None,  # the extra `torch`
 }
 
 
@@ -177,6 +180,21 @@ def own_imports(module: str) -> set[str]:
 
 def other_imports(module: str) -> set[str]:
     return {name.split(".")[0] for name in imports(module)} - STDLIB - {"pemoe_jax"}
+
+
+def other_imports_at_once(module: str) -> set[str]:
+    return {name.split(".")[0] for name in imports(module, top_only=True)}
+
+
+def imported_at_once(module: str) -> set[str]:
+    """Returns the package's modules that importing a module imports, itself included."""
+    seen, waiting = set(), [module]
+    while waiting:
+        current = waiting.pop()
+        seen.add(current)
+        names = imports(current, top_only=True)
+        waiting += [name for name in names if name in MODULES and name not in seen]
+    return seen
 
 
 def in_part(name: str) -> list[str]:
@@ -282,6 +300,14 @@ def test_t5x_bridge(module):
         assert "t5x" not in other_imports(module)
 
 
+@pytest.mark.parametrize("module", in_part("torch"))
+def test_torch(module):
+    """Neither it nor what it imports at once imports jax; tests/torch/ looks at a process."""
+    assert other_imports(module) <= {"torch", "transformers", "numpy", "etils"}
+    for name in imported_at_once(module):
+        assert not other_imports_at_once(name) & (HEAVY | {"jax", "jaxlib", "flax", "optax"}), name
+
+
 COMMANDS = ["pemoe_jax.__main__", "pemoe_jax.train", "pemoe_jax.evaluate", "pemoe_jax.infer"]
 COMMANDS += ["pemoe_jax.api"]
 
@@ -289,13 +315,8 @@ COMMANDS += ["pemoe_jax.api"]
 @pytest.mark.parametrize("module", [*COMMANDS, *in_part("tools"), *in_part("runtime")])
 def test_commands_import_seqio_inside_functions_only(module):
     """Neither they nor what they import at once: `import seqio` takes 7 to 8 s."""
-    seen, waiting = set(), [module]
-    while waiting:
-        current = waiting.pop()
-        seen.add(current)
-        names = imports(current, top_only=True)
-        assert not {name.split(".")[0] for name in names} & HEAVY, f"{module} loads {current}"
-        waiting += [name for name in names if name in MODULES and name not in seen]
+    for name in imported_at_once(module):
+        assert not other_imports_at_once(name) & HEAVY, f"{module} loads {name}"
     assert "t5x" not in other_imports(module)
     assert not own_imports(module) & set(in_part("t5x_bridge"))
 

@@ -4,6 +4,7 @@ This module imports no jax, so that `pemoe_jax.torch` can read records without i
 """
 
 import dataclasses
+from collections.abc import Sequence
 from importlib import metadata
 
 from pemoe_jax import __version__
@@ -61,10 +62,13 @@ class Record:
     vocabulary: str | None = None
 
 
-def package_versions() -> dict[str, str]:
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
+
+
+def package_versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """Returns the versions of the packages that determine what a checkpoint means."""
     versions = {"pemoe_jax": __version__}
-    for package in ("jax", "flax", "optax", "orbax-checkpoint"):
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

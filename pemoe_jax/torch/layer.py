@@ -1,0 +1,308 @@
+"""Experts and routers of the sites in PyTorch; equations, names and shapes are `core.adapters`'.
+
+Parameters are float32 and stay so if the base computes in bfloat16. Routing and the mixing of
+vectors are computed in float32.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pemoe_jax.core import settings
+from pemoe_jax.core.errors import InputError
+from pemoe_jax.torch.config import ExpertsConfig, RouterConfig
+
+
+@dataclasses.dataclass
+class TokenInfo:
+    """What routers need of a stack's batch besides the features of a site.
+
+    Attributes:
+      valid: [B, L], 0 at padding, which auxiliary losses ignore; None if nothing is padding.
+      sentence: [B, S], an embedding of each row's example.
+    """
+
+    valid: Tensor | None = None
+    sentence: Tensor | None = None
+
+
+class Router(nn.Module):
+    """`softmax(x W / τ)` over experts, in float32, of which top-k routing keeps the largest.
+
+    Args:
+      num_features: size of the features' last axis.
+      num_experts: E.
+      config: the other settings.
+      device: of the kernel, [features, E].
+    """
+
+    def __init__(
+        self, num_features: int, num_experts: int, config: RouterConfig, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        for field in dataclasses.fields(config):
+            setattr(self, field.name, getattr(config, field.name))
+        settings.check_router(self)
+        self.config = config
+        self.kernel = nn.Parameter(torch.empty(num_features, num_experts, device=device))
+        nn.init.normal_(self.kernel, std=0.02)
+        self.aux_loss: Tensor | None = None
+
+    def forward(self, features: Tensor, tokens: TokenInfo) -> Tensor:
+        """Features [..., D], or sentence embeddings [B, S] -> probabilities float32 [..., E]."""
+        # Under autocast the product would be computed in bfloat16.
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            if self.has_noise():
+                low, high = 1 - self.config.jitter_noise, 1 + self.config.jitter_noise
+                features = features * torch.empty_like(features).uniform_(low, high)
+            return self.route(features @ self.kernel.float(), tokens)
+
+    def has_noise(self) -> bool:
+        """Whether features are multiplied by noise."""
+        return self.training and self.config.jitter_noise > 0
+
+    def route(self, logits: Tensor, tokens: TokenInfo) -> Tensor:
+        """Turns float32 logits [..., E] into probabilities."""
+        config = self.config
+        if config.temperature != 1:
+            logits = logits / config.temperature
+        soft = functional.softmax(logits, dim=-1)
+        if self.training and (config.balance_loss or config.z_loss):
+            self.aux_loss = self._compute_aux_loss(logits, soft, tokens)
+        if config.top_k is None or config.top_k >= self.num_experts:
+            return soft
+        probs = _keep_largest(soft, config.top_k)
+        if config.renormalize:
+            probs = probs / probs.sum(-1, keepdim=True)
+        return soft + (probs - soft).detach() if config.straight_through else probs
+
+    def _compute_aux_loss(self, logits: Tensor, soft: Tensor, tokens: TokenInfo) -> Tensor:
+        """Returns the auxiliary loss [], as `core.routing.compute_statistics`."""
+        weights = _token_weights(logits, tokens.valid)
+        weight = weights.sum().clamp_min(1e-9)
+        log_z = torch.logsumexp(logits, dim=-1)
+        z_loss = (weights * log_z.square()).sum() / weight
+        is_largest = (logits >= logits.amax(-1, keepdim=True)).float()  # all that are tied
+        axes = tuple(range(logits.dim() - 1))
+        top_1 = (weights[..., None] * is_largest).sum(axes).detach()
+        mean_probs = (weights[..., None] * soft).sum(axes) / weight
+        balance_loss = self.num_experts * (top_1 / top_1.sum().clamp_min(1e-9) * mean_probs).sum()
+        return self.config.balance_loss * balance_loss + self.config.z_loss * z_loss
+
+
+def _keep_largest(probs: Tensor, k: int) -> Tensor:
+    """Sets all but the k largest entries of the last axis to 0; keeps the first of equal ones."""
+    # A stable sort, since `topk` leaves open which of equal entries it keeps.
+    order = probs.detach().sort(dim=-1, descending=True, stable=True).indices
+    return probs * torch.zeros_like(probs).scatter(-1, order[..., :k], 1.0)
+
+
+def _token_weights(logits: Tensor, valid: Tensor | None) -> Tensor:
+    """Returns weights [B, L, ...] of logits [B, L, ..., E], or [B] of one distribution per row."""
+    if valid is None:
+        return logits.new_ones(logits.shape[:-1])
+    valid = valid.to(logits)
+    if logits.dim() == 2:  # one distribution for a sentence, which counts once per token
+        return valid.sum(1)
+    return valid.reshape(*valid.shape, *[1] * (logits.dim() - 3)).expand(logits.shape[:-1])
+
+
+class Experts(nn.Module):
+    """Base of the two kinds of experts: settings, and the router with what it reads.
+
+    Args:
+      config: settings.
+      x_features: size of x's last axis.
+      y_shape: axes of y after batch and length: (H, K), or (D,) or (F,).
+      sentence_dim: S.
+      tokens: the info that the model sets before each forward pass.
+      device: of the parameters.
+    """
+
+    default_source = "x"
+
+    def __init__(
+        self,
+        config: ExpertsConfig,
+        x_features: int,
+        y_shape: tuple[int, ...],
+        sentence_dim: int,
+        tokens: TokenInfo,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        settings.check_experts(config)
+        self.num_experts = config.num_experts
+        self.tokens = tokens
+        self.router: Router | None = None
+        if config.router is not None:
+            self.source = config.router.reads or self.default_source
+            joined_y = y_shape[-1] if config.kind == "VectorExperts" else _product(y_shape)
+            sizes = {"x": x_features, "y": joined_y, "sentence": sentence_dim}
+            self.router = Router(sizes[self.source], config.num_experts, config.router, device)
+
+    def _route(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns the probabilities [B, L or 1, (H,) E]."""
+        assert self.router is not None
+        if self.source != "sentence":
+            return self.router(x if self.source == "x" else y, self.tokens)
+        sentence = self.tokens.sentence
+        if sentence is None:
+            raise InputError(
+                "sentence_embeddings must be passed to the model, whose routers read them, got None"
+            )
+        probs = self.router(sentence.to(x.device), self.tokens)[:, None]
+        # Beams and returned sequences of an example are consecutive rows.
+        return probs.repeat_interleave(x.shape[0] // probs.shape[0], 0)
+
+
+class VectorExperts(Experts):
+    """`y * Σ_e p_e l_e`: (IA)³ without a router, MoV with one, which reads y by default.
+
+    Parameters: `vectors` l, [H, E, K] at query, key and value, else [E, D or F]; initially ones.
+    """
+
+    default_source = "y"
+
+    def __init__(
+        self,
+        config: ExpertsConfig,
+        x_features: int,
+        y_shape: tuple[int, ...],
+        sentence_dim: int,
+        tokens: TokenInfo,
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, x_features, y_shape, sentence_dim, tokens, device)
+        *heads, features = y_shape
+        shape = (*heads, config.num_experts, features)
+        self.vectors = nn.Parameter(torch.ones(shape, device=device))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [B, L, Din], y [B, L, Dout] -> y's shape and dtype; Dout is H·K with heads."""
+        if self.router is None:
+            return y * self.vectors[..., 0, :].reshape(-1).to(y.dtype)
+        by_head = y
+        if self.vectors.dim() == 3:
+            by_head = y.unflatten(-1, (self.vectors.shape[0], self.vectors.shape[2]))
+        scale = _mix_vectors(self._route(x, by_head), self.vectors)  # [B, L, Dout]
+        # Rounded once: near 1, bfloat16 has steps of 0.8 %.
+        return y * scale.to(y.dtype)
+
+
+def _mix_vectors(probs: Tensor, vectors: Tensor) -> Tensor:
+    """`Σ_e p_e l_e`: probs [B, L, (H,) E], vectors [(H,) E, K] -> [B, L, (H·) K], float32."""
+    vectors = vectors.float()
+    with torch.autocast(probs.device.type, enabled=False):
+        if probs.dim() == 4:
+            # One product with a block-diagonal matrix [H·E, H·K]: a product for each head would
+            # copy its operands and the result, which takes longer at T5's sizes.
+            return probs.flatten(-2) @ torch.block_diag(*vectors)
+        # One distribution for all heads, or a site without heads: [E, (H·) K].
+        return probs @ vectors.movedim(-2, 0).reshape(vectors.shape[-2], -1)
+
+
+class LoRAExperts(Experts):
+    """`y + (α/R) Σ_e p_e B_e A_e x`: LoRA without a router, MoLORA with one, reading x by default.
+
+    The probabilities are multiplied in at the rank axis, `((x @ A[Din, E·R]) * p) @ B[E·R, Dout]`,
+    so that the experts' outputs [B, L, E, Dout] are never materialized.
+
+    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02), `lora_b` [E, R, Dout] = 0; Dout is H·K with
+    heads.
+    """
+
+    def __init__(
+        self,
+        config: ExpertsConfig,
+        x_features: int,
+        y_shape: tuple[int, ...],
+        sentence_dim: int,
+        tokens: TokenInfo,
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, x_features, y_shape, sentence_dim, tokens, device)
+        self.rank, self.scaling = config.rank, config.alpha / config.rank
+        shape = (x_features, config.num_experts, config.rank)
+        self.lora_a = nn.Parameter(torch.empty(shape, device=device))
+        nn.init.normal_(self.lora_a, std=0.02)
+        shape = (config.num_experts, config.rank, _product(y_shape))
+        self.lora_b = nn.Parameter(torch.zeros(shape, device=device))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [B, L, Din], y [B, L, Dout] -> y's shape and dtype."""
+        dtype = y.dtype
+        lora_a = self.lora_a.flatten(1).to(dtype)
+        lora_b = self.lora_b.flatten(0, 1).to(dtype)
+        if self.router is None:
+            low_rank = x.to(dtype) @ lora_a  # [B, L, R]
+        else:
+            probs, low_rank = self._route_and_project(x, y, lora_a)
+            by_expert = low_rank.unflatten(-1, (self.num_experts, self.rank))
+            low_rank = (probs[..., None] * by_expert).flatten(-2)  # [B, L, E·R]
+        # Scaled before the second product: E·R columns instead of Dout.
+        low_rank = (low_rank * self.scaling).to(dtype).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), low_rank, lora_b).view_as(y)
+
+    def _route_and_project(self, x: Tensor, y: Tensor, lora_a: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the probabilities [B, L or 1, E] and `x @ lora_a`, [B, L, E·R]."""
+        assert self.router is not None
+        kernel = self.router.kernel
+        is_float32 = x.dtype == lora_a.dtype == kernel.dtype == torch.float32
+        # The router computes in float32. If LoRA does too, one product serves both.
+        if self.source == "x" and is_float32 and not self.router.has_noise():
+            with torch.autocast(x.device.type, enabled=False):
+                logits, low_rank = (x @ torch.cat([kernel, lora_a], 1)).split(
+                    [kernel.shape[1], lora_a.shape[1]], -1
+                )
+                return self.router.route(logits, self.tokens), low_rank
+        return self._route(x, y), x.to(lora_a.dtype) @ lora_a
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+class AdaptedLinear(nn.Module):
+    """A projection of the base and the experts at its site."""
+
+    def __init__(self, base_layer: nn.Module, adapter: Experts) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter = adapter
+
+    @property
+    def weight(self) -> Tensor:
+        """The projection's matrix, whose dtype transformers reads."""
+        return self.base_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, in] -> [B, L, out]."""
+        return self.adapter(x, self.base_layer(x))
+
+
+class AdaptedMlp(nn.Module):
+    """An MLP of the base with experts at the site gate, which is no module of the base."""
+
+    def __init__(self, base_layer: nn.Module, adapter: Experts) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter = adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        mlp = self.base_layer
+        is_gated = hasattr(mlp, "wi_1")
+        wi_0 = mlp.wi_0 if is_gated else mlp.wi
+        hidden = self.adapter(x, mlp.act(wi_0(x)))
+        if is_gated:
+            hidden = hidden * mlp.wi_1(x)
+        hidden = mlp.dropout(hidden)
+        # transformers keeps wo in float32 in a float16 model.
+        if mlp.wo.weight.is_floating_point():
+            hidden = hidden.to(mlp.wo.weight.dtype)
+        return mlp.wo(hidden)

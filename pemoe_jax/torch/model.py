@@ -1,0 +1,266 @@
+"""`MixtureModel`: a frozen T5 of transformers with adapters at our sites."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pemoe_jax.checkpoints import adapter_file
+from pemoe_jax.checkpoints.lazy_array import LazyArray
+from pemoe_jax.checkpoints.records import Record, package_versions
+from pemoe_jax.core.errors import InputError, plural
+from pemoe_jax.torch import base as base_lib
+from pemoe_jax.torch import layer as layer_lib
+from pemoe_jax.torch.config import SITES, MixtureConfig, parse_description
+from pemoe_jax.torch.layer import AdaptedLinear, AdaptedMlp, Experts, LoRAExperts, VectorExperts
+
+_KINDS: dict[str, type[Experts]] = {"VectorExperts": VectorExperts, "LoRAExperts": LoRAExperts}
+_ADAPTER_PATTERN = ".*_adapter/.*"  # `core.params.ADAPTER_PATTERN`
+_Self = TypeVar("_Self", bound="MixtureModel")
+
+
+class MixtureModel(nn.Module):
+    """A T5 of transformers with (IA)³, LoRA, MoV or MoLORA; only the adapters have gradients.
+
+    Attributes that it does not have, such as `config` and `device`, are the base's.
+
+    Args:
+      model: a `T5ForConditionalGeneration` or `T5EncoderModel`; its modules are wrapped in place,
+        and its parameters frozen.
+      config: method and settings. The adapters are drawn from torch's global generator.
+
+    Raises:
+      InputError: the model is not a T5 or has adapters, or a setting is out of its range.
+    """
+
+    def __init__(self, model: Any, config: MixtureConfig) -> None:
+        super().__init__()
+        self.base_model = base_lib.check_model(model)
+        if any(isinstance(each, Experts) for each in model.modules()):
+            raise InputError("the model must be without adapters, got one that has them already")
+        self.mixture_config = config
+        self._step = 0
+        self._record: Record | None = None
+        self._identity = base_lib.dimensions(model), base_lib.fingerprint(model)
+        self._tokens = {stack: layer_lib.TokenInfo() for stack in ("encoder", "decoder")}
+        self._total = sum(p.numel() for p in model.parameters())
+        model.requires_grad_(False)
+        self._adapters = _add_adapters(model, config, self._tokens)
+        routers = [adapter.router for adapter in self._adapters.values() if adapter.router]
+        self._has_aux_loss = any(r.config.balance_loss or r.config.z_loss for r in routers)
+        self._reads_sentence = any(r.config.reads == "sentence" for r in routers)
+
+    @classmethod
+    def from_pretrained(cls: type[_Self], model: Any, path: str | os.PathLike[str]) -> _Self:
+        """Adds the adapter of a folder to its base, for inference or further training.
+
+        Args:
+          model: the base, see the class.
+          path: folder that `save_pretrained` or `pemoe convert adapter` wrote, local or `gs://`.
+
+        Returns:
+          The model in evaluation mode.
+
+        Raises:
+          InputError: a file is missing, damaged or of another version; the adapter belongs to
+            another base; or the model is not a T5 or has adapters.
+        """
+        base_lib.check_model(model)
+        arrays, record, step = adapter_file.open_adapter(path)
+        _check_record(record, f"adapter {path}")
+        config = MixtureConfig(
+            record.method,
+            sentence_dim=record.config.get("sentence_dim"),
+            adapters=parse_description(record.adapters),
+        )
+        # Before the model is changed: a wrong adapter leaves it as it is.
+        _check_base(model, record, f"adapter {path}")
+        mixture = cls(model, config)
+        mixture._load_arrays(arrays, f"adapter {path}")
+        mixture._record, mixture._step = record, step
+        return mixture.eval()
+
+    def save_pretrained(
+        self, path: str | os.PathLike[str], step: int | None = None, overwrite: bool = False
+    ) -> None:
+        """Writes the adapter to a folder, for `from_pretrained` and for this package in JAX.
+
+        Args:
+          path: the folder, local or `gs://`.
+          step: number of training steps, for the record; None: that of the loaded adapter, or 0.
+          overwrite: whether to replace an existing folder.
+
+        Raises:
+          InputError: the folder exists, or the base is an encoder alone.
+        """
+        if not base_lib.has_decoder(self.base_model):
+            raise InputError(
+                "save_pretrained must be called on a T5ForConditionalGeneration, got a"
+                " T5EncoderModel, which lacks the adapters of the decoder"
+            )
+        arrays = {
+            path: parameter.detach().float().cpu().numpy()
+            for path, parameter in self._parameters_by_path().items()
+        }
+        step = self._step if step is None else step
+        adapter_file.save_adapter(path, arrays, self._make_record(), step, overwrite)
+
+    def forward(self, *args: Any, sentence_embeddings: Tensor | None = None, **kwargs: Any) -> Any:
+        """Calls the base; `sentence_embeddings` [B, S] are for routers that read them.
+
+        In training mode, `loss` includes the routers' auxiliary losses, if they have any.
+        """
+        self._set_tokens(sentence_embeddings, kwargs)
+        output = self.base_model(*args, **kwargs)
+        if self.training and self._has_aux_loss and getattr(output, "loss", None) is not None:
+            output.loss = output.loss + self.aux_loss()
+        return output
+
+    def generate(self, *args: Any, sentence_embeddings: Tensor | None = None, **kwargs: Any) -> Any:
+        """Calls the base's `generate`."""
+        self._set_tokens(sentence_embeddings, kwargs)
+        return self.base_model.generate(*args, **kwargs)
+
+    def aux_loss(self) -> Tensor:
+        """Returns the mean over routers of their auxiliary losses in the last forward pass, []."""
+        routers = [a.router for a in self._adapters.values() if a.router is not None]
+        losses = [r.aux_loss for r in routers if r.aux_loss is not None]
+        if not losses:
+            return torch.zeros((), device=next(self.base_model.parameters()).device)
+        # Routers without coefficients count too, as in JAX.
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() / len(routers)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def _set_tokens(self, sentence: Tensor | None, batch: Mapping[str, Any]) -> None:
+        # Kept until the next call, as checkpointed activations are recomputed after this one.
+        if not self._has_aux_loss and not self._reads_sentence:
+            return
+        labels = batch.get("labels")
+        is_target = None if labels is None else labels != -100
+        masks = {
+            "encoder": batch.get("attention_mask"),
+            "decoder": batch.get("decoder_attention_mask", is_target),
+        }
+        for stack, tokens in self._tokens.items():
+            tokens.valid, tokens.sentence = masks[stack], sentence
+
+    def _parameters_by_path(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{path}/{name.replace('.', '/')}": parameter
+            for path, adapter in self._adapters.items()
+            for name, parameter in adapter.named_parameters()
+        }
+
+    def _load_arrays(self, arrays: Mapping[str, LazyArray], source: str) -> None:
+        parameters = self._parameters_by_path()
+        if not base_lib.has_decoder(self.base_model):
+            arrays = {name: a for name, a in arrays.items() if not name.startswith("decoder/")}
+        problems = [f"{path} is missing" for path in sorted(parameters.keys() - arrays.keys())]
+        problems += [f"{path} is unknown" for path in sorted(arrays.keys() - parameters.keys())]
+        problems += [
+            f"{path}: expected {tuple(parameters[path].shape)}, got {array.shape}"
+            for path, array in arrays.items()
+            if path in parameters and tuple(parameters[path].shape) != array.shape
+        ]
+        if problems:
+            raise InputError(
+                f"{source} does not fit its {plural(len(parameters), 'array')}: {problems[0]}"
+            )
+        with torch.no_grad():
+            for path, array in arrays.items():
+                values = array.read().astype(np.float32)
+                if not np.isfinite(values).all():
+                    raise InputError(f"{source}: {path} holds NaN or infinity")
+                parameters[path].copy_(torch.from_numpy(values))
+
+    def _make_record(self) -> Record:
+        versions = package_versions(("torch", "transformers"))
+        if self._record is not None:
+            return dataclasses.replace(self._record, versions=versions)
+        dimensions, fingerprint = self._identity
+        dtype = "bfloat16" if self.base_model.dtype == torch.bfloat16 else "float32"
+        trainable = sum(parameter.numel() for parameter in self._parameters_by_path().values())
+        return Record(
+            method=self.mixture_config.method,
+            trainable=[_ADAPTER_PATTERN],
+            config={
+                **dimensions,
+                "dtype": dtype,
+                "dropout_rate": self.base_model.config.dropout_rate,
+                "sentence_dim": self.mixture_config.sentence_dim,
+            },
+            adapters=self.mixture_config.describe(),
+            base={
+                "path": base_lib.name_of(self.base_model),
+                "format": "Hugging Face",
+                "seed": None,
+                "fingerprint": fingerprint,
+                "needed": True,
+            },
+            counts={"trainable": trainable, "total": self._total + trainable},
+            versions=versions,
+        )
+
+
+def _add_adapters(
+    model: Any, config: MixtureConfig, tokens: Mapping[str, layer_lib.TokenInfo]
+) -> dict[str, Experts]:
+    """Wraps a base's modules; returns our path -> adapter."""
+    assert config.adapters is not None
+    adapters = {}
+    # The gate's module, an MLP, is wrapped last: it holds those of other sites.
+    for site in sorted(config.adapters, key=lambda site: (site == "gate", SITES.index(site))):
+        settings = config.adapters[site]
+        for place in list(base_lib.find_sites(model, site)):
+            module = getattr(place.parent, place.name)
+            adapter = _KINDS[settings.kind](
+                settings,
+                place.x_features,
+                place.y_shape,
+                config.sentence_dim or model.config.d_model,
+                tokens[place.stack],
+                base_lib.execution_device(module),
+            )
+            wrapper = AdaptedMlp if site == "gate" else AdaptedLinear
+            setattr(place.parent, place.name, wrapper(module, adapter))
+            adapters[place.path] = adapter
+    return adapters
+
+
+def _check_record(record: Record, source: str) -> None:
+    if not record.adapters or record.sparse is not None:
+        kind = "a sparse model" if record.sparse is not None else "no adapters"
+        raise InputError(f"{source}: expected adapters of a dense T5, got {kind}")
+
+
+def _check_base(model: Any, record: Record, source: str) -> None:
+    """Raises InputError if an adapter belongs to another base; an encoder's size is compared."""
+    actual = base_lib.dimensions(model)
+    # Records of earlier versions lack those with the values of T5 v1.1.
+    defaults = {"mlp_activations": ["gelu", "linear"], "logits_via_embedding": False}
+    for name, value in actual.items():
+        is_decoders = name in ("num_decoder_layers", "logits_via_embedding")
+        if is_decoders and not base_lib.has_decoder(model):
+            continue
+        expected = record.config.get(name, defaults.get(name))
+        if value != expected:
+            raise InputError(f"{source} belongs to a base with {name} {expected}, got {value}")
+    fingerprint = base_lib.fingerprint(model)
+    if None not in (fingerprint, record.base["fingerprint"]) and (
+        fingerprint != record.base["fingerprint"]
+    ):
+        raise InputError(
+            f"{source} belongs to the base {record.base['path']} with fingerprint"
+            f" {record.base['fingerprint']}; {base_lib.name_of(model)} has {fingerprint}"
+        )
