@@ -109,6 +109,11 @@ ROWS = [
         "the Python API's `rank`, 16 × 4 choices, 256/8, against its program",
         {"time": 1.05},
     ),
+    Row(
+        "lm_eval_choices/cpu",
+        "lm-evaluation-harness, 200 × 4 choices, 128/8, against its model `hf`",
+        {"speed": 2.5},
+    ),
     Row("sparse_step/hf", f"{_SPARSE} Hugging Face's", {"time": 0.8}),
     Row(
         "sparse_step/flaxformer",

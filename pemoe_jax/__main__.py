@@ -18,6 +18,8 @@ COMMANDS = {
     "convert": ("pemoe_jax.tools.convert", "export adapters and models, also to PEFT and HF"),
     "verify": ("pemoe_jax.tools.verify", "read files and say whether they are whole"),
     "embed": ("pemoe_jax.tools.embed", "write sentence embeddings for sentence routing"),
+    "lm_eval": ("pemoe_jax.tools.lm_eval", "run lm-evaluation-harness with a model and adapter"),
+    "export_tasks": ("pemoe_jax.tools.export_tasks", "write tasks for lm-evaluation-harness"),
     "cache_tasks": ("pemoe_jax.tools.cache_tasks", "cache P3 tasks offline"),
 }
 
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the named command and returns its exit code; 2 for an unknown command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE.format("\n".join(f"  {name:<11}  {COMMANDS[name][1]}" for name in COMMANDS)))
+        print(USAGE.format("\n".join(f"  {name:<12}  {COMMANDS[name][1]}" for name in COMMANDS)))
         return 0
     command, *rest = arguments
     if command == "--version":

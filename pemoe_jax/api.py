@@ -328,35 +328,75 @@ class Model:
         Raises:
           InputError: a text has no choices, or a score is not finite; see also `set_adapter`.
         """
+        is_single = isinstance(texts, str)
+        texts = _check_texts("texts", [texts] if is_single else texts)
+        lists = [_check_choices(choices)] if is_single else _choices_by_text(choices, len(texts))
+        scores = self._score(_score_choices(), texts, lists, adapter)
+        in_order = [
+            sorted(map(ScoredChoice, row, log_probs), key=lambda choice: -choice.log_prob)
+            for row, (log_probs,) in zip(lists, scores, strict=True)
+        ]
+        return in_order[0] if is_single else in_order
+
+    def score(
+        self, texts: Sequence[str], choices: Sequence[str] | Sequence[Sequence[str]]
+    ) -> list[list[tuple[float, bool]]]:
+        """Returns for each choice, in order, its log-probability and whether decoding generates it.
+
+        Args:
+          texts: a list of texts.
+          choices: see `rank`.
+
+        Returns:
+          For each text, for each of its choices: the score of `rank`, and whether each token of the
+          choice, with its end, is the most likely one, so that greedy decoding gives the choice.
+
+        Raises:
+          InputError: see `rank`.
+        """
+        texts = _check_texts("texts", texts)
+        lists = _choices_by_text(choices, len(texts))
+        scores = self._score(_score_and_match_choices(), texts, lists)
+        return [[*zip(*arrays, strict=True)] for arrays in scores]
+
+    def _score(
+        self,
+        function: Callable[..., PyTree],
+        texts: Sequence[str],
+        lists: Sequence[Sequence[str]],
+        adapter: Sequence[Path] | None = None,
+    ) -> list[list[list[Any]]]:
+        """Returns for each text the values of each array [B, C] that a function of a batch returns.
+
+        The first array has scores.
+        """
+        import jax
         import numpy as np
 
         from pemoe_jax.analysis.evaluation import NOT_FINITE_ADVICE
         from pemoe_jax.data import inference_batches, prefetch
 
-        is_single = isinstance(texts, str)
-        texts = _check_texts("texts", [texts] if is_single else texts)
-        lists = [_check_choices(choices)] if is_single else _choices_by_text(choices, len(texts))
         groups = self._make_groups(texts, lists)
         selected = self._select_adapters(adapter, len(texts))
         results = (
-            (self._apply(_score_choices(), selected, indices, {"batch": batch}, {}, {}), indices)
+            (self._apply(function, selected, indices, {"batch": batch}, {}, {}), indices)
             for batch, indices in inference_batches.bucketed_score_batches(
                 groups, self._limits.batch_size
             )
         )
-        ranked: dict[int, list[ScoredChoice]] = {}
-        for scores, indices in prefetch.keep_in_flight(results):
-            for row, index in zip(np.asarray(scores), indices, strict=False):  # [B, C]
-                row = row[: len(lists[index])]
-                if not np.isfinite(row).all():
+        by_text: dict[int, list[list[Any]]] = {}
+        for arrays, indices in prefetch.keep_in_flight(results):
+            host_arrays = [np.asarray(array) for array in jax.tree.leaves(arrays)]  # [B, C]
+            for row, index in enumerate(indices):
+                count = len(lists[index])
+                scores, *others = (array[row, :count].tolist() for array in host_arrays)
+                if not np.isfinite(scores).all():
                     raise InputError(
-                        f"{self}: expected finite scores, got {row.tolist()} for text {index + 1}:"
+                        f"{self}: expected finite scores, got {scores} for text {index + 1}:"
                         f" {NOT_FINITE_ADVICE}"
                     )
-                scored = map(ScoredChoice, lists[index], row.tolist())
-                ranked[index] = sorted(scored, key=lambda choice: -choice.log_prob)
-        in_order = [ranked[index] for index in range(len(texts))]
-        return in_order[0] if is_single else in_order
+                by_text[index] = [scores, *others]
+        return [by_text[index] for index in range(len(texts))]
 
     # --- decoding ---
 
@@ -573,6 +613,15 @@ def _score_choices() -> Any:
     from pemoe_jax.core import steps
 
     return jax.jit(steps.score_choices, static_argnames="model")
+
+
+@functools.cache
+def _score_and_match_choices() -> Any:
+    import jax
+
+    from pemoe_jax.core import steps
+
+    return jax.jit(steps.score_and_match_choices, static_argnames="model")
 
 
 @functools.lru_cache(maxsize=16)

@@ -152,6 +152,19 @@ def test_results_do_not_depend_on_the_batch(model):
     assert [{c.choice for c in row} for row in shared] == [{"yes", "no"}] * 3
 
 
+def test_scores_are_in_order_and_say_what_is_generated():
+    base = pemoe_jax.load_model(BASE, vocabulary=VOCAB)
+    text = "What is a good title for this text? The rain fell on the harbour."
+    answer = base.generate(text, 16)
+    choices = ["yes", answer, f"{answer} no"]
+    (row,) = base.score([text], [choices])
+    assert [is_greedy for _, is_greedy in row] == [False, True, False]
+    ranked = dict(base.rank(text, choices))
+    assert [log_prob for log_prob, _ in row] == pytest.approx([ranked[c] for c in choices])
+    with pytest.raises(InputError, match="texts must be a text or a list of texts"):
+        base.score(3, ["yes"])
+
+
 def test_programs_are_shared_by_lengths(model):
     """Texts of 1 to 30 words, in calls of 1 to 4 texts, need a program for few shapes."""
     before = api._score_choices()._cache_size(), decoding.greedy_decode._cache_size()

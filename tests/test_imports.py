@@ -28,7 +28,7 @@ PARTS = {
     "infer": {"core", "runtime", "data", "checkpoints", "tasks", "analysis"},
     "tools": {
         *("core", "runtime", "data", "checkpoints", "tasks", "analysis"),
-        *("train", "evaluate", "infer"),
+        *("train", "evaluate", "infer", "api"),
     },
     "api": {
         *("core", "runtime", "data", "checkpoints", "tasks", "analysis"),
@@ -124,6 +124,7 @@ DISTRIBUTIONS = {
     "msgpack": None,  # flax
     "ml_dtypes": None,  # jax
     "scipy": None,  # jax
+    "lm_eval": None,  # an extra; the command says that it is missing
     "t5x": None,  # not on PyPI; t5x_bridge can say that it is missing
     "torch": None,  # the extra `torch`
     "transformers": None,  # the extra `torch`

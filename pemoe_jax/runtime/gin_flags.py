@@ -76,7 +76,8 @@ MODEL_AND_METHOD_FILES = (
     *("methods/flan_moe.gin", "methods/molora.gin", "methods/mov.gin"),
 )
 
-_RUN_MODELS = ("train", "evaluate", "infer", "embed", "routes")  # commands that read tasks
+# Commands that read tasks.
+_RUN_MODELS = ("train", "evaluate", "infer", "embed", "routes", "export_tasks")
 
 _EPILOG = """\
 gin files are searched in the working folder, in --gin_search_paths and in the package's gin/.

@@ -45,7 +45,9 @@ def test_a_comment_describes_a_macro_whose_parameter_has_no_docstring():
     assert macro == gin_help.Macro("A", "None", "what A does")
 
 
-@pytest.mark.parametrize("run", ["finetune", "evaluate", "infer", "embed", "routes"])
+@pytest.mark.parametrize(
+    "run", ["finetune", "evaluate", "infer", "embed", "routes", "export_tasks"]
+)
 def test_every_macro_of_a_run_file_is_described(run):
     macros = gin_help.read_macros([f"runs/{run}.gin"])
     assert len(macros) > 15

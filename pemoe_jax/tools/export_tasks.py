@@ -1,0 +1,113 @@
+"""Writes evaluation tasks for lm-evaluation-harness: `pemoe export_tasks --help`."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pemoe_jax.core.errors import InputError, plural
+from pemoe_jax.runtime import gin_flags, options
+
+if TYPE_CHECKING:
+    from pemoe_jax.data.choices import ChoiceGroup
+
+FLAGS = gin_flags.make_parser(
+    "export_tasks",
+    "Writes the prompts that pemoe evaluate scores as tasks of lm-evaluation-harness: a YAML file\n"
+    "and a file of JSON lines for each, in the folder LM_EVAL_DIR.",
+    example="""\
+  pemoe export_tasks --gin_file=runs/export_tasks.gin --gin.LM_EVAL_DIR=/tmp/lm_eval_tasks \\
+    --gin.JSONL_DIR=my_prompts --gin.EVAL_TASKS="['reviews_*']" --gin.VOCAB_PATH=spiece.model
+""",
+    macros=["runs/export_tasks.gin"],
+)
+
+TAG = "pemoe"  # `--tasks pemoe` selects all exported tasks
+_SUFFIX = "_score_eval"
+
+
+def export_tasks(output_dir: str, data: options.Data) -> list[str]:
+    """Writes each task with answer choices, with the texts that `pemoe evaluate` tokenizes.
+
+    Args:
+      output_dir: the folder, which must not exist, or be empty.
+      data: `_score_eval` tasks, or a mixture of them.
+
+    Returns:
+      The names of the tasks in lm-evaluation-harness.
+
+    Raises:
+      InputError: a setting or a file is wrong, or the folder has files.
+    """
+    from pemoe_jax.data import choices, seqio_tasks
+    from pemoe_jax.runtime import atomic_write, file_io
+    from pemoe_jax.tasks.task_roles import run_register
+
+    folder = file_io.resolve_output_folder(
+        file_io.resolve_local(output_dir, "LM_EVAL_DIR"), "LM_EVAL_DIR"
+    )
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"LM_EVAL_DIR must be a new or an empty folder, got {folder} with files")
+    lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
+    roles = run_register(data.register)
+    roles.print_summary()
+    groups = choices.load_choice_groups(
+        data.name, lengths, max_examples=data.max_examples, use_cached=data.use_cached_tasks
+    )
+    by_task: dict[str, list[ChoiceGroup]] = {}
+    for group in groups:
+        by_task.setdefault(group.task, []).append(group)
+    if not by_task:
+        raise InputError(f"nothing to export in {data.name!r}: no rows with answer choices")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for task, members in by_task.items():
+        name = re.sub(r"[^\w.-]", "_", task.removesuffix(_SUFFIX))
+        rows = folder / f"{name}.jsonl"
+        lines = [json.dumps(_row(group), ensure_ascii=False) + "\n" for group in members]
+        atomic_write.write_text(rows, "".join(lines))
+        config = _task_config(name, os.path.abspath(rows), roles.datasets.get(task, task))
+        # JSON is YAML.
+        atomic_write.write_text(folder / f"{name}.yaml", json.dumps(config, indent=2) + "\n")
+        names.append(name)
+    print(
+        f"{folder}: {plural(len(names), 'task')} with {len(groups):,} examples; next: pemoe lm_eval"
+        f" --model pemoe --tasks {TAG} --include_path {folder} --batch_size 32 --model_args base=…"
+    )
+    return names
+
+
+def _row(group: "ChoiceGroup") -> dict[str, Any]:
+    gold = [index for index, is_correct in enumerate(group.is_correct) if is_correct]
+    # A target that is not among the choices: lm-evaluation-harness counts index -100 as wrong.
+    return {"inputs": group.input_text, "choices": [*group.choice_texts], "gold": gold or [-100]}
+
+
+def _task_config(name: str, rows: str, dataset: str) -> dict[str, Any]:
+    """Returns a task's YAML file; a field of a row is named instead of a template of it."""
+    metrics = ("acc", "acc_norm", "acc_bytes")
+    return {
+        "task": name,
+        "tag": [TAG, f"{TAG}_{dataset}"],
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": rows}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "inputs",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        # Targets of T5 have no space in front.
+        "target_delimiter": "",
+        "num_fewshot": 0,
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in metrics
+        ],
+        "metadata": {"version": 1.0},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    return gin_flags.run_configured(FLAGS, export_tasks, argv)

@@ -1,0 +1,56 @@
+"""Runs lm-evaluation-harness with the model `pemoe`: `pemoe lm_eval --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.runtime import gin_flags
+
+_DESCRIPTION = """\
+Runs lm-evaluation-harness's command `lm_eval`, in which --model pemoe is a base
+with an adapter. All arguments are those of lm_eval: `pemoe lm_eval run --help`.
+--model_args of pemoe: base, adapter, vocabulary, dtype, frozen_dtype,
+max_input_tokens, max_target_tokens, max_gen_toks (docs/lm_eval.md).
+"""
+
+FLAGS = argparse.ArgumentParser(
+    prog="pemoe lm_eval",
+    usage="pemoe lm_eval --model pemoe --model_args base=…,adapter=… --tasks TASKS [options]",
+    description=_DESCRIPTION,
+    epilog="""\
+example:
+  pemoe lm_eval --model pemoe --tasks copa --batch_size 32 \\
+    --model_args base=t5-large-lm-adapt,adapter=/tmp/mov,vocabulary=spiece.model
+""",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in ([], ["-h"], ["--help"]):
+        FLAGS.print_help()
+        return 0
+    gin_flags.silence_libraries()
+    try:
+        # An extra; importing our module registers the model.
+        from lm_eval.__main__ import cli_evaluate
+
+        from pemoe_jax.tools import lm_eval_model  # noqa: F401 (registers the model)
+    except ModuleNotFoundError as error:
+        print(
+            f"error: pemoe lm_eval needs the extra lm_eval ({first_line(error)}): pip install -c"
+            " constraints.txt -e '.[lm_eval]'",
+            file=sys.stderr,
+        )
+        return 1
+    sys.argv = ["pemoe lm_eval", *arguments]  # where lm_eval reads them
+    try:
+        cli_evaluate()
+    except InputError as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 1
+    return 0
