@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -55,6 +56,7 @@ def hold(folder: "AnyPath", setting: str) -> int:
         file.write(f"{_owner()}\n")
         file.flush()
         _held[folder] = file, is_new
+        _remove_unfinished(folder)
     return _held[folder][0].fileno()
 
 
@@ -69,6 +71,23 @@ def release_all() -> None:
             if is_new:
                 folder.rmdir()
         file.close()
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Deletes the temporary files of `atomic_write` whose processes were killed."""
+    for path in folder.glob(".*.*"):
+        _, _, process = path.name.rpartition(".")
+        if not process.isdecimal():
+            continue
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        except (OSError, OverflowError):  # another user's process, or no process id
+            continue
 
 
 def _owner() -> str:

@@ -72,3 +72,17 @@ def test_a_new_folder_that_stays_empty_is_removed(tmp_path):
     folder_lock.hold(tmp_path, "EVAL_OUTPUT_DIR")
     folder_lock.release_all()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "full"]
+
+
+def test_what_a_killed_command_left_unfinished_is_deleted(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    pid = int(ended.stdout)
+    (tmp_path / f".config.gin.{pid}").touch()
+    (tmp_path / f".adapter.{pid}").mkdir()
+    kept = [f".loss.png.{os.getpid()}", f"notes.{pid}", ".vimrc.swp", f".x.{10**30}"]
+    for name in kept:
+        (tmp_path / name).touch()
+    folder_lock.hold(tmp_path, "MODEL_DIR")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, ".lock"])
