@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages of the site that are not in docs/, and links between them."""
+"""MkDocs hooks: add files from outside docs/ to the site, and rewrite links between files."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages of `PAGES`."""
+    """Adds the files of `PAGES` to the site."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
@@ -31,20 +31,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(
     markdown: str, page: Page, config: MkDocsConfig, files: Files, **kwargs: object
 ) -> str:
-    """Changes links that hold in the repository into links that hold on the site."""
+    """Rewrites links between files of the repository as links between pages of the site."""
     uri = page.file.src_uri
     source = ROOT / _SOURCES.get(uri, f"docs/{uri}")
 
     def relink(match: re.Match[str]) -> str:
         target = (source.parent / match[2]).resolve()
         if not target.is_relative_to(ROOT) or not target.exists():
-            return match[0]  # mkdocs reports it
+            return match[0]  # mkdocs reports broken links
         name = str(target.relative_to(ROOT))
         linked = PAGES.get(name, name.removeprefix("docs/"))
         up = "../" * uri.count("/")
         return f"{match[1]}{up}{linked}{match[3] or ''})"
 
-    # Code is left as it is.
+    # Links are rewritten outside of code blocks only.
     parts = _FENCE.split(markdown)
     fences = [*_FENCE.findall(markdown), ""]
     return "".join(_LINK.sub(relink, part) + code for part, code in zip(parts, fences, strict=True))

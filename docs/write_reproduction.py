@@ -1,9 +1,9 @@
 """Writes docs/reproduction.md and .png from docs/reproduction.json, the results of the claims.
 
 `python docs/write_reproduction.py /tmp/claims` first writes reproduction.json from the claims.json
-of the sweep in /tmp/claims; folders of further sweeps may follow. The folder must have the name of
-the sweep's file in gin/sweeps/ (claims). Without arguments reproduction.json is read as it is. A
-test compares the page with the output of this program.
+of the sweep in /tmp/claims; folders of further sweeps may follow. A folder must have the name of
+its sweep's file in gin/sweeps/, here `claims`. Without arguments the existing reproduction.json is
+used. A test compares the page with the output of this program.
 """
 
 import json
@@ -27,23 +27,26 @@ pemoe embed --gin_file=runs/quickstart_embed.gin
 {commands}
 ```
 
-The claims are those of arXiv 2309.05444 (MoV, MoLORA) and arXiv 2305.14705 (FLAN-MoE), in other
-words. Their list, with the papers' figures, the sources of these and the experiments compared, and
-the rule for verdicts were fixed before the results: {files}.
+The claims paraphrase those of arXiv 2309.05444 (MoV, MoLORA) and arXiv 2305.14705 (FLAN-MoE).
+{files} lists them with the papers' figures, their sources and the
+experiments to compare. This list and the rule for verdicts were fixed before the results. Freezing
+and the routers' auxiliary losses are not among the claims: [flan_moe.md](flan_moe.md) compares
+them.
 
 **What differs from the papers.** The base has {total:,} parameters (theirs have 0.25 to 11 billion)
 and is pretrained on text about a small invented world; the tasks ask about this world
-([quickstart.md](quickstart.md)). Trainings take {steps:,} steps of AdamW, not up to 500,000 of
-Adafactor. Learning rates are chosen for each method, by accuracy on validation splits of training
-tasks. A claim that holds here may fail at the papers' size, and the other way round. The papers'
-figures are quoted second-hand.
+([quickstart.md](quickstart.md)). Most trainings take {steps:,} steps of AdamW, not up to
+500,000 of Adafactor. Learning rates are chosen by accuracy on validation splits of training tasks;
+most variants use the rate of their method. A claim that holds here may fail at the papers' size,
+and the reverse. The papers' figures are quoted second-hand.
 
 **How to read it.** A difference has two 95 % intervals: over seeds, and over prompts and examples.
-Undecided: one of them contains the bound, so the difference may be chance. Half of the intervals
-over seeds reach {reach:.1f} points or more to either side; smaller differences cannot be told from
-chance here. Experiments have the names of the sweep's file. An earlier sweep, with three seeds for
-most experiments, was known when the number of seeds was set to five; claims and rule stayed as they
-were.
+A claim is undecided if one of them contains the bound (0 for "better"): the difference may be
+chance. Half of the intervals over seeds extend {reach:.1f} points or more to either side; smaller
+differences cannot be distinguished from chance here. Experiments have the names that the sweep
+gives them. The sweep's file was changed to five seeds for every experiment after results with three
+seeds for most of them were known; the claims and the rule did not change. The tables have the
+number of seeds of each experiment.
 
 **Result.** {summary}
 
@@ -52,7 +55,7 @@ were.
 
 
 def render(results: dict) -> str:
-    """Returns the page."""
+    """Returns the text of docs/reproduction.md."""
     sweeps = results["sweeps"]
     merged = merge(results)
     first = next(iter(sweeps.values()))
@@ -91,7 +94,7 @@ def render(results: dict) -> str:
 
 
 def _median_reach(results: list[dict]) -> float:
-    """Returns the median of half the width of the intervals over seeds."""
+    """Returns the median half-width of the intervals over seeds, in percentage points."""
     intervals = [claim["seed_interval"] for claim in results if claim["seed_interval"]]
     return statistics.median((high - low) / 2 for low, high in intervals)
 
@@ -104,12 +107,12 @@ def _measured(claim: dict) -> str:
 
 
 def merge(results: dict) -> dict:
-    """Returns a report with the claims of all sweeps."""
+    """Returns one report with the claims of all sweeps."""
     return {"claims": [c for report in results["sweeps"].values() for c in report["claims"]]}
 
 
 def main(folders: list[str]) -> None:
-    """Writes the page and its plot, and reproduction.json first if folders of sweeps are named."""
+    """Writes the page and its plot; with folders of sweeps, first writes reproduction.json."""
     file = DOCS / "reproduction.json"
     if folders:
         sweeps = {

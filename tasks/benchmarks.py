@@ -1,4 +1,4 @@
-"""`Benchmark`: a published set of tasks, of which the mean score is reported."""
+"""`Benchmark`: a published set of tasks whose mean score is reported."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pemoe_jax.core.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A published set of tasks, of which the mean score is reported.
+    """A published set of tasks whose mean score is reported.
 
     A benchmark has members, which have equal weights in its mean. A member is a task, or several
-    tasks of which the mean is taken first.
+    tasks whose mean is taken first.
 
     Attributes:
       name: its name in tables.

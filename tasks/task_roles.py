@@ -1,4 +1,4 @@
-"""`TaskRoles`: what the commands know about the tasks of a run."""
+"""`TaskRoles`: the tasks of a run by role (training, evaluation), and their properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers without seqio and TensorFlow, for the Python API: the ids are those of seqio's."""
+"""Tokenizers for the Python API, without seqio and TensorFlow; token ids are those of seqio."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pemoe_jax.tasks.vocabulary import (
 
 
 class Tokenizer(Protocol):
-    """Texts to token ids and back; the ids do not include EOS.
+    """Encodes texts as token ids without EOS, and decodes ids up to the first EOS.
 
     Attributes:
-      eos_id: id of the end of a text.
+      eos_id: id of EOS, the end of a text.
       vocab_size: number of ids, sentinels included.
     """
 
@@ -42,11 +42,12 @@ class SentencePieceTokenizer:
     """T5's or mT5's SentencePiece file; 100 sentinels are added if it has none.
 
     Raises:
-      InputError: the file does not exist, is not a SentencePiece model, or has other special ids
-        than T5's.
+      InputError: the file does not exist, is not a SentencePiece model, or its special ids are
+        not T5's.
     """
 
-    # `seqio_tasks.fingerprint_vocabulary` hashes it in place of the class's name.
+    # Hashed by `seqio_tasks.fingerprint_vocabulary` in place of the name of this class, so that
+    # fingerprints equal those of seqio's vocabularies.
     fingerprint_kind = "LazyVocabulary"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -66,7 +67,7 @@ class SentencePieceTokenizer:
         check_special_ids(self.tokenizer, self.path)
         if not find_sentinels(self.tokenizer):
             proto = protos.ModelProto.FromString(model)
-            # As seqio adds them: the first one has the last id.
+            # In seqio's order: <extra_id_0> has the last id.
             for number in reversed(range(SENTINELS)):
                 piece = f"▁<extra_id_{number}>"
                 proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.USER_DEFINED)
@@ -84,16 +85,16 @@ class SentencePieceTokenizer:
         return list(self.tokenizer.encode(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        # Rows of the embedding beyond the vocabulary are padding.
-        known = [
+        # A model can output larger ids: its embedding may have more rows than the vocabulary ids.
+        known_ids = [
             token_id if token_id < self.vocab_size else self.tokenizer.unk_id()
             for token_id in _until_eos(ids, self.eos_id)
         ]
-        return str(self.tokenizer.decode(known))
+        return str(self.tokenizer.decode(known_ids))
 
 
 class ByteTokenizer:
-    """ByT5's vocabulary: UTF-8 bytes after pad, EOS and unknown."""
+    """ByT5's vocabulary: ids 0 to 2 are padding, EOS and unknown; byte b has the id b + 3."""
 
     fingerprint_kind = "ByteVocabulary"
     eos_id = 1
@@ -104,12 +105,16 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = _until_eos(ids, self.eos_id)
-        numbers = bytes(token_id - 3 for token_id in ids if 3 <= token_id < self.vocab_size)
-        return numbers.decode(errors="ignore")
+        data = bytes(token_id - 3 for token_id in ids if 3 <= token_id < self.vocab_size)
+        return data.decode(errors="ignore")
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of the package transformers."""
+    """Adapts a tokenizer of transformers to `Tokenizer`.
+
+    Raises:
+      InputError: its padding is not id 0, or it has no EOS.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

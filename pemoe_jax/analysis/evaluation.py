@@ -1,4 +1,4 @@
-"""What `pemoe evaluate` and `pemoe infer` share: checked settings, opened models, result files."""
+"""Shared by `pemoe evaluate` and `pemoe infer`: checked settings, opened models, result files."""
 
 import dataclasses
 import json

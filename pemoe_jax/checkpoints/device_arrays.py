@@ -25,8 +25,8 @@ def load_arrays(
 ) -> dict[str, PyTree]:
     """Reads arrays onto devices, with the dtypes and shardings of `target`.
 
-    Names and shapes are compared before anything is read. Arrays are read ahead; besides the
-    loaded parameters, the host's memory holds at most the bytes of the largest stored array.
+    Names and shapes are compared before anything is read. Arrays are read ahead of their
+    transfer; the buffers take at most as much host memory as the largest stored array.
 
     Args:
       arrays: path -> array, as stored.
@@ -34,7 +34,7 @@ def load_arrays(
       source: the checkpoint, for errors.
       report: called with the number of arrays loaded so far.
       transform: maps (path, array) to the value to return, before the next array is loaded.
-      value_checksums: a dict to add path -> `checksum` of arrays that are read whole to.
+      value_checksums: a dict to which path -> `checksum` of each array that is read whole is added.
 
     Returns:
       Nested dict of transformed jax arrays.
@@ -48,7 +48,7 @@ def load_arrays(
     for path in targets:
         if not jnp.issubdtype(arrays[path].dtype, jnp.floating):
             raise InputError(f"{source}: {path}: expected floats, got {arrays[path].dtype}")
-    # The largest first: read buffers are then small by the time most of the memory is used.
+    # Largest first, so that read buffers are small by the time that most memory is in use.
     order = sorted(targets, key=lambda path: -arrays[path].nbytes)
     loaded: dict[str, PyTree] = {}
     reads = {path: (arrays[path], targets[path]) for path in order}
@@ -65,7 +65,7 @@ def load_arrays(
 
 # ((start, stop) of each axis) -> that part of an array
 _Shards = dict[tuple[tuple[int, int], ...], np.ndarray]
-# Shards, and the checksum of an array if one shard has all of it.
+# The shards of an array, and its checksum if one shard is the whole array.
 _Read = tuple[_Shards, tuple[str, int] | None]
 # (path, bytes, shards that are being read)
 _Pending = tuple[str, int, "concurrent.futures.Future[_Read]"]

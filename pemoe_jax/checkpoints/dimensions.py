@@ -9,8 +9,8 @@ from pemoe_jax.core.errors import InputError
 Shapes = Mapping[str, tuple[int, ...]]
 
 _STACKS = ("encoder", "decoder")
-# The activations of each form of MLP, by its first projection. The names of activations are not in
-# shapes: these are those of T5 v1.1 and of T5 1.0.
+# Name of the MLP's first projection -> activations. Shapes do not determine activations: these are
+# the defaults, those of T5 v1.1 (wi_0) and T5 1.0 (wi).
 _MLPS = {"wi_0": ("gelu", "linear"), "wi": ("relu",)}
 
 
@@ -27,12 +27,12 @@ def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, Any]:
     layer = "encoder/layers_0"
     scanned = next((path for path in shapes if path.startswith("encoder/encoder/")), None)
     if scanned is not None:
-        # Not only other names: every layer of a period has position biases of its own.
+        # Renaming is not enough: each layer of a period has a position bias of its own.
         raise InputError(
             f"{source}: expected unscanned layers ({layer}/…), got scanned ones ({scanned})"
         )
     vocab_size, emb_dim = _array_shape(shapes, "token_embedder/embedding", source)
-    # Kernels join heads and head_dim; only the position bias has the heads as an axis.
+    # Kernels join heads and head_dim in one axis; only the position bias has an axis of heads.
     num_heads, _ = _array_shape(shapes, "encoder/relpos_bias/rel_embedding", source)
     _, joined_kv = _array_shape(shapes, f"{layer}/attention/query/kernel", source)
     if joined_kv % num_heads:
@@ -61,7 +61,7 @@ def infer_sparse(shapes: Shapes, source: str = "checkpoint") -> dict[str, Any] |
     """Returns the fields of `Sparse` that shapes determine; None for a dense model.
 
     Raises:
-      InputError: the sparse layers are not those of a `sparse_step`, or an expert is no matrix.
+      InputError: the sparse layers are not those of a `sparse_step`, or an expert is not a matrix.
     """
     layers: dict[str, set[int]] = {stack: set() for stack in _STACKS}
     for path in shapes:
@@ -93,7 +93,7 @@ def infer_sparse(shapes: Shapes, source: str = "checkpoint") -> dict[str, Any] |
 
 def num_layers(paths: Iterable[str], stack: str) -> int:
     """Returns the number of layers of a stack: the largest index plus one."""
-    # With a gap in between, the comparison of names that follows reports the missing arrays.
+    # If an index in between is missing, the later comparison of names reports the missing arrays.
     matches = (re.match(rf"{stack}/layers_(\d+)/", path) for path in paths)
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
 

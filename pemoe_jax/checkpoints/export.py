@@ -27,7 +27,7 @@ from pemoe_jax.runtime.file_io import AnyPath
 
 
 def replace_base(source: OpenedModel, base_path: str) -> OpenedModel:
-    """Returns adapters with the path and identity of another base, after checking the latter."""
+    """Returns the adapters, recorded as those of another copy of their base, which is checked."""
     assert source.record is not None
     base = base_lib.open_base(base_path)
     # The fingerprint is recorded too: PEFT adapters come without one.
@@ -58,7 +58,7 @@ def write_peft(source: OpenedModel, output: AnyPath, base_name: str | None) -> N
         )
     mlp_sites = [site for site in record.adapters if site in ("wi_0", "wi_1", "gate", "wo")]
     if source.model.sparse is not None and mlp_sites:
-        # PEFT selects modules by their names, which experts share with dense MLPs.
+        # PEFT selects modules by name, and experts have the names of dense MLPs.
         raise InputError(
             f"{source.path}: PEFT would adapt the experts as well: expected adapters at attention"
             f" alone in a sparse model, got {mlp_sites[0]}"
@@ -146,7 +146,7 @@ def _merged(
         return lazy_array.stack([_merged(path, part, None, dtype) for part in array.parts])
     output_dtype = array.dtype if dtype is None else jnp.dtype(dtype)
 
-    # The whole array is merged, whatever slice is read: writers read whole arrays.
+    # Merges the whole array for any slice; writers read whole arrays anyway.
     def read_slice(index: Index) -> np.ndarray:
         values = array.read()
         with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused below

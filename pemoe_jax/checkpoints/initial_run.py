@@ -1,4 +1,4 @@
-"""Continues from a run of which INITIAL_CHECKPOINT_PATH is the path, the initial run.
+"""Starts a run from an earlier run, the initial run, whose path is INITIAL_CHECKPOINT_PATH.
 
 A run that trained a whole model without adapters is opened as a base, see `base_model`. From any
 other run, the new run takes the trained parameters and the base that they belong to. It trains the

@@ -1,4 +1,4 @@
-"""Opens checkpoints of every kind as models, and loads a model's base."""
+"""Opens checkpoints of every kind as models, loads their base, and checks that adapters fit it."""
 
 import collections
 import contextlib
@@ -95,7 +95,7 @@ def _make_config(values: JsonObject, source: str) -> T5Config:
         ) from error
     for field in dataclasses.fields(T5Config):
         value = getattr(config, field.name)
-        # Others would raise far from here, where the network is traced.
+        # Other values would raise far from here, when the network is traced.
         if field.type is int or (field.type == int | None and value is not None):
             check_integer(f"{source}'s T5Config.{field.name}", value)
     return config
@@ -137,7 +137,7 @@ class _Form:
         """Quantizes an array, if it is a frozen matrix."""
         if not self.is_quantized(name):
             return array
-        # Waits, or several float32 arrays would be on the device at the same time.
+        # Blocks: otherwise several float32 arrays would be on the device at the same time.
         return jax.block_until_ready(quantized.quantize(array, self.frozen_dtype))
 
 
@@ -158,19 +158,19 @@ def load_base(
     Args:
       model: determines names, shapes, and the dtype of frozen matrices.
       path: file or folder of a base in any format of `base_model`; None: random weights.
-      seed: seed of random weights, and of what a dense base lacks.
+      seed: seed of random weights, and of the routers and noise that a dense base lacks.
       is_trainable: maps a parameter's path to whether it is trained; trained ones are float32.
       shardings: one for all arrays, or parameter path -> sharding; None: the default device.
       frozen_dtype: one of `quantized.FROZEN_DTYPES`, for the frozen matrices of attention and
         MLPs. Each is quantized from float32 as soon as it is on the device.
       upcycle_noise: σ, see `upcycling`.
-      keep: maps a parameter's path to whether it is returned; all of a base are read, for its
+      keep: maps a parameter's path to whether it is returned; all parameters are read, for the
         fingerprint.
 
     Returns:
       (parameters, identity): the identity has the base's path, format, seed (of random weights),
-      the fingerprint of its arrays before quantization, the checksum of all of their values if
-      this process has read all of each, and `upcycled` (see `Record`).
+      the fingerprint of its arrays before quantization, the checksum of all values if this process
+      has read every array whole, and `upcycled` (see `Record`).
 
     Raises:
       InputError: the base states other activations; see `base_model.open_base`,
@@ -248,7 +248,7 @@ class OpenedModel:
       record: record of a run or an adapter; None for a base.
       step: training step of the checkpoint.
       trained_arrays: parameter path -> array, of a run or an adapter; empty for a base.
-      base_path: where the base is read from, if `needs_base`; None: random weights.
+      base_path: path of the base, if `needs_base`; None: random weights.
       frozen_dtype: dtype of the base's frozen matrices, see `load_base`.
     """
 
@@ -263,7 +263,7 @@ class OpenedModel:
 
     @property
     def needs_base(self) -> bool:
-        """Whether a base, from a file or at random, has the parameters that were not trained."""
+        """Whether parameters that were not trained come from a base, stored or drawn at random."""
         return self.record is not None and self.record.base["needed"]
 
     def load(self, shardings: Shardings = None) -> dict[str, PyTree]:
@@ -286,13 +286,13 @@ class OpenedModel:
 
         Args:
           shardings: see `load_base`.
-          trainable: paths of parameters to load in float32, beside those that the run trained.
+          trainable: paths of further parameters to load in float32, as those that the run trained.
 
         Raises:
           InputError: see `load`.
         """
         assert self.record is not None
-        # First, because it is small: a wrong adapter fails before the base is read.
+        # The adapter first, because it is small: a wrong one fails before the base is read.
         trained = self.load_trained(shardings)
         if not self.needs_base:
             return trained, self.record.base
@@ -317,11 +317,11 @@ class OpenedModel:
         identity: Mapping[str, Any],
         shardings: Shardings = None,
     ) -> dict[str, PyTree]:
-        """Returns all parameters: what the run trained, on a base that is loaded already.
+        """Returns all parameters of a run, given its trained parameters and its loaded base.
 
         Args:
           trained: the parameters of `load_trained`.
-          base, identity: the parameters of `load_base` that are not trained, and its identity.
+          base, identity: the result of `load_base`, without the trained parameters.
           shardings: see `load_base`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Compares a resumed run with the record in its checkpoint."""
+"""Checks that a resumed run has the settings that its checkpoint records."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping

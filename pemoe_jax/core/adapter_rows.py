@@ -1,4 +1,4 @@
-"""Batches whose rows have adapters of their own on one base."""
+"""Batches in which each row has its own adapter, on one base model."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,19 +19,20 @@ Array = jax.Array
 def map_adapters(
     function: Callable[..., Array], model: "Transformer", **settings: object
 ) -> Callable[[Params, Params, Array, Mapping[str, PyTree], Mapping[str, PyTree]], Array]:
-    """Maps a function of a batch to one whose rows have adapters of their own.
+    """Transforms a function of a batch into one with an adapter for each row.
 
-    The products with the base's matrices stay those of the whole batch.
+    Products with the base's matrices are still computed for the whole batch at once.
 
     Args:
       function: a function `f(model, params, **rows, **settings, **options)` of a batch, such as
         `steps.score_choices` and `decoding.greedy_decode`.
-      model: the network, of all adapters.
-      settings: further arguments, which the program is compiled for.
+      model: the network, the same for all adapters.
+      settings: further arguments; each combination of values compiles a program.
 
     Returns:
-      A jitted function of (base, adapters, ids, rows, options): the base's parameters, A adapters'
-      parameters stacked [A, …], the adapter of each row [B], arguments [B, …] and others.
+      A jitted function of (base, adapters, ids, rows, options): the base's parameters, the
+      parameters of A adapters stacked [A, …], the index of each row's adapter [B], arguments with a
+      batch axis [B, …], and arguments without one.
     """
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Beam search: the K most likely sequences so far are continued at each step.
+"""Beam search: continues the K most likely sequences at each step.
 
     score(y) = log p(y | x) / |y|^α
 
@@ -30,7 +30,7 @@ class _State(NamedTuple):
       log_probs: [B, K], their log-probabilities.
       finished: int32 [B, K, T], the best finished sequences.
       scores: [B, K], their scores, best first; -inf for none.
-      is_done: [B], whether the running sequences of a row are not continued any more.
+      is_done: [B], whether the search of a row has ended.
       is_finite: [B], whether all logits of a row were finite.
       cache: keys and values of the running sequences, with B·K rows.
     """
@@ -61,7 +61,7 @@ def beam_search_decode(
     early_stopping: bool | Array = False,
     eos_id: int | Array = 1,
 ) -> Array:
-    """Returns the sequence with the highest score of each row.
+    """Returns the sequence with the highest score, for each row.
 
     A row ends when it has K finished sequences and, without `early_stopping`, the best running
     sequence would not score higher than the worst of them if it ended now. The settings and their
@@ -71,7 +71,7 @@ def beam_search_decode(
       model: the network.
       params: its parameters.
       encoder_input_tokens: int [B, L], padded with 0.
-      max_decode_length: T, the number of tokens to decode at most.
+      max_decode_length: T, the largest number of tokens to decode.
       num_beams: K.
       length_penalty: α; above 0, longer sequences score higher.
       early_stopping: whether a row ends as soon as it has K finished sequences.
@@ -97,13 +97,13 @@ def beam_search_decode(
         log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, -1)
         log_probs += state.log_probs[:, :, None]
         vocab_size = log_probs.shape[-1]
-        # 2 K candidates, of which at most K end by the end token: K are left to continue.
+        # 2·K candidates: at most K of them end with EOS, one for each beam, so K can be continued.
         log_probs, indices = jax.lax.top_k(log_probs.reshape(batch, -1), 2 * beams)  # [B, 2K]
         parents, tokens = indices // vocab_size, indices % vocab_size
         candidates = _select(state.running, parents).at[:, :, position].set(tokens)
         ends = (tokens == eos_id) | (length == max_decode_length)
 
-        # A candidate finishes only if it is among the best K, whether or not those end.
+        # As in Hugging Face, a candidate finishes only if it is among the K best of all candidates.
         is_best = jnp.arange(2 * beams) < beams
         finishes = ends & is_best & ~state.is_done[:, None]
         penalty = length.astype(jnp.float32) ** length_penalty
@@ -129,8 +129,8 @@ def beam_search_decode(
         )
 
     blank = jnp.zeros((batch, beams, max_decode_length), jnp.int32)
-    # All beams start as the same empty sequence: only the first is continued, or they would be
-    # K times the same.
+    # All beams start as the same empty sequence. Only the first one is continued, because otherwise
+    # the K beams would stay equal.
     first = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)
     state = _State(
         position=jnp.array(0),

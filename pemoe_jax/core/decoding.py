@@ -1,6 +1,6 @@
-"""Decoding one token at a step with a cache of keys and values: the steps, and greedy decoding.
+"""Autoregressive decoding with a cache of keys and values: the decoding step, and greedy decoding.
 
-`sampling` and `beam_search` use the same steps.
+`sampling` and `beam_search` use the same step.
 """
 
 import functools
@@ -31,7 +31,7 @@ def start(
     sentence_embeddings: Array | None,
     copies: int = 1,
 ) -> tuple[Step, PyTree]:
-    """Encodes the inputs and returns the function of a decoding step, and its first cache.
+    """Encodes the inputs and returns the decoding step, a function, with its initial cache.
 
     Args:
       model: the network.
@@ -39,8 +39,8 @@ def start(
       inputs: int32 [B, L], padded with 0.
       max_decode_length: T, the length of the cache.
       sentence_embeddings: [B, S], for routers that read them.
-      copies: C, the number of sequences that are decoded from each input. The rows b·C to
-        b·C + C-1 of a step are those of input b, whose keys and values are projected once.
+      copies: C, the number of sequences to decode from each input, for example beams. Rows b·C to
+        b·C + C - 1 of a step belong to input b, whose keys and values are projected once.
     """
     apply = functools.partial(
         model.apply, enable_dropout=False, sentence_embeddings=sentence_embeddings
@@ -77,7 +77,7 @@ def decode_rows(
     Args:
       step, cache: see `start`.
       batch: B, the number of rows.
-      max_decode_length: T, the number of tokens to decode at most.
+      max_decode_length: T, the largest number of tokens to decode.
       eos_id: the token that ends a row.
       choose: function from (logits [B, V], position []) to the next tokens [B].
 
@@ -122,7 +122,7 @@ def greedy_decode(
       model: the network.
       params: its parameters.
       encoder_input_tokens: int [B, L], padded with 0.
-      max_decode_length: T, the number of tokens to decode at most.
+      max_decode_length: T, the largest number of tokens to decode.
       eos_id: the token that ends a row.
       sentence_embeddings: [B, S], for routers that read them.
 

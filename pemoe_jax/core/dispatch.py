@@ -1,13 +1,13 @@
-"""Dispatch: assigns tokens to experts, moves them to the experts and combines the outputs.
+"""Dispatch: chooses experts (top-k), moves tokens to them and combines their outputs.
 
 Tokens choose experts as in Switch Transformers (arXiv 2101.03961) and GShard (arXiv 2006.16668), or
 experts choose tokens (arXiv 2202.09368). The functions are pure and have no parameters.
 
 Shapes: G groups of T tokens, K choices of a token, E experts, C places of an expert in a group (its
-capacity), S slots. A choice of a token is an assignment. Its place is its position among those of
-its expert, its slot a row of the experts' input. With a limit, an assignment whose place is C or
-larger has no slot: it is dropped. Tokens are gathered into slots, and outputs from them, so that no
-array has T·E·C entries.
+capacity), S slots. A choice of a token is an assignment. Its place is its position among the
+assignments of its expert, and its slot is a row of the experts' input. With a limit, an assignment
+whose place is C or larger has no slot: it is dropped. Tokens are gathered into slots, and outputs
+from them, so that no array has T·E·C entries.
 """
 
 import functools

@@ -1,9 +1,9 @@
-"""Routers: a distribution over experts for each token (arXiv 2309.05444, section 2.2).
+"""Routers of adapters: soft or top-k distributions over experts (arXiv 2309.05444, section 2.2).
 
     p = softmax(x W / τ)
 
-The mixture uses all of p (soft routing) or its k largest values (top-k routing). These routers are
-those of adapters; sparse MLPs have their own in `experts`, and choose their experts in `dispatch`.
+for each token. The mixture uses all of p (soft routing) or its k largest values (top-k routing).
+Sparse MLPs have routers of their own in `experts`; `dispatch.choose_experts` is their top-k.
 """
 
 import functools
@@ -29,7 +29,7 @@ Initializer = jax.nn.initializers.Initializer
 STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "aux_loss")
 # An expert is dead if its load is below this fraction of an even load.
 DEAD_LOAD = 0.01
-# What a sparse layer sows of each token and expert, int8, as `assignments`.
+# Values of the `assignments`, int8, that a sparse layer sows for each token and expert.
 NOT_ASSIGNED, DROPPED, PLACED = 0, 1, 2
 # The site of a sparse layer's router; other routers belong to the adapter of a site.
 EXPERTS_SITE = "mlp/experts"
@@ -79,7 +79,7 @@ class Router(nn.Module):
       reads: 'x' (the input of the site's projection), 'y' (its output) or 'sentence' (an embedding
         of the example: one distribution for all its tokens); None: as in the paper, y for vector
         experts and x for LoRA experts.
-      kernel_init: initializer of the kernel, N(0, 0.02) in the paper's code.
+      kernel_init: initializer of the kernel, N(0, 0.02²) in the paper's code.
       feature_axis: logical name of the features' last axis.
 
     Raises:

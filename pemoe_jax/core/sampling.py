@@ -20,14 +20,15 @@ def truncate_logits(logits: Array, top_k: int | Array, top_p: float | Array) -> 
 
     Args:
       logits: divided by the temperature.
-      top_k: number of most likely tokens that stay; with ties at the last of them, more.
-      top_p: of these, the most likely tokens stay whose probabilities sum to at least `top_p`.
+      top_k: number of most likely tokens to keep; tokens that tie with the last one stay too.
+      top_p: of these, the fewest most likely tokens whose probabilities sum to at least `top_p`
+        stay.
     """
     ordered = jnp.sort(logits, axis=-1, descending=True)
     vocab_size = logits.shape[-1]
     ordered = jnp.where(jnp.arange(vocab_size) < top_k, ordered, -jnp.inf)
     probs = jax.nn.softmax(ordered, axis=-1)
-    # A token stays if those before it do not reach top_p; the first one always does.
+    # A token stays if those before it do not reach top_p; the first token always stays.
     sum_before = jnp.cumsum(probs, axis=-1) - probs
     stays = (sum_before < top_p) & (probs > 0)
     threshold = jnp.min(jnp.where(stays.at[:, 0].set(True), ordered, jnp.inf), axis=-1)
@@ -48,16 +49,16 @@ def sample_decode(
     eos_id: int | Array = 1,
     truncate: bool = True,
 ) -> Array:
-    """Draws a token at each step until every row has ended.
+    """Samples a token at each step until every row has ended.
 
     Args:
       model: the network.
       params: its parameters.
       encoder_input_tokens: int [B, L], padded with 0.
-      max_decode_length: T, the number of tokens to decode at most.
-      seed: seed of the draws.
-      rows: int [B], a number of each row; its draws depend on it and the seed alone, not on the
-        batch that the row is in.
+      max_decode_length: T, the largest number of tokens to decode.
+      seed: seed of the samples.
+      rows: int [B], a number for each row. A row's samples depend on its number and the seed, not
+        on the other rows of the batch.
       temperature: divisor of the logits.
       top_k, top_p: see `truncate_logits`.
       eos_id: the token that ends a row.

@@ -1,4 +1,4 @@
-"""Settings of sparse MLPs: which layers are sparse, and how tokens meet experts."""
+"""Settings of sparse MLPs: which layers are sparse, and how tokens or experts choose."""
 
 import dataclasses
 import math
@@ -15,20 +15,20 @@ PRIORITIES = ("position", "probability")
 
 @dataclasses.dataclass(frozen=True)
 class Sparse:
-    """Which MLPs of a model are sparse, and how tokens and experts choose each other.
+    """Which MLPs of a model are sparse, and how tokens are assigned to experts.
 
     Attributes:
       num_experts: number of experts, E.
       sparse_step: layer i of a stack is sparse where i % sparse_step == sparse_step - 1.
       routing: 'tokens' (tokens choose their top_k experts) or 'experts' (experts choose tokens;
-        encoder only: in the decoder, where that would depend on later tokens, tokens choose).
+        encoder only: in the decoder their choice would depend on later tokens, so tokens choose).
       top_k: k, the number of experts that a token chooses.
       combine: weights of the experts' outputs: 'probability' (p), 'normalized' (p / Σ p over the
         chosen) or 'straight' (p / stop_gradient(Σ p)); see `dispatch.combine_weights`.
       second_expert: 'all' (every choice is used) or 'random' (in training, a choice after the first
         is used with probability min(1, g / 0.2), g being its normalized weight).
-      priority: who takes the places of an expert first: 'position' (tokens from left to right) or
-        'probability' (the most certain tokens; encoder only).
+      priority: which tokens take the places of an expert first: 'position' (from left to
+        right) or 'probability' (the most certain tokens; encoder only).
       capacity_factor: C = max(round(factor · tokens / E), min_capacity) places of an expert in a
         group in training, so C does not grow with k (as in T5X); None: no limit.
       eval_capacity_factor: the same in evaluation and decoding; with expert choice, None stands
@@ -41,8 +41,8 @@ class Sparse:
       jitter: ε; in training the router's input is multiplied by U(1 - ε, 1 + ε).
       expert_dropout_rate: dropout rate of the experts' hidden activations; None: the model's.
       balance_loss: coefficient of E·Σ f_e P_e, where f_e is the share of all choices that are
-        expert e and P_e its mean probability; 1 if routing is even. Zero in layers whose experts
-        choose.
+        expert e and P_e its mean probability; the sum is 1 if routing is even. Unused in layers
+        whose experts choose.
       router_z_loss: coefficient of the mean of log(Z)².
       extra_mlp: whether a dense MLP follows each sparse one (ST-MoE).
 

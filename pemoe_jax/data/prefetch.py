@@ -1,4 +1,4 @@
-"""Work ahead of the caller: items prepared by a thread, results computed by the device.
+"""Prefetching: a thread prepares items, or the device computes results, ahead of the caller.
 
 `grain` prefetches its own datasets only. `prefetch` takes any iterable, and the position it reports
 is after the item returned last, not after the items prepared ahead.

@@ -1,4 +1,4 @@
-"""What tasks and mixtures may offer beyond seqio's own interface.
+"""Base classes of seqio tasks and mixtures whose examples can be read from any position.
 
 A seqio pipeline can only be read from its beginning, and a seqio mixture builds one pipeline for
 each of its tasks. Tasks that can start anywhere subclass `SeekableTask` in addition to seqio's

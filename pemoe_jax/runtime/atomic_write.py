@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all: written under another name, then renamed.
+"""Atomic writes: files and folders are written under another name, then renamed.
 
 In a bucket nothing is renamed: a file is written to a local folder and uploaded as one object,
-which appears whole. Of a folder each object does; JSON files, which describe the others, come last.
+which appears whole. The files of a folder appear one by one; JSON files, which describe the others,
+are uploaded last.
 """
 
 import contextlib
@@ -22,11 +23,12 @@ from pemoe_jax.runtime import file_io
 def temporary_path(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yields a path next to `path` to write a file or a folder to; renames it at the end.
 
-    For a `gs://` path it is one in the system's temporary folder, which is uploaded at the end.
-    If the block raises, the temporary path is removed and `path` is as before.
+    For a `gs://` path the yielded path is in the system's temporary folder, and is uploaded at the
+    end.
+    If the block raises, the temporary path is removed and `path` stays as it was.
 
     Raises:
-      InputError: the path exists, without `overwrite`, or its bucket cannot be written to.
+      InputError: the path exists and `overwrite` is False, or its bucket cannot be written to.
     """
     path = file_io.resolve_output(path, "output")
     with file_io.remote_errors(path):

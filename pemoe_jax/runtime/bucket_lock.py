@@ -1,9 +1,9 @@
-"""Locks of folders in buckets, where no kernel releases the lock of a process that dies.
+"""Locks of folders in buckets, which expire if the process that holds them dies.
 
-The lock is the object `.lock`, which its owner rewrites every `RENEWAL` seconds. Others never
-compare clocks: they watch the object's generation, which each write changes, and take the lock over
-if it has stayed the same for `LEASE` seconds. Each write is conditional on the generation that was
-read before, so of two processes one gets the lock.
+The lock is the object `.lock`, which its owner rewrites every `RENEWAL` seconds. Other
+processes do not compare clocks: they watch the object's generation, which each write changes, and
+take the lock over if it has stayed the same for `LEASE` seconds. Each write is conditional on the
+generation that was read before, so only one of two processes gets the lock.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
 RENEWAL = 20.0  # seconds
-LEASE = 90.0  # seconds, several renewals: one may have to be tried again
+LEASE = 90.0  # seconds; several renewals, since one may fail and be tried again
 
 _NAME = ".lock"
 
@@ -33,7 +33,7 @@ class BucketLock:
 
     Args:
       folder: a `gs://` folder.
-      setting: name of the setting that it comes from, for the message.
+      setting: name of the setting that holds the folder, for the message.
       owner: text that names this process in the messages of other processes.
 
     Raises:
@@ -87,7 +87,7 @@ class BucketLock:
                 time.sleep(min(1.0, RENEWAL / 4))
 
     def _write(self, generation: bytes) -> bytes | None:
-        """Writes the object if it has this generation; returns the new one, None if it did not."""
+        """Writes the object if it still has this generation; returns the new one, or else None."""
         return (
             self._store.write(_NAME, self._content, if_equal=generation).result().generation or None
         )

@@ -1,4 +1,4 @@
-"""The folders of seqio's offline caches that a command was given, without importing seqio."""
+"""Registers the folders of seqio's offline caches without importing seqio."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_cache_dirs(folders: Iterable[str]) -> None:
                     f"--seqio_additional_cache_dirs: {folder} must be a folder, got {kind}"
                 )
         added.append(folder)
-    # Only now: if a later folder is wrong, none is added.
+    # Added after the loop, so that no folder is added if one of them is wrong.
     additional_cache_dirs.extend(f for f in added if f not in additional_cache_dirs)
     # Importing seqio takes 8 s, so it is updated here only if it is imported already.
     if "seqio" in sys.modules:

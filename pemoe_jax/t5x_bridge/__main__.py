@@ -11,7 +11,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m pemoe_jax.t5x_bridge",
-        description="T5X is on no package registry; `make t5x` installs it. See docs/t5x.md.",
+        description="T5X is not on any package registry; `make t5x` installs it. See docs/t5x.md.",
         allow_abbrev=False,
     )
     action = parser.add_mutually_exclusive_group(required=True)

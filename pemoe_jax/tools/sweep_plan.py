@@ -1,4 +1,4 @@
-"""Plans a sweep: the runs of its experiments and seeds, and the trials that choose values."""
+"""Plans a sweep: a run for each experiment and seed, and the trials that choose values."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,8 @@ _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _FROM, _SEEDS, _NAME = "--gin.FROM=", "--gin.SEEDS=", "--gin.NAME="
 CHOICES = "choices"  # folder of the trials, which compare the values of best()
-# INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(): only a call resolves it.
+# INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(), which gin resolves when it
+# calls a function.
 _RESOLVE_BASE_CONFIG = """\
 from __gin__ import dynamic_registration
 from pemoe_jax.tools import sweep_plan
@@ -36,7 +37,7 @@ class Run:
       evaluate_flags: flags of `pemoe_jax.evaluate`.
       train_settings: gin settings that the trained parameters depend on.
       evaluate_settings: gin settings that the scores depend on.
-      initial: folder of the run that it starts FROM; None: it starts from a base model.
+      initial: folder of the run that FROM names, which this run starts from; None: a base model.
       direct: folder of the run of the same experiment without FROM; None: the sweep has none.
     """
 
@@ -101,7 +102,7 @@ def plan_runs(
 
     Args:
       args, bindings: the parsed flags.
-      chosen: experiment -> value of its best(); None: each takes its first one.
+      chosen: experiment -> value of its best(); None: the first value of each.
 
     Raises:
       InputError: a flag or an experiment is wrong.
@@ -113,7 +114,7 @@ def plan_runs(
     _parse_seeds(args.seeds)
     if args.jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {args.jobs}")
-    _check_not_swept([f"--gin.{binding}" for binding in [*bindings, *args.gin_bindings]])
+    _check_not_reserved([f"--gin.{binding}" for binding in [*bindings, *args.gin_bindings]])
     shared = [
         f"--{name}={getattr(args, name)}"
         for name in ("gin_search_paths", "seqio_additional_cache_dirs")
@@ -126,25 +127,27 @@ def plan_runs(
     data_macros = set(re.findall(r"^([A-Z][A-Z0-9_]*) = ", tasks_gin, re.MULTILINE))
     data_bindings = [_binding_flag(b) for b in bindings if _binding_name(b) in data_macros]
     files, settings = _split_experiment(args.evaluate)
-    _check_not_swept(settings, "--evaluate")
+    _check_not_reserved(settings, "--evaluate")
     evaluate_flags = [*files, *shared, *data_bindings, *settings]
 
     runs: list[Run] = []
     bases: dict[str, None] = {}  # an ordered set
-    values: dict[str, str] = {}  # experiment -> value of its best()
+    values: dict[str, str] = {}  # experiment -> the value that its best() has in this plan
     names: dict[str, str] = {}  # files and settings of an experiment -> its name
     for experiment in args.experiments:
         files, settings = _split_experiment(experiment)
-        _check_not_swept(settings, experiment)
+        _check_not_reserved(settings, experiment)
         settings, choice = sweep_choices.split_choice(settings, experiment)
         settings, seeds = _split_seeds(settings, args.seeds)
         name, settings = _split_name(files, settings)
         names[_describe_experiment(files, settings)] = name
-        starts = [flag.removeprefix(_FROM) for flag in settings if flag.startswith(_FROM)]
+        from_names = [flag.removeprefix(_FROM) for flag in settings if flag.startswith(_FROM)]
         settings = [flag for flag in settings if not flag.startswith(_FROM)]
-        if len(starts) > 1:
-            raise InputError(f"{experiment}: expected a single FROM, got {len(starts)}")
-        if starts and any(flag.startswith("--gin.INITIAL_CHECKPOINT_PATH=") for flag in settings):
+        if len(from_names) > 1:
+            raise InputError(f"{experiment}: expected a single FROM, got {len(from_names)}")
+        if from_names and any(
+            flag.startswith("--gin.INITIAL_CHECKPOINT_PATH=") for flag in settings
+        ):
             raise InputError(f"{experiment}: INITIAL_CHECKPOINT_PATH: FROM sets it")
         direct_name = names.get(_describe_experiment(files, settings))
         if choice is not None:
@@ -157,35 +160,37 @@ def plan_runs(
                 )
             settings.append(f"--gin.{choice.setting}={values[choice.source or name]}")
         files += [f"--gin_file={file}" for file in args.gin_file]
-        own_data = [f for f in settings if _binding_name(f.removeprefix("--gin.")) in data_macros]
+        data_settings = [
+            f for f in settings if _binding_name(f.removeprefix("--gin.")) in data_macros
+        ]
         experiment_flags = [*files, *shared, *train_bindings, *settings]
         for seed in seeds:
             folder = _folder(args.output, name, seed)
-            # Two experiments may differ only in characters that a folder's name cannot have.
+            # Names of experiments may differ only in characters that folder names cannot have.
             if folder in [run.folder for run in runs]:
                 raise InputError(f"{experiment}: another experiment has the name {name}")
             flags = [*experiment_flags, f"--gin.SEED={seed}", f"--gin.MODEL_DIR={folder}"]
             by_folder = {run.folder: run for run in runs}
             initial = direct = None
-            for start in starts:
-                initial = _folder(args.output, start, seed)
+            for from_name in from_names:
+                initial = _folder(args.output, from_name, seed)
                 if initial not in by_folder:
                     earlier = dict.fromkeys(path.name.rpartition("-seed")[0] for path in by_folder)
                     raise InputError(
                         f"{experiment}: FROM must be an experiment before this one"
-                        f" ({', '.join(earlier) or 'none'}), got {start!r}"
+                        f" ({', '.join(earlier) or 'none'}), got {from_name!r}"
                     )
                 flags.append(f"--gin.INITIAL_CHECKPOINT_PATH={initial}")
                 direct = None if direct_name is None else _folder(args.output, direct_name, seed)
             train_settings = _parse_settings("train", flags, experiment)
             if initial is not None:
-                # A moved output folder changes no setting; those of the initial run count.
+                # Its settings, not its path, count as a change: the output folder may be moved.
                 fingerprint = run_settings.fingerprint(by_folder[initial].train_settings)
-                text = f"the run of {starts[0]} with settings {fingerprint}"
+                text = f"the run of {from_names[0]} with settings {fingerprint}"
                 train_settings["INITIAL_CHECKPOINT_PATH"] = text
             elif (base := _parsed_base(experiment)) is not None:
                 bases[base] = None
-            scoring_flags = [*evaluate_flags, *own_data, f"--gin.CHECKPOINT_PATH={folder}"]
+            scoring_flags = [*evaluate_flags, *data_settings, f"--gin.CHECKPOINT_PATH={folder}"]
             run = _make_run(folder, flags, train_settings, scoring_flags)
             direct = direct if direct in by_folder else None
             runs.append(dataclasses.replace(run, initial=initial, direct=direct))
@@ -194,11 +199,11 @@ def plan_runs(
         folder = Path(args.output) / ("base" if number == 1 else f"base_{number}")
         flags = [*evaluate_flags, f"--gin.CHECKPOINT_PATH={base}"]
         base_runs.append(_make_run(folder, [], {"base": base}, flags))
-    # Bases first: a mistake in --evaluate shows before hours of training.
+    # Bases first, so that a mistake in --evaluate shows before hours of training.
     return base_runs + runs
 
 
-def _check_not_swept(settings: Sequence[str], where: str = "") -> None:
+def _check_not_reserved(settings: Sequence[str], where: str = "") -> None:
     """Raises InputError if a setting --gin.NAME=value is one that the sweep sets."""
     for setting in settings:
         name = _binding_name(setting.removeprefix("--gin."))
@@ -216,7 +221,7 @@ def _make_run(
 ) -> Run:
     flags = [*evaluate_flags, f"--gin.EVAL_OUTPUT_DIR={folder / 'results'}"]
     settings = _parse_settings("evaluate", flags, "--evaluate")
-    # A moved output folder leaves the scores valid.
+    # Scores stay valid if the output folder is moved.
     settings = {name: value for name, value in settings.items() if name not in _PATH_MACROS}
     return Run(folder, train_flags, flags, train_settings, settings)
 
@@ -274,7 +279,7 @@ def _binding_name(binding: str) -> str:
 
 
 def _binding_flag(binding: str) -> str:
-    """Returns the flag of a binding, its value unquoted if that parses to the same binding."""
+    """Returns the flag of a binding, without quotes around its value if they make no difference."""
     name, value = (part.strip() for part in binding.split("=", 1))
     # The commands that --dry_run prints are easier to read without quotes inside quotes.
     plain = f"--gin.{name}={value[1:-1]}"

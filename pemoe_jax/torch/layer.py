@@ -212,7 +212,7 @@ class LoRAExperts(Experts):
     The probabilities are multiplied in at the rank axis, `((x @ A[Din, E·R]) * p) @ B[E·R, Dout]`,
     so that the experts' outputs [B, L, E, Dout] are never materialized.
 
-    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02), `lora_b` [E, R, Dout] = 0; Dout is H·K with
+    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02²), `lora_b` [E, R, Dout] = 0; Dout is H·K with
     heads.
     """
 

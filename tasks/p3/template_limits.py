@@ -1,4 +1,4 @@
-"""Limits of what a template of others may take: steps, seconds, and sizes of values and texts."""
+"""Limits for untrusted templates: steps, seconds, and sizes of values and texts."""
 
 from __future__ import annotations
 

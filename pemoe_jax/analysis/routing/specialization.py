@@ -1,10 +1,10 @@
-"""How much of the routing the task explains: mutual information of task and expert.
+"""Mutual information of task and expert: how much experts differ between tasks.
 
 Tasks have equal weights, and p(expert | task) is the mean distribution over the task's tokens. The
 mutual information is the entropy of the tasks' mean distribution minus the mean of their entropies:
-0 if all tasks use the experts alike, at most log2(min(T, E)) bits, where each task has experts of
-its own. It is never exactly 0, as a task's examples are a sample. So it is measured again with the
-tasks of the examples shuffled: what remains is the level of chance.
+0 if all tasks use the experts alike, and at most log2(min(T, E)) bits, if no two tasks share an
+expert. It is never exactly 0, because a task's examples are a sample. It is therefore measured
+again with the tasks of the examples shuffled, which gives its value by chance.
 """
 
 from __future__ import annotations

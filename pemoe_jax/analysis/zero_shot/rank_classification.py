@@ -1,4 +1,4 @@
-"""Rank classification: scores answer choices, of which the likeliest is the prediction."""
+"""Rank classification: scores the answer choices of an example and predicts the likeliest."""
 
 import dataclasses
 import functools

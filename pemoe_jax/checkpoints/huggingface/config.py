@@ -17,14 +17,14 @@ NAME = "config.json"
 SWITCH = "switch_transformers"
 _MODEL_TYPES = ("t5", "mt5", SWITCH)
 
-# What `core` computes; these are not options of `T5Config`.
+# Constants of `core`, which are not fields of `T5Config`.
 _EXPECTED: JsonObject = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
 }
-_EXPECTED_OF_ROUTERS: JsonObject = {"router_bias": False, "router_dtype": "float32"}
-# Their activations that we have. transformers' "gelu" is not T5's approximation by tanh.
+_EXPECTED_ROUTER: JsonObject = {"router_bias": False, "router_dtype": "float32"}
+# transformers' activation -> ours. Its "gelu" is not T5's approximation by tanh.
 _ACTIVATIONS = {
     **{"relu": "relu", "silu": "silu", "linear": "linear"},
     **{"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"},
@@ -42,12 +42,12 @@ _DIMENSIONS = {
     "num_experts": "num_experts",
 }
 _DEPTHS = ("num_layers", "num_decoder_layers")
-# Of a row: more than any row's tokens, so that transformers drops none.
+# More places in a row than a row has tokens, so that transformers drops no token.
 _EXPERT_CAPACITY = 1 << 20
 
 
 def check(path: epath.Path, config: JsonObject) -> None:
-    """Raises InputError if config.json is of another architecture, or has settings without ours."""
+    """Raises InputError if config.json describes a model that `core` does not compute."""
     model_type = config.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise InputError(
@@ -55,7 +55,7 @@ def check(path: epath.Path, config: JsonObject) -> None:
         )
     if config.get("quantization_config"):
         raise InputError(f"{path}: quantization_config: expected none, got a quantized model")
-    expected = _EXPECTED | (_EXPECTED_OF_ROUTERS if model_type == SWITCH else {})
+    expected = _EXPECTED | (_EXPECTED_ROUTER if model_type == SWITCH else {})
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise InputError(f"{path}: {key}: expected {value!r} (a T5), got {config[key]!r:.80}")
@@ -72,7 +72,7 @@ def read_activations(path: epath.Path, config: JsonObject, is_gated: bool) -> tu
         key = "dense_act_fn"
         value = config.get(key, "gelu" if is_gated else "relu")
         name = str(value)
-        if is_gated:  # not a model of transformers: switch-xxl-128, whose file says gelu
+        if is_gated:  # switch-xxl-128, which transformers cannot load: its file says gelu
             name = "gelu_new" if name in ("gelu", "gated-gelu", "gelu_new") else ""
     else:
         key = "feed_forward_proj"
@@ -109,8 +109,8 @@ def check_sizes(
       config: its contents.
       sizes: `dimensions.infer` and `infer_sparse` of the arrays.
       layout: names of the arrays.
-      has_depths: whether the numbers of layers count. Those of switch-xxl-128 and switch-c-2048 are
-        not their arrays' (48 and 12 for 24 and 24).
+      has_depths: whether to check the numbers of layers. In switch-xxl-128 and switch-c-2048 they
+        differ from the arrays (48 and 12 in place of 24 and 24).
     """
     for key, field in _DIMENSIONS.items():
         if field not in sizes or (key in _DEPTHS and not has_depths):
@@ -203,7 +203,7 @@ def make(
             "dense_act_fn": activation,
             "expert_capacity": _EXPERT_CAPACITY,
             "router_jitter_noise": sparse.jitter,
-            **_EXPECTED_OF_ROUTERS,
+            **_EXPECTED_ROUTER,
         }
         for stack, depth in _depths(config).items():
             kind[f"num_sparse_{stack}_layers"] = _num_sparse_layers("", stack, depth, sparse)

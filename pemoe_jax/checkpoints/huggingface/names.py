@@ -1,4 +1,4 @@
-"""Names of a model's arrays in transformers, and ours.
+"""Names and shapes of a model's arrays in transformers, and their conversion to T5X's.
 
     encoder.block.1.layer.1.DenseReluDense.wi.weight            T5 1.0; wi_0 and wi_1 in T5 v1.1
     encoder.block.1.layer.1.mlp.wi.weight                       a dense layer of Switch Transformers

@@ -1,1 +1,1 @@
-"""Forms of core functions for one backend; tests compare them with the plain forms."""
+"""Implementations of core functions for one backend; tests compare them with the plain ones."""

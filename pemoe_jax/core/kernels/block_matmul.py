@@ -1,4 +1,4 @@
-"""Products of blocks of rows with the matrix of each block's expert: only the blocks that are used.
+"""Grouped matrix products: each block of rows times its expert's matrix; unused blocks are skipped.
 
 On CPUs `jax.lax.ragged_dot` multiplies every row with every expert: 135.3 MFLOP by XLA's count, for
 products of 16.8 MFLOP (256 rows, 128 to 256, 8 experts).

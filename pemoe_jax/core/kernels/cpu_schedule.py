@@ -1,4 +1,4 @@
-"""How XLA orders the operations of a program on CPUs."""
+"""Compiler options for the order of a program's operations on CPUs."""
 
 import jax
 
