@@ -436,7 +436,7 @@ def _choice_tokens(
         **sentences,
     )
     kernel = network.logits_kernel(params)
-    is_real: Array = (targets > 0).astype(jnp.float32)
+    is_real = jnp.greater(targets, 0).astype(jnp.float32)
     _, tokens = cross_entropy.chunked_cross_entropy(hidden, kernel, targets, is_real)
     by_choice = {name: value.reshape(rows, choices, length) for name, value in tokens.items()}
     return by_choice, is_real.reshape(rows, choices, length)

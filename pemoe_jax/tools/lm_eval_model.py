@@ -61,8 +61,14 @@ class PemoeLM(LM):
         **unknown: object,
     ) -> None:
         super().__init__()
+        if f"{batch_size}".startswith("auto"):
+            batch_size = _BATCH_SIZE
+        elif not f"{batch_size}".isdecimal():
+            raise InputError(f"batch_size must be a positive integer or 'auto', got {batch_size!r}")
         if unknown:
-            raise InputError(f"model_args of pemoe must be those of its docs, got {min(unknown)!r}")
+            raise InputError(
+                f"model_args of pemoe must be those of docs/lm_eval.md, got {min(unknown)!r}"
+            )
         if base is None and adapter is None:
             raise InputError("model_args of pemoe must have base=… or adapter=…, got neither")
         check_integer("max_gen_toks", max_gen_toks)
@@ -77,7 +83,7 @@ class PemoeLM(LM):
             frozen_dtype=frozen_dtype,
             max_input_tokens=max_input_tokens,
             max_target_tokens=max_target_tokens,
-            batch_size=_BATCH_SIZE if f"{batch_size}".startswith("auto") else int(batch_size),
+            batch_size=int(batch_size),
         )
 
     @property

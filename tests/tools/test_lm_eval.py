@@ -56,6 +56,13 @@ def test_a_choice_is_greedy_if_it_is_generated(model):
     assert is_greedy[1] and not is_other[1] and is_greedy[0] > is_other[0]
 
 
+def test_the_extra_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert lm_eval.main(["--model", "pemoe"]) == 1
+    assert "error: pemoe lm_eval needs the extra lm_eval (" in capsys.readouterr().err
+    assert lm_eval.main(["--help"]) == 0 and "--model_args of pemoe" in capsys.readouterr().out
+
+
 def test_generation_stops(model):
     text = "What is a good title for this text? The rain fell on the harbour."
     whole, cut, short = model.generate_until(
@@ -73,8 +80,10 @@ def test_refusals(model):
         model.loglikelihood_rolling(requests(("a text",)))
     with pytest.raises(InputError, match="do_sample must be False .*got True"):
         model.generate_until(requests(("a", {"do_sample": True})))
-    with pytest.raises(InputError, match="must be those of its docs, got 'pretrained'"):
+    with pytest.raises(InputError, match="must be those of docs/lm_eval.md, got 'pretr"):
         lm_eval_model.PemoeLM(base=BASE, pretrained="gpt2")
+    with pytest.raises(InputError, match="batch_size must be a positive .* got 'large'"):
+        lm_eval_model.PemoeLM(base=BASE, batch_size="large")
     with pytest.raises(InputError, match="must have base=… or adapter=…, got neither"):
         lm_eval_model.PemoeLM()
 
