@@ -53,13 +53,13 @@ def load_model(
 ) -> Model:
     """Loads a model onto JAX's default device.
 
-    Compiled programs are cached on disk, as the commands do, unless JAX has a cache already.
+    Compiled programs are cached on disk, as by the commands, unless JAX already has a cache folder.
 
     Args:
-      path: a base model, in the format of T5X, Hugging Face or this package; or a run, a checkpoint
-        of a run or an adapter, whose record names its base.
-      adapter: a run, a checkpoint of a run, an exported adapter or one of PEFT, on the base `path`;
-        None: `path` alone.
+      path: a base model, in the format of T5X, Hugging Face or this package; or a run, a run's
+        checkpoint or an adapter, whose base is loaded with it.
+      adapter: a run, a run's checkpoint, an exported adapter or a PEFT adapter, trained on the base
+        `path`; None: `path` alone.
       vocabulary: the base's SentencePiece file, 'bytes' for ByT5, or a tokenizer of transformers.
         None: the `spiece.model` in a folder of the base, or else the VOCAB_PATH of the run, or else
         the environment's PEMOE_VOCAB_PATH.
@@ -72,7 +72,7 @@ def load_model(
 
     Raises:
       InputError: a path is not a model, the adapter belongs to another base, or the vocabulary is
-        missing or another than in training.
+        missing or differs from that of training.
     """
     compile_cache.enable_in_process()
     from pemoe_jax.checkpoints import models
@@ -96,7 +96,7 @@ def load_model(
 
 
 def _open_vocabulary(vocabulary: Any, opened: OpenedModel) -> Tokenizer:
-    """Returns the tokenizer of the argument `vocabulary`; if it is None, the one that is found."""
+    """Returns the tokenizer that `vocabulary` names; if it is None, that of the base or the run."""
     from pemoe_jax.checkpoints import run_settings
     from pemoe_jax.runtime import file_io
     from pemoe_jax.tasks import tokenizer
@@ -107,7 +107,7 @@ def _open_vocabulary(vocabulary: Any, opened: OpenedModel) -> Tokenizer:
     if recorded == repr(tokenizer.BYTES):
         return tokenizer.ByteTokenizer()
     files = [_spiece_file(path) for path in (opened.path, opened.base_path)]
-    if recorded[:1] in ("'", '"'):  # not a reference to the default
+    if recorded[:1] in ("'", '"'):  # a path, not a gin reference to the default
         files.append(ast.literal_eval(recorded))
     files.append(os.environ.get("PEMOE_VOCAB_PATH"))
     for file in filter(None, files):
@@ -132,7 +132,7 @@ class _Limits(NamedTuple):
 
 
 class _Selected(NamedTuple):
-    """Adapters of one network, stacked [A, …], and the adapter of each text [N]."""
+    """Adapters of one network, stacked [A, …], and the index of each text's adapter [N]."""
 
     network: Transformer
     params: PyTree
@@ -140,7 +140,7 @@ class _Selected(NamedTuple):
 
 
 def _fill(indices: list[int], rows: int) -> list[int]:
-    """Repeats the last index for the rows that fill up a batch."""
+    """Pads the indices to the number of rows of a batch by repeating the last one."""
     return indices + [indices[-1]] * (rows - len(indices))
 
 
@@ -150,14 +150,14 @@ def _fill(indices: list[int], rows: int) -> list[int]:
 class Model:
     """A base model with an adapter, or without one; see `load_model`.
 
-    A method that takes one text returns its result, and for a list of texts a list of results.
+    Methods return one result for one text, and a list of results for a list of texts.
     Batches are padded to few lengths, so that calls share compiled programs. Results do not depend
     on the other texts of a call, up to rounding, unless the model has experts of limited capacity.
 
     Attributes:
       path: path of the base model; None for one of random weights.
-      adapter: path of the adapter; None for none.
-      tokenizer: the vocabulary; `encode` and `decode` texts, without an end token.
+      adapter: path of the adapter; None without an adapter.
+      tokenizer: the vocabulary; its `encode` and `decode` omit the end token.
     """
 
     def __init__(self, opened: OpenedModel, tokenizer: Tokenizer, limits: _Limits) -> None:
@@ -169,8 +169,8 @@ class Model:
         self.tokenizer = tokenizer
         self._limits = limits
         self._network = _make_network(opened)
-        # The base's parameters and identity, on which `set_adapter` sets adapters; no parameters if
-        # the run trained some of them.
+        # Parameters and identity of the base, for `set_adapter`. The parameters are None if the run
+        # trained some of them: the original base is then not in memory.
         self._base: dict[str, PyTree] | None
         self._identity: Mapping[str, Any] | None = None
         record = opened.record
@@ -186,7 +186,7 @@ class Model:
         else:
             self._params = opened.load()
             self._base = None if record.adapters else self._params
-        # The network and the adapter's parameters of each path that `adapter=` has named.
+        # Path -> network and adapter parameters, for each adapter that `adapter=` has named.
         self._loaded: dict[str, tuple[Transformer, PyTree]] = {}
         is_base = self._base is self._params
         self.path = opened.path if is_base else opened.base_path
@@ -195,14 +195,14 @@ class Model:
     def set_adapter(self, adapter: Path | None) -> None:
         """Replaces the adapter; the base stays in memory.
 
-        Programs are not compiled again if the adapters are of the same method and settings.
+        Adapters of the same method and settings share compiled programs.
 
         Args:
           adapter: see `load_model`; None: the base alone.
 
         Raises:
           InputError: the adapter belongs to another base, or a run trained parameters of this
-            base; the model then stays as it is.
+            base. The model is then unchanged.
         """
         self._network, self._params = self._load_adapter(adapter)
         self.adapter = None if adapter is None else os.fspath(adapter)
@@ -277,7 +277,10 @@ class Model:
         settings: Mapping[str, Any],
         options: Mapping[str, Any],
     ) -> PyTree:
-        """Calls a function of a batch, see `adapter_rows.map_adapters`, with the adapters."""
+        """Calls a function of a batch with the model's parameters, or with selected adapters.
+
+        See `adapter_rows.map_adapters` for the function and its arguments.
+        """
         if selected is None:
             return function(self._network, self._params, **rows, **settings, **options)
         import jax
@@ -320,10 +323,10 @@ class Model:
 
         Args:
           texts: a text, or a list of texts.
-          choices: the choices of a text; for a list of texts a list of choices for all of them, or
-            one for each.
-          adapter: an adapter for each of a list of texts, all of one method and settings, in place
-            of the model's.
+          choices: the choices of the text; for a list of texts, one list of choices for all, or a
+            list for each.
+          adapter: for a list of texts, an adapter for each in place of the model's; all must have
+            the same method and settings.
 
         Raises:
           InputError: a text has no choices, or a score is not finite; see also `set_adapter`.
@@ -341,15 +344,15 @@ class Model:
     def score(
         self, texts: Sequence[str], choices: Sequence[str] | Sequence[Sequence[str]]
     ) -> list[list[tuple[float, bool]]]:
-        """Returns for each choice, in order, its log-probability and whether decoding generates it.
+        """Returns the log-probability of each choice, and whether greedy decoding generates it.
 
         Args:
           texts: a list of texts.
           choices: see `rank`.
 
         Returns:
-          For each text, for each of its choices: the score of `rank`, and whether each token of the
-          choice, with its end, is the most likely one, so that greedy decoding gives the choice.
+          For each text, a pair for each of its choices, in order: the log-probability of `rank`,
+          and whether every token of the choice, its end included, is the most likely one.
 
         Raises:
           InputError: see `rank`.
@@ -366,9 +369,10 @@ class Model:
         lists: Sequence[Sequence[str]],
         adapter: Sequence[Path] | None = None,
     ) -> list[list[list[Any]]]:
-        """Returns for each text the values of each array [B, C] that a function of a batch returns.
+        """Calls a function on batches of texts; it returns arrays [B, C], the first one of scores.
 
-        The first array has scores.
+        Returns:
+          For each text, a list for each array: the values of the text's choices.
         """
         import jax
         import numpy as np
@@ -415,14 +419,14 @@ class Model:
         early_stopping: bool = False,
         adapter: Sequence[Path] | None = None,
     ) -> _Texts:
-        """Returns the answer to each text, decoded greedily unless an option says otherwise.
+        """Decodes the answer to each text: greedily, or by sampling or beam search if set.
 
         The options are those of Hugging Face's `generate`, without its default `top_k` of 50.
 
         Args:
           texts: a text, or a list of texts.
-          max_new_tokens: number of tokens to decode at most; another one compiles a program.
-          do_sample: whether to draw the tokens.
+          max_new_tokens: largest number of tokens to decode; each value compiles a program.
+          do_sample: whether to sample tokens.
           temperature: divides the logits.
           top_k: number of most likely tokens to draw from; None: all.
           top_p: of these, the most likely whose probabilities sum to at least `top_p`.
@@ -492,12 +496,12 @@ class Model:
 
         Args:
           texts: a text, or a list of texts.
-          targets: the answers that the decoder reads, as many as texts; None: only the sites that
-            read the encoder's tokens are returned.
+          targets: the decoder's text for each of the texts; None: only the sites that read the
+            encoder's tokens are returned.
 
         Returns:
           site -> [E], or [N, E] for a list of N texts. A site is a path such as
-          'encoder/layers_3/mlp/gate'; distributions are those of `pemoe routes`.
+          'encoder/layers_3/mlp/gate'; the distributions are computed as by `pemoe routes`.
 
         Raises:
           InputError: the model has no routers.
@@ -541,7 +545,7 @@ class Model:
     # --- texts ---
 
     def _encode(self, name: str, texts: Sequence[str], limit: int) -> list[np.ndarray]:
-        """Returns the ids of each text with EOS, int32; warns of texts that are truncated."""
+        """Returns the int32 ids of each text, with EOS; warns about truncated texts."""
         import numpy as np
 
         from pemoe_jax.data import choices
@@ -595,10 +599,11 @@ class Model:
 
 
 def _make_network(opened: OpenedModel) -> Transformer:
-    """Returns the network of an opened model; equal for adapters of equal settings."""
+    """Returns the network of an opened model; networks of equal settings compare equal."""
     from pemoe_jax.checkpoints import models
 
-    # Programs are compiled for the whole configuration, and runs differ in their dropout.
+    # A program is compiled for each configuration. Dropout, which runs may set differently, is
+    # unused here.
     config = dataclasses.replace(opened.model.config, dropout_rate=0.0)
     if opened.record is None:
         return opened.model.clone(config=config)
@@ -702,15 +707,15 @@ def finetune(
       train: a folder of JSON lines (JSONL_DIR); or rows with 'inputs', 'targets' and optionally
         'answer_choices', which are written to `model_dir`/data.
       model_dir: folder of the run (MODEL_DIR).
-      validation: rows to compute EVAL_PERIOD's loss of, if `train` is a list of rows.
+      validation: rows of the evaluation loss (EVAL_PERIOD), if `train` is a list of rows.
       vocabulary: the base's SentencePiece file or 'bytes' (VOCAB_PATH); None: the `spiece.model` in
         the folder of the base, or else the command's default.
       size: a file of models/.
       routing: a file of routing/, or several: 'top_2', ….
       gin_files: further gin files.
-      allow_changes: whether a run may resume with other data, seed or batches.
+      allow_changes: whether a run may resume with different data, seed or batches.
       options: the macros that `pemoe train --help` lists, in lower case: train_steps, batch_size,
-        num_experts, …. A string that begins with '@' is a reference of gin.
+        num_experts, …. A string that begins with '@' or '%' is a gin reference.
 
     Returns:
       The folder of the run, for `load_model`.
