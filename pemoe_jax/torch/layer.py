@@ -70,7 +70,7 @@ class Router(nn.Module):
         config = self.config
         if config.temperature != 1:
             logits = logits / config.temperature
-        soft = functional.softmax(logits, dim=-1)
+        soft = _softmax(logits)
         if self.training and (config.balance_loss or config.z_loss):
             self.aux_loss = self._compute_aux_loss(logits, soft, tokens)
         if config.top_k is None or config.top_k >= self.num_experts:
@@ -92,6 +92,15 @@ class Router(nn.Module):
         mean_probs = (weights[..., None] * soft).sum(axes) / weight
         balance_loss = self.num_experts * (top_1 / top_1.sum().clamp_min(1e-9) * mean_probs).sum()
         return self.config.balance_loss * balance_loss + self.config.z_loss * z_loss
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    if logits.device.type != "cpu":
+        return functional.softmax(logits, dim=-1)
+    # On a CPU torch's softmax takes 0.17 µs for each row, however short: 1.07 ms for the 6144 of
+    # MoV-10 at a key of T5 Small, where this takes 0.19 ms.
+    exp = torch.exp(logits - logits.detach().amax(-1, keepdim=True))
+    return exp / exp.sum(-1, keepdim=True)
 
 
 def _keep_largest(probs: Tensor, k: int) -> Tensor:
@@ -199,9 +208,7 @@ def _mix_vectors(probs: Tensor, vectors: Tensor) -> Tensor:
     vectors = vectors.float()
     with torch.autocast(probs.device.type, enabled=False):
         if probs.dim() == 4:
-            # One product with a block-diagonal matrix [H·E, H·K]: a product for each head would
-            # copy its operands and the result, which takes longer at T5's sizes.
-            return probs.flatten(-2) @ torch.block_diag(*vectors)
+            return torch.einsum("blhe,hek->blhk", probs, vectors).flatten(-2)
         # One distribution for all heads, or a site without heads: [E, (H·) K].
         return probs @ vectors.movedim(-2, 0).reshape(vectors.shape[-2], -1)
 
