@@ -4,7 +4,7 @@
 # make t5x          adds T5X, at a tested commit;  make test-t5x: the tests inside T5X
 # make test-lm_eval   adds lm-evaluation-harness, and runs the tests with it
 # make docs         builds the documentation site into site/, and fails at a broken link
-# make faults       damages files of each format and reads them, a few minutes
+# make faults       damages files of each format, and settings, and reads them, a few minutes
 # make bench        measures against the peers on a CPU, a quarter of an hour; first: bench-peers
 PYTHON ?= python3
 VENV ?= .venv
@@ -33,7 +33,8 @@ docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 faults: $(VENV)/.installed-test
-	$(BIN)/python tests/faults/damaged_files.py
+	for script in damaged_files odd_settings; do \
+	  $(BIN)/python tests/faults/$$script.py --record || exit 1; done
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,67 @@
+"""Writes the results of `make faults` to docs/reliability.json and the tables of the page.
+
+python tests/faults/summary.py        renders the page from the results that stand there
+"""
+
+import datetime
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "reliability.json"
+PAGE = ROOT / "docs" / "reliability.md"
+
+
+def record(part: str, result: Mapping[str, Any]) -> None:
+    """Replaces one part of the results, and renders the page."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[part] = {"date": datetime.date.today().isoformat(), **result}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(render(PAGE.read_text(), results))
+
+
+def render(page: str, results: Mapping[str, Any]) -> str:
+    """Returns the page with the text between `<!-- name -->` and `<!-- end -->` replaced."""
+    for name, lines in _PARTS.items():
+        if name in results:
+            pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+            text = "\n".join(lines(results[name])) + "\n"
+            page, count = re.subn(pattern, lambda m: m[1] + text + m[2], page, flags=re.DOTALL)  # noqa: B023
+            if count != 1:
+                raise ValueError(f"{PAGE}: expected one place <!-- {name} -->, got {count}")
+    return page
+
+
+def _damaged_files(result: Mapping[str, Any]) -> Iterator[str]:
+    yield "| reader | one line | same values | other values | traceback | too long | checksum |"
+    yield "|:--|--:|--:|--:|--:|--:|:--|"
+    for name, row in result["readers"].items():
+        numbers = [row[key] for key in ("clear", "same", "changed", "traceback", "hang")]
+        cells = " | ".join(f"{number:,}" for number in numbers)
+        yield f"| {name} | {cells} | {row['checksum'] or 'none'} |"
+    yield ""
+    yield f"Run on {result['date']} with {result['cases']:,} damaged files for each reader."
+
+
+def _odd_settings(result: Mapping[str, Any]) -> Iterator[str]:
+    counts = [result[key] for key in ("clear", "accepted", "traceback")]
+    yield "| commands | one line | would have started | traceback |"
+    yield "|--:|--:|--:|--:|"
+    yield "| " + " | ".join(f"{count:,}" for count in (result["cases"], *counts)) + " |"
+    yield ""
+    yield f"Run on {result['date']}."
+
+
+_PARTS = {
+    "damaged files": _damaged_files,
+    "settings": _odd_settings,
+}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text(), json.loads(RESULTS.read_text())))
+    sys.exit(0)
