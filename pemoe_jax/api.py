@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pemoe_jax.data.choices import ChoiceGroup
     from pemoe_jax.tasks.tokenizer import Tokenizer
 
-Path = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 _Texts = TypeVar("_Texts", str, list[str])  # a text gives a result, a list a list of results
 
 SPIECE_FILE = "spiece.model"  # T5's and mT5's vocabulary in folders of Hugging Face
@@ -41,8 +41,8 @@ class ScoredChoice(NamedTuple):
 
 
 def load_model(
-    path: Path,
-    adapter: Path | None = None,
+    path: StrPath,
+    adapter: StrPath | None = None,
     vocabulary: Any = None,
     *,
     dtype: str | None = None,
@@ -192,7 +192,7 @@ class Model:
         self.path = opened.path if is_base else opened.base_path
         self.adapter = None if is_base else opened.path
 
-    def set_adapter(self, adapter: Path | None) -> None:
+    def set_adapter(self, adapter: StrPath | None) -> None:
         """Replaces the adapter; the base stays in memory.
 
         Adapters of the same method and settings share compiled programs.
@@ -207,7 +207,7 @@ class Model:
         self._network, self._params = self._load_adapter(adapter)
         self.adapter = None if adapter is None else os.fspath(adapter)
 
-    def _load_adapter(self, adapter: Path | None) -> tuple[Transformer, dict[str, PyTree]]:
+    def _load_adapter(self, adapter: StrPath | None) -> tuple[Transformer, dict[str, PyTree]]:
         """Returns the network of an adapter on the base, and all parameters."""
         from pemoe_jax.analysis import generation
         from pemoe_jax.checkpoints import models
@@ -232,7 +232,7 @@ class Model:
         params = opened.join_base(trained, self._base, self._base_identity())
         return _make_network(opened), params
 
-    def _select_adapters(self, paths: Sequence[Path] | None, count: int) -> _Selected | None:
+    def _select_adapters(self, paths: Sequence[StrPath] | None, count: int) -> _Selected | None:
         """Returns the adapters of the texts of a call; None for the model's adapter."""
         import jax
         import jax.numpy as jnp
@@ -313,7 +313,7 @@ class Model:
         self,
         texts: Sequence[str],
         choices: Sequence[str] | Sequence[Sequence[str]],
-        adapter: Sequence[Path] | None = None,
+        adapter: Sequence[StrPath] | None = None,
     ) -> list[list[ScoredChoice]]: ...
     def rank(self, texts: Any, choices: Any, adapter: Any = None) -> Any:
         """Returns the answer choices of each text with their log-probabilities, best first.
@@ -417,7 +417,7 @@ class Model:
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool = False,
-        adapter: Sequence[Path] | None = None,
+        adapter: Sequence[StrPath] | None = None,
     ) -> _Texts:
         """Decodes the answer to each text: greedily, or by sampling or beam search if set.
 
@@ -682,16 +682,16 @@ def _check_sampling(
 
 
 def finetune(
-    base: Path | None,
+    base: StrPath | None,
     method: str,
-    train: Path | Sequence[Mapping[str, Any]],
-    model_dir: Path,
+    train: StrPath | Sequence[Mapping[str, Any]],
+    model_dir: StrPath,
     *,
     validation: Sequence[Mapping[str, Any]] | None = None,
-    vocabulary: Path | None = None,
+    vocabulary: StrPath | None = None,
     size: str = "t5_1_1",
     routing: str | Sequence[str] = (),
-    gin_files: Sequence[Path] = (),
+    gin_files: Sequence[StrPath] = (),
     allow_changes: bool = False,
     **options: Any,
 ) -> str:
@@ -769,12 +769,14 @@ def _gin_text(value: object) -> str:
     return value if isinstance(value, str) and value[:1] in ("@", "%") else repr(value)
 
 
-def _write_rows(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> None:
+def _write_rows(folder: StrPath, splits: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> None:
     """Writes rows as the only task of a folder of JSON lines, unless they are there already."""
     from pemoe_jax.runtime import atomic_write, file_io
 
     for split, rows in splits.items():
+        path = file_io.resolve_local(folder, "MODEL_DIR") / "rows" / f"{split}.jsonl"
         if rows is None:
+            path.unlink(missing_ok=True)
             continue
         try:
             text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
@@ -782,7 +784,6 @@ def _write_rows(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]] |
             raise InputError(
                 f"{split} must be a folder of JSON lines or rows, got {rows!r:.80}: {error}"
             ) from None
-        path = file_io.resolve_local(folder, "MODEL_DIR") / "rows" / f"{split}.jsonl"
         if not path.is_file() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write.write_text(path, text)

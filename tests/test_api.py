@@ -1,8 +1,10 @@
 """The Python API on the quickstart's base, with small random adapters."""
 
 import functools
+import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ import pytest
 
 import pemoe_jax
 from pemoe_jax import api
-from pemoe_jax.checkpoints import adapter_file, base_model, runs
+from pemoe_jax.checkpoints import adapter_file, base_model, export, models, runs
 from pemoe_jax.core import adapters, decoding, network, params
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
@@ -104,7 +106,6 @@ def test_scores_and_routing_are_those_of_the_commands(model, tmp_path):
     """Of `pemoe evaluate` and `pemoe routes`, from their tokens on."""
     from pemoe_jax.analysis.routing import measure
     from pemoe_jax.analysis.zero_shot import rank_classification
-    from pemoe_jax.checkpoints import models
     from pemoe_jax.core import partitioning
     from pemoe_jax.data import choices
     from pemoe_jax.tasks import jsonl
@@ -206,35 +207,30 @@ def test_set_adapter(model, mov, folder):
     np.testing.assert_array_equal(scores(model.rank(TEXTS, CHOICES)), scores(first[0]))
 
 
-@pytest.mark.parametrize("method", ["mov", "lora"])
-def test_adapters_of_one_batch(folder, method):
+@pytest.mark.parametrize(
+    ("method", "options"), [("mov", {"num_beams": 2}), ("lora", {"do_sample": True, "top_k": 9})]
+)
+def test_adapters_of_one_batch(folder, method, options):
     """Each row's result is that of its adapter alone, also in a batch with a filling row."""
     first, second = (write_adapter(folder, method, seed) for seed in (10, 11))
     model = pemoe_jax.load_model(BASE, vocabulary=VOCAB)
     adapters = [second, first, second]
     together = model.rank(TEXTS, CHOICES, adapter=adapters)
-    tokens = model.generate(TEXTS, 5, adapter=adapters)
-    if method == "mov":
-        beams = model.generate(TEXTS, 5, num_beams=2, adapter=adapters)
-        draws = model.generate(TEXTS, 5, do_sample=True, seed=1, adapter=adapters)
+    answers = model.generate(TEXTS, 4, adapter=adapters, **options)
     own_scores = []
     for adapter in (first, second):
         model.set_adapter(adapter)
-        alone, own = model.rank(TEXTS, CHOICES), model.generate(TEXTS, 5)
-        rows = [row for row, name in enumerate(adapters) if name == adapter]
-        for row in rows:
+        alone, own = model.rank(TEXTS, CHOICES), model.generate(TEXTS, 4, **options)
+        for row in (row for row, name in enumerate(adapters) if name == adapter):
             np.testing.assert_allclose(scores([together[row]]), scores([alone[row]]), rtol=1e-4)
-            assert tokens[row] == own[row]
-            if method == "mov":
-                assert beams[row] == model.generate(TEXTS[row], 5, num_beams=2)
-                assert draws[row] == model.generate(TEXTS, 5, do_sample=True, seed=1)[row]
+            assert answers[row] == own[row]
         own_scores.append(scores(alone))
     assert np.abs(own_scores[0] - own_scores[1]).max() > 0.01
     with pytest.raises(InputError, match="adapter must be a list of 3 adapters, one for each text"):
         model.rank(TEXTS, CHOICES, adapter=[first])
     other = write_adapter(folder, "ia3", {"mov": 12, "lora": 13}[method])
     with pytest.raises(InputError, match="adapter must be adapters of one method and settings"):
-        model.generate(TEXTS[:2], 5, adapter=[first, other])
+        model.generate(TEXTS[:2], 4, adapter=[first, other])
 
 
 def test_an_adapter_of_another_base_is_refused(model, mov, folder):
@@ -258,6 +254,14 @@ def test_an_adapter_alone_names_its_base(model, mov):
 def test_vocabularies(tmp_path, monkeypatch):
     """`spiece.model` beside a base is found; otherwise one line asks for the vocabulary."""
     monkeypatch.delenv("PEMOE_VOCAB_PATH", raising=False)
+    export.write_huggingface(models.open_model(BASE), tmp_path / "hf", None)
+    shutil.copy(VOCAB, tmp_path / "hf/spiece.model")
+    loaded = pemoe_jax.load_model(tmp_path / "hf")
+    np.testing.assert_allclose(
+        scores([loaded.rank(TEXTS[0], CHOICES[0])]),
+        scores([pemoe_jax.load_model(BASE, vocabulary=VOCAB).rank(TEXTS[0], CHOICES[0])]),
+        rtol=1e-5,
+    )
     with pytest.raises(InputError, match="vocabulary must be .* got None, and .* has no spiece"):
         pemoe_jax.load_model(BASE)
     with pytest.raises(InputError, match="VOCAB_PATH must be .* got no file at"):
@@ -315,3 +319,25 @@ def test_the_examples_of_the_docs(tmp_path, monkeypatch):
     tuned = names["tuned"]
     assert tuned.adapter == names["folder"] == "my_run", "and its VOCAB_PATH was found"
     assert tuned.routing("a")["encoder/layers_0/mlp/gate"].shape == (10,)
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    # It resumes as the command does: nothing may change that makes it another run.
+    with pytest.raises(pemoe_jax.InputError, match="SEED|seed"):
+        pemoe_jax.finetune(
+            *(BASE, "mov", names["rows"], "my_run"),
+            **{"vocabulary": VOCAB, "train_steps": 5, "batch_size": 2, "seed": 3},
+            task_feature_lengths={"inputs": 32, "targets": 8},
+        )
+
+
+def test_errors_of_finetune_are_those_of_the_command(tmp_path):
+    rows = [{"inputs": "a word", "targets": "yes"}]
+    for train, options, message in (
+        (rows, {"train_step": 4}, "--gin.TRAIN_STEP: no gin file has a macro of this name"),
+        (rows, {"train_steps": "x"}, "TRAIN_STEPS must be"),
+        (rows, {"train_steps": 1, "routing": "none"}, "routing/none.gin"),
+        ([3], {"train_steps": 1}, "train must be a folder of JSON lines or rows"),
+        (tmp_path, {"validation": rows}, "validation must be None if train is a folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pemoe_jax.finetune(BASE, "mov", train, tmp_path / "run", vocabulary=VOCAB, **options)
+    assert not (tmp_path / "run").exists()
