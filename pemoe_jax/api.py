@@ -432,8 +432,8 @@ class Model:
           top_p: of these, the most likely whose probabilities sum to at least `top_p`.
           seed: seed of the draws.
           num_beams: number of beams of a beam search; 1: none.
-          length_penalty: exponent of the length that divides a beam's score; above 0, longer
-            answers score higher.
+          length_penalty: exponent of the length, which divides the log-probability of an answer;
+            above 0, longer answers score higher.
           early_stopping: whether to stop as soon as there are `num_beams` finished answers.
           adapter: see `rank`.
 
