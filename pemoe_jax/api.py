@@ -242,15 +242,13 @@ class Model:
 
         if paths is None:
             return None
-        if (
-            not isinstance(paths, Sequence)
-            or isinstance(paths, str)
-            or len(paths) != count
-            or not paths
-        ):
+        is_list = isinstance(paths, Sequence) and not isinstance(paths, str)
+        if not is_list or not all(isinstance(path, (str, os.PathLike)) for path in paths):
+            raise InputError(f"adapter must be a list of paths, got {paths!r:.80}")
+        if len(paths) != count or not paths:
             raise InputError(
-                f"adapter must be a list of {plural(count, 'adapter')}, one for each text, got"
-                f" {paths!r:.80}"
+                f"adapter must be a list of {plural(count, 'path')}, one for each text, got"
+                f" {len(paths)}"
             )
         names = [os.fspath(path) for path in paths]
         distinct = list(dict.fromkeys(names))

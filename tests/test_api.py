@@ -226,8 +226,10 @@ def test_adapters_of_one_batch(folder, method, options):
             assert answers[row] == own[row]
         own_scores.append(scores(alone))
     assert np.abs(own_scores[0] - own_scores[1]).max() > 0.01
-    with pytest.raises(InputError, match="adapter must be a list of 3 adapters, one for each text"):
+    with pytest.raises(InputError, match="adapter must be a list of 3 paths, one for each text"):
         model.rank(TEXTS, CHOICES, adapter=[first])
+    with pytest.raises(InputError, match="adapter must be a list of paths, got"):
+        model.rank(TEXTS, CHOICES, adapter=[first, None, second])
     other = write_adapter(folder, "ia3", {"mov": 12, "lora": 13}[method])
     with pytest.raises(InputError, match="adapter must be adapters of one method and settings"):
         model.generate(TEXTS[:2], 4, adapter=[first, other])
