@@ -365,7 +365,7 @@ class Model:
         function: Callable[..., PyTree],
         texts: Sequence[str],
         lists: Sequence[Sequence[str]],
-        adapter: Sequence[Path] | None = None,
+        adapter: Sequence[StrPath] | None = None,
     ) -> list[list[list[Any]]]:
         """Calls a function on batches of texts; it returns arrays [B, C], the first one of scores.
 
