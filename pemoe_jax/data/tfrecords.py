@@ -52,13 +52,14 @@ class TFRecordFile:
         self._lock = threading.Lock()
 
     @functools.cached_property
-    def _size(self) -> int:
+    def size(self) -> int:
+        """The number of bytes."""
         return os.path.getsize(self.path)
 
     def check_first_record(self) -> None:
         """Raises InputError unless the file is empty or begins with a record."""
         with self._lock, open(self.path, "rb") as file:
-            if self._size and not self._starts:
+            if self.size and not self._starts:
                 self._scan_block(file.read(_HEADER + len(_LFS_POINTER)))
 
     def count(self) -> int:
@@ -104,7 +105,7 @@ class TFRecordFile:
 
     def _scan(self, num_rows: int | None = None, end: int | None = None) -> None:
         """Scans the file for frames, up to a number of rows or an offset; None: to the end."""
-        end = self._size if end is None else min(self._size, end)
+        end = self.size if end is None else min(self.size, end)
         with open(self.path, "rb") as file:
             while self._scanned < end and (num_rows is None or len(self._starts) < num_rows):
                 file.seek(self._scanned)
@@ -112,7 +113,7 @@ class TFRecordFile:
 
     def _scan_block(self, block: bytes) -> None:
         """Records the frames whose header is in a block that begins where the scan stopped."""
-        begin, at, size, last = self._scanned, 0, self._size, len(block) - _HEADER
+        begin, at, size, last = self._scanned, 0, self.size, len(block) - _HEADER
         if last < 0:
             raise self._damaged(begin, block)
         # Bound methods as locals: this loop runs once for each row of the cache.
@@ -171,8 +172,12 @@ class TFRecordReader(RowReader):
         if not stats.exists():
             return sum(file.count() for file in files)
         examples = file_io.read_json(stats).get("examples")
-        if not isinstance(examples, int) or examples < 0:
-            raise InputError(f"{stats}: 'examples' must be a number of rows, got {examples!r}")
+        most = sum(file.size for file in files) // _FRAME
+        if not isinstance(examples, int) or not 0 <= examples <= most:
+            raise InputError(
+                f"{stats}: 'examples' must be a number of rows up to {most:,}, for which the files"
+                f" have the size, got {examples!r:.80}"
+            )
         return examples
 
     @functools.cached_property
