@@ -37,14 +37,14 @@ def render(page: str, results: Mapping[str, Any]) -> str:
 
 
 def _damaged_files(result: Mapping[str, Any]) -> Iterator[str]:
-    yield "| reader | one line | same values | other values | traceback | too long | checksum |"
-    yield "|:--|--:|--:|--:|--:|--:|:--|"
+    yield "| reader | files | one line | same | other values | traceback | too long | checksum |"
+    yield "|:--|--:|--:|--:|--:|--:|--:|:--|"
     for name, row in result["readers"].items():
-        numbers = [row[key] for key in ("clear", "same", "changed", "traceback", "hang")]
-        cells = " | ".join(f"{number:,}" for number in numbers)
+        columns = ("cases", "clear", "same", "changed", "traceback", "hang")
+        cells = " | ".join(f"{row[column]:,}" for column in columns)
         yield f"| {name} | {cells} | {row['checksum'] or 'none'} |"
     yield ""
-    yield f"Run on {result['date']} with {result['cases']:,} damaged files for each reader."
+    yield f"Run on {result['date']}."
 
 
 def _odd_settings(result: Mapping[str, Any]) -> Iterator[str]:
