@@ -26,7 +26,7 @@ LENGTHS = {"inputs": 32, "targets": 8}
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory):
+def twin_folder(tmp_path_factory):
     """Two tasks: different numbers of choices, duplicates, truncation, an empty input."""
     folder = tmp_path_factory.mktemp("score")
     rng = np.random.default_rng(1)
@@ -49,7 +49,14 @@ def twins(tmp_path_factory):
     ]
     write(folder, "ragged", "validation", ragged)
     write(folder, "odd", "validation", odd)
-    jsonl.register(folder, make_vocab(folder), eval_tasks=["ragged", "odd"])
+    return folder, make_vocab(folder)
+
+
+@pytest.fixture
+def twins(twin_folder):
+    """Their names. Registered for each test, as others register tasks of their own."""
+    folder, vocab = twin_folder
+    jsonl.register(folder, vocab, eval_tasks=["ragged", "odd"])
     return ["odd_score_eval", "ragged_score_eval"]
 
 
