@@ -4,11 +4,17 @@
 # make t5x          adds T5X, at a tested commit;  make test-t5x: the tests inside T5X
 # make test-lm_eval   adds lm-evaluation-harness, and runs the tests with it
 # make docs         builds the documentation site into site/, and fails at a broken link
-# make faults       damages files of each format, and settings, and reads them, a few minutes
+# make faults       kills runs, fills their disk, damages files and settings, about 20 minutes; fewer cases:
+#                   KILLS=1 (of each method), WRITES=2 (that fail, of a command), CASES=60 (of each reader)
+# make soak         trains, evaluates and resumes in one process for an hour; MINUTES=5: for less
 # make bench        measures against the peers on a CPU, a quarter of an hour; first: bench-peers
 PYTHON ?= python3
 VENV ?= .venv
 METHOD ?= mov
+KILLS ?= 6
+WRITES ?= 100
+CASES ?= 2000
+MINUTES ?= 60
 BIN = $(VENV)/bin
 # Python compiles each module once and keeps the bytecode, also where the environment says not to:
 # many processes of the tests import TensorFlow, and compiling it takes 5 s of each.
@@ -17,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 T5X = .[test,t5x]
 LM_EVAL = .[test,lm_eval]
 
-.PHONY: quickstart test test-all docs faults lint clean t5x t5x-install test-t5x test-lm_eval lm_eval-install bench bench-peers
+.PHONY: quickstart test test-all docs faults soak lint clean t5x t5x-install test-t5x test-lm_eval lm_eval-install bench bench-peers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/pemoe train --gin_file=methods/$(METHOD).gin --gin_file=runs/quickstart.gin --gin.MODEL_DIR=quickstart/$(METHOD)
@@ -33,8 +39,13 @@ docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 faults: $(VENV)/.installed-test
-	for script in damaged_files odd_settings; do \
-	  $(BIN)/python tests/faults/$$script.py --record || exit 1; done
+	$(BIN)/python tests/faults/kills.py --record --each=$(KILLS)
+	$(BIN)/python tests/faults/disk_faults.py --record --writes=$(WRITES)
+	$(BIN)/python tests/faults/damaged_files.py --record --cases=$(CASES)
+	$(BIN)/python tests/faults/odd_settings.py --record --cases=$(CASES)
+
+soak: $(VENV)/.installed-test
+	$(BIN)/python tests/faults/soak.py --record --minutes=$(MINUTES)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

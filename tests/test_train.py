@@ -22,8 +22,9 @@ from pemoe_jax.checkpoints import base_model as base_lib
 from pemoe_jax.checkpoints import models, new_run, runs
 from pemoe_jax.core import network, optim
 from pemoe_jax.core import params as params_lib
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import feed, packing
-from pemoe_jax.runtime import folder_lock, step_times, train_loop
+from pemoe_jax.runtime import folder_lock, progress, step_times, train_loop
 
 METHODS = ("full", "ia3", "lora", "mov", "molora")
 DIMENSIONS = {
@@ -333,15 +334,19 @@ def test_a_failed_save_ends_the_run_at_the_next_step(folder, tmp_path, monkeypat
     def fail(manager):
         plain(manager)
         if manager.latest_step() == 4:
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No space left on device", "checkpoint_4/" + 20 * "folder/")
 
+    def close(writer):  # the same disk is full for the metrics
+        raise InputError("metrics.jsonl: No space left on device")
+
+    monkeypatch.setattr(progress.MetricWriter, "close", close)
     monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
     monkeypatch.setattr(ocp.CheckpointManager, "is_saving_in_progress", lambda manager: False)
     settings = {"CHECKPOINT_PERIOD": 2, "LOG_PERIOD": 1}
     assert train.main(train_flags(folder, "mov", tmp_path, **settings)) == 1
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}/checkpoint_4 could not be saved: [Errno 28] No space left on device:"
-        " resume from checkpoint_2\n"
+        f"error: {tmp_path}/checkpoint_4 could not be saved: No space left on device: resume from"
+        " checkpoint_2\n"
     )
     assert [*read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 

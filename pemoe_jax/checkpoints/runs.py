@@ -290,8 +290,10 @@ class RunCheckpoints:
 def _last_words(error: Exception) -> str:
     """Returns the end of the first line of a message, as tensorstore's messages begin with paths.
 
-    What tensorstore appends, such as [os_error_code='28'], is left out.
+    What tensorstore appends, such as [os_error_code='28'], and the path of an OSError are left out.
     """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     line = re.split(r"\s*\[\w+='", first_line(error))[0]
     return line if len(line) < 120 else f"…{line[-120:]}"
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pemoe_jax.core.errors import plural
+from pemoe_jax.core.errors import InputError, first_line, plural
 from pemoe_jax.runtime import file_io
 from pemoe_jax.runtime.file_io import AnyPath
 
@@ -53,7 +53,8 @@ class MetricWriter:
         if isinstance(self._file, io.StringIO):
             self._file.write(text)
         self._last_upload = -float("inf")
-        self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
+        with self._errors():
+            self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
 
     def write(
         self, step: int, scalars: Mapping[str, float], texts: Mapping[str, str] | None = None
@@ -83,9 +84,16 @@ class MetricWriter:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
+        import tensorflow as tf
+
         folder = self._path.parent
-        with file_io.remote_errors(folder), file_io.named_errors(folder):
-            yield
+        try:
+            with file_io.remote_errors(folder), file_io.named_errors(folder):
+                yield
+        except tf.errors.OpError as error:
+            # The first line is 'FILE; No space left on device'.
+            reason = first_line(error).rpartition(";")[2].strip()
+            raise InputError(f"{folder / 'tensorboard'}: {reason}") from error
 
 
 def truncate_metrics(file: AnyPath, last_step: int) -> str:

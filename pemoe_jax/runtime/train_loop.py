@@ -1,8 +1,10 @@
 """The training loop: steps, and the reports, evaluations and checkpoints between them."""
 
+import contextlib
 import dataclasses
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -168,7 +170,10 @@ class TrainLoop:
             stop.restore()
             batches.close()
             bar.close()
-            writer.close()
+            # The first error is the one to show: on a full disk, the save fails, then the metrics.
+            failed = sys.exc_info()[0] is not None
+            with contextlib.suppress(Exception) if failed else contextlib.nullcontext():
+                writer.close()
 
     def _next_batch(self, batches: Batches, window: "_Window", step: int) -> DeviceBatch:
         # If the next batch is not ready, the devices are idle while the loop waits for it:

@@ -56,9 +56,51 @@ def _odd_settings(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"Run on {result['date']}."
 
 
+def _kills(result: Mapping[str, Any]) -> Iterator[str]:
+    yield "| method | killed at a random moment | at a file event | another end |"
+    yield "|:--|--:|--:|--:|"
+    for method, row in result["methods"].items():
+        yield f"| {method} | {row['random moment']} | {row['file event']} | 0 |"
+    yield ""
+    total = sum(sum(row.values()) for row in result["methods"].values())
+    yield f"{total} kills on {result['date']}."
+
+
+def _two_processes(result: Mapping[str, Any]) -> Iterator[str]:
+    yield "| one of two processes | its exit code | the other's | after | end of the resumed run |"
+    yield "|:--|--:|--:|--:|:--|"
+    for name in ("killed", "suspended"):
+        row = result[name]
+        other, itself = row["codes"]
+        yield f"| {name} | {itself} | {other} | {row['seconds']} s | the same |"
+    yield ""
+    yield f"Run on {result['date']}."
+
+
+def _disks(result: Mapping[str, Any]) -> Iterator[str]:
+    yield "| fault | commands | exit code 1 and one line |"
+    yield "|:--|--:|--:|"
+    for name, count in result["faults"].items():
+        yield f"| {name} | {count} | {count} |"
+    yield ""
+    yield f"Run on {result['date']}."
+
+
+def _soak(result: Mapping[str, Any]) -> Iterator[str]:
+    (low, high), (fewest, most) = result["MiB"], result["files"]
+    yield f"Run on {result['date']}: {result['cycles']} cycles in {result['minutes']:g} minutes."
+    yield f"After the first third of them, memory was {low:,} to {high:,} MiB"
+    yield f"({result['MiB per cycle']:+.2f} MiB for each cycle), and {fewest} to {most} files"
+    yield f"were open ({result['files per cycle']:+.3f} for each cycle)."
+
+
 _PARTS = {
     "damaged files": _damaged_files,
     "settings": _odd_settings,
+    "kills": _kills,
+    "two processes": _two_processes,
+    "disks": _disks,
+    "soak": _soak,
 }
 
 

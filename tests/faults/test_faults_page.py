@@ -25,3 +25,12 @@ def test_odd_settings_are_refused_in_one_line():
     script = summary.ROOT / "tests" / "faults" / "odd_settings.py"
     done = subprocess.run([sys.executable, script, "--cases=40"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_an_uninterrupted_one():
+    script = summary.ROOT / "tests" / "faults" / "kills.py"
+    command = [sys.executable, script, "--each=1", "--methods", "mov", "--no_two"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mov {'random moment': 0, 'file event': 1}" in done.stdout

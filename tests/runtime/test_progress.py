@@ -1,6 +1,7 @@
 """Progress lines without a terminal, and the file of metrics."""
 
 import json
+import resource
 
 import pytest
 
@@ -94,6 +95,19 @@ def test_lines_that_are_no_record(line, tmp_path):
     assert step_times.read_step_times(file, 9) == times
     with pytest.raises(InputError, match="metrics.jsonl, line 1: expected a JSON object with"):
         plots.loss_curve(file, tmp_path / "loss.png")
+
+
+def test_a_full_disk_for_tensorboard_is_one_line(tmp_path):
+    """A file may have 900 bytes: TensorFlow's errors are not of the class OSError."""
+    writer = progress.MetricWriter(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"/tensorboard: File too large$"):
+            for step in range(1, 21):  # TensorFlow writes at the eleventh
+                writer.write(step, {"train/loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_the_best_step_of_a_metric(tmp_path):
