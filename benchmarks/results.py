@@ -123,6 +123,11 @@ ROWS = [
     Row("sparse_step/lookup", f"{_SPARSE} flaxformer's, embedding by lookup", {"time": 0.75}),
     Row("sparse_step/dense", f"{_SPARSE_GRADS} dense T5", {"time": 1.15}),
     Row("sparse_step/dense_top_2", f"{_SPARSE_GRADS} dense T5, top-2", {"time": 1.6}),
+    Row(
+        "sparse_step/gpu dense",
+        "gradients of Switch-8, T5 Base's width, bfloat16, against dense T5",
+        {"time": 1.25},
+    ),
     Row("sparse_step/no_limit", f"{_NO_LIMIT} balanced", {"time": 1.3}),
     Row("sparse_step/one_expert", f"{_NO_LIMIT} all tokens at one expert", {"time": 1.5}),
     Row(

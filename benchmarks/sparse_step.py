@@ -2,6 +2,7 @@
 
     python benchmarks/sparse_step.py [--pairs hf flaxformer …] [--rounds 7]
         [--torch .venv-torch/bin/python] [--flaxformer .venv-t5x/bin/python] [--json FILE]
+    python benchmarks/sparse_step.py --gpu --size base [--rounds 7] [--json FILE]
 
 T5 Small's width with T5 1.0's ReLU and tied logits, every second MLP sparse: 8 experts, top-1,
 capacity factor 1.25; 8 rows of 128 and 32 tokens without padding, float32, AdamW, no dropout, two
@@ -11,7 +12,8 @@ for the inputs. Of flaxformer, the shipped form embeds tokens by a product with 
 
 Against dense T5, of the same operations per token, both sides compute gradients without an update:
 the optimizer's time grows with the experts. Without a limit each token goes to its expert; in
-`one expert` all tokens go to the same.
+`one expert` all tokens go to the same. With --gpu this is the only pair: 16 rows of 512 and 128
+tokens in bfloat16.
 """
 
 from __future__ import annotations
@@ -29,21 +31,24 @@ PAIRS = ("hf", "flaxformer", "lookup", "dense", "dense_top_2", "no_limit", "one_
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = common.make_parser(__doc__, rounds=7, size="small")
+    parser = common.make_parser(__doc__, rounds=7, size="small", gpu=True)
     parser.add_argument("--pairs", nargs="+", default=PAIRS, choices=PAIRS)
     common.add_torch_flags(parser, "eager")
     parser.add_argument(
         "--flaxformer", default=common.peer_python("t5x"), help="Python of the T5X peer"
     )
     args = parser.parse_args()
-    spec = {**pairs.step_spec(args.size), **T5_1_0, "method": "full", "optimizer": "adamw"}
+    spec = {**pairs.step_spec(args.size, args.gpu), **T5_1_0}
+    spec |= {"method": "full", "optimizer": "adamw"}
+    if args.gpu:
+        spec |= {"lengths": [512, 128], "packed": False}
     grads = {**spec, "gradients_only": True}
 
     def ours(name: str, spec: dict[str, Any], **sparse: Any) -> workers.Side:
         return workers.Side(name, "ours.py", {**spec, "sparse": {**SWITCH, **sparse}})
 
     rows = []
-    for pair in args.pairs:
+    for pair in ("dense",) if args.gpu else args.pairs:
         sides = [ours("Switch-8", spec)]
         if pair == "hf":
             common.check_peer(args.torch, "torch")
@@ -65,7 +70,8 @@ def main() -> None:
                 ours("without a limit, gradients", one_expert, capacity_factor=None),
                 ours("capacity factor 1.25, gradients", grads),
             ]
-        rows.append(common.measure_row(f"sparse_step/{pair}", sides, args.rounds))
+        name = f"sparse_step/{'gpu ' if args.gpu else ''}{pair}"
+        rows.append(common.measure_row(name, sides, args.rounds))
     common.write_rows(rows, args.json)
 
 
