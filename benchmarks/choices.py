@@ -58,6 +58,7 @@ def main() -> None:
     """Runs the worker."""
     worker = workers.Worker()
     spec = worker.spec
+    workers.check_gpu(spec)
     import floors
     import jax
 

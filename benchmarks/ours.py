@@ -129,6 +129,7 @@ def main() -> None:
     from pemoe_jax.core import params as params_lib
     from pemoe_jax.runtime import host_memory
 
+    workers.check_gpu(spec)
     rows, lengths, model = spec["rows"], spec["lengths"], make_model(spec)
     patterns = [".*"] if spec["method"] == "full" else [params_lib.ADAPTER_PATTERN]
     shapes = params_lib.flatten(network.param_shapes(model))

@@ -245,6 +245,14 @@ def alternate_programs(
     return sides, other_load
 
 
+def check_gpu(spec: Mapping[str, Any]) -> None:
+    """Ends a worker of JAX that needs a GPU and has none: its sizes do not fit a CPU's memory."""
+    import jax
+
+    if spec.get("gpu") and jax.default_backend() != "gpu":
+        raise SystemExit(f"--gpu needs a GPU, got JAX's backend {jax.default_backend()!r}")
+
+
 def jax_info(gpu: bool) -> dict[str, Any]:
     """Returns a side's versions, and the name of the GPU."""
     import jax
