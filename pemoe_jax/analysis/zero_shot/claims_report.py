@@ -141,7 +141,9 @@ def _claims_table(report: JsonObject) -> Table:
                 claim["paper"],
                 _compared(claim),
                 claim["verdict"],
-                MISSING if claim["difference"] is None else f"{claim['difference']:+.1f}",
+                MISSING
+                if claim["difference"] is None
+                else f"{round(claim['difference'], 1) + 0.0:+.1f}",  # not -0.0
                 _interval(claim["seed_interval"]),
                 _interval(claim["prompt_interval"]),
                 f"{claim['agree']} of {len(claim['seeds'])}",
