@@ -7,6 +7,7 @@
 # make faults       kills runs, fills their disk, damages files and settings, about 20 minutes; fewer cases:
 #                   KILLS=1 (of each method), WRITES=2 (that fail, of a command), CASES=60 (of each reader)
 # make soak         trains, evaluates and resumes in one process for an hour; MINUTES=5: for less
+# make claims       the sweep of docs/reproduction.md into /tmp/claims, one to two hours on two cores
 # make bench        measures against the peers on a CPU, a quarter of an hour; first: bench-peers
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,11 +24,15 @@ unexport PYTHONDONTWRITEBYTECODE
 T5X = .[test,t5x]
 LM_EVAL = .[test,lm_eval]
 
-.PHONY: quickstart test test-all docs faults soak lint clean t5x t5x-install test-t5x test-lm_eval lm_eval-install bench bench-peers
+.PHONY: quickstart claims test test-all docs faults soak lint clean t5x t5x-install test-t5x test-lm_eval lm_eval-install bench bench-peers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/pemoe train --gin_file=methods/$(METHOD).gin --gin_file=runs/quickstart.gin --gin.MODEL_DIR=quickstart/$(METHOD)
 	$(BIN)/pemoe evaluate --gin_file=runs/quickstart_evaluate.gin --gin.MODEL_DIR=quickstart/$(METHOD) --gin.EVAL_OUTPUT_DIR=quickstart/$(METHOD)/results
+
+claims: $(VENV)/.installed
+	test -e quickstart/sentences || $(BIN)/pemoe embed --gin_file=runs/quickstart_embed.gin
+	$(BIN)/pemoe sweep @sweeps/claims.txt --output=/tmp/claims --jobs=2
 
 test: lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
