@@ -27,8 +27,8 @@ pemoe embed --gin_file=runs/quickstart_embed.gin
 {commands}
 ```
 
-which `make claims` runs, in one to two hours on two cores. The same sweep again has the same
-accuracies on the same kind of machine.
+which `make claims` runs, in one to two hours on two cores. When 90 of the runs were repeated on the
+same machine, all accuracies were the same.
 
 The claims paraphrase those of arXiv 2309.05444 (MoV, MoLORA) and arXiv 2305.14705 (FLAN-MoE:
 FLAN-Switch, -GS for GShard, -ST for ST-MoE, -EC for expert choice). {files} lists them with the
