@@ -153,6 +153,17 @@ class Experts(nn.Module):
             joined_y = y_shape[-1] if config.kind == "VectorExperts" else _product(y_shape)
             sizes = {"x": x_features, "y": joined_y, "sentence": sentence_dim}
             self.router = Router(sizes[self.source], config.num_experts, config.router, device)
+        self._make_parameters(config, x_features, y_shape, device)
+
+    def _make_parameters(
+        self,
+        config: ExpertsConfig,
+        x_features: int,
+        y_shape: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        """Creates the parameters of the experts; each kind has its own."""
+        raise NotImplementedError
 
     def _route(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the probabilities [B, L or 1, (H,) E]."""
@@ -177,16 +188,13 @@ class VectorExperts(Experts):
 
     default_source = "y"
 
-    def __init__(
+    def _make_parameters(
         self,
         config: ExpertsConfig,
         x_features: int,
         y_shape: tuple[int, ...],
-        sentence_dim: int,
-        tokens: TokenInfo,
         device: torch.device,
     ) -> None:
-        super().__init__(config, x_features, y_shape, sentence_dim, tokens, device)
         *heads, features = y_shape
         shape = (*heads, config.num_experts, features)
         self.vectors = nn.Parameter(torch.ones(shape, device=device))
@@ -223,16 +231,13 @@ class LoRAExperts(Experts):
     heads.
     """
 
-    def __init__(
+    def _make_parameters(
         self,
         config: ExpertsConfig,
         x_features: int,
         y_shape: tuple[int, ...],
-        sentence_dim: int,
-        tokens: TokenInfo,
         device: torch.device,
     ) -> None:
-        super().__init__(config, x_features, y_shape, sentence_dim, tokens, device)
         self.rank, self.scaling = config.rank, config.alpha / config.rank
         shape = (x_features, config.num_experts, config.rank)
         self.lora_a = nn.Parameter(torch.empty(shape, device=device))
