@@ -22,7 +22,7 @@ BIN = $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 # A variable, because a comma would end the argument of `call`.
 T5X = .[test,t5x]
-LM_EVAL = .[test,lm_eval]
+LM_EVAL = .[test,lm-eval]
 
 .PHONY: quickstart claims test test-all docs faults soak lint clean t5x t5x-install test-t5x test-lm_eval lm_eval-install bench bench-peers
 

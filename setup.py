@@ -92,7 +92,7 @@ setup(
             "more-itertools",
             "portpicker",
         ],
-        "lm_eval": ["lm_eval"],  # `pemoe lm_eval`
+        "lm-eval": ["lm_eval"],  # `pemoe lm_eval`
         "test": [
             "mkdocs-material",  # the documentation site
             "mkdocstrings[python]",

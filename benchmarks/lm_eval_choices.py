@@ -7,7 +7,7 @@
 vocabulary, T5 v1.1 Small with random weights in float32, on two CPU threads. The peer is lm_eval's
 `HFLM` (transformers, backend seq2seq) on the same folder, which runs the model for each choice. Its
 choices end in `</s>`, which ours have by themselves, so that both score the same tokens. Needs the
-extras lm_eval and test.
+extras lm-eval and test.
 """
 
 import os

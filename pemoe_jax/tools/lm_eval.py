@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pemoe_jax.tools import lm_eval_model  # noqa: F401 (registers the model)
     except ModuleNotFoundError as error:
         print(
-            f"error: pemoe lm_eval needs the extra lm_eval ({first_line(error)}): pip install -c"
-            " constraints.txt -e '.[lm_eval]'",
+            f"error: pemoe lm_eval needs the extra lm-eval ({first_line(error)}): pip install -c"
+            " constraints.txt -e '.[lm-eval]'",
             file=sys.stderr,
         )
         return 1

@@ -3,7 +3,7 @@
     import pemoe_jax.tools.lm_eval_model
     lm_eval.simple_evaluate(model="pemoe", model_args={"base": …, "adapter": …}, tasks=[…])
 
-The extra `lm_eval` installs the harness. Its own command does not look for models of other
+The extra `lm-eval` installs the harness. Its own command does not look for models of other
 packages: `pemoe lm_eval` runs it with this one.
 """
 

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-pytest.importorskip("lm_eval", reason="the extra lm_eval: make test-lm_eval")
+pytest.importorskip("lm_eval", reason="the extra lm-eval: make test-lm_eval")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before their import
 
 import pemoe_jax
@@ -59,7 +59,7 @@ def test_a_choice_is_greedy_if_it_is_generated(model):
 def test_the_extra_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     assert lm_eval.main(["--model", "pemoe"]) == 1
-    assert "error: pemoe lm_eval needs the extra lm_eval (" in capsys.readouterr().err
+    assert "error: pemoe lm_eval needs the extra lm-eval (" in capsys.readouterr().err
     assert lm_eval.main(["--help"]) == 0 and "--model_args of pemoe" in capsys.readouterr().out
 
 
