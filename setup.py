@@ -27,6 +27,7 @@ setup(
         "pemoe_jax.analysis.planning",
         "pemoe_jax.analysis.routing",
         "pemoe_jax.analysis.zero_shot",
+        "pemoe_jax.api",
         "pemoe_jax.checkpoints",
         "pemoe_jax.checkpoints.huggingface",
         "pemoe_jax.checkpoints.peft",

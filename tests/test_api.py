@@ -10,14 +10,16 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import pemoe_jax
-from pemoe_jax import api
+from pemoe_jax.api import model as api_model
 from pemoe_jax.checkpoints import adapter_file, base_model, export, models, runs
-from pemoe_jax.core import adapters, decoding, network, params
+from pemoe_jax.core import adapters, decoding, network, params, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
+from pemoe_jax.core.sparse import Sparse, describe
 
 REPO = pathlib.Path(__file__).parent.parent
 BASE = str(REPO / "tasks/quickstart/base.safetensors")
@@ -36,16 +38,22 @@ def opened_base() -> base_model.BaseModel:
     return base_model.open_base(BASE)
 
 
-def write_adapter(folder: pathlib.Path, method: str, seed: int, **base) -> str:
-    """Writes an adapter of random values with which the model's answers change."""
+def make_network(method: str, **config) -> network.Transformer:
     experts = {"num_experts": 3, "router": Router} if method in ("mov", "molora") else {}
-    if method in ("ia3", "mov"):
+    if method == "full":
+        factory, sites = None, ()
+    elif method in ("ia3", "mov"):
         factory, sites = functools.partial(adapters.VectorExperts, **experts), ("key", "value")
         sites += ("gate",)
     else:
         factory, sites = functools.partial(adapters.LoRAExperts, **experts), ("query", "wo")
-    config = network.T5Config(**{**opened_base().config(), "dropout_rate": 0.1 * (seed % 2)})
-    model = network.Transformer(config, adapters.Adapters(**dict.fromkeys(sites, factory)))
+    t5_config = network.T5Config(**{**opened_base().config(), **config})
+    return network.Transformer(t5_config, adapters.Adapters(**dict.fromkeys(sites, factory)))
+
+
+def write_adapter(folder: pathlib.Path, method: str, seed: int, **base) -> str:
+    """Writes an adapter of random values with which the model's answers change."""
+    model = make_network(method, dropout_rate=0.1 * (seed % 2))
     shapes = params.flatten(network.param_shapes(model, params.is_adapter))
     rng = np.random.default_rng(seed)
     arrays = {
@@ -55,7 +63,7 @@ def write_adapter(folder: pathlib.Path, method: str, seed: int, **base) -> str:
     record = runs.Record(
         method=method,
         trainable=[params.ADAPTER_PATTERN],
-        config=config.as_dict(),
+        config=model.config.as_dict(),
         adapters=adapters.describe(model.adapters),
         base={**base_identity(), **base},
         counts={"trainable": 1, "total": 2},
@@ -64,6 +72,35 @@ def write_adapter(folder: pathlib.Path, method: str, seed: int, **base) -> str:
     path = folder / f"{method}_{seed}"
     adapter_file.save_adapter(path, arrays, record, step=1)
     return str(path)
+
+
+def write_run(
+    folder: pathlib.Path,
+    method: str,
+    trainable: list[str],
+    base: str | None,
+    sparse: Sparse | None = None,
+    seed: int = 0,
+) -> str:
+    """Writes the first checkpoint of a run; returns the run's folder."""
+    model = make_network(method).clone(sparse=sparse)
+    values, identity = models.load_base(model, base, seed)
+    values = params.merge(values, network.init_params(model, 0, params.is_adapter))
+    trained, frozen = params.split(values, trainable)
+    record = runs.Record(
+        method=method,
+        trainable=trainable,
+        config=model.config.as_dict(),
+        adapters=adapters.describe(model.adapters),
+        sparse=describe(model.sparse),
+        base={**identity, "needed": bool(frozen)},
+        counts={"trainable": 1, "total": 2},
+        versions={},
+    )
+    checkpoints = runs.RunCheckpoints(str(folder))
+    checkpoints.save(steps.TrainState.create(trained, optax.sgd(0.1)), record)
+    checkpoints.close()
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -168,14 +205,14 @@ def test_scores_are_in_order_and_say_what_is_generated():
 
 def test_programs_are_shared_by_lengths(model):
     """Texts of 1 to 30 words, in calls of 1 to 4 texts, need a program for few shapes."""
-    before = api._score_choices()._cache_size(), decoding.greedy_decode._cache_size()
+    before = api_model._score_choices()._cache_size(), decoding.greedy_decode._cache_size()
     for count in (1, 3, 4):
         for words in (1, 8, 9, 15, 22):
             texts = ["word " * (words + extra) for extra in range(count)]
             model.rank(texts, ["yes", "no"])
     model.generate(["a"] * 3, 3)
     model.generate(["a b c", "d", "e", "f"], 3)
-    after = api._score_choices()._cache_size(), decoding.greedy_decode._cache_size()
+    after = api_model._score_choices()._cache_size(), decoding.greedy_decode._cache_size()
     assert after[0] - before[0] <= 4 and after[1] - before[1] == 1
 
 
@@ -184,9 +221,9 @@ def test_set_adapter(model, mov, folder):
     other = write_adapter(folder, "mov", 1)  # of another dropout rate
     lora = write_adapter(folder, "lora", 2)
     first = model.rank(TEXTS, CHOICES), model.generate(TEXTS, 6)
-    caches = api._score_choices(), decoding.greedy_decode
+    caches = api_model._score_choices(), decoding.greedy_decode
     before = [cache._cache_size() for cache in caches]
-    base = model._base
+    base = model._loaded.base
     try:
         model.set_adapter(other)
         second = model.rank(TEXTS, CHOICES), model.generate(TEXTS, 6)
@@ -195,7 +232,7 @@ def test_set_adapter(model, mov, folder):
         assert np.abs(scores(first[0]) - scores(second[0])).max() > 0.01
         for adapter in (other, lora, None):
             model.set_adapter(adapter)
-            assert model._base is base
+            assert model._loaded.base is base
             loaded = pemoe_jax.load_model(BASE, adapter=adapter, vocabulary=VOCAB)
             np.testing.assert_array_equal(
                 scores(model.rank(TEXTS, CHOICES)), scores(loaded.rank(TEXTS, CHOICES))
@@ -251,6 +288,91 @@ def test_an_adapter_alone_names_its_base(model, mov):
     np.testing.assert_array_equal(
         scores(loaded.rank(TEXTS, CHOICES)), scores(model.rank(TEXTS, CHOICES))
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "trainable", "base", "expected"),
+    [
+        ("full", [".*"], BASE, "RUN"),
+        ("full", [".*"], None, "RUN"),
+        ("mov", [".*"], BASE, "RUN"),
+        ("mov", [".*"], None, "RUN"),
+        ("mov", [params.ADAPTER_PATTERN], BASE, "BASE with adapter RUN"),
+        ("mov", [params.ADAPTER_PATTERN], None, "random base with adapter RUN"),
+        ("mov", [params.ADAPTER_PATTERN, ".*norm/scale"], BASE, "BASE with adapter RUN"),
+        ("full", [".*norm/scale"], BASE, "BASE with adapter RUN"),
+        ("full", [".*norm/scale"], None, "random base with adapter RUN"),
+    ],
+    ids=[
+        *("full", "full_random", "mov_and_base", "mov_and_random", "mov", "mov_on_random"),
+        *("mov_and_norms", "norms", "norms_of_random"),
+    ],
+)
+def test_paths_of_a_run(tmp_path, mov, method, trainable, base, expected):
+    """A run that trained everything is the model itself; of another, `path` is its base.
+
+    Adapters can be set on the first without adapters, and on the base of a run of adapters alone.
+    """
+    run = write_run(tmp_path / "run", method, trainable, base)
+    loaded = pemoe_jax.load_model(run, vocabulary=VOCAB)
+    assert f"{loaded}".replace(run, "RUN").replace(BASE, "BASE") == expected
+    is_whole = trainable == [".*"]
+    assert loaded.path == (run if is_whole else base)
+    assert loaded.adapter == (None if is_whole else run)
+    if (method == "full" and is_whole) or trainable == [params.ADAPTER_PATTERN]:
+        loaded.set_adapter(None)
+        assert (loaded.path, loaded.adapter) == (run if is_whole else base, None)
+        if base is None:  # otherwise it has the values of BASE, on which `mov` was trained
+            name = run if is_whole else "the random base"
+            message = f"{mov} belongs to the base {BASE} with .*; {name} has"
+            with pytest.raises(InputError, match=message):
+                loaded.set_adapter(mov)
+        else:
+            loaded.set_adapter(mov)
+            assert loaded.adapter == mov
+    else:
+        reason = "has adapters" if is_whole else "saves what it trained only"
+        with pytest.raises(InputError, match=f"got one of method '{method}', which {reason}"):
+            base_model.open_base(run)
+        for adapter in (mov, None):
+            with pytest.raises(InputError, match=f"^{run} trained parameters of its base: load a"):
+                loaded.set_adapter(adapter)
+
+
+def test_only_adapters_can_be_set(tmp_path, mov):
+    """The message says what the path is instead; the model keeps its adapter."""
+    run = write_run(tmp_path / "run", "full", [".*norm/scale"], BASE)
+    on_base = pemoe_jax.load_model(BASE, mov, VOCAB)
+    on_random = pemoe_jax.load_model(
+        write_run(tmp_path / "random", "mov", [params.ADAPTER_PATTERN], None), vocabulary=VOCAB
+    )
+    for loaded, path, message in (
+        (on_base, run, f"{run} must be an adapter, got a run that trained parameters of its base"),
+        (on_random, BASE, f"{BASE} must be an adapter, got a base"),
+        (on_base, BASE, f"the model to open is not an adapter: {BASE}"),
+    ):
+        before = f"{loaded}"
+        with pytest.raises(InputError, match=message):
+            loaded.set_adapter(path)
+        assert f"{loaded}" == before
+
+
+def test_adapters_of_an_upcycled_base(tmp_path, mov):
+    """The routers of upcycling are drawn by the run's seed: another run's adapter is refused."""
+    sparse = Sparse(num_experts=2, sparse_step=2)
+    first, same, other = (
+        write_run(tmp_path / name, "mov", [params.ADAPTER_PATTERN], BASE, sparse, seed)
+        for name, seed in (("first", 0), ("same", 0), ("other", 1))
+    )
+    loaded = pemoe_jax.load_model(first, vocabulary=VOCAB)
+    loaded.set_adapter(same)
+    message = f"{other} belongs to the base {BASE} with upcycled .*'seed': 1.*; {BASE} has .*: 0"
+    with pytest.raises(InputError, match=message):
+        loaded.set_adapter(other)
+    assert (loaded.path, loaded.adapter) == (BASE, same)
+    for model, adapter in ((loaded, mov), (pemoe_jax.load_model(BASE, vocabulary=VOCAB), first)):
+        with pytest.raises(InputError, match=f"checkpoint {adapter} and its base"):
+            model.set_adapter(adapter)
 
 
 def test_vocabularies(tmp_path, monkeypatch):

@@ -310,7 +310,7 @@ def test_torch(module):
 
 
 COMMANDS = ["pemoe_jax.__main__", "pemoe_jax.train", "pemoe_jax.evaluate", "pemoe_jax.infer"]
-COMMANDS += ["pemoe_jax.api"]
+COMMANDS += in_part("api")
 
 
 @pytest.mark.parametrize("module", [*COMMANDS, *in_part("tools"), *in_part("runtime")])

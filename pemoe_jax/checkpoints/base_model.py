@@ -275,9 +275,10 @@ def _open_run(folder: epath.Path) -> BaseModel:
     arrays, record, _ = runs.open_trained(os.fspath(folder))
     # Refused even if it trained the base as well: opened as a base, it would lose its adapters.
     if record.adapters or record.base["needed"]:
+        reason = "saves what it trained only" if record.base["needed"] else "has adapters"
         raise InputError(
             f"base model {folder}: expected a run that trained the whole model, got one of method"
-            f" {record.method!r}, which saves what it trained only"
+            f" {record.method!r}, which {reason}"
         )
     name = f"run of {record.method}"
     return BaseModel(os.fspath(folder), name, arrays, record.config, record.sparse)

@@ -369,12 +369,16 @@ class OpenedModel:
         """
         assert self.record is not None
         base = self.record.base
-        name = "fingerprint"
-        if base[name] in (None, identity[name]):
-            name = "checksum"
-            if not checksums.is_other(base.get(name), identity.get(name)):
-                return
-        note = "" if name == "fingerprint" else ": some of its values differ"
+        upcycled = base.get("upcycled")
+        if base["fingerprint"] not in (None, identity["fingerprint"]):
+            name, note = "fingerprint", ""
+        elif checksums.is_other(base.get("checksum"), identity.get("checksum")):
+            name, note = "checksum", ": some of its values differ"
+        elif None not in (upcycled, identity.get("upcycled")) and upcycled != identity["upcycled"]:
+            # `set_adapter`: the fingerprint is that of the dense base.
+            name, note = "upcycled", ": its routers and noise differ"
+        else:
+            return
         raise InputError(
             f"checkpoint {self.path} belongs to the base {base['path']} with {name} {base[name]};"
             f" {self.base_path or 'the random base'} has {identity[name]}{note}"

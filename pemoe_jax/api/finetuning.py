@@ -1,0 +1,121 @@
+"""Fine-tunes a model from Python: `finetune`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pemoe_jax.api import loading
+from pemoe_jax.api.loaded_model import StrPath
+from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.runtime import compile_cache
+
+
+def finetune(
+    base: StrPath | None,
+    method: str,
+    train: StrPath | Sequence[Mapping[str, Any]],
+    model_dir: StrPath,
+    *,
+    validation: Sequence[Mapping[str, Any]] | None = None,
+    vocabulary: StrPath | None = None,
+    size: str = "t5_1_1",
+    routing: str | Sequence[str] = (),
+    gin_files: Sequence[StrPath] = (),
+    allow_changes: bool = False,
+    **options: Any,
+) -> str:
+    """Fine-tunes a base as `pemoe train` does, with its gin files, checks and messages.
+
+    The same call again resumes from the newest checkpoint. It imports TensorFlow, and configures
+    gin for the whole process.
+
+    Args:
+      base: the base model, or a run to continue from (INITIAL_CHECKPOINT_PATH); None: random
+        weights of `size`.
+      method: a file of methods/: 'mov', 'molora', 'ia3', 'lora', 'full', ….
+      train: a folder of JSON lines (JSONL_DIR); or rows with 'inputs', 'targets' and optionally
+        'answer_choices', which are written to `model_dir`/data.
+      model_dir: folder of the run (MODEL_DIR).
+      validation: rows of the evaluation loss (EVAL_PERIOD), if `train` is a list of rows.
+      vocabulary: the base's SentencePiece file or 'bytes' (VOCAB_PATH); None: the `spiece.model` in
+        the folder of the base, or else the command's default.
+      size: a file of models/.
+      routing: a file of routing/, or several: 'top_2', ….
+      gin_files: further gin files.
+      allow_changes: whether a run may resume with different data, seed or batches.
+      options: the macros that `pemoe train --help` lists, in lower case: train_steps, batch_size,
+        num_experts, …. A string that begins with '@' or '%' is a gin reference.
+
+    Returns:
+      The folder of the run, for `load_model`.
+
+    Raises:
+      InputError: a setting or a file is wrong, before any checkpoint is written.
+    """
+    compile_cache.enable_in_process()
+    from pemoe_jax import train as train_lib
+    from pemoe_jax.runtime import folder_lock, gin_flags, run_file
+
+    gin_flags.silence_libraries()
+    run_folder = os.fspath(model_dir)
+    data_folder = train if isinstance(train, (str, os.PathLike)) else f"{run_folder}/data"
+    if validation is not None and data_folder is train:
+        raise InputError("validation must be None if train is a folder, which has its own splits")
+    if vocabulary is None and base is not None:
+        vocabulary = loading.find_spiece(os.fspath(base))
+    macros = {
+        "MODEL_DIR": run_folder,
+        "INITIAL_CHECKPOINT_PATH": base,
+        "JSONL_DIR": data_folder,
+        **({} if vocabulary is None else {"VOCAB_PATH": vocabulary}),
+        **{name.upper(): value for name, value in options.items()},
+    }
+    files = [f"models/{size}.gin", f"methods/{method}.gin"]
+    files += [
+        f"routing/{name}.gin" for name in ([routing] if isinstance(routing, str) else routing)
+    ]
+    files += [os.fspath(file) for file in gin_files]
+    args = train_lib.FLAGS.parse_args([f"--gin_file={f}" for f in (*files, "runs/finetune.gin")])
+    try:
+        gin_flags.load_config(args, [f"{name} = {_gin_text(v)}" for name, v in macros.items()])
+        if not isinstance(train, (str, os.PathLike)):
+            _write_rows(data_folder, {"train": train, "validation": validation})
+        gin_flags.call_configured(train_lib.train, allow_changes=allow_changes)
+        run_file.finish("finished", "the work is done")
+    except BaseException as error:
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        reason = "interrupted" if is_interrupt else f"{type(error).__name__}: {first_line(error)}"
+        run_file.finish("stopped" if is_interrupt else "failed", reason)
+        raise
+    finally:
+        folder_lock.release_all()
+    return run_folder
+
+
+def _gin_text(value: object) -> str:
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
+    return value if isinstance(value, str) and value[:1] in ("@", "%") else repr(value)
+
+
+def _write_rows(folder: StrPath, splits: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> None:
+    """Writes rows as the only task of a folder of JSON lines, unless they are there already."""
+    from pemoe_jax.runtime import atomic_write, file_io
+
+    for split, rows in splits.items():
+        path = file_io.resolve_local(folder, "MODEL_DIR") / "rows" / f"{split}.jsonl"
+        if rows is None:
+            path.unlink(missing_ok=True)
+            continue
+        try:
+            text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{split} must be a folder of JSON lines or rows, got {rows!r:.80}: {error}"
+            ) from None
+        if not path.is_file() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write.write_text(path, text)

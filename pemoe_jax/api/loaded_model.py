@@ -1,0 +1,199 @@
+"""A network with its parameters in memory: a base, and the adapters on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pemoe_jax.core.errors import InputError, plural
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pemoe_jax.checkpoints.models import OpenedModel
+    from pemoe_jax.core.network import Transformer
+    from pemoe_jax.core.params import PyTree
+    from pemoe_jax.tasks.tokenizer import Tokenizer
+
+StrPath = str | os.PathLike[str]
+
+
+class SelectedAdapters(NamedTuple):
+    """Adapters of one network, stacked [A, …], and the index of each text's adapter [N]."""
+
+    network: Transformer
+    params: PyTree
+    ids: np.ndarray
+
+
+def fill_rows(indices: list[int], rows: int) -> list[int]:
+    """Pads the indices to the number of rows of a batch by repeating the last one."""
+    return indices + [indices[-1]] * (rows - len(indices))
+
+
+class LoadedModel:
+    """The network and the parameters of a model.
+
+    Args:
+      opened: the model; its arrays are read here.
+      tokenizer: a vocabulary, which must be that of each adapter.
+
+    Attributes:
+      path: path of the base, or of a run that trained the whole model; None for a base of random
+        weights.
+      adapter: path of the adapter, or of a run that trained a part of the base; None if `path` is
+        the whole model.
+      network: the network with its adapters.
+      params: all parameters.
+      base: those of the base; None if a run trained some of them, since the original base is then
+        not in memory.
+    """
+
+    base: dict[str, PyTree] | None
+
+    def __init__(self, opened: OpenedModel, tokenizer: Tokenizer) -> None:
+        from pemoe_jax.analysis import generation
+        from pemoe_jax.checkpoints import models
+        from pemoe_jax.core import params as params_lib
+
+        generation.check_decodes_texts(opened, tokenizer)
+        self._tokenizer = tokenizer
+        self._identity: Mapping[str, Any] | None = None  # of the base
+        self.network = _make_network(opened)
+        if opened.record is None:
+            self.params, self._identity = models.load_base(
+                opened.model, opened.path, 0, frozen_dtype=opened.frozen_dtype
+            )
+            self.base = self.params
+        elif opened.needs_base:
+            self.params, self._identity = opened.load_with_identity()
+            is_adapter = all(map(params_lib.is_adapter, opened.trained_arrays))
+            self.base = params_lib.select(self.params, params_lib.is_base) if is_adapter else None
+        else:
+            self.params = opened.load()
+            self.base = None if opened.record.adapters else self.params
+        # A run that does not need a base is the whole model.
+        self.path = opened.base_path if opened.needs_base else opened.path
+        self.adapter = opened.path if opened.needs_base else None
+        # Path -> network and adapter parameters, for each adapter that `select_adapters` has read.
+        self._adapters: dict[str, tuple[Transformer, PyTree]] = {}
+
+    def __repr__(self) -> str:
+        adapter = "" if self.adapter is None else f" with adapter {self.adapter}"
+        return f"{self.path or 'random base'}{adapter}"
+
+    def set_adapter(self, adapter: StrPath | None) -> None:
+        """Replaces the adapter, see `Model.set_adapter`."""
+        self.network, self.params = self._load_adapter(adapter)
+        self.adapter = None if adapter is None else os.fspath(adapter)
+
+    def _load_adapter(self, adapter: StrPath | None) -> tuple[Transformer, dict[str, PyTree]]:
+        """Returns the network of an adapter on the base, and all parameters."""
+        from pemoe_jax.analysis import generation
+        from pemoe_jax.checkpoints import models
+        from pemoe_jax.core import params as params_lib
+
+        if self.base is None:
+            raise InputError(
+                f"{self.adapter or self.path} trained parameters of its base: load a base model to"
+                " set adapters on it"
+            )
+        if adapter is None:
+            return self.network.clone(adapters=type(self.network.adapters)()), self.base
+        opened = models.open_models(
+            os.fspath(adapter), base_path=self.path, dtype=self.network.config.dtype
+        )[0]
+        if opened.record is None or not all(map(params_lib.is_adapter, opened.trained_arrays)):
+            got = "a base" if opened.record is None else "a run that trained parameters of its base"
+            raise InputError(f"{adapter} must be an adapter, got {got}")
+        opened.base_path = self.path  # a random base: not the one that the adapter's record names
+        trained = opened.load_trained()
+        generation.check_decodes_texts(opened, self._tokenizer)
+        params = opened.join_base(trained, self.base, self._base_identity())
+        return _make_network(opened), params
+
+    def select_adapters(
+        self, paths: Sequence[StrPath] | None, count: int
+    ) -> SelectedAdapters | None:
+        """Returns the adapters of the texts of a call; None for the model's adapter."""
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+
+        from pemoe_jax.core import params as params_lib
+
+        if paths is None:
+            return None
+        is_list = isinstance(paths, Sequence) and not isinstance(paths, str)
+        if not is_list or not all(isinstance(path, (str, os.PathLike)) for path in paths):
+            raise InputError(f"adapter must be a list of paths, got {paths!r:.80}")
+        if len(paths) != count or not paths:
+            raise InputError(
+                f"adapter must be a list of {plural(count, 'path')}, one for each text, got"
+                f" {len(paths)}"
+            )
+        names = [os.fspath(path) for path in paths]
+        distinct = list(dict.fromkeys(names))
+        for name in distinct:
+            if name not in self._adapters:
+                network, params = self._load_adapter(name)
+                self._adapters[name] = network, params_lib.select(params, params_lib.is_adapter)
+        networks, trees = zip(*(self._adapters[name] for name in distinct), strict=True)
+        for name, network in zip(distinct, networks, strict=True):
+            if network != networks[0]:
+                raise InputError(
+                    f"adapter must be adapters of one method and settings, got {distinct[0]} and"
+                    f" {name}, which differ"
+                )
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
+        return SelectedAdapters(
+            networks[0], stacked, np.array([distinct.index(name) for name in names])
+        )
+
+    def apply(
+        self,
+        function: Callable[..., PyTree],
+        selected: SelectedAdapters | None,
+        indices: list[int],
+        rows: Mapping[str, PyTree],
+        settings: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> PyTree:
+        """Calls a function of a batch with the model's parameters, or with selected adapters.
+
+        See `adapter_rows.map_adapters` for the function and its arguments.
+        """
+        if selected is None:
+            return function(self.network, self.params, **rows, **settings, **options)
+        import jax
+
+        from pemoe_jax.core import adapter_rows
+
+        num_rows = len(jax.tree.leaves(rows)[0])
+        assert self.base is not None  # or no adapter could be selected
+        ids = jax.numpy.asarray(selected.ids[fill_rows(indices, num_rows)])
+        apply = adapter_rows.map_adapters(function, selected.network, **settings)
+        return apply(self.base, selected.params, ids, rows, options)
+
+    def _base_identity(self) -> Mapping[str, Any]:
+        from pemoe_jax.checkpoints import base_model
+
+        if self._identity is None:  # a run that trained the whole model
+            assert self.path is not None
+            dtype = self.network.config.dtype
+            self._identity = base_model.open_base(self.path).identity(dtype)
+        return self._identity
+
+
+def _make_network(opened: OpenedModel) -> Transformer:
+    """Returns the network of an opened model; networks of equal settings compare equal."""
+    from pemoe_jax.checkpoints import models
+
+    # A program is compiled for each configuration. Dropout, which runs may set differently, is
+    # unused here.
+    config = dataclasses.replace(opened.model.config, dropout_rate=0.0)
+    if opened.record is None:
+        return opened.model.clone(config=config)
+    return models.build_model(dataclasses.replace(opened.record, config=config.as_dict()))
