@@ -12,7 +12,7 @@ from pemoe_jax.checkpoints import base_model, runs
 from pemoe_jax.core import network
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.runtime import file_io
-from pemoe_jax.tools import convert, report
+from pemoe_jax.tools import convert, report, verify
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +65,9 @@ def test_a_run_in_a_bucket_ends_as_one_on_disk(gcs, folder, tmp_path, capsys):
     files = {"config.gin", "loss.png", "metrics.jsonl", "run.json", "tensorboard"}
     assert names == {"checkpoint_6", *files}
     assert json.loads(gcs.read(RUN / "run.json"))["status"] == "finished"
+    gcs.objects["bucket/a/run/checkpoint_8/state/manifest.ocdbt"] = b"half", 1
+    assert verify.main([str(RUN)]) == 0  # the half checkpoint does not count
+    assert f"{RUN}: 1 item verified, no fault" in capsys.readouterr().out
 
 
 def test_evaluation_from_and_to_a_bucket(gcs, folder, tmp_path, capsys):
@@ -73,6 +76,15 @@ def test_evaluation_from_and_to_a_bucket(gcs, folder, tmp_path, capsys):
     copy(gcs, tmp_path / "run", "bucket/a/run")
     adapter = "gs://bucket/adapter"
     assert convert.main(["adapter", str(RUN), adapter]) == 0
+    assert verify.main([str(RUN)]) == verify.main([adapter]) == 0
+    verified = capsys.readouterr().out
+    assert "; CRC-32Cs of " in verified and "finite values, CRC-32Cs\n" in verified
+    (name,) = (name for name in gcs.names(RUN) if name.endswith("/feed/metadata"))
+    content = gcs.read(RUN / name)
+    gcs.objects[f"bucket/a/run/{name}"] = content.replace(b"examples", b"examplez"), 2
+    assert verify.main([f"{RUN}/checkpoint_2"]) == 1
+    assert f"FAULT  {RUN}/{name}: damaged: expected the size and" in capsys.readouterr().out
+    gcs.objects[f"bucket/a/run/{name}"] = content, 3
     out = "gs://bucket/results"
     flags = ["--gin_file=runs/evaluate.gin", f"--gin.EVAL_OUTPUT_DIR={out}", *data_flags(folder)]
     assert evaluate.main([*flags, f"--gin.CHECKPOINT_PATH=['{RUN}', '{adapter}']"]) == 0

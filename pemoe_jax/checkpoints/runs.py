@@ -47,7 +47,7 @@ class _BucketSteps(ocp.path.step.NameFormat):
         return f"checkpoint_{step}"
 
     def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
-        for step in _checkpoint_steps(epath.Path(base_path)):
+        for step in finished_steps(epath.Path(base_path)):
             yield self.find_step(base_path, step)
 
     def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
@@ -147,7 +147,7 @@ class RunCheckpoints:
           InputError: no checkpoint is whole, or the run's optimizer has another state.
         """
         errors: dict[int, DamagedCheckpoint] = {}
-        for step in reversed(_checkpoint_steps(self._folder)):
+        for step in reversed(finished_steps(self._folder)):
             is_open = False
             try:
                 _check_opens(self._folder / f"checkpoint_{step}")
@@ -235,7 +235,7 @@ class RunCheckpoints:
 
     def _old_steps(self, step: int) -> set[int]:
         """Returns the steps of finished checkpoints before `step` that are not to be kept."""
-        steps = [each for each in _checkpoint_steps(self._folder) if each <= step]
+        steps = [each for each in finished_steps(self._folder) if each <= step]
         old_steps = {*steps[: -self._keep]} if self._keep is not None else set()
         return old_steps - {self._find_best(steps) if old_steps else None}
 
@@ -306,11 +306,11 @@ def _as_tree(state: TrainState) -> dict[str, PyTree]:
 def saved_steps(folder: AnyPath) -> list[int]:
     """Returns the steps of a run's finished checkpoints; none if the folder does not exist."""
     # A folder without `record` is T5X's, or Orbax has not finished it.
-    steps = _checkpoint_steps(folder)
+    steps = finished_steps(folder)
     return [step for step in steps if (folder / f"checkpoint_{step}" / "record").is_dir()]
 
 
-def _checkpoint_steps(folder: AnyPath) -> list[int]:
+def finished_steps(folder: AnyPath) -> list[int]:
     """Returns the steps of finished checkpoints, including those without a record."""
     steps = t5x.checkpoint_steps(file_io.resolve(folder)) if folder.is_dir() else []
     return [step for step in steps if _is_finished(folder / f"checkpoint_{step}")]
@@ -346,7 +346,7 @@ def newest_readable_step(folder: AnyPath) -> int:
       DamagedCheckpoint: there are checkpoints, and none opens.
     """
     first_error: DamagedCheckpoint | None = None
-    for step in reversed(_checkpoint_steps(folder)):
+    for step in reversed(finished_steps(folder)):
         try:
             _check_opens(folder / f"checkpoint_{step}")
         except DamagedCheckpoint as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +51,7 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
     return _parse_object(line, where, has_lines=False)
 
 
-def read_object(path: pathlib.Path) -> dict[str, Any]:
+def read_object(path: file_io.AnyPath) -> dict[str, Any]:
     """Reads a file that holds an object of JSON.
 
     Raises:

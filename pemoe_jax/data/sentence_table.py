@@ -8,15 +8,16 @@ parts/<n>.keys.npy     [N], 16 bytes each: `input_key` of each input; written la
 keys.<parts>.npy       index: the keys of all parts, sorted
 rows.<parts>.npy       index: the row of each key's vector, counted over all parts
 
+The folder is local or in a bucket, whose files are downloaded when a table is opened.
 Vectors are never rewritten: an addition writes further parts and a new index, and then replaces
 about.json, which points to the index. Shapes: `S` size of the embedding, `N` inputs.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-import pathlib
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pemoe_jax.core.errors import InputError, check_choice, first_line
-from pemoe_jax.runtime import atomic_write, checksums, file_io
+from pemoe_jax.runtime import atomic_write, checksums, file_io, folder_lock
+from pemoe_jax.runtime.file_io import AnyPath
 
 _KEY = np.dtype("S16")
 
@@ -105,7 +107,7 @@ class SentenceTable:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = file_io.resolve_local(path, "SENTENCE_EMBEDDINGS")
+        self.path = file_io.resolve_output(path, "SENTENCE_EMBEDDINGS")
         about = _read_about(self.path)
         if about is None:
             actual = "a folder without about.json" if self.path.exists() else "no such folder"
@@ -125,9 +127,10 @@ class SentenceTable:
         self._unverified: dict[str, str] = dict(about["checksums"])
         self._verify(f"keys.{parts}.npy")
         self._verify(f"rows.{parts}.npy")
-        self._keys = _map_array(self.path / f"keys.{parts}.npy")
-        self._rows = _map_array(self.path / f"rows.{parts}.npy")
-        self._parts = [_map_array(_part_file(self.path, n, "vectors")) for n in range(parts)]
+        map_file = functools.partial(_map_file, self.path, about["checksums"])
+        self._keys = map_file(f"keys.{parts}.npy")
+        self._rows = map_file(f"rows.{parts}.npy")
+        self._parts = [map_file(_part_name(n, "vectors")) for n in range(parts)]
         self._first_rows = np.cumsum([0, *(len(part) for part in self._parts)])
         shapes = {part.shape[1:] for part in self._parts}
         if len(self._keys) != len(self._rows) or shapes != {(self.dim,)}:
@@ -201,7 +204,7 @@ class TableWriter:
 
     Raises:
       InputError: the folder holds something else, or a table with another encoder, dtype or
-        vocabulary, or another process is adding to it.
+        vocabulary, or another process is adding to it (`folder_lock.hold`).
     """
 
     def __init__(
@@ -213,11 +216,12 @@ class TableWriter:
         length: int,
     ) -> None:
         check_choice("EMBEDDING_DTYPE", dtype, ("float16", "float32"))
-        local = file_io.resolve_local(path, "SENTENCE_EMBEDDINGS")
-        self.path = file_io.resolve_output_folder(local, "SENTENCE_EMBEDDINGS")
+        self.path = file_io.resolve_output_folder(path, "SENTENCE_EMBEDDINGS")
         about = _read_about(self.path)
+        with file_io.remote_errors(self.path):
+            files = [*self.path.iterdir()] if about is None and self.path.is_dir() else []
         # Hidden files are the lock and the remains of an interrupted write.
-        if about is None and any(path.name[0] != "." for path in self.path.glob("*")):
+        if any(file.name[0] != "." for file in files):
             raise InputError(
                 f"SENTENCE_EMBEDDINGS {self.path}: expected a new folder or a table, got one with"
                 " other files in it"
@@ -230,23 +234,18 @@ class TableWriter:
             **new,
             **{"lengths": [], "inputs": 0, "parts": None, "checksums": {}},
         }
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_folder(self.path)
+        folder_lock.hold(self.path, "SENTENCE_EMBEDDINGS")
         if length not in self._about["lengths"]:
             self._about["lengths"].append(length)
         self._write_about()
-        (self.path / "parts").mkdir(exist_ok=True)
         self.known_keys: set[bytes] = set()
         self._parts = 0
-        try:
-            while (file := _part_file(self.path, self._parts, "keys")).exists():
+        with file_io.remote_errors(self.path):
+            while (self.path / _part_name(self._parts, "keys")).exists():
                 self._verify_part(self._parts)
                 # As V16: numpy drops zero bytes at the end of an S16.
-                self.known_keys.update(_map_array(file).view("V16").tolist())
+                self.known_keys.update(self._map_keys(self._parts).view("V16").tolist())
                 self._parts += 1
-        except InputError:
-            self.close()
-            raise
         self._pending: list[tuple[bytes, np.ndarray]] = []
         self._last_write = time.monotonic()
 
@@ -284,8 +283,7 @@ class TableWriter:
         if not parts:
             raise InputError(f"SENTENCE_EMBEDDINGS {self.path}: the tasks have no inputs to embed")
         if self._about["parts"] != parts:
-            files = (_part_file(self.path, n, "keys") for n in range(parts))
-            keys = np.concatenate([_map_array(file) for file in files])
+            keys = np.concatenate([self._map_keys(n) for n in range(parts)])
             order = np.argsort(keys, kind="stable")
             self._write_array(f"keys.{parts}.npy", keys[order])
             self._write_array(f"rows.{parts}.npy", order)
@@ -296,15 +294,12 @@ class TableWriter:
                 del self._about["checksums"][name]
         self._write_about()
         # Deleted, not overwritten: processes that have an old index open can still read it.
-        for old in self.path.iterdir():
-            index = re.fullmatch(r"(?:keys|rows)\.(\d+)\.npy", old.name)
-            if index and int(index[1]) != parts:
-                old.unlink()
+        with file_io.remote_errors(self.path):
+            for old in self.path.iterdir():
+                index = re.fullmatch(r"(?:keys|rows)\.(\d+)\.npy", old.name)
+                if index and int(index[1]) != parts:
+                    old.unlink()
         return int(self._about["inputs"])
-
-    def close(self) -> None:
-        """Unlocks the folder. Vectors that were added after the last part are lost."""
-        os.close(self._lock)
 
     def _check_same(self, about: About, new: About) -> None:
         old_encoder, new_encoder = about["encoder"], new["encoder"]
@@ -339,6 +334,9 @@ class TableWriter:
                 np.save(file, array)
             self._about["checksums"][name] = checksums.crc32c_of_file(temporary)
 
+    def _map_keys(self, number: int) -> np.ndarray:
+        return _map_file(self.path, self._about["checksums"], _part_name(number, "keys"))
+
     def _verify_part(self, number: int) -> None:
         """Compares the checksum of a part's keys; adds checksums that are missing."""
         stored = self._about["checksums"]
@@ -357,23 +355,47 @@ def _part_name(number: int, kind: str) -> str:
     return f"parts/{number:05d}.{kind}.npy"
 
 
-def _part_file(folder: pathlib.Path, number: int, kind: str) -> pathlib.Path:
-    return folder / _part_name(number, kind)
+def _verify_file(folder: AnyPath, name: str, expected: str) -> None:
+    path = folder / name
+    if file_io.is_remote(path):
+        _download(path, expected)
+    elif not path.is_file():
+        raise InputError(f"SENTENCE_EMBEDDINGS: {path}: no such file")
+    else:
+        _check_crc(path, path, expected)
 
 
-def _verify_file(folder: pathlib.Path, name: str, expected: str) -> None:
-    if not (folder / name).is_file():
-        raise InputError(f"SENTENCE_EMBEDDINGS: {folder / name}: no such file")
-    if (actual := checksums.crc32c_of_file(folder / name)) != expected:
+def _check_crc(file: AnyPath, path: AnyPath, expected: str) -> None:
+    """Compares the checksum of a file; `path` is its name in errors."""
+    if (actual := checksums.crc32c_of_file(file)) != expected:
         raise InputError(
-            f"SENTENCE_EMBEDDINGS: {folder / name}: damaged: expected the checksum {expected!r},"
+            f"SENTENCE_EMBEDDINGS: {path}: damaged: expected the checksum {expected!r},"
             f" got {actual!r}"
         )
 
 
-def _map_array(path: pathlib.Path) -> np.ndarray:
+def _map_file(folder: AnyPath, stored_checksums: Mapping[str, str], name: str) -> np.ndarray:
+    """Maps an array into memory; verifies one in a bucket when it is downloaded."""
+    path = folder / name
+    if file_io.is_remote(path):
+        return _download(path, stored_checksums.get(name))
+    return _map_array(path, path)
+
+
+@functools.cache  # commands open a table several times: to check it, and to read it
+def _download(path: AnyPath, expected: str | None) -> np.ndarray:
+    """Downloads an array, compares its checksum, and maps it into memory."""
+    with file_io.local_copy(path) as file:
+        if expected is not None:
+            _check_crc(file, path, expected)
+        # The mapping outlives the file's name, so that even a kill leaves no file behind.
+        return _map_array(file, path)
+
+
+def _map_array(file: AnyPath, path: AnyPath) -> np.ndarray:
+    """Maps an array into memory; `path` is the file's name in errors."""
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.load(file, mmap_mode="r")
     except FileNotFoundError as error:
         raise InputError(f"SENTENCE_EMBEDDINGS: {path}: no such file") from error
     except Exception as error:  # numpy parses a header as Python: it may raise anything
@@ -387,12 +409,13 @@ def _map_array(path: pathlib.Path) -> np.ndarray:
     return np.asarray(array)
 
 
-def _read_about(folder: pathlib.Path) -> About | None:
+def _read_about(folder: AnyPath) -> About | None:
     """Returns the content of about.json; None without one."""
     path = folder / "about.json"
-    if not path.exists():
-        return None
-    about = file_io.read_json(path)
+    with file_io.remote_errors(path):
+        if not path.exists():
+            return None
+        about = file_io.read_json(path)
     actual = {name: about.get(name) for name in _FORMAT}
     if actual != _FORMAT:
         raise InputError(f"SENTENCE_EMBEDDINGS: {path}: expected {_FORMAT}, got {actual}")
@@ -424,18 +447,3 @@ def _is_positive(value: object) -> bool:
 
 def _is_file_name(name: str) -> bool:
     return re.fullmatch(r"(parts/\d{5,}\.|)(keys|rows|vectors)\.(\d+\.)?npy", name) is not None
-
-
-def _lock_folder(folder: pathlib.Path) -> int:
-    """Locks the folder until the returned descriptor is closed or the process ends."""
-    import fcntl
-
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InputError(
-            f"SENTENCE_EMBEDDINGS {folder}: another process is adding to it"
-        ) from error
-    return descriptor

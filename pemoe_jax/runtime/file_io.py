@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -181,6 +182,25 @@ def delete_folder(folder: epath.Path) -> None:
     # Of a folder with an object for itself, TensorFlow's first pass may leave others.
     for _ in range(2):
         folder.rmtree(missing_ok=True)
+
+
+@contextlib.contextmanager
+def local_copy(path: AnyPath) -> Iterator[Path]:
+    """Yields a file of a file system with the same content: `path`, or a temporary copy.
+
+    Raises:
+      InputError: the bucket of `path` cannot be read, or has no such object.
+    """
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="pemoe_jax-") as folder:
+        file = Path(folder, path.name)
+        with remote_errors(path):
+            if not path.exists():
+                raise InputError(f"{path}: no such file")
+            path.copy(file)
+        yield file
 
 
 def read_text(path: AnyPath, errors: str = "strict") -> str:

@@ -95,7 +95,6 @@ def embed(
         total = writer.finish()
     finally:
         bar.close()
-        writer.close()
     print(
         f"{writer.path}: {total:,} inputs, {total - num_before:,} of them new,"
         f" by {sentence_table.format_encoder(info)}"

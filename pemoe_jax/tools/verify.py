@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pemoe_jax.checkpoints.base_model import BaseModel
     from pemoe_jax.checkpoints.lazy_array import LazyArray
     from pemoe_jax.checkpoints.records import Record
+    from pemoe_jax.runtime.file_io import AnyPath
 
 _DESCRIPTION = """\
 Reads all of PATH and prints a line for each file: what was verified, and what its format cannot
@@ -24,6 +25,7 @@ show. PATH is one of these; its format is detected:
   a run (MODEL_DIR) or a checkpoint_<step>, an adapter (also PEFT's), a base model (T5X, Hugging
   Face, .safetensors), weights (.safetensors, .bin), a sentence table (pemoe embed), or data: a
   folder with tfrecords, Parquet, Arrow or JSON files, or one of these files
+PATH may be a gs:// path, except for data.
 The exit code is 0 if everything is whole, 1 if not. Nothing is written.
 """
 
@@ -43,7 +45,7 @@ def flags() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("path", metavar="PATH", help="file or folder; a base may be a gs:// path")
+    parser.add_argument("path", metavar="PATH", help="file or folder, local or gs://")
     return parser
 
 
@@ -56,16 +58,17 @@ def verify(path: str) -> int:
     from pemoe_jax.runtime import file_io
 
     resolved = file_io.resolve(path)
-    if not resolved.exists():
-        raise InputError(f"PATH must be a file or folder, got {path}, which does not exist")
     num_files = num_faults = 0
-    for name, check in _checks(resolved):
-        num_files += 1
-        try:
-            print(f"ok     {name}: {check()}", flush=True)
-        except (InputError, OSError) as error:
-            num_faults += 1
-            print(f"FAULT  {str(error) or name}", flush=True)
+    with file_io.remote_errors(resolved):
+        if not resolved.exists():
+            raise InputError(f"PATH must be a file or folder, got {path}, which does not exist")
+        for name, check in _checks(resolved):
+            num_files += 1
+            try:
+                print(f"ok     {name}: {check()}", flush=True)
+            except (InputError, OSError) as error:
+                num_faults += 1
+                print(f"FAULT  {str(error) or name}", flush=True)
     if not num_files:
         raise InputError(f"PATH must be one of those of pemoe verify --help, got {path}")
     if num_faults:
@@ -77,6 +80,7 @@ def verify(path: str) -> int:
 def _checks(path: epath.Path) -> Iterator[Check]:
     """Yields the checks of a path, by its format."""
     from pemoe_jax.checkpoints import adapter_file, peft, runs, t5x, t5x_run, tensorstore_file
+    from pemoe_jax.runtime import file_io
 
     name = str(path)
     checks = {
@@ -84,6 +88,8 @@ def _checks(path: epath.Path) -> Iterator[Check]:
         **{".jsonl": _verify_rows, ".parquet": _verify_rows, ".arrow": _verify_rows},
     }
     if path.is_file():
+        if file_io.is_remote(path) and path.suffix not in (".safetensors", ".bin"):
+            raise InputError(_remote_data(path))
         if ".tfrecord-" in path.name:
             yield name, functools.partial(_verify_tfrecords, path)
         elif path.suffix in checks:
@@ -94,12 +100,13 @@ def _checks(path: epath.Path) -> Iterator[Check]:
         yield name, functools.partial(_verify_adapter, name)
         yield from _weight_files(path)
     elif peft.is_adapter(path):
-        yield from _checks(path / "adapter_config.json")
+        file = path / "adapter_config.json"
+        yield str(file), functools.partial(_verify_json, file)
         yield from _weight_files(path)
     elif (path / "record").is_dir():
-        yield name, functools.partial(_verify_checkpoint, Path(path))
+        yield name, functools.partial(_verify_checkpoint, file_io.to_path(path))
     elif runs.is_run(name):
-        for step in t5x.checkpoint_steps(path):
+        for step in runs.finished_steps(path):
             yield from _checks(path / f"checkpoint_{step}")
     elif t5x_run.is_run(path):
         folders = [path / f"checkpoint_{step}" for step in t5x.checkpoint_steps(path)]
@@ -113,10 +120,19 @@ def _checks(path: epath.Path) -> Iterator[Check]:
     ):
         yield from _weight_files(path)
         yield name, functools.partial(_verify_base, name)
+    elif file_io.is_remote(path):
+        raise InputError(_remote_data(path))
     else:
         for file in sorted(Path(path).rglob("*")):
             if file.is_file() and not any(part[0] == "." for part in file.parts[len(path.parts) :]):
                 yield from _checks(path / str(file.relative_to(path)))
+
+
+def _remote_data(path: epath.Path) -> str:
+    return (
+        "PATH must be a run, an adapter, a base model, weights or a sentence table (data must be"
+        f" local), got {path}"
+    )
 
 
 def _weight_files(folder: epath.Path) -> Iterator[Check]:
@@ -170,7 +186,7 @@ def _verify_trained(name: str, arrays: dict[str, LazyArray], record: Record, ste
     )
 
 
-def _verify_checkpoint(folder: Path) -> str:
+def _verify_checkpoint(folder: AnyPath) -> str:
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.runtime import checksums
 
@@ -221,8 +237,9 @@ def _verify_table(path: epath.Path) -> str:
 
 def _verify_json(path: epath.Path) -> str:
     from pemoe_jax.data import row_checks, tfrecords
+    from pemoe_jax.runtime import file_io
 
-    row_checks.read_object(Path(path))
+    row_checks.read_object(file_io.to_path(path))
     if path.name.startswith("info.") and (split := path.name.split(".")[1]):
         reader = tfrecords.TFRecordReader(Path(path.parent), split, lambda: 0)
         if (actual := sum(file.count() for file in reader.files)) != reader.num_rows:

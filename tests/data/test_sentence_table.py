@@ -11,6 +11,8 @@ import pytest
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import sentence_table
+from pemoe_jax.runtime import file_io, folder_lock
+from pemoe_jax.runtime.file_io import AnyPath
 
 ENCODER = {"name": "some", "dim": 3, "fingerprint": "f0"}
 
@@ -19,7 +21,7 @@ def make_ids(number: int) -> np.ndarray:
     return np.array([3 + number % 50, 3 + number // 50, 1], np.int32)
 
 
-def open_writer(folder: pathlib.Path, **changes) -> sentence_table.TableWriter:
+def open_writer(folder: AnyPath, **changes) -> sentence_table.TableWriter:
     settings = {"encoder": ENCODER, "dtype": "float32", "vocabulary": "v", "length": 8, **changes}
     return sentence_table.TableWriter(folder, *settings.values())
 
@@ -28,14 +30,13 @@ def make_vectors(numbers) -> np.ndarray:
     return np.array([[n, n / 7, -n] for n in numbers], np.float32)
 
 
-def add(folder: pathlib.Path, numbers, finish: bool = True, **changes) -> None:
+def add(folder: AnyPath, numbers, finish: bool = True, **changes) -> None:
     writer = open_writer(folder, **changes)
     new = [n for n in numbers if sentence_table.input_key(make_ids(n)) not in writer.known_keys]
     for part in np.array_split(new, 3) if new else []:
         writer.add([sentence_table.input_key(make_ids(n)) for n in part], make_vectors(part))
     if finish:
         writer.finish()
-    writer.close()
 
 
 def forget_checksums(folder: pathlib.Path) -> None:
@@ -46,7 +47,7 @@ def forget_checksums(folder: pathlib.Path) -> None:
     file.write_text(json.dumps(about))
 
 
-def check_table(folder: pathlib.Path, numbers) -> None:
+def check_table(folder: AnyPath, numbers) -> None:
     """Asserts that a table has exactly these inputs, each with its own vector."""
     table = sentence_table.SentenceTable(folder)
     numbers = np.random.default_rng(0).permutation(list(numbers))
@@ -83,13 +84,11 @@ def test_keys_with_trailing_zeros_or_high_first_bytes(tmp_path, monkeypatch):
     writer = open_writer(tmp_path)
     writer.add(keys, make_vectors(numbers))
     writer.finish()
-    writer.close()
     table = sentence_table.SentenceTable(tmp_path)
     vectors = table.vectors(table.rows([[n] for n in numbers]))
     np.testing.assert_array_equal(np.stack(vectors), make_vectors(numbers))
     reopened = open_writer(tmp_path)
     assert reopened.known_keys == set(keys)
-    reopened.close()
 
 
 def test_additions_do_not_rewrite_vectors(tmp_path):
@@ -114,7 +113,6 @@ def test_unfinished_table_cannot_be_read_and_is_resumed(tmp_path, monkeypatch):
         sentence_table.SentenceTable(tmp_path)
     writer = open_writer(tmp_path)
     assert len(writer.known_keys) == 40
-    writer.close()
     add(tmp_path, range(60))
     check_table(tmp_path, range(60))
     add(tmp_path, range(60, 90), finish=False)  # a complete table stays readable
@@ -135,9 +133,6 @@ def test_vectors_are_stored_in_float16_and_checked(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             writer.add([b"x" * 16], vectors)
-    with pytest.raises(InputError, match="another process is adding"):
-        open_writer(tmp_path, dtype="float16")
-    writer.close()
 
 
 @pytest.mark.parametrize(
@@ -172,7 +167,6 @@ def test_damaged_tables_and_other_folders_raise(tmp_path):
     empty = open_writer(tmp_path / "empty")
     with pytest.raises(InputError, match="the tasks have no inputs to embed"):
         empty.finish()
-    empty.close()
     table = tmp_path / "table"
     for damage, message in (
         (lambda: os.truncate(table / "parts" / "00000.vectors.npy", 140), "00000.vectors.npy: dam"),
@@ -251,6 +245,46 @@ def test_damaged_index(tmp_path, array, message):
         np.save(file, array)
     with pytest.raises(InputError, match=message):
         sentence_table.SentenceTable(tmp_path)
+
+
+def test_one_command_at_a_time_adds_to_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "TIMEOUT", 0.0)
+    folder_lock.hold(tmp_path, "another command")  # of this process: a lock is of an open file
+    monkeypatch.setattr(folder_lock, "_held", {})
+    with pytest.raises(InputError, match="^SENTENCE_EMBEDDINGS must be .* no other command writes"):
+        open_writer(tmp_path)
+
+
+@pytest.mark.slow
+def test_in_a_bucket(gcs, monkeypatch):
+    """Written in several parts, added to and read; damage is noticed."""
+    monkeypatch.setattr(sentence_table, "_PART_ROWS", 2)
+    folder = file_io.to_path("gs://bucket/table")
+    add(folder, range(3))
+    check_table(folder, range(3))
+    folder_lock.release_all()  # as at the end of a command
+    add(folder, range(6))
+    folder_lock.release_all()
+    index = ["keys.4.npy", "rows.4.npy"]
+    assert [name for name in gcs.names(folder) if "/" not in name] == ["about.json", *index]
+    check_table(folder, range(6))
+    assert sentence_table.SentenceTable(folder).verify() == 8
+    gcs.log.clear()
+    sentence_table.SentenceTable(folder)
+    assert {name for _, name in gcs.log} == {"bucket/table/about.json"}  # the rest is here already
+    sentence_table._download.cache_clear()
+    name = "bucket/table/parts/00001.vectors.npy"
+    gcs.objects[name] = gcs.objects[name][0][:-1] + b"!", 1
+    with pytest.raises(InputError, match=rf": gs://{name}: damaged: expected the checksum"):
+        sentence_table.SentenceTable(folder)
+    del gcs.objects[name]
+    with pytest.raises(InputError, match=f"gs://{name}: no such file"):
+        sentence_table.SentenceTable(folder)
+    with pytest.raises(InputError, match="gs://bucket/no: .* got no such folder"):
+        sentence_table.SentenceTable("gs://bucket/no")
+    gcs.objects["bucket/other/file"] = b"", 1
+    with pytest.raises(InputError, match="expected a new folder or a table"):
+        open_writer(file_io.to_path("gs://bucket/other"))
 
 
 def flip_bit(file: pathlib.Path) -> None:

@@ -384,7 +384,6 @@ def _sentences(folder: pathlib.Path) -> Reader:
     inputs = [np.arange(n + 1) for n in range(4)]
     writer.add([sentence_table.input_key(ids) for ids in inputs], np.ones((4, 3), "f4"))
     writer.finish()
-    writer.close()
 
     def read() -> object:
         opened = sentence_table.SentenceTable(table)

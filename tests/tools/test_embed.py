@@ -245,7 +245,6 @@ def test_embeddings_change_what_is_scored(folder, trained, tmp_path):
     )
     swapped.add(keys, 3 * np.float32(table.vectors(np.roll(table._rows, 1))))
     swapped.finish()
-    swapped.close()
     scores = {}
     for path in (folder / "table", tmp_path / "swapped"):
         macros = {"SENTENCE_EMBEDDINGS": path}

@@ -30,7 +30,6 @@ def write_table(folder: pathlib.Path) -> None:
     writer = sentence_table.TableWriter(folder, encoder, "float32", "v", 8)
     writer.add([sentence_table.input_key([n]) for n in range(1, 4)], np.ones((3, 2)))
     writer.finish()
-    writer.close()
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def flip(path: pathlib.Path, value: bytes) -> None:
     path.write_bytes(content.replace(value, bytes([value[0] ^ 1]) + value[1:], 1))
 
 
-def run(capsys, path: pathlib.Path, code: int) -> list[str]:
+def run(capsys, path: pathlib.Path | str, code: int) -> list[str]:
     assert verify.main([str(path)]) == code
     out, error = capsys.readouterr()
     assert bool(error) == bool(code) and error.count("\n") == code
@@ -113,3 +112,16 @@ def test_a_sentence_table(tmp_path, capsys):
 def test_other_paths(tmp_path, capsys):
     assert verify.main([str(tmp_path / "no")]) == verify.main([str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("error: PATH must be") == 2
+
+
+def test_in_a_bucket(folder, gcs, capsys):
+    name = "bucket/a.safetensors"
+    gcs.objects[name] = (folder / "a.safetensors").read_bytes(), 1
+    (line, _) = run(capsys, f"gs://{name}", 0)
+    assert line.endswith("finite values, CRC-32Cs")
+    gcs.objects[name] = gcs.objects[name][0][:-1] + b"!", 2
+    assert "a.safetensors: 'a': damaged" in run(capsys, f"gs://{name}", 1)[0]
+    gcs.objects["bucket/data/train.jsonl"] = b"{}\n", 1
+    for path in ("gs://bucket/data", "gs://bucket/data/train.jsonl"):
+        assert verify.main([path]) == 1
+        assert capsys.readouterr().err.endswith(f"(data must be local), got {path}\n")
