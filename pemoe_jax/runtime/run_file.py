@@ -35,7 +35,8 @@ def begin(folder: "AnyPath", **facts: object) -> None:
 
     Args:
       folder: the output folder.
-      facts: further JSON values: versions, devices, base, data, seed, ….
+      facts: further JSON values: versions, devices, base, data, seed, …. They replace those of
+        the same name, such as the time of the `start`.
     """
     import gin
 
@@ -55,7 +56,7 @@ def begin(folder: "AnyPath", **facts: object) -> None:
     content = {
         "status": "running",
         "reason": None,
-        "start": _now(),
+        "start": now(),
         "end": None,
         "seconds": None,
         "host": socket.gethostname(),
@@ -96,14 +97,15 @@ def finish(status: str, reason: str, **facts: object) -> None:
         seconds = calendar.timegm(time.gmtime()) - calendar.timegm(
             time.strptime(content["start"], _FORMAT)
         )
-        ended = {"status": status, "reason": reason, "end": _now(), "seconds": seconds}
+        ended = {"status": status, "reason": reason, "end": now(), "seconds": seconds}
         atomic_write.write_json(folder / NAME, {**content, **ended, **facts})
 
 
 _FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
-def _now() -> str:
+def now() -> str:
+    """Returns the time as the file has it: UTC, to the second."""
     return time.strftime(_FORMAT, time.gmtime())
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import gin_flags
+from pemoe_jax.runtime import gin_flags, run_file
 
 if TYPE_CHECKING:
+    from pemoe_jax.checkpoints.models import OpenedModel
     from pemoe_jax.runtime.file_io import AnyPath
 
 _DESCRIPTION = """\
@@ -108,6 +109,7 @@ def convert(args: argparse.Namespace) -> None:
     from pemoe_jax.checkpoints import export, models
     from pemoe_jax.runtime import file_io
 
+    start = run_file.now()
     output = file_io.resolve_output(args.output, "OUTPUT")
     with file_io.remote_errors(output):
         if output.exists():
@@ -134,6 +136,25 @@ def convert(args: argparse.Namespace) -> None:
         case "base":
             export.write_base(source, output, args.dtype)
     print(f"{args.output}: {_describe_size(output)}")
+    if args.direction != "base":
+        _begin_run_file(output, source, start)
+
+
+def _begin_run_file(folder: "AnyPath", source: "OpenedModel", start: str) -> None:
+    # Only now, because the folder appears as a whole.
+    import jax
+
+    from pemoe_jax.checkpoints import records
+    from pemoe_jax.runtime import step_times
+
+    run_file.begin(
+        folder,
+        start=start,
+        versions=records.package_versions(),
+        devices=step_times.describe_devices(jax.devices()),
+        source={"path": source.path, "step": source.step},
+        base=source.record and source.record.base,
+    )
 
 
 def _describe_size(path: "AnyPath") -> str:

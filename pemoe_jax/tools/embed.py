@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 from pemoe_jax.core.errors import InputError, plural
-from pemoe_jax.runtime import gin_flags, options
+from pemoe_jax.runtime import gin_flags, options, run_file
 from pemoe_jax.tools.encoders import EncoderInput, resolve_encoder
 
 # gin files name it `@embed.mean_pooled()`.
@@ -14,7 +14,10 @@ from pemoe_jax.tools.encoders import mean_pooled as mean_pooled
 if TYPE_CHECKING:
     import tensorflow as tf
 
+    from pemoe_jax.data.sentence_table import EncoderInfo
     from pemoe_jax.runtime import progress
+    from pemoe_jax.runtime.file_io import AnyPath
+    from pemoe_jax.tools.encoders import Encoder
 
 FLAGS = gin_flags.make_parser(
     "embed",
@@ -82,6 +85,7 @@ def embed(
         )
     info = resolved.describe()
     writer = sentence_table.TableWriter(output, info, dtype, vocabularies.pop(), lengths["inputs"])
+    _begin_run_file(writer.path, resolved, info, data)
     num_before = len(writer.known_keys)
     if num_before:
         print(f"{writer.path} has {num_before:,} inputs already", flush=True)
@@ -98,6 +102,30 @@ def embed(
     print(
         f"{writer.path}: {total:,} inputs, {total - num_before:,} of them new,"
         f" by {sentence_table.format_encoder(info)}"
+    )
+
+
+def _begin_run_file(
+    folder: "AnyPath", encoder: "Encoder", info: "EncoderInfo", data: options.Data
+) -> None:
+    from pemoe_jax.checkpoints import records
+
+    devices = None
+    if not encoder.reads_text:  # jax would take memory of a GPU that another library uses
+        import jax
+
+        from pemoe_jax.runtime import step_times
+
+        devices = step_times.describe_devices(jax.devices())
+    run_file.begin(
+        folder,
+        versions=records.package_versions(),
+        devices=devices,
+        encoder=dict(info),
+        data={
+            "tasks": data.mixture_or_task_name,
+            "TASK_FEATURE_LENGTHS": dict(data.task_feature_lengths),
+        },
     )
 
 

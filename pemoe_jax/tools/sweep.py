@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write, file_io, folder_lock, gin_flags, progress
+from pemoe_jax.runtime import atomic_write, file_io, folder_lock, gin_flags, progress, run_file
 from pemoe_jax.tools import report, subprocesses, sweep_choices, sweep_plan
 from pemoe_jax.tools.sweep_plan import Command, Run
 
@@ -135,6 +135,7 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     failed: list[str] = []
     try:
         lock = folder_lock.hold(Path(args.output), "--output")
+        _begin_run_file(args)
         if trials:
             failed = _run_all(trial_runs, lock, args.stop_at_failure, args.jobs)
             _report(trial_runs, Path(args.output) / sweep_plan.CHOICES)
@@ -158,6 +159,17 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
             f"{len(failed)} of {len(trial_runs) + len(runs)} runs failed ({', '.join(failed)}): run"
             " the same command to retry them"
         )
+
+
+def _begin_run_file(args: argparse.Namespace) -> None:
+    from pemoe_jax.checkpoints import records
+
+    run_file.begin(
+        Path(args.output),
+        versions=records.package_versions(),
+        config=None,  # each run has its own
+        experiments=list(args.experiments),
+    )
 
 
 def _report(runs: Sequence[Run], output: Path, with_paper: bool = False) -> None:

@@ -115,7 +115,11 @@ def test_adapter(paths, tmp_path, capsys, method):
     assert sorted(file.name for file in out.iterdir()) == [
         "adapter.safetensors",
         "adapter_config.json",
+        "run.json",
     ]
+    about = json.loads((out / "run.json").read_text())
+    assert (about["status"], about["base"]["path"]) == ("finished", str(paths["base"]))
+    assert about["source"] == {"path": str(paths[method]), "step": 0}
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["method"] == method and "peft_type" not in config
     assert config["adapters"] == adapters.describe(model(method).adapters)

@@ -22,6 +22,7 @@ from pemoe_jax.core import decoding, network, steps
 from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import choices, feed, inference_batches, sentence_table, sentences, seqio_tasks
+from pemoe_jax.runtime import file_io
 from pemoe_jax.tools import convert, embed
 
 # --- runs ---
@@ -40,7 +41,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return root
 
 
-def embed_flags(folder: pathlib.Path, output: pathlib.Path, **macros) -> list[str]:
+def embed_flags(folder: pathlib.Path, output: file_io.AnyPath, **macros) -> list[str]:
     settings = {
         "SENTENCE_EMBEDDINGS": output,
         "INITIAL_CHECKPOINT_PATH": folder / "base.safetensors",
@@ -109,6 +110,19 @@ def test_table_holds_every_distinct_input(folder):
         atol = 1e-3 * np.abs(expected).max()
         np.testing.assert_allclose(row, expected, rtol=1e-3, atol=atol)
     assert table.encoder["fingerprint"] == params_lib.fingerprint(base_params())
+
+
+def test_a_table_in_a_bucket(folder, gcs):
+    """Has the vectors of one on disk, and both folders say what wrote them."""
+    path = file_io.to_path("gs://bucket/table")
+    assert embed.main(embed_flags(folder, path)) == 0
+    here, there = map(sentence_table.SentenceTable, (folder / "table", path))
+    rows = np.arange(len(here))
+    np.testing.assert_array_equal(here.vectors(rows), there.vectors(rows))
+    for content in ((folder / "table" / "run.json").read_text(), gcs.read(path / "run.json")):
+        about = json.loads(content)
+        assert about["status"] == "finished" and "cores" in about["devices"]
+        assert about["encoder"] == here.encoder
 
 
 def test_truncated_inputs_are_found_by_every_reader(folder, tmp_path):

@@ -361,6 +361,8 @@ def test_report_and_skipping_of_finished_runs(finished, stand_ins, capsys):
     scores = [sum(map(ord, f"mov-seed{seed}")) % 10 / 10 for seed in (0, 1)]
     assert rows["mov"]["average"]["median"] == pytest.approx(100 * sum(scores) / 2)
     assert (finished / "report.png").is_file() and (finished / "report.csv").is_file()
+    about = json.loads((finished / "run.json").read_text())
+    assert (about["status"], about["experiments"]) == ("finished", ["methods/mov.gin"])
     capsys.readouterr()
     before = steps(finished)
     assert sweep.main(sweep_flags(finished)) == 0
@@ -573,6 +575,9 @@ def test_failed_runs_are_reported(stand_ins, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "FAILED in train, exit code 1: error: thirteen is too many (log: " in captured.out
     assert "1 of 2 runs failed (mov_NUM_EXPERTS=13-seed0)" in captured.err
+    about = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert about["status"] == "failed"
+    assert captured.err.endswith(f"\nerror: {about['reason']}\n")
     assert (tmp_path / "a" / "mov-seed0" / "results").is_dir()
     # A failed training may have left a checkpoint, from which no other run may start.
     flags.insert(2, "methods/ia3.gin+FROM=mov_NUM_EXPERTS=13")
