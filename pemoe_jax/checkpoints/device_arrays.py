@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,10 +53,10 @@ def load_arrays(
     order = sorted(targets, key=lambda path: -arrays[path].nbytes)
     loaded: dict[str, PyTree] = {}
     reads = {path: (arrays[path], targets[path]) for path in order}
-    for path, (shards, checksum_of_array) in _read_ahead(reads, value_checksums is not None):
-        if value_checksums is not None and checksum_of_array is not None:
-            value_checksums[path] = checksum_of_array
-        if not all(map(params_lib.all_finite, shards.values())):
+    for path, (shards, is_finite, checksum) in _read_ahead(reads, value_checksums is not None):
+        if value_checksums is not None and checksum is not None:
+            value_checksums[path] = checksum
+        if not is_finite:
             raise InputError(f"{source}: {path} holds NaN or infinity")
         loaded[path] = transform(path, _device_put(shards, targets[path]))
         shards.clear()  # frees the host's copy before the next array arrives
@@ -65,8 +66,14 @@ def load_arrays(
 
 # ((start, stop) of each axis) -> that part of an array
 _Shards = dict[tuple[tuple[int, int], ...], np.ndarray]
-# The shards of an array, and its checksum if one shard is the whole array.
-_Read = tuple[_Shards, tuple[str, int] | None]
+
+
+class _Read(NamedTuple):
+    shards: _Shards
+    is_finite: bool
+    checksum: tuple[str, int] | None  # if one shard is the whole array
+
+
 # (path, bytes, shards that are being read)
 _Pending = tuple[str, int, "concurrent.futures.Future[_Read]"]
 
@@ -74,7 +81,7 @@ _Pending = tuple[str, int, "concurrent.futures.Future[_Read]"]
 def _read_ahead(
     targets: Mapping[str, tuple[LazyArray, jax.ShapeDtypeStruct]], with_checksums: bool
 ) -> Iterator[tuple[str, _Read]]:
-    """Yields (path, (shards, checksum)) in order, read by threads.
+    """Yields (path, what was read) in order, read by threads.
 
     Reads in flight, and the array that the caller holds, take at most the bytes of the largest
     array: an array's bytes count until the next one is requested.
@@ -104,9 +111,8 @@ def _pop_first(pending: list[_Pending]) -> tuple[str, _Read]:
 def _read(array: LazyArray, target: jax.ShapeDtypeStruct, with_checksum: bool) -> _Read:
     shards = _read_shards(array, target)
     is_whole = len(shards) == 1 and next(iter(shards.values())).shape == array.shape
-    if not with_checksum or not is_whole:
-        return shards, None
-    return shards, lazy_array.checksum(array, *shards.values())
+    checksum = lazy_array.checksum(array, *shards.values()) if with_checksum and is_whole else None
+    return _Read(shards, all(map(params_lib.all_finite, shards.values())), checksum)
 
 
 def _read_shards(array: LazyArray, target: jax.ShapeDtypeStruct) -> _Shards:

@@ -25,7 +25,7 @@ from pemoe_jax.runtime import checksums, file_io
 # Metadata of files that this package writes: the CRC-32C of each block of an array's bytes. Blocks,
 # because a process may read some rows only.
 CHECKSUMS_KEY = "crc32c"
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 24  # a multiple of `file_io.READ_BLOCK`
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -199,15 +199,19 @@ def _read_verified(
     begin, end = bounds
     first, last = (offset - begin) // _BLOCK_BYTES, -(-(offset + size - begin) // _BLOCK_BYTES)
     start, stop = begin + first * _BLOCK_BYTES, min(end, begin + last * _BLOCK_BYTES)
-    data = file_io.read_range(path, start, stop - start)
-    for block in range(first, last):
-        at = (block - first) * _BLOCK_BYTES
-        crc = f"{checksums.crc32c(data[at : at + _BLOCK_BYTES]):08x}"
-        if crc != crcs[8 * block : 8 * block + 8]:
+    actual = [0] * (last - first)
+
+    def visit(position: int, part: np.ndarray) -> None:
+        block = position // _BLOCK_BYTES
+        actual[block] = checksums.crc32c(part, actual[block])
+
+    data = file_io.read_range(path, start, stop - start, visit)
+    for block, crc in enumerate(actual):
+        expected = crcs[8 * (first + block) : 8 * (first + block + 1)]
+        if f"{crc:08x}" != expected:
             raise InputError(
-                f"{path}: {name!r:.100}: damaged: expected the checksum"
-                f" {crcs[8 * block : 8 * block + 8]!r} of its bytes from {start + at:,} on, got"
-                f" {crc!r}"
+                f"{path}: {name!r:.100}: damaged: expected the checksum {expected!r} of its bytes"
+                f" from {start + block * _BLOCK_BYTES:,} on, got '{crc:08x}'"
             )
     return data[offset - start : offset - start + size]
 

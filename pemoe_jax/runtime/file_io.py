@@ -208,22 +208,43 @@ def read_text(path: AnyPath, errors: str = "strict") -> str:
     return io.TextIOWrapper(io.BytesIO(path.read_bytes()), "utf-8", errors).read()
 
 
-def read_range(path: epath.Path, offset: int, size: int) -> np.ndarray:
+READ_BLOCK = 1 << 18  # bytes; fits into a core's cache
+
+
+def read_range(
+    path: epath.Path,
+    offset: int,
+    size: int,
+    visit: Callable[[int, np.ndarray], None] | None = None,
+) -> np.ndarray:
     """Reads `size` bytes from `offset` on into a new uint8 array [size].
+
+    Args:
+      path: the file.
+      offset, size: of the range.
+      visit: called with the position in the range and the bytes of each `READ_BLOCK`, in order,
+        while they are in the core's cache.
 
     Raises:
       InputError: the file is shorter.
     """
     # A new buffer per read: jax keeps it as the memory of the array on CPUs.
     data = aligned_empty((size,), np.dtype(np.uint8))
+    step = max(size, 1) if visit is None else READ_BLOCK
+    num_read = 0
     with path.open("rb") as file:
         file.seek(offset)
-        if hasattr(file, "readinto"):
-            num_read = file.readinto(data)
-        else:  # tensorflow's remote files lack readinto
+        is_local = hasattr(file, "readinto")
+        if not is_local:  # tensorflow's remote files lack it, and each read is a request
             content = file.read(size)
             num_read = len(content)
             data[:num_read] = np.frombuffer(content, np.uint8)
+        for start in range(0, size, step):
+            block = data[start : start + step]
+            if is_local:
+                num_read += file.readinto(block)
+            if visit is not None:
+                visit(start, block)
     if num_read != size:
         raise InputError(
             f"{path}: truncated: expected {size:,} bytes at {offset:,}, got {num_read:,}"
