@@ -2,7 +2,6 @@
 #                   METHOD=molora (ia3, lora, full, …): another method, into quickstart/molora
 # make test         lint, types and the fast tests;  make test-all: also the slow tests
 # make t5x          adds T5X, at a tested commit;  make test-t5x: the tests inside T5X
-# make test-lm_eval   adds lm-evaluation-harness, and runs the tests with it
 # make docs         builds the documentation site into site/, and fails at a broken link
 # make faults       kills runs, fills their disk, damages files and settings, about 20 minutes; fewer cases:
 #                   KILLS=1 (of each method), WRITES=2 (that fail, of a command), CASES=60 (of each reader)
@@ -22,9 +21,8 @@ BIN = $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 # A variable, because a comma would end the argument of `call`.
 T5X = .[test,t5x]
-LM_EVAL = .[test,lm-eval]
 
-.PHONY: quickstart claims test test-all docs faults soak lint clean t5x t5x-install test-t5x test-lm_eval lm_eval-install bench bench-peers
+.PHONY: quickstart claims test test-all docs faults soak lint clean t5x t5x-install test-t5x bench bench-peers
 
 quickstart: $(VENV)/.installed
 	$(BIN)/pemoe train --gin_file=methods/$(METHOD).gin --gin_file=runs/quickstart.gin --gin.MODEL_DIR=quickstart/$(METHOD)
@@ -70,13 +68,6 @@ t5x-install:
 
 test-t5x: t5x
 	$(BIN)/python -m pytest tests/t5x_bridge
-
-test-lm_eval: $(VENV)/.installed-test
-	@$(BIN)/python -c "import lm_eval" 2>/dev/null || $(MAKE) --no-print-directory lm_eval-install
-	$(BIN)/python -m pytest tests/tools/test_lm_eval.py
-
-lm_eval-install:
-	$(call install,$(LM_EVAL))
 
 # The rows of benchmarks/RESULTS.md that need no GPU. Run it on an idle machine.
 bench: $(VENV)/.installed-test

@@ -95,6 +95,7 @@ setup(
         ],
         "lm-eval": ["lm_eval"],  # `pemoe lm_eval`
         "test": [
+            "lm_eval",
             "mkdocs-material",  # the documentation site
             "mkdocstrings[python]",
             "mypy",

@@ -18,6 +18,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["GCS_RETRY_CONFIG_INIT_DELAY_TIME_US"] = "0"
 os.environ["GCS_RETRY_CONFIG_MAX_RETRIES"] = "4"
 os.environ["GCS_STAT_CACHE_MAX_AGE"] = "0"
+# Of libraries of Hugging Face, read at their import: no test needs the Hub.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 # No programs from an earlier session: each session compiles all that it runs.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 # Two devices, and fast compilation: most programs run once, on small arrays. With all of XLA's

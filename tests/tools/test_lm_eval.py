@@ -10,9 +10,6 @@ import types
 import numpy as np
 import pytest
 
-pytest.importorskip("lm_eval", reason="the extra lm-eval: make test-lm_eval")
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before their import
-
 import pemoe_jax
 from pemoe_jax import evaluate
 from pemoe_jax.core.errors import InputError
