@@ -247,13 +247,30 @@ def take_examples(table: pyarrow.Table, numbers: list[int], location: str) -> li
     columns: list[list[Any]] = []
     for name, column in zip(taken.column_names, taken.columns, strict=True):
         try:
-            columns.append(column.to_pylist())
+            columns.append(_in_microseconds(column).to_pylist())
         except (OSError, ValueError, OverflowError, NotImplementedError) as error:
             raise InputError(
                 f"{location}: the column {name!r} of {column.type} must have values that Python"
                 f" can hold, got {first_line(error)}"
             ) from None
     return [dict(zip(taken.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _in_microseconds(column: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
+    """Returns a column with Python's resolution of time; ValueError if values would change.
+
+    Of nanoseconds pyarrow makes objects of pandas, if that is installed.
+    """
+    import pyarrow
+
+    kind = column.type
+    if pyarrow.types.is_timestamp(kind) and kind.unit == "ns":
+        return column.cast(pyarrow.timestamp("us", kind.tz))
+    if pyarrow.types.is_duration(kind) and kind.unit == "ns":
+        return column.cast(pyarrow.duration("us"))
+    if pyarrow.types.is_time64(kind) and kind.unit == "ns":
+        return column.cast(pyarrow.time64("us"))
+    return column
 
 
 def check_unique(columns: Sequence[str], location: str) -> None:
