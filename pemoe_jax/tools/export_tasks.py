@@ -38,7 +38,7 @@ def export_tasks(output_dir: str, data: options.Data) -> list[str]:
       The names of the tasks in lm-evaluation-harness.
 
     Raises:
-      InputError: a setting or a file is wrong, or the folder has files.
+      InputError: a setting or a file is wrong, the folder has files, or a choice is empty.
     """
     from pemoe_jax.data import choices, seqio_tasks
     from pemoe_jax.runtime import atomic_write, file_io
@@ -57,6 +57,12 @@ def export_tasks(output_dir: str, data: options.Data) -> list[str]:
     )
     by_task: dict[str, list[ChoiceGroup]] = {}
     for group in groups:
+        if "" in group.choice_texts:
+            raise InputError(
+                f"{group.task}: example {group.idx + 1}: answer choices must not be empty, got"
+                f" {[*group.choice_texts]!r:.80}: lm-evaluation-harness divides by their length;"
+                " leave the task out"
+            )
         by_task.setdefault(group.task, []).append(group)
     if not by_task:
         raise InputError(f"nothing to export in {data.name!r}: no rows with answer choices")

@@ -1,6 +1,7 @@
 """Runs lm-evaluation-harness with the model `pemoe`: `pemoe lm_eval --help`."""
 
 import argparse
+import multiprocessing
 import sys
 from collections.abc import Sequence
 
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     sys.argv = ["pemoe lm_eval", *arguments]  # where lm_eval reads them
+    # Processes bootstrap lm_eval's standard errors and format its table. They must not be forked:
+    # JAX has threads by then, and a forked process can deadlock.
+    multiprocessing.set_start_method("spawn", force=True)
     try:
         cli_evaluate()
     except InputError as error:

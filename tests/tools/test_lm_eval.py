@@ -112,8 +112,26 @@ def export(folder: pathlib.Path, *flags: str) -> int:
     return export_tasks.main([*run, *flags])
 
 
+def test_an_empty_choice_is_not_exported(tmp_path, capsys):
+    """lm_eval would divide by its length; `pemoe evaluate` scores its EOS."""
+    rows = [
+        {"inputs": "Why?", "targets": "yes", "answer_choices": ["yes", choice]}
+        for choice in ("no", "")
+    ]
+    (tmp_path / "prompts/empty").mkdir(parents=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "prompts/empty/validation.jsonl").write_text(lines)
+    flags = [f"--gin.JSONL_DIR={tmp_path / 'prompts'}", "--gin.EVAL_TASKS=['empty']"]
+    assert export(tmp_path / "tasks", *flags) == 1
+    error = capsys.readouterr().err
+    assert "empty_score_eval: example 2: answer choices must not be empty, got" in error
+    assert "['yes', '']" in error and error.count("\n") == 1
+    assert not (tmp_path / "tasks").exists()
+    assert export(tmp_path / "tasks", *flags, "--gin.EVAL_EXAMPLES=1") == 0
+
+
 @pytest.mark.slow
-def test_both_evaluations_agree_to_the_example(tmp_path, capsys):
+def test_both_evaluations_agree_to_the_example(tmp_path, capsys, recwarn):
     """Accuracies and log-likelihoods of an adapter on three prompts."""
     adapter = pemoe_jax.finetune(
         BASE,
@@ -139,6 +157,7 @@ def test_both_evaluations_agree_to_the_example(tmp_path, capsys):
     arguments += ["--tasks", "pemoe", "--include_path", str(tmp_path / "tasks")]
     arguments += ["--output_path", str(tmp_path / "out"), "--log_samples", "--batch_size", "32"]
     assert lm_eval.main(arguments) == 0
+    assert not [warning for warning in recwarn if "os.fork()" in str(warning.message)]
 
     (file,) = (tmp_path / "out").glob("**/results_*.json")
     theirs = json.loads(file.read_text())["results"]
