@@ -363,7 +363,11 @@ def _describe_recipe(
     import jax
     import numpy as np
 
-    rates = np.asarray(jax.vmap(schedule)(np.arange(total_steps)))
+    # In blocks: JAX keeps what it compiles for each shape, which would be 22 MiB for each number of
+    # steps that is trained to in one process.
+    rates_of_block = jax.jit(jax.vmap(schedule))
+    blocks = [np.arange(first, first + 1000) for first in range(0, total_steps, 1000)]
+    rates = np.concatenate([rates_of_block(steps) for steps in blocks])[:total_steps]
     names = [getattr(function, "__name__", repr(function)) for function in (optimizer, schedule)]
     step = int(rates.argmax())
     return f"{', '.join(names)}, learning rate up to {rates[step]:.3g} (at step {step + 1})"

@@ -1,6 +1,7 @@
 """The gin files end to end on a tiny model: training, resuming, scoring, wrong input."""
 
 import fcntl
+import gc
 import json
 import os
 import pathlib
@@ -235,6 +236,17 @@ def test_a_run_resumed_at_an_odd_step_equals_an_uninterrupted_one(folder, tmp_pa
         assert train.main(train_flags(folder, "ia3", tmp_path / "parts", **settings)) == 0
     assert_ends_alike(tmp_path / "whole", tmp_path / "parts")
     assert runs.read_data_position(str(tmp_path / "whole"))[0] > 2 * feed._BLOCK
+
+
+def test_a_run_that_is_resumed_in_one_process_leaves_no_programs(folder, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    counts = []
+    for steps in (6, 7):  # the first compiles what both share
+        assert train.main(train_flags(folder, "mov", tmp_path, TRAIN_STEPS=steps)) == 0
+        gc.collect()
+        programs = jax.devices()[0].client.live_executables()
+        counts.append((len(programs), len(jax.live_arrays())))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
