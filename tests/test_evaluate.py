@@ -5,13 +5,16 @@ import functools
 import json
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sparse_models
 from data_tasks import WORDS, make_vocab, write
 from methods import CONFIG, METHODS
+from report_results import step_time
 
 from pemoe_jax import evaluate
 from pemoe_jax.analysis.zero_shot import rank_classification
@@ -326,3 +329,58 @@ def test_shots_equal_longer_inputs(base, tmp_path):
     assert len(zero) == 2 and not re.search("shots|acc_", json.dumps([run, zero]))
     assert not re.search("shots|acc_", (tmp_path / "zero_results" / "results.md").read_text())
     assert not (tmp_path / "zero_results" / "shots").exists()
+
+
+# --- what is recorded for `pemoe report` ---
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [(["rte", "imdb", "cb"], ["cb", "rte"]), ([], []), (None, None)],
+)
+def test_evaluate_records_variant_and_training_datasets(trained, expected):
+    """Training datasets are limited to the evaluated ones, and omitted if they are unknown."""
+    method = METHODS["mov"]
+    record = types.SimpleNamespace(trained_datasets=trained, initial=None)
+    opened = types.SimpleNamespace(
+        model=network.Transformer(CONFIG, method.adapters(num_experts=3)),
+        record=record,
+        path="no run's",
+        summary=lambda: {"name": "first", "method": "mov"},
+    )
+    about = evaluate.describe_run(opened, {"cb": {}, "rte": {}, "wic": {}})
+    assert (about["method"], about["variant"]) == ("mov", "mov-3")
+    assert about.get("trained_datasets") == expected
+    assert "settings" not in about  # it has no folder with a config.gin
+    shapes = params.flatten(network.param_shapes(opened.model))
+    assert about["used"] == params.count(shapes) and about["flops"] == about["flops_with_places"]
+
+
+def test_evaluate_records_step_times_up_to_the_checkpoint(tmp_path):
+    (tmp_path / "checkpoint_20" / "record").mkdir(parents=True)
+    line = {"train/step_seconds": 0.5, "device": "A", "batch": "8 × (16 + 8)"}
+    lines = [json.dumps({"step": step, **line}) for step in (10, 20)]
+    lines.append(json.dumps({"step": 30, **line, "train/step_seconds": 9.0}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    opened = types.SimpleNamespace(
+        model=network.Transformer(CONFIG),
+        record=types.SimpleNamespace(trained_datasets=None, initial=None),
+        path=str(tmp_path),
+        step=20,
+        summary=lambda: {"name": "first", "method": "full"},
+    )
+    assert evaluate.describe_run(opened, {})["step_times"] == [step_time(0.5)]
+    (tmp_path / "metrics.jsonl").unlink()
+    assert evaluate.describe_run(opened, {})["step_times"] == []
+
+
+def test_evaluate_records_what_a_token_of_a_sparse_model_uses():
+    """3 of 4 experts of 3 · 16 · 20 parameters in two layers are not used."""
+    model = sparse_models.model("switch")
+    summary = {"name": "first", "method": "flan_switch"}
+    opened = types.SimpleNamespace(model=model, record=None, path="", summary=summary.copy)
+    about = evaluate.describe_run(opened, {})
+    assert about["variant"] == "flan_switch-4 top-1"
+    assert about["used"] == params.count(network.param_shapes(model)) - 2 * 3 * 960
+    # Capacity factor 1 and one expert a token: as many places as tokens.
+    assert about["flops"] == about["flops_with_places"]
