@@ -16,7 +16,8 @@ from test_train import assert_moved_alike, data_flags, train_flags
 from test_train import folder as folder  # a fixture
 
 from pemoe_jax.checkpoints import runs
-from pemoe_jax.runtime import distributed
+from pemoe_jax.runtime import distributed, file_io
+from pemoe_jax.tools import verify
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "launch" / "local_processes.sh"
@@ -147,6 +148,25 @@ def test_a_run_resumes_on_other_meshes(folder, alone, in_two):
     assert actual.keys() == expected.keys()
     for step, loss in expected.items():
         assert actual[step] == pytest.approx(loss, rel=1e-5), step
+    assert_moved_alike(alone / "run", run)
+
+
+def test_a_run_in_a_bucket(folder, alone, gcs):
+    """Two processes write it, over half of a checkpoint that a killed run left, and resume it."""
+    run = file_io.to_path("gs://bucket/run")
+    gcs.objects["bucket/run/checkpoint_4/state/left"] = b"half", 1
+    macros = {**MESHES["fsdp"], "KEEP_CHECKPOINTS": 1}
+    commands = [("train", mov_flags(folder, run, **macros, TRAIN_STEPS=n)) for n in (2, 4)]
+    run_in_two(in_turn(*commands))
+    lines = [json.loads(line) for line in gcs.read(run / "metrics.jsonl").splitlines()]
+    expected = losses(alone / "run")
+    assert [line["step"] for line in lines] == [*expected]
+    for line in lines:
+        assert line["train/loss"] == pytest.approx(expected[line["step"]], rel=1e-5), line
+    names = gcs.names(run)
+    assert {name.split("/")[0] for name in names if "/" in name} == {"checkpoint_4", "tensorboard"}
+    assert "checkpoint_4/state/left" not in names and ".lock" not in names
+    assert verify.verify(str(run)) == 1
     assert_moved_alike(alone / "run", run)
 
 
