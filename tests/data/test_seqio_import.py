@@ -22,6 +22,20 @@ os.write(2, b"after")
     assert (process.returncode, process.stdout, process.stderr) == (0, "0 1 0 1\n", "after")
 
 
+def test_keras_is_imported_at_its_first_use():
+    then = """
+import sys
+import tensorflow as tf, tensorflow_text
+assert not {"keras", "sklearn", "matplotlib"} & set(sys.modules)
+layer = tensorflow_text.keras.layers.WhitespaceTokenizer
+assert issubclass(layer, tf.keras.layers.Layer) and "keras" in sys.modules
+from tensorflow.keras.layers import Dense
+print(Dense is tf.keras.layers.Dense)
+"""
+    process = import_seqio(then=f"exec({then!r})", timeout=300)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "True\n", "")
+
+
 NOISE = "I0000 00:00:1795314241.148746   29132 port.cc:153] oneDNN custom operations are on."
 FAKE = f"""
 import os, types
