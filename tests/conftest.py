@@ -95,12 +95,11 @@ def encode() -> Callable[[str], list[int]]:
 def clear_compiled_programs() -> Iterator[None]:
     """Frees compiled programs after each module: thousands of them take several GB.
 
-    The garbage collector then ignores the million objects of imports, which stay: each collection
-    would traverse them.
+    The garbage collector ignores from then on what stays, a million objects of imports, here too:
+    to traverse them took 0.6 s of each module.
     """
     yield
     jax.clear_caches()
-    gc.unfreeze()
     gc.collect()
     gc.freeze()
 
