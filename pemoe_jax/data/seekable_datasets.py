@@ -5,9 +5,11 @@ Importing this module imports seqio, which takes 8 s.
 
 from __future__ import annotations
 
+import inspect
 import pathlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,18 +32,33 @@ READ_SIZE = 128  # rows read at a time
 _IDS = {key: tf.io.RaggedFeature(tf.int64) for key in TEXT_FEATURES}
 
 
+def numpy_function(function: Callable[..., Any], inputs: Sequence[tf.Tensor], dtypes: Any) -> Any:
+    """Calls `tf.numpy_function` with a function that does not outlive its dataset.
+
+    TensorFlow keeps a function that it is passed until Python ends, and with it the readers of the
+    dataset. Here it is passed a weak reference.
+
+    Args:
+      function: function of arrays; the function that is passed to the dataset's `map` must refer to
+        it or, if it is a method, to its object.
+      inputs: its arguments.
+      dtypes: dtypes of its results.
+    """
+    is_method = inspect.ismethod(function)
+    reference: Callable[[], Any] = (weakref.WeakMethod if is_method else weakref.ref)(function)
+    return tf.numpy_function(lambda *arrays: reference()(*arrays), inputs, dtypes)
+
+
 def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -> tf.data.Dataset:
     """Returns the row numbers of an order in blocks, int64 [N], from example `start` of a shard."""
+
+    def row_numbers(first: np.ndarray) -> np.ndarray:
+        return order.row_numbers(int(first), int(first) + READ_SIZE, shard)
 
     # No autograph here and below: the functions do not need it, and it is slow.
     @tf.autograph.experimental.do_not_convert
     def block(first: tf.Tensor) -> tf.Tensor:
-        numbers = tf.numpy_function(
-            lambda first: order.row_numbers(int(first), int(first) + READ_SIZE, shard),
-            [first],
-            tf.int64,
-        )
-        return tf.ensure_shape(numbers, [None])
+        return tf.ensure_shape(numpy_function(row_numbers, [first], tf.int64), [None])
 
     firsts = tf.data.Dataset.range(start, np.iinfo(np.int64).max - READ_SIZE, READ_SIZE)
     return firsts.map(block).take_while(lambda numbers: tf.size(numbers) > 0)
@@ -60,7 +77,7 @@ def read_blocks(readers: Sequence[RowReader], blocks: tf.data.Dataset) -> tf.dat
 
     @tf.autograph.experimental.do_not_convert
     def read(numbers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        records = tf.numpy_function(read_numbers, [numbers], tf.string)
+        records = numpy_function(read_numbers, [numbers], tf.string)
         return numbers, tf.ensure_shape(records, [None])
 
     return blocks.map(read)
@@ -104,9 +121,7 @@ def _id_check(
             # One comparison for a whole block; Python is called only if it fails.
             tf.cond(
                 tf.reduce_any((ids < 0) | (ids >= vocab_size)),
-                lambda args=(numbers, key, ids, ends): tf.numpy_function(
-                    raise_error, args, tf.bool
-                ),
+                lambda args=(numbers, key, ids, ends): numpy_function(raise_error, args, tf.bool),
                 lambda: False,
             )
 

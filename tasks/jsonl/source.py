@@ -13,7 +13,7 @@ import numpy as np
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import seqio_import
 from pemoe_jax.data.order import ExampleOrder
-from pemoe_jax.data.seekable_datasets import READ_SIZE, row_number_blocks
+from pemoe_jax.data.seekable_datasets import READ_SIZE, numpy_function, row_number_blocks
 from pemoe_jax.data.seekable_tasks import StreamOptions
 from pemoe_jax.tasks import score_eval
 from pemoe_jax.tasks.folder_tasks import FolderMixture, FolderTask, shard_of, trim_and_append_eos
@@ -45,7 +45,7 @@ def _read_blocks(rows: Rows, blocks: tf.data.Dataset) -> tf.data.Dataset:
 
     @tf.autograph.experimental.do_not_convert
     def read(indices: tf.Tensor) -> TensorDict:
-        tensors = tf.numpy_function(rows.read, [indices], list(dtypes.values()))
+        tensors = numpy_function(rows.read, [indices], list(dtypes.values()))
         for key, tensor in zip(dtypes, tensors, strict=True):
             tensor.set_shape([None, None] if key == "answer_choices" else [None])
         return dict(zip(dtypes, tensors, strict=True))

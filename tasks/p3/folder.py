@@ -82,6 +82,9 @@ class Folder:
             raise InputError(f"P3_DIR {self.path} must be a folder, got {kind}")
         self.unreadable: dict[str, str] = {}
         self.unavailable: dict[str, str] = {}
+        # Mixtures ask for 544 tasks again and again. Caches of the class would keep every folder.
+        for name in ("_templates_of", "_dataset_of", "find", "reader"):
+            setattr(self, name, functools.cache(getattr(self, name)))
 
     @functools.cached_property
     def _task_folders(self) -> dict[str, pathlib.Path]:
@@ -101,7 +104,6 @@ class Folder:
         files = template_files.find_templates(self.path)
         return files | (template_files.find_templates(inside) if inside.is_dir() else {})
 
-    @functools.cache  # noqa: B019  a folder lives as long as the process
     def _templates_of(self, dataset: str, subset: str) -> dict[str, templates.Template]:
         path = self._template_files.get((dataset, subset))
         if path is None:
@@ -113,12 +115,10 @@ class Folder:
             self.unreadable[str(path)] = str(error)
             return {}
 
-    @functools.cache  # noqa: B019
     def _dataset_of(self, dataset: str, subset: str) -> raw_examples.RawDataset | None:
         templates_dir = self._template_files[dataset, subset].parent
         return raw_examples.find_dataset(self.path, dataset, subset, templates_dir)
 
-    @functools.cache  # noqa: B019  mixtures ask for 544 tasks again and again
     def find(self, name: str) -> TaskFiles | None:
         """Finds a published task or `_score_eval` task; None if the folder does not have it."""
         # Caches come first, because they need neither tokenizing nor rendering.
@@ -171,7 +171,6 @@ class Folder:
         others = f" (and {len(reasons) - 1} more tasks)" if len(reasons) > 1 else ""
         return [f"{reason}{others}" for reason in reasons[:1]]
 
-    @functools.cache  # noqa: B019
     def reader(self, name: str, split: str, tokenizer: Tokenizer) -> RowReader:
         """Returns the reader of a split of a task or `_score_eval` task.
 

@@ -1,6 +1,7 @@
 """P3's tasks: the published table, and the same examples from every form of a folder."""
 
 import csv
+import gc
 import importlib
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import pathlib
 import sys
 import time
+import weakref
 
 import numpy as np
 import p3_forms
@@ -626,3 +628,20 @@ def test_rows_with_the_same_idx(p3, tmp_path, encode):
     register(tmp_path)
     with pytest.raises(InputError, match="two rows with the same 'idx'"):
         choices.load_choice_groups(f"{RTE}_score_eval", LENGTHS)
+
+
+@pytest.mark.parametrize("form", ["cache", "parquet", "templates"])
+def test_a_folder_that_is_replaced_is_not_kept(p3, forms, form):
+    register(forms[form])
+    batches = feed.train_batches(RTE, LENGTHS, 2)
+    next(batches)
+    reader = p3.settings.folder.reader(RTE, "train", p3.settings)
+    folder, reader = weakref.ref(p3.settings.folder), weakref.ref(reader)
+    gc.collect()
+    assert reader() is not None
+    next(batches)
+    del batches
+    register(forms[form])
+    gc.collect()
+    assert folder() is None
+    assert reader() is None
