@@ -8,7 +8,6 @@ import functools
 import gc
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import os
 import re
 import sys
@@ -83,6 +82,30 @@ class _Unavailable(importlib.abc.Loader):
         raise AssertionError  # there is none
 
 
+class _Deferred(importlib.abc.Loader):
+    """Loads a module when a name is first read of it that is not special, as `__file__` is.
+
+    The `inspect` module and tf.data's AutoGraph read `__file__` of every module, with which
+    `importlib.util.LazyLoader` would load it.
+    """
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        def load(name: str) -> object:
+            if name.startswith("__"):
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            vars(module).pop("__getattr__", None)
+            self.loader.exec_module(module)
+            return getattr(module, name)
+
+        vars(module)["__getattr__"] = load
+
+
 class _KerasFinder(importlib.abc.MetaPathFinder):
     """Finds Keras for TensorFlow, which looks where it is and tries to import it.
 
@@ -97,7 +120,7 @@ class _KerasFinder(importlib.abc.MetaPathFinder):
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             is_keras = name == "keras"
-            spec.loader = _Unavailable() if is_keras else importlib.util.LazyLoader(spec.loader)
+            spec.loader = _Unavailable() if is_keras else _Deferred(spec.loader)
         return spec
 
 
