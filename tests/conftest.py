@@ -70,6 +70,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 
 
+_modules_when_frozen = 0
+
+
+def _freeze_imports() -> None:
+    """Lets the garbage collector ignore what stays, mostly a million objects of imports.
+
+    To traverse them takes 0.6 s, which each training in a test does (`host_memory.trim_heap`).
+    """
+    global _modules_when_frozen
+    gc.collect()
+    gc.freeze()
+    _modules_when_frozen = len(sys.modules)
+
+
+def pytest_runtest_teardown() -> None:
+    if len(sys.modules) > _modules_when_frozen + 300:  # the test imported TensorFlow, for example
+        _freeze_imports()
+
+
 @pytest.fixture(scope="session")
 def p3_sample() -> pathlib.Path:
     """A folder of `<task>/<split>.jsonl`, a sample of P3; skips the test if it is absent."""
@@ -93,15 +112,10 @@ def encode() -> Callable[[str], list[int]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def clear_compiled_programs() -> Iterator[None]:
-    """Frees compiled programs after each module: thousands of them take several GB.
-
-    The garbage collector ignores from then on what stays, a million objects of imports, here too:
-    to traverse them took 0.6 s of each module.
-    """
+    """Frees compiled programs after each module: thousands of them take several GB."""
     yield
     jax.clear_caches()
-    gc.collect()
-    gc.freeze()
+    _freeze_imports()
 
 
 @pytest.fixture(scope="module", autouse=True)
