@@ -32,6 +32,14 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def local_run(folder, tmp_path_factory):
+    """A run on disk."""
+    run = tmp_path_factory.mktemp("local") / "run"
+    assert train.main(train_flags(folder, "mov", run, TRAIN_STEPS=6, **SETTINGS)) == 0
+    return run
+
+
 def copy(gcs, source, target: str) -> None:
     """Copies a local folder into the bucket, as gsutil would."""
     for file in source.glob("**/*"):
@@ -39,9 +47,8 @@ def copy(gcs, source, target: str) -> None:
             gcs.objects[f"{target}/{file.relative_to(source)}"] = file.read_bytes(), 1
 
 
-def test_a_run_in_a_bucket_ends_as_one_on_disk(gcs, folder, tmp_path, capsys):
+def test_a_run_in_a_bucket_ends_as_one_on_disk(gcs, folder, local_run, capsys):
     """Resumed after a kill, which left half of a checkpoint and lines of later steps."""
-    assert train.main(train_flags(folder, "mov", tmp_path / "run", TRAIN_STEPS=6, **SETTINGS)) == 0
     assert train.main(train_flags(folder, "mov", RUN, TRAIN_STEPS=3, **SETTINGS)) == 0
     assert runs.saved_steps(RUN) == [3]
     metrics = gcs.read(RUN / "metrics.jsonl")
@@ -54,12 +61,12 @@ def test_a_run_in_a_bucket_ends_as_one_on_disk(gcs, folder, tmp_path, capsys):
     assert f"resuming from {RUN}/checkpoint_3\n" in capsys.readouterr().out
     gcs.fault = lambda method, name: None
     assert runs.saved_steps(RUN) == [6]
-    first, _, _ = runs.open_trained(str(tmp_path / "run"))
+    first, _, _ = runs.open_trained(str(local_run))
     second, _, _ = runs.open_trained(str(RUN))
     for path, array in first.items():
         np.testing.assert_array_equal(array.read(), second[path].read())
     lines = [json.loads(line) for line in gcs.read(RUN / "metrics.jsonl").splitlines()]
-    assert {line["step"]: line["train/loss"] for line in lines} == read_metrics(tmp_path / "run")
+    assert {line["step"]: line["train/loss"] for line in lines} == read_metrics(local_run)
     assert len(lines) == 6
     names = {name.split("/")[0] for name in gcs.names(RUN)} - {""}
     files = {"config.gin", "loss.png", "metrics.jsonl", "run.json", "tensorboard"}
@@ -70,10 +77,9 @@ def test_a_run_in_a_bucket_ends_as_one_on_disk(gcs, folder, tmp_path, capsys):
     assert f"{RUN}: 1 item verified, no fault" in capsys.readouterr().out
 
 
-def test_evaluation_from_and_to_a_bucket(gcs, folder, tmp_path, capsys):
+def test_evaluation_from_and_to_a_bucket(gcs, folder, local_run, tmp_path, capsys):
     """Of a run that was copied there, its adapter, and a run that starts from it."""
-    assert train.main(train_flags(folder, "mov", tmp_path / "run", TRAIN_STEPS=2)) == 0
-    copy(gcs, tmp_path / "run", "bucket/a/run")
+    copy(gcs, local_run, "bucket/a/run")
     adapter = "gs://bucket/adapter"
     assert convert.main(["adapter", str(RUN), adapter]) == 0
     assert verify.main([str(RUN)]) == verify.main([adapter]) == 0
@@ -82,7 +88,7 @@ def test_evaluation_from_and_to_a_bucket(gcs, folder, tmp_path, capsys):
     (name,) = (name for name in gcs.names(RUN) if name.endswith("/feed/metadata"))
     content = gcs.read(RUN / name)
     gcs.objects[f"bucket/a/run/{name}"] = content.replace(b"examples", b"examplez"), 2
-    assert verify.main([f"{RUN}/checkpoint_2"]) == 1
+    assert verify.main([f"{RUN}/checkpoint_6"]) == 1
     assert f"FAULT  {RUN}/{name}: damaged: expected the size and" in capsys.readouterr().out
     gcs.objects[f"bucket/a/run/{name}"] = content, 3
     out = "gs://bucket/results"

@@ -5,8 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from test_flan_moe import LAYERS
-from test_flan_moe import deep_folder as deep_folder  # a fixture
 from test_train import assert_ends_alike, train_flags
 from test_train import folder as folder  # a fixture
 
@@ -22,7 +20,7 @@ STILL = {
     "TRAIN_STEPS": 1,
     "optim.create_learning_rate_scheduler.min_learning_rate": 0.0,
 }
-SPARSE = LAYERS | {"NUM_EXPERTS": 4, "UPCYCLE_NOISE": 0.05}
+SPARSE = {"SPARSE_STEP": 1, "NUM_EXPERTS": 4, "UPCYCLE_NOISE": 0.05}
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +32,10 @@ def adapter_run(folder, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def sparse_run(deep_folder, tmp_path_factory) -> pathlib.Path:
+def sparse_run(folder, tmp_path_factory) -> pathlib.Path:
     """An upcycled run whose routers do not train."""
     path = tmp_path_factory.mktemp("initial") / "flan"
-    settings = {"INITIAL_CHECKPOINT_PATH": deep_folder / "deep.safetensors", "TRAIN_STEPS": 2}
-    flags = train_flags(deep_folder, "flan_st", path, **SPARSE, **settings, FREEZE="router")
+    flags = train_flags(folder, "flan_st", path, **SPARSE, TRAIN_STEPS=2, FREEZE="router")
     assert train.main(flags) == 0
     return path
 
@@ -70,17 +67,9 @@ def test_adapters_continue_on_the_base_of_their_run(folder, adapter_run, tmp_pat
     assert record.trained_tasks == ["check_1", *before.trained_tasks]
     assert record.trained_datasets == ["check", *before.trained_datasets]
 
-    # The path of the initial run is no setting that distinguishes seeds.
-    shutil.copytree(adapter_run, tmp_path / "copy")
-    assert run(tmp_path / "other", INITIAL_CHECKPOINT_PATH=tmp_path / "copy", SEED=4, **STILL) == 0
-    settings = [
-        initial_run.fingerprint_settings(str(path), runs.read_record(str(path)))
-        for path in (tmp_path / "still", tmp_path / "other")
-    ]
-    assert settings[0] == settings[1]
-
     # A run of the base cannot resume as one that started from a run, such as itself.
-    assert run(tmp_path / "copy", TRAIN_STEPS=9, INITIAL_CHECKPOINT_PATH=tmp_path / "copy") == 1
+    copy = shutil.copytree(adapter_run, tmp_path / "copy")
+    assert run(copy, TRAIN_STEPS=9, INITIAL_CHECKPOINT_PATH=copy) == 1
     assert "INITIAL_CHECKPOINT_PATH, a run with fingerprint none -> " in capsys.readouterr().err
 
     exported = tmp_path / "exported"
@@ -89,13 +78,20 @@ def test_adapters_continue_on_the_base_of_their_run(folder, adapter_run, tmp_pat
     assert_equal_parameters(tmp_path / "colleague", adapter_run)
 
     # A stopped run ends as a whole one, and cannot resume as a run of the base.
-    assert run(tmp_path / "whole", TRAIN_STEPS=4) == 0
+    assert run(tmp_path / "whole", TRAIN_STEPS=4, INITIAL_CHECKPOINT_PATH=copy) == 0
     assert run(tmp_path / "parts", TRAIN_STEPS=2) == 0
     base = folder / "base.safetensors"
     assert run(tmp_path / "parts", TRAIN_STEPS=4, INITIAL_CHECKPOINT_PATH=base) == 1
     assert "INITIAL_CHECKPOINT_PATH, a run with fingerprint " in capsys.readouterr().err
     assert run(tmp_path / "parts", TRAIN_STEPS=4) == 0
     assert_ends_alike(tmp_path / "whole", tmp_path / "parts")
+
+    # The path of the initial run is no setting that distinguishes seeds.
+    settings = [
+        initial_run.fingerprint_settings(str(path), runs.read_record(str(path)))
+        for path in (tmp_path / "whole", tmp_path / "parts")
+    ]
+    assert settings[0] == settings[1]
 
 
 def test_settings_that_do_not_change_shapes_may_differ(folder, adapter_run, tmp_path, capsys):
@@ -147,13 +143,13 @@ def move_base(record: Record) -> Record:
 
 @pytest.mark.slow
 def test_a_sparse_model_continues_with_the_frozen_parts_of_its_run(
-    deep_folder, sparse_run, tmp_path, capsys
+    folder, sparse_run, tmp_path, capsys
 ):
     """The seed and the noise of its upcycling are those of the run."""
 
     def run(name: str, **macros) -> int:
         settings = SPARSE | STILL | {"INITIAL_CHECKPOINT_PATH": sparse_run, "SEED": 5} | macros
-        return train.main(train_flags(deep_folder, "flan_st", tmp_path / name, **settings))
+        return train.main(train_flags(folder, "flan_st", tmp_path / name, **settings))
 
     assert run("frozen", FREEZE="router", UPCYCLE_NOISE=0.0) == 0
     assert_equal_parameters(tmp_path / "frozen", sparse_run)
@@ -164,7 +160,7 @@ def test_a_sparse_model_continues_with_the_frozen_parts_of_its_run(
     assert not runs.read_record(str(tmp_path / "all")).base["needed"]
     capsys.readouterr()
     assert run("experts", FREEZE="experts") == 1
-    assert "frozen arrays of flan_st, such as decoder/layers_1/mlp/expert/" in (
+    assert "frozen arrays of flan_st, such as decoder/layers_0/mlp/expert/" in (
         capsys.readouterr().err
     )
     assert run("eight", NUM_EXPERTS=8) == 1
@@ -172,8 +168,8 @@ def test_a_sparse_model_continues_with_the_frozen_parts_of_its_run(
         capsys.readouterr().err
     )
 
-    settings = LAYERS | {"INITIAL_CHECKPOINT_PATH": sparse_run}
-    assert train.main(train_flags(deep_folder, "full", tmp_path / "dense", **settings)) == 1
+    settings = {"INITIAL_CHECKPOINT_PATH": sparse_run}
+    assert train.main(train_flags(folder, "full", tmp_path / "dense", **settings)) == 1
     assert f"got {sparse_run}: flan_st -> full, sparse layers with 4 experts -> none\n" in (
         capsys.readouterr().err
     )

@@ -15,19 +15,15 @@ import pytest
 from test_train import assert_moved_alike, data_flags, train_flags
 from test_train import folder as folder  # a fixture
 
+from pemoe_jax import train
 from pemoe_jax.checkpoints import runs
 from pemoe_jax.runtime import distributed, file_io
 from pemoe_jax.tools import verify
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "launch" / "local_processes.sh"
-# 4 × 1 is in test_a_run_resumes_on_other_meshes, for half of the steps.
-MESHES = {
-    "2x2": {"MODEL_PARALLELISM": 2},
-    "1x4": {"MODEL_PARALLELISM": 4},
-    "fsdp": {"FSDP": True},
-}
-SCORED = ("2x2", "fsdp")  # scores too: both axes of the mesh are sharded there
+# 4 × 1 and 1 × 4 are in test_a_run_resumes_on_other_meshes, for some of the steps.
+MESHES = {"2x2": {"MODEL_PARALLELISM": 2}, "fsdp": {"FSDP": True}}
 # Without packing: with two shards, packed rows would hold other examples.
 SETTINGS = {"PACK": False, "LOG_PERIOD": 1, "CHECKPOINT_PERIOD": 2, "KEEP_CHECKPOINTS": None}
 SETTINGS["optim.adamw.eps"] = 1e-3  # see test_train.test_a_run_resumes_in_another_form
@@ -53,10 +49,6 @@ def environment(**more: str) -> dict[str, str]:
     """Returns the environment of the tests with one device."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     return {**os.environ, "XLA_FLAGS": flags, **more}
-
-
-def run_alone(*commands: Command) -> None:
-    subprocess.run(in_turn(*commands), env=environment(), check=True, cwd=REPO)
 
 
 def run_in_two(command: list[str]) -> None:
@@ -99,10 +91,11 @@ def evaluation(folder, checkpoint, output, **macros) -> list[str]:
 def alone(folder, tmp_path_factory) -> pathlib.Path:
     """A run of one process on one device, scored."""
     root = tmp_path_factory.mktemp("alone")
-    run_alone(
+    command = in_turn(
         ("train", mov_flags(folder, root / "run")),
         ("evaluate", evaluation(folder, root / "run", root / "scores")),
     )
+    subprocess.run(command, env=environment(), check=True, cwd=REPO)
     return root
 
 
@@ -113,14 +106,12 @@ def in_two(folder, tmp_path_factory) -> pathlib.Path:
     commands: list[Command] = []
     for mesh, macros in MESHES.items():
         run = root / mesh / "run"
-        commands.append(("train", mov_flags(folder, run, **macros)))
-        if mesh in SCORED:
-            scoring = evaluation(folder, run, root / mesh / "scores", **macros)
-            commands.append(("evaluate", scoring))
+        scoring = evaluation(folder, run, root / mesh / "scores", **macros)
+        commands += [("train", mov_flags(folder, run, **macros)), ("evaluate", scoring)]
     changes = root / "changes"
     commands += [
         ("train", mov_flags(folder, changes, MODEL_PARALLELISM=1, TRAIN_STEPS=2)),
-        ("train", mov_flags(folder, changes, **MESHES["1x4"], TRAIN_STEPS=3)),
+        ("train", mov_flags(folder, changes, MODEL_PARALLELISM=4, TRAIN_STEPS=3)),
     ]
     run_in_two(in_turn(*commands))
     return root
@@ -133,8 +124,6 @@ def test_two_processes_equal_one(alone, in_two, mesh):
     for step, loss in expected.items():
         assert actual[step] == pytest.approx(loss, rel=1e-5), step
     assert_moved_alike(alone / "run", in_two / mesh / "run")
-    if mesh not in SCORED:
-        return
     np.testing.assert_allclose(  # scores are written with five decimals
         scores(in_two / mesh / "scores"), scores(alone / "scores"), rtol=1e-5, atol=1.1e-5
     )
@@ -143,7 +132,7 @@ def test_two_processes_equal_one(alone, in_two, mesh):
 def test_a_run_resumes_on_other_meshes(folder, alone, in_two):
     """Two steps on 4 × 1, one on 1 × 4, one by a single process equal a run of one process."""
     run = in_two / "changes"
-    run_alone(("train", mov_flags(folder, run)))
+    assert train.main(mov_flags(folder, run)) == 0
     actual, expected = losses(run), losses(alone / "run")
     assert actual.keys() == expected.keys()
     for step, loss in expected.items():
@@ -170,6 +159,7 @@ def test_a_run_in_a_bucket(folder, alone, gcs):
     assert_moved_alike(alone / "run", run)
 
 
+TRAIN = [sys.executable, "-m", "pemoe_jax.train"]
 PEER_FAILED = "another process of the run has ended or cannot be reached: start all of them again"
 PATIENCE = distributed.HEARTBEAT_SECONDS + 60  # and time to end on a busy machine
 
@@ -205,47 +195,54 @@ def last_error(file: pathlib.Path) -> str:
     return lines[-1]
 
 
-def test_a_killed_process_ends_the_other(folder, tmp_path):
-    """Within a bounded time and with one line; restarted, both resume from the last checkpoint."""
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def killed(folder, tmp_path_factory) -> tuple[pathlib.Path, int]:
+    """A run whose process 1 was killed, and the exit code of process 0; its errors are beside."""
+    root = tmp_path_factory.mktemp("killed")
+    run = root / "run"
     flags = mov_flags(folder, run, TRAIN_STEPS=100_000, KEEP_CHECKPOINTS=2)
-    train = [sys.executable, "-m", "pemoe_jax.train"]
-    both = start_two([*train, *flags], tmp_path)
+    both = start_two([*TRAIN, *flags], root)
     try:
         deadline = time.monotonic() + 600
         while len(runs.saved_steps(run)) < 2:
             assert time.monotonic() < deadline and both[0].poll() is None, "no checkpoint"
             time.sleep(0.5)
         both[1].kill()
-        code = both[0].wait(PATIENCE)
+        return run, both[0].wait(PATIENCE)
     finally:
         for process in both:
             process.kill()
-    assert code != 0 and PEER_FAILED in last_error(tmp_path / "errors_0")
-    last = max(runs.saved_steps(run))
-    run_in_two([*train, *mov_flags(folder, run, TRAIN_STEPS=last + 1)])
-    assert list(losses(run)) == list(range(1, last + 2))
 
 
-def test_a_signal_to_any_process_saves_on_all(folder, tmp_path):
-    """Both stop after the same step; an interrupt is handled as SIGTERM."""
-    run = tmp_path / "run"
+def test_a_killed_process_ends_the_other(killed):
+    """Within a bounded time and with one line."""
+    run, code = killed
+    assert code != 0 and PEER_FAILED in last_error(run.parent / "errors_0")
+
+
+def test_a_signal_to_any_process_saves_on_all(folder, killed, tmp_path):
+    """Both resume after a kill from the last checkpoint, and stop after the same step.
+
+    An interrupt is handled as SIGTERM: the process sends it to itself, and JAX tells the others.
+    """
+    run, _ = killed
+    saved = max(runs.saved_steps(run))
+    last = max(saved, *losses(run))
     flags = mov_flags(folder, run, TRAIN_STEPS=100_000, CHECKPOINT_PERIOD=100_000)
-    for number, target in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
-        before = [*losses(run)] if run.exists() else []
-        both = start_two([sys.executable, "-m", "pemoe_jax.train", *flags], tmp_path)
-        try:
-            deadline = time.monotonic() + 600
-            while not (run / "metrics.jsonl").exists() or len(losses(run)) < len(before) + 3:
-                assert time.monotonic() < deadline and both[0].poll() is None, "no steps"
-                time.sleep(0.5)
-            both[target].send_signal(number)
-            codes = [process.wait(60) for process in both]
-        finally:
-            for process in both:
-                process.kill()
-        assert codes == [0, 0], [(tmp_path / f"errors_{i}").read_text() for i in (0, 1)]
-        assert runs.saved_steps(run)[-1] == [*losses(run)][-1]
+    both = start_two([*TRAIN, *flags], tmp_path)
+    try:
+        deadline = time.monotonic() + 600
+        while max(losses(run)) < last + 3:
+            assert time.monotonic() < deadline and both[0].poll() is None, "no steps"
+            time.sleep(0.5)
+        both[1].send_signal(signal.SIGINT)
+        codes = [process.wait(60) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert codes == [0, 0], [(tmp_path / f"errors_{i}").read_text() for i in (0, 1)]
+    assert json.loads((run / "run.json").read_text())["first_step"] == saved
+    assert runs.saved_steps(run)[-1] == [*losses(run)][-1]
     assert [*losses(run)] == [*range(1, len(losses(run)) + 1)]
 
 
