@@ -83,7 +83,8 @@ def train(
       debug_nans: whether to find where the first infinity or NaN comes from.
 
     Raises:
-      InputError: a setting or a file is wrong, before any file is written; or a step is not finite.
+      InputError: a setting or a file is wrong, before any file is written; or training fails, as a
+        step is not finite or the data end.
     """
     if model is None:
         raise InputError(

@@ -199,7 +199,7 @@ def test_scores_are_in_order_and_say_what_is_generated():
     assert [is_greedy for _, is_greedy in row] == [False, True, False]
     ranked = dict(base.rank(text, choices))
     assert [log_prob for log_prob, _ in row] == pytest.approx([ranked[c] for c in choices])
-    with pytest.raises(InputError, match="texts must be a text or a list of texts"):
+    with pytest.raises(InputError, match="texts must be a list of texts, got 3"):
         base.score(3, ["yes"])
 
 
@@ -404,8 +404,14 @@ def test_wrong_arguments_are_one_line(model):
         ),
         (lambda: model.rank("a", "yes"), "choices of a text must be a list of .*, got 'yes'"),
         (lambda: model.rank(["a", "b"], [["c"]]), "choices must have a list for each of 2 texts"),
-        (lambda: model.rank([3], ["c"]), r"texts must be a text or a list of texts, got \[3\]"),
-        (lambda: model.generate("a\ud800", 1), "texts must be Unicode"),
+        (lambda: model.rank([3], ["c"]), r"texts must be a list of texts, got \[3\]"),
+        # A string is not a list of its characters.
+        (lambda: model.score("ab", [["c"], ["d"]]), "texts must be a list of texts, got 'ab'"),
+        (lambda: model.rank(["a", "b"], "cd"), "choices of a text must be a list .*, got 'cd'"),
+        (lambda: model.rank(["a"], ["b"], "mov"), "adapter must be a list of paths, got 'mov'"),
+        (lambda: model.routing(["a", "b"], "cd"), "targets must be a list of texts, got 'cd'"),
+        (lambda: model.routing("a", ["b"]), r"targets of a text must be a text, got \['b'\]"),
+        (lambda: model.generate("a\ud800", 1), "texts must be encodable as UTF-8"),
         (lambda: model.generate("a", 0), "max_new_tokens must be a positive integer, got 0"),
         (lambda: model.generate("a", 1, do_sample=True, top_p=0), r"top_p must be in \(0, 1\]"),
         (lambda: model.routing(["a"], ["b", "c"]), "targets must be as many as texts, 1, got 2"),
@@ -454,12 +460,17 @@ def test_the_examples_of_the_docs(tmp_path, monkeypatch):
 
 
 def test_errors_of_finetune_are_those_of_the_command(tmp_path):
-    rows = [{"inputs": "a word", "targets": "yes"}]
+    rows, steps = [{"inputs": "a word", "targets": "yes"}], {"train_steps": 1}
     for train, options, message in (
         (rows, {"train_step": 4}, "--gin.TRAIN_STEP: no gin file has a macro of this name"),
         (rows, {"train_steps": "x"}, "TRAIN_STEPS must be"),
-        (rows, {"train_steps": 1, "routing": "none"}, "routing/none.gin"),
-        ([3], {"train_steps": 1}, "train must be a folder of JSON lines or rows"),
+        (rows, steps | {"routing": "none"}, "routing/none.gin"),
+        ([3], steps, r"train must be a list of rows \(mappings .*\), got \[3\]: 'int' object"),
+        ([""], steps, "train must be a list of rows .*: 'str' object"),
+        ([[("inputs", "a")]], steps, "train must be a list of rows .*: 'list' object"),
+        (rows, steps | {"validation": "folder"}, "validation must be a list of rows .*: 'str'"),
+        (rows, steps | {"validation": tmp_path}, "validation must be a list of rows .* iterable"),
+        (rows, {"gin_files": "x.gin"}, "gin_files must be a list of paths, got 'x.gin'"),
         (tmp_path, {"validation": rows}, "validation must be None if train is a folder"),
     ):
         with pytest.raises(InputError, match=message):

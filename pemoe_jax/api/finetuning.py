@@ -29,22 +29,23 @@ def finetune(
 ) -> str:
     """Fine-tunes a base as `pemoe train` does, with its gin files, checks and messages.
 
-    The same call again resumes from the newest checkpoint. It imports TensorFlow, and configures
-    gin for the whole process.
+    The same call again resumes from the newest checkpoint. The function imports TensorFlow, and
+    configures gin for the whole process.
 
     Args:
       base: the base model, or a run to continue from (INITIAL_CHECKPOINT_PATH); None: random
         weights of `size`.
-      method: a file of methods/: 'mov', 'molora', 'ia3', 'lora', 'full', ….
+      method: name of a file in gin/methods/: 'mov', 'molora', 'ia3', 'lora', 'full', ….
       train: a folder of JSON lines (JSONL_DIR); or rows with 'inputs', 'targets' and optionally
         'answer_choices', which are written to `model_dir`/data.
       model_dir: folder of the run (MODEL_DIR).
-      validation: rows of the evaluation loss (EVAL_PERIOD), if `train` is a list of rows.
+      validation: if `train` is a list of rows, those on which the loss is evaluated every
+        EVAL_PERIOD steps.
       vocabulary: the base's SentencePiece file or 'bytes' (VOCAB_PATH); None: the `spiece.model` in
         the folder of the base, or else the command's default.
-      size: a file of models/.
-      routing: a file of routing/, or several: 'top_2', ….
-      gin_files: further gin files.
+      size: name of a file in gin/models/.
+      routing: name of a file in gin/routing/, or several: 'top_2', ….
+      gin_files: paths of further gin files.
       allow_changes: whether a run may resume with different data, seed or batches.
       options: the macros that `pemoe train --help` lists, in lower case: train_steps, batch_size,
         num_experts, …. A string that begins with '@' or '%' is a gin reference.
@@ -53,7 +54,8 @@ def finetune(
       The folder of the run, for `load_model`.
 
     Raises:
-      InputError: a setting or a file is wrong, before any checkpoint is written.
+      InputError: a setting or a file is wrong, before any checkpoint is written; or training fails,
+        as a step is not finite or the data end.
     """
     compile_cache.enable_in_process()
     from pemoe_jax import train as train_lib
@@ -64,6 +66,8 @@ def finetune(
     data_folder = train if isinstance(train, (str, os.PathLike)) else f"{run_folder}/data"
     if validation is not None and data_folder is train:
         raise InputError("validation must be None if train is a folder, which has its own splits")
+    if isinstance(gin_files, (str, os.PathLike)):
+        raise InputError(f"gin_files must be a list of paths, got {gin_files!r}")
     if vocabulary is None and base is not None:
         vocabulary = loading.find_spiece(os.fspath(base))
     macros = {
@@ -105,17 +109,26 @@ def _write_rows(folder: StrPath, splits: Mapping[str, Sequence[Mapping[str, Any]
     """Writes rows as the only task of a folder of JSON lines, unless they are there already."""
     from pemoe_jax.runtime import atomic_write, file_io
 
-    for split, rows in splits.items():
+    # All splits are checked before any is written.
+    texts = {
+        split: None if rows is None else _to_json_lines(split, rows)
+        for split, rows in splits.items()
+    }
+    for split, text in texts.items():
         path = file_io.resolve_local(folder, "MODEL_DIR") / "rows" / f"{split}.jsonl"
-        if rows is None:
+        if text is None:
             path.unlink(missing_ok=True)
-            continue
-        try:
-            text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{split} must be a folder of JSON lines or rows, got {rows!r:.80}: {error}"
-            ) from None
-        if not path.is_file() or path.read_text() != text:
+        elif not path.is_file() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write.write_text(path, text)
+
+
+def _to_json_lines(split: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        # Unlike dict(row), {**row} refuses a string and a list of pairs.
+        return "".join(json.dumps({**row}, ensure_ascii=False) + "\n" for row in rows)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{split} must be a list of rows (mappings that JSON can represent), got"
+            f" {rows!r:.80}: {error}"
+        ) from None

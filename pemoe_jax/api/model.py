@@ -289,7 +289,9 @@ class Model:
         from pemoe_jax.data import inference_batches
 
         if isinstance(texts, str):
-            single = self.routing([texts], None if targets is None else [targets])  # type: ignore
+            if not isinstance(targets, str | None):
+                raise InputError(f"targets of a text must be a text, got {targets!r:.80}")
+            single = self.routing([texts], None if targets is None else [targets])
             return {site: probs[0] for site, probs in single.items()}
         network = self._loaded.network
         if not (experts := probe.expert_counts(network)):

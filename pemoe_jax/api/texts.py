@@ -28,14 +28,21 @@ class Limits(NamedTuple):
 
 
 def check_texts(name: str, texts: object) -> list[str]:
-    """Returns the texts; InputError unless they are a list of texts, all of them UTF-8."""
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name} must be a text or a list of texts, got {texts!r:.80}")
+    """Returns the texts.
+
+    Raises:
+      InputError: they are not a list of strings, or one cannot be encoded as UTF-8.
+    """
+    is_text = isinstance(texts, str)  # a sequence of strings too
+    if is_text or not isinstance(texts, Sequence) or not all(isinstance(t, str) for t in texts):
+        raise InputError(f"{name} must be a list of texts, got {texts!r:.80}")
     try:
         for text in texts:
             text.encode()
     except UnicodeError:
-        raise InputError(f"{name} must be Unicode, got {text!r:.80}") from None
+        raise InputError(
+            f"{name} must be encodable as UTF-8 (no lone surrogates), got {text!r:.80}"
+        ) from None
     return list(texts)
 
 
@@ -79,7 +86,8 @@ def encode(tokenizer: Tokenizer, name: str, texts: Sequence[str], limit: int) ->
         encoded.append(ids)
         num_truncated += is_truncated
     if num_truncated:
-        level = 1  # the caller of the public method, outside of this package
+        # The first frame outside of this folder, so that the warning shows the user's line.
+        level = 1
         while os.path.dirname(sys._getframe(level).f_code.co_filename) == _FOLDER:
             level += 1
         warnings.warn(
@@ -111,7 +119,7 @@ def make_groups(
             is_correct=(),
             input_text=text,
             choice_texts=tuple(row),
-            input_truncated=False,
+            input_truncated=False,  # not read here: `encode` has warned
             target_truncated=False,
         )
         for index, (text, row) in enumerate(zip(texts, choices, strict=True))

@@ -15,14 +15,14 @@ def check_same_run(
 ) -> list[str]:
     """Raises InputError, with every difference, if a run cannot resume from a checkpoint.
 
-    Fields that a record does not know are not compared: those that are None, of earlier versions,
-    and an empty `base`. So the settings can be compared before the base is read.
+    Unknown fields are not compared: those that are None (in records of earlier versions) and an
+    empty `base`. So the settings can be compared before the base is read.
 
     Args:
       folder: the MODEL_DIR, for the message.
       saved: the checkpoint's record.
-      current: that of the resumed run.
-      allow_changes: whether other data, seed and batches are accepted.
+      current: the record of the resumed run.
+      allow_changes: whether other data, another seed and other batches are accepted.
 
     Returns:
       The accepted differences.
@@ -39,14 +39,14 @@ def check_same_run(
 
 
 def _draws_frozen_parameters(record: Record) -> bool:
-    """Whether the seed draws parameters that are not trained, and so not in the checkpoint."""
+    """Whether the seed initializes frozen parameters, which the checkpoint does not hold."""
     has_freeze = freezing.parse_patterns(record.trainable)[1] is not None
     is_drawn = record.base["path"] is None or "upcycled" in record.base
     return has_freeze or (record.base["needed"] and is_drawn)
 
 
 def _data_differences(saved: Record, current: Record) -> Iterator[str]:
-    """Yields differences that give another run, of the same model and optimizer."""
+    """Yields differences of seed, tasks and batches, which `allow_changes` accepts."""
     if saved.seed != current.seed and not _draws_frozen_parameters(saved):
         yield f"SEED {saved.seed} -> {current.seed}"
     yield from _changed_names("training tasks", saved.trained_tasks, current.trained_tasks)
@@ -58,7 +58,7 @@ def _data_differences(saved: Record, current: Record) -> Iterator[str]:
 
 
 def _differences(saved: Record, current: Record) -> Iterator[str]:
-    """Yields differences with which a checkpoint's state is of no use."""
+    """Yields differences that make the checkpoint's state unusable."""
     before, after = _settings(saved, saved), _settings(current, saved)
     if saved.method == current.method:  # otherwise everything differs
         for settings, record in ((before, saved), (after, current)):
@@ -69,20 +69,29 @@ def _differences(saved: Record, current: Record) -> Iterator[str]:
     for name, value in before.items():
         if name in after and after[name] != value:
             yield f"{name} {value!s:.60} -> {after[name]!s:.60}"
-    if checksums.is_other(*(r.base.get("checksum") for r in (saved, current))):
-        yield "values of the base, whose fingerprint is the same"
+    # The fingerprint hashes a sample of the values. If it differs, the loop above has said so.
+    is_same = before.get("base fingerprint") == after.get("base fingerprint")
+    first, second = (record.base.get("checksum") for record in (saved, current))
+    if saved.base["needed"] and is_same and checksums.is_other(first, second):
+        yield f"base checksum {first} -> {second}"
     yield from _initial_differences(saved, current)
 
 
 def _settings(record: Record, saved: Record) -> dict[str, Any]:
-    """Returns the settings that a run keeps, by the names that users know; without unknown ones."""
+    """Returns the settings that must not change on resuming, by their user-facing names.
+
+    Args:
+      record: the record of the settings; unknown ones are left out.
+      saved: the checkpoint's record, which determines whether the base and SEED count.
+    """
     base = record.base if saved.base["needed"] else {}
     settings = {
         "method": record.method,
         "SEED": record.seed if _draws_frozen_parameters(saved) else None,
         "OPTIMIZER": record.optimizer,
         "fingerprint of VOCAB_PATH": record.vocabulary,
-        # Dropout may change; the sentence encoder is compared by itself, with its size.
+        # Dropout may change; the sentence encoder and its size are compared separately
+        # (`sentence_table.check_same_encoder`).
         **{
             f"T5Config.{name}": value
             for name, value in record.config.items()
@@ -99,14 +108,14 @@ def _settings(record: Record, saved: Record) -> dict[str, Any]:
 
 
 def _initial_differences(saved: Record, current: Record) -> Iterator[str]:
-    """Yields a line if the runs started from others, which are known once the base is read."""
-    if not current.base:
+    """Yields a line if the two runs continue from different runs."""
+    if not current.base:  # `initial` is known only once the base is read
         return
     before, after = (
         "none" if record.initial is None else record.initial["fingerprint"]
         for record in (saved, current)
     )
-    # Earlier versions recorded a run that trained a whole model as the base alone.
+    # Earlier versions recorded a fully fine-tuned initial run only as the base.
     if saved.initial is None and after == saved.base.get("fingerprint"):
         return
     if before != after:

@@ -190,6 +190,7 @@ def mov(num_experts: int, top_k: int | None = None) -> dict:
 
 SPARSE = sparse.describe(sparse.Sparse(8))
 UPCYCLED = RECORD.base | {"needed": True, "upcycled": {"seed": 0, "noise": 0.0}}
+FROZEN_BASE = RECORD.base | {"needed": True, "fingerprint": "f", "checksum": "1:a"}
 
 
 def test_records_of_earlier_versions_are_of_dense_models():
@@ -238,6 +239,17 @@ def test_records_of_earlier_versions_are_of_dense_models():
             {"trainable": freezing.trainable_patterns([".*"], "router")},
             "FREEZE None -> router",
         ),
+        (
+            {"base": FROZEN_BASE},
+            {"base": FROZEN_BASE | {"checksum": "1:b"}},
+            "base checksum 1:a -> 1:b",
+        ),
+        # If the fingerprints differ, so do the checksums, which are then not listed.
+        (
+            {"base": FROZEN_BASE},
+            {"base": FROZEN_BASE | {"fingerprint": "g", "checksum": "1:b"}},
+            "base fingerprint f -> g",
+        ),
         ({"vocabulary": "a"}, {"vocabulary": "b"}, "fingerprint of VOCAB_PATH a -> b"),
         (
             {"method": "mov", "adapters": mov(10)},
@@ -278,6 +290,15 @@ def test_other_data_and_seeds_are_allowed_on_demand(saved, current, difference):
         same_run.check_same_run(
             "run", dataclasses.replace(before, optimizer="adamw"), other, allow_changes=True
         )
+
+
+def test_the_base_of_a_run_that_trains_every_parameter_may_change():
+    """Its checkpoints do not need the base."""
+    before, after = (
+        dataclasses.replace(RECORD, base=base | {"needed": False})
+        for base in (FROZEN_BASE, FROZEN_BASE | {"checksum": "1:b"})
+    )
+    same_run.check_same_run("run", before, after)
 
 
 def test_settings_that_a_record_does_not_know_are_not_compared():
