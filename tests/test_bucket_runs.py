@@ -95,7 +95,7 @@ def test_evaluation_from_and_to_a_bucket(gcs, folder, local_run, tmp_path, capsy
     flags = ["--gin_file=runs/evaluate.gin", f"--gin.EVAL_OUTPUT_DIR={out}", *data_flags(folder)]
     assert evaluate.main([*flags, f"--gin.CHECKPOINT_PATH=['{RUN}', '{adapter}']"]) == 0
     assert evaluate.main([*flags, f"--gin.CHECKPOINT_PATH={adapter}"]) == 1
-    assert f"error: {out}: results would be lost, those of {RUN} " in capsys.readouterr().err
+    assert f"error: {out}: results of {RUN} on " in capsys.readouterr().err
     results = json.loads(gcs.read(f"{out}/results.json"))["runs"]
     assert [run["checkpoint"] for run in results] == [str(RUN), adapter]
     assert results[0]["tasks"] == results[1]["tasks"] and results[0]["settings"]

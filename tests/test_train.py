@@ -591,7 +591,7 @@ def test_results_are_only_replaced_by_results_of_the_same_run(folder, trained, t
     first = json.loads((tmp_path / "results.json").read_text())["runs"][0]
     assert run_evaluate("lora") == 1
     error = capsys.readouterr().err
-    assert f"results would be lost, those of {trained['mov']} on " in error
+    assert f"results of {trained['mov']} on " in error and " would be lost: choose" in error
     assert error.count("\n") == 1
     assert run_evaluate("mov", DTYPE="bfloat16") == 0
     assert f"replacing the results in {tmp_path}" in capsys.readouterr().out
@@ -690,7 +690,7 @@ def test_what_settings_and_paths_show_is_said_before_tensorflow_is_imported(
         ("cache_tasks", ["--p3_dir=/nowhere", f"--output={tmp_path / 'cache'}"]),
     ]
     expected = [message for _, message in mistakes]
-    expected += ["/nowhere", "results would be lost", "base model /nowhere", "P3_DIR /nowhere must"]
+    expected += ["/nowhere", "would be lost: choose", "base model /nowhere", "P3_DIR /nowhere must"]
     done = subprocess.run(
         [sys.executable, "-c", EARLY_MISTAKES, json.dumps(commands)], capture_output=True, text=True
     )

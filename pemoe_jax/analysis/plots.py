@@ -279,7 +279,8 @@ def _read_metrics(file: AnyPath) -> dict[int, dict[str, Any]]:
     """Returns step -> metrics."""
     rows: dict[int, dict[str, Any]] = {}
     try:
-        text = file_io.read_text(file, "surrogateescape")  # other bytes than UTF-8 are not JSON
+        # Invalid UTF-8 must not abort reading: outside of strings, its line is reported below.
+        text = file_io.read_text(file, "surrogateescape")
     except OSError as error:
         raise InputError(f"{file}: expected a file of metrics, got {error.strerror}") from None
     lines = text.split("\n")[:-1]  # a last line without a newline is still being written

@@ -22,16 +22,16 @@ class Record:
       config: `T5Config.as_dict()`.
       adapters: `adapters.describe()` of the adapters.
       sparse: `sparse.describe()` of the sparse layers; None: a dense model.
-      base: path (None: random weights), seed and fingerprint of the base model, and whether the
-        checkpoint needs it (False if every parameter was trained); `checksum` of all of its values,
-        unless it was read in parts; `upcycled`, the seed and the noise of `upcycling`, if a sparse
-        model started from a dense one.
+      base: `path` (None: random weights), `seed` and `fingerprint` of the base model; `needed`,
+        whether the checkpoint needs it (False if every parameter was trained); `checksum` of all of
+        its values, unless it was read in parts; `upcycled`, the seed and the noise of `upcycling`,
+        if a sparse model started from a dense one.
       counts: trainable and total number of parameters.
       versions: versions of the packages that wrote the checkpoint.
-      seed: seed of the adapters' initial values; those that are not trained are drawn again.
-      trained_datasets: names of the datasets of training, as in tables; None: unknown.
-      trained_tasks: names of the tasks of training; None: unknown.
-      held_out: names of the datasets that are held out from training; None: unknown.
+      seed: seed of the adapters' initial values, which frozen ones get again on loading.
+      trained_datasets: the training datasets, by their names in result tables; None: unknown.
+      trained_tasks: names of the training tasks; None: unknown.
+      held_out: names of the held-out datasets; None: unknown.
       optimizer: name of the optimizer's function; None: unknown.
       sentence_encoder: encoder of the sentence embeddings that routers read (name, dim,
         fingerprint or probe: `sentence_table.is_same_encoder`); None: routers read none.
@@ -76,10 +76,16 @@ def package_versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     return versions
 
 
+# Types of the fields in JSON; all others are objects.
 _TYPES = {
-    **{"method": str, "trainable": list, "seed": int, "optimizer": str},
+    "method": str,
+    "trainable": list,
+    "seed": int,
+    "trained_datasets": list,
+    "trained_tasks": list,
+    "held_out": list,
+    "optimizer": str,
     "vocabulary": str,
-    **{"trained_datasets": list, "trained_tasks": list, "held_out": list},
 }
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 

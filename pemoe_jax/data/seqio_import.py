@@ -28,7 +28,8 @@ T = TypeVar("T")
 _stderr_lock = threading.Lock()
 
 # TensorFlow's C++ code logs that oneDNN is on and that there is no CUDA driver before its log level
-# counts: TF_CPP_MIN_LOG_LEVEL, ABSL_MIN_LOG_LEVEL and absl's Python settings all leave these lines.
+# takes effect: TF_CPP_MIN_LOG_LEVEL, ABSL_MIN_LOG_LEVEL and absl's Python settings all leave these
+# lines.
 _IMPORT_NOISE = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:"
 )
@@ -36,7 +37,7 @@ _IMPORT_NOISE = re.compile(
 
 @contextlib.contextmanager
 def _filter_stderr() -> Iterator[None]:
-    """Captures stderr and writes it at the end, without TensorFlow's noise unless it raises.
+    """Captures stderr and writes it at the end, without TensorFlow's noise unless the block raises.
 
     File descriptor 2 belongs to the whole process: output of other threads is delayed, not lost.
     """
@@ -60,8 +61,8 @@ def _filter_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pause_gc() -> Iterator[None]:
-    # TensorFlow's import creates a million objects that live as long as the process: collecting
-    # among them costs a fifth of the import, and another 1.5 s at exit unless they are frozen.
+    # TensorFlow's import creates a million objects that live as long as the process. Garbage
+    # collection among them takes a fifth of the import, and 1.5 s at exit unless they are frozen.
     enabled = gc.isenabled()
     gc.disable()
     atexit.register(gc.freeze)
@@ -79,7 +80,7 @@ class _Unavailable(importlib.abc.Loader):
         raise ImportError(f"{spec.name} is imported later")
 
     def exec_module(self, module: ModuleType) -> None:
-        raise AssertionError  # there is none
+        raise AssertionError  # unreachable: `create_module` raises
 
 
 class _Deferred(importlib.abc.Loader):
@@ -107,7 +108,7 @@ class _Deferred(importlib.abc.Loader):
 
 
 class _KerasFinder(importlib.abc.MetaPathFinder):
-    """Finds Keras for TensorFlow, which looks where it is and tries to import it.
+    """Lets TensorFlow locate Keras, but makes its import of Keras fail.
 
     The layers of TensorFlow Text, which derive from Keras's, are imported at their first use.
     """
@@ -150,7 +151,7 @@ def import_seqio() -> ModuleType:
     with _pause_gc(), quiet, _without_keras():
         import tensorflow as tf
 
-        # TensorFlow was initialized by the caller, who then decides which devices it sees.
+        # RuntimeError: the caller has initialized TensorFlow, and decides which devices it sees.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], "GPU")
         import seqio

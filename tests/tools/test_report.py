@@ -275,20 +275,21 @@ def broken(folder: Path, change) -> str:
         (lambda run: run.pop("tasks"), "'tasks' to be an object, got None"),
         (lambda run: run.update(tasks={}), "at least one task"),
         (lambda run: run.pop("name"), "'name' to be text"),
-        (lambda run: run["tasks"]["cb_a"].update(accuracy="x"), "task 'cb_a': .*'accuracy'"),
+        (lambda run: run["tasks"]["cb_a"].update(accuracy="x"), "'accuracy' to be a number"),
         (lambda run: run["tasks"]["cb_a"].update(accuracy=60.0), "accuracy of 0 to 1"),
         (lambda run: run["tasks"]["cb_a"].pop("dataset"), "'dataset' to be text"),
         (lambda run: run.update(tasks={"a": 3}), "task 'a': expected an object, got 3"),
         (lambda run: run.update(trained_datasets="cb"), "list of names, got 'cb'"),
-        (lambda run: run.update(trainable="1 %"), "'trainable' to be a number"),
-        (lambda run: run.update(shots="5"), "'shots' to be a number"),
-        (lambda run: run.update(shots=None), "'shots' to be a number, got None"),
+        (lambda run: run.update(trainable="1 %"), "'trainable' to be a .* 64-bit integer"),
+        (lambda run: run.update(shots="5"), "'shots' to be a non-negative 64-bit integer"),
+        (lambda run: run.update(shots=None), "'shots' to be a .* integer, got None"),
         (lambda run: run.update(checkpoint=["a"]), "'checkpoint' to be text, got \\['a'\\]"),
         (lambda run: run.update(settings={}), "'settings' to be text, got {}"),
-        (lambda run: run.update(step=-1), "'step' to be a number, got -1"),
-        (lambda run: run.update(flops=10**400), "'flops' to be a number, got 1000"),
+        (lambda run: run.update(step=-1), "'step' to be a non-negative 64-bit integer, got -1"),
+        (lambda run: run.update(flops=10**400), "'flops' to be a .* 64-bit integer, got 1000"),
         (lambda run: run["tasks"]["cb_a"].update(chance=math.nan), "a chance of 0 to 1, got nan"),
-        (lambda run: run["tasks"]["cb_a"].update(shots_left_out="x"), "a number of shots, got 'x'"),
+        (lambda run: run["tasks"]["cb_a"].update(shots_left_out="x"), "64-bit integer, got 'x'"),
+        (lambda run: run["tasks"]["cb_a"].update(examples=1.5), "to be an integer, got 1.5"),
         (
             lambda run: run.update(step_times=[step_time(math.inf)]),
             "step_times: expected positive 'seconds', got inf",
@@ -322,6 +323,12 @@ def test_a_broken_prediction_names_its_line(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 1
     assert "cb_a.jsonl, line 4: expected" in capsys.readouterr().err
     assert report.main([str(tmp_path), "--draws=0"]) == 0
+    # Invalid UTF-8 outside of strings is a bad line; in a text, it does not concern the accuracy.
+    file.write_bytes("\n".join(lines).encode().replace(b'"idx": 3', b'"idx": 3\xff'))
+    assert report.main([str(tmp_path)]) == 1
+    assert "cb_a.jsonl, line 4: expected" in capsys.readouterr().err
+    file.write_bytes("\n".join(lines).encode().replace(b'"idx": 3', b'"x": "\xff", "idx": 3'))
+    assert report.main([str(tmp_path)]) == 0
     for old, new in (('"idx": 3', '"idx": 0'), ('"idx": 3', '"idx": 1e999'), ("true", '"true"')):
         file.write_text("\n".join(lines).replace(old, new))
         assert report.main([str(tmp_path)]) == 1

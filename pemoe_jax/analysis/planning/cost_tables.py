@@ -30,12 +30,13 @@ _NOTE_ON_COLLECTIVES = (
     " of its terms."
 )
 _NOTE_ON_FLOPS = (
-    "FLOPs: of the compiled program, on each device; of the model: matrix products by formula, with"
-    " the gradients of activations and of trainable weights. Tokens: inputs and targets."
+    "FLOPs: those of the compiled program, on each device, and on all devices as a multiple of the"
+    " model's: its matrix products by formula, with the gradients of activations and of trainable"
+    " weights. Tokens: inputs and targets."
 )
 _NOTE_ON_PLACES = (
-    "Experts: the parts count the experts that a token uses; the last line the places that the"
-    " experts compute in training, whether they hold a token or not."
+    "Experts: the parts count the experts that a token uses; the last line counts all places of the"
+    " experts, which they compute in training whether they hold a token or not."
 )
 
 
@@ -80,7 +81,7 @@ class StepCost:
       collectives: kind -> (arrays, bytes) on a device.
       flops: FLOPs of the compiled step on a device.
       model_flops: FLOPs of the model for the whole batch, by formula.
-      tokens: inputs and targets in the batch.
+      tokens: number of input and target tokens in the batch.
       compiled: description of the compiled programs.
     """
 
@@ -118,7 +119,7 @@ def to_tables(title: str, costs: Sequence[StepCost], chip: Chip | None) -> list[
         if any(kind in cost.collectives for cost in costs):
             rows.append([kind, *(_collective(cost.collectives.get(kind)) for cost in costs)])
     rows.append(["FLOPs", *(format_scaled(cost.flops) for cost in costs)])
-    rows.append(["of the model", *(_overhead(cost) for cost in costs)])
+    rows.append(["multiple of the model's FLOPs", *(_overhead(cost) for cost in costs)])
     notes = [_NOTE_ON_MEMORY, _NOTE_ON_COLLECTIVES, _NOTE_ON_FLOPS]
     notes += list(dict.fromkeys(f"Compiled: {cost.compiled}." for cost in costs))
     return [Table(title, columns, rows, notes=notes), _model_flops_table(costs[0])]

@@ -17,6 +17,7 @@ from pemoe_jax.analysis.routing import dispatch_probe, probe
 from pemoe_jax.core import routing
 
 MAX_TOP_TOKENS = 10
+# Module -> prefix of its sites' kinds.
 _ATTENTION = {
     "attention": "self ",
     "self_attention": "self ",
@@ -53,7 +54,7 @@ class ProbeResult:
       min_count: top tokens must occur at least this often.
       dispatch: {site: assignments in training} of the sparse layers; empty for a dense model.
       experts_choose: whether the encoder's experts choose tokens.
-      rows: the rows of training that `dispatch` is of.
+      rows: description of the training rows that `dispatch` was measured on.
       example_probs: {site: [N, E]} probabilities summed over the tokens of each example.
       example_tasks: indices of the examples' tasks, [N].
     """
@@ -96,11 +97,11 @@ class RouterEntropy:
       stack: 'decoder'.
       layer: 3.
       kind: the projection and its attention, 'cross key'.
-      token_entropy: mean entropy of single tokens' distributions over log E; 0: each token uses one
-        expert, 1: each token uses all experts equally. At sparse layers that of the softmax before
-        experts are chosen.
-      mean_entropy: entropy of the mean distribution over log E; 0: one expert serves all tokens,
-        1: all experts are used equally.
+      token_entropy: mean entropy of single tokens' distributions, divided by log E; 0: each token
+        uses one expert, 1: each token uses all experts equally. In sparse layers it is the entropy
+        of the softmax, before experts are chosen.
+      mean_entropy: entropy of the mean distribution, divided by log E; 0: one expert serves all
+        tokens, 1: all experts are used equally.
       task_bits: Jensen-Shannon divergence of all tasks in bits, at most log2(min(T, E)); 0: the
         mixture does not depend on the task.
       mass: mean sum of a token's probabilities; below 1 only for a top-k router that does not
@@ -140,7 +141,7 @@ def jensen_shannon(probs: np.ndarray) -> np.ndarray:
     entropy = entropy_bits(probs)
     midpoint = entropy_bits((probs[:, None] + probs[None]) / 2)
     divergences = np.clip(midpoint - (entropy[:, None] + entropy[None]) / 2, 0.0, 1.0)
-    # Rounding leaves about 1e-16 on the diagonal, whose square root would be a visible distance.
+    # Rounding leaves about 1e-16 on the diagonal, whose square root would be a distance of 1e-8.
     np.fill_diagonal(divergences, 0.0)
     return divergences
 
@@ -153,7 +154,10 @@ def task_distances(result: ProbeResult) -> np.ndarray:
 
 
 def nearest_trained(result: ProbeResult) -> dict[str, tuple[str, float]]:
-    """Returns {held-out task: (nearest trained task, distance)}; empty without both kinds."""
+    """Returns {held-out task: (nearest trained task, distance)}.
+
+    It is empty unless there are tasks of both kinds.
+    """
     distances, names = task_distances(result), result.task_names
     trained = [i for i, task in enumerate(result.tasks) if task.seen]
     held_out = [i for i, task in enumerate(result.tasks) if task.seen is False]
@@ -179,14 +183,11 @@ def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> R
     mean_bits = float(entropy_bits(distributions.mean(axis=0)))
     masses = np.asarray(totals.probs[site]).sum(axis=-1)[has_tokens] / num_tokens
     stack, layer, module, name = site.split("/")
-    attention = "self " if module.endswith("attention") else ""
-    if module == "encoder_decoder_attention":
-        attention = "cross "
     return RouterEntropy(
         site=site,
         stack=stack,
         layer=int(layer.removeprefix("layers_")),
-        kind=attention + name,
+        kind=_ATTENTION.get(module, "") + name,
         token_entropy=float(token_bits.mean() / max_bits),
         mean_entropy=mean_bits / max_bits,
         # Equals mutual information of task and expert, with uniform weights of the tasks.
@@ -197,13 +198,14 @@ def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> R
 
 @dataclass(frozen=True)
 class SparseLoad:
-    """Who goes where in a sparse layer in training, see `dispatch_probe`.
+    """Counts of a sparse layer's assignments in training, see `dispatch_probe`.
 
     Attributes:
       site: e.g. 'decoder/layers_1/mlp/experts'.
-      experts_choose: whether experts choose tokens, of which none is dropped then.
+      experts_choose: whether experts choose tokens; then no assignment is dropped, but a token may
+        have no expert.
       assigned: [E], tokens that chose an expert, or that it chose, over all tasks.
-      placed: [E], those of them that have a place.
+      placed: [E], the assignments that have a place.
       tokens_by_experts: [E + 1], tokens that 0, 1, … E experts compute.
     """
 

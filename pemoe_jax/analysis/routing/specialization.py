@@ -22,10 +22,11 @@ _QUANTILE = 0.95
 _GROUPS = {True: "trained on", False: "held out"}
 _NOTE = (
     "Information: mutual information of task and expert, tasks with equal weights; 0 if routing"
-    " does not depend on the task. Normalized: as a fraction of its maximum, log2 of the number of"
-    f" tasks or experts. Shuffled: the same with the examples' tasks shuffled, mean of {SHUFFLES}"
-    " shuffles and their 95 % quantile; information below it is that of chance. A layer is the mean"
-    " of its sites, the last rows that of the sites shown in detail."
+    " does not depend on the task. Normalized: as a fraction of its maximum, log2 of the smaller of"
+    " the numbers of tasks and experts. Shuffled: the same with the examples' tasks shuffled, mean"
+    f" of {SHUFFLES} shuffles and their 95 % quantile; information below this quantile may be due"
+    " to chance. A layer's row is the mean over its sites; the last rows are means over the sites"
+    " shown in detail."
 )
 
 

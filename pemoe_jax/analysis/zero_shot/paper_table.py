@@ -227,7 +227,9 @@ def build_paper_table(
         averaged += [Column(name, shots) for name in in_paper or names]
     groups = _group_rows(runs, seeds_apart)
     # Labels are made unique after grouping, since the seeds of one row may share a name.
-    names = result_tables.run_labels([seed_groups.representative(_largest(g)) for g in groups])
+    names = result_tables.run_labels(
+        [seed_groups.first_run_without_seed(_largest(g)) for g in groups]
+    )
     rows = [
         _row(name, group, averaged, draws, seed) for name, group in zip(names, groups, strict=True)
     ]

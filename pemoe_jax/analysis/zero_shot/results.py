@@ -1,8 +1,8 @@
 """results.json of `pemoe evaluate`: computing, checking and loading it, with its predictions.
 
-The file holds {"runs": [run, …]}. A run has "name", "checkpoint" and "step", which identify it,
-with the number and the seed of the shots if its inputs have some ("shots", "shots_seed"), and
-"tasks" (one per prompt, see `task_result`), and "datasets" and "average" (see `summarize`).
+The file holds {"runs": [run, …]}. A run is identified by "name", "checkpoint" and "step", and with
+shots also by "shots" and "shots_seed". It also has "tasks" (one per prompt, see `task_result`), and
+"datasets" and "average" (see `summarize`).
 Accuracies are fractions in the file; tables show them in %.
 """
 
@@ -28,8 +28,8 @@ SHOTS_KEYS = ("shots", "shots_seed")
 Shots: TypeAlias = tuple[int, ...]
 NO_SHOTS: Shots = (0, 0)
 
-# Accuracies by log-probability divided by a choice's length, if LENGTH_NORMALIZED, and the unit of
-# that length. The first two have the names of lm-evaluation-harness.
+# Names of accuracies that rank choices by log-probability per unit of length (LENGTH_NORMALIZED) ->
+# that unit. The first two are names of lm-evaluation-harness.
 NORMALIZED = {"acc_norm": "character", "acc_bytes": "byte", "acc_tokens": "token"}
 
 # A run, or a part of one, as read from JSON.
@@ -45,9 +45,13 @@ _TASK_KEYS: dict[str, _Types] = {
 }
 _TEXTS = ("checkpoint", "method", "variant", "settings")  # of a run, or null
 _NUMBERS = ("step", "seed", "trainable", "total", "used", "flops", "flops_with_places")
-_LONGEST_STEP = 1e9  # seconds; also less than infinity
+_MAX_SECONDS = 1e9  # finite, so that the comparison rejects infinity
 _STEP_TIME_KEYS: dict[str, _Types] = {"seconds": (int, float), "device": str, "batch": str}
-_TYPE_NAMES = {str: "text", dict: "an object", int: "a number"}
+_TYPE_NAMES: dict[_Types, str] = {
+    **{str: "text", dict: "an object", int: "an integer"},
+    (int, float): "a number",
+}
+_COUNT = "a non-negative 64-bit integer"
 
 
 def task_result(
@@ -86,6 +90,8 @@ def task_result(
 
 def same_answer(answers: Iterable[tuple[int, Sequence[str]]]) -> str:
     """Returns the answer that a model gives to every example of a task; '' if answers differ.
+
+    Examples with one choice are skipped. Of fewer than two examples, '' is returned.
 
     Args:
       answers: for each example, the index of the chosen answer, and all choices.
@@ -174,15 +180,15 @@ def check_overwrites(
         ) from error
     if other_shots:
         raise InputError(
-            f"{folder}: results with {_describe_shots(other_shots[0])} would be lost, got"
-            f" {_describe_shots(shots)}: {advice}"
+            f"{folder}: results with {_describe_shots(other_shots[0])} would be lost: this"
+            f" evaluation has {_describe_shots(shots)}: {advice}"
         )
     for task, split in existing_splits:
         current = (splits or {}).get(task.removesuffix("_score_eval"), split)
         if split not in (None, current):
             raise InputError(
-                f"{folder}: results of {task} on its split {split!r} would be lost, got"
-                f" {current!r}: {advice}"
+                f"{folder}: results of {task} on its split {split!r} would be lost: this evaluation"
+                f" is on {current!r}: {advice}"
             )
     recomputed = {_absolute(path) for path in checkpoints}
     lost = [
@@ -193,9 +199,7 @@ def check_overwrites(
     if lost:
         path, task = lost[0]
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise InputError(
-            f"{folder}: results would be lost, those of {path} on {task}{more}: {advice}"
-        )
+        raise InputError(f"{folder}: results of {path} on {task}{more} would be lost: {advice}")
     return True
 
 
@@ -264,11 +268,11 @@ def _join(before: JsonObject, run: JsonObject) -> JsonObject:
         if None not in splits and splits[0] != splits[1]:
             raise InputError(
                 f"{run['name']}: expected one split of {name!r}, got results on {splits[0]!r} and"
-                f" {splits[1]!r}: pass one of them"
+                f" {splits[1]!r}: pass only one of these results"
             )
     tasks = {**before["tasks"], **run["tasks"]}
     joined = {**run, "tasks": tasks, **summarize(tasks)}
-    # Each evaluation records those of its own datasets.
+    # An evaluation records only which of its own datasets were trained on.
     trained = [known for r in (before, run) if (known := r.get("trained_datasets")) is not None]
     joined["trained_datasets"] = sorted(set().union(*trained)) if len(trained) == 2 else None
     return joined
@@ -291,7 +295,8 @@ def load_predictions(
     if not file.is_file():
         return None
     indices, correct = [], []
-    # Other bytes than UTF-8 are not JSON.
+    # Invalid UTF-8 must not abort reading: outside of strings, it is reported as a bad line. In a
+    # text it changes nothing that is read here.
     with io.StringIO(file_io.read_text(file, "surrogateescape")) as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -340,7 +345,7 @@ def _check_run(run: JsonObject, where: str) -> None:
             )
         if not _is_count(task.get("shots_left_out", 0)):
             raise InputError(
-                f"{where}, task {name!r}: expected 'shots_left_out' to be a number of shots, got"
+                f"{where}, task {name!r}: expected 'shots_left_out' to be {_COUNT}, got"
                 f" {task['shots_left_out']!r:.60}"
             )
     for key in _TEXTS:
@@ -348,17 +353,17 @@ def _check_run(run: JsonObject, where: str) -> None:
             raise InputError(f"{where}: expected {key!r} to be text, got {run[key]!r:.60}")
     for key in _NUMBERS:
         if run.get(key) is not None and not _is_count(run[key]):
-            raise InputError(f"{where}: expected {key!r} to be a number, got {run[key]!r:.60}")
+            raise InputError(f"{where}: expected {key!r} to be {_COUNT}, got {run[key]!r:.60}")
     for key in SHOTS_KEYS:
         if not _is_count(run.get(key, 0)):
-            raise InputError(f"{where}: expected {key!r} to be a number, got {run[key]!r:.60}")
+            raise InputError(f"{where}: expected {key!r} to be {_COUNT}, got {run[key]!r:.60}")
     step_times = run.get("step_times", [])
     if not isinstance(step_times, list):
         raise InputError(f"{where}: expected 'step_times' to be a list, got {step_times!r:.60}")
     for step_time in step_times:
         _check_object(step_time, _STEP_TIME_KEYS, f"{where}, step_times")
         seconds = step_time["seconds"]
-        if not 0 < seconds < _LONGEST_STEP:
+        if not 0 < seconds < _MAX_SECONDS:
             raise InputError(
                 f"{where}, step_times: expected positive 'seconds', got {seconds!r:.60}"
             )
@@ -367,7 +372,7 @@ def _check_run(run: JsonObject, where: str) -> None:
                 f"{where}, step_times: expected 'memory' in bytes, got {step_time['memory']!r:.60}"
             )
     evaluation = run.get("evaluation_seconds", 0.0)
-    if type(evaluation) not in (int, float) or not 0 <= evaluation < _LONGEST_STEP:
+    if type(evaluation) not in (int, float) or not 0 <= evaluation < _MAX_SECONDS:
         raise InputError(
             f"{where}: expected 'evaluation_seconds' to be a time, got {evaluation!r:.60}"
         )
@@ -390,7 +395,7 @@ def _check_not_decoded(run: object, file: AnyPath) -> None:
 
 
 def _is_count(value: object) -> bool:
-    """Returns whether a value of JSON is an integer that is not negative, and fits int64."""
+    """Whether a value of JSON is a `_COUNT`."""
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -401,8 +406,9 @@ def _check_object(value: object, keys: Mapping[str, _Types], where: str) -> None
         member = value.get(key)
         # In Python bool is an int; in JSON true is not a number.
         if not isinstance(member, types) or isinstance(member, bool):
-            expected = _TYPE_NAMES[types[0] if isinstance(types, tuple) else types]
-            raise InputError(f"{where}: expected {key!r} to be {expected}, got {member!r:.60}")
+            raise InputError(
+                f"{where}: expected {key!r} to be {_TYPE_NAMES[types]}, got {member!r:.60}"
+            )
 
 
 def _absolute(path: str) -> str:

@@ -26,8 +26,8 @@ def group_by_seed(runs: Sequence[JsonObject]) -> list[list[JsonObject]]:
     return [[runs[i] for i in group] for group in sorted(groups)]
 
 
-def representative(group: Sequence[JsonObject]) -> JsonObject:
-    """Returns the first run of a group; if there are more, its name is without the seed."""
+def first_run_without_seed(group: Sequence[JsonObject]) -> JsonObject:
+    """Returns the first run of a group, and without the seed in its name if there are others."""
     name = group[0]["name"]
     if len(group) > 1:
         name = _SEED_IN_NAME.sub("", name) or name

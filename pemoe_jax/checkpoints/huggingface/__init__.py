@@ -1,4 +1,4 @@
-"""Reads and writes T5 and Switch Transformers in the format of Hugging Face transformers, a folder.
+"""Reads and writes folders of T5 and Switch Transformers in the format of Hugging Face.
 
     config.json               the model's settings
     model.safetensors         the weights; or shards and model.safetensors.index.json
@@ -43,8 +43,8 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
     The logits are those that transformers 5.24 computes, see `_open_logits`.
 
     Raises:
-      InputError: the model is not a T5 or a Switch Transformer that this package has, or a file is
-        missing, truncated or has other arrays.
+      InputError: the model is not a T5 or a Switch Transformer that this package supports, or a
+        file is missing, truncated or has unexpected arrays.
     """
     path = folder / config_lib.NAME
     config = file_io.read_json(path)
@@ -56,11 +56,13 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
     head_name = DECODER_HEAD if DECODER_HEAD in weights and is_switch else HEAD
     head = weights.pop(head_name, None)
     arrays = names_lib.to_ours(f"{folder}", weights, layout)
-    config_lib.read_activations(path, config, layout.is_gated)  # refuses activations without ours
+    config_lib.read_activations(path, config, layout.is_gated)  # raises for unsupported ones
     embedding = weights[EMBEDDING]
     if head_name == DECODER_HEAD:
-        # Of models that transformers does not load; their config.json may say that they are tied.
-        arrays[OUR_HEAD] = _check_logits(folder, head or embedding).T
+        # Only switch-xxl-128 and switch-c-2048 have this head. transformers cannot load them, and
+        # their config.json may say that it is tied.
+        assert head is not None
+        arrays[OUR_HEAD] = _check_logits(folder, head).T
     else:
         arrays |= _open_logits(folder, config, layout, embedding, head)
     shapes = {path: array.shape for path, array in arrays.items()}
@@ -121,13 +123,14 @@ def _open_logits(
     embedding: LazyArray,
     head: LazyArray | None,
 ) -> dict[str, LazyArray]:
-    """Returns the logits' kernel [D, V] by its path; nothing if the logits are the embedding's.
+    """Returns the logits' kernel [D, V] by its path; empty if the head is tied.
 
-    Of T5, transformers 5 ties lm_head to the embedding if the folder has no lm_head, whatever the
+    For T5, transformers 5 ties lm_head to the embedding if the folder has no lm_head, whatever the
     configuration says, and scales by `scale_decoder_outputs`, a separate key. transformers 4 has
     only `tie_word_embeddings`: tied and scaled, or neither; it draws a missing, untied head at
-    random. Its mT5 scales likewise; that of transformers 5 never does. Of Switch Transformers both
-    have only `tie_word_embeddings`. A head that differs from the embedding is used, and scaled.
+    random. mT5 scales likewise in transformers 4, and never in transformers 5. For Switch
+    Transformers, both have only `tie_word_embeddings`. A head that differs from the embedding is
+    used, and scaled.
 
     T5 1.0 and Switch Transformers are opened as tied if they are tied and scaled. The gated T5 v1.1
     always has a kernel of its own here, scaled by D**-0.5 if the model scales its output.
@@ -184,7 +187,7 @@ def save_checkpoint(
       path: the folder.
       arrays: path -> array, of a model without adapters.
       activations: `T5Config.mlp_activations`; None: those of T5 v1.1 or 1.0, by the shapes.
-      sparse: how tokens meet experts, if layers are sparse; None: by default, as in Switch.
+      sparse: settings of the sparse layers, if there are any; None: the defaults, as in Switch.
       dropout_rate: rate in config.json, for training in transformers.
       shard_bytes: maximum size of a file, unless a single array is larger.
       report: called with the number of arrays written so far.
@@ -203,13 +206,13 @@ def save_checkpoint(
     sizes = dimensions.infer(shapes, f"{path}")
     sizes["mlp_activations"] = activations or sizes["mlp_activations"]
     config, layers = T5Config(**sizes), dimensions.infer_sparse(shapes, f"{path}")
-    # Before anything is written. Adapters are extra arrays, and so refused here.
     if layers is not None:
         sparse = sparse or Sparse(**layers)
         layout = _make_layout(config, sparse)
     else:
         sparse, layout = None, _make_layout(config, None)
     expected = network.param_shapes(network.Transformer(config, sparse=sparse))
+    # Before anything is written; adapters are refused as extra arrays.
     params_lib.check_matches(arrays, expected, f"model to write to {path}")
     config_lib.check_writable(f"{path}", config, sparse)
     theirs = names_lib.to_theirs(arrays, layout)

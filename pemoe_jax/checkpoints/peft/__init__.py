@@ -187,7 +187,7 @@ def _make_config(
 ) -> JsonObject:
     sites = names.sites_of(is_gated)
     by_module = {
-        sites[site].module: settings for site, settings in description.items() if site in sites
+        sites[site].name: settings for site, settings in description.items() if site in sites
     }
     common: JsonObject = {
         "base_model_name_or_path": base_model_name,

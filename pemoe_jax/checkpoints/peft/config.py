@@ -121,8 +121,8 @@ def describe(
             _refuse(path, "feedforward_modules", expected, feedforward)
     # The sites gate and wo share the module wo.
     unused = "wo" if is_input_scaled else "gate"
-    by_site = {s: site for s, site in names.sites_of(is_gated).items() if s != unused}
-    sites = {s: site.module for s, site in by_site.items() if site.module in adapted}
+    by_site = {s: module.name for s, module in names.sites_of(is_gated).items() if s != unused}
+    sites = {site: name for site, name in by_site.items() if name in adapted}
     plain = {"kind": kind, "num_experts": 1, "router": None}
     if kind == "VectorExperts":
         return {site: dict(plain) for site in sites}

@@ -23,37 +23,37 @@ _PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class PeftModule:
     """The PEFT module of one of our sites."""
 
-    module: str
+    name: str
     in_axis: str  # last axis of the module's input
     out_axis: str  # last axis of the array that our adapter changes
 
 
 _ATTENTION = {
-    "query": Site("q", "embed", "joined_kv"),
-    "key": Site("k", "embed", "joined_kv"),
-    "value": Site("v", "embed", "joined_kv"),
-    "out": Site("o", "joined_kv", "embed"),
+    "query": PeftModule("q", "embed", "joined_kv"),
+    "key": PeftModule("k", "embed", "joined_kv"),
+    "value": PeftModule("v", "embed", "joined_kv"),
+    "out": PeftModule("o", "joined_kv", "embed"),
 }
 _MLP = {
-    "wi_0": Site("wi_0", "embed", "mlp"),
-    "wi_1": Site("wi_1", "embed", "mlp"),
-    "gate": Site("wo", "mlp", "mlp"),
-    "wo": Site("wo", "mlp", "embed"),
+    "wi_0": PeftModule("wi_0", "embed", "mlp"),
+    "wi_1": PeftModule("wi_1", "embed", "mlp"),
+    "gate": PeftModule("wo", "mlp", "mlp"),
+    "wo": PeftModule("wo", "mlp", "embed"),
 }
 SITES = {**_ATTENTION, **_MLP}
-# T5 1.0's MLP has one projection, the site wi_0.
+# The MLP of T5 1.0 has one input projection, wi, which is our site wi_0.
 _UNGATED_SITES = {
-    **{site: value for site, value in SITES.items() if site != "wi_1"},
-    "wi_0": Site("wi", "embed", "mlp"),
+    **{site: module for site, module in SITES.items() if site != "wi_1"},
+    "wi_0": PeftModule("wi", "embed", "mlp"),
 }
-MODULES = tuple(dict.fromkeys(site.module for site in (*SITES.values(), *_UNGATED_SITES.values())))
+MODULES = tuple(dict.fromkeys(m.name for m in (*SITES.values(), *_UNGATED_SITES.values())))
 
 
-def sites_of(is_gated: bool) -> dict[str, Site]:
-    """Returns the sites of a model whose MLPs have wi_0 and wi_1, or one wi."""
+def sites_of(is_gated: bool) -> dict[str, PeftModule]:
+    """Returns site -> module of a model whose MLPs have wi_0 and wi_1, or one wi."""
     return SITES if is_gated else _UNGATED_SITES
 
 
@@ -75,13 +75,13 @@ class AdapterArray:
 
     def axes(self) -> tuple[str | int, ...]:
         """Returns our shape, with axis names in place of the model's dimensions."""
-        site = SITES[self.site]
+        module = SITES[self.site]
         if self.leaf == "lora_a":
-            return (site.in_axis, 1, self.rank)
+            return (module.in_axis, 1, self.rank)
         if self.leaf == "lora_b":
-            return (1, self.rank, site.out_axis)
+            return (1, self.rank, module.out_axis)
         # PEFT's vectors join heads and kv; row-major order makes the conversion a reshape.
-        return ("heads", 1, "kv") if site.out_axis == "joined_kv" else (1, site.out_axis)
+        return ("heads", 1, "kv") if module.out_axis == "joined_kv" else (1, module.out_axis)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Returns our shape; 0 for an axis of unknown size."""
@@ -113,7 +113,7 @@ def adapter_arrays(
     return [
         AdapterArray(
             path=f"{path}/{site}_adapter/{leaf}",
-            peft_name=f"{_PREFIX}{module}.{sites[site].module}.{peft_leaf}",
+            peft_name=f"{_PREFIX}{module}.{sites[site].name}.{peft_leaf}",
             site=site,
             leaf=leaf,
             rank=description[site].get("rank", 0),
@@ -130,15 +130,15 @@ def module_names(num_layers: Mapping[str, int], is_gated: bool) -> list[str]:
     return [
         f"{module}.{name}"
         for _, module, sites in _sublayers(num_layers, is_gated)
-        for name in dict.fromkeys(site.module for site in sites.values())
+        for name in dict.fromkeys(peft_module.name for peft_module in sites.values())
     ]
 
 
 def _sublayers(
     num_layers: Mapping[str, int], is_gated: bool
-) -> Iterator[tuple[str, str, dict[str, Site]]]:
-    """Yields (our path, PEFT's module, sites) of every attention and MLP."""
-    mlp = {site: value for site, value in sites_of(is_gated).items() if site in _MLP}
+) -> Iterator[tuple[str, str, dict[str, PeftModule]]]:
+    """Yields (our path, PEFT's path, site -> module) of every attention and MLP."""
+    mlp = {site: module for site, module in sites_of(is_gated).items() if site in _MLP}
     for stack, module, ours, _ in SUBLAYERS:
         sites = mlp if ours == "mlp" else _ATTENTION
         for i in range(num_layers[stack]):
@@ -146,9 +146,9 @@ def _sublayers(
 
 
 def strip_adapter_name(name: str) -> str:
-    """Removes the adapter's name: '….lora_A.default.weight' -> '….lora_A.weight'.
+    """Removes the name of the default adapter: '….lora_A.default.weight' -> '….lora_A.weight'.
 
-    Files of `save_pretrained` are without it, a model's state dict has it. PEFT loads both.
+    A model's state dict has it, files of `save_pretrained` do not. PEFT loads both.
     """
     return re.sub(r"\.(ia3_l|lora_[AB])\.default(\.weight)?$", r".\1\2", name)
 

@@ -73,20 +73,18 @@ def test_results_that_are_not_recomputed_are_not_overwritten(tmp_path, monkeypat
     ]
     (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
     assert results.check_overwrites(tmp_path, ["run", "base", "new"], ["a", "b", "c"])
-    with pytest.raises(InputError, match="lost, those of base on a and 1 more: choose another"):
+    with pytest.raises(InputError, match="results of base on a and 1 more would be lost: choose"):
         results.check_overwrites(tmp_path, ["run"], ["a", "b"])
-    with pytest.raises(InputError, match="lost, those of base on b: choose another EVAL_OUTPUT"):
+    with pytest.raises(InputError, match="results of base on b would be lost: choose another"):
         results.check_overwrites(tmp_path, ["run", "base"], ["a", "a_score_eval"])
-    with pytest.raises(
-        InputError, match="with SHOTS=0 would be lost, got SHOTS=3 and SHOTS_SEED=1"
-    ):
+    with pytest.raises(InputError, match="lost: this evaluation has SHOTS=3 and SHOTS_SEED=1: ch"):
         results.check_overwrites(tmp_path, ["run", "base"], ["a", "b"], shots=(3, 1))
     runs[0]["tasks"] = {"a_score_eval": {"split": "test"}}
     (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
     tasks = ["a", "a_score_eval"]
     for splits in ({}, {"a": "test"}):
         assert results.check_overwrites(tmp_path, ["run", "base"], tasks, splits=splits)
-    with pytest.raises(InputError, match="a_score_eval on its split 'test' would be lost, got 'va"):
+    with pytest.raises(InputError, match="split 'test' would be lost: this evaluation is on 'val'"):
         results.check_overwrites(tmp_path, ["run", "base"], tasks, splits={"a": "val"})
     runs[0]["tasks"] = {"a": {}, "b": {}}
     few = [run | {"shots": 3, "shots_seed": 1} for run in runs]
