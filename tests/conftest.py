@@ -29,7 +29,7 @@ _XLA_FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=2",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 _USER_FLAGS = os.environ.get("XLA_FLAGS", "").split()
 # Last, as XLA uses the last of several values of a flag.

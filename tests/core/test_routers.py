@@ -30,9 +30,9 @@ OPTIONS = {  # settings that no file has: the file they are added to, and the pa
 }
 
 
-# Both methods have the same router. These differ in what it reads or whether it is fused with A, so
-# their model has both methods, each at its own sites.
-MOLORA = ("soft", "activation", "jitter", "sentence", "top_2_balanced")
+# Both methods have the same router. These differ in what it reads, so their model has both methods,
+# each at its own sites.
+MOLORA = ("soft", "activation", "sentence")
 
 
 def shipped_adapters(routing: str, method: str) -> dict[str, adapters.Description]:
