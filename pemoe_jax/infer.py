@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 FLAGS = gin_flags.make_parser(
     "infer",
-    "Decodes the evaluation splits of tasks greedily and writes predictions, results.json and\n"
-    "results.md to EVAL_OUTPUT_DIR: of the tasks of EVAL_TASKS if it is set, else of the training\n"
-    "tasks. Rows need no targets, and metrics leave out those without. A task's metrics are those\n"
-    "that it is registered with, else those of P3 or of INDEX.json in JSONL_DIR (Accuracy, BLEU,\n"
-    "ROUGE, Squad, Spearman Correlation), else accuracy: the share of predictions that equal the\n"
-    "target exactly. With --text, texts are decoded, and nothing is written.",
+    "Decodes the evaluation splits of tasks greedily (EVAL_TASKS, or else the training tasks) and\n"
+    "writes predictions, results.json and results.md to EVAL_OUTPUT_DIR. Rows need no targets;\n"
+    "metrics leave out rows without one. A task's metrics are those that it is registered with,\n"
+    "else those of P3 or of INDEX.json in JSONL_DIR (Accuracy, BLEU, ROUGE, Squad, Spearman\n"
+    "Correlation), else accuracy: the share of predictions that equal the target exactly. With\n"
+    "--text, texts are decoded, and nothing is written.",
     example="""\
   pemoe infer --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/mov \\
     --gin.EVAL_OUTPUT_DIR=/tmp/decoded --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
@@ -216,7 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"warning: --text has no use for {', '.join(ignored)}", file=sys.stderr)
         texts = _read_texts(args.text)
         if not any(map(str.strip, texts)):
-            raise InputError("--text must be a text, or '-' for lines of standard input, got none")
+            raise InputError(
+                "--text must be a text that is not blank, or '-' for lines of standard input,"
+                f" got {args.text!r:.80}"
+            )
         gin_flags.call_configured(decode_texts, texts)
 
     return gin_flags.run_command(FLAGS, run, argv)

@@ -89,7 +89,7 @@ def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str,
 
 
 def read_examples(path: pathlib.Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """Returns the input and target of each example in a file of `bbh/`, of the first `limit` only.
+    """Returns the input and target of the examples in a file of `bbh/`, or of the first `limit`.
 
     Raises:
       InputError: the file is malformed or has no examples.
@@ -109,7 +109,7 @@ def read_examples(path: pathlib.Path, limit: int | None = None) -> list[tuple[st
         texts = [row_checks.check_text(example.get(k), where, k) for k in ("input", "target")]
         for key, text in zip(("input", "target"), texts, strict=True):
             if not text.strip():
-                raise InputError(f"{where}: {key!r} must be a text, got {text!r}")
+                raise InputError(f"{where}: {key!r} must be a text that is not blank, got {text!r}")
         rows.append((texts[0], texts[1]))
     return rows[:limit]
 

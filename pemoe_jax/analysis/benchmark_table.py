@@ -21,7 +21,7 @@ def summarize_benchmarks(
     shots that did not fit.
 
     Args:
-      benchmarks: those that the tasks may belong to.
+      benchmarks: the benchmarks to look for among the tasks.
       tasks: the run's `tasks` in results.json.
     """
     summaries = {}

@@ -80,12 +80,12 @@ class ParameterCount:
       method: name with experts and rank, such as 'mov-30' or 'molora-10 r4'.
       trainable: trainable parameters, of the base and the adapters.
       total: parameters of the base and the adapters.
-      base: parameters of the base; of a sparse one, with one expert in each sparse layer.
+      base: parameters of the base; a sparse one is counted with one expert in each sparse layer.
       sites: site -> its counts, for sites with trainable parameters in the order of `SITES`; last
         the sparse layers.
       used: parameters that a token uses.
-      flops: forward FLOPs of an input token and a target token, see `flops.token_flops`: of the
-        experts that they use, and of all places of the experts.
+      flops: forward FLOPs of an input token and a target token, see `flops.token_flops`: with
+        the experts that they use, and with all places of the experts.
       is_sparse: whether the model has sparse layers.
     """
 
@@ -261,7 +261,7 @@ def parameter_summary(
     """Returns the first lines of a run's log: base, method, and trainable parameters by site.
 
     Args:
-      trainable: path -> array or shape, of the parameters that train.
+      trainable: path -> array or shape of each parameter that trains.
       base: path and fingerprint of the base model.
       extra: name -> text of further lines.
     """

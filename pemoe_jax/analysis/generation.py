@@ -343,7 +343,7 @@ def compute_metrics(
       task: the task.
       decoded: tokens of each example.
       step: training step of the model.
-      num_shots: number of shots in front of each input, of which some may not have fitted.
+      num_shots: number of shots in front of each input, including those that did not fit.
     """
     with_target = np.flatnonzero(task.has_target).tolist()
     values: dict[str, Any] = {}

@@ -74,8 +74,8 @@ class BaseModel:
     def model_dimensions(self, model_file: T5Config | None = None) -> JsonObject:
         """Returns the fields of `T5Config` that the arrays determine.
 
-        Names of activations are not in shapes: those that the checkpoint states are taken if it has
-        as many projections, and otherwise those of the model file, under the same condition.
+        Shapes do not determine the activations: the checkpoint's are taken if it states as many as
+        it has projections, and otherwise the model file's, under the same condition.
 
         Args:
           model_file: configuration of the gin files; None: T5 v1.1 or 1.0.

@@ -247,7 +247,7 @@ class OpenedModel:
       model: the network with its adapters.
       record: record of a run or an adapter; None for a base.
       step: training step of the checkpoint.
-      trained_arrays: parameter path -> array, of a run or an adapter; empty for a base.
+      trained_arrays: parameter path -> array that a run or an adapter trained; empty for a base.
       base_path: path of the base, if `needs_base`; None: random weights.
       frozen_dtype: dtype of the base's frozen matrices, see `load_base`.
     """

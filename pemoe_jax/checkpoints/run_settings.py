@@ -22,7 +22,7 @@ _MACROS_WITHOUT_EFFECT = {
 
 
 def parse_settings(config: str) -> dict[str, str]:
-    """Parses gin's text of a configuration into name -> value, of settings that affect a result."""
+    """Returns name -> value of the settings that affect a result, from gin's text."""
     joined = re.sub(r"\\\n\s*", "", config)  # gin wraps long lines with a backslash
     settings: dict[str, str] = {}
     for line in joined.splitlines():

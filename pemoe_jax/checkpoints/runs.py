@@ -140,7 +140,7 @@ class RunCheckpoints:
         """Restores the newest checkpoint that is whole, and returns its step too.
 
         Damaged newer ones are renamed to `damaged_checkpoint_<step>`, and named in a warning. A
-        damaged array is an error if there are several processes, of which only some may have read
+        damaged array is an error if there are several processes, as only some of them may have read
         it. In a bucket any damage is an error, since the connection may be at fault.
 
         Raises:

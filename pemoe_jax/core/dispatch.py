@@ -76,7 +76,7 @@ def num_groups(num_tokens: int, group_size: int, multiple: int) -> int:
 def choose_experts(probs: Array, top_k: int) -> tuple[Array, Array]:
     """Returns each token's K most probable experts and their probabilities, both [G, T, K].
 
-    Of experts with equal probabilities, the first is chosen.
+    If probabilities are equal, the first expert is chosen.
     """
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(probs), top_k)
     return experts, jnp.take_along_axis(probs, experts, axis=-1)
@@ -123,8 +123,8 @@ def assign_places(
       priority: [G, T], or None.
 
     Returns:
-      order: int32 [G, K·T], ids of the assignments, sorted by expert and place; those that need no
-        slot come last.
+      order: int32 [G, K·T], ids of the assignments, sorted by expert and place; assignments
+        that need no slot come last.
       places: int32 [G, T, K], the place of each assignment, from 0.
       counts: int32 [G, E], the number of each expert's assignments.
     """
@@ -185,7 +185,7 @@ def slots_with_capacity(
 
 
 class Blocks(NamedTuple):
-    """Slots in blocks, of which each belongs to one expert; an expert has as many as it needs.
+    """Slots in blocks; each block belongs to one expert, which has as many as it needs.
 
     Attributes:
       slots: the slots, S = blocks · block size.
@@ -322,7 +322,7 @@ def choose_tokens(
 ) -> ChosenTokens:
     """Returns for each expert the C tokens of each group with the largest probability of it.
 
-    Of tokens with equal probabilities, the first is chosen. If a group has fewer tokens than C, all
+    If probabilities are equal, the first token is chosen. If a group has fewer tokens than C, all
     of them are chosen.
 
     Args:

@@ -358,8 +358,8 @@ def _statistics(
     log_z = jax.nn.logsumexp(logits, axis=-1)
     entropy = jnp.sum((log_z - jnp.sum(probs * logits, axis=-1)) * weights) / total
     z_loss = jnp.sum(jnp.square(log_z) * weights) / total
-    # The balance loss is computed in each group and averaged over the groups, as in T5X, without
-    # those that are all padding.
+    # The balance loss is computed in each group and averaged over the groups, as in T5X, except
+    # groups of padding alone.
     group_tokens = jnp.sum(weights, axis=-1, keepdims=True)  # [G, 1]
     mean_probs = jnp.einsum("gte,gt->ge", probs, weights) / jnp.maximum(group_tokens, 1.0)
     balances = cfg.num_experts * jnp.sum(result.choice_share * mean_probs, axis=-1)  # [G]

@@ -177,8 +177,8 @@ def _loss_sums(
 def router_kernels(model: network.Transformer) -> dict[str, PyTree]:
     """Returns router path -> shape [features, E] of its kernel, sorted as `routing.sown_by_router`.
 
-    Paths are e.g. 'decoder/layers_0/mlp/gate_adapter' and, of a sparse layer,
-    'decoder/layers_1/mlp/experts'.
+    Paths are e.g. 'decoder/layers_0/mlp/gate_adapter', or 'decoder/layers_1/mlp/experts' for a
+    sparse layer.
     """
     adapter, sparse = "/router/kernel", "/router/router_weights/w/kernel"
     kernels = {}

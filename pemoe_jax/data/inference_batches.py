@@ -198,7 +198,7 @@ def bucketed_score_batches(
 def bucketed_input_batches(
     inputs: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Yields batches as `input_batches`, of the shapes of `_bucket`."""
+    """Yields batches as `input_batches`, in the shapes of `_bucket`."""
     sizes = [(len(ids), 1, 1) for ids in inputs]
     for shape, rows, indices in _bucket(sizes, batch_size, 4 * batch_size):
         repeated = [inputs[indices[-1]]] * (rows - len(indices))
@@ -268,7 +268,7 @@ def encoder_batches(
     Args:
       inputs: token ids [Li] of each input.
       batch_size: B at 512 tokens and more; up to 8 times as many rows of shorter inputs.
-      multiple_of: number of devices, of which B is a multiple.
+      multiple_of: number of devices; B is a multiple of it.
     """
     order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
     while order:

@@ -42,7 +42,7 @@ def register_fraction(name: str, fraction: float, seed: int, use_cached: bool = 
         raise InputError(f"TASK_FRACTION must be a number in (0, 1], got {fraction!r}")
     if fraction == 1:
         return name
-    # P3's mixtures name hundreds of tasks, of which a folder may have a few.
+    # P3's mixtures name hundreds of tasks; a folder may have only a few of them.
     tasks = {
         task.name: task
         for task in map(seqio_tasks.get_mixture_or_task, seqio_tasks.subtask_names(name))
@@ -58,7 +58,7 @@ def register_fraction(name: str, fraction: float, seed: int, use_cached: bool = 
         return name
     seqio = seqio_import.import_seqio()
     fraction_name = f"{name}_fraction_{fraction:g}_seed_{seed}"
-    # Of the mixture's class, which may read all tasks in one pipeline, and with its sampling.
+    # Its class, which may read all tasks in one pipeline, and its sampling are the mixture's.
     mixture = type(provider)(
         fraction_name,
         [(tasks[task], provider.get_rate) for task in drawn],

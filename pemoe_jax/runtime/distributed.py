@@ -83,7 +83,7 @@ def _jax_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
             if name not in variables:
                 raise InputError(f"{name} is not set, but {next(iter(variables))} is: set both")
             if name != "JAX_COORDINATOR_ADDRESS" and not variables[name].isdecimal():
-                raise InputError(f"{name} must be a number, got {variables[name]!r}")
+                raise InputError(f"{name} must be a non-negative integer, got {variables[name]!r}")
         address, *numbers = (variables[name] for name in COORDINATOR_VARIABLES)
         count, index = map(int, numbers)
         if not 0 <= index < count:

@@ -19,7 +19,7 @@ from pemoe_jax.core.errors import InputError, first_line
 # An object as json.loads returns it; its values are checked where they are used.
 JsonObject: TypeAlias = dict[str, Any]
 
-# A path to write to: of a file system, or in a bucket (`gs://`). Both have pathlib's methods.
+# A path in a file system, or in a bucket (`gs://`). Both have pathlib's methods.
 AnyPath: TypeAlias = Path | epath.Path
 
 
@@ -42,7 +42,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def to_path(path: str | os.PathLike[str]) -> AnyPath:
-    """Returns a path as an object, as it is."""
+    """Returns a path as an object, without resolving it."""
     return epath.Path(path) if is_remote(path) else Path(path)
 
 
@@ -179,7 +179,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def delete_folder(folder: epath.Path) -> None:
     """Deletes all objects of a folder in a bucket, if there are any."""
-    # Of a folder with an object for itself, TensorFlow's first pass may leave others.
+    # TensorFlow's first pass may leave objects behind if the folder has an object for itself.
     for _ in range(2):
         folder.rmtree(missing_ok=True)
 

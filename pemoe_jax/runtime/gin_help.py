@@ -81,9 +81,9 @@ def read_macros(texts: Iterable[str]) -> list[Macro]:
 def find_macro_owners(name: str) -> list[str]:
     """Returns the package's gin files that set a macro, e.g. ['methods/mov.gin'].
 
-    Of more than three in a folder, those of a family are one ('methods/flan_*.gin'); if more than
-    three remain, the folder stands for its files ('a file of runs/'). Files for T5X are listed if
-    no others set the macro; experiments, which combine the others' macros, never.
+    If a folder has more than three, the files of a family are listed as one ('methods/flan_*.gin');
+    if more than three remain, the folder stands for its files ('a file of runs/'). Files for T5X
+    are listed if no others set the macro; experiments, which combine the others' macros, never.
     """
     folders = [["methods", "models", "routing", "runs"], ["runs_t5x"]]
     for group in folders:

@@ -36,7 +36,7 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _HANDLED:
-            # Of several processes, JAX handles SIGTERM: it tells the others.
+            # With several processes, JAX handles SIGTERM and tells the others.
             if number != signal.SIGTERM or jax.process_count() == 1:
                 self._previous[number] = signal.signal(number, self._handle)
 

@@ -340,7 +340,7 @@ def summarize_trend(losses: Sequence[float]) -> tuple[float, float, bool]:
     array = np.asarray(losses, float)
     third = len(array) // 3
     start, end = float(np.median(array[:third])), float(np.median(array[-third:]))
-    # Of normal noise, 1.48 median absolute deviations are a standard deviation, neighbors differ by
+    # In normal noise, a standard deviation is 1.48 median absolute deviations, neighbors differ by
     # √2 of it, and a median's standard error is 1.25 times that of a mean.
     noise = 1.48 * float(np.median(np.abs(np.diff(array)))) / math.sqrt(2)
     error = 1.25 * noise * math.sqrt(2 / third)

@@ -17,7 +17,7 @@ from pemoe_jax.t5x_bridge import parameters
 def checkpoint_path(path: str | Sequence[str]) -> str | list[str]:
     """Returns CHECKPOINT_PATH as T5X expects it: <path>/checkpoint_<step>.
 
-    This folder exists only in runs; of an adapter or a base model, `Checkpoints` reads its parent.
+    This folder exists only in runs; for an adapter or a base model, `Checkpoints` reads its parent.
 
     Args:
       path: a run (for its newest checkpoint), a checkpoint, an adapter or a base model, or several.

@@ -152,7 +152,7 @@ def _new_inputs(
     for split in splits:
         for number, item in enumerate(read(split), 1):
             key = sentence_table.input_key(item.ids)
-            # Of several texts that are truncated to the same ids, the first is embedded.
+            # If several texts are truncated to the same ids, the first is embedded.
             if key not in known_keys:
                 inputs.setdefault(key, item)
             if len(inputs) >= _CHUNK:

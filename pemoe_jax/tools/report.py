@@ -13,7 +13,7 @@ for each dataset (ANLI CB RTE WSC WiC COPA WNG HS, then others by name), and
 in the cells the median and mean accuracy over prompts in %, with 95 %
 intervals. A RUN is a results.json of pemoe evaluate, or a folder with one;
 several are merged. Tasks of a run (equal name, checkpoint, step and shots)
-that were evaluated apart are joined; of a task the last result counts. Runs
+that were evaluated apart are joined; the last result of a task counts. Runs
 that differ only in the seed are one row: the mean over seeds ± the standard
 deviation. A run with other shots (SHOTS=5) keeps its row, and has columns of
 its own for them. The last table has what a run costs: parameters, those that

@@ -68,8 +68,8 @@ def routes(
       models: runs, checkpoints or adapters, each a section of the page.
       data: source of the tasks, their lengths and the batch size.
       output_dir: folder for the page, tables and plots.
-      tasks: names or patterns (*) of tasks, or mixtures; None: one prompt of each dataset, of those
-        trained on and of those held out.
+      tasks: names or patterns (*) of tasks, or mixtures; None: one prompt of each dataset,
+        whether trained on or held out.
       sites: patterns of sites to show in detail, e.g. ['*/mlp/gate']; None: all of the last decoder
         block, and of sparse layers the last ones of encoder and decoder.
       examples: maximum number of examples of each task, the first of its evaluation split, or else

@@ -128,8 +128,8 @@ def _has_tied_form(model: Any) -> bool:
 def fingerprint(model: Any) -> str | None:
     """Returns `params.fingerprint` of the base's arrays under our paths.
 
-    None where it cannot be known: of an encoder alone, of weights that are quantized, float16 or
-    offloaded, and of a scaled head that was rounded to bfloat16.
+    None if it cannot be known: for an encoder alone, for weights that are quantized, float16 or
+    offloaded, and for a scaled head that was rounded to bfloat16.
     """
     weights = {name: p for name, p in model.named_parameters() if not name.startswith("lm_head.")}
     dtypes = (torch.float32, torch.bfloat16)
@@ -157,7 +157,7 @@ def fingerprint(model: Any) -> str | None:
 
 
 class _Scaled(NamedTuple):
-    """A matrix times a number, of which single values are read."""
+    """A matrix times a number, computed only for the values that are read."""
 
     matrix: Tensor
     scale: float

@@ -29,13 +29,13 @@ class TokenInfo:
 
 
 class Router(nn.Module):
-    """`softmax(x W / τ)` over experts, in float32, of which top-k routing keeps the largest.
+    """`softmax(x W / τ)` over experts, in float32; top-k routing keeps the largest.
 
     Args:
       num_features: size of the features' last axis.
       num_experts: E.
       config: the other settings.
-      device: of the kernel, [features, E].
+      device: device of the kernel [features, E].
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Experts(nn.Module):
       y_shape: axes of y after batch and length: (H, K), or (D,) or (F,).
       sentence_dim: S.
       tokens: the info that the model sets before each forward pass.
-      device: of the parameters.
+      device: device of the parameters.
     """
 
     default_source = "x"

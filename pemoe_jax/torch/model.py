@@ -77,7 +77,7 @@ class MixtureModel(nn.Module):
             sentence_dim=record.config.get("sentence_dim"),
             adapters=parse_description(record.adapters),
         )
-        # Before the model is changed: a wrong adapter leaves it as it is.
+        # Before the model is changed, so that a wrong adapter leaves it intact.
         _check_base(model, record, f"adapter {path}")
         mixture = cls(model, config)
         mixture._load_arrays(arrays, f"adapter {path}")
@@ -247,7 +247,7 @@ def _check_record(record: Record, source: str) -> None:
 def _check_base(model: Any, record: Record, source: str) -> None:
     """Raises InputError if an adapter belongs to another base; an encoder's size is compared."""
     actual = base_lib.dimensions(model)
-    # Records of earlier versions lack those with the values of T5 v1.1.
+    # Records of earlier versions omit these fields if they have the values of T5 v1.1.
     defaults = {"mlp_activations": ["gelu", "linear"], "logits_via_embedding": False}
     for name, value in actual.items():
         is_decoders = name in ("num_decoder_layers", "logits_via_embedding")

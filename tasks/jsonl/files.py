@@ -105,7 +105,7 @@ class TaskInfo:
 _OPTIONAL_STRINGS = ("dataset", "subset", "t0_do_train", "t0_do_eval")
 _BOOLEANS = ("original_task", "t0_blacklisted")
 _KEYS = (*_OPTIONAL_STRINGS, *_BOOLEANS, "metrics")
-# Of P3's tables and of the quickstart: they say what the rows are, and have no effect.
+# Keys of P3's tables and of the quickstart that describe the rows; they have no effect.
 _NOTES = (
     *("choices_in_prompt", "fixed_answer_choices", "has_answer_choices", "n", "row_source_split"),
     *("skipped_empty", "t0_train_size", "targets_not_in_choices", "task_type", "template"),

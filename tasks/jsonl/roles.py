@@ -50,8 +50,8 @@ class JsonLinesTasks(TaskRoles):
       no_eval_split: tasks with a role but no evaluation split.
       no_choices: tasks to score that have no answer choices.
       not_in_index: tasks without an entry in INDEX.json.
-      examples: numbers of rows of the files that were read: of the train split for a task, of the
-        evaluation split for a `_score_eval` task.
+      examples: numbers of rows of the files that were read: for a task, the train split; for a
+        `_score_eval` task, the evaluation split.
       odd: irregular rows of the files that were read.
       max_choices: most answer choices of a row that was read.
       max_words: words of the longest input that was read.
@@ -166,7 +166,7 @@ def _match(
 
 
 def _may_contain(info: TaskInfo, held_out: Sequence[TaskInfo]) -> bool:
-    """Whether a task's dataset is a held-out one, of which one of the two has no subset."""
+    """Whether a held-out task has the same dataset, and one of the two has no subset."""
     return any(
         info.dataset == other.dataset and not (info.subset and other.subset) for other in held_out
     )

@@ -259,7 +259,7 @@ def take_examples(table: pyarrow.Table, numbers: list[int], location: str) -> li
 def _in_microseconds(column: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
     """Returns a column with Python's resolution of time; ValueError if values would change.
 
-    Of nanoseconds pyarrow makes objects of pandas, if that is installed.
+    If pandas is installed, pyarrow converts nanoseconds to its objects.
     """
     import pyarrow
 

@@ -176,7 +176,7 @@ def _show_bars(text: str) -> str:
 
 # --- limits (those of sizes are in `template_limits`)
 
-# Of jinja's filters and str's methods, those whose output may be much larger than their input. None
+# Filters of jinja and methods of str whose output may be much larger than their input. None of them
 # is in promptsource's 2,085 templates.
 _UNBOUNDED_FILTERS = (
     *("batch", "center", "indent", "pprint", "slice", "sum", "tojson", "urlize", "wordwrap"),

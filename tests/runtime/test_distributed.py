@@ -40,7 +40,7 @@ def test_arguments_of_jax_initialize(environment, expected):
         ),
         (
             {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "x", "JAX_PROCESS_ID": "0"},
-            "JAX_NUM_PROCESSES must be a number, got 'x'",
+            "JAX_NUM_PROCESSES must be a non-negative integer, got 'x'",
         ),
     ],
 )

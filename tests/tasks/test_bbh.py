@@ -83,7 +83,7 @@ def test_wrong_prompts(folder, old, new, message):
         ),
         (
             '{"examples": [{"input": "a", "target": " "}]}',
-            "navigate.json: example 1: 'target' must be a text, got ' '",
+            "navigate.json: example 1: 'target' must be a text that is not blank, got ' '",
         ),
     ],
 )

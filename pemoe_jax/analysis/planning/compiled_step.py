@@ -287,7 +287,7 @@ def _router_reads(model: network.Transformer) -> dict[str, str | None]:
 
 
 def _as_float16(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Replaces bfloat16 by float16, of the same size, as the CPU compiler would widen it."""
+    """Replaces bfloat16, which the CPU compiler would widen, by float16, which has its size."""
     return leaf.update(dtype=jnp.float16) if leaf.dtype == jnp.bfloat16 else leaf
 
 

@@ -37,7 +37,7 @@ def select_tasks(
 
     Args:
       patterns: names of tasks or mixtures, or shell-style patterns of task names. None: the first
-        prompt of each dataset, of the training tasks and then of the held-out ones.
+        prompt of each dataset, first of the training tasks, then of the held-out tasks.
       task_roles: return value of `tasks.register`.
       use_cached: whether tasks are read from seqio's offline caches.
 

@@ -92,8 +92,8 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | AnyPath, *, titl
 def plot_loads(loads: Sequence[SparseLoad], png: str | AnyPath, *, title: str) -> AnyPath:
     """Draws a panel for each sparse layer, encoder above decoder.
 
-    Its bars are the loads of the experts, of which the upper part is dropped. Where experts choose,
-    loads are equal, and the bars are the shares of tokens by the number of their experts.
+    Bars are the loads of the experts; their upper part is dropped. Where experts choose tokens,
+    loads are equal, and bars are the shares of tokens by the number of their experts.
     """
     plt = plots.import_pyplot()
     panel_width = float(np.clip(0.17 * len(loads[0].assigned), 1.7, 5.0))

@@ -158,7 +158,7 @@ def task_results(
       groups_by_task: the examples of each task.
       predictions: the prediction for each example.
       task_roles: what the registered tasks are, by role.
-      shots: number of shots in front of each input, of which some may not have fitted.
+      shots: number of shots in front of each input, including those that did not fit.
       length_normalized: whether to add the accuracies of `results.NORMALIZED`.
     """
     return {

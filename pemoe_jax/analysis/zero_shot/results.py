@@ -250,7 +250,7 @@ def shots_of(run: JsonObject) -> Shots:
 def merge_runs(results: Iterable[JsonObject]) -> list[JsonObject]:
     """Returns all runs; results of equal name, checkpoint, step and shots are joined to one run.
 
-    It has the tasks of all of them. Of results on the same task the last counts.
+    It has the tasks of all of them. The last result on a task counts.
 
     Raises:
       InputError: results on the same task are of different splits.

@@ -185,7 +185,7 @@ def save_checkpoint(
 
     Args:
       path: the folder.
-      arrays: path -> array, of a model without adapters.
+      arrays: path -> array of a model without adapters.
       activations: `T5Config.mlp_activations`; None: those of T5 v1.1 or 1.0, by the shapes.
       sparse: settings of the sparse layers, if there are any; None: the defaults, as in Switch.
       dropout_rate: rate in config.json, for training in transformers.
