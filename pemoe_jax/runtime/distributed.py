@@ -86,7 +86,9 @@ def _jax_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
                 raise InputError(f"{name} must be a non-negative integer, got {variables[name]!r}")
         address, *numbers = (variables[name] for name in COORDINATOR_VARIABLES)
         count, index = map(int, numbers)
-        if not 0 <= index < count:
+        if count < 1:
+            raise InputError(f"JAX_NUM_PROCESSES must be at least 1, got {count}")
+        if index >= count:
             raise InputError(f"JAX_PROCESS_ID must be between 0 and {count - 1}, got {index}")
         return {
             "coordinator_address": address,

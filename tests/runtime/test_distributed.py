@@ -35,6 +35,10 @@ def test_arguments_of_jax_initialize(environment, expected):
     [
         ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set, but JAX_PROCESS_ID is"),
         (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "0", "JAX_PROCESS_ID": "0"},
+            "JAX_NUM_PROCESSES must be at least 1, got 0",
+        ),
+        (
             {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
             "JAX_PROCESS_ID must be between 0 and 1, got 2",
         ),
