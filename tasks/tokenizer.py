@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import numpy as np
+
 from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.runtime import file_io
 from pemoe_jax.tasks.vocabulary import (
     BYTES,
     SENTINELS,
@@ -54,17 +58,17 @@ class SentencePieceTokenizer:
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
         protos: Any = sentencepiece_model_pb2
-        self.path, _ = locate_vocabulary(path)
+        self.path, _ = locate_vocabulary(path, "vocabulary")
         if "://" in self.path:
-            raise InputError(f"VOCAB_PATH must be a local file, got {self.path}: pass a copy of it")
+            raise InputError(f"vocabulary must be a local file, got {self.path}: pass a copy of it")
         model = pathlib.Path(self.path).read_bytes()
         try:
             self.tokenizer = SentencePieceProcessor(model_proto=model)
         except Exception as error:  # sentencepiece raises types of its own
             raise InputError(
-                f"VOCAB_PATH {self.path} is not a SentencePiece model: {first_line(error)}"
+                f"vocabulary {self.path} is not a SentencePiece model: {first_line(error)}"
             ) from None
-        check_special_ids(self.tokenizer, self.path)
+        check_special_ids(self.tokenizer, self.path, "vocabulary")
         if not find_sentinels(self.tokenizer):
             proto = protos.ModelProto.FromString(model)
             # In seqio's order: <extra_id_0> has the last id.
@@ -109,6 +113,23 @@ class ByteTokenizer:
         return data.decode(errors="ignore")
 
 
+class _Unigram:
+    """The pieces and scores of a tokenizer of transformers, with the methods of SentencePiece's."""
+
+    def __init__(self, vocab: list[tuple[str, float]]) -> None:
+        self._vocab = vocab
+
+    def get_piece_size(self) -> int:
+        return len(self._vocab)
+
+    def id_to_piece(self, token_id: int) -> str:
+        return self._vocab[token_id][0]
+
+    def get_score(self, token_id: int) -> float:
+        # A decimal of few digits, as in some tokenizer.json, is the float32 of SentencePiece.
+        return float(np.float32(self._vocab[token_id][1]))
+
+
 class HuggingFaceTokenizer:
     """Adapts a tokenizer of transformers to `Tokenizer`.
 
@@ -126,6 +147,17 @@ class HuggingFaceTokenizer:
             )
         self.eos_id = int(tokenizer.eos_token_id)
         self.vocab_size = len(tokenizer)
+
+    @functools.cached_property
+    def tokenizer(self) -> _Unigram | None:
+        """The pieces of a T5 or mT5 tokenizer; None for others, such as ByT5's."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        model = {} if backend is None else file_io.parse_json(backend.to_str())["model"]
+        return _Unigram(model["vocab"]) if model.get("type") == "Unigram" else None
+
+    @property
+    def fingerprint_kind(self) -> str | None:
+        return None if self.tokenizer is None else SentencePieceTokenizer.fingerprint_kind
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))

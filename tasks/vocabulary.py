@@ -41,7 +41,7 @@ def load_vocabulary(path: str | os.PathLike[str]) -> seqio.Vocabulary:
     return vocabulary
 
 
-def locate_vocabulary(path: str | os.PathLike[str]) -> tuple[str, int]:
+def locate_vocabulary(path: str | os.PathLike[str], setting: str = "VOCAB_PATH") -> tuple[str, int]:
     """Returns the arguments of `open_vocabulary`; InputError if a local file does not exist."""
     text = os.fspath(path)
     if text == BYTES or "://" in text:
@@ -49,7 +49,8 @@ def locate_vocabulary(path: str | os.PathLike[str]) -> tuple[str, int]:
     local = pathlib.Path(text).expanduser().absolute()
     if not local.is_file():
         raise InputError(
-            f"VOCAB_PATH must be a SentencePiece model file or {BYTES!r}, got no file at {path}"
+            f"{setting} must be a SentencePiece model file or {BYTES!r}, got"
+            f" {'a folder' if local.is_dir() else 'no file'} at {path}"
         )
     return str(local), local.stat().st_mtime_ns
 
@@ -71,11 +72,13 @@ def open_vocabulary(path: str, modified: int = 0) -> seqio.Vocabulary:
     return LazyVocabulary(path)
 
 
-def check_special_ids(tokenizer: sentencepiece.SentencePieceProcessor, path: str) -> None:
+def check_special_ids(
+    tokenizer: sentencepiece.SentencePieceProcessor, path: str, setting: str = "VOCAB_PATH"
+) -> None:
     """Raises InputError unless pad, EOS and unknown have T5's ids."""
     ids = tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id()
     if ids != (0, 1, 2):
-        raise InputError(f"VOCAB_PATH {path}: expected pad, eos, unk at ids (0, 1, 2), got {ids}")
+        raise InputError(f"{setting} {path}: expected pad, eos, unk at ids (0, 1, 2), got {ids}")
 
 
 def find_sentinels(tokenizer: sentencepiece.SentencePieceProcessor) -> list[int]:

@@ -20,6 +20,8 @@ from pemoe_jax.core import adapters, decoding, network, params, steps
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.routing import Router
 from pemoe_jax.core.sparse import Sparse, describe
+from pemoe_jax.data import seqio_tasks
+from pemoe_jax.tasks.tokenizer import SentencePieceTokenizer, open_tokenizer
 
 REPO = pathlib.Path(__file__).parent.parent
 BASE = str(REPO / "tasks/quickstart/base.safetensors")
@@ -51,7 +53,9 @@ def make_network(method: str, **config) -> network.Transformer:
     return network.Transformer(t5_config, adapters.Adapters(**dict.fromkeys(sites, factory)))
 
 
-def write_adapter(folder: pathlib.Path, method: str, seed: int, **base) -> str:
+def write_adapter(
+    folder: pathlib.Path, method: str, seed: int, vocabulary: str | None = None, **base
+) -> str:
     """Writes an adapter of random values with which the model's answers change."""
     model = make_network(method, dropout_rate=0.1 * (seed % 2))
     shapes = params.flatten(network.param_shapes(model, params.is_adapter))
@@ -68,6 +72,7 @@ def write_adapter(folder: pathlib.Path, method: str, seed: int, **base) -> str:
         base={**base_identity(), **base},
         counts={"trainable": 1, "total": 2},
         versions={},
+        vocabulary=vocabulary,
     )
     path = folder / f"{method}_{seed}"
     adapter_file.save_adapter(path, arrays, record, step=1)
@@ -379,7 +384,10 @@ def test_vocabularies(tmp_path, monkeypatch):
     """`spiece.model` beside a base is found; otherwise one line asks for the vocabulary."""
     monkeypatch.delenv("PEMOE_VOCAB_PATH", raising=False)
     export.write_huggingface(models.open_model(BASE), tmp_path / "hf", None)
+    assert not (tmp_path / "hf/spiece.model").exists()
     shutil.copy(VOCAB, tmp_path / "hf/spiece.model")
+    export.write_huggingface(models.open_model(str(tmp_path / "hf")), tmp_path / "copy", None)
+    assert (tmp_path / "copy/spiece.model").read_bytes() == pathlib.Path(VOCAB).read_bytes()
     loaded = pemoe_jax.load_model(tmp_path / "hf")
     np.testing.assert_allclose(
         scores([loaded.rank(TEXTS[0], CHOICES[0])]),
@@ -388,12 +396,34 @@ def test_vocabularies(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="vocabulary must be .* got None, and .* has no spiece"):
         pemoe_jax.load_model(BASE)
-    with pytest.raises(InputError, match="VOCAB_PATH must be .* got no file at"):
+    by_folder = pemoe_jax.load_model(BASE, vocabulary=tmp_path / "hf")
+    assert by_folder.tokenizer.encode(TEXTS[0]) == loaded.tokenizer.encode(TEXTS[0])
+    with pytest.raises(InputError, match="^vocabulary must be .* got no file at"):
         pemoe_jax.load_model(BASE, vocabulary=tmp_path / "none.model")
+    with pytest.raises(InputError, match="^vocabulary must be .* got a folder at"):
+        pemoe_jax.load_model(BASE, vocabulary=tmp_path)
     with pytest.raises(InputError, match="vocabulary must be a SentencePiece file"):
         pemoe_jax.load_model(BASE, vocabulary=7)
     monkeypatch.setenv("PEMOE_VOCAB_PATH", VOCAB)
     assert pemoe_jax.load_model(BASE).tokenizer.decode([]) == ""
+
+
+def test_a_tokenizer_of_transformers(tmp_path):
+    """It is accepted by an adapter of the same pieces, and by no other one."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(VOCAB, tmp_path / "spiece.model")
+    tokenizer = transformers.T5Tokenizer.from_pretrained(tmp_path)
+    empty = transformers.T5Tokenizer()
+    vocabulary = seqio_tasks.fingerprint_vocabulary(open_tokenizer(VOCAB))
+    mov = write_adapter(tmp_path, "mov", 0, vocabulary=vocabulary)
+    loaded = pemoe_jax.load_model(BASE, mov, tokenizer)
+    expected = pemoe_jax.load_model(BASE, mov, VOCAB)
+    np.testing.assert_array_equal(
+        scores([loaded.rank(TEXTS[0], CHOICES[0])]), scores([expected.rank(TEXTS[0], CHOICES[0])])
+    )
+    loaded.set_adapter(mov)
+    with pytest.raises(InputError, match=f"^vocabulary must be .* {mov} .* {vocabulary}, got one"):
+        pemoe_jax.load_model(BASE, mov, empty)
 
 
 def test_wrong_arguments_are_one_line(model):
@@ -431,16 +461,23 @@ def test_long_texts_are_truncated_with_a_warning(mov):
 
 
 def test_the_examples_of_the_docs(tmp_path, monkeypatch):
-    """Every example of docs/python.md runs; the last but one fine-tunes."""
+    """Every example of docs/python.md runs, without unknown tokens; the last but one fine-tunes."""
     blocks = re.findall(r"```python\n(.*?)```", (REPO / "docs/python.md").read_text(), re.DOTALL)
     assert len(blocks) == 9
     (tmp_path / "tasks").symlink_to(REPO / "tasks")
     (tmp_path / "quickstart").mkdir()
     pathlib.Path(write_adapter(tmp_path, "mov", 0)).rename(tmp_path / "quickstart/mov")
     monkeypatch.chdir(tmp_path)
+    encoded: dict = {}
+    encode = SentencePieceTokenizer.encode
+    record = lambda tokenizer, text: encoded.setdefault(text, encode(tokenizer, text))  # noqa: E731
+    monkeypatch.setattr(SentencePieceTokenizer, "encode", record)
     names: dict = {}
     for block in blocks:
         exec(block, names)
+    assert len(encoded) > 8
+    assert not [text for text, ids in encoded.items() if 2 in ids]
+    assert not [row for row in names["rows"] if 2 in names["model"].tokenizer.encode(row["inputs"])]
     assert names["ranked"][0].log_prob > names["ranked"][1].log_prob
     assert len(names["answers"]) == 1 and isinstance(names["sample"], str)
     assert names["probs"]["encoder/layers_0/mlp/gate"].shape == (3,)
@@ -472,7 +509,10 @@ def test_errors_of_finetune_are_those_of_the_command(tmp_path):
         (rows, steps | {"validation": tmp_path}, "validation must be a list of rows .* iterable"),
         (rows, {"gin_files": "x.gin"}, "gin_files must be a list of paths, got 'x.gin'"),
         (tmp_path, {"validation": rows}, "validation must be None if train is a folder"),
+        (rows, {"vocabulary": object()}, "^vocabulary must be a SentencePiece file .* a object: "),
+        (rows, {"vocabulary": tmp_path}, "^vocabulary must be .* got a folder at "),
     ):
+        options = {"vocabulary": VOCAB, **options}
         with pytest.raises(InputError, match=message):
-            pemoe_jax.finetune(BASE, "mov", train, tmp_path / "run", vocabulary=VOCAB, **options)
+            pemoe_jax.finetune(BASE, "mov", train, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()

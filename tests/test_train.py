@@ -640,7 +640,9 @@ def test_dimensions_are_those_of_the_base(folder, capsys):
     model = new_run.take_base_dimensions(small, str(folder / "base.safetensors"))
     expected = {**CONFIG.as_dict(), "dtype": "bfloat16", "dropout_rate": 0.1}
     assert model.config.as_dict() == expected
-    assert f"emb_dim {CONFIG.emb_dim} (model file: 512), " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith(f"dimensions taken from {folder}") and out.count("\n") == 1
+    assert f"emb_dim {CONFIG.emb_dim} (model file: 512), " in out
     assert new_run.take_base_dimensions(small, None) is small
     assert new_run.take_base_dimensions(model, str(folder / "base.safetensors")) == model
     assert capsys.readouterr().out == ""

@@ -135,15 +135,15 @@ def text_task(texts: Sequence[str], vocabulary: Any, max_length: int) -> Task:
     return task
 
 
-def check_decodes_texts(opened: OpenedModel, vocabulary: Any) -> None:
-    """Raises InputError if a model cannot read texts in a vocabulary."""
+def check_decodes_texts(opened: OpenedModel, vocabulary: Any, setting: str = "VOCAB_PATH") -> None:
+    """Raises InputError, which names the setting, if a model cannot read texts in a vocabulary."""
     if vocabulary.vocab_size > opened.model.config.vocab_size:
         raise InputError(
-            f"VOCAB_PATH must have at most {opened.model.config.vocab_size} ids, the rows of"
+            f"{setting} must have at most {opened.model.config.vocab_size} ids, the rows of"
             f" {opened.path}, got {vocabulary.vocab_size}"
         )
     if opened.record is not None:
-        seqio_tasks.check_vocabulary(opened.path, opened.record.vocabulary, vocabulary)
+        seqio_tasks.check_vocabulary(opened.path, opened.record.vocabulary, vocabulary, setting)
     if opened.record is not None and opened.record.sentence_encoder is not None:
         raise InputError(
             f"the routers of {opened.path} read sentence embeddings, which a text alone does not"

@@ -41,8 +41,9 @@ def finetune(
       model_dir: folder of the run (MODEL_DIR).
       validation: if `train` is a list of rows, those on which the loss is evaluated every
         EVAL_PERIOD steps.
-      vocabulary: the base's SentencePiece file or 'bytes' (VOCAB_PATH); None: the `spiece.model` in
-        the folder of the base, or else the command's default.
+      vocabulary: the base's SentencePiece file, a folder with a `spiece.model`, or 'bytes'
+        (VOCAB_PATH); None: the `spiece.model` in the folder of the base, or else the command's
+        default.
       size: name of a file in gin/models/.
       routing: name of a file in gin/routing/, or several: 'top_2', ….
       gin_files: paths of further gin files.
@@ -60,6 +61,7 @@ def finetune(
     compile_cache.enable_in_process()
     from pemoe_jax import train as train_lib
     from pemoe_jax.runtime import folder_lock, gin_flags, run_file
+    from pemoe_jax.tasks.vocabulary import BYTES, locate_vocabulary
 
     gin_flags.silence_libraries()
     run_folder = os.fspath(model_dir)
@@ -68,8 +70,16 @@ def finetune(
         raise InputError("validation must be None if train is a folder, which has its own splits")
     if isinstance(gin_files, (str, os.PathLike)):
         raise InputError(f"gin_files must be a list of paths, got {gin_files!r}")
+    if not isinstance(vocabulary, (str, os.PathLike, type(None))):
+        raise InputError(
+            f"vocabulary must be a SentencePiece file or {BYTES!r}, got a"
+            f" {type(vocabulary).__name__}: training reads no tokenizer of transformers"
+        )
     if vocabulary is None and base is not None:
-        vocabulary = loading.find_spiece(os.fspath(base))
+        vocabulary = loading.find_spiece(base)
+    elif vocabulary is not None:
+        vocabulary = loading.find_spiece(vocabulary) or vocabulary
+        locate_vocabulary(vocabulary, "vocabulary")  # raises, if there is no such file
     macros = {
         "MODEL_DIR": run_folder,
         "INITIAL_CHECKPOINT_PATH": base,

@@ -58,7 +58,7 @@ class LoadedModel:
         from pemoe_jax.checkpoints import models
         from pemoe_jax.core import params as params_lib
 
-        generation.check_decodes_texts(opened, tokenizer)
+        generation.check_decodes_texts(opened, tokenizer, "vocabulary")
         self._tokenizer = tokenizer
         self._identity: Mapping[str, Any] | None = None  # of the base
         self.network = _make_network(opened)
@@ -110,7 +110,7 @@ class LoadedModel:
             raise InputError(f"{adapter} must be an adapter, got {got}")
         opened.base_path = self.path  # a random base: not the one that the adapter's record names
         trained = opened.load_trained()
-        generation.check_decodes_texts(opened, self._tokenizer)
+        generation.check_decodes_texts(opened, self._tokenizer, "vocabulary")
         params = opened.join_base(trained, self.base, self._base_identity())
         return _make_network(opened), params
 

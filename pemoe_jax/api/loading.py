@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from pemoe_jax.checkpoints.models import OpenedModel
     from pemoe_jax.tasks.tokenizer import Tokenizer
 
-SPIECE_FILE = "spiece.model"  # T5's and mT5's vocabulary in folders of Hugging Face
-
 
 def load_model(
     path: StrPath,
@@ -39,9 +37,9 @@ def load_model(
         checkpoint or an adapter, whose base is loaded with it.
       adapter: a run, a run's checkpoint, an exported adapter or a PEFT adapter, trained on the base
         `path`; None: `path` alone.
-      vocabulary: the base's SentencePiece file, 'bytes' for ByT5, or a tokenizer of transformers.
-        None: the `spiece.model` in a folder of the base, or else the VOCAB_PATH of the run, or else
-        the environment's PEMOE_VOCAB_PATH.
+      vocabulary: the base's SentencePiece file, a folder with a `spiece.model`, 'bytes' for ByT5,
+        or a tokenizer of transformers. None: the `spiece.model` in a folder of the base, or else
+        the VOCAB_PATH of the run, or else the environment's PEMOE_VOCAB_PATH.
       dtype: dtype of activations, 'float32' or 'bfloat16'; None: as in training.
       frozen_dtype: dtype of frozen matrices, 'activations', 'int8' or 'float8_e4m3fn'; None: as in
         training.
@@ -76,11 +74,13 @@ def load_model(
 
 def _open_vocabulary(vocabulary: Any, opened: OpenedModel) -> Tokenizer:
     """Returns the tokenizer that `vocabulary` names; if it is None, that of the base or the run."""
-    from pemoe_jax.checkpoints import run_settings
+    from pemoe_jax.checkpoints import huggingface, run_settings
     from pemoe_jax.runtime import file_io
     from pemoe_jax.tasks import tokenizer
 
     if vocabulary is not None:
+        if isinstance(vocabulary, (str, os.PathLike)):
+            vocabulary = find_spiece(vocabulary) or vocabulary
         return tokenizer.open_tokenizer(vocabulary)
     recorded = run_settings.read_settings(opened.path).get("VOCAB_PATH", "None")
     if recorded == repr(tokenizer.BYTES):
@@ -93,12 +93,16 @@ def _open_vocabulary(vocabulary: Any, opened: OpenedModel) -> Tokenizer:
         if "://" not in file and file_io.to_path(file).expanduser().is_file():
             return tokenizer.open_tokenizer(file)
     raise InputError(
-        "vocabulary must be the SentencePiece file of the base model, 'bytes' or a tokenizer of"
-        f" transformers, got None, and {opened.base_path or opened.path} has no {SPIECE_FILE}"
+        "vocabulary must be the SentencePiece file of the base model (such as"
+        f" vocabulary='t5-large-lm-adapt/{huggingface.VOCABULARY}'), 'bytes' or a tokenizer of"
+        f" transformers, got None, and {opened.base_path or opened.path} has no"
+        f" {huggingface.VOCABULARY}, and PEMOE_VOCAB_PATH is not set to a file"
     )
 
 
-def find_spiece(path: str | None) -> str | None:
-    """Returns the vocabulary's file in a folder of Hugging Face, or None."""
-    file = os.path.join(path or "", SPIECE_FILE)
+def find_spiece(path: StrPath | None) -> str | None:
+    """Returns the SentencePiece file in a local folder of Hugging Face; None if there is none."""
+    from pemoe_jax.checkpoints import huggingface
+
+    file = os.path.join(os.path.expanduser(path or ""), huggingface.VOCABULARY)
     return file if path is not None and os.path.isfile(file) else None

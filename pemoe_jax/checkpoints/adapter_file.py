@@ -58,6 +58,20 @@ def save_adapter(
         atomic_write.write_json(folder / CONFIG, config)
 
 
+def _check_kind(path: str | os.PathLike[str], folder: epath.Path) -> None:
+    """Raises InputError for a PEFT adapter or a run, which have to be converted."""
+    expected = f"{path} must be an adapter of pemoe convert adapter or save_pretrained, got"
+    file = folder / CONFIG
+    if file.exists():
+        if "peft_type" in file_io.read_json(file):
+            raise InputError(
+                f"{expected} a PEFT adapter: use peft.PeftModel, or pemoe convert adapter {path}"
+                " FOLDER --base=BASE"
+            )
+    elif (folder / "record").exists() or any(folder.glob("checkpoint_*/record")):
+        raise InputError(f"{expected} a run: pemoe convert adapter {path} FOLDER writes one")
+
+
 def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
     """Opens an adapter as (path -> array, the record, the step); reads no array.
 
@@ -66,6 +80,7 @@ def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Re
     """
     folder = adapter_folder(path)
     file = folder / CONFIG
+    _check_kind(path, folder)
     config = file_io.read_json(file)
     if config.get("format") != FORMAT or config.get("format_version") != VERSION:
         raise InputError(

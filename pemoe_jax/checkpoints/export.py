@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from pemoe_jax.checkpoints import (
     adapter_file,
@@ -23,6 +24,7 @@ from pemoe_jax.core import params as params_lib
 from pemoe_jax.core import sparse as sparse_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.merging import KernelUpdate
+from pemoe_jax.runtime import file_io
 from pemoe_jax.runtime.file_io import AnyPath
 
 
@@ -85,8 +87,16 @@ def write_huggingface(source: OpenedModel, output: AnyPath, dtype: str | None) -
             arrays,
             activations=source.model.config.mlp_activations,
             sparse=source.model.sparse,
+            vocabulary=_find_vocabulary(source),
             report=report,
         )
+
+
+def _find_vocabulary(source: OpenedModel) -> epath.Path | None:
+    """Returns the SentencePiece file in the folder of a model's base."""
+    base = source.path if source.record is None else source.base_path or source.record.base["path"]
+    file = None if base is None else file_io.resolve(base) / huggingface.VOCABULARY
+    return file if file is not None and file.is_file() else None
 
 
 def write_base(source: OpenedModel, output: AnyPath, dtype: str | None) -> None:

@@ -46,7 +46,7 @@ def take_base_dimensions(
             f"{name} {value} (model file: {getattr(model.config, name)})"
             for name, value in changed.items()
         )
-        print(f"dimensions of {base_path}: {text}", flush=True)
+        print(f"dimensions taken from {base_path}: {text}", flush=True)
     return model.clone(config=dataclasses.replace(model.config, **sizes))
 
 

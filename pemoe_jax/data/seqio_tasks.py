@@ -145,10 +145,11 @@ def check_vocab_size(name: str, model_vocab_size: int) -> None:
         )
 
 
-def fingerprint_vocabulary(vocabulary: Any) -> str:
+def fingerprint_vocabulary(vocabulary: Any) -> str | None:
     """Returns 16 hexadecimal digits, a hash of a vocabulary's pieces and their scores.
 
-    Sentinels do not count, so that T5's file with them and the one without them are equal.
+    Sentinels do not count, so that T5's file with them and the one without them are equal. None for
+    a tokenizer of transformers without such pieces.
 
     Args:
       vocabulary: a `seqio.Vocabulary`, one of `tasks.tokenizer`, or the name of a task or mixture.
@@ -156,6 +157,8 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
     if isinstance(vocabulary, str):
         vocabulary = get_mixture_or_task(vocabulary).output_features["targets"].vocabulary
     kind = getattr(vocabulary, "fingerprint_kind", type(vocabulary).__name__)
+    if kind is None:
+        return None
     digest = hashlib.sha256(kind.encode())
     tokenizer = getattr(vocabulary, "tokenizer", None)
     if tokenizer is None:
@@ -168,19 +171,22 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_vocabulary(path: str, trained_with: str | None, vocabulary: Any) -> None:
+def check_vocabulary(
+    path: str, trained_with: str | None, vocabulary: Any, setting: str = "VOCAB_PATH"
+) -> None:
     """Raises InputError if a checkpoint was trained with another vocabulary.
 
     Args:
       path: the checkpoint.
       trained_with: `fingerprint_vocabulary` of its training; None: unknown.
       vocabulary: see `fingerprint_vocabulary`.
+      setting: its name, for the error.
     """
     if trained_with is not None:
         current = fingerprint_vocabulary(vocabulary)
-        if current != trained_with:
+        if current not in (None, trained_with):
             raise InputError(
-                f"VOCAB_PATH must be the vocabulary that {path} was trained with, of fingerprint"
+                f"{setting} must be the vocabulary that {path} was trained with, of fingerprint"
                 f" {trained_with}, got one of {current}"
             )
 

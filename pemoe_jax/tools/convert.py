@@ -51,8 +51,8 @@ _DIRECTIONS = {
         "SOURCE is a base, a run or an adapter. Writes config.json and model.safetensors (in shards"
         " of at most 5 GB) for `transformers.T5ForConditionalGeneration.from_pretrained`, or, if"
         " layers have experts, for SwitchTransformersForConditionalGeneration: with top-1 routing"
-        " and COMBINE='probability', without gated experts or EXTRA_MLP. Tokenizer files are not"
-        " written: copy them from the base's folder.",
+        " and COMBINE='probability', without gated experts or EXTRA_MLP. The base's spiece.model is"
+        " copied, if its folder has one: otherwise copy its SentencePiece file to this name.",
     ),
     "base": (
         "a base, or (IA)3 or LoRA merged into its base -> one .safetensors file",

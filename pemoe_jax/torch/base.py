@@ -125,20 +125,34 @@ def _has_tied_form(model: Any) -> bool:
     return head is embedding or (not head.is_meta and torch.equal(head, embedding))
 
 
-def fingerprint(model: Any) -> str | None:
-    """Returns `params.fingerprint` of the base's arrays under our paths.
+class Fingerprint(NamedTuple):
+    """`params.fingerprint` of a base's arrays under our paths.
 
-    None if it cannot be known: for an encoder alone, for weights that are quantized, float16 or
-    offloaded, and for a scaled head that was rounded to bfloat16.
+    Attributes:
+      value: the fingerprint; None: unknown.
+      reason: why that of the base's checkpoint is unknown or may differ; None: it is `value`.
     """
+
+    value: str | None
+    reason: str | None = None
+
+
+def fingerprint(model: Any) -> Fingerprint:
+    """Returns the fingerprint of a base."""
+    if not has_decoder(model):
+        return Fingerprint(None, "the T5 has no decoder")
     weights = {name: p for name, p in model.named_parameters() if not name.startswith("lm_head.")}
-    dtypes = (torch.float32, torch.bfloat16)
-    if not has_decoder(model) or any(p.is_meta or p.dtype not in dtypes for p in weights.values()):
-        return None
+    if any(p.is_meta for p in weights.values()):
+        return Fingerprint(None, "the T5 is offloaded")
+    dtypes = {p.dtype for p in weights.values()} - {torch.float32, torch.bfloat16}
+    if dtypes - {torch.float16}:
+        return Fingerprint(None, "the T5 is quantized")
+    # float16 has the values of the checkpoint if that is float16 too.
+    reason = "the T5 is float16, load it with dtype=torch.float32" if dtypes else None
     depths = {stack: len(getattr(model, stack).block) for stack in ("encoder", "decoder")}
     table = names_lib.name_table(names_lib.Layout(depths, bool(model.config.is_gated_act)))
     if weights.keys() != table.keys():
-        return None
+        return Fingerprint(None, "the T5 has other parameters")
     arrays = {}
     for name, path in table.items():
         is_transposed = path.endswith(("/kernel", "/rel_embedding"))
@@ -147,13 +161,13 @@ def fingerprint(model: Any) -> str | None:
         kernel = model.lm_head.weight.T
         if model.config.scale_decoder_outputs:
             if kernel.dtype != torch.float32:
-                return None
+                reason = "the T5 scales its output, load it with dtype=torch.float32"
+                return Fingerprint(None, reason)
             arrays[names_lib.OUR_HEAD] = _Scaled(kernel, float(np.float32(kernel.shape[0] ** -0.5)))
         else:
             arrays[names_lib.OUR_HEAD] = kernel
-    return fingerprints.hash_samples(
-        {path: (tuple(array.shape), _sample(array)) for path, array in arrays.items()}
-    )
+    samples = {path: (tuple(array.shape), _sample(array)) for path, array in arrays.items()}
+    return Fingerprint(fingerprints.hash_samples(samples), reason)
 
 
 class _Scaled(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from pemoe_jax.checkpoints import adapter_file
 from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.checkpoints.records import Record, package_versions
 from pemoe_jax.core.errors import InputError, plural
+from pemoe_jax.runtime import file_io
 from pemoe_jax.torch import base as base_lib
 from pemoe_jax.torch import layer as layer_lib
 from pemoe_jax.torch.config import SITES, MixtureConfig, parse_description
@@ -58,6 +60,8 @@ class MixtureModel(nn.Module):
     def from_pretrained(cls: type[_Self], model: Any, path: str | os.PathLike[str]) -> _Self:
         """Adds the adapter of a folder to its base, for inference or further training.
 
+        A warning says if only the dimensions of the base could be checked, as of a float16 one.
+
         Args:
           model: the base, see the class.
           path: folder that `save_pretrained` or `pemoe convert adapter` wrote, local or `gs://`.
@@ -89,6 +93,8 @@ class MixtureModel(nn.Module):
     ) -> None:
         """Writes the adapter to a folder, for `from_pretrained` and for this package in JAX.
 
+        A warning says if the fingerprint of the base is unknown, as of a float16 one.
+
         Args:
           path: the folder, local or `gs://`.
           step: number of training steps, for the record; None: that of the loaded adapter, or 0.
@@ -102,12 +108,35 @@ class MixtureModel(nn.Module):
                 "save_pretrained must be called on a T5ForConditionalGeneration, got a"
                 " T5EncoderModel, which lacks the adapters of the decoder"
             )
+        output = file_io.resolve_output(path, "path")
+        with file_io.remote_errors(output):
+            if not overwrite and output.exists():
+                raise InputError(
+                    f"path must be a new folder without overwrite=True, got {path}, which exists"
+                )
         arrays = {
-            path: parameter.detach().float().cpu().numpy()
-            for path, parameter in self._parameters_by_path().items()
+            name: parameter.detach().float().cpu().numpy()
+            for name, parameter in self._parameters_by_path().items()
         }
         step = self._step if step is None else step
         adapter_file.save_adapter(path, arrays, self._make_record(), step, overwrite)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the numbers of trainable and of all parameters, in PEFT's format."""
+        counts = self._count_parameters()
+        trainable, total = counts["trainable"], counts["total"]
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,}"
+            f" || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def extra_repr(self) -> str:
+        config = self.mixture_config
+        assert config.adapters is not None
+        experts = {
+            site: config.adapters[site].num_experts for site in SITES if site in config.adapters
+        }
+        return f"method={config.method!r}, num_experts={experts}"
 
     def forward(self, *args: Any, sentence_embeddings: Tensor | None = None, **kwargs: Any) -> Any:
         """Calls the base; `sentence_embeddings` [B, S] are for routers that read them.
@@ -162,6 +191,10 @@ class MixtureModel(nn.Module):
             for name, parameter in adapter.named_parameters()
         }
 
+    def _count_parameters(self) -> dict[str, int]:
+        trainable = sum(parameter.numel() for parameter in self._parameters_by_path().values())
+        return {"trainable": trainable, "total": self._total + trainable}
+
     def _load_arrays(self, arrays: Mapping[str, LazyArray], source: str) -> None:
         parameters = self._parameters_by_path()
         if not base_lib.has_decoder(self.base_model):
@@ -188,9 +221,11 @@ class MixtureModel(nn.Module):
         versions = package_versions(("torch", "transformers"))
         if self._record is not None:
             return dataclasses.replace(self._record, versions=versions)
-        dimensions, fingerprint = self._identity
+        dimensions, (fingerprint, reason) = self._identity
+        if reason is not None:
+            fingerprint = None
+            warnings.warn(f"the fingerprint of the base is not saved: {reason}", stacklevel=3)
         dtype = "bfloat16" if self.base_model.dtype == torch.bfloat16 else "float32"
-        trainable = sum(parameter.numel() for parameter in self._parameters_by_path().values())
         return Record(
             method=self.mixture_config.method,
             trainable=[_ADAPTER_PATTERN],
@@ -208,7 +243,7 @@ class MixtureModel(nn.Module):
                 "fingerprint": fingerprint,
                 "needed": True,
             },
-            counts={"trainable": trainable, "total": self._total + trainable},
+            counts=self._count_parameters(),
             versions=versions,
         )
 
@@ -256,11 +291,15 @@ def _check_base(model: Any, record: Record, source: str) -> None:
         expected = record.config.get(name, defaults.get(name))
         if value != expected:
             raise InputError(f"{source} belongs to a base with {name} {expected}, got {value}")
-    fingerprint = base_lib.fingerprint(model)
-    if None not in (fingerprint, record.base["fingerprint"]) and (
-        fingerprint != record.base["fingerprint"]
-    ):
+    fingerprint, reason = base_lib.fingerprint(model)
+    expected = record.base["fingerprint"]
+    if expected is not None and fingerprint == expected:
+        return
+    if expected is None:
+        reason = "it was saved without a fingerprint of its base"
+    if reason is None:
         raise InputError(
-            f"{source} belongs to the base {record.base['path']} with fingerprint"
-            f" {record.base['fingerprint']}; {base_lib.name_of(model)} has {fingerprint}"
+            f"{source} belongs to the base {record.base['path']} with fingerprint {expected};"
+            f" {base_lib.name_of(model)} has {fingerprint}: pass the base that it was trained on"
         )
+    warnings.warn(f"{source}: the fingerprint of its base is not compared: {reason}", stacklevel=3)

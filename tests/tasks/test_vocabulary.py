@@ -164,6 +164,8 @@ def test_tokenizers_of_transformers():
     light = tokenizer.open_tokenizer(T5Tokenizer())
     assert (light.vocab_size, light.encode("aaa aa")) == (32100, [3, 2])
     assert light.decode([3, 2, 1, 4]) == "xxx xx"
+    assert seqio_tasks.fingerprint_vocabulary(light) is None, "it has no pieces to compare"
+    seqio_tasks.check_vocabulary("run", "0123456789abcdef", light)
     T5Tokenizer.pad_token_id = 1
     with pytest.raises(InputError, match="vocabulary must be a tokenizer of T5"):
         tokenizer.open_tokenizer(T5Tokenizer())

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -108,12 +109,38 @@ def test_unknown_settings_are_refused(saved):
     )
 
 
+def test_other_folders_are_refused(saved, tmp_path):
+    """A PEFT adapter, and a run in JAX: the messages name the command that converts them."""
+    load = MixtureModel.from_pretrained
+    (saved / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    message = f"{saved} must be an adapter .*, got a PEFT adapter: .* pemoe convert adapter"
+    check_refused(message, load, tiny_t5(), saved)
+    checkpoint = tmp_path / "run" / "checkpoint_8"
+    (checkpoint / "record").mkdir(parents=True)
+    for path in (checkpoint.parent, checkpoint):
+        message = f"{path} must be an adapter .*, got a run: pemoe convert adapter {path} "
+        check_refused(message, load, tiny_t5(), path)
+
+
+def test_what_trains_is_printed(capsys):
+    mixture = MixtureModel(tiny_t5(), MOV)
+    trainable = sum(p.numel() for p in mixture.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in mixture.parameters())
+    mixture.print_trainable_parameters()
+    assert capsys.readouterr().out == (  # as PEFT prints it
+        f"trainable params: {trainable:,} || all params: {total:,}"
+        f" || trainable%: {100 * trainable / total:.4f}\n"
+    )
+    first = repr(mixture).splitlines()[1]
+    assert first == "  method='mov', num_experts={'key': 3, 'value': 3, 'gate': 3}"
+
+
 def test_other_models_are_refused(saved):
     check_refused("must be a T5For.*, got Linear", MixtureModel, torch.nn.Linear(2, 2), MOV)
     mixture = MixtureModel(tiny_t5(), MOV)
     check_refused("got one that has them already", MixtureModel, mixture.base_model, MOV)
     check_refused("got MixtureModel", MixtureModel, mixture, MOV)
-    encoder = MixtureModel.from_pretrained(tiny_t5("T5EncoderModel"), saved)
+    encoder = MixtureModel(tiny_t5("T5EncoderModel"), MOV)
     check_refused("got a T5EncoderModel", encoder.save_pretrained, saved / "again")
 
 
@@ -122,7 +149,9 @@ def test_encoder_alone(saved):
     encoder.load_state_dict(whole.state_dict(), strict=False)
     tokens = torch.arange(2, 10).reshape(2, 4)
     expected = MixtureModel.from_pretrained(whole, saved).encoder(tokens).last_hidden_state
-    actual = MixtureModel.from_pretrained(encoder, saved)(input_ids=tokens).last_hidden_state
+    with pytest.warns(UserWarning, match="not compared: the T5 has no decoder"):
+        mixture = MixtureModel.from_pretrained(encoder, saved)
+    actual = mixture(input_ids=tokens).last_hidden_state
     torch.testing.assert_close(actual, expected)
 
 
@@ -151,7 +180,9 @@ def test_training_changes_adapters_alone_and_resumes(tmp_path):
     expected = mixture(input_ids=inputs, labels=labels)
     assert torch.equal(expected.loss, mixture(input_ids=inputs, labels=labels).loss)
     mixture.save_pretrained(tmp_path / "a", step=8)
-    check_refused("expected a new path", mixture.save_pretrained, tmp_path / "a")
+    message = "path must be a new folder without overwrite=True, got .*/a, which exists"
+    check_refused(message, mixture.save_pretrained, tmp_path / "a")
+    mixture.save_pretrained(tmp_path / "a", step=8, overwrite=True)
     again = MixtureModel.from_pretrained(tiny_t5(), tmp_path / "a")
     torch.testing.assert_close(again(input_ids=inputs, labels=labels).logits, expected.logits)
     again.save_pretrained(tmp_path / "b")
@@ -186,7 +217,30 @@ def test_fingerprint_is_that_of_the_folder(tmp_path, settings):
     t5.save_pretrained(tmp_path / "t5")
     expected = base_model.open_base(tmp_path / "t5").fingerprint()
     loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "t5")
-    assert base_lib.fingerprint(loaded) == expected
+    assert base_lib.fingerprint(loaded) == base_lib.Fingerprint(expected)
+
+
+def test_float16_base(tmp_path, saved):
+    """It is compared if its checkpoint is float16 too; otherwise a line says that it is not."""
+    tiny_t5().half().save_pretrained(tmp_path / "t5")
+    load = transformers.T5ForConditionalGeneration.from_pretrained
+    exact = load(tmp_path / "t5", dtype=torch.float32)
+    half = load(tmp_path / "t5")
+    assert half.dtype == torch.float16
+    MixtureModel(exact, MOV).save_pretrained(tmp_path / "exact")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mixture = MixtureModel.from_pretrained(half, tmp_path / "exact")
+        mixture.save_pretrained(tmp_path / "again")  # the record is that of the loaded adapter
+    with pytest.warns(UserWarning, match="not compared: the T5 is float16, load it with") as warned:
+        MixtureModel.from_pretrained(load(tmp_path / "t5"), saved)
+    assert warned[0].filename == __file__
+    new = MixtureModel(load(tmp_path / "t5"), MOV)
+    with pytest.warns(UserWarning, match="not saved: the T5 is float16, load it with") as warned:
+        new.save_pretrained(tmp_path / "new")
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match="not compared: it was saved without a fingerprint"):
+        MixtureModel.from_pretrained(tiny_t5(), tmp_path / "new")
 
 
 def test_offloaded_base(saved):
@@ -196,7 +250,8 @@ def test_offloaded_base(saved):
     # Before and after the adapters are added: weights are loaded for each forward pass.
     t5 = accelerate.cpu_offload(tiny_t5(), execution_device="cpu")
     assert next(t5.encoder.block.parameters()).is_meta
-    offloaded = MixtureModel.from_pretrained(t5, saved)
+    with pytest.warns(UserWarning, match="not compared: the T5 is offloaded"):
+        offloaded = MixtureModel.from_pretrained(t5, saved)
     assert {p.device.type for p in offloaded.parameters() if p.requires_grad} == {"cpu"}
     torch.testing.assert_close(offloaded(**inputs).logits, expected)
     whole = MixtureModel.from_pretrained(tiny_t5(), saved)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
+VOCABULARY = "spiece.model"  # SentencePiece file of the tokenizer
 
 
 def is_checkpoint(folder: epath.Path) -> bool:
@@ -174,14 +175,14 @@ def save_checkpoint(
     activations: tuple[str, ...] | None = None,
     sparse: "Sparse | None" = None,
     dropout_rate: float = 0.1,
+    vocabulary: epath.Path | None = None,
     shard_bytes: int = 5_000_000_000,
     report: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Writes a model for `from_pretrained` of transformers 4 and 5.
 
     The class is `T5ForConditionalGeneration`, or `SwitchTransformersForConditionalGeneration` if
-    layers are sparse. Host memory holds one shard and one array of experts at a time. Tokenizer
-    files are not written.
+    layers are sparse. Host memory holds one shard and one array of experts at a time.
 
     Args:
       path: the folder.
@@ -189,6 +190,7 @@ def save_checkpoint(
       activations: `T5Config.mlp_activations`; None: those of T5 v1.1 or 1.0, by the shapes.
       sparse: settings of the sparse layers, if there are any; None: the defaults, as in Switch.
       dropout_rate: rate in config.json, for training in transformers.
+      vocabulary: SentencePiece file of the tokenizer; None: none is written.
       shard_bytes: maximum size of a file, unless a single array is larger.
       report: called with the number of arrays written so far.
 
@@ -224,6 +226,8 @@ def save_checkpoint(
         folder.mkdir()
         contents = config_lib.make(config, sparse, dropout_rate, widest.name)
         atomic_write.write_json(folder / config_lib.NAME, contents)
+        if vocabulary is not None:
+            (folder / VOCABULARY).write_bytes(vocabulary.read_bytes())
         num_written = 0
         for file, names in shards.items():
             # Made contiguous here, so that only one array exists twice at a time.
