@@ -171,6 +171,7 @@ def test_end_to_end(tmp_path):
         "plan",
         *TINY,
         *flags,
+        *(f"--gin.network.T5Config.num_{stack}_layers=1" for stack in ("encoder", "decoder")),
         "--hbm=v4",
         "--markdown",
     ]
