@@ -279,9 +279,13 @@ def test_adapters_of_one_batch(folder, method, options):
 
 def test_an_adapter_of_another_base_is_refused(model, mov, folder):
     other = write_adapter(folder, "mov", 3, fingerprint="0123456789abcdef")
-    message = f"checkpoint {other} belongs to the base .* has "
+    message = f"checkpoint {other} belongs to the base .* has .*: pass the base that"
     with pytest.raises(pemoe_jax.InputError, match=message):
         model.set_adapter(other)
+    with pytest.raises(
+        pemoe_jax.InputError, match="^model or adapter none: no such file or folder"
+    ):
+        model.set_adapter("none")
     assert model.adapter == mov and model.rank("a", ["b"])
     with pytest.raises(pemoe_jax.InputError, match=message):
         pemoe_jax.load_model(BASE, adapter=other, vocabulary=VOCAB)

@@ -371,7 +371,7 @@ class OpenedModel:
         base = self.record.base
         upcycled = base.get("upcycled")
         if base["fingerprint"] not in (None, identity["fingerprint"]):
-            name, note = "fingerprint", ""
+            name, note = "fingerprint", ": pass the base that they were trained on"
         elif checksums.is_other(base.get("checksum"), identity.get("checksum")):
             name, note = "checksum", ": some of its values differ"
         elif None not in (upcycled, identity.get("upcycled")) and upcycled != identity["upcycled"]:
@@ -492,7 +492,8 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
         name = t5x_run.run_folder(path).name
     else:
         expected = f"a run, an adapter, {base_lib.EXPECTED}"
-        base = base_lib.open_base(path, "model", expected)
+        kind = "model" if base_path is None else "model or adapter"
+        base = base_lib.open_base(path, kind, expected)
         # The gin files determine what the checkpoint does not state: the dtype of activations, and
         # names of activation functions.
         model_file = None if model is None else model.config

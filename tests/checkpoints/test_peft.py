@@ -407,6 +407,19 @@ def test_refused_tensors(load, edited, case, change, part):
     check_refused(lambda: load(folder), str(folder), part)
 
 
+def test_adapters_in_some_layers_only_are_refused(load, edited):
+    """A pattern of PEFT can select the modules of one stack."""
+    folder = edited(
+        "lora_paper",
+        {"target_modules": r"encoder.*\.(q|k|v|o|wi_0|wo)"},
+        lambda tensors: {k: v for k, v in tensors.items() if ".encoder." in k},
+    )
+    absent = "decoder.block.0.layer.0.SelfAttention.q"
+    check_refused(
+        lambda: load(folder), "target_modules: expected q in every layer", f"none is at {absent}"
+    )
+
+
 def test_float64_beyond_float32_is_refused(load, edited):
     change = with_(**{K: np.full((18, 1), 1e300)})
     check_refused(lambda: load(edited("ia3", tensors=change)), "infinity", K)

@@ -496,7 +496,7 @@ def test_help(capsys):
     for argv, words in (
         (["--help"], ("adapter", "peft", "huggingface", "base", "T5X", "gs://", "examples:")),
         (["peft", "--help"], ("SOURCE", "OUTPUT", "--base_name", "routers out")),
-        (["huggingface", "--help"], ("--dtype", "from_pretrained", "Tokenizer")),
+        (["huggingface", "--help"], ("--dtype", "from_pretrained", "spiece.model")),
     ):
         with pytest.raises(SystemExit) as caught:
             convert.main(argv)

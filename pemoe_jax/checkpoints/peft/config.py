@@ -68,7 +68,7 @@ def check_config(path: epath.Path, config: JsonObject) -> None:
     for key, value in config.items():
         is_unset = value is None or value is False or value in ("", [], {})
         if key not in _IGNORED | _SUPPORTED and not is_unset:
-            _refuse(path, key, "null, false or empty (pemoe_jax has no such adapter)", value)
+            _refuse(path, key, "null, false or empty (pemoe_jax has no equivalent)", value)
     for key in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = config.get(key)
         is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
@@ -111,7 +111,7 @@ def describe(
     )
     modules = names.module_names(num_layers, is_gated)
     adapted_modules = [module for module in modules if _leaf(module) in adapted]
-    _check_targets(path, config, adapted_modules, modules)
+    _check_targets(path, config, adapted_modules, modules, tensors)
     feedforward = config.get("feedforward_modules")
     if kind == "VectorExperts" and isinstance(feedforward, list):
         scaled = [m for m in adapted_modules if is_input_scaled and _leaf(m) == "wo"]
@@ -134,11 +134,25 @@ def _leaf(module: str) -> str:
 
 
 def _check_targets(
-    path: epath.Path, config: JsonObject, adapted: list[str], modules: list[str]
+    path: epath.Path,
+    config: JsonObject,
+    adapted: list[str],
+    modules: list[str],
+    tensors: Collection[str],
 ) -> None:
     # PEFT silently ignores tensors of modules that it does not target.
     targets, excluded = config["target_modules"], config.get("exclude_modules") or []
     if isinstance(targets, str) or isinstance(excluded, str):
+        # A pattern can select modules of some layers. With lists, a module without tensors is
+        # reported as a missing tensor.
+        present = [name.removeprefix(names.PREFIX) for name in tensors]
+        for module in adapted:
+            if not any(name.startswith(f"{module}.") for name in present):
+                key = "target_modules" if isinstance(targets, str) else "exclude_modules"
+                expected = (
+                    f"{_leaf(module)} in every layer (pemoe_jax has no adapters in some only)"
+                )
+                _refuse(path, key, f"{expected}, none is at {module}", config[key])
         return
     if [m for m in modules if _is_in(m, targets) and not _is_in(m, excluded)] != adapted:
         expected = ", ".join(sorted({_leaf(module) for module in adapted}))

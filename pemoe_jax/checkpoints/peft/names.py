@@ -19,7 +19,7 @@ from pemoe_jax.runtime.file_io import JsonObject
 Description = Mapping[str, JsonObject]  # `core.adapters.describe`: site -> settings
 
 STACKS = ("encoder", "decoder")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def adapter_arrays(
     return [
         AdapterArray(
             path=f"{path}/{site}_adapter/{leaf}",
-            peft_name=f"{_PREFIX}{module}.{sites[site].name}.{peft_leaf}",
+            peft_name=f"{PREFIX}{module}.{sites[site].name}.{peft_leaf}",
             site=site,
             leaf=leaf,
             rank=description[site].get("rank", 0),
