@@ -503,7 +503,8 @@ def test_the_examples_of_the_docs(tmp_path, monkeypatch):
 def test_errors_of_finetune_are_those_of_the_command(tmp_path):
     rows, steps = [{"inputs": "a word", "targets": "yes"}], {"train_steps": 1}
     for train, options, message in (
-        (rows, {"train_step": 4}, "--gin.TRAIN_STEP: no gin file has a macro of this name"),
+        (rows, {}, "^train_steps is not set: pass train_steps="),
+        (rows, steps | {"train_step": 4}, "--gin.TRAIN_STEP: no gin file has a macro of this name"),
         (rows, {"train_steps": "x"}, "TRAIN_STEPS must be"),
         (rows, steps | {"routing": "none"}, "routing/none.gin"),
         ([3], steps, r"train must be a list of rows \(mappings .*\), got \[3\]: 'int' object"),

@@ -80,6 +80,8 @@ def finetune(
     elif vocabulary is not None:
         vocabulary = loading.find_spiece(vocabulary) or vocabulary
         locate_vocabulary(vocabulary, "vocabulary")  # raises, if there is no such file
+    if "train_steps" not in options and not gin_files:
+        raise InputError("train_steps is not set: pass train_steps=…, the number of steps")
     macros = {
         "MODEL_DIR": run_folder,
         "INITIAL_CHECKPOINT_PATH": base,

@@ -41,9 +41,7 @@ class MixtureModel(nn.Module):
 
     def __init__(self, model: Any, config: MixtureConfig) -> None:
         super().__init__()
-        self.base_model = base_lib.check_model(model)
-        if any(isinstance(each, Experts) for each in model.modules()):
-            raise InputError("the model must be without adapters, got one that has them already")
+        self.base_model = _check_model(model)
         self.mixture_config = config
         self._step = 0
         self._record: Record | None = None
@@ -73,7 +71,7 @@ class MixtureModel(nn.Module):
           InputError: a file is missing, damaged or of another version; the adapter belongs to
             another base; or the model is not a T5 or has adapters.
         """
-        base_lib.check_model(model)
+        _check_model(model)
         arrays, record, step = adapter_file.open_adapter(path)
         _check_record(record, f"adapter {path}")
         config = MixtureConfig(
@@ -271,6 +269,13 @@ def _add_adapters(
             setattr(place.parent, place.name, wrapper(module, adapter))
             adapters[place.path] = adapter
     return adapters
+
+
+def _check_model(model: Any) -> Any:
+    """Returns the model; InputError unless it is a T5 of transformers without adapters."""
+    if any(isinstance(each, Experts) for each in base_lib.check_model(model).modules()):
+        raise InputError("the model must be without adapters, got one that has them already")
+    return model
 
 
 def _check_record(record: Record, source: str) -> None:

@@ -139,6 +139,9 @@ def test_other_models_are_refused(saved):
     check_refused("must be a T5For.*, got Linear", MixtureModel, torch.nn.Linear(2, 2), MOV)
     mixture = MixtureModel(tiny_t5(), MOV)
     check_refused("got one that has them already", MixtureModel, mixture.base_model, MOV)
+    with warnings.catch_warnings(action="error"):  # and nothing is said of its base
+        load = MixtureModel.from_pretrained
+        check_refused("got one that has them already", load, mixture.base_model, saved)
     check_refused("got MixtureModel", MixtureModel, mixture, MOV)
     encoder = MixtureModel(tiny_t5("T5EncoderModel"), MOV)
     check_refused("got a T5EncoderModel", encoder.save_pretrained, saved / "again")
