@@ -267,6 +267,20 @@ def parse_json(
         raise ValueError("nested too deeply") from None
 
 
+def check_utf8(value: Any) -> None:
+    """Raises ValueError for half a surrogate pair in a text of a JSON value, which JSON can escape.
+
+    Neither a file nor a terminal takes such a text.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise ValueError(f"unpaired surrogate \\u{code:04x}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: str | os.PathLike[str]) -> JsonObject:
     """Reads a JSON object.
 
@@ -275,6 +289,7 @@ def read_json(path: str | os.PathLike[str]) -> JsonObject:
     """
     try:
         value = parse_json(epath.Path(path).read_text())
+        check_utf8(value)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except OSError as error:

@@ -14,9 +14,16 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime.file_io import read_json
-from pemoe_jax.tasks.p3.tables import Example, Splits, Table, check_unique, take_examples
+from pemoe_jax.tasks.p3.tables import (
+    Example,
+    Splits,
+    Table,
+    arrow_errors,
+    check_unique,
+    take_examples,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -120,7 +127,8 @@ class ArrowTable(Table):
         import pyarrow
 
         table = pyarrow.Table.from_batches([self._batches[part]])
-        return take_examples(table, numbers, self.location)
+        with arrow_errors(f"{self.location}: damaged"):
+            return take_examples(table, numbers, self.location)
 
 
 def _read_batches(path: pathlib.Path) -> Iterator[pyarrow.RecordBatch]:
@@ -136,8 +144,6 @@ def _read_batches(path: pathlib.Path) -> Iterator[pyarrow.RecordBatch]:
 def _open_stream(path: pathlib.Path) -> Iterator[pyarrow.RecordBatchReader]:
     import pyarrow
 
-    try:
-        with pyarrow.memory_map(str(path)) as file:
-            yield pyarrow.ipc.open_stream(file)
-    except (OSError, ValueError) as error:  # base classes of pyarrow's errors
-        raise InputError(f"{path}: not an intact Arrow stream: {first_line(error)}") from None
+    message = f"{path}: not an intact Arrow stream"
+    with arrow_errors(message), pyarrow.memory_map(str(path)) as file:
+        yield pyarrow.ipc.open_stream(file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import array
 import collections
+import contextlib
 import functools
 import itertools
 import os
@@ -198,14 +199,12 @@ class ParquetTable(Table):
 
         groups = []
         for path in map(str, self._paths):
-            try:
+            with arrow_errors(f"{path}: not a Parquet file"):
                 file = parquet.ParquetFile(path, page_checksum_verification=True)
-            except (OSError, ValueError) as error:  # base classes of pyarrow's errors
-                raise InputError(f"{path}: not a Parquet file: {first_line(error)}") from None
-            check_unique(file.schema_arrow.names, path)
-            for number in range(file.num_row_groups):
-                num_rows = file.metadata.row_group(number).num_rows
-                groups.append(_RowGroup(path, number, file, num_rows))
+                check_unique(file.schema_arrow.names, path)
+                for number in range(file.num_row_groups):
+                    num_rows = file.metadata.row_group(number).num_rows
+                    groups.append(_RowGroup(path, number, file, num_rows))
         return groups
 
     @functools.cached_property
@@ -223,13 +222,23 @@ class ParquetTable(Table):
 
     def read_part(self, part: int, numbers: list[int]) -> list[Example]:
         group = self._groups[part]
-        try:
+        with arrow_errors(f"{group.path}: damaged"):
             table = _row_groups.get(group.path, group.number, group.file)
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:
-            raise InputError(f"{group.path}: damaged: {first_line(error)}") from None
-        return take_examples(table, numbers, group.path)
+            return take_examples(table, numbers, group.path)
+
+
+@contextlib.contextmanager
+def arrow_errors(message: str) -> Iterator[None]:
+    """Converts pyarrow's errors to an `InputError` that begins with `message`."""
+    import pyarrow
+
+    try:
+        yield
+    except InputError:
+        raise
+    # Files that cannot be read raise an OSError, texts that are not UTF-8 a ValueError.
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{message}: {first_line(error)}") from None
 
 
 def take_examples(table: pyarrow.Table, numbers: list[int], location: str) -> list[Example]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import re
 import resource
@@ -130,6 +131,17 @@ def test_a_damaged_newest_checkpoint_is_renamed_and_the_one_before_is_used(
     checkpoints.save(restored.replace(step=restored.step + 1), RECORD, {"examples": [9]})
     checkpoints.close()
     assert runs.saved_steps(tmp_path) == [good + 1]
+
+
+@pytest.mark.parametrize("examples", [[], [-1, 5], [True, 5], [1.5, 5], None])
+def test_damaged_data_positions(tmp_path, examples):
+    file = tmp_path / "checkpoint_3" / "feed" / "metadata"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "checkpoint_3" / "record").mkdir()
+    file.write_text(json.dumps({"examples": examples}))
+    for num_shards in (2, 3):
+        with pytest.raises(InputError, match="examples: expected a list of integers"):
+            runs.read_data_position(str(file.parents[1]), num_shards)
 
 
 def test_without_a_whole_checkpoint_nothing_is_renamed(tmp_path):

@@ -1,9 +1,9 @@
 """Damages files and reads them: each reader must refuse a file in one line, or read it.
 
-    python tests/faults/damaged_files.py [--cases 2000] [--reader NAME] [--record]
+    python tests/faults/damaged_files.py [--cases 2000] [--seed 0] [--reader NAME] [--record]
 
 Each reader runs in a process of its own, with limits of memory and of seconds for a file. The
-damage is drawn with a fixed seed: changed bytes, and replaced values of JSON and msgpack or lines
+damage is drawn with the seed: changed bytes, and replaced values of JSON and msgpack or lines
 of YAML. Values that were read are compared with those of the undamaged file.
 """
 
@@ -518,11 +518,12 @@ def run_reader(name: str, num_cases: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def run_all(num_cases: int, names: list[str]) -> dict[str, dict[str, Any]]:
+def run_all(num_cases: int, names: list[str], seed: int) -> dict[str, dict[str, Any]]:
     """Runs each reader in a process; one that dies or hangs counts as a hang of all its cases."""
     results = {}
     for name in names:
-        command = [sys.executable, __file__, "--cases", str(num_cases), "--reader", name]
+        flags = [f"--cases={num_cases}", f"--seed={seed}", f"--reader={name}"]
+        command = [sys.executable, __file__, *flags]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
             results[name] = json.loads(done.stdout.splitlines()[-1])
@@ -545,14 +546,15 @@ def main() -> int:
     """Runs the command; returns 1 if a reader is bad."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cases")
     parser.add_argument("--record", action="store_true", help="into docs/reliability.json")
     parser.add_argument("--reader", choices=[*READERS])
     args = parser.parse_args()
     if args.reader:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        print(json.dumps(run_reader(args.reader, args.cases)))
+        print(json.dumps(run_reader(args.reader, args.cases, args.seed)))
         return 0
-    results = run_all(args.cases, [*READERS])
+    results = run_all(args.cases, [*READERS], args.seed)
     for name, result in results.items():
         for error in result.pop("errors"):
             print(f"{name}: {error}")

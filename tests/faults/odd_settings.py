@@ -1,9 +1,9 @@
 """Passes odd values to the macros of gin files, and damaged gin files, to the commands.
 
-    python tests/faults/odd_settings.py [--cases 2000] [--record]
+    python tests/faults/odd_settings.py [--cases 2000] [--seed 0] [--record]
 
 Each must be refused in one line, or configure the command: it is stopped before it would read or
-draw a model. The values are drawn with a fixed seed.
+draw a model. The values are drawn with the seed.
 """
 
 import argparse
@@ -180,9 +180,10 @@ def main() -> int:
     """Runs the command; returns 1 if a setting gave a traceback."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cases")
     parser.add_argument("--record", action="store_true", help="into docs/reliability.json")
     args = parser.parse_args()
-    result = run(args.cases)
+    result = run(args.cases, args.seed)
     print("\n".join(result.pop("errors")))
     print(json.dumps(result))
     if args.record:

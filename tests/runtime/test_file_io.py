@@ -1,5 +1,7 @@
 """Paths, files that are written whole or not at all, and JSON."""
 
+import json
+
 import pytest
 import tensorstore as ts
 
@@ -100,3 +102,15 @@ def test_json_that_cannot_be_read(tmp_path, text):
             read()
         assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert step_times.read_step_times(files["metrics.jsonl"], 5) == []
+
+
+@pytest.mark.parametrize("value", [{"a": "\ud800"}, {"\udfff": 1}, {"a": [{"b": ["x", "\udc00"]}]}])
+def test_json_with_half_a_surrogate_pair(tmp_path, value):
+    """Such a text can be escaped in JSON, but neither be written nor printed."""
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(value))
+    for read in (file_io.read_json, results.load_results):
+        with pytest.raises(InputError, match=r"expected JSON, .*unpaired surrogate \\ud"):
+            read(str(file))
+    file.write_text(json.dumps({"a": "\U0001f600"}))  # a whole pair
+    assert file_io.read_json(file) == {"a": "\U0001f600"}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from unittest import mock
 
 import pyarrow
 import pytest
@@ -91,6 +92,18 @@ def test_types_of_parquet(tmp_path):
             read(time=time)
     with pytest.raises(InputError, match="the column 'time' of timestamp.us. must have"):
         read(time=pyarrow.array([2**62, 1]).cast(pyarrow.timestamp("us")))
+
+
+@pytest.mark.parametrize("kind", [*pyarrow.ArrowException.__subclasses__(), OSError])
+def test_errors_of_pyarrow_are_one_line(tmp_path, monkeypatch, kind):
+    path = tmp_path / "validation.parquet"
+    parquet.write_table(pyarrow.table({"inputs": ["a", "b"]}), path)
+    # A damaged file has fewer rows than its metadata says.
+    with pytest.raises(InputError, match="validation.parquet: damaged: Index 2 out of bounds"):
+        tables.open_table([path]).read_part(0, [2])
+    monkeypatch.setattr(parquet, "ParquetFile", mock.Mock(side_effect=kind("of\nlines")))
+    with pytest.raises(InputError, match="validation.parquet: not a Parquet file: of$"):
+        tables.open_table([path]).part_sizes()
 
 
 def test_columns_of_the_same_name(tmp_path):

@@ -222,6 +222,7 @@ def load_results(path: str) -> JsonObject:
             file /= RESULTS
     try:
         results = file_io.parse_json(file.read_text())
+        file_io.check_utf8(results)
     except OSError as error:
         raise InputError(
             f"{file}: expected a {RESULTS} of `pemoe evaluate`, or a folder with one, got"
@@ -292,8 +293,11 @@ def load_predictions(
         line is not a prediction.
     """
     file = file_io.to_path(folder) / f"{task}.jsonl"
-    if not file.is_file():
-        return None
+    try:
+        if not file.is_file():
+            return None
+    except OSError as error:  # a name of results.json is too long for a file
+        raise InputError(f"{file!s:.200}: cannot be read: {error.strerror}") from None
     indices, correct = [], []
     # Invalid UTF-8 must not abort reading: outside of strings, it is reported as a bad line. In a
     # text it changes nothing that is read here.

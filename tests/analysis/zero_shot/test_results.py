@@ -139,3 +139,10 @@ def test_a_file_without_results_is_an_error(tmp_path, text, message):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(InputError, match=message):
         results.load_results(str(tmp_path))
+
+
+def test_names_that_are_too_long_for_a_file(tmp_path):
+    task = prompt(1, 1, "a")
+    for folder, name in ((tmp_path / ("r" * 300), "a"), (tmp_path, "a" * 300)):
+        with pytest.raises(InputError, match="cannot be read: File name too long"):
+            results.load_predictions(str(folder), name, task)
