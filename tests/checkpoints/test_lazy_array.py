@@ -305,6 +305,7 @@ def test_unstacked_arrays():
 def test_written_files_have_checksums(tmp_path, monkeypatch):
     """A flipped bit is noticed by each read of a block that has it, and by no other."""
     monkeypatch.setattr(safetensors_file, "_BLOCK_BYTES", 80)  # three rows of 24 bytes and a third
+    monkeypatch.setattr(file_io, "READ_BLOCK", 40)
     path, array = tmp_path / "a.safetensors", RNG.standard_normal((12, 6)).astype(np.float32)
     arrays = {"a": array, "empty": np.empty((0, 2)), "half": array[0].astype(ml_dtypes.bfloat16)}
     safetensors_file.save_file(path, arrays, {"k": "v"})
