@@ -72,6 +72,10 @@ def register(
       InputError: no data is set, or several folders are, or the folder's `register` raises.
     """
     if module is not None:
+        if "" in module.split("."):
+            raise InputError(
+                f"MIXTURE_OR_TASK_MODULE must be the name of a module, got {module!r:.80}"
+            )
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

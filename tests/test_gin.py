@@ -330,14 +330,21 @@ def test_parameters_of_functions_of_the_run_are_kept(flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gin.OPTIMIZER=@optim.adamw()"], "adamw: no value for 'learning_rate': "),
-        (["--gin.OPTIMIZER=@network.T5Config"], "OPTIMIZER must be a function of "),
-        (["--gin.OPTIMIZER=None"], "OPTIMIZER must be a function of "),
+        (["--gin.OPTIMIZER=@optim.adamw()"], "OPTIMIZER must be a function or class (@… without "),
+        (["--gin.OPTIMIZER=@network.T5Config"], "OPTIMIZER must be a function or class "),
+        (["--gin.OPTIMIZER=None"], "OPTIMIZER must be a function or class "),
+        (
+            ["--gin_file=own.gin"],
+            "OPTIMIZER must be a function of (schedule, param_axes), such as ",
+        ),
         (["--gin.MODEL=@network.Transformer"], "MODEL must be @network.Transformer() "),
         (["--gin.LEARNING_RATE=None"], "LEARNING_RATE is not set: "),
     ],
 )
-def test_references_of_another_kind(flags, message, tmp_path, capsys):
+def test_references_of_another_kind(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    imports = "from __gin__ import dynamic_registration\nfrom os import path\n"
+    (tmp_path / "own.gin").write_text(f"{imports}OPTIMIZER = @path.exists\n")  # no annotations
     files = ("models/t5_1_1_tiny.gin", "methods/mov.gin", "runs/finetune.gin")
     run = [*(f"--gin_file={file}" for file in files), *RUN, f"--gin.MODEL_DIR={tmp_path / 'run'}"]
     assert train.main([*run, *flags]) == 1

@@ -9,7 +9,7 @@ arXiv 2205.05638, LoRA arXiv 2106.09685, MoV and MoLORA arXiv 2309.05444.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -292,28 +292,37 @@ _KINDS: dict[str, type[nn.Module]] = {
 _OMITTED = ("x_axis", "y_axes", "feature_axis", "kernel_init", "fused", "parent", "name")
 
 
-def _describe_factory(factory: Callable[..., nn.Module], **arguments: object) -> Description:
-    """Describes the module that a factory makes, without the `arguments` that its caller passes."""
+def _describe_factory(
+    name: str, kinds: Sequence[str], factory: Callable[..., nn.Module], **arguments: object
+) -> Description:
+    """Describes the module that a factory makes, without the `arguments` that its caller passes.
+
+    Raises:
+      InputError: the module is of none of the `kinds`; `name` is that of the setting.
+    """
     module = factory(**arguments)
-    kind = next((k for k, cls in _KINDS.items() if isinstance(module, cls)), None)
+    kind = next((k for k in kinds if isinstance(module, _KINDS[k])), None)
     if kind is None:
-        raise ValueError(
-            f"cannot describe {type(module).__name__}: expected one of {sorted(_KINDS)}"
-        )
+        raise InputError(f"{name} must make {' or '.join(kinds)}, got {type(module).__name__}")
     description: Description = {"kind": kind}
     for field in dataclasses.fields(module):
         if field.name in _OMITTED or field.name in arguments:
             continue
         value = getattr(module, field.name)
         if field.name == "router" and value is not None:
-            value = _describe_factory(value, num_experts=getattr(module, "num_experts", 1))
+            num_experts = getattr(module, "num_experts", 1)
+            value = _describe_factory(f"{kind}.router", ["Router"], value, num_experts=num_experts)
         description[field.name] = value
     return description
 
 
 def describe(adapters: Adapters) -> dict[str, Description]:
     """Returns the adapters as plain data by site, for checkpoints; see `from_description`."""
-    return {site: _describe_factory(getattr(adapters, site)) for site in adapters.sites()}
+    kinds = ("VectorExperts", "LoRAExperts")
+    return {
+        site: _describe_factory(f"Adapters.{site}", kinds, getattr(adapters, site))
+        for site in adapters.sites()
+    }
 
 
 def _factory_from(description: object) -> Callable[..., nn.Module]:

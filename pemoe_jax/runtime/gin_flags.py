@@ -16,6 +16,7 @@ from pemoe_jax.runtime import (
     compile_cache,
     distributed,
     folder_lock,
+    gin_cycles,
     gin_errors,
     gin_help,
     gin_types,
@@ -197,12 +198,15 @@ def load_config(
         if macro_value(_SET_BY_MODEL) is None:
             gin.parse_config(f"{_SET_BY_MODEL} = None")
         in_files = {selector for _, selector in gin.config._CONFIG}
-        gin.parse_config_files_and_bindings([], lines)
+        gin.parse_config_files_and_bindings([], lines, finalize_config=False)
+        gin_types.check_texts(gin.config._CONFIG)  # gin's own checks print the configuration
+        gin.finalize()
     except InputError:
         raise
     except _GIN_ERRORS as error:
         raise InputError(gin_errors.describe_error(error, lines)) from error
     gin_types.check_bindings([*_SET_BY_MODEL_AND_METHOD, _SET_BY_MODEL])
+    gin_cycles.check_cycles(gin.config._CONFIG)
     _check_routers_have_effect()
     _check_has_effect([*args.gin_bindings, *bindings], in_files)
 

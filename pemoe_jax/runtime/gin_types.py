@@ -1,15 +1,19 @@
-"""Checks the literals that gin binds: the types of their parameters, and the ranges of numbers."""
+"""Checks the values that gin binds: texts, the types of their parameters, and ranges of numbers."""
 
 import collections.abc
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pemoe_jax.core.errors import InputError
+from pemoe_jax.runtime.gin_cycles import Bindings, setting_name
 from pemoe_jax.runtime.gin_ranges import RANGES
+
+if TYPE_CHECKING:
+    from gin.config import ConfigurableReference
 
 # An annotation: a class, a generic alias, a union. Python has no common type for these.
 Type: TypeAlias = Any
@@ -17,17 +21,37 @@ Type: TypeAlias = Any
 _TYPE_NAMES: dict[object, str] = {
     **{int: "an integer", float: "a number", str: "a string"},
     **{bool: "True or False", type(None): "None"},
-    **dict.fromkeys((collections.abc.Sequence, list, tuple), "a list"),
+    **dict.fromkeys((collections.abc.Sequence, collections.abc.Collection, list, tuple), "a list"),
     **dict.fromkeys((collections.abc.Mapping, dict), "a dict"),
 }
+_ITEM_NAMES: dict[object, str] = {int: " of integers", float: " of numbers", str: " of strings"}
 _UNCHECKED = (Any, object, inspect.Parameter.empty)
 
 
-def check_bindings(optional_macros: Collection[str] = ()) -> None:
-    """Checks every literal of the parsed gin configuration.
+def check_texts(bindings: Bindings) -> None:
+    """Raises InputError for a text without UTF-8, or a reference that gin cannot print."""
+    settings = [
+        (setting_name(scope, selector, parameter), value, leaf)
+        for (scope, selector), values in bindings.items()
+        for parameter, value in values.items()
+        for leaf in _leaves(value)
+    ]
+    for name, value, leaf in settings:
+        if isinstance(leaf, str):
+            try:
+                leaf.encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{name} must be text in UTF-8, got {value!r}") from None
+        # %MACRO is a call in the macro's scope.
+        is_macro = _is_reference(leaf) and leaf.configurable.selector == "gin.macro"
+        if is_macro and not (leaf.evaluate and leaf.scopes):
+            raise InputError(f"{name} must be a value or %MACRO, got @gin.macro")
 
-    Objects and functions are bound by reference, so a literal never fits a parameter of such a
-    type. The contents of lists and dicts are not checked.
+
+def check_bindings(optional_macros: Collection[str] = ()) -> None:
+    """Checks every value of the parsed gin configuration.
+
+    Of a reference, the class or the annotation of what the function returns is checked.
 
     Args:
       optional_macros: macros that may be None whatever the type, as no gin file may set them.
@@ -50,9 +74,8 @@ def check_bindings(optional_macros: Collection[str] = ()) -> None:
         for parameter, bound in values.items():
             name, value = _resolve_macro(f"{selector}.{parameter}", bound, bindings)
             annotation = annotations.get(parameter, Any)
-            is_literal = isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))
             is_optional = value is None and name in optional_macros
-            if is_literal and not is_optional and not _matches(value, annotation):
+            if not is_optional and not _matches(value, annotation):
                 raise InputError(f"{name} must be {_describe(annotation)}, got {value!r}")
             if parameter in ranges and isinstance(value, (int, float)):
                 interval, members = ranges[parameter], _union_members(annotation)
@@ -61,20 +84,31 @@ def check_bindings(optional_macros: Collection[str] = ()) -> None:
                     raise InputError(f"{name} must be {expected}, got {value!r}")
 
 
-def _resolve_macro(
-    name: str, value: object, bindings: Mapping[tuple[str, str], Mapping[str, object]]
-) -> tuple[str, object]:
-    """Follows references to macros -> (name of the last macro, its value)."""
+def _leaves(value: object) -> Iterator[Any]:
+    """Yields the values and keys in nested lists and dicts."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _is_reference(value: object) -> "typing.TypeGuard[ConfigurableReference]":
     import gin
 
+    return isinstance(value, gin.config.ConfigurableReference)
+
+
+def _resolve_macro(name: str, value: object, bindings: Bindings) -> tuple[str, object]:
+    """Follows references to macros -> (name of the last macro, its value)."""
     visited: set[str] = set()
-    while isinstance(value, gin.config.ConfigurableReference) and str(value)[0] == "%":
+    while _is_reference(value) and str(value)[0] == "%":
         name = str(value)[1:]
         macro = bindings.get((name, "gin.macro"))
-        if macro is None:  # gin.REQUIRED or a constant
+        if macro is None or name in visited:  # gin.REQUIRED, a constant, or a cycle
             break
-        if name in visited:
-            raise InputError(f"{name} must be a value, got a reference to itself")
         visited.add(name)
         value = macro["value"]
     return name, value
@@ -86,20 +120,34 @@ def _parameter_types(function: Callable[..., object]) -> dict[str, Type]:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return {}
-    annotations = {}
-    for name, parameter in parameters.items():
-        annotations[name] = parameter.annotation
-        if isinstance(parameter.annotation, str):
-            try:
-                names = dict(vars(sys.modules[function.__module__]))
-                annotations[name] = eval(parameter.annotation, names)
-            except NameError:  # imported under TYPE_CHECKING
-                # This package imports only classes so, which gin binds by reference.
-                is_ours = function.__module__.startswith("pemoe_jax.")
-                annotations[name] = types.FunctionType | None if is_ours else Any
-            except (AttributeError, SyntaxError, TypeError):
-                annotations[name] = Any
-    return annotations
+    return {
+        name: _evaluate(parameter.annotation, function) for name, parameter in parameters.items()
+    }
+
+
+def _returned_type(function: Callable[..., object]) -> Type:
+    """Returns a class itself, or the type of a function's values; `Any` if it is not known."""
+    if inspect.isclass(function):
+        return function
+    try:
+        return _evaluate(inspect.signature(function).return_annotation, function)
+    except (TypeError, ValueError):
+        return Any
+
+
+def _evaluate(annotation: Type, function: Callable[..., object]) -> Type:
+    if not isinstance(annotation, str):
+        return annotation
+    # This package imports modules of its core under TYPE_CHECKING.
+    core = {
+        name.rpartition(".")[2]: module
+        for name, module in [*sys.modules.items()]
+        if name.startswith("pemoe_jax.core.") and name.count(".") == 2
+    }
+    try:
+        return eval(annotation, {**core, **vars(sys.modules[function.__module__])})
+    except (NameError, AttributeError, SyntaxError, TypeError, KeyError):
+        return Any
 
 
 def _union_members(annotation: Type) -> tuple[Type, ...]:
@@ -109,20 +157,87 @@ def _union_members(annotation: Type) -> tuple[Type, ...]:
 
 
 def _matches(value: object, annotation: Type) -> bool:
+    """Whether a parameter may have a value, or what a reference stands for."""
+    if not _is_reference(value):
+        return any(_matches_member(value, member) for member in _union_members(annotation))
+    function = value.configurable.wrapped
+    returned = _returned_type(function)
+    if value.evaluate:
+        return _may_be(returned, annotation)
     for member in _union_members(annotation):
-        origin = typing.get_origin(member) or member
-        if not isinstance(origin, type) or origin in _UNCHECKED:
-            return True
-        # isinstance would accept a bool as an int and a string as a sequence.
-        if isinstance(value, (bool, str)) or getattr(origin, "_is_protocol", False):
-            if origin is type(value):
+        arguments = typing.get_args(member)
+        is_callable = typing.get_origin(member) is collections.abc.Callable
+        if is_callable and arguments:
+            if _may_be(returned, arguments[-1]):
                 return True
-        elif isinstance(value, (int, float) if origin is float else origin):
+        elif _may_be(type(function), member):
             return True
     return False
 
 
+def _matches_member(value: object, member: Type) -> bool:
+    origin = typing.get_origin(member) or member
+    if not isinstance(origin, type) or origin in _UNCHECKED:
+        return True
+    # isinstance would accept a bool as an int and a string as a sequence.
+    if isinstance(value, (bool, str)) or _is_protocol(origin):
+        return origin is type(value)
+    if not isinstance(value, (int, float) if origin is float else origin):
+        return False
+    items = _item_types(member)
+    if isinstance(value, dict) and len(items) == 2:
+        return all(_matches(k, items[0]) and _matches(v, items[1]) for k, v in value.items())
+    if isinstance(value, (list, tuple)) and len(items) == 1:
+        return all(_matches(item, items[0]) for item in value)
+    return True
+
+
+def _may_be(returned: Type, annotation: Type) -> bool:
+    """Whether a value of the type `returned` may fit `annotation`.
+
+    A more general type may, and one that is not a class; a function without a value never.
+    """
+    if returned is None:
+        return annotation in _UNCHECKED
+    return any(
+        _may_be_member(typing.get_origin(kind) or kind, typing.get_origin(member) or member)
+        for kind in _union_members(returned)
+        for member in _union_members(annotation)
+    )
+
+
+def _may_be_member(kind: Type, member: Type) -> bool:
+    for cls in (kind, member):
+        if not isinstance(cls, type) or cls in _UNCHECKED or _is_protocol(cls):
+            return True
+    # issubclass would accept a bool as an int and a string as a sequence.
+    if kind in (bool, str):
+        return kind is member
+    classes = (int, float) if member is float else member
+    return issubclass(kind, classes) or issubclass(member, kind)
+
+
+def _item_types(member: Type) -> list[Type]:
+    """Returns [type of the items] of a list, [of the keys, of the values] of a dict."""
+    return [item for item in typing.get_args(member) if item is not Ellipsis]
+
+
+def _is_protocol(origin: type) -> bool:
+    return bool(getattr(origin, "_is_protocol", False))
+
+
 def _describe(annotation: Type) -> str:
-    origins = [typing.get_origin(member) or member for member in _union_members(annotation)]
-    names = [_TYPE_NAMES.get(origin, "a reference (@…)") for origin in origins]
-    return " or ".join(dict.fromkeys(names))
+    return " or ".join(dict.fromkeys(map(_describe_member, _union_members(annotation))))
+
+
+def _describe_member(member: Type) -> str:
+    origin, items = typing.get_origin(member) or member, _item_types(member)
+    if origin in _TYPE_NAMES:
+        return _TYPE_NAMES[origin] + (_ITEM_NAMES.get(items[-1], "") if items else "")
+    if origin is collections.abc.Callable:
+        returned = items[-1] if items else Any
+        suffix = f" that returns {returned.__name__}" if inspect.isclass(returned) else ""
+        return f"a function or class (@… without parentheses){suffix}"
+    if getattr(origin, "__module__", "").startswith("pemoe_jax."):
+        return f"@{origin.__module__.rpartition('.')[2]}.{origin.__name__}()"
+    return "a reference (@…)"

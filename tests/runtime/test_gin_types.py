@@ -37,18 +37,25 @@ EVALUATE += ["--gin.EVAL_OUTPUT_DIR=/nowhere/out"]
         (["--gin.DROPOUT_RATE=a"], "DROPOUT_RATE must be a number, got 'a'"),
         (["--gin.KEEP_CHECKPOINTS=a"], "KEEP_CHECKPOINTS must be an integer or None"),
         (["--gin.MODEL_DIR=3"], "MODEL_DIR must be a string, got 3"),
-        (["--gin.TASK_FEATURE_LENGTHS=64"], "TASK_FEATURE_LENGTHS must be a dict, got 64"),
-        (["--gin.TRAINABLE=.*"], "TRAINABLE must be a list, got '.*'"),
+        (
+            ["--gin.TASK_FEATURE_LENGTHS=64"],
+            "TASK_FEATURE_LENGTHS must be a dict of integers, got 64",
+        ),
+        (["--gin.TRAINABLE=.*"], "TRAINABLE must be a list of strings, got '.*'"),
         (["--gin.RANK=%SCHEDULE"], "SCHEDULE must be an integer, got 'constant"),
         (
             ["--gin.routing.Router.top_k=two"],
             "routing.Router.top_k must be an integer or None, got 'two'",
         ),
-        (["--gin.OPTIMIZER=adamw"], "OPTIMIZER must be a reference (@…) or None, got 'adamw'"),
-        (["--gin.MODEL=x"], "MODEL must be a reference (@…) or None, got 'x'"),
+        (
+            ["--gin.OPTIMIZER=adamw"],
+            "OPTIMIZER must be a function or class (@… without parentheses) that returns Gr",
+        ),
+        (["--gin.MODEL=x"], "MODEL must be @network.Transformer() or None, got 'x'"),
         (
             ["--gin.adapters.Adapters.wi_1=LoRAExperts"],
-            "adapters.Adapters.wi_1 must be a reference (@…) or None, got 'LoRAExperts'",
+            "adapters.Adapters.wi_1 must be a function or class (@… without parentheses) that"
+            " returns Module or None, got 'LoRAExperts'",
         ),
         (["--gin.MICROBATCHES=0"], "MICROBATCHES must be a positive integer, got 0"),
         (["--gin.KEEP_CHECKPOINTS=0"], "KEEP_CHECKPOINTS must be a positive integer, got 0"),
@@ -73,6 +80,60 @@ EVALUATE += ["--gin.EVAL_OUTPUT_DIR=/nowhere/out"]
         (["--gin.optim.adamw.b1=1.0"], "optim.adamw.b1 must be a number in [0, 1), got 1.0"),
         (["--gin.RANK=%ALPHA", "--gin.ALPHA=%RANK"], "must be a value, got a reference to itself"),
         (["--gin.DTYPE=abc"], "T5Config.dtype must be float32 or bfloat16, got 'abc'"),
+        # values of other types, in lists and dicts too
+        (["--gin.TRAINABLE=(1,)"], "TRAINABLE must be a list of strings, got (1,)"),
+        (["--gin.TRAINABLE=1j"], "TRAINABLE must be a list of strings, got 1j"),
+        (["--gin.DROPOUT_RATE=1j"], "DROPOUT_RATE must be a number, got 1j"),
+        (["--gin.MMLU_SPLIT=b'x'"], "MMLU_SPLIT must be a string, got b'x'"),
+        (
+            ["--gin.TASK_FEATURE_LENGTHS={'inputs': 'x'}"],
+            "TASK_FEATURE_LENGTHS must be a dict of integers, got {'inputs': 'x'}",
+        ),
+        (["--gin.train.train.mesh=None"], "mesh must be @partitioning.MeshConfig(), got None"),
+        # references to functions and classes, and to what they return
+        (["--gin.JSONL_DIR=@optim.adamw"], "JSONL_DIR must be a string or None, got @optim.adamw"),
+        (["--gin.MICROBATCHES=@options.Data()"], "MICROBATCHES must be an integer, got @options.D"),
+        (["--gin.TRAINABLE=[@optim.adamw]"], "TRAINABLE must be a list of strings, got [@optim.a"),
+        (
+            ["--gin.VOCAB_SIZE=@tasks.default_vocab_path()"],
+            "VOCAB_SIZE must be an integer, got @ta",
+        ),
+        (
+            ["--gin.train.train.method=@options.Data()"],
+            "must be @options.Method(), got @options.Da",
+        ),
+        (
+            ["--gin.train.train.logging=@options.Logging"],
+            "must be @options.Logging(), got @options.",
+        ),
+        (
+            ["--gin.EVAL_TASKS=@train.train()"],
+            "EVAL_TASKS must be a list of strings or None, got @",
+        ),
+        (
+            ["--gin.adapters.LoRAExperts.router=@optim.adamw"],
+            "that returns Router or None, got @opt",
+        ),
+        (
+            ["--gin.adapters.Adapters.key=@routing.Router", "--gin.routing.Router.num_experts=2"],
+            "Adapters.key must make VectorExperts or LoRAExperts, got Router",
+        ),
+        # references that lead back to their own function
+        (
+            ["--gin.options.Data.register=@train.train"],
+            "Data.register must be a value, got a reference to itself: pemoe_jax.train.train.data →"
+            " pemoe_jax.runtime.options.Data.register",
+        ),
+        (
+            ["--gin.adapters.Adapters.key=@network.Transformer"],
+            "Adapters.key must be a value, got a",
+        ),
+        (["--gin.DROPOUT_RATE=%MODEL"], "MODEL must be a number, got @network.Transformer()"),
+        (["--gin.RANK=%RANK"], "RANK must be a value, got a reference to itself: RANK"),
+        (["--gin.RANK=@gin.macro"], "RANK must be a value or %MACRO, got @gin.macro"),
+        (["--gin.JSONL_DIR=['\\ud800']"], "JSONL_DIR must be text in UTF-8, got ['\\ud800']"),
+        (["--gin.MODEL_DIR=\udcff"], "MODEL_DIR must be text in UTF-8, got '\\udcff'"),
+        (["--gin.MIXTURE_OR_TASK_MODULE=''"], "MODULE must be the name of a module, got ''"),
     ],
 )
 def test_training(capsys, flags, message):
@@ -85,11 +146,14 @@ def test_evaluation(capsys):
     assert evaluate.main([*EVALUATE, "--gin.FSDP=abc"]) == 1
     assert capsys.readouterr().err == "error: FSDP must be True or False, got 'abc'\n"
     assert evaluate.main([*EVALUATE, "--gin.CHECKPOINT_PATH=5"]) == 1
-    assert "CHECKPOINT_PATH must be a string or a list, got 5" in capsys.readouterr().err
+    assert "CHECKPOINT_PATH must be a string or a list of strings, got 5" in capsys.readouterr().err
 
 
 def test_correct_values_pass():
     flags = ["--gin.ALPHA=16", "--gin.KEEP_CHECKPOINTS=None", "--gin.RANK=%NUM_EXPERTS"]
+    # A function may be called inside of itself with the settings of another scope.
+    flags += ["--gin.a/options.Data.register=@b/options.Data", "--gin.VOCAB_PATH=%JSONL_DIR"]
+    flags += ["--gin.EVAL_TASKS=['a', %METHOD]", "--gin.JSONL_DIR=@tasks.default_vocab_path()"]
     rest, bindings = gin_flags.split_bindings([*FLAGS, *flags])
     gin_flags.load_config(train.FLAGS.parse_args(rest), bindings)  # raises nothing
 
