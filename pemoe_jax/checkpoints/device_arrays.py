@@ -111,8 +111,17 @@ def _pop_first(pending: list[_Pending]) -> tuple[str, _Read]:
 def _read(array: LazyArray, target: jax.ShapeDtypeStruct, with_checksum: bool) -> _Read:
     shards = _read_shards(array, target)
     is_whole = len(shards) == 1 and next(iter(shards.values())).shape == array.shape
-    checksum = lazy_array.checksum(array, *shards.values()) if with_checksum and is_whole else None
-    return _Read(shards, all(map(params_lib.all_finite, shards.values())), checksum)
+    if not with_checksum or not is_whole:
+        return _Read(shards, all(map(params_lib.all_finite, shards.values())), None)
+    (whole,) = shards.values()
+    is_finite = True
+
+    def visit(values: np.ndarray) -> None:
+        nonlocal is_finite
+        is_finite = is_finite and params_lib.all_finite(values)
+
+    checksum = lazy_array.checksum(array, whole, visit)
+    return _Read(shards, is_finite, checksum)
 
 
 def _read_shards(array: LazyArray, target: jax.ShapeDtypeStruct) -> _Shards:

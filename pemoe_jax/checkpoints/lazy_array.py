@@ -108,13 +108,15 @@ def unstack(array: LazyArray) -> list[LazyArray]:
     ]
 
 
-def checksum(stored: LazyArray, values: np.ndarray) -> tuple[str, int]:
-    """Returns the checksum of an array as read, and its kind.
+def checksum(
+    stored: LazyArray, values: np.ndarray, visit: Callable[[np.ndarray], None] | None = None
+) -> tuple[str, int]:
+    """Returns the checksum of an array as read, and its kind; see `checksum_of_values`.
 
     The kind has both dtypes, but for bfloat16: float32 values and their rounding are then equal.
     """
     kind = "bfloat16" if values.dtype == ml_dtypes.bfloat16 else f"{stored.dtype} as {values.dtype}"
-    return kind, checksums.checksum_of_values(values)
+    return kind, checksums.checksum_of_values(values, visit)
 
 
 def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> np.ndarray:

@@ -5,7 +5,7 @@ They detect damage, not deliberate changes: whoever changes a file can change it
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -17,6 +17,7 @@ from pemoe_jax.runtime.file_io import AnyPath
 
 FILE = "checksums.json"
 _SUM_BYTES = 1 << 15
+_SUMMED_BYTES = 1 << 22  # in one call of numpy
 
 
 def crc32c(data: np.ndarray, crc: int = 0) -> int:
@@ -39,16 +40,29 @@ def _size_and_crc32c(path: AnyPath) -> tuple[int, str]:
     return size, f"{crc:08x}"
 
 
-def checksum_of_values(array: np.ndarray) -> int:
+def checksum_of_values(array: np.ndarray, visit: Callable[[np.ndarray], None] | None = None) -> int:
     """Returns a checksum of an array in row-major order: the CRC-32C of the sums of its blocks.
 
-    A sum takes a tenth of the time of a CRC. A block is 32 KiB, summed as 64-bit integers, so that
-    every single changed value is noticed.
+    A sum takes less than half the time of a CRC. A block is 32 KiB, summed as 64-bit integers, so
+    that every single changed value is noticed.
+
+    Args:
+      array: the array.
+      visit: called with consecutive values [<= 4 MiB] while they are in a cache.
     """
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    end = len(data) // _SUM_BYTES * _SUM_BYTES
-    sums = data[:end].view(np.uint64).reshape(-1, _SUM_BYTES // 8).sum(axis=1)
-    return google_crc32c.extend(google_crc32c.value(sums.tobytes()), data[end:].tobytes())
+    values = np.ascontiguousarray(array).reshape(-1)
+    data = values.view(np.uint8)
+    crc = 0
+    for start in range(0, len(data), _SUMMED_BYTES):
+        part = data[start : start + _SUMMED_BYTES]
+        end = len(part) // _SUM_BYTES * _SUM_BYTES
+        sums = part[:end].view(np.uint64).reshape(-1, _SUM_BYTES // 8).sum(axis=1)
+        crc = google_crc32c.extend(crc, sums.tobytes())
+        if end < len(part):
+            crc = google_crc32c.extend(crc, part[end:].tobytes())
+        if visit is not None:
+            visit(part.view(values.dtype))
+    return crc
 
 
 def join(checksums: Mapping[str, tuple[str, int]]) -> str:
