@@ -6,8 +6,8 @@ Writes soak.json and soak.png: memory and open files after each cycle.
 
 JAX's caches are left as they are, as in a user's process: `jax.clear_caches()` would hide programs
 that the package compiles anew in each cycle. JAX 0.10 keeps the newest 2,048 traces of
-`jnp.einsum`, of which a cycle adds 19, so memory grows by up to 0.5 MiB in each of the first 110
-cycles. The warm-up of an hour is about as long or longer; shorter runs may exceed the bar.
+`jnp.einsum`, of which a cycle adds 19; so the first 110 cycles or so are the warm-up of an hour.
+Shorter runs may exceed the bar.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import summary
 import tiny_runs
 
 COLUMNS = ("minutes", "memory in MiB", "open files", "threads")
-_WARM_UP = 0.3  # of the cycles: caches fill, see above
+_WARM_UP = 0.3  # of the cycles: caches fill
 _MAX_MEMORY = 6000  # MiB: a process that grows must not take the memory of others
 _MAX_GROWTH = (0.5, 0.05)  # MiB and files, for each cycle
 
