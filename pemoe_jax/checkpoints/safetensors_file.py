@@ -75,6 +75,11 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         data_start = 8 + header_bytes
         crcs = _parse_checksums(metadata)
+        if crcs and (different := sorted(crcs.keys() ^ header.keys())):
+            raise InputError(
+                f"{path}: {different[0]!r:.100}: damaged: expected one array and one checksum of"
+                " this name"
+            )
         arrays = {
             name: _parse_entry(path, name, entry, data_start, crcs.get(name))
             for name, entry in header.items()

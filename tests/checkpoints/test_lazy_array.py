@@ -328,6 +328,10 @@ def test_written_files_have_checksums(tmp_path, monkeypatch):
             np.testing.assert_array_equal(part, array[row, 1:3])
     with pytest.raises(InputError, match="damaged"):
         opened["a"].T.read()
+    assert content.count(b'"half":') == 1
+    path.write_bytes(content.replace(b'"half":', b'"calf":'))
+    with pytest.raises(InputError, match="'calf': damaged: expected one array and one checksum"):
+        safetensors_file.open_file(file_io.resolve(path))
 
 
 @pytest.mark.parametrize(
