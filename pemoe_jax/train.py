@@ -342,7 +342,7 @@ def _check_before_tasks(
     data: options.Data,
     descriptions: Mapping[str, Any],
 ) -> None:
-    """Checks what needs no tasks, before the import of TensorFlow, which takes 8 s.
+    """Checks what needs no tasks, before the import of TensorFlow, which takes about 5 s.
 
     `descriptions` are the model's adapters, by `core.adapters.describe`.
     """

@@ -23,7 +23,7 @@ _P3_MIXTURES = (
 
 
 def check_p3_paths(p3_dir: str | None, vocab_path: str | None) -> None:
-    """Raises InputError for paths that do not exist, before P3 imports seqio, which takes 8 s."""
+    """Raises InputError for paths that do not exist, before P3 imports seqio (about 5 s)."""
     if p3_dir and "://" not in p3_dir and not Path(p3_dir).expanduser().is_dir():
         raise InputError(f"P3_DIR {p3_dir} must be a folder, got no such folder")
     if vocab_path is not None:

@@ -192,7 +192,7 @@ def register(
     examples = {name: read_examples(path, eval_examples) for name, path in files.items()}
     prompts = {name: read_prompt(folder / "cot-prompts" / f"{name}.txt") for name in files}
 
-    # Imported here because it imports seqio, which takes 8 s.
+    # Imported here because it imports seqio, which takes about 5 s.
     from pemoe_jax.tasks import benchmark_tasks
 
     vocabulary = load_vocabulary(vocab_path)

@@ -160,7 +160,7 @@ def register(
             raise InputError(f"SHOTS of {subject} are read from {path}, got no such file")
         return [(question.prompt(), question.answer) for question in read_questions(path)]
 
-    # here, because it imports seqio, which takes 8 s
+    # here, because it imports seqio, which takes about 5 s
     from pemoe_jax.tasks import benchmark_tasks
 
     tasks = {DATASETS[subject] + score_eval.SUFFIX: subject for subject in files}

@@ -84,7 +84,7 @@ def open_evaluation(
     output = file_io.resolve_output_folder(output_dir, "EVAL_OUTPUT_DIR")
     device_mesh, rules = distributed.start(mesh, data.batch_size)
     opened_models = models_lib.open_selected(models)
-    # Before TensorFlow, 8 s, is imported, and again when the tasks are known.
+    # Before TensorFlow, about 5 s, is imported, and again when the tasks are known.
     paths = [opened.path for opened in opened_models]
     shots_id = results_lib.shots_of(few_shot.record)
     results_lib.check_overwrites(output, paths, shots=shots_id)

@@ -408,7 +408,7 @@ def read_data_position(path: str, num_shards: int = 1) -> list[int] | None:
     if not file.exists():
         return None
     examples = file_io.read_json(file).get("examples")
-    if not (isinstance(examples, list) and examples and all(map(_is_count, examples))):
+    if not (isinstance(examples, list) and examples and all(map(file_io.is_count, examples))):
         raise InputError(
             f"{file}: examples: expected a list of integers, one for each data shard, got"
             f" {examples!r:.80}"
@@ -418,10 +418,6 @@ def read_data_position(path: str, num_shards: int = 1) -> list[int] | None:
     # Shard i of n holds the examples i, i + n, i + 2n, …
     first = min(consumed * len(examples) + shard for shard, consumed in enumerate(examples))
     return [max(0, -(-(first - shard) // num_shards)) for shard in range(num_shards)]
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
 
 
 def open_trained(path: str) -> tuple[dict[str, LazyArray], Record, int]:

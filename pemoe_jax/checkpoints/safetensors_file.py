@@ -123,19 +123,14 @@ def _check_contiguous(path: epath.Path, header: Mapping[str, Any]) -> int:
     return end
 
 
-def is_size(number: object) -> bool:
-    """Whether a value of an untrusted file is an integer >= 0 that numpy can represent."""
-    return type(number) is int and 0 <= number < 2**63  # isinstance would accept True as 1
-
-
 def is_shape(sizes: object) -> bool:
     """Whether a value of an untrusted file is a shape that numpy can represent."""
     # The rank is checked first: a product of 300,000 sizes takes seconds.
     return (
         isinstance(sizes, tuple)
         and len(sizes) <= _MAX_RANK
-        and all(map(is_size, sizes))
-        and is_size(math.prod(sizes))
+        and all(map(file_io.is_count, sizes))
+        and file_io.is_count(math.prod(sizes))
     )
 
 
@@ -150,7 +145,7 @@ def _parse_entry(
     dtype = _DTYPES[entry["dtype"]]
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if not is_shape(shape) or not is_size(begin) or not is_size(end):
+    if not is_shape(shape) or not file_io.is_count(begin) or not file_io.is_count(end):
         raise ValueError("sizes that are not integers >= 0, or too large")
     num_bytes = math.prod(shape) * dtype.itemsize
     if end - begin != num_bytes:

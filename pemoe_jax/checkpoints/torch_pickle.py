@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
-from pemoe_jax.checkpoints.safetensors_file import is_shape, is_size, read_rows
+from pemoe_jax.checkpoints.safetensors_file import is_shape, read_rows
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
@@ -277,8 +277,8 @@ class _Interpreter:
 
     def load_persistent(self) -> None:
         match self.stack.pop():
-            case ("storage", _Global(name), str(key), str(), size) if name in _STORAGES and is_size(
-                size
+            case ("storage", _Global(name), str(key), str(), size) if (
+                name in _STORAGES and file_io.is_count(size)
             ):
                 dtype = _STORAGES[name]
             case other:
@@ -342,7 +342,11 @@ _OPERATIONS: dict[str, Callable[[_Interpreter], None]] = {
 def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> LazyArray:
     """Returns a view of a storage; offset and strides count values."""
     path, dtype = storage.archive.path, storage.dtype
-    is_valid = is_shape(shape) and type(strides) is tuple and all(map(is_size, (offset, *strides)))
+    is_valid = (
+        is_shape(shape)
+        and type(strides) is tuple
+        and all(map(file_io.is_count, (offset, *strides)))
+    )
     if not is_valid:
         raise InputError(
             f"{path}: a tensor's offset, shape or strides: expected integers >= 0 that numpy can"

@@ -139,7 +139,7 @@ def _without_keras() -> Iterator[None]:
 
 @functools.cache
 def import_seqio() -> ModuleType:
-    """Returns the module seqio; the first call takes 5 s.
+    """Returns the module seqio; the first call takes about 5 s.
 
     Call it before TensorFlow is imported elsewhere: it hides GPUs from TensorFlow, which would
     otherwise reserve their memory. TF_CPP_MIN_LOG_LEVEL=0 in the environment shows all of

@@ -281,6 +281,11 @@ def check_utf8(value: Any) -> None:
         raise ValueError("nested too deeply") from None
 
 
+def is_count(value: object) -> bool:
+    """Whether a value of an untrusted file is an integer >= 0 that numpy can represent."""
+    return type(value) is int and 0 <= value < 2**63  # isinstance would accept True as 1
+
+
 def read_json(path: str | os.PathLike[str]) -> JsonObject:
     """Reads a JSON object.
 

@@ -51,7 +51,7 @@ def check_texts(bindings: Bindings) -> None:
 def check_bindings(optional_macros: Collection[str] = ()) -> None:
     """Checks every value of the parsed gin configuration.
 
-    Of a reference, the class or the annotation of what the function returns is checked.
+    For a reference, the class is checked, or the annotation of what the function returns.
 
     Args:
       optional_macros: macros that may be None whatever the type, as no gin file may set them.

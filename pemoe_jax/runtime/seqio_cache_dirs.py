@@ -30,6 +30,6 @@ def add_cache_dirs(folders: Iterable[str]) -> None:
         added.append(folder)
     # Added after the loop, so that no folder is added if one of them is wrong.
     additional_cache_dirs.extend(f for f in added if f not in additional_cache_dirs)
-    # Importing seqio takes 8 s, so it is updated here only if it is imported already.
+    # Importing seqio takes about 5 s, so it is updated here only if it is imported already.
     if "seqio" in sys.modules:
         sys.modules["seqio"].add_global_cache_dirs(additional_cache_dirs)

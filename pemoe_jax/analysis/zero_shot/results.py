@@ -307,7 +307,7 @@ def load_predictions(
                 row = file_io.parse_json(line)
                 indices.append(row["idx"])
                 correct.append(row["correct"])
-                is_prediction = _is_count(row["idx"]) and isinstance(row["correct"], bool)
+                is_prediction = file_io.is_count(row["idx"]) and isinstance(row["correct"], bool)
             except (ValueError, KeyError, TypeError):
                 is_prediction = False
             if not is_prediction:
@@ -347,7 +347,7 @@ def _check_run(run: JsonObject, where: str) -> None:
             raise InputError(
                 f"{where}, task {name!r}: expected a chance of 0 to 1, got {task['chance']}"
             )
-        if not _is_count(task.get("shots_left_out", 0)):
+        if not file_io.is_count(task.get("shots_left_out", 0)):
             raise InputError(
                 f"{where}, task {name!r}: expected 'shots_left_out' to be {_COUNT}, got"
                 f" {task['shots_left_out']!r:.60}"
@@ -356,10 +356,10 @@ def _check_run(run: JsonObject, where: str) -> None:
         if not isinstance(run.get(key), str | None):
             raise InputError(f"{where}: expected {key!r} to be text, got {run[key]!r:.60}")
     for key in _NUMBERS:
-        if run.get(key) is not None and not _is_count(run[key]):
+        if run.get(key) is not None and not file_io.is_count(run[key]):
             raise InputError(f"{where}: expected {key!r} to be {_COUNT}, got {run[key]!r:.60}")
     for key in SHOTS_KEYS:
-        if not _is_count(run.get(key, 0)):
+        if not file_io.is_count(run.get(key, 0)):
             raise InputError(f"{where}: expected {key!r} to be {_COUNT}, got {run[key]!r:.60}")
     step_times = run.get("step_times", [])
     if not isinstance(step_times, list):
@@ -371,7 +371,7 @@ def _check_run(run: JsonObject, where: str) -> None:
             raise InputError(
                 f"{where}, step_times: expected positive 'seconds', got {seconds!r:.60}"
             )
-        if not _is_count(step_time.get("memory", 0)):
+        if not file_io.is_count(step_time.get("memory", 0)):
             raise InputError(
                 f"{where}, step_times: expected 'memory' in bytes, got {step_time['memory']!r:.60}"
             )
@@ -396,11 +396,6 @@ def _check_not_decoded(run: object, file: AnyPath) -> None:
             raise InputError(
                 f"{file}: expected results of `pemoe evaluate`, got those of `pemoe infer`"
             )
-
-
-def _is_count(value: object) -> bool:
-    """Whether a value of JSON is a `_COUNT`."""
-    return type(value) is int and 0 <= value < 2**63
 
 
 def _check_object(value: object, keys: Mapping[str, _Types], where: str) -> None:
