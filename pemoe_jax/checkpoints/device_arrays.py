@@ -26,30 +26,33 @@ def load_arrays(
 ) -> dict[str, PyTree]:
     """Reads arrays onto devices, with the dtypes and shardings of `target`.
 
-    Names and shapes are compared before anything is read. Arrays are read ahead of their
-    transfer; the buffers take at most as much host memory as the largest stored array.
+    Names and shapes are compared before anything is read. Threads read arrays ahead of their
+    transfer to the devices. The arrays in host memory have at most as many stored bytes as the
+    largest one; in a wider dtype than the stored one, they take more.
 
     Args:
       arrays: path -> array, as stored.
-      target: tree of `jax.ShapeDtypeStruct`; without a sharding: the default device.
+      target: tree of `jax.ShapeDtypeStruct`; leaves without a sharding go to the default device.
       source: the checkpoint, for errors.
       report: called with the number of arrays loaded so far.
-      transform: maps (path, array) to the value to return, before the next array is loaded.
-      value_checksums: a dict to which path -> `checksum` of each array that is read whole is added.
+      transform: maps (path, array) to the value to return; called before the next array is moved
+        to its devices.
+      value_checksums: a dict to fill: path -> `lazy_array.checksum`, for the arrays of which this
+        process reads the whole as one shard. None: no checksums are computed.
 
     Returns:
       Nested dict of transformed jax arrays.
 
     Raises:
-      InputError: an array is missing, extra, of another shape or not of floats, cannot be read,
-        or holds NaN or infinity.
+      InputError: an array is missing, extra, unreadable, of another shape or of a dtype that is
+        not floating-point, or holds NaN or infinity.
     """
     params_lib.check_matches(params_lib.unflatten(arrays), target, source)
     targets = params_lib.flatten(target)
     for path in targets:
         if not jnp.issubdtype(arrays[path].dtype, jnp.floating):
             raise InputError(f"{source}: {path}: expected floats, got {arrays[path].dtype}")
-    # Largest first, so that read buffers are small by the time that most memory is in use.
+    # Largest first: the read buffers are smallest at the end, when most arrays are loaded.
     order = sorted(targets, key=lambda path: -arrays[path].nbytes)
     loaded: dict[str, PyTree] = {}
     reads = {path: (arrays[path], targets[path]) for path in order}
@@ -71,20 +74,21 @@ _Shards = dict[tuple[tuple[int, int], ...], np.ndarray]
 class _Read(NamedTuple):
     shards: _Shards
     is_finite: bool
-    checksum: tuple[str, int] | None  # if one shard is the whole array
+    checksum: tuple[str, int] | None  # None unless one shard is the whole array
 
 
-# (path, bytes, shards that are being read)
+# (path, stored bytes, result of a reading thread)
 _Pending = tuple[str, int, "concurrent.futures.Future[_Read]"]
 
 
 def _read_ahead(
     targets: Mapping[str, tuple[LazyArray, jax.ShapeDtypeStruct]], with_checksums: bool
 ) -> Iterator[tuple[str, _Read]]:
-    """Yields (path, what was read) in order, read by threads.
+    """Reads arrays in threads, and yields (path, result) in the order of `targets`.
 
-    Reads in flight, and the array that the caller holds, take at most the bytes of the largest
-    array: an array's bytes count until the next one is requested.
+    The reads in flight and the array that the caller holds have together at most as many stored
+    bytes as the largest array. No read is started while the caller holds an array, so its bytes
+    need not be counted.
     """
     limit = max((array.nbytes for array, _ in targets.values()), default=0)
     pending: list[_Pending] = []
@@ -98,7 +102,7 @@ def _read_ahead(
                 )
             while pending:
                 yield _pop_first(pending)
-        finally:  # after an error, do not read the rest
+        finally:  # after an error, the arrays whose reads have not started are not read
             for _, _, future in pending:
                 future.cancel()
 
@@ -116,6 +120,7 @@ def _read(array: LazyArray, target: jax.ShapeDtypeStruct, with_checksum: bool) -
     (whole,) = shards.values()
     is_finite = True
 
+    # Checked while the values are in a cache: a second pass would read the array from memory again.
     def visit(values: np.ndarray) -> None:
         nonlocal is_finite
         is_finite = is_finite and params_lib.all_finite(values)

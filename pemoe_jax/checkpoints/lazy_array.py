@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint, known by name, shape and dtype before they are read."""
+"""Arrays of a checkpoint whose shape and dtype are known before their values are read."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ class LazyArray:
       dtype: stored dtype.
       read_slice: maps one slice per axis to that part of the array; raises `InputError` if the
         part cannot be read.
-      parts: the arrays along the first axis, if they are stored one by one; see `stack`.
+      parts: the arrays that `stack` joined along a new first axis; empty for any other array.
     """
 
     shape: tuple[int, ...]
@@ -50,11 +50,14 @@ def from_numpy(array: np.ndarray) -> LazyArray:
     return LazyArray(array.shape, array.dtype, lambda index: array[index])
 
 
-_ROWS = 4096  # compared at a time
+_ROWS = 4096  # read at a time to compare two arrays, so that neither is in memory as a whole
 
 
 def is_equal(a: LazyArray, b: LazyArray) -> bool:
-    """Whether two arrays are equal, read by rows until they differ."""
+    """Whether two arrays have the same shape, dtype and values; False for scalars.
+
+    Rows are read until they differ.
+    """
     if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.shape:
         return False
     rest = (slice(None),) * (len(a.shape) - 1)
@@ -63,16 +66,19 @@ def is_equal(a: LazyArray, b: LazyArray) -> bool:
 
 
 def stack(parts: Sequence[LazyArray]) -> LazyArray:
-    """Stacks arrays of one shape and dtype along a new first axis.
+    """Stacks arrays of the same shape and dtype along a new first axis.
 
-    They are read one by one into the stacked array, so that only one exists twice.
+    The parts are read one by one into the result, so that at most one is in memory twice.
     """
     shape, dtype = (len(parts), *parts[0].shape), parts[0].dtype
     return LazyArray(shape, dtype, lambda index: _read_parts(parts, index, dtype), tuple(parts))
 
 
 def _read_parts(parts: Sequence[LazyArray], index: Index, dtype: np.dtype) -> np.ndarray:
-    """Reads a slice of stacked arrays in a dtype; each is cast on its own."""
+    """Reads a slice of stacked arrays in a dtype.
+
+    Each part is cast as it is copied: the result never exists in the stored dtype.
+    """
     parts, rest = parts[index[0]], index[1:]
     shape = (len(range(*i.indices(n))) for i, n in zip(rest, parts[0].shape, strict=True))
     result = file_io.aligned_empty((len(parts), *shape), dtype)
@@ -84,13 +90,13 @@ def _read_parts(parts: Sequence[LazyArray], index: Index, dtype: np.dtype) -> np
 def unstack(array: LazyArray) -> list[LazyArray]:
     """Returns the arrays along the first axis, the inverse of `stack`.
 
-    An array that is not stored in parts is read whole, once, and kept until its last part is read:
-    a part of a chunk cannot be read alone.
+    An array that `stack` did not make is read once, as a whole, and kept in memory until each of
+    its parts has been read: storage formats with chunks cannot read a part of a chunk alone.
     """
     if array.parts:
         return list(array.parts)
     remaining = set(range(array.shape[0]))
-    whole: list[np.ndarray] = []
+    whole: list[np.ndarray] = []  # the array while it is in memory, else empty
 
     def read_part(i: int, index: Index) -> np.ndarray:
         if not whole:
@@ -111,16 +117,23 @@ def unstack(array: LazyArray) -> list[LazyArray]:
 def checksum(
     stored: LazyArray, values: np.ndarray, visit: Callable[[np.ndarray], None] | None = None
 ) -> tuple[str, int]:
-    """Returns the checksum of an array as read, and its kind; see `checksum_of_values`.
+    """Returns (kind, checksum) of an array's values in the dtype in which they were read.
 
-    The kind has both dtypes, but for bfloat16: float32 values and their rounding are then equal.
+    Only checksums of the same kind are comparable (`checksums.join`). The kind names the stored
+    dtype and the dtype of `values`. For bfloat16 values it names that dtype alone, so that a
+    float32 checkpoint and its bfloat16 copy have the same checksum.
+
+    Args:
+      stored: the array in the checkpoint.
+      values: its values, cast to the dtype in which they are used.
+      visit: see `checksums.checksum_of_values`.
     """
     kind = "bfloat16" if values.dtype == ml_dtypes.bfloat16 else f"{stored.dtype} as {values.dtype}"
     return kind, checksums.checksum_of_values(values, visit)
 
 
 def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> np.ndarray:
-    """Reads a slice in a dtype; a transposed matrix becomes row-major."""
+    """Reads a slice in a dtype; a transposed matrix is copied into row-major order."""
     if array.parts:
         return _read_parts(array.parts, index, dtype)
     values = array.read_slice(index)
@@ -132,14 +145,15 @@ def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> np.ndarray:
     return result
 
 
-_BLOCK = 64  # columns per copy: each cache line that is read then serves 16 float32 values
+# Columns per copy: all 16 float32 values of a cache line are then used before it is evicted.
+_BLOCK = 64
 
 
 def _copy(values: np.ndarray, target: np.ndarray) -> None:
     """Copies values into an array of any dtype, a transposed matrix in blocks of columns.
 
-    A plain copy of a transposed matrix reads one value per cache line; Hugging Face kernels are
-    stored [out, in], so all of them come transposed.
+    A plain copy of a transposed matrix uses only one value of each cache line that it reads.
+    Hugging Face stores kernels as [out, in], so all of them are transposed here.
     """
     block = values.shape[-1] if values.flags.c_contiguous else _BLOCK
     for i in range(0, values.shape[-1], max(block, 1)):

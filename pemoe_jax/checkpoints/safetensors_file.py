@@ -22,8 +22,8 @@ from pemoe_jax.checkpoints.lazy_array import Index, LazyArray
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import checksums, file_io
 
-# Metadata of files that this package writes: the CRC-32C of each block of an array's bytes. Blocks,
-# because a process may read some rows only.
+# Metadata key of files that this package writes: the CRC-32C of each block of each array's bytes.
+# Checksums are per block, because a process may read only some rows of an array.
 CHECKSUMS_KEY = "crc32c"
 _BLOCK_BYTES = 1 << 24  # a multiple of `file_io.READ_BLOCK`
 
@@ -39,10 +39,10 @@ _DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# The library's own limit is four times as much, which takes seconds and gigabytes to parse. The
-# 100,000 experts of Switch-C in one file would have 15 MB.
+# The library allows headers of four times this size, which take seconds and gigabytes to parse.
+# Switch-C in one file, with its 100,000 expert matrices, would have a header of 15 MB.
 _MAX_HEADER_BYTES = 25_000_000
-_MAX_RANK = 32  # numpy's, before version 2
+_MAX_RANK = 32  # the limit of numpy before version 2
 
 
 def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
@@ -58,7 +58,7 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     if file_bytes < 8:
         raise InputError(f"{path}: expected a safetensors file, got {file_bytes} bytes")
     (header_bytes,) = struct.unpack("<Q", file_io.read_range(path, 0, 8).tobytes())
-    # Checked before the header is read: a damaged length must not allocate terabytes.
+    # Lengths are checked before the header is read: a damaged one must not allocate terabytes.
     if _MAX_HEADER_BYTES < header_bytes <= file_bytes - 8:
         raise InputError(
             f"{path}: expected a header of at most {_MAX_HEADER_BYTES:,} bytes, got"
@@ -69,6 +69,8 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
             f"{path}: truncated, or not a safetensors file: its header claims {header_bytes:,}"
             f" bytes, the file has {file_bytes:,}"
         )
+    # The header is untrusted JSON: its values may have any type. Accessing a wrong one raises one
+    # of the errors below, so only the checks whose messages help a user are written out.
     try:
         text = file_io.read_range(path, 8, header_bytes).tobytes()
         header = file_io.parse_json(text, lambda pairs: _unique_keys(path, pairs))
@@ -88,7 +90,7 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
             raise ValueError("metadata that is not an object, or an unprintable name")
         data_end = data_start + _check_contiguous(path, header)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError):  # a ValueError too, but with its own message
             raise
         raise InputError(f"{path}: not a safetensors file ({error!r:.200})") from error
     if data_end != file_bytes:
@@ -100,7 +102,7 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
 
 
 def _unique_keys(path: epath.Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object; by itself `json` would keep the last of two equal keys."""
+    """Returns a JSON object; raises InputError for equal keys, of which `json` keeps the last."""
     keys = collections.Counter(key for key, _ in pairs)
     if len(keys) != len(pairs):
         name = keys.most_common(1)[0][0]
@@ -137,6 +139,19 @@ def is_shape(sizes: object) -> bool:
 def _parse_entry(
     path: epath.Path, name: str, entry: Mapping[str, Any], data_start: int, crcs: str | None
 ) -> LazyArray:
+    """Returns the array of a header entry {"dtype", "shape", "data_offsets"}.
+
+    Args:
+      path: the file.
+      name: name of the array.
+      entry: the header's value for the name.
+      data_start: position in the file from which `data_offsets` count.
+      crcs: 8 hexadecimal digits for each block of the array; None: no checksums.
+
+    Raises:
+      InputError: the dtype is not supported, or does not fit the shape and the offsets.
+      ValueError, TypeError, KeyError: the entry is malformed.
+    """
     if entry["dtype"] not in _DTYPES:
         dtype_text = ascii(entry["dtype"]).strip("'")  # keeps the message on one line
         raise InputError(
@@ -155,6 +170,7 @@ def _parse_entry(
         )
     offset = data_start + begin
     bounds = offset, offset + num_bytes
+    # 8 digits for each block; the last block may be shorter.
     if crcs is not None and len(crcs) != 8 * -(-num_bytes // _BLOCK_BYTES):
         raise ValueError(f"checksums of {name!r:.80} for another number of bytes")
 
@@ -172,14 +188,14 @@ def _parse_checksums(metadata: Mapping[str, Any]) -> dict[str, str]:
     if not stored:
         return {}
     if stored["block_bytes"] != _BLOCK_BYTES:
-        raise ValueError(f"checksums of blocks that have not {_BLOCK_BYTES:,} bytes")
+        raise ValueError(f"checksums of blocks of another size than {_BLOCK_BYTES:,} bytes")
     if not all(isinstance(crcs, str) for crcs in stored["arrays"].values()):
-        raise ValueError("checksums that are not texts")
+        raise ValueError("checksums that are not strings")
     return dict(stored["arrays"])
 
 
 def _make_checksums(arrays: Mapping[str, np.ndarray]) -> str:
-    """Returns the metadata that `_parse_checksums` reads, of row-major arrays."""
+    """Returns the metadata that `_parse_checksums` reads; the arrays must be row-major."""
     crcs = {}
     for name, array in arrays.items():
         data = array.reshape(-1).view(np.uint8)
@@ -191,7 +207,17 @@ def _make_checksums(arrays: Mapping[str, np.ndarray]) -> str:
 def _read_verified(
     path: epath.Path, name: str, bounds: tuple[int, int], crcs: str, offset: int, size: int
 ) -> np.ndarray:
-    """Reads a range of an array's bytes, with the checksums of the blocks that it is in.
+    """Reads a range of an array's bytes, and verifies the checksums of the blocks it overlaps.
+
+    These blocks are read in full, since a checksum covers a whole block.
+
+    Args:
+      path: the file.
+      name: name of the array, for errors.
+      bounds: start and end of the array in the file.
+      crcs: 8 hexadecimal digits for each block of the array.
+      offset: position of the range in the file.
+      size: number of bytes of the range.
 
     Raises:
       InputError: the file is truncated, or a checksum is wrong.
@@ -201,6 +227,7 @@ def _read_verified(
     start, stop = begin + first * _BLOCK_BYTES, min(end, begin + last * _BLOCK_BYTES)
     actual = [0] * (last - first)
 
+    # A read block never spans two checksum blocks: _BLOCK_BYTES is a multiple of its size.
     def visit(position: int, part: np.ndarray) -> None:
         block = position // _BLOCK_BYTES
         actual[block] = checksums.crc32c(part, actual[block])
@@ -225,12 +252,13 @@ def read_rows(
 ) -> np.ndarray:
     """Reads a slice of a row-major, little-endian array whose first byte is at `offset`.
 
-    Rows outside of the slice are skipped.
+    Only the rows (indices of the first axis) of the slice are read; other axes are sliced in
+    memory, since their parts are not contiguous in the file.
 
     Args:
-      read: function from an offset in the file and a size to bytes, uint8 [size].
-      offset, shape, dtype: of the array.
-      index: the slice.
+      read: function (offset, size) -> bytes, uint8 [size]; the offset is in the file.
+      offset, shape, dtype: position, shape and dtype of the whole array.
+      index: a slice of step 1 for each axis.
 
     Raises:
       InputError: the file is truncated.
@@ -244,7 +272,7 @@ def read_rows(
 
 
 def save_file(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a file with the usual permissions, and checksums in its metadata.
+    """Writes a file with the permissions that the umask allows, and checksums in its metadata.
 
     Raises:
       InputError: the file cannot be written, because the disk is full for example.
@@ -256,8 +284,8 @@ def save_file(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
         safetensors.numpy.save_file(contiguous, path, metadata=metadata)
     except safetensors.SafetensorError as error:
         raise InputError(f"{path}: cannot be written: {error}") from error
-    # The library creates files that only their owner can read. The umask can only be read by
-    # setting it.
+    # The library creates files that only their owner can read. The operating system returns the
+    # umask only when a new one is set.
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
