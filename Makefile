@@ -1,13 +1,18 @@
-# make quickstart   installs into .venv, fine-tunes MoV on the bundled base model, evaluates it;
-#                   METHOD=molora (ia3, lora, full, …): another method, into quickstart/molora
-# make test         lint, types and the fast tests;  make test-all: also the slow tests
+# make quickstart   installs into .venv, fine-tunes MoV on the bundled base model and evaluates it;
+#                   METHOD=molora (or ia3, lora, full, …): the same with another method, in
+#                   quickstart/molora
+# make test         lint, types, the documentation and the fast tests
+# make test-all     the same with the slow tests
 # make t5x          adds T5X, at a tested commit;  make test-t5x: the tests inside T5X
-# make docs         builds the documentation site into site/, and fails at a broken link
-# make faults       kills runs, fills their disk, damages files and settings, about 20 minutes; fewer cases:
-#                   KILLS=1 (of each method), WRITES=2 (that fail, of a command), CASES=60 (of each reader)
+# make docs         builds the documentation site in site/, and fails at a broken link
+# make faults       kills runs, fills their disk, damages files and settings: about 20 minutes.
+#                   For fewer cases: KILLS=1 (kills of each method), WRITES=2 (failing writes of
+#                   each command), CASES=60 (damaged files of each reader, and odd settings)
 # make soak         trains, evaluates and resumes in one process for an hour; MINUTES=5: for less
-# make claims       the sweep of docs/reproduction.md into /tmp/claims, one to two hours on two cores
-# make bench        measures against the peers on a CPU, a quarter of an hour; first: bench-peers
+# make claims       runs the sweep of docs/reproduction.md, with results in /tmp/claims: one to two
+#                   hours on two cores
+# make bench-peers  installs torch with PEFT, and T5X, for `make bench`
+# make bench        measures against them on a CPU, a quarter of an hour
 PYTHON ?= python3
 VENV ?= .venv
 METHOD ?= mov
@@ -16,10 +21,10 @@ WRITES ?= 100
 CASES ?= 2000
 MINUTES ?= 60
 BIN = $(VENV)/bin
-# Python compiles each module once and keeps the bytecode, also where the environment says not to:
-# many processes of the tests import TensorFlow, and compiling it takes 5 s of each.
+# Python keeps compiled modules even if the environment forbids it: many processes of the tests
+# import TensorFlow, and compiling its modules takes each of them 5 s.
 unexport PYTHONDONTWRITEBYTECODE
-# A variable, because a comma would end the argument of `call`.
+# A variable, because a literal comma would end the argument of `call`.
 T5X = .[test,t5x]
 
 .PHONY: quickstart claims test test-all docs faults soak lint clean t5x t5x-install test-t5x bench bench-peers
