@@ -15,24 +15,28 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 
+# Cached, since two calls would return two functions, and JAX would compile both. The bound limits
+# the number of compiled programs in memory.
 @functools.lru_cache(maxsize=32)
 def map_adapters(
     function: Callable[..., Array], model: "Transformer", **settings: object
 ) -> Callable[[Params, Params, Array, Mapping[str, PyTree], Mapping[str, PyTree]], Array]:
-    """Transforms a function of a batch into one with an adapter for each row.
+    """Transforms a function of a batch into a function in which each row has its own adapter.
 
-    Products with the base's matrices are still computed for the whole batch at once.
+    The base's matrices have no axis that `jax.vmap` maps over, so each product with one of them is
+    still computed for the whole batch at once.
 
     Args:
       function: a function `f(model, params, **rows, **settings, **options)` of a batch, such as
-        `steps.score_choices` and `decoding.greedy_decode`.
+        `steps.score_choices` or `decoding.greedy_decode`.
       model: the network, the same for all adapters.
-      settings: further arguments; each combination of values compiles a program.
+      settings: keyword arguments that are constants of the program; each combination of their
+        values compiles a program.
 
     Returns:
-      A jitted function of (base, adapters, ids, rows, options): the base's parameters, the
-      parameters of A adapters stacked [A, …], the index of each row's adapter [B], arguments with a
-      batch axis [B, …], and arguments without one.
+      A jitted function of (base, adapters, ids, rows, options): the base's parameters; the
+      parameters of A adapters, stacked [A, …]; the index of each row's adapter, int [B]; the
+      arguments of `function` that have a batch axis, [B, …]; and those that have none.
     """
 
     @jax.jit
@@ -48,7 +52,7 @@ def map_adapters(
             params = params_lib.merge(adapter, base)
             return function(model, params, **batch_of_one, **settings, **options)[0]
 
-        by_row = jax.tree.map(lambda array: array[ids], adapters)
-        return jax.vmap(apply_to_row)(by_row, dict(rows))
+        row_adapters = jax.tree.map(lambda array: array[ids], adapters)  # [A, …] -> [B, …]
+        return jax.vmap(apply_to_row)(row_adapters, dict(rows))
 
     return apply

@@ -26,7 +26,8 @@ Array = jax.Array
 # A constant, so that draws of the same shape share one compiled program, see `params.param`.
 _LORA_A_INIT = nn.initializers.normal(stddev=0.02)
 
-# Logical axes of a site: of x's last axis, and of y's axes after batch and length.
+# Logical axis names at each site: that of x's last axis, and those of y's axes after batch and
+# length.
 SITES: dict[str, tuple[str, tuple[str, ...]]] = {
     "query": ("embed", ("heads", "kv")),
     "key": ("embed", ("heads", "kv")),
@@ -40,18 +41,20 @@ SITES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class VectorExperts(nn.Module):
-    """`y * Σ_e p_e l_e`: (IA)³ without a router, MoV with one, which reads y by default.
+    """Computes `y * Σ_e p_e l_e`: (IA)³ without a router, MoV with a router.
 
-    A router that reads y has a distribution for each head.
+    MoV's router reads y by default. At query, key and value, it then returns one distribution for
+    each head.
 
-    Parameters: `vectors` l, [H, E, K] at query, key and value, else [E, D or F]; initially ones.
+    Parameters: `vectors` l: [H, E, K] at query, key and value, [E, D] at out and wo, [E, F] at the
+    other sites; initialized to ones.
 
     Attributes:
       num_experts: number of experts at each site, E.
       router: factory of the router; None for (IA)³, with one expert.
       fused: whether to run the fused kernels (`kernels.mov`) where they apply: on a single GPU, for
         a soft router that reads y and has no auxiliary losses, unless router probabilities are
-        collected. Otherwise array operations compute the same.
+        collected. Elsewhere, array operations compute the same function.
       x_axis, y_axes: logical axis names of the site; the layer sets them.
     """
 
@@ -92,8 +95,11 @@ class VectorExperts(nn.Module):
             and mov.is_supported()
             and source == "y"
             and router.is_soft(tokens)
-            and not (router.balance_loss or router.z_loss)  # the kernels' sums have no gradient
+            # Auxiliary losses need the gradients of the kernels' sums, which have none.
+            and not (router.balance_loss or router.z_loss)
+            # `_call_fused` reads the router's kernel, which `init` has not created yet.
             and not self.is_initializing()
+            # The kernels do not return the probabilities that this collection holds.
             and not self.is_mutable_collection("intermediates")
         )
 
@@ -106,22 +112,23 @@ class VectorExperts(nn.Module):
         weights = jnp.ones(y.shape[:2]) if valid is None else valid.astype(jnp.float32)
         out, sums = mov.route_and_scale(y, kernel, vectors, weights)
         soft, top_1, entropy, squared_log_z = jax.lax.stop_gradient(sums)
-        weight = jnp.sum(weights) * math.prod(y.shape[2:-1])  # each head has a distribution
+        total_weight = jnp.sum(weights) * math.prod(y.shape[2:-1])  # each head has a distribution
         statistics = routing.statistics_from_sums(
-            soft, top_1, entropy[0], squared_log_z[0], mixture=soft, weight=weight
+            soft, top_1, entropy[0], squared_log_z[0], mixture=soft, weight=total_weight
         )
         self.sow("routers", "statistics", jnp.append(statistics, 0.0))  # no auxiliary loss
         return out
 
 
 class LoRAExperts(nn.Module):
-    """`y + (α/R) Σ_e p_e B_e A_e x`: LoRA without a router, MoLORA with one, reading x by default.
+    """Computes `y + (α/R) Σ_e p_e B_e A_e x`: LoRA without a router, MoLORA with a router.
 
-    The probabilities are multiplied in at the rank axis, `((x @ A[Din, E·R]) * p) @ B[E·R, Dout]`,
-    so that the experts' outputs [B, L, E, Dout] are never materialized.
+    MoLORA's router reads x by default. Its probabilities multiply the low-rank activations,
+    `((x @ A[Din, E·R]) * p) @ B[E·R, Dout]`, so that the experts' outputs [B, L, E, Dout] are never
+    materialized.
 
-    Parameters: `lora_a` [Din, E, R] ~ N(0, 0.02²), `lora_b` [E, R, Dout] = 0; Dout is H·K with
-    heads.
+    Parameters: `lora_a` [Din, E, R], drawn from N(0, 0.02²), and `lora_b` [E, R, Dout], initially
+    zero. Dout is H·K at query, key and value.
 
     Attributes:
       num_experts: number of experts at each site, E.
@@ -144,6 +151,7 @@ class LoRAExperts(nn.Module):
         settings.check_experts(self)
         experts, rank, dtype = self.num_experts, self.rank, y.dtype
         x_features, y_features = x.shape[-1], math.prod(y.shape[2:])
+        # lora_b joins the heads of y in one axis, as T5X's kernels do.
         y_axis = "joined_kv" if len(self.y_axes) > 1 else self.y_axes[0]
         shape, axes = (x_features, experts, rank), (self.x_axis, "adapter_expert", "rank")
         lora_a = params_lib.param(self, "lora_a", _LORA_A_INIT, shape, axes)
@@ -158,7 +166,7 @@ class LoRAExperts(nn.Module):
             probs, low_rank = self._route_and_project(x, joined_y, lora_a, y_axis, tokens)
             by_expert = low_rank.reshape(*x.shape[:2], experts, rank)
             low_rank = (probs[..., None] * by_expert).reshape(low_rank.shape)  # [B, L, E·R]
-        # Scaled before the second product: E·R columns instead of Dout.
+        # α/R multiplies E·R columns here; after the second product, it would multiply Dout columns.
         low_rank = (low_rank * (self.alpha / rank)).astype(dtype)
         return y + thin_matmul.thin_matmul(low_rank, lora_b).reshape(y.shape)
 
@@ -167,9 +175,9 @@ class LoRAExperts(nn.Module):
     ) -> tuple[Array, Array]:
         """Returns the probabilities [B, L or 1, E] and `x @ lora_a`, [B, L, E·R]."""
         source, router = _make_router(self, default="x", y_axis=y_axis)
-        # The router computes in float32. If LoRA does too, one product serves both. The router is
-        # then not called, so its kernel is read from its variables, which exist only after
-        # initialization.
+        # The router computes in float32. If LoRA does too, one product serves both (see
+        # `joint_matmul`). The router is then not called: its kernel is read from its variables,
+        # which exist only after initialization.
         if (
             source == "x"
             and x.dtype == lora_a.dtype == jnp.float32
@@ -189,16 +197,29 @@ Experts = VectorExperts | LoRAExperts
 
 
 def _make_router(module: Experts, default: str, y_axis: str) -> tuple[str, routing.Router]:
-    """Returns the router and what it reads: 'x', 'y' or 'sentence'; for a compact method."""
+    """Returns what the router reads, 'x', 'y' or 'sentence', and the router.
+
+    Call it inside the module's compact method.
+
+    Args:
+      module: the adapter.
+      default: what a router reads whose `reads` is None.
+      y_axis: logical name of y's last axis.
+    """
     assert module.router is not None
     factory = functools.partial(module.router, num_experts=module.num_experts)
-    # An instance only for its `reads`: without a parent, it does not become a submodule.
+    # This instance serves only to look up `reads`. Without a parent, it is not a submodule.
     reads = factory(parent=None).reads or default
     axis = {"x": module.x_axis, "y": y_axis}.get(reads, "embed")
     return reads, factory(feature_axis=axis, name="router")
 
 
 def _router_input(source: str, x: Array, y: Array, tokens: routing.TokenInfo | None) -> Array:
+    """Returns the features that a router reads: x, y or sentence embeddings [B, S].
+
+    Raises:
+      InputError: the router reads sentence embeddings, and the batch has none.
+    """
     if source != "sentence":
         return {"x": x, "y": y}[source]
     if tokens is None or tokens.sentence is None:
@@ -211,11 +232,12 @@ def _router_input(source: str, x: Array, y: Array, tokens: routing.TokenInfo | N
 
 def _record_routing(module: Experts, output: routing.RouterOutput, length: int) -> Array:
     """Sows statistics and probabilities; returns probabilities [B, L or 1, (H,) E]."""
-    # Not while initializing: T5X keeps every collection that `init` returns as model state.
+    # `init` must not return statistics, since T5X keeps every collection that it returns as model
+    # state. Flax's `init` leaves out 'intermediates' by itself.
     if not module.is_initializing():
         module.sow("routers", "statistics", output.statistics)
     probs = output.probs
-    if probs.ndim == 2:  # [B, E], of sentences
+    if probs.ndim == 2:  # one distribution for a sentence, [B, E]
         probs = probs[:, None]
     shape = (probs.shape[0], length, *probs.shape[2:])
     module.sow("intermediates", "probs", jnp.broadcast_to(probs, shape))
@@ -241,7 +263,8 @@ AdapterFactory = Callable[..., nn.Module]  # (x_axis=..., y_axes=..., name=...)
 class Adapters:
     """The adapters of a layer by site: factories, or None for a site without an adapter.
 
-    Factories and not instances: one instance in two layers would silently share its parameters.
+    Layers need factories, because two layers with the same instance would silently share its
+    parameters.
     """
 
     query: AdapterFactory | None = None
@@ -280,25 +303,31 @@ class Adapters:
         return factory(x_axis=x_axis, y_axes=y_axes, name=f"{site}_adapter")(x, y, tokens)
 
 
-Description = dict[str, Any]  # of a module: its kind and its settings
+Description = dict[str, Any]  # the kind of an adapter or a router, and its settings
 
-# Names of the kinds in checkpoints; they stay if a class is renamed.
+# Checkpoints hold these names, so they must not change even if a class is renamed.
 _KINDS: dict[str, type[nn.Module]] = {
     "VectorExperts": VectorExperts,
     "LoRAExperts": LoRAExperts,
     "Router": routing.Router,
 }
-# Fields that do not define an adapter: set by layers, for initialization, or for execution.
+# Fields that descriptions leave out: layers set them, or they affect only initialization or speed.
 _OMITTED = ("x_axis", "y_axes", "feature_axis", "kernel_init", "fused", "parent", "name")
 
 
 def _describe_factory(
     name: str, kinds: Sequence[str], factory: Callable[..., nn.Module], **arguments: object
 ) -> Description:
-    """Describes the module that a factory makes, without the `arguments` that its caller passes.
+    """Describes the module that a factory makes.
+
+    Args:
+      name: name of the setting, for the error.
+      kinds: allowed keys of `_KINDS`.
+      factory: makes the module.
+      arguments: what the caller passes to the factory; the description leaves it out.
 
     Raises:
-      InputError: the module is of none of the `kinds`; `name` is that of the setting.
+      InputError: the module is of none of the `kinds`.
     """
     module = factory(**arguments)
     kind = next((k for k in kinds if isinstance(module, _KINDS[k])), None)
@@ -326,6 +355,7 @@ def describe(adapters: Adapters) -> dict[str, Description]:
 
 
 def _factory_from(description: object) -> Callable[..., nn.Module]:
+    """Returns a factory of the module that a description, possibly read from a file, describes."""
     if not isinstance(description, Mapping):
         raise InputError(f"an adapter must be described by an object, got {description!r:.60}")
     fields = dict(description)

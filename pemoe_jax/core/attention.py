@@ -14,12 +14,14 @@ from pemoe_jax.core.kernels import cpu_attention
 Array = jax.Array
 
 IMPLEMENTATIONS = ("plain", "chunked", "fused")
-QUERY_CHUNK = 256  # queries per chunk
-NEG_INF = -1e10  # finite: a query whose keys are all masked gets their mean and not NaN
+QUERY_CHUNK = 256  # queries per chunk of 'chunked'
+# The logit of a masked key. It is finite, so that the output of a query whose keys are all masked,
+# such as padding, is the mean of all values and not NaN.
+NEG_INF = -1e10
 
 
 def check_implementation(implementation: str, dtype: str) -> None:
-    """Raises InputError for an unknown implementation, or a dtype it does not support."""
+    """Raises InputError if an implementation is unknown or does not support the dtype."""
     if implementation not in IMPLEMENTATIONS:
         raise InputError(f"ATTENTION must be one of {[*IMPLEMENTATIONS]}, got {implementation!r}")
     if implementation == "fused" and jnp.dtype(dtype) != jnp.bfloat16:
@@ -33,7 +35,7 @@ class SegmentMask:
     Attributes:
       query_segment_ids: int32 [B, Lq]; None: every query attends to all keys but padding.
       key_segment_ids: int32 [B, Lk], 0 at padding, which no query attends to.
-      causal: whether a query attends to no key to its right.
+      causal: whether keys to the right of a query are masked.
     """
 
     query_segment_ids: Array | None
@@ -60,10 +62,10 @@ def prepare_mask_and_bias(
     """Converts mask and bias once for all layers of a stack, which share them.
 
     Raises:
-      InputError: the bias has a gradient, which the implementation does not support.
+      InputError: the bias is trainable, and the implementation has no gradient for it.
     """
-    # The kernels read segment ids. The others need a bool mask [B, 1, Lq, Lk]: without this, every
-    # layer would compute it.
+    # The fused kernels read segment ids. The other implementations need a bool mask
+    # [B, 1, Lq, Lk], which every layer would otherwise compute again.
     if implementation == "fused":
         return mask, None if bias is None else _without_gradient(bias)
     if isinstance(mask, SegmentMask):
@@ -71,8 +73,8 @@ def prepare_mask_and_bias(
     return mask, bias
 
 
-# JAX sets `perturbed` if the bias is differentiated: an error at trace time instead of a gradient
-# that is silently zero.
+# The identity, which raises an error at trace time if the bias is differentiated (JAX then sets
+# `perturbed`): the fused kernels would return a gradient of zero without a word.
 @jax.custom_vjp
 def _without_gradient(bias: Array) -> Array:
     return bias
@@ -109,13 +111,14 @@ def dot_product_attention(
       mask: a `SegmentMask`, or bool that broadcasts to [B, H, Lq, Lk], True at keys to attend to.
       bias: added to the logits; broadcasts to [B, H, Lq, Lk].
       dropout_mask: float32 [B, H, 1, Lk], multiplies the probabilities.
-      implementation: 'plain' holds all logits [B, H, Lq, Lk] at once; 'chunked' those of
-        `QUERY_CHUNK` queries, and computes them again in the backward pass; 'fused' never writes
-        them to memory (`kernels.attention`, bfloat16 on GPUs) and falls back to 'chunked'.
+      implementation: 'plain' holds all logits [B, H, Lq, Lk] at once. 'chunked' holds the logits of
+        `QUERY_CHUNK` queries, and computes them again in the backward pass. 'fused' never writes
+        logits to memory (`kernels.attention`, bfloat16 on GPUs); where the kernels do not run, it
+        is 'chunked'.
     """
     length = query.shape[1]
     if isinstance(mask, SegmentMask):
-        # A single query, as in a step of decoding, leaves matrix units idle.
+        # Not for a single query, as in a decoding step: it would leave most of a tile empty.
         if implementation == "fused" and length > 1 and attention_kernels.supports(query):
             return _fused_attention(query, key, value, mask, bias, dropout_mask)
         mask = mask.to_bool()
@@ -138,6 +141,8 @@ def _plain_attention(
         logits += bias.astype(jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, NEG_INF)
+    # A dropout mask must not change the denominators, which `softmax_matmul` computes together with
+    # the product.
     if dropout_mask is None and value.dtype == jnp.float32 and jax.default_backend() == "cpu":
         return cpu_attention.softmax_matmul(logits, value)
     probs = jax.nn.softmax(logits, axis=-1)
@@ -157,16 +162,19 @@ def _chunked_attention(
     # Without rematerialization, the loop would save the logits of all chunks for the gradient.
     @functools.partial(jax.checkpoint, static_argnums=(1,))
     def attend(start: Array | int, count: int) -> Array:
-        def rows(x: Array | None, axis: int) -> Array | None:
-            if x is None or x.shape[axis] == 1:
+        def slice_queries(x: Array | None) -> Array | None:  # [B, H, Lq or 1, Lk]
+            if x is None or x.shape[2] == 1:
                 return x
-            return jax.lax.dynamic_slice_in_dim(x, start, count, axis)
+            return jax.lax.dynamic_slice_in_dim(x, start, count, 2)
 
         queries = jax.lax.dynamic_slice_in_dim(query, start, count, 1)
-        return _plain_attention(queries, key, value, rows(mask, 2), rows(bias, 2), dropout_mask)
+        return _plain_attention(
+            queries, key, value, slice_queries(mask), slice_queries(bias), dropout_mask
+        )
 
     chunks, rest = divmod(query.shape[1], QUERY_CHUNK)
     starts = jnp.arange(chunks) * QUERY_CHUNK
+    # `lax.map` needs chunks of one size, so the queries that are left over follow by themselves.
     out = jax.lax.map(lambda start: attend(start, QUERY_CHUNK), starts)
     # [chunks, B, QUERY_CHUNK, H, K] -> [B, chunks · QUERY_CHUNK, H, K]
     out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], -1, *value.shape[2:])
@@ -184,11 +192,11 @@ def _fused_attention(
     dropout_mask: Array | None,
 ) -> Array:
     if dropout_mask is not None:
-        # All queries share the mask, so it can multiply the values: a dropped key contributes
-        # nothing, but still counts in the softmax's denominator.
+        # All queries share the dropout mask, so it can multiply the values: a dropped key
+        # contributes nothing to the output, but still counts in the softmax's denominator.
         value = (value * jnp.moveaxis(dropout_mask, (2, 3), (3, 1))).astype(value.dtype)
     query_ids, key_ids = mask.query_segment_ids, mask.key_segment_ids
-    if query_ids is None:
+    if query_ids is None:  # one segment, with all keys that are not padding
         query_ids, key_ids = jnp.ones(query.shape[:2], jnp.int32), jnp.minimum(key_ids, 1)
     return attention_kernels.fused_attention_on_mesh(
         query, key, value, query_ids, key_ids, bias, causal=mask.causal

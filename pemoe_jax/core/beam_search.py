@@ -2,8 +2,8 @@
 
     score(y) = log p(y | x) / |y|^α
 
-for a finished sequence y of |y| tokens, its end included, and the length penalty α. Shapes: `B`
-batch, `K` beams, `T` length, `V` vocabulary.
+for a finished sequence y of |y| tokens, including its end token, and the length penalty α. Shapes:
+`B` batch, `K` beams, `T` length, `V` vocabulary.
 """
 
 import functools
@@ -27,9 +27,9 @@ class _State(NamedTuple):
     Attributes:
       position: number of tokens decoded so far.
       running: int32 [B, K, T], sequences to continue, best first.
-      log_probs: [B, K], their log-probabilities.
-      finished: int32 [B, K, T], the best finished sequences.
-      scores: [B, K], their scores, best first; -inf for none.
+      log_probs: [B, K], log-probabilities of the running sequences.
+      finished: int32 [B, K, T], the best finished sequences, best first.
+      scores: [B, K], scores of the finished sequences; -inf in place of a missing sequence.
       is_done: [B], whether the search of a row has ended.
       is_finite: [B], whether all logits of a row were finite.
       cache: keys and values of the running sequences, with B·K rows.
@@ -46,7 +46,7 @@ class _State(NamedTuple):
 
 
 def _select(array: Array, beams: Array) -> Array:
-    """Selects [B, N, …] by beams [B, K] -> [B, K, …]."""
+    """Selects the entries of an array [B, N, …] at indices `beams` [B, K] -> [B, K, …]."""
     return jnp.take_along_axis(array, beams.reshape(*beams.shape, *[1] * (array.ndim - 2)), axis=1)
 
 
@@ -63,9 +63,9 @@ def beam_search_decode(
 ) -> Array:
     """Returns the sequence with the highest score, for each row.
 
-    A row ends when it has K finished sequences and, without `early_stopping`, the best running
-    sequence would not score higher than the worst of them if it ended now. The settings and their
-    defaults are those of Hugging Face's `generate`.
+    A row ends when it has K finished sequences. Without `early_stopping`, it also has to be true
+    that the best running sequence, if it ended now, would not score higher than the worst of these
+    K. The settings and their defaults are those of Hugging Face's `generate`.
 
     Args:
       model: the network.
@@ -83,6 +83,7 @@ def beam_search_decode(
     """
     inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
     batch, beams = inputs.shape[0], num_beams
+    # None: only the Python API searches beams, and its texts have no sentence embeddings.
     decode_step, cache = decoding.start(model, params, inputs, max_decode_length, None, beams)
 
     def is_unfinished(state: _State) -> Array:
@@ -90,15 +91,16 @@ def beam_search_decode(
 
     def advance(state: _State) -> _State:
         position, length = state.position, state.position + 1
-        # The decoder's start token is padding, which is also before the first position.
+        # The first step reads T5's start token, which is the padding token 0.
         last = jnp.where(position > 0, state.running[:, :, position - 1], 0)
         logits, cache = decode_step(last.reshape(-1), state.cache)
         is_finite = state.is_finite & jnp.isfinite(jnp.max(logits.reshape(batch, -1), axis=-1))
-        log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, -1)
-        log_probs += state.log_probs[:, :, None]
-        vocab_size = log_probs.shape[-1]
+        next_log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, -1)
+        next_log_probs += state.log_probs[:, :, None]
+        vocab_size = next_log_probs.shape[-1]
         # 2·K candidates: at most K of them end with EOS, one for each beam, so K can be continued.
-        log_probs, indices = jax.lax.top_k(log_probs.reshape(batch, -1), 2 * beams)  # [B, 2K]
+        flat_log_probs = next_log_probs.reshape(batch, -1)  # [B, K·V]
+        log_probs, indices = jax.lax.top_k(flat_log_probs, 2 * beams)  # [B, 2K]
         parents, tokens = indices // vocab_size, indices % vocab_size
         candidates = _select(state.running, parents).at[:, :, position].set(tokens)
         ends = (tokens == eos_id) | (length == max_decode_length)
@@ -113,9 +115,10 @@ def beam_search_decode(
 
         running_log_probs, order = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_probs), beams)
         rows = jnp.arange(batch)[:, None] * beams + _select(parents, order)  # [B, K]
-        has_all = jnp.isfinite(scores[:, -1])
+        has_k_finished = jnp.isfinite(scores[:, -1])
         can_improve = running_log_probs[:, 0] / penalty > scores[:, -1]
-        is_done = state.is_done | (has_all & (early_stopping | ~can_improve)) | ~is_finite
+        stops = has_k_finished & (early_stopping | ~can_improve)
+        is_done = state.is_done | stops | ~is_finite
         return _State(
             position=length,
             running=_select(candidates, order),

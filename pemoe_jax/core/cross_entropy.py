@@ -2,9 +2,9 @@
 
     loss = -Σ_v q_v log softmax(x W)_v - entropy(q) + z_loss · log(Z)²
 
-q is the target with label smoothing, Z the softmax's denominator, as in T5X. The gradient of a
-chunk's logits is computed in the forward pass, together with them: nothing of size V is saved for
-the backward pass, and nothing is computed twice (as in arXiv 2410.10989).
+q is the target with label smoothing, Z the softmax's denominator, as in T5X. The forward pass
+computes the gradients of x and W together with each chunk's logits, so the backward pass needs no
+logits: none are saved, and none are computed twice (as in arXiv 2410.10989).
 """
 
 import functools
@@ -17,13 +17,13 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 Array = jax.Array
 
-# Bytes of a chunk's logits on each device: small next to a model, but with enough rows to hide the
-# time to read the matrix [D, V] again for each chunk.
+# Bytes of a chunk's logits on each device. That is little memory next to a model, and a chunk still
+# has enough rows to hide the time to read the matrix [D, V] again.
 CHUNK_BYTES = 128 * 2**20
 
 
-Tokens = dict[str, Array]
-Gradients = tuple[Array | None, Array | None]  # of x and kernel, None where they do not train
+Tokens = dict[str, Array]  # the parts of each token's loss: 'nll', 'z', 'correct'
+Gradients = tuple[Array | None, Array | None]  # of x and of the kernel; None if not needed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -37,7 +37,7 @@ def chunked_cross_entropy(
 ) -> tuple[Array, Tokens]:
     """Returns the weighted sum of the tokens' losses for the logits `x @ kernel`, and their parts.
 
-    Only the sum has gradients, with respect to x and the kernel.
+    Only the sum has gradients, and only with respect to x and the kernel.
 
     Args:
       x: [B, L, D], float32.
@@ -45,7 +45,7 @@ def chunked_cross_entropy(
       targets: int [B, L].
       weights: [B, L].
       label_smoothing, z_loss: see `steps.Loss`. As in T5X, the entropy of the smoothed target is
-        subtracted, so that a perfect prediction has loss 0.
+        subtracted, so that a perfect prediction has cross-entropy 0.
 
     Returns:
       (Σ weights · (nll + z), {'nll', 'z', 'correct'}: [B, L] each), float32, in nats: the
@@ -63,7 +63,8 @@ def _vjp_forward(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[tuple[Array, Tokens], Gradients]:
-    # The kernel is frozen in most runs: its gradient [D, V] is then never computed.
+    # `perturbed` says whether an argument is differentiated. The kernel is frozen in most runs; its
+    # gradient [D, V] is then never computed.
     needs_grad = (x.perturbed, kernel.perturbed)
     values = (x.value, kernel.value, targets.value, weights.value)
     total, tokens, grads = _sum_over_chunks(*values, label_smoothing, z_loss, needs_grad)
@@ -98,7 +99,11 @@ def _sum_over_chunks(
     """Returns the sum, the tokens' losses, and the sum's gradients to x and kernel if needed."""
     length = x.shape[1]
     compute = functools.partial(
-        _chunk, kernel=kernel, label_smoothing=label_smoothing, z_loss=z_loss, needs_grad=needs_grad
+        _compute_chunk,
+        kernel=kernel,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        needs_grad=needs_grad,
     )
     count = num_chunks(x.shape[0], length, kernel.shape[1])
     if count == 1:
@@ -122,25 +127,26 @@ def _sum_over_chunks(
 
 def num_chunks(rows: int, length: int, vocab: int) -> int:
     """Returns the number of chunks of logits [rows, length, vocab] on the mesh in scope."""
+    # Rows are spread over the mesh's batch axes and the vocabulary over `model`.
     devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
-    size = 4 * rows * length * vocab / devices
-    return min(length, max(1, math.ceil(size / CHUNK_BYTES)))
+    bytes_per_device = 4 * rows * length * vocab / devices  # float32
+    return min(length, max(1, math.ceil(bytes_per_device / CHUNK_BYTES)))
 
 
 def _split(a: Array, count: int, size: int) -> Array:
-    """[B, L, …] -> [count, B, size, …], padded with zeros."""
+    """Splits the length: [B, L, …] -> [count, B, size, …], padded with zeros."""
     padding = count * size - a.shape[1]
     a = jnp.pad(a, [(0, 0), (0, padding), *[(0, 0)] * (a.ndim - 2)])
     return jnp.moveaxis(a.reshape(a.shape[0], count, size, *a.shape[2:]), 1, 0)
 
 
 def _join(a: Array, length: int) -> Array:
-    """The inverse of `_split`."""
+    """Joins the pieces of `_split` and drops the padding: [count, B, size, …] -> [B, L, …]."""
     a = jnp.moveaxis(a, 0, 1)
     return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :length]
 
 
-def _chunk(
+def _compute_chunk(
     x: Array,
     targets: Array,
     weights: Array,
@@ -149,6 +155,7 @@ def _chunk(
     z_loss: float,
     needs_grad: tuple[bool, bool],
 ) -> tuple[Array, Tokens, Gradients]:
+    """Returns what `_sum_over_chunks` returns, for one chunk of l positions."""
     logits = jnp.matmul(x, kernel)  # [B, l, V]
     vocab = logits.shape[-1]
     largest = jnp.max(logits, axis=-1)
@@ -156,17 +163,17 @@ def _chunk(
     is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
     # A sum and not a gather: XLA fuses it, and V may be sharded.
     target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    # The smoothed target q: the probability of the target, and of each other token.
+    # The smoothed target q: `confidence` at the target, `low` at each other token.
     confidence, low = 1.0 - label_smoothing, label_smoothing / (vocab - 1)
     nll = log_z - target_logit
     if label_smoothing:
-        # -Σ q log softmax, minus q's entropy.
+        # -Σ q log softmax, minus q's entropy. The 1e-20 is T5X's.
         expected = (confidence - low) * target_logit + low * jnp.sum(logits, axis=-1)
         entropy = -(confidence * jnp.log(confidence) + (vocab - 1) * low * jnp.log(low + 1e-20))
         nll = log_z - expected - entropy
     z = z_loss * jnp.square(log_z)
     total = jnp.sum((nll + z) * weights)
-    # No argmax, which takes as long on a CPU as all the rest; so ties count for the target.
+    # Without argmax, which takes as long on a CPU as all the rest. A tie counts as correct.
     tokens = {"nll": nll, "z": z, "correct": (target_logit >= largest).astype(jnp.float32)}
     if not any(needs_grad):
         return total, tokens, (None, None)
@@ -175,7 +182,7 @@ def _chunk(
     scale = weights * (1.0 + 2.0 * z_loss * log_z)
     grad_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None]
     grad_logits -= jnp.where(is_target, confidence, low) * weights[..., None]
-    # einsum: with `grad_logits @ kernel.T`, a sharded kernel would be gathered twice.
+    # An einsum, since a sharded kernel would be gathered twice for `grad_logits @ kernel.T`.
     grad_x = jnp.einsum("blv,dv->bld", grad_logits, kernel) if needs_grad[0] else None
     grad_kernel = jnp.einsum("bld,blv->dv", x, grad_logits) if needs_grad[1] else None
     return total, tokens, (grad_x, grad_kernel)

@@ -1,6 +1,6 @@
 """Autoregressive decoding with a cache of keys and values: the decoding step, and greedy decoding.
 
-`sampling` and `beam_search` use the same step.
+`sampling` and `beam_search` use the same decoding step.
 """
 
 import functools
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pemoe_jax.core.network import Transformer
 
 Array = jax.Array
-NOT_FINITE = -1  # in place of a token where the logits are not finite
+NOT_FINITE = -1  # stands in place of a token whose logits are not finite; no token has this id
 # (tokens [R], cache) -> (logits [R, V] of the tokens after them, cache)
 Step: TypeAlias = Callable[[Array, PyTree], tuple[Array, PyTree]]
 # (position, tokens [B, T], last token [B], finished [B], cache)
@@ -31,7 +31,7 @@ def start(
     sentence_embeddings: Array | None,
     copies: int = 1,
 ) -> tuple[Step, PyTree]:
-    """Encodes the inputs and returns the decoding step, a function, with its initial cache.
+    """Encodes the inputs; returns the decoding step, which is a function, and its initial cache.
 
     Args:
       model: the network.
@@ -40,7 +40,8 @@ def start(
       max_decode_length: T, the length of the cache.
       sentence_embeddings: [B, S], for routers that read them.
       copies: C, the number of sequences to decode from each input, for example beams. Rows b·C to
-        b·C + C - 1 of a step belong to input b, whose keys and values are projected once.
+        b·C + C - 1 of a step belong to input b. The encoder's output is projected to keys and
+        values once for all of them.
     """
     apply = functools.partial(
         model.apply, enable_dropout=False, sentence_embeddings=sentence_embeddings
@@ -50,7 +51,8 @@ def start(
         apply, method=model.decode, decode=True, max_decode_length=max_decode_length
     )
     blank = jnp.zeros((inputs.shape[0] * copies, max_decode_length), jnp.int32)
-    # The first call creates the caches, and projects the encoder's keys and values for all steps.
+    # This first call creates the caches: `cache` for the decoder's own keys and values, which each
+    # step extends, and `cross_cache` for those of the encoder's output, which all steps read.
     _, caches = decode(
         {"params": params}, encoded, inputs, blank, blank, mutable=["cache", "cross_cache"]
     )
@@ -82,8 +84,8 @@ def decode_rows(
       choose: function from (logits [B, V], position []) to the next tokens [B].
 
     Returns:
-      int32 [B, T]; a row holds its end token, and 0 after it. A row whose logits are not finite
-      ends in `NOT_FINITE`.
+      int32 [B, T]; a row includes its end token, and is 0 after it. A row whose logits are not
+      finite ends in `NOT_FINITE`.
     """
 
     def is_unfinished(carry: _Carry) -> Array:
@@ -94,7 +96,8 @@ def decode_rows(
         position, tokens, last, finished, cache = carry
         logits, cache = step(last, cache)
         chosen = choose(logits, position).astype(jnp.int32)
-        # The maximum is NaN if any logit is; argmax would return the first NaN as a token.
+        # The maximum of a row is NaN if any of its logits is NaN. The check is needed, since argmax
+        # returns the position of the first NaN as if it were a token.
         chosen = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), chosen, NOT_FINITE)
         chosen = jnp.where(finished, 0, chosen)
         tokens = tokens.at[:, position].set(chosen)
@@ -131,7 +134,8 @@ def greedy_decode(
     """
     inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
     step, cache = start(model, params, inputs, max_decode_length, sentence_embeddings)
-    return decode_rows(
-        *(step, cache, inputs.shape[0], max_decode_length, eos_id),
-        lambda logits, _: jnp.argmax(logits, axis=-1),
-    )
+
+    def choose(logits: Array, position: Array) -> Array:
+        return jnp.argmax(logits, axis=-1)
+
+    return decode_rows(step, cache, inputs.shape[0], max_decode_length, eos_id, choose)

@@ -1,13 +1,18 @@
-"""Dispatch: chooses experts (top-k), moves tokens to them and combines their outputs.
+"""Dispatch: chooses the experts of tokens (top-k), moves tokens to them, combines their outputs.
 
 Tokens choose experts as in Switch Transformers (arXiv 2101.03961) and GShard (arXiv 2006.16668), or
 experts choose tokens (arXiv 2202.09368). The functions are pure and have no parameters.
 
 Shapes: G groups of T tokens, K choices of a token, E experts, C places of an expert in a group (its
-capacity), S slots. A choice of a token is an assignment. Its place is its position among the
-assignments of its expert, and its slot is a row of the experts' input. With a limit, an assignment
-whose place is C or larger has no slot: it is dropped. Tokens are gathered into slots, and outputs
-from them, so that no array has T·E·C entries.
+capacity), S slots.
+
+- An assignment is one choice of a token: the pair of the token and the chosen expert.
+- The place of an assignment is its position among the assignments of the same expert.
+- The slot of an assignment is the row of the experts' input that holds its token. With a capacity,
+  an assignment whose place is C or larger has no slot: it is dropped.
+
+Tokens are copied to slots, and outputs from slots, by index. A one-hot array of tokens, experts and
+places, as in Switch Transformers, would have T·E·C entries.
 """
 
 import functools
@@ -16,17 +21,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Array = jax.Array
 
-COMBINE = ("probability", "normalized", "straight")
-# With SECOND_EXPERT='random', as in GShard, a second expert of less weight is kept at random.
+COMBINE = ("probability", "normalized", "straight")  # see `combine_weights`
+# With SECOND_EXPERT='random', a second expert of at least this weight is always kept, and others at
+# random, as in Mesh TensorFlow's implementation of GShard.
 SECOND_EXPERT_THRESHOLD = 0.2
 
 
 class Slots(NamedTuple):
-    """The slots of experts and the assignments in them: choice k of token t has the id t·K + k.
+    """Which assignment is in which slot. The assignment of token t's choice k has the id t·K + k.
 
     Attributes:
       assignment_ids: int32 [G, S], the id of the assignment in each slot; T·K in an empty slot.
@@ -46,24 +51,31 @@ def capacity(num_tokens: int, num_experts: int, factor: float, minimum: int = 1)
 
 
 def group_padding(batch: int, length: int, multiple: int) -> tuple[int, int]:
-    """Returns the rows and columns of padding that make a batch's tokens a multiple, as in T5X.
+    """Returns the numbers of rows and columns that pad a batch to a multiple of tokens, as in T5X.
 
-    One of the two is zero: the batch grows by rows or by columns, whichever adds fewer tokens, by
-    columns if both add as many.
+    Either the rows or the columns are padded, whichever adds fewer tokens; the columns if both add
+    the same number.
     """
     if batch * length % multiple == 0:
         return 0, 0
+    # The least padding that makes the rows a multiple of `multiple / gcd(multiple, length)`: rows
+    # times length is then a multiple of `multiple`.
     rows = -batch % (multiple // math.gcd(multiple, length))
     columns = -length % (multiple // math.gcd(multiple, batch))
     return (rows, 0) if columns * batch > rows * length else (0, columns)
 
 
 def num_groups(num_tokens: int, group_size: int, multiple: int) -> int:
-    """Returns T5X's number of groups of at most `group_size` tokens.
+    """Returns the number of groups of about `group_size` tokens, as in T5X.
 
     It is the smallest number that divides `num_tokens`, is a multiple of `multiple` (data-parallel
-    size · experts) and is at least `num_tokens // group_size`. `num_tokens` must be a multiple of
-    `multiple`.
+    size · experts) and is at least `num_tokens // group_size`. This quotient is rounded down, so a
+    group may have more than `group_size` tokens: 20 tokens are 2 groups of 10 for a size of 8.
+
+    Args:
+      num_tokens: number of tokens of the padded batch, a multiple of `multiple`.
+      group_size: desired number of tokens in a group.
+      multiple: see above.
     """
     smallest = max(num_tokens // group_size, multiple)
     return next(
@@ -76,7 +88,7 @@ def num_groups(num_tokens: int, group_size: int, multiple: int) -> int:
 def choose_experts(probs: Array, top_k: int) -> tuple[Array, Array]:
     """Returns each token's K most probable experts and their probabilities, both [G, T, K].
 
-    If probabilities are equal, the first expert is chosen.
+    Of experts with equal probabilities, the first is chosen.
     """
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(probs), top_k)
     return experts, jnp.take_along_axis(probs, experts, axis=-1)
@@ -88,7 +100,8 @@ def combine_weights(chosen: Array, combine: str) -> Array:
     Args:
       chosen: probabilities of the chosen experts, [G, T, K].
       combine: 'probability' (p, as in Switch Transformers), 'normalized' (p / Σ_k p, as in GShard)
-        or 'straight' (p / stop_gradient(Σ_k p): the same value, with a gradient also for K = 1).
+        or 'straight' (p / stop_gradient(Σ_k p): the same value as 'normalized', which for K = 1 is
+        the constant 1; 'straight' has a gradient for K = 1 too).
     """
     if combine == "probability":
         return chosen
@@ -99,8 +112,8 @@ def combine_weights(chosen: Array, combine: str) -> Array:
 def keep_at_random(chosen: Array, rng: Array) -> Array:
     """Draws which choices are kept, bool [G, T, K]: always the first, others at random.
 
-    A choice of normalized weight g = p / Σ_k p is kept with probability min(1, g / 0.2), as in
-    GShard.
+    A choice of normalized weight g = p / Σ_k p is kept with probability min(1, g / 0.2). GShard
+    keeps second experts at random; the threshold is Mesh TensorFlow's.
     """
     normalized = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
     draws = jax.random.uniform(rng, chosen.shape, maxval=SECOND_EXPERT_THRESHOLD)
@@ -113,12 +126,13 @@ def assign_places(
 ) -> tuple[Array, Array, Array]:
     """Numbers the assignments of each expert: their places.
 
-    All first choices come before all second ones; within a choice, tokens come from left to right,
-    or by decreasing priority (batch-prioritized routing, arXiv 2106.05974).
+    All first choices come before all second choices. Among first (or second) choices, tokens come
+    from left to right, or by decreasing priority (batch-prioritized routing, arXiv 2106.05974).
 
     Args:
-      experts: int32 [G, T, K].
-      needs_slot: bool, broadcasts to [G, T, K]; False for padding and second experts not kept.
+      experts: int32 [G, T, K], the chosen experts.
+      needs_slot: bool, broadcasts to [G, T, K]; False for padding and for second experts that are
+        not kept.
       num_experts: E.
       priority: [G, T], or None.
 
@@ -129,28 +143,30 @@ def assign_places(
       counts: int32 [G, E], the number of each expert's assignments.
     """
     groups, tokens, choices = experts.shape
+    # Assignments that need no slot go to an expert E, which does not exist and is sorted last.
     experts = jnp.where(needs_slot, experts, num_experts)
     token_order = jnp.broadcast_to(jnp.arange(tokens), (groups, tokens))
     if priority is not None:
         token_order = jnp.argsort(-jax.lax.stop_gradient(priority), axis=-1, stable=True)
         experts = jnp.take_along_axis(experts, token_order[..., None], axis=1)
     by_choice = jnp.swapaxes(experts, 1, 2).reshape(groups, choices * tokens)
-    assignments = token_order[:, None] * choices + jnp.arange(choices)[:, None]  # [G, K, T]
-    assignments = assignments.reshape(by_choice.shape).astype(jnp.int32)
-    # One stable sort, whose keys are the experts and whose values are the ids.
-    sorted_experts, order = jax.lax.sort((by_choice, assignments), num_keys=1, dimension=-1)
-    starts = jax.vmap(lambda keys: jnp.searchsorted(keys, jnp.arange(num_experts + 1)))(
-        sorted_experts
-    )
+    ids = token_order[:, None] * choices + jnp.arange(choices)[:, None]  # [G, K, T]
+    ids = ids.reshape(by_choice.shape).astype(jnp.int32)
+    # One stable sort, whose keys are the experts and whose values are the assignments' ids.
+    sorted_experts, order = jax.lax.sort((by_choice, ids), num_keys=1, dimension=-1)
+    find_starts = jax.vmap(lambda keys: jnp.searchsorted(keys, jnp.arange(num_experts + 1)))
+    starts = find_starts(sorted_experts)  # [G, E + 1], where each expert's assignments start
     counts = jnp.diff(starts, axis=-1)
-    start = jnp.take_along_axis(starts, sorted_experts, axis=-1)
-    ranks = jnp.arange(choices * tokens) - start
-    places = _invert(order, ranks)
+    # The place of an assignment is its distance from the start of its expert.
+    sorted_places = jnp.arange(choices * tokens) - jnp.take_along_axis(
+        starts, sorted_experts, axis=-1
+    )
+    places = _invert(order, sorted_places)
     return order, places.reshape(groups, tokens, choices), counts
 
 
 def _invert(order: Array, values: Array) -> Array:
-    """Returns `inverse` with inverse[g, order[g, i]] = values[g, i]; order[g] is a permutation."""
+    """Returns an array with result[g, order[g, i]] = values[g, i]; order[g] is a permutation."""
     # On a CPU, a scatter of [16, 512] integers takes 0.2 ms and a second sort 2.0 ms.
     scatter = jax.vmap(lambda order, values: values.at[order].set(values, unique_indices=True))
     return scatter(order, values)
@@ -159,7 +175,7 @@ def _invert(order: Array, values: Array) -> Array:
 def slots_with_capacity(
     experts: Array, order: Array, places: Array, counts: Array, needs_slot: Array, capacity: int
 ) -> Slots:
-    """Assigns the slots of experts with a capacity; drops assignments whose place is beyond it.
+    """Assigns the slots of experts with a capacity C; drops assignments whose place is C or larger.
 
     Args:
       experts, needs_slot: arguments of `assign_places`.
@@ -169,28 +185,28 @@ def slots_with_capacity(
     Returns:
       Slots with S = E·C; expert e has the slots e·C to (e + 1)·C - 1.
     """
-    num_experts = counts.shape[-1]
-    size = num_experts * capacity
+    num_experts, num_assignments = counts.shape[-1], order.shape[-1]
+    num_slots = num_experts * capacity
     has_slot = needs_slot & (places < capacity)
-    slots = jnp.where(has_slot, experts * capacity + places, size)
+    slot_ids = jnp.where(has_slot, experts * capacity + places, num_slots)
+    # `order` is sorted by expert and place. So slot c of expert e holds order[starts[e] + c] if the
+    # expert has more than c assignments.
     starts = jnp.cumsum(counts, axis=-1) - counts
     indices = starts[..., None] + jnp.arange(capacity)  # [G, E, C]
     is_filled = jnp.arange(capacity) < counts[..., None]
-    flat = indices.reshape(indices.shape[0], size)
-    assignments = jnp.take_along_axis(order, jnp.minimum(flat, order.shape[-1] - 1), axis=-1)
-    empty = order.shape[-1]
-    return Slots(
-        jnp.where(is_filled.reshape(flat.shape), assignments, empty), slots.astype(jnp.int32)
-    )
+    indices = jnp.minimum(indices, num_assignments - 1).reshape(-1, num_slots)
+    ids = jnp.take_along_axis(order, indices, axis=-1)
+    assignment_ids = jnp.where(is_filled.reshape(ids.shape), ids, num_assignments)
+    return Slots(assignment_ids, slot_ids.astype(jnp.int32))
 
 
 class Blocks(NamedTuple):
-    """Slots in blocks; each block belongs to one expert, which has as many as it needs.
+    """Slots in blocks of equal size. A block has one expert; an expert has as many as it needs.
 
     Attributes:
       slots: the slots, S = blocks · block size.
-      experts: int32 [blocks], the expert of each block.
-      used: int32 [], the number of blocks that hold a token. They come first.
+      experts: int32 [blocks], the expert of each block; ascending.
+      used: int32 [], the number of blocks that hold a token; these blocks come first.
     """
 
     slots: Slots
@@ -201,39 +217,46 @@ class Blocks(NamedTuple):
 def block_size(num_assignments: int, num_experts: int) -> int:
     """Returns the number of slots in a block, a power of two from 8 to 128.
 
-    It is at most half of an expert's mean number of assignments, unless that is below 16. Half a
-    block of each expert is empty on average, so at most a quarter as many slots are empty as are
-    filled.
+    It is at most half of an expert's mean number of assignments, unless this mean is below 16. On
+    average, half a block of each expert is empty. So there is at most one empty slot for every four
+    that are filled.
     """
     largest = num_assignments // (2 * num_experts)
-    return int(np.clip(1 << max(largest, 1).bit_length() - 1, 8, 128))
+    power_of_two = 1 << max(largest, 1).bit_length() - 1
+    return min(max(power_of_two, 8), 128)
 
 
 def slots_in_blocks(
     experts: Array, order: Array, places: Array, counts: Array, needs_slot: Array, size: int
 ) -> Blocks:
-    """Assigns a slot to every assignment: each expert gets whole blocks of `size` slots.
+    """Assigns a slot to every assignment that needs one: each expert gets whole blocks of slots.
 
-    The other arguments are those of `slots_with_capacity`, with G = 1.
+    Args:
+      experts, order, places, counts, needs_slot: see `slots_with_capacity`, with G = 1.
+      size: number of slots in a block.
     """
     num_assignments, num_experts = order.shape[-1], counts.shape[-1]
-    # Each expert leaves at most size - 1 slots empty.
+    # A program has fixed shapes, so this is the largest number of blocks that any assignment of
+    # tokens to experts needs: each expert leaves at most size - 1 slots empty.
     num_blocks = (num_assignments + num_experts * (size - 1)) // size
-    blocks = -(-counts[0] // size)  # [E]
-    ends = jnp.cumsum(blocks)
-    block_starts = ends - blocks
-    empty_slot = num_blocks * size
-    slots = jnp.where(needs_slot, block_starts[experts] * size + places, empty_slot)
+    expert_blocks = -(-counts[0] // size)  # [E], the number of blocks of each expert
+    ends = jnp.cumsum(expert_blocks)
+    block_starts = ends - expert_blocks
+    no_slot = num_blocks * size
+    slot_ids = jnp.where(needs_slot, block_starts[experts] * size + places, no_slot)
+    # The expert of a block is the first whose blocks end after it. Unused blocks come after all of
+    # these; they are the last expert's, so that the experts of blocks ascend.
     block_experts = jnp.searchsorted(ends, jnp.arange(num_blocks), side="right")
     block_experts = jnp.minimum(block_experts, num_experts - 1).astype(jnp.int32)
-    place = (jnp.arange(num_blocks) - block_starts[block_experts])[:, None] * size
-    place = place + jnp.arange(size)  # [blocks, size], among the expert's assignments
+    # The place of each slot among the assignments of its expert, [blocks, size].
+    first_places = (jnp.arange(num_blocks) - block_starts[block_experts]) * size
+    slot_places = first_places[:, None] + jnp.arange(size)
     starts = jnp.cumsum(counts[0]) - counts[0]
-    is_filled = (place >= 0) & (place < counts[0][block_experts][:, None])
-    indices = jnp.clip(starts[block_experts][:, None] + place, 0, num_assignments - 1)
-    assignments = jnp.where(is_filled, order[0][indices], num_assignments)
-    numbered_slots = Slots(assignments.reshape(1, -1), slots.astype(jnp.int32))
-    return Blocks(numbered_slots, block_experts, ends[-1].astype(jnp.int32))
+    is_filled = (slot_places >= 0) & (slot_places < counts[0][block_experts][:, None])
+    indices = jnp.clip(starts[block_experts][:, None] + slot_places, 0, num_assignments - 1)
+    assignment_ids = jnp.where(is_filled, order[0][indices], num_assignments)
+    slots = Slots(assignment_ids.reshape(1, -1), slot_ids.astype(jnp.int32))
+    return Blocks(slots, block_experts, ends[-1].astype(jnp.int32))
 
 
 def _take(rows: Array, indices: Array) -> Array:
@@ -253,7 +276,8 @@ def _dispatch_fwd(x: Array, slots: Slots) -> tuple[Array, Slots]:
 
 
 def _dispatch_bwd(slots: Slots, grad: Array) -> tuple[Array, None]:
-    # Gathers as well: JAX would derive a scatter-add as the transpose of a gather.
+    # The gradient of a token is the sum over its K slots, by K gathers. JAX would derive a
+    # scatter-add instead, the transpose of a gather.
     choices = range(slots.slot_ids.shape[-1])
     by_choice = [_take(grad, slots.slot_ids[..., k]) for k in choices]
     return functools.reduce(jnp.add, by_choice), None
@@ -269,7 +293,7 @@ def combine(y: Array, weights: Array, slots: Slots) -> Array:
     Args:
       y: [G, S, D], outputs by slot.
       weights: [G, T, K].
-      slots: the slots of the assignments; one without a slot contributes zero.
+      slots: the slots of the assignments; an assignment without a slot contributes zero.
 
     Returns:
       [G, T, D] in y's dtype; the products are summed in float32.
@@ -309,8 +333,8 @@ class ChosenTokens(NamedTuple):
 
     Attributes:
       tokens: int32 [G, E, C]; T in an empty slot.
-      weights: float32 [G, E, C], each token's probability of the expert, or weights computed from
-        it; 0 in an empty slot.
+      weights: float32 [G, E, C], the weight of the expert's output for each token: the router's
+        probability, or what `chosen_weights` makes of it; 0 in an empty slot.
     """
 
     tokens: Array
@@ -320,9 +344,9 @@ class ChosenTokens(NamedTuple):
 def choose_tokens(
     probs: Array, is_token: Array, capacity: int, group_capacity: Array | None = None
 ) -> ChosenTokens:
-    """Returns for each expert the C tokens of each group with the largest probability of it.
+    """Returns, for each expert, the C tokens of each group that have its largest probabilities.
 
-    If probabilities are equal, the first token is chosen. If a group has fewer tokens than C, all
+    Of tokens with equal probabilities, the first is chosen. If a group has fewer tokens than C, all
     of them are chosen.
 
     Args:
@@ -332,6 +356,7 @@ def choose_tokens(
       group_capacity: int32 [G], the capacity in each group, if it is smaller than C.
     """
     by_expert = jnp.swapaxes(probs, 1, 2)  # [G, E, T]
+    # Tokens that may not be chosen have a key below every probability.
     keys = jnp.where(is_token[:, None], jax.lax.stop_gradient(by_expert), -1.0)
     _, tokens = jax.lax.top_k(keys, capacity)
     weights = jnp.take_along_axis(by_expert, tokens, axis=-1)
@@ -345,9 +370,9 @@ def choose_tokens(
 
 
 def chosen_weights(chosen: ChosenTokens, num_tokens: int, combine: str) -> ChosenTokens:
-    """Replaces probabilities by weights, with the `combine` of `combine_weights`.
+    """Replaces probabilities by weights; `combine` is that of `combine_weights`.
 
-    The sum Σ p of a token is over the experts that chose it.
+    A token's probabilities are divided by their sum over the experts that chose the token.
     """
     if combine == "probability":
         return chosen
@@ -371,7 +396,8 @@ def combine_chosen(y: Array, chosen: ChosenTokens, num_tokens: int) -> Array:
     """Sums the weighted outputs [G, E·C, D] for each token; returns [G, T, D] in y's dtype."""
     groups = y.shape[0]
     weighted = chosen.weights.reshape(groups, -1, 1) * y.astype(jnp.float32)
-    # Up to E experts choose the same token, so this is a scatter-add where `combine` has K gathers.
+    # A token may have from 0 to E experts here, and not K as in `combine`, which can gather. So the
+    # outputs are scattered and added.
     add = jax.vmap(
         lambda rows, tokens: (
             jnp.zeros((num_tokens, rows.shape[-1])).at[tokens].add(rows, mode="drop")

@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, checks of settings, and counts in messages."""
+"""The exception for users' mistakes, checks of settings, and helpers for messages."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,19 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException | str) -> str:
-    """Returns the first line of a message that is not blank; the error's class if all are."""
+    """Returns the first line of a message that is not blank; the error's class if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def plural(count: int, noun: str) -> str:
-    """Returns '1 task' or '1,200 tasks'."""
+    """Returns a count with its noun, such as '1 task' or '1,200 tasks'."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def check_integer(name: str, value: object, minimum: int = 1) -> None:
     """Raises InputError unless a setting is an integer of at least `minimum`."""
+    # bool is a subclass of int, and True would pass for 1.
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         expected = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
         raise InputError(f"{name} must be {expected}, got {value!r}")

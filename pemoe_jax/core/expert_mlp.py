@@ -1,7 +1,8 @@
 """The MLPs of experts, applied to the tokens that go to them, on one device and on a mesh.
 
-With a capacity, tokens lie in slots by expert, and XLA exchanges them between devices. Without a
-limit, each device sorts its own tokens by expert and multiplies blocks of them.
+With a capacity, each expert has the same number of slots, and XLA exchanges the tokens in them
+between devices. Without a limit, each device sorts its own tokens by expert and multiplies them in
+blocks, each with the matrix of its expert.
 """
 
 import functools
@@ -17,7 +18,7 @@ from pemoe_jax.core.kernels import block_matmul
 from pemoe_jax.core.params import PyTree
 
 Array = jax.Array
-# (rows by slot, kernel [E, in, out]) -> rows by slot
+# (rows by slot [..., in], kernel [E, in, out]) -> rows by slot [..., out]
 Product = Callable[[Array, PyTree], Array]
 
 
@@ -25,7 +26,8 @@ class ExpertMlp(NamedTuple):
     """The MLPs of all experts, with T5's activations.
 
     Attributes:
-      kernels: matrices [E, D, F] by the names of the activations, and [E, F, D] as `wo`.
+      kernels: name -> matrices of all experts: [E, D, F] of each input projection (`wi`, or `wi_0`
+        and `wi_1`), and [E, F, D] of `wo`.
       activations: see `layers.MlpBlock`.
       dropout_mask: [G, F], the factors of a group's hidden activations; None without dropout.
     """
@@ -35,12 +37,13 @@ class ExpertMlp(NamedTuple):
     dropout_mask: Array | None
 
     def __call__(self, rows: Array, product: Product, by_slot: Callable[[Array], Array]) -> Array:
-        """Rows by slot [..., D] -> [..., D].
+        """Applies to each row the MLP of the row's expert, [..., D] -> [..., D].
 
         Args:
-          rows: rows by slot.
-          product: multiplies rows by slot with their experts' matrices.
-          by_slot: [G, F] -> an array that broadcasts to rows by slot, each having its group's row.
+          rows: the token of each slot.
+          product: multiplies each row with the matrix of its expert.
+          by_slot: [G, F] -> an array that broadcasts to the rows and holds, for each row, the entry
+            of the row's group.
         """
         hidden = jnp.ones((), rows.dtype)
         for name, activation in layers.activations_by_name(self.activations).items():
@@ -54,11 +57,12 @@ class ExpertMlp(NamedTuple):
 
 
 def apply_by_expert(mlp: ExpertMlp, rows: Array, num_experts: int) -> Array:
-    """Rows in E·C slots, C of each expert, [G, E·C, D] -> [G, E·C, D]."""
+    """Applies the experts to rows in E·C slots, C of each expert, [G, E·C, D] -> [G, E·C, D]."""
     groups, slots, features = rows.shape
     capacity = slots // num_experts
-    # On a mesh, groups are spread over `data` and `expert` at first, then over `data` alone and the
-    # experts over `expert`: XLA exchanges the rows by an all-to-all, and their outputs by another.
+    # On a mesh, the groups are first spread over `data` and `expert`. Then they are spread over
+    # `data` alone, and the experts over `expert`. So XLA exchanges the rows by one all-to-all, and
+    # their outputs by another.
     by_group = ("batch", None, None, "embed")
     by_expert = ("expert", "expert_groups", None, "embed")
 
@@ -75,7 +79,7 @@ def apply_by_expert(mlp: ExpertMlp, rows: Array, num_experts: int) -> Array:
 
 
 def _batched_product(rows: Array, kernel: PyTree) -> Array:
-    """[E, M, in], [E, in, out] -> [E, M, out]."""
+    """Multiplies M rows of each expert with its matrix: [E, M, in], [E, in, out] -> [E, M, out]."""
     if isinstance(kernel, quantized.QuantizedMatrix):
         return quantized.expert_matmul(rows, kernel)
     return jnp.einsum("emd,edf->emf", rows, kernel)
@@ -94,26 +98,26 @@ def apply_without_limit(
       x: [G, T, D].
       experts: int32 [G, T, K].
       weights: float32 [G, T, K].
-      needs_slot: bool [G, T, K], whether an assignment is computed; others contribute zero.
+      needs_slot: bool [G, T, K], which assignments are computed; the others contribute zero.
     """
     tokens = (x, experts, weights, needs_slot)
     if not partitioning.divides_rows(len(x)):
         return _apply_on_device(mlp, *tokens)
-    # A sort of the whole batch would gather it: each device sorts its own tokens. The experts of a
-    # device are complete but for the part of F that is its own by model parallelism.
+    # Each device sorts its own tokens, since XLA would gather the whole batch to sort it. A device
+    # holds E / num_peers experts; with model parallelism, it holds a part of F of each.
     shape, hidden = jax.sharding.get_abstract_mesh().shape, mlp.kernels["wo"].shape[1]
     model_axis = "model" if hidden % shape["model"] == 0 else None
-    batch = PartitionSpec(partitioning.batch_axes())
+    batch_spec = PartitionSpec(partitioning.batch_axes())
 
-    def spec(name: str, kernel: PyTree) -> PyTree:
+    def kernel_spec(name: str, kernel: PyTree) -> PyTree:
         axes = ("expert", model_axis, None) if name == "wo" else ("expert", None, model_axis)
         values = PartitionSpec(*axes)
         if not isinstance(kernel, quantized.QuantizedMatrix):
             return values
         return quantized.QuantizedMatrix(values, PartitionSpec(axes[0], axes[2]))
 
-    kernels = {name: spec(name, kernel) for name, kernel in mlp.kernels.items()}
-    mask = PartitionSpec(*batch, model_axis)
+    kernel_specs = {name: kernel_spec(name, kernel) for name, kernel in mlp.kernels.items()}
+    mask_spec = None if mlp.dropout_mask is None else PartitionSpec(*batch_spec, model_axis)
 
     def apply(
         kernels: dict[str, PyTree],
@@ -123,8 +127,8 @@ def apply_without_limit(
         local = ExpertMlp(kernels, mlp.activations, mask)
         return _apply_on_device(local, *tokens, num_peers=shape["expert"], model_axis=model_axis)
 
-    in_specs = (kernels, None if mlp.dropout_mask is None else mask, *[batch] * len(tokens))
-    run = jax.shard_map(apply, in_specs=in_specs, out_specs=batch, check_vma=False)
+    in_specs = (kernel_specs, mask_spec, *[batch_spec] * len(tokens))
+    run = jax.shard_map(apply, in_specs=in_specs, out_specs=batch_spec, check_vma=False)
     return run(mlp.kernels, mlp.dropout_mask, *tokens)
 
 
@@ -138,13 +142,13 @@ def _apply_on_device(
     num_peers: int = 1,
     model_axis: str | None = None,
 ) -> Array:
-    """`apply_without_limit` of the tokens of a device.
+    """Computes `apply_without_limit` for the tokens of one device.
 
     Args:
       mlp: the experts of the device.
       x, experts, weights, needs_slot: see `apply_without_limit`.
-      num_peers: number of devices along `expert`, each with an equal part of the experts.
-      model_axis: mesh axis over which F is spread.
+      num_peers: number of devices along the mesh axis `expert`, which share the experts equally.
+      model_axis: mesh axis that F is spread over; None if each device has all of F.
     """
     groups, tokens, top_k = experts.shape
     num_experts = mlp.kernels["wo"].shape[0] * num_peers
@@ -160,15 +164,15 @@ def _apply_on_device(
     rows = _Rows(dispatch.dispatch(x, slots)[0], groups_of_slots, block_experts, used)
     y = rows.apply(mlp) if num_peers == 1 else _apply_to_peers(mlp, rows, num_peers)
     if model_axis is not None:
-        y = jax.lax.psum(y, model_axis)
+        y = jax.lax.psum(y, model_axis)  # `wo` has summed over the device's part of F only
     return dispatch.combine(y[None], weights, slots).reshape(groups, tokens, -1)
 
 
 class _Rows(NamedTuple):
-    """Rows of blocks.
+    """The rows of a device's blocks; see `dispatch.Blocks`.
 
     Attributes:
-      x: [S, D].
+      x: [S, D], the token of each row.
       groups: int32 [S], the group of each row.
       experts: int32 [blocks], the expert of each block; ascending.
       used: int32 [], the number of blocks that hold a token.
@@ -180,7 +184,7 @@ class _Rows(NamedTuple):
     used: Array
 
     def apply(self, mlp: ExpertMlp) -> Array:
-        """Returns the outputs of the rows' experts, [S, D]; of unused blocks they are zero."""
+        """Returns the outputs of the rows' experts, [S, D]; zeros for unused blocks."""
 
         def product(rows: Array, kernel: PyTree) -> Array:
             return block_matmul.multiply(rows, kernel, self.experts, self.used)
@@ -189,36 +193,38 @@ class _Rows(NamedTuple):
 
 
 def _apply_to_peers(mlp: ExpertMlp, rows: _Rows, num_peers: int) -> Array:
-    """Applies the experts of a device to the rows of all devices along `expert`.
+    """Applies experts that are spread over the mesh axis `expert` to the rows of one device.
 
-    Returns the sums over these devices for the rows of this one, [S, D].
+    A peer is a device along this axis. Each peer gathers the rows of all peers and applies its own
+    experts to them; the outputs of other experts' rows are zero. A sum over the peers then returns
+    to each peer the outputs of its own rows, [S, D].
     """
     gather = functools.partial(jax.lax.all_gather, axis_name="expert")
     gathered = _Rows(*map(gather, rows))  # each with a leading axis of peers
     mask = mlp.dropout_mask
-    groups_of_peer = 0
+    groups_per_peer = 0  # groups serve only to look up dropout masks
     if mask is not None:
-        groups_of_peer = len(mask)
+        groups_per_peer = len(mask)
         mlp = mlp._replace(dropout_mask=gather(mask).reshape(-1, mask.shape[-1]))
     num_local, num_blocks = mlp.kernels["wo"].shape[0], len(rows.experts)
     experts = gathered.experts - jax.lax.axis_index("expert") * num_local
     is_local = (experts >= 0) & (experts < num_local)
     is_local &= jnp.arange(num_blocks) < gathered.used[:, None]
-    # Blocks of this device's experts come first, so that no others are computed.
+    # Blocks of this device's experts come first: `_Rows.apply` computes the first `used` blocks.
     keys = jnp.where(is_local, experts, num_local).reshape(-1)
     order = jnp.argsort(keys, stable=True)
 
-    def by_block(array: Array, indices: Array) -> Array:
+    def reorder_blocks(array: Array, indices: Array) -> Array:
         blocks = array.reshape(num_peers * num_blocks, -1, *array.shape[2:])
         return blocks.at[indices].get(unique_indices=True).reshape(-1, *array.shape[2:])
 
     peers = jnp.arange(num_peers)[:, None]
     local_rows = _Rows(
-        by_block(gathered.x, order),
-        by_block(gathered.groups + peers * groups_of_peer, order),
+        reorder_blocks(gathered.x, order),
+        reorder_blocks(gathered.groups + peers * groups_per_peer, order),
         jnp.minimum(keys[order], num_local - 1),
         jnp.sum(is_local, dtype=jnp.int32),
     )
     y = local_rows.apply(mlp).reshape(gathered.x.shape)
-    y = by_block(y, jnp.argsort(order)).reshape(gathered.x.shape)
+    y = reorder_blocks(y, jnp.argsort(order)).reshape(gathered.x.shape)  # the peers' order again
     return jax.lax.psum_scatter(y, "expert")

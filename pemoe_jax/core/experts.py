@@ -4,7 +4,8 @@
 
 The k experts of a token are the most probable ones (Switch Transformers, arXiv 2101.03961; GShard,
 2006.16668; ST-MoE, 2202.08906), or each expert chooses its tokens (expert choice, 2202.09368).
-`core/dispatch.py` assigns tokens to experts, `core/expert_mlp.py` computes the experts.
+w_k is computed from the expert's probability p, see `dispatch.combine_weights`. `core/dispatch.py`
+assigns tokens to experts, `core/expert_mlp.py` computes the experts.
 """
 
 import dataclasses
@@ -29,8 +30,9 @@ Array = jax.Array
 _ROUTER_INIT = nn.initializers.normal(stddev=0.02)
 _EXPERT_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
 
-# Names of the statistics, in order, that a sparse layer sows in addition to `routing.STATISTICS`:
-# the share of assignments that are dropped, of tokens without an expert, and of places in use.
+# Names, in order, of the statistics that a sparse layer sows in addition to `routing.STATISTICS`:
+# the share of assignments that are dropped, the share of tokens without an expert, and the share of
+# slots that hold a token.
 DISPATCH_STATISTICS = ("dropped", "without_expert", "used")
 
 
@@ -46,6 +48,8 @@ class _Router(nn.Module):
 
 
 class _RouterWeights(nn.Module):
+    """The only layer of `_Router`, a module by itself for T5X's path `router/router_weights/w`."""
+
     num_experts: int
 
     @nn.compact
@@ -65,7 +69,7 @@ class ExpertKernel(nn.Module):
 
     @nn.compact
     def __call__(self, in_features: int) -> PyTree:
-        """Returns the kernel, in the activation dtype or quantized."""
+        """Returns the kernel: an array in the activation dtype, or a `QuantizedMatrix`."""
         kernel: PyTree = self.get_variable("params", "kernel")
         if isinstance(kernel, quantized.QuantizedMatrix):
             return kernel
@@ -74,7 +78,7 @@ class ExpertKernel(nn.Module):
 
 
 class ExpertKernels(nn.Module):
-    """The matrices of all experts by name: `wi_0`, `wi_1` or `wi`, and `wo`.
+    """The matrices of all experts by name: `wi_0` and `wi_1`, or `wi`; and `wo`.
 
     Attributes:
       num_experts, mlp_dim: E and F.
@@ -89,7 +93,7 @@ class ExpertKernels(nn.Module):
 
     @nn.compact
     def __call__(self, features: int) -> dict[str, PyTree]:
-        """Returns [E, D, F] by the names of the activations, and [E, F, D] as `wo`."""
+        """Returns `ExpertMlp.kernels` for inputs with D `features`."""
 
         def kernel(name: str, sizes: tuple[int, int], axes: tuple[str, str]) -> PyTree:
             module = ExpertKernel(self.num_experts, sizes[1], axes, self.dtype, name=name)
@@ -105,13 +109,13 @@ class SparseMlpBlock(nn.Module):
     """A sparse MLP. The output of a token without an expert is zero.
 
     Attributes:
-      sparse: settings.
+      sparse: settings of the experts and of their routing.
       mlp_dim: F.
       activations: see `layers.MlpBlock`.
       dtype: dtype of the products; routers compute in float32.
       dropout_rate: the model's dropout rate.
-      is_causal: whether this is a decoder's layer, where routing must not depend on later tokens:
-        tokens choose their experts, and take places from left to right.
+      is_causal: whether this is a decoder's layer. Its routing must not depend on later tokens, so
+        tokens choose their experts and take places from left to right, whatever `sparse` says.
     """
 
     sparse: Sparse
@@ -125,7 +129,7 @@ class SparseMlpBlock(nn.Module):
     def __call__(self, x: Array, tokens: TokenInfo | None = None) -> Array:
         """[B, L, D] -> [B, L, D]; `tokens` describes the tokens of x."""
         cfg, tokens = self.sparse, tokens or TokenInfo()
-        if self.is_causal:  # routing must not depend on later tokens
+        if self.is_causal:
             cfg = dataclasses.replace(cfg, routing="tokens", priority="position")
         is_token = jnp.ones(x.shape[:2], bool)
         if tokens.valid is not None and not cfg.count_padding:
@@ -136,8 +140,9 @@ class SparseMlpBlock(nn.Module):
             cfg.num_experts, self.mlp_dim, self.activations, self.dtype, name="expert"
         )
         kernels = expert_kernels(x.shape[-1])
-        # Initialization needs the parameters alone. Tracing the routing would take 0.1 s, and T5X
-        # would keep what is sown as model state, as it does with all collections of `init`.
+        # Initialization needs only the parameters, which exist by now. To trace the routing would
+        # take 0.1 s, and T5X would keep the statistics as model state, since it keeps all
+        # collections that `init` returns.
         if self.is_initializing():
             return x.astype(self.dtype)
         probs = jax.nn.softmax(logits, axis=-1)  # [G, T, E]
@@ -158,7 +163,7 @@ class SparseMlpBlock(nn.Module):
         epsilon = self.sparse.jitter
         if not epsilon or tokens.deterministic:
             return x
-        rng = self.make_rng("dropout")  # the only key that T5X passes
+        rng = self.make_rng("dropout")  # T5X passes no other key
         return x * jax.random.uniform(rng, x.shape, minval=1.0 - epsilon, maxval=1.0 + epsilon)
 
     def _dropout_mask(self, groups: int, tokens: TokenInfo) -> Array | None:
@@ -166,7 +171,8 @@ class SparseMlpBlock(nn.Module):
         rate = self.dropout_rate if rate is None else rate
         if not rate or tokens.deterministic:
             return None
-        # As in T5's dense MLP, all tokens of a row share a mask, whichever experts they go to.
+        # The tokens of a group share a mask, whichever experts they go to. A group is a row by
+        # default, and the tokens of a row share a mask in T5's dense MLP too.
         ones = jnp.ones((groups, self.mlp_dim), self.dtype)
         return nn.Dropout(rate, deterministic=False)(ones)
 
@@ -190,15 +196,18 @@ class SparseMlpBlock(nn.Module):
 
 
 class _SparseMlpResult(NamedTuple):
-    """The output of a sparse MLP, and the assignments that it comes from.
+    """The output of a sparse MLP, and the assignments of tokens to experts behind it.
+
+    The last two are functions, so that they are computed only if they are collected.
 
     Attributes:
-      y: [G, T, D].
+      y: the output, [G, T, D].
       choice_share: [G, E], the share f of each expert among the choices of a group's tokens.
       dispatch_statistics: the `DISPATCH_STATISTICS`, float32 [3].
-      mixture: function that returns the weights of experts by token, [G, T, E], before dropping.
-      assignments: function that returns `routing.PLACED`, `DROPPED` or `NOT_ASSIGNED` of each token
-        and expert, int8 [G, T, E].
+      mixture: function that returns the weight of each expert for each token, [G, T, E], as if no
+        assignment were dropped.
+      assignments: function that returns `routing.PLACED`, `DROPPED` or `NOT_ASSIGNED` for each
+        token and expert, int8 [G, T, E].
     """
 
     y: Array
@@ -209,7 +218,7 @@ class _SparseMlpResult(NamedTuple):
 
 
 def _group(x: Array, is_token: Array, cfg: Sparse) -> tuple[Array, Array, Callable[[Array], Array]]:
-    """Divides tokens into groups.
+    """Divides x [B, L, D] and is_token [B, L] into groups of tokens.
 
     Returns:
       x [G, T, D], is_token [G, T], and the inverse function, [G, T, ...] -> [B, L, ...].
@@ -218,6 +227,7 @@ def _group(x: Array, is_token: Array, cfg: Sparse) -> tuple[Array, Array, Callab
         return x, is_token, lambda y: y
     assert isinstance(cfg.group, int)
     batch, length, features = x.shape
+    # The groups must divide evenly over the devices, and over the experts of the all-to-all.
     replicas = partitioning.data_parallelism()
     rows, columns = dispatch.group_padding(batch, length, replicas * cfg.num_experts)
     x = jnp.pad(x, ((0, rows), (0, columns), (0, 0)))
@@ -240,7 +250,10 @@ def _tokens_choose(
     deterministic: bool,
     rng: Array | None,
 ) -> _SparseMlpResult:
-    """Computes the MLP where each token chooses its top-k experts; `rng` drops second experts."""
+    """Computes the MLP with each token choosing its top-k experts.
+
+    With a key `rng`, second experts are kept at random; None keeps all.
+    """
     groups, tokens, num_experts = probs.shape
     choose = functools.partial(dispatch.choose_experts, top_k=cfg.top_k)
     experts, chosen = partitioning.map_rows(choose, probs)
@@ -249,6 +262,7 @@ def _tokens_choose(
     if rng is not None:
         needs_slot &= dispatch.keep_at_random(chosen, rng)
     capacity = cfg.group_capacity(tokens, deterministic)
+    # The experts of a token are distinct, so none is chosen more often than there are tokens.
     if capacity is None or capacity >= tokens:
         y = expert_mlp.apply_without_limit(mlp, x, experts, weights, needs_slot)
         has_slot, used = needs_slot, jnp.ones(())
@@ -289,13 +303,14 @@ def _tokens_choose(
 
 
 def _should_skip_empty_slots(num_slots: int, num_assignments: int) -> bool:
-    """Whether computing filled slots in blocks is cheaper than computing all slots of capacity C.
+    """Whether it is faster to compute only the filled slots, in blocks, than all slots.
 
-    It is on one CPU, if most slots are empty.
+    This is so on one CPU, if more than half of the slots are empty.
     """
-    # MIN_CAPACITY leaves most slots of short groups empty: 32 tokens have 512 slots of 128 experts.
-    # A GPU would wait for the host at each block, which was not measured. A mesh of several devices
-    # stands for accelerators, as `pemoe plan` compiles for them on a CPU.
+    # MIN_CAPACITY leaves most slots of short groups empty: with a minimum of 4, 128 experts have
+    # 512 slots for a group of 32 tokens. Blocks were not measured on GPUs, which would wait for the
+    # host at each block. A mesh of several CPU devices stands for accelerators: `pemoe plan`
+    # compiles on it.
     is_one_cpu = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
     return is_one_cpu and num_slots > 2 * num_assignments
 
@@ -308,13 +323,14 @@ def _experts_choose(
     is_token: Array,
     deterministic: bool,
 ) -> _SparseMlpResult:
-    """Computes the MLP where each expert chooses its C tokens."""
+    """Computes the MLP with each expert choosing its C tokens."""
     groups, tokens, num_experts = probs.shape
+    # The capacity in a group follows from the number of its tokens that are not padding, which is
+    # known only when the program runs. So the capacities of all possible numbers are computed here.
     capacities = [
         min(cfg.group_capacity(count, deterministic) or count, count) for count in range(tokens + 1)
     ]
     capacity = max(capacities)
-    # The capacity in a group follows from the number of its tokens that are not padding.
     group_capacity = jnp.asarray(capacities)[jnp.sum(is_token, axis=-1)]
 
     def choose(probs: Array, is_token: Array, group_capacity: Array) -> dispatch.ChosenTokens:
@@ -334,8 +350,8 @@ def _experts_choose(
         return routing.PLACED * jnp.swapaxes(jnp.sum(one_hot, axis=2, dtype=jnp.int8), 1, 2)
 
     is_filled = chosen.tokens < tokens
-    add = jax.vmap(lambda tokens_: jnp.zeros(tokens, bool).at[tokens_].set(True, mode="drop"))
-    has_expert = add(chosen.tokens.reshape(groups, -1))
+    mark = jax.vmap(lambda indices: jnp.zeros(tokens, bool).at[indices].set(True, mode="drop"))
+    has_expert = mark(chosen.tokens.reshape(groups, -1))  # [G, T]
     counts = jnp.sum(is_filled, axis=-1).astype(jnp.float32)
     choice_share = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
     without_expert = 1.0 - _share(has_expert, is_token)
@@ -358,17 +374,17 @@ def _statistics(
     log_z = jax.nn.logsumexp(logits, axis=-1)
     entropy = jnp.sum((log_z - jnp.sum(probs * logits, axis=-1)) * weights) / total
     z_loss = jnp.sum(jnp.square(log_z) * weights) / total
-    # The balance loss is computed in each group and averaged over the groups, as in T5X, except
-    # groups of padding alone.
+    # The balance loss is computed in each group and averaged over the groups, as in T5X. Unlike in
+    # T5X, groups that hold only padding are left out.
     group_tokens = jnp.sum(weights, axis=-1, keepdims=True)  # [G, 1]
     mean_probs = jnp.einsum("gte,gt->ge", probs, weights) / jnp.maximum(group_tokens, 1.0)
     balances = cfg.num_experts * jnp.sum(result.choice_share * mean_probs, axis=-1)  # [G]
-    is_group = (group_tokens[:, 0] > 0).astype(jnp.float32)
-    balance_loss = jnp.sum(balances * is_group) / jnp.maximum(jnp.sum(is_group), 1.0)
+    has_tokens = (group_tokens[:, 0] > 0).astype(jnp.float32)
+    balance_loss = jnp.sum(balances * has_tokens) / jnp.maximum(jnp.sum(has_tokens), 1.0)
     shares = jnp.sum(result.choice_share * group_tokens, axis=0) / total
-    load = cfg.num_experts * shares
+    load = cfg.num_experts * shares  # 1 for an expert with an even share
     aux_loss = cfg.router_z_loss * z_loss
-    if cfg.routing == "tokens":
+    if cfg.routing == "tokens":  # experts that choose are balanced by construction
         aux_loss += cfg.balance_loss * balance_loss
     dead = jnp.mean((load < routing.DEAD_LOAD).astype(jnp.float32))
     statistics = jnp.stack([entropy, jnp.max(load), dead, balance_loss, z_loss])

@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Sample(Protocol):
-    """The sampled values of an array: of numpy or jax."""
+    """The sampled values of an array, as a numpy or a jax array."""
 
     def tolist(self) -> list[int]:
         """Returns the values."""
@@ -27,11 +27,14 @@ def sample_indices(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
 
 
 def hash_samples(samples: Mapping[str, tuple[tuple[int, ...], Sample]]) -> str:
-    """Returns 16 hexadecimal digits from path -> (shape, sample), see `params.fingerprint`.
+    """Returns the fingerprint of a model, 16 hexadecimal digits; see `params.fingerprint`.
 
-    A sample is uint16 [<= 64], the bits of the values at `sample_indices` as bfloat16.
+    Args:
+      samples: path -> (shape, sample) of each array. A sample is uint16 [<= 64], the bits of the
+        values at `sample_indices`, rounded to bfloat16.
     """
     digest = hashlib.sha256()
     for path, (shape, sample) in sorted(samples.items()):
+        # Adapters store this fingerprint of their base, so the text must stay as it is.
         digest.update(f"{path} {tuple(shape)} {sample.tolist()}\n".encode())
     return digest.hexdigest()[:16]

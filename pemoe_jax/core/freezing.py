@@ -1,11 +1,13 @@
-"""Parts of a sparse model that do not train, by name: the setting FREEZE."""
+"""The setting FREEZE: names of parts of a sparse model that do not train."""
 
 from collections.abc import Sequence
 
 from pemoe_jax.core.errors import check_choice
 
+# Name of a part -> pattern of its module below `mlp/`, in a sparse layer.
 _PARTS = {"router": "router", "experts": "expert", "moe": "(?:router|expert)"}
-# FREEZE -> pattern of the frozen parameters. Routers of adapters are under `<site>_adapter/`.
+# FREEZE -> pattern of the frozen parameters. Only sparse layers have modules `mlp/router` and
+# `mlp/expert`: the routers of adapters are under `<site>_adapter/`.
 FREEZE = {
     **{name: rf".*/mlp/{part}/.*" for name, part in _PARTS.items()},
     **{f"all_but_{name}": rf"(?!.*/mlp/{part}/).*" for name, part in _PARTS.items()},
@@ -16,13 +18,13 @@ def trainable_patterns(trainable: Sequence[str], freeze: str | None = None) -> l
     """Returns the patterns of trainable parameters, for `params.trainable_paths`.
 
     Args:
-      trainable: regular expressions of the paths of trainable parameters; each must match at least
-        one.
-      freeze: part that does not train although it matches: 'router', 'experts', 'moe' (both, of
-        sparse layers), 'all_but_router', 'all_but_experts', 'all_but_moe', or None.
+      trainable: regular expressions; each must match the path of at least one parameter in full.
+      freeze: part that does not train even if `trainable` matches it: 'router', 'experts', 'moe'
+        (the routers and experts of sparse layers), 'all_but_router', 'all_but_experts',
+        'all_but_moe', or None.
 
     Raises:
-      InputError: another part.
+      InputError: `freeze` is none of these.
     """
     check_choice("FREEZE", freeze, (None, *FREEZE))
     excluded = [] if freeze is None else [f"!{FREEZE[freeze]}"]
@@ -30,11 +32,11 @@ def trainable_patterns(trainable: Sequence[str], freeze: str | None = None) -> l
 
 
 def parse_patterns(patterns: Sequence[str]) -> tuple[list[str], str | None]:
-    """Returns the arguments of `trainable_patterns` from its result."""
+    """Returns (trainable, freeze) of `trainable_patterns`; its inverse."""
     freeze = part_of(patterns[-1]) if patterns else None
     return ([*patterns[:-1]], freeze) if freeze in FREEZE else ([*patterns], None)
 
 
 def part_of(pattern: str) -> str:
-    """Returns the value of FREEZE that added a pattern '!…'; the pattern itself if none did."""
+    """Returns the value of FREEZE that adds a pattern '!…'; the pattern itself if none adds it."""
     return next((part for part, regex in FREEZE.items() if pattern == f"!{regex}"), pattern)

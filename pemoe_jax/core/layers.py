@@ -18,7 +18,8 @@ from pemoe_jax.core.routing import TokenInfo
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
 
-# T5X's initializers; constants, so that parameters of one shape share a compiled program.
+# T5X's initializers. They are constants, so that parameters of the same shape share one compiled
+# program, see `params.param`.
 _DENSE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 _ATTENTION_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _EMBED_INIT = nn.initializers.normal(stddev=1.0)
@@ -27,19 +28,20 @@ _RELPOS_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 @functools.cache
 def _query_init(head_dim: int) -> Initializer:
-    # T5 does not scale the logits of attention by 1/sqrt(K): its query kernels start smaller.
+    # T5 does not divide the logits of attention by sqrt(K). Its query kernels start smaller by this
+    # factor instead. Cached, so that there is one initializer for each head size.
     return nn.initializers.variance_scaling(1.0 / head_dim, "fan_in", "normal")
 
 
 def constrain_sharding(x: Array, axes: tuple[str | None, ...]) -> Array:
     """Constrains an activation's sharding by logical axis names; a no-op without a mesh."""
-    # Unconstrained, XLA may propagate a parameter's sharding to the residual stream, and gather the
-    # stream in each layer.
+    # Without the constraint, XLA may propagate a parameter's sharding to the residual stream, and
+    # then gather the stream in each layer.
     return nn.with_logical_constraint(x, axes)
 
 
 def row_dropout(rate: float, tokens: TokenInfo | None) -> nn.Dropout:
-    """Returns dropout whose mask is shared by all positions of a row, as in T5."""
+    """Returns dropout with one mask for all positions of a row, as in T5."""
     deterministic = tokens is None or tokens.deterministic
     return nn.Dropout(rate, broadcast_dims=(-2,), deterministic=deterministic)
 
@@ -51,6 +53,7 @@ class Dense(nn.Module):
       features: size of the output.
       kernel_axes: logical axis names of the kernel.
       dtype: dtype of the product.
+      kernel_init: initializer of the kernel; a module-level constant.
     """
 
     features: int
@@ -67,11 +70,12 @@ class Dense(nn.Module):
         kernel = params_lib.param(
             self, "kernel", self.kernel_init, (inputs.shape[-1], self.features), self.kernel_axes
         )
-        # [B·L, in]: with two axes XLA, on CPUs, copies and transposes the output's gradient to get
-        # the kernel's gradient, which doubles the time of that product (benchmarks/NOTES.md).
+        # Batch and length are joined to one axis, [B·L, in]. With both, XLA on CPUs copies and
+        # transposes the output's gradient to compute the kernel's gradient, which doubles the time
+        # of that product (benchmarks/NOTES.md).
         rows = inputs.astype(self.dtype).reshape(-1, inputs.shape[-1])
         product = jnp.matmul(rows, kernel.astype(self.dtype))
-        # "product" (also above) is what the policy "minimal" of `stacks.REMAT_POLICIES` stores.
+        # The policy "minimal" of `stacks.REMAT_POLICIES` stores activations named "product".
         return checkpoint_name(product.reshape(*inputs.shape[:-1], self.features), "product")
 
 
@@ -92,7 +96,7 @@ class Embed(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """RMS norm with a scale and without bias (arXiv 1910.07467), under the name it has in T5X."""
+    """RMS norm (arXiv 1910.07467) with a scale and without bias; T5X calls it LayerNorm."""
 
     dtype: jax.typing.DTypeLike = jnp.float32
 
@@ -108,16 +112,18 @@ class LayerNorm(nn.Module):
         return y * scale.astype(self.dtype)
 
 
+# T5's buckets of relative positions (arXiv 1910.10683, section 2.1).
 _NUM_BUCKETS = 32  # the encoder uses half of them for each direction
-_MAX_DISTANCE = 128  # all positions from here on share the last bucket
+_MAX_DISTANCE = 128  # all distances from here on share the last bucket
 
 
 def relative_position_bucket(relative_position: np.ndarray, bidirectional: bool) -> np.ndarray:
-    """Returns T5's buckets of relative positions: exact when near, logarithmic when far.
+    """Returns T5's buckets of relative positions: one for each short distance, wider for long ones.
 
     Args:
       relative_position: `key position - query position`, an int array of any shape.
-      bidirectional: whether keys to the right have their own buckets, as in the encoder.
+      bidirectional: whether keys to the right have their own buckets, as in the encoder. Otherwise
+        they share the bucket of distance 0; the decoder masks them.
 
     Returns:
       int32 array of the same shape, values in [0, 32).
@@ -131,17 +137,18 @@ def relative_position_bucket(relative_position: np.ndarray, bidirectional: bool)
         distance = np.abs(distance)
     else:
         distance = np.maximum(distance, 0)
-    exact = num_buckets // 2
+    # Half of the buckets hold one distance each. The widths of the others grow logarithmically.
+    num_exact = num_buckets // 2
     # In float32 as in T5 and T5X, since rounding decides at the edges of the buckets.
-    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact)
-    ratio /= np.log(_MAX_DISTANCE / exact)
-    far = exact + (ratio * (num_buckets - exact)).astype(np.int32)
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / num_exact)
+    ratio /= np.log(_MAX_DISTANCE / num_exact)
+    far = num_exact + (ratio * (num_buckets - num_exact)).astype(np.int32)
     far = np.minimum(far, num_buckets - 1)
-    return (bucket + np.where(distance < exact, distance, far)).astype(np.int32)
+    return (bucket + np.where(distance < num_exact, distance, far)).astype(np.int32)
 
 
 class RelativePositionBiases(nn.Module):
-    """A learned bias per head and bucket of relative position, shared by the layers of a stack."""
+    """Learned biases, one for each head and bucket; all layers of a stack share them."""
 
     num_heads: int
     dtype: jax.typing.DTypeLike = jnp.float32
@@ -159,9 +166,9 @@ class RelativePositionBiases(nn.Module):
 class MultiHeadDotProductAttention(nn.Module):
     """Attention with the sites query, key, value and out; its logits are not scaled.
 
-    The batch of the queries may be C times that of the keys, for C answer choices of one input:
-    rows `b*C` to `b*C + C-1` of the queries attend to row b of the keys. So the keys and values of
-    an input are projected and cached once for all its choices.
+    The queries may have C times as many rows as the keys, for C answer choices of one input: rows
+    b·C to b·C + C - 1 of the queries attend to row b of the keys. So the keys and values of an
+    input are projected and cached once for all its choices.
 
     Attributes:
       num_heads, head_dim: H and K.
@@ -188,8 +195,9 @@ class MultiHeadDotProductAttention(nn.Module):
     def _project_kv(
         self, inputs_kv: Array, tokens: TokenInfo | None, use_cache: bool
     ) -> list[Array]:
-        # Cross-attention is cached in a collection of its own, if the caller makes it mutable.
-        # T5X's decoding does not, so it projects the encoder's output again at every step.
+        # Cross-attention has a collection of its own, `cross_cache`, which is written only if the
+        # caller makes it mutable. T5X's decoding does not make it mutable, so there the encoder's
+        # output is projected again at every step.
         arrays: list[Array] = []
         for site in ("key", "value"):
             if use_cache and self.has_variable("cross_cache", site):
@@ -205,10 +213,14 @@ class MultiHeadDotProductAttention(nn.Module):
     ) -> tuple[Array, Array, Array | None, Array | None]:
         """Writes one step's key and value to the cache; the first call only creates the cache.
 
+        Args:
+          key, value: [B, 1, H, K]; [B, T, H, K] in the first call.
+          bias: [1, H, T, T], where T is the length of the cache; or None.
+
         Returns:
-          The cached keys and values [B, T, H, K], T being the length of the cache; the mask of the
-          positions written so far; and this step's bias. The first call returns its arguments,
-          without a mask.
+          The cached keys and values, [B, T, H, K]; the mask of the positions written so far,
+          [1, 1, 1, T]; and this step's row of the bias, [1, H, 1, T]. The first call returns its
+          arguments, without a mask.
         """
         is_initialized = self.has_variable("cache", "cached_key")
         cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
@@ -228,7 +240,7 @@ class MultiHeadDotProductAttention(nn.Module):
         cached_key.value = update(cached_key.value, key, position, 1)
         cached_value.value = update(cached_value.value, value, position, 1)
         index.value = position + 1
-        # Positions after this one hold zeros, which the softmax would count.
+        # The cache is zero after this position, and the softmax would count these keys.
         filled = jnp.arange(cached_key.value.shape[1]) <= position
         if bias is not None:
             bias = jax.lax.dynamic_slice_in_dim(bias, position, 1, axis=-2)
@@ -249,13 +261,17 @@ class MultiHeadDotProductAttention(nn.Module):
         """[B, Lq, D], [B, Lk, D] -> [B, Lq, D].
 
         Args:
-          inputs_q, inputs_kv: inputs of queries, and of keys and values; the same object in
-            self-attention.
+          inputs_q, inputs_kv: inputs of queries, and of keys and values. Self-attention is
+            recognized by one object for both.
           mask: bool that broadcasts to [B, H, Lq, Lk], True where a query attends to a key, or a
             `SegmentMask`; unused by self-attention with `decode`, which masks by its cache.
           bias: added to the logits; broadcasts to [B, H, Lq, Lk].
           tokens_q, tokens_kv: tokens of inputs_q and inputs_kv, for routers and dropout.
           decode: whether to decode one token at a step with a cache.
+
+        Raises:
+          ValueError: the rows of inputs_q are not a multiple of the rows of inputs_kv, or a
+            decoding step does not fit the cache.
         """
         is_self_attention = inputs_q is inputs_kv
         query = self._project("query", inputs_q, tokens_q)
@@ -268,7 +284,8 @@ class MultiHeadDotProductAttention(nn.Module):
                 f"the batch of the queries must be a multiple of that of the keys, {batch}, got"
                 f" {query.shape[0]}"
             )
-        if query.shape[0] != batch:  # [B·C, Lq, H, K] -> [B, C·Lq, H, K]
+        if query.shape[0] != batch:
+            # [B·C, Lq, H, K] -> [B, C·Lq, H, K]: all choices of an input are queries of one row.
             query = query.reshape(batch, -1, self.num_heads, self.head_dim)
         dropout_mask = None
         if tokens_q is not None and not tokens_q.deterministic and self.dropout_rate > 0.0:
@@ -284,7 +301,7 @@ class MultiHeadDotProductAttention(nn.Module):
         return self.adapters.adapt("out", joined, out(joined), tokens_q)
 
 
-# GELU by its tanh approximation, as in T5 v1.1.
+# T5 v1.1 uses the tanh approximation of GELU.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=True),
     "linear": lambda x: x,
@@ -294,7 +311,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activations_by_name(activations: tuple[str, ...]) -> dict[str, str]:
-    """Returns the activation of each input projection by name: wi, or wi_0 and wi_1 if gated."""
+    """Returns input projection -> activation; the projections are wi, or wi_0 and wi_1 if gated."""
     if len(activations) == 1:
         return {"wi": activations[0]}
     return {f"wi_{i}": activation for i, activation in enumerate(activations)}
@@ -303,12 +320,12 @@ def activations_by_name(activations: tuple[str, ...]) -> dict[str, str]:
 class MlpBlock(nn.Module):
     """T5's MLP with the sites wi_0, wi_1, gate and wo.
 
-    T5 v1.1's is gated, `wo(gelu(wi_0 x) * wi_1 x)`; T5 1.0's is `wo(relu(wi x))`, whose projection
-    `wi` is the site wi_0.
+    The MLP of T5 v1.1 is gated, `wo(gelu(wi_0 x) * wi_1 x)`. That of T5 1.0 is `wo(relu(wi x))`;
+    its projection `wi` is the site wi_0.
 
     Attributes:
       mlp_dim: F.
-      activations: of each input projection; their results are multiplied.
+      activations: a key of `ACTIVATIONS` for each input projection; the results are multiplied.
       dtype: dtype of the products.
       dropout_rate: dropout rate of the hidden activations.
       adapters: adapter factories by site.
@@ -328,7 +345,7 @@ class MlpBlock(nn.Module):
             dense = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)
             site = "wi_0" if name == "wi" else name
             wi = ACTIVATIONS[activation](self.adapters.adapt(site, x, dense(x), tokens))
-            if hidden is None:
+            if hidden is None:  # the first projection is the gate
                 hidden = self.adapters.adapt("gate", x, wi, tokens)
             else:
                 hidden = hidden * wi  # [B, L, F]

@@ -13,7 +13,11 @@ KernelUpdate: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 
 def check_mergeable(description: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises InputError if `adapters.describe` has routed experts, or LoRA at gate."""
+    """Raises InputError if a description has routed experts, or LoRA at gate.
+
+    Args:
+      description: the result of `adapters.describe`.
+    """
     for site, record in description.items():
         if record.get("router") is not None or record.get("num_experts", 1) != 1:
             raise InputError(
@@ -31,12 +35,12 @@ def kernel_updates(
     arrays: Mapping[str, np.ndarray],
     is_gated: bool = True,
 ) -> dict[str, KernelUpdate]:
-    """Returns the merge of each matrix: path of a kernel -> function of the kernel.
+    """Returns path of a kernel -> function that merges the adapters into this kernel.
 
     Args:
-      description: `adapters.describe` of the adapters.
+      description: the result of `adapters.describe`.
       arrays: path -> array of every adapter parameter.
-      is_gated: whether MLPs have `wi_0` and `wi_1`, as in T5 v1.1, and not one `wi`.
+      is_gated: whether MLPs have `wi_0` and `wi_1`, as in T5 v1.1; if False, they have only `wi`.
 
     Raises:
       InputError: see `check_mergeable`.
@@ -44,11 +48,12 @@ def kernel_updates(
     check_mergeable(description)
     pairs: dict[str, tuple[float, np.ndarray, np.ndarray]] = {}
     scalings: dict[str, list[np.ndarray]] = {}
-    for path, array in arrays.items():  # such as a/mlp/gate_adapter/vectors
+    for path, array in arrays.items():  # such as encoder/layers_0/mlp/gate_adapter/vectors
         module, adapter, leaf = path.rsplit("/", 2)
         site = adapter.removesuffix("_adapter")
-        # A vector at gate moves to wi_1: (gelu(wi_0 x) · l) · wi_1 x = gelu(wi_0 x) · (wi_1 x · l);
-        # in an MLP without a gate to the rows of wo: wo (relu(wi x) · l) = (wo · l) relu(wi x).
+        # A vector l at gate moves to the columns of wi_1, or, without wi_1, to the rows of wo:
+        #   (gelu(wi_0 x) · l) · wi_1 x = gelu(wi_0 x) · (wi_1 x · l)
+        #   wo (relu(wi x) · l) = (wo · l) relu(wi x)
         matrix = site
         if site == "gate":
             matrix = "wi_1" if is_gated else "wo"
@@ -73,8 +78,8 @@ def kernel_updates(
 def _merge(
     pair: tuple[float, np.ndarray, np.ndarray] | None, vectors: list[np.ndarray], kernel: np.ndarray
 ) -> np.ndarray:
-    # LoRA before vectors: a vector at gate scales the output of wi_1, or the input of wo, with
-    # LoRA's part.
+    # LoRA is added before the vectors multiply. A kernel has both if gate has a vector and wi_1 (or
+    # wo) has LoRA; the vector then scales the sum of the kernel and LoRA's product.
     if pair is not None:
         factor, lora_a, lora_b = pair
         kernel = kernel + factor * (lora_a @ lora_b)
