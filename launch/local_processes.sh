@@ -3,9 +3,10 @@
 #
 #   launch/local_processes.sh [--dry-run] N pemoe train …
 #
-# DEVICES_PER_PROCESS (default: 1) is the number of devices of each; COORDINATOR_PORT defaults to a
-# free port. Each line of output starts with the number of its process. If a process fails, the
-# others are ended within GRACE_SECONDS (default: 10) and the script exits with its exit code.
+# DEVICES_PER_PROCESS (default: 1) is the number of devices of each process; COORDINATOR_PORT
+# (default: a free port) is the port of process 0, where the processes meet. Each line of output
+# starts with the number of its process. If a process fails, the others are ended within
+# GRACE_SECONDS (default: 10), and the script exits with the exit code of the failed one.
 set -euo pipefail
 
 dry_run=
@@ -23,6 +24,7 @@ shift
 free_port() {
   local port
   while :; do
+    # Below 32768, where Linux's ports of outgoing connections begin.
     port=$((20000 + RANDOM % 12000))
     if ! (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
       echo "$port"
@@ -33,6 +35,7 @@ free_port() {
 
 port=${COORDINATOR_PORT:-$(free_port)}
 devices=--xla_force_host_platform_device_count=${DEVICES_PER_PROCESS:-1}
+# The user's XLA flags, without a number of devices.
 others=$(sed -E 's/ *--xla_force_host_platform_device_count=[0-9]+//g' <<<"${XLA_FLAGS-}")
 settings=(
   "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}"
@@ -75,7 +78,7 @@ prefix() { # ends at the end of its input, not by a signal: a last error line mu
   exec sed -u "s/^/[$1] /"
 }
 
-set -m
+set -m # job control: each process gets a process group, which signal_all needs
 for ((i = 0; i < count; i++)); do
   (
     exec > >(prefix "$i") 2> >(prefix "$i" >&2)
@@ -83,7 +86,7 @@ for ((i = 0; i < count; i++)); do
   ) </dev/null &
   pids[i]=$!
 done
-set +m # the process groups remain
+set +m # without messages about jobs; the process groups remain
 
 exec 3>&2 # the loop's stderr is closed: bash reports children that a signal ended
 while ((${#pids[@]})); do

@@ -6,11 +6,11 @@
 #     launch/tpu_pod.sh [--dry-run] [--spot] [--delete] \
 #       pemoe train … --gin.MODEL_DIR=/mnt/share/mov
 #
-# --spot: a preemptible TPU; when it is preempted it is created again and the same command resumes
-# from its newest checkpoint. --delete: deletes the TPU at the end, also after a failure.
+# --spot: uses a preemptible TPU; after a preemption it is created again, and the same command
+# resumes from its newest checkpoint. --delete: deletes the TPU at the end, also after a failure.
 # RUNTIME (default: tpu-ubuntu2204-base): the image; v5e and v6e need others. SETUP: a command that
 # each worker runs first, e.g. to mount a shared folder. Variables that start with PEMOE_ are passed
-# on. The project and account are those of `gcloud config`.
+# on to the workers. The project and account are those of `gcloud config`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -96,7 +96,8 @@ done
 # shellcheck disable=SC2016
 command='cd pemoe_jax && env "PATH=$PWD/.venv/bin:$PATH"'" $settings$(printf ' %q' "$@")"
 
-# A training that is preempted saves and ends with 0: it is finished if the TPU is still there.
+# A training that is preempted saves and ends with exit code 0 too: it has finished only if the TPU
+# is still there.
 finish() { on_all "$command" && [[ ! $spot || $dry_run || $(state) == READY ]]; }
 
 [[ ! $delete ]] || trap remove EXIT
@@ -105,7 +106,7 @@ ensure_tpu && copy && finish && exit
 code=$?
 while [[ $spot && $(state) != READY ]]; do
   echo "tpu_pod.sh: $TPU_NAME was preempted: creating it again" >&2
-  until ensure_tpu; do sleep 60; done
+  until ensure_tpu; do sleep 60; done # there may be no capacity for a while
   copy && finish && exit
   code=$?
 done

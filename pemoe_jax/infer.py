@@ -19,7 +19,7 @@ FLAGS = gin_flags.make_parser(
     "metrics leave out rows without one. A task's metrics are those that it is registered with,\n"
     "else those of P3 or of INDEX.json in JSONL_DIR (Accuracy, BLEU, ROUGE, Squad, Spearman\n"
     "Correlation), else accuracy: the share of predictions that equal the target exactly. With\n"
-    "--text, texts are decoded, and nothing is written.",
+    "--text, texts are decoded instead, answers are printed, and nothing is written.",
     example="""\
   pemoe infer --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=/tmp/mov \\
     --gin.EVAL_OUTPUT_DIR=/tmp/decoded --gin.JSONL_DIR=my_prompts --gin.VOCAB_PATH=spiece.model
@@ -32,7 +32,7 @@ FLAGS.add_argument(
     "--text",
     action="append",
     metavar="TEXT",
-    help="an input to decode instead of tasks, printed with its answer; may be repeated; '-' reads"
+    help="an input to decode instead of tasks, whose answer is printed; may be repeated; '-' reads"
     " the lines of standard input",
 )
 

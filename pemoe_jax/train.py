@@ -44,7 +44,8 @@ FLAGS.add_argument(
 FLAGS.add_argument(
     "--debug_nans",
     action="store_true",
-    help="find the module where the first infinity or NaN comes from; keeps the state twice",
+    help="find the module where the first infinity or NaN comes from; keeps two copies of the"
+    " state",
 )
 
 

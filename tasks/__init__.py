@@ -60,8 +60,8 @@ def register(
       eval_examples: maximum number of examples of each evaluation split, counted from its start.
         None: all.
       use: see `jsonl.register`.
-      mmlu_dir: folder of MMLU's csv files, for evaluation: <split>/<subject>_<split>.csv of dev
-        and `mmlu_split`.
+      mmlu_dir: folder of MMLU's csv files, for evaluation: <split>/<subject>_<split>.csv of the
+        splits dev and MMLU_SPLIT.
       mmlu_split: MMLU's split to score, 'test' or 'val'.
       bbh_dir: folder of BIG-Bench Hard, for decoding: bbh/<task>.json and cot-prompts/<task>.txt.
 

@@ -218,7 +218,7 @@ def create_learning_rate_scheduler(
       factors: names of factors joined by `*`, such as 'constant * linear_warmup * cosine_to_zero'.
       base_learning_rate: learning rate of the factors `constant` and `linear_decay`.
       warmup_steps: number of steps of the warm-up.
-      total_steps: step at which linear_to_zero and cosine_to_zero end.
+      total_steps: number of steps of the training; linear_to_zero and cosine_to_zero end there.
       decay_factor: see linear_decay and decay_every.
       steps_per_decay: see decay_every.
       steps_per_cycle: see cosine_decay.

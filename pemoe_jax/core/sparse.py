@@ -33,7 +33,7 @@ class Sparse:
         group in training, so C does not grow with k (as in T5X); None: no limit.
       eval_capacity_factor: the same in evaluation and decoding; with expert choice, None stands
         for capacity_factor.
-      min_capacity: see capacity_factor.
+      min_capacity: lower bound of the capacity C that a factor gives.
       capacity: C itself, in place of both factors and the minimum (as in Hugging Face's Switch).
       group: the tokens among which an expert's places are shared: 'row' (a row of the batch) or the
         largest number of tokens of a group over the global batch (as in T5X).
@@ -43,7 +43,8 @@ class Sparse:
       balance_loss: coefficient of E·Σ f_e P_e, where f_e is the share of all choices that are
         expert e and P_e its mean probability; the sum is 1 if routing is even. Unused in layers
         whose experts choose.
-      router_z_loss: coefficient of the mean of log(Z)².
+      router_z_loss: coefficient of the mean of log(Z)², where Z is the denominator of a router's
+        softmax.
       extra_mlp: whether a dense MLP follows each sparse one (ST-MoE).
 
     Raises:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Writes tasks of P3 as tfrecords in the layout of the published caches. The source is Parquet as the
 Hugging Face hub serves it, JSON lines, or prompt templates with the datasets' examples (see
-docs/p3.md). To read the result, pass it as P3_DIR, or to seqio (USE_CACHED_TASKS,
---seqio_additional_cache_dirs). Run the same command again to continue after a stop."""
+docs/p3.md). To read the result, pass its folder as P3_DIR, or as --seqio_additional_cache_dirs with
+USE_CACHED_TASKS=True. Run the same command again to continue after a stop."""
 _EPILOG = """\
 example:
   pemoe cache_tasks --tasks='super_glue_rte_*' --p3_dir=parquet --output=cache
@@ -40,7 +40,7 @@ FLAGS.add_argument(
     default="*",
     metavar="PATTERN,PATTERN",
     help="names or patterns (*, ?) of tasks (also <task>_score_eval), or of mixtures such as"
-    " t0_train; all by default",
+    " t0_train (default: all)",
 )
 FLAGS.add_argument(
     "--p3_dir",
@@ -53,13 +53,15 @@ FLAGS.add_argument(
     metavar="FILE",
     help="SentencePiece file, or 'bytes'; by default the environment's PEMOE_VOCAB_PATH, or T5's",
 )
-FLAGS.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes")
+FLAGS.add_argument(
+    "--workers", type=int, default=1, metavar="N", help="number of processes (default: 1)"
+)
 FLAGS.add_argument(
     "--shard_rows",
     type=int,
     default=1_000_000,
     metavar="N",
-    help="maximum number of rows in a file",
+    help="maximum number of rows in a file (default: 1000000)",
 )
 gin_flags.add_cache_dirs_flag(
     FLAGS, "folders of caches, separated by commas; tasks in them are not written again"

@@ -31,7 +31,7 @@ def export_tasks(output_dir: str, data: options.Data) -> list[str]:
     """Writes each task with answer choices, with the texts that `pemoe evaluate` tokenizes.
 
     Args:
-      output_dir: the folder, which must not exist, or be empty.
+      output_dir: output folder, a new or an empty one.
       data: `_score_eval` tasks, or a mixture of them.
 
     Returns:

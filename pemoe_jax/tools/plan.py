@@ -57,21 +57,27 @@ FLAGS.add_argument(
     default=[],
     metavar="DATAx[EXPERTx]MODEL[:fsdp]",
     help="devices, such as 4x8: the batch over 4, matrices over 8; or 2x4x1: the batch over 2 x 4,"
-    " experts over 4; may be repeated (default: 1x1)",
+    " experts over 4; :fsdp also shards parameters over the data axis; may be repeated (default:"
+    " 1x1)",
 )
 FLAGS.add_argument("--fsdp", action="store_true", help="append :fsdp to every mesh")
 FLAGS.add_argument("--batch_size", type=int, default=32, help="rows over all devices (default: 32)")
 FLAGS.add_argument(
-    "--lengths", default="1024,256", metavar="N,N", help="inputs, targets (default: 1024,256)"
+    "--lengths",
+    default="1024,256",
+    metavar="N,N",
+    help="tokens of inputs and of targets in a row (default: 1024,256)",
 )
-FLAGS.add_argument("--microbatches", type=int, default=1, help="per batch (default: 1)")
+FLAGS.add_argument(
+    "--microbatches", type=int, default=1, help="microbatches of a batch (default: 1)"
+)
 FLAGS.add_argument(
     "--optimizer",
     choices=("adafactor", "adamw"),
     default="adafactor",
     help="adafactor (default, that of gin/paper/) or adamw (that of runs/finetune.gin)",
 )
-FLAGS.add_argument("--hbm", metavar="SIZE", help="memory of a device: 32GB, or a name such as v4")
+FLAGS.add_argument("--hbm", metavar="SIZE", help="memory of a device: 32GB, or a chip such as v4")
 FLAGS.add_argument(
     "--every_layer",
     action="store_true",
@@ -96,11 +102,12 @@ def configured_step(
     """Returns the arguments that gin files configure, with a constructed optimizer.
 
     Args:
-      model: network with its adapters.
-      method: name of the method.
+      model: the network with its adapters, from a model file and a method file.
+      method: name of the method in the tables.
       trainable: patterns of the parameters that train.
       optimizer: (schedule, param_axes=…) -> optax transformation.
-      frozen_dtype: dtype of frozen matrices, one of `quantized.FROZEN_DTYPES`.
+      frozen_dtype: dtype of frozen matrices: 'activations' (the dtype of activations), 'int8' or
+        'float8_e4m3fn'.
     """
     # `--help` describes the macros by these lines.
     if model is None:

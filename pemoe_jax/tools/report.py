@@ -12,13 +12,14 @@ Prints the zero-shot table of arXiv 2309.05444: a row for each run, a column
 for each dataset (ANLI CB RTE WSC WiC COPA WNG HS, then others by name), and
 in the cells the median and mean accuracy over prompts in %, with 95 %
 intervals. A RUN is a results.json of pemoe evaluate, or a folder with one;
-several are merged. Tasks of a run (equal name, checkpoint, step and shots)
-that were evaluated apart are joined; the last result of a task counts. Runs
-that differ only in the seed are one row: the mean over seeds ± the standard
-deviation. A run with other shots (SHOTS=5) keeps its row, and has columns of
-its own for them. The last table has what a run costs: parameters, those that
-a token uses, FLOPs of a token, and the step time of its training, with the
-device that it was measured on.
+several are merged. If the tasks of a run (equal name, checkpoint, step and
+shots) were evaluated separately, their results are joined; of several results
+of a task the last one counts. Runs that differ only in the seed share a row:
+the mean over seeds ± the standard deviation. Results of a run with another
+number of shots (SHOTS=5) are in the same row, in columns of their own. The
+last table has what a run costs: parameters, those that a token uses, FLOPs of
+a token, the size of the trained parameters' file, the step time and the peak
+memory of its training with the device, and the time of its evaluation.
 """
 
 _EPILOG = """\

@@ -29,24 +29,25 @@ failed ones.
 
 An EXPERIMENT is gin files and settings joined by +. Its files come before those
 of --gin_file, so that a method precedes the run file; its settings override all
-others. +FROM=NAME starts it from the run of the experiment NAME, before it in
-the sweep, with the same seed; the gain over the same experiment without FROM is
-a table of its own. +NAME=best(A,B,C) first trains the experiment with each value
-and the first seed, and takes the one with the highest accuracy on --choose_on;
-+NAME=best_of(EXPERIMENT) takes that of another experiment. +SEEDS=0,1 replaces
---seeds for the experiment, and +NAME=direct names it. @FILE inserts the
-arguments of a file, in which # starts a comment."""
+others. +NAME=direct names the experiment, +SEEDS=0,1 replaces --seeds for it.
++FROM=direct starts it from the run of the experiment `direct`, before it in the
+sweep, with the same seed; gains.md has its gain over the same experiment without
+FROM. +SETTING=best(A,B,C) first trains the experiment with each value and the
+first seed, and takes the value with the highest accuracy on --choose_on;
++SETTING=best_of(direct) takes the value of the experiment `direct`. @FILE inserts
+the arguments of a file, in which # starts a comment."""
 
 _EPILOG = """\
---gin.NAME=value is passed to training, and the macros of runs/tasks.gin, which
-locate the data, to evaluation as well, as are those of an experiment. Join
-settings of evaluation alone to --evaluate with +.
+--gin.SETTING=value is passed to every training. Settings that locate the data
+(the macros of runs/tasks.gin) are passed to evaluation as well, both those of
+--gin and those of an experiment. Join settings for evaluation only to --evaluate
+with +.
 
-output in DIR: report.md, .csv, .json and .png; for each run the MODEL_DIR
+output in DIR: report.md, .csv, .json and .png; for each run its MODEL_DIR
 <experiment>-seed<n>/ with train.log, evaluate.log and results/; base/ with the
 scores of the base model; gains.md, if an experiment has FROM; choices.md, .json
-and choices/, a sweep by itself, if one has best(); claims.md, .json and .png, if
---claims names a file of claims.
+and the folder choices/ with the trainings that were compared, if one has best();
+claims.md, .json and .png, if --claims names a file of claims.
 
 examples:
   pemoe sweep @sweeps/quickstart_flan.txt --output=/tmp/flan
@@ -63,7 +64,7 @@ FLAGS = argparse.ArgumentParser(
     allow_abbrev=False,
 )
 FLAGS.add_argument(
-    "experiments", nargs="+", metavar="EXPERIMENT", help="FILE[+FILE…][+NAME=value…]"
+    "experiments", nargs="+", metavar="EXPERIMENT", help="FILE[+FILE…][+SETTING=value…]"
 )
 FLAGS.add_argument("--output", required=True, metavar="DIR", help="output folder")
 FLAGS.add_argument(
@@ -72,21 +73,27 @@ FLAGS.add_argument(
 FLAGS.add_argument(
     "--seeds", default="0", metavar="N,N", help="seeds joined by commas (default: 0)"
 )
-for _flag, _metavar in (("--gin_file", "FILE"), ("--gin_bindings", "BINDING")):
-    FLAGS.add_argument(
-        _flag, action="append", default=[], metavar=_metavar, help="for every training; repeatable"
-    )
+for _flag, _metavar, _help in (
+    ("--gin_file", "FILE", "a gin file for every training; may be repeated"),
+    ("--gin_bindings", "LINE", "a line of gin for every training; may be repeated"),
+):
+    FLAGS.add_argument(_flag, action="append", default=[], metavar=_metavar, help=_help)
 for _flag in ("--gin_search_paths", "--seqio_additional_cache_dirs"):
     FLAGS.add_argument(_flag, default="", metavar="DIR,DIR", help="as for pemoe train")
 FLAGS.add_argument(
-    "--jobs", type=int, default=1, metavar="N", help="runs at the same time, which share the cores"
+    "--jobs",
+    type=int,
+    default=1,
+    metavar="N",
+    help="number of runs at the same time, which share the cores (default: 1)",
 )
 FLAGS.add_argument("--claims", metavar="FILE", help="JSON file of claims to compare with results")
 FLAGS.add_argument(
     "--choose_on",
     default="jsonl_train_score_eval",
     metavar="MIXTURE",
-    help="scores that choose values of best() (default: validation splits of training tasks)",
+    help="mixture whose accuracy chooses the value of best() (default: jsonl_train_score_eval, the"
+    " validation splits of training tasks)",
 )
 FLAGS.add_argument("--no_base", action="store_true", help="do not evaluate the base model")
 FLAGS.add_argument(
