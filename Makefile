@@ -74,13 +74,14 @@ t5x-install:
 test-t5x: t5x
 	$(BIN)/python -m pytest tests/t5x_bridge
 
-# The rows of benchmarks/RESULTS.md that need no GPU. Run it on an idle machine.
+# Measures the rows of benchmarks/RESULTS.md that need no GPU. Run it on an idle machine.
 bench: $(VENV)/.installed-test
 	for script in molora_against_lora mov_against_ia3 mov_layer molora_formulation step_against_peft torch_mixture step_against_t5x score_choices api_rank sparse_step sparse_routing sparse_load startup; do \
 	  $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; done
 	$(BIN)/python benchmarks/results.py
 
-# PEMOE_TORCH_PYTHON and PEMOE_T5X_PYTHON select other interpreters for the peers.
+# Installs the peers: torch with PEFT, T5X, and flaxformer, which sparse_step.py measures.
+# PEMOE_TORCH_PYTHON and PEMOE_T5X_PYTHON select other interpreters for them.
 bench-peers: .venv-torch/.installed
 	$(MAKE) t5x VENV=.venv-t5x
 	.venv-t5x/bin/python -m pip install --quiet --disable-pip-version-check --no-deps aqtp==0.9.0 \

@@ -55,8 +55,8 @@ class MeshConfig:
         over. It must divide the number of devices.
       fsdp: whether parameters and optimizer states are also sharded over the data axis.
       expert_parallelism: number of devices that the experts of each sparse layer are spread over.
-        It must divide the devices that model parallelism leaves, and the number of experts. A batch
-        is spread over the data axis, which has the other devices, and over these.
+        It must divide the number of experts, and the number of devices that model parallelism
+        leaves. A batch is sharded over these devices and over the data axis, which has the rest.
     """
 
     model_parallelism: int = 1

@@ -51,8 +51,9 @@ _DIRECTIONS = {
         "SOURCE is a base, a run or an adapter. Writes config.json and model.safetensors (in shards"
         " of at most 5 GB) for `transformers.T5ForConditionalGeneration.from_pretrained`, or, if"
         " layers have experts, for SwitchTransformersForConditionalGeneration: with top-1 routing"
-        " and COMBINE='probability', without gated experts or EXTRA_MLP. The base's spiece.model is"
-        " copied, if its folder has one: otherwise copy its SentencePiece file to this name.",
+        " and COMBINE='probability', without gated experts or EXTRA_MLP. If the base's folder has a"
+        " spiece.model, it is copied; otherwise copy the base's SentencePiece file into OUTPUT under"
+        " this name.",
     ),
     "base": (
         "a base, or (IA)3 or LoRA merged into its base -> one .safetensors file",

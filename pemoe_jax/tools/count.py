@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 FLAGS = gin_flags.make_parser(
     "count",
-    "Prints how many parameters a method trains, out of how many, and at which sites; of sparse\n"
-    "models also the parameters that a token uses, and its FLOPs.\n"
+    "Prints how many parameters a method trains, out of how many, and at which sites; for sparse\n"
+    "models also how many parameters a token uses, and its FLOPs.\n"
     "Without gin files: every size with every method, next to the papers' figures.",
     example="""\
   pemoe count

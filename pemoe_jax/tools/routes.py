@@ -22,7 +22,7 @@ FLAGS = gin_flags.make_parser(
     "routes",
     "Shows which experts a run uses for tasks that it was trained on and for held-out ones:\n"
     "each task's mean probabilities over experts (a map), the entropy of the routers by layer,\n"
-    "which tasks are routed alike (a dendrogram), and which tokens each expert gets; of sparse\n"
+    "which tasks are routed alike (a dendrogram), and which tokens each expert gets; for sparse\n"
     "models also the load of the experts and the tokens that training drops. Writes routes.html\n"
     "(a self-contained page), routes.md, routes.json, CSV and PNG files to the output folder.",
     example="""\
