@@ -52,8 +52,8 @@ _DIRECTIONS = {
         " of at most 5 GB) for `transformers.T5ForConditionalGeneration.from_pretrained`, or, if"
         " layers have experts, for SwitchTransformersForConditionalGeneration: with top-1 routing"
         " and COMBINE='probability', without gated experts or EXTRA_MLP. If the base's folder has a"
-        " spiece.model, it is copied; otherwise copy the base's SentencePiece file into OUTPUT under"
-        " this name.",
+        " spiece.model, it is copied; otherwise copy the base's SentencePiece file into OUTPUT as"
+        " spiece.model.",
     ),
     "base": (
         "a base, or (IA)3 or LoRA merged into its base -> one .safetensors file",
