@@ -1,4 +1,4 @@
-"""Means of benchmarks, MMLU and BBH: their entries in results.json, and their tables."""
+"""Means of the benchmarks MMLU and BBH: their entries in results.json and their tables."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pemoe_jax.analysis.tables import MISSING, SHOTS_LEFT_OUT, Table
 from pemoe_jax.tasks.benchmarks import Benchmark
 from pemoe_jax.tasks.task_roles import abbreviate
 
-_NAMED = 20  # missing tasks that a note names
+_MAX_NAMED = 20  # a note names at most this many of the missing tasks
 
 
 def summarize_benchmarks(
     benchmarks: Iterable[Benchmark], tasks: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Returns a run's `benchmarks` in results.json.
+    """Returns a run's `benchmarks` in results.json, name -> return value of `Benchmark.summarize`.
 
-    It is name -> `Benchmark.summarize`, in few-shot evaluation with `shots_left_out`: the number of
-    shots that did not fit.
+    In few-shot evaluation, each also has `shots_left_out`, the number of shots that did not fit.
+    Benchmarks without scores are left out.
 
     Args:
       benchmarks: the benchmarks to look for among the tasks.
@@ -30,7 +30,8 @@ def summarize_benchmarks(
         scores = {
             name: score
             for name, result in results.items()
-            # `pemoe infer` has metrics by name, and null for an undefined one
+            # Results of `pemoe infer` have an object of metrics, where null is an undefined metric;
+            # those of `pemoe evaluate` have the score in the task's entry itself.
             if (score := result.get("metrics", result).get(benchmark.metric)) is not None
         }
         summary = benchmark.summarize(scores)
@@ -72,9 +73,10 @@ def _table(
     noun = first["noun"]
     columns = [*first["areas"].values(), first]
     has_shots = "shots_left_out" in first
-    blank = [""] * (1 + has_shots)
+    blank = [""] * (1 + has_shots)  # below the columns "method" and "shots"
     footer = [[f"{noun}s", *blank, *(f"{mean['members']} of {mean['of']}" for mean in columns)]]
     if has_shots:
+        # Shots left out are known for the whole benchmark only: one number, below the mean.
         blank += [""] * len(first["areas"])
         footer.append([SHOTS_LEFT_OUT, *blank, f"{first['shots_left_out']:,}"])
     table = Table(
@@ -91,7 +93,8 @@ def _table(
     )
     if missing := first["missing"]:
         table.notes.append(
-            f"Without scores, and so not in the means over {noun}s: {abbreviate(missing, _NAMED)}"
+            f"Without scores, and so not in the means over {noun}s:"
+            f" {abbreviate(missing, _MAX_NAMED)}"
         )
     return table
 

@@ -1,7 +1,7 @@
-"""Counts parameters, in total, by site and of a token, next to the figures that papers publish.
+"""Counts parameters in total, at each site and per token, next to the figures that papers publish.
 
-Counts are computed from paths and shapes alone (`encoder/layers_0/mlp/gate_adapter/router/kernel`):
-a model of any size is counted without weights.
+Counts need only the parameters' paths (`encoder/layers_0/mlp/gate_adapter/router/kernel`) and their
+shapes, so a model of any size is counted without its weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from pemoe_jax.core.routing import EXPERTS_SITE
 if TYPE_CHECKING:
     from pemoe_jax.core.sparse import Sparse
 
+# Groups: the site, and "router/" if the parameter is the router's.
 _ADAPTER_PATH = re.compile(r"(?:^|/)(\w+)_adapter/(router/)?")
+# Experts and router of a sparse MLP, whose parameters are named as in T5X's sparse models.
 _SPARSE_PATH = re.compile(r".*?/mlp/(?:expert|(router))/")
 _SPARSE_ROUTER = "/mlp/router/router_weights/w/kernel"
 _SITES = (*SITES, EXPERTS_SITE)
-# Sites of dense MLPs; in layers with a sparse MLP adapters have the sites of attention alone.
+# Sites of dense MLPs. A layer with a sparse MLP has adapters at the sites of its attention only.
 MLP_SITES = ("wi_0", "wi_1", "gate", "wo")
 # The default of `Router.reads` in each expert module.
 _DEFAULT_READS = {"VectorExperts": "y", "LoRAExperts": "x"}
@@ -43,9 +45,9 @@ _NOTE_ON_DENSE_BLOCKS = (
     "On a sparse model, adapters of MLP sites are in its dense blocks alone, those of attention in"
     " all blocks."
 )
-# tests/tools/test_count.py checks this arithmetic. The 9.1M of arXiv 2205.05638 are 9,097,216
-# parameters at XL: its code (r-three/t-few, configs/lora.json) adapts every linear layer and trains
-# the norms.
+# tests/tools/test_count.py checks the arithmetic of this note. The 9.1M of arXiv 2205.05638 are
+# 9,097,216 parameters at XL: the code of that paper (r-three/t-few, configs/lora.json) adapts every
+# linear layer and trains the norms.
 _NOTE_ON_PUBLISHED = (
     "paper: the figure that arXiv 2309.05444 prints for T5 3B and 11B, quoted from a summary of it"
     " (Krebbet/wiki-kit on GitHub); '–' if no source has it. The figure for 11B is this count"
@@ -65,7 +67,14 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True)
 class SiteCount:
-    """Trainable parameters of experts (vectors, LoRA pairs, MLPs) and routers at a site."""
+    """Trainable parameters at a site, summed over the blocks that have it.
+
+    Attributes:
+      blocks: number of attention or MLP blocks with trainable parameters at the site; a decoder
+        layer has two attention blocks.
+      experts: parameters of the experts: vectors, LoRA pairs or whole MLPs.
+      router: parameters of the routers.
+    """
 
     blocks: int
     experts: int
@@ -81,11 +90,11 @@ class ParameterCount:
       trainable: trainable parameters, of the base and the adapters.
       total: parameters of the base and the adapters.
       base: parameters of the base; a sparse one is counted with one expert in each sparse layer.
-      sites: site -> its counts, for sites with trainable parameters in the order of `SITES`; last
-        the sparse layers.
+      sites: site -> its counts, for the sites with trainable parameters. They are in the order of
+        `adapters.SITES`; sparse layers, the site 'mlp/experts', come last.
       used: parameters that a token uses.
-      flops: forward FLOPs of an input token and a target token, see `flops.token_flops`: with
-        the experts that they use, and with all places of the experts.
+      flops: forward FLOPs of an input token and a target token together, counting the experts that
+        they use, and counting all places of the experts; see `flops.token_flops`.
       is_sparse: whether the model has sparse layers.
     """
 
@@ -116,10 +125,15 @@ def count_parameters(
     sparse: Sparse | None = None,
     router_reads: Mapping[str, str | None] | None = None,
 ) -> ParameterCount:
-    """Counts the parameters of a model, given all of them and the paths of those that train.
+    """Counts the parameters of a model.
 
-    `sparse` are the settings of its sparse layers, `router_reads` are those of its adapters, see
-    `flops.describe_router_reads`.
+    Args:
+      shapes: path -> array or shape of every parameter.
+      trainable: paths of the parameters that train.
+      method: name of the method, without experts and rank.
+      sparse: settings of the sparse layers; None for a dense model.
+      router_reads: `flops.describe_router_reads` of the adapters; None: every router has the
+        default of its module.
     """
     experts: Counter[str] = Counter()
     routers: Counter[str] = Counter()
@@ -132,8 +146,10 @@ def count_parameters(
             site, is_router, block = match[1], bool(match[2]), path[: match.end(1)]
         elif match := _SPARSE_PATH.match(path):
             site, is_router, block = EXPERTS_SITE, bool(match[1]), path.partition("/mlp/")[0]
+            # Kernels of experts are stacked, [E, ...]: the dense base has one of them.
             base += 0 if is_router else size // leaf.shape[0]
         else:
+            # The dense base lacks the MLP that EXTRA_MLP adds after each sparse one.
             base += 0 if "extra_mlp" in path else size
             continue
         if path in trainable:
@@ -156,9 +172,9 @@ def count_parameters(
 
 
 def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
-    """Returns a table of methods on one base, and a table of what they train at each site."""
+    """Returns a table of methods on one base, and a table of their parameters at each site."""
     published = [_published_share(count) for count in counts]
-    # Column -> cells; a column without figures is left out.
+    # Heading -> cells. Columns that no method needs are deleted below.
     columns = {
         "trainable": [_number(count.trainable) for count in counts],
         "total": [_number(count.total) for count in counts],
@@ -199,8 +215,8 @@ def site_tables(name: str, count: ParameterCount) -> list[Table]:
     if not count.sites:
         return [summary]
     rows = [
-        [site, str(part.blocks), _number(part.experts), _number(part.router)]
-        + [_number(part.experts + part.router)]
+        [site, str(part.blocks)]
+        + [_number(n) for n in (part.experts, part.router, part.experts + part.router)]
         for site, part in count.sites.items()
     ]
     if count.trainable_base:
@@ -219,9 +235,14 @@ def method_label(
 ) -> str:
     """Returns the method with its experts, rank and routing, such as 'mov-10 top-2'.
 
-    Sizes that differ between sites are joined: 'molora-10 r4/8'; on a base with eight experts it is
-    'mov-10 on 8 experts'. Without `adapters`, a description by `core.adapters.describe`, and
-    `sparse`, the settings of sparse layers, the routing is omitted.
+    Sizes that differ between sites are joined by a slash: 'molora-10 r4/8'. Adapters on a sparse
+    base of eight experts are 'mov-10 on 8 experts'.
+
+    Args:
+      method: name of the method.
+      shapes: path -> array or shape of every parameter.
+      adapters: description by `core.adapters.describe`; None omits the routing of adapters.
+      sparse: settings of the sparse layers; None omits their routing.
     """
 
     def joined_sizes(ending: str) -> str:
@@ -232,21 +253,22 @@ def method_label(
     experts, rank = joined_sizes("_adapter/router/kernel"), joined_sizes("_adapter/lora_a")
     label = method + (f"-{experts}" if experts else "") + (f" r{rank}" if rank else "")
     label = f"{label} {routing_label(adapters or {})}".rstrip()
-    if whole_mlps := joined_sizes(_SPARSE_ROUTER):
+    if sparse_experts := joined_sizes(_SPARSE_ROUTER):
         has_adapters = any("_adapter/" in path for path in shapes)
-        label += f" on {whole_mlps} experts" if has_adapters else f"-{whole_mlps}"
+        label += f" on {sparse_experts} experts" if has_adapters else f"-{sparse_experts}"
         if sparse is not None:
             label += " expert choice" if sparse.routing == "experts" else f" top-{sparse.top_k}"
     return label
 
 
 def routing_label(adapters: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the routing, such as 'top-2 balanced'; '' for soft routing, the paper's default."""
+    """Returns a label of the routing, such as 'top-2 balanced'; '' for the paper's soft routing."""
     labels = [
         _router_label(adapter["router"], _DEFAULT_READS[adapter["kind"]])
         for adapter in adapters.values()
         if adapter.get("router")
     ]
+    # Equal labels are named once; 'soft' appears only next to another label.
     return "/".join(label or "soft" for label in dict.fromkeys(labels)) if any(labels) else ""
 
 
@@ -262,7 +284,9 @@ def parameter_summary(
 
     Args:
       trainable: path -> array or shape of each parameter that trains.
+      frozen: the same of all others.
       base: path and fingerprint of the base model.
+      method: name of the method.
       extra: name -> text of further lines.
     """
     count = count_parameters({**trainable, **frozen}, trainable.keys(), method)
@@ -283,6 +307,7 @@ def parameter_summary(
 
 
 def _sites_by_method(name: str, counts: Sequence[ParameterCount]) -> Table:
+    """Returns a table of trainable parameters, with a row per method and a column per site."""
     sites = [site for site in _SITES if any(site in count.sites for count in counts)]
     base = ["base"] if any(count.trainable_base for count in counts) else []
     rows = [
@@ -300,8 +325,10 @@ def _sites_by_method(name: str, counts: Sequence[ParameterCount]) -> Table:
 
 
 def _router_label(router: Mapping[str, Any], default_reads: str) -> str:
+    """Returns the settings of a router that differ from the defaults; '' if none does."""
+
     def setting(name: str, default: float, word: str, usual: float) -> str:
-        """Returns '' for the default, the word for the usual value, else word and value."""
+        """Returns '' for the default, the bare word for the usual value, else word and value."""
         value = router.get(name, default)
         return "" if value == default else word if value == usual else f"{word} {value:g}"
 
@@ -309,6 +336,8 @@ def _router_label(router: Mapping[str, Any], default_reads: str) -> str:
         f"top-{router['top_k']}" if router.get("top_k") else "",
         "renormalized" if router.get("renormalize") else "",
         "straight-through" if router.get("straight_through") else "",
+        # The usual balance loss and jitter are those of Switch (arXiv 2101.03961), the usual z-loss
+        # is that of ST-MoE (arXiv 2202.08906).
         setting("balance_loss", 0.0, "balanced", 1e-2),
         setting("z_loss", 0.0, "z-loss", 1e-3),
         setting("jitter_noise", 0.0, "jitter", 1e-2),
@@ -319,18 +348,21 @@ def _router_label(router: Mapping[str, Any], default_reads: str) -> str:
 
 
 def _published_share(count: ParameterCount) -> str | None:
+    """Returns the paper's share of trainable parameters for the same model, if it is known."""
     key = (count.base, count.method, tuple(count.sites))
     figure = published_numbers.TRAINABLE_SHARES.get(key)
-    # The same sites are not enough: norms that train too would not be the paper's model.
+    # A model whose norms train too has the same sites, but is not the paper's.
     only_adapters = count.trainable_base == 0 and count.trainable == count.total - count.base
     return f"{figure} %" if figure and only_adapters else None
 
 
 def _percent(part: int, whole: int) -> str:
-    """Returns a percentage with three significant digits: papers differ by as little."""
+    """Returns a percentage with three significant digits, the most that published shares have."""
     percent = 100 * part / whole
+    # From 999.5 on, the format below would write an exponent.
     if part == whole or percent >= 999.5:
         return f"{percent:,.0f} %"
+    # '#' keeps trailing zeros, but also the point of "123.".
     return f"{percent:#.3g} %".replace(". %", " %")
 
 

@@ -1,4 +1,4 @@
-"""Shared by `pemoe evaluate` and `pemoe infer`: checked settings, opened models, result files."""
+"""Code that `pemoe evaluate` and `pemoe infer` share: checks, opened models, result files."""
 
 import dataclasses
 import json
@@ -27,7 +27,8 @@ from pemoe_jax.runtime import (
 from pemoe_jax.tasks import TaskRoles
 from pemoe_jax.tasks.task_roles import run_register
 
-# What to do about scores or logits that are not finite; token ids are checked when rows are read.
+# Ends the errors about scores or logits that are not finite. It need not mention token ids out of
+# range, another cause, since they are checked when rows are read.
 NOT_FINITE_ADVICE = "the checkpoint is damaged or diverged, or its numbers overflow in DTYPE"
 
 
@@ -39,7 +40,7 @@ class Evaluation:
       folder: folder for the results; a temporary one in all processes but the first.
       mesh, rules: the device mesh and the sharding rules.
       models: the opened models.
-      task_roles: what the registered tasks are, by role.
+      task_roles: the registered tasks by role, such as training and evaluation.
       task_names: the tasks to evaluate.
       lengths: maximum number of tokens of 'inputs' and 'targets'.
       sentences: source of sentence embeddings; None if no router reads them.
@@ -77,17 +78,17 @@ def open_evaluation(
       few_shot: argument of the command.
 
     Raises:
-      InputError: a setting or a checkpoint is wrong, or results of others would be overwritten,
-        or another command writes to the folder.
+      InputError: a setting or a checkpoint is wrong, the folder has results that this evaluation
+        would not replace, or another command writes to the folder.
     """
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     output = file_io.resolve_output_folder(output_dir, "EVAL_OUTPUT_DIR")
     device_mesh, rules = distributed.start(mesh, data.batch_size)
     opened_models = models_lib.open_selected(models)
-    # Before TensorFlow, about 5 s, is imported, and again when the tasks are known.
     paths = [opened.path for opened in opened_models]
-    shots_id = results_lib.shots_of(few_shot.record)
-    results_lib.check_overwrites(output, paths, shots=shots_id)
+    # Check now what needs no tasks: importing TensorFlow to register them takes about 5 s.
+    shots_used = results_lib.shots_of(few_shot.record)
+    results_lib.check_overwrites(output, paths, shots=shots_used)
     warn_of_other_eos(paths)
     task_roles = run_register(data.register)
     task_roles.print_summary()
@@ -98,7 +99,8 @@ def open_evaluation(
     task_names = find_tasks(data.name)
     folder = distributed.output_folder(output)
     folder_lock.hold(folder, "EVAL_OUTPUT_DIR")
-    if results_lib.check_overwrites(output, paths, task_names, shots_id, task_roles.eval_splits):
+    # Now the tasks and their splits are known too, and no other command can add results.
+    if results_lib.check_overwrites(output, paths, task_names, shots_used, task_roles.eval_splits):
         print(f"replacing the results in {output}", flush=True)
     begin_run_file(folder, opened_models, device_mesh, data, few_shot.record)
     return Evaluation(
@@ -126,7 +128,7 @@ def begin_run_file(
     data: options.Data,
     few_shot: Mapping[str, int],
 ) -> None:
-    """Writes run.json of a command that reads models and tasks."""
+    """Writes the run.json of an evaluation: versions, devices, models and tasks."""
     run_file.begin(
         folder,
         versions=package_versions(),
@@ -141,7 +143,7 @@ def begin_run_file(
 
 def report_shots(
     folder: file_io.AnyPath,
-    task_shots: Mapping[str, shots.TaskShots],
+    shots_by_task: Mapping[str, shots.TaskShots],
     num_shots: Sequence[int],
     length: int,
 ) -> None:
@@ -149,32 +151,35 @@ def report_shots(
 
     Args:
       folder: folder of the results.
-      task_shots: task -> shots.
-      num_shots: number of shots in front of each input.
-      length: largest number of tokens of an input.
+      shots_by_task: task -> its shots.
+      num_shots: for each input of all tasks, the number of shots that fit in front of it.
+      length: maximum number of tokens of an input with its shots.
     """
-    for task, its_shots in task_shots.items():
+    for task, task_shots in shots_by_task.items():
         rows = [
             {"inputs": example.input_text, "targets": example.target_text}
-            for example in its_shots.examples
+            for example in task_shots.examples
         ]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         atomic_write.write_text(folder / "shots" / f"{task}.jsonl", lines)
-    count = max(its_shots.count for its_shots in task_shots.values())
+    # SHOTS sets the count of all tasks alike.
+    count = max(task_shots.count for task_shots in shots_by_task.values())
     total = count * len(num_shots)
-    prescribed = any(its_shots.is_prescribed for its_shots in task_shots.values())
+    # Prescribed examples are never replaced: an input that is one of them has one shot fewer.
+    has_prescribed = any(task_shots.is_prescribed for task_shots in shots_by_task.values())
     print(
         f"{plural(count, 'shot')} in front of each input; {total - sum(num_shots):,} of {total:,}"
         f" left out, as they do not fit into {length:,} tokens"
-        + (" or solve the input itself" if prescribed else ""),
+        + (" or solve the input itself" if has_prescribed else ""),
         flush=True,
     )
 
 
 def warn_of_other_eos(paths: Sequence[str]) -> None:
-    """Warns of each run that was trained with another P3_INPUTS_EOS than gin has now."""
+    """Warns of each run that was trained with another P3_INPUTS_EOS than the current value."""
     current = gin_flags.macro_value("P3_INPUTS_EOS")
     for path in paths:
+        # A base model, or a run without P3, has no such setting, and no warning.
         trained = run_settings.read_settings(path).get("P3_INPUTS_EOS", str(current))
         if current is not None and trained != str(current):
             seqio_tasks.warn_once(

@@ -33,7 +33,7 @@ from pemoe_jax.tasks.task_roles import abbreviate
 
 @dataclasses.dataclass
 class Task:
-    """The examples of a task's evaluation split, and seqio's Evaluator for them."""
+    """The examples of a task's evaluation split, seqio's Evaluator for them, and their shots."""
 
     name: str
     dataset: str
@@ -48,14 +48,14 @@ class Task:
     is_reachable: list[bool] = dataclasses.field(default_factory=list)
     # [S] each for routers that read sentence embeddings, else empty
     sentences: list[np.ndarray] = dataclasses.field(default_factory=list)
-    # from a prediction to the answer that the metrics compare; None: they compare the whole text
+    # extracts from a prediction the answer that metrics compare; None: they compare all of its text
     extract_answer: Callable[[str], str] | None = None
     # number of shots in front of each input; empty if zero-shot
     num_shots: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def has_target(self) -> list[bool]:
-        """Whether each example has a target, which is not empty."""
+        """Whether each example has a target that is not empty."""
         return [bool(text.strip()) for text in self.target_texts]
 
     def add_shots(self, task_shots: shots.TaskShots, limit: int) -> None:
@@ -71,7 +71,7 @@ class Task:
 def read_tasks(data: options.Data, lengths: Mapping[str, int], task_roles: TaskRoles) -> list[Task]:
     """Returns the tasks of a mixture with their examples.
 
-    Those without data or without an evaluation split are skipped, and a line says so.
+    Tasks without data, an evaluation split or examples are skipped, and a printed line names them.
 
     Raises:
       InputError: all tasks would be skipped, or a task cannot be read or decoded.
@@ -82,7 +82,7 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_roles: TaskR
     if use_cached and not with_data:
         seqio_tasks.subtask_names(names[0], use_cached=True)  # raises with the reason
     _print_skipped("no data", [task for task in names if with_data and task not in with_data])
-    # Without any data, reading the first task raises with the reason.
+    # If no task has data, keep them all: reading the first one raises the error with the reason.
     eval_splits = {task: seqio_tasks.eval_split(task) for task in with_data or names}
     splits = {task: split for task, split in eval_splits.items() if split}
     if not splits:
@@ -99,7 +99,7 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_roles: TaskR
         for name, split in splits.items():
             with seqio_tasks.translate_read_errors(name, split, use_cached):
                 task = _read_examples(name, split, lengths, use_cached, data.max_examples)
-            # The split `validation` may come from test.jsonl: results then name the split test.
+            # seqio's split `validation` may be read from test.jsonl: results then name it test.
             task.dataset = task_roles.datasets.get(name, name)
             task.split = task_roles.eval_splits.get(name) or split
             tasks.append(task)
@@ -112,16 +112,16 @@ def read_tasks(data: options.Data, lengths: Mapping[str, int], task_roles: TaskR
     _print_skipped("no examples", empty)
     tasks = [task for task in tasks if task.inputs]
     _print_odd_rows(tasks, task_roles)
-    without = {task.name: task.has_target.count(False) for task in tasks}
-    if count := sum(without.values()):
-        shown = abbreviate([name for name in without if without[name]], 3)
+    without_target = {task.name: task.has_target.count(False) for task in tasks}
+    if count := sum(without_target.values()):
+        shown = abbreviate([name for name, number in without_target.items() if number], 3)
         examples = plural(count, "example")
         print(f"{examples} without a target, which metrics leave out: {shown}", flush=True)
     return tasks
 
 
 def text_task(texts: Sequence[str], vocabulary: Any, max_length: int) -> Task:
-    """Returns a task of texts, without targets and metrics."""
+    """Returns a task whose inputs are these texts, without targets and metrics."""
     task = Task("text", "text", "", None, vocabulary)
     for text in texts:
         ids = np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
@@ -136,7 +136,7 @@ def text_task(texts: Sequence[str], vocabulary: Any, max_length: int) -> Task:
 
 
 def check_decodes_texts(opened: OpenedModel, vocabulary: Any, setting: str = "VOCAB_PATH") -> None:
-    """Raises InputError, which names the setting, if a model cannot read texts in a vocabulary."""
+    """Raises an InputError that names `setting` if a model cannot read texts of a vocabulary."""
     if vocabulary.vocab_size > opened.model.config.vocab_size:
         raise InputError(
             f"{setting} must have at most {opened.model.config.vocab_size} ids, the rows of"
@@ -170,7 +170,7 @@ def _print_skipped(reason: str, tasks: Sequence[str]) -> None:
 
 
 def decoded_names(name: str) -> list[str]:
-    """Returns the tasks of a mixture to decode: `<task>` in place of `<task>_score_eval`.
+    """Returns the tasks to decode of a task or mixture: `<task>` in place of `<task>_score_eval`.
 
     Raises:
       InputError: `<task>_score_eval`, which has a row for each answer choice, has no `<task>`.
@@ -188,10 +188,10 @@ def decoded_names(name: str) -> list[str]:
 
 
 def _set_metrics(name: str, task_roles: TaskRoles) -> None:
-    """Adds metrics, from a folder's INDEX.json or P3's table, to a task that has none.
+    """Adds metrics, those of a folder's INDEX.json or of P3's table, to a task that has none.
 
     Raises:
-      InputError: the task has a metric of scores, which decoding does not give.
+      InputError: the task has a metric of scores, which decoding does not compute.
     """
     from pemoe_jax.tasks.p3 import published  # here, as importing P3 registers its tasks
 
@@ -211,8 +211,8 @@ def _set_metrics(name: str, task_roles: TaskRoles) -> None:
 def _identity_converter() -> Any:
     seqio = seqio_import.import_seqio()
 
-    # `inference_batches` batches the examples. seqio's own converter would pad each of them, which
-    # takes most of the time of reading a task.
+    # seqio's own converter would pad each example to the full length, which takes most of the time
+    # of reading a task. `inference_batches` pads each batch to the length that it needs.
     class IdentityConverter(seqio.EncDecFeatureConverter):  # type: ignore[name-defined]
         def __call__(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
             return ds
@@ -228,7 +228,7 @@ def _read_examples(
         _identity_converter(),
         eval_split=split,
         use_cached=use_cached,
-        # One token more than fits, so that a truncated input differs from one that just fits.
+        # One token more than fits, to tell an input that is too long from one that just fits.
         sequence_length={key: length + 1 for key, length in lengths.items()},
         num_examples=max_examples,
         async_compute_metrics=False,
@@ -241,7 +241,7 @@ def _read_examples(
     task = Task(name, name, split, evaluator, features["targets"].vocabulary)
     if isinstance(provider, BenchmarkTask):
         task.extract_answer = provider.extract_answer
-    # Targets repeat, and tokenizing takes longer than reading.
+    # A cache, because many examples have the same target, and tokenizing takes longer than reading.
     reachable = functools.cache(
         functools.partial(is_reachable, task.vocabulary, max_length=lengths["targets"])
     )
@@ -263,7 +263,7 @@ def _read_examples(
 
 
 def is_reachable(vocabulary: Any, text: str, max_length: int) -> bool:
-    """Returns whether decoding at most `max_length` tokens can give a text, up to whitespace.
+    """Returns whether decoding at most `max_length` tokens can produce a text, up to whitespace.
 
     A vocabulary lacks characters (T5's has no braces), and changes others ('½' to '1/2').
     """
@@ -284,21 +284,22 @@ def decode(
 ) -> collections.deque[np.ndarray]:
     """Returns the decoded tokens [length] of every example, task after task.
 
-    A deque, so that the caller can take the examples of each task from its left end.
+    The result is a deque, so that the caller takes the examples of each task off its left end.
 
     Raises:
       InputError: the model's logits for an example are not finite.
     """
     inputs = [ids for task in tasks for ids in task.inputs]
     sentences = [vector for task in tasks for vector in task.sentences]
+    # A model has one vocabulary, hence one EOS, which its tasks share.
     eos_id = tasks[0].vocabulary.eos_id
 
     def decode_batch(tokens: np.ndarray, indices: list[int]) -> jax.Array:
         batch = {"inputs": tokens}
         if len(sentences) == len(inputs):
-            # The rows that fill up a batch repeat its last input, so repeat its embedding too.
-            rows = indices + [indices[-1]] * (len(tokens) - len(indices))
-            batch["sentences"] = np.stack([sentences[row] for row in rows], dtype=np.float32)
+            # Rows that fill up a batch repeat its last input, so its embedding is repeated too.
+            examples = indices + [indices[-1]] * (len(tokens) - len(indices))
+            batch["sentences"] = np.stack([sentences[i] for i in examples], dtype=np.float32)
         arrays = partitioning.shard_batch(batch, mesh)
         return decoding.greedy_decode(
             opened.model, params, arrays["inputs"], length, eos_id, arrays.get("sentences")
@@ -306,22 +307,24 @@ def decode(
 
     multiple_of = partitioning.data_parallelism(mesh)
     batches = inference_batches.input_batches(inputs, batch_size, multiple_of=multiple_of)
+    # Lazy: `keep_in_flight` reads the tokens of a batch while the device decodes the next ones.
     results = (
         (decode_batch(tokens, indices), indices) for tokens, indices in prefetch.prefetch(batches)
     )
     bar = progress.Progress(f"decoding {opened.name}", len(inputs))
     decoded: dict[int, np.ndarray] = {}  # batches are sorted by length, not in the inputs' order
     for tokens, indices in prefetch.keep_in_flight(results):
+        # Not strict: the rows that fill up a batch have no index.
         decoded.update(zip(indices, partitioning.gather(tokens), strict=False))
         for index in indices:
             if (decoded[index] == decoding.NOT_FINITE).any():
-                raise _not_finite(opened, tasks, index)
+                raise _not_finite_error(opened, tasks, index)
         bar.report_if_due(len(decoded), "inputs")
     bar.close()
     return collections.deque(decoded[index] for index in range(len(inputs)))
 
 
-def _not_finite(opened: OpenedModel, tasks: Sequence[Task], index: int) -> InputError:
+def _not_finite_error(opened: OpenedModel, tasks: Sequence[Task], index: int) -> InputError:
     """Returns the error for an example whose logits are not finite."""
     names = [(task.name, number) for task in tasks for number in range(1, 1 + len(task.inputs))]
     name, number = names[index]
@@ -341,13 +344,14 @@ def compute_metrics(
 
     Args:
       task: the task.
-      decoded: tokens of each example.
-      step: training step of the model.
+      decoded: tokens of each example, also of those without a target.
+      step: training step of the model, which seqio receives for its logs.
       num_shots: number of shots in front of each input, including those that did not fit.
     """
     with_target = np.flatnonzero(task.has_target).tolist()
     values: dict[str, Any] = {}
     if with_target:
+        # seqio expects (index, tokens); its indices count the examples that have a target.
         predictions = [*enumerate(decoded[index] for index in with_target)]
         all_metrics, _ = task.evaluator.evaluate(
             compute_metrics=True, step=step, predict_fn=lambda _: predictions
@@ -366,13 +370,15 @@ def compute_metrics(
             else {}
         ),
         "metrics": {
-            name: _finite(float(getattr(value, "value", value))) for name, value in values.items()
+            # A metric is a number, or a seqio `Scalar` that holds it.
+            name: _finite_or_none(float(getattr(value, "value", value)))
+            for name, value in values.items()
         },
     }
 
 
-def _finite(value: float) -> float | None:
-    """Returns a metric, None if it is undefined: JSON has no NaN."""
+def _finite_or_none(value: float) -> float | None:
+    """Returns a metric, or None if it is not finite, since JSON has no NaN."""
     return value if math.isfinite(value) else None
 
 
@@ -397,16 +403,17 @@ def prediction_lines(task: Task, decoded: Sequence[np.ndarray]) -> str:
 
 
 def _metric_names(run: Mapping[str, Any]) -> list[str]:
-    """Returns the metrics in a run, an entry of `runs` in results.json."""
+    """Returns the names of the metrics in a run, which is an entry of `runs` in results.json."""
     return list(dict.fromkeys(name for task in run["tasks"].values() for name in task["metrics"]))
 
 
 def _format_means(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Returns the mean of each metric over the tasks in which it is defined."""
     values = [
         [value for task in tasks if (value := task["metrics"].get(name)) is not None]
         for name in names
     ]
-    return [f"{statistics.fmean(members):.1f}" if members else "–" for members in values]
+    return [f"{statistics.fmean(members):.1f}" if members else tables.MISSING for members in values]
 
 
 def _describe(run: Mapping[str, Any]) -> str:
@@ -415,7 +422,7 @@ def _describe(run: Mapping[str, Any]) -> str:
 
 
 def dataset_table(run: Mapping[str, Any]) -> tables.Table:
-    """Returns a table with a row for each dataset: means over its prompts."""
+    """Returns a table with a row for each dataset: means over its prompts, which are tasks."""
     names = _metric_names(run)
     by_dataset: dict[str, list[Any]] = collections.defaultdict(list)
     for task in run["tasks"].values():
@@ -430,7 +437,7 @@ def dataset_table(run: Mapping[str, Any]) -> tables.Table:
 
 
 def prompt_table(run: Mapping[str, Any]) -> tables.Table:
-    """Returns a table with a row for each prompt."""
+    """Returns a table with a row for each prompt, that is, for each task."""
     names = _metric_names(run)
     counts = {
         "examples": "examples",

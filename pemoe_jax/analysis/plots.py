@@ -1,6 +1,6 @@
 """Loss curves and routing maps as PNG files, and the style of all figures.
 
-matplotlib is imported when a figure is drawn: importing it takes longer than most commands run.
+matplotlib is imported only when a figure is drawn: importing it takes longer than most commands.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # The palette of Okabe and Ito, which color-blind readers can distinguish.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TEXT_COLOR, MUTED_COLOR, ACCENT_COLOR = "#333333", "#999999", "#8C3A00"
+GRID_COLOR = "#E6E6E6"
+PIXELS_PER_INCH = 150
 
 # Metric -> label and relative height of its panel.
 _LOSS_PANELS = {
@@ -32,9 +34,12 @@ _LOSS_PANELS = {
     "accuracy": ("token accuracy", 1.5),
     "learning_rate": ("learning rate", 1.0),
 }
+# Upper ends of a map's color scale, as multiples of the uniform probability.
 _MAP_SCALES = (1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 _MAX_MAP_WIDTH = 17  # inches
 _HELD_OUT = "held out ↓"
+# A site such as "decoder/layers_3/mlp/gate", also with a prefix, or as the path of its router's
+# kernel: groups are stack, layer, module and name.
 _SITE = re.compile(
     r"(?:.*/)?(encoder|decoder)/layers_(\d+)/(\w+)/(\w+?)(?:_adapter)?(?:/router)?(?:/kernel)?"
 )
@@ -47,18 +52,19 @@ def loss_curve(metrics: str | AnyPath, png: str | AnyPath, *, title: str = "Trai
     or accuracy is the mean of the steps since the last report, so it is drawn in their middle.
 
     Args:
-      metrics: a metrics.jsonl: lines `{"step": 10, "train/loss": 2.3, "eval/loss": 2.5, …}`.
-        A run that resumes repeats steps: the last line of a step counts.
+      metrics: a metrics.jsonl with lines `{"step": 10, "train/loss": 2.3, "eval/loss": 2.5, …}`.
+        A resumed run repeats steps, of which the last line of each counts.
       png: output file.
       title: title of the figure.
 
     Raises:
-      InputError: the file is missing, a line is not such an object, or no metric is recorded.
+      InputError: the file is missing, a line has another form, or no metric is recorded.
     """
     rows = _read_metrics(file_io.to_path(metrics))
     series: dict[str, dict[str, np.ndarray]] = {}
     for metric in _LOSS_PANELS:
         for name in (f"train/{metric}", f"eval/{metric}"):
+            # Skips steps without this metric, for which "" stands, and a metric that is a text.
             steps = sorted(s for s, row in rows.items() if not isinstance(row.get(name, ""), str))
             if steps:
                 is_mean = name.startswith("train/") and metric != "learning_rate"
@@ -82,14 +88,15 @@ def loss_curve(metrics: str | AnyPath, png: str | AnyPath, *, title: str = "Trai
                 axis.plot(steps, values, color=color, lw=1.8, label="training")
             else:
                 axis.plot(steps, values, color=color, lw=0.6, alpha=0.3)
+                # Each mean is over a tenth of the curve.
                 smooth = _running_mean(values, len(values) // 20)
                 axis.plot(steps, smooth, color=color, lw=1.8, label="training")
         axis.set_ylabel(_LOSS_PANELS[metric][0])
-        axis.grid(color="#E6E6E6", lw=0.8)
+        axis.grid(color=GRID_COLOR, lw=0.8)
         axis.set_axisbelow(True)
         axis.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
         if metric == "learning_rate":
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(bottom=0)  # so that a constant rate looks constant
     axes[-1].set_xlabel("step")
     # Short runs would get ticks at fractions of a step.
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
@@ -116,9 +123,9 @@ def routing_map(
     Args:
       probs: site -> task -> probabilities [E]; a site is the path of its parameters or any text.
       png: output file.
-      trained: tasks trained on, drawn above the others; None draws all alike.
+      trained: tasks that the model was trained on, drawn above the others; None draws all alike.
       max_ratio: upper end of the scale, whose lower end is the inverse; None selects the smallest
-        of `_MAP_SCALES` that contains all values.
+        of `_MAP_SCALES` that contains all ratios, or the largest of them.
       title: title of the figure.
       quantity: name of the values, for the color bar.
 
@@ -134,16 +141,18 @@ def routing_map(
     tasks = list(dict.fromkeys(task for by_task in probs.values() for task in by_task))
     above = [task for task in tasks if trained is None or task in trained]
     below = [task for task in tasks if task not in above]
-    # None is the row with the label between the two groups.
+    # None stands for the row between the two groups, which has only the label "held out".
     rows: list[str | None] = [*above, *([None] if above and below else []), *below]
     images = {site: _log_ratios(by_task, rows, experts) for site, by_task in probs.items()}
     if max_ratio is None:
+        # `images` are log ratios: half and twice the uniform probability are equally far from 0.
         largest = 2 ** max(np.nanmax(np.abs(image)) for image in images.values())
         max_ratio = next((scale for scale in _MAP_SCALES if scale >= largest), _MAP_SCALES[-1])
-    # No probability exceeds E times the uniform one, so the scale need not either.
+    # No probability exceeds E times the uniform one, so the scale does not either.
     limit = math.log2(max(_MAP_SCALES[0], min(max_ratio, experts)))
 
     # Positions are computed in inches, so that the size of cells and labels is always the same.
+    # Cells are narrower if there are many, so that a panel of 64 experts fits a page.
     cell, row_height = (0.17 if experts <= 16 else 0.12 if experts <= 32 else 0.08), 0.19
     panel_width, panel_height = cell * experts, row_height * len(rows)
     pitch = max(panel_width + 0.2, 0.15 + max(text_width(_site_title(site), 9) for site in images))
@@ -153,8 +162,7 @@ def routing_map(
     width = max(left + pitch * max(map(len, lines)), left + 3.5, 0.5 + text_width(title, 13))
     height = top + len(lines) * (panel_height + between) - between + bottom
     figure = import_pyplot().figure(figsize=(width, height))
-    title_style = {"size": 12, "weight": "bold", "va": "center", "c": TEXT_COLOR}
-    figure.text(0.15 / width, 1 - 0.3 / height, title, **title_style)
+    draw_title(figure, title)
     for number, line in enumerate(lines):
         y = height - top - (number + 1) * panel_height - number * between
         for column, site in enumerate(line):
@@ -192,9 +200,9 @@ def import_pyplot() -> ModuleType:
     import matplotlib.pyplot
 
     matplotlib.rc("font", size=10)
-    # Names of folders and tasks are no formulas: `$` in them would be an error.
+    # Names of folders and tasks may contain `$`, which must not begin a formula.
     matplotlib.rc("text", parse_math=False)
-    matplotlib.rc("savefig", dpi=150)
+    matplotlib.rc("savefig", dpi=PIXELS_PER_INCH)
     matplotlib.rc("axes", edgecolor=MUTED_COLOR, labelcolor=TEXT_COLOR, titlecolor=TEXT_COLOR)
     matplotlib.rc("axes.spines", top=False, right=False)
     matplotlib.rc("xtick", color=TEXT_COLOR)
@@ -210,12 +218,19 @@ def save_figure(figure: Figure, png: str | AnyPath) -> AnyPath:
     return file_io.to_path(png)
 
 
+def draw_title(figure: Figure, title: str) -> None:
+    """Draws a bold title in the upper left corner, at the same place for all sizes of figures."""
+    width, height = figure.get_size_inches()
+    style: dict[str, Any] = {"size": 12, "weight": "bold", "va": "center", "c": TEXT_COLOR}
+    figure.text(0.15 / width, 1 - 0.3 / height, title, **style)
+
+
 def text_width(text: str, size: float) -> float:
     """Returns the width in inches of a line of text at a font size in points."""
     from matplotlib.textpath import TextPath
 
-    import_pyplot()  # its style says how `$` is read
-    return TextPath((0, 0), text, size=size).get_extents().width / 72
+    import_pyplot()  # sets the style, in which `$` is an ordinary character
+    return TextPath((0, 0), text, size=size).get_extents().width / 72  # 72 points are an inch
 
 
 def _draw_map_panel(axis: Axes, image: np.ndarray, limit: float) -> AxesImage:
@@ -232,6 +247,7 @@ def _draw_map_panel(axis: Axes, image: np.ndarray, limit: float) -> AxesImage:
     axis.grid(which="minor", color="white", lw=0.8)
     axis.tick_params(which="both", length=0, labelsize=8, pad=2)
     axis.spines[:].set_visible(False)
+    # Many experts are labeled 1, 10, 20, …, few ones all.
     marks = [0, *range(9, experts, 10)] if experts > 16 else list(range(experts))
     axis.set_xticks(marks, [str(expert + 1) for expert in marks])
     axis.set_yticks([])
@@ -242,12 +258,15 @@ def _log_ratios(by_task: Mapping[str, Any], rows: Sequence[str | None], experts:
     """Returns log2 of E times the probabilities [rows, E]; NaN for rows without any."""
     missing = np.full(experts, np.nan)
     image = np.array([missing if task is None else by_task.get(task, missing) for task in rows])
-    # Top-k routing has probabilities of 0, whose logarithm is infinite.
+    # Top-k routing has probabilities of 0, whose logarithm would be infinite.
     return np.log2(np.maximum(image * experts, 1e-6))
 
 
 def _panel_lines(sites: Sequence[str], max_panels: int) -> list[list[str]]:
-    """Splits sites into lines: a stack begins a new line, a layer is split only if it is wider."""
+    """Splits sites into lines of panels.
+
+    A stack begins a new line. A layer is split only if it has more than `max_panels` sites.
+    """
     layers: dict[tuple, list[str]] = {}
     for site in sites:
         match = _SITE.fullmatch(site)
@@ -266,7 +285,7 @@ def _panel_lines(sites: Sequence[str], max_panels: int) -> list[list[str]]:
 
 
 def _site_title(site: str) -> str:
-    """Abbreviates decoder/layers_3/encoder_decoder_attention/key_adapter to dec 3 · cross key."""
+    """Abbreviates 'decoder/layers_3/encoder_decoder_attention/key' to 'dec 3 · cross key'."""
     match = _SITE.fullmatch(site)
     if not match:
         return site
@@ -279,7 +298,8 @@ def _read_metrics(file: AnyPath) -> dict[int, dict[str, Any]]:
     """Returns step -> metrics."""
     rows: dict[int, dict[str, Any]] = {}
     try:
-        # Invalid UTF-8 must not abort reading: outside of strings, its line is reported below.
+        # Invalid UTF-8 must not abort reading. Inside of a JSON string it is harmless; elsewhere,
+        # its line is reported below.
         text = file_io.read_text(file, "surrogateescape")
     except OSError as error:
         raise InputError(f"{file}: expected a file of metrics, got {error.strerror}") from None
@@ -295,23 +315,24 @@ def _read_metrics(file: AnyPath) -> dict[int, dict[str, Any]]:
 
 
 def _window_middles(steps: Sequence[int]) -> np.ndarray:
-    """Returns the middle of the steps that each report covers: those since the last report."""
+    """Returns the middle of the steps that each report covers: those after the previous report."""
     last = np.array(steps, float)
     first = np.array([0, *steps[:-1]]) + 1.0
     return (first + last) / 2
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Returns the mean of each value and up to `width` values on each side, ignoring NaN.
+    """Returns the mean of each value and its neighbors, ignoring values that are not finite.
 
-    Both sides have the same number of values, fewer near the ends: a mean of one side would lag.
+    There are `width` neighbors on each side, fewer near the ends, but always equally many on both
+    sides: a mean over more earlier values than later ones would lag behind a trend.
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    # Differences of cumulative sums take linear time whatever the width.
+    # Differences of cumulative sums take linear time, whatever the width is.
     index = np.arange(len(values))
     widths = np.minimum(width, np.minimum(index, index[::-1]))
     low, high = index - widths, index + widths + 1
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # 0 / 0, hence NaN, where no neighbor is finite
         return (sums[high] - sums[low]) / (counts[high] - counts[low])

@@ -1,10 +1,10 @@
 """Figures that papers publish, each with its source.
 
 "The paper" is arXiv 2309.05444 (MoV, MoLORA). Its figures are quoted second-hand, from a summary by
-others (`PAPER_SOURCE`), since the paper's own tables were not consulted; those of T0 are from two
-model cards. No figure is computed from others. Figures without a source are omitted: the paper's
-accuracies by dataset, its averages for (IA)³, LoRA and MoLORA, its accuracies at 770M and 11B, and
-its shares of trainable parameters for MoLORA-10 and, at 3B, MoV-60.
+others (`PAPER_SOURCE`), since the paper's own tables were not consulted. The figures of T0 come
+from two model cards. No figure is computed from other figures. Figures without a source are
+omitted: the paper's accuracies by dataset, its averages for (IA)³, LoRA and MoLORA, its accuracies
+at 770M and 11B, and its shares of trainable parameters for MoLORA-10 and, at 3B, MoV-60.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ COLUMNS = ("ANLI", "CB", "RTE", "WSC", "WiC", "COPA", "WNG", "HS")
 PAPER_SOURCE = "github.com/Krebbet/wiki-kit, wiki/research/moe-adapters/mov-molora.md"
 _T0_CARD = "huggingface.co/hamishivi/hypertask_T0_"
 
+# The sites at which the paper puts (IA)³ vectors and LoRA pairs, in the order of `adapters.SITES`:
+# `counts` compares them with those of a model.
 _MOV_SITES = ("key", "value", "gate")
 _LORA_SITES = ("query", "key", "value", "out", "wi_0", "wo")
 # Parameters of T5 v1.1 XL and XXL, which the papers call 3B and 11B.
@@ -40,7 +42,7 @@ class PublishedRow:
 
     Attributes:
       name: publication, size and method.
-      method: method as this package names it.
+      method: name that this package gives the method.
       share: trainable parameters in %, as printed.
       measure: 'median' or 'mean' over the prompts of a dataset.
       source: where the figures are quoted from.
@@ -59,13 +61,14 @@ class PublishedRow:
 
 def _t0_row(size: str, *accuracies: float) -> PublishedRow:
     """Returns a row of T0 (arXiv 2110.08207): full fine-tuning of LM-adapted T5 v1.1."""
+    # The cards' averages include StoryCloze, a ninth dataset, so `average` stays None.
     by_column = dict(zip(COLUMNS, accuracies, strict=True))
     source = f"{_T0_CARD}{size} (model card)"
     return PublishedRow(f"T0 {size}", "full", "100", "mean", source, by_column)
 
 
 def _paper_row(method: str, share: str, average: float) -> PublishedRow:
-    """Returns a row of arXiv 2309.05444 with LM-adapted T5 v1.1 XL."""
+    """Returns a row of arXiv 2309.05444: a method on LM-adapted T5 v1.1 XL, the paper's 3B."""
     name = f"paper 3B {method}"
     return PublishedRow(name, method, share, "median", PAPER_SOURCE, average=average)
 

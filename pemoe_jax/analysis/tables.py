@@ -1,4 +1,4 @@
-"""Tables of text, printed on the terminal, as Markdown or as CSV."""
+"""Tables of text: printed on a terminal, as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 MISSING = "–"
-# Title of the number of shots that did not fit, summed over the examples.
+# Heading of the number of shots that did not fit, summed over the examples.
 SHOTS_LEFT_OUT = "shots left out"
 
 
@@ -26,7 +26,7 @@ class Table:
       columns: the columns' headings.
       rows: the cells.
       footer: rows below a rule.
-      notes: sentences that are printed after all tables.
+      notes: sentences about the table; a note that several tables have is printed once.
       num_text: number of leading columns that are aligned to the left; the others hold numbers.
     """
 
@@ -41,8 +41,8 @@ class Table:
 def to_csv(lines: Iterable[Iterable[object]]) -> str:
     """Returns lines of cells as CSV.
 
-    Text that a spreadsheet would run as a formula begins with an apostrophe: names of runs and
-    tasks may be those of other people.
+    An apostrophe is put in front of text that a spreadsheet would run as a formula: names of runs
+    and tasks may come from files of other people.
     """
     text = io.StringIO()
     # csv ends lines with \r\n by default, which shell tools take for a part of the last field.
@@ -55,7 +55,7 @@ def _escape_formula(cell: object) -> object:
     if not isinstance(cell, str) or not cell.lstrip().startswith(("=", "+", "-", "@")):
         return cell
     try:
-        float(cell)  # a number that is formatted
+        float(cell)  # a formatted number, such as "-1.50", is no formula
     except ValueError:
         return f"'{cell}"
     return cell
@@ -74,6 +74,7 @@ def markdown_table(table: Table) -> str:
     is_text = [i < table.num_text for i in range(len(table.columns))]
     # Some Markdown dialects need at least three characters in the line below the header.
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    # The colon marks the side that a column is aligned to.
     rule = [
         ":".ljust(width, "-") if left else ":".rjust(width, "-")
         for width, left in zip(widths, is_text, strict=True)
@@ -108,11 +109,11 @@ def print_tables(tables: Sequence[Table], as_markdown: bool = False) -> None:
 
 
 def format_share(part: int, whole: int) -> str:
-    """Returns `part / whole` in %, with more digits for small shares: 0.019 %, 0.32 %, 100 %."""
+    """Returns `part / whole` in %, with more decimals for small shares: 0.019 %, 0.32 %, 12.3 %."""
     if part == 0 or whole == 0:
         return "0 %"
     if part == whole:
-        return "100 %"
+        return "100 %"  # other shares have decimals, also those that round to 100.0 %
     percent = 100 * part / whole
     digits = 4 if percent < 0.01 else 3 if percent < 0.1 else 2 if percent < 10 else 1
     return f"{percent:.{digits}f} %"
@@ -121,10 +122,16 @@ def format_share(part: int, whole: int) -> str:
 def format_scaled(number: float, units: Sequence[str] = ("", "k", "M", "G", "T", "P", "E")) -> str:
     """Returns a number with three digits and a decimal unit: 1,234,567 -> '1.23 M'."""
     unit = 0
+    # The limits are those that round up: 999.5 to 1.00 k, 99.5 to 100, 9.95 to 10.0.
     while number >= 999.5 and unit < len(units) - 1:
         number, unit = number / 1000, unit + 1
     digits = 0 if number >= 99.5 or unit == 0 else 1 if number >= 9.95 else 2
     return f"{number:.{digits}f} {units[unit]}".rstrip()
+
+
+def format_bytes(number: float) -> str:
+    """Returns a number of bytes with three digits and a decimal unit: 1,234,567 -> '1.23 MB'."""
+    return format_scaled(number, ("B", "kB", "MB", "GB", "TB"))
 
 
 def _distinct_notes(tables: Iterable[Table]) -> list[str]:
@@ -132,14 +139,15 @@ def _distinct_notes(tables: Iterable[Table]) -> list[str]:
 
 
 def _split_columns(table: Table, width: int) -> list[list[int]]:
-    """Splits the columns into the fewest groups that fit `width`; the first column is in all."""
+    """Splits columns into the fewest groups that fit `width`; each group has the first column."""
     lines = [table.columns, *table.rows, *table.footer]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     others = range(1, len(widths))
     # If even single columns do not fit, the loop ends with one per group, and rich folds the cells.
     for group_count in range(1, len(widths)):
-        size = -(-len(others) // group_count)
+        size = -(-len(others) // group_count)  # rounded up
         groups = [[0, *others[i : i + size]] for i in range(0, len(others), size)]
+        # rich puts two spaces between columns.
         if all(sum(widths[i] + 2 for i in group) - 2 <= width for group in groups):
             break
     return groups

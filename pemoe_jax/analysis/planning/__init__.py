@@ -1,1 +1,1 @@
-"""Memory, collectives and FLOPs of a train step on any mesh, from compiling it: `pemoe plan`."""
+"""Plans a train step for `pemoe plan`: compiles it for any mesh, reads memory and communication."""

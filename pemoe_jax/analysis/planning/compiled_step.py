@@ -24,12 +24,15 @@ from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.params import PyTree
 
-# Depths at which a deeper stack is compiled, to extrapolate from; whole periods of sparse models.
+# Numbers of layers with which a deep stack is compiled, to extrapolate its cost from both. In a
+# sparse model, `compiled_depths` raises them to whole periods of dense and sparse layers.
 SHALLOW, DEEPER = 2, 4
 
-# These make the CPU compiler allocate as an accelerator's would: its schedule saves memory, it does
-# not widen products to float32, and it does not merge the recomputation of `jax.checkpoint` with
-# the original computation. LLVM's optimizations affect none of these and only take time.
+# Let XLA's CPU compiler allocate memory as an accelerator's compiler would. Line by line:
+# - It schedules operations so that they need little memory.
+# - It does not widen products to float32, and does not merge what `jax.checkpoint` recomputes with
+#   the original computation.
+# - It skips LLVM's optimizations (two lines), which only take time: no machine code runs.
 _COMPILER_OPTIONS: dict[str, str | bool] = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "change-op-data-type,cse_barrier_expander",
@@ -46,8 +49,8 @@ class TrainStep:
       model: network with its adapters.
       trainable: patterns of the parameters that train.
       optimizer: optimizer of the trainable parameters.
-      batch_size: B, over all devices.
-      lengths: lengths of inputs and targets in packed rows.
+      batch_size: B, the number of rows in a batch over all devices.
+      lengths: numbers of input and target tokens of a packed row.
       microbatches: number of microbatches per batch.
       frozen_dtype: dtype of frozen matrices, one of `quantized.FROZEN_DTYPES`.
     """
@@ -80,17 +83,17 @@ class StepArguments:
 def estimate_cost(step: TrainStep, layout: MeshLayout, every_layer: bool = False) -> StepCost:
     """Compiles a step for a mesh and reads its cost on each device.
 
-    The layers of a stack repeat: all are alike, or every period of a sparse model is. A deep model
-    is compiled with 2 and with 4 layers, and the cost of the others is extrapolated, which saves
-    minutes and gigabytes at XXL.
+    The layers of a stack cost the same, or each period of a sparse model does. A deep model is
+    therefore compiled with 2 and with 4 layers, and the cost of its other layers is extrapolated,
+    which saves minutes and gigabytes at XXL.
 
     Args:
       step: the train step.
-      layout: the mesh, with at most as many devices as jax has.
+      layout: the mesh, with at most as many devices as this process has (virtual CPU devices).
       every_layer: whether to compile all layers of a deep model.
 
     Raises:
-      InputError: see `make_mesh`.
+      InputError: the mesh has too many devices, or does not divide the batch.
     """
     mesh = make_mesh(step, layout)
     arguments = abstract_arguments(step, mesh, layout.fsdp)
@@ -124,7 +127,11 @@ def estimate_cost(step: TrainStep, layout: MeshLayout, every_layer: bool = False
 
 
 def make_mesh(step: TrainStep, layout: MeshLayout) -> Mesh:
-    """Returns a mesh of virtual devices; raises InputError if it does not fit them or the batch."""
+    """Returns a mesh of virtual devices.
+
+    Raises:
+      InputError: there are too few devices, or they do not divide the batch.
+    """
     devices = jax.devices("cpu")
     if len(devices) < layout.devices:
         raise InputError(
@@ -136,7 +143,7 @@ def make_mesh(step: TrainStep, layout: MeshLayout) -> Mesh:
 
 
 def abstract_arguments(step: TrainStep, mesh: Mesh, fsdp: bool = False) -> StepArguments:
-    """Returns the train state, frozen parameters and a packed batch as abstract arrays."""
+    """Returns the arguments of a step: train state, frozen parameters and a packed batch."""
     model = step.model
     shapes = params_lib.flatten(network.param_shapes(model))
     shardings = partitioning.param_shardings(
@@ -155,9 +162,10 @@ def abstract_arguments(step: TrainStep, mesh: Mesh, fsdp: bool = False) -> StepA
     arrays = params_lib.unflatten({path: abstract(path) for path in shapes})
     params, frozen = params_lib.split(arrays, step.trainable)
     if model.config.scan_layers:
+        # As `pemoe train` stacks frozen layers before the loop over them.
         frozen = network.stack_layers(model, frozen, stacks.stack_abstract)
     state = jax.eval_shape(lambda p: steps.TrainState.create(p, step.optimizer), params)
-    # eval_shape drops shardings.
+    # `eval_shape` drops shardings, so they are set on the result.
     state = jax.tree.map(
         lambda leaf, sharding: leaf.update(sharding=sharding),
         state,
@@ -174,7 +182,8 @@ def compile_step(
     model = step.model
     if jnp.dtype(model.config.dtype) == jnp.bfloat16:
         config = copy.copy(model.config)
-        # Assigning bypasses the check of T5Config, which rejects float16: it overflows in training.
+        # T5Config rejects float16, which overflows in training. Nothing is computed here, so the
+        # check is bypassed by setting the attribute of a copy.
         object.__setattr__(config, "dtype", "float16")
         model = model.clone(config=config)
     train_step = steps.make_train_step(
@@ -187,6 +196,7 @@ def compile_step(
     rng = jax.eval_shape(lambda: jax.random.key(0))
     rng = rng.update(sharding=partitioning.replicated_sharding(mesh))
     with partitioning.use_mesh(mesh, partitioning.axis_rules(fsdp)):
+        # jit adds `lower`, which the type of `make_train_step`, a plain callable, does not have.
         lowered = train_step.lower(arguments.state, arguments.frozen, arguments.batch, rng)  # type: ignore[attr-defined]
         return compile_lowered(lowered, **options)
 
@@ -199,21 +209,26 @@ def compile_lowered(lowered: jax.stages.Lowered, **options: str | bool) -> jax.s
 def compiled_depths(
     config: network.T5Config, every_layer: bool = False, period: int = 1
 ) -> list[tuple[int, int]]:
-    """Returns (encoder, decoder) layers of the models to compile: the whole one, or small ones.
+    """Returns (encoder, decoder) numbers of layers to compile: the whole model, or small models.
 
-    `period` is the number of layers after which layers repeat.
+    Args:
+      config: dimensions of the whole model.
+      every_layer: whether to compile the whole model at any depth.
+      period: number of layers after which layers repeat, see `network.layer_period`.
     """
     encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
-    shallow = -(-SHALLOW // period) * period
+    shallow = -(-SHALLOW // period) * period  # rounded up to whole periods
     deeper = max(DEEPER, 2 * shallow)
     # Scanned layers are one loop, which compiles equally fast at any depth.
     if every_layer or config.scan_layers or max(encoder, decoder) <= deeper:
         return [(encoder, decoder)]
     first = (min(encoder, shallow), min(decoder, shallow))
+    # Equal stacks grow together: their summed cost is linear in the depth, one compilation less.
     if encoder == decoder:
         return [first, (deeper, deeper)]
     last = (min(encoder, deeper), min(decoder, deeper))
-    # A stack of at most `shallow` layers yields no further depth.
+    # One stack is deepened at a time. For a stack of at most `shallow` layers, this is `first`
+    # again, which the dict drops.
     return list(dict.fromkeys([first, (last[0], first[1]), (first[0], last[1])]))
 
 
@@ -227,9 +242,9 @@ def extrapolate(
     start = depths[0]
     totals = {}
     for name in dict.fromkeys(name for values in measured for name in values):
-        total = base = measured[0].get(name, 0)
+        total = base = measured[0].get(name, 0)  # a program may lack a kind of collectives
         for depth, values in zip(depths[1:], measured[1:], strict=True):
-            # A further depth differs in one stack, or equally in both if they are equally deep.
+            # Each further depth differs from the first in one stack, or by as many layers in both.
             stack = 0 if depth[0] != start[0] else 1
             per_layer = (values.get(name, 0) - base) / (depth[stack] - start[stack])
             total += per_layer * (goal[stack] - start[stack])
@@ -252,7 +267,7 @@ def model_flops(step: TrainStep) -> flops.StepFlops:
 
 
 def bytes_per_device(tree: PyTree) -> int:
-    """Returns the bytes of (abstract) arrays on one device, from their shardings."""
+    """Returns the bytes of a tree of (abstract) arrays on one device, by their shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -265,7 +280,7 @@ def _abstract_batch(step: TrainStep, mesh: Mesh) -> dict[str, jax.ShapeDtypeStru
     widths = {"encoder_input_tokens": inputs, "decoder_input_tokens": targets}
     widths |= {"decoder_target_tokens": targets, "decoder_loss_weights": targets}
     if "sentence" in _router_reads(step.model).values():
-        # A row has one embedding, so it holds one example: no segments.
+        # A row has one sentence embedding, so it holds one example and needs no segments.
         widths["sentence_embeddings"] = step.model.config.sentence_dim or step.model.config.emb_dim
     else:
         for stack, length in (("encoder", inputs), ("decoder", targets)):
@@ -292,20 +307,20 @@ def _as_float16(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _measure(step: TrainStep, mesh: Mesh, fsdp: bool) -> dict[str, float]:
-    """Returns the quantities that grow linearly with the number of layers."""
+    """Compiles a step and returns the quantities that grow linearly with the number of layers."""
     compiled = compile_step(step, mesh, fsdp)
     text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
     # jax returns None on backends without an analysis; the CPU backend has all of them.
     assert text is not None and memory is not None and cost is not None
     program = hlo.parse(text)
-    once, total = hlo.matrix_product_flops(program)
+    product_flops_once, product_flops = hlo.matrix_product_flops(program)
     measured: dict[str, float] = {
         # Outputs that do not reuse the memory of a donated argument are temporaries too.
         "temporaries": memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
-        # XLA's analysis counts the body of a loop once.
-        "flops": cost["flops"] + total - once,
+        # XLA's analysis counts the body of a loop once, also in a loop over layers or microbatches.
+        "flops": cost["flops"] + product_flops - product_flops_once,
     }
     for kind, (arrays, size) in hlo.collectives(program).items():
         measured |= {f"{kind} arrays": arrays, f"{kind} bytes": size}

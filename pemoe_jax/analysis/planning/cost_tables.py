@@ -1,7 +1,7 @@
-"""The cost of a train step on each device, and its tables.
+"""The cost of a train step on each device, its tables and its JSON file.
 
-Imports no jax: `pemoe plan` parses meshes with this module to set the number of virtual devices,
-which jax reads from the environment.
+This module imports no jax, since `pemoe plan` parses meshes with it before jax starts: their sizes
+set the number of virtual devices, which jax reads from the environment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pemoe_jax.analysis.planning.flops import StepFlops
 from pemoe_jax.analysis.planning.hlo import COLLECTIVES
-from pemoe_jax.analysis.tables import MISSING, Table, format_scaled
+from pemoe_jax.analysis.tables import MISSING, Table, format_bytes, format_scaled
 from pemoe_jax.core.errors import InputError
 
 # Parts of a device's memory, in the order of the table.
@@ -26,17 +26,17 @@ _NOTE_ON_MEMORY = (
 )
 _NOTE_ON_COLLECTIVES = (
     "Collectives: number of arrays and their bytes on each device in a step; XLA combines small"
-    " arrays. The compilers for TPUs and GPUs reduce a sum once where the CPU compiler reduces each"
-    " of its terms."
+    " arrays. For a sum of products, the CPU compiler reduces each term; the compilers for TPUs and"
+    " GPUs reduce the sum."
 )
 _NOTE_ON_FLOPS = (
-    "FLOPs: those of the compiled program, on each device, and on all devices as a multiple of the"
-    " model's: its matrix products by formula, with the gradients of activations and of trainable"
-    " weights. Tokens: inputs and targets."
+    "FLOPs: those of the compiled program on each device. Multiple: the FLOPs of all devices,"
+    " divided by the model's, which are its matrix products by formula, with the gradients of"
+    " activations and of trainable weights. Tokens: inputs and targets."
 )
 _NOTE_ON_PLACES = (
-    "Experts: the parts count the experts that a token uses; the last line counts all places of the"
-    " experts, which they compute in training whether they hold a token or not."
+    "Experts: the parts count the experts that a token uses. The last line counts all places of the"
+    " experts, which are computed in training whether they hold a token or not."
 )
 
 
@@ -72,7 +72,7 @@ class MeshLayout:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Cost of a train step on one mesh. The fields are keys of the JSON file.
+    """Cost of a train step on one mesh. The fields are keys of `pemoe plan`'s JSON file.
 
     Attributes:
       layout: name of the mesh, such as '4x8' or '32x1 FSDP'.
@@ -82,7 +82,7 @@ class StepCost:
       flops: FLOPs of the compiled step on a device.
       model_flops: FLOPs of the model for the whole batch, by formula.
       tokens: number of input and target tokens in the batch.
-      compiled: description of the compiled programs.
+      compiled: which numbers of layers were compiled, as text.
     """
 
     layout: str
@@ -102,7 +102,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Chip:
-    """A device with its memory in bytes."""
+    """A kind of device, with its memory in bytes."""
 
     name: str
     memory: int
@@ -111,8 +111,8 @@ class Chip:
 def to_tables(title: str, costs: Sequence[StepCost], chip: Chip | None) -> list[Table]:
     """Returns a table of costs with a column for each mesh, and a table of the model's FLOPs."""
     columns = ["on each device", *(cost.layout for cost in costs)]
-    rows = [[name, *(_bytes(cost.memory[name]) for cost in costs)] for name in MEMORY]
-    rows.append(["peak", *(_bytes(cost.peak) for cost in costs)])
+    rows = [[name, *(format_bytes(cost.memory[name]) for cost in costs)] for name in MEMORY]
+    rows.append(["peak", *(format_bytes(cost.peak) for cost in costs)])
     if chip:
         rows.append([f"of {chip.name}", *(_share(cost.peak, chip) for cost in costs)])
     for kind in COLLECTIVES:
@@ -122,6 +122,7 @@ def to_tables(title: str, costs: Sequence[StepCost], chip: Chip | None) -> list[
     rows.append(["multiple of the model's FLOPs", *(_overhead(cost) for cost in costs)])
     notes = [_NOTE_ON_MEMORY, _NOTE_ON_COLLECTIVES, _NOTE_ON_FLOPS]
     notes += list(dict.fromkeys(f"Compiled: {cost.compiled}." for cost in costs))
+    # The model's FLOPs are the same on all meshes.
     return [Table(title, columns, rows, notes=notes), _model_flops_table(costs[0])]
 
 
@@ -158,15 +159,11 @@ def _model_flops_table(cost: StepCost) -> Table:
     )
 
 
-def _bytes(number: float) -> str:
-    return format_scaled(number, ("B", "kB", "MB", "GB", "TB"))
-
-
 def _collective(arrays_and_bytes: tuple[int, int] | None) -> str:
     if not arrays_and_bytes:
         return MISSING
     arrays, size = arrays_and_bytes
-    return f"{arrays:,} × · {_bytes(size)}"
+    return f"{arrays:,} × · {format_bytes(size)}"
 
 
 def _share(peak: int, chip: Chip) -> str:
@@ -176,7 +173,7 @@ def _share(peak: int, chip: Chip) -> str:
 
 def _overhead(cost: StepCost) -> str:
     """Returns the FLOPs of all devices as a multiple of the model's."""
-    # Remat, and work that is replicated instead of sharded, raise it above 1; the empty places of
-    # experts do not, as the method needs them.
+    # It exceeds 1 by what rematerialization recomputes, and by work that devices replicate instead
+    # of sharing it. Empty places of experts do not raise it: the method computes them on any mesh.
     total = cost.model_flops.with_places or cost.model_flops.total
     return f"{cost.flops * cost.devices / total:.2f} ×"

@@ -1,12 +1,13 @@
 """FLOPs of a train step by formula: its matrix products, from the shapes of the parameters.
 
 For each token, a matrix [m, n] takes 2·m·n FLOPs forward, as many for the gradient of its input,
-and as many for its own gradient if it trains. The two products of attention have no parameters;
-they take 4·Lq·Lk·H·K FLOPs per row forward, twice that backward. Elementwise operations are not
-counted.
+and as many for its own gradient if it trains. Attention also has two products without parameters,
+of queries with keys and of probabilities with values. In a row of Lq queries and Lk keys, with H
+heads of size K, they take 4·Lq·Lk·H·K FLOPs forward and twice that backward. Elementwise operations
+are not counted.
 
-A token of a sparse layer passes through k of its E experts. What a device computes is another
-number: E experts have C places each, whether they hold a token or not. Both are given.
+A sparse layer has two counts. A token passes through k of its E experts, which is the method's
+count. A device computes all of the E experts' C places, whether they hold a token or not.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
     from pemoe_jax.core.network import T5Config
     from pemoe_jax.core.sparse import Sparse
 
-_EXPERT = "/mlp/expert/"
+_EXPERT = "/mlp/expert/"  # in the paths of stacked experts, [E, …], but not of their router
 NOTE_ON_FLOPS = (
-    "FLOPs: matrix products of an input token and of a target token together, forward, without"
-    " those between tokens."
+    "FLOPs: matrix products of the forward pass for an input token and a target token together,"
+    " without those between tokens."
 )
 NOTE_ON_TOKENS = (
-    "activated: the parameters that a token uses, k of E experts in each sparse layer and all"
-    " others (for experts that choose tokens, as many as choose a token on average)."
-    f" {NOTE_ON_FLOPS} With places: what sparse layers compute in training, E experts with C places"
-    " each, filled or not."
+    "activated: the parameters that a token uses: k of E experts in each sparse layer (or as many"
+    " as choose a token on average, if experts choose tokens), and all parameters of other layers."
+    f" {NOTE_ON_FLOPS} With places: the same for what sparse layers compute in training, E experts"
+    " with C places each, filled or not."
 )
 
 
@@ -42,11 +43,11 @@ class StepFlops:
 
     Attributes:
       forward: forward pass of the base's matrices and of attention.
-      backward: gradients of their activations.
+      backward: gradients of the activations in this forward pass.
       weights: gradients of the base's trainable weights.
       adapters: adapters and their routers, forward and backward.
-      with_places: the sum of all parts where the experts of sparse layers compute all their places;
-        None for a dense model.
+      with_places: the total if the experts of sparse layers compute all their places; None for a
+        dense model.
     """
 
     forward: int
@@ -74,24 +75,30 @@ def train_step_flops(
     """Computes the FLOPs of a train step.
 
     Args:
-      shapes: path -> array or shape, of all parameters.
-      rows: B.
+      config: dimensions of the model.
+      shapes: path -> array or shape of every parameter.
+      trainable: paths of the parameters that train.
+      rows: B, the number of rows of a batch.
+      lengths: numbers of input and target tokens of a row.
       router_reads: site -> `Router.reads`: 'x', 'y', 'sentence', or None for the default of the
         expert module.
       examples: number of examples of equal length packed into a row; each attends to itself only.
-      sparse: settings of the sparse layers; their groups are those of one device.
+      sparse: settings of the sparse layers; groups of tokens are those of one device.
     """
     inputs, targets = lengths
+    # Pairs of a query and a key: the decoder attends to targets and to inputs. Masked pairs are
+    # computed, so they count: causal attention does not halve them.
     pairs = config.num_encoder_layers * inputs * inputs
     pairs += config.num_decoder_layers * targets * (targets + inputs)
     attention = 4 * rows * pairs * config.num_heads * config.head_dim // examples
 
     def step_flops(by_places: bool) -> StepFlops:
-        groups = [_group_tokens(sparse, rows, length) if sparse else 0 for length in lengths]
+        groups = [tokens_per_group(sparse, rows, length) if sparse else 0 for length in lengths]
         forward = weights = adapters = 0
         for path, leaf in shapes.items():
             tokens = (rows * inputs, rows * targets)
             products = _multiplications(path, leaf.shape, shapes, tokens, rows, router_reads)
+            # `used_share` ignores the group for parameters that are not experts.
             group = groups[0 if path.startswith("encoder/") else 1]
             flops = round(2 * products * used_share(path, sparse, group if by_places else None))
             if "_adapter/" in path:
@@ -107,24 +114,34 @@ def train_step_flops(
 
 
 def used_share(path: str, sparse: Sparse | None, group_tokens: int | None = None) -> float:
-    """Returns the share of a parameter that a token uses: 1, or its experts / E.
+    """Returns the share of a parameter that a token is multiplied by: 1, or less for experts.
 
     Args:
-      group_tokens: the number of tokens of a group, for what is computed in all places of the
-        experts; None for the experts that a token uses.
+      path: path of the parameter; the experts of a layer are stacked in one.
+      sparse: settings of the sparse layers; None for a dense model.
+      group_tokens: T, the number of tokens of a group, to count all places of the experts; None
+        counts the experts that a token uses.
     """
     if sparse is None or _EXPERT not in path:
         return 1.0
+    by_choice = sparse.top_k / sparse.num_experts
     experts_choose = sparse.routing == "experts" and path.startswith("encoder/")
-    tokens = group_tokens
-    if tokens is None and experts_choose and sparse.capacity is None:
-        tokens = 1000 * sparse.num_experts  # so many that C is not rounded
-    places = None if tokens is None else sparse.group_capacity(tokens, deterministic=False)
-    if experts_choose and places is not None and tokens is not None:
-        return min(places, tokens) / tokens
-    if places is None or tokens is None or places >= tokens:  # no limit: only tokens are computed
-        return sparse.top_k / sparse.num_experts
-    return places / tokens
+    if group_tokens is None and experts_choose:
+        group_tokens = _large_group(sparse)
+    if group_tokens is None:
+        return by_choice
+    places = sparse.group_capacity(group_tokens, deterministic=False)
+    if places is None:
+        return by_choice
+    if experts_choose:  # an expert chooses each token at most once
+        return min(places, group_tokens) / group_tokens
+    # With a place for every token there is no limit, and only chosen places are computed.
+    return by_choice if places >= group_tokens else places / group_tokens
+
+
+def _large_group(sparse: Sparse) -> int | None:
+    """Returns a number of tokens for which C is not rounded; None if C does not depend on it."""
+    return 1000 * sparse.num_experts if sparse.capacity is None else None
 
 
 def token_flops(
@@ -134,38 +151,52 @@ def token_flops(
 ) -> tuple[int, int]:
     """Returns the forward FLOPs of an input token and a target token, without attention's products.
 
-    The second number counts all places of the experts, for groups so large that C is not rounded.
+    Returns:
+      The FLOPs with the experts that a token uses, and those with all places of the experts in
+      groups so large that C is not rounded. Both are equal for a fixed `Sparse.capacity`, whose
+      places per token depend on the size of a group.
     """
-    totals = [0.0, 0.0]
-    group = None
-    if sparse is not None and sparse.capacity is None:
-        group = 1000 * sparse.num_experts
+    by_choice = by_places = 0.0
+    group = None if sparse is None else _large_group(sparse)
     for path, leaf in shapes.items():
         flops = 2 * _multiplications(path, leaf.shape, shapes, (1, 1), 1, router_reads)
-        totals[0] += flops * used_share(path, sparse)
-        totals[1] += flops * used_share(path, sparse, group)
-    return round(totals[0]), round(totals[1])
+        by_choice += flops * used_share(path, sparse)
+        by_places += flops * used_share(path, sparse, group)
+    return round(by_choice), round(by_places)
 
 
 def used_parameters(shapes: Mapping[str, HasShape], sparse: Sparse | None = None) -> int:
-    """Returns the number of parameters that a token uses, an input token and a target token."""
+    """Returns the number of parameters that an input token and a target token use together."""
     return round(sum(math.prod(s.shape) * used_share(p, sparse) for p, s in shapes.items()))
 
 
 def describe_router_reads(adapters: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
     """Returns site -> `Router.reads` from a description by `core.adapters.describe`."""
-    return {site: a["router"]["reads"] for site, a in adapters.items() if a.get("router")}
+    return {
+        site: adapter["router"]["reads"]
+        for site, adapter in adapters.items()
+        if adapter.get("router")
+    }
 
 
-def _group_tokens(sparse: Sparse, rows: int, length: int) -> int:
-    """Returns the number of tokens of a group on one device."""
+def tokens_per_group(sparse: Sparse, rows: int, length: int, devices: int = 1) -> int:
+    """Returns the size of a group, the tokens among which an expert's places are shared.
+
+    Args:
+      sparse: settings of the sparse layers.
+      rows: B, over all devices.
+      length: number of tokens of a row.
+      devices: number of parts that the mesh divides a batch into.
+    """
     if sparse.group == "row":
         return length
-    from pemoe_jax.core import dispatch
+    from pemoe_jax.core import dispatch  # imports jax, which `cost_tables` does without
 
-    more_rows, more_columns = dispatch.group_padding(rows, length, sparse.num_experts)
+    # As `core.experts` forms T5X's groups: padding makes the tokens a multiple of the groups.
+    multiple = devices * sparse.num_experts
+    more_rows, more_columns = dispatch.group_padding(rows, length, multiple)
     tokens = (rows + more_rows) * (length + more_columns)
-    return tokens // dispatch.num_groups(tokens, int(sparse.group), sparse.num_experts)
+    return tokens // dispatch.num_groups(tokens, int(sparse.group), multiple)
 
 
 def _multiplications(
@@ -176,7 +207,7 @@ def _multiplications(
     rows: int,
     router_reads: Mapping[str, str | None],
 ) -> int:
-    """Returns how many multiplications with activations a parameter takes in a batch."""
+    """Returns how often elements of a parameter are multiplied by an activation in a batch."""
     size = math.prod(shape)
     # Keys and values of cross-attention are projections of the encoder's output.
     reads_inputs = path.startswith("encoder/") or re.search(
@@ -187,9 +218,10 @@ def _multiplications(
         site = path.removesuffix("_adapter/router/kernel").rpartition("/")[2]
         vectors = shapes.get(path.replace("/router/kernel", "/vectors"))
         vectors_shape: tuple[int, ...] = () if vectors is None else vectors.shape
+        # The defaults of VectorExperts and LoRAExperts.
         reads = router_reads.get(site) or ("y" if vectors_shape else "x")
         if reads == "sentence":
-            return size * rows
+            return size * rows  # one embedding for each row
         # MoV at key and value: vectors [H, E, K], and one kernel [K, E] applied to each head.
         is_by_head = reads == "y" and len(vectors_shape) == 3
         return by_tokens * (vectors_shape[0] if is_by_head else 1)
@@ -200,5 +232,5 @@ def _multiplications(
     if path.endswith(("/kernel", "/lora_a", "/lora_b")):
         return by_tokens
     if path == "token_embedder/embedding" and "decoder/logits_dense/kernel" not in shapes:
-        return by_tokens  # the logits layer too
+        return by_tokens  # the logits of T5 1.0, which shares the embedding with them
     return 0  # embedding lookups, norm scales and position biases

@@ -1,7 +1,7 @@
 """Collectives and matrix products of a compiled program, read from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once and does not report collectives. The text is
-one device's program; it states how often each loop runs.
+XLA's own cost analysis counts the body of a loop once and does not report collectives. The HLO text
+is the program of one device, and states how often each loop runs.
 """
 
 from __future__ import annotations
@@ -11,24 +11,34 @@ import re
 from dataclasses import dataclass
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# These call a computation of two scalars, such as an addition: nothing to count in it.
+# These operations call a computation on two scalars, such as an addition, with nothing to count.
 _SCALAR_CALLERS = (*COLLECTIVES, "reduce", "scatter", "sort", "reduce-window")
 
-# "%name (parameters) -> shape {" begins a computation, "ENTRY %name …" the main one.
+# "%name (parameters) -> shape {" begins a computation; the main one has "ENTRY" in front.
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
+# "  %name = shape opcode(operands), attributes"
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+# An array in a shape, such as "bf16[8,128]": dtype and dimensions.
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+# Computations that an instruction runs. The condition of a loop, on scalars, is left out.
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.-]+)")
 _TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CONTRACTING_DIMS = re.compile(r"lhs_contracting_dims=\{([0-9,]*)\}")
-# Two notations: [groups,size]<=[...] and {{0,1},{2,3}}.
+# Devices that communicate, in one of two notations: [groups,size]<=[...] or {{0,1},{2,3}}.
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([0-9,]*)\})")
 _NAME = re.compile(r"%([\w.-]+)")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a program: name and shape of the result, operation, operands and attributes."""
+    """One line of a program.
+
+    Attributes:
+      name: name of the result.
+      shape: shape of the result, or a tuple of shapes.
+      opcode: the operation, such as 'dot'.
+      rest: operands and attributes, as text.
+    """
 
     name: str
     shape: str
@@ -38,7 +48,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """The computations of a compiled program by name, and how often each one runs."""
+    """A compiled program: its computations, and how often each runs, both by name."""
 
     computations: dict[str, list[Instruction]]
     run_counts: dict[str, int]
@@ -64,8 +74,9 @@ def parse(text: str) -> Program:
 def collectives(program: Program) -> dict[str, tuple[int, int]]:
     """Returns kind -> (arrays, bytes) of one run of the program.
 
-    Bytes are those of whole arrays: the output of an all-reduce, all-gather, all-to-all or
-    permutation on a device, and the input of a reduce-scatter. XLA may combine several arrays.
+    The bytes of an all-reduce, all-gather, all-to-all or permutation are those of its output on a
+    device; the bytes of a reduce-scatter are those of its input. XLA may combine several arrays in
+    one instruction, in which each is counted.
     """
     totals: dict[str, tuple[int, int]] = {}
     for name, runs in program.run_counts.items():
@@ -73,7 +84,7 @@ def collectives(program: Program) -> dict[str, tuple[int, int]]:
             kind = instruction.opcode
             if kind not in COLLECTIVES:
                 continue
-            # The tuple of an all-to-all lists the parts of one array.
+            # An all-to-all has a tuple of the parts of one array, others a tuple of several arrays.
             arrays = 1 if kind == "all-to-all" else len(_ARRAY.findall(instruction.shape))
             size = shape_bytes(instruction.shape)
             # The output of a reduce-scatter is one shard of its input.
@@ -85,7 +96,7 @@ def collectives(program: Program) -> dict[str, tuple[int, int]]:
 
 
 def matrix_product_flops(program: Program) -> tuple[int, int]:
-    """Returns the FLOPs of the matrix products: each counted once, and as often as it runs."""
+    """Returns the FLOPs of all matrix products, counting each once, and as often as it runs."""
     once = total = 0
     for name, runs in program.run_counts.items():
         instructions = program.computations.get(name, [])
@@ -96,6 +107,7 @@ def matrix_product_flops(program: Program) -> tuple[int, int]:
             lhs_dims = _dims(shapes[_NAME.findall(instruction.rest)[0]])
             contracting = _numbers(_CONTRACTING_DIMS.findall(instruction.rest)[0])
             contracted = math.prod(lhs_dims[axis] for axis in contracting)
+            # A multiplication and an addition for each element of the output and contracted index.
             flops = 2 * math.prod(_dims(instruction.shape)) * contracted
             once += flops
             total += flops * runs
@@ -112,12 +124,14 @@ def shape_bytes(shape: str) -> int:
 def _add_runs(
     computations: dict[str, list[Instruction]], name: str, runs: int, run_counts: dict[str, int]
 ) -> None:
+    """Adds `runs` runs of a computation, and of those that it calls, to `run_counts`."""
     # The runs of a computation with several callers add up.
     run_counts[name] = run_counts.get(name, 0) + runs
     for instruction in computations.get(name, ()):
         if instruction.opcode in _SCALAR_CALLERS:
             continue
         match = _TRIP_COUNT.search(instruction.rest) if instruction.opcode == "while" else None
+        # A loop of unknown length counts as one run, and each branch of a conditional too.
         trips = int(match[1]) if match else 1
         for names in _CALLED.findall(instruction.rest) if trips else ():
             for called in _NAME.findall(names):
@@ -133,12 +147,13 @@ def _group_size(rest: str) -> int:
 
 
 def _element_bytes(dtype: str) -> int:
-    """Returns the bytes of an element: f32 4, bf16 2, pred 1, f8e4m3fn 1."""
+    """Returns the bytes of an element: 4 for f32, 2 for bf16, 1 for pred, f8e4m3fn and s4."""
     bits = re.match(r"[a-z]+(\d+)", dtype)
     return max(1, int(bits[1]) // 8) if bits else 1
 
 
 def _dims(shape: str) -> list[int]:
+    """Returns the dimensions of an array, the first one of a tuple."""
     return _numbers(_ARRAY.findall(shape)[0][1])
 
 

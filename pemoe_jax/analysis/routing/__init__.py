@@ -1,1 +1,1 @@
-"""Which experts tasks and tokens use: measurement, metrics, tables, plots and the HTML page."""
+"""Measures which experts tasks and tokens use: totals, metrics, tables, plots and an HTML page."""

@@ -1,7 +1,7 @@
 """Measures the dispatch of sparse layers in training: tokens that experts get, drop and compute.
 
-An evaluation has no capacity limit by default, so it drops nothing. This probe therefore lays out
-examples in rows as a training does, and runs the model in training mode: with the capacity limit,
+Evaluation has no capacity limit by default, so it drops nothing. This probe therefore lays out
+examples in rows as training does, and runs the model in training mode: with the capacity limit,
 GShard's random second expert and jitter, but without dropout.
 
 Shapes: `B` rows of `L` tokens, `E` experts, `T` tasks.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pemoe_jax.analysis.routing import measure
+from pemoe_jax.analysis.routing import probe as probe_lib
 from pemoe_jax.checkpoints import run_settings
 from pemoe_jax.core import network, partitioning, routing, steps
 from pemoe_jax.core import params as params_lib
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 
+# Features whose nonzero ids are the tokens that a stack reads. The decoder's inputs are its targets
+# shifted by one, and begin with the id of padding.
 _STACK_TOKENS = {"encoder": "encoder_input_tokens", "decoder": "decoder_target_tokens"}
 
 
@@ -54,9 +59,9 @@ class DispatchTotals:
     """Counts of each task's tokens at a sparse layer, float32.
 
     Attributes:
-      assigned: [T, E], tokens assigned to an expert, by their choice or by its.
-      placed: [T, E], those of them within the expert's capacity, which it computes.
-      tokens_by_experts: [T, E + 1], tokens that 0, 1, … E experts compute.
+      assigned: [T, E], tokens that chose an expert, or that an expert chose.
+      placed: [T, E], how many of them are within the expert's capacity, so that it computes them.
+      tokens_by_experts: [T, E + 1], tokens that exactly 0, 1, … E experts compute.
     """
 
     assigned: Array | np.ndarray
@@ -69,7 +74,7 @@ Probe = Callable[[params_lib.Params, steps.Batch, Mapping[str, Array], Array, To
 
 
 def read_training_rows(path: str, default: TrainingRows) -> TrainingRows:
-    """Reads the layout of a run's rows from its config.gin; returns `default` if that lacks it."""
+    """Reads the layout of a run's rows from its config.gin; returns `default` if it is missing."""
     settings = run_settings.read_settings(path)
     try:
         lengths = ast.literal_eval(settings["TASK_FEATURE_LENGTHS"])
@@ -82,7 +87,7 @@ def read_training_rows(path: str, default: TrainingRows) -> TrainingRows:
 
 
 def init_totals(sites: Mapping[str, int], num_tasks: int) -> Totals:
-    """Returns zeros for each sparse layer in `sites`, {site: E}."""
+    """Returns totals of zeros for the sparse layers among the sites of {site: E}."""
     return {
         site: DispatchTotals(*(jnp.zeros((num_tasks, n)) for n in (size, size, size + 1)))
         for site, size in sites.items()
@@ -93,13 +98,16 @@ def init_totals(sites: Mapping[str, int], num_tasks: int) -> Totals:
 def make_probe(model: network.Transformer) -> Probe:
     """Returns the jitted `probe(params, batch, task_ids, rng, totals) -> totals`.
 
-    `task_ids` are int32 [B, L] by stack, the task of each token and -1 for padding.
+    `task_ids` are {stack: int32 [B, L]}: the index of each token's task, -1 for padding.
     """
     assert model.sparse is not None
     model = model.clone(
         config=dataclasses.replace(model.config, dropout_rate=0.0),
         sparse=dataclasses.replace(model.sparse, expert_dropout_rate=0.0),
     )
+
+    def sum_by_task(tasks: Array, by_token: Array) -> Array:  # [B, L, T], [B, L, N] -> [T, N]
+        return probe_lib.exact_einsum("blt,ble->te", tasks, by_token.astype(jnp.float32))
 
     def probe(
         params: params_lib.Params,
@@ -112,29 +120,17 @@ def make_probe(model: network.Transformer) -> Probe:
         sown = routing.sown_by_router(collections["intermediates"], "assignments")
         result = {}
         for site, total in totals.items():
-            kinds = sown[site]  # [B, L, E]
+            assignments = sown[site]  # [B, L, E]
             num_tasks, num_experts = total.assigned.shape
             tasks = jax.nn.one_hot(task_ids[site.partition("/")[0]], num_tasks)  # zeros at -1
-            num_placed = jnp.sum(kinds == routing.PLACED, axis=-1)
+            num_placed = jnp.sum(assignments == routing.PLACED, axis=-1)
             by_token = DispatchTotals(
-                assigned=kinds != routing.NOT_ASSIGNED,
-                placed=kinds == routing.PLACED,
+                assigned=assignments != routing.NOT_ASSIGNED,
+                placed=assignments == routing.PLACED,
                 tokens_by_experts=jax.nn.one_hot(num_placed, num_experts + 1),
             )
-            result[site] = jax.tree.map(
-                # GPUs and TPUs multiply with fewer bits by default, which would round the counts.
-                lambda whole, part, tasks=tasks: (
-                    whole
-                    + jnp.einsum(
-                        "blt,ble->te",
-                        tasks,
-                        part.astype(jnp.float32),
-                        precision=jax.lax.Precision.HIGHEST,
-                    )
-                ),
-                total,
-                by_token,
-            )
+            by_task = jax.tree.map(functools.partial(sum_by_task, tasks), by_token)
+            result[site] = jax.tree.map(jnp.add, total, by_task)
         return result
 
     return jax.jit(probe, donate_argnums=(4,))
@@ -143,7 +139,7 @@ def make_probe(model: network.Transformer) -> Probe:
 def training_batches(
     groups: Mapping[str, Sequence[ChoiceGroup]], rows: TrainingRows, batch_size: int
 ) -> Iterator[tuple[packing.Batch, dict[str, np.ndarray]]]:
-    """Yields training batches, and the task ids of their tokens.
+    """Yields batches as in training, with the tasks of their tokens.
 
     Args:
       groups: {task: its examples}, each with its correct choice alone.
@@ -159,9 +155,10 @@ def training_batches(
             sequences = group.inputs, group.choices[0]
             embedding = () if group.sentence_embedding is None else (group.sentence_embedding,)
             examples.append((*sequences, *embedding))
-            # Packed in the same way as the tokens; 0 is padding.
+            # Packing "tokens" that are task numbers in the same way yields the task of each token.
+            # Numbers begin at 1, as 0 is padding.
             tasks.append(tuple(np.full(len(ids), task + 1, np.int32) for ids in sequences))
-    # As in training, a row has examples of several tasks.
+    # As in training, a packed row has examples of several tasks.
     order = np.random.default_rng(0).permutation(len(examples)).tolist()
     layout = rows.lengths, batch_size, rows.pack
     batches = packing.BatchIterator((examples[i] for i in order), *layout, pad_last=True)
@@ -190,10 +187,8 @@ def measure_dispatch(
     """
     if model.sparse is None:
         return {}
-    from pemoe_jax.analysis.routing import measure, probe
-
     probe_batch = make_probe(model)
-    zeros = init_totals(probe.expert_counts(model), len(groups))
+    zeros = init_totals(probe_lib.expert_counts(model), len(groups))
     totals = partitioning.replicate(zeros, mesh)
     correct = {task: [measure.keep_correct_choice(g) for g in groups[task]] for task in groups}
     batches = training_batches(correct, rows, batch_size)
@@ -202,7 +197,7 @@ def measure_dispatch(
             params,
             partitioning.shard_batch(batch, mesh),
             partitioning.shard_batch(task_ids, mesh),
-            jax.random.key(number),
+            jax.random.key(number),  # equal runs draw equal jitter and second experts
             totals,
         )
     totals = jax.device_get(totals)

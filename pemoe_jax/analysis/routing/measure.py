@@ -1,4 +1,7 @@
-"""Selects tasks and routers, reads examples and accumulates router probabilities over them."""
+"""Selects tasks and routers, reads examples and accumulates router probabilities over them.
+
+Functions import jax and seqio when they run, so that `pemoe routes --help` does without them.
+"""
 
 import dataclasses
 import difflib
@@ -21,8 +24,9 @@ if TYPE_CHECKING:
     from pemoe_jax.runtime import progress
     from pemoe_jax.tasks import TaskRoles
 
-DEFAULT_EXAMPLES = 32  # of each task: also short targets then have about a hundred tokens
-_SCORE_SUFFIX = "_score_eval"
+# Examples of each task: even tasks with short targets then have about a hundred target tokens.
+DEFAULT_EXAMPLES = 32
+_SCORE_SUFFIX = "_score_eval"  # of tasks that have a row for each answer choice
 
 
 # --- tasks ---
@@ -33,7 +37,7 @@ def select_tasks(
 ) -> list[str]:
     """Returns the names of the tasks that match, in the order of the patterns.
 
-    A `_score_eval` task is replaced by the task that it scores, unless only the former has data.
+    A `_score_eval` task is replaced by the task whose answers it scores, if that task has data.
 
     Args:
       patterns: names of tasks or mixtures, or shell-style patterns of task names. None: the first
@@ -42,7 +46,7 @@ def select_tasks(
       use_cached: whether tasks are read from seqio's offline caches.
 
     Raises:
-      InputError: a pattern matches nothing, or the tasks have no training and evaluation roles.
+      InputError: a pattern matches no task with data, or the tasks have no roles.
     """
     from pemoe_jax.data import seqio_import
 
@@ -66,6 +70,7 @@ def select_tasks(
 
 
 def _check_patterns(setting: str, kind: str, patterns: object) -> Sequence[str]:
+    """Returns a list of patterns, also for a single one; raises InputError for other values."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise InputError(f"{setting} must be a list of {kind} patterns, got {patterns!r}")
@@ -73,6 +78,7 @@ def _check_patterns(setting: str, kind: str, patterns: object) -> Sequence[str]:
 
 
 def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[str]:
+    """Returns the tasks with data of a mixture, or those among `names` that match a pattern."""
     from pemoe_jax.data import seqio_import, seqio_tasks
 
     if pattern in seqio_import.import_seqio().MixtureRegistry.names():
@@ -92,7 +98,7 @@ def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[s
 
 
 def _available_tasks(names: Sequence[str], use_cached: bool) -> list[str]:
-    """Returns the tasks that have data, the scored task in place of its `_score_eval` task."""
+    """Returns the tasks that have data, with the scored task in place of a `_score_eval` task."""
     from pemoe_jax.data import seqio_import, seqio_tasks
 
     registry = seqio_import.import_seqio().TaskRegistry.names()
@@ -106,6 +112,7 @@ def _available_tasks(names: Sequence[str], use_cached: bool) -> list[str]:
 
 
 def _tasks_by_role(task_roles: "TaskRoles", use_cached: bool) -> list[str]:
+    """Returns the first task with data of each dataset: training datasets, then evaluation ones."""
     if not task_roles.datasets:
         raise InputError(
             "ROUTES_TASKS is not set: pass names of tasks or mixtures (tasks of"
@@ -132,8 +139,8 @@ def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
 def trained_datasets(opened: "models.OpenedModel", task_roles: "TaskRoles") -> set[str] | None:
     """Returns the datasets that a run was trained on.
 
-    Without a record (base models, adapters of other tools), these are the registered training
-    datasets; None if there are none.
+    If that is not recorded (base models, adapters of other tools), it is assumed to be all
+    registered training datasets. None if the registered tasks have no roles either.
     """
     recorded = getattr(opened.record, "trained_datasets", None)
     if recorded is not None:
@@ -171,8 +178,8 @@ def read_examples(
 
     Args:
       name: a task; the rows of a `_score_eval` task are grouped by example.
-      task_feature_lengths: tokens of 'inputs' and 'targets'; longer ones are truncated.
-      max_examples: number of examples to read at most.
+      task_feature_lengths: maximum numbers of tokens of 'inputs' and 'targets', which truncate.
+      max_examples: maximum number of examples to read.
       use_cached: whether to read seqio's offline caches.
 
     Raises:
@@ -208,6 +215,7 @@ def read_examples(
 def _make_group(
     task: Any, index: int, row: Mapping[str, Any], lengths: Mapping[str, int]
 ) -> "ChoiceGroup":
+    """Returns the choice group of an example whose target is its only choice."""
     from pemoe_jax.data import choices, seqio_tasks
 
     seqio_tasks.check_ids(task.output_features, row, f"{task.name}: example {index + 1}")
@@ -230,7 +238,7 @@ def _make_group(
 
 
 def keep_correct_choice(group: "ChoiceGroup") -> "ChoiceGroup":
-    """Returns the group with its correct choice alone, or the first if none is correct."""
+    """Returns the group with its correct choice only, or with its first if none is correct."""
     index = group.is_correct.index(True) if any(group.is_correct) else 0
     return dataclasses.replace(
         group,
@@ -267,8 +275,8 @@ def measure_examples(
       groups: {task: its examples}; the totals, [N, …], follow this order.
       batch_size: examples per batch, over all devices.
       mesh: the devices.
-      token_sites: sites whose probabilities are also summed by token.
-      bar: advanced by the number of examples.
+      token_sites: sites whose probabilities are also summed by token id.
+      bar: progress bar to be advanced by the number of examples.
     """
     import jax
 
@@ -277,7 +285,8 @@ def measure_examples(
     from pemoe_jax.data import inference_batches, prefetch
 
     correct = [keep_correct_choice(g) for members in groups.values() for g in members]
-    # `score_batches` sorts groups by length, so examples are looked up by the groups' identity.
+    # `score_batches` sorts the groups by length. Equal groups may occur twice, so they are found
+    # again by identity.
     example_ids = {id(group): index for index, group in enumerate(correct)}
     probe = probe_lib.make_probe(model)
     # The probe sums by task; here each example is a task.
@@ -295,7 +304,8 @@ def measure_examples(
         flat["tasks"] = np.zeros(len(flat["encoder_input_tokens"]), np.int32)
         flat["tasks"][: len(batch_groups)] = [example_ids[id(group)] for group in batch_groups]
         sharded = partitioning.shard_batch(flat, mesh)
-        totals = probe(params, sharded, sharded.pop("tasks"), totals)
+        task_ids = sharded.pop("tasks")
+        totals = probe(params, sharded, task_ids, totals)
         done += len(batch_groups)
         if bar is not None:
             bar.report_if_due(done, "examples")
@@ -317,6 +327,7 @@ def sum_by_task(
     """
 
     def sums(array: Any) -> Any:
+        # Accumulated in float64 and rounded once, to float32.
         by_task = np.zeros((len(names), *array.shape[1:]), np.float64)
         np.add.at(by_task, tasks, array)
         return by_task.astype(np.float32)
@@ -336,11 +347,11 @@ def check_finite(totals: "probe_lib.ProbeTotals", tasks: Sequence[str]) -> None:
     from pemoe_jax.analysis.evaluation import NOT_FINITE_ADVICE
 
     for site, probs in totals.probs.items():
-        wrong = np.flatnonzero(~np.isfinite(probs).all(axis=-1))
-        if len(wrong):
+        nonfinite_tasks = np.flatnonzero(~np.isfinite(probs).all(axis=-1))
+        if len(nonfinite_tasks):
             raise InputError(
                 f"expected finite router probabilities, got infinite or NaN ones at {site} for"
-                f" {tasks[wrong[0]]}: {NOT_FINITE_ADVICE}"
+                f" {tasks[nonfinite_tasks[0]]}: {NOT_FINITE_ADVICE}"
             )
 
 
@@ -360,10 +371,10 @@ def select_sites(patterns: Sequence[str] | None, num_experts: Mapping[str, int])
     """Returns the sites that match, in layer order.
 
     Args:
-      patterns: shell-style patterns of names such as 'decoder/layers_3/mlp/gate'. None: the
-        sites of the last block with routers (the last decoder block, as in arXiv 2309.05444) with
-        as many experts as its last site. If this is a sparse layer, the last one of the encoder is
-        selected too.
+      patterns: shell-style patterns of names such as 'decoder/layers_3/mlp/gate'. None selects
+        the last block with routers (the last decoder block, as in arXiv 2309.05444): its sites with
+        as many experts as its last site. If the last site is a sparse layer, it selects the last
+        sparse layer of each stack instead.
       num_experts: {site: E} of every router.
 
     Raises:
@@ -375,6 +386,7 @@ def select_sites(patterns: Sequence[str] | None, num_experts: Mapping[str, int])
         last = list(num_experts)[-1]
         if routing.is_sparse_layer(last):
             sparse_sites = filter(routing.is_sparse_layer, num_experts)
+            # Later sites of a stack replace earlier ones.
             return list({site.partition("/")[0]: site for site in sparse_sites}.values())
         block = last.rsplit("/", 2)[0] + "/"
         return [

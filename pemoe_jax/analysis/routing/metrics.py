@@ -1,9 +1,10 @@
 """Metrics of probed routers: expert distributions, entropies, task distances, top tokens.
 
-A mean distribution divides each expert's total probability by the total over all experts. It sums
-to one for soft routers and for top-k routers, which keep only a part of the probability.
+A mean distribution divides each expert's total probability by the total over all experts. It
+therefore sums to one even for top-k routers, whose probabilities may sum to less.
 
-Shapes: `T` tasks, `E` experts. A site is a path such as 'decoder/layers_3/mlp/gate'.
+Shapes: `T` tasks, `E` experts of a site, `N` examples. A site is a path such as
+'decoder/layers_3/mlp/gate', see `probe`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pemoe_jax.analysis.routing import dispatch_probe, probe
 from pemoe_jax.core import routing
 
 MAX_TOP_TOKENS = 10
-# Module -> prefix of its sites' kinds.
+# Module -> prefix of the kinds of its sites, see `RouterEntropy.kind`.
 _ATTENTION = {
     "attention": "self ",
     "self_attention": "self ",
@@ -31,7 +32,14 @@ DISTANCE_DEFINITION = (
 
 @dataclass(frozen=True)
 class ProbedTask:
-    """A probed task; `seen`: whether the run was trained on its dataset, None if unknown."""
+    """A probed task.
+
+    Attributes:
+      name, dataset: its name, and the dataset that it belongs to.
+      seen: whether the run was trained on the dataset; None if unknown.
+      split: the split that examples were read from.
+      examples: number of probed examples.
+    """
 
     name: str
     dataset: str
@@ -42,7 +50,7 @@ class ProbedTask:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The probe's totals for one run, with the names needed to read them.
+    """The probe's totals for one run, and the names of their rows and columns.
 
     Attributes:
       run: the run's name, method, checkpoint, step and parameter counts.
@@ -52,7 +60,8 @@ class ProbeResult:
       sites: sites shown in maps, distances and token tables.
       pieces: {token id: text} of the tokens that occurred.
       min_count: top tokens must occur at least this often.
-      dispatch: {site: assignments in training} of the sparse layers; empty for a dense model.
+      dispatch: {site: counts of assignments in training} of the sparse layers, see
+        `dispatch_probe`; empty for a dense model.
       experts_choose: whether the encoder's experts choose tokens.
       rows: description of the training rows that `dispatch` was measured on.
       example_probs: {site: [N, E]} probabilities summed over the tokens of each example.
@@ -94,16 +103,16 @@ class RouterEntropy:
 
     Attributes:
       site: e.g. 'decoder/layers_3/encoder_decoder_attention/key'.
-      stack: 'decoder'.
-      layer: 3.
-      kind: the projection and its attention, 'cross key'.
+      stack: 'encoder' or 'decoder'.
+      layer: index of the layer in the stack.
+      kind: the projection, with its attention in front: 'cross key'.
       token_entropy: mean entropy of single tokens' distributions, divided by log E; 0: each token
         uses one expert, 1: each token uses all experts equally. In sparse layers it is the entropy
         of the softmax, before experts are chosen.
       mean_entropy: entropy of the mean distribution, divided by log E; 0: one expert serves all
         tokens, 1: all experts are used equally.
-      task_bits: Jensen-Shannon divergence of all tasks in bits, at most log2(min(T, E)); 0: the
-        mixture does not depend on the task.
+      task_bits: Jensen-Shannon divergence of the distributions of all tasks, in bits, at most
+        log2(min(T, E)); 0: the mixture of experts does not depend on the task.
       mass: mean sum of a token's probabilities; below 1 only for a top-k router that does not
         renormalize.
     """
@@ -124,8 +133,9 @@ def mean_distributions(totals: probe.ProbeTotals, site: str) -> np.ndarray:
 
 
 def _normalize(sums: np.ndarray) -> np.ndarray:
-    # Tasks may differ in the fourth digit only; float64 keeps differences of their entropies.
+    # Tasks may differ in the fourth digit only. float64 keeps the differences of their entropies.
     sums = sums.astype(np.float64)
+    # The minimum keeps rows without tokens, which are zeros, free of NaN.
     return sums / np.maximum(sums.sum(axis=-1, keepdims=True), 1e-30)
 
 
@@ -148,16 +158,14 @@ def jensen_shannon(probs: np.ndarray) -> np.ndarray:
 
 def task_distances(result: ProbeResult) -> np.ndarray:
     """Returns the distances [T, T] of `DISTANCE_DEFINITION`."""
-    # The root makes it a metric (Endres and Schindelin, 2003), as average linkage expects.
+    # The square root of the divergence is a metric (Endres and Schindelin, 2003), and so is that of
+    # a mean over sites.
     divergences = [jensen_shannon(result.distributions(site)) for site in result.sites]
     return np.sqrt(np.mean(divergences, axis=0))
 
 
 def nearest_trained(result: ProbeResult) -> dict[str, tuple[str, float]]:
-    """Returns {held-out task: (nearest trained task, distance)}.
-
-    It is empty unless there are tasks of both kinds.
-    """
+    """Returns {held-out task: (nearest trained task, distance)}; empty without both kinds."""
     distances, names = task_distances(result), result.task_names
     trained = [i for i, task in enumerate(result.tasks) if task.seen]
     held_out = [i for i, task in enumerate(result.tasks) if task.seen is False]
@@ -169,15 +177,15 @@ def nearest_trained(result: ProbeResult) -> dict[str, tuple[str, float]]:
 
 def router_entropies(result: ProbeResult) -> list[RouterEntropy]:
     """Returns the entropies of every router, in layer order."""
-    return [_router_entropy(result.totals, *item) for item in result.experts.items()]
+    return [_router_entropy(result.totals, site, size) for site, size in result.experts.items()]
 
 
 def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> RouterEntropy:
     num_tokens = np.asarray(totals.num_tokens[probe.token_stack(site)], np.float64)
     has_tokens = num_tokens > 0
     num_tokens = num_tokens[has_tokens]
-    max_bits = np.log2(num_experts) or 1.0  # all entropies of a single expert are 0
-    # Tasks, not tokens, are averaged: a dataset of long inputs would dominate otherwise.
+    max_bits = np.log2(num_experts) or 1.0  # a single expert has entropy 0 and log E 0: divide by 1
+    # Means are over tasks. In means over all tokens, datasets of long inputs would dominate.
     distributions = mean_distributions(totals, site)[has_tokens]
     token_bits = np.asarray(totals.entropy[site], np.float64)[has_tokens] / num_tokens / np.log(2)
     mean_bits = float(entropy_bits(distributions.mean(axis=0)))
@@ -190,7 +198,7 @@ def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> R
         kind=_ATTENTION.get(module, "") + name,
         token_entropy=float(token_bits.mean() / max_bits),
         mean_entropy=mean_bits / max_bits,
-        # Equals mutual information of task and expert, with uniform weights of the tasks.
+        # This is also the mutual information of task and expert for equally frequent tasks.
         task_bits=max(0.0, mean_bits - float(entropy_bits(distributions).mean())),
         mass=float(masses.mean()),
     )
@@ -204,9 +212,9 @@ class SparseLoad:
       site: e.g. 'decoder/layers_1/mlp/experts'.
       experts_choose: whether experts choose tokens; then no assignment is dropped, but a token may
         have no expert.
-      assigned: [E], tokens that chose an expert, or that it chose, over all tasks.
-      placed: [E], the assignments that have a place.
-      tokens_by_experts: [E + 1], tokens that 0, 1, … E experts compute.
+      assigned: [E], for each expert the number of tokens that chose it, or that it chose.
+      placed: [E], how many of them have a place, so that the expert computes them.
+      tokens_by_experts: [E + 1], numbers of tokens that exactly 0, 1, … E experts compute.
     """
 
     site: str
@@ -236,7 +244,7 @@ class SparseLoad:
 
     @property
     def shares_by_experts(self) -> np.ndarray:
-        """Shares of the tokens that 0, 1, … E experts compute, [E + 1]."""
+        """Shares of the tokens that exactly 0, 1, … E experts compute, [E + 1]."""
         return self.tokens_by_experts / max(self.tokens, 1)
 
     @property
@@ -251,6 +259,7 @@ def sparse_loads(result: ProbeResult) -> list[SparseLoad]:
     for site in result.experts:
         if totals := result.dispatch.get(site):
             by_task = totals.assigned, totals.placed, totals.tokens_by_experts
+            # In the decoder tokens always choose, see `Sparse.routing`.
             choose = result.experts_choose and site.startswith("encoder/")
             sums = (np.asarray(array, np.float64).sum(axis=0) for array in by_task)
             loads.append(SparseLoad(site, choose, *sums))
@@ -259,7 +268,13 @@ def sparse_loads(result: ProbeResult) -> list[SparseLoad]:
 
 @dataclass(frozen=True)
 class TopToken:
-    """A token with its count; `ratio` is its mean probability of an expert as a multiple of 1/E."""
+    """A token that an expert is chosen for more than on average.
+
+    Attributes:
+      id, piece: its id in the vocabulary and its text.
+      count: how often it occurs.
+      ratio: its mean probability of the expert, as a multiple of 1/E.
+    """
 
     id: int
     piece: str
@@ -270,9 +285,9 @@ class TopToken:
 def top_tokens(result: ProbeResult, site: str, limit: int = MAX_TOP_TOKENS) -> list[list[TopToken]]:
     """Returns, for each of E experts, the tokens with the largest ratios above 1.
 
-    Tokens that occur fewer than `min_count` times are left out.
+    Tokens that occur fewer than `min_count` times are left out, since rare tokens have extreme
+    ratios by chance.
     """
-    # Rare tokens have extreme ratios by chance.
     counts = np.asarray(result.totals.token_counts[probe.token_stack(site)])
     ids = np.flatnonzero(counts >= result.min_count)
     probs = _normalize(np.asarray(result.totals.token_probs[site])[ids])  # [ids, E]

@@ -17,7 +17,7 @@ from pemoe_jax.runtime.file_io import AnyPath
 if TYPE_CHECKING:
     import jinja2
 
-# Alternative texts of the pictures, by the ends of their file names.
+# Kind of a picture, as at the end of its file name -> its alternative text.
 _ALT = {
     "map": "Map: mean probability of each expert for each task",
     "load": "Load of the experts of sparse layers, and drops",
@@ -29,8 +29,8 @@ _ALT = {
 def draw_plots(result: ProbeResult, folder: AnyPath) -> None:
     """Writes <run>_map.png, <run>_entropy.png, <run>_load.png and <run>_tasks.png.
 
-    The load is that of sparse layers, the last picture that of several tasks; without, there is
-    none.
+    Only a model with sparse layers has the picture of loads, and only a result of several tasks has
+    the last one, a dendrogram.
     """
     name = result.run["name"]
     means = measure.mean_probs(result.totals, result.task_names)
@@ -68,8 +68,8 @@ def _png(result: ProbeResult, folder: AnyPath, kind: str) -> AnyPath:
     return folder / f"{result.run['name']}_{kind}.png"
 
 
-def _kinds(result: ProbeResult) -> list[str]:
-    # A single task has no dendrogram, a dense model no load of sparse layers.
+def _picture_kinds(result: ProbeResult) -> list[str]:
+    """Returns the keys of `_ALT` for which `draw_plots` draws a picture."""
     missing = {"tasks"} if len(result.tasks) < 2 else set()
     missing |= {"load"} if not result.dispatch else set()
     return [kind for kind in _ALT if kind not in missing]
@@ -95,7 +95,7 @@ def render_files(results: Sequence[ProbeResult], folder: AnyPath) -> dict[str, s
 
 
 def to_html(results: Sequence[ProbeResult], folder: AnyPath) -> str:
-    """Returns the page; it embeds its pictures, so that the file can be sent on its own."""
+    """Returns the HTML page; it embeds the pictures, so the file can be sent on its own."""
     return _template().render(
         title="What the experts do: " + ", ".join(str(r.run["name"]) for r in results),
         runs=routing_tables.runs_table(results),
@@ -105,7 +105,7 @@ def to_html(results: Sequence[ProbeResult], folder: AnyPath) -> str:
 
 
 def _template() -> jinja2.Template:
-    # Imported here, as matplotlib in `plots`, so that `pemoe routes --help` stays fast.
+    # Imported here, like matplotlib in `plots`, so that `pemoe routes --help` stays fast.
     import jinja2
 
     environment = jinja2.Environment(
@@ -113,7 +113,7 @@ def _template() -> jinja2.Template:
         autoescape=True,  # names of tasks and tokens come from data
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined,  # a misspelled name raises instead of printing nothing
     )
     return environment.get_template("page.html")
 
@@ -125,11 +125,13 @@ def _section(number: int, result: ProbeResult, folder: AnyPath) -> dict[str, obj
         "name": result.run["name"],
         "checkpoint": result.run["checkpoint"],
         "quantity": routing_tables.value_name(result),
-        "pictures": {kind: _picture(_png(result, folder, kind), kind) for kind in _kinds(result)},
+        "pictures": {
+            kind: _picture(_png(result, folder, kind), kind) for kind in _picture_kinds(result)
+        },
         "site_tables": routing_tables.site_tables(result),
         "load_tables": _load_tables(result),
         "entropies": routing_tables.entropy_table(result),
-        "specialization": _specialization(result),
+        "specialization": _specialization_table(result),
         "nearest": routing_tables.nearest_table(result),
         "top_tokens": {site: metrics.top_tokens(result, site) for site in result.sites},
         "min_count": result.min_count,
@@ -137,22 +139,21 @@ def _section(number: int, result: ProbeResult, folder: AnyPath) -> dict[str, obj
 
 
 def _load_tables(result: ProbeResult) -> list[tables.Table]:
-    both = routing_tables.load_table(result), routing_tables.assignment_table(result)
-    return [table for table in both if table is not None]
+    load_tables = routing_tables.load_table(result), routing_tables.assignment_table(result)
+    return [table for table in load_tables if table is not None]
 
 
-def _specialization(result: ProbeResult) -> tables.Table | None:
+def _specialization_table(result: ProbeResult) -> tables.Table | None:
     return specialization.to_table(specialization.measure(result))
 
 
 def _picture(png: AnyPath, kind: str) -> dict[str, object]:
     content = png.read_bytes()
-    pixels = int.from_bytes(content[16:20], "big")  # the width in PNG's first chunk, IHDR
-    # `plots.import_pyplot` sets 150 pixels per inch, CSS has 96: the picture has more pixels than
-    # the page shows, for dense displays and print.
+    width = int.from_bytes(content[16:20], "big")  # pixels, from PNG's first chunk, IHDR
+    # CSS has 96 pixels per inch, fewer than the picture: dense displays and print show all of them.
     return {
         "uri": "data:image/png;base64," + base64.b64encode(content).decode(),
-        "width": round(pixels * 96 / 150),
+        "width": round(width * 96 / plots.PIXELS_PER_INCH),
         "alt": _ALT[kind],
     }
 
@@ -161,17 +162,17 @@ def _picture(png: AnyPath, kind: str) -> dict[str, object]:
 
 
 def to_markdown(results: Sequence[ProbeResult], folder: AnyPath) -> str:
-    """Returns the tables, with links to the pictures in the same folder."""
+    """Returns the tables as Markdown, with links to the pictures in the same folder."""
     parts = ["# What the experts do", tables.markdown_table(routing_tables.runs_table(results))]
     for result in results:
         parts.append(f"# {result.run['name']}")
-        for kind in _kinds(result):
+        for kind in _picture_kinds(result):
             parts.append(f"![{_ALT[kind]}]({_png(result, folder, kind).name})")
         nearest = routing_tables.nearest_table(result)
-        specialized = _specialization(result)
+        specialization_table = _specialization_table(result)
         for table in [
             *routing_tables.site_tables(result).values(),
-            *([specialized] if specialized else []),
+            *([specialization_table] if specialization_table else []),
             *_load_tables(result),
             routing_tables.entropy_table(result),
             *([nearest] if nearest else []),
@@ -201,6 +202,7 @@ def summary(results: Sequence[ProbeResult]) -> str:
             f"  {router.task_bits:.4f}"
             for router in routers
         ]
+        # The last entries are those of the sites in detail, one for each group of tasks.
         last = specialization.measure(result)[-2:]
         lines += [
             f"  information on the task, {entry.tasks} tasks {entry.group}: {entry.bits:.4f} bits"

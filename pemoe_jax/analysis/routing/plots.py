@@ -19,23 +19,28 @@ from pemoe_jax.runtime.file_io import AnyPath
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# A site's projection sets the color, its attention the line: self and cross keys look related.
+# Index in `plots.COLORS` by projection; line and marker by attention. The keys of self- and
+# cross-attention thus look related. There are fewer colors than names, so some names share one.
 _COLOR = {"key": 0, "value": 1, "gate": 2, "query": 3, "out": 4, "wi_0": 5, "wi_1": 2, "wo": 6}
-_COLOR |= {"experts": 6}  # of a sparse layer
+_COLOR |= {"experts": 6}  # the router of a sparse layer
 _LINES = {"self": "-", "cross": (0, (4, 2)), "": "-"}
 _MARKERS = {"self": "o", "cross": "s", "": "D"}
+# For each row of panels, a field of `RouterEntropy` and its meaning.
 _ROWS = (
     ("token_entropy", "each token (low: few experts)"),
     ("mean_entropy", "mean over all (low: few experts)"),
 )
 _SPARSE_ROWS = (("token_entropy", "softmax of each token (low: certain)"), _ROWS[1])
-_GRID = "#E6E6E6"
 _PLACED_COLOR, _DROPPED_COLOR = plots.COLORS[0], plots.COLORS[4]
 _MAX_LOAD_WIDTH = 14  # inches
 
 
 def plot_entropies(routers: Sequence[RouterEntropy], png: str | AnyPath, *, title: str) -> AnyPath:
-    """Draws router entropies by layer: encoder left, decoder right; tokens above, mean below."""
+    """Draws router entropies by layer.
+
+    The encoder is on the left, the decoder on the right. Panels above show the entropies of single
+    tokens, those below the entropies of the mean.
+    """
     plt = plots.import_pyplot()
     stacks = [stack for stack in probe.STACKS if any(r.stack == stack for r in routers)]
     kinds = list(dict.fromkeys(r.kind for r in routers))
@@ -58,23 +63,24 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | AnyPath, *, titl
                     axis.plot(x, y, label=kind, lw=1.6, **style)
             axis.axhline(1, color=plots.MUTED_COLOR, lw=0.8, ls=(0, (1, 2)))
             axis.set_title(f"{stack}, {meaning}", size=9.5, loc="left")
-            axis.grid(color=_GRID, lw=0.8)
+            axis.grid(color=plots.GRID_COLOR, lw=0.8)
             axis.set_axisbelow(True)
             axis.margins(x=0.08)
-            # A single layer would get fractional ticks, and values near 1 an offset such as 1e-3+1.
+            # Otherwise, a single layer would have fractional ticks, and values near 1 an offset
+            # such as 1e-3+1.
             axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axis.ticklabel_format(axis="y", useOffset=False)
             axis.tick_params(labelsize=9)
         axes[-1, column].set_xlabel("layer", size=9)
-    # Each row has its own scale: token entropies may differ from 1 by a thousandth only. The scale
-    # always ends at 1, and never shows less than 0.02, which would magnify noise.
+    # Each row has its own scale, since token entropies may differ from 1 by only a thousandth. The
+    # scale always ends just above 1. It spans at least 0.02: a shorter one would magnify noise.
     for (attribute, _), axis in zip(_ROWS, axes[:, 0], strict=True):
         lowest = min(getattr(r, attribute) for r in routers)
         bottom = max(-0.05, 1 - 1.15 * max(1 - lowest, 0.02))
         axis.set_ylim(bottom, 1 + 0.05 * (1 - bottom))
     figure.supylabel("entropy as a share of log E", size=9.5, color=plots.TEXT_COLOR)
     figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", color=plots.TEXT_COLOR)
-    # One legend for all axes: the encoder has no kinds of cross-attention, the decoder has.
+    # One legend for all panels, collected from all: only the decoder has kinds of cross-attention.
     handles: dict[str, object] = {}
     for axis in axes.flat:
         handles |= {line.get_label(): line for line in axis.get_legend_handles_labels()[0]}
@@ -92,30 +98,31 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | AnyPath, *, titl
 def plot_loads(loads: Sequence[SparseLoad], png: str | AnyPath, *, title: str) -> AnyPath:
     """Draws a panel for each sparse layer, encoder above decoder.
 
-    Bars are the loads of the experts; their upper part is dropped. Where experts choose tokens,
-    loads are equal, and bars are the shares of tokens by the number of their experts.
+    Bars are the loads of the experts; the upper part of a bar is the load that is dropped. Experts
+    that choose tokens have equal loads, so for them bars are the shares of tokens that have 0, 1, …
+    experts, of which the first has another color.
     """
     plt = plots.import_pyplot()
     panel_width = float(np.clip(0.17 * len(loads[0].assigned), 1.7, 5.0))
     max_panels = max(1, int(_MAX_LOAD_WIDTH / (panel_width + 0.35)))
-    lines = []  # of at most max_panels layers of a stack
+    lines = []  # lines of panels, each with at most max_panels layers of one stack
     for stack in probe.STACKS:
         layers = [load for load in loads if load.site.startswith(f"{stack}/")]
         line_count = max(1, -(-len(layers) // max_panels))
         size = max(1, -(-len(layers) // line_count))  # equal lengths if possible
         lines += [layers[i : i + size] for i in range(0, len(layers), size)]
     legend = _load_legend(loads)
-    # In inches, so that panels keep their size for any number of layers.
+    # Positions are in inches, so that panels keep their size for any number of layers.
     left, between, panel_height, pitch, top, bottom = 0.75, 0.35, 1.2, 2.25, 1.1, 1.0
     width = left + max(map(len, lines)) * (panel_width + between)
     legend_width = 0.5 + sum(0.5 + plots.text_width(label, 9) for label, _ in legend)
     width = max(width, legend_width, 0.5 + plots.text_width(title, 13))
     height = top + pitch * len(lines) - (pitch - panel_height) + bottom
     figure = plt.figure(figsize=(width, height))
-    style: dict[str, Any] = {"size": 12, "weight": "bold", "va": "center", "c": plots.TEXT_COLOR}
-    figure.text(0.15 / width, 1 - 0.3 / height, title, **style)
+    plots.draw_title(figure, title)
     for row, line in enumerate(lines):
         y = height - top - row * pitch - panel_height
+        # All panels of a line share one scale; loads show at least the line of an even load, 1.
         limit = 1.08 * max(_load_bars(load)[0].max() for load in line)
         for column, load in enumerate(line):
             x = left + column * (panel_width + between)
@@ -135,7 +142,7 @@ def plot_loads(loads: Sequence[SparseLoad], png: str | AnyPath, *, title: str) -
 
 
 def _load_bars(load: SparseLoad) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the heights of the bars, and of their upper parts that stand out."""
+    """Returns the heights of the bars, and of their upper parts in another color."""
     if load.experts_choose:
         used = int(np.flatnonzero(load.tokens_by_experts).max(initial=1))
         shares = load.shares_by_experts[: used + 1]
@@ -144,7 +151,7 @@ def _load_bars(load: SparseLoad) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _load_legend(loads: Sequence[SparseLoad]) -> list[tuple[str, str]]:
-    """Returns texts and colors; '' is the dashed line."""
+    """Returns texts and colors; the color '' stands for the dashed line of an even load."""
     kinds = {load.experts_choose for load in loads}
     dropped = {False: "dropped", True: "without expert"}
     return [
@@ -155,6 +162,7 @@ def _load_legend(loads: Sequence[SparseLoad]) -> list[tuple[str, str]]:
 
 
 def _draw_load(axis: Axes, load: SparseLoad, limit: float) -> None:
+    """Draws the panel of a sparse layer, with a scale from 0 to `limit`."""
     heights, upper = _load_bars(load)
     first = 0 if load.experts_choose else 1
     positions = np.arange(len(heights)) + first
@@ -169,9 +177,9 @@ def _draw_load(axis: Axes, load: SparseLoad, limit: float) -> None:
     axis.set_title("\n".join(lines), size=8.5, loc="left", linespacing=1.35)
     axis.set_xlabel("experts of a token" if load.experts_choose else "expert", size=9, labelpad=2)
     axis.set_ylim(0, limit)
-    axis.set_xticks(positions[:: -(-len(positions) // 16)])
+    axis.set_xticks(positions[:: -(-len(positions) // 16)])  # at most 16 labels
     axis.tick_params(labelsize=8)
-    axis.grid(axis="y", color=_GRID, lw=0.8)
+    axis.grid(axis="y", color=plots.GRID_COLOR, lw=0.8)
     axis.set_axisbelow(True)
 
 
@@ -189,7 +197,8 @@ def plot_dendrogram(
       distances: distances of the tasks [T, T].
       tasks: names of the tasks, at least two.
       png: output file.
-      trained: names of the tasks trained on; the labels of all others are colored.
+      trained: names of the tasks that the run was trained on; the others have colored labels.
+        None, if this is unknown, colors none.
       title: title of the figure.
 
     Raises:
@@ -200,29 +209,32 @@ def plot_dendrogram(
     from scipy.cluster import hierarchy
     from scipy.spatial import distance
 
-    # Average linkage: single linkage would chain tasks. Optimal ordering puts similar leaves next
-    # to each other.
+    # Average linkage, because single linkage would chain tasks. Optimal ordering puts similar
+    # leaves next to each other.
     linkage = hierarchy.linkage(
         distance.squareform(distances, checks=False), "average", optimal_ordering=True
     )
-    linkage[:, 2] = np.maximum(linkage[:, 2], 1e-6)  # equal tasks would leave an axis of length 0
+    # If all tasks were equal, the axis would have no length.
+    linkage[:, 2] = np.maximum(linkage[:, 2], 1e-6)
     plt = plots.import_pyplot()
-    # In inches, so that labels and rows keep their size for any number of tasks.
-    row, left, bottom, tree = 0.19, 0.2, 0.75, 5.0
+    # Positions are in inches, so that labels and rows keep their size for any number of tasks.
+    row_height, left, bottom, tree_width = 0.19, 0.2, 0.75, 5.0
     is_colored = trained is not None and 0 < sum(task in trained for task in tasks) < len(tasks)
     top = 0.85 if is_colored else 0.6
-    labels = 0.2 + max(plots.text_width(task, 8) for task in tasks)
-    width = max(left + tree + labels, 0.5 + plots.text_width(title, 13))
-    height = top + row * len(tasks) + bottom
+    label_width = 0.2 + max(plots.text_width(task, 8) for task in tasks)
+    width = max(left + tree_width + label_width, 0.5 + plots.text_width(title, 13))
+    tree_height = row_height * len(tasks)
+    height = top + tree_height + bottom
     figure = plt.figure(figsize=(width, height))
-    style: dict[str, Any] = {"size": 12, "weight": "bold", "va": "center"}
-    figure.text(0.15 / width, 1 - 0.3 / height, title, c=plots.TEXT_COLOR, **style)
+    plots.draw_title(figure, title)
     if is_colored:
         x = 0.15
         for text, color in (("trained on", plots.TEXT_COLOR), ("held out", plots.ACCENT_COLOR)):
             figure.text(x / width, 1 - 0.58 / height, text, size=9, va="center", c=color)
             x += plots.text_width(text, 9) + 0.2
-    axis = figure.add_axes((left / width, bottom / height, tree / width, row * len(tasks) / height))
+    axis = figure.add_axes(
+        (left / width, bottom / height, tree_width / width, tree_height / height)
+    )
     drawn = hierarchy.dendrogram(
         linkage,
         orientation="left",
@@ -239,6 +251,6 @@ def plot_dendrogram(
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["left"]].set_visible(False)
     axis.set_xlabel("distance of the merge (0: same routing, 1: no expert in common)", size=9)
-    axis.grid(axis="x", color=_GRID, lw=0.8)
+    axis.grid(axis="x", color=plots.GRID_COLOR, lw=0.8)
     axis.set_axisbelow(True)
     return plots.save_figure(figure, png)

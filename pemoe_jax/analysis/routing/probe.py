@@ -1,9 +1,11 @@
 """Totals of router probabilities by task and by token, accumulated on the device.
 
-Shapes: `T` tasks, `V` vocabulary, `E` experts of a site. A site is the parameter path of a router's
-adapter without its suffix, e.g. 'decoder/layers_3/mlp/gate'; a sparse layer's router is at the site
-'decoder/layers_3/mlp/experts', and its probabilities are the weights of the experts that a token
-has, before any is dropped. Its entropy is that of the softmax over all experts.
+Shapes: `T` tasks, `V` vocabulary, `E` experts of a site, `B` rows of `L` tokens, `H` heads.
+
+A site is the parameter path of an adapter without its suffix, e.g. 'decoder/layers_3/mlp/gate'. The
+router of a sparse layer is at the site 'decoder/layers_3/mlp/experts'. The probabilities there are
+the weights of a token's chosen experts before any assignment is dropped, but the entropy is that of
+the softmax over all experts.
 """
 
 import functools
@@ -24,17 +26,17 @@ _MODULES = ("attention", "self_attention", "encoder_decoder_attention", "mlp")
 _SUFFIX = "_adapter"
 
 # GPUs and TPUs multiply float32 matrices with fewer bits by default, which would round the counts.
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+exact_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @flax.struct.dataclass
 class ProbeTotals:
-    """Sums over non-padding tokens, all float32; head-wise routers are averaged over their heads.
+    """Sums over non-padding tokens, all float32. Routers with a distribution per head are averaged.
 
     Attributes:
       probs: {site: [T, E]} router probabilities, at every router.
-      entropy: {site: [T]} entropies in nats of the probabilities normalized to sum to one; at
-        sparse layers of the softmax before experts are chosen.
+      entropy: {site: [T]} entropies, in nats, of the probabilities normalized to sum to one; at
+        sparse layers, those of the softmax before experts are chosen.
       num_tokens: {stack: [T]} number of tokens.
       token_probs: {site: [V, E]} router probabilities by token id, at the requested sites.
       token_counts: {stack: [V]} number of tokens by token id.
@@ -52,7 +54,7 @@ Probe = Callable[[params_lib.Params, steps.Batch, Array, ProbeTotals], ProbeTota
 
 def expert_counts(model: network.Transformer) -> dict[str, int]:
     """Returns {site: E} of every router in layer order; empty if the method has no routers."""
-    # Shapes are traced, not computed: this also works for models that do not fit into memory.
+    # Tracing yields shapes without computing anything, also for models that do not fit into memory.
     kernels = steps.router_kernels(model)
     return {
         path.removesuffix(_SUFFIX): kernels[path].shape[-1]
@@ -61,6 +63,7 @@ def expert_counts(model: network.Transformer) -> dict[str, int]:
 
 
 def _layer_order(path: str) -> tuple[int, int, int, int]:
+    """Returns a sort key: the indices of stack, layer, module and site."""
     stack, layer, module, site = path.removesuffix(_SUFFIX).split("/")
     sites = [*adapters.SITES, routing.EXPERTS_SITE.rpartition("/")[2]]
     order = _MODULES.index(module), sites.index(site)
@@ -104,11 +107,11 @@ def init_totals(
 
 
 def make_probe(model: network.Transformer) -> Probe:
-    """Returns the jitted `probe(params, batch, task_ids, totals) -> totals`; donates `totals`.
+    """Returns a jitted `probe(params, batch, task_ids, totals) -> totals` that donates `totals`.
 
-    `batch` is an unpacked batch under T5X's names with the correct answers as targets; `task_ids`
-    int32 [B] holds each row's task, below T. Decoder totals are keyed by the token that the decoder
-    reads (0: the start token), not by the one it predicts.
+    `batch` is an unpacked batch under T5X's names, with the correct answers as targets. `task_ids`,
+    int32 [B], are the indices of the rows' tasks. The decoder's totals by token are those of the
+    token that it reads (0: the start token), not of the token that it predicts.
     """
 
     def probe(
@@ -116,7 +119,8 @@ def make_probe(model: network.Transformer) -> Probe:
     ) -> ProbeTotals:
         _, collections = steps.apply_model(model, params, batch, None, mutable=["intermediates"])
         token_ids = {stack: batch[f"{stack}_input_tokens"] for stack in STACKS}
-        # The decoder's first input token has the id of padding, so its mask comes from the targets.
+        # The start token, which the decoder reads first, has the id of padding. The decoder's mask
+        # therefore comes from its targets.
         masks = {
             "encoder": (batch["encoder_input_tokens"] > 0).astype(jnp.float32),
             "decoder": (batch["decoder_target_tokens"] > 0).astype(jnp.float32),
@@ -129,19 +133,19 @@ def make_probe(model: network.Transformer) -> Probe:
         for path, site_probs in sown.items():
             site = path.removesuffix(_SUFFIX)
             stack = token_stack(site)
-            p, h = _average_heads(site_probs)
-            if site in softmax:
-                h = jnp.sum(jax.scipy.special.entr(softmax[site]), axis=-1)
-            probs[site] += _einsum("bt,ble,bl->te", task_one_hot, p, masks[stack])
-            entropy[site] += _einsum("bt,bl,bl->t", task_one_hot, h, masks[stack])
+            token_mixture, token_entropy = _mixture_and_entropy(site_probs)
+            if site in softmax:  # a sparse layer
+                token_entropy = jnp.sum(jax.scipy.special.entr(softmax[site]), axis=-1)
+            probs[site] += exact_einsum("bt,ble,bl->te", task_one_hot, token_mixture, masks[stack])
+            entropy[site] += exact_einsum("bt,bl,bl->t", task_one_hot, token_entropy, masks[stack])
             if site in token_probs:
-                masked = p * masks[stack][..., None]  # [B, L, E]
+                masked = token_mixture * masks[stack][..., None]  # [B, L, E]
                 token_probs[site] = token_probs[site].at[token_ids[stack]].add(masked)
         return ProbeTotals(
             probs=probs,
             entropy=entropy,
             num_tokens={
-                stack: count + _einsum("bt,bl->t", task_one_hot, masks[stack])
+                stack: count + exact_einsum("bt,bl->t", task_one_hot, masks[stack])
                 for stack, count in totals.num_tokens.items()
             },
             token_probs=token_probs,
@@ -151,13 +155,17 @@ def make_probe(model: network.Transformer) -> Probe:
             },
         )
 
-    # Donated, so that totals by token, [V, E] at each requested site, exist only once.
+    # `totals` are donated, so that those by token, [V, E] at each requested site, exist only once.
     return jax.jit(probe, donate_argnums=(3,))
 
 
-def _average_heads(probs: Array) -> tuple[Array, Array]:
-    """[B, L, (H,) E] -> probabilities [B, L, E] and entropies in nats [B, L]."""
-    # Top-k routers keep less than the full probability; the entropy is that of the mixture.
+def _mixture_and_entropy(probs: Array) -> tuple[Array, Array]:
+    """Returns probabilities [B, L, E] and entropies in nats [B, L], both averaged over heads.
+
+    Args:
+      probs: [B, L, E], or [B, L, H, E] of a router with a distribution per head.
+    """
+    # Top-k routers may keep less than the full probability; an entropy needs a sum of one.
     normalized = probs / jnp.maximum(jnp.sum(probs, axis=-1, keepdims=True), 1e-9)
     entropy = jnp.sum(jax.scipy.special.entr(normalized), axis=-1)
     if probs.ndim == 4:  # [B, L, H, E]

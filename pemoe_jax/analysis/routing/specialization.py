@@ -2,9 +2,11 @@
 
 Tasks have equal weights, and p(expert | task) is the mean distribution over the task's tokens. The
 mutual information is the entropy of the tasks' mean distribution minus the mean of their entropies:
-0 if all tasks use the experts alike, and at most log2(min(T, E)) bits, if no two tasks share an
-expert. It is never exactly 0, because a task's examples are a sample. It is therefore measured
-again with the tasks of the examples shuffled, which gives its value by chance.
+I = H(mean_t p_t) - mean_t H(p_t). It is 0 if all tasks use the experts alike. For T tasks and E
+experts, it is at most log2(min(T, E)) bits; T <= E tasks reach this if no two share an expert.
+
+A measured value is never exactly 0, because the examples of a task are a sample. It is therefore
+compared with values by chance, which are measured with the tasks of the examples shuffled.
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ import numpy as np
 from pemoe_jax.analysis.routing.metrics import ProbeResult, entropy_bits
 from pemoe_jax.analysis.tables import Table
 
-SHUFFLES = 200
+SHUFFLES = 200  # ten of them exceed the 95 % quantile
 _QUANTILE = 0.95
 _GROUPS = {True: "trained on", False: "held out"}
 _NOTE = (
     "Information: mutual information of task and expert, tasks with equal weights; 0 if routing"
     " does not depend on the task. Normalized: as a fraction of its maximum, log2 of the smaller of"
-    " the numbers of tasks and experts. Shuffled: the same with the examples' tasks shuffled, mean"
-    f" of {SHUFFLES} shuffles and their 95 % quantile; information below this quantile may be due"
-    " to chance. A layer's row is the mean over its sites; the last rows are means over the sites"
-    " shown in detail."
+    " the numbers of tasks and experts. Shuffled: the information if the examples' tasks are"
+    f" shuffled, mean and 95 % quantile of {SHUFFLES} shuffles; information below this quantile may"
+    " be due to chance. A layer's row is the mean over its sites; the last rows are means over the"
+    " sites shown in detail."
 )
 
 
@@ -36,11 +38,12 @@ class Specialization:
 
     Attributes:
       sites: the sites.
-      group: 'trained on' or 'held out', the tasks that it is about; 'all' if that is unknown.
-      tasks: number of tasks.
+      group: the tasks that were measured: 'trained on', 'held out', or 'all' if it is unknown which
+        tasks the run was trained on.
+      tasks: number of these tasks, T.
       bits: the mutual information.
-      normalized: as a fraction of log2(min(T, E)).
-      shuffled_mean, shuffled_high: mean and 95 % quantile in bits over shuffled tasks.
+      normalized: the mutual information as a fraction of log2(min(T, E)).
+      shuffled_mean, shuffled_high: mean and 95 % quantile, in bits, over shuffles of the tasks.
     """
 
     sites: tuple[str, ...]
@@ -64,23 +67,23 @@ def mutual_information(sums: np.ndarray) -> np.ndarray:
 
 
 def measure(result: ProbeResult, shuffles: int = SHUFFLES) -> list[Specialization]:
-    """Returns the specialization by layer, and last that of the result's sites.
+    """Returns the specialization of each layer, and last that of the result's sites.
 
-    Each is measured on the tasks that the run was trained on and on the held-out ones, if there are
-    at least two. Empty without probabilities by example.
+    Each has an entry for the tasks that the run was trained on, and one for the held-out tasks; a
+    group of fewer than two tasks has none. Without probabilities by example, the list is empty.
     """
     if not result.example_probs:
         return []
     layers: dict[str, list[str]] = {}
     for site in result.experts:
         layers.setdefault(site.rsplit("/", 2)[0], []).append(site)
-    units = [*map(tuple, layers.values()), tuple(result.sites)]
+    site_groups = [*map(tuple, layers.values()), tuple(result.sites)]
     entries = []
     for group, tasks in _task_groups(result).items():
         bits, shuffled = _measure_sites(result, tasks, shuffles)
-        for sites in units:
-            limits = [np.log2(min(len(tasks), result.experts[site])) for site in sites]
-            drawn = np.mean([shuffled[site] for site in sites], axis=0)
+        for sites in site_groups:
+            max_bits = [np.log2(min(len(tasks), result.experts[site])) for site in sites]
+            shuffled_bits = np.mean([shuffled[site] for site in sites], axis=0)
             mean_bits = float(np.mean([bits[site] for site in sites]))
             entries.append(
                 Specialization(
@@ -88,16 +91,18 @@ def measure(result: ProbeResult, shuffles: int = SHUFFLES) -> list[Specializatio
                     group=group,
                     tasks=len(tasks),
                     bits=mean_bits,
-                    normalized=mean_bits / (float(np.mean(limits)) or 1.0),
-                    shuffled_mean=float(drawn.mean()),
-                    shuffled_high=float(np.quantile(drawn, _QUANTILE)),
+                    # With a single expert, both are 0.
+                    normalized=mean_bits / (float(np.mean(max_bits)) or 1.0),
+                    shuffled_mean=float(shuffled_bits.mean()),
+                    shuffled_high=float(np.quantile(shuffled_bits, _QUANTILE)),
                 )
             )
-    # By sites, then by group.
-    return sorted(entries, key=lambda entry: units.index(entry.sites))
+    # Entries of the same sites follow each other; sorting is stable, so groups keep their order.
+    return sorted(entries, key=lambda entry: site_groups.index(entry.sites))
 
 
 def _task_groups(result: ProbeResult) -> dict[str, list[int]]:
+    """Returns the indices of the tasks of each group that has at least two."""
     if any(task.seen is None for task in result.tasks):
         groups = {"all": list(range(len(result.tasks)))}
     else:
@@ -113,12 +118,14 @@ def _measure_sites(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Returns {site: bits} and {site: bits with shuffled tasks [shuffles]} over some tasks."""
     chosen = np.isin(result.example_tasks, tasks)
-    labels = np.searchsorted(tasks, result.example_tasks[chosen])  # 0, 1, … of the chosen tasks
+    # Numbers the chosen tasks 0, 1, …
+    labels = np.searchsorted(tasks, result.example_tasks[chosen])
     rng = np.random.default_rng(0)
-    # The same shuffles at all sites, so that their mean over sites is a shuffle too.
+    # All sites share the shuffles, so that a mean over sites is a value of one shuffle too.
     orders = [labels, *(rng.permutation(labels) for _ in range(shuffles))]
     one_hot = np.stack(orders)[:, None] == np.arange(len(tasks))[:, None]  # [1 + shuffles, T, N]
     one_hot = one_hot.astype(np.float64)
+    # Sums the probabilities of each task's examples, for the true labels and all shuffles at once.
     values = {
         site: mutual_information(one_hot @ np.asarray(probs[chosen], np.float64))
         for site, probs in result.example_probs.items()
@@ -150,6 +157,7 @@ def to_table(entries: Sequence[Specialization]) -> Table | None:
 
 
 def _name(sites: Sequence[str]) -> str:
+    """Returns the layers of the sites and their number: 'decoder/layers_3 (8 sites)'."""
     layers = list(dict.fromkeys(site.rsplit("/", 2)[0] for site in sites))
     return f"{', '.join(layers)} ({len(sites)} site{'s' * (len(sites) > 1)})"
 

@@ -22,38 +22,40 @@ _JSON_KEYS = {
     "task_bits": "between_tasks",
     "mass": "kept",
 }
-_FULL_MASS = 0.999  # float32 sums of a full distribution stay above it
+# Sums of probabilities above this count as 1, which float32 rounds.
+_FULL_MASS = 0.999
 _ENTROPY_NOTE = (
-    "Entropies are fractions of log E; every task has the same weight. Each token: 0 if it uses"
-    " one expert, 1 if it uses all equally. Mean: the entropy of the mean over tokens and tasks; 0"
-    " if one expert serves everything. Tasks: by how many bits the tasks' mean entropy is below the"
-    " entropy of their mean; 0 if routing does not depend on the task."
+    "Entropies are fractions of log E; every task has the same weight. Each token: mean entropy of"
+    " single tokens; 0 if each uses one expert, 1 if each uses all equally. Mean: entropy of the"
+    " mean over tokens and tasks; 0 if one expert serves everything. Tasks: by how many bits the"
+    " mean entropy of the tasks is below the entropy of their mean; 0 if routing does not depend on"
+    " the task."
 )
 _SPARSE_NOTE = (
     "mlp/experts is the router of a sparse layer, whose experts are whole MLPs; a layer without"
-    " this row has a dense MLP. Each token: there the entropy of the softmax over all experts, of"
-    " which the router then keeps a few: 0 if the router is certain. The other columns are of the"
+    " this row has a dense MLP. Each token, in this row: the entropy of the softmax over all"
+    " experts, before a few are chosen; 0 if the router is certain. The other columns are about the"
     " weights of the chosen experts, before any token is dropped."
 )
 _LOAD_NOTE = (
     "Load: an expert's share of all assignments relative to an even share, over all tokens. Dead:"
     f" experts with a load below {routing.DEAD_LOAD:g}. Dropped: assignments that have no place."
-    " Then the shares of tokens that no expert computes, that one computes, … A token without any"
-    " passes the layer by its residual connection."
+    " The last columns are the shares of tokens that no expert, one expert, … computes. A token"
+    " without an expert passes the layer by its residual connection."
 )
-# Numbers of experts of a token from this one on share a column.
+# Tokens with at least this many experts share a column.
 _MANY_EXPERTS = 4
 _MASS_NOTE = (
-    "Kept: the mean sum of a token's probabilities after top-k. All other columns refer to"
-    " probabilities normalized to sum to one."
+    "Kept: the sum of a token's probabilities after top-k, averaged over tokens. All other columns"
+    " are of probabilities normalized to sum to one."
 )
 
 
 def value_name(result: ProbeResult) -> str:
-    """Returns what mean distributions hold.
+    """Returns the name of the values in mean distributions.
 
-    These are weights of whole MLPs, or probabilities, or shares if top-k leaves the sums of
-    probabilities below 1.
+    They are weights if all sites are sparse layers, shares of the mixture if top-k leaves sums of
+    probabilities below 1, and probabilities otherwise.
     """
     if all(map(routing.is_sparse_layer, result.sites)):
         return "mean weight"
@@ -62,18 +64,20 @@ def value_name(result: ProbeResult) -> str:
 
 
 def runs_table(results: Sequence[ProbeResult]) -> Table:
-    """Returns a table with a row per run: the run and the examples it was probed with."""
+    """Returns a table with a row per run: its model, and the examples that it was probed with."""
     rows = []
     for result in results:
         seen = [task.seen for task in result.tasks]
         is_known = None not in seen
         tokens = [int(np.sum(result.totals.num_tokens[stack])) for stack in probe.STACKS]
+        # Sites may differ in E, such as '8–10': their numbers are joined.
+        num_experts = "–".join(map(str, sorted(set(result.experts.values()))))
         rows.append(
             [
                 str(result.run["name"]),
                 str(result.run["method"]),
                 f"{result.run['step']:,}",
-                "–".join(map(str, sorted(set(result.experts.values())))),
+                num_experts,
                 f"{result.run['trainable']:,}",
                 str(seen.count(True)) if is_known else MISSING,
                 str(seen.count(False)) if is_known else MISSING,
@@ -133,10 +137,11 @@ def entropy_table(result: ProbeResult) -> Table:
 
 
 def load_table(result: ProbeResult) -> Table | None:
-    """Returns a table of loads and drops with a row for each sparse layer; None without any."""
+    """Returns a table of loads and drops, with a row per sparse layer; None for a dense model."""
     loads = metrics.sparse_loads(result)
     if not loads:
         return None
+    # The largest number of experts that any token has; columns end there, or at `_MANY_EXPERTS`.
     largest = max(np.flatnonzero(load.tokens_by_experts).max(initial=1) for load in loads)
     many = min(int(largest), _MANY_EXPERTS)
     rows = []
@@ -170,13 +175,16 @@ def _percent(share: float) -> str:
 
 def _rows_note(result: ProbeResult) -> str:
     return (
-        f"Measured in training mode, on the examples in {result.rows}; without dropout. Evaluation"
-        " has no limit, and drops nothing."
+        f"Measured in training mode without dropout, on the examples in {result.rows}. By default,"
+        " evaluation has no limit and drops nothing."
     )
 
 
 def assignment_table(result: ProbeResult) -> Table | None:
-    """Returns a table of tokens by expert with two rows for each sparse layer; None without any."""
+    """Returns a table of tokens by expert, with up to two rows per sparse layer.
+
+    None for a dense model. Experts that choose tokens drop none, so they have no second row.
+    """
     loads = metrics.sparse_loads(result)
     if not loads:
         return None
@@ -207,7 +215,7 @@ def token_tables(result: ProbeResult) -> list[Table]:
         rows = []
         for number, tokens in enumerate(metrics.top_tokens(result, site), 1):
             text = "  ".join(f"{token.piece} {token.ratio:.2f}" for token in tokens) or MISSING
-            # As code: Markdown would take `<start>` for a tag and `*` for emphasis.
+            # Code, since Markdown would read `<start>` as a tag and `*` as emphasis.
             rows.append([str(number), "`" + text.replace("`", "'") + "`"])
         title = f"{site}: {_TOKENS[probe.token_stack(site)]} by expert"
         tables.append(
@@ -231,7 +239,7 @@ def distributions_csv(results: Sequence[ProbeResult]) -> str:
 
 
 def loads_csv(results: Sequence[ProbeResult]) -> str:
-    """Returns CSV of the tokens, with a line per run, sparse layer, task and expert."""
+    """Returns CSV of assigned and dropped tokens: a line per run, sparse layer, task and expert."""
     lines: list[list[object]] = [
         ["run", "site", "task", "dataset", "seen", "expert", "assigned", "dropped"]
     ]
@@ -261,8 +269,8 @@ def distances_csv(results: Sequence[ProbeResult]) -> str:
 
 def to_json(results: Sequence[ProbeResult]) -> str:
     """Returns all metrics of all runs as JSON."""
-    whole = {"distance": metrics.DISTANCE_DEFINITION, "runs": [_run_entry(r) for r in results]}
-    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    contents = {"distance": metrics.DISTANCE_DEFINITION, "runs": [_run_entry(r) for r in results]}
+    return json.dumps(contents, indent=1, ensure_ascii=False) + "\n"
 
 
 def _run_entry(result: ProbeResult) -> dict[str, object]:
@@ -290,7 +298,7 @@ def _run_entry(result: ProbeResult) -> dict[str, object]:
 
 
 def _sparse_entry(result: ProbeResult) -> dict[str, object]:
-    """Returns the loads of the sparse layers; nothing for a dense model."""
+    """Returns the entries about sparse layers; empty for a dense model."""
     entries = {
         load.site: {
             "experts_choose": load.experts_choose,
@@ -319,5 +327,5 @@ def _site_entry(result: ProbeResult, site: str) -> dict[str, object]:
 
 
 def _rounded(row: np.ndarray) -> list[float]:
-    # Six decimals: float32 totals hold no more, and equal runs write equal files.
+    # float32 totals are exact to about six decimals. Rounding lets equal runs write equal files.
     return [round(float(value), 6) for value in row]

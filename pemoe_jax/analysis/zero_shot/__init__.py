@@ -1,1 +1,1 @@
-"""Zero-shot accuracy: results.json, its tables, the paper's table, intervals and bar chart."""
+"""Scores answer choices; writes and reads results.json, and reports it as tables and plots."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 # In inches: height of a bar, width of a panel, gap between panels.
 _BAR_HEIGHT, _PANEL_WIDTH, _GAP = 0.24, 1.6, 0.25
 _PANELS_PER_LINE = 5
-# Text of the legend, and the field of `Bar` or `Panel` that shows it.
+# (text of the legend, field of `Bar` or `Panel` that the text explains); `_legend` omits the texts
+# of fields that are not set.
 _LEGEND = (
     ("dashed: chance", "chance"),
     ("line at the end: 95 % interval over examples", "interval"),
@@ -40,7 +41,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """A dataset's bars from top to bottom (None: unknown), and the accuracy of guessing."""
+    """A dataset's bars from top to bottom (None: no value), and the accuracy of guessing in %."""
 
     title: str
     bars: Sequence[Bar | None]
@@ -50,12 +51,15 @@ class Panel:
 def draw(
     panels: Sequence[Panel], labels: Sequence[str], png: str | AnyPath, *, title: str
 ) -> AnyPath:
-    """Draws panels from 0 to 100 %, five per line; `labels` name the bars of every panel."""
+    """Draws panels with scales from 0 to 100 %, five per line.
+
+    `labels` name the bars, which are of the same runs in every panel.
+    """
     pyplot = plots.import_pyplot()
     lines = [panels[i : i + _PANELS_PER_LINE] for i in range(0, len(panels), _PANELS_PER_LINE)]
     # Positions are computed in inches, so that the size of bars and labels is always the same.
     left = 0.3 + max(plots.text_width(label, 8) for label in labels)
-    top, between, bottom = 0.85, 0.65, 0.75
+    top, between, bottom = 0.85, 0.65, 0.75  # margins, and the height between lines of panels
     panel_height = _BAR_HEIGHT * len(labels)
     legend = _legend(panels)
     width = max(
@@ -65,9 +69,8 @@ def draw(
     )
     height = top + len(lines) * (panel_height + between) - between + bottom
     figure = pyplot.figure(figsize=(width, height))
-    style = {"va": "center", "c": plots.TEXT_COLOR}
-    figure.text(0.15 / width, 1 - 0.3 / height, title, size=12, weight="bold", **style)
-    figure.text(0.15 / width, 0.2 / height, legend, size=8, **style)
+    plots.draw_title(figure, title)
+    figure.text(0.15 / width, 0.2 / height, legend, size=8, va="center", c=plots.TEXT_COLOR)
     for number, line in enumerate(lines):
         y = height - top - (number + 1) * panel_height - number * between
         for column, panel in enumerate(line):
@@ -80,6 +83,7 @@ def draw(
 
 
 def _draw_panel(axis: Axes, panel: Panel) -> None:
+    """Draws a dataset's bars, each followed by its value."""
     for row, bar in enumerate(panel.bars):
         if bar is None:
             axis.text(1.5, row, "–", size=8, va="center", c=plots.MUTED_COLOR)
@@ -87,10 +91,10 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
         color = "#C8C8C8" if bar.pale else plots.COLORS[0]
         hatch = "////" if bar.hatched else None
         axis.barh(row, bar.value, 0.72, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-        end = bar.value
+        end = bar.value  # where the number is written after the bar and its marks
         if bar.interval:
             (line,) = axis.plot(bar.interval, [row, row], color=plots.TEXT_COLOR, lw=1.2)
-            line.set_solid_capstyle("butt")
+            line.set_solid_capstyle("butt")  # a projecting cap would lengthen the interval
             end = max(end, bar.interval[1])
         if bar.seeds:
             rows = [row] * len(bar.seeds)
@@ -104,16 +108,16 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
         axis.axvline(panel.chance, color=plots.ACCENT_COLOR, lw=0.9, ls=(0, (3, 2)))
     axis.set_title(panel.title, size=9, loc="left", pad=4, weight="bold")
     axis.set_xlim(0, 124)  # room for the number after a bar of 100 %
-    axis.set_ylim(len(panel.bars) - 0.5, -0.5)
+    axis.set_ylim(len(panel.bars) - 0.5, -0.5)  # the first bar is on top
     axis.set_xticks([0, 50, 100])
     axis.tick_params(length=0, labelsize=8, pad=3)
-    axis.grid(axis="x", color="#E6E6E6", lw=0.8)
+    axis.grid(axis="x", color=plots.GRID_COLOR, lw=0.8)
     axis.set_axisbelow(True)
     axis.spines[["left", "bottom"]].set_visible(False)
 
 
 def _legend(panels: Sequence[Panel]) -> str:
-    """Explains the marks that the panels show."""
+    """Returns the texts of `_LEGEND` about the marks that the panels show."""
     bars = [bar for panel in panels for bar in panel.bars if bar]
     marks = {mark for _, mark in _LEGEND for bar in bars if getattr(bar, mark, None)}
     if any(panel.chance is not None for panel in panels):

@@ -1,10 +1,10 @@
 """Bootstrap intervals of a dataset's accuracy, by resampling its examples.
 
-Each draw takes as many examples as the dataset has, with replacement; the interval is the middle
-95 % of the accuracies. Prompts stay fixed. All prompts of a dataset ask about the same examples, so
-an example is drawn with all of its prompts: resampling each prompt by itself would treat CB's 56
-examples under fifteen prompts as 840 independent ones. The interval covers neither the choice of
-prompts nor another training run.
+Each draw takes as many examples as the dataset has, with replacement, and the interval is the
+middle 95 % of the accuracies of all draws. Prompts stay fixed. All prompts of a dataset ask about
+the same examples, so an example is drawn with all of its prompts: resampling each prompt by itself
+would treat CB's 56 examples under fifteen prompts as 840 independent ones. The interval covers
+neither the choice of prompts nor another training run.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ def resampled_accuracies(
     Runs with the same examples get the same draws, whatever other datasets they have.
 
     Args:
-      prompts: for each prompt, indices of the examples in the dataset and whether the answer is
-        correct, both [N]. ANLI's rounds may share indices, which all start at 0: independent
-        answers stay independent under common weights.
+      prompts: for each prompt, the indices of its examples in the dataset, and whether each answer
+        is correct, both [N]. The indices of ANLI's three rounds all start at 0, so one index can
+        stand for an example of each round. These are drawn together, which does no harm: answers
+        to different examples are independent under common draws too.
+      draws: number of draws.
       seed: seed of the draws, combined with the dataset's name.
+      dataset: name of the dataset.
 
     Returns:
       float64 [2, draws]: median and mean over the prompts.
@@ -43,6 +46,7 @@ def resampled_accuracies(
     np.add.at(correct, (rows, columns), np.concatenate([answers for _, answers in prompts]))
     np.add.at(count, (rows, columns), 1)
 
+    # Not `hash`, which differs between processes.
     rng = np.random.default_rng([seed, zlib.crc32(dataset.encode())])
     chunk = max(1, _MAX_DRAWN // len(indices))
     sizes = [min(chunk, draws - start) for start in range(0, draws, chunk)]
@@ -61,7 +65,7 @@ def _median_and_mean(
     """Returns median and mean over prompts [2, draws]; `correct` and `count` are [prompts, N]."""
     size = correct.shape[1]
     drawn = rng.integers(0, size, (draws, size))
-    # An offset for each draw lets a single bincount count all of them.
+    # A different offset for each draw lets a single bincount count the examples of all draws.
     drawn += size * np.arange(draws)[:, None]
     weights = np.bincount(drawn.reshape(-1), minlength=draws * size)
     weights = weights.reshape(draws, size).astype(np.float64)

@@ -3,12 +3,12 @@
 A claim compares two experiments of a sweep, or two differences of experiments. The measured
 difference is in percentage points of accuracy, averaged over the examples of a prompt, then over
 the prompts of a dataset, then over the datasets. Two intervals of 95 % cover two sources of
-randomness, each with the other one fixed:
+randomness, each interval with the other source fixed:
 
 - seeds: the paired t-interval over the differences of single seeds. It covers other initial
   adapters and another order of the data, on these prompts.
-- prompts: a bootstrap that draws, in each dataset, prompts and examples independently of each other
-  and with replacement, from the differences averaged over seeds. It covers other prompts and
+- prompts: a bootstrap over the differences averaged over seeds. In each dataset, it draws prompts
+  and examples independently of each other and with replacement. It covers other prompts and
   examples of these datasets. An example is drawn with all of its prompts, see `bootstrap`.
 
 `VERDICT_RULE` was fixed before any result was seen. Intervals are those of single claims; they are
@@ -39,8 +39,8 @@ VERDICT_RULE = (
     " all other cases. The bound is 0 for 'better', and minus the margin for 'not worse'."
 )
 EXPECTATIONS = ("better", "not worse")
-_DRAWS = 4000
-_TEXTS = ("id", "claim", "paper", "source", "expect")
+_DRAWS = 4000  # 100 draws are beyond each end of an interval
+_TEXTS = ("id", "claim", "paper", "source", "expect")  # fields of `Claim` that must be text
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Claim:
       claim: the paper's statement, paraphrased.
       paper: the paper's figure, or 'figure unknown'.
       source: the file of this repository that has the figure and names where it is quoted from.
-      plus, minus: names of experiments, equally many; the difference is the sum of the accuracies
-        of `plus` minus that of `minus`.
+      plus, minus: names of experiments, equally many. The difference is the sum of the accuracies
+        of `plus` minus the sum of those of `minus`.
       expect: one of `EXPECTATIONS`.
       margin: percentage points by which `plus` may be worse if `expect` is 'not worse'.
       datasets: shell-style patterns of the datasets that the difference is averaged over.
@@ -71,19 +71,20 @@ class Claim:
 
     @property
     def bound(self) -> float:
+        """Percentage points that the difference must exceed, see `VERDICT_RULE`."""
         return 0.0 if self.expect == "better" else -self.margin
 
 
 class Result(TypedDict):
     """The measurement of a claim, in percentage points; intervals are None if unknown."""
 
-    seeds: list[int]
+    seeds: list[int]  # those that all experiments of the claim have
     differences: list[float]  # one for each seed
     difference: float | None
     seed_interval: list[float] | None
     prompt_interval: list[float] | None
-    prompts: int
-    examples: int
+    prompts: int  # number over all datasets
+    examples: int  # number over all prompts
     agree: int  # number of seeds whose difference is above the bound
     verdict: str
 
@@ -108,6 +109,7 @@ def load_claims(file: Path) -> list[Claim]:
 
 
 def _parse_claim(entry: Mapping[str, Any]) -> Claim:
+    """Returns the claim of an entry; raises ValueError or TypeError if it is malformed."""
     lists = {key: tuple(entry[key]) for key in ("plus", "minus", "datasets") if key in entry}
     claim = Claim(**{**entry, **lists})
     if not all(isinstance(getattr(claim, name), str) for name in _TEXTS):
@@ -149,34 +151,40 @@ def measure(
             verdict=NOT_MEASURED,
         )
     signs = [1] * len(claim.plus) + [-1] * len(claim.minus)
+    # For each seed: dataset -> contrasts [prompts, examples]
     per_seed = [_contrasts(claim, [members[seed] for members in by_seed], signs) for seed in seeds]
-    differences = [
-        100 * statistics.fmean(float(np.nanmean(d, axis=1).mean()) for d in datasets.values())
-        for datasets in per_seed
-    ]
-    mean = {
-        name: np.mean([datasets[name] for datasets in per_seed], axis=0) for name in per_seed[0]
-    }
+    differences = [100 * _mean_over_datasets(contrasts) for contrasts in per_seed]
     seed_interval = _t_interval(differences)
-    drawn = np.mean([_draw(name, values, draws) for name, values in mean.items()], axis=0)
-    prompt_interval = [100 * end for end in bootstrap.interval(drawn)]
+    mean_contrasts = {
+        name: np.mean([contrasts[name] for contrasts in per_seed], axis=0) for name in per_seed[0]
+    }
+    resampled = [_draw(name, values, draws) for name, values in mean_contrasts.items()]
+    # Draw by draw: datasets are drawn independently and have equal weights.
+    prompt_interval = [100 * end for end in bootstrap.interval(np.mean(resampled, axis=0))]
     return Result(
         seeds=seeds,
         differences=differences,
         difference=statistics.fmean(differences),
         seed_interval=seed_interval,
         prompt_interval=prompt_interval,
-        prompts=sum(len(values) for values in mean.values()),
-        examples=sum(int(np.isfinite(values).sum()) for values in mean.values()),
+        prompts=sum(len(values) for values in mean_contrasts.values()),
+        examples=sum(int(np.isfinite(values).sum()) for values in mean_contrasts.values()),
         agree=sum(difference > claim.bound for difference in differences),
         verdict=_verdict(claim.bound, seed_interval, prompt_interval),
+    )
+
+
+def _mean_over_datasets(contrasts: Mapping[str, np.ndarray]) -> float:
+    """Averages contrasts over the examples of a prompt, then over prompts, then over datasets."""
+    return statistics.fmean(
+        float(np.nanmean(values, axis=1).mean()) for values in contrasts.values()
     )
 
 
 def _verdict(
     bound: float, seed_interval: Sequence[float] | None, prompt_interval: Sequence[float]
 ) -> str:
-    """Applies `VERDICT_RULE`; a single seed has no interval and decides nothing."""
+    """Applies `VERDICT_RULE`; a single seed has no interval, so the claim stays undecided."""
     intervals = [seed_interval, prompt_interval]
     if all(ends is not None and ends[0] > bound for ends in intervals):
         return REPRODUCED
@@ -191,6 +199,7 @@ def _t_interval(values: Sequence[float]) -> list[float] | None:
         return None
     from scipy import stats
 
+    # Two-sided: of the 5 % outside, half is above the upper end.
     quantile = float(stats.t.ppf((1 + bootstrap.LEVEL) / 2, len(values) - 1))
     half = quantile * statistics.stdev(values) / len(values) ** 0.5
     mean = statistics.fmean(values)
@@ -200,9 +209,10 @@ def _t_interval(values: Sequence[float]) -> list[float] | None:
 def _contrasts(
     claim: Claim, runs: Sequence[JsonObject], signs: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Returns dataset -> sum over runs of sign times correctness (0 or 1), [prompts, examples].
+    """Returns dataset -> contrasts [prompts, examples].
 
-    The value is NaN for an example that a prompt does not have.
+    A contrast is the sum over runs of sign · correctness (0 or 1). It is NaN for an example that a
+    prompt does not have.
     """
     tasks = {
         name: task["dataset"]
@@ -211,6 +221,7 @@ def _contrasts(
     }
     if not tasks:
         raise InputError(f"claim {claim.id}: no scored dataset matches {list(claim.datasets)}")
+    # dataset -> task, that is, prompt -> index of the example -> contrast
     sums: dict[str, dict[str, dict[int, float]]] = {}
     for run, sign in zip(runs, signs, strict=True):
         for name, dataset in tasks.items():
@@ -227,6 +238,7 @@ def _contrasts(
 
 
 def _load_answers(run: JsonObject, name: str, claim: Claim) -> dict[int, float]:
+    """Returns index of the example -> whether a run's answer is correct (0 or 1), for one task."""
     task = run["tasks"].get(name)
     predictions = None if task is None else load_predictions(task[PREDICTIONS], name, task)
     if predictions is None:
@@ -236,24 +248,26 @@ def _load_answers(run: JsonObject, name: str, claim: Claim) -> dict[int, float]:
 
 
 def _matrix(prompts: Sequence[Mapping[int, float]]) -> np.ndarray:
+    """Returns the values of index -> value, for each prompt, as an array [prompts, examples]."""
     indices = sorted(set().union(*prompts))
     return np.array([[prompt.get(index, np.nan) for index in indices] for prompt in prompts])
 
 
 def _draw(dataset: str, values: np.ndarray, draws: int) -> np.ndarray:
-    """Returns the mean over prompts and examples of `draws` resamplings of both, [draws].
+    """Resamples prompts and examples `draws` times; returns the mean over both for each, [draws].
 
     Args:
-      dataset: name that seeds the draws, so that all claims draw a dataset in the same way.
+      dataset: name of the dataset, which seeds the draws: all claims draw it in the same way.
       values: [prompts, examples], NaN for missing ones.
       draws: number of resamplings.
     """
     num_prompts, num_examples = values.shape
     rng = np.random.default_rng(zlib.crc32(dataset.encode()))
+    # How often each prompt and each example is drawn, [draws, prompts] and [draws, examples].
     prompts = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), draws)
     examples = rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), draws)
     is_known = np.isfinite(values)
-    # A prompt's accuracy is over its own examples; a prompt without a drawn example counts as 0.
+    # The mean of a prompt is over its own examples; if none of them is drawn, it counts as 0.
     counts = np.maximum(examples @ is_known.T, 1)
     means = examples @ np.where(is_known, values, 0.0).T / counts  # [draws, prompts]
     return (prompts * means).sum(axis=1) / num_prompts

@@ -1,8 +1,9 @@
 """Reports of measured claims: the contents of claims.json, claims.md and claims.png.
 
-claims.json holds {"rule", "experiments", "choices", "claims"}: `claims.VERDICT_RULE`; the accuracy
-and the costs of each experiment of the sweep; the settings that were chosen on training tasks; and
-each claim with its `claims.Result`. Accuracies are in %, differences in percentage points.
+claims.json has four keys. "rule" is `claims.VERDICT_RULE`, "experiments" has the accuracy and the
+costs of each experiment of the sweep, "choices" has the settings that were chosen on training
+tasks, and "claims" has each claim with its `claims.Result`. Accuracies are in %, differences in
+percentage points.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pemoe_jax.analysis import plots
-from pemoe_jax.analysis.tables import MISSING, Table, format_scaled
+from pemoe_jax.analysis.tables import MISSING, Table, format_bytes
 from pemoe_jax.analysis.zero_shot import claims as claims_lib
+from pemoe_jax.analysis.zero_shot import result_tables
 from pemoe_jax.analysis.zero_shot.results import JsonObject
 
-# Keys that an experiment's entry copies from its first run, see `evaluate.describe_run`.
+# An experiment's entry has these keys of its first run; `evaluate.describe_run` explains them.
 _RUN_KEYS = ("variant", "trainable", "total", "used", "step")
 _VERDICTS = (
     claims_lib.REPRODUCED,
@@ -27,18 +29,19 @@ _VERDICTS = (
     claims_lib.UNDECIDED,
     claims_lib.NOT_MEASURED,
 )
+# Green, red, blue and gray, as in `plots.COLORS`.
 _COLORS = dict(zip(_VERDICTS, ("#009E73", "#D55E00", "#0072B2", "#999999"), strict=True))
-_BYTES = ("B", "kB", "MB", "GB", "TB")
 _COST_NOTE = (
-    "Activated: parameters that a token uses. File: of the trained parameters in float32. Peak"
-    " memory: of training, on a CPU that of the whole process, with its libraries. Step: median of"
-    " training, without compilation. Evaluation: scoring of all examples, with compilation."
+    "Activated: parameters that a token uses. File: size of the trained parameters in float32. Peak"
+    " memory: in training; on a CPU, of the whole process with its libraries. Step: median time of"
+    " a training step, without compilation. Evaluation: time to score all examples, with"
+    " compilation."
 )
 _NOTES = (
     "Difference: of accuracies, in percentage points, mean over seeds. Seeds: paired t-interval of"
     " 95 % over the differences of single seeds, which covers other adapters and another order of"
-    " the data. Prompts: bootstrap interval of 95 % over prompts and examples, drawn independently,"
-    " of the differences averaged over seeds. Agree: seeds whose difference is above the bound.",
+    " the data. Prompts: bootstrap interval of 95 % of the differences averaged over seeds, with"
+    " prompts and examples drawn independently. Agree: seeds whose difference is above the bound.",
     claims_lib.VERDICT_RULE + " Intervals are those of single claims, not of all together.",
 )
 
@@ -74,6 +77,7 @@ def build_report(
 
 
 def _experiment(name: str, by_seed: Mapping[int, JsonObject]) -> JsonObject:
+    """Returns an experiment's entry in claims.json, with means over its seeds."""
     seeds = sorted(by_seed)
     first = by_seed[seeds[0]]
     averages = [100 * by_seed[seed]["average"]["mean"] for seed in seeds]
@@ -95,10 +99,12 @@ def _experiment(name: str, by_seed: Mapping[int, JsonObject]) -> JsonObject:
 
 
 def _costs(runs: Sequence[JsonObject]) -> JsonObject:
-    """Returns the device and the known means over seeds of the costs.
+    """Returns the costs that are known, and the device.
 
-    `step_seconds` and `evaluation_seconds` are in seconds, `peak_memory` in bytes.
+    `step_seconds` and `evaluation_seconds` are means over seeds, in seconds. `peak_memory` is the
+    largest of all seeds, in bytes, and 0 if no seed recorded it.
     """
+    # A run may have trained on several machines; the first one counts.
     steps = [run["step_times"][0] for run in runs if run.get("step_times")]
     costs = {
         "step_seconds": [entry["seconds"] for entry in steps],
@@ -120,7 +126,7 @@ def _rounded(value: Any) -> Any:
 
 
 def summary(report: JsonObject) -> str:
-    """Returns how many claims have each verdict, as one line."""
+    """Returns one line that says how many claims have each verdict."""
     counts = Counter(claim["verdict"] for claim in report["claims"])
     words = [f"{counts[verdict]} {verdict}" for verdict in _VERDICTS if counts[verdict]]
     return f"{len(report['claims'])} claims: {', '.join(words)}"
@@ -185,12 +191,12 @@ def _experiments_table(report: JsonObject) -> Table:
                 f"{row['accuracy']:.1f}{deviation}",
             ]
         )
-    chances = sorted({f"{row['chance']:.1f}" for row in experiments})
+    chance = result_tables.format_range([row["chance"] for row in experiments], "{:.1f}".format)
     return Table(
         "Accuracy in %: mean over prompts, mean ± standard deviation over seeds",
         ["experiment", "method", "trainable", "seeds", *datasets, "average"],
         rows,
-        footer=[["chance", *[""] * (3 + len(datasets)), "–".join([chances[0], *chances[1:][-1:]])]],
+        footer=[["chance", *[""] * (3 + len(datasets)), chance]],
         num_text=2,
     )
 
@@ -199,15 +205,16 @@ def _costs_table(report: JsonObject) -> Table:
     rows = []
     for row in report["experiments"]:
         trainable, memory = row["trainable"], row.get("peak_memory")
-        seconds = row.get("step_seconds"), row.get("evaluation_seconds")
+        step, evaluation = row.get("step_seconds"), row.get("evaluation_seconds")
+        counts = (trainable, row["total"], row["used"])
         rows.append(
             [
                 row["experiment"],
-                *("–" if n is None else f"{n:,}" for n in (trainable, row["total"], row["used"])),
-                MISSING if trainable is None else format_scaled(4 * trainable, _BYTES),
-                MISSING if not memory else format_scaled(memory, _BYTES),
-                MISSING if seconds[0] is None else f"{1000 * seconds[0]:.0f} ms",
-                MISSING if seconds[1] is None else f"{seconds[1]:.1f} s",
+                *(MISSING if count is None else f"{count:,}" for count in counts),
+                MISSING if trainable is None else format_bytes(4 * trainable),
+                format_bytes(memory) if memory else MISSING,
+                MISSING if step is None else f"{1000 * step:.0f} ms",
+                MISSING if evaluation is None else f"{evaluation:.1f} s",
                 f"{row['accuracy']:.1f}",
             ]
         )
@@ -226,7 +233,7 @@ def _accuracy(value: float | None) -> str:
 
 
 def draw_forest(report: JsonObject, png: Path) -> Path:
-    """Draws the difference of each claim with both intervals and the single seeds, in one panel."""
+    """Draws a line per claim: its difference, that of each seed, and both intervals."""
     pyplot = plots.import_pyplot()
     claims = [claim for claim in report["claims"] if claim["difference"] is not None]
     labels = [claim["claim"] for claim in claims]
@@ -237,6 +244,7 @@ def draw_forest(report: JsonObject, png: Path) -> Path:
     axis = figure.add_axes((left / width, 0.75 / height, 4.6 / width, (height - 1.3) / height))
     for row, claim in enumerate(claims):
         color = _COLORS[claim["verdict"]]
+        # In units of a line, seeds are drawn 0.12 above its middle and prompts 0.16 below.
         if claim["seed_interval"]:
             axis.plot(claim["seed_interval"], [row - 0.12] * 2, color=color, lw=2.6)
         axis.plot(claim["prompt_interval"], [row + 0.16] * 2, color=color, lw=1.0)

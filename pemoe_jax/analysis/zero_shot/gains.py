@@ -1,4 +1,4 @@
-"""Accuracy gains of runs that start from another run, over those that start from the base."""
+"""Accuracy gains of a sweep's runs that start from another run (FROM) over those from the base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pemoe_jax.runtime import file_io
 _NOTE = (
     "Accuracy (median over prompts) of the experiment with FROM minus that of the same experiment"
     " without FROM, in percentage points: mean over pairs with the same seed ± standard deviation"
-    " (n - 1). * marks a dataset that both were trained on."
+    " (n - 1). * marks a dataset that both runs were trained on."
 )
 
 
@@ -20,8 +20,9 @@ def build_gains_table(pairs: Mapping[str, Sequence[tuple[Path, Path]]]) -> Table
     """Returns a table with a row for each experiment and a column for each dataset.
 
     Args:
-      pairs: experiment -> for each seed, the folder of results of the run that started from another
-        run, and that of the run that started from the base. Each folder has a single run.
+      pairs: experiment -> for each seed, two folders of results: those of the run that started from
+        another run, and those of the direct run, which started from the base. Each folder has the
+        results of one run.
     """
     rows: dict[str, dict[str, list[float]]] = {}
     trained: dict[str, set[str]] = {}
@@ -29,6 +30,7 @@ def build_gains_table(pairs: Mapping[str, Sequence[tuple[Path, Path]]]) -> Table
         differences = rows.setdefault(experiment, {})
         for run_folder, direct_folder in folders:
             run, direct = map(_read_run, (run_folder, direct_folder))
+            # The direct run has only the experiment's datasets, on which the other run trained too.
             trained.setdefault(experiment, set()).update(direct.get("trained_datasets", ()))
             scores, direct_scores = _medians(run), _medians(direct)
             for name in scores.keys() & direct_scores.keys():
@@ -56,6 +58,7 @@ def build_gains_table(pairs: Mapping[str, Sequence[tuple[Path, Path]]]) -> Table
 
 
 def _read_run(folder: Path) -> dict:
+    """Returns the only run of a results.json."""
     (run,) = file_io.read_json(folder / "results.json")["runs"]
     return run
 

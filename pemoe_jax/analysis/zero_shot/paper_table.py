@@ -1,14 +1,16 @@
 """The paper's zero-shot table (arXiv 2309.05444): a row for each run, a column for each dataset.
 
-`build_paper_table` computes it from results, `paper_table_formats` prints it. Cells hold the median
-over the prompts of a dataset, the paper's main figure, and the mean, in %. As in the paper, ANLI is
-one column: median and mean are over the prompts of its three rounds, 45 in P3. Datasets that the
-paper does not have come after the average, which excludes them; without any of the paper's, the
-average is over all. MMLU is one such column, over its subjects.
+`build_paper_table` computes the table from results, `paper_table_formats` prints it. A cell holds
+the median over the prompts of a dataset, which is the paper's main figure, and the mean, in %. As
+in the paper, ANLI is one column: median and mean are over the prompts of its three rounds, 45 in
+P3.
 
-Runs that differ only in the seed are one row: the mean over seeds. Results of a run with k solved
-examples in each input (`SHOTS`) are in its row too, in columns of their own after the zero-shot
-ones.
+Datasets that are not in the paper come after the average, which excludes them; if no dataset is in
+the paper, the average is over all. MMLU is one column, over the subjects that are its datasets.
+
+Runs that differ only in the seed share a row, which holds means over seeds. Results of the same run
+with k solved examples in each input (`SHOTS`) are in this row too, in further columns after the
+zero-shot ones.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ from pemoe_jax.tasks import mmlu
 
 AVERAGE = "average"
 MEASURES = ("median", "mean")
-# What a row keeps of a run's results: see `evaluate.describe_run`.
+# Values of a run that its row keeps; `evaluate.describe_run` explains them.
 RUN_KEYS = ("step", "checkpoint", "trainable", "total", "used", "flops", "flops_with_places")
 
-# Dataset of a task -> its column, if that has another name. In P3, ANLI's rounds are splits of one
-# dataset; other sources have a dataset for each round.
+# Dataset of a task -> its column; other datasets are columns of the same name. In P3, ANLI's rounds
+# are splits of one dataset; other sources have a dataset for each round.
 _COLUMNS = {
     **dict.fromkeys(("anli", "anli_r1", "anli_r2", "anli_r3"), "ANLI"),
     "cb": "CB",
@@ -65,7 +67,8 @@ class Score:
       prompts: number of prompts.
       examples: number of examples, summed over prompts.
       shots_left_out: number of shots that did not fit, over all examples; None without shots.
-      trained: whether the run was trained on the dataset, or any of them; None if unknown.
+      trained: whether the run was trained on the dataset, or on any dataset of the average; None
+        if unknown.
       seeds: measure -> value of each seed, if the row is a mean over seeds.
     """
 
@@ -93,7 +96,7 @@ class Column(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The name, and for shots '5-shot', with their seed unless it is 0."""
+        """The name, with '5-shot' behind it if there are shots, and their seed unless it is 0."""
         number, seed = self.shots
         words = [self.name, f"{number}-shot" if number else "", f"seed {seed}" if seed else ""]
         return " ".join(filter(None, words))
@@ -101,9 +104,12 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a training step, of each seed, on a machine with a batch.
+    """Time of a training step on one kind of device with one size of batches.
 
-    `memory` is the peak of all seeds in bytes, None if unknown.
+    Attributes:
+      device, batch: descriptions of the devices and of the batch.
+      seconds: seconds of each seed's median step.
+      memory: largest peak memory of all seeds, in bytes; None if unknown.
     """
 
     device: str
@@ -113,6 +119,7 @@ class StepTime:
 
     @property
     def mean(self) -> float:
+        """Mean over seeds."""
         return statistics.fmean(self.seconds)
 
     @property
@@ -130,13 +137,13 @@ class Row:
       method: method, with experts and rank if they are known.
       percent: trainable parameters, in %.
       share: `percent` as text.
-      scores: column -> score. Averages are over those of `PaperTable.averaged` that a run has, or
-        as published.
-      partial: the shots with which a run has not all of `PaperTable.averaged`.
+      scores: column -> score. An average is over the columns of `PaperTable.averaged` that the run
+        has; that of a published model is as published.
+      partial: the shots for which the run lacks columns of `PaperTable.averaged`.
       source: source of a published row; '' for a run.
       run: the `RUN_KEYS` of a run, and its `evaluation_seconds` if known, the mean over seeds.
-      step_times: those of each machine and batch; empty if unknown.
-      seeds: shots -> seeds of the runs, if there are several.
+      step_times: one for each kind of device and batch; empty if unknown.
+      seeds: shots -> seeds of the runs, for shots with several runs.
     """
 
     name: str
@@ -160,7 +167,7 @@ class PaperTable:
     """The zero-shot table.
 
     Attributes:
-      columns: datasets, zero-shot ones first: the paper's columns, in its order, then others.
+      columns: datasets by shots, zero-shot first; of each, the paper's in its order, then others.
         Columns without results are left out, except the paper's if there are published rows.
       averaged: the columns that averages are over.
       rows: runs, then published rows.
@@ -178,7 +185,7 @@ class PaperTable:
 
     @property
     def shots(self) -> list[Shots]:
-        """The shots that columns have, ascending."""
+        """The shots of the columns in ascending order."""
         return list(dict.fromkeys(column.shots for column in self.columns))
 
     @property
@@ -203,7 +210,7 @@ def build_paper_table(
     with_paper: bool = False,
     seeds_apart: bool = False,
 ) -> PaperTable:
-    """Builds the table.
+    """Builds the table of runs, and of published models if wanted.
 
     Args:
       runs: runs as `results.load_results` loads them.
@@ -220,15 +227,16 @@ def build_paper_table(
     for shots in sorted(all_shots):
         members = [run for run in runs if shots_of(run) == shots]
         existing = {column for run in members for column in _tasks_by_column(run)}
-        published = with_paper and shots == NO_SHOTS
-        in_paper = [name for name in published_numbers.COLUMNS if name in existing or published]
+        # Published rows need all of the paper's columns.
+        all_in_paper = with_paper and shots == NO_SHOTS
+        in_paper = [name for name in published_numbers.COLUMNS if name in existing or all_in_paper]
         names = in_paper + sorted(existing - set(in_paper))
         columns += [Column(name, shots) for name in names]
         averaged += [Column(name, shots) for name in in_paper or names]
     groups = _group_rows(runs, seeds_apart)
     # Labels are made unique after grouping, since the seeds of one row may share a name.
     names = result_tables.run_labels(
-        [seed_groups.first_run_without_seed(_largest(g)) for g in groups]
+        [seed_groups.first_run_without_seed(_largest_part(group)) for group in groups]
     )
     rows = [
         _row(name, group, averaged, draws, seed) for name, group in zip(names, groups, strict=True)
@@ -239,32 +247,37 @@ def build_paper_table(
     return PaperTable(columns, averaged, rows, draws, seed, normalized)
 
 
-# shots -> the runs of all seeds
+# The runs of one row: shots -> the runs of all seeds.
 _Group: TypeAlias = dict[Shots, list[JsonObject]]
 
 
 def _group_rows(runs: Sequence[JsonObject], seeds_apart: bool) -> list[_Group]:
-    """Groups the runs of a row: those that differ in the seed, and the same with other shots."""
+    """Groups runs into rows: runs that differ only in the seed, and the same runs with other shots.
+
+    With `seeds_apart`, runs of different seeds are in different rows.
+    """
     groups: list[_Group] = []
-    group_of: dict[tuple, int] = {}  # identity of a run -> index of its group
+    index_of: dict[tuple, int] = {}  # identity of a run -> index of its group
     for shots in sorted({shots_of(run) for run in runs}):
         members = [run for run in runs if shots_of(run) == shots]
         by_seed = [[run] for run in members] if seeds_apart else seed_groups.group_by_seed(members)
         for group in by_seed:
             identities = [(run["name"], run.get("checkpoint"), run.get("step")) for run in group]
-            indices = {group_of[i] for i in identities if i in group_of}
-            # Seeds that are a row each without shots stay so: a mean of them is another row.
-            (index,) = indices if len(indices) == 1 else (len(groups),)
-            if index == len(groups) or shots in groups[index]:
+            # The rows that have these runs with fewer shots. If they are several, as for seeds that
+            # were not evaluated alike, they stay apart: a mean over these seeds is another row.
+            indices = {index_of[i] for i in identities if i in index_of}
+            index = indices.pop() if len(indices) == 1 else None
+            if index is None or shots in groups[index]:
                 index = len(groups)
                 groups.append({})
             groups[index][shots] = group
             for identity in identities:
-                group_of.setdefault(identity, index)
+                index_of.setdefault(identity, index)
     return groups
 
 
-def _largest(group: _Group) -> list[JsonObject]:
+def _largest_part(group: _Group) -> list[JsonObject]:
+    """Returns the runs with the shots that most seeds have: they stand for the whole row."""
     return max(group.values(), key=len)
 
 
@@ -294,7 +307,8 @@ def _resample(run: JsonObject, draws: int, seed: int) -> _Resampled:
 
 
 def _row(name: str, group: _Group, averaged: Sequence[Column], draws: int, seed: int) -> Row:
-    first, seeds = _largest(group)[0], _largest(group)
+    main_runs = _largest_part(group)
+    first = main_runs[0]
     scores: dict[Column, Score] = {}
     partial = set()
     for shots, runs in group.items():
@@ -307,11 +321,11 @@ def _row(name: str, group: _Group, averaged: Sequence[Column], draws: int, seed:
             partial.add(shots)
     share = result_tables.trainable_share(first)
     run_values = {key: first.get(key) for key in RUN_KEYS}
-    evaluations = [run["evaluation_seconds"] for run in seeds if "evaluation_seconds" in run]
+    evaluations = [run["evaluation_seconds"] for run in main_runs if "evaluation_seconds" in run]
     if evaluations:
         run_values["evaluation_seconds"] = statistics.fmean(evaluations)
-    if len(seeds) > 1:
-        run_values["checkpoint"] = "; ".join(str(run.get("checkpoint")) for run in seeds)
+    if len(main_runs) > 1:
+        run_values["checkpoint"] = "; ".join(str(run.get("checkpoint")) for run in main_runs)
     return Row(
         name=name,
         method=str(first.get("variant") or first.get("method") or MISSING),
@@ -320,7 +334,7 @@ def _row(name: str, group: _Group, averaged: Sequence[Column], draws: int, seed:
         scores=scores,
         partial=frozenset(partial),
         run=run_values,
-        step_times=_step_times(seeds),
+        step_times=_step_times(main_runs),
         seeds={
             shots: tuple(run["seed"] for run in runs)
             for shots, runs in group.items()
@@ -330,6 +344,7 @@ def _row(name: str, group: _Group, averaged: Sequence[Column], draws: int, seed:
 
 
 def _step_times(runs: Sequence[JsonObject]) -> list[StepTime]:
+    """Returns the step times of runs that differ in the seed, by device and batch."""
     entries: dict[tuple[str, str], list[JsonObject]] = {}
     for run in runs:
         for entry in run.get("step_times", []):
@@ -345,7 +360,7 @@ def _step_times(runs: Sequence[JsonObject]) -> list[StepTime]:
 
 
 def _scores(run: JsonObject, averaged: Sequence[str], resampled: _Resampled) -> dict[str, Score]:
-    """Returns the scores of a run by column, with `AVERAGE`."""
+    """Returns column -> score of a run, with an `AVERAGE` over the columns in `averaged`."""
     datasets = run.get("trained_datasets")
     trained = None if datasets is None else {_column(dataset) for dataset in datasets}
     scores = {
@@ -359,6 +374,7 @@ def _scores(run: JsonObject, averaged: Sequence[str], resampled: _Resampled) -> 
 def _score(
     tasks: Mapping[str, JsonObject], resampled: np.ndarray | None, trained: bool | None
 ) -> Score:
+    """Returns the score of a column from the results of its tasks, which are prompts."""
     accuracies = [100 * task["accuracy"] for task in tasks.values()]
     return Score(
         median=statistics.median(accuracies),
@@ -378,7 +394,7 @@ def _sum_known(values: Iterable[int | None]) -> int | None:
 
 
 def _average(scores: Mapping[str, Score], resampled: _Resampled, columns: Sequence[str]) -> Score:
-    """Averages datasets with equal weights."""
+    """Averages the scores of datasets with equal weights; an empty score without datasets."""
     if not columns:
         return Score()
     members = [scores[column] for column in columns]
@@ -401,7 +417,8 @@ def _mean_over_seeds(
 ) -> dict[str, Score]:
     """Merges the scores of several seeds: means over seeds, and the intervals of these means."""
     first = members[0]
-    # All seeds share the draws of a dataset: draw i of each is the accuracy on the same examples.
+    # Draw i of a dataset takes the same examples for every seed, so the seeds' mean of draw i is
+    # draw i of the mean.
     resampled = {
         column: np.mean([accuracies[column] for accuracies in resampled_by_seed], axis=0)
         for column in first
@@ -418,6 +435,7 @@ def _mean_over_seeds(
 
 
 def _mean_score(members: Sequence[Score], resampled: np.ndarray | None) -> Score:
+    """Returns the mean over seeds; all else but the accuracies is that of the first seed."""
     values = {
         measure: tuple(v for score in members if (v := getattr(score, measure)) is not None)
         for measure in MEASURES
@@ -438,11 +456,12 @@ def _average_resampled(resampled: _Resampled, columns: Sequence[str]) -> np.ndar
     """Averages columns draw by draw; None if one of them is not resampled."""
     if not columns or not all(column in resampled for column in columns):
         return None
-    # Each dataset has its own draws, so the average treats datasets as independent.
+    # Each dataset has draws of its own, so datasets count as independent.
     return np.mean([resampled[column] for column in columns], axis=0)
 
 
 def _intervals(resampled: np.ndarray | None) -> dict[str, tuple[float, float]]:
+    """Returns measure -> ends of its interval, from resampled accuracies [2, draws] if any."""
     if resampled is None:
         return {}
     return {measure: bootstrap.interval(resampled[i]) for i, measure in enumerate(MEASURES)}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pemoe_jax.analysis import published_numbers, tables
 from pemoe_jax.analysis.planning.flops import NOTE_ON_FLOPS, NOTE_ON_TOKENS
-from pemoe_jax.analysis.tables import MISSING, Table, format_scaled
+from pemoe_jax.analysis.tables import MISSING, Table, format_bytes, format_scaled
 from pemoe_jax.analysis.zero_shot import bar_chart, result_tables
 from pemoe_jax.analysis.zero_shot.paper_table import (
     AVERAGE,
@@ -30,12 +30,12 @@ _NOTE_ON_PARTIAL = (
     "† Average over the datasets that the run was evaluated on; not comparable with the others."
 )
 _NOTE_ON_SEEDS = (
-    "±: mean and standard deviation (n - 1) over runs that differ only in the seed; intervals are"
-    " those of the mean, under other examples and the same seeds."
+    "±: mean and standard deviation (n - 1) over runs that differ only in the seed. Their intervals"
+    " are those of the mean, for other examples and the same seeds."
 )
 _NOTE_ON_SHOTS = (
-    "k-shot: up to k solved examples in front of each input, fewer where they do not fit; columns"
-    " without it are zero-shot."
+    "k-shot: up to k solved examples in front of each input, fewer if they do not fit. Other"
+    " columns are zero-shot."
 )
 _NOTE_ON_OTHER_AVERAGES = (
     "Averages with different shots are over different datasets; not comparable with each other."
@@ -43,14 +43,20 @@ _NOTE_ON_OTHER_AVERAGES = (
 _NOTE_ON_STEP_TIME = (
     "Step time: the median step of training, without compilation and waiting for data"
 )
-_NOTE_ON_FILES = "File: of the trained parameters in float32, as `pemoe convert adapter` writes."
-_NOTE_ON_MEMORY = (
-    "Peak memory: of training, on a CPU that of the whole process, with its libraries; otherwise of"
-    " the device with most."
+_NOTE_ON_FILES = (
+    "File: size of the trained parameters in float32, as `pemoe convert adapter` writes them."
 )
-_NOTE_ON_EVALUATION = "Evaluation: scoring of all examples, with compilation; mean over seeds."
-_NOTE_ON_MACHINES = "Step times of different devices or batches are not comparable: both are named."
-_NOTE_ON_TRAINED = "* The run was trained on the dataset, or on one of the average: not zero-shot."
+_NOTE_ON_MEMORY = (
+    "Peak memory: in training; on a CPU, of the whole process with its libraries; otherwise, of the"
+    " device that used most."
+)
+_NOTE_ON_EVALUATION = "Evaluation: time to score all examples, with compilation; mean over seeds."
+_NOTE_ON_MACHINES = (
+    "Step times of different devices or batches are not comparable, so the table names them."
+)
+_NOTE_ON_TRAINED = (
+    "* Not zero-shot: the run was trained on the dataset, or on one of those in the average."
+)
 
 
 def print_paper_table(table: PaperTable, format: str) -> None:
@@ -72,10 +78,11 @@ def write_paper_table(table: PaperTable, folder: AnyPath) -> None:
 
 
 def to_tables(table: PaperTable) -> list[Table]:
-    """Returns tables of medians, means and intervals, and if they differ of seeds and counts.
+    """Returns the tables of medians and means, and further ones if there is something to show.
 
-    Accuracies by log-likelihood per length follow the means, if a run has them. Last is a table of
-    costs, if a run has recorded any.
+    Tables of intervals follow those of medians and of means. Then come accuracies by log-likelihood
+    per length, the averages of single seeds, the numbers of prompts and examples if runs differ in
+    them, and costs. General notes are those of the first table.
     """
     result = []
     for measure in MEASURES:
@@ -86,7 +93,8 @@ def to_tables(table: PaperTable) -> list[Table]:
     if _has_seeds(table):
         result.append(_seed_table(table))
     counts = _count_table(table)
-    if any(len({*cells} - {MISSING}) > 1 for cells in list(zip(*counts.rows, strict=True))[1:]):
+    count_columns = list(zip(*counts.rows, strict=True))[1:]  # the first has the runs' names
+    if any(len({*cells} - {MISSING}) > 1 for cells in count_columns):
         result.append(counts)
     if any(row.run["used"] is not None or row.step_times for row in _runs(table)):
         result.append(_cost_table(table))
@@ -95,20 +103,25 @@ def to_tables(table: PaperTable) -> list[Table]:
 
 
 def to_csv(table: PaperTable) -> str:
-    """Returns the table as CSV: the medians, then everything known about each dataset.
+    """Returns the table as CSV, with a line per row of the table.
 
-    Columns `<dataset>_mean`, `_chance`, `_prompts`, `_examples`, `_trained`; `_median_low`,
-    `_median_high`, `_mean_low`, `_mean_high` of the intervals; over seeds `_median_sd`,
-    `_median_least`, `_median_greatest` and the same of the mean. With k shots the dataset is
-    `<dataset>_<k>_shots`, and `<dataset>_<k>_shots_seed_<n>` if their seed n is not 0. Accuracies
-    and parameters are in %; unknown values are empty. Step times of several devices are joined by
-    `; `.
+    The columns are the run, its method and parameters, and the median of each dataset. For each
+    dataset, these follow:
+
+    - `<dataset>_mean`, `_chance`, `_prompts`, `_examples`, `_trained`, and `_shots_left_out` if it
+      has shots;
+    - of the intervals: `_median_low`, `_median_high`, `_mean_low`, `_mean_high`;
+    - over seeds: `_median_sd`, `_median_least`, `_median_greatest`, and the same of the mean.
+
+    Columns about the run come last. With k shots, `<dataset>` is `<dataset>_<k>_shots`, or
+    `<dataset>_<k>_shots_seed_<n>` if their seed n is not 0. Accuracies and parameters are in %.
+    Unknown values are empty. Step times of several devices are joined by `; `.
     """
     keys = [key for shots in table.shots for key in _keys_of(table, shots)]
     records = [_csv_record(row, keys) for row in table.rows]
     lines: list[list[object]] = [[name for name, _ in records[0]]]
     for record in records:
-        # Without int(), True would be written as text; None is written as an empty cell.
+        # int() writes True as 1; None is written as an empty cell.
         lines.append([int(v) if isinstance(v, bool) else _rounded(v) for _, v in record])
     return tables.to_csv(lines)
 
@@ -116,25 +129,15 @@ def to_csv(table: PaperTable) -> str:
 def to_json(table: PaperTable) -> str:
     """Returns the whole table as JSON, in %."""
 
-    def score_object(score: Score) -> JsonObject:
-        result: JsonObject = {name: _rounded(getattr(score, name)) for name in _SCORE_FIELDS}
-        result = {name: value for name, value in result.items() if value is not None}
-        for measure, ends in score.intervals.items():
-            result[f"{measure}_interval"] = [_rounded(end) for end in ends]
-        for measure, values in score.seeds.items():
-            result[f"{measure}_seeds"] = [_rounded(value) for value in values]
-            result[f"{measure}_sd"] = _rounded(score.deviation(measure))
-        return result
-
     def scores_of(row: Row, shots: Shots) -> JsonObject:
         columns = [column for column in table.columns if column.shots == shots]
         return {
             "scores": {
-                column.name: score_object(row.scores[column])
+                column.name: _score_object(row.scores[column])
                 for column in columns
                 if column in row.scores
             },
-            AVERAGE: score_object(row.average(shots)),
+            AVERAGE: _score_object(row.average(shots)),
         }
 
     def few_shot(row: Row) -> JsonObject:
@@ -150,21 +153,13 @@ def to_json(table: PaperTable) -> str:
         ]
         return {"few_shot": entries} if entries else {}
 
-    def step_time(time: StepTime) -> JsonObject:
-        about = {"device": time.device, "batch": time.batch, "seconds": _seconds(time.mean)}
-        if time.memory is not None:
-            about["memory"] = time.memory
-        if time.deviation is None:
-            return about
-        return about | {"sd": _seconds(time.deviation), "seeds": [*map(_seconds, time.seconds)]}
-
     rows = [
         {
             "run": row.name,
             "method": row.method,
             "parameters": row.percent,
             **row.run,
-            **({"step_times": [*map(step_time, row.step_times)]} if row.step_times else {}),
+            **({"step_times": [*map(_step_time_object, row.step_times)]} if row.step_times else {}),
             **({"source": row.source} if row.source else {"complete": NO_SHOTS not in row.partial}),
             **({"seeds": list(row.seeds[NO_SHOTS])} if NO_SHOTS in row.seeds else {}),
             **scores_of(row, NO_SHOTS),
@@ -176,7 +171,7 @@ def to_json(table: PaperTable) -> str:
     def names(columns: Sequence[Column], shots: Shots = NO_SHOTS) -> list[str]:
         return [column.name for column in columns if column.shots == shots]
 
-    few = [
+    few_shot_columns = [
         {
             **dict(zip(SHOTS_KEYS, shots, strict=True)),
             "columns": names(table.columns, shots),
@@ -189,12 +184,34 @@ def to_json(table: PaperTable) -> str:
         "unit": "per cent",
         "columns": names(table.columns),
         "averaged": names(table.averaged),
-        **({"few_shot": few} if few else {}),
+        **({"few_shot": few_shot_columns} if few_shot_columns else {}),
         "bootstrap": {"draws": table.draws, "seed": table.seed},
         "rows": rows,
         "notes": _notes(table),
     }
     return json.dumps(contents, indent=1, ensure_ascii=False) + "\n"
+
+
+def _score_object(score: Score) -> JsonObject:
+    """Returns the known fields of a score, its intervals, and its values by seed."""
+    result: JsonObject = {name: _rounded(getattr(score, name)) for name in _SCORE_FIELDS}
+    result = {name: value for name, value in result.items() if value is not None}
+    for measure, ends in score.intervals.items():
+        result[f"{measure}_interval"] = [_rounded(end) for end in ends]
+    for measure, values in score.seeds.items():
+        result[f"{measure}_seeds"] = [_rounded(value) for value in values]
+        result[f"{measure}_sd"] = _rounded(score.deviation(measure))
+    return result
+
+
+def _step_time_object(time: StepTime) -> JsonObject:
+    """Returns a step time with its deviation and values by seed, if there are several seeds."""
+    about = {"device": time.device, "batch": time.batch, "seconds": _seconds(time.mean)}
+    if time.memory is not None:
+        about["memory"] = time.memory
+    if time.deviation is None:
+        return about
+    return about | {"sd": _seconds(time.deviation), "seeds": [*map(_seconds, time.seconds)]}
 
 
 def draw_bars(table: PaperTable, png: str | AnyPath) -> AnyPath:
@@ -205,7 +222,7 @@ def draw_bars(table: PaperTable, png: str | AnyPath) -> AnyPath:
         chances = [chance for chance in _values(table, key, "chance") if chance is not None]
         chance = sum(chances) / len(chances) if chances else None
         panels.append(bar_chart.Panel(key.label, [_bar(row, key) for row in rows], chance))
-    # Runs are often named after their method, which is not repeated then.
+    # A method is left out if the name of the run contains it already, as names often do.
     labels = [
         row.name
         if row.method in row.name or row.method in (MISSING, "none")
@@ -217,7 +234,7 @@ def draw_bars(table: PaperTable, png: str | AnyPath) -> AnyPath:
 
 
 def _csv_record(row: Row, keys: Sequence[Column]) -> list[tuple[str, object]]:
-    """Returns (column, value) of a line of CSV."""
+    """Returns the (column, value) pairs of a line of CSV."""
 
     def name(key: Column) -> str:
         number, seed = key.shots
@@ -229,6 +246,7 @@ def _csv_record(row: Row, keys: Sequence[Column]) -> list[tuple[str, object]]:
     record += [(name(key), _score(row, key).median) for key in keys]
     for key in keys:
         score = _score(row, key)
+        # The median is above, and only columns with shots have shots left out.
         fields = _SCORE_FIELDS[1:] if key.shots != NO_SHOTS else _SCORE_FIELDS[1:-1]
         record += [(f"{name(key)}_{field}", getattr(score, field)) for field in fields]
         for measure in MEASURES:
@@ -249,12 +267,13 @@ def _csv_record(row: Row, keys: Sequence[Column]) -> list[tuple[str, object]]:
         ("peak_memory", _joined(time.memory for time in times)),
         ("evaluation_seconds", row.run.get("evaluation_seconds")),
     ]
-    # Published rows have only the paper's columns, so "complete" would say nothing.
+    # Published rows never have more than the paper's columns, so "complete" does not apply to them.
     record += [("complete", None if row.source else not row.partial), ("source", row.source)]
     return [*record, ("seeds", _seeds_text(row, " "))]
 
 
 def _joined(values: Iterable[object]) -> str:
+    """Joins the values of several devices to one cell of CSV."""
     return "; ".join("" if value is None else str(value) for value in values)
 
 
@@ -263,12 +282,13 @@ def _seconds(value: float | None) -> float | None:
 
 
 def _seeds_text(row: Row, separator: str) -> str:
-    """Returns the seeds of a row; those of several shots, if they differ, by '/'."""
+    """Returns the seeds of a row; '/' separates those of different shots, unless they are equal."""
     texts = (separator.join(map(str, seeds)) for seeds in row.seeds.values())
     return " / ".join(dict.fromkeys(texts))
 
 
 def _bar(row: Row, key: Column) -> bar_chart.Bar | None:
+    """Returns the bar of a median; None if it is unknown."""
     score = _score(row, key)
     if score.median is None:
         return None
@@ -283,6 +303,7 @@ def _bar(row: Row, key: Column) -> bar_chart.Bar | None:
 
 
 def _accuracy_table(table: PaperTable, measure: str) -> Table:
+    """Returns the table of medians or of means; only that of medians has a footer."""
     has_seeds = _has_seeds(table)
     opening = ["run", "method", "parameters", *(["seeds"] if has_seeds else [])]
     rows = []
@@ -326,7 +347,7 @@ def _has_shots(table: PaperTable) -> bool:
 
 
 def _seed_count(row: Row) -> str:
-    """Returns the number of seeds; '3 / 2' where it differs by shots."""
+    """Returns the number of seeds, or '3 / 2' if different shots have different numbers."""
     all_shots = {key.shots for key in row.scores}
     counts = [str(len(row.seeds.get(shots, ())) or 1) for shots in sorted(all_shots)]
     return " / ".join(counts if len(set(counts)) > 1 else counts[:1])
@@ -343,7 +364,7 @@ def _interval_table(table: PaperTable, measure: str) -> Table:
 
 
 def _seed_table(table: PaperTable) -> Table:
-    """Returns the table of each seed's average of the medians."""
+    """Returns a table of the average of the medians, with a column for each seed."""
     seeds = sorted(
         {(shots, seed) for row in table.rows for shots, s in row.seeds.items() for seed in s}
     )
@@ -366,6 +387,8 @@ def _seed_table(table: PaperTable) -> Table:
 
 
 def _count_table(table: PaperTable) -> Table:
+    """Returns a table of the numbers of prompts and examples."""
+
     def cell(score: Score) -> str:
         return f"{score.prompts} / {score.examples:,}" if score.prompts else MISSING
 
@@ -377,7 +400,7 @@ def _count_table(table: PaperTable) -> Table:
 
 
 def _cost_table(table: PaperTable) -> Table:
-    """Returns the table of parameters, FLOPs and step times, and of the averages they buy."""
+    """Returns a table of costs (parameters, FLOPs, times, memory) next to the average accuracy."""
     rows = _runs(table)
 
     def numbers(key: str, format_number: Callable[[int], str]) -> list[str]:
@@ -388,19 +411,20 @@ def _cost_table(table: PaperTable) -> Table:
         "method": [row.method for row in rows],
         **({"seeds": [*map(_seed_count, rows)]} if _has_seeds(table) else {}),
         "trainable": numbers("trainable", "{:,}".format),
-        "file": numbers("trainable", lambda number: _bytes(4 * number)),
+        "file": numbers("trainable", lambda number: format_bytes(4 * number)),
         "total": numbers("total", "{:,}".format),
-        "activated": numbers("used", "{:,}".format),
-        "FLOPs": numbers("flops", format_scaled),
     }
-    notes = [_NOTE_ON_FILES, NOTE_ON_FLOPS]
-    if any(row.run["used"] not in (None, row.run["total"]) for row in rows):
+    # A token of a dense model uses all parameters, so it needs no column for them.
+    has_sparse = any(row.run["used"] not in (None, row.run["total"]) for row in rows)
+    if has_sparse:
+        columns["activated"] = numbers("used", "{:,}".format)
+    columns["FLOPs"] = numbers("flops", format_scaled)
+    if has_sparse:
         columns["with places"] = numbers("flops_with_places", format_scaled)
-        notes = [_NOTE_ON_FILES, NOTE_ON_TOKENS]
-    else:
-        del columns["activated"]
+    notes = [_NOTE_ON_FILES, NOTE_ON_TOKENS if has_sparse else NOTE_ON_FLOPS]
     if times := [time for row in rows for time in row.step_times]:
         columns["step time"] = [_join_cells(map(_step_time, row.step_times)) for row in rows]
+        # A device or batch that all rows share is in the note, others are columns.
         shared = []
         for name in ("device", "batch"):
             values = list(dict.fromkeys(getattr(time, name) for time in times))
@@ -415,7 +439,8 @@ def _cost_table(table: PaperTable) -> Table:
     if any(time.memory is not None for row in rows for time in row.step_times):
         columns["peak memory"] = [
             _join_cells(
-                MISSING if time.memory is None else _bytes(time.memory) for time in row.step_times
+                MISSING if time.memory is None else format_bytes(time.memory)
+                for time in row.step_times
             )
             for row in rows
         ]
@@ -436,11 +461,9 @@ def _cost_table(table: PaperTable) -> Table:
     )
 
 
-def _bytes(number: float) -> str:
-    return format_scaled(number, ("B", "kB", "MB", "GB", "TB"))
-
-
 def _step_time(time: StepTime) -> str:
+    """Returns a step time with a unit, and its deviation over seeds."""
+
     def text(seconds: float) -> str:
         return format_scaled(1e6 * seconds, ("µs", "ms", "s"))
 
@@ -457,7 +480,10 @@ def _notes(table: PaperTable) -> list[str]:
         f"Intervals: the middle 95 % of {table.draws:,} bootstrap draws of examples, the same for"
         " all prompts of a dataset; prompts are fixed."
     )
-    without = [row.name for row in runs if not all(s.intervals for s in row.scores.values())]
+    without_intervals = [
+        row.name for row in runs if not all(score.intervals for score in _all_scores(row))
+    ]
+    no_intervals = f"No intervals, as predictions are missing: {', '.join(without_intervals)}."
     notes = {
         _NOTE_ON_SHOTS: _has_shots(table),
         _NOTE_ON_OTHER_AVERAGES: _averages_differ(table),
@@ -467,19 +493,19 @@ def _notes(table: PaperTable) -> list[str]:
         _NOTE_ON_SEEDS: _has_seeds(table),
         _NOTE_ON_TRAINED: any(score.trained for row in runs for score in _all_scores(row)),
         intervals: any(map(_has_any_interval, runs)),
-        f"No intervals, as predictions are missing: {', '.join(without)}.": table.draws and without,
+        no_intervals: table.draws and without_intervals,
         published_numbers.NOTE: len(runs) < len(table.rows),
     }
     return [note for note, applies in notes.items() if applies]
 
 
 def _runs(table: PaperTable) -> list[Row]:
-    """Returns the rows except published ones."""
+    """Returns the rows of runs, without those of published models."""
     return [row for row in table.rows if not row.source]
 
 
 def _keys_of(table: PaperTable, shots: Shots) -> list[Column]:
-    """Returns the datasets with these shots, and their average."""
+    """Returns the columns with these shots, and that of their average last."""
     return [*(c for c in table.columns if c.shots == shots), Column(AVERAGE, shots)]
 
 
@@ -504,6 +530,7 @@ def _has_seeds(table: PaperTable) -> bool:
 
 
 def _accuracy(row: Row, key: Column, measure: str) -> str:
+    """Returns a cell: the accuracy, its deviation over seeds, and its marks."""
     score = _score(row, key)
     value = getattr(score, measure)
     if value is None:
@@ -515,13 +542,13 @@ def _accuracy(row: Row, key: Column, measure: str) -> str:
 
 
 def _values(table: PaperTable, key: Column, name: str) -> list[float | None]:
-    """Returns a field of the runs' scores, without that of partial averages (other datasets)."""
+    """Returns a field of the runs' scores in a column, except of averages over fewer datasets."""
     rows = [row for row in _runs(table) if not _partial_mark(row, key)]
     return [getattr(_score(row, key), name) for row in rows]
 
 
 def _ranges(table: PaperTable, name: str, number_format: str) -> list[str]:
-    """Returns a field's range over the runs for each column; for the average only of chance."""
+    """Returns a field's range over the runs for each column; averages have only that of chance."""
     return [
         result_tables.format_range(_values(table, key, name), number_format.format)
         if key.name != AVERAGE or name == "chance"
@@ -531,5 +558,5 @@ def _ranges(table: PaperTable, name: str, number_format: str) -> list[str]:
 
 
 def _rounded(value: object) -> object:
-    """Rounds a number in % to four decimals, which removes floating-point noise."""
+    """Rounds floats, which are in %, to four decimals; this removes floating-point noise."""
     return round(value, 4) if isinstance(value, float) else value

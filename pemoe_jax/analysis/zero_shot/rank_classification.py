@@ -39,18 +39,23 @@ class Prediction:
 def report_rows(
     name: str, groups_by_task: Mapping[str, Sequence[ChoiceGroup]], task_roles: TaskRoles
 ) -> None:
-    """Prints the tasks without rows to score, and the odd rows that the summary has not counted.
+    """Prints the tasks without rows to score, and the odd rows that the task summary did not count.
+
+    Args:
+      name: the task or mixture to evaluate.
+      groups_by_task: the examples of each task.
+      task_roles: the registered tasks by role.
 
     Raises:
       InputError: there is nothing to score.
     """
     empty = [task for task, groups in groups_by_task.items() if not groups]
-    without = "no rows with answer choices in the evaluation split"
+    reason = "no rows with answer choices in the evaluation split"
     if len(empty) == len(groups_by_task):
         tasks = f" of {abbreviate(empty, 3)}" if empty != [name] else ""
-        raise InputError(f"nothing to score in {name!r}: {without}{tasks}")
+        raise InputError(f"nothing to score in {name!r}: {reason}{tasks}")
     if empty:
-        print(f"not scored, {without}: {plural(len(empty), 'task')} ({abbreviate(empty, 3)})")
+        print(f"not scored, {reason}: {plural(len(empty), 'task')} ({abbreviate(empty, 3)})")
     task_roles.print_odd_rows(
         (group.task, group.idx + 1, kind)
         for groups in groups_by_task.values()
@@ -70,7 +75,8 @@ def score_groups(
     """Returns the prediction for each group of answer choices.
 
     Args:
-      model, params: the network, and its parameters on the mesh.
+      model: the network.
+      params: its parameters, on the mesh.
       groups: inputs with their choices.
       batch_size: inputs per batch, over all devices.
       mesh: the device mesh.
@@ -86,13 +92,15 @@ def score_groups(
     bar = progress.Progress(label, len(groups))
     multiple_of = partitioning.data_parallelism(mesh)
     batches = inference_batches.score_batches(groups, batch_size, multiple_of=multiple_of)
+    # Lazy: `keep_in_flight` reads the scores of a batch while the device computes the next ones.
     results = (
         (score(params, partitioning.shard_batch(batch, mesh)), members)
         for batch, members in prefetch.prefetch(batches)
     )
     predictions: dict[ChoiceGroup, Prediction] = {}
     for scores, members in prefetch.keep_in_flight(results):
-        for row, group in zip(np.asarray(scores), members, strict=False):  # [B, C]
+        # Not strict: rows that fill up a batch [B, C] have no group.
+        for row, group in zip(np.asarray(scores), members, strict=False):
             group_scores = row[: len(group.choices)]
             if not np.isfinite(group_scores).all():
                 raise InputError(
@@ -100,25 +108,27 @@ def score_groups(
                     f" {group.task}, example {group.idx + 1}: {evaluation.NOT_FINITE_ADVICE}"
                 )
             best = int(np.argmax(group_scores))
-            tied = {
+            # Choices of the same text, such as two wrong answers that are equal, are no tie.
+            tied_texts = {
                 group.choice_texts[i].strip()
                 for i in np.flatnonzero(group_scores == group_scores[best])
             }
-            predictions[group] = Prediction(best, len(tied) > 1, group_scores.tolist())
+            predictions[group] = Prediction(best, len(tied_texts) > 1, group_scores.tolist())
         bar.report_if_due(len(predictions), "inputs")
     bar.close()
     return predictions
 
 
 def _odd_kinds(group: ChoiceGroup, prediction: Prediction) -> tuple[str, ...]:
+    """Returns the kinds of oddities of an example's row and of its scores."""
     return (*group.anomalies, *(["tied_scores"] if prediction.is_tied else []))
 
 
 def best_by_length(group: ChoiceGroup, scores: Sequence[float]) -> dict[str, int]:
     """Returns the choice with the highest score per unit of length, for each of `NORMALIZED`.
 
-    Characters and bytes are those of the text, tokens include the EOS, whose log-probability is in
-    the score. As in lm-evaluation-harness, the first of equal choices is taken.
+    Characters and bytes are those of the text. Tokens include the EOS, whose log-probability is a
+    part of the score. As in lm-evaluation-harness, the first of the choices with equal scores wins.
 
     Source: `process_results` of api/task.py in lm_eval 0.4.13.
     """
@@ -129,7 +139,7 @@ def best_by_length(group: ChoiceGroup, scores: Sequence[float]) -> dict[str, int
         "acc_tokens": [len(tokens) for tokens in group.choices],
     }
     return {
-        # At least 1: an empty answer is scored, by its EOS.
+        # At least 1, because an empty answer has a score too, that of its EOS.
         name: int(np.argmax(np.asarray(scores) / np.maximum(lengths[name], 1)))
         for name in results.NORMALIZED
     }
@@ -138,9 +148,10 @@ def best_by_length(group: ChoiceGroup, scores: Sequence[float]) -> dict[str, int
 def _normalized_correct(
     groups: Sequence[ChoiceGroup], predictions: Mapping[ChoiceGroup, Prediction]
 ) -> dict[str, list[bool]]:
+    """Returns name in `NORMALIZED` -> whether the best choice of each example is correct."""
     best = [best_by_length(group, predictions[group].scores) for group in groups]
     return {
-        name: [group.is_correct[i[name]] for group, i in zip(groups, best, strict=True)]
+        name: [group.is_correct[choice[name]] for group, choice in zip(groups, best, strict=True)]
         for name in results.NORMALIZED
     }
 
@@ -157,7 +168,7 @@ def task_results(
     Args:
       groups_by_task: the examples of each task.
       predictions: the prediction for each example.
-      task_roles: what the registered tasks are, by role.
+      task_roles: the registered tasks by role.
       shots: number of shots in front of each input, including those that did not fit.
       length_normalized: whether to add the accuracies of `results.NORMALIZED`.
     """

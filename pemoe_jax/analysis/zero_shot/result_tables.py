@@ -23,7 +23,7 @@ Number = TypeVar("Number", int, float)
 
 
 def results_markdown(results: JsonObject) -> str:
-    """Returns the tables of means, prompts and checkpoints, each followed by its notes."""
+    """Returns the text of results.md: tables of means, prompts and checkpoints, with notes."""
     runs = results["runs"]
     parts = []
     tables = [*_mean_tables(runs), *normalized_tables(runs), _prompt_table(runs)]
@@ -38,12 +38,12 @@ def print_results(results: JsonObject) -> None:
 
 
 def any_shots(runs: Sequence[JsonObject]) -> bool:
-    """Returns whether inputs of a run have shots."""
+    """Returns whether any run has shots in front of its inputs."""
     return any(run.get("shots") for run in runs)
 
 
 def run_labels(runs: Sequence[JsonObject]) -> list[str]:
-    """Returns the names of the runs; equal names are followed by shots, step or checkpoint."""
+    """Returns the names of the runs; equal names are told apart by shots, step or checkpoint."""
     labels = [run["name"] for run in runs]
     runs = [dict.fromkeys(SHOTS_KEYS, 0) | run for run in runs]
     differing = [key for key in SHOTS_KEYS if len({run[key] for run in runs}) > 1]
@@ -58,7 +58,7 @@ def run_labels(runs: Sequence[JsonObject]) -> list[str]:
 
 
 def checkpoint_table(runs: Sequence[JsonObject]) -> Table:
-    """Returns the table of checkpoints, with step, base, and dtypes of activations and base."""
+    """Returns a table with the checkpoint, base, dtypes and step of each run."""
     rows = []
     for label, run in zip(run_labels(runs), runs, strict=True):
         keys = ("checkpoint", "base", "dtype")
@@ -72,12 +72,13 @@ def checkpoint_table(runs: Sequence[JsonObject]) -> Table:
 def normalized_tables(
     runs: Sequence[JsonObject], column_of: Callable[[str], str] = lambda dataset: dataset
 ) -> list[Table]:
-    """Returns the table of accuracies by log-likelihood per length; none if no run has them.
+    """Returns a list with the table of accuracies by log-likelihood per length, if runs have them.
 
     Args:
       runs: runs as in results.json; those without these accuracies have no rows.
       column_of: function from a dataset to its column.
     """
+    # (label of the run, measure) -> column -> accuracies of the prompts
     by_row: dict[tuple[str, str], dict[str, list[float]]] = {}
     for label, run in zip(run_labels(runs), runs, strict=True):
         for task in run.get("tasks", {}).values():
@@ -92,6 +93,7 @@ def normalized_tables(
     for (label, measure), values in by_row.items():
         medians = {column: statistics.median(members) for column, members in values.items()}
         cells = [_percent(medians.get(column)) for column in columns]
+        # As in the other tables, an average over fewer datasets is marked.
         partial = " †" if len(medians) < len(columns) else ""
         rows.append(
             [label, measure, *cells, _percent(statistics.fmean(medians.values())) + partial]
@@ -101,7 +103,7 @@ def normalized_tables(
 
 
 def format_range(values: Sequence[Number | None], format_value: Callable[[Number], str]) -> str:
-    """Returns the range 'least–greatest' of the known values, or one value if both look equal."""
+    """Returns 'least–greatest' of the known values, or one value if both are formatted alike."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return MISSING
@@ -116,10 +118,11 @@ def trainable_share(run: JsonObject) -> str:
 
 
 def _mean_tables(runs: Sequence[JsonObject]) -> list[Table]:
-    """Returns the tables of benchmarks, or else those of datasets."""
+    """Returns the tables of benchmarks, or those of datasets if the tasks are of no benchmark."""
     # A benchmark may have more datasets than a table can have columns.
     benchmarks = benchmark_table.benchmark_tables(runs, run_labels(runs), scale=100)
     tables = benchmarks or _dataset_tables(runs)
+    # Notes about the runs follow the first table only.
     tables[0].notes += _same_answer_notes(runs)
     return tables
 
@@ -141,9 +144,9 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
             for name in datasets
         ]
 
-    # A partial average has the chance of other datasets.
+    # A partial average is over fewer datasets, whose chance is another one.
     chances = [run["average"].get("chance") for _, run, partial in rows if not partial]
-    blank = [""] * (2 + has_shots)
+    blank = [""] * (2 + has_shots)  # below the columns "method", "trainable" and "shots"
     medians = Table(
         "Accuracy in %: median over the prompts of a dataset",
         ["run", "method", "trainable", *(["shots"] if has_shots else []), *datasets, "average"],
@@ -176,27 +179,31 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
 
 
 def _same_answer_notes(runs: Sequence[JsonObject]) -> list[str]:
+    """Returns a note for each run that gives one answer to all examples of some prompts."""
     notes = []
     for label, run in zip(run_labels(runs), runs, strict=True):
         tasks = run.get("tasks", {})
-        constant = [
-            f"{name} ({t['same_answer']})" for name, t in tasks.items() if "same_answer" in t
+        prompts = [
+            f"{name} ({task['same_answer']})"
+            for name, task in tasks.items()
+            if "same_answer" in task
         ]
-        if constant:
+        if prompts:
             notes.append(
-                f"{label} gives the same answer to every example of {len(constant)} of {len(tasks)}"
-                f" prompts: {abbreviate(constant, 3)}"
+                f"{label} gives the same answer to every example of {len(prompts)} of {len(tasks)}"
+                f" prompts: {abbreviate(prompts, 3)}"
             )
     return notes
 
 
 def _prompt_table(runs: Sequence[JsonObject]) -> Table:
-    """Returns the table of prompts, with a column for each run, and notes on odd examples."""
+    """Returns the table of prompts, with a column for each run and a note about odd examples."""
     tasks: dict[str, JsonObject] = {}
     odd: dict[str, dict[str, int]] = {}
     for run in runs:
         for name, task in run.get("tasks", {}).items():
             tasks.setdefault(name, task)
+            # Oddities of rows are the same in all runs; tied scores are those of the last one.
             if any((task.get("odd") or {}).values()):
                 odd[name] = task["odd"]
     datasets = list(dict.fromkeys(task["dataset"] for task in tasks.values()))

@@ -1,9 +1,9 @@
-"""results.json of `pemoe evaluate`: computing, checking and loading it, with its predictions.
+"""Computes, checks and loads the results.json of `pemoe evaluate`, and loads its predictions.
 
 The file holds {"runs": [run, …]}. A run is identified by "name", "checkpoint" and "step", and with
 shots also by "shots" and "shots_seed". It also has "tasks" (one per prompt, see `task_result`), and
-"datasets" and "average" (see `summarize`).
-Accuracies are fractions in the file; tables show them in %.
+"datasets" and "average" (see `summarize`). Accuracies are fractions in the file; tables show them
+in %.
 """
 
 import collections
@@ -22,14 +22,14 @@ from pemoe_jax.runtime.file_io import AnyPath
 RESULTS = "results.json"
 # `load_results` adds the folder of a task's predictions under this key.
 PREDICTIONS = "predictions"
-# Absent from zero-shot runs.
+# Keys of a run in few-shot evaluation; zero-shot runs lack them.
 SHOTS_KEYS = ("shots", "shots_seed")
 # Values of `SHOTS_KEYS`: the number of shots and their seed.
 Shots: TypeAlias = tuple[int, ...]
 NO_SHOTS: Shots = (0, 0)
 
-# Names of accuracies that rank choices by log-probability per unit of length (LENGTH_NORMALIZED) ->
-# that unit. The first two are names of lm-evaluation-harness.
+# Accuracy by log-probability per unit of length (setting LENGTH_NORMALIZED) -> the unit. The first
+# two names are those of lm-evaluation-harness.
 NORMALIZED = {"acc_norm": "character", "acc_bytes": "byte", "acc_tokens": "token"}
 
 # A run, or a part of one, as read from JSON.
@@ -45,7 +45,7 @@ _TASK_KEYS: dict[str, _Types] = {
 }
 _TEXTS = ("checkpoint", "method", "variant", "settings")  # of a run, or null
 _NUMBERS = ("step", "seed", "trainable", "total", "used", "flops", "flops_with_places")
-_MAX_SECONDS = 1e9  # finite, so that the comparison rejects infinity
+_MAX_SECONDS = 1e9  # about 30 years; a limit at all rejects infinity
 _STEP_TIME_KEYS: dict[str, _Types] = {"seconds": (int, float), "device": str, "batch": str}
 _TYPE_NAMES: dict[_Types, str] = {
     **{str: "text", dict: "an object", int: "an integer"},
@@ -69,7 +69,10 @@ def task_result(
     Args:
       correct: for each example, whether the chosen answer is the target.
       chance: for each example, the fraction of its choices that are the target.
-      odd: the kind of every irregularity in the examples, with repetitions.
+      dataset: name of the dataset that the prompt is of.
+      split: name of the split that was evaluated.
+      odd: kinds of odd rows (keys of `row_checks.ODD_ROWS`) and 'tied_scores', one for each time
+        that an example has it.
       same_answer: return value of the function `same_answer`.
       shots_left_out: number of shots that did not fit, over all examples; None without shots.
       normalized: name in `NORMALIZED` -> for each example, whether the answer with the highest
@@ -91,7 +94,7 @@ def task_result(
 def same_answer(answers: Iterable[tuple[int, Sequence[str]]]) -> str:
     """Returns the answer that a model gives to every example of a task; '' if answers differ.
 
-    Examples with one choice are skipped. Of fewer than two examples, '' is returned.
+    Examples with one choice are skipped. Fewer than two other examples yield ''.
 
     Args:
       answers: for each example, the index of the chosen answer, and all choices.
@@ -109,7 +112,13 @@ def same_answer(answers: Iterable[tuple[int, Sequence[str]]]) -> str:
 
 
 def summarize(tasks: Mapping[str, Mapping[str, Any]]) -> JsonObject:
-    """Combines results by `task_result` into datasets, as arXiv 2110.08207 does, and averages them.
+    """Combines results of prompts into those of datasets, and averages these.
+
+    As in arXiv 2110.08207 (T0), a dataset has the median over its prompts, and the mean too.
+    Datasets have equal weights in the average.
+
+    Args:
+      tasks: task -> its `task_result`.
 
     Returns:
       {'datasets': {name: {median, mean, chance, prompts, examples}}, 'average': {…}}.
@@ -154,16 +163,16 @@ def check_overwrites(
     Args:
       folder: the output folder.
       checkpoints: paths of the models to evaluate.
-      tasks: names of the tasks to evaluate; None: not known yet.
-      shots: `shots_of` the evaluation.
-      splits: task, without `_score_eval` -> the split to evaluate, as far as known.
+      tasks: names of the tasks to evaluate; None if they are not known yet.
+      shots: return value of `shots_of` for this evaluation.
+      splits: task, without `_score_eval` -> the split to evaluate, for tasks where it is known.
 
     Returns:
       Whether the folder has results.
 
     Raises:
-      InputError: results of another checkpoint, task, split or shots would be lost, or the
-        results.json is not one of `pemoe evaluate` or `pemoe infer`.
+      InputError: results of another checkpoint, task, split or number of shots would be lost, or
+        the results.json is not one of `pemoe evaluate` or `pemoe infer`.
     """
     file = folder / RESULTS
     if not file.exists():
@@ -171,8 +180,11 @@ def check_overwrites(
     advice = "choose another EVAL_OUTPUT_DIR, or delete it"
     try:
         runs = file_io.parse_json(file.read_text())["runs"]
-        existing = [(os.fspath(run["checkpoint"]), task) for run in runs for task in run["tasks"]]
-        existing_splits = [(t, run["tasks"][t].get("split")) for run in runs for t in run["tasks"]]
+        existing = [
+            (os.fspath(run["checkpoint"]), name, task.get("split"))
+            for run in runs
+            for name, task in run["tasks"].items()
+        ]
         other_shots = [existing_shots for run in runs if (existing_shots := shots_of(run)) != shots]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
@@ -183,7 +195,8 @@ def check_overwrites(
             f"{folder}: results with {_describe_shots(other_shots[0])} would be lost: this"
             f" evaluation has {_describe_shots(shots)}: {advice}"
         )
-    for task, split in existing_splits:
+    for _, task, split in existing:
+        # A result without a split, or a task whose split is not known, raises no error.
         current = (splits or {}).get(task.removesuffix("_score_eval"), split)
         if split not in (None, current):
             raise InputError(
@@ -193,7 +206,7 @@ def check_overwrites(
     recomputed = {_absolute(path) for path in checkpoints}
     lost = [
         (path, task)
-        for path, task in existing
+        for path, task, _ in existing
         if _absolute(path) not in recomputed or (tasks is not None and task not in tasks)
     ]
     if lost:
@@ -211,10 +224,11 @@ def load_results(path: str) -> JsonObject:
     """Loads a results.json, or the one in a folder.
 
     Returns:
-      {'runs': […]} as in the file; each task also has the folder of its predictions.
+      {'runs': […]} as in the file; each task also has the folder of its predictions, under the key
+      `PREDICTIONS`.
 
     Raises:
-      InputError: the file is missing, or not one of `pemoe evaluate`.
+      InputError: the file is missing, or is not a results.json of `pemoe evaluate`.
     """
     file = file_io.to_path(path)
     with file_io.remote_errors(file):
@@ -233,7 +247,7 @@ def load_results(path: str) -> JsonObject:
     runs = results.get("runs") if isinstance(results, dict) else None
     if not isinstance(runs, list) or not runs:
         raise InputError(f'{file}: expected {{"runs": [...]}} with at least one run, got none')
-    # Only the keys that tables need are required: results of older versions lack others.
+    # Only keys that tables need are required, because results of older versions lack the others.
     for number, run in enumerate(runs):
         _check_not_decoded(run, file)
         _check_object(run, _RUN_KEYS, f"{file}, run {number}")
@@ -244,14 +258,15 @@ def load_results(path: str) -> JsonObject:
 
 
 def shots_of(run: JsonObject) -> Shots:
-    """Returns the `SHOTS_KEYS` of a run, zeros if it is zero-shot."""
+    """Returns a run's number of shots and their seed; zeros if it is zero-shot."""
     return tuple(run.get(key, 0) for key in SHOTS_KEYS)
 
 
 def merge_runs(results: Iterable[JsonObject]) -> list[JsonObject]:
-    """Returns all runs; results of equal name, checkpoint, step and shots are joined to one run.
+    """Returns all runs, after joining those of equal name, checkpoint, step and shots.
 
-    It has the tasks of all of them. The last result on a task counts.
+    A joined run has the tasks of all its parts. For a task that several of them have, the last
+    result counts.
 
     Raises:
       InputError: results on the same task are of different splits.
@@ -264,6 +279,7 @@ def merge_runs(results: Iterable[JsonObject]) -> list[JsonObject]:
 
 
 def _join(before: JsonObject, run: JsonObject) -> JsonObject:
+    """Returns a run with the tasks of both, whose datasets and average are computed anew."""
     for name in before["tasks"].keys() & run["tasks"].keys():
         splits = [r["tasks"][name].get("split") for r in (before, run)]
         if None not in splits and splits[0] != splits[1]:
@@ -273,7 +289,8 @@ def _join(before: JsonObject, run: JsonObject) -> JsonObject:
             )
     tasks = {**before["tasks"], **run["tasks"]}
     joined = {**run, "tasks": tasks, **summarize(tasks)}
-    # An evaluation records only which of its own datasets were trained on.
+    # Each part only knows which of its own datasets the run was trained on. If one part knows
+    # nothing, the list for both is unknown.
     trained = [known for r in (before, run) if (known := r.get("trained_datasets")) is not None]
     joined["trained_datasets"] = sorted(set().union(*trained)) if len(trained) == 2 else None
     return joined
@@ -296,11 +313,11 @@ def load_predictions(
     try:
         if not file.is_file():
             return None
-    except OSError as error:  # a name of results.json is too long for a file
+    except OSError as error:  # such as a task's name, from results.json, too long for a file
         raise InputError(f"{file!s:.200}: cannot be read: {error.strerror}") from None
     indices, correct = [], []
-    # Invalid UTF-8 must not abort reading: outside of strings, it is reported as a bad line. In a
-    # text it changes nothing that is read here.
+    # Invalid UTF-8 must not abort reading. Outside of JSON strings, it is reported as a bad line;
+    # inside, it does not matter, since no text is used here.
     with io.StringIO(file_io.read_text(file, "surrogateescape")) as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -317,7 +334,7 @@ def load_predictions(
                 )
     if len(set(indices)) < len(indices):
         raise InputError(f"{file}: expected a line for each example, got two with the same 'idx'")
-    # The intervals of another evaluation's predictions would be around another accuracy.
+    # Predictions of another evaluation have another accuracy, which intervals would be around.
     accuracy = sum(correct) / max(1, len(correct))
     if len(correct) != result["examples"] or abs(accuracy - result["accuracy"]) > 1e-9:
         raise InputError(
@@ -329,29 +346,11 @@ def load_predictions(
 
 
 def _check_run(run: JsonObject, where: str) -> None:
+    """Raises InputError unless the values that reports read are of the right type and range."""
     if not run["tasks"]:
         raise InputError(f"{where}: expected at least one task, got none")
     for name, task in run["tasks"].items():
-        _check_object(task, _TASK_KEYS, f"{where}, task {name!r}")
-        if not 0 <= task["accuracy"] <= 1 or task["examples"] < 1:
-            raise InputError(
-                f"{where}, task {name!r}: expected an accuracy of 0 to 1 over at least one"
-                f" example, got {task['accuracy']} over {task['examples']}"
-            )
-        for key in NORMALIZED.keys() & task.keys():
-            if type(task[key]) not in (int, float) or not 0 <= task[key] <= 1:
-                raise InputError(
-                    f"{where}, task {name!r}: expected {key!r} to be 0 to 1, got {task[key]!r:.60}"
-                )
-        if not 0 <= task["chance"] <= 1:
-            raise InputError(
-                f"{where}, task {name!r}: expected a chance of 0 to 1, got {task['chance']}"
-            )
-        if not file_io.is_count(task.get("shots_left_out", 0)):
-            raise InputError(
-                f"{where}, task {name!r}: expected 'shots_left_out' to be {_COUNT}, got"
-                f" {task['shots_left_out']!r:.60}"
-            )
+        _check_task(task, f"{where}, task {name!r}")
     for key in _TEXTS:
         if not isinstance(run.get(key), str | None):
             raise InputError(f"{where}: expected {key!r} to be text, got {run[key]!r:.60}")
@@ -361,20 +360,7 @@ def _check_run(run: JsonObject, where: str) -> None:
     for key in SHOTS_KEYS:
         if not file_io.is_count(run.get(key, 0)):
             raise InputError(f"{where}: expected {key!r} to be {_COUNT}, got {run[key]!r:.60}")
-    step_times = run.get("step_times", [])
-    if not isinstance(step_times, list):
-        raise InputError(f"{where}: expected 'step_times' to be a list, got {step_times!r:.60}")
-    for step_time in step_times:
-        _check_object(step_time, _STEP_TIME_KEYS, f"{where}, step_times")
-        seconds = step_time["seconds"]
-        if not 0 < seconds < _MAX_SECONDS:
-            raise InputError(
-                f"{where}, step_times: expected positive 'seconds', got {seconds!r:.60}"
-            )
-        if not file_io.is_count(step_time.get("memory", 0)):
-            raise InputError(
-                f"{where}, step_times: expected 'memory' in bytes, got {step_time['memory']!r:.60}"
-            )
+    _check_step_times(run.get("step_times", []), where)
     evaluation = run.get("evaluation_seconds", 0.0)
     if type(evaluation) not in (int, float) or not 0 <= evaluation < _MAX_SECONDS:
         raise InputError(
@@ -388,8 +374,43 @@ def _check_run(run: JsonObject, where: str) -> None:
         )
 
 
+def _check_task(task: JsonObject, where: str) -> None:
+    _check_object(task, _TASK_KEYS, where)
+    if not 0 <= task["accuracy"] <= 1 or task["examples"] < 1:
+        raise InputError(
+            f"{where}: expected an accuracy of 0 to 1 over at least one example, got"
+            f" {task['accuracy']} over {task['examples']}"
+        )
+    for key in NORMALIZED.keys() & task.keys():
+        # `type`, because bool is a subclass of int.
+        if type(task[key]) not in (int, float) or not 0 <= task[key] <= 1:
+            raise InputError(f"{where}: expected {key!r} to be 0 to 1, got {task[key]!r:.60}")
+    if not 0 <= task["chance"] <= 1:
+        raise InputError(f"{where}: expected a chance of 0 to 1, got {task['chance']}")
+    if not file_io.is_count(task.get("shots_left_out", 0)):
+        raise InputError(
+            f"{where}: expected 'shots_left_out' to be {_COUNT}, got {task['shots_left_out']!r:.60}"
+        )
+
+
+def _check_step_times(step_times: object, where: str) -> None:
+    if not isinstance(step_times, list):
+        raise InputError(f"{where}: expected 'step_times' to be a list, got {step_times!r:.60}")
+    for step_time in step_times:
+        _check_object(step_time, _STEP_TIME_KEYS, f"{where}, step_times")
+        seconds = step_time["seconds"]
+        if not 0 < seconds < _MAX_SECONDS:
+            raise InputError(
+                f"{where}, step_times: expected positive 'seconds', got {seconds!r:.60}"
+            )
+        if not file_io.is_count(step_time.get("memory", 0)):
+            raise InputError(
+                f"{where}, step_times: expected 'memory' in bytes, got {step_time['memory']!r:.60}"
+            )
+
+
 def _check_not_decoded(run: object, file: AnyPath) -> None:
-    """Raises InputError for a run of `pemoe infer`."""
+    """Raises InputError if a run is one of `pemoe infer`, which has metrics and no accuracy."""
     tasks = run.get("tasks") if isinstance(run, dict) else None
     for task in tasks.values() if isinstance(tasks, dict) else ():
         if isinstance(task, dict) and "metrics" in task and "accuracy" not in task:
@@ -399,6 +420,7 @@ def _check_not_decoded(run: object, file: AnyPath) -> None:
 
 
 def _check_object(value: object, keys: Mapping[str, _Types], where: str) -> None:
+    """Raises InputError unless a JSON value is an object with members of these types."""
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected an object, got {value!r:.60}")
     for key, types in keys.items():
@@ -411,5 +433,5 @@ def _check_object(value: object, keys: Mapping[str, _Types], where: str) -> None
 
 
 def _absolute(path: str) -> str:
-    # One evaluation may name a checkpoint by a relative path, the next by an absolute one.
+    # Two evaluations may name the same checkpoint by a relative and by an absolute path.
     return path if "://" in path else os.path.abspath(path)

@@ -13,11 +13,12 @@ _SEED_IN_NAME = re.compile(r"[-_. ]*seed[-_= ]?\d+", re.IGNORECASE)
 def group_by_seed(runs: Sequence[JsonObject]) -> list[list[JsonObject]]:
     """Groups runs that differ only in the seed: equal settings, variant, step, shots and tasks.
 
-    If a seed occurs twice, say in a copied run, these runs are not grouped. Groups are in the order
-    of their first run.
+    If a seed occurs twice among such runs, say in a copied run, each of them is a group of its own.
+    Groups are in the order of their first runs.
     """
     by_key: dict[tuple, list[int]] = {}
     for number, run in enumerate(runs):
+        # A run of unknown settings has a key of its own.
         by_key.setdefault(_key_without_seed(run) or (number,), []).append(number)
     groups = []
     for group in by_key.values():
@@ -27,7 +28,7 @@ def group_by_seed(runs: Sequence[JsonObject]) -> list[list[JsonObject]]:
 
 
 def first_run_without_seed(group: Sequence[JsonObject]) -> JsonObject:
-    """Returns the first run of a group, and without the seed in its name if there are others."""
+    """Returns a group's first run, with the seed removed from its name if the group has several."""
     name = group[0]["name"]
     if len(group) > 1:
         name = _SEED_IN_NAME.sub("", name) or name
@@ -35,9 +36,11 @@ def first_run_without_seed(group: Sequence[JsonObject]) -> JsonObject:
 
 
 def _key_without_seed(run: JsonObject) -> tuple | None:
+    """Returns what runs of one group have in common; None if a run lacks a seed or settings."""
     # Results of older versions have no seed or settings.
     if not isinstance(run.get("seed"), int) or not run.get("settings"):
         return None
+    # Numbers of examples too: a seed that was evaluated on fewer is not comparable.
     tasks = tuple(
         sorted((name, task["dataset"], task["examples"]) for name, task in run["tasks"].items())
     )
