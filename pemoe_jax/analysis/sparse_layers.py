@@ -31,10 +31,9 @@ def summary_lines(
     if model.sparse is None:
         return {}
     sparse, config = model.sparse, model.config
-    depths = (config.num_encoder_layers, config.num_decoder_layers)
-    depth = sum(depths)
-    # Layers are counted in each stack anew, see `Sparse.is_sparse`.
-    num_sparse = sum(layers // sparse.sparse_step for layers in depths)
+    depth = config.num_encoder_layers + config.num_decoder_layers
+    # SPARSE_STEP divides the layers of each stack, as `network` checks.
+    num_sparse = depth // sparse.sparse_step
     experts = f"{sparse.num_experts} experts in {num_sparse} of {depth} blocks"
     if upcycled := base.get("upcycled"):
         noise = f", noise {upcycled['noise']:g}" if upcycled["noise"] else ""

@@ -43,7 +43,7 @@ def any_shots(runs: Sequence[JsonObject]) -> bool:
 
 
 def run_labels(runs: Sequence[JsonObject]) -> list[str]:
-    """Returns the names of the runs; equal names are told apart by shots, step or checkpoint."""
+    """Returns the names of the runs; shots, step or checkpoint distinguish equal ones."""
     labels = [run["name"] for run in runs]
     runs = [dict.fromkeys(SHOTS_KEYS, 0) | run for run in runs]
     differing = [key for key in SHOTS_KEYS if len({run[key] for run in runs}) > 1]
