@@ -203,7 +203,7 @@ def _make_router(module: Experts, default: str, y_axis: str) -> tuple[str, routi
 
     Args:
       module: the adapter.
-      default: what a router reads whose `reads` is None.
+      default: what the router reads if its `reads` is None.
       y_axis: logical name of y's last axis.
     """
     assert module.router is not None

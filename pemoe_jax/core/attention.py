@@ -73,8 +73,8 @@ def prepare_mask_and_bias(
     return mask, bias
 
 
-# The identity, which raises an error at trace time if the bias is differentiated (JAX then sets
-# `perturbed`): the fused kernels would return a gradient of zero without a word.
+# The identity. It raises an error at trace time if the bias is differentiated (JAX then sets
+# `perturbed`), because the fused kernels would silently return a gradient of zero.
 @jax.custom_vjp
 def _without_gradient(bias: Array) -> Array:
     return bias
@@ -113,8 +113,8 @@ def dot_product_attention(
       dropout_mask: float32 [B, H, 1, Lk], multiplies the probabilities.
       implementation: 'plain' holds all logits [B, H, Lq, Lk] at once. 'chunked' holds the logits of
         `QUERY_CHUNK` queries, and computes them again in the backward pass. 'fused' never writes
-        logits to memory (`kernels.attention`, bfloat16 on GPUs); where the kernels do not run, it
-        is 'chunked'.
+        logits to memory (`kernels.attention`, bfloat16 on GPUs); where the kernels do not run,
+        'chunked' takes its place.
     """
     length = query.shape[1]
     if isinstance(mask, SegmentMask):

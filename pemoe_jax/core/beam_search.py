@@ -63,9 +63,9 @@ def beam_search_decode(
 ) -> Array:
     """Returns the sequence with the highest score, for each row.
 
-    A row ends when it has K finished sequences. Without `early_stopping`, it also has to be true
-    that the best running sequence, if it ended now, would not score higher than the worst of these
-    K. The settings and their defaults are those of Hugging Face's `generate`.
+    A row ends when it has K finished sequences. Without `early_stopping`, it continues as long as
+    its best running sequence, if it ended now, would score higher than the worst of these K. The
+    settings and their defaults are those of Hugging Face's `generate`.
 
     Args:
       model: the network.

@@ -66,7 +66,7 @@ def group_padding(batch: int, length: int, multiple: int) -> tuple[int, int]:
 
 
 def num_groups(num_tokens: int, group_size: int, multiple: int) -> int:
-    """Returns the number of groups of about `group_size` tokens, as in T5X.
+    """Returns the number of groups for a desired number of tokens in a group, as in T5X.
 
     It is the smallest number that divides `num_tokens`, is a multiple of `multiple` (data-parallel
     size · experts) and is at least `num_tokens // group_size`. This quotient is rounded down, so a
@@ -143,7 +143,7 @@ def assign_places(
       counts: int32 [G, E], the number of each expert's assignments.
     """
     groups, tokens, choices = experts.shape
-    # Assignments that need no slot go to an expert E, which does not exist and is sorted last.
+    # Assignments that need no slot get the index E, which no expert has, so they are sorted last.
     experts = jnp.where(needs_slot, experts, num_experts)
     token_order = jnp.broadcast_to(jnp.arange(tokens), (groups, tokens))
     if priority is not None:
@@ -201,7 +201,7 @@ def slots_with_capacity(
 
 
 class Blocks(NamedTuple):
-    """Slots in blocks of equal size. A block has one expert; an expert has as many as it needs.
+    """Slots in blocks of equal size. A block has one expert, an expert as many blocks as it needs.
 
     Attributes:
       slots: the slots, S = blocks · block size.

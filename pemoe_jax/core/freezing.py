@@ -32,11 +32,11 @@ def trainable_patterns(trainable: Sequence[str], freeze: str | None = None) -> l
 
 
 def parse_patterns(patterns: Sequence[str]) -> tuple[list[str], str | None]:
-    """Returns (trainable, freeze) of `trainable_patterns`; its inverse."""
-    freeze = part_of(patterns[-1]) if patterns else None
+    """Returns (trainable, freeze), from which `trainable_patterns` made the patterns."""
+    freeze = find_freeze_value(patterns[-1]) if patterns else None
     return ([*patterns[:-1]], freeze) if freeze in FREEZE else ([*patterns], None)
 
 
-def part_of(pattern: str) -> str:
+def find_freeze_value(pattern: str) -> str:
     """Returns the value of FREEZE that adds a pattern '!…'; the pattern itself if none adds it."""
     return next((part for part, regex in FREEZE.items() if pattern == f"!{regex}"), pattern)

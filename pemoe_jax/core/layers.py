@@ -70,7 +70,7 @@ class Dense(nn.Module):
         kernel = params_lib.param(
             self, "kernel", self.kernel_init, (inputs.shape[-1], self.features), self.kernel_axes
         )
-        # Batch and length are joined to one axis, [B·L, in]. With both, XLA on CPUs copies and
+        # Batch and length are joined in one axis, [B·L, in]. With two axes, XLA on CPUs copies and
         # transposes the output's gradient to compute the kernel's gradient, which doubles the time
         # of that product (benchmarks/NOTES.md).
         rows = inputs.astype(self.dtype).reshape(-1, inputs.shape[-1])

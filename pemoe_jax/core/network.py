@@ -27,10 +27,12 @@ _T = TypeVar("_T")
 class T5Config:
     """Dimensions of T5 v1.1 (a release after arXiv 1910.10683), under T5X's names.
 
-    The last three fields change how a step is computed, not the model.
+    The defaults are those of T5 v1.1 Small without dropout. The last three fields change how a step
+    is computed, not the model.
 
-    Dropout masks are shared by the positions of a row, and in attention by a head's queries. T5X's
-    minimal T5 and flaxformer differ in the encoder's output alone: see `broadcast_encoder_dropout`.
+    The positions of a row share a dropout mask; in attention, the queries of a head do. T5X runs
+    two implementations of T5, its minimal T5 and flaxformer's. Their dropout differs only at the
+    encoder's output: see `broadcast_encoder_dropout`.
 
     Attributes:
       vocab_size: number of rows of the embedding, V; 32,128 in the public checkpoints.
@@ -42,14 +44,14 @@ class T5Config:
         ('relu',) in T5 1.0, ('silu', 'linear') in UL2.
       logits_via_embedding: whether the logits layer is the embedding, its input scaled by D^-1/2,
         as in T5 1.0.
-      broadcast_encoder_dropout: whether the dropout mask of the encoder's output is shared by the
-        positions of a row, as in flaxformer and so in the MoV paper's code (gin/paper/), or drawn
-        for each position, as in T5X's minimal T5.
-      sentence_dim: S, size of the sentence embeddings that routers may read; None for D.
-      scan_layers: whether the layers of a stack run as a loop, so that one layer is compiled
-        instead of all.
+      broadcast_encoder_dropout: whether the positions of a row share the dropout mask of the
+        encoder's output, as in flaxformer and so in the MoV paper's code (gin/paper/). If False, a
+        mask is drawn for each position, as in T5X's minimal T5.
+      sentence_dim: S, size of the sentence embeddings that routers may read; None: D.
+      scan_layers: whether the layers of a stack run as a loop. Then one layer (one period of
+        layers in a sparse model) is compiled instead of all.
       remat_policy: which activations the backward pass recomputes to save memory: 'none', 'minimal'
-        (all but matrix products and fused attention) or 'full' (all).
+        (all but matrix products and fused attention) or 'full' (all); see `stacks.REMAT_POLICIES`.
       attention: implementation of attention: 'plain', 'chunked' (less memory for long inputs) or
         'fused' (bfloat16 on a GPU).
     """
@@ -87,7 +89,9 @@ class T5Config:
         ):
             if not isinstance(value, bool):
                 raise InputError(f"{name} must be True or False, got {value!r}")
-        activations = tuple(self.mlp_activations)  # a list in JSON and gin
+        # JSON and gin have lists, but models are static arguments of jitted functions, so all their
+        # fields must be hashable. The dataclass is frozen, so the field is set through `object`.
+        activations = tuple(self.mlp_activations)
         object.__setattr__(self, "mlp_activations", activations)
         if not 1 <= len(activations) <= 2 or not set(activations) <= layers.ACTIVATIONS.keys():
             raise InputError(
@@ -104,17 +108,17 @@ class T5Config:
         fields = {
             **dataclasses.asdict(self),
             "dtype": jnp.dtype(self.dtype).name,
-            "mlp_activations": [*self.mlp_activations],  # a list, as read from JSON
+            "mlp_activations": [*self.mlp_activations],  # equal to what JSON reads back
         }
         return {name: value for name, value in fields.items() if name not in _EXECUTION_FIELDS}
 
 
-# Not part of a checkpoint's identity: a run may resume with other values.
+# Fields that `as_dict` leaves out: a run may resume with other values of these.
 _EXECUTION_FIELDS = ("broadcast_encoder_dropout", "scan_layers", "remat_policy", "attention")
 
 
 class _Block(nn.Module):
-    """Parts of encoder and decoder layers; a layer with `sparse` has a sparse MLP."""
+    """The parts that encoder and decoder layers share; a layer with `sparse` has a sparse MLP."""
 
     config: T5Config
     adapters: Adapters = Adapters()
@@ -137,11 +141,13 @@ class _Block(nn.Module):
     def norm(self, name: str) -> layers.LayerNorm:
         return layers.LayerNorm(dtype=self.config.dtype, name=name)
 
-    def residual(self, x: Array, y: Array, tokens: TokenInfo) -> Array:
+    def add_residual(self, x: Array, y: Array, tokens: TokenInfo) -> Array:
+        """Adds a branch's output y, with dropout, to the residual stream x."""
         y = layers.row_dropout(self.config.dropout_rate, tokens)(y)
         return layers.constrain_sharding(x + y, ("batch", "length", "embed"))
 
-    def mlp_branch(self, x: Array, tokens: TokenInfo) -> Array:
+    def add_mlp(self, x: Array, tokens: TokenInfo) -> Array:
+        """Adds the MLP's branch, and that of the extra dense MLP if there is one, to x."""
         cfg = self.config
         settings = cfg.mlp_dim, cfg.mlp_activations, cfg.dtype, cfg.dropout_rate
         if self.sparse is None:
@@ -149,11 +155,13 @@ class _Block(nn.Module):
         else:
             mlp = SparseMlpBlock(self.sparse, *settings, self.is_causal, name="mlp")
         y = mlp(self.norm("pre_mlp_layer_norm")(x), tokens)
-        x = self.residual(x, y, tokens)
+        x = self.add_residual(x, y, tokens)
         if self.sparse is None or not self.sparse.extra_mlp:
             return x
+        # `extra_mlp` has no adapters: the sites of an MLP are those of `mlp`.
         extra_mlp = layers.MlpBlock(*settings, name="extra_mlp")
-        return self.residual(x, extra_mlp(self.norm("pre_extra_mlp_layer_norm")(x), tokens), tokens)
+        y = extra_mlp(self.norm("pre_extra_mlp_layer_norm")(x), tokens)
+        return self.add_residual(x, y, tokens)
 
 
 class EncoderLayer(_Block):
@@ -166,7 +174,7 @@ class EncoderLayer(_Block):
         """[B, L, D] -> [B, L, D]; mask and bias are those of `attention.prepare_mask_and_bias`."""
         h = self.norm("pre_attention_layer_norm")(x)
         h = self.attention("attention")(h, h, mask, bias, tokens_q=tokens, tokens_kv=tokens)
-        return self.mlp_branch(self.residual(x, h, tokens), tokens)
+        return self.add_mlp(self.add_residual(x, h, tokens), tokens)
 
 
 class DecoderLayer(_Block):
@@ -185,12 +193,12 @@ class DecoderLayer(_Block):
         encoded_tokens: TokenInfo,
         decode: bool,
     ) -> Array:
-        """x [B·C, L, D], encoded [B, Le, D] -> [B·C, L, D]."""
+        """x [B·C, L, D], encoded [B, Le, D] -> [B·C, L, D]; for C see `Transformer.decode`."""
         h = self.norm("pre_self_attention_layer_norm")(x)
         h = self.attention("self_attention")(
             h, h, *self_mask_and_bias, tokens_q=tokens, tokens_kv=tokens, decode=decode
         )
-        x = self.residual(x, h, tokens)
+        x = self.add_residual(x, h, tokens)
         h = self.norm("pre_cross_attention_layer_norm")(x)
         h = self.attention("encoder_decoder_attention")(
             h,
@@ -200,7 +208,7 @@ class DecoderLayer(_Block):
             tokens_kv=encoded_tokens,
             decode=decode,
         )
-        return self.mlp_branch(self.residual(x, h, tokens), tokens)
+        return self.add_mlp(self.add_residual(x, h, tokens), tokens)
 
 
 def _make_layer(
@@ -211,7 +219,7 @@ def _make_layer(
     index: int,
     **options: PyTree,
 ) -> nn.Module:
-    """Returns layer `index` of a stack."""
+    """Returns layer `index` of a stack; `options` are Linen's, such as its name."""
     is_sparse = sparse is not None and sparse.is_sparse(index)
     return layer(config, adapters, sparse if is_sparse else None, **options)
 
@@ -231,7 +239,7 @@ class Encoder(nn.Module):
         x = dropout(embedded)
         biases = layers.RelativePositionBiases(cfg.num_heads, cfg.dtype, name="relpos_bias")
         bias = biases(length, length, bidirectional=True)
-        # Position biases and mask are the same in all layers, so they are prepared once.
+        # All layers share the position biases and the mask, so these are prepared once.
         mask_and_bias = attention.prepare_mask_and_bias(cfg.attention, mask, bias)
         x = stacks.apply_layers(
             self,
@@ -249,7 +257,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder stack and the logits layer; `embedding` [V, D] is that of tied logits."""
+    """The decoder stack and the logits layer."""
 
     config: T5Config
     adapters: Adapters = Adapters()
@@ -272,10 +280,12 @@ class Decoder(nn.Module):
         """Embedded tokens [B·C, L, D], encoded [B, Le, D] -> logits [B·C, L, V], float32.
 
         With `return_hidden`, returns the input of the logits layer, float32 [B·C, L, D].
+        `embedding` [V, D] is the matrix of the logits layer if it is tied to the embedding.
         """
         cfg, length = self.config, embedded.shape[1]
         if decode and max_decode_length:
-            # A step has one token; attention slices its row from the bias of the whole cache.
+            # A step has one token, but its position is known only when the program runs. So the
+            # bias is computed for the whole cache, and attention takes the row of the position.
             length = max_decode_length
         dropout = layers.row_dropout(cfg.dropout_rate, tokens)
         x = dropout(embedded)
@@ -291,11 +301,12 @@ class Decoder(nn.Module):
                 x, encoded, self_mask_and_bias, cross_mask_and_bias, tokens, encoded_tokens, decode
             ),
             x,
-            scan=cfg.scan_layers and not decode,  # the caches of decoding are by layer
-            remat_policy="none" if decode else cfg.remat_policy,
+            scan=cfg.scan_layers and not decode,  # each layer has a cache, which a scan lacks
+            remat_policy="none" if decode else cfg.remat_policy,  # decoding has no backward pass
             period=layer_period(self.sparse),
         )
         x = dropout(layers.LayerNorm(cfg.dtype, name="decoder_norm")(x))
+        # Logits are float32 even for bfloat16 activations, as in T5X.
         x = x.astype(jnp.float32)
         if cfg.logits_via_embedding:
             x *= cfg.emb_dim**-0.5
@@ -310,13 +321,13 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """T5 v1.1 with adapters; `encode`, `decode` and `__call__` have the signatures of T5X.
 
-    The parameter tree is that of T5X's minimal T5. Adapters add `<site>_adapter/...` next to the
-    parameters of a site, and nothing else. Token 0 is padding.
+    The parameter tree is that of T5X's minimal T5. Adapters only add `<site>_adapter/...` next to
+    the parameters of a site. Token 0 is padding.
 
     Attributes:
       config: dimensions.
       adapters: adapter factories by site.
-      sparse: which MLPs are mixtures of whole feed-forward experts; None for none.
+      sparse: which MLPs are mixtures of whole feed-forward experts; None: no MLP is.
     """
 
     config: T5Config
@@ -360,26 +371,30 @@ class Transformer(nn.Module):
         sentence_embeddings: Array | None = None,
         return_hidden: bool = False,
     ) -> Array:
-        """Returns the decoder's logits [B·C, L, V]; C > 1 for several answer choices of an input.
+        """Returns the decoder's logits [B·C, L, V], float32.
+
+        C is 1, or the number of answer choices of each input: rows b·C to b·C + C - 1 of the
+        decoder attend to row b of `encoded`.
 
         Args:
           encoded: [B, Le, D] from `encode`.
           encoder_input_tokens: [B, Le], for the padding mask.
           decoder_input_tokens: [B·C, L], targets shifted right; [B, 1] in a decoding step.
-          decoder_target_tokens: [B·C, L], for the padding mask; ignored when decoding.
+          decoder_target_tokens: [B·C, L], for the padding mask; ignored in a decoding step.
           encoder_segment_ids, decoder_segment_ids: segments of packed rows (C = 1).
-          decoder_positions: ignored, since positions are relative; T5X passes them.
-          decode: whether this is a decoding step of one token with the collections `cache` and, if
-            mutable, `cross_cache`.
+          decoder_positions: ignored, since positions are relative. T5X passes this argument.
+          decode: whether this is a decoding step of one token, with the collection `cache` and, if
+            the caller makes it mutable, `cross_cache`.
           max_decode_length: length of the cache in a decoding step.
           sentence_embeddings: [B, S], for routers that read them.
-          return_hidden: whether to return the input of the logits layer [B·C, L, D], float32, in
-            place of logits, for `cross_entropy.chunked_cross_entropy` with `logits_kernel`.
+          return_hidden: whether to return the input of the logits layer, float32 [B·C, L, D],
+            instead of the logits. `cross_entropy.chunked_cross_entropy` takes it together with
+            `logits_kernel`.
         """
         del decoder_positions
         is_encoder_token = encoder_input_tokens > 0
         if decoder_segment_ids is None:
-            encoder_segment_ids = None  # a row that is not packed attends to all of its input
+            encoder_segment_ids = None  # a row that is not packed attends to its whole input
         key_segment_ids = _segment_ids(is_encoder_token, encoder_segment_ids)
         query_segment_ids = None if encoder_segment_ids is None else decoder_segment_ids
         cross_mask = attention.SegmentMask(query_segment_ids, key_segment_ids)
@@ -442,12 +457,12 @@ class Transformer(nn.Module):
 
 
 def _segment_ids(is_token: Array, segment_ids: Array | None) -> Array:
-    """Returns int32 [B, L] for `attention.SegmentMask`: 0 at padding, 1 in unpacked rows."""
+    """Returns segments int32 [B, L] for `attention.SegmentMask`: 0 at padding, 1 if not packed."""
     return jnp.where(is_token, 1 if segment_ids is None else segment_ids, 0).astype(jnp.int32)
 
 
 def logits_kernel(params: Params) -> Array:
-    """Returns the matrix [D, V] of the logits layer, which is applied to the hidden states."""
+    """Returns the matrix [D, V] of the logits layer: its kernel, or the transposed embedding."""
     if "logits_dense" in params["decoder"]:
         return params["decoder"]["logits_dense"]["kernel"]
     return params["token_embedder"]["embedding"].T
@@ -461,7 +476,7 @@ def init_params(
 ) -> dict[str, PyTree]:
     """Draws the float32 parameters whose path satisfies the predicate; see `params.initialize`.
 
-    A parameter depends on its path and the seed alone, so the base model is the same with and
+    A parameter depends only on its path and the seed, so the base model is the same with and
     without adapters.
     """
     specs = {path: spec for path, spec in _trace(model)[1].items() if predicate(path)}
@@ -471,10 +486,10 @@ def init_params(
 def param_shapes(
     model: Transformer, predicate: Callable[[str], bool] = lambda _: True
 ) -> dict[str, PyTree]:
-    """Returns the tree of `jax.ShapeDtypeStruct` of the parameters; allocates nothing.
+    """Returns the tree of the parameters as `jax.ShapeDtypeStruct`; allocates no arrays.
 
     Raises:
-      InputError: the layers of a stack are not a multiple of SPARSE_STEP.
+      InputError: the number of layers of a stack is not a multiple of SPARSE_STEP.
     """
     return params_lib.select(_trace(model)[0], predicate)
 
@@ -487,9 +502,12 @@ def param_axes(model: Transformer) -> dict[str, tuple[str, ...]]:
 def stack_layers(
     model: Transformer, params: Params, stack: Callable[[list[PyTree]], PyTree]
 ) -> dict[str, PyTree]:
-    """Stacks parameters, or a part of them, for a model with `scan_layers`.
+    """Stacks parameters, or a part of them such as the frozen ones, for a model with `scan_layers`.
 
-    `stack` is `stacks.stack_and_delete` or `stacks.stack_abstract`.
+    Args:
+      model: the network.
+      params: parameters with one subtree per layer.
+      stack: `stacks.stack_and_delete` or `stacks.stack_abstract`.
     """
     depths = _depths(model)
     period = layer_period(model.sparse)
@@ -502,7 +520,8 @@ def _depths(model: Transformer) -> dict[str, int]:
 
 
 def _check_depths(model: Transformer) -> None:
-    # Not as a model is built: the depths of a gin file give way to those of a base.
+    # Checked when the model is used and not when it is created: a model is created with the depths
+    # of a gin file, and a base checkpoint may then replace them.
     period = layer_period(model.sparse)
     for stack, depth in _depths(model).items():
         if depth % period:
@@ -513,14 +532,16 @@ def _check_depths(model: Transformer) -> None:
 
 def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]:
     """Returns (tree of the parameters' shapes, path -> spec); uses no device."""
-    # A run calls this five times, so the result is stored on the model. A cache by equality would
-    # be wrong: equal partials of gin configurables may have been bound differently since.
+    # A run calls this function five times, so the result is stored on the model object. A cache by
+    # equality of models would be wrong: gin may bind other values to a configurable later, and a
+    # partial of it still compares equal.
     attributes = vars(model)
     if "_traced_params" in attributes:
         return attributes["_traced_params"]
     _check_depths(model)
-    # The dense layers of a stack differ in their names alone, and so do the sparse ones. So one of
-    # each is traced, and its parameters are repeated: T5-XXL takes 0.1 s instead of 2 s.
+    # The dense layers of a stack differ only in their names, and so do the sparse layers. So one
+    # layer of each kind is traced, and its parameters are repeated: T5-XXL takes 0.1 s, not 2 s.
+    # With a step of 2, layer 0 is dense and layer 1 is sparse.
     sparse = model.sparse
     if sparse is not None and sparse.sparse_step > 2:
         sparse = dataclasses.replace(sparse, sparse_step=2)
@@ -535,7 +556,11 @@ def _trace(model: Transformer) -> tuple[dict[str, PyTree], dict[str, ParamSpec]]
     sentence = jax.ShapeDtypeStruct((1, sentence_dim), jnp.float32)
     with params_lib.record_specs() as specs:
         shapes = jax.eval_shape(
-            lambda t, s: init(jax.random.key(0), t, t, t, sentence_embeddings=s), tokens, sentence
+            lambda ids, sentences: init(
+                jax.random.key(0), ids, ids, ids, sentence_embeddings=sentences
+            ),
+            tokens,
+            sentence,
         )
     tree = params_lib.unflatten(_repeat(params_lib.flatten(shapes["params"]), model))
     attributes["_traced_params"] = tree, _repeat(specs, model)
@@ -548,7 +573,11 @@ def layer_period(sparse: Sparse | None) -> int:
 
 
 def _repeat(values: Mapping[str, _T], model: Transformer) -> dict[str, _T]:
-    """Copies the values of '<stack>/layers_<i>/…', i < 2, to all dense or all sparse layers."""
+    """Copies the values of '<stack>/layers_<i>/…' to all layers of the same kind.
+
+    Layer 0 is the traced dense layer and layer 1 the traced sparse one. If all layers are alike
+    (P = 1), layer 0 is the only one that was traced.
+    """
     repeated: dict[str, _T] = {}
     depths, period = _depths(model), layer_period(model.sparse)
     for path, value in values.items():
@@ -558,7 +587,7 @@ def _repeat(values: Mapping[str, _T], model: Transformer) -> dict[str, _T]:
             continue
         stack, traced, rest = match[1], int(match[2]), match[3]
         for i in range(depths[stack]):
-            is_last_of_period = i % period == period - 1
-            if traced == (0 if period == 1 else int(is_last_of_period)):
+            is_last_of_period = i % period == period - 1  # a sparse layer, if the period is above 1
+            if traced == int(period > 1 and is_last_of_period):
                 repeated[f"{stack}/layers_{i}/{rest}"] = value
     return repeated

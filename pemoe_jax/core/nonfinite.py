@@ -20,12 +20,15 @@ def find_source(
     rng: jax.Array,
     microbatches: int,
 ) -> str:
-    """Returns what is not finite first: a parameter, a module's output, or a gradient.
+    """Returns what is the first to hold infinity or NaN, in words such as 'the parameter a/b'.
 
-    The forward pass runs operation by operation. Modules inside of `nn.scan` and `nn.remat` are
-    traced, so that the stack around them is named.
+    The candidates are, in this order, the parameters, the outputs of modules in the forward pass,
+    the gradients, and the loss. The forward pass runs without compilation, one operation at a time.
+    Layers inside a scan or rematerialization are traced all the same, and have no values to check;
+    the stack around them is named instead.
 
     Args:
+      model, loss, trainable, frozen, batch, microbatches: see `steps.grads_and_metrics`.
       rng: the dropout key of the step.
     """
     params = params_lib.merge(trainable, frozen)
@@ -36,7 +39,7 @@ def find_source(
 
     def check(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         output = call(*args, **kwargs)
-        # A module ends before those that contain it.
+        # A module returns before the modules that contain it, so the innermost one is named.
         if not source and not _is_finite(output):
             source.append("/".join(context.module.path) or "the model")
         return output
@@ -53,7 +56,7 @@ def find_source(
 
 
 def _is_finite(tree: PyTree) -> bool:
-    """Whether all floats of a tree are finite; True of values that are being traced."""
+    """Whether all floats of a tree are finite; traced values, which are unknown, are skipped."""
     leaves = [
         leaf
         for leaf in jax.tree.leaves(tree)

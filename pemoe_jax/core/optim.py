@@ -17,10 +17,10 @@ from pemoe_jax.core.params import Params, PyTree
 Step: TypeAlias = jax.typing.ArrayLike
 Schedule: TypeAlias = Callable[[Step], jax.Array | float]
 ParamAxes: TypeAlias = Mapping[str, Sequence[str]]  # path -> axis names: `network.param_axes`
-# (schedule, param_axes=…) -> the optimizer of those parameters.
+# (schedule, param_axes=…) -> the optimizer of the parameters with these axes.
 OptimizerFactory: TypeAlias = Callable[..., optax.GradientTransformation]
 
-_EXPERT_AXES = ("expert", "adapter_expert")
+_EXPERT_AXES = ("expert", "adapter_expert")  # logical axis names: of sparse MLPs, of adapters
 
 
 def adafactor(
@@ -35,38 +35,42 @@ def adafactor(
     per_expert: bool = True,
     param_axes: ParamAxes | None = None,
 ) -> optax.GradientTransformation:
-    """Adafactor (arXiv 1804.04235) as T5 was trained with it: without momentum.
+    """Adafactor (arXiv 1804.04235) without momentum, as T5 was trained.
 
-    With `multiply_by_parameter_scale` an update is multiplied by the parameter's root mean square,
-    which counts as at least 1e-3: LoRA's B, which starts at zero, then starts slowly.
+    With `multiply_by_parameter_scale`, an update is multiplied by the root mean square of the
+    parameter, or by 1e-3 if that is larger. So LoRA's B, which is zero at first, starts slowly.
 
-    Each expert of a parameter is updated as if it were a parameter of its own, as by T5X's
-    `FactorDim.BATCH` for the axis `expert`. Routers, which compare experts, are one parameter each,
-    and are not factored over their experts.
+    Each expert of a parameter is updated as if it were a separate parameter. T5X does the same with
+    `FactorDim.BATCH` for the axis `expert`. A router, which compares experts, is one parameter; its
+    second moments are not factored over the axis of experts.
 
     Args:
       learning_rate: step -> learning rate.
-      decay_rate: c; the second moments decay by 1 - (step - step_offset + 1)^-c.
-      step_offset: subtracted from the step in this decay. To continue a base model's count of
-        steps, as T5X does, pass minus its number of steps; second moments then hardly decay.
+      decay_rate: c; the second moments decay by the factor 1 - (step - step_offset + 1)^-c.
+      step_offset: subtracted from the step in this decay. To continue counting from a base model's
+        number of steps, as T5X does, pass minus this number; the second moments then hardly change.
       clipping_threshold: bound of an update's root mean square; None: no bound.
-      multiply_by_parameter_scale: see above.
-      min_dim_size_to_factor: smallest size of two axes over which second moments are factored.
+      multiply_by_parameter_scale: whether an update is multiplied by the root mean square of the
+        parameter, or by 1e-3 if that is larger.
+      min_dim_size_to_factor: second moments are factored over the two largest axes of a parameter
+        if both have at least this size.
       weight_decay_rate: rate of the weight decay; None: no decay.
       clip_norm: bound of the gradient's global norm; None: no bound.
-      per_expert: whether root mean squares are those of an expert or, as in the paper's code, of
-        all experts of a parameter. Second moments are by expert in either case.
-      param_axes: names of the parameters' axes; None: no parameter has experts.
+      per_expert: whether the root mean squares of updates and parameters are computed for each
+        expert or, as in the MoV paper's code, over all experts of a parameter. Second moments are
+        always per expert.
+      param_axes: logical axis names of the parameters; None: no parameter has experts.
     """
     map_over = functools.partial(_map_over_axis, param_axes=param_axes or {})
     rms_axes = _EXPERT_AXES if per_expert else ()
-    # The order, and so the state, is that of `optax.adafactor`.
+    # The transformations are in the order of `optax.adafactor`, so the state has its structure.
     second_moments = optax.scale_by_factored_rms(
         decay_rate=decay_rate,
         step_offset=step_offset,
         min_dim_size_to_factor=min_dim_size_to_factor,
         epsilon=1e-30,
     )
+    # "unmodeled" is the axis of experts in a router's kernel [features, E].
     parts = [map_over(second_moments, names=(*_EXPERT_AXES, "unmodeled"))]
     if clipping_threshold is not None:
         parts.append(map_over(optax.clip_by_block_rms(clipping_threshold), names=rms_axes))
@@ -90,11 +94,12 @@ def _clip(
 def _map_over_axis(
     transformation: optax.GradientTransformation, names: Sequence[str], param_axes: ParamAxes
 ) -> optax.GradientTransformation:
-    """Maps a transformation over the axis of each parameter whose name is in `names`.
+    """Applies a transformation to each slice of a parameter along an axis named in `names`.
 
-    Parameters without such an axis are not split. A state with the shape of a parameter's slice is
-    stacked along the same axis; any other state, such as a factored moment, along axis 0.
+    Parameters without such an axis are not sliced. A state with the shape of a slice is stacked
+    along the parameter's axis; any other state, such as a factored moment, along axis 0.
     """
+    # Path -> position of the axis to slice along, or None.
     positions = {
         path: next((i for i, axis in enumerate(axes) if axis in names), None)
         for path, axes in param_axes.items()
@@ -103,7 +108,7 @@ def _map_over_axis(
         return transformation
 
     def slice_axes(params: Params) -> list[tuple[PyTree, PyTree]]:
-        """Returns (parameter axes, state axes) for `vmap`, for each size of the mapped axis."""
+        """Returns (axes of parameters, axes of states) for `vmap`, for each size of sliced axes."""
         flat = params_lib.flatten(params)
         slices = {path: _remove_axis(leaf, positions[path]) for path, leaf in flat.items()}
         state = jax.eval_shape(transformation.init, params_lib.unflatten(slices))
@@ -136,18 +141,19 @@ def _map_over_axis(
 
     def init(params: Params) -> PyTree:
         function = transformation.init
-        # All axes of one `vmap` must have the same size.
-        for param_map, state_map in slice_axes(params):
-            function = jax.vmap(function, in_axes=(param_map,), out_axes=state_map)
+        # The axes that one `vmap` maps over must have the same size. So there is one `vmap` for
+        # each size, which leaves the parameters of other sizes unmapped.
+        for params_axes, state_axes in slice_axes(params):
+            function = jax.vmap(function, in_axes=(params_axes,), out_axes=state_axes)
         return function(params)
 
     def update(
         updates: Params, state: PyTree, params: Params | None = None
     ) -> tuple[PyTree, PyTree]:
         function = transformation.update
-        for param_map, state_map in slice_axes(updates):
-            axes = (param_map, state_map)
-            function = jax.vmap(function, in_axes=(*axes, param_map), out_axes=axes)
+        for params_axes, state_axes in slice_axes(updates):
+            axes = (params_axes, state_axes)
+            function = jax.vmap(function, in_axes=(*axes, params_axes), out_axes=axes)
         return function(updates, state, params)
 
     return optax.GradientTransformation(init, update)
@@ -167,13 +173,13 @@ def adamw(
     clip_norm: float | None = None,
     param_axes: ParamAxes | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101); `clip_norm` bounds the gradient's global norm, None does not."""
+    """AdamW (arXiv 1711.05101); `clip_norm` bounds the gradient's global norm, None: no bound."""
     del param_axes  # moments are per entry, so experts need no special treatment
     optimizer = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return _clip(optimizer, clip_norm)
 
 
-# T5X's factors, and two of our own.
+# T5X's seven factors, and `linear_to_zero` and `cosine_to_zero`.
 _FACTORS = (
     "constant",
     "linear_warmup",
@@ -198,21 +204,23 @@ def create_learning_rate_scheduler(
     step_offset: int = 0,
     min_learning_rate: float = 1e-8,
 ) -> Schedule:
-    """Returns step -> learning rate, a product of named factors.
+    """Returns the function step -> learning rate, a product of named factors.
 
     The first seven factors have T5X's values (`t5x.utils.create_learning_rate_scheduler`). With
     W = warmup_steps:
 
     - constant: base_learning_rate.
     - linear_warmup: min(1, step / W), or 1 without a warm-up.
-    - linear_decay: base_learning_rate * min(step / W, 1 + decay_factor * (W - step)); it contains
-      `constant` and `linear_warmup`, and reaches zero 1 / decay_factor steps after the warm-up.
-    - rsqrt_decay: 1 / sqrt(max(step, W)).
+    - linear_decay: base_learning_rate * min(step / W, 1 + decay_factor * (W - step)), where 1 takes
+      the place of step / W if W = 0. It includes `constant` and `linear_warmup`, and reaches zero
+      1 / decay_factor steps after the warm-up.
+    - rsqrt_decay: 1 / sqrt(max(step, W, 1)).
     - rsqrt_normalized_decay: sqrt(W) / sqrt(max(step, W)), which is 1 until the end of the warm-up.
     - decay_every: decay_factor to the power of step // steps_per_decay.
-    - cosine_decay: half a cosine from 1 to 0, once every steps_per_cycle steps after the warm-up.
-    - linear_to_zero, cosine_to_zero: a line and half a cosine from 1 at the end of the warm-up to 0
-      at total_steps.
+    - cosine_decay: half a period of a cosine, from 1 to 0, which starts again every steps_per_cycle
+      steps after the warm-up.
+    - linear_to_zero, cosine_to_zero: a line, or half a period of a cosine, from 1 at the end of the
+      warm-up to 0 at total_steps.
 
     Args:
       factors: names of factors joined by `*`, such as 'constant * linear_warmup * cosine_to_zero'.
@@ -223,10 +231,11 @@ def create_learning_rate_scheduler(
       steps_per_decay: see decay_every.
       steps_per_cycle: see cosine_decay.
       step_offset: number of steps to subtract from each step.
-      min_learning_rate: lower bound of the result, which a warm-up starts from.
+      min_learning_rate: lower bound of the result; a warm-up starts from it instead of 0.
 
     Raises:
-      InputError: a factor is unknown, or a setting that it needs is missing.
+      InputError: a factor is unknown, a setting that it needs is missing, or there is no learning
+        rate.
     """
     names = [name.strip() for name in factors.split("*")]
     for name in names:
@@ -239,7 +248,7 @@ def create_learning_rate_scheduler(
                 f"WARMUP_STEPS must be at least 1 for SCHEDULE factor {name!r}, got {warmup_steps}"
             )
 
-    if base_learning_rate is None:  # in gin, where no file or flag sets it
+    if base_learning_rate is None:  # LEARNING_RATE is None in gin unless a file or a flag sets it
         raise InputError(
             "LEARNING_RATE is not set: pass --gin_file=methods/… or --gin.LEARNING_RATE=…"
         )
@@ -247,7 +256,7 @@ def create_learning_rate_scheduler(
     def schedule(step: Step) -> jax.Array | float:
         step = jnp.maximum(0.0, jnp.asarray(step, jnp.float32) - step_offset)
         warmup = step / warmup_steps if warmup_steps else jnp.ones_like(step)
-        # At least 1: without a warm-up, T5X divides by zero at step 0.
+        # At least 1, since without a warm-up T5X's formula divides by zero at step 0.
         root = jnp.sqrt(jnp.maximum(step, max(warmup_steps, 1)))
         cycle = jnp.maximum(0.0, (step - warmup_steps) / steps_per_cycle) % 1.0
         decay_steps = max((total_steps or 0) - warmup_steps, 1)

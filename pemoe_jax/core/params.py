@@ -1,6 +1,7 @@
 """Parameter trees: creation, paths, trainable and frozen parts, checks, fingerprints.
 
-A tree is Flax's nested dict of arrays. A path joins its keys: 'encoder/layers_0/…'.
+A tree is Flax's nested dict of arrays. The path of an array joins the keys that lead to it:
+'encoder/layers_0/…'.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ Params: TypeAlias = Mapping[str, PyTree]
 # (path, array) -> the leaf to store, such as the array cast, sharded or quantized.
 Transform: TypeAlias = Callable[[str, jax.Array], PyTree]
 
-# Everything that adapters add is under `<site>_adapter/`, so this one pattern serves all methods.
+# All parameters of adapters are under `<site>_adapter/`, so one pattern serves all methods.
 ADAPTER_PATTERN = r".*_adapter/.*"
 
 
@@ -37,8 +38,8 @@ class ParamSpec(NamedTuple):
     axes: tuple[str, ...]
 
 
-# Specs by path while `record_specs` is active; a context variable, so that one thread does not
-# record what another traces.
+# Path -> spec of the parameters created so far, while `record_specs` is active. This is a context
+# variable, so that one thread does not record what another thread traces.
 _specs = contextvars.ContextVar[dict[str, ParamSpec] | None]("specs", default=None)
 
 
@@ -54,22 +55,23 @@ def param(
     Every parameter of the package is created here.
 
     Args:
-      module: the module, inside its compact method.
+      module: the module; the call is inside its compact method or its `setup`.
       name: last part of the parameter's path.
-      init: a module-level constant, since `initialize` compiles a program for each initializer.
+      init: the initializer, a module-level constant: `initialize` compiles a program for each
+        initializer object and shape.
       shape: shape of the parameter.
       axes: logical name of each axis.
     """
     specs = _specs.get()
     if specs is not None:
         specs["/".join((*module.path, name))] = ParamSpec(init, shape, axes)
-        init = nn.initializers.zeros  # to trace draws would take as long as to trace the network
+        init = nn.initializers.zeros  # tracing random draws takes as long as tracing the network
     return nn_partitioning.param_with_axes(name, init, shape, jnp.float32, axes=axes)
 
 
 @contextlib.contextmanager
 def record_specs() -> Iterator[dict[str, ParamSpec]]:
-    """Collects path -> spec of the parameters that are created, as zeros, inside the context."""
+    """Collects path -> spec of the parameters created inside the context, which are all zeros."""
     specs: dict[str, ParamSpec] = {}
     token = _specs.set(specs)
     try:
@@ -91,31 +93,31 @@ def identity(path: str, array: jax.Array) -> PyTree:
 def initialize(
     specs: Mapping[str, ParamSpec], seed: int, transform: Transform = identity
 ) -> dict[str, PyTree]:
-    """Draws random parameters; each depends on its path and the seed alone.
+    """Draws random parameters; each depends only on its path and the seed.
 
     Args:
       specs: path -> spec.
       seed: seed of all draws.
-      transform: applied to each float32 array before the next is drawn, so that one float32 array
-        at a time is in memory.
+      transform: applied to each float32 array before the next one is drawn, so that only one
+        float32 array at a time is in memory.
     """
     key = jax.random.key(seed)
     arrays = {}
     for path, spec in specs.items():
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        # One small program for each shape: a single program for the whole model takes minutes to
-        # compile at T5-Large.
+        # One small program for each shape, since a single program that draws the whole T5-Large
+        # takes minutes to compile.
         arrays[path] = transform(path, _init_array(path_key, spec.init, spec.shape))
     return unflatten(arrays)
 
 
 def flatten(tree: Params) -> dict[str, PyTree]:
-    """{'encoder': {'layers_0': ...}} -> {'encoder/layers_0/...': leaf}."""
+    """Returns path -> leaf: {'encoder': {'layers_0': ...}} -> {'encoder/layers_0/...': leaf}."""
     return traverse_util.flatten_dict(dict(tree), sep="/")
 
 
 def unflatten(flat: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Inverse of `flatten`."""
+    """Returns the nested dict of path -> leaf; the inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
@@ -140,14 +142,16 @@ def is_base(path: str) -> bool:
 
 
 def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
-    """Returns the paths that at least one pattern matches in full, and no pattern after a '!'.
+    """Returns the paths that a pattern matches in full, without those that a '!' pattern matches.
 
     Args:
       paths: all paths of a model.
-      patterns: regular expressions over 'a/b/c'; a leading '!' excludes (`core.freezing`).
+      patterns: regular expressions over paths. A pattern that begins with '!' excludes the paths
+        that its rest matches (`core.freezing`).
 
     Raises:
-      InputError: a pattern is not a regular expression, or matches no parameter; or none is left.
+      InputError: a pattern is not a regular expression or matches no parameter, or no parameter is
+        left.
     """
     paths = list(paths)
     if isinstance(patterns, str):
@@ -163,10 +167,11 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
             ) from error
         if pattern.startswith("!"):
             excluded |= matched
+            # In a dense model, FREEZE matches nothing ('router') or everything ('all_but_router').
             if not matched or not excluded < set(paths):
                 raise InputError(
                     "FREEZE must be None for a model without sparse layers (methods/flan_….gin),"
-                    f" got {freezing.part_of(pattern)!r}"
+                    f" got {freezing.find_freeze_value(pattern)!r}"
                 )
             continue
         if not matched:
@@ -183,7 +188,7 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
 
 
 def split(params: Params, patterns: Sequence[str]) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-    """Splits parameters into (trainable, frozen) by `trainable_paths`; `merge` is the inverse."""
+    """Splits parameters into (trainable, frozen), see `trainable_paths`; `merge` is the inverse."""
     chosen = trainable_paths(flatten(params), patterns)
     return select(params, chosen.__contains__), select(params, lambda path: path not in chosen)
 
@@ -236,7 +241,7 @@ def check_matches(source: Params, target: Params, source_name: str) -> dict[str,
     return unflatten(flat)
 
 
-_FINITE_CHUNK = 1 << 20  # values
+_FINITE_CHUNK = 1 << 20  # values that `all_finite` checks at once
 
 
 def all_finite(array: np.ndarray) -> bool:
@@ -250,7 +255,8 @@ def all_finite(array: np.ndarray) -> bool:
 def _is_finite(values: np.ndarray) -> np.ndarray:
     if values.dtype != jnp.bfloat16:
         return np.isfinite(values)
-    # By the exponent's bits: `np.isfinite` takes 9 times as long, as it is not vectorized for it.
+    # A bfloat16 is infinite or NaN if all 8 bits of its exponent are set. `np.isfinite` takes 9
+    # times as long, since it is not vectorized for bfloat16.
     return (values.view(np.uint16) & 0x7F80) != 0x7F80
 
 
@@ -262,10 +268,10 @@ def check_finite(tree: Params, source_name: str) -> None:
 
 
 def frozen_dtype(path: str, dtype: jax.typing.DTypeLike) -> np.dtype:
-    """Returns a frozen parameter's dtype: that of the activations, or float32."""
-    # The layers cast matrices to the activation dtype, so storing them in it changes no result.
-    # Logits and routers compute in float32; norms and adapters are small, and a frozen adapter (a
-    # pattern may train a part of them) stays as it was trained.
+    """Returns the dtype to store a frozen parameter in: the activations' `dtype`, or float32."""
+    # The layers cast matrices to the activation dtype, so storing them in this dtype changes no
+    # result. Logits and routers compute in float32. Norms and adapters are small. An adapter may be
+    # frozen, since TRAINABLE can select a part of the adapters; it then keeps its trained values.
     keep_float32 = (
         path.endswith("norm/scale")
         or path.startswith("decoder/logits_dense/")
@@ -276,9 +282,9 @@ def frozen_dtype(path: str, dtype: jax.typing.DTypeLike) -> np.dtype:
 
 
 def is_matrix(path: str) -> bool:
-    """Whether a parameter is a matrix [in, out], or one of each expert, of attention or MLPs.
+    """Whether a parameter is a kernel of attention or of an MLP: [in, out], or [E, in, out].
 
-    Those of adapters and of routers do not count.
+    The matrices of adapters, of routers and of the logits layer are not.
     """
     is_excluded = path.startswith("decoder/logits") or is_adapter(path) or is_router(path)
     return path.endswith("/kernel") and not is_excluded
@@ -309,9 +315,9 @@ _sample_on_device = jax.jit(_sample)
 def fingerprint(params: Params) -> str:
     """Returns 16 hexadecimal digits, a hash of paths, shapes and a sample of each array.
 
-    It is fast at any size, since arrays are sampled on their devices, and does not depend on
-    shardings. It is equal for float32 and its bfloat16 rounding: an adapter fits either copy of a
-    base model.
+    It is fast for models of any size, since arrays are sampled on their devices, and does not
+    depend on shardings. A float32 model and its rounding to bfloat16 have the same fingerprint, so
+    an adapter fits both copies of its base model.
     """
     flat = flatten(params)
     samples = partitioning.gather({path: sample_array(leaf) for path, leaf in flat.items()})

@@ -1,7 +1,8 @@
 """The device mesh, `data` × `expert` × `model`, and shardings of batches, parameters and states.
 
-Parameters and activations name their axes; rules map each name to axes of the mesh, as in T5X
-(arXiv 2203.17189). XLA derives the other shardings and the communication.
+Parameters and activations have logical names for their axes, and rules map each name to axes of the
+mesh, as in T5X (arXiv 2203.17189). XLA derives all other shardings and the communication. `data`
+splits batches, `expert` splits batches and experts, `model` splits matrices.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ BATCH_AXES = ("data", "expert")  # a batch is spread over both
 # [batch, length, embed] is sharded by its batch.
 _RULES: Rules = (
     ("batch", BATCH_AXES),
-    ("expert_groups", "data"),  # groups of tokens at their experts
+    ("expert_groups", "data"),  # groups of tokens while `expert` splits the experts
     ("vocab", "model"),
     ("mlp", "model"),
     ("heads", "model"),
@@ -38,9 +39,9 @@ _RULES: Rules = (
     ("embed", None),
     ("length", None),
     ("kv", None),
-    ("expert", "expert"),  # of sparse layers; a router's outputs are "unmodeled", as in T5X
-    ("adapter_expert", None),  # small, so each device holds all of them
-    ("unmodeled", None),
+    ("expert", "expert"),  # experts of sparse layers
+    ("adapter_expert", None),  # experts of adapters are small, so each device holds all of them
+    ("unmodeled", None),  # outputs of routers, as in T5X
     ("rank", None),
     ("relpos_buckets", None),
 )
@@ -53,10 +54,10 @@ class MeshConfig:
     Attributes:
       model_parallelism: tensor-parallel size: the number of devices that each matrix is sharded
         over. It must divide the number of devices.
-      fsdp: whether parameters and optimizer states are also sharded over the data axis.
+      fsdp: whether parameters and optimizer states are also sharded over the axis `data`.
       expert_parallelism: number of devices that the experts of each sparse layer are spread over.
         It must divide the number of experts, and the number of devices that model parallelism
-        leaves. A batch is sharded over these devices and over the data axis, which has the rest.
+        leaves. A batch is sharded over these devices and over the axis `data`, which has the rest.
     """
 
     model_parallelism: int = 1
@@ -77,7 +78,7 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
     expert_parallelism: int = 1,
 ) -> Mesh:
-    """Returns a mesh `data` × `expert` × `model` of devices; None for all of all processes.
+    """Returns a mesh `data` × `expert` × `model`, by default of all devices of all processes.
 
     Raises:
       InputError: the sizes do not divide the number of devices.
@@ -85,18 +86,18 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
     _check_divisor("MODEL_PARALLELISM", model_parallelism, count, f"{count} devices")
-    left = count // model_parallelism
-    text = f"{count} devices" if left == count else f"{left} devices that MODEL_PARALLELISM leaves"
-    _check_divisor("EXPERT_PARALLELISM", expert_parallelism, left, text)
-    shape = (left // expert_parallelism, expert_parallelism, model_parallelism)
-    # Splitting lets a mesh axis take a part of a physical axis of a TPU's torus.
+    rest = count // model_parallelism
+    text = f"{count} devices" if rest == count else f"{rest} devices that MODEL_PARALLELISM leaves"
+    _check_divisor("EXPERT_PARALLELISM", expert_parallelism, rest, text)
+    shape = (rest // expert_parallelism, expert_parallelism, model_parallelism)
+    # With the option, an axis of the mesh may be a part of a physical axis of a TPU's torus.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES)
 
 
-def _check_divisor(name: str, value: object, of: int, text: str) -> None:
-    if not isinstance(value, int) or value < 1 or of % value:
-        raise InputError(f"{name} must be a divisor of the {text}, got {value!r}")
+def _check_divisor(name: str, value: object, dividend: int, dividend_text: str) -> None:
+    if not isinstance(value, int) or value < 1 or dividend % value:
+        raise InputError(f"{name} must be a divisor of the {dividend_text}, got {value!r}")
 
 
 def data_parallelism(mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> int:
@@ -118,9 +119,10 @@ def divides_rows(rows: int) -> bool:
 
 
 def map_rows(function: Callable[..., PyTree], *arrays: jax.Array) -> PyTree:
-    """Applies a function, which treats each row by itself, to each device's rows of the arrays.
+    """Applies a function on each device to the device's rows of the arrays.
 
-    XLA gathers the operands of operations that it does not partition, such as top-k.
+    The function must treat each row by itself. Without this, XLA would gather the operands of the
+    operations that it does not partition, such as top-k.
     """
     if not divides_rows(len(arrays[0])):
         return function(*arrays)
@@ -138,9 +140,9 @@ def connect_processes(mesh: Mesh) -> None:
 
     Call it where all processes arrive at about the same time. A no-op in a single process.
     """
-    # On CPUs XLA connects processes at a program's first collective, and fails if one process
-    # arrives 30 seconds after another, for example after a longer compilation. So a small
-    # collective runs over each axis, over those of a batch, and over all, before any such work.
+    # On CPUs, XLA connects a group of processes at the group's first collective operation. It fails
+    # if one process arrives 30 seconds after another, for example after a longer compilation. So a
+    # small sum runs over each axis, over the batch axes and over all axes, before any long work.
     if jax.process_count() == 1:
         return
 
@@ -159,9 +161,9 @@ def connect_processes(mesh: Mesh) -> None:
 
 
 def axis_rules(fsdp: bool = False) -> Rules:
-    """Returns the pairs (logical axis name, mesh axes or None); the first that applies wins.
+    """Returns the pairs (logical axis name, mesh axes or None); earlier pairs have priority.
 
-    With `fsdp` parameters are also sharded over `data`, along D (as ZeRO-3, arXiv 1910.02054).
+    With `fsdp`, parameters are also sharded over `data`, along D (as ZeRO-3, arXiv 1910.02054).
     """
     return tuple((name, "data" if fsdp and name == "embed" else axis) for name, axis in _RULES)
 
@@ -169,9 +171,10 @@ def axis_rules(fsdp: bool = False) -> Rules:
 def logical_to_mesh_sharding(
     mesh: Mesh, rules: Rules, axes: Sequence[str], shape: Sequence[int]
 ) -> NamedSharding:
-    """Returns the sharding of an array with named axes; each mesh axis shards one axis at most.
+    """Returns the sharding of an array whose axes have logical names.
 
-    An axis whose size is not a multiple of the mesh axes is replicated.
+    Each mesh axis shards at most one axis of the array. An axis is not sharded if its size is not a
+    multiple of the number of devices along its mesh axes.
     """
     spec: list[MeshAxes] = [None] * len(axes)
     used: set[str] = set()
@@ -203,7 +206,13 @@ def param_shardings(
     axes: Mapping[str, Sequence[str]],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, NamedSharding]:
-    """Returns path -> sharding, from `axis_rules`, `network.param_axes` and shapes by path.
+    """Returns path -> sharding of each parameter.
+
+    Args:
+      mesh: the mesh.
+      rules: see `axis_rules`.
+      axes: path -> logical axis names; see `network.param_axes`.
+      shapes: path -> shape.
 
     Raises:
       InputError: experts cannot be spread evenly over the axis `expert`.
@@ -237,8 +246,9 @@ def state_shardings(
 ) -> PyTree:
     """Returns the shardings of a tree that holds states of parameters, such as Adam's moments.
 
-    A state that does not have the shape of its parameter (factored moments, counts) is replicated;
-    of experts, which have states of their own, it is spread like them over `expert`.
+    A state with the shape of its parameter has the parameter's sharding. Other states (factored
+    moments, counts) are replicated, except that a state with a leading axis of experts is spread
+    over the mesh axis `expert`, as the experts are.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct`, such as the train state's.
@@ -259,7 +269,10 @@ def state_shardings(
 
 
 def value_of_param(key_path: jax.tree_util.KeyPath, values: Mapping[str, _T]) -> _T | None:
-    """Returns the value of the parameter path that a state's path in a pytree ends in, or None."""
+    """Returns the value of the parameter whose path is the end of a state's key path, or None.
+
+    In an optimizer's state, 'mu/encoder/…' is the state of the parameter 'encoder/…'.
+    """
     keys = [str(getattr(key, "key", getattr(key, "name", None))) for key in key_path]
     suffixes = ("/".join(keys[start:]) for start in range(len(keys)))
     return next((values[path] for path in suffixes if path in values), None)
@@ -274,13 +287,13 @@ def _fits(sharding: NamedSharding, shape: Sequence[int]) -> bool:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
-    """Context in which traced functions shard activations (`layers.constrain_sharding`)."""
+    """Context in which traced functions shard their activations (`layers.constrain_sharding`)."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
-    """Raises InputError if a batch does not divide into the devices' microbatches."""
+    """Raises InputError unless a batch can be divided over the batch axes and microbatches."""
     devices = data_parallelism(mesh)
     if not isinstance(batch_size, int) or batch_size < 1 or batch_size % (devices * microbatches):
         pieces = f" × {microbatches} microbatches" if microbatches > 1 else ""
@@ -291,12 +304,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Shards the rows of a batch; every process passes the whole batch."""
+    """Shards a batch by rows; every process passes the whole batch."""
     return device_put(dict(batch), batch_sharding(mesh))
 
 
 def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Shards the rows of a batch; every process passes its `data_shard` alone."""
+    """Shards a batch by rows; every process passes only its `data_shard` of the batch."""
     sharding = batch_sharding(mesh)
     num_shards = data_shard(mesh)[1]
     return {
@@ -310,12 +323,13 @@ def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
     """Returns (shard id, number of shards): which part of each batch this process reads.
 
-    Processes whose devices are in the same rows of the mesh, numbered over `data` and `expert`,
-    read the same part.
+    A mesh row is the devices along `model` at one position of `data` and `expert`; they need the
+    same part of a batch. So processes with devices in the same mesh rows read the same part.
 
     Raises:
-      InputError: the rows of two processes overlap, but are not the same.
+      InputError: two processes share some mesh rows, but not all of theirs.
     """
+    # Process -> numbers of its mesh rows.
     rows: dict[int, set[int]] = {}
     for row, devices in enumerate(mesh.devices.reshape(-1, mesh.devices.shape[-1])):
         for device in devices:
@@ -330,12 +344,18 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 
 
 def device_put(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Moves arrays that all processes hold to devices, by a tree of shardings or a single one."""
+    """Moves arrays, which every process holds, to devices.
+
+    Args:
+      tree: a tree of arrays.
+      shardings: a tree of shardings, or one sharding for all arrays.
+    """
 
     def put(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:
             return jax.device_put(array, sharding)
-        # `jax.device_put` onto devices of other processes would compare the arrays of all of them.
+        # For devices of several processes, `jax.device_put` would first compare the arrays of all
+        # processes.
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
@@ -343,7 +363,7 @@ def device_put(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def replicated_sharding(mesh: Mesh | jax.sharding.AbstractMesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds as a whole."""
+    """Returns the sharding of an array that each device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -1,7 +1,8 @@
 """Weight-only quantization of frozen matrices: one byte per value, a scale per output channel.
 
-A matrix is cast to the activation dtype where it is used. Scales are absolute maxima of columns, as
-in LLM.int8() (arXiv 2208.07339); e4m3 is that of FP8 Formats for Deep Learning (arXiv 2209.05433).
+A matrix is cast to the activation dtype where it is used. Scales are proportional to the absolute
+maxima of columns, as in LLM.int8() (arXiv 2208.07339). The format e4m3 is that of FP8 Formats for
+Deep Learning (arXiv 2209.05433).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pemoe_jax.core.errors import InputError
 
-ACTIVATIONS = "activations"  # not quantized: in the activation dtype
+ACTIVATIONS = "activations"  # not quantized: frozen matrices have the activation dtype
 FROZEN_DTYPES = (ACTIVATIONS, "int8", "float8_e4m3fn")
 
 
@@ -26,11 +27,11 @@ FROZEN_DTYPES = (ACTIVATIONS, "int8", "float8_e4m3fn")
 class QuantizedMatrix:
     """A matrix [in, out] as `values * scale`; takes the place of a kernel in a parameter tree.
 
-    The matrices of experts [E, in, out] are each quantized by itself.
+    In [E, in, out], the matrix of each expert is quantized separately.
 
     Attributes:
       values: int8 or float8_e4m3fn [in, out] or [E, in, out].
-      scale: float32 [out] or [E, out], with bfloat16 values.
+      scale: float32 [out] or [E, out]; all scales are also exact in bfloat16.
     """
 
     # Any, because as a pytree it also holds shapes and shardings in place of the arrays.
@@ -52,9 +53,8 @@ def check_frozen_dtype(frozen_dtype: object) -> None:
 def quantize(matrix: jax.Array, dtype: str) -> QuantizedMatrix:
     """Rounds a matrix [in, out], or [E, in, out], to 'int8' or 'float8_e4m3fn'.
 
-    Its sharding stays.
-
-    The error of a value is at most scale / 2 for int8, and 1/16 of the value for float8_e4m3fn.
+    The sharding stays the same. The error of a value is at most scale / 2 for int8. For
+    float8_e4m3fn, it is at most 1/16 of the value, or scale / 1024 for values near zero.
     """
     sharding = matrix.sharding
     named = sharding if isinstance(sharding, NamedSharding) else None
@@ -64,7 +64,7 @@ def quantize(matrix: jax.Array, dtype: str) -> QuantizedMatrix:
 def quantized_shape(
     matrix: jax.ShapeDtypeStruct, frozen_dtype: str
 ) -> QuantizedMatrix | jax.ShapeDtypeStruct:
-    """Returns the shapes and shardings of `quantize`; the matrix itself if not quantized."""
+    """Returns the shape and sharding of `quantize`'s result, or the matrix if it stays as it is."""
     if frozen_dtype == ACTIVATIONS:
         return matrix
     shardings = _shardings(matrix.sharding, len(matrix.shape))
@@ -75,6 +75,7 @@ def quantized_shape(
     )
 
 
+# Cached, so that matrices of the same shape and sharding share one compiled program.
 @functools.cache
 def _quantizer(
     dtype: str, ndim: int, sharding: NamedSharding | None
@@ -86,8 +87,8 @@ def _quantizer(
         scale = jnp.max(jnp.abs(matrix), axis=-2, keepdims=True) / largest  # [1, out]
         # Rounded to bfloat16, so that float32 and bfloat16 activations use the same scale.
         scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
-        scale = jnp.where(scale > 0, scale, 1.0)
-        # If the scale was rounded down, the largest value is just beyond the range.
+        scale = jnp.where(scale > 0, scale, 1.0)  # for columns of zeros
+        # If the scale was rounded down, the largest value is slightly out of range.
         scaled = jnp.clip(matrix / scale, -largest, largest)
         values = (jnp.round(scaled) if dtype == "int8" else scaled).astype(dtype)
         return QuantizedMatrix(values, jnp.squeeze(scale, axis=-2))
@@ -97,7 +98,7 @@ def _quantizer(
 
 
 def _shardings(sharding: jax.sharding.Sharding | None, ndim: int) -> QuantizedMatrix:
-    """Returns the shardings of values and scale, which has all axes but the last but one."""
+    """Returns the shardings of `values`, and of `scale`, which lacks the axis `in`."""
     if not isinstance(sharding, NamedSharding):
         return QuantizedMatrix(sharding, sharding)
     spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
@@ -111,13 +112,13 @@ def dequantize(matrix: QuantizedMatrix) -> jax.Array:
 
 
 def matmul(x: jax.Array, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """x [..., in] -> [..., out] in the activation dtype."""
-    # The cast is exact: bfloat16 represents all values of int8 and float8_e4m3fn. The product is
-    # scaled, not the matrix, which saves a pass over the matrix.
+    """Multiplies x [..., in] with a matrix [in, out] -> [..., out] in the activation dtype."""
+    # The cast is exact, since bfloat16 represents all values of int8 and float8_e4m3fn. Scaling the
+    # product instead of the matrix saves a pass over the matrix.
     return jnp.matmul(x.astype(dtype), matrix.values.astype(dtype)) * matrix.scale.astype(dtype)
 
 
 def expert_matmul(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
-    """x [E, M, in] times a matrix [E, in, out], scales [E, out] -> [E, M, out] in x's dtype."""
+    """Multiplies x [E, M, in] with matrices [E, in, out] -> [E, M, out] in x's dtype."""
     product = jnp.einsum("emd,edf->emf", x, matrix.values.astype(x.dtype))
     return product * matrix.scale.astype(x.dtype)[:, None]

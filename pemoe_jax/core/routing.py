@@ -2,8 +2,9 @@
 
     p = softmax(x W / τ)
 
-for each token. The mixture uses all of p (soft routing) or its k largest values (top-k routing).
-Sparse MLPs have routers of their own in `experts`; `dispatch.choose_experts` is their top-k.
+for each token, with the temperature τ. The mixture uses all of p (soft routing) or its k largest
+values (top-k routing). The routers of sparse MLPs are in `experts`, and their top-k is
+`dispatch.choose_experts`. This module also summarizes the statistics of both kinds of routers.
 """
 
 import functools
@@ -25,26 +26,26 @@ from pemoe_jax.core.params import PyTree
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
 
-# The entries of `RouterOutput.statistics`, in order.
+# The entries of `RouterOutput.statistics`, in order; see `compute_statistics`.
 STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "aux_loss")
 # An expert is dead if its load is below this fraction of an even load.
 DEAD_LOAD = 0.01
-# Values of the `assignments`, int8, that a sparse layer sows for each token and expert.
+# The int8 values of the array `assignments` [..., E] that a sparse layer sows for its tokens.
 NOT_ASSIGNED, DROPPED, PLACED = 0, 1, 2
-# The site of a sparse layer's router; other routers belong to the adapter of a site.
+# The end of the path of a sparse layer's router. The path of an adapter's router ends in the site.
 EXPERTS_SITE = "mlp/experts"
-# Router metrics are averaged over the layers of a stack, or reported for each router.
+# Router metrics are averaged over the layers of a stack ('sites'), or reported for each router.
 DETAIL_LEVELS = ("sites", "layers")
 
 
 @flax.struct.dataclass
 class TokenInfo:
-    """What routers and dropout need of a batch besides the features of a site.
+    """Information about the tokens of a batch that routers and dropout need.
 
     Attributes:
       valid: [B, L], False or 0 at padding, which statistics ignore; None if nothing is padding.
       sentence: [B, S], an embedding of each row's example, for routers that read it.
-      deterministic: disables noise and dropout.
+      deterministic: whether noise and dropout are disabled.
     """
 
     valid: Array | None = None
@@ -53,10 +54,11 @@ class TokenInfo:
 
 
 class RouterOutput(NamedTuple):
-    """What a router returns.
+    """The output of a router.
 
     Attributes:
-      probs: float32 [..., E]; sums to one unless `top_k` is set without `renormalize`.
+      probs: float32 [..., E], the weights of the experts in the mixture. They sum to one unless
+        `top_k` is set without `renormalize`.
       statistics: float32 [6], the `STATISTICS` over tokens that are not padding.
     """
 
@@ -69,18 +71,20 @@ class Router(nn.Module):
 
     Attributes:
       num_experts: E.
-      top_k: number of largest probabilities to keep, the others become zero; None keeps all.
+      top_k: number of largest probabilities to keep; the others become zero. None keeps all.
       renormalize: whether the kept probabilities are rescaled to sum to one (not in the paper).
-      straight_through: whether top-k routing has the gradients of soft routing (arXiv 1308.3432).
+      straight_through: whether top-k routing has the gradients of soft routing (the
+        straight-through estimator, arXiv 1308.3432).
       temperature: divides the logits.
       jitter_noise: ε; in training, features are multiplied by U(1 - ε, 1 + ε) (arXiv 2101.03961).
       balance_loss: α of the load-balance loss α·E·Σ f_i P_i (arXiv 2101.03961).
-      z_loss: coefficient of the mean of log(Z)² (arXiv 2202.08906).
+      z_loss: coefficient of the mean of log(Z)², Z being the softmax's denominator
+        (arXiv 2202.08906).
       reads: 'x' (the input of the site's projection), 'y' (its output) or 'sentence' (an embedding
         of the example: one distribution for all its tokens); None: as in the paper, y for vector
         experts and x for LoRA experts.
-      kernel_init: initializer of the kernel, N(0, 0.02²) in the paper's code.
-      feature_axis: logical name of the features' last axis.
+      kernel_init: initializer of the kernel, by default the N(0, 0.02²) of the paper's code.
+      feature_axis: logical name of the features' last axis; the adapter sets it.
 
     Raises:
       InputError: a setting is out of its range.
@@ -113,14 +117,14 @@ class Router(nn.Module):
         return self.route(thin_matmul.thin_matmul(features, kernel), tokens)
 
     def route(self, logits: Array, tokens: TokenInfo | None = None) -> RouterOutput:
-        """Turns logits [..., E], the features' product with the kernel, into probabilities."""
+        """Returns the output for logits [..., E], the products of the features with the kernel."""
         valid = None if tokens is None else tokens.valid
         top_k_options = self.top_k, self.renormalize, self.straight_through
         losses = self.balance_loss, self.z_loss
         return _route(logits, valid, self.temperature, *top_k_options, *losses)
 
     def has_noise(self, tokens: TokenInfo | None) -> bool:
-        """Whether features are multiplied by noise."""
+        """Whether features are multiplied by noise: in training, with `jitter_noise`."""
         return bool(self.jitter_noise) and tokens is not None and not tokens.deterministic
 
     def is_soft(self, tokens: TokenInfo | None) -> bool:
@@ -132,8 +136,9 @@ class Router(nn.Module):
 RouterFactory = Callable[..., Router]  # (num_experts=..., feature_axis=..., name=...)
 
 
-# Jitted, so that it is traced once for all routers of a shape: a model has hundreds of them, which
-# took a third of MoLORA's tracing time. `inline` leaves the compiled program as it is.
+# Jitted, so that it is traced once for all routers with the same shapes. A model has hundreds of
+# routers, which took a third of MoLORA's tracing time. With `inline`, the compiled program is the
+# same as without jit.
 @functools.partial(jax.jit, inline=True, static_argnums=range(2, 8))
 def _route(
     logits: Array,
@@ -152,24 +157,24 @@ def _route(
         probs = _keep_largest(soft, top_k)
         if renormalize:
             probs /= jnp.sum(probs, axis=-1, keepdims=True)
-        if straight_through:
+        if straight_through:  # the value of top-k routing, the gradient of `soft`
             probs = soft + jax.lax.stop_gradient(probs - soft)
     statistics = compute_statistics(logits, soft, probs, _token_weights(logits, valid))
     aux_loss = jnp.zeros(())
-    # A term with coefficient 0 is left out, since XLA does not simplify `0 * x` (x may be NaN) and
+    # A term with coefficient 0 is left out. XLA does not simplify `0 * x`, since x may be NaN, and
     # would compute x and its gradient.
     if balance_loss:
         aux_loss += balance_loss * statistics[STATISTICS.index("balance_loss")]
     if z_loss:
         aux_loss += z_loss * statistics[STATISTICS.index("z_loss")]
-    # Only the auxiliary loss has a gradient. Metrics would otherwise send gradients of zeros
-    # through the whole network.
+    # Only the auxiliary loss has a gradient. Otherwise, gradients of zeros would flow back from the
+    # metrics through the whole network.
     return RouterOutput(probs, jnp.append(jax.lax.stop_gradient(statistics), aux_loss))
 
 
 def _keep_largest(probs: Array, k: int) -> Array:
     """Sets all but the k largest entries of the last axis to 0; keeps the first of equal ones."""
-    # By index and not by threshold: with a threshold, ties would keep more than k experts.
+    # The mask comes from the indices, since a threshold would keep more than k experts in a tie.
     _, indices = jax.lax.top_k(jax.lax.stop_gradient(probs), k)
     mask = jnp.sum(jax.nn.one_hot(indices, probs.shape[-1], dtype=probs.dtype), axis=-2)
     return probs * mask
@@ -180,36 +185,37 @@ def _token_weights(logits: Array, valid: Array | None) -> Array:
     if valid is None:
         return jnp.ones(logits.shape[:-1], jnp.float32)
     valid = valid.astype(jnp.float32)
-    if logits.ndim == 2:  # one distribution for a sentence, which counts once per token
+    if logits.ndim == 2:  # the distribution of a sentence counts once for each of its tokens
         return jnp.sum(valid, axis=1)
     valid = valid.reshape(*valid.shape, *([1] * (logits.ndim - 3)))
     return jnp.broadcast_to(valid, logits.shape[:-1])
 
 
 def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array) -> Array:
-    """Returns all `STATISTICS` but aux_loss, float32, as weighted means over distributions.
+    """Returns all `STATISTICS` but aux_loss, float32 [5], as weighted means over distributions.
 
-    - entropy: of the softmax, in nats; log E if all experts are equally likely.
-    - load: the most used expert's share of the mixture relative to an even share; 1 to E.
+    - entropy: the entropy of the softmax, in nats; log E if all experts are equally likely.
+    - load: the share of the most used expert in the mixture, divided by an even share; 1 to E.
     - dead: the fraction of experts with a load below `DEAD_LOAD`.
-    - balance_loss: E·Σ f_i P_i, where f_i is the share of tokens whose largest probability is
-      expert i's and P_i is its mean probability; 1 if either is uniform (arXiv 2101.03961, eq. 4).
+    - balance_loss: E·Σ f_i P_i, where f_i is the share of tokens whose most probable expert is i,
+      and P_i is the mean probability of expert i; 1 if f or P is uniform (arXiv 2101.03961, eq. 4).
     - z_loss: log(Σ exp(logits))² (arXiv 2202.08906, eq. 5).
 
     Args:
       logits: [..., E].
       soft: [..., E], softmax of the logits.
-      probs: [..., E], probabilities that mix the experts.
-      weights: [...], 0 for distributions to ignore.
+      probs: [..., E], the weights of the experts in the mixture.
+      weights: [...], weights of the distributions; 0 for those to ignore.
     """
-    # The same expressions as in `jax.nn.softmax`, so that XLA computes them once for both: with
-    # `jax.nn.logsumexp` a MoLORA step on a CPU took 2 % longer.
+    # These are the expressions of `jax.nn.softmax`, so that XLA computes them once for both. With
+    # `jax.nn.logsumexp`, a MoLORA step on a CPU took 2 % longer.
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     shifted = logits - largest
     log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
     entropy = log_sum - jnp.sum(soft * shifted, axis=-1)
     squared_log_z = jnp.square(largest[..., 0] + log_sum)
-    # No argmax, which takes as long on a CPU as all other statistics; so all tied experts count.
+    # Without argmax, which takes as long on a CPU as all other statistics. So in a tie, each of the
+    # tied experts counts.
     top_1 = jax.lax.stop_gradient((shifted >= 0).astype(jnp.float32))
 
     def weighted_sum(x: Array) -> Array:  # [..., E] -> [E]
@@ -217,7 +223,7 @@ def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array)
 
     soft_sum = weighted_sum(soft)
     mixture_sum = soft_sum if probs is soft else weighted_sum(probs)
-    # In one sum, because each sum is an all-reduce of its own where the batch is sharded.
+    # Stacked, because each sum over a sharded batch is a separate all-reduce.
     scalars = jnp.stack([entropy, squared_log_z, jnp.ones_like(entropy)], axis=-1)
     entropy_sum, squared_log_z_sum, weight = weighted_sum(scalars)
     sums = soft_sum, weighted_sum(top_1), entropy_sum, squared_log_z_sum
@@ -231,10 +237,10 @@ def statistics_from_sums(
 
     Args:
       soft: [E], sums of the softmax probabilities.
-      top_1: [E], number of distributions whose largest probability is the expert's.
-      entropy, squared_log_z: [], sums of what `compute_statistics` averages.
-      mixture: [E], sums of the probabilities that mix the experts.
-      weight: [], sum of the weights.
+      top_1: [E], for each expert, the weight of the distributions in which it is the most probable.
+      entropy, squared_log_z: [], sums of the entropy and of log(Z)².
+      mixture: [E], sums of the experts' weights in the mixture.
+      weight: [], sum of the distributions' weights.
     """
     (num_experts,) = soft.shape
     tiny = 1e-9  # the weights of a batch that is all padding sum to 0
@@ -253,12 +259,13 @@ def statistics_from_sums(
 
 
 def sown_by_router(collection: Mapping[str, PyTree], name: str) -> dict[str, Array]:
-    """Returns router path -> the array that it sowed as `name`, sorted by path.
+    """Returns router path -> the array that the router sowed as `name`, sorted by path.
 
-    A path is '<stack>/layers_<i>/mlp/experts' of a sparse layer, and '<site>_adapter' of an
-    adapter's router.
+    The path is '<stack>/layers_<i>/mlp/experts' for a sparse layer's router, and that of the
+    adapter, such as '<stack>/layers_<i>/mlp/gate_adapter', for an adapter's router.
     """
-    # Sorted by these paths and not by the sown ones, whose endings would change the order.
+    # Sorted by these paths. The sown paths, such as '…/mlp/statistics' of a sparse layer, have
+    # another order.
     by_router = {}
     for path, (value,) in params_lib.flatten(collection).items():
         module, _, ending = path.rpartition("/")
@@ -269,15 +276,16 @@ def sown_by_router(collection: Mapping[str, PyTree], name: str) -> dict[str, Arr
 
 
 def is_sparse_layer(path: str) -> bool:
-    """Whether a router is that of a sparse layer, and not of an adapter."""
+    """Whether a router belongs to a sparse layer; if not, it belongs to an adapter."""
     return path.endswith(f"/{EXPERTS_SITE}")
 
 
 def total_aux_loss(paths: Sequence[str], aux_losses: Array | np.ndarray) -> Array | np.ndarray:
-    """Returns the auxiliary loss [] of a model from those of its routers, [len(paths)].
+    """Returns the auxiliary loss [] of a model from the losses of its routers, [len(paths)].
 
-    It is the mean over the sparse layers of both stacks, plus the mean over adapters' routers: each
-    kind keeps its coefficients in a model with both.
+    It is the mean over the sparse layers of both stacks, plus the mean over the adapters' routers.
+    The two kinds are not averaged together, so that a coefficient has the same effect in a model
+    that has both.
     """
     is_sparse = np.array([is_sparse_layer(path) for path in paths])
     rows = [np.flatnonzero(kind) for kind in (is_sparse, ~is_sparse) if kind.any()]
@@ -300,11 +308,11 @@ def summarize_statistics(
       names: `STATISTICS`, or those of a sparse layer's dispatch.
 
     Returns:
-      Scalars 'entropy', … over all routers and 'encoder/mlp/gate/entropy', … for each site or
-      router: the largest load, and the mean of every other statistic. The auxiliary loss is
-      reported for the whole model only, see `total_aux_loss`.
+      Scalars: 'entropy', … over all routers, and 'encoder/mlp/gate/entropy', … for each site or
+      router. The load is the maximum over routers, every other statistic the mean. The auxiliary
+      loss is only reported for the whole model, see `total_aux_loss`.
     """
-    groups: dict[str, list[int]] = {"": list(range(len(paths)))}
+    groups: dict[str, list[int]] = {"": list(range(len(paths)))}  # "" is the whole model
     for row, path in enumerate(paths):
         name = path.removesuffix("_adapter")
         if detail != "layers":  # 'encoder/layers_3/mlp/gate' -> 'encoder/mlp/gate'

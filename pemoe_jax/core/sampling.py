@@ -16,19 +16,20 @@ Array = jax.Array
 
 
 def truncate_logits(logits: Array, top_k: int | Array, top_p: float | Array) -> Array:
-    """Sets the logits of unlikely tokens to -inf; logits are [B, V].
+    """Sets the logits of unlikely tokens to -inf, by top-k and then by top-p.
 
     Args:
-      logits: divided by the temperature.
+      logits: [B, V], already divided by the temperature.
       top_k: number of most likely tokens to keep; tokens that tie with the last one stay too.
-      top_p: of these, the fewest most likely tokens whose probabilities sum to at least `top_p`
-        stay.
+      top_p: least sum of probabilities to keep. The probabilities are those of the k most likely
+        tokens, renormalized; the fewest tokens that reach the sum stay.
     """
     ordered = jnp.sort(logits, axis=-1, descending=True)
     vocab_size = logits.shape[-1]
     ordered = jnp.where(jnp.arange(vocab_size) < top_k, ordered, -jnp.inf)
     probs = jax.nn.softmax(ordered, axis=-1)
-    # A token stays if those before it do not reach top_p; the first token always stays.
+    # A token stays if the sum of the more likely ones does not reach top_p. The first token always
+    # stays.
     sum_before = jnp.cumsum(probs, axis=-1) - probs
     stays = (sum_before < top_p) & (probs > 0)
     threshold = jnp.min(jnp.where(stays.at[:, 0].set(True), ordered, jnp.inf), axis=-1)
@@ -62,12 +63,14 @@ def sample_decode(
       temperature: divisor of the logits.
       top_k, top_p: see `truncate_logits`.
       eos_id: the token that ends a row.
-      truncate: whether to apply `top_k` and `top_p`, which sorts the vocabulary at each step.
+      truncate: whether to apply `top_k` and `top_p`; they need a sort of the vocabulary at each
+        step.
 
     Returns:
       int32 [B, T]; see `decoding.decode_rows`.
     """
     inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
+    # None: only the Python API samples, and its texts have no sentence embeddings.
     step, cache = decoding.start(model, params, inputs, max_decode_length, None)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
 
@@ -75,6 +78,7 @@ def sample_decode(
         logits = logits / temperature
         if truncate:
             logits = truncate_logits(logits, top_k, top_p)
+        # A key for each row and position, so that samples do not depend on the batch.
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
         return jax.vmap(jax.random.categorical)(step_keys, logits)
 

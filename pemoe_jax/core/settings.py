@@ -1,6 +1,6 @@
 """Checks of the settings of adapters and routers.
 
-This module imports no jax, so that `pemoe_jax.torch` shares it.
+This module imports no jax, so that `pemoe_jax.torch`, which needs no jax, can use it.
 """
 
 import typing
@@ -39,15 +39,24 @@ def check_router(router: Any) -> None:
 
 
 def check_type(name: str, value: object, annotation: object) -> None:
-    """Raises InputError if a record's value is not of its field's type; others are not checked."""
-    types = typing.get_args(annotation) or (annotation,)
-    if not set(types) <= {int, float, bool, str, type(None)} or (
-        value is None and type(None) in types
-    ):
+    """Raises InputError if the value of a setting does not have its field's type.
+
+    Only fields of type int, float, bool, str or None, or of a union of these, are checked. An
+    integer must be positive.
+
+    Args:
+      name: name of the setting, for the error.
+      value: value of the setting.
+      annotation: type of the field.
+    """
+    types = typing.get_args(annotation) or (annotation,)  # the members of a union, or the type
+    is_checked = set(types) <= {int, float, bool, str, type(None)}
+    is_allowed_none = value is None and type(None) in types
+    if not is_checked or is_allowed_none:
         return
     if int in types:
         check_integer(name, value)
-    elif type(value) not in (types if float not in types else (float, int)):
+    elif type(value) not in ((float, int) if float in types else types):  # JSON may hold 1 for 1.0
         expected = " or ".join(getattr(each, "__name__", "") for each in types)
         raise InputError(
             f"{name} must be {expected.replace('NoneType', 'None')}, got {value!r:.60}"

@@ -1,4 +1,4 @@
-"""Settings of sparse MLPs: which layers are sparse, and how tokens or experts choose."""
+"""Settings of sparse MLPs: which layers are sparse, and how tokens are assigned to experts."""
 
 import dataclasses
 import math
@@ -19,30 +19,32 @@ class Sparse:
 
     Attributes:
       num_experts: number of experts, E.
-      sparse_step: layer i of a stack is sparse where i % sparse_step == sparse_step - 1.
-      routing: 'tokens' (tokens choose their top_k experts) or 'experts' (experts choose tokens;
-        encoder only: in the decoder their choice would depend on later tokens, so tokens choose).
+      sparse_step: layer i of a stack is sparse if i % sparse_step == sparse_step - 1.
+      routing: 'tokens' (tokens choose their top_k experts) or 'experts' (experts choose tokens; in
+        a decoder, tokens choose in any case, since experts would choose by later tokens too).
       top_k: k, the number of experts that a token chooses.
       combine: weights of the experts' outputs: 'probability' (p), 'normalized' (p / Σ p over the
         chosen) or 'straight' (p / stop_gradient(Σ p)); see `dispatch.combine_weights`.
       second_expert: 'all' (every choice is used) or 'random' (in training, a choice after the first
-        is used with probability min(1, g / 0.2), g being its normalized weight).
-      priority: which tokens take the places of an expert first: 'position' (from left to
-        right) or 'probability' (the most certain tokens; encoder only).
-      capacity_factor: C = max(round(factor · tokens / E), min_capacity) places of an expert in a
-        group in training, so C does not grow with k (as in T5X); None: no limit.
-      eval_capacity_factor: the same in evaluation and decoding; with expert choice, None stands
-        for capacity_factor.
-      min_capacity: lower bound of the capacity C that a factor gives.
-      capacity: C itself, in place of both factors and the minimum (as in Hugging Face's Switch).
-      group: the tokens among which an expert's places are shared: 'row' (a row of the batch) or the
-        largest number of tokens of a group over the global batch (as in T5X).
+        is used with probability min(1, g / 0.2), g being its normalized weight; see
+        `dispatch.keep_at_random`).
+      priority: which tokens take the places of an expert first: 'position' (from left to right) or
+        'probability' (tokens whose first choice is most probable; encoder only).
+      capacity_factor: in training, an expert has C = max(round(factor · tokens / E), min_capacity)
+        places in a group. C does not grow with k (as in T5X). None: no limit.
+      eval_capacity_factor: the factor in evaluation and decoding; None: no limit, or
+        capacity_factor where experts choose.
+      min_capacity: lower bound of the capacity C that is computed from a factor.
+      capacity: C itself; replaces both factors and the minimum (as in Hugging Face's Switch).
+      group: the tokens among which an expert's places are shared: 'row' (a row of the batch), or
+        the desired number of tokens in a group of the global batch (as in T5X). The actual number
+        may differ, see `dispatch.num_groups`.
       count_padding: whether padding is routed, takes places and counts in losses (as in T5X).
       jitter: ε; in training the router's input is multiplied by U(1 - ε, 1 + ε).
       expert_dropout_rate: dropout rate of the experts' hidden activations; None: the model's.
-      balance_loss: coefficient of E·Σ f_e P_e, where f_e is the share of all choices that are
-        expert e and P_e its mean probability; the sum is 1 if routing is even. Unused in layers
-        whose experts choose.
+      balance_loss: coefficient of E·Σ f_e P_e, where f_e is the share of expert e in all choices
+        and P_e its mean probability. The product is 1 if routing is even. Not used in layers whose
+        experts choose.
       router_z_loss: coefficient of the mean of log(Z)², where Z is the denominator of a router's
         softmax.
       extra_mlp: whether a dense MLP follows each sparse one (ST-MoE).
@@ -101,6 +103,7 @@ class Sparse:
         for name, value in (("COUNT_PADDING", self.count_padding), ("EXTRA_MLP", self.extra_mlp)):
             if not isinstance(value, bool):
                 raise InputError(f"{name} must be True or False, got {value!r}")
+        # The weight of a single expert is then p / p = 1, whatever the router computes.
         if self.combine == "normalized" and self.top_k == 1:
             raise InputError(
                 "COMBINE='normalized' with TOP_K=1 gives routers no gradient from the task: pass"
@@ -108,15 +111,18 @@ class Sparse:
             )
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether layer i of a stack has a sparse MLP."""
+        """Whether a stack's layer with this index has a sparse MLP."""
         return layer % self.sparse_step == self.sparse_step - 1
 
     def group_capacity(self, num_tokens: int, deterministic: bool) -> int | None:
-        """Returns C for groups of T tokens; None without a limit."""
+        """Returns C for groups of `num_tokens` tokens; None without a limit.
+
+        `deterministic` is True in evaluation and decoding.
+        """
         if self.capacity is not None:
             return self.capacity
         factor = self.eval_capacity_factor if deterministic else self.capacity_factor
-        if self.routing == "experts" and factor is None:
+        if self.routing == "experts" and factor is None:  # experts that choose need a limit
             factor = self.capacity_factor
         if factor is None:
             return None
@@ -129,7 +135,9 @@ def describe(sparse: Sparse | None) -> dict[str, Any] | None:
 
 
 def from_description(description: Mapping[str, Any] | None) -> Sparse | None:
-    """Returns the settings of a description, or of a part of one; the inverse of `describe`.
+    """Returns the settings of a description; the inverse of `describe`.
+
+    A setting that the description does not have keeps its default.
 
     Raises:
       InputError: a setting is unknown or out of its range.
@@ -151,7 +159,8 @@ def _check_factor(name: str, value: float | None) -> None:
         raise InputError(f"{name} must be None or a positive number, got {value!r}")
 
 
-def _check_number(name: str, value: float, below: float = math.inf) -> None:
-    if not (_is_number(value) and 0 <= value < below):
-        expected = f"in [0, {below:g})" if below < math.inf else "a number of at least 0"
+def _check_number(name: str, value: float, upper_bound: float = math.inf) -> None:
+    if not (_is_number(value) and 0 <= value < upper_bound):
+        is_bounded = upper_bound < math.inf
+        expected = f"in [0, {upper_bound:g})" if is_bounded else "a number of at least 0"
         raise InputError(f"{name} must be {expected}, got {value!r}")

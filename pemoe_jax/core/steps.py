@@ -1,7 +1,7 @@
 """The loss, and the train, eval and score steps over batches of numpy arrays.
 
-Gradients are taken with respect to the trainable parameters alone: the frozen ones are a separate
-argument, so their gradients are never computed. Loss and normalization are T5X's.
+Gradients are taken only with respect to the trainable parameters. The frozen parameters are a
+separate argument, so their gradients are never computed. Loss and normalization are T5X's.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ Array = jax.Array
 Batch = Mapping[str, Array | np.ndarray]
 Metrics = dict[str, Array]
 
-# The metrics that have a row for each router, or for that of each sparse layer.
+# Metrics that are arrays: `routers` has a row for each router, `dispatch` for each sparse layer.
 ROUTER_ROWS = ("routers", "dispatch")
 
 NORMALIZERS = ("NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE")
 
 
 class Model(Protocol):
-    """A module that can be trained: its `apply` has the signature of `network.Transformer`'s."""
+    """A module that can be trained; its `apply` has the signature of `Transformer.apply`."""
 
     @property
     def apply(self) -> Callable[..., PyTree]: ...
@@ -48,6 +48,7 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
+        """Returns the state before the first step, for trainable parameters."""
         return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
@@ -56,9 +57,9 @@ class Loss:
     """Settings of the loss, under T5X's names.
 
     Attributes:
-      z_loss: coefficient of log(Z)², which keeps the softmax's denominator Z near 1; 0: none.
-      label_smoothing: probability that moves from the target to the other V - 1 tokens, in equal
-        parts.
+      z_loss: coefficient of log(Z)², which keeps the softmax's denominator Z near 1; 0: no such
+        loss.
+      label_smoothing: total probability of the other V - 1 tokens, which share it equally.
       loss_normalizing_factor: divisor of the summed loss: None (no division), a number,
         'NUM_REAL_TARGET_TOKENS', 'NUM_TOTAL_TARGET_TOKENS' (padding counts too) or
         'AVERAGE_PER_SEQUENCE' (the mean over the tokens of each sequence, then over sequences; the
@@ -87,7 +88,10 @@ def _token_weights(batch: Batch) -> Array:
 
 
 def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Array, Array]:
-    """Returns token weights [B, L] and the divisor of the weighted sum of losses."""
+    """Returns token weights [B, L] and the divisor of the weighted sum of losses.
+
+    `factor` is `Loss.loss_normalizing_factor`.
+    """
     weights = _token_weights(batch)
     if not isinstance(factor, str):
         return weights, jnp.asarray(1.0 if factor is None else factor, jnp.float32)
@@ -98,8 +102,8 @@ def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Ar
     segments = batch.get("decoder_segment_ids")
     if segments is None:
         segments = jnp.ones(weights.shape, jnp.int32)
-    # All pairs of tokens are compared, since a program has fixed shapes and the number of packed
-    # sequences varies.
+    # All pairs of tokens are compared, since the shapes of a program are fixed, but the number of
+    # sequences in a packed row varies.
     same_sequence = (segments[:, :, None] == segments[:, None, :]).astype(jnp.float32)  # [B, L, L]
     sequence_weight = jnp.einsum("blm,bm->bl", same_sequence, weights)
     weights = jnp.where(sequence_weight > 0, weights / jnp.maximum(sequence_weight, 1e-9), 0.0)
@@ -109,13 +113,14 @@ def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Ar
 def apply_model(
     model: Model, params: Params, batch: Batch, dropout_rng: Array | None, **options: object
 ) -> PyTree:
-    """Returns the logits [B, L, V] of a batch, packed or not, or what `options` asks for.
+    """Returns the logits [B, L, V] of a batch, packed or not, or what `options` ask for.
 
     Args:
       batch: arrays [B, L] under T5X's names, and optionally sentence_embeddings [B, S].
       dropout_rng: dropout key; None disables dropout.
-      options: arguments of the network or of Linen's `apply`: `return_hidden` returns the input of
-        the logits layer [B, L, D], `mutable` a pair with the collections.
+      options: arguments of the network or of Linen's `apply`. With `return_hidden`, the result is
+        the input of the logits layer, [B, L, D]; with `mutable`, it is a pair of the result and the
+        collections.
     """
     return model.apply(
         {"params": params},
@@ -142,7 +147,11 @@ def _sentence_embeddings(batch: Batch) -> dict[str, Array | np.ndarray]:
 def _loss_sums(
     model: Model, loss: Loss, params: Params, batch: Batch, weights: Array, rng: Array | None
 ) -> tuple[Array, Metrics]:
-    """Returns the weighted sum of losses over a batch, and the sums behind the metrics."""
+    """Returns the sum of losses over a batch, and the sums from which metrics are computed.
+
+    `weights` are those of the loss, which may be normalized per sequence. Metrics are weighted by
+    `_token_weights`, so that they do not depend on the normalizer.
+    """
     hidden, collections = apply_model(
         model, params, batch, rng, return_hidden=True, mutable=["routers"]
     )
@@ -161,13 +170,14 @@ def _loss_sums(
     statistics = routing.sown_by_router(sown, "statistics")
     if statistics:
         sums["routers"] = jnp.stack([*statistics.values()]) * sums["tokens"]
-        # Indexed before stacking, so that XLA drops the statistics that nothing reads.
+        # The column is taken from each router's row and not from the stacked array, so that XLA
+        # drops the statistics that nothing reads.
         column = routing.STATISTICS.index("aux_loss")
         aux_losses = jnp.stack(
             [jax.lax.index_in_dim(row, column, keepdims=False) for row in statistics.values()]
         )
-        # Weighted like the tokens' losses, so that the ratio of the two does not depend on the
-        # normalizer.
+        # Multiplied by the sum of the weights, since the total is later divided by the normalizer.
+        # The ratio of the auxiliary loss to the tokens' losses then does not depend on it.
         total += routing.total_aux_loss([*statistics], aux_losses) * jnp.sum(weights)
     if dispatch := routing.sown_by_router(sown, "dispatch"):
         sums["dispatch"] = jnp.stack([*dispatch.values()]) * sums["tokens"]
@@ -175,10 +185,10 @@ def _loss_sums(
 
 
 def router_kernels(model: network.Transformer) -> dict[str, PyTree]:
-    """Returns router path -> shape [features, E] of its kernel, sorted as `routing.sown_by_router`.
+    """Returns router path -> shape [features, E] of the router's kernel.
 
-    Paths are e.g. 'decoder/layers_0/mlp/gate_adapter', or 'decoder/layers_1/mlp/experts' for a
-    sparse layer.
+    Paths and their order are those of `routing.sown_by_router`, for example
+    'decoder/layers_0/mlp/gate_adapter', or 'decoder/layers_1/mlp/experts' for a sparse layer.
     """
     adapter, sparse = "/router/kernel", "/router/router_weights/w/kernel"
     kernels = {}
@@ -193,7 +203,7 @@ def router_kernels(model: network.Transformer) -> dict[str, PyTree]:
 def router_paths(model: network.Transformer) -> list[str]:
     """Returns the paths of the routers, in the order of the rows of a step's `routers`.
 
-    The rows of a step's `dispatch` are those of the sparse layers alone.
+    A step's `dispatch` has rows for the sparse layers only.
     """
     return [*router_kernels(model)]
 
@@ -237,14 +247,18 @@ def grads_and_metrics(
 ) -> tuple[PyTree, Metrics]:
     """Returns the gradients with respect to `trainable`, and the metrics, of one batch.
 
-    The normalizer is that of the whole batch. So without dropout, router noise and balance losses,
-    accumulated gradients equal those of the whole batch, however its tokens are divided.
+    The loss of each microbatch is divided by the normalizer of the whole batch. So the accumulated
+    gradients equal the gradients of the whole batch, however its tokens are divided, except for
+    dropout, router noise, auxiliary losses of routers, and groups of tokens that span rows
+    (`Sparse.group`).
 
     Args:
+      model: the network.
+      loss: settings of the loss.
       trainable, frozen: the two parts of the parameters.
       batch: arrays [B, L] under T5X's names.
       rng: dropout key; None disables dropout.
-      microbatches: number of pieces of the batch that run in sequence.
+      microbatches: number of pieces of the batch that are computed one after another.
 
     Raises:
       InputError: `microbatches` does not divide B.
@@ -258,7 +272,7 @@ def grads_and_metrics(
         total, sums = _loss_sums(model, loss, params, batch, weights, rng)
         return total / normalizer, sums
 
-    # `frozen` is not an argument of `loss_fn`: JAX does not even trace its gradient.
+    # `frozen` is a constant of `loss_fn`, so JAX does not trace gradients with respect to it.
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if microbatches == 1:
         (total, sums), grads = grad_fn(trainable, batch, weights, rng)
@@ -287,7 +301,7 @@ def _accumulate(
         (dict(batch), weights),
     )
 
-    # Jitted, so that it is traced once for its shapes and for the loop.
+    # Jitted, so that it is traced only once for both `eval_shape` and the scan.
     @functools.partial(jax.jit, inline=True)
     def run(index: Array, piece: tuple[Batch, Array]) -> PyTree:
         piece_rng = None if rng is None else jax.random.fold_in(rng, index)
@@ -296,7 +310,7 @@ def _accumulate(
     def add(sums: PyTree, item: tuple[Array, tuple[Batch, Array]]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, sums, run(*item)), None
 
-    # An abstract evaluation returns the tree of sums: its keys depend on the model's routers.
+    # The tree of sums has keys that depend on the model's routers, so its shapes are evaluated.
     indices = jnp.arange(microbatches)
     shapes = jax.eval_shape(run, *jax.tree.map(lambda a: a[0], (indices, pieces)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -317,9 +331,14 @@ def make_train_step(
     skip_nonfinite: bool = False,
     donate: bool = True,
 ) -> StepFn:
-    """Returns step(state, frozen, batch, rng) -> (state, metrics); jitted, the state is donated.
+    """Returns the jitted function step(state, frozen, batch, rng) -> (state, metrics).
+
+    `rng` is the run's key. The step folds its number into the key, so that a resumed run draws the
+    same dropout masks.
 
     Args:
+      model, loss: see `grads_and_metrics`.
+      optimizer: the optimizer of the trainable parameters.
       microbatches: see `grads_and_metrics`.
       router_metrics: whether metrics include `routers` [routers, 6], the `routing.STATISTICS` of
         each of `router_paths`, and `dispatch` [sparse layers, 3], the
@@ -328,10 +347,7 @@ def make_train_step(
       state_sharding: shardings of the new state; None leaves them to XLA.
       skip_nonfinite: whether a step whose loss or gradient is not finite leaves the parameters and
         the optimizer's state as they were.
-      donate: whether the new state takes the memory of the old one.
-
-    `rng` is the run's key. It is folded with the step's number, so that a resumed run draws the
-    same dropout masks.
+      donate: whether the new state takes the memory of the old one, which is then unusable.
     """
 
     def step(
@@ -357,7 +373,8 @@ def make_train_step(
 
     options: dict[str, Any] = {"donate_argnums": (0,) if donate else ()}
     if state_sharding is not None:
-        options["out_shardings"] = (state_sharding, state_sharding.step)  # replicated metrics
+        # Metrics are replicated, as the step's number is.
+        options["out_shardings"] = (state_sharding, state_sharding.step)
     # A `Model` need not have a config.
     remat_policy = getattr(getattr(model, "config", None), "remat_policy", "none")
     if compiler_options := cpu_schedule.rematerialization_options(remat_policy):
@@ -378,7 +395,7 @@ def make_eval_step(model: Model, loss: Loss) -> Callable[[Params, Params, Batch]
 
 @jax.jit
 def all_finite(tree: PyTree) -> Array:
-    """Returns whether no value of a tree of arrays is infinite or NaN: bool []."""
+    """Returns whether all values of a tree of arrays are finite, bool []."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
@@ -389,9 +406,11 @@ def score_choices(model: network.Transformer, params: Params, batch: Batch) -> A
     nats, not normalized by length.
 
     Args:
+      model: the network.
+      params: its parameters.
       batch: encoder_input_tokens [B, L]; decoder_input_tokens and decoder_target_tokens
-        [B, C, Lt]; sentence_embeddings [B, S] for routers that read them. Choices that only pad a
-        row are all zeros.
+        [B, C, Lt]; sentence_embeddings [B, S] for routers that read them. A row with fewer than C
+        choices is filled up with zeros.
     """
     tokens, is_real = _choice_tokens(model, params, batch)
     return -jnp.sum(tokens["nll"] * is_real, axis=-1)
@@ -400,7 +419,7 @@ def score_choices(model: network.Transformer, params: Params, batch: Batch) -> A
 def score_and_match_choices(
     model: network.Transformer, params: Params, batch: Batch
 ) -> tuple[Array, Array]:
-    """Returns `score_choices`, and whether greedy decoding gives each choice, [B, C] bool."""
+    """Returns `score_choices`, and whether greedy decoding returns each choice, [B, C] bool."""
     tokens, is_real = _choice_tokens(model, params, batch)
     scores = -jnp.sum(tokens["nll"] * is_real, axis=-1)
     return scores, jnp.all(tokens["correct"] >= is_real, axis=-1)
@@ -409,12 +428,12 @@ def score_and_match_choices(
 def _choice_tokens(
     model: network.Transformer, params: Params, batch: Batch
 ) -> tuple[dict[str, Array], Array]:
-    """Returns the parts of `cross_entropy` of each token of the choices, and 1 for real tokens.
+    """Returns the parts of each token's `chunked_cross_entropy`, and 1 for tokens, 0 for padding.
 
-    All are [B, C, Lt]; see `score_choices`.
+    All arrays are [B, C, Lt]; see `score_choices`.
     """
-    # The decoder reads row b of the encoder's output for the rows b·C … b·C + C - 1, see
-    # `layers.MultiHeadDotProductAttention`: 3.4 times as fast as one forward pass per choice.
+    # The decoder reads row b of the encoder's output for its rows b·C to b·C + C - 1, see
+    # `layers.MultiHeadDotProductAttention`. This is 3.4 times as fast as a forward pass per choice.
     inputs = batch["encoder_input_tokens"]
     targets = batch["decoder_target_tokens"]
     rows, choices, length = targets.shape

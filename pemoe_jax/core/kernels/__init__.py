@@ -1,1 +1,1 @@
-"""Implementations of core functions for one backend; tests compare them with the plain ones."""
+"""Faster forms of core functions for one backend; tests compare them with the plain forms."""

@@ -1,13 +1,14 @@
 """T5's attention in fused kernels for GPUs, which never write the logits to memory.
 
-Flash attention (arXiv 2205.14135, 2307.08691) with T5's relative position bias, which is added to
-each tile of logits and shared by all rows of the batch. The mask is given by segment ids, one for
-each token. Tiles of queries and keys without a common segment are skipped, so a row of packed
-examples costs as much as its examples would alone. Forward and backward, [16, 1024, 32, 64] on an
-H200, packed: 0.82 ms; cuDNN with bias and mask: 4.39 ms.
+Flash attention (arXiv 2205.14135, 2307.08691) with T5's relative position bias. The bias is added
+to each tile of logits; all rows of the batch share it. The mask is made from segment ids, one for
+each token. Pairs of a query tile and a key tile that have no common segment are skipped, so a row
+of packed examples costs about as much as its examples alone. The forward and backward pass of
+packed rows [16, 1024, 32, 64] takes 0.82 ms on an H200; cuDNN with bias and mask takes 4.39 ms.
 
-Products are bfloat16 and summed in float32; the softmax is float32. Each gradient is summed in one
-program in a fixed order, so results are reproducible bit for bit. The bias has no gradient.
+Products have bfloat16 factors and float32 sums; the softmax is float32. A tile of a gradient is
+summed by one program in a fixed order, so results are reproducible bit for bit. The bias has no
+gradient.
 """
 
 import functools
@@ -29,29 +30,29 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 
-_NEG_INF = -1e10  # of masked logits; finite, so that a fully masked row is not NaN
-_TILE = 64  # queries or keys; the fastest of 32, 64 and 128 on an H200, for all three kernels
+_NEG_INF = -1e10  # masked logits; finite, so that a query without keys has no NaN
+_TILE = 64  # queries or keys in a tile; the fastest of 32, 64 and 128 on an H200, in all 3 kernels
 
 
 def supports(query: Array) -> bool:
     """Whether the kernels run here for queries [B, Lq, H, K].
 
-    They need bfloat16, a head size that matrix units support, and one GPU or a mesh of GPUs that
-    divides rows and heads evenly.
+    They need bfloat16, a head size that matrix units support, and either one GPU or a mesh of GPUs
+    that divides rows and heads evenly.
     """
     rows, _, heads, size = query.shape
     mesh = jax.sharding.get_abstract_mesh().shape
     if jax.device_count() > 1 and not mesh:
-        return False
-    divides = rows % partitioning.data_parallelism() == heads % mesh.get("model", 1) == 0
-    fits = query.dtype == jnp.bfloat16 and size in (16, 32, 64, 128)
-    return jax.default_backend() == "gpu" and divides and fits
+        return False  # `fused_attention_on_mesh` could not partition the kernels
+    is_divisible = rows % partitioning.data_parallelism() == heads % mesh.get("model", 1) == 0
+    has_kernel = query.dtype == jnp.bfloat16 and size in (16, 32, 64, 128)
+    return jax.default_backend() == "gpu" and is_divisible and has_kernel
 
 
 def fused_attention_on_mesh(*arrays: Array | None, causal: bool) -> Array:
     """Returns `fused_attention` of the arrays, partitioned by rows and heads over the mesh."""
     run = functools.partial(fused_attention, causal=causal)
-    # XLA cannot partition a kernel: without `shard_map`, each device would compute everything.
+    # XLA cannot partition a kernel. Without `shard_map`, each device would compute the whole batch.
     if math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1:
         batch = partitioning.batch_axes()
         heads, ids = PartitionSpec(batch, None, "model"), PartitionSpec(batch)
@@ -71,16 +72,16 @@ def fused_attention(
     causal: bool = False,
     interpret: bool = False,
 ) -> Array:
-    """Returns `softmax(query · key + bias) value`, [B, Lq, H, K]; reverse mode only.
+    """Returns `softmax(query · key + bias) value`, [B, Lq, H, K]; reverse-mode gradients only.
 
     Args:
-      query: [B, Lq, H, K], bfloat16, K of 16, 32, 64 or 128.
-      key, value: [B, Lk, H, K].
+      query: bfloat16 [B, Lq, H, K], where K is 16, 32, 64 or 128.
+      key, value: bfloat16 [B, Lk, H, K].
       query_segment_ids, key_segment_ids: int32 [B, Lq], [B, Lk]: queries attend to keys of the
         same segment; none attends to segment 0. The output of a query without keys is undefined.
-      bias: [1, H, Lq, Lk], added to the logits, without a gradient.
-      causal: whether a query attends to no key to its right (Lq = Lk).
-      interpret: runs the kernels on any device, slowly, for tests.
+      bias: [1, H, Lq, Lk], added to the logits; has no gradient. None: no bias.
+      causal: whether keys to the right of a query are masked (Lq = Lk).
+      interpret: whether to run the kernels on any device, slowly, for tests.
     """
     arrays = query, key, value, query_segment_ids, key_segment_ids, bias
     return _vjp_forward(*arrays, causal, interpret)[0]
@@ -106,13 +107,14 @@ def _vjp_backward(
 ) -> tuple[Array, Array, Array, None, None, None]:
     arrays = {**saved, "grad": grad}
     out, bias = arrays.pop("out"), arrays.pop("bias")
-    # The term Σ_m p_m dp_m of the softmax's gradient, [B, H, Lq].
+    # The term Σ_m p_m dp_m of the softmax's gradient, [B, H, Lq]. It equals Σ_k grad_k out_k
+    # (arXiv 2205.14135, appendix B.2), which needs no probabilities.
     arrays["delta"] = jnp.einsum(
         "bqhk,bqhk->bhq", grad.astype(jnp.float32), out.astype(jnp.float32)
     )
     call = _Call(saved["query"], saved["key"], causal, interpret)
     (grad_query,) = call(_query_grad_kernel, "queries", ["out"], **arrays, bias=bias)
-    # The next kernel's tiles are [keys, queries].
+    # The next kernel has tiles [keys, queries] of logits.
     arrays["transposed_bias"] = None if bias is None else jnp.swapaxes(bias, 2, 3)
     outputs = ["key_grad", "key_grad"]
     grad_key, grad_value = call(_key_value_grad_kernel, "keys", outputs, **arrays)
@@ -137,9 +139,9 @@ _AXES = {
 
 
 class _Call:
-    """Runs kernels over tiles of queries, or of keys, of all heads and rows.
+    """Runs kernels over tiles of queries, or of keys, of all heads and rows of the batch.
 
-    Lengths are padded to whole tiles; padding has segment 0, which no query attends to.
+    Lengths are padded to whole tiles. Padding has segment 0, which no query attends to.
     """
 
     def __init__(self, query: Array, key: Array, causal: bool, interpret: bool):
@@ -166,9 +168,9 @@ class _Call:
         first, last = self._visited_tiles(arrays["query_ids"], arrays["key_ids"], over)
         arrays = {"first": first, "last": last, **arrays}
 
-        def by_name(*refs: Ref) -> None:
+        def kernel_of_refs(*refs: Ref) -> None:
             kernel(
-                dict(zip(arrays, refs, strict=False)),
+                dict(zip(arrays, refs, strict=False)),  # inputs come first, then outputs
                 *refs[len(arrays) :],
                 causal=self.causal,
                 query_tile=self.tile["queries"],
@@ -176,7 +178,7 @@ class _Call:
             )
 
         results = pl.pallas_call(
-            by_name,
+            kernel_of_refs,
             grid=(self.padded[over] // self.tile[over], self.batch, self.heads),
             in_specs=[self._block_spec(name, over, pl.BlockSpec) for name in arrays],
             out_specs=[self._block_spec(name, over, pl.BlockSpec) for name in outputs],
@@ -200,7 +202,7 @@ class _Call:
         return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "normalizer" else jnp.bfloat16)
 
     def _block_spec(self, name: str, over: str, block_spec: "type[pl.BlockSpec]") -> "pl.BlockSpec":
-        """A program's block: its own tile of the side `over`, and all of the other side."""
+        """Returns a program's block: one tile of the axis `over`, all of the other side."""
         sizes = {**self.padded, over: self.tile[over], "size": self.size}
 
         def index(tile: Index, row: Index, head: Index) -> tuple[Index, ...]:
@@ -210,22 +212,23 @@ class _Call:
         return block_spec(tuple(sizes.get(axis) for axis in _AXES[name]), index)
 
     def _visited_tiles(self, query_ids: Array, key_ids: Array, over: str) -> tuple[Array, Array]:
-        """Returns the range of tiles of the other side that each tile has to visit.
+        """Returns the range of tiles of the other side that each tile of `over` has to visit.
 
-        Tiles are compared by their least and largest segments. No pair with a common segment is
-        missed, and none without is visited if segments ascend along a row, as in packed examples.
+        Two tiles are compared by their ranges of segments, so no pair with a common segment is
+        missed. If segments ascend along a row without gaps, as in packed examples, a pair without
+        a common segment is visited only if its query tile has padding, whose 0 widens the range.
 
         Returns:
-          int32 [B, tiles] each: the first tile, and the last one plus 1.
+          int32 [B, tiles] each: the first tile to visit, and the last one plus 1.
         """
         query_ids = query_ids.reshape(self.batch, -1, 1, self.tile["queries"])
         key_ids = key_ids.reshape(self.batch, 1, -1, self.tile["keys"])
-        # The least segment ignores padding, 0, which is below the segment of every query.
-        least = jnp.min(jnp.where(key_ids > 0, key_ids, jnp.iinfo(jnp.int32).max), axis=-1)
+        # The least segment of keys leaves out padding, whose 0 is below all segments of queries.
+        least_key = jnp.min(jnp.where(key_ids > 0, key_ids, jnp.iinfo(jnp.int32).max), axis=-1)
         overlap = (jnp.max(key_ids, axis=-1) >= jnp.min(query_ids, axis=-1)) & (
-            least <= jnp.max(query_ids, axis=-1)
+            least_key <= jnp.max(query_ids, axis=-1)
         )  # [B, query tiles, key tiles]
-        if self.causal:
+        if self.causal:  # a tile of keys must start before the tile of queries ends
             ends = (1 + jnp.arange(overlap.shape[1])) * self.tile["queries"]
             overlap &= jnp.arange(overlap.shape[2]) * self.tile["keys"] < ends[:, None]
         if over == "keys":
@@ -236,12 +239,12 @@ class _Call:
         return first.astype(jnp.int32), last.astype(jnp.int32)
 
 
-# The kernels. A program has one head of one row: the query and the output's gradient [queries, K],
-# key and value [keys, K].
+# The kernels. A program has one head of one row of the batch: the query and the output's gradient
+# [queries, K], key and value [keys, K].
 
 
 def _dot(a: Array, b: Array, b_axis: int) -> Array:
-    """Contracts the last axis of a [m, k] with an axis of b -> [m, n], float32."""
+    """Contracts the last axis of a [m, k] with the axis `b_axis` of b -> float32 [m, n]."""
     return jax.lax.dot_general(
         a, b, (((1,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
     )
@@ -274,6 +277,7 @@ def _logits(
 def _forward_kernel(
     ref: dict[str, Ref], out: Ref, normalizer: Ref, *, causal: bool, query_tile: int, key_tile: int
 ) -> None:
+    """Writes the output of a tile of queries, and their log(Z) (arXiv 2307.08691, alg. 1)."""
     from jax.experimental import pallas as pl
 
     query, query_ids = ref["query"][...], ref["query_ids"][...]
@@ -292,7 +296,8 @@ def _forward_kernel(
 
     zeros = jnp.zeros(query.shape, jnp.float32)
     row = jnp.zeros(query_tile, jnp.float32)
-    # The initial maximum is below masked logits, so that these need no special case.
+    # The maximum starts below masked logits, so that rows with only masked logits need no special
+    # case.
     total, largest, denominator = jax.lax.fori_loop(
         ref["first"][...], ref["last"][...], add, (zeros, row + 2 * _NEG_INF, row)
     )
@@ -304,6 +309,7 @@ def _forward_kernel(
 def _query_grad_kernel(
     ref: dict[str, Ref], out: Ref, *, causal: bool, query_tile: int, key_tile: int
 ) -> None:
+    """Writes the gradient of a tile of queries; the probabilities are computed again."""
     from jax.experimental import pallas as pl
 
     query, grad, query_ids = ref["query"][...], ref["grad"][...], ref["query_ids"][...]
@@ -332,6 +338,7 @@ def _key_value_grad_kernel(
     query_tile: int,
     key_tile: int,
 ) -> None:
+    """Writes the gradients of a tile of keys and of its values (arXiv 2307.08691, alg. 2)."""
     from jax.experimental import pallas as pl
 
     key, value, key_ids = ref["key"][...], ref["value"][...], ref["key_ids"][...]

@@ -1,7 +1,7 @@
-"""Grouped matrix products: each block of rows times its expert's matrix; unused blocks are skipped.
+"""Grouped matrix products: each block of rows times the matrix of the block's expert.
 
-On CPUs `jax.lax.ragged_dot` multiplies every row with every expert: 135.3 MFLOP by XLA's count, for
-products of 16.8 MFLOP (256 rows, 128 to 256, 8 experts).
+Blocks that no token uses are skipped. On CPUs, `jax.lax.ragged_dot` multiplies every row with every
+expert: for 256 rows and 8 experts of [128, 256], XLA counts 135.3 MFLOP. The products need 16.8.
 """
 
 import jax
@@ -14,9 +14,10 @@ Array = jax.Array
 
 
 def multiply(x: Array, kernel: PyTree, experts: Array, used: Array) -> Array:
-    """`block_matmul` with a kernel that may be quantized: its scales are by expert and output."""
+    """Computes `block_matmul` with a kernel that may be a `QuantizedMatrix`."""
     if not isinstance(kernel, quantized.QuantizedMatrix):
         return block_matmul(x, kernel, experts, used)
+    # The product is scaled instead of the matrices, as in `quantized.matmul`.
     size = x.shape[0] // experts.shape[0]
     product = block_matmul(x, kernel.values.astype(x.dtype), experts, used)
     scale = jnp.repeat(kernel.scale[experts], size, axis=0)  # [S, F]
@@ -24,18 +25,20 @@ def multiply(x: Array, kernel: PyTree, experts: Array, used: Array) -> Array:
 
 
 def _block(rows: Array, i: Array, size: int) -> Array:
+    """Returns block i of the rows, [size, …]."""
     return jax.lax.dynamic_slice_in_dim(rows, i * size, size)
 
 
 @jax.custom_vjp
 def block_matmul(x: Array, kernel: Array, experts: Array, used: Array) -> Array:
-    """Multiplies each block of rows with its expert's matrix.
+    """Multiplies each block of rows with the matrix of the block's expert.
 
     Args:
       x: [S, D], in blocks of S / len(experts) rows.
       kernel: [E, D, F].
-      experts: int32 [blocks], the expert of each block; ascending.
-      used: int32 [], the number of blocks to compute; the rows of the others become zero.
+      experts: int32 [blocks], the expert of each block.
+      used: int32 [], the number of blocks to compute, from the first; the rows of the others are
+        zero in the result.
 
     Returns:
       [S, F].
@@ -57,8 +60,8 @@ def _fwd(x: Array, kernel: Array, experts: Array, used: Array) -> tuple[Array, _
 
 
 def _bwd(residuals: _Residuals, grad: Array) -> tuple[Array, Array, None, None]:
-    # Written by hand: a loop of dynamic length has no derivative, and the derivative of
-    # `kernel[expert]` would add an array of all experts for each block.
+    # Written by hand, since JAX has no reverse mode for a loop of dynamic length, and since the
+    # derivative of `kernel[expert]` would add an array of all experts for each block.
     x, kernel, experts, used = residuals
     size = x.shape[0] // experts.shape[0]
 

@@ -1,22 +1,26 @@
 """MoV's layer in fused kernels for one GPU: `y * Σ_e softmax(y k)_e l_e`, and its gradients.
 
-Array operations write and read a float32 scale of y's size, forward and backward. The forward
-kernels read y and write the product; the backward kernels read y and the gradient of the output,
+With array operations, both passes write and read a float32 scale of y's size. The forward kernels
+only read y and write the product. The backward kernels only read y and the gradient of the output,
 and write the gradient of y. A step of MoV-10 with T5 XL's sizes takes 84.7 ms on an H200; with
-array operations, 103 ms.
+array operations, it takes 103 ms.
 
-- If a head's features fit into one tile (key, value), each pass is one kernel. Its memory traffic,
-  relative to reading and writing y once, is 1 forward and 1½ backward.
-- Otherwise (gate), a row's probabilities, and its logits' gradients, depend on all its tiles of
-  features. A first kernel reads y (backward, also the output's gradient) and computes these,
-  [rows, E]; a second uses them on tiles of rows and features: 1½ forward, 2½ backward. The second
-  starts with the features that the first read last, which are likely still in the L2 cache.
+A row is one token. The unit of the memory traffic below is reading and writing y once.
 
-Float32 products are three passes of TF32, nearly float32. For bfloat16, products are bfloat16 and
-summed in float32. Parameters, and probabilities in the forward pass, are then sums of two bfloat16
-numbers (16 bits of mantissa); gradients, and the probabilities multiplied with them, are rounded.
-Softmax and sums are float32. Sums over rows have a fixed order, so results are reproducible bit for
-bit.
+- If a head's features fit into one tile (key, value), each pass is one kernel. The traffic is 1 in
+  the forward pass and 1½ in the backward pass.
+- Otherwise (gate), the probabilities of a row depend on all its tiles of features, and so do the
+  gradients of its logits. Each pass then has two kernels, with a traffic of 1½ forward and 2½
+  backward. The first kernel reads y (backward, also the output's gradient) and computes the
+  probabilities (or the gradients of the logits), [rows, E]. The second kernel uses them on tiles of
+  rows and features. It starts with the features that the first kernel read last, which are likely
+  still in the L2 cache.
+
+If y is float32, products are three passes of TF32, which is nearly float32. If y is bfloat16,
+products have bfloat16 factors and float32 sums. Parameters, and the probabilities of the forward
+pass, are then sums of two bfloat16 numbers (16 bits of mantissa). Gradients, and the probabilities
+that multiply them, are rounded to bfloat16. Softmax and sums are always float32. Sums over rows
+have a fixed order, so results are reproducible bit for bit.
 
 Tested in Pallas's interpret mode, and on a GPU by `tests/core/test_gpu.py`.
 """
@@ -38,14 +42,17 @@ if TYPE_CHECKING:
 Array = jax.Array
 Carry = TypeVar("Carry")
 
-_ROW_TILE = 64
-_FEATURE_TILE_BYTES = 256  # of one row
-_FORWARD_ROW_TILES = 4  # per program of the forward pass, which loads the parameters once for all
-_MAX_PROGRAMS = 1056  # that split sums over rows: eight per multiprocessor of an H100 (132)
+_ROW_TILE = 64  # rows in a tile
+_FEATURE_TILE_BYTES = 256  # size of one row of a tile: 128 bfloat16 or 64 float32 features
+# Row tiles of a program in the forward pass, which loads the parameters once for all of them.
+_FORWARD_ROW_TILES = 4
+# The largest number of programs of a backward kernel that sums over rows: eight for each of an
+# H100's 132 multiprocessors.
+_MAX_PROGRAMS = 1056
 
 
 def is_supported() -> bool:
-    """Whether the only device is a GPU; XLA cannot partition a kernel over several."""
+    """Whether the only device is a GPU. XLA cannot partition a kernel over several devices."""
     return jax.default_backend() == "gpu" and jax.device_count() == 1
 
 
@@ -53,24 +60,26 @@ def is_supported() -> bool:
 def route_and_scale(
     y: Array, kernel: Array, vectors: Array, weights: Array, interpret: bool = False
 ) -> tuple[Array, Array]:
-    """Returns `y * Σ_e p_e l_e` with `p = softmax(y @ kernel)`, and sums over p; reverse mode only.
+    """Returns `y * Σ_e p_e l_e` with `p = softmax(y @ kernel)`, and sums over p.
+
+    Only reverse-mode gradients exist.
 
     Args:
       y: [B, L, H, K] or [B, L, F], float32 or bfloat16.
       kernel: [K or F, E], float32, shared by the heads.
       vectors: [H, E, K] or [E, F], float32.
       weights: [B, L], float32, the tokens' weights in the sums.
-      interpret: runs the kernels on any device, slowly, for tests.
+      interpret: whether to run the kernels on any device, slowly, for tests.
 
     Returns:
-      The product, in y's shape and dtype; and float32 [4, E], weighted sums over tokens and heads:
-      of p, of 1 where p is largest, of p's entropy and of log(Z)². The last two are the same in all
-      columns. The sums have no gradient.
+      The product, in y's shape and dtype, and float32 [4, E], weighted sums over tokens and heads.
+      The rows are the sums of p, of 1 for the expert with the largest p, of p's entropy, and of
+      log(Z)². The last two rows hold one value in all columns. The sums have no gradient.
     """
     return _vjp_forward(y, kernel, vectors, weights, interpret)[0]
 
 
-_Saved = tuple[Array, Array, Array, Array | None]
+_Saved = tuple[Array, Array, Array, Array | None]  # y, kernel, vectors, probabilities
 
 
 def _vjp_forward(
@@ -96,7 +105,8 @@ def _pad(x: Array, *shape: int) -> Array:
     return jnp.pad(x, [(0, to - size) for size, to in zip(x.shape, shape, strict=True)])
 
 
-# The axes of the kernels' arrays. Each of the 'row programs' sums over a part of the rows.
+# The axes of the kernels' arrays. 'columns' are experts, padded. Each of the 'row programs' sums
+# over a part of the rows.
 _AXES = {
     **dict.fromkeys(("y", "grad", "out", "grad_y"), ("rows", "heads", "features")),
     "weights": ("rows", "one"),
@@ -113,8 +123,8 @@ _FLOAT32 = ("weights", "probs", "sums", "grad_kernel", "grad_vectors")  # whatev
 class _Layer:
     """The sizes of one layer, and the calls of its kernels.
 
-    Padded rows and features are zero, so they add nothing to any sum; padded experts have
-    probability zero. Nothing is padded if tiles divide the rows and features.
+    Rows and features are padded to whole tiles with zeros, which add nothing to any sum. Experts
+    are padded to a power of two, and padded experts have probability zero.
     """
 
     def __init__(self, y: Array, kernel: Array, interpret: bool):
@@ -131,14 +141,17 @@ class _Layer:
         self.stages = 3 if self.columns <= 32 else 2  # more do not fit into shared memory
         self.row_tiles = tiling.num_tiles(y.shape[0] * y.shape[1], _ROW_TILE)
         self.rows = self.row_tiles * _ROW_TILE
-        # Row tiles of each program that sums over rows.
-        programs = max(1, _MAX_PROGRAMS // (self.heads * self.feature_tiles))
-        self.summed_row_tiles = tiling.num_tiles(self.row_tiles, programs)
+        # Number of row tiles that each program of the backward pass sums over.
+        row_programs = max(1, _MAX_PROGRAMS // (self.heads * self.feature_tiles))
+        self.summed_row_tiles = tiling.num_tiles(self.row_tiles, row_programs)
 
     def forward(
         self, y: Array, kernel: Array, vectors: Array, weights: Array
     ) -> tuple[Array, Array, Array | None]:
-        """Returns `route_and_scale`'s results, and padded probabilities if backward needs them."""
+        """Returns `route_and_scale`'s results, and padded probabilities for `backward`.
+
+        The probabilities are None if the backward kernel computes them again.
+        """
         y, parameters = self._pad_activation(y), self._pad_parameters(kernel, vectors)
         weights = _pad(weights.reshape(-1, 1), self.rows, 1)
         if self.feature_tiles == 1:
@@ -195,7 +208,7 @@ class _Layer:
         """Splits x into `parts` terms in the activation's dtype, on a new first axis."""
         if self.parts == 1:
             return x[None]
-        # Not a cast to bfloat16 and back, which XLA simplifies away.
+        # Without a cast to bfloat16 and back, which XLA would simplify away.
         high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         return jnp.stack([high, x - high]).astype(self.dtype)
 
@@ -206,10 +219,11 @@ class _Layer:
 
         Args:
           kernel: takes a `_Program` and the refs of inputs and outputs.
-          grid: names of its axes, the fastest first. Without 'features', a program has all of them.
-          row_tiles: row tiles of a program; the last program may have fewer.
-          outputs: names in `_AXES`.
-          stages: of Triton's pipeline.
+          grid: names of the grid's axes, the fastest first. Without 'features', each program has
+            all features.
+          row_tiles: number of row tiles of a program; the last program may have fewer.
+          outputs: names of the outputs in `_AXES`.
+          stages: number of stages of Triton's software pipeline.
         """
         # Imported late: it takes a second, which only users of these kernels should pay.
         from jax.experimental import pallas as pl
@@ -231,7 +245,8 @@ class _Layer:
             "sums": 4,
             "one": 1,
         }
-        # None: a program has one index of this axis, which its refs do not have.
+        # The size of a program's block along each axis. None: the block has one index of the axis,
+        # and the program's refs lack the axis.
         blocks = {**sizes, "rows": row_tiles * _ROW_TILE, "row programs": None, "heads": None}
         if "features" in grid_axes:
             blocks["features"] = self.feature_tile
@@ -241,7 +256,7 @@ class _Layer:
                 index = dict(zip(grid_axes, program, strict=True))
                 index["row programs"] = index["rows"]
                 if "features" in index:
-                    # The last tile first: the previous kernel has just read it.
+                    # From the last tile to the first: the previous kernel has just read the last.
                     index["features"] = self.feature_tiles - 1 - index["features"]
                 return tuple(index.get(axis, 0) for axis in _AXES[name])
 
@@ -259,8 +274,8 @@ class _Layer:
             )
 
         def over_rows(body: Callable[[object, Carry], Carry], start: Carry) -> Carry:
-            left = self.row_tiles - row_tiles * pl.program_id(grid_axes.index("rows"))
-            return loop(jnp.minimum(row_tiles, left), _ROW_TILE, body, start)
+            remaining = self.row_tiles - row_tiles * pl.program_id(grid_axes.index("rows"))
+            return loop(jnp.minimum(row_tiles, remaining), _ROW_TILE, body, start)
 
         over_features = functools.partial(loop, self.feature_tiles, self.feature_tile)
 
@@ -280,7 +295,10 @@ class _Layer:
 
 
 class _Program(NamedTuple):
-    """A program's sizes, its loops `(body(tile, carry), carry) -> carry`, and its products."""
+    """What a kernel needs besides its arrays: sizes, loops over tiles, and products.
+
+    A loop is called as `loop(body, carry)`, with `body(tile, carry) -> carry`.
+    """
 
     experts: int  # columns that are not padding
     over_rows: Callable[..., tuple[Array, ...]]
@@ -288,36 +306,39 @@ class _Program(NamedTuple):
     interpret: bool
 
     def dot(self, a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-        """Contracts these axes of two matrices of the same dtype, in float32."""
+        """Contracts the given axes of two matrices of the same dtype; returns float32."""
         # Interpret mode runs on CPUs, which have no TF32.
-        precise = a.dtype == jnp.float32 and not self.interpret
+        uses_tf32 = a.dtype == jnp.float32 and not self.interpret
         return jax.lax.dot_general(
             a,
             b,
             (((a_axis,), (b_axis,)), ((), ())),
-            precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if precise else None,
+            precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if uses_tf32 else None,
             preferred_element_type=jnp.float32,
         )
 
     def times(self, a: Array, parts: Sequence[Array], parts_axis: int) -> Array:
-        """`a @ Σ parts`, contracting this axis of the parts."""
+        """Returns `a @ Σ parts`; contracts the axis `parts_axis` of the parts."""
         products = [self.dot(a, part, 1, parts_axis) for part in parts]
         return functools.reduce(jnp.add, products)
 
     def mix(self, probs: Array, vectors: Sequence[Array]) -> Array:
-        """`probs @ vectors`, [rows, features], each with 16 bits of mantissa if y is bfloat16."""
+        """Returns `probs @ vectors`, [rows, features].
+
+        If y is bfloat16, both factors are sums of two parts, with 16 bits of mantissa.
+        """
         high = probs.astype(vectors[0].dtype)
         scale = self.times(high, vectors, 1)
         if len(vectors) == 1:
             return scale
-        # The product of both low parts, 2⁻¹⁸ of the scale, is left out.
+        # The product of the two low parts is left out: it is about 2⁻¹⁸ of the scale.
         low = (probs - high.astype(jnp.float32)).astype(high.dtype)
         return scale + self.dot(low, vectors[0], 1, 1)
 
 
-# The kernels. A program has rows of one head, with all features or a tile of them: y and the
-# gradient of the output [rows, features], kernel and vectors [parts, features, columns],
-# probabilities and gradients of logits [rows, columns], weights [rows, 1].
+# The kernels. A program has rows of one head, with all features or a tile of them. Its arrays are y
+# and the gradient of the output [rows, features], kernel and vectors [parts, features, columns],
+# probabilities and gradients of logits [rows, columns], and weights [rows, 1].
 
 
 def _parts(ref: Ref, features: object = slice(None)) -> list[Array]:
@@ -327,7 +348,7 @@ def _parts(ref: Ref, features: object = slice(None)) -> list[Array]:
 def _softmax(logits: Array, experts: int) -> tuple[Array, Array]:
     """Returns the probabilities, and log(Z) of each row, [rows, 1]."""
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    # Only padded columns are masked, so no row is fully masked, which would be NaN.
+    # Only padded columns are masked. So no row is fully masked, and -inf causes no NaN.
     logits = jnp.where(column < experts, logits, -jnp.inf)
     largest = jnp.max(logits, axis=1, keepdims=True)
     weights = jnp.exp(logits - largest)
@@ -346,16 +367,18 @@ def _softmax_and_terms(
 
 
 def _store_sums(sums: Ref, terms: tuple[Array, ...]) -> None:
+    """Writes the sum over rows of each term to a row of `sums`."""
     for row, term in enumerate(terms):
         sums[row, :] = jnp.broadcast_to(jnp.sum(term, axis=0), (sums.shape[1],))
 
 
 def _softmax_grad(probs: Array, grad_probs: Array) -> Array:
+    """Returns the gradient of the logits."""
     return probs * (grad_probs - jnp.sum(probs * grad_probs, axis=1, keepdims=True))
 
 
 def _scale_grad(grad: Array, y: Array) -> Array:
-    """The gradient of the scale, rounded to y's dtype."""
+    """Returns the gradient of the scale `Σ_e p_e l_e`, rounded to y's dtype."""
     return (grad.astype(jnp.float32) * y.astype(jnp.float32)).astype(y.dtype)
 
 
@@ -368,8 +391,12 @@ def _store_gradients(
 ) -> None:
     """Writes the gradients of y, kernel and vectors.
 
-    `load_tile(rows, parts of kernel, parts of vectors)` returns rows of y, of the output's
-    gradient, of the probabilities and of the logits' gradient, all in y's dtype.
+    Args:
+      program: the program.
+      kernel, vectors: the parameters.
+      outputs: where to write the gradients of y, kernel and vectors.
+      load_tile: (rows, parts of kernel, parts of vectors) -> these rows of y, of the output's
+        gradient, of the probabilities and of the logits' gradient, all in y's dtype.
     """
     grad_y, grad_kernel, grad_vectors = outputs
     k, v = _parts(kernel), _parts(vectors)
@@ -390,6 +417,7 @@ def _store_gradients(
 def _forward_kernel(
     program: _Program, y: Ref, kernel: Ref, vectors: Ref, weights: Ref, out: Ref, sums: Ref
 ) -> None:
+    """Computes the forward pass in one kernel, if a head's features are one tile."""
     k, v = _parts(kernel), _parts(vectors)
 
     def add(rows: object, totals: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -400,7 +428,7 @@ def _forward_kernel(
         out[rows, :] = (tile.astype(jnp.float32) * scale).astype(out.dtype)
         return tuple(a + b for a, b in zip(totals, terms, strict=True))
 
-    # A sum for each row of a tile, reduced once at the end instead of once per tile.
+    # Tiles are added row by row, and the rows are summed once at the end instead of in every tile.
     wide, narrow = (jnp.zeros((_ROW_TILE, n), jnp.float32) for n in (sums.shape[1], 1))
     _store_sums(sums, program.over_rows(add, (wide, wide, narrow, narrow)))
 
@@ -408,6 +436,8 @@ def _forward_kernel(
 def _backward_kernel(
     program: _Program, y: Ref, grad: Ref, kernel: Ref, vectors: Ref, *outputs: Ref
 ) -> None:
+    """Computes the backward pass in one kernel, if a head's features are one tile."""
+
     def load_tile(rows: object, k: list[Array], v: list[Array]) -> tuple[Array, ...]:
         tile, tile_grad = y[rows, :], grad[rows, :]
         probs, _ = _softmax(program.times(tile, k, 0), program.experts)
@@ -421,6 +451,8 @@ def _backward_kernel(
 def _route_kernel(
     program: _Program, y: Ref, kernel: Ref, weights: Ref, probs: Ref, sums: Ref
 ) -> None:
+    """Writes probabilities of a tile of rows, and their sums; the first forward kernel of two."""
+
     def add(features: object, logits: Array) -> Array:
         return logits + program.times(y[:, features], _parts(kernel, features), 0)
 
@@ -430,6 +462,7 @@ def _route_kernel(
 
 
 def _scale_kernel(program: _Program, y: Ref, probs: Ref, vectors: Ref, out: Ref) -> None:
+    """Writes the product of y and the scale; the second forward kernel of two."""
     v = _parts(vectors)
 
     def scale(rows: object, carry: None) -> None:
@@ -442,6 +475,8 @@ def _scale_kernel(program: _Program, y: Ref, probs: Ref, vectors: Ref, out: Ref)
 def _backward_route_kernel(
     program: _Program, y: Ref, grad: Ref, probs: Ref, vectors: Ref, grad_logits: Ref
 ) -> None:
+    """Writes the gradients of the logits of a tile of rows; the first backward kernel of two."""
+
     def add(features: object, grad_probs: Array) -> Array:
         grad_scale = _scale_grad(grad[:, features], y[:, features])
         return grad_probs + program.times(grad_scale, _parts(vectors, features), 0)
@@ -460,6 +495,8 @@ def _backward_scale_kernel(
     vectors: Ref,
     *outputs: Ref,
 ) -> None:
+    """Writes the gradients of y, kernel and vectors; the second backward kernel of two."""
+
     def load_tile(rows: object, *parts: list[Array]) -> tuple[Array, ...]:
         tile_probs = probs[rows, :].astype(y.dtype)
         return y[rows, :], grad[rows, :], tile_probs, grad_logits[rows, :]

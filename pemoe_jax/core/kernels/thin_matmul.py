@@ -1,10 +1,11 @@
-"""Matrix products with a short side, the number of experts or the rank, for CPUs.
+"""Matrix products with a short side (the number of experts, or the rank) for CPUs.
 
-The gradient of a matrix w [in, out] is a product xᵀ g. XLA transposes the left factor of a product
-on CPUs, which costs many times the product itself if the factor is an activation:
-`x[1024, 1024]ᵀ @ g[1024, 30]` takes 3.8 ms on one thread, and `(gᵀ @ x)ᵀ` 0.65 ms. Here the short
-factor is always the left one, behind a barrier that stops XLA from reordering. A step of MoV-30 on
-T5 Small takes 1.22 times as long as (IA)³'s, before 1.33. Values equal those of plain products.
+The gradient of a matrix w [in, out] is the product xᵀ g. On CPUs, XLA transposes the left factor of
+such a product in memory. If this factor is an activation, that takes far longer than the product:
+`x[1024, 1024]ᵀ @ g[1024, 30]` takes 3.8 ms on one thread, and `(gᵀ @ x)ᵀ` takes 0.65 ms. Here the
+shorter factor is always the left one, and a barrier stops XLA from reordering. With this, a step of
+MoV-30 on T5 Small takes 1.22 times as long as a step of (IA)³; without, 1.33 times. Values equal
+those of plain products.
 """
 
 import jax
@@ -15,7 +16,7 @@ Array = jax.Array
 
 @jax.custom_vjp
 def thin_matmul(x: Array, w: Array) -> Array:
-    """Returns `x @ w`; reverse mode only.
+    """Returns `x @ w`; reverse-mode gradients only.
 
     Args:
       x: [..., in].
@@ -31,12 +32,12 @@ def _thin_matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]
 def _thin_matmul_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, w = saved
     rows = tuple(range(x.ndim - 1))
-    transposed = x.shape[-1] > grad.shape[-1]
-    left, right = (grad, x) if transposed else (x, grad)
+    is_transposed = x.shape[-1] > grad.shape[-1]
+    left, right = (grad, x) if is_transposed else (x, grad)
     grad_w = jax.lax.dot_general(left, right, ((rows, rows), ((), ())))
     # Without a barrier, XLA would fold the transposition below back into the product.
     grad_w = jax.lax.optimization_barrier(grad_w)
-    return jnp.matmul(grad, w.T), grad_w.T if transposed else grad_w
+    return jnp.matmul(grad, w.T), grad_w.T if is_transposed else grad_w
 
 
 thin_matmul.defvjp(_thin_matmul_forward, _thin_matmul_backward)
@@ -60,7 +61,7 @@ def joint_matmul(x: Array, kernel: Array, lora_a: Array) -> tuple[Array, Array]:
 
 @jax.custom_vjp
 def mix_vectors(probs: Array, vectors: Array) -> Array:
-    """Returns `Σ_e p_e l_e` for each head, [B, L, H, K]; reverse mode only.
+    """Returns `Σ_e p_e l_e` for each head, [B, L, H, K]; reverse-mode gradients only.
 
     Args:
       probs: [B, L, H, E].
@@ -69,14 +70,14 @@ def mix_vectors(probs: Array, vectors: Array) -> Array:
     return _heads_to_back(jnp.matmul(_heads_to_front(probs), vectors), probs.shape[:2])
 
 
-# XLA's products need the batch axes, here the heads, in front.
+# XLA's products need the batch axis, which is the axis of heads here, in front.
 def _heads_to_front(x: Array) -> Array:
-    """[B, L, H, …] -> [H, B·L, …]."""
+    """Moves the heads to the front: [B, L, H, …] -> [H, B·L, …]."""
     return jnp.swapaxes(x.reshape(-1, *x.shape[2:]), 0, 1)
 
 
 def _heads_to_back(x: Array, rows: tuple[int, ...]) -> Array:
-    """[H, B·L, …] -> [B, L, H, …]."""
+    """Moves the heads back: [H, B·L, K] -> [B, L, H, K], where `rows` is (B, L)."""
     return jnp.swapaxes(x, 0, 1).reshape(*rows, x.shape[0], x.shape[2])
 
 
@@ -89,7 +90,7 @@ def _mix_vectors_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Arra
     left, right = _heads_to_front(probs), _heads_to_front(grad)
     grad_probs = jnp.matmul(right, jnp.swapaxes(vectors, 1, 2))  # [H, B·L, E]
     grad_vectors = jax.lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))))  # [H, E, K]
-    grad_vectors = jax.lax.optimization_barrier(grad_vectors)
+    grad_vectors = jax.lax.optimization_barrier(grad_vectors)  # as in `_thin_matmul_backward`
     return _heads_to_back(grad_probs, probs.shape[:2]), grad_vectors
 
 

@@ -9,10 +9,13 @@ Ref: TypeAlias = Any  # a program's block of an array, for which Pallas has no p
 
 
 def power_of_two(size: int) -> int:
-    """Returns the least power of two from `size` on, at least 16: a side of a product in Triton."""
+    """Returns the least power of two that is at least `size` and 16.
+
+    Triton's products need sides that are powers of two from 16 on.
+    """
     return max(16, 1 << (size - 1).bit_length())
 
 
 def num_tiles(size: int, tile: int) -> int:
-    """Returns the number of tiles that cover `size`."""
+    """Returns the number of tiles of size `tile` that cover `size`."""
     return -(-size // tile)
