@@ -1,4 +1,7 @@
-"""Installs pemoe_jax: `pip install -c constraints.txt -e .` (`.[test,torch,gpu,tpu,t5x]`)."""
+"""Packages pemoe_jax: `pip install -c constraints.txt -e .` installs it from a clone.
+
+`-e ".[gpu]"` also installs the packages of an extra: gpu, tpu, torch, t5x, lm-eval or test.
+"""
 
 import re
 from pathlib import Path
@@ -6,12 +9,13 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+# Read as text, because pip builds in an environment from which the package cannot be imported.
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "pemoe_jax/__init__.py").read_text(), re.M)
 assert VERSION
 
-# `pemoe_jax/tasks` and `pemoe_jax/gin` are symbolic links to `tasks/` and `gin/`. So
-# `pemoe_jax.tasks` and the gin files are found from the root of a clone without installation,
-# from an editable install, and from a wheel (which holds real files).
+# `pemoe_jax/tasks` and `pemoe_jax/gin` are symbolic links to `tasks/` and `gin/`. So the package
+# `pemoe_jax.tasks` and the gin files have the same place in a clone, in an editable install and in
+# a wheel, which holds real files.
 setup(
     name="pemoe-jax",
     version=VERSION.group(1),
@@ -74,14 +78,17 @@ setup(
         "rouge-score",
         "sacrebleu",
         "safetensors",
-        "seqio",  # brings tensorflow, through tensorflow-text; do not list tensorflow-cpu beside it
+        # Brings tensorflow, through tensorflow-text. Do not list tensorflow-cpu: both distributions
+        # install a package `tensorflow`, and would overwrite each other's files.
+        "seqio",
         "tensorboard",  # clu.metric_writers imports it
     ],
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "torch": ["torch", "transformers"],
-        # What T5X imports in addition. T5X itself is only on GitHub; `make t5x` adds it.
+        # Packages that T5X imports and this package does not. T5X itself is only on GitHub, so that
+        # `make t5x` installs it.
         "t5x": [
             "array-record",
             "cached_property",

@@ -3,7 +3,8 @@
     model = pemoe_jax.load_model("t5-large-lm-adapt", adapter="mov_for_a_colleague")
     model.rank("… Did they like it?", ["yes", "no"])
 
-The names of `__all__` are imported when they are used: importing the package imports nothing else.
+The names in `__all__` are imported at their first use. Importing the package alone imports neither
+JAX nor NumPy, so that `pemoe --help` prints at once and `pemoe_jax.torch` works without JAX.
 """
 
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    if name == "InputError":
+    if name == "InputError":  # `pemoe_jax.api` does not have it
         from pemoe_jax.core.errors import InputError
 
         return InputError

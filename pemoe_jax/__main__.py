@@ -4,8 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Command -> its module and what it does. The modules are imported when their command runs, so that
-# the list prints at once.
+# Command -> (its module, what it does). A module is imported when its command runs, so that the
+# list of commands prints at once.
 COMMANDS = {
     "train": ("pemoe_jax.train", "train adapters, or all parameters, on a base model"),
     "evaluate": ("pemoe_jax.evaluate", "score held-out tasks by rank classification"),
@@ -16,13 +16,12 @@ COMMANDS = {
     "plan": ("pemoe_jax.tools.plan", "estimate memory and communication on many devices"),
     "sweep": ("pemoe_jax.tools.sweep", "run and resume a list of trainings and evaluations"),
     "convert": ("pemoe_jax.tools.convert", "export adapters and models, also to PEFT and HF"),
-    "verify": ("pemoe_jax.tools.verify", "read files and say whether they are whole"),
+    "verify": ("pemoe_jax.tools.verify", "read files and report which are damaged"),
     "embed": ("pemoe_jax.tools.embed", "write sentence embeddings for sentence routing"),
     "lm_eval": ("pemoe_jax.tools.lm_eval", "run lm-evaluation-harness with a model and adapter"),
     "export_tasks": ("pemoe_jax.tools.export_tasks", "write tasks for lm-evaluation-harness"),
     "cache_tasks": ("pemoe_jax.tools.cache_tasks", "cache P3 tasks offline"),
 }
-
 
 USAGE = """\
 usage: pemoe COMMAND [options]
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = ", ".join(COMMANDS)
         print(f"error: unknown command {command!r}: expected one of {expected}", file=sys.stderr)
         return 2
-    # Imported by name, so that gin configures this very module and not a second copy of it.
+    # Imported, and not run as `__main__`, because gin configures the imported module's functions.
     return importlib.import_module(COMMANDS[command][0]).main(rest)
 
 

@@ -43,9 +43,9 @@ def evaluate(
       data: `_score_eval` tasks, or a mixture of them.
       output_dir: folder for results.json, results.md, predictions/<run>/<task>.jsonl,
         shots/<task>.jsonl and routing_<run>.png.
-      mesh: how each model is spread over the devices.
-      routing_picture: whether to draw which experts the tasks use, if the model has routers.
-        It is drawn of inputs without shots.
+      mesh: the shape of the device mesh, and how parameters are sharded over it.
+      routing_picture: whether to draw, for models with routers, which experts the tasks use on
+        inputs without shots.
       few_shot: the solved examples in front of each input.
       length_normalized: whether to also report accuracy by log-likelihood per character, byte and
         token of a choice.
@@ -73,10 +73,10 @@ def evaluate(
         return groups if setup.sentences is None else setup.sentences.attach_to(groups)
 
     groups = read_groups(data.name)
-    groups_by_task = rows_by_task = _group_by_task(groups, setup.task_names)
+    groups_by_task = zero_shot_groups = _group_by_task(groups, setup.task_names)
     rank_classification.report_rows(data.name, groups_by_task, setup.task_roles)
     if few_shot.shots:
-        names = [name for name, members in rows_by_task.items() if members]
+        names = [name for name, members in zero_shot_groups.items() if members]
         length = setup.lengths["inputs"]
         task_shots = shots.load_shots(names, few_shot, length, data.use_cached_tasks)
         groups = shots.add_shots(groups, task_shots, length)
@@ -86,6 +86,7 @@ def evaluate(
     results: dict[str, Any] = {"runs": []}
     for opened in setup.models:
         params = opened.load(opened.shardings(setup.mesh, setup.rules))
+        # Only scoring is timed: the time to load a model depends on the disk.
         start = time.monotonic()
         with partitioning.use_mesh(setup.mesh, setup.rules):
             predictions = rank_classification.score_groups(
@@ -115,8 +116,9 @@ def evaluate(
         # Written after each run, so that a later run that fails leaves the results so far.
         setup.write(results, result_tables.results_markdown(results))
         if routing_picture and setup.task_roles.datasets:
-            _draw_routing(setup, opened, params, rows_by_task, read_groups, data.batch_size)
-        del params  # before the next model is loaded
+            _draw_routing(setup, opened, params, zero_shot_groups, read_groups, data.batch_size)
+        # Otherwise both models would be in memory while the next one is loaded.
+        del params
     result_tables.print_results(results)
     print(f"results in {setup.folder}/results.md, predictions in {setup.folder}/predictions")
     return results
@@ -125,6 +127,7 @@ def evaluate(
 def _group_by_task(
     groups: "Sequence[ChoiceGroup]", names: Sequence[str]
 ) -> "dict[str, list[ChoiceGroup]]":
+    """Returns the groups of each named task, an empty list for a task without rows."""
     by_task: dict[str, list[ChoiceGroup]] = {name: [] for name in names}
     for group in groups:
         by_task[group.task].append(group)
@@ -134,10 +137,15 @@ def _group_by_task(
 def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[str, Any]:
     """Returns a model's entry in results.json, without its scores.
 
-    `trained_datasets` are the scored datasets that the run was trained on; the key is absent if
-    they are unknown. `settings` is equal for runs that differ only by `seed`. `used` are the
-    parameters that a token uses, `flops` and `flops_with_places` those of `flops.token_flops`,
-    `step_times` those of `step_times.read_step_times`, if the run's metrics.jsonl has them.
+    Its keys are those of `OpenedModel.summary` and:
+      variant: the method with its experts, rank and routing, see `counts.method_label`.
+      used: number of parameters that a token uses.
+      flops, flops_with_places: the two numbers of `flops.token_flops`.
+      seed, settings: the seed, and a fingerprint that is equal for runs that differ only in it.
+      step_times: see `step_times.read_step_times`.
+      trained_datasets: the scored datasets that the run was trained on.
+
+    A key whose value is unknown is absent, such as `settings` of a base model.
     """
     from pemoe_jax.analysis import counts
     from pemoe_jax.analysis.planning import flops
@@ -176,22 +184,33 @@ def _draw_routing(
     read_groups: "Callable[[str], Sequence[ChoiceGroup]]",
     batch_size: int,
 ) -> None:
-    """Draws which experts the first prompt of each dataset uses, trained on and held out."""
+    """Draws which experts each dataset uses, both training datasets and scored ones.
+
+    A dataset is represented by its first task, and a task by its first examples.
+
+    Args:
+      setup: the evaluation.
+      opened, params: the model.
+      groups_by_task: scored task -> its examples, without shots.
+      read_groups: function that reads the examples of another task.
+      batch_size: number of rows of a batch.
+    """
     from pemoe_jax.analysis import plots
     from pemoe_jax.analysis.routing import measure, probe
+    from pemoe_jax.tasks import score_eval
 
     experts = probe.expert_counts(opened.model)
     if not experts:
         return
     datasets = setup.task_roles.datasets
-    scored, trained = (
+    scored_tasks, training_tasks = (
         measure.first_task_per_dataset({name: datasets[name] for name in names})
         for names in (groups_by_task, setup.task_roles.train_score_tasks)
     )
-    groups = {name: read_groups(name) for name in trained}
-    groups |= {name: groups_by_task[name] for name in scored}
+    groups = {name: read_groups(name) for name in training_tasks}
+    groups |= {name: groups_by_task[name] for name in scored_tasks}
     examples = {
-        name.removesuffix("_score_eval"): members[: measure.DEFAULT_EXAMPLES]
+        score_eval.plain_name(name): members[: measure.DEFAULT_EXAMPLES]
         for name, members in groups.items()
     }
     by_example = measure.measure_examples(opened.model, params, examples, batch_size, setup.mesh)
@@ -212,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Imported by name, so that gin configures this very module and not a second copy of it.
+    # `python -m` runs this file as the module `__main__`, but gin configures the functions of
+    # `pemoe_jax.evaluate`, a second copy: call that one.
     from pemoe_jax import evaluate as imported
 
     sys.exit(imported.main())

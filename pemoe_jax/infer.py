@@ -1,4 +1,4 @@
-"""Decodes tasks, or texts, greedily and computes the tasks' metrics: `pemoe infer --help`."""
+"""Decodes tasks or texts greedily, and computes the tasks' metrics: `pemoe infer --help`."""
 
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ FLAGS.add_argument(
     " the lines of standard input",
 )
 
-# Settings that --text has no use for.
+# Settings that a user may have set but that --text ignores, with a warning.
 _TASK_MACROS = (
     *("EVAL_OUTPUT_DIR", "EVAL_TASKS", "TRAIN_TASKS", "EVAL_EXAMPLES", "JSONL_DIR", "P3_DIR"),
     *("MMLU_DIR", "BBH_DIR", "MIXTURE_OR_TASK_MODULE", "USE_CACHED_TASKS", "SENTENCE_EMBEDDINGS"),
@@ -58,7 +58,7 @@ def infer(
         of 'targets' is the maximum number of decoded tokens.
       output_dir: folder for results.json, results.md, predictions/<run>/<task>.jsonl and
         shots/<task>.jsonl.
-      mesh: how each model is spread over the devices.
+      mesh: the shape of the device mesh, and how parameters are sharded over it.
       few_shot: the solved examples in front of each input.
 
     Returns:
@@ -95,9 +95,11 @@ def infer(
             tokens = generation.decode(
                 opened, params, tasks, data.batch_size, setup.lengths["targets"], setup.mesh
             )
-        del params  # before the next model is loaded
+        # Otherwise both models would be in memory while the next one is loaded.
+        del params
         task_results = {}
         for task in tasks:
+            # `tokens` has the examples of all tasks in order.
             rows = [tokens.popleft() for _ in task.inputs]
             task_results[task.name] = generation.compute_metrics(
                 task, rows, opened.step, few_shot.shots
@@ -138,13 +140,13 @@ def decode_texts(
     Args:
       texts: the inputs.
       models: the models to decode with.
-      vocab_path: their vocabulary, see `tasks.register`.
+      vocab_path: vocabulary of all models, see `tasks.register`.
       task_feature_lengths: maximum number of tokens of 'inputs' and of answers ('targets').
       batch_size: number of texts of a batch, over all devices.
-      mesh: how each model is spread over the devices.
+      mesh: the shape of the device mesh, and how parameters are sharded over it.
 
     Returns:
-      The answers [texts] of each model.
+      For each model, its answer to each text.
 
     Raises:
       InputError: a setting or a file is wrong.
@@ -163,7 +165,7 @@ def decode_texts(
     answers = []
     for opened in opened_models:
         generation.check_decodes_texts(opened, task.vocabulary)
-        # standard output is for the answers
+        # Progress goes to stderr, so that a program that reads stdout gets the answers alone.
         with (
             contextlib.redirect_stdout(sys.stderr),
             partitioning.use_mesh(device_mesh, rules),
@@ -172,7 +174,7 @@ def decode_texts(
             rows = generation.decode(
                 opened, params, [task], batch_size, lengths["targets"], device_mesh
             )
-        del params  # before the next model is loaded
+        del params
         answers.append([task.vocabulary.decode(tokens.tolist()) for tokens in rows])
         prefix = f"{opened.name}: " if len(opened_models) > 1 else ""
         for answer in answers[-1]:
@@ -187,7 +189,8 @@ def _read_texts(values: Sequence[str]) -> list[str]:
         for value in values:
             if value == "-":
                 content = "" if sys.stdin is None else sys.stdin.read()
-                # Not splitlines, which has other ends of lines too: there is an answer for each.
+                # Each line gets one answer. Not `splitlines`, which also splits at characters such
+                # as a form feed. Files of Windows have CRLF, and may have a byte order mark.
                 lines = content.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
                 texts += lines[:-1] if not lines[-1] else lines
             else:
@@ -207,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             gin_flags.load_config(args, bindings)
             gin_flags.call_configured(infer)
             return
-        gin_flags.load_config(args, ["EVAL_OUTPUT_DIR = ''", *bindings])  # required for tasks
+        # The run file requires EVAL_OUTPUT_DIR, which only tasks need.
+        gin_flags.load_config(args, ["EVAL_OUTPUT_DIR = ''", *bindings])
         if shots := gin_flags.macro_value("SHOTS"):
             raise InputError(
                 f"SHOTS must be 0 with --text, which has no train split, got {shots!r}"
@@ -226,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Imported by name, so that gin configures this very module and not a second copy of it.
+    # `python -m` runs this file as the module `__main__`, but gin configures the functions of
+    # `pemoe_jax.infer`, a second copy: call that one.
     from pemoe_jax import infer as imported
 
     sys.exit(imported.main())

@@ -75,17 +75,17 @@ def train(
       optimizer: the optimizer, e.g. @optim.adafactor or @optim.adamw.
       schedule: function from a step to a learning rate.
       loss: settings of the loss.
-      checkpointing: where to start from and where to save.
+      checkpointing: the model or run to start from, and where and how often to save.
       logging: what to report, and how often.
-      mesh: how the run is spread over its devices.
+      mesh: the shape of the device mesh, and how parameters are sharded over it.
       seed: seed of new adapters, a random base model, the data order and dropout.
       numerics: what to do about a step that is not finite.
       allow_changes: whether a run may resume with other data, seed or batches.
       debug_nans: whether to find where the first infinity or NaN comes from.
 
     Raises:
-      InputError: a setting or a file is wrong, before any file is written; or training fails, as a
-        step is not finite or the data end.
+      InputError: a setting or a file is wrong, in which case no file is written; or a step is not
+        finite, or the data end before `total_steps`.
     """
     if model is None:
         raise InputError(
@@ -112,6 +112,8 @@ def train(
     )
     from pemoe_jax.tasks.task_roles import abbreviate, run_register
 
+    # Cheap checks come first: those that need only the headers of checkpoints, then those that need
+    # the tasks (TensorFlow takes about 5 s to import), and last those that need the base's arrays.
     model_dir = file_io.resolve_output_folder(checkpointing.model_dir, "MODEL_DIR")
     file_io.check_no_pattern(model_dir, "MODEL_DIR")
     device_mesh, rules = distributed.start(mesh, data.batch_size, data.microbatches)
@@ -130,9 +132,12 @@ def train(
     checkpointing.check_keep_best(logging.eval_period)
     _check_before_tasks(model, method, data, record.adapters)
     folder = distributed.output_folder(model_dir)
+    # Locked before its checkpoints are read. A new folder is created, and locked, only when all
+    # settings have been checked.
     if folder.is_dir():
         folder_lock.hold(folder, "MODEL_DIR")
     first_step, _ = _resume_step(model_dir, record, allow_changes)
+
     task_roles = run_register(data.register)
     mixture = data.name
     fraction_name = task_fraction.register_fraction(
@@ -177,7 +182,8 @@ def train(
             flush=True,
         )
 
-    _, allowed = _resume_step(model_dir, record, allow_changes)  # again, with tasks and base
+    # Compared again, because the record has the tasks and the base only now.
+    _, allowed = _resume_step(model_dir, record, allow_changes)
 
     def find_best(steps: Collection[int]) -> tuple[int, float] | None:
         if (metric := checkpointing.keep_best) is None:
@@ -197,7 +203,7 @@ def train(
     )
     if first_step >= total_steps:
         print(f"{model_dir} is at step {first_step}; TRAIN_STEPS is {total_steps}: nothing to do")
-        # What a run that was killed after its last checkpoint has left undone.
+        # A run that was killed right after its last save has not done the following.
         checkpoints.delete_older(first_step)
         if (folder / "metrics.jsonl").exists():
             progress.truncate_metrics(folder / "metrics.jsonl", first_step)
@@ -205,22 +211,26 @@ def train(
         return
     config = gin.config_str()
     if first_step:
-        # A run keeps what `same_run` compares. Any other change gives another run, and is said.
-        settings = run_settings.read_settings(str(model_dir)), run_settings.parse_settings(config)
-        if settings[0] and (changes := run_settings.describe_changes(*settings)):
+        # `_resume_step` has compared the settings that a run must keep. Changes of all others, such
+        # as TRAIN_STEPS, are allowed, and printed here.
+        previous = run_settings.read_settings(str(model_dir))
+        current = run_settings.parse_settings(config)
+        if previous and (changes := run_settings.describe_changes(previous, current)):
             print(f"settings that changed since: {changes}", flush=True)
         if allowed:
             print(f"WARNING: another run than before: {'; '.join(allowed)}", flush=True)
         state, first_step = checkpoints.restore_newest(state)
     shard = partitioning.data_shard(device_mesh)
-    positions: list[int] | None = [0] * shard[1]
+    _, num_shards = shard
+    positions: list[int] | None = [0] * num_shards
     if first_step:
-        positions = runs.read_data_position(f"{model_dir}/checkpoint_{first_step}", shard[1])
+        positions = runs.read_data_position(f"{model_dir}/checkpoint_{first_step}", num_shards)
     batches, eval_batches = _open_feeds(data, logging, seed, shard, positions, sentence_source)
     print(f"training on {data.name}: {examples}", flush=True)
 
-    # Every setting has been checked by now: only from here on are files written.
+    # All settings have been checked: files are written from here on.
     folder_lock.hold(folder, "MODEL_DIR")
+    # A new folder was not locked before: another process may have saved a checkpoint in it.
     if not first_step and runs.saved_steps(model_dir):
         raise InputError(f"{model_dir}: another run has written to it: run the same command again")
     if first_step:
@@ -228,6 +238,8 @@ def train(
         if positions is None:
             print(f"the checkpoint has no position in the data: skipping {first_step} batches")
             collections.deque(itertools.islice(batches, first_step), maxlen=0)
+    # Only now, because the parameters have been read, counted and compared layer by layer. The
+    # trainable ones stay unstacked, as checkpoints have them; each step stacks them.
     if model.config.scan_layers:
         frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
     atomic_write.write_text(folder / "config.gin", config)
@@ -254,7 +266,7 @@ def train(
         microbatches=data.microbatches,
         mesh=device_mesh,
         folder=folder,
-        rng=jax.random.key(seed + 1),
+        rng=jax.random.key(seed + 1),  # dropout; new parameters are drawn from key(seed)
         total_steps=total_steps,
         logging=logging,
         eval_batches=eval_batches,
@@ -268,11 +280,11 @@ def train(
         with partitioning.use_mesh(device_mesh, rules):
             stopped = loop.run(state, frozen, prefetch.prefetch(batches, transform=loop.to_devices))
     except BaseException as error:
-        # close() waits for pending saves, which need all processes. An InputError is raised in all
-        # of them; after any other error, another process may be gone.
-        # An interrupt, the second one, does not wait.
-        is_alone = jax.process_count() == 1 and isinstance(error, Exception)
-        if isinstance(error, InputError) or is_alone:
+        # close() waits for pending saves, in which all processes take part. An InputError is raised
+        # in all of them; after another error, some may have ended. KeyboardInterrupt, which is no
+        # Exception, comes from a second Ctrl-C, whose user does not want to wait.
+        is_single_process = jax.process_count() == 1
+        if isinstance(error, InputError) or (is_single_process and isinstance(error, Exception)):
             checkpoints.close()
         raise
     checkpoints.close()
@@ -294,7 +306,10 @@ def train(
 
 
 def _check_references(model: object, optimizer: Any, schedule: object) -> None:
-    """Raises InputError if gin refers to something else than a model or an optimizer."""
+    """Raises InputError unless MODEL is a network and OPTIMIZER an optimizer factory.
+
+    gin accepts a reference to any function or class in their place.
+    """
     import inspect
 
     from pemoe_jax.core import network
@@ -302,9 +317,9 @@ def _check_references(model: object, optimizer: Any, schedule: object) -> None:
     if not isinstance(model, network.Transformer):
         raise InputError(f"MODEL must be @network.Transformer() (models/….gin), got {model!r:.80}")
     try:
-        if inspect.isclass(optimizer):
+        if inspect.isclass(optimizer):  # its signature might fit, but it returns no transformation
             raise TypeError
-        # Partially: gin may bind further parameters of an optimizer of the user's own.
+        # `bind_partial`, since gin may bind further required parameters of a user's own optimizer.
         inspect.signature(optimizer).bind_partial(schedule, param_axes=None)
     except (TypeError, ValueError):
         raise InputError(
@@ -319,7 +334,7 @@ def _describe_run(
     optimizer: "optim.OptimizerFactory",
     seed: int,
 ) -> "Record":
-    """Returns the record of a run as far as it is known before its base and tasks are read."""
+    """Returns the part of a run's record that is known before its base and tasks are read."""
     from pemoe_jax.checkpoints import records
     from pemoe_jax.core import adapters, sparse
 
@@ -343,9 +358,14 @@ def _check_before_tasks(
     data: options.Data,
     descriptions: Mapping[str, Any],
 ) -> None:
-    """Checks what needs no tasks, before the import of TensorFlow, which takes about 5 s.
+    """Checks settings that need no tasks, so that a mistake shows before TensorFlow is imported.
 
-    `descriptions` are the model's adapters, by `core.adapters.describe`.
+    Args:
+      model, method, data: see `train`.
+      descriptions: the model's adapters, by `core.adapters.describe`.
+
+    Raises:
+      InputError: the lengths, the sentence embeddings or TRAINABLE are wrong.
     """
     from pemoe_jax.checkpoints import new_run
     from pemoe_jax.core import network
@@ -353,23 +373,25 @@ def _check_before_tasks(
     from pemoe_jax.data import sentences, seqio_tasks
 
     seqio_tasks.validate_lengths(data.task_feature_lengths)
-    if not sentences.check_settings(descriptions, data.sentence_embeddings, data.pack):
-        # With sentence embeddings, routers' shapes depend on their size, which only tasks know.
+    reads_sentences = sentences.check_settings(descriptions, data.sentence_embeddings, data.pack)
+    # A router that reads sentence embeddings has a kernel of their size, which may be known only
+    # from the tasks. `new_run.initialize` checks TRAINABLE then.
+    if not reads_sentences:
         new_run.find_trainable_paths(method, params_lib.flatten(network.param_shapes(model)))
 
 
 def _describe_recipe(
     optimizer: "optim.OptimizerFactory", schedule: "optim.Schedule", total_steps: int
 ) -> str:
-    """Returns the names of optimizer and schedule, and the highest rate with its step."""
+    """Returns the names of optimizer and schedule, and the highest learning rate with its step."""
     import jax
     import numpy as np
 
-    # In blocks: JAX keeps what it compiles for each shape, which would be 22 MiB for each number of
-    # steps that is trained to in one process.
-    rates_of_block = jax.jit(jax.vmap(schedule))
+    # Blocks of one length share a compiled program. JAX keeps a program for each length, so that an
+    # array of `total_steps` would cost 22 MiB for each new value of TRAIN_STEPS in this process.
+    block_rates = jax.jit(jax.vmap(schedule))
     blocks = [np.arange(first, first + 1000) for first in range(0, total_steps, 1000)]
-    rates = np.concatenate([rates_of_block(steps) for steps in blocks])[:total_steps]
+    rates = np.concatenate([block_rates(steps) for steps in blocks])[:total_steps]
     names = [getattr(function, "__name__", repr(function)) for function in (optimizer, schedule)]
     step = int(rates.argmax())
     return f"{', '.join(names)}, learning rate up to {rates[step]:.3g} (at step {step + 1})"
@@ -382,6 +404,7 @@ def _summarize(
     recipe: str,
     sparse_lines: Mapping[str, str],
 ) -> str:
+    """Returns the table of parameters and settings that a run prints before its first step."""
     import jax
 
     from pemoe_jax.analysis import counts
@@ -407,7 +430,7 @@ def _summarize(
 
 
 def _report_stop(stopped: "StopSignals", checkpoint: str) -> None:
-    """Prints where a run that a signal has stopped resumes; raises KeyboardInterrupt for SIGINT."""
+    """Prints how to resume a run that a signal has stopped; raises KeyboardInterrupt for SIGINT."""
     from pemoe_jax.runtime import run_file
 
     assert stopped.received is not None
@@ -419,6 +442,8 @@ def _report_stop(stopped: "StopSignals", checkpoint: str) -> None:
     )
     step = int(checkpoint.rpartition("_")[2])
     run_file.finish("stopped", reason, last_step=step, save_seconds=round(seconds, 1))
+    # `gin_flags.run_command` then exits with 130, as shells expect after Ctrl-C. Schedulers, which
+    # send the other signals, see a run that has saved as a success.
     if stopped.received == signal.SIGINT:
         raise KeyboardInterrupt
 
@@ -429,7 +454,10 @@ def _report_stop(stopped: "StopSignals", checkpoint: str) -> None:
 def _open_sentences(
     model: "network.Transformer", data: options.Data
 ) -> "tuple[network.Transformer, sentences.SentenceSource | None]":
-    """Returns the model, sized for the sentence embeddings that it reads, and their source."""
+    """Returns the model, sized for the sentence embeddings that it reads, and their source.
+
+    The source is None if no router reads sentence embeddings.
+    """
     from pemoe_jax.core import adapters
     from pemoe_jax.data import sentences, seqio_tasks
 
@@ -454,16 +482,28 @@ def _open_feeds(
     positions: list[int] | None,
     sentence_source: "sentences.SentenceSource | None",
 ) -> "tuple[BatchIterator, list[Batch]]":
-    """Returns this process's shard of the training batches, and the batches of an evaluation."""
+    """Opens the training batches of this process, and reads the batches of the evaluation.
+
+    Args:
+      data, logging, seed: see `train`.
+      shard: (index, number of shards): the part of each batch that this process reads.
+      positions: number of examples that each shard has read before; None: unknown, the batches
+        start from the beginning.
+      sentence_source: source of sentence embeddings, if routers read them.
+
+    Returns:
+      (training batches, evaluation batches): the latter whole, and empty if EVAL_PERIOD is 0.
+    """
     from pemoe_jax.data import feed
 
+    shard_index, num_shards = shard
     batches = feed.train_batches(
         data.name,
         data.task_feature_lengths,
-        data.batch_size // shard[1],
+        data.batch_size // num_shards,
         seed=seed,
         pack=data.pack,
-        start=None if positions is None else {"examples": positions[shard[0]]},
+        start=None if positions is None else {"examples": positions[shard_index]},
         use_cached=data.use_cached_tasks,
         shard=shard,
         sentences=sentence_source,
@@ -507,10 +547,19 @@ def _gather_positions(
 def _resume_step(
     model_dir: "AnyPath", record: "Record", allow_changes: bool
 ) -> tuple[int, Sequence[str]]:
-    """Returns (the newest checkpoint's step, 0 without one; allowed changes since then).
+    """Compares a run with the newest checkpoint in its folder.
 
-    Checks that it fits the new run. Before the base is read, `record.base` is empty, and the
-    settings alone are compared.
+    Args:
+      model_dir: folder of the run.
+      record: the run's record; its `base` is empty before the base is read, and then the base and
+        the sentence encoder are not compared.
+      allow_changes: see `train`.
+
+    Returns:
+      (step of the checkpoint, or 0 without one; the changes that `allow_changes` has accepted).
+
+    Raises:
+      InputError: the run cannot resume from the checkpoint.
     """
     from pemoe_jax.checkpoints import runs, same_run
     from pemoe_jax.data import sentence_table
@@ -532,7 +581,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Imported by name, so that gin configures this very module and not a second copy of it.
+    # `python -m` runs this file as the module `__main__`, but gin configures the functions of
+    # `pemoe_jax.train`, a second copy: call that one.
     from pemoe_jax import train as imported
 
     sys.exit(imported.main())

@@ -273,7 +273,7 @@ def test_adapters_of_one_batch(folder, method, options):
     with pytest.raises(InputError, match="adapter must be a list of paths, got"):
         model.rank(TEXTS, CHOICES, adapter=[first, None, second])
     other = write_adapter(folder, "ia3", {"mov": 12, "lora": 13}[method])
-    with pytest.raises(InputError, match="adapter must be adapters of one method and settings"):
+    with pytest.raises(InputError, match="list of adapters of the same method and settings"):
         model.generate(TEXTS[:2], 4, adapter=[first, other])
 
 

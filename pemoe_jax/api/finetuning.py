@@ -29,18 +29,18 @@ def finetune(
 ) -> str:
     """Fine-tunes a base as `pemoe train` does, with its gin files, checks and messages.
 
-    The same call again resumes from the newest checkpoint. The function imports TensorFlow, and
+    A repeated call resumes from the newest checkpoint. The function imports TensorFlow, and
     configures gin for the whole process.
 
     Args:
       base: the base model, or a run to continue from (INITIAL_CHECKPOINT_PATH); None: random
         weights of `size`.
       method: name of a file in gin/methods/: 'mov', 'molora', 'ia3', 'lora', 'full', ….
-      train: a folder of JSON lines (JSONL_DIR); or rows with 'inputs', 'targets' and optionally
-        'answer_choices', which are written to `model_dir`/data.
+      train: a folder of JSON lines (JSONL_DIR); or a list of rows, each a mapping with 'inputs',
+        'targets' and optionally 'answer_choices', which are written to `model_dir`/data.
       model_dir: folder of the run (MODEL_DIR).
-      validation: if `train` is a list of rows, those on which the loss is evaluated every
-        EVAL_PERIOD steps.
+      validation: rows on which the loss is evaluated every EVAL_PERIOD steps; only if `train` is a
+        list of rows.
       vocabulary: the base's SentencePiece file, a folder with a `spiece.model`, or 'bytes'
         (VOCAB_PATH); None: the `spiece.model` in the folder of the base, or else the command's
         default.
@@ -55,8 +55,8 @@ def finetune(
       The folder of the run, for `load_model`.
 
     Raises:
-      InputError: a setting or a file is wrong, before any checkpoint is written; or training fails,
-        as a step is not finite or the data end.
+      InputError: a setting or a file is wrong, in which case no checkpoint is written; or a step is
+        not finite, or the data end before `train_steps`.
     """
     compile_cache.enable_in_process()
     from pemoe_jax import train as train_lib
@@ -65,9 +65,16 @@ def finetune(
 
     gin_flags.silence_libraries()
     run_folder = os.fspath(model_dir)
-    data_folder = train if isinstance(train, (str, os.PathLike)) else f"{run_folder}/data"
-    if validation is not None and data_folder is train:
-        raise InputError("validation must be None if train is a folder, which has its own splits")
+    data_folder: StrPath
+    rows: Sequence[Mapping[str, Any]] | None
+    if isinstance(train, (str, os.PathLike)):
+        data_folder, rows = train, None
+        if validation is not None:
+            raise InputError(
+                "validation must be None if train is a folder, which has its own splits"
+            )
+    else:
+        data_folder, rows = f"{run_folder}/data", train
     if isinstance(gin_files, (str, os.PathLike)):
         raise InputError(f"gin_files must be a list of paths, got {gin_files!r}")
     if not isinstance(vocabulary, (str, os.PathLike, type(None))):
@@ -79,7 +86,8 @@ def finetune(
         vocabulary = loading.find_spiece(base)
     elif vocabulary is not None:
         vocabulary = loading.find_spiece(vocabulary) or vocabulary
-        locate_vocabulary(vocabulary, "vocabulary")  # raises, if there is no such file
+        # Its error names the argument; that of the training would name VOCAB_PATH.
+        locate_vocabulary(vocabulary, "vocabulary")
     if "train_steps" not in options and not gin_files:
         raise InputError("train_steps is not set: pass train_steps=…, the number of steps")
     macros = {
@@ -97,10 +105,11 @@ def finetune(
     args = train_lib.FLAGS.parse_args([f"--gin_file={f}" for f in (*files, "runs/finetune.gin")])
     try:
         gin_flags.load_config(args, [f"{name} = {_gin_text(v)}" for name, v in macros.items()])
-        if not isinstance(train, (str, os.PathLike)):
-            _write_rows(data_folder, {"train": train, "validation": validation})
+        if rows is not None:
+            _write_rows(data_folder, {"train": rows, "validation": validation})
         gin_flags.call_configured(train_lib.train, allow_changes=allow_changes)
         run_file.finish("finished", "the work is done")
+    # `gin_flags.run_command` does the same for the commands.
     except BaseException as error:
         is_interrupt = isinstance(error, KeyboardInterrupt)
         reason = "interrupted" if is_interrupt else f"{type(error).__name__}: {first_line(error)}"
@@ -112,16 +121,24 @@ def finetune(
 
 
 def _gin_text(value: object) -> str:
+    """Returns a value as gin text: a reference such as '@optim.adamw' as it is, else a literal."""
     if isinstance(value, os.PathLike):
         return repr(os.fspath(value))
     return value if isinstance(value, str) and value[:1] in ("@", "%") else repr(value)
 
 
 def _write_rows(folder: StrPath, splits: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> None:
-    """Writes rows as the only task of a folder of JSON lines, unless they are there already."""
+    """Writes rows as a folder of JSON lines with a single task, `rows`.
+
+    Args:
+      folder: the folder.
+      splits: split -> its rows; None: the file of an earlier call is deleted.
+
+    Raises:
+      InputError: a split is not a list of rows; then nothing is written.
+    """
     from pemoe_jax.runtime import atomic_write, file_io
 
-    # All splits are checked before any is written.
     texts = {
         split: None if rows is None else _to_json_lines(split, rows)
         for split, rows in splits.items()
@@ -130,6 +147,7 @@ def _write_rows(folder: StrPath, splits: Mapping[str, Sequence[Mapping[str, Any]
         path = file_io.resolve_local(folder, "MODEL_DIR") / "rows" / f"{split}.jsonl"
         if text is None:
             path.unlink(missing_ok=True)
+        # A call that resumes has the same rows: their file stays as it is.
         elif not path.is_file() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write.write_text(path, text)
@@ -137,7 +155,7 @@ def _write_rows(folder: StrPath, splits: Mapping[str, Sequence[Mapping[str, Any]
 
 def _to_json_lines(split: str, rows: Sequence[Mapping[str, Any]]) -> str:
     try:
-        # Unlike dict(row), {**row} refuses a string and a list of pairs.
+        # `{**row}` raises TypeError unless a row is a mapping; dict(row) accepts a list of pairs.
         return "".join(json.dumps({**row}, ensure_ascii=False) + "\n" for row in rows)
     except (TypeError, ValueError) as error:
         raise InputError(

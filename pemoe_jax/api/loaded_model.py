@@ -1,4 +1,4 @@
-"""A network with its parameters in memory: a base, and the adapters on it."""
+"""A network with its parameters in memory: a base, and the adapters that are set on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ StrPath = str | os.PathLike[str]
 
 
 class SelectedAdapters(NamedTuple):
-    """Adapters of one network, stacked [A, …], and the index of each text's adapter [N]."""
+    """The adapters for the texts of a call.
+
+    Attributes:
+      network: the network, which is the same for all adapters.
+      params: parameters of the A distinct adapters, stacked [A, …].
+      ids: index of each text's adapter, [N].
+    """
 
     network: Transformer
     params: PyTree
@@ -37,8 +43,8 @@ class LoadedModel:
     """The network and the parameters of a model.
 
     Args:
-      opened: the model; its arrays are read here.
-      tokenizer: a vocabulary, which must be that of each adapter.
+      opened: the model; the constructor reads its arrays.
+      tokenizer: the vocabulary, which must be that of each adapter.
 
     Attributes:
       path: path of the base, or of a run that trained the whole model; None for a base of random
@@ -47,8 +53,8 @@ class LoadedModel:
         the whole model.
       network: the network with its adapters.
       params: all parameters.
-      base: those of the base; None if a run trained some of them, since the original base is then
-        not in memory.
+      base: the base's parameters; None if a run trained some of them, because the original values
+        are then not in memory.
     """
 
     base: dict[str, PyTree] | None
@@ -60,7 +66,8 @@ class LoadedModel:
 
         generation.check_decodes_texts(opened, tokenizer, "vocabulary")
         self._tokenizer = tokenizer
-        self._identity: Mapping[str, Any] | None = None  # of the base
+        # The base's fingerprint and checksum, which each adapter is compared with.
+        self._identity: Mapping[str, Any] | None = None
         self.network = _make_network(opened)
         if opened.record is None:
             self.params, self._identity = models.load_base(
@@ -77,7 +84,8 @@ class LoadedModel:
         # A run that does not need a base is the whole model.
         self.path = opened.base_path if opened.needs_base else opened.path
         self.adapter = opened.path if opened.needs_base else None
-        # Path -> network and adapter parameters, for each adapter that `select_adapters` has read.
+        # Path -> (network, adapter parameters) of the adapters that `select_adapters` has read. All
+        # stay in memory: adapters are small beside the base, and calls repeat them.
         self._adapters: dict[str, tuple[Transformer, PyTree]] = {}
 
     def __repr__(self) -> str:
@@ -108,7 +116,9 @@ class LoadedModel:
         if opened.record is None or not all(map(params_lib.is_adapter, opened.trained_arrays)):
             got = "a base" if opened.record is None else "a run that trained parameters of its base"
             raise InputError(f"{adapter} must be an adapter, got {got}")
-        opened.base_path = self.path  # a random base: not the one that the adapter's record names
+        # For a base of random weights, `open_models` got no base_path, and took the base that the
+        # adapter's record names.
+        opened.base_path = self.path
         trained = opened.load_trained()
         generation.check_decodes_texts(opened, self._tokenizer, "vocabulary")
         params = opened.join_base(trained, self.base, self._base_identity())
@@ -117,7 +127,19 @@ class LoadedModel:
     def select_adapters(
         self, paths: Sequence[StrPath] | None, count: int
     ) -> SelectedAdapters | None:
-        """Returns the adapters of the texts of a call; None for the model's adapter."""
+        """Returns the adapters for the texts of a call.
+
+        Args:
+          paths: path of each text's adapter; None: all texts use the model's own adapter.
+          count: number of texts.
+
+        Returns:
+          None if `paths` is None.
+
+        Raises:
+          InputError: `paths` is not a list of `count` paths, a path is not an adapter of this base,
+            or the adapters differ in method or settings.
+        """
         import jax
         import jax.numpy as jnp
         import numpy as np
@@ -141,11 +163,12 @@ class LoadedModel:
                 network, params = self._load_adapter(name)
                 self._adapters[name] = network, params_lib.select(params, params_lib.is_adapter)
         networks, trees = zip(*(self._adapters[name] for name in distinct), strict=True)
+        # One program computes all rows, with the adapters' parameters stacked.
         for name, network in zip(distinct, networks, strict=True):
             if network != networks[0]:
                 raise InputError(
-                    f"adapter must be adapters of one method and settings, got {distinct[0]} and"
-                    f" {name}, which differ"
+                    "adapter must be a list of adapters of the same method and settings, got"
+                    f" {distinct[0]} and {name}, which differ"
                 )
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
         return SelectedAdapters(
@@ -172,15 +195,18 @@ class LoadedModel:
         from pemoe_jax.core import adapter_rows
 
         num_rows = len(jax.tree.leaves(rows)[0])
-        assert self.base is not None  # or no adapter could be selected
+        assert self.base is not None  # otherwise `select_adapters` has raised
         ids = jax.numpy.asarray(selected.ids[fill_rows(indices, num_rows)])
         apply = adapter_rows.map_adapters(function, selected.network, **settings)
         return apply(self.base, selected.params, ids, rows, options)
 
     def _base_identity(self) -> Mapping[str, Any]:
+        """Returns the fingerprint and checksum of the base, see `OpenedModel.check_base`."""
         from pemoe_jax.checkpoints import base_model
 
-        if self._identity is None:  # a run that trained the whole model
+        # Loading a run that trained the whole model has not computed them; the checkpoint is read
+        # once more.
+        if self._identity is None:
             assert self.path is not None
             dtype = self.network.config.dtype
             self._identity = base_model.open_base(self.path).identity(dtype)
@@ -191,8 +217,8 @@ def _make_network(opened: OpenedModel) -> Transformer:
     """Returns the network of an opened model; networks of equal settings compare equal."""
     from pemoe_jax.checkpoints import models
 
-    # A program is compiled for each configuration. Dropout, which runs may set differently, is
-    # unused here.
+    # JAX compiles a program for each network. Without their dropout rate, which nothing here uses,
+    # runs that differ in it alone share programs.
     config = dataclasses.replace(opened.model.config, dropout_rate=0.0)
     if opened.record is None:
         return opened.model.clone(config=config)

@@ -73,7 +73,11 @@ def load_model(
 
 
 def _open_vocabulary(vocabulary: Any, opened: OpenedModel) -> Tokenizer:
-    """Returns the tokenizer that `vocabulary` names; if it is None, that of the base or the run."""
+    """Returns the tokenizer that `vocabulary` names; for None, that of the base or the run.
+
+    Raises:
+      InputError: see `load_model`.
+    """
     from pemoe_jax.checkpoints import huggingface, run_settings
     from pemoe_jax.runtime import file_io
     from pemoe_jax.tasks import tokenizer
@@ -82,13 +86,16 @@ def _open_vocabulary(vocabulary: Any, opened: OpenedModel) -> Tokenizer:
         if isinstance(vocabulary, (str, os.PathLike)):
             vocabulary = find_spiece(vocabulary) or vocabulary
         return tokenizer.open_tokenizer(vocabulary)
+    # As gin text: a quoted string, or a reference to a function.
     recorded = run_settings.read_settings(opened.path).get("VOCAB_PATH", "None")
     if recorded == repr(tokenizer.BYTES):
         return tokenizer.ByteTokenizer()
     files = [find_spiece(path) for path in (opened.path, opened.base_path)]
-    if recorded[:1] in ("'", '"'):  # a path, not a gin reference to the default
+    if recorded[:1] in ("'", '"'):  # a path, not a reference such as @tasks.default_vocab_path()
         files.append(ast.literal_eval(recorded))
     files.append(os.environ.get("PEMOE_VOCAB_PATH"))
+    # A file may have been moved since the training, and a tokenizer cannot read from a bucket: the
+    # first one that is at hand is used, and is compared with the recorded fingerprint later.
     for file in filter(None, files):
         if "://" not in file and file_io.to_path(file).expanduser().is_file():
             return tokenizer.open_tokenizer(file)
@@ -101,7 +108,7 @@ def _open_vocabulary(vocabulary: Any, opened: OpenedModel) -> Tokenizer:
 
 
 def find_spiece(path: StrPath | None) -> str | None:
-    """Returns the SentencePiece file in a local folder of Hugging Face; None if there is none."""
+    """Returns the path of `spiece.model` in a local folder; None if there is no such file."""
     from pemoe_jax.checkpoints import huggingface
 
     file = os.path.join(os.path.expanduser(path or ""), huggingface.VOCABULARY)

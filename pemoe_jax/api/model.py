@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from pemoe_jax.api.loaded_model import LoadedModel, StrPath, fill_rows
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pemoe_jax.core.params import PyTree
     from pemoe_jax.tasks.tokenizer import Tokenizer
 
-_Texts = TypeVar("_Texts", str, list[str])  # a text gives a result, a list a list of results
+# A method returns a single result for a text, and a list of results for a list of texts.
+_Texts = TypeVar("_Texts", str, list[str])
 
 
 class ScoredChoice(NamedTuple):
@@ -110,13 +111,15 @@ class Model:
         """
         is_single = isinstance(texts, str)
         texts = check_texts("texts", [texts] if is_single else texts)
-        lists = [check_choices(choices)] if is_single else choices_by_text(choices, len(texts))
-        scores = self._score(_score_choices(), texts, lists, adapter)
-        in_order = [
+        choice_lists = (
+            [check_choices(choices)] if is_single else choices_by_text(choices, len(texts))
+        )
+        scores = self._score(_score_choices(), texts, choice_lists, adapter)
+        ranked = [
             sorted(map(ScoredChoice, row, log_probs), key=lambda choice: -choice.log_prob)
-            for row, (log_probs,) in zip(lists, scores, strict=True)
+            for row, (log_probs,) in zip(choice_lists, scores, strict=True)
         ]
-        return in_order[0] if is_single else in_order
+        return ranked[0] if is_single else ranked
 
     def score(
         self, texts: Sequence[str], choices: Sequence[str] | Sequence[Sequence[str]]
@@ -128,28 +131,36 @@ class Model:
           choices: see `rank`.
 
         Returns:
-          For each text, a pair for each of its choices, in order: the log-probability of `rank`,
-          and whether every token of the choice, its end included, is the most likely one.
+          For each text, a pair for each of its choices, in the given order: the log-probability
+          of `rank`, and whether each token of the choice and its end token is the most likely one.
 
         Raises:
           InputError: see `rank`.
         """
         texts = check_texts("texts", texts)
-        lists = choices_by_text(choices, len(texts))
-        scores = self._score(_score_and_match_choices(), texts, lists)
+        choice_lists = choices_by_text(choices, len(texts))
+        scores = self._score(_score_and_match_choices(), texts, choice_lists)
         return [[*zip(*arrays, strict=True)] for arrays in scores]
 
     def _score(
         self,
         function: Callable[..., PyTree],
         texts: Sequence[str],
-        lists: Sequence[Sequence[str]],
+        choice_lists: Sequence[Sequence[str]],
         adapter: Sequence[StrPath] | None = None,
     ) -> list[list[list[Any]]]:
-        """Calls a function on batches of texts; it returns arrays [B, C], the first one of scores.
+        """Scores the choices of all texts, batch by batch.
+
+        Args:
+          function: a function of (model, params, batch) that returns one or several arrays [B, C];
+            the first has the scores.
+          texts: the texts.
+          choice_lists: the choices of each text.
+          adapter: see `rank`.
 
         Returns:
-          For each text, a list for each array: the values of the text's choices.
+          For each text, one list for each array that the function returns, with the array's values
+          for the text's choices.
         """
         import jax
         import numpy as np
@@ -157,19 +168,21 @@ class Model:
         from pemoe_jax.analysis.evaluation import NOT_FINITE_ADVICE
         from pemoe_jax.data import inference_batches, prefetch
 
-        groups = make_groups(self.tokenizer, texts, lists, self._limits)
+        groups = make_groups(self.tokenizer, texts, choice_lists, self._limits)
         selected = self._loaded.select_adapters(adapter, len(texts))
-        results = (
-            (self._loaded.apply(function, selected, indices, {"batch": batch}, {}, {}), indices)
-            for batch, indices in inference_batches.bucketed_score_batches(
-                groups, self._limits.batch_size
-            )
-        )
+
+        def score(batch: Mapping[str, np.ndarray], indices: list[int]) -> PyTree:
+            rows = {"batch": batch}
+            return self._loaded.apply(function, selected, indices, rows, settings={}, options={})
+
+        batches = inference_batches.bucketed_score_batches(groups, self._limits.batch_size)
+        results = ((score(batch, indices), indices) for batch, indices in batches)
+        # The device computes the next batches while the results of one are read.
         by_text: dict[int, list[list[Any]]] = {}
         for arrays, indices in prefetch.keep_in_flight(results):
             host_arrays = [np.asarray(array) for array in jax.tree.leaves(arrays)]  # [B, C]
             for row, index in enumerate(indices):
-                count = len(lists[index])
+                count = len(choice_lists[index])  # further choices of the row are padding
                 scores, *others = (array[row, :count].tolist() for array in host_arrays)
                 if not np.isfinite(scores).all():
                     raise InputError(
@@ -206,11 +219,12 @@ class Model:
           do_sample: whether to sample tokens.
           temperature: divides the logits.
           top_k: number of most likely tokens to draw from; None: all.
-          top_p: of these, the most likely whose probabilities sum to at least `top_p`.
+          top_p: of these tokens, only the fewest most likely whose probabilities sum to at least
+            `top_p` are drawn; 1: all.
           seed: seed of the draws.
           num_beams: number of beams of a beam search; 1: none.
-          length_penalty: exponent of the length, which divides the log-probability of an answer;
-            above 0, longer answers score higher.
+          length_penalty: α; a beam search scores an answer by its log-probability / length ** α.
+            Above 0, longer answers score higher.
           early_stopping: whether to stop as soon as there are `num_beams` finished answers.
           adapter: see `rank`.
 
@@ -232,10 +246,12 @@ class Model:
         inputs = encode(self.tokenizer, "texts", all_texts, self._limits.input_tokens)
         selected = self._loaded.select_adapters(adapter, len(inputs))
         function: Callable[..., PyTree] = decoding.greedy_decode
+        # Each combination of `settings` compiles a program; `options` are arguments of a program.
         settings: dict[str, Any] = {"max_decode_length": max_new_tokens}
         options: dict[str, Any] = {"eos_id": self.tokenizer.eos_id}
         if do_sample:
             function = sampling.sample_decode
+            # Without either, a faster program, which does not sort the vocabulary at each step.
             settings |= {"truncate": top_k is not None or top_p < 1.0}
             options |= {"seed": seed, "temperature": temperature, "top_p": top_p}
             options["top_k"] = top_k or self._loaded.network.config.vocab_size
@@ -247,6 +263,7 @@ class Model:
         def decode(tokens: np.ndarray, indices: list[int]) -> PyTree:
             rows = {"encoder_input_tokens": tokens}
             if do_sample:
+                # Each text draws with a key of its index, whatever its batch and row are.
                 rows["rows"] = np.array(fill_rows(indices, len(tokens)), np.int32)
             return self._loaded.apply(function, selected, indices, rows, settings, options)
 
@@ -254,7 +271,8 @@ class Model:
         results = ((decode(tokens, indices), indices) for tokens, indices in batches)
         answers: dict[int, str] = {}
         for tokens, indices in prefetch.keep_in_flight(results):
-            for row, index in zip(np.asarray(tokens), indices, strict=False):  # [B, T]
+            # tokens [B, T]; rows beyond `indices` fill up the batch.
+            for row, index in zip(np.asarray(tokens), indices, strict=False):
                 if (row == decoding.NOT_FINITE).any():
                     raise InputError(
                         f"{self}: expected finite logits, got infinite or NaN ones for text"
@@ -304,16 +322,19 @@ class Model:
                     f"targets must be as many as texts, {len(texts)}, got {len(targets)}"
                 )
         sites = [s for s in experts if targets is not None or probe.token_stack(s) == "encoder"]
-        lists = [[target] for target in targets or [""] * len(texts)]
-        groups = make_groups(self.tokenizer, texts, lists, self._limits)
+        # The probe runs both stacks. Without targets the decoder reads an empty text, and its sites
+        # are left out of the results.
+        choice_lists = [[target] for target in targets or [""] * len(texts)]
+        groups = make_groups(self.tokenizer, texts, choice_lists, self._limits)
         results = {site: np.zeros((len(texts), experts[site])) for site in sites}
         batches = inference_batches.bucketed_score_batches(groups, self._limits.batch_size)
         for batch, indices in batches:
             rows = len(batch["encoder_input_tokens"])
-            # The probe sums by task; here each row is a task.
+            # A single choice per text: [B, 1, Lt] -> [B, Lt].
             flat = {
                 name: array[:, 0] if array.ndim == 3 else array for name, array in batch.items()
             }
+            # The probe sums by task: passed as tasks 0, 1, 2, …, rows keep their own sums.
             totals = _probe(network)(
                 self._loaded.params, flat, np.arange(rows), probe.init_totals(network, rows)
             )
@@ -325,6 +346,7 @@ class Model:
         return results
 
 
+# Cached, because JAX and `adapter_rows.map_adapters` keep their programs by a function's identity.
 @functools.cache
 def _score_choices() -> Any:
     """Returns `steps.score_choices`, jitted once for all models."""
@@ -337,6 +359,7 @@ def _score_choices() -> Any:
 
 @functools.cache
 def _score_and_match_choices() -> Any:
+    """Returns `steps.score_and_match_choices`, jitted once for all models."""
     import jax
 
     from pemoe_jax.core import steps
@@ -346,6 +369,7 @@ def _score_and_match_choices() -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _probe(model: Transformer) -> Any:
+    """Returns the probe of a network, with the programs that it has compiled."""
     from pemoe_jax.analysis.routing import probe
 
     return probe.make_probe(model)
@@ -354,6 +378,7 @@ def _probe(model: Transformer) -> Any:
 def _check_sampling(
     do_sample: bool, temperature: float, top_k: int | None, top_p: float, num_beams: int
 ) -> None:
+    """Raises InputError if an option of `Model.generate` is out of its range."""
     if do_sample and num_beams > 1:
         raise InputError(f"num_beams must be 1 with do_sample, got {num_beams}")
     if not temperature > 0:

@@ -20,7 +20,13 @@ _FOLDER = os.path.dirname(__file__)
 
 
 class Limits(NamedTuple):
-    """Largest numbers of tokens of a text and of a choice, and of texts in a batch."""
+    """Limits of a call.
+
+    Attributes:
+      input_tokens: largest number of tokens of a text, with EOS.
+      target_tokens: largest number of tokens of a choice, with EOS.
+      batch_size: largest number of texts in a batch.
+    """
 
     input_tokens: int
     target_tokens: int
@@ -28,12 +34,16 @@ class Limits(NamedTuple):
 
 
 def check_texts(name: str, texts: object) -> list[str]:
-    """Returns the texts.
+    """Returns the texts as a list.
+
+    Args:
+      name: name of the argument, for the message.
+      texts: the argument.
 
     Raises:
-      InputError: they are not a list of strings, or one cannot be encoded as UTF-8.
+      InputError: it is not a list of strings, or one of them cannot be encoded as UTF-8.
     """
-    is_text = isinstance(texts, str)  # a sequence of strings too
+    is_text = isinstance(texts, str)  # a string is a sequence of strings too
     if is_text or not isinstance(texts, Sequence) or not all(isinstance(t, str) for t in texts):
         raise InputError(f"{name} must be a list of texts, got {texts!r:.80}")
     try:
@@ -87,6 +97,7 @@ def encode(tokenizer: Tokenizer, name: str, texts: Sequence[str], limit: int) ->
         num_truncated += is_truncated
     if num_truncated:
         # The first frame outside of this folder, so that the warning shows the user's line.
+        # `_getframe` counts frames from 0 and `stacklevel` from 1; the first is this function.
         level = 1
         while os.path.dirname(sys._getframe(level).f_code.co_filename) == _FOLDER:
             level += 1
@@ -103,16 +114,24 @@ def make_groups(
     choices: Sequence[Sequence[str]],
     limits: Limits,
 ) -> list[ChoiceGroup]:
-    """Returns each text with its choices, encoded, in order."""
+    """Returns each text with its choices, encoded, in order.
+
+    Args:
+      tokenizer: the vocabulary.
+      texts: the texts.
+      choices: the choices of each text.
+      limits: the lengths that texts and choices are truncated to.
+    """
     from pemoe_jax.data.choices import ChoiceGroup
 
     inputs = encode(tokenizer, "texts", texts, limits.input_tokens)
+    # Texts often share their choices: each is encoded, and counted in a warning, once.
     distinct = list(dict.fromkeys(choice for row in choices for choice in row))
     encoded = encode(tokenizer, "choices", distinct, limits.target_tokens)
     ids = dict(zip(distinct, encoded, strict=True))
     return [
         ChoiceGroup(
-            task="",
+            task="",  # texts belong to no task, and their correct choice is unknown
             idx=index,
             inputs=inputs[index],
             choices=tuple(ids[choice] for choice in row),

@@ -1,4 +1,4 @@
-"""Runs the package's models in T5X: the names that `gin/runs_t5x/` binds in T5X's programs.
+"""Runs the package's models in T5X: the objects that `gin/runs_t5x/` passes to T5X's programs.
 
     python -m t5x.train --gin_search_paths=gin --gin_file=models/t5_1_1_tiny.gin \\
         --gin_file=methods/mov.gin --gin_file=runs_t5x/finetune.gin --gin.MODEL_DIR=\\"/tmp/mov\\" …
@@ -9,7 +9,7 @@ and `python -m pemoe_jax.t5x_bridge --check` reports what is missing.
 
 import importlib
 
-# Loaded at first access, so that this package imports without T5X.
+# Name -> its module, imported at first access, so that this package imports without T5X.
 _MODULES = {
     "EncoderDecoderModel": "model",
     "FrozenBase": "optimizer",

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     action.add_argument(
         "--check", action="store_true", help="report what is missing; exit code 1 if anything is"
     )
-    help_text = "print the requirements of pip install --no-deps"
+    help_text = "print the packages for `pip install --no-deps`, at the tested commits"
     action.add_argument("--requirements", action="store_true", help=help_text)
     args = parser.parse_args(argv)
     if args.requirements:

@@ -1,4 +1,4 @@
-"""Reads checkpoints in `t5x.eval` and `t5x.infer`: all that `pemoe evaluate` reads."""
+"""Lets `t5x.eval` and `t5x.infer` read all checkpoints that `pemoe evaluate` reads."""
 
 import os
 import re
@@ -15,18 +15,19 @@ from pemoe_jax.t5x_bridge import parameters
 
 
 def checkpoint_path(path: str | Sequence[str]) -> str | list[str]:
-    """Returns CHECKPOINT_PATH as T5X expects it: <path>/checkpoint_<step>.
+    """Returns CHECKPOINT_PATH in the form that T5X expects: <path>/checkpoint_<step>.
 
-    This folder exists only in runs; for an adapter or a base model, `Checkpoints` reads its parent.
+    An adapter or a base model has no such folder: `Checkpoints` then reads its parent.
 
     Args:
       path: a run (for its newest checkpoint), a checkpoint, an adapter or a base model, or several.
     """
     if not isinstance(path, str):
         return [str(checkpoint_path(each)) for each in path]
-    resolved = os.fspath(file_io.resolve(path))
+    resolved = os.fspath(file_io.resolve(path))  # 'gs://…', or an absolute path
     if re.search(r"checkpoint_\d+$", resolved):
         return resolved
+    # A path that does not exist raises an InputError in `Checkpoints.restore`.
     step = models.open_model(resolved).step if file_io.resolve(resolved).exists() else 0
     return f"{resolved}/checkpoint_{step}"
 
@@ -36,8 +37,8 @@ class Checkpoints:
 
     Args:
       directory, settings: ignored; T5X passes them for writing.
-      train_state: state of shapes, whose parameters are restored.
-      partitioner: determines the shardings.
+      train_state: the state to restore, with shapes in place of arrays.
+      partitioner: T5X's partitioner, which determines the shardings.
       module: the network that a checkpoint must belong to.
       base_path: base model to read in place of the one that a run or an adapter names.
     """
@@ -57,7 +58,11 @@ class Checkpoints:
         self._shardings = parameters.shardings(partitioner.mesh, axes)
 
     def restore(self, path: str, **settings: object) -> t5x_train_state.TrainState:
-        """Returns the state with the parameters and the step at a path of `checkpoint_path`.
+        """Returns the state with the parameters and the step of a checkpoint.
+
+        Args:
+          path: a path that `checkpoint_path` returned.
+          settings: ignored; T5X passes them for its own formats.
 
         Raises:
           InputError: see `parameters.read_model`.

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from pemoe_jax.data.prefetch import PrefetchIterator
 
 Batch: TypeAlias = dict[str, np.ndarray]
-Position: TypeAlias = Mapping[str, int]  # in the data: the number of examples read
+# Position in the data: {'examples': number of examples that this process has read}.
+Position: TypeAlias = Mapping[str, int]
 
 
 class _LastRegistration:
-    """The last return value of `register`: gin calls `mixture_or_task` alone."""
+    """The result of the last call of `register`, for `training_record`.
+
+    gin calls `mixture_or_task`, and T5X passes on only the name that it returns.
+    """
 
     task_roles = TaskRoles()
 
@@ -37,8 +41,8 @@ def mixture_or_task(name: str, register: Register, fraction: float = 1.0, seed: 
     Args:
       name: name of a seqio mixture or task (MIXTURE_OR_TASK_NAME).
       register: `pemoe_jax.tasks.register`.
-      fraction: fraction of the mixture's tasks (TASK_FRACTION); the name is then that of a mixture
-        of these, see `task_fraction.register_fraction`.
+      fraction: fraction of the mixture's tasks (TASK_FRACTION). If it is less than 1, the returned
+        name is that of a new mixture of these tasks, see `task_fraction.register_fraction`.
       seed: seed of the draw of the fraction.
 
     Raises:
@@ -55,7 +59,7 @@ def vocabulary(name: str, register: Register, feature: str = "targets") -> "seqi
 
 
 def training_record(name: str) -> dict[str, Any]:
-    """Returns the fields of `Record` of a training on a mixture or task."""
+    """Returns the fields of a run's `Record` that describe its training data."""
     record = _LastRegistration.task_roles.training_record(seqio_tasks.subtask_names(name))
     return {**record, "vocabulary": seqio_tasks.fingerprint_vocabulary(name)}
 
@@ -106,6 +110,8 @@ def get_dataset(
 def _spec(
     lengths: Mapping[str, int], rows: int, pack: bool
 ) -> dict[str, dataset_iterator.ArraySpec]:
+    """Returns the shapes and dtypes of a batch: int32 [rows, L] for each name."""
+    # Name of an array -> the feature whose length it has.
     decoder = ["target_tokens", "input_tokens", "loss_weights"]
     names = {"encoder_input_tokens": "inputs"} | {f"decoder_{name}": "targets" for name in decoder}
     if pack:
@@ -135,7 +141,7 @@ class Batches(dataset_iterator.DatasetIterator):
 
     def _restart(self, step: int, position: Position | None) -> None:
         self._first_step, self._start = step, position
-        # The position after each batch, by steps since the start.
+        # Item i is the position after i batches. `save` writes an earlier one than the newest.
         self._positions: list[Position | None] = [position or {"examples": 0}]
         self._batches: PrefetchIterator[Batch] | None = None
 
@@ -148,7 +154,7 @@ class Batches(dataset_iterator.DatasetIterator):
         return {name: batch[name] for name in self._spec}
 
     def reset(self) -> None:
-        """Restarts from the position at which the iterator was created or restored."""
+        """Returns to the position at which the iterator was created or last restored."""
         self._restart(self._first_step, self._start)
 
     @property
@@ -158,7 +164,7 @@ class Batches(dataset_iterator.DatasetIterator):
 
     def save(self, filename: os.PathLike[str] | str) -> None:
         """Writes the position in the data at the checkpoint's step."""
-        # Not the newest position: T5X takes one batch before the first step.
+        # Not the newest position: T5X is one batch ahead, since it takes one before the first step.
         position = self._positions[_step(filename) - self._first_step]
         epath.Path(filename).write_text(json.dumps(position))
 

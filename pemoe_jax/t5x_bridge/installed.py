@@ -1,4 +1,4 @@
-"""Checks T5X's installation; itself needs none of T5X's packages."""
+"""Finds what is missing from an installation of T5X; can be imported without T5X."""
 
 import importlib
 import importlib.metadata
@@ -21,8 +21,9 @@ EXTRA = (
     "portpicker",
 )
 
-# The tested commits of packages that are only on GitHub, or differ from PyPI there. pip installs
-# them without their dependencies, which require several versions of one package.
+# Package -> (repository, tested commit), of packages that are only on GitHub, or that differ from
+# those of the same name on PyPI. pip must install them without their dependencies, which require
+# different versions of one package.
 COMMITS = {
     "t5x": ("google-research/t5x", "cc342d419ec3e3e9c4bf1df33c82330cafdc1e16"),
     "airio": ("google/airio", "69897df7d9a427b947a9f7bb4164c7782b43e601"),
@@ -33,7 +34,7 @@ _INSTALL = "make t5x installs all of it"
 
 
 def requirements() -> list[str]:
-    """Returns the arguments of `pip install --no-deps`, at the tested commits."""
+    """Returns the requirements of the packages on GitHub, for `pip install --no-deps`."""
     return [*map(_requirement, COMMITS)]
 
 
@@ -43,8 +44,8 @@ def _requirement(package: str) -> str:
 
 
 def _is_missing(package: str) -> bool:
-    # A spec without a file is a namespace package, such as any folder named t5x. airio itself is
-    # a namespace, so one of its packages is looked up.
+    # A spec without a file is a namespace package, such as any folder named t5x in the working
+    # folder. airio is a namespace package itself, so a package in it is looked up.
     module = {"airio": "airio.pygrain"}.get(package, package)
     try:
         spec = importlib.util.find_spec(module)
@@ -66,6 +67,7 @@ def problems() -> list[str]:
         f"missing: {name}: pip install --no-deps '{_requirement(name)}' ({_INSTALL})"
         for name in filter(_is_missing, COMMITS)
     ]
+    # Only of a complete installation: otherwise each import would report a missing package again.
     return lines or _import_problems()
 
 
@@ -75,6 +77,7 @@ def _import(module: str) -> None:
 
 
 def _import_problems() -> list[str]:
+    """Returns a line for the first module that does not import; dependencies come first."""
     for name in ("jestimator.amos", "airio.pygrain", "t5x.train", "t5x.eval", "t5x.infer"):
         try:
             _import(name)
@@ -89,7 +92,7 @@ def _import_problems() -> list[str]:
 
 
 def notes() -> list[str]:
-    """Returns a line for each difference from the tested versions, which may be harmless."""
+    """Returns a line for each known difference from the tested installation; it may be harmless."""
     lines = []
     for name, (_, tested) in COMMITS.items():
         commit = _commit(name)

@@ -101,8 +101,8 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     ) -> tuple[jax.Array, PyTree]:
         """Returns the sum of T5X's loss and the routers' losses, and the metrics.
 
-        As in `pemoe train`, the routers' losses are averaged over the routers of a kind and
-        weighted as the loss of each token.
+        The routers' losses are those of `pemoe train`: `routing.total_aux_loss`, added to the mean
+        loss of a token.
 
         Args:
           params: all parameters.
@@ -137,10 +137,11 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         if statistics:
             routers = jnp.stack([*statistics.values()])
             aux_losses = routers[:, routing.STATISTICS.index("aux_loss")]
-            # T5X's loss is a sum over tokens, divided by the factor: so the routers' loss is added
-            # for each token.
+            # T5X's loss is the sum over tokens divided by the factor, not the mean over tokens. The
+            # same scale keeps the ratio of the two losses.
             aux_loss = routing.total_aux_loss([*statistics], aux_losses)
             loss += aux_loss * weight_sum / (1.0 if factor is None else factor)
+            # T5X's metrics were computed above, without the routers' losses.
             metrics["loss"] = t5x_metrics.AveragePerStep(total=loss)
             if self._router_metrics is not None:
                 rows = {"routers": routers}
@@ -150,7 +151,8 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         return loss, metrics
 
     def _stop_frozen_gradients(self, params: Params) -> dict[str, PyTree]:
-        # T5X differentiates with respect to all parameters; XLA drops gradients that are zero.
+        # T5X differentiates with respect to all parameters. The gradients of frozen ones are then
+        # constants, zero, which XLA does not compute.
         return params_lib.unflatten(
             {
                 path: leaf if path in self.trainable_paths else jax.lax.stop_gradient(leaf)
@@ -160,7 +162,10 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
 
 
 def _segments(batch: Batch) -> dict[str, jax.Array]:
-    """Returns the arrays by which T5X counts examples and padding."""
+    """Returns the segment ids by which T5X's metrics count examples and padding.
+
+    A row of an unpacked batch is one segment: its tokens are True, and its padding False.
+    """
     suffix = "_segment_ids"
     packed = {n.removesuffix(suffix): ids for n, ids in batch.items() if n.endswith(suffix)}
     unpacked = ("encoder_input_tokens", "decoder_target_tokens")
@@ -171,7 +176,7 @@ def _router_metrics(
     paths: Sequence[str], rows: Mapping[str, jax.Array], detail: str
 ) -> dict[str, clu_metrics.Metric]:
     """Returns `steps.summarize_routers` of traced statistics, under `router/`."""
-    # clu's Average, since T5X's AveragePerStep is a sum over microbatches.
+    # Not T5X's AveragePerStep, which adds up the values of a step's microbatches.
     return {
         f"router/{name}": clu_metrics.Average(total=value, count=jnp.ones(()))
         for name, value in steps.summarize_routers(paths, rows, detail).items()

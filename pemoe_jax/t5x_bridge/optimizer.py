@@ -14,7 +14,7 @@ from pemoe_jax.core.params import Params, PyTree
 
 
 class FrozenBase(optimizers.OptaxWrapper):
-    """An optimizer of `core.optim` that keeps frozen parameters unchanged and no state for them.
+    """An optimizer of `core.optim` over the trainable parameters; frozen ones have no state.
 
     The learning rate of each step is that of T5X's trainer (`Trainer.learning_rate_fn`). With the
     same schedule the states equal those of `pemoe train`.
@@ -27,6 +27,8 @@ class FrozenBase(optimizers.OptaxWrapper):
     def __init__(self, optimizer: optim.OptimizerFactory, trainable: Sequence[str]) -> None:
         self._optimizer, self._trainable = optimizer, trainable
         self._param_axes: optim.ParamAxes | None = None
+        # T5X's wrapper requires an optimizer, which `set_param_axes` replaces. Each step makes one
+        # with its own learning rate.
         super().__init__(self._make(jnp.zeros(())))
 
     def _make(self, learning_rate: jax.Array) -> optax.GradientTransformation:
@@ -36,11 +38,11 @@ class FrozenBase(optimizers.OptaxWrapper):
         """Sets the names of the parameters' axes; T5X calls it before it creates a state."""
         axes = params_lib.flatten(param_logical_axes)
         self._param_axes = {path: tuple(names) for path, names in axes.items()}
-        # For the initial state alone: each step makes an optimizer with the trainer's rate.
+        # It creates the initial states, which do not depend on the learning rate.
         self.optax_optimizer = self._make(jnp.zeros(()))
 
     def init_state(self, params: Params) -> optimizers.OptimizerState:
-        """Returns the first step and the states of the trainable parameters."""
+        """Returns step 0 and the initial states of the trainable parameters."""
         trainable, _ = params_lib.split(params, self._trainable)
         return super().init_state(trainable)
 
@@ -63,7 +65,11 @@ class FrozenBase(optimizers.OptaxWrapper):
     def derive_logical_axes(
         self, optimizer: optimizers.Optimizer, param_logical_axes: PyTree
     ) -> optimizers.Optimizer:
-        """Returns the states' axis names: those of their parameter if shapes are equal, or None."""
+        """Returns the optimizer with axis names in place of arrays, for its shardings.
+
+        A state of the shape of its parameter has the parameter's names. Others, such as factored
+        second moments, have None.
+        """
         axes = params_lib.flatten(param_logical_axes)
         shapes = {path: leaf.shape for path, leaf in params_lib.flatten(optimizer.target).items()}
 

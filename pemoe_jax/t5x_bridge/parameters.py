@@ -23,28 +23,34 @@ def shardings(mesh: jax.sharding.Mesh, specs: Params) -> Shardings:
 
 
 def read_model(
-    module: network.Transformer, path: str, base_path: str | None, where: Shardings
+    module: network.Transformer, path: str, base_path: str | None, param_shardings: Shardings
 ) -> tuple[FrozenDict, int]:
-    """Returns all parameters of a model, frozen ones in the activation dtype, and its step.
+    """Returns all parameters of a model and its step; frozen ones have the activations' dtype.
 
     Args:
       module: the network that the model must have.
       path: a run of either trainer, an adapter, or a base model (at step 0).
       base_path: base model to read in place of the one that a run or an adapter names.
-      where: path -> sharding.
+      param_shardings: path -> sharding.
 
     Raises:
       InputError: the path does not exist, belongs to another network, or its base model differs.
     """
     opened = models.open_model(path, base_path)
     _check_same_network(path, opened.model, module)
+    # The gin files' network may have another dtype than the checkpoint's.
     opened = dataclasses.replace(opened, model=module)
-    return freeze(opened.load(where)), opened.step
+    return freeze(opened.load(param_shardings)), opened.step
 
 
 def _check_same_network(
     path: str, actual: network.Transformer, expected: network.Transformer
 ) -> None:
+    """Raises InputError, with every difference, if a checkpoint's network is not the expected one.
+
+    Dropout and dtype, which change no parameter, may differ, and so may the size of sentence
+    embeddings, which changes only routers that T5X cannot run.
+    """
     expected_config = expected.config.as_dict()
     differences = [
         f"T5Config.{name} {value} -> {expected_config[name]}"

@@ -1,4 +1,4 @@
-"""Shardings in T5X, by the axis rules of `core.partitioning`, which `pemoe train` uses too."""
+"""Shardings in T5X by the axis rules of `core.partitioning`, those of `pemoe train`."""
 
 import jax
 from jax.sharding import PartitionSpec
@@ -17,13 +17,14 @@ def axis_rules(fsdp: bool = False, expert_parallelism: int = 1) -> partitioning.
       expert_parallelism: must be 1.
 
     Raises:
-      InputError: experts shall be spread over devices.
+      InputError: `expert_parallelism` is not 1.
     """
     if expert_parallelism != 1:
         raise InputError(
             "EXPERT_PARALLELISM must be 1 in T5X, whose mesh has no axis for experts, got"
             f" {expert_parallelism!r}: use pemoe train"
         )
+    # Mesh axes of `pemoe train` -> those of T5X's mesh; other names are the same.
     t5x_axes: dict[partitioning.MeshAxes, partitioning.MeshAxes]
     t5x_axes = {partitioning.BATCH_AXES: "data", "expert": None}
     return tuple((name, t5x_axes.get(axes, axes)) for name, axes in partitioning.axis_rules(fsdp))
@@ -32,9 +33,10 @@ def axis_rules(fsdp: bool = False, expert_parallelism: int = 1) -> partitioning.
 def replicate_uneven_axes(
     partitioner: t5x_partitioning.PjitPartitioner,
 ) -> t5x_partitioning.PjitPartitioner:
-    """Makes a partitioner replicate an axis that does not divide evenly, where T5X raises an error.
+    """Makes a partitioner replicate arrays over mesh axes that do not divide them evenly.
 
-    The partitioner is T5X's own, so that all bindings of `partitioning.PjitPartitioner` apply.
+    T5X would raise an error. Only one method of T5X's own partitioner is replaced, so that all gin
+    bindings of `partitioning.PjitPartitioner` still apply.
     """
 
     def get_mesh_axes(train_state: t5x_train_state.TrainState) -> t5x_train_state.TrainState:

@@ -1,7 +1,8 @@
-"""T5X's train state, with checkpoints of trainable parameters alone.
+"""T5X's train state, whose checkpoints contain only trainable parameters.
 
-T5X gets the first state from an initializer and restores later ones with the state's own methods
-(`state_dict`, `restore_state`). Subclasses replace both; frozen parameters are read from the base.
+T5X gets the first state from an initializer. It writes a state with the method `state_dict`, and
+restores it with `restore_state`. Subclasses here replace the initializer and both methods; frozen
+parameters are read from the base model.
 """
 
 import dataclasses
@@ -28,7 +29,12 @@ from pemoe_jax.t5x_bridge import data, parameters
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenParams:
-    """Paths of the parameters that checkpoints do not contain, and how to read their arrays."""
+    """The parameters that checkpoints do not contain.
+
+    Attributes:
+      paths: their paths.
+      read: reads them from the base model, as path -> array.
+    """
 
     paths: frozenset[str]
     read: Callable[[], Mapping[str, jax.Array]]
@@ -44,7 +50,7 @@ class TrainState(t5x_train_state.FlaxOptimTrainState):
     def from_t5x(
         cls, state: t5x_train_state.FlaxOptimTrainState, frozen: FrozenParams | None
     ) -> "TrainState":
-        """Converts a state of T5X."""
+        """Returns T5X's state as one whose checkpoints leave out the frozen parameters."""
         return cls(
             _optimizer=state._optimizer,
             params_axes=state.params_axes,
@@ -64,6 +70,7 @@ class TrainState(t5x_train_state.FlaxOptimTrainState):
     def restore_state(self, state_dict: Mapping[str, PyTree]) -> "TrainState":
         """Returns the state of a checkpoint; frozen parameters are read from the base model."""
         target = params_lib.flatten(state_dict["target"])
+        # The base is read only if frozen parameters are missing, as they are in checkpoints.
         if self.frozen is not None and self.frozen.paths - target.keys():
             target |= self.frozen.read()
         return super().restore_state({**state_dict, "target": params_lib.unflatten(target)})
@@ -86,13 +93,14 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         method of `EncoderDecoderModel`.
       base_path: path of the base model (INITIAL_CHECKPOINT_PATH); None for random weights.
       upcycle_noise: see `options.Checkpointing`.
-      model_dir: MODEL_DIR, where a record of the base model and the settings is written, with
-        which `pemoe` commands read the checkpoints; a resumed run must have the same.
+      model_dir: MODEL_DIR. A new run writes a record of its base model and settings there, by which
+        `pemoe` commands read its checkpoints; a resumed run is compared with it.
       method: name of the method, for tables.
       mixture_or_task_name: name of the training data, for tables.
 
     Raises:
-      InputError: `model_dir` holds a run with other settings.
+      InputError: `optimizer_def` is None, or MODEL_DIR is a pattern; when parameters are read:
+        `model_dir` holds a run with other settings.
     """
 
     global_train_state_shape: PyTree
@@ -136,6 +144,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         del init_rng  # parameters depend on the model's seed
         base = self._read_base(is_resumed=False)
         adapter_params = self._draw(self._shardings.keys() - base.keys())
+        # Compiled with the states' shardings: created eagerly, they would be replicated first.
         create = self._partitioner.partition(
             self._first_state,
             in_axis_resources=(self.train_state_axes.params,),
@@ -155,7 +164,17 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         return state.replace_step(jnp.zeros((), jnp.int32))
 
     def _read_base(self, is_resumed: bool) -> dict[str, jax.Array]:
-        """Reads path -> array of the base model; writes the run's record, or checks it."""
+        """Reads the base model, and writes the record of a new run or checks a resumed run's.
+
+        Args:
+          is_resumed: whether the run has a record.
+
+        Returns:
+          path -> array of the base's parameters.
+
+        Raises:
+          InputError: the base cannot be read, or the record differs.
+        """
         model = self._model
         is_trainable = model.trainable_paths.__contains__
         base, identity = models.load_base(
@@ -179,7 +198,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
     def _read_frozen(self) -> dict[str, jax.Array]:
         """Reads the parameters that the checkpoints of a resumed run do not contain."""
         base = self._read_base(is_resumed=True)
-        # Frozen adapters (a pattern may train a part of them) have their initial values.
+        # TRAINABLE may leave some adapters frozen: they still have their initial values.
         drawn = self._draw(set(filter(params_lib.is_adapter, self._frozen)))
         return {path: leaf for path, leaf in (base | drawn).items() if path in self._frozen}
 
