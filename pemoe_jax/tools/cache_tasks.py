@@ -1,4 +1,4 @@
-"""Writes P3's tasks as seqio caches: `pemoe cache_tasks --help`."""
+"""Writes P3's tasks as seqio's offline caches: `pemoe cache_tasks --help`."""
 
 import argparse
 import collections
@@ -74,7 +74,7 @@ class _Job(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """Arguments of every process."""
+    """Settings of a call, which are passed to every worker process."""
 
     p3_dir: str
     vocab_path: str
@@ -86,7 +86,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     """Runs the command with parsed flags; gin bindings are an error.
 
     Raises:
-      InputError: a flag or the data is wrong. Splits that were written stay.
+      InputError: a flag or the data is wrong. Splits that have been written are kept.
     """
     from pemoe_jax.runtime import progress
     from pemoe_jax.tasks import check_p3_paths
@@ -110,8 +110,8 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         raise InputError(f"--output must differ from --p3_dir, got {settings.output} for both")
     _reader_factory.cache_clear()  # the folder may have changed since an earlier call
     folder, splits = _splits_to_write(settings, args.tasks.split(","))
-    # A task whose splits are all written, but not COMPLETED, is not finished: its jobs find the
-    # files and write nothing.
+    # After a stop, a task may have all of its splits, but no COMPLETED. It is not finished: its
+    # jobs find the splits and write nothing, and then it gets the file.
     finished = [task for task in splits if (settings.output / task / "COMPLETED").exists()]
     jobs = [
         _Job(task, split)
@@ -122,27 +122,26 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     already = f", {len(finished)} of them complete already" if finished else ""
     print(f"{folder}: {plural(len(splits), 'task')} to {settings.output}{already}", flush=True)
     bar = progress.Progress("splits", len(jobs), note="starting")
-    done: dict[str, set[str]] = collections.defaultdict(set)
-    rows = 0
+    unfinished = {task: set(names) for task, names in splits.items()}
+    num_rows = 0
     left_out: list[str] = []
     try:
-        for number, (job, written) in enumerate(_run(settings, jobs, args.workers), 1):
-            done[job.task].add(job.split)
-            if isinstance(written, str):
-                left_out.append(written)
+        for number, (job, result) in enumerate(_run(settings, jobs, args.workers), 1):
+            unfinished[job.task].remove(job.split)
+            if isinstance(result, str):
+                left_out.append(result)
                 splits[job.task].remove(job.split)
-                done[job.task].remove(job.split)
             else:
-                rows += written
-            if splits[job.task] and done[job.task] == set(splits[job.task]):
-                # written last, because seqio reads a cache only if it has this file
+                num_rows += result
+            if splits[job.task] and not unfinished[job.task]:
+                # Written last, because seqio takes a cache with this file for complete.
                 (settings.output / job.task / "COMPLETED").touch()
-            bar.report_if_due(number, f"{progress.format_count(rows)} rows")
+            bar.report_if_due(number, f"{progress.format_count(num_rows)} rows")
     finally:
         bar.close()
     num_tasks = sum(map(bool, splits.values()))
     if left_out:
-        others = f" (and {len(left_out) - 1} more splits)" if len(left_out) > 1 else ""
+        others = f" (and {plural(len(left_out) - 1, 'more split')})" if len(left_out) > 1 else ""
         if not num_tasks:
             raise InputError(f"no task has rows: {left_out[0]}{others}")
         print(f"left out: {left_out[0]}{others}", flush=True)
@@ -152,7 +151,12 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
 def _splits_to_write(
     settings: _Settings, patterns: Sequence[str]
 ) -> tuple[str, dict[str, list[str]]]:
-    """Returns P3_DIR's path, and the splits of each matching task that is not a cache yet."""
+    """Returns P3_DIR's path, and {task: splits} of the matching tasks that are not caches yet.
+
+    Raises:
+      InputError: a pattern matches nothing that has data, a file of templates cannot be read, or
+        all tasks are caches already.
+    """
     from pemoe_jax.tasks.p3 import published
     from pemoe_jax.tasks.p3.folder import CACHE, Folder
 
@@ -164,9 +168,9 @@ def _splits_to_write(
         if not matched:
             raise InputError(f"--tasks {pattern!r} matched none of {len(names)} tasks")
         files = {name: files for name in matched if (files := folder.find(name)) is not None}
-        # the first is an error: training leaves such templates out, but a cache must be complete
-        for reason in folder.unreadable.values():
-            raise InputError(reason)
+        # Training leaves out the tasks of a file that cannot be read. A cache must be complete.
+        if folder.unreadable:
+            raise InputError(next(iter(folder.unreadable.values())))
         unavailable = folder.describe_unavailable(matched)
         if not files:
             problem = f"--tasks {pattern!r}: {folder.path} has none of the {len(matched)} tasks"
@@ -194,13 +198,14 @@ def _run(
         for job in jobs:
             yield job, write_split(settings, job)
         return
-    spawn = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork
+    # A process that is forked after TensorFlow has started threads can deadlock.
+    spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), spawn) as pool:
         waiting = {pool.submit(write_split, settings, job): job for job in jobs}
         try:
             for future in concurrent.futures.as_completed(waiting):
                 yield waiting[future], future.result()
-        # also KeyboardInterrupt: otherwise leaving the pool waits for the jobs in its queue
+        # Otherwise leaving the pool, also after Ctrl-C, would wait for the jobs in its queue.
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -209,11 +214,12 @@ def _run(
 def write_split(settings: _Settings, job: _Job) -> int | str:
     """Writes a split of a task, unless it exists.
 
-    Returns:
-      The number of rows written; why the split is left out if none of its examples can be used.
-
     Files are written into a temporary folder and then moved, `info.<split>.json` last, so that a
     split with this file is complete even if the process was killed.
+
+    Returns:
+      The number of rows written (0 if the split exists); or a text, if none of the split's examples
+      can be used: the reason why it is left out.
     """
     from pemoe_jax.runtime import atomic_write
     from pemoe_jax.tasks.p3.readers import NoRowsError
@@ -249,6 +255,7 @@ def write_split(settings: _Settings, job: _Job) -> int | str:
 @functools.cache
 def _reader_factory(settings: _Settings) -> Callable[[str, str], "RowReader"]:
     """Returns a function (task, split) -> reader; cached, so that a process registers P3 once."""
+    # A spawned worker starts anew, with the libraries' usual log messages.
     gin_flags.silence_libraries()
     from pemoe_jax.tasks import p3
 
@@ -257,7 +264,7 @@ def _reader_factory(settings: _Settings) -> Callable[[str, str], "RowReader"]:
     return lambda task, split: folder.reader(task, split, p3.settings)
 
 
-_FeatureInfo = dict[str, object]  # shape and dtype, as in info.<split>.json
+_FeatureInfo = dict[str, object]  # 'shape' and 'dtype' of a feature, as in info.<split>.json
 
 
 def _write_shards(
@@ -270,7 +277,7 @@ def _write_shards(
     """
     import tensorflow as tf
 
-    from pemoe_jax.data import row_reader as rows_lib
+    from pemoe_jax.data import row_reader
 
     paths: list[Path] = []
     stats = {"examples": 0}
@@ -284,25 +291,31 @@ def _write_shards(
                         writer.close()
                     paths.append(folder / f"{len(paths):05d}")
                     writer = tf.io.TFRecordWriter(str(paths[-1]))
-                writer.write(rows_lib.serialize(row))
+                writer.write(row_reader.serialize(row))
                 _update_stats(stats, row)
                 for key in row:
                     features.setdefault(key, _FEATURES[key])
-        if writer is None:  # no rows: seqio needs a file, which may be empty
+        # A split may have no rows. seqio needs a file, which may be empty.
+        if writer is None:
             paths.append(folder / "00000")
             paths[0].touch()
     finally:
         if writer is not None:
             writer.close()
-    return paths, stats, features or {key: _FEATURES[key] for key in rows_lib.TEXT_FEATURES}
+    return paths, stats, features or {key: _FEATURES[key] for key in row_reader.TEXT_FEATURES}
 
 
 def _report_odd_rows(blocks: "Iterator[list[Row]]", location: str) -> "Iterator[list[Row]]":
-    """Yields blocks of rows, and prints the odd ones among them by kind after the last."""
+    """Yields blocks of rows; after the last, prints how many rows are odd, by kind.
+
+    Args:
+      blocks: the blocks.
+      location: name of the source, for the printed lines.
+    """
     from pemoe_jax.data import row_checks
 
     number, has_choices = 0, False
-    first: dict[str, str] = {}  # kind -> the first row
+    first: dict[str, str] = {}  # kind -> 'row N', its first row
     counts: collections.Counter[str] = collections.Counter()
     for rows in blocks:
         yield rows
@@ -311,19 +324,21 @@ def _report_odd_rows(blocks: "Iterator[list[Row]]", location: str) -> "Iterator[
             choices = [text.decode() for text in row.get("answer_choices", [])]
             has_choices = has_choices or bool(choices)
             texts = [row.get(f"{key}_pretokenized") for key in row_checks.TEXT_FEATURES]
-            # Rows of a _score_eval task repeat those of its task; rows of ids alone have no text.
+            # Not rows of a _score_eval task, which repeat those of its task, nor rows without text.
             if "idx" not in row and None not in texts:
                 inputs, targets = (text.decode() for text in texts if text is not None)
                 kinds = row_checks.find_odd_kinds(inputs, targets, choices)
                 kinds += [] if choices else ["no_choices"]
                 counts.update(kinds)
                 first |= {kind: f"row {number}" for kind in kinds if kind not in first}
-    if not has_choices:  # a task without any choices is not irregular
+    # If no row has choices, the task has none, and its rows are not odd.
+    if not has_choices:
         first.pop("no_choices", None)
     for line in row_checks.describe_odd_rows(first.items(), counts):
         print(f"{location}: {line}", flush=True)
 
 
+# In the form of the published caches.
 _FEATURES: dict[str, _FeatureInfo] = {
     "inputs": {"shape": [None], "dtype": "int32"},
     "targets": {"shape": [None], "dtype": "int32"},
@@ -337,6 +352,7 @@ _FEATURES: dict[str, _FeatureInfo] = {
 
 
 def _update_stats(stats: dict[str, int], row: "Row") -> None:
+    """Adds a row to the content of stats.<split>.json, whose keys are those of seqio."""
     stats["examples"] += 1
     for key in ("inputs", "targets"):
         tokens = len(row[key])

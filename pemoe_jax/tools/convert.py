@@ -101,12 +101,12 @@ def flags() -> argparse.ArgumentParser:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Converts a checkpoint as the arguments say.
+    """Runs the command with parsed flags.
 
     Raises:
-      InputError: this direction cannot convert the source, or OUTPUT exists.
+      InputError: the source cannot be converted to the output's format, or OUTPUT exists.
     """
-    # Imported here, because `--help` must answer within a second.
+    # Imported here, because they import jax, and `--help` must answer within a second.
     from pemoe_jax.checkpoints import export, models
     from pemoe_jax.runtime import file_io
 
@@ -142,7 +142,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _begin_run_file(folder: "AnyPath", source: "OpenedModel", start: str) -> None:
-    # Only now, because the folder appears as a whole.
+    """Writes run.json into the finished output, which was moved to its place as a whole."""
     import jax
 
     from pemoe_jax.checkpoints import records
@@ -159,8 +159,9 @@ def _begin_run_file(folder: "AnyPath", source: "OpenedModel", start: str) -> Non
 
 
 def _describe_size(path: "AnyPath") -> str:
+    """Returns the names of the files in an output, with their total size."""
     files = [path] if path.is_file() else sorted(path.iterdir())
-    # epath's paths have other names for what `stat` returns.
+    # The size is `st_size` of a local file, and `length` in epath's `stat` of a gs:// path.
     stats = [file.stat() for file in files]
     total = sum(s.st_size if isinstance(s, os.stat_result) else s.length for s in stats)
     size = f"{total / 1e6:.1f} MB" if total < 1e9 else f"{total / 1e9:.2f} GB"

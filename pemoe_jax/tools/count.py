@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FLAGS = gin_flags.make_parser(
     "count",
-    "Prints how many parameters a method trains, out of how many, and at which sites; for sparse\n"
+    "Prints how many of a model's parameters a method trains, and at which sites; for sparse\n"
     "models also how many parameters a token uses, and its FLOPs.\n"
     "Without gin files: every size with every method, next to the papers' figures.",
     example="""\
@@ -28,13 +28,14 @@ FLAGS = gin_flags.make_parser(
 FLAGS.add_argument("--markdown", action="store_true", help="print Markdown")
 
 SIZES = ("small", "base", "large", "xl", "xxl")
-# Method file and bindings of the models in arXiv 2309.05444.
+# Method file and bindings of each row of the table without gin files: those of arXiv 2309.05444,
+# then whole MLPs as experts, arXiv 2305.14705.
 METHODS: list[tuple[str, list[str]]] = [("full", []), ("ia3", []), ("lora", [])]
 METHODS += [("mov", [f"NUM_EXPERTS = {experts}"]) for experts in (10, 30, 60)]
 METHODS += [("molora", [f"NUM_EXPERTS = {experts}"]) for experts in (10, 15)]
-# Whole MLPs as experts, arXiv 2305.14705.
 METHODS += [(f"flan_{routing}", []) for routing in ("switch", "gshard", "st", "ec")]
 
+# What a run file would bind: this command has none.
 _BINDINGS = f"""\
 {gin_flags.FREEZE_BINDINGS}\
 from pemoe_jax.tools import count
@@ -76,7 +77,7 @@ def count(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     Raises:
       InputError: see `gin_flags.load_config` and `configured_count`.
     """
-    # Imported here, so that --help does not import jax.
+    # Imported here, because they import jax, and `--help` must answer within a second.
     from pemoe_jax.analysis import counts, tables
 
     if args.gin_file or args.gin_bindings or bindings:
@@ -96,6 +97,7 @@ def count(args: argparse.Namespace, bindings: Sequence[str]) -> None:
 def _load(
     args: argparse.Namespace, files: Sequence[str], bindings: Sequence[str]
 ) -> "counts.ParameterCount":
+    """Counts the parameters of the model of these files, whatever files the flags name."""
     overrides = {"gin_file": files, "gin_bindings": [_BINDINGS, *args.gin_bindings]}
     gin_flags.load_config(argparse.Namespace(**{**vars(args), **overrides}), bindings)
     return gin_flags.call_configured(configured_count)

@@ -8,7 +8,7 @@ from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.runtime import gin_flags, options, run_file
 from pemoe_jax.tools.encoders import EncoderInput, resolve_encoder
 
-# gin files name it `@embed.mean_pooled()`.
+# A part of this module's interface: gin files refer to it as `@embed.mean_pooled()`.
 from pemoe_jax.tools.encoders import mean_pooled as mean_pooled
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class _SplitToRead(NamedTuple):
     task: str
     split: str
     is_evaluation: bool
-    num_examples: int  # 1 if it is unknown
+    num_examples: int  # 1 if it is unknown, as the progress bar needs a positive number
 
 
 def embed(
@@ -52,7 +52,7 @@ def embed(
     splits: str | Sequence[str] = _SPLITS,
     dtype: str = "float16",
 ) -> None:
-    """Writes a table of sentence embeddings, or adds the inputs that it lacks.
+    """Writes a table of sentence embeddings, or adds the inputs that an existing one lacks.
 
     Args:
       output: folder of the table.
@@ -64,7 +64,7 @@ def embed(
       dtype: dtype of the vectors on disk, 'float16' or 'float32'.
 
     Raises:
-      InputError: a setting or a file is wrong. What was written before stays.
+      InputError: a setting or a file is wrong. Vectors that have been written are kept.
     """
     from pemoe_jax.data import sentence_table, sentences, seqio_tasks
     from pemoe_jax.runtime import progress
@@ -111,7 +111,8 @@ def _begin_run_file(
     from pemoe_jax.checkpoints import records
 
     devices = None
-    if not encoder.reads_text:  # jax would take memory of a GPU that another library uses
+    # A function of texts may use a GPU by another library. JAX would take most of its memory.
+    if not encoder.reads_text:
         import jax
 
         from pemoe_jax.runtime import step_times
@@ -135,9 +136,14 @@ def _new_inputs(
     known_keys: Set[bytes],
     bar: "progress.Progress",
 ) -> Iterator[dict[bytes, EncoderInput]]:
-    """Yields the inputs of splits whose key is not known yet, `_CHUNK` of them at a time, by key.
+    """Yields {key: input} of the inputs whose keys are not known yet, `_CHUNK` at a time.
 
-    The caller adds their keys to `known_keys` before it asks for more.
+    Args:
+      splits: the splits to read, in order.
+      read: function that reads the inputs of a split.
+      known_keys: keys of the inputs in the table. The caller adds the keys of each yielded dict
+        before it asks for the next one.
+      bar: the progress bar, over examples.
     """
     from pemoe_jax.data import sentence_table
     from pemoe_jax.runtime import progress
@@ -152,7 +158,7 @@ def _new_inputs(
     for split in splits:
         for number, item in enumerate(read(split), 1):
             key = sentence_table.input_key(item.ids)
-            # If several texts are truncated to the same ids, the first is embedded.
+            # If several texts have the same ids after truncation, the first one is embedded.
             if key not in known_keys:
                 inputs.setdefault(key, item)
             if len(inputs) >= _CHUNK:
@@ -179,13 +185,14 @@ def _find_splits(
     if missing:
         more = f", … {len(missing) - 3} more" if len(missing) > 3 else ""
         print(
-            f"skipped without data: {plural(len(missing), 'task')} ({', '.join(missing[:3])}{more})"
+            f"skipped {plural(len(missing), 'task')} without data: {', '.join(missing[:3])}{more}"
         )
     to_read = []
     for name in tasks:
         task = seqio_tasks.get_mixture_or_task(name)
         for kind, split in (("train", "train"), ("evaluation", seqio_tasks.eval_split(name))):
             if split and kind in splits and split in task.splits and name not in missing:
+                # seqio counts the examples of the source, not those of a cache.
                 num_examples = 1 if use_cached else task.num_input_examples(split) or 1
                 to_read.append(_SplitToRead(name, split, kind == "evaluation", num_examples))
     if not to_read:
@@ -199,7 +206,16 @@ def _find_splits(
 def _read_inputs(
     split: _SplitToRead, lengths: Mapping[str, int], use_cached: bool, with_text: bool
 ) -> Iterator[EncoderInput]:
-    """Yields the inputs of a split as runs read them, repeated for each answer choice."""
+    """Yields the inputs of a split as runs read them, one for each row.
+
+    Rows of a `_score_eval` task repeat an input for each of its answer choices.
+
+    Args:
+      split: the split.
+      lengths: maximum number of tokens of 'inputs' and 'targets'.
+      use_cached: whether to read seqio's offline caches.
+      with_text: whether the encoder reads texts.
+    """
     import numpy as np
 
     from pemoe_jax.data import choices, row_checks, seekable_tasks, seqio_tasks
@@ -210,9 +226,10 @@ def _read_inputs(
     task = seqio_tasks.get_mixture_or_task(split.task)
     features = task.output_features
     vocabulary, length = features["inputs"].vocabulary, lengths["inputs"]
-    # Training and its evaluation loss read `length` tokens; scoring and decoding read one more and
-    # truncate before the EOS. A `SeekableProvider` truncates in the same way, so one pass suffices.
-    # Other tasks may not: their evaluation splits are read in both ways.
+    # A long input may be truncated to two different sequences of ids, which need a vector each.
+    # Training and its evaluation loss read `length` tokens. Scoring and decoding read one more, and
+    # then truncate, but keep an EOS at the end. A `SeekableProvider` truncates in this way as well,
+    # so that one pass covers both. Of other tasks, evaluation splits are read in both ways.
     extra_tokens = [0]
     if split.is_evaluation:
         extra_tokens = [1] if isinstance(task, seekable_tasks.SeekableProvider) else [0, 1]
@@ -234,9 +251,9 @@ def _read_inputs(
             for ids, encoded in zip(sequences, texts, strict=True):
                 row = {"inputs": ids, "inputs_pretokenized": encoded if has_text else None}
                 text = choices.feature_text(features, row, "inputs") if with_text else None
-                yield EncoderInput(
-                    choices.truncate(ids, length, vocabulary.eos_id)[0] if extra else ids, text
-                )
+                if extra:
+                    ids, _ = choices.truncate(ids, length, vocabulary.eos_id)
+                yield EncoderInput(ids, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

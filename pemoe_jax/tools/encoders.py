@@ -1,4 +1,4 @@
-"""Sentence encoders for `pemoe embed`: a T5 encoder with mean pooling, and functions of texts.
+"""Sentence encoders for `pemoe embed`: T5's encoder with mean pooling, and users' functions.
 
 Shapes: `B` batch, `L` length, `D` embed, `S` size of the embedding, `N` inputs.
 """
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pemoe_jax.core.params import Params
     from pemoe_jax.data.sentence_table import EncoderInfo
 
-# Its vector identifies an encoder that has no fingerprint.
+# The vector of this text identifies an encoder that has no fingerprint. Tables record the vector,
+# so the text must not change.
 _PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind."
 
 
@@ -42,7 +43,7 @@ class EncoderInput:
 class Encoder(Protocol):
     """A sentence encoder."""
 
-    reads_text: bool  # whether inputs need a text
+    reads_text: bool  # whether the encoder reads `EncoderInput.text`, and not its ids
 
     def describe(self) -> "EncoderInfo":
         """Returns name, dim, and fingerprint or probe, see `sentence_table.is_same_encoder`."""
@@ -71,22 +72,23 @@ class MeanPooledEncoder:
         dim, fingerprint = self.model.config.emb_dim, self._loaded[-1]
         return {"name": "mean_pooled", "dim": dim, "fingerprint": fingerprint}
 
-    # Loaded when first used: gin creates the encoder before any other setting is checked.
+    # Loaded at the first use, because gin creates the encoder before other settings are checked.
     @functools.cached_property
     def _loaded(self) -> "tuple[jax.sharding.Mesh, Params, object]":
-        """The mesh, parameters of the encoder, and fingerprint of the base model."""
+        """The mesh, the parameters of the encoder, and the fingerprint of the base model."""
         from pemoe_jax.checkpoints import models
         from pemoe_jax.core import params, partitioning
 
         mesh = partitioning.make_mesh()
         sharding = partitioning.replicated_sharding(mesh)
+        # The fingerprint is that of the whole base, so the decoder is read too, and then dropped.
         base, identity = models.load_base(self.model, self.base_path, self.seed, shardings=sharding)
         without_decoder = params.select(base, lambda path: not path.startswith("decoder/"))
         return mesh, without_decoder, identity["fingerprint"]
 
     @functools.cached_property
     def _pool(self) -> "Callable[[Params, jax.Array], jax.Array]":
-        """Jitted (params, int32 [B, L]) to float32 [B, D]."""
+        """The jitted function of (params, int32 [B, L]) that returns float32 [B, D]."""
         import jax
         import jax.numpy as jnp
 
@@ -149,8 +151,8 @@ def mean_pooled(
 class TextEncoder:
     """A user's function from a list of texts to an array [N, S], as an encoder.
 
-    It is identified by its attributes `name` and `fingerprint` if they are strings. Otherwise the
-    dotted name and the vector of a fixed sentence stand in for them.
+    The function's attributes `name` and `fingerprint`, if they are strings, identify it. Otherwise
+    its dotted name and its vector for a fixed sentence stand in for them.
     """
 
     function: Callable[[list[str]], ArrayLike]
@@ -169,7 +171,8 @@ class TextEncoder:
         fingerprint = getattr(self.function, "fingerprint", None)
         if isinstance(fingerprint, str):
             return {**info, "fingerprint": fingerprint}
-        # Scaled, so that the comparison's absolute tolerance means the same for every encoder.
+        # `sentence_table.is_same_encoder` compares probes with an absolute tolerance: scaled to a
+        # root mean square of 1, all encoders are compared alike. 16 values tell encoders apart.
         scale = max(float(np.sqrt(np.mean(np.square(vector)))), 1e-30)
         return {**info, "probe": [round(float(x), 4) for x in vector[:16] / scale]}
 
@@ -179,9 +182,10 @@ class TextEncoder:
         texts = [inputs[index].text or "" for index in order]
         starts = range(0, len(texts), batch_size)
         vectors = np.concatenate([self._call(texts[n : n + batch_size]) for n in starts])
-        return vectors[np.argsort(order)]
+        return vectors[np.argsort(order)]  # the inverse of `order`
 
     def _call(self, texts: list[str]) -> np.ndarray:
+        """Returns the function's vectors, float32 [N, S]; InputError if it returns others."""
         try:
             vectors = np.asarray(self.function(texts), np.float32)
         except (TypeError, ValueError) as error:
@@ -210,7 +214,8 @@ def resolve_encoder(encoder: object) -> Encoder:
         from pemoe_jax.checkpoints import base_model
         from pemoe_jax.core import sparse
 
-        # It is read after the tasks are registered.
+        # Only opened here, so that a wrong path fails before the tasks are registered. A model file
+        # does not state the experts of a base: those of a sparse one come from its files.
         base = base_model.open_base(encoder.base_path)
         if encoder.model.sparse is None and base.sparse is not None:
             model = encoder.model.clone(sparse=sparse.from_description(base.sparse))

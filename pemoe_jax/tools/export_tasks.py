@@ -24,7 +24,6 @@ FLAGS = gin_flags.make_parser(
 )
 
 TAG = "pemoe"  # `--tasks pemoe` selects all exported tasks
-_SUFFIX = "_score_eval"
 
 
 def export_tasks(output_dir: str, data: options.Data) -> list[str]:
@@ -42,6 +41,7 @@ def export_tasks(output_dir: str, data: options.Data) -> list[str]:
     """
     from pemoe_jax.data import choices, seqio_tasks
     from pemoe_jax.runtime import atomic_write, file_io
+    from pemoe_jax.tasks import score_eval
     from pemoe_jax.tasks.task_roles import run_register
 
     folder = file_io.resolve_output_folder(
@@ -69,12 +69,13 @@ def export_tasks(output_dir: str, data: options.Data) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for task, members in by_task.items():
-        name = re.sub(r"[^\w.-]", "_", task.removesuffix(_SUFFIX))
+        # The name is that of a file, and is passed to lm_eval's --tasks.
+        name = re.sub(r"[^\w.-]", "_", score_eval.plain_name(task))
         rows = folder / f"{name}.jsonl"
         lines = [json.dumps(_row(group), ensure_ascii=False) + "\n" for group in members]
         atomic_write.write_text(rows, "".join(lines))
         config = _task_config(name, os.path.abspath(rows), roles.datasets.get(task, task))
-        # JSON is YAML.
+        # YAML contains JSON, so that no YAML writer is needed.
         atomic_write.write_text(folder / f"{name}.yaml", json.dumps(config, indent=2) + "\n")
         names.append(name)
     print(
@@ -85,13 +86,24 @@ def export_tasks(output_dir: str, data: options.Data) -> list[str]:
 
 
 def _row(group: "ChoiceGroup") -> dict[str, Any]:
+    """Returns an example as an object of the file of JSON lines."""
     gold = [index for index, is_correct in enumerate(group.is_correct) if is_correct]
-    # A target that is not among the choices: lm-evaluation-harness counts index -100 as wrong.
+    # If no choice is correct, the index -100, at which lm-evaluation-harness counts every answer as
+    # wrong.
     return {"inputs": group.input_text, "choices": [*group.choice_texts], "gold": gold or [-100]}
 
 
 def _task_config(name: str, rows: str, dataset: str) -> dict[str, Any]:
-    """Returns a task's YAML file; a field of a row is named instead of a template of it."""
+    """Returns the content of a task's YAML file.
+
+    Its `doc_to_…` entries are names of fields of `_row`. Templates would be in their place if a
+    prompt had to be composed.
+
+    Args:
+      name: name of the task.
+      rows: absolute path of the file of rows, since lm-evaluation-harness may run in any folder.
+      dataset: name of the dataset, for the second tag.
+    """
     metrics = ("acc", "acc_norm", "acc_bytes")
     return {
         "task": name,

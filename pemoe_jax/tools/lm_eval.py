@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     gin_flags.silence_libraries()
     try:
-        # An extra; importing our module registers the model.
+        # lm_eval is an extra, which may not be installed.
         from lm_eval.__main__ import cli_evaluate
 
-        from pemoe_jax.tools import lm_eval_model  # noqa: F401 (registers the model)
+        from pemoe_jax.tools import lm_eval_model  # noqa: F401 (its import registers the model)
     except ModuleNotFoundError as error:
         print(
             f"error: pemoe lm_eval needs the extra lm-eval ({first_line(error)}): pip install -c"
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    sys.argv = ["pemoe lm_eval", *arguments]  # where lm_eval reads them
-    # Processes bootstrap lm_eval's standard errors and format its table. They must not be forked:
-    # JAX has threads by then, and a forked process can deadlock.
+    sys.argv = ["pemoe lm_eval", *arguments]  # `cli_evaluate` has no argument for them
+    # lm_eval computes standard errors and formats its table in child processes. They must not be
+    # forked: JAX has threads by then, and a forked process can deadlock.
     multiprocessing.set_start_method("spawn", force=True)
     try:
         cli_evaluate()

@@ -3,8 +3,8 @@
     import pemoe_jax.tools.lm_eval_model
     lm_eval.simple_evaluate(model="pemoe", model_args={"base": …, "adapter": …}, tasks=[…])
 
-The extra `lm-eval` installs the harness. Its own command does not look for models of other
-packages: `pemoe lm_eval` runs it with this one.
+The extra `lm-eval` installs the harness. Its command `lm_eval` knows only its own models; `pemoe
+lm_eval` imports this module and then runs that command.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 _BATCH_SIZE = 32  # for lm_eval's "auto"
-# Settings of `generation_kwargs` that are not greedy decoding, and their values that are.
+# Setting of a task's `generation_kwargs` -> its values with which decoding is greedy.
 _GREEDY: Mapping[str, Sequence[object]] = {
     "do_sample": (False, None),
     "num_beams": (1, None),
@@ -39,10 +39,10 @@ class PemoeLM(LM):
 
     Args:
       base, adapter, vocabulary, dtype, frozen_dtype, max_input_tokens, max_target_tokens: see
-        `api.load_model`. `adapter` alone takes the base that its record names.
-      batch_size: contexts that are computed together; 'auto' is 32.
+        `api.load_model`. Without `base`, it is the one that the adapter's record names.
+      batch_size: number of contexts that are computed together; 'auto' is 32.
       max_gen_toks: number of tokens to generate for tasks that state none.
-      device, max_batch_size: of lm_eval's command, without effect: JAX chooses the device.
+      device, max_batch_size: ignored; lm_eval's command passes them. JAX chooses the device.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class PemoeLM(LM):
             raise InputError("model_args of pemoe must have base=… or adapter=…, got neither")
         check_integer("max_gen_toks", max_gen_toks)
         self.max_gen_toks = max_gen_toks
+        # `load_model` takes the path of an adapter alone in the place of the base.
         path = adapter if base is None else base
         assert path is not None
         self.model = api.load_model(
@@ -94,16 +95,23 @@ class PemoeLM(LM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Returns (log-probability of the continuation, whether greedy decoding generates it)."""
-        continuations: dict[str, dict[str, None]] = {}  # of each context, in order
-        for context, continuation in (request.args[:2] for request in requests):
+        """Scores each request's continuation of its context.
+
+        Returns:
+          For each request, the log-probability of its continuation, and whether greedy decoding
+          generates it.
+        """
+        # Context -> its continuations, as an ordered set. Each context is encoded once.
+        continuations: dict[str, dict[str, None]] = {}
+        for request in requests:
+            context, continuation = request.args[:2]
             continuations.setdefault(context, {})[continuation] = None
-        choices = [[*texts] for texts in continuations.values()]
+        contexts = [*continuations]
+        choice_lists = [[*texts] for texts in continuations.values()]
+        rows = self.model.score(contexts, choice_lists)
         scores = {
             (context, continuation): score
-            for context, texts, row in zip(
-                continuations, choices, self.model.score([*continuations], choices), strict=True
-            )
+            for context, texts, row in zip(contexts, choice_lists, rows, strict=True)
             for continuation, score in zip(texts, row, strict=True)
         }
         answers = [scores[request.args[0], request.args[1]] for request in requests]
@@ -126,11 +134,12 @@ class PemoeLM(LM):
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns the greedy answer to each context, up to the first of its `until` texts.
+        """Returns the greedy answer to each context, up to the first of the task's `until` texts.
 
         Raises:
           InputError: the task asks for sampling or beams.
         """
+        # By the number of tokens to generate, for which `generate` compiles a program each.
         indices_by_length: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
             settings = request.args[1]
@@ -152,6 +161,7 @@ class PemoeLM(LM):
 
 
 def _stop(text: str, until: str | Sequence[str]) -> str:
+    """Returns the part of a text before the first occurrence of any of the texts `until`."""
     for end in [until] if isinstance(until, str) else until:
         if end:
             text = text.split(end)[0]

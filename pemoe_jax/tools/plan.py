@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pemoe_jax.analysis.planning import compiled_step
     from pemoe_jax.core import network, optim
 
+# What a run file would bind: a plan has none. The value of --optimizer completes the last line.
 _BINDINGS = f"""\
 {gin_flags.FREEZE_BINDINGS}\
 from pemoe_jax.tools import plan
@@ -32,7 +33,7 @@ plan.configured_step.trainable = @freezing.trainable_patterns()
 plan.configured_step.frozen_dtype = %FROZEN_DTYPE
 plan.configured_step.optimizer = @optim."""
 
-# Macros that run files set; a plan has no run file.
+# Macros that run files set, with the same defaults.
 _MACROS = """\
 SCAN_LAYERS = False
 REMAT_POLICY = 'none'
@@ -88,7 +89,7 @@ FLAGS.add_argument(
     "--output", metavar="FILE", help="also write the tables to FILE.md, or all figures to FILE.json"
 )
 
-# Memory in GB of what jax counts as a device: a core of TPU v2 and v3, a chip of the others.
+# Name -> memory in GB of what jax counts as a device: a core of TPU v2 and v3, else a chip.
 CHIPS = {"v2": 8, "v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 80}
 
 
@@ -99,7 +100,9 @@ def configured_step(
     optimizer: "optim.OptimizerFactory",
     frozen_dtype: str,
 ) -> "tuple[network.Transformer, str, Sequence[str], optax.GradientTransformation, str]":
-    """Returns the arguments that gin files configure, with a constructed optimizer.
+    """Returns the arguments that gin files configure, with the optimizer constructed.
+
+    `--help` takes the descriptions of macros from the following lines.
 
     Args:
       model: the network with its adapters, from a model file and a method file.
@@ -109,7 +112,6 @@ def configured_step(
       frozen_dtype: dtype of frozen matrices: 'activations' (the dtype of activations), 'int8' or
         'float8_e4m3fn'.
     """
-    # `--help` describes the macros by these lines.
     if model is None:
         raise InputError("MODEL is not set: pass --gin_file=models/…")
     if not trainable:
@@ -149,7 +151,7 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     from pemoe_jax.analysis.planning import compiled_step
 
     step, method = _load_step(args, bindings, lengths)
-    # Check every mesh before spending minutes on the first.
+    # All meshes are checked before the first is compiled, which may take minutes.
     for layout in layouts:
         compiled_step.make_mesh(step, layout)
     costs = []
@@ -170,7 +172,7 @@ def plan(args: argparse.Namespace, bindings: Sequence[str]) -> None:
 def _load_step(
     args: argparse.Namespace, bindings: Sequence[str], lengths: tuple[int, int]
 ) -> "tuple[compiled_step.TrainStep, str]":
-    """Returns the step that gin files and flags configure, and its method's label."""
+    """Returns the step that gin files and flags configure, and the method as text."""
     from pemoe_jax.analysis import counts
     from pemoe_jax.analysis.planning import compiled_step, flops
     from pemoe_jax.core import adapters, network, params, quantized
@@ -192,7 +194,8 @@ def _load_step(
 
 
 def _title(args: argparse.Namespace, method: str, step: "compiled_step.TrainStep") -> str:
-    # The first file that is not a method's is the model's.
+    """Returns the title of the tables: model, method, batch, dtype and optimizer."""
+    # The model file is the first one that is not in a folder methods/.
     names = [Path(file).stem for file in args.gin_file if "methods" not in Path(file).parts]
     microbatches = f" in {step.microbatches} microbatches" if step.microbatches > 1 else ""
     return (
@@ -228,7 +231,7 @@ def _create_virtual_devices(count: int) -> None:
     """Makes jax start with virtual CPU devices; must be called before jax is first used."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     name = "--xla_force_host_platform_device_count"
-    # Keeps the user's other flags.
+    # XLA_FLAGS may have other flags of the user.
     other_flags = re.sub(rf" *{name}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     os.environ["XLA_FLAGS"] = f"{other_flags} {name}={count}".strip()
 

@@ -74,15 +74,17 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
     Raises:
       InputError: a RUN has no results of an evaluation, or a flag is wrong.
     """
-    # Imported here, so that --help does not import numpy.
+    # Imported here, because they import numpy, and `--help` must answer within a second.
     from pemoe_jax.analysis.zero_shot import paper_table, paper_table_formats, results
     from pemoe_jax.runtime import file_io
 
     if bindings:
         raise InputError(f"--gin.{bindings[0].split(' ')[0]}: report takes no gin flags")
+    # argparse checks the type only.
     for flag in ("draws", "seed"):
         if getattr(args, flag) < 0:
             raise InputError(f"--{flag} must be at least 0, got {getattr(args, flag)}")
+    # Checked first, because the bootstrap takes longest.
     if args.output is not None:
         folder = file_io.resolve_output_folder(args.output, "--output")
     runs = results.merge_runs(results.load_results(path) for path in args.runs)

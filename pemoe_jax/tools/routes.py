@@ -32,7 +32,7 @@ FLAGS = gin_flags.make_parser(
 """,
     macros=["runs/routes.gin"],
 )
-# Each flag sets a macro, so that gin files, --gin.NAME and flags reach the same settings.
+# Flag -> the macro that it sets, so that gin files, --gin.NAME and flags set the same things.
 _MACRO_OF_FLAG = {
     "checkpoints": "CHECKPOINT_PATH",
     "tasks": "ROUTES_TASKS",
@@ -70,8 +70,8 @@ def routes(
       output_dir: folder for the page, tables and plots.
       tasks: names or patterns (*) of tasks, or mixtures; None: one prompt of each dataset,
         whether trained on or held out.
-      sites: patterns of sites to show in detail, e.g. ['*/mlp/gate']; None: all of the last decoder
-        block, and of sparse layers the last ones of encoder and decoder.
+      sites: patterns of sites to show in detail, e.g. ['*/mlp/gate']; None: all sites of the last
+        decoder block, or in a sparse model the last sparse layers of encoder and decoder.
       examples: maximum number of examples of each task, the first of its evaluation split, or else
         of `train`.
       min_count: minimum number of occurrences of a token in the lists of top tokens.
@@ -92,7 +92,7 @@ def routes(
     partitioning.check_batch_size(data.batch_size, mesh)
     folder = file_io.resolve_output_folder(output_dir, "ROUTES_OUTPUT_DIR")
     opened_models = models_lib.open_selected(models)
-    # Before any data is read, which takes longest: a mistake in ROUTES_SITES shows at once.
+    # Selected first, so that a mistake in ROUTES_SITES shows before the data are read.
     sites_by_model = [_select_sites(opened, sites) for opened in opened_models]
     evaluation.warn_of_other_eos([opened.path for opened in opened_models])
     task_roles = run_register(data.register)
@@ -114,8 +114,14 @@ def routes(
     for opened, model_sites in zip(opened_models, sites_by_model, strict=True):
         results.append(
             _probe_run(
-                *(opened, model_sites, groups, task_roles),
-                *(lengths, data.batch_size, mesh, min_count),
+                opened,
+                model_sites,
+                groups,
+                task_roles,
+                lengths=lengths,
+                batch_size=data.batch_size,
+                mesh=mesh,
+                min_count=min_count,
             )
         )
         page.draw_plots(results[-1], folder)
@@ -127,6 +133,7 @@ def routes(
 
 
 def _select_sites(opened: "models.OpenedModel", patterns: Sequence[str] | None) -> list[str]:
+    """Returns the sites of a model to show; InputError if it has no routers."""
     from pemoe_jax.analysis.routing import probe
 
     experts = probe.expert_counts(opened.model)
@@ -143,11 +150,21 @@ def _probe_run(
     sites: list[str],
     groups: "Mapping[str, Sequence[ChoiceGroup]]",
     task_roles: "TaskRoles",
+    *,
     lengths: Mapping[str, int],
     batch_size: int,
     mesh: "jax.sharding.Mesh",
     min_count: int,
 ) -> "ProbeResult":
+    """Loads a model, runs the examples through it, and returns which experts they used.
+
+    Args:
+      opened: the model.
+      sites: sites to show in detail.
+      groups: {task: its examples}.
+      task_roles: the registered tasks.
+      lengths, batch_size, mesh, min_count: see `routes`.
+    """
     import numpy as np
 
     from pemoe_jax.analysis.routing import dispatch_probe, metrics, probe
@@ -159,7 +176,7 @@ def _probe_run(
         seqio_tasks.check_vocab_size(name, opened.model.config.vocab_size)
         if opened.record is not None:
             seqio_tasks.check_vocabulary(opened.path, opened.record.vocabulary, name)
-    # Replicated: the probe is a forward pass over few examples, so that sharding gains little.
+    # Replicated, because sharding gains little for a forward pass over few examples.
     params = opened.load(partitioning.replicated_sharding(mesh))
     num_examples = sum(map(len, groups.values()))
     with contextlib.closing(progress.Progress(f"routing {opened.name}", num_examples)) as bar:
@@ -168,18 +185,21 @@ def _probe_run(
         )
     example_tasks = measure.example_tasks(groups)
     totals = measure.sum_by_task(examples, list(groups), example_tasks)
-    # The rows of a run's own training, if they are known.
-    rows = dispatch_probe.TrainingRows(lengths)
-    rows, sparse = dispatch_probe.read_training_rows(opened.path, rows), opened.model.sparse
-    trained = measure.trained_datasets(opened, task_roles)
+    # Drops depend on how training packs examples into rows: as the run did, if that is known.
+    training_rows = dispatch_probe.read_training_rows(
+        opened.path, default=dispatch_probe.TrainingRows(lengths)
+    )
+    trained_datasets = measure.trained_datasets(opened, task_roles)
     tasks = []
     for name, members in groups.items():
         dataset = task_roles.datasets.get(name, name)
-        seen = None if trained is None else dataset in trained
+        is_trained = None if trained_datasets is None else dataset in trained_datasets
         split = measure.task_split(name)
-        if split != "train":  # as its file is named; seqio may know a `test` file as `validation`
+        # seqio may know a file `test` as the split `validation`: the page has the file's name.
+        if split != "train":
             split = task_roles.eval_splits.get(name) or split
-        tasks.append(metrics.ProbedTask(name, dataset, seen, split, len(members)))
+        tasks.append(metrics.ProbedTask(name, dataset, is_trained, split, len(members)))
+    sparse = opened.model.sparse
     return metrics.ProbeResult(
         run=opened.summary(),
         tasks=tasks,
@@ -189,17 +209,17 @@ def _probe_run(
         pieces=_token_texts(tasks[0].name, totals),
         min_count=min_count,
         dispatch=dispatch_probe.measure_dispatch(
-            opened.model, params, groups, rows, batch_size, mesh
+            opened.model, params, groups, training_rows, batch_size, mesh
         ),
         experts_choose=sparse is not None and sparse.routing == "experts",
-        rows=str(rows),
+        rows=str(training_rows),
         example_probs={site: np.asarray(probs) for site, probs in examples.probs.items()},
         example_tasks=example_tasks,
     )
 
 
 def _token_texts(task: str, totals: "ProbeTotals") -> dict[int, str]:
-    """Returns the vocabulary's text of every token id that occurs."""
+    """Returns {token id: its text in the vocabulary} for the ids that occur in the examples."""
     import numpy as np
 
     from pemoe_jax.data import seqio_tasks
@@ -209,12 +229,13 @@ def _token_texts(task: str, totals: "ProbeTotals") -> dict[int, str]:
     counts = sum(np.asarray(counts) for counts in totals.token_counts.values())
     texts = {}
     for token in np.flatnonzero(counts).tolist():
-        # Pieces keep the word boundary mark, which decoding drops; extra ids have no piece.
+        # Pieces keep the mark of a word's beginning, which `decode` drops. Sentinels have no piece.
         if hasattr(tokenizer, "id_to_piece") and token < vocabulary.vocab_size:
             texts[token] = tokenizer.id_to_piece(token)
         else:
             texts[token] = vocabulary.decode([token])
-    return texts | {0: "<start>"}  # padding is masked, so that 0 is the decoder's first input
+    # Padding, whose id is 0 as well, is not counted: 0 is the first input of the decoder.
+    return texts | {0: "<start>"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,8 +244,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         args.gin_file = args.gin_file or ["runs/routes.gin"]
         values = {macro: getattr(args, flag) for flag, macro in _MACRO_OF_FLAG.items()}
-        short = [f"{name} = {value!r}" for name, value in values.items() if value not in (None, [])]
-        gin_flags.load_config(args, [*short, *bindings])
+        # Without the flags that were not passed, so that they do not override gin files.
+        flag_bindings = [
+            f"{name} = {value!r}" for name, value in values.items() if value not in (None, [])
+        ]
+        gin_flags.load_config(args, [*flag_bindings, *bindings])
         gin_flags.call_configured(routes)
 
     return gin_flags.run_command(FLAGS, work, argv)

@@ -8,18 +8,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# On Linux the kernel kills the child when its parent dies, even by SIGKILL (PR_SET_PDEATHSIG = 1),
-# so that no training continues unseen. Elsewhere the inherited lock of the folder reveals it.
-# `preexec_fn` could do the same but forks with JAX's threads running, which can deadlock.
+# The program of a child. On Linux it asks the kernel to kill it when its parent dies, even by
+# SIGKILL (PR_SET_PDEATHSIG = 1), so that no training continues unseen. Elsewhere a child that
+# continues keeps the inherited lock of the folder, so that the next command in it fails.
+# `preexec_fn` of `Popen` could do the same, but runs Python in a fork of a process with JAX's
+# threads, which can deadlock.
 _CHILD = """\
 import ctypes, os, runpy, signal, sys
 parent, cores, module, *flags = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != int(parent):
+    if os.getppid() != int(parent):  # it died before the call above
         sys.exit(1)
-    if cores:  # XLA, TensorFlow and NumPy size their thread pools by it
+    if cores:  # XLA, TensorFlow and NumPy start as many threads as they may use cores
         os.sched_setaffinity(0, map(int, cores.split(",")))
 sys.argv = [module, *flags]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -80,7 +82,7 @@ def last_line(log: Path) -> str:
     """Returns the last line of a log that is not blank; '' if there is none."""
     try:
         with log.open("rb") as file:
-            # Only the end: progress lines make the logs of long runs large.
+            # Only the end is read: progress lines make the logs of long runs large.
             file.seek(max(0, log.stat().st_size - 4096))
             lines = file.read().decode(errors="replace").split("\n")
     except OSError:

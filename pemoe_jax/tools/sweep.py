@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import atomic_write, file_io, folder_lock, gin_flags, progress, run_file
@@ -103,7 +103,7 @@ FLAGS.add_argument("--with_paper", action="store_true", help="add published rows
 FLAGS.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
 
 _MODULES: dict[Command, str] = {"train": "pemoe_jax.train", "evaluate": "pemoe_jax.evaluate"}
-_TICK = 0.1  # seconds between two looks at the running commands
+_TICK = 0.1  # seconds between two checks of the running commands
 
 
 class State(TypedDict):
@@ -118,6 +118,20 @@ class State(TypedDict):
     evaluate: float | None
 
 
+class _ActiveRun(NamedTuple):
+    """A run whose commands are running.
+
+    Attributes:
+      run: the run.
+      commands: the generator of `_run_commands`, which is advanced at each tick.
+      cores: CPUs that the commands may use.
+    """
+
+    run: Run
+    commands: Generator[str, None, str]
+    cores: list[int]
+
+
 def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     """Runs the sweep that the flags describe.
 
@@ -128,16 +142,19 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     trials = sweep_plan.plan_trials(args, bindings)
     trial_runs = [run for by_value in trials.values() for run in by_value.values()]
     claims = _load_claims(args.claims) if args.claims else []
-    # Checks the configurations; those with best() take its first value until one is chosen.
+    # Before anything runs, to check all configurations: best() has its first value until one is
+    # chosen.
     runs = sweep_plan.plan_runs(args, bindings)
     if args.dry_run:
         for run in [*trial_runs, *runs]:
             for name, flags in run.commands():
                 print(shlex.join(["pemoe", name, *flags]))
         return
+    # Raises if a folder belongs to something else. With trials, the values of best() in `runs` are
+    # not final, so that their states are read after the choice.
     for run in [*trial_runs, *([] if trials else runs)]:
-        _read_state(run)  # raises if a folder belongs to something else
-    # As for SIGINT: the running training gets the chance to save a checkpoint.
+        _read_state(run)
+    # SIGTERM raises KeyboardInterrupt, as SIGINT does, so that running trainings can save.
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed: list[str] = []
     try:
@@ -198,6 +215,9 @@ def _finished(runs: Sequence[Run]) -> list[Run]:
 def _read_state(run: Run) -> State:
     """Returns the state of a run, from its `sweep.json` if there is one.
 
+    If the settings of scoring have changed, or its results are missing, the run's evaluation counts
+    as unfinished.
+
     Raises:
       InputError: the folder holds a run with other settings, or files that no sweep wrote.
     """
@@ -224,7 +244,7 @@ def _read_state(run: Run) -> State:
         raise InputError(
             f"{file}: expected the state of a sweep's run; delete {run.folder} to run it again"
         ) from None
-    # Names the first difference; a run has too many settings to print.
+    # The error has the first difference only: a run has too many settings to print.
     for name in {**previous, **run.train_settings}:
         old, new = (s.get(name, "(not set)") for s in (previous, run.train_settings))
         if old != new:
@@ -232,15 +252,22 @@ def _read_state(run: Run) -> State:
                 f"{run.folder}: expected {name} = {old}, the setting of its run, got {new}; choose"
                 " another --output or delete the folder"
             )
-    # A changed evaluation is cheap to repeat; a changed training would take hours.
+    # A changed evaluation is repeated, which is cheap. A changed training is an error, see above.
     if scoring != run.evaluate_settings or not (run.results / "results.json").is_file():
         return {**state, "scoring": run.evaluate_settings, "evaluate": None}
     return state
 
 
 def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool, jobs: int) -> list[str]:
-    """Runs the unfinished runs, `jobs` at a time; returns the names of those that failed."""
-    # Flushed after each line, because Python buffers what goes to a file.
+    """Runs the unfinished runs, `jobs` at a time; returns the names of those that failed.
+
+    Args:
+      runs: the runs, in the order in which they start.
+      lock: file descriptor of the sweep's lock.
+      stop_at_failure: whether no further run starts after one that failed.
+      jobs: number of runs at the same time.
+    """
+    # All lines are flushed, because Python buffers output to a file.
     print(f"{len(runs)} runs, with their logs in {runs[0].folder.parent}/<run>/", flush=True)
     width = max(len(run.folder.name) for run in runs)
     prefixes = {
@@ -249,10 +276,11 @@ def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool, jobs: int) -
     }
     failed: list[str] = []
     waiting = {run.folder: run for run in runs}
-    active: dict[Path, tuple[Run, Generator[str, None, str], list[int]]] = {}
+    active: dict[Path, _ActiveRun] = {}
     free_cores = subprocesses.split_cores(jobs)
     with subprocesses.end_children() as children:
         while waiting or active:
+            # Start runs while cores are free; a run waits for the one that it starts FROM.
             for folder, run in list(waiting.items()):
                 if not free_cores or run.initial in {*waiting, *active}:
                     continue
@@ -262,7 +290,9 @@ def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool, jobs: int) -
                     print(f"{prefixes[folder]}  already finished  {_score(run)}", flush=True)
                     continue
                 cores = free_cores.pop(0)
-                active[folder] = (run, _run_commands(run, state, lock, cores, children), cores)
+                commands = _run_commands(run, state, lock, cores, children)
+                active[folder] = _ActiveRun(run, commands, cores)
+            # Ask each active run for its status, and report those that have ended.
             statuses = []
             for folder, (run, commands, cores) in list(active.items()):
                 try:
@@ -288,7 +318,8 @@ def _describe_end(run: Run, runs: Sequence[Run], unfinished: int, jobs: int) -> 
     state = _read_state(run)
     words = [f"{name} {progress.format_duration(state[name] or 0)}" for name, _ in run.commands()]
     words.append(_score(run))
-    # Time left: from the mean over finished runs with a training. Base models take much less time.
+    # The time left is the mean over finished runs times the number of unfinished ones. Base models,
+    # which take much less time, are not in the mean.
     states = [_read_state(other) for other in runs if other.train_flags]
     seconds = [(s["train"] or 0) + s["evaluate"] for s in states if s["evaluate"]]
     if seconds:
@@ -298,10 +329,10 @@ def _describe_end(run: Run, runs: Sequence[Run], unfinished: int, jobs: int) -> 
 
 
 def _show(statuses: Sequence[str]) -> None:
-    """Waits a moment; on a terminal, meanwhile shows what is running in a line it then erases."""
+    """Waits for a tick; on a terminal, shows the running commands meanwhile in one line."""
     show = sys.stdout.isatty() and statuses
     if show:
-        # A line that wraps could not be erased.
+        # At most 100 columns, since a line that wraps could not be erased.
         width = 100 // len(statuses) - 2
         print("\r\x1b[K" + "  ".join(s[:width] for s in statuses), end="", flush=True)
     try:
@@ -335,7 +366,7 @@ def _run_commands(
         if name == "train" and run.initial is not None and not _is_trained(run.initial):
             return f"in train, as {run.initial.name}, which it starts FROM, is not trained"
         if name == "evaluate":
-            # An evaluation refuses to overwrite scores that it does not compute again.
+            # Results of an earlier evaluation, which a new one may refuse to overwrite.
             shutil.rmtree(run.results, ignore_errors=True)
         log = run.folder / f"{name}.log"
         start = time.monotonic()
@@ -346,18 +377,19 @@ def _run_commands(
             yield f"{name} {duration}  {subprocesses.last_line(log)}"
         if code:
             return f"in {name}, {subprocesses.describe_exit(code, log)} (log: {log})"
-        # A training that SIGTERM ends has saved and exits with 0.
+        # A training that was ended by SIGTERM has saved a checkpoint, and exits with 0 as well.
         last = run.folder / f"checkpoint_{run.train_settings.get('TRAIN_STEPS')}"
         if name == "train" and not last.is_dir():
             return f"in train, {subprocesses.last_line(log)} (log: {log})"
-        # Never 0, which would read as unfinished.
+        # At least 0.1: `sweep` takes 0 for unfinished.
         state[name] = max(0.1, round(time.monotonic() - start, 1))
         atomic_write.write_json(run.folder / "sweep.json", state)
     return ""
 
 
 def _is_trained(folder: Path) -> bool:
-    """Returns whether a run's training finished; an unfinished one may have a checkpoint too."""
+    """Returns whether a run's training has finished."""
+    # Not by its checkpoints, which an unfinished training has as well.
     state = file_io.read_json(folder / "sweep.json")
     return bool(state["train"])
 
@@ -365,7 +397,14 @@ def _is_trained(folder: Path) -> bool:
 def _choose(
     trials: Mapping[tuple[str, sweep_choices.Choice], Mapping[str, Run]], output: Path
 ) -> dict[str, str]:
-    """Chooses values by the trials' results, and prints and writes them; returns name -> value."""
+    """Chooses the values of best() by the results of the trials, and prints and writes them.
+
+    Returns:
+      Experiment -> the chosen value.
+
+    Raises:
+      InputError: all trials of an experiment failed.
+    """
     from pemoe_jax.analysis import tables
 
     chosen = []
@@ -417,7 +456,7 @@ def _report_claims(claims: "Sequence[claims_lib.Claim]", runs: Sequence[Run], ou
         if run.train_flags:
             by_experiment.setdefault(experiment, {})[int(seed)] = result
         else:
-            base = base or result
+            base = base or result  # claims refer to the first base of the sweep
     choices_file = output / "choices.json"
     choices = file_io.read_json(choices_file)["choices"] if choices_file.exists() else []
     comparison = claims_report.build_report(claims, by_experiment, choices, base)
@@ -431,6 +470,7 @@ def _report_claims(claims: "Sequence[claims_lib.Claim]", runs: Sequence[Run], ou
 
 
 def _score(run: Run) -> str:
+    """Returns the average accuracy of a finished run, as text."""
     results = file_io.read_json(run.results / "results.json")
     return f"average {100 * results['runs'][0]['average']['median']:.1f}"
 

@@ -1,4 +1,4 @@
-"""Settings whose values a sweep chooses: `+LEARNING_RATE=best(1e-3,3e-3)` of an experiment."""
+"""Settings whose values a sweep chooses, such as `+LEARNING_RATE=best(1e-3,3e-3)`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pemoe_jax.analysis.tables import MISSING, Table
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
+# In the form of a flag: --gin.NAME=best(value,…) and --gin.NAME=best_of(experiment).
 _BEST = re.compile(r"--gin\.([\w./]+)=best\((.*)\)")
 _BEST_OF = re.compile(r"--gin\.([\w./]+)=best_of\((.*)\)")
 _NOTE = (
-    "Accuracy in % by rank classification on the validation splits of training tasks: mean over"
-    " prompts and then over datasets, one seed. Highest first counts; no held-out task was scored."
+    "Scores: accuracy in % by rank classification, with one seed, mean over prompts and then over"
+    " datasets, on validation splits of training tasks (or the mixture of --choose_on). The value"
+    " with the highest score is chosen; of equal ones, the first."
 )
 
 
@@ -60,13 +62,15 @@ def split_choice(settings: Sequence[str], experiment: str) -> tuple[list[str], C
             choices.append(Choice(match[1], source=match[2].strip()))
         elif match := _BEST.fullmatch(setting):
             values = tuple(value.strip() for value in match[2].split(","))
-            if len(set(values)) < max(2, len(values)) or not all(values):
+            are_different = len(set(values)) == len(values)
+            if len(values) < 2 or not are_different or not all(values):
                 raise InputError(f"{experiment}: best() must have different values, got {values}")
             choices.append(Choice(match[1], values))
         else:
             fixed.append(setting)
     if len(choices) > 1:
         raise InputError(f"{experiment}: expected a single best(), got {len(choices)}")
+    # Trials are planned without the other experiments, and so without the one that FROM names.
     if choices and choices[0].values and any(s.startswith("--gin.FROM=") for s in settings):
         raise InputError(f"{experiment}: best() must not be in an experiment with FROM")
     return fixed, choices[0] if choices else None
@@ -88,6 +92,7 @@ def choose(experiment: str, choice: Choice, folders: Mapping[str, Path]) -> Chos
     for value, folder in folders.items():
         (run,) = file_io.read_json(folder / "results.json")["runs"]
         scores[value] = 100 * run["average"]["mean"]
+    # In the order of the candidates, so that `max` takes the first of equal scores.
     known = {value: score for value, score in scores.items() if score is not None}
     if not known:
         raise InputError(f"{experiment}: no training with one of the values of best() succeeded")

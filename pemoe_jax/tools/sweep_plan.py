@@ -1,4 +1,8 @@
-"""Plans a sweep: a run for each experiment and seed, and the trials that choose values."""
+"""Plans a sweep: a run for each experiment and seed, and the trials that choose values.
+
+Settings of experiments are flags `--gin.NAME=value` here. FROM, SEEDS and NAME are not macros of
+gin: the functions `_split_…` take them out.
+"""
 
 import argparse
 import dataclasses
@@ -13,11 +17,11 @@ from pemoe_jax.runtime import file_io, gin_flags
 from pemoe_jax.tools import sweep_choices
 
 Command = Literal["train", "evaluate"]
-# Macros that the sweep sets for each run; a user's value would be overridden silently.
+# Macros that the sweep sets for each run. A user's value is an error: it would have no effect.
 _SWEEP_MACROS = ("SEED", "MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _PATH_MACROS = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 _FROM, _SEEDS, _NAME = "--gin.FROM=", "--gin.SEEDS=", "--gin.NAME="
-CHOICES = "choices"  # folder of the trials, which compare the values of best()
+CHOICES = "choices"  # folder of the trials: a training and an evaluation for each value of best()
 # INITIAL_CHECKPOINT_PATH may be a reference such as @quickstart.base(), which gin resolves when it
 # calls a function.
 _RESOLVE_BASE_CONFIG = """\
@@ -60,14 +64,17 @@ class Run:
 
 
 def resolve_base(path: str | None) -> str | None:
-    """Returns its argument, which gin resolves from a macro or a call."""
+    """Returns its argument; gin binds it to INITIAL_CHECKPOINT_PATH, and resolves references."""
     return path
 
 
 def plan_trials(
     args: argparse.Namespace, bindings: Sequence[str]
 ) -> dict[tuple[str, sweep_choices.Choice], dict[str, Run]]:
-    """Returns the trials of best(): {(experiment's name, its choice): {value: run}}.
+    """Returns the trials of each best(), as {(name of its experiment, its choice): {value: run}}.
+
+    Trials are the runs of a sweep in the folder `CHOICES`, with the first seed alone. They are
+    scored on the mixture of --choose_on.
 
     Raises:
       InputError: a flag or an experiment is wrong.
@@ -78,8 +85,9 @@ def plan_trials(
         settings, choice = sweep_choices.split_choice(settings, experiment)
         settings, _ = _split_seeds(settings, args.seeds)
         name, settings = _split_name(files, settings)
-        if choice is None or choice.source:
+        if choice is None or choice.source:  # best_of() takes the value of another experiment
             continue
+        # The experiment as text again, with each value in the place of best().
         words = [flag.removeprefix("--gin_file=").removeprefix("--gin.") for flag in files]
         words += [flag.removeprefix("--gin.") for flag in settings]
         trial_args = argparse.Namespace(**vars(args))
@@ -98,7 +106,7 @@ def plan_trials(
 def plan_runs(
     args: argparse.Namespace, bindings: Sequence[str], chosen: Mapping[str, str] | None = None
 ) -> list[Run]:
-    """Returns the runs that the flags describe; parses every configuration.
+    """Returns the runs that the flags describe, base models first; parses every configuration.
 
     Args:
       args, bindings: the parsed flags.
@@ -122,7 +130,8 @@ def plan_runs(
     ]
     train_bindings = [*map(_binding_flag, bindings)]
     train_bindings += [f"--gin_bindings={line}" for line in args.gin_bindings]
-    # Macros of training, such as TRAIN_STEPS, are unknown to the run files of evaluation.
+    # Evaluations get only the macros of runs/tasks.gin: their run files do not know others, such as
+    # TRAIN_STEPS.
     tasks_gin = (gin_flags.GIN_DIR / "runs" / "tasks.gin").read_text()
     data_macros = set(re.findall(r"^([A-Z][A-Z0-9_]*) = ", tasks_gin, re.MULTILINE))
     data_bindings = [_binding_flag(b) for b in bindings if _binding_name(b) in data_macros]
@@ -141,14 +150,8 @@ def plan_runs(
         settings, seeds = _split_seeds(settings, args.seeds)
         name, settings = _split_name(files, settings)
         names[_describe_experiment(files, settings)] = name
-        from_names = [flag.removeprefix(_FROM) for flag in settings if flag.startswith(_FROM)]
-        settings = [flag for flag in settings if not flag.startswith(_FROM)]
-        if len(from_names) > 1:
-            raise InputError(f"{experiment}: expected a single FROM, got {len(from_names)}")
-        if from_names and any(
-            flag.startswith("--gin.INITIAL_CHECKPOINT_PATH=") for flag in settings
-        ):
-            raise InputError(f"{experiment}: INITIAL_CHECKPOINT_PATH: FROM sets it")
+        settings, from_name = _split_from(settings, experiment)
+        # Name of the same experiment without FROM, if the sweep has it before this one.
         direct_name = names.get(_describe_experiment(files, settings))
         if choice is not None:
             if choice.values:
@@ -166,13 +169,13 @@ def plan_runs(
         experiment_flags = [*files, *shared, *train_bindings, *settings]
         for seed in seeds:
             folder = _folder(args.output, name, seed)
-            # Names of experiments may differ only in characters that folder names cannot have.
-            if folder in [run.folder for run in runs]:
+            by_folder = {run.folder: run for run in runs}
+            # `_describe_experiment` replaces characters, so that two experiments may have one name.
+            if folder in by_folder:
                 raise InputError(f"{experiment}: another experiment has the name {name}")
             flags = [*experiment_flags, f"--gin.SEED={seed}", f"--gin.MODEL_DIR={folder}"]
-            by_folder = {run.folder: run for run in runs}
             initial = direct = None
-            for from_name in from_names:
+            if from_name is not None:
                 initial = _folder(args.output, from_name, seed)
                 if initial not in by_folder:
                     earlier = dict.fromkeys(path.name.rpartition("-seed")[0] for path in by_folder)
@@ -184,9 +187,10 @@ def plan_runs(
                 direct = None if direct_name is None else _folder(args.output, direct_name, seed)
             train_settings = _parse_settings("train", flags, experiment)
             if initial is not None:
-                # Its settings, not its path, count as a change: the output folder may be moved.
+                # The initial run is compared by its settings, and not by its path, since the output
+                # folder may be moved.
                 fingerprint = run_settings.fingerprint(by_folder[initial].train_settings)
-                text = f"the run of {from_names[0]} with settings {fingerprint}"
+                text = f"the run of {from_name} with settings {fingerprint}"
                 train_settings["INITIAL_CHECKPOINT_PATH"] = text
             elif (base := _parsed_base(experiment)) is not None:
                 bases[base] = None
@@ -219,11 +223,27 @@ def _make_run(
     train_settings: dict[str, str],
     evaluate_flags: Sequence[str],
 ) -> Run:
+    """Returns a run with the flags of its evaluation, which this parses."""
     flags = [*evaluate_flags, f"--gin.EVAL_OUTPUT_DIR={folder / 'results'}"]
     settings = _parse_settings("evaluate", flags, "--evaluate")
     # Scores stay valid if the output folder is moved.
     settings = {name: value for name, value in settings.items() if name not in _PATH_MACROS}
     return Run(folder, train_flags, flags, train_settings, settings)
+
+
+def _split_from(settings: Sequence[str], experiment: str) -> tuple[list[str], str | None]:
+    """Returns the settings --gin.NAME=value without FROM, and its value; None without one.
+
+    Raises:
+      InputError: there are several FROM, or INITIAL_CHECKPOINT_PATH, which FROM sets.
+    """
+    names = [flag.removeprefix(_FROM) for flag in settings if flag.startswith(_FROM)]
+    rest = [flag for flag in settings if not flag.startswith(_FROM)]
+    if len(names) > 1:
+        raise InputError(f"{experiment}: expected a single FROM, got {len(names)}")
+    if names and any(flag.startswith("--gin.INITIAL_CHECKPOINT_PATH=") for flag in rest):
+        raise InputError(f"{experiment}: INITIAL_CHECKPOINT_PATH: FROM sets it")
+    return rest, names[0] if names else None
 
 
 def _split_seeds(settings: Sequence[str], default: str) -> tuple[list[str], list[int]]:
@@ -234,13 +254,20 @@ def _split_seeds(settings: Sequence[str], default: str) -> tuple[list[str], list
 
 
 def _parse_seeds(text: str) -> list[int]:
+    """Returns the distinct seeds of '0,1,2'; InputError if it is something else."""
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise InputError(f"--seeds must be integers joined by commas, got {text!r}")
     return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def _split_experiment(text: str) -> tuple[list[str], list[str]]:
-    """'a.gin+B=1' -> (['--gin_file=a.gin'], ['--gin.B=1'])."""
+    """Returns the flags of files and those of settings.
+
+    'a.gin+B=1' has (['--gin_file=a.gin'], ['--gin.B=1']).
+
+    Raises:
+      InputError: a part is neither a gin file nor NAME=value.
+    """
     parts = re.split(r"\+(?=[A-Za-z_./~])", text)  # not the + of 1e+3
     files = [f"--gin_file={part}" for part in parts if "=" not in part]
     if not all(file.endswith(".gin") for file in files):
@@ -264,7 +291,7 @@ def _split_name(files: Sequence[str], settings: Sequence[str]) -> tuple[str, lis
 
 
 def _describe_experiment(files: Sequence[str], settings: Sequence[str]) -> str:
-    """Returns 'mov_B=1_FROM=mov' for methods/mov.gin, B=1 and FROM=mov, for a folder."""
+    """Returns a name for a folder: 'mov_B=1_FROM=mov' of methods/mov.gin, B=1 and FROM=mov."""
     words = [Path(flag.removeprefix("--gin_file=")).stem for flag in files]
     words += [flag.removeprefix("--gin.") for flag in settings]
     return re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.")

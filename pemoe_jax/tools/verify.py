@@ -30,9 +30,10 @@ The exit code is 0 if everything is whole, 1 if not. Nothing is written.
 """
 
 _NO_CHECKSUMS = "without checksums: a changed value is not noticed"
-_ROWS = 512  # rows read at a time
+_ROWS = 512  # number of rows to read at a time
 
-# A file's or folder's path, and a function that reads it and returns what was verified.
+# The path of a file or folder, and a function that reads it and returns a text: what was verified.
+# The function raises InputError or OSError if the file is damaged.
 Check = tuple[str, Callable[[], str]]
 
 
@@ -83,19 +84,25 @@ def _checks(path: epath.Path) -> Iterator[Check]:
     from pemoe_jax.runtime import file_io
 
     name = str(path)
-    checks = {
-        **{".safetensors": _verify_weights, ".bin": _verify_weights, ".json": _verify_json},
-        **{".jsonl": _verify_rows, ".parquet": _verify_rows, ".arrow": _verify_rows},
+    check_by_suffix: dict[str, Callable[[epath.Path], str]] = {
+        ".safetensors": _verify_weights,
+        ".bin": _verify_weights,
+        ".json": _verify_json,
+        ".jsonl": _verify_rows,
+        ".parquet": _verify_rows,
+        ".arrow": _verify_rows,
     }
     if path.is_file():
+        # The readers of data open local files only.
         if file_io.is_remote(path) and path.suffix not in (".safetensors", ".bin"):
-            raise InputError(_remote_data(path))
+            raise InputError(_describe_remote_data(path))
         if ".tfrecord-" in path.name:
             yield name, functools.partial(_verify_tfrecords, path)
-        elif path.suffix in checks:
-            yield name, functools.partial(checks[path.suffix], path)
+        elif path.suffix in check_by_suffix:
+            yield name, functools.partial(check_by_suffix[path.suffix], path)
     elif (path / "about.json").exists():
         yield name, functools.partial(_verify_table, path)
+    # Before PEFT's adapters: this package's adapters have an adapter_config.json as well.
     elif adapter_file.is_adapter(path):
         yield name, functools.partial(_verify_adapter, name)
         yield from _weight_files(path)
@@ -109,8 +116,10 @@ def _checks(path: epath.Path) -> Iterator[Check]:
         for step in runs.finished_steps(path):
             yield from _checks(path / f"checkpoint_{step}")
     elif t5x_run.is_run(path):
-        folders = [path / f"checkpoint_{step}" for step in t5x.checkpoint_steps(path)]
-        for folder in folders if t5x_run.run_folder(path) == path else [path]:
+        # The path is a run with several checkpoints, or one of them.
+        is_folder_of_run = t5x_run.run_folder(path) == path
+        steps = t5x.checkpoint_steps(path)
+        for folder in [path / f"checkpoint_{n}" for n in steps] if is_folder_of_run else [path]:
             yield str(folder), functools.partial(_verify_t5x_run, str(folder))
     elif (
         (path / "config.json").exists()
@@ -121,14 +130,16 @@ def _checks(path: epath.Path) -> Iterator[Check]:
         yield from _weight_files(path)
         yield name, functools.partial(_verify_base, name)
     elif file_io.is_remote(path):
-        raise InputError(_remote_data(path))
+        raise InputError(_describe_remote_data(path))
+    # A folder of data: all of its files, except hidden ones and those in hidden folders.
     else:
         for file in sorted(Path(path).rglob("*")):
             if file.is_file() and not any(part[0] == "." for part in file.parts[len(path.parts) :]):
                 yield from _checks(path / str(file.relative_to(path)))
 
 
-def _remote_data(path: epath.Path) -> str:
+def _describe_remote_data(path: epath.Path) -> str:
+    """Returns the message for a gs:// path that is not of a format that is read from buckets."""
     return (
         "PATH must be a run, an adapter, a base model, weights or a sentence table (data must be"
         f" local), got {path}"
@@ -136,6 +147,7 @@ def _remote_data(path: epath.Path) -> str:
 
 
 def _weight_files(folder: epath.Path) -> Iterator[Check]:
+    """Yields the checks of the files of weights in a folder."""
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".bin") and file.is_file():
             yield from _checks(file)
@@ -156,6 +168,7 @@ def _verify_weights(path: epath.Path) -> str:
     if path.suffix == ".bin":
         return f"{_read_all(torch_pickle.open_file(path), str(path))}, the zip's CRC-32s"
     arrays, metadata = safetensors_file.open_file(path)
+    # A base that `pemoe convert base` wrote; other files of weights do not state their model.
     if base_model.CONFIG_KEY in metadata:
         _check_model(str(path))
     has_checksums = safetensors_file.CHECKSUMS_KEY in metadata
@@ -176,7 +189,7 @@ def _verify_t5x_run(path: str) -> str:
 
 
 def _verify_trained(name: str, arrays: dict[str, LazyArray], record: Record, step: int) -> str:
-    """Compares the arrays of a run or an adapter with the model of its record."""
+    """Loads the arrays of a run or an adapter, which compares them with the model of its record."""
     from pemoe_jax.checkpoints import models
 
     model = models.build_model(record)
@@ -201,7 +214,8 @@ def _verify_checkpoint(folder: AnyPath) -> str:
 
 def _verify_base(path: str) -> str:
     base = _check_model(path)
-    if base.format == "Hugging Face":  # `_weight_files` yields its arrays' files
+    # `_weight_files` has yielded the files of its arrays.
+    if base.format == "Hugging Face":
         return "config.json, index of the files, names and shapes of the model"
     return f"{base.format}: {_read_all(base.arrays, str(base))}; {_NO_CHECKSUMS}"
 
@@ -241,6 +255,8 @@ def _verify_json(path: epath.Path) -> str:
 
     row_checks.read_object(file_io.to_path(path))
     if path.name.startswith("info.") and (split := path.name.split(".")[1]):
+        # A split of a cache of tfrecords. Its rows are counted, not read, so that the reader does
+        # not use the size of the vocabulary.
         reader = tfrecords.TFRecordReader(Path(path.parent), split, lambda: 0)
         if (actual := sum(file.count() for file in reader.files)) != reader.num_rows:
             raise InputError(
