@@ -21,8 +21,8 @@ _LEGEND = (
     ("dashed: chance", "chance"),
     ("line at the end: 95 % interval over examples", "interval"),
     ("dots: seeds, the bar is their mean", "seeds"),
-    ("hatched: trained on it", "hatched"),
-    ("gray: published", "pale"),
+    ("hatched: trained on it", "is_trained"),
+    ("gray: published", "is_published"),
     ("†: average over fewer datasets", "mark"),
 )
 
@@ -33,8 +33,8 @@ class Bar:
 
     value: float
     interval: tuple[float, float] | None = None
-    hatched: bool = False
-    pale: bool = False
+    is_trained: bool = False
+    is_published: bool = False
     mark: str = ""
     seeds: Sequence[float] = ()
 
@@ -88,8 +88,8 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
         if bar is None:
             axis.text(1.5, row, "–", size=8, va="center", c=plots.MUTED_COLOR)
             continue
-        color = "#C8C8C8" if bar.pale else plots.COLORS[0]
-        hatch = "////" if bar.hatched else None
+        color = "#C8C8C8" if bar.is_published else plots.COLORS[0]
+        hatch = "////" if bar.is_trained else None
         axis.barh(row, bar.value, 0.72, color=color, hatch=hatch, edgecolor="white", linewidth=0)
         end = bar.value  # where the number is written after the bar and its marks
         if bar.interval:

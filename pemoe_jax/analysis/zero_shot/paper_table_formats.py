@@ -296,8 +296,8 @@ def _bar(row: Row, key: Column) -> bar_chart.Bar | None:
         score.median,
         score.intervals.get("median"),
         seeds=score.seeds.get("median", ()),
-        hatched=bool(score.trained),
-        pale=bool(row.source),
+        is_trained=bool(score.trained),
+        is_published=bool(row.source),
         mark=_partial_mark(row, key),
     )
 
