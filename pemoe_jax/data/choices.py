@@ -1,5 +1,8 @@
 """Examples with answer choices, for rank classification.
 
+They are read from `_score_eval` tasks, as P3 has them. Such a task has a row for each answer choice
+of an example, with `idx` ([example, choice]) and `is_correct`.
+
 Shapes: `C` answer choices, `Li` and `Lt` lengths of inputs and targets, `S` embedding size.
 """
 
@@ -9,7 +12,7 @@ import bisect
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     import seqio
 
 
-# Features of a `_score_eval` row that belong to the choice, and to the example.
+# Features of a row that differ between the choices of an example, and those that they share.
 _CHOICE_KEYS = ("targets", "targets_pretokenized", "is_correct")
 _EXAMPLE_KEYS = ("inputs", "inputs_pretokenized", seqio_tasks.SENTENCE_FEATURE)
 
@@ -37,11 +40,11 @@ class ChoiceGroup:
       idx: index of the example in its split.
       inputs: token ids, int32 [Li], ending in EOS.
       choices: token ids of each choice, C times int32 [Lt], ending in EOS.
-      is_correct: whether each choice equals the target: usually one does, several if choices are
-        repeated, none if the target is not among them.
-      input_text, choice_texts: the text that was tokenized.
+      is_correct: whether each choice equals the target. Usually one does; several do if choices are
+        repeated, and none does if the target is not among them.
+      input_text, choice_texts: the texts that were tokenized.
       input_truncated, target_truncated: whether the input, or any choice, was too long.
-      sentence_embedding: [S], for routers that read it.
+      sentence_embedding: [S], for routers that read it; None if there is none.
       num_shots: number of solved examples in front of the input; None in zero-shot evaluation.
     """
 
@@ -59,13 +62,15 @@ class ChoiceGroup:
 
     @functools.cached_property
     def anomalies(self) -> tuple[str, ...]:
-        """What is unusual about the example, by the keys of results.json."""
+        """The keys of `row_checks.ODD_ROWS` that apply to the example."""
         texts = [text.strip() for text in self.choice_texts]  # as `is_correct` compares them
-        ids = {text: tokens.tobytes() for text, tokens in zip(texts, self.choices, strict=True)}
+        tokens_of_text = {
+            text: tokens.tobytes() for text, tokens in zip(texts, self.choices, strict=True)
+        }
         kinds = {
             "target_not_in_choices": not any(self.is_correct),
-            "doubled_choices": len(ids) < len(texts),
-            "equal_tokens": len(set(ids.values())) < len(ids),
+            "doubled_choices": len(tokens_of_text) < len(texts),
+            "equal_tokens": len(set(tokens_of_text.values())) < len(tokens_of_text),
             "empty_input": not self.input_text.strip(),
             "cut_input": self.input_truncated,
             "cut_target": self.target_truncated,
@@ -84,23 +89,25 @@ def load_choice_groups(
     """Returns the examples of a `_score_eval` task, or of the tasks of a mixture in order.
 
     Args:
-      name: the task or mixture. A `SeekableMixture` is read much faster than its tasks one by one.
-      task_feature_lengths: lengths that 'inputs' and 'targets' are truncated to, keeping their EOS.
+      name: the task or mixture. A `SeekableMixture` is read in one pipeline, which is much faster
+        than one pipeline for each task.
+      task_feature_lengths: lengths that 'inputs' and 'targets' are truncated to; their EOS is kept.
       split: the split; None: the evaluation split.
-      max_examples: number of examples of each task; None: all.
+      max_examples: maximum number of examples of each task; None: all.
       use_cached: whether to read seqio's offline caches.
 
     Raises:
-      InputError: an argument is wrong, a task has no answer choices, or it cannot be read.
+      InputError: an argument is wrong, or a task has no answer choices or cannot be read.
     """
     seqio = seqio_import.import_seqio()
     lengths = seqio_tasks.validate_lengths(task_feature_lengths)
     if max_examples is not None:
         check_integer("EVAL_EXAMPLES", max_examples)
-    # One token more than fits: a sequence that is too long then differs from one that just fits.
+    # One token more than fits, to tell a sequence that is too long from one that just fits.
     longer = {key: length + 1 for key, length in lengths.items()}
     provider = seqio_tasks.get_mixture_or_task(name)
     tasks = seqio_tasks.subtask_names(name, use_cached)
+    # `starts` has the name of each task and the number of its first example in `idx`.
     if not isinstance(provider, seqio.Mixture):
         task_split = split or seqio_tasks.eval_split(name)
         if task_split not in provider.splits:
@@ -126,53 +133,69 @@ def load_choice_groups(
         raise InputError(
             f"{name!r} has no answer choices to score (no feature {missing[0]!r}){hint}"
         )
-    # Grouped by `idx` in any order of rows: seqio shuffles its caches, and a user's task need not
-    # have the choices of an example next to each other.
-    members: dict[int, dict[int, Row]] = collections.defaultdict(dict)
-    for count, row in enumerate(seqio_tasks.numpy_iterator(ds, name, split, use_cached), 1):
+    choice_rows = _rows_by_example(seqio_tasks.numpy_iterator(ds, name, split, use_cached), name)
+    groups = []
+    counts: collections.Counter[str] = collections.Counter()
+    first_numbers = [start for _, start in starts]
+    for number in sorted(choice_rows):
+        task, start = starts[bisect.bisect_right(first_numbers, number) - 1]
+        counts[task] += 1
+        if max_examples is None or counts[task] <= max_examples:
+            # `pop` frees the rows, so that they and the groups are not both in memory.
+            rows = choice_rows.pop(number)
+            groups.append(_make_group(task, number - start, rows, provider, lengths))
+    return groups
+
+
+def _rows_by_example(rows: Iterable[Row], name: str) -> dict[int, dict[int, Row]]:
+    """Groups rows of a `_score_eval` task or mixture -> {example: {choice: row}}.
+
+    Only the row of an example that was read first has the features of the example.
+
+    Raises:
+      InputError: a row has no valid `idx`, has that of another row, or has other inputs than the
+        example's first row.
+    """
+    # The rows may come in any order: seqio shuffles its caches, and a user's task need not have the
+    # choices of an example next to each other.
+    choice_rows: dict[int, dict[int, Row]] = collections.defaultdict(dict)
+    for count, row in enumerate(rows, 1):
         example, choice = _choice_index(row, f"{name}: row {count}")
-        if choice in members[example]:
+        earlier = choice_rows[example]
+        if choice in earlier:
             raise InputError(
                 f"{name}: row {count}: expected unique 'idx', got [{example}, {choice}] again"
             )
-        first = next(iter(members[example].values()), row)
+        first = next(iter(earlier.values()), row)
         if not np.array_equal(row["inputs"], first["inputs"]):
             raise InputError(
                 f"{name}: row {count}: expected the same inputs for all choices of example"
                 f" {example} in 'idx', got others"
             )
-        # The inputs are kept once for all choices of an example, not in each row.
-        keys = _CHOICE_KEYS if members[example] else (*_CHOICE_KEYS, *_EXAMPLE_KEYS)
-        members[example][choice] = {key: row[key] for key in keys if key in row}
-    groups = []
-    counts: collections.Counter[str] = collections.Counter()
-    first_numbers = [start for _, start in starts]
-    for number in sorted(members):
-        task, start = starts[bisect.bisect_right(first_numbers, number) - 1]
-        counts[task] += 1
-        if max_examples is None or counts[task] <= max_examples:
-            groups.append(_group(task, number - start, members.pop(number), provider, lengths))
-    return groups
+        # Inputs are much longer than choices, so they are kept once for each example.
+        keys = _CHOICE_KEYS if earlier else (*_CHOICE_KEYS, *_EXAMPLE_KEYS)
+        earlier[choice] = {key: row[key] for key in keys if key in row}
+    return choice_rows
 
 
 def _choice_index(row: Row, where: str) -> tuple[int, int]:
-    """Returns the number of a row's example and that of its choice."""
+    """Returns the numbers of a row's example and choice."""
     fields = {key: np.asarray(row[key]) for key in ("idx", "is_correct")}
     values = {key: value.tolist() for key, value in fields.items()}
     example, choice = row_checks.check_choice_fields(values, where)["idx"]
     return example, choice
 
 
-def _group(
+def _make_group(
     task: str,
     idx: int,
     choice_rows: Mapping[int, Row],
     provider: seqio.Task | seqio.Mixture,
     lengths: Mapping[str, int],
 ) -> ChoiceGroup:
-    """Returns the rows of an example, by the number of their choice, as a group."""
+    """Makes the group of an example from its rows, {choice: row} (`_rows_by_example`)."""
     features = provider.output_features
-    example = next(iter(choice_rows.values()))  # the row that was read first has the inputs
+    example = next(iter(choice_rows.values()))  # the first row, which has the inputs
     rows = [row for _, row in sorted(choice_rows.items())]
     for choice, row in sorted(choice_rows.items()):
         keys = [key for key in lengths if key in row]
@@ -208,13 +231,15 @@ def truncate(ids: np.ndarray, length: int, eos_id: int) -> tuple[np.ndarray, boo
     ids = np.asarray(ids, np.int32)
     if len(ids) <= length:
         return ids, False
-    return (np.append(ids[: length - 1], ids[-1]) if ids[-1] == eos_id else ids[:length]), True
+    if ids[-1] == eos_id:
+        return np.append(ids[: length - 1], ids[-1]), True
+    return ids[:length], True
 
 
 def feature_text(features: Mapping[str, seqio.Feature], row: Row, key: str) -> str:
-    """Returns the text that was tokenized to a feature of a row."""
+    """Returns the text that a feature of a row was tokenized from."""
     text = row.get(f"{key}_pretokenized")
-    # Caches and rows of token ids may have no text, which reads as an empty one.
+    # Caches and rows of token ids may have no text or an empty one: then the ids are decoded.
     if text is None or (len(text) == 0 and len(row[key]) > 0):
         return str(features[key].vocabulary.decode([int(i) for i in row[key]]))
     return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from pemoe_jax.data.sentences import SentenceSource
 
-# Examples converted from TensorFlow to numpy at a time: one by one takes several times longer.
+# Number of examples converted from TensorFlow to numpy at a time: converting them one by one takes
+# several times longer.
 _BLOCK = 256
 
 
@@ -54,9 +55,10 @@ def train_batches(
       shuffle: whether each task's examples are shuffled.
       start: `position` of an earlier iterator, to resume there. A `SeekableProvider` starts at that
         example; for other providers the examples before it are read and dropped.
-      num_epochs: the stream ends once a task has been read this many times; None: never.
+      num_epochs: the stream ends when a task that has been read this many times is drawn again;
+        None: never.
       use_cached: whether to read seqio's offline caches.
-      shard: (index, count), to read every count-th example; `start` counts these.
+      shard: (index, count): reads every count-th example, from `index` on; `start` counts these.
       sentences: source of the inputs' sentence embeddings; rows must not be packed.
 
     Raises:
@@ -90,10 +92,10 @@ def eval_batches(
     use_cached: bool = False,
     sentences: SentenceSource | None = None,
 ) -> Iterator[Batch]:
-    """Yields the examples of the evaluation splits once, in at most `max_batches` batches.
+    """Returns the examples of the evaluation splits, once each, in at most `max_batches` batches.
 
     Tasks take turns, so that the first batches cover all of them; tasks without an evaluation split
-    are left out. Building the pipeline takes some milliseconds per task, so to use the batches
+    are left out. Building the pipeline takes some milliseconds for each task: to use the batches
     again, keep them in a list.
 
     Args:
@@ -114,6 +116,7 @@ def eval_batches(
     ds = _eval_dataset(name, lengths, use_cached, _feature_names(sentences))
     examples = _read_examples(ds, name, lengths, None, use_cached, sentences, ExampleCounts())
     pack = pack and sentences is None
+    # The first batch is read here, so that a split without rows is an error of this call.
     batches = BatchIterator(examples, lengths, batch_size, pack, pad_last=True)
     first = next(batches, None)
     if first is None:
@@ -150,7 +153,7 @@ def _example_dataset(
         longer = {key: length + 1 for key, length in lengths.items()}
         read = provider.cached_examples_from if use_cached else provider.examples_from
         ds = read(longer, split, options)
-        if ds is not None:
+        if ds is not None:  # None: a cache is not a local folder, so seqio reads all of them
             return ds
     index, count = options.shard
     ds = provider.get_dataset(
@@ -208,8 +211,8 @@ def _read_examples(
 ) -> Iterator[Example]:
     """Yields the examples of a dataset, with their sentence embeddings if there is a source.
 
-    Sequences are truncated, keep an EOS at their end, and are counted in `counts`. `start` is
-    the index of the first example; errors number examples from 1.
+    Truncates the sequences (`choices.truncate`) and adds to `counts`. `start` is the index of the
+    first example. Errors number examples from 1.
 
     Raises:
       InputError: a token id is outside the vocabulary, or a sentence embedding is missing or not
@@ -229,7 +232,7 @@ def _read_examples(
         return selected
 
     def flatten(block: Mapping[str, tf.Tensor]) -> tuple[object, ...]:
-        # A ragged tensor is converted to numpy row by row; its two parts are not.
+        # TensorFlow converts a ragged tensor to numpy row by row, but its two parts at once.
         ids = {key: (block[key].values, block[key].row_splits) for key in TEXT_FEATURES}
         return ids, block.get(SENTENCE_FEATURE, ())
 
@@ -256,6 +259,7 @@ def _read_examples(
         counts.empty_targets += empty["targets"]
         columns = [[tokens for tokens, _ in column] for column in (inputs, targets)]
         if sentences is not None:
+            # `embeddings` is empty unless they are a feature of the tasks.
             vectors = list(embeddings) or sentences.vectors(columns[0], name)
             if not np.isfinite(vectors).all():
                 raise InputError(f"{name}: expected finite sentence embeddings, got inf or nan")
@@ -264,7 +268,7 @@ def _read_examples(
 
 
 def _count_empty(ids: np.ndarray, row_splits: np.ndarray, eos_id: int) -> int:
-    """Returns how many sequences of a block have no token but an EOS."""
+    """Returns how many sequences of a block have no token, or an EOS alone."""
     sizes = np.diff(row_splits)
     single = ids[row_splits[:-1][sizes == 1]]
     return int((sizes == 0).sum() + (single == eos_id).sum())

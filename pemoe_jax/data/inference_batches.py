@@ -1,4 +1,4 @@
-"""Batches for scoring, decoding and encoding, of few shapes because every shape is compiled.
+"""Batches for scoring, decoding and encoding, in few shapes because each shape is compiled.
 
 Shapes: `B` batch, `L` length (`Li` of inputs, `Lt` of targets), `C` answer choices.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +17,26 @@ from pemoe_jax.data.packing import Batch
 
 Shape = tuple[int, int, int]  # Li, C, Lt: the shape of a batch without its number of rows
 
-# Cost of a target token in input tokens: measured 1.7 in T5 Small and 1.1 in XL, for its logits.
+# A target token costs as much time as this many input tokens, because of its logits. Measured: 1.7
+# in T5 Small and 1.1 in XL.
 _TARGET_COST = 2
+
+_LEAST_SIZES = (32, 1, 4)  # of Li, C and Lt
+
+# From this length on, batches of `encoder_batches` have `batch_size` rows; shorter ones have more.
+_FULL_LENGTH = 512
+
+
+def _divide_up(dividend: Any, divisor: Any) -> Any:
+    """Returns the quotient of two integers or integer arrays, rounded up."""
+    return -(-dividend // divisor)
 
 
 def _round_up(n: int, least: int, steps: int) -> int:
     """Returns the smallest allowed size >= n.
 
-    Allowed are `least` times powers of two, and `steps` - 1 evenly spaced sizes between two powers.
+    The allowed sizes are `least` times a power of two, and `steps` - 1 evenly spaced sizes between
+    each of these and the next.
     """
     power = least
     while 2 * power < n:
@@ -39,7 +52,7 @@ def _group_by_shape(sizes: Sequence[Shape]) -> dict[Shape, list[int]]:
     for steps in (4, 2, 1):
         indices = collections.defaultdict(list)
         for index, size in enumerate(sizes):
-            inputs, choices, targets = map(_round_up, size, (32, 1, 4), (steps,) * 3)
+            inputs, choices, targets = map(_round_up, size, _LEAST_SIZES, (steps,) * 3)
             indices[inputs, choices, targets].append(index)
         if len(indices) <= 256:
             break
@@ -55,38 +68,47 @@ def _merge_shapes(
     """Returns the shape that each shape is padded to.
 
     Greedy: merges the pair of shapes that saves most, until no pair saves anything and there are at
-    most `max_programs` shapes. `rows_of` returns the rows of a batch [...] for shapes [..., 3] and
-    their numbers of examples [...].
+    most `max_programs` shapes.
+
+    Args:
+      counts: number of examples of each shape.
+      rows_of: function of shapes [..., 3] and their numbers of examples [...]; returns the number
+        of rows of their batches [...].
+      program_cost, max_programs: see `score_batches`.
     """
     shapes = np.array(list(counts), np.int64).reshape(-1, 3)
-    sizes = np.array(list(counts.values()), np.int64)
+    num_examples = np.array(list(counts.values()), np.int64)
     members = [[shape] for shape in counts]
 
-    def cost(shapes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    def cost(padded: np.ndarray, examples: np.ndarray) -> np.ndarray:
         """Returns the tokens that shapes compute, padding included, plus the cost of compiling."""
-        rows = rows_of(shapes, sizes)
-        row = shapes[..., 0] + _TARGET_COST * shapes[..., 1] * shapes[..., 2]
-        return program_cost + -(-sizes // rows) * rows * row
+        rows = rows_of(padded, examples)
+        return program_cost + _divide_up(examples, rows) * rows * _row_cost(padded)
 
     while len(members) > 1:
         # All pairs in numpy: a Python loop would visit up to 32,640 of them in every round.
-        separate = cost(shapes, sizes)  # [N]
+        separate = cost(shapes, num_examples)  # [N]
         merged = np.maximum(shapes[:, None], shapes[None])  # [N, N, 3]
-        together = cost(merged, sizes[:, None] + sizes[None])  # [N, N]
+        together = cost(merged, num_examples[:, None] + num_examples[None])  # [N, N]
         saved = separate[:, None] + separate[None] - together
-        np.fill_diagonal(saved, np.iinfo(np.int64).min)
+        np.fill_diagonal(saved, np.iinfo(np.int64).min)  # no shape is merged with itself
         first, second = sorted(map(int, np.unravel_index(saved.argmax(), saved.shape)))
         if saved[first, second] < 0 and len(members) <= max_programs:
             break
         shapes[first] = merged[first, second]
-        sizes[first] += sizes[second]
+        num_examples[first] += num_examples[second]
         members[first] += members.pop(second)
-        shapes, sizes = np.delete(shapes, second, 0), np.delete(sizes, second)
+        shapes, num_examples = np.delete(shapes, second, 0), np.delete(num_examples, second)
     return {
         shape: (int(padded[0]), int(padded[1]), int(padded[2]))
         for padded, joined in zip(shapes, members, strict=True)
         for shape in joined
     }
+
+
+def _row_cost(shapes: np.ndarray) -> np.ndarray:
+    """Returns the cost of a row of each shape [..., 3] in input tokens: [...]."""
+    return shapes[..., 0] + _TARGET_COST * shapes[..., 1] * shapes[..., 2]
 
 
 def _plan_batches(
@@ -97,7 +119,10 @@ def _plan_batches(
     program_cost: int,
     max_programs: int,
 ) -> Iterator[tuple[Shape, int, list[int]]]:
-    """Yields the shape, number of rows and indices of each batch, largest shape first."""
+    """Yields the shape, number of rows and indices of each batch, largest shape first.
+
+    See `score_batches`; `sizes` are the shapes of the examples, without padding.
+    """
     check_integer("BATCH_SIZE", batch_size)
     if batch_size % multiple_of:
         raise InputError(
@@ -109,15 +134,16 @@ def _plan_batches(
         affordable = max_target_tokens // (shapes[..., 1] * shapes[..., 2])
         most = np.clip(affordable // multiple_of * multiple_of, multiple_of, batch_size)
         # Examples are spread evenly: otherwise the last batch could be mostly padding.
-        even = -(-counts // -(-counts // most))
-        return -(-even // multiple_of) * multiple_of
+        num_batches = _divide_up(counts, most)
+        even = _divide_up(counts, num_batches)
+        return _divide_up(even, multiple_of) * multiple_of
 
     by_shape = _group_by_shape(sizes)
     counts = {shape: len(indices) for shape, indices in by_shape.items()}
     buckets: dict[Shape, list[int]] = collections.defaultdict(list)
     for shape, padded in _merge_shapes(counts, rows_of, program_cost, max_programs).items():
         buckets[padded] += by_shape[shape]
-    for shape in sorted(buckets, key=lambda s: s[0] + _TARGET_COST * s[1] * s[2], reverse=True):
+    for shape in sorted(buckets, key=lambda s: int(_row_cost(np.array(s))), reverse=True):
         indices = buckets[shape]
         rows = int(rows_of(np.array(shape), np.array(len(indices))))
         for start in range(0, len(indices), rows):
@@ -136,16 +162,18 @@ def score_batches(
     """Yields batches of examples with answer choices, and the examples in their first rows.
 
     A batch has encoder_input_tokens [B, Li], decoder_input_tokens and decoder_target_tokens
-    [B, C, Lt], int32, and sentence_embeddings [B, S] if all groups have one. Further rows, and
-    choices beyond those of a group, are zeros. Groups of similar size share a shape. The largest
-    shape comes first, so that a batch that does not fit into memory fails at once.
+    [B, C, Lt], int32, and sentence_embeddings [B, S] if all groups have one. The remaining rows,
+    and choices beyond those of a group, are zeros. Groups of similar size share a shape. The
+    largest shape comes first, so that a batch that does not fit into memory fails at once.
 
     Args:
+      groups: the examples.
       batch_size: largest number of rows.
-      multiple_of: number of devices, which must divide B and `batch_size`.
+      multiple_of: number of devices, which must divide `batch_size` and divides B.
       max_target_tokens: limit of B * C * Lt: shapes with many or long choices have fewer rows.
-      program_cost: cost of compiling a shape, in tokens of padding. On two CPU cores it takes as
-        long as scoring 5,000 (T5 Small) to 30,000 tokens (Tiny); many more on accelerators.
+      program_cost: cost of compiling a shape, in tokens of padding. On two CPU cores, compiling
+        takes as long as scoring 5,000 (T5 Small) to 30,000 tokens (Tiny); on accelerators, as long
+        as many more.
       max_programs: largest number of shapes.
 
     Raises:
@@ -163,13 +191,13 @@ def _size(group: ChoiceGroup) -> Shape:
 
 
 def _pad_groups(members: Sequence[ChoiceGroup], shape: Shape, rows: int) -> Batch:
-    """Returns the batch of `score_batches` of examples that fit into a shape."""
+    """Returns a batch as `score_batches` yields it, of examples that fit into a shape."""
     input_length, num_choices, target_length = shape
     targets = np.zeros((rows, num_choices, target_length), np.int32)
     for target, group in zip(targets, members, strict=False):
         target[:] = _pad(group.choices, num_choices, target_length)
-    # Choices start from token 0, as in training. The scores of padded choices are meaningless:
-    # the caller drops them, knowing how many choices each group has.
+    # Each choice starts from token 0, as in training. The scores of padding are meaningless: the
+    # caller drops them, as it knows how many choices each group has.
     batch = {
         "encoder_input_tokens": _pad([group.inputs for group in members], rows, input_length),
         "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
@@ -185,10 +213,10 @@ def _pad_groups(members: Sequence[ChoiceGroup], shape: Shape, rows: int) -> Batc
 def bucketed_score_batches(
     groups: Sequence[ChoiceGroup], batch_size: int, max_target_tokens: int = 16384
 ) -> Iterator[tuple[Batch, list[int]]]:
-    """Yields batches as `score_batches`, and the indices of the groups in their first rows.
+    """Yields batches as `score_batches` does, and the indices of the groups in their first rows.
 
-    Their shapes are few whatever the groups are, so that calls share compiled programs: see
-    `_bucket`. Arguments are those of `score_batches`.
+    All calls together use few shapes (`_bucket`), so they share compiled programs. For arguments
+    see `score_batches`.
     """
     sizes = [_size(group) for group in groups]
     for shape, rows, indices in _bucket(sizes, batch_size, max_target_tokens):
@@ -198,11 +226,10 @@ def bucketed_score_batches(
 def bucketed_input_batches(
     inputs: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Yields batches as `input_batches`, in the shapes of `_bucket`."""
-    sizes = [(len(ids), 1, 1) for ids in inputs]
-    for shape, rows, indices in _bucket(sizes, batch_size, 4 * batch_size):
-        repeated = [inputs[indices[-1]]] * (rows - len(indices))
-        yield _pad([inputs[index] for index in indices] + repeated, rows, shape[0]), indices
+    """Yields batches as `input_batches` does, in the shapes of `_bucket`."""
+    sizes, max_target_tokens = _sizes_of_inputs(inputs, batch_size)
+    for shape, rows, indices in _bucket(sizes, batch_size, max_target_tokens):
+        yield _pad_inputs(inputs, indices, rows, shape[0]), indices
 
 
 def _bucket(
@@ -210,17 +237,19 @@ def _bucket(
 ) -> Iterator[tuple[Shape, int, list[int]]]:
     """Yields the shape, number of rows and indices of each batch, longest inputs first.
 
-    Lengths are 32, 48, 64, 96, 128, … of inputs and 4, 6, 8, 12, … of targets, choices 1, 2, 3, 4,
-    5, 6, 7, 8, 10, …, and rows powers of two.
+    Lengths of inputs are 32, 48, 64, 96, 128, …, lengths of targets 4, 6, 8, 12, …, and numbers of
+    choices 1, 2, 3, 4, 5, 6, 7, 8, 10, …. The number of rows is a power of two, or the most that
+    `batch_size` and `max_target_tokens` allow.
     """
     check_integer("batch_size", batch_size)
     order = sorted(range(len(sizes)), key=lambda index: sizes[index], reverse=True)
     while order:
         largest = np.max([sizes[index] for index in order[:batch_size]], axis=0).tolist()
-        inputs, choices, targets = map(_round_up, largest, (32, 1, 4), (2, 4, 2))
-        affordable = max(1, min(batch_size, max_target_tokens // (choices * targets)))
-        indices, order = order[:affordable], order[affordable:]
-        rows = min(affordable, 1 << (len(indices) - 1).bit_length())
+        inputs, choices, targets = map(_round_up, largest, _LEAST_SIZES, (2, 4, 2))
+        most = max(1, min(batch_size, max_target_tokens // (choices * targets)))
+        indices, order = order[:most], order[most:]
+        power_of_two = 1 << (len(indices) - 1).bit_length()
+        rows = min(most, power_of_two)
         yield (inputs, choices, targets), rows, indices
 
 
@@ -242,19 +271,33 @@ def input_batches(
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """Yields batches of inputs to decode from, and the indices of the inputs in their first rows.
 
-    A batch is int32 [B, Li]. Further rows repeat the last input, so that they stop decoding when it
-    does. There are fewer shapes than in `score_batches`, because a decoder takes longer to compile.
-    Other arguments and errors are those of `score_batches`.
+    A batch is int32 [B, Li]. The remaining rows repeat the last input, so that they stop decoding
+    when it does. The defaults allow fewer shapes than those of `score_batches`, because a decoding
+    loop takes longer to compile. For other arguments and errors see `score_batches`.
 
     Args:
       inputs: token ids [Li] of each input.
     """
-    sizes = [(len(ids), 1, 1) for ids in inputs]
-    # The target of one token is rounded up to 4: this limit of target tokens reduces no batch.
-    limits = (multiple_of, 4 * batch_size, program_cost, max_programs)
+    sizes, max_target_tokens = _sizes_of_inputs(inputs, batch_size)
+    limits = (multiple_of, max_target_tokens, program_cost, max_programs)
     for shape, rows, indices in _plan_batches(sizes, batch_size, *limits):
-        repeated = [inputs[indices[-1]]] * (rows - len(indices))
-        yield _pad([inputs[index] for index in indices] + repeated, rows, shape[0]), indices
+        yield _pad_inputs(inputs, indices, rows, shape[0]), indices
+
+
+def _sizes_of_inputs(inputs: Sequence[np.ndarray], batch_size: int) -> tuple[list[Shape], int]:
+    """Returns inputs as sizes with one target token, and a limit of target tokens.
+
+    The limit reduces no batch: the target of one token is rounded up to the least target length.
+    """
+    return [(len(ids), 1, 1) for ids in inputs], _LEAST_SIZES[2] * batch_size
+
+
+def _pad_inputs(
+    inputs: Sequence[np.ndarray], indices: Sequence[int], rows: int, length: int
+) -> np.ndarray:
+    """Returns the batch of `input_batches` of some of the inputs."""
+    repeated = [inputs[indices[-1]]] * (rows - len(indices))
+    return _pad([inputs[index] for index in indices] + repeated, rows, length)
 
 
 def encoder_batches(
@@ -262,8 +305,8 @@ def encoder_batches(
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """Yields batches of inputs to encode, and the indices of the inputs in their first rows.
 
-    A batch is int32 [B, L], the longest inputs first; further rows are zeros. L is one of few
-    lengths and B depends on L alone, so that repeated calls share their programs.
+    A batch is int32 [B, L], the longest inputs first; the remaining rows are zeros. L is one of few
+    lengths and B depends on L alone, so that repeated calls share compiled programs.
 
     Args:
       inputs: token ids [Li] of each input.
@@ -272,8 +315,8 @@ def encoder_batches(
     """
     order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
     while order:
-        length = _round_up(len(inputs[order[0]]), 32, 2)  # 32, 48, 64, 96, 128, …
-        rows = max(batch_size, min(8 * batch_size, batch_size * 512 // length))
-        rows = -(-rows // multiple_of) * multiple_of
+        length = _round_up(len(inputs[order[0]]), _LEAST_SIZES[0], 2)  # 32, 48, 64, 96, 128, …
+        rows = max(batch_size, min(8 * batch_size, batch_size * _FULL_LENGTH // length))
+        rows = _divide_up(rows, multiple_of) * multiple_of
         indices, order = order[:rows], order[rows:]
         yield _pad([inputs[index] for index in indices], rows, length), indices

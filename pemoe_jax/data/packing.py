@@ -1,9 +1,9 @@
 """Packs examples into rows, and rows into batches.
 
-Packing is next-fit: an example that does not fit begins the next row. A row therefore depends only
-on the examples in it, and the number of examples consumed is all that a run needs to resume. seqio
-also packs next-fit, but within blocks of examples. `grain` packs first-fit or best-fit, which fills
-rows better, but makes a row depend on many examples around it.
+Packing is next-fit: an example that does not fit begins the next row. So a row depends only on the
+examples in it, and to resume, a run needs only the number of examples that it has consumed. seqio
+also packs next-fit, but within blocks of examples. The library `grain` packs first-fit or best-fit,
+which fills rows better, but makes a row depend on many examples around it.
 
 Shapes: `B` batch, `L` length, `S` sentence embedding size, `N` examples.
 """
@@ -24,7 +24,13 @@ Example = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass
 class ExampleCounts:
-    """Numbers of examples read so far, prefetched ones included, and of odd ones among them."""
+    """Counts of the examples read so far, including prefetched ones, and of odd ones among them.
+
+    Attributes:
+      examples: number of examples.
+      cut_inputs, cut_targets: number of inputs and targets that were truncated.
+      empty_inputs, empty_targets: number of inputs and targets without a token other than EOS.
+    """
 
     examples: int = 0
     cut_inputs: int = 0
@@ -33,7 +39,7 @@ class ExampleCounts:
     empty_targets: int = 0
 
     def describe(self) -> list[str]:
-        """Returns a line for each kind of odd examples that was read."""
+        """Returns a line for each kind of odd example among those read."""
         lines = []
         for inputs, targets, kind in (
             (self.cut_inputs, self.cut_targets, "longer than TASK_FEATURE_LENGTHS and truncated"),
@@ -48,7 +54,7 @@ class ExampleCounts:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches of examples, and their position in the data.
+    """An iterator over batches that knows its position in the data.
 
     Args:
       examples: the examples, from index `start` on.
@@ -57,7 +63,7 @@ class BatchIterator(Iterator[Batch]):
       pack: whether a row holds several examples.
       start: number of examples before the first one.
       pad_last: whether an incomplete last batch is padded with rows of zeros rather than dropped.
-      counts: statistics that the source of `examples` keeps.
+      counts: counts that the source of `examples` updates.
     """
 
     def __init__(
@@ -78,13 +84,14 @@ class BatchIterator(Iterator[Batch]):
 
     @property
     def position(self) -> dict[str, int]:
-        """Position of the next batch, as `feed.train_batches` takes it."""
+        """Position of the next batch, the argument `start` of `feed.train_batches`."""
         return {"examples": self._consumed}
 
     def __next__(self) -> Batch:
-        """Returns T5X's features, int32 [B, L], and `sentence_embeddings`, float32 [B, S], if any.
+        """Returns T5X's features, int32 [B, L].
 
-        Rows of zeros have loss weight 0.
+        Rows of zeros have loss weight 0. If the examples have sentence embeddings, the batch has
+        `sentence_embeddings`, float32 [B, S].
         """
         rows = list(itertools.islice(self._rows, self._batch_size))
         if len(rows) < self._batch_size and not (rows and self._pad_last):
@@ -94,6 +101,7 @@ class BatchIterator(Iterator[Batch]):
             _lay_out([[example[side] for example in row] for row in rows], self._lengths[side])
             for side in (0, 1)
         )
+        # Teacher forcing: the decoder reads the targets shifted by one, from token 0 on.
         shifted = np.pad(targets["tokens"][:, :-1], ((0, 0), (1, 0)))
         batch = {
             "encoder_input_tokens": inputs["tokens"],
@@ -102,7 +110,8 @@ class BatchIterator(Iterator[Batch]):
             "decoder_loss_weights": (targets["tokens"] > 0).astype(np.int32),
         }
         if self._pack:
-            # Each packed target starts from 0, not from the last token of the target before it.
+            # The decoder input of each packed target starts with 0, as that of an unpacked one, and
+            # not with the last token of the target before it.
             batch["decoder_input_tokens"] = np.where(targets["positions"] > 0, shifted, 0)
             for side, features in (("encoder", inputs), ("decoder", targets)):
                 batch[f"{side}_segment_ids"] = features["segment_ids"]
@@ -132,20 +141,30 @@ def _fill_rows(
 
 
 def _lay_out(rows: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:
-    """Returns `tokens`, `segment_ids` from 1 on, and `positions` within them: int32 [B, L]."""
+    """Lays out sequences in rows, one after the other.
+
+    Args:
+      rows: the sequences of each row; N in all.
+      length: L.
+
+    Returns:
+      `tokens`, `segment_ids` (the sequences of a row, from 1 on) and `positions` (of tokens in
+      their sequence): int32 [B, L], padded with zeros.
+    """
     # One scatter for the whole batch, because a loop over its sequences would be slow.
     sequences = [sequence for row in rows for sequence in row]
     counts = np.array([len(row) for row in rows])
-    row_of = np.repeat(np.arange(len(rows)), counts)  # [N]
-    first = np.cumsum(counts) - counts  # [B], first sequence of each row
+    row_of_sequence = np.repeat(np.arange(len(rows)), counts)  # [N]
+    first_sequence = np.cumsum(counts) - counts  # [B]
     sizes = np.array([len(sequence) for sequence in sequences])
-    begins = np.cumsum(sizes) - sizes
-    begins_in_row = begins - begins[first][row_of]  # [N]
-    positions = np.arange(sizes.sum()) - np.repeat(begins, sizes)
-    offsets = np.repeat(row_of * length + begins_in_row, sizes) + positions
+    starts = np.cumsum(sizes) - sizes  # [N], in all tokens
+    starts_in_row = starts - starts[first_sequence][row_of_sequence]  # [N]
+    positions = np.arange(sizes.sum()) - np.repeat(starts, sizes)
+    offsets = np.repeat(row_of_sequence * length + starts_in_row, sizes) + positions
+    segments = np.arange(len(sequences)) - first_sequence[row_of_sequence] + 1  # [N]
     values = {
         "tokens": np.concatenate(sequences),
-        "segment_ids": np.repeat(np.arange(len(sequences)) - first[row_of] + 1, sizes),
+        "segment_ids": np.repeat(segments, sizes),
         "positions": positions,
     }
     features = {name: np.zeros((len(rows), length), np.int32) for name in values}

@@ -1,7 +1,7 @@
 """Prefetching: a thread prepares items, or the device computes results, ahead of the caller.
 
-`grain` prefetches its own datasets only. `prefetch` takes any iterable, and the position it reports
-is after the item returned last, not after the items prepared ahead.
+The library `grain` prefetches its own datasets only. `prefetch` takes any iterable, and reports the
+position after the item that was returned last, not after the items that were prepared ahead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 Position = dict[str, int]
 
-# An item and its position, an exception to raise, or the end.
+# An entry of the queue: an item and the position after it, an exception to raise, or None at the
+# end.
 _Entry = tuple[T, Position | None] | BaseException | None
 
 
@@ -31,13 +32,13 @@ class PrefetchIterator(Iterator[T], Generic[T]):
 
     def __init__(self, source: Iterable[S], size: int, transform: Callable[[S], T]) -> None:
         self._queue: queue.Queue[_Entry[T]] = queue.Queue(max(1, size))
-        # Python can hang at exit while a thread is inside TensorFlow.
+        # Closed at exit, because Python can hang there while a thread is inside TensorFlow.
         self._items = seqio_import.close_at_exit(_read_in_thread(source, self._queue, transform))
         self.position: Position | None = getattr(source, "position", None)
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next item is prepared already."""
+        """Whether the next item is ready."""
         return not self._queue.empty()
 
     def __next__(self) -> T:
@@ -45,7 +46,7 @@ class PrefetchIterator(Iterator[T], Generic[T]):
         return item
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread; prepared items are dropped."""
         self._items.close()
 
 
@@ -100,8 +101,8 @@ def _read_in_thread(
         except BaseException as error:  # raised again where the items are read
             put(error)
 
-    # Not a method: the thread must hold no reference to the PrefetchIterator, or it would never be
-    # collected and the thread never stop.
+    # `work` is not a method: the thread must hold no reference to the PrefetchIterator, which would
+    # then never be collected, so that the thread would never stop.
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
@@ -111,14 +112,15 @@ def _read_in_thread(
             yield entry
     finally:
         stop.set()
+        # A thread that takes longer, inside of a read, ends with the process: it is a daemon.
         thread.join(timeout=5)
 
 
 def keep_in_flight(results: Iterable[T], count: int = 2) -> Iterator[T]:
-    """Yields the items of a lazy iterable with `count` further items already requested.
+    """Yields the items of a lazy iterable, each when the `count` items after it are requested too.
 
-    jax returns arrays before they are computed. Reading a result only after the next calls are
-    dispatched keeps the device busy; a bound on their number keeps their memory small.
+    jax returns arrays before they are computed. To read a result only after the next calls are
+    dispatched keeps the device busy; the limit on their number keeps their memory small.
     """
     pending: collections.deque[T] = collections.deque()
     for result in results:

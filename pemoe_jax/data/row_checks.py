@@ -1,7 +1,7 @@
 """Checks of rows, the same for every source: types of fields, token ids, and odd rows.
 
 A field of a wrong type raises an InputError that names the file and the row. An odd row is valid,
-but changes what a score means, so it is counted by kind (`ODD_ROWS`, docs/rows.md).
+but changes what a score means, so commands count odd rows by kind (`ODD_ROWS`, docs/rows.md).
 """
 
 from __future__ import annotations
@@ -43,41 +43,50 @@ class CheckedRow(NamedTuple):
 
 
 def parse_object(line: bytes, where: str) -> dict[str, Any]:
-    """Parses a line of JSON; `where`, the file and the line, begins an error's message.
+    """Parses a line of JSON.
+
+    Args:
+      line: the line.
+      where: the file and the number of the line, with which errors begin.
 
     Raises:
       InputError: the line is not a JSON object in UTF-8.
     """
-    return _parse_object(line, where, has_lines=False)
+    return _parse_object(line, where, is_file=False)
 
 
 def read_object(path: file_io.AnyPath) -> dict[str, Any]:
-    """Reads a file that holds an object of JSON.
+    """Reads a file that holds a JSON object.
 
     Raises:
-      InputError: the file is not an object of JSON in UTF-8.
+      InputError: the file is not a JSON object in UTF-8.
     """
-    return _parse_object(path.read_bytes(), str(path), has_lines=True)
+    return _parse_object(path.read_bytes(), str(path), is_file=True)
 
 
-def _parse_object(content: bytes, where: str, has_lines: bool) -> dict[str, Any]:
-    """Parses an object; `has_lines`: whether `where` is a file, whose line an error names."""
+def _parse_object(content: bytes, where: str, is_file: bool) -> dict[str, Any]:
+    """Parses a whole file, whose line is then named in errors, or one line of it."""
     try:
+        # Windows editors begin a file with a byte order mark, which utf-8-sig skips.
         fields = file_io.parse_json(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        line = f":{error.lineno}" if has_lines else ""
+        line = f":{error.lineno}" if is_file else ""
         raise InputError(f"{where}{line}: not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:  # too deep, an integer of too many digits, a key that occurs twice
-        raise InputError(f"{where}: {'' if has_lines else 'not JSON: '}{error}") from None
+        raise InputError(f"{where}: {'' if is_file else 'not JSON: '}{error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected an object, got {describe_value(fields)}")
     return fields
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object of JSON; raises ValueError if a key occurs twice, as the last would win."""
+    """Returns a JSON object from its pairs: a hook for `json.loads`, which accepts equal keys.
+
+    Raises:
+      ValueError: a key occurs twice.
+    """
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -98,7 +107,7 @@ def check_row(
         token ids, or be absent if `<feature>_pretokenized` holds the text, as in P3.
 
     Raises:
-      InputError: a field is missing or has a wrong type, or an id is not of the vocabulary.
+      InputError: a field is missing or has a wrong type, or an id is not in the vocabulary.
     """
     texts, ids = {}, {}
     for key in TEXT_FEATURES:
@@ -108,6 +117,7 @@ def check_row(
             texts[key] = check_text(text, where, text_key)
         if vocab_size is not None and isinstance(value, list):
             ids[key] = _check_ids(value, where, key, vocab_size())
+        # A null raises the error of a wrong type, unless the row has the text under `text_key`.
         elif value is not None or (key in fields and text is None):
             expected = "a string" if vocab_size is None else "a string or a list of token ids"
             texts[key] = check_text(value, where, key, expected)
@@ -127,10 +137,10 @@ def check_row(
 
 
 def check_text(value: object, where: str, key: str, expected: str = "a string") -> str:
-    """Returns a text that has a UTF-8 form; Parquet may hold it as bytes.
+    """Returns a text; Parquet may hold it as bytes.
 
     Raises:
-      InputError: the value is not such a text.
+      InputError: the value is not a text, or cannot be encoded as UTF-8.
     """
     if isinstance(value, bytes):
         try:
@@ -151,7 +161,7 @@ def check_text(value: object, where: str, key: str, expected: str = "a string") 
 
 
 def _check_ids(ids: list[Any], where: str, key: str, size: int) -> list[int]:
-    # bool is a subclass of int, so types are compared and not tested by isinstance
+    # isinstance would accept a bool as an int.
     if not set(map(type, ids)) <= {int}:
         raise InputError(
             f"{where}: {key!r} must be a string or a list of token ids, got {describe_value(ids)}"
@@ -179,11 +189,12 @@ def check_block_ids(
     Args:
       ids: the ids of all rows, one after the other.
       row_splits: int [rows + 1], boundaries of the rows in `ids`, as in `tf.RaggedTensor`.
-      name: the task, or the mixture that the examples are drawn from.
+      name: the task or mixture of the examples, for errors.
       key: the feature.
       size: number of ids in its vocabulary.
       start: number of the first row.
     """
+    # One comparison for the block; rows are visited only to name the wrong one.
     if ids.size and (ids.min() < 0 or ids.max() >= size):
         for number, row in enumerate(np.split(ids, row_splits[1:-1]), start + 1):
             check_token_ids(row, f"{name}: example {number}", key, size)
@@ -200,9 +211,10 @@ def check_choice_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]
         names = ", ".join(fields) or "none"
         raise InputError(f"{where}: expected 'idx' and 'is_correct', got {names}")
     is_pair = isinstance(idx, list) and len(idx) == 2 and set(map(type, idx)) == {int}
+    # Pipelines cast `idx` to int32.
     if not is_pair or not all(0 <= i < 2**31 for i in idx):
         raise InputError(
-            f"{where}: 'idx' must be [example, choice], two integers from 0 on, got"
+            f"{where}: 'idx' must be [example, choice], two non-negative integers, got"
             f" {describe_value(idx)}"
         )
     if not isinstance(is_correct, int) or is_correct not in (0, 1):
@@ -216,7 +228,7 @@ def check_choice_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def find_odd_kinds(inputs: str, targets: str, choices: Sequence[str]) -> list[str]:
-    """Returns the keys of `ODD_ROWS` that apply to a row's text; `choices` may be empty."""
+    """Returns the keys of `ODD_ROWS` that apply to a row's texts; `choices` may be empty."""
     # Choices and targets are compared stripped, as `is_correct` is.
     target, stripped = targets.strip(), [choice.strip() for choice in choices]
     kinds = {
@@ -231,11 +243,11 @@ def find_odd_kinds(inputs: str, targets: str, choices: Sequence[str]) -> list[st
 def describe_odd_rows(
     rows: Iterable[tuple[str, str]], counts: Mapping[str, int] | None = None
 ) -> list[str]:
-    """Returns a line for each kind of odd rows, in the order of `ODD_ROWS`.
+    """Returns a line for each kind of odd row, in the order of `ODD_ROWS`.
 
     Args:
-      rows: (kind, location) of each odd row, or of the first one of a file.
-      counts: number of odd rows of each kind; None: `rows` has all of them.
+      rows: (kind, location) of all odd rows, or with `counts` of some of them.
+      counts: number of odd rows of each kind; None: those in `rows`.
     """
     places: dict[str, list[str]] = {}
     for kind, place in rows:
@@ -251,6 +263,6 @@ def describe_odd_rows(
 
 
 def describe_value(value: object) -> str:
-    """Returns a value's type and its beginning, for messages."""
+    """Returns a value's type and its first 40 characters as JSON, for messages."""
     text = json.dumps(value, default=repr)
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:39] + '…'}"

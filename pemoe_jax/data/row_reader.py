@@ -24,8 +24,8 @@ T = TypeVar("T")
 # idx: [example, choice], is_correct: bool, weight: float.
 Row = dict[str, Any]
 
-EOS = 1
-READ_SIZE = 512  # rows read at a time
+EOS = 1  # the id of </s> in T5's vocabularies
+READ_SIZE = 512  # rows read at a time when all rows are read in order
 
 # The kind of list in a tf.train.Example that holds each feature.
 _KINDS = {
@@ -72,7 +72,7 @@ def serialize(row: Row) -> bytes:
 
 
 def parse(record: bytes) -> Row:
-    """Returns the row of a serialized tf.train.Example, without features that P3 does not have.
+    """Parses a serialized tf.train.Example; features that P3 does not have are ignored.
 
     Raises:
       ValueError: the record is not a tf.train.Example, or a feature has a wrong type.
@@ -84,7 +84,7 @@ def parse(record: bytes) -> Row:
     except Exception as error:  # protobuf's DecodeError, whose module depends on its version
         raise ValueError("not a tf.train.Example") from error
     for key, kind in _KINDS.items():
-        # a list of another kind would read as an empty one
+        # protobuf returns an empty list for another kind than the one that is set.
         if key in features and features[key].WhichOneof("kind") not in (kind, None):
             raise ValueError(f"{key!r} must be {kind}, got {features[key].WhichOneof('kind')}")
     row: Row = {}
@@ -107,7 +107,7 @@ def parse(record: bytes) -> Row:
             raise ValueError(f"'is_correct' must be [0] or [1], got {values}")
         row["is_correct"] = bool(values[0])
     if "weight" in features:
-        row["weight"] = float(sum(features["weight"].float_list.value))
+        row["weight"] = float(sum(features["weight"].float_list.value))  # 0 for an empty list
     return row
 
 
@@ -149,10 +149,10 @@ class RowReader(abc.ABC):
 
     @abc.abstractmethod
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
-        """Returns rows in the order of their numbers."""
+        """Returns the rows with these numbers, in the order of `numbers`."""
 
     def read_records(self, numbers: Sequence[int]) -> list[bytes]:
-        """Returns rows as serialized tf.train.Examples."""
+        """Returns rows as `read_rows` does, but as serialized tf.train.Examples."""
         return [serialize(row) for row in self.read_rows(numbers)]
 
     def row_blocks(self) -> Iterator[list[Row]]:
@@ -183,9 +183,9 @@ class RowReader(abc.ABC):
         """Returns row numbers sorted by example and choice: int64 [rows].
 
         Args:
-          max_examples: number of examples to keep; None: all.
+          max_examples: maximum number of examples, the first ones; None: all.
         """
-        # Needed because a cache may have been shuffled when it was written.
+        # Sorted, because a cache may have been shuffled when it was written.
         order = np.lexsort((self.idx[:, 1], self.idx[:, 0]))
         if max_examples is not None:
             examples = np.unique(self.idx[:, 0])[:max_examples]

@@ -5,6 +5,7 @@ Importing this module imports seqio, which takes about 5 s.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pathlib
 import weakref
@@ -27,22 +28,23 @@ import tensorflow as tf  # noqa: E402
 if TYPE_CHECKING:
     import seqio
 
-READ_SIZE = 128  # rows read at a time
+READ_SIZE = 128  # rows read at a time; `row_reader.READ_SIZE` is for reading all rows in order
 
+# Features that are parsed: token ids, of any number.
 _IDS = {key: tf.io.RaggedFeature(tf.int64) for key in TEXT_FEATURES}
 
 
 def numpy_function(function: Callable[..., Any], inputs: Sequence[tf.Tensor], dtypes: Any) -> Any:
     """Calls `tf.numpy_function` with a function that does not outlive its dataset.
 
-    TensorFlow keeps a function that it is passed until Python ends, and with it the readers of the
-    dataset. Here it is passed a weak reference.
+    TensorFlow keeps the function that it is passed until Python ends, and with it the readers of
+    the dataset. So this passes it one that has only a weak reference to `function`.
 
     Args:
-      function: function of arrays; the function that is passed to the dataset's `map` must refer to
-        it or, if it is a method, to its object.
-      inputs: its arguments.
-      dtypes: dtypes of its results.
+      function: function of arrays. To keep it alive as long as the dataset, the function that is
+        passed to the dataset's `map` must refer to it or, if it is a method, to its object.
+      inputs: the function's arguments.
+      dtypes: dtypes of the function's results.
     """
     is_method = inspect.ismethod(function)
     reference: Callable[[], Any] = (weakref.WeakMethod if is_method else weakref.ref)(function)
@@ -50,7 +52,13 @@ def numpy_function(function: Callable[..., Any], inputs: Sequence[tf.Tensor], dt
 
 
 def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -> tf.data.Dataset:
-    """Returns the row numbers of an order in blocks, int64 [N], from example `start` of a shard."""
+    """Returns the row numbers of an order from an example on, in blocks: int64 [N].
+
+    Args:
+      order: the order.
+      start: the first example, counted within the shard.
+      shard: (index, count), see `ExampleOrder.row_numbers`.
+    """
 
     def row_numbers(first: np.ndarray) -> np.ndarray:
         return order.row_numbers(int(first), int(first) + READ_SIZE, shard)
@@ -65,9 +73,14 @@ def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -
 
 
 def read_blocks(readers: Sequence[RowReader], blocks: tf.data.Dataset) -> tf.data.Dataset:
-    """Reads blocks of row numbers, int64 [N]; elements are the numbers and tf.train.Examples, [N].
+    """Reads blocks of rows by number.
 
-    Rows are numbered consecutively, one reader after the other.
+    Args:
+      readers: readers of the rows, which are numbered consecutively, one reader after the other.
+      blocks: row numbers, int64 [N].
+
+    Returns:
+      A dataset of pairs: row numbers [N] and serialized tf.train.Examples [N].
     """
     first_rows = _first_rows(readers)
 
@@ -91,7 +104,7 @@ def _first_rows(readers: Sequence[RowReader]) -> np.ndarray:
 def read_records(
     readers: Sequence[RowReader], blocks: tf.data.Dataset, vocab_size: int
 ) -> tf.data.Dataset:
-    """Returns `read_blocks` record by record, after a check of their token ids."""
+    """Returns the records of `read_blocks` one by one, with their token ids checked."""
     check = _id_check(readers, vocab_size)
 
     @tf.autograph.experimental.do_not_convert
@@ -105,23 +118,29 @@ def read_records(
 def _id_check(
     readers: Sequence[RowReader], vocab_size: int
 ) -> Callable[[tf.Tensor, Mapping[str, tf.RaggedTensor]], None]:
-    """Returns a function of row numbers [N] and their ids that raises if an id is not valid."""
+    """Returns a function that checks the token ids of rows, given by number [N].
+
+    In the pipeline it raises the error that names the row with a wrong id.
+    """
     first_rows = _first_rows(readers)
 
-    def raise_error(numbers: np.ndarray, key: bytes, ids: np.ndarray, ends: np.ndarray) -> bool:
-        for number, row in zip(numbers, np.split(ids, ends[1:-1]), strict=True):
+    def raise_error(
+        numbers: np.ndarray, key: bytes, ids: np.ndarray, row_splits: np.ndarray
+    ) -> bool:
+        for number, row in zip(numbers, np.split(ids, row_splits[1:-1]), strict=True):
             reader = int(np.searchsorted(first_rows, number, side="right")) - 1
             where = f"{readers[reader].location}: row {number - first_rows[reader] + 1}"
             check_token_ids(row, where, key.decode(), vocab_size)
-        return False
+        return False  # as the other branch of tf.cond, which needs a result
 
     def check(numbers: tf.Tensor, rows: Mapping[str, tf.RaggedTensor]) -> None:
         for key in TEXT_FEATURES:
-            ids, ends = rows[key].values, rows[key].row_splits
+            ids = rows[key].values
+            arguments = (numbers, key, ids, rows[key].row_splits)
             # One comparison for a whole block; Python is called only if it fails.
             tf.cond(
                 tf.reduce_any((ids < 0) | (ids >= vocab_size)),
-                lambda args=(numbers, key, ids, ends): numpy_function(raise_error, args, tf.bool),
+                functools.partial(numpy_function, raise_error, arguments, tf.bool),
                 lambda: False,
             )
 
@@ -142,7 +161,10 @@ def example_dataset(
       rates: mixing rate of each task.
       task: seqio task whose postcache preprocessors are applied to the examples of all tasks.
       sequence_length: length that each feature is truncated to.
-      options: order and extent.
+      options: order and extent of the stream.
+
+    Raises:
+      InputError: a reader has no rows.
     """
     sizes = [reader.num_rows for reader in readers]
     for reader, size in zip(readers, sizes, strict=True):
@@ -153,7 +175,7 @@ def example_dataset(
     check_ids = _id_check(readers, task.output_features["inputs"].vocabulary.vocab_size)
     features = dict(_IDS)
     if options.include_text:
-        # Caches have one of the two, old ones _plaintext; the other is then empty.
+        # A cache has one of the two (old ones _plaintext); the other reads as an empty text.
         kinds = ("pretokenized", "plaintext")
         text_keys = [f"{key}_{kind}" for key in TEXT_FEATURES for kind in kinds]
         features |= {key: tf.io.FixedLenFeature([], tf.string, "") for key in text_keys}
@@ -164,12 +186,13 @@ def example_dataset(
         check_ids(numbers, rows)
         block = {}
         for key in TEXT_FEATURES:
-            # TensorFlow 2.21 crashes when it unbatches a row without elements: each row gets a 0 in
-            # front, which `drop_first` removes.
+            # TensorFlow 2.21 crashes when it unbatches a row without elements, so each row gets a 0
+            # in front, which `drop_first` removes.
             ids = tf.cast(rows[key], tf.int32)
             block[key] = tf.concat([tf.fill([tf.size(records), 1], 0), ids], axis=1)
             if options.include_text:
                 text_key = f"{key}_pretokenized"
+                # One of the two texts is empty.
                 block[text_key] = rows[text_key] + rows[f"{key}_plaintext"]
         return block
 

@@ -1,9 +1,9 @@
 """Base classes of seqio tasks and mixtures whose examples can be read from any position.
 
 A seqio pipeline can only be read from its beginning, and a seqio mixture builds one pipeline for
-each of its tasks. Tasks that can start anywhere subclass `SeekableTask` in addition to seqio's
-class; mixtures that need one pipeline only, `SeekableMixture`. `data` checks for them with
-`isinstance` and reads all others through seqio's `get_dataset`.
+each of its tasks. A task that can start anywhere subclasses `SeekableTask` in addition to seqio's
+class. A mixture that reads all of its tasks in one pipeline subclasses `SeekableMixture`. `data`
+checks for these classes with `isinstance`, and reads all others through seqio's `get_dataset`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class StreamOptions:
     Attributes:
       seed: seed of the order.
       start: index of the first example, counted within the shard.
-      shuffle: whether every epoch has its own order; otherwise each task's rows keep theirs.
-      num_epochs: the stream ends when the first task has completed this many; None: never.
-      shard: (index, count), to take every count-th example of the order.
+      shuffle: whether every epoch has its own order; otherwise each task's rows stay in order.
+      num_epochs: the stream ends when a task that has been read this many times is drawn again;
+        None: never.
+      shard: (index, count): takes every count-th example of the order, from `index` on.
       include_text: whether elements also have `inputs_pretokenized` and `targets_pretokenized`.
     """
 
@@ -41,7 +42,7 @@ class StreamOptions:
 class SeekableProvider(abc.ABC):
     """A task or mixture whose training stream can start at any example.
 
-    Sequences end in EOS also where they were truncated to `sequence_length`.
+    Sequences end in EOS even if they were truncated to `sequence_length`.
     """
 
     @abc.abstractmethod
@@ -57,7 +58,7 @@ class SeekableProvider(abc.ABC):
     def cached_examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset | None:
-        """Returns the stream read from seqio's offline caches; None unless all are local."""
+        """Returns the stream, read from seqio's offline caches; None unless all are local."""
 
 
 class SeekableTask(SeekableProvider):
@@ -72,7 +73,7 @@ class SeekableMixture(SeekableProvider):
     """A seqio mixture that is a `SeekableProvider` and reads its tasks in one pipeline.
 
     Attributes:
-      skips_missing_tasks: whether tasks without data are left out rather than an error.
+      skips_missing_tasks: whether tasks without data are left out; otherwise they are an error.
     """
 
     skips_missing_tasks: ClassVar[bool] = False

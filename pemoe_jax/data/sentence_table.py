@@ -2,13 +2,13 @@
 
 A table is a folder that `pemoe embed` writes:
 
-about.json             the encoder, the number of parts in the index, checksums of the files
+about.json             the encoder, the number of parts in the index, the files' checksums, …
 parts/<n>.vectors.npy  [N, S], float16 or float32
 parts/<n>.keys.npy     [N], 16 bytes each: `input_key` of each input; written last
 keys.<parts>.npy       index: the keys of all parts, sorted
 rows.<parts>.npy       index: the row of each key's vector, counted over all parts
 
-The folder is local or in a bucket, whose files are downloaded when a table is opened.
+The folder is local or in a bucket. The files of a bucket are downloaded when a table is opened.
 Vectors are never rewritten: an addition writes further parts and a new index, and then replaces
 about.json, which points to the index. Shapes: `S` size of the embedding, `N` inputs.
 """
@@ -37,7 +37,7 @@ _KEY = np.dtype("S16")
 _PART_ROWS = 65_536
 _PART_SECONDS = 60.0
 
-EncoderInfo = Mapping[str, Any]  # name, dim, fingerprint and probe: see `is_same_encoder`
+EncoderInfo = Mapping[str, Any]  # name, dim, and fingerprint or probe: see `is_same_encoder`
 About = dict[str, Any]  # content of about.json
 
 _FORMAT: About = {"format": "pemoe_jax sentence embeddings", "version": 1}
@@ -53,24 +53,26 @@ def input_key(ids: ArrayLike) -> bytes:
 def is_same_encoder(first: EncoderInfo, second: EncoderInfo) -> bool:
     """Returns whether two descriptions are of the same encoder.
 
-    Name, dim and fingerprint must be equal. An encoder without a fingerprint has a `probe` instead,
-    its vector of a fixed sentence, which must be nearly equal.
+    Name, dim and fingerprint must be equal. An encoder without a fingerprint has a `probe` instead:
+    the vector that it returns for a fixed sentence. Probes must be nearly equal.
     """
     if any(first.get(field) != second.get(field) for field in ("name", "dim", "fingerprint")):
         return False
     a, b = (np.asarray(info.get("probe") or [], np.float64) for info in (first, second))
-    # Only nearly equal, because other hardware rounds differently.
+    # Nearly, because other hardware rounds differently.
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=0.02, atol=0.05))
 
 
 def check_same_encoder(
     path: str, trained_with: EncoderInfo | None, current: EncoderInfo | None
 ) -> None:
-    """Raises InputError if a run has another encoder than the one a checkpoint was trained with.
+    """Raises InputError if a run uses another encoder than a checkpoint was trained with.
 
     Args:
       path: the checkpoint.
-      trained_with, current: the encoders; None, if there is none or it is unknown, is not checked.
+      trained_with: encoder of the checkpoint's training.
+      current: encoder of the run. Nothing is checked if one of the two is None: there is no
+        encoder, or it is unknown.
     """
     if trained_with is None or current is None or is_same_encoder(trained_with, current):
         return
@@ -89,6 +91,7 @@ def format_encoder(encoder: EncoderInfo) -> str:
 
 
 def _probe_hint(first: EncoderInfo, second: EncoderInfo) -> str:
+    """Returns the end of a message about two encoders that only their probes tell apart."""
     same_name = format_encoder(first) == format_encoder(second)
     return ", which now returns other vectors" if same_name else ""
 
@@ -123,7 +126,8 @@ class SentenceTable:
         self.lengths: list[int] = about["lengths"]
         self.vocabulary: str = about["vocabulary"]
         parts = about["parts"]
-        # File -> its checksum, until it has been compared: that of vectors at their first use.
+        # Checksums of the files that are not verified yet. A file of vectors is verified when it is
+        # first used, so that a large table opens at once.
         self._unverified: dict[str, str] = dict(about["checksums"])
         self._verify(f"keys.{parts}.npy")
         self._verify(f"rows.{parts}.npy")
@@ -157,7 +161,7 @@ class SentenceTable:
     def rows(self, inputs: Iterable[ArrayLike]) -> np.ndarray:
         """Returns the rows of the vectors of token ids [Li], int64 [N]; -1 if not in the table."""
         keys = np.frombuffer(b"".join(map(input_key, inputs)), _KEY)
-        # For a key after the last one searchsorted returns an index out of bounds.
+        # searchsorted returns an index out of bounds for a key that sorts after the last one.
         indices = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         return np.where(self._keys[indices] == keys, self._rows[indices], -1)
 
@@ -194,9 +198,10 @@ class TableWriter:
     """Creates a table or adds to one, and resumes after an interruption.
 
     Attributes:
-      known_keys: keys of the inputs that have a vector, whether in the index or not yet.
+      known_keys: keys of all inputs that have a vector, in the index or not yet in it.
 
     Args:
+      path: the folder.
       encoder: the encoder of the vectors.
       dtype: 'float16' or 'float32'.
       vocabulary: fingerprint of the inputs' vocabulary, see `sentences.vocabulary_fingerprint`.
@@ -232,7 +237,10 @@ class TableWriter:
         self._about = about or {
             **_FORMAT,
             **new,
-            **{"lengths": [], "inputs": 0, "parts": None, "checksums": {}},
+            "lengths": [],
+            "inputs": 0,
+            "parts": None,
+            "checksums": {},
         }
         folder_lock.hold(self.path, "SENTENCE_EMBEDDINGS")
         if length not in self._about["lengths"]:
@@ -243,7 +251,7 @@ class TableWriter:
         with file_io.remote_errors(self.path):
             while (self.path / _part_name(self._parts, "keys")).exists():
                 self._verify_part(self._parts)
-                # As V16: numpy drops zero bytes at the end of an S16.
+                # As V16, because numpy drops zero bytes at the end of an S16.
                 self.known_keys.update(self._map_keys(self._parts).view("V16").tolist())
                 self._parts += 1
         self._pending: list[tuple[bytes, np.ndarray]] = []
@@ -261,7 +269,7 @@ class TableWriter:
             raise InputError(
                 f"SENTENCE_ENCODER must return an array of shape {expected}, got {vectors.shape}"
             )
-        # Without numpy's warning about overflow, which the next check reports.
+        # numpy's warning about an overflow is off, because the next check reports it.
         with np.errstate(over="ignore"):
             stored = vectors.astype(dtype)
         if not np.isfinite(stored).all():
@@ -293,7 +301,8 @@ class TableWriter:
             if "/" not in name and name not in current:
                 del self._about["checksums"][name]
         self._write_about()
-        # Deleted, not overwritten: processes that have an old index open can still read it.
+        # An old index is deleted rather than overwritten: processes that have mapped it into memory
+        # can still read it.
         with file_io.remote_errors(self.path):
             for old in self.path.iterdir():
                 index = re.fullmatch(r"(?:keys|rows)\.(\d+)\.npy", old.name)
@@ -320,7 +329,7 @@ class TableWriter:
         if self._pending:
             keys = np.frombuffer(b"".join(key for key, _ in self._pending), _KEY)
             vectors = np.stack([vector for _, vector in self._pending])
-            # Keys last: a part without keys is ignored, and the next run overwrites it.
+            # Keys are written last: a part without them is ignored, and the next run overwrites it.
             self._write_array(_part_name(self._parts, "vectors"), vectors)
             self._write_array(_part_name(self._parts, "keys"), keys)
             self._parts += 1
@@ -343,7 +352,8 @@ class TableWriter:
         keys, vectors = (_part_name(number, kind) for kind in ("keys", "vectors"))
         if keys in stored:
             _verify_file(self.path, keys, stored[keys])
-        for name in {keys, vectors} - stored.keys():  # an earlier version, or an interruption
+        # Earlier versions wrote no checksums, and about.json is written after the part.
+        for name in {keys, vectors} - stored.keys():
             if (self.path / name).is_file():
                 stored[name] = checksums.crc32c_of_file(self.path / name)
 
@@ -375,7 +385,7 @@ def _check_crc(file: AnyPath, path: AnyPath, expected: str) -> None:
 
 
 def _map_file(folder: AnyPath, stored_checksums: Mapping[str, str], name: str) -> np.ndarray:
-    """Maps an array into memory; verifies one in a bucket when it is downloaded."""
+    """Maps an array into memory; downloads and verifies it first if it is in a bucket."""
     path = folder / name
     if file_io.is_remote(path):
         return _download(path, stored_checksums.get(name))
@@ -402,15 +412,19 @@ def _map_array(file: AnyPath, path: AnyPath) -> np.ndarray:
         raise InputError(
             f"SENTENCE_EMBEDDINGS: {path}: damaged ({first_line(error):.200})"
         ) from error
-    # numpy opens a zip archive too.
+    # np.load also opens zip archives, which are no arrays.
     if not isinstance(array, np.ndarray) or not array.ndim or not len(array):
         raise InputError(f"SENTENCE_EMBEDDINGS: {path}: damaged (expected an array with rows)")
-    # As a plain array: it is indexed once for each example, which is slow for an np.memmap.
+    # As a plain array, because it is indexed once for each example, which is slow for an np.memmap.
     return np.asarray(array)
 
 
 def _read_about(folder: AnyPath) -> About | None:
-    """Returns the content of about.json; None without one."""
+    """Returns the content of about.json; None if there is no such file.
+
+    Raises:
+      InputError: the file has another format, lacks a field, or has a wrong value.
+    """
     path = folder / "about.json"
     with file_io.remote_errors(path):
         if not path.exists():

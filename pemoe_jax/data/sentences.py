@@ -22,7 +22,7 @@ from pemoe_jax.data.seqio_tasks import SENTENCE_FEATURE
 def vocabulary_fingerprint(name: str) -> str:
     """Returns a fingerprint of the vocabulary of a task's or mixture's inputs."""
     vocabulary = seqio_tasks.get_mixture_or_task(name).output_features["inputs"].vocabulary
-    # SentencePiece's model itself: the path of its file may differ on another machine.
+    # The content of SentencePiece's model file, as its path may differ on another machine.
     if model := getattr(vocabulary, "sp_model", None):
         return hashlib.blake2b(model, digest_size=8).hexdigest()
     return f"{type(vocabulary).__name__} of {vocabulary.vocab_size} ids"
@@ -48,11 +48,11 @@ class SentenceSource:
         return int(self.encoder["dim"])
 
     def vectors(self, inputs: Sequence[np.ndarray], names: str | Sequence[str]) -> list[np.ndarray]:
-        """Returns the table's vectors [S] of inputs.
+        """Returns the vectors [S] of inputs from the table, which must be set.
 
         Args:
           inputs: token ids [Li] as the model reads them.
-          names: the task or mixture of each input, or of all.
+          names: the task or mixture of each input, or that of all inputs.
 
         Raises:
           InputError: an input is not in the table.
@@ -77,7 +77,7 @@ class SentenceSource:
         )
 
     def attach_to(self, groups: Sequence[ChoiceGroup]) -> list[ChoiceGroup]:
-        """Returns groups with the embeddings of their inputs; raises InputError as `vectors`."""
+        """Returns the groups with the embeddings of their inputs; raises errors as `vectors`."""
         if self.table is None:  # `load_choice_groups` has read the feature
             return list(groups)
         vectors = self.vectors([group.inputs for group in groups], [group.task for group in groups])
@@ -88,7 +88,7 @@ class SentenceSource:
 
 
 def reads_sentence_embeddings(adapters: Mapping[str, Mapping[str, object]]) -> bool:
-    """Returns whether a router reads sentence embeddings, by `core.adapters.describe`."""
+    """Returns whether a router reads sentence embeddings; see `core.adapters.describe`."""
     routers = [site.get("router") for site in adapters.values()]
     return any(isinstance(r, Mapping) and r.get("reads") == "sentence" for r in routers)
 
@@ -96,15 +96,15 @@ def reads_sentence_embeddings(adapters: Mapping[str, Mapping[str, object]]) -> b
 def check_settings(
     adapters: Mapping[str, Mapping[str, object]], path: str | None, pack: bool
 ) -> bool:
-    """Returns whether a router reads embeddings; checks what can be known without the tasks.
+    """Returns whether a router reads embeddings; checks the settings that do not depend on tasks.
 
     Args:
-      adapters: the model's adapters, by `core.adapters.describe`.
+      adapters: the model's adapters, as `core.adapters.describe` returns them.
       path: folder of a table; None: the embeddings are a feature of the tasks.
       pack: whether rows hold several examples.
 
     Raises:
-      InputError: a table is set that no router reads, or is unreadable, or rows are packed.
+      InputError: a table is set but no router reads it or it is not readable, or rows are packed.
     """
     if not reads_sentence_embeddings(adapters):
         if path is not None:
@@ -120,7 +120,7 @@ def check_settings(
             " distribution a row, got True"
         )
     if path is not None:
-        SentenceTable(path)
+        SentenceTable(path)  # raises InputError if the table is not readable
     return True
 
 
@@ -141,7 +141,7 @@ def open_for_training(
       use_cached: whether tasks are read from seqio's offline caches.
 
     Raises:
-      InputError: as `check_settings`, or routers read embeddings and there are none.
+      InputError: see `check_settings`; or a router reads embeddings and there are none.
     """
     reads_embeddings = check_settings(adapters, path, pack)
     return _open(path, name, length, use_cached) if reads_embeddings else None
@@ -161,7 +161,8 @@ def open_for_models(
       path, name, length, use_cached: see `open_for_training`.
 
     Raises:
-      InputError: as in `open_for_training`, or a model was trained with another encoder.
+      InputError: a table is set but no router reads it, a router reads embeddings and there are
+        none, or a model was trained with another encoder.
     """
     trained_with = {
         model.path: model.record.sentence_encoder
@@ -182,6 +183,7 @@ def open_for_models(
 
 
 def _open(path: str | None, name: str, length: int, use_cached: bool) -> SentenceSource:
+    """Opens the table at a path, or the feature of the tasks if `path` is None."""
     if path is None:
         dim = _feature_dim(name, use_cached)
         return SentenceSource({"name": f"feature {SENTENCE_FEATURE}", "dim": dim}, length)
@@ -196,7 +198,7 @@ def _open(path: str | None, name: str, length: int, use_cached: bool) -> Sentenc
 
 
 def _feature_dim(name: str, use_cached: bool) -> int:
-    """Returns the size S of the embeddings that are a feature of tasks."""
+    """Returns S for embeddings that are a feature of the tasks."""
     tasks = [seqio_tasks.get_mixture_or_task(task) for task in seqio_tasks.subtask_names(name)]
     for task in tasks:
         if SENTENCE_FEATURE not in task.output_features:
@@ -206,11 +208,12 @@ def _feature_dim(name: str, use_cached: bool) -> int:
             )
     first = tasks[0]
     split = next(iter(first.splits))
+    # The lengths of the tokens do not matter here.
     with seqio_tasks.translate_read_errors(first.name, split, use_cached):
         ds = seqio_tasks.get_dataset(first.name, {"inputs": 1, "targets": 1}, split, use_cached)
     shape = tuple(ds.element_spec[SENTENCE_FEATURE].shape)
     if shape == (None,):
-        # The feature's size is not declared; an example shows it.
+        # The task does not declare the size, so an example is read.
         example = next(seqio_tasks.numpy_iterator(ds.take(1), first.name, split, use_cached))
         shape = example[SENTENCE_FEATURE].shape
     if len(shape) != 1 or not shape[0]:

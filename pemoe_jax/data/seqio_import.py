@@ -28,8 +28,7 @@ T = TypeVar("T")
 _stderr_lock = threading.Lock()
 
 # TensorFlow's C++ code logs that oneDNN is on and that there is no CUDA driver before its log level
-# takes effect: TF_CPP_MIN_LOG_LEVEL, ABSL_MIN_LOG_LEVEL and absl's Python settings all leave these
-# lines.
+# takes effect. TF_CPP_MIN_LOG_LEVEL, ABSL_MIN_LOG_LEVEL and absl's Python settings do not help.
 _IMPORT_NOISE = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:"
 )
@@ -37,9 +36,10 @@ _IMPORT_NOISE = re.compile(
 
 @contextlib.contextmanager
 def _filter_stderr() -> Iterator[None]:
-    """Captures stderr and writes it at the end, without TensorFlow's noise unless the block raises.
+    """Captures stderr in the block, and then writes it without the lines of `_IMPORT_NOISE`.
 
-    File descriptor 2 belongs to the whole process: output of other threads is delayed, not lost.
+    If the block raises, all lines are written. File descriptor 2 belongs to the whole process, so
+    the output of other threads is delayed too, but not lost.
     """
     with _stderr_lock, tempfile.TemporaryFile() as captured:
         stderr = os.dup(2)
@@ -61,8 +61,8 @@ def _filter_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pause_gc() -> Iterator[None]:
-    # TensorFlow's import creates a million objects that live as long as the process. Garbage
-    # collection among them takes a fifth of the import, and 1.5 s at exit unless they are frozen.
+    # TensorFlow's import creates a million objects that live as long as the process. To look for
+    # garbage among them takes a fifth of the import, and at exit 1.5 s unless they are frozen.
     enabled = gc.isenabled()
     gc.disable()
     atexit.register(gc.freeze)
@@ -74,9 +74,10 @@ def _pause_gc() -> Iterator[None]:
 
 
 class _Unavailable(importlib.abc.Loader):
-    """Lets a module be found, but not imported."""
+    """A loader of a module that can be found but not imported."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        # TensorFlow catches this error.
         raise ImportError(f"{spec.name} is imported later")
 
     def exec_module(self, module: ModuleType) -> None:
@@ -84,10 +85,10 @@ class _Unavailable(importlib.abc.Loader):
 
 
 class _Deferred(importlib.abc.Loader):
-    """Loads a module when a name is first read of it that is not special, as `__file__` is.
+    """A loader that runs a module when one of its attributes is first read.
 
-    The `inspect` module and tf.data's AutoGraph read `__file__` of every module, with which
-    `importlib.util.LazyLoader` would load it.
+    Special names such as `__file__` do not count: `inspect` and tf.data's AutoGraph read `__file__`
+    of every module, and would so make `importlib.util.LazyLoader` load it.
     """
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
@@ -104,7 +105,7 @@ class _Deferred(importlib.abc.Loader):
             self.loader.exec_module(module)
             return getattr(module, name)
 
-        vars(module)["__getattr__"] = load
+        vars(module)["__getattr__"] = load  # Python calls it for names that the module lacks
 
 
 class _KerasFinder(importlib.abc.MetaPathFinder):
@@ -127,8 +128,8 @@ class _KerasFinder(importlib.abc.MetaPathFinder):
 
 @contextlib.contextmanager
 def _without_keras() -> Iterator[None]:
-    # Keras, which seqio does not use, takes a third of TensorFlow's import. Afterwards `tf.keras`
-    # and `import keras` work as ever.
+    # Keras takes a third of the time of TensorFlow's import, and seqio does not use it. After this
+    # block `tf.keras` and `import keras` work as usual.
     finder = _KerasFinder()
     sys.meta_path.insert(0, finder)
     try:
@@ -145,13 +146,13 @@ def import_seqio() -> ModuleType:
     otherwise reserve their memory. TF_CPP_MIN_LOG_LEVEL=0 in the environment shows all of
     TensorFlow's log.
     """
-    # Below level 3, every machine without a GPU prints that cuInit failed.
+    # Below level 3, TensorFlow logs on every machine without a GPU that cuInit failed.
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     quiet = contextlib.nullcontext() if level == "0" else _filter_stderr()
     with _pause_gc(), quiet, _without_keras():
         import tensorflow as tf
 
-        # RuntimeError: the caller has initialized TensorFlow, and decides which devices it sees.
+        # RuntimeError: the caller has initialized TensorFlow already, and its devices stay visible.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], "GPU")
         import seqio
@@ -179,10 +180,10 @@ _open_generators: weakref.WeakSet[Generator[object, None, None]] = weakref.WeakS
 
 
 def close_at_exit(generator: Generator[T, None, None]) -> Generator[T, None, None]:
-    """Returns the generator, which is closed before Python ends if it still exists then.
+    """Registers a generator to be closed before Python ends, if it still exists then; returns it.
 
     A tf.data pipeline may be inside a Python function (`tf.numpy_function`) when Python ends. The
-    function cannot run any more and TensorFlow would wait for it forever.
+    function could not run any more, and TensorFlow would wait for it forever.
     """
     _open_generators.add(generator)
     return generator
@@ -190,8 +191,8 @@ def close_at_exit(generator: Generator[T, None, None]) -> Generator[T, None, Non
 
 @atexit.register
 def _close_generators() -> None:
-    # Twice: a generator that a prefetch thread is executing raises ValueError at first, and can be
-    # closed once closing the thread's own generator has ended the thread.
+    # Twice: `close` raises ValueError for a generator that a prefetch thread is executing. Once the
+    # generator of the PrefetchIterator is closed, the thread has ended, and `close` works.
     for _ in range(2):
         for generator in list(_open_generators):
             with contextlib.suppress(ValueError):

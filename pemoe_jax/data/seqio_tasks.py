@@ -1,7 +1,4 @@
-"""Looks up seqio's tasks and mixtures and reads them as numpy, with one-line errors.
-
-TensorFlow does the reading and never sees a GPU.
-"""
+"""Looks up seqio's tasks and mixtures and reads them as numpy, with errors of one line."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ unavailable: dict[str, str] = {}
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Prints a line to stderr the first time only: several pipelines may meet the same problem."""
+    """Prints a line to stderr, once: several pipelines may meet the same problem."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -70,7 +67,8 @@ def subtask_names(name: str, use_cached: bool = False) -> list[str]:
         left out with a warning if the mixture's `skips_missing_tasks` is set.
 
     Raises:
-      InputError: with `use_cached`, a task that supports caching has no cache.
+      InputError: with `use_cached`, a task that supports caching has no cache and is not left out,
+        or no task has one.
     """
     provider, seqio = get_mixture_or_task(name), seqio_import.import_seqio()
     tasks = seqio.get_subtasks(provider)
@@ -88,7 +86,7 @@ def subtask_names(name: str, use_cached: bool = False) -> list[str]:
             " in one of --seqio_additional_cache_dirs, got"
             f" {', '.join(seqio.utils.get_global_cache_dirs()) or 'none'}"
         )
-    more = ", …" * (len(missing) > 3)
+    more = ", …" if len(missing) > 3 else ""
     warn_once(f"{name}: no cache of {count}{', '.join(missing[:3])}{more}")
     return [task for task in names if task not in missing]
 
@@ -102,7 +100,7 @@ def has_data(name: str, use_cached: bool) -> bool:
 
 
 def describe_examples(name: str, split: str, use_cached: bool) -> str:
-    """Returns the numbers of a mixture's tasks with rows of a split, and of these rows, as text."""
+    """Describes how many tasks of a mixture have rows in a split: '3 tasks, 1,200 examples'."""
     counts: list[int | None] = []
     for task in map(get_mixture_or_task, subtask_names(name)):
         if not has_data(task.name, use_cached) or split not in task.splits:
@@ -112,7 +110,7 @@ def describe_examples(name: str, split: str, use_cached: bool) -> str:
                 counts.append(task.get_cached_stats(split)["examples"])
             else:
                 counts.append(task.num_input_examples(split))
-        except InputError:  # all rows of a mixture's task are left out, and a line said so
+        except InputError:  # a task without a usable row, which the mixture leaves out
             continue
         except ValueError:  # a cache without statistics
             counts.append(None)
@@ -124,18 +122,18 @@ def describe_examples(name: str, split: str, use_cached: bool) -> str:
 
 
 def vocab_size(name: str) -> int:
-    """Returns the number of ids of a task or mixture, sentinels included.
+    """Returns the number of token ids of a task or mixture, including sentinels.
 
-    If the vocabularies of inputs and targets differ, it is that of the larger one.
+    If inputs and targets have different vocabularies, the larger one counts.
     """
     features = get_mixture_or_task(name).output_features
     return max(int(features[key].vocabulary.vocab_size) for key in TEXT_FEATURES if key in features)
 
 
 def check_vocab_size(name: str, model_vocab_size: int) -> None:
-    """Raises InputError if a task or mixture has ids that the model's embedding has no row for.
+    """Raises InputError if a task or mixture has token ids without a row in the model's embedding.
 
-    More rows than ids are padding, which a TPU multiplies faster.
+    The embedding may have more rows: T5's is padded to a size that TPUs multiply faster.
     """
     size = vocab_size(name)
     if size > model_vocab_size:
@@ -146,10 +144,10 @@ def check_vocab_size(name: str, model_vocab_size: int) -> None:
 
 
 def fingerprint_vocabulary(vocabulary: Any) -> str | None:
-    """Returns 16 hexadecimal digits, a hash of a vocabulary's pieces and their scores.
+    """Returns a hash of a vocabulary's pieces and their scores, 16 hexadecimal digits.
 
-    Sentinels do not count, so that T5's file with them and the one without them are equal. None for
-    a tokenizer of transformers without such pieces.
+    Sentinels do not count, so that T5's files with and without them have the same hash. None for a
+    tokenizer of transformers that has no such pieces.
 
     Args:
       vocabulary: a `seqio.Vocabulary`, one of `tasks.tokenizer`, or the name of a task or mixture.
@@ -178,9 +176,9 @@ def check_vocabulary(
 
     Args:
       path: the checkpoint.
-      trained_with: `fingerprint_vocabulary` of its training; None: unknown.
-      vocabulary: see `fingerprint_vocabulary`.
-      setting: its name, for the error.
+      trained_with: `fingerprint_vocabulary` of the vocabulary of its training; None: unknown.
+      vocabulary: the current one, see `fingerprint_vocabulary`.
+      setting: name of the setting that selects the current one, for the error.
     """
     if trained_with is not None:
         current = fingerprint_vocabulary(vocabulary)
@@ -194,7 +192,14 @@ def check_vocabulary(
 def check_ids(
     features: Mapping[str, Any], row: Row, where: str, keys: Sequence[str] = TEXT_FEATURES
 ) -> None:
-    """Raises InputError if a token id of a row, at `where`, is not of its feature's vocabulary."""
+    """Raises InputError if a token id of a row is not in its feature's vocabulary.
+
+    Args:
+      features: `output_features` of the task.
+      row: the row.
+      where: the row's location, for the error.
+      keys: the features to check.
+    """
     for key in keys:
         check_token_ids(row[key], where, key, features[key].vocabulary.vocab_size)
 
@@ -222,8 +227,8 @@ def validate_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
 
 def check_source_files(tasks: Iterable[str], split: str | None) -> None:
     """Raises InputError if the files of tasks are malformed."""
-    # Counting its rows makes a source of this package check its files. Later the error would come
-    # from within seqio, which logs a long traceback first.
+    # A source of this package checks its files when it counts its rows. Without this call the error
+    # would come from within seqio, which logs a long traceback first.
     for task in map(get_mixture_or_task, tasks):
         if split in task.splits:
             task.num_input_examples(split)
@@ -248,7 +253,7 @@ def keep_rows(ds: tf.data.Dataset, is_kept: Sequence[bool]) -> tf.data.Dataset:
     import tensorflow as tf
 
     pairs = tf.data.Dataset.zip((ds, tf.data.Dataset.from_tensor_slices(list(is_kept))))
-    return pairs.filter(lambda _, is_valid: is_valid).map(lambda row, _: row)
+    return pairs.filter(lambda _, is_row_kept: is_row_kept).map(lambda row, _: row)
 
 
 def numpy_iterator(
@@ -256,7 +261,7 @@ def numpy_iterator(
 ) -> Generator[Any, None, None]:
     """Yields the elements of a dataset as numpy; the generator is closed before Python ends.
 
-    Other arguments and errors are those of `translate_read_errors`.
+    For the other arguments and errors see `translate_read_errors`.
     """
 
     def iterate() -> Generator[Any, None, None]:
@@ -280,15 +285,15 @@ def translate_read_errors(
       use_cached: whether seqio's offline caches are read.
 
     Raises:
-      InputError: the InputError of a source, or the first line of TensorFlow's error, with the path
-        of the damaged tfrecord file if it can be determined.
+      InputError: an InputError from within the pipeline again, the damage of a tfrecord file with
+        its path, or the first line of another error of TensorFlow.
     """
     import tensorflow as tf
 
     try:
         yield
     except tf.errors.OpError as error:
-        # Exceptions of Python functions and offsets of damaged records are in its message only.
+        # Exceptions of Python functions and offsets of damaged records are only in its message.
         message = str(error.message)
         if input_error := re.search(r"\bInputError: (.+)", message):
             raise InputError(input_error[1]) from error
@@ -309,7 +314,7 @@ def _reason(message: str) -> str:
 
 
 def _describe_damage(name: str, split: str | None, use_cached: bool, offset: int) -> str:
-    """Returns what is wrong with the tfrecord file that is damaged at an offset; '' if none is."""
+    """Returns the error of the tfrecord file that is damaged at an offset; '' if there is none."""
     seqio = seqio_import.import_seqio()
     for task in map(get_mixture_or_task, subtask_names(name, use_cached)):
         task_split = split or first_eval_split(task.splits)

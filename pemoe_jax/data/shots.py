@@ -1,7 +1,7 @@
 """Shots: solved examples that are put in front of an input, for few-shot evaluation.
 
 A few-shot input is `[header] [shot] … [shot] [input]`. A shot is an input, its target and a blank
-line, without EOS: the encoder reads one sequence, which ends in the EOS of the input.
+line. It has no EOS, because the encoder reads one sequence, which ends in the EOS of the input.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pemoe_jax.data.seekable_tasks import SeekableTask, StreamOptions
 from pemoe_jax.runtime import options, progress
 
 _SPLIT = "train"
-# Examples are truncated to this many tokens, or to limit + 1 if that is more. So long inputs with a
-# common beginning stay distinct, and a truncated example never fits in front of an input.
+# Solved examples are truncated to this many tokens, or to limit + 1 if that is more. So long inputs
+# with a common beginning stay distinct, and a truncated example never fits in front of an input.
 _MIN_READ_LENGTH = 1 << 16
 # Separators after the input and the target of a shot. SentencePiece drops them, as its pieces begin
 # with a space anyway; byte vocabularies keep them.
@@ -49,7 +49,8 @@ class SolvedExample:
 class TaskWithShots(abc.ABC):
     """A seqio task with prescribed solved examples, as benchmarks have; no train split is read.
 
-    An input that is itself one of the examples has one shot fewer.
+    An input that is itself one of its shots gets the next example instead, or one shot fewer if
+    there is no next one.
     """
 
     @abc.abstractmethod
@@ -68,8 +69,8 @@ class TaskShots:
     Attributes:
       task: name of the task.
       count: number of shots in front of an input.
-      examples: solved examples with distinct inputs, in order: `count` + 1, if the task has as
-        many.
+      examples: solved examples with distinct inputs, in order: `count` + 1, or `count` if the task
+        has no more. The last one replaces a shot that is the evaluated input itself.
       vocabulary: the seqio vocabulary of inputs.
       header: token ids in front of the first shot.
       is_prescribed: whether the examples are those of a `TaskWithShots`.
@@ -130,7 +131,7 @@ def load_shots(
       use_cached: whether to read seqio's offline caches.
 
     Raises:
-      InputError: a task has no train split, or too few examples in it, or it cannot be read.
+      InputError: a task has no train split or too few examples, or cannot be read.
     """
     check_integer("SHOTS", few_shot.shots, minimum=0)
     sources = {name: _find_source(name, use_cached) for name in names}
@@ -142,7 +143,7 @@ def load_shots(
             f" {', '.join(missing[:3])}{more}"
         )
     shots: dict[str, TaskShots] = {}
-    # TensorFlow takes 0.3 s of CPU time to build the pipeline of a task.
+    # With a bar: TensorFlow takes 0.3 s of CPU time to build the pipeline of each task.
     bar = progress.Progress("reading shots", len(sources), note="tasks")
     try:
         for name, source in sources.items():
@@ -159,8 +160,8 @@ def _find_source(name: str, use_cached: bool) -> str | None:
     if isinstance(seqio_tasks.get_mixture_or_task(name), TaskWithShots):
         return name
     registered = seqio_import.import_seqio().TaskRegistry.names()
-    # The plain task first: a `_score_eval` task has a row for each choice, which takes longer to
-    # read, and its rows are not read in random order.
+    # The plain task comes first: a `_score_eval` task has a row for each choice, which takes longer
+    # to read, and all of them must be read for a random sample.
     for candidate in dict.fromkeys([_plain_name(name), name]):
         if (
             candidate in registered
@@ -219,7 +220,7 @@ def _read_shuffled(
     with seqio_tasks.translate_read_errors(source, _SPLIT, use_cached):
         ds = None
         if isinstance(task, SeekableTask) and source == _plain_name(source):
-            # Random access: a train split may have 100,000s of rows.
+            # Random access, because a train split may have hundreds of thousands of rows.
             stream = StreamOptions(seed, num_epochs=1, include_text=True)
             read = task.cached_examples_from if use_cached else task.examples_from
             ds = read(lengths, _SPLIT, stream)
@@ -232,7 +233,7 @@ def _read_shuffled(
 
 
 def _solved_examples(source: str, rows: Iterable[seqio_tasks.Row]) -> Iterator[SolvedExample]:
-    """Yields the rows that have a target, without those of wrong answer choices."""
+    """Yields the examples of rows that have a target and are not of a wrong answer choice."""
     features = seqio_tasks.get_mixture_or_task(source).output_features
     vocabulary = features["inputs"].vocabulary
     for number, row in enumerate(rows, 1):
@@ -241,6 +242,7 @@ def _solved_examples(source: str, rows: Iterable[seqio_tasks.Row]) -> Iterator[S
         seqio_tasks.check_ids(features, row, f"{source}: {_SPLIT} row {number}")
         targets = row["targets"]
         target_text = choices.feature_text(features, row, "targets")
+        # A shot's target is part of the encoder's input, so it has the ids of that vocabulary.
         if features["targets"].vocabulary != vocabulary:
             targets = vocabulary.encode(target_text)
         if len(strip_eos(targets, vocabulary.eos_id)):
@@ -254,7 +256,9 @@ def _solved_examples(source: str, rows: Iterable[seqio_tasks.Row]) -> Iterator[S
 def draw(examples: Iterable[SolvedExample], count: int, seed: int) -> list[SolvedExample]:
     """Returns a random sample of `count` examples with distinct inputs, or all if there are fewer.
 
-    The sample does not depend on the order of `examples`. No others are held in memory.
+    The sample has the inputs whose hashes with the seed are smallest. So it does not depend on the
+    order of the inputs, and only `count` + 1 examples are held in memory. Of examples with equal
+    inputs, the first is taken.
     """
     drawn: dict[bytes, SolvedExample] = {}
     for example in examples:
@@ -266,7 +270,7 @@ def draw(examples: Iterable[SolvedExample], count: int, seed: int) -> list[Solve
 
 
 def draw_seed(seed: int, task: str) -> int:
-    """Returns the seed of a task's shots, 31 bits, the same in every process and Python version."""
+    """Returns the seed of a task's shots, 31 bits; `hash` would differ between processes."""
     digest = hashlib.blake2b(f"{seed} {task}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -285,7 +289,7 @@ def add_shots(
       limit: largest number of tokens of an input.
 
     Raises:
-      InputError: as `TaskShots.prepend_to`.
+      InputError: see `TaskShots.prepend_to`.
     """
     groups_with_shots = []
     for group in groups:
@@ -325,8 +329,8 @@ def prepend_shots(
 ) -> tuple[np.ndarray, int]:
     """Puts the shots that fit in front of an input.
 
-    Shots that do not fit are left out whole, from the front. The header is left out if it does not
-    fit in front of the input alone. The input itself is never truncated.
+    Shots that do not fit are left out whole, beginning with the first. The header is left out if it
+    does not fit even without shots. The input itself is never truncated.
 
     Args:
       shots: token ids of each shot, in order.

@@ -1,4 +1,4 @@
-"""A fraction of a mixture's tasks, drawn by seed, as a mixture of its own."""
+"""Draws a fraction of a mixture's tasks by seed, and registers it as a mixture of its own."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pemoe_jax.data import seqio_import, seqio_tasks
 def draw_tasks(tasks: Collection[str], fraction: float, seed: int) -> list[str]:
     """Returns the sorted names of round(fraction · len(tasks)) tasks.
 
-    A task's place in the draw depends on its name and the seed alone, so the tasks of a smaller
-    fraction are among those of a larger one with the same seed.
+    Tasks are drawn in the order of hashes that depend on their names and the seed alone. So the
+    tasks of a smaller fraction are among those of a larger one with the same seed.
     """
 
-    def place(task: str) -> bytes:
+    def hash_task(task: str) -> bytes:
         return hashlib.sha256(f"{seed} {task}".encode()).digest()
 
-    return sorted(sorted(tasks, key=place)[: round(fraction * len(tasks))])
+    return sorted(sorted(tasks, key=hash_task)[: round(fraction * len(tasks))])
 
 
 def register_fraction(name: str, fraction: float, seed: int, use_cached: bool = False) -> str:
-    """Registers a mixture of a fraction of the tasks with training data, at their rates.
+    """Registers a mixture of a fraction of those tasks that have training data, at their rates.
 
     Args:
       name: name of a seqio mixture, or of a task.
@@ -32,17 +32,17 @@ def register_fraction(name: str, fraction: float, seed: int, use_cached: bool = 
       use_cached: whether tasks are read from seqio's offline caches.
 
     Returns:
-      The name of the new mixture; `name` itself for all tasks.
+      The name of the new mixture; `name` itself if the fraction is 1 or `name` is a task.
 
     Raises:
-      InputError: no task is left, or no mixture or task has this name.
+      InputError: the fraction is out of range, no task is drawn, or the name is not registered.
     """
     provider = seqio_tasks.get_mixture_or_task(name)
     if not 0 < fraction <= 1:
         raise InputError(f"TASK_FRACTION must be a number in (0, 1], got {fraction!r}")
     if fraction == 1:
         return name
-    # P3's mixtures name hundreds of tasks; a folder may have only a few of them.
+    # P3's mixtures have hundreds of tasks, but a folder may have the data of only a few.
     tasks = {
         task.name: task
         for task in map(seqio_tasks.get_mixture_or_task, seqio_tasks.subtask_names(name))
@@ -54,16 +54,18 @@ def register_fraction(name: str, fraction: float, seed: int, use_cached: bool = 
             f"TASK_FRACTION must leave a task of {name!r}, which has {plural(len(tasks), 'task')}"
             f" to train on, got {fraction}"
         )
-    if drawn == [name]:
+    if drawn == [name]:  # `name` is a task
         return name
     seqio = seqio_import.import_seqio()
     fraction_name = f"{name}_fraction_{fraction:g}_seed_{seed}"
-    # Its class, which may read all tasks in one pipeline, and its sampling are the mixture's.
+    # The new mixture has the sampling function of the old one, and its class, which may read all
+    # tasks in one pipeline.
     mixture = type(provider)(
         fraction_name,
         [(tasks[task], provider.get_rate) for task in drawn],
         sample_fn=provider._sample_fn,
     )
+    # An earlier run of this process may have registered it, with data of another folder.
     seqio.MixtureRegistry.remove(fraction_name)
     seqio.MixtureRegistry.add_provider(fraction_name, mixture)
     return fraction_name

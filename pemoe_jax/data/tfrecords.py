@@ -3,8 +3,8 @@
 For each split, a cache contains `<split>.tfrecord-00000-of-00001`, `info.<split>.json` (number of
 shards, features) and `stats.<split>.json` (number of rows). `COMPLETED` is written last.
 
-A tfrecord file has no index. Reading a row scans the file frame by frame up to it, and keeps the
-offset of every frame in memory (8 bytes a row).
+A tfrecord file has no index. To read a row, the file is scanned frame by frame up to the row. The
+offset of every frame is kept in memory (8 bytes each).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from pemoe_jax.runtime import file_io
 _BLOCK = 1 << 22  # bytes scanned at a time
 
 # A frame: length of the data (8 bytes), checksum of the length (4), data, checksum of the data (4).
-_HEADER = 12
-_FRAME = 16
+_HEADER = 12  # bytes before the data
+_FRAME = 16  # bytes around the data
 _LENGTH = struct.Struct("<Q")
 _LFS_POINTER = b"version https://git-lfs"
 
 
 def masked_checksum(data: bytes) -> int:
     """Returns the CRC-32C of the data as tfrecords store it: rotated, plus a constant."""
-    # The format masks checksums because a CRC of data that contains CRCs is weak.
+    # The format masks checksums because the CRC of data that contains CRCs is weak.
     crc: int = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -60,6 +60,7 @@ class TFRecordFile:
         """Raises InputError unless the file is empty or begins with a record."""
         with self._lock, open(self.path, "rb") as file:
             if self.size and not self._starts:
+                # A header, and enough to recognize a Git LFS pointer.
                 self._scan_block(file.read(_HEADER + len(_LFS_POINTER)))
 
     def count(self) -> int:
@@ -69,7 +70,7 @@ class TFRecordFile:
             return len(self._starts)
 
     def read(self, numbers: Sequence[int]) -> list[bytes]:
-        """Returns the records of rows, in the order of their numbers.
+        """Returns the records of the rows with these numbers, in the order of `numbers`.
 
         Raises:
           InputError: the file has too few rows, or a checksum is wrong.
@@ -96,7 +97,11 @@ class TFRecordFile:
         return records
 
     def check_at(self, offset: int) -> None:
-        """Raises InputError if the row whose frame or data begins at a byte offset is damaged."""
+        """Raises InputError if the row whose frame or data begins at a byte offset is damaged.
+
+        TensorFlow names the offset of the frame or, if the checksum of the data is wrong, of the
+        data.
+        """
         with self._lock:
             self._scan(end=offset + 1)
         number = int(np.searchsorted(self._starts, offset, side="right")) - 1
@@ -104,7 +109,7 @@ class TFRecordFile:
             self.read([number])
 
     def _scan(self, num_rows: int | None = None, end: int | None = None) -> None:
-        """Scans the file for frames, up to a number of rows or an offset; None: to the end."""
+        """Scans the file for frames until a number of rows or an offset; None: to the end."""
         end = self.size if end is None else min(self.size, end)
         with open(self.path, "rb") as file:
             while self._scanned < end and (num_rows is None or len(self._starts) < num_rows):
@@ -112,7 +117,7 @@ class TFRecordFile:
                 self._scan_block(file.read(_BLOCK))
 
     def _scan_block(self, block: bytes) -> None:
-        """Records the frames whose header is in a block that begins where the scan stopped."""
+        """Adds the frames whose headers are in a block that begins where the scan stopped."""
         begin, at, size, last = self._scanned, 0, self.size, len(block) - _HEADER
         if last < 0:
             raise self._damaged(begin, block)
@@ -135,7 +140,8 @@ class TFRecordFile:
 class TFRecordReader(RowReader):
     """A split of a task's offline cache in `folder`.
 
-    Rows are checked, also that their token ids are below `vocab_size()`; records are not.
+    `read_rows` and `row_blocks` check that token ids are below `vocab_size()`; `read_records` does
+    not, since pipelines check them by block.
     """
 
     def __init__(self, folder: pathlib.Path, split: str, vocab_size: Callable[[], int]) -> None:
@@ -166,29 +172,31 @@ class TFRecordReader(RowReader):
 
     @functools.cached_property
     def num_rows(self) -> int:
-        """Number of rows by stats.<split>.json, or without it by the files themselves."""
+        """Number of rows by stats.<split>.json, or without that file by a scan of the shards."""
         files = self.files
         stats = self._folder / f"stats.{self._split}.json"
         if not stats.exists():
             return sum(file.count() for file in files)
         examples = file_io.read_json(stats).get("examples")
-        most = sum(file.size for file in files) // _FRAME
+        most = sum(file.size for file in files) // _FRAME  # if all rows were empty
         if not isinstance(examples, int) or not 0 <= examples <= most:
             raise InputError(
-                f"{stats}: 'examples' must be a number of rows up to {most:,}, for which the files"
-                f" have the size, got {examples!r:.80}"
+                f"{stats}: 'examples' must be a number of rows up to {most:,}, the most that files"
+                f" of this size can hold, got {examples!r:.80}"
             )
         return examples
 
     @functools.cached_property
     def _first_rows(self) -> np.ndarray:
         """Number of the first row of each shard: int64 [shards]."""
-        # The last shard is not counted: counting scans the whole file.
+        # The last shard is left out, because counting its rows would scan the whole file.
         return np.cumsum([0, *(file.count() for file in self.files[:-1])])
 
     def read_records(self, numbers: Sequence[int]) -> list[bytes]:
         """See RowReader."""
-        return read_parts(self._first_rows, numbers, lambda n, rows: self.files[n].read(rows))
+        return read_parts(
+            self._first_rows, numbers, lambda shard, rows: self.files[shard].read(rows)
+        )
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
         """See RowReader."""
@@ -198,7 +206,7 @@ class TFRecordReader(RowReader):
         """See RowReader; verifies every checksum.
 
         Raises:
-          InputError: a file is damaged, or the number of rows is not that of the stats.
+          InputError: a file is damaged, or has another number of rows than its stats state.
         """
         import tensorflow as tf
 

@@ -50,7 +50,7 @@ def test_task_sampler_is_exact():
     choice = order_lib._TaskSampler(rates)
     width = 1 << 61  # 7 tasks, 8 columns
     words = collections.Counter()
-    for column, (own, other) in enumerate(zip(choice._own, choice._other, strict=True)):
+    for column, (own, other) in enumerate(zip(choice._own_words, choice._donors, strict=True)):
         words[column] += int(own)
         words[int(other)] += width - int(own)
         edges = [column * width, column * width + int(own) - 1, (column + 1) * width - 1]
