@@ -1,8 +1,8 @@
 """Atomic writes: files and folders are written under another name, then renamed.
 
-In a bucket nothing is renamed: a file is written to a local folder and uploaded as one object,
-which appears whole. The files of a folder appear one by one; JSON files, which describe the others,
-are uploaded last.
+Buckets have no rename: a file is written to a local folder and uploaded as one object, which
+appears as a whole. The files of a folder appear one by one. JSON files, which describe the others,
+are uploaded last, so that a process that finds them finds the others too.
 """
 
 import contextlib
@@ -23,9 +23,12 @@ from pemoe_jax.runtime import file_io
 def temporary_path(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yields a path next to `path` to write a file or a folder to; renames it at the end.
 
-    For a `gs://` path the yielded path is in the system's temporary folder, and is uploaded at the
-    end.
-    If the block raises, the temporary path is removed and `path` stays as it was.
+    For a `gs://` path, the yielded path is in the system's temporary folder and is uploaded at the
+    end. If the block raises, the temporary path is removed and `path` stays as it was.
+
+    Args:
+      path: the final path, local or `gs://`.
+      overwrite: whether a file or folder at `path` is replaced; otherwise it is an error.
 
     Raises:
       InputError: the path exists and `overwrite` is False, or its bucket cannot be written to.
@@ -41,8 +44,9 @@ def temporary_path(path: str | os.PathLike[str], overwrite: bool = False) -> Ite
                 _upload(epath.Path(folder) / path.name, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder: a rename is atomic only within one file system. The process id keeps
-    # two processes that write the same path apart.
+    # In the same folder, because a rename is atomic only within one file system. The process id is
+    # for two processes that write the same path, and for `folder_lock`, which deletes the temporary
+    # files of processes that have died.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     _remove(temporary)
     try:
@@ -69,6 +73,7 @@ def write_json(
 
 
 def _upload(source: epath.Path, target: epath.Path) -> None:
+    """Uploads a file, or a folder without subfolders, in place of an existing one."""
     if not source.is_dir():
         source.copy(target, overwrite=True)
         return

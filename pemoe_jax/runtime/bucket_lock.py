@@ -1,9 +1,9 @@
 """Locks of folders in buckets, which expire if the process that holds them dies.
 
-The lock is the object `.lock`, which its owner rewrites every `RENEWAL` seconds. Other
-processes do not compare clocks: they watch the object's generation, which each write changes, and
-take the lock over if it has stayed the same for `LEASE` seconds. Each write is conditional on the
-generation that was read before, so only one of two processes gets the lock.
+The lock is the object `.lock`, which its owner rewrites every `RENEWAL` seconds. The processes do
+not compare clocks: others watch the object's generation, which each write changes, and take the
+lock over if the generation has stayed the same for `LEASE` seconds. Each write is conditional on
+the generation that was read before it, so only one of two processes gets the lock.
 """
 
 import contextlib
@@ -29,11 +29,12 @@ class BucketLock:
     """A lock that this process holds until `release`.
 
     If this process does not renew the lock for `LEASE` seconds, for example because it is
-    suspended, another may take it over. The process then ends with exit code 1 at its next renewal.
+    suspended, another process may take it over. This process then ends with exit code 1 at its next
+    renewal.
 
     Args:
       folder: a `gs://` folder.
-      setting: name of the setting that holds the folder, for the message.
+      setting: name of the setting whose value is the folder, for the message.
       owner: text that names this process in the messages of other processes.
 
     Raises:
@@ -61,14 +62,14 @@ class BucketLock:
 
     def _acquire(self, setting: str) -> bytes:
         """Waits until this process holds the lock; returns the generation of the object."""
-        watched, since = None, 0.0
+        watched, since = None, 0.0  # the generation that is watched, and since when
         while True:
             current = self._store.read(_NAME).result()
             if current.value == self._content:  # a write succeeded, but its response was lost
                 return current.stamp.generation
             owner = current.value.decode(errors="replace").split("\n")[0] or "another process"
             if current.state != "missing" and current.stamp.generation != watched:
-                if watched is not None:
+                if watched is not None:  # the generation has changed: the owner is alive
                     raise InputError(
                         f"{setting} must be a folder that no other command writes to, got"
                         f" {self._folder}, in use by {owner}: wait for it to end, or choose another"
@@ -82,22 +83,25 @@ class BucketLock:
                 generation = self._write(current.stamp.generation)
                 if generation is not None:
                     return generation
-                watched = watched or b""  # another process has taken the lock
+                # Another process has just taken the lock: the next read ends in the error above.
+                watched = watched or b""
             else:
-                time.sleep(min(1.0, RENEWAL / 4))
+                time.sleep(min(1.0, RENEWAL / 4))  # often enough to see each renewal
 
     def _write(self, generation: bytes) -> bytes | None:
-        """Writes the object if it still has this generation; returns the new one, or else None."""
+        """Writes the object if it has this generation; returns the new one, None if it has not."""
         return (
             self._store.write(_NAME, self._content, if_equal=generation).result().generation or None
         )
 
     def _renew(self) -> None:
+        """Rewrites the object until `release`; the work of the thread."""
         while not self._ended.wait(RENEWAL):
-            # A process that cannot reach the bucket cannot write its results there either.
+            # Errors are ignored: without the bucket, this process cannot write its results either.
             with contextlib.suppress(Exception):
                 generation = self._write(self._generation)
                 if generation is None:
+                    # The lock was taken over, or the response to an earlier write was lost.
                     current = self._store.read(_NAME).result()
                     if current.value != self._content:
                         self._end_process(current.value.decode(errors="replace").split("\n")[0])
@@ -111,4 +115,4 @@ class BucketLock:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)
+        os._exit(1)  # sys.exit would only end this thread

@@ -16,14 +16,17 @@ from pemoe_jax.runtime import atomic_write, file_io
 from pemoe_jax.runtime.file_io import AnyPath
 
 FILE = "checksums.json"
-_SUM_BYTES = 1 << 15
-_SUMMED_BYTES = 1 << 22  # in one call of numpy
+
+# `checksum_of_values` sums each block of this many bytes. One call of numpy sums all blocks of a
+# part, whose size is a multiple of theirs.
+_BLOCK_BYTES = 1 << 15
+_PART_BYTES = 1 << 22
 
 
 def crc32c(data: np.ndarray, crc: int = 0) -> int:
     """Returns the CRC-32C of a uint8 array [bytes]; `crc` is that of the bytes before it."""
     view = data[:]
-    view.flags.writeable = False  # the library reads immutable buffers only, without a copy
+    view.flags.writeable = False  # google_crc32c reads only immutable buffers without a copy
     return google_crc32c.extend(crc, view)
 
 
@@ -43,22 +46,22 @@ def _size_and_crc32c(path: AnyPath) -> tuple[int, str]:
 def checksum_of_values(array: np.ndarray, visit: Callable[[np.ndarray], None] | None = None) -> int:
     """Returns a checksum of an array in row-major order: the CRC-32C of the sums of its blocks.
 
-    A sum takes less than half the time of a CRC. A block is 32 KiB, summed as 64-bit integers, so
-    that every single changed value is noticed.
+    A sum takes less than half the time of a CRC. A block has 32 KiB and is summed as 64-bit
+    integers, modulo 2^64: a change of one value always changes the sum of its block.
 
     Args:
       array: the array.
-      visit: called with consecutive values [<= 4 MiB] while they are in a cache.
+      visit: called with consecutive values [<= 4 MiB] while they are in a cache of the processor.
     """
     values = np.ascontiguousarray(array).reshape(-1)
     data = values.view(np.uint8)
     crc = 0
-    for start in range(0, len(data), _SUMMED_BYTES):
-        part = data[start : start + _SUMMED_BYTES]
-        end = len(part) // _SUM_BYTES * _SUM_BYTES
-        sums = part[:end].view(np.uint64).reshape(-1, _SUM_BYTES // 8).sum(axis=1)
+    for start in range(0, len(data), _PART_BYTES):
+        part = data[start : start + _PART_BYTES]
+        end = len(part) // _BLOCK_BYTES * _BLOCK_BYTES
+        sums = part[:end].view(np.uint64).reshape(-1, _BLOCK_BYTES // 8).sum(axis=1)
         crc = google_crc32c.extend(crc, sums.tobytes())
-        if end < len(part):
+        if end < len(part):  # an incomplete block at the end of the array is not summed
             crc = google_crc32c.extend(crc, part[end:].tobytes())
         if visit is not None:
             visit(part.view(values.dtype))
@@ -66,10 +69,15 @@ def checksum_of_values(array: np.ndarray, visit: Callable[[np.ndarray], None] | 
 
 
 def join(checksums: Mapping[str, tuple[str, int]]) -> str:
-    """Returns a hash of name -> (kind, checksum), in any order: 8 hexadecimal digits, ':', 16.
+    """Joins the checksums of a model's arrays to one.
 
-    The digits before the colon depend on names and kinds alone: of other kinds, checksums differ
-    even if values are equal.
+    Args:
+      checksums: name of the array -> (kind, checksum). Equal values of another kind, such as
+        another dtype, have another checksum.
+
+    Returns:
+      8 hexadecimal digits, ':' and 16 digits, whatever the order of the names. The 8 digits hash
+      the names and kinds alone: `is_other` compares only results in which they agree.
     """
     rows = sorted((name, kind, f"{crc:08x}") for name, (kind, crc) in checksums.items())
     kinds, values = (
@@ -80,7 +88,10 @@ def join(checksums: Mapping[str, tuple[str, int]]) -> str:
 
 
 def is_other(first: str | None, second: str | None) -> bool:
-    """Whether two results of `join` are comparable and differ; None is not comparable."""
+    """Whether two results of `join` are comparable and differ.
+
+    Comparable results have the same names and kinds. None, an unknown result, is not comparable.
+    """
     if first is None or second is None:
         return False
     return first != second and first.partition(":")[0] == second.partition(":")[0]
@@ -98,7 +109,8 @@ def verify_checksums(folder: AnyPath, part: tuple[int, int] = (0, 1)) -> Sequenc
 
     Args:
       folder: the folder.
-      part: (i, n): only every n-th file is read, from the i-th on.
+      part: (index, count): only every count-th file is read, from `index` on, so that several
+        processes can share the work.
 
     Returns:
       The names of the files that were compared; None if there is no `checksums.json`.
@@ -116,7 +128,7 @@ def verify_checksums(folder: AnyPath, part: tuple[int, int] = (0, 1)) -> Sequenc
         path = folder / name
         if isinstance(path, Path) and isinstance(folder, Path):
             is_inside = path.resolve().is_relative_to(folder.resolve())
-        else:  # there are no links in a bucket
+        else:  # a bucket has no links to resolve
             is_inside = path.is_relative_to(folder) and ".." not in path.parts
         if not is_inside:
             raise InputError(f"{folder / FILE}: expected files in its folder, got {name!r:.80}")

@@ -14,15 +14,16 @@ MAX_AGE_DAYS = 30
 def enable(environment: MutableMapping[str, str] = os.environ) -> None:
     """Turns the cache on by JAX's variables in `environment`; call it before jax is imported.
 
-    JAX_COMPILATION_CACHE_DIR selects another folder; if it is empty, the cache stays off. Without a
-    writable folder a warning is printed and nothing is cached. JAX's cache keys include its version
-    and the CPU's features, so that different machines can share a home directory. Several processes
-    may fill the folder at the same time.
+    JAX_COMPILATION_CACHE_DIR selects another folder; if it is empty, the cache stays off. If the
+    folder is not writable, a warning is printed and nothing is cached. JAX's cache keys include its
+    version and the CPU's features, so different machines can share a home directory. Several
+    processes may fill the folder at the same time.
     """
     if CACHE_DIR_VARIABLE not in environment:
         try:
             folder = default_folder(environment)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # for executable code
+            # Private, because jax runs the code in it.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(f"{folder} is not writable")
             _delete_old_programs(folder)
@@ -35,16 +36,16 @@ def enable(environment: MutableMapping[str, str] = os.environ) -> None:
             return
         environment[CACHE_DIR_VARIABLE] = str(folder)
     if environment[CACHE_DIR_VARIABLE]:
-        # By default jax caches programs that took over a second to compile. A start also compiles
-        # dozens of small ones, which take longer than that together.
+        # By default jax caches only programs that take over a second to compile. A start also
+        # compiles dozens of small ones, which together take longer.
         environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        # JAX does not write its files at once: a program that another process is writing is
-        # incomplete when read. JAX warns and compiles it, and a user has nothing to do.
+        # JAX does not write its files atomically, so a file that another process is writing may be
+        # incomplete. JAX then warns and compiles the program: there is nothing for the user to do.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
 
 
 def enable_in_process() -> None:
-    """Turns the cache on, also if jax is imported already; a cache that is configured stays."""
+    """Turns the cache on even if jax is imported; a no-op if a cache is configured already."""
     if "jax" not in sys.modules:
         enable()
         return
@@ -59,7 +60,8 @@ def enable_in_process() -> None:
     if folder := environment.get(CACHE_DIR_VARIABLE):
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        compilation_cache.reset_cache()  # at its first compilation jax has found no folder
+        # jax looks for the folder only at its first compilation, which may be over.
+        compilation_cache.reset_cache()
 
 
 def default_folder(environment: Mapping[str, str]) -> Path:
@@ -74,8 +76,8 @@ def default_folder(environment: Mapping[str, str]) -> Path:
 
 
 def _delete_old_programs(folder: Path) -> None:
-    # JAX can only limit the size of the cache. Each version of a program adds a file, and files
-    # that no run has read for a month belong to old versions.
+    # JAX can limit the size of its cache but not the age of files. Each version of a program adds a
+    # file; files that no run has read for a month are of old versions.
     oldest = time.time() - MAX_AGE_DAYS * 24 * 3600
     for file in folder.glob("*-cache"):
         try:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from pemoe_jax.runtime.file_io import AnyPath
 
 COORDINATOR_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-HEARTBEAT_SECONDS = 30  # a process that is silent for longer ends the run
+HEARTBEAT_SECONDS = 30  # if a process is silent for longer, the run ends
 
 _PEER_FAILED = (
     "another process of the run has ended or cannot be reached: start all of them again; the run"
     " resumes from its last checkpoint"
 )
-# Status codes of XLA's errors that point at another process. The others (RESOURCE_EXHAUSTED,
-# INVALID_ARGUMENT, …) come from this process and need their stack trace.
+# Status codes of XLA's errors that another process causes. Errors with other codes
+# (RESOURCE_EXHAUSTED, INVALID_ARGUMENT, …) come from this process, and their stack trace is needed.
 _PEER_ERROR = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
@@ -40,8 +40,9 @@ def initialize() -> None:
 
     A run has several processes if JAX_COORDINATOR_ADDRESS (host:port of process 0),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, under Slurm or Open MPI with several tasks, and on
-    a TPU pod with PEMOE_DISTRIBUTED=1 (set by `launch/tpu_pod.sh`). Must be called before jax looks
-    for devices. Afterwards only process 0 prints to stdout; every process prints its errors.
+    a TPU pod with PEMOE_DISTRIBUTED=1 (set by `launch/tpu_pod.sh`). This function must be called
+    before jax looks for devices. Afterwards only process 0 prints to stdout; every process prints
+    its errors to stderr.
 
     Raises:
       InputError: only some of the three variables are set, or one is not a number.
@@ -54,7 +55,7 @@ def initialize() -> None:
 
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     if jax.process_index():
-        # Open until the process ends: everything printed later goes to it.
+        # Never closed, because everything that is printed later goes to it.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -77,11 +78,15 @@ def start(
 
 def _jax_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """Returns the arguments of `jax.distributed.initialize`; None for a single process."""
+    # Read here, because jax reads only JAX_COORDINATOR_ADDRESS.
     variables = {name: environment[name] for name in COORDINATOR_VARIABLES if environment.get(name)}
     if variables:
         for name in COORDINATOR_VARIABLES:
             if name not in variables:
-                raise InputError(f"{name} is not set, but {next(iter(variables))} is: set both")
+                raise InputError(
+                    f"{name} is not set, but {next(iter(variables))} is: set all of"
+                    f" {', '.join(COORDINATOR_VARIABLES)}"
+                )
             if name != "JAX_COORDINATOR_ADDRESS" and not variables[name].isdecimal():
                 raise InputError(f"{name} must be a non-negative integer, got {variables[name]!r}")
         address, *numbers = (variables[name] for name in COORDINATOR_VARIABLES)
@@ -102,7 +107,7 @@ def _jax_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def output_folder(folder: "AnyPath") -> "AnyPath":
-    """Returns the folder for files that process 0 alone writes: a temporary one in the others."""
+    """Returns `folder` in process 0, which alone writes to it; in others a temporary folder."""
     import jax
 
     if jax.process_index() == 0:
@@ -118,9 +123,10 @@ _watchdog_pipes: list[int] = []  # write end of the pipe to this process's watch
 def _report_if_killed() -> None:
     """Prints an error line to stderr if this process is killed, by the system or by JAX.
 
-    When a peer is lost, JAX aborts the process (SIGABRT) from a thread of C++, after a stack trace.
-    jax 0.10 has no callback for it and no Python code runs any more, so a child process waits for
-    the pipe to close: a line that arrives first means that the process ended by itself.
+    When another process is lost, JAX aborts this one (SIGABRT) from a C++ thread, after a stack
+    trace. jax 0.10 has no callback for this, and no Python code runs any more. So a child process,
+    the watchdog, waits for a pipe from this process to close. If a line arrives first, this process
+    has ended by itself.
     """
     read_end, write_end = os.pipe()
     line = f"error: this process was killed, or {_PEER_FAILED}"
@@ -131,7 +137,8 @@ def _report_if_killed() -> None:
     )
     os.close(read_end)
     _watchdog_pipes.append(write_end)
-    # TaskRoles before jax registers its own functions, so called after them: those may abort too.
+    # Called after jax's own functions at exit, because it is registered before them: they may abort
+    # the process too.
     atexit.register(_dismiss_watchdog)
 
 
@@ -145,8 +152,8 @@ def _dismiss_watchdog() -> None:
 def exit_process(code: int) -> int:
     """Ends one of several processes at once if `code` is not 0; otherwise returns `code`.
 
-    A normal exit would wait at jax's shutdown barrier for the other processes, and they in a
-    collective for this one.
+    At a normal exit, this process would wait for the others at jax's shutdown barrier, and they
+    would wait for this one in a collective operation.
     """
     if code and _is_initialized():
         sys.stdout.flush()
@@ -157,9 +164,9 @@ def exit_process(code: int) -> int:
 
 
 def exit_on_error(error: BaseException) -> None:
-    """Ends one of several processes after an error; returns in a single process.
+    """Ends one of several processes after an error; a no-op in a single process.
 
-    Prints one line if the error is about another process, else a stack trace.
+    Prints one line if another process caused the error, else a stack trace.
     """
     if _is_initialized():
         if message := peer_error_message(error):
@@ -170,13 +177,13 @@ def exit_on_error(error: BaseException) -> None:
 
 
 def _is_initialized() -> bool:
-    # Without importing jax: a command that has not needed it must not pay for the import.
+    # jax is not imported here: a command that has not used it would wait for the import.
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
 def peer_error_message(error: BaseException) -> str | None:
-    """Returns XLA's message about another process, from the error or a cause; else None."""
+    """Returns XLA's message if another process caused the error or one of its causes, else None."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (RuntimeError, ValueError)) and _PEER_ERROR.match(str(cause)):

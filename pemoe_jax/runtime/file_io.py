@@ -50,7 +50,7 @@ def resolve_output(path: str | os.PathLike[str], setting: str) -> AnyPath:
     """Returns the absolute path of an output; a `gs://` path is returned unchanged.
 
     Raises:
-      InputError: `path` is not a path, or has another scheme; names the `setting`.
+      InputError: `path` is not a path, or has another scheme; the message names `setting`.
     """
     text = _path_text(path, f"{setting}: ")
     if not is_remote(text):
@@ -61,10 +61,10 @@ def resolve_output(path: str | os.PathLike[str], setting: str) -> AnyPath:
 
 
 def resolve_local(path: str | os.PathLike[str], setting: str) -> Path:
-    """Returns the absolute path of an output.
+    """Returns the absolute path of an output that must be local.
 
     Raises:
-      InputError: `path` is not a path, or is remote; names the `setting` that it comes from.
+      InputError: `path` is not a path, or is remote; the message names `setting`.
     """
     text = _path_text(path, f"{setting}: ")
     if "://" in text:
@@ -76,11 +76,11 @@ def resolve_output_folder(path: str | os.PathLike[str], setting: str) -> AnyPath
     """Returns the absolute path of a folder to write to, which may not exist yet.
 
     Raises:
-      InputError: `resolve_output` raises, or the folder cannot be created or written to, or its
-        bucket cannot be read.
+      InputError: see `resolve_output`; or the folder cannot be created or written to, or its bucket
+        cannot be read.
     """
     folder = resolve_output(path, setting)
-    # Commands call this first: their results would be lost after hours of work.
+    # Commands check the folder before they start: later, the results of hours would be lost.
     if not isinstance(folder, Path):
         with remote_errors(folder):
             if folder.exists() and not folder.is_dir():
@@ -88,7 +88,8 @@ def resolve_output_folder(path: str | os.PathLike[str], setting: str) -> AnyPath
         return folder
     try:
         existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-        if len(os.fsencode(folder.name)) > 255:  # not known before the folder is created
+        # The limit of Linux's file systems; os.path.lexists only returns False for a longer name.
+        if len(os.fsencode(folder.name)) > 255:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), folder)
     except OSError as error:
         raise InputError(f"{setting} must be a folder, got {folder}: {error.strerror}") from None
@@ -100,9 +101,9 @@ def resolve_output_folder(path: str | os.PathLike[str], setting: str) -> AnyPath
 
 
 def check_no_pattern(path: str | os.PathLike[str], setting: str) -> None:
-    """Raises InputError for a path with a character of shell patterns.
+    """Raises InputError for a path with a special character of shell patterns.
 
-    Orbax and T5X match the paths of checkpoints as patterns; those of this path would not match.
+    Orbax and T5X use the paths of checkpoints as patterns, which such a path does not match itself.
     """
     if re.search(r"[][*?\\]", os.fspath(path)):
         raise InputError(rf"{setting} must be a path without any of []*?\, got {os.fspath(path)}")
@@ -110,7 +111,7 @@ def check_no_pattern(path: str | os.PathLike[str], setting: str) -> None:
 
 def _path_text(path: object, prefix: str = "") -> str:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        # gin reads a name of digits alone as a number
+        # gin reads a name that consists of digits as a number.
         hint = f" (a name of digits alone needs quotes: \"'{path}'\")" if path else ""
         raise InputError(f"{prefix}expected a path, got {path!r}{hint}")
     return os.fspath(path)
@@ -123,7 +124,7 @@ def remote_errors(path: AnyPath) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:  # tensorflow and fsspec raise classes of their own
+    except Exception as error:  # tensorflow and fsspec have exceptions of their own
         if not is_remote(path):
             raise
         raise InputError(f"{path}: cannot be reached: {first_line(error)}") from error
@@ -131,7 +132,7 @@ def remote_errors(path: AnyPath) -> Iterator[None]:
 
 @contextlib.contextmanager
 def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names the path in errors of the operating system that have none, as those of a full disk."""
+    """Adds the path to errors of the operating system without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -141,10 +142,10 @@ def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def url(folder: AnyPath) -> str:
-    """Returns a folder's URL as tensorstore writes it: `file:///…/` or `gs://…/`.
+    """Returns a folder's URL for tensorstore: `file:///…/` or `gs://…/`.
 
     Raises:
-      InputError: the path has a backslash, with which tensorstore finds no files.
+      InputError: the path has a backslash: tensorstore would find no files.
     """
     text = os.fspath(folder)
     if "\\" in text:
@@ -153,10 +154,10 @@ def url(folder: AnyPath) -> str:
 
 
 def child_path(folder: epath.Path, name: object, index: str) -> epath.Path:
-    """Returns the path of a file that an index file in `folder` names.
+    """Returns the path of a file that the file `index` names; both are in `folder`.
 
     Raises:
-      InputError: the name leads out of the folder, as that of a malicious index would.
+      InputError: the name is not that of a file in the folder: a malicious index could lead out.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
         raise InputError(
@@ -179,14 +180,14 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def delete_folder(folder: epath.Path) -> None:
     """Deletes all objects of a folder in a bucket, if there are any."""
-    # TensorFlow's first pass may leave objects behind if the folder has an object for itself.
+    # Twice: TensorFlow's first pass may leave objects behind if the folder has one for itself.
     for _ in range(2):
         folder.rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager
 def local_copy(path: AnyPath) -> Iterator[Path]:
-    """Yields a file of a file system with the same content: `path`, or a temporary copy.
+    """Yields a local file with the content of `path`: `path` itself, or a temporary copy.
 
     Raises:
       InputError: the bucket of `path` cannot be read, or has no such object.
@@ -204,7 +205,7 @@ def local_copy(path: AnyPath) -> Iterator[Path]:
 
 
 def read_text(path: AnyPath, errors: str = "strict") -> str:
-    """Reads UTF-8; `errors` as in `open`, which epath's paths do not take."""
+    """Reads a UTF-8 text; `errors` is that of `open`, which epath's `read_text` does not have."""
     return io.TextIOWrapper(io.BytesIO(path.read_bytes()), "utf-8", errors).read()
 
 
@@ -221,21 +222,23 @@ def read_range(
 
     Args:
       path: the file.
-      offset, size: of the range.
-      visit: called with the position in the range and the bytes of each `READ_BLOCK`, in order,
-        while they are in the core's cache.
+      offset: the first byte.
+      size: number of bytes.
+      visit: called with each block of `READ_BLOCK` bytes, in order, while it is in the core's
+        cache; its arguments are the block's position in the range and its bytes.
 
     Raises:
       InputError: the file is shorter.
     """
-    # A new buffer per read: jax keeps it as the memory of the array on CPUs.
+    # A new buffer for each read, because jax keeps it as the array's memory on CPUs.
     data = aligned_empty((size,), np.dtype(np.uint8))
     step = max(size, 1) if visit is None else READ_BLOCK
     num_read = 0
     with path.open("rb") as file:
         file.seek(offset)
         is_local = hasattr(file, "readinto")
-        if not is_local:  # tensorflow's remote files lack it, and each read is a request
+        # TensorFlow's remote files lack `readinto`, and each of their reads is a request.
+        if not is_local:
             content = file.read(size)
             num_read = len(content)
             data[:num_read] = np.frombuffer(content, np.uint8)
@@ -255,11 +258,11 @@ def read_range(
 def parse_json(
     text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """Returns the value of a JSON text; every reader of JSON calls this.
+    """Returns the value of a JSON text. Every reader of JSON in this package calls this function.
 
     Raises:
       ValueError: the text is not JSON in UTF-8, is nested too deeply, or has an integer of more
-        digits than Python reads (4,300); or `object_pairs_hook` raises it.
+        than the 4,300 digits that Python reads; or `object_pairs_hook` raises it.
     """
     try:
         return json.loads(text, object_pairs_hook=object_pairs_hook)
@@ -268,9 +271,9 @@ def parse_json(
 
 
 def check_utf8(value: Any) -> None:
-    """Raises ValueError for half a surrogate pair in a text of a JSON value, which JSON can escape.
+    r"""Raises ValueError if a text in a JSON value has half a surrogate pair (an escape "\ud800").
 
-    Neither a file nor a terminal takes such a text.
+    Such a text has no UTF-8, so it can be written neither to a file nor to a terminal.
     """
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -282,7 +285,7 @@ def check_utf8(value: Any) -> None:
 
 
 def is_count(value: object) -> bool:
-    """Whether a value of an untrusted file is an integer >= 0 that numpy can represent."""
+    """Whether a value from an untrusted file is an integer >= 0 that fits into int64."""
     return type(value) is int and 0 <= value < 2**63  # isinstance would accept True as 1
 
 

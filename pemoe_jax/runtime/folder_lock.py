@@ -1,4 +1,4 @@
-"""Locks of output folders: two commands that write into the same folder would lose results."""
+"""Locks output folders, because two commands that write into the same one would lose results."""
 
 import errno
 import fcntl
@@ -16,35 +16,36 @@ if TYPE_CHECKING:
     from pemoe_jax.runtime.file_io import AnyPath
 
 _NAME = ".lock"
-# What flock reports on file systems without locks, such as some of clusters.
+# Errors of flock on file systems without locks, such as some network file systems of clusters.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-TIMEOUT = 15.0  # seconds to wait for a lock: processes that were killed need some to end
+TIMEOUT = 15.0  # seconds to wait for a lock: a process that was killed may take some to end
 
-# Folder -> its open `.lock`, and whether this process has created the folder.
+# Folder -> its open file `.lock`, and whether this process has created the folder.
 _held: dict[Path, tuple[IO[str], bool]] = {}
 _held_in_buckets: "dict[AnyPath, BucketLock]" = {}
 
 
 def hold(folder: "AnyPath", setting: str) -> int:
-    """Locks a folder, which is created, until the command ends (`release_all`).
+    """Creates a folder if it does not exist, and locks it until `release_all`.
 
-    The kernel releases the lock of a process that dies, so that none is left behind. A no-op if
-    this process has the lock. For a `gs://` folder see `bucket_lock`.
+    If the process dies, the kernel releases the lock, so none is left behind. A no-op if this
+    process already holds the lock. For a `gs://` folder see `bucket_lock`.
 
     Args:
       folder: the folder; its file `.lock` names the owner.
-      setting: name of the setting that it comes from, for the message.
+      setting: name of the setting whose value is the folder, for the message.
 
     Returns:
-      The file descriptor of the lock. Children that inherit it share the lock. -1 in a bucket.
+      The file descriptor of the lock, -1 in a bucket. Child processes that inherit it share the
+      lock.
 
     Raises:
       InputError: another process has the lock.
     """
     if not isinstance(folder, Path):
         if folder not in _held_in_buckets:
-            # Imported here: it imports tensorstore.
+            # Imported here because it imports tensorstore, which takes long.
             from pemoe_jax.runtime import bucket_lock
 
             _held_in_buckets[folder] = bucket_lock.BucketLock(folder, setting, _owner())
@@ -61,7 +62,7 @@ def hold(folder: "AnyPath", setting: str) -> int:
 
 
 def release_all() -> None:
-    """Releases the locks of this process; leaves nothing in folders that nothing was written to."""
+    """Releases the locks; deletes lock files and new folders where nothing else was written."""
     while _held_in_buckets:
         _held_in_buckets.popitem()[1].release()
     while _held:
@@ -74,13 +75,13 @@ def release_all() -> None:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Deletes the temporary files of `atomic_write` whose processes were killed."""
+    """Deletes temporary files and folders of `atomic_write` whose processes were killed."""
     for path in folder.glob(".*.*"):
         _, _, process = path.name.rpartition(".")
         if not process.isdecimal():
             continue
         try:
-            os.kill(int(process), 0)
+            os.kill(int(process), 0)  # sends no signal, but raises if there is no such process
         except ProcessLookupError:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -95,14 +96,14 @@ def _owner() -> str:
 
 
 def _lock(folder: Path, setting: str) -> IO[str]:
-    """Returns the open and locked `.lock` of a folder."""
+    """Returns the open file `.lock` of a folder, locked if the file system has locks."""
     deadline = time.monotonic() + TIMEOUT
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _NAME).open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may have removed the file after it was opened.
+            # Another process may have removed the file after it was opened here: then try again.
             if os.fstat(file.fileno()).st_nlink:
                 return file
         except BlockingIOError:

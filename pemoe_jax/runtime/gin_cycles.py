@@ -19,14 +19,20 @@ def setting_name(scope: str, selector: str, parameter: str) -> str:
 def check_cycles(bindings: Bindings) -> None:
     """Raises InputError for a setting that refers to the function that it configures.
 
-    gin would call the function to call the function, until Python's stack is full. References
-    without parentheses count too: the function that has them calls them.
+    gin would call the function to compute one of its own arguments, and so on until Python's stack
+    is full. References without parentheses (@f) count too: the function that receives @f calls it.
     """
     finished: set[tuple[str, str]] = set()
-    # From the commands (train.train) on, the last setting of a cycle is the one that leads back.
-    for node in sorted(bindings, key=lambda node: len({*node[1].split(".")[-2:]})):
+    # The functions of commands come first (train.train: module and function have the same name), so
+    # that the path leads from the command to the setting that closes the cycle.
+    for node in sorted(bindings, key=lambda node: not _is_command(node[1])):
         if node not in finished:
             _visit(node, {}, finished, bindings)
+
+
+def _is_command(selector: str) -> bool:
+    *_, module, function = ["", *selector.split(".")]
+    return module == function
 
 
 def _visit(
@@ -39,20 +45,20 @@ def _visit(
 
     Args:
       node: the scope that the function is called in, and the function.
-      path: the functions before this one -> their setting that leads here.
+      path: the functions that led here, each with its setting that refers to the next one.
       finished: functions that lead to no cycle; this one is added.
-      bindings: those of gin.
+      bindings: gin's bindings.
     """
     import gin
 
     for name, value in _settings(*node, bindings).items():
         path[node] = name
         for reference in gin.config.iterate_references([value]):
-            # Without a scope of its own, a function is called in that of its caller.
+            # A reference without a scope is called in the scope of its caller.
             target = "/".join(reference.scopes) or node[0], reference.configurable.selector
             if target in path:
                 cycle = [*path][[*path].index(target) :]
-                # Users set macros; the others are in gin files.
+                # Name a macro if there is one, as users set macros rather than parameters.
                 macros = [scope for scope, selector in cycle if selector == "gin.macro"]
                 raise InputError(
                     f"{[name, *macros][-1]} must be a value, got a reference to itself:"

@@ -1,4 +1,4 @@
-"""gin's errors in one line, with the names that the user may have meant."""
+"""Describes gin's errors in one line, with the names that the user may have meant."""
 
 import difflib
 import inspect
@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pemoe_jax.core.errors import first_line
 from pemoe_jax.runtime import gin_help
 
-_TRAIN = {
+# Parameters of T5X's train -> our macros.
+_T5X_TRAIN = {
     "model_dir": "MODEL_DIR",
     "total_steps": "TRAIN_STEPS",
     "eval_period": "EVAL_PERIOD",
@@ -20,11 +21,11 @@ _TRAIN = {
     "random_seed": "SEED",
 }
 
-# T5X function -> parameter -> our macro, for errors about bindings of T5X. The parameter "" stands
-# for a reference to the function. `_T5X_MACROS` has T5X's macros.
+# T5X function -> parameter -> our macro, for errors about T5X's bindings. The parameter "" is for a
+# reference to the function.
 _T5X_BINDINGS = {
-    "train_script.train": _TRAIN,
-    "train.train": _TRAIN,
+    "train_script.train": _T5X_TRAIN,
+    "train.train": _T5X_TRAIN,
     "eval_script.evaluate": {"output_dir": "EVAL_OUTPUT_DIR"},
     "infer_script.infer": {"output_dir": "EVAL_OUTPUT_DIR"},
     "trainer.Trainer": {"num_microbatches": "MICROBATCHES", "learning_rate_fn": "SCHEDULE"},
@@ -53,6 +54,7 @@ _T5X_BINDINGS = {
         "warmup_steps": "WARMUP_STEPS",
     },
 }
+# T5X's macro -> our macro.
 _T5X_MACROS = {"RANDOM_SEED": "SEED", "EVAL_STEPS": "EVAL_BATCHES"}
 
 
@@ -69,12 +71,12 @@ def describe_error(error: Exception, lines: Sequence[str]) -> str:
     if missing := re.match(r"Unable to open file: (\S+)\. Searched", line):
         return _describe_missing_file(missing[1])
     if undefined := re.match(r"No bindings specified for '(\w+)/gin\.macro'", line):
-        hint = suggest_names(undefined[1], _macros())
+        hint = suggest_names(undefined[1], macro_names())
         return f"%{undefined[1]}: no gin file has a macro of this name{hint}"
     if isinstance(error, tokenize.TokenError):
         return f"gin: expected a closing bracket in {_find_unclosed(lines) or 'a gin file'}"
-    # gin appends the file, the line number and the code; for a syntax error in `lines` only the
-    # number.
+    # gin appends the file, the line number and the code, but for a syntax error in `lines` only the
+    # line number.
     place = re.search(r"\n  In (?:bindings string|file \"(.+?)\",) line (\d+)\n +(.+)", str(error))
     number = re.search(r" ?\(line (\d+)\)", str(error))
     if token := re.search(r"Failed to parse token '(.+)'", str(error)):
@@ -89,7 +91,7 @@ def describe_error(error: Exception, lines: Sequence[str]) -> str:
 
 
 def describe_missing(error: Exception, command: str) -> str:
-    """Returns a call without some of its arguments, in the function `command`, as a line."""
+    """Describes gin's error about a call that lacks arguments, made while `command` ran."""
     names = re.search(r"for arguments: \[(.*)\]", str(error))
     function = re.search(r"In call to configurable '([\w.]+)'", str(error))
     if not names or not function or function[1] == command:
@@ -101,20 +103,22 @@ def describe_missing(error: Exception, command: str) -> str:
 
 
 def describe_unconfigured(command: str) -> str:
-    """Returns the line for a command that no gin file configures."""
+    """Describes that no gin file configures a command."""
+    # Run files that are not named after the function of their command.
     file = {"train": "finetune", "decode_texts": "infer"}.get(command, command)
     return f"no gin file configures {command}: pass a run file, e.g. --gin_file=runs/{file}.gin"
 
 
 def describe_t5x_flags(name: str) -> str | None:
-    """Returns the flags that replace a binding or macro of T5X; None if it is unknown.
+    """Returns the flags that replace a binding or macro of T5X, or None if T5X has none.
 
-    `name` is such as 'utils.DatasetConfig.seed'.
+    Args:
+      name: a macro, a function or a parameter, such as 'utils.DatasetConfig.seed'.
     """
     function, _, parameter = name.rpartition(".")
     macros = [_T5X_MACROS.get(name) or _T5X_BINDINGS.get(function, {}).get(parameter)]
     if macros == [None]:
-        # The function itself, a reference to it, or another parameter of it.
+        # `name` is the function itself, or a parameter that is not in the table.
         known = _T5X_BINDINGS.get(name) or _T5X_BINDINGS.get(function, {})
         macros = [*known.values()]
     flags = (f"--gin.{macro}" + ("" if "=" in str(macro) else "=…") for macro in macros)
@@ -122,7 +126,7 @@ def describe_t5x_flags(name: str) -> str | None:
 
 
 def suggest_names(name: str, names: Iterable[str]) -> str:
-    """Returns '; close: …' with the names that resemble `name`; '' if none does."""
+    """Returns '; close: …' with up to three names that resemble `name`; '' if none does."""
     names = [*names]
     matches = []
     # Names whose last part occurs in `name` (ignoring case) come first, then similar spellings.
@@ -152,12 +156,13 @@ def _describe_name(line: str, code: str) -> str | None:
 
 
 def _full_name(prefix: str, code: str) -> str:
-    """Returns the whole name in a line of gin that starts with `prefix`."""
+    """Returns the dotted name that starts with `prefix` in a line of gin."""
     match = re.search(rf"(?<![\w.]){re.escape(prefix)}(?:\.\w+)*", code)
     return match[0] if match else prefix
 
 
 def _describe_parameter(function: str, parameter: str) -> str:
+    """Describes that a function does not have a parameter."""
     import gin
 
     if parameter in _T5X_BINDINGS.get(function, {}):
@@ -172,17 +177,19 @@ def _describe_parameter(function: str, parameter: str) -> str:
 
 
 def _describe_missing_file(name: str) -> str:
+    """Describes that gin did not find a file."""
     names = [
         str(path.relative_to(gin_help.GIN_DIR).with_suffix(""))
         for path in sorted(gin_help.GIN_DIR.glob("*/*.gin"))
     ]
-    # The names were compared without their suffix.
+    # Names are compared without '.gin', which would make all of them similar, and shown with it.
     hint = re.sub(r"(?<=\w)(?=,|$)", ".gin", suggest_names(name.removesuffix(".gin"), names))
     searched = "the working folder, --gin_search_paths or the package's gin/"
     return f"{name}: no such file in {searched}{hint}"
 
 
-def _macros() -> list[str]:
+def macro_names() -> list[str]:
+    """Returns the names of the macros that the gin files and bindings parsed so far set."""
     import gin
 
     return re.findall(r"^\s*([A-Z][A-Z0-9_]*)\s*=", gin.config_str(), re.MULTILINE)
@@ -192,7 +199,7 @@ def _configurables() -> Iterator[str]:
     """Yields 'module.name' of the public functions and classes in this package's loaded modules."""
     for module in [*sys.modules.values()]:
         package = getattr(module, "__name__", "")
-        # Modules of gin's own handling have nothing to configure.
+        # The modules that handle gin itself have nothing to configure.
         if not package.startswith("pemoe_jax.") or ".runtime.gin" in package:
             continue
         for name, value in vars(module).items():
@@ -202,6 +209,7 @@ def _configurables() -> Iterator[str]:
 
 
 def _find_unclosed(lines: Sequence[str]) -> str | None:
+    """Returns the first line with an unclosed bracket, quoted; None if there is none."""
     for line in lines:
         try:
             [*tokenize.generate_tokens(io.StringIO(line).readline)]

@@ -29,26 +29,38 @@ T = TypeVar("T")
 
 GIN_DIR = gin_help.GIN_DIR  # the package's gin files
 
-# Run files read these macros; model and method files set them. None: not set.
+# Run files read these macros, and model and method files set them. Their default is None.
 _SET_BY_MODEL_AND_METHOD = (
-    *("MODEL", "METHOD", "TRAINABLE", "LEARNING_RATE"),
-    *("FREEZE", "UPCYCLE_NOISE"),
+    "MODEL",
+    "METHOD",
+    "TRAINABLE",
+    "LEARNING_RATE",
+    "FREEZE",
+    "UPCYCLE_NOISE",
 )
 
-# Method files read this macro of model files, which commands that open checkpoints need not have.
-# None is set behind the files, so that a flag for it is refused where nothing reads it.
+# Method files read this macro, and model files set it. A command that opens checkpoints may have no
+# model file. Its default, None, is set after the gin files and the check of macro names, so that a
+# flag for it is an error if no gin file sets it.
 _SET_BY_MODEL = "SPARSE_STEP"
 
-# Model files read DROPOUT_RATE, for commands without a run file; some run files read DTYPE, which
-# model files set.
+# Model files read DROPOUT_RATE, which only run files set; some run files read DTYPE, which only
+# model files set. Some commands take only one of the two files.
 _DEFAULTS = "DROPOUT_RATE = 0.0\nDTYPE = None\n"
 
-# Modules that --gin.… can name. The flags need them too: an import in a gin file holds for that
-# file alone.
+# Modules that --gin.… can name. They are imported for flags and again in each gin file, because an
+# import in a gin file holds for that file alone.
 _MODULES = {
     "pemoe_jax": ("evaluate", "infer", "tasks", "train"),
     "pemoe_jax.core": (
-        *("adapters", "freezing", "network", "optim", "partitioning", "routing", "sparse", "steps"),
+        "adapters",
+        "freezing",
+        "network",
+        "optim",
+        "partitioning",
+        "routing",
+        "sparse",
+        "steps",
     ),
     "pemoe_jax.runtime": ("options",),
     "pemoe_jax.tools": ("embed", "routes"),
@@ -58,13 +70,19 @@ _IMPORTS = [
     *(f"from {package} import {name}" for package, names in _MODULES.items() for name in names),
 ]
 
-# What gin raises for a missing file, a line that does not parse, an unknown name or import.
+# gin raises these for a missing file, a line that does not parse, and an unknown name or import.
 _GIN_ERRORS = (
-    *(OSError, ValueError, SyntaxError, ImportError, NameError, AttributeError, TypeError),
+    OSError,
+    ValueError,
+    SyntaxError,
+    ImportError,
+    NameError,
+    AttributeError,
+    TypeError,
     tokenize.TokenError,
 )
 
-# For commands without a run file.
+# Bindings of run files by which commands without a run file select the trainable parameters.
 FREEZE_BINDINGS = """\
 from pemoe_jax.core import freezing
 freezing.trainable_patterns.trainable = %TRAINABLE
@@ -74,11 +92,13 @@ freezing.trainable_patterns.freeze = %FREEZE
 # Files whose macros `--help` lists for commands that take model and method files.
 MODEL_AND_METHOD_FILES = (
     "models/t5_1_1.gin",
-    *("methods/flan_moe.gin", "methods/molora.gin", "methods/mov.gin"),
+    "methods/flan_moe.gin",
+    "methods/molora.gin",
+    "methods/mov.gin",
 )
 
-# Commands that read tasks.
-_RUN_MODELS = ("train", "evaluate", "infer", "embed", "routes", "export_tasks")
+# Commands that read tasks, by the names of their modules.
+_TASK_COMMANDS = ("train", "evaluate", "infer", "embed", "routes", "export_tasks")
 
 _EPILOG = """\
 gin files are searched in the working folder, in --gin_search_paths and in the package's gin/.
@@ -105,10 +125,10 @@ def make_parser(
     """Returns a parser with the flags that all commands share.
 
     Args:
-      command: its name.
-      description: what it does, for `--help`.
+      command: name of the command.
+      description: what the command does, for `--help`.
       example: command lines, for `--help`.
-      macros: gin texts or files of the package that set the macros to list in `--help`.
+      macros: gin texts or files of the package, whose macros `--help` lists.
     """
     parser = _Parser(
         prog=f"pemoe {command}",
@@ -124,7 +144,7 @@ def make_parser(
         parser.add_argument(flag, action="append", default=[], metavar=name, help=text)
     text = "folders to search for gin files, separated by commas"
     parser.add_argument("--gin_search_paths", default="", metavar="DIR,DIR", help=text)
-    if command in _RUN_MODELS:
+    if command in _TASK_COMMANDS:
         add_cache_dirs_flag(
             parser, "folders of seqio's offline caches, separated by commas, for USE_CACHED_TASKS"
         )
@@ -132,7 +152,7 @@ def make_parser(
 
 
 def add_cache_dirs_flag(flags: argparse.ArgumentParser, text: str) -> None:
-    """Adds the flag for folders of seqio's offline caches, which `run_command` handles."""
+    """Adds the flag for the folders of seqio's offline caches, which `run_command` registers."""
     flags.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR,DIR", help=text)
 
 
@@ -143,13 +163,13 @@ def _as_gin_value(text: str) -> str:
         if stripped[:1] not in ("@", "%"):
             ast.literal_eval(stripped)
     except (ValueError, SyntaxError):
-        if stripped[:1] not in ("[", "(", "{"):  # these may hold references
+        if stripped[:1] not in ("[", "(", "{"):  # a list or dict may hold references
             return repr(text)
     return stripped
 
 
 def split_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates `--gin.NAME=value` -> (other arguments, gin bindings)."""
+    """Separates arguments `--gin.NAME=value` from others -> (others, gin bindings)."""
     rest, bindings = [], []
     for argument in argv:
         if argument.startswith("--gin."):
@@ -213,7 +233,7 @@ def load_config(
 
 @contextlib.contextmanager
 def _only_files() -> Iterator[None]:
-    """Keeps gin from searching packages: it fails on a folder `runs/` of the working folder."""
+    """Keeps gin from searching packages, which fails if the working folder has a folder `runs/`."""
     import gin
 
     readers = gin.config._FILE_READERS  # the first opens files
@@ -227,53 +247,52 @@ def _only_files() -> Iterator[None]:
 def _check_macro_names(
     bindings: Sequence[str], lines: Sequence[str], gin_files: Sequence[str]
 ) -> None:
-    """Raises InputError for a macro that no file sets: gin would accept it silently.
+    """Raises InputError for a macro that no gin file sets: gin would accept it silently.
 
-    The macro is misspelled, or belongs to a method or a run whose gin file was not passed.
+    Such a macro is misspelled, or belongs to a method or a run whose gin file was not passed.
 
     Args:
       bindings: bindings of `--gin.NAME=value`.
-      lines: lines of --gin_bindings, which may define macros of their own.
+      lines: lines of --gin_bindings, which may define new macros.
       gin_files: the gin files that were passed.
     """
-    import gin
-
-    known = set(re.findall(r"^\s*([A-Z][A-Z0-9_]*)\s*=", gin.config_str(), re.MULTILINE))
+    known = set(gin_errors.macro_names())
     for binding in [*bindings, *lines]:
         name = binding.partition("=")[0].strip()
         if name in known or not re.fullmatch(r"[A-Za-z_]\w*", name):
             continue
-        if describe_t5x_flags := gin_errors.describe_t5x_flags(name):
-            raise InputError(f"{name} belongs to T5X: pass {describe_t5x_flags}")
+        if t5x_flags := gin_errors.describe_t5x_flags(name):
+            raise InputError(f"{name} belongs to T5X: pass {t5x_flags}")
         if owners := gin_help.find_macro_owners(name):
             flags = " ".join(f"--gin_file={file}" for file in gin_files)
-            raise InputError(f"{name} belongs to {_join(owners)}, got {flags}")
+            raise InputError(f"{name} belongs to {_join_names(owners)}, got {flags}")
         if binding in bindings:
             hint = gin_errors.suggest_names(name, known)
             raise InputError(f"--gin.{name}: no gin file has a macro of this name{hint}")
 
 
 def _check_has_effect(bindings: Sequence[str], in_files: Collection[str]) -> None:
-    """Raises InputError for a parameter of a function of the package that the run does not use.
+    """Raises InputError for a flag that sets a parameter of a function that the run does not use.
 
-    Such are the parameters of another optimizer or method, which gin would accept silently.
+    For example, the function belongs to another optimizer or method. gin would accept the flag
+    silently. Only functions of this package are checked.
 
     Args:
       bindings: bindings of flags.
-      in_files: the functions that gin files bind parameters of.
+      in_files: functions whose parameters a gin file binds.
     """
     import gin
 
     config, registry = gin.config._CONFIG, gin.config._REGISTRY
     used = {reference.configurable.selector for reference in gin.config.iterate_references(config)}
     for binding in bindings:
-        name = binding.partition("=")[0].strip()
+        name = binding.partition("=")[0].strip()  # scope/module.function.parameter
         match = registry.get_match(name.rpartition(".")[0].rpartition("/")[2])
         if match is None or not match.selector.startswith("pemoe_jax.") or match.selector in used:
             continue
         module, function = match.selector.rsplit(".", 2)[-2:]
-        # No binding refers to the commands themselves; a run file binds their parameters.
-        if match.selector in in_files and module in _RUN_MODELS:
+        # No binding refers to the function of a command, but a run file binds its parameters.
+        if match.selector in in_files and module in _TASK_COMMANDS:
             continue
         raise InputError(
             f"{name} has no effect: nothing in this run uses {module}.{function}"
@@ -281,36 +300,41 @@ def _check_has_effect(bindings: Sequence[str], in_files: Collection[str]) -> Non
         )
 
 
-# Settings of adapters' routers that sparse layers have under other names.
+# Parameter of adapters' routers -> macro of the same setting for sparse layers.
 _SPARSE_MACROS = {
-    **{"top_k": "TOP_K", "renormalize": "COMBINE", "straight_through": "COMBINE"},
-    **{"balance_loss": "BALANCE_LOSS", "z_loss": "ROUTER_Z_LOSS", "jitter_noise": "JITTER"},
+    "top_k": "TOP_K",
+    "renormalize": "COMBINE",
+    "straight_through": "COMBINE",
+    "balance_loss": "BALANCE_LOSS",
+    "z_loss": "ROUTER_Z_LOSS",
+    "jitter_noise": "JITTER",
 }
 
 
 def _check_routers_have_effect() -> None:
-    """Raises InputError for a file of routing/ with a method that has no such routers."""
+    """Raises InputError for a file of routing/ with a method whose adapters have no router."""
     import gin
 
-    selector = "pemoe_jax.core.routing.Router"
-    bound = [
-        name for (_, s), values in gin.config._CONFIG.items() if s == selector for name in values
+    config, router = gin.config._CONFIG, "pemoe_jax.core.routing.Router"
+    parameters = [
+        name for (_, selector), values in config.items() if selector == router for name in values
     ]
-    references = gin.config.iterate_references(gin.config._CONFIG)
-    used = {reference.configurable.selector for reference in references}
-    if not bound or selector in used or macro_value("METHOD") is None:
+    used = {reference.configurable.selector for reference in gin.config.iterate_references(config)}
+    if not parameters or router in used or macro_value("METHOD") is None:
         return
     hint = ""
     if "pemoe_jax.core.sparse.Sparse" in used:
-        macros = [*dict.fromkeys(_SPARSE_MACROS[name] for name in bound if name in _SPARSE_MACROS)]
-        hint = f"; sparse layers have {_join(macros) if macros else 'no such setting'}"
+        macros = [
+            *dict.fromkeys(_SPARSE_MACROS[name] for name in parameters if name in _SPARSE_MACROS)
+        ]
+        hint = f"; sparse layers have {_join_names(macros) if macros else 'no such setting'}"
     raise InputError(
-        f"routing.Router.{bound[0]} has no effect: no adapter of {macro_value('METHOD')} has a"
+        f"routing.Router.{parameters[0]} has no effect: no adapter of {macro_value('METHOD')} has a"
         f" router, and files of routing/ are for these{hint}"
     )
 
 
-def _join(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     """Joins names as 'a, b and c'."""
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
@@ -326,9 +350,10 @@ def macro_value(name: str) -> object:
 
 
 def call_configured(function: Callable[..., T], *args: object, **kwargs: object) -> T:
-    """Calls a function with these arguments and those that gin binds.
+    """Calls a function with these arguments and those that gin binds; returns its value.
 
-    gin's errors become an InputError.
+    Raises:
+      InputError: no gin file configures the function, or a value is missing.
     """
     import gin
 
@@ -350,8 +375,8 @@ def call_configured(function: Callable[..., T], *args: object, **kwargs: object)
 
 def silence_libraries() -> None:
     """Keeps the libraries' log messages off the terminal; must be called before their import."""
-    # orbax warns about settings that are as intended, such as saving without a `custom metadata`.
-    # Its errors are raised too; before, its threads and asyncio log each with a stack trace.
+    # orbax warns about intended settings, such as a save without `custom_metadata`. It raises its
+    # errors, but first its threads and asyncio log each of them with a stack trace.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
@@ -359,12 +384,12 @@ def silence_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    # TensorFlow would take a folder in a bucket for existing for 5 s after its deletion.
+    # Without this, TensorFlow reports for 5 s that a deleted folder in a bucket exists.
     os.environ.setdefault("GCS_STAT_CACHE_MAX_AGE", "0")
 
 
 def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    # After a failed write, each of tensorstore's threads raises this, where nothing can catch it.
+    # After a failed write, each thread of tensorstore raises this error, and no code can catch it.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
@@ -377,7 +402,11 @@ def run_configured(
 ) -> int:
     """Runs a command that is one function configured by gin; returns its exit code.
 
-    `flag_names` are flags that are passed to the function.
+    Args:
+      flags: the command's parser.
+      function: the function.
+      argv: the arguments; None: `sys.argv`.
+      flag_names: flags that are passed to the function.
     """
 
     def load_and_call(args: argparse.Namespace, bindings: Sequence[str]) -> None:
@@ -398,7 +427,7 @@ def run_command(
 
     Args:
       flags: the command's parser.
-      work: function of the parsed flags and the gin bindings among the arguments.
+      work: the command, called with the parsed flags and the gin bindings among the arguments.
       argv: the arguments; None: `sys.argv`.
     """
     silence_libraries()
@@ -407,13 +436,14 @@ def run_command(
     try:
         rest, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
         args = flags.parse_args(rest)
-        if command in (*_RUN_MODELS, "cache_tasks"):  # the imports to come take many seconds
-            # infer's answers to --text have standard output to themselves
+        # A first line at once, as the imports that follow take many seconds.
+        if command in (*_TASK_COMMANDS, "cache_tasks"):
+            # With --text, stdout has nothing but infer's answers.
             stream = sys.stderr if getattr(args, "text", None) else sys.stdout
             words = ["pemoe", command, *getattr(args, "gin_file", [])]
             print(" ".join(words), file=stream, flush=True)
-        # Only in a process of the command's own: these settings hold for the whole process.
-        if command in _RUN_MODELS and "jax" not in sys.modules:
+        # These settings hold for the whole process, so they are not for one that already uses jax.
+        if command in _TASK_COMMANDS and "jax" not in sys.modules:
             compile_cache.enable()
             host_memory.configure()
             host_memory.disable_async_dispatch()
@@ -432,7 +462,7 @@ def run_command(
         code = 130
     except Exception as error:
         run_file.finish("failed", f"{type(error).__name__}: {first_line(error)}")
-        # An OSError with an errno is the user's: no permission, no space, a file for a folder.
+        # An error of the operating system is no bug: no permission, no space, a file for a folder.
         os_error = _os_error(error)
         if os_error is None:
             distributed.exit_on_error(error)
@@ -445,8 +475,8 @@ def run_command(
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """Returns an error of the operating system, with its number; None for other errors."""
-    # Through a configured function, gin raises a copy without the number.
+    """Returns the error if the operating system raised it, with its number; else None."""
+    # From within a configured function, gin raises a copy of the error that lacks the number.
     while isinstance(error, OSError) and error.strerror is None:
         error = error.__context__
     return error if isinstance(error, OSError) else None

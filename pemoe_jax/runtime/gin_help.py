@@ -1,7 +1,8 @@
-"""The macros of gin files as help text.
+"""Describes the macros of gin files for `--help`.
 
 A macro's default is read from the gin file that sets it, and its description from the docstring of
-the parameter that it is bound to. Modules are parsed, not imported, for `--help` to answer at once.
+the parameter that it is bound to. Modules are parsed and not imported, so that `--help` answers at
+once.
 """
 
 import ast
@@ -16,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent
 GIN_DIR = PACKAGE / "gin"
 
 _REQUIRED = "%gin.REQUIRED"
-_WIDTH, _INDENT = 100, 34
+_WIDTH, _INDENT = 100, 34  # columns of the help, and of the first column with the macros
 
 
 @dataclasses.dataclass
@@ -26,7 +27,7 @@ class Macro:
     Attributes:
       name: e.g. BATCH_SIZE.
       default: its value as gin text; '%gin.REQUIRED' if the user must set it.
-      description: the docstring's entry, else the comment behind the default.
+      description: the entry of its parameter in a docstring, else the comment after the default.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Macro:
 
 
 def describe_macros(texts: Iterable[str]) -> str:
-    """Returns a line or more for each macro of gin texts, the required ones first.
+    """Returns one or more lines for each macro of gin texts, the required ones first.
 
     Args:
       texts: gin texts, or names of files in the package's `gin/`. Later values replace earlier
@@ -46,7 +47,7 @@ def describe_macros(texts: Iterable[str]) -> str:
         default = "(required)" if macro.default == _REQUIRED else f"= {macro.default}"
         head = f"  {macro.name} {default}"
         body = textwrap.wrap(macro.description, _WIDTH - _INDENT) or [""]
-        if len(head) >= _INDENT:  # as argparse: a long head has its own line
+        if len(head) >= _INDENT:  # a long head has its own line, as in argparse
             lines.append(head)
             head = ""
         lines.append(f"{head:<{_INDENT}}{body[0]}".rstrip())
@@ -55,11 +56,11 @@ def describe_macros(texts: Iterable[str]) -> str:
 
 
 def read_macros(texts: Iterable[str]) -> list[Macro]:
-    """Returns the macros that gin texts set and read; see `describe_macros`."""
-    macros: dict[str, Macro] = {}
-    descriptions: dict[str, str] = {}  # of the macros that are read
-    modules: dict[str, str] = {}
-    selector = ""
+    """Returns the macros that gin texts both set and read; see `describe_macros`."""
+    macros: dict[str, Macro] = {}  # those that are set
+    descriptions: dict[str, str] = {}  # of those that are read
+    modules: dict[str, str] = {}  # name in gin -> full name
+    selector = ""  # the last 'module.function:', whose parameters the next lines bind
     for line in (line for text in texts for line in _lines(text)):
         if match := re.match(r"from (\S+) import (\w+)", line):
             modules[match[2]] = f"{match[1]}.{match[2]}"
@@ -89,9 +90,14 @@ def find_macro_owners(name: str) -> list[str]:
     for group in folders:
         owners: list[str] = []
         for folder in group:
-            files = [f"{folder}/{path.name}" for path in sorted((GIN_DIR / folder).glob("*.gin"))]
-            files = [f for f in files if any(x.startswith(f"{name} = ") for x in _lines(f))]
-            if len(files) > 3:
+            paths = sorted((GIN_DIR / folder).glob("*.gin"))
+            files = [f"{folder}/{path.name}" for path in paths]
+            files = [
+                file
+                for file in files
+                if any(line.startswith(f"{name} = ") for line in _lines(file))
+            ]
+            if len(files) > 3:  # flan_ec.gin, flan_st.gin, … -> flan_*.gin
                 files = sorted({re.sub(r"_\w+\.gin", "_*.gin", file) for file in files})
             owners += files if len(files) <= 3 else [f"a file of {folder}/"]
         if owners:
@@ -100,7 +106,7 @@ def find_macro_owners(name: str) -> list[str]:
 
 
 def _lines(text: str) -> Iterable[str]:
-    """Yields the lines of a gin text or of a file by name, with those of the files it includes."""
+    """Yields the lines of a gin text or of a file, given by name, and of the files it includes."""
     if "\n" not in text:
         text = (GIN_DIR / text).read_text()
     for line in text.splitlines():
@@ -130,6 +136,7 @@ def _parameters(docstring: str) -> dict[str, str]:
     section = re.search(r"^(?:Args|Attributes):\n((?:  .*\n?|\n)*)", docstring, re.MULTILINE)
     if section is None:
         return {}
+    # An entry begins at an indentation of two spaces; its further lines have four.
     entries = re.split(r"^  (?=[\w*])", section[1], flags=re.MULTILINE)[1:]
     return {
         name.strip("*"): " ".join(text.split())

@@ -5,7 +5,13 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """The numbers between two bounds, which `[` and `]` include and `(` and `)` exclude."""
+    """The numbers between two bounds, each included by a square bracket or excluded by a round one.
+
+    Attributes:
+      left: '[' or '('.
+      low, high: the bounds.
+      right: ']' or ')'.
+    """
 
     left: str
     low: float
@@ -32,29 +38,34 @@ class Interval(NamedTuple):
 
 
 POSITIVE = Interval("(", 0, math.inf, ")")
-# Sizes of arrays. Beyond int32, JAX's errors do not name the setting.
+# Sizes of arrays. They have a limit because JAX's errors for sizes beyond int32 name no setting.
 SIZE = Interval("[", 1, 2**24, "]")
 SEVERAL = SIZE._replace(low=2)
 NOT_NEGATIVE = Interval("[", 0, math.inf, ")")
 FRACTION = Interval("[", 0, 1, ")")
 UP_TO_ONE = Interval("(", 0, 1, "]")
-# int32, as jax counts steps and makes keys
+# Steps and seeds are int32 in jax.
 STEPS = Interval("[", 1, 2**31 - 1, "]")
-# A positive offset in Adafactor would make a power of a negative number of the first steps.
-OFFSET = Interval("[", 1 - 2**31, 2**31 - 1, "]")
-EARLIER_STEPS = OFFSET._replace(high=0)
 SEED = Interval("[", 0, 2**31 - 1, "]")
+OFFSET = Interval("[", 1 - 2**31, 2**31 - 1, "]")
+# Adafactor raises (step - offset + 1) to a power. A positive offset would make this number negative
+# in the first steps.
+EARLIER_STEPS = OFFSET._replace(high=0)
 
-# By function and parameter. A test compares them with the parameters that are numbers.
+# Function -> parameter -> range. A test checks that each parameter that is a number has one.
 RANGES: dict[str, dict[str, Interval]] = {
     "train.train": {"total_steps": STEPS, "seed": SEED},
     "options.Data": {
-        **dict.fromkeys(("batch_size", "microbatches", "max_examples"), POSITIVE),
+        "batch_size": POSITIVE,
+        "microbatches": POSITIVE,
+        "max_examples": POSITIVE,
         "task_fraction": UP_TO_ONE,
     },
     "options.FewShot": {"shots": NOT_NEGATIVE, "seed": SEED},
     "options.Checkpointing": {
-        **{"period": POSITIVE, "keep": POSITIVE, "upcycle_noise": NOT_NEGATIVE},
+        "period": POSITIVE,
+        "keep": POSITIVE,
+        "upcycle_noise": NOT_NEGATIVE,
     },
     "options.Numerics": {"max_skipped": POSITIVE},
     "options.Logging": {
@@ -89,33 +100,49 @@ RANGES: dict[str, dict[str, Interval]] = {
         "step_offset": EARLIER_STEPS,
         "clipping_threshold": POSITIVE,
         "min_dim_size_to_factor": POSITIVE,
-        **{"weight_decay_rate": NOT_NEGATIVE, "clip_norm": POSITIVE},
+        "weight_decay_rate": NOT_NEGATIVE,
+        "clip_norm": POSITIVE,
     },
     "optim.adamw": {
-        **{"b1": FRACTION, "b2": FRACTION, "eps": NOT_NEGATIVE},
-        **{"weight_decay": NOT_NEGATIVE, "clip_norm": POSITIVE},
+        "b1": FRACTION,
+        "b2": FRACTION,
+        "eps": NOT_NEGATIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "clip_norm": POSITIVE,
     },
     "adapters.VectorExperts": {"num_experts": SIZE},
     "adapters.LoRAExperts": {"num_experts": SIZE, "rank": SIZE, "alpha": POSITIVE},
     "routing.Router": {
-        **{"num_experts": SIZE, "top_k": POSITIVE, "temperature": POSITIVE},
-        **{"jitter_noise": FRACTION, "balance_loss": NOT_NEGATIVE, "z_loss": NOT_NEGATIVE},
+        "num_experts": SIZE,
+        "top_k": POSITIVE,
+        "temperature": POSITIVE,
+        "jitter_noise": FRACTION,
+        "balance_loss": NOT_NEGATIVE,
+        "z_loss": NOT_NEGATIVE,
     },
     "sparse.Sparse": {
-        **{"num_experts": SEVERAL, "sparse_step": POSITIVE, "top_k": POSITIVE},
-        **dict.fromkeys(("capacity_factor", "eval_capacity_factor"), POSITIVE),
-        **dict.fromkeys(("min_capacity", "capacity", "group"), POSITIVE),
-        **{"jitter": FRACTION, "expert_dropout_rate": FRACTION},
-        **{"balance_loss": NOT_NEGATIVE, "router_z_loss": NOT_NEGATIVE},
+        "num_experts": SEVERAL,
+        "sparse_step": POSITIVE,
+        "top_k": POSITIVE,
+        "capacity_factor": POSITIVE,
+        "eval_capacity_factor": POSITIVE,
+        "min_capacity": POSITIVE,
+        "capacity": POSITIVE,
+        "group": POSITIVE,
+        "jitter": FRACTION,
+        "expert_dropout_rate": FRACTION,
+        "balance_loss": NOT_NEGATIVE,
+        "router_z_loss": NOT_NEGATIVE,
     },
     "network.T5Config": {
-        **dict.fromkeys(
-            (
-                *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "sentence_dim"),
-                *("num_encoder_layers", "num_decoder_layers"),
-            ),
-            SIZE,
-        ),
+        "vocab_size": SIZE,
+        "emb_dim": SIZE,
+        "num_heads": SIZE,
+        "head_dim": SIZE,
+        "mlp_dim": SIZE,
+        "sentence_dim": SIZE,
+        "num_encoder_layers": SIZE,
+        "num_decoder_layers": SIZE,
         "dropout_rate": FRACTION,
     },
 }

@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 # An annotation: a class, a generic alias, a union. Python has no common type for these.
 Type: TypeAlias = Any
 
+# Names of types in messages.
 _TYPE_NAMES: dict[object, str] = {
-    **{int: "an integer", float: "a number", str: "a string"},
-    **{bool: "True or False", type(None): "None"},
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    type(None): "None",
     **dict.fromkeys((collections.abc.Sequence, collections.abc.Collection, list, tuple), "a list"),
     **dict.fromkeys((collections.abc.Mapping, dict), "a dict"),
 }
 _ITEM_NAMES: dict[object, str] = {int: " of integers", float: " of numbers", str: " of strings"}
+# Annotations that any value fits.
 _UNCHECKED = (Any, object, inspect.Parameter.empty)
 
 
 def check_texts(bindings: Bindings) -> None:
-    """Raises InputError for a text without UTF-8, or a reference that gin cannot print."""
+    """Raises InputError for a text that has no UTF-8, or a reference that gin cannot print."""
     settings = [
         (setting_name(scope, selector, parameter), value, leaf)
         for (scope, selector), values in bindings.items()
@@ -51,10 +56,11 @@ def check_texts(bindings: Bindings) -> None:
 def check_bindings(optional_macros: Collection[str] = ()) -> None:
     """Checks every value of the parsed gin configuration.
 
-    For a reference, the class is checked, or the annotation of what the function returns.
+    For a reference, its class or the return annotation of its function is checked.
 
     Args:
-      optional_macros: macros that may be None whatever the type, as no gin file may set them.
+      optional_macros: macros that may be None whatever their type, because gin files need not set
+        them.
 
     Raises:
       InputError: a value does not fit its parameter, or is out of its range. The message names
@@ -62,7 +68,7 @@ def check_bindings(optional_macros: Collection[str] = ()) -> None:
     """
     import gin
 
-    # gin's public interface maps a name to its value, not a binding to its function.
+    # gin's public interface can neither list the bindings nor return the function of one.
     bindings, registry = gin.config._CONFIG, gin.config._REGISTRY
     for (_, selector), values in bindings.items():
         if selector == "gin.macro":
@@ -102,7 +108,13 @@ def _is_reference(value: object) -> "typing.TypeGuard[ConfigurableReference]":
 
 
 def _resolve_macro(name: str, value: object, bindings: Bindings) -> tuple[str, object]:
-    """Follows references to macros -> (name of the last macro, its value)."""
+    """Follows references to macros -> (name of the last macro, its value).
+
+    Args:
+      name: name of the parameter, returned if its value is no macro.
+      value: value of the parameter.
+      bindings: gin's bindings.
+    """
     visited: set[str] = set()
     while _is_reference(value) and str(value)[0] == "%":
         name = str(value)[1:]
@@ -126,7 +138,10 @@ def _parameter_types(function: Callable[..., object]) -> dict[str, Type]:
 
 
 def _returned_type(function: Callable[..., object]) -> Type:
-    """Returns a class itself, or the type of a function's values; `Any` if it is not known."""
+    """Returns the type that a call returns: a class itself, or a function's return annotation.
+
+    `Any` if the annotation cannot be evaluated.
+    """
     if inspect.isclass(function):
         return function
     try:
@@ -136,9 +151,10 @@ def _returned_type(function: Callable[..., object]) -> Type:
 
 
 def _evaluate(annotation: Type, function: Callable[..., object]) -> Type:
+    """Evaluates an annotation, if it is a string, with the names of its function's module."""
     if not isinstance(annotation, str):
         return annotation
-    # This package imports modules of its core under TYPE_CHECKING.
+    # Modules that import a module of `core` only under TYPE_CHECKING lack its name at runtime.
     core = {
         name.rpartition(".")[2]: module
         for name, module in [*sys.modules.items()]
@@ -157,25 +173,27 @@ def _union_members(annotation: Type) -> tuple[Type, ...]:
 
 
 def _matches(value: object, annotation: Type) -> bool:
-    """Whether a parameter may have a value, or what a reference stands for."""
+    """Whether a value, or the value that a reference stands for, fits an annotation."""
     if not _is_reference(value):
         return any(_matches_member(value, member) for member in _union_members(annotation))
     function = value.configurable.wrapped
     returned = _returned_type(function)
-    if value.evaluate:
-        return _may_be(returned, annotation)
+    if value.evaluate:  # @function(): the value is what the call returns
+        return _may_fit(returned, annotation)
+    # @function: the value is the function itself
     for member in _union_members(annotation):
         arguments = typing.get_args(member)
         is_callable = typing.get_origin(member) is collections.abc.Callable
         if is_callable and arguments:
-            if _may_be(returned, arguments[-1]):
+            if _may_fit(returned, arguments[-1]):
                 return True
-        elif _may_be(type(function), member):
+        elif _may_fit(type(function), member):
             return True
     return False
 
 
 def _matches_member(value: object, member: Type) -> bool:
+    """Whether a value that is no reference fits a type that is no union."""
     origin = typing.get_origin(member) or member
     if not isinstance(origin, type) or origin in _UNCHECKED:
         return True
@@ -192,21 +210,23 @@ def _matches_member(value: object, member: Type) -> bool:
     return True
 
 
-def _may_be(returned: Type, annotation: Type) -> bool:
-    """Whether a value of the type `returned` may fit `annotation`.
+def _may_fit(returned: Type, annotation: Type) -> bool:
+    """Whether a value whose type is known to be `returned` may fit `annotation`.
 
-    A more general type may, and one that is not a class; a function without a value never.
+    The value itself is unknown, so it may fit if `returned` is more general than the annotation, or
+    if one of the two is not a class. None, the type of functions without a value, never fits.
     """
     if returned is None:
         return annotation in _UNCHECKED
     return any(
-        _may_be_member(typing.get_origin(kind) or kind, typing.get_origin(member) or member)
+        _may_fit_member(typing.get_origin(kind) or kind, typing.get_origin(member) or member)
         for kind in _union_members(returned)
         for member in _union_members(annotation)
     )
 
 
-def _may_be_member(kind: Type, member: Type) -> bool:
+def _may_fit_member(kind: Type, member: Type) -> bool:
+    """Whether a value of the type `kind` may fit `member`; neither is a union."""
     for cls in (kind, member):
         if not isinstance(cls, type) or cls in _UNCHECKED or _is_protocol(cls):
             return True
@@ -218,7 +238,7 @@ def _may_be_member(kind: Type, member: Type) -> bool:
 
 
 def _item_types(member: Type) -> list[Type]:
-    """Returns [type of the items] of a list, [of the keys, of the values] of a dict."""
+    """Returns the types of a list's items, [T], or of a dict's keys and values, [K, V]."""
     return [item for item in typing.get_args(member) if item is not Ellipsis]
 
 
@@ -227,6 +247,7 @@ def _is_protocol(origin: type) -> bool:
 
 
 def _describe(annotation: Type) -> str:
+    """Returns what a parameter must be, for messages: 'an integer or None'."""
     return " or ".join(dict.fromkeys(map(_describe_member, _union_members(annotation))))
 
 

@@ -1,4 +1,4 @@
-"""Host memory of programs on the CPU: reused between steps, freed after compilation."""
+"""Settings of host memory for programs on CPUs: reused between steps, freed after compilation."""
 
 import ctypes
 import gc
@@ -7,21 +7,27 @@ import os
 import sys
 from collections.abc import MutableMapping
 
-# Parameters of glibc's mallopt, by their numbers in malloc.h: M_ARENA_MAX, M_MMAP_MAX,
-# M_TRIM_THRESHOLD and M_TOP_PAD (64 MiB).
-_MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
+# Parameters of glibc's mallopt by their numbers in malloc.h, with the reasons in `configure`.
+_MALLOPT = {
+    -8: 1,  # M_ARENA_MAX
+    -4: 0,  # M_MMAP_MAX: mmap is not used
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: the heap is not trimmed
+    -2: 64 * 2**20,  # M_TOP_PAD: bytes by which the heap grows beyond a request
+}
 
-# XLA splits a module into this many pieces to compile in parallel, 32 by default. Pieces beyond the
-# number of cores only take memory.
+# XLA splits a program into this many pieces, 32 by default, and compiles them in parallel. Pieces
+# beyond the number of cores only take memory.
 _CODEGEN_SPLIT_FLAG, _MAX_CODEGEN_SPLITS = "--xla_cpu_parallel_codegen_split_count", 32
 
 
 def configure(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Configures XLA and glibc for steps on the CPU; must be called before jax is imported.
 
-    Extends XLA_FLAGS in `environment`, except for flags that the user set. A no-op on machines with
-    accelerators, which have memory of their own. Returns whether freed memory is kept for reuse,
-    which needs glibc.
+    Adds to XLA_FLAGS in `environment`, unless the user has set the flag. A no-op on machines with
+    accelerators, which have memory of their own.
+
+    Returns:
+      Whether freed memory is kept for reuse, which needs glibc.
     """
     if not sys.platform.startswith("linux") or accelerators():
         return False
@@ -33,17 +39,17 @@ def configure(environment: MutableMapping[str, str] = os.environ) -> bool:
     if mallopt is None:
         return False
     # XLA allocates a program's temporaries, hundreds of MB, at each run. By default glibc maps
-    # blocks of that size and returns them to the system: a step of T5 v1.1 Small took 120,000 page
-    # faults, a seventh of its time. Without mmap the blocks stay in the heap; only the main arena
-    # can grow to that size, so all threads share it.
+    # blocks of that size and then returns them to the system: a step of T5 v1.1 Small took 120,000
+    # page faults, a seventh of its time. Without mmap the blocks stay in the heap. Only the main
+    # arena can grow to that size, so all threads share it. (all() gets a list, to set every value.)
     return all([mallopt(parameter, value) for parameter, value in _MALLOPT.items()])
 
 
 def disable_async_dispatch() -> None:
     """Runs CPU programs in the calling thread; must be called before jax initializes its devices.
 
-    With asynchronous dispatch a step frees its temporaries shortly after its results are ready,
-    when the next step has allocated its own: the heap then holds the temporaries of two or three
+    With asynchronous dispatch, a step frees its temporaries shortly after its results are ready. By
+    then the next step has allocated its own, so the heap holds the temporaries of two or three
     steps. Accelerators are not affected.
     """
     import jax
@@ -53,7 +59,7 @@ def disable_async_dispatch() -> None:
 
 def trim_heap() -> None:
     """Returns free memory to the system, for use after one-time work such as compilation."""
-    gc.collect()  # tracing leaves reference cycles
+    gc.collect()  # tracing leaves reference cycles, which hold memory
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc alone has it
         trim(0)
 

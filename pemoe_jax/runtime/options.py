@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError, check_choice
 
+# Only for an annotation: modules without jax import this one.
 if TYPE_CHECKING:
     from pemoe_jax.core import network
 
@@ -102,6 +103,7 @@ class Method:
     frozen_dtype: str = "activations"
 
     def __post_init__(self) -> None:
+        # None if no method file sets the macro (`gin_flags`).
         if not self.trainable:
             raise InputError("TRAINABLE is not set: pass --gin_file=methods/… before the run file")
 
@@ -134,7 +136,8 @@ class Checkpointing:
         check_choice("KEEP_BEST", self.keep_best, ("eval/loss", "eval/accuracy", None))
 
     def check_keep_best(self, eval_period: int) -> None:
-        """Raises InputError unless the checkpoints of KEEP_BEST are evaluated."""
+        """Raises InputError unless all checkpoints are evaluated that KEEP_BEST compares."""
+        # A checkpoint without an evaluation at its step has no value of the metric.
         if self.keep_best is not None and (not eval_period or self.period % eval_period):
             raise InputError(
                 f"EVAL_PERIOD must divide CHECKPOINT_PERIOD {self.period} with KEEP_BEST, got"

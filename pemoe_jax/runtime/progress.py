@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich import progress as rich_progress
 
 
-_UPLOAD_SECONDS = 10.0
+_UPLOAD_SECONDS = 10.0  # between two uploads of metrics to a bucket
+_REPORT_SECONDS = 10.0  # at least, between two lines of `report_if_due`
 
 
 def format_duration(seconds: float) -> str:
@@ -29,7 +30,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_count(number: float) -> str:
-    """Formats 12345 as '12.3k'."""
+    """Formats 12345 as '12.3k', and 1234567 as '1.2M'."""
     if number < 1e3:
         return f"{number:.0f}"
     return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}k"
@@ -38,9 +39,9 @@ def format_count(number: float) -> str:
 class MetricWriter:
     """Writes scalars by step to `metrics.jsonl` and to TensorBoard, both in `model_dir`.
 
-    A run that resumes from step `first_step` first deletes the lines of later steps. An object in a
-    bucket cannot be appended to: there each `flush`, and `write` every `_UPLOAD_SECONDS`, replaces
-    it by one with all lines.
+    A run that resumes from step `first_step` first deletes the lines of later steps. Nothing can be
+    appended to an object in a bucket, so there the object is replaced by one with all lines: by
+    `write` every `_UPLOAD_SECONDS`, and by each `flush`.
     """
 
     def __init__(self, model_dir: AnyPath, first_step: int = 0) -> None:
@@ -59,7 +60,13 @@ class MetricWriter:
     def write(
         self, step: int, scalars: Mapping[str, float], texts: Mapping[str, str] | None = None
     ) -> None:
-        """Writes scalars; `texts` say in `metrics.jsonl` what they are of."""
+        """Writes the scalars of a step.
+
+        Args:
+          step: the step.
+          scalars: name -> value.
+          texts: name -> text, written only to `metrics.jsonl`, such as the devices.
+        """
         line = {"step": step, **scalars, **(texts or {})}
         with self._errors():
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -69,7 +76,7 @@ class MetricWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Replaces the object in a bucket; in a file each line is from the start."""
+        """Uploads all lines to a bucket; a no-op for a local file, which has them already."""
         from pemoe_jax.runtime import atomic_write
 
         if isinstance(self._file, io.StringIO):
@@ -77,6 +84,7 @@ class MetricWriter:
             self._last_upload = time.monotonic()
 
     def close(self) -> None:
+        """Uploads all lines to a bucket, and closes the files."""
         self.flush()
         with self._errors():
             self._file.close()
@@ -84,6 +92,7 @@ class MetricWriter:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
+        """Names the folder in errors about its files; converts TensorFlow's to an InputError."""
         import tensorflow as tf
 
         folder = self._path.parent
@@ -91,16 +100,16 @@ class MetricWriter:
             with file_io.remote_errors(folder), file_io.named_errors(folder):
                 yield
         except tf.errors.OpError as error:
-            # The first line is 'FILE; No space left on device'.
+            # The first line reads 'FILE; No space left on device'.
             reason = first_line(error).rpartition(";")[2].strip()
             raise InputError(f"{folder / 'tensorboard'}: {reason}") from error
 
 
 def truncate_metrics(file: AnyPath, last_step: int) -> str:
-    """Deletes lines of later steps, which a killed run wrote after its last checkpoint.
+    """Deletes the lines of steps after `last_step`; returns the remaining text.
 
-    Also deletes an unfinished last line and, with a warning, lines without a record. Returns the
-    rest.
+    A killed run wrote them after its last checkpoint. Also deletes an unfinished last line and,
+    with a warning, lines without a record.
     """
     from pemoe_jax.runtime import atomic_write
 
@@ -123,9 +132,10 @@ def truncate_metrics(file: AnyPath, last_step: int) -> str:
 
 
 def best_step(file: AnyPath, metric: str, steps: Collection[int]) -> tuple[int, float] | None:
-    """Returns the step with the best value of a metric, and this value; None if none has it.
+    """Returns the step with the best value of a metric, and the value; None if no step has one.
 
-    The best loss is the lowest, the best of other metrics the highest; of equals, the first.
+    Only `steps` are compared. A loss is best when it is lowest, another metric when it is highest.
+    Of steps with equal values, the first counts.
     """
     lines = file_io.read_text(file, "replace").splitlines() if file.exists() else []
     values = {}
@@ -137,18 +147,19 @@ def best_step(file: AnyPath, metric: str, steps: Collection[int]) -> tuple[int, 
     if not values:
         return None
     sign = 1 if metric.endswith("loss") else -1
-    step = min(values, key=lambda each: (sign * values[each], each))
-    return step, values[step]
+    best = min(values, key=lambda step: (sign * values[step], step))
+    return best, values[best]
 
 
 def parse_metrics(line: str) -> dict[str, Any]:
-    """Returns a record of `metrics.jsonl`: an integer 'step', numbers and texts; else {}."""
+    """Parses a line of `metrics.jsonl`: an integer 'step', numbers and texts; {} for others."""
     try:
         row = file_io.parse_json(line)
     except ValueError:
         return {}
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return {}
+    # isinstance would accept a bool as an int; larger integers would not fit into numpy's.
     is_record = all(
         isinstance(value, (float, str)) or (type(value) is int and abs(value) < 2**63)
         for value in row.values()
@@ -162,13 +173,13 @@ def _step_of(line: str) -> int | None:
 
 
 class Progress:
-    """A bar on a terminal, one line per report elsewhere; both with the remaining time.
+    """Shows the progress of work, with the remaining time: a bar on a terminal, else lines.
 
-    The pace is measured from the first count on, since work up to there includes compiling.
+    The pace is measured from the first count on, because the work before it includes compiling.
 
     Args:
       label: name of the thing that is counted, e.g. 'step'.
-      total: count at the end.
+      total: count at the end of the work.
       done: count at the start.
       note: text next to the bar before the first report.
     """
@@ -199,16 +210,16 @@ class Progress:
             self._bar.update(self._task, completed=done)
 
     def report_if_due(self, done: int, note: str) -> None:
-        """Reports at the end and otherwise at most every ten seconds."""
+        """Reports at the end, and before it at most every ten seconds."""
         now = time.monotonic()
-        if done == self._total or now - self._last_report >= 10:
+        if done == self._total or now - self._last_report >= _REPORT_SECONDS:
             self._last_report = now
             self.report(done, note)
         else:
             self.advance(done)
 
     def report_if_slow(self, done: int, note: str) -> None:
-        """As `report_if_due` but not at the end, so that quick work prints nothing."""
+        """Reports at most every ten seconds, not at the end, so that quick work prints nothing."""
         if done < self._total:
             self.report_if_due(done, note)
         else:
@@ -235,5 +246,6 @@ class Progress:
             print(line, flush=True)
 
     def close(self) -> None:
+        """Ends the bar, which then stays on the terminal."""
         if self._bar is not None:
             self._bar.stop()

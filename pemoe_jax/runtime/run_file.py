@@ -1,6 +1,6 @@
-"""`run.json` of an output folder: describes the command that wrote it and how the command ended.
+"""Writes `run.json` of an output folder, which describes its command and how the command ended.
 
-Its status is 'running' from the start of the work, and so stays 'running' after a kill.
+The status is 'running' from the start of the work, and stays so if the process is killed.
 """
 
 import calendar
@@ -21,22 +21,24 @@ if TYPE_CHECKING:
     from pemoe_jax.runtime.file_io import AnyPath
 
 NAME = "run.json"
+_TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 _MAX_EARLIER = 100
-_SUMMARY = ("status", "reason", "start", "end", "host", "process")  # of earlier commands
+# Fields that are kept of earlier commands.
+_EARLIER_FIELDS = ("status", "reason", "start", "end", "host", "process")
 
-# The folder of this process's command, the content of its file, and whether it replaced a file.
+# The command of this process: its folder, the content of its file, and whether it replaced a file.
 _current: "tuple[AnyPath, dict[str, Any], bool] | None" = None
 
 
 def begin(folder: "AnyPath", **facts: object) -> None:
     """Writes the file of a command that starts to write to a folder.
 
-    The file lists the last 100 commands that wrote to the folder before under `earlier`.
+    Its field `earlier` lists the last 100 commands that wrote to the folder before.
 
     Args:
       folder: the output folder.
-      facts: further JSON values: versions, devices, base, data, seed, …. They replace those of
-        the same name, such as the time of the `start`.
+      facts: further fields as JSON values: versions, devices, base, data, seed, …. They replace
+        fields of the same name, such as `start`.
     """
     import gin
 
@@ -49,7 +51,7 @@ def begin(folder: "AnyPath", **facts: object) -> None:
         before = file_io.read_json(path)
         listed = before.get("earlier")
         earlier = [*(listed if isinstance(listed, list) else [])]
-        earlier.append({name: before.get(name) for name in _SUMMARY})
+        earlier.append({name: before.get(name) for name in _EARLIER_FIELDS})
     except InputError:  # the first command, or a damaged file
         pass
     config = gin.config_str().encode()
@@ -75,38 +77,35 @@ def begin(folder: "AnyPath", **facts: object) -> None:
 def finish(status: str, reason: str, **facts: object) -> None:
     """Writes how the command ended; a no-op if it has not begun, or has finished.
 
-    A command that failed before it wrote anything else leaves no file.
+    If the command failed before it wrote another file, `run.json` is deleted.
 
     Args:
       status: 'finished', 'stopped' (the same command resumes) or 'failed'.
       reason: one line.
-      facts: further JSON values.
+      facts: further fields as JSON values.
     """
     global _current
     if _current is None:
         return
-    from pemoe_jax.runtime import atomic_write, file_io  # import numpy, which --help does without
+    # Imported here because they import numpy, which `--help` does not need.
+    from pemoe_jax.runtime import atomic_write, file_io
 
     (folder, content, has_replaced), _current = _current, None
-    # On a full disk the command has already ended with that error.
+    # Errors are ignored: if the disk is full, the command has already reported it.
     with contextlib.suppress(OSError, InputError), file_io.remote_errors(folder):
         others = {path.name for path in folder.iterdir()} - {NAME, ".lock"}
         if status == "failed" and not others and not has_replaced:
             (folder / NAME).unlink()
             return
-        seconds = calendar.timegm(time.gmtime()) - calendar.timegm(
-            time.strptime(content["start"], _FORMAT)
-        )
+        start = calendar.timegm(time.strptime(content["start"], _TIME_FORMAT))
+        seconds = int(time.time()) - start
         ended = {"status": status, "reason": reason, "end": now(), "seconds": seconds}
         atomic_write.write_json(folder / NAME, {**content, **ended, **facts})
 
 
-_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
-
-
 def now() -> str:
-    """Returns the time as the file has it: UTC, to the second."""
-    return time.strftime(_FORMAT, time.gmtime())
+    """Returns the current time in the format of the file: UTC, to the second."""
+    return time.strftime(_TIME_FORMAT, time.gmtime())
 
 
 def _commit() -> str | None:
@@ -116,7 +115,7 @@ def _commit() -> str | None:
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()

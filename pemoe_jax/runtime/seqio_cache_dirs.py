@@ -13,7 +13,10 @@ additional_cache_dirs: list[str] = []
 
 
 def add_cache_dirs(folders: Iterable[str]) -> None:
-    """Registers folders, local or URLs, of offline caches (--seqio_additional_cache_dirs).
+    """Registers folders of offline caches (--seqio_additional_cache_dirs).
+
+    Args:
+      folders: local paths or URLs.
 
     Raises:
       InputError: a local folder does not exist.
@@ -30,6 +33,6 @@ def add_cache_dirs(folders: Iterable[str]) -> None:
         added.append(folder)
     # Added after the loop, so that no folder is added if one of them is wrong.
     additional_cache_dirs.extend(f for f in added if f not in additional_cache_dirs)
-    # Importing seqio takes about 5 s, so it is updated here only if it is imported already.
+    # If seqio is imported already, it needs them now. Importing it here would take about 5 s.
     if "seqio" in sys.modules:
         sys.modules["seqio"].add_global_cache_dirs(additional_cache_dirs)

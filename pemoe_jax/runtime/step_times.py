@@ -1,7 +1,7 @@
-"""Step times and memory: measured while training, recorded in metrics.jsonl, read for reports.
+"""Measures the times of training steps and the memory, and reads them from metrics.jsonl.
 
-A line of metrics.jsonl has the median time of the steps since the line before it and the peak
-memory so far, with the devices and the batch, which may change when a run is resumed.
+A line of metrics.jsonl has the median time of the steps since the line before it, and the peak
+memory so far. It also has the devices and the batch, which may change when a run is resumed.
 """
 
 import collections
@@ -22,6 +22,7 @@ from pemoe_jax.core.params import PyTree
 from pemoe_jax.runtime import file_io, progress
 from pemoe_jax.runtime.file_io import AnyPath
 
+# Fields of a line of metrics.jsonl.
 SECONDS, DEVICE, BATCH = "train/step_seconds", "device", "batch"
 PEAK_MEMORY = "train/peak_memory"
 
@@ -30,7 +31,7 @@ class StepTimer:
     """Measures steps from their start to their end on the devices.
 
     A step starts when it is dispatched, or when the previous step ends if that is later. So the
-    time between two steps, for data, reports, evaluations and saves, counts in neither.
+    time between two steps, for data, reports, evaluations and saves, counts for neither of them.
     """
 
     def __init__(self) -> None:
@@ -51,11 +52,12 @@ class StepTimer:
         self._end_finished_steps()
 
     def take_seconds(self) -> list[float]:
-        """Returns and forgets the durations of the steps that finished since the last call."""
+        """Returns the durations of the steps that finished since the last call."""
         seconds, self._seconds = self._seconds, []
         return seconds
 
     def _end_finished_steps(self) -> None:
+        # Called whenever there is an occasion: a step whose end is noticed late looks longer.
         while self._running and all(array.is_ready() for array in self._running[0][1]):
             self._end_first_step()
 
@@ -66,7 +68,7 @@ class StepTimer:
 
 
 def describe_devices(devices: Sequence[jax.Device]) -> str:
-    """Returns the number and kind of devices, such as '8 × TPU v4', and the cores of a CPU."""
+    """Returns the number and kind of devices, such as '8 × TPU v4'; for a CPU also its cores."""
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
         kind = f"{_processor_name()}, {_count_cores()} cores"
@@ -87,10 +89,10 @@ def _count_cores() -> int:
 
 
 def peak_memory(devices: Sequence[jax.Device]) -> int:
-    """Returns the most bytes that a device had in use, on a CPU the whole process."""
+    """Returns the most bytes that a device has had in use; on a CPU, the whole process."""
     if devices[0].platform == "cpu":
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return kilobytes * (1 if sys.platform == "darwin" else 1024)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)  # macOS reports bytes, Linux KiB
     return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices)
 
 
@@ -103,8 +105,8 @@ def read_step_times(metrics: AnyPath, last_step: int) -> list[dict[str, str | fl
 
     Returns:
       {"seconds", "device", "batch", "memory"} of each pair of devices and batch, the pair with most
-      lines first. "seconds" is the median of the medians in its lines, "memory" the peak in bytes;
-      it is absent if unknown. Empty if the file has none.
+      lines first. "seconds" is the median of the medians in its lines. "memory" is the peak in
+      bytes, absent if it is unknown. The list is empty if the file has no step times.
     """
     seconds: dict[tuple[str, str], list[float]] = {}
     memory: dict[tuple[str, str], int] = {}
@@ -123,7 +125,9 @@ def read_step_times(metrics: AnyPath, last_step: int) -> list[dict[str, str | fl
     most_lines_first = sorted(seconds.items(), key=lambda item: -len(item[1]))
     return [
         {
-            **{"seconds": statistics.median(values), "device": key[0], "batch": key[1]},
+            "seconds": statistics.median(values),
+            "device": key[0],
+            "batch": key[1],
             **({"memory": memory[key]} if key in memory else {}),
         }
         for key, values in most_lines_first

@@ -1,7 +1,7 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C as a flag that a run reads between its steps.
+"""Handles SIGTERM, SIGUSR1 and Ctrl-C by a flag that a run reads between its steps.
 
-An exception that is raised inside of a step finds the state already donated to it, so that nothing
-can be saved. One that is raised in a callback of JAX is even swallowed.
+An exception would not do: if the handler raised one within a step, nothing could be saved, because
+the state is already donated to the step. In a callback of JAX, the exception would even be lost.
 """
 
 import os
@@ -14,16 +14,16 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# Slurm sends SIGUSR1 before the end of a job's time if it is asked to (`--signal=USR1@120`).
+# With `--signal=USR1@120`, Slurm sends SIGUSR1 120 s before the end of a job's time.
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """The first signal after `install`; a second SIGINT raises KeyboardInterrupt.
+    """Records the first signal after `install`; a SIGINT after it raises KeyboardInterrupt.
 
     Attributes:
-      received: the signal; None: none.
-      time: when this process learned of it, by `time.monotonic`.
+      received: the signal; None: none yet.
+      time: when this process learned of the signal, by `time.monotonic`.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Replaces the process's handlers; a no-op outside of the main thread, which has them."""
+        """Replaces the process's handlers; a no-op outside of the main thread, which alone may."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _HANDLED:
@@ -46,14 +46,14 @@ class StopSignals:
             signal.signal(*self._previous.popitem())
 
     def is_due(self, step: int) -> bool:
-        """Whether to stop after a step: the same step in all processes, which must all call this.
+        """Whether to stop after a step; all processes must call this, and stop at the same step.
 
-        It costs no communication until a signal arrives.
+        The processes do not communicate until a signal arrives.
         """
         if jax.process_count() == 1:
             return self.received is not None
         is_due = multihost_utils.reached_preemption_sync_point(step)
-        if is_due:
+        if is_due:  # the signal of one process reaches all of them as SIGTERM
             self.time = self.time or time.monotonic()
             self.received = signal.SIGTERM
         return is_due
@@ -67,4 +67,5 @@ class StopSignals:
         # Not `print`, whose buffer the interrupted code may be writing to.
         os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
         if jax.process_count() > 1:
+            # For JAX's handler of SIGTERM, through which all processes agree on the last step.
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,8 @@
-"""The training loop: steps, and the reports, evaluations and checkpoints between them."""
+"""The training loop: steps, and the reports, evaluations and checkpoints between them.
+
+On accelerators, a step is dispatched while the one before it still runs, so that the devices do not
+wait for Python. For the same reason, metrics are read only at reports or after their step's end.
+"""
 
 import contextlib
 import dataclasses
@@ -21,7 +25,7 @@ from pemoe_jax.runtime.file_io import AnyPath
 
 Batch = Mapping[str, np.ndarray]
 DeviceBatch = tuple[dict[str, jax.Array], int]  # a batch and its number of tokens
-Position = Mapping[str, int]  # of a feed in its data, e.g. {'examples': 512}
+Position = Mapping[str, int]  # where a feed is in its data, e.g. {'examples': 512}
 
 
 class Batches(Iterator[DeviceBatch], Protocol):
@@ -48,14 +52,14 @@ def count_tokens(batch: Batch) -> int:
 
 @dataclasses.dataclass
 class TrainLoop:
-    """Trains a state to `total_steps`.
+    """Trains a state up to step `total_steps`.
 
     Attributes:
       model: the network.
       optimizer: optimizer of the trainable parameters.
       schedule: function from a step to a learning rate, for reports.
       loss: settings of the loss.
-      microbatches: number of pieces of a batch, see `steps.grads_and_metrics`.
+      microbatches: number of pieces that a batch is split into, see `steps.grads_and_metrics`.
       mesh: the device mesh.
       folder: folder for metrics.
       rng: key of dropout masks.
@@ -66,8 +70,8 @@ class TrainLoop:
       check_save: raises InputError if the last save has failed; called after each step.
       save_period: steps between two checkpoints.
       numerics: what to do about a step that is not finite.
-      debug_nans: whether to look at each step at once, and to find the module where the first
-        infinity or NaN comes from; keeps a second copy of the state.
+      debug_nans: whether to wait for each step, and to find the module that the first infinity or
+        NaN comes from. This keeps a second copy of the state.
     """
 
     model: network.Transformer
@@ -100,11 +104,20 @@ class TrainLoop:
     ) -> stop_signals.StopSignals | None:
         """Trains on batches from `to_devices`.
 
-        SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) save the step that runs and end the loop,
-        without an evaluation. Before the first step is compiled, they end the process.
+        After SIGTERM, SIGUSR1 or the first SIGINT (Ctrl-C), the loop finishes the running step,
+        saves its state and ends, without an evaluation. Until the first step is compiled, these
+        signals end the process.
+
+        Args:
+          state: the state at the start.
+          frozen: the parameters that do not train.
+          batches: closed at the end.
 
         Returns:
-          The signal that ended the loop; None: it reached the last step.
+          The signal that ended the loop; None if it reached the last step.
+
+        Raises:
+          InputError: the data ends too early, a number is not finite, or a save has failed.
         """
         train_step: Any = steps.make_train_step(
             self.model,
@@ -126,12 +139,13 @@ class TrainLoop:
             for step in range(first_step + 1, self.total_steps + 1):
                 arrays, tokens = self._next_batch(batches, window, step)
                 if window.has_failed_before_last():
-                    self._report(step - 1, window, writer, bar, is_first=False)  # raises
+                    # Raises the error, after a report of the steps up to here.
+                    self._report(step - 1, window, writer, bar, is_first=False)
                 position = batches.position
                 is_first, is_last = step == first_step + 1, step == self.total_steps
                 if is_first:
-                    # Compiled apart from the first call, to free the compiler's memory before the
-                    # step allocates its own.
+                    # Compiled before the first call, so that the compiler's memory is freed before
+                    # the step allocates its own.
                     train_step = train_step.lower(state, frozen, arrays, self.rng).compile()
                     host_memory.trim_heap()
                     stop.install()
@@ -150,34 +164,38 @@ class TrainLoop:
                     losses = self._report(step, window, writer, bar, is_first)
                     if warning := trend.update(step, losses):
                         bar.print_line(warning)
-                paused = time.monotonic()
+                pause_start = time.monotonic()
                 eval_period = self.logging.eval_period
-                is_stop = stop.is_due(step)
-                if eval_period and (is_last or (step % eval_period == 0 and not is_stop)):
+                is_stopping = stop.is_due(step)
+                if eval_period and (is_last or (step % eval_period == 0 and not is_stopping)):
                     loss, accuracy = self._evaluate(state, frozen)
                     writer.write(step, {"eval/loss": loss, "eval/accuracy": accuracy})
                     scores = f"validation loss {loss:.4f}  accuracy {accuracy:.3f} (tokens)"
                     bar.print_line(f"step {step}  {scores}")
                 self.check_save()
-                if step % self.save_period == 0 or is_last or is_stop:
-                    writer.flush()  # before the checkpoint, which has no later lines
+                if step % self.save_period == 0 or is_last or is_stopping:
+                    # First the metrics up to this step: a run that resumes deletes only later ones.
+                    writer.flush()
                     self._save(state, position)
-                window.start += time.monotonic() - paused  # not part of the steps' speed
-                if is_stop and not is_last:
+                # Evaluations and saves do not count for the speed of the steps.
+                window.start += time.monotonic() - pause_start
+                if is_stopping and not is_last:
                     return stop
             return None
         finally:
             stop.restore()
             batches.close()
             bar.close()
-            # The first error is the one to show: on a full disk, the save fails, then the metrics.
-            failed = sys.exc_info()[0] is not None
-            with contextlib.suppress(Exception) if failed else contextlib.nullcontext():
+            # After an error, errors of `close` would hide it: on a full disk, the save fails first
+            # and then the metrics.
+            has_failed = sys.exc_info()[0] is not None
+            with contextlib.suppress(Exception) if has_failed else contextlib.nullcontext():
                 writer.close()
 
     def _next_batch(self, batches: Batches, window: "_Window", step: int) -> DeviceBatch:
-        # If the next batch is not ready, the devices are idle while the loop waits for it:
-        # `wait_share` is the share of this time.
+        """Returns the batch of a step, and measures how long the devices are idle until then."""
+        # One step keeps running if the batch is ready. Otherwise all steps end first, so that the
+        # time of the wait for the batch is time in which the devices are idle.
         window.timer.wait(max_running=1 if batches.is_ready else 0)
         start = time.monotonic()
         batch = next(batches, None)
@@ -197,10 +215,10 @@ class TrainLoop:
         """Reports the steps since the last report; returns the loss per token of each of them.
 
         Raises:
-          InputError: a step is not finite, or too many in a row are skipped.
+          InputError: a step is not finite, or too many steps in a row are skipped.
         """
-        scalars, rows, losses, damaged = window.summarize()
-        if is_first:  # it also loads the program, and libraries of the devices
+        scalars, rows, losses, damage = window.summarize()
+        if is_first:  # the first step takes longer: it loads the program and the devices' libraries
             del scalars["step_seconds"]
         scalars["learning_rate"] = float(self.schedule(step - 1))
         values = {f"train/{name}": value for name, value in scalars.items()}
@@ -225,7 +243,7 @@ class TrainLoop:
         )
         if skipped := scalars.get("skipped"):
             bar.print_line(f"step {step}  skipped {plural(int(skipped), 'step')}: not finite")
-        if damaged:
+        if damage:
             advice = f"lower LEARNING_RATE and {self._resume_advice()}"
             if is_first:  # no learning rate has had an effect yet
                 advice = (
@@ -233,18 +251,19 @@ class TrainLoop:
                 )
             router = self._first_damaged_router(rows) if rows else None
             where = f", and the router at {router} has logits that are not finite" if router else ""
-            row = ""
+            skips = ""
             if self.numerics.skips:
                 allowed = plural(self.numerics.max_skipped, "step")
-                row = f", after {allowed} in a row that were skipped (MAX_SKIPPED_STEPS)"
+                skips = f", after {allowed} in a row that were skipped (MAX_SKIPPED_STEPS)"
+            rate = float(self.schedule(damage.step - 1))
             raise InputError(
-                f"{damaged.name} is {damaged.value} at step {damaged.step}"
-                f" (learning rate {float(self.schedule(damaged.step - 1)):g}){where}{row}: {advice}"
+                f"{damage.metric} is {damage.value} at step {damage.step}"
+                f" (learning rate {rate:g}){where}{skips}: {advice}"
             )
         return losses
 
     def _resume_advice(self) -> str:
-        # A save that is pending is waited for before the command ends.
+        # The last save may still be running, but the command waits for it before it ends.
         if not self._last_saved:
             return "start again: there is no checkpoint yet"
         return f"resume from checkpoint_{self._last_saved}"
@@ -252,7 +271,7 @@ class TrainLoop:
     def _find_nonfinite(
         self, step: int, state: steps.TrainState, frozen: PyTree, arrays: dict[str, jax.Array]
     ) -> None:
-        """Raises InputError with the source of the first number that is not finite."""
+        """Raises InputError that names the module of the first number that is not finite."""
         rng = jax.random.fold_in(self.rng, state.step)
         source = nonfinite.find_source(
             self.model, self.loss, state.params, frozen, arrays, rng, self.microbatches
@@ -260,19 +279,23 @@ class TrainLoop:
         raise InputError(f"{source} is the first that is not finite, at step {step}")
 
     def _first_damaged_router(self, rows: Mapping[str, np.ndarray]) -> str | None:
-        """Returns the first router, in the order of a forward pass, with statistics of NaN."""
+        """Returns the first router of a forward pass whose statistics are not finite."""
         is_finite = np.isfinite(rows["routers"]).all(axis=-1)
         paths = np.array(steps.router_paths(self.model))[~is_finite].tolist()
 
-        def layer(path: str) -> tuple[bool, int]:
+        def depth(path: str) -> tuple[bool, int]:
             match = re.match(r"(\w+)/layers_(\d+)/", path)
             assert match is not None
-            return match[1] == "decoder", int(match[2])
+            return match[1] == "decoder", int(match[2])  # the encoder comes first
 
-        return min(paths, key=layer).removesuffix("_adapter") if paths else None
+        return min(paths, key=depth).removesuffix("_adapter") if paths else None
 
     def _save(self, state: steps.TrainState, position: Position | None) -> None:
-        """Saves a state; InputError if a value of it is infinite or NaN, as all later ones are."""
+        """Saves a state.
+
+        Raises:
+          InputError: a value is infinite or NaN. To resume from such a state would be useless.
+        """
         if not steps.all_finite((state.params, state.opt_state)):
             step = int(state.step)
             raise InputError(
@@ -305,17 +328,17 @@ def _describe_batch(arrays: Mapping[str, jax.Array]) -> str:
 class LossTrend:
     """Warns once, after the first tenth of a run, if its loss has not fallen.
 
-    The tenth has at least 50 steps: in fewer the noise of small batches hides what runs with the
-    default rates have learned after their warm-up.
+    The tenth has at least 50 steps. In fewer steps, the noise of small batches hides what a run
+    with the default learning rate has learned since its warm-up.
     """
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         self._last = max(total_steps // 10, 50)
-        # None: there is nothing to check, or no more.
+        # None: nothing is left to check, or the run has resumed.
         self._losses: list[float] | None = None if first_step else []
 
     def update(self, step: int, losses: Sequence[float]) -> str | None:
-        """Adds the losses of the steps up to `step`; returns the warning when it is due."""
+        """Adds the losses of the steps up to `step`; returns the warning if it is due."""
         if self._losses is None:
             return None
         self._losses += losses
@@ -334,29 +357,55 @@ class LossTrend:
 def summarize_trend(losses: Sequence[float]) -> tuple[float, float, bool]:
     """Returns the medians of the first and the last third, and whether the loss has fallen.
 
-    It has if it fell by more than 1 % and by more than two standard errors of the difference. The
-    noise of a step is taken from differences of neighbors, which a trend hardly changes.
+    The loss has fallen if the medians differ by more than 1 % and by more than two standard errors
+    of their difference. The noise of a step is estimated from the differences between neighbors,
+    which a trend hardly changes.
     """
     array = np.asarray(losses, float)
     third = len(array) // 3
     start, end = float(np.median(array[:third])), float(np.median(array[-third:]))
-    # In normal noise, a standard deviation is 1.48 median absolute deviations, neighbors differ by
-    # √2 of it, and a median's standard error is 1.25 times that of a mean.
+    # In normal noise, the standard deviation is 1.48 times the median absolute deviation, that of
+    # the differences of neighbors is √2 times that of the losses, and the standard error of a
+    # median is 1.25 times that of a mean.
     noise = 1.48 * float(np.median(np.abs(np.diff(array)))) / math.sqrt(2)
     error = 1.25 * noise * math.sqrt(2 / third)
     return start, end, start - end > max(0.01 * start, 2 * error)
 
 
 class _Damage(NamedTuple):
-    """A step that is not finite: `name` is what is not, 'the loss' or 'the gradient norm'."""
+    """A step that is not finite.
+
+    Attributes:
+      step: the step.
+      metric: what is not finite, 'the loss' or 'the gradient norm'.
+      value: its value, infinite or NaN.
+    """
 
     step: int
-    name: str
+    metric: str
     value: float
 
 
+class _Summary(NamedTuple):
+    """What `_Window.summarize` returns.
+
+    Attributes:
+      scalars: mean metrics, and speeds.
+      router_rows: means of the metrics in `steps.ROUTER_ROWS`. Without skipped steps, if a step is
+        not finite, they are those of this step, because all routers are damaged after it.
+      losses: loss per token of each step.
+      damage: the step that ends the run, if there is one. Without skipped steps, it is the first
+        that is not finite.
+    """
+
+    scalars: dict[str, float]
+    router_rows: dict[str, np.ndarray]
+    losses: list[float]
+    damage: _Damage | None
+
+
 def _nonfinite_metric(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Returns the first metric that says that a step is not finite, and its value."""
+    """Returns the name and the value of the first metric that is not finite, or None."""
     for key, name in (("loss", "the loss"), ("grad_norm", "the gradient norm")):
         if key in metrics and not math.isfinite(value := float(metrics[key])):
             return name, value
@@ -371,39 +420,40 @@ class _Window:
     """The steps since the last report.
 
     Args:
-      max_skipped: number of steps in a row that may be skipped; 0: none are.
+      max_skipped: number of steps in a row that may be skipped; 0: no steps are skipped.
 
     Attributes:
-      start: time at which they began, plus the time of evaluations and saves between them.
-      waited: seconds spent waiting for batches.
+      start: time at which the first step began, plus the time of evaluations and saves since then.
+      waited: seconds in which the devices were idle, because the next batch was not ready.
       timer: measures the steps.
-      texts: what their times are of: the devices and the batch, under the keys of `step_times`.
+      texts: the devices and the batch that the step times are of, under the keys of `step_times`.
     """
 
     def __init__(self, max_skipped: int = 0) -> None:
         self._max_skipped = max_skipped
-        self._in_row = 0  # steps up to the last one that was looked at
+        self._in_row = 0  # steps in a row that are not finite, up to the last one checked
         self._num_checked = 0
-        self._steps: list[tuple[int, steps.Metrics, int]] = []
+        self._steps: list[tuple[int, steps.Metrics, int]] = []  # step, metrics, number of tokens
         self.start, self.waited = time.monotonic(), 0.0
         self.timer = step_times.StepTimer()
         self.texts: dict[str, str] = {}
 
     def append(self, step: int, metrics: steps.Metrics, tokens: int, dispatch_time: float) -> None:
+        """Adds a step, which may still be running."""
         self._steps.append((step, metrics, tokens))
         self.timer.add(dispatch_time, metrics)
 
     def has_failed_before_last(self) -> bool:
-        """Whether the steps before the last have too many in a row that are not finite.
+        """Whether too many steps in a row are not finite, among those before the last step.
 
-        They have ended (`timer.wait`), so that their losses are read while the last one
-        runs. The last one is not read even if it has ended too: processes must agree on the step at
-        which they stop, and may differ in whether their next batch is ready.
+        These have ended (`timer.wait`), so their losses can be read while the last step runs. The
+        last step is not read even if it has ended too: all processes must stop at the same step,
+        but may differ in whether their next batch is ready.
         """
         return self._check(self._steps[:-1]) is not None
 
     def _check(self, ended: Sequence[tuple[int, Mapping[str, Any], int]]) -> _Damage | None:
-        """Looks at steps that it has not yet looked at; returns the one that ends the run."""
+        """Checks the steps that are not checked yet; returns the one that ends the run, or None."""
         for index, (step, metrics, _) in enumerate(ended):
             if index < self._num_checked:
                 continue
@@ -417,24 +467,18 @@ class _Window:
             self._num_checked = index + 1
         return None
 
-    def summarize(
-        self,
-    ) -> tuple[dict[str, float], dict[str, np.ndarray], list[float], _Damage | None]:
-        """Returns mean metrics and speeds, mean `ROUTER_ROWS`, losses, and the step that ends it.
-
-        The losses are those per token by step. Without skipped steps, the step that ends the run is
-        the first that is not finite; the rows are then those of this step. Means are of the steps
-        that were not skipped. Starts a new window.
-        """
+    def summarize(self) -> _Summary:
+        """Waits for all steps, summarizes them without skipped ones, and starts a new window."""
         self.timer.wait(max_running=0)
         fetched = jax.device_get([metrics for _, metrics, _ in self._steps])
         numbers = [step for step, _, _ in self._steps]
-        damaged = self._check([(s, m, 0) for s, m in zip(numbers, fetched, strict=True)])
+        damage = self._check([(s, m, 0) for s, m in zip(numbers, fetched, strict=True)])
         taken = [m for m in fetched if _is_finite(m)] if self._max_skipped else fetched
+        # If all steps were skipped, the means show what was not finite.
         means = {name: np.mean([m[name] for m in taken or fetched], axis=0) for name in fetched[0]}
         rows = {name: means.pop(name) for name in steps.ROUTER_ROWS if name in means}
-        if damaged is not None:  # later, all routers are damaged
-            rows = {name: fetched[numbers.index(damaged.step)][name] for name in rows}
+        if damage is not None:  # after this step, all routers are damaged
+            rows = {name: fetched[numbers.index(damage.step)][name] for name in rows}
         scalars = {name: float(mean) for name, mean in means.items()}
         if self._max_skipped:
             scalars["skipped"] = float(len(fetched) - len(taken))
@@ -446,4 +490,5 @@ class _Window:
         scalars["step_seconds"] = float(np.median(self.timer.take_seconds()))
         self._steps, self.start, self.waited = [], now, 0.0
         self._num_checked = 0
-        return scalars, rows, [float(m["cross_ent_loss"]) for m in taken], damaged
+        losses = [float(metrics["cross_ent_loss"]) for metrics in taken]
+        return _Summary(scalars, rows, losses, damage)
