@@ -340,7 +340,7 @@ def test_paths_of_a_run(tmp_path, mov, method, trainable, base, expected):
             loaded.set_adapter(mov)
             assert loaded.adapter == mov
     else:
-        reason = "has adapters" if is_whole else "saves what it trained only"
+        reason = "has adapters" if is_whole else "saves only what it trained"
         with pytest.raises(InputError, match=f"got one of method '{method}', which {reason}"):
             base_model.open_base(run)
         for adapter in (mov, None):

@@ -113,7 +113,7 @@ def test_settings_that_do_not_change_shapes_may_differ(folder, adapter_run, tmp_
             {"TRAINABLE": "['.*/router/.*']"},
             "TRAINABLE and FREEZE must not freeze parameters that the initial run ",
         ),
-        ("mov", {"UPCYCLE_NOISE": 0.1}, "UPCYCLE_NOISE must be 0.0, which the run "),
+        ("mov", {"UPCYCLE_NOISE": 0.1}, "UPCYCLE_NOISE must be 0.0, as in the run "),
     ],
 )
 def test_another_shape_is_refused_with_both(

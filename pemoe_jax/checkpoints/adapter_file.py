@@ -1,7 +1,7 @@
-"""Exported adapters: a folder of some MB with `adapter.safetensors` and `adapter_config.json`.
+"""Reads and writes exported adapters: folders with adapter.safetensors and adapter_config.json.
 
-The arrays are float32 under this package's paths. The configuration is the `Record` of the run
-that trained them.
+The arrays are float32, under this package's paths. adapter_config.json has the fields of the
+`Record` of the run that trained them, the step, and the format and its version.
 """
 
 import os
@@ -23,7 +23,7 @@ VERSION = 1
 
 
 def adapter_folder(path: str | os.PathLike[str]) -> epath.Path:
-    """Returns the folder of a path to an adapter or to the weights in it."""
+    """Returns the folder of an adapter, given the path of the folder or of its weights."""
     resolved = file_io.resolve(path)
     return resolved.parent if resolved.name == WEIGHTS else resolved
 
@@ -33,8 +33,8 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     folder = adapter_folder(path)
     if (folder / WEIGHTS).exists():
         return True
-    # PEFT's configuration has the same name. An adapter without weights is still recognized,
-    # so that the error names the missing file.
+    # An adapter whose weights are missing is recognized too, so that the error names that file.
+    # The format distinguishes it from a PEFT adapter, whose configuration has the same name.
     config = folder / CONFIG
     return config.exists() and file_io.read_json(config).get("format") == FORMAT
 
@@ -46,10 +46,17 @@ def save_adapter(
     step: int,
     overwrite: bool = False,
 ) -> None:
-    """Writes arrays (path -> array) that a run trained until `step`, and the run's record.
+    """Writes an adapter.
+
+    Args:
+      path: the folder.
+      arrays: path -> array that the run trained.
+      record: the run's record.
+      step: the training step of the arrays.
+      overwrite: whether to replace an existing folder.
 
     Raises:
-      InputError: the folder exists, without `overwrite`.
+      InputError: the folder exists, and `overwrite` is False.
     """
     config = {"format": FORMAT, "format_version": VERSION, "step": step, **vars(record)}
     with atomic_write.temporary_path(path, overwrite) as folder:
@@ -73,7 +80,7 @@ def _check_kind(path: str | os.PathLike[str], folder: epath.Path) -> None:
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
-    """Opens an adapter as (path -> array, the record, the step); reads no array.
+    """Opens an adapter as (path -> array, record, step); reads no array.
 
     Raises:
       InputError: a file is missing or unreadable.

@@ -1,7 +1,8 @@
-"""Base models in any known format, opened as arrays under T5X's parameter names joined by '/'.
+"""Opens base models of any known format, and writes them as a single file.
 
 Formats: T5X checkpoints (legacy and Orbax), Hugging Face folders, runs that trained the whole
-model, and this package's single file: safetensors with the dimensions in its metadata.
+model, and this package's single file: safetensors with the dimensions in its metadata. The arrays
+of all formats have the paths of T5X's parameters, joined by '/'.
 """
 
 import dataclasses
@@ -34,12 +35,14 @@ from pemoe_jax.core.params import Params, PyTree
 from pemoe_jax.runtime import atomic_write, checksums, file_io
 from pemoe_jax.runtime.file_io import JsonObject
 
-# Metadata keys of our single file: the fields of `T5Config` and, if any, of `Sparse` as JSON.
+# Metadata keys of our single file. The values are JSON: the fields of `T5Config`, and those of
+# `Sparse` if the model has sparse layers.
 CONFIG_KEY, SPARSE_KEY = "t5_config", "sparse"
 EXPECTED = (
     "a T5X checkpoint_<step> (or a folder of them), a Hugging Face folder,"
     " a .safetensors file that pemoe convert wrote, or a run that trained the whole model"
 )
+_PASS_FOLDER = "pass the folder that it is in"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +50,11 @@ class BaseModel:
     """A base model whose parameters are not read yet.
 
     Attributes:
-      path: absolute path; that of the newest checkpoint if a folder of checkpoints was opened.
+      path: absolute path; of the newest checkpoint if a folder of checkpoints was opened.
       format: name of the format, for messages and records.
       arrays: path -> array.
-      stored_config: fields of `T5Config` that the checkpoint states.
-      stored_sparse: fields of `Sparse` that it states; None: none.
+      stored_config: the fields of `T5Config` that the checkpoint states.
+      stored_sparse: the fields of `Sparse` that the checkpoint states; None if it states none.
     """
 
     path: str
@@ -67,21 +70,23 @@ class BaseModel:
 
     @functools.cached_property
     def sparse(self) -> JsonObject | None:
-        """Known fields of `Sparse`; those of the arrays take precedence. None: dense."""
+        """The known fields of `Sparse`, inferred or else stored; None for a dense model."""
         inferred = dimensions.infer_sparse(self.shapes, str(self))
         return None if inferred is None else {**(self.stored_sparse or {}), **inferred}
 
     def model_dimensions(self, model_file: T5Config | None = None) -> JsonObject:
-        """Returns the fields of `T5Config` that the arrays determine.
+        """Returns the fields of `T5Config` that the arrays determine, and the activations.
 
-        Shapes do not determine the activations: the checkpoint's are taken if it states as many as
-        it has projections, and otherwise the model file's, under the same condition.
+        Shapes determine only the number of activations. Their names are those that the checkpoint
+        states, else those of the model file, else those of T5 v1.1 or 1.0: the first that are
+        known and have the right number.
 
         Args:
-          model_file: configuration of the gin files; None: T5 v1.1 or 1.0.
+          model_file: configuration of the gin files; None: there is none.
 
         Raises:
-          InputError: see `dimensions.infer`; or the logits' matrix is missing.
+          InputError: see `dimensions.infer`; or the checkpoint states a matrix of logits, but has
+            none.
         """
         inferred = dimensions.infer(self.shapes, str(self))
         activations = self._stated_activations()
@@ -96,7 +101,10 @@ class BaseModel:
         return inferred
 
     def _stated_activations(self) -> tuple[str, ...] | None:
-        """Returns the names of the activations that the checkpoint states for its projections."""
+        """Returns the activations that the checkpoint states; None if it states no usable ones.
+
+        Usable ones are names, as many as the MLPs have input projections.
+        """
         stated = self.stored_config.get("mlp_activations")
         names = tuple(stated) if isinstance(stated, (list, tuple)) else ()
         inferred = dimensions.infer(self.shapes, str(self))["mlp_activations"]
@@ -104,7 +112,8 @@ class BaseModel:
         return names if is_known and len(names) == len(inferred) else None
 
     def check_activations(self, activations: tuple[str, ...]) -> None:
-        """Raises InputError if a model's activations are not those that the base states, if any."""
+        """Raises InputError if the base states other activations than those of a model."""
+        # Another number of activations is another shape, which `load` reports.
         stated = self._stated_activations()
         if stated is not None and len(stated) == len(activations) and stated != activations:
             raise InputError(
@@ -112,12 +121,12 @@ class BaseModel:
             )
 
     def config(self, model_file: T5Config | None = None) -> JsonObject:
-        """Returns the known fields of `T5Config`; see `model_dimensions`.
+        """Returns all known fields of `T5Config`; see `model_dimensions` for the argument.
 
-        Activations and tied logits are left out if they are those of T5 v1.1, as in the records of
-        earlier versions.
+        `mlp_activations` and `logits_via_embedding` are left out if they are those of T5 v1.1, as
+        in records of earlier versions.
         """
-        # Dimensions of the arrays take precedence: a stored configuration may have been edited.
+        # The arrays' dimensions take precedence, because a stored configuration may be edited.
         config = {**self.stored_config, **self.model_dimensions(model_file)}
         for name in ("mlp_activations", "logits_via_embedding"):
             if config[name] == getattr(T5Config, name):
@@ -132,7 +141,8 @@ class BaseModel:
         value_checksums: dict[str, tuple[str, int]] | None = None,
     ) -> dict[str, PyTree]:
         """Loads the parameters of `target`; see `device_arrays.load_arrays`."""
-        # Compared before the arrays: "mlp_dim 32, got 16" says more than three of 500 shapes.
+        # Dimensions are compared before arrays: an error "mlp_dim 32, got 16" says more than three
+        # of 500 wrong shapes.
         shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(target).items()}
         expected = dimensions.infer(shapes, "the model") | _sparse_sizes(shapes, "the model")
         actual = dimensions.infer(self.shapes, str(self)) | _sparse_sizes(self.shapes, str(self))
@@ -148,17 +158,17 @@ class BaseModel:
         )
 
     def fingerprint(self) -> str:
-        """Returns `params.fingerprint` of the arrays, reading one at a time."""
+        """Returns `params.fingerprint` of the arrays; reads them one at a time."""
         return self.identity("float32")["fingerprint"]
 
     def identity(self, dtype: str) -> dict[str, str]:
-        """Returns the fingerprint and the checksum of the arrays, reading one at a time.
+        """Returns the fingerprint and the checksum of the arrays; reads them one at a time.
 
-        The checksum is of all values in the dtypes of a frozen base, the fingerprint of 64 of each
-        array.
+        The fingerprint covers up to 64 values of each array as bfloat16. The checksum covers all
+        values, in the dtypes in which a frozen base is loaded.
 
         Args:
-          dtype: dtype of activations.
+          dtype: dtype of activations, which is that of most frozen arrays.
         """
         samples, crcs = {}, {}
         for path, lazy in self.arrays.items():
@@ -188,8 +198,8 @@ def open_base(
 
     Args:
       path: local or `gs://`.
-      kind: what the caller opens, in errors.
-      expected: what the caller accepts, in errors.
+      kind: what the caller opens, for errors.
+      expected: what the caller accepts, for errors.
 
     Raises:
       InputError: the path does not exist, is not a base model, is damaged, or cannot be reached.
@@ -207,11 +217,8 @@ def open_base(
     raise InputError(f"{kind} {resolved}: expected {expected}, got {got}{hint}")
 
 
-_PASS_FOLDER = "pass the folder that it is in"
-
-
 def _open_folder(folder: epath.Path, kind: str, expected: str) -> BaseModel:
-    # Before the T5X formats: a checkpoint of a run is an Orbax checkpoint too.
+    # Runs before T5X's formats, because a checkpoint of a run is an Orbax checkpoint too.
     if (folder / "record").is_dir():
         return _open_run(folder)
     path = os.fspath(folder)
@@ -251,8 +258,8 @@ def _hub_hint(path: str | os.PathLike[str]) -> str:
 
 def _open_single_file(path: epath.Path, kind: str) -> BaseModel:
     arrays, metadata = safetensors_file.open_file(path)
-    # A file without our metadata is accepted if its names are ours. Files that users mistake for a
-    # base get a hint.
+    # A file without our metadata is accepted: `load` checks its names. The files that users pass
+    # by mistake are refused here, with a hint.
     if CONFIG_KEY not in metadata:
         if any(name.startswith("base_model.model.") for name in arrays):
             raise InputError(f"{kind} {path}: got a PEFT adapter: {_PASS_FOLDER}")
@@ -273,9 +280,10 @@ def _open_single_file(path: epath.Path, kind: str) -> BaseModel:
 
 def _open_run(folder: epath.Path) -> BaseModel:
     arrays, record, _ = runs.open_trained(os.fspath(folder))
-    # Refused even if it trained the base as well: opened as a base, it would lose its adapters.
+    # A run with adapters is refused even if it trained the whole model: as a base, it would lose
+    # its adapters.
     if record.adapters or record.base["needed"]:
-        reason = "saves what it trained only" if record.base["needed"] else "has adapters"
+        reason = "saves only what it trained" if record.base["needed"] else "has adapters"
         raise InputError(
             f"base model {folder}: expected a run that trained the whole model, got one of method"
             f" {record.method!r}, which {reason}"
@@ -291,7 +299,7 @@ def save_base(
     overwrite: bool = True,
     sparse: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes a base model, all of it in memory, as a single file.
+    """Writes a base model as a single file; all of its arrays are in memory.
 
     Args:
       path: the file.
@@ -301,7 +309,7 @@ def save_base(
       sparse: `sparse.describe()` of its sparse layers; None: a dense model.
 
     Raises:
-      InputError: the file exists, without `overwrite`.
+      InputError: the file exists, and `overwrite` is False.
     """
     arrays = {name: np.asarray(leaf) for name, leaf in params_lib.flatten(params).items()}
     metadata = {CONFIG_KEY: json.dumps(dict(config)), "format": "pemoe_jax"}

@@ -1,4 +1,4 @@
-"""Writes opened models in other formats, for `pemoe convert`."""
+"""Writes opened models in the formats of `pemoe convert`."""
 
 import dataclasses
 
@@ -29,10 +29,21 @@ from pemoe_jax.runtime.file_io import AnyPath
 
 
 def replace_base(source: OpenedModel, base_path: str) -> OpenedModel:
-    """Returns the adapters, recorded as those of another copy of their base, which is checked."""
+    """Records another copy of the base as the base of adapters.
+
+    Args:
+      source: the adapters.
+      base_path: the copy, all of which is read.
+
+    Returns:
+      The adapters with a new record.
+
+    Raises:
+      InputError: the copy is not the base that the adapters were trained on.
+    """
     assert source.record is not None
     base = base_lib.open_base(base_path)
-    # The fingerprint is recorded too: PEFT adapters come without one.
+    # The fingerprint is recorded too, because a PEFT adapter has none yet.
     identity = {**source.record.base, "path": base.path, **base.identity(source.model.config.dtype)}
     source.check_base(identity)
     record = dataclasses.replace(source.record, base=identity)
@@ -42,7 +53,8 @@ def replace_base(source: OpenedModel, base_path: str) -> OpenedModel:
 def write_adapter(source: OpenedModel, output: AnyPath) -> None:
     """Writes adapters in this package's format."""
     arrays, record = _load_adapter(source)
-    if record.base["fingerprint"] is None:  # a PEFT adapter
+    # A PEFT adapter does not identify its base. From now on the fingerprint does.
+    if record.base["fingerprint"] is None:
         assert source.base_path is not None
         identity = base_lib.open_base(source.base_path).identity(source.model.config.dtype)
         record = dataclasses.replace(record, base={**record.base, **identity})
@@ -50,9 +62,18 @@ def write_adapter(source: OpenedModel, output: AnyPath) -> None:
 
 
 def write_peft(source: OpenedModel, output: AnyPath, base_name: str | None) -> None:
-    """Writes adapters in PEFT's format; the base's name defaults to its path."""
+    """Writes (IA)³ or LoRA in PEFT's format.
+
+    Args:
+      source: the adapters.
+      output: the folder.
+      base_name: name of the base in the file, for example on the Hugging Face Hub; None: its path.
+
+    Raises:
+      InputError: PEFT cannot express the adapters, or the run trained other parameters too.
+    """
     arrays, record = _load_adapter(source)
-    # TRAINABLE may add parameters of the base, norms for example.
+    # TRAINABLE may select parameters of the base too, such as its norms.
     others = [path for path in arrays if not params_lib.is_adapter(path)]
     if others:
         raise InputError(
@@ -60,7 +81,7 @@ def write_peft(source: OpenedModel, output: AnyPath, base_name: str | None) -> N
         )
     mlp_sites = [site for site in record.adapters if site in ("wi_0", "wi_1", "gate", "wo")]
     if source.model.sparse is not None and mlp_sites:
-        # PEFT selects modules by name, and experts have the names of dense MLPs.
+        # PEFT selects modules by name, and an expert's modules have the names of a dense MLP's.
         raise InputError(
             f"{source.path}: PEFT would adapt the experts as well: expected adapters at attention"
             f" alone in a sparse model, got {mlp_sites[0]}"
@@ -70,6 +91,7 @@ def write_peft(source: OpenedModel, output: AnyPath, base_name: str | None) -> N
 
 
 def _load_adapter(source: OpenedModel) -> tuple[dict[str, np.ndarray], Record]:
+    """Reads the trained arrays of adapters; raises InputError for a whole model."""
     if source.record is None or not source.needs_base:
         raise InputError(
             f"{source.path}: expected adapters on a frozen base, got a whole model"
@@ -79,7 +101,7 @@ def _load_adapter(source: OpenedModel) -> tuple[dict[str, np.ndarray], Record]:
 
 
 def write_huggingface(source: OpenedModel, output: AnyPath, dtype: str | None) -> None:
-    """Writes a whole model as a Hugging Face folder; `dtype` None: as stored."""
+    """Writes a whole model as a Hugging Face folder; without `dtype` as stored."""
     arrays = _merged_arrays(source, dtype)
     with models.array_progress("writing", len(arrays)) as report:
         huggingface.save_checkpoint(
@@ -93,14 +115,14 @@ def write_huggingface(source: OpenedModel, output: AnyPath, dtype: str | None) -
 
 
 def _find_vocabulary(source: OpenedModel) -> epath.Path | None:
-    """Returns the SentencePiece file in the folder of a model's base."""
+    """Returns the SentencePiece file in the folder of a model's base; None if it has none."""
     base = source.path if source.record is None else source.base_path or source.record.base["path"]
     file = None if base is None else file_io.resolve(base) / huggingface.VOCABULARY
     return file if file is not None and file.is_file() else None
 
 
 def write_base(source: OpenedModel, output: AnyPath, dtype: str | None) -> None:
-    """Writes a whole model as one file; `dtype` None: as stored."""
+    """Writes a whole model as this package's single file; without `dtype` as stored."""
     merged = _merged_arrays(source, dtype)
     arrays = {}
     with models.array_progress("reading", len(merged)) as report:
@@ -113,7 +135,7 @@ def write_base(source: OpenedModel, output: AnyPath, dtype: str | None) -> None:
 
 
 def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArray]:
-    """Returns the arrays of a model without adapters; (IA)³ and LoRA are merged when read.
+    """Returns path -> array of a whole model; (IA)³ and LoRA are merged when an array is read.
 
     Raises:
       InputError: an adapter is routed, or belongs to another base.
@@ -152,14 +174,15 @@ def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArra
 def _merged(
     path: str, array: LazyArray, update: KernelUpdate | None, dtype: str | None
 ) -> LazyArray:
-    if array.parts:  # experts, which have no adapters
+    """Returns an array that is updated, cast and checked for finite values when it is read."""
+    if array.parts:  # an array of experts, which have no adapters to merge
         return lazy_array.stack([_merged(path, part, None, dtype) for part in array.parts])
     output_dtype = array.dtype if dtype is None else jnp.dtype(dtype)
 
     # Merges the whole array for any slice; writers read whole arrays anyway.
     def read_slice(index: Index) -> np.ndarray:
         values = array.read()
-        with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused below
+        with np.errstate(over="ignore"):  # an overflow becomes infinity, which raises below
             if update is not None:
                 values = update(values.astype(np.float32))
             values = values.astype(output_dtype, copy=False)  # rounded once, after merging

@@ -1,8 +1,8 @@
 """Starts a run from an earlier run, the initial run, whose path is INITIAL_CHECKPOINT_PATH.
 
-A run that trained a whole model without adapters is opened as a base, see `base_model`. From any
-other run, the new run takes the trained parameters and the base that they belong to. It trains the
-same parameters, so its checkpoints need that base, but not the initial run.
+An initial run that trained a whole model without adapters is opened as a base, see `base_model`.
+From any other initial run, the new run takes the trained parameters and their base. It trains at
+least these parameters, so its checkpoints need that base, but not the initial run.
 """
 
 import dataclasses
@@ -30,8 +30,16 @@ from pemoe_jax.runtime.file_io import JsonObject
 
 # Fields of `T5Config` that determine the shapes of parameters.
 DIMENSIONS = (
-    *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "num_encoder_layers"),
-    *("num_decoder_layers", "mlp_activations", "logits_via_embedding", "sentence_dim"),
+    "vocab_size",
+    "emb_dim",
+    "num_heads",
+    "head_dim",
+    "mlp_dim",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "mlp_activations",
+    "logits_via_embedding",
+    "sentence_dim",
 )
 
 
@@ -42,7 +50,7 @@ class InitialRun:
     Attributes:
       path: the path that the user passed.
       record: its record.
-      opened: the model, if it has a base of its own; None: the run is a whole model, thus a base.
+      opened: the run's model; None: the run trained a whole model, which is read as a base.
     """
 
     path: str
@@ -51,7 +59,7 @@ class InitialRun:
 
 
 def open_initial_run(path: str | None) -> InitialRun | None:
-    """Opens INITIAL_CHECKPOINT_PATH if it is a run or an exported adapter; None if it is neither.
+    """Opens INITIAL_CHECKPOINT_PATH if it is a run or an exported adapter, else returns None.
 
     Raises:
       InputError: the run's base does not exist, or a checkpoint is unreadable.
@@ -73,6 +81,7 @@ def open_initial_run(path: str | None) -> InitialRun | None:
 
 
 def _read_record(path: str) -> Record | None:
+    """Returns the record of a run or an exported adapter; None for any other path."""
     if adapter_file.is_adapter(path):
         return adapter_file.open_adapter(path)[1]
     if runs.is_run(path):
@@ -92,14 +101,14 @@ def check_shape(initial: OpenedModel, current: Record, model: Transformer) -> st
 
     Args:
       initial: the initial run.
-      current: the new run.
-      model: its network, with the dimensions of the initial run.
+      current: the record of the new run.
+      model: the new run's network, with the dimensions of the initial run.
 
     Returns:
-      The settings that differ, such as 'top_k None -> 2 at key'; '' if none does.
+      The settings that differ, such as 'top_k None -> 2 at key'; '' if all are equal.
 
     Raises:
-      InputError: shapes differ; names both methods and every difference of their settings.
+      InputError: shapes differ; the message has both methods and every setting that differs.
     """
     assert initial.record is not None
     saved = initial.record
@@ -122,7 +131,8 @@ def check_shape(initial: OpenedModel, current: Record, model: Transformer) -> st
 def check_trainable(initial: OpenedModel, trainable: Collection[str], method: str) -> None:
     """Raises InputError if a new run freezes parameters that its initial run trained.
 
-    A checkpoint holds only trained parameters, and the base does not have these.
+    The new run could not restore them: its checkpoints hold only the parameters that it trains, and
+    the base has other values.
     """
     if frozen := initial.trained_arrays.keys() - set(trainable):
         raise InputError(
@@ -146,17 +156,18 @@ def load_params(
       initial: the initial run.
       model: the new run's network, with parameters of the same shapes.
       seed: the new run's seed.
-      trainable: paths of the parameters that the new run trains; they are loaded as float32.
+      trainable: paths of the parameters that the new run trains, which are loaded in float32.
       shardings, frozen_dtype: see `models.load_base`.
 
     Returns:
       (parameters, identity of the base, fingerprint of the parameters that the initial run trained)
 
     Raises:
-      InputError: see `OpenedModel.load`; or frozen adapters are drawn by the seed, and `seed` is
-        not that of the initial run.
+      InputError: see `OpenedModel.load`; or the new run has frozen adapters, and another seed than
+        the initial run.
     """
     assert initial.record is not None
+    # Checkpoints omit frozen adapters: they are drawn again, so both runs need the same seed.
     paths = params_lib.flatten(network.param_shapes(model)).keys()
     has_frozen_adapters = any(map(params_lib.is_adapter, paths - set(trainable)))
     if has_frozen_adapters and seed != initial.record.seed:
@@ -171,7 +182,12 @@ def load_params(
 
 
 def describe(initial: InitialRun, fingerprint: str) -> JsonObject:
-    """Returns `Record.initial`; `fingerprint` is that of the parameters that the run trained."""
+    """Returns `Record.initial`: path, method, a hash of the settings, and the fingerprint.
+
+    Args:
+      initial: the initial run.
+      fingerprint: `params.fingerprint` of the parameters that the initial run trained.
+    """
     return {
         "path": os.fspath(file_io.resolve(initial.path)),
         "method": initial.record.method,
@@ -183,8 +199,8 @@ def describe(initial: InitialRun, fingerprint: str) -> JsonObject:
 def fingerprint_settings(path: str, record: Record) -> str | None:
     """Returns a hash of all settings of a run except its seed; None if it has no config.gin.
 
-    If the run itself has an initial run, the hash of that run's settings takes the place of its
-    path, which differs from seed to seed.
+    Runs that differ only in their seeds have the same hash. So if the run has an initial run, the
+    hash of that one's settings replaces its path, which usually contains a seed.
     """
     settings = run_settings.read_settings(path)
     initial_settings = (record.initial or {}).get("settings")
@@ -194,7 +210,7 @@ def fingerprint_settings(path: str, record: Record) -> str | None:
 
 
 def summarize(initial: Mapping[str, Any]) -> str:
-    """Returns `Record.initial` as text."""
+    """Returns `Record.initial` as text, for the summary of a run."""
     return f"{initial['path']}, a run of {initial['method']}, fingerprint {initial['fingerprint']}"
 
 
@@ -206,7 +222,7 @@ def add_training(fields: Mapping[str, Any], initial: InitialRun | None) -> dict[
       initial: its initial run; None: the fields are returned unchanged.
 
     Returns:
-      The fields with the union of both runs' datasets and tasks, None if the initial run's are
+      The fields, with the datasets and tasks of both runs; these are None if the initial run's are
       unknown.
     """
     merged = dict(fields)

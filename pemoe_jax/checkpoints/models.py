@@ -1,4 +1,4 @@
-"""Opens checkpoints of every kind as models, loads their base, and checks that adapters fit it."""
+"""Opens checkpoints of every kind as models, loads their bases, and checks that adapters fit."""
 
 import collections
 import contextlib
@@ -44,7 +44,7 @@ def _sharding_of(shardings: Shardings, path: str) -> jax.sharding.Sharding | Non
 
 
 def device_put(tree: Params, shardings: Shardings) -> dict[str, PyTree]:
-    """Moves parameters, which are equal in all processes, to devices."""
+    """Moves parameters to devices; every process must hold the same values."""
     if shardings is None:
         return dict(tree)
     by_path = {path: _sharding_of(shardings, path) for path in params_lib.flatten(tree)}
@@ -54,7 +54,7 @@ def device_put(tree: Params, shardings: Shardings) -> dict[str, PyTree]:
 def _make_target(
     shapes: Mapping[str, PyTree], dtype_of: Callable[[str], jnp.dtype], shardings: Shardings
 ) -> dict[str, PyTree]:
-    """Returns the target of `device_arrays.load_arrays`, from path -> shape."""
+    """Returns the target of `device_arrays.load_arrays`, given path -> shape."""
     return params_lib.unflatten(
         {
             path: jax.ShapeDtypeStruct(
@@ -67,7 +67,7 @@ def _make_target(
 
 @contextlib.contextmanager
 def array_progress(label: str, num_arrays: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that reports the number of arrays processed so far."""
+    """Shows progress: yields a function to call with the number of arrays processed so far."""
     bar = progress.Progress(label, num_arrays, note="arrays")
     try:
         yield lambda done: bar.report_if_slow(done, "arrays")
@@ -86,7 +86,11 @@ def build_model(record: Record) -> Transformer:
 
 
 def _make_config(values: JsonObject, source: str) -> T5Config:
-    """Returns the configuration of a record or a base; InputError if it has other settings."""
+    """Returns the configuration of a record or a base.
+
+    Raises:
+      InputError: a field is unknown, or an integer field has another value.
+    """
     try:
         config = T5Config(**values)
     except TypeError as error:
@@ -95,7 +99,7 @@ def _make_config(values: JsonObject, source: str) -> T5Config:
         ) from error
     for field in dataclasses.fields(T5Config):
         value = getattr(config, field.name)
-        # Other values would raise far from here, when the network is traced.
+        # Checked here, since a wrong value would only raise when the network is traced.
         if field.type is int or (field.type == int | None and value is not None):
             check_integer(f"{source}'s T5Config.{field.name}", value)
     return config
@@ -103,15 +107,15 @@ def _make_config(values: JsonObject, source: str) -> T5Config:
 
 @functools.cache
 def _build_model(config: T5Config, description: str, sparse: str) -> Transformer:
-    # Cached, because functions of `network` trace each new model (0.3 s of CPU time and more), and
-    # one process may open several checkpoints of the same model.
+    # Cached by JSON texts, because dicts are not hashable. Functions of `network` trace each new
+    # model (0.3 s of CPU time and more), and a process may open several checkpoints of one model.
     sites = adapters.from_description(json.loads(description))
     return Transformer(config, sites, sparse_lib.from_description(json.loads(sparse)))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Form:
-    """The dtype, sharding and quantization of the parameters of a base; see `load_base`."""
+class _ParamFormat:
+    """The dtype, sharding and quantization of a base's parameters; see `load_base`."""
 
     dtype: str
     is_trainable: Callable[[str], bool]
@@ -119,25 +123,27 @@ class _Form:
     frozen_dtype: str
 
     def is_quantized(self, name: str) -> bool:
+        """Whether a parameter is quantized, as frozen matrices are if FROZEN_DTYPE asks for it."""
         is_plain = self.frozen_dtype == quantized.ACTIVATIONS or self.is_trainable(name)
         return not is_plain and params_lib.is_matrix(name)
 
     def dtype_of(self, name: str) -> jnp.dtype:
-        # Quantized from float32: rounding to bfloat16 first would add its error.
+        """Returns the dtype in which a parameter is loaded, before it is quantized."""
+        # Matrices are quantized from float32: rounding to bfloat16 first would add its error.
         if self.is_trainable(name) or self.is_quantized(name):
             return jnp.dtype(jnp.float32)
         return params_lib.frozen_dtype(name, self.dtype)
 
-    def put(self, name: str, array: jax.Array) -> jax.Array:
+    def cast_and_put(self, name: str, array: jax.Array) -> jax.Array:
         """Casts a drawn array and moves it to its devices."""
         array, sharding = array.astype(self.dtype_of(name)), _sharding_of(self.shardings, name)
         return array if sharding is None else partitioning.device_put(array, sharding)
 
-    def finish(self, name: str, array: jax.Array) -> PyTree:
-        """Quantizes an array, if it is a frozen matrix."""
+    def maybe_quantize(self, name: str, array: jax.Array) -> PyTree:
+        """Quantizes an array if `is_quantized`."""
         if not self.is_quantized(name):
             return array
-        # Blocks: otherwise several float32 arrays would be on the device at the same time.
+        # Waits, because otherwise several float32 arrays would be on the device at the same time.
         return jax.block_until_ready(quantized.quantize(array, self.frozen_dtype))
 
 
@@ -153,30 +159,29 @@ def load_base(
 ) -> tuple[dict[str, PyTree], JsonObject]:
     """Loads the base parameters of a model, or draws them at random.
 
-    The base of a sparse model may be dense: it is upcycled, see `upcycling`.
+    A dense base of a sparse model is upcycled, see `upcycling`.
 
     Args:
       model: determines names, shapes, and the dtype of frozen matrices.
       path: file or folder of a base in any format of `base_model`; None: random weights.
-      seed: seed of random weights, and of the routers and noise that a dense base lacks.
+      seed: seed of random weights, or of the routers and the noise of upcycling.
       is_trainable: maps a parameter's path to whether it is trained; trained ones are float32.
       shardings: one for all arrays, or parameter path -> sharding; None: the default device.
       frozen_dtype: one of `quantized.FROZEN_DTYPES`, for the frozen matrices of attention and
         MLPs. Each is quantized from float32 as soon as it is on the device.
-      upcycle_noise: σ, see `upcycling`.
-      keep: maps a parameter's path to whether it is returned; all parameters are read, for the
-        fingerprint.
+      upcycle_noise: σ of the experts' noise, see `upcycling`.
+      keep: maps a parameter's path to whether it is returned. Parameters that are not returned are
+        read too, since the fingerprint covers them.
 
     Returns:
-      (parameters, identity): the identity has the base's path, format, seed (of random weights),
-      the fingerprint of its arrays before quantization, the checksum of all values if this process
-      has read every array whole, and `upcycled` (see `Record`).
+      (parameters, identity). The identity is `Record.base` without `needed` and `frozen_dtype`. Its
+      fingerprint and checksum are those of the arrays before quantization.
 
     Raises:
-      InputError: the base states other activations; see `base_model.open_base`,
+      InputError: the base states other activations; see also `base_model.open_base`,
         `upcycling.should_upcycle` and `device_arrays.load_arrays`.
     """
-    form = _Form(model.config.dtype, is_trainable, shardings, frozen_dtype)
+    param_format = _ParamFormat(model.config.dtype, is_trainable, shardings, frozen_dtype)
     shapes = params_lib.flatten(network.param_shapes(model, params_lib.is_base))
     opened = None if path is None else base_lib.open_base(path)
     upcycler = upcycling.Upcycling(model, seed, upcycle_noise)
@@ -184,48 +189,49 @@ def load_base(
     if opened is not None:
         opened.check_activations(model.config.mlp_activations)
         is_upcycled = upcycling.should_upcycle(model, opened)
+    # Path of an array of the base -> paths of the parameters that are made from it.
     names = upcycling.names_by_source(shapes) if is_upcycled else {name: [name] for name in shapes}
     loaded: dict[str, PyTree] = {}
     source_shapes: dict[str, tuple[int, ...]] = {}
     samples: dict[str, jax.Array | np.ndarray] = {}
 
-    def take(source: str, array: jax.Array) -> None:
-        # The fingerprint identifies the base whatever FROZEN_DTYPE is: it precedes quantization.
+    # A transform that collects what it is given; the trees of None that its callers return are not
+    # used.
+    def add_source(source: str, array: jax.Array) -> None:
+        # Sampled before quantization, so that the fingerprint does not depend on FROZEN_DTYPE.
         source_shapes[source], samples[source] = array.shape, params_lib.sample_array(array)
         for name in filter(keep, names[source]):
-            dtype = form.dtype_of(name)
+            dtype = param_format.dtype_of(name)
             if is_upcycled and upcycling.is_expert(name):
                 leaf = upcycler.copy_to_experts(name, array, dtype, _sharding_of(shardings, name))
             else:
                 leaf = array.astype(dtype)
-            loaded[name] = form.finish(name, leaf)
+            loaded[name] = param_format.maybe_quantize(name, leaf)
+
+    def add_drawn(name: str, array: jax.Array) -> None:
+        add_source(name, param_format.cast_and_put(name, array))
+
+    def format_drawn(name: str, array: jax.Array) -> PyTree:
+        return param_format.maybe_quantize(name, param_format.cast_and_put(name, array))
 
     identity: JsonObject
     if opened is None:
+        # Without a checksum: the values that a seed draws differ slightly between kinds of devices.
         identity = {"path": None, "format": "random", "seed": seed}
-        network.init_params(
-            model, seed, params_lib.is_base, lambda name, array: take(name, form.put(name, array))
-        )
+        network.init_params(model, seed, params_lib.is_base, add_drawn)
     else:
         identity = {"path": opened.path, "format": opened.format, "seed": None}
         if is_upcycled:
             identity["upcycled"] = {"seed": seed, "noise": upcycle_noise}
-            loaded |= upcycler.draw(
-                filter(keep, shapes), lambda name, array: form.finish(name, form.put(name, array))
-            )
-        targets = {}
-        for source, (name, *others) in names.items():
-            shape, dtype = shapes[name].shape, jnp.result_type(*map(form.dtype_of, (name, *others)))
-            sharding = _sharding_of(shardings, name)
-            if is_upcycled and upcycling.is_expert(name):
-                shape, sharding = shape[1:], upcycling.dense_sharding(sharding)
-                # The noise is in float32, and rounded once.
-                dtype = jnp.dtype(jnp.float32) if upcycle_noise else dtype
-            targets[source] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            loaded |= upcycler.draw(filter(keep, shapes), format_drawn)
+        targets = {
+            source: _source_target(paths, shapes, param_format, is_upcycled, upcycle_noise)
+            for source, paths in names.items()
+        }
         crcs: dict[str, tuple[str, int]] = {}
         with array_progress("loading the base", len(targets)) as report:
-            opened.load(params_lib.unflatten(targets), report, take, crcs)
-        if crcs.keys() == targets.keys():  # not of random weights, which differ between devices
+            opened.load(params_lib.unflatten(targets), report, add_source, crcs)
+        if crcs.keys() == targets.keys():  # this process has read every array whole
             identity["checksum"] = checksums.join(crcs)
     fingerprint = fingerprints.hash_samples(
         {
@@ -237,15 +243,41 @@ def load_base(
     return base, {**identity, "fingerprint": fingerprint}
 
 
+def _source_target(
+    paths: Sequence[str],
+    shapes: Mapping[str, PyTree],
+    param_format: _ParamFormat,
+    is_upcycled: bool,
+    upcycle_noise: float,
+) -> jax.ShapeDtypeStruct:
+    """Returns the shape, dtype and sharding in which to read an array of a base.
+
+    Args:
+      paths: the parameters that are made from the array.
+      shapes: parameter path -> shape.
+      param_format: dtypes and shardings of the parameters.
+      is_upcycled, upcycle_noise: see `load_base`.
+    """
+    first = paths[0]
+    shape, sharding = shapes[first].shape, _sharding_of(param_format.shardings, first)
+    # The array is read once for all parameters, in the widest of their dtypes.
+    dtype = jnp.result_type(*map(param_format.dtype_of, paths))
+    if is_upcycled and upcycling.is_expert(first):
+        shape, sharding = shape[1:], upcycling.dense_sharding(sharding)
+        # Noise multiplies float32 values: rounding them before and after would add an error.
+        dtype = jnp.dtype(jnp.float32) if upcycle_noise else dtype
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
 @dataclasses.dataclass
 class OpenedModel:
     """A model whose arrays are not read yet.
 
     Attributes:
       name: folder or file name of the base or the run; unique among models opened together.
-      path: path that the user passed.
+      path: the path that the user passed.
       model: the network with its adapters.
-      record: record of a run or an adapter; None for a base.
+      record: the record of a run or an adapter; None for a base.
       step: training step of the checkpoint.
       trained_arrays: parameter path -> array that a run or an adapter trained; empty for a base.
       base_path: path of the base, if `needs_base`; None: random weights.
@@ -263,7 +295,7 @@ class OpenedModel:
 
     @property
     def needs_base(self) -> bool:
-        """Whether parameters that were not trained come from a base, stored or drawn at random."""
+        """Whether frozen parameters come from a base, which is stored or drawn at random."""
         return self.record is not None and self.record.base["needed"]
 
     def load(self, shardings: Shardings = None) -> dict[str, PyTree]:
@@ -273,7 +305,7 @@ class OpenedModel:
           InputError: the base is missing, or not the one that the adapters were trained on; an
             array is missing, of another shape or not finite.
         """
-        if self.record is None:
+        if self.record is None:  # the seed 0 draws nothing, as a base has all parameters
             return load_base(
                 self.model, self.path, 0, shardings=shardings, frozen_dtype=self.frozen_dtype
             )[0]
@@ -286,13 +318,14 @@ class OpenedModel:
 
         Args:
           shardings: see `load_base`.
-          trainable: paths of further parameters to load in float32, as those that the run trained.
+          trainable: paths of parameters to load in float32, besides those that the run trained.
 
         Raises:
           InputError: see `load`.
         """
         assert self.record is not None
-        # The adapter first, because it is small: a wrong one fails before the base is read.
+        # Trained parameters first: adapters are small, so a wrong one fails before the base is
+        # read.
         trained = self.load_trained(shardings)
         if not self.needs_base:
             return trained, self.record.base
@@ -330,7 +363,7 @@ class OpenedModel:
         assert self.record is not None
         self.check_base(identity)
         trained_paths = params_lib.flatten(trained).keys()
-        # Checkpoints omit adapters that were not trained: the seed initializes them again.
+        # Checkpoints omit frozen adapters: they are drawn again by the run's seed.
         frozen_adapters = network.init_params(
             self.model,
             self.record.seed,
@@ -365,7 +398,8 @@ class OpenedModel:
     def check_base(self, identity: Mapping[str, Any]) -> None:
         """Raises `InputError` if the adapters belong to a base with another identity.
 
-        PEFT adapters have no fingerprint, and adapters of earlier versions no checksum.
+        What either side does not know is not compared: PEFT adapters have no fingerprint, and
+        adapters of earlier versions no checksum.
         """
         assert self.record is not None
         base = self.record.base
@@ -375,7 +409,8 @@ class OpenedModel:
         elif checksums.is_other(base.get("checksum"), identity.get("checksum")):
             name, note = "checksum", ": some of its values differ"
         elif None not in (upcycled, identity.get("upcycled")) and upcycled != identity["upcycled"]:
-            # `set_adapter`: the fingerprint is that of the dense base.
+            # The fingerprint is that of the dense base, so it does not tell sparse models that were
+            # upcycled differently. `Model.set_adapter` may pair an adapter with another of these.
             name, note = "upcycled", ": its routers and noise differ"
         else:
             return
@@ -385,7 +420,7 @@ class OpenedModel:
         )
 
     def summary(self) -> JsonObject:
-        """Returns name, method, checkpoint, step, dtypes, counts and base, for result files."""
+        """Returns name, method, checkpoint, step, dtypes, counts and base for result files."""
         summary: JsonObject = {
             "name": self.name,
             "method": "none" if self.record is None else self.record.method,
@@ -428,14 +463,15 @@ def open_models(
     Args:
       paths: a path or a list of paths (CHECKPOINT_PATH).
       model: the model of the gin files; its dtype and activations are used for bases that do not
-        state them.
+        state theirs.
       base_path: replaces the base that a run or an adapter names.
       dtype: dtype of activations; None: the checkpoint's.
-      frozen_dtype: dtype of frozen matrices (`quantized.FROZEN_DTYPES`); None: as the run was
-        trained, or the dtype of activations for a base.
+      frozen_dtype: dtype of frozen matrices (`quantized.FROZEN_DTYPES`); None: that in which the
+        run was trained, or for a base the dtype of activations.
 
     Raises:
-      InputError: a path does not exist, or is none of these.
+      InputError: a path does not exist or is not a checkpoint, `frozen_dtype` is unknown or passed
+        for a run that trained the whole model, or no model needs `base_path`.
     """
     if frozen_dtype is not None:
         quantized.check_frozen_dtype(frozen_dtype)
@@ -458,7 +494,7 @@ def open_models(
                 )
             opened.frozen_dtype = frozen_dtype
         counts[opened.name] += 1
-        if counts[opened.name] > 1:  # names become folders and table rows
+        if counts[opened.name] > 1:  # unique, since names become folders and table rows
             opened.name += f"_{counts[opened.name]}"
         models.append(opened)
     if base_path is not None and not any(opened.needs_base for opened in models):
@@ -476,8 +512,8 @@ def open_model(path: str, base_path: str | None = None) -> OpenedModel:
 
 
 def _open(path: str, model: Transformer | None, base_path: str | None) -> OpenedModel:
-    # In this order: our adapters have PEFT's `adapter_config.json` too, and a run that trained the
-    # whole model is also a base.
+    # The order matters: our adapters have an `adapter_config.json` as PEFT's do, and a run that
+    # trained the whole model is a base too.
     if adapter_file.is_adapter(path):
         trained_arrays, record, step = adapter_file.open_adapter(path)
         name = adapter_file.adapter_folder(path).name
@@ -494,7 +530,7 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
         expected = f"a run, an adapter, {base_lib.EXPECTED}"
         kind = "model" if base_path is None else "model or adapter"
         base = base_lib.open_base(path, kind, expected)
-        # The gin files determine what the checkpoint does not state: the dtype of activations, and
+        # The gin files supply what the checkpoint does not state: the dtype of activations, and the
         # names of activation functions.
         model_file = None if model is None else model.config
         defaults = {} if model_file is None else {"dtype": model_file.dtype}
@@ -516,8 +552,9 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
 
 
 def _base_name(base_path: str) -> str:
+    """Returns a short name for a base: of its file, its folder, or its model on the Hub."""
     path = file_io.resolve(base_path)
-    # In the Hugging Face cache: models--google--t5-large/snapshots/<commit>
+    # A path in the Hugging Face cache is models--google--t5-large/snapshots/<commit>.
     if path.parent.name == "snapshots":
         return path.parent.parent.name.rpartition("--")[2]
     return path.stem if t5x.step_of(path.name) is None else path.parent.name

@@ -20,10 +20,16 @@ from pemoe_jax.runtime import options
 def take_base_dimensions(
     model: network.Transformer, base_path: str | None, upcycle_noise: float | None = None
 ) -> network.Transformer:
-    """Returns the model with the dimensions of its base checkpoint, as `pemoe evaluate` does.
+    """Returns the model with the dimensions of its base, and prints those that changed.
 
-    Prints the dimensions that override those of the model file; InputError if the base has other
-    experts, or is not upcycled although there is noise for it.
+    Args:
+      model: the network of the gin files.
+      base_path: path of the base; None: random weights, so the model is returned unchanged.
+      upcycle_noise: UPCYCLE_NOISE; None: not set.
+
+    Raises:
+      InputError: the base has other experts than the model; or noise is set, but the base is not
+        upcycled.
     """
     base = None if base_path is None else base_model.open_base(base_path)
     is_upcycled = base is not None and upcycling.should_upcycle(model, base)
@@ -35,7 +41,7 @@ def take_base_dimensions(
     if base is None:
         return model
     if model.sparse is not None and not is_upcycled:
-        # A Switch Transformer states no routing, and has the defaults.
+        # A base that states no routing, such as a Switch Transformer, has the defaults of `Sparse`.
         trained = sparse.from_description(base.sparse)
         assert trained is not None
         _warn_of_other_routing(model.sparse, trained, str(base_path))
@@ -51,7 +57,7 @@ def take_base_dimensions(
 
 
 def _warn_of_other_routing(current: Sparse, trained: Sparse, base_path: str) -> None:
-    """Prints a warning if a run's routing is not the one that its base was trained with."""
+    """Prints a warning if a run routes tokens in another way than its base was trained with."""
     settings, flags = [], []
     for name in ("routing", "top_k", "combine"):
         before, now = getattr(trained, name), getattr(current, name)
@@ -73,15 +79,28 @@ def check_initial_run(
     method: options.Method,
     upcycle_noise: float | None,
 ) -> None:
-    """Checks that a run can continue from another, and prints the settings that it changes."""
+    """Checks that a run can start from an initial run, and prints the settings that differ.
+
+    Args:
+      initial: the initial run.
+      record: the new run's record.
+      model: the new run's network.
+      method: the new run's method.
+      upcycle_noise: UPCYCLE_NOISE of the new run; None: not set.
+
+    Raises:
+      InputError: shapes differ, the new run freezes what the initial run trained, or its noise is
+        not that of the initial run.
+    """
     changes = initial_run.check_shape(initial, record, model)
     shapes = params_lib.flatten(network.param_shapes(model))
     initial_run.check_trainable(initial, find_trainable_paths(method, shapes), method.name)
     assert initial.record is not None
-    kept_noise = initial.record.base.get("upcycled", {}).get("noise", 0.0)
-    if upcycle_noise and upcycle_noise != kept_noise:
+    # The new run's base is upcycled as that of the initial run was, with the same noise.
+    initial_noise = initial.record.base.get("upcycled", {}).get("noise", 0.0)
+    if upcycle_noise and upcycle_noise != initial_noise:
         raise InputError(
-            f"UPCYCLE_NOISE must be {kept_noise}, which the run {initial.path} keeps, got"
+            f"UPCYCLE_NOISE must be {initial_noise}, as in the run {initial.path}, got"
             f" {upcycle_noise}"
         )
     if changes:
@@ -91,7 +110,16 @@ def check_initial_run(
 def find_trainable_paths(
     method: options.Method, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> set[str]:
-    """Returns the paths of the parameters to train; InputError if the method does not fit."""
+    """Returns the paths of the parameters to train.
+
+    Args:
+      method: its patterns and FROZEN_DTYPE.
+      shapes: parameter path -> shape, of the whole model.
+
+    Raises:
+      InputError: a pattern matches no parameter, FROZEN_DTYPE is unknown, or it asks for quantized
+        matrices while no matrix is frozen.
+    """
     quantized.check_frozen_dtype(method.frozen_dtype)
     paths = params_lib.trainable_paths(shapes, method.trainable)
     has_frozen_matrix = any(params_lib.is_matrix(path) for path in shapes.keys() - paths)
@@ -113,9 +141,23 @@ def initialize(
     rules: partitioning.Rules,
     initial: initial_run.InitialRun | None,
 ) -> tuple[steps.TrainState, PyTree, Record]:
-    """Returns the sharded train state and frozen parameters at step 0, and the completed record."""
+    """Loads or draws the parameters of a new run.
+
+    Args:
+      model: the network.
+      method: which parameters train, and FROZEN_DTYPE.
+      optimizer: the optimizer, whose state is created.
+      checkpointing: path of the base, and UPCYCLE_NOISE.
+      record: the run's record, without what depends on the base.
+      mesh: the devices.
+      rules: logical axis -> mesh axis.
+      initial: the run to start from; None: the run starts from a base or random weights.
+
+    Returns:
+      (sharded train state at step 0, frozen parameters, completed record)
+    """
     shapes = params_lib.flatten(network.param_shapes(model))
-    # Before the base is read, which may take minutes: a wrong pattern is an error here.
+    # First, so that a wrong pattern fails before the base is read, which may take minutes.
     trainable_paths = find_trainable_paths(method, shapes)
     shardings = partitioning.param_shardings(mesh, rules, network.param_axes(model), shapes)
     if initial is None or initial.opened is None:
@@ -148,7 +190,7 @@ def initialize(
     def create(params: PyTree) -> steps.TrainState:
         return steps.TrainState.create(params, optimizer)
 
-    # Compiled with the shardings of the parameters: created eagerly, optimizer states would be
-    # replicated on every device first.
+    # Compiled with the shardings of the parameters. Created eagerly, the optimizer state would
+    # first be replicated on every device.
     state_shardings = partitioning.state_shardings(jax.eval_shape(create, trained), shardings, mesh)
     return jax.jit(create, out_shardings=state_shardings)(trained), frozen, record

@@ -1,4 +1,4 @@
-"""The record of a checkpoint or an adapter: what its model is, and what it was trained on.
+"""The record of a checkpoint or an adapter: describes its model and its training data.
 
 This module imports no jax, so that `pemoe_jax.torch` can read records without it.
 """
@@ -14,7 +14,7 @@ from pemoe_jax.runtime.file_io import JsonObject
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Describes a checkpoint, enough to build its model without the run's gin files.
+    """Describes a checkpoint well enough to build its model without the run's gin files.
 
     Attributes:
       method: name of the method (mov, lora, …).
@@ -22,24 +22,28 @@ class Record:
       config: `T5Config.as_dict()`.
       adapters: `adapters.describe()` of the adapters.
       sparse: `sparse.describe()` of the sparse layers; None: a dense model.
-      base: `path` (None: random weights), `seed` and `fingerprint` of the base model; `needed`,
-        whether the checkpoint needs it (False if every parameter was trained); `checksum` of all of
-        its values, unless it was read in parts; `upcycled`, the seed and the noise of `upcycling`,
-        if a sparse model started from a dense one.
+      base: the base model:
+        `path`: None for random weights.
+        `seed`: of random weights; None for stored ones.
+        `fingerprint`: a hash of a sample of its values; None: unknown.
+        `needed`: whether the checkpoint needs the base; False if every parameter was trained.
+        `format`: name of the stored format.
+        `frozen_dtype`: FROZEN_DTYPE; missing in records of earlier versions.
+        `checksum`: of all values; missing for random weights, and if the base was read in parts.
+        `upcycled`: seed and noise of `upcycling`, if a sparse model started from a dense base.
       counts: trainable and total number of parameters.
       versions: versions of the packages that wrote the checkpoint.
-      seed: seed of the adapters' initial values, which frozen ones get again on loading.
+      seed: seed by which adapters were drawn; frozen ones are not saved, but drawn again.
       trained_datasets: the training datasets, by their names in result tables; None: unknown.
       trained_tasks: names of the training tasks; None: unknown.
       held_out: names of the held-out datasets; None: unknown.
       optimizer: name of the optimizer's function; None: unknown.
       sentence_encoder: encoder of the sentence embeddings that routers read (name, dim,
-        fingerprint or probe: `sentence_table.is_same_encoder`); None: routers read none.
+        fingerprint or probe: `sentence_table.is_same_encoder`); None: routers read no embeddings.
       batches: settings that determine the examples and batches of training, by name ('BATCH_SIZE');
         None: unknown.
-      initial: path and method of the run that this one started from, the fingerprint of what it
-        trained, and a hash of its settings (`initial_run.fingerprint_settings`); None: it started
-        from a base model. `trained_datasets` and `trained_tasks` then include those of that run.
+      initial: `initial_run.describe()` of the run that this run started from; None: it started from
+        a base model. With an initial run, `trained_datasets` and `trained_tasks` cover both runs.
       vocabulary: `seqio_tasks.fingerprint_vocabulary` of the training data; None: unknown.
     """
 
@@ -76,7 +80,7 @@ def package_versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     return versions
 
 
-# Types of the fields in JSON; all others are objects.
+# Types of the fields in JSON; the fields that are not listed are objects.
 _TYPES = {
     "method": str,
     "trainable": list,
@@ -91,12 +95,16 @@ _TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an inte
 
 
 def parse_record(values: JsonObject, source: str) -> Record:
-    """Returns the record in a JSON object of the file `source`; ignores other keys.
+    """Returns the record in a JSON object, and ignores keys that are not fields of `Record`.
+
+    Args:
+      values: the object.
+      source: the file that it was read from, for errors.
 
     Raises:
       InputError: a field is missing or has another type.
     """
-    # Fields with a default are missing in records of earlier versions.
+    # Records of earlier versions may lack the fields with a default, so these are optional.
     names = [
         field.name
         for field in dataclasses.fields(Record)

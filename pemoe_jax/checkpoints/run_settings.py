@@ -6,7 +6,8 @@ import hashlib
 import re
 from collections.abc import Mapping
 
-# Macros of a run's location and logging, which do not change its result.
+# Macros of a run's location, logging and checkpoints, which do not change its result. NONFINITE and
+# MAX_SKIPPED_STEPS matter only to a run in which a value is not finite.
 _MACROS_WITHOUT_EFFECT = {
     "MODEL_DIR",
     "LOG_PERIOD",
@@ -22,21 +23,22 @@ _MACROS_WITHOUT_EFFECT = {
 
 
 def parse_settings(config: str) -> dict[str, str]:
-    """Returns name -> value of the settings that affect a result, from gin's text."""
+    """Returns name -> value of the settings that affect a result, from the text of a config.gin."""
     joined = re.sub(r"\\\n\s*", "", config)  # gin wraps long lines with a backslash
     settings: dict[str, str] = {}
     for line in joined.splitlines():
         if assignment := re.match(r"([A-Za-z_][\w./]*) = (.*)", line):
             name, value = assignment.groups()
             settings[name] = value
-        elif settings and line[:1] in (" ", "}", "]", ")"):  # a value of several lines
+        elif settings and line[:1] in (" ", "}", "]", ")"):  # continues the value of `name`
             settings[name] += f" {line.strip()}"
     return drop_wiring({n: v for n, v in settings.items() if n not in _MACROS_WITHOUT_EFFECT})
 
 
 def read_settings(path: str) -> dict[str, str]:
-    """Returns the parsed settings of a run, or nothing if `path` is no run or has no config.gin."""
-    from pemoe_jax.checkpoints import runs  # imports jax, which `pemoe sweep` does without
+    """Returns the settings of a run; {} if `path` is not a run or has no config.gin."""
+    # `runs` imports jax, but `pemoe sweep` imports this module and has to start without jax.
+    from pemoe_jax.checkpoints import runs
     from pemoe_jax.runtime import file_io
 
     config = runs.is_run(path) and runs.resolve(path)[0] / "config.gin"
@@ -46,7 +48,7 @@ def read_settings(path: str) -> dict[str, str]:
 
 
 def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """Returns 'NAME old -> new; …' of the settings that differ, '' if none does."""
+    """Returns the settings that differ as 'NAME old -> new; …'; '' if all are equal."""
     changes = []
     for name in {**before, **after}:
         old, new = (settings.get(name, "(not set)") for settings in (before, after))
@@ -56,10 +58,10 @@ def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> str
 
 
 def drop_wiring(settings: Mapping[str, str]) -> dict[str, str]:
-    """Removes bindings that only pass macros and option records to a command.
+    """Removes the bindings that only pass macros and dataclasses of options to a command.
 
-    They repeat the macros and change with the code. Without them, runs of different versions with
-    equal macros have equal settings.
+    Such a binding repeats a macro, and its name changes with the code. Without these bindings, runs
+    of different versions of the package have equal settings if their macros are equal.
     """
     return {
         name: value
@@ -70,6 +72,6 @@ def drop_wiring(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def fingerprint(settings: Mapping[str, str]) -> str:
-    """Returns a hash of all settings but the seed."""
+    """Returns a hash, 16 hexadecimal digits, of all settings except the seed."""
     lines = [f"{name} = {value}" for name, value in sorted(settings.items()) if name != "SEED"]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

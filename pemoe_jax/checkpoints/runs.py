@@ -5,8 +5,9 @@ MODEL_DIR/checkpoint_<step>/record   JSON: `Record`
 MODEL_DIR/checkpoint_<step>/feed     JSON: the position in the training data
 MODEL_DIR/checkpoint_<step>/checksums.json    CRC-32C of each file; missing in earlier versions
 
-On a file system, Orbax writes a checkpoint under another name and renames it. In a bucket, it
-writes the checkpoint under its own name, and at the end an object that marks it as finished.
+On a file system, Orbax writes a checkpoint under a temporary name and renames it at the end. A
+bucket cannot rename, so there Orbax writes a checkpoint under its final name, and at the end an
+object that marks it as finished.
 """
 
 import contextlib
@@ -33,14 +34,14 @@ from pemoe_jax.core.steps import TrainState
 from pemoe_jax.runtime import checksums, distributed, file_io
 from pemoe_jax.runtime.file_io import AnyPath
 
-# Files of Orbax: the mark of a finished checkpoint in a bucket, and the metadata of any checkpoint.
-_FINISHED, _ABOUT = "commit_success.txt", "_CHECKPOINT_METADATA"
+# Files of Orbax: the first marks a finished checkpoint in a bucket, the second is in every one.
+_FINISHED_FILE, _METADATA_FILE = "commit_success.txt", "_CHECKPOINT_METADATA"
 
 
 class _BucketSteps(ocp.path.step.NameFormat):
     """Names and finds the checkpoints of a run in a bucket.
 
-    Orbax's own class for buckets needs Google's client library.
+    It replaces Orbax's own class for buckets, which needs Google's client library.
     """
 
     def build_name(self, step: int) -> str:
@@ -58,19 +59,20 @@ class _BucketSteps(ocp.path.step.NameFormat):
 
 
 class DamagedCheckpoint(InputError):
-    """A checkpoint that cannot be read."""
+    """A checkpoint cannot be read, or a checksum is wrong."""
 
 
 class RunCheckpoints:
     """Writes and restores the checkpoints of a MODEL_DIR.
 
-    Saves are asynchronous, and a checkpoint appears whole or not at all. Each checkpoint is opened
-    once after it is written; only then are older ones deleted.
+    Saves are asynchronous, and a checkpoint appears whole or not at all. After a checkpoint is
+    written, it is opened; only if that succeeds are older ones deleted.
 
     Args:
+      model_dir: the MODEL_DIR, local or `gs://`.
       keep: number of newest checkpoints to keep; None: all.
       find_best: function from the steps of checkpoints to the step of the best one, which is kept
-        too; returns None if there is none.
+        too, or to None if no best one is known.
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class RunCheckpoints:
     ) -> None:
         self._folder, self._keep = file_io.resolve_output(model_dir, "MODEL_DIR"), keep
         self._find_best = find_best
-        self._pending: tuple[int, set[str]] | None = None  # step, paths of the parameters
+        # (step, paths of the parameters) of the save that is not checked yet.
+        self._pending: tuple[int, set[str]] | None = None
         self._has_failed = False
 
     @functools.cached_property
@@ -92,7 +95,7 @@ class RunCheckpoints:
             create=not is_remote,  # there are no folders in a bucket
             enable_async_checkpointing=True,
             step_name_format=_BucketSteps() if is_remote else None,
-            # `_BucketSteps` finds only finished checkpoints, also those that were copied there.
+            # Safe with `_BucketSteps`, which finds only finished checkpoints.
             atomicity_options=ocp.options.AtomicityOptions(allow_legacy_atomic_rename=is_remote),
         )
         return ocp.CheckpointManager(
@@ -102,9 +105,13 @@ class RunCheckpoints:
     def save(
         self, state: TrainState, record: Record, position: Mapping[str, list[int]] | None = None
     ) -> None:
-        """Saves a state under its step, unless that step is saved already.
+        """Starts to save a state under its step, unless that step is saved already.
 
-        `position` is a position in the training data, which `read_data_position` reads.
+        Args:
+          state: the train state.
+          record: the record of the run.
+          position: {'examples': examples that each data shard has consumed}; None: unknown.
+            `read_data_position` reads it.
 
         Raises:
           InputError: this save, or the one before, has failed.
@@ -115,14 +122,14 @@ class RunCheckpoints:
             return
         path = self._folder / f"checkpoint_{step}"
         if not isinstance(path, Path) and jax.process_index() == 0 and path.exists():
-            _delete_in_bucket(path)  # left by a save that was killed
+            _delete_in_bucket(path)  # an unfinished one, which a killed save left
         items = {
             "state": ocp.args.StandardSave(_as_tree(state)),
             "record": ocp.args.JsonSave(dataclasses.asdict(record)),
         }
         if position is not None:
             items["feed"] = ocp.args.JsonSave(dict(position))
-        self._finish()
+        self._finish()  # checks the save before this one
         with self._one_line_errors(step):
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._pending = step, set(params_lib.flatten(state.params))
@@ -131,31 +138,35 @@ class RunCheckpoints:
         """Checks the last save if it has ended; cheap enough to call at each step.
 
         Raises:
-          InputError: it has failed.
+          InputError: the save has failed.
         """
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self._finish()
 
     def restore_newest(self, state: TrainState) -> tuple[TrainState, int]:
-        """Restores the newest checkpoint that is whole, and returns its step too.
+        """Restores the newest undamaged checkpoint: returns (state, step).
 
-        Damaged newer ones are renamed to `damaged_checkpoint_<step>`, and named in a warning. A
-        damaged array is an error if there are several processes, as only some of them may have read
-        it. In a bucket any damage is an error, since the connection may be at fault.
+        Newer, damaged ones are renamed to `damaged_checkpoint_<step>`, and named in a warning. With
+        several processes a damaged array is an error, since only some of them may have read it. In
+        a bucket any damage is an error, since it may be the connection that fails.
+
+        Args:
+          state: a state with the expected shapes, dtypes and shardings.
 
         Raises:
-          InputError: no checkpoint is whole, or the run's optimizer has another state.
+          InputError: every checkpoint is damaged, or one has the state of another optimizer.
         """
         errors: dict[int, DamagedCheckpoint] = {}
         for step in reversed(finished_steps(self._folder)):
-            is_open = False
+            has_opened = False
             try:
+                # All processes read the same metadata, so they agree on whether it opens.
                 _check_opens(self._folder / f"checkpoint_{step}")
-                is_open = True
+                has_opened = True
                 restored = self.restore(step, state)
             except DamagedCheckpoint as error:
                 is_remote = file_io.is_remote(self._folder)
-                if is_remote or (is_open and jax.process_count() > 1):
+                if is_remote or (has_opened and jax.process_count() > 1):
                     raise
                 errors[step] = error
                 continue
@@ -166,6 +177,7 @@ class RunCheckpoints:
         raise next(iter(errors.values()))
 
     def _set_aside(self, step: int) -> AnyPath:
+        """Renames a damaged checkpoint, and returns its new path."""
         path = self._folder / f"damaged_checkpoint_{step}"
         while path.exists():
             path = path.with_name(f"{path.name}_again")
@@ -178,10 +190,10 @@ class RunCheckpoints:
         """Restores a saved state with the shapes, dtypes and shardings of `state`.
 
         Raises:
-          DamagedCheckpoint: it cannot be read.
-          InputError: its optimizer has another state than that of `state`.
+          DamagedCheckpoint: the checkpoint cannot be read, or a checksum is wrong.
+          InputError: the checkpoint has the state of another optimizer than `state`.
         """
-        try:  # each process reads a part of the files
+        try:  # each process verifies a part of the files
             part = jax.process_index(), jax.process_count()
             checksums.verify_checksums(self._folder / f"checkpoint_{step}", part)
         except InputError as error:
@@ -192,6 +204,7 @@ class RunCheckpoints:
             tree = self._manager.restore(step, args=args)["state"]
         except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
             folder = self._folder / f"checkpoint_{step}" / "state"
+            # Only its message tells the error of another optimizer's state from that of damage.
             if "tree structure" in str(error) or "Requested shape" in str(error):
                 raise InputError(
                     f"{folder}: expected the state of the run's optimizer, got other optimizer"
@@ -206,7 +219,7 @@ class RunCheckpoints:
         """Waits for the pending save and checks it.
 
         Raises:
-          InputError: it has failed.
+          InputError: the save has failed.
         """
         if self._has_failed:  # the manager would wait for the other processes, or raise again
             return
@@ -216,8 +229,8 @@ class RunCheckpoints:
     def delete_older(self, step: int) -> None:
         """Deletes the checkpoints before `step` that are not to be kept.
 
-        Call it when the checkpoint of `step` has been opened. It also deletes what killed and
-        failed saves left.
+        The remains of killed and failed saves are deleted too. Call this only after the checkpoint
+        of `step` has been opened successfully.
         """
         if jax.process_index():
             return
@@ -226,7 +239,7 @@ class RunCheckpoints:
                 self._delete_older_in_bucket(self._folder, step)
             return
         for old_step in self._old_steps(step):
-            # Renamed first: half of a checkpoint must not look like a checkpoint.
+            # Renamed first: a half-deleted folder must not look like a checkpoint.
             path = self._folder / f"checkpoint_{old_step}"
             path.rename(self._folder / f".deleted_{path.name}")
         for pattern in (".deleted_checkpoint_*", "checkpoint_*.orbax-checkpoint-tmp*"):
@@ -236,8 +249,10 @@ class RunCheckpoints:
     def _old_steps(self, step: int) -> set[int]:
         """Returns the steps of finished checkpoints before `step` that are not to be kept."""
         steps = [each for each in finished_steps(self._folder) if each <= step]
-        old_steps = {*steps[: -self._keep]} if self._keep is not None else set()
-        return old_steps - {self._find_best(steps) if old_steps else None}
+        old_steps = set() if self._keep is None else {*steps[: -self._keep]}
+        if not old_steps:  # spares `find_best`, which may read the run's metrics
+            return old_steps
+        return old_steps - {self._find_best(steps)}
 
     def _delete_older_in_bucket(self, folder: epath.Path, step: int) -> None:
         old_steps = self._old_steps(step)
@@ -247,7 +262,7 @@ class RunCheckpoints:
                 _delete_in_bucket(path)
 
     def _finish(self) -> None:
-        """Waits for the pending save, checks that it can be read, and deletes older ones."""
+        """Waits for the pending save, checks that it opens, and deletes older checkpoints."""
         if self._pending is None:
             return
         (step, expected), self._pending = self._pending, None
@@ -257,19 +272,20 @@ class RunCheckpoints:
             arrays = open_trained(str(checkpoint))[0]
             if missing := expected - arrays.keys():
                 raise InputError(f"expected {len(expected)} arrays, {min(missing)} is missing")
-            # The service of a bucket has checksums of its own.
+            # The service of a bucket stores checksums itself.
             if jax.process_index() == 0 and isinstance(checkpoint, Path):
                 checksums.write_checksums(checkpoint)
         self.delete_older(step)
 
     @contextlib.contextmanager
     def _one_line_errors(self, step: int) -> Iterator[None]:
-        """Converts what a save raises to an InputError that names the last checkpoint."""
+        """Converts an error of a save to an InputError that names the last good checkpoint."""
         try:
             yield
         except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
             self._has_failed = True
-            # A device or another process has failed.
+            # If a device or another process has failed, the save is not at fault: the caller
+            # reports that error.
             if isinstance(error, jax.errors.JaxRuntimeError):
                 raise
             if jax.process_count() > 1 and distributed.peer_error_message(error):
@@ -279,18 +295,19 @@ class RunCheckpoints:
                 f"resume from checkpoint_{saved[-1]}" if saved else "there is no checkpoint yet"
             )
             path = self._folder / f"checkpoint_{step}"
-            # On a full disk, the next run needs the space.
+            # The disk may be full, and the resumed run needs the space.
             if jax.process_count() == 1 and not file_io.is_remote(path):
                 shutil.rmtree(f"{path}.orbax-checkpoint-tmp", ignore_errors=True)
             raise InputError(
-                f"{path} could not be saved: {_last_words(error)}: {advice}"
+                f"{path} could not be saved: {_shorten_message(error)}: {advice}"
             ) from error
 
 
-def _last_words(error: Exception) -> str:
-    """Returns the end of the first line of a message, as tensorstore's messages begin with paths.
+def _shorten_message(error: Exception) -> str:
+    """Returns the last 120 characters of the first line of an error's message.
 
-    What tensorstore appends, such as [os_error_code='28'], and the path of an OSError are left out.
+    The reason is at the end, since tensorstore's messages begin with paths. Annotations that
+    tensorstore appends, such as [os_error_code='28'], and the path of an OSError are left out.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -299,13 +316,13 @@ def _last_words(error: Exception) -> str:
 
 
 def _as_tree(state: TrainState) -> dict[str, PyTree]:
-    # A dict, so that names in the checkpoint do not depend on the class.
+    # A dict, so that the names in a checkpoint do not depend on the class `TrainState`.
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
 def saved_steps(folder: AnyPath) -> list[int]:
     """Returns the steps of a run's finished checkpoints; none if the folder does not exist."""
-    # A folder without `record` is T5X's, or Orbax has not finished it.
+    # Without `record`, the folder is a checkpoint of T5X, or damaged.
     steps = finished_steps(folder)
     return [step for step in steps if (folder / f"checkpoint_{step}" / "record").is_dir()]
 
@@ -317,21 +334,25 @@ def finished_steps(folder: AnyPath) -> list[int]:
 
 
 def _is_finished(checkpoint: AnyPath) -> bool:
-    """Whether a checkpoint is complete; a finished one that was copied to a bucket is, too."""
-    if not file_io.is_remote(checkpoint) or (checkpoint / _FINISHED).exists():
+    """Whether a checkpoint is complete."""
+    # A file system has final names only for finished checkpoints.
+    if not file_io.is_remote(checkpoint) or (checkpoint / _FINISHED_FILE).exists():
         return True
-    about = checkpoint / _ABOUT
-    return about.exists() and bool(file_io.read_json(about).get("commit_timestamp_nsecs"))
+    # A checkpoint that was copied from a file system to the bucket lacks the mark, but its metadata
+    # has the time at which it was finished.
+    metadata = checkpoint / _METADATA_FILE
+    return metadata.exists() and bool(file_io.read_json(metadata).get("commit_timestamp_nsecs"))
 
 
 def _delete_in_bucket(checkpoint: epath.Path) -> None:
-    for name in (_FINISHED, _ABOUT):  # half of a checkpoint must not look like a checkpoint
+    # The marks first: a half-deleted folder must not look like a checkpoint.
+    for name in (_FINISHED_FILE, _METADATA_FILE):
         (checkpoint / name).unlink(missing_ok=True)
     file_io.delete_folder(checkpoint)
 
 
 def _check_opens(checkpoint: AnyPath) -> None:
-    """Raises DamagedCheckpoint unless its record, position and array metadata can be read."""
+    """Raises DamagedCheckpoint unless record, data position and array metadata are readable."""
     try:
         open_trained(str(checkpoint))
         read_data_position(str(checkpoint))
@@ -340,10 +361,12 @@ def _check_opens(checkpoint: AnyPath) -> None:
 
 
 def newest_readable_step(folder: AnyPath) -> int:
-    """Returns the step of a run's newest checkpoint that opens, 0 without one; reads no array.
+    """Returns the step of a run's newest checkpoint that opens; 0 if there is no checkpoint.
+
+    No array is read.
 
     Raises:
-      DamagedCheckpoint: there are checkpoints, and none opens.
+      DamagedCheckpoint: there are checkpoints, but none opens; the error of the newest one.
     """
     first_error: DamagedCheckpoint | None = None
     for step in reversed(finished_steps(folder)):
@@ -385,6 +408,7 @@ def is_run(path: str) -> bool:
 
 
 def _item_folder(path: str, item: str) -> AnyPath:
+    """Returns the folder of an item, such as 'record', of a checkpoint or a run's newest one."""
     folder, step = resolve(path)
     return folder / f"checkpoint_{step}" / item
 
@@ -398,8 +422,13 @@ def read_record(path: str) -> Record:
 def read_data_position(path: str, num_shards: int = 1) -> list[int] | None:
     """Returns the number of examples that each data shard has consumed; None if not saved.
 
-    If the number of shards is not the checkpoint's, all shards start at the first example that was
-    not consumed: no example is skipped, and those that faster shards had consumed are repeated.
+    If the checkpoint was saved with another number of shards, all shards start at the first example
+    that was not consumed. No example is skipped then, but later ones that some shards had consumed
+    already are repeated.
+
+    Args:
+      path: a checkpoint, or a run, whose newest checkpoint is read.
+      num_shards: number of data shards of the resumed run.
 
     Raises:
       InputError: the position is unreadable.
@@ -415,21 +444,24 @@ def read_data_position(path: str, num_shards: int = 1) -> list[int] | None:
         )
     if len(examples) == num_shards:
         return examples
-    # Shard i of n holds the examples i, i + n, i + 2n, …
+    # Shard i of n holds the examples i, i + n, i + 2n, …, so its first example that was not
+    # consumed is consumed · n + i. Of the examples before `first`, new shard i of n holds
+    # ceil((first - i) / n).
     first = min(consumed * len(examples) + shard for shard, consumed in enumerate(examples))
     return [max(0, -(-(first - shard) // num_shards)) for shard in range(num_shards)]
 
 
 def open_trained(path: str) -> tuple[dict[str, LazyArray], Record, int]:
-    """Opens a checkpoint, or a run's newest one, as (path -> array, record, step).
+    """Opens a checkpoint, or a run's newest one, as (path -> trained array, record, step).
 
-    The first read of an array compares the checksums of the checkpoint's files.
+    No array is read yet. The first read of any array verifies the checksums of all files.
 
     Raises:
       InputError: the checkpoint does not exist, or is unreadable.
     """
     folder, step = resolve(path)
-    checkpoint = folder / f"checkpoint_{step}"  # resolved once: a run may save a newer one
+    # Resolved once: the run may save a newer checkpoint before the record is read.
+    checkpoint = folder / f"checkpoint_{step}"
     arrays = tensorstore_file.open_orbax(file_io.resolve(checkpoint / "state"), "params")
     return _verify_on_read(arrays, checkpoint), read_record(str(checkpoint)), step
 

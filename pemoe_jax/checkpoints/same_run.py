@@ -15,8 +15,9 @@ def check_same_run(
 ) -> list[str]:
     """Raises InputError, with every difference, if a run cannot resume from a checkpoint.
 
-    Unknown fields are not compared: those that are None (in records of earlier versions) and an
-    empty `base`. So the settings can be compared before the base is read.
+    A field that either record leaves unknown is not compared: None, as in records of earlier
+    versions, or an empty `base`. So settings can be compared before the base is read, which may
+    take minutes.
 
     Args:
       folder: the MODEL_DIR, for the message.
@@ -39,14 +40,15 @@ def check_same_run(
 
 
 def _draws_frozen_parameters(record: Record) -> bool:
-    """Whether the seed initializes frozen parameters, which the checkpoint does not hold."""
+    """Whether frozen parameters may depend on the seed; the checkpoint does not hold them."""
+    # FREEZE may match adapters too ('all_but_router'), and adapters are always drawn.
     has_freeze = freezing.parse_patterns(record.trainable)[1] is not None
-    is_drawn = record.base["path"] is None or "upcycled" in record.base
-    return has_freeze or (record.base["needed"] and is_drawn)
+    is_base_drawn = record.base["path"] is None or "upcycled" in record.base
+    return has_freeze or (record.base["needed"] and is_base_drawn)
 
 
 def _data_differences(saved: Record, current: Record) -> Iterator[str]:
-    """Yields differences of seed, tasks and batches, which `allow_changes` accepts."""
+    """Yields the differences that `allow_changes` accepts: of the seed, tasks and batches."""
     if saved.seed != current.seed and not _draws_frozen_parameters(saved):
         yield f"SEED {saved.seed} -> {current.seed}"
     yield from _changed_names("training tasks", saved.trained_tasks, current.trained_tasks)
@@ -60,7 +62,8 @@ def _data_differences(saved: Record, current: Record) -> Iterator[str]:
 def _differences(saved: Record, current: Record) -> Iterator[str]:
     """Yields differences that make the checkpoint's state unusable."""
     before, after = _settings(saved, saved), _settings(current, saved)
-    if saved.method == current.method:  # otherwise everything differs
+    # Settings of another method all differ; the methods' names, compared below, say enough.
+    if saved.method == current.method:
         for settings, record in ((before, saved), (after, current)):
             patterns, freeze = freezing.parse_patterns(record.trainable)
             settings |= {"TRAINABLE": patterns, "FREEZE": freeze}
@@ -69,20 +72,21 @@ def _differences(saved: Record, current: Record) -> Iterator[str]:
     for name, value in before.items():
         if name in after and after[name] != value:
             yield f"{name} {value!s:.60} -> {after[name]!s:.60}"
-    # The fingerprint hashes a sample of the values. If it differs, the loop above has said so.
-    is_same = before.get("base fingerprint") == after.get("base fingerprint")
+    # A fingerprint covers a sample of the values, a checksum all of them. If the fingerprints
+    # differ, the loop above has yielded that already.
+    has_same_sample = before.get("base fingerprint") == after.get("base fingerprint")
     first, second = (record.base.get("checksum") for record in (saved, current))
-    if saved.base["needed"] and is_same and checksums.is_other(first, second):
+    if saved.base["needed"] and has_same_sample and checksums.is_other(first, second):
         yield f"base checksum {first} -> {second}"
     yield from _initial_differences(saved, current)
 
 
 def _settings(record: Record, saved: Record) -> dict[str, Any]:
-    """Returns the settings that must not change on resuming, by their user-facing names.
+    """Returns name -> value of the settings that must not change when a run resumes.
 
     Args:
-      record: the record of the settings; unknown ones are left out.
-      saved: the checkpoint's record, which determines whether the base and SEED count.
+      record: the record to read the settings from; unknown ones are left out.
+      saved: the checkpoint's record. It determines whether the base and SEED are included.
     """
     base = record.base if saved.base["needed"] else {}
     settings = {
@@ -90,25 +94,25 @@ def _settings(record: Record, saved: Record) -> dict[str, Any]:
         "SEED": record.seed if _draws_frozen_parameters(saved) else None,
         "OPTIMIZER": record.optimizer,
         "fingerprint of VOCAB_PATH": record.vocabulary,
-        # Dropout may change; the sentence encoder and its size are compared separately
-        # (`sentence_table.check_same_encoder`).
+        # Dropout may change. `sentence_table.check_same_encoder` compares the sentence encoder and
+        # its size.
         **{
             f"T5Config.{name}": value
             for name, value in record.config.items()
             if name not in ("dropout_rate", "sentence_dim")
         },
         "base fingerprint": base.get("fingerprint"),
-        # Runs from before quantization recorded none.
+        # Records from before quantization lack the field.
         "FROZEN_DTYPE": base.get("frozen_dtype", "activations") if base else None,
         "UPCYCLE_NOISE": base.get("upcycled", {}).get("noise"),
     }
     known = {name: value for name, value in settings.items() if value is not None}
-    # None is a value of these, not an unknown one.
+    # None is a legitimate value of a T5Config field; elsewhere it means "unknown".
     return known | {name: value for name, value in settings.items() if name.startswith("T5Config.")}
 
 
 def _initial_differences(saved: Record, current: Record) -> Iterator[str]:
-    """Yields a line if the two runs continue from different runs."""
+    """Yields a line if the two runs started from different initial runs."""
     if not current.base:  # `initial` is known only once the base is read
         return
     before, after = (
@@ -125,7 +129,7 @@ def _initial_differences(saved: Record, current: Record) -> Iterator[str]:
 def adapter_differences(
     saved: Mapping[str, Mapping[str, Any]], current: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Yields lines such as 'num_experts 10 -> 5 at key, value, gate'."""
+    """Yields differences of adapters, such as 'num_experts 10 -> 5 at key, value, gate'."""
     if saved.keys() != current.keys():
         before, after = (", ".join(sites) or "none" for sites in (saved, current))
         yield f"adapters at {before} -> {after}"
@@ -143,7 +147,7 @@ def adapter_differences(
 def sparse_differences(
     saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None
 ) -> Iterator[str]:
-    """Yields lines such as 'NUM_EXPERTS 8 -> 4'."""
+    """Yields differences of sparse layers, such as 'NUM_EXPERTS 8 -> 4'."""
     if saved is None or current is None:
         if saved is not current:
             yield f"sparse layers {_describe(saved)} -> {_describe(current)}"
@@ -159,7 +163,7 @@ def _describe(sparse: Mapping[str, Any] | None) -> str:
 
 
 def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of an adapter, those of its router as 'router.<field>'."""
+    """Returns the fields of an adapter's description, its router's as 'router.<field>'."""
     router = description.get("router")
     fields = {name: value for name, value in description.items() if name != "router"}
     if isinstance(router, Mapping):

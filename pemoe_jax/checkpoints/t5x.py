@@ -1,4 +1,4 @@
-"""T5X checkpoints in both formats; only their parameters (`target`) are opened.
+"""Opens T5X checkpoints in both of their formats; reads only the parameters (`target`).
 
 legacy   checkpoint_<step>/checkpoint         msgpack: an index of the arrays, small ones inline
          checkpoint_<step>/target.….kernel/   zarr, a folder per array
@@ -23,13 +23,13 @@ _PLACEHOLDER = "PLACEHOLDER://"
 
 
 def step_of(name: str) -> int | None:
-    """Returns the step of a folder named `checkpoint_<step>`; None for another name."""
+    """Returns the step in the folder name `checkpoint_<step>`; None for another name."""
     match = re.fullmatch(r"checkpoint_(\d+)", name)
     return int(match[1]) if match else None
 
 
 def checkpoint_steps(folder: epath.Path) -> list[int]:
-    """Returns the steps of the folders `checkpoint_<step>` in a folder, in order."""
+    """Returns the steps of the folders `checkpoint_<step>` in a folder, in ascending order."""
     return sorted(step for path in folder.iterdir() if (step := step_of(path.name)) is not None)
 
 
@@ -37,8 +37,8 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
     """Opens the `target` of a checkpoint in either format as path -> array.
 
     Raises:
-      InputError: the folder is not a checkpoint, has no `target`, is unreadable, or its index
-        names arrays that are not in the folder.
+      InputError: the folder is not a checkpoint, or is unreadable; it has no `target`; or its index
+        names an array that is not in the folder.
     """
     state = tensorstore_file.orbax_state_folder(folder)
     if state is not None:
@@ -64,7 +64,7 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
             f"{index}: expected a T5X index with a `target`, got something else"
             f" ({type(error).__name__}: {error})"
         ) from error
-    # Arrays of T5X are zarr folders, except small ones, which T5X puts into the index.
+    # T5X writes an array as a zarr folder, but puts a small one into the index itself.
     names: dict[str, str] = {}
     arrays: dict[str, LazyArray] = {}
     for path, leaf in leaves.items():
@@ -85,5 +85,5 @@ def _zarr_name(leaf: object, index: epath.Path, path: str) -> str:
     match leaf:
         case {"kvstore": {"path": str(name)}} | {"kvstore": Mapping(), "path": str(name)}:
             return name.rstrip("/")
-    # Without the value: the text of a deeply nested one would raise RecursionError.
+    # The message has no value: `repr` of a deeply nested one would raise RecursionError.
     raise InputError(f"{index}: {path:.200}: expected an array, got {type(leaf).__name__}")

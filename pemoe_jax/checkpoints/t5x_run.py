@@ -1,7 +1,8 @@
-"""Runs of T5X's trainer with `t5x_bridge`: T5X checkpoints of the trained parameters, and a record.
+"""Reads and writes runs of T5X's trainer with `t5x_bridge`.
 
 MODEL_DIR/pemoe_record.json        JSON: `Record`
-MODEL_DIR/checkpoint_<step>/       T5X's, Orbax or legacy: `target` (trained), `state`
+MODEL_DIR/checkpoint_<step>/       T5X's checkpoint, Orbax or legacy: `target` (the trained
+                                   parameters) and `state`
 """
 
 import dataclasses
@@ -20,13 +21,13 @@ RECORD = "pemoe_record.json"
 
 
 def run_folder(path: str | os.PathLike[str]) -> epath.Path:
-    """Returns the MODEL_DIR of a path to a run or to one of its checkpoints."""
+    """Returns the MODEL_DIR, given the path of a run or of one of its checkpoints."""
     folder = file_io.resolve(path)
     return folder if t5x.step_of(folder.name) is None else folder.parent
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a run of T5X's trainer, or a checkpoint of one."""
+    """Whether a path is a run of T5X's trainer, or a checkpoint of such a run."""
     return (run_folder(path) / RECORD).exists()
 
 
@@ -43,10 +44,10 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
 
 def open_trained(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
-    """Opens a checkpoint, a run's newest, as (path -> array, the record, the step).
+    """Opens a checkpoint, or a run's newest one, as (path -> trained array, record, step).
 
     Raises:
-      InputError: the run has no checkpoint, or it is unreadable.
+      InputError: the run has no checkpoint, or the checkpoint is unreadable.
     """
     run, checkpoint = run_folder(path), file_io.resolve(path)
     if checkpoint == run:

@@ -1,6 +1,7 @@
-"""Arrays in zarr format, read with tensorstore: Orbax checkpoints and the arrays of T5X's own.
+"""Opens arrays in zarr format with tensorstore: those of Orbax and of T5X's legacy format.
 
-Each array is a folder, or a key in an OCDBT store; local or `gs://`. Opening reads metadata only.
+Each array is a folder, local or `gs://`, or has a prefix of keys in an OCDBT store, tensorstore's
+database in few files. Opening an array reads only its metadata.
 """
 
 import contextlib
@@ -35,16 +36,18 @@ def open_orbax(state: epath.Path, item: str) -> dict[str, LazyArray]:
 
     Args:
       state: result of `orbax_state_folder`.
-      item: 'target' in T5X checkpoints, 'params' in checkpoints of this package.
+      item: part of the train state, the first part of the arrays' names: 'target' in T5X
+        checkpoints, 'params' in checkpoints of this package.
 
     Raises:
-      InputError: the store is unreadable, or has no such item.
+      InputError: the store is unreadable, or has no arrays of this item.
     """
     base = file_io.url(state)
     has_ocdbt = (state / "manifest.ocdbt").exists()
     kvstore: KvStore = {"driver": "ocdbt", "base": base, "path": ""} if has_ocdbt else base
     with _one_line_errors(state):
-        # The keys that start with "target.": '/' is the character after '.'.
+        # All keys that start with "target.", as '/' is the character after '.'. Listing only these
+        # spares the optimizer state.
         key_range = ts.KvStore.KeyRange(f"{item}.", f"{item}/")
         keys = [key.decode() for key in ts.KvStore.open(kvstore).result().list(key_range).result()]
     # Metadata files mark the arrays; the other keys are chunks.
@@ -59,7 +62,9 @@ def open_orbax(state: epath.Path, item: str) -> dict[str, LazyArray]:
 def open_arrays(
     folder: epath.Path, kvstore: KvStore, names: Mapping[str, str], driver: str
 ) -> dict[str, LazyArray]:
-    """Opens arrays as path -> array, all at once: with remote storage each one is a round trip.
+    """Opens arrays as path -> array.
+
+    All are opened concurrently, because in remote storage each one takes a round trip.
 
     Args:
       folder: the checkpoint, for errors.
@@ -71,7 +76,7 @@ def open_arrays(
       InputError: an array is missing or unreadable.
     """
     context = ts.Context()
-    # By default a missing chunk reads as zeros.
+    # By default tensorstore reads a missing chunk as zeros: damage would go unnoticed.
     spec = {"driver": driver, "fill_missing_data_reads": False}
     futures = {}
     for path, name in names.items():
@@ -93,11 +98,12 @@ def _lazy_array(path: epath.Path, future: "ts.Future[ts.TensorStore]") -> LazyAr
 
 @contextlib.contextmanager
 def _one_line_errors(path: epath.Path) -> Iterator[None]:
+    """Converts errors of tensorstore to an InputError of one line that names the path."""
     try:
         yield
     except (ValueError, OSError) as error:
-        # The messages end in lines such as [source locations='tensorstore/driver/driver.cc:…'].
-        locations = r"\s*\[source locations?=.*?\]|\[[a-z_]+='.*?'\]"
-        text = re.sub(locations, "", str(error), flags=re.S)
+        # Messages end with annotations such as [source locations='tensorstore/driver/driver.cc:…'].
+        annotations = r"\s*\[source locations?=.*?\]|\[[a-z_]+='.*?'\]"
+        text = re.sub(annotations, "", str(error), flags=re.S)
         short = textwrap.shorten(text, 300, placeholder="…")
         raise InputError(f"{path}: unreadable: {short}") from error

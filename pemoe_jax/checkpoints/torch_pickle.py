@@ -1,15 +1,16 @@
-"""Files of `torch.save` (`pytorch_model.bin`), read without torch and without running their pickle.
+"""Reads files of `torch.save` (`pytorch_model.bin`) without torch, and without running the pickle.
 
-The zip archive holds:
+The file is a zip archive with these entries:
 
     <name>/data.pkl      a pickle: for each tensor its name, storage, offset, shape and strides
     <name>/data/<key>    a storage: little-endian values, neither compressed nor padded
     <name>/byteorder     'little' or 'big'; missing in older files
 
-A pickle is a program. This module interprets the few operations that a dict of tensors needs and
-refuses all others. `pickle.Unpickler` with a restricted `find_class` and `persistent_load` is
-shorter, but does not suffice: `find_class` does not see which values a pickle hashes, and a deeply
-nested tuple as a dict key overflows the C stack and kills the process (Python 3.11).
+A pickle is a program, which may run any code. This module interprets the few operations that a dict
+of tensors needs, and refuses all others. A `pickle.Unpickler` with a restricted `find_class` and
+`persistent_load` would be shorter, but not safe: a deeply nested tuple as the key of a dict
+overflows the C stack when it is hashed, which kills the process (Python 3.11), and an unpickler
+cannot refuse it.
 """
 
 import dataclasses
@@ -43,24 +44,26 @@ _STORAGES: dict[str, np.dtype] = {
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
 }
-# `_rebuild_parameter` occurs if parameters were saved in place of a state dict.
+# The names that a pickle may use. `_rebuild_parameter` occurs if a dict of `nn.Parameter` was saved
+# instead of a state dict.
 _DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
 _GLOBALS = {_DICT, _TENSOR, _PARAMETER, *_STORAGES}
 
 _BLOCK = 1 << 24  # bytes read at a time for a checksum
+# Limits for malicious files; both leave ample room for real ones.
 _MAX_PICKLE_BYTES = 10_000_000  # T5-XXL's data.pkl has 0.1 MB
 _MAX_OPERATIONS = 500_000  # a tensor takes about 25; a million take seconds
 _RESAVE = "torch.save(torch.load(path, weights_only=True), path)"
 
 
 def open_file(path: epath.Path) -> dict[str, LazyArray]:
-    """Opens a file as name -> array; reads the zip's directory and the pickle, no tensor.
+    """Opens a file as name -> array; reads the zip's directory and the pickle, but no tensor.
 
     Raises:
-      InputError: the file is missing, truncated, not in torch's zip format, contains anything
-        except a dict of tensors, or has a tensor that exceeds its storage.
+      InputError: the file is missing, truncated or not in torch's zip format; it holds anything
+        but a dict of tensors; or a tensor exceeds its storage.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -70,7 +73,7 @@ def open_file(path: epath.Path) -> dict[str, LazyArray]:
     try:
         state = _Interpreter(archive).run(archive.read("data.pkl"))
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError):  # a ValueError too, but with its own message
             raise
         raise InputError(f"{path}: not a pickle of tensors ({error!r:.200})") from error
     if not isinstance(state, dict):
@@ -84,6 +87,7 @@ def open_file(path: epath.Path) -> dict[str, LazyArray]:
 
 
 def _kind(value: object) -> str:
+    """Returns what a value is, for errors: 'tensor' or its type, such as 'Storage' or 'list'."""
     return "tensor" if isinstance(value, LazyArray) else type(value).__name__.lstrip("_")
 
 
@@ -91,12 +95,12 @@ def _kind(value: object) -> str:
 class _Archive:
     """A zip archive whose uncompressed entries are read by byte range.
 
-    `zipfile` reads an entry from its start, whichever range is requested (Python 3.11).
+    `zipfile` (Python 3.11) would read an entry from its start, whichever range is requested.
     """
 
     path: epath.Path
     entries: dict[str, zipfile.ZipInfo]  # by name, without the archive's top folder
-    verified: set[str] = dataclasses.field(default_factory=set)  # entries with a right checksum
+    verified: set[str] = dataclasses.field(default_factory=set)  # entries whose checksum is right
 
     def entry(self, name: str) -> zipfile.ZipInfo:
         if name not in self.entries:
@@ -106,8 +110,8 @@ class _Archive:
     def data_offset(self, name: str) -> int:
         """Returns the position of an entry's first byte in the file."""
         offset = self.entry(name).header_offset
-        # The local header is read too: its extra field, with which torch aligns storages to 64
-        # bytes, is not the one of the central directory.
+        # The size of the entry's own header is not in the zip's directory: torch pads the header's
+        # extra field, so that storages are aligned to 64 bytes.
         header = file_io.read_range(self.path, offset, 30).tobytes()
         signature, name_size, extra_size = struct.unpack("<4s22x2H", header)
         if signature != b"PK\x03\x04":
@@ -115,16 +119,16 @@ class _Archive:
         return offset + 30 + name_size + extra_size
 
     def read(self, name: str) -> bytes:
-        """Returns an entry, after comparing its checksum."""
+        """Returns the bytes of an entry, whose checksum is verified."""
         return self.read_range(name, 0, self.entry(name).file_size).tobytes()
 
     def read_range(self, name: str, offset: int, size: int) -> np.ndarray:
-        """Returns bytes of an entry, uint8 [size]; the first read compares its checksum."""
+        """Returns bytes of an entry, uint8 [size]; the first read verifies its checksum."""
         start, entry = self.data_offset(name), self.entry(name)
         data = file_io.read_range(self.path, start + offset, size)
         if name not in self.verified:
             crc = zlib.crc32(data.data)
-            if size != entry.file_size:  # a part: the rest is read too, block by block
+            if size != entry.file_size:  # the checksum is of the whole entry, which is read too
                 crc = 0
                 for at in range(0, entry.file_size, _BLOCK):
                     block = min(_BLOCK, entry.file_size - at)
@@ -142,6 +146,7 @@ class _Archive:
 
 
 def _open_archive(path: epath.Path) -> _Archive:
+    """Reads a zip's directory, and checks that each entry is within the file."""
     file_bytes = path.stat().length
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -155,7 +160,7 @@ def _open_archive(path: epath.Path) -> _Archive:
         elif start[:1] == b"\x80":
             problem = f"torch's format before 1.6: save it again with a newer torch: {_RESAVE}"
         raise InputError(f"{path}: {problem}") from error
-    # The top folder has the name of the file that was passed to torch.save.
+    # All entries are in a top folder, which torch.save named after the file it wrote.
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise InputError(f"{path}: expected a file of torch.save, got a zip without data.pkl")
@@ -192,7 +197,7 @@ class _Storage:
     size: int
 
     def read(self, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
-        """Reads a slice of a row-major array whose first value is the storage's at `offset`."""
+        """Reads a slice of a row-major array that starts at the storage's value `offset`."""
         read = functools.partial(self.archive.read_range, f"data/{self.key}")
         return read_rows(read, offset * self.dtype.itemsize, shape, self.dtype, index)
 
@@ -204,7 +209,8 @@ class _Interpreter:
         self.archive = archive
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}  # a dict: an index of 2**32 must not allocate a list
+        # A dict, not a list: the index 2**32 of a malicious pickle must not allocate memory.
+        self.memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> object:
         """Returns the pickled object: dicts, lists, tuples, scalars and `LazyArray`s."""
@@ -222,17 +228,21 @@ class _Interpreter:
             elif name in _OPERATIONS:
                 _OPERATIONS[name](self)
             elif name == "GLOBAL":
-                self.push_global(argument.replace(" ", "."))
+                self.push_global(argument.replace(" ", "."))  # genops joins module and name by ' '
             elif name not in ("PROTO", "FRAME", "STOP"):
                 detail = f" of {argument}" if name == "INST" else ""
                 self.refuse(f"pickle operation {name}{detail}")
         return self.stack[-1]
 
-    def refuse(self, what: str) -> NoReturn:
-        what = what if what.isprintable() else ascii(what)  # keeps the message on one line
-        raise InputError(f"{self.archive.path}: expected a pickle of tensors only, got {what:.200}")
+    def refuse(self, actual: str) -> NoReturn:
+        """Raises InputError, which names what the pickle has in place of tensors."""
+        shown = actual if actual.isprintable() else ascii(actual)  # keeps the message on one line
+        raise InputError(
+            f"{self.archive.path}: expected a pickle of tensors only, got {shown:.200}"
+        )
 
     def push_global(self, name: str) -> None:
+        """Pushes a placeholder for an allowed function or class."""
         if name not in _GLOBALS:
             self.refuse(name)
         self.stack.append(_Global(name))
@@ -270,12 +280,13 @@ class _Interpreter:
             self.stack[-1][key] = value
 
     def build(self) -> None:
-        """Drops the attribute `_metadata` of a state dict, which no reader needs."""
+        """Drops the attributes of a dict: a state dict has `_metadata`, which no reader needs."""
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
             self.refuse(f"attributes of a {_kind(self.stack[-1])}")
 
     def load_persistent(self) -> None:
+        """Replaces ('storage', type, key, device, size) on the stack by the storage."""
         match self.stack.pop():
             case ("storage", _Global(name), str(key), str(), size) if (
                 name in _STORAGES and file_io.is_count(size)
@@ -292,11 +303,13 @@ class _Interpreter:
         self.stack.append(_Storage(self.archive, key, dtype, size))
 
     def reduce(self) -> None:
+        """Replaces a function and its arguments on the stack by the result, for three functions."""
         arguments, function = self.stack.pop(), self.stack.pop()
         match function, arguments:
             case _Global(name), () if name == _DICT:
                 self.stack.append({})
-            # The last argument, if present, marks views that negate or conjugate their storage.
+            # After the strides come `requires_grad` and hooks. A last argument, if it is not empty,
+            # marks a view that negates or conjugates its storage.
             case _Global(name), (_Storage() as storage, offset, shape, strides, _, _, *more) if (
                 name == _TENSOR and more in ([], [None], [{}])
             ):
@@ -340,7 +353,11 @@ _OPERATIONS: dict[str, Callable[[_Interpreter], None]] = {
 
 
 def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> LazyArray:
-    """Returns a view of a storage; offset and strides count values."""
+    """Returns the view of a storage that a tensor is; offset and strides count values.
+
+    Raises:
+      InputError: an argument is not of integers >= 0, or the view exceeds the storage.
+    """
     path, dtype = storage.archive.path, storage.dtype
     is_valid = (
         is_shape(shape)
@@ -354,7 +371,8 @@ def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> La
         )
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     count = math.prod(shape)
-    # `count` is checked too: a stride of 0 repeats a value, and could ask for any amount of memory.
+    # `count` is limited too, because a stride of 0 repeats values: a small storage could be
+    # expanded to any amount of memory.
     if count > storage.size or (count and last >= storage.size):
         raise InputError(
             f"{path}: a tensor {shape!s:.80} with strides {strides!s:.80} and offset {offset:,}"
@@ -362,8 +380,8 @@ def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> La
         )
     if not count:
         return LazyArray(shape, dtype, lambda index: np.empty(shape, dtype)[index])
-    # Rows of a contiguous tensor, or of its transpose, are read alone; of another view, all values
-    # from its first to its last.
+    # Of a contiguous tensor or its transpose, only the requested rows are read. Of any other view,
+    # all values from its first to its last are read.
     read = functools.partial(storage.read, offset)
     if _is_row_major(shape, strides):
         return LazyArray(shape, dtype, functools.partial(read, shape))
@@ -384,6 +402,7 @@ def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> La
 
 
 def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether strides, counted in values, are those of a contiguous row-major array."""
     step = 1
     for n, stride in zip(reversed(shape), reversed(strides), strict=True):
         if n != 1 and stride != step:

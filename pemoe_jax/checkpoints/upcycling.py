@@ -1,7 +1,8 @@
-"""Upcycling: a sparse model's arrays from those of a dense one (arXiv 2212.05055).
+"""Upcycling: makes the arrays of a sparse model from those of a dense one (arXiv 2212.05055).
 
-Each expert is a copy of its block's MLP, optionally times 1 + N(0, σ²); routers are drawn. The
-extra MLP of ST-MoE is a copy whose last matrix is zero, so that it adds nothing at the start.
+Each expert is a copy of its block's MLP, optionally times 1 + N(0, σ²). Routers are drawn at
+random. The extra MLP of ST-MoE is a copy too, except for its last matrix: that is zero, so that the
+extra MLP adds nothing at the start.
 """
 
 import dataclasses
@@ -22,20 +23,24 @@ from pemoe_jax.core import params as params_lib
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import Transformer
 
-_MLP = re.compile(r"(.*/)(mlp/expert|extra_mlp)/(\w+)/kernel")
-_DRAWN = re.compile(r".*/(mlp/router|pre_extra_mlp_layer_norm|extra_mlp/wo)/.*")
+_COPIED_MLP = re.compile(r"(.*/)(mlp/expert|extra_mlp)/(\w+)/kernel")
+# Parameters that the dense model lacks, and `extra_mlp/wo`, which starts at zero.
+_INITIALIZED = re.compile(r".*/(mlp/router|pre_extra_mlp_layer_norm|extra_mlp/wo)/.*")
 
 
 def source_path(path: str) -> str | None:
-    """Returns the path of the dense array that a sparse model's array is made of; None: none."""
-    if _DRAWN.fullmatch(path):
+    """Returns the path of the dense array from which a sparse model's array is made.
+
+    None for an array that is initialized instead: routers, and parts of the extra MLP.
+    """
+    if _INITIALIZED.fullmatch(path):
         return None
-    match = _MLP.fullmatch(path)
+    match = _COPIED_MLP.fullmatch(path)
     return path if match is None else f"{match[1]}mlp/{match[3]}/kernel"
 
 
 def names_by_source(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Returns path of a dense array -> paths of a sparse model's arrays that are made of it."""
+    """Returns path of a dense array -> paths of the sparse model's arrays made from it."""
     names: dict[str, list[str]] = {}
     for path in paths:
         if source := source_path(path):
@@ -44,12 +49,12 @@ def names_by_source(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def is_expert(path: str) -> bool:
-    """Whether an array holds the matrices [E, in, out] of all experts."""
+    """Whether a path is that of the matrices [E, in, out] of all experts of a layer."""
     return "/mlp/expert/" in path
 
 
 def should_upcycle(model: Transformer, base: BaseModel) -> bool:
-    """Returns whether a base is dense and the model is sparse, so that the base is upcycled.
+    """Whether a base has to be upcycled, because it is dense and the model is sparse.
 
     Raises:
       InputError: the base is sparse, and the model is dense or has other experts.
@@ -79,12 +84,12 @@ def _blocks(step: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Upcycling:
-    """How the arrays that a dense base lacks are made.
+    """Makes the arrays of a sparse model from those of a dense base.
 
     Attributes:
       model: the sparse model.
-      seed: seed of routers and noise.
-      noise: σ of the experts' noise.
+      seed: seed of the routers and of the noise.
+      noise: σ, by which each expert is multiplied by 1 + N(0, σ²).
     """
 
     model: Transformer
@@ -94,10 +99,11 @@ class Upcycling:
     def copy_to_experts(
         self, path: str, array: jax.Array, dtype: jnp.dtype, sharding: Sharding | None
     ) -> jax.Array:
-        """Returns the array [E, in, out] at `path` on its devices, from [in, out]."""
+        """Returns the experts [E, in, out] at `path`, on their devices, from a matrix [in, out]."""
         assert self.model.sparse is not None
         key = None
         if self.noise:
+            # The key depends on the path, so the noise does not depend on the order of loading.
             key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(path.encode()))
         copy = _copy_program(self.model.sparse.num_experts, jnp.dtype(dtype), sharding)
         return copy(array, key, self.noise)
@@ -105,17 +111,17 @@ class Upcycling:
     def draw(
         self, paths: Iterable[str], transform: params_lib.Transform = params_lib.identity
     ) -> dict[str, params_lib.PyTree]:
-        """Returns path -> array of those `paths` that are made of no dense array."""
+        """Initializes those of the `paths` that are not made from a dense array: path -> array."""
         drawn_paths = {path for path in paths if source_path(path) is None}
 
-        def zero_last(path: str, array: jax.Array) -> params_lib.PyTree:
+        def zero_extra_wo(path: str, array: jax.Array) -> params_lib.PyTree:
             return transform(path, array * 0 if path.endswith("/extra_mlp/wo/kernel") else array)
 
-        drawn = network.init_params(self.model, self.seed, drawn_paths.__contains__, zero_last)
+        drawn = network.init_params(self.model, self.seed, drawn_paths.__contains__, zero_extra_wo)
         return params_lib.flatten(drawn)
 
     def lazy_arrays(self, dense: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
-        """Returns path -> array of the sparse model, for conversions; see `lazy_array`."""
+        """Returns path -> lazy array of the whole sparse model, for conversions."""
         shapes = params_lib.flatten(network.param_shapes(self.model, params_lib.is_base))
         arrays = {path: from_numpy(np.asarray(a)) for path, a in self.draw(shapes).items()}
         for path in shapes.keys() - arrays.keys():
@@ -123,11 +129,12 @@ class Upcycling:
             assert source is not None
             array = dense[source]
             arrays[path] = self._lazy_copies(path, array) if is_expert(path) else array
-        return {path: arrays[path] for path in shapes}
+        return {path: arrays[path] for path in shapes}  # in the model's order
 
     def _lazy_copies(self, path: str, array: LazyArray) -> LazyArray:
         assert self.model.sparse is not None
 
+        # Makes all experts for any slice; writers read whole arrays anyway.
         def read_slice(index: Index) -> np.ndarray:
             device_array = jnp.asarray(array.read())
             return np.asarray(self.copy_to_experts(path, device_array, array.dtype, None))[index]
@@ -136,7 +143,7 @@ class Upcycling:
 
 
 def dense_sharding(sharding: Sharding | None) -> Sharding | None:
-    """Returns the sharding of [in, out] whose copies have that of [E, in, out]."""
+    """Returns the sharding of a matrix [in, out], given that of its copies [E, in, out]."""
     if not isinstance(sharding, NamedSharding) or not sharding.spec:
         return sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
@@ -146,7 +153,7 @@ def dense_sharding(sharding: Sharding | None) -> Sharding | None:
 def _copy_program(
     num_experts: int, dtype: jnp.dtype, sharding: Sharding | None
 ) -> Callable[[jax.Array, jax.Array | None, float], jax.Array]:
-    # On the device, so that the host holds one matrix and not E of them.
+    # Compiled for the device, so that the host holds one matrix instead of E copies.
     def copy(array: jax.Array, key: jax.Array | None, noise: float) -> jax.Array:
         shape = (num_experts, *array.shape)
         if key is None:

@@ -5,7 +5,8 @@
     model.generate(**tokenizer("...", return_tensors="pt"))
 
 Adapters are read and written in this package's format (`checkpoints.adapter_file`), so that JAX and
-PyTorch share them. No module of this package imports jax, also not through others.
+PyTorch share them. No module of `pemoe_jax.torch` imports jax, neither directly nor through other
+modules.
 """
 
 from pemoe_jax.torch.config import ExpertsConfig, MixtureConfig, RouterConfig

@@ -1,4 +1,4 @@
-"""The base model: its modules at our sites, its dimensions and its identity."""
+"""Finds the modules of a base model at our sites, its dimensions and its fingerprint."""
 
 import os
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime.file_io import JsonObject
 
 _CLASSES = ("T5ForConditionalGeneration", "T5EncoderModel")
-_MODULES = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_ATTENTION_MODULES = {"query": "q", "key": "k", "value": "v", "out": "o"}  # by site
 
 
 class Site(NamedTuple):
-    """A place for an adapter.
+    """One place in a model where an adapter is added.
 
     Attributes:
-      path: ours, such as 'encoder/layers_0/attention/key_adapter'.
-      stack: whose tokens x has; the encoder's at keys and values of cross-attention.
+      path: our path of the adapter, such as 'encoder/layers_0/attention/key_adapter'.
+      stack: the stack whose tokens x holds: at keys and values of cross-attention the encoder.
       parent, name: the module to wrap is the attribute `name` of `parent`.
       x_features: size of x's last axis.
       y_shape: axes of y after batch and length.
@@ -40,44 +40,43 @@ class Site(NamedTuple):
 
 
 def check_model(model: object) -> Any:
-    """Returns the model; raises InputError unless it is a T5 that adapters can be added to."""
+    """Returns the model; raises InputError unless it is a T5 to which adapters can be added."""
     name = type(model).__name__
     classes = tuple(getattr(transformers, each) for each in _CLASSES)
     if not isinstance(model, classes):
         raise InputError(f"the model must be a {' or '.join(_CLASSES)} of transformers, got {name}")
+    # `check` refuses quantized checkpoints, but a quantized model in memory is a valid frozen base.
     settings = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     config_lib.check(epath.Path(name), settings)
     return model
 
 
 def has_decoder(model: Any) -> bool:
-    """Whether a model is not an encoder alone."""
+    """Whether a model has a decoder: T5EncoderModel has none."""
     return hasattr(model, "decoder")
 
 
 def find_sites(model: Any, site: str) -> Iterator[Site]:
-    """Yields every place of one of our eight sites in a model, in order."""
+    """Yields the places of a site, one of our eight, in all layers of a model, in order."""
     config = model.config
-    sizes = {"query": "embed", "key": "embed", "value": "embed", "out": "heads", "wo": "mlp"}
-    features = {
-        "embed": config.d_model,
-        "mlp": config.d_ff,
-        "heads": config.num_heads * config.d_kv,
-    }
-    x_features = features[sizes.get(site, "embed")]
+    # At wo, x is the hidden activation; at out, the heads' values.
+    x_sizes = {"out": config.num_heads * config.d_kv, "wo": config.d_ff}
+    x_features = x_sizes.get(site, config.d_model)
     if site in ("query", "key", "value"):
         y_shape: tuple[int, ...] = (config.num_heads, config.d_kv)
     else:
         y_shape = (config.d_model if site in ("out", "wo") else config.d_ff,)
     for stack, module, ours, _ in names_lib.SUBLAYERS:
-        if not hasattr(model, stack) or (ours == "mlp") != (site not in _MODULES):
+        is_attention = ours != "mlp"
+        if not hasattr(model, stack) or is_attention != (site in _ATTENTION_MODULES):
             continue
-        is_cross = ours == "encoder_decoder_attention" and site in ("key", "value")
+        # Keys and values of cross-attention are computed from the encoder's output.
+        reads_encoder = ours == "encoder_decoder_attention" and site in ("key", "value")
         for i, block in enumerate(getattr(model, stack).block):
             path = f"{stack}/layers_{i}/{ours}/{site}_adapter"
             layer = block.get_submodule(module.rpartition(".")[0])
-            parent, name = block.get_submodule(module), _MODULES.get(site, site)
-            if site == "gate":
+            parent, name = block.get_submodule(module), _ATTENTION_MODULES.get(site, site)
+            if site == "gate":  # no module: the whole MLP is wrapped, see `layer.AdaptedMlp`
                 parent, name = layer, module.rpartition(".")[2]
             elif site == "wi_0" and not hasattr(parent, "wi_0"):
                 name = "wi"  # of T5 1.0
@@ -85,21 +84,23 @@ def find_sites(model: Any, site: str) -> Iterator[Site]:
                 raise InputError("an adapter at wi_1 must have a T5 v1.1, got a T5 with one wi")
             if not isinstance(getattr(parent, name), nn.Module):
                 raise InputError(f"expected a module at {path}, got none")
-            yield Site(path, "encoder" if is_cross else stack, parent, name, x_features, y_shape)
+            x_stack = "encoder" if reads_encoder else stack
+            yield Site(path, x_stack, parent, name, x_features, y_shape)
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Returns the device on which a module computes; accelerate may keep its weights elsewhere."""
+    """Returns the device on which a module computes."""
     weight = next(module.parameters())
     if weight.device.type != "meta":
         return weight.device
+    # accelerate keeps the weights of an offloaded module elsewhere; its hook has the device.
     hooks = (getattr(each, "_hf_hook", None) for each in module.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((d for d in devices if d is not None), "cpu"))
 
 
 def dimensions(model: Any) -> JsonObject:
-    """Returns the fields of `T5Config` that define the model, under the names of our records."""
+    """Returns the fields of our `T5Config` that a model determines, as in records."""
     config = model.config
     is_gated = bool(config.is_gated_act)
     name = epath.Path(type(model).__name__)
@@ -118,7 +119,7 @@ def dimensions(model: Any) -> JsonObject:
 
 
 def _has_tied_form(model: Any) -> bool:
-    """Whether our form of the model has no matrix of logits, see `huggingface`."""
+    """Whether the model has no matrix of logits in our form, see `huggingface._open_logits`."""
     head, embedding = model.lm_head.weight, model.get_input_embeddings().weight
     if not model.config.scale_decoder_outputs or model.config.is_gated_act:
         return False
@@ -126,11 +127,12 @@ def _has_tied_form(model: Any) -> bool:
 
 
 class Fingerprint(NamedTuple):
-    """`params.fingerprint` of a base's arrays under our paths.
+    """The result of `core.params.fingerprint` for the arrays of a base, under our paths.
 
     Attributes:
       value: the fingerprint; None: unknown.
-      reason: why that of the base's checkpoint is unknown or may differ; None: it is `value`.
+      reason: why `value` is unknown, or may not be the fingerprint of the base's checkpoint; None:
+        it is that fingerprint.
     """
 
     value: str | None
@@ -138,17 +140,18 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(model: Any) -> Fingerprint:
-    """Returns the fingerprint of a base."""
+    """Returns the fingerprint of a base, or the reason why it is unknown."""
     if not has_decoder(model):
         return Fingerprint(None, "the T5 has no decoder")
     weights = {name: p for name, p in model.named_parameters() if not name.startswith("lm_head.")}
     if any(p.is_meta for p in weights.values()):
         return Fingerprint(None, "the T5 is offloaded")
-    dtypes = {p.dtype for p in weights.values()} - {torch.float32, torch.bfloat16}
-    if dtypes - {torch.float16}:
+    dtypes = {p.dtype for p in weights.values()}
+    if dtypes - {torch.float32, torch.bfloat16, torch.float16}:
         return Fingerprint(None, "the T5 is quantized")
-    # float16 has the values of the checkpoint if that is float16 too.
-    reason = "the T5 is float16, load it with dtype=torch.float32" if dtypes else None
+    # The fingerprint is the checkpoint's only if that is float16 too, which is not known here.
+    is_float16 = torch.float16 in dtypes
+    reason = "the T5 is float16, load it with dtype=torch.float32" if is_float16 else None
     depths = {stack: len(getattr(model, stack).block) for stack in ("encoder", "decoder")}
     table = names_lib.name_table(names_lib.Layout(depths, bool(model.config.is_gated_act)))
     if weights.keys() != table.keys():
@@ -160,7 +163,7 @@ def fingerprint(model: Any) -> Fingerprint:
     if not _has_tied_form(model):
         kernel = model.lm_head.weight.T
         if model.config.scale_decoder_outputs:
-            if kernel.dtype != torch.float32:
+            if kernel.dtype != torch.float32:  # a product of rounded values rounds differently
                 reason = "the T5 scales its output, load it with dtype=torch.float32"
                 return Fingerprint(None, reason)
             arrays[names_lib.OUR_HEAD] = _Scaled(kernel, float(np.float32(kernel.shape[0] ** -0.5)))
@@ -171,7 +174,7 @@ def fingerprint(model: Any) -> Fingerprint:
 
 
 class _Scaled(NamedTuple):
-    """A matrix times a number, computed only for the values that are read."""
+    """A matrix times a number; only the values that are indexed are multiplied."""
 
     matrix: Tensor
     scale: float
@@ -185,9 +188,10 @@ class _Scaled(NamedTuple):
 
 
 def _sample(array: Any) -> np.ndarray:
-    """Returns `params.sample_array` of a tensor."""
+    """Returns the same as `core.params.sample_array`, for a tensor or a `_Scaled`."""
     indices = fingerprints.sample_indices(tuple(array.shape))
     values = array[tuple(map(torch.from_numpy, indices))].detach()
+    # Through int16, because numpy has no bfloat16 and older versions of torch have no uint16.
     return values.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
 
 

@@ -1,4 +1,4 @@
-"""Settings of mixtures; names and defaults are those of `core.adapters` and `core.routing`."""
+"""Settings of adapters and routers, with names and defaults of `core.adapters`, `core.routing`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _VECTOR_SITES = ("key", "value", "gate")
 _LORA_SITES = ("query", "key", "value", "out", "wi_0", "wo")
 SITES = ("query", "key", "value", "out", "wi_0", "wi_1", "gate", "wo")
 _KINDS = ("VectorExperts", "LoRAExperts")
-# Method -> (kind of its experts, whether they are routed, its sites).
+# Method -> (kind of experts, whether a router mixes them, sites).
 _METHODS: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     "ia3": ("VectorExperts", False, _VECTOR_SITES),
     "mov": ("VectorExperts", True, _VECTOR_SITES),
@@ -28,11 +28,12 @@ class RouterConfig:
       top_k: number of largest probabilities to keep; None keeps all.
       renormalize: whether the kept probabilities are rescaled to sum to one.
       straight_through: whether top-k routing has the gradients of soft routing.
-      temperature: divides the logits.
-      jitter_noise: ε; in training, features are multiplied by U(1 - ε, 1 + ε).
+      temperature: τ, by which the logits are divided.
+      jitter_noise: ε; in training, the router's input is multiplied by U(1 - ε, 1 + ε).
       balance_loss: coefficient of the load-balance loss.
       z_loss: coefficient of the router z-loss.
-      reads: 'x', 'y' or 'sentence'; None: y for vectors and x for LoRA.
+      reads: the router's input, 'x' or 'y' of its site, or 'sentence', an embedding of the example;
+        None: y for vectors and x for LoRA.
     """
 
     top_k: int | None = None
@@ -54,10 +55,10 @@ class ExpertsConfig:
 
     Attributes:
       kind: 'VectorExperts' or 'LoRAExperts'.
-      num_experts: E.
+      num_experts: number of experts, E.
       rank: R of LoRA experts.
       alpha: α of LoRA experts; the product of their matrices is scaled by α / R.
-      router: None for (IA)³ and LoRA, with one expert.
+      router: settings of the router; None for (IA)³ and LoRA, which have one expert.
     """
 
     kind: str
@@ -73,6 +74,7 @@ class ExpertsConfig:
     def describe(self) -> JsonObject:
         """Returns the settings as `core.adapters.describe` does."""
         description = dataclasses.asdict(self)
+        # As in JAX, where vectors have no rank and no alpha.
         if self.kind == "VectorExperts":
             del description["rank"], description["alpha"]
         if self.router is not None:
@@ -81,6 +83,7 @@ class ExpertsConfig:
 
 
 def _check_types(kind: str, config: "RouterConfig | ExpertsConfig") -> None:
+    # Types only. `layer` checks ranges, since some depend on other settings, as top_k on E.
     for field in dataclasses.fields(config):
         settings.check_type(f"{kind}.{field.name}", getattr(config, field.name), field.type)
 
@@ -90,12 +93,13 @@ class MixtureConfig:
     """A method and its settings.
 
     Attributes:
-      method: 'ia3', 'mov', 'lora' or 'molora'; any name with `adapters`.
+      method: 'ia3', 'mov', 'lora' or 'molora'. If `adapters` is passed, any name.
       num_experts: E of mov and molora.
       rank, alpha: R and α of lora and molora.
-      router: of mov and molora.
+      router: settings of the routers of mov and molora.
       sentence_dim: S, size of the sentence embeddings that routers may read; None: D.
-      adapters: experts by site, in place of the four settings above; None: those of the method.
+      adapters: site -> settings of its experts, instead of the four settings from `num_experts` to
+        `router`; None: made from these settings, at the sites of the method.
     """
 
     method: str
@@ -116,6 +120,7 @@ class MixtureConfig:
         kind, is_routed, sites = _METHODS[self.method]
         num_experts, router = (self.num_experts, self.router) if is_routed else (1, None)
         experts = ExpertsConfig(kind, num_experts, self.rank, self.alpha, router)
+        # The class is frozen, so plain assignment raises.
         object.__setattr__(self, "adapters", dict.fromkeys(sites, experts))
 
     def describe(self) -> dict[str, JsonObject]:
@@ -125,10 +130,10 @@ class MixtureConfig:
 
 
 def parse_description(description: Mapping[str, object]) -> dict[str, ExpertsConfig]:
-    """Returns the experts by site; the inverse of `MixtureConfig.describe`.
+    """Returns site -> settings of its experts; the inverse of `MixtureConfig.describe`.
 
     Raises:
-      InputError: an unknown site, kind of adapter or setting.
+      InputError: a site, a kind of adapter or a setting is unknown.
     """
     _check_sites(description)
     return {site: _parse_experts(fields) for site, fields in description.items()}
@@ -154,6 +159,7 @@ def _parse_experts(description: object) -> ExpertsConfig:
 
 
 def _known_fields(description: object, config: type) -> JsonObject:
+    """Returns a description's fields; raises InputError if one is neither `kind` nor a setting."""
     if not isinstance(description, Mapping):
         raise InputError(f"an adapter must be described by an object, got {description!r:.60}")
     names = {field.name for field in dataclasses.fields(config)}

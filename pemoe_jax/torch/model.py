@@ -28,7 +28,7 @@ _Self = TypeVar("_Self", bound="MixtureModel")
 class MixtureModel(nn.Module):
     """A T5 of transformers with (IA)³, LoRA, MoV or MoLORA; only the adapters have gradients.
 
-    Attributes that it does not have, such as `config` and `device`, are the base's.
+    Attributes that the class does not define, such as `config` and `device`, are the base's.
 
     Args:
       model: a `T5ForConditionalGeneration` or `T5EncoderModel`; its modules are wrapped in place,
@@ -44,7 +44,8 @@ class MixtureModel(nn.Module):
         self.base_model = _check_model(model)
         self.mixture_config = config
         self._step = 0
-        self._record: Record | None = None
+        self._record: Record | None = None  # of the loaded adapter
+        # Now, because wrapping the modules renames the parameters.
         self._identity = base_lib.dimensions(model), base_lib.fingerprint(model)
         self._tokens = {stack: layer_lib.TokenInfo() for stack in ("encoder", "decoder")}
         self._total = sum(p.numel() for p in model.parameters())
@@ -58,7 +59,7 @@ class MixtureModel(nn.Module):
     def from_pretrained(cls: type[_Self], model: Any, path: str | os.PathLike[str]) -> _Self:
         """Adds the adapter of a folder to its base, for inference or further training.
 
-        A warning says if only the dimensions of the base could be checked, as of a float16 one.
+        Warns if only the dimensions of the base can be compared, for example because it is float16.
 
         Args:
           model: the base, see the class.
@@ -91,7 +92,7 @@ class MixtureModel(nn.Module):
     ) -> None:
         """Writes the adapter to a folder, for `from_pretrained` and for this package in JAX.
 
-        A warning says if the fingerprint of the base is unknown, as of a float16 one.
+        Warns if the fingerprint of the base is unknown, for example because the base is float16.
 
         Args:
           path: the folder, local or `gs://`.
@@ -99,7 +100,7 @@ class MixtureModel(nn.Module):
           overwrite: whether to replace an existing folder.
 
         Raises:
-          InputError: the folder exists, or the base is an encoder alone.
+          InputError: the folder exists, and `overwrite` is False; or the base has no decoder.
         """
         if not base_lib.has_decoder(self.base_model):
             raise InputError(
@@ -139,7 +140,7 @@ class MixtureModel(nn.Module):
     def forward(self, *args: Any, sentence_embeddings: Tensor | None = None, **kwargs: Any) -> Any:
         """Calls the base; `sentence_embeddings` [B, S] are for routers that read them.
 
-        In training mode, `loss` includes the routers' auxiliary losses, if they have any.
+        In training mode, the output's `loss` includes `aux_loss`, if a router has a coefficient.
         """
         self._set_tokens(sentence_embeddings, kwargs)
         output = self.base_model(*args, **kwargs)
@@ -148,29 +149,31 @@ class MixtureModel(nn.Module):
         return output
 
     def generate(self, *args: Any, sentence_embeddings: Tensor | None = None, **kwargs: Any) -> Any:
-        """Calls the base's `generate`."""
+        """Calls the base's `generate`; for `sentence_embeddings` see `forward`."""
         self._set_tokens(sentence_embeddings, kwargs)
         return self.base_model.generate(*args, **kwargs)
 
     def aux_loss(self) -> Tensor:
-        """Returns the mean over routers of their auxiliary losses in the last forward pass, []."""
+        """Returns the auxiliary loss [] of the last forward pass: the mean over all routers."""
         routers = [a.router for a in self._adapters.values() if a.router is not None]
         losses = [r.aux_loss for r in routers if r.aux_loss is not None]
         if not losses:
             return torch.zeros((), device=next(self.base_model.parameters()).device)
-        # Routers without coefficients count too, as in JAX.
+        # The mean is over all routers, including those without coefficients, as in JAX.
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() / len(routers)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":
+            if name == "base_model":  # not set yet: the next line would recurse without end
                 raise
             return getattr(self.base_model, name)
 
     def _set_tokens(self, sentence: Tensor | None, batch: Mapping[str, Any]) -> None:
-        # Kept until the next call, as checkpointed activations are recomputed after this one.
+        """Sets the inputs of routers for a forward pass, from the arguments of the base."""
+        # They stay set until the next call: with gradient checkpointing, the backward pass computes
+        # the forward pass again.
         if not self._has_aux_loss and not self._reads_sentence:
             return
         labels = batch.get("labels")
@@ -183,6 +186,7 @@ class MixtureModel(nn.Module):
             tokens.valid, tokens.sentence = masks[stack], sentence
 
     def _parameters_by_path(self) -> dict[str, nn.Parameter]:
+        """Returns our path -> parameter of the adapters."""
         return {
             f"{path}/{name.replace('.', '/')}": parameter
             for path, adapter in self._adapters.items()
@@ -194,6 +198,7 @@ class MixtureModel(nn.Module):
         return {"trainable": trainable, "total": self._total + trainable}
 
     def _load_arrays(self, arrays: Mapping[str, LazyArray], source: str) -> None:
+        """Copies an adapter's arrays to the parameters; raises InputError if they do not fit."""
         parameters = self._parameters_by_path()
         if not base_lib.has_decoder(self.base_model):
             arrays = {name: a for name, a in arrays.items() if not name.startswith("decoder/")}
@@ -249,10 +254,11 @@ class MixtureModel(nn.Module):
 def _add_adapters(
     model: Any, config: MixtureConfig, tokens: Mapping[str, layer_lib.TokenInfo]
 ) -> dict[str, Experts]:
-    """Wraps a base's modules; returns our path -> adapter."""
+    """Wraps the modules of a base at the sites of `config`; returns our path -> adapter."""
     assert config.adapters is not None
     adapters = {}
-    # The gate's module, an MLP, is wrapped last: it holds those of other sites.
+    # Gate comes last. Its wrapper replaces the whole MLP, whose modules `find_sites` could then not
+    # find for the other sites.
     for site in sorted(config.adapters, key=lambda site: (site == "gate", SITES.index(site))):
         settings = config.adapters[site]
         for place in list(base_lib.find_sites(model, site)):
@@ -285,13 +291,16 @@ def _check_record(record: Record, source: str) -> None:
 
 
 def _check_base(model: Any, record: Record, source: str) -> None:
-    """Raises InputError if an adapter belongs to another base; an encoder's size is compared."""
+    """Raises InputError if an adapter belongs to a base of other dimensions or fingerprint.
+
+    If a fingerprint is unknown, warns that only the dimensions are compared.
+    """
     actual = base_lib.dimensions(model)
     # Records of earlier versions omit these fields if they have the values of T5 v1.1.
     defaults = {"mlp_activations": ["gelu", "linear"], "logits_via_embedding": False}
     for name, value in actual.items():
-        is_decoders = name in ("num_decoder_layers", "logits_via_embedding")
-        if is_decoders and not base_lib.has_decoder(model):
+        is_of_decoder = name in ("num_decoder_layers", "logits_via_embedding")
+        if is_of_decoder and not base_lib.has_decoder(model):
             continue
         expected = record.config.get(name, defaults.get(name))
         if value != expected:

@@ -175,7 +175,7 @@ def test_a_small_checkpoint_is_the_model_of_its_run(tmp_path, freeze):
     for path, array in expected.items():
         assert np.array_equal(array, actual[path]), path
         assert np.array_equal(array, start[path]) == (path in frozen_paths), path
-    with pytest.raises(InputError, match="got one of method 'flan_st', which saves what it train"):
+    with pytest.raises(InputError, match="got one of method 'flan_st', which saves only what"):
         base_model.open_base(tmp_path / "run")
     if freeze == "router":
         export.write_base(opened, tmp_path / "whole.safetensors", None)

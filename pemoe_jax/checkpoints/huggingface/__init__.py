@@ -4,7 +4,7 @@
     model.safetensors         the weights; or shards and model.safetensors.index.json
     pytorch_model.bin         weights of torch.save; or shards and pytorch_model.bin.index.json
 
-`names` has the names and layouts of the arrays, `config` the settings.
+The module `names` converts names and layouts of arrays, `config` converts config.json.
 """
 
 import os
@@ -33,7 +33,7 @@ VOCABULARY = "spiece.model"  # SentencePiece file of the tokenizer
 
 
 def is_checkpoint(folder: epath.Path) -> bool:
-    """Whether a folder has this format."""
+    """Whether a folder has a config.json and weights of transformers."""
     names = (_SAFETENSORS, f"{_SAFETENSORS}.index.json", _TORCH, f"{_TORCH}.index.json")
     return (folder / config_lib.NAME).is_file() and any((folder / name).is_file() for name in names)
 
@@ -41,7 +41,7 @@ def is_checkpoint(folder: epath.Path) -> bool:
 def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
     """Opens a folder as path -> array; reads config.json and the headers of the weights.
 
-    The logits are those that transformers 5.24 computes, see `_open_logits`.
+    With these arrays, the logits are those that transformers 5.24 computes, see `_open_logits`.
 
     Raises:
       InputError: the model is not a T5 or a Switch Transformer that this package supports, or a
@@ -54,37 +54,36 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
     names_lib.drop_copies(f"{folder}", weights)
     is_switch = config["model_type"] == config_lib.SWITCH
     layout = names_lib.find_layout(weights, is_switch)
-    head_name = DECODER_HEAD if DECODER_HEAD in weights and is_switch else HEAD
-    head = weights.pop(head_name, None)
+    # Only switch-xxl-128 and switch-c-2048 have the decoder's head. transformers cannot load them.
+    has_decoder_head = is_switch and DECODER_HEAD in weights
+    head = weights.pop(DECODER_HEAD if has_decoder_head else HEAD, None)
     arrays = names_lib.to_ours(f"{folder}", weights, layout)
     config_lib.read_activations(path, config, layout.is_gated)  # raises for unsupported ones
-    embedding = weights[EMBEDDING]
-    if head_name == DECODER_HEAD:
-        # Only switch-xxl-128 and switch-c-2048 have this head. transformers cannot load them, and
-        # their config.json may say that it is tied.
+    if has_decoder_head:
+        # Never tied, although their config.json may say so.
         assert head is not None
         arrays[OUR_HEAD] = _check_logits(folder, head).T
     else:
-        arrays |= _open_logits(folder, config, layout, embedding, head)
+        arrays |= _open_logits(folder, config, layout, weights[EMBEDDING], head)
     shapes = {path: array.shape for path, array in arrays.items()}
-    sizes = dimensions.infer(shapes, f"{folder}") | (
-        dimensions.infer_sparse(shapes, f"{folder}") or {}
-    )
-    config_lib.check_sizes(path, config, sizes, layout, head_name != DECODER_HEAD)
+    sparse_sizes = dimensions.infer_sparse(shapes, f"{folder}") or {}
+    sizes = dimensions.infer(shapes, f"{folder}") | sparse_sizes
+    config_lib.check_sizes(path, config, sizes, layout, not has_decoder_head)
     return arrays
 
 
 def read_activations(folder: epath.Path, arrays: Mapping[str, LazyArray]) -> tuple[str, ...]:
-    """Returns `T5Config.mlp_activations` of an opened folder."""
+    """Returns `T5Config.mlp_activations` of a folder that `open_checkpoint` accepted."""
     path = folder / config_lib.NAME
     is_gated = any(name.endswith("/wi_0/kernel") for name in arrays)
     return config_lib.read_activations(path, file_io.read_json(path), is_gated)
 
 
-_Opener = Callable[[epath.Path], dict[str, LazyArray]]
+_Opener = Callable[[epath.Path], dict[str, LazyArray]]  # opens one file of weights
 
 
 def _open_weights(folder: epath.Path) -> dict[str, LazyArray]:
+    """Opens the weights of a folder, in one file or in shards, as transformers' name -> array."""
     openers: dict[str, _Opener] = {  # safetensors before torch, as in transformers
         _SAFETENSORS: lambda path: safetensors_file.open_file(path)[0],
         _TORCH: torch_pickle.open_file,
@@ -98,6 +97,7 @@ def _open_weights(folder: epath.Path) -> dict[str, LazyArray]:
 
 
 def _open_shards(folder: epath.Path, index: str, open_file: _Opener) -> dict[str, LazyArray]:
+    """Opens the shards that an index file names; they must have exactly the arrays in it."""
     weight_map = file_io.read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{folder / index}: expected a weight_map of names to files, got none")
@@ -124,17 +124,23 @@ def _open_logits(
     embedding: LazyArray,
     head: LazyArray | None,
 ) -> dict[str, LazyArray]:
-    """Returns the logits' kernel [D, V] by its path; empty if the head is tied.
+    """Returns {path: kernel [D, V] of the logits}; {} for a model whose head is tied.
 
-    For T5, transformers 5 ties lm_head to the embedding if the folder has no lm_head, whatever the
-    configuration says, and scales by `scale_decoder_outputs`, a separate key. transformers 4 has
-    only `tie_word_embeddings`: tied and scaled, or neither; it draws a missing, untied head at
-    random. mT5 scales likewise in transformers 4, and never in transformers 5. For Switch
-    Transformers, both have only `tie_word_embeddings`. A head that differs from the embedding is
-    used, and scaled.
+    The kernel is the folder's lm_head or, without one, the embedding. transformers scales the
+    decoder's output by D**-0.5 before the head in these models:
 
-    T5 1.0 and Switch Transformers are opened as tied if they are tied and scaled. The gated T5 v1.1
-    always has a kernel of its own here, scaled by D**-0.5 if the model scales its output.
+    * T5: if `scale_decoder_outputs` is true. transformers 5 writes this key. In files without it,
+      as those of transformers 4, if `tie_word_embeddings` is not false.
+    * Switch Transformers: if `tie_word_embeddings` is not false.
+    * mT5: never, as in transformers 5. (transformers 4 scales it if it is tied.)
+
+    A model is opened as tied if our network has this form: T5 1.0 or a Switch Transformer, scaled,
+    whose head equals the embedding. Any other model gets a kernel of its own, which includes the
+    factor D**-0.5 if the output is scaled.
+
+    Raises:
+      InputError: the folder has no lm_head, although `tie_word_embeddings` is false and the file is
+        not one of transformers 5. transformers 4 would draw the head at random.
 
     Source: configuration_t5.py, modeling_t5.py, modeling_mt5.py, modeling_switch_transformers.py in
     transformers 5.24.
@@ -149,12 +155,13 @@ def _open_logits(
     is_scaled = config["scale_decoder_outputs"] if has_own_key else is_tied
     is_scaled = is_scaled and kind != "mt5"
     has_tied_form = layout.is_switch or not layout.is_gated
-    # torch.save writes the head of a tied model too.
+    # torch.save writes the head of a tied model too, as a copy of the embedding.
     if is_scaled and has_tied_form and (head is None or lazy_array.is_equal(head, embedding)):
         return {}
     kernel = _check_logits(folder, embedding if head is None else head).T
     if not is_scaled:
         return {OUR_HEAD: kernel}
+    # Scaled in float32, the dtype in which the logits are computed.
     scale, dtype = np.float32(kernel.shape[0] ** -0.5), np.dtype(np.float32)
     scaled = LazyArray(
         kernel.shape, dtype, lambda index: kernel.read_slice(index).astype(dtype) * scale
@@ -188,7 +195,8 @@ def save_checkpoint(
       path: the folder.
       arrays: path -> array of a model without adapters.
       activations: `T5Config.mlp_activations`; None: those of T5 v1.1 or 1.0, by the shapes.
-      sparse: settings of the sparse layers, if there are any; None: the defaults, as in Switch.
+      sparse: settings of the sparse layers; None: the defaults of `Sparse`, which are those of
+        Switch Transformers. Ignored for a dense model.
       dropout_rate: rate in config.json, for training in transformers.
       vocabulary: SentencePiece file of the tokenizer; None: none is written.
       shard_bytes: maximum size of a file, unless a single array is larger.
@@ -198,29 +206,26 @@ def save_checkpoint(
       InputError: an array is missing, extra or of another shape, transformers has no such model, or
         `path` exists.
     """
-    # Imported here, since `pemoe_jax.torch` uses this package without jax.
+    # Imported here, because these modules import jax, and `pemoe_jax.torch` does without it.
     from pemoe_jax.core import network
     from pemoe_jax.core import params as params_lib
     from pemoe_jax.core.network import T5Config
     from pemoe_jax.core.sparse import Sparse
 
     shapes = {name: array.shape for name, array in arrays.items()}
-    sizes = dimensions.infer(shapes, f"{path}")
-    sizes["mlp_activations"] = activations or sizes["mlp_activations"]
-    config, layers = T5Config(**sizes), dimensions.infer_sparse(shapes, f"{path}")
-    if layers is not None:
-        sparse = sparse or Sparse(**layers)
-        layout = _make_layout(config, sparse)
-    else:
-        sparse, layout = None, _make_layout(config, None)
+    fields = dimensions.infer(shapes, f"{path}")
+    fields["mlp_activations"] = activations or fields["mlp_activations"]
+    config, sparse_fields = T5Config(**fields), dimensions.infer_sparse(shapes, f"{path}")
+    sparse = None if sparse_fields is None else sparse or Sparse(**sparse_fields)
+    layout = _make_layout(config, sparse)
     expected = network.param_shapes(network.Transformer(config, sparse=sparse))
-    # Before anything is written; adapters are refused as extra arrays.
+    # Checked before anything is written. Adapters are refused as extra arrays.
     params_lib.check_matches(arrays, expected, f"model to write to {path}")
     config_lib.check_writable(f"{path}", config, sparse)
     theirs = names_lib.to_theirs(arrays, layout)
-    sizes = {name: array.nbytes for name, array in theirs.items()}
-    shards = _split_into_shards(sizes, shard_bytes)
-    # config.json has one dtype for all arrays: the widest.
+    num_bytes = {name: array.nbytes for name, array in theirs.items()}
+    shards = _split_into_shards(num_bytes, shard_bytes)
+    # config.json states one dtype for all arrays; the widest one loses no precision.
     widest = max((array.dtype for array in arrays.values()), key=lambda dtype: dtype.itemsize)
     with atomic_write.temporary_path(path) as folder:
         folder.mkdir()
@@ -230,7 +235,8 @@ def save_checkpoint(
             (folder / VOCABULARY).write_bytes(vocabulary.read_bytes())
         num_written = 0
         for file, names in shards.items():
-            # Made contiguous here, so that only one array exists twice at a time.
+            # `save_file` needs row-major arrays. Copied one by one here, only one at a time is in
+            # memory twice.
             shard = {name: np.ascontiguousarray(theirs[name].read()) for name in names}
             safetensors_file.save_file(folder / file, shard, {"format": "pt"})
             del shard  # frees the memory before the next shard is read
@@ -238,11 +244,12 @@ def save_checkpoint(
             report(num_written)
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
             atomic_write.write_json(folder / f"{_SAFETENSORS}.index.json", index)
 
 
 def _make_layout(config: "T5Config", sparse: "Sparse | None") -> Layout:
+    """Returns the layout in which transformers names the arrays of a model."""
     depths = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
     is_gated = len(config.mlp_activations) > 1
     if sparse is None:
@@ -252,7 +259,12 @@ def _make_layout(config: "T5Config", sparse: "Sparse | None") -> Layout:
 
 
 def _split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
-    """Returns file name -> names of its arrays, in order; file names as in transformers."""
+    """Returns file name -> names of its arrays; files are named as transformers names them.
+
+    Args:
+      sizes: name of an array -> bytes.
+      max_bytes: maximum size of a file, unless a single array is larger.
+    """
     shards: list[list[str]] = [[]]
     num_bytes = 0
     for name, size in sizes.items():

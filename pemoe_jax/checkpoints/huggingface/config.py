@@ -1,4 +1,4 @@
-"""config.json of transformers: checks one against a model, and writes one for a model."""
+"""Checks the config.json of a folder of transformers, and makes one for a model."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,20 +17,25 @@ NAME = "config.json"
 SWITCH = "switch_transformers"
 _MODEL_TYPES = ("t5", "mt5", SWITCH)
 
-# Constants of `core`, which are not fields of `T5Config`.
+# Settings that are constants in `core`: a model with other values is refused.
 _EXPECTED: JsonObject = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
 }
 _EXPECTED_ROUTER: JsonObject = {"router_bias": False, "router_dtype": "float32"}
-# transformers' activation -> ours. Its "gelu" is not T5's approximation by tanh.
+# transformers' activation -> ours. "gelu" of transformers is missing, because it is the exact GELU;
+# ours is T5's approximation by tanh.
 _ACTIVATIONS = {
-    **{"relu": "relu", "silu": "silu", "linear": "linear"},
-    **{"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"},
+    "relu": "relu",
+    "silu": "silu",
+    "linear": "linear",
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
 }
 _THEIR_ACTIVATIONS = {"relu": "relu", "silu": "silu", "gelu": "gelu_new", "linear": "linear"}
 
+# Key of config.json -> field of `T5Config`, or of `Sparse`.
 _DIMENSIONS = {
     "vocab_size": "vocab_size",
     "d_model": "emb_dim",
@@ -42,7 +47,7 @@ _DIMENSIONS = {
     "num_experts": "num_experts",
 }
 _DEPTHS = ("num_layers", "num_decoder_layers")
-# More places in a row than a row has tokens, so that transformers drops no token.
+# Tokens that an expert takes from a row: more than any row has, so that transformers drops none.
 _EXPERT_CAPACITY = 1 << 20
 
 
@@ -62,7 +67,12 @@ def check(path: epath.Path, config: JsonObject) -> None:
 
 
 def read_activations(path: epath.Path, config: JsonObject, is_gated: bool) -> tuple[str, ...]:
-    """Returns `T5Config.mlp_activations`; `is_gated` is whether the arrays are wi_0 and wi_1.
+    """Returns `T5Config.mlp_activations`.
+
+    Args:
+      path: config.json, for errors.
+      config: its contents.
+      is_gated: whether the MLPs have the arrays wi_0 and wi_1, instead of one wi.
 
     Raises:
       InputError: the activation is unknown, or contradicts the arrays.
@@ -72,13 +82,15 @@ def read_activations(path: epath.Path, config: JsonObject, is_gated: bool) -> tu
         key = "dense_act_fn"
         value = config.get(key, "gelu" if is_gated else "relu")
         name = str(value)
-        if is_gated:  # switch-xxl-128, which transformers cannot load: its file says gelu
+        # Only switch-xxl-128 is gated, which transformers cannot load. Its config.json says gelu,
+        # but T5's gated models have the approximation.
+        if is_gated:
             name = "gelu_new" if name in ("gelu", "gated-gelu", "gelu_new") else ""
     else:
         key = "feed_forward_proj"
         value = config.get(key, "relu" if config["model_type"] == "t5" else "gated-gelu")
         name = str(value).removeprefix("gated-")
-        if value == "gated-gelu":  # transformers reads this one as T5 v1.1's
+        if value == "gated-gelu":  # transformers reads "gated-gelu", and only it, as gelu_new
             name = "gelu_new"
         if is_gated != str(value).startswith("gated-"):
             name = ""
@@ -107,10 +119,11 @@ def check_sizes(
     Args:
       path: config.json, for errors.
       config: its contents.
-      sizes: `dimensions.infer` and `infer_sparse` of the arrays.
-      layout: names of the arrays.
-      has_depths: whether to check the numbers of layers. In switch-xxl-128 and switch-c-2048 they
-        differ from the arrays (48 and 12 in place of 24 and 24).
+      sizes: the results of `dimensions.infer` and `infer_sparse` for the arrays.
+      layout: the layout of the arrays.
+      has_depths: whether config.json states the right numbers of layers, so that they are checked.
+        Those of switch-xxl-128 and switch-c-2048 differ from the arrays (48 and 12 instead of 24
+        and 24).
     """
     for key, field in _DIMENSIONS.items():
         if field not in sizes or (key in _DEPTHS and not has_depths):
@@ -133,13 +146,15 @@ def check_sizes(
 
 
 def _their_sparse_layers(depth: int, count: int) -> list[int]:
-    """Returns the layers that transformers makes sparse for `num_sparse_…_layers`."""
+    """Returns the layers that transformers makes sparse, given `num_sparse_…_layers`."""
+    # As in configuration_switch_transformers.py (step) and modeling_switch_transformers.py (layers)
+    # of transformers 5.24.
     step = depth // count if count > 0 else depth
     return [i for i in range(depth) if step == 1 or (step and i % step == 1)]
 
 
 def check_writable(path: str, config: "T5Config", sparse: "Sparse | None") -> None:
-    """Raises InputError if transformers has no model of this kind; `sparse` None: a dense one."""
+    """Raises InputError if transformers has no class for a model; `sparse` None: a dense model."""
     gate = config.mlp_activations[1:]
     if sparse is None:
         if gate not in ((), ("linear",)):
@@ -148,7 +163,7 @@ def check_writable(path: str, config: "T5Config", sparse: "Sparse | None") -> No
                 f" mlp_activations {config.mlp_activations}: use convert base"
             )
         return
-    reasons = {
+    reasons = {  # reason -> whether it applies
         f"gated experts (mlp_activations {config.mlp_activations})": bool(gate),
         f"ROUTING {sparse.routing!r}": sparse.routing != "tokens",
         f"TOP_K {sparse.top_k}": sparse.top_k != 1,
@@ -170,7 +185,11 @@ def _depths(config: "T5Config") -> dict[str, int]:
 
 
 def _num_sparse_layers(path: str, stack: str, depth: int, sparse: "Sparse") -> int:
-    """Returns the `num_sparse_…_layers` with which transformers has our sparse layers."""
+    """Returns the `num_sparse_…_layers` for which transformers makes the layers of `sparse` sparse.
+
+    Raises:
+      InputError: there is no such number.
+    """
     layers = [i for i in range(depth) if sparse.is_sparse(i)]
     for count in range(len(layers), depth + 1):
         if _their_sparse_layers(depth, count) == layers:
@@ -184,12 +203,13 @@ def _num_sparse_layers(path: str, stack: str, depth: int, sparse: "Sparse") -> i
 def make(
     config: "T5Config", sparse: "Sparse | None", dropout_rate: float, dtype: str
 ) -> JsonObject:
-    """Returns config.json of a model; see `check_writable`."""
+    """Returns the contents of config.json for a model that `check_writable` accepts."""
     sizes = config.as_dict() | ({} if sparse is None else {"num_experts": sparse.num_experts})
     activation = _THEIR_ACTIVATIONS[config.mlp_activations[0]]
     if sparse is None:
         is_gated = len(config.mlp_activations) > 1
-        # transformers derives dense_act_fn and is_gated_act from this one.
+        # transformers derives dense_act_fn and is_gated_act from feed_forward_proj, in which
+        # "gated-gelu" means gelu_new.
         name = "gelu" if activation == "gelu_new" and is_gated else activation
         kind: JsonObject = {
             "architectures": ["T5ForConditionalGeneration"],
@@ -215,11 +235,11 @@ def make(
         "initializer_factor": 1.0,
         "is_encoder_decoder": True,
         "use_cache": True,
-        # Written by hand: T5Config of transformers 5.23 always saves true.
+        # T5Config of transformers 5 would always save true here, whatever the model is.
         "tie_word_embeddings": config.logits_via_embedding,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
-        # transformers 5 calls it `dtype`, and reads this name of transformers 4 as well.
+        # The name in transformers 4. transformers 5 calls it `dtype`, but reads this name too.
         "torch_dtype": dtype,
     }

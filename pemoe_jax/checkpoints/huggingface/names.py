@@ -1,12 +1,13 @@
-"""Names and shapes of a model's arrays in transformers, and their conversion to T5X's.
+"""Converts names and layouts of a model's arrays between transformers and this package.
 
     encoder.block.1.layer.1.DenseReluDense.wi.weight            T5 1.0; wi_0 and wi_1 in T5 v1.1
     encoder.block.1.layer.1.mlp.wi.weight                       a dense layer of Switch Transformers
     encoder.block.1.layer.1.mlp.router.classifier.weight        a sparse one: [E, D]
     encoder.block.1.layer.1.mlp.experts.expert_0.wi.weight      each expert by itself: [F, D]
 
-Their kernels are [out, in], ours [in, out], and those of all experts one array [E, in, out]; their
-relative position bias is [32, H], ours [H, 32].
+A kernel is [out, in] in transformers and [in, out] here. The kernels of all experts of a layer are
+one array [E, in, out] here. The relative position bias is [32, H] in transformers and [H, 32] here.
+Our names are those of T5X.
 """
 
 import collections
@@ -22,13 +23,13 @@ EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 OUR_HEAD = "decoder/logits_dense/kernel"
 # The head in switch-xxl-128 and switch-c-2048, which transformers does not load.
 DECODER_HEAD = "decoder.lm_head.weight"
-# Files of transformers 4, and of Switch Transformers with a head of their own, hold copies of the
-# embedding.
+# Copies of the embedding, in files of transformers 4 and of Switch Transformers whose head is not
+# tied.
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# In checkpoints of T5 before 2020; transformers ignores it as well.
+# In checkpoints of T5 from before 2020. No model uses it, and transformers ignores it too.
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
-# Sublayers of a block: stack, module in transformers, our module, prefix of our norm's name.
+# The sublayers of a block: (stack, module in transformers, our module, prefix of our norm's name).
 SUBLAYERS = (
     ("encoder", "layer.0.SelfAttention", "attention", "pre_attention"),
     ("encoder", "layer.1.DenseReluDense", "mlp", "pre_mlp"),
@@ -38,19 +39,21 @@ SUBLAYERS = (
 )
 _ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
+# Groups: stack, layer, 'router' or 'experts', rest. An untrusted name may have more digits than
+# `int` reads, so more than nine do not match.
 _EXPERT = re.compile(r"(encoder|decoder)\.block\.(\d{1,9})\.layer\.\d\.mlp\.(router|experts)\.(.*)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What determines the names of a model's arrays.
+    """The properties of a model that determine the names of its arrays in transformers.
 
     Attributes:
-      depths: number of layers by stack.
-      is_gated: whether an MLP has `wi_0` and `wi_1`, and not one `wi`.
-      is_switch: whether the model is of `switch_transformers`.
-      sparse_layers: indices of the sparse layers by stack.
-      num_experts: E.
+      depths: stack -> number of layers.
+      is_gated: whether an MLP has `wi_0` and `wi_1`, instead of one `wi`.
+      is_switch: whether the model is a Switch Transformer.
+      sparse_layers: stack -> indices of the sparse layers.
+      num_experts: number of experts, E.
     """
 
     depths: Mapping[str, int]
@@ -61,19 +64,26 @@ class Layout:
 
 
 def find_layout(weights: Mapping[str, LazyArray], is_switch: bool) -> Layout:
-    """Returns the layout of the arrays in a folder, by name -> array."""
+    """Returns the layout of a folder's arrays.
+
+    Args:
+      weights: transformers' name -> array; untrusted, some may be missing or damaged.
+      is_switch: whether config.json says that it is a Switch Transformer.
+    """
     layers: dict[str, set[int]] = {"encoder": set(), "decoder": set()}
     experts: set[str] = set()
-    rows: collections.Counter[int] = collections.Counter()  # of routers
+    router_rows: collections.Counter[int] = collections.Counter()  # E -> number of routers with it
     for match in filter(None, map(_EXPERT.fullmatch, weights)):
         layers[match[1]].add(int(match[2]))
         if match[3] == "experts":
             experts.add(match[4].partition(".")[0])
         elif match[4] == "classifier.weight" and weights[match[0]].shape:
-            rows[weights[match[0]].shape[0]] += 1
-    # Most routers' E. One more than the experts that exist is enough to name a missing one, where
-    # a router's shape without any bytes must not create a table of billions of names.
-    num_experts = min(rows.most_common(1)[0][0] if rows else len(experts), len(experts) + 1)
+            router_rows[weights[match[0]].shape[0]] += 1
+    # E is that of most routers, so that one damaged router does not change it. It is limited to one
+    # more than the experts that exist: this suffices to report a missing expert, and a malicious
+    # router [10**9, 0], which takes no bytes in a file, must not create billions of names.
+    num_experts = router_rows.most_common(1)[0][0] if router_rows else len(experts)
+    num_experts = min(num_experts, len(experts) + 1)
     return Layout(
         {stack: _num_layers(weights, stack) for stack in layers},
         any(name.endswith(".wi_0.weight") for name in weights),
@@ -84,15 +94,16 @@ def find_layout(weights: Mapping[str, LazyArray], is_switch: bool) -> Layout:
 
 
 def _num_layers(names: Iterable[str], stack: str) -> int:
-    # Counts different indices: an index of 99999999 must not create a table of as many layers.
+    # Counts the indices instead of taking the largest: a damaged name may have an index of
+    # 99999999, for which `name_table` would create as many layers.
     matches = (re.match(rf"{stack}\.block\.(\d+)\.", name) for name in names)
     return len({match[1] for match in matches if match})
 
 
 def name_table(layout: Layout) -> dict[str, str]:
-    """Returns name in transformers -> our path of every array but the head.
+    """Returns name in transformers -> our path, for every array except the head.
 
-    The experts of one layer have one path, in order.
+    The names of all experts of a layer map to the same path, and come in the experts' order.
     """
     projections = ("wi_0", "wi_1", "wo") if layout.is_gated else ("wi", "wo")
     names = {EMBEDDING: "token_embedder/embedding"}
@@ -123,16 +134,17 @@ def name_table(layout: Layout) -> dict[str, str]:
 
 
 def drop_copies(source: str, weights: dict[str, LazyArray]) -> None:
-    """Removes copies of the embedding and an array that no model uses.
+    """Removes copies of the embedding, and an array that no model uses.
 
     Raises:
-      InputError: a copy has other values, which transformers 5 would use in its stack.
+      InputError: a "copy" has other values, which transformers 5 would use in the encoder or the
+        decoder.
     """
     weights.pop(_UNUSED, None)
     for name in EMBEDDING_COPIES:
         if name not in weights:
             continue
-        # Some converters keep only one of the equal arrays, under any of their names.
+        # Some programs write only one of the equal arrays, under any of the three names.
         embedding = weights.setdefault(EMBEDDING, weights[name])
         if embedding is not weights[name] and not lazy_array.is_equal(embedding, weights[name]):
             raise InputError(f"{source}: {name}: expected a copy of {EMBEDDING}, got another array")
@@ -140,7 +152,7 @@ def drop_copies(source: str, weights: dict[str, LazyArray]) -> None:
 
 
 def to_ours(source: str, weights: Mapping[str, LazyArray], layout: Layout) -> dict[str, LazyArray]:
-    """Returns our path -> array, in our layout, of all arrays but the head.
+    """Returns our path -> array in our layout, for all arrays except the head.
 
     Raises:
       InputError: an array is missing or unknown, or an expert has another shape or dtype.
@@ -160,23 +172,24 @@ def to_ours(source: str, weights: Mapping[str, LazyArray], layout: Layout) -> di
                 f"{source}: expected the arrays of {kind}, got {len(names)} {problem}: {shown}"
             )
     _check_experts(source, weights)
-    names_of: dict[str, list[str]] = {}
+    names_by_path: dict[str, list[str]] = {}
     for name, path in table.items():
-        names_of.setdefault(path, []).append(name)
+        names_by_path.setdefault(path, []).append(name)
     return {
         path: lazy_array.stack([weights[name].T for name in names])
         if "/mlp/expert/" in path
         else convert_layout(path, weights[names[0]])
-        for path, names in names_of.items()
+        for path, names in names_by_path.items()
     }
 
 
 def to_theirs(arrays: Mapping[str, LazyArray], layout: Layout) -> dict[str, LazyArray]:
-    """Returns the inverse of `to_ours`: name in transformers -> array, with the head."""
+    """Returns name in transformers -> array; the inverse of `to_ours`, but with the head."""
     table = name_table(layout)
     if OUR_HEAD in arrays:
         table[HEAD] = OUR_HEAD
-        # Without them transformers 5 would draw the embeddings of both stacks at random.
+        # A Switch Transformer whose head is not tied needs the copies of the embedding too: without
+        # them transformers 5 would draw the embeddings of both stacks at random.
         if layout.is_switch:
             table |= dict.fromkeys(EMBEDDING_COPIES, table[EMBEDDING])
     experts = {
@@ -191,12 +204,13 @@ def to_theirs(arrays: Mapping[str, LazyArray], layout: Layout) -> dict[str, Lazy
 
 
 def convert_layout(path: str, array: LazyArray) -> LazyArray:
-    """Converts an array between the layouts of transformers and this package, either way."""
+    """Converts an array, in either direction, between the layouts of transformers and ours."""
     return array.T if path.endswith(("/kernel", "/rel_embedding")) else array
 
 
 def _check_experts(source: str, weights: Mapping[str, LazyArray]) -> None:
-    """Raises InputError for the first expert whose shape or dtype is not that of most."""
+    """Raises InputError for the first expert whose shape or dtype is not that of most experts."""
+    # Projection ('wi', 'wo', …) -> how many experts have each (shape, dtype).
     kinds: dict[str, collections.Counter[tuple[tuple[int, ...], str]]] = {}
     experts = [name for name in weights if ".mlp.experts." in name]
     for name in experts:
@@ -213,7 +227,8 @@ def _check_experts(source: str, weights: Mapping[str, LazyArray]) -> None:
 
 
 def _natural_order(name: str) -> list[str | tuple[int, str]]:
-    """Sort key: expert_2 before expert_10."""
-    # Numbers by their lengths, as an untrusted name may have more digits than `int` reads.
+    """Returns a sort key that puts expert_2 before expert_10."""
+    # Compares the lengths of numbers first. `int` would not do: it refuses numbers of more than
+    # 4,300 digits, and an untrusted name may have one.
     parts = re.split(r"(\d+)", name)
     return [(len(part), part) if i % 2 else part for i, part in enumerate(parts)]

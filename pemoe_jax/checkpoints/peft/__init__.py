@@ -1,7 +1,7 @@
-"""Reads and writes (IA)³ and LoRA of T5 in the format of Hugging Face PEFT.
+"""Reads and writes (IA)³ and LoRA adapters of a T5 in the format of Hugging Face PEFT.
 
-An adapter is a folder of adapter_config.json and adapter_model.safetensors (or .bin). Names,
-shapes and the meaning of settings follow PEFT 0.21. PEFT has no routed adapters.
+An adapter is a folder with adapter_config.json and adapter_model.safetensors (or .bin). Names,
+shapes and the meaning of settings follow PEFT 0.21. PEFT has no adapters with routers.
 """
 
 import os
@@ -37,7 +37,7 @@ def base_model_name(folder: str | os.PathLike[str]) -> str:
     """Returns the base model that an adapter names: a path, or a name on the Hugging Face Hub.
 
     Raises:
-      InputError: the adapter names none.
+      InputError: the adapter does not name a base.
     """
     config = file_io.resolve(folder) / _CONFIG
     name = file_io.read_json(config).get("base_model_name_or_path")
@@ -62,12 +62,13 @@ def load_adapter(
 
     Args:
       folder: local or `gs://`.
-      dimensions: dimensions of the base, under the field names of `T5Config`; without
-        `mlp_activations`: those of T5 v1.1.
+      dimensions: dimensions of the base, under the field names of `T5Config`. If `mlp_activations`
+        is missing, they are those of T5 v1.1.
 
     Returns:
       (adapters as `core.adapters.describe` returns them, parameter path -> float32 array). With
-      `use_rslora` our alpha is PEFT's times √rank, so that the factor alpha / rank is the same.
+      `use_rslora`, PEFT scales by alpha / √rank. Then our alpha is PEFT's times √rank, so that our
+      factor alpha / rank is the same.
 
     Raises:
       InputError: our adapters cannot express a setting; a tensor is missing in a layer, extra, of
@@ -78,7 +79,7 @@ def load_adapter(
     config_lib.check_config(resolved / _CONFIG, config)
     tensors = _open_tensors(resolved)
     num_layers = {stack: dimensions[f"num_{stack}_layers"] for stack in names.STACKS}
-    # Nothing is read yet: shapes alone determine the adapters.
+    # The names and shapes of the tensors determine the adapters; no tensor is read yet.
     is_gated = len(dimensions.get("mlp_activations", T5Config.mlp_activations)) > 1
     description = config_lib.describe(resolved / _CONFIG, config, tensors, num_layers, is_gated)
     arrays = names.adapter_arrays(description, num_layers, is_gated)
@@ -95,14 +96,15 @@ def load_adapter(
     for name, tensor in tensors.items():
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise InputError(f"adapter {resolved}: {name}: expected floats, got {tensor.dtype}")
-        with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused below
+        with np.errstate(over="ignore"):  # an overflow becomes infinity, which raises below
             values[name] = tensor.read().astype(np.float32)
     params_lib.check_finite(values, f"adapter {resolved}")
     return description, {a.path: a.from_peft(values[a.peft_name], sizes) for a in arrays}
 
 
 def _open_tensors(folder: epath.Path) -> dict[str, LazyArray]:
-    # If both files exist PEFT loads the safetensors file.
+    """Opens the weights as PEFT's name, without the adapter's name, -> array."""
+    # If both files exist, the safetensors file is read, as PEFT does.
     if (folder / _WEIGHTS).exists():
         tensors, _ = safetensors_file.open_file(folder / _WEIGHTS)
     elif (folder / _PICKLED_WEIGHTS).exists():
@@ -130,21 +132,26 @@ def save_adapter(
       path: the folder.
       description: `core.adapters.describe` of the adapters.
       arrays: parameter path -> array, of every adapter.
-      base_model_name: path or name of the base, which loaders of the adapter open by default.
-      is_gated: whether the base is a T5 v1.1, and not a T5 1.0, whose module at wi_0 is `wi`.
+      base_model_name: path or Hub name of the base, which programs open with the adapter by
+        default; None: not recorded.
+      is_gated: whether the base's MLPs have wi_0 and wi_1, as in T5 v1.1. The MLP of T5 1.0 has one
+        module `wi`, which is our site wi_0.
 
     Raises:
-      InputError: PEFT cannot express the adapters, routed ones for example; an array is missing
-        in a layer, extra, of another shape or not finite; `path` exists.
+      InputError: PEFT cannot express the adapters, for example because they have routers; an array
+        is missing in a layer, extra, of another shape or not finite; `path` exists.
     """
     _check_expressible(description)
-    # At least one layer, so that the comparison below names the missing arrays.
+    # At least one layer per stack: if a stack has no arrays, `check_matches` then names the missing
+    # ones.
     num_layers = {stack: max(1, dimensions_lib.num_layers(arrays, stack)) for stack in names.STACKS}
     expected = names.adapter_arrays(description, num_layers, is_gated)
-    sizes: dict[str, int] = {}  # axis -> size in the first array that has it
+    # No base is at hand: the size of an axis is that in the first array that has the axis.
+    sizes: dict[str, int] = {}
     for array in expected:
         shape = arrays[array.path].shape if array.path in arrays else ()
-        for axis, size in zip(array.axes(), shape, strict=False):  # check_matches compares lengths
+        # Not strict: `check_matches` reports a shape of another rank.
+        for axis, size in zip(array.axes(), shape, strict=False):
             if isinstance(axis, str):
                 sizes.setdefault(axis, size)
     target = {a.path: jax.ShapeDtypeStruct(a.shape(sizes), jnp.float32) for a in expected}
@@ -159,6 +166,7 @@ def save_adapter(
 
 
 def _check_expressible(description: names.Description) -> None:
+    """Raises InputError if PEFT has no equivalent of the adapters."""
     if not description:
         raise InputError("adapter to write: expected (IA)3 or LoRA at some site, got no adapters")
     for site, settings in description.items():
@@ -185,6 +193,7 @@ def _check_expressible(description: names.Description) -> None:
 def _make_config(
     description: names.Description, base_model_name: str | None, is_gated: bool
 ) -> JsonObject:
+    """Returns the contents of adapter_config.json."""
     sites = names.sites_of(is_gated)
     by_module = {
         sites[site].name: settings for site, settings in description.items() if site in sites
@@ -201,12 +210,14 @@ def _make_config(
         feedforward = ["wo"] if "gate" in description else []
         return {"peft_type": "IA3", **common, "feedforward_modules": feedforward}
     ranks = {module: settings["rank"] for module, settings in by_module.items()}
-    # PEFT declares lora_alpha as an integer, but computes with a float just as well.
+    # PEFT declares lora_alpha as an integer, so whole numbers are written as such. It computes
+    # correctly with other numbers too.
     alphas = {
         module: int(alpha) if float(alpha := settings["alpha"]).is_integer() else alpha
         for module, settings in by_module.items()
     }
-    # The first module gives r and lora_alpha; patterns name, for all layers, those that differ.
+    # `r` and `lora_alpha` are those of the first module. The patterns have the modules that differ
+    # from it; a module's name matches it in every layer.
     first = next(iter(by_module))
     return {
         "peft_type": "LORA",

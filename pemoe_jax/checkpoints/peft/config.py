@@ -1,7 +1,7 @@
-"""PEFT's adapter_config.json: checks it, and converts it to a description of our adapters.
+"""Checks PEFT's adapter_config.json, and converts it to a description of our adapters.
 
-A setting that changes what the model computes is converted or refused. An unknown setting, as a
-later PEFT may have, is refused unless it is unset.
+A setting that changes what the model computes is converted or refused. So is an unknown setting, as
+a later PEFT may have, unless it is null, false or empty.
 """
 
 import math
@@ -15,11 +15,12 @@ from pemoe_jax.checkpoints.peft import names
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime.file_io import JsonObject
 
-# Settings of training and loading, and those that matter only together with a refused one.
+# Settings that do not change what the model computes, or do so only together with a setting that
+# is refused.
 _IGNORED = {
     "auto_mapping",
     "base_model_name_or_path",
-    "ensure_weight_tying",  # concerns embeddings, which are no site
+    "ensure_weight_tying",  # concerns adapters of embeddings, which are refused
     "inference_mode",
     "init_ia3_weights",
     "layers_pattern",  # used with layers_to_transform
@@ -44,7 +45,8 @@ _SUPPORTED = {
     "target_modules",
     "use_rslora",
 }
-# The other initializers (pissa, olora, corda, loftq, lora_ga) change the base's matrices.
+# The values of init_lora_weights that leave the base's matrices as they are. The others (pissa,
+# olora, corda, loftq, lora_ga) change them, so that the adapter does not fit the original base.
 _INITIALIZERS_THAT_KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -55,7 +57,12 @@ def _refuse(path: epath.Path, key: str, expected: str, value: object) -> NoRetur
 
 
 def check_config(path: epath.Path, config: JsonObject) -> None:
-    """Raises `InputError` if our adapters cannot express a setting of a file."""
+    """Raises `InputError` if our adapters cannot express a setting.
+
+    Args:
+      path: the file, for errors.
+      config: its settings.
+    """
     if config.get("peft_type") not in ("IA3", "LORA"):
         _refuse(path, "peft_type", "'IA3' or 'LORA'", config.get("peft_type"))
     if config.get("bias", "none") != "none":
@@ -87,15 +94,17 @@ def describe(
 ) -> dict[str, JsonObject]:
     """Returns the adapters as `core.adapters.describe` does.
 
-    The tensors determine which modules are adapted, and their shapes whether the input is scaled.
-    Settings that are lists of modules must agree with them; a regular expression is not checked.
+    The names of the tensors determine which modules have an adapter. The shape of an (IA)³ tensor
+    at `wo` determines whether it scales the input or the output. Settings that are lists of modules
+    must agree with the tensors. A regular expression is compared only where it matters: each module
+    must have tensors in every layer.
 
     Args:
       path: the file, for errors.
       config: its settings, accepted by `check_config`.
       tensors: PEFT's name -> tensor.
       num_layers: stack -> number of layers of the base.
-      is_gated: whether the base's MLPs have wi_0 and wi_1, and not one wi.
+      is_gated: whether the base's MLPs have wi_0 and wi_1, instead of one wi.
 
     Raises:
       InputError: settings and tensors disagree, or a rank or an alpha is invalid.
@@ -105,6 +114,7 @@ def describe(
     if not adapted:
         shown = ", ".join(list(tensors)[:3]) or "no tensor"
         raise InputError(f"{path.parent}: expected tensors at modules of a T5, got {shown}")
+    # PEFT's vectors are [1, in] for the input and [out, 1] for the output.
     is_input_scaled = kind == "VectorExperts" and any(
         names.module_of(name) == "wo" and tensor.shape[:1] == (1,)
         for name, tensor in tensors.items()
@@ -114,12 +124,12 @@ def describe(
     _check_targets(path, config, adapted_modules, modules, tensors)
     feedforward = config.get("feedforward_modules")
     if kind == "VectorExperts" and isinstance(feedforward, list):
-        scaled = [m for m in adapted_modules if is_input_scaled and _leaf(m) == "wo"]
-        # PEFT itself compares with endswith.
-        if [m for m in adapted_modules if m.endswith(tuple(feedforward))] != scaled:
+        input_scaled = [m for m in adapted_modules if is_input_scaled and _leaf(m) == "wo"]
+        # `endswith`, because PEFT itself compares in this way.
+        if [m for m in adapted_modules if m.endswith(tuple(feedforward))] != input_scaled:
             expected = "['wo'] if the tensors of wo are [1, in], otherwise no target module"
             _refuse(path, "feedforward_modules", expected, feedforward)
-    # The sites gate and wo share the module wo.
+    # Two sites share PEFT's module wo: gate is its input, wo its output.
     unused = "wo" if is_input_scaled else "gate"
     by_site = {s: module.name for s, module in names.sites_of(is_gated).items() if s != unused}
     sites = {site: name for site, name in by_site.items() if name in adapted}
@@ -130,6 +140,7 @@ def describe(
 
 
 def _leaf(module: str) -> str:
+    """Returns the last part of a module's name: 'encoder.block.0.layer.1.mlp.wo' -> 'wo'."""
     return module.rpartition(".")[2]
 
 
@@ -140,11 +151,21 @@ def _check_targets(
     modules: list[str],
     tensors: Collection[str],
 ) -> None:
-    # PEFT silently ignores tensors of modules that it does not target.
+    """Raises InputError unless the targeted modules are those with tensors, in every layer.
+
+    PEFT itself silently ignores the tensors of modules that it does not target.
+
+    Args:
+      path: the file, for errors.
+      config: its settings.
+      adapted: the modules that have an adapter, in all layers of the base.
+      modules: all modules of the base that may have one.
+      tensors: names of the tensors.
+    """
     targets, excluded = config["target_modules"], config.get("exclude_modules") or []
     if isinstance(targets, str) or isinstance(excluded, str):
-        # A pattern can select modules of some layers. With lists, a module without tensors is
-        # reported as a missing tensor.
+        # A pattern may select modules of some layers only. Lists of names cannot, so with them a
+        # missing tensor is a damaged file, and reported later.
         present = [name.removeprefix(names.PREFIX) for name in tensors]
         for module in adapted:
             if not any(name.startswith(f"{module}.") for name in present):
@@ -160,25 +181,30 @@ def _check_targets(
 
 
 def _is_in(module: str, targets: Collection[str]) -> bool:
+    """Whether a list of modules names a module, in full or by its last parts."""
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def _rank_and_alpha(path: epath.Path, config: JsonObject, module: str) -> JsonObject:
+    """Returns our rank and alpha of a LoRA module, from its patterns or the common settings."""
     key, rank = _setting_of(path, config, module, "r", "rank_pattern")
     if type(rank) is not int or rank < 1:
         _refuse(path, key, f"a rank >= 1 at {module}", rank)
     key, alpha = _setting_of(path, config, module, "lora_alpha", "alpha_pattern")
-    # True is an int, and NaN is not < 1e30.
+    # A bool is an int in Python. The last comparison is written so that NaN fails it too.
     if not isinstance(alpha, (int, float)) or type(alpha) is bool or not abs(alpha) < 1e30:
         _refuse(path, key, f"a number at {module}", alpha)
-    # We scale by alpha / rank, rank-stabilized LoRA by alpha / √rank (arXiv 2312.03732).
+    # Our adapters scale by alpha / rank, rank-stabilized LoRA by alpha / √rank (arXiv 2312.03732).
     return {"rank": rank, "alpha": alpha * (math.sqrt(rank) if config.get("use_rslora") else 1.0)}
 
 
 def _setting_of(
     path: epath.Path, config: JsonObject, module: str, key: str, pattern: str
 ) -> tuple[str, object]:
-    """Returns (key, value) of a module's setting, from `pattern` if it names the module."""
+    """Returns (key, value) of a module's setting: `pattern` and its value for the module, if any.
+
+    Otherwise `key` and its value, which holds for all modules.
+    """
     by_module = config.get(pattern) or {}
     # PEFT reads the keys as regular expressions; only plain module names are accepted here.
     if not isinstance(by_module, dict) or not by_module.keys() <= set(names.MODULES):

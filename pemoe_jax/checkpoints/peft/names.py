@@ -1,10 +1,11 @@
-"""Names and shapes of an adapter's arrays, ours and PEFT's, and the conversion between them.
+"""Converts names and shapes of an adapter's arrays between this package and PEFT.
 
-    encoder/layers_0/attention/key_adapter/vectors [H, 1, K]
-    base_model.model.encoder.block.0.layer.0.SelfAttention.k.ia3_l [out, 1]
+    ours     encoder/layers_0/attention/key_adapter/vectors [H, 1, K]
+    PEFT's   base_model.model.encoder.block.0.layer.0.SelfAttention.k.ia3_l [out, 1]
 
-PEFT's (IA)³ scales the output of a module or, for a feedforward module, its input. The input of
-`wo` is gelu(wi_0 x) · wi_1 x, so one vector there is equivalent to one at our site `gate`.
+PEFT's (IA)³ scales the output of a module or, for a feedforward module, its input. In T5 v1.1 the
+input of `wo` is gelu(wi_0 x) · wi_1 x, and our site `gate` is gelu(wi_0 x). So a vector that scales
+the input of `wo` is equivalent to one at `gate`. In T5 1.0 the two are the same: relu(wi x).
 """
 
 import dataclasses
@@ -24,11 +25,11 @@ PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class PeftModule:
-    """The PEFT module of one of our sites."""
+    """The module that PEFT adapts at one of our sites."""
 
     name: str
     in_axis: str  # last axis of the module's input
-    out_axis: str  # last axis of the array that our adapter changes
+    out_axis: str  # last axis of the array that our adapter changes; at gate the module's input
 
 
 _ATTENTION = {
@@ -44,7 +45,7 @@ _MLP = {
     "wo": PeftModule("wo", "mlp", "embed"),
 }
 SITES = {**_ATTENTION, **_MLP}
-# The MLP of T5 1.0 has one input projection, wi, which is our site wi_0.
+# The MLP of T5 1.0 has only one input projection, wi, which is our site wi_0.
 _UNGATED_SITES = {
     **{site: module for site, module in SITES.items() if site != "wi_1"},
     "wi_0": PeftModule("wi", "embed", "mlp"),
@@ -53,10 +54,11 @@ MODULES = tuple(dict.fromkeys(m.name for m in (*SITES.values(), *_UNGATED_SITES.
 
 
 def sites_of(is_gated: bool) -> dict[str, PeftModule]:
-    """Returns site -> module of a model whose MLPs have wi_0 and wi_1, or one wi."""
+    """Returns site -> module; `is_gated` is whether MLPs have wi_0 and wi_1, instead of one wi."""
     return SITES if is_gated else _UNGATED_SITES
 
 
+# Kind of adapter -> our name of each of its arrays -> PEFT's.
 _LEAVES = {
     "VectorExperts": {"vectors": "ia3_l"},
     "LoRAExperts": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
@@ -74,13 +76,16 @@ class AdapterArray:
     rank: int  # LoRA's; 0 for (IA)³
 
     def axes(self) -> tuple[str | int, ...]:
-        """Returns our shape, with axis names in place of the model's dimensions."""
+        """Returns our shape, in which names of axes stand for the model's dimensions.
+
+        The axis of size 1 is that of the experts: adapters without routers have one.
+        """
         module = SITES[self.site]
         if self.leaf == "lora_a":
             return (module.in_axis, 1, self.rank)
         if self.leaf == "lora_b":
             return (1, self.rank, module.out_axis)
-        # PEFT's vectors join heads and kv; row-major order makes the conversion a reshape.
+        # PEFT joins heads and kv in one axis, in row-major order: the conversion is a reshape.
         return ("heads", 1, "kv") if module.out_axis == "joined_kv" else (1, module.out_axis)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -109,7 +114,13 @@ class AdapterArray:
 def adapter_arrays(
     description: Description, num_layers: Mapping[str, int], is_gated: bool
 ) -> list[AdapterArray]:
-    """Returns every array of adapters without routers; `num_layers` is by stack."""
+    """Returns every array of adapters without routers.
+
+    Args:
+      description: `core.adapters.describe` of the adapters.
+      num_layers: stack -> number of layers.
+      is_gated: whether MLPs have wi_0 and wi_1, instead of one wi.
+    """
     return [
         AdapterArray(
             path=f"{path}/{site}_adapter/{leaf}",
@@ -126,7 +137,7 @@ def adapter_arrays(
 
 
 def module_names(num_layers: Mapping[str, int], is_gated: bool) -> list[str]:
-    """Returns every module that PEFT can adapt: 'encoder.block.0.layer.0.SelfAttention.q', …."""
+    """Returns all modules that PEFT can adapt: 'encoder.block.0.layer.0.SelfAttention.q', …."""
     return [
         f"{module}.{name}"
         for _, module, sites in _sublayers(num_layers, is_gated)
@@ -148,12 +159,13 @@ def _sublayers(
 def strip_adapter_name(name: str) -> str:
     """Removes the name of the default adapter: '….lora_A.default.weight' -> '….lora_A.weight'.
 
-    A model's state dict has it, files of `save_pretrained` do not. PEFT loads both.
+    The name is in the state dict of a PEFT model, but not in a file of `save_pretrained`. PEFT
+    loads both.
     """
     return re.sub(r"\.(ia3_l|lora_[AB])\.default(\.weight)?$", r".\1\2", name)
 
 
 def module_of(name: str) -> str | None:
-    """Returns the last part of a tensor's module; None if the tensor is not an adapter's."""
+    """Returns the last part of the name of an adapter tensor's module; None for other tensors."""
     match = re.fullmatch(r".*\.(\w+)\.(?:ia3_l|lora_[AB]\.weight)", name)
     return match[1] if match else None
