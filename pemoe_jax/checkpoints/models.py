@@ -89,7 +89,7 @@ def _make_config(values: JsonObject, source: str) -> T5Config:
     """Returns the configuration of a record or a base.
 
     Raises:
-      InputError: a field is unknown, or an integer field has another value.
+      InputError: a field is unknown, or an integer field is not a positive integer.
     """
     try:
         config = T5Config(**values)
@@ -195,8 +195,8 @@ def load_base(
     source_shapes: dict[str, tuple[int, ...]] = {}
     samples: dict[str, jax.Array | np.ndarray] = {}
 
-    # A transform that collects what it is given; the trees of None that its callers return are not
-    # used.
+    # Passed as a transform, but collects the arrays itself, since one array may make several
+    # parameters.
     def add_source(source: str, array: jax.Array) -> None:
         # Sampled before quantization, so that the fingerprint does not depend on FROZEN_DTYPE.
         source_shapes[source], samples[source] = array.shape, params_lib.sample_array(array)
@@ -264,7 +264,8 @@ def _source_target(
     dtype = jnp.result_type(*map(param_format.dtype_of, paths))
     if is_upcycled and upcycling.is_expert(first):
         shape, sharding = shape[1:], upcycling.dense_sharding(sharding)
-        # Noise multiplies float32 values: rounding them before and after would add an error.
+        # Noise multiplies float32 values: rounding them before and after would add an error. (If an
+        # extra MLP is made from the array too, its path is first, and the widest dtype counts.)
         dtype = jnp.dtype(jnp.float32) if upcycle_noise else dtype
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
