@@ -133,12 +133,12 @@ def checksum(
 
 
 def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> np.ndarray:
-    """Reads a slice in a dtype; a transposed matrix is copied into row-major order."""
+    """Reads a slice in a dtype, in row-major order."""
     if array.parts:
         return _read_parts(array.parts, index, dtype)
     values = array.read_slice(index)
-    if values.flags.c_contiguous or values.ndim != 2:
-        return values.astype(dtype, copy=False)
+    if values.flags.c_contiguous and values.dtype == dtype:
+        return values
     # Aligned, so that JAX on a CPU adopts the memory without a copy.
     result = file_io.aligned_empty(values.shape, dtype)
     _copy(values, result)
@@ -155,6 +155,8 @@ def _copy(values: np.ndarray, target: np.ndarray) -> None:
     A plain copy of a transposed matrix uses only one value of each cache line that it reads.
     Hugging Face stores kernels as [out, in], so all of them are transposed here.
     """
-    block = values.shape[-1] if values.flags.c_contiguous else _BLOCK
-    for i in range(0, values.shape[-1], max(block, 1)):
-        target[..., i : i + block] = values[..., i : i + block]
+    if values.flags.c_contiguous:
+        target[...] = values
+        return
+    for i in range(0, values.shape[-1], _BLOCK):
+        target[..., i : i + _BLOCK] = values[..., i : i + _BLOCK]

@@ -25,7 +25,7 @@ from pemoe_jax.runtime import checksums, file_io
 # Metadata key of files that this package writes: the CRC-32C of each block of each array's bytes.
 # Checksums are per block, because a process may read only some rows of an array.
 CHECKSUMS_KEY = "crc32c"
-_BLOCK_BYTES = 1 << 24  # a multiple of `file_io.READ_BLOCK`
+_BLOCK_BYTES = 1 << 24  # `file_io.SPAN_BYTES` must be a multiple: one thread computes a checksum
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -227,7 +227,8 @@ def _read_verified(
     start, stop = begin + first * _BLOCK_BYTES, min(end, begin + last * _BLOCK_BYTES)
     actual = [0] * (last - first)
 
-    # A read block never spans two checksum blocks: _BLOCK_BYTES is a multiple of its size.
+    # A read block never spans two checksum blocks: _BLOCK_BYTES is a multiple of its size. Threads
+    # read different checksum blocks.
     def visit(position: int, part: np.ndarray) -> None:
         block = position // _BLOCK_BYTES
         actual[block] = checksums.crc32c(part, actual[block])

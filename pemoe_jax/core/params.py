@@ -302,7 +302,15 @@ def sample_array(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
       uint16 [<= 64], the bits of the values as bfloat16; on the array's device, or in host memory
       for a numpy array.
     """
-    return _sample_on_device(leaf) if isinstance(leaf, jax.Array) else _sample(leaf)
+    if isinstance(leaf, jax.Array) and not _is_in_host_memory(leaf):
+        return _sample_on_device(leaf)
+    return _sample(np.asarray(leaf))
+
+
+def _is_in_host_memory(array: jax.Array) -> bool:
+    """Whether numpy can use an array without a copy."""
+    devices = array.devices()
+    return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
 
 
 def _sample(leaf: PyTree) -> PyTree:

@@ -51,20 +51,27 @@ def checksum_of_values(array: np.ndarray, visit: Callable[[np.ndarray], None] | 
 
     Args:
       array: the array.
-      visit: called with consecutive values [<= 4 MiB] while they are in a cache of the processor.
+      visit: called with parts of the values [<= 4 MiB] while they are in a cache of the processor;
+        in several threads if the array is large (`file_io.map_spans`).
     """
     values = np.ascontiguousarray(array).reshape(-1)
     data = values.view(np.uint8)
+
+    def sum_span(span_start: int, span_stop: int) -> bytes:
+        content = b""
+        for start in range(span_start, span_stop, _PART_BYTES):
+            part = data[start : min(start + _PART_BYTES, span_stop)]
+            end = len(part) // _BLOCK_BYTES * _BLOCK_BYTES
+            sums = part[:end].view(np.uint64).reshape(-1, _BLOCK_BYTES // 8).sum(axis=1)
+            # An incomplete block at the end of the array is not summed.
+            content += sums.tobytes() + part[end:].tobytes()
+            if visit is not None:
+                visit(part.view(values.dtype))
+        return content
+
     crc = 0
-    for start in range(0, len(data), _PART_BYTES):
-        part = data[start : start + _PART_BYTES]
-        end = len(part) // _BLOCK_BYTES * _BLOCK_BYTES
-        sums = part[:end].view(np.uint64).reshape(-1, _BLOCK_BYTES // 8).sum(axis=1)
-        crc = google_crc32c.extend(crc, sums.tobytes())
-        if end < len(part):  # an incomplete block at the end of the array is not summed
-            crc = google_crc32c.extend(crc, part[end:].tobytes())
-        if visit is not None:
-            visit(part.view(values.dtype))
+    for content in file_io.map_spans(sum_span, len(data)):
+        crc = google_crc32c.extend(crc, content)
     return crc
 
 

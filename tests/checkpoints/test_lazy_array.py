@@ -139,6 +139,14 @@ def test_reading_ahead_stays_within_the_largest_array():
     assert overlaps > 0
 
 
+def test_groups_of_arrays():
+    sizes = {"a": 9, "b": 4, "c": 3, "d": 3, "e": 0, "f": 10}
+    groups = list(device_arrays._group(sizes, 10))
+    assert groups == [["a"], ["b", "c", "d", "e"], ["f"]]
+    assert list(device_arrays._group(sizes, 0)) == [["a"], ["b"], ["c"], ["d"], ["e"], ["f"]]
+    assert list(device_arrays._group({}, 10)) == []
+
+
 def test_an_error_cancels_the_other_reads():
     started = []
 

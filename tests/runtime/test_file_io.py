@@ -1,7 +1,9 @@
 """Paths, files that are written whole or not at all, and JSON."""
 
 import json
+import threading
 
+import numpy as np
 import pytest
 import tensorstore as ts
 
@@ -9,7 +11,7 @@ from pemoe_jax.analysis import plots
 from pemoe_jax.analysis.zero_shot import results
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import row_checks, sentence_table
-from pemoe_jax.runtime import atomic_write, file_io, step_times
+from pemoe_jax.runtime import atomic_write, checksums, file_io, step_times
 
 
 def test_failed_writes_leave_nothing_behind(tmp_path):
@@ -114,3 +116,41 @@ def test_json_with_half_a_surrogate_pair(tmp_path, value):
             read(str(file))
     file.write_text(json.dumps({"a": "\U0001f600"}))  # a whole pair
     assert file_io.read_json(file) == {"a": "\U0001f600"}
+
+
+def test_spans_of_a_file_are_read_in_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_io, "SPAN_BYTES", 40)
+    monkeypatch.setattr(file_io, "READ_BLOCK", 20)
+    content = bytes(range(256))
+    (tmp_path / "a").write_bytes(content)
+    path = file_io.resolve(tmp_path / "a")
+    for size in (0, 1, 20, 40, 45, 190):
+        blocks: dict[int, bytes] = {}
+        visited: dict[str, list[int]] = {}
+
+        def visit(start, block, blocks=blocks, visited=visited):
+            blocks[start] = block.tobytes()
+            visited.setdefault(threading.current_thread().name, []).append(start)
+
+        data = file_io.read_range(path, 7, size, visit)
+        assert data.tobytes() == content[7 : 7 + size]
+        assert file_io.read_range(path, 7, size).tobytes() == data.tobytes()
+        assert b"".join(blocks[start] for start in sorted(blocks)) == data.tobytes()
+        # the blocks of a span are visited one after another, by one thread
+        order = [start for starts in visited.values() for start in starts]
+        for start in range(0, size - 20, 40):
+            assert order.index(start + 20) == order.index(start) + 1
+    with pytest.raises(InputError, match="truncated: expected 250 bytes at 7, got 249"):
+        file_io.read_range(path, 7, 250)
+
+
+def test_checksums_of_values_do_not_depend_on_spans(monkeypatch):
+    values = np.arange(50_003, dtype=np.float32)
+    parts: list[np.ndarray] = []
+    expected = checksums.checksum_of_values(values, parts.append)
+    assert np.array_equal(np.concatenate(parts), values)
+    for name, size in ((file_io, 1 << 16), (checksums, 1 << 15)):
+        monkeypatch.setattr(name, "SPAN_BYTES" if name is file_io else "_PART_BYTES", size)
+        parts.clear()
+        assert checksums.checksum_of_values(values, parts.append) == expected
+        assert sum(map(len, parts)) == len(values)
