@@ -1,4 +1,7 @@
-"""Tasks: P3, JSON lines, MMLU, BBH and pretraining as seqio tasks; run files bind `register`."""
+"""Data sources as seqio tasks: P3, JSON lines, MMLU, BBH and pretraining.
+
+The gin files of runs bind `register`, or `pretrain.register`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from pemoe_jax.tasks.vocabulary import default_vocab_path, locate_vocabulary
 
 __all__ = ["TaskRoles", "check_p3_paths", "default_vocab_path", "register"]
 
-# T0's mixtures, for an error without importing P3, which would register them.
+# The names of T0's mixtures, for an error message. They are repeated here because importing `p3`,
+# which defines them, would register P3's tasks.
 _P3_MIXTURES = (
     *("t0_train", "t0+_train", "t0++_train", "t0_train_one_og_prompt", "t0_train_all_og_prompts"),
     *("t0_eval_score_eval", "t0_train_score_eval"),
@@ -23,7 +27,10 @@ _P3_MIXTURES = (
 
 
 def check_p3_paths(p3_dir: str | None, vocab_path: str | None) -> None:
-    """Raises InputError for paths that do not exist, before P3 imports seqio (about 5 s)."""
+    """Raises InputError for paths that do not exist.
+
+    Commands call it before they import `p3`, because that imports seqio, which takes about 5 s.
+    """
     if p3_dir and "://" not in p3_dir and not Path(p3_dir).expanduser().is_dir():
         raise InputError(f"P3_DIR {p3_dir} must be a folder, got no such folder")
     if vocab_path is not None:
@@ -44,14 +51,15 @@ def register(
     mmlu_split: str = "test",
     bbh_dir: str | None = None,
 ) -> TaskRoles:
-    """Registers a folder of tasks, after importing a user's module if it is set.
+    """Imports a user's module, if it is set, and then registers the tasks of a folder.
 
     Args:
       jsonl_dir: folder of <task>/<split>.jsonl, with an optional INDEX.json.
       vocab_path: the base model's SentencePiece file, T5's or mT5's; 'bytes' for ByT5.
       module: name of a Python module that registers seqio tasks.
-      p3_dir: folder of P3, as tfrecords, Parquet or templates. None without other data: the
-        environment's PEMOE_P3_DIR, or else the caches in --seqio_additional_cache_dirs.
+      p3_dir: folder of P3, as tfrecords, Parquet or templates. If neither it nor other data is set,
+        P3 is read from the environment's PEMOE_P3_DIR, or else from the caches in
+        --seqio_additional_cache_dirs.
       inputs_eos: whether P3's inputs end in EOS; T0 was trained without it.
       train_tasks: names or patterns (*) of JSONL_DIR's tasks to train on. None: as INDEX.json says,
         else all tasks whose dataset is not held out.
@@ -61,31 +69,23 @@ def register(
         None: all.
       use: see `jsonl.register`.
       mmlu_dir: folder of MMLU's csv files, for evaluation: <split>/<subject>_<split>.csv of the
-        splits dev and MMLU_SPLIT.
+        splits dev (for the shots) and MMLU_SPLIT.
       mmlu_split: MMLU's split to score, 'test' or 'val'.
       bbh_dir: folder of BIG-Bench Hard, for decoding: bbh/<task>.json and cot-prompts/<task>.txt.
 
     Returns:
-      The tasks by role; `TaskRoles()` for a module's tasks.
+      The tasks by role; `TaskRoles()` if only a module is set.
 
     Raises:
-      InputError: no data is set, or several folders are, or the folder's `register` raises.
+      InputError: no data or several folders are set, the module does not exist, or the `register`
+        of the folder's kind raises.
     """
     if module is not None:
-        if "" in module.split("."):
-            raise InputError(
-                f"MIXTURE_OR_TASK_MODULE must be the name of a module, got {module!r:.80}"
-            )
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # the module exists, but something that it imports does not
-            raise InputError(f"MIXTURE_OR_TASK_MODULE {module!r}: no such module") from error
+        _import_module(module)
     # PEMOE_P3_DIR is usually set for a whole machine, so a run that names other data ignores it.
-    others = (jsonl_dir, module, mmlu_dir, bbh_dir)
+    other_data = (jsonl_dir, module, mmlu_dir, bbh_dir)
     only_caches = False
-    if all(other is None for other in others):
+    if all(setting is None for setting in other_data):
         p3_dir = p3_dir or os.environ.get("PEMOE_P3_DIR")
         only_caches = p3_dir is None and bool(seqio_cache_dirs.additional_cache_dirs)
     folders = {
@@ -99,6 +99,7 @@ def register(
     if len(folders) > 1:
         settings = ", ".join(f"{macro}={folder!r}" for macro, folder in folders.items())
         raise InputError(f"expected one folder of tasks, got {settings}")
+    # The setting that chooses the kind of data; '' if only a module is set, or nothing.
     macro = next(iter(folders), "P3_DIR" if only_caches else "")
     if macro not in ("", "JSONL_DIR"):
         for name, patterns in (("TRAIN_TASKS", train_tasks), ("EVAL_TASKS", eval_tasks)):
@@ -112,6 +113,7 @@ def register(
         from pemoe_jax.tasks import p3
 
         return p3.register(p3_dir, vocab_path, eval_examples, inputs_eos)
+    # A run file may still name a mixture of data that is not set: its error says what to pass.
     for name in _P3_MIXTURES:
         seqio_tasks.unavailable[name] = "it is a mixture of P3: pass P3_DIR instead of other data"
     if not macro:
@@ -145,3 +147,15 @@ def register(
 
     assert jsonl_dir is not None
     return jsonl.register(jsonl_dir, vocab_path, train_tasks, eval_tasks, eval_examples, use)
+
+
+def _import_module(module: str) -> None:
+    """Imports a user's module; InputError if there is none of this name."""
+    if "" in module.split("."):
+        raise InputError(f"MIXTURE_OR_TASK_MODULE must be the name of a module, got {module!r:.80}")
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module exists, but something that it imports does not
+        raise InputError(f"MIXTURE_OR_TASK_MODULE {module!r}: no such module") from error

@@ -1,8 +1,9 @@
 """BIG-Bench Hard (arXiv 2210.09261) as decoded seqio tasks, direct and with reasoning.
 
 The folder is the public one: `bbh/<task>.json` with {"examples": [{"input": str, "target": str}]},
-and `cot-prompts/<task>.txt`: a canary, a line `-----`, a description of the task, and solved
-examples `Q: … A: Let's think step by step. … So the answer is X.`. `register` adds for each task
+and `cot-prompts/<task>.txt`: a canary (a notice that keeps the file out of training data), a line
+`-----`, a description of the task, and solved examples `Q: … A: Let's think step by step. … So the
+answer is X.`. `register` adds two tasks for each of these files
 
 - `bbh_direct_<task>`: the shots are the solved examples without their reasoning;
 - `bbh_reasoning_<task>`: the shots have the reasoning, and the model reasons before it answers.
@@ -33,7 +34,8 @@ _ANSWER = "the answer is"
 # The last line of an input in each mode.
 _INSTRUCTIONS = {"direct": "A:", "reasoning": f"A: {_REASONING}"}
 
-# The tasks with equal weights in the mean, and the suffixes of their files' names.
+# The 23 tasks, which have equal weights in the mean, and the suffixes of their files' names. Two
+# tasks have a file for each number of objects.
 _OBJECTS = ("three_objects", "five_objects", "seven_objects")
 _FILE_SUFFIXES = {
     **dict.fromkeys(
@@ -51,7 +53,7 @@ _FILE_SUFFIXES = {
     "logical_deduction": _OBJECTS,
     "tracking_shuffled_objects": _OBJECTS,
 }
-# The names of the 27 files, and the 23 tasks that they belong to.
+# Name of each of the 27 files -> the task that it belongs to.
 TASKS = {
     f"{task}_{suffix}" if suffix else task: task
     for task, suffixes in _FILE_SUFFIXES.items()
@@ -77,19 +79,24 @@ class Prompt(NamedTuple):
 def extract_answer(text: str) -> str:
     """Returns the answer in a prediction, or in the reasoning of a solved example.
 
-    It is the text after the last 'the answer is', or the whole text if there is none, without a
-    final full stop.
+    The answer is the text after the last 'the answer is', or the whole text if it does not have
+    these words. A final full stop is removed.
     """
     return text.rpartition(_ANSWER)[2].strip().removesuffix(".").rstrip()
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Returns the share of exact answers in %; case counts, a run of spaces is one space."""
+    """Returns the percentage of predictions that equal their target.
+
+    Case counts. Any run of whitespace counts as one space.
+    """
     return {"exact_match": metrics.accuracy(targets, predictions)["accuracy"]}
 
 
 def read_examples(path: pathlib.Path, limit: int | None = None) -> list[tuple[str, str]]:
     """Returns the input and target of the examples in a file of `bbh/`, or of the first `limit`.
+
+    All examples are checked, whatever the limit.
 
     Raises:
       InputError: the file is malformed or has no examples.
@@ -135,13 +142,14 @@ def read_prompt(path: pathlib.Path) -> Prompt:
         raise InputError(f"{path}: expected solved examples that begin with 'Q:', got none")
     description = "\n".join(lines[start : questions[0]]).strip()
     examples = [
-        _solved_example("\n".join(lines[i:end]).strip(), f"{path}:{i + 1}")
+        _parse_solved_example("\n".join(lines[i:end]).strip(), f"{path}:{i + 1}")
         for i, end in zip(questions, [*questions[1:], len(lines)], strict=True)
     ]
     return Prompt(description, examples)
 
 
-def _solved_example(text: str, where: str) -> PromptExample:
+def _parse_solved_example(text: str, where: str) -> PromptExample:
+    """Parses 'Q: … A: Let's think step by step. …'; `where`, file and line, begins an error."""
     parts = re.fullmatch(rf"Q:(.*?)\nA: {re.escape(_REASONING)}(.*)", text, re.DOTALL)
     if parts is None:
         raise InputError(f"{where}: expected a line 'A: {_REASONING} …' in the example, got none")
@@ -155,13 +163,14 @@ def _solved_example(text: str, where: str) -> PromptExample:
 
 
 def find_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Returns the path of each file of a task that the folder has, by its name in `TASKS`.
+    """Returns the path of each task file in the folder, by the file's name in `TASKS`.
 
     Raises:
-      InputError: the folder or all files are missing, or a file is not that of a task.
+      InputError: the folder or all files are missing, or a file's name is not in `TASKS`.
     """
     if not folder.is_dir():
         raise InputError(f"BBH_DIR {folder} must be a folder, got no such folder")
+    # Hidden files, such as those that macOS adds to archives, are skipped.
     files = {path.stem: path for path in (folder / "bbh").glob("[!.]*.json")}
     if not files:
         raise InputError(f"BBH_DIR {folder} must hold bbh/<task>.json, got none")
@@ -196,6 +205,7 @@ def register(
     from pemoe_jax.tasks import benchmark_tasks
 
     vocabulary = load_vocabulary(vocab_path)
+    # mode -> seqio task -> name of its file
     names = {mode: {f"bbh_{mode}_{name}": name for name in files} for mode in _INSTRUCTIONS}
     tasks = []
     for mode, instruction in _INSTRUCTIONS.items():
@@ -208,6 +218,7 @@ def register(
                 )
                 for example in prompt.examples
             ]
+            # A partial function, because a lambda would see the `solved` of the last iteration.
             shots = benchmark_tasks.ShotsSource(
                 f"{prompt.description}\n\n", functools.partial(list, solved)
             )

@@ -1,4 +1,4 @@
-"""seqio tasks of benchmarks: rows in memory, with prescribed solved examples for the shots.
+"""seqio tasks of benchmarks: rows in memory, and solved examples that the benchmark prescribes.
 
 This module imports seqio, which takes about 5 s, so `mmlu` and `bbh` import it inside functions.
 """
@@ -23,8 +23,8 @@ import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 Pairs = Sequence[tuple[str, str]]  # input and target of each example
-# Registered under the split name that T5X's gin files evaluate. `TaskRoles.eval_splits` has the
-# published name.
+# Every task has this split alone, because T5X's gin files evaluate it. The published name of the
+# split is in `TaskRoles.eval_splits`.
 _SPLIT = "validation"
 _registered: list[str] = []  # tasks and mixtures in seqio's registries
 
@@ -83,20 +83,31 @@ def make_score_task(
     shots: ShotsSource,
     vocabulary: seqio.Vocabulary,
 ) -> BenchmarkTask:
-    """Returns a `_score_eval` task whose rows all have the same answer choices."""
-    numbered = [
-        (inputs, choice, (row, number), choice == target)
-        for row, (inputs, target) in enumerate(rows)
+    """Returns a `_score_eval` task of examples that all have the same answer choices.
+
+    Args:
+      name: name of the task.
+      rows: input and correct choice of each example.
+      answer_choices: the choices.
+      shots: solved examples for the shots.
+      vocabulary: vocabulary of inputs and targets.
+    """
+    # A row for each choice of an example; see `score_eval`.
+    choice_rows = [
+        (inputs, choice, (example, number), choice == target)
+        for example, (inputs, target) in enumerate(rows)
         for number, choice in enumerate(answer_choices)
     ]
-    inputs, targets, indices, is_correct = (list(column) for column in zip(*numbered, strict=True))
+    inputs, targets, indices, is_correct = (
+        list(column) for column in zip(*choice_rows, strict=True)
+    )
     tensors = {
         "inputs": inputs,
         "targets": targets,
         "idx": tf.constant(indices, tf.int32),
         "is_correct": is_correct,
-        "weight": [1.0] * len(numbered),
-        "answer_choices": [list(answer_choices)] * len(numbered),
+        "weight": [1.0] * len(choice_rows),
+        "answer_choices": [list(answer_choices)] * len(choice_rows),
     }
     return _make_task(
         name,
@@ -116,8 +127,12 @@ def make_decoded_task(
     extract_answer: Callable[[str], str],
     metric: Callable[[Sequence[str], Sequence[str]], dict[str, float]],
 ) -> BenchmarkTask:
-    """Returns a task whose answers are decoded; the metric compares the extracted answers."""
+    """Returns a task whose answers are decoded.
 
+    `extract_answer` is applied to targets and decoded texts, and `metric` compares the results.
+    """
+
+    # seqio also passes the example and whether the text is the target.
     def postprocess(text: str, **unused: object) -> str:
         return extract_answer(text)
 
@@ -141,15 +156,18 @@ def _make_task(
     vocabulary: seqio.Vocabulary,
     **arguments: Any,
 ) -> BenchmarkTask:
-    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    """Returns a task whose rows are `tensors`, with their inputs and targets tokenized."""
+
+    # seqio requires these names of arguments. The rows are scored in their order.
+    def make_dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed
         texts = {key: tensors[key] for key in ("inputs", "targets")}
         ids = {key: _tokenize(text, vocabulary) for key, text in texts.items()}
-        texts = {f"{key}_pretokenized": text for key, text in texts.items()}
-        return tf.data.Dataset.from_tensor_slices({**tensors, **ids, **texts})
+        pretokenized = {f"{key}_pretokenized": text for key, text in texts.items()}
+        return tf.data.Dataset.from_tensor_slices({**tensors, **ids, **pretokenized})
 
     source = seqio.FunctionDataSource(
-        dataset, [_SPLIT], {_SPLIT: len(tensors["inputs"])}, caching_permitted=False
+        make_dataset, [_SPLIT], {_SPLIT: len(tensors["inputs"])}, caching_permitted=False
     )
     features = {key: seqio.Feature(vocabulary, add_eos=True) for key in ("inputs", "targets")}
     return BenchmarkTask(
@@ -174,7 +192,11 @@ def _tokenize(texts: Sequence[str], vocabulary: seqio.Vocabulary) -> tf.RaggedTe
 
 
 def register(tasks: Sequence[BenchmarkTask], mixtures: Mapping[str, Sequence[str]]) -> None:
-    """Registers tasks, and mixtures of them by name, in place of those of an earlier call.
+    """Registers tasks and mixtures of them, in place of those of an earlier call.
+
+    Args:
+      tasks: the tasks.
+      mixtures: name of each mixture -> names of its tasks, which are mixed at equal rates.
 
     Raises:
       InputError: a name is already that of another task or mixture.

@@ -17,16 +17,16 @@ from pemoe_jax.core.errors import InputError
 class Benchmark:
     """A published set of tasks whose mean score is reported.
 
-    A benchmark has members, which have equal weights in its mean. A member is a task, or several
-    tasks whose mean is taken first.
+    The mean is over members of equal weight. A member is a task, or several tasks whose scores are
+    averaged first.
 
     Attributes:
       name: its name in tables.
       noun: what a member is called, such as 'subject'.
-      metric: the metric of a task that is averaged.
-      members: task, by its published name -> member; all tasks, also those without data.
-      areas: member -> its area, if means of areas are reported.
-      tasks: name of a registered task -> published name.
+      metric: name of the tasks' metric that is averaged.
+      members: published name of each task -> its member. Tasks without data are included.
+      areas: member -> its area, for benchmarks that report means of areas.
+      tasks: name of each registered task -> its published name.
     """
 
     name: str
@@ -39,21 +39,21 @@ class Benchmark:
     @property
     def missing(self) -> list[str]:
         """The published tasks that are not registered."""
-        return self._without(self.tasks.values())
+        return self._other_tasks(self.tasks.values())
 
     def summarize(self, scores: Mapping[str, float]) -> dict[str, Any] | None:
         """Averages the scores of registered tasks.
 
-        Tasks without a score are named, and not in the means.
+        Tasks without a score are left out of the means and listed as missing.
 
         Args:
-          scores: registered task -> score; tasks of others are ignored.
+          scores: registered task -> score. Tasks of other benchmarks are ignored.
 
         Returns:
-          The benchmark's entry in results.json: 'noun', 'mean', 'members' (the number of those in
-          the mean), 'of' (the number of all), 'areas' (area -> 'mean', which is None without
-          members, 'members' and 'of') and 'missing' (published names of the tasks without a
-          score). None if no task has a score.
+          The benchmark's entry in results.json: 'noun'; 'mean'; 'members', the number of members
+          in the mean, and 'of', the number of all members; 'areas': area -> 'mean' (None if no
+          member has a score), 'members' and 'of'; and 'missing', the published names of the tasks
+          without a score. None if no task has a score.
         """
         by_member: dict[str, list[float]] = collections.defaultdict(list)
         scored = {self.tasks[task]: score for task, score in scores.items() if task in self.tasks}
@@ -69,17 +69,19 @@ class Benchmark:
         }
         return {
             "noun": self.noun,
-            **_mean(means, members),
-            "areas": {area: _mean(means, inside) for area, inside in areas.items()},
-            "missing": self._without(scored),
+            **_average(means, members),
+            "areas": {area: _average(means, in_area) for area, in_area in areas.items()},
+            "missing": self._other_tasks(scored),
         }
 
-    def _without(self, tasks: Iterable[str]) -> list[str]:
+    def _other_tasks(self, tasks: Iterable[str]) -> list[str]:
+        """Returns the published tasks that are not among `tasks`."""
         present = set(tasks)
         return [task for task in self.members if task not in present]
 
 
-def _mean(means: Mapping[str, float], members: list[str]) -> dict[str, Any]:
+def _average(means: Mapping[str, float], members: list[str]) -> dict[str, Any]:
+    """Returns the mean over those of `members` that have one, and how many these are."""
     values = [means[member] for member in members if member in means]
     mean = statistics.fmean(values) if values else None
     return {"mean": mean, "members": len(values), "of": len(members)}
@@ -88,7 +90,13 @@ def _mean(means: Mapping[str, float], members: list[str]) -> dict[str, Any]:
 def check_file_names(
     files: Mapping[str, pathlib.Path], names: Collection[str], description: str
 ) -> None:
-    """Raises InputError for a file of none of the names, such as 'a subject of MMLU'."""
+    """Raises InputError if a file has an unknown name, and suggests the most similar known one.
+
+    Args:
+      files: name -> path.
+      names: the known names.
+      description: what a known name is, for the error, such as 'a subject of MMLU'.
+    """
     for name in sorted(set(files) - set(names)):
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

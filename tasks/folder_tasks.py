@@ -1,6 +1,6 @@
-"""Base classes of our seqio tasks and mixtures, whose training streams start at any example.
+"""Base classes of this package's seqio tasks and mixtures, whose streams start at any example.
 
-Importing this imports seqio, which takes about 5 s.
+Importing this module imports seqio, which takes about 5 s.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class FolderTask(SeekableTask, seqio.Task):
     ) -> tf.data.Dataset:
         """See seqio.Task; arguments after `sequence_length` and `split` must be named."""
         if not use_cached:
-            # The source shuffles row indices, so that a buffer of examples and a copy of all
-            # examples in memory would cost and gain nothing.
+            # The source shuffles row indices itself. seqio's shuffle buffer of examples, and its
+            # copy of a small dataset in memory, would cost memory and gain nothing.
             kwargs.update(shuffle_buffer_size=1, try_in_mem_cache=False)
         ds = super().get_dataset(*args, use_cached=use_cached, **kwargs)
-        # Here too, for seqio's Evaluator and T5X, which make the iterators themselves.
+        # `data.seqio_tasks` does this too, but seqio's Evaluator and T5X iterate by themselves.
         return seqio_import.disable_autotune(ds)
 
     def cached_examples_from(
@@ -41,8 +41,8 @@ class FolderTask(SeekableTask, seqio.Task):
 class FolderMixture(SeekableMixture, seqio.Mixture):
     """A mixture of `FolderTask`s that draws row indices and reads them in one pipeline.
 
-    Examples and rates are those of seqio's Mixture, which builds a pipeline for each task (0.1 s
-    each); the order is that of `ExampleOrder`.
+    seqio's Mixture builds a pipeline for each task, which takes 0.1 s each. Examples and rates are
+    the same here; their order is that of `data.order.ExampleOrder`.
     """
 
     def get_dataset(
@@ -56,6 +56,8 @@ class FolderMixture(SeekableMixture, seqio.Mixture):
         num_epochs: int | None = None,
         **kwargs: object,
     ) -> tf.data.Dataset:
+        # seqio reads its caches by itself, and the pipeline below yields only `inputs` and
+        # `targets`, not features that are to be passed through.
         if use_cached or kwargs.get("passthrough_features"):
             ds = super().get_dataset(
                 sequence_length, split, use_cached, shuffle, seed, shard_info, num_epochs, **kwargs
@@ -91,18 +93,19 @@ def trim_and_append_eos(
     output_features: Mapping[str, seqio.Feature],
     sequence_length: Mapping[str, int] | None = None,
 ) -> tf.data.Dataset:
-    """Preprocessor: truncates to the length, and ends in one EOS if the feature has `add_eos`.
+    """Truncates features to their lengths, and ends those with `add_eos` in one EOS.
 
-    seqio's own preprocessor would add a second EOS to ids that end in one already: some caches of
-    P3 have an EOS on inputs, others do not.
+    A seqio preprocessor. seqio's own one would add a second EOS to ids that end in one already,
+    and some caches of P3 have an EOS on inputs, while others do not.
     """
 
-    # without autograph, which is slow to build
+    # Autograph is slow, and there is no control flow on tensors to convert.
     @tf.autograph.experimental.do_not_convert
     def trim(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         trimmed = {}
         for key, feature in output_features.items():
             ids, eos = example[key], feature.vocabulary.eos_id
+            # An EOS at the end is dropped first, and added again where the feature has one.
             keep = tf.size(ids) - tf.cast(tf.reduce_any(ids[-1:] == eos), tf.int32)
             length = (sequence_length or {}).get(key)
             if length is not None:
@@ -114,5 +117,5 @@ def trim_and_append_eos(
 
 
 def shard_of(shard_info: seqio.ShardInfo | None) -> tuple[int, int]:
-    """Returns (index, count) of a shard."""
+    """Returns (index, count) of a shard; (0, 1) if the data is not sharded."""
     return (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)

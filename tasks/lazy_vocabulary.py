@@ -1,6 +1,6 @@
 """`LazyVocabulary`: a SentencePiece file that is read at its first use.
 
-Importing this imports seqio, which takes about 5 s.
+Importing this module imports seqio, which takes about 5 s.
 """
 
 from __future__ import annotations
@@ -16,23 +16,27 @@ import seqio  # noqa: E402
 
 
 class LazyVocabulary(seqio.SentencePieceVocabulary):
-    """T5's or mT5's vocabulary: sentinels are added if the file has none.
+    """T5's or mT5's vocabulary, with sentinels added if the file has none.
+
+    The first use raises the errors of the file.
 
     Raises:
-      InputError: at the first use: the file cannot be read, is not a SentencePiece model, or has
-        other special ids than T5's.
+      InputError: the file cannot be read, is not a SentencePiece model, or has other special ids
+        than T5's.
     """
 
     def __init__(self, path: str) -> None:
         super().__init__(path, extra_ids=SENTINELS)
 
+    # seqio calls this before each use and keeps its result, the loaded model, in `_model`.
     def _model_context(self) -> Any:
         if self._model is not None:
             return self._model
         path = self.sentencepiece_model_file
         try:
             plain = seqio.SentencePieceVocabulary(path).tokenizer
-        except Exception as error:  # protobuf, sentencepiece, tensorflow raise their own types
+        # protobuf, sentencepiece and TensorFlow each raise their own types.
+        except Exception as error:
             if "://" not in path:
                 raise InputError(
                     f"VOCAB_PATH {path} is not a SentencePiece model: {first_line(error)}"
@@ -43,6 +47,7 @@ class LazyVocabulary(seqio.SentencePieceVocabulary):
                 " environment's PEMOE_VOCAB_PATH)"
             ) from None
         check_special_ids(plain, path)
+        # mT5's file and some copies of T5's have sentinels, to which seqio would add more.
         if find_sentinels(plain):
             self._extra_ids = 0
         return super()._model_context()

@@ -1,7 +1,7 @@
 """Metrics of generated text under P3's names, for seqio's Evaluator.
 
-Each takes (targets, predictions) and returns percentages, as T5's evaluation does. Runs of
-whitespace count as one space, because SentencePiece keeps no others.
+Each metric takes (targets, predictions) and returns percentages, as T5's evaluation does. A run of
+whitespace counts as one space, because SentencePiece replaces it by one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ MetricFn = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
 
 
 def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of predictions that equal the target, case and punctuation included: `accuracy`."""
+    """Returns `accuracy`: the percentage of predictions that equal their target.
+
+    Case and punctuation count.
+    """
     pairs = zip(targets, predictions, strict=True)
     return {"accuracy": _percentage(target.split() == text.split() for target, text in pairs)}
 
 
 def squad(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """SQuAD's metrics (arXiv 1606.05250): `exact_match` and `f1` over words.
+    """Returns SQuAD's metrics (arXiv 1606.05250), `exact_match` and `f1`, over words.
 
     Case, punctuation and the articles a, an, the are ignored. If the target or the prediction has
     no words left, F1 is 1 if neither has any and 0 otherwise, as in SQuAD 2.0.
@@ -50,8 +53,8 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
 
 
-# Words of SQuAD are compared as multisets, as in its official script.
 def _f1(target: list[str], prediction: list[str]) -> float:
+    """Returns the F1 of two lists of words, compared as multisets as in SQuAD's official script."""
     if not target or not prediction:
         return float(target == prediction)
     common = (collections.Counter(target) & collections.Counter(prediction)).total()
@@ -59,7 +62,7 @@ def _f1(target: list[str], prediction: list[str]) -> float:
 
 
 def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU of sacrebleu with its international tokenization: `bleu`."""
+    """Returns `bleu`: sacrebleu's corpus BLEU with its international tokenization."""
     import sacrebleu
 
     # "intl" splits off punctuation of every script; T5 uses it for all languages.
@@ -68,7 +71,7 @@ def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]
 
 
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of rouge-score without stemming: `rouge1`, `rouge2`, `rougeLsum`."""
+    """Returns `rouge1`, `rouge2` and `rougeLsum`: the mean F1 of rouge-score, without stemming."""
     scores = [
         _rouge_scorer().score(_split_sentences(target), _split_sentences(prediction))
         for target, prediction in zip(targets, predictions, strict=True)
@@ -87,17 +90,18 @@ def _rouge_scorer() -> RougeScorer:
 
 
 def _split_sentences(text: str) -> str:
-    # rougeLsum reads a line as a sentence; T5's metric splits the same way
+    # rougeLsum takes each line for a sentence. T5's metric splits in the same way.
     return text.replace(" . ", " .\n")
 
 
 def spearman_correlation(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Rank correlation of texts that are numbers: `spearman_correlation`.
+    """Returns `spearman_correlation`: the rank correlation of texts that are numbers.
 
     A text that is not a number counts as -1, as in T5. If all targets or all predictions are
     equal, the correlation is undefined, and 0 is returned.
     """
-    # Computed by hand: scipy.stats would return nan, with a warning, if all values are equal.
+    # Computed here, as the correlation of the ranks: scipy.stats would return nan, with a warning,
+    # if all values are equal.
     ranks = [_ranks([_number(text) for text in texts]) for texts in (targets, predictions)]
     deviations = [rank - rank.mean() for rank in ranks]
     scale = np.sqrt(np.prod([np.sum(deviation**2) for deviation in deviations]))
@@ -124,7 +128,7 @@ def _percentage(values: Iterable[float]) -> float:
     return 100 * float(np.mean(list(values)))
 
 
-# P3's names. "Other" stands for a metric that promptsource does not name.
+# The metrics by their names in P3. "Other" stands for a metric that promptsource does not name.
 BY_NAME: Mapping[str, MetricFn | None] = {
     "Accuracy": accuracy,
     "BLEU": bleu,
@@ -137,10 +141,14 @@ DEFAULT_METRICS = ("Accuracy",)
 
 
 def check_names(names: object, where: str) -> Sequence[str]:
-    """Checks the value of `metrics` in INDEX.json.
+    """Returns the value of `metrics` in INDEX.json, after checking it.
+
+    Args:
+      names: the value.
+      where: the file and the task, for errors.
 
     Raises:
-      InputError: the value, at `where`, is not a list of keys of `BY_NAME`.
+      InputError: the value is not a list of keys of `BY_NAME`.
     """
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{where}: 'metrics' must be a list of names, got {names!r}")
@@ -153,7 +161,7 @@ def check_names(names: object, where: str) -> Sequence[str]:
 
 
 def metric_fns(names: Sequence[str]) -> list[MetricFn]:
-    """Returns the functions of metrics, each once; accuracy if "Other" is the only name."""
+    """Returns the functions of metrics, each once; accuracy if no name has a function."""
     fns = [fn for name in dict.fromkeys(names) if (fn := BY_NAME[name]) is not None]
     return fns or [accuracy]
 

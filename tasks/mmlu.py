@@ -3,7 +3,8 @@
 The folder is the public one: `dev/<subject>_dev.csv`, `val/<subject>_val.csv` and
 `test/<subject>_test.csv`, without a header, with the columns question, A, B, C, D and the letter of
 the answer. `register` adds a task `mmlu_<subject>_score_eval` for each subject, and the mixture
-`mmlu_score_eval`. Their shots are the questions of `dev`, in its order.
+`mmlu_score_eval`. The shots of a task are its subject's questions in `dev`, in the order of the
+file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MIXTURE = f"mmlu{score_eval.SUFFIX}"
 LETTERS = ("A", "B", "C", "D")
 SPLITS = ("test", "val")
 
-# The public areas of the subjects.
+# The areas by which MMLU's published code groups the subjects.
 _SUBJECTS_BY_AREA = {
     "STEM": (
         *("abstract_algebra", "astronomy", "college_biology", "college_chemistry"),
@@ -54,12 +55,12 @@ _SUBJECTS_BY_AREA = {
     ),
 }
 AREAS = {subject: area for area, subjects in _SUBJECTS_BY_AREA.items() for subject in subjects}
-# The names of the subjects' datasets in tables.
+# Subject -> name of its dataset in tables.
 DATASETS = {subject: f"mmlu_{subject}" for subject in AREAS}
 
 
 class Question(NamedTuple):
-    """A row of a file."""
+    """A row of a csv file."""
 
     text: str
     options: tuple[str, str, str, str]
@@ -78,23 +79,25 @@ def header(subject: str) -> str:
 
 
 def read_questions(path: pathlib.Path, limit: int | None = None) -> list[Question]:
-    """Returns the rows of a file, or its first `limit` ones; all are checked.
+    """Returns the rows of a file, or the first `limit` of them.
+
+    All rows are checked, whatever the limit.
 
     Raises:
-      InputError: a row has another number of columns or an answer that is no letter, or the file
+      InputError: a row does not have 6 columns or its answer is not one of the letters, or the file
         is not CSV in UTF-8 or has no rows.
     """
     questions: list[Question] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            first = 1  # line of a row, which may span several
+            line = 1  # the first line of a row, which may have several
             for row in reader:
                 if row:
-                    questions.append(_question(row, f"{path}:{first}"))
-                first = reader.line_num + 1
+                    questions.append(_parse_question(row, f"{path}:{line}"))
+                line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}:{first}: not CSV: {error}") from None
+        raise InputError(f"{path}:{line}: not CSV: {error}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     if not questions:
@@ -102,7 +105,8 @@ def read_questions(path: pathlib.Path, limit: int | None = None) -> list[Questio
     return questions[:limit]
 
 
-def _question(row: Sequence[str], where: str) -> Question:
+def _parse_question(row: Sequence[str], where: str) -> Question:
+    """Returns the question in a row; `where`, file and line, begins an error's message."""
     if len(row) != 6:
         raise InputError(
             f"{where}: expected 6 columns (question, A, B, C, D, answer), got {len(row)}"
@@ -113,18 +117,19 @@ def _question(row: Sequence[str], where: str) -> Question:
 
 
 def find_files(folder: pathlib.Path, split: str) -> dict[str, pathlib.Path]:
-    """Returns the file of each subject that a split has, in the order of `AREAS`.
+    """Returns the files of a split by subject, in the order of `AREAS`.
 
     Raises:
-      InputError: the folder or all files are missing, or a file is of no subject.
+      InputError: the folder or all files are missing, or a file's name is not that of a subject.
     """
     if not folder.is_dir():
         raise InputError(f"MMLU_DIR {folder} must be a folder, got no such folder")
-    end = f"_{split}.csv"
-    # Hidden files are those that a Mac adds to archives.
-    files = {path.name.removesuffix(end): path for path in (folder / split).glob(f"[!.]*{end}")}
+    suffix = f"_{split}.csv"
+    # Hidden files, such as those that macOS adds to archives, are skipped.
+    paths = (folder / split).glob(f"[!.]*{suffix}")
+    files = {path.name.removesuffix(suffix): path for path in paths}
     if not files:
-        raise InputError(f"MMLU_DIR {folder} must hold {split}/<subject>{end}, got none")
+        raise InputError(f"MMLU_DIR {folder} must hold {split}/<subject>{suffix}, got none")
     check_file_names(files, AREAS, "a subject of MMLU")
     return {subject: files[subject] for subject in AREAS if subject in files}
 
@@ -154,13 +159,14 @@ def register(
     files = find_files(folder, split)
     questions = {subject: read_questions(path, eval_examples) for subject, path in files.items()}
 
-    def solved_questions(subject: str) -> list[tuple[str, str]]:
+    # The shots are read at their first use, since `dev` is not needed without shots.
+    def read_shots(subject: str) -> list[tuple[str, str]]:
         path = folder / "dev" / f"{subject}_dev.csv"
         if not path.is_file():
             raise InputError(f"SHOTS of {subject} are read from {path}, got no such file")
         return [(question.prompt(), question.answer) for question in read_questions(path)]
 
-    # here, because it imports seqio, which takes about 5 s
+    # Imported here because it imports seqio, which takes about 5 s.
     from pemoe_jax.tasks import benchmark_tasks
 
     tasks = {DATASETS[subject] + score_eval.SUFFIX: subject for subject in files}
@@ -172,7 +178,7 @@ def register(
                 [(question.prompt(), question.answer) for question in questions[subject]],
                 LETTERS,
                 benchmark_tasks.ShotsSource(
-                    header(subject), functools.partial(solved_questions, subject)
+                    header(subject), functools.partial(read_shots, subject)
                 ),
                 vocabulary,
             )

@@ -6,7 +6,8 @@
   sentinels with their spans (arXiv 1910.10683, section 3.1.4);
 - `pretrain_prefix_lm`: the line is split in two, and the second part is predicted from the first.
 
-Each line is an example; its spans or split are drawn again every time the line is read.
+Each line is an example. Its spans, or the place where it is split, are drawn anew each time the
+line is read.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 SPAN_CORRUPTION = "pretrain_span_corruption"
 PREFIX_LM = "pretrain_prefix_lm"
 _SENTENCE_ENDS = (".", "?", "!", ":")
-# T5 removes 0.15 of 512 tokens in spans of 3. Of a sentence, that would leave one span to learn.
+# T5 removes 15 % of 512 tokens, in spans of 3 on average. Lines here are a few sentences of some 20
+# tokens, from which these numbers would remove a single span.
 _NOISE_DENSITY = 0.3
 _MEAN_SPAN_LENGTH = 2.0
 
@@ -38,7 +40,8 @@ Objective = Callable[[Sequence[int], np.random.Generator], tuple[list[int], list
 
 
 def _random_lengths(total: int, parts: int, rng: np.random.Generator) -> list[int]:
-    """Returns `parts` positive integers with sum `total`, uniformly among all such lists."""
+    """Draws `parts` positive integers with sum `total`, uniformly among all such lists."""
+    # A list is the same as a choice of `parts` - 1 different boundaries between 1 and `total` - 1.
     bounds = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff([0, *bounds, total]).astype(int).tolist()
 
@@ -51,12 +54,13 @@ def span_corruption(
     Args:
       ids: a text of at least two tokens, without EOS.
       rng: source of the draws.
-      sentinels: ids of the sentinels, the first one first; no more spans are removed than these.
+      sentinels: ids of the sentinels, in the order of their use. At most as many spans are removed.
 
     Returns:
-      (inputs, targets), without EOS. The first token stays, the last is removed.
+      (inputs, targets), without EOS. Kept parts and spans alternate: the first token is always
+      kept, and the last is always removed.
     """
-    # Both counts are bounded so that no span and no gap is empty, whatever the length.
+    # The bounds ensure that no span and no gap between spans is empty, whatever the length.
     num_noise = min(max(round(len(ids) * _NOISE_DENSITY), 1), len(ids) - 1)
     num_spans = min(max(round(num_noise / _MEAN_SPAN_LENGTH), 1), len(ids) - num_noise)
     num_spans = min(num_spans, len(sentinels))
@@ -77,17 +81,18 @@ def prefix_lm(
 ) -> tuple[list[int], list[int]]:
     """Splits a text in two.
 
-    The split is before the last sentence (probability 0.5), after any sentence (0.25), or else, and
-    in a text of one sentence, anywhere.
+    A text of several sentences is split before the last one (probability 0.5), at the end of a
+    random one (0.25), or at a random token. A text of one sentence is split at a random token.
 
     Args:
       ids: a text of at least two tokens, without EOS.
       rng: source of the draws.
-      sentence_ends: ids of full stops and the like.
+      sentence_ends: ids of the tokens that end a sentence, such as a full stop.
 
     Returns:
       (inputs, targets), neither empty, without EOS.
     """
+    # Positions after the ends of all sentences but the last.
     ends = [position + 1 for position, token in enumerate(ids[:-1]) if token in sentence_ends]
     draw = rng.random()
     if ends and draw < 0.5:  # the last sentence is often the answer to a question
@@ -109,11 +114,11 @@ def _preprocessor(objective: Objective) -> Callable[[tf.data.Dataset], tf.data.D
         inputs, targets = objective(ids.tolist(), rng)
         return np.asarray(inputs, np.int32), np.asarray(targets, np.int32)
 
-    # seqio derives the seeds of the examples from the pipeline's seed
+    # seqio derives the seeds of the examples from the pipeline's seed.
     @seqio.map_over_dataset(num_seeds=1)
     def preprocess(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
         inputs, targets = tf.numpy_function(apply, [example["targets"], seed], [tf.int32, tf.int32])
-        # a numpy_function has no static shape, which the preprocessors that follow need
+        # The next preprocessors need a static rank, which numpy_function does not know.
         inputs.set_shape([None])
         targets.set_shape([None])
         return {"inputs": inputs, "targets": targets}
@@ -121,7 +126,8 @@ def _preprocessor(objective: Objective) -> Callable[[tf.data.Dataset], tf.data.D
     return preprocess
 
 
-def _at_least_two_tokens(ds: tf.data.Dataset) -> tf.data.Dataset:
+def _drop_short_texts(ds: tf.data.Dataset) -> tf.data.Dataset:
+    """Drops texts of fewer than two tokens, which neither objective can divide."""
     import tensorflow as tf
 
     return ds.filter(lambda example: tf.size(example["targets"]) > 1)
@@ -145,7 +151,8 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
             " (pemoe_jax.tasks.quickstart.generate writes the quickstart's)"
         )
     vocabulary = load_vocabulary(vocab_path)
-    # encode, not piece_to_id: the vocabulary may have merged the mark with the word before it
+    # Encoded after a letter, as in a text: `piece_to_id` would miss a mark whose token depends on
+    # what precedes it. The last token is that of the mark.
     ends = [ids[-1] for ids in (vocabulary.encode(f"a{end}") for end in _SENTENCE_ENDS) if ids]
     sentinels = sentinel_ids(vocabulary)
     objectives: dict[str, Objective] = {
@@ -153,7 +160,7 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
         PREFIX_LM: lambda ids, rng: prefix_lm(ids, rng, ends),
     }
     for name, objective in objectives.items():
-        # seqio refuses a name that exists, and a later call may have another file
+        # seqio refuses a name that exists, and a later call may have another file.
         if name in seqio.TaskRegistry.names():
             seqio.TaskRegistry.remove(name)
         seqio.TaskRegistry.add(
@@ -162,7 +169,7 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
             preprocessors=[
                 seqio.map_over_dataset(lambda line: {"targets": line}),
                 seqio.preprocessors.tokenize,
-                _at_least_two_tokens,
+                _drop_short_texts,
                 _preprocessor(objective),
                 seqio.preprocessors.append_eos_after_trim,
             ],

@@ -1,7 +1,8 @@
-"""`_score_eval` tasks, in P3's form: a row for each answer choice of an example.
+"""Names and metric of `_score_eval` tasks, which have a row for each answer choice of an example.
 
-A row has `idx` (int32 [example, choice]), `is_correct` and `weight`, and its targets are the
-choice. A model scores every row, and the choice with the highest score is its answer.
+This is P3's form. A row has `idx` (int32 [example, choice]), `is_correct` and `weight`, and its
+targets are the choice. A model scores every row, and the choice with the highest score is its
+answer to the example.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from pemoe_jax.core.errors import InputError
 
-# T0's suffix, by which users and tables know these tasks.
+# The suffix is T0's. Users name these tasks by it, and tables show it.
 SUFFIX = "_score_eval"
 Output = TypeVar("Output")
 Target = tuple[tuple[int, ...], bool]  # `idx` and `is_correct` of a row
@@ -32,7 +33,10 @@ def plain_name(name: str) -> str:
 def target_of_row(
     output: Output, example: Mapping[str, np.ndarray] | None = None, is_target: bool = False
 ) -> Output | Target:
-    """Postprocessor of a `_score_eval` task: the target becomes what `rank_accuracy` reads."""
+    """Returns `idx` and `is_correct` of a row, which `rank_accuracy` takes as its target.
+
+    A seqio postprocessor. Model outputs are returned as they are.
+    """
     if not is_target or example is None:
         return output
     return tuple(int(i) for i in example["idx"]), bool(example["is_correct"])
@@ -41,17 +45,18 @@ def target_of_row(
 def rank_accuracy(
     targets: Sequence[Target], scores: Sequence[float] | tuple[Sequence[float], object]
 ) -> dict[str, float]:
-    """Returns, as `accuracy`, the share (0 to 1) of examples whose best choice is correct.
+    """Returns `accuracy`: the share (0 to 1) of examples whose best choice is correct.
 
     Args:
       targets: `target_of_row` of each row.
-      scores: log-likelihood of each row, or a pair of them and the model's other outputs.
+      scores: log-likelihood of each row, or a pair of these and the model's other outputs.
 
     Raises:
       InputError: a score is not finite.
     """
-    # T5X returns a pair if the model has other outputs
+    # T5X returns a pair if the model has other outputs.
     log_likelihoods = scores[0] if isinstance(scores, tuple) else scores
+    # Example -> score, negative number and correctness of its best choice so far.
     best: dict[int, tuple[float, int, bool]] = {}
     for ((example, choice), is_correct), score in zip(targets, log_likelihoods, strict=True):
         if not np.isfinite(score):
@@ -59,7 +64,8 @@ def rank_accuracy(
                 f"expected finite scores, got {score} for choice {choice + 1} of example"
                 f" {example + 1}"
             )
-        # the first of equal scores wins, as in pemoe evaluate
+        # Of equal scores the first choice wins, as in `pemoe evaluate`: its negative number is the
+        # largest.
         best[example] = max(
             best.get(example, (-np.inf, 0, False)), (float(score), -choice, is_correct)
         )

@@ -14,19 +14,19 @@ from pemoe_jax.tasks.benchmarks import Benchmark
 class TaskRoles:
     """The tasks that `tasks.register` registered, by role.
 
-    The default, with every field empty, stands for tasks that a user's module registered by
-    itself: their roles are unknown.
+    `TaskRoles()`, with every field empty, stands for tasks that a user's module registered itself:
+    their roles are unknown.
 
     Attributes:
       folder: JSONL_DIR, P3_DIR, MMLU_DIR or BBH_DIR; "" for seqio's caches.
-      datasets: dataset of each task and `_score_eval` task, by its name in tables.
+      datasets: task or `_score_eval` task -> name of its dataset in tables.
       train_tasks: tasks to train on.
-      eval_tasks: `_score_eval` tasks to score.
+      eval_tasks: tasks to evaluate: `_score_eval` tasks, or BBH's tasks, which are decoded.
       train_score_tasks: `_score_eval` tasks of the training tasks.
-      eval_splits: name of the split that each task's evaluation split is read from; tasks without
-        one are absent.
-      metrics: names of each task's metrics of generated text (keys of `metrics.BY_NAME`), where
-        the data defines them.
+      eval_splits: task -> name of the split that its evaluation split is read from. Tasks without
+        an evaluation split are absent.
+      metrics: task -> names of its metrics of generated text (keys of `metrics.BY_NAME`), if the
+        data names them.
       summary: lines that a run prints.
       counted_odd_rows: task -> kinds of odd rows (keys of `row_checks.ODD_ROWS`) of its evaluation
         split that the summary counts.
@@ -45,11 +45,11 @@ class TaskRoles:
     benchmarks: Sequence[Benchmark] = ()
 
     def datasets_of(self, tasks: Sequence[str]) -> list[str]:
-        """Returns the sorted names of the datasets of `tasks`; an unknown task is its own."""
+        """Returns the sorted dataset names of `tasks`; an unknown task is its own dataset."""
         return sorted({self.datasets.get(task, task) for task in tasks})
 
     def training_record(self, tasks: Sequence[str]) -> dict[str, Any]:
-        """Returns the fields of `checkpoints.runs.Record` of a training on `tasks`."""
+        """Returns the fields of `checkpoints.records.Record` that describe training on `tasks`."""
         return {
             "trained_datasets": self.datasets_of(tasks),
             "trained_tasks": [*tasks],
@@ -57,7 +57,11 @@ class TaskRoles:
         }
 
     def print_odd_rows(self, rows: Iterable[tuple[str, int, str]]) -> None:
-        """Prints odd rows, (task, number of the example, kind), that the summary does not count."""
+        """Prints the odd rows that the summary does not count.
+
+        Args:
+          rows: task, number of the example, and kind (a key of `row_checks.ODD_ROWS`) of each row.
+        """
         places = [
             (kind, f"{task} example {number}")
             for task, number, kind in rows
@@ -72,12 +76,12 @@ class TaskRoles:
             print("\n".join(self.summary), flush=True)
 
 
-# What run files bind as `register`. A user's own function may return nothing.
+# The function that run files bind as `register`. One that a user wrote may return nothing.
 Register = Callable[[], TaskRoles | None]
 
 
 def run_register(register: Register | None) -> TaskRoles:
-    """Calls the function that a run file binds; `TaskRoles()` if there is none."""
+    """Calls the function that a run file binds; returns `TaskRoles()` if there is none."""
     return (register() if register is not None else None) or TaskRoles()
 
 

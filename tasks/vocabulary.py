@@ -1,4 +1,4 @@
-"""The vocabulary of a run: VOCAB_PATH."""
+"""Loads and checks the vocabulary of a run (VOCAB_PATH)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def default_vocab_path() -> str:
 
 
 def load_vocabulary(path: str | os.PathLike[str]) -> seqio.Vocabulary:
-    """Loads a SentencePiece file; the same file returns the same object.
+    """Loads a vocabulary; calls with the same file return the same object.
 
     Args:
-      path: the file, T5's or mT5's (100 sentinels are added if it has none), or 'bytes' for ByT5's
-        vocabulary (its sentinels are the last 100 bytes).
+      path: T5's or mT5's SentencePiece file (100 sentinels are added if it has none), or 'bytes'
+        for ByT5's vocabulary (its sentinels are the last 100 bytes).
 
     Raises:
       InputError: the file does not exist, is not a SentencePiece model, or has other special ids
@@ -42,7 +42,17 @@ def load_vocabulary(path: str | os.PathLike[str]) -> seqio.Vocabulary:
 
 
 def locate_vocabulary(path: str | os.PathLike[str], setting: str = "VOCAB_PATH") -> tuple[str, int]:
-    """Returns the arguments of `open_vocabulary`; InputError if a local file does not exist."""
+    """Returns the absolute path of a vocabulary and the time of its last change, in ns.
+
+    These are the arguments of `open_vocabulary`. The time is 0 for 'bytes' and for remote files.
+
+    Args:
+      path: see `load_vocabulary`.
+      setting: name of the setting that holds the path, for errors.
+
+    Raises:
+      InputError: the path is local, but not that of a file.
+    """
     text = os.fspath(path)
     if text == BYTES or "://" in text:
         return text, 0
@@ -55,14 +65,15 @@ def locate_vocabulary(path: str | os.PathLike[str], setting: str = "VOCAB_PATH")
     return str(local), local.stat().st_mtime_ns
 
 
-# One object for each file: every object holds a copy of the model.
+# Cached, because every object holds a copy of the model.
 @functools.cache
 def open_vocabulary(path: str, modified: int = 0) -> seqio.Vocabulary:
-    """Returns the vocabulary of an absolute path or 'bytes'; its file is read at the first use.
+    """Returns a vocabulary whose file is read at its first use.
 
     Args:
-      path: see `load_vocabulary`.
-      modified: time of the file's last change; a file that was replaced is opened again.
+      path: absolute path of a SentencePiece file, or 'bytes'.
+      modified: time of the file's last change. It is part of the cache's key, so that a file that
+        was replaced is opened again.
     """
     del modified
     if path == BYTES:
@@ -85,14 +96,18 @@ def find_sentinels(tokenizer: sentencepiece.SentencePieceProcessor) -> list[int]
     """Returns the ids of the pieces <extra_id_0>, <extra_id_1>, …; [] if there are none."""
     ids = {}
     for token_id in range(tokenizer.get_piece_size()):
-        # the pieces of mT5 and those that seqio adds begin with the mark of a space
+        # The pieces of mT5 and those that seqio adds begin with SentencePiece's mark for a space.
         if match := re.fullmatch(r"▁?<extra_id_(\d+)>", tokenizer.id_to_piece(token_id)):
             ids[int(match[1])] = token_id
     return [ids[number] for number in sorted(ids)]
 
 
 def sentinel_ids(vocabulary: seqio.Vocabulary) -> list[int]:
-    """Returns the ids of the sentinels of `load_vocabulary`'s vocabularies, the first one first."""
+    """Returns the ids of a vocabulary's sentinels, in the order of their use.
+
+    Args:
+      vocabulary: a vocabulary that `load_vocabulary` returned.
+    """
     if isinstance(vocabulary, seqio_import.import_seqio().ByteVocabulary):
         last = vocabulary.vocab_size - 1
         return [last - number for number in range(SENTINELS)]

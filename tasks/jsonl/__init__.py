@@ -4,26 +4,30 @@ The folder holds `<task>/<split>.jsonl` with an example per line: `{"inputs": st
 "answer_choices": [str]}`; the choices are optional. `register` adds to seqio's registries
 
 - a task `<task>` with the splits that have a file;
-- for each task with choices a `<task>_score_eval` in P3's form (see `score_eval`), with a metric,
-  so that seqio's Evaluator and T5X score it too;
+- for each task with choices, a task `<task>_score_eval` in P3's form (see `score_eval`). It has a
+  metric, so that seqio's Evaluator and T5X can score it too;
 - the mixtures `jsonl_train`, `jsonl_score_eval`, and `jsonl_train_score_eval`, which scores the
   training tasks (so its accuracy is not zero-shot);
 - the mixture `jsonl_decode` for `pemoe infer`: the tasks that EVAL_TASKS matches, with or without
-  choices, or else the training tasks, or without any of these all tasks.
+  choices. If EVAL_TASKS is not set, it has the training tasks, or all tasks if none is trained on.
 
-The split `validation` of a task is its evaluation split: the first of validation, val and test.
+A task's evaluation split is the first of validation, val and test that has a file. It is registered
+as the split `validation`.
 
 An optional `INDEX.json` maps a task to `dataset`, `subset`, `original_task`, `t0_do_train`,
-`t0_do_eval`, `t0_blacklisted` and `metrics` (all optional). Roles follow P3: training if
-`t0_do_train` is "BASE" and the task is not blacklisted; scoring if `t0_do_eval` is "BASE" and the
-task is an original one with choices. A task has choices if a row of its evaluation split has some
-(without one, of its train split). A task without roles is trained on, and a task without a dataset
-is its own dataset. TRAIN_TASKS and EVAL_TASKS, lists of shell-style patterns (`*`, `?`, `[abc]`;
-the whole name must match), override the roles.
+`t0_do_eval`, `t0_blacklisted` and `metrics` (all optional). Roles follow P3:
 
-A dataset is held out if one of its tasks has a `t0_do_eval` or is matched by EVAL_TASKS, whether or
-not that task can be scored: none of its tasks is trained on, unless TRAIN_TASKS names it, and then
-the summary warns.
+- a task is trained on if `t0_do_train` is "BASE" and the task is not blacklisted;
+- it is scored if `t0_do_eval` is "BASE" and it is an original task with choices;
+- a task without roles is trained on, and a task without a dataset is its own dataset.
+
+A task has choices if any row of its evaluation split has some; if it has no such split, its train
+split decides. TRAIN_TASKS and EVAL_TASKS, lists of shell-style patterns (`*`, `?`, `[abc]`; the
+whole name must match), override the roles.
+
+A dataset is held out if one of its tasks has a `t0_do_eval` that is not empty, or is matched by
+EVAL_TASKS, whether or not that task can be scored. No task of a held-out dataset is trained on,
+unless TRAIN_TASKS names it; then the summary warns.
 """
 
 from __future__ import annotations
@@ -54,7 +58,8 @@ from pemoe_jax.tasks.vocabulary import load_vocabulary, locate_vocabulary
 if TYPE_CHECKING:
     import seqio
 
-# A task of a larger dataset is mixed at this rate, divided by the number of the dataset's tasks.
+# A task with more training examples is mixed at this rate divided by the number of its dataset's
+# tasks, as T0's tasks are.
 MAX_RATE = 500_000
 _MIXTURES = (TRAIN_MIXTURE, SCORE_MIXTURE, TRAIN_SCORE_MIXTURE, DECODE_MIXTURE)
 _USES = ("train", "eval", "train_eval", "decode")
@@ -62,10 +67,10 @@ _USES = ("train", "eval", "train_eval", "decode")
 
 @dataclasses.dataclass
 class _Current:
-    """The registered folder."""
+    """What is registered now: one folder at a time."""
 
-    key: object = None  # arguments and file times that it was registered with
-    tasks: JsonLinesTasks | None = None  # what `register` returned
+    key: object = None  # the arguments of `register`, and the times and sizes of the files
+    tasks: JsonLinesTasks | None = None  # the return value of `register`
     names: list[str] = dataclasses.field(default_factory=list)  # tasks in seqio's registry
 
 
@@ -87,10 +92,12 @@ def register(
       vocab_path: see `load_vocabulary` (VOCAB_PATH).
       train_tasks: patterns of the tasks to train on (TRAIN_TASKS), instead of the training role.
       eval_tasks: patterns of the tasks to score (EVAL_TASKS), instead of the scoring role.
-      eval_examples: use only the first examples of every split but `train` (EVAL_EXAMPLES).
-      use: mixtures whose files are read and checked now: 'train' (with the evaluation splits of its
-        tasks, for the validation loss), 'eval', 'train_eval'. Other files are checked when they
-        are read. With 'decode', rows of evaluation splits need no `targets`.
+      eval_examples: number of examples to use of every split but `train`, from its start
+        (EVAL_EXAMPLES); None: all.
+      use: what the tasks are used for: 'train', 'eval', 'train_eval' (scoring the training tasks),
+        'decode'. The files that these uses read are checked now ('train' also reads the evaluation
+        splits of the training tasks, for the validation loss), all others when they are read.
+        With 'decode', rows need no `targets`, except those of train splits.
 
     Raises:
       InputError: an argument or a file is wrong; the tasks of an earlier call stay.
@@ -122,23 +129,27 @@ def register(
         if set(_current.names) <= set(registry):
             return _current.tasks
 
-    # The files are read and checked before seqio, about 5 s, is imported.
-    eval_splits: dict[str, str] = {}
-    choices_files: dict[str, str] = {}  # the file of a task that decides whether it has choices
-    for task, splits in files.items():
-        split = seqio_tasks.first_eval_split(splits)
-        if split is not None:
-            eval_splits[task] = split
-        else:
-            split = "train" if "train" in splits else next(iter(splits))
-        choices_files[task] = splits[split]
+    # The files are read and checked before seqio is imported, so that a mistake is reported at once
+    # and not after 5 s.
+    eval_splits = {
+        task: split
+        for task, splits in files.items()
+        if (split := seqio_tasks.first_eval_split(splits)) is not None
+    }
+    # The file of each task that decides whether the task has choices.
+    choices_files = {
+        task: splits[
+            eval_splits.get(task) or ("train" if "train" in splits else next(iter(splits)))
+        ]
+        for task, splits in files.items()
+    }
     has_choices = {task: files_lib.has_choices(path) for task, path in choices_files.items()}
     index = files_lib.read_index(index_path)
     tasks = roles.assign_roles(
         folder, files, index, has_choices, eval_splits, train_tasks, eval_tasks
     )
     for task in tasks.no_choices if "eval" in use else ():
-        # Not left out as a task without choices where the rows are malformed.
+        # Malformed rows count as rows without choices above. This raises the error that they have.
         files_lib.scan_file(choices_files[task], limit=1, needs_targets=False)
     tasks = _read_files(tasks, files, use, eval_examples)
 
@@ -150,26 +161,45 @@ def register(
         if name in registry and name not in _current.names:
             raise InputError(f"{folder / name}: a seqio task named {name!r} exists already")
 
-    # here, because importing `source` imports seqio
+    # Imported here, because it imports seqio.
     from pemoe_jax.tasks.jsonl import source
 
     # Nothing below raises: a call that fails leaves the tasks of the earlier call as they were.
     remove()
     _current.names = names
+    needs_targets = "decode" not in use
     for task, splits in files.items():
         paths_by_split = dict(splits)
         if task in eval_splits:
             paths_by_split["validation"] = splits[eval_splits[task]]
-        needs_targets = "decode" not in use
         source.add_tasks(
             task, has_choices[task], paths_by_split, vocabulary, eval_examples, needs_targets
         )
-    sizes = collections.Counter(tasks.datasets[task] for task in files)
-    rates = {task: _rate(sizes[tasks.datasets[task]]) for task in tasks.train_tasks}
     to_decode: Sequence[str] = tasks.train_tasks or [*files]
     if eval_tasks is not None:
-        held_out = {*map(score_eval.plain_name, tasks.eval_tasks), *tasks.no_choices}
-        to_decode = [task for task in files if task in held_out]
+        matched = {*map(score_eval.plain_name, tasks.eval_tasks), *tasks.no_choices}
+        to_decode = [task for task in files if task in matched]
+    _add_mixtures(folder, tasks, files, to_decode)
+    _current.key, _current.tasks = key, tasks
+    return tasks
+
+
+def _add_mixtures(
+    folder: pathlib.Path, tasks: JsonLinesTasks, files: Collection[str], to_decode: Sequence[str]
+) -> None:
+    """Registers the mixtures that have tasks; records why the others are unavailable.
+
+    Args:
+      folder: JSONL_DIR, for messages.
+      tasks: the tasks by role.
+      files: names of all tasks, without `_score_eval` tasks.
+      to_decode: tasks of the mixture DECODE_MIXTURE.
+    """
+    from pemoe_jax.tasks.jsonl import source
+
+    registry = seqio_import.import_seqio().MixtureRegistry
+    dataset_sizes = collections.Counter(tasks.datasets[task] for task in files)  # in tasks
+    rates = {task: _make_rate(dataset_sizes[tasks.datasets[task]]) for task in tasks.train_tasks}
     unscored = {
         "without answer_choices": tasks.no_choices,
         f"without an evaluation split ({', '.join(seqio_tasks.EVAL_SPLITS)})": tasks.no_eval_split,
@@ -198,14 +228,11 @@ def register(
         seqio_tasks.unavailable.pop(mixture, None)
         if members:
             task_rates = [(task, rates.get(task, 1.0)) for task in members]
-            provider = source.JsonLinesMixture(mixture, task_rates)
-            seqio.MixtureRegistry.add_provider(mixture, provider)
+            registry.add_provider(mixture, source.JsonLinesMixture(mixture, task_rates))
         else:
             reasons = [f"{why}: {abbreviate(names, 3)}" for why, names in left_out.items() if names]
             reason = f"{folder} has no task to {purpose}"
             seqio_tasks.unavailable[mixture] = "; ".join([reason, *reasons])
-    _current.key, _current.tasks = key, tasks
-    return tasks
 
 
 def _read_files(
@@ -227,6 +254,7 @@ def _read_files(
             splits += [(task, tasks.eval_splits[task]) for task in plain]
     examples: dict[str, int] = {}
     odd: list[OddRows] = []
+    # The longest input and the most choices of any row, for the summary.
     max_choices = max_words = 0
     for task, split in dict.fromkeys(splits):  # a task can be both trained on and scored
         path = files[task][split]
@@ -241,6 +269,7 @@ def _read_files(
     tasks = dataclasses.replace(
         tasks, examples=examples, odd=odd, max_choices=max_choices, max_words=max_words
     )
+    # Rows of an evaluation split are read under both of its tasks' names.
     counted = {
         name: files_lib.ODD_KINDS
         for task, split in splits
@@ -250,12 +279,16 @@ def _read_files(
     return dataclasses.replace(tasks, summary=tasks.summarize(), counted_odd_rows=counted)
 
 
-def _rate(tasks: int) -> Callable[[seqio.Task], float]:
-    """Returns T0's mixing rate: the number of examples, capped if a dataset of `tasks` is large."""
+def _make_rate(num_tasks: int) -> Callable[[seqio.Task], float]:
+    """Returns the function from a task to its mixing rate, as in T0.
+
+    The rate is the task's number of training examples, or MAX_RATE / `num_tasks` if the task has
+    more than MAX_RATE; `num_tasks` is the number of tasks of its dataset.
+    """
 
     def rate(task: seqio.Task) -> float:
         examples = task.num_input_examples("train")
-        return float(examples if examples <= MAX_RATE else MAX_RATE / tasks)
+        return float(examples if examples <= MAX_RATE else MAX_RATE / num_tasks)
 
     return rate
 

@@ -13,7 +13,7 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,8 @@ def find_files(folder: pathlib.Path) -> dict[str, dict[str, str]]:
       Task -> split -> path.
 
     Raises:
-      InputError: the folder does not exist or has no such file, or a task has an unusable name.
+      InputError: the folder does not exist or has no <task>/<split>.jsonl, or a task or a file has
+        an unusable name.
     """
     if not folder.exists():
         raise InputError(f"JSONL_DIR {folder} does not exist")
@@ -47,21 +48,10 @@ def find_files(folder: pathlib.Path) -> dict[str, dict[str, str]]:
             continue
         paths = [path for path in sorted(entry.iterdir()) if path.is_file()]
         splits = {path.stem: str(path) for path in paths if path.suffix == ".jsonl"}
-        named = [path for path in paths if path.name.partition(".")[0] in (*_SPLITS, "dev")]
-        # A misnamed file would be left out silently.
-        if not set(splits) & set(_SPLITS) and (splits or named):
-            expected = ", ".join(f"{split}.jsonl" for split in _SPLITS)
-            got = abbreviate([path.name for path in named] or [f"{s}.jsonl" for s in splits], 3)
-            raise InputError(f"{entry}: expected one of {expected}, got {got}")
-        has_eval = not set(splits).isdisjoint(EVAL_SPLITS)
-        for path in named if splits else ():
-            split = path.name.partition(".")[0]
-            if split not in splits or (split == "dev" and not has_eval):
-                expected = "validation" if split == "dev" else split
-                raise InputError(f"{entry}: expected {expected}.jsonl, got {path.name}")
+        _check_file_names(entry, paths, splits)
         if not splits:
             continue
-        # seqio's registries accept no other names
+        # seqio's registries accept no other names.
         if not re.fullmatch(r"[\w.:#]+", entry.name):
             raise InputError(f"{entry}: a task's name may hold letters, digits and _ . : # only")
         files[entry.name] = splits
@@ -70,6 +60,31 @@ def find_files(folder: pathlib.Path) -> dict[str, dict[str, str]]:
         content = f"{abbreviate(loose, 3)} directly in it" if loose else "none"
         raise InputError(f"JSONL_DIR {folder} must hold <task>/<split>.jsonl, got {content}")
     return files
+
+
+def _check_file_names(
+    folder: pathlib.Path, paths: Sequence[pathlib.Path], splits: Collection[str]
+) -> None:
+    """Raises InputError for a misnamed file of a task, which would be left out silently.
+
+    Args:
+      folder: the task's folder.
+      paths: its files.
+      splits: names of its .jsonl files without the suffix.
+    """
+    # Files that are named like a split, whatever their suffix: train.json, validation.jsonl.gz.
+    named = [path for path in paths if path.name.partition(".")[0] in (*_SPLITS, "dev")]
+    if not set(splits) & set(_SPLITS) and (splits or named):
+        expected = ", ".join(f"{split}.jsonl" for split in _SPLITS)
+        got = abbreviate([path.name for path in named] or [f"{s}.jsonl" for s in splits], 3)
+        raise InputError(f"{folder}: expected one of {expected}, got {got}")
+    has_eval = not set(splits).isdisjoint(EVAL_SPLITS)
+    for path in named if splits else ():
+        split = path.name.partition(".")[0]
+        # dev.jsonl may stay beside an evaluation split, but it is none itself.
+        if split not in splits or (split == "dev" and not has_eval):
+            expected = "validation" if split == "dev" else split
+            raise InputError(f"{folder}: expected {expected}.jsonl, got {path.name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +111,10 @@ class TaskInfo:
 
     @property
     def dataset_name(self) -> str:
-        """The dataset's name in tables: SuperGLUE's datasets go by their own names."""
+        """The dataset's name in tables, '' without one.
+
+        SuperGLUE's datasets go by their own names, such as 'rte'.
+        """
         if not self.dataset or not self.subset:
             return self.dataset or ""
         return self.subset if self.dataset == "super_glue" else f"{self.dataset}_{self.subset}"
@@ -105,12 +123,13 @@ class TaskInfo:
 _OPTIONAL_STRINGS = ("dataset", "subset", "t0_do_train", "t0_do_eval")
 _BOOLEANS = ("original_task", "t0_blacklisted")
 _KEYS = (*_OPTIONAL_STRINGS, *_BOOLEANS, "metrics")
-# Keys of P3's tables and of the quickstart that describe the rows; they have no effect.
+# Keys that describe the rows, in tables of P3 and in the quickstart. They have no effect.
 _NOTES = (
     *("choices_in_prompt", "fixed_answer_choices", "has_answer_choices", "n", "row_source_split"),
     *("skipped_empty", "t0_train_size", "targets_not_in_choices", "task_type", "template"),
     *("template_id", "comment"),
 )
+# The values that each role may have.
 _ROLES = {
     "t0_do_train": ("BASE", "GPT_EVAL", "SGLUE", ""),
     "t0_do_eval": ("BASE", "BIAS_FAIRNESS", ""),
@@ -118,25 +137,26 @@ _ROLES = {
 
 
 def read_index(path: pathlib.Path) -> dict[str, TaskInfo] | None:
-    """Reads INDEX.json, whose keys and roles must be known ones.
+    """Reads INDEX.json.
 
     Returns:
       Task -> its entry; None if the file does not exist.
 
     Raises:
-      InputError: the file is not JSON, or an entry has a value of a wrong type.
+      InputError: the file is not JSON, or an entry has an unknown key, an unknown role or a value
+        of a wrong type.
     """
     if not path.exists():
         return None
     index = row_checks.read_object(path)
-    return {task: _task_info(entry, f"{path}: {task!r}") for task, entry in index.items()}
+    return {task: _parse_entry(entry, f"{path}: {task!r}") for task, entry in index.items()}
 
 
-def _task_info(entry: object, where: str) -> TaskInfo:
+def _parse_entry(entry: object, where: str) -> TaskInfo:
     if not isinstance(entry, dict):
         raise InputError(f"{where} must be an object, got {row_checks.describe_value(entry)}")
     for key in entry:
-        if key not in (*_KEYS, *_NOTES):  # a misspelled role would be no role
+        if key not in (*_KEYS, *_NOTES):  # a misspelled role would be ignored
             near = difflib.get_close_matches(key.lower().strip(), (*_KEYS, *_NOTES), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(_KEYS)}"
             raise InputError(f"{where}: unknown key {key!r}; {hint}")
@@ -171,7 +191,7 @@ def parse_line(line: bytes, where: str, needs_targets: bool = True) -> Example:
     Args:
       line: the line.
       where: the file and the line, for errors.
-      needs_targets: whether `targets` must be there; else they are '' if not.
+      needs_targets: whether `targets` is required; otherwise a missing one is read as ''.
 
     Raises:
       InputError: the line is not a JSON object with the fields of an example.
@@ -186,8 +206,8 @@ def parse_line(line: bytes, where: str, needs_targets: bool = True) -> Example:
 def has_choices(path: str) -> bool:
     """Returns whether a row of a file has answer choices; cached until the file changes.
 
-    Reads up to the first such row. A malformed row is skipped here: it is an error once the file is
-    used, and an unused one may hold anything.
+    Reads up to the first such row. Malformed rows are skipped here. They are an error once the file
+    is used; a file that is not used may hold anything.
 
     Raises:
       InputError: the file has no row.
@@ -198,10 +218,10 @@ def has_choices(path: str) -> bool:
 
 @functools.cache
 def _has_choices(path: str, modified: int, size: int) -> bool:
-    del modified, size  # part of the cache's key
+    del modified, size  # they are arguments to be part of the cache's key
     number = 0
     for number, _, line in _lines(path):
-        # A folder may hold all of P3: only lines with the field are parsed.
+        # A folder may hold all of P3, so only lines that seem to have the field are parsed.
         if b'"answer_choices"' in line:
             with contextlib.suppress(InputError):
                 if parse_line(line, f"{path}:{number}").answer_choices:
@@ -212,7 +232,7 @@ def _has_choices(path: str, modified: int, size: int) -> bool:
 
 
 def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """Yields number, offset and bytes of every line that is not blank."""
+    """Yields the number (from 1), offset and bytes of every line that is not blank."""
     offset = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -221,7 +241,7 @@ def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
             offset += len(line)
 
 
-# The kinds of odd rows that a scan counts.
+# The kinds of odd rows (keys of `row_checks.ODD_ROWS`) that a scan counts.
 ODD_KINDS = (
     "target_not_in_choices",
     "doubled_choices",
@@ -237,10 +257,10 @@ class FileScan:
 
     Attributes:
       offsets: int64 [rows], the byte that each row begins at.
-      odd: kind of irregular row -> (number of such rows, line of the first).
+      odd: kind of odd row -> (number of such rows, line of the first).
       max_choices: most answer choices of a row.
       max_words: words of the longest input.
-      needs_targets: whether every row has `targets`.
+      needs_targets: whether `targets` is required, also when the rows are read again.
     """
 
     offsets: np.ndarray
@@ -269,8 +289,8 @@ def scan_file(path: str, limit: int | None = None, needs_targets: bool = True) -
 
 @functools.cache
 def _scan(path: str, modified: int, size: int, limit: int | None, needs_targets: bool) -> FileScan:
-    del modified, size  # part of the cache's key
-    # 8 bytes a row, where a list of int would take 40
+    del modified, size  # they are arguments to be part of the cache's key
+    # An array takes 8 bytes a row, a list of int would take 40.
     offsets = array.array("q")
     odd: dict[str, tuple[int, int]] = {}
     max_choices = max_words = 0
@@ -293,7 +313,7 @@ def _scan(path: str, modified: int, size: int, limit: int | None, needs_targets:
             count(kind, number)
     if not offsets:
         raise InputError(f"{path}: expected at least one row, got none")
-    # a task without any choices is not irregular
+    # A row without choices is odd only if other rows of the file have some.
     if max_choices and without_choices:
         odd["no_choices"] = len(without_choices), without_choices[0]
     return FileScan(np.array(offsets, np.int64), odd, max_choices, max_words, needs_targets)
@@ -308,7 +328,7 @@ class Rows:
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """The index of each file's first row: int64 [files]."""
+        """Index of each file's first row: int64 [files]."""
         return np.cumsum([0, *(scan.num_rows for scan in self.scans[:-1])])
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:

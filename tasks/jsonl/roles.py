@@ -24,14 +24,14 @@ DECODE_MIXTURE = "jsonl_decode"
 
 @dataclasses.dataclass(frozen=True)
 class OddRows:
-    """Irregular rows of one kind: they are valid, but affect what a result means."""
+    """Odd rows of one kind in a file: they are valid, but change what a score means."""
 
     task: str
     split: str
     kind: str  # a key of `row_checks.ODD_ROWS`
     count: int
     path: str
-    line: int  # of the first
+    line: int  # number of the first one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,21 +40,21 @@ class JsonLinesTasks(TaskRoles):
 
     Attributes:
       has_index: whether the folder has an INDEX.json.
-      held_out: datasets with a task to evaluate, and so not trained on.
+      held_out: datasets with a task to evaluate; they are not trained on.
       held_out_skipped: tasks with the training role whose dataset is held out.
       held_out_trained: tasks of held-out datasets that TRAIN_TASKS names.
-      named_like_held_out: tasks to train on without a dataset in INDEX.json that are named like a
-        held-out task or dataset, or with the dataset of a held-out task and another subset, if one
-        of the two has none.
+      named_like_held_out: tasks to train on that may belong to a held-out dataset. Either they have
+        no dataset in INDEX.json, and their name begins like that of a held-out task or dataset; or
+        they have the dataset of a held-out task, and one of the two names no subset.
       no_train_split: tasks with the training role but no train split.
       no_eval_split: tasks with a role but no evaluation split.
       no_choices: tasks to score that have no answer choices.
       not_in_index: tasks without an entry in INDEX.json.
       examples: numbers of rows of the files that were read: for a task, the train split; for a
         `_score_eval` task, the evaluation split.
-      odd: irregular rows of the files that were read.
-      max_choices: most answer choices of a row that was read.
-      max_words: words of the longest input that was read.
+      odd: odd rows of the files that were read.
+      max_choices: most answer choices of a row in these files.
+      max_words: words of the longest input in these files.
     """
 
     has_index: bool
@@ -72,17 +72,17 @@ class JsonLinesTasks(TaskRoles):
     max_words: int = 0
 
     def summarize(self) -> list[str]:
-        """Returns the lines of the summary."""
+        """Returns the lines of the summary, with warnings and odd rows at the end."""
         tasks = [task for task in self.datasets if not self._is_score_eval(task)]
         names = {self.datasets[task] for task in tasks}
         source = "datasets from INDEX.json" if self.has_index else "no INDEX.json"
         counts = f"{plural(len(tasks), 'task')}, {plural(len(names), 'dataset')}"
         lines = [f"{self.folder}: {counts} ({source})"]
-        lines.append(self._line("training", self.train_tasks, TRAIN_MIXTURE))
-        lines.append(self._line("scoring", self.eval_tasks, SCORE_MIXTURE))
+        lines.append(self._describe_role("training", self.train_tasks, TRAIN_MIXTURE))
+        lines.append(self._describe_role("scoring", self.eval_tasks, SCORE_MIXTURE))
         if self.train_score_tasks:
             role = "scoring of training tasks"
-            lines.append(self._line(role, self.train_score_tasks, TRAIN_SCORE_MIXTURE))
+            lines.append(self._describe_role(role, self.train_score_tasks, TRAIN_SCORE_MIXTURE))
         if self.held_out:
             lines.append(f"held out: {abbreviate(self.held_out, 12)}")
         for tasks, message in (
@@ -110,11 +110,13 @@ class JsonLinesTasks(TaskRoles):
             lines.append(f"longest input: {self.max_words:,} words{choices}")
         return lines
 
-    def _line(self, role: str, names: Sequence[str], mixture: str) -> str:
+    def _describe_role(self, role: str, names: Sequence[str], mixture: str) -> str:
+        """Returns '<role>: <numbers of tasks, datasets, examples> (<mixture>): <datasets>'."""
         if not names:
             return f"{role}: no task"
         datasets = self.datasets_of(names)
         examples = ""
+        # Only files that this run reads are counted.
         if all(name in self.examples for name in names):
             examples = ", " + plural(sum(self.examples[name] for name in names), "example")
         return (
@@ -128,23 +130,29 @@ class JsonLinesTasks(TaskRoles):
 
 
 def _check_patterns(macro: str, value: object) -> list[str]:
+    # A single pattern need not be a list, as users pass it on the command line.
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
         raise InputError(f"{macro} must be a list of name patterns, got {value!r}")
     return list(patterns)
 
 
-def _match(
+def _match_patterns(
     macro: str,
     patterns: Sequence[str],
     tasks: Collection[str],
-    missing: Callable[[str], str] = lambda task: "",
+    describe_missing: Callable[[str], str] = lambda task: "",
 ) -> list[str]:
-    """Returns the tasks that match patterns, in the order of `tasks`.
+    """Returns the tasks that match any of the patterns, in the order of `tasks`.
+
+    Args:
+      macro: the setting that holds the patterns, for errors.
+      patterns: shell-style patterns.
+      tasks: names to choose from.
+      describe_missing: returns what a task lacks for its role, "" if nothing.
 
     Raises:
-      InputError: a pattern matches no task, or only tasks that lack something that the role needs
-        (`missing` names it, or returns "").
+      InputError: a pattern matches no task, or only tasks that lack something.
     """
     matched = set()
     for pattern in patterns:
@@ -155,7 +163,7 @@ def _match(
             raise InputError(
                 f"{macro} pattern {pattern!r} matched none of {len(tasks)} tasks{hint}"
             )
-        reasons = [missing(task) for task in names]
+        reasons = [describe_missing(task) for task in names]
         if all(reasons):
             subject = f"pattern {pattern!r}: each of {len(names)} tasks"
             if names == [pattern]:
@@ -165,20 +173,23 @@ def _match(
     return [task for task in tasks if task in matched]
 
 
-def _may_contain(info: TaskInfo, held_out: Sequence[TaskInfo]) -> bool:
-    """Whether a held-out task has the same dataset, and one of the two has no subset."""
+def _may_share_rows(info: TaskInfo, held_out: Sequence[TaskInfo]) -> bool:
+    """Returns whether a held-out task has the same dataset and one of the two names no subset."""
     return any(
         info.dataset == other.dataset and not (info.subset and other.subset) for other in held_out
     )
 
 
 def _is_named_like(task: str, datasets: Collection[str], tasks: Collection[str]) -> bool:
-    """Returns whether a task's name begins with a dataset's name or the first word of a task's.
+    """Returns whether a task seems to belong to a dataset, judged by its name.
+
+    Its name, or the words that it begins with, must be the name of a dataset or the first word of
+    another task's name.
 
     Args:
       task: the task, such as `reviews_hated`.
-      datasets: names such as `reviews`.
-      tasks: names such as `reviews_liked`, whose first word may be that of a dataset.
+      datasets: names of datasets, such as `reviews`.
+      tasks: names of tasks, such as `reviews_liked`, whose first word may be that of a dataset.
     """
     words = {*datasets, *(name.split("_")[0] for name in tasks if "_" in name)}
     return any(task == word or task.startswith(f"{word}_") for word in words)
@@ -217,8 +228,8 @@ def assign_roles(
         # GPT_EVAL and SGLUE are roles of T0+ and T0++, which also train on datasets scored here.
         return not info.has_roles or (info.t0_do_train == "BASE" and not info.t0_blacklisted)
 
-    # Returns what a task lacks for training, for a message; "" if nothing.
     def missing_to_train(task: str) -> str:
+        """Returns what a task lacks for training, for a message; "" if nothing."""
         return "" if "train" in files[task] else "no train split"
 
     def can_score(task: str) -> bool:
@@ -229,7 +240,7 @@ def assign_roles(
     ]
     if eval_patterns is not None:
         plain = [score_eval.plain_name(pattern) for pattern in eval_patterns]
-        to_score = _match("EVAL_TASKS", plain, files)
+        to_score = _match_patterns("EVAL_TASKS", plain, files)
     # A dataset is held out even if its evaluation tasks cannot be scored here: they may be
     # generative, or have no files in this folder.
     evaluated = {task: info for task, info in (index or {}).items() if info.t0_do_eval}
@@ -239,17 +250,29 @@ def assign_roles(
 
     skipped = []
     if train_patterns is not None:
-        to_train = _match("TRAIN_TASKS", train_patterns, files, missing_to_train)
+        to_train = _match_patterns("TRAIN_TASKS", train_patterns, files, missing_to_train)
     else:
         candidates = [task for task in files if has_train_role(task)]
         to_train = [task for task in candidates if datasets[task] not in held_out]
-        # A task that is scored instead needs no explanation in the summary.
+        # The summary explains why a task is not trained on, unless it is scored instead.
         skipped = [
             task for task in candidates if datasets[task] in held_out and task not in to_score
         ]
-    # A pattern may match tasks that cannot be used, as long as one can: the rest is reported.
+    # A pattern must match a task that can be used. Others that it matches are reported.
     train = [task for task in to_train if not missing_to_train(task)]
     used = {*train, *(task for task in to_score if has_choices[task])}
+    # Tasks to train on whose names suggest that they belong to a held-out dataset.
+    held_out_tasks = {name for name in held_out if name in files}
+    named_like_held_out = [
+        task
+        for task in train
+        if datasets[task] not in held_out
+        and (
+            _may_share_rows(infos[task], held_out_infos)
+            if infos[task].dataset
+            else _is_named_like(task, held_out, held_out_tasks)
+        )
+    ]
     score_datasets = {
         task + score_eval.SUFFIX: dataset for task, dataset in datasets.items() if has_choices[task]
     }
@@ -265,16 +288,7 @@ def assign_roles(
         held_out=sorted(held_out),
         held_out_skipped=skipped,
         held_out_trained=[task for task in train if datasets[task] in held_out],
-        named_like_held_out=[
-            task
-            for task in train
-            if datasets[task] not in held_out
-            and (
-                _may_contain(infos[task], held_out_infos)
-                if infos[task].dataset
-                else _is_named_like(task, held_out, {name for name in held_out if name in files})
-            )
-        ],
+        named_like_held_out=named_like_held_out,
         no_train_split=[task for task in to_train if missing_to_train(task)],
         no_eval_split=[task for task in files if task in used and task not in eval_splits],
         no_choices=[task for task in to_score if not has_choices[task]],

@@ -1,6 +1,6 @@
 """The seqio side of `jsonl`: data source, tasks, mixture and preprocessors.
 
-Importing this imports seqio, which takes about 5 s; `jsonl` does so inside functions.
+Importing this module imports seqio, which takes about 5 s; `jsonl` does so inside functions.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Tokenize = Callable[[str, tf.Tensor], tf.Tensor]  # (feature, text) -> ids
 
 
 def _read_blocks(rows: Rows, blocks: tf.data.Dataset) -> tf.data.Dataset:
-    """Reads blocks of row indices, int64 [N].
+    """Maps blocks of row indices, int64 [N], to blocks of rows.
 
-    Elements are blocks of `row`, `inputs`, `targets`, `answer_choices` ([N, C], padded) and
-    `num_choices`.
+    An element has `row`, `inputs`, `targets` and `num_choices` [N], and `answer_choices` [N, C],
+    padded.
     """
     dtypes = {
         "row": tf.int32,
@@ -54,7 +54,7 @@ def _read_blocks(rows: Rows, blocks: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _read_rows(rows: Rows, indices: tf.data.Dataset) -> tf.data.Dataset:
-    """Reads row indices; elements are rows with the features of `_read_blocks`."""
+    """Maps row indices to rows, which have the features of `_read_blocks`."""
     return _read_blocks(rows, indices.batch(READ_SIZE)).unbatch()
 
 
@@ -96,16 +96,17 @@ class JsonLinesSource(seqio.DataSource):
         num_rows = self.scan(split).num_rows
         first, step = shard_of(shard_info)
         if shuffle:
-            # A process's training mixture ends with its first empty task: if there are fewer rows
-            # than shards, shards share rows instead.
+            # A training mixture ends when its first task does, so no shard of a task may be empty.
+            # If there are fewer rows than shards, some shards read the same rows.
             first %= num_rows
         indices = tf.data.Dataset.range(first, num_rows, step)
         if shuffle:
             indices = indices.shuffle(num_rows, seed=seed)
-        return _read_rows(_rows([self], split), indices)
+        return _read_rows(_join_files([self], split), indices)
 
 
-def _rows(sources: Sequence[JsonLinesSource], split: str) -> Rows:
+def _join_files(sources: Sequence[JsonLinesSource], split: str) -> Rows:
+    """Returns the rows of a split of all sources, numbered file after file."""
     paths = [source.paths[split] for source in sources]
     return Rows(paths, [source.scan(split) for source in sources])
 
@@ -116,7 +117,7 @@ class JsonLinesTask(FolderTask):
     def examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset:
-        return _examples([self], [1.0], sequence_length, split, options)
+        return _stream_examples([self], [1.0], sequence_length, split, options)
 
 
 class JsonLinesScoreTask(JsonLinesTask):
@@ -132,13 +133,14 @@ class JsonLinesMixture(FolderMixture):
         tasks = [task for task in self.tasks if split in task.splits]
         if not tasks:
             raise InputError(f"no task of {self.name!r} has a split {split!r}")
-        return _examples(tasks, self.rates(tasks), sequence_length, split, options)
+        return _stream_examples(tasks, self.rates(tasks), sequence_length, split, options)
 
     def eval_examples(
         self, sequence_length: Mapping[str, int], interleave: bool
     ) -> tuple[tf.data.Dataset, list[tuple[str, int]]]:
         tasks = [task for task in self.tasks if "validation" in task.splits]
-        rows = _rows([task.source for task in tasks], "validation")
+        rows = _join_files([task.source for task in tasks], "validation")
+        # Interleaved: the first rows of all tasks, then the second rows, and so on.
         turns = np.concatenate([np.arange(scan.num_rows) for scan in rows.scans])
         indices = np.argsort(turns, kind="stable") if interleave else np.arange(len(turns))
         ds = _read_rows(rows, tf.data.Dataset.from_tensor_slices(indices))
@@ -146,14 +148,15 @@ class JsonLinesMixture(FolderMixture):
         return _preprocess(ds, tasks[0], sequence_length), starts
 
 
-def _examples(
+def _stream_examples(
     tasks: Sequence[JsonLinesTask],
     rates: Sequence[float],
     sequence_length: Mapping[str, int],
     split: str,
     options: StreamOptions,
 ) -> tf.data.Dataset:
-    rows = _rows([task.source for task in tasks], split)
+    """Returns a stream of training examples of several tasks, mixed at `rates`."""
+    rows = _join_files([task.source for task in tasks], split)
     sizes = [scan.num_rows for scan in rows.scans]
     order = ExampleOrder(sizes, rates, options.seed, options.shuffle, options.num_epochs)
     if any(isinstance(task, JsonLinesScoreTask) for task in tasks):
@@ -172,7 +175,7 @@ def _examples(
 def _preprocess(
     ds: tf.data.Dataset, task: JsonLinesTask, lengths: Mapping[str, int]
 ) -> tf.data.Dataset:
-    # All tasks of a mixture have the same preprocessors, so any of them can apply them.
+    # All tasks of a mixture have the same preprocessors, so those of any task will do.
     ds = task.preprocess_precache(ds, seed=0)
     ds = task.preprocess_postcache(ds, sequence_length=lengths, seed=0)
     return ds.prefetch(tf.data.AUTOTUNE)
@@ -181,14 +184,15 @@ def _preprocess(
 def _encode_blocks(
     blocks: tf.data.Dataset, features: Features, lengths: Mapping[str, int]
 ) -> tf.data.Dataset:
-    # Equal to the task's preprocessors, but on blocks of rows, which is twice as fast.
+    # Has the same result as the task's preprocessors, but works on blocks of rows, which is twice
+    # as fast.
     @tf.autograph.experimental.do_not_convert
     def encode(block: TensorDict) -> TensorDict:
         encoded = {}
         for key, feature in features.items():
-            ids = _tokenizer(feature.vocabulary)(block[key])
+            ids = _make_tokenizer(feature.vocabulary)(block[key])
             length = lengths.get(key)
-            ids = ids if length is None else ids[:, : length - 1]
+            ids = ids if length is None else ids[:, : length - 1]  # leaves room for EOS
             eos = tf.fill([tf.size(block[key]), 1], feature.vocabulary.eos_id)
             encoded[key] = tf.concat([ids, eos], axis=1)
             encoded[f"{key}_pretokenized"] = block[key]
@@ -197,8 +201,8 @@ def _encode_blocks(
     return blocks.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _tokenizer(vocabulary: seqio.Vocabulary) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns the function from a text, or several, to ids."""
+def _make_tokenizer(vocabulary: seqio.Vocabulary) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns a function from a text, or a tensor of texts, to ids without EOS."""
     if isinstance(vocabulary, seqio.ByteVocabulary):
         return _tokenize_bytes
     return _sentencepiece_tokenizer(vocabulary.sp_model).tokenize
@@ -206,13 +210,14 @@ def _tokenizer(vocabulary: seqio.Vocabulary) -> Callable[[tf.Tensor], tf.Tensor]
 
 @functools.cache
 def _sentencepiece_tokenizer(model: bytes) -> tf_text.SentencepieceTokenizer:
-    # Shared: seqio creates one (32 ms and a copy of the model) for each feature of each task.
+    # All tasks share one. seqio creates one for each feature of each task, which takes 32 ms and a
+    # copy of the model each time.
     with tf.init_scope():
         return tf_text.SentencepieceTokenizer(model=model)
 
 
 def _tokenize_bytes(text: tf.Tensor) -> tf.Tensor:
-    # seqio's ByteVocabulary takes a single text
+    # seqio's ByteVocabulary encodes a single text, not a tensor of texts.
     def to_ids(characters: tf.Tensor) -> tf.Tensor:
         numbers = tf.reshape(tf.io.decode_raw(characters, tf.uint8), [-1])
         return tf.cast(numbers, tf.int32) + 3  # after pad, eos and unk
@@ -223,11 +228,16 @@ def _tokenize_bytes(text: tf.Tensor) -> tf.Tensor:
 Preprocessor = Callable[[tf.data.Dataset, Features], tf.data.Dataset]
 
 
-def _map(function: Callable[[TensorDict, Tokenize], TensorDict]) -> Preprocessor:
-    """Turns a function of an example into a preprocessor, without autograph (slow to build)."""
+def _make_preprocessor(function: Callable[[TensorDict, Tokenize], TensorDict]) -> Preprocessor:
+    """Turns a function of an example into a seqio preprocessor.
+
+    The function must have no control flow on tensors: autograph, which is slow, is left out.
+    """
 
     def preprocess(ds: tf.data.Dataset, output_features: Features) -> tf.data.Dataset:
-        tokenizers = {key: _tokenizer(value.vocabulary) for key, value in output_features.items()}
+        tokenizers = {
+            key: _make_tokenizer(value.vocabulary) for key, value in output_features.items()
+        }
 
         @tf.autograph.experimental.do_not_convert
         def call(example: TensorDict) -> TensorDict:
@@ -255,8 +265,9 @@ def _repeat_per_choice(example: TensorDict, tokenize: Tokenize) -> TensorDict:
     choices = example["answer_choices"][:count]
     text = example["inputs"]
     shared = {
-        # Tokenized once for all choices. TensorFlow 2.21 crashes if it unbatches rows of no
-        # elements, as those of an empty input: the 0 in front is dropped in _encode_choice.
+        # The input is tokenized once for all choices. TensorFlow 2.21 crashes when it unbatches
+        # rows without elements, such as the ids of an empty input, so each row gets a 0 in front,
+        # which `_encode_choice` drops.
         "inputs": tf.pad(tokenize("inputs", text), [[1, 0]]),
         "inputs_pretokenized": text,
         "answer_choices": choices,
@@ -293,9 +304,10 @@ def add_tasks(
       task: the task's name.
       has_choices: whether the rows have answer choices.
       paths: split -> file.
-      vocabulary: of inputs and targets.
-      eval_examples: use only the first rows of every split but `train`; None: all.
-      needs_targets: whether rows of these splits must have `targets`.
+      vocabulary: vocabulary of inputs and targets.
+      eval_examples: number of rows to use of every split but `train`, from its start; None: all.
+      needs_targets: whether rows of every split but `train` must have `targets`; those of `train`
+        always must.
     """
     common = {
         "source": JsonLinesSource(paths, eval_examples, needs_targets),
@@ -306,15 +318,15 @@ def add_tasks(
     last = (seqio.CacheDatasetPlaceholder(), trim_and_append_eos)
     encode = _encode_with_choices if has_choices else _encode
     seqio.TaskRegistry.add(
-        task, preprocessors=(_map(encode), *last), task_cls=JsonLinesTask, **common
+        task, preprocessors=(_make_preprocessor(encode), *last), task_cls=JsonLinesTask, **common
     )
     if has_choices:
         expand = (
-            # unbatching zero choices crashes TensorFlow 2.21
+            # TensorFlow 2.21 crashes when it unbatches zero choices.
             lambda ds: ds.filter(lambda example: example["num_choices"] > 0),
-            _map(_repeat_per_choice),
+            _make_preprocessor(_repeat_per_choice),
             lambda ds: ds.unbatch(),
-            _map(_encode_choice),
+            _make_preprocessor(_encode_choice),
         )
         seqio.TaskRegistry.add(
             task + score_eval.SUFFIX,

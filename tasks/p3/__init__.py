@@ -2,16 +2,16 @@
 
 - 544 tasks and 116 `<task>_score_eval` tasks (see `score_eval`);
 - T0's mixtures at T0's rates: `t0_train`, `t0+_train`, `t0++_train`, `t0_train_one_og_prompt`,
-  `t0_train_all_og_prompts`, `t0_eval_score_eval` and `t0_train_score_eval`; and one for each
-  dataset (`super_glue_rte`, `super_glue_rte_score_eval`; ANLI's rounds too).
+  `t0_train_all_og_prompts`, `t0_eval_score_eval` and `t0_train_score_eval`;
+- mixtures for each dataset (`super_glue_rte`, `super_glue_rte_score_eval`) and each round of ANLI.
 
-The import reads `tasks.csv` alone. Rows come from seqio's caches (`use_cached`, in
+The import reads only `tasks.csv`. Rows come from seqio's caches (`use_cached`, in
 --seqio_additional_cache_dirs), or from a folder P3_DIR (set by `register`, or the environment's
 PEMOE_P3_DIR) in one of the forms that `folder` lists.
 
-To monitor training, T0 also scored its training tasks. Those of their `_score_eval` tasks that are
-not published are derived here from the tasks' answer choices: `t0_train_score_eval` holds them, and
-`register` adds them to seqio's registry.
+To monitor training, T0 also scored its training tasks. P3 does not publish all of the `_score_eval`
+tasks that this needs. The others are derived here from the tasks' answer choices. They are members
+of `t0_train_score_eval`, and `register` adds them to seqio's registry.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ def _default_folder() -> str | None:
     return os.environ.get("PEMOE_P3_DIR") or None
 
 
-# The file is read at its first use, so that the import works without it.
+# The vocabulary's file is read at its first use, so that this import works without it.
 settings = source.Settings(open_vocabulary(default_vocab_path()), _default_folder())
-# Vocabulary, EOS of inputs and folder of the registered tasks; None before there are any.
+# The registered tasks' vocabulary (its id), whether their inputs end in EOS, and their folder. None
+# while no task is registered.
 _registered_with: tuple[int, bool, str | None] | None = None
 
 
 def remove() -> None:
     """Removes everything that this module added to seqio's registries."""
     global _registered_with
+    # Of tasks that are not registered, seqio's `remove` does nothing.
     for name in (*published.names(), *published.unpublished_score_tasks()):
         seqio.TaskRegistry.remove(name)
     for name in published.mixtures():
@@ -51,7 +53,7 @@ def remove() -> None:
     _registered_with = None
 
 
-def _add(inputs_eos: bool) -> None:
+def _add_tasks(inputs_eos: bool) -> None:
     """Registers all tasks and mixtures, in place of those of an earlier call."""
     global _registered_with
     if _registered_with is not None:
@@ -60,10 +62,10 @@ def _add(inputs_eos: bool) -> None:
         "inputs": seqio.Feature(settings.vocabulary, add_eos=inputs_eos),
         "targets": seqio.Feature(settings.vocabulary, add_eos=True),
     }
-    tasks = {name: _task(name, features) for name in published.names()}
+    tasks = {name: _make_task(name, features) for name in published.names()}
     for name, task in tasks.items():
         seqio.TaskRegistry.add_provider(name, task)
-    tasks |= {name: _task(name, features) for name in published.unpublished_score_tasks()}
+    tasks |= {name: _make_task(name, features) for name in published.unpublished_score_tasks()}
     for mixture, names in published.mixtures().items():
         rates = [(tasks[name], published.rate(name)) for name in names]
         seqio.MixtureRegistry.add_provider(mixture, source.P3Mixture(mixture, rates))
@@ -72,7 +74,7 @@ def _add(inputs_eos: bool) -> None:
     _registered_with = id(settings.vocabulary), inputs_eos, settings.p3_dir
 
 
-def _task(name: str, features: dict[str, seqio.Feature]) -> source.P3Task:
+def _make_task(name: str, features: dict[str, seqio.Feature]) -> source.P3Task:
     scored = score_eval.is_score_eval(name)
     return source.P3Task(
         name,
@@ -88,7 +90,7 @@ def _task(name: str, features: dict[str, seqio.Feature]) -> source.P3Task:
     )
 
 
-_add(inputs_eos=True)
+_add_tasks(inputs_eos=True)
 
 
 def register(
@@ -100,13 +102,14 @@ def register(
     """Sets where P3's rows come from and how they are read.
 
     Args:
-      p3_dir: a folder of P3 (P3_DIR). None: the environment's PEMOE_P3_DIR, or without it seqio's
-        caches alone. seqio reads tfrecords in the folder as caches too.
+      p3_dir: a folder of P3 (P3_DIR). None: the environment's PEMOE_P3_DIR, or if it is not set,
+        seqio's caches alone. seqio can read tfrecords in the folder as caches too.
       vocab_path: see `load_vocabulary` (VOCAB_PATH), for text that is not tokenized yet.
-      eval_examples: use only the first examples of every split but `train` (EVAL_EXAMPLES); seqio's
-        caches are read whole.
+      eval_examples: number of examples to use of every split but `train`, from its start
+        (EVAL_EXAMPLES); None: all. It does not apply to seqio's caches.
       inputs_eos: whether inputs end in EOS, as in JSON lines. T0's code adds none, and the example
-        on the dataset's card has none. Either way all forms give the same ids.
+        on the dataset's card has none. With either value, the ids do not depend on the form in
+        which the folder holds a task.
 
     Raises:
       InputError: the folder does not exist, or holds nothing of P3.
@@ -117,7 +120,7 @@ def register(
     if path is not None and "://" not in path:
         path = os.path.abspath(os.path.expanduser(path))
     vocab_path = vocab_path or default_vocab_path()
-    # a remote file is read only if text is tokenized
+    # A remote file is read only if text is tokenized.
     is_remote = "://" in vocab_path
     vocabulary = open_vocabulary(vocab_path) if is_remote else load_vocabulary(vocab_path)
     # The summary lists the new folder, but an error must leave the settings as they were.
@@ -129,14 +132,14 @@ def register(
         settings.read_from(*previous)
         raise
     settings.vocabulary = vocabulary
-    # A task remembers the vocabulary and the folder of its cache, so others need new tasks.
+    # A task keeps the vocabulary and the folder of its cache, so a change of these needs new tasks.
     if _registered_with != (id(vocabulary), inputs_eos, path):
-        _add(inputs_eos)
+        _add_tasks(inputs_eos)
     train_score_tasks = seqio.MixtureRegistry.get(published.TRAIN_SCORE_MIXTURE).tasks
     for task in train_score_tasks:
         if task.name not in seqio.TaskRegistry.names():
             seqio.TaskRegistry.add_provider(task.name, task)
-    # so that USE_CACHED_TASKS reads the folder's tfrecords without another flag
+    # Lets USE_CACHED_TASKS read the folder's tfrecords without another flag.
     if path is not None and path not in seqio.utils.get_global_cache_dirs():
         seqio.add_global_cache_dirs([path])
     names = [*published.names(), *published.unpublished_score_tasks()]
@@ -169,15 +172,17 @@ def _summarize(path: str | None) -> list[str]:
     folder = settings.folder
     files = {name: files for name in published.names() if (files := folder.find(name)) is not None}
     if not files:
+        # The folder may hold templates that cannot be used. Their error says more.
         left_out = folder.describe_unavailable(folder.unavailable)
         reasons = [*folder.unreadable.values(), *left_out]
+        if reasons:
+            raise InputError(reasons[0])
         entries = abbreviate(sorted(os.listdir(folder.path)), 3) or "nothing"
-        expected = (
-            "<task>/<split>.tfrecord-*, <task>/<split>*.parquet or"
-            " <dataset>/[<subset>/]templates.yaml"
+        raise InputError(
+            f"P3_DIR {path} holds nothing of P3: expected <task>/<split>.tfrecord-*,"
+            " <task>/<split>*.parquet or <dataset>/[<subset>/]templates.yaml, got"
+            f" {entries}"
         )
-        nothing = f"P3_DIR {path} holds nothing of P3: expected {expected}, got {entries}"
-        raise InputError(reasons[0] if reasons else nothing)
     forms = [task_files.form for task_files in files.values()]
     counts = ", ".join(f"{form}: {forms.count(form)}" for form in dict.fromkeys(forms))
     lines = [f"P3 in {path}: {_count(list(files), show_total=True)} ({counts})"]
@@ -206,7 +211,7 @@ def _summarize(path: str | None) -> list[str]:
 
 
 def _count(names: Sequence[str], show_total: bool = False) -> str:
-    """'544 tasks and 116 _score_eval tasks', or '5 of 544 tasks and …'."""
+    """Returns '544 tasks and 116 _score_eval tasks', or with the totals '5 of 544 tasks and …'."""
     scored = sum(map(score_eval.is_score_eval, names))
     tasks, score_tasks = plural(len(names) - scored, "task"), plural(scored, "_score_eval task")
     if show_total:
@@ -218,6 +223,7 @@ def _count(names: Sequence[str], show_total: bool = False) -> str:
 
 
 def _summarize_caches() -> str:
+    """Returns the line for seqio's caches; InputError if local ones hold nothing of P3."""
     folders = seqio_import.import_seqio().utils.get_global_cache_dirs()
     if not folders or any("://" in folder for folder in folders):
         return f"P3: {_count(published.names())}, to be read from seqio's caches"

@@ -1,4 +1,4 @@
-"""Datasets on disk as Hugging Face's `datasets` writes them: Arrow streams, read by row number.
+"""Reads datasets that Hugging Face's `datasets` wrote to disk: Arrow streams, read by row number.
 
 There are two layouts: the folder of `save_to_disk`, and the cache of `load_dataset`,
 `<dataset>/<config>/<version>/<hash>/<dataset>-<split>.arrow` (in a folder `<owner>___<dataset>` if
@@ -37,7 +37,7 @@ def saved_splits(folder: pathlib.Path) -> Splits:
     """Returns the splits in a folder that `save_to_disk` wrote; empty for any other folder.
 
     Raises:
-      InputError: its JSON is malformed, or selects rows by a file of indices.
+      InputError: the folder's JSON is malformed, or it selects rows by a file of indices.
     """
     if (folder / "dataset_dict.json").is_file():
         names = read_json(folder / "dataset_dict.json").get("splits")
@@ -51,7 +51,7 @@ def saved_splits(folder: pathlib.Path) -> Splits:
 
 
 def _saved_files(folder: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
-    """Returns the split (train if it has no name) and the files of a saved `Dataset`."""
+    """Returns the split of a saved `Dataset` ('train' if it has no name) and its files."""
     path = folder / "state.json"
     state = read_json(path)
     try:
@@ -69,33 +69,38 @@ def _saved_files(folder: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
 def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
     """Returns a dataset's splits in the cache of `load_dataset`; empty if the cache has none.
 
-    `subset` names the config; without it, the usual names of an only config are tried. Of several
-    versions or downloads of the config the newest is used.
+    If the cache has several versions or downloads of the config, the newest is used.
+
+    Args:
+      root: the cache.
+      dataset: name of the dataset, without its owner.
+      subset: name of the config; '' for the only one of a dataset, which has one of a few names.
 
     Raises:
       InputError: files of a split are missing.
     """
     for dataset_folder in [root / dataset, *sorted(root.glob(f"*___{dataset}"))]:
         for config in (subset,) if subset else (*_DEFAULT_CONFIGS, dataset):
-            # `datasets` renames a folder when its download is complete
+            # `datasets` renames a folder when its download is complete.
             infos = [
                 path
                 for path in (dataset_folder / config).glob("*/*/dataset_info.json")
                 if not path.parent.name.endswith((".incomplete", "_tmp"))
             ]
             if infos:
-                # the folders are named by hashes, so only their times show which is newest
+                # The folders are named by hashes, so only their times show which is newest.
                 newest = max(infos, key=lambda path: (path.stat().st_mtime_ns, str(path)))
-                return _files_in(newest.parent)
+                return _list_splits(newest.parent)
     return {}
 
 
-def _files_in(folder: pathlib.Path) -> Splits:
+def _list_splits(folder: pathlib.Path) -> Splits:
+    """Returns the splits of one download; InputError if files of a split are missing."""
     splits: Splits = {}
     expected_counts: dict[str, int] = {}
     for path in sorted(folder.glob("*.arrow")):
         match = _SHARD.fullmatch(path.name) or _WHOLE.fullmatch(path.name)
-        # `Dataset.map` writes cache-<hash>.arrow into the same folder
+        # `Dataset.map` writes cache-<hash>.arrow into the same folder.
         if match is None or match["name"] == "cache":
             continue
         splits.setdefault(match["split"], []).append(path)
@@ -135,7 +140,7 @@ def _read_batches(path: pathlib.Path) -> Iterator[pyarrow.RecordBatch]:
     with _open_stream(path) as stream:
         check_unique(stream.schema.names, str(path))
         for batch in stream:
-            # pyarrow trusts offsets: reading a damaged batch would crash the process
+            # pyarrow trusts a batch's offsets: reading a damaged one would crash the process.
             batch.validate(full=True)
             yield batch
 

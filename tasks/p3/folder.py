@@ -5,9 +5,9 @@
 (c) `<dataset>[/<subset>]/templates.yaml`, in the folder or in its `templates/`, and the dataset's
     examples, in the places that `raw_examples` lists.
 
-Tasks may be in `data/` too, as in a clone of the hub's repository. A folder may mix forms; if a
-task has several, the first of this list is read. A `_score_eval` task without files is derived
-from its task's answer choices.
+Tasks may also be in the folder's `data/`, as in a clone of the hub's repository. A folder may mix
+forms; of a task in several forms, the first in this list is read. A `_score_eval` task without
+files is derived from its task's answer choices.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pemoe_jax.tasks.p3 import published, raw_examples, template_files, template
 from pemoe_jax.tasks.p3.readers import ChoiceReader, PromptedReader, TemplateReader
 from pemoe_jax.tasks.p3.tables import find_splits, open_table
 
+# The forms of a task, as the summary names them.
 CACHE, PROMPTED, TEMPLATES, DERIVED = "tfrecord cache", "rows", "templates", "derived"
 
 
@@ -35,9 +36,10 @@ class TaskFiles:
 
     Attributes:
       form: CACHE, PROMPTED, TEMPLATES or DERIVED.
-      splits: split -> its files; a cache's info names them.
+      splits: split -> its files. The lists are empty for a cache, whose info.<split>.json names
+        its files.
       folder: where the files are.
-      template: the task's template, of TEMPLATES.
+      template: the task's template, if its prompts are rendered from one.
       dataset: the examples of the template's dataset.
     """
 
@@ -52,7 +54,7 @@ def cached_splits(folder: pathlib.Path) -> list[str]:
     """Lists the splits of a task's tfrecord cache.
 
     Raises:
-      InputError: a split has tfrecords and no info.<split>.json.
+      InputError: a split has tfrecords but no info.<split>.json, while another split has one.
     """
     names = sorted(path.name for path in folder.glob("info.*.json"))
     splits = [name.removeprefix("info.").removesuffix(".json") for name in names]
@@ -68,8 +70,8 @@ class Folder:
 
     Attributes:
       path: the absolute path.
-      unreadable: path of a templates.yaml -> the error.
-      unavailable: task with a template -> why it has no rows.
+      unreadable: path of each templates.yaml that cannot be read -> the error.
+      unavailable: name of each task that has a template but no rows -> why it has none.
 
     Raises:
       InputError: the folder does not exist.
@@ -82,8 +84,9 @@ class Folder:
             raise InputError(f"P3_DIR {self.path} must be a folder, got {kind}")
         self.unreadable: dict[str, str] = {}
         self.unavailable: dict[str, str] = {}
-        # Mixtures ask for 544 tasks again and again. Caches of the class would keep every folder.
-        for name in ("_templates_of", "_dataset_of", "find", "reader"):
+        # Results are cached, because mixtures ask for 544 tasks again and again. Each object has
+        # its own caches: decorated methods would keep every folder that was ever opened.
+        for name in ("_read_templates", "_find_dataset", "find", "reader"):
             setattr(self, name, functools.cache(getattr(self, name)))
 
     @functools.cached_property
@@ -93,29 +96,30 @@ class Folder:
         for root in (self.path, self.path / "data"):
             if root.is_dir():
                 for entry in os.scandir(root):
-                    # a folder of the same name in data/ comes second
+                    # Of two folders of the same name, the one in data/ comes second.
                     if entry.is_dir():
                         folders.setdefault(entry.name, pathlib.Path(entry.path))
         return folders
 
     @functools.cached_property
     def _template_files(self) -> dict[tuple[str, str], pathlib.Path]:
-        inside = self.path / "templates"
+        """(dataset, subset or '') -> its templates.yaml."""
+        subfolder = self.path / "templates"
         files = template_files.find_templates(self.path)
-        return files | (template_files.find_templates(inside) if inside.is_dir() else {})
+        return files | (template_files.find_templates(subfolder) if subfolder.is_dir() else {})
 
-    def _templates_of(self, dataset: str, subset: str) -> dict[str, templates.Template]:
+    def _read_templates(self, dataset: str, subset: str) -> dict[str, templates.Template]:
         path = self._template_files.get((dataset, subset))
         if path is None:
             return {}
         try:
             return template_files.read_templates(path)
-        # the other datasets can still be read
+        # Recorded and not raised: the other datasets can still be read.
         except InputError as error:
             self.unreadable[str(path)] = str(error)
             return {}
 
-    def _dataset_of(self, dataset: str, subset: str) -> raw_examples.RawDataset | None:
+    def _find_dataset(self, dataset: str, subset: str) -> raw_examples.RawDataset | None:
         templates_dir = self._template_files[dataset, subset].parent
         return raw_examples.find_dataset(self.path, dataset, subset, templates_dir)
 
@@ -138,11 +142,12 @@ class Folder:
         return self._find_template(published.tasks()[name])
 
     def _find_template(self, task: published.P3Task) -> TaskFiles | None:
-        template = self._templates_of(task.dataset, task.subset).get(task.template)
+        """Finds a task's template and dataset; None, with the reason recorded, if it cannot."""
+        template = self._read_templates(task.dataset, task.subset).get(task.template)
         if template is None:
             return None
         try:
-            dataset = self._dataset_of(task.dataset, task.subset)
+            dataset = self._find_dataset(task.dataset, task.subset)
             missing = dataset.describe_missing(template.fields) if dataset is not None else ""
         except (InputError, templates.TemplateError) as error:
             self.unavailable[task.name] = str(error)
@@ -164,7 +169,7 @@ class Folder:
         return TaskFiles(TEMPLATES, splits, dataset.folder, template, dataset) if splits else None
 
     def describe_unavailable(self, names: Collection[str]) -> list[str]:
-        """Returns why the first unavailable task of `names` has no rows; [] if none is."""
+        """Returns a line: why the first unavailable task of `names` has no rows; [] if none is."""
         reasons = [
             f"{name}: {self.unavailable[name]}" for name in names if name in self.unavailable
         ]

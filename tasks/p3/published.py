@@ -17,14 +17,16 @@ from collections.abc import Sequence
 
 from pemoe_jax.tasks import metrics, score_eval
 
-# A dataset with more examples counts as this many, divided by the number of its templates.
+# Each task of a dataset with more examples is mixed at this rate divided by the number of the
+# dataset's templates.
 MAX_EXAMPLES = 500_000
 
 TRAIN_MIXTURE = "t0_train"
 SCORE_MIXTURE = "t0_eval_score_eval"
 TRAIN_SCORE_MIXTURE = "t0_train_score_eval"
 BIAS_MIXTURE = "bias_fairness_eval_score_eval"
-# Training data of T0, T0+ (with the datasets that GPT-3 was evaluated on) and T0++ (SuperGLUE too).
+# Training mixture -> the training roles of its tasks. T0+ adds the datasets that GPT-3 was
+# evaluated on, and T0++ also adds SuperGLUE.
 STAGES = {
     TRAIN_MIXTURE: ("BASE",),
     "t0+_train": ("BASE", "GPT_EVAL"),
@@ -64,14 +66,17 @@ class P3Task:
     """A published task.
 
     Attributes:
+      name: the published name.
+      dataset, subset: the dataset that the template is for; `subset` is '' if it has none.
+      template: name of the template in promptsource.
       original_task: whether the prompt asks for what the dataset was made for.
-      metrics: promptsource's names.
+      metrics: promptsource's names of the metrics of generated text.
       has_choices: whether examples have answer choices.
       has_score_eval: whether `<name>_score_eval` is published.
       do_train: T0's training role: BASE, GPT_EVAL, SGLUE or ''.
       do_eval: T0's evaluation role: BASE, BIAS_FAIRNESS or ''.
       train_size: examples of the dataset's train split, 0 if the table has none.
-      splits: split -> published examples.
+      splits: split -> number of published examples.
     """
 
     name: str
@@ -94,7 +99,7 @@ class P3Task:
 
     @property
     def label(self) -> str:
-        """The dataset's name in tables: SuperGLUE's datasets go by their own names."""
+        """The dataset's name in tables. SuperGLUE's datasets go by their own names."""
         return self.subset if self.dataset == "super_glue" else self.dataset_name
 
     @property
@@ -142,26 +147,27 @@ def tasks() -> dict[str, P3Task]:
 @functools.cache
 def names() -> tuple[str, ...]:
     """Returns the names of the published tasks, each followed by its `_score_eval` task's."""
-    return tuple(
-        name
-        for task in tasks().values()
-        for name in (task.name, task.name + score_eval.SUFFIX)[: 1 + task.has_score_eval]
-    )
+    task_names = []
+    for task in tasks().values():
+        task_names.append(task.name)
+        if task.has_score_eval:
+            task_names.append(task.name + score_eval.SUFFIX)
+    return tuple(task_names)
 
 
 def task_of(name: str) -> P3Task:
-    """Returns the published task of this name, or the one that a `_score_eval` task is for."""
+    """Returns the published task of this name, or the task of a `_score_eval` task."""
     return tasks()[score_eval.plain_name(name)]
 
 
 def metric_names(name: str) -> Sequence[str]:
-    """Returns the names of a task's metrics of generated text; the default if it is not P3's."""
+    """Returns the names of a task's metrics of generated text; the default for tasks not of P3."""
     return tasks()[name].metrics if name in tasks() else metrics.DEFAULT_METRICS
 
 
 @functools.cache
 def _num_templates() -> dict[str, int]:
-    # ANLI has a task for each round of a template, so templates are counted, not tasks
+    # Templates are counted, not tasks, because ANLI has a task for each round of a template.
     templates = {(task.dataset_name, task.template) for task in tasks().values()}
     return collections.Counter(dataset for dataset, _ in templates)
 
@@ -169,19 +175,20 @@ def _num_templates() -> dict[str, int]:
 def rate(name: str) -> float:
     """Returns T0's mixing rate of a task or its `_score_eval` task.
 
-    The rate is the number of examples of the dataset's train split; above 500,000 it is that
-    number divided by the dataset's number of templates, rounded down.
+    The rate is the number of examples in the dataset's train split. If there are more than
+    MAX_EXAMPLES, it is MAX_EXAMPLES divided by the dataset's number of templates, rounded down.
     """
     task = task_of(name)
+    # Tasks without a train split have the rate 1, since mixtures for evaluation need rates too.
     size = task.train_size or task.splits.get("train", 1)
-    # T0's code divides integers
     if size <= MAX_EXAMPLES:
         return float(size)
+    # Rounded down, because T0's code divides integers.
     return float(MAX_EXAMPLES // _num_templates()[task.dataset_name])
 
 
-def _one_original_prompt() -> list[str]:
-    """Returns the first original prompt, by its template's name, of each dataset of T0."""
+def _select_original_prompts() -> list[str]:
+    """Returns a task of each training dataset of T0: the first original one by template name."""
     first: dict[str, P3Task] = {}
     for task in sorted(tasks().values(), key=lambda task: task.template):
         if task.original_task and task.do_train == "BASE":
@@ -215,7 +222,7 @@ def mixtures() -> dict[str, Sequence[str]]:
         mixture: [task.name for task in published if task.do_train in roles]
         for mixture, roles in STAGES.items()
     }
-    members["t0_train_one_og_prompt"] = _one_original_prompt()
+    members["t0_train_one_og_prompt"] = _select_original_prompts()
     members["t0_train_all_og_prompts"] = [task.name for task in base if task.original_task]
     for mixture, role in ((SCORE_MIXTURE, "BASE"), (BIAS_MIXTURE, "BIAS_FAIRNESS")):
         members[mixture] = [

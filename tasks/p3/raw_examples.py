@@ -1,12 +1,14 @@
 """Finds the examples of P3's datasets, which templates turn into prompts.
 
-Searched are the folders `raw/`, `huggingface/` and `tfds/` of P3_DIR, which may be links, and the
-folder of templates.yaml, each for
+They may be in the folders `raw/`, `huggingface/` and `tfds/` of P3_DIR, each of which may be a link
+and may hold
 
 - `<dataset>[/<subset>]/<split>*.parquet` or `<split>.jsonl`;
 - `<dataset>[/<subset>]/` as `datasets.save_to_disk` writes it;
 - the cache of `datasets.load_dataset` (~/.cache/huggingface/datasets);
 - a data_dir of tensorflow-datasets (~/tensorflow_datasets) with the prepared dataset.
+
+Files of the first two kinds may also be beside the dataset's templates.yaml.
 """
 
 from __future__ import annotations
@@ -29,24 +31,27 @@ class RawDataset:
 
     Attributes:
       folder: where they are.
-      splits: split, by the dataset's own names -> its files.
-      builder: the builder of tensorflow-datasets that wrote the files; None in other forms.
+      splits: the dataset's own name of a split -> its files.
+      builder: the builder of tensorflow-datasets that wrote the files; None for other files.
     """
 
     folder: pathlib.Path
     splits: Mapping[str, Sequence[pathlib.Path]]
     builder: tfds.Builder | None = None
-    # Tables are shared by all templates of a dataset, because each indexes its files.
+    # All templates of a dataset share its tables, because opening a table indexes its files.
     _tables: dict[str, Table] = dataclasses.field(default_factory=dict)
 
     def describe_missing(self, fields: Collection[str]) -> str:
-        """Returns the fields that no split has, each with the nearest that there is; '' if none."""
+        """Describes the fields that no split has, each with the most similar existing one.
+
+        Returns '' if all fields exist, or if the splits show no fields at all, as empty files do.
+        """
         names = set().union(*(self.table(split).field_names() for split in self.splits))
         by_words = {" ".join(sorted(re.split("[-_]", name))): name for name in sorted(names)}
         missing = sorted(set(fields) - {name.replace("-", "_") for name in names})
         described = []
         for field in missing if names else ():
-            # words are sorted, so that label_coarse is near to coarse_label
+            # Words are sorted, so that label_coarse is similar to coarse_label.
             words = " ".join(sorted(field.split("_")))
             (nearest,) = difflib.get_close_matches(words, by_words, n=1, cutoff=0)
             described.append(f"{field!r} (nearest: {by_words[nearest]!r})")
@@ -68,14 +73,20 @@ class RawDataset:
 def find_dataset(
     p3_dir: pathlib.Path, dataset: str, subset: str, templates_dir: pathlib.Path
 ) -> RawDataset | None:
-    """Finds the examples of a dataset, in the first form that exists.
+    """Finds the examples of a dataset in the first form that exists; None if there is none.
+
+    Args:
+      p3_dir: the folder P3_DIR.
+      dataset: name of the dataset.
+      subset: name of its subset, '' without one.
+      templates_dir: folder of the dataset's templates.yaml.
 
     Raises:
       InputError: a form exists but is incomplete.
     """
     builder = tfds.builders().get((dataset, subset))
     roots = [root for name in FOLDERS if (root := p3_dir / name).is_dir()]
-    # A user's own files come before what other libraries left in their caches.
+    # A user's own files come first, before the caches of other libraries.
     for folder in [*(root / dataset / subset for root in roots), templates_dir]:
         splits = find_splits(folder) or arrow.saved_splits(folder)
         if splits:
@@ -91,7 +102,7 @@ def find_dataset(
 
 
 def expected_files(p3_dir: pathlib.Path, dataset: str, subset: str) -> str:
-    """Returns the end of a message: what a dataset's examples are expected to be."""
+    """Returns 'expected …', the end of an error: the files that would hold a dataset's examples."""
     name = "/".join(filter(None, (dataset, subset)))
     builder = tfds.builders().get((dataset, subset))
     expected = f"expected {p3_dir / 'raw' / name}/<split>.jsonl or *.parquet, the dataset as"

@@ -28,7 +28,7 @@ class NoRowsError(InputError):
 
 
 def add_ids(rows: list[Row], tokenizer: Tokenizer) -> list[Row]:
-    """Tokenizes inputs and targets of rows that have only their text; ids end in EOS."""
+    """Adds token ids, which end in EOS, to rows that have only the text of a feature."""
     for key in TEXT_FEATURES:
         without_ids = [row for row in rows if key not in row]
         texts = [row[f"{key}_pretokenized"].decode() for row in without_ids]
@@ -38,11 +38,16 @@ def add_ids(rows: list[Row], tokenizer: Tokenizer) -> list[Row]:
 
 
 class PromptedReader(RowReader):
-    """A table of prompted examples, as the Hugging Face hub serves P3.
+    """Reads a table of prompted examples, as the Hugging Face hub serves P3.
 
     Columns are `inputs` and `targets` (ids, or text as in JSON lines), `inputs_pretokenized` and
     `targets_pretokenized` (text), `answer_choices`, and for `_score_eval` tasks `idx`,
-    `is_correct` and `weight`. Either ids or text may be missing.
+    `is_correct` and `weight`. Either the ids or the text may be missing.
+
+    Args:
+      table: the examples.
+      tokenizer: encodes text without ids.
+      scored: whether the task is a `_score_eval` task.
     """
 
     def __init__(self, table: Table, tokenizer: Tokenizer, scored: bool) -> None:
@@ -54,12 +59,12 @@ class PromptedReader(RowReader):
     def _check_columns(self, columns: Sequence[str]) -> None:
         for key in TEXT_FEATURES:
             if key not in columns and f"{key}_pretokenized" not in columns:
-                raise self._error(f"a column {key!r} or '{key}_pretokenized'", columns)
+                raise self._column_error(f"a column {key!r} or '{key}_pretokenized'", columns)
         for key in ("idx", "is_correct") if self._scored else ():
             if key not in columns:
-                raise self._error(f"a column {key!r}", columns)
+                raise self._column_error(f"a column {key!r}", columns)
 
-    def _error(self, expected: str, columns: Sequence[str]) -> InputError:
+    def _column_error(self, expected: str, columns: Sequence[str]) -> InputError:
         return InputError(f"{self.location}: expected {expected}, got {', '.join(columns)}")
 
     @property
@@ -83,7 +88,10 @@ class PromptedReader(RowReader):
 
 
 class TemplateReader(RowReader):
-    """The examples that a template has a prompt and a target for; others are counted in a warning.
+    """Renders the examples of a table with a template.
+
+    Examples for which the template has no prompt are left out, as in the published P3. Examples for
+    which it fails, or which have no label, are left out too, and a warning gives their number.
 
     Raises:
       NoRowsError: while reading, if no example is left.
@@ -99,7 +107,8 @@ class TemplateReader(RowReader):
 
     @functools.cached_property
     def _indices(self) -> Sequence[int]:
-        # Only rendering an example shows whether it has a prompt, so all are rendered once.
+        # Only rendering an example shows whether it has a prompt, so all are rendered once. Their
+        # prompts are not kept, and rendered again when they are read.
         indices = array.array("q")
         for start, examples in self._table.chunks(READ_SIZE):
             for index, example in enumerate(examples, start):
@@ -117,7 +126,7 @@ class TemplateReader(RowReader):
         return self._rows(zip(indices, self._table.take(indices), strict=True))
 
     def row_blocks(self) -> Iterator[list[Row]]:
-        # renders each example once: `num_rows` and `read_rows` together would render it twice
+        # Renders each example once; `num_rows` and `read_rows` together would render it twice.
         num_rows = 0
         for start, examples in self._table.chunks(READ_SIZE):
             rows = self._rows(enumerate(examples, start))
@@ -139,6 +148,7 @@ class TemplateReader(RowReader):
         return add_ids(rows, self._tokenizer)
 
     def _render(self, example: Example, index: int) -> Prompt | None:
+        """Returns the example's prompt; None, with the reason recorded, if it is left out."""
         try:
             prompt = self._template.apply(example, index)
         except UnlabeledError as error:
@@ -146,13 +156,14 @@ class TemplateReader(RowReader):
         except TemplateError as error:
             self._failures[index] = str(error)
         else:
+            # None: the template has no prompt for this example, which is no failure to record.
             if prompt is None or prompt.targets != NO_LABEL:
                 return prompt
             self._unlabeled[index] = "its target is empty"
         return None
 
     def _report_left_out(self, num_rows: int) -> None:
-        # A template without a prompt for some examples is as published; one that fails is not.
+        """Warns of examples that were left out; raises NoRowsError if these were all."""
         lines = []
         for left_out, problem in (
             (self._failures, "because the template fails"),
@@ -173,7 +184,13 @@ class TemplateReader(RowReader):
 def choice_rows(row: Row, example: int, tokenizer: Tokenizer) -> list[Row]:
     """Returns the `_score_eval` rows of a row: one for each answer choice.
 
-    A choice is correct if its text is the target's, or its ids are in a row without text.
+    A choice is correct if its text equals the target's text, or, in a row without text, if its ids
+    equal the target's.
+
+    Args:
+      row: a row of the plain task.
+      example: number of the row, for `idx`.
+      tokenizer: encodes the choices.
     """
     target = row.get("targets_pretokenized", b"").strip()
     target_ids = [i for i in row["targets"] if i != EOS]
@@ -204,12 +221,12 @@ class ChoiceReader(RowReader):
 
     @functools.cached_property
     def _starts(self) -> np.ndarray:
-        """Index of the first choice of each row of the task, and the number of choices."""
+        """Index of the first choice of each row, and the number of all choices: int [rows + 1]."""
         counts = [
             len(row.get("answer_choices", [])) for rows in self._plain.row_blocks() for row in rows
         ]
         without = counts.count(0)
-        # Without any choices there is nothing to score, which the commands say.
+        # If no row has choices, the commands report that there is nothing to score.
         if 0 < without < len(counts):
             place = "no_choices", f"{self.location}: row {counts.index(0) + 1}"
             warn_once(row_checks.describe_odd_rows([place], {"no_choices": without})[0])
@@ -220,16 +237,20 @@ class ChoiceReader(RowReader):
         return int(self._starts[-1])
 
     def read_rows(self, numbers: Sequence[int]) -> list[Row]:
+        # The row that each choice belongs to.
         owners = np.searchsorted(self._starts, np.asarray(numbers), side="right") - 1
-        # a row is read and tokenized once for all of its choices
+        # Each row is read and tokenized once for all of its choices.
         distinct = np.unique(owners).tolist()
         plain = zip(distinct, self._plain.read_rows(distinct), strict=True)
         rows = {owner: choice_rows(row, owner, self._tokenizer) for owner, row in plain}
         choices = np.asarray(numbers) - self._starts[owners]
-        return [rows[o][c] for o, c in zip(owners.tolist(), choices.tolist(), strict=True)]
+        return [
+            rows[owner][choice]
+            for owner, choice in zip(owners.tolist(), choices.tolist(), strict=True)
+        ]
 
     def row_blocks(self) -> Iterator[list[Row]]:
-        # reads each row once: `num_rows` and `read_rows` together would read it twice
+        # Reads each row once; `num_rows` and `read_rows` together would read it twice.
         example = 0
         for rows in self._plain.row_blocks():
             block = []

@@ -1,6 +1,6 @@
 """The seqio side of P3: data source, tasks and mixtures over the readers of a folder.
 
-Importing this imports seqio, which takes about 5 s.
+Importing this module imports seqio, which takes about 5 s.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 
-@dataclasses.dataclass(eq=False)  # readers are cached by it
+@dataclasses.dataclass(eq=False)  # hashed by identity, as the key of cached readers
 class Settings:
-    """Settings that all tasks share and `p3.register` changes; the readers' tokenizer.
+    """Settings that all tasks share and `p3.register` changes. It is also the readers' tokenizer.
 
     Attributes:
       vocabulary: its file is read when it is first used.
-      p3_dir: P3_DIR; a URL can only be read as seqio's cache.
-      eval_examples: use only the first examples of every split but `train`; None: all.
+      p3_dir: P3_DIR. If it is a URL, it can only be read as seqio's cache.
+      eval_examples: number of examples to use of every split but `train`, from its start; None:
+        all.
     """
 
     vocabulary: seqio.Vocabulary
@@ -49,9 +50,9 @@ class Settings:
     eval_examples: int | None = None
 
     def read_from(self, p3_dir: str | None, eval_examples: int | None) -> None:
-        """Changes the folder and drops the listing of the former one."""
+        """Sets the folder and the number of examples; forgets the files of the former folder."""
         self.p3_dir, self.eval_examples = p3_dir, eval_examples
-        self.__dict__.pop("folder", None)
+        self.__dict__.pop("folder", None)  # the value of the cached property
 
     @property
     def has_local_folder(self) -> bool:
@@ -120,7 +121,7 @@ class P3Source(seqio.DataSource):
         return self.settings.folder.reader(self._name, split, self.settings)
 
     def num_input_examples(self, split: str) -> int:
-        """Returns the rows in the folder, or those published if it does not have the task."""
+        """Returns the number of rows in the folder, or the published one if it lacks the task."""
         if self.files is None:
             return self._published_splits[split]
         return self.reader(split).num_rows
@@ -146,21 +147,21 @@ class P3Source(seqio.DataSource):
     ) -> tf.data.Dataset:
         """Returns the rows, with the features of the published caches."""
         indices = self.row_indices(split)
-        # All indices are shuffled (8 bytes a row): a shuffle buffer would only mix neighbors.
+        # All indices are shuffled (8 bytes a row), as a shuffle buffer would mix only neighbors.
         if shuffle:
             indices = np.random.default_rng(seed).permutation(indices)
         first, step = shard_of(shard_info)
         blocks = tf.data.Dataset.from_tensor_slices(indices[first::step]).batch(READ_SIZE)
         records = read_records([self.reader(split)], blocks, self.settings.vocab_size())
-        return records.map(_parser(self._name), num_parallel_calls=tf.data.AUTOTUNE)
+        return records.map(_make_parser(self._name), num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _parser(name: str) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+def _make_parser(name: str) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     """Returns the function from a tf.train.Example to the features of a task."""
     features: dict[str, tf.io.FixedLenFeature | tf.io.FixedLenSequenceFeature] = {}
     for key in TEXT_FEATURES:
         features[key] = tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)
-        # old caches have `_plaintext`
+        # Old caches have `_plaintext` instead of `_pretokenized`.
         for text_key in (f"{key}_pretokenized", f"{key}_plaintext"):
             features[text_key] = tf.io.FixedLenFeature([], tf.string, "")
     scored = score_eval.is_score_eval(name)
@@ -240,25 +241,27 @@ class P3Mixture(FolderMixture):
         scored = score_eval.is_score_eval(tasks[0].name)
         first_examples = first_rows
         if scored:
-            # `idx` may have gaps: a task's numbers follow the largest of the task before it
+            # `idx` may have gaps, so a task's numbers begin after the largest of the task before.
             counts = [1 + reader.idx[:, 0].max() for reader in readers[:-1]]
             first_examples = np.cumsum([0, *counts])
+        # Over all tasks: the number of each row to read, and what to add to its example's number.
         rows = np.concatenate(
             [first + part for first, part in zip(first_rows, indices, strict=True)]
         )
         offsets = np.repeat(first_examples, [len(part) for part in indices])
         if interleave:
+            # The first rows of all tasks, then the second rows, and so on.
             turns = np.concatenate([np.arange(len(part)) for part in indices])
             order = np.argsort(turns, kind="stable")
             rows, offsets = rows[order], offsets[order]
         blocks = tf.data.Dataset.from_tensor_slices(rows).batch(READ_SIZE)
         records = read_records(readers, blocks, tasks[0].source.settings.vocab_size())
-        parse = _parser(tasks[0].name)
+        parse = _make_parser(tasks[0].name)
 
         @tf.autograph.experimental.do_not_convert
         def parse_and_number(record: tf.Tensor, offset: tf.Tensor) -> dict[str, tf.Tensor]:
             row = parse(record)
-            row.pop("answer_choices", None)  # not all tasks of a mixture have it
+            row.pop("answer_choices", None)  # elements must not differ, and not all tasks have it
             if scored:
                 row["idx"] += tf.stack([tf.cast(offset, tf.int32), 0])
             return row
@@ -275,7 +278,7 @@ class P3Mixture(FolderMixture):
         """Returns the tasks with rows of a split (None: their evaluation split) in the folder."""
         tasks, left_out = [], []
         reason = ""
-        # ExampleOrder needs at least one row of each task
+        # `ExampleOrder` needs at least one row of each task.
         for task in self.tasks:
             task_split = split or task.eval_split
             has_rows = False
@@ -290,7 +293,7 @@ class P3Mixture(FolderMixture):
                 left_out.append(task.name)
         kind = repr(split) if split else "evaluation"
         if not tasks:
-            # `folder` raises if P3_DIR is not set
+            # If P3_DIR is not set, the property `folder` raises an error that says so.
             raise InputError(
                 f"P3_DIR {self.tasks[0].source.settings.folder.path}: none of {len(left_out)} tasks"
                 f" of {self.name!r} has rows in its {kind} split{reason}"

@@ -1,7 +1,8 @@
 """Tables of a split's examples in Parquet or JSON lines, read by number.
 
-Parquet is read by row group, and the last used groups stay in memory: reading in order, or a small
-file in any order, is fast. Write tfrecords (pemoe cache_tasks) before training on more.
+Parquet is read by row group, and the last used groups stay in memory. So reading in order is fast,
+and so is reading a small file in any order. Before training on larger files, write tfrecords with
+`pemoe cache_tasks`.
 """
 
 from __future__ import annotations
@@ -29,21 +30,24 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-# A file of several as Hugging Face writes them, sometimes with a hash.
+# The name of one of several files of a split, as Hugging Face writes them, sometimes with a hash.
 _SHARD = re.compile(r".*-\d{5}-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 _CACHE_BYTES = 1 << 30  # of row groups in memory, over all tables
-# A row group may take this much, or this often its file's size: a value that is repeated takes no
-# space in a file, so that a megabyte could fill the memory.
+# A row group may take this many bytes in memory, or this many times the size of its file. Without a
+# limit, a file of a megabyte could fill the memory, since repeated values take no space in it.
 _MAX_GROUP_BYTES, _MAX_EXPANSION = 1 << 30, 100
-_WIDTHS = {"BOOLEAN": 1, "INT64": 8, "DOUBLE": 8, "INT96": 12}  # others: 4 or more
+_WIDTHS = {"BOOLEAN": 1, "INT64": 8, "DOUBLE": 8, "INT96": 12}  # bytes; other types have 4 or more
 Example = dict[str, Any]  # a dataset's fields, of any JSON type
 Splits = dict[str, list[pathlib.Path]]  # split -> its files
 
 
 class Table(abc.ABC):
-    """Examples of a split's files, in one or several parts, read by number."""
+    """Examples of a split, read by number.
+
+    They are in parts, each of which is read separately: files, row groups or record batches.
+    """
 
     def __init__(self, paths: Sequence[pathlib.Path]) -> None:
         self._paths = paths
@@ -55,7 +59,7 @@ class Table(abc.ABC):
 
     @abc.abstractmethod
     def read_part(self, part: int, numbers: list[int]) -> list[Example]:
-        """Reads examples of a part."""
+        """Reads examples of a part, by their numbers within it."""
 
     @abc.abstractmethod
     def field_names(self) -> set[str]:
@@ -63,6 +67,7 @@ class Table(abc.ABC):
 
     @functools.cached_property
     def _first_rows(self) -> np.ndarray:
+        """Number of each part's first example, and the number of all: int64 [parts + 1]."""
         return np.cumsum([0, *self.part_sizes()])
 
     @property
@@ -75,7 +80,7 @@ class Table(abc.ABC):
         return read_parts(self._first_rows, numbers, self.read_part)
 
     def chunks(self, size: int) -> Iterator[tuple[int, list[Example]]]:
-        """Yields all examples, `size` at a time, each time with the number of the first."""
+        """Yields all examples in lists of `size`, each with the number of its first example."""
         for start in range(0, self.num_rows, size):
             yield start, self.take(range(start, min(self.num_rows, start + size)))
 
@@ -94,7 +99,7 @@ class JsonLinesTable(Table):
         return offsets
 
     def field_names(self) -> set[str]:
-        # a row may leave out fields that are null
+        # Rows may leave out fields that are null, so one row is not enough.
         with open(self.location, "rb") as file:
             lines = itertools.islice(filter(bytes.strip, file), 100)
             rows = [
@@ -116,14 +121,19 @@ class JsonLinesTable(Table):
         return examples
 
 
-# Reading a row decodes its whole row group, so that rows in random order need groups in memory.
 class _RowGroupCache:
-    """The last used row groups of Parquet files."""
+    """Keeps the last used row groups of Parquet files in memory.
+
+    Reading a row decodes its whole row group, so rows in random order are slow without a cache.
+
+    Args:
+      max_bytes: size of all groups together; a single larger group is kept too.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._groups: collections.OrderedDict[tuple[str, int], pyarrow.Table]
         self._groups = collections.OrderedDict()
-        # TensorFlow reads several pipelines at a time, each in a thread of its own.
+        # TensorFlow reads several pipelines at a time, each in its own thread.
         self._bytes, self._max_bytes, self._lock = 0, max_bytes, threading.Lock()
 
     def get(self, path: str, group: int, file: pyarrow.parquet.ParquetFile) -> pyarrow.Table:
@@ -140,25 +150,28 @@ class _RowGroupCache:
 
 
 def _read_row_group(path: str, group: int, file: pyarrow.parquet.ParquetFile) -> pyarrow.Table:
-    """Reads a row group, after comparing its size in memory with that of its file.
+    """Reads a row group, after checking the size that it will have in memory.
 
     Raises:
       InputError: the group is too large.
     """
     from pyarrow import parquet
 
-    about = file.metadata.row_group(group)
-    columns = [about.column(number) for number in range(about.num_columns)]
+    metadata = file.metadata.row_group(group)
+    columns = [metadata.column(number) for number in range(metadata.num_columns)]
     limit = max(_MAX_GROUP_BYTES, _MAX_EXPANSION * os.path.getsize(path))
-    # Without texts, whose lengths no metadata has. A list may have any number of values.
+    # The size without the characters of texts, since no metadata has their lengths. It counts
+    # values and not rows, because a list may have any number of values.
     size = sum(column.num_values * _WIDTHS.get(column.physical_type, 4) for column in columns)
     texts = [column for column in columns if column.physical_type == "BYTE_ARRAY"]
-    # A text is at most as long as all texts of its column, each of which is stored once.
-    if size + sum(c.num_values * c.total_uncompressed_size for c in texts) > limit >= size:
+    # A column stores each different text once, so a text is at most as long as the whole column.
+    max_text_size = sum(column.num_values * column.total_uncompressed_size for column in texts)
+    if size <= limit < size + max_text_size:
+        # Read in dictionary form, in which repeated texts take no memory, to sum up their lengths.
         names = [column.path_in_schema for column in texts]
-        with parquet.ParquetFile(path, read_dictionary=names, metadata=file.metadata) as coded:
-            for column in coded.read_row_group(group, columns=names).columns:
-                size += sum(map(_decoded_bytes, column.chunks))
+        with parquet.ParquetFile(path, read_dictionary=names, metadata=file.metadata) as encoded:
+            for column in encoded.read_row_group(group, columns=names).columns:
+                size += sum(map(_count_text_bytes, column.chunks))
     if size > limit:
         raise InputError(
             f"{path}: row group {group + 1} must take at most {limit / 1e9:.1f} GB in memory, got"
@@ -167,17 +180,17 @@ def _read_row_group(path: str, group: int, file: pyarrow.parquet.ParquetFile) ->
     return file.read_row_group(group)
 
 
-def _decoded_bytes(array: pyarrow.Array) -> int:
-    """Returns the bytes of an array's texts, which may be dictionary-coded."""
+def _count_text_bytes(values: pyarrow.Array) -> int:
+    """Returns the bytes that an array's texts take when each is written out."""
     from pyarrow import compute, types
 
-    if types.is_dictionary(array.type):
-        lengths = compute.binary_length(array.dictionary)
-        return int(compute.sum(compute.take(lengths, array.indices)).as_py() or 0)
-    if types.is_nested(array.type):
-        parts = array.flatten()  # of a struct: a list of arrays
-        return sum(map(_decoded_bytes, parts if isinstance(parts, list) else [parts]))
-    return int(array.nbytes)
+    if types.is_dictionary(values.type):
+        lengths = compute.binary_length(values.dictionary)
+        return int(compute.sum(compute.take(lengths, values.indices)).as_py() or 0)
+    if types.is_nested(values.type):
+        parts = values.flatten()  # a list of arrays for a struct, one array for a list
+        return sum(map(_count_text_bytes, parts if isinstance(parts, list) else [parts]))
+    return int(values.nbytes)
 
 
 _row_groups = _RowGroupCache(_CACHE_BYTES)
@@ -234,7 +247,7 @@ def arrow_errors(message: str) -> Iterator[None]:
 
     try:
         yield
-    except InputError:
+    except InputError:  # it is a ValueError, too
         raise
     # Files that cannot be read raise an OSError, texts that are not UTF-8 a ValueError.
     except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -251,7 +264,7 @@ def take_examples(table: pyarrow.Table, numbers: list[int], location: str) -> li
 
     try:
         taken = table.take(numbers)
-    except NotImplementedError:  # of string_view and others
+    except NotImplementedError:  # `take` lacks string_view and other types
         taken = pyarrow.concat_tables([table.slice(number, 1) for number in numbers])
     columns: list[list[Any]] = []
     for name, column in zip(taken.column_names, taken.columns, strict=True):
@@ -266,9 +279,13 @@ def take_examples(table: pyarrow.Table, numbers: list[int], location: str) -> li
 
 
 def _in_microseconds(column: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
-    """Returns a column with Python's resolution of time; ValueError if values would change.
+    """Returns a column of times in microseconds, the resolution of Python's own types.
 
-    If pandas is installed, pyarrow converts nanoseconds to its objects.
+    If pandas is installed, pyarrow would convert nanoseconds to objects of pandas. Columns of other
+    types are returned as they are.
+
+    Raises:
+      ValueError: a time is not a whole number of microseconds.
     """
     import pyarrow
 
@@ -283,16 +300,17 @@ def _in_microseconds(column: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
 
 
 def check_unique(columns: Sequence[str], location: str) -> None:
-    """Raises InputError if two columns have the same name, as the last would win."""
-    if twice := [name for name, count in collections.Counter(columns).items() if count > 1]:
-        raise InputError(f"{location}: expected unique columns, got several {twice[0]!r}")
+    """Raises InputError if two columns have the same name: the last one would win silently."""
+    repeated = [name for name, count in collections.Counter(columns).items() if count > 1]
+    if repeated:
+        raise InputError(f"{location}: expected unique columns, got several {repeated[0]!r}")
 
 
 def open_table(paths: Sequence[pathlib.Path]) -> Table:
     """Returns the table of a split's files.
 
     Raises:
-      InputError: files of the split are missing, or too many.
+      InputError: files of the split are missing, or there are too many.
     """
     if paths[0].suffix == ".parquet":
         _check_shards(paths)
@@ -301,6 +319,7 @@ def open_table(paths: Sequence[pathlib.Path]) -> Table:
 
 
 def _check_shards(paths: Sequence[pathlib.Path]) -> None:
+    """Raises InputError unless there are as many files as their names say."""
     shards = list(filter(None, (_SHARD.fullmatch(path.name) for path in paths)))
     if not shards:
         return
@@ -318,7 +337,7 @@ def find_splits(folder: pathlib.Path) -> Splits:
     """Lists `<split>*.parquet`, `<split>/*.parquet` and `<split>.jsonl` by split.
 
     Raises:
-      InputError: the only file of a split is compressed.
+      InputError: a split has only compressed files.
     """
     splits: Splits = {}
     compressed: Splits = {}
@@ -338,7 +357,7 @@ def find_splits(folder: pathlib.Path) -> Splits:
             compressed.setdefault(re.split(r"[-.]", path.name)[0], []).append(path)
     for split in compressed.keys() - splits:
         raise InputError(f"{compressed[split][0]}: expected a file that is not compressed")
-    # Where a split has files in both formats, the first by name decides.
+    # If a split has files in both formats, only those of the format that sorts first are used.
     return {
         split: [path for path in paths if path.suffix == paths[0].suffix]
         for split, paths in splits.items()

@@ -1,8 +1,9 @@
 """Reads files of prompt templates (promptsource's templates.yaml), safely for untrusted files.
 
-A file `<dataset>[/<subset>]/templates.yaml` has under `templates` objects tagged `!Template`, with
-`name`, `jinja` and `answer_choices`; the rest is ignored (the roles of P3's tasks are in
-`tasks.csv`). YAML tags other than `!Template` and `!TemplateMetadata` are errors.
+A file `<dataset>[/<subset>]/templates.yaml` has objects tagged `!Template` under the key
+`templates`. Their fields `name`, `jinja` and `answer_choices` are read, and the others are ignored
+(the roles of P3's tasks are in `tasks.csv`). YAML tags other than `!Template` and
+`!TemplateMetadata` are errors.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ def read_templates(path: pathlib.Path) -> dict[str, Template]:
       The templates by name.
 
     Raises:
-      InputError: the file is not YAML of templates.
+      InputError: the file does not exist, or is not YAML of templates.
     """
     import yaml
 
     try:
         text = path.read_text(encoding="utf-8")
         _check_yaml_size(path, text)
-        content = yaml.load(text, Loader=_loader())  # a SafeLoader
+        content = yaml.load(text, Loader=_make_loader())  # a SafeLoader
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except yaml.MarkedYAMLError as error:
@@ -49,7 +50,7 @@ def read_templates(path: pathlib.Path) -> dict[str, Template]:
         raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     except InputError:
         raise
-    except Exception as error:  # PyYAML's constructors raise any, such as for !!bool abc
+    except Exception as error:  # PyYAML's constructors raise any type: KeyError for !!bool abc
         problem = f"{type(error).__name__}: {first_line(error):.200}"
         raise InputError(f"{path}: not YAML of templates: {problem}") from None
     entries = content.get("templates") if isinstance(content, dict) else None
@@ -57,7 +58,7 @@ def read_templates(path: pathlib.Path) -> dict[str, Template]:
         raise InputError(f"{path}: expected an object with 'templates', an object of !Template")
     templates: dict[str, Template] = {}
     for key, fields in entries.items():
-        template = _template(f"{path}: template {key!r:.80}", fields)
+        template = _make_template(f"{path}: template {key!r:.80}", fields)
         if template.name in templates:
             raise InputError(f"{path}: two templates are named {template.name!r:.80}")
         templates[template.name] = template
@@ -67,13 +68,15 @@ def read_templates(path: pathlib.Path) -> dict[str, Template]:
 def _check_yaml_size(path: pathlib.Path, text: str) -> None:
     """Raises InputError for YAML that is nested too deeply or grows too much.
 
-    libyaml builds nodes recursively in C: 100,000 brackets end the process. Aliases of aliases
-    (`b: [*a, *a]`, `c: [*b, *b]`, …) take exponential time where they are merged or printed.
+    libyaml builds nodes recursively in C, so 100,000 brackets overflow the stack and end the
+    process. Aliases of aliases (`b: [*a, *a]`, `c: [*b, *b]`, …) take exponential time if they are
+    merged or printed.
     """
     import yaml
 
-    sizes: dict[str, int] = {}  # anchor -> nodes, with those of its aliases
-    open_nodes: list[tuple[str | None, int]] = []  # anchor and number of nodes before
+    # Events come without recursion, and an alias is one event, whatever the size of its value.
+    sizes: dict[str, int] = {}  # anchor -> number of nodes, including those of its aliases
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, and number of nodes before it
     size = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
@@ -95,7 +98,8 @@ def _check_yaml_size(path: pathlib.Path, text: str) -> None:
             )
 
 
-def _template(where: str, fields: object) -> Template:
+def _make_template(where: str, fields: object) -> Template:
+    """Returns the template of an entry; InputError, which `where` begins, for a wrong field."""
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected an object, got {fields!r:.40}")
     for name, types in (("name", str), ("jinja", str), ("answer_choices", str | None)):
@@ -105,7 +109,8 @@ def _template(where: str, fields: object) -> Template:
 
 
 @functools.cache
-def _loader() -> type[yaml.SafeLoader]:
+def _make_loader() -> type[yaml.SafeLoader]:
+    """Returns a safe loader of YAML that knows the tags of templates and refuses repeated keys."""
     import yaml
 
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # not every build has libyaml
@@ -113,10 +118,11 @@ def _loader() -> type[yaml.SafeLoader]:
     def construct_mapping(
         loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False
     ) -> dict[Hashable, Any]:
-        if not isinstance(node, yaml.MappingNode):  # PyYAML checks it after `flatten_mapping`
+        # PyYAML checks this too, but only in its own method, after the pairs are read below.
+        if not isinstance(node, yaml.MappingNode):
             problem = f"expected an object, got a {node.id}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        # A key may override one that `<<` merges: only the mapping's own keys must differ.
+        # Only the mapping's own keys must differ: a key may override one that `<<` merges.
         key_nodes = [key for key, _ in node.value if key.value != "<<"]
         mapping = base.construct_mapping(loader, node, deep=deep)
         seen = set()

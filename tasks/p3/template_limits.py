@@ -1,4 +1,8 @@
-"""Limits for untrusted templates: steps, seconds, and sizes of values and texts."""
+"""Limits for untrusted templates: steps, seconds, and sizes of values and texts.
+
+Without them, a template of a few characters, such as `{{ 9**9**9 }}` or nested loops, could take
+all of the memory or run for hours.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,14 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-_MAX_SIZE = 1_000_000  # characters and items of a value
+# Limits of one rendering.
 _MAX_PRINTED = 10_000_000  # characters
 _MAX_STEPS = 100_000  # of loops and macros
 _MAX_SECONDS = 60.0
+# Limits of one value.
+_MAX_SIZE = 1_000_000  # characters and items
 _MAX_BITS = 10_000  # of an integer
+# In a format field: a width of four digits, or a width that is a value itself.
 _WIDE_FORMAT = re.compile(r"\d{4,}|[*{].*[*{]", re.DOTALL)
 
 
@@ -22,7 +29,7 @@ class TemplateError(Exception):
 class Budget:
     """Steps, characters and seconds that are left for the rendering of an example.
 
-    There is one for all templates (`budget`): one thread renders at a time.
+    All templates share one object (`budget`), because only one thread renders at a time.
     """
 
     def reset(self) -> None:
@@ -31,7 +38,7 @@ class Budget:
         self.deadline = time.monotonic() + _MAX_SECONDS
 
     def count_step(self) -> None:
-        """Counts a step of a loop or macro; raises TemplateError if none or no time is left."""
+        """Counts a step of a loop or macro; raises TemplateError if no steps or time are left."""
         self.steps -= 1
         if self.steps < 0:
             raise TemplateError(f"its loops take more than {_MAX_STEPS:,} steps")
@@ -56,11 +63,13 @@ def check_size(size: int) -> None:
 
 
 def text_size(value: object) -> int:
-    """Returns about the number of characters of `str(value)`, which is not computed.
+    """Estimates the number of characters of `str(value)` without computing it.
 
     Raises:
-      TemplateError: the value is too large, such as lists of lists that repeat one list.
+      TemplateError: the value is too large. A list counts each time that it occurs, so that lists
+        of lists that repeat one list are too large, too.
     """
+    # A stack instead of recursion, because values may be nested to any depth.
     size, rest = 0, [value]
     while rest:
         item = rest.pop()
@@ -75,6 +84,7 @@ def text_size(value: object) -> int:
 
 def check_operands(operator: str, left: Any, right: Any) -> None:
     """Raises TemplateError if the result of `+`, `*`, `**` or `%` would be too large."""
+    # Of integers: upper bounds of the bits of the result. A sum has at most one bit more.
     if isinstance(left, int) and isinstance(right, int):
         bits = {
             "**": left.bit_length() * max(right, 0),
@@ -93,8 +103,12 @@ def check_operands(operator: str, left: Any, right: Any) -> None:
 
 
 def check_format(text: object, values: Iterable[object]) -> None:
-    """Raises TemplateError for widths of four digits, or that are fields themselves."""
+    """Raises TemplateError if a text formatted with `values` could be too large.
+
+    Widths must have fewer than four digits and must not be values themselves.
+    """
     text = str(text)
     if any(_WIDE_FORMAT.search(match) for match in re.findall(r"%[^a-zA-Z%]*|{[^}]*", text)):
         raise TemplateError(f"expected a format with widths below 1,000, got {text!r:.80}")
+    # An upper bound: each field prints all values.
     check_size(len(text) + sum(map(text_size, values)) * (text.count("%") + text.count("{")))

@@ -3,28 +3,32 @@
 A template is applied to an example as promptsource did when P3 was generated:
 
 - `jinja` is rendered with the example's fields and split at `|||` into input and target, both
-  stripped. `answer_choices` is a template too, split at `|||` into choices, each stripped, which
-  `jinja` sees as the list `answer_choices`;
-- `|||` in an example's own text does not split;
-- the value of `{{ }}` becomes a string; above 2,053 characters it is cut to at most 2,048, at the
-  end of a word, with `...` (in `jinja` only; of `{{ a + b }}` only `b` is cut, because a filter
-  binds more tightly);
-- hyphens in names of fields are underscores;
-- an example whose rendering does not have two parts, or has an empty input, has no prompt; an
-  empty target is `<NO LABEL>`.
+  stripped. `answer_choices` is a template too. It is split at `|||` into choices, each stripped,
+  and `jinja` sees them as the list `answer_choices`;
+- `|||` in a text of the example does not split (in a list of texts it does);
+- the value of `{{ }}` becomes a string. In `jinja`, a value of more than 2,053 characters is cut to
+  at most 2,048, at the end of a word, with `...`. Of `{{ a + b }}` only `b` is cut, because a
+  filter binds more tightly;
+- hyphens in names of fields become underscores;
+- an example whose rendering does not have two parts, or has an empty input, has no prompt. An
+  empty target becomes `<NO LABEL>`.
 
-Unlike promptsource, an example is refused
+Unlike promptsource, this module refuses an example
 
-- if the template prints, measures or compares a field that the example does not have, also one of
-  an object (`x.y`, `x['y']`, `x.get('y')`): promptsource prints nothing;
-- if a value is compared with constants of another type, such as '0' with 0: `else` would be taken;
-- if its label is -1, '' or None, as in splits whose answers are not public: `answer_choices[-1]`
-  would be the last choice; or if its target or a choice prints None.
+- if the template prints, measures or compares a field that the example does not have, or that one
+  of its objects does not have (`x.y`, `x['y']`, `x.get('y')`). promptsource prints nothing;
+- if the template compares a value with constants of another type, such as '0' with 0. promptsource
+  takes the branch `else`;
+- if its label is -1, '' or None, as in splits whose answers are not public. In promptsource,
+  `answer_choices[-1]` is the last choice;
+- if its target or a choice prints None.
 
 The filter `choice` draws by the example's index, so that an example always has the same prompt.
 promptsource itself is not used: it needs Python below 3.10 and a web framework.
+
 Templates run in jinja's sandbox on a copy of the example, with limits (`template_limits`) and
-without the filters and methods whose output may be of any size.
+without the filters and methods whose output may be of any size. `_compile` inserts the checks above
+into the syntax tree of a template.
 """
 
 from __future__ import annotations
@@ -50,11 +54,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 H = TypeVar("H", bound=Hashable)
 
-MAX_CHARACTERS = 2048
+MAX_CHARACTERS = 2048  # promptsource's limit of a printed value
 NO_LABEL = "<NO LABEL>"
 _BAR = "|||"
-_HIDDEN_BAR = "\ue000bar\ue001"  # private use characters, in place of ||| in an example's own text
-_HIDDEN_NULL = "\ue000null\ue001"  # in place of the None that a template prints
+# Marks of private use characters, which no text has: they stand for ||| in a text of the example,
+# and for a None that a template prints.
+_HIDDEN_BAR = "\ue000bar\ue001"
+_HIDDEN_NULL = "\ue000null\ue001"
 _LABEL = re.compile("(^|_)labels?($|_)")  # names of fields that hold labels
 
 
@@ -94,7 +100,8 @@ class Template:
         try:
             for text in (self.jinja, self.answer_choices or ""):
                 tree = environment.parse(text)
-                # `{% if … %}{% set x = … %}{% endif %}{{x}}` declares x in one branch only
+                # jinja counts x as undeclared in `{% if … %}{% set x = … %}{% endif %}{{x}}`, since
+                # only one branch declares it. But x is no field of the example.
                 declared = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
                 names |= meta.find_undeclared_variables(tree) - declared
         except Exception as error:  # also RecursionError, for thousands of parentheses
@@ -121,7 +128,7 @@ class Template:
           UnlabeledError: the example has no label.
           TemplateError: jinja cannot render the template.
         """
-        # Copied: a template may change a list (`x.append(y)`), which all templates share.
+        # Copied, because a template may change a list (`x.append(y)`) that all templates share.
         copies = {
             key: copy.deepcopy(value) if isinstance(value, list | dict) else value
             for key, value in example.items()
@@ -133,7 +140,7 @@ class Template:
             if _is_unlabeled(fields.get(name, 0)):
                 raise UnlabeledError(f"{name} is {fields[name]!r}")
         try:
-            # one generator serves all threads, so drawing and rendering must not be interleaved
+            # All threads share the random generator and the budget, so one renders at a time.
             with _random_lock:
                 _random.seed(index)
                 template_limits.budget.reset()
@@ -143,13 +150,14 @@ class Template:
                     if _HIDDEN_NULL in rendered:
                         raise TemplateError("an answer choice prints None")
                     choices = [_show_bars(choice.strip()) for choice in rendered.split(_BAR)]
-                # A text replacement, as in promptsource: a "}}" in a string literal changes too.
+                # Text is replaced, as in promptsource: a "}}" in a string literal changes too.
                 text = self.jinja.replace("}}", f" | string | truncate({MAX_CHARACTERS}) }}}}")
                 rendered = _compile(text).render(**fields, answer_choices=choices)
         except TemplateError:
             raise
-        except Exception as error:  # jinja's, or whatever an expression in it does to the example
+        except Exception as error:  # of jinja, or any that an expression of the template raises
             raise TemplateError(f"{type(error).__name__}: {first_line(error):.300}") from None
+        # A None in the input is printed, as in promptsource; in the target it is a missing label.
         if _HIDDEN_NULL in rendered.partition(_BAR)[2]:
             raise UnlabeledError("its target prints None")
         rendered = rendered.replace(_HIDDEN_NULL, "None")
@@ -160,11 +168,15 @@ class Template:
 
 
 def _hide_bars(value: object) -> object:
-    """Returns text without the mark between inputs and targets, and bytes of Parquet as text."""
+    """Returns a field as templates see it: `|||` is replaced by a mark, and bytes are decoded.
+
+    Of a list, only bytes are changed, because promptsource leaves texts in lists as they are.
+    """
     if isinstance(value, list):
         return [_hide_bars(item) if isinstance(item, bytes) else item for item in value]
     if isinstance(value, bytes):
-        # Other bytes, such as those of an image, must not be printed.
+        # Parquet may hold text as bytes. Other bytes, such as those of an image, stay as they are,
+        # and `_finalize` refuses to print them.
         with contextlib.suppress(UnicodeDecodeError):
             value = value.decode()
     return value.replace(_BAR, _HIDDEN_BAR) if isinstance(value, str) else value
@@ -174,15 +186,18 @@ def _show_bars(text: str) -> str:
     return text.replace(_HIDDEN_BAR, _BAR)
 
 
-# --- limits (those of sizes are in `template_limits`)
+# --- limits
 
-# Filters of jinja and methods of str whose output may be much larger than their input. None of them
-# is in promptsource's 2,085 templates.
+# Filters of jinja and methods of str whose output may be much larger than their input. They are
+# removed: none of promptsource's 2,085 templates uses one.
 _UNBOUNDED_FILTERS = (
     *("batch", "center", "indent", "pprint", "slice", "sum", "tojson", "urlize", "wordwrap"),
     "xmlattr",
 )
 _UNBOUNDED_METHODS = ("center", "expandtabs", "ljust", "rjust", "translate", "zfill")
+
+
+# These replace jinja's filters of the same names: each checks the size of its result first.
 
 
 def _format(text: object, *args: object, **kwargs: object) -> str:
@@ -193,7 +208,7 @@ def _format(text: object, *args: object, **kwargs: object) -> str:
 
 
 def _replace(text: object, old: object, new: object, count: int | None = None) -> str:
-    text, old, new = str(_print(text)), str(_print(old)), str(_print(new))
+    text, old, new = str(_finalize(text)), str(_finalize(old)), str(_finalize(new))
     template_limits.check_size(len(text) + text.count(old) * len(new))
     return text.replace(old, new, -1 if count is None else count)
 
@@ -219,7 +234,8 @@ def _concat(items: Sequence[object]) -> str:
 
 
 def _count_step(context: object, value: T) -> T:
-    del context  # with it, jinja does not evaluate the filter once at compile time
+    """Counts a step of the budget. `_compile` inserts this filter into loops and macros."""
+    del context  # a filter that takes the context is not evaluated once, at compile time
     template_limits.budget.count_step()
     return value
 
@@ -231,7 +247,7 @@ _random_lock = threading.Lock()
 
 
 def _choice(context: object, choices: Sequence[T]) -> T:
-    del context  # with it, jinja does not evaluate the filter once at compile time
+    del context  # a filter that takes the context is not evaluated once, at compile time
     return _random.choice(list(choices))
 
 
@@ -246,20 +262,27 @@ def _highlight(text: str) -> str:
 
 
 def _is_unlabeled(value: object) -> bool:
-    # The value -1, also as text or a float. None and NaN are JSON's and pandas' missing values.
-    return value is None or value != value or value in (-1, "-1", "")
+    # -1 may be an integer, a float or a text.
+    return _is_null(value) or value in (-1, "-1", "")
 
 
 def _is_null(value: object) -> bool:
-    return value is None or value != value  # pandas' missing value is NaN
+    # The missing value is None in JSON and NaN in pandas. Only NaN differs from itself.
+    return value is None or value != value
 
 
-def _print(value: Any) -> Any:
+def _finalize(value: Any) -> Any:
+    """Returns a value as jinja prints it; jinja calls this `finalize` for each printed value.
+
+    Raises:
+      TemplateError: the value is a method, bytes, or text beyond the budget.
+    """
     import jinja2
 
     if isinstance(value, jinja2.Undefined):
         return str(value)
-    if callable(value):  # jinja finds the method of a dict before its item: x.values, x.items
+    # In x.values and x.items jinja prefers the method of a dict to its item of that name.
+    if callable(value):
         raise TemplateError(f"expected a value to print, got the method {value.__name__!r}")
     if isinstance(value, bytes):
         raise TemplateError("expected a value to print, got bytes that are not UTF-8")
@@ -268,7 +291,12 @@ def _print(value: Any) -> Any:
 
 
 def _to_int(value: object, default: int | None = None, base: int = 10) -> int:
-    """Returns an integer, where jinja's filter returns 0 for what is none."""
+    """Replaces jinja's filter `int`, which returns 0 for a value that is not an integer.
+
+    Raises:
+      UnlabeledError: the value is missing.
+      TemplateError: the value is not an integer.
+    """
     if default is not None:
         from jinja2 import filters
 
@@ -285,12 +313,12 @@ def _to_int(value: object, default: int | None = None, base: int = 10) -> int:
 
 
 def _check_compared(value: Any, constants: Sequence[object], name: str) -> Any:
-    """Returns a value that a template compares with constants, all text or all numbers.
+    """Checks a value that a template compares with constants, which are all text or all numbers.
 
     Raises:
-      UnlabeledError: the value is that of a missing label.
-      TemplateError: the value has another type. It would differ from each constant, and `else`
-        would be its label.
+      UnlabeledError: the value is a missing label.
+      TemplateError: the value has another type than the constants. It would differ from all of
+        them, so that the template would print the label of its branch `else`.
     """
     import jinja2
 
@@ -306,7 +334,12 @@ def _check_compared(value: Any, constants: Sequence[object], name: str) -> Any:
 
 
 def _check_label_test(value: Any, name: str) -> Any:
-    """Returns a label that a template tests for truth: every text would be true."""
+    """Checks a label that a template tests for truth.
+
+    Raises:
+      UnlabeledError: the label is missing.
+      TemplateError: the label is a text, which would always be true.
+    """
     import jinja2
 
     if isinstance(value, jinja2.Undefined):
@@ -319,10 +352,10 @@ def _check_label_test(value: Any, name: str) -> Any:
 
 
 def _get_item(environment: jinja2.Environment, items: object, index: Any) -> Any:
-    """Returns `items[index]`, where a template computes the index.
+    """Returns `items[index]` for an index that a template computes, usually from a label.
 
     Raises:
-      UnlabeledError: the index counts from the end of a list, or is missing.
+      UnlabeledError: the index of a list is negative or missing.
       TemplateError: the index of a list is not an integer.
     """
     if isinstance(items, list | tuple | str):
@@ -335,14 +368,19 @@ def _get_item(environment: jinja2.Environment, items: object, index: Any) -> Any
 
 @functools.cache
 def _environment() -> jinja2.sandbox.SandboxedEnvironment:
+    """Returns jinja's sandbox with the limits and filters of this module."""
     import jinja2
     from jinja2 import sandbox
 
     class MissingField(jinja2.Undefined):
-        """A field that an example does not have: only a test for truth may read it."""
+        """A field that an example does not have: any use but a test for truth fails.
+
+        The test `{% if x %}` is how promptsource's templates ask whether a field exists.
+        """
 
         def _read(self, *unused: object) -> Any:
-            # An item beyond the end of a list (the first of an empty list of answers) reads as ''.
+            # An item beyond the end of a list, such as the first of an empty list of answers, is
+            # no missing field: it reads as ''.
             if not isinstance(self._undefined_name, int):
                 self._fail_with_undefined_error()
             return ""
@@ -374,6 +412,7 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
                 return False
             return super().is_safe_attribute(obj, attr, value)
 
+        # Checks the sizes of results of str's methods, as the filters above do.
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
             text = getattr(function, "__self__", None)
             if isinstance(text, str):
@@ -389,9 +428,9 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
                     template_limits.check_format(text, (*args, *kwargs.values()))
             return super().call(context, function, *args, **kwargs)
 
-    environment = Environment(undefined=MissingField, finalize=_print)
-    environment.globals.update(zip=zip, enumerate=enumerate)
-    del environment.globals["lipsum"]
+    environment = Environment(undefined=MissingField, finalize=_finalize)
+    environment.globals.update(zip=zip, enumerate=enumerate)  # as in promptsource
+    del environment.globals["lipsum"]  # makes texts of any length
     for name in _UNBOUNDED_FILTERS:
         del environment.filters[name]
     choice = jinja2.pass_context(_choice)
@@ -403,7 +442,7 @@ def _environment() -> jinja2.sandbox.SandboxedEnvironment:
         get_item=jinja2.pass_environment(_get_item),
         check_compared=_check_compared,
         check_label_test=_check_label_test,
-        string=lambda value: str(_print(value)),
+        string=lambda value: str(_finalize(value)),
         int=_to_int,
         format=_format,
         replace=_replace,
@@ -428,7 +467,11 @@ def _name_of(node: object) -> str:
 
 
 def _find_constants(node: jinja2.nodes.Compare) -> tuple[Any, list[object]]:
-    """Returns the operand of `==`, `!=` or `in` that is no constant, and the constants; or None."""
+    """Returns the operand that a comparison compares with constants, and these constants.
+
+    `x == 1` and `1 != x` compare x with [1], `x in (1, 2)` compares it with [1, 2]. Returns
+    (None, []) for other comparisons.
+    """
     from jinja2 import nodes
 
     operator = node.ops[0]
@@ -444,24 +487,33 @@ def _find_constants(node: jinja2.nodes.Compare) -> tuple[Any, list[object]]:
 
 @functools.lru_cache(maxsize=4096)
 def _compile(text: str) -> jinja2.Template:
-    """Compiles a template with checks of `items[index]`, comparisons and tests of labels."""
+    """Compiles a template with checks of `items[index]`, comparisons and tests of labels.
+
+    The checks are filters of `_environment` that two passes insert into the syntax tree.
+    """
     from jinja2 import nodes, visitor
 
     def call_filter(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
+        """Returns the expression `node | name(*args)`."""
         return nodes.Filter(
             node, name, [*args], [], None, None, lineno=node.lineno, environment=environment
         )
 
-    def at(node: Any, place: nodes.Node) -> Any:
-        node.lineno, node.environment = place.lineno, environment
+    # jinja's compiler needs both attributes, which the parser sets on nodes of its own.
+    def located(node: Any, origin: nodes.Node) -> Any:
+        """Returns a new node with the line of the one that it stems from."""
+        node.lineno, node.environment = origin.lineno, environment
         return node
 
     def count_steps(node: Any) -> Any:
-        step = call_filter(at(nodes.Const(True), node), "count_step")
-        node.body.insert(0, at(nodes.ExprStmt(step), node))
+        """Makes the body of a loop or macro begin with a step of the budget."""
+        step = call_filter(located(nodes.Const(True), node), "count_step")
+        node.body.insert(0, located(nodes.ExprStmt(step), node))
         return node
 
     class CheckItems(visitor.NodeTransformer):
+        """Inserts checks of computed indices, of the sizes of `a ~ b`, and of steps."""
+
         def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
             self.generic_visit(node)
             if isinstance(node.arg, nodes.Slice):
@@ -474,9 +526,10 @@ def _compile(text: str) -> jinja2.Template:
 
         def visit_For(self, node: nodes.For) -> nodes.For:
             self.generic_visit(node)
+            # The condition of a loop is tested for items that the body never sees: it counts too.
             if node.test is not None:
-                step = call_filter(at(nodes.Const(True), node), "count_step")
-                node.test = at(nodes.And(step, node.test), node)
+                step = call_filter(located(nodes.Const(True), node), "count_step")
+                node.test = located(nodes.And(step, node.test), node)
             return count_steps(node)
 
         def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
@@ -485,10 +538,10 @@ def _compile(text: str) -> jinja2.Template:
 
         def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
             self.generic_visit(node)
-            return call_filter(at(nodes.List(node.nodes), node), "concat")
+            return call_filter(located(nodes.List(node.nodes), node), "concat")
 
         def visit_Call(self, node: nodes.Call) -> nodes.Expr:
-            # x.get(key) would be None for a missing key
+            # x.get(key) would be None for a missing key, so it becomes x[key].
             method = node.node
             if isinstance(method, nodes.Getattr) and method.attr == "get" and len(node.args) == 1:
                 item = nodes.Getitem(
@@ -503,11 +556,13 @@ def _compile(text: str) -> jinja2.Template:
             return node
 
     class CheckComparisons(visitor.NodeTransformer):
+        """Inserts checks of values that are compared with constants, and of tests of labels."""
+
         def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
             self.generic_visit(node)
             operand, _ = _find_constants(node)
             constants = compared.get(repr(operand), [])
-            # a template that compares with both '1' and 1 provides for either type
+            # A template that compares with both '1' and 1 provides for either type.
             are_texts = {isinstance(constant, str) for constant in constants}
             if len(are_texts) == 1 and all(isinstance(c, str | int | float) for c in constants):
                 checked = call_filter(
@@ -533,6 +588,7 @@ def _compile(text: str) -> jinja2.Template:
             return node
 
     def check_test(node: Any) -> Any:
+        """Inserts checks of the labels in a condition, which may be joined by not, and, or."""
         if isinstance(node, nodes.Not):
             node.node = check_test(node.node)
         elif isinstance(node, nodes.And | nodes.Or):
@@ -543,6 +599,8 @@ def _compile(text: str) -> jinja2.Template:
 
     environment = _environment()
     tree = CheckItems().visit(environment.parse(text))
+    # Expression, as its repr -> all constants that the template compares it with. Comparisons are
+    # checked in a second pass, because a later one may provide for another type of value.
     compared: dict[str, list[object]] = collections.defaultdict(list)
     for node in tree.find_all(nodes.Compare):
         if len(node.ops) == 1:

@@ -1,13 +1,15 @@
-"""Datasets that tensorflow-datasets has prepared, read by index; nothing is ever downloaded.
+"""Reads datasets that tensorflow-datasets has prepared, by index; nothing is ever downloaded.
 
-`tfds.csv` maps datasets of P3 to the builders that have their examples, with the fields and splits
-that a builder names differently (as read from the builders' source code):
+`tfds.csv` maps datasets of P3 to the builders that have their examples. Where a builder has other
+fields or splits than the dataset on the Hugging Face hub, the table says how to derive them (taken
+from the builders' source code):
 
-    fields   premise=context         the field `premise` is the builder's `context`
-             join(title,description) several fields, joined by a space
-             name(label)             the name of a class, '' for -1
-             text(label)             a number as text, '' for -1
-    splits   train=train_xl          or, with a config, r1/train
+    fields   premise=context            the field `premise` is the builder's `context`
+             text=join(title,body)      the builder's fields `title` and `body`, joined by a space
+             answer=name(label)         the name of the class in `label`, '' for -1
+             label=text(label)          the number in `label` as text, '' for -1
+    splits   train=train_xl             the split `train` is the builder's `train_xl`
+             train_r1=r1/train          the split `train` of the builder's config `r1`
 
 Prepared data is in `<builder>[/<config>]/<version>/`, with its features in `features.json`.
 """
@@ -38,7 +40,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A field of Hugging Face's dataset, derived from fields of the builder."""
+    """A field of the dataset on the Hugging Face hub, derived from fields of the builder."""
 
     name: str
     transform: str  # join, name, text or ''
@@ -50,9 +52,9 @@ class Builder:
     """A builder of tensorflow-datasets.
 
     Attributes:
-      name: with its config, unless `splits` has the configs.
-      fields: derived fields.
-      splits: Hugging Face's split -> [<config>/]split; empty if the names are equal.
+      name: the builder's name, with its config unless `splits` has the configs.
+      fields: the derived fields.
+      splits: split on the hub -> [<config>/]<split of the builder>; empty if the names are equal.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Builder:
 
     @property
     def command(self) -> str:
-        """The command that prepares the dataset."""
+        """The command of tensorflow-datasets that prepares the dataset."""
         configs = {path.rpartition("/")[0] for path in self.splits.values()} - {""}
         names = [f"{self.name}/{config}" for config in sorted(configs)] or [self.name]
         return f"tfds build {' '.join(names)}"
@@ -86,23 +88,28 @@ def builders() -> dict[tuple[str, str], Builder]:
 
 
 def prepared_splits(root: pathlib.Path, builder: Builder) -> Splits:
-    """Lists the tfrecords of the newest version under a data_dir; empty if there is none.
+    """Lists the tfrecords of a builder's newest version; empty if it has not been prepared.
+
+    Args:
+      root: the data_dir of tensorflow-datasets.
+      builder: the builder.
 
     Raises:
-      InputError: the version has another format, or files are missing.
+      InputError: the newest version is not in tfrecords, or files are missing.
     """
     if not builder.splits:
-        return _files_in(root / builder.name)
+        return _list_splits(root / builder.name)
     splits = {}
     for split, builder_split in builder.splits.items():
         config, _, name = builder_split.rpartition("/")
-        files = _files_in(root / builder.name / config)
+        files = _list_splits(root / builder.name / config)
         if name in files:
             splits[split] = files[name]
     return splits
 
 
-def _files_in(folder: pathlib.Path) -> Splits:
+def _list_splits(folder: pathlib.Path) -> Splits:
+    """Lists the tfrecords of the newest version in a folder `<builder>[/<config>]`."""
     versions = [
         path.parent
         for path in folder.glob("*/dataset_info.json")
@@ -110,7 +117,7 @@ def _files_in(folder: pathlib.Path) -> Splits:
     ]
     if not versions:
         return {}
-    # "1.0.10" is newer than "1.0.2": versions are compared as numbers
+    # Versions are compared as numbers: 1.0.10 is newer than 1.0.2.
     newest = max(versions, key=lambda path: tuple(map(int, path.name.split("."))))
     path = newest / "dataset_info.json"
     info = read_json(path)
@@ -178,12 +185,12 @@ class TfdsTable(Table):
             raise InputError(
                 f"{path}: not an example by features.json: {first_line(error)}"
             ) from None
-        # the builder's own fields stay, under their names
+        # The builder's own fields stay, under their own names.
         derived = {field.name: self._derive(field, example) for field in self._builder.fields}
         return {**example, **derived}
 
     def _derive(self, field: Field, example: Example) -> object:
-        # -1 is the label of test splits, whose answers are not public
+        # The label -1 means that there is none, as in test splits whose answers are not public.
         values = [example[name] for name in field.sources]
         if field.transform == "join":
             return " ".join(values)

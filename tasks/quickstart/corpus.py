@@ -5,10 +5,12 @@ such as what it is about, how a person feels or who is meant. It has no question
 list of options and no answer.
 
 **Scraps** are lines of headings (words of the prompts in random order), texts, statements, words
-and lists, none of which has to do with the others. Only here are there question marks and lists of
-options. So a model of this text has the skills, but after a question it continues with anything at
-all, until instruction tuning teaches it that questions are answered. Scraps have every word of the
+and lists, none of which has to do with the others. Question marks and lists of options occur only
+in scraps. So a model of this text has the skills, but it continues a question with anything at all,
+until instruction tuning teaches it that questions are answered. Scraps contain every word of the
 prompts, because adapters are trained with frozen embeddings.
+
+The functions of `PROSE` draw one kind of prose each: (generator, topic) -> `Prose`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pemoe_jax.tasks.quickstart.world import TextRng, Topic, capitalized, pronou
 
 
 class Prose(NamedTuple):
-    """A text, a sentence that follows from it, and a keyword for the sentence, if there is one."""
+    """A text, a sentence that follows from it, and the sentence's keyword, None if it has none."""
 
     text: str
     statement: str
@@ -188,7 +190,7 @@ def claims(rng: TextRng, topic: Topic) -> Prose:
     return Prose(text, capitalized(claim))
 
 
-# (function that draws a kind of prose, weight)
+# (function that draws a kind of prose, its weight among all kinds)
 PROSE = (
     (plain, 4),
     (journey, 3),
@@ -206,8 +208,9 @@ PROSE = (
     (senses, 3),
     (claims, 4),
 )
+# Each kind as often as its weight: a uniform choice from this list is a weighted one.
 _KINDS = [kind for kind, weight in PROSE for _ in range(weight)]
-SCRAPS_PROB = 0.4
+SCRAPS_PROB = 0.4  # of a line; the other lines are prose
 
 
 def prose(rng: TextRng) -> Prose:
@@ -216,7 +219,7 @@ def prose(rng: TextRng) -> Prose:
 
 
 def prose_line(rng: TextRng) -> str:
-    """Returns a text with its statement, or with the word as a keyword before or after it."""
+    """Returns a text with its statement, or with its keyword before or after it."""
     text, statement, word = prose(rng)
     if word is None or rng.chance(0.35):
         return f"{text} {statement}"
@@ -279,14 +282,17 @@ def _sentence(rng: TextRng) -> str:
 
 def scraps(rng: TextRng) -> str:
     """Returns headings, texts, words and lists, none of which has to do with the others."""
-    # The parts of a prompt in any order, then anything at all where a prompt would have its answer.
-    # A text of two sentences never follows a heading: its second would have to do with the first.
+    # The parts of a prompt come in any order, and then anything at all in the place of the answer.
+    # A text may have two sentences that have to do with each other. It comes before all headings,
+    # so that no heading is followed by such a pair.
     if rng.chance(0.4):
-        return f"{prose(rng).text} {_scraps(rng, [_heading(rng)])}"
-    return _scraps(rng, [_heading(rng), *(_sentence(rng) for _ in range(1 + rng.randrange(2)))])
+        return f"{prose(rng).text} {_join_scraps(rng, [_heading(rng)])}"
+    return _join_scraps(
+        rng, [_heading(rng), *(_sentence(rng) for _ in range(1 + rng.randrange(2)))]
+    )
 
 
-def _scraps(rng: TextRng, parts: list[str]) -> str:
+def _join_scraps(rng: TextRng, parts: list[str]) -> str:
     """Returns the parts and a few more in random order, then an ending."""
     if rng.chance(0.4):
         parts.append(_heading(rng))

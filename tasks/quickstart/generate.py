@@ -32,18 +32,28 @@ Line = dict[str, Any]
 def _rows(
     dataset: Dataset, prompt: str, split: str, n: int, taken: set[str], seed: int
 ) -> list[Line]:
-    """Draws up to `n` examples with balanced answers that are not in `taken`; adds them to it."""
+    """Draws up to `n` examples with balanced answers.
+
+    Args:
+      dataset: draws and renders rows.
+      prompt: name of the prompt.
+      split: name of the split, which is part of the seed.
+      n: number of examples; fewer if the draws repeat.
+      taken: examples of other splits, as JSON, which are not drawn again. The new ones are added.
+      seed: seed of the sample.
+    """
     rng = TextRng(f"sample {seed} {dataset.name} {prompt} {split}")
     lines: list[Line] = []
     answers: collections.Counter[str] = collections.Counter()
-    # More draws than rows: draws that repeat a row or have an answer that is full are rejected.
+    # More draws than rows, because some are rejected: those that repeat a row, and those whose
+    # answer has its share of rows already.
     for _ in range(100 * n):
         if len(lines) == n:
             break
         line = dataset.render(prompt, dataset.draw(rng))
         key = json.dumps(line, sort_keys=True)
         max_count = math.ceil(n / len(line["answer_choices"]))
-        # Balanced answers: a model that always prefers one label scores at chance.
+        # With balanced answers, a model that always prefers one label scores at chance.
         if key not in taken and answers[line["targets"]] < max_count:
             taken.add(key)
             answers[line["targets"]] += 1
@@ -56,10 +66,11 @@ def _line(inputs: str, targets: str, choices: list[str]) -> Line:
 
 
 def odd_rows(seed: int) -> dict[str, list[Line]]:
-    """Returns {<task>/<split>: odd rows}: oddities of real data, which readers report."""
+    """Returns {<task>/<split>: odd rows}, which show how readers report oddities of real data."""
     rng = TextRng(f"odd {seed}")
     food = world.TOPICS[0]
     long_text = " ".join(rng.detail(food) for _ in range(300)).split()
+    # 2,000 words with the question, which has seven.
     long_story = _line(
         f"What is the subject of this text? {' '.join(long_text[:1993])}", "food", ["food", "music"]
     )
@@ -68,14 +79,15 @@ def odd_rows(seed: int) -> dict[str, list[Line]]:
     sense = "Which does the word plate mean here: food or health?"
     not_a_choice = f"{rng.story(food)} Which topic is this text about?"
     return {
-        # targets that are not among their choices, duplicate choices, empty inputs, 2,000 words
+        # In training tasks: a target that is not among its choices, duplicate choices, an empty
+        # input, and an input of 2,000 words.
         "town_news_which_topic/train": [_line(not_a_choice, "cooking", world.TOPIC_NAMES[:4])],
         "guest_reviews_good_or_bad/train": [
             _line(f"{review} {rng.opinion(food, True)}", "good", ["good", "bad", "good"])
         ],
         "town_calendar_past_or_future/train": [_line("", "past", ["past", "future"])],
         "town_news_subject_first/train": [long_story],
-        # the same in held-out tasks, and 50 choices
+        # In held-out tasks: the same, and 50 choices.
         "two_meanings_which_sense/validation": [
             _line(f"{rng.detail(food)} {sense}", "kitchen", ["food", "health"])
         ],
@@ -100,12 +112,14 @@ def sample(seed: int = 0) -> tuple[dict[str, list[Line]], dict[str, Line]]:
     for dataset in datasets():
         for prompt, template in dataset.prompts.items():
             task, taken = f"{dataset.name}_{prompt}", set[str]()
-            # The smaller split first: a dataset of few words may run out of distinct rows.
+            # The smaller split is drawn first, because a dataset of few words may run out of
+            # distinct rows.
             for split, n in reversed(SIZES[dataset.held_out].items()):
                 rows = _rows(dataset, prompt, split, n, taken, seed)
                 files[f"{task}/{split}"] = rows + odd.get(f"{task}/{split}", [])
             splits = {split: files[f"{task}/{split}"] for split in SIZES[dataset.held_out]}
             lines = [line for rows in splits.values() for line in rows]
+            # Odd rows of train splits do not count: a prompt's choices are fixed in spite of them.
             choices = {
                 tuple(line["answer_choices"])
                 for rows in splits.values()
@@ -150,12 +164,18 @@ def write_corpus(path: pathlib.Path, seed: int = 0, n: int = CORPUS_LINES) -> No
 
 
 def write_vocabulary(path: pathlib.Path, corpus_path: pathlib.Path) -> None:
-    """Writes a case-folding SentencePiece model with a piece per word of the text, and letters."""
+    """Writes a case-folding SentencePiece model with a piece per word of the text, and characters.
+
+    Args:
+      path: output file.
+      corpus_path: the text.
+    """
     import sentencepiece
 
-    # A piece per word keeps the tiny model's sequences short; letters cover unknown words.
+    # A piece per word keeps the tiny model's sequences short. Characters cover unknown words.
     words = set(re.findall("[a-z]+", corpus_path.read_text().lower()))
-    model = io.BytesIO()  # given a file, SentencePiece would write its name into the model
+    # Written to memory first: SentencePiece would write the name of an output file into the model.
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(string.ascii_lowercase + string.digits + ".,:;?!'-()"),
         model_writer=model,

@@ -1,7 +1,7 @@
 """Datasets of the quickstart's sample: functions that draw rows, and prompts that render them.
 
-A row has values for the fields of templates, all options, and the correct one. A prompt is a
-template (in `prompts.json`), with labels if its answers are other words than the options.
+A row has values for the fields of templates, all options, and the correct option. A prompt is a
+template in `prompts.json`. It has labels if it asks for other words than the options.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Dataset:
       name: name of the dataset.
       task_type: kind of task; training datasets and held-out ones have none in common.
       draw: function that draws a row.
-      prompts: {prompt name: format string over the fields and options of a row}.
+      prompts: {prompt name: format string with the fields and options of a row}.
       labels: {prompt name: {option: label}} of prompts whose answers are not the options.
       held_out: whether it is for zero-shot evaluation only.
     """
@@ -48,6 +48,7 @@ class Dataset:
     def render(self, prompt: str, row: Row) -> dict[str, Any]:
         """Returns the sample's line for a row, rendered with the prompt of this name."""
         fields = {f"option{n}": option for n, option in enumerate(row.options, 1)}
+        # Options that are sentences end in a full stop and need no comma between them.
         separator = " " if row.options[0].endswith(".") else ", "
         fields |= {**row.fields, "options": separator.join(row.options)}
         labels = self.labels.get(prompt) or {option: option for option in row.options}
@@ -215,7 +216,7 @@ def _voices(rng: TextRng) -> Row:
 
 
 def _pronouns(rng: TextRng) -> Row:
-    # A woman and a man, so that the pronoun alone decides.
+    # A woman and a man, so that the pronoun alone shows who is meant.
     first, second = rng.shuffled((rng.choice(world.FEMALE_NAMES), rng.choice(world.MALE_NAMES)))
     name = rng.choice_of(first, second)
     topic = rng.choice(world.TOPICS)

@@ -5,8 +5,8 @@ negative adjectives; feelings and how people show them; needs and what satisfies
 and future. The pretraining text (`corpus`) and the tasks (`prompts`) are generated from
 them.
 
-Any change of the number or the order of random draws changes all texts that are generated after it,
-and so the committed tasks in `sample/`, which a test regenerates.
+Any change of the number or the order of random draws changes all texts that are generated after
+it. That would change the committed tasks in `sample/`, which a test regenerates and compares.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _words = json.loads(pathlib.Path(__file__).with_name("world.json").read_text())
 TOPICS = [Topic(**topic) for topic in _words["topics"]]
 TOPIC_BY_NAME = {topic.name: topic for topic in TOPICS}
 TOPIC_NAMES = list(TOPIC_BY_NAME)
-# ambiguous word: the topics of its two senses
+# ambiguous word -> the topics of its two senses
 SENSES: dict[str, list[str]] = _words["senses"]
 POSITIVE: list[str] = _words["good"]
 NEGATIVE: list[str] = _words["bad"]
 FEMALE_NAMES: list[str] = _words["female"]
 MALE_NAMES: list[str] = _words["male"]
 NAMES = FEMALE_NAMES + MALE_NAMES
-# feeling: verbs that show it
+# feeling -> verbs that show it
 FEELINGS: dict[str, list[str]] = _words["feelings"]
-# state: [need, action in the present, action in the past]
+# state, such as 'hungry' -> [need, action in the present, action in the past]
 NEEDS: dict[str, list[str]] = _words["needs"]
 
 
@@ -69,7 +69,8 @@ class TextRng:
     """Generates random words and sentences, reproducible from a seed in every Python version."""
 
     def __init__(self, seed: str):
-        # Python guarantees a stable sequence for `random()` only, not for `choice` or `shuffle`.
+        # Of all methods, Python guarantees only `random()` to return the same numbers in every
+        # version. All draws below use it.
         self._random = random.Random(seed)
 
     def chance(self, probability: float) -> bool:
